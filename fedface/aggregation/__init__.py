@@ -1,0 +1,1 @@
+"""Sums of updates: in the open or encrypted."""

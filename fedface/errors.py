@@ -1,0 +1,62 @@
+"""Every error that fedface raises on purpose, one tree.
+
+FedfaceError                 a mistake that its reader can mend; the command line ends with code 2
+├── ConfigError              a YAML file or an option says something we cannot do
+├── PhotoError               one photo file cannot be read; the reason is its text
+├── LibraryError             a folder of photos cannot be scanned or has too few faces
+├── WeightsError             a checkpoint does not fit, or is not what it says it is
+├── PrivacyError             a promise would not hold
+│   ├── PolicyRefusal        the owner's policy says no: asked, spent, allowed
+│   └── LedgerError          the ledger is missing, damaged or locked
+├── AggregationError         payloads that cannot be summed
+├── FederationError          a cohort cannot run, or too few devices answered
+└── RunError                 a run folder that cannot be started, resumed or read
+
+Called from every floor. A device's "no" travels as a value (federation.task.Refusal), not as an exception.
+"""
+
+from __future__ import annotations
+
+
+class FedfaceError(Exception):
+    """A mistake that its reader can mend: says what was wanted, what came, what to do."""
+
+
+class ConfigError(FedfaceError):
+    """A YAML file or an option says something we cannot do."""
+
+
+class PhotoError(FedfaceError):
+    """One photo file cannot be read; the text is the reason."""
+
+
+class LibraryError(FedfaceError):
+    """A folder of photos cannot be scanned, or holds too few faces."""
+
+
+class WeightsError(FedfaceError):
+    """A checkpoint does not fit, or is not what it says it is."""
+
+
+class PrivacyError(FedfaceError):
+    """A privacy promise would not hold, so nothing was sent."""
+
+
+class PolicyRefusal(PrivacyError):
+    """The owner's policy says no."""
+
+
+class LedgerError(PrivacyError):
+    """The privacy ledger is missing, damaged or locked."""
+
+
+class AggregationError(FedfaceError):
+    """Payloads that cannot be protected, summed or revealed."""
+
+
+class FederationError(FedfaceError):
+    """A cohort cannot run, or too few devices answered."""
+
+
+class RunError(FedfaceError):
+    """A run folder that cannot be started, resumed or read."""

@@ -1,0 +1,1 @@
+"""What crosses between server and devices, who answers, and how rounds run."""

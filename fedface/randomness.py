@@ -1,0 +1,83 @@
+"""Two kinds of chance that must never mix: replayable streams, and secret noise.
+
+Called from every floor. A stream is derived from a run's seed and a name, so that adding one draw somewhere
+does not shift the draws elsewhere. Secret noise comes from the operating system and cannot be replayed: a
+privacy promise whose noise the server can recompute from a seed is no promise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Named random streams derived from one seed; equal (seed, name) means equal draws."""
+
+    seed: int  # >= 0
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed must be >= 0, got {self.seed}")
+
+    def _number(self, name: str) -> int:
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") >> 1
+
+    def generator(self, name: str) -> torch.Generator:
+        """A fresh torch generator on the CPU at the start of the stream `name`."""
+        return torch.Generator().manual_seed(self._number(name))
+
+    def numpy(self, name: str) -> np.random.Generator:
+        """A fresh numpy generator at the start of the stream `name`."""
+        return np.random.Generator(np.random.PCG64(self._number(name)))
+
+    def child(self, name: str) -> Streams:
+        """Streams of their own for one part, such as one device or one round."""
+        return Streams(self._number(name))
+
+
+class SecretNoise:
+    """Noise that nobody can replay: an AES-256-CTR keystream under a key that only this object ever held.
+
+    For privacy noise and for the Bernoulli draws of Poisson sampling; the analyses of DP-SGD take both as
+    unknown to the adversary (Abadi et al. 2016, arXiv:1607.00133). A torch generator will not do: on the CPU
+    it keeps 32 bits of its seed, and a weight whose gradient is zero publishes its outputs as they are.
+    """
+
+    def __init__(self) -> None:
+        key = algorithms.AES(secrets.token_bytes(32))
+        self._stream = Cipher(key, modes.CTR(secrets.token_bytes(16))).encryptor()
+
+    def words(self, count: int) -> np.ndarray:
+        """`count` uniform 64-bit words, uint64, shape (count,)."""
+        return np.frombuffer(self._stream.update(bytes(8 * count)), dtype=np.uint64)
+
+    def uniforms(self, count: int) -> np.ndarray:
+        """`count` uniform numbers strictly inside (0, 1), float64, shape (count,)."""
+        return ((self.words(count) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+    def normals(self, count: int) -> torch.Tensor:
+        """`count` standard normal numbers, float32, shape (count,).
+
+        Each is the sum of four independent normals, halved, so that the gaps between floating-point numbers
+        tell an observer nothing useful (Holohan and Braghin 2021, arXiv:2107.10138, the remedy Opacus uses).
+        """
+        pairs = -(-count // 2)
+        total = np.zeros(2 * pairs)
+        for _ in range(4):
+            radius = np.sqrt(-2.0 * np.log(self.uniforms(pairs)))
+            angle = 2.0 * np.pi * self.uniforms(pairs)
+            total[:pairs] += radius * np.cos(angle)
+            total[pairs:] += radius * np.sin(angle)
+        return torch.from_numpy((total[:count] / 2.0).astype(np.float32))
+
+    def permutation(self, count: int) -> np.ndarray:
+        """A uniformly random order of 0..count-1, int64, shape (count,)."""
+        return np.argsort(self.words(count), kind="stable")

@@ -1,0 +1,1 @@
+"""From one low-resolution photo to faces that scale down to it."""

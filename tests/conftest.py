@@ -1,0 +1,20 @@
+"""Fixtures that every room may use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference data beside the checkout; a test that needs it is skipped where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the folder ../shared (real faces, photo files, reference vectors), which is absent here")
+    return SHARED
