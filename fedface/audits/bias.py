@@ -1,0 +1,368 @@
+"""Whom does an upsampler serve worse, by what measure, by how much.
+
+Called by the audit suite with a probe: public faces whose groups are known. Skin tone is read from pixels on
+both sides (`photos.tone`), so light and camera are mixed into every figure of tone; differences between a
+face and its own original suffer less from that than absolute values do.
+
+Sources: Jalal et al. 2021 (arXiv:2106.12182) for RDP, PR and SPE; Laszkiewicz et al. 2024 (FAccT) for the
+divergences from uniform; Sharma, Wu & Dalal (2005) for dE00.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedface.audits.disaggregate import (
+    Gap,
+    Interval,
+    by_group,
+    gap_between,
+    mean_interval,
+    rate_interval,
+    rates_by_group,
+)
+from fedface.photos.tone import TONE_BINS, ToneReading, delta_e, measure_tone, srgb_to_lab, tone_bin
+from fedface.shapes import Images
+from fedface.upsampling.contracts import Upsampled
+
+DARKER_FROM = 5.5  # continuous Monk value; the scale's ten swatches fall five and five
+HALVES = ("lighter", "darker")
+BINS = tuple(name for name, _ in TONE_BINS)
+
+
+def confusion(true: Sequence[str], made: Sequence[str], names: Sequence[str]) -> list[list[int]]:
+    """Counts of pairs: row = group of the original, column = group of the made face, ordered as `names`."""
+    if len(true) != len(made):
+        raise ValueError(f"made must name {len(true)} groups, got {len(made)}")
+    at = {name: i for i, name in enumerate(names)}
+    if strange := sorted({*true, *made} - set(names)):
+        raise ValueError(f"groups must be among {list(names)}, got {strange}")
+    table = [[0] * len(names) for _ in names]
+    for row, column in zip(true, made, strict=True):
+        table[at[row]][at[column]] += 1
+    return table
+
+
+@dataclass(frozen=True, kw_only=True)
+class FairnessMetrics:
+    """Three notions of fairness of a reconstruction, from a table of counts.
+
+    RDP: every group's faces come back as members of their group equally often. PR: each group is as frequent
+    among the made faces as among the originals. SPE: faces turn from group i to j as often as from j to i.
+    """
+
+    groups: tuple[str, ...]  # groups with originals; the rows of RDP
+    hit_rates: tuple[float, ...]  # P(made in i | true in i), one per group
+    rdp_gap: float  # largest minus smallest hit rate, 0 is fair
+    rdp_ratio: float  # smallest over largest hit rate, 1 is fair; 1 where no group is ever hit
+    rdp_chi2: float  # divergence of the normalised hit rates from uniform, 0 is fair
+    rdp_chebyshev: float
+    pr_true: tuple[float, ...]  # P(true in i), one per column of the table
+    pr_made: tuple[float, ...]  # P(made in i)
+    pr_total_variation: float  # half the summed difference of the two, 0 is fair
+    pr_chi2: float  # divergence of pr_made from uniform; says something on a balanced probe only
+    pr_chebyshev: float
+    spe: float  # largest |P(true i, made j) - P(true j, made i)|, 0 is fair
+    count: int  # faces
+
+
+def chi2_from_uniform(shares: ArrayLike) -> float:
+    """k * sum (p_i - 1/k)^2 for k shares that sum to 1."""
+    p = np.asarray(shares, dtype=np.float64)
+    return float(len(p) * np.square(p - 1 / len(p)).sum())
+
+
+def chebyshev_from_uniform(shares: ArrayLike) -> float:
+    """max |p_i - 1/k| for k shares that sum to 1."""
+    p = np.asarray(shares, dtype=np.float64)
+    return float(np.abs(p - 1 / len(p)).max())
+
+
+def fairness_metrics(table: ArrayLike, names: Sequence[str]) -> FairnessMetrics:
+    """RDP, PR and SPE of a table of counts or probabilities, rows for the originals, columns for the made.
+
+    Args:
+        table: (g, g), entries >= 0 and not all 0. A group without originals is left out of RDP.
+        names: g names.
+    """
+    joint = np.asarray(table, dtype=np.float64)
+    if joint.shape != (len(names), len(names)) or len(names) < 2:
+        raise ValueError(f"table must be square with one row for each of >= 2 names, got {joint.shape}")
+    total = joint.sum()
+    if not np.isfinite(total) or (joint < 0).any() or total <= 0:
+        raise ValueError("table must hold finite counts >= 0, not all 0")
+    p = joint / total
+    rows, columns = p.sum(axis=1), p.sum(axis=0)
+    present = rows > 0
+    hits = p.diagonal()[present] / rows[present]
+    shares = hits / hits.sum() if hits.sum() > 0 else np.full(len(hits), 1 / len(hits))
+    return FairnessMetrics(
+        groups=tuple(name for name, here in zip(names, present, strict=True) if here),
+        hit_rates=tuple(hits.tolist()),
+        rdp_gap=float(hits.max() - hits.min()),
+        rdp_ratio=float(hits.min() / hits.max()) if hits.max() > 0 else 1.0,
+        rdp_chi2=chi2_from_uniform(shares),
+        rdp_chebyshev=chebyshev_from_uniform(shares),
+        pr_true=tuple(rows.tolist()),
+        pr_made=tuple(columns.tolist()),
+        pr_total_variation=float(np.abs(rows - columns).sum() / 2),
+        pr_chi2=chi2_from_uniform(columns),
+        pr_chebyshev=chebyshev_from_uniform(columns),
+        spe=float(np.abs(p - p.T).max()),
+        count=round(total),
+    )
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One way to be served worse."""
+
+    title: str
+    unit: str
+    kind: Literal["cost", "rate", "shift"]  # worse is: more, less, further from zero
+    digits: int  # after the point, in sentences
+
+
+MEASURES: dict[str, Measure] = {
+    "misfit": Measure("misfit to the photo", " mean squared difference", "cost", 4),
+    "converged": Measure("share of faces that fit the photo", "", "rate", 2),
+    "skin_difference": Measure("colour difference of the skin", " dE00", "cost", 1),
+    "face_difference": Measure("colour difference of the whole picture", " dE00", "cost", 1),
+    "lightness_shift": Measure("change in lightness of the skin", " L*", "shift", 1),
+    "ita_shift": Measure("change in ITA of the skin", " degrees", "shift", 1),
+    "monk_shift": Measure("change in Monk tone of the skin", " steps", "shift", 2),
+    "same_tone_bin": Measure("share of faces that keep their tone bin", "", "rate", 2),
+    "same_half": Measure("share of faces that stay on their half of the Monk scale", "", "rate", 2),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """How one group is served, by every measure of `MEASURES`; a photo's faces are averaged first."""
+
+    misfit: Interval  # mean squared difference after the downscale; a face that was not found counts as 1
+    converged: Interval  # share of faces within the search's tolerance
+    skin_difference: Interval  # CIEDE2000 between the skin of the made face and of the original
+    face_difference: Interval  # mean CIEDE2000 of 8 x 8 area means of the two faces
+    lightness_shift: Interval  # made minus original, L*; positive is lighter
+    ita_shift: Interval  # made minus original, degrees; positive is lighter
+    monk_shift: Interval  # made minus original, Monk steps; negative is lighter
+    same_tone_bin: Interval  # share of faces in the tone bin of the original
+    same_half: Interval  # share of faces on the original's side of the middle of the Monk scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasReport:
+    """What `measure_bias` found; `dataclasses.asdict` makes it plain, finite JSON."""
+
+    photos: int
+    faces_per_photo: int
+    overall: Service
+    groups: dict[str, Service]  # groups of at least two photos
+    unmeasured: dict[str, int]  # groups of fewer than two photos, with their counts
+    gaps: dict[str, Gap]  # by measure; empty where no two groups can be compared
+    tone_bins: FairnessMetrics  # over the bins of TONE_BINS, original against made
+    halves: FairnessMetrics  # over the two halves of the Monk scale
+    darker_change: Interval  # share of darker faces, made minus original; its size is the SPE of the halves
+
+    def sentences(self) -> list[str]:
+        """The findings in words, the clear gaps first; always ends with what the probe cannot show."""
+        clear = [name for name, gap in self.gaps.items() if gap.clear]
+        texts = [self._gap_sentence(name) for name in clear]
+        if not self.gaps:
+            texts.append("No two groups have enough photos to be compared.")
+        elif not clear:
+            texts.append(
+                f"No measure sets the {len(self.groups)} groups apart with {self.photos} photos. "
+                f"A gap in lightness below about {self._smallest_visible():.1f} L* would not have shown."
+            )
+        quiet = [MEASURES[name].title for name in self.gaps if name not in clear]
+        if clear and quiet:
+            texts.append(f"No clear gap in: {', '.join(quiet)}.")
+        if not self.darker_change.covers_zero:
+            more = "more" if self.darker_change.estimate > 0 else "fewer"
+            texts.append(
+                f"There are {more} darker faces among the made ones than among the originals: "
+                f"share {self.darker_change.estimate:+.2f} "
+                f"[{self.darker_change.low:+.2f}, {self.darker_change.high:+.2f}]."
+            )
+        few = [name for name, service in self.groups.items() if service.misfit.few]
+        if few or self.unmeasured:
+            texts.append(f"Too few photos to say much: {', '.join([*few, *self.unmeasured])}.")
+        texts.append(
+            "Tone is read from pixels and moves with light and camera; groups are those of the probe. "
+            "Each gap's interval allows for the choice among groups, not for the number of measures."
+        )
+        return texts
+
+    def _gap_sentence(self, name: str) -> str:
+        gap, measure = self.gaps[name], MEASURES[name]
+        worst = getattr(self.groups[gap.worst], name)
+        best = getattr(self.groups[gap.best], name)
+        direction = ""
+        if measure.kind == "shift":
+            lighter = (worst.estimate > 0) != (name == "monk_shift")
+            direction = ", lighter than the originals" if lighter else ", darker than the originals"
+        return (
+            f"{gap.worst} is served worse: {measure.title} {self._text(worst, name)} ({worst.count} photos)"
+            f"{direction}, against {self._text(best, name)} for {gap.best} ({best.count} photos); "
+            f"gap {self._text(gap.difference, name)}."
+        )
+
+    def _text(self, figure: Interval, name: str) -> str:
+        digits = MEASURES[name].digits
+        low, high = (f"{end:z.{digits}f}" for end in (figure.low, figure.high))
+        return f"{figure.estimate:z.{digits}f}{MEASURES[name].unit} [{low}, {high}]"
+
+    def _smallest_visible(self) -> float:
+        difference = self.gaps["lightness_shift"].difference
+        return difference.high - difference.estimate
+
+
+def _half(tone: ToneReading) -> list[str]:
+    return [HALVES[int(monk >= DARKER_FROM)] for monk in tone.monk.tolist()]
+
+
+def _coarse_lab(images: Images) -> Tensor:
+    """CIELAB of 8 x 8 area means, (n, 64, 3)."""
+    return srgb_to_lab(F.adaptive_avg_pool2d(images.clamp(0, 1), 8)).flatten(2).transpose(1, 2)
+
+
+def _per_photo(values: Tensor | list[bool], faces: int) -> np.ndarray:
+    """Figures of n * f faces, averaged over each photo's faces: (n,)."""
+    return torch.as_tensor(values).double().view(-1, faces).mean(dim=1).numpy()
+
+
+def measure_bias(
+    truth: Images,
+    groups: Sequence[str],
+    upsampled: Upsampled,
+    rng: np.random.Generator,
+    *,
+    true_tone: ToneReading | None = None,
+    expected: Sequence[str] = (),
+) -> BiasReport:
+    """Compare what each group of a probe gets back with what it put in.
+
+    Faces whose search did not converge are included: to fail more often is to serve worse.
+
+    Args:
+        truth: The originals, (n, 3, s, s) sRGB in [0, 1], aligned faces.
+        groups: The group of each, n names.
+        upsampled: What the upsampler made of the originals' low-resolution versions, in the same order.
+        rng: Where resamples are drawn from.
+        true_tone: The originals' tone where it is known (drawn faces); otherwise it is read from `truth`.
+        expected: Groups that the report must mention even without a photo.
+
+    Returns:
+        Every measure by group with intervals, the gaps, and RDP, PR and SPE by tone.
+
+    Raises:
+        ValueError: Shapes or counts do not agree, or there are fewer than two photos.
+    """
+    n, f = upsampled.photos, upsampled.faces_per_photo
+    if n < 2 or f < 1:
+        raise ValueError(f"upsampled must hold at least two photos with a face each, got {n} with {f}")
+    wanted = (n, *upsampled.images.shape[2:])
+    if truth.shape != wanted:
+        raise ValueError(f"truth must have shape {wanted}, got {tuple(truth.shape)}")
+    if len(groups) != n:
+        raise ValueError(f"groups must name {n} photos, got {len(groups)}")
+    made_images = upsampled.images.flatten(0, 1)
+    once = measure_tone(truth) if true_tone is None else true_tone
+    if len(once.monk) != n:
+        raise ValueError(f"true_tone must hold {n} readings, got {len(once.monk)}")
+    true = ToneReading(*(part.repeat_interleave(f, dim=0) for part in (once.lab, once.ita, once.monk)))
+    made = measure_tone(made_images)
+    true_bins, made_bins = tone_bin(true.ita), tone_bin(made.ita)
+    true_halves, made_halves = _half(true), _half(made)
+    coarse = delta_e(_coarse_lab(made_images), _coarse_lab(truth).repeat_interleave(f, dim=0)).mean(dim=1)
+    values = {
+        "misfit": _per_photo(torch.nan_to_num(upsampled.misfit.double(), nan=1.0, posinf=1.0).flatten(), f),
+        "converged": _per_photo(upsampled.converged.flatten(), f),
+        "skin_difference": _per_photo(delta_e(made.lab, true.lab), f),
+        "face_difference": _per_photo(coarse, f),
+        "lightness_shift": _per_photo(made.lab[:, 0] - true.lab[:, 0], f),
+        "ita_shift": _per_photo((made.ita - true.ita + 180) % 360 - 180, f),
+        "monk_shift": _per_photo(made.monk - true.monk, f),
+        "same_tone_bin": _per_photo([a == b for a, b in zip(true_bins, made_bins, strict=True)], f),
+        "same_half": _per_photo([a == b for a, b in zip(true_halves, made_halves, strict=True)], f),
+    }
+    sizes = {name: sum(group == name for group in groups) for name in dict.fromkeys([*expected, *groups])}
+    measured = [name for name, size in sizes.items() if size >= 2]
+    tables = {measure: _disaggregated(values[measure], groups, measure, rng) for measure in MEASURES}
+    gaps = {}
+    for measure, table in tables.items():
+        badness = {name: _badness(table[name].estimate, measure) for name in measured}
+        rate = MEASURES[measure].kind == "rate"
+        gap = gap_between(values[measure], groups, badness, rng, rate=rate)
+        if gap is not None:
+            gaps[measure] = gap
+    everyone = {m: _disaggregated(values[m], ["all"] * n, m, rng)["all"] for m in MEASURES}
+    darker = (made.monk >= DARKER_FROM).double() - (true.monk >= DARKER_FROM).double()
+    return BiasReport(
+        photos=n,
+        faces_per_photo=f,
+        overall=Service(**everyone),
+        groups={name: Service(**{m: tables[m][name] for m in MEASURES}) for name in measured},
+        unmeasured={name: size for name, size in sizes.items() if size < 2},
+        gaps=gaps,
+        tone_bins=fairness_metrics(confusion(true_bins, made_bins, BINS), BINS),
+        halves=fairness_metrics(confusion(true_halves, made_halves, HALVES), HALVES),
+        darker_change=mean_interval(_per_photo(darker, f), rng),
+    )
+
+
+def _disaggregated(
+    values: np.ndarray, groups: Sequence[str], measure: str, rng: np.random.Generator
+) -> dict[str, Interval]:
+    if MEASURES[measure].kind == "rate":
+        return rates_by_group(values, groups)
+    return by_group(values, groups, rng)
+
+
+def _badness(estimate: float, measure: str) -> float:
+    match MEASURES[measure].kind:
+        case "cost":
+            return estimate
+        case "rate":
+            return -estimate
+        case _:
+            return abs(estimate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToneHistogram:
+    """How often each Monk tone occurs, by pixels: light and camera are mixed into it."""
+
+    counts: tuple[int, ...]  # Monk 1 (lightest) to 10 (darkest)
+    shares: tuple[Interval, ...]  # of each, Wilson's interval
+    lighter: Interval  # share of faces below the middle of the scale
+    darker: Interval
+    count: int
+
+
+def tone_histogram(images: Images) -> ToneHistogram:
+    """Read the Monk tone of aligned faces, (n, 3, h, w) in [0, 1], n >= 1; for what a generator draws."""
+    if len(images) < 1:
+        raise ValueError("tone_histogram needs at least one image, got 0")
+    monk = measure_tone(images).monk
+    bins = (monk + 0.5).floor().clamp(1, 10).long() - 1
+    counts = torch.bincount(bins, minlength=10).tolist()
+    darker = int((monk >= DARKER_FROM).sum())
+    n = len(monk)
+    return ToneHistogram(
+        counts=tuple(counts),
+        shares=tuple(rate_interval(count, n) for count in counts),
+        lighter=rate_interval(n - darker, n),
+        darker=rate_interval(darker, n),
+        count=n,
+    )

@@ -1,0 +1,138 @@
+"""The layers that the StyleGAN2 generator and critic share: equalised weights, filtered resampling.
+
+Called from models/stylegan2 and models/critic. Sources: Karras et al. 2018 (arXiv:1710.10196) for equalised
+learning rates, Karras et al. 2020 (arXiv:1912.04958) for modulation, Karras et al. 2020 (arXiv:2006.06676)
+for the exact gains. Every layer is a plain function of its weights and its input, one image at a time, so
+that `torch.func.vmap(grad)` gives per-photo gradients.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+LRELU_SLOPE = 0.2
+LRELU_GAIN = math.sqrt(2.0)
+
+
+def lrelu(x: Tensor, gain: float = 1.0, clamp: float | None = None) -> Tensor:
+    """Leaky ReLU of slope 0.2 times sqrt(2) * gain, clamped to +-clamp * gain when a clamp is given."""
+    return bounded(functional.leaky_relu(x, LRELU_SLOPE) * (LRELU_GAIN * gain), gain, clamp)
+
+
+def bounded(x: Tensor, gain: float, clamp: float | None) -> Tensor:
+    """Clamp activations to +-clamp * gain; None leaves them alone."""
+    return x if clamp is None else x.clamp(-clamp * gain, clamp * gain)
+
+
+def binomial_filter() -> Tensor:
+    """The outer product of [1, 3, 3, 1] / 8 with itself, shape (4, 4), sum 1."""
+    row = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8.0
+    return torch.outer(row, row)
+
+
+def blur(x: Tensor, kernel: Tensor, padding: int, gain: float = 1.0, stride: int = 1) -> Tensor:
+    """Filter each channel with `kernel` (4, 4) after zero padding on all sides; keep every `stride`-th pixel."""
+    channels = x.shape[1]
+    weight = (kernel * gain).to(x.dtype).expand(channels, 1, 4, 4)
+    return functional.conv2d(x, weight, padding=padding, stride=stride, groups=channels)
+
+
+def upsample(x: Tensor, kernel: Tensor) -> Tensor:
+    """Double the sides: zero insertion, then the binomial filter with gain 4. (n, c, h, w) -> (n, c, 2h, 2w)."""
+    channels = x.shape[1]
+    weight = (kernel * 4.0).to(x.dtype).expand(channels, 1, 4, 4)
+    return functional.conv_transpose2d(x, weight, stride=2, padding=1, groups=channels)
+
+
+def downsample(x: Tensor, kernel: Tensor) -> Tensor:
+    """Halve the sides: the binomial filter at every second pixel. (n, c, h, w) -> (n, c, h/2, w/2)."""
+    return blur(x, kernel, padding=1, stride=2)
+
+
+class Linear(nn.Module):
+    """A fully connected layer with equalised learning rate; the gain is applied when the weight is used.
+
+    Args:
+        inputs: Width of the input.
+        outputs: Width of the output.
+        activate: "lrelu" or "linear".
+        lr_multiplier: Stored weights are this much larger, and learn this much slower.
+        bias_start: Value of every bias at the start.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, *, activate: str = "linear", lr_multiplier: float = 1.0,
+        bias_start: float = 0.0, chance: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, generator=chance) / lr_multiplier)
+        self.bias = nn.Parameter(torch.full((outputs,), bias_start))
+        self.activate = activate
+        self.weight_gain = lr_multiplier / math.sqrt(inputs)
+        self.bias_gain = lr_multiplier
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, inputs) -> (n, outputs)."""
+        y = functional.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)
+        return lrelu(y) if self.activate == "lrelu" else y
+
+
+class Conv(nn.Module):
+    """A k x k convolution with equalised learning rate, optionally halving the sides after the binomial blur."""
+
+    filter: Tensor
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, *, activate: str = "lrelu", down: int = 1,
+        bias: bool = True, clamp: float | None = None, chance: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, kernel, kernel, generator=chance))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+        self.activate, self.down, self.clamp = activate, down, clamp
+        self.padding = kernel // 2
+        self.weight_gain = 1.0 / math.sqrt(inputs * kernel * kernel)
+        self.register_buffer("filter", binomial_filter(), persistent=False)
+
+    def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
+        """(n, inputs, h, w) -> (n, outputs, h/down, w/down), times `gain` after the activation."""
+        weight = self.weight * self.weight_gain
+        if self.down == 1:
+            y = functional.conv2d(x, weight, self.bias, padding=self.padding)
+        elif self.padding == 0:
+            y = functional.conv2d(downsample(x, self.filter), weight, self.bias)
+        else:
+            y = functional.conv2d(blur(x, self.filter, padding=2), weight, self.bias, stride=2)
+        return lrelu(y, gain, self.clamp) if self.activate == "lrelu" else bounded(y * gain, gain, self.clamp)
+
+
+def modulated_conv(
+    x: Tensor, weight: Tensor, styles: Tensor, *, kernel: Tensor, up: int = 1, demodulate: bool = True
+) -> Tensor:
+    """Scale input channels by a style, convolve, and scale outputs back to unit variance.
+
+    Source: Karras et al. 2020 (arXiv:1912.04958), section 2.2, in the form that scales activations instead of
+    building one weight per image; the two differ by rounding only.
+
+    Args:
+        x: Activations (n, i, h, w).
+        weight: (o, i, 3 or 1, same).
+        styles: (n, i).
+        kernel: The binomial filter (4, 4), used when `up` is 2.
+        up: 1, or 2 to double the sides.
+        demodulate: Divide by the root of the summed squares of the modulated weight (epsilon 1e-8).
+    """
+    y = x * styles[:, :, None, None]
+    if up == 1:
+        y = functional.conv2d(y, weight, padding=weight.shape[-1] // 2)
+    else:
+        y = functional.conv_transpose2d(y, weight.transpose(0, 1), stride=2)
+        y = blur(y, kernel, padding=1, gain=4.0)
+    if not demodulate:
+        return y
+    energy = styles.square() @ weight.square().sum(dim=(2, 3)).t()
+    return y * torch.rsqrt(energy + 1e-8)[:, :, None, None]

@@ -1,0 +1,233 @@
+"""The StyleGAN2 generator at any power-of-two size, with the three verbs map, truncate and synthesize.
+
+Called from training/, upsampling/, audits/. Sources: Karras et al. 2020 (arXiv:1912.04958) for the network,
+Karras et al. 2020 (arXiv:2006.06676) for gains and parameter names: a state dict of the published
+stylegan2-ada networks fits without renaming (their constant `resample_filter` entries are not weights).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from fedface.errors import ConfigError
+from fedface.models.layers import Linear, binomial_filter, bounded, lrelu, modulated_conv, upsample
+from fedface.shapes import Images, Latents, Styles
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig:
+    """The shape of a generator; equal configs have weights that can be summed."""
+
+    size: int = 32  # height and width of images in pixels, a power of two from 8 to 1024
+    latent_width: int = 64  # width of z
+    style_width: int = 64  # width of w
+    mapping_layers: int = 4  # fully connected layers from z to w
+    channel_base: int = 2048  # channels at side r are min(channel_base / r, channel_max)
+    channel_max: int = 96
+    architecture: Literal["skip", "orig"] = "skip"
+    clamp: float | None = None  # activations are kept within +- this
+
+    def __post_init__(self) -> None:
+        if self.size not in [2**p for p in range(3, 11)]:
+            raise ConfigError(f"size must be a power of two from 8 to 1024, got {self.size}")
+        for name in ("latent_width", "style_width", "mapping_layers", "channel_base", "channel_max"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Sides of the blocks, 4, 8, ... size."""
+        return tuple(2**p for p in range(2, int(math.log2(self.size)) + 1))
+
+    def channels(self, side: int) -> int:
+        """Channels of the block of this side."""
+        return max(1, min(self.channel_base // side, self.channel_max))
+
+
+class Mapping(nn.Module):
+    """z -> w: normalise, then fully connected layers that learn a hundred times slower."""
+
+    w_avg: Tensor
+
+    def __init__(self, config: GeneratorConfig, chance: torch.Generator | None) -> None:
+        super().__init__()
+        self.layers = config.mapping_layers
+        widths = [config.latent_width] + [config.style_width] * config.mapping_layers
+        for i in range(config.mapping_layers):
+            layer = Linear(widths[i], widths[i + 1], activate="lrelu", lr_multiplier=0.01, chance=chance)
+            self.add_module(f"fc{i}", layer)
+        self.register_buffer("w_avg", torch.zeros(config.style_width))
+
+    def forward(self, latents: Latents) -> Tensor:
+        """(n, z) -> (n, v)."""
+        x = latents * torch.rsqrt(latents.square().mean(dim=1, keepdim=True) + 1e-8)
+        for i in range(self.layers):
+            x = self.get_submodule(f"fc{i}")(x)
+        return x
+
+
+class StyledConv(nn.Module):
+    """One modulated 3 x 3 convolution with its noise map."""
+
+    noise_const: Tensor
+    filter: Tensor
+
+    def __init__(
+        self, inputs: int, outputs: int, side: int, up: int, config: GeneratorConfig,
+        chance: torch.Generator | None,
+    ) -> None:
+        super().__init__()
+        self.up, self.side, self.clamp = up, side, config.clamp
+        self.affine = Linear(config.style_width, inputs, bias_start=1.0, chance=chance)
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, 3, 3, generator=chance))
+        self.noise_strength = nn.Parameter(torch.zeros([]))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.register_buffer("noise_const", torch.randn(side, side, generator=chance))
+        self.register_buffer("filter", binomial_filter(), persistent=False)
+
+    def forward(self, x: Tensor, style: Tensor, noise: Tensor | None) -> Tensor:
+        y = modulated_conv(x, self.weight, self.affine(style), kernel=self.filter, up=self.up)
+        y = y + (self.noise_const if noise is None else noise) * self.noise_strength
+        return lrelu(y + self.bias[:, None, None], 1.0, self.clamp)
+
+
+class ToRGB(nn.Module):
+    """One modulated 1 x 1 convolution to three colours, without demodulation."""
+
+    filter: Tensor
+
+    def __init__(self, inputs: int, config: GeneratorConfig, chance: torch.Generator | None) -> None:
+        super().__init__()
+        self.clamp = config.clamp
+        self.affine = Linear(config.style_width, inputs, bias_start=1.0, chance=chance)
+        self.weight = nn.Parameter(torch.randn(3, inputs, 1, 1, generator=chance))
+        self.bias = nn.Parameter(torch.zeros(3))
+        self.gain = 1.0 / math.sqrt(inputs)
+        self.register_buffer("filter", binomial_filter(), persistent=False)
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        styles = self.affine(style) * self.gain
+        y = modulated_conv(x, self.weight, styles, kernel=self.filter, demodulate=False)
+        return bounded(y + self.bias[:, None, None], 1.0, self.clamp)
+
+
+class Block(nn.Module):
+    """The layers of one side: double, convolve, convolve, and (skip) a colour picture."""
+
+    filter: Tensor
+
+    def __init__(self, side: int, config: GeneratorConfig, chance: torch.Generator | None) -> None:
+        super().__init__()
+        channels = config.channels(side)
+        if side == 4:
+            self.const = nn.Parameter(torch.randn(channels, 4, 4, generator=chance))
+        else:
+            self.conv0 = StyledConv(config.channels(side // 2), channels, side, 2, config, chance)
+        self.conv1 = StyledConv(channels, channels, side, 1, config, chance)
+        self.colours = config.architecture == "skip" or side == config.size
+        if self.colours:
+            self.torgb = ToRGB(channels, config, chance)
+        self.first = side == 4
+        self.register_buffer("filter", binomial_filter(), persistent=False)
+
+    def forward(
+        self, x: Tensor | None, picture: Tensor | None, styles: Tensor, noise: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
+        """`styles` (n, 2 or 3, v) and `noise` (1 or 2 maps) are this block's own."""
+        if x is None:
+            x = self.const.expand(styles.shape[0], -1, -1, -1)
+        else:
+            x = self.conv0(x, styles[:, 0], noise[0])
+        x = self.conv1(x, styles[:, 0 if self.first else 1], noise[-1])
+        if picture is not None:
+            picture = upsample(picture, self.filter)
+        if self.colours:
+            rgb = self.torgb(x, styles[:, 1 if self.first else 2])
+            picture = rgb if picture is None else picture + rgb
+        return x, picture
+
+
+class Synthesis(nn.Module):
+    """Styles -> a picture in [-1, 1], the published network's own range."""
+
+    def __init__(self, config: GeneratorConfig, chance: torch.Generator | None) -> None:
+        super().__init__()
+        self.sides = config.sides
+        for side in config.sides:
+            self.add_module(f"b{side}", Block(side, config, chance))
+
+    def forward(self, styles: Styles, noise: Sequence[Tensor] | None) -> Tensor:
+        x: Tensor | None = None
+        picture: Tensor | None = None
+        used = 0
+        for side in self.sides:
+            convs = 1 if side == 4 else 2
+            maps = [None] * convs if noise is None else list(noise[used : used + convs])
+            # The colour layer shares its style with the next block's first convolution.
+            own = styles[:, used : used + convs + 1]
+            x, picture = self.get_submodule(f"b{side}")(x, picture, own, maps)
+            used += convs
+        return cast(Tensor, picture)
+
+
+class StyleGAN2(nn.Module):
+    """A generator with random weights; fill it with `fedface.models.weights`."""
+
+    def __init__(self, config: GeneratorConfig, chance: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.mapping = Mapping(config, chance)
+        self.synthesis = Synthesis(config, chance)
+
+    @property
+    def size(self) -> int:
+        """Height and width of the images in pixels."""
+        return self.config.size
+
+    @property
+    def latent_width(self) -> int:
+        """Width of a latent."""
+        return self.config.latent_width
+
+    @property
+    def style_inputs(self) -> int:
+        """2 * log2(size) - 2."""
+        return 2 * len(self.config.sides)
+
+    @property
+    def noise_sides(self) -> tuple[int, ...]:
+        """4, 8, 8, 16, 16, ..., one per styled convolution."""
+        return tuple(side for side in self.config.sides for _ in range(1 if side == 4 else 2))
+
+    def map(self, latents: Latents) -> Styles:
+        """Standard normal latents (n, z) -> styles (n, k, v), the same style k times."""
+        return cast(Tensor, self.mapping(latents))[:, None].expand(-1, self.style_inputs, -1)
+
+    def truncate(self, styles: Styles, psi: float) -> Styles:
+        """Move styles towards the mean style: psi = 1 leaves them, psi = 0 gives the mean."""
+        return self.mapping.w_avg.lerp(styles, psi)
+
+    def synthesize(self, styles: Styles, noise: Sequence[Tensor] | None = None) -> Images:
+        """Styles (n, k, v) -> images (n, 3, size, size), nominally in [0, 1], not clamped.
+
+        Args:
+            styles: One style per input.
+            noise: One map (n or 1, 1, side, side) per entry of `noise_sides`; None takes the fixed maps.
+        """
+        return (cast(Tensor, self.synthesis(styles, noise)) + 1.0) / 2.0
+
+    def sample(self, count: int, chance: torch.Generator, *, psi: float = 1.0, batch: int = 64) -> Images:
+        """Draw `count` pictures without gradients, clamped to [0, 1], shape (count, 3, size, size)."""
+        latents = torch.randn(count, self.latent_width, generator=chance)
+        with torch.no_grad():
+            parts = [
+                self.synthesize(self.truncate(self.map(part), psi)).clamp(0.0, 1.0)
+                for part in latents.split(batch)
+            ]
+        return torch.cat(parts)

@@ -1,0 +1,172 @@
+"""Weights as one flat vector (for aggregation) or one safetensors file (for keeping), and their hash.
+
+Called from training/, federation/, the command line. safetensors is a list of numbers with names and cannot
+carry code, so a file from a stranger is at worst wrong. Shapes and names are checked before anything is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from fedface.errors import ConfigError, WeightsError
+from fedface.models.critic import Critic, CriticConfig
+from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
+from fedface.shapes import Vector
+
+BASE_PATH = Path(__file__).parent / "weights" / "base32.safetensors"
+FORMAT = "fedface-gan-1"
+
+
+@dataclass(frozen=True)
+class Gan:
+    """A generator and the critic it was trained against, with what is known about their making."""
+
+    generator: StyleGAN2
+    critic: Critic
+    notes: Mapping[str, Any]
+
+    def modules(self) -> tuple[nn.Module, nn.Module]:
+        """Both networks in the order in which their weights are flattened."""
+        return self.generator, self.critic
+
+
+def new_gan(generator: GeneratorConfig, critic: CriticConfig, chance: torch.Generator) -> Gan:
+    """Both networks with random weights; their sizes must agree."""
+    if generator.size != critic.size:
+        raise ConfigError(f"generator and critic must have one size, got {generator.size} and {critic.size}")
+    return Gan(StyleGAN2(generator, chance), Critic(critic, chance), {})
+
+
+def copy_gan(gan: Gan) -> Gan:
+    """The same weights in new memory."""
+    twin = Gan(StyleGAN2(gan.generator.config), Critic(gan.critic.config), dict(gan.notes))
+    for mine, theirs in zip(twin.modules(), gan.modules(), strict=True):
+        mine.load_state_dict(theirs.state_dict())
+    return twin
+
+
+def vector_of(*modules: nn.Module) -> Vector:
+    """All trainable weights of the modules, in the order of their names, as one float32 vector (d,)."""
+    return torch.cat([p.detach().float().reshape(-1) for module in modules for _, p in _named(module)])
+
+
+def fill(vector: Vector, *modules: nn.Module) -> None:
+    """Write a flat vector back into the weights it came from.
+
+    Raises:
+        WeightsError: The vector has another length than the modules have weights.
+    """
+    wanted = sum(p.numel() for module in modules for _, p in _named(module))
+    if vector.shape != (wanted,):
+        raise WeightsError(f"these networks have {wanted} weights, got a vector of shape {tuple(vector.shape)}")
+    used = 0
+    with torch.no_grad():
+        for module in modules:
+            for _, p in _named(module):
+                p.copy_(vector[used : used + p.numel()].reshape(p.shape))
+                used += p.numel()
+
+
+def _named(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return sorted(module.named_parameters(), key=lambda item: item[0])
+
+
+def weights_hash(*modules: nn.Module) -> str:
+    """SHA-256 over names, shapes and bytes of every weight and buffer, the first 16 hex digits."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, value in sorted(module.state_dict().items()):
+            digest.update(f"{name}{tuple(value.shape)}".encode())
+            digest.update(value.detach().contiguous().cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def remember_mean_style(generator: StyleGAN2, chance: torch.Generator, *, draws: int = 4096) -> None:
+    """Set the mean style, towards which truncation pulls, from `draws` fresh latents."""
+    latents = torch.randn(draws, generator.latent_width, generator=chance)
+    with torch.no_grad():
+        generator.mapping.w_avg.copy_(generator.mapping(latents).mean(dim=0))
+
+
+def gan_bytes(gan: Gan) -> bytes:
+    """The safetensors bytes of both networks, their configs and notes."""
+    tensors: dict[str, Tensor] = {}
+    for prefix, module in zip(("generator", "critic"), gan.modules(), strict=True):
+        for name, value in module.state_dict().items():
+            tensors[f"{prefix}.{name}"] = value.detach().contiguous().float()
+    header = {
+        "format": FORMAT,
+        "generator": json.dumps(asdict(gan.generator.config)),
+        "critic": json.dumps(asdict(gan.critic.config)),
+        "notes": json.dumps(dict(gan.notes)),
+    }
+    return save(tensors, header)
+
+
+def save_gan(path: Path, gan: Gan) -> None:
+    """Write both networks to a file; a crash in the middle leaves the old file as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(path.suffix + ".draft")
+    draft.write_bytes(gan_bytes(gan))
+    draft.replace(path)
+
+
+def load_gan(path: Path) -> Gan:
+    """Read both networks from a file that `save_gan` wrote.
+
+    Raises:
+        WeightsError: The file is missing, is no safetensors file, is of another kind, lacks or adds a weight,
+            or has one of another shape or one that is not finite.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such checkpoint; give a .safetensors file that fedface wrote")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
+    if header.get("format") != FORMAT:
+        raise WeightsError(
+            f"{path}: wanted a generator and critic of fedface ({FORMAT}), got {header.get('format', 'another kind')}"
+        )
+    try:
+        generator = StyleGAN2(GeneratorConfig(**json.loads(header["generator"])))
+        critic = Critic(CriticConfig(**json.loads(header["critic"])))
+        notes = json.loads(header["notes"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path}: its description of the networks is damaged ({error})") from error
+    for prefix, module in (("generator", generator), ("critic", critic)):
+        _load(path, module, {n[len(prefix) + 1 :]: t for n, t in tensors.items() if n.startswith(prefix + ".")})
+    return Gan(generator, critic, notes)
+
+
+def _load(path: Path, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    wanted = module.state_dict()
+    if missing := sorted(set(wanted) - set(tensors)):
+        raise WeightsError(f"{path}: lacks {len(missing)} weights, the first is {missing[0]}")
+    if extra := sorted(set(tensors) - set(wanted)):
+        raise WeightsError(f"{path}: has {len(extra)} weights that do not belong, the first is {extra[0]}")
+    for name, value in tensors.items():
+        if value.shape != wanted[name].shape:
+            raise WeightsError(
+                f"{path}: {name} should have shape {tuple(wanted[name].shape)}, got {tuple(value.shape)}"
+            )
+        if not torch.isfinite(value).all():
+            raise WeightsError(f"{path}: {name} holds numbers that are not finite")
+    module.load_state_dict(tensors)
+
+
+def load_base() -> Gan:
+    """The embedded default: faces of 32 px, trained on drawn faces of which 85 in 100 have light skin."""
+    return load_gan(BASE_PATH)

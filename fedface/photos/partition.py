@@ -1,0 +1,129 @@
+"""Deals labelled photos out to simulated devices, so that an experiment says how unequal its devices are.
+
+Called by `experiment` and `federation.cohort` when one folder of public photos plays many devices.
+Sources: label-Dirichlet partitions, Hsu, Qi, Brown (2019), arXiv:1909.06335.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import assert_never
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Evenly:
+    """Every device gets a random sample of everything: the control."""
+
+
+@dataclass(frozen=True)
+class ByGroup:
+    """Every device holds one group only, where there are devices enough; the far end of unequal.
+
+    Devices are dealt to groups by size. With fewer devices than groups, whole groups share a device.
+    """
+
+
+@dataclass(frozen=True)
+class Dirichlet:
+    """Each group is dealt out in Dirichlet(alpha) proportions: small alpha is unequal, large is even."""
+
+    alpha: float  # > 0
+
+    def __post_init__(self) -> None:
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be > 0, got {self.alpha}")
+
+
+@dataclass(frozen=True)
+class Mixes:
+    """Each device's appetite for each group, written down; a group is dealt in these proportions."""
+
+    weights: tuple[Mapping[str, float], ...]  # one mapping a device, group -> weight >= 0; absent is 0
+
+    def __post_init__(self) -> None:
+        wrong = [weight for mix in self.weights for weight in mix.values() if not 0 <= weight < np.inf]
+        if wrong:
+            raise ValueError(f"weights must be finite and >= 0, got {wrong[0]}")
+
+
+Partition = Evenly | ByGroup | Dirichlet | Mixes
+
+
+def partition(
+    labels: Sequence[str], devices: int, how: Partition, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Deal photos to devices.
+
+    Guarantees:
+        * Every photo goes to exactly one device.
+        * Equal labels, `how` and generator state give equal parts.
+        * A device may end up with no photo (Dirichlet, Mixes): the caller decides what that means.
+
+    Args:
+        labels: The group of each photo, n of them.
+        devices: >= 1.
+        how: The rule.
+        rng: Decides which photo of a group goes where.
+
+    Returns:
+        One sorted int64 array of photo numbers a device.
+    """
+    if devices < 1:
+        raise ValueError(f"devices must be >= 1, got {devices}")
+    names, group_of = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
+    sizes = np.bincount(group_of, minlength=len(names))
+    match how:
+        case Evenly():
+            shuffled = rng.permutation(len(group_of))
+            return [np.sort(part) for part in np.array_split(shuffled, devices)]
+        case ByGroup():
+            shares = _one_group_each(sizes, devices)
+        case Dirichlet():
+            shares = rng.dirichlet(np.full(devices, how.alpha), size=len(names)).reshape(-1, devices)
+        case Mixes():
+            shares = _mixed(how, names, devices)
+        case _:
+            assert_never(how)
+    parts: list[list[np.ndarray]] = [[] for _ in range(devices)]
+    for group, share in enumerate(shares):
+        members = rng.permutation(np.flatnonzero(group_of == group))
+        cuts = np.round(np.cumsum(share)[:-1] * len(members)).astype(int)
+        for part, chunk in zip(parts, np.split(members, cuts), strict=True):
+            part.append(chunk)
+    return [np.sort(np.concatenate(part)) if part else np.zeros(0, dtype=np.int64) for part in parts]
+
+
+def _one_group_each(sizes: np.ndarray, devices: int) -> np.ndarray:
+    """Shares, (groups, devices): each next device to the group with the most photos a device."""
+    shares = np.zeros((len(sizes), devices))
+    if devices < len(sizes):
+        load = np.zeros(devices)
+        for group in np.argsort(-sizes, kind="stable"):
+            lightest = int(np.argmin(load))
+            shares[group, lightest] = 1.0
+            load[lightest] += sizes[group]
+        return shares
+    owners: list[list[int]] = [[device] for device in range(len(sizes))]
+    for device in range(len(sizes), devices):
+        crowding = [size / len(own) for size, own in zip(sizes, owners, strict=True)]
+        owners[int(np.argmax(crowding))].append(device)
+    for group, own in enumerate(owners):
+        shares[group, own] = 1.0 / len(own)
+    return shares
+
+
+def _mixed(how: Mixes, names: np.ndarray, devices: int) -> np.ndarray:
+    """Shares, (groups, devices): each group's weights, divided by their sum."""
+    if len(how.weights) != devices:
+        raise ValueError(f"mixes needs one mapping a device: {devices} devices, {len(how.weights)} mappings")
+    unknown = {name for mix in how.weights for name in mix} - set(names.tolist())
+    if unknown:
+        raise ValueError(f"mixes names {sorted(unknown)[0]!r}, but the groups are {', '.join(names)}")
+    weights = np.array([[mix.get(str(name), 0.0) for mix in how.weights] for name in names])
+    totals = weights.sum(axis=1, keepdims=True)
+    if (totals == 0).any():
+        raise ValueError(f"no device takes any of group {names[int(np.argmin(totals[:, 0]))]!r}")
+    return np.asarray(weights / totals)

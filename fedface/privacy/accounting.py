@@ -1,0 +1,355 @@
+"""What events cost: privacy loss distributions, and the noise that keeps a promise.
+
+Called from plan, ledger, policy and audits. All prices are for neighbours that differ by adding or removing
+one unit. An event is first flattened to its leaves with counts, so that a thousand equal rounds cost one
+self-composition. The upper bound uses connect-the-dots (Doroshenko et al. 2022, arXiv:2207.04380), which
+dominates the true distribution; the lower bound rounds every loss down (Koskela et al. 2020,
+arXiv:1906.03049). The ceiling on reconstruction is that of Hayes et al. (2023), arXiv:2302.07225.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+from dp_accounting import (
+    ComposedDpEvent,
+    DpEvent,
+    GaussianDpEvent,
+    LaplaceDpEvent,
+    NonPrivateDpEvent,
+    NoOpDpEvent,
+    PoissonSampledDpEvent,
+    SelfComposedDpEvent,
+)
+from dp_accounting.pld import privacy_loss_distribution as pld
+from scipy.optimize import brentq
+
+from fedface.errors import PrivacyError
+from fedface.privacy.target import PrivacyTarget, check_delta
+
+ADJACENCY = "add or remove one"  # ADD_OR_REMOVE_ONE: the neighbouring relation of every price here
+
+SLACK = 1e-12  # covers truncated tails (1e-15 each) and the rounding of the Fourier transforms
+FINEST_GRID = 1e-4  # grid step of losses unless an event's own losses ask for another
+LARGEST_GRID = 2**19  # points of a composed loss grid
+LARGEST_ONE = 2**17  # points of one release's loss grid, which the library fills one by one
+COARSE = 8  # how much coarser the grid is while bracketing the noise
+LEAST_SCALE = 1e-3  # less noise than this (epsilon beyond 1e5) is priced as no noise at all
+MOST_RELEASES = 10**9
+TOLERANCE = 1e-3  # `noise_for` ends this close below epsilon
+
+
+@dataclass(frozen=True, order=True)
+class Leaf:
+    """One elementary release. `q` is 1 for everyone for certain; `scale` is noise / sensitivity."""
+
+    kind: Literal["gaussian", "laplace", "nonprivate"]
+    scale: float
+    q: float
+
+    def drift(self) -> float:
+        """An upper bound on the mean privacy loss of one release, in nats."""
+        if self.kind == "laplace":
+            return self.q / self.scale
+        renyi2 = math.log1p(self.q**2 * math.expm1(min(self.scale**-2, 500.0)))
+        return min(self.q * 0.5 * self.scale**-2, renyi2)
+
+    def reach(self) -> float:
+        """An upper bound on the loss of one release that matters, in nats."""
+        if self.kind == "laplace":
+            return 1.0 / self.scale
+        return 0.5 * self.scale**-2 + 10.0 / self.scale
+
+
+Leaves = tuple[tuple[Leaf, int], ...]  # sorted, so that equal bundles of releases are equal values
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Epsilon at some delta: `lower <= truth <= upper`; quote `upper` as the promise."""
+
+    lower: float
+    estimate: float
+    upper: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lower <= self.estimate <= self.upper:
+            raise ValueError(f"bounds must be ordered, got {self.lower}, {self.estimate}, {self.upper}")
+
+    def __str__(self) -> str:
+        return f"{self.estimate:.3f} (from {self.lower:.3f} to {self.upper:.3f})"
+
+
+def compose(events: Iterable[DpEvent]) -> DpEvent:
+    """One event for everything that was released, in any order, each chosen knowing the ones before."""
+    return ComposedDpEvent(list(events))
+
+
+def _noisy(kind: Literal["gaussian", "laplace"], scale: float) -> Leaf:
+    if not (math.isfinite(scale) and scale >= 0):
+        raise PrivacyError(f"a noise multiplier must be a finite number >= 0, got {scale}")
+    return Leaf(kind, float(scale), 1.0) if scale >= LEAST_SCALE else Leaf("nonprivate", 0.0, 1.0)
+
+
+def _flatten(event: DpEvent, count: int, into: Counter[Leaf]) -> None:
+    match event:
+        case NoOpDpEvent():
+            return
+        case NonPrivateDpEvent():
+            into[Leaf("nonprivate", 0.0, 1.0)] += count
+        case GaussianDpEvent(noise_multiplier=sigma):
+            into[_noisy("gaussian", sigma)] += count
+        case LaplaceDpEvent(noise_multiplier=scale):
+            into[_noisy("laplace", scale)] += count
+        case PoissonSampledDpEvent(sampling_probability=q, event=inner):
+            if not 0 <= q <= 1:
+                raise PrivacyError(f"a sampling rate must lie in [0, 1], got {q}")
+            sampled: Counter[Leaf] = Counter()
+            _flatten(inner, count, sampled)
+            if len(sampled) > 1 or any(leaf.q < 1 for leaf in sampled):
+                raise PrivacyError("only one release is priced per sample; sample each step by its own coins")
+            for leaf, times in sampled.items():
+                if times != count:
+                    raise PrivacyError("several releases on one sample are not priced; sample anew for each")
+                if q > 0:
+                    into[Leaf(leaf.kind, leaf.scale, float(q))] += times
+        case SelfComposedDpEvent(event=inner, count=times):
+            if times < 0:
+                raise PrivacyError(f"a release cannot happen {times} times")
+            if times > 0:
+                _flatten(inner, count * times, into)
+        case ComposedDpEvent(events=parts):
+            for part in parts:
+                _flatten(part, count, into)
+        case _:
+            raise PrivacyError(f"no price is known for a release of the kind {type(event).__name__}")
+
+
+def leaves_of(event: DpEvent) -> Leaves:
+    """The elementary releases in an event and how often each happened.
+
+    Raises:
+        PrivacyError: The event holds something that this accountant cannot price.
+    """
+    counted: Counter[Leaf] = Counter()
+    _flatten(event, 1, counted)
+    if counted.total() > MOST_RELEASES:
+        raise PrivacyError(f"more than {MOST_RELEASES:.0e} releases are not priced, got {counted.total()}")
+    return tuple(sorted((leaf, count) for leaf, count in counted.items() if count > 0))
+
+
+def _is_private(leaves: Leaves) -> bool:
+    return all(leaf.kind != "nonprivate" for leaf, _ in leaves)
+
+
+def _grid_step(leaves: Leaves) -> float:
+    """A grid step, 1e-4 times a power of two: fine beside one release's loss, affordable over all of them."""
+    drift = sum(count * leaf.drift() for leaf, count in leaves)
+    reach = max(leaf.reach() for leaf, _ in leaves)
+    span = 2.0 * (drift + 12.0 * math.sqrt(2.0 * drift) + reach)
+    finest = min(FINEST_GRID, min(math.sqrt(2.0 * leaf.drift()) for leaf, _ in leaves) / 20.0)
+    wanted = max(finest, span / LARGEST_GRID, 2.0 * reach / LARGEST_ONE)
+    return float(FINEST_GRID * 2.0 ** math.floor(math.log2(wanted / FINEST_GRID) + 1e-9))
+
+
+def _distribution(leaves: Leaves, step: float, direction: Literal["up", "down"]) -> Any:
+    """The composed privacy loss distribution, every loss rounded in one direction on a grid of `step`."""
+    total = None
+    for leaf, count in leaves:
+        options: dict[str, Any] = {
+            "value_discretization_interval": step,
+            "pessimistic_estimate": direction == "up",
+            "use_connect_dots": direction == "up",
+        }
+        if leaf.kind == "laplace":
+            one = pld.from_laplace_mechanism(leaf.scale, sampling_prob=leaf.q, **options).self_compose(count)
+        elif leaf.q == 1.0:  # Gaussians compose exactly: the noise of all equals one with sigma / sqrt(count)
+            one = pld.from_gaussian_mechanism(leaf.scale / math.sqrt(count), **options)
+        else:
+            one = pld.from_gaussian_mechanism(leaf.scale, sampling_prob=leaf.q, **options).self_compose(count)
+        total = one if total is None else total.compose(one)
+    return total
+
+
+def _merged(leaves: Leaves) -> Leaves:
+    """All unsampled Gaussian releases as one: 1/sigma^2 adds up."""
+    whole = [(leaf, count) for leaf, count in leaves if leaf.kind == "gaussian" and leaf.q == 1]
+    rest = [pair for pair in leaves if pair not in whole]
+    information = sum(count * leaf.scale**-2 for leaf, count in whole)
+    if information > 0:
+        rest.append((Leaf("gaussian", information**-0.5, 1.0), 1))
+    return tuple(sorted(rest))
+
+
+def _upper(leaves: Leaves, delta: float, coarser: int) -> float:
+    if not leaves:
+        return 0.0
+    if not _is_private(leaves):
+        return math.inf
+    merged = _merged(leaves)
+    distribution = _distribution(merged, coarser * _grid_step(merged), "up")
+    return float(distribution.get_epsilon_for_delta(delta - SLACK))
+
+
+@lru_cache(maxsize=4096)
+def _bounds(leaves: Leaves, delta: float) -> Bounds:
+    if not leaves:
+        return Bounds(0.0, 0.0, 0.0)
+    if not _is_private(leaves):
+        return Bounds(math.inf, math.inf, math.inf)
+    merged = _merged(leaves)
+    upper = _upper(leaves, delta, 1)
+    down = _distribution(merged, _grid_step(merged), "down")
+    lower = min(float(down.get_epsilon_for_delta(delta + SLACK)), upper)
+    excess = (_upper(leaves, delta, 2) - upper) / 3.0  # connect-the-dots errs by the square of the grid step
+    estimate = min(max(upper - excess, lower), upper) if math.isfinite(excess) else upper
+    return Bounds(lower, estimate, upper)
+
+
+def epsilon_of(event: DpEvent, delta: float) -> Bounds:
+    """What an event costs at `delta`, for neighbours that differ by one unit.
+
+    Args:
+        event: Gaussian, Laplace, their Poisson-sampled forms, and compositions of these.
+        delta: 1e-10 <= delta < 1.
+
+    Returns:
+        Bounds on epsilon; all infinite if any part makes no promise, all zero if nothing was released.
+
+    Raises:
+        PrivacyError: The event holds something that this accountant cannot price.
+        ValueError: Delta out of bounds.
+    """
+    check_delta(delta)
+    return _bounds(leaves_of(event), delta)
+
+
+def noise_for(target: PrivacyTarget, event_of: Callable[[float], DpEvent]) -> float:
+    """The smallest noise multiplier whose event keeps a promise.
+
+    Guarantees:
+        * The upper bound on epsilon at sigma is at most the promised epsilon, and at least that minus 1e-3
+          (unless sigma is at its floor).
+
+    Args:
+        target: The promise.
+        event_of: The whole run's event as a function of sigma; more noise must cost less.
+
+    Returns:
+        Sigma, between 0.01 and 1e6.
+
+    Raises:
+        PrivacyError: No amount of noise in that range keeps the promise.
+    """
+    floor, roof = math.log(0.01), math.log(1e6)
+
+    def excess(log_sigma: float, coarser: int) -> float:
+        upper = _upper(leaves_of(event_of(math.exp(log_sigma))), target.delta, coarser)
+        return math.log(max(min(upper, 1e9), 1e-9) / target.epsilon)
+
+    low, high = 0.0, 0.0
+    while excess(high, COARSE) > 0:
+        low, high = high, high + 1.0
+        if high > roof:
+            raise PrivacyError(
+                f"no noise keeps epsilon {target.epsilon:g} at delta {target.delta:g}; "
+                "use fewer steps or a lower sampling rate"
+            )
+    while low == high or excess(low, COARSE) <= 0:
+        low = (high if low == high else low) - 1.0
+        if low < floor:
+            return math.exp(floor) if excess(floor, 1) <= 0 else math.exp(high)
+    safe = brentq(excess, low, high, args=(COARSE,), xtol=1e-4)
+    return _polish(lambda log_sigma: excess(log_sigma, 1), float(safe), target.epsilon)
+
+
+def _polish(excess: Callable[[float], float], start: float, epsilon: float) -> float:
+    """Secant steps on the fine grid until the cost lies within the tolerance, below the promise."""
+    aim = math.log1p(-0.4 * TOLERANCE / epsilon) if epsilon > TOLERANCE else math.log(0.8)
+    least = math.log1p(-TOLERANCE / epsilon) if epsilon > TOLERANCE else math.log(0.6)
+    here, gap, slope = start, excess(start), -1.3
+    for _ in range(12):
+        if least <= gap <= 0:
+            return math.exp(here)
+        there = here + (aim - gap) / slope
+        new_gap = excess(there)
+        if there != here and new_gap != gap:
+            slope = min((new_gap - gap) / (there - here), -0.05)
+        here, gap = there, new_gap
+    while gap > 0:  # a step of the grid fell between; give a little more noise than needed
+        here += 1e-3
+        gap = excess(here)
+    return math.exp(here)
+
+
+def success_ceiling(event: DpEvent, kappa: float) -> float:
+    """The best chance to name or rebuild one unit from everything released, by any attack whatever.
+
+    Args:
+        event: What was released.
+        kappa: The chance of success from prior knowledge alone, 0 < kappa < 1 (1/n for a gallery of n).
+
+    Returns:
+        The smallest e^eps * kappa + delta(eps) over all eps, in [kappa, 1]. One Gaussian step has the closed
+        form Phi(Phi^-1(kappa) + 1 / sigma).
+    """
+    if not 0 < kappa < 1:
+        raise ValueError(f"kappa must lie in (0, 1), got {kappa}")
+    leaves = leaves_of(event)
+    if not leaves:
+        return kappa
+    if not _is_private(leaves):
+        return 1.0
+    merged = _merged(leaves)
+    distribution = _distribution(merged, _grid_step(merged), "up")
+    low, high, ceiling = -20.0, -math.log(kappa), 1.0  # beyond `high` the first term alone exceeds 1
+    for _ in range(3):  # every eps gives a valid bound, so that a search can only end too high
+        epsilons = np.linspace(low, high, 65)
+        values = np.exp(epsilons) * kappa + np.asarray(distribution.get_delta_for_epsilon(epsilons))
+        best, gap = float(epsilons[int(np.argmin(values))]), float(epsilons[1] - epsilons[0])
+        low, high, ceiling = best - gap, best + gap, min(ceiling, float(np.min(values)))
+    return float(min(max(ceiling + SLACK, kappa), 1.0))
+
+
+def event_to_json(event: DpEvent) -> str:
+    """An event as canonical text for the ledger: its leaves and counts, sorted."""
+    rows = [{"kind": leaf.kind, "scale": leaf.scale, "q": leaf.q, "count": n} for leaf, n in leaves_of(event)]
+    return json.dumps(rows, sort_keys=True, separators=(",", ":"))
+
+
+def event_from_json(text: str) -> DpEvent:
+    """The event that `event_to_json` wrote; costs the same to the last bit.
+
+    Raises:
+        PrivacyError: The text is no such event.
+    """
+    try:
+        read = json.loads(text)
+        if not isinstance(read, list):
+            raise TypeError("a list of releases was expected")
+        rows = [(str(r["kind"]), float(r["scale"]), float(r["q"]), int(r["count"])) for r in read]
+    except (ValueError, TypeError, KeyError) as error:
+        raise PrivacyError(f"not an event: {text[:80]!r}") from error
+    parts: list[DpEvent] = []
+    for kind, scale, q, count in rows:
+        match kind:
+            case "gaussian":
+                one: DpEvent = GaussianDpEvent(scale)
+            case "laplace":
+                one = LaplaceDpEvent(scale)
+            case "nonprivate":
+                one = NonPrivateDpEvent()
+            case _:
+                raise PrivacyError(f'not an event: unknown kind "{kind}"')
+        sampled = one if q == 1.0 else PoissonSampledDpEvent(q, one)
+        parts.append(SelfComposedDpEvent(sampled, count))
+    event = compose(parts)
+    leaves_of(event)
+    return event

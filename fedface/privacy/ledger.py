@@ -1,0 +1,339 @@
+"""What this device's photos have paid so far: an append-only, hash-chained file on the device's own disk.
+
+Called from federation/device.py: a round is booked before it is computed, and its reply is kept, so that
+asking again gets the same bytes instead of a second release. A crash may waste budget, never overspend it.
+One ledger per library, for the library's whole life; every reading verifies the chain and fails closed.
+Source: SQLite with a rollback journal and synchronous=EXTRA (https://sqlite.org/pragma.html); the price
+composes all events at reading time, see privacy/accounting.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedface.errors import LedgerError, PolicyRefusal, PrivacyError
+from fedface.privacy.accounting import Bounds, compose, epsilon_of, event_from_json, event_to_json
+from fedface.privacy.mechanism import Event
+
+GENESIS = hashlib.sha256(b"fedface ledger 1").hexdigest()
+PATIENCE = 60.0  # seconds to wait for another process that is booking
+
+_SCHEMA = """
+CREATE TABLE entries (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    written TEXT NOT NULL, run TEXT NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL,
+    event TEXT NOT NULL, marks TEXT NOT NULL, parent TEXT NOT NULL, digest TEXT NOT NULL UNIQUE,
+    UNIQUE (run, round, attempt)
+);
+CREATE TABLE replies (
+    run TEXT PRIMARY KEY, round INTEGER NOT NULL, attempt INTEGER NOT NULL, body BLOB NOT NULL
+);
+CREATE TRIGGER entries_stay BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'append only'); END;
+CREATE TRIGGER entries_remain BEFORE DELETE ON entries BEGIN SELECT RAISE(ABORT, 'append only'); END;
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One booked release."""
+
+    number: int  # 1, 2, 3, ...
+    written: str  # UTC, ISO 8601
+    run: str  # which run asked
+    round: int  # which of its rounds, >= 0
+    attempt: int  # 1, or more if an earlier computation of the round was lost with its noise
+    event: str  # what was released, see accounting.event_to_json
+    marks: str  # canonical JSON: whatever identifies the release (model hash, clip norm, unit)
+    parent: str  # digest of the entry before
+    digest: str  # SHA-256 of all of the above
+
+    @staticmethod
+    def chained(
+        *, number: int, written: str, run: str, round: int, attempt: int, event: str, marks: str, parent: str
+    ) -> Entry:
+        """An entry whose digest is computed from what it says."""
+        said = json.dumps([number, written, run, round, attempt, event, marks, parent], separators=(",", ":"))
+        digest = hashlib.sha256(said.encode()).hexdigest()
+        return Entry(
+            number=number, written=written, run=run, round=round, attempt=attempt,
+            event=event, marks=marks, parent=parent, digest=digest,
+        )  # fmt: skip
+
+
+class Ledger:
+    """The book of one library. Safe to use from several threads and processes at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._head_path = path.with_name(path.name + ".head")
+
+    @staticmethod
+    def open(path: Path | str) -> Ledger:
+        """Open the ledger at `path`, or begin one where there is neither a ledger nor a trace of one.
+
+        Returns:
+            A ledger whose chain has been verified. Its file is readable by its owner alone, and so is its
+            folder if this call made it.
+
+        Raises:
+            LedgerError: The file is damaged, was rolled back or replaced, or has gone while its head remains.
+        """
+        ledger = Ledger(Path(path))
+        try:
+            ledger._begin()
+        except OSError as error:
+            raise LedgerError(f"cannot open the ledger {path}: {error}") from error
+        ledger.verify()
+        return ledger
+
+    def _begin(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not self._path.exists() and self._head_path.exists():
+            raise LedgerError(
+                f"the ledger {self._path} has gone but {self._head_path.name} remembers it; "
+                "restore it, or treat these photos as spent"
+            )
+        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
+        os.chmod(self._path, 0o600)
+        with self._transaction() as book:
+            if book.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+                if self._head_path.exists() and self._head_path.read_text().strip() != GENESIS:
+                    raise LedgerError(f"the ledger {self._path} was emptied; restore it from a backup")
+                for statement in _SCHEMA.split(";\n"):
+                    if statement.strip():
+                        book.execute(statement)
+        self._remember()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """One writer at a time; committed and on disk when the block ends without an exception."""
+        try:
+            book = sqlite3.connect(self._path, timeout=PATIENCE, isolation_level=None)
+        except sqlite3.Error as error:
+            raise LedgerError(f"cannot open the ledger {self._path}: {error}") from error
+        try:
+            book.execute("PRAGMA journal_mode = DELETE")
+            book.execute("PRAGMA synchronous = EXTRA")
+            book.execute("PRAGMA fullfsync = 1")
+            book.execute("BEGIN IMMEDIATE")
+            try:
+                yield book
+            except BaseException:
+                book.execute("ROLLBACK")
+                raise
+            book.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise LedgerError(f"the ledger {self._path} is damaged or locked: {error}") from error
+        finally:
+            book.close()
+
+    def _remember(self) -> None:
+        """Keep the chain's head beside the file, so that an older copy of the file is noticed.
+
+        Written after the booking is on disk: a crash between leaves an older head, which the chain contains;
+        a newer head than the chain can only mean that the chain was put back.
+        """
+        with self._transaction() as book:  # holds the lock, so that the newest head is the one that stays
+            entries = self._read(book)
+            head = entries[-1].digest if entries else GENESIS
+            draft = self._head_path.with_name(f"{self._head_path.name}.draft")
+            handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            try:
+                os.write(handle, f"{head}\n".encode())
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            os.replace(draft, self._head_path)
+
+    def _read(self, book: sqlite3.Connection) -> list[Entry]:
+        """All entries, oldest first, each checked against its own digest and its parent's."""
+        columns = "number, written, run, round, attempt, event, marks, parent, digest"
+        rows = book.execute(f"SELECT {columns} FROM entries ORDER BY number").fetchall()
+        entries, parent = [], GENESIS
+        for position, row in enumerate(rows, start=1):
+            number, written, run, round, attempt, event, marks, before, digest = row
+            entry = Entry.chained(
+                number=number, written=written, run=run, round=round, attempt=attempt,
+                event=event, marks=marks, parent=before,
+            )  # fmt: skip
+            if entry.digest != digest or before != parent or number != position:
+                raise LedgerError(f"the ledger {self._path} was altered: entry {position} does not add up")
+            entries.append(entry)
+            parent = digest
+        last = book.execute("SELECT seq FROM sqlite_sequence WHERE name = 'entries'").fetchone()
+        if (last[0] if last else 0) != len(entries):
+            raise LedgerError(f"the ledger {self._path} has lost entries; {len(entries)} remain")
+        head = self._head_path.read_text().strip() if self._head_path.exists() else GENESIS
+        if head != GENESIS and head not in {entry.digest for entry in entries}:
+            raise LedgerError(f"the ledger {self._path} was rolled back or replaced: it lacks its own head")
+        return entries
+
+    def verify(self) -> None:
+        """Check every entry, the chain and the head.
+
+        Raises:
+            LedgerError: The file was altered, shortened, rolled back or damaged.
+        """
+        self.entries()
+
+    def entries(self) -> list[Entry]:
+        """Everything ever booked, oldest first, verified."""
+        with self._transaction() as book:
+            return self._read(book)
+
+    def export(self) -> list[dict[str, str | int]]:
+        """The entries as plain dicts, for the owner to read or keep."""
+        return [asdict(entry) for entry in self.entries()]
+
+    def already(self, run: str, round: int) -> bool:
+        """Whether a round has been booked, whether or not its reply was kept."""
+        return any(entry.run == run and entry.round == round for entry in self.entries())
+
+    def rounds_booked(self, run: str) -> int:
+        """How many different rounds of a run have been booked."""
+        return len({entry.round for entry in self.entries() if entry.run == run})
+
+    def spent(self, delta: float) -> Bounds:
+        """What everything booked so far costs together, composed anew."""
+        return epsilon_of(_everything(self.entries()), delta)
+
+    def would_spend(self, event: Event, delta: float) -> Bounds:
+        """What everything booked so far and one more event would cost together."""
+        return epsilon_of(compose([_everything(self.entries()), event]), delta)
+
+    def book(self, event: Event, *, run: str, round: int, marks: Mapping[str, str] | None = None) -> Entry:
+        """Write down a release before it is computed; on disk when this returns.
+
+        A round whose reply has been kept is not booked again: its bytes are resent. A round that was booked
+        but whose reply was lost is booked once more: fresh noise on the same photos is a second release.
+
+        Args:
+            event: What will be released.
+            run: Which run asks. A round that releases two things needs two names: "r7", "r7/evaluation".
+            round: Which round, >= 0.
+            marks: What identifies the release, such as the model's hash.
+
+        Raises:
+            LedgerError: The ledger is damaged, or this round was answered for a different event or marks.
+        """
+        with self._transaction() as book:
+            entry = self._append(book, event, run, round, marks or {})
+        self._remember()
+        return entry
+
+    def book_within(
+        self,
+        event: Event,
+        budget: float,
+        delta: float,
+        *,
+        run: str,
+        round: int,
+        marks: Mapping[str, str] | None = None,
+    ) -> Entry:
+        """Book a release if everything then stays within a budget: price and booking in one transaction.
+
+        Args:
+            event: What will be released.
+            budget: The largest epsilon allowed for this library's whole life.
+            delta: Where epsilon is read.
+            run: Which run asks.
+            round: Which round, >= 0.
+            marks: What identifies the release.
+
+        Raises:
+            PolicyRefusal: The upper bound on everything together would exceed the budget.
+            LedgerError: As for `book`.
+        """
+        with self._transaction() as book:
+            entries = self._read(book)
+            answered = self._answered(book, run, round)
+            if answered is None:
+                before = _everything(entries)
+                after = epsilon_of(compose([before, event]), delta).upper
+                if after > budget:
+                    raise PolicyRefusal(
+                        f"round {round} of {run} asks for epsilon {epsilon_of(event, delta).upper:.3f}; "
+                        f"{epsilon_of(before, delta).upper:.3f} of {budget:g} is already spent "
+                        f"(together {after:.3f}, delta {delta:g}). "
+                        "Ask the owner of this device for a larger budget, or stop here."
+                    )
+            entry = self._append(book, event, run, round, marks or {})
+        self._remember()
+        return entry
+
+    def _answered(self, book: sqlite3.Connection, run: str, round: int) -> int | None:
+        """The attempt whose reply to this round has been kept, if any."""
+        found = book.execute("SELECT attempt FROM replies WHERE run = ? AND round = ?", (run, round))
+        row = found.fetchone()
+        return None if row is None else int(row[0])
+
+    def _append(
+        self, book: sqlite3.Connection, event: Event, run: str, round: int, marks: Mapping[str, str]
+    ) -> Entry:
+        if round < 0:
+            raise ValueError(f"round must be >= 0, got {round}")
+        said = event_to_json(event)
+        noted = json.dumps(dict(marks), sort_keys=True, separators=(",", ":"))
+        entries = self._read(book)
+        same = [entry for entry in entries if entry.run == run and entry.round == round]
+        answered = self._answered(book, run, round)
+        if answered is not None:
+            kept = next((entry for entry in same if entry.attempt == answered), None)
+            if kept is None:
+                raise LedgerError(f"the ledger {self._path} keeps a reply to round {round}, never booked")
+            if (kept.event, kept.marks) != (said, noted):
+                raise LedgerError(f"round {round} of {run} was answered already, for a different release")
+            return kept
+        entry = Entry.chained(
+            number=len(entries) + 1,
+            written=datetime.now(UTC).isoformat(timespec="seconds"),
+            run=run,
+            round=round,
+            attempt=len(same) + 1,
+            event=said,
+            marks=noted,
+            parent=entries[-1].digest if entries else GENESIS,
+        )
+        book.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", tuple(asdict(entry).values()))
+        return entry
+
+    def store_reply(self, run: str, round: int, body: bytes) -> None:
+        """Keep the bytes that answer a booked round; the run's reply before is dropped.
+
+        Raises:
+            LedgerError: The round was never booked, or has a different reply already.
+        """
+        with self._transaction() as book:
+            same = [entry for entry in self._read(book) if entry.run == run and entry.round == round]
+            if not same:
+                raise LedgerError(f"round {round} of {run} was never booked; nothing may be sent")
+            before = book.execute("SELECT round, body FROM replies WHERE run = ?", (run,)).fetchone()
+            if before is not None and before[0] == round and before[1] != body:
+                raise LedgerError(f"round {round} of {run} was answered already; send the kept reply")
+            book.execute(
+                "INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", (run, round, same[-1].attempt, body)
+            )
+
+    def stored_reply(self, run: str, round: int) -> bytes | None:
+        """The bytes that answered this round; None if it was never answered or they were replaced since."""
+        with self._transaction() as book:
+            self._read(book)
+            found = book.execute("SELECT body FROM replies WHERE run = ? AND round = ?", (run, round))
+            row = found.fetchone()
+        return None if row is None else bytes(row[0])
+
+
+def _everything(entries: list[Entry]) -> Event:
+    try:
+        return compose(event_from_json(entry.event) for entry in entries)
+    except PrivacyError as error:
+        raise LedgerError(f"the ledger holds an event that cannot be priced: {error}") from error

@@ -1,0 +1,122 @@
+"""The Gaussian mechanism: clip vectors, add noise to their sum, and name what that costs.
+
+Called from training/private_steps.py (one vector per photo) and aggregation/ (one vector per device). One
+object, two readers: the numbers that clip and noise are the numbers that the accountant prices.
+Source: Dwork & Roth (2014), Theorem A.1; Balle & Wang (2018), arXiv:1805.06530; sampling as in Abadi et al.
+(2016), arXiv:1607.00133.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from dp_accounting import (
+    DpEvent,
+    GaussianDpEvent,
+    NonPrivateDpEvent,
+    PoissonSampledDpEvent,
+    SelfComposedDpEvent,
+)
+from torch import Tensor
+
+from fedface.randomness import SecretNoise
+from fedface.shapes import Vector
+
+Event = DpEvent  # what was released; the name by which other rooms know dp_accounting's record
+
+
+def check_clip_norm(clip_norm: float) -> None:
+    """Raise ValueError unless a clip norm is finite and above 0."""
+    if not (clip_norm > 0 and math.isfinite(clip_norm)):
+        raise ValueError(f"clip_norm must be a finite number above 0, got {clip_norm}")
+
+
+def check_sigma(sigma: float) -> None:
+    """Raise ValueError unless a noise multiplier is finite and above 0."""
+    if not (sigma > 0 and math.isfinite(sigma)):
+        raise ValueError(f"sigma must be a finite number above 0, got {sigma}; no noise is NoPromise")
+
+
+def clipped(update: Vector, clip_norm: float) -> Vector:
+    """Scale a vector down so that its Euclidean length is at most `clip_norm`.
+
+    Guarantees:
+        * `norm(result) <= clip_norm`, up to one float32 rounding.
+        * A vector with a non-finite entry, or whose length overflows float32, becomes zero.
+
+    Args:
+        update: Shape (d,), in weight units.
+        clip_norm: The longest length allowed, > 0.
+
+    Returns:
+        The same direction, shape (d,). A zero vector stays zero.
+    """
+    length = update.norm()
+    if not bool(torch.isfinite(length)):
+        return torch.zeros_like(update)
+    scale: Tensor = (clip_norm / length).clamp(max=1.0)
+    return update * scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianSum:
+    """A sum of clipped vectors plus normal noise of standard deviation `sigma * clip_norm` per coordinate."""
+
+    clip_norm: float  # longest one unit's vector can be, > 0, in weight units
+    sigma: float  # noise multiplier: noise standard deviation / clip norm, > 0
+
+    def __post_init__(self) -> None:
+        check_clip_norm(self.clip_norm)
+        check_sigma(self.sigma)
+
+    def clip(self, update: Vector) -> Vector:
+        """One unit's vector (d,), scaled down to length `clip_norm` at most; zero if not finite."""
+        return clipped(update, self.clip_norm)
+
+    def noise(self, total: Vector, secret: SecretNoise) -> Vector:
+        """The sum (d,) with fresh normal noise added once; never call it twice on one booking."""
+        return total + self.sigma * self.clip_norm * secret.normals(total.numel()).reshape(total.shape)
+
+    def event(self) -> DpEvent:
+        """What one noised sum releases about one unit, with everyone taking part for certain."""
+        return GaussianDpEvent(self.sigma)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClippedSum:
+    """A sum of clipped vectors without noise: nothing is promised. The mechanism of `NoPromise`."""
+
+    clip_norm: float  # longest one unit's vector can be, > 0, in weight units
+
+    def __post_init__(self) -> None:
+        check_clip_norm(self.clip_norm)
+
+    def clip(self, update: Vector) -> Vector:
+        """One unit's vector (d,), scaled down to length `clip_norm` at most; zero if not finite."""
+        return clipped(update, self.clip_norm)
+
+    def event(self) -> DpEvent:
+        """The event whose epsilon is infinite."""
+        return NonPrivateDpEvent()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledGaussian:
+    """Steps of DP-SGD: each unit joins each step by its own coin, then the Gaussian sum is released."""
+
+    sampling_rate: float  # q, the coin's probability, 0 < q <= 1; a public constant
+    sum: GaussianSum  # what each step releases
+    steps: int  # how many steps, >= 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sampling_rate <= 1:
+            raise ValueError(f"sampling_rate must lie in (0, 1], got {self.sampling_rate}")
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+
+    def event(self) -> DpEvent:
+        """What all steps together release about one unit, if the coins stay secret."""
+        step = PoissonSampledDpEvent(self.sampling_rate, self.sum.event())
+        return SelfComposedDpEvent(step, self.steps)

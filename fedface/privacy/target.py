@@ -1,0 +1,52 @@
+"""The promise that the owner of a photo gets, as a value that is checked once.
+
+Called from experiment.py (the recipe), privacy/plan.py and clients. A promise is either a target (epsilon,
+delta, unit) or, chosen by name and never by default, no promise at all: a baseline that shows what it costs.
+Source: Dwork & Roth (2014), "The Algorithmic Foundations of Differential Privacy", Definition 2.4.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+SMALLEST_DELTA = 1e-10  # below this the accountant's floating-point slack would matter
+
+
+def check_delta(delta: float) -> None:
+    """Raise ValueError unless delta is a number that the accountant can price."""
+    if not SMALLEST_DELTA <= delta < 1:
+        raise ValueError(f"delta must lie in [{SMALLEST_DELTA:g}, 1), got {delta}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyTarget:
+    """At most epsilon of privacy loss for one unit over the whole run, except with probability about delta.
+
+    Two data sets are neighbours if one has one unit more than the other (add or remove one).
+
+    Raises:
+        ValueError: A number outside its bounds, or a unit that no mechanism here covers.
+    """
+
+    epsilon: float  # upper bound on privacy loss, > 0, finite; what is not bounded is called NoPromise
+    delta: float  # 1e-10 <= delta < 1; choose well below 1 / number of units
+    unit: Literal["photo"] = "photo"  # what one promise covers; "occasion" and "library" will come
+
+    def __post_init__(self) -> None:
+        if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
+            raise ValueError(
+                f"epsilon must be a finite number above 0, got {self.epsilon}; an unbounded one is NoPromise"
+            )
+        check_delta(self.delta)
+        if self.unit != "photo":
+            raise ValueError(f'unit must be "photo", got "{self.unit}"')
+
+
+@dataclass(frozen=True)
+class NoPromise:
+    """Epsilon is infinite. For baselines on photos whose owners know; devices refuse it by default."""
+
+
+Promise = PrivacyTarget | NoPromise

@@ -1,0 +1,365 @@
+"""One self-contained HTML page about a run, for a person: no network, light or dark, phone or paper.
+
+Called by the coordinator at the end of a run and by `fedface report`. The words come from reports.wording,
+the charts from reports.figures, the layout from page.html beside this file. Everything that a device or a
+YAML file wrote is escaped by the template; only our own charts enter as markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from fedface.errors import RunError
+from fedface.reports import figures, wording
+from fedface.reports.run import BiasRecord, Epsilon, Figure, Interval, NotMeasured, PlanRecord, RunRecord
+
+FILE = "report.html"
+TEMPLATE = Path(__file__).with_name("page.html")
+SHOWN = ("skin_difference", "monk_shift", "same_half", "misfit")  # the rest is one click away
+
+# One skin colour per tone bin, from the published Monk swatches: a hint beside a name, never data.
+TONE_COLORS = {
+    "very light": "#f3e7db",
+    "light": "#d7bd96",
+    "intermediate": "#bf9a72",
+    "tan": "#a07e56",
+    "brown": "#825c43",
+    "dark": "#3a312a",
+}
+SOURCE_COLORS = {"devices": figures.DEVICES, "before": figures.BEFORE, "after": figures.AFTER}
+THEMED = {
+    figures.INK: "var(--ink)",
+    figures.FAINT: "var(--line)",
+    figures.BEFORE: "var(--before)",
+    figures.AFTER: "var(--after)",
+    figures.DEVICES: "var(--devices)",
+    figures.LIMIT: "var(--limit)",
+}
+SVG_FONT = re.compile(r"font: ([0-9.]+px) [^;\"]*")
+SVG_ID = re.compile(r' id="(?![mp][0-9a-f]{8,})[^"]*"')
+
+
+def render(record: RunRecord, folder: Path) -> str:
+    """The page as HTML text.
+
+    Args:
+        record: What happened.
+        folder: Where the record's pictures lie; one that is missing is named, not hidden.
+    """
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(
+        figure=wording.figure,
+        epsilon=wording.epsilon,
+        number=wording.number,
+        constant=wording.constant,
+        size=wording.size,
+        seconds=wording.seconds,
+        percent=wording.percent,
+    )
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(
+        record=record,
+        answer=wording.answer(record),
+        when=_when(record),
+        tiles=_tiles(record),
+        plan=record.plan if isinstance(record.plan, PlanRecord) else None,
+        promise=wording.promise(record.plan),
+        meaning=_meaning(record),
+        spent=wording.epsilon(wording.spent(record)),
+        turnout=_turnout(record),
+        refusals=_refusals(record),
+        curves=_curves(record),
+        faces=_pictures(record, folder, "faces"),
+        more=_pictures(record, folder, "more"),
+        attack_pictures=_pictures(record, folder, "attacks"),
+        bias=_bias(record),
+        tones=_tones(record),
+        attacks=_attacks(record),
+        attack_sentences=[wording.attack_sentence(attack) for attack in record.attacks],
+        not_tested=list(dict.fromkeys(item for attack in record.attacks for item in attack.not_tested)),
+        experiment=json.dumps(record.experiment, indent=2, ensure_ascii=False),
+    )
+
+
+def write(record: RunRecord, folder: Path) -> Path:
+    """Render the page into the run's folder and say where it lies."""
+    path = folder / FILE
+    path.write_text(render(record, folder), encoding="utf-8")
+    return path
+
+
+def themed(svg: bytes, name: str, alt: str) -> Markup:
+    """One of our charts as inline markup: named for screen readers, in the page's font and colours.
+
+    Args:
+        svg: From reports.figures.
+        name: Unique on the page; its ids get this prefix.
+        alt: What the chart shows, escaped here.
+    """
+    text = svg.decode("utf-8")
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = SVG_ID.sub("", text)
+    text = re.sub(r'id="([mp][0-9a-f]+)"', rf'id="{name}-\1"', text)
+    text = text.replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
+    text = SVG_FONT.sub(r"font-size: \1", text)
+    for color, variable in THEMED.items():
+        text = text.replace(color, variable)
+    text = re.sub(r' (?:width|height)="[0-9.]+pt"', "", text, count=2)
+    label = Markup.escape(alt)
+    return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
+
+
+def _when(record: RunRecord) -> str:
+    started = datetime.fromisoformat(record.started)
+    lasted = (datetime.fromisoformat(record.finished) - started).total_seconds()
+    return f"{started.day} {started:%B %Y, %H:%M} UTC, {wording.seconds(max(lasted, 0.0))}"
+
+
+def _meaning(record: RunRecord) -> str:
+    cost = wording.spent(record)
+    if isinstance(record.plan, PlanRecord) and isinstance(cost, Epsilon):
+        return wording.meaning(cost)
+    return ""
+
+
+def _tiles(record: RunRecord) -> list[dict[str, str]]:
+    tiles = []
+    cost = wording.spent(record)
+    if isinstance(cost, Epsilon):
+        text = f"epsilon at most, at delta {wording.constant(cost.delta)}, per {cost.unit}"
+        tiles.append({"value": wording.number(cost.upper), "text": text})
+    else:
+        tiles.append({"value": "no bound", "text": "on what a photo's owner loses"})
+    leading = wording.leading_gap(record)
+    if not isinstance(leading, NotMeasured):
+        measure, before, after = leading
+        if isinstance(before.difference, Interval) and isinstance(after.difference, Interval):
+            was, now = abs(before.difference.estimate), abs(after.difference.estimate)
+            text = f"gap between tone groups, {wording.title_of(measure)}, {wording.unit_of(measure)}"
+            tiles.append({"value": f"{wording.number(was)} → {wording.number(now)}", "text": text})
+    if record.rounds:
+        answered = sum(len(entry.answered) for entry in record.rounds)
+        sent = sum(entry.bytes_up for entry in record.rounds)
+        if answered:
+            value = wording.size(sent / answered)
+            tiles.append({"value": value, "text": "sent by one device in one round"})
+    gains = [(a.gain.estimate, a.defence) for a in record.attacks if isinstance(a.gain, Interval)]
+    if gains:
+        value = " → ".join(wording.signed(gain) for gain, _ in gains)
+        text = f"attack beyond guessing: {' → '.join(defence for _, defence in gains)}"
+        tiles.append({"value": f"{value} dB", "text": text})
+    return tiles
+
+
+def _turnout(record: RunRecord) -> list[dict[str, str]]:
+    total = len(record.rounds)
+    rows = []
+    for device in record.devices:
+        answered = sum(device.id in entry.answered for entry in record.rounds)
+        match device.photos:
+            case int():
+                photos = f"{device.photos:,}"
+            case NotMeasured(not_measured=reason):
+                photos = f"not told: {reason}"
+        rounds = f"{answered} of {total}"
+        rows.append({"id": device.id, "text": device.description, "photos": photos, "rounds": rounds})
+    return rows
+
+
+def _refusals(record: RunRecord) -> list[str]:
+    said: dict[tuple[str, str, str], list[int]] = {}
+    for entry in record.rounds:
+        for kind, list_of in (("said no", entry.refusals), ("was dropped", entry.dropped)):
+            for refusal in list_of:
+                said.setdefault((refusal.device, kind, refusal.reason), []).append(entry.round)
+    return [f"{who} {kind} in {_span(rounds)}: {why}" for (who, kind, why), rounds in said.items()]
+
+
+def _span(rounds: Sequence[int]) -> str:
+    if len(rounds) == 1:
+        return f"round {rounds[0]}"
+    if list(rounds) == list(range(rounds[0], rounds[-1] + 1)):
+        return f"rounds {rounds[0]} to {rounds[-1]}"
+    return f"rounds {', '.join(str(number) for number in rounds)}"
+
+
+def _series(points: Iterable[tuple[float, Figure]], label: str, color: str) -> figures.Series:
+    known = [(at, value) for at, value in points if isinstance(value, Interval)]
+    return figures.Series(
+        label=label,
+        color=color,
+        at=tuple(at for at, _ in known),
+        estimate=tuple(value.estimate for _, value in known),
+        low=tuple(value.low for _, value in known),
+        high=tuple(value.high for _, value in known),
+    )
+
+
+def _curves(record: RunRecord) -> list[dict[str, Markup | str]]:
+    missing = NotMeasured(not_measured="the probe did not ask for it")
+    names = list(dict.fromkeys([*record.figures_before, *(n for r in record.rounds for n in r.figures)]))
+    charts: list[dict[str, Markup | str]] = []
+    for index, name in enumerate(names):
+        title, unit, from_zero = wording.PROBE_FIGURES.get(name, (name.replace("_", " "), "", False))
+        points = [(0.0, record.figures_before.get(name, missing))]
+        points += [(float(entry.round), entry.figures.get(name, missing)) for entry in record.rounds]
+        line = _series(points, title, figures.AFTER)
+        if not line.at:
+            reasons = [value.not_measured for _, value in points if isinstance(value, NotMeasured)]
+            charts.append({"title": title, "unit": unit, "svg": f"not measured: {reasons[-1]}"})
+            continue
+        first, last = wording.number(line.estimate[0]), wording.number(line.estimate[-1])
+        alt = f"{title} by round: from {first} to {last}"
+        svg = themed(figures.curve([line], from_zero=from_zero), f"curve{index}", alt)
+        charts.append({"title": title, "unit": unit, "svg": svg})
+    charts.append(_epsilon_curve(record))
+    return charts
+
+
+def _epsilon_curve(record: RunRecord) -> dict[str, Markup | str]:
+    title = "Privacy spent"
+    known = [(entry.round, entry.epsilon) for entry in record.rounds if isinstance(entry.epsilon, Epsilon)]
+    if not known:
+        return {"title": title, "unit": "", "svg": wording.epsilon(wording.spent(record))}
+    line = figures.Series(
+        label=title,
+        color=figures.AFTER,
+        at=(0.0, *(float(at) for at, _ in known)),
+        estimate=(0.0, *(value.estimate for _, value in known)),
+        low=(0.0, *(value.lower for _, value in known)),
+        high=(0.0, *(value.upper for _, value in known)),
+    )
+    limit = record.plan.target_epsilon if isinstance(record.plan, PlanRecord) else None
+    last = known[-1][1]
+    alt = f"Epsilon by round, up to {wording.number(last.estimate)}"
+    unit = f"epsilon at delta {wording.constant(last.delta)} per {last.unit}"
+    if limit is not None:
+        unit += "; dashed: the promise"
+    svg = themed(figures.curve([line], limit=limit, from_zero=True), "epsilon", alt)
+    return {"title": title, "unit": unit, "svg": svg}
+
+
+def _pictures(record: RunRecord, folder: Path, section: str) -> list[dict[str, str]]:
+    shown = []
+    for picture in record.pictures.values():
+        if picture.section != section:
+            continue
+        kind = "png" if picture.file.endswith(".png") else "jpeg"
+        try:
+            content = base64.b64encode((folder / picture.file).read_bytes()).decode("ascii")
+            source = f"data:image/{kind};base64,{content}"
+        except FileNotFoundError:
+            source = ""
+        shown.append({"source": source, "file": picture.file, "caption": picture.caption, "alt": picture.alt})
+    return shown
+
+
+def _bias(record: RunRecord) -> dict[str, object]:
+    audits = [
+        (label, audit, color)
+        for label, audit, color in (
+            ("before", record.bias_before, figures.BEFORE),
+            ("after", record.bias_after, figures.AFTER),
+        )
+        if isinstance(audit, BiasRecord)
+    ]
+    missing = [
+        f"{label}: not measured: {audit.not_measured}"
+        for label, audit in (("Before", record.bias_before), ("After", record.bias_after))
+        if isinstance(audit, NotMeasured)
+    ]
+    groups = list(dict.fromkeys(group.group for _, audit, _ in audits for group in audit.groups))
+    measures = list(dict.fromkeys(name for _, audit, _ in audits for g in audit.groups for name in g.figures))
+    main = [name for name in SHOWN if name in measures] or measures[:4]
+    rest = [name for name in measures if name not in main]
+    return {
+        "audits": [{"label": label, "audit": audit} for label, audit, _ in audits],
+        "missing": missing,
+        "charts": [_dots(audits, groups, name, f"dots{index}") for index, name in enumerate(main)],
+        "other_charts": [_dots(audits, groups, name, f"more{index}") for index, name in enumerate(rest)],
+        "main": _bias_table(audits, groups, main[:3]),
+        "full": _bias_table(audits, groups, measures),
+        "gaps": [
+            {"label": label, "text": wording.gap_sentence(gap, name)}
+            for label, audit, _ in audits
+            for name, gap in audit.gaps.items()
+        ],
+    }
+
+
+def _dots(
+    audits: Sequence[tuple[str, BiasRecord, str]], groups: Sequence[str], measure: str, name: str
+) -> dict[str, Markup | str]:
+    series = []
+    for label, audit, color in audits:
+        served = [group for group in audit.groups if measure in group.figures]
+        points = [(float(groups.index(group.group)), group.figures[measure]) for group in served]
+        series.append(_series(points, label, color))
+    title = wording.title_of(measure)
+    chart = figures.group_dots(groups, series, unit=wording.unit_of(measure))
+    return {"title": title, "svg": themed(chart, name, f"{title} by tone group")}
+
+
+def _bias_table(
+    audits: Sequence[tuple[str, BiasRecord, str]], groups: Sequence[str], measures: Sequence[str]
+) -> dict[str, object]:
+    absent = NotMeasured(not_measured="too few photos of this group")
+    rows = []
+    for name in groups:
+        lines = []
+        for label, audit, _ in audits:
+            found = next((group for group in audit.groups if group.group == name), None)
+            values = found.figures if found else {}
+            cells = [_cell(values.get(measure, absent), found.count if found else 0) for measure in measures]
+            lines.append({"label": label, "count": found.count if found else 0, "cells": cells})
+        rows.append({"group": name, "color": TONE_COLORS.get(name, ""), "lines": lines})
+    heads = [(wording.title_of(name), wording.unit_of(name)) for name in measures]
+    return {"heads": heads, "rows": rows}
+
+
+def _cell(value: Figure, count: int) -> tuple[str, str]:
+    """A number and its interval; n only where it is not the group's own count."""
+    match value:
+        case Interval(count=n):
+            estimate, ends = wording.interval(value)
+            return estimate, ends if n == count else f"{ends}, n = {n:,}"
+        case NotMeasured(not_measured=reason):
+            return "not measured", reason
+
+
+def _attacks(record: RunRecord) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    for attack in record.attacks:
+        values = (attack.psnr, attack.baseline_psnr, attack.ssim, attack.baseline_ssim, attack.gallery)
+        chance = f"{wording.percent(1 / attack.gallery_size)} · {wording.percent(attack.gallery_ceiling)}"
+        rows.append({"defence": attack.defence, "cells": [_cell(value, 0) for value in values], "chance": chance})
+    return rows
+
+
+def _tones(record: RunRecord) -> dict[str, object]:
+    if not record.tones:
+        return {"svg": "", "legend": []}
+    groups = record.tones[0].groups
+    for tone in record.tones:
+        if tone.groups != groups:
+            raise RunError(f"tones: expected the groups {list(groups)} everywhere, got {list(tone.groups)}")
+    bars, legend = [], []
+    for tone in record.tones:
+        total = sum(tone.counts)
+        count = f" (n = {total:,})" if total else ": not measured: no face was counted"
+        text = f"{tone.label}{count}"
+        legend.append({"color": THEMED[SOURCE_COLORS[tone.source]], "text": text})
+        bars.append((SOURCE_COLORS[tone.source], [count / max(1, total) for count in tone.counts]))
+    chart = figures.tone_bars(groups, bars)
+    return {"svg": themed(chart, "tones", "Skin tone of samples by tone group"), "legend": legend}

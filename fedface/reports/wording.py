@@ -1,0 +1,256 @@
+"""Numbers into words: how a report writes an interval, an epsilon, a size, and its short answer.
+
+Called by reports.page and reports.card, so that both say the same. Nothing here computes a result.
+"""
+
+from __future__ import annotations
+
+import math
+
+from fedface.audits.bias import MEASURES
+from fedface.reports.run import (
+    AttackRecord,
+    BiasRecord,
+    Epsilon,
+    Figure,
+    GapRecord,
+    Interval,
+    NoPromise,
+    NotMeasured,
+    PlanRecord,
+    RunRecord,
+)
+
+# What the probe says after each round: name -> (title, unit, whether zero belongs on the axis).
+PROBE_FIGURES = {
+    "distance": ("Distance to held-out faces", "Fréchet distance, lower is closer", True),
+    "monk": ("Skin tone of samples", "mean Monk step, 1 light to 10 dark", False),
+    "dark_share": ("Share of darker samples", "share of samples", True),
+}
+SPACE = "\N{NO-BREAK SPACE}"  # between a number and its unit
+LEADING = ("skin_difference", "same_half", "same_tone_bin", "monk_shift", "ita_shift", "misfit")
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A number to read: three significant digits, no exponent from 0.0001 to a million, a true minus sign."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if not 1e-4 <= size < 1e6:
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        short = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+        return f"{short}e{int(exponent)}".replace("-", "−")
+    places = max(0, digits - 1 - math.floor(math.log10(size)))
+    return f"{value:,.{places}f}".replace("-", "−")
+
+
+def constant(value: float) -> str:
+    """A number that somebody chose, as they would write it: no zeros at its end."""
+    return f"{value:g}".replace("e-0", "e-").replace("-", "−")
+
+
+def signed(value: float) -> str:
+    """A difference in dB to read, with its sign and one place."""
+    return f"{value:+.1f}".replace("-", "−")
+
+
+def interval(value: Interval) -> tuple[str, str]:
+    """The estimate and `[low, high]`, with as many places as leave two digits to half the interval's width."""
+    half = (value.high - value.low) / 2
+    if not 1e-6 <= half < 1e6:
+        return number(value.estimate), f"[{number(value.low)}, {number(value.high)}]"
+    places = max(0, 1 - math.floor(math.log10(half)))
+    texts = [f"{end:,.{places}f}".replace("-", "−") for end in (value.estimate, value.low, value.high)]
+    return texts[0], f"[{texts[1]}, {texts[2]}]"
+
+
+def figure(value: Figure) -> str:
+    """`3.21 [2.80, 3.70], n = 60`, or `not measured: why`."""
+    match value:
+        case Interval(count=count):
+            estimate, ends = interval(value)
+            return f"{estimate} {ends}, n = {count:,}"
+        case NotMeasured(not_measured=reason):
+            return f"not measured: {reason}"
+
+
+def epsilon(value: Epsilon | NotMeasured) -> str:
+    """`epsilon 7.91 (between 7.89 and 7.93) at delta 1e-5 per photo`, or `not measured: why`."""
+    match value:
+        case Epsilon(lower=lower, estimate=estimate, upper=upper, delta=delta, unit=unit):
+            bounds = f"(between {number(lower)} and {number(upper)})"
+            return f"epsilon {number(estimate)} {bounds} at delta {constant(delta)} per {unit}"
+        case NotMeasured(not_measured=reason):
+            return f"not measured: {reason}"
+
+
+def size(count: float) -> str:
+    """Bytes to read, in powers of a thousand."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{number(count / scale)}{SPACE}{unit}"
+    return f"{count:.0f}{SPACE}bytes"
+
+
+def seconds(value: float) -> str:
+    """A duration to read, from milliseconds to hours."""
+    if value < 1:
+        return f"{number(value * 1000, 2)}{SPACE}ms"
+    if value < 120:
+        return f"{number(value)}{SPACE}s"
+    minutes, rest = divmod(round(value), 60)
+    if minutes < 120:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def percent(share: float) -> str:
+    """A share in percent; close to all is not rounded up to all."""
+    if share >= 1:
+        return f"100{SPACE}%"
+    if share < 0.99:
+        return f"{number(100 * share, 2)}{SPACE}%"
+    places = min(12, max(0, -2 - math.floor(math.log10(1 - share))))
+    return f"{math.floor(100 * share * 10**places) / 10**places:.{places}f}{SPACE}%"
+
+
+def one_in(probability: float) -> str:
+    """A small probability to read: `1 in 100,000`."""
+    return f"1 in {round(1 / probability):,}"
+
+
+def title_of(measure: str) -> str:
+    """The title of a measure of bias, in the words of the audit."""
+    return MEASURES[measure].title if measure in MEASURES else measure.replace("_", " ")
+
+
+def unit_of(measure: str) -> str:
+    """The unit of a measure of bias."""
+    return MEASURES[measure].unit if measure in MEASURES else "units not named"
+
+
+def meaning(value: Epsilon) -> str:
+    """What an epsilon promises, as a bet about one unit: from one half to e^epsilon / (1 + e^epsilon)."""
+    sure = 1.0 / (1.0 + math.exp(-value.upper))
+    sentence = (
+        "Somebody who sees everything that ever leaves a device, and who holds it for an even bet that one "
+        f"{value.unit} was among those used, can afterwards be at most {percent(sure)} sure; the promise may "
+        f"fail with a probability of about {one_in(value.delta)}."
+    )
+    if sure > 0.9:
+        sentence += " Taken alone that is a weak bound; the attacks in this report test the noise behind it."
+    return sentence
+
+
+def promise(plan: PlanRecord | NoPromise) -> str:
+    """The promise in one sentence."""
+    match plan:
+        case PlanRecord(promise=words):
+            return words
+        case NoPromise(no_promise=reason):
+            return f"No promise: {reason}"
+
+
+def spent(record: RunRecord) -> Epsilon | NotMeasured:
+    """The privacy loss after the last round."""
+    if not record.rounds:
+        return NotMeasured(not_measured="no round was run")
+    return record.rounds[-1].epsilon
+
+
+def leading_gap(record: RunRecord) -> tuple[str, GapRecord, GapRecord] | NotMeasured:
+    """The measure that the short answer speaks of, with its gap before and after.
+
+    The first of a fixed order that both audits compared, so that nobody can pick the kindest one.
+    """
+    match record.bias_before, record.bias_after:
+        case (BiasRecord(gaps=before), BiasRecord(gaps=after)):
+            for name in (*LEADING, *before):
+                if name in before and name in after:
+                    return name, before[name], after[name]
+            return NotMeasured(not_measured="no two groups had enough photos to be compared")
+        case (NotMeasured() as missing, _) | (_, NotMeasured() as missing):
+            return missing
+    return NotMeasured(not_measured="there was no audit")
+
+
+def answer(record: RunRecord) -> list[str]:
+    """The short answer, in two or three sentences made of the record's numbers alone."""
+    return [_gap_answer(record), *_quality_answer(record), _cost_answer(record)]
+
+
+def gap_sentence(gap: GapRecord, measure: str) -> str:
+    """Who is served worse than whom by one measure."""
+    title = title_of(measure)
+    match gap.difference:
+        case Interval(low=low, high=high) if low <= 0 <= high:
+            return f"By {title}, no gap between groups is clear: {figure(gap.difference)}."
+        case Interval():
+            values = f"{figure(gap.difference)} {unit_of(measure)}"
+            return f"Served worse by {title}: {gap.worst}, compared with {gap.best}; gap {values}."
+        case NotMeasured(not_measured=reason):
+            return f"By {title}, the gap between groups was not measured: {reason}."
+
+
+def attack_sentence(attack: AttackRecord) -> str:
+    """What one attack achieved beyond guessing."""
+    match attack.gain:
+        case Interval(low=low, high=high) as gain:
+            verdict = "more than" if low > 0 else "less than" if high < 0 else "about as much as"
+            start = f"With {attack.defence}, the attack recovered {verdict} a guess without the update"
+            return f"{start}: {_gain(gain)}."
+        case NotMeasured(not_measured=reason):
+            return f"With {attack.defence}, what the attack recovered was not measured: {reason}."
+
+
+def _gain(gain: Interval) -> str:
+    return f"{signed(gain.estimate)} dB [{signed(gain.low)}, {signed(gain.high)}] (n = {gain.count})"
+
+
+def _gap_answer(record: RunRecord) -> str:
+    leading = leading_gap(record)
+    if isinstance(leading, NotMeasured):
+        return f"Whom the result serves worse was not measured: {leading.not_measured}."
+    measure, before, after = leading
+    title = title_of(measure)
+    match before.difference, after.difference:
+        case (Interval() as old, Interval() as new):
+            was, now = abs(old.estimate), abs(new.estimate)
+            change = f"from {number(was)} to {number(now)} {unit_of(measure)}"
+            start = f"The gap between the worst and the best served tone group in {title}"
+            if max(old.low, new.low) > min(old.high, new.high):
+                return f"{start} {'shrank' if now < was else 'grew'} {change}."
+            return f"{start} went {change}, but the intervals overlap: no change is shown."
+        case (NotMeasured(not_measured=reason), _) | (_, NotMeasured(not_measured=reason)):
+            return f"The gap between tone groups in {title} was not measured: {reason}."
+    return f"The gap between tone groups in {title} was not measured."
+
+
+def _quality_answer(record: RunRecord) -> list[str]:
+    before = record.figures_before.get("distance")
+    after = record.rounds[-1].figures.get("distance") if record.rounds else None
+    if not isinstance(before, Interval) or not isinstance(after, Interval):
+        return []
+    verb = "fell" if after.estimate < before.estimate else "rose"
+    text = f"The distance to held-out faces {verb} from {number(before.estimate)} to {number(after.estimate)}"
+    return [f"{text} in {_rounds(len(record.rounds))} on {_devices(len(record.devices))}."]
+
+
+def _cost_answer(record: RunRecord) -> str:
+    if isinstance(record.plan, NoPromise):
+        return f"It makes no privacy promise: {record.plan.no_promise}"
+    cost = spent(record)
+    if isinstance(cost, NotMeasured):
+        return f"What it cost in privacy was not measured: {cost.not_measured}."
+    return (
+        f"It cost each {cost.unit} at most epsilon {number(cost.upper)} at delta {constant(cost.delta)}, "
+        f"of {constant(record.plan.target_epsilon)} promised."
+    )
+
+
+def _rounds(count: int) -> str:
+    return "one round" if count == 1 else f"{count} rounds"
+
+
+def _devices(count: int) -> str:
+    return "one device" if count == 1 else f"{count} devices"

@@ -1,0 +1,228 @@
+"""The recipe of the base checkpoint: a generator that learns from drawn faces alone, no photo involved.
+
+Called from `fedface base train`. Two stages, both public:
+
+1. Paired: a latent's own numbers are read as the parameters of a drawn face (normals -> quantiles), so every
+   latent has a known picture and the generator learns by regression (L1 on pixels at three scales).
+2. Adversarial: the non-saturating loss with R1 (Mescheder et al. 2018, arXiv:1801.04406; Karras et al. 2020,
+   arXiv:1912.04958) against drawn faces seen through cameras, with the pairs kept at a small weight. The
+   critic that devices fine-tune comes from here.
+
+The renderer's tone quantile decides how many faces are light: 85 in 100 by default, like the photo
+collections of the debate. Averaged weights are kept with a warm-up (facts: without one they keep the start).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.optim import Adam
+
+from fedface.models.critic import Critic, CriticConfig
+from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
+from fedface.models.weights import Gan, copy_gan, new_gan, remember_mean_style
+from fedface.photos.drawn import NORMALS, ToneMix, draw, faces_from_normals
+from fedface.randomness import Streams
+from fedface.shapes import Images, Latents
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """How the base checkpoint is made; the defaults are the shipped one."""
+
+    seed: int = 7
+    light_share: float = 0.85  # share of faces with light skin, Monk 1 to 5
+    pool: int = 60_000  # drawn faces, made once and learned from many times
+    paired_steps: int = 9000
+    adversarial_steps: int = 2500
+    batch: int = 32
+    learning_rate: float = 6e-3
+    mapping_speed: float = 50.0  # learning rate of the mapping in the first stage, in learning rates
+    r1_weight: float = 1.0  # times |gradient|^2 / 2 on drawn faces
+    pair_weight: float = 2.0  # weight of the pairs in the second stage
+    generator: GeneratorConfig = field(default_factory=lambda: GeneratorConfig(style_width=128))
+    critic: CriticConfig = field(default_factory=lambda: CriticConfig(channel_max=48))
+
+
+Progress = Callable[[str, int, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Latents with the faces that belong to them, kept as bytes because there are many."""
+
+    latents: Tensor  # (n, z) float32
+    clean: Tensor  # (n, 3, s, s) uint8, the picture without a camera's noise
+    seen: Tensor  # (n, 3, s, s) uint8, the same face seen through its camera
+
+    def pairs(self, batch: int, chance: torch.Generator) -> tuple[Latents, Images]:
+        """Some latents with their clean pictures."""
+        chosen = torch.randint(len(self.latents), (batch,), generator=chance)
+        return self.latents[chosen], self.clean[chosen].float() / 255.0
+
+    def photos(self, batch: int, chance: torch.Generator) -> Images:
+        """Some pictures through cameras."""
+        chosen = torch.randint(len(self.latents), (batch,), generator=chance)
+        return self.seen[chosen].float() / 255.0
+
+
+def make_pool(config: PretrainConfig, report: Progress) -> Pool:
+    """Draw the faces that belong to random latents.
+
+    The first `NORMALS` numbers of a latent, brought to unit mean square like the mapping network does, are
+    the normals of the face's parameters.
+    """
+    streams = Streams(config.seed)
+    tones = ToneMix(light_share=config.light_share)
+    latents = torch.randn(config.pool, config.generator.latent_width, generator=streams.generator("pool"))
+    camera = streams.generator("camera")
+    scaled = latents * torch.rsqrt(latents.square().mean(dim=1, keepdim=True) + 1e-8)
+    clean, seen = [], []
+    for done in range(0, config.pool, 500):
+        faces = faces_from_normals(scaled[done : done + 500, :NORMALS], tones)
+        clean.append(_bytes(draw(faces, config.generator.size)))
+        seen.append(_bytes(draw(faces, config.generator.size, noise=camera)))
+        report("drawing", done, config.pool, {})
+    return Pool(latents, torch.cat(clean), torch.cat(seen))
+
+
+def _bytes(images: Images) -> Tensor:
+    return (images.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
+
+
+def pair_loss(made: Images, drawn: Images) -> Tensor:
+    """L1 on pixels plus L1 on differences of neighbouring pixels, at full, half and quarter size."""
+    loss = made.new_zeros(())
+    for _ in range(3):
+        loss = loss + functional.l1_loss(made, drawn)
+        for axis in (2, 3):
+            loss = loss + functional.l1_loss(made.diff(dim=axis), drawn.diff(dim=axis))
+        made, drawn = functional.avg_pool2d(made, 2), functional.avg_pool2d(drawn, 2)
+    return loss
+
+
+def r1_penalty(critic: Critic, photos: Images) -> Tensor:
+    """Mean squared length of the logit's gradient at the photos, halved."""
+    photos = photos.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(critic(photos).sum(), photos, create_graph=True)
+    return gradient.square().sum(dim=(1, 2, 3)).mean() / 2.0
+
+
+class Pretraining:
+    """The state of one pretraining; `finish` gives the averaged networks at any moment."""
+
+    def __init__(self, config: PretrainConfig, pool: Pool) -> None:
+        self.config = config
+        self.pool = pool
+        self.streams = Streams(config.seed)
+        self.gan = new_gan(config.generator, config.critic, self.streams.generator("weights"))
+        self.averaged = copy_gan(self.gan)
+        self.chance = self.streams.generator("faces")
+        self.images = 0
+        self.started = time.monotonic()
+
+    def _latents(self) -> Tensor:
+        return torch.randn(self.config.batch, self.config.generator.latent_width, generator=self.chance)
+
+    def _average(self, step: int) -> None:
+        keep = min(0.999, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for mine, fresh in zip(
+                self.averaged.generator.parameters(), self.gan.generator.parameters(), strict=True
+            ):
+                mine.lerp_(fresh, 1.0 - keep)
+
+    def _grow(self, generator: StyleGAN2, latents: Latents) -> Images:
+        with torch.autocast("cpu", torch.bfloat16):
+            made = generator.synthesize(generator.map(latents))
+        return made.float()
+
+    def pairs(self, report: Progress) -> None:
+        """Stage 1: regression on pairs, cosine learning rate."""
+        generator, steps = self.gan.generator, self.config.paired_steps
+        rate = self.config.learning_rate
+        # The mapping's stored weights are a hundred times too large for Adam's steps; pairs teach it directly.
+        optimiser = Adam(
+            [
+                {"params": list(generator.mapping.parameters()), "scale": self.config.mapping_speed},
+                {"params": list(generator.synthesis.parameters()), "scale": 1.0},
+            ],
+            rate,
+            (0.9, 0.99),
+        )
+        for step in range(steps):
+            _cosine(optimiser, rate, step, steps)
+            latents, faces = self.pool.pairs(self.config.batch, self.chance)
+            loss = pair_loss(self._grow(generator, latents), faces)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            self._average(step)
+            self.images += self.config.batch
+            if step % 50 == 0:
+                report("pairs", step, steps, {"l1": loss.item()})
+
+    def adversaries(self, report: Progress) -> None:
+        """Stage 2: critic and generator against each other, R1 at every eighth step."""
+        config, generator, critic = self.config, self.gan.generator, self.gan.critic
+        generator.load_state_dict(self.averaged.generator.state_dict())
+        rate = config.learning_rate / 6
+        mine = Adam(generator.parameters(), rate, (0.0, 0.99))
+        theirs = Adam(critic.parameters(), rate, (0.0, 0.99))
+        for step in range(config.adversarial_steps):
+            _cosine(mine, rate, step, config.adversarial_steps)
+            photos = self.pool.photos(config.batch, self.chance)
+            with torch.no_grad():
+                fakes = self._grow(generator, self._latents())
+            loss = functional.softplus(-critic(photos)).mean() + functional.softplus(critic(fakes)).mean()
+            if step % 8 == 0:
+                loss = loss + 8 * config.r1_weight * r1_penalty(critic, photos)
+            theirs.zero_grad()
+            loss.backward()
+            theirs.step()
+            latents, faces = self.pool.pairs(config.batch, self.chance)
+            made = self._grow(generator, latents)
+            pairs = pair_loss(made, faces)
+            total = functional.softplus(-critic(made)).mean() + config.pair_weight * pairs
+            mine.zero_grad()
+            total.backward()
+            mine.step()
+            # The first steps leave the critic time to wake up before the average follows.
+            self._average(self.config.paired_steps + step)
+            self.images += config.batch
+            if step % 50 == 0:
+                report("adversaries", step, config.adversarial_steps, {"critic": loss.item(), "l1": pairs.item()})
+
+    def finish(self) -> Gan:
+        """The averaged generator and the critic, with notes on how they were made."""
+        self.averaged.critic.load_state_dict(self.gan.critic.state_dict())
+        remember_mean_style(self.averaged.generator, self.streams.generator("mean style"))
+        notes: dict[str, Any] = {
+            "made_by": "fedface base train",
+            "recipe": asdict(self.config),
+            "images_seen": self.images,
+            "seconds": round(time.monotonic() - self.started),
+            "threads": torch.get_num_threads(),
+        }
+        return Gan(self.averaged.generator, self.averaged.critic, notes)
+
+
+def _cosine(optimiser: Adam, rate: float, step: int, steps: int) -> None:
+    warm = min(1.0, (step + 1) / 100)
+    fall = 0.02 + 0.98 * 0.5 * (1.0 + torch.cos(torch.tensor(torch.pi * step / steps)).item())
+    for group in optimiser.param_groups:
+        group["lr"] = rate * warm * fall * group.get("scale", 1.0)
+
+
+def pretrain(config: PretrainConfig, report: Progress) -> Gan:
+    """Both stages, one after the other."""
+    training = Pretraining(config, make_pool(config, report))
+    training.pairs(report)
+    training.adversaries(report)
+    return training.finish()

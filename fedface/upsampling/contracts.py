@@ -1,0 +1,81 @@
+"""What every upsampler promises: plausible faces for a low-resolution photo, and how well each one fits it.
+
+Called from audits/ and reports/; implemented by `upsampling.pulse` and its neighbours. A face that could not
+be found is a value, not an error and not a print: `converged` is False where it happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fedface.shapes import Images, LowImages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upsampled:
+    """Several faces for each of n low-resolution photos.
+
+    None of them is the person: each is a face that would look like the photo after the downscale.
+    """
+
+    images: Tensor  # (n, f, 3, s, s) sRGB in [0, 1]
+    misfit: Tensor  # (n, f) mean squared difference of the downscaled face and the photo; inf: no face
+    converged: Tensor  # (n, f) bool, the misfit is within the tolerance of the search
+    steps: int  # the most steps that any face took; 1 for a method that does not search
+
+    def __post_init__(self) -> None:
+        if self.images.ndim != 5 or self.images.shape[2] != 3:
+            raise ValueError(f"images must have shape (n, f, 3, s, s), got {tuple(self.images.shape)}")
+        for name, field in (("misfit", self.misfit), ("converged", self.converged)):
+            if field.shape != self.images.shape[:2]:
+                wanted = tuple(self.images.shape[:2])
+                raise ValueError(f"{name} must have shape {wanted}, got {tuple(field.shape)}")
+        if self.converged.dtype != torch.bool:
+            raise ValueError(f"converged must be boolean, got {self.converged.dtype}")
+
+    @property
+    def photos(self) -> int:
+        """How many photos, n."""
+        return self.images.shape[0]
+
+    @property
+    def faces_per_photo(self) -> int:
+        """How many faces for each photo, f."""
+        return self.images.shape[1]
+
+    def best(self) -> Images:
+        """The face with the smallest misfit of each photo, (n, 3, s, s)."""
+        return self.images[torch.arange(self.photos), self.misfit.argmin(dim=1)]
+
+
+class Upsampler(Protocol):
+    """Low-resolution photos -> faces that would look like them."""
+
+    def upsample(self, low: LowImages, *, faces_per_photo: int) -> Upsampled:
+        """Find `faces_per_photo` faces for each photo.
+
+        Args:
+            low: (n, 3, lh, lw) sRGB in [0, 1].
+            faces_per_photo: How many faces to return for each, >= 1.
+
+        Returns:
+            Faces in the order of the photos, each with its misfit and whether the search converged.
+        """
+        ...
+
+
+def join(parts: Sequence[Upsampled]) -> Upsampled:
+    """The answers for several groups of photos as one answer, in their order; needs equal faces per photo."""
+    if not parts:
+        raise ValueError("join needs at least one part")
+    return Upsampled(
+        images=torch.cat([part.images for part in parts]),
+        misfit=torch.cat([part.misfit for part in parts]),
+        converged=torch.cat([part.converged for part in parts]),
+        steps=max(part.steps for part in parts),
+    )

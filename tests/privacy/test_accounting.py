@@ -1,0 +1,173 @@
+"""Prices against closed forms, and against figures published or measured elsewhere."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import dp_accounting as dp
+import pytest
+from pytest import approx
+from scipy.optimize import brentq
+from scipy.stats import norm
+
+from fedface.errors import PrivacyError
+from fedface.privacy.accounting import (
+    compose,
+    epsilon_of,
+    event_from_json,
+    event_to_json,
+    noise_for,
+    success_ceiling,
+)
+from fedface.privacy.target import PrivacyTarget
+
+
+def gaussian(sigma: float, count: int = 1) -> dp.DpEvent:
+    return dp.SelfComposedDpEvent(dp.GaussianDpEvent(sigma), count)
+
+
+def sampled(sigma: float, q: float, steps: int) -> dp.DpEvent:
+    return dp.SelfComposedDpEvent(dp.PoissonSampledDpEvent(q, dp.GaussianDpEvent(sigma)), steps)
+
+
+def analytic_epsilon(sigma: float, delta: float) -> float:
+    """Balle & Wang (2018), Theorem 8, solved for epsilon."""
+
+    def excess(epsilon: float) -> float:
+        far = math.exp(epsilon + norm.logcdf(-0.5 / sigma - epsilon * sigma))
+        return float(norm.cdf(0.5 / sigma - epsilon * sigma) - far - delta)
+
+    return float(brentq(excess, 0.0, 1000.0, xtol=1e-12))
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.0, 5.0, 100.0])
+@pytest.mark.parametrize("delta", [1e-3, 1e-5, 1e-8])
+def test_one_gaussian_costs_what_the_closed_form_says(sigma: float, delta: float) -> None:
+    bounds, exact = epsilon_of(gaussian(sigma), delta), analytic_epsilon(sigma, delta)
+    assert bounds.lower <= exact * (1 + 1e-9) and exact <= bounds.upper * (1 + 1e-9)
+    assert bounds.estimate == approx(exact, rel=1e-3)
+
+
+def test_four_equal_gaussian_rounds_cost_as_much_as_one_with_half_the_noise() -> None:
+    """Gaussian events compose by adding 1/sigma^2."""
+    assert epsilon_of(gaussian(2.0, 4), 1e-5).upper == approx(epsilon_of(gaussian(1.0), 1e-5).upper, abs=1e-9)
+    unequal = compose([gaussian(2.0, 2), gaussian(math.sqrt(2.0))])
+    assert epsilon_of(unequal, 1e-5).upper == approx(epsilon_of(gaussian(1.0), 1e-5).upper, rel=1e-6)
+
+
+def test_sampling_everybody_is_no_sampling() -> None:
+    assert epsilon_of(sampled(1.0, 1.0, 4), 1e-5).upper == approx(epsilon_of(gaussian(0.5), 1e-5).upper, rel=1e-6)
+
+
+def test_one_sampled_gaussian_step_costs_what_the_mixture_says() -> None:
+    """delta(eps) of removing a unit, by quadrature of the two densities on a fine grid."""
+    sigma, q, delta = 1.0, 0.2, 1e-5
+    x = [i * 1e-3 - 12.0 for i in range(25_000)]
+    null, moved = norm.pdf(x), norm.pdf([v - 1.0 / sigma for v in x])
+
+    def excess(epsilon: float) -> float:
+        mixture = (1 - q) * null + q * moved
+        return float((mixture - math.exp(epsilon) * null).clip(min=0).sum() * 1e-3 - delta)
+
+    exact = brentq(excess, 0.0, 20.0)
+    bounds = epsilon_of(sampled(sigma, q, 1), delta)
+    assert bounds.lower <= exact <= bounds.upper
+    assert bounds.estimate == approx(exact, rel=1e-4)
+
+
+@pytest.mark.parametrize(("steps", "epsilon"), [(10_000, 6.19), (1_000, 1.83)])
+def test_long_runs_cost_what_other_accountants_found(steps: int, epsilon: float) -> None:
+    bounds = epsilon_of(sampled(1.0, 0.01, steps), 1e-5)
+    assert bounds.upper == approx(epsilon, abs=0.005)
+    assert bounds.lower <= bounds.estimate <= bounds.upper
+
+
+def test_ten_rounds_compose_to_less_than_their_sum() -> None:
+    rounds = [sampled(1.0, 0.01, 100)] * 10
+    assert epsilon_of(compose(rounds), 1e-5).upper == approx(1.83, abs=0.005)
+    assert sum(epsilon_of(r, 1e-5).upper for r in rounds) == approx(7.18, abs=0.01)
+
+
+def test_nothing_costs_nothing_and_no_noise_costs_everything() -> None:
+    assert epsilon_of(compose([]), 1e-5).upper == 0.0
+    assert epsilon_of(compose([gaussian(1.0), dp.NonPrivateDpEvent()]), 1e-5).lower == math.inf
+    assert epsilon_of(dp.GaussianDpEvent(0.0), 1e-5).lower == math.inf
+
+
+def test_one_laplace_release_costs_the_inverse_of_its_scale() -> None:
+    """The Laplace mechanism is (1/b, 0)-private, and its delta at eps < 1/b is 1 - exp((eps - 1/b) / 2)."""
+    delta = 1e-5
+    exact = 0.5 + 2 * math.log1p(-delta)
+    assert epsilon_of(dp.LaplaceDpEvent(2.0), delta).estimate == approx(exact, abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        dp.UnsupportedDpEvent(),
+        dp.SampledWithoutReplacementDpEvent(100, 10, dp.GaussianDpEvent(1.0)),
+        dp.PoissonSampledDpEvent(0.1, dp.SelfComposedDpEvent(dp.GaussianDpEvent(1.0), 3)),
+        dp.PoissonSampledDpEvent(0.1, dp.PoissonSampledDpEvent(0.1, dp.GaussianDpEvent(1.0))),
+        dp.GaussianDpEvent(math.nan),
+        gaussian(1.0, -1),
+        gaussian(1.0, 10**12),
+    ],
+)
+def test_what_cannot_be_priced_is_refused(event: dp.DpEvent) -> None:
+    with pytest.raises(PrivacyError):
+        epsilon_of(event, 1e-5)
+
+
+@pytest.mark.parametrize("sigma", [1e-300, 1e-4, 0.05, 1e5])
+def test_extreme_noise_is_priced_quickly(sigma: float) -> None:
+    """A server that asks for absurd noise must not be able to keep a device busy."""
+    start = time.process_time()
+    assert epsilon_of(sampled(sigma, 0.5, 100_000), 1e-5).upper >= 0.0
+    assert time.process_time() - start < 10.0
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "q", "steps"),
+    [(1.0, 0.01, 1000), (10.0, 0.5, 20), (3.0, 1.0, 10), (0.05, 0.05, 100), (30.0, 0.2, 5)],
+)
+def test_calibrated_noise_keeps_the_promise_and_wastes_little(epsilon: float, q: float, steps: int) -> None:
+    target = PrivacyTarget(epsilon=epsilon, delta=1e-5)
+    sigma = noise_for(target, lambda s: sampled(s, q, steps))
+    upper = epsilon_of(sampled(sigma, q, steps), target.delta).upper
+    assert epsilon - 1.1e-3 <= upper <= epsilon
+
+
+def test_calibrated_noise_of_one_gaussian_is_the_analytic_one() -> None:
+    """Balle & Wang (2018): the sigma at which the closed form gives epsilon exactly."""
+    sigma = noise_for(PrivacyTarget(epsilon=1.0, delta=1e-5), dp.GaussianDpEvent)
+    assert analytic_epsilon(sigma, 1e-5) == approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("kappa", [1 / 256, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("sigma", [0.7, 1.0, 4.0])
+def test_the_ceiling_of_one_gaussian_is_its_trade_off(kappa: float, sigma: float) -> None:
+    """Hayes et al. (2023): Phi(Phi^-1(kappa) + 1/sigma)."""
+    exact = float(norm.cdf(norm.ppf(kappa) + 1 / sigma))
+    ceiling = success_ceiling(dp.GaussianDpEvent(sigma), kappa)
+    assert exact - 1e-9 <= ceiling <= exact + 1e-4
+
+
+def test_ceilings_at_the_ends() -> None:
+    assert success_ceiling(compose([]), 0.1) == 0.1
+    assert success_ceiling(dp.NonPrivateDpEvent(), 0.1) == 1.0
+    assert success_ceiling(sampled(1.0, 0.01, 1000), 1 / 256) == approx(0.013, abs=0.0005)
+    assert success_ceiling(sampled(1.0, 0.01, 1000), 0.1) == approx(0.19, abs=0.005)
+
+
+def test_an_event_survives_the_ledger() -> None:
+    event = compose([sampled(1.1, 0.3, 12), gaussian(2.0), dp.LaplaceDpEvent(3.0), gaussian(2.0)])
+    text = event_to_json(event)
+    assert event_to_json(event_from_json(text)) == text
+    assert epsilon_of(event_from_json(text), 1e-5) == epsilon_of(event, 1e-5)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '[{"kind":"magic","scale":1,"q":1,"count":1}]'])
+def test_text_that_is_no_event_is_refused(text: str) -> None:
+    with pytest.raises(PrivacyError, match="not an event"):
+        event_from_json(text)

@@ -1,0 +1,226 @@
+"""The ledger loses nothing that it returned, sells nothing twice, and notices every change."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import dp_accounting as dp
+import pytest
+from pytest import approx
+
+from fedface.errors import LedgerError, PolicyRefusal
+from fedface.privacy.accounting import epsilon_of
+from fedface.privacy.ledger import Ledger
+
+DELTA = 1e-5
+EVENT = dp.GaussianDpEvent(4.0)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger.open(tmp_path / "private" / "ledger.db")
+
+
+def file_of(tmp_path: Path) -> Path:
+    return tmp_path / "private" / "ledger.db"
+
+
+def tamper(path: Path, *statements: str) -> None:
+    """Change the file as its owner could, past the triggers."""
+    book = sqlite3.connect(path)
+    book.execute("DROP TRIGGER entries_stay")
+    book.execute("DROP TRIGGER entries_remain")
+    for statement in statements:
+        book.execute(statement)
+    book.commit()
+    book.close()
+
+
+def test_a_new_ledger_has_spent_nothing(ledger: Ledger) -> None:
+    assert ledger.entries() == [] and ledger.spent(DELTA).upper == 0.0
+
+
+def test_four_booked_rounds_cost_as_much_as_one_with_half_the_noise(ledger: Ledger) -> None:
+    for round in range(4):
+        ledger.book(EVENT, run="r", round=round)
+    assert ledger.spent(DELTA).upper == approx(epsilon_of(dp.GaussianDpEvent(2.0), DELTA).upper, abs=1e-9)
+    assert ledger.would_spend(EVENT, DELTA).upper > ledger.spent(DELTA).upper
+    assert ledger.rounds_booked("r") == 4 and len(ledger.export()) == 4
+
+
+def test_a_booking_survives_closing_and_opening(ledger: Ledger, tmp_path: Path) -> None:
+    entry = ledger.book(EVENT, run="r", round=0, marks={"model": "abc"})
+    again = Ledger.open(file_of(tmp_path))
+    assert again.entries() == [entry]
+    assert again.already("r", 0) and not again.already("r", 1) and not again.already("s", 0)
+
+
+def test_an_answered_round_is_booked_once_and_gives_the_same_bytes(ledger: Ledger, tmp_path: Path) -> None:
+    first = ledger.book(EVENT, run="r", round=0)
+    ledger.store_reply("r", 0, b"payload")
+    again = Ledger.open(file_of(tmp_path))
+    assert again.book(EVENT, run="r", round=0) == first
+    assert again.stored_reply("r", 0) == b"payload"
+    assert len(again.entries()) == 1
+
+
+def test_a_round_whose_reply_was_lost_is_booked_again(ledger: Ledger) -> None:
+    """Fresh noise on the same photos is a second release."""
+    ledger.book(EVENT, run="r", round=0)
+    second = ledger.book(EVENT, run="r", round=0)
+    assert second.attempt == 2 and len(ledger.entries()) == 2 and ledger.rounds_booked("r") == 1
+
+
+def test_an_answered_round_cannot_be_asked_for_something_else(ledger: Ledger) -> None:
+    ledger.book(EVENT, run="r", round=0, marks={"model": "abc"})
+    ledger.store_reply("r", 0, b"payload")
+    with pytest.raises(LedgerError, match="different release"):
+        ledger.book(dp.GaussianDpEvent(1.0), run="r", round=0, marks={"model": "abc"})
+    with pytest.raises(LedgerError, match="different release"):
+        ledger.book(EVENT, run="r", round=0, marks={"model": "xyz"})
+    with pytest.raises(LedgerError, match="answered already"):
+        ledger.store_reply("r", 0, b"another payload")
+
+
+def test_a_reply_needs_a_booking(ledger: Ledger) -> None:
+    with pytest.raises(LedgerError, match="never booked"):
+        ledger.store_reply("r", 0, b"payload")
+
+
+def test_only_the_last_reply_of_a_run_is_kept(ledger: Ledger) -> None:
+    for round in range(2):
+        ledger.book(EVENT, run="r", round=round)
+        ledger.store_reply("r", round, bytes([round]))
+    assert ledger.stored_reply("r", 0) is None and ledger.stored_reply("r", 1) == b"\x01"
+
+
+def test_a_budget_holds_and_the_refusal_says_asked_spent_and_allowed(ledger: Ledger) -> None:
+    budget = epsilon_of(dp.GaussianDpEvent(2.0), DELTA).upper + 1e-6
+    for round in range(4):
+        ledger.book_within(EVENT, budget, DELTA, run="r", round=round)
+    with pytest.raises(PolicyRefusal) as refusal:
+        ledger.book_within(EVENT, budget, DELTA, run="r", round=4)
+    asked = epsilon_of(EVENT, DELTA).upper
+    for figure in (f"asks for epsilon {asked:.3f}", f"{budget:.3f} of", f"of {budget:g}"):
+        assert figure in str(refusal.value)
+    assert len(ledger.entries()) == 4
+
+
+def test_rows_cannot_be_changed_or_removed_by_sql(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.book(EVENT, run="r", round=0)
+    book = sqlite3.connect(file_of(tmp_path))
+    for statement in ("UPDATE entries SET event = '[]'", "DELETE FROM entries"):
+        with pytest.raises(sqlite3.IntegrityError, match="append only"):
+            book.execute(statement)
+    book.close()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE entries SET event = '[]' WHERE number = 2",
+        "UPDATE entries SET written = 'yesterday' WHERE number = 1",
+        "UPDATE entries SET round = 7 WHERE number = 3",
+        "DELETE FROM entries WHERE number = 1",
+        "DELETE FROM entries WHERE number = 3",
+        "DELETE FROM entries",
+    ],
+)
+def test_an_altered_file_is_not_opened(ledger: Ledger, tmp_path: Path, statement: str) -> None:
+    for round in range(3):
+        ledger.book(EVENT, run="r", round=round)
+    tamper(file_of(tmp_path), statement)
+    with pytest.raises(LedgerError):
+        Ledger.open(file_of(tmp_path))
+    with pytest.raises(LedgerError):
+        ledger.book(EVENT, run="r", round=3)
+
+
+def test_an_older_copy_of_the_file_is_noticed(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.book(EVENT, run="r", round=0)
+    older = file_of(tmp_path).read_bytes()
+    ledger.book(EVENT, run="r", round=1)
+    file_of(tmp_path).write_bytes(older)
+    with pytest.raises(LedgerError, match="rolled back"):
+        Ledger.open(file_of(tmp_path))
+
+
+def test_a_deleted_ledger_does_not_give_a_new_budget(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.book(EVENT, run="r", round=0)
+    file_of(tmp_path).unlink()
+    with pytest.raises(LedgerError, match="has gone"):
+        Ledger.open(file_of(tmp_path))
+    file_of(tmp_path).touch()
+    with pytest.raises(LedgerError, match="emptied"):
+        Ledger.open(file_of(tmp_path))
+
+
+def test_rubbish_is_not_a_ledger(ledger: Ledger, tmp_path: Path) -> None:
+    file_of(tmp_path).write_bytes(os.urandom(5000))
+    with pytest.raises(LedgerError):
+        Ledger.open(file_of(tmp_path))
+
+
+def test_only_the_owner_can_read_the_ledger(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.book(EVENT, run="r", round=0)
+    for path in (file_of(tmp_path), file_of(tmp_path).with_name("ledger.db.head")):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(file_of(tmp_path).parent.stat().st_mode) == 0o700
+
+
+BOOKER = """
+import sys
+import dp_accounting as dp
+from fedface.errors import PolicyRefusal
+from fedface.privacy.ledger import Ledger
+path, run, budget = sys.argv[1], sys.argv[2], float(sys.argv[3])
+ledger = Ledger.open(path)
+for round in range(100000):
+    try:
+        entry = ledger.book_within(dp.GaussianDpEvent(4.0), budget, 1e-5, run=run, round=round)
+    except PolicyRefusal:
+        break
+    print(entry.digest, flush=True)
+print("refused", flush=True)
+"""
+
+
+def booker(path: Path, run: str, budget: float) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", BOOKER, str(path), run, str(budget)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_two_processes_cannot_overspend_one_budget(tmp_path: Path) -> None:
+    """A budget for exactly four rounds, and two processes that want as many as they can get."""
+    budget = epsilon_of(dp.GaussianDpEvent(2.0), DELTA).upper + 1e-6
+    both = [booker(tmp_path / "ledger.db", run, budget) for run in ("a", "b")]
+    said = [process.communicate(timeout=60)[0].split() for process in both]
+    assert [lines[-1] for lines in said] == ["refused", "refused"]
+    entries = Ledger.open(tmp_path / "ledger.db").entries()
+    assert {entry.digest for entry in entries} == {line for lines in said for line in lines[:-1]}
+    assert len(entries) == 4
+
+
+@pytest.mark.parametrize("moment", [0.0, 0.004, 0.011, 0.023])
+def test_kill_9_loses_no_booking_that_was_returned(tmp_path: Path, moment: float) -> None:
+    process = booker(tmp_path / "ledger.db", "r", 1e4)
+    assert process.stdout is not None
+    returned = [process.stdout.readline().strip() for _ in range(3)]
+    time.sleep(moment)
+    os.kill(process.pid, signal.SIGKILL)
+    returned += process.stdout.read().split()
+    process.wait(timeout=10)
+    process.stdout.close()
+    ledger = Ledger.open(tmp_path / "ledger.db")
+    booked = [entry.digest for entry in ledger.entries()]
+    whole = [line for line in returned if len(line) == 64]
+    assert booked[: len(whole)] == whole
+    assert len(booked) - len(whole) <= 1
+    assert ledger.book(EVENT, run="after", round=0).number == len(booked) + 1

@@ -1,0 +1,268 @@
+"""A made-up run for the tests of the reports. FIXTURE: no number in it was measured."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedface.audits.bias import MEASURES
+from fedface.photos.drawn import draw
+from fedface.photos.drawn_parameters import ToneMix, sample_faces
+from fedface.reports import figures
+from fedface.reports.run import (
+    AggregationRecord,
+    AttackRecord,
+    BiasRecord,
+    DeviceRecord,
+    Epsilon,
+    Figure,
+    GapRecord,
+    GroupRecord,
+    Interval,
+    MachineRecord,
+    NotMeasured,
+    PictureRecord,
+    PlanRecord,
+    RefusalRecord,
+    RoundRecord,
+    RunRecord,
+    ToneRecord,
+)
+
+GROUPS = ("very light", "light", "intermediate", "tan", "brown", "dark")
+BASE, FINAL = "0a" * 32, "f1" * 32
+ROUNDS = 8
+
+# Measure -> (typical value, spread) for the best served group; the worst is served twice as badly.
+TYPICAL = {
+    "misfit": (0.0011, 0.0002),
+    "converged": (0.94, 0.03),
+    "skin_difference": (6.2, 0.6),
+    "face_difference": (9.1, 0.7),
+    "lightness_shift": (1.4, 0.8),
+    "ita_shift": (4.0, 2.5),
+    "monk_shift": (-0.22, 0.12),
+    "same_tone_bin": (0.71, 0.06),
+    "same_half": (0.95, 0.03),
+}
+
+
+def around(estimate: float, half: float, count: int) -> Interval:
+    """An interval of half width `half`."""
+    return Interval(estimate=estimate, low=estimate - half, high=estimate + half, count=count)
+
+
+def epsilon_after(rounds: int) -> Epsilon:
+    """A price that grows like the square root of rounds, to 7.9 after the last."""
+    value = 7.9 * math.sqrt(rounds / ROUNDS)
+    return Epsilon(lower=value - 0.02, estimate=value, upper=value + 0.02, delta=1e-5, unit="photo")
+
+
+def probe_after(share: float, rng: np.random.Generator) -> dict[str, Figure]:
+    """What a probe might say when `share` of the way is gone."""
+    wobble = rng.normal(0, 0.04)
+    return {
+        "distance": around(3.1 - 1.5 * share + wobble, 0.22, 512),
+        "monk": around(3.9 + 1.9 * share + wobble, 0.18, 512),
+        "dark_share": around(0.14 + 0.29 * share + wobble / 8, 0.035, 512),
+    }
+
+
+def bias(worst: float, digest: str, rng: np.random.Generator) -> BiasRecord:
+    """An audit in which the darkest group is served `worst` times as badly as the lightest."""
+    groups = []
+    for index, name in enumerate(GROUPS):
+        badness = 1 + (worst - 1) * index / (len(GROUPS) - 1)
+        values: dict[str, Figure] = {}
+        for measure, (typical, spread) in TYPICAL.items():
+            rate = MEASURES[measure].kind == "rate"
+            value = 1 - (1 - typical) * badness if rate else typical * badness
+            value += rng.normal(0, spread / 4)
+            values[measure] = around(value, spread, 40)
+        groups.append(GroupRecord(group=name, count=40, figures=values))
+    gaps = {
+        measure: GapRecord(worst="dark", best="very light", difference=around(spread * 8 * (worst - 1), spread, 80))
+        for measure, (_, spread) in TYPICAL.items()
+    }
+    return BiasRecord(
+        weights_hash=digest,
+        probe="drawn faces in neutral light",
+        photos=240,
+        faces_per_photo=4,
+        overall={"skin_difference": around(7.9, 0.4, 240)},
+        groups=tuple(groups),
+        gaps=gaps,
+        sentences=(
+            "Served worse by colour difference of the skin: dark, 12.1 [11.5, 12.7] dE00 (n = 40), lighter than "
+            "the original, against 6.3 [5.7, 6.9] for very light (n = 40).",
+            "Tone is read from pixels and moves with light and camera; groups are those of the probe.",
+        ),
+    )
+
+
+def attacks() -> tuple[AttackRecord, ...]:
+    """One attack without and one with noise."""
+    shared = {
+        "threat": "The server sees one device's update and knows the critic.",
+        "weights_hash": BASE,
+        "attack": "Cosine distance with total variation, 250 steps, one photo per update.",
+        "baseline_psnr": around(14.1, 1.3, 6),
+        "baseline_ssim": around(0.31, 0.08, 6),
+        "gallery_size": 100,
+        "pictures": ("attack",),
+        "not_tested": ("a face prior in place of total variation", "several updates of one device together"),
+    }
+    return (
+        AttackRecord(
+            **shared,  # type: ignore[arg-type]
+            defence="no DP",
+            psnr=around(22.4, 2.0, 6),
+            ssim=around(0.81, 0.07, 6),
+            gain=around(8.3, 1.9, 6),
+            gallery=Interval(estimate=1.0, low=0.98, high=1.0, count=200),
+            gallery_ceiling=1.0,
+            sentence="Faces come back well enough to recognise.",
+        ),
+        AttackRecord(
+            **shared,  # type: ignore[arg-type]
+            defence="DP sigma=1.0",
+            psnr=around(7.2, 0.4, 6),
+            ssim=around(0.02, 0.01, 6),
+            gain=around(-6.9, 1.2, 6),
+            gallery=Interval(estimate=0.025, low=0.011, high=0.057, count=200),
+            gallery_ceiling=0.092,
+            sentence="Only noise comes back.",
+        ),
+    )
+
+
+def made_up_run(folder: Path, *, question: str = "", device: str = "device-1") -> RunRecord:
+    """A run with plausible numbers, its pictures of drawn faces written into `folder`."""
+    rng = np.random.Generator(np.random.PCG64(7))
+    answered = tuple([device, *(f"device-{index}" for index in range(2, 9))])
+    refusal = RefusalRecord(
+        device="device-8",
+        reason="this run asks for epsilon 8.00; 5.10 of 10.00 is already spent.",
+    )
+    rounds = tuple(
+        RoundRecord(
+            round=number,
+            answered=answered[:-1] if number > 5 else answered,
+            refusals=(refusal,) if number > 5 else (),
+            dropped=(RefusalRecord(device="device-3", reason="no answer within 60 s."),) if number == 2 else (),
+            epsilon=epsilon_after(number),
+            bytes_up=8 * 2_030_000,
+            bytes_down=8 * 2_300_000,
+            seconds=41.0 + rng.normal(0, 2),
+            seconds_protect=0.21,
+            seconds_combine=0.013,
+            seconds_reveal=0.09,
+            weights_hash=f"{number:02x}" * 32,
+            figures=probe_after(number / ROUNDS, rng),
+        )
+        for number in range(1, ROUNDS + 1)
+    )
+    draw_pictures(folder)
+    return RunRecord(
+        name="fixture-darker-faces",
+        question=question or "Do eight phones of mostly darker faces mend a generator that was taught on lighter ones?",
+        started="2026-01-05T09:12:00+00:00",
+        finished="2026-01-05T09:19:41+00:00",
+        command="fedface run experiments/darker-faces.yaml",
+        versions={"fedface": "0.1.0", "torch": "2.13.0", "opacus": "1.6.0", "tenseal": "0.3.18"},
+        machine=MachineRecord(cores=2, memory_gib=15.6),
+        experiment={"question": "FIXTURE", "privacy": {"epsilon": 8.0, "delta": 1e-5}, "rounds": ROUNDS},
+        plan=PlanRecord(
+            promise="No photo on any device changes what leaves it by more than epsilon 8 at delta 0.00001, "
+            "over all rounds.",
+            unit="photo",
+            target_epsilon=8.0,
+            epsilon=epsilon_after(ROUNDS),
+            noise_multiplier=0.874,
+            sampling_rate=0.064,
+            rounds=ROUNDS,
+            steps_per_round=20,
+            clip_norm=1.0,
+            expected_batch=64.0,
+            adjacency="add or remove one",
+            neighbouring="Two libraries that differ in one photo give almost the same updates.",
+        ),
+        base_hash=BASE,
+        final_hash=FINAL,
+        devices=tuple(
+            DeviceRecord(
+                id=name,
+                description="drawn faces, mostly dark" if index < 6 else "drawn faces, even mix",
+                photos=1000 if index else NotMeasured(not_measured="a real device keeps this to itself"),
+            )
+            for index, name in enumerate(answered)
+        ),
+        figures_before=probe_after(0.0, rng),
+        rounds=rounds,
+        bias_before=bias(2.1, BASE, rng),
+        bias_after=bias(1.3, FINAL, rng),
+        tones=(
+            ToneRecord(source="devices", label="faces on the devices", groups=GROUPS, counts=(310, 420, 640, 1130, 2700, 2800)),
+            ToneRecord(source="before", label="samples before", groups=GROUPS, counts=(92, 140, 121, 87, 51, 21)),
+            ToneRecord(source="after", label="samples after", groups=GROUPS, counts=(38, 61, 88, 106, 121, 98)),
+        ),
+        attacks=attacks(),
+        aggregation=(
+            AggregationRecord(
+                protocol="masked BFV",
+                sees="nobody alone",
+                bytes_per_device=2_030_000,
+                seconds_protect=0.21,
+                seconds_combine=0.013,
+                seconds_reveal=0.09,
+                max_error=6e-6,
+                count=20,
+            ),
+            AggregationRecord(
+                protocol="plain",
+                sees="the server",
+                bytes_per_device=1_160_000,
+                seconds_protect=0.0006,
+                seconds_combine=0.0011,
+                seconds_reveal=0.0002,
+                max_error=0.0,
+                count=20,
+            ),
+        ),
+        pictures={
+            "faces": PictureRecord(
+                file="faces.png",
+                section="faces",
+                caption="Drawn people from the probe: the truth, what the upsampler is given, and what it made of it.",
+                alt="A grid of drawn faces, four rows and six columns",
+            ),
+            "attack": PictureRecord(
+                file="attack.png",
+                section="attacks",
+                caption="What came out of one update of the critic; every face is drawn.",
+                alt="A grid of drawn faces beside what an attack recovered",
+            ),
+        },
+        notes=(
+            "This is a fixture: none of its numbers was measured.",
+            "Drawn faces are not people. What holds for them need not hold for photos.",
+            "Skin tone is read from pixels and moves with light; it is not ethnicity.",
+        ),
+    )
+
+
+def draw_pictures(folder: Path) -> None:
+    """The two grids of a made-up run, of drawn faces."""
+    chance = torch.Generator().manual_seed(3)
+    faces = torch.cat([draw(sample_faces(1, ToneMix(light_share=1 - i / 5), chance), 64) for i in range(6)])
+    low = torch.nn.functional.avg_pool2d(faces, 8)
+    soft = torch.nn.functional.interpolate(low, size=64, mode="bicubic")
+    rows = [("truth", faces), ("input, 8 pixels", low), ("before", soft * 0.8 + 0.2), ("after", (soft + faces) / 2)]
+    (folder / "faces.png").write_bytes(figures.face_grid(rows, GROUPS))
+    noise = torch.rand(faces.shape, generator=chance)
+    mean = faces.mean(dim=0, keepdim=True).expand_as(faces)
+    found = [("recovered,\nno DP", (faces + 0.1 * noise).clamp(0, 1)), ("recovered,\nDP sigma 1", noise)]
+    (folder / "attack.png").write_bytes(figures.attack_grid(faces, found, mean))

@@ -1,0 +1,215 @@
+"""PULSE: its losses and optimiser against the published code, its search against what must hold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
+from fedface.randomness import Streams
+from fedface.upsampling.contracts import Upsampled
+from fedface.upsampling.degrade import Area, BicubicPulse
+from fedface.upsampling.pulse import (
+    Pulse,
+    PulseConfig,
+    SphericalAdam,
+    fit_styles,
+    geocross,
+    one_cycle_drop,
+    squared_difference,
+)
+
+STREAMS = Streams(7)
+QUICK = PulseConfig(steps=12, mapping_samples=500)
+
+
+@pytest.fixture(scope="module")
+def generator() -> StyleGAN2:
+    config = GeneratorConfig(
+        size=16, latent_width=16, style_width=16, mapping_layers=2, channel_base=256, channel_max=16
+    )
+    return StyleGAN2(config, STREAMS.generator("weights"))
+
+
+@pytest.fixture(scope="module")
+def low(generator: StyleGAN2) -> Tensor:
+    """Photos that the generator can match, because it drew them."""
+    return BicubicPulse(4).apply(generator.sample(6, STREAMS.generator("truth"))).clamp(0, 1)
+
+
+def test_losses_equal_those_of_the_published_code(shared: Path) -> None:
+    reference = np.load(shared / "refs" / "pulse_losses.npz")
+    styles = torch.tensor(reference["in/latent"]).requires_grad_()
+    spread = geocross(styles).sum()
+    (gradient,) = torch.autograd.grad(spread, styles)
+    assert spread.item() == pytest.approx(float(reference["out/geocross"]), rel=1e-6)
+    np.testing.assert_allclose(gradient.numpy(), reference["out/geocross_grad"], atol=1e-6)
+    a, b = torch.tensor(reference["in/a"]), torch.tensor(reference["in/b"])
+    assert squared_difference(a, b).sum().item() == pytest.approx(float(reference["out/l2"]), rel=1e-5)
+    clamped = squared_difference(a, a + 0.01).clamp(min=2e-3).sum()
+    assert clamped.item() == pytest.approx(float(reference["out/l2_clamped(a,a+0.01)"]), rel=1e-6)
+
+
+def test_geocross_of_opposite_styles_is_known_and_of_equal_ones_zero() -> None:
+    """Angles pi off the diagonal and 0 on it: v / 8 * pi^2 / 2."""
+    style = torch.randn(1, 1, 32, generator=STREAMS.generator("style"))
+    opposite = geocross(torch.cat((style, -style), dim=1))
+    assert opposite.item() == pytest.approx(32 / 8 * np.pi**2 / 2, rel=1e-4)
+    assert geocross(style.expand(1, 5, 32)).item() < 1e-6
+
+
+def test_spherical_adam_follows_the_published_trajectory(shared: Path) -> None:
+    reference = np.load(shared / "refs" / "pulse_spherical_adam.npz")
+    targets = [torch.tensor(reference["in/target_p"]), torch.tensor(reference["in/target_n"])]
+    search = SphericalAdam([torch.tensor(reference["in/p0"]), torch.tensor(reference["in/n0"])], 0.4)
+    for step in range(20):
+        inputs = [variable.requires_grad_() for variable in search.variables]
+        loss = sum(((a - b).square().mean() for a, b in zip(inputs, targets, strict=True)), torch.zeros(()))
+        multiplier = one_cycle_drop(step, 20)
+        search.step(torch.autograd.grad(loss, inputs), multiplier)
+        assert 0.4 * multiplier == pytest.approx(reference["out/lr"][step], rel=1e-6)
+        assert loss.item() == pytest.approx(reference["out/loss"][step], rel=1e-5)
+        np.testing.assert_allclose(search.variables[0].numpy(), reference["out/p_traj"][step], atol=1e-5)
+    np.testing.assert_allclose(search.variables[1].numpy(), reference["out/n_final"], atol=1e-5)
+
+
+def test_the_style_fit_finds_the_normal_under_a_leaky_relu_of_any_gain() -> None:
+    centre, spread = torch.tensor([1.0, -2.0, 0.3]), torch.tensor([0.5, 1.0, 2.0])
+    for gain in (1.0, 2**0.5):
+
+        def mapping(latents: Tensor, gain: float = gain) -> Tensor:
+            return gain * torch.nn.functional.leaky_relu(latents * spread + centre, 0.2)[:, None]
+
+        fit = fit_styles(mapping, 3, samples=40_000, stream=STREAMS.generator("fit"))
+        torch.testing.assert_close(fit.mean, gain * centre, atol=0.05, rtol=0)
+        torch.testing.assert_close(fit.std, gain * spread, atol=0.05, rtol=0)
+        latents = torch.randn(2, 4, 3, generator=STREAMS.generator("z"))
+        exact = mapping(latents.flatten(0, 1))[:, 0].unflatten(0, (2, 4))
+        torch.testing.assert_close(fit.styles(latents), exact, atol=0.15, rtol=0)
+
+
+def test_photos_that_the_generator_drew_are_matched(generator: StyleGAN2, low: Tensor) -> None:
+    """Planted positive: a solution exists, so most searches find one; each success is checked again."""
+    config = PulseConfig(steps=100, eps=4e-3, mapping_samples=2000)
+    found = Pulse(generator, BicubicPulse(4), config, STREAMS).upsample(low, faces_per_photo=2)
+    assert found.images.shape == (6, 2, 3, 16, 16)
+    assert found.converged.float().mean() > 0.7
+    again = BicubicPulse(4).apply(found.images.flatten(0, 1))
+    misfit = squared_difference(again, low.repeat_interleave(2, dim=0)).view(6, 2)
+    torch.testing.assert_close(found.misfit, misfit, atol=1e-7, rtol=1e-4)
+    assert torch.equal(found.converged, found.misfit <= config.eps)
+    assert 0 <= found.images.min() and found.images.max() <= 1
+
+
+def test_a_photo_that_no_face_can_match_is_a_value_and_does_not_disturb_the_others(
+    generator: StyleGAN2, low: Tensor
+) -> None:
+    """Clean negative: a checkerboard fails while its neighbours find what they find without it."""
+    checkers = (torch.arange(4)[:, None] + torch.arange(4)) % 2
+    hard = torch.cat((low[:2], checkers.float().expand(1, 3, 4, 4)))
+    search = Pulse(generator, BicubicPulse(4), replace(QUICK, eps=2e-2), STREAMS)
+    found, without = (search.upsample(photos, faces_per_photo=1) for photos in (hard, low[:2]))
+    assert not found.converged[2].any()
+    torch.testing.assert_close(found.misfit[:2], without.misfit, atol=1e-5, rtol=1e-3)
+
+
+def test_a_batch_is_the_same_search_as_one_face_at_a_time(generator: StyleGAN2, low: Tensor) -> None:
+    together, alone = (
+        Pulse(generator, BicubicPulse(4), replace(QUICK, faces_at_once=m), STREAMS).upsample(
+            low[:3], faces_per_photo=2
+        )
+        for m in (64, 1)
+    )
+    torch.testing.assert_close(together.misfit, alone.misfit, atol=1e-5, rtol=1e-2)
+    torch.testing.assert_close(together.images, alone.images, atol=1e-2, rtol=0)
+
+
+def test_the_best_face_is_kept_so_that_more_steps_of_one_schedule_never_fit_worse(
+    generator: StyleGAN2, low: Tensor
+) -> None:
+    """A reckless rate makes the last face worse than the first; the answer must not follow."""
+    config = replace(QUICK, eps=1e-9)
+    first = Pulse(generator, Area(4), replace(config, steps=1), STREAMS)
+    reckless = Pulse(generator, Area(4), replace(config, learning_rate=50.0), STREAMS)
+    start = first.upsample(low, faces_per_photo=1).misfit
+    assert (reckless.upsample(low, faces_per_photo=1).misfit <= start + 1e-6).all()
+
+
+def test_the_search_stops_when_every_face_fits_and_reports_progress(
+    generator: StyleGAN2, low: Tensor
+) -> None:
+    heard: list[tuple[int, int]] = []
+    config = replace(QUICK, eps=10.0, faces_at_once=2)
+
+    def listen(done: int, total: int) -> None:
+        heard.append((done, total))
+
+    search = Pulse(generator, BicubicPulse(4), config, STREAMS, progress=listen)
+    found = search.upsample(low[:4], faces_per_photo=1)
+    assert found.steps == 1 and found.converged.all()
+    assert heard == [(1, 24), (13, 24)]
+
+
+def test_the_generator_is_left_as_it_was(generator: StyleGAN2, low: Tensor) -> None:
+    generator.train()
+    before = {name: weight.clone() for name, weight in generator.state_dict().items()}
+    asked = [weight.requires_grad for weight in generator.parameters()]
+    with torch.no_grad():
+        Pulse(generator, Area(4), QUICK, STREAMS).upsample(low[:1], faces_per_photo=1)
+    assert all(torch.equal(weight, before[name]) for name, weight in generator.state_dict().items())
+    assert [weight.requires_grad for weight in generator.parameters()] == asked and generator.training
+    assert all(weight.grad is None for weight in generator.parameters())
+
+
+def test_equal_photos_and_streams_give_equal_faces_and_other_streams_give_others(
+    generator: StyleGAN2, low: Tensor
+) -> None:
+    first, second, other = (
+        Pulse(generator, Area(4), QUICK, streams).upsample(low[:2], faces_per_photo=2).images
+        for streams in (STREAMS, STREAMS, STREAMS.child("other"))
+    )
+    assert torch.equal(first, second)
+    assert (first - other).abs().mean() > 0.01
+    assert (first[:, 0] - first[:, 1]).abs().mean() > 0.01
+
+
+def test_tiled_latents_and_no_noise_are_searched_as_well(generator: StyleGAN2, low: Tensor) -> None:
+    config = replace(QUICK, tile_latent=True, trainable_noise=0)
+    start, found = (
+        Pulse(generator, Area(4), replace(config, steps=steps, eps=1e-9), STREAMS).upsample(
+            low, faces_per_photo=1
+        )
+        for steps in (1, 12)
+    )
+    assert found.misfit.mean() < start.misfit.mean()
+
+
+def test_no_photos_give_no_faces(generator: StyleGAN2) -> None:
+    found = Pulse(generator, Area(4), QUICK, STREAMS).upsample(torch.zeros(0, 3, 4, 4), faces_per_photo=3)
+    assert found.images.shape == (0, 3, 3, 16, 16) and found.misfit.shape == (0, 3)
+
+
+def test_wrong_photos_and_settings_are_named(generator: StyleGAN2) -> None:
+    search = Pulse(generator, Area(4), QUICK, STREAMS)
+    with pytest.raises(ValueError, match=r"\(n, 3, 4, 4\), got \(1, 3, 8, 8\)"):
+        search.upsample(torch.zeros(1, 3, 8, 8), faces_per_photo=1)
+    with pytest.raises(ValueError, match="finite"):
+        search.upsample(torch.full((1, 3, 4, 4), float("nan")), faces_per_photo=1)
+    with pytest.raises(ValueError, match="faces_per_photo must be >= 1, got 0"):
+        search.upsample(torch.zeros(1, 3, 4, 4), faces_per_photo=0)
+    with pytest.raises(ValueError, match="eps must be finite and > 0, got 0"):
+        PulseConfig(eps=0)
+    with pytest.raises(ValueError, match="factor must divide the size 16, got 5"):
+        Pulse(generator, Area(5), QUICK, STREAMS)
+
+
+def test_the_best_face_of_a_photo_is_the_one_with_the_smallest_misfit() -> None:
+    images = torch.arange(6.0).view(2, 3, 1, 1, 1).expand(2, 3, 3, 2, 2)
+    misfit = torch.tensor([[0.3, 0.1, 0.2], [0.1, 0.2, float("inf")]])
+    found = Upsampled(images=images, misfit=misfit, converged=misfit < 0.15, steps=1)
+    assert found.best()[:, 0, 0, 0].tolist() == [1.0, 3.0]
