@@ -36,7 +36,7 @@ def table(columns: Sequence[Sequence[DetectionRate]]) -> str:
     lines = [head, ["---"] * len(head)]
     for row in zip(*columns, strict=True):
         lines.append([row[0].group, *(cell(rate) for rate in row)])
-    lines.append(["ms per photo", *(f"{1000 * rates[-1].seconds:.0f}" for rates in columns)])
+    lines.append(["CPU ms per photo", *(f"{1000 * rates[-1].seconds:.0f}" for rates in columns)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

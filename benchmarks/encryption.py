@@ -1,10 +1,11 @@
 """What encrypted sums cost, against sums in the open, measured in the same run.
 
-    python benchmarks/encryption.py [--weights 250000 1000000] [--devices 8] [--repeats 3]
+    python benchmarks/encryption.py [--weights 250000 1000000] [--devices 8] [--repeats 5]
 
 Prints a Markdown table: bytes a weight for one upload and for the sum, seconds for one device to protect
 (to wire bytes), for the server to read and combine all uploads, and for the key holder to reveal; the largest
-error of the sum against float64; and each as a ratio to the plain protocol. Median over the repeats.
+error of the sum against float64; and each as a ratio to the plain protocol. Median over the repeats. Seconds
+are CPU seconds of one thread, which another program on the same cores disturbs less than the clock.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ ROW = "| {:>9} | {:<17} | {:>7} | {:>7} | {:>9} | {:>9} | {:>8} | {:>9} | {:>9} 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """One protocol at one size; bytes a weight, median seconds, and weight units."""
+    """One protocol at one size; bytes a weight, median CPU seconds, and weight units."""
 
     upload: float
     total: float
@@ -52,13 +53,13 @@ def measure(device: Aggregation, server: Aggregation, updates: torch.Tensor, *, 
     count, length = updates.shape
     protect, combine, reveal, error = [], [], [], 0.0
     for repeat in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         wires = [device.protect(update, repeat).to_bytes() for update in updates]
-        protected = time.perf_counter()
+        protected = time.process_time()
         total = server.combine([Payload.from_bytes(wire) for wire in wires]).to_bytes()
-        combined = time.perf_counter()
+        combined = time.process_time()
         revealed = device.reveal(Payload.from_bytes(total))
-        end = time.perf_counter()
+        end = time.process_time()
         protect.append((protected - start) / count)
         combine.append(combined - protected)
         reveal.append(end - combined)
@@ -94,7 +95,7 @@ def main() -> None:
     )
     parser.add_argument("--weights", type=int, nargs="+", default=[250_000, 1_000_000])
     parser.add_argument("--devices", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
     agreement = Agreement(value_range=VALUE_RANGE, most_devices=options.devices)
@@ -103,9 +104,7 @@ def main() -> None:
         ("encrypted, 16 bit", EncryptedConfig(bits=16)),
         ("encrypted, 11 bit", EncryptedConfig(bits=11)),
     ]
-    print(
-        f"{options.devices} devices, values in [-{VALUE_RANGE}, {VALUE_RANGE}], median of {options.repeats};"
-    )
+    print(f"{options.devices} devices, values in [-{VALUE_RANGE}, {VALUE_RANGE}], {options.repeats} repeats;")
     print(f"{os.cpu_count()} cores of {platform.machine()}, one thread, Python {platform.python_version()}\n")
     heads = ("weights", "protocol", "up B/w", "sum B/w", "protect s", "combine s", "reveal s", "max error")
     print(ROW.format(*heads, "n step/2"))

@@ -91,7 +91,7 @@ def plain(value: Any) -> Any:
 
 def dump(value: Any) -> str:
     """Plain data as YAML text."""
-    return cast(str, yaml.safe_dump(plain(value), sort_keys=False, allow_unicode=True))
+    return str(yaml.safe_dump(plain(value), sort_keys=False, allow_unicode=True))
 
 
 def kind_of(choice: type) -> str:

@@ -1,27 +1,24 @@
 """Sums under encryption: the server adds integers that it cannot read; only a key holder opens the sum.
 
-The only door to TenSEAL. Called on the device (`EncryptedDevice`), on the server (`EncryptedServer`, which is
-built without a key and cannot open anything), and by whoever sets a run up (`make_keys`, `make_device`,
-`make_server`, the choice between this and sums in the open). The scheme is BFV (Brakerski 2012, ePrint
-2012/078; Fan and Vercauteren 2012, ePrint 2012/144) as in Microsoft SEAL 4: degree 4096, coefficient primes
-of 40 + 32 + 37 bits, which SEAL's own table accepts for 128-bit security; seeded symmetric ciphertexts, which
-take half the bytes. BFV and not CKKS: a decrypted CKKS sum carries the noise and gives the key away once it
-is published (Li and Micciancio 2021, ePrint 2020/1533); a decrypted BFV sum is an exact integer.
+The only door to TenSEAL. Called on the device (`EncryptedDevice`), on the server (`EncryptedServer`, built
+without a key), and by whoever sets a run up (`make_keys`, `make_device`, `make_server`: this, or sums in the
+open). The scheme is BFV (Brakerski 2012, ePrint 2012/078; Fan and Vercauteren 2012, ePrint 2012/144) in
+Microsoft SEAL: degree 4096, coefficient primes of 40 + 32 + 37 bits, which SEAL's own table accepts for
+128-bit security, seeded symmetric ciphertexts. Not CKKS: a decrypted CKKS sum carries the noise and gives the
+key away once it is published (Li and Micciancio 2021, ePrint 2020/1533); a BFV sum is an exact integer.
 
 What this does NOT protect against (docs/encryption.md says more):
     * The devices share ONE secret key. Any device, or whoever steals the key from one, can read the upload
       of every other device if it sees it. Uploads must go to the server over a channel of their own (TLS).
     * A server that cheats. It can hand a key holder one device's upload, dressed up, as "the total"; counts
       inside the ciphertext find mistakes, not malice. The server must be curious at most, and hold no key.
-    * What the sum itself says. The server learns the sum after `reveal`; encryption without noise is not
-      privacy. Add noise first (privacy/), and encrypt so that the server needs no trust before it is summed.
+    * What the sum itself says. The server learns it after `reveal`; encryption without noise is not privacy.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -52,7 +49,7 @@ from fedface.shapes import Vector
 
 KIND = EncryptedConfig().kind
 FORMAT = 1
-SLOTS = 4096  # polynomial degree, and values that one ciphertext adds at once
+SLOTS = 4096  # polynomial degree, and slots that one ciphertext adds at once
 PRIME_BITS = (40, 32, 37)  # the last prime is for keys only: ciphertexts live modulo the first two, 72 bits
 MOST_PLAIN_BITS = 60  # SEAL's bound on the plain modulus
 LARGEST_ERROR = 22  # SEAL draws fresh noise in -21..21; rounding q m / t adds at most 1/2
@@ -76,10 +73,12 @@ def _private_file() -> Iterator[tuple[int, str]]:
     try:
         yield descriptor, path
     finally:
-        os.pwrite(descriptor, bytes(os.fstat(descriptor).st_size), 0)
-        os.close(descriptor)
-        if not nameless:
-            os.unlink(path)
+        try:
+            os.pwrite(descriptor, bytes(os.fstat(descriptor).st_size), 0)
+        finally:
+            os.close(descriptor)
+            if not nameless:
+                os.unlink(path)
 
 
 def _saved(thing: Any) -> bytes:
@@ -94,7 +93,7 @@ def _load(thing: Any, context: Any, written: bytes, name: str) -> Any:
         os.pwrite(descriptor, written, 0)
         try:
             thing.load(context, path)
-        except (RuntimeError, ValueError, IndexError) as reason:
+        except (RuntimeError, ValueError, IndexError, MemoryError) as reason:
             raise AggregationError(f"SEAL does not accept this {name}: {reason}") from reason
     return thing
 
@@ -130,7 +129,7 @@ class Scheme:
         """(values per slot, plain modulus t): as many values as fit, then the smallest t that holds them."""
         width = self.quantiser.sum_bits
         primes = [int(prime.value()) for prime in self._coefficient_primes]
-        q = math.prod(primes[:2])
+        q = primes[0] * primes[1]
         for per_slot in range(MOST_PLAIN_BITS // width, 0, -1):
             largest = sum(self.quantiser.largest_sum << (width * place) for place in range(per_slot))
             for bits in range(max(per_slot * width, 20), min(per_slot * width + 3, MOST_PLAIN_BITS + 1)):
@@ -171,8 +170,8 @@ class Scheme:
         named["most_devices"] = self.agreement.most_devices
         primes = [str(prime.value()) for prime in self._coefficient_primes]
         derived = [SLOTS, primes, str(self.plain_modulus), self.packing.per_slot]
-        digest = hashlib.sha256(json.dumps([named, derived], sort_keys=True).encode())
-        return {**named, "parameters": digest.hexdigest()}
+        written = json.dumps([named, derived], sort_keys=True).encode()
+        return {**named, "parameters": hashlib.sha256(written).hexdigest()}
 
     def check(self, payload: Payload) -> None:
         """Refuse by name a payload made under other parameters, or with the wrong number of parts."""
@@ -220,8 +219,8 @@ class EncryptedKeys:
     def make(config: EncryptedConfig, agreement: Agreement) -> EncryptedKeys:
         """A fresh secret key; SEAL seeds itself from the operating system."""
         scheme = Scheme(config=config, agreement=agreement)
-        secret = _saved(sealapi.KeyGenerator(scheme.context).secret_key())
-        return EncryptedKeys(parameters=str(scheme.public["parameters"]), secret=secret)
+        secret_key = sealapi.KeyGenerator(scheme.context).secret_key()
+        return EncryptedKeys(parameters=str(scheme.public["parameters"]), secret=_saved(secret_key))
 
     @property
     def name(self) -> str:
@@ -284,19 +283,20 @@ class EncryptedServer:
         keys = sorted({str(payload.header["key"]) for payload in payloads})
         if len(keys) != 1:
             raise AggregationError(f"payloads of one sum must be under one key, got {keys}")
-        if len({hashlib.sha256(payload.parts[0]).digest() for payload in payloads}) != len(payloads):
+        if len({payload.parts[0] for payload in payloads}) != len(payloads):
             raise AggregationError("the same payload came twice; sum each device once")
-        most = self.scheme.agreement.most_devices
-        if count > most:
+        if count > (most := self.scheme.agreement.most_devices):
             raise AggregationError(f"the packing has room for {most} updates in one sum, got {count}")
-        columns = zip(*(payload.parts for payload in payloads), strict=True)
-        parts = tuple(self._sum(column) for column in columns)
+        parts = tuple(map(self._sum, zip(*(payload.parts for payload in payloads), strict=True)))
         return self.scheme.payload(keys[0], parts, length=length, count=count, round=round)
 
     def _sum(self, parts: Sequence[bytes]) -> bytes:
         total = self.scheme.ciphertext(parts[0])
         for part in parts[1:]:
-            self._evaluator.add_inplace(total, self.scheme.ciphertext(part))
+            try:
+                self._evaluator.add_inplace(total, self.scheme.ciphertext(part))
+            except (RuntimeError, ValueError) as reason:  # two uploads that cancel to an open ciphertext
+                raise AggregationError(f"SEAL does not add these uploads: {reason}") from reason
         return _saved(total)
 
     def reveal(self, total: Payload) -> Vector:
@@ -313,7 +313,7 @@ class EncryptedDevice:
         self.scheme = self._server.scheme
         context = self.scheme.context
         if keys.parameters != self.scheme.public["parameters"]:
-            raise AggregationError(f"key {keys.name} is for other settings or another tenseal; make anew")
+            raise AggregationError(f"key {keys.name} is for other settings or versions; make a new key")
         self.key_name = keys.name
         secret = _load(sealapi.SecretKey(), context, keys.secret, "key")
         self._encryptor = sealapi.Encryptor(context, secret)
@@ -348,12 +348,11 @@ class EncryptedDevice:
         self.scheme.check(total)
         if total.header["key"] != self.key_name:
             raise AggregationError(f"this sum is under key {total.header['key']}, we hold {self.key_name}")
-        slots = np.array([self._decrypt(part) for part in total.parts], dtype=np.int64)
-        integers, counted = self.scheme.packing.unpack(slots, length)
+        slots = [self._decrypt(part) for part in total.parts]
+        integers, counted = self.scheme.packing.unpack(np.array(slots, dtype=np.int64), length)
         if counted != count:
             raise AggregationError(f"the header speaks of {count} updates, the sum itself holds {counted}")
-        if counted < self.scheme.config.fewest_devices:
-            fewest = self.scheme.config.fewest_devices
+        if counted < (fewest := self.scheme.config.fewest_devices):
             raise AggregationError(f"we open sums of at least {fewest} updates, this one holds {counted}")
         return self.scheme.quantiser.dequantise_sum(integers, counted)
 

@@ -228,6 +228,6 @@ class StyleGAN2(nn.Module):
         with torch.no_grad():
             parts = [
                 self.synthesize(self.truncate(self.map(part), psi)).clamp(0.0, 1.0)
-                for part in latents.split(batch)
+                for part in torch.split(latents, batch)
             ]
         return torch.cat(parts)

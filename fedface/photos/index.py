@@ -43,6 +43,17 @@ _COLUMNS = (
 )
 
 
+_FIELDS = (
+    "path", "detector", "bytes", "changed", "scan", "status", "reason", "kind", "width", "height", "taken",
+    "latitude", "longitude", "camera", "face_count", "face_side", "faces",
+)  # fmt: skip
+# Not INSERT OR REPLACE: that would give the row a new number, by which open libraries know their photos.
+_WRITE = (
+    f"INSERT INTO photo ({', '.join(_FIELDS)}) VALUES ({', '.join('?' * len(_FIELDS))})"
+    f" ON CONFLICT DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in _FIELDS[2:])}"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FileState:
     """What tells a file from its earlier self without reading it."""
@@ -161,7 +172,7 @@ class ScanBook:
         faces = photo.faces[:MOST_FACES]
         numbers = [[*face.box, *face.landmarks.reshape(-1), face.score] for face in faces]
         self._connection.execute(
-            "INSERT OR REPLACE INTO photo VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            _WRITE,
             (
                 os.fsencode(photo.path), self._detector, photo.state.bytes, photo.state.changed, self._scan,
                 photo.status, photo.reason, photo.kind, photo.width, photo.height,

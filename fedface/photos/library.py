@@ -140,8 +140,9 @@ class PhotoLibrary:
         return crops[wanted].float() / 255.0
 
     def _crop(self, record: PhotoRecord, size: int) -> np.ndarray:
+        if not record.faces or record.width is None or record.height is None:
+            raise LibraryError(f"{record.path} has lost its face in a later scan; open the library again")
         path, face = self.folder / record.path, record.faces[0]
-        assert record.width is not None and record.height is not None
         # Twice the pixels that the crop needs: a JPEG then decodes at a fraction of its size.
         share = min(1.0, 2.0 * size / alignment_side(face.landmarks))
         enough = max(64, math.ceil(max(record.width, record.height) * share))

@@ -73,6 +73,8 @@ def partition(
     """
     if devices < 1:
         raise ValueError(f"devices must be >= 1, got {devices}")
+    if len(labels) == 0:
+        return [np.zeros(0, dtype=np.int64) for _ in range(devices)]
     names, group_of = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
     sizes = np.bincount(group_of, minlength=len(names))
     match how:
@@ -93,7 +95,7 @@ def partition(
         cuts = np.round(np.cumsum(share)[:-1] * len(members)).astype(int)
         for part, chunk in zip(parts, np.split(members, cuts), strict=True):
             part.append(chunk)
-    return [np.sort(np.concatenate(part)) if part else np.zeros(0, dtype=np.int64) for part in parts]
+    return [np.sort(np.concatenate(part)) for part in parts]
 
 
 def _one_group_each(sizes: np.ndarray, devices: int) -> np.ndarray:
@@ -125,5 +127,5 @@ def _mixed(how: Mixes, names: np.ndarray, devices: int) -> np.ndarray:
     weights = np.array([[mix.get(str(name), 0.0) for mix in how.weights] for name in names])
     totals = weights.sum(axis=1, keepdims=True)
     if (totals == 0).any():
-        raise ValueError(f"no device takes any of group {names[int(np.argmin(totals[:, 0]))]!r}")
+        raise ValueError(f"no device takes any of group {str(names[int(np.argmin(totals[:, 0]))])!r}")
     return np.asarray(weights / totals)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-import numpy as np
 from dp_accounting import (
     ComposedDpEvent,
     DpEvent,
@@ -29,7 +28,7 @@ from dp_accounting import (
     SelfComposedDpEvent,
 )
 from dp_accounting.pld import privacy_loss_distribution as pld
-from scipy.optimize import brentq
+from scipy.optimize import brentq, minimize_scalar
 
 from fedface.errors import PrivacyError
 from fedface.privacy.target import PrivacyTarget, check_delta
@@ -37,7 +36,8 @@ from fedface.privacy.target import PrivacyTarget, check_delta
 ADJACENCY = "add or remove one"  # ADD_OR_REMOVE_ONE: the neighbouring relation of every price here
 
 SLACK = 1e-12  # covers truncated tails (1e-15 each) and the rounding of the Fourier transforms
-FINEST_GRID = 1e-4  # grid step of losses unless an event's own losses ask for another
+FINEST_GRID = 1e-4  # grid step of losses for long runs; the lower bound loses half a step per release
+WIDEST_GRID = 8e-4  # grid step for short runs
 LARGEST_GRID = 2**19  # points of a composed loss grid
 LARGEST_ONE = 2**17  # points of one release's loss grid, which the library fills one by one
 COARSE = 8  # how much coarser the grid is while bracketing the noise
@@ -58,8 +58,10 @@ class Leaf:
         """An upper bound on the mean privacy loss of one release, in nats."""
         if self.kind == "laplace":
             return self.q / self.scale
-        renyi2 = math.log1p(self.q**2 * math.expm1(min(self.scale**-2, 500.0)))
-        return min(self.q * 0.5 * self.scale**-2, renyi2)
+        whole = self.scale**-2
+        if whole > 500.0:  # where exp would overflow
+            return self.q * 0.5 * whole
+        return min(self.q * 0.5 * whole, math.log1p(self.q**2 * math.expm1(whole)))
 
     def reach(self) -> float:
         """An upper bound on the loss of one release that matters, in nats."""
@@ -154,7 +156,9 @@ def _grid_step(leaves: Leaves) -> float:
     drift = sum(count * leaf.drift() for leaf, count in leaves)
     reach = max(leaf.reach() for leaf, _ in leaves)
     span = 2.0 * (drift + 12.0 * math.sqrt(2.0 * drift) + reach)
-    finest = min(FINEST_GRID, min(math.sqrt(2.0 * leaf.drift()) for leaf, _ in leaves) / 20.0)
+    releases = sum(count for _, count in leaves)
+    finest = min(max(0.1 / releases, FINEST_GRID), WIDEST_GRID)
+    finest = min(finest, min(math.sqrt(2.0 * leaf.drift()) for leaf, _ in leaves) / 20.0)
     wanted = max(finest, span / LARGEST_GRID, 2.0 * reach / LARGEST_ONE)
     return float(FINEST_GRID * 2.0 ** math.floor(math.log2(wanted / FINEST_GRID) + 1e-9))
 
@@ -188,6 +192,7 @@ def _merged(leaves: Leaves) -> Leaves:
     return tuple(sorted(rest))
 
 
+@lru_cache(maxsize=4096)
 def _upper(leaves: Leaves, delta: float, coarser: int) -> float:
     if not leaves:
         return 0.0
@@ -229,6 +234,13 @@ def epsilon_of(event: DpEvent, delta: float) -> Bounds:
     """
     check_delta(delta)
     return _bounds(leaves_of(event), delta)
+
+
+def costs_at_most(event: DpEvent, budget: float, delta: float) -> bool:
+    """Whether an event's upper price is within a budget; much faster than `epsilon_of` if it clearly is."""
+    check_delta(delta)
+    leaves = leaves_of(event)
+    return _upper(leaves, delta, COARSE) <= budget or _upper(leaves, delta, 1) <= budget
 
 
 def noise_for(target: PrivacyTarget, event_of: Callable[[float], DpEvent]) -> float:
@@ -309,12 +321,13 @@ def success_ceiling(event: DpEvent, kappa: float) -> float:
         return 1.0
     merged = _merged(leaves)
     distribution = _distribution(merged, _grid_step(merged), "up")
-    low, high, ceiling = -20.0, -math.log(kappa), 1.0  # beyond `high` the first term alone exceeds 1
-    for _ in range(3):  # every eps gives a valid bound, so that a search can only end too high
-        epsilons = np.linspace(low, high, 65)
-        values = np.exp(epsilons) * kappa + np.asarray(distribution.get_delta_for_epsilon(epsilons))
-        best, gap = float(epsilons[int(np.argmin(values))]), float(epsilons[1] - epsilons[0])
-        low, high, ceiling = best - gap, best + gap, min(ceiling, float(np.min(values)))
+
+    def bound(epsilon: float) -> float:  # convex in e^eps and valid at each eps: a search can only end high
+        return math.exp(epsilon) * kappa + float(distribution.get_delta_for_epsilon(float(epsilon)))
+
+    # beyond -log(kappa) the first term alone exceeds 1
+    best = minimize_scalar(bound, bounds=(-20.0, -math.log(kappa)), method="bounded", options={"xatol": 1e-4})
+    ceiling = float(best.fun)
     return float(min(max(ceiling + SLACK, kappa), 1.0))
 
 

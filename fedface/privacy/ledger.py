@@ -20,7 +20,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedface.errors import LedgerError, PolicyRefusal, PrivacyError
-from fedface.privacy.accounting import Bounds, compose, epsilon_of, event_from_json, event_to_json
+from fedface.privacy.accounting import (
+    Bounds,
+    compose,
+    costs_at_most,
+    epsilon_of,
+    event_from_json,
+    event_to_json,
+)
 from fedface.privacy.mechanism import Event
 
 GENESIS = hashlib.sha256(b"fedface ledger 1").hexdigest()
@@ -105,7 +112,7 @@ class Ledger:
         os.chmod(self._path, 0o600)
         with self._transaction() as book:
             if book.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
-                if self._head_path.exists() and self._head_path.read_text().strip() != GENESIS:
+                if self._head() not in (None, GENESIS):
                     raise LedgerError(f"the ledger {self._path} was emptied; restore it from a backup")
                 for statement in _SCHEMA.split(";\n"):
                     if statement.strip():
@@ -127,10 +134,11 @@ class Ledger:
             try:
                 yield book
             except BaseException:
-                book.execute("ROLLBACK")
+                if book.in_transaction:
+                    book.execute("ROLLBACK")
                 raise
             book.execute("COMMIT")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise LedgerError(f"the ledger {self._path} is damaged or locked: {error}") from error
         finally:
             book.close()
@@ -153,6 +161,12 @@ class Ledger:
                 os.close(handle)
             os.replace(draft, self._head_path)
 
+    def _head(self) -> str | None:
+        """The digest that the file beside the ledger remembers, if there is one."""
+        if not self._head_path.exists():
+            return None
+        return self._head_path.read_text(encoding="ascii", errors="replace").strip()
+
     def _read(self, book: sqlite3.Connection) -> list[Entry]:
         """All entries, oldest first, each checked against its own digest and its parent's."""
         columns = "number, written, run, round, attempt, event, marks, parent, digest"
@@ -171,8 +185,10 @@ class Ledger:
         last = book.execute("SELECT seq FROM sqlite_sequence WHERE name = 'entries'").fetchone()
         if (last[0] if last else 0) != len(entries):
             raise LedgerError(f"the ledger {self._path} has lost entries; {len(entries)} remain")
-        head = self._head_path.read_text().strip() if self._head_path.exists() else GENESIS
-        if head != GENESIS and head not in {entry.digest for entry in entries}:
+        head = self._head()
+        if head is None and entries:
+            raise LedgerError(f"the ledger {self._path} has lost {self._head_path.name}; restore both files")
+        if head not in (None, GENESIS) and head not in {entry.digest for entry in entries}:
             raise LedgerError(f"the ledger {self._path} was rolled back or replaced: it lacks its own head")
         return entries
 
@@ -204,6 +220,10 @@ class Ledger:
     def spent(self, delta: float) -> Bounds:
         """What everything booked so far costs together, composed anew."""
         return epsilon_of(_everything(self.entries()), delta)
+
+    def can_spend(self, event: Event, budget: float, delta: float) -> bool:
+        """Whether everything booked so far and one more event stay within a budget."""
+        return costs_at_most(compose([_everything(self.entries()), event]), budget, delta)
 
     def would_spend(self, event: Event, delta: float) -> Bounds:
         """What everything booked so far and one more event would cost together."""
@@ -258,8 +278,8 @@ class Ledger:
             answered = self._answered(book, run, round)
             if answered is None:
                 before = _everything(entries)
-                after = epsilon_of(compose([before, event]), delta).upper
-                if after > budget:
+                if not costs_at_most(compose([before, event]), budget, delta):
+                    after = epsilon_of(compose([before, event]), delta).upper
                     raise PolicyRefusal(
                         f"round {round} of {run} asks for epsilon {epsilon_of(event, delta).upper:.3f}; "
                         f"{epsilon_of(before, delta).upper:.3f} of {budget:g} is already spent "

@@ -77,7 +77,8 @@ class GaussianSum:
 
     def noise(self, total: Vector, secret: SecretNoise) -> Vector:
         """The sum (d,) with fresh normal noise added once; never call it twice on one booking."""
-        return total + self.sigma * self.clip_norm * secret.normals(total.numel()).reshape(total.shape)
+        normals = secret.normals(total.numel()).reshape(total.shape).to(total.device)
+        return total + self.sigma * self.clip_norm * normals
 
     def event(self) -> DpEvent:
         """What one noised sum releases about one unit, with everyone taking part for certain."""

@@ -88,6 +88,11 @@ class Terms:
         """A flat dict of numbers, for a task on the wire."""
         return {**asdict(self.schedule), "noise_multiplier": self.noise_multiplier}
 
+    def marks(self) -> dict[str, str]:
+        """The terms in words, for a ledger entry: what was asked, of what unit, between which neighbours."""
+        asked = {key: f"{value:.12g}" for key, value in self.to_record().items()}
+        return {**asked, "unit": "photo", "neighbours": ADJACENCY, "sampler": "poisson"}
+
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> Terms:
         """The terms that `to_record` wrote, checked anew: the sender is not trusted.
@@ -131,6 +136,10 @@ class Plan:
     def mechanism(self) -> GaussianSum | ClippedSum:
         """What each private step releases."""
         return self.terms.mechanism()
+
+    def marks(self) -> dict[str, str]:
+        """The terms in words, for a ledger entry."""
+        return self.terms.marks()
 
     def event(self, rounds: int | None = None) -> Event:
         """What `rounds` rounds (all of them if None) release about one photo."""

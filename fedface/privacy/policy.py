@@ -77,8 +77,8 @@ class DevicePolicy:
             return
         done = 0 if run is None else ledger.rounds_booked(run)
         rounds = max(plan.schedule.rounds - done, 1)
-        after = ledger.would_spend(plan.event(rounds), self.delta).upper
-        if after > self.max_epsilon:
+        if not ledger.can_spend(plan.event(rounds), self.max_epsilon, self.delta):
+            after = ledger.would_spend(plan.event(rounds), self.delta).upper
             asked = epsilon_of(plan.event(rounds), self.delta).upper
             spent = ledger.spent(self.delta).upper
             raise PolicyRefusal(
@@ -119,11 +119,18 @@ class DevicePolicy:
     ) -> Entry:
         """Book one round within this policy's budget, on disk when this returns; then compute it.
 
+        Args:
+            plan: What the run asks; its numbers are noted beside the event.
+            ledger: What these photos have paid so far.
+            run: The run's name.
+            round: Which round, >= 0.
+            marks: What else identifies the release, such as the model's hash.
+
         Raises:
             PolicyRefusal: The budget does not allow this round, or the run promises nothing and may not.
             LedgerError: The ledger is damaged, or this round was answered for a different release.
         """
-        event = plan.event(1)
+        event, marks = plan.event(1), {**plan.marks(), **(marks or {})}
         if plan.noise_multiplier > 0:
             return ledger.book_within(event, self.max_epsilon, self.delta, run=run, round=round, marks=marks)
         if not self.allow_unpromised:

@@ -53,9 +53,13 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _head(record: RunRecord) -> list[str]:
-    return [f"# Model card: {plain(record.name)}", "", f"Question: {plain(record.question)}", "", *(
-        plain(sentence) for sentence in wording.answer(record)
-    )]
+    return [
+        f"# Model card: {plain(record.name)}",
+        "",
+        f"Question: {plain(record.question)}",
+        "",
+        *(plain(sentence) for sentence in wording.answer(record)),
+    ]
 
 
 def _use(record: RunRecord) -> list[str]:
@@ -63,8 +67,8 @@ def _use(record: RunRecord) -> list[str]:
         "## Intended use",
         "",
         "Research on improving face generators and upsamplers with photos that stay on their devices, and on",
-        "measuring what that costs and whom it serves. A face that these weights make from a low-resolution photo",
-        "is one of many that fit it, not the person in it.",
+        "measuring what that costs and whom it serves. A face that these weights make from a low-resolution",
+        "photo is one of many that fit it, not the person in it.",
         "",
         "Not for identifying anybody, not for evidence, not for deciding about people.",
     ]
@@ -75,12 +79,8 @@ def _training(record: RunRecord) -> list[str]:
     answers = sum(len(entry.answered) for entry in record.rounds)
     refused = sum(len(entry.refusals) for entry in record.rounds)
     dropped = sum(len(entry.dropped) for entry in record.rounds)
-    lines = [
-        "## Training",
-        "",
-        f"{len(record.devices)} devices, {rounds} rounds: {answers} answers, {refused} refusals, {dropped} dropped.",
-        "",
-    ]
+    replies = f"{answers} answers, {refused} refusals, {dropped} dropped"
+    lines = ["## Training", "", f"{len(record.devices)} devices, {rounds} rounds: {replies}.", ""]
     return lines + table(
         ["Device", "Publicly known"], [[device.id, device.description] for device in record.devices]
     )
@@ -108,14 +108,17 @@ def _bias(record: RunRecord) -> list[str]:
             return [*lines, f"Not measured: {plain(reason)}"]
         case BiasRecord() as audit:
             lines += [f"- {plain(sentence)}" for sentence in audit.sentences]
-            lines += ["", f"Probe: {plain(audit.probe)}, {audit.photos} photos, {audit.faces_per_photo} faces each."]
+            counts = f"{audit.photos} photos, {audit.faces_per_photo} faces each"
+            lines += ["", f"Probe: {plain(audit.probe)}, {counts}."]
             measures = list(dict.fromkeys(name for group in audit.groups for name in group.figures))
             absent = NotMeasured(not_measured="too few photos of this group")
             rows = [
                 [group.group, *(wording.figure(group.figures.get(name, absent)) for name in measures)]
                 for group in audit.groups
             ]
-            heads = ["Tone group", *(f"{wording.title_of(n)}, {wording.unit_of(n)}" for n in measures)]
+            units = [f" ({wording.unit_of(name)})" if wording.unit_of(name) else "" for name in measures]
+            titles = [wording.title_of(name) + unit for name, unit in zip(measures, units, strict=True)]
+            heads = ["Tone group", *titles]
             return [*lines, "", *table(heads, rows)]
 
 
@@ -124,8 +127,8 @@ def _leakage(record: RunRecord) -> list[str]:
     if not record.attacks:
         return [*lines, "Not measured: no attack was run against these updates."]
     for attack in record.attacks:
-        named = plain(wording.figure(attack.gallery))
-        lines.append(f"- {plain(wording.attack_sentence(attack))} Right photo of {attack.gallery_size} named: {named}.")
+        named = f"Right photo of {attack.gallery_size} named: {wording.figure(attack.gallery)}."
+        lines.append(f"- {plain(wording.attack_sentence(attack))} {plain(named)}")
     untested = list(dict.fromkeys(item for attack in record.attacks for item in attack.not_tested))
     if untested:
         lines += ["", f"Not tested: {plain('; '.join(untested))}."]

@@ -146,7 +146,7 @@ def _tiles(record: RunRecord) -> list[dict[str, str]]:
         measure, before, after = leading
         if isinstance(before.difference, Interval) and isinstance(after.difference, Interval):
             was, now = abs(before.difference.estimate), abs(after.difference.estimate)
-            text = f"gap between tone groups, {wording.title_of(measure)}, {wording.unit_of(measure)}"
+            text = f"gap between tone groups, {_head(measure)}"
             tiles.append({"value": f"{wording.number(was)} → {wording.number(now)}", "text": text})
     if record.rounds:
         answered = sum(len(entry.answered) for entry in record.rounds)
@@ -160,6 +160,10 @@ def _tiles(record: RunRecord) -> list[dict[str, str]]:
         text = f"attack beyond guessing: {' → '.join(defence for _, defence in gains)}"
         tiles.append({"value": f"{value} dB", "text": text})
     return tiles
+
+
+def _head(measure: str) -> str:
+    return ", ".join(part for part in (wording.title_of(measure), wording.unit_of(measure)) if part)
 
 
 def _turnout(record: RunRecord) -> list[dict[str, str]]:
@@ -342,8 +346,9 @@ def _attacks(record: RunRecord) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for attack in record.attacks:
         values = (attack.psnr, attack.baseline_psnr, attack.ssim, attack.baseline_ssim, attack.gallery)
+        cells = [_cell(value, 0) for value in values]
         chance = f"{wording.percent(1 / attack.gallery_size)} · {wording.percent(attack.gallery_ceiling)}"
-        rows.append({"defence": attack.defence, "cells": [_cell(value, 0) for value in values], "chance": chance})
+        rows.append({"defence": attack.defence, "cells": cells, "chance": chance})
     return rows
 
 

@@ -55,7 +55,7 @@ def signed(value: float) -> str:
 
 
 def interval(value: Interval) -> tuple[str, str]:
-    """The estimate and `[low, high]`, with as many places as leave two digits to half the interval's width."""
+    """The estimate and `[low, high]`, with places enough for two digits of half its width."""
     half = (value.high - value.low) / 2
     if not 1e-6 <= half < 1e6:
         return number(value.estimate), f"[{number(value.low)}, {number(value.high)}]"
@@ -125,8 +125,13 @@ def title_of(measure: str) -> str:
 
 
 def unit_of(measure: str) -> str:
-    """The unit of a measure of bias."""
-    return MEASURES[measure].unit if measure in MEASURES else "units not named"
+    """The unit of a measure of bias; empty for a share."""
+    return MEASURES[measure].unit.strip() if measure in MEASURES else ""
+
+
+def with_unit(text: str, measure: str) -> str:
+    """A number and the unit of its measure, where it has one."""
+    return f"{text} {unit_of(measure)}".rstrip()
 
 
 def meaning(value: Epsilon) -> str:
@@ -186,8 +191,10 @@ def gap_sentence(gap: GapRecord, measure: str) -> str:
         case Interval(low=low, high=high) if low <= 0 <= high:
             return f"By {title}, no gap between groups is clear: {figure(gap.difference)}."
         case Interval():
-            values = f"{figure(gap.difference)} {unit_of(measure)}"
-            return f"Served worse by {title}: {gap.worst}, compared with {gap.best}; gap {values}."
+            unit = f", in {unit_of(measure)}" if unit_of(measure) else ""
+            return (
+                f"Served worse by {title}: {gap.worst} than {gap.best}; gap {figure(gap.difference)}{unit}."
+            )
         case NotMeasured(not_measured=reason):
             return f"By {title}, the gap between groups was not measured: {reason}."
 
@@ -216,7 +223,7 @@ def _gap_answer(record: RunRecord) -> str:
     match before.difference, after.difference:
         case (Interval() as old, Interval() as new):
             was, now = abs(old.estimate), abs(new.estimate)
-            change = f"from {number(was)} to {number(now)} {unit_of(measure)}"
+            change = with_unit(f"from {number(was)} to {number(now)}", measure)
             start = f"The gap between the worst and the best served tone group in {title}"
             if max(old.low, new.low) > min(old.high, new.high):
                 return f"{start} {'shrank' if now < was else 'grew'} {change}."

@@ -41,7 +41,7 @@ class PulseConfig:
     tile_latent: bool = False  # one latent for all style inputs; otherwise one for each
     trainable_noise: int = 5  # >= 0, how many noise maps, coarsest first, are searched as well
     mapping_samples: int = 20_000  # >= 2, latents drawn to fit the distribution of styles
-    faces_at_once: int = 64  # >= 1, bounds the memory
+    faces_at_once: int = 32  # >= 1, bounds the memory; 32 to 64 small faces suit the caches of one core
 
     def __post_init__(self) -> None:
         counts = (("steps", 1), ("trainable_noise", 0), ("mapping_samples", 2), ("faces_at_once", 1))

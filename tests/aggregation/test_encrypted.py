@@ -7,6 +7,7 @@ import resource
 import stat
 import struct
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tenseal import sealapi
 
 from fedface.aggregation.encrypted import (
     EncryptedDevice,
@@ -212,6 +214,22 @@ def test_truncated_damaged_and_foreign_parts_are_refused() -> None:
         SERVER.combine([good, DEVICE.protect(torch.zeros(20000), 1)])
 
 
+def test_an_upload_that_cancels_another_or_is_not_encrypted_at_all_is_refused() -> None:
+    """What remains would be readable without a key; SEAL's own word for it is transparent."""
+    scheme = SERVER.scheme
+    good = DEVICE.protect(torch.zeros(5), 0)
+    negated = scheme.ciphertext(good.parts[0])
+    sealapi.Evaluator(scheme.context).negate_inplace(negated)
+    bare = sealapi.Ciphertext(scheme.context)
+    bare.resize(scheme.context, 2)
+    for hostile in (negated, bare):
+        with tempfile.NamedTemporaryFile() as file:
+            hostile.save(file.name)
+            written = Path(file.name).read_bytes()
+        with pytest.raises(AggregationError, match="SEAL|not encrypted"):
+            SERVER.combine([good, Payload(kind=good.kind, header=good.header, parts=(written,))])
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory in KiB, as Linux reports it")
 def test_a_part_that_would_inflate_to_a_gigabyte_is_refused_without_the_memory() -> None:
     """8000 zstd blocks of four bytes, each of which stands for 128 KiB of zeros."""
@@ -248,6 +266,23 @@ def test_a_key_survives_its_file_which_only_its_owner_reads(tmp_path: Path) -> N
             EncryptedKeys.load(path)
     with pytest.raises(AggregationError, match="cannot read"):
         EncryptedKeys.load(tmp_path / "absent.key")
+
+
+def test_where_memory_files_are_missing_temporary_files_serve_and_none_is_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on macOS; the folder of temporary files is empty afterwards, also after a refusal."""
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    keys = EncryptedKeys.make(CONFIG, AGREEMENT)
+    device = EncryptedDevice(CONFIG, AGREEMENT, keys)
+    update = torch.tensor([0.1, -0.1, 0.0])
+    payload = device.protect(update, 0)
+    opened = device.reveal(SERVER.combine([payload, device.protect(update, 0)]))
+    assert opened == pytest.approx(2 * update, rel=1e-6)
+    with pytest.raises(AggregationError):
+        SERVER.combine([Payload(kind=payload.kind, header=payload.header, parts=(b"broken",))])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_and_foreign_keys_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Where faces are, and the crop they give: known landmarks land at known places, whatever turned the photo."""
+"""Where faces are, and the crop they give: known landmarks land at known places, however turned."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def turned(landmarks: np.ndarray, degrees: float, about: tuple[float, float] = (
 
 
 def test_the_square_of_a_symmetric_face_is_known() -> None:
-    """Eyes 40 apart, mouth 45 below: half side max(80, 81) = 81, centre a tenth of the way down from the eyes."""
+    """Eyes 40 apart, mouth 45 below: half side max(80, 81) = 81, centre a tenth of the way down."""
     corners = alignment_square(UPRIGHT)
     left, top, right, bottom = 160 - 81, 154.5 - 81, 160 + 81, 154.5 + 81
     np.testing.assert_allclose(corners, [(left, top), (left, bottom), (right, bottom), (right, top)])
@@ -74,7 +74,7 @@ def test_the_place_in_the_crop_scales_with_its_size(size: int) -> None:
 
 
 def test_beyond_the_border_lies_the_mirror_image() -> None:
-    """A photo that ends in the middle of the crop: a symmetric continuation, no black corner."""
+    """A photo that ends inside the crop: a symmetric continuation, no black corner."""
     ramp = np.tile(np.arange(100, 200, dtype=np.uint8)[:, None, None], (1, 100, 3))
     landmarks = np.array([[30.0, 10.0], [70.0, 10.0], [50.0, 20.0], [40.0, 40.0], [60.0, 40.0]])
     crop = align(ramp, landmarks, 80).astype(int)
@@ -133,10 +133,10 @@ def test_one_face_two_faces_no_face(which: str, shared: Path, request: pytest.Fi
         assert len(detector.find(photo.pixels)) == expected, name
 
 
-def test_the_two_detectors_agree_where_the_eyes_are(
+def test_the_two_detectors_agree_where_eyes_and_mouth_are(
     default: EmbeddedDetector, yunet: YuNetDetector, shared: Path
 ) -> None:
-    """To within a tenth of the distance between the eyes."""
+    """To within 15 % of the distance between the eyes."""
     pixels = read_photo(shared / "data" / "library" / "people" / "obama.jpg").pixels
     ours, theirs = default.find(pixels)[0].landmarks, yunet.find(pixels)[0].landmarks
     apart = np.hypot(*(theirs[1] - theirs[0]))
@@ -157,7 +157,8 @@ def test_a_photo_turned_by_its_exif_gives_the_same_crop(default: EmbeddedDetecto
         photo = read_photo(shared / "data" / "library" / "made" / f"face_orient{orientation}.jpg")
         crops.append(align(photo.pixels, default.find(photo.pixels)[0].landmarks, 64).astype(int))
     for crop in crops[1:]:
-        assert np.abs(crop - crops[0]).mean() < 2.0
+        assert np.abs(crop - crops[0]).mean() < 4.0
+    assert np.abs(crops[0][::-1] - crops[0]).mean() > 20.0
 
 
 def test_detections_match_the_listed_boxes(yunet: YuNetDetector, shared: Path) -> None:
@@ -199,16 +200,18 @@ def shades() -> Iterator[tuple[str, np.ndarray]]:
 
 def test_rates_count_what_was_found_by_group() -> None:
     rates = detection_rates(shades(), FindsDark())
-    assert [(rate.group, rate.found, rate.count) for rate in rates] == [("a", 3, 3), ("b", 2, 4), ("all", 5, 7)]
+    counts = [(rate.group, rate.found, rate.count) for rate in rates]
+    assert counts == [("a", 3, 3), ("b", 2, 4), ("all", 5, 7)]
     (both,) = pooled(rates, lambda _: "both")
     assert (both.found, both.count) == (5, 7)
 
 
 @pytest.mark.parametrize(
-    ("found", "count", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)]
+    ("found", "count", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)],
 )
 def test_wilson_intervals_match_published_values(found: int, count: int, low: float, high: float) -> None:
-    """81 of 263: Newcombe (1998), table 1, method 3; 5 of 10 and 0 of 10 by hand from the formula."""
+    """81 of 263: Newcombe (1998), table 1, method 3; the others by hand from the formula."""
     assert wilson(found, count) == pytest.approx((low, high), abs=6e-4)
 
 

@@ -41,8 +41,7 @@ def analytic_epsilon(sigma: float, delta: float) -> float:
     return float(brentq(excess, 0.0, 1000.0, xtol=1e-12))
 
 
-@pytest.mark.parametrize("sigma", [0.3, 1.0, 5.0, 100.0])
-@pytest.mark.parametrize("delta", [1e-3, 1e-5, 1e-8])
+@pytest.mark.parametrize(("sigma", "delta"), [(0.3, 1e-5), (1.0, 1e-3), (1.0, 1e-8), (100.0, 1e-5)])
 def test_one_gaussian_costs_what_the_closed_form_says(sigma: float, delta: float) -> None:
     bounds, exact = epsilon_of(gaussian(sigma), delta), analytic_epsilon(sigma, delta)
     assert bounds.lower <= exact * (1 + 1e-9) and exact <= bounds.upper * (1 + 1e-9)
@@ -57,7 +56,8 @@ def test_four_equal_gaussian_rounds_cost_as_much_as_one_with_half_the_noise() ->
 
 
 def test_sampling_everybody_is_no_sampling() -> None:
-    assert epsilon_of(sampled(1.0, 1.0, 4), 1e-5).upper == approx(epsilon_of(gaussian(0.5), 1e-5).upper, rel=1e-6)
+    everybody = epsilon_of(sampled(1.0, 1.0, 4), 1e-5).upper
+    assert everybody == approx(epsilon_of(gaussian(0.5), 1e-5).upper, rel=1e-6)
 
 
 def test_one_sampled_gaussian_step_costs_what_the_mixture_says() -> None:
@@ -144,8 +144,7 @@ def test_calibrated_noise_of_one_gaussian_is_the_analytic_one() -> None:
     assert analytic_epsilon(sigma, 1e-5) == approx(1.0, abs=1e-3)
 
 
-@pytest.mark.parametrize("kappa", [1 / 256, 0.1, 0.5, 0.9])
-@pytest.mark.parametrize("sigma", [0.7, 1.0, 4.0])
+@pytest.mark.parametrize(("sigma", "kappa"), [(0.7, 0.9), (1.0, 1 / 256), (1.0, 0.5), (4.0, 0.1)])
 def test_the_ceiling_of_one_gaussian_is_its_trade_off(kappa: float, sigma: float) -> None:
     """Hayes et al. (2023): Phi(Phi^-1(kappa) + 1/sigma)."""
     exact = float(norm.cdf(norm.ppf(kappa) + 1 / sigma))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import signal
 import sqlite3
 import stat
-import subprocess
-import sys
 import time
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import dp_accounting as dp
@@ -162,6 +162,13 @@ def test_a_deleted_ledger_does_not_give_a_new_budget(ledger: Ledger, tmp_path: P
         Ledger.open(file_of(tmp_path))
 
 
+def test_a_ledger_without_its_head_is_not_trusted(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.book(EVENT, run="r", round=0)
+    file_of(tmp_path).with_name("ledger.db.head").unlink()
+    with pytest.raises(LedgerError, match="restore both"):
+        Ledger.open(file_of(tmp_path))
+
+
 def test_rubbish_is_not_a_ledger(ledger: Ledger, tmp_path: Path) -> None:
     file_of(tmp_path).write_bytes(os.urandom(5000))
     with pytest.raises(LedgerError):
@@ -175,33 +182,44 @@ def test_only_the_owner_can_read_the_ledger(ledger: Ledger, tmp_path: Path) -> N
     assert stat.S_IMODE(file_of(tmp_path).parent.stat().st_mode) == 0o700
 
 
-BOOKER = """
-import sys
-import dp_accounting as dp
-from fedface.errors import PolicyRefusal
-from fedface.privacy.ledger import Ledger
-path, run, budget = sys.argv[1], sys.argv[2], float(sys.argv[3])
-ledger = Ledger.open(path)
-for round in range(100000):
+def book_all(path: Path, run: str, budget: float, said: Connection) -> None:
+    """Book rounds until the budget is used up, and say each digest once it was returned."""
+    ledger = Ledger.open(path)
+    for round in range(100_000):
+        try:
+            entry = ledger.book_within(EVENT, budget, DELTA, run=run, round=round)
+        except PolicyRefusal:
+            break
+        said.send(entry.digest)
+    said.send("refused")
+    said.close()
+
+
+def booker(path: Path, run: str, budget: float) -> tuple[BaseProcess, Connection]:
+    context = multiprocessing.get_context("fork")
+    heard, said = context.Pipe(duplex=False)
+    process = context.Process(target=book_all, args=(path, run, budget, said))
+    process.start()
+    said.close()
+    return process, heard
+
+
+def rest_of(heard: Connection) -> list[str]:
+    lines: list[str] = []
     try:
-        entry = ledger.book_within(dp.GaussianDpEvent(4.0), budget, 1e-5, run=run, round=round)
-    except PolicyRefusal:
-        break
-    print(entry.digest, flush=True)
-print("refused", flush=True)
-"""
-
-
-def booker(path: Path, run: str, budget: float) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", BOOKER, str(path), run, str(budget)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        while True:
+            lines.append(heard.recv())
+    except EOFError:
+        return lines
 
 
 def test_two_processes_cannot_overspend_one_budget(tmp_path: Path) -> None:
     """A budget for exactly four rounds, and two processes that want as many as they can get."""
     budget = epsilon_of(dp.GaussianDpEvent(2.0), DELTA).upper + 1e-6
     both = [booker(tmp_path / "ledger.db", run, budget) for run in ("a", "b")]
-    said = [process.communicate(timeout=60)[0].split() for process in both]
+    said = [rest_of(heard) for _, heard in both]
+    for process, _ in both:
+        process.join(timeout=30)
     assert [lines[-1] for lines in said] == ["refused", "refused"]
     entries = Ledger.open(tmp_path / "ledger.db").entries()
     assert {entry.digest for entry in entries} == {line for lines in said for line in lines[:-1]}
@@ -210,17 +228,14 @@ def test_two_processes_cannot_overspend_one_budget(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("moment", [0.0, 0.004, 0.011, 0.023])
 def test_kill_9_loses_no_booking_that_was_returned(tmp_path: Path, moment: float) -> None:
-    process = booker(tmp_path / "ledger.db", "r", 1e4)
-    assert process.stdout is not None
-    returned = [process.stdout.readline().strip() for _ in range(3)]
+    process, heard = booker(tmp_path / "ledger.db", "r", 1e4)
+    returned = [heard.recv() for _ in range(3)]
     time.sleep(moment)
-    os.kill(process.pid, signal.SIGKILL)
-    returned += process.stdout.read().split()
-    process.wait(timeout=10)
-    process.stdout.close()
+    process.kill()
+    returned += rest_of(heard)
+    process.join(timeout=10)
     ledger = Ledger.open(tmp_path / "ledger.db")
     booked = [entry.digest for entry in ledger.entries()]
-    whole = [line for line in returned if len(line) == 64]
-    assert booked[: len(whole)] == whole
-    assert len(booked) - len(whole) <= 1
+    assert booked[: len(returned)] == returned
+    assert len(booked) - len(returned) <= 1
     assert ledger.book(EVENT, run="after", round=0).number == len(booked) + 1

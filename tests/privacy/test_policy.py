@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,12 @@ def test_a_run_within_the_budget_is_admitted_to_its_last_round(ledger: Ledger) -
         POLICY.book(TERMS, ledger, run="r", round=round)
         ledger.store_reply("r", round, b"payload")
     assert ledger.spent(1e-5).upper <= POLICY.max_epsilon
+
+
+def test_an_entry_says_what_was_asked_of_what_unit(ledger: Ledger) -> None:
+    marks = json.loads(POLICY.book(TERMS, ledger, run="r", round=0, marks={"model": "abc"}).marks)
+    assert marks["noise_multiplier"] == "1" and marks["clip_norm"] == "1" and marks["expected_batch"] == "8"
+    assert marks["unit"] == "photo" and marks["sampler"] == "poisson" and marks["model"] == "abc"
 
 
 def test_the_same_run_under_another_name_is_refused_with_asked_spent_and_allowed(ledger: Ledger) -> None:

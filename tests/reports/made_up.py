@@ -35,6 +35,12 @@ from fedface.reports.run import (
 GROUPS = ("very light", "light", "intermediate", "tan", "brown", "dark")
 BASE, FINAL = "0a" * 32, "f1" * 32
 ROUNDS = 8
+QUESTION = "Do eight phones of mostly darker faces mend a generator that was taught on lighter ones?"
+COUNTS = {
+    "devices": (310, 420, 640, 1130, 2700, 2800),
+    "before": (92, 140, 121, 87, 51, 21),
+    "after": (38, 61, 88, 106, 121, 98),
+}
 
 # Measure -> (typical value, spread) for the best served group; the worst is served twice as badly.
 TYPICAL = {
@@ -83,10 +89,10 @@ def bias(worst: float, digest: str, rng: np.random.Generator) -> BiasRecord:
             value += rng.normal(0, spread / 4)
             values[measure] = around(value, spread, 40)
         groups.append(GroupRecord(group=name, count=40, figures=values))
-    gaps = {
-        measure: GapRecord(worst="dark", best="very light", difference=around(spread * 8 * (worst - 1), spread, 80))
-        for measure, (_, spread) in TYPICAL.items()
-    }
+    gaps = {}
+    for measure, (_, spread) in TYPICAL.items():
+        difference = around(spread * 8 * (worst - 1), spread, 80)
+        gaps[measure] = GapRecord(worst="dark", best="very light", difference=difference)
     return BiasRecord(
         weights_hash=digest,
         probe="drawn faces in neutral light",
@@ -96,8 +102,8 @@ def bias(worst: float, digest: str, rng: np.random.Generator) -> BiasRecord:
         groups=tuple(groups),
         gaps=gaps,
         sentences=(
-            "Served worse by colour difference of the skin: dark, 12.1 [11.5, 12.7] dE00 (n = 40), lighter than "
-            "the original, against 6.3 [5.7, 6.9] for very light (n = 40).",
+            "Served worse by colour difference of the skin: dark, 12.1 [11.5, 12.7] dE00 (n = 40), lighter "
+            "than the original, against 6.3 [5.7, 6.9] for very light (n = 40).",
             "Tone is read from pixels and moves with light and camera; groups are those of the probe.",
         ),
     )
@@ -139,20 +145,21 @@ def attacks() -> tuple[AttackRecord, ...]:
     )
 
 
-def made_up_run(folder: Path, *, question: str = "", device: str = "device-1") -> RunRecord:
+def made_up_run(folder: Path) -> RunRecord:
     """A run with plausible numbers, its pictures of drawn faces written into `folder`."""
     rng = np.random.Generator(np.random.PCG64(7))
-    answered = tuple([device, *(f"device-{index}" for index in range(2, 9))])
+    answered = tuple(f"device-{index}" for index in range(1, 9))
     refusal = RefusalRecord(
         device="device-8",
         reason="this run asks for epsilon 8.00; 5.10 of 10.00 is already spent.",
     )
+    silent = RefusalRecord(device="device-3", reason="no answer within 60 s.")
     rounds = tuple(
         RoundRecord(
             round=number,
             answered=answered[:-1] if number > 5 else answered,
             refusals=(refusal,) if number > 5 else (),
-            dropped=(RefusalRecord(device="device-3", reason="no answer within 60 s."),) if number == 2 else (),
+            dropped=(silent,) if number == 2 else (),
             epsilon=epsilon_after(number),
             bytes_up=8 * 2_030_000,
             bytes_down=8 * 2_300_000,
@@ -168,7 +175,7 @@ def made_up_run(folder: Path, *, question: str = "", device: str = "device-1") -
     draw_pictures(folder)
     return RunRecord(
         name="fixture-darker-faces",
-        question=question or "Do eight phones of mostly darker faces mend a generator that was taught on lighter ones?",
+        question=QUESTION,
         started="2026-01-05T09:12:00+00:00",
         finished="2026-01-05T09:19:41+00:00",
         command="fedface run experiments/darker-faces.yaml",
@@ -205,9 +212,9 @@ def made_up_run(folder: Path, *, question: str = "", device: str = "device-1") -
         bias_before=bias(2.1, BASE, rng),
         bias_after=bias(1.3, FINAL, rng),
         tones=(
-            ToneRecord(source="devices", label="faces on the devices", groups=GROUPS, counts=(310, 420, 640, 1130, 2700, 2800)),
-            ToneRecord(source="before", label="samples before", groups=GROUPS, counts=(92, 140, 121, 87, 51, 21)),
-            ToneRecord(source="after", label="samples after", groups=GROUPS, counts=(38, 61, 88, 106, 121, 98)),
+            ToneRecord(source="devices", label="faces on devices", groups=GROUPS, counts=COUNTS["devices"]),
+            ToneRecord(source="before", label="samples before", groups=GROUPS, counts=COUNTS["before"]),
+            ToneRecord(source="after", label="samples after", groups=GROUPS, counts=COUNTS["after"]),
         ),
         attacks=attacks(),
         aggregation=(
@@ -236,7 +243,7 @@ def made_up_run(folder: Path, *, question: str = "", device: str = "device-1") -
             "faces": PictureRecord(
                 file="faces.png",
                 section="faces",
-                caption="Drawn people from the probe: the truth, what the upsampler is given, and what it made of it.",
+                caption="Drawn people: the truth, what the upsampler is given, and what it made of it.",
                 alt="A grid of drawn faces, four rows and six columns",
             ),
             "attack": PictureRecord(
@@ -260,7 +267,8 @@ def draw_pictures(folder: Path) -> None:
     faces = torch.cat([draw(sample_faces(1, ToneMix(light_share=1 - i / 5), chance), 64) for i in range(6)])
     low = torch.nn.functional.avg_pool2d(faces, 8)
     soft = torch.nn.functional.interpolate(low, size=64, mode="bicubic")
-    rows = [("truth", faces), ("input, 8 pixels", low), ("before", soft * 0.8 + 0.2), ("after", (soft + faces) / 2)]
+    after = (soft + faces) / 2
+    rows = [("truth", faces), ("input, 8 pixels", low), ("before", soft * 0.8 + 0.2), ("after", after)]
     (folder / "faces.png").write_bytes(figures.face_grid(rows, GROUPS))
     noise = torch.rand(faces.shape, generator=chance)
     mean = faces.mean(dim=0, keepdim=True).expand_as(faces)

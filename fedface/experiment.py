@@ -1,0 +1,223 @@
+"""The whole recipe of a run as one frozen value, read from one YAML file; each part's config lives with its owner.
+
+Called by the command line and both Flower apps. An experiment is a question: `question` stands first, and
+everything that the answer depends on stands below it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import assert_never
+
+from fedface.aggregation.protocol import Agreement, AggregationConfig, EncryptedConfig
+from fedface.config import plain, read
+from fedface.errors import ConfigError
+from fedface.models.weights import Gan, load_base, load_gan
+from fedface.photos.partition import ByGroup, Dirichlet, Evenly
+from fedface.privacy.plan import Plan, make_plan
+from fedface.privacy.policy import DevicePolicy
+from fedface.privacy.target import NoPromise, PrivacyTarget
+from fedface.training.generator import GanTrainingConfig
+from fedface.upsampling.degrade import Area, BicubicPulse
+from fedface.upsampling.pulse import PulseConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnDevices:
+    """Pretended devices, each with drawn faces in a mix of its own."""
+
+    light_shares: tuple[float, ...] = (0.9, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # one per device
+    photos_each: int = 400
+
+    def __post_init__(self) -> None:
+        if not self.light_shares:
+            raise ValueError("light_shares must name at least one device, got none")
+        for share in self.light_shares:
+            if not 0 <= share <= 1:
+                raise ValueError(f"light_shares must lie in [0, 1], got {share}")
+        if self.photos_each < 2:
+            raise ValueError(f"photos_each must be at least 2, got {self.photos_each}")
+
+    @property
+    def count(self) -> int:
+        """How many devices."""
+        return len(self.light_shares)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledDevices:
+    """Pretended devices that share out one public folder of labelled photos."""
+
+    folder: Path = Path("photos")  # replaced by --photos
+    set: str = ""  # which set of the folder, where it holds several
+    label: str = "race"  # which column tells the groups
+    count: int = 7
+    split: ByGroup | Dirichlet | Evenly = field(default_factory=ByGroup)
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count must be at least 1, got {self.count}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealDevices:
+    """Devices of real people, that connect by themselves; the server learns nothing of their photos."""
+
+    count: int = 3  # wait for this many devices before the first round
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count must be at least 1, got {self.count}")
+
+
+Devices = DrawnDevices | LabelledDevices | RealDevices
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnProbe:
+    """Public probe: freshly drawn faces, equally many in each tone group, in plain light and through cameras."""
+
+    each: int = 12  # faces per tone group, >= 2
+
+    def __post_init__(self) -> None:
+        if self.each < 2:
+            raise ValueError(f"each must be at least 2, got {self.each}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledProbe:
+    """Public probe: labelled photos that no device holds, equally many in each group."""
+
+    folder: Path = Path("photos")  # replaced by --photos
+    set: str = ""
+    label: str = "race"
+    each: int = 12
+
+    def __post_init__(self) -> None:
+        if self.each < 2:
+            raise ValueError(f"each must be at least 2, got {self.each}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpsamplingConfig:
+    """How probes are shrunk and searched again."""
+
+    downscale: BicubicPulse | Area = field(default_factory=lambda: BicubicPulse(4))
+    pulse: PulseConfig = field(default_factory=PulseConfig)
+    faces_per_photo: int = 1
+
+    def __post_init__(self) -> None:
+        if self.faces_per_photo < 1:
+            raise ValueError(f"faces_per_photo must be at least 1, got {self.faces_per_photo}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig:
+    """The inversion attack on one update."""
+
+    photos: int = 4  # updates attacked, one photo each, >= 2
+    iterations: int = 300
+    candidates: int = 100  # of the gallery question, >= 2
+    trials: int = 50
+
+    def __post_init__(self) -> None:
+        for name, least in (("photos", 2), ("iterations", 1), ("candidates", 2), ("trials", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One question and everything its answer depends on."""
+
+    question: str
+    name: str  # of the run's folder
+    promise: PrivacyTarget | NoPromise
+    devices: Devices
+    probe: DrawnProbe | LabelledProbe = field(default_factory=DrawnProbe)
+    seed: int = 0
+    base: Path | None = None  # a checkpoint; None is the embedded one
+    training: GanTrainingConfig = field(default_factory=GanTrainingConfig)
+    aggregation: AggregationConfig = field(default_factory=EncryptedConfig)
+    policy: DevicePolicy | None = None  # of pretended devices; None allows exactly this run
+    fewest_answers: int = 2  # a round with fewer answers is not applied
+    upsampling: UpsamplingConfig = field(default_factory=UpsamplingConfig)
+    attack: AttackConfig = field(default_factory=AttackConfig)
+
+    def __post_init__(self) -> None:
+        if not self.question.strip():
+            raise ValueError("question must not be empty: what does this run settle?")
+        allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
+        if not self.name or set(self.name) - allowed or self.name[0] in ".-":
+            raise ValueError(f"name must be letters, digits, '-', '_' and '.', got {self.name!r}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be >= 0, got {self.seed}")
+        if not 1 <= self.fewest_answers <= self.devices.count:
+            raise ValueError(
+                f"fewest_answers must lie between 1 and the {self.devices.count} devices, got {self.fewest_answers}"
+            )
+        if isinstance(self.promise, PrivacyTarget) and isinstance(self.devices, DrawnDevices):
+            if self.promise.delta * self.devices.photos_each >= 1:
+                raise ValueError(
+                    f"promise: delta must lie below 1 / photos_each = {1 / self.devices.photos_each:g}, "
+                    f"got {self.promise.delta:g}"
+                )
+
+    @property
+    def agreement(self) -> Agreement:
+        """What devices and server must share to sum updates."""
+        return Agreement(value_range=self.training.value_range, most_devices=max(2, self.devices.count))
+
+    def plan(self) -> Plan:
+        """The mechanism that keeps the promise; takes a second or two, once."""
+        return make_plan(self.promise, self.training.schedule())
+
+    def device_policy(self) -> DevicePolicy:
+        """What a pretended device allows: the written policy, or exactly this run."""
+        if self.policy is not None:
+            return self.policy
+        match self.promise:
+            case PrivacyTarget(epsilon=epsilon, delta=delta):
+                return DevicePolicy(
+                    max_epsilon=epsilon, delta=delta, objectives=("generator",), smallest_cohort=1,
+                    protocols=(self.aggregation.kind,),
+                )  # fmt: skip
+            case NoPromise():
+                return DevicePolicy(
+                    max_epsilon=1.0, delta=1e-5, objectives=("generator",), smallest_cohort=1,
+                    protocols=(self.aggregation.kind,), allow_unpromised=True,
+                )  # fmt: skip
+            case _:
+                assert_never(self.promise)
+
+    def start(self) -> Gan:
+        """The networks before the first round."""
+        return load_base() if self.base is None else load_gan(self.base)
+
+    def digest(self) -> str:
+        """SHA-256 of the whole recipe, the first 16 hex digits."""
+        return hashlib.sha256(json.dumps(plain(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_experiment(
+    path: Path, *, photos: Path | None = None, changes: Mapping[str, str] | None = None
+) -> Experiment:
+    """Read an experiment; `photos` replaces the folder of labelled devices and probe.
+
+    Raises:
+        ConfigError: With file, line, key, what was expected and what came.
+    """
+    merged = dict(changes or {})
+    first = read(path, Experiment, changes=merged)
+    if photos is None:
+        return first
+    if not isinstance(first.devices, LabelledDevices) and not isinstance(first.probe, LabelledProbe):
+        raise ConfigError(f"{path}: --photos goes with labelled devices or a labelled probe; this file has neither")
+    for part in ("devices", "probe"):
+        if isinstance(getattr(first, part), (LabelledDevices, LabelledProbe)):
+            merged[f"{part}.folder"] = json.dumps(str(photos))
+    return read(path, Experiment, changes=merged)

@@ -1,0 +1,128 @@
+"""One device: its photos, its policy, its ledger, and how it answers a task.
+
+Called by federation/flower.py for every message that reaches a device. The order is the promise: the policy
+is asked, the release is booked on disk, only then is a photo read; what was computed is kept before it is
+sent, and sent again, never computed again, when the same round is asked once more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedface.aggregation.encrypted import EncryptedKeys, make_device
+from fedface.aggregation.protocol import AggregationConfig, EncryptedConfig, Payload, PlainConfig
+from fedface.errors import FederationError, PolicyRefusal, PrivacyError
+from fedface.federation.task import Refusal, Reply, RevealTask, Revealed, Task, Trained, TrainTask
+from fedface.models.critic import Critic
+from fedface.models.stylegan2 import StyleGAN2
+from fedface.models.weights import Gan, fill
+from fedface.privacy.ledger import Ledger
+from fedface.privacy.policy import DevicePolicy
+from fedface.randomness import SecretNoise, Streams
+from fedface.shapes import Images
+from fedface.training.generator import train_round
+
+OBJECTIVE = "generator"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What a device is made of; the photos are read when a round needs them, not before."""
+
+    name: str  # the public name in logs and reports
+    photos: Callable[[int], Images]  # size in pixels -> all aligned faces (n, 3, size, size)
+    policy: DevicePolicy
+    state: Path  # folder of the ledger and the shared key, readable by the owner alone
+
+    @property
+    def ledger_path(self) -> Path:
+        """The ledger of this library, for all runs."""
+        return self.state / "ledger.sqlite"
+
+    @property
+    def key_path(self) -> Path:
+        """The key that the devices of a run share, and the server does not have."""
+        return self.state / "sum.key"
+
+
+def serve(task: Task, device: Device) -> Reply:
+    """Answer one task, or say no.
+
+    Raises:
+        WeightsError: The weights do not fit the networks of the task.
+        AggregationError: The shared key is missing, or a sum is not of this run's kind.
+        FederationError: The sum of another round was to be opened.
+        PrivacyError: The ledger cannot be trusted. Nothing is sent.
+    """
+    try:
+        match task:
+            case TrainTask():
+                return _train(task, device)
+            case RevealTask():
+                return _reveal(task, device)
+    except PolicyRefusal as refusal:
+        return Refusal(device=device.name, reason=str(refusal))
+
+
+def _train(task: TrainTask, device: Device) -> Reply:
+    agreed = task.agreed
+    if agreed.training.schedule() != agreed.terms.schedule:
+        raise PrivacyError("the task's training schedule and its privacy terms differ; nothing was computed")
+    ledger = Ledger.open(device.ledger_path)
+    kept = ledger.stored_reply(task.run, task.round)
+    if kept is not None:
+        return Trained(device=device.name, payload=kept, seconds_protect=0.0)
+    device.policy.admit(
+        agreed.terms, task.cohort, agreed.aggregation.kind, OBJECTIVE, ledger, run=task.run
+    )
+    gan = Gan(StyleGAN2(agreed.generator), Critic(agreed.critic), {})
+    fill(task.weights, *gan.modules())
+    sums = make_device(agreed.aggregation, agreed.agreement, _key(agreed.aggregation, device))
+    marks = {
+        "model": task.model,
+        "unit": "photo",
+        "clip_norm": repr(agreed.terms.schedule.clip_norm),
+        "expected_batch": str(agreed.terms.schedule.expected_batch),
+        "sampler": "poisson",
+        "protocol": agreed.aggregation.kind,
+    }
+    # Book before reading a photo: a crash from here on may waste budget, never overspend it.
+    device.policy.book(agreed.terms, ledger, run=task.run, round=task.round, marks=marks)
+    streams = Streams(task.seed).child(f"{device.name}/{task.round}")
+    update = train_round(
+        gan,
+        device.photos(gan.generator.size),
+        agreed.training,
+        agreed.terms,
+        chance=SecretNoise() if agreed.terms.promises else streams.generator("no promise"),
+        streams=streams,
+    )
+    started = time.perf_counter()
+    payload = sums.protect(update, task.round).to_bytes()
+    seconds = time.perf_counter() - started
+    ledger.store_reply(task.run, task.round, payload)
+    return Trained(device=device.name, payload=payload, seconds_protect=seconds)
+
+
+def _reveal(task: RevealTask, device: Device) -> Reply:
+    if not Ledger.open(device.ledger_path).already(task.run, task.round):
+        return Refusal(
+            device=device.name,
+            reason=f"this device has no part in round {task.round} of {task.run}, so it opens no sum of it",
+        )
+    sums = make_device(task.aggregation, task.agreement, _key(task.aggregation, device))
+    total = Payload.from_bytes(task.total)
+    if total.round != task.round:
+        raise FederationError(f"wanted the sum of round {task.round}, got one of round {total.round}")
+    return Revealed(device=device.name, total=sums.reveal(total))
+
+
+def _key(config: AggregationConfig, device: Device) -> EncryptedKeys | None:
+    match config:
+        case PlainConfig():
+            return None
+        case EncryptedConfig():
+            return EncryptedKeys.load(device.key_path)

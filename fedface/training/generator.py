@@ -1,0 +1,190 @@
+"""One round of adversarial fine-tuning on one device's photos, private where it touches them.
+
+Called from federation/device.py. The critic is the only network that sees photos, so its real half is the
+private step (DP-SGD, Theorem: Abadi et al. 2016, arXiv:1607.00133, with the Poisson-sampled Gaussian priced
+by the plan). Its fake half and the generator's steps touch photos only through the noised critic: they are
+post-processing (Dwork and Roth 2014, Proposition 2.1) and cost nothing.
+
+Both halves of the critic's gradient are clipped alike. If only the real half were, the balance between
+"photo" and "made" would tilt with the clip norm, and the critic would learn the tilt instead of the faces.
+R1 on photos and adaptive augmentation read photos outside the promise and are left out; the penalty on made
+pictures (R2 of Mescheder et al. 2018, arXiv:1801.04406) needs no photo and takes their place.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Adam
+
+from fedface.models.critic import Critic
+from fedface.models.weights import Gan, copy_gan, vector_of
+from fedface.privacy.plan import Schedule, Terms
+from fedface.randomness import SecretNoise, Streams
+from fedface.shapes import Images, Latents, Vector
+from fedface.training.private_steps import (
+    check_per_photo_gradients,
+    clipped_sum,
+    per_photo_gradients,
+    private_gradient,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GanTrainingConfig:
+    """How devices fine-tune generator and critic; every number is public and the same on all devices."""
+
+    rounds: int = 6  # rounds of the run, >= 1
+    steps_per_round: int = 5  # critic steps a device takes in one round, >= 1
+    sampling_rate: float = 0.1  # q: chance of a photo to join a step, in (0, 1]
+    expected_batch: int = 40  # public divisor of each step's sum, >= 1
+    clip_norm: float = 1.0  # longest gradient one picture can have, > 0
+    critic_rate: float = 0.02  # step of plain gradient descent on the critic, > 0
+    generator_rate: float = 1e-3  # Adam's step on the generator, > 0
+    generator_steps: int = 1  # generator steps after each critic step, >= 1
+    made_batch: int = 32  # made pictures in a step, >= 2
+    r2_weight: float = 0.5  # times |gradient of the logit at made pictures|^2 / 2, >= 0
+    server_rate: float = 1.0  # how much of the mean update the server applies, in (0, 4]
+
+    def __post_init__(self) -> None:
+        self.schedule()
+        for name, least in (("generator_steps", 1), ("made_batch", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("critic_rate", "generator_rate"):
+            if not 0 < getattr(self, name) < 10:
+                raise ValueError(f"{name} must lie in (0, 10), got {getattr(self, name)}")
+        if not 0 <= self.r2_weight < 1e4:
+            raise ValueError(f"r2_weight must lie in [0, 10000), got {self.r2_weight}")
+        if not 0 < self.server_rate <= 4:
+            raise ValueError(f"server_rate must lie in (0, 4], got {self.server_rate}")
+
+    def schedule(self) -> Schedule:
+        """What of this costs privacy."""
+        return Schedule(
+            rounds=self.rounds,
+            steps_per_round=self.steps_per_round,
+            sampling_rate=self.sampling_rate,
+            expected_batch=self.expected_batch,
+            clip_norm=self.clip_norm,
+        )
+
+    @property
+    def value_range(self) -> float:
+        """A public bound on one weight's change in one round, for quantisation; beyond it updates are clamped.
+
+        Adam without momentum moves a weight by at most its rate times 1 / sqrt(1 - 0.9) a step.
+        """
+        made = self.generator_rate * self.generator_steps * math.sqrt(10.0)
+        return self.steps_per_round * max(made, self.critic_rate * self.clip_norm)
+
+
+class Network(Protocol):
+    """What a loss calls: pictures (n, 3, s, s) -> logits (n,)."""
+
+    def __call__(self, images: Tensor, /) -> Tensor: ...
+
+
+def loss_on_photos(network: Network, photos: Images) -> Tensor:
+    """Non-saturating critic loss of real pictures, one per photo: softplus(-logit), shape (n,)."""
+    return functional.softplus(-network(photos))
+
+
+def loss_on_made(network: Network, made: Images) -> Tensor:
+    """Non-saturating critic loss of made pictures, one each: softplus(logit), shape (n,)."""
+    return functional.softplus(network(made))
+
+
+def train_round(
+    gan: Gan,
+    photos: Images,
+    config: GanTrainingConfig,
+    terms: Terms,
+    *,
+    chance: SecretNoise | torch.Generator,
+    streams: Streams,
+) -> Vector:
+    """The change of all weights that one round on these photos makes.
+
+    Guarantees:
+        * Photos enter only through `private_gradient`, `terms.schedule.steps_per_round` times.
+        * `gan` itself stays as it is.
+
+    Args:
+        gan: The round's weights.
+        photos: All photos of the device, (n, 3, size, size) in [0, 1], n >= 0.
+        config: Rates and batches; its schedule is not used, the terms are.
+        terms: What was agreed and booked.
+        chance: SecretNoise for a promise; a replayable stream only where nothing is promised.
+        streams: Latents of made pictures, replayable.
+
+    Returns:
+        Weights after minus weights before, generator then critic, shape (d,).
+
+    Raises:
+        PrivacyError: The critic mixes photos, or a promised round was given replayable chance.
+    """
+    mine = copy_gan(gan)
+    schedule, mechanism = terms.schedule, terms.mechanism()
+    latents = streams.generator("latents")
+    # The check needs two pictures and must not read private ones: made pictures have the right shape.
+    check_per_photo_gradients(mine.critic, loss_on_photos, _make(mine, _draw(mine, 2, latents)))
+    optimiser = Adam(mine.generator.parameters(), config.generator_rate, betas=(0.0, 0.9))
+    for _ in range(schedule.steps_per_round):
+        on_photos = private_gradient(
+            mine.critic,
+            photos,
+            loss_on_photos,
+            mechanism=mechanism,
+            expected_batch=schedule.expected_batch,
+            sampling_rate=schedule.sampling_rate,
+            chance=chance,
+            microbatch=64,
+        )
+        made = _make(mine, _draw(mine, config.made_batch, latents))
+        on_made = clipped_sum(per_photo_gradients(mine.critic, loss_on_made, made), schedule.clip_norm)
+        gentle = _r2_gradient(mine.critic, made, config.r2_weight)
+        _descend(
+            mine.critic,
+            [p + m / config.made_batch + g for p, m, g in zip(on_photos, on_made, gentle, strict=True)],
+            config.critic_rate,
+        )
+        for _ in range(config.generator_steps):
+            styles = mine.generator.map(_draw(mine, config.made_batch, latents))
+            loss = functional.softplus(-mine.critic(mine.generator.synthesize(styles))).mean()
+            optimiser.zero_grad()
+            torch.autograd.backward(loss)
+            optimiser.step()
+    return vector_of(*mine.modules()) - vector_of(*gan.modules())
+
+
+def _draw(gan: Gan, count: int, latents: torch.Generator) -> Latents:
+    return torch.randn(count, gan.generator.latent_width, generator=latents)
+
+
+def _make(gan: Gan, latents: Latents) -> Images:
+    with torch.no_grad():
+        return gan.generator.synthesize(gan.generator.map(latents))
+
+
+def _r2_gradient(critic: Critic, made: Images, weight: float) -> list[Tensor]:
+    """The gradient of weight / 2 times the mean squared length of the logit's gradient at made pictures."""
+    weights = list(critic.parameters())
+    if weight == 0:
+        return [torch.zeros_like(w) for w in weights]
+    seen = made.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(critic(seen).sum(), seen, create_graph=True)
+    penalty = slope.square().sum(dim=(1, 2, 3)).mean() * (weight / 2.0)
+    gradients = torch.autograd.grad(penalty, weights, allow_unused=True)
+    return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
+
+
+def _descend(module: nn.Module, gradients: list[Tensor], rate: float) -> None:
+    with torch.no_grad():
+        for weight, gradient in zip(module.parameters(), gradients, strict=True):
+            weight.sub_(gradient, alpha=rate)
