@@ -9,25 +9,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedface.photos.detection_rates import (
-    ALL,
-    DetectionRate,
-    detection_rates,
-    padded_faces,
-    pooled,
-)
+from fedface.photos.detection_rates import DetectionRate, measure_detection
 from fedface.photos.detectors import EmbeddedDetector, HogDetector, YuNetDetector
-from fedface.photos.faces import Detector
-
-LABEL = "race+gender"
-
-
-def measure(faces: Path, detector: Detector, per_cell: int) -> list[DetectionRate]:
-    """Rates by race, then by gender, then of all, over equally many photos of each race and gender."""
-    cells = detection_rates(padded_faces(faces, label=LABEL, per_group=per_cell), detector)
-    by_race = pooled(cells, lambda cell: cell.split(", ")[0])
-    by_gender = pooled(cells, lambda cell: cell.split(", ")[1])
-    return [*by_race, *by_gender, *(cell for cell in cells if cell.group == ALL)]
 
 
 def table(columns: Sequence[Sequence[DetectionRate]]) -> str:
@@ -55,11 +38,12 @@ def main() -> None:
     parser.add_argument("--per-cell-default", type=int, default=30, help="the same, for the default")
     chosen = parser.parse_args()
     columns = [
-        measure(chosen.faces, HogDetector(), chosen.per_cell),
-        measure(chosen.faces, EmbeddedDetector(), chosen.per_cell_default),
+        measure_detection(chosen.faces, HogDetector(), per_cell=chosen.per_cell),
+        measure_detection(chosen.faces, EmbeddedDetector(), per_cell=chosen.per_cell_default),
     ]
     if chosen.yunet:
-        columns.append(measure(chosen.faces, YuNetDetector(chosen.yunet), chosen.per_cell))
+        yunet = YuNetDetector(chosen.yunet)
+        columns.append(measure_detection(chosen.faces, yunet, per_cell=chosen.per_cell))
     print(table(columns))
 
 

@@ -126,19 +126,19 @@ class Measure:
     """One way to be served worse."""
 
     title: str
-    unit: str
+    unit: str  # empty for shares
     kind: Literal["cost", "rate", "shift"]  # worse is: more, less, further from zero
     digits: int  # after the point, in sentences
 
 
 MEASURES: dict[str, Measure] = {
-    "misfit": Measure("misfit to the photo", " mean squared difference", "cost", 4),
+    "misfit": Measure("misfit to the photo (mean squared difference)", "", "cost", 4),
     "converged": Measure("share of faces that fit the photo", "", "rate", 2),
-    "skin_difference": Measure("colour difference of the skin", " dE00", "cost", 1),
-    "face_difference": Measure("colour difference of the whole picture", " dE00", "cost", 1),
-    "lightness_shift": Measure("change in lightness of the skin", " L*", "shift", 1),
-    "ita_shift": Measure("change in ITA of the skin", " degrees", "shift", 1),
-    "monk_shift": Measure("change in Monk tone of the skin", " steps", "shift", 2),
+    "skin_difference": Measure("colour difference of the skin", "dE00", "cost", 1),
+    "face_difference": Measure("colour difference of the whole picture", "dE00", "cost", 1),
+    "lightness_shift": Measure("change in lightness of the skin", "L*", "shift", 1),
+    "ita_shift": Measure("change in ITA of the skin", "degrees", "shift", 1),
+    "monk_shift": Measure("change in Monk tone of the skin", "steps", "shift", 2),
     "same_tone_bin": Measure("share of faces that keep their tone bin", "", "rate", 2),
     "same_half": Measure("share of faces that stay on their half of the Monk scale", "", "rate", 2),
 }
@@ -174,8 +174,11 @@ class BiasReport:
     darker_change: Interval  # share of darker faces, made minus original; its size is the SPE of the halves
 
     def sentences(self) -> list[str]:
-        """The findings in words, the clear gaps first; always ends with what the probe cannot show."""
-        clear = [name for name, gap in self.gaps.items() if gap.clear]
+        """The findings in words, the clear gaps first; always ends with what the probe cannot show.
+
+        A gap that rounds to nothing at the digits shown is not spoken of, however certain it is.
+        """
+        clear = [name for name, gap in self.gaps.items() if gap.clear and self._shows(gap, name)]
         texts = [self._gap_sentence(name) for name in clear]
         if not self.gaps:
             texts.append("No two groups have enough photos to be compared.")
@@ -220,7 +223,11 @@ class BiasReport:
     def _text(self, figure: Interval, name: str) -> str:
         digits = MEASURES[name].digits
         low, high = (f"{end:z.{digits}f}" for end in (figure.low, figure.high))
-        return f"{figure.estimate:z.{digits}f}{MEASURES[name].unit} [{low}, {high}]"
+        amount = f"{figure.estimate:z.{digits}f} {MEASURES[name].unit}".rstrip()
+        return f"{amount} [{low}, {high}]"
+
+    def _shows(self, gap: Gap, name: str) -> bool:
+        return round(abs(gap.difference.estimate), MEASURES[name].digits) > 0
 
     def _smallest_visible(self) -> float:
         difference = self.gaps["lightness_shift"].difference

@@ -11,6 +11,8 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +107,29 @@ def _sum(name: str, parts: Sequence[DetectionRate]) -> DetectionRate:
         count=count,
         seconds=sum(part.seconds * part.count for part in parts) / count,
     )
+
+
+def measure_detection(
+    path: Path, detector: Detector, *, labels: Sequence[str] = ("race", "gender"), per_cell: int | None = None
+) -> list[DetectionRate]:
+    """Rates by each label in turn, and last of all photos, over equally many photos of each crossed group.
+
+    Args:
+        path: A labelled set (see `probe.labelled_sets`).
+        detector: Any detector.
+        labels: Columns of the set; the photos are balanced over all their combinations.
+        per_cell: Only the first so many photos of each combination.
+
+    Raises:
+        LibraryError: No set has such columns, or a picture cannot be read.
+    """
+    cells = detection_rates(padded_faces(path, label="+".join(labels), per_group=per_cell), detector)
+    by_label = [pooled(cells, partial(_label_at, place)) for place in range(len(labels))]
+    return [*chain(*by_label), *(cell for cell in cells if cell.group == ALL)]
+
+
+def _label_at(place: int, cell: str) -> str:
+    return cell.split(", ")[place]
 
 
 def padded_faces(path: Path, *, label: str, per_group: int | None = None) -> Iterator[tuple[str, np.ndarray]]:

@@ -109,7 +109,10 @@ class EmbeddedDetector:
 
 
 class YuNetDetector:
-    """YuNet through OpenCV: the best and the fastest measured; the model file is the user's to supply."""
+    """YuNet through OpenCV: the best and the fastest measured; the model file is the user's to supply.
+
+    Where it finds nothing it looks once more, at a small picture enlarged twofold or a large one halved.
+    """
 
     def __init__(self, path: Path, *, threshold: float = 0.6) -> None:
         """Load the ONNX file.
@@ -117,7 +120,7 @@ class YuNetDetector:
         Raises:
             LibraryError: OpenCV or the file is missing, or OpenCV cannot read it.
         """
-        cv2 = _opencv()
+        self._cv2 = cv2 = _opencv()
         if not path.is_file():
             raise LibraryError(f"no YuNet model at {path}; wanted face_detection_yunet_2023mar.onnx")
         try:
@@ -128,15 +131,25 @@ class YuNetDetector:
 
     @property
     def name(self) -> str:
-        return f"yunet {YUNET_SIDE} px, threshold {self._threshold:g}"
+        return f"yunet {YUNET_SIDE} px, threshold {self._threshold:g}, two looks"
 
     def find(self, pixels: np.ndarray) -> list[Face]:
         """All faces that score above the threshold, largest first."""
         small = np.ascontiguousarray(shrink(pixels, YUNET_SIDE)[:, :, ::-1])  # YuNet was trained on BGR
+        faces = self._look(small, pixels.shape[1])
+        if faces or min(small.shape[:2]) < 16:
+            return faces
+        small_enough = 2 * max(small.shape[:2]) <= YUNET_SIDE
+        scale, how = (2.0, self._cv2.INTER_CUBIC) if small_enough else (0.5, self._cv2.INTER_AREA)
+        other = self._cv2.resize(small, None, fx=scale, fy=scale, interpolation=how)
+        return self._look(other, pixels.shape[1])
+
+    def _look(self, small: np.ndarray, width: int) -> list[Face]:
+        """The faces in a BGR picture, in pixels of the same picture at the given width."""
         self._network.setInputSize((small.shape[1], small.shape[0]))
         _, found = self._network.detect(small)
-        factor = pixels.shape[1] / small.shape[1]
         rows = np.zeros((0, 15)) if found is None else np.asarray(found, dtype=np.float64)
+        factor = width / small.shape[1]
         return usable([_yunet_face(row).scaled(factor) for row in rows if np.isfinite(row).all()])
 
 

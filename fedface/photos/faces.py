@@ -111,7 +111,7 @@ def _turned(vector: np.ndarray) -> np.ndarray:
 
 
 def align(pixels: np.ndarray, landmarks: np.ndarray, size: int) -> np.ndarray:
-    """Cut a face out as FFHQ does: eyes level, mouth below, mirrored where the photo ends.
+    """Cut a face out as FFHQ does: eyes level, mouth below, softly mirrored where the photo ends.
 
     Args:
         pixels: uint8, shape (h, w, 3).

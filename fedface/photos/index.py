@@ -196,8 +196,9 @@ class ScanBook:
 
 
 def latest_detector(connection: sqlite3.Connection) -> str | None:
-    """The detector of the latest scan, if there was one."""
-    row = connection.execute("SELECT detector FROM scan ORDER BY number DESC LIMIT 1").fetchone()
+    """The detector of the latest finished scan, or of the latest begun if none was finished."""
+    query = "SELECT detector FROM scan ORDER BY finished DESC, number DESC LIMIT 1"
+    row = connection.execute(query).fetchone()
     return row[0] if row else None
 
 

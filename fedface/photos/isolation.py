@@ -225,17 +225,23 @@ def serve(requests: BinaryIO, answers: BinaryIO, *, longest_side: int | None, li
 def _allow_processor_time(seconds: float) -> None:
     """Let this process run for `seconds` more on the processor; after that the kernel ends it."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    allowed = int(usage.ru_utime + usage.ru_stime + seconds) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (allowed, resource.RLIM_INFINITY))
+    _limit(resource.RLIMIT_CPU, int(usage.ru_utime + usage.ru_stime + seconds) + 1)
+
+
+def _limit(what: int, wanted: int) -> None:
+    """Set a soft limit, as far as the hard limit that this process was given allows."""
+    hard = resource.getrlimit(what)[1]
+    soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(what, (soft, hard))
 
 
 def main(arguments: list[str]) -> None:
     """Become the child: tighten the limits, keep the pipe to ourselves, and serve."""
     limits = Limits(seconds=float(arguments[1]), memory=int(arguments[2]))
     if sys.platform == "linux":  # macOS refuses to lower the address space
-        resource.setrlimit(resource.RLIMIT_AS, (limits.memory, limits.memory))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        _limit(resource.RLIMIT_AS, limits.memory)
+    _limit(resource.RLIMIT_FSIZE, 0)
+    _limit(resource.RLIMIT_CORE, 0)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a decoder prints must not end up among the pixels
     serve(sys.stdin.buffer, answers, longest_side=int(arguments[0]) or None, limits=limits)

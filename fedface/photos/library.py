@@ -115,6 +115,8 @@ class PhotoLibrary:
     def images(self, index: int | Sequence[int] | Tensor, size: int) -> Images:
         """Aligned faces, read from the files the first time and from memory after that.
 
+        A file is decoded in this process only after a child has decoded the very same one (`isolation`).
+
         Args:
             index: One or more numbers in 0..len-1.
             size: Side of the crops in pixels.

@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 import numpy as np
 import pillow_heif
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFilter, UnidentifiedImageError
 
 from fedface.errors import PhotoError
 from fedface.photos.metadata import Metadata, read_metadata
@@ -94,6 +94,8 @@ def is_picture(path: Path) -> bool:
     try:
         with _open_regular(path) as file:
             return sniff(file.read(32)) is not None
+    except PhotoUnavailable:
+        return True  # so that reading it says why
     except PhotoError:
         return False
 
@@ -284,7 +286,7 @@ def shrink(pixels: np.ndarray, longest_side: int) -> np.ndarray:
 
 
 def cut_square(pixels: np.ndarray, corners: np.ndarray, size: int) -> np.ndarray:
-    """Cut a rotated square out of a picture, as FFHQ does: shrink, crop, mirror the border, resample.
+    """Cut a rotated square out of a picture, as FFHQ does: shrink, continue beyond the border, resample.
 
     Args:
         pixels: uint8, shape (h, w, 3).
@@ -293,7 +295,8 @@ def cut_square(pixels: np.ndarray, corners: np.ndarray, size: int) -> np.ndarray
         size: Side of the result in pixels, >= 1.
 
     Returns:
-        uint8, shape (size, size, 3). What lies outside the picture is its mirror image.
+        uint8, shape (size, size, 3). What lies outside the picture is its mirror image, blurred and fading
+        into the median colour, so that no second pair of eyes is learnt.
     """
     quad = corners.astype(np.float64) + 0.5
     side = float(np.hypot(*(quad[3] - quad[0])))
@@ -307,13 +310,38 @@ def cut_square(pixels: np.ndarray, corners: np.ndarray, size: int) -> np.ndarray
     margin = max(round(side * 0.1), 3)
     low = np.floor(quad.min(axis=0)).astype(int) - margin
     high = np.ceil(quad.max(axis=0)).astype(int) + margin
-    rows = _mirrored(low[1], high[1], picture.shape[0])
-    columns = _mirrored(low[0], high[0], picture.shape[1])
-    window = Image.fromarray(np.ascontiguousarray(picture[rows][:, columns]))
+    window = Image.fromarray(_continued(picture, low, high, side))
     fine = min(4 * size, 4096)
     data = [float(number) for number in (quad - low).reshape(-1)]
     cut = window.transform((fine, fine), Image.Transform.QUAD, data, Image.Resampling.BILINEAR)
     return np.array(cut.resize((size, size), Image.Resampling.LANCZOS))
+
+
+def _continued(picture: np.ndarray, low: np.ndarray, high: np.ndarray, side: float) -> np.ndarray:
+    """The window low..high (x, y) of a picture, softly continued where it reaches beyond (FFHQ's recipe)."""
+    height, width = picture.shape[:2]
+    rows, columns = _mirrored(low[1], high[1], height), _mirrored(low[0], high[0], width)
+    window = np.ascontiguousarray(picture[rows][:, columns])
+    if (low >= 0).all() and high[0] <= width and high[1] <= height:
+        return window
+    across = _depth(low[0], high[0], width, 0.3 * side)[None, :, None]
+    down = _depth(low[1], high[1], height, 0.3 * side)[:, None, None]
+    depth = np.maximum(across, down)  # 0 on the border, 1 where only the median colour is left, < 0 inside
+    blurred = Image.fromarray(window).filter(ImageFilter.GaussianBlur(0.02 * side))
+    soft = window + (np.asarray(blurred, dtype=np.float32) - window) * (3.0 * depth + 1.0).clip(0.0, 1.0)
+    soft += (np.median(soft, axis=(0, 1)) - soft) * depth.clip(0.0, 1.0)
+    return np.asarray(np.rint(soft).clip(0, 255), dtype=np.uint8)
+
+
+def _depth(low: int, high: int, length: int, reach: float) -> np.ndarray:
+    """How far beyond the picture 0..length-1 each of low..high-1 lies, in shares of the way to the median."""
+    place = np.arange(low, high, dtype=np.float32)
+    depth = np.full(len(place), -1.0, dtype=np.float32)
+    if low < 0:
+        depth = np.maximum(depth, -place / max(-low, reach))
+    if high > length:
+        depth = np.maximum(depth, (place - (length - 1)) / max(high - length, reach))
+    return depth
 
 
 def _mirrored(low: int, high: int, length: int) -> np.ndarray:

@@ -337,7 +337,7 @@ def _cell(value: Figure, count: int) -> tuple[str, str]:
     match value:
         case Interval(count=n):
             estimate, ends = wording.interval(value)
-            return estimate, ends if n == count else f"{ends}, n = {n:,}"
+            return estimate, ends if n == count else f"{ends}, n{wording.SPACE}={wording.SPACE}{n:,}"
         case NotMeasured(not_measured=reason):
             return "not measured", reason
 

@@ -69,7 +69,7 @@ def figure(value: Figure) -> str:
     match value:
         case Interval(count=count):
             estimate, ends = interval(value)
-            return f"{estimate} {ends}, n = {count:,}"
+            return f"{estimate} {ends}, n{SPACE}={SPACE}{count:,}"
         case NotMeasured(not_measured=reason):
             return f"not measured: {reason}"
 
@@ -211,7 +211,9 @@ def attack_sentence(attack: AttackRecord) -> str:
 
 
 def _gain(gain: Interval) -> str:
-    return f"{signed(gain.estimate)} dB [{signed(gain.low)}, {signed(gain.high)}] (n = {gain.count})"
+    return (
+        f"{signed(gain.estimate)} dB [{signed(gain.low)}, {signed(gain.high)}] (n{SPACE}={SPACE}{gain.count})"
+    )
 
 
 def _gap_answer(record: RunRecord) -> str:
@@ -222,7 +224,8 @@ def _gap_answer(record: RunRecord) -> str:
     title = title_of(measure)
     match before.difference, after.difference:
         case (Interval() as old, Interval() as new):
-            was, now = abs(old.estimate), abs(new.estimate)
+            old, new = _upward(old), _upward(new)
+            was, now = old.estimate, new.estimate
             change = with_unit(f"from {number(was)} to {number(now)}", measure)
             start = f"The gap between the worst and the best served tone group in {title}"
             if max(old.low, new.low) > min(old.high, new.high):
@@ -231,6 +234,13 @@ def _gap_answer(record: RunRecord) -> str:
         case (NotMeasured(not_measured=reason), _) | (_, NotMeasured(not_measured=reason)):
             return f"The gap between tone groups in {title} was not measured: {reason}."
     return f"The gap between tone groups in {title} was not measured."
+
+
+def _upward(gap: Interval) -> Interval:
+    """A gap as a size: mirrored where worse means less, so that two gaps can be compared."""
+    if gap.estimate >= 0:
+        return gap
+    return Interval(estimate=-gap.estimate, low=-gap.high, high=-gap.low, count=gap.count)
 
 
 def _quality_answer(record: RunRecord) -> list[str]:

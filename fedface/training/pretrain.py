@@ -38,9 +38,9 @@ class PretrainConfig:
 
     seed: int = 7
     light_share: float = 0.85  # share of faces with light skin, Monk 1 to 5
-    pool: int = 60_000  # drawn faces, made once and learned from many times
-    paired_steps: int = 9000
-    adversarial_steps: int = 2500
+    pool: int = 40_000  # drawn faces, made once and learned from many times
+    paired_steps: int = 4500
+    adversarial_steps: int = 1500
     batch: int = 32
     learning_rate: float = 6e-3
     mapping_speed: float = 50.0  # learning rate of the mapping in the first stage, in learning rates
@@ -161,7 +161,7 @@ class Pretraining:
             latents, faces = self.pool.pairs(self.config.batch, self.chance)
             loss = pair_loss(self._grow(generator, latents), faces)
             optimiser.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimiser.step()
             self._average(step)
             self.images += self.config.batch
@@ -184,14 +184,14 @@ class Pretraining:
             if step % 8 == 0:
                 loss = loss + 8 * config.r1_weight * r1_penalty(critic, photos)
             theirs.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             theirs.step()
             latents, faces = self.pool.pairs(config.batch, self.chance)
             made = self._grow(generator, latents)
             pairs = pair_loss(made, faces)
             total = functional.softplus(-critic(made)).mean() + config.pair_weight * pairs
             mine.zero_grad()
-            total.backward()
+            torch.autograd.backward(total)
             mine.step()
             # The first steps leave the critic time to wake up before the average follows.
             self._average(self.config.paired_steps + step)

@@ -147,6 +147,13 @@ def test_a_search_that_fails_for_one_group_is_named() -> None:
     assert report.overall.converged.estimate == 0.75
 
 
+def test_a_certain_gap_too_small_to_matter_is_measured_but_not_spoken_of() -> None:
+    """0.01 L* for one group: clear in the figures, silent in the words."""
+    report = audit(answer(lightened(plain_faces(MONK, "truth"), MONK == 8, 0.01)))
+    assert report.gaps["lightness_shift"].clear
+    assert "No measure sets the 4 groups apart" in report.sentences()[0]
+
+
 def test_several_faces_of_a_photo_count_as_one_photo() -> None:
     made = plain_faces(MONK, "truth")[:, None].expand(-1, 5, -1, -1, -1)
     misfit = torch.full((80, 5), 1e-3)

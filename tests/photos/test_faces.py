@@ -11,10 +11,26 @@ import pytest
 from PIL import Image
 
 from fedface.errors import LibraryError
-from fedface.photos.detection_rates import detection_rates, padded, padded_faces, pooled, wilson
+from fedface.photos.detection_rates import (
+    detection_rates,
+    measure_detection,
+    padded,
+    padded_faces,
+    pooled,
+    wilson,
+)
 from fedface.photos.detectors import EmbeddedDetector, HogDetector, YuNetDetector
-from fedface.photos.faces import Detector, Face, align, alignment_square, landmarks_in_crop, usable
-from fedface.photos.pixels import read_photo
+from fedface.photos.faces import (
+    Detector,
+    Face,
+    align,
+    alignment_side,
+    alignment_square,
+    landmarks_in_crop,
+    usable,
+)
+from fedface.photos.pixels import read_photo, write_png
+from fedface.photos.probe import COORDINATES
 
 UPRIGHT = np.array([[140.0, 150.0], [180.0, 150.0], [160.0, 172.0], [145.0, 195.0], [175.0, 195.0]])
 
@@ -73,16 +89,36 @@ def test_the_place_in_the_crop_scales_with_its_size(size: int) -> None:
     assert crop.shape == (size, size, 3) and crop.dtype == np.uint8
 
 
-def test_beyond_the_border_lies_the_mirror_image() -> None:
-    """A photo that ends inside the crop: a symmetric continuation, no black corner."""
+def test_beyond_the_border_the_picture_is_mirrored_and_fades_into_its_median() -> None:
+    """A ramp of grey from 100 at the top: just beyond the border as just inside, then nearer the median."""
     ramp = np.tile(np.arange(100, 200, dtype=np.uint8)[:, None, None], (1, 100, 3))
     landmarks = np.array([[30.0, 10.0], [70.0, 10.0], [50.0, 20.0], [40.0, 40.0], [60.0, 40.0]])
     crop = align(ramp, landmarks, 80).astype(int)
-    edge = landmarks_in_crop(np.array(landmarks), 80)
-    scale = 80 / 160
-    top = round(edge[0, 1] - 10 * scale)  # where row 0 of the photo lands
+    border = round(float(landmarks_in_crop(landmarks, 80)[0, 1]) - 10 * 80 / 160)  # row 0 of the photo
     assert crop.min() >= 100
-    np.testing.assert_allclose(crop[top + 10, 40], crop[top - 10, 40], atol=3)
+    np.testing.assert_allclose(crop[border + 3, 40], crop[border - 3, 40], atol=6)
+    median = np.median(crop)
+    assert abs(crop[1, 40, 0] - median) < abs(crop[border, 40, 0] - median)
+
+
+def test_a_mirrored_eye_is_blurred_away_but_the_true_one_is_not() -> None:
+    pixels = np.full((64, 64, 3), 100, dtype=np.uint8)
+    pixels[15:18, 20:23] = 255
+    landmarks = np.array([[21.0, 16.0], [43.0, 16.0], [32.0, 27.0], [24.0, 43.0], [40.0, 43.0]])
+    crop = align(pixels, landmarks, 128).astype(int)
+    x, y = landmarks_in_crop(landmarks, 128)[0].round().astype(int)
+    border = round(y - 16.5 * 128 / alignment_side(landmarks))
+    assert crop[y, x, 0] > 230
+    mirrored = 2 * border - y
+    assert mirrored > 3
+    assert crop[mirrored - 3 : mirrored + 4, x - 3 : x + 4, 0].max() < 180
+
+
+def test_a_crop_within_the_photo_has_nothing_continued() -> None:
+    """Noise keeps its strength up to the border of the crop."""
+    noise = np.random.default_rng(0).integers(0, 256, (320, 320, 3), dtype=np.uint8)
+    crop = align(noise, UPRIGHT, 162).astype(float)
+    assert crop[:8].std() == pytest.approx(crop[70:90].std(), rel=0.15)
 
 
 def test_antialiasing_turns_a_fine_checkerboard_into_grey() -> None:
@@ -189,13 +225,27 @@ class FindsDark:
     name = "finds dark"
 
     def find(self, pixels: np.ndarray) -> list[Face]:
-        return [Face((0, 0, 9, 9), UPRIGHT, 1.0)] if pixels.mean() < 100 else []
+        return [Face((0, 0, 9, 9), UPRIGHT, 1.0)] if pixels.mean() < 110 else []
 
 
 def shades() -> Iterator[tuple[str, np.ndarray]]:
     for group, shade, count in (("a", 0, 3), ("b", 200, 2), ("b", 50, 2)):
         for _ in range(count):
             yield group, np.full((8, 8, 3), shade, dtype=np.uint8)
+
+
+def test_each_label_is_counted_over_the_same_balanced_photos(tmp_path: Path) -> None:
+    """Three dark and one light photo, balanced to one of each pair of labels."""
+    header = ",".join(["file", "race", "gender", *COORDINATES])
+    rows = [("1.png", "a", "f", 0), ("2.png", "a", "f", 0), ("3.png", "a", "m", 0), ("4.png", "b", "f", 250)]
+    (tmp_path / "s").mkdir()
+    for file, _, _, shade in rows:
+        write_png(tmp_path / "s" / file, np.full((8, 8, 3), shade, dtype=np.uint8))
+    lines = [header, *(f"{file},{race},{gender}{',' * 10}" for file, race, gender, _ in rows)]
+    (tmp_path / "s.csv").write_text("\n".join(lines))
+    rates = measure_detection(tmp_path / "s", FindsDark(), per_cell=1)
+    counts = [(rate.group, rate.found, rate.count) for rate in rates]
+    assert counts == [("a", 2, 2), ("b", 0, 1), ("f", 1, 2), ("m", 1, 1), ("all", 2, 3)]
 
 
 def test_rates_count_what_was_found_by_group() -> None:

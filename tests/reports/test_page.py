@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from skimage.io import imread
 
-from fedface.reports import card, page
-from fedface.reports.run import NoPromise, NotMeasured, RunRecord
+from fedface.reports import card, page, wording
+from fedface.reports.run import BiasRecord, Interval, NoPromise, NotMeasured, RunRecord
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>$x_{1}$&amp;{{ 7 * 7 }}"
 VOID = {"meta", "img", "link", "br", "hr", "path", "use", "rect"}
@@ -79,6 +79,16 @@ def test_the_headline_is_the_question_and_the_answer_comes_from_the_numbers(html
     assert "Do eight phones of mostly darker faces mend" in text
     assert "shrank from 5.28 to 1.44 dE00" in text
     assert "at most epsilon 7.92 at delta 1e−5, of 8 promised" in text
+
+
+def test_a_gap_that_only_changed_its_sign_did_not_change_its_size(record: RunRecord) -> None:
+    """Worse may mean more or less of a measure; what the answer compares is how far apart the groups are."""
+    before, after = record.bias_before, record.bias_after
+    assert isinstance(before, BiasRecord) and isinstance(after, BiasRecord)
+    gap = before.gaps["skin_difference"]
+    mirrored = replace(gap, difference=Interval(estimate=-5.28, low=-5.88, high=-4.68, count=80))
+    swapped = replace(record, bias_after=replace(after, gaps={"skin_difference": mirrored}))
+    assert "no change is shown" in wording.answer(swapped)[0]
 
 
 def test_the_page_asks_nothing_of_any_network(html: str) -> None:

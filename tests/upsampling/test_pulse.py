@@ -93,6 +93,24 @@ def test_the_style_fit_finds_the_normal_under_a_leaky_relu_of_any_gain() -> None
         torch.testing.assert_close(fit.styles(latents), exact, atol=0.15, rtol=0)
 
 
+def test_the_style_fit_equals_that_of_the_published_code(shared: Path) -> None:
+    reference = np.load(shared / "refs" / "pulse_sg1_mapping64.npz")
+    layers = [
+        [torch.tensor(reference[f"state/dense{i}.{part}"]) * 0.01 for part in ("weight", "bias")]
+        for i in range(8)
+    ]
+
+    def mapping(latents: Tensor) -> Tensor:
+        x = latents * torch.rsqrt(latents.square().mean(dim=1, keepdim=True) + 1e-8)
+        for weight, bias in layers:
+            x = torch.nn.functional.leaky_relu(x @ weight.T * 2**0.5 / 8 + bias, 0.2)
+        return x[:, None]
+
+    fit = fit_styles(mapping, 64, samples=20_000, stream=torch.Generator().manual_seed(0))
+    np.testing.assert_allclose(fit.mean.numpy(), reference["out/gaussian_fit_mean_20000"], atol=1e-5)
+    np.testing.assert_allclose(fit.std.numpy(), reference["out/gaussian_fit_std_20000"], atol=1e-5)
+
+
 def test_photos_that_the_generator_drew_are_matched(generator: StyleGAN2, low: Tensor) -> None:
     """Planted positive: a solution exists, so most searches find one; each success is checked again."""
     config = PulseConfig(steps=100, eps=4e-3, mapping_samples=2000)

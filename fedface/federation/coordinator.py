@@ -1,0 +1,337 @@
+"""The main job from recipe to report: rounds, audits before and after, pictures, the record and its pages.
+
+Called by the command line (in this process) and server/app.py (Ray, or real devices). The server sees
+payloads and public pictures only. Each part that is finished is on disk; a run that was cut short continues
+where it stopped.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import assert_never
+
+from fedface import __version__
+from fedface.config import dump, plain
+from fedface.errors import RunError
+from fedface.experiment import DrawnDevices, Experiment, LabelledDevices, RealDevices
+from fedface.federation.cohort import Cohort
+from fedface.federation.findings import (
+    SAMPLES,
+    Attacked,
+    Served,
+    aggregation_costs,
+    attack_updates,
+    enlarged,
+    examples,
+    sample_figures,
+    serve_probe,
+    tone_record,
+)
+from fedface.federation.rounds import (
+    State,
+    Watcher,
+    replace_text,
+    run_rounds,
+    weights_path,
+)
+from fedface.federation.simulated import PublicFaces, describe_devices, device_faces, public_faces
+from fedface.models.weights import Gan, load_gan, save_gan, vector_of, weights_hash
+from fedface.photos.drawn import ToneMix, draw, sample_faces
+from fedface.privacy.accounting import ADJACENCY
+from fedface.privacy.plan import Plan
+from fedface.privacy.target import NoPromise, PrivacyTarget
+from fedface.randomness import Streams
+from fedface.reports import card, figures, page, run
+from fedface.reports.run import (
+    DeviceRecord,
+    Epsilon,
+    MachineRecord,
+    NotMeasured,
+    PictureRecord,
+    PlanRecord,
+    RunRecord,
+    ToneRecord,
+)
+from fedface.shapes import Images
+
+
+def begin(experiment: Experiment, folder: Path) -> None:
+    """Make a run's folder: the recipe, the base weights, an empty state.
+
+    Raises:
+        RunError: There is a run in this folder already.
+    """
+    if (folder / "state.json").exists():
+        raise RunError(f"{folder}: a run was begun here; continue it with --resume, or choose another folder")
+    (folder / "rounds").mkdir(parents=True, exist_ok=True)
+    save_gan(weights_path(folder, 0), experiment.start())
+    replace_text(folder / "experiment.yaml", dump(experiment))
+    replace_text(folder / "digest", experiment.digest())
+    State(folder, datetime.now(UTC).isoformat(timespec="seconds"), ()).save()
+
+
+def check_same(experiment: Experiment, folder: Path) -> None:
+    """Raises RunError unless the run in this folder was begun with this very recipe."""
+    begun = (folder / "digest").read_text(encoding="utf-8") if (folder / "digest").exists() else ""
+    if begun != experiment.digest():
+        raise RunError(
+            f"{folder}: this run was begun with another recipe (see experiment.yaml there); "
+            "resume with the same file and options, or start a new run"
+        )
+
+
+def coordinate(
+    experiment: Experiment, cohort: Cohort, folder: Path, *, watcher: Watcher, command: str = ""
+) -> RunRecord:
+    """Run an experiment to its end in a folder that `begin` made, from wherever it stands.
+
+    Args:
+        experiment: The recipe; the same as in the folder.
+        cohort: Who is asked.
+        folder: The run's folder; its name is the run's name.
+        watcher: Who is told about progress.
+        command: What a reader types to run it again.
+
+    Returns:
+        The record; `run.json`, `report.html`, `model-card.md` and the pictures lie in the folder.
+    """
+    check_same(experiment, folder)
+    plan = experiment.plan()
+    base = load_gan(weights_path(folder, 0))
+    size = base.generator.size
+    watcher.stage("public faces", 1)
+    probe = public_faces(experiment, size)
+    like_devices = device_faces(experiment, SAMPLES, size)
+    reference = probe.images if like_devices is None else like_devices
+    state = run_rounds(experiment, plan, cohort, State.read(folder), reference, watcher)
+    final = load_gan(weights_path(folder, experiment.training.rounds))
+    before, after = (
+        _serve(experiment, gan, probe, watcher, f"PULSE on {len(probe.images)} probe faces, {when}")
+        for gan, when in ((base, "before"), (final, "after"))
+    )
+    watcher.stage("attacks on one update, without and with DP", 1)
+    attacked = attack_updates(
+        final, probe, _candidates(experiment, size), plan, experiment.attack, experiment.seed
+    )
+    watcher.step(1)
+    watcher.stage("cost of encryption", 1)
+    costs = aggregation_costs(
+        vector_of(*final.modules()) - vector_of(*base.modules()), experiment.aggregation, experiment.agreement
+    )
+    watcher.step(1)
+    samples = {when: _samples(gan, experiment) for when, gan in (("before", base), ("after", final))}
+    parts = _Parts(base, final, probe, like_devices, before, after, samples)
+    record = RunRecord(
+        name=folder.name,
+        question=experiment.question,
+        started=state.started,
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command or f"fedface run {folder / 'experiment.yaml'}",
+        versions=_versions(),
+        machine=MachineRecord(cores=os.cpu_count() or 1, memory_gib=_memory()),
+        experiment=plain(experiment),
+        plan=_plan_record(plan),
+        base_hash=weights_hash(*base.modules()),
+        final_hash=weights_hash(*final.modules()),
+        devices=tuple(
+            DeviceRecord(
+                id=name,
+                description=words,
+                photos=NotMeasured(not_measured="private to its owner") if count is None else count,
+            )
+            for name, words, count in describe_devices(experiment)
+        ),
+        figures_before=sample_figures(base, reference, experiment.seed),
+        rounds=state.rounds,
+        bias_before=before.record,
+        bias_after=after.record,
+        tones=_tones(experiment, parts),
+        attacks=tuple(attack.record for attack in attacked),
+        aggregation=tuple(costs),
+        pictures=_pictures(folder, parts, attacked),
+        notes=_notes(experiment, plan),
+    )
+    run.write(record, folder)
+    card.write(record, folder)
+    page.write(record, folder)
+    return record
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What the pictures are made of."""
+
+    base: Gan
+    final: Gan
+    probe: PublicFaces
+    like_devices: Images | None
+    before: Served
+    after: Served
+    samples: dict[str, Images]
+
+
+def _serve(experiment: Experiment, gan: Gan, probe: PublicFaces, watcher: Watcher, name: str) -> Served:
+    steps = experiment.upsampling.pulse.steps
+    watcher.stage(name, steps)
+
+    def progress(done: int, of: int) -> None:
+        watcher.step(round(done * steps / max(1, of)))
+
+    return serve_probe(gan, probe, experiment.upsampling, experiment.seed, progress)
+
+
+def _candidates(experiment: Experiment, size: int) -> Images:
+    """Faces that everybody may know: the gallery of the attack, and what a guess averages."""
+    count = experiment.attack.candidates
+    found = device_faces(experiment, count, size) if isinstance(experiment.devices, LabelledDevices) else None
+    if found is not None:
+        return found
+    streams = Streams(experiment.seed).child("candidates")
+    faces = sample_faces(count, ToneMix(light_share=0.5), streams.generator("faces"))
+    return draw(faces, size, noise=streams.generator("camera"))
+
+
+def _samples(gan: Gan, experiment: Experiment) -> Images:
+    return gan.generator.sample(512, Streams(experiment.seed).generator("report samples"))
+
+
+def _tones(experiment: Experiment, parts: _Parts) -> tuple[ToneRecord, ...]:
+    made = (
+        tone_record("before", "samples before", parts.samples["before"]),
+        tone_record("after", "samples after", parts.samples["after"]),
+    )
+    if parts.like_devices is None:
+        return made
+    return (tone_record("devices", "faces mixed like the devices'", parts.like_devices), *made)
+
+
+def _pictures(folder: Path, parts: _Parts, attacked: list[Attacked]) -> dict[str, PictureRecord]:
+    chosen = examples(parts.probe)
+    size = parts.base.generator.size
+    low = parts.before.low[chosen].clamp(0, 1)
+    side = low.shape[-1]
+    drawn = {
+        "faces": figures.face_grid(
+            [
+                ("truth", parts.probe.images[chosen]),
+                (f"input,\n{side} x {side}", low),
+                ("bicubic", enlarged(low, size)),
+                ("PULSE before", parts.before.upsampled.best()[chosen]),
+                ("PULSE after", parts.after.upsampled.best()[chosen]),
+            ],
+            [parts.probe.groups[i] for i in chosen],
+        ),
+        "samples": figures.face_grid(
+            [
+                *((f"before {row + 1}", parts.samples["before"][row * 10 : row * 10 + 10]) for row in range(2)),
+                *((f"after {row + 1}", parts.samples["after"][row * 10 : row * 10 + 10]) for row in range(2)),
+            ],
+            [str(i + 1) for i in range(10)],
+        ),
+        "attack": figures.attack_grid(
+            attacked[0].result.truth,
+            [(attack.record.defence, attack.result.recovered) for attack in attacked],
+            attacked[0].result.guess,
+        ),
+    }
+    for name, png in drawn.items():
+        (folder / f"{name}.png").write_bytes(png)
+    return {
+        "faces": PictureRecord(
+            file="faces.png",
+            section="faces",
+            caption="People of the probe, what PULSE was shown, and the best of its faces before and after. "
+            "The made people do not exist.",
+            alt="Grid of faces: truth, low-resolution input, bicubic, PULSE before and after the run",
+        ),
+        "samples": PictureRecord(
+            file="samples.png",
+            section="more",
+            caption="What the generator draws before and after, from the same latents.",
+            alt="Two rows of generated faces before and two after the run",
+        ),
+        "attack": PictureRecord(
+            file="attack.png",
+            section="attacks",
+            caption="One photo in one critic update: the truth, what the attack recovered, and a guess.",
+            alt="Grid of faces: truth, recovered without and with DP, and the mean face",
+        ),
+    }
+
+
+def _plan_record(plan: Plan) -> PlanRecord | run.NoPromise:
+    schedule, promise = plan.schedule, plan.promise
+    match promise:
+        case PrivacyTarget():
+            bounds = plan.epsilon()
+            if bounds is None:
+                raise RunError("a promise without a price")
+            return PlanRecord(
+                promise=f"epsilon at most {promise.epsilon:g} at delta {promise.delta:g} for each {promise.unit}, "
+                "over all rounds together",
+                unit=promise.unit,
+                target_epsilon=promise.epsilon,
+                epsilon=Epsilon(
+                    lower=bounds.lower, estimate=bounds.estimate, upper=bounds.upper,
+                    delta=promise.delta, unit=promise.unit,
+                ),
+                noise_multiplier=plan.noise_multiplier,
+                sampling_rate=schedule.sampling_rate,
+                rounds=schedule.rounds,
+                steps_per_round=schedule.steps_per_round,
+                clip_norm=schedule.clip_norm,
+                expected_batch=float(schedule.expected_batch),
+                adjacency=ADJACENCY,
+                neighbouring=f"Nobody can tell a library with one {promise.unit} more from the same library "
+                "without it, better than the promise says.",
+            )  # fmt: skip
+        case NoPromise():
+            return run.NoPromise(no_promise="the run adds no noise, on purpose, to show what that costs or gains.")
+        case _:
+            assert_never(promise)
+
+
+def _notes(experiment: Experiment, plan: Plan) -> tuple[str, ...]:
+    notes = [
+        "Tone is read from pixels, so light and camera are mixed into every tone figure.",
+        "One run with one seed: another seed would give other figures within, and sometimes beyond, the intervals.",
+        "The distance uses features that need no download; it cannot be compared with published FID figures.",
+    ]
+    match experiment.devices:
+        case DrawnDevices():
+            notes.append("Devices are pretended and faces are drawn: people vary in ways that drawings do not.")
+        case LabelledDevices():
+            notes.append(
+                "Devices are pretended. Group labels are other people's judgement, not what the people said."
+            )
+        case RealDevices():
+            notes.append("Nothing is known about the photos on the devices, so no figure describes them.")
+        case _:
+            assert_never(experiment.devices)
+    if experiment.base is None:
+        notes.append("The base generator was made from drawn faces of which 85 in 100 have light skin.")
+    if isinstance(plan.promise, PrivacyTarget):
+        notes.append(
+            "The promise covers one photo. Somebody with many photos on a device is protected less: "
+            "the losses of all photos that show them add up."
+        )
+    notes.append(
+        "All devices share one key for encrypted sums: a device that sees another's upload can read it."
+    )
+    return tuple(notes)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "flwr", "opacus", "tenseal", "dp-accounting", "numpy")
+    found = {"fedface": __version__, "python": platform.python_version()}
+    return {**found, **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def _memory() -> float:
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+

@@ -1,0 +1,72 @@
+"""A real device: its owner's file says where the photos and the ledger are, and what is allowed.
+
+Called by flower.py for a node that was started with a device file. Nothing in this file ever comes from the
+server, and nothing of it is sent there but the device's chosen name.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from fedface.config import read
+from fedface.errors import ConfigError
+from fedface.federation.device import Device
+from fedface.photos.detectors import EmbeddedDetector, YuNetDetector
+from fedface.photos.faces import Detector
+from fedface.photos.library import PhotoLibrary
+from fedface.photos.scan import scan_library
+from fedface.privacy.policy import DevicePolicy
+from fedface.shapes import Images
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnerConfig:
+    """A device file, such as clients/device.example.yaml. Relative paths count from the file's own folder."""
+
+    name: str  # the name by which reports list this device; the server sees it
+    photos: Path  # folder of the photos; read, never written
+    state: Path  # folder of the ledger, the index and the shared key; nobody else may read it
+    policy: DevicePolicy
+    detector: Path | None = None  # a YuNet file; without one the embedded detector looks for faces
+
+    def __post_init__(self) -> None:
+        if not 0 < len(self.name) <= 80 or not self.name.isprintable():
+            raise ValueError(f"name must be a short text, got {self.name!r:.90}")
+
+
+def owner_device(path: Path) -> Device:
+    """The device that an owner's file describes; its policy is read afresh each time.
+
+    The photos are scanned when a round first needs them: only what is new or changed since the last scan is
+    read. Scan a large folder by hand beforehand (`fedface photos scan`), with the same detector.
+
+    Raises:
+        ConfigError: The file cannot be read, the folder of photos is missing, or others may read the state.
+    """
+    config = read(path, OwnerConfig)
+    home = path.resolve().parent
+    folder, state = home / config.photos.expanduser(), home / config.state.expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"{path}: photos: wanted a folder, there is none at {folder}")
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if os.name == "posix" and state.stat().st_mode & 0o077:
+        raise ConfigError(f"{path}: state: others may read {state}; run chmod 700 on it")
+    detector = home / config.detector.expanduser() if config.detector else None
+
+    def photos(size: int) -> Images:
+        library = _library(folder, detector)
+        return library.images(torch.arange(len(library)), size)
+
+    return Device(name=config.name, photos=photos, policy=config.policy, state=state)
+
+
+@cache
+def _library(folder: Path, detector: Path | None) -> PhotoLibrary:
+    finder: Detector = EmbeddedDetector() if detector is None else YuNetDetector(detector)
+    scan_library(folder, detector=finder)
+    return PhotoLibrary(folder, detector=finder.name)

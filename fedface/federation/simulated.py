@@ -1,0 +1,272 @@
+"""Pretended devices and public probes: what an experiment's words mean in pictures.
+
+Called by flower.py (a device for each node of a simulation) and findings.py (the probe). Pretended devices
+keep real ledgers and real keys in the run's folder, so that resuming a simulation obeys the same rules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import assert_never
+
+import torch
+from torch.nn import functional
+
+from fedface.aggregation.encrypted import make_keys
+from fedface.errors import FederationError, LibraryError
+from fedface.experiment import (
+    DrawnDevices,
+    DrawnProbe,
+    Experiment,
+    LabelledDevices,
+    LabelledProbe,
+    RealDevices,
+)
+from fedface.federation.device import Device
+from fedface.photos.drawn import DrawnFaces, ToneMix, draw, neutral_light, sample_faces
+from fedface.photos.partition import partition
+from fedface.photos.probe import labelled_sets, read_face_folder
+from fedface.photos.tone import ToneReading, measure_tone
+from fedface.randomness import Streams
+from fedface.shapes import Images
+
+# Drawn faces are grouped by the Monk tone they were drawn with, two steps to a group.
+DRAWN_GROUPS = ("Monk 1-2", "Monk 3-4", "Monk 5-6", "Monk 7-8", "Monk 9-10")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublicFaces:
+    """Labelled faces that no device holds."""
+
+    images: Images  # (n, 3, size, size)
+    groups: tuple[str, ...]  # n of them
+    expected: tuple[str, ...]  # every group, light to dark where that is known
+    tone: ToneReading  # read under neutral light for drawn faces, from the photo itself otherwise
+    description: str  # which faces, in words, with what was left out
+
+
+def device_name(number: int) -> str:
+    """`device-03`."""
+    return f"device-{number:02d}"
+
+
+def prepare(experiment: Experiment, folder: Path) -> None:
+    """Make each pretended device's state folder, and the shared key where sums need one.
+
+    Whoever starts a simulation plays all devices, so the key is made here; the coordinator is not given it.
+    Nothing that exists is replaced.
+    """
+    if isinstance(experiment.devices, RealDevices):
+        return
+    names = [device_name(number) for number in range(experiment.devices.count)]
+    states = [folder / name for name in names]
+    for state in states:
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    missing = [state for state in states if not (state / "sum.key").exists()]
+    if not missing:
+        return
+    if len(missing) < len(states):
+        raise FederationError(
+            f"{missing[0]}: its key is gone while other devices still have theirs; start a new run"
+        )
+    keys = make_keys(experiment.aggregation, experiment.agreement)
+    if keys is not None:
+        for state in missing:
+            keys.save(state / "sum.key")
+
+
+def simulated_device(experiment: Experiment, number: int, folder: Path) -> Device:
+    """Pretended device `number`, from 0; its photos are drawn or read when a round first needs them."""
+    if isinstance(experiment.devices, RealDevices):
+        raise FederationError(
+            "this experiment waits for real devices; start it with `flwr run` against a SuperLink, "
+            "or give it drawn-devices or labelled-devices"
+        )
+    if not 0 <= number < experiment.devices.count:
+        raise FederationError(f"this experiment has {experiment.devices.count} devices, asked for number {number}")
+
+    def photos(size: int) -> Images:
+        return _photos(experiment, number, size)
+
+    return Device(
+        name=device_name(number),
+        photos=photos,
+        policy=experiment.device_policy(),
+        state=folder / device_name(number),
+    )
+
+
+def describe_devices(experiment: Experiment) -> list[tuple[str, str, int | None]]:
+    """Name, public description and photo count (None where that is private) of every device."""
+    devices = experiment.devices
+    match devices:
+        case DrawnDevices():
+            return [
+                (device_name(i), f"drawn faces, {share:.0%} light skin (Monk 1-5)", devices.photos_each)
+                for i, share in enumerate(devices.light_shares)
+            ]
+        case LabelledDevices():
+            parts = _dealt(experiment)
+            return [(device_name(i), _mix(experiment, part), len(part)) for i, part in enumerate(parts)]
+        case RealDevices():
+            return [(f"real device {i + 1}", "photos of its owner; nothing else is known", None)
+                    for i in range(devices.count)]  # fmt: skip
+        case _:
+            assert_never(devices)
+
+
+def device_faces(experiment: Experiment, count: int, size: int) -> Images | None:
+    """About `count` public faces mixed like all devices together; None where devices are real."""
+    devices = experiment.devices
+    match devices:
+        case DrawnDevices():
+            streams = Streams(experiment.seed).child("like the devices")
+            each = -(-count // devices.count)
+            return torch.cat(
+                [_drawn(share, each, size, streams.child(str(i))) for i, share in enumerate(devices.light_shares)]
+            )[torch.randperm(each * devices.count, generator=streams.generator("order"))[:count]]
+        case LabelledDevices():
+            everyone = torch.cat([_photos(experiment, i, size) for i in range(devices.count)])
+            chance = Streams(experiment.seed).generator("like the devices")
+            return everyone[torch.randperm(len(everyone), generator=chance)[:count]]
+        case RealDevices():
+            return None
+        case _:
+            assert_never(devices)
+
+
+def public_faces(experiment: Experiment, size: int) -> PublicFaces:
+    """The probe of an experiment, the same in every call."""
+    probe = experiment.probe
+    match probe:
+        case DrawnProbe():
+            return _drawn_probe(probe.each, size, Streams(experiment.seed).child("probe"))
+        case LabelledProbe():
+            return _labelled_probe(probe, experiment, size)
+        case _:
+            assert_never(probe)
+
+
+def _drawn_probe(each: int, size: int, streams: Streams) -> PublicFaces:
+    chance = streams.generator("faces")
+    everyone = sample_faces(each * 200, ToneMix(light_share=0.5), chance)
+    group = ((everyone.tone - 0.5) / 2).floor().clamp(0, 4).long()
+    chosen = torch.cat([torch.nonzero(group == g)[:each, 0] for g in range(5)])
+    faces: DrawnFaces = everyone[chosen]
+    images = draw(faces, size, noise=streams.generator("camera"))
+    return PublicFaces(
+        images=images,
+        groups=tuple(DRAWN_GROUPS[g] for g in group[chosen].tolist()),
+        expected=DRAWN_GROUPS,
+        tone=measure_tone(images),
+        description=f"{len(chosen)} freshly drawn faces, {each} in each group of true Monk tone, through cameras",
+    )
+
+
+def neutral_tones(each: int, streams: Streams) -> ToneReading:
+    """Readings of the drawn probe's faces under neutral light, for telling skin from light."""
+    chance = streams.generator("faces")
+    everyone = sample_faces(each * 200, ToneMix(light_share=0.5), chance)
+    group = ((everyone.tone - 0.5) / 2).floor().clamp(0, 4).long()
+    chosen = torch.cat([torch.nonzero(group == g)[:each, 0] for g in range(5)])
+    return measure_tone(draw(neutral_light(everyone[chosen]), 64))
+
+
+def _labelled_probe(probe: LabelledProbe, experiment: Experiment, size: int) -> PublicFaces:
+    path, shared = _set_path(probe.folder, probe.set)
+    faces = read_face_folder(path, size=size, label=probe.label, per_group=None if shared else probe.each)
+    if shared:
+        kept = _first_of_each(faces.groups, probe.each)
+        faces = faces.select(kept)
+    missed = {**faces.missed}
+    left_out = sum(missed.values()) + sum(faces.unreadable.values())
+    note = f"; {left_out} left out without a face found or unreadable" if left_out else ""
+    return PublicFaces(
+        images=faces.images,
+        groups=faces.groups,
+        expected=tuple(sorted({*faces.groups, *missed, *faces.unreadable})),
+        tone=measure_tone(faces.images),
+        description=f"{len(faces)} labelled photos grouped by {probe.label}, up to {probe.each} each{note}",
+    )
+
+
+def _first_of_each(groups: tuple[str, ...], each: int) -> list[int]:
+    seen: dict[str, int] = {}
+    kept = []
+    for i, group in enumerate(groups):
+        seen[group] = seen.get(group, 0) + 1
+        if seen[group] <= each:
+            kept.append(i)
+    return kept
+
+
+def _set_path(folder: Path, name: str) -> tuple[Path, bool]:
+    """Where a labelled set lies, and whether devices and probe must share it because there is only one."""
+    if not folder.exists():
+        raise LibraryError(
+            f"{folder}: no such folder of labelled photos; say where it is with --photos FOLDER"
+        )
+    table = folder / f"{name}.csv"
+    if name and folder.is_dir() and table.is_file():
+        return table, False
+    if not labelled_sets(folder):
+        raise LibraryError(
+            f"{folder}: wanted labelled photos, pictures beside a CSV of labels and landmarks, got none"
+        )
+    return folder, True
+
+
+@lru_cache(maxsize=2)
+def _labelled(experiment: Experiment, size: int) -> tuple[Images, tuple[str, ...]]:
+    """All photos that pretended devices share out, and their groups."""
+    devices = experiment.devices
+    if not isinstance(devices, LabelledDevices):
+        raise FederationError("only labelled devices share out a folder")
+    path, shared = _set_path(devices.folder, devices.set)
+    faces = read_face_folder(path, size=size, label=devices.label)
+    if shared and isinstance(experiment.probe, LabelledProbe):
+        held_out = set(_first_of_each(faces.groups, experiment.probe.each))
+        faces = faces.select([i for i in range(len(faces)) if i not in held_out])
+    return faces.images, faces.groups
+
+
+@lru_cache(maxsize=2)
+def _dealt(experiment: Experiment) -> list[list[int]]:
+    devices = experiment.devices
+    if not isinstance(devices, LabelledDevices):
+        raise FederationError("only labelled devices share out a folder")
+    _, groups = _labelled(experiment, experiment.start().generator.size)
+    rng = Streams(experiment.seed).numpy("partition")
+    return [part.tolist() for part in partition(groups, devices.count, devices.split, rng)]
+
+
+def _mix(experiment: Experiment, part: list[int]) -> str:
+    _, groups = _labelled(experiment, experiment.start().generator.size)
+    counts: dict[str, int] = {}
+    for i in part:
+        counts[groups[i]] = counts.get(groups[i], 0) + 1
+    top = sorted(counts.items(), key=lambda item: -item[1])[:3]
+    return "public photos: " + ", ".join(f"{count / len(part):.0%} {name}" for name, count in top)
+
+
+def _drawn(share: float, count: int, size: int, streams: Streams) -> Images:
+    faces = sample_faces(count, ToneMix(light_share=share), streams.generator("faces"))
+    return draw(faces, size, noise=streams.generator("camera"))
+
+
+@lru_cache(maxsize=64)
+def _photos(experiment: Experiment, number: int, size: int) -> Images:
+    devices = experiment.devices
+    match devices:
+        case DrawnDevices():
+            streams = Streams(experiment.seed).child(device_name(number))
+            return _drawn(devices.light_shares[number], devices.photos_each, size, streams)
+        case LabelledDevices():
+            images, _ = _labelled(experiment, size)
+            return images[_dealt(experiment)[number]]
+        case RealDevices():
+            raise FederationError("a real device's photos are not here")
+        case _:
+            assert_never(devices)

@@ -1,0 +1,233 @@
+"""From what the plan, the audits and the machine say to what the record holds.
+
+Called by the coordinator when a run ends. Nothing is computed here but words; a number that is not finite
+becomes a `NotMeasured` with its reason.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import assert_never
+
+from fedface.audits.bias import BiasReport, Service
+from fedface.audits.disaggregate import Interval as Measured
+from fedface.audits.inversion import AttackResult, CosineSearch, Defence, NoDefence, Search, SquaredSearch
+from fedface.privacy.accounting import ADJACENCY, Bounds, success_ceiling
+from fedface.privacy.mechanism import ClippedSum, GaussianSum
+from fedface.privacy.plan import Plan
+from fedface.privacy.target import NoPromise as NoTarget
+from fedface.privacy.target import PrivacyTarget
+from fedface.reports import wording
+from fedface.reports.run import (
+    AttackRecord,
+    BiasRecord,
+    Epsilon,
+    Figure,
+    GapRecord,
+    GroupRecord,
+    MachineRecord,
+    NoPromise,
+    NotMeasured,
+    PlanRecord,
+    figure,
+)
+
+PACKAGES = ("fedface", "torch", "flwr", "opacus", "tenseal", "dp-accounting", "numpy", "scikit-image")
+THREAT = "Somebody who sees one device's update alone and knows the critic: a server without encryption."
+NOT_TESTED = (
+    "a generator of faces as the attacker's prior",
+    "several updates of one device put together",
+    "a server that changes the critic so that it leaks more",
+)
+
+
+def measured(value: Measured) -> Figure:
+    """An audit's interval, or why there is none."""
+    reason = "no photos" if value.count == 0 else f"only {value.count} photo, so no interval"
+    return figure(asdict(value), otherwise=reason)
+
+
+def epsilon_record(bounds: Bounds, *, delta: float, unit: str) -> Epsilon | NotMeasured:
+    """A price with its delta and unit; an infinite one is no bound at all."""
+    if not math.isfinite(bounds.upper):
+        return NotMeasured(not_measured="epsilon is infinite, because no noise was added")
+    return Epsilon(lower=bounds.lower, estimate=bounds.estimate, upper=bounds.upper, delta=delta, unit=unit)
+
+
+def plan_record(plan: Plan) -> PlanRecord | NoPromise:
+    """A plan as the page prints it.
+
+    Raises:
+        ValueError: The plan makes a promise and its price is infinite, which `make_plan` rules out.
+    """
+    match plan.promise:
+        case NoTarget():
+            return NoPromise(no_promise="no noise is added, so epsilon is infinite.")
+        case PrivacyTarget(epsilon=target, delta=delta, unit=unit):
+            bounds = plan.epsilon()
+            price = (
+                epsilon_record(bounds, delta=delta, unit=unit) if bounds else NotMeasured(not_measured="none")
+            )
+            if isinstance(price, NotMeasured):
+                raise ValueError(f"a promise needs a finite price, got {bounds}")
+            return PlanRecord(
+                promise=f"All that leaves a device in {plan.schedule.rounds} rounds is worth at most epsilon "
+                f"{wording.constant(target)} to anybody who wants to know about one {unit}.",
+                unit=unit,
+                target_epsilon=target,
+                epsilon=price,
+                noise_multiplier=plan.noise_multiplier,
+                sampling_rate=plan.schedule.sampling_rate,
+                rounds=plan.schedule.rounds,
+                steps_per_round=plan.schedule.steps_per_round,
+                clip_norm=plan.schedule.clip_norm,
+                expected_batch=float(plan.schedule.expected_batch),
+                adjacency=ADJACENCY,
+                neighbouring=f"It compares a device's library with the same library without one {unit}: "
+                "the two give any update with nearly the same probability.",
+            )
+        case _:
+            assert_never(plan.promise)
+
+
+def bias_record(report: BiasReport, *, weights_hash: str, probe: str) -> BiasRecord:
+    """An audit of bias as the page prints it; groups that were too small are named with their counts.
+
+    Args:
+        weights_hash: Of the weights that were audited.
+        probe: Which photos, in words.
+    """
+    groups = [
+        GroupRecord(group=name, count=service.misfit.count, figures=_service(service))
+        for name, service in report.groups.items()
+    ]
+    groups += [GroupRecord(group=name, count=count, figures={}) for name, count in report.unmeasured.items()]
+    return BiasRecord(
+        weights_hash=weights_hash,
+        probe=probe,
+        photos=report.photos,
+        faces_per_photo=report.faces_per_photo,
+        overall=_service(report.overall),
+        groups=tuple(groups),
+        gaps={
+            name: GapRecord(worst=gap.worst, best=gap.best, difference=measured(gap.difference))
+            for name, gap in report.gaps.items()
+        },
+        sentences=tuple(report.sentences()),
+    )
+
+
+def attack_record(
+    result: AttackResult,
+    gallery: Measured,
+    *,
+    gallery_size: int,
+    weights_hash: str,
+    pictures: Sequence[str],
+    threat: str = THREAT,
+    not_tested: Sequence[str] = NOT_TESTED,
+) -> AttackRecord:
+    """An attack on updates as the page prints it.
+
+    Args:
+        result: Of `attack_update`.
+        gallery: Of `gallery_attack` under the same defence.
+        gallery_size: How many candidates the attacker was given.
+        weights_hash: Of the critic that was attacked.
+        pictures: Names in the record's pictures.
+    """
+    ceiling = _ceiling(result.defence, gallery_size)
+    return AttackRecord(
+        threat=threat,
+        defence=defence_words(result.defence),
+        weights_hash=weights_hash,
+        attack=f"{_search_words(result.search)}; one photo per update.",
+        psnr=measured(result.psnr),
+        ssim=measured(result.ssim),
+        baseline_psnr=measured(result.baseline_psnr),
+        baseline_ssim=measured(result.baseline_ssim),
+        gain=measured(result.gain),
+        gallery=measured(gallery),
+        gallery_size=gallery_size,
+        gallery_ceiling=ceiling,
+        pictures=tuple(pictures),
+        sentence=f"{_gain_words(result.gain)} {_gallery_words(gallery, gallery_size)}",
+        not_tested=tuple(not_tested),
+    )
+
+
+def defence_words(defence: Defence) -> str:
+    """A defence in a few words, such as a table's first column."""
+    match defence:
+        case NoDefence():
+            return "no DP"
+        case ClippedSum(clip_norm=clip_norm):
+            return f"clipping at {wording.constant(clip_norm)} alone"
+        case GaussianSum(sigma=sigma):
+            return f"DP sigma={sigma:.3g}"
+        case _:
+            assert_never(defence)
+
+
+def machine_record() -> MachineRecord:
+    """The cores that this process may use and the machine's memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return MachineRecord(cores=len(os.sched_getaffinity(0)), memory_gib=round(memory / 2**30, 1))
+
+
+def version_record(packages: Sequence[str] = PACKAGES) -> Mapping[str, str]:
+    """The versions that the numbers depend on; a package that is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _service(service: Service) -> dict[str, Figure]:
+    return {name: figure(values, otherwise="too few photos") for name, values in asdict(service).items()}
+
+
+def _ceiling(defence: Defence, gallery_size: int) -> float:
+    match defence:
+        case NoDefence() | ClippedSum():
+            return 1.0
+        case GaussianSum():
+            return success_ceiling(defence.event(), 1 / gallery_size)
+        case _:
+            assert_never(defence)
+
+
+def _search_words(search: Search) -> str:
+    match search:
+        case CosineSearch(iterations=iterations, total_variation=weight):
+            start = f"Cosine distance with total variation {wording.constant(weight)}"
+            return f"{start}, {iterations} steps of signed Adam"
+        case SquaredSearch(evaluations=evaluations):
+            return f"Squared distance, {evaluations} evaluations of L-BFGS"
+        case _:
+            assert_never(search)
+
+
+def _gain_words(gain: Measured) -> str:
+    if gain.low > 0:
+        return "Pictures came back closer to the photos than a guess that does without the update."
+    return (
+        "No search in this list came closer to the photos than the mean public face; "
+        "that does not prove that none could."
+    )
+
+
+def _gallery_words(gallery: Measured, gallery_size: int) -> str:
+    named = wording.percent(gallery.estimate) if gallery.estimate else f"0{wording.SPACE}%"
+    chance = wording.percent(1 / gallery_size)
+    verdict = "more often than chance" if gallery.low > 1 / gallery_size else "which chance alone explains"
+    start = f"Among {gallery_size} candidates the right photo was named in {named} of updates"
+    return f"{start} (chance {chance}), {verdict}."

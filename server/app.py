@@ -1,0 +1,49 @@
+"""The Flower ServerApp: reads which experiment is asked for and lets the installed fedface coordinate it.
+
+Called by Flower, in a simulation or on a SuperLink (see server/README.md). A run that was cut short goes on
+where it stopped when it is started again with the same experiment and folder.
+"""
+
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedface.experiment import RealDevices
+from fedface.federation.coordinator import begin, coordinate
+from fedface.federation.flower import GridCohort, devices_folder, read_order
+from fedface.federation.rounds import Watcher
+from fedface.federation.simulated import prepare
+
+HOME = Path(__file__).resolve().parents[1]
+
+app = ServerApp()
+
+
+class LineWatcher:
+    """Prints a line for each stage: Flower shows them with `flwr run --stream` and keeps them in its log."""
+
+    def stage(self, name: str, steps: int) -> None:
+        """A stage begins."""
+        self.say(name)
+
+    def step(self, done: int) -> None:
+        """Nothing: a log has no progress bar."""
+
+    def say(self, sentence: str) -> None:
+        """One line."""
+        print(sentence, flush=True)
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the experiment of the run config to its report."""
+    order = read_order(context.run_config, HOME)
+    if not (order.folder / "state.json").exists():
+        begin(order.experiment, order.folder)
+    prepare(order.experiment, devices_folder(order.folder))
+    real = isinstance(order.experiment.devices, RealDevices)
+    cohort = GridCohort(grid, come_within=600 if real else 60)
+    watcher: Watcher = LineWatcher()
+    coordinate(order.experiment, cohort, order.folder, watcher=watcher, command="flwr run .")
+    watcher.say(f"the report is in {order.folder / 'report.html'}")

@@ -1,0 +1,134 @@
+"""The same experiment gives the same model wherever it runs: in this process, or in Ray's actors through Flower.
+
+Both go through the same ClientApp and coordinator; what differs is who carries the messages. Runs without a
+promise draw everything from replayable streams, so the models must agree, and not only in distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedface.experiment import Experiment, read_experiment
+from fedface.federation.cohort import Cohort
+from fedface.federation.coordinator import begin
+from fedface.federation.device import Device
+from fedface.federation.flower import GridCohort, client_app, devices_folder, in_process_cohort
+from fedface.federation.rounds import SilentWatcher, State, run_rounds, weights_path
+from fedface.federation.simulated import device_faces, prepare, simulated_device
+from fedface.models.critic import CriticConfig
+from fedface.models.stylegan2 import GeneratorConfig
+from fedface.models.weights import load_gan, new_gan, save_gan, vector_of
+from fedface.randomness import Streams
+from fedface.shapes import Vector
+
+RECIPE = """
+question: does it matter where it runs?
+name: everywhere
+promise: {kind: no-promise}
+devices: {kind: drawn-devices, light_shares: [0.9, 0.5, 0.1], photos_each: 12}
+training: {rounds: 2, steps_per_round: 2, sampling_rate: 0.5, expected_batch: 4, made_batch: 4}
+aggregation: {kind: AGGREGATION}
+base: BASE
+"""
+
+
+def tiny(folder: Path, aggregation: str) -> Experiment:
+    """Three devices, two rounds, networks of some thousand weights."""
+    networks = (
+        GeneratorConfig(
+            size=16, latent_width=8, style_width=8, mapping_layers=1, channel_base=64, channel_max=8
+        ),
+        CriticConfig(size=16, channel_base=64, channel_max=8),
+    )
+    save_gan(folder / "base.safetensors", new_gan(*networks, Streams(1).generator("base")))
+    recipe = RECIPE.replace("BASE", str(folder / "base.safetensors")).replace("AGGREGATION", aggregation)
+    (folder / "everywhere.yaml").write_text(recipe)
+    return read_experiment(folder / "everywhere.yaml")
+
+
+def start(experiment: Experiment, folder: Path) -> None:
+    """The run's folder and its pretended devices."""
+    begin(experiment, folder)
+    prepare(experiment, devices_folder(folder))
+
+
+def models(experiment: Experiment, cohort: Cohort, folder: Path) -> Sequence[Vector]:
+    """The global model after each round."""
+    like = device_faces(experiment, 48, 16)
+    assert like is not None
+    run_rounds(experiment, experiment.plan(), cohort, State.read(folder), like, SilentWatcher())
+    rounds = range(1, experiment.training.rounds + 1)
+    return [vector_of(*load_gan(weights_path(folder, number)).modules()) for number in rounds]
+
+
+def in_this_process(experiment: Experiment, folder: Path) -> Sequence[Vector]:
+    """Without Ray, a port or a bundle."""
+    start(experiment, folder)
+    return models(experiment, in_process_cohort(experiment, devices_folder(folder)), folder)
+
+
+def in_ray(experiment: Experiment, folder: Path) -> Sequence[Vector]:
+    """Through Flower's simulation with one actor."""
+    from flwr.app import Context
+    from flwr.serverapp import Grid, ServerApp
+    from flwr.simulation import run_simulation
+
+    start(experiment, folder)
+    found: list[Vector] = []
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        found.extend(models(experiment, GridCohort(grid), folder))
+
+    def device_for(context: Context) -> Device:
+        return simulated_device(experiment, int(context.node_config["partition-id"]), devices_folder(folder))
+
+    run_simulation(
+        server,
+        client_app(device_for),
+        num_supernodes=experiment.devices.count,
+        backend_config={
+            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            "init_args": {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80_000_000},
+        },
+    )
+    return found
+
+
+def furthest(ours: Sequence[Vector], theirs: Sequence[Vector]) -> float:
+    """The largest difference of any weight after any round."""
+    assert len(ours) == len(theirs) > 0
+    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_two_runs_in_this_process_give_the_same_bits(tmp_path: Path) -> None:
+    """Nothing in a run without a promise comes from a clock, a global seed or the order of a set."""
+    experiment = tiny(tmp_path, "plain")
+    first = in_this_process(experiment, tmp_path / "first" / "everywhere")
+    second = in_this_process(experiment, tmp_path / "second" / "everywhere")
+    assert furthest(first, second) == 0.0
+    assert float((first[0] - vector_of(*experiment.start().modules())).abs().max()) > 1e-4
+
+
+def test_encrypted_sums_give_the_same_model_up_to_quantisation(tmp_path: Path) -> None:
+    """What hides the updates changes none of them by more than half a step of the quantiser."""
+    plain, hidden = (tiny(tmp_path, kind) for kind in ("plain", "encrypted"))
+    ours = in_this_process(plain, tmp_path / "plain" / "everywhere")
+    theirs = in_this_process(hidden, tmp_path / "hidden" / "everywhere")
+    assert furthest(ours[:1], theirs[:1]) < plain.training.value_range / 1000
+
+
+def test_ray_actors_give_the_same_model_as_this_process(tmp_path: Path) -> None:
+    """Where a device computes is no part of the answer."""
+    pytest.importorskip("ray")
+    threads = torch.get_num_threads()
+    experiment = tiny(tmp_path, "plain")
+    ours = in_this_process(experiment, tmp_path / "here" / "everywhere")
+    theirs = in_ray(experiment, tmp_path / "there" / "everywhere")
+    assert torch.get_num_threads() == threads
+    assert furthest(ours, theirs) < 1e-6

@@ -1,0 +1,103 @@
+"""What the audits return goes into the record unchanged, and what has no bound says so."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from fedface.audits.disaggregate import EMPTY, Interval, rate_interval
+from fedface.audits.inversion import AttackResult, CosineSearch, Defence, NoDefence
+from fedface.privacy.accounting import Bounds, success_ceiling
+from fedface.privacy.mechanism import GaussianSum
+from fedface.privacy.plan import Schedule, make_plan
+from fedface.privacy.target import NoPromise as NoTarget
+from fedface.privacy.target import PrivacyTarget
+from fedface.reports import filling, wording
+from fedface.reports.run import Epsilon, NoPromise, NotMeasured, PlanRecord
+
+SCHEDULE = Schedule(rounds=2, steps_per_round=3, sampling_rate=0.1, expected_batch=10, clip_norm=1.0)
+
+
+def an_attack(defence: Defence, gain: Interval) -> AttackResult:
+    """A made-up result. FIXTURE: no number in it was measured."""
+    some = Interval(12.0, 11.0, 13.0, 4)
+    blank = torch.zeros(4, 3, 16, 16)
+    return AttackResult(
+        defence=defence,
+        search=CosineSearch(),
+        truth=blank,
+        recovered=blank,
+        guess=blank,
+        psnr=some,
+        ssim=some,
+        baseline_psnr=some,
+        baseline_ssim=some,
+        gain=gain,
+    )
+
+
+def test_a_plan_with_a_promise_keeps_its_numbers_and_its_price_is_within_the_target() -> None:
+    plan = make_plan(PrivacyTarget(epsilon=5.0, delta=1e-5), SCHEDULE)
+    kept = filling.plan_record(plan)
+    assert isinstance(kept, PlanRecord)
+    assert kept.noise_multiplier == plan.noise_multiplier
+    assert (kept.rounds, kept.steps_per_round, kept.sampling_rate) == (2, 3, 0.1)
+    assert kept.epsilon.upper <= kept.target_epsilon == 5.0
+    assert kept.epsilon.delta == 1e-5
+
+
+def test_a_plan_without_noise_is_written_as_no_promise() -> None:
+    assert isinstance(filling.plan_record(make_plan(NoTarget(), SCHEDULE)), NoPromise)
+
+
+def test_an_infinite_epsilon_is_not_a_number_in_the_record() -> None:
+    bounds = Bounds(lower=1.0, estimate=math.inf, upper=math.inf)
+    assert isinstance(filling.epsilon_record(bounds, delta=1e-5, unit="photo"), NotMeasured)
+
+
+def test_an_empty_group_says_that_there_were_no_photos() -> None:
+    assert filling.measured(EMPTY) == NotMeasured(not_measured="no photos")
+
+
+def test_an_attack_keeps_its_numbers_and_the_theorems_ceiling() -> None:
+    defence = GaussianSum(clip_norm=1.0, sigma=1.0)
+    gain, gallery = Interval(-3.0, -4.0, -2.0, 4), rate_interval(3, 200)
+    kept = filling.attack_record(
+        an_attack(defence, gain), gallery, gallery_size=100, weights_hash="ab" * 32, pictures=()
+    )
+    assert asdict(kept.gain) == asdict(gain)
+    assert asdict(kept.gallery) == asdict(gallery)
+    assert kept.gallery_ceiling == success_ceiling(defence.event(), 0.01)
+    assert kept.defence == "DP sigma=1"
+    assert "does not prove" in kept.sentence
+    assert "which chance alone explains" in kept.sentence
+
+
+def test_an_attack_without_defence_has_no_ceiling_below_certainty() -> None:
+    gain = Interval(6.0, 4.0, 8.0, 4)
+    kept = filling.attack_record(
+        an_attack(NoDefence(), gain),
+        rate_interval(20, 20),
+        gallery_size=100,
+        weights_hash="ab" * 32,
+        pictures=(),
+    )
+    assert kept.gallery_ceiling == 1.0
+    assert "more often than chance" in kept.sentence
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0.01, "1.0 %"), (0.5, "50 %"), (0.999638, "99.96 %"), (1 - 3e-7, "99.99997 %"), (1.0, "100 %")],
+)
+def test_a_share_close_to_all_is_never_rounded_up_to_all(share: float, text: str) -> None:
+    assert wording.percent(share).replace(wording.SPACE, " ") == text
+
+
+def test_epsilon_one_turns_an_even_bet_into_at_most_73_percent() -> None:
+    """e / (1 + e) = 0.731."""
+    words = wording.meaning(Epsilon(lower=1.0, estimate=1.0, upper=1.0, delta=1e-5, unit="photo"))
+    assert "at most 73" in words and "1 in 100,000" in words and "weak" not in words
