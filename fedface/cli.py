@@ -20,29 +20,29 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-import torch  # noqa: E402 - Flower reads the lines above when it is imported
-import typer  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
-from rich.table import Table  # noqa: E402
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
-from fedface.aggregation.encrypted import make_keys  # noqa: E402
-from fedface.errors import ConfigError, FedfaceError, RunError  # noqa: E402
-from fedface.experiment import Experiment, RealDevices, read_experiment  # noqa: E402
-from fedface.federation.coordinator import begin, coordinate  # noqa: E402
-from fedface.federation.flower import devices_folder, in_process_cohort  # noqa: E402
-from fedface.federation.simulated import describe_devices, prepare  # noqa: E402
-from fedface.models.weights import load_base, load_gan, save_gan, vector_of  # noqa: E402
-from fedface.photos.detectors import EmbeddedDetector, YuNetDetector  # noqa: E402
-from fedface.photos.faces import Detector  # noqa: E402
-from fedface.photos.library import scan_table, summary  # noqa: E402
-from fedface.photos.scan import ScanReport, scan_library  # noqa: E402
-from fedface.privacy.ledger import Ledger  # noqa: E402
-from fedface.reports import card, page, run, wording  # noqa: E402
-from fedface.reports.figures import face_grid  # noqa: E402
-from fedface.reports.portrait import portrait_sheet, upsample_photo  # noqa: E402
-from fedface.reports.run import BiasRecord, Interval, RunRecord  # noqa: E402
-from fedface.training.pretrain import PretrainConfig, pretrain  # noqa: E402
+from fedface.aggregation.encrypted import make_keys
+from fedface.errors import ConfigError, FedfaceError, RunError
+from fedface.experiment import Experiment, RealDevices, read_experiment
+from fedface.federation.coordinator import begin, coordinate
+from fedface.federation.flower import devices_folder, in_process_cohort
+from fedface.federation.simulated import describe_devices, prepare
+from fedface.models.weights import load_base, load_gan, save_gan, vector_of
+from fedface.photos.detectors import EmbeddedDetector, YuNetDetector
+from fedface.photos.faces import Detector
+from fedface.photos.library import scan_table, summary
+from fedface.photos.scan import ScanReport, scan_library
+from fedface.privacy.ledger import Ledger
+from fedface.reports import card, page, run, wording
+from fedface.reports.figures import face_grid
+from fedface.reports.portrait import portrait_sheet, upsample_photo
+from fedface.reports.run import BiasRecord, Interval, RunRecord
+from fedface.training.pretrain import PretrainConfig, pretrain
 
 app = typer.Typer(
     name="fedface",

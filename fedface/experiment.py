@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import assert_never
 
-from fedface.aggregation.protocol import Agreement, AggregationConfig, EncryptedConfig
+from fedface.aggregation.protocol import AggregationConfig, Agreement, EncryptedConfig
 from fedface.config import plain, read
 from fedface.errors import ConfigError
 from fedface.models.weights import Gan, load_base, load_gan

@@ -17,4 +17,4 @@ Images = Float[Tensor, "n 3 h w"]
 LowImages = Float[Tensor, "n 3 lh lw"]
 Latents = Float[Tensor, "n z"]
 Styles = Float[Tensor, "n k v"]
-Vector = Float[Tensor, "d"]  # noqa: F821 - a legend letter, not a name
+Vector = Float[Tensor, "d"]

@@ -7,15 +7,11 @@ where it stopped.
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import assert_never
 
-from fedface import __version__
 from fedface.config import dump, plain
 from fedface.errors import RunError
 from fedface.experiment import DrawnDevices, Experiment, LabelledDevices, RealDevices
@@ -42,18 +38,15 @@ from fedface.federation.rounds import (
 from fedface.federation.simulated import PublicFaces, describe_devices, device_faces, public_faces
 from fedface.models.weights import Gan, load_gan, save_gan, vector_of, weights_hash
 from fedface.photos.drawn import ToneMix, draw, sample_faces
-from fedface.privacy.accounting import ADJACENCY
 from fedface.privacy.plan import Plan
-from fedface.privacy.target import NoPromise, PrivacyTarget
+from fedface.privacy.target import PrivacyTarget
 from fedface.randomness import Streams
 from fedface.reports import card, figures, page, run
+from fedface.reports.filling import machine_record, plan_record, version_record
 from fedface.reports.run import (
     DeviceRecord,
-    Epsilon,
-    MachineRecord,
     NotMeasured,
     PictureRecord,
-    PlanRecord,
     RunRecord,
     ToneRecord,
 )
@@ -132,10 +125,10 @@ def coordinate(
         started=state.started,
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command or f"fedface run {folder / 'experiment.yaml'}",
-        versions=_versions(),
-        machine=MachineRecord(cores=os.cpu_count() or 1, memory_gib=_memory()),
+        versions=dict(version_record()),
+        machine=machine_record(),
         experiment=plain(experiment),
-        plan=_plan_record(plan),
+        plan=plan_record(plan),
         base_hash=weights_hash(*base.modules()),
         final_hash=weights_hash(*final.modules()),
         devices=tuple(
@@ -264,38 +257,6 @@ def _pictures(folder: Path, parts: _Parts, attacked: list[Attacked]) -> dict[str
     }
 
 
-def _plan_record(plan: Plan) -> PlanRecord | run.NoPromise:
-    schedule, promise = plan.schedule, plan.promise
-    match promise:
-        case PrivacyTarget():
-            bounds = plan.epsilon()
-            if bounds is None:
-                raise RunError("a promise without a price")
-            return PlanRecord(
-                promise=f"epsilon at most {promise.epsilon:g} at delta {promise.delta:g} for each {promise.unit}, "
-                "over all rounds together",
-                unit=promise.unit,
-                target_epsilon=promise.epsilon,
-                epsilon=Epsilon(
-                    lower=bounds.lower, estimate=bounds.estimate, upper=bounds.upper,
-                    delta=promise.delta, unit=promise.unit,
-                ),
-                noise_multiplier=plan.noise_multiplier,
-                sampling_rate=schedule.sampling_rate,
-                rounds=schedule.rounds,
-                steps_per_round=schedule.steps_per_round,
-                clip_norm=schedule.clip_norm,
-                expected_batch=float(schedule.expected_batch),
-                adjacency=ADJACENCY,
-                neighbouring=f"Nobody can tell a library with one {promise.unit} more from the same library "
-                "without it, better than the promise says.",
-            )  # fmt: skip
-        case NoPromise():
-            return run.NoPromise(no_promise="the run adds no noise, on purpose, to show what that costs or gains.")
-        case _:
-            assert_never(promise)
-
-
 def _notes(experiment: Experiment, plan: Plan) -> tuple[str, ...]:
     notes = [
         "Tone is read from pixels, so light and camera are mixed into every tone figure.",
@@ -324,14 +285,4 @@ def _notes(experiment: Experiment, plan: Plan) -> tuple[str, ...]:
         "All devices share one key for encrypted sums: a device that sees another's upload can read it."
     )
     return tuple(notes)
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "flwr", "opacus", "tenseal", "dp-accounting", "numpy")
-    found = {"fedface": __version__, "python": platform.python_version()}
-    return {**found, **{name: importlib.metadata.version(name) for name in packages}}
-
-
-def _memory() -> float:
-    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from fedface.aggregation.encrypted import EncryptedKeys, make_device
 from fedface.aggregation.protocol import AggregationConfig, EncryptedConfig, Payload, PlainConfig
 from fedface.errors import FederationError, PolicyRefusal, PrivacyError
-from fedface.federation.task import Refusal, Reply, RevealTask, Revealed, Task, Trained, TrainTask
+from fedface.federation.task import Refusal, Reply, Revealed, RevealTask, Task, Trained, TrainTask
 from fedface.models.critic import Critic
 from fedface.models.stylegan2 import StyleGAN2
 from fedface.models.weights import Gan, fill

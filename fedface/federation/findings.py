@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
 
 from fedface.aggregation.encrypted import make_device, make_keys, make_server
-from fedface.aggregation.protocol import Agreement, AggregationConfig, EncryptedConfig, PlainConfig
-from fedface.audits.bias import DARKER_FROM, MEASURES, BiasReport, measure_bias, tone_histogram
+from fedface.aggregation.protocol import AggregationConfig, Agreement, EncryptedConfig, PlainConfig
+from fedface.audits.bias import DARKER_FROM, measure_bias, tone_histogram
 from fedface.audits.disaggregate import mean_interval, rate_interval
 from fedface.audits.features import compare_faces
 from fedface.audits.inversion import (
     AttackResult,
     CosineSearch,
-    Defence,
     NoDefence,
     attack_update,
     gallery_attack,
@@ -30,20 +29,11 @@ from fedface.experiment import AttackConfig, UpsamplingConfig
 from fedface.federation.simulated import PublicFaces
 from fedface.models.weights import Gan, weights_hash
 from fedface.photos.tone import measure_tone
-from fedface.privacy.accounting import success_ceiling
 from fedface.privacy.mechanism import GaussianSum
 from fedface.privacy.plan import Plan
 from fedface.randomness import Streams
-from fedface.reports.run import (
-    AggregationRecord,
-    AttackRecord,
-    BiasRecord,
-    Figure,
-    GapRecord,
-    GroupRecord,
-    ToneRecord,
-    figure,
-)
+from fedface.reports.filling import attack_record, bias_record, defence_words, measured
+from fedface.reports.run import AggregationRecord, AttackRecord, BiasRecord, Figure, ToneRecord
 from fedface.shapes import Images, LowImages, Vector
 from fedface.upsampling.contracts import Upsampled
 from fedface.upsampling.pulse import Pulse
@@ -63,7 +53,7 @@ def sample_figures(gan: Gan, like_devices: Images, seed: int) -> dict[str, Figur
         "monk": mean_interval(monk, streams.numpy("resamples")),
         "dark_share": rate_interval(int((monk >= DARKER_FROM).sum()), len(monk)),
     }
-    return {name: figure(asdict(value), otherwise="too few faces") for name, value in figures.items()}
+    return {name: measured(value) for name, value in figures.items()}
 
 
 def tone_record(source: str, label: str, images: Images) -> ToneRecord:
@@ -97,40 +87,10 @@ def serve_probe(
         true_tone=probe.tone,
         expected=probe.expected,
     )
-    return Served(record=bias_record(report, gan, probe), low=low, upsampled=found)
-
-
-def bias_record(report: BiasReport, gan: Gan, probe: PublicFaces) -> BiasRecord:
-    """An audit's report in the words of the run's record."""
-    why = "fewer than two photos"
-
-    def figures(service: object) -> dict[str, Figure]:
-        return {name: figure(asdict(getattr(service, name)), otherwise=why) for name in MEASURES}
-
-    groups = [
-        GroupRecord(group=name, count=service.misfit.count, figures=figures(service))
-        for name, service in report.groups.items()
-    ]
-    groups += [
-        GroupRecord(group=name, count=count, figures={name: figure({}, otherwise=why) for name in MEASURES})
-        for name, count in report.unmeasured.items()
-    ]
-    order = {name: i for i, name in enumerate(probe.expected)}
-    return BiasRecord(
-        weights_hash=weights_hash(gan.generator),
-        probe=probe.description,
-        photos=report.photos,
-        faces_per_photo=report.faces_per_photo,
-        overall=figures(report.overall),
-        groups=tuple(sorted(groups, key=lambda group: order.get(group.group, len(order)))),
-        gaps={
-            name: GapRecord(
-                worst=gap.worst, best=gap.best, difference=figure(asdict(gap.difference), otherwise=why)
-            )
-            for name, gap in report.gaps.items()
-        },
-        sentences=tuple(report.sentences()),
-    )
+    record = bias_record(report, weights_hash=weights_hash(gan.generator), probe=probe.description)
+    order = {name: place for place, name in enumerate(probe.expected)}
+    groups = sorted(record.groups, key=lambda group: order.get(group.group, len(order)))
+    return Served(record=replace(record, groups=tuple(groups)), low=low, upsampled=found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +111,10 @@ def attack_updates(
         clip_norm=mechanism.clip_norm, sigma=1.0
     )  # fmt: skip
     spread = torch.linspace(0, len(probe.images) - 1, config.photos).round().long()
+    known = candidates[: config.candidates]
     attacked = []
-    for defence, name in ((NoDefence(), "no DP"), (noised, f"DP sigma={noised.sigma:.2f}")):
-        streams = Streams(seed).child(f"attack/{name}")
+    for defence in (NoDefence(), noised):
+        streams = Streams(seed).child(f"attack/{defence_words(defence)}")
         result = attack_update(
             gan.critic,
             probe.images[spread],
@@ -163,54 +124,17 @@ def attack_updates(
             generator=streams.generator("search"),
         )
         gallery = gallery_attack(
-            gan.critic,
-            candidates[: config.candidates],
-            defence,
-            trials=config.trials,
-            generator=streams.generator("gallery"),
+            gan.critic, known, defence, trials=config.trials, generator=streams.generator("gallery")
         )
-        attacked.append(
-            Attacked(result=result, record=_attack_record(gan, name, defence, result, asdict(gallery), config, len(candidates)))
+        record = attack_record(
+            result,
+            gallery,
+            gallery_size=len(known),
+            weights_hash=weights_hash(gan.critic),
+            pictures=("attack",),
         )
+        attacked.append(Attacked(record=record, result=result))
     return attacked
-
-
-def _attack_record(
-    gan: Gan, name: str, defence: Defence, result: AttackResult, gallery: dict[str, float],
-    config: AttackConfig, candidates: int,
-) -> AttackRecord:  # fmt: skip
-    size = min(config.candidates, candidates)
-    ceiling = 1.0 if isinstance(defence, NoDefence) else success_ceiling(defence.event(), 1.0 / size)
-
-    def told(values: object) -> Figure:
-        return figure(asdict(values), otherwise="too few photos")  # type: ignore[call-overload]
-
-    return AttackRecord(
-        threat="an honest but curious server that sees one device's critic update, computed from one photo",
-        defence=name,
-        weights_hash=weights_hash(gan.critic),
-        attack=f"gradient inversion: cosine distance, total variation, signed Adam, {config.iterations} steps",
-        psnr=told(result.psnr),
-        ssim=told(result.ssim),
-        baseline_psnr=told(result.baseline_psnr),
-        baseline_ssim=told(result.baseline_ssim),
-        gain=told(result.gain),
-        gallery=figure(gallery, otherwise="no trial"),
-        gallery_size=size,
-        gallery_ceiling=ceiling,
-        pictures=("attack",),
-        sentence=(
-            f"With {name}, the attacker who knows {size} candidate photos named the right one in "
-            f"{gallery['estimate']:.0%} of {int(gallery['count'])} updates "
-            f"[{gallery['low']:.0%}, {gallery['high']:.0%}]; chance is {1 / size:.0%}"
-            + (f", and no attack on one such release can exceed {ceiling:.0%}." if ceiling < 1 else ".")
-        ),
-        not_tested=(
-            "attackers with a face prior, such as the generator itself",
-            "updates of several steps or several photos at once",
-            "a malicious server that changes the networks",
-        ),
-    )
 
 
 def aggregation_costs(update: Vector, config: AggregationConfig, agreement: Agreement) -> list[AggregationRecord]:

@@ -35,7 +35,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedface.errors import AggregationError, ConfigError, FederationError, WeightsError
+from fedface.errors import ConfigError, FederationError, WeightsError
 from fedface.experiment import Experiment, RealDevices, read_experiment
 from fedface.federation.cohort import Heard
 from fedface.federation.device import Device, serve
@@ -122,7 +122,7 @@ def _answer(
         task = read_task(from_record(message.content))
         reply = serve(task, device_for(context))
         return FlowerMessage(to_record(reply.message()), reply_to=message)
-    except (FederationError, WeightsError, AggregationError) as error:
+    except (FederationError, WeightsError) as error:
         log.warning("%s", error)
         return FlowerMessage(Error(DEVICE_ERROR, str(error)[:LONGEST_REASON]), reply_to=message)
     except Exception as error:

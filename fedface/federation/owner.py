@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,7 +16,6 @@ from fedface.config import read
 from fedface.errors import ConfigError
 from fedface.federation.device import Device
 from fedface.photos.detectors import EmbeddedDetector, YuNetDetector
-from fedface.photos.faces import Detector
 from fedface.photos.library import PhotoLibrary
 from fedface.photos.scan import scan_library
 from fedface.privacy.policy import DevicePolicy
@@ -30,23 +28,23 @@ class OwnerConfig:
 
     name: str  # the name by which reports list this device; the server sees it
     photos: Path  # folder of the photos; read, never written
-    state: Path  # folder of the ledger, the index and the shared key; nobody else may read it
+    state: Path  # folder of the ledger and the shared key; nobody else may look into it
     policy: DevicePolicy
     detector: Path | None = None  # a YuNet file; without one the embedded detector looks for faces
 
     def __post_init__(self) -> None:
-        if not 0 < len(self.name) <= 80 or not self.name.isprintable():
-            raise ValueError(f"name must be a short text, got {self.name!r:.90}")
+        if not (0 < len(self.name) <= 80 and self.name.isprintable()):
+            raise ValueError(f"name must be a text of 1 to 80 printable characters, got {self.name!r:.90}")
 
 
 def owner_device(path: Path) -> Device:
-    """The device that an owner's file describes; its policy is read afresh each time.
+    """The device that an owner's file describes, read afresh each time, so that a stricter policy holds at once.
 
-    The photos are scanned when a round first needs them: only what is new or changed since the last scan is
+    The photos are scanned whenever a round needs them; only what is new or changed since the last scan is
     read. Scan a large folder by hand beforehand (`fedface photos scan`), with the same detector.
 
     Raises:
-        ConfigError: The file cannot be read, the folder of photos is missing, or others may read the state.
+        ConfigError: The file cannot be read, there is no folder of photos, or others may look into the state.
     """
     config = read(path, OwnerConfig)
     home = path.resolve().parent
@@ -55,18 +53,17 @@ def owner_device(path: Path) -> Device:
         raise ConfigError(f"{path}: photos: wanted a folder, there is none at {folder}")
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     if os.name == "posix" and state.stat().st_mode & 0o077:
-        raise ConfigError(f"{path}: state: others may read {state}; run chmod 700 on it")
+        raise ConfigError(f"{path}: state: others may look into {state}; run chmod 700 on it")
     detector = home / config.detector.expanduser() if config.detector else None
 
     def photos(size: int) -> Images:
-        library = _library(folder, detector)
-        return library.images(torch.arange(len(library)), size)
+        return _faces(folder, detector, size)
 
     return Device(name=config.name, photos=photos, policy=config.policy, state=state)
 
 
-@cache
-def _library(folder: Path, detector: Path | None) -> PhotoLibrary:
-    finder: Detector = EmbeddedDetector() if detector is None else YuNetDetector(detector)
+def _faces(folder: Path, detector: Path | None, size: int) -> Images:
+    finder = EmbeddedDetector() if detector is None else YuNetDetector(detector)
     scan_library(folder, detector=finder)
-    return PhotoLibrary(folder, detector=finder.name)
+    library = PhotoLibrary(folder, detector=finder.name)
+    return library.images(torch.arange(len(library)), size)

@@ -37,6 +37,7 @@ from fedface.privacy.plan import Plan
 from fedface.privacy.target import PrivacyTarget
 from fedface.randomness import Streams
 from fedface.reports import strict
+from fedface.reports.filling import epsilon_record
 from fedface.reports.run import Epsilon, NotMeasured, RefusalRecord, RoundRecord
 from fedface.shapes import Images, Vector
 
@@ -264,10 +265,7 @@ def _open(
 def _spent(plan: Plan, rounds: int) -> Epsilon | NotMeasured:
     match plan.promise:
         case PrivacyTarget(delta=delta, unit=unit):
-            bounds = epsilon_of(plan.event(rounds), delta)
-            return Epsilon(
-                lower=bounds.lower, estimate=bounds.estimate, upper=bounds.upper, delta=delta, unit=unit
-            )
+            return epsilon_record(epsilon_of(plan.event(rounds), delta), delta=delta, unit=unit)
         case _:
             return NotMeasured(not_measured="the run adds no noise, so there is no bound")
 

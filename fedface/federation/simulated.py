@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import assert_never
 
 import torch
-from torch.nn import functional
 
 from fedface.aggregation.encrypted import make_keys
 from fedface.errors import FederationError, LibraryError

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedface.aggregation.protocol import Agreement, AggregationConfig
+from fedface.aggregation.protocol import AggregationConfig, Agreement
 from fedface.config import parse, plain
 from fedface.errors import ConfigError, FederationError, PrivacyError
 from fedface.models.critic import CriticConfig

@@ -23,7 +23,7 @@ from fedface.reports.run import (
 
 # What the probe says after each round: name -> (title, unit, whether zero belongs on the axis).
 PROBE_FIGURES = {
-    "distance": ("Distance to held-out faces", "Fréchet distance, lower is closer", True),
+    "distance": ("Distance to faces like the devices'", "kernel distance (squared MMD), lower is closer", True),
     "monk": ("Skin tone of samples", "mean Monk step, 1 light to 10 dark", False),
     "dark_share": ("Share of darker samples", "share of samples", True),
 }
@@ -249,7 +249,8 @@ def _quality_answer(record: RunRecord) -> list[str]:
     if not isinstance(before, Interval) or not isinstance(after, Interval):
         return []
     verb = "fell" if after.estimate < before.estimate else "rose"
-    text = f"The distance to held-out faces {verb} from {number(before.estimate)} to {number(after.estimate)}"
+    change = f"{verb} from {number(before.estimate)} to {number(after.estimate)}"
+    text = f"The distance of samples to faces like the devices' {change}"
     return [f"{text} in {_rounds(len(record.rounds))} on {_devices(len(record.devices))}."]
 
 

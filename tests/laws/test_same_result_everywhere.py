@@ -1,4 +1,4 @@
-"""The same experiment gives the same model wherever it runs: in this process, or in Ray's actors through Flower.
+"""The same experiment gives the same model wherever it runs: in this process, or in Ray's actors.
 
 Both go through the same ClientApp and coordinator; what differs is who carries the messages. Runs without a
 promise draw everything from replayable streams, so the models must agree, and not only in distribution.
