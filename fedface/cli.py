@@ -16,6 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+# Threads that wait must sleep: a busy second core otherwise slows every small convolution many times over.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

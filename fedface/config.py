@@ -102,7 +102,10 @@ def kind_of(choice: type) -> str:
 
 def _change(node: yaml.Node, key: str, value: str) -> None:
     parts = key.split(".")
-    fresh = yaml.compose(value, Loader=yaml.SafeLoader)
+    try:
+        fresh = yaml.compose(value, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"--set {key}: not valid YAML: {value}") from error
     for depth, part in enumerate(parts):
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"--set {key}: {'.'.join(parts[:depth])} has no parts")
@@ -115,8 +118,7 @@ def _change(node: yaml.Node, key: str, value: str) -> None:
         if depth == len(parts) - 1:
             if fresh is None:
                 raise ConfigError(f"--set {key}: needs a value after the equals sign")
-            for part_node in (fresh,):
-                part_node.start_mark = node.value[slot][0].start_mark
+            fresh.start_mark = node.value[slot][0].start_mark
             node.value[slot] = (node.value[slot][0], fresh)
         node = node.value[slot][1]
 
@@ -238,7 +240,7 @@ def _read_scalar(node: yaml.Node, wanted: Any, place: Place) -> Any:
         if node.tag.endswith(":bool"):
             return text.lower() in ("true", "yes", "on")
     elif wanted is int:
-        if re.fullmatch(r"[-+]?[0-9][0-9_]*", text):
+        if re.fullmatch(r"[-+]?[0-9][0-9_]{0,40}", text):
             return int(text)
     elif wanted is float and node.style is None:
         try:

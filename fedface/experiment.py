@@ -169,8 +169,8 @@ class Experiment:
 
     @property
     def agreement(self) -> Agreement:
-        """What devices and server must share to sum updates."""
-        return Agreement(value_range=self.training.value_range, most_devices=max(2, self.devices.count))
+        """What devices and server must share to sum updates, which are divided by their public ranges."""
+        return Agreement(value_range=1.0, most_devices=max(2, self.devices.count))
 
     def plan(self) -> Plan:
         """The mechanism that keeps the promise; takes a second or two, once."""

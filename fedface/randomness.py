@@ -61,7 +61,8 @@ class SecretNoise:
 
     def uniforms(self, count: int) -> np.ndarray:
         """`count` uniform numbers strictly inside (0, 1), float64, shape (count,)."""
-        return ((self.words(count) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        # 52 bits, not 53: the largest plus one half must not round up to 1.
+        return ((self.words(count) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
     def normals(self, count: int) -> torch.Tensor:
         """`count` standard normal numbers, float32, shape (count,).

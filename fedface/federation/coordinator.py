@@ -51,6 +51,7 @@ from fedface.reports.run import (
     ToneRecord,
 )
 from fedface.shapes import Images
+from fedface.training.generator import ranges_of
 
 
 def begin(experiment: Experiment, folder: Path) -> None:
@@ -113,9 +114,9 @@ def coordinate(
     )
     watcher.step(1)
     watcher.stage("cost of encryption", 1)
-    costs = aggregation_costs(
-        vector_of(*final.modules()) - vector_of(*base.modules()), experiment.aggregation, experiment.agreement
-    )
+    moved = (vector_of(*final.modules()) - vector_of(*base.modules())) / experiment.training.rounds
+    scaled = moved / ranges_of(base, experiment.training)
+    costs = aggregation_costs(scaled, experiment.aggregation, experiment.agreement)
     watcher.step(1)
     samples = {when: _samples(gan, experiment) for when, gan in (("before", base), ("after", final))}
     parts = _Parts(base, final, probe, like_devices, before, after, samples)

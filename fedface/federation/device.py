@@ -23,7 +23,7 @@ from fedface.privacy.ledger import Ledger
 from fedface.privacy.policy import DevicePolicy
 from fedface.randomness import SecretNoise, Streams
 from fedface.shapes import Images
-from fedface.training.generator import train_round
+from fedface.training.generator import ranges_of, train_round
 
 OBJECTIVE = "generator"
 
@@ -55,7 +55,8 @@ def serve(task: Task, device: Device) -> Reply:
         WeightsError: The weights do not fit the networks of the task.
         AggregationError: The shared key is missing, or a sum is not of this run's kind.
         FederationError: The sum of another round was to be opened.
-        PrivacyError: The ledger cannot be trusted. Nothing is sent.
+        PrivacyError: The ledger cannot be trusted, the task contradicts itself, or this round of this run was
+            answered for other weights or terms. Nothing is sent.
     """
     try:
         match task:
@@ -72,15 +73,6 @@ def _train(task: TrainTask, device: Device) -> Reply:
     if agreed.training.schedule() != agreed.terms.schedule:
         raise PrivacyError("the task's training schedule and its privacy terms differ; nothing was computed")
     ledger = Ledger.open(device.ledger_path)
-    kept = ledger.stored_reply(task.run, task.round)
-    if kept is not None:
-        return Trained(device=device.name, payload=kept, seconds_protect=0.0)
-    device.policy.admit(
-        agreed.terms, task.cohort, agreed.aggregation.kind, OBJECTIVE, ledger, run=task.run
-    )
-    gan = Gan(StyleGAN2(agreed.generator), Critic(agreed.critic), {})
-    fill(task.weights, *gan.modules())
-    sums = make_device(agreed.aggregation, agreed.agreement, _key(agreed.aggregation, device))
     marks = {
         "model": task.model,
         "unit": "photo",
@@ -89,6 +81,19 @@ def _train(task: TrainTask, device: Device) -> Reply:
         "sampler": "poisson",
         "protocol": agreed.aggregation.kind,
     }
+    kept = ledger.stored_reply(task.run, task.round)
+    if kept is not None:
+        # Books nothing, and fails if the kept bytes answer another release: a new run under an old name.
+        device.policy.book(agreed.terms, ledger, run=task.run, round=task.round, marks=marks)
+        return Trained(device=device.name, payload=kept, seconds_protect=0.0)
+    device.policy.admit(
+        agreed.terms, task.cohort, agreed.aggregation.kind, OBJECTIVE, ledger, run=task.run
+    )
+    # Noise maps are no weights and do not travel: they come from a stream that all devices share.
+    maps = Streams(task.seed).generator("noise maps")
+    gan = Gan(StyleGAN2(agreed.generator, maps), Critic(agreed.critic, maps), {})
+    fill(task.weights, *gan.modules())
+    sums = make_device(agreed.aggregation, agreed.agreement, _key(agreed.aggregation, device))
     # Book before reading a photo: a crash from here on may waste budget, never overspend it.
     device.policy.book(agreed.terms, ledger, run=task.run, round=task.round, marks=marks)
     streams = Streams(task.seed).child(f"{device.name}/{task.round}")
@@ -101,7 +106,7 @@ def _train(task: TrainTask, device: Device) -> Reply:
         streams=streams,
     )
     started = time.perf_counter()
-    payload = sums.protect(update, task.round).to_bytes()
+    payload = sums.protect(update / ranges_of(gan, agreed.training), task.round).to_bytes()
     seconds = time.perf_counter() - started
     ledger.store_reply(task.run, task.round, payload)
     return Trained(device=device.name, payload=payload, seconds_protect=seconds)

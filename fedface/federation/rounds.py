@@ -40,6 +40,7 @@ from fedface.reports import strict
 from fedface.reports.filling import epsilon_record
 from fedface.reports.run import Epsilon, NotMeasured, RefusalRecord, RoundRecord
 from fedface.shapes import Images, Vector
+from fedface.training.generator import ranges_of
 
 
 class Watcher(Protocol):
@@ -178,7 +179,8 @@ def _one_round(
     combined = time.perf_counter()
     opened = _open(experiment, cohort, server, total, list(usable), number, folder.name)
     revealed = time.perf_counter()
-    fill(weights + opened * (experiment.training.server_rate / total.count), *gan.modules())
+    mean = opened * ranges_of(gan, experiment.training) / total.count
+    fill(weights + experiment.training.server_rate * mean, *gan.modules())
     remember_mean_style(gan.generator, Streams(experiment.seed).generator("mean style"))
     # Kept before the figures are taken: measuring again is cheap, asking again is not.
     save_gan(weights_path(folder, number), Gan(gan.generator, gan.critic, {"run": folder.name, "round": number}))

@@ -40,12 +40,12 @@ class GanTrainingConfig:
     """How devices fine-tune generator and critic; every number is public and the same on all devices."""
 
     rounds: int = 6  # rounds of the run, >= 1
-    steps_per_round: int = 5  # critic steps a device takes in one round, >= 1
+    steps_per_round: int = 4  # critic steps a device takes in one round, >= 1
     sampling_rate: float = 0.1  # q: chance of a photo to join a step, in (0, 1]
     expected_batch: int = 40  # public divisor of each step's sum, >= 1
     clip_norm: float = 1.0  # longest gradient one picture can have, > 0
-    critic_rate: float = 0.02  # step of plain gradient descent on the critic, > 0
-    generator_rate: float = 1e-3  # Adam's step on the generator, > 0
+    critic_rate: float = 3.0  # step of plain gradient descent on the critic, > 0
+    generator_rate: float = 4e-4  # Adam's step on the generator, > 0
     generator_steps: int = 1  # generator steps after each critic step, >= 1
     made_batch: int = 32  # made pictures in a step, >= 2
     r2_weight: float = 0.5  # times |gradient of the logit at made pictures|^2 / 2, >= 0
@@ -57,8 +57,8 @@ class GanTrainingConfig:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("critic_rate", "generator_rate"):
-            if not 0 < getattr(self, name) < 10:
-                raise ValueError(f"{name} must lie in (0, 10), got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < 100:
+                raise ValueError(f"{name} must lie in (0, 100), got {getattr(self, name)}")
         if not 0 <= self.r2_weight < 1e4:
             raise ValueError(f"r2_weight must lie in [0, 10000), got {self.r2_weight}")
         if not 0 < self.server_rate <= 4:
@@ -74,14 +74,25 @@ class GanTrainingConfig:
             clip_norm=self.clip_norm,
         )
 
-    @property
-    def value_range(self) -> float:
-        """A public bound on one weight's change in one round, for quantisation; beyond it updates are clamped.
+    def ranges(self, generator_weights: int, critic_weights: int) -> Vector:
+        """Public bounds on how far each weight moves in one round, for quantisation, shape (d,), all > 0.
 
-        Adam without momentum moves a weight by at most its rate times 1 / sqrt(1 - 0.9) a step.
+        Updates are divided by these before they are summed and multiplied after, so that the small steps of
+        the generator are not lost beside the large ones of the critic. A weight that moves further, as R2 or
+        rare noise may make it, is clamped.
+
+        Adam without momentum moves a weight by at most rate / sqrt(1 - 0.9) a step; the two clipped halves of
+        the critic's gradient by at most twice rate * clip norm.
         """
-        made = self.generator_rate * self.generator_steps * math.sqrt(10.0)
-        return self.steps_per_round * max(made, self.critic_rate * self.clip_norm)
+        made = self.steps_per_round * self.generator_steps * self.generator_rate * math.sqrt(10.0)
+        judged = self.steps_per_round * self.critic_rate * 2.0 * self.clip_norm
+        return torch.cat([torch.full((generator_weights,), made), torch.full((critic_weights,), judged)])
+
+
+def ranges_of(gan: Gan, config: GanTrainingConfig) -> Vector:
+    """The public range of every weight of these networks, in the order of the flat vector, shape (d,)."""
+    counts = [sum(p.numel() for p in module.parameters()) for module in gan.modules()]
+    return config.ranges(counts[0], counts[1])
 
 
 class Network(Protocol):

@@ -1,0 +1,51 @@
+"""Makes the key by which a server recognises a device, with nothing but what fedface installs.
+
+Called by hand: `python clients/node_key.py PATH`. Writes the private key to PATH, which never leaves the
+device, and the public one to PATH.pub, which the server's operator registers. This key opens no sums: those
+have a key of their own. The same as `ssh-keygen -t ecdsa -b 384 -N "" -f PATH`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+
+def make_node_key(path: Path) -> None:
+    """Write both halves in OpenSSH's form; the private one can be read by its owner alone.
+
+    Raises:
+        FileExistsError: There is a key at this path already.
+    """
+    key = ec.generate_private_key(ec.SECP384R1())
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    )
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    for place, content, mode in (
+        (path, private, 0o600),
+        (path.with_name(path.name + ".pub"), public + b"\n", 0o644),
+    ):
+        descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Make the key by which a server recognises this device.")
+    parser.add_argument("path", type=Path, help="the private key's file; the public one gets .pub")
+    given = parser.parse_args()
+    try:
+        make_node_key(given.path)
+    except FileExistsError as error:
+        parser.error(f"{error.filename} exists; keys are never replaced, name another")
+    print(f"send {given.path}.pub to the server's operator; {given.path} stays here")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""A server and three devices, each with a home of its own, follow the two READMEs and get a report.
+
+The commands are read from server/README.md and clients/README.md and run by a shell; only the host, the port
+and the sizes of the experiment are changed. TLS, node keys, encrypted sums and a promise are all on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedface.photos.drawn import ToneMix, draw, sample_faces
+from fedface.photos.pixels import write_png
+from fedface.privacy.ledger import Ledger
+from fedface.randomness import Streams
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALLER = {
+    "rounds: 6, steps_per_round: 4, sampling_rate: 0.064, expected_batch: 64": (
+        "rounds: 2, steps_per_round: 1, sampling_rate: 0.5, expected_batch: 4, made_batch: 4"
+    ),
+    "each: 12}": "each: 2}\nupsampling: {pulse: {steps: 2}}\nattack: {photos: 2, iterations: 1, candidates: 2, trials: 2}",
+}
+
+
+def command(page: str, heading: str) -> str:
+    """The first shell block below a numbered heading of a README."""
+    text = (ROOT / page / "README.md").read_text(encoding="utf-8")
+    found = re.search(rf"^## {re.escape(heading)}$.*?^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert found is not None, f"{page}/README.md has no commands below {heading!r}"
+    return found[1]
+
+
+@dataclass
+class Home:
+    """One party's machine: a home folder, and the processes that run there."""
+
+    folder: Path
+    port: int  # the SuperLink's
+    running: dict[subprocess.Popen[bytes], Path]
+
+    def _changed(self, commands: str) -> str:
+        for old, new in {
+            "fedface.example.org:8000": f"localhost:{self.port}",
+            "127.0.0.1:8000": f"127.0.0.1:{self.port}",
+            "--port 8000": f"--port {self.port}",
+            **SMALLER,
+        }.items():
+            commands = commands.replace(old, new)
+        return commands
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Nothing of the tester's own home is seen or written."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("FLWR_", "XDG_"))}
+        quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return {**kept, **quiet, "HOME": str(self.folder), "PATH": path}
+
+    def do(self, commands: str) -> str:
+        """Run commands to their end, in the checkout."""
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", self._changed(commands)],
+            cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def start(self, commands: str, name: str) -> subprocess.Popen[bytes]:
+        """Start commands that stay; their output goes to a file in the home."""
+        log = self.folder / f"{name}.log"
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                ["bash", "-euo", "pipefail", "-c", self._changed(commands)],
+                cwd=ROOT, env=self.environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        self.running[process] = log
+        return process
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on just now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+@pytest.fixture
+def homes(tmp_path: Path) -> Iterator[list[Home]]:
+    """The server's home and three devices'; all that was started there is ended."""
+    ports, running = free_ports(1), {}  # type: ignore[var-annotated]
+    folders = [tmp_path / name for name in ("server", "device-1", "device-2", "device-3")]
+    for folder in folders:
+        folder.mkdir(mode=0o700)
+    yield [Home(folder, ports[0], running) for folder in folders]
+    for wanted in (signal.SIGTERM, signal.SIGKILL):
+        for process in running:
+            if process.poll() is None:
+                os.killpg(process.pid, wanted)
+        for process in running:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                continue
+
+
+def draw_photos(folder: Path, count: int, light_share: float, name: str) -> None:
+    """Drawn faces of 128 px, saved as a camera would."""
+    folder.mkdir()
+    streams = Streams(3).child(name)
+    faces = sample_faces(count, ToneMix(light_share=light_share), streams.generator("faces"))
+    for i, face in enumerate(draw(faces, 128, noise=streams.generator("camera"))):
+        pixels = (face.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        write_png(folder / f"{i:02d}.png", np.ascontiguousarray(pixels))
+
+
+def until_true(condition: object, seconds: float, what: str, homes: list[Home]) -> None:
+    """Look once a second; show every log if it does not come true."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():  # type: ignore[operator]
+            return
+        time.sleep(1)
+    logs = "\n".join(
+        f"--- {log}\n{log.read_text(errors='replace')[-3000:]}" for log in homes[0].running.values()
+    )
+    pytest.fail(f"{what} within {seconds:.0f} s\n{logs}")
+
+
+def answers(port: int) -> bool:
+    """Whether somebody listens."""
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_three_devices_and_a_server_follow_the_readmes_to_a_report(homes: list[Home]) -> None:
+    """Two rounds with TLS, node keys, encrypted sums and a promise; each device books what it gave."""
+    server, *devices = homes
+    server.do(command("server", "1. Certificates"))
+    server.start(command("server", "2. The SuperLink"), "superlink")
+    until_true(lambda: answers(server.port), 60, "the SuperLink does not listen", homes)
+    server.do(command("server", "3. Tell `flwr` where it is"))
+    server.do(command("server", "5. The experiment"))
+
+    for number, device in enumerate(devices):
+        draw_photos(device.folder / "Pictures", 8, [0.9, 0.5, 0.1][number], device.folder.name)
+        device.do(command("clients", "2. Your file"))
+        file = device.folder / "device.yaml"
+        file.write_text(file.read_text().replace("name: my-device", f"name: {device.folder.name}"))
+        device.do(command("clients", "3. The node key"))
+        shutil.copy(device.folder / "node.pub", server.folder / "device.pub")
+        server.do(f"cd {server.folder}\n" + command("server", "4. Register the devices"))
+        shutil.copy(server.folder / "fedface-server/certificates/ca.crt", device.folder)
+        shutil.copy(server.folder / "fedface-server/family.yaml", device.folder)
+    devices[0].do(command("clients", "4. The key for the sums"))
+    for device in devices[1:]:
+        shutil.copy2(devices[0].folder / "fedface-state/sum.key", device.folder / "fedface-state/sum.key")
+    for device, port in zip(devices, free_ports(3), strict=True):
+        device.start(command("clients", "5. Start").rstrip() + f" --port {port}\n", "supernode")
+
+    server.start(command("server", "6. Run"), "run")
+    report = server.folder / "fedface-runs" / "family" / "run.json"
+    until_true(report.exists, 720, "there is no finished run", homes)
+    record = json.loads(report.read_text())
+    names = sorted(device.folder.name for device in devices)
+    assert [sorted(each["answered"]) for each in record["rounds"]] == [names, names]
+    assert record["rounds"][-1]["epsilon"]["upper"] <= 8
+    assert record["base_hash"] != record["final_hash"]
+    for device in devices:
+        ledger = Ledger.open(device.folder / "fedface-state" / "ledger.sqlite")
+        assert 0 < ledger.spent(1e-6).upper <= 8.0
