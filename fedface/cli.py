@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fedface.aggregation.encrypted import make_keys
+from fedface.audits.bias import tone_histogram
 from fedface.errors import ConfigError, FedfaceError, RunError
 from fedface.experiment import Experiment, RealDevices, read_experiment
 from fedface.federation.coordinator import begin, coordinate
@@ -120,9 +122,11 @@ def run_experiment(
     recipe = read_experiment(experiment, photos=photos, changes=changes)
     if isinstance(recipe.devices, RealDevices):
         raise ConfigError(f"{experiment}: waits for real devices; see server/README.md, or use pretended devices")
+    # Devices and searches run side by side, each in one thread: small networks leave a second one idle.
+    torch.set_num_threads(1)
     folder = _folder(recipe, out, resume)
     with _locked(folder), _bars() as bars:
-        if not (folder / "state.json").exists():
+        if not resume:
             begin(recipe, folder)
         state = devices_folder(folder)
         prepare(recipe, state)
@@ -197,7 +201,7 @@ def upsample(
     photo: Annotated[Path, typer.Argument(help="A photo with a face, or a small square face.")],
     generator: Annotated[Path | None, typer.Option(help="A checkpoint; the embedded one otherwise.")] = None,
     detector: DetectorOption = None,
-    factor: Annotated[int, typer.Option(help="How much the face is shrunk.")] = 4,
+    factor: Annotated[int, typer.Option(min=2, help="How much the face is shrunk.")] = 4,
     faces: Annotated[int, typer.Option(min=1, max=16, help="How many faces to search.")] = 6,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     out: Annotated[Path | None, typer.Option(help="The PNG to write; PHOTO-faces.png here otherwise.")] = None,
@@ -306,8 +310,13 @@ def base_sheet(
     generator: Annotated[Path | None, typer.Option(help="A checkpoint; the embedded one otherwise.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 1,
 ) -> None:
-    """Draw a sheet of samples of a checkpoint."""
+    """Draw a sheet of samples of a checkpoint, and count their skin tones."""
     gan = load_base() if generator is None else load_gan(generator)
+    tones = tone_histogram(gan.generator.sample(1000, torch.Generator().manual_seed(seed + 1)))
+    for step, (count, share) in enumerate(zip(tones.counts, tones.shares, strict=True), start=1):
+        bar = "#" * round(100 * share.estimate)
+        console.print(f"Monk {step:2}: {count:4} {bar}", highlight=False)
+    console.print(f"darker half of the Monk scale, by pixels: {tones.darker}", highlight=False)
     made = gan.generator.sample(60, torch.Generator().manual_seed(seed))
     rows = [(f"{10 * row + 1}-{10 * row + 10}", made[10 * row : 10 * row + 10]) for row in range(6)]
     out.write_bytes(face_grid(rows, [""] * 10, side=96))
@@ -332,7 +341,7 @@ def device_key(
 @ledger.command("show")
 def ledger_show(
     path: Annotated[Path, typer.Argument(help="A device's ledger.sqlite.")],
-    delta: Annotated[float, typer.Option(help="Where epsilon is read.")] = 1e-5,
+    delta: Annotated[float, typer.Option(min=1e-10, max=0.5, help="Where epsilon is read.")] = 1e-5,
     json_out: JsonOption = False,
 ) -> None:
     """Print what a device has booked, and what it all costs together."""
@@ -379,10 +388,13 @@ def _folder(recipe: Experiment, out: Path | None, resume: bool) -> Path:
     if out is not None:
         if resume and not (out / "state.json").exists():
             raise RunError(f"{out}: no run was begun here, so there is nothing to resume")
-        return out
+        # The folder's name is the run's name, and "." has none.
+        return out if out.name not in ("", "..") else out.resolve()
     runs = Path("runs")
+    mine = re.compile(re.escape(recipe.name) + r"(-\d+)?")
     begun = sorted(
-        (path.parent for path in runs.glob(f"{recipe.name}*/state.json")), key=lambda path: path.stat().st_mtime
+        (path.parent for path in runs.glob("*/state.json") if mine.fullmatch(path.parent.name)),
+        key=lambda path: path.stat().st_mtime,
     )
     unfinished = [path for path in begun if not (path / "run.json").exists()]
     if resume:
@@ -399,7 +411,10 @@ def _folder(recipe: Experiment, out: Path | None, resume: bool) -> Path:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Only one process at a time works in a run's folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be the folder of a run ({error.strerror})") from error
     with (folder / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -460,6 +475,8 @@ def main() -> None:
     except FedfaceError as error:
         notes.print(f"fedface: {error}", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        notes.print("interrupted; what was finished is kept, continue a run with --resume", highlight=False)
-        sys.exit(130)
+    except SystemExit as end:
+        # Typer turns an interrupt into this code, without a word.
+        if end.code == 130:
+            notes.print("interrupted; what was finished is kept, continue a run with --resume", highlight=False)
+        raise

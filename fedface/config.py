@@ -22,6 +22,8 @@ from fedface.errors import ConfigError
 
 T = TypeVar("T")
 
+PLAIN_TAGS = ("null", "bool", "int", "float", "str", "timestamp", "seq", "map")  # YAML's own, without code
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -124,6 +126,8 @@ def _change(node: yaml.Node, key: str, value: str) -> None:
 
 
 def _read(node: yaml.Node, wanted: Any, place: Place) -> Any:
+    if node.tag.removeprefix("tag:yaml.org,2002:") not in PLAIN_TAGS:
+        raise place.error(f"expected plain YAML without tags, got {node.tag:.80}")
     if typing.get_origin(wanted) is typing.Annotated:
         wanted = typing.get_args(wanted)[0]
     origin = typing.get_origin(wanted)
@@ -223,7 +227,13 @@ def _read_sequence(node: yaml.Node, wanted: Any, place: Place) -> Any:
 def _read_mapping(node: yaml.Node, item: Any, place: Place) -> Any:
     if not isinstance(node, yaml.MappingNode):
         raise place.error(f"expected keys and values, got {_shown(node)}")
-    return {str(key.value): _read(value, item, place.at(key, str(key.value))) for key, value in node.value}
+    values: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = str(key_node.value)
+        if key in values:
+            raise place.at(key_node, key).error("the key stands twice; keep one")
+        values[key] = _read(value_node, item, place.at(key_node, key))
+    return values
 
 
 def _read_scalar(node: yaml.Node, wanted: Any, place: Place) -> Any:
@@ -267,7 +277,7 @@ def _keys(wanted: type) -> str:
 
 def _shown(node: yaml.Node) -> str:
     if isinstance(node, yaml.ScalarNode):
-        return "nothing" if node.tag.endswith(":null") else f'"{node.value}"'
+        return "nothing" if node.tag.endswith(":null") else f'"{node.value:.80}"'
     return "a list" if isinstance(node, yaml.SequenceNode) else "keys and values"
 
 

@@ -45,5 +45,6 @@ def main(grid: Grid, context: Context) -> None:
     real = isinstance(order.experiment.devices, RealDevices)
     cohort = GridCohort(grid, come_within=600 if real else 60)
     watcher: Watcher = LineWatcher()
-    coordinate(order.experiment, cohort, order.folder, watcher=watcher, command="flwr run .")
+    command = f"flwr run . --run-config \"experiment='{context.run_config['experiment']}'\""
+    coordinate(order.experiment, cohort, order.folder, watcher=watcher, command=command)
     watcher.say(f"the report is in {order.folder / 'report.html'}")

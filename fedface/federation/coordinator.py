@@ -7,6 +7,8 @@ where it stopped.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -104,10 +106,7 @@ def coordinate(
     reference = probe.images if like_devices is None else like_devices
     state = run_rounds(experiment, plan, cohort, State.read(folder), reference, watcher)
     final = load_gan(weights_path(folder, experiment.training.rounds))
-    before, after = (
-        _serve(experiment, gan, probe, watcher, f"PULSE on {len(probe.images)} probe faces, {when}")
-        for gan, when in ((base, "before"), (final, "after"))
-    )
+    before, after = _serve(experiment, base, final, probe, watcher)
     watcher.stage("attacks on one update, without and with DP", 1)
     attacked = attack_updates(
         final, probe, _candidates(experiment, size), plan, experiment.attack, experiment.seed
@@ -169,14 +168,28 @@ class _Parts:
     samples: dict[str, Images]
 
 
-def _serve(experiment: Experiment, gan: Gan, probe: PublicFaces, watcher: Watcher, name: str) -> Served:
-    steps = experiment.upsampling.pulse.steps
-    watcher.stage(name, steps)
+def _serve(
+    experiment: Experiment, base: Gan, final: Gan, probe: PublicFaces, watcher: Watcher
+) -> tuple[Served, Served]:
+    """The probe upsampled with both generators, side by side."""
+    faces = len(probe.images) * experiment.upsampling.faces_per_photo
+    watcher.stage(f"PULSE on {len(probe.images)} probe faces, before and after", 2 * faces)
+    done = {"before": 0, "after": 0}
 
-    def progress(done: int, of: int) -> None:
-        watcher.step(round(done * steps / max(1, of)))
+    def progress(when: str) -> Callable[[int, int], None]:
+        def note(so_far: int, of: int) -> None:
+            done[when] = round(faces * so_far / max(1, of))
+            watcher.step(sum(done.values()))
 
-    return serve_probe(gan, probe, experiment.upsampling, experiment.seed, progress)
+        return note
+
+    with ThreadPoolExecutor(2) as pool:
+        searches = [
+            pool.submit(serve_probe, gan, probe, experiment.upsampling, experiment.seed, progress(when))
+            for gan, when in ((base, "before"), (final, "after"))
+        ]
+        before, after = (search.result() for search in searches)
+    return before, after
 
 
 def _candidates(experiment: Experiment, size: int) -> Images:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,11 +34,19 @@ from fedface.privacy.mechanism import GaussianSum
 from fedface.privacy.plan import Plan
 from fedface.randomness import Streams
 from fedface.reports.filling import attack_record, bias_record, defence_words, measured
-from fedface.reports.run import AggregationRecord, AttackRecord, BiasRecord, Figure, ToneRecord
+from fedface.reports.run import (
+    AggregationRecord,
+    AttackRecord,
+    BiasRecord,
+    Figure,
+    NotMeasured,
+    ToneRecord,
+)
 from fedface.shapes import Images, LowImages, Vector
 from fedface.upsampling.contracts import Upsampled
 from fedface.upsampling.pulse import Pulse
 
+FEWEST_FACES = 40  # that a distance can be measured from
 SAMPLES = 256  # faces drawn from the generator for every figure of a round
 MONK_NAMES = tuple(f"Monk {step}" for step in range(1, 11))
 
@@ -47,13 +56,14 @@ def sample_figures(gan: Gan, like_devices: Images, seed: int) -> dict[str, Figur
     streams = Streams(seed).child("samples")
     made = gan.generator.sample(SAMPLES, streams.generator("latents"))
     monk = measure_tone(made).monk.double().numpy()
-    distance = compare_faces(like_devices, made, streams.numpy("blocks")).kernel
-    figures = {
-        "distance": distance,
+    distance: Figure = NotMeasured(not_measured=f"wants {FEWEST_FACES} faces to compare with")
+    if len(like_devices) >= FEWEST_FACES:
+        distance = measured(compare_faces(like_devices, made, streams.numpy("blocks")).kernel)
+    tones = {
         "monk": mean_interval(monk, streams.numpy("resamples")),
         "dark_share": rate_interval(int((monk >= DARKER_FROM).sum()), len(monk)),
     }
-    return {name: measured(value) for name, value in figures.items()}
+    return {"distance": distance, **{name: measured(value) for name, value in tones.items()}}
 
 
 def tone_record(source: str, label: str, images: Images) -> ToneRecord:
@@ -112,8 +122,8 @@ def attack_updates(
     )  # fmt: skip
     spread = torch.linspace(0, len(probe.images) - 1, config.photos).round().long()
     known = candidates[: config.candidates]
-    attacked = []
-    for defence in (NoDefence(), noised):
+
+    def attack(defence: NoDefence | GaussianSum) -> Attacked:
         streams = Streams(seed).child(f"attack/{defence_words(defence)}")
         result = attack_update(
             gan.critic,
@@ -133,8 +143,10 @@ def attack_updates(
             weights_hash=weights_hash(gan.critic),
             pictures=("attack",),
         )
-        attacked.append(Attacked(record=record, result=result))
-    return attacked
+        return Attacked(record=record, result=result)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(attack, (NoDefence(), noised)))
 
 
 def aggregation_costs(update: Vector, config: AggregationConfig, agreement: Agreement) -> list[AggregationRecord]:

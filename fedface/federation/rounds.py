@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,8 @@ def run_rounds(
     total = experiment.training.rounds
     if len(state.rounds) >= total:
         return state
-    members = cohort.members(experiment.devices.count)
+    # Those who came first: a sum has no room for more devices than the recipe names.
+    members = cohort.members(experiment.devices.count)[: experiment.devices.count]
     for number in range(len(state.rounds) + 1, total + 1):
         gan = load_gan(weights_path(state.folder, number - 1))
         watcher.stage(f"round {number} of {total}: devices train", len(members))
@@ -164,7 +166,13 @@ def _one_round(
         weights=weights,
         model=weights_hash(*gan.modules()),
     )
-    answers = cohort.ask(task, members, watcher.step)
+    heard: set[int] = set()
+
+    def hear(member: int) -> None:
+        heard.add(member)
+        watcher.step(len(heard))
+
+    answers = cohort.ask(task, members, hear)
     server = make_server(experiment.aggregation, experiment.agreement)
     usable, refusals, dropped = _sorted_answers(answers, server, number, len(weights))
     if len(usable) < experiment.fewest_answers:
@@ -222,7 +230,19 @@ def _sorted_answers(
                 dropped.append(RefusalRecord(device=name, reason=reason))
             case _:
                 dropped.append(RefusalRecord(device=name, reason="answered another question"))
+    strangers = _under_another_key(usable)
+    dropped += [RefusalRecord(device=usable.pop(member)[0].device, reason=why) for member, why in strangers.items()]
     return usable, refusals, dropped
+
+
+def _under_another_key(usable: Mapping[int, tuple[Trained, Payload]]) -> dict[int, str]:
+    """Members whose update cannot be added to the others', and why: the key that most devices hold decides."""
+    keys = {member: str(payload.header.get("key", "")) for member, (_, payload) in usable.items()}
+    if len(set(keys.values())) < 2:
+        return {}
+    most = Counter(keys.values()).most_common(1)[0][0]
+    why = f"its update is under another key than {most}, which most devices hold; give it a copy of that key"
+    return {member: why for member, key in keys.items() if key != most}
 
 
 def _checked(written: bytes, server: Aggregation, number: int, length: int) -> Payload:
@@ -243,7 +263,10 @@ def _open(
 ) -> Vector:  # fmt: skip
     """The sum, opened by the server if it was never hidden, otherwise by the first device that can."""
     if isinstance(experiment.aggregation, PlainConfig):
-        return server.reveal(total)
+        opened = server.reveal(total)
+        if not bool(torch.isfinite(opened).all()):
+            raise FederationError(f"round {number}: the sum of the updates is not finite; nothing was applied")
+        return opened
     task = RevealTask(
         run=run,
         round=number,

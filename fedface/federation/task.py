@@ -189,12 +189,14 @@ def read_reply(message: Message) -> Reply:
     try:
         device = _word(header["device"])
         if header["what"] == "trained":
-            return Trained(device=device, payload=message.blobs["payload"], seconds_protect=float(header["seconds"]))
+            return Trained(
+                device=device, payload=message.blobs["payload"], seconds_protect=_seconds(header["seconds"])
+            )
         if header["what"] == "revealed":
             return Revealed(device=device, total=vector_from(message.blobs["total"]))
         if header["what"] == "refusal":
-            return Refusal(device=device, reason=str(header["reason"])[:1000])
-    except (KeyError, TypeError, ValueError) as error:
+            return Refusal(device=device, reason=_sentence(header["reason"]))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise FederationError(f"this reply cannot be read: {_said(error)}") from error
     raise FederationError(f"wanted a reply, got {header['what']!r}")
 
@@ -217,7 +219,7 @@ def vector_from(written: bytes) -> Vector:
 def _header(message: Message) -> dict[str, Any]:
     try:
         header = json.loads(message.header)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FederationError("this message has no readable header") from error
     if not isinstance(header, dict) or header.get("version") != VERSION or "what" not in header:
         raise FederationError(f"wanted a message of version {VERSION}; update the older of the two sides")
@@ -248,6 +250,18 @@ def _whole(value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
         raise ValueError(f"expected a whole number of at least {least}, got {value!r:.80}")
     return value
+
+
+def _seconds(value: Any) -> float:
+    seconds = float(value)
+    if not 0 <= seconds < 1e9:
+        raise ValueError(f"expected a number of seconds, got {value!r:.80}")
+    return seconds
+
+
+def _sentence(value: Any) -> str:
+    """A stranger's words for our reports: of bounded length, without control characters or broken UTF-16."""
+    return "".join(letter if letter.isprintable() else " " for letter in str(value)[:1000])
 
 
 def _said(error: Exception) -> str:

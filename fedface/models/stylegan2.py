@@ -39,6 +39,8 @@ class GeneratorConfig:
         for name in ("latent_width", "style_width", "mapping_layers", "channel_base", "channel_max"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.mapping_layers > 64:
+            raise ConfigError(f"mapping_layers must be at most 64, got {self.mapping_layers}")
 
     @property
     def sides(self) -> tuple[int, ...]:

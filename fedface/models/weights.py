@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from fedface.shapes import Vector
 
 BASE_PATH = Path(__file__).parent / "weights" / "base32.safetensors"
 FORMAT = "fedface-gan-1"
+PREFIXES = ("generator", "critic")  # of names in a file, in the order of `Gan.modules`
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def remember_mean_style(generator: StyleGAN2, chance: torch.Generator, *, draws:
 def gan_bytes(gan: Gan) -> bytes:
     """The safetensors bytes of both networks, their configs and notes."""
     tensors: dict[str, Tensor] = {}
-    for prefix, module in zip(("generator", "critic"), gan.modules(), strict=True):
+    for prefix, module in zip(PREFIXES, gan.modules(), strict=True):
         for name, value in module.state_dict().items():
             tensors[f"{prefix}.{name}"] = value.detach().contiguous().float()
     header = {
@@ -114,10 +116,13 @@ def gan_bytes(gan: Gan) -> bytes:
 
 
 def save_gan(path: Path, gan: Gan) -> None:
-    """Write both networks to a file; a crash in the middle leaves the old file as it was."""
+    """Write both networks to a file, on the disk on return; a crash in the middle leaves the old file as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(path.suffix + ".draft")
-    draft.write_bytes(gan_bytes(gan))
+    with draft.open("wb") as file:
+        file.write(gan_bytes(gan))
+        file.flush()
+        os.fsync(file.fileno())
     draft.replace(path)
 
 
@@ -134,25 +139,36 @@ def load_gan(path: Path) -> Gan:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
     if header.get("format") != FORMAT:
         raise WeightsError(
             f"{path}: wanted a generator and critic of fedface ({FORMAT}), got {header.get('format', 'another kind')}"
         )
     try:
-        generator = StyleGAN2(GeneratorConfig(**json.loads(header["generator"])))
-        critic = Critic(CriticConfig(**json.loads(header["critic"])))
-        notes = json.loads(header["notes"])
-    except (KeyError, TypeError, ValueError) as error:
+        shapes = (
+            GeneratorConfig(**json.loads(header["generator"])),
+            CriticConfig(**json.loads(header["critic"])),
+        )
+        notes = dict(json.loads(header["notes"]))
+        # Without memory first: the description is a stranger's, and may be of networks that fill this machine.
+        with torch.device("meta"):
+            _check(path, Gan(StyleGAN2(shapes[0]), Critic(shapes[1]), {}), tensors)
+        gan = new_gan(*shapes, torch.Generator())
+    except (KeyError, TypeError, ValueError, ConfigError, RuntimeError) as error:
         raise WeightsError(f"{path}: its description of the networks is damaged ({error})") from error
-    for prefix, module in (("generator", generator), ("critic", critic)):
-        _load(path, module, {n[len(prefix) + 1 :]: t for n, t in tensors.items() if n.startswith(prefix + ".")})
-    return Gan(generator, critic, notes)
+    for prefix, module in zip(PREFIXES, gan.modules(), strict=True):
+        module.load_state_dict({name: tensors[f"{prefix}.{name}"] for name in module.state_dict()})
+    return Gan(gan.generator, gan.critic, notes)
 
 
-def _load(path: Path, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    wanted = module.state_dict()
+def _check(path: Path, gan: Gan, tensors: dict[str, Tensor]) -> None:
+    """Raise WeightsError unless a file has exactly these networks' weights; the networks may lie on no device."""
+    wanted = {
+        f"{prefix}.{name}": value
+        for prefix, module in zip(PREFIXES, gan.modules(), strict=True)
+        for name, value in module.state_dict().items()
+    }
     if missing := sorted(set(wanted) - set(tensors)):
         raise WeightsError(f"{path}: lacks {len(missing)} weights, the first is {missing[0]}")
     if extra := sorted(set(tensors) - set(wanted)):
@@ -162,9 +178,10 @@ def _load(path: Path, module: nn.Module, tensors: dict[str, Tensor]) -> None:
             raise WeightsError(
                 f"{path}: {name} should have shape {tuple(wanted[name].shape)}, got {tuple(value.shape)}"
             )
+        if value.dtype != torch.float32:
+            raise WeightsError(f"{path}: {name} should hold float32 numbers, got {value.dtype}")
         if not torch.isfinite(value).all():
             raise WeightsError(f"{path}: {name} holds numbers that are not finite")
-    module.load_state_dict(tensors)
 
 
 def load_base() -> Gan:

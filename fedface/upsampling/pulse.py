@@ -259,7 +259,7 @@ class Pulse:
         sides = self.generator.noise_sides
         latents, maps = [], [[] for _ in sides]  # type: tuple[list[Tensor], list[list[Tensor]]]
         for _ in range(faces):
-            latents.append(torch.randn(rows, self.generator.latent_width, generator=stream))
+            latents.append(torch.randn(rows, len(self._fit.mean), generator=stream))
             for i, side in enumerate(sides):
                 maps[i].append(torch.randn(1, side, side, generator=stream))
         noise = [torch.stack(drawn) for drawn in maps]

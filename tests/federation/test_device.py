@@ -1,0 +1,242 @@
+"""One device: asks its policy, books, reads a photo, keeps its answer; in this order or not at all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import NO_PROMISE, first_device, tiny_experiment, tiny_gan, train_task
+
+from fedface.aggregation.encrypted import make_device, make_server
+from fedface.aggregation.protocol import EncryptedConfig, Payload
+from fedface.errors import AggregationError, FederationError, LedgerError, PrivacyError, WeightsError
+from fedface.experiment import Experiment
+from fedface.federation.device import Device, serve
+from fedface.federation.task import Refusal, Revealed, RevealTask, Trained, TrainTask
+from fedface.models.weights import vector_of
+from fedface.privacy.accounting import epsilon_of
+from fedface.privacy.ledger import Ledger
+from fedface.shapes import Images
+
+
+class Disturbed(Exception):
+    """A device that fails while it reads photos."""
+
+
+def unreadable(size: int) -> Images:
+    """Photos on a disk that has just died."""
+    raise Disturbed
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """Two rounds under epsilon 8."""
+    return tiny_experiment(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture
+def device(experiment: Experiment, tmp_path: Path) -> Device:
+    """Its first device, with a fresh ledger."""
+    return first_device(experiment, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def task(experiment: Experiment) -> TrainTask:
+    """Its first round."""
+    return train_task(experiment, tiny_gan())
+
+
+def booked(device: Device) -> list[tuple[str, int, int]]:
+    """Run, round and attempt of each entry."""
+    return [(entry.run, entry.round, entry.attempt) for entry in Ledger.open(device.ledger_path).entries()]
+
+
+def test_an_answer_is_one_update_booked_at_the_devices_own_price(
+    device: Device, task: TrainTask, experiment: Experiment
+) -> None:
+    """One entry; its price is that of one round of the plan; the payload has the model's length."""
+    reply = serve(task, device)
+    assert isinstance(reply, Trained) and reply.device == "device-00"
+    payload = Payload.from_bytes(reply.payload)
+    assert (payload.kind, payload.round, payload.count) == ("plain", 1, 1)
+    assert payload.length == len(task.weights)
+    assert booked(device) == [("tiny", 1, 1)]
+    spent = Ledger.open(device.ledger_path).spent(1e-3)
+    assert spent == epsilon_of(experiment.plan().event(1), 1e-3)
+
+
+def test_asked_again_it_sends_the_same_bytes_and_pays_nothing_more(device: Device, task: TrainTask) -> None:
+    """A second computation would be a second release; photos are not even read."""
+    first = serve(task, device)
+    second = serve(task, replace(device, photos=unreadable))
+    assert isinstance(first, Trained) and isinstance(second, Trained)
+    assert second.payload == first.payload
+    assert booked(device) == [("tiny", 1, 1)]
+
+
+def test_a_kept_answer_is_not_sent_for_other_weights(device: Device, task: TrainTask) -> None:
+    """A new run under an old run's name: yesterday's update does not belong to today's model."""
+    serve(task, device)
+    other = tiny_gan("other")
+    again = replace(task, weights=vector_of(*other.modules()), model="another")
+    with pytest.raises(LedgerError, match="answered already, for a different release"):
+        serve(again, device)
+    assert booked(device) == [("tiny", 1, 1)]
+
+
+def test_the_booking_is_on_disk_before_a_photo_is_read(device: Device, task: TrainTask) -> None:
+    """A crash while reading wastes budget, never overspends it; the next attempt is booked as one."""
+    seen = []
+
+    def look(size: int) -> Images:
+        seen.append(booked(device))
+        raise Disturbed
+
+    with pytest.raises(Disturbed):
+        serve(task, replace(device, photos=look))
+    assert seen == [[("tiny", 1, 1)]]
+    assert isinstance(serve(task, device), Trained)
+    assert booked(device) == [("tiny", 1, 1), ("tiny", 1, 2)]
+
+
+def test_a_spent_budget_is_a_refusal_with_three_numbers(device: Device, task: TrainTask) -> None:
+    """Asked, spent, allowed; nothing is booked and no photo is read."""
+    poor = replace(device, photos=unreadable, policy=replace(device.policy, max_epsilon=0.5))
+    answer = serve(task, poor)
+    assert isinstance(answer, Refusal) and answer.device == "device-00"
+    assert "asks for epsilon" in answer.reason and "of 0.5 is already spent" in answer.reason
+    assert booked(device) == []
+
+
+def test_the_last_affordable_round_is_answered_and_the_next_is_not(
+    device: Device, task: TrainTask, experiment: Experiment
+) -> None:
+    """Lost attempts eat the budget that another run would need."""
+    crashed = replace(device, photos=unreadable)
+    for _ in range(2):
+        with pytest.raises(Disturbed):
+            serve(task, crashed)
+    answer = serve(task, device)
+    assert isinstance(answer, Refusal) and "asks for epsilon" in answer.reason
+    spent = Ledger.open(device.ledger_path).spent(1e-3).upper
+    assert spent <= device.policy.max_epsilon
+
+
+@pytest.mark.parametrize(
+    ("policy", "cohort", "words"),
+    [
+        ({"protocols": ("encrypted",)}, 2, 'asks to send updates "plain"; this device allows encrypted'),
+        ({"smallest_cohort": 3}, 2, "sums 2 devices; this device takes part only among 3 or more"),
+        ({"objectives": ("upsampler",)}, 2, 'asks to train "generator"; this device allows upsampler'),
+    ],
+)
+def test_what_the_owner_did_not_allow_is_refused(
+    device: Device, task: TrainTask, policy: dict[str, object], cohort: int, words: str
+) -> None:
+    """A value, in words, with nothing read and nothing booked."""
+    strict = replace(device, photos=unreadable, policy=replace(device.policy, **policy))  # type: ignore[arg-type]
+    answer = serve(replace(task, cohort=cohort), strict)
+    assert isinstance(answer, Refusal) and words in answer.reason
+    assert booked(device) == []
+
+
+def test_a_run_without_a_promise_is_refused_unless_allowed(tmp_path: Path, device: Device) -> None:
+    """Epsilon infinite, and the owner's limit."""
+    unpromised = tiny_experiment(tmp_path / "recipe", {"promise": NO_PROMISE})
+    answer = serve(train_task(unpromised, tiny_gan()), replace(device, photos=unreadable))
+    assert isinstance(answer, Refusal) and "asks for epsilon inf" in answer.reason
+    assert booked(device) == []
+
+
+@pytest.mark.parametrize("change", [{"steps_per_round": 9}, {"sampling_rate": 1.0}, {"clip_norm": 1e6}, {"rounds": 1}])
+def test_forged_terms_are_not_computed(device: Device, task: TrainTask, change: dict[str, float]) -> None:
+    """Terms that would be priced low and a training that would run high: nothing happens at all."""
+    training = replace(task.agreed.training, **change)  # type: ignore[arg-type]
+    forged = replace(task, agreed=replace(task.agreed, training=training))
+    with pytest.raises(PrivacyError, match="differ"):
+        serve(forged, replace(device, photos=unreadable))
+    assert not device.ledger_path.exists()
+
+
+def test_a_tiny_noise_is_priced_as_what_it_is(device: Device, task: TrainTask) -> None:
+    """A server that asks with a thousandth of the noise pays for it, not for what it says."""
+    quiet = replace(task.agreed.terms, noise_multiplier=task.agreed.terms.noise_multiplier / 1000)
+    answer = serve(replace(task, agreed=replace(task.agreed, terms=quiet)), replace(device, photos=unreadable))
+    assert isinstance(answer, Refusal)
+
+
+def test_weights_that_do_not_fit_cost_nothing(device: Device, task: TrainTask) -> None:
+    """A wrong vector is found before the booking."""
+    with pytest.raises(WeightsError, match="weights, got a vector"):
+        serve(replace(task, weights=torch.zeros(3)), replace(device, photos=unreadable))
+    assert booked(device) == []
+
+
+def test_a_missing_key_costs_nothing(device: Device, task: TrainTask) -> None:
+    """An encrypted run on a device that was not given its key."""
+    hidden = replace(task, agreed=replace(task.agreed, aggregation=EncryptedConfig()))
+    open_minded = replace(device, photos=unreadable, policy=replace(device.policy, protocols=("encrypted",)))
+    with pytest.raises(AggregationError, match="cannot read this key file"):
+        serve(hidden, open_minded)
+    assert booked(device) == []
+
+
+def test_the_update_does_not_depend_on_the_global_seed(tmp_path: Path) -> None:
+    """Without a promise everything is replayable: two devices of one name send the same bytes."""
+    experiment = tiny_experiment(tmp_path / "recipe", {"promise": NO_PROMISE})
+    sent = []
+    for place in ("a", "b"):
+        torch.rand(3)
+        reply = serve(train_task(experiment, tiny_gan()), first_device(experiment, tmp_path / place))
+        assert isinstance(reply, Trained)
+        sent.append(reply.payload)
+    assert sent[0] == sent[1]
+
+
+def hidden_round(tmp_path: Path) -> tuple[Experiment, Device, TrainTask]:
+    """A device of an encrypted run."""
+    experiment = tiny_experiment(tmp_path / "recipe", {"aggregation": "{kind: encrypted}"})
+    return experiment, first_device(experiment, tmp_path / "states"), train_task(experiment, tiny_gan())
+
+
+def reveal_task(experiment: Experiment, payload: Payload, round: int = 1) -> RevealTask:
+    """Please open this."""
+    return RevealTask(
+        run="tiny",
+        round=round,
+        aggregation=experiment.aggregation,
+        agreement=experiment.agreement,
+        total=payload.to_bytes(),
+    )
+
+
+def test_a_device_opens_the_sum_of_a_round_it_has_a_part_in(tmp_path: Path) -> None:
+    """Of two updates: its own and one of ones, whose sum is known to the grid."""
+    experiment, device, task = hidden_round(tmp_path)
+    reply = serve(task, device)
+    assert isinstance(reply, Trained)
+    from fedface.aggregation.encrypted import EncryptedKeys
+
+    other = make_device(experiment.aggregation, experiment.agreement, EncryptedKeys.load(device.key_path))
+    ones = other.protect(torch.ones(len(task.weights)), 1)
+    server = make_server(experiment.aggregation, experiment.agreement)
+    total = server.combine([Payload.from_bytes(reply.payload), ones])
+    opened = serve(reveal_task(experiment, total), device)
+    assert isinstance(opened, Revealed) and opened.total.shape == task.weights.shape
+    assert float(opened.total.min()) >= -1e-3 and float(opened.total.max()) <= 2 + 1e-3
+
+    elsewhere = serve(replace(reveal_task(experiment, total), run="another"), device)
+    assert isinstance(elsewhere, Refusal) and "no part in round 1 of another" in elsewhere.reason
+    with pytest.raises(AggregationError, match="at least 2 updates"):
+        serve(reveal_task(experiment, server.combine([ones])), device)
+
+
+def test_a_device_does_not_open_the_sum_of_another_round(tmp_path: Path) -> None:
+    """A payload that says round 1 in a task that says round 2, which it also answered."""
+    experiment, device, task = hidden_round(tmp_path)
+    first = serve(task, device)
+    assert isinstance(first, Trained) and isinstance(serve(replace(task, round=2), device), Trained)
+    with pytest.raises(FederationError, match="wanted the sum of round 2, got one of round 1"):
+        serve(reveal_task(experiment, Payload.from_bytes(first.payload), round=2), device)

@@ -1,0 +1,191 @@
+"""What crosses: messages come out as they went in, and nothing a stranger writes gets further than a sentence."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_experiment, tiny_gan, train_task
+
+from fedface.aggregation.protocol import Agreement, EncryptedConfig
+from fedface.errors import FederationError
+from fedface.federation.task import (
+    Message,
+    Refusal,
+    Revealed,
+    RevealTask,
+    Task,
+    Trained,
+    TrainTask,
+    read_reply,
+    read_task,
+    vector_bytes,
+    vector_from,
+)
+
+REVEAL = RevealTask(
+    run="r",
+    round=2,
+    aggregation=EncryptedConfig(bits=12),
+    agreement=Agreement(value_range=0.5, most_devices=3),
+    total=b"sum",
+)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> TrainTask:
+    """A task under a promise."""
+    return train_task(tiny_experiment(tmp_path_factory.mktemp("task")), tiny_gan())
+
+
+def same(one: Task, other: Task) -> bool:
+    """Equal in every field; vectors number by number."""
+    pairs = [(getattr(one, field.name), getattr(other, field.name)) for field in fields(one)]
+    return type(one) is type(other) and all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs
+    )
+
+
+def test_a_task_comes_out_as_it_went_in(task: TrainTask) -> None:
+    """Both kinds, with every number of the terms to the last bit."""
+    assert same(read_task(task.message()), task)
+    assert same(read_task(REVEAL.message()), REVEAL)
+
+
+def test_a_reply_comes_out_as_it_went_in() -> None:
+    """All three kinds."""
+    trained = Trained(device="d", payload=b"\x00\xff", seconds_protect=0.25)
+    revealed = Revealed(device="d", total=torch.tensor([1.0, -2.5]))
+    refusal = Refusal(device="d", reason="not today")
+    assert read_reply(trained.message()) == trained and read_reply(refusal.message()) == refusal
+    opened = read_reply(revealed.message())
+    assert isinstance(opened, Revealed) and torch.equal(opened.total, revealed.total)
+
+
+def test_no_epsilon_and_no_photo_count_is_in_a_task(task: TrainTask) -> None:
+    """A device believes no price that it is told, so none is told."""
+    words = set(json.dumps(json.loads(task.message().header)).replace('"', " ").replace(":", " ").split())
+    assert not words & {"epsilon", "delta", "promise", "photos", "photos_each"}
+
+
+def spoiled(message: Message, key: str, value: Any) -> Message:
+    """The message with one header entry replaced, or removed if the value is ..."""
+    header = json.loads(message.header)
+    place = header
+    *path, last = key.split(".")
+    for part in path:
+        place = place[part]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return Message(json.dumps(header), message.blobs)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("what", "teach"), ("what", ...), ("version", 2), ("version", ...),
+        ("run", ""), ("run", 3), ("run", "a\nb"), ("run", "x" * 201), ("run", "\ud800"), ("run", ...),
+        ("round", 0), ("round", True), ("round", 1.5), ("round", 2**63), ("cohort", 0), ("seed", -1),
+        ("terms", None), ("terms", "terms"), ("terms", [1]), ("terms.noise_multiplier", -1.0),
+        ("terms.noise_multiplier", float("nan")), ("terms.sampling_rate", 2), ("terms.rounds", 0),
+        ("terms.rounds", float("inf")), ("terms.epsilon", 1), ("terms.clip_norm", ...),
+        ("training.critic_rate", -1), ("training.more", 1), ("training.rounds", "many"), ("training", []),
+        ("generator.size", 17), ("generator.mapping_layers", 10**9), ("critic.channel_max", 0),
+        ("aggregation.kind", "threshold"), ("aggregation", 3), ("agreement.most_devices", 0),
+        ("agreement.value_range", "wide"), ("model", None),
+    ],
+)  # fmt: skip
+def test_a_spoiled_task_is_refused_in_one_sentence(task: TrainTask, key: str, value: Any) -> None:
+    """Missing, wrong type, out of bounds, unknown: a FederationError each time."""
+    with pytest.raises(FederationError):
+        read_task(spoiled(task.message(), key, value))
+
+
+@pytest.mark.parametrize(
+    "weights", [b"", b"123", b"\x00\x00\xc0\x7f", vector_bytes(torch.tensor([1.0, float("inf")]))]
+)
+def test_weights_that_are_no_finite_numbers_are_refused(task: TrainTask, weights: bytes) -> None:
+    """None, cut off, NaN, infinite."""
+    with pytest.raises(FederationError, match="cannot be read"):
+        read_task(Message(task.message().header, {"weights": weights}))
+    with pytest.raises(FederationError, match="missing"):
+        read_task(Message(task.message().header, {}))
+
+
+TRAINED = Trained(device="d", payload=b"p", seconds_protect=0.5).message()
+REFUSAL = Refusal(device="d", reason="no").message()
+
+
+@pytest.mark.parametrize(
+    ("message", "key", "value"),
+    [
+        (TRAINED, "what", "train"),
+        (TRAINED, "device", ...),
+        (TRAINED, "device", ["d"]),
+        (TRAINED, "device", "a\x1b[31mb"),
+        (TRAINED, "seconds", "soon"),
+        (TRAINED, "seconds", float("nan")),
+        (TRAINED, "seconds", float("inf")),
+        (TRAINED, "seconds", -1),
+        (TRAINED, "seconds", 10**400),
+        (TRAINED, "seconds", {}),
+        (REFUSAL, "reason", ...),
+    ],
+)
+def test_a_spoiled_reply_is_refused_in_one_sentence(message: Message, key: str, value: Any) -> None:
+    """No number of a device may stop the run that records it."""
+    with pytest.raises(FederationError):
+        read_reply(spoiled(message, key, value))
+
+
+@pytest.mark.parametrize("header", ["", "{", "[]", "3", "[" * 200_000, '{"version": ' + "9" * 9000 + "}"])
+def test_a_header_that_is_no_header_is_refused(header: str) -> None:
+    """Nesting and digits without end as well."""
+    for reader in (read_task, read_reply):
+        with pytest.raises(FederationError):
+            reader(Message(header, {}))
+
+
+def test_a_refusals_words_are_made_safe_for_a_report() -> None:
+    """Shortened, without control characters or halves of surrogate pairs: they are printed and kept."""
+    hostile = spoiled(REFUSAL, "reason", "no\x1b[2J\n\ud800" + "x" * 5000)
+    reply = read_reply(hostile)
+    assert isinstance(reply, Refusal)
+    assert reply.reason.isprintable() and len(reply.reason) == 1000 and reply.reason.startswith("no ")
+    reply.reason.encode("utf-8")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1))
+def test_a_vector_is_its_little_endian_bytes(numbers: list[float]) -> None:
+    """Four bytes a number, and back without loss."""
+    vector = torch.tensor(numbers, dtype=torch.float32)
+    assert vector_bytes(vector) == np.array(numbers, dtype="<f4").tobytes()
+    assert torch.equal(vector_from(vector_bytes(vector)), vector)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
+def test_any_json_is_a_message_or_a_federation_error(value: Any) -> None:  # fmt: skip
+    """Nothing else is raised, whatever stands in the header."""
+    for what in ("train", "reveal", "trained", "revealed", "refusal"):
+        header = {**value, "version": 1, "what": what} if isinstance(value, dict) else value
+        for reader in (read_task, read_reply):
+            try:
+                assert is_dataclass(reader(Message(json.dumps(header), {})))
+            except FederationError:
+                continue
+
+
+def test_nothing_of_a_machine_is_in_a_task(task: TrainTask, tmp_path: Path) -> None:
+    """No path of the server's travels, not even of the base checkpoint."""
+    assert str(tmp_path.parent.parent) not in task.message().header

@@ -1,0 +1,119 @@
+"""Foreign libraries enter by one door each; what is banned enters nowhere."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FLOWER = {"fedface/federation/flower.py", "clients/app.py", "server/app.py"}
+DOORS = {
+    "opacus": {"fedface/training/private_steps.py"},
+    "tenseal": {"fedface/aggregation/encrypted.py"},
+    "flwr": FLOWER,
+    "dp_accounting": {"fedface/privacy/accounting.py", "fedface/privacy/mechanism.py"},
+    "yaml": {"fedface/config.py"},
+    "typer": {"fedface/cli.py"},
+    "safetensors": {"fedface/models/weights.py"},
+    "PIL": {"fedface/photos/pixels.py"},
+    "pillow_heif": {"fedface/photos/pixels.py"},
+    "cv2": {"fedface/photos/detectors.py"},
+    "dlib": {"fedface/photos/detectors.py"},
+    "_dlib_pybind11": {"fedface/photos/detectors.py"},
+    "face_recognition_models": {"fedface/photos/detectors.py"},
+}  # fmt: skip
+FREE = {
+    "cryptography", "flwr", "jaxtyping", "jinja2", "matplotlib", "numpy", "rich", "scipy", "skimage", "torch", "ray"
+}  # fmt: skip
+OURS = {"fedface", "clients", "server"}
+BANNED = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "torchvision", "requests"}
+BANNED_CALLS = {"torch.load", "torch.manual_seed", "np.random.seed", "numpy.random.seed", "random.seed", "eval", "exec"}
+
+
+def trees() -> dict[str, ast.Module]:
+    """Every file of the library and its two apps, by path from the root."""
+    paths = [path for part in sorted(OURS) for path in sorted((ROOT / part).rglob("*.py"))]
+    return {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+
+
+TREES = trees()
+
+
+def foreign(tree: ast.Module) -> set[str]:
+    """The top-level names of imported modules that are neither ours nor Python's, also inside functions."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found - OURS
+
+
+def users(library: str) -> set[str]:
+    """The files that import a library."""
+    return {path for path, tree in TREES.items() if library in foreign(tree)}
+
+
+@pytest.mark.parametrize("library", sorted(DOORS))
+def test_a_library_enters_by_its_door_alone(library: str) -> None:
+    """Need it elsewhere? Write a function behind the door."""
+    assert users(library) <= DOORS[library]
+
+
+@pytest.mark.parametrize("library", ["opacus", "tenseal", "flwr", "dp_accounting", "yaml", "typer", "safetensors", "PIL"])
+def test_every_door_is_used(library: str) -> None:
+    """A door that nobody enters by is a mistake in this file."""
+    assert users(library)
+
+
+def test_no_other_library_enters_unnoticed() -> None:
+    """A new dependency is a decision: give it a door, or call it free here."""
+    known = set(DOORS) | FREE | set(sys.stdlib_module_names)
+    assert {name for tree in TREES.values() for name in foreign(tree)} - known == set()
+
+
+def test_nothing_unpickles_or_downloads() -> None:
+    """A pickle runs what it carries."""
+    assert not [path for path, tree in TREES.items() if (foreign(tree)) & BANNED]
+
+
+def calls(tree: ast.Module) -> set[str]:
+    """The dotted names of everything that is called."""
+    return {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+
+
+def test_nothing_seeds_globally_or_evaluates_text() -> None:
+    """Chance is passed in and named; text is never code. The search finds a planted call."""
+    assert calls(ast.parse("torch.manual_seed(3)")) & BANNED_CALLS
+    assert {path: found for path, tree in TREES.items() if (found := calls(tree) & BANNED_CALLS)} == {}
+
+
+def test_nothing_draws_from_a_global_generator() -> None:
+    """torch.rand, randn, randint and randperm are told which generator, wherever one can be passed."""
+    silent = []
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in {
+                "torch.rand", "torch.randn", "torch.randint", "torch.randperm", "torch.multinomial",
+            }:  # fmt: skip
+                if "generator" not in {keyword.arg for keyword in node.keywords}:
+                    silent.append(f"{path}:{node.lineno}")
+            if isinstance(node, ast.Attribute) and ast.unparse(node).startswith(("np.random.rand", "random.random")):
+                silent.append(f"{path}:{node.lineno}")
+    assert silent == []
+
+
+def test_the_editor_knows_the_same_doors() -> None:
+    """Ruff's banned-api names each library that has a door among its rules."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        rules = tomllib.load(file)["tool"]["ruff"]["lint"]
+    banned = set(rules["flake8-tidy-imports"]["banned-api"])
+    assert {"opacus", "tenseal", "flwr", "dp_accounting", "yaml", "typer", "safetensors", "PIL"} <= banned
+    let_through = {path for path, codes in rules["per-file-ignores"].items() if "TID251" in codes}
+    doors = {path for library in banned & set(DOORS) for path in DOORS[library]}
+    assert {path for path in let_through if path.startswith("fedface/")} <= doors

@@ -1,0 +1,107 @@
+"""Every experiment is a question that can be read, planned and, where photos are missing, refused in a sentence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedface.errors import ConfigError, LibraryError
+from fedface.experiment import Experiment, LabelledDevices, LabelledProbe, RealDevices, read_experiment
+from fedface.federation.simulated import describe_devices, public_faces
+from fedface.privacy.policy import DevicePolicy
+from fedface.privacy.target import PrivacyTarget
+
+FILES = sorted((Path(__file__).resolve().parents[2] / "experiments").glob("*.yaml"))
+each_file = pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
+
+
+def test_there_are_experiments() -> None:
+    """The demo of the README among them."""
+    assert "demo" in [path.stem for path in FILES]
+
+
+@each_file
+def test_a_question_stands_first(path: Path) -> None:
+    """The first line of the file asks it, and it is a question."""
+    first = next(line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#"))
+    assert first.startswith("question: ")
+    assert read_experiment(path).question.endswith("?")
+
+
+@each_file
+def test_a_file_is_named_like_its_run(path: Path) -> None:
+    """runs/NAME is found again from experiments/NAME.yaml."""
+    assert read_experiment(path).name == path.stem
+
+
+@each_file
+def test_the_promise_is_kept_by_the_plan_and_fits_the_devices(path: Path) -> None:
+    """Its upper price is within the promise; a pretended device of this run admits exactly it."""
+    experiment = read_experiment(path)
+    plan = experiment.plan()
+    if isinstance(experiment.promise, PrivacyTarget):
+        bounds = plan.epsilon()
+        assert bounds is not None and bounds.upper <= experiment.promise.epsilon
+        assert bounds.upper > 0.95 * experiment.promise.epsilon
+        assert experiment.device_policy().max_epsilon >= experiment.promise.epsilon
+    assert experiment.aggregation.kind in experiment.device_policy().protocols
+
+
+@each_file
+def test_a_record_of_the_recipe_is_the_recipe(path: Path, tmp_path: Path) -> None:
+    """What a run writes beside its results starts the same run."""
+    from fedface.config import dump
+
+    (tmp_path / "again.yaml").write_text(dump(read_experiment(path)))
+    assert read_experiment(tmp_path / "again.yaml") == read_experiment(path)
+
+
+def without_photos(experiment: Experiment, folder: Path) -> Experiment:
+    """The experiment with its folders of photos pointing at a given place."""
+    devices, probe = experiment.devices, experiment.probe
+    if isinstance(devices, LabelledDevices):
+        experiment = replace(experiment, devices=replace(devices, folder=folder))
+    if isinstance(probe, LabelledProbe):
+        experiment = replace(experiment, probe=replace(probe, folder=folder))
+    return experiment
+
+
+@each_file
+def test_missing_photos_are_one_sentence(path: Path, tmp_path: Path) -> None:
+    """No folder, then a folder without labels: each says what was wanted. Others never look for one."""
+    experiment = read_experiment(path)
+    if not isinstance(experiment.devices, LabelledDevices) and not isinstance(experiment.probe, LabelledProbe):
+        with pytest.raises(ConfigError, match="--photos goes with labelled"):
+            read_experiment(path, photos=tmp_path)
+        return
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for folder, words in ((tmp_path / "nowhere", "--photos FOLDER"), (empty, "wanted labelled photos")):
+        lost = without_photos(experiment, folder)
+        with pytest.raises(LibraryError, match=words):
+            public_faces(lost, 32)
+        if isinstance(lost.devices, LabelledDevices):
+            with pytest.raises(LibraryError, match=words):
+                describe_devices(lost)
+    assert read_experiment(path, photos=empty) == without_photos(experiment, empty)
+
+
+@each_file
+def test_devices_are_described_without_their_photos_being_counted_by_the_server(path: Path) -> None:
+    """A real device's number of photos is nobody's business; a drawn one's is public."""
+    experiment = read_experiment(path)
+    if isinstance(experiment.devices, LabelledDevices):
+        pytest.skip("its devices are described from its photos")
+    described = describe_devices(experiment)
+    assert len(described) == experiment.devices.count
+    assert all((count is None) == isinstance(experiment.devices, RealDevices) for _, _, count in described)
+
+
+def test_the_example_policy_is_read() -> None:
+    """clients/policy.example.yaml is what an owner starts from."""
+    from fedface.config import read
+
+    policy = read(FILES[0].parents[1] / "clients" / "policy.example.yaml", DevicePolicy)
+    assert not policy.allow_unpromised

@@ -1,0 +1,75 @@
+"""What is installed and what is sent: the wheel holds fedface/ alone, the server's bundle never does."""
+
+from __future__ import annotations
+
+import fnmatch
+import tomllib
+from pathlib import Path
+
+from setuptools import find_packages
+
+ROOT = Path(__file__).resolve().parents[2]
+with (ROOT / "pyproject.toml").open("rb") as _file:
+    PROJECT = tomllib.load(_file)
+
+
+def test_the_wheel_holds_fedface_alone() -> None:
+    """Neither tests nor the two apps become importable by an installation."""
+    found = find_packages(str(ROOT), **PROJECT["tool"]["setuptools"]["packages"]["find"])
+    rooms = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in ROOT.glob("fedface/**/__init__.py")}
+    assert set(found) == rooms
+    assert {name.split(".")[0] for name in found} == {"fedface"}
+
+
+def test_every_folder_with_code_is_a_package() -> None:
+    """A room without __init__.py would be left out of the wheel without a word."""
+    folders = {path.parent for path in (ROOT / "fedface").rglob("*.py")}
+    assert not [folder for folder in folders if not (folder / "__init__.py").is_file()]
+
+
+def test_what_is_read_at_run_time_is_in_the_wheel() -> None:
+    """Every file of fedface/ that is not Python is named by package-data: checkpoint, template, py.typed."""
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["fedface"]
+    package = ROOT / "fedface"
+    others = [
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc") and "__pycache__" not in path.parts
+    ]
+    assert "models/weights/base32.safetensors" in others
+    left_out = [name for name in others if not any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+    assert left_out == []
+
+
+def test_the_command_is_there() -> None:
+    """`fedface` calls fedface.cli.main."""
+    from fedface import cli
+
+    assert PROJECT["project"]["scripts"] == {"fedface": "fedface.cli:main"}
+    assert callable(cli.main)
+
+
+def test_the_servers_bundle_does_not_carry_the_code_that_guards_a_device() -> None:
+    """A device runs the fedface that its owner installed, never one that the server sent."""
+    app = PROJECT["tool"]["flwr"]["app"]
+    assert not [pattern for pattern in app["fab-include"] if pattern.startswith(("fedface", "*", "/", "."))]
+    for path in ("clients/app.py", "server/app.py", app["config"]["experiment"]):
+        assert any(fnmatch.fnmatch(path, pattern) for pattern in app["fab-include"]), path
+        assert (ROOT / path).is_file()
+
+
+def test_every_foreign_library_is_declared() -> None:
+    """What fedface imports is what its project depends on."""
+    declared = {
+        name.split("[")[0].split("=")[0].split(">")[0].split("<")[0].strip().lower().replace("-", "_")
+        for name in [
+            *PROJECT["project"]["dependencies"],
+            *PROJECT["project"]["optional-dependencies"]["yunet"],
+        ]
+    }
+    for wanted in (
+        "cryptography", "dlib_bin", "dp_accounting", "flwr", "jaxtyping", "jinja2", "matplotlib", "numpy", "opacus",
+        "pillow", "pillow_heif", "pyyaml", "rich", "safetensors", "scikit_image", "scipy", "tenseal", "torch", "typer",
+        "opencv_python_headless",
+    ):  # fmt: skip
+        assert wanted in declared

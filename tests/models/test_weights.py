@@ -1,0 +1,257 @@
+"""Weights as a vector and as a file: nothing is lost, nothing that does not fit is taken, no code is run."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import CRITIC, GENERATOR, tiny_gan
+from torch import Tensor
+
+from fedface.errors import ConfigError, WeightsError
+from fedface.models.critic import CriticConfig
+from fedface.models.weights import (
+    FORMAT,
+    Gan,
+    copy_gan,
+    fill,
+    load_base,
+    load_gan,
+    new_gan,
+    remember_mean_style,
+    save_gan,
+    vector_of,
+    weights_hash,
+)
+from fedface.randomness import Streams
+
+
+def test_a_vector_goes_back_where_it_came_from() -> None:
+    """fill(v) then vector_of gives v, and every weight of another network is replaced."""
+    source, target = tiny_gan("a"), tiny_gan("b")
+    vector = vector_of(*source.modules())
+    assert not torch.equal(vector_of(*target.modules()), vector)
+    fill(vector, *target.modules())
+    assert torch.equal(vector_of(*target.modules()), vector)
+    latents = torch.randn(2, 64, generator=Streams(1).generator("z"))
+    theirs = target.critic(source.generator.synthesize(source.generator.map(latents)))
+    assert torch.equal(source.critic(source.generator.synthesize(source.generator.map(latents))), theirs)
+
+
+def test_a_vector_holds_the_generator_first_then_the_critic_each_by_name() -> None:
+    """Device and server must agree on the order without a word."""
+    gan = tiny_gan()
+    by_hand = [
+        dict(module.named_parameters())[name].reshape(-1)
+        for module in (gan.generator, gan.critic)
+        for name in sorted(dict(module.named_parameters()))
+    ]
+    assert torch.equal(vector_of(*gan.modules()), torch.cat(by_hand))
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_vector_of_another_length_is_refused(change: int) -> None:
+    """And nothing is written."""
+    gan = tiny_gan()
+    before = vector_of(*gan.modules())
+    with pytest.raises(WeightsError, match=f"{len(before)} weights, got a vector"):
+        fill(torch.zeros(len(before) + change), *gan.modules())
+    assert torch.equal(vector_of(*gan.modules()), before)
+
+
+def test_a_copy_shares_no_memory() -> None:
+    """Training a copy leaves the original."""
+    gan = tiny_gan()
+    before = weights_hash(*gan.modules())
+    twin = copy_gan(gan)
+    assert weights_hash(*twin.modules()) == before
+    fill(torch.zeros_like(vector_of(*twin.modules())), *twin.modules())
+    assert weights_hash(*gan.modules()) == before
+
+
+def test_the_hash_tells_one_changed_weight_or_buffer() -> None:
+    """A report names exactly the weights it measured."""
+    gan, twin = tiny_gan(), tiny_gan()
+    assert weights_hash(*gan.modules()) == weights_hash(*twin.modules())
+    vector = vector_of(*twin.modules())
+    vector[-1] = torch.nextafter(vector[-1], torch.tensor(9.0))
+    fill(vector, *twin.modules())
+    assert weights_hash(*gan.modules()) != weights_hash(*twin.modules())
+    mean = tiny_gan()
+    remember_mean_style(mean.generator, Streams(1).generator("mean"), draws=8)
+    assert weights_hash(*gan.modules()) != weights_hash(*mean.modules())
+
+
+def test_a_file_gives_the_same_networks_back(tmp_path: Path) -> None:
+    """Weights, buffers, shapes and notes."""
+    gan = Gan(*tiny_gan().modules(), {"made_by": "a test", "steps": [1, 2]})  # type: ignore[arg-type]
+    remember_mean_style(gan.generator, Streams(1).generator("mean"), draws=8)
+    save_gan(tmp_path / "deep" / "gan.safetensors", gan)
+    again = load_gan(tmp_path / "deep" / "gan.safetensors")
+    assert weights_hash(*again.modules()) == weights_hash(*gan.modules())
+    assert (again.generator.config, again.critic.config, again.notes) == (GENERATOR, CRITIC, gan.notes)
+
+
+def test_the_embedded_base_is_whole() -> None:
+    """It is read, draws faces within [0, 1] nearly everywhere, and says how it was made."""
+    gan = load_base()
+    made = gan.generator.synthesize(gan.generator.map(torch.randn(4, 64, generator=Streams(1).generator("z"))))
+    assert made.shape == (4, 3, 32, 32)
+    assert float(((made > -0.2) & (made < 1.2)).float().mean()) > 0.95
+    assert gan.notes["made_by"] == "fedface base train"
+
+
+def test_saving_leaves_the_old_file_until_the_new_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash while writing, planted at fsync: the old networks are still there."""
+    path = tmp_path / "gan.safetensors"
+    save_gan(path, tiny_gan("old"))
+
+    def crash(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", crash)
+    with pytest.raises(KeyboardInterrupt):
+        save_gan(path, tiny_gan("new"))
+    assert weights_hash(*load_gan(path).modules()) == weights_hash(*tiny_gan("old").modules())
+
+
+def test_networks_of_two_sizes_do_not_go_together() -> None:
+    """A critic of 32 px cannot judge pictures of 16."""
+    with pytest.raises(ConfigError, match="must have one size, got 16 and 32"):
+        new_gan(GENERATOR, CriticConfig(size=32), Streams(1).generator("x"))
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
+    """A good checkpoint's path, tensors and description, to be spoiled one by one."""
+    path = tmp_path / "gan.safetensors"
+    save_gan(path, tiny_gan())
+    header = {
+        "format": FORMAT,
+        "generator": json.dumps(asdict(GENERATOR)),
+        "critic": json.dumps(asdict(CRITIC)),
+        "notes": "{}",
+    }
+    return path, load_file(path), header
+
+
+Parts = tuple[Path, dict[str, Tensor], dict[str, str]]
+BIAS = "critic.b4.out.bias"
+
+
+def refused(parts: Parts) -> str:
+    """What is said of spoiled parts; always with the file's name."""
+    path, tensors, header = parts
+    save_file(tensors, path, header)
+    with pytest.raises(WeightsError) as error:
+        load_gan(path)
+    assert str(path) in str(error.value)
+    return str(error.value)
+
+
+def test_the_parts_are_good_before_they_are_spoiled(parts: Parts) -> None:
+    """Otherwise the tests below would pass for another reason."""
+    path, tensors, header = parts
+    save_file(tensors, path, header)
+    assert weights_hash(*load_gan(path).modules()) == weights_hash(*tiny_gan().modules())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(parts: Parts, value: float) -> None:
+    """One is enough."""
+    parts[1][BIAS][0] = value
+    said = refused(parts)
+    assert BIAS in said and "not finite" in said
+
+
+def test_a_weight_of_another_shape_is_named(parts: Parts) -> None:
+    """With both shapes."""
+    parts[1][BIAS] = torch.zeros(2)
+    assert f"{BIAS} should have shape (1,), got (2,)" in refused(parts)
+
+
+def test_a_weight_of_another_type_is_named(parts: Parts) -> None:
+    """Whole numbers are no weights."""
+    parts[1][BIAS] = torch.zeros(1, dtype=torch.int64)
+    assert f"{BIAS} should hold float32" in refused(parts)
+
+
+def test_a_missing_weight_is_named(parts: Parts) -> None:
+    """The first of them."""
+    del parts[1][BIAS]
+    assert f"lacks 1 weights, the first is {BIAS}" in refused(parts)
+
+
+@pytest.mark.parametrize("name", ["critic.more", "elsewhere"])
+def test_a_weight_too_many_is_named(parts: Parts, name: str) -> None:
+    """Also one that belongs to neither network."""
+    parts[1][name] = torch.zeros(1)
+    assert f"1 weights that do not belong, the first is {name}" in refused(parts)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("generator", "{"),
+        ("generator", "[]"),
+        ("generator", '{"size": 17}'),
+        ("generator", '{"size": "16"}'),
+        ("generator", '{"deep": 1}'),
+        ("generator", '{"channel_max": 0}'),
+        ("generator", json.dumps({**asdict(GENERATOR), "mapping_layers": 10**9})),
+        ("generator", "[" * 100_000),
+        ("critic", json.dumps({**asdict(CRITIC), "channel_base": -1})),
+        ("notes", "3"),
+    ],
+)
+def test_a_damaged_description_is_refused(parts: Parts, key: str, value: str) -> None:
+    """The words are a stranger's; none of them is a traceback."""
+    parts[2][key] = value
+    assert "damaged" in refused(parts)
+
+
+@pytest.mark.parametrize(("channels", "said"), [(2**17, "should have shape"), (2**29, "damaged")])
+def test_a_description_of_huge_networks_takes_no_memory(parts: Parts, channels: int, said: str) -> None:
+    """A layer of 600 GB is compared with the file before it is made; one that no number counts is refused."""
+    huge = replace(GENERATOR, channel_max=channels, channel_base=2**40)
+    parts[2]["generator"] = json.dumps(asdict(huge))
+    assert said in refused(parts)
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, -1])
+def test_a_truncated_file_is_refused(tmp_path: Path, length: int) -> None:
+    """At any length, in one sentence that names it."""
+    path = tmp_path / "gan.safetensors"
+    save_gan(path, tiny_gan())
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(WeightsError, match="gan.safetensors: not a readable safetensors file"):
+        load_gan(path)
+
+
+def test_a_pickle_a_folder_and_nothing_are_refused(tmp_path: Path) -> None:
+    """A pickle that would run code is bytes like any other here."""
+    import pickle
+
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    (tmp_path / "bomb.pt").write_bytes(pickle.dumps(Bomb()))
+    for path in (tmp_path / "bomb.pt", tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(WeightsError, match="not a readable|no such checkpoint"):
+            load_gan(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_another_kind_of_safetensors_file_is_said_to_be_one(tmp_path: Path) -> None:
+    """Not "damaged": it is somebody's good file."""
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(WeightsError, match="wanted a generator and critic of fedface"):
+        load_gan(tmp_path / "other.safetensors")

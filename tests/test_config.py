@@ -1,0 +1,220 @@
+"""YAML to dataclasses: whatever is wrong is said with file, line and key, and nothing in a file is executed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedface.config import dump, kind_of, parse, plain, read
+from fedface.errors import ConfigError
+from fedface.experiment import Experiment
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundTable:
+    """One of two choices."""
+
+    seats: int = 4
+
+    def __post_init__(self) -> None:
+        if self.seats < 1:
+            raise ValueError(f"seats must be at least 1, got {self.seats}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """The other."""
+
+    length: float = 1.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kitchen:
+    """A section of every type that our configs use."""
+
+    owner: str
+    area: float = 10.0
+    furniture: RoundTable | BenchConfig = field(default_factory=RoundTable)
+    colour: Literal["red", "green"] = "red"
+    heights: tuple[float, ...] = ()
+    warm: bool = True
+    door: Path | None = None
+    prices: dict[str, int] = field(default_factory=dict)
+
+
+def kitchen(text: str, **changes: str) -> Kitchen:
+    """Read a kitchen from a text that stands in `k.yaml`."""
+    return parse(text, Kitchen, name="k.yaml", changes=changes)
+
+
+def test_every_type_is_read_as_written() -> None:
+    """Numbers, texts, choices, lists, paths, mappings."""
+    written = """
+owner: 'Ada'
+area: 12
+furniture: {kind: bench, length: 2.5}
+colour: green
+heights: [0.8, 1]
+warm: no
+door: a/b
+prices: {tea: 3}
+"""
+    assert kitchen(written) == Kitchen(
+        owner="Ada",
+        area=12.0,
+        furniture=BenchConfig(length=2.5),
+        colour="green",
+        heights=(0.8, 1.0),
+        warm=False,
+        door=Path("a/b"),
+        prices={"tea": 3},
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("owner: Ada\naera: 3", 'k.yaml:2: aera: unknown key; did you mean "area"?'),
+        ("owner: Ada\nzzzz: 3", "k.yaml:2: zzzz: unknown key; known keys: owner, area"),
+        ("area: 3", "k.yaml:1: the key owner is missing"),
+        ("owner: Ada\n\narea: big", 'k.yaml:3: area: expected a number, got "big"'),
+        ('owner: Ada\narea: "3"', 'k.yaml:2: area: expected a number, got "3"'),
+        ("owner: Ada\narea: .nan", "k.yaml:2: area: expected a number"),
+        ("owner: Ada\narea: 1e999", "k.yaml:2: area: expected a number"),
+        ("owner: Ada\narea:", "k.yaml:2: area: expected a number, got nothing"),
+        ("owner: Ada\nwarm: 1", "k.yaml:2: warm: expected true or false"),
+        ("owner: [Ada]", "k.yaml:1: owner: expected a text, got a list"),
+        ("owner: Ada\nheights: 3", "k.yaml:2: heights: expected a list of a number"),
+        ("owner: Ada\nheights: [1, x]", "k.yaml:2: heights.1: expected a number"),
+        ("owner: Ada\nowner: Bob", "k.yaml:2: owner: the key stands twice"),
+        ("owner: Ada\nprices: {tea: 1, tea: 2}", "k.yaml:2: prices.tea: the key stands twice"),
+        ("owner: Ada\ncolour: gren", 'k.yaml:2: colour: expected one of red, green, got "gren"; did you mean "green"?'),
+        ("owner: Ada\nfurniture:\n  kind: bensh", 'k.yaml:3: furniture.kind: expected one of round-table, bench, got bensh'),
+        ("owner: Ada\nfurniture: {seats: 3}", "k.yaml:2: furniture: the key kind is missing: one of round-table, bench"),
+        ("owner: Ada\nfurniture: bench", "k.yaml:2: furniture: expected keys with kind one of round-table, bench"),
+        ("owner: Ada\nfurniture:\n  kind: round-table\n  seats: 0", "k.yaml:4: furniture.seats: must be at least 1, got 0"),
+        ("owner: Ada\nfurniture:\n  kind: round-table\n  seats: 1.5", "k.yaml:4: furniture.seats: expected a whole number"),
+        ("", "k.yaml:1: the file is empty; expected a kitchen section"),
+        ("- owner", "k.yaml:1: expected a kitchen section with keys owner, area"),
+        ("owner: 'Ada", "k.yaml:1: not valid YAML"),
+        ("owner: Ada\n---\nowner: Bob", "not valid YAML"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_said_where_it_stands(text: str, said: str) -> None:
+    """One sentence with file, line, key, what was expected, what came."""
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        kitchen(text)
+
+
+def test_changes_win_over_the_file_and_fill_in_what_it_lacks() -> None:
+    """`--set area=3 --set furniture.length=2`, the second in a section that the file does not have."""
+    changes = {"area": "3", "furniture.kind": "bench", "furniture.length": "2"}
+    assert kitchen("owner: Ada\narea: 9", **changes) == Kitchen(
+        owner="Ada", area=3.0, furniture=BenchConfig(length=2.0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("area", "", "--set area: needs a value"),
+        ("area", "[", "--set area: not valid YAML"),
+        ("owner.first", "x", "--set owner.first: owner has no parts"),
+        ("aera", "3", "aera: unknown key"),
+        ("area", "wide", "area: expected a number"),
+    ],
+)
+def test_a_wrong_change_is_said_by_key(key: str, value: str, said: str) -> None:
+    """The command line's own mistakes."""
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        kitchen("owner: Ada", **{key: value})
+
+
+def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
+    """A slip in a file's name."""
+    (tmp_path / "kitchen.yaml").write_text("owner: Ada")
+    with pytest.raises(ConfigError, match='no such file; did you mean "kitchen.yaml"'):
+        read(tmp_path / "kitchne.yaml", Kitchen)
+
+
+def test_a_folder_or_other_bytes_are_no_text_file(tmp_path: Path) -> None:
+    """Both are said, neither is a traceback."""
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path, tmp_path / "bytes.yaml"):
+        with pytest.raises(ConfigError, match="cannot be read as a text file"):
+            read(path, Kitchen)
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        'owner: !!python/object/apply:os.system ["true"]',
+        "owner: Ada\nheights: !!python/tuple [1]\ndoor: !!python/name:os.system",
+        "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nd: &d [*c, *c]\nowner: *d",
+        "owner: &a [*a]",
+        "owner: Ada\nfurniture: &f {kind: bench, length: *f}",
+        "owner: " + "[" * 5000,
+        "owner: Ada\nfurniture: {kind: round-table, seats: " + "9" * 6000 + "}",
+        "owner: Ada\n? [a, b]\n: 3",
+        "owner: Ada\nfurniture: {kind: [bench]}",
+        "owner: *nobody",
+        "owner: Ada\x00",
+    ],
+)  # fmt: skip
+def test_a_hostile_file_is_refused_in_one_sentence(hostile: str) -> None:
+    """No object is built, nothing is expanded, no recursion or digit limit gets through."""
+    with pytest.raises(ConfigError) as refused:
+        kitchen(hostile)
+    assert len(str(refused.value)) < 1000
+
+
+def test_a_billion_laughs_is_not_expanded() -> None:
+    """Nine levels of nine aliases are 387 million items if somebody counts them; we look at the first."""
+    lines = ['a0: &a0 ["ha"]'] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
+    with pytest.raises(ConfigError, match="unknown key"):
+        kitchen("\n".join(lines))
+    with pytest.raises(ConfigError, match="heights.0: expected a number, got a list"):
+        parse("heights: [" + "&a [&b [&c [1]]], *a]", _Tall, name="k.yaml")
+
+
+@dataclass(frozen=True)
+class _Tall:
+    heights: tuple[float, ...]
+
+
+def test_kind_is_the_name_in_words() -> None:
+    """BenchConfig -> bench, RoundTable -> round-table."""
+    assert (kind_of(BenchConfig), kind_of(RoundTable)) == ("bench", "round-table")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.one_of(st.builds(RoundTable, seats=st.integers(1, 10**9)), st.builds(BenchConfig)),
+    st.sampled_from(["red", "green"]),
+    st.lists(st.floats(0, 9)),
+    st.booleans(),
+)
+def test_what_is_dumped_is_read_back(
+    owner: str, area: float, furniture: RoundTable | BenchConfig, colour: str, heights: list[float], warm: bool
+) -> None:
+    """parse(dump(value)) == value."""
+    value = Kitchen(
+        owner=owner, area=area, furniture=furniture, colour=colour, heights=tuple(heights), warm=warm  # type: ignore[arg-type]
+    )
+    assert parse(dump(value), Kitchen, name="k.yaml") == value
+
+
+def test_an_experiments_own_record_is_read_back_as_the_same_experiment() -> None:
+    """A run's experiment.yaml starts the same run again."""
+    text = "question: q?\nname: n\npromise: {kind: privacy-target, epsilon: 2, delta: 1e-5}\ndevices: {kind: drawn-devices}"
+    first = parse(text, Experiment, name="e.yaml")
+    again = parse(dump(first), Experiment, name="e.yaml")
+    assert again == first and plain(again) == plain(first) and again.digest() == first.digest()
