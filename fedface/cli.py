@@ -37,7 +37,8 @@ from fedface.federation.coordinator import begin, coordinate
 from fedface.federation.flower import devices_folder, in_process_cohort
 from fedface.federation.simulated import describe_devices, prepare
 from fedface.models.weights import load_base, load_gan, save_gan, vector_of
-from fedface.photos.detectors import EmbeddedDetector, YuNetDetector
+from fedface.photos.detection_rates import measure_detection
+from fedface.photos.detectors import EmbeddedDetector, HogDetector, YuNetDetector
 from fedface.photos.faces import Detector
 from fedface.photos.library import scan_table, summary
 from fedface.photos.scan import ScanReport, scan_library
@@ -62,7 +63,8 @@ ledger = typer.Typer(help="What a device has spent.", no_args_is_help=True, rich
 for part, name in ((photos, "photos"), (base, "base"), (device, "device"), (ledger, "ledger")):
     app.add_typer(part, name=name)
 
-console = Console()
+# A pipe has no width of its own; eighty columns would fold every table.
+console = Console(width=None if sys.stdout.isatty() else 140)
 notes = Console(stderr=True)
 
 PhotosOption = Annotated[Path | None, typer.Option(help="Folder of labelled photos, for experiments that use one.")]
@@ -256,7 +258,7 @@ def scan(
         return
     table = Table(box=None)
     for heading in ("file", "kind", "pixels", "taken", "place", "faces", "why not"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="ellipsis", no_wrap=heading != "why not", max_width=44)
     left = 0
     for number, row in enumerate(lines):
         if number >= rows:
@@ -269,6 +271,34 @@ def scan(
         console.print(f"... and {left} more (--rows {rows + left}, or --json)", highlight=False)
     for key, value in asdict(found).items():
         console.print(f"{key.replace('_', ' ')}: {_cell(value)}", highlight=False)
+
+
+@photos.command()
+def detectors(
+    faces: Annotated[Path, typer.Option(help="A labelled set of faces.")],
+    yunet: Annotated[Path | None, typer.Option(help="A YuNet .onnx file, to measure it as well.")] = None,
+    per_cell: Annotated[int, typer.Option(min=1, help="Photos of each race and gender.")] = 10,
+    json_out: JsonOption = False,
+) -> None:
+    """Measure in whose photos each face detector finds a face."""
+    finders: list[Detector] = [HogDetector(), EmbeddedDetector(), *([YuNetDetector(yunet)] if yunet else [])]
+    rates = []
+    with _bars() as bars:
+        bars.stage("detectors", len(finders))
+        for number, finder in enumerate(finders, start=1):
+            rates += measure_detection(faces, finder, per_cell=per_cell)
+            bars.step(number)
+    if json_out:
+        print(json.dumps([{**asdict(rate), "interval": rate.interval} for rate in rates], indent=2))
+        return
+    table = Table(box=None)
+    for heading in ("group", "photos", *(finder.name for finder in finders)):
+        table.add_column(heading)
+    for group in dict.fromkeys(rate.group for rate in rates):
+        row = {rate.detector: rate for rate in rates if rate.group == group}
+        cells = [f"{r.rate:.0%} [{r.interval[0]:.0%}, {r.interval[1]:.0%}]" for r in row.values()]
+        table.add_row(group, str(next(iter(row.values())).count), *cells)
+    console.print(table)
 
 
 @base.command("train")

@@ -152,8 +152,10 @@ class Experiment:
         if not self.question.strip():
             raise ValueError("question must not be empty: what does this run settle?")
         allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
-        if not self.name or set(self.name) - allowed or self.name[0] in ".-":
-            raise ValueError(f"name must be letters, digits, '-', '_' and '.', got {self.name!r}")
+        if not 0 < len(self.name) <= 100 or set(self.name) - allowed or self.name[0] in ".-":
+            raise ValueError(
+                f"name must be letters, digits, '-', '_' and '.', 100 at most, got {self.name!r:.120}"
+            )
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
         if not 1 <= self.fewest_answers <= self.devices.count:
@@ -195,8 +197,19 @@ class Experiment:
                 assert_never(self.promise)
 
     def start(self) -> Gan:
-        """The networks before the first round."""
-        return load_base() if self.base is None else load_gan(self.base)
+        """The networks before the first round.
+
+        Raises:
+            WeightsError: The checkpoint cannot be read.
+            ConfigError: Its pictures cannot be shrunk as `upsampling` says.
+        """
+        gan = load_base() if self.base is None else load_gan(self.base)
+        factor = self.upsampling.downscale.factor
+        if gan.generator.size % factor:
+            raise ConfigError(
+                f"upsampling.downscale.factor must divide the generator's {gan.generator.size} pixels, got {factor}"
+            )
+        return gan
 
     def digest(self) -> str:
         """SHA-256 of the whole recipe, the first 16 hex digits."""

@@ -175,10 +175,7 @@ def _experiment(*, home: Path, experiment: str, folder: str, photos: str, change
         raise ConfigError("--run-config experiment: wanted the path of a YAML file, got nothing")
     for key, value in (("folder", folder), ("photos", photos)):
         if value and not Path(value).is_absolute():
-            raise ConfigError(
-                f"--run-config {key}: wanted an absolute path (Flower starts its processes where it likes), "
-                f"got {value}"
-            )
+            raise ConfigError(f"--run-config {key}: wanted an absolute path, got {value}")
     try:
         wanted = json.loads(changes or "{}")
     except ValueError as error:
@@ -196,7 +193,6 @@ def device_of(context: Context, *, home: Path) -> Device:
     without one, a simulation's, stands for a pretended device of the experiment.
 
     Args:
-        context: The node's and the run's settings, as Flower hands them over.
         home: The app's folder, where relative experiments lie.
 
     Raises:

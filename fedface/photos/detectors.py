@@ -23,6 +23,7 @@ from fedface.photos.pixels import shrink
 
 HOG_SIDE = 800  # pixels; above it, faces smaller than about 1/20 of the photo are not looked for
 MMOD_SIDE = 480  # the network costs about 5 microseconds a pixel and core: this bounds it to a second
+MMOD_LEAST = 96  # pixels; the network's filters do not fit into a narrower picture
 YUNET_SIDE = 800
 SURE = 0.25  # HOG scores below this are false alarms about as often as faces
 
@@ -100,12 +101,18 @@ class EmbeddedDetector:
         return self._first.find(pixels) or self._search(pixels)
 
     def _search(self, pixels: np.ndarray) -> list[Face]:
-        small = np.ascontiguousarray(shrink(pixels, MMOD_SIDE))
+        small = np.ascontiguousarray(_at_least(shrink(pixels, MMOD_SIDE), MMOD_LEAST))
         doublings = 1 if max(small.shape[:2]) * 2 <= MMOD_SIDE + 32 else 0
         found = self._network(small, doublings)
         faces = [self._landmarks.face(small, hit.rect, hit.confidence) for hit in found]
-        factor = pixels.shape[1] / small.shape[1]
+        factor = max(pixels.shape[:2]) / min(MMOD_SIDE, max(pixels.shape[:2]))
         return usable([face.scaled(factor) for face in faces])
+
+
+def _at_least(pixels: np.ndarray, side: int) -> np.ndarray:
+    """The picture with its last row and column repeated until both sides are long enough."""
+    down, right = (max(0, side - length) for length in pixels.shape[:2])
+    return np.pad(pixels, ((0, down), (0, right), (0, 0)), mode="edge") if down or right else pixels
 
 
 class YuNetDetector:

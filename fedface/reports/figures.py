@@ -145,7 +145,7 @@ def face_grid(rows: Sequence[tuple[str, Images]], columns: Sequence[str], *, sid
     Args:
         rows: (label, images (n, 3, h, w)); sizes may differ between rows, all are enlarged to one side by
             repeating pixels, so that a low-resolution input looks like what it is. Clamped to [0, 1].
-        columns: One label per person, such as the tone group.
+        columns: One label per person, such as the tone group; lines are parted by a line feed.
         side: Side of one face in the picture, pixels.
 
     Raises:
@@ -156,7 +156,8 @@ def face_grid(rows: Sequence[tuple[str, Images]], columns: Sequence[str], *, sid
             raise ValueError(f"rows must hold {len(columns)} images each, got {len(images)} in {label!r}")
     with matplotlib.rc_context({**STYLE, "text.color": GREY_ON_BOTH}):
         longest = max((len(line) for label, _ in rows for line in label.split("\n")), default=0)
-        gap, left, top = 6, 24 + 8 * longest, 34
+        lines = max((label.count("\n") for label in columns), default=0)
+        gap, left, top = 6, 24 + 8 * longest, 34 + 18 * lines
         width = left + len(columns) * (side + gap)
         height = top + len(rows) * (side + gap)
         canvas = Canvas(figsize=(width / 100, height / 100), dpi=100)
@@ -172,7 +173,8 @@ def face_grid(rows: Sequence[tuple[str, Images]], columns: Sequence[str], *, sid
                 axes.set_axis_off()
         for c, label in enumerate(columns):
             middle = left + c * (side + gap) + side / 2
-            canvas.text(middle / width, 1 - (top - 8) / height, _short(label, 18), ha="center", fontsize=11)
+            shown = "\n".join(_short(line, 18) for line in label.split("\n"))
+            canvas.text(middle / width, 1 - (top - 8) / height, shown, ha="center", fontsize=11)
         return _png(canvas)
 
 

@@ -27,7 +27,7 @@ DOORS = {
     "face_recognition_models": {"fedface/photos/detectors.py"},
 }  # fmt: skip
 FREE = {
-    "cryptography", "flwr", "jaxtyping", "jinja2", "matplotlib", "numpy", "rich", "scipy", "skimage", "torch", "ray"
+    "cryptography", "jaxtyping", "jinja2", "markupsafe", "matplotlib", "numpy", "rich", "scipy", "skimage", "torch", "ray"
 }  # fmt: skip
 OURS = {"fedface", "clients", "server"}
 BANNED = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "torchvision", "requests"}

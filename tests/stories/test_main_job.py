@@ -1,0 +1,173 @@
+"""The main job from recipe to report, and what is left of it when somebody pulls the plug."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from tiny import tiny_file
+
+from fedface import cli
+from fedface.models.weights import load_gan, weights_hash
+from fedface.privacy.ledger import Ledger
+from fedface.reports import run
+
+
+def fedface(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """The command line in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["fedface", *words])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def attempts(folder: Path) -> dict[str, list[tuple[int, int]]]:
+    """Round and attempt of every booking, by device."""
+    return {
+        state.name: [(entry.round, entry.attempt) for entry in Ledger.open(state / "ledger.sqlite").entries()]
+        for state in sorted((folder / "devices").iterdir())
+    }
+
+
+@pytest.mark.parametrize("aggregation", ["plain", "encrypted"])
+def test_a_run_ends_with_a_record_a_page_and_a_card_that_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], aggregation: str
+) -> None:
+    """One command; the record names the very weights on disk, the page is one file that calls nobody."""
+    monkeypatch.chdir(tmp_path)
+    recipe = tiny_file(tmp_path)
+    recipe.write_text(recipe.read_text().replace("{kind: plain}", f"{{kind: {aggregation}}}"))
+    assert fedface(monkeypatch, "run", str(recipe)) == 0
+    said = capsys.readouterr().out
+    folder = Path("runs/tiny")
+    assert str(folder / "report.html") in said
+
+    record = run.read(folder)
+    assert record.name == "tiny" and record.question == "Does a small run end?"
+    assert [round.answered for round in record.rounds] == [("device-00", "device-01")] * 2
+    assert record.base_hash == weights_hash(*load_gan(tmp_path / "base.safetensors").modules())
+    assert record.final_hash == weights_hash(*load_gan(folder / "rounds" / "002.safetensors").modules())
+    assert record.final_hash == record.rounds[-1].weights_hash != record.base_hash
+    assert {entry.protocol for entry in record.aggregation} == {"plain", "encrypted"}
+    assert len(record.attacks) == 2
+    assert f"fedface run {recipe}" in record.command
+    assert attempts(folder) == {f"device-0{i}": [(1, 1), (2, 1)] for i in range(2)}
+
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    card = (folder / "model-card.md").read_text(encoding="utf-8")
+    for text in (page, card):
+        assert record.final_hash in text and "Does a small run end?" in text
+    assert 'src="http' not in page and "<script src" not in page and "@import" not in page
+    for picture in record.pictures.values():
+        assert (folder / picture.file).read_bytes()[:4] == b"\x89PNG"
+
+    assert fedface(monkeypatch, "report", str(folder)) == 0
+    assert (folder / "report.html").read_text(encoding="utf-8") == page
+
+
+def test_a_finished_run_makes_room_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same command twice gives tiny and tiny-2; --json prints the record and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    words = ["run", str(tiny_file(tmp_path)), "--set", "training.rounds=1", "--set", "promise={kind: no-promise}"]
+    assert fedface(monkeypatch, *words) == 0
+    capsys.readouterr()
+    assert fedface(monkeypatch, *words, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["name"] == "tiny-2"
+    first = run.read(Path("runs/tiny"))
+    # Nothing was promised, so nothing was secret: two runs are the same run.
+    assert first.final_hash == told["final_hash"]
+    assert [round.weights_hash for round in first.rounds] == [r["weights_hash"] for r in told["rounds"]]
+
+
+def test_a_run_that_was_cut_short_while_measuring_measures_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rounds on disk, no report: --resume asks no device and ends."""
+    monkeypatch.chdir(tmp_path)
+    recipe = tiny_file(tmp_path)
+
+    def killed(*words: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedface.federation.coordinator.attack_updates", killed)
+        assert fedface(monkeypatch, "run", str(recipe)) == 130
+    folder = Path("runs/tiny")
+    rounds = json.loads((folder / "state.json").read_text())["rounds"]
+    before = attempts(folder)
+    assert len(rounds) == 2 and not (folder / "run.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("fedface.federation.device.train_round", killed)
+        assert fedface(monkeypatch, "run", str(recipe), "--resume") == 0
+    assert attempts(folder) == before
+    assert [round.weights_hash for round in run.read(folder).rounds] == [r["weights_hash"] for r in rounds]
+
+
+def asked_for(ledger: Path, round: int) -> bool:
+    """Whether a device has booked a round, looked up without disturbing it."""
+    if not ledger.is_file():
+        return False
+    book = sqlite3.connect(f"file:{ledger}?mode=ro", uri=True, timeout=0.2)
+    try:
+        return bool(book.execute("SELECT count(*) FROM entries WHERE round = ?", (round,)).fetchone()[0])
+    except sqlite3.Error:
+        return False
+    finally:
+        book.close()
+
+
+def test_a_run_killed_in_the_middle_of_a_round_goes_on_and_repeats_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 while devices train: rounds on disk stay, answers that were kept are sent again as they were.
+
+    At most one device was at work when the plug was pulled, so at most one booking is made a second time.
+    """
+    monkeypatch.chdir(tmp_path)
+    recipe = tiny_file(tmp_path)
+    words = ["run", str(recipe), "--set", "training.rounds=3", "--set", "training.steps_per_round=12"]
+    words += ["--set", "devices.light_shares=[0.9, 0.5, 0.3, 0.1]", "--set", "aggregation={kind: encrypted}"]
+    folder = tmp_path / "runs" / "tiny"
+    work = subprocess.Popen(
+        [sys.executable, "-c", "from fedface.cli import main; main()", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        until = time.monotonic() + 120
+        while not asked_for(folder / "devices" / "device-01" / "ledger.sqlite", 2):
+            assert work.poll() is None and time.monotonic() < until, "it ended before it could be killed"
+            time.sleep(0.01)
+    finally:
+        work.send_signal(signal.SIGKILL)
+        work.wait()
+    begun = json.loads((folder / "state.json").read_text())["rounds"]
+    assert len(begun) < 3 and not (folder / "run.json").exists()
+    booked = attempts(folder)
+
+    assert fedface(monkeypatch, *words, "--resume") == 0
+    record = run.read(folder)
+    assert [round.weights_hash for round in record.rounds][: len(begun)] == [r["weights_hash"] for r in begun]
+    assert [round.round for round in record.rounds] == [1, 2, 3]
+    after = attempts(folder)
+    again = 0
+    for name, entries in after.items():
+        assert entries[: len(booked[name])] == booked[name]
+        times = Counter(round for round, _ in entries)
+        assert set(times) == {1, 2, 3}
+        again += sum(times.values()) - 3
+    assert again <= 1

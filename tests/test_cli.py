@@ -1,0 +1,273 @@
+"""The command line: what it prints, and that every mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import first_device, tiny_experiment, tiny_file, tiny_gan, train_task
+
+from fedface import cli
+from fedface.errors import FedfaceError
+from fedface.federation.coordinator import begin
+from fedface.federation.device import serve
+from fedface.models.weights import save_gan, vector_of
+
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
+
+
+@pytest.fixture
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs go to `runs/` there, indexes beside it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("COLUMNS", "400")
+
+
+class Said:
+    """What one command printed and how it ended."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def fedface(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """Call the command line in this process."""
+
+    def call(*words: str) -> Said:
+        monkeypatch.setattr(sys, "argv", ["fedface", *words])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return Said(code, out, err)
+
+    return call
+
+
+def sentence(said: Said) -> str:
+    """The one line of an error of ours, after stages at most; anything else fails the test."""
+    assert said.code == 2, (said.code, said.out, said.err)
+    assert said.out == "" and "Traceback" not in said.err
+    *stages, line = said.err.strip().splitlines()
+    assert all(stage.endswith(" ...") for stage in stages)
+    assert line.startswith("fedface: ")
+    return line.removeprefix("fedface: ")
+
+
+def test_help_names_every_command(fedface) -> None:  # type: ignore[no-untyped-def]
+    """Also those of the parts."""
+    said = fedface("--help")
+    assert said.code == 0
+    for command in ("run", "check", "report", "upsample", "photos", "base", "device", "ledger"):
+        assert command in said.out
+
+
+def test_an_unknown_command_or_option_is_code_2(fedface) -> None:  # type: ignore[no-untyped-def]
+    """Typer's own words, no traceback."""
+    for words in (["teach"], ["run"], ["run", "x.yaml", "--fast"], ["ledger", "show", "x", "--delta", "2"]):
+        said = fedface(*words)
+        assert said.code == 2 and "Traceback" not in said.err
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_a_wrong_key_is_said_with_its_line(fedface, tmp_path: Path, command: str) -> None:  # type: ignore[no-untyped-def]
+    """File, line, key, neighbour."""
+    path = tiny_file(tmp_path)
+    path.write_text(path.read_text().replace("epsilon:", "epsilom:"))
+    said = sentence(fedface(command, str(path)))
+    assert said.startswith(f'{path}:4: promise.epsilom: unknown key; did you mean "epsilon"?')
+
+
+def test_mistakes_in_options_are_sentences(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """A missing file, --set without a value, a value that is no YAML, --photos where none are wanted."""
+    path = str(tiny_file(tmp_path))
+    assert 'no such file; did you mean "tiny.yaml"' in sentence(fedface("check", str(tmp_path / "tony.yaml")))
+    assert "--set wants KEY=VALUE" in sentence(fedface("check", path, "--set", "seed"))
+    assert "--set seed: not valid YAML" in sentence(fedface("check", path, "--set", "seed=["))
+    assert "seed: must be >= 0" in sentence(fedface("check", path, "--set", "seed=-1"))
+    assert "--photos goes with labelled" in sentence(fedface("check", path, "--photos", "."))
+    assert "no such checkpoint" in sentence(fedface("check", path, "--set", "base=none.safetensors"))
+    assert "must divide the generator's 16 pixels" in sentence(
+        fedface("check", path, "--set", "upsampling.downscale={kind: area, factor: 3}")
+    )
+    assert not Path("runs").exists()
+
+
+def test_check_prints_the_plan(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Question, rounds, q, sigma, epsilon with delta, unit and bounds, what travels up and down."""
+    path = tiny_file(tmp_path)
+    plan = tiny_experiment(tmp_path).plan()
+    bounds = plan.epsilon()
+    said = fedface("check", str(path))
+    assert said.code == 0 and bounds is not None
+    for words in (
+        "Does a small run end?",
+        "2 rounds of 2 private steps",
+        "probability 0.5",
+        f"noise multiplier {plan.noise_multiplier:.4f}",
+        "epsilon at most 8 at delta 0.001 per photo",
+        f"certainly between {bounds.lower:.3f} and {bounds.upper:.3f}",
+        "devices: 2",
+        "device-01: drawn faces, 10% light skin",
+        "8,007 weight changes per device and round, plain",
+    ):
+        assert words in said.out
+
+
+def test_check_as_json_says_the_same_in_numbers(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """And the bytes are those of a payload made for the purpose."""
+    told = json.loads(fedface("check", str(tiny_file(tmp_path)), "--json").out)
+    plan = tiny_experiment(tmp_path).plan()
+    assert told["noise_multiplier"] == plan.noise_multiplier
+    assert told["schedule"]["sampling_rate"] == 0.5 and told["promise"]["delta"] == 1e-3
+    assert told["epsilon"]["upper"] <= 8
+    assert told["weights"] == len(vector_of(*tiny_gan().modules()))
+    assert told["bytes_down_per_device_and_round"] == 4 * told["weights"]
+    assert told["bytes_up_per_device_and_round"] > 4 * told["weights"]
+
+
+def test_check_without_a_promise_says_so(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """In capitals, and as null."""
+    words = ("check", str(tiny_file(tmp_path)), "--set", "promise={kind: no-promise}")
+    assert "NO PROMISE" in fedface(*words).out
+    assert json.loads(fedface(*words, "--json").out)["epsilon"] is None
+
+
+def test_there_is_nothing_to_resume_where_nothing_was_begun(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Neither by name nor by folder; and a finished run is no unfinished one."""
+    path = str(tiny_file(tmp_path))
+    assert "no unfinished run of tiny in runs" in sentence(fedface("run", path, "--resume"))
+    assert "no run was begun here" in sentence(fedface("run", path, "--resume", "--out", "elsewhere"))
+    begin(tiny_experiment(tmp_path), Path("runs/tiny"))
+    Path("runs/tiny/run.json").write_text("{}")
+    assert "no unfinished run of tiny" in sentence(fedface("run", path, "--resume"))
+
+
+def test_another_experiments_run_is_not_resumed(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """`tiny-large` is not a later run of `tiny`, and a changed recipe is not the one that was begun."""
+    path = str(tiny_file(tmp_path))
+    begin(tiny_experiment(tmp_path, {"name": "tiny-large"}), Path("runs/tiny-large"))
+    assert "no unfinished run of tiny" in sentence(fedface("run", path, "--resume"))
+    begin(tiny_experiment(tmp_path), Path("runs/tiny"))
+    said = fedface("run", path, "--resume", "--set", "seed=3")
+    assert said.code == 2 and "begun with another recipe" in said.err and "Traceback" not in said.err
+
+
+def test_a_begun_folder_is_not_begun_again(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Nor continued by mistake: that takes --resume. A file is no folder."""
+    path = str(tiny_file(tmp_path))
+    begin(tiny_experiment(tmp_path), Path("mine"))
+    assert "a run was begun here; continue it with --resume" in sentence(fedface("run", path, "--out", "mine"))
+    Path("file").write_text("")
+    assert "cannot be the folder of a run" in sentence(fedface("run", path, "--out", "file"))
+
+
+def test_two_processes_do_not_work_on_one_run(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """The second is told."""
+    path = str(tiny_file(tmp_path))
+    with cli._locked(Path("mine")):
+        assert "another process is working on this run" in sentence(fedface("run", path, "--out", "mine"))
+
+
+def test_real_devices_are_not_waited_for_in_this_process(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """A sentence with the way to go."""
+    said = sentence(fedface("run", str(tiny_file(tmp_path)), "--set", "devices={kind: real-devices, count: 2}"))
+    assert "real devices" in said and "server/README.md" in said
+    assert not Path("runs").exists()
+
+
+def test_photos_and_reports_that_are_not_there_are_sentences(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Of every command that reads one."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "words.jpg").write_text("no picture")
+    assert "there is no folder" in sentence(fedface("photos", "scan", "nowhere"))
+    assert "no files in" in sentence(fedface("photos", "scan", "empty"))
+    assert "is not a folder" in sentence(fedface("photos", "scan", "words.jpg"))
+    assert "no record of a run here" in sentence(fedface("report", "empty"))
+    for photo in ("nowhere.jpg", "words.jpg"):
+        said = fedface("upsample", photo)
+        assert said.code == 2 and "fedface: " in said.err and "Traceback" not in said.err
+    assert fedface("upsample", "words.jpg", "--factor", "0").code == 2
+    said = fedface("upsample", "words.jpg", "--generator", "words.jpg")
+    assert "not a readable safetensors file" in sentence(said)
+
+
+def test_a_key_is_made_once_and_for_hidden_sums_only(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Mode 0600; never over another key; never where sums are open."""
+    path = tiny_file(tmp_path)
+    assert "there is no key to share" in sentence(fedface("device", "key", "k", "--experiment", str(path)))
+    path.write_text(path.read_text().replace("{kind: plain}", "{kind: encrypted}"))
+    said = fedface("device", "key", "keys/sum.key", "--experiment", str(path))
+    assert said.code == 0 and "not to the server" in said.out
+    assert Path("keys/sum.key").stat().st_mode & 0o777 == 0o600
+    assert "never overwritten" in sentence(fedface("device", "key", "keys/sum.key", "--experiment", str(path)))
+
+
+def test_a_ledger_is_shown_with_its_price(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Entries, epsilon with delta and unit; in JSON the same."""
+    experiment = tiny_experiment(tmp_path)
+    device = first_device(experiment, tmp_path / "devices")
+    serve(train_task(experiment, tiny_gan()), device)
+    said = fedface("ledger", "show", str(device.ledger_path), "--delta", "0.001")
+    assert said.code == 0 and "tiny" in said.out and "at delta 0.001, per photo" in said.out
+    told = json.loads(fedface("ledger", "show", str(device.ledger_path), "--delta", "0.001", "--json").out)
+    assert [(entry["run"], entry["round"], entry["attempt"]) for entry in told["entries"]] == [("tiny", 1, 1)]
+    assert told["delta"] == 0.001 and told["unit"] == "photo"
+
+
+def test_a_ledger_that_is_none_is_said(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Missing, or a file of something else, which is left as it is."""
+    assert "no ledger here" in sentence(fedface("ledger", "show", "none.sqlite"))
+    (tmp_path / "words.sqlite").write_text("once upon a time, " * 100)
+    assert "damaged or locked" in sentence(fedface("ledger", "show", "words.sqlite"))
+    assert (tmp_path / "words.sqlite").read_text().startswith("once upon a time")
+
+
+def test_a_checkpoint_is_shown_as_a_sheet(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """A PNG of samples."""
+    save_gan(tmp_path / "gan.safetensors", tiny_gan())
+    said = fedface("base", "sheet", str(tmp_path / "sheet.png"), "--generator", str(tmp_path / "gan.safetensors"))
+    assert said.code == 0 and (tmp_path / "sheet.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_an_interrupt_says_what_is_kept(fedface, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """Ctrl-C: code 130 and the way on."""
+
+    def interrupted(*words: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "read_experiment", interrupted)
+    said = fedface("run", "x.yaml")
+    assert said.code == 130 and "continue a run with --resume" in said.err
+
+
+def test_what_is_not_our_error_is_a_traceback(fedface, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """A bug is not hidden behind a sentence."""
+
+    def broken(*words: object, **more: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "read_experiment", broken)
+    with pytest.raises(ZeroDivisionError):
+        fedface("run", "x.yaml")
+    assert not issubclass(ZeroDivisionError, FedfaceError)
+
+
+def test_the_installed_command_ends_with_code_2_and_one_line(tmp_path: Path) -> None:
+    """The same through a process of its own: nothing else is printed while importing."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from fedface.cli import main; main()", "check", str(tmp_path / "none.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.strip().splitlines() == [f"fedface: {tmp_path / 'none.yaml'}: no such file"]

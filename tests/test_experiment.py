@@ -1,0 +1,148 @@
+"""The recipe: what it refuses, what it derives, and what its digest tells apart."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fedface.config import parse
+from fedface.errors import ConfigError
+from fedface.experiment import (
+    DrawnDevices,
+    Experiment,
+    LabelledDevices,
+    LabelledProbe,
+    RealDevices,
+    read_experiment,
+)
+from fedface.models.weights import load_base, weights_hash
+from fedface.privacy.policy import DevicePolicy
+
+TEXT = """
+question: Does it matter?
+name: small
+promise: {kind: privacy-target, epsilon: 4, delta: 1e-4}
+devices: {kind: drawn-devices, light_shares: [0.9, 0.1, 0.5], photos_each: 100}
+training: {rounds: 2, steps_per_round: 3, sampling_rate: 0.2, expected_batch: 20}
+"""
+
+
+def experiment(**changes: str) -> Experiment:
+    """The recipe above with changes by dotted key."""
+    return parse(TEXT, Experiment, name="e.yaml", changes=changes)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("question", "' '", "e.yaml:2: question: must not be empty"),
+        ("name", "a/b", "e.yaml:3: name: must be letters"),
+        ("name", "..", "e.yaml:3: name: must be letters"),
+        ("name", "''", "e.yaml:3: name: must be letters"),
+        ("name", "x" * 101, "e.yaml:3: name: must be"),
+        ("seed", "-1", "seed: must be >= 0"),
+        ("fewest_answers", "4", "fewest_answers: must lie between 1 and the 3 devices, got 4"),
+        ("fewest_answers", "0", "fewest_answers: must lie between 1 and the 3 devices, got 0"),
+        ("promise.delta", "0.02", "delta must lie below 1 / photos_each = 0.01, got 0.02"),
+        ("promise.epsilon", "0", "promise.epsilon: must be a finite number above 0"),
+        ("promise.unit", "library", "promise.unit: expected one of photo"),
+        ("devices.light_shares", "[]", "devices.light_shares: must name at least one device"),
+        ("devices.light_shares", "[1.5]", "devices.light_shares: must lie in [0, 1]"),
+        ("devices.photos_each", "1", "devices.photos_each: must be at least 2"),
+        ("probe", "{kind: drawn-probe, each: 1}", "probe.each: must be at least 2"),
+        ("probe", "{kind: labelled-probe, each: 1}", "probe.each: must be at least 2"),
+        ("devices", "{kind: labelled-devices, count: 0}", "devices.count: must be at least 1"),
+        ("devices", "{kind: real-devices, count: 0}", "devices.count: must be at least 1"),
+        ("upsampling.faces_per_photo", "0", "upsampling.faces_per_photo: must be at least 1"),
+        ("upsampling.downscale", "{kind: area, factor: 0}", "upsampling.downscale.factor: must be >= 1"),
+        ("upsampling.pulse.steps", "0", "upsampling.pulse.steps: must be >= 1"),
+        ("attack.photos", "1", "attack.photos: must be at least 2"),
+        ("training.rounds", "0", "training.rounds: must be at least 1"),
+        ("training.clip_norm", "-1", "training.clip_norm: must be a finite number above 0"),
+        ("aggregation.bits", "1", "aggregation"),
+        ("aggregation", "{kind: encrypted, bits: 1}", "aggregation.bits: must lie in 2..24"),
+        ("policy", "{max_epsilon: 0, delta: 1e-5}", "policy.max_epsilon: must be a finite number above 0"),
+    ],
+)
+def test_a_number_out_of_bounds_is_refused_where_it_stands(key: str, value: str, said: str) -> None:
+    """By dotted key, with the bound and what came."""
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        experiment(**{key: value})
+
+
+def test_an_experiment_can_be_the_key_of_a_cache() -> None:
+    """Equal recipes are one key; photos that were drawn once are found again."""
+    assert hash(experiment()) == hash(experiment()) and experiment() == experiment()
+
+
+def test_the_digest_tells_any_change_and_only_changes() -> None:
+    """A resumed run must be the run that was begun."""
+    changes = [{}, {"seed": "1"}, {"training.rounds": "3"}, {"aggregation": "{kind: plain}"}, {"attack.trials": "9"}]
+    digests = [experiment(**change).digest() for change in changes]
+    assert len(set(digests)) == len(changes)
+    assert experiment().digest() == digests[0]
+    assert re.fullmatch("[0-9a-f]{16}", digests[0])
+
+
+def test_the_plan_keeps_the_promise() -> None:
+    """Its upper price is at most the promised epsilon, and not far below."""
+    bounds = experiment().plan().epsilon()
+    assert bounds is not None and 3.8 < bounds.upper <= 4.0
+
+
+def test_a_pretended_device_allows_exactly_its_run() -> None:
+    """The promise's own epsilon and delta, the run's own protocol; nothing unpromised."""
+    policy = experiment().device_policy()
+    assert (policy.max_epsilon, policy.delta, policy.protocols) == (4.0, 1e-4, ("encrypted",))
+    assert not policy.allow_unpromised and policy.objectives == ("generator",)
+    assert experiment(promise="{kind: no-promise}").device_policy().allow_unpromised
+
+
+def test_a_written_policy_wins() -> None:
+    """An experiment may ask what happens when owners allow less."""
+    written = experiment(policy="{max_epsilon: 1, delta: 1e-6}")
+    assert written.device_policy() == DevicePolicy(max_epsilon=1.0, delta=1e-6)
+
+
+def test_sums_have_room_for_every_device() -> None:
+    """And for two at least, so that a sum of one can be told from it."""
+    assert experiment().agreement.most_devices == 3
+    assert experiment(**{"devices.light_shares": "[0.5]", "fewest_answers": "1"}).agreement.most_devices == 2
+
+
+def test_the_start_is_the_embedded_checkpoint_unless_another_is_named(tmp_path: Path) -> None:
+    """`base:` names another; a missing one is an error when the run starts."""
+    assert weights_hash(*experiment().start().modules()) == weights_hash(*load_base().modules())
+    from fedface.errors import WeightsError
+
+    with pytest.raises(WeightsError, match="no such checkpoint"):
+        experiment(base=str(tmp_path / "none.safetensors")).start()
+
+
+def test_a_factor_that_does_not_divide_the_picture_is_said_before_anything_is_spent() -> None:
+    """Not after the last round, when the audit stumbles over it."""
+    with pytest.raises(ConfigError, match="factor must divide the generator's 32 pixels, got 5"):
+        experiment(**{"upsampling.downscale": "{kind: area, factor: 5}"}).start()
+
+
+def test_photos_replace_the_folders_of_devices_and_probe(tmp_path: Path) -> None:
+    """Both, or the one that is labelled; a path with quotes and colons arrives whole."""
+    path = tmp_path / "e.yaml"
+    path.write_text(TEXT)
+    strange = tmp_path / "my 'photos': #1"
+    changes = {"devices": "{kind: labelled-devices, count: 3}", "probe": "{kind: labelled-probe}"}
+    both = read_experiment(path, photos=strange, changes=changes)
+    assert isinstance(both.devices, LabelledDevices) and both.devices.folder == strange
+    assert isinstance(both.probe, LabelledProbe) and both.probe.folder == strange
+    half = read_experiment(path, photos=strange, changes={"probe": "{kind: labelled-probe}"})
+    assert isinstance(half.devices, DrawnDevices) and isinstance(half.probe, LabelledProbe)
+    with pytest.raises(ConfigError, match="this file has neither"):
+        read_experiment(path, photos=strange)
+
+
+def test_real_devices_keep_their_photos_to_themselves() -> None:
+    """Nothing in their config describes a photo."""
+    real = experiment(devices="{kind: real-devices, count: 2}")
+    assert isinstance(real.devices, RealDevices) and real.agreement.most_devices == 2
