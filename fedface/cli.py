@@ -363,7 +363,7 @@ def device_key(
     keys = make_keys(recipe.aggregation, recipe.agreement)
     if keys is None:
         raise ConfigError(f"{experiment}: sums travel in the open, so there is no key to share")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     keys.save(out)
     console.print(f"wrote {out} (key {keys.name}); copy it to each device, not to the server", highlight=False)
 

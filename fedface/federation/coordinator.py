@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import assert_never
 
 from fedface.config import dump, plain
-from fedface.errors import RunError
+from fedface.errors import ConfigError, RunError
 from fedface.experiment import DrawnDevices, Experiment, LabelledDevices, RealDevices
 from fedface.federation.cohort import Cohort
 from fedface.federation.findings import (
@@ -54,6 +54,8 @@ from fedface.reports.run import (
 )
 from fedface.shapes import Images
 from fedface.training.generator import ranges_of
+
+FEWEST_FACES = 40  # on each side of a comparison of samples with faces
 
 
 def begin(experiment: Experiment, folder: Path) -> None:
@@ -104,6 +106,11 @@ def coordinate(
     probe = public_faces(experiment, size)
     like_devices = device_faces(experiment, SAMPLES, size)
     reference = probe.images if like_devices is None else like_devices
+    if len(reference) < FEWEST_FACES:
+        raise ConfigError(
+            f"probe: {len(reference)} public faces are too few to compare samples with; "
+            f"raise probe.each so that there are at least {FEWEST_FACES}"
+        )
     state = run_rounds(experiment, plan, cohort, State.read(folder), reference, watcher)
     final = load_gan(weights_path(folder, experiment.training.rounds))
     before, after = _serve(experiment, base, final, probe, watcher)
