@@ -39,6 +39,8 @@ from fedface.federation.simulated import describe_devices, prepare
 from fedface.models.weights import load_base, load_gan, save_gan, vector_of
 from fedface.photos.detection_rates import measure_detection
 from fedface.photos.detectors import EmbeddedDetector, HogDetector, YuNetDetector
+from fedface.photos.drawn import ToneMix, sample_faces
+from fedface.photos.drawn import draw as draw_faces
 from fedface.photos.faces import Detector
 from fedface.photos.library import scan_table, summary
 from fedface.photos.scan import ScanReport, scan_library
@@ -271,6 +273,24 @@ def scan(
         console.print(f"... and {left} more (--rows {rows + left}, or --json)", highlight=False)
     for key, value in asdict(found).items():
         console.print(f"{key.replace('_', ' ')}: {_cell(value)}", highlight=False)
+
+
+@photos.command()
+def draw(
+    out: Annotated[Path, typer.Argument(help="The PNG to write.")],
+    size: Annotated[int, typer.Option(min=16, max=256, help="Pixels a side.")] = 64,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Draw a sheet of faces with known tone, light and camera; tone rises from left to right."""
+    chance = torch.Generator().manual_seed(seed)
+    everyone = sample_faces(60, ToneMix(light_share=0.5), chance)
+    by_tone = everyone[everyone.tone.argsort().reshape(10, 6).T.reshape(-1)]
+    made = draw_faces(by_tone, size, noise=chance)
+    tones = by_tone.tone.reshape(6, 10)
+    columns = [f"Monk {low:.1f}-{high:.1f}" for low, high in zip(tones.amin(0), tones.amax(0), strict=True)]
+    rows = [("", made[10 * row : 10 * row + 10]) for row in range(6)]
+    out.write_bytes(face_grid(rows, columns))
+    console.print(f"open {out}", highlight=False, soft_wrap=True)
 
 
 @photos.command()

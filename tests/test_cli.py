@@ -55,7 +55,7 @@ def sentence(said: Said) -> str:
     """The one line of an error of ours, after stages at most; anything else fails the test."""
     assert said.code == 2, (said.code, said.out, said.err)
     assert said.out == "" and "Traceback" not in said.err
-    *stages, line = said.err.strip().splitlines()
+    *stages, line = filter(None, said.err.splitlines())
     assert all(stage.endswith(" ...") for stage in stages)
     assert line.startswith("fedface: ")
     return line.removeprefix("fedface: ")

@@ -33,7 +33,7 @@ name: tiny
 promise: {kind: privacy-target, epsilon: 8, delta: 1e-3}
 devices: {kind: drawn-devices, light_shares: [0.9, 0.1], photos_each: 24}
 probe: {kind: drawn-probe, each: 2}
-training: {rounds: 2, steps_per_round: 2, sampling_rate: 0.5, expected_batch: 8, made_batch: 4}
+training: {rounds: 2, steps_per_round: 2, sampling_rate: 0.5, expected_batch: 8, made_batch: 4, critic_rate: 0.2}
 aggregation: {kind: plain}
 upsampling: {pulse: {steps: 5, mapping_samples: 64}}
 attack: {photos: 2, iterations: 2, candidates: 10, trials: 2}
