@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import assert_never
+from typing import Literal, assert_never
 
 from fedface.aggregation.protocol import AggregationConfig, Agreement, EncryptedConfig
 from fedface.config import plain, read
@@ -55,6 +55,7 @@ class LabelledDevices:
     folder: Path = Path("photos")  # replaced by --photos
     set: str = ""  # which set of the folder, where it holds several
     label: str = "race"  # which column tells the groups
+    turned: Literal["leave-out", "keep"] = "leave-out"  # faces turned far from the camera
     count: int = 7
     split: ByGroup | Dirichlet | Evenly = field(default_factory=ByGroup)
 
@@ -95,6 +96,7 @@ class LabelledProbe:
     folder: Path = Path("photos")  # replaced by --photos
     set: str = ""
     label: str = "race"
+    turned: Literal["leave-out", "keep"] = "leave-out"  # faces turned far from the camera
     each: int = 12
 
     def __post_init__(self) -> None:

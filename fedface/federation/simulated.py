@@ -6,6 +6,7 @@ keep real ledgers and real keys in the run's folder, so that resuming a simulati
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,9 +25,9 @@ from fedface.experiment import (
     RealDevices,
 )
 from fedface.federation.device import Device
-from fedface.photos.drawn import DrawnFaces, ToneMix, draw, neutral_light, sample_faces
+from fedface.photos.drawn import DrawnFaces, ToneMix, draw, sample_faces
 from fedface.photos.partition import partition
-from fedface.photos.probe import labelled_sets, read_face_folder
+from fedface.photos.probe import Probe, labelled_sets, read_face_folder
 from fedface.photos.tone import ToneReading, measure_tone
 from fedface.randomness import Streams
 from fedface.shapes import Images
@@ -164,31 +165,43 @@ def _drawn_probe(each: int, size: int, streams: Streams) -> PublicFaces:
     )
 
 
-def neutral_tones(each: int, streams: Streams) -> ToneReading:
-    """Readings of the drawn probe's faces under neutral light, for telling skin from light."""
-    chance = streams.generator("faces")
-    everyone = sample_faces(each * 200, ToneMix(light_share=0.5), chance)
-    group = ((everyone.tone - 0.5) / 2).floor().clamp(0, 4).long()
-    chosen = torch.cat([torch.nonzero(group == g)[:each, 0] for g in range(5)])
-    return measure_tone(draw(neutral_light(everyone[chosen]), 64))
-
-
 def _labelled_probe(probe: LabelledProbe, experiment: Experiment, size: int) -> PublicFaces:
-    path, shared = _set_path(probe.folder, probe.set)
-    faces = read_face_folder(path, size=size, label=probe.label, per_group=None if shared else probe.each)
-    if shared:
-        kept = _first_of_each(faces.groups, probe.each)
-        faces = faces.select(kept)
-    missed = {**faces.missed}
-    left_out = sum(missed.values()) + sum(faces.unreadable.values())
-    note = f"; {left_out} left out without a face found or unreadable" if left_out else ""
+    path, _ = _set_path(probe.folder, probe.set)
+    everyone, away = _facing(read_face_folder(path, size=size, label=probe.label), probe.turned)
+    faces = everyone.select(_first_of_each(everyone.groups, probe.each))
+    unseen = Counter({**everyone.missed}) + Counter({**everyone.unreadable})
+    reasons = [
+        f"{words}: " + ", ".join(f"{group} {count}" for group, count in sorted(counts.items()))
+        for words, counts in (("no face found or unreadable", unseen), ("turned away", away))
+        if counts
+    ]
+    left_out = f"; left out of {len(everyone) + sum(unseen.values()) + sum(away.values())}: " if reasons else ""
     return PublicFaces(
         images=faces.images,
         groups=faces.groups,
-        expected=tuple(sorted({*faces.groups, *missed, *faces.unreadable})),
+        expected=tuple(sorted({*everyone.groups, *unseen, *away})),
         tone=measure_tone(faces.images),
-        description=f"{len(faces)} labelled photos grouped by {probe.label}, up to {probe.each} each{note}",
+        description=f"{len(faces)} labelled photos grouped by {probe.label}, up to {probe.each} each"
+        + left_out
+        + "; ".join(reasons),
     )
+
+
+def _facing(faces: Probe, turned: str) -> tuple[Probe, Counter[str]]:
+    """The faces that look towards the camera, and how many of each group do not.
+
+    FFHQ's crop of a profile in a tight photo is mostly mirrored border, and a generator of frontal faces has
+    no answer to it. A face counts as turned when its eyes are closer than 0.18 of the crop (0.26 is frontal),
+    or its nose lies outside the middle 60 % between them.
+    """
+    if turned == "keep":
+        return faces, Counter()
+    left, right, nose = (faces.landmarks[:, point, 0] for point in range(3))
+    apart = right - left
+    place = (nose - left) / apart.clamp(min=1e-6)
+    facing = (apart >= 0.18 * faces.images.shape[-1]) & (place > 0.2) & (place < 0.8)
+    away = Counter(group for group, looks in zip(faces.groups, facing.tolist(), strict=True) if not looks)
+    return faces.select(torch.nonzero(facing)[:, 0].tolist()), away
 
 
 def _first_of_each(groups: tuple[str, ...], each: int) -> list[int]:
@@ -224,7 +237,7 @@ def _labelled(experiment: Experiment, size: int) -> tuple[Images, tuple[str, ...
     if not isinstance(devices, LabelledDevices):
         raise FederationError("only labelled devices share out a folder")
     path, shared = _set_path(devices.folder, devices.set)
-    faces = read_face_folder(path, size=size, label=devices.label)
+    faces, _ = _facing(read_face_folder(path, size=size, label=devices.label), devices.turned)
     if shared and isinstance(experiment.probe, LabelledProbe):
         held_out = set(_first_of_each(faces.groups, experiment.probe.each))
         faces = faces.select([i for i in range(len(faces)) if i not in held_out])

@@ -27,7 +27,8 @@ DOORS = {
     "face_recognition_models": {"fedface/photos/detectors.py"},
 }  # fmt: skip
 FREE = {
-    "cryptography", "jaxtyping", "jinja2", "markupsafe", "matplotlib", "numpy", "rich", "scipy", "skimage", "torch", "ray"
+    "cryptography", "jaxtyping", "jinja2", "markupsafe", "matplotlib", "numpy", "rich", "scipy", "skimage", "torch",
+    "ray",
 }  # fmt: skip
 OURS = {"fedface", "clients", "server"}
 BANNED = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "torchvision", "requests"}
@@ -65,7 +66,9 @@ def test_a_library_enters_by_its_door_alone(library: str) -> None:
     assert users(library) <= DOORS[library]
 
 
-@pytest.mark.parametrize("library", ["opacus", "tenseal", "flwr", "dp_accounting", "yaml", "typer", "safetensors", "PIL"])
+@pytest.mark.parametrize(
+    "library", ["opacus", "tenseal", "flwr", "dp_accounting", "yaml", "typer", "safetensors", "PIL"]
+)
 def test_every_door_is_used(library: str) -> None:
     """A door that nobody enters by is a mistake in this file."""
     assert users(library)
