@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import NO_PROMISE, begun, tiny_experiment, tiny_gan
+from tiny import NO_PROMISE, PROMISE, begun, tiny_experiment, tiny_gan
 
 from fedface.aggregation.encrypted import make_device, make_keys
 from fedface.aggregation.plain import PlainAggregation
@@ -80,8 +80,8 @@ def rounds(experiment: Experiment, cohort: LocalCohort) -> State:
 
 
 def cohort_of(tmp_path: Path, changes: Mapping[str, str], tamper: Tamper = honest, more: int = 0) -> LocalCohort:
-    """A begun run with its devices."""
-    experiment = tiny_experiment(tmp_path, {"training.rounds": "1", **changes})
+    """A begun run of one round with its devices, without a promise unless the changes make one."""
+    experiment = tiny_experiment(tmp_path, {"training.rounds": "1", "promise": NO_PROMISE, **changes})
     return LocalCohort(experiment, begun(experiment, tmp_path / "runs" / "tiny"), tamper, more)
 
 
@@ -168,7 +168,7 @@ def test_one_broken_device_is_named_and_the_round_goes_on_without_it(
     def tamper(member: int, task: Task, reply: Reply) -> Reply | Fault:
         return spoilt(kind, reply) if member == 1 and isinstance(reply, Trained) else reply
 
-    cohort = cohort_of(tmp_path, {**THREE, "promise": NO_PROMISE}, tamper)
+    cohort = cohort_of(tmp_path, THREE, tamper)
     (record,) = rounds(cohort.experiment, cohort).rounds
     assert record.answered == ("device-00", "device-02")
     away = record.refusals if kind == "refuses" else record.dropped
@@ -218,7 +218,7 @@ def test_a_run_goes_on_after_its_last_round_on_disk(tmp_path: Path) -> None:
 
 def test_bytes_and_epsilon_are_recorded_as_they_were(tmp_path: Path) -> None:
     """Up: the payloads. Down: four bytes a weight and device. Epsilon: the plan's, growing, within its promise."""
-    cohort = cohort_of(tmp_path, {"training.rounds": "2"})
+    cohort = cohort_of(tmp_path, {"training.rounds": "2", "promise": PROMISE})
     experiment = cohort.experiment
     records = rounds(experiment, cohort).rounds
     length = len(vector_of(*tiny_gan().modules()))
@@ -237,13 +237,13 @@ def test_bytes_and_epsilon_are_recorded_as_they_were(tmp_path: Path) -> None:
 
 def test_a_run_without_a_promise_says_that_there_is_no_bound(tmp_path: Path) -> None:
     """Not zero, not a large number."""
-    cohort = cohort_of(tmp_path, {"promise": NO_PROMISE})
+    cohort = cohort_of(tmp_path, {})
     assert isinstance(rounds(cohort.experiment, cohort).rounds[0].epsilon, NotMeasured)
 
 
 def test_plain_and_encrypted_sums_give_the_same_model_up_to_half_a_step(tmp_path: Path) -> None:
     """The mean of n rounded updates is within half a grid step, range / (2^15 - 1) / 2, and float32's rounding."""
-    changes = {"promise": NO_PROMISE, "training.r2_weight": "0", "training.expected_batch": "24"}
+    changes = {"training.r2_weight": "0", "training.expected_batch": "24"}
     ends = {}
     for kind in ("plain", "encrypted"):
         cohort = cohort_of(tmp_path / kind, {**changes, "aggregation": f"{{kind: {kind}}}"})
