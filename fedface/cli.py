@@ -486,7 +486,7 @@ def _upload_bytes(recipe: Experiment) -> int:
 def _print_summary(record: RunRecord, folder: Path) -> None:
     for sentence in wording.answer(record):
         console.print(sentence, highlight=False)
-    table = Table(box=None, title="Served by tone group", title_justify="left")
+    table = Table(box=None, title="Served by group", title_justify="left")
     for heading in ("group", "photos", "misfit before", "after", "colour difference before", "after"):
         table.add_column(heading)
     before, after = record.bias_before, record.bias_after

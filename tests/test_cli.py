@@ -164,7 +164,9 @@ def test_a_begun_folder_is_not_begun_again(fedface, tmp_path: Path) -> None:  # 
     """Nor continued by mistake: that takes --resume. A file is no folder."""
     path = str(tiny_file(tmp_path))
     begin(tiny_experiment(tmp_path), Path("mine"))
-    assert "a run was begun here; continue it with --resume" in sentence(fedface("run", path, "--out", "mine"))
+    assert "a run was begun here; continue it with --resume" in sentence(
+        fedface("run", path, "--out", "mine")
+    )
     Path("file").write_text("")
     assert "cannot be the folder of a run" in sentence(fedface("run", path, "--out", "file"))
 
@@ -178,7 +180,9 @@ def test_two_processes_do_not_work_on_one_run(fedface, tmp_path: Path) -> None: 
 
 def test_real_devices_are_not_waited_for_in_this_process(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """A sentence with the way to go."""
-    said = sentence(fedface("run", str(tiny_file(tmp_path)), "--set", "devices={kind: real-devices, count: 2}"))
+    said = sentence(
+        fedface("run", str(tiny_file(tmp_path)), "--set", "devices={kind: real-devices, count: 2}")
+    )
     assert "real devices" in said and "server/README.md" in said
     assert not Path("runs").exists()
 
@@ -207,7 +211,9 @@ def test_a_key_is_made_once_and_for_hidden_sums_only(fedface, tmp_path: Path) ->
     said = fedface("device", "key", "keys/sum.key", "--experiment", str(path))
     assert said.code == 0 and "not to the server" in said.out
     assert Path("keys/sum.key").stat().st_mode & 0o777 == 0o600
-    assert "never overwritten" in sentence(fedface("device", "key", "keys/sum.key", "--experiment", str(path)))
+    assert "never overwritten" in sentence(
+        fedface("device", "key", "keys/sum.key", "--experiment", str(path))
+    )
 
 
 def test_a_ledger_is_shown_with_its_price(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -233,7 +239,9 @@ def test_a_ledger_that_is_none_is_said(fedface, tmp_path: Path) -> None:  # type
 def test_a_checkpoint_is_shown_as_a_sheet(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """A PNG of samples."""
     save_gan(tmp_path / "gan.safetensors", tiny_gan())
-    said = fedface("base", "sheet", str(tmp_path / "sheet.png"), "--generator", str(tmp_path / "gan.safetensors"))
+    said = fedface(
+        "base", "sheet", str(tmp_path / "sheet.png"), "--generator", str(tmp_path / "gan.safetensors")
+    )
     assert said.code == 0 and (tmp_path / "sheet.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -203,11 +203,21 @@ def test_kind_is_the_name_in_words() -> None:
     st.booleans(),
 )
 def test_what_is_dumped_is_read_back(
-    owner: str, area: float, furniture: RoundTable | BenchConfig, colour: str, heights: list[float], warm: bool
+    owner: str,
+    area: float,
+    furniture: RoundTable | BenchConfig,
+    colour: str,
+    heights: list[float],
+    warm: bool,
 ) -> None:
     """parse(dump(value)) == value."""
     value = Kitchen(
-        owner=owner, area=area, furniture=furniture, colour=colour, heights=tuple(heights), warm=warm  # type: ignore[arg-type]
+        owner=owner,
+        area=area,
+        furniture=furniture,
+        colour=colour,
+        heights=tuple(heights),
+        warm=warm,  # type: ignore[arg-type]
     )
     assert parse(dump(value), Kitchen, name="k.yaml") == value
 

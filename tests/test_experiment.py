@@ -79,7 +79,13 @@ def test_an_experiment_can_be_the_key_of_a_cache() -> None:
 
 def test_the_digest_tells_any_change_and_only_changes() -> None:
     """A resumed run must be the run that was begun."""
-    changes = [{}, {"seed": "1"}, {"training.rounds": "3"}, {"aggregation": "{kind: plain}"}, {"attack.trials": "9"}]
+    changes = [
+        {},
+        {"seed": "1"},
+        {"training.rounds": "3"},
+        {"aggregation": "{kind: plain}"},
+        {"attack.trials": "9"},
+    ]
     digests = [experiment(**change).digest() for change in changes]
     assert len(set(digests)) == len(changes)
     assert experiment().digest() == digests[0]

@@ -67,7 +67,9 @@ def begun(experiment: Experiment, folder: Path) -> Path:
     return folder
 
 
-def train_task(experiment: Experiment, gan: Gan, *, run: str = "tiny", round: int = 1, cohort: int = 2) -> TrainTask:
+def train_task(
+    experiment: Experiment, gan: Gan, *, run: str = "tiny", round: int = 1, cohort: int = 2
+) -> TrainTask:
     """What a coordinator asks in one round."""
     return TrainTask(
         run=run,

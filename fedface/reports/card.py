@@ -118,7 +118,7 @@ def _bias(record: RunRecord) -> list[str]:
             ]
             units = [f" ({wording.unit_of(name)})" if wording.unit_of(name) else "" for name in measures]
             titles = [wording.title_of(name) + unit for name, unit in zip(measures, units, strict=True)]
-            heads = ["Tone group", *titles]
+            heads = ["Group", *titles]
             return [*lines, "", *table(heads, rows)]
 
 

@@ -146,7 +146,7 @@ def _tiles(record: RunRecord) -> list[dict[str, str]]:
         measure, before, after = leading
         if isinstance(before.difference, Interval) and isinstance(after.difference, Interval):
             was, now = abs(before.difference.estimate), abs(after.difference.estimate)
-            text = f"gap between tone groups, {_head(measure)}"
+            text = f"gap between groups, {_head(measure)}"
             tiles.append({"value": f"{wording.number(was)} → {wording.number(now)}", "text": text})
     if record.rounds:
         answered = sum(len(entry.answered) for entry in record.rounds)
@@ -312,7 +312,7 @@ def _dots(
         series.append(_series(points, label, color))
     title = wording.title_of(measure)
     chart = figures.group_dots(groups, series, unit=wording.unit_of(measure))
-    return {"title": title, "svg": themed(chart, name, f"{title} by tone group")}
+    return {"title": title, "svg": themed(chart, name, f"{title} by group")}
 
 
 def _bias_table(

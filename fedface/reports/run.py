@@ -169,7 +169,7 @@ class RoundRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupRecord:
-    """How one tone group is served."""
+    """How one group is served."""
 
     group: str
     count: int  # photos

@@ -227,13 +227,13 @@ def _gap_answer(record: RunRecord) -> str:
             old, new = _upward(old), _upward(new)
             was, now = old.estimate, new.estimate
             change = with_unit(f"from {number(was)} to {number(now)}", measure)
-            start = f"The gap between the worst and the best served tone group in {title}"
+            start = f"The gap between the worst and the best served group in {title}"
             if max(old.low, new.low) > min(old.high, new.high):
                 return f"{start} {'shrank' if now < was else 'grew'} {change}."
             return f"{start} went {change}, but the intervals overlap: no change is shown."
         case (NotMeasured(not_measured=reason), _) | (_, NotMeasured(not_measured=reason)):
-            return f"The gap between tone groups in {title} was not measured: {reason}."
-    return f"The gap between tone groups in {title} was not measured."
+            return f"The gap between groups in {title} was not measured: {reason}."
+    return f"The gap between groups in {title} was not measured."
 
 
 def _upward(gap: Interval) -> Interval:

@@ -150,7 +150,9 @@ def test_a_run_without_a_promise_is_refused_unless_allowed(tmp_path: Path, devic
     assert booked(device) == []
 
 
-@pytest.mark.parametrize("change", [{"steps_per_round": 9}, {"sampling_rate": 1.0}, {"clip_norm": 1e6}, {"rounds": 1}])
+@pytest.mark.parametrize(
+    "change", [{"steps_per_round": 9}, {"sampling_rate": 1.0}, {"clip_norm": 1e6}, {"rounds": 1}]
+)
 def test_forged_terms_are_not_computed(device: Device, task: TrainTask, change: dict[str, float]) -> None:
     """Terms that would be priced low and a training that would run high: nothing happens at all."""
     training = replace(task.agreed.training, **change)  # type: ignore[arg-type]
@@ -163,7 +165,9 @@ def test_forged_terms_are_not_computed(device: Device, task: TrainTask, change: 
 def test_a_tiny_noise_is_priced_as_what_it_is(device: Device, task: TrainTask) -> None:
     """A server that asks with a thousandth of the noise pays for it, not for what it says."""
     quiet = replace(task.agreed.terms, noise_multiplier=task.agreed.terms.noise_multiplier / 1000)
-    answer = serve(replace(task, agreed=replace(task.agreed, terms=quiet)), replace(device, photos=unreadable))
+    answer = serve(
+        replace(task, agreed=replace(task.agreed, terms=quiet)), replace(device, photos=unreadable)
+    )
     assert isinstance(answer, Refusal)
 
 

@@ -79,7 +79,9 @@ def rounds(experiment: Experiment, cohort: LocalCohort) -> State:
     return run_rounds(experiment, experiment.plan(), cohort, State.read(cohort.folder), like, SilentWatcher())
 
 
-def cohort_of(tmp_path: Path, changes: Mapping[str, str], tamper: Tamper = honest, more: int = 0) -> LocalCohort:
+def cohort_of(
+    tmp_path: Path, changes: Mapping[str, str], tamper: Tamper = honest, more: int = 0
+) -> LocalCohort:
     """A begun run of one round with its devices, without a promise unless the changes make one."""
     experiment = tiny_experiment(tmp_path, {"training.rounds": "1", "promise": NO_PROMISE, **changes})
     return LocalCohort(experiment, begun(experiment, tmp_path / "runs" / "tiny"), tamper, more)
@@ -108,7 +110,9 @@ def test_a_round_applies_the_mean_of_the_updates(tmp_path: Path, server_rate: fl
     state = rounds(cohort.experiment, cohort)
     updates = [update_of(cohort.replies["TrainTask", 1, member]) for member in range(3)]
     start = vector_of(*tiny_gan().modules())
-    wanted = start + server_rate * torch.stack(updates).mean(0) * ranges_of(tiny_gan(), cohort.experiment.training)
+    wanted = start + server_rate * torch.stack(updates).mean(0) * ranges_of(
+        tiny_gan(), cohort.experiment.training
+    )
     assert torch.allclose(weights_after(cohort.folder, 1), wanted, atol=1e-6)
     assert not torch.allclose(wanted, start, atol=1e-4)
     assert state.rounds[0].answered == ("device-00", "device-01", "device-02")
@@ -186,7 +190,9 @@ def test_too_few_answers_apply_nothing_and_the_run_can_be_resumed(tmp_path: Path
         return Fault("its network is down") if member == 1 else reply
 
     cohort = cohort_of(tmp_path, {}, tamper)
-    with pytest.raises(FederationError, match=r"1 of 2 devices .* 2 are needed \(device 1: its network is down\)"):
+    with pytest.raises(
+        FederationError, match=r"1 of 2 devices .* 2 are needed \(device 1: its network is down\)"
+    ):
         rounds(cohort.experiment, cohort)
     assert not weights_path(cohort.folder, 1).exists() and State.read(cohort.folder).rounds == ()
     lost = dict(cohort.replies)

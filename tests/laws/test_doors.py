@@ -31,8 +31,26 @@ FREE = {
     "ray",
 }  # fmt: skip
 OURS = {"fedface", "clients", "server"}
-BANNED = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "torchvision", "requests"}
-BANNED_CALLS = {"torch.load", "torch.manual_seed", "np.random.seed", "numpy.random.seed", "random.seed", "eval", "exec"}
+BANNED = {
+    "pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "shelve",
+    "marshal",
+    "joblib",
+    "torchvision",
+    "requests",
+}
+BANNED_CALLS = {
+    "torch.load",
+    "torch.manual_seed",
+    "np.random.seed",
+    "numpy.random.seed",
+    "random.seed",
+    "eval",
+    "exec",
+}
 
 
 def trees() -> dict[str, ast.Module]:
@@ -106,7 +124,9 @@ def test_nothing_draws_from_a_global_generator() -> None:
             }:  # fmt: skip
                 if "generator" not in {keyword.arg for keyword in node.keywords}:
                     silent.append(f"{path}:{node.lineno}")
-            if isinstance(node, ast.Attribute) and ast.unparse(node).startswith(("np.random.rand", "random.random")):
+            if isinstance(node, ast.Attribute) and ast.unparse(node).startswith(
+                ("np.random.rand", "random.random")
+            ):
                 silent.append(f"{path}:{node.lineno}")
     assert silent == []
 

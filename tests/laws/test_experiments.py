@@ -72,7 +72,9 @@ def without_photos(experiment: Experiment, folder: Path) -> Experiment:
 def test_missing_photos_are_one_sentence(path: Path, tmp_path: Path) -> None:
     """No folder, then a folder without labels: each says what was wanted. Others never look for one."""
     experiment = read_experiment(path)
-    if not isinstance(experiment.devices, LabelledDevices) and not isinstance(experiment.probe, LabelledProbe):
+    if not isinstance(experiment.devices, LabelledDevices) and not isinstance(
+        experiment.probe, LabelledProbe
+    ):
         with pytest.raises(ConfigError, match="--photos goes with labelled"):
             read_experiment(path, photos=tmp_path)
         return

@@ -18,7 +18,11 @@ FLOORS = {
     "federation": 7,
     "cli": 8,
 }  # fmt: skip
-STRANGERS = [("privacy", "photos"), ("aggregation", "training"), ("models", "photos")]  # neither knows the other
+STRANGERS = [
+    ("privacy", "photos"),
+    ("aggregation", "training"),
+    ("models", "photos"),
+]  # neither knows the other
 STANDS_ON = {("upsampling", "models")}  # the one pair on a floor with a direction
 
 

@@ -16,7 +16,10 @@ with (ROOT / "pyproject.toml").open("rb") as _file:
 def test_the_wheel_holds_fedface_alone() -> None:
     """Neither tests nor the two apps become importable by an installation."""
     found = find_packages(str(ROOT), **PROJECT["tool"]["setuptools"]["packages"]["find"])
-    rooms = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in ROOT.glob("fedface/**/__init__.py")}
+    rooms = {
+        path.parent.relative_to(ROOT).as_posix().replace("/", ".")
+        for path in ROOT.glob("fedface/**/__init__.py")
+    }
     assert set(found) == rooms
     assert {name.split(".")[0] for name in found} == {"fedface"}
 

@@ -100,7 +100,9 @@ def test_a_file_gives_the_same_networks_back(tmp_path: Path) -> None:
 def test_the_embedded_base_is_whole() -> None:
     """It is read, draws faces within [0, 1] nearly everywhere, and says how it was made."""
     gan = load_base()
-    made = gan.generator.synthesize(gan.generator.map(torch.randn(4, 64, generator=Streams(1).generator("z"))))
+    made = gan.generator.synthesize(
+        gan.generator.map(torch.randn(4, 64, generator=Streams(1).generator("z")))
+    )
     assert made.shape == (4, 3, 32, 32)
     assert float(((made > -0.2) & (made < 1.2)).float().mean()) > 0.95
     assert gan.notes["made_by"] == "fedface base train"

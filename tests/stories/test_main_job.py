@@ -80,7 +80,14 @@ def test_a_finished_run_makes_room_for_the_next(
     """With runs/tiny there, the same command makes runs/tiny-2; --json prints the record and nothing else."""
     monkeypatch.chdir(tmp_path)
     Path("runs/tiny").mkdir(parents=True)
-    words = ["run", str(tiny_file(tmp_path)), "--set", "training.rounds=1", "--set", "promise={kind: no-promise}"]
+    words = [
+        "run",
+        str(tiny_file(tmp_path)),
+        "--set",
+        "training.rounds=1",
+        "--set",
+        "promise={kind: no-promise}",
+    ]
     assert fedface(monkeypatch, *words, "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["name"] == "tiny-2"

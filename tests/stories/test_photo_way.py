@@ -69,7 +69,12 @@ def likeness(update: Vector, gradient: Vector) -> float:
 def pixel_runs(photo: Images) -> list[bytes]:
     """Eight neighbouring pixels of each row, in every form in which a photo is likely to be written."""
     rows = photo[0].reshape(-1, 16)[:, :8].numpy()
-    forms = [rows.astype("<f4"), rows.astype("<f8"), rows.astype("<f2"), (rows * 255).round().astype(np.uint8)]
+    forms = [
+        rows.astype("<f4"),
+        rows.astype("<f8"),
+        rows.astype("<f2"),
+        (rows * 255).round().astype(np.uint8),
+    ]
     interleaved = (photo[0].permute(1, 2, 0).reshape(-1, 24).numpy() * 255).round().astype(np.uint8)
     return [run.tobytes() for form in [*forms, interleaved] for run in form]
 
@@ -89,7 +94,9 @@ def about(gan: Gan, update: Vector, gradient: Vector) -> float:
     made = gan.generator.synthesize(gan.generator.map(torch.zeros(1, 64)))
     loss = functional.softplus(gan.critic(made.detach())).sum()
     weights = dict(gan.critic.named_parameters())
-    known = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, [weights[name] for name in sorted(weights)])])
+    known = torch.cat(
+        [g.reshape(-1) for g in torch.autograd.grad(loss, [weights[name] for name in sorted(weights)])]
+    )
     known = known / known.norm()
     rest, wanted = ((v - (v @ known) * known) for v in (update, gradient))
     return likeness(rest, wanted)
@@ -106,7 +113,9 @@ def test_without_a_promise_the_photos_gradient_is_on_the_wire(tmp_path: Path) ->
 def test_under_a_promise_neither_the_photo_nor_its_gradient_is_on_the_wire(tmp_path: Path) -> None:
     """The likeness is that of noise: a cosine of d numbers with noise of sigma has a known small size."""
     gan = blind_critic(tiny_gan())
-    update, wire = sent(tmp_path, gan, planted(), {"promise": "{kind: privacy-target, epsilon: 1, delta: 1e-3}"})
+    update, wire = sent(
+        tmp_path, gan, planted(), {"promise": "{kind: privacy-target, epsilon: 1, delta: 1e-3}"}
+    )
     gradient = gradient_of(gan, planted())
     sigma = tiny_experiment(tmp_path / "again", {**ALONE, "promise.epsilon": "1"}).plan().noise_multiplier
     # Signal at most 1 (the clip norm) beside noise of length sigma * sqrt(d); five standard errors of 1 / sqrt(d).

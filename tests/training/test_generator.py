@@ -57,14 +57,19 @@ def slow_twin(gan: Gan, seen: Images, config: GanTrainingConfig) -> Vector:
         for weight, gradient in zip(weights, gradients, strict=True):
             weight -= config.critic_rate * gradient
 
-    made_from = torch.randn(config.made_batch, twin.generator.latent_width, generator=latents)
-    loss = functional.softplus(-twin.critic(twin.generator.synthesize(twin.generator.map(made_from)))).mean()
     weights = list(twin.generator.parameters())
-    gradients = torch.autograd.grad(loss, weights)
-    with torch.no_grad():
-        for weight, gradient in zip(weights, gradients, strict=True):
-            # Adam's first step: momentum 0, and the mean square of one gradient is its square.
-            weight -= config.generator_rate * gradient / (gradient.abs() + 1e-8)
+    squares = [torch.zeros_like(weight) for weight in weights]
+    for step in range(1, config.generator_steps + 1):
+        made_from = torch.randn(config.made_batch, twin.generator.latent_width, generator=latents)
+        loss = functional.softplus(
+            -twin.critic(twin.generator.synthesize(twin.generator.map(made_from)))
+        ).mean()
+        gradients = torch.autograd.grad(loss, weights)
+        with torch.no_grad():
+            for weight, gradient, square in zip(weights, gradients, squares, strict=True):
+                # Adam without momentum: each gradient over the root of the running mean of its squares.
+                square.mul_(0.9).add_(0.1 * gradient.square())
+                weight -= config.generator_rate * gradient / ((square / (1 - 0.9**step)).sqrt() + 1e-8)
     return vector_of(*twin.modules()) - vector_of(*gan.modules())
 
 
@@ -73,10 +78,11 @@ def generator_weights(gan: Gan) -> int:
     return len(vector_of(gan.generator))
 
 
-def test_one_step_without_a_promise_is_ordinary_adversarial_training() -> None:
+@pytest.mark.parametrize("generator_steps", [1, 3])
+def test_one_step_without_a_promise_is_ordinary_adversarial_training(generator_steps: int) -> None:
     """Everybody joins, no gradient is clipped, no noise: the textbook's step, to float32 rounding."""
-    gan = tiny_gan()
-    ours, theirs = one_round(gan, photos(), ONE_STEP), slow_twin(gan, photos(), ONE_STEP)
+    gan, config = tiny_gan(), replace(ONE_STEP, generator_steps=generator_steps)
+    ours, theirs = one_round(gan, photos(), config), slow_twin(gan, photos(), config)
     front = generator_weights(gan)
     assert float((ours[front:] - theirs[front:]).abs().max()) < 1e-5 * float(theirs[front:].abs().max())
     # Adam divides a gradient by its own length, so a weight whose gradient is rounding may go either way.
@@ -124,7 +130,12 @@ def test_a_promised_round_refuses_replayable_chance() -> None:
     """Noise from a seed protects nobody; nothing is computed."""
     with pytest.raises(PrivacyError, match="SecretNoise"):
         train_round(
-            tiny_gan(), photos(), ONE_STEP, terms(ONE_STEP, 1.0), chance=STREAMS.generator("x"), streams=STREAMS
+            tiny_gan(),
+            photos(),
+            ONE_STEP,
+            terms(ONE_STEP, 1.0),
+            chance=STREAMS.generator("x"),
+            streams=STREAMS,
         )
 
 
@@ -142,7 +153,12 @@ def test_what_was_agreed_is_what_runs_not_what_the_recipe_says() -> None:
 def test_the_public_ranges_hold_what_a_round_changes(generator_steps: int) -> None:
     """Without noise and R2, and no more photos than expected, no weight leaves its range."""
     config = replace(
-        ONE_STEP, steps_per_round=4, generator_steps=generator_steps, clip_norm=0.01, critic_rate=5.0, r2_weight=0.0
+        ONE_STEP,
+        steps_per_round=4,
+        generator_steps=generator_steps,
+        clip_norm=0.01,
+        critic_rate=5.0,
+        r2_weight=0.0,
     )
     gan = tiny_gan()
     moved = one_round(gan, photos(), config) / ranges_of(gan, config)
@@ -176,7 +192,9 @@ def test_a_photo_reaches_the_generator_through_the_noised_critic_alone() -> None
 def test_learning_pulls_samples_towards_the_photos() -> None:
     """White photos, black start: forty steps without a promise make the samples lighter."""
     gan = tiny_gan()
-    config = replace(ONE_STEP, steps_per_round=40, clip_norm=5.0, critic_rate=0.2, generator_rate=5e-3, made_batch=16)
+    config = replace(
+        ONE_STEP, steps_per_round=40, clip_norm=5.0, critic_rate=0.2, generator_rate=5e-3, made_batch=16
+    )
     white = torch.ones(6, 3, 16, 16)
     before = gan.generator.sample(64, STREAMS.generator("look")).mean()
     after = copy_gan(gan)
