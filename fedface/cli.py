@@ -69,10 +69,16 @@ for part, name in ((photos, "photos"), (base, "base"), (device, "device"), (ledg
 console = Console(width=None if sys.stdout.isatty() else 140)
 notes = Console(stderr=True)
 
-PhotosOption = Annotated[Path | None, typer.Option(help="Folder of labelled photos, for experiments that use one.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="Change one key, such as promise.epsilon=3.")]
+PhotosOption = Annotated[
+    Path | None, typer.Option(help="Folder of labelled photos, for experiments that use one.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Change one key, such as promise.epsilon=3.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-DetectorOption = Annotated[Path | None, typer.Option(help="A YuNet .onnx file; the embedded detector otherwise.")]
+DetectorOption = Annotated[
+    Path | None, typer.Option(help="A YuNet .onnx file; the embedded detector otherwise.")
+]
 
 
 class Bars:
@@ -116,7 +122,9 @@ def _bars() -> Iterator[Bars]:
 def run_experiment(
     experiment: Annotated[Path, typer.Argument(help="The experiment's YAML file.")],
     photos: PhotosOption = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME, or the next free, otherwise.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; runs/NAME, or the next free, otherwise.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run that was cut short.")] = False,
     set: SetOption = None,
     json_out: JsonOption = False,
@@ -125,7 +133,9 @@ def run_experiment(
     changes = _changes(set)
     recipe = read_experiment(experiment, photos=photos, changes=changes)
     if isinstance(recipe.devices, RealDevices):
-        raise ConfigError(f"{experiment}: waits for real devices; see server/README.md, or use pretended devices")
+        raise ConfigError(
+            f"{experiment}: waits for real devices; see server/README.md, or use pretended devices"
+        )
     # Devices and searches run side by side, each in one thread: small networks leave a second one idle.
     torch.set_num_threads(1)
     folder = _folder(recipe, out, resume)
@@ -180,8 +190,12 @@ def check(
     console.print(recipe.question, style="bold", highlight=False)
     for line in plan.describe():
         console.print(f"  {line}", highlight=False)
-    console.print(f"  devices: {recipe.devices.count}; at least {recipe.fewest_answers} must answer", highlight=False)
-    if not isinstance(recipe.devices, RealDevices) and (photos is not None or "Drawn" in type(recipe.devices).__name__):
+    console.print(
+        f"  devices: {recipe.devices.count}; at least {recipe.fewest_answers} must answer", highlight=False
+    )
+    if not isinstance(recipe.devices, RealDevices) and (
+        photos is not None or "Drawn" in type(recipe.devices).__name__
+    ):
         for name, words, count in describe_devices(recipe):
             console.print(f"    {name}: {words}, {count} photos", highlight=False)
     console.print(
@@ -189,7 +203,9 @@ def check(
         f"{wording.size(up)}; no photo, no gradient of a photo, no count of photos",
         highlight=False,
     )
-    console.print(f"  what travels down: the weights, {wording.size(down)} per device and round", highlight=False)
+    console.print(
+        f"  what travels down: the weights, {wording.size(down)} per device and round", highlight=False
+    )
 
 
 @app.command()
@@ -208,7 +224,9 @@ def upsample(
     factor: Annotated[int, typer.Option(min=2, help="How much the face is shrunk.")] = 4,
     faces: Annotated[int, typer.Option(min=1, max=16, help="How many faces to search.")] = 6,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    out: Annotated[Path | None, typer.Option(help="The PNG to write; PHOTO-faces.png here otherwise.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The PNG to write; PHOTO-faces.png here otherwise.")
+    ] = None,
 ) -> None:
     """Show what PULSE makes of a face: several people, all of whom shrink to the same pixels."""
     gan = load_base() if generator is None else load_gan(generator)
@@ -239,7 +257,9 @@ def upsample(
 def scan(
     folder: Annotated[Path, typer.Argument(help="A photo library; it is read, never written.")],
     detector: DetectorOption = None,
-    cache: Annotated[Path | None, typer.Option(help="The index file; in the user's state folder otherwise.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="The index file; in the user's state folder otherwise.")
+    ] = None,
     rows: Annotated[int, typer.Option(min=0, help="How many lines to print.")] = 40,
     json_out: JsonOption = False,
 ) -> None:
@@ -326,7 +346,9 @@ def base_train(
     out: Annotated[Path, typer.Option(help="Where the checkpoint goes.")] = Path("base32.safetensors"),
     seed: Annotated[int, typer.Option(min=0)] = PretrainConfig().seed,
     light_share: Annotated[float, typer.Option(min=0, max=1)] = PretrainConfig().light_share,
-    shorten: Annotated[float, typer.Option(min=0.0001, max=1, help="Take this share of all steps, to try it.")] = 1.0,
+    shorten: Annotated[
+        float, typer.Option(min=0.0001, max=1, help="Take this share of all steps, to try it.")
+    ] = 1.0,
 ) -> None:
     """Train the base checkpoint from drawn faces; the defaults make the shipped one."""
     full = PretrainConfig()
@@ -347,7 +369,9 @@ def base_train(
                 bars.stage(name, of)
             bars.step(done)
             if figures and done % 500 == 0:
-                bars.say(f"{name} {done}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
+                bars.say(
+                    f"{name} {done}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items())
+                )
 
         gan = pretrain(config, progress)
     save_gan(out, gan)
@@ -385,7 +409,9 @@ def device_key(
         raise ConfigError(f"{experiment}: sums travel in the open, so there is no key to share")
     out.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     keys.save(out)
-    console.print(f"wrote {out} (key {keys.name}); copy it to each device, not to the server", highlight=False)
+    console.print(
+        f"wrote {out} (key {keys.name}); copy it to each device, not to the server", highlight=False
+    )
 
 
 @ledger.command("show")
@@ -400,7 +426,9 @@ def ledger_show(
     book = Ledger.open(path)
     entries, spent = book.export(), book.spent(delta)
     if json_out:
-        print(json.dumps({"entries": entries, "delta": delta, "unit": "photo", "epsilon": str(spent)}, indent=2))
+        print(
+            json.dumps({"entries": entries, "delta": delta, "unit": "photo", "epsilon": str(spent)}, indent=2)
+        )
         return
     table = Table(box=None)
     for heading in ("no.", "written", "run", "round", "attempt"):
@@ -498,7 +526,9 @@ def _print_summary(record: RunRecord, folder: Path) -> None:
             )
     console.print(table)
     console.print(f"open {folder / 'report.html'}", highlight=False, soft_wrap=True)
-    console.print(f"also {folder / 'run.json'} and {folder / 'model-card.md'}", highlight=False, soft_wrap=True)
+    console.print(
+        f"also {folder / 'run.json'} and {folder / 'model-card.md'}", highlight=False, soft_wrap=True
+    )
 
 
 def _estimate(figure: object) -> str:
@@ -528,5 +558,7 @@ def main() -> None:
     except SystemExit as end:
         # Typer turns an interrupt into this code, without a word.
         if end.code == 130:
-            notes.print("interrupted; what was finished is kept, continue a run with --resume", highlight=False)
+            notes.print(
+                "interrupted; what was finished is kept, continue a run with --resume", highlight=False
+            )
         raise

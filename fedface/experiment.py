@@ -231,7 +231,9 @@ def read_experiment(
     if photos is None:
         return first
     if not isinstance(first.devices, LabelledDevices) and not isinstance(first.probe, LabelledProbe):
-        raise ConfigError(f"{path}: --photos goes with labelled devices or a labelled probe; this file has neither")
+        raise ConfigError(
+            f"{path}: --photos goes with labelled devices or a labelled probe; this file has neither"
+        )
     for part in ("devices", "probe"):
         if isinstance(getattr(first, part), (LabelledDevices, LabelledProbe)):
             merged[f"{part}.folder"] = json.dumps(str(photos))

@@ -16,5 +16,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def shared() -> Path:
     """The folder of reference data beside the checkout; a test that needs it is skipped where it is absent."""
     if not SHARED.is_dir():
-        pytest.skip("needs the folder ../shared (real faces, photo files, reference vectors), which is absent here")
+        pytest.skip(
+            "needs the folder ../shared (real faces, photo files, reference vectors), which is absent here"
+        )
     return SHARED

@@ -16,7 +16,7 @@ from fedface.federation.simulated import prepare, simulated_device
 from fedface.federation.task import Agreed, TrainTask
 from fedface.models.critic import CriticConfig
 from fedface.models.stylegan2 import GeneratorConfig
-from fedface.models.weights import Gan, new_gan, save_gan, vector_of, weights_hash
+from fedface.models.weights import Gan, buffers_of, new_gan, save_gan, vector_of, weights_hash
 from fedface.randomness import Streams
 
 GENERATOR = GeneratorConfig(
@@ -85,6 +85,7 @@ def train_task(
             agreement=experiment.agreement,
         ),
         weights=vector_of(*gan.modules()),
+        buffers=buffers_of(*gan.modules()),
         model=weights_hash(*gan.modules()),
     )
 

@@ -136,9 +136,7 @@ def rate_interval(successes: float, count: int, *, level: float = 0.95) -> Inter
     return Interval(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)), count)
 
 
-def _split(
-    values: ArrayLike, groups: Sequence[Group], expected: Sequence[Group]
-) -> dict[Group, np.ndarray]:
+def _split(values: ArrayLike, groups: Sequence[Group], expected: Sequence[Group]) -> dict[Group, np.ndarray]:
     vector = _as_vector(values)
     if len(groups) != len(vector):
         raise ValueError(f"groups must name {len(vector)} photos, got {len(groups)}")

@@ -242,7 +242,10 @@ def _pictures(folder: Path, parts: _Parts, attacked: list[Attacked]) -> dict[str
         ),
         "samples": figures.face_grid(
             [
-                *((f"before {row + 1}", parts.samples["before"][row * 10 : row * 10 + 10]) for row in range(2)),
+                *(
+                    (f"before {row + 1}", parts.samples["before"][row * 10 : row * 10 + 10])
+                    for row in range(2)
+                ),
                 *((f"after {row + 1}", parts.samples["after"][row * 10 : row * 10 + 10]) for row in range(2)),
             ],
             [str(i + 1) for i in range(10)],
@@ -286,7 +289,9 @@ def _notes(experiment: Experiment, plan: Plan) -> tuple[str, ...]:
     ]
     match experiment.devices:
         case DrawnDevices():
-            notes.append("Devices are pretended and faces are drawn: people vary in ways that drawings do not.")
+            notes.append(
+                "Devices are pretended and faces are drawn: people vary in ways that drawings do not."
+            )
         case LabelledDevices():
             notes.append(
                 "Devices are pretended. Group labels are other people's judgement, not what the people said."
@@ -306,4 +311,3 @@ def _notes(experiment: Experiment, plan: Plan) -> tuple[str, ...]:
         "All devices share one key for encrypted sums: a device that sees another's upload can read it."
     )
     return tuple(notes)
-

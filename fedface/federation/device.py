@@ -18,7 +18,7 @@ from fedface.errors import FederationError, PolicyRefusal, PrivacyError
 from fedface.federation.task import Refusal, Reply, Revealed, RevealTask, Task, Trained, TrainTask
 from fedface.models.critic import Critic
 from fedface.models.stylegan2 import StyleGAN2
-from fedface.models.weights import Gan, fill
+from fedface.models.weights import Gan, fill, fill_buffers
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.policy import DevicePolicy
 from fedface.randomness import SecretNoise, Streams
@@ -26,6 +26,7 @@ from fedface.shapes import Images
 from fedface.training.generator import ranges_of, train_round
 
 OBJECTIVE = "generator"
+FAILED = b"failed"  # kept in place of a payload for a round that broke
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,29 +86,36 @@ def _train(task: TrainTask, device: Device) -> Reply:
     if kept is not None:
         # Books nothing, and fails if the kept bytes answer another release: a new run under an old name.
         device.policy.book(agreed.terms, ledger, run=task.run, round=task.round, marks=marks)
+        if kept == FAILED:
+            return Refusal(device=device.name, reason="this round failed on this device and is closed")
         return Trained(device=device.name, payload=kept, seconds_protect=0.0)
     device.policy.admit(
-        agreed.terms, task.cohort, agreed.aggregation.kind, OBJECTIVE, ledger, run=task.run
+        agreed.terms, task.cohort, agreed.aggregation.kind, OBJECTIVE, ledger, run=task.run, round=task.round
     )
-    # Noise maps are no weights and do not travel: they come from a stream that all devices share.
-    maps = Streams(task.seed).generator("noise maps")
-    gan = Gan(StyleGAN2(agreed.generator, maps), Critic(agreed.critic, maps), {})
+    gan = Gan(StyleGAN2(agreed.generator), Critic(agreed.critic), {})
+    fill_buffers(task.buffers, *gan.modules())
     fill(task.weights, *gan.modules())
     sums = make_device(agreed.aggregation, agreed.agreement, _key(agreed.aggregation, device))
+    streams = Streams(task.seed).child(f"{device.name}/{task.round}")
     # Book before reading a photo: a crash from here on may waste budget, never overspend it.
     device.policy.book(agreed.terms, ledger, run=task.run, round=task.round, marks=marks)
-    streams = Streams(task.seed).child(f"{device.name}/{task.round}")
-    update = train_round(
-        gan,
-        device.photos(gan.generator.size),
-        agreed.training,
-        agreed.terms,
-        chance=SecretNoise() if agreed.terms.promises else streams.generator("no promise"),
-        streams=streams,
-    )
-    started = time.perf_counter()
-    payload = sums.protect(update / ranges_of(gan, agreed.training), task.round).to_bytes()
-    seconds = time.perf_counter() - started
+    photos = device.photos(gan.generator.size)
+    try:
+        update = train_round(
+            gan,
+            photos,
+            agreed.training,
+            agreed.terms,
+            chance=SecretNoise() if agreed.terms.promises else streams.generator("no promise"),
+            streams=streams,
+        )
+        started = time.perf_counter()
+        payload = sums.protect(update / ranges_of(gan, agreed.training), task.round).to_bytes()
+        seconds = time.perf_counter() - started
+    except Exception:
+        # The one broad net: that it failed may tell something of the photos, so it is never tried again.
+        ledger.store_reply(task.run, task.round, FAILED)
+        raise
     ledger.store_reply(task.run, task.round, payload)
     return Trained(device=device.name, payload=payload, seconds_protect=seconds)
 

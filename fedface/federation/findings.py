@@ -149,13 +149,21 @@ def attack_updates(
         return list(pool.map(attack, (NoDefence(), noised)))
 
 
-def aggregation_costs(update: Vector, config: AggregationConfig, agreement: Agreement) -> list[AggregationRecord]:
+def aggregation_costs(
+    update: Vector, config: AggregationConfig, agreement: Agreement
+) -> list[AggregationRecord]:
     """Sum this update with itself under both protocols, for as many devices as the run has."""
     encrypted = config if isinstance(config, EncryptedConfig) else EncryptedConfig()
     truth = update * agreement.most_devices
     return [
         _cost(PlainConfig(), "the server reads every update", update, truth, agreement),
-        _cost(encrypted, "any device with the shared key; the server reads only the sum", update, truth, agreement),
+        _cost(
+            encrypted,
+            "any device with the shared key; the server reads only the sum",
+            update,
+            truth,
+            agreement,
+        ),
     ]
 
 

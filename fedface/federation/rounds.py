@@ -26,6 +26,7 @@ from fedface.federation.findings import sample_figures
 from fedface.federation.task import Agreed, Fault, Refusal, Revealed, RevealTask, Trained, TrainTask
 from fedface.models.weights import (
     Gan,
+    buffers_of,
     fill,
     load_gan,
     remember_mean_style,
@@ -138,7 +139,9 @@ def run_rounds(
     for number in range(len(state.rounds) + 1, total + 1):
         gan = load_gan(weights_path(state.folder, number - 1))
         watcher.stage(f"round {number} of {total}: devices train", len(members))
-        record = _one_round(experiment, plan, cohort, members, gan, number, state.folder, like_devices, watcher)
+        record = _one_round(
+            experiment, plan, cohort, members, gan, number, state.folder, like_devices, watcher
+        )
         state = state.then(record)
         watcher.say(_line(record, total))
     return state
@@ -164,6 +167,7 @@ def _one_round(
             agreement=experiment.agreement,
         ),
         weights=weights,
+        buffers=buffers_of(*gan.modules()),
         model=weights_hash(*gan.modules()),
     )
     heard: set[int] = set()
@@ -191,7 +195,9 @@ def _one_round(
     fill(weights + experiment.training.server_rate * mean, *gan.modules())
     remember_mean_style(gan.generator, Streams(experiment.seed).generator("mean style"))
     # Kept before the figures are taken: measuring again is cheap, asking again is not.
-    save_gan(weights_path(folder, number), Gan(gan.generator, gan.critic, {"run": folder.name, "round": number}))
+    save_gan(
+        weights_path(folder, number), Gan(gan.generator, gan.critic, {"run": folder.name, "round": number})
+    )
     hidden = not isinstance(experiment.aggregation, PlainConfig)
     return RoundRecord(
         round=number,
@@ -231,7 +237,9 @@ def _sorted_answers(
             case _:
                 dropped.append(RefusalRecord(device=name, reason="answered another question"))
     strangers = _under_another_key(usable)
-    dropped += [RefusalRecord(device=usable.pop(member)[0].device, reason=why) for member, why in strangers.items()]
+    dropped += [
+        RefusalRecord(device=usable.pop(member)[0].device, reason=why) for member, why in strangers.items()
+    ]
     return usable, refusals, dropped
 
 
@@ -265,7 +273,9 @@ def _open(
     if isinstance(experiment.aggregation, PlainConfig):
         opened = server.reveal(total)
         if not bool(torch.isfinite(opened).all()):
-            raise FederationError(f"round {number}: the sum of the updates is not finite; nothing was applied")
+            raise FederationError(
+                f"round {number}: the sum of the updates is not finite; nothing was applied"
+            )
         return opened
     task = RevealTask(
         run=run,
@@ -278,13 +288,17 @@ def _open(
     for member in members:
         answer = cohort.ask(task, [member], lambda done: None)[member]
         match answer:
-            case Revealed(total=vector) if vector.shape == (total.length,) and bool(torch.isfinite(vector).all()):
+            case Revealed(total=vector) if vector.shape == (total.length,) and bool(
+                torch.isfinite(vector).all()
+            ):
                 return vector
             case Refusal(reason=reason) | Fault(reason=reason):
                 reasons.append(f"device {member}: {reason}")
             case _:
                 reasons.append(f"device {member}: opened something else")
-    raise FederationError(f"round {number}: no device opened the sum ({'; '.join(reasons)}); resume to try again")
+    raise FederationError(
+        f"round {number}: no device opened the sum ({'; '.join(reasons)}); resume to try again"
+    )
 
 
 def _spent(plan: Plan, rounds: int) -> Epsilon | NotMeasured:

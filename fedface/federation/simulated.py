@@ -85,7 +85,9 @@ def simulated_device(experiment: Experiment, number: int, folder: Path) -> Devic
             "or give it drawn-devices or labelled-devices"
         )
     if not 0 <= number < experiment.devices.count:
-        raise FederationError(f"this experiment has {experiment.devices.count} devices, asked for number {number}")
+        raise FederationError(
+            f"this experiment has {experiment.devices.count} devices, asked for number {number}"
+        )
 
     def photos(size: int) -> Images:
         return _photos(experiment, number, size)
@@ -125,7 +127,10 @@ def device_faces(experiment: Experiment, count: int, size: int) -> Images | None
             streams = Streams(experiment.seed).child("like the devices")
             each = -(-count // devices.count)
             return torch.cat(
-                [_drawn(share, each, size, streams.child(str(i))) for i, share in enumerate(devices.light_shares)]
+                [
+                    _drawn(share, each, size, streams.child(str(i)))
+                    for i, share in enumerate(devices.light_shares)
+                ]
             )[torch.randperm(each * devices.count, generator=streams.generator("order"))[:count]]
         case LabelledDevices():
             everyone = torch.cat([_photos(experiment, i, size) for i in range(devices.count)])
@@ -175,7 +180,9 @@ def _labelled_probe(probe: LabelledProbe, experiment: Experiment, size: int) -> 
         for words, counts in (("no face found or unreadable", unseen), ("turned away", away))
         if counts
     ]
-    left_out = f"; left out of {len(everyone) + sum(unseen.values()) + sum(away.values())}: " if reasons else ""
+    left_out = (
+        f"; left out of {len(everyone) + sum(unseen.values()) + sum(away.values())}: " if reasons else ""
+    )
     return PublicFaces(
         images=faces.images,
         groups=faces.groups,

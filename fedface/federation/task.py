@@ -56,6 +56,7 @@ class TrainTask:
     seed: int  # of replayable streams: latents of made pictures
     agreed: Agreed
     weights: Vector  # generator then critic, flat (d,)
+    buffers: Vector  # noise maps and mean style, flat
     model: str  # hash of the weights, for the ledger
 
     def message(self) -> Message:
@@ -67,7 +68,9 @@ class TrainTask:
             "critic": plain(self.agreed.critic), "aggregation": plain(self.agreed.aggregation),
             "agreement": plain(self.agreed.agreement),
         }  # fmt: skip
-        return Message(json.dumps(header), {"weights": vector_bytes(self.weights)})
+        return Message(
+            json.dumps(header), {"weights": vector_bytes(self.weights), "buffers": vector_bytes(self.buffers)}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +105,12 @@ class Trained:
 
     def message(self) -> Message:
         """For the wire."""
-        header = {"what": "trained", "version": VERSION, "device": self.device, "seconds": self.seconds_protect}
+        header = {
+            "what": "trained",
+            "version": VERSION,
+            "device": self.device,
+            "seconds": self.seconds_protect,
+        }
         return Message(json.dumps(header), {"payload": self.payload})
 
 
@@ -164,6 +172,7 @@ def read_task(message: Message) -> Task:
                     agreement=_part(header, "agreement", Agreement),
                 ),
                 weights=vector_from(message.blobs["weights"]),
+                buffers=vector_from(message.blobs["buffers"]),
                 model=_word(header["model"]),
             )
         if header["what"] == "reveal":

@@ -65,8 +65,14 @@ class Linear(nn.Module):
     """
 
     def __init__(
-        self, inputs: int, outputs: int, *, activate: str = "linear", lr_multiplier: float = 1.0,
-        bias_start: float = 0.0, chance: torch.Generator | None = None,
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        activate: str = "linear",
+        lr_multiplier: float = 1.0,
+        bias_start: float = 0.0,
+        chance: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(outputs, inputs, generator=chance) / lr_multiplier)
@@ -87,8 +93,16 @@ class Conv(nn.Module):
     filter: Tensor
 
     def __init__(
-        self, inputs: int, outputs: int, kernel: int, *, activate: str = "lrelu", down: int = 1,
-        bias: bool = True, clamp: float | None = None, chance: torch.Generator | None = None,
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        *,
+        activate: str = "lrelu",
+        down: int = 1,
+        bias: bool = True,
+        clamp: float | None = None,
+        chance: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(outputs, inputs, kernel, kernel, generator=chance))

@@ -81,7 +81,12 @@ class StyledConv(nn.Module):
     filter: Tensor
 
     def __init__(
-        self, inputs: int, outputs: int, side: int, up: int, config: GeneratorConfig,
+        self,
+        inputs: int,
+        outputs: int,
+        side: int,
+        up: int,
+        config: GeneratorConfig,
         chance: torch.Generator | None,
     ) -> None:
         super().__init__()

@@ -62,21 +62,40 @@ def vector_of(*modules: nn.Module) -> Vector:
     return torch.cat([p.detach().float().reshape(-1) for module in modules for _, p in _named(module)])
 
 
+def buffers_of(*modules: nn.Module) -> Vector:
+    """What belongs to the weights without being trained, noise maps and the mean style, flat like `vector_of`."""
+    return torch.cat([b.detach().float().reshape(-1) for module in modules for b in _buffers(module)])
+
+
 def fill(vector: Vector, *modules: nn.Module) -> None:
     """Write a flat vector back into the weights it came from.
 
     Raises:
         WeightsError: The vector has another length than the modules have weights.
     """
-    wanted = sum(p.numel() for module in modules for _, p in _named(module))
+    _fill(vector, [p for module in modules for _, p in _named(module)], "weights")
+
+
+def fill_buffers(vector: Vector, *modules: nn.Module) -> None:
+    """Write what `buffers_of` read; raises WeightsError where the lengths differ."""
+    _fill(vector, [b for module in modules for b in _buffers(module)], "numbers in buffers")
+
+
+def _fill(vector: Vector, parts: list[Tensor], what: str) -> None:
+    wanted = sum(part.numel() for part in parts)
     if vector.shape != (wanted,):
-        raise WeightsError(f"these networks have {wanted} weights, got a vector of shape {tuple(vector.shape)}")
-    used = 0
+        raise WeightsError(
+            f"these networks have {wanted} {what}, got a vector of shape {tuple(vector.shape)}"
+        )
     with torch.no_grad():
-        for module in modules:
-            for _, p in _named(module):
-                p.copy_(vector[used : used + p.numel()].reshape(p.shape))
-                used += p.numel()
+        for part, values in zip(parts, vector.split([part.numel() for part in parts]), strict=True):  # type: ignore[no-untyped-call]
+            part.copy_(values.reshape(part.shape))
+
+
+def _buffers(module: nn.Module) -> list[Tensor]:
+    """The buffers that a state dict holds, in the order of their names."""
+    kept = module.state_dict(keep_vars=True)
+    return [kept[name] for name, _ in sorted(module.named_buffers()) if name in kept]
 
 
 def _named(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -1,7 +1,7 @@
 """What this device's photos have paid so far: an append-only, hash-chained file on the device's own disk.
 
 Called from federation/device.py: a round is booked before it is computed, and its reply is kept, so that
-asking again gets the same bytes instead of a second release. A crash may waste budget, never overspend it.
+asking again gets the same bytes instead of a second release. What was booked and never answered never left.
 One ledger per library, for the library's whole life; every reading verifies the chain and fails closed.
 Source: SQLite with a rollback journal and synchronous=EXTRA (https://sqlite.org/pragma.html); the price
 composes all events at reading time, see privacy/accounting.py.
@@ -41,7 +41,7 @@ CREATE TABLE entries (
     UNIQUE (run, round, attempt)
 );
 CREATE TABLE replies (
-    run TEXT PRIMARY KEY, round INTEGER NOT NULL, attempt INTEGER NOT NULL, body BLOB NOT NULL
+    run TEXT NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL, body BLOB, PRIMARY KEY (run, round)
 );
 CREATE TRIGGER entries_stay BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'append only'); END;
 CREATE TRIGGER entries_remain BEFORE DELETE ON entries BEGIN SELECT RAISE(ABORT, 'append only'); END;
@@ -56,7 +56,7 @@ class Entry:
     written: str  # UTC, ISO 8601
     run: str  # which run asked
     round: int  # which of its rounds, >= 0
-    attempt: int  # 1, or more if an earlier computation of the round was lost with its noise
+    attempt: int  # 1, or more if the round was answered before and is computed anew
     event: str  # what was released, see accounting.event_to_json
     marks: str  # canonical JSON: whatever identifies the release (model hash, clip norm, unit)
     parent: str  # digest of the entry before
@@ -233,7 +233,9 @@ class Ledger:
         """Write down a release before it is computed; on disk when this returns.
 
         A round whose reply has been kept is not booked again: its bytes are resent. A round that was booked
-        but whose reply was lost is booked once more: fresh noise on the same photos is a second release.
+        but never answered is not booked again either: a reply is kept before it is sent, so nothing of it has
+        left the device, and what never left is no release. A round that was answered and whose bytes were
+        dropped since is booked once more: fresh noise on the same photos is a second release.
 
         Args:
             event: What will be released.
@@ -275,8 +277,8 @@ class Ledger:
         """
         with self._transaction() as book:
             entries = self._read(book)
-            answered = self._answered(book, run, round)
-            if answered is None:
+            paid = self._paid(book, entries, event, run, round, marks or {})
+            if paid is None:
                 before = _everything(entries)
                 if not costs_at_most(compose([before, event]), budget, delta):
                     after = epsilon_of(compose([before, event]), delta).upper
@@ -291,19 +293,19 @@ class Ledger:
         return entry
 
     def _answered(self, book: sqlite3.Connection, run: str, round: int) -> int | None:
-        """The attempt whose reply to this round has been kept, if any."""
-        found = book.execute("SELECT attempt FROM replies WHERE run = ? AND round = ?", (run, round))
+        """The attempt whose reply to this round is kept, if any."""
+        found = book.execute(
+            "SELECT attempt FROM replies WHERE run = ? AND round = ? AND body IS NOT NULL", (run, round)
+        )
         row = found.fetchone()
         return None if row is None else int(row[0])
 
-    def _append(
-        self, book: sqlite3.Connection, event: Event, run: str, round: int, marks: Mapping[str, str]
-    ) -> Entry:
-        if round < 0:
-            raise ValueError(f"round must be >= 0, got {round}")
-        said = event_to_json(event)
-        noted = json.dumps(dict(marks), sort_keys=True, separators=(",", ":"))
-        entries = self._read(book)
+    def _paid(
+        self, book: sqlite3.Connection, entries: list[Entry], event: Event, run: str, round: int,
+        marks: Mapping[str, str],
+    ) -> Entry | None:  # fmt: skip
+        """The entry that has paid for this release already, if any."""
+        said, noted = event_to_json(event), _canonical(marks)
         same = [entry for entry in entries if entry.run == run and entry.round == round]
         answered = self._answered(book, run, round)
         if answered is not None:
@@ -313,14 +315,32 @@ class Ledger:
             if (kept.event, kept.marks) != (said, noted):
                 raise LedgerError(f"round {round} of {run} was answered already, for a different release")
             return kept
+        if not same or (same[-1].event, same[-1].marks) != (said, noted):
+            return None
+        ever = book.execute(
+            "SELECT 1 FROM replies WHERE run = ? AND round = ? AND attempt = ?",
+            (run, round, same[-1].attempt),
+        ).fetchone()
+        return same[-1] if ever is None else None
+
+    def _append(
+        self, book: sqlite3.Connection, event: Event, run: str, round: int, marks: Mapping[str, str]
+    ) -> Entry:
+        if round < 0:
+            raise ValueError(f"round must be >= 0, got {round}")
+        entries = self._read(book)
+        paid = self._paid(book, entries, event, run, round, marks)
+        if paid is not None:
+            return paid
+        same = [entry for entry in entries if entry.run == run and entry.round == round]
         entry = Entry.chained(
             number=len(entries) + 1,
             written=datetime.now(UTC).isoformat(timespec="seconds"),
             run=run,
             round=round,
             attempt=len(same) + 1,
-            event=said,
-            marks=noted,
+            event=event_to_json(event),
+            marks=_canonical(marks),
             parent=entries[-1].digest if entries else GENESIS,
         )
         book.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", tuple(asdict(entry).values()))
@@ -336,9 +356,13 @@ class Ledger:
             same = [entry for entry in self._read(book) if entry.run == run and entry.round == round]
             if not same:
                 raise LedgerError(f"round {round} of {run} was never booked; nothing may be sent")
-            before = book.execute("SELECT round, body FROM replies WHERE run = ?", (run,)).fetchone()
-            if before is not None and before[0] == round and before[1] != body:
+            before = book.execute(
+                "SELECT attempt, body FROM replies WHERE run = ? AND round = ?", (run, round)
+            ).fetchone()
+            if before is not None and before[0] == same[-1].attempt and before[1] != body:
                 raise LedgerError(f"round {round} of {run} was answered already; send the kept reply")
+            # That a round was answered is remembered for good; its bytes only until the next answer.
+            book.execute("UPDATE replies SET body = NULL WHERE run = ?", (run,))
             book.execute(
                 "INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", (run, round, same[-1].attempt, body)
             )
@@ -347,9 +371,15 @@ class Ledger:
         """The bytes that answered this round; None if it was never answered or they were replaced since."""
         with self._transaction() as book:
             self._read(book)
-            found = book.execute("SELECT body FROM replies WHERE run = ? AND round = ?", (run, round))
+            found = book.execute(
+                "SELECT body FROM replies WHERE run = ? AND round = ? AND body IS NOT NULL", (run, round)
+            )
             row = found.fetchone()
         return None if row is None else bytes(row[0])
+
+
+def _canonical(marks: Mapping[str, str]) -> str:
+    return json.dumps(dict(marks), sort_keys=True, separators=(",", ":"))
 
 
 def _everything(entries: list[Entry]) -> Event:

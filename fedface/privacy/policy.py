@@ -52,6 +52,7 @@ class DevicePolicy:
         ledger: Ledger,
         *,
         run: str | None = None,
+        round: int | None = None,
     ) -> None:
         """Return if a run may use these photos; otherwise say why not.
 
@@ -62,6 +63,7 @@ class DevicePolicy:
             objective: What is trained, such as "generator", or "evaluation".
             ledger: What these photos have paid so far.
             run: The run's name, if it has begun: its booked rounds are then not asked for again.
+            round: The round that is asked for; if it is booked already, `book` alone decides about it.
 
         Raises:
             PolicyRefusal: With what was asked, what is spent and what is allowed.
@@ -76,7 +78,10 @@ class DevicePolicy:
                 )
             return
         done = 0 if run is None else ledger.rounds_booked(run)
-        rounds = max(plan.schedule.rounds - done, 1)
+        booked = run is not None and round is not None and ledger.already(run, round)
+        rounds = max(plan.schedule.rounds - done, 0 if booked else 1)
+        if rounds == 0:
+            return
         if not ledger.can_spend(plan.event(rounds), self.max_epsilon, self.delta):
             after = ledger.would_spend(plan.event(rounds), self.delta).upper
             asked = epsilon_of(plan.event(rounds), self.delta).upper

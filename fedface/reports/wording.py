@@ -23,7 +23,11 @@ from fedface.reports.run import (
 
 # What the probe says after each round: name -> (title, unit, whether zero belongs on the axis).
 PROBE_FIGURES = {
-    "distance": ("Distance to faces like the devices'", "kernel distance (squared MMD), lower is closer", True),
+    "distance": (
+        "Distance to faces like the devices'",
+        "kernel distance (squared MMD), lower is closer",
+        True,
+    ),
     "monk": ("Skin tone of samples", "mean Monk step, 1 light to 10 dark", False),
     "dark_share": ("Share of darker samples", "share of samples", True),
 }

@@ -197,7 +197,9 @@ class Pretraining:
             self._average(self.config.paired_steps + step)
             self.images += config.batch
             if step % 50 == 0:
-                report("adversaries", step, config.adversarial_steps, {"critic": loss.item(), "l1": pairs.item()})
+                report(
+                    "adversaries", step, config.adversarial_steps, {"critic": loss.item(), "l1": pairs.item()}
+                )
 
     def finish(self) -> Gan:
         """The averaged generator and the critic, with notes on how they were made."""

@@ -87,7 +87,7 @@ def test_a_kept_answer_is_not_sent_for_other_weights(device: Device, task: Train
 
 
 def test_the_booking_is_on_disk_before_a_photo_is_read(device: Device, task: TrainTask) -> None:
-    """A crash while reading wastes budget, never overspends it; the next attempt is booked as one."""
+    """A crash while reading leaves the booking, which pays for the attempt that follows: nothing had left."""
     seen = []
 
     def look(size: int) -> Images:
@@ -98,7 +98,7 @@ def test_the_booking_is_on_disk_before_a_photo_is_read(device: Device, task: Tra
         serve(task, replace(device, photos=look))
     assert seen == [[("tiny", 1, 1)]]
     assert isinstance(serve(task, device), Trained)
-    assert booked(device) == [("tiny", 1, 1), ("tiny", 1, 2)]
+    assert booked(device) == [("tiny", 1, 1)]
 
 
 def test_a_spent_budget_is_a_refusal_with_three_numbers(device: Device, task: TrainTask) -> None:
@@ -110,16 +110,35 @@ def test_a_spent_budget_is_a_refusal_with_three_numbers(device: Device, task: Tr
     assert booked(device) == []
 
 
+def test_a_round_that_broke_while_it_was_computed_is_closed(
+    device: Device, task: TrainTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That it broke may tell something of the photos: it is not tried again, and not for free."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise Disturbed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedface.federation.device.train_round", broken)
+        with pytest.raises(Disturbed):
+            serve(task, device)
+    again = serve(task, device)
+    assert isinstance(again, Refusal) and "closed" in again.reason
+    assert booked(device) == [("tiny", 1, 1)]
+
+
 def test_the_last_affordable_round_is_answered_and_the_next_is_not(
     device: Device, task: TrainTask, experiment: Experiment
 ) -> None:
-    """Lost attempts eat the budget that another run would need."""
+    """Two rounds are promised; a crash in each costs nothing more, and a third round is too much."""
     crashed = replace(device, photos=unreadable)
-    for _ in range(2):
+    for number in (1, 2):
         with pytest.raises(Disturbed):
-            serve(task, crashed)
-    answer = serve(task, device)
+            serve(replace(task, round=number), crashed)
+        assert isinstance(serve(replace(task, round=number), device), Trained)
+    answer = serve(replace(task, round=3), device)
     assert isinstance(answer, Refusal) and "asks for epsilon" in answer.reason
+    assert booked(device) == [("tiny", 1, 1), ("tiny", 2, 1)]
     spent = Ledger.open(device.ledger_path).spent(1e-3).upper
     assert spent <= device.policy.max_epsilon
 

@@ -14,7 +14,7 @@ from fedface.federation.owner import owner_device
 from fedface.federation.task import Agreed, Refusal, TrainTask
 from fedface.models.critic import Critic, CriticConfig
 from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
-from fedface.models.weights import vector_of
+from fedface.models.weights import buffers_of, vector_of
 from fedface.photos.drawn import ToneMix, draw, sample_faces
 from fedface.photos.pixels import write_png
 from fedface.privacy.plan import make_plan
@@ -104,6 +104,7 @@ def test_a_run_that_the_policy_refuses_reads_no_photo_and_books_nothing(home: Pa
             agreement=Agreement(value_range=1.0, most_devices=3),
         ),
         weights=vector_of(StyleGAN2(shapes[0]), Critic(shapes[1])),
+        buffers=buffers_of(StyleGAN2(shapes[0]), Critic(shapes[1])),
         model="m",
     )
     answer = serve(task, owner_device(home / "device.yaml"))

@@ -11,7 +11,12 @@ from typer.main import get_command
 from fedface.cli import app
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "server/README.md", ROOT / "clients/README.md"]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs").glob("*.md"),
+    ROOT / "server/README.md",
+    ROOT / "clients/README.md",
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -27,13 +32,17 @@ def test_every_command_that_a_page_shows_exists(page: Path) -> None:
     """`fedface WORD [WORD]` in code is a command with that name."""
     commands = get_command(app)
     text = page.read_text(encoding="utf-8")
-    code = re.findall(r"`([^`\n]+)`", text) + re.findall(r"^(?:    |\$ |\.venv/bin/)?(fedface .*)$", text, re.M)
+    code = re.findall(r"`([^`\n]+)`", text) + re.findall(
+        r"^(?:    |\$ |\.venv/bin/)?(fedface .*)$", text, re.M
+    )
     for line in code:
         for words in re.findall(r"(?:^|/)fedface ([a-z]+(?: [a-z]+)?)", line):
             group, _, command = words.partition(" ")
             inner = commands.commands.get(group)  # type: ignore[attr-defined]
             assert inner is not None, f"fedface {group}"
-            assert not command or not hasattr(inner, "commands") or command in inner.commands, f"fedface {words}"
+            assert not command or not hasattr(inner, "commands") or command in inner.commands, (
+                f"fedface {words}"
+            )
 
 
 def test_the_architecture_page_names_every_room() -> None:

@@ -38,7 +38,11 @@ def test_generator_reproduces_the_published_pictures_and_gradients(
     reference = _reference(shared, name)
     generator = StyleGAN2(
         GeneratorConfig(
-            size=size, mapping_layers=layers, channel_base=1024, channel_max=64, architecture=architecture  # type: ignore[arg-type]
+            size=size,
+            mapping_layers=layers,
+            channel_base=1024,
+            channel_max=64,
+            architecture=architecture,  # type: ignore[arg-type]
         )
     )
     _fill(generator, reference)

@@ -71,11 +71,32 @@ def test_an_answered_round_is_booked_once_and_gives_the_same_bytes(ledger: Ledge
     assert len(again.entries()) == 1
 
 
-def test_a_round_whose_reply_was_lost_is_booked_again(ledger: Ledger) -> None:
-    """Fresh noise on the same photos is a second release."""
-    ledger.book(EVENT, run="r", round=0)
-    second = ledger.book(EVENT, run="r", round=0)
-    assert second.attempt == 2 and len(ledger.entries()) == 2 and ledger.rounds_booked("r") == 1
+def test_a_round_that_was_never_answered_is_booked_once(ledger: Ledger) -> None:
+    """A reply is kept before it is sent, so what has none never left: no release, nothing more to pay."""
+    first = ledger.book(EVENT, run="r", round=0)
+    assert ledger.book(EVENT, run="r", round=0) == first
+    budget = epsilon_of(EVENT, DELTA).upper + 1e-6
+    assert ledger.book_within(EVENT, budget, DELTA, run="r", round=0) == first
+    assert len(ledger.entries()) == 1
+
+
+def test_a_round_that_was_never_answered_is_booked_anew_for_another_release(ledger: Ledger) -> None:
+    """The booking of one model does not pay for another."""
+    ledger.book(EVENT, run="r", round=0, marks={"model": "abc"})
+    second = ledger.book(EVENT, run="r", round=0, marks={"model": "xyz"})
+    assert second.attempt == 2 and len(ledger.entries()) == 2
+
+
+def test_a_round_whose_reply_was_sent_and_dropped_is_booked_again(ledger: Ledger) -> None:
+    """Fresh noise on the same photos is a second release, in whatever order rounds are asked."""
+    for round in (7, 5):
+        ledger.book(EVENT, run="r", round=round)
+        ledger.store_reply("r", round, bytes([round]))
+    assert ledger.stored_reply("r", 7) is None
+    second = ledger.book(EVENT, run="r", round=7)
+    assert second.attempt == 2 and len(ledger.entries()) == 3 and ledger.rounds_booked("r") == 2
+    ledger.store_reply("r", 7, b"fresh")
+    assert ledger.stored_reply("r", 7) == b"fresh"
 
 
 def test_an_answered_round_cannot_be_asked_for_something_else(ledger: Ledger) -> None:
