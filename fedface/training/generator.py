@@ -78,14 +78,14 @@ class GanTrainingConfig:
         """Public bounds on how far each weight moves in one round, for quantisation, shape (d,), all > 0.
 
         Updates are divided by these before they are summed and multiplied after, so that the small steps of
-        the generator are not lost beside the large ones of the critic. A weight that moves further, as R2 or
-        rare noise may make it, is clamped.
+        the generator are not lost beside the large ones of the critic. A weight that moves further, as rare
+        noise may make it, is clamped.
 
-        Adam without momentum moves a weight by at most rate / sqrt(1 - 0.9) a step; the two clipped halves of
-        the critic's gradient by at most twice rate * clip norm.
+        Adam without momentum moves a weight by at most rate / sqrt(1 - 0.9) a step; the three clipped parts
+        of the critic's gradient (photos, made pictures, R2) by at most three times rate * clip norm.
         """
         made = self.steps_per_round * self.generator_steps * self.generator_rate * math.sqrt(10.0)
-        judged = self.steps_per_round * self.critic_rate * 2.0 * self.clip_norm
+        judged = self.steps_per_round * self.critic_rate * 3.0 * self.clip_norm
         return torch.cat([torch.full((generator_weights,), made), torch.full((critic_weights,), judged)])
 
 
@@ -160,6 +160,7 @@ def train_round(
         made = _make(mine, _draw(mine, config.made_batch, latents))
         on_made = clipped_sum(per_photo_gradients(mine.critic, loss_on_made, made), schedule.clip_norm)
         gentle = _r2_gradient(mine.critic, made, config.r2_weight)
+        gentle = clipped_sum([part[None] for part in gentle], schedule.clip_norm)
         _descend(
             mine.critic,
             [p + m / config.made_batch + g for p, m, g in zip(on_photos, on_made, gentle, strict=True)],

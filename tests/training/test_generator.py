@@ -151,14 +151,14 @@ def test_what_was_agreed_is_what_runs_not_what_the_recipe_says() -> None:
 
 @pytest.mark.parametrize("generator_steps", [1, 2])
 def test_the_public_ranges_hold_what_a_round_changes(generator_steps: int) -> None:
-    """Without noise and R2, and no more photos than expected, no weight leaves its range."""
+    """Without noise, R2 included, and with no more photos than expected, no weight leaves its range."""
     config = replace(
         ONE_STEP,
         steps_per_round=4,
         generator_steps=generator_steps,
         clip_norm=0.01,
         critic_rate=5.0,
-        r2_weight=0.0,
+        r2_weight=50.0,
     )
     gan = tiny_gan()
     moved = one_round(gan, photos(), config) / ranges_of(gan, config)
