@@ -5,6 +5,7 @@ Every error of ours ends here as one sentence and exit code 2; a traceback means
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -230,6 +231,10 @@ def upsample(
 ) -> None:
     """Show what PULSE makes of a face: several people, all of whom shrink to the same pixels."""
     gan = load_base() if generator is None else load_gan(generator)
+    target = out or Path(f"{photo.stem}-faces.png")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_dir():
+        raise ConfigError(f"{target}: is a folder; name the PNG to write")
     with _bars() as bars:
         bars.stage("searching faces", 100)
         found = upsample_photo(
@@ -241,8 +246,6 @@ def upsample(
             seed=seed,
             progress=lambda done, of: bars.step(round(100 * done / max(1, of))),
         )
-    target = out or Path(f"{photo.stem}-faces.png")
-    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(portrait_sheet(found))
     if found.faces_in_photo > 1:
         console.print(f"{found.faces_in_photo} faces in the photo; the largest was taken", highlight=False)
@@ -423,6 +426,9 @@ def ledger_show(
     """Print what a device has booked, and what it all costs together."""
     if not path.is_file():
         raise ConfigError(f"{path}: no ledger here")
+    # SQLite takes a file of a few bytes for an empty book and would begin one over it.
+    if path.stat().st_size < 512 and not path.with_name(f"{path.name}.head").exists():
+        raise ConfigError(f"{path}: no ledger here, only {path.stat().st_size} bytes")
     book = Ledger.open(path)
     entries, spent = book.export(), book.spent(delta)
     if json_out:
@@ -554,6 +560,13 @@ def main() -> None:
         app()
     except FedfaceError as error:
         notes.print(f"fedface: {error}", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+    except OSError as error:
+        # A disk that is full or a path that cannot be: what has no file to name may be a bug, and stays one.
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        reason = f"{error.filename or 'the disk'}: {error.strerror}"
+        notes.print(f"fedface: {reason}", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
     except SystemExit as end:
         # Typer turns an interrupt into this code, without a word.

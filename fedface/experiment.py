@@ -164,6 +164,12 @@ class Experiment:
             raise ValueError(
                 f"fewest_answers must lie between 1 and the {self.devices.count} devices, got {self.fewest_answers}"
             )
+        if isinstance(self.aggregation, EncryptedConfig):
+            if (fewest := self.aggregation.fewest_devices) > self.devices.count:
+                raise ValueError(
+                    f"aggregation: fewest_devices must be at most the {self.devices.count} devices, got {fewest}; "
+                    "nobody could open a sum"
+                )
         if isinstance(self.promise, PrivacyTarget) and isinstance(self.devices, DrawnDevices):
             if self.promise.delta * self.devices.photos_each >= 1:
                 raise ValueError(

@@ -231,6 +231,9 @@ def test_a_ledger_is_shown_with_its_price(fedface, tmp_path: Path) -> None:  # t
 def test_a_ledger_that_is_none_is_said(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Missing, or a file of something else, which is left as it is."""
     assert "no ledger here" in sentence(fedface("ledger", "show", "none.sqlite"))
+    (tmp_path / "small.sqlite").write_text("x")
+    assert "no ledger here" in sentence(fedface("ledger", "show", "small.sqlite"))
+    assert (tmp_path / "small.sqlite").read_text() == "x" and not (tmp_path / "small.sqlite.head").exists()
     (tmp_path / "words.sqlite").write_text("once upon a time, " * 100)
     assert "damaged or locked" in sentence(fedface("ledger", "show", "words.sqlite"))
     assert (tmp_path / "words.sqlite").read_text().startswith("once upon a time")
@@ -243,6 +246,14 @@ def test_a_checkpoint_is_shown_as_a_sheet(fedface, tmp_path: Path) -> None:  # t
         "base", "sheet", str(tmp_path / "sheet.png"), "--generator", str(tmp_path / "gan.safetensors")
     )
     assert said.code == 0 and (tmp_path / "sheet.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_file_that_cannot_be_written_is_a_sentence(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """In a folder that is not there, over a folder, among the parts of a file."""
+    tiny = tiny_file(tmp_path)
+    assert "No such file" in sentence(fedface("photos", "draw", "none/sheet.png"))
+    assert "Is a directory" in sentence(fedface("photos", "draw", str(tmp_path)))
+    assert "Not a directory" in sentence(fedface("report", str(tiny)))
 
 
 def test_an_interrupt_says_what_is_kept(fedface, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]

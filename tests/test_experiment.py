@@ -115,7 +115,10 @@ def test_a_written_policy_wins() -> None:
 def test_sums_have_room_for_every_device() -> None:
     """And for two at least, so that a sum of one can be told from it."""
     assert experiment().agreement.most_devices == 3
-    assert experiment(**{"devices.light_shares": "[0.5]", "fewest_answers": "1"}).agreement.most_devices == 2
+    alone = {"devices.light_shares": "[0.5]", "fewest_answers": "1"}
+    assert experiment(**alone, aggregation="{kind: plain}").agreement.most_devices == 2
+    with pytest.raises(ConfigError, match="nobody could open a sum"):
+        experiment(**alone, aggregation="{kind: encrypted}")
 
 
 def test_the_start_is_the_embedded_checkpoint_unless_another_is_named(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedface.aggregation.encrypted import EncryptedKeys, make_device
@@ -98,7 +98,7 @@ def _train(task: TrainTask, device: Device) -> Reply:
     sums = make_device(agreed.aggregation, agreed.agreement, _key(agreed.aggregation, device))
     streams = Streams(task.seed).child(f"{device.name}/{task.round}")
     # Book before reading a photo: a crash from here on may waste budget, never overspend it.
-    device.policy.book(agreed.terms, ledger, run=task.run, round=task.round, marks=marks)
+    entry = device.policy.book(agreed.terms, ledger, run=task.run, round=task.round, marks=marks)
     photos = device.photos(gan.generator.size)
     try:
         update = train_round(
@@ -114,9 +114,9 @@ def _train(task: TrainTask, device: Device) -> Reply:
         seconds = time.perf_counter() - started
     except Exception:
         # The one broad net: that it failed may tell something of the photos, so it is never tried again.
-        ledger.store_reply(task.run, task.round, FAILED)
+        ledger.store_reply(task.run, task.round, FAILED, attempt=entry.attempt)
         raise
-    ledger.store_reply(task.run, task.round, payload)
+    ledger.store_reply(task.run, task.round, payload, attempt=entry.attempt)
     return Trained(device=device.name, payload=payload, seconds_protect=seconds)
 
 
@@ -126,7 +126,12 @@ def _reveal(task: RevealTask, device: Device) -> Reply:
             device=device.name,
             reason=f"this device has no part in round {task.round} of {task.run}, so it opens no sum of it",
         )
-    sums = make_device(task.aggregation, task.agreement, _key(task.aggregation, device))
+    config = task.aggregation
+    if isinstance(config, EncryptedConfig):
+        # How few updates a sum may hold is the owner's word, whatever the server's task says.
+        fewest = max(config.fewest_devices, device.policy.smallest_cohort)
+        config = replace(config, fewest_devices=fewest)
+    sums = make_device(config, task.agreement, _key(config, device))
     total = Payload.from_bytes(task.total)
     if total.round != task.round:
         raise FederationError(f"wanted the sum of round {task.round}, got one of round {total.round}")

@@ -36,7 +36,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedface.errors import ConfigError, FederationError, WeightsError
+from fedface.errors import ConfigError, FederationError, FedfaceError, WeightsError
 from fedface.experiment import Experiment, RealDevices, read_experiment
 from fedface.federation.cohort import Heard
 from fedface.federation.device import Device, serve
@@ -128,7 +128,10 @@ def _answer(
         return FlowerMessage(Error(DEVICE_ERROR, str(error)[:LONGEST_REASON]), reply_to=message)
     except Exception as error:
         # The one broad net: Flower would send the text of whatever gets past it to the server.
-        log.exception("this device could not answer")
+        if isinstance(error, FedfaceError):
+            log.warning("this device could not answer: %s", error)
+        else:
+            log.exception("this device could not answer")
         reason = f"the device stopped with {type(error).__name__}; its own log says why"
         return FlowerMessage(Error(DEVICE_ERROR, reason), reply_to=message)
 

@@ -6,6 +6,7 @@ server, and nothing of it is sent there but the device's chosen name.
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,15 @@ from pathlib import Path
 import torch
 
 from fedface.config import read
-from fedface.errors import ConfigError
+from fedface.errors import ConfigError, LibraryError
 from fedface.federation.device import Device
 from fedface.photos.detectors import EmbeddedDetector, YuNetDetector
 from fedface.photos.library import PhotoLibrary
-from fedface.photos.scan import scan_library
+from fedface.photos.scan import EmptyLibrary, scan_library
 from fedface.privacy.policy import DevicePolicy
 from fedface.shapes import Images
+
+log = logging.getLogger("fedface.device")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,28 @@ def owner_device(path: Path) -> Device:
 
 
 def _faces(folder: Path, detector: Path | None, size: int) -> Images:
+    """All faces that can be cut out, none if there are none.
+
+    Without a face the answer is noise alone, and a photo that has just gone is left out: a device that failed
+    instead would tell the server by it, without noise, that the folder is empty or that a photo changed.
+    """
     finder = EmbeddedDetector() if detector is None else YuNetDetector(detector)
-    scan_library(folder, detector=finder)
-    library = PhotoLibrary(folder, detector=finder.name)
-    return library.images(torch.arange(len(library)), size)
+    try:
+        scan_library(folder, detector=finder)
+        library = PhotoLibrary(folder, detector=finder.name)
+    except EmptyLibrary as error:
+        log.warning("%s; this round is answered with noise alone", error)
+        return torch.zeros(0, 3, size, size)
+    try:
+        return library.images(torch.arange(len(library)), size)
+    except LibraryError:
+        faces = [face for number in range(len(library)) for face in _one_face(library, number, size)]
+        return torch.cat([torch.zeros(0, 3, size, size), *faces])
+
+
+def _one_face(library: PhotoLibrary, number: int, size: int) -> list[Images]:
+    try:
+        return [library.images(number, size)]
+    except LibraryError as error:
+        log.warning("%s; it is left out of this round", error)
+        return []

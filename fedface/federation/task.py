@@ -158,6 +158,11 @@ def read_task(message: Message) -> Task:
     header = _header(message)
     try:
         if header["what"] == "train":
+            sizes = header["generator"]["size"], header["critic"]["size"]
+            if sizes[0] != sizes[1]:
+                raise ValueError(
+                    f"generator and critic must have one size, got {sizes[0]} and {sizes[1]}"[:200]
+                )
             return TrainTask(
                 run=_word(header["run"]),
                 round=_whole(header["round"], 1),

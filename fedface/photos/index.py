@@ -108,8 +108,13 @@ class PhotoIndex:
         Raises:
             LibraryError: The file is no index, or another scan is writing it.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        except OSError as cause:
+            raise LibraryError(
+                f"the index {self.path} cannot be written: {cause.strerror or cause}"
+            ) from cause
         with self._explained(), closing(sqlite3.connect(self.path, timeout=10.0)) as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version != VERSION:

@@ -31,7 +31,7 @@ from fedface.photos.index import (
     records,
 )
 from fedface.photos.pixels import read_photo
-from fedface.photos.scan import checked_folder
+from fedface.photos.scan import EmptyLibrary, checked_folder
 from fedface.shapes import Images
 
 MOST_REASONS = 20
@@ -85,7 +85,8 @@ class PhotoLibrary:
             smallest: Leave out photos whose largest face gives a crop of fewer pixels a side than this.
 
         Raises:
-            LibraryError: The folder is missing, was not scanned, or holds no face.
+            EmptyLibrary: It holds no face.
+            LibraryError: The folder is missing or was not scanned.
         """
         self.folder = checked_folder(folder)
         self._index = PhotoIndex(cache or default_cache(self.folder))
@@ -102,7 +103,7 @@ class PhotoLibrary:
             self._rows = np.fromiter(numbers, dtype=np.int64)
         self.detector = chosen
         if len(self._rows) == 0:
-            raise LibraryError(f"no face was found in {folder}; `fedface photos scan` says why, file by file")
+            raise EmptyLibrary(f"no face was found in {folder}; `fedface photos scan` says why, file by file")
 
     def __len__(self) -> int:
         return len(self._rows)

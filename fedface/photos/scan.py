@@ -26,6 +26,10 @@ DEEPEST = 100  # folders in folders
 NO_STATE = FileState(bytes=0, changed=0)
 
 
+class EmptyLibrary(LibraryError):
+    """A folder that can be read and holds nothing of use: no file, or no face."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScanReport:
     """What one scan did; also what the progress callback sees on the way."""
@@ -59,7 +63,8 @@ def scan_library(
         limits: What one photo may cost the child process that decodes it.
 
     Raises:
-        LibraryError: The folder is missing or holds no files, or the index cannot be written.
+        EmptyLibrary: The folder holds no files.
+        LibraryError: The folder is missing, or the index cannot be written.
     """
     root = checked_folder(folder)
     index = PhotoIndex(cache or default_cache(root))
@@ -71,7 +76,7 @@ def scan_library(
         for path, photo in reader.read_all(scan.unread()):
             scan.note(path, photo)
         if scan.files == 0:
-            raise LibraryError(f"no files in {folder}; give the folder that holds the photos")
+            raise EmptyLibrary(f"no files in {folder}; give the folder that holds the photos")
         return scan.report(gone=book.finish())
 
 

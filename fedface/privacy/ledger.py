@@ -346,11 +346,19 @@ class Ledger:
         book.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", tuple(asdict(entry).values()))
         return entry
 
-    def store_reply(self, run: str, round: int, body: bytes) -> None:
+    def store_reply(self, run: str, round: int, body: bytes, *, attempt: int | None = None) -> None:
         """Keep the bytes that answer a booked round; the run's reply before is dropped.
 
+        Each booking pays for one answer: of two computations that ran side by side, only the first is kept.
+
+        Args:
+            run: Which run asked.
+            round: Which round.
+            body: What may be sent once this returns.
+            attempt: The booking that paid for it, as `book` returned it; the latest if None.
+
         Raises:
-            LedgerError: The round was never booked, or has a different reply already.
+            LedgerError: The round was never booked, or that booking has a different answer already.
         """
         with self._transaction() as book:
             same = [entry for entry in self._read(book) if entry.run == run and entry.round == round]
@@ -359,13 +367,12 @@ class Ledger:
             before = book.execute(
                 "SELECT attempt, body FROM replies WHERE run = ? AND round = ?", (run, round)
             ).fetchone()
-            if before is not None and before[0] == same[-1].attempt and before[1] != body:
+            paid = same[-1].attempt if attempt is None else attempt
+            if before is not None and before[0] >= paid and before[1] != body:
                 raise LedgerError(f"round {round} of {run} was answered already; send the kept reply")
             # That a round was answered is remembered for good; its bytes only until the next answer.
             book.execute("UPDATE replies SET body = NULL WHERE run = ?", (run,))
-            book.execute(
-                "INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", (run, round, same[-1].attempt, body)
-            )
+            book.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", (run, round, paid, body))
 
     def stored_reply(self, run: str, round: int) -> bytes | None:
         """The bytes that answered this round; None if it was never answered or they were replaced since."""

@@ -27,10 +27,17 @@ from fedface.shapes import Vector
 Event = DpEvent  # what was released; the name by which other rooms know dp_accounting's record
 
 
+# Far outside, float32 breaks the promise: squares of short gradients vanish, so that they are not clipped at
+# all, and noise vanishes beside its own rounding. A stranger's schedule must not reach there.
+CLIP_NORMS = (1e-6, 1e6)
+
+
 def check_clip_norm(clip_norm: float) -> None:
-    """Raise ValueError unless a clip norm is finite and above 0."""
+    """Raise ValueError unless a clip norm is one that float32 can clip to, 1e-6 to 1e6."""
     if not (clip_norm > 0 and math.isfinite(clip_norm)):
         raise ValueError(f"clip_norm must be a finite number above 0, got {clip_norm}")
+    if not CLIP_NORMS[0] <= clip_norm <= CLIP_NORMS[1]:
+        raise ValueError(f"clip_norm must lie in [{CLIP_NORMS[0]:g}, {CLIP_NORMS[1]:g}], got {clip_norm}")
 
 
 def check_sigma(sigma: float) -> None:

@@ -7,7 +7,6 @@ Source: DP-SGD, Abadi et al. (2016), arXiv:1607.00133; Poisson sampling with a p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, assert_never
@@ -16,6 +15,9 @@ from fedface.errors import PrivacyError
 from fedface.privacy.accounting import ADJACENCY, Bounds, epsilon_of, noise_for
 from fedface.privacy.mechanism import ClippedSum, Event, GaussianSum, SampledGaussian, check_clip_norm
 from fedface.privacy.target import NoPromise, PrivacyTarget, Promise
+
+MOST_EXPECTED = 10**9  # photos in a step
+MOST_NOISE = 1e7  # ten times what a plan may ask for; the noise itself stays finite in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,8 @@ class Schedule:
             raise ValueError(f"sampling_rate must lie in (0, 1], got {self.sampling_rate}")
         if self.expected_batch < 1:
             raise ValueError(f"expected_batch must be at least 1, got {self.expected_batch}")
+        if self.expected_batch > MOST_EXPECTED:
+            raise ValueError(f"expected_batch must be at most {MOST_EXPECTED}, got {self.expected_batch}")
         check_clip_norm(self.clip_norm)
 
 
@@ -52,8 +56,8 @@ class Terms:
     noise_multiplier: float  # sigma >= 0; exactly 0 means that nothing is promised
 
     def __post_init__(self) -> None:
-        if not (self.noise_multiplier >= 0 and math.isfinite(self.noise_multiplier)):
-            raise ValueError(f"noise_multiplier must be a finite number >= 0, got {self.noise_multiplier}")
+        if not 0 <= self.noise_multiplier <= MOST_NOISE:
+            raise ValueError(f"noise_multiplier must lie in [0, {MOST_NOISE:g}], got {self.noise_multiplier}")
 
     @property
     def promises(self) -> bool:

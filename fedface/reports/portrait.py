@@ -51,8 +51,8 @@ def upsample_photo(
 ) -> Portrait:
     """Find the largest face of a photo, shrink it by `factor`, and search `faces` faces that shrink alike.
 
-    A square picture of at most 64 pixels a side is taken as an aligned face as it is; if it is as small as
-    the generator's size divided by the factor, it is the measurement itself.
+    A square picture of at most 64 pixels a side, and no fewer than are searched, is taken as an aligned face
+    as it is; if it is as small as the generator's size divided by the factor, it is the measurement itself.
 
     Raises:
         PhotoError: The file cannot be read.
@@ -64,11 +64,14 @@ def upsample_photo(
             f"the factor must divide the generator's {size} pixels and be at least 2, got {factor}"
         )
     degradation = BicubicPulse(factor)
-    photo = read_photo(path, longest_side=LONGEST_SIDE)
+    try:
+        photo = read_photo(path, longest_side=LONGEST_SIDE)
+    except PhotoError as error:
+        raise PhotoError(f"{path}: {error}") from error
     height, width = photo.pixels.shape[:2]
     side = size // factor
     found = 0
-    if max(height, width) <= SMALL and height == width:
+    if min(side, SMALL) <= height == width <= SMALL:
         small = _images(photo.pixels)
         truth = torch.nn.functional.interpolate(small, size=(size, size), mode="bicubic", antialias=True)
         low = small if height == side else degradation.apply(truth)
@@ -77,7 +80,7 @@ def upsample_photo(
         if not seen:
             raise LibraryError(
                 f"{path}: no face found; give a photo with a face at least 32 pixels wide, or a square picture of "
-                f"at most {SMALL} pixels that is a face already"
+                f"{min(side, SMALL)} to {SMALL} pixels that is a face already"
             )
         found = len(seen)
         truth = _images(align(photo.pixels, seen[0].landmarks, size))

@@ -255,6 +255,12 @@ def test_a_device_opens_the_sum_of_a_round_it_has_a_part_in(tmp_path: Path) -> N
     with pytest.raises(AggregationError, match="at least 2 updates"):
         serve(reveal_task(experiment, server.combine([ones])), device)
 
+    # The owner's smallest cohort holds, whatever the server's task says.
+    careful = replace(device, policy=replace(device.policy, smallest_cohort=3))
+    asked = replace(reveal_task(experiment, total), aggregation=EncryptedConfig(fewest_devices=1))
+    with pytest.raises(AggregationError, match="at least 3 updates"):
+        serve(asked, careful)
+
 
 def test_a_device_does_not_open_the_sum_of_another_round(tmp_path: Path) -> None:
     """A payload that says round 1 in a task that says round 2, which it also answered."""

@@ -17,6 +17,7 @@ from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
 from fedface.models.weights import buffers_of, vector_of
 from fedface.photos.drawn import ToneMix, draw, sample_faces
 from fedface.photos.pixels import write_png
+from fedface.photos.scan import scan_library
 from fedface.privacy.plan import make_plan
 from fedface.privacy.target import NoPromise
 from fedface.randomness import Streams
@@ -59,6 +60,26 @@ def test_photos_are_found_scanned_and_cut_to_size(home: Path) -> None:
     assert first.shape == (3, 3, 16, 16) and float(first.min()) >= 0 and float(first.max()) <= 1
     draw_photos(home / "photos", 1, "new")
     assert device.photos(16).shape == (4, 3, 16, 16)
+
+
+def test_a_folder_without_a_face_gives_none_and_a_photo_that_goes_is_left_out(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No error that a server could tell from an answer: noise hides one photo more or less, also the first."""
+    device = owner_device(home / "device.yaml")
+
+    def scanned(folder: Path, **more: object) -> None:
+        scan_library(folder, **more)  # type: ignore[arg-type]
+        (folder / "old-1.png").unlink()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedface.federation.owner.scan_library", scanned)
+        assert device.photos(16).shape == (2, 3, 16, 16)
+    for photo in (home / "photos").iterdir():
+        photo.unlink()
+    assert device.photos(16).shape == (0, 3, 16, 16)
+    write_png(home / "photos" / "wall.png", np.full((64, 64, 3), 200, np.uint8))
+    assert device.photos(16).shape == (0, 3, 16, 16)
 
 
 def test_the_state_folder_is_the_owners_alone(home: Path) -> None:

@@ -99,7 +99,7 @@ def spoiled(message: Message, key: str, value: Any) -> Message:
         ("terms.noise_multiplier", float("nan")), ("terms.sampling_rate", 2), ("terms.rounds", 0),
         ("terms.rounds", float("inf")), ("terms.epsilon", 1), ("terms.clip_norm", ...),
         ("training.critic_rate", -1), ("training.more", 1), ("training.rounds", "many"), ("training", []),
-        ("generator.size", 17), ("generator.mapping_layers", 10**9), ("critic.channel_max", 0),
+        ("generator.size", 17), ("generator.size", 32), ("generator.mapping_layers", 10**9), ("critic.channel_max", 0),
         ("aggregation.kind", "threshold"), ("aggregation", 3), ("agreement.most_devices", 0),
         ("agreement.value_range", "wide"), ("model", None),
     ],

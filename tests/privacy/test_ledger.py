@@ -99,6 +99,19 @@ def test_a_round_whose_reply_was_sent_and_dropped_is_booked_again(ledger: Ledger
     assert ledger.stored_reply("r", 7) == b"fresh"
 
 
+def test_one_booking_pays_for_one_answer_of_two_computed_side_by_side(ledger: Ledger) -> None:
+    """The slower of two computations under the dear booking is not sent on the cheap one that came since."""
+    dear = ledger.book(EVENT, run="r", round=7)
+    ledger.store_reply("r", 7, b"first", attempt=dear.attempt)
+    ledger.book(EVENT, run="r", round=8)
+    ledger.store_reply("r", 8, b"next")
+    assert ledger.book(EVENT, run="r", round=7, marks={"model": "xyz"}).attempt == 2
+    with pytest.raises(LedgerError, match="answered already"):
+        ledger.store_reply("r", 7, b"second", attempt=dear.attempt)
+    ledger.store_reply("r", 7, b"paid", attempt=2)
+    assert ledger.stored_reply("r", 7) == b"paid"
+
+
 def test_an_answered_round_cannot_be_asked_for_something_else(ledger: Ledger) -> None:
     ledger.book(EVENT, run="r", round=0, marks={"model": "abc"})
     ledger.store_reply("r", 0, b"payload")
