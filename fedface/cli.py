@@ -6,10 +6,8 @@ Every error of ours ends here as one sentence and exit code 2; a traceback means
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
-import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -32,10 +30,11 @@ from rich.table import Table
 
 from fedface.aggregation.encrypted import make_keys
 from fedface.audits.bias import tone_histogram
-from fedface.errors import ConfigError, FedfaceError, RunError
+from fedface.errors import ConfigError, FedfaceError
 from fedface.experiment import Experiment, RealDevices, read_experiment
 from fedface.federation.coordinator import begin, coordinate
 from fedface.federation.flower import devices_folder, in_process_cohort
+from fedface.federation.folders import locked, new_folder, resumed_folder
 from fedface.federation.simulated import describe_devices, prepare
 from fedface.models.weights import load_base, load_gan, save_gan, vector_of
 from fedface.photos.detection_rates import measure_detection
@@ -139,8 +138,8 @@ def run_experiment(
         )
     # Devices and searches run side by side, each in one thread: small networks leave a second one idle.
     torch.set_num_threads(1)
-    folder = _folder(recipe, out, resume)
-    with _locked(folder), _bars() as bars:
+    folder = resumed_folder(recipe.name, out) if resume else new_folder(recipe.name, out)
+    with locked(folder), _bars() as bars:
         if not resume:
             begin(recipe, folder)
         state = devices_folder(folder)
@@ -465,46 +464,6 @@ def _command(experiment: Path, photos: Path | None, changes: dict[str, str]) -> 
     for key, value in changes.items():
         words += ["--set", f"{key}={value}"]
     return " ".join(words)
-
-
-def _folder(recipe: Experiment, out: Path | None, resume: bool) -> Path:
-    """The folder to begin or to continue."""
-    if out is not None:
-        if resume and not (out / "state.json").exists():
-            raise RunError(f"{out}: no run was begun here, so there is nothing to resume")
-        # The folder's name is the run's name, and "." has none.
-        return out if out.name not in ("", "..") else out.resolve()
-    runs = Path("runs")
-    mine = re.compile(re.escape(recipe.name) + r"(-\d+)?")
-    begun = sorted(
-        (path.parent for path in runs.glob("*/state.json") if mine.fullmatch(path.parent.name)),
-        key=lambda path: path.stat().st_mtime,
-    )
-    unfinished = [path for path in begun if not (path / "run.json").exists()]
-    if resume:
-        if not unfinished:
-            raise RunError(f"no unfinished run of {recipe.name} in {runs}; leave --resume out to begin one")
-        return unfinished[-1]
-    folder, number = runs / recipe.name, 1
-    while folder.exists():
-        number += 1
-        folder = runs / f"{recipe.name}-{number}"
-    return folder
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Only one process at a time works in a run's folder."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{folder}: cannot be the folder of a run ({error.strerror})") from error
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(f"{folder}: another process is working on this run") from error
-        yield
 
 
 def _upload_bytes(recipe: Experiment) -> int:

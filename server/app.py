@@ -12,6 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedface.experiment import RealDevices
 from fedface.federation.coordinator import begin, coordinate
 from fedface.federation.flower import GridCohort, devices_folder, read_order
+from fedface.federation.folders import locked
 from fedface.federation.rounds import Watcher
 from fedface.federation.simulated import prepare
 
@@ -39,12 +40,13 @@ class LineWatcher:
 def main(grid: Grid, context: Context) -> None:
     """Run the experiment of the run config to its report."""
     order = read_order(context.run_config, HOME)
-    if not (order.folder / "state.json").exists():
-        begin(order.experiment, order.folder)
-    prepare(order.experiment, devices_folder(order.folder))
     real = isinstance(order.experiment.devices, RealDevices)
     cohort = GridCohort(grid, come_within=600 if real else 60)
     watcher: Watcher = LineWatcher()
     command = f"flwr run . --run-config \"experiment='{context.run_config['experiment']}'\""
-    coordinate(order.experiment, cohort, order.folder, watcher=watcher, command=command)
+    with locked(order.folder):
+        if not (order.folder / "state.json").exists():
+            begin(order.experiment, order.folder)
+        prepare(order.experiment, devices_folder(order.folder))
+        coordinate(order.experiment, cohort, order.folder, watcher=watcher, command=command)
     watcher.say(f"the report is in {order.folder / 'report.html'}")

@@ -14,6 +14,7 @@ from fedface import cli
 from fedface.errors import FedfaceError
 from fedface.federation.coordinator import begin
 from fedface.federation.device import serve
+from fedface.federation.folders import locked
 from fedface.models.weights import save_gan, vector_of
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
@@ -174,7 +175,7 @@ def test_a_begun_folder_is_not_begun_again(fedface, tmp_path: Path) -> None:  # 
 def test_two_processes_do_not_work_on_one_run(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """The second is told."""
     path = str(tiny_file(tmp_path))
-    with cli._locked(Path("mine")):
+    with locked(Path("mine")):
         assert "another process is working on this run" in sentence(fedface("run", path, "--out", "mine"))
 
 

@@ -1,0 +1,72 @@
+"""Where a run lies, and that one process at a time works on it.
+
+Called by the command line and server/app.py.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedface.errors import RunError
+
+RUNS = Path("runs")  # in the folder where the command was given
+
+
+def new_folder(name: str, out: Path | None) -> Path:
+    """The folder for a new run: `out`, or the first of runs/NAME, runs/NAME-2, ... that does not exist."""
+    if out is not None:
+        return _named(out)
+    folder, number = RUNS / name, 1
+    while folder.exists():
+        number += 1
+        folder = RUNS / f"{name}-{number}"
+    return folder
+
+
+def resumed_folder(name: str, out: Path | None) -> Path:
+    """The folder of the run to continue: `out`, or the latest unfinished one of this name.
+
+    Raises:
+        RunError: There is none.
+    """
+    if out is not None:
+        if not (out / "state.json").exists():
+            raise RunError(f"{out}: no run was begun here, so there is nothing to resume")
+        return _named(out)
+    mine = re.compile(re.escape(name) + r"(-\d+)?")
+    begun = sorted(
+        (path.parent for path in RUNS.glob("*/state.json") if mine.fullmatch(path.parent.name)),
+        key=lambda path: path.stat().st_mtime,
+    )
+    unfinished = [path for path in begun if not (path / "run.json").exists()]
+    if not unfinished:
+        raise RunError(f"no unfinished run of {name} in {RUNS}; leave --resume out to begin one")
+    return unfinished[-1]
+
+
+def _named(folder: Path) -> Path:
+    """The folder's name is the run's name, and "." has none."""
+    return folder if folder.name not in ("", "..") else folder.resolve()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Only one process at a time works in a run's folder.
+
+    Raises:
+        RunError: Another process does, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be the folder of a run ({error.strerror})") from error
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(f"{folder}: another process is working on this run") from error
+        yield
