@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fedface import __version__
 from fedface.aggregation.encrypted import make_keys
 from fedface.audits.bias import tone_histogram
 from fedface.errors import ConfigError, FedfaceError
@@ -35,7 +36,7 @@ from fedface.experiment import Experiment, RealDevices, read_experiment
 from fedface.federation.coordinator import begin, coordinate
 from fedface.federation.flower import devices_folder, in_process_cohort
 from fedface.federation.folders import locked, new_folder, resumed_folder
-from fedface.federation.simulated import describe_devices, prepare
+from fedface.federation.simulated import check_sources, describe_devices, prepare
 from fedface.models.weights import load_base, load_gan, save_gan, vector_of
 from fedface.photos.detection_rates import measure_detection
 from fedface.photos.detectors import EmbeddedDetector, HogDetector, YuNetDetector
@@ -50,6 +51,7 @@ from fedface.reports.figures import face_grid
 from fedface.reports.portrait import portrait_sheet, upsample_photo
 from fedface.reports.run import BiasRecord, Interval, RunRecord
 from fedface.training.pretrain import PretrainConfig, pretrain
+from fedface.upsampling.pulse import PulseConfig
 
 app = typer.Typer(
     name="fedface",
@@ -118,6 +120,21 @@ def _bars() -> Iterator[Bars]:
         yield Bars(progress)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fedface {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Improve face generators and upsamplers with photos that never leave their devices."""
+
+
 @app.command("run")
 def run_experiment(
     experiment: Annotated[Path, typer.Argument(help="The experiment's YAML file.")],
@@ -139,6 +156,7 @@ def run_experiment(
     # Devices and searches run side by side, each in one thread: small networks leave a second one idle.
     torch.set_num_threads(1)
     folder = resumed_folder(recipe.name, out) if resume else new_folder(recipe.name, out)
+    check_sources(recipe)
     with locked(folder), _bars() as bars:
         if not resume:
             begin(recipe, folder)
@@ -249,8 +267,15 @@ def upsample(
     if found.faces_in_photo > 1:
         console.print(f"{found.faces_in_photo} faces in the photo; the largest was taken", highlight=False)
     for i, (misfit, fits) in enumerate(zip(found.made.misfit[0], found.made.converged[0], strict=True)):
-        verdict = "shrinks to the same pixels" if fits else "did not get there"
+        verdict = (
+            "shrinks to the same pixels" if fits else f"does not fit: {PulseConfig().eps:g} or less would"
+        )
         console.print(f"face {i + 1}: misfit {misfit:.5f}, {verdict}", highlight=False)
+    if not bool(found.made.converged.any()):
+        console.print(
+            "This generator cannot make a face that fits; what it shows is the nearest it knows.",
+            highlight=False,
+        )
     console.print("These people do not exist; the pixels do not say which face is right.", highlight=False)
     console.print(f"open {target}", highlight=False, soft_wrap=True)
 
@@ -441,7 +466,10 @@ def ledger_show(
     for entry in entries:
         table.add_row(*(str(entry[key]) for key in ("number", "written", "run", "round", "attempt")))
     console.print(table)
-    console.print(f"epsilon spent: {spent} at delta {delta:g}, per photo", highlight=False)
+    console.print(
+        f"epsilon spent: {spent} at delta {delta:g}, per photo (a run's own promise may name another delta)",
+        highlight=False,
+    )
 
 
 def _detector(path: Path | None) -> Detector:

@@ -36,6 +36,8 @@ def resumed_folder(name: str, out: Path | None) -> Path:
     if out is not None:
         if not (out / "state.json").exists():
             raise RunError(f"{out}: no run was begun here, so there is nothing to resume")
+        if (out / "run.json").exists():
+            raise RunError(f"{out}: this run is finished; `fedface report {out}` writes its pages anew")
         return _named(out)
     mine = re.compile(re.escape(name) + r"(-\d+)?")
     begun = sorted(

@@ -52,6 +52,17 @@ def device_name(number: int) -> str:
     return f"device-{number:02d}"
 
 
+def check_sources(experiment: Experiment) -> None:
+    """Look whether labelled photos are where the experiment says, before a run is begun.
+
+    Raises:
+        LibraryError: A folder is missing or holds no labelled photos.
+    """
+    for part in (experiment.devices, experiment.probe):
+        if isinstance(part, LabelledDevices | LabelledProbe):
+            _set_path(part.folder, part.set)
+
+
 def prepare(experiment: Experiment, folder: Path) -> None:
     """Make each pretended device's state folder, and the shared key where sums need one.
 

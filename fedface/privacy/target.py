@@ -37,7 +37,8 @@ class PrivacyTarget:
     def __post_init__(self) -> None:
         if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
             raise ValueError(
-                f"epsilon must be a finite number above 0, got {self.epsilon}; an unbounded one is NoPromise"
+                f"epsilon must be a finite number above 0, got {self.epsilon}; "
+                "without a bound the promise is of kind no-promise"
             )
         check_delta(self.delta)
         if self.unit != "photo":

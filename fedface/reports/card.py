@@ -127,8 +127,7 @@ def _leakage(record: RunRecord) -> list[str]:
     if not record.attacks:
         return [*lines, "Not measured: no attack was run against these updates."]
     for attack in record.attacks:
-        named = f"Right photo of {attack.gallery_size} named: {wording.figure(attack.gallery)}."
-        lines.append(f"- {plain(wording.attack_sentence(attack))} {plain(named)}")
+        lines.append(f"- {plain(wording.named_sentence(attack))} {plain(wording.attack_sentence(attack))}")
     untested = list(dict.fromkeys(item for attack in record.attacks for item in attack.not_tested))
     if untested:
         lines += ["", f"Not tested: {plain('; '.join(untested))}."]

@@ -85,7 +85,10 @@ def render(record: RunRecord, folder: Path) -> str:
         bias=_bias(record),
         tones=_tones(record),
         attacks=_attacks(record),
-        attack_sentences=[wording.attack_sentence(attack) for attack in record.attacks],
+        attack_sentences=[
+            *(wording.named_sentence(attack) for attack in record.attacks),
+            *(wording.attack_sentence(attack) for attack in record.attacks),
+        ],
         not_tested=list(dict.fromkeys(item for attack in record.attacks for item in attack.not_tested)),
         experiment=json.dumps(record.experiment, indent=2, ensure_ascii=False),
     )
@@ -154,11 +157,14 @@ def _tiles(record: RunRecord) -> list[dict[str, str]]:
         if answered:
             value = wording.size(sent / answered)
             tiles.append({"value": value, "text": "sent by one device in one round"})
-    gains = [(a.gain.estimate, a.defence) for a in record.attacks if isinstance(a.gain, Interval)]
-    if gains:
-        value = " → ".join(wording.signed(gain) for gain, _ in gains)
-        text = f"attack beyond guessing: {' → '.join(defence for _, defence in gains)}"
-        tiles.append({"value": f"{value} dB", "text": text})
+    named = [(a.gallery.estimate, a.defence) for a in record.attacks if isinstance(a.gallery, Interval)]
+    if named:
+        value = " → ".join(wording.share(rate) for rate, _ in named)
+        defences = " → ".join(defence for _, defence in named)
+        text = (
+            f"of updates give away whose photo was in them, of {record.attacks[0].gallery_size}: {defences}"
+        )
+        tiles.append({"value": value, "text": text})
     return tiles
 
 

@@ -97,10 +97,16 @@ def upsample_photo(
 def portrait_sheet(portrait: Portrait) -> bytes:
     """The picture of a portrait: the face, its few pixels, and every face found, misfit and tone below each."""
     made = portrait.made.images[0]
-    count = len(made)
     side = portrait.low.shape[-1]
     tone = measure_tone(torch.cat([portrait.truth, made])).monk.tolist()
-    columns = ["photo", f"{side} x {side}", *(f"face {i + 1}" for i in range(count))]
+    columns = [
+        "photo",
+        f"{side} x {side}",
+        *(
+            f"face {i + 1}" if fits else f"face {i + 1}, no fit"
+            for i, fits in enumerate(portrait.made.converged[0])
+        ),
+    ]
     labels = [f"Monk {tone[0]:.1f}", "", *(f"Monk {t:.1f}" for t in tone[1:])]
     misfit = portrait.made.misfit[0].tolist()
     fits = ["", "shown", *(f"misfit {m:.4f}" for m in misfit)]

@@ -154,8 +154,9 @@ class RoundRecord:
     refusals: tuple[RefusalRecord, ...]
     dropped: tuple[RefusalRecord, ...]
     epsilon: Epsilon | NotMeasured  # spent up to and with this round
-    bytes_up: int
-    bytes_down: int
+    bytes_up: int  # updates, all devices together
+    bytes_down: int  # weights, all devices together
+    bytes_reveal: int  # the sum to one device and back, where the server cannot open it
     seconds: float
     seconds_protect: float
     seconds_combine: float

@@ -203,6 +203,24 @@ def gap_sentence(gap: GapRecord, measure: str) -> str:
             return f"By {title}, the gap between groups was not measured: {reason}."
 
 
+def share(rate: float) -> str:
+    """A share in percent that may be nothing at all."""
+    return percent(rate) if rate else f"0{SPACE}%"
+
+
+def named_sentence(attack: AttackRecord) -> str:
+    """How often an update gave away which photo was in it; inversion alone would give false comfort."""
+    match attack.gallery:
+        case Interval(estimate=rate, low=low, high=high, count=count):
+            chance = percent(1 / attack.gallery_size)
+            return (
+                f"With {attack.defence}, somebody with {attack.gallery_size} candidate photos named the one in the "
+                f"update in {share(rate)} of cases [{share(low)}, {share(high)}] (n = {count}); chance is {chance}."
+            )
+        case NotMeasured(not_measured=reason):
+            return f"With {attack.defence}, naming the photo in an update was not measured: {reason}."
+
+
 def attack_sentence(attack: AttackRecord) -> str:
     """What one attack achieved beyond guessing."""
     match attack.gain:

@@ -33,7 +33,7 @@ from fedface.federation.task import (
     read_reply,
     read_task,
 )
-from fedface.models.weights import load_gan, vector_of, weights_hash
+from fedface.models.weights import buffers_of, load_gan, vector_of, weights_hash
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Ledger
 from fedface.reports.run import Epsilon, Interval, NotMeasured
@@ -223,15 +223,17 @@ def test_a_run_goes_on_after_its_last_round_on_disk(tmp_path: Path) -> None:
 
 
 def test_bytes_and_epsilon_are_recorded_as_they_were(tmp_path: Path) -> None:
-    """Up: the payloads. Down: four bytes a weight and device. Epsilon: the plan's, growing, within its promise."""
+    """Up: the payloads. Down: four bytes a weight or buffer and device. Epsilon: the plan's, growing."""
     cohort = cohort_of(tmp_path, {"training.rounds": "2", "promise": PROMISE})
     experiment = cohort.experiment
     records = rounds(experiment, cohort).rounds
-    length = len(vector_of(*tiny_gan().modules()))
+    modules = tiny_gan().modules()
+    length = len(vector_of(*modules)) + len(buffers_of(*modules))
     for number, record in enumerate(records, start=1):
         sent = [cohort.replies["TrainTask", number, member] for member in range(2)]
         assert record.bytes_up == sum(len(reply.payload) for reply in sent if isinstance(reply, Trained))
         assert record.bytes_down == 2 * 4 * length
+        assert record.bytes_reveal == 0
         price = epsilon_of(experiment.plan().event(number), 1e-3)
         assert isinstance(record.epsilon, Epsilon)
         assert (record.epsilon.lower, record.epsilon.upper) == (price.lower, price.upper)

@@ -163,6 +163,7 @@ def made_up_run(folder: Path) -> RunRecord:
             epsilon=epsilon_after(number),
             bytes_up=8 * 2_030_000,
             bytes_down=8 * 2_300_000,
+            bytes_reveal=2_030_000 + 2_300_000,
             seconds=41.0 + rng.normal(0, 2),
             seconds_protect=0.21,
             seconds_combine=0.013,
