@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +29,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fedface import __version__
 from fedface.aggregation.encrypted import make_keys
 from fedface.audits.bias import tone_histogram
 from fedface.errors import ConfigError, FedfaceError
@@ -122,7 +122,7 @@ def _bars() -> Iterator[Bars]:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"fedface {__version__}")
+        print(f"fedface {version('fedface')}")
         raise typer.Exit
 
 
