@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fedface.aggregation.encrypted import make_keys
+from fedface.aggregation.encrypted import make_device, make_keys
 from fedface.audits.bias import tone_histogram
 from fedface.errors import ConfigError, FedfaceError
 from fedface.experiment import Experiment, RealDevices, read_experiment
@@ -496,8 +496,6 @@ def _command(experiment: Path, photos: Path | None, changes: dict[str, str]) -> 
 
 def _upload_bytes(recipe: Experiment) -> int:
     """The size of one protected update, made and measured."""
-    from fedface.aggregation.encrypted import make_device  # noqa: PLC0415 - a measurement, not a service
-
     gan = recipe.start()
     zeros = torch.zeros_like(vector_of(*gan.modules()))
     keys = make_keys(recipe.aggregation, recipe.agreement)
