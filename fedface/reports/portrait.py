@@ -95,21 +95,13 @@ def upsample_photo(
 
 
 def portrait_sheet(portrait: Portrait) -> bytes:
-    """The picture of a portrait: the face, its few pixels, and every face found, misfit and tone below each."""
+    """The picture of a portrait: the face, its few pixels, and every face found with its misfit."""
     made = portrait.made.images[0]
     side = portrait.low.shape[-1]
-    tone = measure_tone(torch.cat([portrait.truth, made])).monk.tolist()
-    columns = [
-        "photo",
-        f"{side} x {side}",
-        *(
-            f"face {i + 1}" if fits else f"face {i + 1}, no fit"
-            for i, fits in enumerate(portrait.made.converged[0])
-        ),
-    ]
-    labels = [f"Monk {tone[0]:.1f}", "", *(f"Monk {t:.1f}" for t in tone[1:])]
-    misfit = portrait.made.misfit[0].tolist()
-    fits = ["", "shown", *(f"misfit {m:.4f}" for m in misfit)]
+    tone = float(measure_tone(portrait.truth).monk[0])
+    columns = [f"photo\nMonk {tone:.1f}", f"{side} x {side}\nshown"]
+    for i, (misfit, fits) in enumerate(zip(portrait.made.misfit[0], portrait.made.converged[0], strict=True)):
+        columns.append(f"face {i + 1}{'' if fits else ', no fit'}\nmisfit {float(misfit):.4f}")
     low = portrait.low.clamp(0, 1)
     enlarged = torch.nn.functional.interpolate(low, size=made.shape[-2:], mode="nearest")
     shrunk = torch.nn.functional.interpolate(
@@ -121,7 +113,7 @@ def portrait_sheet(portrait: Portrait) -> bytes:
         ("photo and\nfaces found", torch.cat([portrait.truth, enlarged, made])),
         (f"shrunk to\n{side} x {side}", shrunk),
     ]
-    return face_grid(rows, [f"{c}\n{f or t}" for c, t, f in zip(columns, labels, fits, strict=True)])
+    return face_grid(rows, columns)
 
 
 def _images(pixels: np.ndarray) -> Images:
