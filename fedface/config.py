@@ -12,7 +12,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -42,28 +42,59 @@ class Place:
         return Place(self.file, node.start_mark.line + 1, f"{self.key}.{key}" if self.key else key)
 
 
-def read(path: Path, wanted: type[T], *, changes: Mapping[str, str] | None = None) -> T:
+def read(
+    path: Path,
+    wanted: type[T],
+    *,
+    changes: Mapping[str, str] | None = None,
+    leave_out: Sequence[str] = (),
+) -> T:
     """Read a YAML file as the dataclass `wanted`.
 
     Args:
         path: The file.
         wanted: A frozen dataclass; its fields' types say what is allowed, its `__post_init__` which ranges.
         changes: Dotted keys with new values, such as {"promise.epsilon": "3"}, which win over the file.
+        leave_out: Top-level keys that somebody else reads.
 
     Raises:
         ConfigError: The file is missing, is no YAML, or says something that `wanted` does not allow.
     """
+    return parse(text_of(path), wanted, name=str(path), changes=changes, leave_out=leave_out)
+
+
+def text_of(path: Path) -> str:
+    """The text of a file; raises ConfigError where there is none, with a neighbour's name."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ConfigError(f"{path}: no such file{_suggest(path.name, near)}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a text file ({error})") from error
-    return parse(text, wanted, name=str(path), changes=changes)
 
 
-def parse(text: str, wanted: type[T], *, name: str, changes: Mapping[str, str] | None = None) -> T:
+def section(path: Path, key: str) -> Any:
+    """One top-level key of a YAML file as plain lists, dicts, numbers and strings; None where it is missing.
+
+    Raises:
+        ConfigError: The file is missing or no YAML.
+    """
+    try:
+        everything = yaml.safe_load(text_of(path))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    return everything.get(key) if isinstance(everything, dict) else None
+
+
+def parse(
+    text: str,
+    wanted: type[T],
+    *,
+    name: str,
+    changes: Mapping[str, str] | None = None,
+    leave_out: Sequence[str] = (),
+) -> T:
     """Like `read`, from a text; `name` stands for the file in errors."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -74,6 +105,8 @@ def parse(text: str, wanted: type[T], *, name: str, changes: Mapping[str, str] |
         raise ConfigError(f"{name}:1: not valid YAML: {error}") from error
     if node is None:
         raise ConfigError(f"{name}:1: the file is empty; expected {_title(wanted)}")
+    if isinstance(node, yaml.MappingNode):
+        node.value = [(key, value) for key, value in node.value if key.value not in leave_out]
     for key, value in (changes or {}).items():
         _change(node, key, value)
     return cast(T, _read(node, wanted, Place(name, node.start_mark.line + 1, "")))

@@ -14,16 +14,22 @@ from pathlib import Path
 from typing import Literal, assert_never
 
 from fedface.aggregation.protocol import AggregationConfig, Agreement, EncryptedConfig
-from fedface.config import plain, read
+from fedface.config import plain, read, section
 from fedface.errors import ConfigError
-from fedface.models.weights import Gan, load_base, load_gan
+from fedface.models.family import Encoded, Flow, Gan
+from fedface.models.weights import load_as, load_base, load_encoded, load_flow
 from fedface.photos.partition import ByGroup, Dirichlet, Evenly
 from fedface.privacy.plan import Plan, make_plan
 from fedface.privacy.policy import DevicePolicy
 from fedface.privacy.target import NoPromise, PrivacyTarget
+from fedface.training.flow import FlowTrainingConfig
 from fedface.training.generator import GanTrainingConfig
+from fedface.training.prior import PriorTrainingConfig
+from fedface.training.ways import Training
 from fedface.upsampling.degrade import Area, BicubicPulse
 from fedface.upsampling.pulse import PulseConfig
+
+VARY = "vary"  # the key of a file that describes several runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +148,8 @@ class Experiment:
     devices: Devices
     probe: DrawnProbe | LabelledProbe = field(default_factory=DrawnProbe)
     seed: int = 0
-    base: Path | None = None  # a checkpoint; None is the embedded one
-    training: GanTrainingConfig = field(default_factory=GanTrainingConfig)
+    base: Path | None = None  # a checkpoint; None is the embedded one of the family that `training` needs
+    training: Training = field(default_factory=GanTrainingConfig)
     aggregation: AggregationConfig = field(default_factory=EncryptedConfig)
     policy: DevicePolicy | None = None  # of pretended devices; None allows exactly this run
     fewest_answers: int = 2  # a round with fewer answers is not applied
@@ -204,20 +210,34 @@ class Experiment:
             case _:
                 assert_never(self.promise)
 
-    def start(self) -> Gan:
-        """The networks before the first round.
+    @property
+    def rounds(self) -> int:
+        """How many rounds the run has."""
+        return self.training.schedule().rounds
+
+    def start(self) -> Gan | Encoded | Flow:
+        """The model before the first round, of the family that this way of training needs.
 
         Raises:
-            WeightsError: The checkpoint cannot be read.
+            WeightsError: The checkpoint cannot be read, or is of another family.
             ConfigError: Its pictures cannot be shrunk as `upsampling` says.
         """
-        gan = load_base() if self.base is None else load_gan(self.base)
+        model: Gan | Encoded | Flow
+        match self.training:
+            case GanTrainingConfig():
+                model = load_base() if self.base is None else load_as(self.base, Gan)
+            case PriorTrainingConfig():
+                model = load_encoded() if self.base is None else load_as(self.base, Encoded)
+            case FlowTrainingConfig():
+                model = load_flow() if self.base is None else load_as(self.base, Flow)
+            case _:
+                assert_never(self.training)
         factor = self.upsampling.downscale.factor
-        if gan.generator.size % factor:
+        if model.generator.size % factor:
             raise ConfigError(
-                f"upsampling.downscale.factor must divide the generator's {gan.generator.size} pixels, got {factor}"
+                f"upsampling.downscale.factor must divide the generator's {model.generator.size} pixels, got {factor}"
             )
-        return gan
+        return model
 
     def digest(self) -> str:
         """SHA-256 of the whole recipe, the first 16 hex digits."""
@@ -230,10 +250,19 @@ def read_experiment(
     """Read an experiment; `photos` replaces the folder of labelled devices and probe.
 
     Raises:
-        ConfigError: With file, line, key, what was expected and what came.
+        ConfigError: With file, line, key, what was expected and what came; or the file varies its recipe.
     """
+    if section(path, VARY) is not None:
+        raise ConfigError(f"{path}: describes several runs (its key {VARY}); run them with `fedface compare`")
+    return read_one(path, photos=photos, changes=changes)
+
+
+def read_one(
+    path: Path, *, photos: Path | None = None, changes: Mapping[str, str] | None = None
+) -> Experiment:
+    """Like `read_experiment`, for one of the runs of a file that varies its recipe: `changes` say which."""
     merged = dict(changes or {})
-    first = read(path, Experiment, changes=merged)
+    first = read(path, Experiment, changes=merged, leave_out=(VARY,))
     if photos is None:
         return first
     if not isinstance(first.devices, LabelledDevices) and not isinstance(first.probe, LabelledProbe):
@@ -243,4 +272,4 @@ def read_experiment(
     for part in ("devices", "probe"):
         if isinstance(getattr(first, part), (LabelledDevices, LabelledProbe)):
             merged[f"{part}.folder"] = json.dumps(str(photos))
-    return read(path, Experiment, changes=merged)
+    return read(path, Experiment, changes=merged, leave_out=(VARY,))

@@ -11,11 +11,12 @@ import pytest
 from tiny import first_device, tiny_experiment, tiny_file, tiny_gan, train_task
 
 from fedface import cli
+from fedface.cli import runs
 from fedface.errors import FedfaceError
 from fedface.federation.coordinator import begin
 from fedface.federation.device import serve
 from fedface.federation.folders import locked
-from fedface.models.weights import save_gan, vector_of
+from fedface.models.weights import save_model, vector_of
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
@@ -242,7 +243,7 @@ def test_a_ledger_that_is_none_is_said(fedface, tmp_path: Path) -> None:  # type
 
 def test_a_checkpoint_is_shown_as_a_sheet(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """A PNG of samples."""
-    save_gan(tmp_path / "gan.safetensors", tiny_gan())
+    save_model(tmp_path / "gan.safetensors", tiny_gan())
     said = fedface(
         "base", "sheet", str(tmp_path / "sheet.png"), "--generator", str(tmp_path / "gan.safetensors")
     )
@@ -263,7 +264,7 @@ def test_an_interrupt_says_what_is_kept(fedface, monkeypatch: pytest.MonkeyPatch
     def interrupted(*words: object, **more: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "read_experiment", interrupted)
+    monkeypatch.setattr(runs, "read_experiment", interrupted)
     said = fedface("run", "x.yaml")
     assert said.code == 130 and "continue a run with --resume" in said.err
 
@@ -274,7 +275,7 @@ def test_what_is_not_our_error_is_a_traceback(fedface, monkeypatch: pytest.Monke
     def broken(*words: object, **more: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli, "read_experiment", broken)
+    monkeypatch.setattr(runs, "read_experiment", broken)
     with pytest.raises(ZeroDivisionError):
         fedface("run", "x.yaml")
     assert not issubclass(ZeroDivisionError, FedfaceError)

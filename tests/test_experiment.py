@@ -25,7 +25,7 @@ question: Does it matter?
 name: small
 promise: {kind: privacy-target, epsilon: 4, delta: 1e-4}
 devices: {kind: drawn-devices, light_shares: [0.9, 0.1, 0.5], photos_each: 100}
-training: {rounds: 2, steps_per_round: 3, sampling_rate: 0.2, expected_batch: 20}
+training: {kind: gan-training, rounds: 2, steps_per_round: 3, sampling_rate: 0.2, expected_batch: 20}
 """
 
 

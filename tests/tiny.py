@@ -16,7 +16,8 @@ from fedface.federation.simulated import prepare, simulated_device
 from fedface.federation.task import Agreed, TrainTask
 from fedface.models.critic import CriticConfig
 from fedface.models.stylegan2 import GeneratorConfig
-from fedface.models.weights import Gan, buffers_of, new_gan, save_gan, vector_of, weights_hash
+from fedface.models.family import Gan, new_gan
+from fedface.models.weights import buffers_of, save_model, vector_of, weights_hash
 from fedface.randomness import Streams
 
 GENERATOR = GeneratorConfig(
@@ -33,7 +34,7 @@ name: tiny
 promise: {kind: privacy-target, epsilon: 8, delta: 1e-3}
 devices: {kind: drawn-devices, light_shares: [0.9, 0.1], photos_each: 24}
 probe: {kind: drawn-probe, each: 2}
-training: {rounds: 2, steps_per_round: 2, sampling_rate: 0.5, expected_batch: 8, made_batch: 4, critic_rate: 0.2}
+training: {kind: gan-training, rounds: 2, steps_per_round: 2, sampling_rate: 0.5, expected_batch: 8, made_batch: 4, critic_rate: 0.2}
 aggregation: {kind: plain}
 upsampling: {pulse: {steps: 5, mapping_samples: 64}}
 attack: {photos: 2, iterations: 2, candidates: 10, trials: 2}
@@ -49,7 +50,7 @@ def tiny_gan(name: str = "tiny") -> Gan:
 def tiny_file(folder: Path) -> Path:
     """`tiny.yaml` and its checkpoint in this folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_gan(folder / "base.safetensors", tiny_gan())
+    save_model(folder / "base.safetensors", tiny_gan())
     path = folder / "tiny.yaml"
     path.write_text(RECIPE.replace("BASE", str(folder / "base.safetensors")))
     return path
@@ -79,8 +80,7 @@ def train_task(
         agreed=Agreed(
             terms=experiment.plan().terms,
             training=experiment.training,
-            generator=gan.generator.config,
-            critic=gan.critic.config,
+            shape=gan.shape,
             aggregation=experiment.aggregation,
             agreement=experiment.agreement,
         ),

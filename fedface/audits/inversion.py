@@ -161,7 +161,7 @@ def invert(
 
 
 def attack_update(
-    critic: nn.Module,
+    gradient_of: GradientOf,
     photos: Images,
     defence: Defence,
     public_faces: Images,
@@ -169,9 +169,10 @@ def attack_update(
     searches: Sequence[Search] = (CosineSearch(),),
     generator: torch.Generator,
 ) -> AttackResult:
-    """Invert the critic's update on each photo alone, and compare with guessing.
+    """Invert the update on each photo alone, and compare with guessing.
 
     Args:
+        gradient_of: What one photo would release, clipping and noise apart; `critic_gradient` of a critic.
         photos: (n, 3, s, s) in [0, 1]; four to eight give an interval worth printing. One update each.
         public_faces: (m, 3, s, s), known to everybody; their mean is the guess without the update.
         searches: All are run; the one with the best mean PSNR is reported.
@@ -185,7 +186,6 @@ def attack_update(
         raise ValueError("searches must name at least one search, got none")
     truth = photos.detach().clamp(0.0, 1.0)
     guess = public_faces.detach().clamp(0.0, 1.0).mean(dim=0, keepdim=True).expand_as(truth).clone()
-    gradient_of = critic_gradient(critic)
     updates = [release(gradient_of(photo[None]).detach(), defence, generator) for photo in truth]
     shown = _as_attacker_sees(gradient_of, defence)
     shape = (1, int(truth.shape[1]), int(truth.shape[2]), int(truth.shape[3]))
@@ -216,7 +216,7 @@ def attack_update(
 
 
 def gallery_attack(
-    critic: nn.Module,
+    gradient_of: GradientOf,
     candidates: Images,
     defence: Defence,
     *,
@@ -235,7 +235,7 @@ def gallery_attack(
     """
     if trials < 1:
         raise ValueError(f"trials must be >= 1, got {trials}")
-    shown = _as_attacker_sees(critic_gradient(critic), defence)
+    shown = _as_attacker_sees(gradient_of, defence)
     known = torch.stack([shown(photo[None]).detach() for photo in candidates])
     lengths = known.square().sum(dim=1)
     right = 0

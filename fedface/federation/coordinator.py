@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import assert_never
 
+import torch
+
 from fedface.config import dump, plain
 from fedface.errors import ConfigError, RunError
 from fedface.experiment import DrawnDevices, Experiment, LabelledDevices, RealDevices
@@ -38,11 +40,12 @@ from fedface.federation.rounds import (
     weights_path,
 )
 from fedface.federation.simulated import PublicFaces, describe_devices, device_faces, public_faces
-from fedface.models.weights import Gan, load_gan, save_gan, vector_of, weights_hash
+from fedface.models.family import Model
+from fedface.models.weights import load_model, save_model, weights_hash
 from fedface.photos.drawn import ToneMix, draw, sample_faces
 from fedface.privacy.plan import Plan
 from fedface.privacy.target import PrivacyTarget
-from fedface.randomness import Streams
+from fedface.randomness import SecretNoise, Streams
 from fedface.reports import card, figures, page, run
 from fedface.reports.filling import machine_record, plan_record, version_record
 from fedface.reports.run import (
@@ -53,7 +56,7 @@ from fedface.reports.run import (
     ToneRecord,
 )
 from fedface.shapes import Images
-from fedface.training.generator import ranges_of
+from fedface.training.ways import begin_round, common_streams
 
 FEWEST_FACES = 40  # on each side of a comparison of samples with faces
 
@@ -67,7 +70,7 @@ def begin(experiment: Experiment, folder: Path) -> None:
     if (folder / "state.json").exists():
         raise RunError(f"{folder}: a run was begun here; continue it with --resume, or choose another folder")
     (folder / "rounds").mkdir(parents=True, exist_ok=True)
-    save_gan(weights_path(folder, 0), experiment.start())
+    save_model(weights_path(folder, 0), experiment.start())
     replace_text(folder / "experiment.yaml", dump(experiment))
     replace_text(folder / "digest", experiment.digest())
     State(folder, datetime.now(UTC).isoformat(timespec="seconds"), ()).save()
@@ -100,7 +103,7 @@ def coordinate(
     """
     check_same(experiment, folder)
     plan = experiment.plan()
-    base = load_gan(weights_path(folder, 0))
+    base = load_model(weights_path(folder, 0))
     size = base.generator.size
     watcher.stage("public faces", 1)
     probe = public_faces(experiment, size)
@@ -112,17 +115,19 @@ def coordinate(
             f"raise probe.each so that there are at least {FEWEST_FACES}"
         )
     state = run_rounds(experiment, plan, cohort, State.read(folder), reference, watcher)
-    final = load_gan(weights_path(folder, experiment.training.rounds))
+    final = load_model(weights_path(folder, experiment.rounds))
     before, after = _serve(experiment, base, final, probe, watcher)
     watcher.stage("attacks on one update, without and with DP", 1)
+    work = begin_round(final, experiment.training, plan.terms, common_streams(experiment.seed, 0))
     attacked = attack_updates(
-        final, probe, _candidates(experiment, size), plan, experiment.attack, experiment.seed
+        work, probe, _candidates(experiment, size), plan, experiment.attack, experiment.seed
     )
     watcher.step(1)
     watcher.stage("cost of encryption", 1)
-    moved = (vector_of(*final.modules()) - vector_of(*base.modules())) / experiment.training.rounds
-    scaled = moved / ranges_of(base, experiment.training)
-    costs = aggregation_costs(scaled, experiment.aggregation, experiment.agreement)
+    # What one device of public faces would send: the sizes and errors are those of a real update.
+    streams = Streams(experiment.seed).child("cost")
+    update = work.update(probe.images, chance=_chance(plan, streams), streams=streams) / work.ranges()
+    costs = aggregation_costs(update.clamp(-1, 1), experiment.aggregation, experiment.agreement)
     watcher.step(1)
     samples = {when: _samples(gan, experiment) for when, gan in (("before", base), ("after", final))}
     parts = _Parts(base, final, probe, like_devices, before, after, samples)
@@ -166,8 +171,8 @@ def coordinate(
 class _Parts:
     """What the pictures are made of."""
 
-    base: Gan
-    final: Gan
+    base: Model
+    final: Model
     probe: PublicFaces
     like_devices: Images | None
     before: Served
@@ -176,7 +181,7 @@ class _Parts:
 
 
 def _serve(
-    experiment: Experiment, base: Gan, final: Gan, probe: PublicFaces, watcher: Watcher
+    experiment: Experiment, base: Model, final: Model, probe: PublicFaces, watcher: Watcher
 ) -> tuple[Served, Served]:
     """The probe upsampled with both generators, side by side."""
     faces = len(probe.images) * experiment.upsampling.faces_per_photo
@@ -210,8 +215,12 @@ def _candidates(experiment: Experiment, size: int) -> Images:
     return draw(faces, size, noise=streams.generator("camera"))
 
 
-def _samples(gan: Gan, experiment: Experiment) -> Images:
-    return gan.generator.sample(512, Streams(experiment.seed).generator("report samples"))
+def _chance(plan: Plan, streams: Streams) -> SecretNoise | torch.Generator:
+    return SecretNoise() if plan.terms.promises else streams.generator("no promise")
+
+
+def _samples(model: Model, experiment: Experiment) -> Images:
+    return model.generator.sample(512, Streams(experiment.seed).generator("report samples"))
 
 
 def _tones(experiment: Experiment, parts: _Parts) -> tuple[ToneRecord, ...]:
@@ -275,7 +284,7 @@ def _pictures(folder: Path, parts: _Parts, attacked: list[Attacked]) -> dict[str
         "attack": PictureRecord(
             file="attack.png",
             section="attacks",
-            caption="One photo in one critic update: the truth, what the attack recovered, and a guess.",
+            caption="One photo in one update: the truth, what the attack recovered, and a guess.",
             alt="Grid of faces: truth, recovered without and with DP, and the mean face",
         ),
     }

@@ -16,14 +16,13 @@ from fedface.aggregation.encrypted import EncryptedKeys, make_device
 from fedface.aggregation.protocol import AggregationConfig, EncryptedConfig, Payload, PlainConfig
 from fedface.errors import FederationError, PolicyRefusal, PrivacyError
 from fedface.federation.task import Refusal, Reply, Revealed, RevealTask, Task, Trained, TrainTask
-from fedface.models.critic import Critic
-from fedface.models.stylegan2 import StyleGAN2
-from fedface.models.weights import Gan, fill, fill_buffers
+from fedface.models.family import build
+from fedface.models.weights import fill, fill_buffers
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.policy import DevicePolicy
 from fedface.randomness import SecretNoise, Streams
 from fedface.shapes import Images
-from fedface.training.generator import ranges_of, train_round
+from fedface.training.ways import begin_round, common_streams
 
 OBJECTIVE = "generator"
 FAILED = b"failed"  # kept in place of a payload for a round that broke
@@ -92,25 +91,20 @@ def _train(task: TrainTask, device: Device) -> Reply:
     device.policy.admit(
         agreed.terms, task.cohort, agreed.aggregation.kind, OBJECTIVE, ledger, run=task.run, round=task.round
     )
-    gan = Gan(StyleGAN2(agreed.generator), Critic(agreed.critic), {})
-    fill_buffers(task.buffers, *gan.modules())
-    fill(task.weights, *gan.modules())
+    model = build(agreed.shape)
+    fill_buffers(task.buffers, *model.modules())
+    fill(task.weights, *model.modules())
+    work = begin_round(model, agreed.training, agreed.terms, common_streams(task.seed, task.round))
     sums = make_device(agreed.aggregation, agreed.agreement, _key(agreed.aggregation, device))
     streams = Streams(task.seed).child(f"{device.name}/{task.round}")
     # Book before reading a photo: a crash from here on may waste budget, never overspend it.
     entry = device.policy.book(agreed.terms, ledger, run=task.run, round=task.round, marks=marks)
-    photos = device.photos(gan.generator.size)
+    photos = device.photos(model.generator.size)
     try:
-        update = train_round(
-            gan,
-            photos,
-            agreed.training,
-            agreed.terms,
-            chance=SecretNoise() if agreed.terms.promises else streams.generator("no promise"),
-            streams=streams,
-        )
+        chance = SecretNoise() if agreed.terms.promises else streams.generator("no promise")
+        update = work.update(photos, chance=chance, streams=streams)
         started = time.perf_counter()
-        payload = sums.protect(update / ranges_of(gan, agreed.training), task.round).to_bytes()
+        payload = sums.protect(update / work.ranges(), task.round).to_bytes()
         seconds = time.perf_counter() - started
     except Exception:
         # The one broad net: that it failed may tell something of the photos, so it is never tried again.

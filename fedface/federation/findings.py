@@ -28,7 +28,8 @@ from fedface.audits.inversion import (
 )
 from fedface.experiment import AttackConfig, UpsamplingConfig
 from fedface.federation.simulated import PublicFaces
-from fedface.models.weights import Gan, weights_hash
+from fedface.models.family import Model
+from fedface.models.weights import weights_hash
 from fedface.photos.tone import measure_tone
 from fedface.privacy.mechanism import GaussianSum
 from fedface.privacy.plan import Plan
@@ -43,6 +44,7 @@ from fedface.reports.run import (
     ToneRecord,
 )
 from fedface.shapes import Images, LowImages, Vector
+from fedface.training.ways import Round
 from fedface.upsampling.contracts import Upsampled
 from fedface.upsampling.pulse import Pulse
 
@@ -51,10 +53,10 @@ SAMPLES = 256  # faces drawn from the generator for every figure of a round
 MONK_NAMES = tuple(f"Monk {step}" for step in range(1, 11))
 
 
-def sample_figures(gan: Gan, like_devices: Images, seed: int) -> dict[str, Figure]:
+def sample_figures(model: Model, like_devices: Images, seed: int) -> dict[str, Figure]:
     """Distance of samples to faces like the devices', their mean Monk tone, and the share of darker ones."""
     streams = Streams(seed).child("samples")
-    made = gan.generator.sample(SAMPLES, streams.generator("latents"))
+    made = model.generator.sample(SAMPLES, streams.generator("latents"))
     monk = measure_tone(made).monk.double().numpy()
     distance: Figure = NotMeasured(not_measured=f"wants {FEWEST_FACES} faces to compare with")
     if len(like_devices) >= FEWEST_FACES:
@@ -82,12 +84,16 @@ class Served:
 
 
 def serve_probe(
-    gan: Gan, probe: PublicFaces, config: UpsamplingConfig, seed: int, progress: Callable[[int, int], None]
+    model: Model,
+    probe: PublicFaces,
+    config: UpsamplingConfig,
+    seed: int,
+    progress: Callable[[int, int], None],
 ) -> Served:
     """Shrink the probe, search it again, and compare group by group."""
     streams = Streams(seed).child("upsampling")
     low = config.downscale.apply(probe.images)
-    search = Pulse(gan.generator, config.downscale, config.pulse, streams, progress=progress)
+    search = Pulse(model.generator, config.downscale, config.pulse, streams, progress=progress)
     found = search.upsample(low, faces_per_photo=config.faces_per_photo)
     report = measure_bias(
         probe.images,
@@ -97,7 +103,7 @@ def serve_probe(
         true_tone=probe.tone,
         expected=probe.expected,
     )
-    record = bias_record(report, weights_hash=weights_hash(gan.generator), probe=probe.description)
+    record = bias_record(report, weights_hash=weights_hash(model.generator), probe=probe.description)
     order = {name: place for place, name in enumerate(probe.expected)}
     groups = sorted(record.groups, key=lambda group: order.get(group.group, len(order)))
     return Served(record=replace(record, groups=tuple(groups)), low=low, upsampled=found)
@@ -112,9 +118,9 @@ class Attacked:
 
 
 def attack_updates(
-    gan: Gan, probe: PublicFaces, candidates: Images, plan: Plan, config: AttackConfig, seed: int
+    work: Round, probe: PublicFaces, candidates: Images, plan: Plan, config: AttackConfig, seed: int
 ) -> list[Attacked]:
-    """Invert one critic update on one picture, as it is and as the plan's mechanism releases it."""
+    """Invert one private step on one picture, as it is and as the plan's mechanism releases it."""
     mechanism = plan.mechanism()
     # A run without a promise still asks what noise would have done: one unit of it.
     noised = mechanism if isinstance(mechanism, GaussianSum) else GaussianSum(
@@ -126,7 +132,7 @@ def attack_updates(
     def attack(defence: NoDefence | GaussianSum) -> Attacked:
         streams = Streams(seed).child(f"attack/{defence_words(defence)}")
         result = attack_update(
-            gan.critic,
+            work.released(Streams(seed).child("attack")),
             probe.images[spread],
             defence,
             candidates,
@@ -134,13 +140,17 @@ def attack_updates(
             generator=streams.generator("search"),
         )
         gallery = gallery_attack(
-            gan.critic, known, defence, trials=config.trials, generator=streams.generator("gallery")
+            work.released(Streams(seed).child("attack")),
+            known,
+            defence,
+            trials=config.trials,
+            generator=streams.generator("gallery"),
         )
         record = attack_record(
             result,
             gallery,
             gallery_size=len(known),
-            weights_hash=weights_hash(gan.critic),
+            weights_hash=weights_hash(*work.model.modules()),
             pictures=("attack",),
         )
         return Attacked(record=record, result=result)

@@ -50,6 +50,23 @@ def resumed_folder(name: str, out: Path | None) -> Path:
     return unfinished[-1]
 
 
+def resumed_comparison(name: str, out: Path | None) -> Path:
+    """The folder of the comparison to continue: `out`, or the latest of this name.
+
+    Raises:
+        RunError: There is none.
+    """
+    if out is not None:
+        if not (out / "runs").is_dir():
+            raise RunError(f"{out}: no comparison was begun here, so there is nothing to resume")
+        return _named(out)
+    mine = re.compile(re.escape(name) + r"(-\d+)?")
+    begun = [path.parent for path in RUNS.glob("*/runs") if mine.fullmatch(path.parent.name)]
+    if not begun:
+        raise RunError(f"no comparison of {name} in {RUNS}; leave --resume out to begin one")
+    return max(begun, key=lambda path: path.stat().st_mtime)
+
+
 def _named(folder: Path) -> Path:
     """The folder's name is the run's name, and "." has none."""
     return folder if folder.name not in ("", "..") else folder.resolve()

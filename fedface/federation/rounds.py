@@ -11,7 +11,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,16 +24,8 @@ from fedface.experiment import Experiment
 from fedface.federation.cohort import Cohort
 from fedface.federation.findings import sample_figures
 from fedface.federation.task import Agreed, Fault, Refusal, Revealed, RevealTask, Trained, TrainTask
-from fedface.models.weights import (
-    Gan,
-    buffers_of,
-    fill,
-    load_gan,
-    remember_mean_style,
-    save_gan,
-    vector_of,
-    weights_hash,
-)
+from fedface.models.family import Model
+from fedface.models.weights import buffers_of, load_model, save_model, vector_of, weights_hash
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.plan import Plan
 from fedface.privacy.target import PrivacyTarget
@@ -42,7 +34,7 @@ from fedface.reports import strict
 from fedface.reports.filling import epsilon_record
 from fedface.reports.run import Epsilon, NotMeasured, RefusalRecord, RoundRecord
 from fedface.shapes import Images, Vector
-from fedface.training.generator import ranges_of
+from fedface.training.ways import begin_round, common_streams
 
 
 class Watcher(Protocol):
@@ -123,24 +115,29 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def run_rounds(
-    experiment: Experiment, plan: Plan, cohort: Cohort, state: State, like_devices: Images, watcher: Watcher
+    experiment: Experiment,
+    plan: Plan,
+    cohort: Cohort,
+    state: State,
+    like_devices: Images | None,
+    watcher: Watcher,
 ) -> State:
-    """Run the rounds that are not on disk yet.
+    """Run the rounds that are not on disk yet; each round's samples are compared with `like_devices`, if any.
 
     Raises:
         FederationError: Too few usable answers in a round, or nobody could open the sum. The run can be
             resumed.
     """
-    total = experiment.training.rounds
+    total = experiment.rounds
     if len(state.rounds) >= total:
         return state
     # Those who came first: a sum has no room for more devices than the recipe names.
     members = cohort.members(experiment.devices.count)[: experiment.devices.count]
     for number in range(len(state.rounds) + 1, total + 1):
-        gan = load_gan(weights_path(state.folder, number - 1))
+        model = load_model(weights_path(state.folder, number - 1))
         watcher.stage(f"round {number} of {total}: devices train", len(members))
         record = _one_round(
-            experiment, plan, cohort, members, gan, number, state.folder, like_devices, watcher
+            experiment, plan, cohort, members, model, number, state.folder, like_devices, watcher
         )
         state = state.then(record)
         watcher.say(_line(record, total))
@@ -148,27 +145,29 @@ def run_rounds(
 
 
 def _one_round(
-    experiment: Experiment, plan: Plan, cohort: Cohort, members: Sequence[int], gan: Gan, number: int,
-    folder: Path, like_devices: Images, watcher: Watcher,
+    experiment: Experiment, plan: Plan, cohort: Cohort, members: Sequence[int], model: Model, number: int,
+    folder: Path, like_devices: Images | None, watcher: Watcher,
 ) -> RoundRecord:  # fmt: skip
     started = time.perf_counter()
-    weights = vector_of(*gan.modules())
+    weights = vector_of(*model.modules())
+    seed = Streams(experiment.seed).child("training").seed
+    work = begin_round(model, experiment.training, plan.terms, common_streams(seed, number))
+    ranges = work.ranges()
     task = TrainTask(
         run=folder.name,
         round=number,
         cohort=len(members),
-        seed=Streams(experiment.seed).child("training").seed,
+        seed=seed,
         agreed=Agreed(
             terms=plan.terms,
             training=experiment.training,
-            generator=gan.generator.config,
-            critic=gan.critic.config,
+            shape=model.shape,
             aggregation=experiment.aggregation,
             agreement=experiment.agreement,
         ),
         weights=weights,
-        buffers=buffers_of(*gan.modules()),
-        model=weights_hash(*gan.modules()),
+        buffers=buffers_of(*model.modules()),
+        model=weights_hash(*model.modules()),
     )
     heard: set[int] = set()
 
@@ -178,7 +177,7 @@ def _one_round(
 
     answers = cohort.ask(task, members, hear)
     server = make_server(experiment.aggregation, experiment.agreement)
-    usable, refusals, dropped = _sorted_answers(answers, server, number, len(weights))
+    usable, refusals, dropped = _sorted_answers(answers, server, number, len(ranges))
     if len(usable) < experiment.fewest_answers:
         reasons = "; ".join(f"{r.device}: {r.reason}" for r in (*refusals, *dropped))
         raise FederationError(
@@ -191,13 +190,10 @@ def _one_round(
     combined = time.perf_counter()
     opened = _open(experiment, cohort, server, total, list(usable), number, folder.name)
     revealed = time.perf_counter()
-    mean = opened * ranges_of(gan, experiment.training) / total.count
-    fill(weights + experiment.training.server_rate * mean, *gan.modules())
-    remember_mean_style(gan.generator, Streams(experiment.seed).generator("mean style"))
+    after = work.apply(opened * ranges, total.count, Streams(experiment.seed).generator("mean style"))
+    notes = {"run": folder.name, "round": number}
     # Kept before the figures are taken: measuring again is cheap, asking again is not.
-    save_gan(
-        weights_path(folder, number), Gan(gan.generator, gan.critic, {"run": folder.name, "round": number})
-    )
+    save_model(weights_path(folder, number), replace(after, notes=notes))
     hidden = not isinstance(experiment.aggregation, PlainConfig)
     return RoundRecord(
         round=number,
@@ -207,13 +203,13 @@ def _one_round(
         epsilon=_spent(plan, number),
         bytes_up=sum(len(t.payload) for t, _ in usable.values()),
         bytes_down=4 * (len(weights) + len(task.buffers)) * len(members),
-        bytes_reveal=total.nbytes + 4 * len(weights) if hidden else 0,
+        bytes_reveal=total.nbytes + 4 * len(ranges) if hidden else 0,
         seconds=revealed - started,
         seconds_protect=max(trained.seconds_protect for trained, _ in usable.values()),
         seconds_combine=combined - combining,
         seconds_reveal=revealed - combined,
-        weights_hash=weights_hash(*gan.modules()),
-        figures=sample_figures(gan, like_devices, experiment.seed),
+        weights_hash=weights_hash(*after.modules()),
+        figures={} if like_devices is None else sample_figures(after, like_devices, experiment.seed),
     )
 
 

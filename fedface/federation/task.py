@@ -17,13 +17,12 @@ import torch
 from fedface.aggregation.protocol import AggregationConfig, Agreement
 from fedface.config import parse, plain
 from fedface.errors import ConfigError, FederationError, PrivacyError
-from fedface.models.critic import CriticConfig
-from fedface.models.stylegan2 import GeneratorConfig
+from fedface.models.family import Shape
 from fedface.privacy.plan import Terms
 from fedface.shapes import Vector
-from fedface.training.generator import GanTrainingConfig
+from fedface.training.ways import Training
 
-VERSION = 1
+VERSION = 2  # 2: families of models and ways of training
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,8 @@ class Agreed:
     """Everything public that a device must know to compute one update; carries no epsilon on purpose."""
 
     terms: Terms
-    training: GanTrainingConfig
-    generator: GeneratorConfig
-    critic: CriticConfig
+    training: Training
+    shape: Shape  # of the model: which family, and how large
     aggregation: AggregationConfig
     agreement: Agreement
 
@@ -53,10 +51,10 @@ class TrainTask:
     run: str  # name of the run, the same in every round
     round: int  # from 1
     cohort: int  # how many devices are asked, as the server says
-    seed: int  # of replayable streams: latents of made pictures
+    seed: int  # of replayable streams: latents of made pictures, directions of low-rank changes
     agreed: Agreed
-    weights: Vector  # generator then critic, flat (d,)
-    buffers: Vector  # noise maps and mean style, flat
+    weights: Vector  # of all networks of the model, flat (d,)
+    buffers: Vector  # noise maps and mean style, flat; a flow has none
     model: str  # hash of the weights, for the ledger
 
     def message(self) -> Message:
@@ -64,9 +62,8 @@ class TrainTask:
         header = {
             "what": "train", "version": VERSION, "run": self.run, "round": self.round, "cohort": self.cohort,
             "seed": self.seed, "model": self.model, "terms": self.agreed.terms.to_record(),
-            "training": plain(self.agreed.training), "generator": plain(self.agreed.generator),
-            "critic": plain(self.agreed.critic), "aggregation": plain(self.agreed.aggregation),
-            "agreement": plain(self.agreed.agreement),
+            "training": plain(self.agreed.training), "shape": plain(self.agreed.shape),
+            "aggregation": plain(self.agreed.aggregation), "agreement": plain(self.agreed.agreement),
         }  # fmt: skip
         return Message(
             json.dumps(header), {"weights": vector_bytes(self.weights), "buffers": vector_bytes(self.buffers)}
@@ -158,11 +155,6 @@ def read_task(message: Message) -> Task:
     header = _header(message)
     try:
         if header["what"] == "train":
-            sizes = header["generator"]["size"], header["critic"]["size"]
-            if sizes[0] != sizes[1]:
-                raise ValueError(
-                    f"generator and critic must have one size, got {sizes[0]} and {sizes[1]}"[:200]
-                )
             return TrainTask(
                 run=_word(header["run"]),
                 round=_whole(header["round"], 1),
@@ -170,21 +162,20 @@ def read_task(message: Message) -> Task:
                 seed=_whole(header["seed"], 0),
                 agreed=Agreed(
                     terms=Terms.from_record(header["terms"]),
-                    training=_part(header, "training", GanTrainingConfig),
-                    generator=_part(header, "generator", GeneratorConfig),
-                    critic=_part(header, "critic", CriticConfig),
-                    aggregation=_choice(header),
+                    training=_choice(header, "training"),
+                    shape=_choice(header, "shape"),
+                    aggregation=_choice(header, "aggregation"),
                     agreement=_part(header, "agreement", Agreement),
                 ),
                 weights=vector_from(message.blobs["weights"]),
-                buffers=vector_from(message.blobs["buffers"]),
+                buffers=vector_from(message.blobs["buffers"]) if message.blobs["buffers"] else torch.zeros(0),
                 model=_word(header["model"]),
             )
         if header["what"] == "reveal":
             return RevealTask(
                 run=_word(header["run"]),
                 round=_whole(header["round"], 1),
-                aggregation=_choice(header),
+                aggregation=_choice(header, "aggregation"),
                 agreement=_part(header, "agreement", Agreement),
                 total=message.blobs["total"],
             )
@@ -244,14 +235,19 @@ def _part(header: dict[str, Any], key: str, wanted: type[Any]) -> Any:
     return parse(json.dumps(header[key]), wanted, name=key)
 
 
-@dataclass(frozen=True)
-class _Choice:
-    aggregation: AggregationConfig
+@dataclass(frozen=True, kw_only=True)
+class _Choices:
+    aggregation: AggregationConfig | None = None
+    training: Training | None = None
+    shape: Shape | None = None
 
 
-def _choice(header: dict[str, Any]) -> AggregationConfig:
-    chosen: _Choice = parse(json.dumps({"aggregation": header["aggregation"]}), _Choice, name="task")
-    return chosen.aggregation
+def _choice(header: dict[str, Any], key: str) -> Any:
+    """A part that is one of several dataclasses, picked by its `kind`."""
+    chosen = getattr(parse(json.dumps({key: header[key]}), _Choices, name="task"), key)
+    if chosen is None:
+        raise ValueError(f"{key} must be given, got null")
+    return chosen
 
 
 def _word(value: Any) -> str:

@@ -1,7 +1,8 @@
 """What every generator family promises, so that upsamplers and audits need not know which one they search.
 
 Called from upsampling/, training/ and audits/. The three verbs are those of Karras et al. 2019
-(arXiv:1812.04948): a mapping to styles, truncation towards the mean style, and synthesis.
+(arXiv:1812.04948): a mapping to styles, truncation towards the mean style, and synthesis. What can be said with
+these verbs alone, drawing samples and noise maps, is said here for all families.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from fedface.shapes import Images, Latents, Styles
@@ -37,6 +39,14 @@ class Generator(Protocol):
         """Side of each square noise map, in the order in which synthesis adds them."""
         ...
 
+    @property
+    def style_slope(self) -> float:
+        """Slope below zero of the leaky ReLU that ends `map`, > 0: 0.2 for StyleGANs, 1 where none does.
+
+        A search that models styles as a normal distribution undoes it first (Menon et al. 2020, section 3.2).
+        """
+        ...
+
     def map(self, latents: Latents) -> Styles:
         """Standard normal latents (n, z) -> styles (n, k, v), the same style repeated k times."""
         ...
@@ -54,3 +64,40 @@ class Generator(Protocol):
                 belong to the weights.
         """
         ...
+
+
+def sample(
+    generator: Generator, count: int, chance: torch.Generator, *, psi: float = 1.0, batch: int = 64
+) -> Images:
+    """Draw pictures without gradients, with the generator's fixed noise.
+
+    Args:
+        generator: Any family.
+        count: How many pictures, >= 0.
+        chance: Where the latents are drawn from.
+        psi: How far styles stay from their mean, see `Generator.truncate`.
+        batch: Pictures at once, >= 1; bounds the memory and changes nothing else.
+
+    Returns:
+        (count, 3, size, size), clamped to [0, 1].
+    """
+    latents = torch.randn(count, generator.latent_width, generator=chance, device=chance.device)
+    with torch.no_grad():
+        parts = [
+            generator.synthesize(generator.truncate(generator.map(part), psi)).clamp(0.0, 1.0)
+            for part in torch.split(latents, batch)
+        ]
+    return torch.cat(parts)
+
+
+def draw_noise(generator: Generator, count: int, chance: torch.Generator) -> list[Tensor]:
+    """Fresh standard normal noise maps for `count` pictures, each (count, 1, side, side), for `synthesize`."""
+    return [
+        torch.randn(count, 1, side, side, generator=chance, device=chance.device)
+        for side in generator.noise_sides
+    ]
+
+
+def no_noise(generator: Generator) -> list[Tensor]:
+    """Noise maps of zeros, each (1, 1, side, side), for `synthesize` of a batch of any size."""
+    return [torch.zeros(1, 1, side, side) for side in generator.noise_sides]

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedface.errors import ConfigError
+
 LRELU_SLOPE = 0.2
 LRELU_GAIN = math.sqrt(2.0)
 
@@ -53,6 +55,23 @@ def downsample(x: Tensor, kernel: Tensor) -> Tensor:
     return blur(x, kernel, padding=1, stride=2)
 
 
+def unit_mean_square(x: Tensor) -> Tensor:
+    """Scale each row of (n, v) so that the mean of its squares is 1 (pixel norm, epsilon 1e-8)."""
+    return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-8)
+
+
+def checked_labels(labels: Tensor | None, classes: int) -> Tensor:
+    """Labels (n, classes) as they are; raises ConfigError where they are missing or have another width."""
+    if labels is None:
+        raise ConfigError(
+            f"this network makes or judges pictures of {classes} classes and got no labels; "
+            f"pass labels of shape (n, {classes}), or hold a generator to one class with OfClass"
+        )
+    if labels.ndim != 2 or labels.shape[1] != classes:
+        raise ConfigError(f"labels must have shape (n, {classes}), got {tuple(labels.shape)}")
+    return labels
+
+
 class Linear(nn.Module):
     """A fully connected layer with equalised learning rate; the gain is applied when the weight is used.
 
@@ -60,8 +79,10 @@ class Linear(nn.Module):
         inputs: Width of the input.
         outputs: Width of the output.
         activate: "lrelu" or "linear".
+        gain: Factor of the weight when it is used, beside that of the equalised learning rate.
         lr_multiplier: Stored weights are this much larger, and learn this much slower.
         bias_start: Value of every bias at the start.
+        chance: Where the weights are drawn from.
     """
 
     def __init__(
@@ -70,6 +91,7 @@ class Linear(nn.Module):
         outputs: int,
         *,
         activate: str = "linear",
+        gain: float = 1.0,
         lr_multiplier: float = 1.0,
         bias_start: float = 0.0,
         chance: torch.Generator | None = None,
@@ -78,7 +100,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.randn(outputs, inputs, generator=chance) / lr_multiplier)
         self.bias = nn.Parameter(torch.full((outputs,), bias_start))
         self.activate = activate
-        self.weight_gain = lr_multiplier / math.sqrt(inputs)
+        self.weight_gain = gain * lr_multiplier / math.sqrt(inputs)
         self.bias_gain = lr_multiplier
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,6 +121,7 @@ class Conv(nn.Module):
         kernel: int,
         *,
         activate: str = "lrelu",
+        gain: float = 1.0,
         down: int = 1,
         bias: bool = True,
         clamp: float | None = None,
@@ -109,7 +132,7 @@ class Conv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
         self.activate, self.down, self.clamp = activate, down, clamp
         self.padding = kernel // 2
-        self.weight_gain = 1.0 / math.sqrt(inputs * kernel * kernel)
+        self.weight_gain = gain / math.sqrt(inputs * kernel * kernel)
         self.register_buffer("filter", binomial_filter(), persistent=False)
 
     def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:

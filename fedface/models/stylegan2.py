@@ -14,9 +14,21 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fedface.errors import ConfigError
-from fedface.models.layers import Linear, binomial_filter, bounded, lrelu, modulated_conv, upsample
+from fedface.models.contracts import sample
+from fedface.models.layers import (
+    LRELU_SLOPE,
+    Linear,
+    binomial_filter,
+    bounded,
+    checked_labels,
+    lrelu,
+    modulated_conv,
+    unit_mean_square,
+    upsample,
+)
 from fedface.shapes import Images, Latents, Styles
 
 
@@ -30,8 +42,10 @@ class GeneratorConfig:
     mapping_layers: int = 4  # fully connected layers from z to w
     channel_base: int = 2048  # channels at side r are min(channel_base / r, channel_max)
     channel_max: int = 96
-    architecture: Literal["skip", "orig"] = "skip"
-    clamp: float | None = None  # activations are kept within +- this
+    architecture: Literal["skip", "orig", "resnet"] = "skip"
+    clamp: float | None = None  # activations are kept within +- this, > 0; published for half precision: 256
+    classes: int = 0  # how many kinds of pictures can be asked for; 0 for one kind
+    prior: Literal["standard", "fitted"] = "standard"  # fitted: latents pass an affine map that travels along
 
     def __post_init__(self) -> None:
         if self.size not in [2**p for p in range(3, 11)]:
@@ -41,6 +55,10 @@ class GeneratorConfig:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.mapping_layers > 64:
             raise ConfigError(f"mapping_layers must be at most 64, got {self.mapping_layers}")
+        if self.classes < 0:
+            raise ConfigError(f"classes must be at least 0, got {self.classes}")
+        if self.clamp is not None and not 0 < self.clamp < math.inf:
+            raise ConfigError(f"clamp must be finite and above 0, got {self.clamp}")
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -53,22 +71,42 @@ class GeneratorConfig:
 
 
 class Mapping(nn.Module):
-    """z -> w: normalise, then fully connected layers that learn a hundred times slower."""
+    """z -> w: normalise, then fully connected layers that learn a hundred times slower.
+
+    With classes, the label passes a layer of its own, is normalised as well, and stands behind z. With a fitted
+    prior, z is first replaced by `prior_mean + prior_root @ z`, the normal distribution that was found to give
+    the wanted mix of faces; it starts as the standard one.
+    """
 
     w_avg: Tensor
+    prior_mean: Tensor
+    prior_root: Tensor
 
     def __init__(self, config: GeneratorConfig, chance: torch.Generator | None) -> None:
         super().__init__()
-        self.layers = config.mapping_layers
-        widths = [config.latent_width] + [config.style_width] * config.mapping_layers
+        self.layers, self.classes, self.prior = config.mapping_layers, config.classes, config.prior
+        known = config.style_width if config.classes else 0
+        widths = [config.latent_width + known] + [config.style_width] * config.mapping_layers
         for i in range(config.mapping_layers):
             layer = Linear(widths[i], widths[i + 1], activate="lrelu", lr_multiplier=0.01, chance=chance)
             self.add_module(f"fc{i}", layer)
+        if config.classes:
+            self.embed = Linear(config.classes, config.style_width, chance=chance)
         self.register_buffer("w_avg", torch.zeros(config.style_width))
+        if config.prior == "fitted":
+            self.register_buffer("prior_mean", torch.zeros(config.latent_width))
+            self.register_buffer("prior_root", torch.eye(config.latent_width))
 
-    def forward(self, latents: Latents) -> Tensor:
-        """(n, z) -> (n, v)."""
-        x = latents * torch.rsqrt(latents.square().mean(dim=1, keepdim=True) + 1e-8)
+    def forward(self, latents: Latents, labels: Tensor | None = None) -> Tensor:
+        """Latents (n, z) and, with classes, labels (n, classes) -> (n, v)."""
+        if self.prior == "fitted":
+            latents = self.prior_mean + latents @ self.prior_root.t()
+        x = unit_mean_square(latents)
+        if self.classes:
+            known = checked_labels(labels, self.classes).to(x.dtype)
+            x = torch.cat([x, unit_mean_square(self.embed(known))], dim=1)
+        elif labels is not None:
+            raise ConfigError("this generator knows no classes, got labels; map latents alone")
         for i in range(self.layers):
             x = self.get_submodule(f"fc{i}")(x)
         return x
@@ -98,10 +136,10 @@ class StyledConv(nn.Module):
         self.register_buffer("noise_const", torch.randn(side, side, generator=chance))
         self.register_buffer("filter", binomial_filter(), persistent=False)
 
-    def forward(self, x: Tensor, style: Tensor, noise: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, style: Tensor, noise: Tensor | None, gain: float = 1.0) -> Tensor:
         y = modulated_conv(x, self.weight, self.affine(style), kernel=self.filter, up=self.up)
         y = y + (self.noise_const if noise is None else noise) * self.noise_strength
-        return lrelu(y + self.bias[:, None, None], 1.0, self.clamp)
+        return lrelu(y + self.bias[:, None, None], gain, self.clamp)
 
 
 class ToRGB(nn.Module):
@@ -124,6 +162,21 @@ class ToRGB(nn.Module):
         return bounded(y + self.bias[:, None, None], 1.0, self.clamp)
 
 
+class Shortcut(nn.Module):
+    """The resnet form's way around a block: a 1 x 1 convolution without bias, and twice the sides."""
+
+    filter: Tensor
+
+    def __init__(self, inputs: int, outputs: int, chance: torch.Generator | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, 1, 1, generator=chance))
+        self.gain = 1.0 / math.sqrt(inputs)
+        self.register_buffer("filter", binomial_filter(), persistent=False)
+
+    def forward(self, x: Tensor, gain: float) -> Tensor:
+        return upsample(functional.conv2d(x, self.weight * (self.gain * gain)), self.filter)
+
+
 class Block(nn.Module):
     """The layers of one side: double, convolve, convolve, and (skip) a colour picture."""
 
@@ -137,6 +190,9 @@ class Block(nn.Module):
         else:
             self.conv0 = StyledConv(config.channels(side // 2), channels, side, 2, config, chance)
         self.conv1 = StyledConv(channels, channels, side, 1, config, chance)
+        self.shortcut = config.architecture == "resnet" and side != 4
+        if self.shortcut:
+            self.skip = Shortcut(config.channels(side // 2), channels, chance)
         self.colours = config.architecture == "skip" or side == config.size
         if self.colours:
             self.torgb = ToRGB(channels, config, chance)
@@ -149,9 +205,13 @@ class Block(nn.Module):
         """`styles` (n, 2 or 3, v) and `noise` (1 or 2 maps) are this block's own."""
         if x is None:
             x = self.const.expand(styles.shape[0], -1, -1, -1)
+            x = self.conv1(x, styles[:, 0], noise[-1])
+        elif self.shortcut:
+            half = math.sqrt(0.5)
+            around = self.skip(x, half)
+            x = around + self.conv1(self.conv0(x, styles[:, 0], noise[0]), styles[:, 1], noise[-1], half)
         else:
-            x = self.conv0(x, styles[:, 0], noise[0])
-        x = self.conv1(x, styles[:, 0 if self.first else 1], noise[-1])
+            x = self.conv1(self.conv0(x, styles[:, 0], noise[0]), styles[:, 1], noise[-1])
         if picture is not None:
             picture = upsample(picture, self.filter)
         if self.colours:
@@ -212,13 +272,33 @@ class StyleGAN2(nn.Module):
         """4, 8, 8, 16, 16, ..., one per styled convolution."""
         return tuple(side for side in self.config.sides for _ in range(1 if side == 4 else 2))
 
-    def map(self, latents: Latents) -> Styles:
-        """Standard normal latents (n, z) -> styles (n, k, v), the same style k times."""
-        return cast(Tensor, self.mapping(latents))[:, None].expand(-1, self.style_inputs, -1)
+    @property
+    def style_slope(self) -> float:
+        """0.2: the last layer of the mapping ends with a leaky ReLU like all others."""
+        return LRELU_SLOPE
 
-    def truncate(self, styles: Styles, psi: float) -> Styles:
-        """Move styles towards the mean style: psi = 1 leaves them, psi = 0 gives the mean."""
-        return self.mapping.w_avg.lerp(styles, psi)
+    def map(self, latents: Latents, labels: Tensor | None = None) -> Styles:
+        """Standard normal latents (n, z) -> styles (n, k, v), the same style k times.
+
+        Args:
+            latents: (n, z).
+            labels: (n, classes), usually one-hot, for a generator with classes; None for one without.
+
+        Raises:
+            ConfigError: The generator has classes and got no labels of that width, or has none and got labels.
+        """
+        return cast(Tensor, self.mapping(latents, labels))[:, None].expand(-1, self.style_inputs, -1)
+
+    def truncate(self, styles: Styles, psi: float, cutoff: int | None = None) -> Styles:
+        """Move styles towards the mean style: psi = 1 leaves them, psi = 0 gives the mean.
+
+        Args:
+            styles: (n, k, v).
+            psi: How much of the distance to the mean remains.
+            cutoff: Move the first `cutoff` style inputs, the coarse ones, and leave the rest; None moves all.
+        """
+        moved = self.mapping.w_avg.lerp(styles, psi)
+        return moved if cutoff is None else torch.cat([moved[:, :cutoff], styles[:, cutoff:]], dim=1)
 
     def synthesize(self, styles: Styles, noise: Sequence[Tensor] | None = None) -> Images:
         """Styles (n, k, v) -> images (n, 3, size, size), nominally in [0, 1], not clamped.
@@ -226,15 +306,70 @@ class StyleGAN2(nn.Module):
         Args:
             styles: One style per input.
             noise: One map (n or 1, 1, side, side) per entry of `noise_sides`; None takes the fixed maps.
+
+        Raises:
+            ValueError: There are more or fewer styles or maps than the network has inputs for.
         """
+        if styles.shape[1] != self.style_inputs:
+            raise ValueError(f"styles must have shape (n, {self.style_inputs}, v), got {tuple(styles.shape)}")
+        if noise is not None and len(noise) != len(self.noise_sides):
+            raise ValueError(f"noise must be {len(self.noise_sides)} maps, got {len(noise)}")
         return (cast(Tensor, self.synthesis(styles, noise)) + 1.0) / 2.0
 
     def sample(self, count: int, chance: torch.Generator, *, psi: float = 1.0, batch: int = 64) -> Images:
         """Draw `count` pictures without gradients, clamped to [0, 1], shape (count, 3, size, size)."""
-        latents = torch.randn(count, self.latent_width, generator=chance)
-        with torch.no_grad():
-            parts = [
-                self.synthesize(self.truncate(self.map(part), psi)).clamp(0.0, 1.0)
-                for part in torch.split(latents, batch)
-            ]
-        return torch.cat(parts)
+        return sample(self, count, chance, psi=psi, batch=batch)
+
+
+class OfClass(nn.Module):
+    """A generator with classes, held to one of them: what searches and audits see is a generator without.
+
+    A module, so that whoever freezes or moves weights finds the generator's.
+    """
+
+    label: Tensor
+
+    def __init__(self, generator: StyleGAN2, label: int) -> None:
+        super().__init__()
+        classes = generator.config.classes
+        if not 0 <= label < classes:
+            raise ConfigError(f"label must be one of the generator's {classes} classes, from 0, got {label}")
+        self.generator = generator
+        self.register_buffer("label", torch.eye(classes)[label], persistent=False)
+
+    @property
+    def size(self) -> int:
+        """Height and width of the images in pixels."""
+        return self.generator.size
+
+    @property
+    def latent_width(self) -> int:
+        """Width of a latent, the label left out."""
+        return self.generator.latent_width
+
+    @property
+    def style_inputs(self) -> int:
+        """2 * log2(size) - 2."""
+        return self.generator.style_inputs
+
+    @property
+    def noise_sides(self) -> tuple[int, ...]:
+        """4, 8, 8, 16, 16, ..., one per styled convolution."""
+        return self.generator.noise_sides
+
+    @property
+    def style_slope(self) -> float:
+        """As the generator's."""
+        return self.generator.style_slope
+
+    def map(self, latents: Latents) -> Styles:
+        """Standard normal latents (n, z) -> styles (n, k, v) of this class."""
+        return self.generator.map(latents, self.label.expand(latents.shape[0], -1))
+
+    def truncate(self, styles: Styles, psi: float) -> Styles:
+        """Towards the mean style of all classes together, as published."""
+        return self.generator.truncate(styles, psi)
+
+    def synthesize(self, styles: Styles, noise: Sequence[Tensor] | None = None) -> Images:
+        """Styles (n, k, v) -> images (n, 3, size, size)."""
+        return self.generator.synthesize(styles, noise)

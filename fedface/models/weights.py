@@ -9,52 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from fedface.config import parse, plain
 from fedface.errors import ConfigError, WeightsError
-from fedface.models.critic import Critic, CriticConfig
-from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
+from fedface.models.family import Alone, Encoded, Flow, Gan, Model, Shape, build
+from fedface.models.stylegan2 import StyleGAN2
 from fedface.shapes import Vector
 
-BASE_PATH = Path(__file__).parent / "weights" / "base32.safetensors"
-FORMAT = "fedface-gan-1"
-PREFIXES = ("generator", "critic")  # of names in a file, in the order of `Gan.modules`
-
-
-@dataclass(frozen=True)
-class Gan:
-    """A generator and the critic it was trained against, with what is known about their making."""
-
-    generator: StyleGAN2
-    critic: Critic
-    notes: Mapping[str, Any]
-
-    def modules(self) -> tuple[nn.Module, nn.Module]:
-        """Both networks in the order in which their weights are flattened."""
-        return self.generator, self.critic
-
-
-def new_gan(generator: GeneratorConfig, critic: CriticConfig, chance: torch.Generator) -> Gan:
-    """Both networks with random weights; their sizes must agree."""
-    if generator.size != critic.size:
-        raise ConfigError(f"generator and critic must have one size, got {generator.size} and {critic.size}")
-    return Gan(StyleGAN2(generator, chance), Critic(critic, chance), {})
-
-
-def copy_gan(gan: Gan) -> Gan:
-    """The same weights in new memory."""
-    twin = Gan(StyleGAN2(gan.generator.config), Critic(gan.critic.config), dict(gan.notes))
-    for mine, theirs in zip(twin.modules(), gan.modules(), strict=True):
-        mine.load_state_dict(theirs.state_dict())
-    return twin
+SHIPPED = Path(__file__).parent / "weights"
+BASE_PATH = SHIPPED / "base32.safetensors"
+FLOW_PATH = SHIPPED / "flow32.safetensors"
+ENCODER_PATH = SHIPPED / "encoder32.safetensors"
+FORMAT = "fedface-model-2"
+OLD_FORMAT = "fedface-gan-1"  # a generator and a critic, before there were other families
 
 
 def vector_of(*modules: nn.Module) -> Vector:
@@ -64,7 +39,8 @@ def vector_of(*modules: nn.Module) -> Vector:
 
 def buffers_of(*modules: nn.Module) -> Vector:
     """What belongs to the weights without being trained, noise maps and the mean style, flat like `vector_of`."""
-    return torch.cat([b.detach().float().reshape(-1) for module in modules for b in _buffers(module)])
+    parts = [b.detach().float().reshape(-1) for module in modules for b in _buffers(module)]
+    return torch.cat(parts) if parts else torch.zeros(0)
 
 
 def fill(vector: Vector, *modules: nn.Module) -> None:
@@ -119,34 +95,38 @@ def remember_mean_style(generator: StyleGAN2, chance: torch.Generator, *, draws:
         generator.mapping.w_avg.copy_(generator.mapping(latents).mean(dim=0))
 
 
-def gan_bytes(gan: Gan) -> bytes:
-    """The safetensors bytes of both networks, their configs and notes."""
+def model_bytes(model: Model) -> bytes:
+    """The safetensors bytes of a model's networks, their shape and notes."""
     tensors: dict[str, Tensor] = {}
-    for prefix, module in zip(PREFIXES, gan.modules(), strict=True):
+    for prefix, module in model.named().items():
         for name, value in module.state_dict().items():
             tensors[f"{prefix}.{name}"] = value.detach().contiguous().float()
     header = {
         "format": FORMAT,
-        "generator": json.dumps(asdict(gan.generator.config)),
-        "critic": json.dumps(asdict(gan.critic.config)),
-        "notes": json.dumps(dict(gan.notes)),
+        "shape": json.dumps(plain(model.shape)),
+        "notes": json.dumps(dict(model.notes)),
     }
     return save(tensors, header)
 
 
-def save_gan(path: Path, gan: Gan) -> None:
-    """Write both networks to a file, on the disk on return; a crash in the middle leaves the old file as it was."""
+def save_model(path: Path, model: Model) -> None:
+    """Write a model to a file, on the disk on return; a crash in the middle leaves the old file as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(path.suffix + ".draft")
     with draft.open("wb") as file:
-        file.write(gan_bytes(gan))
+        file.write(model_bytes(model))
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
 
 
-def load_gan(path: Path) -> Gan:
-    """Read both networks from a file that `save_gan` wrote.
+@dataclass(frozen=True)
+class _Header:
+    shape: Shape
+
+
+def load_model(path: Path) -> Model:
+    """Read a model from a file that `save_model` wrote.
 
     Raises:
         WeightsError: The file is missing, is no safetensors file, is of another kind, lacks or adds a weight,
@@ -160,32 +140,40 @@ def load_gan(path: Path) -> Gan:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, RuntimeError) as error:
         raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
-    if header.get("format") != FORMAT:
+    if header.get("format") not in (FORMAT, OLD_FORMAT):
         raise WeightsError(
-            f"{path}: wanted a generator and critic of fedface ({FORMAT}), got {header.get('format', 'another kind')}"
+            f"{path}: wanted a model of fedface ({FORMAT}), got {header.get('format', 'another kind')}; "
+            "`fedface weights import` reads files of other programs"
         )
     try:
-        shapes = (
-            GeneratorConfig(**json.loads(header["generator"])),
-            CriticConfig(**json.loads(header["critic"])),
-        )
+        shape = _shape(header)
         notes = dict(json.loads(header["notes"]))
         # Without memory first: the description is a stranger's, and may be of networks that fill this machine.
         with torch.device("meta"):
-            _check(path, Gan(StyleGAN2(shapes[0]), Critic(shapes[1]), {}), tensors)
-        gan = new_gan(*shapes, torch.Generator())
+            _check(path, build(shape), tensors)
+        model = build(shape, torch.Generator(), notes)
     except (KeyError, TypeError, ValueError, ConfigError, RuntimeError) as error:
         raise WeightsError(f"{path}: its description of the networks is damaged ({error})") from error
-    for prefix, module in zip(PREFIXES, gan.modules(), strict=True):
+    for prefix, module in model.named().items():
         module.load_state_dict({name: tensors[f"{prefix}.{name}"] for name in module.state_dict()})
-    return Gan(gan.generator, gan.critic, notes)
+    return model
 
 
-def _check(path: Path, gan: Gan, tensors: dict[str, Tensor]) -> None:
+def _shape(header: dict[str, str]) -> Shape:
+    if header["format"] == FORMAT:
+        described = json.loads(header["shape"])
+    else:
+        described = {"kind": "gan-shape"}
+        described |= {part: json.loads(header[part]) for part in ("generator", "critic")}
+    read: _Header = parse(json.dumps({"shape": described}), _Header, name="header")
+    return read.shape
+
+
+def _check(path: Path, model: Model, tensors: dict[str, Tensor]) -> None:
     """Raise WeightsError unless a file has exactly these networks' weights; the networks may lie on no device."""
     wanted = {
         f"{prefix}.{name}": value
-        for prefix, module in zip(PREFIXES, gan.modules(), strict=True)
+        for prefix, module in model.named().items()
         for name, value in module.state_dict().items()
     }
     if missing := sorted(set(wanted) - set(tensors)):
@@ -203,6 +191,39 @@ def _check(path: Path, gan: Gan, tensors: dict[str, Tensor]) -> None:
             raise WeightsError(f"{path}: {name} holds numbers that are not finite")
 
 
+M = TypeVar("M", Gan, Encoded, Flow)
+
+
+def load_as(path: Path, wanted: type[M]) -> M:
+    """Read a model that must be of one family.
+
+    Raises:
+        WeightsError: As `load_model`, or the model is of another family.
+    """
+    model = load_model(path)
+    if not isinstance(model, wanted):
+        raise WeightsError(f"{path}: wanted {_WORDS[wanted]}, got {_WORDS[type(model)]}")
+    return model
+
+
+_WORDS: dict[type[Any], str] = {
+    Gan: "a generator with its critic",
+    Encoded: "a generator with an encoder",
+    Flow: "a rectified flow",
+    Alone: "a generator alone",
+}
+
+
 def load_base() -> Gan:
     """The embedded default: faces of 32 px, trained on drawn faces of which 85 in 100 have light skin."""
-    return load_gan(BASE_PATH)
+    return load_as(BASE_PATH, Gan)
+
+
+def load_flow() -> Flow:
+    """The embedded rectified flow, trained on the same drawn faces as `load_base`."""
+    return load_as(FLOW_PATH, Flow)
+
+
+def load_encoded() -> Encoded:
+    """The embedded generator with the encoder that was trained for it."""
+    return load_as(ENCODER_PATH, Encoded)

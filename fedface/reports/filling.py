@@ -38,11 +38,11 @@ from fedface.reports.run import (
 )
 
 PACKAGES = ("fedface", "torch", "flwr", "opacus", "tenseal", "dp-accounting", "numpy", "scikit-image")
-THREAT = "Somebody who sees one device's update alone and knows the critic: a server without encryption."
+THREAT = "Somebody who sees one device's update alone and knows the network: a server without encryption."
 NOT_TESTED = (
     "a generator of faces as the attacker's prior",
     "several updates of one device put together",
-    "a server that changes the critic so that it leaks more",
+    "a server that changes the network so that it leaks more",
 )
 
 
@@ -138,7 +138,7 @@ def attack_record(
         result: Of `attack_update`.
         gallery: Of `gallery_attack` under the same defence.
         gallery_size: How many candidates the attacker was given.
-        weights_hash: Of the critic that was attacked.
+        weights_hash: Of the network that was attacked.
         pictures: Names in the record's pictures.
     """
     ceiling = _ceiling(result.defence, gallery_size)

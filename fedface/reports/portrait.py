@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fedface.errors import LibraryError, PhotoError
-from fedface.models.stylegan2 import StyleGAN2
+from fedface.models.contracts import Generator
 from fedface.photos.faces import Detector, align, usable
 from fedface.photos.pixels import read_photo
 from fedface.photos.tone import measure_tone
@@ -41,7 +41,7 @@ class Portrait:
 
 def upsample_photo(
     path: Path,
-    generator: StyleGAN2,
+    generator: Generator,
     detector: Callable[[], Detector],
     *,
     factor: int,

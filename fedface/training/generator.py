@@ -13,8 +13,9 @@ pictures (R2 of Mescheder et al. 2018, arXiv:1801.04406) needs no photo and take
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Adam
 
+from fedface.models.adapters import Adapt, Full, trained_vector
 from fedface.models.critic import Critic
-from fedface.models.weights import Gan, copy_gan, vector_of
+from fedface.models.family import Gan
 from fedface.privacy.plan import Schedule, Terms
 from fedface.randomness import SecretNoise, Streams
 from fedface.shapes import Images, Latents, Vector
@@ -32,6 +34,7 @@ from fedface.training.private_steps import (
     clipped_sum,
     per_photo_gradients,
     private_gradient,
+    trained,
 )
 
 
@@ -50,6 +53,7 @@ class GanTrainingConfig:
     made_batch: int = 32  # made pictures in a step, >= 2
     r2_weight: float = 0.5  # times |gradient of the logit at made pictures|^2 / 2, >= 0
     server_rate: float = 1.0  # how much of the mean update the server applies, in (0, 4]
+    adapt: Adapt = field(default_factory=Full)  # which weights learn: all, or low-rank changes
 
     def __post_init__(self) -> None:
         self.schedule()
@@ -90,8 +94,8 @@ class GanTrainingConfig:
 
 
 def ranges_of(gan: Gan, config: GanTrainingConfig) -> Vector:
-    """The public range of every weight of these networks, in the order of the flat vector, shape (d,)."""
-    counts = [sum(p.numel() for p in module.parameters()) for module in gan.modules()]
+    """The public range of every trained weight of these networks, in the order of the flat vector, shape (d,)."""
+    counts = [sum(p.numel() for p in trained(module).values()) for module in gan.modules()]
     return config.ranges(counts[0], counts[1])
 
 
@@ -120,14 +124,14 @@ def train_round(
     chance: SecretNoise | torch.Generator,
     streams: Streams,
 ) -> Vector:
-    """The change of all weights that one round on these photos makes.
+    """The change of all trained weights that one round on these photos makes.
 
     Guarantees:
         * Photos enter only through `private_gradient`, `terms.schedule.steps_per_round` times.
         * `gan` itself stays as it is.
 
     Args:
-        gan: The round's weights.
+        gan: The round's weights, with adapters attached where they are what learns.
         photos: All photos of the device, (n, 3, size, size) in [0, 1], n >= 0.
         config: Rates and batches; its schedule is not used, the terms are.
         terms: What was agreed and booked.
@@ -140,12 +144,13 @@ def train_round(
     Raises:
         PrivacyError: The critic mixes photos, or a promised round was given replayable chance.
     """
-    mine = copy_gan(gan)
+    mine = Gan(copy.deepcopy(gan.generator), copy.deepcopy(gan.critic), gan.notes)
+    before = trained_vector(*mine.modules())
     schedule, mechanism = terms.schedule, terms.mechanism()
     latents = streams.generator("latents")
     # The check needs two pictures and must not read private ones: made pictures have the right shape.
     check_per_photo_gradients(mine.critic, loss_on_photos, _make(mine, _draw(mine, 2, latents)))
-    optimiser = Adam(mine.generator.parameters(), config.generator_rate, betas=(0.0, 0.9))
+    optimiser = Adam(trained(mine.generator).values(), config.generator_rate, betas=(0.0, 0.9))
     for _ in range(schedule.steps_per_round):
         on_photos = private_gradient(
             mine.critic,
@@ -172,7 +177,7 @@ def train_round(
             optimiser.zero_grad()
             torch.autograd.backward(loss)
             optimiser.step()
-    return vector_of(*mine.modules()) - vector_of(*gan.modules())
+    return trained_vector(*mine.modules()) - before
 
 
 def _draw(gan: Gan, count: int, latents: torch.Generator) -> Latents:
@@ -186,7 +191,7 @@ def _make(gan: Gan, latents: Latents) -> Images:
 
 def _r2_gradient(critic: Critic, made: Images, weight: float) -> list[Tensor]:
     """The gradient of weight / 2 times the mean squared length of the logit's gradient at made pictures."""
-    weights = list(critic.parameters())
+    weights = list(trained(critic).values())
     if weight == 0:
         return [torch.zeros_like(w) for w in weights]
     seen = made.detach().requires_grad_()
@@ -198,5 +203,5 @@ def _r2_gradient(critic: Critic, made: Images, weight: float) -> list[Tensor]:
 
 def _descend(module: nn.Module, gradients: list[Tensor], rate: float) -> None:
     with torch.no_grad():
-        for weight, gradient in zip(module.parameters(), gradients, strict=True):
+        for weight, gradient in zip(trained(module).values(), gradients, strict=True):
             weight.sub_(gradient, alpha=rate)

@@ -25,8 +25,9 @@ from torch.nn import functional
 from torch.optim import Adam
 
 from fedface.models.critic import Critic, CriticConfig
+from fedface.models.family import Gan, copy_model, new_gan
 from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
-from fedface.models.weights import Gan, copy_gan, new_gan, remember_mean_style
+from fedface.models.weights import remember_mean_style
 from fedface.photos.drawn import NORMALS, ToneMix, draw, faces_from_normals
 from fedface.randomness import Streams
 from fedface.shapes import Images, Latents
@@ -122,7 +123,7 @@ class Pretraining:
         self.pool = pool
         self.streams = Streams(config.seed)
         self.gan = new_gan(config.generator, config.critic, self.streams.generator("weights"))
-        self.averaged = copy_gan(self.gan)
+        self.averaged = copy_model(self.gan)
         self.chance = self.streams.generator("faces")
         self.images = 0
         self.started = time.monotonic()

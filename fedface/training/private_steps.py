@@ -1,12 +1,25 @@
 """One private step: each photo's own gradient, clipped, summed and noised. The photo ends here.
 
-Called from training/generator.py (the critic's real half), training/upsampler.py and training/prior.py; this
-is the only file that knows Opacus. Photos join a step by secret coins of a public probability, the sum is
+Called from training/generator.py (the critic's real half) and training/flow.py; this is the only file that
+knows Opacus. Photos join a step by secret coins of a public probability, the sum is
 divided by a public constant, and the noise comes from `SecretNoise`, never from a seed or from Opacus.
 
 For a GAN call this for the real photos only, and add the ordinary gradient of the fake half: fakes are
 post-processing. Adaptive augmentation that looks at real scores, R1 on real photos and minibatch statistics
 all read photos outside the promise: leave them out or put them inside the loss of one photo.
+
+A loss may also average over random draws of its own, such as the times and noises of a flow ("noise
+multiplicity": Dockhorn et al. 2022, arXiv:2210.09929). They are drawn outside and handed in, one row per
+photo, and cost nothing, however many:
+
+* Averaging comes before clipping, so that one photo still adds a vector of length `clip_norm` at most.
+* Given the row of every photo, joined or not, a step is the same Poisson-sampled Gaussian sum as without
+  draws. The rows are independent of the photos, of one another, of coins and noise, so that what is released
+  is a mixture over them, and the hockey-stick divergence is jointly convex (Balle et al. 2018,
+  arXiv:1807.01647): no mixture is further apart than its parts.
+* The second point needs rows that the receiver cannot know. Rows from a public seed are handed out in the
+  order of the joined photos, and one photo more would shift every row behind it. A promised step therefore
+  takes its rows from `SecretNoise`, like its coins.
 
 Source: Abadi et al. (2016), arXiv:1607.00133, Algorithm 1; Opacus, Yousefpour et al. (2021),
 arXiv:2109.12298.
@@ -31,8 +44,10 @@ from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.randomness import SecretNoise
 from fedface.shapes import Images
 
-Network = Callable[[Tensor], Tensor]
-PerPhotoLoss = Callable[[Network, Images], Tensor]  # (network, photos (n, ...)) -> one loss per photo, (n,)
+Network = Callable[..., Tensor]
+# (network, photos (n, ...)) or (network, photos (n, ...), draws (n, ...)) -> one loss per photo, (n,)
+PerPhotoLoss = Callable[..., Tensor]
+Draw = Callable[[int], Tensor]  # how many photos -> one row of fresh draws per photo, (n, ...)
 Chance = SecretNoise | torch.Generator  # secret for a promise, replayable only where nothing is promised
 
 
@@ -64,7 +79,12 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def per_photo_gradients(
-    module: nn.Module, loss: PerPhotoLoss, photos: Images, *, engine: Engine | None = None
+    module: nn.Module,
+    loss: PerPhotoLoss,
+    photos: Images,
+    *,
+    draws: Tensor | None = None,
+    engine: Engine | None = None,
 ) -> list[Tensor]:
     """The gradient of each photo's own loss, unclipped: never let one leave the device.
 
@@ -72,28 +92,39 @@ def per_photo_gradients(
         module: The network; its `.grad` fields are left alone.
         loss: One loss per photo; photo i's loss must depend on photo i alone.
         photos: Shape (n, ...), n >= 1.
+        draws: One row per photo, (n, ...), as the loss's third argument; None for a loss of two arguments.
         engine: How to differentiate; WholeNetwork() if None.
 
     Returns:
         One tensor (n, *weight.shape) per trained parameter.
+
+    Raises:
+        PrivacyError: Opacus's engine was given draws, of which it cannot see which belong together, or a
+            network that it refuses.
     """
     chosen: Engine = WholeNetwork() if engine is None else engine
     match chosen:
         case WholeNetwork():
-            return _by_whole_network(module, loss, photos)
+            return _by_whole_network(module, loss, (photos,) if draws is None else (photos, draws))
         case OpacusLayers():
+            if draws is not None:
+                raise PrivacyError(
+                    "a loss with draws of its own needs the engine WholeNetwork, got OpacusLayers"
+                )
             return _by_opacus_layers(module, loss, photos)
         case _:
             assert_never(chosen)
 
 
-def _by_whole_network(module: nn.Module, loss: PerPhotoLoss, photos: Images) -> list[Tensor]:
+def _by_whole_network(module: nn.Module, loss: PerPhotoLoss, rows: tuple[Tensor, ...]) -> list[Tensor]:
     weights = {name: weight.detach() for name, weight in trained(module).items()}
 
-    def loss_of_one(weights: dict[str, Tensor], photo: Tensor) -> Tensor:
-        return loss(lambda x: functional_call(module, weights, (x,)), photo.unsqueeze(0)).squeeze(0)
+    def loss_of_one(weights: dict[str, Tensor], *row: Tensor) -> Tensor:
+        network: Network = lambda *inputs: functional_call(module, weights, inputs)  # noqa: E731
+        return loss(network, *(part.unsqueeze(0) for part in row)).squeeze(0)
 
-    gradients: dict[str, Tensor] = vmap(grad(loss_of_one), in_dims=(None, 0))(weights, photos)
+    each = vmap(grad(loss_of_one), in_dims=(None, *(0 for _ in rows)))
+    gradients: dict[str, Tensor] = each(weights, *rows)
     return list(gradients.values())
 
 
@@ -170,6 +201,7 @@ def private_gradient(
     expected_batch: int,
     sampling_rate: float,
     chance: Chance,
+    draw: Draw | None = None,
     microbatch: int = 32,
     engine: Engine | None = None,
 ) -> list[Tensor]:
@@ -183,11 +215,14 @@ def private_gradient(
     Args:
         module: The network; neither its weights nor its `.grad` fields change.
         photos: All photos of the device, (n, ...), n >= 0.
-        loss: (network, photos) -> one loss per photo; call the network that it is given, not `module`.
+        loss: (network, photos) -> one loss per photo; call the network that it is given, not `module`. With
+            `draw`, (network, photos, draws).
         mechanism: `plan.mechanism()`: GaussianSum, or ClippedSum where nothing is promised.
         expected_batch: What the sum is divided by, a public constant >= 1.
         sampling_rate: The public probability with which a photo joins this step, 0 < q <= 1.
         chance: SecretNoise; a replayable generator only together with ClippedSum.
+        draw: Gives the loss's own random draws, fresh for every microbatch, one row per photo; secret for a
+            promise (see the head of this file).
         microbatch: How many photos are differentiated at once, >= 1.
         engine: How per-photo gradients are computed; WholeNetwork() if None.
 
@@ -205,9 +240,41 @@ def private_gradient(
     drawn = photos[sampled_photos(len(photos), sampling_rate, chance)]
     totals = [torch.zeros_like(weight) for weight in trained(module).values()]
     for part in torch.split(drawn, microbatch) if len(drawn) else ():
-        gradients = per_photo_gradients(module, loss, part, engine=engine)
+        draws = None if draw is None else draw(len(part))
+        gradients = per_photo_gradients(module, loss, part, draws=draws, engine=engine)
         totals = [t + s for t, s in zip(totals, clipped_sum(gradients, mechanism.clip_norm), strict=True)]
     return [release(total) / expected_batch for total in totals]
+
+
+def private_sum(
+    vectors: Tensor, *, mechanism: GaussianSum | ClippedSum, sampling_rate: float, chance: Chance
+) -> Tensor:
+    """The noised sum of one clipped vector per photo, priced as PoissonSampled(sampling_rate, mechanism.event()).
+
+    With rate 1 every coin lands heads and nothing is claimed from sampling: the plain Gaussian mechanism, Dwork
+    & Roth (2014), Theorem A.1, in the exact form of Balle & Wang (2018), arXiv:1805.06530, Theorem 8.
+
+    Guarantees:
+        * One photo more or less moves the sum before noise by at most `mechanism.clip_norm`.
+        * A vector with a number that is not finite adds nothing; noise is added once, also to an empty sum.
+
+    Args:
+        vectors: One vector per photo of the device, (n, d), n >= 0; row i depends on photo i alone.
+        mechanism: `terms.mechanism()`: GaussianSum, or ClippedSum where nothing is promised.
+        sampling_rate: The public probability with which a photo joins, 0 < q <= 1.
+        chance: SecretNoise; a replayable generator only together with ClippedSum.
+
+    Returns:
+        Shape (d,), not divided by anything.
+
+    Raises:
+        PrivacyError: A promised sum was given replayable chance.
+    """
+    if not 0 < sampling_rate <= 1:
+        raise ValueError(f"sampling_rate must lie in (0, 1], got {sampling_rate}")
+    release = _release(mechanism, chance)
+    drawn = vectors[sampled_photos(len(vectors), sampling_rate, chance)]
+    return release(clipped_sum([drawn], mechanism.clip_norm)[0])
 
 
 def _release(mechanism: GaussianSum | ClippedSum, chance: Chance) -> Callable[[Tensor], Tensor]:
@@ -225,7 +292,12 @@ def _release(mechanism: GaussianSum | ClippedSum, chance: Chance) -> Callable[[T
 
 
 def check_per_photo_gradients(
-    module: nn.Module, loss: PerPhotoLoss, photos: Images, *, engine: Engine | None = None
+    module: nn.Module,
+    loss: PerPhotoLoss,
+    photos: Images,
+    *,
+    draw: Draw | None = None,
+    engine: Engine | None = None,
 ) -> None:
     """Refuse a network on which clipping would not bound one photo's influence. Run it before the first step.
 
@@ -236,6 +308,7 @@ def check_per_photo_gradients(
         module: The network, as it will be trained.
         loss: One loss per photo.
         photos: At least two photos, or public stand-ins of the same shape; the first two are used.
+        draw: Gives the loss's own random draws, as the steps will.
         engine: The engine that the steps will use.
 
     Raises:
@@ -251,19 +324,21 @@ def check_per_photo_gradients(
     # side of a leaky ReLU's kink, which happens in about one network and pair of a hundred.
     module = copy.deepcopy(module).double()
     pair = photos[:2].detach().double()
-    together = per_photo_gradients(module, loss, pair, engine=engine)
+    draws = None if draw is None else draw(2).double()
+    together = per_photo_gradients(module, loss, pair, draws=draws, engine=engine)
     names = list(trained(module))
     for photo in range(2):
-        alone = _ordinary_gradient(module, loss, pair[photo : photo + 1])
+        rows = (pair,) if draws is None else (pair, draws)
+        alone = _ordinary_gradient(module, loss, tuple(part[photo : photo + 1] for part in rows))
         _compare(names, [g[photo] for g in together], alone, "is not the gradient of that photo alone")
     moved = torch.stack([pair[0], 1.0 - pair[1].flip(-1)])
-    after = per_photo_gradients(module, loss, moved, engine=engine)
+    after = per_photo_gradients(module, loss, moved, draws=draws, engine=engine)
     _compare(names, [g[0] for g in after], [g[0] for g in together], "moves when another photo changes")
 
 
-def _ordinary_gradient(module: nn.Module, loss: PerPhotoLoss, photos: Images) -> list[Tensor]:
+def _ordinary_gradient(module: nn.Module, loss: PerPhotoLoss, rows: tuple[Tensor, ...]) -> list[Tensor]:
     weights = list(trained(module).values())
-    gradients = torch.autograd.grad(loss(module, photos).sum(), weights, allow_unused=True)
+    gradients = torch.autograd.grad(loss(module, *rows).sum(), weights, allow_unused=True)
     return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
 
 

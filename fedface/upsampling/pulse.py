@@ -129,16 +129,22 @@ class StyleFit:
 
     mean: Tensor  # (v,)
     std: Tensor  # (v,)
+    slope: float = 0.2  # of that leaky ReLU, > 0; 1 where the mapping ends with none
 
     def styles(self, latents: Tensor) -> Styles:
-        """Latents (n, k, v) -> styles (n, k, v): LeakyReLU of slope 0.2 of latents * std + mean."""
-        return F.leaky_relu(latents * self.std + self.mean, 0.2)
+        """Latents (n, k, v) -> styles (n, k, v): LeakyReLU of latents * std + mean."""
+        return F.leaky_relu(latents * self.std + self.mean, self.slope)
 
 
 def fit_styles(
-    mapping: Callable[[Latents], Styles], latent_width: int, *, samples: int, stream: torch.Generator
+    mapping: Callable[[Latents], Styles],
+    latent_width: int,
+    *,
+    samples: int,
+    stream: torch.Generator,
+    slope: float = 0.2,
 ) -> StyleFit:
-    """Fit the distribution of a mapping's styles with its last leaky ReLU (slope 0.2) undone.
+    """Fit the distribution of a mapping's styles with its last leaky ReLU undone.
 
     The gain behind that ReLU (sqrt 2 in StyleGAN2) needs no mention: a positive factor passes through a leaky
     ReLU unchanged.
@@ -148,6 +154,7 @@ def fit_styles(
         latent_width: z.
         samples: How many latents to draw, >= 2.
         stream: Where they are drawn from.
+        slope: Of the last leaky ReLU, > 0 (`Generator.style_slope`); 1 where there is none.
 
     Returns:
         Mean and unbiased standard deviation of each coordinate.
@@ -156,12 +163,12 @@ def fit_styles(
     with torch.no_grad():
         for start in range(0, samples, 10_000):
             latents = torch.randn(min(10_000, samples - start), latent_width, generator=stream)
-            before = F.leaky_relu(mapping(latents)[:, 0], 5.0).double()
+            before = F.leaky_relu(mapping(latents)[:, 0], 1.0 / slope).double()
             total = total + before.sum(dim=0)
             square = square + before.square().sum(dim=0)
     mean = total / samples
     variance = (square - samples * mean.square()).clamp(min=0) / (samples - 1)
-    return StyleFit(mean.float(), variance.sqrt().float())
+    return StyleFit(mean.float(), variance.sqrt().float(), slope)
 
 
 @contextmanager
@@ -206,6 +213,7 @@ class Pulse:
                 generator.latent_width,
                 samples=config.mapping_samples,
                 stream=streams.generator("pulse/mapping"),
+                slope=generator.style_slope,
             )
 
     @property

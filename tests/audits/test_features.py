@@ -8,10 +8,14 @@ from torch import Tensor
 
 from fedface.audits.features import (
     FEATURE_WIDTH,
+    Moments,
     compare_faces,
     face_features,
     frechet_distance,
+    frechet_interval,
+    frechet_of_moments,
     kernel_distance,
+    kernel_interval,
 )
 from fedface.photos.tone import srgb_to_lab
 from fedface.randomness import Streams
@@ -68,6 +72,57 @@ def test_kernel_distance_equals_its_definition_by_loops() -> None:
     xy = [k(p, q) for p in x for q in y]
     expected = sum(xx) / 20 + sum(yy) / 12 - 2 * sum(xy) / 20
     assert kernel_distance(x, y) == pytest.approx(expected, rel=1e-9)
+
+
+def test_fewer_faces_than_features_have_the_distance_of_their_moments() -> None:
+    """The singular values of X_a X_b^T are those of the root of the product of the covariances."""
+    a = torch.randn(9, 30, generator=STREAMS.generator("a")).double()
+    b = torch.randn(14, 30, generator=STREAMS.generator("b")).double() * 2 + 1
+    expected = frechet_of_moments(Moments.of(a), Moments.of(b))
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_kernel_interval_holds_the_closed_form_of_two_gaussians() -> None:
+    """In one dimension (x y + 1)^3 sums squares of differences of raw moments, with weights 3, 3, 1."""
+    x = torch.randn(2000, 1, generator=STREAMS.generator("x")).double()
+    y = torch.randn(3000, 1, generator=STREAMS.generator("y")).double() + 0.5
+    expected = 3 * 0.5**2 + 3 * (0.5**2) ** 2 + (0.5**3 + 3 * 0.5) ** 2
+    found = kernel_interval(x, y)
+    assert found.low < expected < found.high and found.high - found.low < expected
+    assert found.estimate == pytest.approx(kernel_distance(x, y), rel=1e-9)
+
+
+def test_the_extrapolated_frechet_distance_has_lost_its_bias() -> None:
+    """Gaussians one apart in 40 dimensions, 120 points each: plain figures lie far above 1, the others do not."""
+    rng = STREAMS.generator("bias")
+    plain, found = [], []
+    for _ in range(30):
+        a = torch.randn(120, 40, generator=rng)
+        b = torch.randn(120, 40, generator=rng) + torch.eye(40)[0]
+        plain.append(frechet_distance(a, b))
+        found.append(frechet_interval(a, b))
+    estimates = torch.tensor([interval.estimate for interval in found])
+    assert min(plain) > 4
+    assert abs(estimates.mean() - 1) < 0.5
+    assert sum(interval.low <= 1 <= interval.high for interval in found) >= 26
+
+
+def test_kernel_intervals_of_equal_sources_cover_zero_and_never_lie_below_it() -> None:
+    """A distance whose whole interval is negative would be nonsense: at most 1 of 60 is allowed by chance."""
+    rng = STREAMS.generator("equal")
+    found = [
+        kernel_interval(torch.randn(60, 8, generator=rng), torch.randn(60, 8, generator=rng))
+        for _ in range(60)
+    ]
+    assert sum(not interval.covers_zero for interval in found) <= 4
+    assert sum(interval.high < 0 for interval in found) <= 1
+
+
+def test_an_interval_wants_two_faces_a_block() -> None:
+    x = torch.randn(19, 3, generator=STREAMS.generator("few"))
+    for interval in (kernel_interval, frechet_interval):
+        with pytest.raises(ValueError, match="at least 20 faces a side, got 19 and 19"):
+            interval(x, x)
 
 
 def test_a_picture_of_one_colour_has_its_lab_as_first_coefficients_and_no_contrast() -> None:

@@ -171,9 +171,11 @@ def test_an_update_of_pure_noise_gives_no_more_than_guessing(
 def test_the_attack_beats_guessing_without_noise_and_not_with_it(critic: Critic) -> None:
     photos, public = drawn_discs(4, chance("photos")), drawn_discs(64, chance("public"))
     search = CosineSearch(iterations=120)
-    open_ = attack_update(critic, photos, NoDefence(), public, searches=[search], generator=chance("open"))
+    open_ = attack_update(
+        critic_gradient(critic), photos, NoDefence(), public, searches=[search], generator=chance("open")
+    )
     noised = attack_update(
-        critic,
+        critic_gradient(critic),
         photos,
         GaussianSum(clip_norm=1.0, sigma=1.0),
         public,
@@ -199,7 +201,7 @@ def test_found_images_lie_in_the_box_and_one_seed_finds_one_image(critic: Critic
 
 def test_without_noise_the_gallery_attack_names_every_photo(critic: Critic) -> None:
     named = gallery_attack(
-        critic, drawn_discs(30, chance("all")), NoDefence(), trials=40, generator=chance("t")
+        critic_gradient(critic), drawn_discs(30, chance("all")), NoDefence(), trials=40, generator=chance("t")
     )
     assert named.estimate == 1.0
     assert named.count == 40
@@ -209,13 +211,17 @@ def test_without_noise_the_gallery_attack_names_every_photo(critic: Critic) -> N
 def test_the_gallery_attack_stays_below_the_theorems_ceiling(critic: Critic, sigma: float) -> None:
     """No attack beats the trade-off function; at sigma 50 that is chance, 1 / 30."""
     defence = GaussianSum(clip_norm=1.0, sigma=sigma)
-    named = gallery_attack(critic, drawn_discs(30, chance("all")), defence, trials=300, generator=chance("t"))
+    named = gallery_attack(
+        critic_gradient(critic), drawn_discs(30, chance("all")), defence, trials=300, generator=chance("t")
+    )
     assert named.low < success_ceiling(defence.event(), 1 / 30)
 
 
 def test_too_few_photos_or_no_search_are_refused(critic: Critic) -> None:
     photos = drawn_discs(2, chance("photos"))
     with pytest.raises(ValueError, match="at least 2"):
-        attack_update(critic, photos[:1], NoDefence(), photos, generator=chance("x"))
+        attack_update(critic_gradient(critic), photos[:1], NoDefence(), photos, generator=chance("x"))
     with pytest.raises(ValueError, match="searches"):
-        attack_update(critic, photos, NoDefence(), photos, searches=[], generator=chance("x"))
+        attack_update(
+            critic_gradient(critic), photos, NoDefence(), photos, searches=[], generator=chance("x")
+        )

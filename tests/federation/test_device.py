@@ -119,7 +119,7 @@ def test_a_round_that_broke_while_it_was_computed_is_closed(
         raise Disturbed
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedface.federation.device.train_round", broken)
+        patch.setattr("fedface.training.ways.train_round", broken)
         with pytest.raises(Disturbed):
             serve(task, device)
     again = serve(task, device)

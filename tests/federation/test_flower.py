@@ -33,7 +33,8 @@ from fedface.federation.flower import (
 from fedface.federation.task import Fault, Message, Refusal, Revealed, RevealTask, Trained
 from fedface.models.critic import CriticConfig
 from fedface.models.stylegan2 import GeneratorConfig
-from fedface.models.weights import new_gan, save_gan
+from fedface.models.family import new_gan
+from fedface.models.weights import save_model
 from fedface.privacy.policy import DevicePolicy
 from fedface.randomness import Streams
 
@@ -45,7 +46,7 @@ name: tiny
 promise: {kind: no-promise}
 devices: {kind: drawn-devices, light_shares: [0.9, 0.1], photos_each: 12}
 probe: {kind: drawn-probe, each: 2}
-training: {rounds: 1, steps_per_round: 1, sampling_rate: 0.5, expected_batch: 4, made_batch: 4}
+training: {kind: gan-training, rounds: 1, steps_per_round: 1, sampling_rate: 0.5, expected_batch: 4, made_batch: 4}
 aggregation: {kind: encrypted}
 upsampling: {pulse: {steps: 2}}
 attack: {photos: 2, iterations: 1, candidates: 2, trials: 2}
@@ -71,7 +72,7 @@ def recipe(tmp_path: Path) -> Path:
         ),
         CriticConfig(size=16, channel_base=64, channel_max=8),
     )
-    save_gan(tmp_path / "base.safetensors", new_gan(*networks, Streams(1).generator("base")))
+    save_model(tmp_path / "base.safetensors", new_gan(*networks, Streams(1).generator("base")))
     path = tmp_path / "tiny.yaml"
     path.write_text(RECIPE.replace("base.safetensors", str(tmp_path / "base.safetensors")))
     return path

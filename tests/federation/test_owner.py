@@ -13,6 +13,7 @@ from fedface.federation.device import serve
 from fedface.federation.owner import owner_device
 from fedface.federation.task import Agreed, Refusal, TrainTask
 from fedface.models.critic import Critic, CriticConfig
+from fedface.models.family import GanShape
 from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
 from fedface.models.weights import buffers_of, vector_of
 from fedface.photos.drawn import ToneMix, draw, sample_faces
@@ -119,8 +120,7 @@ def test_a_run_that_the_policy_refuses_reads_no_photo_and_books_nothing(home: Pa
         agreed=Agreed(
             terms=make_plan(NoPromise(), training.schedule()).terms,
             training=training,
-            generator=shapes[0],
-            critic=shapes[1],
+            shape=GanShape(generator=shapes[0], critic=shapes[1]),
             aggregation=PlainConfig(),
             agreement=Agreement(value_range=1.0, most_devices=3),
         ),

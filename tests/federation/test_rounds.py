@@ -33,7 +33,7 @@ from fedface.federation.task import (
     read_reply,
     read_task,
 )
-from fedface.models.weights import buffers_of, load_gan, vector_of, weights_hash
+from fedface.models.weights import buffers_of, load_model, vector_of, weights_hash
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Ledger
 from fedface.reports.run import Epsilon, Interval, NotMeasured
@@ -89,7 +89,7 @@ def cohort_of(
 
 def weights_after(folder: Path, round: int) -> Vector:
     """The global model after a round."""
-    return vector_of(*load_gan(weights_path(folder, round)).modules())
+    return vector_of(*load_model(weights_path(folder, round)).modules())
 
 
 def update_of(reply: Reply | Fault) -> Vector:
@@ -116,7 +116,7 @@ def test_a_round_applies_the_mean_of_the_updates(tmp_path: Path, server_rate: fl
     assert torch.allclose(weights_after(cohort.folder, 1), wanted, atol=1e-6)
     assert not torch.allclose(wanted, start, atol=1e-4)
     assert state.rounds[0].answered == ("device-00", "device-01", "device-02")
-    assert state.rounds[0].weights_hash == weights_hash(*load_gan(weights_path(cohort.folder, 1)).modules())
+    assert state.rounds[0].weights_hash == weights_hash(*load_model(weights_path(cohort.folder, 1)).modules())
 
 
 def spoilt(kind: str, reply: Trained) -> Reply | Fault:
@@ -211,7 +211,7 @@ def test_a_run_goes_on_after_its_last_round_on_disk(tmp_path: Path) -> None:
     """Killed between a checkpoint and its line in the state: the round is asked again, and the same bytes come."""
     cohort = cohort_of(tmp_path, {"training.rounds": "2"})
     first = rounds(cohort.experiment, cohort)
-    hashes = [weights_hash(*load_gan(weights_path(cohort.folder, number)).modules()) for number in (1, 2)]
+    hashes = [weights_hash(*load_model(weights_path(cohort.folder, number)).modules()) for number in (1, 2)]
     State(cohort.folder, first.started, first.rounds[:1]).save()
     cohort.asked.clear()
     again = rounds(cohort.experiment, cohort)

@@ -92,14 +92,15 @@ def spoiled(message: Message, key: str, value: Any) -> Message:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("what", "teach"), ("what", ...), ("version", 2), ("version", ...),
+        ("what", "teach"), ("what", ...), ("version", 1), ("version", ...),
         ("run", ""), ("run", 3), ("run", "a\nb"), ("run", "x" * 201), ("run", "\ud800"), ("run", ...),
         ("round", 0), ("round", True), ("round", 1.5), ("round", 2**63), ("cohort", 0), ("seed", -1),
         ("terms", None), ("terms", "terms"), ("terms", [1]), ("terms.noise_multiplier", -1.0),
         ("terms.noise_multiplier", float("nan")), ("terms.sampling_rate", 2), ("terms.rounds", 0),
         ("terms.rounds", float("inf")), ("terms.epsilon", 1), ("terms.clip_norm", ...),
         ("training.critic_rate", -1), ("training.more", 1), ("training.rounds", "many"), ("training", []),
-        ("generator.size", 17), ("generator.size", 32), ("generator.mapping_layers", 10**9), ("critic.channel_max", 0),
+        ("shape.generator.size", 17), ("shape.generator.size", 32), ("shape.generator.mapping_layers", 10**9),
+        ("shape.critic.channel_max", 0), ("shape.kind", "cat-shape"), ("shape", None), ("training.kind", ...),
         ("aggregation.kind", "threshold"), ("aggregation", 3), ("agreement.most_devices", 0),
         ("agreement.value_range", "wide"), ("model", None),
     ],

@@ -17,7 +17,7 @@ DOORS = {
     "flwr": FLOWER,
     "dp_accounting": {"fedface/privacy/accounting.py", "fedface/privacy/mechanism.py"},
     "yaml": {"fedface/config.py"},
-    "typer": {"fedface/cli.py"},
+    "typer": {"fedface/cli/**"},
     "safetensors": {"fedface/models/weights.py"},
     "PIL": {"fedface/photos/pixels.py"},
     "pillow_heif": {"fedface/photos/pixels.py"},
@@ -73,6 +73,11 @@ def foreign(tree: ast.Module) -> set[str]:
     return found - OURS
 
 
+def through(path: str, doors: set[str]) -> bool:
+    """Whether a file is one of these doors, or lies in a folder that is one."""
+    return any(path == door or (door.endswith("/**") and path.startswith(door[:-2])) for door in doors)
+
+
 def users(library: str) -> set[str]:
     """The files that import a library."""
     return {path for path, tree in TREES.items() if library in foreign(tree)}
@@ -81,7 +86,7 @@ def users(library: str) -> set[str]:
 @pytest.mark.parametrize("library", sorted(DOORS))
 def test_a_library_enters_by_its_door_alone(library: str) -> None:
     """Need it elsewhere? Write a function behind the door."""
-    assert users(library) <= DOORS[library]
+    assert not [path for path in users(library) if not through(path, DOORS[library])]
 
 
 @pytest.mark.parametrize(

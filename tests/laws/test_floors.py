@@ -14,7 +14,7 @@ FLOORS = {
     "privacy": 3, "photos": 3,
     "aggregation": 4, "training": 4,
     "audits": 5,
-    "experiment": 6, "reports": 6,
+    "experiment": 6, "sweep": 6, "reports": 6,
     "federation": 7,
     "cli": 8,
 }  # fmt: skip

@@ -21,7 +21,8 @@ from fedface.federation.rounds import SilentWatcher, State, run_rounds, weights_
 from fedface.federation.simulated import device_faces, prepare, simulated_device
 from fedface.models.critic import CriticConfig
 from fedface.models.stylegan2 import GeneratorConfig
-from fedface.models.weights import load_gan, new_gan, save_gan, vector_of
+from fedface.models.family import new_gan
+from fedface.models.weights import load_model, save_model, vector_of
 from fedface.randomness import Streams
 from fedface.shapes import Vector
 from fedface.training.generator import ranges_of
@@ -31,7 +32,7 @@ question: does it matter where it runs?
 name: everywhere
 promise: {kind: no-promise}
 devices: {kind: drawn-devices, light_shares: [0.9, 0.5, 0.1], photos_each: 12}
-training: {rounds: 2, steps_per_round: 2, sampling_rate: 0.5, expected_batch: 4, made_batch: 4}
+training: {kind: gan-training, rounds: 2, steps_per_round: 2, sampling_rate: 0.5, expected_batch: 4, made_batch: 4}
 aggregation: {kind: AGGREGATION}
 base: BASE
 """
@@ -45,7 +46,7 @@ def tiny(folder: Path, aggregation: str) -> Experiment:
         ),
         CriticConfig(size=16, channel_base=64, channel_max=8),
     )
-    save_gan(folder / "base.safetensors", new_gan(*networks, Streams(1).generator("base")))
+    save_model(folder / "base.safetensors", new_gan(*networks, Streams(1).generator("base")))
     recipe = RECIPE.replace("BASE", str(folder / "base.safetensors")).replace("AGGREGATION", aggregation)
     (folder / "everywhere.yaml").write_text(recipe)
     return read_experiment(folder / "everywhere.yaml")
@@ -62,8 +63,8 @@ def models(experiment: Experiment, cohort: Cohort, folder: Path) -> Sequence[Vec
     like = device_faces(experiment, 48, 16)
     assert like is not None
     run_rounds(experiment, experiment.plan(), cohort, State.read(folder), like, SilentWatcher())
-    rounds = range(1, experiment.training.rounds + 1)
-    return [vector_of(*load_gan(weights_path(folder, number)).modules()) for number in rounds]
+    rounds = range(1, experiment.rounds + 1)
+    return [vector_of(*load_model(weights_path(folder, number)).modules()) for number in rounds]
 
 
 def in_this_process(experiment: Experiment, folder: Path) -> Sequence[Vector]:

@@ -1,73 +1,207 @@
-"""Our networks give the numbers of the published implementations."""
+"""Our networks give the numbers of the published implementations, for every reference of a kind that is there."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from fedface.models.contracts import no_noise
 from fedface.models.critic import Critic, CriticConfig
+from fedface.models.stylegan1 import StyleGAN1, StyleGAN1Config
 from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
+from fedface.upsampling.pulse import fit_styles
+
+EXACT = 1e-4
 
 
-def _reference(shared: Path, name: str) -> dict[str, Tensor]:
-    with np.load(shared / "refs" / f"{name}.npz") as arrays:
-        return {key: torch.from_numpy(np.asarray(arrays[key])) for key in arrays.files}
+class Reference:
+    """One file's arrays, with how the published network was built."""
+
+    def __init__(self, name: str, described: dict[str, Any], arrays: dict[str, Tensor]) -> None:
+        self.name, self.described, self.arrays = name, described, arrays
+        self.built: dict[str, Any] = described.get("kwargs", {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.arrays[name]
+
+    def get(self, name: str) -> Tensor | None:
+        return self.arrays.get(name)
+
+    def fill(self, module: nn.Module, prefix: str = "", *, missing: str = "nothing") -> None:
+        """Load the weights; only names that match `missing` may be absent, and constant filters are no weights."""
+        state = {prefix + key[6:]: value for key, value in self.arrays.items() if key.startswith("state/")}
+        weights = {
+            k: v for k, v in state.items() if not k.endswith(("resample_filter", "intermediate.kernel"))
+        }
+        left = module.load_state_dict(weights, strict=False)
+        assert not left.unexpected_keys, self.name
+        assert not [key for key in left.missing_keys if not re.search(missing, key)], self.name
+
+    def agrees(self, got: Tensor, wanted: str) -> None:
+        """Equal to an output to 1e-4, absolute."""
+        assert got.shape == self[wanted].shape, (self.name, wanted)
+        assert float((got - self[wanted]).detach().abs().max()) < EXACT, (self.name, wanted)
 
 
-def _fill(module: nn.Module, reference: dict[str, Tensor]) -> None:
-    state = {key[6:]: value for key, value in reference.items() if key.startswith("state/")}
-    module.load_state_dict({key: value for key, value in state.items() if "resample_filter" not in key})
+def references(shared: Path, kind: str) -> Iterator[Reference]:
+    """Every reference of a kind; at least one."""
+    files = json.loads((shared / "refs" / "index.json").read_text())["files"]
+    found = {name: described for name, described in files.items() if described["kind"].startswith(kind)}
+    assert found, kind
+    for name, described in found.items():
+        with np.load(shared / "refs" / described["file"]) as arrays:
+            yield Reference(
+                name, described, {key: torch.from_numpy(np.asarray(arrays[key])) for key in arrays.files}
+            )
 
 
-@pytest.mark.parametrize(
-    ("name", "size", "layers", "architecture"),
-    [
-        ("sg2ada_g32_map2_skip", 32, 2, "skip"),
-        ("sg2ada_g64_map8_skip", 64, 8, "skip"),
-        ("sg2ada_g32_map2_orig", 32, 2, "orig"),
-    ],
-)
-def test_generator_reproduces_the_published_pictures_and_gradients(
-    shared: Path, name: str, size: int, layers: int, architecture: str
-) -> None:
-    """Same weights, same latents: same styles, pictures and style gradients to 1e-4."""
-    reference = _reference(shared, name)
-    generator = StyleGAN2(
+def generator_like(reference: Reference) -> StyleGAN2:
+    """Ours with the published constructor's arguments, its defaults where they are not named."""
+    built = reference.built
+    synthesis = built.get("synthesis_kwargs", {})
+    return StyleGAN2(
         GeneratorConfig(
-            size=size,
-            mapping_layers=layers,
-            channel_base=1024,
-            channel_max=64,
-            architecture=architecture,  # type: ignore[arg-type]
+            size=built["img_resolution"],
+            latent_width=built["z_dim"],
+            style_width=built["w_dim"],
+            mapping_layers=built.get("mapping_kwargs", {}).get("num_layers", 8),
+            channel_base=synthesis.get("channel_base", 32768),
+            channel_max=synthesis.get("channel_max", 512),
+            architecture=synthesis.get("architecture", "skip"),
+            clamp=synthesis.get("conv_clamp"),
+            classes=built.get("c_dim", 0),
         )
     )
-    _fill(generator, reference)
-    styles = generator.map(reference["in/z"])
-    assert (styles - reference["out/ws_psi1"]).abs().max() < 1e-4
-    shorter = generator.truncate(styles, psi=0.7)
-    assert (shorter - reference["out/ws_psi0.7"]).abs().max() < 1e-4
-    assert (2 * generator.synthesize(shorter) - 1 - reference["out/img_psi0.7_const"]).abs().max() < 1e-4
-    silent = [torch.zeros(1, 1, side, side) for side in generator.noise_sides]
-    quiet = 2 * generator.synthesize(shorter, silent) - 1
-    assert (quiet - reference["out/img_psi0.7_none"]).abs().max() < 1e-4
-    wplus = reference["in/wplus"].clone().requires_grad_()
-    picture = 2 * generator.synthesize(wplus) - 1
-    assert (picture - reference["out/img_wplus_const"]).abs().max() < 1e-4
-    (gradient,) = torch.autograd.grad(picture.square().mean(), wplus)
-    assert (gradient - reference["out/grad_wplus_of_mean_sq"]).abs().max() < 1e-4
 
 
-def test_critic_reproduces_the_published_logits_and_gradients(shared: Path) -> None:
-    """Same weights, same pictures: same logits and picture gradients to 1e-4 (no minibatch statistics)."""
-    reference = _reference(shared, "sg2ada_d32_resnet_nombstd")
-    critic = Critic(CriticConfig(size=32))
-    _fill(critic, reference)
-    picture = ((reference["in/img"] + 1) / 2).requires_grad_()
-    logits = critic(picture)
-    assert (logits - reference["out/logits"][:, 0]).abs().max() < 1e-4
-    (gradient,) = torch.autograd.grad(logits.sum(), picture)
-    assert (gradient / 2 - reference["out/grad_img_of_sum"]).abs().max() < 1e-4
+def critic_like(reference: Reference) -> Critic:
+    """Likewise."""
+    built = reference.built
+    head = built.get("epilogue_kwargs", {})
+    shares = head.get("mbstd_num_channels", 1)
+    group = head.get("mbstd_group_size", 4) or 10**6  # None is the whole batch
+    return Critic(
+        CriticConfig(
+            size=built["img_resolution"],
+            channel_base=built.get("channel_base", 32768),
+            channel_max=built.get("channel_max", 512),
+            architecture=built.get("architecture", "resnet"),
+            clamp=built.get("conv_clamp"),
+            minibatch_group=group if shares else 0,
+            minibatch_channels=max(1, shares),
+            classes=built.get("c_dim", 0),
+            mapping_layers=built.get("mapping_kwargs", {}).get("num_layers", 8),
+        )
+    )
+
+
+def test_generators_reproduce_the_published_styles_pictures_and_gradients(shared: Path) -> None:
+    """At every truncation, cutoff and noise that the reference holds."""
+    for reference in references(shared, "stylegan2-ada G"):
+        generator = generator_like(reference)
+        reference.fill(generator)
+        count = sum(weight.numel() for weight in generator.parameters())
+        assert count == reference.described["n_params"], reference.name
+        assert generator.style_inputs == reference.described["num_ws"], reference.name
+        styles = generator.map(reference["in/z"], reference.get("in/c"))
+        noises = {"const": None, "none": no_noise(generator)}
+        seen = 0
+        for name in reference.arrays:
+            if ws := re.fullmatch(r"out/ws_psi([\d.]+?)(?:_cutoff(\d+))?", name):
+                cutoff = int(ws[2]) if ws[2] else None
+                reference.agrees(generator.truncate(styles, float(ws[1]), cutoff), name)
+                seen += 1
+            if img := re.fullmatch(r"out/img_psi([\d.]+)_(const|none)", name):
+                shorter = generator.truncate(styles, float(img[1]))
+                reference.agrees(2 * generator.synthesize(shorter, noises[img[2]]) - 1, name)
+                seen += 1
+        assert seen >= 5, reference.name
+        wplus = reference["in/wplus"].clone().requires_grad_()
+        picture = 2 * generator.synthesize(wplus) - 1
+        reference.agrees(picture, "out/img_wplus_const")
+        (gradient,) = torch.autograd.grad(picture.square().mean(), wplus)
+        reference.agrees(gradient, "out/grad_wplus_of_mean_sq")
+
+
+def test_critics_reproduce_the_published_logits_and_gradients(shared: Path) -> None:
+    """In every form, with and without minibatch statistics, eight pictures together and one alone."""
+    for reference in references(shared, "stylegan2-ada D"):
+        critic = critic_like(reference)
+        reference.fill(critic)
+        count = sum(weight.numel() for weight in critic.parameters())
+        assert count == reference.described["n_params"], reference.name
+        picture = ((reference["in/img"] + 1) / 2).requires_grad_()
+        labels = reference.get("in/c")
+        logits = critic(picture, labels)
+        reference.agrees(logits[:, None], "out/logits")
+        (gradient,) = torch.autograd.grad(logits.sum(), picture)
+        reference.agrees(gradient / 2, "out/grad_img_of_sum")
+        if "out/logits_first1" in reference.arrays:
+            first = critic(picture[:1], None if labels is None else labels[:1])
+            reference.agrees(first[:, None], "out/logits_first1")
+
+
+def sg1_like(reference: Reference) -> StyleGAN1:
+    """Ours with the arguments of either half of the published network; the other half is as small as can be."""
+    built, described = reference.built, reference.described
+    width = described.get("dim") or built["dlatent_size"]
+    return StyleGAN1(
+        StyleGAN1Config(
+            size=built.get("resolution", 8),
+            latent_width=width,
+            style_width=width,
+            mapping_layers=described.get("layers", 1),
+            channel_base=2 * built.get("fmap_base", 8),
+            channel_max=built.get("fmap_max", 8),
+        )
+    )
+
+
+def test_stylegan1_reproduces_the_published_pictures_and_gradients(shared: Path) -> None:
+    """With the noise maps of the reference."""
+    for reference in references(shared, "PULSE StyleGAN1 G_synthesis"):
+        generator = sg1_like(reference)
+        reference.fill(generator, "synthesis.", missing=r"^mapping\.|noise\.const$")
+        assert generator.style_inputs == reference.described["num_layers"], reference.name
+        noise = [reference[f"in/noise{i}"] for i in range(len(generator.noise_sides))]
+        styles = reference["in/w"].clone().requires_grad_()
+        picture = 2 * generator.synthesize(styles, noise) - 1
+        reference.agrees(picture, "out/img")
+        (gradient,) = torch.autograd.grad(picture.square().mean(), styles)
+        reference.agrees(gradient, "out/grad_w_of_mean_sq")
+
+
+def test_stylegan1_reproduces_the_published_mapping_and_its_fit(shared: Path) -> None:
+    """The styles, and the normal distribution that PULSE fits to twenty thousand of them."""
+    for reference in references(shared, "PULSE StyleGAN1 G_mapping"):
+        generator = sg1_like(reference)
+        reference.fill(generator, "mapping.", missing=r"^synthesis\.|w_avg$")
+        reference.agrees(generator.map(reference["in/z"])[:, 0], "out/w")
+        fit = fit_styles(
+            generator.map,
+            generator.latent_width,
+            samples=20_000,
+            stream=torch.Generator().manual_seed(0),
+            slope=generator.style_slope,
+        )
+        reference.agrees(fit.mean, "out/gaussian_fit_mean_20000")
+        reference.agrees(fit.std, "out/gaussian_fit_std_20000")
+
+
+def test_a_reference_that_does_not_hold_is_noticed(shared: Path) -> None:
+    """Planted: one weight of a generator moved by 1 %."""
+    reference = next(references(shared, "stylegan2-ada G"))
+    generator = generator_like(reference)
+    reference.fill(generator)
+    with torch.no_grad():
+        generator.synthesis.get_submodule("b4.conv1").weight.mul_(1.0).flatten()[0].mul_(1.01)  # type: ignore[union-attr,operator]
+    with pytest.raises(AssertionError, match="img_wplus_const"):
+        reference.agrees(2 * generator.synthesize(reference["in/wplus"]) - 1, "out/img_wplus_const")

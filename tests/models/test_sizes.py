@@ -1,16 +1,30 @@
-"""Networks of every size that a config allows."""
+"""Networks of every size that a config allows, and the published full size."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 
 from fedface.errors import ConfigError
 from fedface.models.critic import Critic, CriticConfig
+from fedface.models.stylegan1 import StyleGAN1, StyleGAN1Config
 from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
 
+SIZES = [8, 16, 32, 64, 128, 256, 512, 1024]
+FULL = GeneratorConfig(
+    size=1024,
+    latent_width=512,
+    style_width=512,
+    mapping_layers=8,
+    channel_base=32768,
+    channel_max=512,
+)
+FULL_CRITIC = CriticConfig(size=1024, channel_base=32768, channel_max=512, minibatch_group=4)
 
-@pytest.mark.parametrize("size", [8, 16, 32, 64, 128, 256, 512, 1024])
+
+@pytest.mark.parametrize("size", SIZES)
 def test_a_generator_makes_pictures_of_its_size_and_a_critic_judges_them(size: int) -> None:
     """k = 2 log2(size) - 2 styles go in, one picture of `size` pixels comes out, one logit follows."""
     chance = torch.Generator().manual_seed(0)
@@ -25,11 +39,25 @@ def test_a_generator_makes_pictures_of_its_size_and_a_critic_judges_them(size: i
         assert Critic(CriticConfig(**shape), chance)(made).shape == (1,)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_a_stylegan1_makes_pictures_of_its_size(size: int) -> None:
+    """As many noise maps as styles, and finite numbers."""
+    chance = torch.Generator().manual_seed(0)
+    config = StyleGAN1Config(
+        size=size, latent_width=8, style_width=8, mapping_layers=2, channel_base=4 * size, channel_max=4
+    )
+    generator = StyleGAN1(config, chance)
+    assert generator.style_inputs == len(generator.noise_sides) == 2 * (size.bit_length() - 1) - 2
+    made = generator.sample(1, chance)
+    assert made.shape == (1, 3, size, size) and bool(made.isfinite().all())
+
+
+@pytest.mark.parametrize("config", [GeneratorConfig, CriticConfig, StyleGAN1Config])
 @pytest.mark.parametrize("size", [0, 4, 48, 2048])
-def test_a_size_that_is_no_power_of_two_in_range_is_refused(size: int) -> None:
+def test_a_size_that_is_no_power_of_two_in_range_is_refused(config: type, size: int) -> None:
     """8 to 1024, powers of two."""
     with pytest.raises(ConfigError, match="power of two"):
-        GeneratorConfig(size=size)
+        config(size=size)
 
 
 def test_truncation_to_nothing_gives_everybody_the_mean_face() -> None:
@@ -38,3 +66,57 @@ def test_truncation_to_nothing_gives_everybody_the_mean_face() -> None:
     generator = StyleGAN2(GeneratorConfig(size=8, channel_max=4), chance)
     styles = generator.truncate(generator.map(torch.randn(3, 64, generator=chance)), psi=0.0)
     assert torch.equal(styles, torch.zeros_like(styles) + generator.mapping.w_avg)
+
+
+def published_channels(side: int) -> int:
+    """Karras et al. 2020, configuration F: 512 up to 64 px, then half as many at each doubling."""
+    return {128: 256, 256: 128, 512: 64, 1024: 32}.get(side, 512)
+
+
+def counted(module: torch.nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def test_the_full_size_generator_has_the_published_shape() -> None:
+    """Layers counted one by one: eight of the mapping, then per side styles, kernels, biases, noise and colours."""
+    with torch.device("meta"):
+        generator = StyleGAN2(FULL)
+    assert generator.style_inputs == 18 and len(generator.noise_sides) == 17
+    assert [FULL.channels(side) for side in FULL.sides] == [published_channels(side) for side in FULL.sides]
+    total = 8 * (512 * 512 + 512)
+    for side in FULL.sides:
+        here = published_channels(side)
+        convolutions = [here] if side == 4 else [published_channels(side // 2), here]
+        for inputs in convolutions:
+            total += 512 * inputs + inputs + here * inputs * 9 + here + 1
+        total += 512 * here + here + 3 * here + 3
+    total += 512 * 4 * 4
+    assert counted(generator) == total
+
+
+def test_the_full_size_critic_has_the_published_shape() -> None:
+    """Two convolutions and a shortcut per side, then three layers; the spread of a group is one more channel."""
+    with torch.device("meta"):
+        critic = Critic(FULL_CRITIC)
+    total = 3 * published_channels(1024) + published_channels(1024)
+    for power in range(10, 2, -1):
+        here, below = published_channels(2**power), published_channels(2 ** (power - 1))
+        total += here * here * 9 + here + here * below * 9 + below + here * below
+    total += 513 * 512 * 9 + 512 + 512 * 16 * 512 + 512 + 512 + 1
+    assert counted(critic) == total
+
+
+def test_the_full_size_stylegan1_has_the_published_shape() -> None:
+    """Eighteen convolutions; each epilogue has a noise weight per channel and two numbers per channel from w."""
+    config = StyleGAN1Config()
+    with torch.device("meta"):
+        generator = StyleGAN1(config)
+    assert generator.style_inputs == 18
+    channels = [min(512, int(8192 / 2 ** (math.log2(side) - 1))) for side in config.sides]
+    assert [config.channels(side) for side in config.sides] == channels
+    total = 8 * (512 * 512 + 512) + 512 * 4 * 4 + 512 + 3 * 16 + 3
+    for i, here in enumerate(channels):
+        for inputs in [here] if i == 0 else [channels[i - 1], here]:
+            total += here * inputs * 9 + here
+        total += 2 * (here + 2 * here * 512 + 2 * here)
+    assert counted(generator) == total

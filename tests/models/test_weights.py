@@ -13,18 +13,34 @@ from safetensors.torch import load_file, save_file
 from tiny import CRITIC, GENERATOR, tiny_gan
 from torch import Tensor
 
+from fedface.config import plain
 from fedface.errors import ConfigError, WeightsError
 from fedface.models.critic import CriticConfig
+from fedface.models.encoder import EncoderConfig
+from fedface.models.family import (
+    AloneShape,
+    EncodedShape,
+    FlowShape,
+    Gan,
+    GanShape,
+    Shape,
+    build,
+    copy_model,
+    new_gan,
+)
+from fedface.models.flow import FlowConfig
+from fedface.models.stylegan1 import StyleGAN1Config
 from fedface.models.weights import (
     FORMAT,
-    Gan,
-    copy_gan,
+    OLD_FORMAT,
+    buffers_of,
     fill,
+    fill_buffers,
+    load_as,
     load_base,
-    load_gan,
-    new_gan,
+    load_model,
     remember_mean_style,
-    save_gan,
+    save_model,
     vector_of,
     weights_hash,
 )
@@ -68,7 +84,7 @@ def test_a_copy_shares_no_memory() -> None:
     """Training a copy leaves the original."""
     gan = tiny_gan()
     before = weights_hash(*gan.modules())
-    twin = copy_gan(gan)
+    twin = copy_model(gan)
     assert weights_hash(*twin.modules()) == before
     fill(torch.zeros_like(vector_of(*twin.modules())), *twin.modules())
     assert weights_hash(*gan.modules()) == before
@@ -91,8 +107,8 @@ def test_a_file_gives_the_same_networks_back(tmp_path: Path) -> None:
     """Weights, buffers, shapes and notes."""
     gan = Gan(*tiny_gan().modules(), {"made_by": "a test", "steps": [1, 2]})  # type: ignore[arg-type]
     remember_mean_style(gan.generator, Streams(1).generator("mean"), draws=8)
-    save_gan(tmp_path / "deep" / "gan.safetensors", gan)
-    again = load_gan(tmp_path / "deep" / "gan.safetensors")
+    save_model(tmp_path / "deep" / "gan.safetensors", gan)
+    again = load_model(tmp_path / "deep" / "gan.safetensors")
     assert weights_hash(*again.modules()) == weights_hash(*gan.modules())
     assert (again.generator.config, again.critic.config, again.notes) == (GENERATOR, CRITIC, gan.notes)
 
@@ -113,15 +129,15 @@ def test_saving_leaves_the_old_file_until_the_new_one_is_whole(
 ) -> None:
     """A crash while writing, planted at fsync: the old networks are still there."""
     path = tmp_path / "gan.safetensors"
-    save_gan(path, tiny_gan("old"))
+    save_model(path, tiny_gan("old"))
 
     def crash(_: int) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "fsync", crash)
     with pytest.raises(KeyboardInterrupt):
-        save_gan(path, tiny_gan("new"))
-    assert weights_hash(*load_gan(path).modules()) == weights_hash(*tiny_gan("old").modules())
+        save_model(path, tiny_gan("new"))
+    assert weights_hash(*load_model(path).modules()) == weights_hash(*tiny_gan("old").modules())
 
 
 def test_networks_of_two_sizes_do_not_go_together() -> None:
@@ -134,14 +150,20 @@ def test_networks_of_two_sizes_do_not_go_together() -> None:
 def parts(tmp_path: Path) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
     """A good checkpoint's path, tensors and description, to be spoiled one by one."""
     path = tmp_path / "gan.safetensors"
-    save_gan(path, tiny_gan())
+    save_model(path, tiny_gan())
     header = {
         "format": FORMAT,
-        "generator": json.dumps(asdict(GENERATOR)),
-        "critic": json.dumps(asdict(CRITIC)),
+        "shape": json.dumps(plain(GanShape(generator=GENERATOR, critic=CRITIC))),
         "notes": "{}",
     }
     return path, load_file(path), header
+
+
+def described(**changes: object) -> str:
+    """The description of a good GAN but for its generator."""
+    return json.dumps(
+        {"kind": "gan-shape", "generator": {**asdict(GENERATOR), **changes}, "critic": asdict(CRITIC)}
+    )
 
 
 Parts = tuple[Path, dict[str, Tensor], dict[str, str]]
@@ -153,7 +175,7 @@ def refused(parts: Parts) -> str:
     path, tensors, header = parts
     save_file(tensors, path, header)
     with pytest.raises(WeightsError) as error:
-        load_gan(path)
+        load_model(path)
     assert str(path) in str(error.value)
     return str(error.value)
 
@@ -162,7 +184,7 @@ def test_the_parts_are_good_before_they_are_spoiled(parts: Parts) -> None:
     """Otherwise the tests below would pass for another reason."""
     path, tensors, header = parts
     save_file(tensors, path, header)
-    assert weights_hash(*load_gan(path).modules()) == weights_hash(*tiny_gan().modules())
+    assert weights_hash(*load_model(path).modules()) == weights_hash(*tiny_gan().modules())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -201,15 +223,16 @@ def test_a_weight_too_many_is_named(parts: Parts, name: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("generator", "{"),
-        ("generator", "[]"),
-        ("generator", '{"size": 17}'),
-        ("generator", '{"size": "16"}'),
-        ("generator", '{"deep": 1}'),
-        ("generator", '{"channel_max": 0}'),
-        ("generator", json.dumps({**asdict(GENERATOR), "mapping_layers": 10**9})),
-        ("generator", "[" * 100_000),
-        ("critic", json.dumps({**asdict(CRITIC), "channel_base": -1})),
+        ("shape", "{"),
+        ("shape", "[]"),
+        ("shape", "null"),
+        ("shape", '{"kind": "cat-shape"}'),
+        ("shape", described(size=17)),
+        ("shape", described(deep=1)),
+        ("shape", described(channel_max=0)),
+        ("shape", described(mapping_layers=10**9)),
+        ("shape", "[" * 100_000),
+        ("shape", json.dumps({"kind": "gan-shape", "critic": {**asdict(CRITIC), "channel_base": -1}})),
         ("notes", "3"),
     ],
 )
@@ -223,7 +246,7 @@ def test_a_damaged_description_is_refused(parts: Parts, key: str, value: str) ->
 def test_a_description_of_huge_networks_takes_no_memory(parts: Parts, channels: int, said: str) -> None:
     """A layer of 600 GB is compared with the file before it is made; one that no number counts is refused."""
     huge = replace(GENERATOR, channel_max=channels, channel_base=2**40)
-    parts[2]["generator"] = json.dumps(asdict(huge))
+    parts[2]["shape"] = json.dumps(plain(GanShape(generator=huge, critic=CRITIC)))
     assert said in refused(parts)
 
 
@@ -231,10 +254,10 @@ def test_a_description_of_huge_networks_takes_no_memory(parts: Parts, channels: 
 def test_a_truncated_file_is_refused(tmp_path: Path, length: int) -> None:
     """At any length, in one sentence that names it."""
     path = tmp_path / "gan.safetensors"
-    save_gan(path, tiny_gan())
+    save_model(path, tiny_gan())
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(WeightsError, match="gan.safetensors: not a readable safetensors file"):
-        load_gan(path)
+        load_model(path)
 
 
 def test_a_pickle_a_folder_and_nothing_are_refused(tmp_path: Path) -> None:
@@ -248,12 +271,55 @@ def test_a_pickle_a_folder_and_nothing_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bomb.pt").write_bytes(pickle.dumps(Bomb()))
     for path in (tmp_path / "bomb.pt", tmp_path, tmp_path / "nowhere"):
         with pytest.raises(WeightsError, match="not a readable|no such checkpoint"):
-            load_gan(path)
+            load_model(path)
     assert not (tmp_path / "ran").exists()
 
 
 def test_another_kind_of_safetensors_file_is_said_to_be_one(tmp_path: Path) -> None:
     """Not "damaged": it is somebody's good file."""
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(WeightsError, match="wanted a generator and critic of fedface"):
-        load_gan(tmp_path / "other.safetensors")
+    with pytest.raises(WeightsError, match="wanted a model of fedface.*weights import"):
+        load_model(tmp_path / "other.safetensors")
+
+
+def test_a_file_from_before_the_families_is_read(parts: Parts) -> None:
+    """The embedded base is one: generator and critic each with a description of their own."""
+    path, tensors, _ = parts
+    old = {
+        "format": OLD_FORMAT,
+        "generator": json.dumps(asdict(GENERATOR)),
+        "critic": json.dumps(asdict(CRITIC)),
+    }
+    save_file(tensors, path, {**old, "notes": "{}"})
+    assert weights_hash(*load_model(path).modules()) == weights_hash(*tiny_gan().modules())
+
+
+SHAPES = (
+    GanShape(generator=GENERATOR, critic=CRITIC),
+    EncodedShape(generator=GENERATOR, encoder=EncoderConfig(size=16, channel_base=64, channel_max=8)),
+    FlowShape(flow=FlowConfig(width=16)),
+    AloneShape(generator=GENERATOR),
+    AloneShape(generator=StyleGAN1Config(size=16, latent_width=16)),
+)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=[type(shape).__name__ for shape in SHAPES])
+def test_every_family_comes_back_from_its_file_and_from_its_flat_vector(tmp_path: Path, shape: Shape) -> None:
+    """Shape, weights, buffers and notes; and a twin built from the shape takes the flat numbers."""
+    model = build(shape, Streams(4).generator("weights"), {"made_by": "a test"})
+    save_model(tmp_path / "model.safetensors", model)
+    again = load_model(tmp_path / "model.safetensors")
+    assert again.shape == model.shape == shape and again.notes == {"made_by": "a test"}
+    assert weights_hash(*again.modules()) == weights_hash(*model.modules())
+    twin = build(shape)
+    fill(vector_of(*model.modules()), *twin.modules())
+    fill_buffers(buffers_of(*model.modules()), *twin.modules())
+    assert weights_hash(*twin.modules()) == weights_hash(*model.modules())
+    assert weights_hash(*copy_model(model).modules()) == weights_hash(*model.modules())
+
+
+def test_a_model_of_another_family_is_refused_by_name(tmp_path: Path) -> None:
+    """A flow where a GAN is wanted."""
+    save_model(tmp_path / "flow.safetensors", build(FlowShape(flow=FlowConfig(width=16))))
+    with pytest.raises(WeightsError, match="wanted a generator with its critic, got a rectified flow"):
+        load_as(tmp_path / "flow.safetensors", Gan)

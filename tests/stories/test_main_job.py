@@ -16,7 +16,7 @@ import pytest
 from tiny import tiny_file
 
 from fedface import cli
-from fedface.models.weights import load_gan, weights_hash
+from fedface.models.weights import load_model, weights_hash
 from fedface.privacy.ledger import Ledger
 from fedface.reports import run
 
@@ -54,8 +54,8 @@ def test_a_run_ends_with_a_record_a_page_and_a_card_that_agree(
     record = run.read(folder)
     assert record.name == "tiny" and record.question == "Does a small run end?"
     assert [round.answered for round in record.rounds] == [("device-00", "device-01")] * 2
-    assert record.base_hash == weights_hash(*load_gan(tmp_path / "base.safetensors").modules())
-    assert record.final_hash == weights_hash(*load_gan(folder / "rounds" / "002.safetensors").modules())
+    assert record.base_hash == weights_hash(*load_model(tmp_path / "base.safetensors").modules())
+    assert record.final_hash == weights_hash(*load_model(folder / "rounds" / "002.safetensors").modules())
     assert record.final_hash == record.rounds[-1].weights_hash != record.base_hash
     assert {entry.protocol for entry in record.aggregation} == {"plain", "encrypted"}
     assert len(record.attacks) == 2
@@ -113,7 +113,7 @@ def test_a_run_that_was_cut_short_while_measuring_measures_only(
     before = attempts(folder)
     assert len(rounds) == 2 and not (folder / "run.json").exists()
     with monkeypatch.context() as patch:
-        patch.setattr("fedface.federation.device.train_round", killed)
+        patch.setattr("fedface.training.ways.train_round", killed)
         assert fedface(monkeypatch, "run", str(recipe), "--resume") == 0
     assert attempts(folder) == before
     assert [round.weights_hash for round in run.read(folder).rounds] == [r["weights_hash"] for r in rounds]

@@ -19,7 +19,8 @@ from fedface.aggregation.protocol import Payload
 from fedface.federation.device import serve
 from fedface.federation.flower import from_record, to_record
 from fedface.federation.task import Trained, read_reply
-from fedface.models.weights import Gan, fill, vector_of
+from fedface.models.family import Gan
+from fedface.models.weights import fill, vector_of
 from fedface.randomness import Streams
 from fedface.shapes import Images, Vector
 

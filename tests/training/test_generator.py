@@ -10,7 +10,8 @@ from tiny import tiny_gan
 from torch.nn import functional
 
 from fedface.errors import PrivacyError
-from fedface.models.weights import Gan, copy_gan, fill, vector_of, weights_hash
+from fedface.models.family import Gan, copy_model
+from fedface.models.weights import fill, vector_of, weights_hash
 from fedface.privacy.plan import Terms
 from fedface.randomness import SecretNoise, Streams
 from fedface.shapes import Images, Vector
@@ -41,7 +42,7 @@ def one_round(gan: Gan, seen: Images, config: GanTrainingConfig, sigma: float = 
 
 def slow_twin(gan: Gan, seen: Images, config: GanTrainingConfig) -> Vector:
     """One step without clipping or noise, written out: plain descent on the critic, then Adam by its formula."""
-    twin = copy_gan(gan)
+    twin = copy_model(gan)
     latents = STREAMS.generator("latents")
     torch.randn(2, twin.generator.latent_width, generator=latents)  # the check of per-photo gradients
 
@@ -197,7 +198,7 @@ def test_learning_pulls_samples_towards_the_photos() -> None:
     )
     white = torch.ones(6, 3, 16, 16)
     before = gan.generator.sample(64, STREAMS.generator("look")).mean()
-    after = copy_gan(gan)
+    after = copy_model(gan)
     fill(vector_of(*gan.modules()) + one_round(gan, white, config), *after.modules())
     assert float(after.generator.sample(64, STREAMS.generator("look")).mean()) > float(before) + 0.05
 

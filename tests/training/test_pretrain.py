@@ -11,7 +11,8 @@ from tiny import CRITIC, GENERATOR
 from torch import Tensor, nn
 
 from fedface.models.critic import Critic
-from fedface.models.weights import copy_gan, new_gan, weights_hash
+from fedface.models.family import copy_model, new_gan
+from fedface.models.weights import weights_hash
 from fedface.photos.drawn import NORMALS
 from fedface.randomness import Streams
 from fedface.training.pretrain import PretrainConfig, Pretraining, make_pool, pair_loss, pretrain, r1_penalty
@@ -87,7 +88,7 @@ def test_a_pair_is_a_latent_with_its_own_face() -> None:
 def test_the_first_stage_learns_the_pairs() -> None:
     """The averaged generator draws its latents' faces better than the untrained one."""
     training = Pretraining(replace(SMALL, paired_steps=80), make_pool(SMALL, silent))
-    start = copy_gan(training.gan).generator
+    start = copy_model(training.gan).generator
     training.pairs(silent)
     latents, faces = training.pool.pairs(32, Streams(2).generator("look"))
     with torch.no_grad():

@@ -93,6 +93,22 @@ def test_the_style_fit_finds_the_normal_under_a_leaky_relu_of_any_gain() -> None
         torch.testing.assert_close(fit.styles(latents), exact, atol=0.15, rtol=0)
 
 
+def test_the_style_fit_of_a_linear_mapping_needs_no_leaky_relu_undone() -> None:
+    """Slope 1: styles of a normal distribution are fitted as they are, negative ones too."""
+    centre, spread = torch.tensor([-1.0, 0.2]), torch.tensor([0.5, 2.0])
+    fit = fit_styles(
+        lambda latents: (latents * spread + centre)[:, None],
+        2,
+        samples=40_000,
+        stream=STREAMS.generator("fit"),
+        slope=1.0,
+    )
+    torch.testing.assert_close(fit.mean, centre, atol=0.05, rtol=0)
+    torch.testing.assert_close(fit.std, spread, atol=0.05, rtol=0)
+    latents = torch.randn(2, 4, 2, generator=STREAMS.generator("z"))
+    torch.testing.assert_close(fit.styles(latents), latents * fit.std + fit.mean)
+
+
 def test_the_style_fit_equals_that_of_the_published_code(shared: Path) -> None:
     reference = np.load(shared / "refs" / "pulse_sg1_mapping64.npz")
     layers = [

@@ -1,0 +1,185 @@
+"""Commands about experiments: run one, check its plan, write its report anew."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+
+from fedface.aggregation.encrypted import make_device, make_keys
+from fedface.cli.terminal import JsonOption, console, progress_bars
+from fedface.config import kind_of
+from fedface.errors import ConfigError
+from fedface.experiment import Experiment, RealDevices, read_experiment
+from fedface.federation.coordinator import begin, coordinate
+from fedface.federation.flower import devices_folder, in_process_cohort
+from fedface.federation.folders import locked, new_folder, resumed_folder
+from fedface.federation.simulated import check_sources, describe_devices, prepare
+from fedface.models.weights import vector_of
+from fedface.reports import card, page, run, wording
+from fedface.reports.run import BiasRecord, Interval, RunRecord
+from fedface.shapes import Vector
+from fedface.training.ways import begin_round, common_streams, words_of
+
+PhotosOption = Annotated[
+    Path | None, typer.Option(help="Folder of labelled photos, for experiments that use one.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Change one key, such as promise.epsilon=3.")
+]
+
+
+def run_experiment(
+    experiment: Annotated[Path, typer.Argument(help="The experiment's YAML file.")],
+    photos: PhotosOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; runs/NAME, or the next free, otherwise.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run that was cut short.")] = False,
+    set: SetOption = None,
+    json_out: JsonOption = False,
+) -> None:
+    """Run an experiment in this process, from photos to report."""
+    changes = changes_of(set)
+    recipe = read_experiment(experiment, photos=photos, changes=changes)
+    if isinstance(recipe.devices, RealDevices):
+        raise ConfigError(
+            f"{experiment}: waits for real devices; see server/README.md, or use pretended devices"
+        )
+    # Devices and searches run side by side, each in one thread: small networks leave a second one idle.
+    torch.set_num_threads(1)
+    folder = resumed_folder(recipe.name, out) if resume else new_folder(recipe.name, out)
+    check_sources(recipe)
+    with locked(folder), progress_bars() as bars:
+        if not resume:
+            begin(recipe, folder)
+        state = devices_folder(folder)
+        prepare(recipe, state)
+        record = coordinate(
+            recipe,
+            in_process_cohort(recipe, state),
+            folder,
+            watcher=bars,
+            command=command_of("run", experiment, photos, changes),
+        )
+    if json_out:
+        print(record.to_json())
+        return
+    _print_summary(record, folder)
+
+
+def check(
+    experiment: Annotated[Path, typer.Argument(help="The experiment's YAML file.")],
+    photos: PhotosOption = None,
+    set: SetOption = None,
+    json_out: JsonOption = False,
+) -> None:
+    """Print the plan of an experiment without running it: promise, noise, rounds, what travels."""
+    recipe = read_experiment(experiment, photos=photos, changes=changes_of(set))
+    plan = recipe.plan()
+    model = recipe.start()
+    weights = vector_of(*model.modules())
+    sent = begin_round(model, recipe.training, plan.terms, common_streams(0, 1)).ranges()
+    config = recipe.aggregation
+    up = _upload_bytes(recipe, torch.zeros_like(sent))
+    down = 4 * len(weights)
+    if json_out:
+        bounds = plan.epsilon()
+        told = {
+            "question": recipe.question,
+            "noise_multiplier": plan.noise_multiplier,
+            "schedule": asdict(plan.schedule),
+            "epsilon": None if bounds is None else asdict(bounds),
+            "promise": asdict(recipe.promise),
+            "training": kind_of(type(recipe.training)),
+            "weights": len(weights),
+            "numbers_up": len(sent),
+            "bytes_up_per_device_and_round": up,
+            "bytes_down_per_device_and_round": down,
+            "protocol": config.kind,
+        }
+        print(json.dumps(told, indent=2))
+        return
+    console.print(recipe.question, style="bold", highlight=False)
+    for line in plan.describe():
+        console.print(f"  {line}", highlight=False)
+    console.print(
+        f"  devices: {recipe.devices.count}; at least {recipe.fewest_answers} must answer", highlight=False
+    )
+    if not isinstance(recipe.devices, RealDevices) and (
+        photos is not None or "Drawn" in type(recipe.devices).__name__
+    ):
+        for name, words, count in describe_devices(recipe):
+            console.print(f"    {name}: {words}, {count} photos", highlight=False)
+    console.print(
+        f"  what travels up: one vector of {len(sent):,} {words_of(recipe.training)} per device and round, "
+        f"{config.kind}, {wording.size(up)}; no photo, no gradient of a photo, no count of photos",
+        highlight=False,
+    )
+    console.print(
+        f"  what travels down: the weights, {wording.size(down)} per device and round", highlight=False
+    )
+
+
+def report(folder: Annotated[Path, typer.Argument(help="The folder of a finished run.")]) -> None:
+    """Write a finished run's report and model card anew."""
+    record = run.read(folder)
+    card.write(record, folder)
+    console.print(f"open {page.write(record, folder)}", highlight=False, soft_wrap=True)
+
+
+def changes_of(words: list[str] | None) -> dict[str, str]:
+    """The changes of `--set`; raises ConfigError unless each is KEY=VALUE."""
+    changes = {}
+    for word in words or []:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set wants KEY=VALUE such as promise.epsilon=3, got {word}")
+        changes[key] = value
+    return changes
+
+
+def command_of(verb: str, experiment: Path, photos: Path | None, changes: dict[str, str]) -> str:
+    """What a reader types to do it again."""
+    words = ["fedface", verb, str(experiment)]
+    words += ["--photos", str(photos)] if photos else []
+    for key, value in changes.items():
+        words += ["--set", f"{key}={value}"]
+    return " ".join(words)
+
+
+def _upload_bytes(recipe: Experiment, zeros: Vector) -> int:
+    """The size of one protected update, made and measured."""
+    keys = make_keys(recipe.aggregation, recipe.agreement)
+    return make_device(recipe.aggregation, recipe.agreement, keys).protect(zeros, 1).nbytes
+
+
+def _print_summary(record: RunRecord, folder: Path) -> None:
+    for sentence in wording.answer(record):
+        console.print(sentence, highlight=False)
+    table = Table(box=None, title="Served by group", title_justify="left")
+    for heading in ("group", "photos", "misfit before", "after", "colour difference before", "after"):
+        table.add_column(heading)
+    before, after = record.bias_before, record.bias_after
+    if isinstance(before, BiasRecord) and isinstance(after, BiasRecord):
+        for old, new in zip(before.groups, after.groups, strict=True):
+            pairs = [(old, "misfit"), (new, "misfit"), (old, "skin_difference"), (new, "skin_difference")]
+            table.add_row(
+                old.group, str(old.count), *(_estimate(group.figures[name]) for group, name in pairs)
+            )
+    console.print(table)
+    console.print(f"open {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(
+        f"also {folder / 'run.json'} and {folder / 'model-card.md'}", highlight=False, soft_wrap=True
+    )
+
+
+def _estimate(figure: object) -> str:
+    if not isinstance(figure, Interval):
+        return "not measured"
+    return f"{wording.number(figure.estimate)} [{wording.number(figure.low)}, {wording.number(figure.high)}]"

@@ -1,0 +1,102 @@
+"""What every command shares: where it prints, its bars, its common options, and how an error ends.
+
+Called from the other files of fedface/cli. Results go to standard output, stages and errors to standard error.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fedface.errors import FedfaceError
+
+# A pipe has no width of its own; eighty columns would fold every table.
+console = Console(width=None if sys.stdout.isatty() else 140)
+notes = Console(stderr=True)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+DetectorOption = Annotated[
+    Path | None, typer.Option(help="A YuNet .onnx file; the embedded detector otherwise.")
+]
+
+
+class Bars:
+    """Progress bars on the terminal, plain lines elsewhere."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task: int | None = None
+        self._live = progress.console.is_terminal
+
+    def stage(self, name: str, steps: int) -> None:
+        """A stage begins."""
+        self._finish()
+        if not self._live:
+            self._progress.console.print(f"{name} ...", highlight=False)
+        self._task = int(self._progress.add_task(name, total=steps))
+
+    def step(self, done: int) -> None:
+        """A stage moves."""
+        if self._task is not None:
+            self._progress.update(self._task, completed=done)  # type: ignore[arg-type]
+
+    def say(self, sentence: str) -> None:
+        """A line that stays."""
+        self._progress.console.print(sentence, highlight=False)
+
+    def _finish(self) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)  # type: ignore[arg-type]
+            self._task = None
+
+
+@contextmanager
+def progress_bars() -> Iterator[Bars]:
+    """Bars on standard error, gone when the command is done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=notes, transient=True) as progress:
+        yield Bars(progress)
+
+
+def cell(value: object) -> str:
+    """A value as the text of one cell of a table."""
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {cell(part)}" for key, part in value.items())
+    if isinstance(value, (tuple, list)):
+        return ", ".join(cell(part) for part in value)
+    return str(value)
+
+
+def call(app: typer.Typer) -> None:
+    """Run a command line; our own errors become one sentence and exit code 2."""
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    try:
+        app()
+    except FedfaceError as error:
+        notes.print(f"fedface: {error}", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+    except OSError as error:
+        # A disk that is full or a path that cannot be: what has no file to name may be a bug, and stays one.
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        reason = f"{error.filename or 'the disk'}: {error.strerror}"
+        notes.print(f"fedface: {reason}", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+    except SystemExit as end:
+        # Typer turns an interrupt into this code, without a word.
+        if end.code == 130:
+            notes.print(
+                "interrupted; what was finished is kept, continue a run with --resume", highlight=False
+            )
+        raise

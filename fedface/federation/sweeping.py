@@ -1,0 +1,298 @@
+"""A comparison: every run of a sweep, its rounds alone, and what the samples of each look like side by side.
+
+Called by `fedface compare`. Each run lies in a folder of its own and is finished once its figures are there, so
+that a comparison that was cut short continues where it stopped, also in the middle of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import assert_never
+
+import torch
+
+from fedface.audits.bias import DARKER_FROM, tone_histogram
+from fedface.audits.disaggregate import rate_interval
+from fedface.audits.feature_networks import ColourFeatures, open_features
+from fedface.audits.quality import TONE_GROUPS, GroupQuality, TooFew, quality, tone_groups
+from fedface.audits.tones import tone_distance
+from fedface.errors import ConfigError
+from fedface.experiment import Experiment
+from fedface.federation.cohort import Cohort
+from fedface.federation.coordinator import begin, check_same
+from fedface.federation.rounds import State, Watcher, replace_text, run_rounds, weights_path
+from fedface.federation.simulated import describe_devices, device_faces, prepare
+from fedface.models.family import Model
+from fedface.models.weights import load_model, weights_hash
+from fedface.photos.tone import measure_tone
+from fedface.privacy.accounting import Bounds
+from fedface.privacy.target import PrivacyTarget
+from fedface.randomness import Streams
+from fedface.reports import comparison, comparison_figures, strict
+from fedface.reports.comparison import (
+    UNBOUNDED,
+    UNTOUCHED,
+    ComparisonRecord,
+    GroupFigures,
+    ModelFigures,
+    RunFigures,
+)
+from fedface.reports.filling import epsilon_record, machine_record, measured, version_record
+from fedface.reports.run import Epsilon, Figure, NotMeasured
+from fedface.shapes import Images
+from fedface.sweep import Sweep, Variant
+from fedface.training.ways import begin_round, common_streams
+
+FACES = 600  # samples of each model, and faces on either side of the reference
+QUALITY = ("kernel", "precision", "recall")
+SHOWN = 12  # samples in a row of the picture
+
+CohortOf = Callable[[Experiment, Path], Cohort]  # an experiment and the folder of its devices' states
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Faces like the devices', in two sets: one to compare with, one to show what a perfect score is."""
+
+    faces: Images
+    second: Images
+
+
+def compare(
+    sweep: Sweep, folder: Path, cohort_of: CohortOf, *, watcher: Watcher, command: str = ""
+) -> ComparisonRecord:
+    """Run what is not finished, measure every model alike, and write tables and pictures.
+
+    Args:
+        sweep: The runs.
+        folder: Where they lie, each in `runs/NAME`; begun before or not.
+        cohort_of: Makes the devices of one run.
+        watcher: Who is told about progress.
+        command: What a reader types to make it again.
+
+    Returns:
+        The record; `comparison.json`, `comparison.md` and the pictures lie in the folder.
+
+    Raises:
+        RunError: The folder holds runs of another recipe.
+        ConfigError: Nothing is known of the devices' faces, so that there is nothing to compare with.
+    """
+    runs: list[RunFigures] = []
+    for number, variant in enumerate(sweep.variants, 1):
+        watcher.say(f"run {number} of {len(sweep.variants)}: {', '.join(variant.names)}")
+        place = folder / "runs" / variant.folder
+        runs += [_base(variant, folder, watcher), _one(variant, place, cohort_of, watcher)]
+    first = sweep.variants[0].experiment
+    truth = _reference(first, first.start().generator.size)
+    record = ComparisonRecord(
+        name=sweep.name,
+        question=sweep.question,
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+        versions=dict(version_record()),
+        machine=machine_record(),
+        devices=_devices(first),
+        features=f"Distances, precision and recall rest on {open_features(ColourFeatures()).identity.name}: they "
+        "cannot be compared with published FID or KID, only with each other.",
+        reference=_figures(truth.second, "reference", truth, first.seed),
+        runs=tuple(_without_twins(runs)),
+    )
+    watcher.stage("pictures", 1)
+    comparison.write(record, folder)
+    _draw(record, sweep, folder, truth)
+    watcher.step(1)
+    return record
+
+
+def _without_twins(runs: list[RunFigures]) -> list[RunFigures]:
+    """Each (way, level, seed) once: the untouched model stands before every promise of its way."""
+    return list({(run.way, run.level, run.seed): run for run in runs}.values())
+
+
+def _one(variant: Variant, place: Path, cohort_of: CohortOf, watcher: Watcher) -> RunFigures:
+    """One run to its end, or its figures from the disk."""
+    experiment, kept = variant.experiment, place / "figures.json"
+    if not (place / "state.json").exists():
+        begin(experiment, place)
+    check_same(experiment, place)
+    if kept.exists():
+        return strict.loads(RunFigures, kept.read_text(encoding="utf-8"))
+    plan = experiment.plan()
+    states = place / "devices"
+    prepare(experiment, states)
+    state = run_rounds(experiment, plan, cohort_of(experiment, states), State.read(place), None, watcher)
+    final = load_model(weights_path(place, experiment.rounds))
+    work = begin_round(final, experiment.training, plan.terms, common_streams(experiment.seed, 0))
+    bounds = plan.epsilon()
+    figures = RunFigures(
+        way=variant.way,
+        level=_level(experiment),
+        epsilon=NotMeasured(not_measured="no noise was added, so there is no bound")
+        if bounds is None
+        else _epsilon(bounds, experiment),
+        seed=experiment.seed,
+        noise_multiplier=plan.noise_multiplier,
+        numbers_up=len(work.ranges()),
+        bytes_up=sum(record.bytes_up for record in state.rounds),
+        seconds=sum(record.seconds for record in state.rounds),
+        model=_measure(final, experiment, watcher),
+    )
+    replace_text(kept, strict.dumps(figures))
+    return figures
+
+
+def _base(variant: Variant, folder: Path, watcher: Watcher) -> RunFigures:
+    """The figures of a way's public model before any round, measured once."""
+    experiment = variant.experiment
+    base = experiment.start()
+    kept = folder / "bases" / f"{weights_hash(*base.modules())}-{experiment.seed}.json"
+    if kept.exists():
+        model = strict.loads(ModelFigures, kept.read_text(encoding="utf-8"))
+    else:
+        model = _measure(base, experiment, watcher)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(kept, strict.dumps(model))
+    return RunFigures(
+        way=variant.way,
+        level=UNTOUCHED,
+        epsilon=NotMeasured(not_measured="no photo was used"),
+        seed=experiment.seed,
+        noise_multiplier=0.0,
+        numbers_up=0,
+        bytes_up=0,
+        seconds=0.0,
+        model=model,
+    )
+
+
+def _level(experiment: Experiment) -> str:
+    match experiment.promise:
+        case PrivacyTarget(epsilon=epsilon):
+            return f"{epsilon:g}"
+        case _:
+            return UNBOUNDED
+
+
+def _measure(model: Model, experiment: Experiment, watcher: Watcher) -> ModelFigures:
+    watcher.stage("samples", 1)
+    made = _sampled(model, experiment.seed, FACES)
+    truth = _reference(experiment, model.generator.size)
+    return _figures(made, weights_hash(*model.modules()), truth, experiment.seed)
+
+
+def _sampled(model: Model, seed: int, count: int) -> Images:
+    """Samples in two halves side by side; the same for equal weights and seeds."""
+    halves = [count // 2, count - count // 2]
+    streams = Streams(seed).child("compared samples")
+
+    def draw(number: int) -> Images:
+        return model.generator.sample(halves[number], streams.generator(str(number)))
+
+    with ThreadPoolExecutor(2) as pool:
+        return torch.cat(list(pool.map(draw, range(2))))
+
+
+def _figures(made: Images, name: str, truth: _Reference, seed: int) -> ModelFigures:
+    streams = Streams(seed).child("compared figures")
+    readings, true = measure_tone(made).monk.double(), measure_tone(truth.faces).monk.double()
+    found = quality(
+        truth.faces,
+        tone_groups(truth.faces),
+        made,
+        tone_groups(made),
+        ColourFeatures(),
+        streams.numpy("quality"),
+    )
+    darker = int((readings >= DARKER_FROM).sum())
+    return ModelFigures(
+        weights_hash=name,
+        tones=tone_histogram(made).counts,
+        figures={
+            "tone_distance": measured(tone_distance(readings.numpy(), true.numpy(), streams.numpy("tones"))),
+            "darker": measured(rate_interval(darker, len(readings))),
+            **_quality_figures(found.overall),
+        },
+        groups=tuple(_group(group, found.groups.get(group)) for group in TONE_GROUPS),
+    )
+
+
+def _group(name: str, found: GroupQuality | TooFew | None) -> GroupFigures:
+    match found:
+        case GroupQuality(real=real, made=made):
+            return GroupFigures(group=name, real=real, made=made, figures=_quality_figures(found))
+        case TooFew(real=real, made=made, fewest=fewest):
+            why = NotMeasured(
+                not_measured=f"wants {fewest} faces on each side, got {real} real and {made} made"
+            )
+            return GroupFigures(group=name, real=real, made=made, figures={m: why for m in QUALITY})
+        case None:
+            why = NotMeasured(not_measured="no faces of this group on either side")
+            return GroupFigures(group=name, real=0, made=0, figures={m: why for m in QUALITY})
+        case _:
+            assert_never(found)
+
+
+def _quality_figures(found: GroupQuality) -> dict[str, Figure]:
+    return {
+        "kernel": measured(found.kernel),
+        "precision": measured(found.neighbours.precision),
+        "recall": measured(found.neighbours.recall),
+    }
+
+
+def _epsilon(bounds: Bounds, experiment: Experiment) -> Epsilon | NotMeasured:
+    match experiment.promise:
+        case PrivacyTarget(delta=delta, unit=unit):
+            return epsilon_record(bounds, delta=delta, unit=unit)
+        case _:
+            return NotMeasured(not_measured="nothing was promised")
+
+
+@lru_cache(maxsize=4)
+def _reference(experiment: Experiment, size: int) -> _Reference:
+    everyone = device_faces(experiment, 2 * FACES, size)
+    if everyone is None:
+        raise ConfigError(
+            "devices: nothing is known of real devices' photos; compare with drawn or labelled ones"
+        )
+    half = len(everyone) // 2
+    return _Reference(everyone[:half], everyone[half : 2 * half])
+
+
+def _devices(experiment: Experiment) -> str:
+    everyone = describe_devices(experiment)
+    photos = [count for _, _, count in everyone if count is not None]
+    kinds = "; ".join(dict.fromkeys(words for _, words, _ in everyone))
+    return f"{len(everyone)} devices with {min(photos)} to {max(photos)} photos each: {kinds}."
+
+
+def _draw(record: ComparisonRecord, sweep: Sweep, folder: Path, truth: _Reference) -> None:
+    pictures = {
+        "against-epsilon": comparison_figures.against_epsilon(record),
+        "tones": comparison_figures.tone_histograms(record),
+        "by-group": comparison_figures.by_group(record),
+        "samples": comparison_figures.samples(_rows(record, sweep, folder), truth.second[:SHOWN]),
+    }
+    for name, png in pictures.items():
+        (folder / f"{name}.png").write_bytes(png)
+
+
+def _rows(record: ComparisonRecord, sweep: Sweep, folder: Path) -> dict[str, Images]:
+    """A row of samples for each way and epsilon, of the first seed, from the same latents within a family."""
+    rows: dict[str, Images] = {}
+    for way in record.ways():
+        mine = [variant for variant in sweep.variants if variant.way == way]
+        seed = mine[0].experiment.seed
+        rows[f"{way}, epsilon 0"] = _sampled(mine[0].experiment.start(), seed, SHOWN)
+        by_level = {_level(v.experiment): v for v in mine if v.experiment.seed == seed}
+        for level in record.levels():
+            if level in by_level:
+                variant = by_level[level]
+                path = weights_path(folder / "runs" / variant.folder, variant.experiment.rounds)
+                rows[f"{way}, epsilon {level}"] = _sampled(load_model(path), seed, SHOWN)
+    return rows

@@ -1,0 +1,217 @@
+"""One round of fine-tuning a rectified flow on one device's photos, every step of it private.
+
+Called from training/ways. A flow has one network and no critic: the loss of one photo is the regression of
+Liu et al. 2022 (arXiv:2209.03003), equation 1, averaged over `noise_draws` draws of a time and a noise picture
+before its gradient is clipped (noise multiplicity, Dockhorn et al. 2022, arXiv:2210.09929, section 3.1): more
+draws make the gradient of one photo more telling and cost no privacy, see training/private_steps.
+
+Within one photo the draws are spread: times come one from each of equal slices, and noise pictures in pairs
+of opposite sign, whose parts that are odd in the noise cancel.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import assert_never
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedface.models.adapters import Adapt, Full, trained_vector
+from fedface.models.flow import RectifiedFlow
+from fedface.privacy.plan import Schedule, Terms
+from fedface.randomness import SecretNoise, Streams
+from fedface.shapes import Images, Vector
+from fedface.training.private_steps import (
+    Draw,
+    Network,
+    check_per_photo_gradients,
+    private_gradient,
+    trained,
+)
+
+_EVALUATIONS_AT_ONCE = 64  # photos times draws whose activations are in memory together
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowTrainingConfig:
+    """How devices fine-tune a flow; every number is public and the same on all devices."""
+
+    rounds: int = 10  # rounds of the run, >= 1
+    steps_per_round: int = 1  # private steps a device takes in one round, >= 1
+    sampling_rate: float = 0.2  # q: chance of a photo to join a step, in (0, 1]
+    expected_batch: int = 40  # public divisor of each step's sum, >= 1
+    clip_norm: float = 0.1  # longest gradient one photo can have, > 0
+    noise_draws: int = 2  # K: draws of time and noise for each photo and step, from 1 to 1024
+    latest: float = (
+        1.0  # times are drawn from 0 (noise) to this, in (0, 1]; what a face looks like is decided early
+    )
+    rate: float = 1.0  # step of plain gradient descent, > 0
+    server_rate: float = 1.0  # how much of the mean update the server applies, in (0, 4]
+    adapt: Adapt = field(default_factory=Full)  # which weights learn: all, or low-rank changes
+
+    def __post_init__(self) -> None:
+        self.schedule()
+        if not 1 <= self.noise_draws <= 1024:
+            raise ValueError(f"noise_draws must lie in [1, 1024], got {self.noise_draws}")
+        if not 0 < self.latest <= 1:
+            raise ValueError(f"latest must lie in (0, 1], got {self.latest}")
+        if not 0 < self.rate < 1000:
+            raise ValueError(f"rate must lie in (0, 1000), got {self.rate}")
+        if not 0 < self.server_rate <= 4:
+            raise ValueError(f"server_rate must lie in (0, 4], got {self.server_rate}")
+
+    def schedule(self) -> Schedule:
+        """What of this costs privacy."""
+        return Schedule(
+            rounds=self.rounds,
+            steps_per_round=self.steps_per_round,
+            sampling_rate=self.sampling_rate,
+            expected_batch=self.expected_batch,
+            clip_norm=self.clip_norm,
+        )
+
+
+def flow_loss(network: Network, images: Images, noise: Tensor, times: Tensor) -> Tensor:
+    """The squared error of the velocity, its mean over colours and pixels, one per image.
+
+    Args:
+        network: (points (n, 3, s, s), times (n,)) -> velocities (n, 3, s, s).
+        images: (n, 3, s, s) in [0, 1].
+        noise: Standard normal, (n, 3, s, s).
+        times: (n,) in [0, 1]; 0 is noise, 1 the image.
+
+    Returns:
+        (n,).
+    """
+    pictures, at = 2.0 * images - 1.0, times[:, None, None, None]
+    velocity = network(noise + at * (pictures - noise), times)
+    return (velocity.to(noise.dtype) - (pictures - noise)).square().mean(dim=(1, 2, 3))
+
+
+def loss_over_draws(network: Network, photos: Images, draws: Tensor) -> Tensor:
+    """The mean of `flow_loss` over each photo's own draws.
+
+    Args:
+        network: As for `flow_loss`.
+        photos: (n, 3, s, s) in [0, 1].
+        draws: (n, K, 1 + 3 s s): for each photo and draw a time, then a noise picture.
+
+    Returns:
+        (n,).
+    """
+    count = draws.shape[1]
+    times, noise = draws[:, :, 0].flatten(), draws[:, :, 1:].reshape(-1, *photos.shape[1:])
+    return (
+        flow_loss(network, photos.repeat_interleave(count, dim=0), noise, times).view(-1, count).mean(dim=1)
+    )
+
+
+def times_and_noises(
+    photos: int, count: int, side: int, latest: float, chance: np.random.Generator
+) -> Tensor:
+    """Fresh draws for some photos, independent from photo to photo.
+
+    Args:
+        photos: n.
+        count: K draws for each.
+        side: s, of the noise pictures.
+        latest: The end of the range of times, which starts at 0.
+        chance: Where they are drawn from.
+
+    Returns:
+        (n, K, 1 + 3 s s) float32: times, one from each K-th of the range, and standard normal noise pictures,
+        each second the negative of the one before.
+    """
+    slices = chance.permuted(np.tile(np.arange(count), (photos, 1)), axis=1)
+    times = latest * (slices + chance.random((photos, count))) / count
+    half = chance.standard_normal((photos, -(-count // 2), 3 * side * side), dtype=np.float32)
+    noise = np.stack([half, -half], axis=2).reshape(photos, -1, 3 * side * side)[:, :count]
+    return torch.from_numpy(np.concatenate([times[:, :, None].astype(np.float32), noise], axis=2))
+
+
+def _draw(flow: RectifiedFlow, config: FlowTrainingConfig, chance: SecretNoise | torch.Generator) -> Draw:
+    """Draws that nobody else can know where something is promised, replayable ones where nothing is."""
+    match chance:
+        case SecretNoise():
+            # A fast stream under a secret key of 128 bits: these draws are hidden, not what hides the photos.
+            key = chance.words(2)
+        case torch.Generator():
+            key = torch.randint(2**62, (2,), generator=chance).numpy().astype(np.uint64)
+        case _:
+            assert_never(chance)
+    stream = np.random.Generator(np.random.Philox(key=key))
+    return lambda photos: times_and_noises(photos, config.noise_draws, flow.size, config.latest, stream)
+
+
+def train_flow_round(
+    flow: RectifiedFlow,
+    photos: Images,
+    config: FlowTrainingConfig,
+    terms: Terms,
+    *,
+    chance: SecretNoise | torch.Generator,
+    streams: Streams,
+) -> Vector:
+    """The change of the flow's trained weights that one round on these photos makes.
+
+    Guarantees:
+        * Photos enter only through `private_gradient`, `terms.schedule.steps_per_round` times.
+        * `flow` itself stays as it is.
+
+    Args:
+        flow: The round's weights, with adapters attached where they are what learns.
+        photos: All photos of the device, (n, 3, size, size) in [0, 1], n >= 0.
+        config: Rates and draws; its schedule is not used, the terms are.
+        terms: What was agreed and booked.
+        chance: SecretNoise for a promise; a replayable stream only where nothing is promised.
+        streams: Public stand-ins for the check of the network, replayable.
+
+    Returns:
+        Weights after minus weights before, in the order of their names, shape (d,).
+
+    Raises:
+        PrivacyError: The network mixes photos, or a promised round was given replayable chance.
+    """
+    mine = copy.deepcopy(flow)
+    before = trained_vector(mine)
+    schedule, mechanism = terms.schedule, terms.mechanism()
+    draw = _draw(mine, config, chance)
+    _check(mine, streams)
+    for _ in range(schedule.steps_per_round):
+        gradients = private_gradient(
+            mine,
+            photos,
+            loss_over_draws,
+            mechanism=mechanism,
+            expected_batch=schedule.expected_batch,
+            sampling_rate=schedule.sampling_rate,
+            chance=chance,
+            draw=draw,
+            microbatch=max(1, _EVALUATIONS_AT_ONCE // config.noise_draws),
+        )
+        with torch.no_grad():
+            for weight, gradient in zip(trained(mine).values(), gradients, strict=True):
+                weight.sub_(gradient, alpha=config.rate)
+    return trained_vector(mine) - before
+
+
+def _check(flow: RectifiedFlow, streams: Streams) -> None:
+    """Refuse a network that mixes photos; two draws each show it as well as many."""
+    pictures = torch.rand(2, 3, flow.size, flow.size, generator=streams.generator("stand-ins"))
+    chance = streams.numpy("stand-in draws")
+    check_per_photo_gradients(
+        flow, loss_over_draws, pictures, draw=lambda n: times_and_noises(n, 2, flow.size, 1.0, chance)
+    )
+
+
+def flow_ranges(flow: RectifiedFlow, config: FlowTrainingConfig) -> Vector:
+    """Public bounds on how far each trained weight moves in one round, for quantisation, shape (d,), all > 0.
+
+    As many photos as expected, all pulling at one weight, move it by rate * clip norm in a step; twice that
+    leaves room for noise and for a larger draw. A weight that moves further is clamped.
+    """
+    reach = 2.0 * config.steps_per_round * config.rate * config.clip_norm
+    return torch.full_like(trained_vector(flow), reach)

@@ -1,0 +1,301 @@
+"""One round that leaves the generator as it is and refits the distribution that its latents are drawn from.
+
+Called from training/ways. Each device reads the latents of its photos with a public encoder and sends, once, the
+sum over its photos of a count, the latents and their squares (or products), clipped and with Gaussian noise. The
+server refits the latent prior N(mean, covariance) from the total: post-processing (Dwork and Roth 2014,
+Proposition 2.1), which costs nothing. Sampling and latent search then start from the fitted prior.
+
+An encoded latent e has length sqrt(z), so every part of a photo's vector has a length that is known before:
+
+    v = clip_norm * (sqrt(a0), sqrt(a1) e / sqrt(z), sqrt(a2) (e^2 - 1) / R),   a0 + a1 + a2 = 1
+
+with R = 1.5 sqrt(2 z), one and a half times the usual length of e^2 - 1, to which the rare longer ones are cut;
+for products, the upper triangle of e e' - I (off the diagonal times sqrt 2) with its exact length sqrt(z^2 - z).
+So |v| <= clip_norm by construction, and clipping, which the promise rests on, changes nothing. Noise of the total
+lands on the mean of e times sqrt(z / a1), on the mean of e^2 times R / sqrt(a2), and on the count, as a relative
+error, times 1 / sqrt(a0). A sum of squared errors c_i / a_i is least at a_i proportional to sqrt(c_i): with an
+error of the variance counting half (it is twice that of the spread), first and second moments deserve almost
+equal shares, and the count, whose error multiplies only the size of the shift, little.
+
+The count is noised because the number of photos is private as well. The squares are centred on the standard
+prior: a device without photos, and noise that hides everything, leave the prior as it was.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, assert_never
+
+import torch
+from torch import Tensor
+
+from fedface.models.encoder import Encoder
+from fedface.models.stylegan2 import StyleGAN2
+from fedface.privacy.plan import MOST_EXPECTED, Schedule, Terms
+from fedface.randomness import SecretNoise
+from fedface.shapes import Images, Latents, Vector
+from fedface.training.private_steps import private_sum
+
+Second = Literal["none", "diagonal", "full"]
+
+VARIANCES = (0.05, 4.0)  # of the fitted prior, in variances of the standard one
+_REACH = 1.5  # longest e^2 - 1 that is not cut, in its usual lengths
+_AT_ONCE = 128  # photos encoded at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorTrainingConfig:
+    """How devices describe their photos' latents; every number is public and the same on all devices."""
+
+    second: Second = "diagonal"  # second moments: none, one per number of the latent, or all products
+    expected_batch: int = 200  # public divisor of each device's sum, about the photos of a device, >= 1
+    most_photos: int = 2000  # public bound for quantisation: the sums of more photos are cut, >= 1
+    clip_norm: float = 1.0  # length of one photo's vector, > 0; only its ratio to the noise matters
+    count_share: float = 0.05  # a0: part of the squared length that counts the photo, in (0, 1)
+    second_share: float = 0.5  # a2 / (a1 + a2): part of the rest that goes to second moments, in (0, 1)
+
+    def __post_init__(self) -> None:
+        self.schedule()
+        if not 1 <= self.most_photos <= MOST_EXPECTED:
+            raise ValueError(f"most_photos must lie in [1, {MOST_EXPECTED}], got {self.most_photos}")
+        for name in ("count_share", "second_share"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in (0, 1), got {getattr(self, name)}")
+
+    def schedule(self) -> Schedule:
+        """One look at every photo: nothing is claimed from sampling."""
+        return Schedule(
+            rounds=1,
+            steps_per_round=1,
+            sampling_rate=1.0,
+            expected_batch=self.expected_batch,
+            clip_norm=self.clip_norm,
+        )
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What one number of each part of a photo's vector is multiplied with, and how many there are."""
+
+    width: int
+    second: Second
+    count: float
+    first: float
+    squares: float  # 0 where there are none
+
+    @property
+    def pairs(self) -> int:
+        match self.second:
+            case "none":
+                return 0
+            case "diagonal":
+                return self.width
+            case "full":
+                return self.width * (self.width + 1) // 2
+            case _:
+                assert_never(self.second)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [1, self.width, self.pairs]
+
+
+def _layout(width: int, config: PriorTrainingConfig) -> _Layout:
+    moments = 1.0 - config.count_share
+    seconds = 0.0 if config.second == "none" else moments * config.second_share
+    length = math.sqrt(width * width - width) if config.second == "full" else _REACH * math.sqrt(2.0 * width)
+    return _Layout(
+        width=width,
+        second=config.second,
+        count=config.clip_norm * math.sqrt(config.count_share),
+        first=config.clip_norm * math.sqrt((moments - seconds) / width),
+        squares=config.clip_norm * math.sqrt(seconds) / max(length, 1.0),
+    )
+
+
+def photo_vectors(latents: Latents, config: PriorTrainingConfig) -> Tensor:
+    """What each photo adds to the sum, before clipping.
+
+    Args:
+        latents: (n, z), of length sqrt(z) each, as an encoder names them.
+        config: The public recipe.
+
+    Returns:
+        (n, 1 + z + p) with p = 0, z or z (z + 1) / 2 by `config.second`; each row's length is at most
+        `config.clip_norm`, up to float32 rounding.
+    """
+    layout = _layout(latents.shape[1], config)
+    ones = torch.ones(len(latents), 1)
+    parts = [ones * layout.count, latents * layout.first]
+    match config.second:
+        case "none":
+            pass
+        case "diagonal":
+            squares = latents.square() - 1.0
+            reach = _REACH * math.sqrt(2.0 * layout.width)
+            cut = (reach / squares.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
+            parts.append(squares * cut * layout.squares)
+        case "full":
+            products = latents[:, :, None] * latents[:, None, :] - torch.eye(layout.width)
+            parts.append(_packed(products) * layout.squares)
+        case _:
+            assert_never(config.second)
+    return torch.cat(parts, dim=1)
+
+
+def _packed(matrices: Tensor) -> Tensor:
+    """Symmetric (n, z, z) -> (n, z (z + 1) / 2) of the same length: off the diagonal times sqrt 2."""
+    width = matrices.shape[-1]
+    rows, columns = torch.triu_indices(width, width)
+    weight = torch.where(rows == columns, 1.0, math.sqrt(2.0))
+    return matrices[:, rows, columns] * weight
+
+
+def _unpacked(packed: Vector, width: int) -> Tensor:
+    """The inverse of `_packed` for one matrix."""
+    rows, columns = torch.triu_indices(width, width)
+    values = packed / torch.where(rows == columns, 1.0, math.sqrt(2.0)).to(packed)
+    matrix = packed.new_zeros(width, width)
+    matrix[rows, columns] = values
+    matrix[columns, rows] = values
+    return matrix
+
+
+def train_prior_round(
+    encoder: Encoder,
+    photos: Images,
+    config: PriorTrainingConfig,
+    terms: Terms,
+    *,
+    chance: SecretNoise | torch.Generator,
+) -> Vector:
+    """What a device sends: the noised sum of its photos' vectors over the public divisor.
+
+    Guarantees:
+        * Photos enter only through `private_sum`, once.
+        * Without photos the result is noise alone.
+
+    Args:
+        encoder: The public encoder; it stays as it is.
+        photos: All photos of the device, (n, 3, size, size) in [0, 1], n >= 0.
+        config: What is counted; its schedule is not used, the terms are.
+        terms: What was agreed and booked.
+        chance: SecretNoise for a promise; a replayable stream only where nothing is promised.
+
+    Returns:
+        Shape (1 + z + p,), see `photo_vectors`.
+
+    Raises:
+        PrivacyError: A promised round was given replayable chance.
+    """
+    agreed = replace(config, clip_norm=terms.schedule.clip_norm)
+    with torch.no_grad():
+        parts = [photo_vectors(encoder(part), agreed) for part in torch.split(photos, _AT_ONCE)]
+    total = private_sum(
+        torch.cat(parts) if len(photos) else torch.zeros(0, sum(_layout(encoder.latent_width, agreed).sizes)),
+        mechanism=terms.mechanism(),
+        sampling_rate=terms.schedule.sampling_rate,
+        chance=chance,
+    )
+    return total / terms.schedule.expected_batch
+
+
+def prior_ranges(encoder: Encoder, config: PriorTrainingConfig) -> Vector:
+    """Public bounds of what a device sends, for quantisation, shape (1 + z + p,), all > 0.
+
+    The sums of `most_photos` photos whose mean latent lies within three units of the standard one, and whose
+    mean squares and products within nine. What noise or more photos add beyond is clamped.
+    """
+    layout = _layout(encoder.latent_width, config)
+    most = config.most_photos / config.expected_batch
+    bounds = [layout.count, 3.0 * layout.first, 9.0 * layout.squares]
+    return torch.cat(
+        [torch.full((size,), most * bound) for size, bound in zip(layout.sizes, bounds, strict=True)]
+    )
+
+
+def refit(
+    generator: StyleGAN2, total: Vector, devices: int, config: PriorTrainingConfig, terms: Terms
+) -> StyleGAN2:
+    """The same generator with the latent prior that the devices' photos suggest.
+
+    Each moment's distance from the standard prior is shrunk by what is known of its error, the noise that was
+    added and the chance of a finite number of photos: x becomes x * max(0, 1 - caution * variance / x^2), the
+    non-negative garrote (Breiman 1995; Gao 1998 for its threshold), a Wiener filter that may say "nothing". For
+    products the eigenvalues of their matrix are shrunk instead, against the largest that noise alone has.
+
+    Guarantees:
+        * Without noise and with many photos the moments are those of the photos' latents.
+        * Where the count cannot be told from noise (below three standard deviations) the prior stays standard.
+        * Variances lie within `VARIANCES`.
+
+    Args:
+        generator: Stays as it is.
+        total: The sum of `train_prior_round` over the devices, (1 + z + p,).
+        devices: How many devices are in the sum, >= 1.
+        config: As on the devices.
+        terms: As on the devices: they tell how much noise is in the sum.
+
+    Returns:
+        A generator whose config says `prior="fitted"`.
+
+    Raises:
+        ValueError: The total has another length than these moments.
+    """
+    width = generator.latent_width
+    mean, covariance = fitted_moments(total, devices, width, config, terms)
+    fitted = StyleGAN2(replace(generator.config, prior="fitted"), torch.Generator())
+    values, vectors = torch.linalg.eigh(covariance)
+    root = (vectors * values.clamp(min=0.0).sqrt()) @ vectors.T
+    state = {**generator.state_dict(), "mapping.prior_mean": mean, "mapping.prior_root": root}
+    fitted.load_state_dict({name: value.float() for name, value in state.items()})
+    return fitted
+
+
+def fitted_moments(
+    total: Vector, devices: int, width: int, config: PriorTrainingConfig, terms: Terms
+) -> tuple[Tensor, Tensor]:
+    """Mean (z,) and covariance (z, z), float64, of the latents behind a noised total; see `refit`."""
+    layout = _layout(width, replace(config, clip_norm=terms.schedule.clip_norm))
+    if total.shape != (sum(layout.sizes),):
+        raise ValueError(f"these moments are {sum(layout.sizes)} numbers, got shape {tuple(total.shape)}")
+    if devices < 1:
+        raise ValueError(f"devices must be at least 1, got {devices}")
+    standard = torch.zeros(width, dtype=torch.float64), torch.eye(width, dtype=torch.float64)
+    sums = total.double() * terms.schedule.expected_batch
+    noise = terms.noise_multiplier * terms.schedule.clip_norm * math.sqrt(devices)
+    counted, first, second = torch.split(sums, layout.sizes)
+    photos = float(counted) / layout.count
+    if not photos > max(1.0, 3.0 * noise / layout.count):
+        return standard
+    error = (noise / (layout.first * photos)) ** 2 + 1.0 / photos
+    mean = _shrunk(first / (layout.first * photos), error, _caution(width))
+    match config.second:
+        case "none":
+            return mean, standard[1]
+        case "diagonal":
+            error = (noise / (layout.squares * photos)) ** 2 + 2.0 / photos
+            excess = second / (layout.squares * photos) - mean.square()
+            variances = 1.0 + _shrunk(excess, error, _caution(width))
+            return mean, torch.diag(variances.clamp(*VARIANCES))
+        case "full":
+            # Off the diagonal each of the two equal entries carries 1 / sqrt 2 of the packed noise; the largest
+            # eigenvalue of such a matrix of width z is about twice an entry's deviation times sqrt z.
+            error = (noise / (layout.squares * photos)) ** 2 / 2.0 + 1.0 / photos
+            excess = _unpacked(second, width) / (layout.squares * photos) - torch.outer(mean, mean)
+            values, vectors = torch.linalg.eigh(excess)
+            kept = 1.0 + _shrunk(values, error, 4.0 * width)
+            return mean, (vectors * kept.clamp(*VARIANCES)) @ vectors.T
+        case _:
+            assert_never(config.second)
+
+
+def _caution(width: int) -> float:
+    """The universal threshold, squared: none of `width` normal numbers is likely to exceed it."""
+    return 2.0 * math.log(max(width, 2))
+
+
+def _shrunk(x: Tensor, error: float, caution: float) -> Tensor:
+    """x * max(0, 1 - caution * error / x^2)."""
+    return x * (1.0 - caution * error / x.square().clamp(min=1e-30)).clamp(min=0.0)

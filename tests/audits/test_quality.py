@@ -1,0 +1,270 @@
+"""Quality figures: closed forms, slow twins, and generators that fail in a known way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fedface.audits import features
+from fedface.audits.feature_networks import ColourFeatures, FeatureIdentity, TorchScriptFeatures
+from fedface.audits.features import Moments, face_features, frechet_distance, kernel_distance
+from fedface.audits.quality import (
+    TONE_GROUPS,
+    GroupedFeatures,
+    GroupQuality,
+    Neighbours,
+    TooFew,
+    compare_quality,
+    compare_streams,
+    equal_coverage,
+    measure_neighbours,
+    neighbour_figures,
+    quality,
+    tone_groups,
+)
+from fedface.photos.drawn import ToneMix, draw, sample_faces
+from fedface.photos.tone import srgb_from_monk
+from fedface.randomness import Streams
+
+STREAMS = Streams(41)
+THIS = FeatureIdentity(name="test", sha256="")
+
+
+def points(count: int, width: int, name: str) -> Tensor:
+    """Standard normal points (count, width)."""
+    return torch.randn(count, width, generator=STREAMS.generator(name), dtype=torch.float64)
+
+
+def modes(counts: tuple[int, ...], name: str) -> Tensor:
+    """Clusters 20 apart along the first axis, so many points in each, in random order."""
+    parts = [points(count, 4, f"{name}/{i}") + 20.0 * i * torch.eye(4)[0] for i, count in enumerate(counts)]
+    return torch.cat(parts)[torch.randperm(sum(counts), generator=STREAMS.generator(f"{name}/order"))]
+
+
+def faces(count: int, light_share: float, name: str) -> Tensor:
+    """Drawn faces (count, 3, 16, 16)."""
+    return draw(sample_faces(count, ToneMix(light_share=light_share), STREAMS.generator(name)), 16)
+
+
+def slow_figures(real: Tensor, made: Tensor, k: int) -> tuple[float, float, float, float]:
+    """Precision, recall, density and coverage by the words of the papers."""
+
+    def reach(rows: Tensor) -> list[float]:
+        return [
+            sorted(float((x - y).norm()) for j, y in enumerate(rows) if j != i)[k - 1]
+            for i, x in enumerate(rows)
+        ]
+
+    reach_real, reach_made = reach(real), reach(made)
+    inside = [[float((x - y).norm()) <= r for x, r in zip(real, reach_real, strict=True)] for y in made]
+    precision = np.mean([any(row) for row in inside])
+    coverage = np.mean([any(row[i] for row in inside) for i in range(len(real))])
+    recall = np.mean(
+        [any(float((x - y).norm()) <= r for y, r in zip(made, reach_made, strict=True)) for x in real]
+    )
+    return float(precision), float(recall), float(np.sum(inside)) / (k * len(made)), float(coverage)
+
+
+def test_precision_recall_density_and_coverage_equal_their_definitions_by_loops() -> None:
+    real, made = points(23, 3, "real"), points(17, 3, "made") * 1.3 + 0.4
+    assert neighbour_figures(real, made, k=3) == pytest.approx(slow_figures(real, made, 3), rel=1e-12)
+
+
+def test_figures_do_not_depend_on_the_size_of_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tables are cut so that memory is bounded; tables of at most 50 numbers give the same answer."""
+    real, made = points(60, 3, "real"), points(45, 3, "made") + 0.3
+    whole = neighbour_figures(real, made, k=2), kernel_distance(real, made)
+    monkeypatch.setattr(features, "_TABLE", 50)
+    assert features.rows_at_once(60) == 1
+    assert neighbour_figures(real, made, k=2) == whole[0]
+    assert kernel_distance(real, made) == pytest.approx(whole[1], rel=1e-9)
+
+
+def test_a_set_beside_itself_is_perfect() -> None:
+    """Every face lies in its own ball, and in those of the k faces that it is among the nearest of."""
+    x = points(80, 5, "self")
+    precision, recall, density, coverage = neighbour_figures(x, x, k=3)
+    assert (precision, recall, coverage) == (1.0, 1.0, 1.0)
+    assert density == pytest.approx((1 + 3) / 3)
+
+
+def test_disjoint_sets_share_nothing() -> None:
+    assert neighbour_figures(points(60, 5, "a"), points(60, 5, "b") + 100, k=3) == (0.0, 0.0, 0.0, 0.0)
+
+
+def test_equal_sources_have_density_one_and_the_coverage_that_ranks_predict() -> None:
+    """Expectations over 60 pairs of sets; by ranks, whatever the distribution and its dimension."""
+    rng = STREAMS.generator("ranks")
+    runs = np.array(
+        [
+            neighbour_figures(torch.randn(40, 3, generator=rng), torch.randn(60, 3, generator=rng), k=3)[2:]
+            for _ in range(60)
+        ]
+    )
+    error = runs.std(axis=0, ddof=1) / np.sqrt(len(runs))
+    expected = np.array([1.0, equal_coverage(40, 60, k=3)])
+    assert (np.abs(runs.mean(axis=0) - expected) < 3 * error).all()
+
+
+def test_the_expected_coverage_of_one_neighbour_is_the_chance_of_being_the_nearest() -> None:
+    """m of the n - 1 + m others are made; the nearest of all is one of them with probability m / (n + m - 1)."""
+    assert equal_coverage(40, 60, k=1) == pytest.approx(60 / 99)
+
+
+def measured(real: Tensor, made: Tensor) -> Neighbours:
+    """At one draw of all points, k = 3."""
+    return measure_neighbours(real, made, k=3, span=min(len(real), len(made)))
+
+
+def test_a_forgotten_mode_lowers_recall_and_coverage_and_not_precision() -> None:
+    """A third of the real points lie where nothing is made."""
+    both = measured(modes((200, 100), "real"), modes((200, 100), "made"))
+    one = measured(modes((200, 100), "real"), modes((300,), "one"))
+    assert one.recall.high < 0.75 < both.recall.low and one.coverage.high < 0.75 < both.coverage.low
+    assert one.precision.estimate == pytest.approx(both.precision.estimate, abs=0.05)
+
+
+def test_noise_lowers_precision_and_density_more_than_recall() -> None:
+    real, clean = modes((150, 150), "real"), modes((150, 150), "clean")
+    noisy = clean + 1.5 * points(300, 4, "noise")
+    before, after = measured(real, clean), measured(real, noisy)
+    assert after.precision.high < before.precision.low and after.density.high < before.density.low
+    assert after.recall.estimate > 0.8
+
+
+def test_intervals_of_precision_hold_the_expected_value_of_other_draws() -> None:
+    """Known by simulation with many draws; 95 % intervals that are rather too wide miss at most 3 of 30."""
+    rng = STREAMS.generator("coverage")
+
+    def draw_pair() -> tuple[Tensor, Tensor]:
+        return torch.randn(60, 3, generator=rng), 1.5 * torch.randn(60, 3, generator=rng)
+
+    expected = np.mean([neighbour_figures(*draw_pair(), k=3) for _ in range(200)], axis=0)
+    missed = np.zeros(4)
+    for _ in range(30):
+        found = measured(*draw_pair())
+        intervals = (found.precision, found.recall, found.density, found.coverage)
+        missed += [not i.low <= value <= i.high for i, value in zip(intervals, expected, strict=True)]
+    assert (missed <= 3).all()
+
+
+def test_merged_moments_are_those_of_all_rows_even_far_from_the_origin() -> None:
+    """Batches of 1, 7 and 32 rows, a million away from zero, where a sum of squares would lose all digits."""
+    x = points(40, 3, "rows") + 1e6
+    parts = [Moments.of(part) for part in (x[:1], x[1:8], x[8:])]
+    merged, whole = parts[0].merge(parts[1]).merge(parts[2]), Moments.of(x)
+    torch.testing.assert_close(merged.covariance, torch.cov(x.T), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-14, atol=0)
+    rest = merged.without(parts[1])
+    torch.testing.assert_close(rest.covariance, torch.cov(torch.cat([x[:1], x[8:]]).T), rtol=1e-6, atol=1e-9)
+
+
+def test_streams_give_what_the_whole_sets_give() -> None:
+    """The Frechet distance of all faces, and the mean kernel distance of the paired batches."""
+    real, made = faces(90, 0.5, "real"), faces(70, 0.5, "made")
+    a, b = face_features(real), face_features(made)
+    found = compare_streams(iter(real.split(30)), iter(made.split(30)), ColourFeatures())
+    blocks = [kernel_distance(x, y) for x, y in zip(a.split(30), b.split(30), strict=True)]
+    assert found.frechet == pytest.approx(frechet_distance(a, b), rel=1e-6, abs=1e-5)
+    assert found.kernel.estimate == pytest.approx(np.mean(blocks), rel=1e-9)
+    assert (found.real, found.made, found.kernel.count) == (90, 70, 70)
+
+
+def test_a_stream_of_one_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least two batches, got 1 pairs"):
+        compare_streams([faces(10, 0.5, "x")], [faces(10, 0.5, "y")], ColourFeatures())
+
+
+def test_tone_groups_are_two_steps_of_the_monk_scale_each() -> None:
+    """Pictures of one colour each; 8.6 rounds to 9."""
+    tones = torch.tensor([5.0, 6.0, 7.0, 8.0, 10.0, 8.6])
+    images = srgb_from_monk(tones).view(-1, 3, 1, 1).expand(-1, 3, 32, 32)
+    expected = ("Monk 5-6", "Monk 5-6", "Monk 7-8", "Monk 7-8", "Monk 9-10", "Monk 9-10")
+    assert tone_groups(images) == expected
+    assert set(expected) < set(TONE_GROUPS)
+
+
+def grouped(counts: dict[str, int], name: str, shift: dict[str, float]) -> GroupedFeatures:
+    """Normal points in so many groups, each shifted along the first axis."""
+    rows = [
+        points(count, 4, f"{name}/{g}") + shift.get(g, 0.0) * torch.eye(4)[0] for g, count in counts.items()
+    ]
+    groups = tuple(g for g, count in counts.items() for _ in range(count))
+    return GroupedFeatures(features=torch.cat(rows), groups=groups, identity=THIS)
+
+
+def test_the_group_that_is_made_badly_stands_out_and_the_others_do_not() -> None:
+    """Planted: dark faces are made 3 away from where real ones lie; clean: light ones."""
+    counts = {"light": 120, "dark": 90}
+    real, made = grouped(counts, "real", {}), grouped(counts, "made", {"dark": 3.0})
+    found = compare_quality(real, made, STREAMS.numpy("order")).groups
+    light, dark = found["light"], found["dark"]
+    assert isinstance(light, GroupQuality) and isinstance(dark, GroupQuality)
+    assert light.kernel.covers_zero and light.frechet.limit.covers_zero
+    assert dark.kernel.low > 0 and dark.frechet.limit.low > 0
+    assert dark.frechet.plain > 3 * dark.frechet.floor and light.frechet.plain < 3 * light.frechet.floor
+    assert dark.neighbours.precision.high < light.neighbours.precision.low
+    assert light.neighbours.span == dark.neighbours.span == 90
+
+
+def test_a_group_with_too_few_faces_is_a_value_that_says_what_it_wants() -> None:
+    real = grouped({"a": 60, "b": 12}, "real", {})
+    made = grouped({"a": 50, "c": 45}, "made", {})
+    groups = compare_quality(real, made, STREAMS.numpy("order")).groups
+    assert list(groups) == ["a", "b", "c"] and isinstance(groups["a"], GroupQuality)
+    assert groups["b"] == TooFew(real=12, made=0, fewest=40)
+    assert str(groups["c"]) == "not measured: wants 40 faces a side, has 0 real and 45 made"
+
+
+def test_equal_faces_of_one_source_pass_and_darkened_ones_do_not() -> None:
+    """From pixels, with groups read from pixels: clean negative and planted positive."""
+    real, same, dark = faces(300, 0.5, "real"), faces(300, 0.5, "same"), faces(300, 0.5, "other") * 0.6
+    groups = ["all"] * 300
+    clean = quality(real, groups, same, groups, ColourFeatures(), STREAMS.numpy("clean")).overall
+    planted = quality(real, groups, dark, groups, ColourFeatures(), STREAMS.numpy("planted")).overall
+    assert clean.kernel.covers_zero and clean.frechet.limit.covers_zero
+    assert planted.kernel.low > 0 and planted.frechet.limit.low > 0
+    assert planted.neighbours.coverage.high < clean.neighbours.coverage.low
+
+
+class Corners(torch.nn.Module):
+    """Means of four quarters of each channel: 12 numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+
+
+def test_features_of_different_networks_are_never_compared(tmp_path: Path) -> None:
+    """The result names the file by digest, and two sets of different identity are refused."""
+    torch.jit.save(torch.jit.script(Corners()), str(tmp_path / "corners.pt"))
+    source = TorchScriptFeatures(
+        path=tmp_path / "corners.pt", size=16, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
+    )
+    images, groups = faces(50, 0.5, "faces"), ["all"] * 50
+    found = quality(images, groups, images, groups, source, STREAMS.numpy("x"))
+    assert len(found.identity.sha256) == 64 and found.overall.neighbours.precision.estimate == 1.0
+    one = grouped({"a": 50}, "one", {})
+    other = GroupedFeatures(features=one.features, groups=one.groups, identity=found.identity)
+    with pytest.raises(ValueError, match="features differ and cannot be compared"):
+        compare_quality(one, other, STREAMS.numpy("x"))
+
+
+@pytest.mark.parametrize(
+    ("count", "k", "fewest", "words"),
+    [
+        (39, 3, 40, "at least 40 faces, got 39 real and 39 made"),
+        (50, 0, 40, "k must lie in"),
+        (50, 11, 40, "k must lie in"),
+        (50, 3, 10, "fewest must be >= 40"),
+    ],
+)
+def test_too_few_faces_and_numbers_out_of_bounds_are_refused(
+    count: int, k: int, fewest: int, words: str
+) -> None:
+    sets = grouped({"a": count}, "real", {})
+    with pytest.raises(ValueError, match=words):
+        compare_quality(sets, sets, STREAMS.numpy("x"), k=k, fewest=fewest)

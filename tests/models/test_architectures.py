@@ -1,0 +1,214 @@
+"""Every form of generator and critic gives the numbers of its slow twin, and lets each photo's gradient be taken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import slow_twin
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from fedface.errors import ConfigError
+from fedface.models.contracts import draw_noise, no_noise
+from fedface.models.critic import Critic, CriticConfig, minibatch_spread
+from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
+
+CHANCE = torch.Generator()
+
+
+def stirred(module: nn.Module) -> nn.Module:
+    """Biases and noise strengths that start as zeros would hide mistakes, so they get values."""
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            if name.endswith(("bias", "noise_strength")):
+                weight.add_(0.3 * torch.randn(weight.shape, generator=CHANCE))
+    return module.double()
+
+
+def generator_of(**more: Any) -> StyleGAN2:
+    CHANCE.manual_seed(1)
+    config = GeneratorConfig(
+        size=16, latent_width=5, style_width=6, mapping_layers=2, channel_base=64, channel_max=7, **more
+    )
+    return stirred(StyleGAN2(config, CHANCE))  # type: ignore[return-value]
+
+
+def critic_of(**more: Any) -> Critic:
+    CHANCE.manual_seed(2)
+    return stirred(Critic(CriticConfig(size=16, channel_base=64, channel_max=8, **more), CHANCE))  # type: ignore[return-value]
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=CHANCE, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("clamp", [None, 0.4])
+@pytest.mark.parametrize("architecture", ["skip", "orig", "resnet"])
+def test_each_generator_equals_its_slow_twin(architecture: str, clamp: float | None) -> None:
+    """Convolutions by hand, one weight per image; the clamp is low enough to bite."""
+    generator = generator_of(architecture=architecture, clamp=clamp)
+    styles = normal(2, generator.style_inputs, 6)
+    made = 2 * generator.synthesize(styles).detach().numpy() - 1
+    state = slow_twin.state_of(generator).at("synthesis.")
+    twin = [slow_twin.synthesis(state, own, 16, architecture, clamp) for own in styles.numpy()]
+    np.testing.assert_allclose(made, np.stack(twin), atol=1e-9)
+    if clamp is not None:
+        free = generator_of(architecture=architecture, clamp=None)
+        assert np.abs(2 * free.synthesize(styles).detach().numpy() - 1 - made).max() > 0.1
+
+
+@pytest.mark.parametrize("clamp", [None, 0.4])
+@pytest.mark.parametrize("architecture", ["resnet", "orig", "skip"])
+def test_each_critic_equals_its_slow_twin(architecture: str, clamp: float | None) -> None:
+    """With minibatch statistics in groups of four, two figures each."""
+    critic = critic_of(architecture=architecture, clamp=clamp, minibatch_group=4, minibatch_channels=2)
+    pictures = normal(8, 3, 16, 16)
+    twin = slow_twin.critic(
+        slow_twin.state_of(critic),
+        pictures.numpy(),
+        None,
+        architecture=architecture,
+        clamp=clamp,
+        group=4,
+        shares=2,
+    )
+    np.testing.assert_allclose(critic((pictures + 1) / 2).detach().numpy(), twin, atol=1e-9)
+
+
+@pytest.mark.parametrize(("count", "group"), [(1, 4), (3, 4), (4, 4), (8, 4), (6, 2), (5, 1), (7, 32)])
+def test_the_spread_of_a_group_is_that_of_a_loop_over_its_members(count: int, group: int) -> None:
+    """A batch smaller than a group is one group."""
+    x = normal(count, 6, 4, 4)
+    found = minibatch_spread(x, group, 3)
+    assert found.shape == (count, 3, 4, 4)
+    twin = np.stack(slow_twin.spread(list(x.numpy()), group, 3))
+    np.testing.assert_allclose(
+        found.numpy(), np.broadcast_to(twin[:, :, None, None], found.shape), atol=1e-12
+    )
+
+
+def test_one_picture_alone_and_equal_pictures_have_no_spread() -> None:
+    """Only the root of epsilon remains: 1e-4."""
+    x = normal(1, 4, 4, 4)
+    for batch in (x, x.expand(4, -1, -1, -1)):
+        torch.testing.assert_close(
+            minibatch_spread(batch, 4, 1), torch.full((len(batch), 1, 4, 4), 1e-4).double()
+        )
+
+
+def test_a_batch_that_cannot_be_split_in_groups_is_refused() -> None:
+    """Six pictures make no groups of four."""
+    with pytest.raises(ConfigError, match="at most 4 or a multiple of it, got 6"):
+        critic_of(minibatch_group=4)(normal(6, 3, 16, 16))
+
+
+def test_without_minibatch_statistics_no_picture_moves_another_and_with_them_it_does() -> None:
+    """The clean negative and the planted positive of what private training relies on."""
+    pictures, other = normal(4, 3, 16, 16), normal(1, 3, 16, 16)
+    swapped = torch.cat([pictures[:3], other])
+    for group, moved in ((0, False), (4, True)):
+        critic = critic_of(minibatch_group=group)
+        assert bool((critic(pictures) - critic(swapped))[:3].abs().max() > 1e-9) is moved
+
+
+@pytest.mark.parametrize("architecture", ["resnet", "orig", "skip"])
+def test_each_critics_gradients_per_photo_are_those_of_one_photo_at_a_time(architecture: str) -> None:
+    """vmap(grad) against a plain loop."""
+    critic = critic_of(architecture=architecture)
+    pictures = normal(3, 3, 16, 16)
+    weights = dict(critic.named_parameters())
+
+    def logit(values: dict[str, Tensor], picture: Tensor) -> Tensor:
+        return functional_call(critic, values, (picture[None],))[0]
+
+    together = vmap(grad(logit), in_dims=(None, 0))(weights, pictures)
+    for i, picture in enumerate(pictures):
+        alone = torch.autograd.grad(critic(picture[None])[0], list(weights.values()))
+        for name, gradient in zip(weights, alone, strict=True):
+            torch.testing.assert_close(together[name][i], gradient, msg=name)
+
+
+@pytest.mark.parametrize("architecture", ["skip", "orig", "resnet"])
+def test_each_generators_style_gradients_are_those_of_one_face_at_a_time(architecture: str) -> None:
+    """vmap(grad) against a plain loop, with given noise."""
+    generator = generator_of(architecture=architecture)
+    styles = normal(3, generator.style_inputs, 6)
+    noise = [normal(1, 1, side, side) for side in generator.noise_sides]
+
+    def brightness(own: Tensor) -> Tensor:
+        return generator.synthesize(own[None], noise).square().sum()
+
+    together = vmap(grad(brightness))(styles)
+    for i, own in enumerate(styles):
+        own = own.clone().requires_grad_()
+        (alone,) = torch.autograd.grad(brightness(own), own)
+        torch.testing.assert_close(together[i], alone)
+
+
+def test_noise_is_fixed_given_random_or_none() -> None:
+    """The fixed maps given by hand change nothing; random ones come from the stream; zeros equal no strength."""
+    generator = generator_of()
+    styles = normal(2, generator.style_inputs, 6)
+    named = dict(generator.named_buffers())
+    fixed = [value[None, None] for name, value in named.items() if name.endswith("noise_const")]
+    torch.testing.assert_close(generator.synthesize(styles, fixed), generator.synthesize(styles))
+    drawn = [draw_noise(generator, 2, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
+    assert [tuple(map.shape) for map in drawn[0]] == [(2, 1, side, side) for side in (4, 8, 8, 16, 16)]
+    made = [generator.synthesize(styles, [map.double() for map in maps]) for maps in drawn]
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+    quiet = generator.synthesize(styles, [map.double() for map in no_noise(generator)])
+    with torch.no_grad():
+        for name, weight in generator.named_parameters():
+            if name.endswith("noise_strength"):
+                weight.zero_()
+    torch.testing.assert_close(quiet, generator.synthesize(styles))
+
+
+@pytest.mark.parametrize("cutoff", [0, 3, 6])
+def test_truncation_with_a_cutoff_moves_the_coarse_styles_alone(cutoff: int) -> None:
+    """Half way to the mean up to the cutoff, untouched behind it."""
+    generator = generator_of()
+    generator.mapping.w_avg.copy_(normal(6))
+    styles = normal(2, 6, 6)
+    found = generator.truncate(styles, 0.5, cutoff)
+    torch.testing.assert_close(found[:, :cutoff], (styles[:, :cutoff] + generator.mapping.w_avg) / 2)
+    assert torch.equal(found[:, cutoff:], styles[:, cutoff:])
+
+
+def test_a_wrong_number_of_styles_or_noise_maps_is_refused() -> None:
+    """With the number that is wanted."""
+    generator = generator_of()
+    with pytest.raises(ValueError, match="6, v"):
+        generator.synthesize(normal(2, 5, 6))
+    with pytest.raises(ValueError, match="5 maps, got 4"):
+        generator.synthesize(normal(2, 6, 6), no_noise(generator)[1:])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"minibatch_group": -1}, "minibatch_group must be at least 0"),
+        ({"minibatch_group": 4, "minibatch_channels": 3}, "must divide the 64 channels"),
+        ({"minibatch_channels": 0}, "minibatch_channels must be at least 1"),
+        ({"classes": -1}, "classes must be at least 0"),
+        ({"mapping_layers": 65}, "at most 64"),
+        ({"clamp": 0.0}, "clamp must be finite and above 0"),
+    ],
+)
+def test_a_critics_shape_is_checked_at_the_door(wrong: dict[str, Any], said: str) -> None:
+    """Name, bound and value."""
+    with pytest.raises(ConfigError, match=said):
+        CriticConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"classes": -1}, "classes must be at least 0"), ({"clamp": -1.0}, "clamp must be finite and above 0")],
+)
+def test_a_generators_shape_is_checked_at_the_door(wrong: dict[str, Any], said: str) -> None:
+    """Name, bound and value."""
+    with pytest.raises(ConfigError, match=said):
+        GeneratorConfig(**wrong)

@@ -1,0 +1,99 @@
+"""A file that varies its recipe is all of its runs, and an axis that makes no sense is refused in a sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import RECIPE
+
+from fedface.errors import ConfigError
+from fedface.experiment import read_experiment
+from fedface.models.adapters import Full, Lora
+from fedface.privacy.target import NoPromise, PrivacyTarget
+from fedface.sweep import read_sweep
+from fedface.training.generator import GanTrainingConfig
+
+VARY = """
+vary:
+  way:
+    full: {training.adapt: {kind: full}}
+    lora: {training.adapt: {kind: lora, rank: 2}}
+  epsilon:
+    "3": {promise.epsilon: 3}
+    infinity: {promise: {kind: no-promise}}
+  seed: [0, 1]
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """The tiny recipe, varied; its checkpoint is not read here."""
+    file = tmp_path / "tiny.yaml"
+    file.write_text(RECIPE.replace("base: BASE\n", "") + VARY)
+    return file
+
+
+def test_a_sweep_is_the_product_of_its_axes(path: Path) -> None:
+    """Two ways, two promises, two seeds: eight runs with folders of their own."""
+    sweep = read_sweep(path)
+    assert sweep.axes == ("way", "epsilon", "seed")
+    assert len({variant.folder for variant in sweep.variants}) == len(sweep.variants) == 8
+    assert [v.names for v in sweep.variants][:3] == [
+        ("full", "3", "0"), ("full", "3", "1"), ("full", "infinity", "0"),
+    ]  # fmt: skip
+
+
+def test_each_run_has_its_own_values_and_is_named_by_what_is_neither_promise_nor_seed(path: Path) -> None:
+    """The last of the eight is low-rank, without a promise, with seed 1."""
+    last = read_sweep(path).variants[-1]
+    training = last.experiment.training
+    assert isinstance(training, GanTrainingConfig) and training.adapt == Lora(rank=2)
+    assert isinstance(last.experiment.promise, NoPromise) and last.experiment.seed == 1
+    assert last.way == "lora"
+    first = read_sweep(path).variants[0].experiment
+    assert isinstance(first.training, GanTrainingConfig) and first.training.adapt == Full()
+    assert isinstance(first.promise, PrivacyTarget) and first.promise.epsilon == 3
+
+
+def test_an_axis_can_be_narrowed_and_other_keys_changed_from_the_command_line(path: Path) -> None:
+    """`--set vary.way=[lora]` picks, `--set training.rounds=1` changes every run."""
+    sweep = read_sweep(path, changes={"vary.way": "[lora]", "vary.seed": "1", "training.rounds": "1"})
+    assert [variant.names for variant in sweep.variants] == [("lora", "3", "1"), ("lora", "infinity", "1")]
+    assert {variant.experiment.rounds for variant in sweep.variants} == {1}
+
+
+def test_a_file_without_vary_is_one_run(path: Path) -> None:
+    path.write_text(path.read_text().replace(VARY, ""))
+    sweep = read_sweep(path)
+    assert [variant.experiment for variant in sweep.variants] == [read_experiment(path)]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("seed: [0, 1]", "seed: []", "vary.seed: expected a list of values"),
+        ("seed: [0, 1]", "seed: 3", "vary.seed: expected a list of values"),
+        ("seed: [0, 1]", "seed: [-1]", "seed: must be >= 0"),
+        ("full: {training.adapt: {kind: full}}", "full: 3", "vary.way.full: expected keys with values"),
+        ("{kind: lora, rank: 2}", "{kind: lora, rank: 0}", "rank: must lie in"),
+        ("seed: [0, 1]", "sed: [0, 1]", "unknown key"),
+    ],
+)
+def test_an_axis_that_makes_no_sense_is_refused(path: Path, old: str, new: str, words: str) -> None:
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ConfigError, match=words):
+        read_sweep(path)
+
+
+def test_names_that_are_not_on_an_axis_are_refused(path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no blur; it has full, lora"):
+        read_sweep(path, changes={"vary.way": "[blur]"})
+    with pytest.raises(ConfigError, match="has no axis ways"):
+        read_sweep(path, changes={"vary.ways": "[full]"})
+
+
+def test_a_file_that_varies_its_recipe_is_no_single_run(path: Path) -> None:
+    """`fedface run` says which command to use instead."""
+    with pytest.raises(ConfigError, match="fedface compare"):
+        read_experiment(path)
