@@ -15,8 +15,10 @@ from fedface.federation.flower import devices_folder
 from fedface.federation.simulated import prepare, simulated_device
 from fedface.federation.task import Agreed, TrainTask
 from fedface.models.critic import CriticConfig
+from fedface.models.encoder import EncoderConfig
+from fedface.models.family import EncodedShape, FlowShape, Gan, GanShape, Shape, build, new_gan
+from fedface.models.flow import FlowConfig
 from fedface.models.stylegan2 import GeneratorConfig
-from fedface.models.family import Gan, new_gan
 from fedface.models.weights import buffers_of, save_model, vector_of, weights_hash
 from fedface.randomness import Streams
 
@@ -34,7 +36,14 @@ name: tiny
 promise: {kind: privacy-target, epsilon: 8, delta: 1e-3}
 devices: {kind: drawn-devices, light_shares: [0.9, 0.1], photos_each: 24}
 probe: {kind: drawn-probe, each: 2}
-training: {kind: gan-training, rounds: 2, steps_per_round: 2, sampling_rate: 0.5, expected_batch: 8, made_batch: 4, critic_rate: 0.2}
+training:
+  kind: gan-training
+  rounds: 2
+  steps_per_round: 2
+  sampling_rate: 0.5
+  expected_batch: 8
+  made_batch: 4
+  critic_rate: 0.2
 aggregation: {kind: plain}
 upsampling: {pulse: {steps: 5, mapping_samples: 64}}
 attack: {photos: 2, iterations: 2, candidates: 10, trials: 2}
@@ -45,6 +54,44 @@ base: BASE
 def tiny_gan(name: str = "tiny") -> Gan:
     """Networks of 16 px with random weights; equal names give equal weights."""
     return new_gan(GENERATOR, CRITIC, Streams(5).generator(name))
+
+
+ENCODER = EncoderConfig(size=16, channel_base=64, channel_max=8)
+FLOW = FlowConfig(size=16, width=16, multipliers=(1.0,), time_width=16, steps=2)
+
+# A recipe's `training` for each way, with the shape of a model that can learn so.
+WAYS: Mapping[str, tuple[str, Shape]] = {
+    "full": (
+        "{kind: gan-training, rounds: 1, steps_per_round: 2, sampling_rate: 1, expected_batch: 8, made_batch: 4}",
+        GanShape(generator=GENERATOR, critic=CRITIC),
+    ),
+    "lora": (
+        "{kind: gan-training, rounds: 1, steps_per_round: 2, sampling_rate: 1, expected_batch: 8, made_batch: 4, "
+        "adapt: {kind: lora, rank: 2}}",
+        GanShape(generator=GENERATOR, critic=CRITIC),
+    ),
+    "prior": (
+        "{kind: prior-training, expected_batch: 8}",
+        EncodedShape(generator=GENERATOR, encoder=ENCODER),
+    ),
+    "flow": (
+        "{kind: flow-training, rounds: 1, sampling_rate: 1, expected_batch: 8}",
+        FlowShape(flow=FLOW),
+    ),
+    "flow-lora": (
+        "{kind: flow-training, rounds: 1, sampling_rate: 1, expected_batch: 8, adapt: {kind: lora, rank: 2}}",
+        FlowShape(flow=FLOW),
+    ),
+}  # fmt: skip
+
+
+def tiny_way(folder: Path, way: str, changes: Mapping[str, str] | None = None) -> Experiment:
+    """The tiny recipe learning in one of `WAYS`, with a checkpoint of that family."""
+    training, shape = WAYS[way]
+    tiny_file(folder)
+    save_model(folder / f"{way}.safetensors", build(shape, Streams(5).generator(way)))
+    told = {"training": training, "base": str(folder / f"{way}.safetensors")}
+    return read_experiment(folder / "tiny.yaml", changes={**told, **(changes or {})})
 
 
 def tiny_file(folder: Path) -> Path:

@@ -29,6 +29,7 @@ from fedface.audits.feature_networks import Extractor, FeatureIdentity, FeatureS
 from fedface.audits.features import (
     BLOCKS,
     Moments,
+    faces_to_extrapolate,
     frechet_distance,
     frechet_interval,
     frechet_of_moments,
@@ -61,7 +62,7 @@ def tone_groups(images: Images) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class TooFew:
-    """A group that was not measured, and why."""
+    """A figure, or a whole group, that was not measured, and why."""
 
     real: int  # faces
     made: int
@@ -78,7 +79,7 @@ class Frechet:
     plain: float  # between half of the real faces and as many made ones; biased upwards
     floor: float  # between the two halves of the real faces: what a perfect set scores at that count
     count: int  # faces on each side of both
-    limit: Interval  # extrapolated to infinitely many faces; may fall below 0
+    limit: Interval | TooFew  # extrapolated to infinitely many faces; may fall below 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,8 @@ class Neighbours:
     precision: Interval  # share of made faces within a ball of some real face
     recall: Interval  # share of real faces within a ball of some made face
     density: Interval  # mean number of real balls around a made face, over k; 1 is expected of equal sets
-    coverage: Interval  # share of real balls with a made face in them; see `equal_coverage`
+    coverage: Interval  # share of real balls with a made face in them
+    coverage_of_equals: float  # what is expected of a perfect set; see `equal_coverage`
     span: int  # faces a side in each draw: compare only figures of one span
 
 
@@ -216,6 +218,8 @@ def _shuffled(features: Tensor, rng: np.random.Generator) -> Tensor:
 
 def _measure(real: Tensor, made: Tensor, k: int, span: int) -> GroupQuality:
     side = min(len(real) // 2, len(made))
+    wanted = faces_to_extrapolate(real.shape[1])
+    few = TooFew(real=len(real), made=len(made), fewest=wanted)
     return GroupQuality(
         real=len(real),
         made=len(made),
@@ -224,7 +228,7 @@ def _measure(real: Tensor, made: Tensor, k: int, span: int) -> GroupQuality:
             plain=frechet_distance(real[:side], made[:side]),
             floor=frechet_distance(real[:side], real[side : 2 * side]),
             count=side,
-            limit=frechet_interval(real, made),
+            limit=frechet_interval(real, made) if min(len(real), len(made)) >= wanted else few,
         ),
         neighbours=measure_neighbours(real, made, k=k, span=min(span, len(real), len(made), SPAN_AT_MOST)),
     )
@@ -260,6 +264,7 @@ def measure_neighbours(real: Tensor, made: Tensor, *, k: int, span: int) -> Neig
         recall=_as_rate(recall),
         density=density,
         coverage=_as_rate(coverage),
+        coverage_of_equals=equal_coverage(span, span, k=k),
         span=span,
     )
 

@@ -25,6 +25,7 @@ from fedface.cli.devices import device, ledger
 from fedface.cli.faces import photos, upsample
 from fedface.cli.runs import check, report, run_experiment
 from fedface.cli.terminal import call
+from fedface.cli.weights import weights
 
 app = typer.Typer(
     name="fedface",
@@ -38,7 +39,8 @@ app.command("compare")(compare_runs)
 app.command()(check)
 app.command()(report)
 app.command()(upsample)
-for part, name in ((photos, "photos"), (base, "base"), (device, "device"), (ledger, "ledger")):
+GROUPS = {"photos": photos, "base": base, "weights": weights, "device": device, "ledger": ledger}
+for name, part in GROUPS.items():
     app.add_typer(part, name=name)
 
 

@@ -46,7 +46,9 @@ def compare_runs(
     torch.set_num_threads(1)
     folder = resumed_comparison(sweep.name, out) if resume else new_folder(sweep.name, out)
     if not resume and (folder / "runs").exists():
-        raise ConfigError(f"{folder}: holds a comparison; continue it with --resume, or choose another folder")
+        raise ConfigError(
+            f"{folder}: holds a comparison; continue it with --resume, or choose another folder"
+        )
     with locked(folder), progress_bars() as bars:
         record = compare(
             sweep,

@@ -64,7 +64,13 @@ class _Reference:
 
 
 def compare(
-    sweep: Sweep, folder: Path, cohort_of: CohortOf, *, watcher: Watcher, command: str = ""
+    sweep: Sweep,
+    folder: Path,
+    cohort_of: CohortOf,
+    *,
+    watcher: Watcher,
+    command: str = "",
+    faces: int = FACES,
 ) -> ComparisonRecord:
     """Run what is not finished, measure every model alike, and write tables and pictures.
 
@@ -74,6 +80,7 @@ def compare(
         cohort_of: Makes the devices of one run.
         watcher: Who is told about progress.
         command: What a reader types to make it again.
+        faces: Samples of each model, and faces on either side of the reference, >= 40.
 
     Returns:
         The record; `comparison.json`, `comparison.md` and the pictures lie in the folder.
@@ -86,9 +93,9 @@ def compare(
     for number, variant in enumerate(sweep.variants, 1):
         watcher.say(f"run {number} of {len(sweep.variants)}: {', '.join(variant.names)}")
         place = folder / "runs" / variant.folder
-        runs += [_base(variant, folder, watcher), _one(variant, place, cohort_of, watcher)]
+        runs += [_base(variant, folder, faces, watcher), _one(variant, place, cohort_of, faces, watcher)]
     first = sweep.variants[0].experiment
-    truth = _reference(first, first.start().generator.size)
+    truth = _reference(first, first.start().generator.size, faces)
     record = ComparisonRecord(
         name=sweep.name,
         question=sweep.question,
@@ -114,7 +121,7 @@ def _without_twins(runs: list[RunFigures]) -> list[RunFigures]:
     return list({(run.way, run.level, run.seed): run for run in runs}.values())
 
 
-def _one(variant: Variant, place: Path, cohort_of: CohortOf, watcher: Watcher) -> RunFigures:
+def _one(variant: Variant, place: Path, cohort_of: CohortOf, faces: int, watcher: Watcher) -> RunFigures:
     """One run to its end, or its figures from the disk."""
     experiment, kept = variant.experiment, place / "figures.json"
     if not (place / "state.json").exists():
@@ -140,13 +147,13 @@ def _one(variant: Variant, place: Path, cohort_of: CohortOf, watcher: Watcher) -
         numbers_up=len(work.ranges()),
         bytes_up=sum(record.bytes_up for record in state.rounds),
         seconds=sum(record.seconds for record in state.rounds),
-        model=_measure(final, experiment, watcher),
+        model=_measure(final, experiment, faces, watcher),
     )
     replace_text(kept, strict.dumps(figures))
     return figures
 
 
-def _base(variant: Variant, folder: Path, watcher: Watcher) -> RunFigures:
+def _base(variant: Variant, folder: Path, faces: int, watcher: Watcher) -> RunFigures:
     """The figures of a way's public model before any round, measured once."""
     experiment = variant.experiment
     base = experiment.start()
@@ -154,7 +161,7 @@ def _base(variant: Variant, folder: Path, watcher: Watcher) -> RunFigures:
     if kept.exists():
         model = strict.loads(ModelFigures, kept.read_text(encoding="utf-8"))
     else:
-        model = _measure(base, experiment, watcher)
+        model = _measure(base, experiment, faces, watcher)
         kept.parent.mkdir(parents=True, exist_ok=True)
         replace_text(kept, strict.dumps(model))
     return RunFigures(
@@ -178,10 +185,10 @@ def _level(experiment: Experiment) -> str:
             return UNBOUNDED
 
 
-def _measure(model: Model, experiment: Experiment, watcher: Watcher) -> ModelFigures:
+def _measure(model: Model, experiment: Experiment, faces: int, watcher: Watcher) -> ModelFigures:
     watcher.stage("samples", 1)
-    made = _sampled(model, experiment.seed, FACES)
-    truth = _reference(experiment, model.generator.size)
+    made = _sampled(model, experiment.seed, faces)
+    truth = _reference(experiment, model.generator.size, faces)
     return _figures(made, weights_hash(*model.modules()), truth, experiment.seed)
 
 
@@ -254,8 +261,8 @@ def _epsilon(bounds: Bounds, experiment: Experiment) -> Epsilon | NotMeasured:
 
 
 @lru_cache(maxsize=4)
-def _reference(experiment: Experiment, size: int) -> _Reference:
-    everyone = device_faces(experiment, 2 * FACES, size)
+def _reference(experiment: Experiment, size: int, faces: int) -> _Reference:
+    everyone = device_faces(experiment, 2 * faces, size)
     if everyone is None:
         raise ConfigError(
             "devices: nothing is known of real devices' photos; compare with drawn or labelled ones"

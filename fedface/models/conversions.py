@@ -148,7 +148,9 @@ def _ada(content: ForeignFile, notes: dict[str, Any]) -> Found:
     chosen = _first_of(content, ("G_ema", "G", ""), "synthesis.b4.const")
     judge = _first_of(content, ("D", ""), "b4.out.weight")
     generator = None if chosen is None else _ada_generator(content.networks[chosen], remarks)
-    critic = None if judge is None else _ada_critic(content.networks[judge], remarks)
+    critic = None if judge is None else _ada_critic(content.networks[judge])
+    if content.kind == "torch-checkpoint":
+        remarks.append("the file does not say whether activations are clamped; they are not")
     if chosen == "G":
         remarks.append("there is no averaged generator (G_ema); G was taken")
     return Found(
@@ -176,7 +178,7 @@ def _rosinality(content: ForeignFile, notes: dict[str, Any]) -> Found:
             remarks.append("there is no averaged generator (g_ema); g was taken")
     if judge is not None:
         tensors = rosinality_critic(content.networks[judge].tensors)
-        critic = _ada_critic(Network(class_name="", tensors=tensors, fields={}), remarks)
+        critic = _ada_critic(Network(class_name="", tensors=tensors, fields={}))
     return Found(
         kind="stylegan2 of rosinality",
         generator=generator,
@@ -245,7 +247,7 @@ def _ada_generator(network: Network, remarks: list[str]) -> StyleGAN2:
         style_width=style,
         mapping_layers=count_of(tensors, r"mapping\.fc\d+\.weight"),
         architecture=architecture,
-        clamp=clamp_of(network, remarks),
+        clamp=clamp_of(network),
         classes=classes,
         channel_base=base,
         channel_max=most,
@@ -269,7 +271,7 @@ def _ada_generator(network: Network, remarks: list[str]) -> StyleGAN2:
     return generator
 
 
-def _ada_critic(network: Network, remarks: list[str]) -> Critic:
+def _ada_critic(network: Network) -> Critic:
     """A critic with stylegan2-ada's names, described by its shapes and filled."""
     tensors = without_filters(network.tensors, ".resample_filter", FILTER)
     sides = sides_of({**tensors, "b4.conv0.weight": torch.empty(0)}, r"b(\d+)\.conv0\.weight")
@@ -285,7 +287,7 @@ def _ada_critic(network: Network, remarks: list[str]) -> Critic:
     config = CriticConfig(
         size=max(sides),
         architecture=architecture,
-        clamp=clamp_of(network, remarks),
+        clamp=clamp_of(network),
         minibatch_group=group_of(network) if spread else 0,
         minibatch_channels=max(1, spread),
         channel_base=base,

@@ -44,17 +44,17 @@ def channels_of(table: Mapping[int, int]) -> tuple[int, int]:
     return base, most
 
 
-def clamp_of(network: Network, remarks: list[str]) -> float | None:
+def clamp_of(network: Network) -> float | None:
     """The one bound on activations that all layers share; the published shortcuts have none, nor have ours."""
     bounds = {
         value
         for name, value in network.fields.items()
-        if name.endswith(".conv_clamp") and not name.endswith("skip.conv_clamp") and name != "b4.fromrgb.conv_clamp"
+        if name.endswith(".conv_clamp")
+        and not name.endswith("skip.conv_clamp")
+        and name != "b4.fromrgb.conv_clamp"
     }
     if not bounds:
-        if not network.fields:
-            remarks.append("the file does not say whether activations are clamped; they are not")
-        return None
+        return None  # a bare list of weights does not say
     if len(bounds) > 1:
         raise WeightsError(
             "clamps some layers and not others, or by different bounds, which our networks do not"

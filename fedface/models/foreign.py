@@ -216,7 +216,7 @@ def _read_zip(file: Any, size: int) -> Any:
             )
             for name, storage in storages.items():
                 storage.fill(archive.read(f"{folder}data/{name}"))
-    except (zipfile.BadZipFile, KeyError, RuntimeError, NotImplementedError, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, KeyError, RuntimeError, EOFError, ValueError, OSError) as error:
         raise PickleRefused(f"is a damaged zip file ({printable(str(error))})") from error
     return value
 
@@ -274,6 +274,8 @@ def _sorted(kind: Kind, value: Any, budget: _Budget) -> ForeignFile:
             beside[name] = _tensor(part, budget)
         else:
             ignored.append(printable(name, 40))
+    if not networks and not beside:
+        raise PickleRefused("is a pickle that holds no networks by name")
     return ForeignFile(kind=kind, networks=networks, tensors=beside, ignored=tuple(ignored))
 
 

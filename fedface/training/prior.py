@@ -33,7 +33,7 @@ from torch import Tensor
 from fedface.models.encoder import Encoder
 from fedface.models.stylegan2 import StyleGAN2
 from fedface.privacy.plan import MOST_EXPECTED, Schedule, Terms
-from fedface.randomness import SecretNoise
+from fedface.randomness import SecretNoise, Streams
 from fedface.shapes import Images, Latents, Vector
 from fedface.training.private_steps import private_sum
 
@@ -42,6 +42,8 @@ Second = Literal["none", "diagonal", "full"]
 VARIANCES = (0.05, 4.0)  # of the fitted prior, in variances of the standard one
 _REACH = 1.5  # longest e^2 - 1 that is not cut, in its usual lengths
 _AT_ONCE = 128  # photos encoded at once
+_SAMPLES = 2048  # of the generator, from which the encoder's reading of a prior is learned
+_PASSES = 3  # steps of the prior towards what the devices read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,26 +218,36 @@ def prior_ranges(encoder: Encoder, config: PriorTrainingConfig) -> Vector:
 
 
 def refit(
-    generator: StyleGAN2, total: Vector, devices: int, config: PriorTrainingConfig, terms: Terms
+    generator: StyleGAN2,
+    total: Vector,
+    devices: int,
+    config: PriorTrainingConfig,
+    terms: Terms,
+    *,
+    encoder: Encoder | None = None,
 ) -> StyleGAN2:
     """The same generator with the latent prior that the devices' photos suggest.
 
-    Each moment's distance from the standard prior is shrunk by what is known of its error, the noise that was
-    added and the chance of a finite number of photos: x becomes x * max(0, 1 - caution * variance / x^2), the
-    non-negative garrote (Breiman 1995; Gao 1998 for its threshold), a Wiener filter that may say "nothing". For
-    products the eigenvalues of their matrix are shrunk instead, against the largest that noise alone has.
+    An encoder misreads, and what it misreads is not what the photos have in common. So the prior is moved until
+    the encoder reads the same moments from the generator's own samples as the devices read from their photos
+    (indirect inference, Gourieroux, Monfort and Renault 1993). Each step is shrunk by what is known of its
+    error, the noise that was added and the chance of a finite number of photos: x becomes
+    x * max(0, 1 - caution * variance / x^2), the non-negative garrote (Breiman 1995; Gao 1998 for its
+    threshold), a Wiener filter that may say "nothing". For products the eigenvalues of their matrix are shrunk
+    instead, against the largest that noise alone has.
 
     Guarantees:
-        * Without noise and with many photos the moments are those of the photos' latents.
+        * Without noise, with many photos and without an encoder, the moments are those of the latents sent.
         * Where the count cannot be told from noise (below three standard deviations) the prior stays standard.
-        * Variances lie within `VARIANCES`.
+        * Variances lie within `VARIANCES`. Nothing here is left to chance: equal totals give equal priors.
 
     Args:
-        generator: Stays as it is.
+        generator: Stays as it is; a prior that was fitted before is replaced.
         total: The sum of `train_prior_round` over the devices, (1 + z + p,).
         devices: How many devices are in the sum, >= 1.
         config: As on the devices.
         terms: As on the devices: they tell how much noise is in the sum.
+        encoder: The one the devices used; None takes what they sent for the latents themselves.
 
     Returns:
         A generator whose config says `prior="fitted"`.
@@ -243,52 +255,116 @@ def refit(
     Raises:
         ValueError: The total has another length than these moments.
     """
-    width = generator.latent_width
-    mean, covariance = fitted_moments(total, devices, width, config, terms)
+    layout = _layout(generator.latent_width, replace(config, clip_norm=terms.schedule.clip_norm))
+    wanted = _wanted(total, devices, layout, terms)
     fitted = StyleGAN2(replace(generator.config, prior="fitted"), torch.Generator())
-    values, vectors = torch.linalg.eigh(covariance)
-    root = (vectors * values.clamp(min=0.0).sqrt()) @ vectors.T
-    state = {**generator.state_dict(), "mapping.prior_mean": mean, "mapping.prior_root": root}
-    fitted.load_state_dict({name: value.float() for name, value in state.items()})
+    missing = fitted.load_state_dict(generator.state_dict(), strict=False).missing_keys
+    if unknown := [name for name in missing if not name.startswith("mapping.prior_")]:
+        raise ValueError(f"the generator lacks {unknown[0]}")
+    _set_prior(fitted, *_standard(layout.width))
+    if wanted is None:
+        return fitted
+    mean, covariance = _standard(layout.width)
+    for _ in range(1 if encoder is None else _PASSES):
+        seen = (mean, covariance)
+        if encoder is not None:
+            _set_prior(fitted, mean, covariance)
+            seen = _moments(photo_vectors(_read_samples(fitted, encoder), config).double().mean(0), layout)
+        mean = mean + _shrunk(wanted.mean - seen[0], wanted.mean_error, _caution(layout.width))
+        covariance = _moved(covariance, wanted, seen[1], layout)
+    _set_prior(fitted, mean, covariance)
     return fitted
 
 
-def fitted_moments(
-    total: Vector, devices: int, width: int, config: PriorTrainingConfig, terms: Terms
-) -> tuple[Tensor, Tensor]:
-    """Mean (z,) and covariance (z, z), float64, of the latents behind a noised total; see `refit`."""
-    layout = _layout(width, replace(config, clip_norm=terms.schedule.clip_norm))
+@dataclass(frozen=True)
+class _Wanted:
+    """The moments that the devices' photos have, and the variance of each number's error."""
+
+    mean: Tensor  # (z,)
+    mean_error: float
+    covariance: Tensor  # (z, z)
+    covariance_error: float
+
+
+def _standard(width: int) -> tuple[Tensor, Tensor]:
+    return torch.zeros(width, dtype=torch.float64), torch.eye(width, dtype=torch.float64)
+
+
+def _set_prior(generator: StyleGAN2, mean: Tensor, covariance: Tensor) -> None:
+    values, vectors = torch.linalg.eigh(covariance)
+    root = (vectors * values.clamp(min=0.0).sqrt()) @ vectors.T
+    generator.mapping.prior_mean.copy_(mean)
+    generator.mapping.prior_root.copy_(root)
+
+
+def _wanted(total: Vector, devices: int, layout: _Layout, terms: Terms) -> _Wanted | None:
+    """What the total says about the photos' latents; None where the count is lost in the noise."""
     if total.shape != (sum(layout.sizes),):
         raise ValueError(f"these moments are {sum(layout.sizes)} numbers, got shape {tuple(total.shape)}")
     if devices < 1:
         raise ValueError(f"devices must be at least 1, got {devices}")
-    standard = torch.zeros(width, dtype=torch.float64), torch.eye(width, dtype=torch.float64)
     sums = total.double() * terms.schedule.expected_batch
     noise = terms.noise_multiplier * terms.schedule.clip_norm * math.sqrt(devices)
-    counted, first, second = torch.split(sums, layout.sizes)
-    photos = float(counted) / layout.count
+    photos = float(sums[0]) / layout.count
     if not photos > max(1.0, 3.0 * noise / layout.count):
-        return standard
-    error = (noise / (layout.first * photos)) ** 2 + 1.0 / photos
-    mean = _shrunk(first / (layout.first * photos), error, _caution(width))
-    match config.second:
+        return None
+    mean, covariance = _moments(sums / photos, layout)
+    mean_error = (noise / (layout.first * photos)) ** 2 + 1.0 / photos
+    if layout.second == "none":
+        return _Wanted(mean, mean_error, covariance, 0.0)
+    error = (noise / (layout.squares * photos)) ** 2
+    if layout.second == "diagonal":
+        return _Wanted(mean, mean_error, covariance, error + 2.0 / photos)
+    # Each of the two equal entries off the diagonal carries 1 / sqrt 2 of the packed noise.
+    return _Wanted(mean, mean_error, covariance, error / 2.0 + 1.0 / photos)
+
+
+def _moments(vector: Vector, layout: _Layout) -> tuple[Tensor, Tensor]:
+    """Mean (z,) and covariance (z, z) from the mean of photos' vectors; what was not sent is standard."""
+    _, first, second = torch.split(vector, layout.sizes)
+    mean = first / layout.first
+    identity = torch.eye(layout.width, dtype=vector.dtype)
+    match layout.second:
         case "none":
-            return mean, standard[1]
+            return mean, identity
         case "diagonal":
-            error = (noise / (layout.squares * photos)) ** 2 + 2.0 / photos
-            excess = second / (layout.squares * photos) - mean.square()
-            variances = 1.0 + _shrunk(excess, error, _caution(width))
-            return mean, torch.diag(variances.clamp(*VARIANCES))
+            return mean, identity + torch.diag(second / layout.squares - mean.square())
         case "full":
-            # Off the diagonal each of the two equal entries carries 1 / sqrt 2 of the packed noise; the largest
-            # eigenvalue of such a matrix of width z is about twice an entry's deviation times sqrt z.
-            error = (noise / (layout.squares * photos)) ** 2 / 2.0 + 1.0 / photos
-            excess = _unpacked(second, width) / (layout.squares * photos) - torch.outer(mean, mean)
-            values, vectors = torch.linalg.eigh(excess)
-            kept = 1.0 + _shrunk(values, error, 4.0 * width)
-            return mean, (vectors * kept.clamp(*VARIANCES)) @ vectors.T
+            excess = _unpacked(second, layout.width) / layout.squares
+            return mean, identity + excess - torch.outer(mean, mean)
         case _:
-            assert_never(config.second)
+            assert_never(layout.second)
+
+
+def _moved(covariance: Tensor, wanted: _Wanted, seen: Tensor, layout: _Layout) -> Tensor:
+    """One shrunk step of the prior's covariance towards the wanted one, within `VARIANCES`."""
+    away = wanted.covariance - seen
+    match layout.second:
+        case "none":
+            return covariance
+        case "diagonal":
+            step = _shrunk(away.diagonal(), wanted.covariance_error, _caution(layout.width))
+            return torch.diag((covariance.diagonal() + step).clamp(*VARIANCES))
+        case "full":
+            values, vectors = torch.linalg.eigh(away)
+            # The largest eigenvalue of noise of width z is about twice an entry's deviation times sqrt z.
+            step = _shrunk(values, wanted.covariance_error, 4.0 * layout.width)
+            values, vectors = torch.linalg.eigh(covariance + (vectors * step) @ vectors.T)
+            return (vectors * values.clamp(*VARIANCES)) @ vectors.T
+        case _:
+            assert_never(layout.second)
+
+
+def _read_samples(generator: StyleGAN2, encoder: Encoder) -> Latents:
+    """What an encoder reads from a generator's own samples; the same draws each time, and their opposites."""
+    half = torch.randn(_SAMPLES // 2, generator.latent_width, generator=Streams(0).generator("refit"))
+    latents = torch.cat([half, -half])
+    with torch.no_grad():
+        parts = [
+            encoder(generator.synthesize(generator.map(part)).clamp(0.0, 1.0))
+            for part in torch.split(latents, _AT_ONCE)
+        ]
+    return torch.cat(parts)
 
 
 def _caution(width: int) -> float:

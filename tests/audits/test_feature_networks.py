@@ -140,6 +140,19 @@ def test_the_named_output_of_an_onnx_network_is_read(tmp_path: Path) -> None:
         open_features(OnnxFeatures(path=path, size=16, output="pool3", batch=2, **PLAIN))
 
 
+def test_a_network_exported_for_one_face_is_run_one_by_one_and_refused_otherwise(shared: Path) -> None:
+    """A real face network, 112 px to 128 numbers, whose export fixed the batch at one."""
+    path = shared / "data/models/mobilefacenet_112_128d.onnx"
+    images = pictures(3, 64)
+    one = OnnxFeatures(path=path, size=112, mean=IMAGENET_MEAN, std=IMAGENET_STD, batch=1)
+    rows = open_features(one).features(images)
+    assert rows.shape == (3, 128)
+    torch.testing.assert_close(open_features(one).features(images[1:2]), rows[1:2], rtol=1e-5, atol=1e-5)
+    two = OnnxFeatures(path=path, size=112, mean=IMAGENET_MEAN, std=IMAGENET_STD, batch=2)
+    with pytest.raises(WeightsError, match="one row for each of 2 faces.*give a batch of 1"):
+        open_features(two).features(images)
+
+
 def test_a_torchscript_network_gives_the_chosen_output_and_maps_are_averaged(tmp_path: Path) -> None:
     """Output 0 is a mean, 2 a maximum, 1 a map whose average is the mean again."""
     path = script_file(tmp_path / "pool.pt", Pool())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedface.audits import features
+from fedface.audits.disaggregate import Interval
 from fedface.audits.feature_networks import ColourFeatures, FeatureIdentity, TorchScriptFeatures
 from fedface.audits.features import Moments, face_features, frechet_distance, kernel_distance
 from fedface.audits.quality import (
@@ -204,6 +205,7 @@ def test_the_group_that_is_made_badly_stands_out_and_the_others_do_not() -> None
     found = compare_quality(real, made, STREAMS.numpy("order")).groups
     light, dark = found["light"], found["dark"]
     assert isinstance(light, GroupQuality) and isinstance(dark, GroupQuality)
+    assert isinstance(light.frechet.limit, Interval) and isinstance(dark.frechet.limit, Interval)
     assert light.kernel.covers_zero and light.frechet.limit.covers_zero
     assert dark.kernel.low > 0 and dark.frechet.limit.low > 0
     assert dark.frechet.plain > 3 * dark.frechet.floor and light.frechet.plain < 3 * light.frechet.floor
@@ -226,9 +228,22 @@ def test_equal_faces_of_one_source_pass_and_darkened_ones_do_not() -> None:
     groups = ["all"] * 300
     clean = quality(real, groups, same, groups, ColourFeatures(), STREAMS.numpy("clean")).overall
     planted = quality(real, groups, dark, groups, ColourFeatures(), STREAMS.numpy("planted")).overall
+    assert isinstance(clean.frechet.limit, Interval) and isinstance(planted.frechet.limit, Interval)
     assert clean.kernel.covers_zero and clean.frechet.limit.covers_zero
     assert planted.kernel.low > 0 and planted.frechet.limit.low > 0
+    assert (
+        clean.neighbours.coverage.low < clean.neighbours.coverage_of_equals < clean.neighbours.coverage.high
+    )
     assert planted.neighbours.coverage.high < clean.neighbours.coverage.low
+
+
+def test_the_extrapolation_wants_one_and_a_half_times_as_many_faces_as_features() -> None:
+    """With 132 features that is 198; below it the figure is a value that says so."""
+    images, groups = faces(197, 0.5, "few"), ["all"] * 197
+    limit = quality(
+        images, groups, images, groups, ColourFeatures(), STREAMS.numpy("x")
+    ).overall.frechet.limit
+    assert limit == TooFew(real=197, made=197, fewest=198)
 
 
 class Corners(torch.nn.Module):

@@ -61,9 +61,14 @@ def _reconstruct_persistent_obj(meta: Any) -> None:
 @contextmanager
 def stand_ins() -> Iterator[None]:
     """The modules that NVIDIA's files name, importable while a file is written."""
-    names = {"torch_utils": {}, "torch_utils.persistence": {"_reconstruct_persistent_obj": _reconstruct_persistent_obj}}
+    names = {
+        "torch_utils": {},
+        "torch_utils.persistence": {"_reconstruct_persistent_obj": _reconstruct_persistent_obj},
+    }
     names |= {"dnnlib": {}, "dnnlib.util": {"EasyDict": EasyDict}}
-    homes = {thing: (thing.__module__, thing.__qualname__) for thing in (_reconstruct_persistent_obj, EasyDict)}
+    homes = {
+        thing: (thing.__module__, thing.__qualname__) for thing in (_reconstruct_persistent_obj, EasyDict)
+    }
     for name, things in names.items():
         module = ModuleType(name)
         for word, thing in things.items():
@@ -111,7 +116,9 @@ def persistent(
             own["_parameters"][name] = nn.Parameter(value.clone())
     own |= {name: value for name, value in told.items() if "." not in name}
     for part in sorted(names):
-        inner = {name[len(part) + 1 :]: value for name, value in tensors.items() if name.startswith(f"{part}.")}
+        inner = {
+            name[len(part) + 1 :]: value for name, value in tensors.items() if name.startswith(f"{part}.")
+        }
         more = {name[len(part) + 1 :]: value for name, value in told.items() if name.startswith(f"{part}.")}
         own["_modules"][part] = persistent(inner, "Part", more)
     return Persistent(class_name, own)
@@ -147,7 +154,9 @@ def nvidia_bytes(
     with stand_ins():
         content: dict[str, Any] = {
             name: persistent(
-                tensors, "Discriminator" if name == "D" else "Generator", told.get(name, layer_fields(tensors))
+                tensors,
+                "Discriminator" if name == "D" else "Generator",
+                told.get(name, layer_fields(tensors)),
             )
             for name, tensors in networks.items()
         }

@@ -20,7 +20,6 @@ from fedface.shapes import Images, Latents, Vector
 from fedface.training.prior import (
     VARIANCES,
     PriorTrainingConfig,
-    fitted_moments,
     photo_vectors,
     prior_ranges,
     refit,
@@ -78,6 +77,14 @@ def spread_latents(count: int) -> Latents:
     return on_sphere(z)
 
 
+def fitted_moments(
+    total: Vector, devices: int, recipe: PriorTrainingConfig, agreed: Terms
+) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the prior that a total gives."""
+    mapping = refit(generator(), total, devices, recipe, agreed).mapping
+    return mapping.prior_mean.double(), (mapping.prior_root @ mapping.prior_root.T).double()
+
+
 def clean_total(latents: Latents, recipe: PriorTrainingConfig) -> Vector:
     """What devices with these latents would send together without noise."""
     return photo_vectors(latents, recipe).sum(0) / recipe.expected_batch
@@ -100,13 +107,13 @@ def test_a_photos_vector_is_as_long_as_the_clip_norm_by_construction(second: str
 def test_without_noise_the_moments_of_the_photos_come_back(second: str) -> None:
     """A moment x is shrunk to x - min(|x|, c e / x), never by more than sqrt(c e), e its variance."""
     latents, recipe = spread_latents(40_000), config(second)
-    mean, covariance = fitted_moments(clean_total(latents, recipe), 3, WIDTH, recipe, terms(recipe))
+    mean, covariance = fitted_moments(clean_total(latents, recipe), 3, recipe, terms(recipe))
     true_mean = latents.double().mean(0)
     most = math.sqrt(2 * math.log(WIDTH) / len(latents))
     assert float((mean - true_mean).abs().max()) <= most * 1.01
     assert float(mean[0]) == pytest.approx(float(true_mean[0]), rel=1e-3)
     if second == "none":
-        assert torch.equal(covariance, torch.eye(WIDTH).double())
+        assert torch.allclose(covariance, torch.eye(WIDTH).double(), atol=1e-5)
         return
     true = torch.cov(latents.double().T, correction=0)
     # What the mean lost moves the square of it; a cut of the longest squares loses a little of the tails.
@@ -116,12 +123,12 @@ def test_without_noise_the_moments_of_the_photos_come_back(second: str) -> None:
             float((covariance.diagonal() - true.diagonal()).abs().max())
             < math.sqrt(2) * most + 0.2 * cut + 0.01
         )
-        assert torch.equal(covariance, torch.diag(covariance.diagonal()))
+        assert torch.allclose(covariance, torch.diag(covariance.diagonal()), atol=1e-5)
     else:
-        # Each eigenvalue is shrunk by at most the largest that chance alone would give.
-        assert (
-            float(torch.linalg.matrix_norm(covariance - true, 2)) < 2 * math.sqrt(WIDTH / len(latents)) + 0.01
-        )
+        # Each eigenvalue is shrunk by at most the largest that chance alone would give; what the mean lost, in
+        # each of its numbers at most `most`, is lost once more in its product with the mean.
+        bound = 2 * math.sqrt(WIDTH / len(latents)) + 2 * float(true_mean.norm()) * most * math.sqrt(WIDTH)
+        assert float(torch.linalg.matrix_norm(covariance - true, 2)) < bound
         assert float(covariance[2, 3]) == pytest.approx(float(true[2, 3]), abs=0.03)
 
 
@@ -131,17 +138,17 @@ def test_huge_noise_leaves_the_prior_standard(second: str) -> None:
     recipe = config(second)
     for _ in range(5):
         total = one_round(photos(20), recipe, sigma=1000.0)
-        mean, covariance = fitted_moments(total, 1, WIDTH, recipe, terms(recipe, 1000.0))
+        mean, covariance = fitted_moments(total, 1, recipe, terms(recipe, 1000.0))
         # The count passes for a large one by noise once in 740 times; then the moments are noise below theirs.
         assert float(mean.abs().max()) < 1.0 and float((covariance - torch.eye(WIDTH)).abs().max()) < 2.0
-    mean, covariance = fitted_moments(torch.zeros(len(total)), 1, WIDTH, recipe, terms(recipe, 1000.0))
-    assert float(mean.abs().max()) == 0.0 and torch.equal(covariance, torch.eye(WIDTH).double())
+    mean, covariance = fitted_moments(torch.zeros(len(total)), 1, recipe, terms(recipe, 1000.0))
+    assert float(mean.abs().max()) == 0.0 and torch.allclose(covariance, torch.eye(WIDTH).double(), atol=1e-5)
 
 
 def test_what_a_device_without_photos_sends_is_noise_of_the_promised_size() -> None:
-    """(sigma clip / divisor)^2 in every number: 33 numbers x 300 rounds, five standard errors."""
+    """(sigma clip / divisor)^2 in every number: 33 numbers x 100 rounds, five standard errors."""
     recipe = config(clip_norm=2.0)
-    sent = torch.cat([one_round(photos(0), recipe, sigma=1.5) for _ in range(300)])
+    sent = torch.cat([one_round(photos(0), recipe, sigma=1.5) for _ in range(100)])
     assert float(sent.std()) == pytest.approx(1.5 * 2.0 / 10, rel=5 / math.sqrt(2 * len(sent)))
     assert abs(float(sent.mean())) < 5 * 0.3 / math.sqrt(len(sent))
 
@@ -150,7 +157,7 @@ def test_what_a_device_without_photos_sends_is_noise_of_the_promised_size() -> N
 def test_one_photo_more_moves_the_sum_by_at_most_the_clip_norm(second: str) -> None:
     """Before noise, over the public divisor."""
     recipe = config(second, clip_norm=0.7)
-    moved = one_round(photos(9), recipe) - one_round(photos(8), recipe)
+    moved = one_round(photos(9), recipe) - one_round(photos(9)[:8], recipe)
     assert 0.3 * 0.07 < float(moved.norm()) <= 0.07 * (1 + 1e-4)
 
 
@@ -237,9 +244,9 @@ def test_variances_stay_within_their_bounds() -> None:
     same = on_sphere(torch.randn(1, WIDTH, generator=STREAMS.generator("one"))).expand(5000, -1)
     for second in ("diagonal", "full"):
         recipe = config(second)
-        _, covariance = fitted_moments(clean_total(same, recipe), 1, WIDTH, recipe, terms(recipe))
+        _, covariance = fitted_moments(clean_total(same, recipe), 1, recipe, terms(recipe))
         values = torch.linalg.eigvalsh(covariance)
-        assert float(values.min()) >= VARIANCES[0] - 1e-9 and float(values.max()) <= VARIANCES[1] + 1e-9
+        assert float(values.min()) >= VARIANCES[0] - 1e-5 and float(values.max()) <= VARIANCES[1] + 1e-5
 
 
 @pytest.mark.parametrize("second", SECONDS)
@@ -249,7 +256,7 @@ def test_the_public_ranges_hold_what_devices_send(second: str) -> None:
     ranges = prior_ranges(encoder(), recipe)
     sent = one_round(photos(60), recipe)
     assert sent.shape == ranges.shape and float(ranges.min()) > 0
-    assert float((sent / ranges).abs().max()) <= 1.0
+    assert float((sent / ranges).abs().max()) <= 1.0 + 1e-5
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,165 @@
+"""Commands about files of weights: import another program's, show, hash and sample our own."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch.nn import functional
+
+from fedface.cli.terminal import JsonOption, console, progress_bars
+from fedface.errors import ConfigError
+from fedface.models.contracts import Generator, sample
+from fedface.models.conversions import Found, import_file
+from fedface.models.described import ModelFacts, describe, in_words
+from fedface.models.stylegan2 import OfClass, StyleGAN2
+from fedface.models.weights import load_model, save_model
+from fedface.reports.figures import face_grid
+from fedface.shapes import Images
+
+weights = typer.Typer(help="Files of weights.", no_args_is_help=True, rich_markup_mode=None)
+
+FileArgument = Annotated[Path, typer.Argument(help="A .safetensors file that fedface wrote.")]
+LabelOption = Annotated[
+    int | None, typer.Option(min=0, help="Which class to draw, for a generator that has classes.")
+]
+PsiOption = Annotated[
+    list[float] | None,
+    typer.Option(min=0, max=1, help="Truncation, one row each: 0 is the mean face, 1 the full variety."),
+]
+SHOWN = 256  # pixels a side of one face on a sheet, at most
+
+
+@weights.command("import")
+def weights_import(
+    file: Annotated[
+        Path,
+        typer.Argument(help="NVIDIA's stylegan2-ada .pkl, rosinality's .pt, or StyleGAN1's synthesis.pt."),
+    ],
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    mapping: Annotated[
+        Path | None, typer.Option(help="StyleGAN1's mapping.pt, where it is kept apart.")
+    ] = None,
+    sheet: Annotated[Path | None, typer.Option(help="A PNG of samples to write.")] = None,
+    json_out: JsonOption = False,
+) -> None:
+    """Convert weights of another program, without running anything that their file carries."""
+    if out.resolve() in {path.resolve() for path in (file, mapping) if path is not None}:
+        raise ConfigError(f"{out}: is the file to import; name another to write")
+    with progress_bars() as bars:
+        bars.stage("reading", 0)
+        found = import_file(file, mapping)
+        model = found.model()
+        facts = describe(model)
+        save_model(out, model)
+        if sheet is not None:
+            bars.stage("drawing samples", 0)
+            sheet.write_bytes(sheet_of(model.generator, count=8, psis=(0.7, 1.0), seed=1, label=None))
+    if json_out:
+        told = {"found": found.kind, "ignored": found.ignored, "notes": dict(found.notes), **asdict(facts)}
+        print(json.dumps(told | {"out": str(out)}, indent=2))
+        return
+    for line in _lines(found, facts):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+    if sheet is not None:
+        console.print(f"open {sheet}", highlight=False, soft_wrap=True)
+
+
+@weights.command()
+def show(file: FileArgument, json_out: JsonOption = False) -> None:
+    """Print what a file of ours holds: family, size, weights, shape, notes, hash."""
+    model = load_model(file)
+    facts = describe(model)
+    if json_out:
+        print(json.dumps({**asdict(facts), "notes": dict(model.notes)}, indent=2))
+        return
+    for line in _described(facts):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for key, value in model.notes.items():
+        console.print(
+            f"{key.replace('_', ' ')}: {_short(value)}", highlight=False, markup=False, soft_wrap=True
+        )
+
+
+@weights.command("hash")
+def weights_hash_of(file: FileArgument, json_out: JsonOption = False) -> None:
+    """Print the hash of the weights in a file, the one that reports carry; the file's own bytes do not count."""
+    facts = describe(load_model(file))
+    print(json.dumps({"file": str(file), "hash": facts.hash}) if json_out else facts.hash)
+
+
+@weights.command("sample")
+def weights_sample(
+    file: FileArgument,
+    out: Annotated[Path, typer.Option(help="The PNG to write.")],
+    count: Annotated[int, typer.Option(min=1, max=64, help="How many people, one column each.")] = 8,
+    psi: PsiOption = None,
+    seed: Annotated[int, typer.Option(min=0)] = 1,
+    label: LabelOption = None,
+    json_out: JsonOption = False,
+) -> None:
+    """Draw a sheet of samples; the rows show the same people at each truncation."""
+    model = load_model(file)
+    psis = tuple(psi or (0.7, 1.0))
+    with progress_bars() as bars:
+        bars.stage("drawing samples", 0)
+        picture = sheet_of(model.generator, count=count, psis=psis, seed=seed, label=label)
+    out.write_bytes(picture)
+    if json_out:
+        told = {"hash": describe(model).hash, "count": count, "psi": psis, "seed": seed, "label": label}
+        print(json.dumps(told | {"out": str(out)}, indent=2))
+        return
+    console.print(f"open {out}", highlight=False, soft_wrap=True)
+
+
+def sheet_of(generator: Any, *, count: int, psis: tuple[float, ...], seed: int, label: int | None) -> bytes:
+    """A PNG with one row for each truncation and one column for each person.
+
+    Raises:
+        ConfigError: A label was given to a generator without classes, or one that it does not have.
+    """
+    classes = generator.config.classes if isinstance(generator, StyleGAN2) else 0
+    if label is not None and not classes:
+        raise ConfigError("this generator has no classes; leave --label out")
+    rows = []
+    for shown in range(min(classes, 3)) if classes and label is None else (label,):
+        of: Generator = generator if shown is None else OfClass(generator, shown)
+        for psi in psis:
+            named = f"psi {psi:g}" if shown is None else f"class {shown}, psi {psi:g}"
+            rows.append((named, _faces(of, count, psi, seed)))
+    return face_grid(rows, [""] * count, side=max(96, min(SHOWN, generator.size)))
+
+
+def _faces(generator: Generator, count: int, psi: float, seed: int) -> Images:
+    """Samples, made small one batch at a time; the same people for the same seed."""
+    chance = torch.Generator().manual_seed(seed)
+    step = 64 if generator.size <= SHOWN else 2
+    parts = []
+    for first in range(0, count, step):
+        made = sample(generator, min(step, count - first), chance, psi=psi, batch=16)
+        parts.append(functional.avg_pool2d(made, max(1, generator.size // SHOWN)))
+    return torch.cat(parts)
+
+
+def _lines(found: Found, facts: ModelFacts) -> list[str]:
+    lines = [f"found: {found.kind}", *_described(facts)]
+    if found.critic is None:
+        lines.append("critic: none in the file")
+    if found.ignored:
+        lines.append(f"not taken: {', '.join(found.ignored)}")
+    return lines + [f"note: {remark}" for remark in found.notes.get("remarks", ())]
+
+
+def _described(facts: ModelFacts) -> list[str]:
+    size = f"{facts.size} x {facts.size} pixels"
+    return [f"{facts.family}, {size}", *map(in_words, facts.networks), f"hash: {facts.hash}"]
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}... (--json shows all)"

@@ -1,0 +1,84 @@
+"""A model in words and numbers: what it is made of, how large, and the hash that names it.
+
+Called from the command line (`fedface weights show`, `fedface weights import`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, assert_never
+
+from torch import nn
+
+from fedface.config import plain
+from fedface.models.family import Alone, Encoded, Flow, Gan, Model
+from fedface.models.weights import weights_hash
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkFacts:
+    """One network of a model."""
+
+    name: str  # its place in the model: generator, critic, encoder or flow
+    network: str  # its class
+    weights: int  # numbers that training changes
+    fixed: int  # numbers that belong to it and are not trained: noise maps, the mean style
+    config: dict[str, Any]  # its shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """A model."""
+
+    family: str  # in words
+    size: int  # height and width of its pictures in pixels
+    networks: tuple[NetworkFacts, ...]
+    hash: str  # of all weights, as in `weights_hash`
+
+
+def describe(model: Model) -> ModelFacts:
+    """What a model holds, from the networks themselves."""
+    return ModelFacts(
+        family=_words(model),
+        size=model.generator.size,
+        networks=tuple(_facts(name, module) for name, module in model.named().items()),
+        hash=weights_hash(*model.modules()),
+    )
+
+
+def in_words(facts: NetworkFacts) -> str:
+    """One line: class, weights, and every figure of its shape that is set."""
+    figures = ", ".join(
+        f"{key.replace('_', ' ')} {value:g}"
+        if isinstance(value, float)
+        else f"{key.replace('_', ' ')} {value}"
+        for key, value in facts.config.items()
+        if key != "kind" and value is not None
+    )
+    return f"{facts.name}: {facts.network}, {facts.weights:,} weights; {figures}"
+
+
+def _facts(name: str, module: nn.Module) -> NetworkFacts:
+    weights = sum(part.numel() for part in module.parameters())
+    kept = sum(value.numel() for value in module.state_dict().values())
+    return NetworkFacts(
+        name=name,
+        network=type(module).__name__,
+        weights=weights,
+        fixed=kept - weights,
+        config=dict(plain(module.config)),
+    )
+
+
+def _words(model: Model) -> str:
+    match model:
+        case Gan():
+            return "a generator with its critic"
+        case Encoded():
+            return "a generator with an encoder"
+        case Flow():
+            return "a rectified flow"
+        case Alone():
+            return "a generator alone"
+        case _:
+            assert_never(model)
