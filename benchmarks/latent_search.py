@@ -1,7 +1,7 @@
 """How fast PULSE searches frozen weights, beside a plain implementation of the same network in the same run.
 
     python benchmarks/latent_search.py [--sizes 64 256] [--bases 16384 32768] [--batches 1 4] [--steps 100]
-                                       [--rounds 3] [--threads 2] [--device cpu] [--json FILE]
+                                       [--rounds 3] [--threads 1] [--device cpu] [--json FILE]
 
 The plain implementation is written here from the paper (Karras et al. 2020, arXiv:1912.04958): one modulated and
 demodulated weight per image and a grouped convolution, resampling by zero insertion, padding and convolution,
@@ -10,7 +10,7 @@ same class, `fedface.upsampling.pulse.Pulse`, from the same starts towards the s
 drew itself. First every row is timed in turn, a few steps at once and several rounds of it, so that another
 program on the same cores disturbs all rows; the table has the median step. Then each row searches for `--steps`
 steps; its loss is the mean over faces of the misfit that `Pulse` reports. Memory is the peak of a process of its
-own that does two steps.
+own that does two steps. With one thread, seconds are CPU seconds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedface.models.contracts import sample
-from fedface.models.frozen import fast_precision
+from fedface.models.frozen import Precision, fast_precision
 from fedface.models.stylegan2 import GeneratorConfig, StyledConv, StyleGAN2, ToRGB
 from fedface.randomness import Streams
 from fedface.shapes import Images, Latents, LowImages, Styles
@@ -86,7 +86,7 @@ class PlainGenerator:
         home, place = styles.device, self.weights.mapping.w_avg.device
         styles = styles.to(place)
         noise = None if noise is None else [plane.to(place) for plane in noise]
-        used, picture = 0, None
+        used, picture = 0, torch.zeros(1)
         x = self.weights.synthesis.get_submodule("b4").const.expand(styles.shape[0], -1, -1, -1)
         for side in self.weights.config.sides:
             block = self.weights.synthesis.get_submodule(f"b{side}")
@@ -94,7 +94,7 @@ class PlainGenerator:
                 x = self._convolve(conv, x, styles[:, used], None if noise is None else noise[used])
                 used += 1
             rgb = self._colours(block.torgb, x, styles[:, used])
-            if picture is not None:
+            if side > 4:
                 rgb = rgb + zero_inserted(picture, block.filter, up=2, pad=(2, 1))
             picture = rgb
         return ((picture + 1) / 2).to(home)
@@ -154,16 +154,24 @@ class Case:
     device: str
     threads: int
 
-    def search(self, steps: int, progress: Progress | None = None) -> tuple[Pulse, LowImages]:
-        """The search, and the photos that it is given."""
+    def search(self, steps: int, progress: Progress | None = None) -> Pulse:
+        """The search by this row's generator."""
         weights = random_generator(self.size, self.base).to(self.device)
         generator = PlainGenerator(weights) if self.row == "plain" else weights
-        degradation = BicubicPulse(self.size // LOW_SIZE)
-        precision = "bfloat16" if self.row == "bfloat16" else "float32"
+        precision: Precision = "bfloat16" if self.row == "bfloat16" else "float32"
         config = PulseConfig(steps=steps, eps=NEVER, mapping_samples=1000, precision=precision)
-        chance = Streams(1).generator(f"truth/{self.size}/{self.base}")
-        truth = sample(PlainGenerator(weights), self.batch, chance)
-        return Pulse(generator, degradation, config, Streams(2), progress=progress), degradation.apply(truth)
+        degradation = BicubicPulse(self.size // LOW_SIZE)
+        return Pulse(generator, degradation, config, Streams(2), progress=progress)
+
+    def photos(self) -> LowImages:
+        """What every row is given."""
+        generator = PlainGenerator(random_generator(self.size, self.base))
+        drawn = sample(generator, self.batch, Streams(1).generator(f"truth/{self.size}/{self.base}"))
+        return BicubicPulse(self.size // LOW_SIZE).apply(drawn).clamp(0, 1)
+
+    def now(self) -> float:
+        """CPU seconds of one thread, which other programs disturb least; otherwise seconds of the clock."""
+        return time.process_time() if self.threads == 1 and self.device == "cpu" else time.perf_counter()
 
 
 @dataclass
@@ -172,46 +180,43 @@ class Result:
 
     case: Case
     seconds: float  # of one step, median
-    loss: float  # mean misfit of the faces after all steps
-    searched: float  # seconds of the whole search that gave `loss`
+    losses: list[float]  # the misfit of each face after all steps
+    steps: int  # that these took
     peak: float  # MiB
+
+    @property
+    def loss(self) -> float:
+        """The mean over faces."""
+        return statistics.fmean(self.losses)
 
 
 class Clock:
     """The seconds of each step; called by `Pulse` after every step."""
 
-    def __init__(self) -> None:
+    def __init__(self, case: Case) -> None:
+        self.case = case
         self.marks: list[float] = []
 
     def __call__(self, done: int, of: int) -> None:
-        self.marks.append(time.perf_counter())
+        self.marks.append(self.case.now())
 
     def steps(self) -> list[float]:
         """All steps but the first."""
         return [after - before for before, after in zip(self.marks[1:], self.marks[2:], strict=False)]
 
 
-def timed(case: Case) -> list[float]:
+def timed(case: Case, photos: LowImages) -> list[float]:
     """The seconds of a few steps."""
-    clock = Clock()
-    search, low = case.search(TIMED_STEPS, clock)
-    search.upsample(low, faces_per_photo=1)
+    clock = Clock(case)
+    case.search(TIMED_STEPS, clock).upsample(photos, faces_per_photo=1)
     return clock.steps()
-
-
-def searched(case: Case, steps: int) -> tuple[float, float]:
-    """The loss after all steps, and the seconds that took."""
-    search, low = case.search(steps)
-    start = time.perf_counter()
-    found = search.upsample(low, faces_per_photo=1)
-    return float(found.misfit.mean()), time.perf_counter() - start
 
 
 def peak_of_two_steps(case: Case) -> float:
     """MiB; call it in a process of its own."""
     torch.set_num_threads(case.threads)
-    search, low = case.search(2)
-    search.upsample(low, faces_per_photo=1)
+    photos = torch.full((case.batch, 3, LOW_SIZE, LOW_SIZE), 0.5)
+    case.search(2).upsample(photos, faces_per_photo=1)
     if case.device == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return torch.cuda.max_memory_allocated() / 2**20
@@ -219,16 +224,18 @@ def peak_of_two_steps(case: Case) -> float:
 
 def measure(cases: Sequence[Case], *, steps: int, rounds: int) -> list[Result]:
     """All rows of one size, base and batch."""
+    photos = cases[0].photos()
     seconds: dict[Case, list[float]] = {case: [] for case in cases}
     for _ in range(rounds):
         for case in cases:
-            seconds[case] += timed(case)
+            seconds[case] += timed(case, photos)
     results = []
     for case in cases:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
             peak = alone.submit(peak_of_two_steps, case).result()
-        loss, whole = searched(case, steps)
-        results.append(Result(case, statistics.median(seconds[case]), loss, whole, peak))
+        found = case.search(steps).upsample(photos, faces_per_photo=1)
+        losses = found.misfit.flatten().tolist()
+        results.append(Result(case, statistics.median(seconds[case]), losses, steps, peak))
     return results
 
 
@@ -254,7 +261,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS[1:], default=ROWS[1:])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

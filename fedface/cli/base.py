@@ -1,20 +1,34 @@
-"""Commands about the embedded generator: train it, draw a sheet of it."""
+"""Commands about the embedded models: train them, draw a sheet of one."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, cast
 
 import torch
 import typer
 
 from fedface.audits.bias import tone_histogram
 from fedface.cli.terminal import console, progress_bars
-from fedface.models.weights import load_base, load_model, save_model
+from fedface.config import plain
+from fedface.errors import ConfigError
+from fedface.models.family import Encoded, Flow, Gan
+from fedface.models.stylegan2 import StyleGAN2
+from fedface.models.weights import load_base, load_model, save_model, weights_hash, words_of_family
 from fedface.reports.figures import face_grid
+from fedface.training.encoder_pretrain import EncoderPretrainConfig, pretrain_encoder
+from fedface.training.flow_pretrain import FlowPretrainConfig, pretrain_flow
 from fedface.training.pretrain import PretrainConfig, pretrain
 
-base = typer.Typer(help="The embedded generator.", no_args_is_help=True, rich_markup_mode=None)
+ShortenOption = Annotated[
+    float, typer.Option(min=0.0001, max=1, help="Take this share of all steps, to try it.")
+]
+
+base = typer.Typer(help="The embedded models.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @base.command("train")
@@ -22,9 +36,7 @@ def base_train(
     out: Annotated[Path, typer.Option(help="Where the checkpoint goes.")] = Path("base32.safetensors"),
     seed: Annotated[int, typer.Option(min=0)] = PretrainConfig().seed,
     light_share: Annotated[float, typer.Option(min=0, max=1)] = PretrainConfig().light_share,
-    shorten: Annotated[
-        float, typer.Option(min=0.0001, max=1, help="Take this share of all steps, to try it.")
-    ] = 1.0,
+    shorten: ShortenOption = 1.0,
 ) -> None:
     """Train the base checkpoint from drawn faces; the defaults make the shipped one."""
     full = PretrainConfig()
@@ -35,6 +47,77 @@ def base_train(
         paired_steps=max(1, round(full.paired_steps * shorten)),
         adversarial_steps=max(1, round(full.adversarial_steps * shorten)),
     )
+    with _report() as report:
+        gan = pretrain(config, report)
+    _keep(out, gan)
+
+
+@base.command("flow")
+def base_flow(
+    out: Annotated[Path, typer.Option(help="Where the checkpoint goes.")] = Path("flow32.safetensors"),
+    seed: Annotated[int, typer.Option(min=0)] = FlowPretrainConfig().seed,
+    light_share: Annotated[float, typer.Option(min=0, max=1)] = FlowPretrainConfig().light_share,
+    size: Annotated[int, typer.Option(help="Pixels a side: 16, 32 or 64.")] = FlowPretrainConfig().flow.size,
+    shorten: ShortenOption = 1.0,
+) -> None:
+    """Train the base checkpoint of the rectified flow from drawn faces; the defaults make the shipped one."""
+    full = FlowPretrainConfig()
+    if size not in (16, 32, 64):
+        raise ConfigError(f"--size must be 16, 32 or 64, got {size}")
+    config = replace(
+        full,
+        seed=seed,
+        light_share=light_share,
+        pool=max(64, round(full.pool * shorten)),
+        steps=max(1, round(full.steps * shorten)),
+        flow=replace(full.flow, size=cast(Literal[16, 32, 64], size)),
+    )
+    with _report() as report:
+        flow = pretrain_flow(config, report)
+    _keep(out, flow)
+
+
+@base.command("encoder")
+def base_encoder(
+    generator: Annotated[
+        Path | None, typer.Option(help="A checkpoint with a StyleGAN2 generator; the embedded one otherwise.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where generator and encoder go.")] = Path(
+        "encoder32.safetensors"
+    ),
+    seed: Annotated[int, typer.Option(min=0)] = EncoderPretrainConfig().seed,
+    shorten: ShortenOption = 1.0,
+) -> None:
+    """Train the encoder that finds a photo's latent, from a generator's own pictures; `prior-training` needs one."""
+    full = EncoderPretrainConfig()
+    model = load_base() if generator is None else load_model(generator)
+    if not isinstance(model.generator, StyleGAN2):
+        raise ConfigError(f"{generator}: wanted a StyleGAN2 generator, got {words_of_family(model)}")
+    made = model.generator
+    config = replace(
+        full,
+        seed=seed,
+        # Only the embedded base reads a latent's numbers as the parameters of a drawn face.
+        pool=max(64, round(full.pool * shorten)) if generator is None else 0,
+        steps=max(1, round(full.steps * shorten)),
+        encoder=replace(full.encoder, size=made.size, latent_width=made.latent_width),
+    )
+    started = time.monotonic()
+    with _report() as report:
+        encoder = pretrain_encoder(made, config, report)
+    notes = {
+        "made_by": "fedface base encoder",
+        "recipe": plain(config),
+        "generator": weights_hash(made),
+        "seconds": round(time.monotonic() - started),
+        "threads": torch.get_num_threads(),
+    }
+    _keep(out, Encoded(made, encoder, notes))
+
+
+@contextmanager
+def _report() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
+    """What a training calls with (stage, step, steps, figures)."""
     with progress_bars() as bars:
         stage = ""
 
@@ -45,13 +128,15 @@ def base_train(
                 bars.stage(name, of)
             bars.step(done)
             if figures and done % 500 == 0:
-                bars.say(
-                    f"{name} {done}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items())
-                )
+                told = ", ".join(f"{key} {value:.3f}" for key, value in figures.items())
+                bars.say(f"{name} {done}: {told}")
 
-        gan = pretrain(config, progress)
-    save_model(out, gan)
-    console.print(f"wrote {out} ({gan.notes['seconds']} s)", highlight=False)
+        yield progress
+
+
+def _keep(out: Path, model: Gan | Flow | Encoded) -> None:
+    save_model(out, model)
+    console.print(f"wrote {out} ({model.notes['seconds']} s)", highlight=False)
 
 
 @base.command("sheet")

@@ -202,8 +202,13 @@ def load_as(path: Path, wanted: type[M]) -> M:
     """
     model = load_model(path)
     if not isinstance(model, wanted):
-        raise WeightsError(f"{path}: wanted {_WORDS[wanted]}, got {_WORDS[type(model)]}")
+        raise WeightsError(f"{path}: wanted {_WORDS[wanted]}, got {words_of_family(model)}")
     return model
+
+
+def words_of_family(model: Model) -> str:
+    """A model's family in words, such as "a rectified flow"."""
+    return _WORDS[type(model)]
 
 
 _WORDS: dict[type[Any], str] = {

@@ -11,6 +11,7 @@ from fedface.audits.features import (
     Moments,
     compare_faces,
     face_features,
+    faces_to_extrapolate,
     frechet_distance,
     frechet_interval,
     frechet_of_moments,
@@ -105,6 +106,22 @@ def test_the_extrapolated_frechet_distance_has_lost_its_bias() -> None:
     assert min(plain) > 4
     assert abs(estimates.mean() - 1) < 0.5
     assert sum(interval.low <= 1 <= interval.high for interval in found) >= 26
+
+
+def test_the_extrapolation_holds_from_where_it_is_said_to_and_not_below_the_number_of_features() -> None:
+    """Equal Gaussians in 40 dimensions, the worst case: 60 points are enough, 30 are not."""
+    rng = STREAMS.generator("flat")
+    covered = {
+        count: sum(
+            frechet_interval(
+                torch.randn(count, 40, generator=rng), torch.randn(count, 40, generator=rng)
+            ).covers_zero
+            for _ in range(20)
+        )
+        for count in (faces_to_extrapolate(40), 30)
+    }
+    assert faces_to_extrapolate(40) == 60
+    assert covered[60] >= 18 and covered[30] <= 5
 
 
 def test_kernel_intervals_of_equal_sources_cover_zero_and_never_lie_below_it() -> None:

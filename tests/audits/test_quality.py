@@ -11,7 +11,12 @@ from torch import Tensor
 
 from fedface.audits import features
 from fedface.audits.disaggregate import Interval
-from fedface.audits.feature_networks import ColourFeatures, FeatureIdentity, TorchScriptFeatures
+from fedface.audits.feature_networks import (
+    ColourFeatures,
+    FeatureIdentity,
+    TorchScriptFeatures,
+    open_features,
+)
 from fedface.audits.features import Moments, face_features, frechet_distance, kernel_distance
 from fedface.audits.quality import (
     TONE_GROUPS,
@@ -22,12 +27,14 @@ from fedface.audits.quality import (
     compare_quality,
     compare_streams,
     equal_coverage,
+    grouped_features,
     measure_neighbours,
     neighbour_figures,
     quality,
     tone_groups,
 )
 from fedface.photos.drawn import ToneMix, draw, sample_faces
+from fedface.photos.probe import read_face_folder
 from fedface.photos.tone import srgb_from_monk
 from fedface.randomness import Streams
 
@@ -244,6 +251,36 @@ def test_the_extrapolation_wants_one_and_a_half_times_as_many_faces_as_features(
         images, groups, images, groups, ColourFeatures(), STREAMS.numpy("x")
     ).overall.frechet.limit
     assert limit == TooFew(real=197, made=197, fewest=198)
+
+
+def test_on_real_photos_a_blurred_group_and_one_of_five_people_stand_out_and_the_others_do_not(
+    shared: Path,
+) -> None:
+    """FairFace, one half beside the other: no group differs; then two are spoiled, and only those change."""
+    probe = read_face_folder(shared / "data/faces/fairface_eval128", size=32, per_group=110)
+    order = torch.randperm(len(probe.images), generator=STREAMS.generator("halves"))
+    images, groups = probe.images[order], tuple(probe.groups[i] for i in order.tolist())
+    half = len(images) // 2
+    extractor = open_features(ColourFeatures())
+    real = grouped_features(images[:half], groups[:half], extractor)
+    made = grouped_features(images[half:], groups[half:], extractor)
+    spoiled = images[half:].clone()
+    blurred, few = (
+        torch.tensor([g == name for g in made.groups]).nonzero().flatten() for name in ("Black", "White")
+    )
+    spoiled[blurred] = (
+        torch.nn.functional.avg_pool2d(spoiled[blurred], 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    )
+    spoiled[few] = spoiled[few[torch.arange(len(few)) % 5]]
+    spoiled[few] += 0.01 * torch.randn(spoiled[few].shape, generator=STREAMS.generator("camera"))
+    clean = compare_quality(real, made, STREAMS.numpy("order")).groups
+    after = grouped_features(spoiled, made.groups, extractor)
+    planted = dict(compare_quality(real, after, STREAMS.numpy("order")).groups)
+    assert all(isinstance(found, GroupQuality) and found.kernel.covers_zero for found in clean.values())
+    black, white = planted.pop("Black"), planted.pop("White")
+    assert isinstance(black, GroupQuality) and black.kernel.low > 0
+    assert isinstance(white, GroupQuality) and white.neighbours.recall.high < 0.1
+    assert all(found == clean[name] for name, found in planted.items())
 
 
 class Corners(torch.nn.Module):

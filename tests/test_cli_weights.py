@@ -1,0 +1,139 @@
+"""`fedface weights`: what it prints about files of weights, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_gan
+
+from fedface import cli
+from fedface.models.family import Alone
+from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
+from fedface.models.weights import load_model, save_model, weights_hash
+
+
+@pytest.fixture
+def weights(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):  # type: ignore[no-untyped-def]
+    """Call `fedface weights` in this process, in an empty folder: (code, out, err)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "400")
+
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedface", "weights", *words])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def checkpoint(path: Path) -> StyleGAN2:
+    """A bare list of weights as torch.save writes it."""
+    config = GeneratorConfig(
+        size=16, latent_width=6, style_width=5, mapping_layers=2, channel_base=128, channel_max=8
+    )
+    generator = StyleGAN2(config, torch.Generator().manual_seed(1))
+    torch.save({"G_ema": generator.state_dict(), "step": 9}, path)
+    return generator
+
+
+def test_an_imported_file_is_described_and_kept(weights, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Kind, size, weights, layers, form, hash, what was left, and a picture; the result is a model of ours."""
+    generator = checkpoint(tmp_path / "a.pt")
+    code, out, _ = weights("import", "a.pt", "--out", "new/a.safetensors", "--sheet", "a.png")
+    assert code == 0
+    count = sum(part.numel() for part in generator.parameters())
+    for words in (
+        "found: stylegan2-ada state dict",
+        "a generator alone, 16 x 16 pixels",
+        f"generator: StyleGAN2, {count:,} weights",
+        "mapping layers 2",
+        "architecture skip",
+        f"hash: {weights_hash(generator)}",
+        "critic: none in the file",
+        "not taken: step",
+        "does not say whether activations are clamped",
+        "wrote new/a.safetensors",
+        "open a.png",
+    ):
+        assert words in out, words
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    kept = load_model(tmp_path / "new/a.safetensors")
+    assert isinstance(kept, Alone) and weights_hash(*kept.modules()) == weights_hash(generator)
+    assert kept.notes["file"] == "a.pt" and len(kept.notes["sha256"]) == 64
+    told = json.loads(weights("import", "a.pt", "--out", "b.safetensors", "--json")[1])
+    assert told["hash"] == weights_hash(generator) and told["ignored"] == ["step"]
+    assert told["networks"][0]["weights"] == count and told["size"] == 16
+
+
+def test_our_files_are_shown_hashed_and_sampled(weights, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Each also as JSON; a hash is of weights, so that notes do not change it; a seed gives one picture."""
+    gan = tiny_gan()
+    save_model(tmp_path / "a.safetensors", gan)
+    wanted = weights_hash(*gan.modules())
+    code, out, _ = weights("show", "a.safetensors")
+    assert code == 0 and f"hash: {wanted}" in out and "critic: Critic" in out and "16 x 16 pixels" in out
+    assert json.loads(weights("show", "a.safetensors", "--json")[1])["hash"] == wanted
+    assert weights("hash", "a.safetensors")[1].strip() == wanted
+    assert json.loads(weights("hash", "a.safetensors", "--json")[1])["hash"] == wanted
+    pictures = []
+    for seed in ("3", "3", "4"):
+        words = ("sample", "a.safetensors", "--out", "a.png", "--count", "2", "--psi", "0.5", "--seed", seed)
+        assert weights(*words)[0] == 0
+        pictures.append((tmp_path / "a.png").read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+    told = json.loads(weights("sample", "a.safetensors", "--out", "a.png", "--count", "1", "--json")[1])
+    assert told["psi"] == [0.7, 1.0] and told["hash"] == wanted
+
+
+def test_a_generator_with_classes_draws_each(weights, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """By default the first three; one by its number; none that it does not have."""
+    config = GeneratorConfig(
+        size=8, latent_width=4, style_width=4, mapping_layers=1, channel_base=32, channel_max=4, classes=2
+    )
+    save_model(tmp_path / "a.safetensors", Alone(StyleGAN2(config, torch.Generator()), {}))
+    words = ("sample", "a.safetensors", "--out", "a.png", "--count", "1")
+    assert weights(*words)[0] == 0 and weights(*words, "--label", "1")[0] == 0
+    code, out, err = weights(*words, "--label", "2")
+    assert code == 2 and "one of the generator's 2 classes" in err and out == ""
+    save_model(tmp_path / "b.safetensors", tiny_gan())
+    code, _, err = weights("sample", "b.safetensors", "--out", "a.png", "--label", "0")
+    assert code == 2 and "has no classes" in err
+
+
+def test_a_hostile_file_is_one_sentence_and_writes_nothing(weights, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Code 2, the name of what it asked for, no file of ours, no file of its own."""
+
+    class Gadget:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.system, (f"touch {tmp_path / 'owned'}",)
+
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"G_ema": Gadget()}))
+    code, out, err = weights("import", "a.pkl", "--out", "a.safetensors")
+    assert code == 2 and out == "" and "Traceback" not in err
+    assert "fedface: a.pkl: asks for posix.system, which no weights need; nothing of the file was run" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pkl"]
+
+
+def test_mistakes_are_sentences(weights, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """A missing file, a file over itself, another program's file where ours is wanted."""
+    checkpoint(tmp_path / "a.pt")
+    for words, said in (
+        (("import", "none.pkl", "--out", "a.safetensors"), "none.pkl: no such file"),
+        (("import", "a.pt", "--out", "a.pt"), "is the file to import"),
+        (("show", "a.pt"), "not a readable safetensors file"),
+        (("hash", "none.safetensors"), "no such checkpoint"),
+    ):
+        code, out, err = weights(*words)
+        assert code == 2 and out == "" and said in err and "Traceback" not in err
+    assert weights("sample", "a.pt", "--out", "a.png", "--psi", "2")[0] == 2
