@@ -58,7 +58,8 @@ def weights_import(
         save_model(out, model)
         if sheet is not None:
             bars.stage("drawing samples", 0)
-            sheet.write_bytes(sheet_of(model.generator, count=8, psis=(0.7, 1.0), seed=1, label=None))
+            count = 8 if facts.size <= SHOWN else 4
+            sheet.write_bytes(sheet_of(model.generator, count=count, psis=(0.7, 1.0), seed=1, label=None))
     if json_out:
         told = {"found": found.kind, "ignored": found.ignored, "notes": dict(found.notes), **asdict(facts)}
         print(json.dumps(told | {"out": str(out)}, indent=2))

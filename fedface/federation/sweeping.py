@@ -49,7 +49,7 @@ from fedface.sweep import Sweep, Variant
 from fedface.training.ways import begin_round, common_streams
 
 FACES = 600  # samples of each model, and faces on either side of the reference
-QUALITY = ("kernel", "precision", "recall")
+QUALITY = ("kernel", "coverage", "precision", "recall")
 SHOWN = 12  # samples in a row of the picture
 
 CohortOf = Callable[[Experiment, Path], Cohort]  # an experiment and the folder of its devices' states
@@ -247,6 +247,7 @@ def _group(name: str, found: GroupQuality | TooFew | None) -> GroupFigures:
 def _quality_figures(found: GroupQuality) -> dict[str, Figure]:
     return {
         "kernel": measured(found.kernel),
+        "coverage": measured(found.neighbours.coverage),
         "precision": measured(found.neighbours.precision),
         "recall": measured(found.neighbours.recall),
     }

@@ -231,7 +231,7 @@ def _with(notes: dict[str, Any], remarks: list[str]) -> dict[str, Any]:
 def _ada_generator(network: Network, remarks: list[str]) -> StyleGAN2:
     """A generator with stylegan2-ada's names, described by its shapes and filled."""
     tensors = without_filters(network.tensors, ".resample_filter", FILTER)
-    sides = sides_of(tensors, r"synthesis\.b(\d+)\.conv1\.weight")
+    sides = sides_of(tensors, r"synthesis\.b([0-9]{1,4})\.conv1\.weight")
     check_fields(network, ("mapping.fc", 0.01))
     style = width_of(tensors, "synthesis.b4.conv1.affine.weight", 1)
     classes = width_of(tensors, "mapping.embed.weight", 1) if "mapping.embed.weight" in tensors else 0
@@ -245,7 +245,7 @@ def _ada_generator(network: Network, remarks: list[str]) -> StyleGAN2:
         size=max(sides),
         latent_width=width_of(tensors, "mapping.fc0.weight", 1) - (style if classes else 0),
         style_width=style,
-        mapping_layers=count_of(tensors, r"mapping\.fc\d+\.weight"),
+        mapping_layers=count_of(tensors, r"mapping\.fc[0-9]+\.weight"),
         architecture=architecture,
         clamp=clamp_of(network),
         classes=classes,
@@ -274,7 +274,7 @@ def _ada_generator(network: Network, remarks: list[str]) -> StyleGAN2:
 def _ada_critic(network: Network) -> Critic:
     """A critic with stylegan2-ada's names, described by its shapes and filled."""
     tensors = without_filters(network.tensors, ".resample_filter", FILTER)
-    sides = sides_of({**tensors, "b4.conv0.weight": torch.empty(0)}, r"b(\d+)\.conv0\.weight")
+    sides = sides_of({**tensors, "b4.conv0.weight": torch.empty(0)}, r"b([0-9]{1,4})\.conv0\.weight")
     check_fields(network, ("mapping.fc", 0.01))
     table = {side: width_of(tensors, f"b{side}.conv0.weight", 1) for side in sides if side > 4}
     table[4] = width_of(tensors, "b4.conv.weight", 0)
@@ -294,7 +294,7 @@ def _ada_critic(network: Network) -> Critic:
         channel_max=most,
     )
     if "mapping.embed.weight" in tensors:
-        layers = count_of(tensors, r"mapping\.fc\d+\.weight")
+        layers = count_of(tensors, r"mapping\.fc[0-9]+\.weight")
         config = replace(config, classes=width_of(tensors, "mapping.embed.weight", 1), mapping_layers=layers)
     check_fit(lambda: Critic(config), tensors)
     critic = Critic(config, torch.Generator())
@@ -303,7 +303,7 @@ def _ada_critic(network: Network) -> Critic:
 
 
 def _filled_stylegan1(tensors: dict[str, Tensor], remarks: list[str]) -> StyleGAN1:
-    sides = sides_of(tensors, r"synthesis\.blocks\.(\d+)x\1\.epi1\.noise\.weight")
+    sides = sides_of(tensors, r"synthesis\.blocks\.([0-9]{1,4})x\1\.epi1\.noise\.weight")
     table = {
         side: width_of(tensors, f"synthesis.blocks.{side}x{side}.epi1.noise.weight", 0) for side in sides
     }
@@ -312,7 +312,7 @@ def _filled_stylegan1(tensors: dict[str, Tensor], remarks: list[str]) -> StyleGA
         size=max(sides),
         latent_width=width_of(tensors, "mapping.dense0.weight", 1),
         style_width=width_of(tensors, "synthesis.blocks.4x4.epi1.style_mod.lin.weight", 1),
-        mapping_layers=count_of(tensors, r"mapping\.dense\d+\.weight"),
+        mapping_layers=count_of(tensors, r"mapping\.dense[0-9]+\.weight"),
         channel_base=base,
         channel_max=most,
     )

@@ -6,13 +6,13 @@ Called from the command line (`fedface weights show`, `fedface weights import`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, assert_never
+from typing import Any
 
 from torch import nn
 
 from fedface.config import plain
-from fedface.models.family import Alone, Encoded, Flow, Gan, Model
-from fedface.models.weights import weights_hash
+from fedface.models.family import Model
+from fedface.models.weights import weights_hash, words_of_family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class ModelFacts:
 def describe(model: Model) -> ModelFacts:
     """What a model holds, from the networks themselves."""
     return ModelFacts(
-        family=_words(model),
+        family=words_of_family(model),
         size=model.generator.size,
         networks=tuple(_facts(name, module) for name, module in model.named().items()),
         hash=weights_hash(*model.modules()),
@@ -68,17 +68,3 @@ def _facts(name: str, module: nn.Module) -> NetworkFacts:
         fixed=kept - weights,
         config=dict(plain(module.config)),
     )
-
-
-def _words(model: Model) -> str:
-    match model:
-        case Gan():
-            return "a generator with its critic"
-        case Encoded():
-            return "a generator with an encoder"
-        case Flow():
-            return "a rectified flow"
-        case Alone():
-            return "a generator alone"
-        case _:
-            assert_never(model)

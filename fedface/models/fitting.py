@@ -82,8 +82,9 @@ def check_fields(network: Network, mapping: tuple[str, float]) -> None:
         if name.endswith(".use_noise") and value is not True:
             raise WeightsError(f"{printable(name)}: is off; our networks have noise in every layer")
         if name.startswith(prefix) and name.endswith(".weight_gain"):
-            inputs = network.tensors.get(name.replace("weight_gain", "weight"), torch.empty(0, 0)).shape[-1]
-            if not isinstance(value, float) or abs(value * inputs**0.5 - rate) > 1e-6:
+            weight = network.tensors.get(name.removesuffix("_gain"), torch.empty(0))
+            inputs = weight.shape[-1] if weight.dim() else 0
+            if not isinstance(value, float) or not abs(value * inputs**0.5 - rate) < 1e-6:
                 raise WeightsError(f"{printable(name)}: is not that of a learning rate multiplier of {rate}")
 
 

@@ -35,7 +35,7 @@ from fedface.models.pickled import (
 LARGEST: Final = 4 * 2**30  # bytes; the largest published training checkpoint has about one
 _DEEPEST: Final = 32  # networks within networks
 _MOST_LISTED: Final = 4 * 2**20  # bytes of a zip file's list of entries
-_MOST_PARTS: Final = 20_000  # modules and tensors; a published checkpoint has about a thousand
+_MOST_PARTS: Final = 200_000  # entries of modules; a published checkpoint has about ten thousand
 _NESTED_STEPS: Final = 10_000  # instructions that describe one row of numbers; a dozen do
 _TORCH_MAGIC: Final = 0x1950A86A20F9469CFC6C  # the first value of torch.save's older format
 _PERSISTENT: Final = "torch_utils.persistence._reconstruct_persistent_obj"
@@ -121,9 +121,9 @@ class _Budget:
         self._bytes = 3 * size + 2**20  # once for the rows of numbers, twice for the windows on them
         self._parts = _MOST_PARTS
 
-    def spend(self, size: int) -> None:
+    def spend(self, size: int, parts: int = 1) -> None:
         self._bytes -= size
-        self._parts -= 1
+        self._parts -= parts
         if self._bytes < 0:
             raise PickleRefused("names tensors that are together much larger than itself")
         if self._parts < 0:
@@ -266,8 +266,9 @@ def _sorted(kind: Kind, value: Any, budget: _Budget) -> ForeignFile:
     beside: dict[str, Tensor] = {}
     ignored: list[str] = []
     for name, part in value.items():
+        budget.spend(0, len(part) if isinstance(part, dict) else 1)
         if not isinstance(name, str):
-            ignored.append(printable(str(name), 40))
+            ignored.append(str(name) if isinstance(name, int) else f"a {type(name).__name__}")
         elif _is_network(part):
             networks[name] = _network(part, budget)
         elif _is_tensor(part):
@@ -319,11 +320,11 @@ def _modules(
     """Each module's own dictionary, with the dotted name that stands before what is in it."""
     if depth > _DEEPEST:
         raise PickleRefused(f"has networks within networks, more than {_DEEPEST} deep")
-    budget.spend(0)
     meta = _meta(value)
     state = meta.get("state")
     if not isinstance(state, dict):
         raise PickleRefused("has a network without its numbers")
+    budget.spend(0, 1 + sum(len(part) for part in (state, *state.values()) if isinstance(part, dict)))
     yield prefix, state
     for name, part in _words_of(state.get("_modules")).items():
         if part is not None:

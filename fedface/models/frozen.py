@@ -2,14 +2,10 @@
 
 Called from upsampling/ and audits/, wherever styles or noise maps move and weights do not. What is prepared:
 equalised gains are folded into the weights, the energies of demodulation are summed once, weights lie
-channels-last and, where the machine multiplies bfloat16 in hardware, are rounded to it. What is saved in a step:
-no gradient of a weight is ever computed, and each layer is one convolution and three or four passes over its
-activations in either direction; docs/speed.md has the measurements behind each choice.
+channels-last and, when asked for, are rounded to bfloat16, which some machines multiply in hardware. The layers
+themselves are in models/frozen_blocks; docs/speed.md has the measurements behind each choice.
 
-Sources: Karras et al. 2020 (arXiv:1912.04958), section 2.2, for modulation; the rest is the chain rule. Two
-identities spare passes. Leaky ReLU is homogeneous, so that the gradient times a layer's output equals the
-gradient times its input, sum by sum. And a layer's input is its noise and bias plus demodulation times a
-convolution, so that the gradient of the demodulation needs sums over pixels only, not the convolution again.
+Source: Karras et al. 2020 (arXiv:1912.04958).
 """
 
 from __future__ import annotations
@@ -22,6 +18,7 @@ from typing import Any, Literal, assert_never, cast
 import torch
 from torch import Tensor
 
+from fedface.models.frozen_blocks import FrozenBlock, freeze_block, run_blocks
 from fedface.models.stylegan2 import Block, StyleGAN2
 from fedface.shapes import Images, Latents, Styles
 

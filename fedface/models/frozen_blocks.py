@@ -12,7 +12,7 @@ Source: Karras et al. 2020 (arXiv:1912.04958), section 2.2, for modulation; the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -231,11 +231,7 @@ def _unrun_colours(
 
 
 class _Blocks(torch.autograd.Function):
-    """Some blocks in a row: activations and colours so far in, activations and colours out.
-
-    `inputs` holds, block by block, the style, the demodulation and the noise plane (or None) of each convolution
-    and then the style of the colours, if the block makes any. All are float32; activations are not.
-    """
+    """What `run_blocks` does, with the inputs of all blocks in one row."""
 
     @staticmethod
     def forward(
@@ -246,7 +242,9 @@ class _Blocks(torch.autograd.Function):
         *inputs: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         ctx.set_materialize_grads(False)
-        given, kept, coloured = iter(inputs), [], []  # type: Iterator[Any], list[Tensor], list[bool]
+        given: Iterator[Any] = iter(inputs)
+        kept: list[Tensor] = []
+        coloured: list[bool] = []
         keep = any(ctx.needs_input_grad)
         ctx.dtype = None if x is None else x.dtype
         for block in blocks:
@@ -318,11 +316,23 @@ def _channels_last(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous(memory_format=torch.channels_last)
 
 
-def _run(
+def run_blocks(
     blocks: tuple[FrozenBlock, ...],
-    inputs: Sequence[list[Tensor | None]],
+    inputs: Sequence[Sequence[Tensor | None]],
     x: Tensor | None,
     picture: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
+    """Run some blocks in a row; inputs may ask for gradients (of first order), weights never do.
+
+    Args:
+        blocks: From `freeze_block`, in their order.
+        inputs: For each block, float32: style (n, i), demodulation times gain (n, o) and noise times strength
+            (n or 1, 1, side, side) or None, for each convolution; then the style of the colours if it has any.
+        x: Activations of the block before; None at the first block.
+        picture: Colours so far (n, 3, side / 2, side / 2), float32; None where there are none yet.
+
+    Returns:
+        Activations, and colours or None.
+    """
     flat = [tensor for block in inputs for tensor in block]
-    return cast(Any, _Blocks).apply(blocks, x, picture, *flat)  # type: ignore[no-any-return]
+    return cast(tuple[Tensor | None, Tensor | None], cast(Any, _Blocks).apply(blocks, x, picture, *flat))

@@ -34,8 +34,9 @@ def without_filters(tensors: Tensors, ends: str, taps: tuple[float, ...]) -> dic
     wanted = torch.outer(row, row) / row.sum().square()
     for name, value in tensors.items():
         if name.endswith(ends):
-            found = value.float().reshape(value.shape[-2:]) if value.dim() >= 2 else value.float()
-            if found.shape != wanted.shape or not torch.allclose(found / found.sum(), wanted, atol=1e-5):
+            fits = value.shape[-2:] == wanted.shape and value.numel() == wanted.numel()
+            found = value.float().reshape(wanted.shape) if fits else wanted
+            if not fits or not torch.allclose(found / found.sum(), wanted, atol=1e-5):
                 raise WeightsError(
                     f"{printable(name)}: is another filter than {list(taps)}, which is the one we compute"
                 )
@@ -51,7 +52,7 @@ def rosinality_generator(tensors: Tensors) -> dict[str, Tensor]:
     for name, value in without_filters(tensors, ".kernel", (1.0, 3.0, 3.0, 1.0)).items():
         parts = name.split(".")
         match parts:
-            case ["style", place, last] if place.isdigit() and int(place) > 0:
+            case ["style", place, last] if _is_place(place) and int(place) > 0:
                 renamed[f"mapping.fc{int(place) - 1}.{last}"] = value
             case ["input", "input"]:
                 renamed["synthesis.b4.const"] = _first(name, value, 4)
@@ -59,12 +60,12 @@ def rosinality_generator(tensors: Tensors) -> dict[str, Tensor]:
                 renamed |= _styled("synthesis.b4.conv1", name, rest, value)
             case ["to_rgb1", *rest]:
                 renamed |= _styled("synthesis.b4.torgb", name, rest, value)
-            case ["convs", place, *rest] if place.isdigit():
+            case ["convs", place, *rest] if _is_place(place):
                 layer = f"synthesis.b{_side(int(place) // 2)}.conv{int(place) % 2}"
                 renamed |= _styled(layer, name, rest, value)
-            case ["to_rgbs", place, *rest] if place.isdigit():
+            case ["to_rgbs", place, *rest] if _is_place(place):
                 renamed |= _styled(f"synthesis.b{_side(int(place))}.torgb", name, rest, value)
-            case ["noises", word] if re.fullmatch(r"noise_\d{1,2}", word):
+            case ["noises", word] if re.fullmatch(r"noise_[0-9]{1,2}", word):
                 after = int(word.removeprefix("noise_")) - 1
                 layer = "b4.conv1" if after < 0 else f"b{_side(after // 2)}.conv{after % 2}"
                 renamed[f"synthesis.{layer}.noise_const"] = _first(name, _first(name, value, 4), 3)
@@ -95,7 +96,7 @@ def rosinality_critic(tensors: Tensors) -> dict[str, Tensor]:
 
     Its list `convs` begins with the layer that reads colours; entry j is the block of side size / 2^(j - 1).
     """
-    places = [int(found[1]) for name in tensors if (found := re.match(r"convs\.(\d{1,2})\.", name))]
+    places = [int(found[1]) for name in tensors if (found := re.match(r"convs\.([0-9]{1,2})\.", name))]
     size = 4 * 2 ** max(places, default=0)
     words = {
         "conv1.0.weight": "conv0.weight",
@@ -116,7 +117,7 @@ def rosinality_critic(tensors: Tensors) -> dict[str, Tensor]:
     }
     renamed: dict[str, Tensor] = {}
     for name, value in without_filters(tensors, ".kernel", (1.0, 3.0, 3.0, 1.0)).items():
-        found = re.fullmatch(r"convs\.(\d{1,2})\.(.+)", name)
+        found = re.fullmatch(r"convs\.([0-9]{1,2})\.(.+)", name)
         if name in last:
             renamed[last[name]] = value
         elif found and found[2] in words:
@@ -131,8 +132,12 @@ def pulse_generator(tensors: Tensors) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for name, value in without_filters(tensors, ".kernel", (1.0, 2.0, 1.0)).items():
         name = re.sub(r"^(g_)?(mapping|synthesis)\.", "", name)
-        renamed[f"mapping.{name}" if re.match(r"dense\d+\.", name) else f"synthesis.{name}"] = value
+        renamed[f"mapping.{name}" if re.match(r"dense[0-9]+\.", name) else f"synthesis.{name}"] = value
     return renamed
+
+
+def _is_place(word: str) -> bool:
+    return re.fullmatch("0|[1-9][0-9]{0,2}", word) is not None
 
 
 def _side(place: int) -> int:

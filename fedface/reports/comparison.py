@@ -19,11 +19,13 @@ from fedface.reports.run import Epsilon, Figure, Interval, MachineRecord, NotMea
 
 FILE = "comparison.json"
 UNTOUCHED, UNBOUNDED = "0", "∞"  # the unmodified public model; training without noise
-MEASURES = ("tone_distance", "darker", "kernel", "precision", "recall")
+MEASURES = ("tone_distance", "darker", "kernel", "coverage", "precision", "recall")
+BY_GROUP = ("kernel", "coverage", "precision")
 TITLES = {
     "tone_distance": "distance in tone, Monk steps",
     "darker": "share of darker samples",
     "kernel": "kernel distance",
+    "coverage": "coverage",
     "precision": "precision",
     "recall": "recall",
 }
@@ -36,7 +38,7 @@ class GroupFigures:
     group: str
     real: int  # faces of the reference in this group
     made: int  # samples in this group
-    figures: dict[str, Figure]  # kernel, precision, recall
+    figures: dict[str, Figure]  # kernel, coverage, precision, recall
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +170,7 @@ def markdown(record: ComparisonRecord) -> str:
             lines.append(_row([way, level, sigma, up, str(len(runs)), *figures, seconds]))
     lines += ["", "## By tone group", ""]
     groups = [group.group for group in record.reference.groups]
-    for measure in ("kernel", "precision", "recall"):
+    for measure in BY_GROUP:
         lines += [f"### {TITLES[measure]}", "", _row(["way", "epsilon", *groups])]
         lines.append(_row(["---"] * (2 + len(groups))))
         for way in record.ways():

@@ -132,8 +132,8 @@ class FlowPretraining:
 
 
 def _slowing(step: int, steps: int) -> float:
-    """The learning rate's multiplier: up to 1 within 200 steps, then down to 0.01 along a cosine."""
-    warm = min(1.0, (step + 1) / 200)
+    """The learning rate's multiplier: up to 1 within 200 steps or a tenth, then down to 0.01 along a cosine."""
+    warm = min(1.0, (step + 1) / max(1, min(200, steps // 10)))
     return warm * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * step / steps)))
 
 

@@ -23,7 +23,7 @@ STRANGERS = [
     ("aggregation", "training"),
     ("models", "photos"),
 ]  # neither knows the other
-STANDS_ON = {("upsampling", "models")}  # the one pair on a floor with a direction
+STANDS_ON = {("upsampling", "models"), ("sweep", "experiment")}  # the pairs on a floor with a direction
 
 
 def room(module: str) -> str:

@@ -265,3 +265,76 @@ def test_a_frozen_parameter_gets_no_gradient() -> None:
     module.first.weight.requires_grad_(False)
     shapes = [tuple(g.shape[1:]) for g in per_photo_gradients(module, loss, faces(3))]
     assert shapes == [(4,), (1, 4, 3, 3), (1,)]
+
+
+def shifted_loss(network: Network, photos: Tensor, draws: Tensor) -> Tensor:
+    """The mean over K draws (n, K, ...) of the loss at photo + draw, one per photo."""
+    count = draws.shape[1]
+    shown = photos.repeat_interleave(count, dim=0) + draws.flatten(0, 1)
+    return loss(network, shown).view(-1, count).mean(dim=1)
+
+
+def drawn(photos: int, count: int = 3) -> Tensor:
+    return torch.randn(photos, count, 3, 8, 8, generator=STREAMS.generator("draws"))
+
+
+def draw_by_draw(module: nn.Module, photos: Tensor, draws: Tensor) -> list[list[Tensor]]:
+    """The slow twin: one backward pass per photo and draw, then the mean over a photo's draws."""
+    weights = list(module.parameters())
+    every = [
+        [torch.autograd.grad(loss(module, (photo + one)[None]).sum(), weights) for one in row]
+        for photo, row in zip(photos, draws, strict=True)
+    ]
+    return [[torch.stack(parts).mean(0) for parts in zip(*photo, strict=True)] for photo in every]
+
+
+def test_draws_are_averaged_within_each_photo_like_the_slow_twin() -> None:
+    """Three draws for each of four photos, every photo its own."""
+    module, photos, draws = SmallCritic(), faces(4), drawn(4)
+    ours = per_photo_gradients(module, shifted_loss, photos, draws=draws)
+    for photo, twin in enumerate(draw_by_draw(module, photos, draws)):
+        for one, other in zip(ours, twin, strict=True):
+            assert torch.allclose(one[photo], other, rtol=1e-4, atol=1e-7)
+
+
+def test_clipping_comes_after_the_mean_over_draws() -> None:
+    """One photo with many draws adds a vector of length clip_norm and no more, in the twin's direction."""
+    module, photos, draws = SmallCritic(), faces(1), drawn(1, 16)
+    (twin,) = draw_by_draw(module, photos, draws)
+    clip_norm = length(twin) / 3
+    ours = private_gradient(
+        module, photos, shifted_loss, mechanism=ClippedSum(clip_norm=clip_norm), expected_batch=1,
+        sampling_rate=1.0, chance=STREAMS.generator("coins"), draw=lambda n: draws[:n],
+    )  # fmt: skip
+    assert length(ours) == approx(clip_norm, rel=1e-4)
+    assert all(torch.allclose(a, b / 3, rtol=1e-3, atol=1e-7) for a, b in zip(ours, twin, strict=True))
+
+
+def test_every_microbatch_gets_as_many_rows_of_draws_as_it_has_photos() -> None:
+    """Seven photos in threes ask for 3, 3 and 1; no photos ask for none, and are still a step."""
+    asked: list[int] = []
+
+    def draw(photos: int) -> Tensor:
+        asked.append(photos)
+        return drawn(photos)
+
+    for photos in (7, 0):
+        gradient = private_gradient(
+            SmallCritic(), faces(photos), shifted_loss, mechanism=GaussianSum(clip_norm=1.0, sigma=1.0),
+            expected_batch=4, sampling_rate=1.0, chance=SecretNoise(), draw=draw, microbatch=3,
+        )  # fmt: skip
+        assert all(float(part.abs().max()) > 0 for part in gradient)
+    assert asked == [3, 3, 1]
+
+
+def test_the_check_passes_a_loss_with_draws_and_refuses_a_network_that_mixes_photos() -> None:
+    """The guard holds with draws as it does without."""
+    check_per_photo_gradients(SmallCritic(), shifted_loss, faces(2), draw=drawn)
+    with pytest.raises(PrivacyError, match="mixes photos"):
+        check_per_photo_gradients(Statistics(), shifted_loss, faces(2), draw=drawn)
+
+
+def test_layerwise_gradients_refuse_draws() -> None:
+    """Opacus cannot see which rows of a batch belong to one photo."""
+    with pytest.raises(PrivacyError, match="WholeNetwork"):
+        per_photo_gradients(SmallCritic(), shifted_loss, faces(2), draws=drawn(2), engine=OpacusLayers())
