@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ from torch.nn import functional
 
 from fedface.models.contracts import sample
 from fedface.models.frozen import Precision, fast_precision
-from fedface.models.stylegan2 import GeneratorConfig, StyledConv, StyleGAN2, ToRGB
+from fedface.models.stylegan2 import Block, GeneratorConfig, StyledConv, StyleGAN2, ToRGB
 from fedface.randomness import Streams
 from fedface.shapes import Images, Latents, LowImages, Styles
 from fedface.upsampling.degrade import BicubicPulse
@@ -87,14 +88,16 @@ class PlainGenerator:
         styles = styles.to(place)
         noise = None if noise is None else [plane.to(place) for plane in noise]
         used, picture = 0, torch.zeros(1)
-        x = self.weights.synthesis.get_submodule("b4").const.expand(styles.shape[0], -1, -1, -1)
-        for side in self.weights.config.sides:
-            block = self.weights.synthesis.get_submodule(f"b{side}")
-            for conv in [block.conv1] if side == 4 else [block.conv0, block.conv1]:
+        blocks = [
+            cast(Block, self.weights.synthesis.get_submodule(f"b{s}")) for s in self.weights.config.sides
+        ]
+        x = blocks[0].const.expand(styles.shape[0], -1, -1, -1)
+        for block in blocks:
+            for conv in [block.conv1] if block.first else [block.conv0, block.conv1]:
                 x = self._convolve(conv, x, styles[:, used], None if noise is None else noise[used])
                 used += 1
             rgb = self._colours(block.torgb, x, styles[:, used])
-            if side > 4:
+            if not block.first:
                 rgb = rgb + zero_inserted(picture, block.filter, up=2, pad=(2, 1))
             picture = rgb
         return ((picture + 1) / 2).to(home)
@@ -217,9 +220,14 @@ def peak_of_two_steps(case: Case) -> float:
     torch.set_num_threads(case.threads)
     photos = torch.full((case.batch, 3, LOW_SIZE, LOW_SIZE), 0.5)
     case.search(2).upsample(photos, faces_per_photo=1)
-    if case.device == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return torch.cuda.max_memory_allocated() / 2**20
+    if case.device != "cpu":
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    if (
+        status.exists()
+    ):  # getrusage would count the parent as well, whose memory the child had before it began
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def measure(cases: Sequence[Case], *, steps: int, rounds: int) -> list[Result]:

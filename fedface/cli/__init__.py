@@ -23,6 +23,7 @@ from fedface.cli.base import base
 from fedface.cli.comparisons import compare_runs
 from fedface.cli.devices import device, ledger
 from fedface.cli.faces import photos, upsample
+from fedface.cli.figures import quality
 from fedface.cli.runs import check, report, run_experiment
 from fedface.cli.terminal import call
 from fedface.cli.weights import weights
@@ -38,6 +39,7 @@ app.command("run")(run_experiment)
 app.command("compare")(compare_runs)
 app.command()(check)
 app.command()(report)
+app.command()(quality)
 app.command()(upsample)
 GROUPS = {"photos": photos, "base": base, "weights": weights, "device": device, "ledger": ledger}
 for name, part in GROUPS.items():

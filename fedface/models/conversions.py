@@ -231,7 +231,7 @@ def _with(notes: dict[str, Any], remarks: list[str]) -> dict[str, Any]:
 def _ada_generator(network: Network, remarks: list[str]) -> StyleGAN2:
     """A generator with stylegan2-ada's names, described by its shapes and filled."""
     tensors = without_filters(network.tensors, ".resample_filter", FILTER)
-    sides = sides_of(tensors, r"synthesis\.b([0-9]{1,4})\.conv1\.weight")
+    sides = sides_of(tensors, r"synthesis\.b([0-9]{1,6})\.conv1\.weight")
     check_fields(network, ("mapping.fc", 0.01))
     style = width_of(tensors, "synthesis.b4.conv1.affine.weight", 1)
     classes = width_of(tensors, "mapping.embed.weight", 1) if "mapping.embed.weight" in tensors else 0
@@ -274,7 +274,7 @@ def _ada_generator(network: Network, remarks: list[str]) -> StyleGAN2:
 def _ada_critic(network: Network) -> Critic:
     """A critic with stylegan2-ada's names, described by its shapes and filled."""
     tensors = without_filters(network.tensors, ".resample_filter", FILTER)
-    sides = sides_of({**tensors, "b4.conv0.weight": torch.empty(0)}, r"b([0-9]{1,4})\.conv0\.weight")
+    sides = sides_of({**tensors, "b4.conv0.weight": torch.empty(0)}, r"b([0-9]{1,6})\.conv0\.weight")
     check_fields(network, ("mapping.fc", 0.01))
     table = {side: width_of(tensors, f"b{side}.conv0.weight", 1) for side in sides if side > 4}
     table[4] = width_of(tensors, "b4.conv.weight", 0)
@@ -303,7 +303,7 @@ def _ada_critic(network: Network) -> Critic:
 
 
 def _filled_stylegan1(tensors: dict[str, Tensor], remarks: list[str]) -> StyleGAN1:
-    sides = sides_of(tensors, r"synthesis\.blocks\.([0-9]{1,4})x\1\.epi1\.noise\.weight")
+    sides = sides_of(tensors, r"synthesis\.blocks\.([0-9]{1,6})x\1\.epi1\.noise\.weight")
     table = {
         side: width_of(tensors, f"synthesis.blocks.{side}x{side}.epi1.noise.weight", 0) for side in sides
     }

@@ -3,15 +3,13 @@
 Called from models/conversions. Read here: NVIDIA's stylegan2-ada .pkl, and what torch.save writes in either of its
 two formats. Both are pickles; `models.pickled` reads those as words, and this file turns the words that stand
 for tensors into tensors, with bounds of its own: a tensor never reaches outside its numbers, and all tensors
-together never take more memory than the file is large.
+together never take much more memory than the file is large.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-import struct
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,35 +20,12 @@ import torch
 from torch import Tensor
 
 from fedface.errors import WeightsError
-from fedface.models.pickled import (
-    MOST_STEPS,
-    Made,
-    Name,
-    PickleRefused,
-    pickle_stream,
-    printable,
-    read_pickle,
-)
+from fedface.models.pickled import Made, PickleRefused, pickle_stream, printable, read_pickle
+from fedface.models.torch_saves import FEW_STEPS, LARGEST, TORCH_MAGIC, Storage, read_rows, read_zip
 
-LARGEST: Final = 4 * 2**30  # bytes; the largest published training checkpoint has about one
 _DEEPEST: Final = 32  # networks within networks
-_MOST_LISTED: Final = 4 * 2**20  # bytes of a zip file's list of entries
 _MOST_PARTS: Final = 200_000  # entries of modules; a published checkpoint has about ten thousand
-_NESTED_STEPS: Final = 10_000  # instructions that describe one row of numbers; a dozen do
-_TORCH_MAGIC: Final = 0x1950A86A20F9469CFC6C  # the first value of torch.save's older format
 _PERSISTENT: Final = "torch_utils.persistence._reconstruct_persistent_obj"
-_DTYPES: Final[Mapping[str, torch.dtype]] = {
-    "torch.DoubleStorage": torch.float64,
-    "torch.FloatStorage": torch.float32,
-    "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16,
-    "torch.LongStorage": torch.int64,
-    "torch.IntStorage": torch.int32,
-    "torch.ShortStorage": torch.int16,
-    "torch.CharStorage": torch.int8,
-    "torch.ByteStorage": torch.uint8,
-    "torch.BoolStorage": torch.bool,
-}
 
 Plain = bool | int | float | str | None
 Kind = Literal["nvidia-pickle", "torch-checkpoint"]
@@ -70,9 +45,7 @@ class ForeignFile:
     """What a file holds."""
 
     kind: Kind
-    networks: Mapping[
-        str, Network
-    ]  # by the file's own name for it, such as G_ema; "" if the file is one network
+    networks: Mapping[str, Network]  # by the file's own name, such as G_ema; "" if the file is one network
     tensors: Mapping[str, Tensor]  # what lies beside the networks, such as latent_avg
     ignored: tuple[str, ...]  # names of everything else
 
@@ -104,11 +77,11 @@ def read_foreign(path: Path) -> ForeignFile:
     try:
         with path.open("rb") as file:
             if file.read(4) == b"PK\x03\x04":
-                return _sorted("torch-checkpoint", _read_zip(file, size), budget)
+                return _sorted("torch-checkpoint", read_zip(file, size), budget)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 value = read_pickle(content, nested=lambda inner: _read_nested(inner, budget))
-                if value == _TORCH_MAGIC:
-                    return _sorted("torch-checkpoint", _read_torch(content), budget)
+                if value == TORCH_MAGIC:
+                    return _sorted("torch-checkpoint", read_rows(content), budget)
                 return _sorted("nvidia-pickle", value, budget)
     except PickleRefused as error:
         raise WeightsError(f"{path}: {error}") from error
@@ -130,130 +103,16 @@ class _Budget:
             raise PickleRefused(f"has more than {_MOST_PARTS:,} parts, which is more than any network has")
 
 
-@dataclass(slots=True, eq=False)
-class _Storage:
-    """Numbers in a row, of which tensors are windows."""
-
-    dtype: torch.dtype
-    numel: int
-    values: Tensor | None = None  # known when the bytes behind the pickle are read
-
-    def fill(self, content: bytes) -> None:
-        wanted = self.numel * self.dtype.itemsize
-        if len(content) != wanted:
-            raise PickleRefused(f"is damaged: a row of numbers has {len(content)} bytes and not {wanted}")
-        self.values = torch.frombuffer(bytearray(content), dtype=self.dtype) if wanted else torch.empty(0)
-
-
-def _read_nested(content: bytes, budget: _Budget) -> _Storage:
+def _read_nested(content: bytes, budget: _Budget) -> Storage:
     """What torch.storage._load_from_bytes is given: one row of numbers in the older format of torch.save."""
     budget.spend(len(content))
     stream = pickle_stream(content)
-    if read_pickle(stream, most_steps=_NESTED_STEPS) != _TORCH_MAGIC:
+    if read_pickle(stream, most_steps=FEW_STEPS) != TORCH_MAGIC:
         raise PickleRefused("gives torch.storage._load_from_bytes something other than a row of numbers")
-    value = _read_torch(stream, most_steps=_NESTED_STEPS)
-    if not isinstance(value, _Storage):
+    value = read_rows(stream, most_steps=FEW_STEPS)
+    if not isinstance(value, Storage):
         raise PickleRefused("gives torch.storage._load_from_bytes something other than a row of numbers")
     return value
-
-
-def _read_torch(stream: Any, *, most_steps: int = MOST_STEPS) -> Any:
-    """The older format of torch.save behind its magic number: a pickle, then the rows of numbers it names."""
-    storages: dict[str, _Storage] = {}
-    if read_pickle(stream, most_steps=_NESTED_STEPS) != 1001:
-        raise PickleRefused("is of a version of torch.save that nobody uses")
-    system = read_pickle(stream, most_steps=_NESTED_STEPS)
-    if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise PickleRefused("was written on a machine with another order of bytes")
-    value = read_pickle(stream, persistent=lambda key: _named_storage(key, storages), most_steps=most_steps)
-    keys = read_pickle(stream, most_steps=most_steps)
-    if not isinstance(keys, list) or not all(isinstance(key, str) and key in storages for key in keys):
-        raise PickleRefused("is damaged: its list of rows of numbers is none")
-    for key in dict.fromkeys(keys):
-        storage = storages[key]
-        (numel,) = struct.unpack("<q", _exactly(stream, 8))
-        if numel != storage.numel:
-            raise PickleRefused(f"is damaged: a row of {storage.numel} numbers says that it has {numel}")
-        storage.fill(_exactly(stream, numel * storage.dtype.itemsize))
-    return value
-
-
-def _exactly(stream: Any, count: int) -> bytes:
-    content: bytes = stream.read(count)
-    if len(content) != count:
-        raise PickleRefused(f"is cut short: {count} bytes were to come, {len(content)} came")
-    return content
-
-
-def _named_storage(key: Any, storages: dict[str, _Storage]) -> _Storage:
-    """What torch.save's persistent ids stand for: ("storage", type, key, device, count[, view])."""
-    if not (
-        isinstance(key, tuple) and len(key) in (5, 6) and key[0] == "storage" and isinstance(key[1], Name)
-    ):
-        raise PickleRefused("has a persistent id that is no row of numbers")
-    kind, name, count = key[1], key[2], key[4]
-    dtype = _DTYPES.get(str(kind))
-    if dtype is None or not isinstance(name, str) or not isinstance(count, int) or not 0 <= count < LARGEST:
-        raise PickleRefused("has a persistent id that is no row of numbers")
-    if key[5:] not in ((), (None,)):
-        raise PickleRefused("has rows of numbers that are views of others, a format that nobody uses")
-    storage = storages.setdefault(name, _Storage(dtype, count))
-    if (storage.dtype, storage.numel) != (dtype, count):
-        raise PickleRefused(f"describes one row of numbers in two ways ({printable(name)})")
-    return storage
-
-
-def _read_zip(file: Any, size: int) -> Any:
-    """The newer format of torch.save: a zip file with data.pkl and one uncompressed entry per row of numbers."""
-    _check_directory(file, size)
-    storages: dict[str, _Storage] = {}
-    try:
-        with zipfile.ZipFile(file) as archive:
-            folder = _checked_folder(archive, size)
-            value = read_pickle(
-                pickle_stream(archive.read(f"{folder}data.pkl")),
-                persistent=lambda key: _named_storage(key, storages),
-            )
-            for name, storage in storages.items():
-                storage.fill(archive.read(f"{folder}data/{name}"))
-    except (zipfile.BadZipFile, KeyError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise PickleRefused(f"is a damaged zip file ({printable(str(error))})") from error
-    return value
-
-
-def _checked_folder(archive: zipfile.ZipFile, size: int) -> str:
-    """The folder within the zip file that torch.save wrote, after looking at every entry."""
-    entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise PickleRefused("is a compressed zip file, and torch.save does not compress")
-    if sum(max(entry.file_size, entry.compress_size) for entry in entries) > size:
-        raise PickleRefused("is a zip file whose parts are together larger than itself")
-    names = {entry.filename for entry in entries}
-    main = [name for name in names if name.endswith("data.pkl")]
-    if len(main) != 1 or len(names) != len(entries):
-        raise PickleRefused("is a zip file, but not one that torch.save wrote")
-    folder = main[0].removesuffix("data.pkl")
-    order = f"{folder}byteorder"
-    if order in names and archive.read(order) != b"little":
-        raise PickleRefused("was written on a machine with another order of bytes")
-    return folder
-
-
-def _check_directory(file: Any, size: int) -> None:
-    """Refuse a zip file whose list of entries would fill memory: `zipfile` reads it whole."""
-    file.seek(max(0, size - 2**16 - 128))
-    tail = file.read()
-    place = tail.rfind(b"PK\x05\x06")
-    if place < 0 or place + 22 > len(tail):
-        raise PickleRefused("is cut short: a zip file ends with a list of its parts")
-    listed = int.from_bytes(tail[place + 12 : place + 16], "little")
-    wide = tail.rfind(b"PK\x06\x06", 0, place)
-    if wide >= 0:
-        long = int.from_bytes(tail[wide + 40 : wide + 48], "little")
-        listed = long if listed == 0xFFFFFFFF else max(long, listed)
-    if listed > _MOST_LISTED:
-        raise PickleRefused("is a zip file with more parts than any network has")
-    file.seek(0)
 
 
 def _sorted(kind: Kind, value: Any, budget: _Budget) -> ForeignFile:
@@ -361,7 +220,7 @@ def _tensor(value: Made, budget: _Budget) -> Tensor:
     if len(value.args) < 4:
         raise PickleRefused(f"asks for {value.name} without saying of what")
     storage, offset, shape, strides = value.args[:4]
-    if not isinstance(storage, _Storage) or storage.values is None:
+    if not isinstance(storage, Storage) or storage.values is None:
         raise PickleRefused(f"asks for {value.name} of something that is no row of numbers")
     if not (
         _are_counts((offset,)) and _are_counts(shape) and _are_counts(strides) and len(shape) == len(strides)

@@ -156,6 +156,7 @@ class FrozenStyleGAN2:
             raise ValueError(f"noise must be {len(self.noise_sides)} maps, got {len(noise)}")
         count = styles.shape[0]
         inputs = list(self._inputs(styles.to(self.device), noise))
+        # A finer block never has less than half a coarser one's channels, so that the blocks that fit come first.
         whole = sum(count * block.image_bytes() <= self._at_once() for block in self._blocks)
         x = picture = None
         if whole:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedface.models.contracts import Generator
+from fedface.models.frozen import frozen
+from fedface.models.stylegan2 import OfClass, StyleGAN2
 from fedface.randomness import Streams
 from fedface.shapes import Images, Latents, LowImages, Styles
 from fedface.upsampling.contracts import Upsampled, join
@@ -46,6 +49,7 @@ class PulseConfig:
     trainable_noise: int = 5  # >= 0, how many noise maps, coarsest first, are searched as well
     mapping_samples: int = 20_000  # >= 2, latents drawn to fit the distribution of styles
     faces_at_once: int = 32  # >= 1, bounds the memory
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"  # of the search; every figure is float32
 
     def __post_init__(self) -> None:
         counts = (("steps", 1), ("trainable_noise", 0), ("mapping_samples", 2), ("faces_at_once", 1))
@@ -188,8 +192,81 @@ def _frozen(generator: Generator) -> Iterator[None]:
             weight.requires_grad_(before)
 
 
+def _constants(generator: Generator, precision: Literal["auto", "float32", "bfloat16"]) -> Generator:
+    """The synthesis of a generator in the form that is searched fastest; other families as they are."""
+    match generator:
+        case OfClass():
+            return _constants(generator.generator, precision)
+        case StyleGAN2():
+            return frozen(generator, precision=precision)
+        case _:
+            return generator
+
+
+class _Best:
+    """The best face of each search so far.
+
+    A search may run in bfloat16, but no figure rests on that: a face that seems to fit is made again in float32,
+    and its search goes on when it does not fit after all.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[Tensor],
+        target: LowImages,
+        *,
+        eps: float,
+        degradation: Degradation,
+        make: Callable[[Sequence[Tensor]], Images],
+    ) -> None:
+        self._inputs = [tensor.detach().clone() for tensor in inputs]
+        self._target, self._eps, self._degradation, self._make = target, eps, degradation, make
+        self._seeming = torch.full((target.shape[0],), float("inf"))
+        self._images: Images | None = None
+        self.misfit = torch.full((target.shape[0],), float("inf"))
+
+    def offer(self, faces: Tensor, images: Images, variables: Sequence[Tensor]) -> None:
+        """Remember what is better than before: `images` and `variables` are what the searches `faces` found."""
+        now = self._misfit(images.clamp(0, 1), faces)
+        better = now < self._seeming[faces]  # a NaN is never better
+        at = faces[better]
+        self._seeming[at] = now[better]
+        for kept, variable in zip(self._inputs, variables, strict=False):
+            kept[at] = variable.detach()[better]
+        self._check(at[self._seeming[at] <= self._eps])
+
+    def found(self, size: int, steps: int) -> Upsampled:
+        """The faces (m, 1, 3, size, size), each with the misfit of the picture that is returned."""
+        missing = (self.misfit > self._eps) & (self._seeming < float("inf"))
+        self._check(missing.nonzero()[:, 0])
+        images = torch.zeros(len(self.misfit), 3, size, size) if self._images is None else self._images
+        fits = self.misfit <= self._eps
+        return Upsampled(
+            images=images[:, None], misfit=self.misfit[:, None], converged=fits[:, None], steps=steps
+        )
+
+    def _check(self, faces: Tensor) -> None:
+        """Make these faces in float32 from the best inputs so far, and keep what is better."""
+        if not len(faces):
+            return
+        with torch.no_grad():
+            images = self._make([tensor[faces] for tensor in self._inputs]).clamp(0, 1)
+        now = self._misfit(images, faces)
+        better = now < self.misfit[faces]
+        if self._images is None:
+            self._images = torch.zeros(len(self.misfit), *images.shape[1:])
+        self._images[faces[better]], self.misfit[faces[better]] = images[better], now[better]
+
+    def _misfit(self, images: Images, faces: Tensor) -> Tensor:
+        return squared_difference(self._degradation.apply(images), self._target[faces]).detach()
+
+
 class Pulse:
-    """Search by gradient descent over latents and coarse noise maps; an `Upsampler`."""
+    """Search by gradient descent over latents and coarse noise maps; an `Upsampler`.
+
+    A StyleGAN2 is searched as constants, see `models.frozen`, which are prepared here: later changes of its
+    weights do not reach the search.
+    """
 
     def __init__(
         self,
@@ -208,6 +285,10 @@ class Pulse:
         self._streams = streams
         self._progress = progress
         with _frozen(generator):
+            self._exact = _constants(generator, "float32")
+            self._quick = (
+                self._exact if config.precision == "float32" else _constants(generator, config.precision)
+            )
             self._fit = fit_styles(
                 generator.map,
                 generator.latent_width,
@@ -226,7 +307,7 @@ class Pulse:
 
         Guarantees:
             * Equal photos and streams give equal faces, whatever `faces_at_once` is (up to rounding).
-            * `misfit` belongs to the returned image after clamping to [0, 1].
+            * `misfit` belongs to the returned image, made in float32 and clamped to [0, 1].
             * The generator's weights, and whether they ask for gradients, are as before.
 
         Args:
@@ -283,20 +364,25 @@ class Pulse:
     def _search(self, target: LowImages, stream: torch.Generator, *, done: int, of: int) -> Upsampled:
         """Faces (m, 1, 3, s, s) for m targets; the chunk is number `done` of `of`."""
         config, faces = self.config, target.shape[0]
-        images = torch.zeros(faces, 3, self.generator.size, self.generator.size)
-        misfit = torch.full((faces,), float("inf"))
         active, step = torch.arange(faces), 0
         variables, fixed = self._start(faces, stream) if faces else ([], [])
+        best = _Best(
+            [*variables, *fixed],
+            target,
+            eps=config.eps,
+            degradation=self.degradation,
+            make=lambda inputs: self._exact.synthesize(self._styles(inputs[0]), inputs[1:]),
+        )
         search = SphericalAdam(variables, config.learning_rate)
         while len(active):
             inputs = [variable.requires_grad_() for variable in search.variables]
             styles = self._styles(inputs[0])
-            made = self.generator.synthesize(styles, [*inputs[1:], *fixed])
-            self._record(made.detach(), target, active, images, misfit)
+            made = self._quick.synthesize(styles, [*inputs[1:], *fixed])
+            best.offer(active, made.detach(), inputs)
             step += 1
             if self._progress is not None:
                 self._progress(done * config.steps + step, of * config.steps)
-            open_ = misfit[active] > config.eps
+            open_ = best.misfit[active] > config.eps
             if step == config.steps or not open_.any():
                 break
             # The published loss is flat below eps; here a face that gets there has left the batch.
@@ -308,17 +394,4 @@ class Pulse:
             if not open_.all():
                 search.keep(open_)
                 active, target, fixed = active[open_], target[open_], [noise[open_] for noise in fixed]
-        converged = misfit <= config.eps
-        return Upsampled(
-            images=images[:, None], misfit=misfit[:, None], converged=converged[:, None], steps=step
-        )
-
-    def _record(
-        self, made: Images, target: LowImages, active: Tensor, images: Images, misfit: Tensor
-    ) -> None:
-        """Keep the best face so far of each active search."""
-        seen = made.clamp(0, 1)
-        now = squared_difference(self.degradation.apply(seen), target)
-        better = now < misfit[active]  # a NaN is never better
-        images[active[better]] = seen[better]
-        misfit[active[better]] = now[better]
+        return best.found(self.generator.size, step)

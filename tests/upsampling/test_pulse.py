@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedface.models.frozen import FrozenStyleGAN2, frozen
 from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
+from fedface.models.weights import load_base
 from fedface.randomness import Streams
+from fedface.upsampling import pulse
 from fedface.upsampling.contracts import Upsampled
 from fedface.upsampling.degrade import Area, BicubicPulse
 from fedface.upsampling.pulse import (
@@ -247,3 +252,61 @@ def test_the_best_face_of_a_photo_is_the_one_with_the_smallest_misfit() -> None:
     misfit = torch.tensor([[0.3, 0.1, 0.2], [0.1, 0.2, float("inf")]])
     found = Upsampled(images=images, misfit=misfit, converged=misfit < 0.15, steps=1)
     assert found.best()[:, 0, 0, 0].tolist() == [1.0, 3.0]
+
+
+class _Flatterer:
+    """Claims to draw the photo itself, whatever the styles are."""
+
+    def __init__(self, generator: StyleGAN2, claim: Tensor) -> None:
+        self.generator, self.claim = generator, claim
+
+    def synthesize(self, styles: Tensor, noise: Sequence[Tensor] | None = None) -> Tensor:
+        return self.claim + 0 * (styles.sum() + self.generator.synthesize(styles, noise))
+
+
+def test_no_figure_rests_on_the_precision_of_the_search(
+    generator: StyleGAN2, low: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted positive: a quick form that claims a perfect fit is found out by the float32 weights."""
+    claim = low[:1].repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+    honest = frozen(generator)
+
+    def quick(weights: StyleGAN2, *, precision: str) -> FrozenStyleGAN2 | _Flatterer:
+        return honest if precision == "float32" else _Flatterer(weights, claim)
+
+    monkeypatch.setattr(pulse, "frozen", quick)
+    config = replace(QUICK, precision="bfloat16", eps=1e-3)
+    found = Pulse(generator, Area(4), config, STREAMS).upsample(low[:1], faces_per_photo=1)
+    assert squared_difference(Area(4).apply(claim), low[:1]).item() < 1e-12
+    assert found.misfit.item() == pytest.approx(
+        squared_difference(Area(4).apply(found.images[:, 0]), low[:1]).item(), rel=1e-4
+    )
+    assert found.misfit.item() > config.eps
+    assert not found.converged.any()
+
+
+def test_a_search_in_bfloat16_ends_where_one_in_float32_ends() -> None:
+    """The base checkpoint, whose finest layers are rounded: as many faces fit, and as well."""
+    base = load_base().generator
+    photos = BicubicPulse(4).apply(base.sample(6, STREAMS.generator("faces"))).clamp(0, 1)
+    exact, rounded = (
+        Pulse(
+            base, BicubicPulse(4), PulseConfig(steps=60, precision=precision, mapping_samples=2000), STREAMS
+        ).upsample(photos, faces_per_photo=1)
+        for precision in ("float32", "bfloat16")
+    )
+    assert torch.equal(rounded.converged, exact.converged)
+    assert exact.converged.all()
+    again = squared_difference(BicubicPulse(4).apply(rounded.images[:, 0]), photos)
+    torch.testing.assert_close(rounded.misfit[:, 0], again, atol=1e-7, rtol=1e-4)
+
+
+def test_the_weights_of_a_search_are_those_it_was_made_with(generator: StyleGAN2, low: Tensor) -> None:
+    """Training on does not change a search that exists."""
+    copied = copy.deepcopy(generator)
+    search = Pulse(copied, Area(4), QUICK, STREAMS)
+    before = search.upsample(low[:1], faces_per_photo=1)
+    with torch.no_grad():
+        for weight in copied.parameters():
+            weight.zero_()
+    torch.testing.assert_close(search.upsample(low[:1], faces_per_photo=1).images, before.images)
