@@ -1,16 +1,17 @@
 """How fast PULSE searches frozen weights, beside a plain implementation of the same network in the same run.
 
-    python benchmarks/latent_search.py [--sizes 64 256] [--bases 16384 32768] [--batches 1 4] [--steps 100]
+    python benchmarks/latent_search.py [--sizes 32 64 256] [--bases 16384 32768] [--batches 1 4] [--steps 100]
                                        [--rounds 3] [--threads 1] [--device cpu] [--json FILE]
 
-The plain implementation is written here from the paper (Karras et al. 2020, arXiv:1912.04958): one modulated and
-demodulated weight per image and a grouped convolution, resampling by zero insertion, padding and convolution,
-float32, NCHW, weights that ask for no gradient. All rows have the same random weights and are searched by the
-same class, `fedface.upsampling.pulse.Pulse`, from the same starts towards the same photos, which the generator
-drew itself. First every row is timed in turn, a few steps at once and several rounds of it, so that another
-program on the same cores disturbs all rows; the table has the median step. Then each row searches for `--steps`
-steps; its loss is the mean over faces of the misfit that `Pulse` reports. Memory is the peak of a process of its
-own that does two steps. With one thread, seconds are CPU seconds.
+The plain implementation is written here from the paper (Karras et al. 2020, arXiv:1912.04958): one modulated
+and demodulated weight per image and a grouped convolution, resampling by zero insertion, padding and
+convolution, float32, NCHW, weights that ask for no gradient. All rows have the same weights (32 px: the base
+checkpoint; otherwise random, with --bases for the channel base) and are searched by the same class,
+`fedface.upsampling.pulse.Pulse`, from the same starts towards the same photos, which the generator drew itself.
+First every row is timed in turn, a few steps at once and several rounds of it, so that another program on the
+same cores disturbs all rows; the table has the median step. Then each row searches for `--steps` steps; its
+loss is the mean over faces of the misfit that `Pulse` reports. Memory is the peak of a process of its own that
+does two steps. With one thread, seconds are CPU seconds.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from torch.nn import functional
 from fedface.models.contracts import sample
 from fedface.models.frozen import Precision, fast_precision
 from fedface.models.stylegan2 import Block, GeneratorConfig, StyledConv, StyleGAN2, ToRGB
+from fedface.models.weights import load_base
 from fedface.randomness import Streams
 from fedface.shapes import Images, Latents, LowImages, Styles
 from fedface.upsampling.degrade import BicubicPulse
 from fedface.upsampling.pulse import Progress, Pulse, PulseConfig
 
-LOW_SIZE = 16  # pixels of the photos
 NEVER = 1e-12  # a tolerance that no face meets, so that every search takes all its steps
 TIMED_STEPS = 5  # in one go; the first is not counted
 ROWS = ("plain", "float32", "bfloat16")
@@ -126,8 +127,13 @@ class PlainGenerator:
         return y.reshape(n, 3, *x.shape[2:]) + layer.bias[:, None, None]
 
 
-def random_generator(size: int, base: int) -> StyleGAN2:
-    """A generator of the published widths with random weights, biases and noise strengths of a trained size."""
+def searched(size: int, base: int) -> StyleGAN2:
+    """The base checkpoint at its own size; otherwise random weights at the published widths.
+
+    Random biases and noise strengths are about as large as trained ones.
+    """
+    if size == 32:
+        return load_base().generator
     config = GeneratorConfig(
         size=size,
         latent_width=512,
@@ -159,18 +165,28 @@ class Case:
 
     def search(self, steps: int, progress: Progress | None = None) -> Pulse:
         """The search by this row's generator."""
-        weights = random_generator(self.size, self.base).to(self.device)
+        weights = searched(self.size, self.base).to(self.device)
         generator = PlainGenerator(weights) if self.row == "plain" else weights
         precision: Precision = "bfloat16" if self.row == "bfloat16" else "float32"
         config = PulseConfig(steps=steps, eps=NEVER, mapping_samples=1000, precision=precision)
-        degradation = BicubicPulse(self.size // LOW_SIZE)
+        degradation = BicubicPulse(self.size // self.low_size)
         return Pulse(generator, degradation, config, Streams(2), progress=progress)
 
     def photos(self) -> LowImages:
         """What every row is given."""
-        generator = PlainGenerator(random_generator(self.size, self.base))
+        generator = PlainGenerator(searched(self.size, self.base))
         drawn = sample(generator, self.batch, Streams(1).generator(f"truth/{self.size}/{self.base}"))
-        return BicubicPulse(self.size // LOW_SIZE).apply(drawn).clamp(0, 1)
+        return BicubicPulse(self.size // self.low_size).apply(drawn).clamp(0, 1)
+
+    @property
+    def low_size(self) -> int:
+        """Of the photos: 16 px, 8 for the smallest generator."""
+        return min(16, self.size // 4)
+
+    @property
+    def name(self) -> str:
+        """For the first column."""
+        return "32 px, base checkpoint" if self.size == 32 else f"{self.size} px, base {self.base}"
 
     def now(self) -> float:
         """CPU seconds of one thread, which other programs disturb least; otherwise seconds of the clock."""
@@ -218,7 +234,7 @@ def timed(case: Case, photos: LowImages) -> list[float]:
 def peak_of_two_steps(case: Case) -> float:
     """MiB; call it in a process of its own."""
     torch.set_num_threads(case.threads)
-    photos = torch.full((case.batch, 3, LOW_SIZE, LOW_SIZE), 0.5)
+    photos = torch.full((case.batch, 3, case.low_size, case.low_size), 0.5)
     case.search(2).upsample(photos, faces_per_photo=1)
     if case.device != "cpu":
         return torch.cuda.max_memory_allocated() / 2**20
@@ -251,7 +267,7 @@ def lines(results: Sequence[Result]) -> list[str]:
     """Rows of the Markdown table; the first result is the plain one."""
     plain = results[0]
     return [
-        f"| {r.case.size} px, base {r.case.base} | {r.case.batch} | {r.case.row} | {1 / r.seconds:.2f} "
+        f"| {r.case.name} | {r.case.batch} | {r.case.row} | {1 / r.seconds:.2f} "
         f"| {plain.seconds / r.seconds:.2f} | {r.loss:.3e} | {100 * (r.loss / plain.loss - 1):+.2f} % "
         f"| {r.peak:.0f} |"
         for r in results
@@ -263,7 +279,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 256])
     parser.add_argument("--bases", type=int, nargs="+", default=[16384, 32768])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--rows", nargs="+", choices=ROWS[1:], default=ROWS[1:])
@@ -283,7 +299,7 @@ def main() -> None:
     print("| " + " | ".join(HEADS) + " |\n|" + "---|" * len(HEADS), flush=True)
     found: list[Result] = []
     for size in options.sizes:
-        for base in options.bases:
+        for base in options.bases if size != 32 else [0]:
             for batch in options.batches:
                 shape = {"size": size, "base": base, "batch": batch}
                 cases = [

@@ -22,7 +22,7 @@ from fedface.audits.feature_networks import ColourFeatures, open_features
 from fedface.audits.quality import TONE_GROUPS, GroupQuality, TooFew, quality, tone_groups
 from fedface.audits.tones import tone_distance
 from fedface.errors import ConfigError
-from fedface.experiment import Experiment
+from fedface.experiment import DrawnDevices, Experiment
 from fedface.federation.cohort import Cohort
 from fedface.federation.coordinator import begin, check_same
 from fedface.federation.rounds import State, Watcher, replace_text, run_rounds, weights_path
@@ -274,9 +274,18 @@ def _reference(experiment: Experiment, size: int, faces: int) -> _Reference:
 
 def _devices(experiment: Experiment) -> str:
     everyone = describe_devices(experiment)
-    photos = [count for _, _, count in everyone if count is not None]
-    kinds = "; ".join(dict.fromkeys(words for _, words, _ in everyone))
-    return f"{len(everyone)} devices with {min(photos)} to {max(photos)} photos each: {kinds}."
+    photos = sorted({count for _, _, count in everyone if count is not None})
+    each = f"{photos[0]} to {photos[-1]}" if len(photos) > 1 else f"{photos[0]}"
+    start = f"{len(everyone)} devices with {each} photos each"
+    match experiment.devices:
+        case DrawnDevices(light_shares=shares):
+            return (
+                f"{start}: drawn faces, of which {sum(shares) / len(shares):.0%} have light skin (Monk 1-5), from "
+                f"{max(shares):.0%} on the lightest device to {min(shares):.0%} on the darkest. Tone is read from "
+                "pixels, so light and camera are mixed into every figure."
+            )
+        case _:
+            return f"{start}: {'; '.join(dict.fromkeys(words for _, words, _ in everyone))}."
 
 
 def _draw(record: ComparisonRecord, sweep: Sweep, folder: Path, truth: _Reference) -> None:

@@ -67,7 +67,7 @@ def tone_histograms(record: ComparisonRecord) -> bytes:
     true = np.array(record.reference.tones) / max(1, sum(record.reference.tones))
     steps = np.arange(1, 11)
     with matplotlib.rc_context(STYLE):
-        canvas = Canvas(figsize=(2.7 * len(ways), 2.9), layout="constrained", dpi=110)
+        canvas = Canvas(figsize=(max(6.2, 2.7 * len(ways)), 2.9), layout="constrained", dpi=110)
         row = canvas.subplots(1, len(ways), sharey=True, squeeze=False)[0]
         for axes, way in zip(row, ways, strict=True):
             axes.bar(steps, 100 * true, color=FAINT, width=0.9, label="devices' faces")

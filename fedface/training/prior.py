@@ -42,8 +42,8 @@ Second = Literal["none", "diagonal", "full"]
 VARIANCES = (0.05, 4.0)  # of the fitted prior, in variances of the standard one
 _REACH = 1.5  # longest e^2 - 1 that is not cut, in its usual lengths
 _AT_ONCE = 128  # photos encoded at once
-_SAMPLES = 2048  # of the generator, from which the encoder's reading of a prior is learned
-_PASSES = 3  # steps of the prior towards what the devices read
+_SAMPLES = 1024  # of the generator, from which the encoder's reading of a prior is learned
+_PASSES = 2  # steps of the prior towards what the devices read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +256,7 @@ def refit(
         ValueError: The total has another length than these moments.
     """
     layout = _layout(generator.latent_width, replace(config, clip_norm=terms.schedule.clip_norm))
-    wanted = _wanted(total, devices, layout, terms)
+    wanted = _wanted(total, devices, layout, terms, 0.0 if encoder is None else 1.0 / _SAMPLES)
     fitted = StyleGAN2(replace(generator.config, prior="fitted"), torch.Generator())
     missing = fitted.load_state_dict(generator.state_dict(), strict=False).missing_keys
     if unknown := [name for name in missing if not name.startswith("mapping.prior_")]:
@@ -297,8 +297,11 @@ def _set_prior(generator: StyleGAN2, mean: Tensor, covariance: Tensor) -> None:
     generator.mapping.prior_root.copy_(root)
 
 
-def _wanted(total: Vector, devices: int, layout: _Layout, terms: Terms) -> _Wanted | None:
-    """What the total says about the photos' latents; None where the count is lost in the noise."""
+def _wanted(total: Vector, devices: int, layout: _Layout, terms: Terms, compared: float) -> _Wanted | None:
+    """What the total says about the photos' latents; None where the count is lost in the noise.
+
+    `compared` is the variance of what it will be compared with, in variances of one latent's number.
+    """
     if total.shape != (sum(layout.sizes),):
         raise ValueError(f"these moments are {sum(layout.sizes)} numbers, got shape {tuple(total.shape)}")
     if devices < 1:
@@ -309,14 +312,15 @@ def _wanted(total: Vector, devices: int, layout: _Layout, terms: Terms) -> _Want
     if not photos > max(1.0, 3.0 * noise / layout.count):
         return None
     mean, covariance = _moments(sums / photos, layout)
-    mean_error = (noise / (layout.first * photos)) ** 2 + 1.0 / photos
+    few = 1.0 / photos + compared
+    mean_error = (noise / (layout.first * photos)) ** 2 + few
     if layout.second == "none":
         return _Wanted(mean, mean_error, covariance, 0.0)
     error = (noise / (layout.squares * photos)) ** 2
     if layout.second == "diagonal":
-        return _Wanted(mean, mean_error, covariance, error + 2.0 / photos)
+        return _Wanted(mean, mean_error, covariance, error + 2.0 * few)
     # Each of the two equal entries off the diagonal carries 1 / sqrt 2 of the packed noise.
-    return _Wanted(mean, mean_error, covariance, error / 2.0 + 1.0 / photos)
+    return _Wanted(mean, mean_error, covariance, error / 2.0 + few)
 
 
 def _moments(vector: Vector, layout: _Layout) -> tuple[Tensor, Tensor]:
@@ -350,7 +354,8 @@ def _moved(covariance: Tensor, wanted: _Wanted, seen: Tensor, layout: _Layout) -
             # The largest eigenvalue of noise of width z is about twice an entry's deviation times sqrt z.
             step = _shrunk(values, wanted.covariance_error, 4.0 * layout.width)
             values, vectors = torch.linalg.eigh(covariance + (vectors * step) @ vectors.T)
-            return (vectors * values.clamp(*VARIANCES)) @ vectors.T
+            bounded: Tensor = (vectors * values.clamp(*VARIANCES)) @ vectors.T
+            return bounded
         case _:
             assert_never(layout.second)
 

@@ -290,7 +290,7 @@ class Pulse:
                 self._exact if config.precision == "float32" else _constants(generator, config.precision)
             )
             self._fit = fit_styles(
-                generator.map,
+                self._exact.map if isinstance(generator, StyleGAN2) else generator.map,
                 generator.latent_width,
                 samples=config.mapping_samples,
                 stream=streams.generator("pulse/mapping"),

@@ -230,6 +230,19 @@ def test_the_refitted_generator_is_the_same_but_for_its_prior() -> None:
     assert float(mean[0]) > 0.5 and float((root @ root.T)[1, 1]) < 0.3
 
 
+def test_what_the_encoder_misreads_does_not_move_the_prior() -> None:
+    """Devices with the generator's own samples: an encoder with random weights is wrong about all of them."""
+    recipe, made_from = config(), generator()
+    own = made_from.sample(1500, STREAMS.generator("own samples"))
+    total = train_prior_round(encoder(), own, recipe, terms(recipe), chance=STREAMS.generator("coins"))
+    naive = refit(made_from, total, 1, recipe, terms(recipe)).mapping
+    aware = refit(made_from, total, 1, recipe, terms(recipe), encoder=encoder()).mapping
+    assert float(naive.prior_mean.norm()) > 2.0
+    # The garrote lets none of 16 numbers through but by rare chance.
+    assert float(aware.prior_mean.norm()) < 0.15
+    assert float((aware.prior_root - torch.eye(WIDTH)).abs().max()) < 0.15
+
+
 def test_a_prior_may_be_refitted_again() -> None:
     """Latents are read before the prior, so a second fit replaces the first."""
     recipe = config()
