@@ -16,6 +16,9 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 
+_AT_ONCE = 16_384  # pairs of normals that stay in the processor's cache
+
+
 @dataclass(frozen=True)
 class Streams:
     """Named random streams derived from one seed; equal (seed, name) means equal draws."""
@@ -71,13 +74,16 @@ class SecretNoise:
         tell an observer nothing useful (Holohan and Braghin 2021, arXiv:2107.10138, the remedy Opacus uses).
         """
         pairs = -(-count // 2)
-        total = np.zeros(2 * pairs)
-        for _ in range(4):
-            radius = np.sqrt(-2.0 * np.log(self.uniforms(pairs)))
-            angle = 2.0 * np.pi * self.uniforms(pairs)
-            total[:pairs] += radius * np.cos(angle)
-            total[pairs:] += radius * np.sin(angle)
-        return torch.from_numpy((total[:count] / 2.0).astype(np.float32))
+        total = torch.zeros(2, pairs, dtype=torch.float64)
+        for start in range(0, pairs, _AT_ONCE):
+            part = total[:, start : start + _AT_ONCE]
+            for _ in range(4):
+                # In torch, whose logarithms and cosines are several times as fast as numpy's.
+                radius = torch.from_numpy(self.uniforms(part.shape[1])).log_().mul_(-2.0).sqrt_()
+                angle = torch.from_numpy(self.uniforms(part.shape[1])).mul_(2.0 * np.pi)
+                part[0] += radius * angle.cos()
+                part[1] += radius * angle.sin()
+        return (total.flatten()[:count] / 2.0).float()
 
     def permutation(self, count: int) -> np.ndarray:
         """A uniformly random order of 0..count-1, int64, shape (count,)."""

@@ -1,6 +1,6 @@
 """The recipe of the flow's base checkpoint: a rectified flow that learns from drawn faces alone.
 
-Called from `fedface base train`. No photo is involved: the faces come from the same renderer, tone mix and
+Called from `fedface base flow`. No photo is involved: the faces come from the same renderer, tone mix and
 cameras as those of training/pretrain, so that both families start from equal knowledge. The loss is the
 regression of Liu et al. 2022 (arXiv:2209.03003), equation 1, with times drawn from the logit-normal
 distribution of Esser et al. 2024 (arXiv:2403.03206), section 3.1, one from each of equally likely slices.
@@ -122,7 +122,7 @@ class FlowPretraining:
     def finish(self) -> Flow:
         """The averaged network, with notes on how it was made."""
         notes = {
-            "made_by": "fedface base train",
+            "made_by": "fedface base flow",
             "recipe": asdict(self.config),
             "images_seen": self.steps_done * self.config.batch,
             "seconds": round(time.monotonic() - self.started),

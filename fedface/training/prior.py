@@ -255,7 +255,8 @@ def refit(
     Raises:
         ValueError: The total has another length than these moments.
     """
-    layout = _layout(generator.latent_width, replace(config, clip_norm=terms.schedule.clip_norm))
+    agreed = replace(config, clip_norm=terms.schedule.clip_norm)
+    layout = _layout(generator.latent_width, agreed)
     wanted = _wanted(total, devices, layout, terms, 0.0 if encoder is None else 1.0 / _SAMPLES)
     fitted = StyleGAN2(replace(generator.config, prior="fitted"), torch.Generator())
     missing = fitted.load_state_dict(generator.state_dict(), strict=False).missing_keys
@@ -269,7 +270,7 @@ def refit(
         seen = (mean, covariance)
         if encoder is not None:
             _set_prior(fitted, mean, covariance)
-            seen = _moments(photo_vectors(_read_samples(fitted, encoder), config).double().mean(0), layout)
+            seen = _moments(photo_vectors(_read_samples(fitted, encoder), agreed).double().mean(0), layout)
         mean = mean + _shrunk(wanted.mean - seen[0], wanted.mean_error, _caution(layout.width))
         covariance = _moved(covariance, wanted, seen[1], layout)
     _set_prior(fitted, mean, covariance)

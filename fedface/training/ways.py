@@ -173,7 +173,7 @@ class Round:
         """
         match self.training, self.model:
             case PriorTrainingConfig() as config, Encoded() as encoded:
-                fresh = refit(encoded.generator, total, devices, config, self.terms)
+                fresh = refit(encoded.generator, total, devices, config, self.terms, encoder=encoded.encoder)
                 remember_mean_style(fresh, chance)
                 return Encoded(fresh, encoded.encoder, encoded.notes)
             case (GanTrainingConfig() | FlowTrainingConfig()) as config, (Gan() | Flow()) as model:

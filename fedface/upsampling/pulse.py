@@ -212,14 +212,15 @@ class _Best:
 
     def __init__(
         self,
-        inputs: Sequence[Tensor],
+        variables: Sequence[Tensor],
+        fixed: Sequence[Tensor],
         target: LowImages,
         *,
         eps: float,
         degradation: Degradation,
         make: Callable[[Sequence[Tensor]], Images],
     ) -> None:
-        self._inputs = [tensor.detach().clone() for tensor in inputs]
+        self._inputs = [*(variable.detach().clone() for variable in variables), *fixed]
         self._target, self._eps, self._degradation, self._make = target, eps, degradation, make
         self._seeming = torch.full((target.shape[0],), float("inf"))
         self._images: Images | None = None
@@ -367,7 +368,8 @@ class Pulse:
         active, step = torch.arange(faces), 0
         variables, fixed = self._start(faces, stream) if faces else ([], [])
         best = _Best(
-            [*variables, *fixed],
+            variables,
+            fixed,
             target,
             eps=config.eps,
             degradation=self.degradation,
