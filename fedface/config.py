@@ -74,6 +74,15 @@ def text_of(path: Path) -> str:
         raise ConfigError(f"{path}: cannot be read as a text file ({error})") from error
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """Plain data, in which 8e-4 is a number: YAML 1.1 wants a point in it, people do not."""
+
+
+_PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 def section(path: Path, key: str) -> Any:
     """One top-level key of a YAML file as plain lists, dicts, numbers and strings; None where it is missing.
 
@@ -81,7 +90,7 @@ def section(path: Path, key: str) -> Any:
         ConfigError: The file is missing or no YAML.
     """
     try:
-        everything = yaml.safe_load(text_of(path))
+        everything = yaml.load(text_of(path), Loader=_PlainLoader)
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     return everything.get(key) if isinstance(everything, dict) else None

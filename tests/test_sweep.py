@@ -63,6 +63,15 @@ def test_an_axis_can_be_narrowed_and_other_keys_changed_from_the_command_line(pa
     assert {variant.experiment.rounds for variant in sweep.variants} == {1}
 
 
+def test_a_rate_may_be_written_without_a_point(path: Path) -> None:
+    """8e-4 is a number on an axis, as it is elsewhere in a file."""
+    path.write_text(
+        path.read_text().replace("{kind: lora, rank: 2}}", "{kind: lora}, training.generator_rate: 8e-4}")
+    )
+    training = read_sweep(path, changes={"vary.way": "[lora]"}).variants[0].experiment.training
+    assert isinstance(training, GanTrainingConfig) and training.generator_rate == 8e-4
+
+
 def test_a_file_without_vary_is_one_run(path: Path) -> None:
     path.write_text(path.read_text().replace(VARY, ""))
     sweep = read_sweep(path)

@@ -12,6 +12,7 @@ of opposite sign, whose parts that are odd in the noise cancel.
 from __future__ import annotations
 
 import copy
+import hashlib
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import assert_never
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from fedface.models.adapters import Adapt, Full, attach, trained_vector
 from fedface.models.flow import FlowConfig, RectifiedFlow
+from fedface.photos.drawn import ToneMix, sample_faces
+from fedface.photos.drawn import draw as draw_faces
 from fedface.privacy.plan import Schedule, Terms
 from fedface.randomness import SecretNoise, Streams
 from fedface.shapes import Images, Vector
@@ -29,10 +32,13 @@ from fedface.training.private_steps import (
     Draw,
     Network,
     check_per_photo_gradients,
+    per_photo_gradients,
     private_gradient,
     trained,
 )
 
+_PUBLIC = 64  # drawn faces that the scales are learned from
+_AT_ONCE = 32  # of them
 _EVALUATIONS_AT_ONCE = 64  # photos times draws whose activations are in memory together
 
 
@@ -44,16 +50,20 @@ class FlowTrainingConfig:
     steps_per_round: int = 8  # private steps a device takes in one round, >= 1
     sampling_rate: float = 0.05  # q: chance of a photo to join a step, in (0, 1]
     expected_batch: int = 10  # public divisor of each step's sum, >= 1
-    clip_norm: float = 0.1  # longest gradient one photo can have, > 0
+    clip_norm: float = 0.3  # longest gradient one photo can have, > 0
     noise_draws: int = 1  # K: draws of time and noise for each photo and step, from 1 to 1024
     latest: float = (
         1.0  # times are drawn from 0 (noise) to this, in (0, 1]; what a face looks like is decided early
     )
     rate: float = 0.1  # step of gradient descent, > 0
+    steady_noise: float = (
+        0.5  # noise multiplier up to which the full rate is taken; beyond, it falls as 1 / noise
+    )
     momentum: float = (
         0.9  # share of the last step that a device repeats in the next of the same round, in [0, 1)
     )
-    server_rate: float = 1.0  # how much of the mean update the server applies, in (0, 4]
+    preconditioner: float = 0.1  # flattest gradient that is scaled up in full, in public ones; 0: no scales
+    server_rate: float = 1.5  # how much of the mean update the server applies, in (0, 4]
     adapt: Adapt = field(default_factory=Full)  # which weights learn: all, or low-rank changes
 
     def __post_init__(self) -> None:
@@ -64,8 +74,12 @@ class FlowTrainingConfig:
             raise ValueError(f"latest must lie in (0, 1], got {self.latest}")
         if not 0 < self.rate < 1000:
             raise ValueError(f"rate must lie in (0, 1000), got {self.rate}")
+        if not 0 < self.steady_noise <= 1000:
+            raise ValueError(f"steady_noise must lie in (0, 1000], got {self.steady_noise}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
+        if not 0 <= self.preconditioner <= 100:
+            raise ValueError(f"preconditioner must lie in [0, 100], got {self.preconditioner}")
         if not 0 < self.server_rate <= 4:
             raise ValueError(f"server_rate must lie in (0, 4], got {self.server_rate}")
 
@@ -186,6 +200,8 @@ def train_flow_round(
     schedule, mechanism = terms.schedule, terms.mechanism()
     draw = _draw(mine, config, chance)
     _check(flow.config, config.adapt)
+    scales = public_scales(mine, config)
+    rate = config.rate * min(1.0, config.steady_noise / max(terms.noise_multiplier, 1e-9))
     # Heavy-ball momentum (Polyak 1964) reads noised gradients alone: post-processing.
     pace = [torch.zeros_like(weight) for weight in trained(mine).values()]
     for _ in range(schedule.steps_per_round):
@@ -198,12 +214,65 @@ def train_flow_round(
             sampling_rate=schedule.sampling_rate,
             chance=chance,
             draw=draw,
+            scales=scales,
             microbatch=max(1, _EVALUATIONS_AT_ONCE // config.noise_draws),
         )
         with torch.no_grad():
             for weight, moved, gradient in zip(trained(mine).values(), pace, gradients, strict=True):
-                weight.sub_(moved.mul_(config.momentum).add_(gradient), alpha=config.rate)
+                weight.sub_(moved.mul_(config.momentum).add_(gradient), alpha=rate)
     return trained_vector(mine) - before
+
+
+def public_scales(flow: RectifiedFlow, config: FlowTrainingConfig) -> list[Tensor] | None:
+    """Factors that make the numbers of a gradient alike in size, learned from drawn faces; None where not asked for.
+
+    AdaDPS (Li et al. 2022, arXiv:2202.05963): noise has one size for all weights, gradients do not, and Adam, which
+    evens them out, drowns when it looks at noised gradients. Here the sizes come from public pictures, so that
+    they cost nothing: 1 / (r_i + preconditioner * r), with r_i the root mean square of weight i's gradient over
+    drawn faces and r that of all weights, all times one factor that keeps a gradient's usual length.
+
+    Returns:
+        One tensor (*weight.shape) per trained parameter, in the order of `flow.parameters()`, all > 0.
+    """
+    if config.preconditioner == 0:
+        return None
+    digest = hashlib.sha256()
+    for numbers in (*flow.parameters(), *flow.buffers()):
+        digest.update(numbers.detach().numpy().tobytes())
+    return _public_scales(_Known(digest.hexdigest(), config, flow))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A flow that is told from others by its numbers, so that devices pretended in one process share the work."""
+
+    name: str
+    config: FlowTrainingConfig
+    flow: RectifiedFlow = field(compare=False)
+
+
+@lru_cache(maxsize=2)
+def _public_scales(known: _Known) -> list[Tensor]:
+    flow, config = known.flow, known.config
+    streams = Streams(0).child("public faces")
+    faces = sample_faces(_PUBLIC, ToneMix(light_share=0.5), streams.generator("faces"))
+    pictures = draw_faces(faces, flow.size, noise=streams.generator("camera"))
+    draws = times_and_noises(_PUBLIC, 1, flow.size, config.latest, streams.numpy("draws"))
+    squares = [torch.zeros_like(weight) for weight in trained(flow).values()]
+    for part, rows in zip(pictures.split(_AT_ONCE), draws.split(_AT_ONCE), strict=True):
+        gradients = per_photo_gradients(flow, loss_over_draws, part, draws=rows)
+        squares = [
+            total + gradient.square().sum(dim=0) for total, gradient in zip(squares, gradients, strict=True)
+        ]
+    energy = sum(float(square.sum()) for square in squares)
+    floor = config.preconditioner * (energy / sum(square.numel() for square in squares)) ** 0.5
+    if floor == 0.0:
+        return [torch.ones_like(square) for square in squares]
+    scales = [1.0 / (square.sqrt() + floor) for square in squares]
+    scaled = sum(
+        float((scale.square() * square).sum()) for scale, square in zip(scales, squares, strict=True)
+    )
+    return [scale * (energy / scaled) ** 0.5 for scale in scales]
 
 
 @lru_cache(maxsize=8)

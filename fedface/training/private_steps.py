@@ -21,6 +21,11 @@ photo, and cost nothing, however many:
   order of the joined photos, and one photo more would shift every row behind it. A promised step therefore
   takes its rows from `SecretNoise`, like its coins.
 
+Gradients may be scaled weight by weight before they are clipped (AdaDPS, Li et al. 2022, arXiv:2202.05963). The
+scales are public, fixed before a photo is seen: what is clipped, summed and noised is then another vector of the
+same photo, of length `clip_norm` at most, and the price is the same. Scales from the photos themselves would be a
+release of their own.
+
 Source: Abadi et al. (2016), arXiv:1607.00133, Algorithm 1; Opacus, Yousefpour et al. (2021),
 arXiv:2109.12298.
 """
@@ -28,7 +33,7 @@ arXiv:2109.12298.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, assert_never
 
@@ -202,6 +207,7 @@ def private_gradient(
     sampling_rate: float,
     chance: Chance,
     draw: Draw | None = None,
+    scales: Sequence[Tensor] | None = None,
     microbatch: int = 32,
     engine: Engine | None = None,
 ) -> list[Tensor]:
@@ -223,6 +229,8 @@ def private_gradient(
         chance: SecretNoise; a replayable generator only together with ClippedSum.
         draw: Gives the loss's own random draws, fresh for every microbatch, one row per photo; secret for a
             promise (see the head of this file).
+        scales: Public factors of the gradient's numbers, one tensor (*weight.shape) per trained parameter; what
+            comes back is scaled. None leaves gradients as they are.
         microbatch: How many photos are differentiated at once, >= 1.
         engine: How per-photo gradients are computed; WholeNetwork() if None.
 
@@ -242,6 +250,8 @@ def private_gradient(
     for part in torch.split(drawn, microbatch) if len(drawn) else ():
         draws = None if draw is None else draw(len(part))
         gradients = per_photo_gradients(module, loss, part, draws=draws, engine=engine)
+        if scales is not None:
+            gradients = [g * scale for g, scale in zip(gradients, scales, strict=True)]
         totals = [t + s for t, s in zip(totals, clipped_sum(gradients, mechanism.clip_norm), strict=True)]
     return [release(total) / expected_batch for total in totals]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from fedface.training.flow import (
     flow_loss,
     flow_ranges,
     loss_over_draws,
+    public_scales,
     times_and_noises,
     train_flow_round,
 )
@@ -37,11 +39,20 @@ from fedface.training.flow_pretrain import (
     pretrain_flow,
     sliced_times,
 )
+from fedface.training.private_steps import per_photo_gradients
 
 STREAMS = Streams(4)
 TINY = FlowConfig(size=16, width=8, multipliers=(1.0, 2.0), group=4, time_width=8, steps=4)
 CONFIG = FlowTrainingConfig(
-    rounds=2, steps_per_round=1, sampling_rate=1.0, expected_batch=6, clip_norm=0.5, noise_draws=3, rate=0.2
+    rounds=2,
+    steps_per_round=1,
+    sampling_rate=1.0,
+    expected_batch=6,
+    clip_norm=0.5,
+    noise_draws=3,
+    rate=0.2,
+    preconditioner=0.0,
+    steady_noise=1000.0,
 )
 
 
@@ -139,6 +150,7 @@ def test_a_round_without_noise_and_with_a_huge_clip_norm_is_plain_gradient_desce
         clip_norm=1e6,
         noise_draws=64,
         rate=0.2,
+        preconditioner=0.0,
     )
     change = round_of(flow, images, config=config, terms=terms(config=config))
     assert torch.equal(vector_of(flow), before) and all(w.grad is None for w in flow.parameters())
@@ -169,11 +181,68 @@ def test_no_photos_are_still_a_round_whose_noise_has_the_promised_size() -> None
 
 def test_momentum_repeats_a_share_of_each_step_in_the_next() -> None:
     """Of two steps of pure noise a, b the weights keep -rate * ((1 + m) a + b): a known variance."""
-    config = FlowTrainingConfig(steps_per_round=2, expected_batch=6, clip_norm=0.5, rate=0.2, momentum=0.5)
+    config = replace(CONFIG, steps_per_round=2, expected_batch=6, clip_norm=0.5, rate=0.2, momentum=0.5)
     change = round_of(tiny_flow(), photos(0), config=config, terms=terms(2.0, config), chance=SecretNoise())
     scale = 0.2 * 2.0 * 0.5 / 6 * math.sqrt(1.5**2 + 1.0)
     probability = stats.chi2.cdf(float((change.double() / scale).square().sum()), len(change))
     assert 1e-6 < probability < 1 - 1e-6
+
+
+SCALED = replace(CONFIG, preconditioner=0.1)
+
+
+def public_gradients(flow: RectifiedFlow) -> list[Tensor]:
+    """Each drawn face's own gradient, as the recipe of the scales says, (64, *weight.shape) per weight."""
+    streams = Streams(0).child("public faces")
+    faces = sample_faces(64, ToneMix(light_share=0.5), streams.generator("faces"))
+    pictures = draw(faces, 16, noise=streams.generator("camera"))
+    draws = times_and_noises(64, 1, 16, 1.0, streams.numpy("draws"))
+    return per_photo_gradients(flow, loss_over_draws, pictures, draws=draws)
+
+
+def test_scales_even_out_public_gradients_and_keep_their_root_mean_square_length() -> None:
+    """1 / (r_i + 0.1 r) up to one factor, by hand; sum of (s g)^2 equals sum of g^2."""
+    flow = tiny_flow()
+    scales = public_scales(flow, SCALED)
+    assert scales is not None
+    gradients = public_gradients(flow)
+    squares = [gradient.square().sum(dim=0) for gradient in gradients]
+    energy = sum(float(square.sum()) for square in squares)
+    kept = sum(float((s.square() * square).sum()) for s, square in zip(scales, squares, strict=True))
+    assert kept == pytest.approx(energy, rel=1e-4)
+    roots = torch.cat([square.sqrt().flatten() for square in squares])
+    evened = torch.cat([scale.flatten() for scale in scales]) * (roots + 0.1 * roots.square().mean().sqrt())
+    assert evened.std() < 1e-3 * evened.mean()
+
+
+def test_a_scaled_round_is_descent_along_scaled_and_clipped_gradients() -> None:
+    """A slow twin: one photo's gradient times the scales, cut to the clip norm, over the divisor, times the rate."""
+    flow, one = tiny_flow(), photos(1)
+    config = replace(SCALED, noise_draws=1, clip_norm=1e-3)
+    moved = round_of(flow, one, config=config, terms=terms(config=config))
+    assert moved.norm().item() == pytest.approx(config.rate * 1e-3 / config.expected_batch, rel=1e-3)
+    plain = round_of(flow, one, config=replace(config, preconditioner=0.0), terms=terms(config=config))
+    assert functional.cosine_similarity(moved, plain, dim=0) < 0.99
+
+
+def test_beyond_the_steady_noise_the_rate_falls_as_the_noise_grows() -> None:
+    """No photos, so that noise is all there is: sigma 0.5 and sigma 5 move the weights equally far."""
+    calm = replace(CONFIG, steady_noise=0.5)
+    moved = [
+        float(round_of(tiny_flow(), photos(0), config=calm, terms=terms(noise), chance=SecretNoise()).norm())
+        for noise in (0.5, 5.0)
+    ]
+    assert moved[0] == pytest.approx(moved[1], rel=0.1)
+
+
+def test_scales_are_shared_between_equal_flows_and_told_apart_for_others() -> None:
+    """Pretended devices of one process compute them once for a round's weights."""
+    one, other = (
+        public_scales(tiny_flow(), SCALED),
+        public_scales(RectifiedFlow(TINY, torch.Generator()), SCALED),
+    )
+    assert one is public_scales(tiny_flow(), SCALED) and one is not other
+    assert public_scales(tiny_flow(), CONFIG) is None
 
 
 def test_a_promised_round_refuses_chance_that_can_be_replayed() -> None:
@@ -194,7 +263,13 @@ def test_with_adapters_a_round_changes_them_alone_and_lowers_the_loss() -> None:
     flow, images = tiny_flow(), photos(8)
     attach(flow, Lora(rank=2), STREAMS.generator("adapters"))
     config = FlowTrainingConfig(
-        steps_per_round=4, sampling_rate=1.0, expected_batch=8, clip_norm=10.0, rate=0.05, adapt=Lora(rank=2)
+        steps_per_round=4,
+        sampling_rate=1.0,
+        expected_batch=8,
+        clip_norm=10.0,
+        rate=0.05,
+        preconditioner=0.0,
+        adapt=Lora(rank=2),
     )
     change = round_of(flow, images, config=config, terms=terms(config=config))
     assert change.shape == trained_vector(flow).shape == flow_ranges(flow, config).shape

@@ -274,6 +274,26 @@ def shifted_loss(network: Network, photos: Tensor, draws: Tensor) -> Tensor:
     return loss(network, shown).view(-1, count).mean(dim=1)
 
 
+def test_scaled_gradients_are_clipped_after_they_are_scaled() -> None:
+    """A slow twin; and one photo more still moves the sum by at most the clip norm, however large the scales."""
+    module, photos = SmallCritic(), faces(5)
+    scales = [torch.rand(weight.shape) * 100 for weight in module.parameters()]
+
+    def step(seen: Tensor) -> Tensor:
+        parts = private_gradient(
+            module, seen, loss, mechanism=ClippedSum(clip_norm=0.5), expected_batch=1, sampling_rate=1.0,
+            chance=torch.Generator(), scales=scales, microbatch=2,
+        )  # fmt: skip
+        return torch.cat([part.flatten() for part in parts])
+
+    wanted = torch.zeros(())
+    for gradient in one_at_a_time(module, photos):
+        long = torch.cat([(g * scale).flatten() for g, scale in zip(gradient, scales, strict=True)])
+        wanted = wanted + long * min(1.0, 0.5 / float(long.norm()))
+    assert torch.allclose(step(photos), wanted, atol=1e-5)
+    assert float((step(photos) - step(photos[:4])).norm()) <= 0.5 * (1 + 1e-5)
+
+
 def drawn(photos: int, count: int = 3) -> Tensor:
     return torch.randn(photos, count, 3, 8, 8, generator=STREAMS.generator("draws"))
 
