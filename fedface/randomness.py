@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-
 _AT_ONCE = 16_384  # pairs of normals that stay in the processor's cache
 
 

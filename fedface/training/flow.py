@@ -259,7 +259,7 @@ def _public_scales(known: _Known) -> list[Tensor]:
     pictures = draw_faces(faces, flow.size, noise=streams.generator("camera"))
     draws = times_and_noises(_PUBLIC, 1, flow.size, config.latest, streams.numpy("draws"))
     squares = [torch.zeros_like(weight) for weight in trained(flow).values()]
-    for part, rows in zip(pictures.split(_AT_ONCE), draws.split(_AT_ONCE), strict=True):
+    for part, rows in zip(torch.split(pictures, _AT_ONCE), torch.split(draws, _AT_ONCE), strict=True):
         gradients = per_photo_gradients(flow, loss_over_draws, part, draws=rows)
         squares = [
             total + gradient.square().sum(dim=0) for total, gradient in zip(squares, gradients, strict=True)

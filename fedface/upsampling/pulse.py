@@ -164,9 +164,11 @@ def fit_styles(
         Mean and unbiased standard deviation of each coordinate.
     """
     total = square = torch.zeros((), dtype=torch.float64)
+    # The latents of a flow are whole pictures: fewer of them at once.
+    at_once = min(10_000, max(1, 2**23 // latent_width))
     with torch.no_grad():
-        for start in range(0, samples, 10_000):
-            latents = torch.randn(min(10_000, samples - start), latent_width, generator=stream)
+        for start in range(0, samples, at_once):
+            latents = torch.randn(min(at_once, samples - start), latent_width, generator=stream)
             before = F.leaky_relu(mapping(latents)[:, 0], 1.0 / slope).double()
             total = total + before.sum(dim=0)
             square = square + before.square().sum(dim=0)

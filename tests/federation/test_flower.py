@@ -32,8 +32,8 @@ from fedface.federation.flower import (
 )
 from fedface.federation.task import Fault, Message, Refusal, Revealed, RevealTask, Trained
 from fedface.models.critic import CriticConfig
-from fedface.models.stylegan2 import GeneratorConfig
 from fedface.models.family import new_gan
+from fedface.models.stylegan2 import GeneratorConfig
 from fedface.models.weights import save_model
 from fedface.privacy.policy import DevicePolicy
 from fedface.randomness import Streams

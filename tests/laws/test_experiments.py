@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from fedface.config import section
 from fedface.errors import ConfigError, LibraryError
-from fedface.experiment import Experiment, LabelledDevices, LabelledProbe, RealDevices, read_experiment
+from fedface.experiment import VARY, Experiment, LabelledDevices, LabelledProbe, RealDevices, read_experiment
 from fedface.federation.simulated import describe_devices, public_faces
 from fedface.privacy.policy import DevicePolicy
 from fedface.privacy.target import PrivacyTarget
+from fedface.sweep import read_sweep
 
-FILES = sorted((Path(__file__).resolve().parents[2] / "experiments").glob("*.yaml"))
+EVERY = sorted((Path(__file__).resolve().parents[2] / "experiments").glob("*.yaml"))
+SWEEPS = [path for path in EVERY if section(path, VARY) is not None]
+FILES = [path for path in EVERY if path not in SWEEPS]
 each_file = pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
 
 
@@ -34,6 +38,23 @@ def test_a_question_stands_first(path: Path) -> None:
 def test_a_file_is_named_like_its_run(path: Path) -> None:
     """runs/NAME is found again from experiments/NAME.yaml."""
     assert read_experiment(path).name == path.stem
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=[path.stem for path in SWEEPS])
+def test_a_file_that_varies_its_recipe_is_a_question_whose_every_run_can_be_read(path: Path) -> None:
+    """Named like its file, a question first, folders that do not collide, and a plan within the promise."""
+    sweep = read_sweep(path)
+    assert sweep.name == path.stem and sweep.question.endswith("?")
+    assert len({variant.folder for variant in sweep.variants}) == len(sweep.variants) > 1
+    for way in dict.fromkeys(variant.way for variant in sweep.variants):
+        promised = next(
+            v.experiment
+            for v in sweep.variants
+            if v.way == way and isinstance(v.experiment.promise, PrivacyTarget)
+        )
+        bounds = promised.plan().epsilon()
+        assert bounds is not None and isinstance(promised.promise, PrivacyTarget)
+        assert 0.95 * promised.promise.epsilon < bounds.upper <= promised.promise.epsilon
 
 
 @each_file

@@ -20,8 +20,8 @@ from fedface.federation.flower import GridCohort, client_app, devices_folder, in
 from fedface.federation.rounds import SilentWatcher, State, run_rounds, weights_path
 from fedface.federation.simulated import device_faces, prepare, simulated_device
 from fedface.models.critic import CriticConfig
-from fedface.models.stylegan2 import GeneratorConfig
 from fedface.models.family import new_gan
+from fedface.models.stylegan2 import GeneratorConfig
 from fedface.models.weights import load_model, save_model, vector_of
 from fedface.randomness import Streams
 from fedface.shapes import Vector
