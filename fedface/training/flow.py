@@ -55,7 +55,7 @@ class FlowTrainingConfig:
     latest: float = (
         1.0  # times are drawn from 0 (noise) to this, in (0, 1]; what a face looks like is decided early
     )
-    rate: float = 0.1  # step of gradient descent, > 0
+    rate: float = 0.2  # step of gradient descent, > 0
     steady_noise: float = (
         0.5  # noise multiplier up to which the full rate is taken; beyond, it falls as 1 / noise
     )
@@ -63,7 +63,7 @@ class FlowTrainingConfig:
         0.9  # share of the last step that a device repeats in the next of the same round, in [0, 1)
     )
     preconditioner: float = 0.1  # flattest gradient that is scaled up in full, in public ones; 0: no scales
-    server_rate: float = 1.5  # how much of the mean update the server applies, in (0, 4]
+    server_rate: float = 2.0  # how much of the mean update the server applies, in (0, 4]
     adapt: Adapt = field(default_factory=Full)  # which weights learn: all, or low-rank changes
 
     def __post_init__(self) -> None:
