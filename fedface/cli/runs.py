@@ -24,6 +24,7 @@ from fedface.models.weights import vector_of
 from fedface.reports import card, page, run, wording
 from fedface.reports.run import BiasRecord, Interval, RunRecord
 from fedface.shapes import Vector
+from fedface.training.prior import PriorTrainingConfig
 from fedface.training.ways import begin_round, common_streams, words_of
 
 PhotosOption = Annotated[
@@ -118,12 +119,18 @@ def check(
             console.print(f"    {name}: {words}, {count} photos", highlight=False)
     console.print(
         f"  what travels up: one vector of {len(sent):,} {words_of(recipe.training)} per device and round, "
-        f"{config.kind}, {wording.size(up)}; no photo, no gradient of a photo, no count of photos",
+        f"{config.kind}, {wording.size(up)}; {_stays(recipe)}",
         highlight=False,
     )
     console.print(
         f"  what travels down: the weights, {wording.size(down)} per device and round", highlight=False
     )
+
+
+def _stays(recipe: Experiment) -> str:
+    if isinstance(recipe.training, PriorTrainingConfig):
+        return "no photo and no latent of a photo; the count carries the promise's noise like the rest"
+    return "no photo, no gradient of a photo, no count of photos"
 
 
 def report(folder: Annotated[Path, typer.Argument(help="The folder of a finished run.")]) -> None:

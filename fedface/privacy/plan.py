@@ -163,7 +163,7 @@ class Plan:
         """The plan in words, one line each, for `fedface check` and the report."""
         s = self.schedule
         lines = [
-            f"{s.rounds} rounds of {s.steps_per_round} private steps on each device",
+            f"{_counted(s.rounds, 'round')} of {_counted(s.steps_per_round, 'private step')} on each device",
             f"each photo joins a step with probability {s.sampling_rate:g}; "
             f"every sum is divided by {s.expected_batch}",
             f"one photo's gradient is cut to length {s.clip_norm:g}",
@@ -173,7 +173,7 @@ class Plan:
                 bounds = epsilon_of(self.event(), target.delta)
                 lines += [
                     f"noise multiplier {self.noise_multiplier:.4f}: standard deviation "
-                    f"{self.noise_multiplier * s.clip_norm / s.expected_batch:.3g} on every weight and step",
+                    f"{self.noise_multiplier * s.clip_norm / s.expected_batch:.3g} on every number and step",
                     f"promise: epsilon at most {target.epsilon:g} at delta {target.delta:g} "
                     f"per {target.unit}, over all rounds; neighbours: {ADJACENCY}",
                     f"price: epsilon {bounds.estimate:.3f}, certainly between {bounds.lower:.3f} "
@@ -207,3 +207,7 @@ def make_plan(promise: Promise, schedule: Schedule) -> Plan:
             return Plan(promise=promise, schedule=schedule, noise_multiplier=0.0)
         case _:
             assert_never(promise)
+
+
+def _counted(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
