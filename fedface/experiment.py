@@ -29,6 +29,7 @@ from fedface.training.ways import Training
 from fedface.upsampling.degrade import Area, BicubicPulse
 from fedface.upsampling.pulse import PulseConfig
 
+UNBOUNDED = "∞"  # where others have an epsilon: a run without a promise
 VARY = "vary"  # the key of a file that describes several runs
 
 

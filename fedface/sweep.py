@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from typing import Any
 
 from fedface.config import section
 from fedface.errors import ConfigError
-from fedface.experiment import VARY, Experiment, read_one
+from fedface.experiment import UNBOUNDED, VARY, Experiment, read_one
+from fedface.privacy.target import PrivacyTarget
 
 MOST_RUNS = 1000
 
@@ -36,9 +38,8 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        """A name for its folder: letters, digits and dashes."""
-        word = "_".join(self.names)
-        return "".join(letter if letter.isalnum() or letter in "_." else "-" for letter in word) or "only"
+        """A name for its folder: letters, digits, dots, dashes and underscores."""
+        return "_".join(self.names) or "only"
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,11 @@ def read_sweep(path: Path, *, photos: Path | None = None, changes: Mapping[str, 
     if told is None:
         told = {}
     if not isinstance(told, dict):
-        raise ConfigError(f"{path}: {VARY}: expected axes, each with its values, got {json.dumps(told)[:80]}")
+        raise ConfigError(f"{path}: {VARY}: expected axes, each with its values, got {_shown(told)}")
+    varied = [key for axis, values in told.items() for key in _keys_of(axis, values)]
+    for key in rest:
+        if any(f"{inner}.".startswith(f"{key}.") for inner in varied):
+            raise ConfigError(f"{path}: --set {key} would override what {VARY} sets; narrow the axis instead")
     if unknown := sorted(set(picks) - {str(axis) for axis in told}):
         raise ConfigError(f"{path}: {VARY}: has no axis {unknown[0]}; axes: {', '.join(map(str, told))}")
     axes = {str(axis): _steps(path, str(axis), values) for axis, values in told.items()}
@@ -94,25 +99,82 @@ def read_sweep(path: Path, *, photos: Path | None = None, changes: Mapping[str, 
         named = dict(zip(axes, run, strict=True))
         way = ", ".join(named[axis].name for axis in ways) or experiment.name
         variants.append(Variant(way, tuple(step.name for step in run), experiment))
+    _check_apart(path, variants)
     first = variants[0].experiment
     return Sweep(first.question, first.name, tuple(axes), tuple(variants))
 
 
 def _steps(path: Path, axis: str, values: Any) -> list[_Step]:
     if isinstance(values, list) and values:
-        return [_Step(str(value), {axis: json.dumps(value)}) for value in values]
+        return [_Step(_name(path, axis, value), {axis: _text(path, axis, value)}) for value in values]
     if isinstance(values, dict) and values:
         steps = []
         for name, changes in values.items():
             if not isinstance(changes, dict):
                 raise ConfigError(
-                    f"{path}: {VARY}.{axis}.{name}: expected keys with values, got {json.dumps(changes)[:80]}"
+                    f"{path}: {VARY}.{axis}.{name}: expected keys with values, got {_shown(changes)}"
                 )
-            steps.append(_Step(str(name), {str(key): json.dumps(value) for key, value in changes.items()}))
+            told = {str(key): _text(path, axis, value) for key, value in changes.items()}
+            steps.append(_Step(_name(path, axis, name), told))
         return steps
     raise ConfigError(
-        f"{path}: {VARY}.{axis}: expected a list of values or named variants, got {json.dumps(values)[:80]}"
+        f"{path}: {VARY}.{axis}: expected a list of values or named variants, got {_shown(values)}"
     )
+
+
+def _name(path: Path, axis: str, value: Any) -> str:
+    """The name of one value, which becomes a part of a folder's name."""
+    name = str(value)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,39}", name):
+        raise ConfigError(
+            f"{path}: {VARY}.{axis}: names are letters, digits, '.' and '-', 40 at most, got {name!r:.80}; "
+            "give values with other characters a name of their own"
+        )
+    return name
+
+
+def _text(path: Path, axis: str, value: Any) -> str:
+    """A value as YAML text."""
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {VARY}.{axis}: expected plain values, got {_shown(value)}") from error
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.80}"
+
+
+def _keys_of(axis: Any, values: Any) -> list[str]:
+    """The keys that an axis sets."""
+    if isinstance(values, dict):
+        return [str(key) for changes in values.values() if isinstance(changes, dict) for key in changes]
+    return [str(axis)]
+
+
+def _check_apart(path: Path, variants: list[Variant]) -> None:
+    """Raise ConfigError unless a table can tell all runs apart and compare them on the same devices."""
+    devices = variants[0].experiment.devices
+    seen: dict[tuple[str, str, int], Variant] = {}
+    for variant in variants:
+        if variant.experiment.devices != devices:
+            raise ConfigError(f"{path}: {VARY}: devices must be the same in all runs that are compared")
+        key = (variant.way, level_of(variant.experiment), variant.experiment.seed)
+        if key in seen:
+            raise ConfigError(
+                f"{path}: {VARY}: the runs {', '.join(seen[key].names)} and {', '.join(variant.names)} have one way, "
+                "epsilon and seed; a table could not tell them apart"
+            )
+        seen[key] = variant
+
+
+def level_of(experiment: Experiment) -> str:
+    """The promised epsilon as a short text, or "∞" where nothing is promised."""
+    match experiment.promise:
+        case PrivacyTarget(epsilon=epsilon):
+            return f"{epsilon:g}"
+        case _:
+            return UNBOUNDED
 
 
 def _picks(changes: Mapping[str, str]) -> tuple[dict[str, list[str]], dict[str, str]]:

@@ -81,9 +81,16 @@ def test_a_file_without_vary_is_one_run(path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
+        ("seed: [0, 1]", "seed: [2026-01-01]", "expected plain values"),
+        ("seed: [0, 1]", "day: 2026-01-01", "expected a list of values"),
+        ("lora: {", '"..": {', "names are letters"),
+        ("lora: {", '"a b": {', "names are letters"),
+        ("seed: [0, 1]", "seed: {a: {seed: 1}, b: {seed: 1}}", "could not tell them apart"),
+        ("seed: [0, 1]", "promise.delta: [1e-4, 1e-3]", "no-promise|unknown key|could not tell them apart"),
+        ("seed: [0, 1]", "devices.photos_each: [24, 30]", "devices must be the same"),
         ("seed: [0, 1]", "seed: []", "vary.seed: expected a list of values"),
         ("seed: [0, 1]", "seed: 3", "vary.seed: expected a list of values"),
-        ("seed: [0, 1]", "seed: [-1]", "seed: must be >= 0"),
+        ("seed: [0, 1]", "seed: {a: {seed: -1}}", "seed: must be >= 0"),
         ("full: {training.adapt: {kind: full}}", "full: 3", "vary.way.full: expected keys with values"),
         ("{kind: lora, rank: 2}", "{kind: lora, rank: 0}", "rank: must lie in"),
         ("seed: [0, 1]", "sed: [0, 1]", "unknown key"),
@@ -100,6 +107,13 @@ def test_names_that_are_not_on_an_axis_are_refused(path: Path) -> None:
         read_sweep(path, changes={"vary.way": "[blur]"})
     with pytest.raises(ConfigError, match="has no axis ways"):
         read_sweep(path, changes={"vary.ways": "[full]"})
+
+
+def test_what_an_axis_sets_cannot_be_overridden_from_the_command_line(path: Path) -> None:
+    """Otherwise a run called "full" would train low-rank changes, and two seeds would be one."""
+    for change in ({"training.adapt": "{kind: full}"}, {"training": "{kind: prior-training}"}, {"seed": "7"}):
+        with pytest.raises(ConfigError, match="would override what vary sets"):
+            read_sweep(path, changes=change)
 
 
 def test_a_file_that_varies_its_recipe_is_no_single_run(path: Path) -> None:

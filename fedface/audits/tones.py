@@ -22,7 +22,7 @@ def tone_distance(
 
     Two sets of n faces of the same people lie a little above zero, about 1.1 * sd / sqrt(n); compare with that
     floor. Resampling inflates a distance, hence the basic interval, which reflects the resamples about the
-    estimate, and not the percentiles.
+    estimate, and not the percentiles; near zero it is widened to hold the estimate.
 
     Args:
         made: One continuous Monk reading per face, (n,), n >= 2.
@@ -49,9 +49,5 @@ def tone_distance(
         stats.wasserstein_distance(rng.choice(a, len(a)), rng.choice(b, len(b))) for _ in range(resamples)
     ]
     low, high = np.quantile(again, [0.025, 0.975])
-    return Interval(
-        estimate,
-        max(0.0, 2 * estimate - float(high)),
-        max(0.0, 2 * estimate - float(low)),
-        min(len(a), len(b)),
-    )
+    ends = (max(0.0, 2 * estimate - float(high)), max(estimate, 2 * estimate - float(low)))
+    return Interval(estimate, *ends, min(len(a), len(b)))

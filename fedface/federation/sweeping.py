@@ -35,7 +35,6 @@ from fedface.privacy.target import PrivacyTarget
 from fedface.randomness import Streams
 from fedface.reports import comparison, comparison_figures, strict
 from fedface.reports.comparison import (
-    UNBOUNDED,
     UNTOUCHED,
     ComparisonRecord,
     GroupFigures,
@@ -45,9 +44,10 @@ from fedface.reports.comparison import (
 from fedface.reports.filling import epsilon_record, machine_record, measured, version_record
 from fedface.reports.run import Epsilon, Figure, NotMeasured
 from fedface.shapes import Images
-from fedface.sweep import Sweep, Variant
-from fedface.training.ways import begin_round, common_streams
+from fedface.sweep import Sweep, Variant, level_of
+from fedface.training.ways import begin_round, check_fits, common_streams
 
+MEASURED = 1  # raised whenever the same samples would give other figures
 FACES = 600  # samples of each model, and faces on either side of the reference
 QUALITY = ("kernel", "coverage", "precision", "recall")
 SHOWN = 12  # samples in a row of the picture
@@ -89,9 +89,12 @@ def compare(
         RunError: The folder holds runs of another recipe.
         ConfigError: Nothing is known of the devices' faces, so that there is nothing to compare with.
     """
+    for variant in sweep.variants:
+        # A checkpoint that is missing or of another family is better known now than after hours.
+        check_fits(variant.experiment.start(), variant.experiment.training)
     runs: list[RunFigures] = []
     for number, variant in enumerate(sweep.variants, 1):
-        watcher.say(f"run {number} of {len(sweep.variants)}: {', '.join(variant.names)}")
+        watcher.say(f"run {number} of {len(sweep.variants)}: {', '.join(variant.names) or variant.way}")
         place = folder / "runs" / variant.folder
         runs += [_base(variant, folder, faces, watcher), _one(variant, place, cohort_of, faces, watcher)]
     first = sweep.variants[0].experiment
@@ -123,7 +126,7 @@ def _without_twins(runs: list[RunFigures]) -> list[RunFigures]:
 
 def _one(variant: Variant, place: Path, cohort_of: CohortOf, faces: int, watcher: Watcher) -> RunFigures:
     """One run to its end, or its figures from the disk."""
-    experiment, kept = variant.experiment, place / "figures.json"
+    experiment, kept = variant.experiment, place / f"figures-{_measure_name(faces)}.json"
     if not (place / "state.json").exists():
         begin(experiment, place)
     check_same(experiment, place)
@@ -138,7 +141,7 @@ def _one(variant: Variant, place: Path, cohort_of: CohortOf, faces: int, watcher
     bounds = plan.epsilon()
     figures = RunFigures(
         way=variant.way,
-        level=_level(experiment),
+        level=level_of(experiment),
         epsilon=NotMeasured(not_measured="no noise was added, so there is no bound")
         if bounds is None
         else _epsilon(bounds, experiment),
@@ -157,7 +160,7 @@ def _base(variant: Variant, folder: Path, faces: int, watcher: Watcher) -> RunFi
     """The figures of a way's public model before any round, measured once."""
     experiment = variant.experiment
     base = experiment.start()
-    kept = folder / "bases" / f"{weights_hash(*base.modules())}-{experiment.seed}.json"
+    kept = folder / "bases" / f"{weights_hash(*base.modules())}-{experiment.seed}-{_measure_name(faces)}.json"
     if kept.exists():
         model = strict.loads(ModelFigures, kept.read_text(encoding="utf-8"))
     else:
@@ -177,12 +180,9 @@ def _base(variant: Variant, folder: Path, faces: int, watcher: Watcher) -> RunFi
     )
 
 
-def _level(experiment: Experiment) -> str:
-    match experiment.promise:
-        case PrivacyTarget(epsilon=epsilon):
-            return f"{epsilon:g}"
-        case _:
-            return UNBOUNDED
+def _measure_name(faces: int) -> str:
+    """What figures depend on beside the model: of how many faces, measured how."""
+    return f"{faces}-{MEASURED}"
 
 
 def _measure(model: Model, experiment: Experiment, faces: int, watcher: Watcher) -> ModelFigures:
@@ -306,7 +306,7 @@ def _rows(record: ComparisonRecord, sweep: Sweep, folder: Path) -> dict[str, Ima
         mine = [variant for variant in sweep.variants if variant.way == way]
         seed = mine[0].experiment.seed
         rows[f"{way}, epsilon 0"] = _sampled(mine[0].experiment.start(), seed, SHOWN)
-        by_level = {_level(v.experiment): v for v in mine if v.experiment.seed == seed}
+        by_level = {level_of(v.experiment): v for v in mine if v.experiment.seed == seed}
         for level in record.levels():
             if level in by_level:
                 variant = by_level[level]

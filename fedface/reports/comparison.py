@@ -14,11 +14,12 @@ import numpy as np
 
 from fedface.audits.disaggregate import mean_interval
 from fedface.errors import RunError
+from fedface.experiment import UNBOUNDED
 from fedface.reports import strict
 from fedface.reports.run import Epsilon, Figure, Interval, MachineRecord, NotMeasured
 
 FILE = "comparison.json"
-UNTOUCHED, UNBOUNDED = "0", "∞"  # the unmodified public model; training without noise
+UNTOUCHED = "0"  # the level of the unmodified public model
 MEASURES = ("tone_distance", "darker", "kernel", "coverage", "precision", "recall")
 BY_GROUP = ("kernel", "coverage", "precision")
 TITLES = {
@@ -116,9 +117,11 @@ def over_seeds(figures: Sequence[Figure]) -> Figure:
     mean of the runs' own.
     """
     measured = [figure for figure in figures if isinstance(figure, Interval)]
-    if not measured:
-        reasons = [figure.not_measured for figure in figures if isinstance(figure, NotMeasured)]
-        return NotMeasured(not_measured=reasons[0] if reasons else "no run")
+    reasons = [figure.not_measured for figure in figures if isinstance(figure, NotMeasured)]
+    if reasons or not measured:
+        # The runs in which it could be measured are not any runs: they made more faces of the group.
+        part = f"in {len(measured)} of {len(figures)} runs only: " if measured else ""
+        return NotMeasured(not_measured=part + (reasons[0] if reasons else "no run"))
     estimates = np.array([figure.estimate for figure in measured])
     mean, count = float(estimates.mean()), sum(figure.count for figure in measured)
     if len(measured) < 3:

@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 
-from fedface.reports.comparison import TITLES, UNBOUNDED, UNTOUCHED, ComparisonRecord
+from fedface.experiment import UNBOUNDED
+from fedface.reports.comparison import TITLES, UNTOUCHED, ComparisonRecord
 from fedface.reports.figures import FAINT, INK, STYLE, face_grid
 from fedface.reports.run import Interval
 from fedface.shapes import Images

@@ -46,7 +46,7 @@ _EVALUATIONS_AT_ONCE = 64  # photos times draws whose activations are in memory 
 class FlowTrainingConfig:
     """How devices fine-tune a flow; every number is public and the same on all devices."""
 
-    rounds: int = 20  # rounds of the run, >= 1
+    rounds: int = 12  # rounds of the run, >= 1
     steps_per_round: int = 2  # private steps a device takes in one round, >= 1
     sampling_rate: float = 0.05  # q: chance of a photo to join a step, in (0, 1]
     expected_batch: int = 10  # public divisor of each step's sum, >= 1
@@ -55,7 +55,7 @@ class FlowTrainingConfig:
     latest: float = (
         1.0  # times are drawn from 0 (noise) to this, in (0, 1]; what a face looks like is decided early
     )
-    rate: float = 0.5  # step of gradient descent, > 0
+    rate: float = 0.45  # step of gradient descent, > 0
     steady_noise: float = (
         0.5  # noise multiplier up to which the full rate is taken; beyond, it falls as 1 / noise
     )

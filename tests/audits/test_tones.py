@@ -30,6 +30,13 @@ def test_equal_sets_lie_at_zero_and_two_draws_of_one_kind_near_it() -> None:
     assert tone_distance(first, second, RNG).estimate < 4 * 0.035
 
 
+def test_the_estimate_lies_in_its_interval_also_where_there_is_no_distance() -> None:
+    """Equal kinds of 100 faces, where reflected resamples may all lie below the estimate."""
+    for _ in range(30):
+        found = tone_distance(RNG.normal(5.0, 1.0, 100), RNG.normal(5.0, 1.0, 100), RNG, resamples=100)
+        assert 0.0 <= found.low <= found.estimate <= found.high
+
+
 def test_the_interval_covers_the_truth_in_about_95_of_100_repetitions() -> None:
     """Two normals a step apart; 95 % of 60 repetitions, minus three standard deviations, is 52."""
     covered = 0

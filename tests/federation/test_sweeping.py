@@ -8,6 +8,7 @@ import pytest
 from tiny import WAYS, tiny_file
 
 from fedface.errors import RunError
+from fedface.experiment import UNBOUNDED
 from fedface.federation.flower import in_process_cohort
 from fedface.federation.rounds import SilentWatcher
 from fedface.federation.sweeping import compare
@@ -15,7 +16,7 @@ from fedface.models.family import build
 from fedface.models.weights import save_model
 from fedface.randomness import Streams
 from fedface.reports import comparison
-from fedface.reports.comparison import MEASURES, UNBOUNDED, UNTOUCHED, ComparisonRecord
+from fedface.reports.comparison import MEASURES, UNTOUCHED, ComparisonRecord
 from fedface.reports.run import Epsilon, Interval, NotMeasured
 from fedface.sweep import Sweep, read_sweep
 
