@@ -22,7 +22,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-bench: $(STAMP)
+bench: $(STAMP)  # minutes; benchmarks/latent_search.py, full_size.py and quality_counts.py take longer
 	$(BIN)/python benchmarks/encryption.py
 
 $(STAMP): pyproject.toml constraints.txt

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import first_device, tiny_experiment, tiny_file, tiny_gan, train_task
 
 from fedface import cli
@@ -16,6 +17,8 @@ from fedface.errors import FedfaceError
 from fedface.federation.coordinator import begin
 from fedface.federation.device import serve
 from fedface.federation.folders import locked
+from fedface.models.family import Alone
+from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
 from fedface.models.weights import save_model, vector_of
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
@@ -256,6 +259,52 @@ def test_a_file_that_cannot_be_written_is_a_sentence(fedface, tmp_path: Path) ->
     assert "No such file" in sentence(fedface("photos", "draw", "none/sheet.png"))
     assert "Is a directory" in sentence(fedface("photos", "draw", str(tmp_path)))
     assert "Not a directory" in sentence(fedface("report", str(tiny)))
+
+
+def test_a_networks_settings_that_cannot_be_are_sentences(fedface) -> None:  # type: ignore[no-untyped-def]
+    """With the option's name, for both kinds of networks."""
+    for file in ("x.onnx", "x.pt"):
+        words = ("quality", "--network", file)
+        said = sentence(fedface(*words, "--network-std", "0", "0", "0"))
+        assert said.startswith("--network-std must be three numbers > 0")
+        assert sentence(fedface(*words, "--network-size", "1")).startswith(
+            "--network-size must lie in [8, 2048]"
+        )
+        said = sentence(fedface(*words, "--network-mean", "nan", "0", "0"))
+        assert said.startswith("--network-mean must be three finite numbers")
+
+
+def test_training_does_not_begin_for_a_file_that_cannot_be_written(  # type: ignore[no-untyped-def]
+    fedface, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder as --out is said before the first step of each recipe."""
+
+    def begun(*words: object, **more: object) -> None:
+        raise ZeroDivisionError
+
+    for recipe in ("pretrain", "pretrain_flow", "pretrain_encoder"):
+        monkeypatch.setattr(sys.modules["fedface.cli.base"], recipe, begun)
+    for command in ("train", "flow", "encoder"):
+        assert "is a folder" in sentence(fedface("base", command, "--out", "."))
+        with pytest.raises(ZeroDivisionError):
+            fedface("base", command, "--out", "a.safetensors")
+
+
+def test_an_encoder_is_not_begun_for_a_generator_with_classes(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Such a generator needs a label beside the latent, which no encoder names."""
+    config = GeneratorConfig(size=8, latent_width=4, style_width=4, channel_base=32, channel_max=4, classes=2)
+    save_model(tmp_path / "a.safetensors", Alone(StyleGAN2(config, torch.Generator()), {}))
+    said = sentence(fedface("base", "encoder", "--generator", "a.safetensors", "--shorten", "0.0001"))
+    assert said.startswith("a.safetensors: its generator has 2 classes")
+    assert not Path("encoder32.safetensors").exists()
+
+
+def test_escape_codes_do_not_reach_the_terminal_in_an_error(fedface) -> None:  # type: ignore[no-untyped-def]
+    """Of our own errors and of the system's; brackets stay brackets."""
+    assert sentence(fedface("check", "[/red]\x1b[2J.yaml")) == "[/red]?[2J.yaml: no such file"
+    assert sentence(fedface("photos", "draw", "[/red]\x1b[2J/a.png")).startswith(
+        "[/red]?[2J/a.png: No such file"
+    )
 
 
 def test_an_interrupt_says_what_is_kept(fedface, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]

@@ -6,14 +6,18 @@ import json
 import os
 import pickle
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny import tiny_gan
 
 from fedface import cli
+from fedface.errors import WeightsError
 from fedface.models.family import Alone
 from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
 from fedface.models.weights import load_model, save_model, weights_hash
@@ -137,3 +141,39 @@ def test_mistakes_are_sentences(weights, tmp_path: Path) -> None:  # type: ignor
         code, out, err = weights(*words)
         assert code == 2 and out == "" and said in err and "Traceback" not in err
     assert weights("sample", "a.pt", "--out", "a.png", "--psi", "2")[0] == 2
+
+
+def test_a_strangers_names_are_printed_as_words(weights, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Brackets are no markup, colons no pictures, escape codes question marks: in names, notes, errors and paths."""
+    state = checkpoint(tmp_path / "a.pt").state_dict()
+    torch.save({"G_ema": state, "[/red]:smile:": 3, "\x1b[2J": torch.zeros(2)}, tmp_path / "[red].pt")
+    code, out, _ = weights("import", "[red].pt", "--out", "[b]o.safetensors")
+    assert code == 0 and "\x1b" not in out
+    assert "not taken: ?[2J, [/red]:smile:" in out and "wrote [b]o.safetensors" in out
+    noted = {"said\x1b[2J": "[/red]\x1b]0;owned\x07", "remarks": "\x1b[2J", "long": "n" * 300}
+    save_model(tmp_path / "n.safetensors", replace(tiny_gan(), notes=noted))
+    code, out, _ = weights("show", "n.safetensors")
+    assert code == 0 and "\x1b" not in out and "\x07" not in out
+    assert "said?[2J: [/red]?]0;owned?" in out and f"long: {'n' * 200}... (--json shows all)" in out
+    assert weights("import", "n.safetensors", "--out", "m.safetensors")[0] == 0
+    with safe_open(str(tmp_path / "n.safetensors"), framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        save_file(tensors | {"\x1b[2J": torch.zeros(1)}, tmp_path / "x.safetensors", file.metadata())
+    code, out, err = weights("show", "x.safetensors")
+    assert code == 2 and "do not belong, the first is ?[2J" in err and "\x1b" not in err
+
+
+def test_where_a_model_cannot_be_kept_is_said_before_it_is_read(weights, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """A folder, this folder, a place within a file; nothing is left behind."""
+    checkpoint(tmp_path / "a.pt")
+    (tmp_path / "folder").mkdir()
+    for out, said in (
+        (".", "is a folder"),
+        ("folder", "is a folder"),
+        ("a.pt/b", "is a file and not a folder"),
+    ):
+        code, printed, err = weights("import", "a.pt", "--out", out)
+        assert code == 2 and printed == "" and said in err and "reading" not in err
+        with pytest.raises(WeightsError, match=said):
+            save_model(tmp_path / out, tiny_gan())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "folder"]

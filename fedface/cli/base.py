@@ -18,7 +18,14 @@ from fedface.config import plain
 from fedface.errors import ConfigError
 from fedface.models.family import Encoded, Flow, Gan
 from fedface.models.stylegan2 import StyleGAN2
-from fedface.models.weights import load_base, load_model, save_model, weights_hash, words_of_family
+from fedface.models.weights import (
+    check_place,
+    load_base,
+    load_model,
+    save_model,
+    weights_hash,
+    words_of_family,
+)
 from fedface.reports.figures import face_grid
 from fedface.training.encoder_pretrain import EncoderPretrainConfig, pretrain_encoder
 from fedface.training.flow_pretrain import FlowPretrainConfig, pretrain_flow
@@ -39,6 +46,7 @@ def base_train(
     shorten: ShortenOption = 1.0,
 ) -> None:
     """Train the base checkpoint from drawn faces; the defaults make the shipped one."""
+    check_place(out)
     full = PretrainConfig()
     config = PretrainConfig(
         seed=seed,
@@ -64,6 +72,7 @@ def base_flow(
     full = FlowPretrainConfig()
     if size not in (16, 32, 64):
         raise ConfigError(f"--size must be 16, 32 or 64, got {size}")
+    check_place(out)
     config = replace(
         full,
         seed=seed,
@@ -89,11 +98,17 @@ def base_encoder(
     shorten: ShortenOption = 1.0,
 ) -> None:
     """Train the encoder that finds a photo's latent, from a generator's own pictures; `prior-training` needs one."""
+    check_place(out)
     full = EncoderPretrainConfig()
     model = load_base() if generator is None else load_model(generator)
     if not isinstance(model.generator, StyleGAN2):
         raise ConfigError(f"{generator}: wanted a StyleGAN2 generator, got {words_of_family(model)}")
     made = model.generator
+    if made.config.classes:
+        raise ConfigError(
+            f"{generator}: its generator has {made.config.classes} classes, and an encoder finds latents alone; "
+            "wanted a generator without classes"
+        )
     config = replace(
         full,
         seed=seed,

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from fedface.aggregation.encrypted import make_keys
-from fedface.cli.terminal import JsonOption, console
+from fedface.cli.terminal import JsonOption, cell, console
 from fedface.errors import ConfigError
 from fedface.experiment import read_experiment
 from fedface.privacy.ledger import Ledger
@@ -59,7 +59,7 @@ def ledger_show(
     for heading in ("no.", "written", "run", "round", "attempt"):
         table.add_column(heading)
     for entry in entries:
-        table.add_row(*(str(entry[key]) for key in ("number", "written", "run", "round", "attempt")))
+        table.add_row(*(cell(entry[key]) for key in ("number", "written", "run", "round", "attempt")))
     console.print(table)
     console.print(
         f"epsilon spent: {spent} at delta {delta:g}, per photo (a run's own promise may name another delta)",

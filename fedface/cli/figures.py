@@ -87,9 +87,12 @@ def _drawn(count: int, size: int, light_share: float, streams: Streams) -> Image
 def _source(network: Path | None, size: int, mean: Three, std: Three) -> FeatureSource:
     if network is None:
         return ColourFeatures()
-    if network.suffix == ".onnx":
-        return OnnxFeatures(path=network, size=size, mean=mean, std=std)
-    return TorchScriptFeatures(path=network, size=size, mean=mean, std=std)
+    kind = OnnxFeatures if network.suffix == ".onnx" else TorchScriptFeatures
+    try:
+        return kind(path=network, size=size, mean=mean, std=std)
+    except ValueError as error:
+        # The fields are called as the options are, without their first word.
+        raise ConfigError(f"--network-{error}") from error
 
 
 def _print(found: Quality, name: str) -> None:

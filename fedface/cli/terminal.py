@@ -18,10 +18,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedface.errors import FedfaceError
+from fedface.models.pickled import printable
 
 # A pipe has no width of its own; eighty columns would fold every table.
-console = Console(width=None if sys.stdout.isatty() else 140)
-notes = Console(stderr=True)
+# Names of files, photos and weights may be a stranger's: brackets and colons in them are words, not markup.
+console = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False)
+notes = Console(stderr=True, markup=False, emoji=False)
+LONGEST = 4000  # characters of an error, or of one cell, that reach a terminal
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 DetectorOption = Annotated[
@@ -62,7 +65,8 @@ class Bars:
 @contextmanager
 def progress_bars() -> Iterator[Bars]:
     """Bars on standard error, gone when the command is done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    described = TextColumn("{task.description}", markup=False)
+    columns = (described, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=notes, transient=True) as progress:
         yield Bars(progress)
 
@@ -75,7 +79,7 @@ def cell(value: object) -> str:
         return ", ".join(f"{key}: {cell(part)}" for key, part in value.items())
     if isinstance(value, (tuple, list)):
         return ", ".join(cell(part) for part in value)
-    return str(value)
+    return printable(str(value), LONGEST)
 
 
 def call(app: typer.Typer) -> None:
@@ -84,14 +88,14 @@ def call(app: typer.Typer) -> None:
     try:
         app()
     except FedfaceError as error:
-        notes.print(f"fedface: {error}", highlight=False, markup=False, soft_wrap=True)
+        notes.print(f"fedface: {printable(str(error), LONGEST)}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except OSError as error:
         # A disk that is full or a path that cannot be: what has no file to name may be a bug, and stays one.
         if error.filename is None and error.errno != errno.ENOSPC:
             raise
         reason = f"{error.filename or 'the disk'}: {error.strerror}"
-        notes.print(f"fedface: {reason}", highlight=False, markup=False, soft_wrap=True)
+        notes.print(f"fedface: {printable(reason, LONGEST)}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except SystemExit as end:
         # Typer turns an interrupt into this code, without a word.

@@ -16,8 +16,9 @@ from fedface.errors import ConfigError
 from fedface.models.contracts import Generator, sample
 from fedface.models.conversions import Found, import_file
 from fedface.models.described import ModelFacts, describe, in_words
+from fedface.models.pickled import printable
 from fedface.models.stylegan2 import OfClass, StyleGAN2
-from fedface.models.weights import load_model, save_model
+from fedface.models.weights import check_place, load_model, save_model
 from fedface.reports.figures import face_grid
 from fedface.shapes import Images
 
@@ -50,6 +51,7 @@ def weights_import(
     """Convert weights of another program, without running anything that their file carries."""
     if out.resolve() in {path.resolve() for path in (file, mapping) if path is not None}:
         raise ConfigError(f"{out}: is the file to import; name another to write")
+    check_place(out)
     with progress_bars() as bars:
         bars.stage("reading", 0)
         found = import_file(file, mapping)
@@ -80,11 +82,10 @@ def show(file: FileArgument, json_out: JsonOption = False) -> None:
         print(json.dumps({**asdict(facts), "notes": dict(model.notes)}, indent=2))
         return
     for line in _described(facts):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True)
     for key, value in model.notes.items():
-        console.print(
-            f"{key.replace('_', ' ')}: {_short(value)}", highlight=False, markup=False, soft_wrap=True
-        )
+        words = f"{printable(key.replace('_', ' '))}: {_short(value)}"
+        console.print(words, highlight=False, soft_wrap=True)
 
 
 @weights.command("hash")
@@ -153,7 +154,9 @@ def _lines(found: Found, facts: ModelFacts) -> list[str]:
         lines.append("critic: none in the file")
     if found.ignored:
         lines.append(f"not taken: {', '.join(found.ignored)}")
-    return lines + [f"note: {remark}" for remark in found.notes.get("remarks", ())]
+    remarks = found.notes.get("remarks")
+    # A file of ours may come from a stranger, who wrote its notes.
+    return lines + [f"note: {_short(remark)}" for remark in (remarks if isinstance(remarks, list) else ())]
 
 
 def _described(facts: ModelFacts) -> list[str]:
@@ -163,4 +166,4 @@ def _described(facts: ModelFacts) -> list[str]:
 
 def _short(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 200 else f"{text[:200]}... (--json shows all)"
+    return printable(text, 200) + (" (--json shows all)" if len(text) > 200 else "")

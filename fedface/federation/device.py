@@ -7,6 +7,8 @@ sent, and sent again, never computed again, when the same round is asked once mo
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,10 +16,10 @@ from pathlib import Path
 
 from fedface.aggregation.encrypted import EncryptedKeys, make_device
 from fedface.aggregation.protocol import AggregationConfig, EncryptedConfig, Payload, PlainConfig
-from fedface.errors import FederationError, PolicyRefusal, PrivacyError
-from fedface.federation.task import Refusal, Reply, Revealed, RevealTask, Task, Trained, TrainTask
-from fedface.models.family import build
-from fedface.models.weights import fill, fill_buffers
+from fedface.config import kind_of, plain
+from fedface.errors import FederationError, PolicyRefusal, PrivacyError, WeightsError
+from fedface.federation.task import Agreed, Refusal, Reply, Revealed, RevealTask, Task, Trained, TrainTask
+from fedface.models.weights import filled, weights_hash
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.policy import DevicePolicy
 from fedface.randomness import SecretNoise, Streams
@@ -52,7 +54,7 @@ def serve(task: Task, device: Device) -> Reply:
     """Answer one task, or say no.
 
     Raises:
-        WeightsError: The weights do not fit the networks of the task.
+        WeightsError: The weights do not fit the networks of the task, or are not those that it names.
         AggregationError: The shared key is missing, or a sum is not of this run's kind.
         FederationError: The sum of another round was to be opened.
         PrivacyError: The ledger cannot be trusted, the task contradicts itself, or this round of this run was
@@ -80,6 +82,8 @@ def _train(task: TrainTask, device: Device) -> Reply:
         "expected_batch": str(agreed.terms.schedule.expected_batch),
         "sampler": "poisson",
         "protocol": agreed.aggregation.kind,
+        "training": kind_of(type(agreed.training)),
+        "recipe": _recipe(agreed),
     }
     kept = ledger.stored_reply(task.run, task.round)
     if kept is not None:
@@ -91,16 +95,19 @@ def _train(task: TrainTask, device: Device) -> Reply:
     device.policy.admit(
         agreed.terms, task.cohort, agreed.aggregation.kind, OBJECTIVE, ledger, run=task.run, round=task.round
     )
-    model = build(agreed.shape)
-    fill_buffers(task.buffers, *model.modules())
-    fill(task.weights, *model.modules())
+    model = filled(agreed.shape, task.weights, task.buffers)
+    # The ledger remembers weights by their hash, which is the server's word until it is computed here.
+    if (found := weights_hash(*model.modules())) != task.model:
+        raise WeightsError(
+            f"the task says that its weights are {task.model:.16}, they are {found}; nothing was booked or computed"
+        )
     work = begin_round(model, agreed.training, agreed.terms, common_streams(task.seed, task.round))
     sums = make_device(agreed.aggregation, agreed.agreement, _key(agreed.aggregation, device))
     streams = Streams(task.seed).child(f"{device.name}/{task.round}")
     # Book before reading a photo: a crash from here on may waste budget, never overspend it.
     entry = device.policy.book(agreed.terms, ledger, run=task.run, round=task.round, marks=marks)
-    photos = device.photos(model.generator.size)
     try:
+        photos = device.photos(model.generator.size)
         chance = SecretNoise() if agreed.terms.promises else streams.generator("no promise")
         update = work.update(photos, chance=chance, streams=streams)
         started = time.perf_counter()
@@ -112,6 +119,12 @@ def _train(task: TrainTask, device: Device) -> Reply:
         raise
     ledger.store_reply(task.run, task.round, payload, attempt=entry.attempt)
     return Trained(device=device.name, payload=payload, seconds_protect=seconds)
+
+
+def _recipe(agreed: Agreed) -> str:
+    """SHA-256 over every number of the training and of the model's shape."""
+    said = json.dumps([plain(agreed.training), plain(agreed.shape)], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def _reveal(task: RevealTask, device: Device) -> Reply:

@@ -179,7 +179,9 @@ def read_task(message: Message) -> Task:
                 agreement=_part(header, "agreement", Agreement),
                 total=message.blobs["total"],
             )
-    except (KeyError, TypeError, ValueError, ConfigError, PrivacyError) as error:
+    except (
+        KeyError, TypeError, ValueError, OverflowError, MemoryError, ConfigError, PrivacyError
+    ) as error:  # fmt: skip
         raise FederationError(f"this task cannot be read: {_said(error)}") from error
     raise FederationError(f"wanted a task to train or reveal, got {header['what']!r}")
 

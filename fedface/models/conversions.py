@@ -9,7 +9,7 @@ nearly the published one gives pictures that are nearly right.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -107,6 +107,8 @@ def import_file(path: Path, mapping: Path | None = None) -> Found:
         return _converted(content, notes)
     except (WeightsError, ConfigError) as error:
         raise WeightsError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    except MemoryError as error:
+        raise WeightsError(f"{path}: takes more memory to convert than this machine has") from error
 
 
 def _digest(path: Path) -> str:
@@ -197,7 +199,7 @@ def _pulse(files: list[ForeignFile], notes: dict[str, Any]) -> Found:
             if twice := sorted(set(renamed) & set(tensors)):
                 raise WeightsError(f"both files hold {printable(twice[0])}; give one of each kind")
             tensors |= renamed
-        ignored += [*content.tensors, *content.ignored]
+        ignored += _ignored(content, set(content.networks))
     halves = {name.split(".")[0] for name in tensors}
     if halves != {"mapping", "synthesis"}:
         missing = "mapping" if "mapping" not in halves else "synthesis"
@@ -220,8 +222,10 @@ def _first_of(content: ForeignFile, names: Iterable[str], has: str) -> str | Non
     return next((name for name in names if has in getattr(content.networks.get(name), "tensors", {})), None)
 
 
-def _ignored(content: ForeignFile, used: set[str | None]) -> tuple[str, ...]:
-    return tuple(sorted((set(content.networks) | set(content.tensors)) - used) + list(content.ignored))
+def _ignored(content: ForeignFile, used: Collection[str | None]) -> tuple[str, ...]:
+    """Names of what is not taken, fit for a terminal."""
+    left = sorted({*content.networks, *content.tensors}.difference(used))
+    return (*(printable(name, 40) for name in left), *content.ignored)
 
 
 def _with(notes: dict[str, Any], remarks: list[str]) -> dict[str, Any]:

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from fedface.errors import ConfigError
-from fedface.models.layers import Conv, Linear, binomial_filter, checked_labels, downsample, unit_mean_square
+from fedface.models.layers import (
+    Conv,
+    Linear,
+    binomial_filter,
+    check_widths,
+    checked_labels,
+    downsample,
+    unit_mean_square,
+)
 from fedface.shapes import Images
 
 
@@ -43,8 +51,7 @@ class CriticConfig:
         for name in ("minibatch_group", "classes"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if self.mapping_layers > 64:
-            raise ConfigError(f"mapping_layers must be at most 64, got {self.mapping_layers}")
+        check_widths(self)
         if self.clamp is not None and not 0 < self.clamp < math.inf:
             raise ConfigError(f"clamp must be finite and above 0, got {self.clamp}")
         if self.minibatch_group and self.channels(4) % self.minibatch_channels:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedface.errors import ConfigError
-from fedface.models.layers import Conv, Linear
+from fedface.models.layers import Conv, Linear, check_widths
 from fedface.shapes import Images, Latents
 
 
@@ -34,6 +34,7 @@ class EncoderConfig:
         for name in ("latent_width", "channel_base", "channel_max"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_widths(self)
 
     @property
     def sides(self) -> tuple[int, ...]:

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from fedface.errors import WeightsError
 from fedface.models.foreign import Network
+from fedface.models.layers import WIDEST
 from fedface.models.pickled import printable
-
-WIDEST = 2**16  # inputs or outputs of one layer; the published ones have 512
 
 
 def sides_of(tensors: Mapping[str, Tensor], pattern: str) -> tuple[int, ...]:

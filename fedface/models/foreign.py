@@ -25,6 +25,7 @@ from fedface.models.torch_saves import FEW_STEPS, LARGEST, TORCH_MAGIC, Storage,
 
 _DEEPEST: Final = 32  # networks within networks
 _MOST_PARTS: Final = 200_000  # entries of modules; a published checkpoint has about ten thousand
+_LONGEST_NAME: Final = 200  # characters of a dotted name; published ones have about forty
 _PERSISTENT: Final = "torch_utils.persistence._reconstruct_persistent_obj"
 
 Plain = bool | int | float | str | None
@@ -85,6 +86,8 @@ def read_foreign(path: Path) -> ForeignFile:
                 return _sorted("nvidia-pickle", value, budget)
     except PickleRefused as error:
         raise WeightsError(f"{path}: {error}") from error
+    except MemoryError as error:
+        raise WeightsError(f"{path}: takes more memory to read than this machine has") from error
 
 
 class _Budget:
@@ -129,9 +132,9 @@ def _sorted(kind: Kind, value: Any, budget: _Budget) -> ForeignFile:
         if not isinstance(name, str):
             ignored.append(str(name) if isinstance(name, int) else f"a {type(name).__name__}")
         elif _is_network(part):
-            networks[name] = _network(part, budget)
+            networks[_joined("", name)] = _network(part, budget)
         elif _is_tensor(part):
-            beside[name] = _tensor(part, budget)
+            beside[_joined("", name)] = _tensor(part, budget)
         else:
             ignored.append(printable(name, 40))
     if not networks and not beside:
@@ -155,7 +158,7 @@ def _is_network(value: Any) -> bool:
 def _network(value: Made | dict[str, Any], budget: _Budget) -> Network:
     if isinstance(value, dict):
         tensors = {
-            name: _tensor(part, budget)
+            _joined("", name): _tensor(part, budget)
             for name, part in value.items()
             if isinstance(name, str) and _is_tensor(part)
         }
@@ -166,10 +169,10 @@ def _network(value: Made | dict[str, Any], budget: _Budget) -> Network:
         for group in ("_parameters", "_buffers"):
             for name, part in _words_of(module.get(group)).items():
                 if _is_tensor(part):
-                    tensors[prefix + name] = _tensor(part, budget)
+                    tensors[_joined(prefix, name)] = _tensor(part, budget)
         for name, part in module.items():
             if isinstance(name, str) and not name.startswith("_") and _is_plain(part):
-                fields[prefix + name] = _plain(part)
+                fields[_joined(prefix, name)] = _plain(part)
     return Network(class_name=_class_name(value), tensors=tensors, fields=fields)
 
 
@@ -187,7 +190,17 @@ def _modules(
     yield prefix, state
     for name, part in _words_of(state.get("_modules")).items():
         if part is not None:
-            yield from _modules(part, f"{prefix}{name}.", budget, depth + 1)
+            yield from _modules(part, f"{_joined(prefix, name)}.", budget, depth + 1)
+
+
+def _joined(prefix: str, name: str) -> str:
+    """A dotted name; a long one is refused, because every part within would hold a copy of it."""
+    if len(prefix) + len(name) > _LONGEST_NAME:
+        raise PickleRefused(
+            f"has a name of {len(prefix) + len(name):,} characters, {printable(prefix + name[:40], 40)}; "
+            f"names of weights have {_LONGEST_NAME} at most"
+        )
+    return prefix + name
 
 
 def _meta(value: Any) -> dict[str, Any]:

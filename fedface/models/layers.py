@@ -18,6 +18,23 @@ from fedface.errors import ConfigError
 
 LRELU_SLOPE = 0.2
 LRELU_GAIN = math.sqrt(2.0)
+WIDEST = 2**16  # inputs or outputs of one layer; the published ones have 512
+MOST = {
+    "latent_width": WIDEST,
+    "style_width": WIDEST,
+    "channel_max": WIDEST,
+    "channel_base": 2**24,
+    "classes": WIDEST,
+    "minibatch_channels": WIDEST,
+    "mapping_layers": 64,
+}
+
+
+def check_widths(config: object) -> None:
+    """Raises ConfigError where a network's description, which may be a stranger's, goes beyond `MOST`."""
+    for name, most in MOST.items():
+        if getattr(config, name, 0) > most:
+            raise ConfigError(f"{name} must be at most {most}, got {getattr(config, name)}")
 
 
 def lrelu(x: Tensor, gain: float = 1.0, clamp: float | None = None) -> Tensor:

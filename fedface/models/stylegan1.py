@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from fedface.errors import ConfigError
 from fedface.models.contracts import sample
-from fedface.models.layers import LRELU_GAIN, LRELU_SLOPE, Conv, Linear, unit_mean_square
+from fedface.models.layers import LRELU_GAIN, LRELU_SLOPE, Conv, Linear, check_widths, unit_mean_square
 from fedface.shapes import Images, Latents, Styles
 
 FUSED_FROM = 128  # from this side on, the published network doubles and convolves in one step
@@ -42,8 +42,7 @@ class StyleGAN1Config:
         for name in ("latent_width", "style_width", "mapping_layers", "channel_base", "channel_max"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.mapping_layers > 64:
-            raise ConfigError(f"mapping_layers must be at most 64, got {self.mapping_layers}")
+        check_widths(self)
 
     @property
     def sides(self) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from fedface.models.layers import (
     Linear,
     binomial_filter,
     bounded,
+    check_widths,
     checked_labels,
     lrelu,
     modulated_conv,
@@ -53,8 +54,7 @@ class GeneratorConfig:
         for name in ("latent_width", "style_width", "mapping_layers", "channel_base", "channel_max"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.mapping_layers > 64:
-            raise ConfigError(f"mapping_layers must be at most 64, got {self.mapping_layers}")
+        check_widths(self)
         if self.classes < 0:
             raise ConfigError(f"classes must be at least 0, got {self.classes}")
         if self.clamp is not None and not 0 < self.clamp < math.inf:

@@ -23,6 +23,8 @@ from torch.nn import functional
 from fedface.errors import ConfigError
 
 _FASTEST = 1000.0  # the highest frequency of the time embedding, in radians per unit of time
+_WIDEST = 2**16  # channels of a side, and numbers of the time embedding
+_MOST_SIDES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +42,28 @@ class UNetConfig:
         for name in ("width", "blocks", "patch", "group", "time_width"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        # A description may be a stranger's: bounded before a number of it is multiplied, or memory asked for.
+        for name, most in (("width", _WIDEST), ("time_width", _WIDEST), ("blocks", 64)):
+            if getattr(self, name) > most:
+                raise ConfigError(f"{name} must be at most {most}, got {getattr(self, name)}")
         if self.time_width % 2:
             raise ConfigError(f"time_width must be even, got {self.time_width}")
         if not self.multipliers:
             raise ConfigError("multipliers must name at least one side, got none")
+        if len(self.multipliers) > _MOST_SIDES:
+            raise ConfigError(
+                f"multipliers must name at most {_MOST_SIDES} sides, got {len(self.multipliers)}"
+            )
+        for times in self.multipliers:
+            if not 0 < times <= 1024:
+                raise ConfigError(f"multipliers must lie in (0, 1024], got {times}")
         for channels in self.channels:
             if channels < self.group or channels % self.group:
                 raise ConfigError(
                     f"every side's channels must be a multiple of group {self.group}, got {channels}"
                 )
+            if channels > _WIDEST:
+                raise ConfigError(f"every side's channels must be at most {_WIDEST}, got {channels}")
 
     @property
     def channels(self) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fedface.config import parse, plain
 from fedface.errors import ConfigError, WeightsError
 from fedface.models.family import Alone, Encoded, Flow, Gan, Model, Shape, build
+from fedface.models.pickled import printable
 from fedface.models.stylegan2 import StyleGAN2
 from fedface.shapes import Vector
 
@@ -57,12 +58,43 @@ def fill_buffers(vector: Vector, *modules: nn.Module) -> None:
     _fill(vector, [b for module in modules for b in _buffers(module)], "numbers in buffers")
 
 
-def _fill(vector: Vector, parts: list[Tensor], what: str) -> None:
+def filled(shape: Shape, weights: Vector, buffers: Vector) -> Model:
+    """Networks of a shape with the numbers that `vector_of` and `buffers_of` read from their like.
+
+    Guarantees:
+        * Memory is asked for only once the shape is known to have as many numbers as came.
+
+    Args:
+        shape: Which family, and how large; it may be a stranger's.
+        weights: Of all networks, (d,).
+        buffers: What belongs to them without being trained, flat.
+
+    Raises:
+        WeightsError: The shape has another count of weights or of numbers in buffers.
+    """
+    try:
+        with torch.device("meta"):
+            planned = build(shape).modules()
+        _check_count(buffers, [b for module in planned for b in _buffers(module)], "numbers in buffers")
+        _check_count(weights, [p for module in planned for _, p in _named(module)], "weights")
+        model = build(shape, torch.Generator())
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        raise WeightsError(f"networks of this shape cannot be made on this machine ({error})") from error
+    fill_buffers(buffers, *model.modules())
+    fill(weights, *model.modules())
+    return model
+
+
+def _check_count(vector: Vector, parts: list[Tensor], what: str) -> None:
     wanted = sum(part.numel() for part in parts)
     if vector.shape != (wanted,):
         raise WeightsError(
             f"these networks have {wanted} {what}, got a vector of shape {tuple(vector.shape)}"
         )
+
+
+def _fill(vector: Vector, parts: list[Tensor], what: str) -> None:
+    _check_count(vector, parts, what)
     with torch.no_grad():
         for part, values in zip(parts, vector.split([part.numel() for part in parts]), strict=True):  # type: ignore[no-untyped-call]
             part.copy_(values.reshape(part.shape))
@@ -109,8 +141,22 @@ def model_bytes(model: Model) -> bytes:
     return save(tensors, header)
 
 
+def check_place(path: Path) -> None:
+    """Raise WeightsError unless a model could be kept there; asked before hours of training."""
+    if not path.name or path.is_dir():
+        raise WeightsError(f"{path}: is a folder; name the .safetensors file to write")
+    home = next(folder for folder in path.absolute().parents if folder.exists())
+    if not home.is_dir():
+        raise WeightsError(f"{path}: cannot be written, because {home} is a file and not a folder")
+
+
 def save_model(path: Path, model: Model) -> None:
-    """Write a model to a file, on the disk on return; a crash in the middle leaves the old file as it was."""
+    """Write a model to a file, on the disk on return; a crash in the middle leaves the old file as it was.
+
+    Raises:
+        WeightsError: The path names a folder, or lies within a file.
+    """
+    check_place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(path.suffix + ".draft")
     with draft.open("wb") as file:
@@ -152,7 +198,9 @@ def load_model(path: Path) -> Model:
         with torch.device("meta"):
             _check(path, build(shape), tensors)
         model = build(shape, torch.Generator(), notes)
-    except (KeyError, TypeError, ValueError, ConfigError, RuntimeError) as error:
+    except (
+        KeyError, TypeError, ValueError, ConfigError, RuntimeError, OverflowError, MemoryError
+    ) as error:  # fmt: skip
         raise WeightsError(f"{path}: its description of the networks is damaged ({error})") from error
     for prefix, module in model.named().items():
         module.load_state_dict({name: tensors[f"{prefix}.{name}"] for name in module.state_dict()})
@@ -179,7 +227,9 @@ def _check(path: Path, model: Model, tensors: dict[str, Tensor]) -> None:
     if missing := sorted(set(wanted) - set(tensors)):
         raise WeightsError(f"{path}: lacks {len(missing)} weights, the first is {missing[0]}")
     if extra := sorted(set(tensors) - set(wanted)):
-        raise WeightsError(f"{path}: has {len(extra)} weights that do not belong, the first is {extra[0]}")
+        raise WeightsError(
+            f"{path}: has {len(extra)} weights that do not belong, the first is {printable(extra[0])}"
+        )
     for name, value in tensors.items():
         if value.shape != wanted[name].shape:
             raise WeightsError(

@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from threading import Lock
 from typing import assert_never
 
 import numpy as np
@@ -51,13 +54,13 @@ class FlowTrainingConfig:
     sampling_rate: float = 0.05  # q: chance of a photo to join a step, in (0, 1]
     expected_batch: int = 10  # public divisor of each step's sum, >= 1
     clip_norm: float = 0.3  # longest gradient one photo can have, > 0
-    noise_draws: int = 1  # K: draws of time and noise for each photo and step, from 1 to 1024
+    noise_draws: int = 1  # K: draws of time and noise for each photo and step, from 1 to 64
     latest: float = (
         1.0  # times are drawn from 0 (noise) to this, in (0, 1]; what a face looks like is decided early
     )
     rate: float = 0.45  # step of gradient descent, > 0
     steady_noise: float = (
-        0.5  # noise multiplier up to which the full rate is taken; beyond, it falls as 1 / noise
+        0.22  # noise multiplier up to which the rate is taken; beyond, it falls as 1 / noise
     )
     momentum: float = (
         0.9  # share of the last step that a device repeats in the next of the same round, in [0, 1)
@@ -68,8 +71,9 @@ class FlowTrainingConfig:
 
     def __post_init__(self) -> None:
         self.schedule()
-        if not 1 <= self.noise_draws <= 1024:
-            raise ValueError(f"noise_draws must lie in [1, 1024], got {self.noise_draws}")
+        # One photo's draws are in memory together.
+        if not 1 <= self.noise_draws <= _EVALUATIONS_AT_ONCE:
+            raise ValueError(f"noise_draws must lie in [1, {_EVALUATIONS_AT_ONCE}], got {self.noise_draws}")
         if not 0 < self.latest <= 1:
             raise ValueError(f"latest must lie in (0, 1], got {self.latest}")
         if not 0 < self.rate < 1000:
@@ -239,21 +243,38 @@ def public_scales(flow: RectifiedFlow, config: FlowTrainingConfig) -> list[Tenso
     digest = hashlib.sha256()
     for numbers in (*flow.parameters(), *flow.buffers()):
         digest.update(numbers.detach().numpy().tobytes())
-    return _public_scales(_Known(digest.hexdigest(), config, flow))
+    return _KNOWN.scales((digest.hexdigest(), flow.config, config), lambda: _public_scales(flow, config))
 
 
-@dataclass(frozen=True)
+_Key = tuple[str, FlowConfig, FlowTrainingConfig]
+
+
 class _Known:
-    """A flow that is told from others by its numbers, so that devices pretended in one process share the work."""
+    """The scales asked for last, by a flow's numbers, shape and recipe.
 
-    name: str
-    config: FlowTrainingConfig
-    flow: RectifiedFlow = field(compare=False)
+    So devices pretended in one process share the work. What is kept are scales, which are public, and never a flow:
+    a device's copy is trained on after it has asked.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = Lock()
+        self._scales: dict[_Key, list[Tensor]] = {}
+
+    def scales(self, key: _Key, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """The scales of this key; who comes while they are computed waits for them."""
+        with self._lock:
+            found = self._scales.pop(key) if key in self._scales else compute()
+            self._scales[key] = found
+            while len(self._scales) > self._most:
+                del self._scales[next(iter(self._scales))]
+            return found
 
 
-@lru_cache(maxsize=2)
-def _public_scales(known: _Known) -> list[Tensor]:
-    flow, config = known.flow, known.config
+_KNOWN = _Known(most=2)
+
+
+def _public_scales(flow: RectifiedFlow, config: FlowTrainingConfig) -> list[Tensor]:
     streams = Streams(0).child("public faces")
     faces = sample_faces(_PUBLIC, ToneMix(light_share=0.5), streams.generator("faces"))
     pictures = draw_faces(faces, flow.size, noise=streams.generator("camera"))
@@ -264,15 +285,25 @@ def _public_scales(known: _Known) -> list[Tensor]:
         squares = [
             total + gradient.square().sum(dim=0) for total, gradient in zip(squares, gradients, strict=True)
         ]
+    return _evened(squares, config.preconditioner)
+
+
+def _evened(squares: list[Tensor], preconditioner: float) -> list[Tensor]:
+    """Scales from each weight's summed squared gradients; ones where float32 cannot hold them all, each > 0."""
+    ones = [torch.ones_like(square) for square in squares]
     energy = sum(float(square.sum()) for square in squares)
-    floor = config.preconditioner * (energy / sum(square.numel() for square in squares)) ** 0.5
-    if floor == 0.0:
-        return [torch.ones_like(square) for square in squares]
+    floor = preconditioner * (energy / sum(square.numel() for square in squares)) ** 0.5
+    if not 0.0 < floor < math.inf:
+        return ones
     scales = [1.0 / (square.sqrt() + floor) for square in squares]
     scaled = sum(
         float((scale.square() * square).sum()) for scale, square in zip(scales, squares, strict=True)
     )
-    return [scale * (energy / scaled) ** 0.5 for scale in scales]
+    if not 0.0 < scaled < math.inf:
+        return ones
+    scales = [scale * (energy / scaled) ** 0.5 for scale in scales]
+    usable = all(bool(((scale > 0.0) & torch.isfinite(scale)).all()) for scale in scales)
+    return scales if usable else ones
 
 
 @lru_cache(maxsize=8)

@@ -41,8 +41,8 @@ Second = Literal["none", "diagonal", "full"]
 
 VARIANCES = (0.05, 4.0)  # of the fitted prior, in variances of the standard one
 _REACH = 1.5  # longest e^2 - 1 that is not cut, in its usual lengths
-_AT_ONCE = 128  # photos encoded at once
 _SAMPLES = 1024  # of the generator, from which the encoder's reading of a prior is learned
+_AT_ONCE = 128  # of them; photos are encoded one by one
 _PASSES = 2  # steps of the prior towards what the devices read
 
 
@@ -175,7 +175,9 @@ def train_prior_round(
     """What a device sends: the noised sum of its photos' vectors over the public divisor.
 
     Guarantees:
-        * Photos enter only through `private_sum`, once.
+        * Photos enter only through `private_sum`, once, and each is encoded by itself: a row depends on its photo
+          alone, to the last bit. In a batch the size decides which kernels run, whose roundings differ, and an
+          encoder whose rows cancel would make that difference as long as a latent.
         * Without photos the result is noise alone.
 
     Args:
@@ -193,7 +195,8 @@ def train_prior_round(
     """
     agreed = replace(config, clip_norm=terms.schedule.clip_norm)
     with torch.no_grad():
-        parts = [photo_vectors(encoder(part), agreed) for part in torch.split(photos, _AT_ONCE)]
+        # Each in memory of its own: kernels may look at the alignment of what they read.
+        parts = [photo_vectors(encoder(photo.clone()), agreed) for photo in torch.split(photos, 1)]
     total = private_sum(
         torch.cat(parts) if len(photos) else torch.zeros(0, sum(_layout(encoder.latent_width, agreed).sizes)),
         mechanism=terms.mechanism(),

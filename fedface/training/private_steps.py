@@ -26,6 +26,11 @@ scales are public, fixed before a photo is seen: what is clipped, summed and noi
 same photo, of length `clip_norm` at most, and the price is the same. Scales from the photos themselves would be a
 release of their own.
 
+Known limit: a photo's gradient depends on how many photos are differentiated with it by 2e-7 to 3e-7 of its
+length, because kernels round differently for batches of different sizes. The bound holds up to this float32
+rounding of the gradient before clipping, which a hostile network (numbers that cancel, then scales that blow the rest
+up) could try to amplify; `microbatch=1` would end it, at the price of the speed that batches are there for.
+
 Source: Abadi et al. (2016), arXiv:1607.00133, Algorithm 1; Opacus, Yousefpour et al. (2021),
 arXiv:2109.12298.
 """

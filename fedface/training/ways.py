@@ -56,6 +56,11 @@ def check_fits(model: Model, training: Training) -> None:
             "training: this critic looks at several pictures at once or wants their classes; devices train critics "
             "without minibatch statistics and classes only, so that each photo's influence is its own"
         )
+    if isinstance(model, Gan | Encoded) and model.generator.config.classes:
+        raise ConfigError(
+            "training: this generator makes pictures of a class that is named, and no device sends the classes of its "
+            "photos; name a checkpoint whose generator has no classes as base"
+        )
     if not fits:
         raise ConfigError(f"training: this way of learning needs {wanted}; name such a checkpoint as base")
 

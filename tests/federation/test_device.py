@@ -14,8 +14,11 @@ from fedface.aggregation.protocol import EncryptedConfig, Payload
 from fedface.errors import AggregationError, FederationError, LedgerError, PrivacyError, WeightsError
 from fedface.experiment import Experiment
 from fedface.federation.device import Device, serve
-from fedface.federation.task import Refusal, Revealed, RevealTask, Trained, TrainTask
-from fedface.models.weights import vector_of
+from fedface.federation.task import Refusal, Revealed, RevealTask, Trained, TrainTask, read_task
+from fedface.models.critic import CriticConfig
+from fedface.models.family import GanShape
+from fedface.models.stylegan2 import GeneratorConfig
+from fedface.models.weights import buffers_of, vector_of, weights_hash
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Ledger
 from fedface.shapes import Images
@@ -25,9 +28,18 @@ class Disturbed(Exception):
     """A device that fails while it reads photos."""
 
 
+class Killed(BaseException):
+    """A device that is switched off while it reads photos."""
+
+
 def unreadable(size: int) -> Images:
     """Photos on a disk that has just died."""
     raise Disturbed
+
+
+def switched_off(size: int) -> Images:
+    """The end of the process, which nothing catches."""
+    raise Killed
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +104,9 @@ def test_the_booking_is_on_disk_before_a_photo_is_read(device: Device, task: Tra
 
     def look(size: int) -> Images:
         seen.append(booked(device))
-        raise Disturbed
+        raise Killed
 
-    with pytest.raises(Disturbed):
+    with pytest.raises(Killed):
         serve(task, replace(device, photos=look))
     assert seen == [[("tiny", 1, 1)]]
     assert isinstance(serve(task, device), Trained)
@@ -127,13 +139,63 @@ def test_a_round_that_broke_while_it_was_computed_is_closed(
     assert booked(device) == [("tiny", 1, 1)]
 
 
+def test_a_round_whose_photos_could_not_be_read_is_closed(device: Device, task: TrainTask) -> None:
+    """Whether they can be read may hang on what they show: not tried again either, and the next round is open."""
+    with pytest.raises(Disturbed):
+        serve(task, replace(device, photos=unreadable))
+    again = serve(task, device)
+    assert isinstance(again, Refusal) and "closed" in again.reason
+    assert booked(device) == [("tiny", 1, 1)]
+    assert isinstance(serve(replace(task, round=2), device), Trained)
+
+
+def test_weights_under_a_false_name_are_found_out_before_the_booking(device: Device, task: TrainTask) -> None:
+    """The hash in the task is the server's word; the ledger remembers the device's own."""
+    other = replace(task, weights=vector_of(*tiny_gan("other").modules()))
+    with pytest.raises(WeightsError, match=f"says that its weights are {task.model}"):
+        serve(other, replace(device, photos=unreadable))
+    assert booked(device) == []
+
+
+def test_a_booked_round_without_an_answer_is_free_for_the_same_recipe_only(
+    device: Device, task: TrainTask
+) -> None:
+    """Another rate at the same price, or other weights: a second booking. What was first asked: none."""
+    other = tiny_gan("other")
+    weights = replace(
+        task,
+        weights=vector_of(*other.modules()),
+        buffers=buffers_of(*other.modules()),
+        model=weights_hash(*other.modules()),
+    )
+    training = replace(task.agreed.training, critic_rate=1e-5)  # type: ignore[call-arg]
+    recipe = replace(task, agreed=replace(task.agreed, training=training))
+    rich = replace(device, photos=switched_off, policy=replace(device.policy, max_epsilon=100.0))
+    for asked, attempts in ((task, 1), (task, 1), (weights, 2), (recipe, 3), (recipe, 3)):
+        with pytest.raises(Killed):
+            serve(asked, rich)
+        assert booked(device) == [("tiny", 1, attempt + 1) for attempt in range(attempts)]
+
+
+def test_huge_networks_are_refused_before_memory_is_asked_for(device: Device, task: TrainTask) -> None:
+    """A terabyte of weights in a header, beside the vector of a tiny model; also through the wire."""
+    shape = GanShape(
+        generator=GeneratorConfig(size=1024, channel_base=2**24, channel_max=2**14),
+        critic=CriticConfig(size=1024, channel_base=2**24, channel_max=2**14),
+    )
+    huge = read_task(replace(task, agreed=replace(task.agreed, shape=shape)).message())
+    with pytest.raises(WeightsError, match="got a vector of shape"):
+        serve(huge, replace(device, photos=unreadable))
+    assert booked(device) == []
+
+
 def test_the_last_affordable_round_is_answered_and_the_next_is_not(
     device: Device, task: TrainTask, experiment: Experiment
 ) -> None:
     """Two rounds are promised; a crash in each costs nothing more, and a third round is too much."""
-    crashed = replace(device, photos=unreadable)
+    crashed = replace(device, photos=switched_off)
     for number in (1, 2):
-        with pytest.raises(Disturbed):
+        with pytest.raises(Killed):
             serve(replace(task, round=number), crashed)
         assert isinstance(serve(replace(task, round=number), device), Trained)
     answer = serve(replace(task, round=3), device)

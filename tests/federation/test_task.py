@@ -111,6 +111,20 @@ def test_a_spoiled_task_is_refused_in_one_sentence(task: TrainTask, key: str, va
         read_task(spoiled(task.message(), key, value))
 
 
+@pytest.mark.parametrize("error", [OverflowError, MemoryError])
+def test_a_task_that_a_machine_cannot_hold_is_refused_in_one_sentence(
+    task: TrainTask, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted where its header is read."""
+
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fedface.federation.task.parse", full)
+    with pytest.raises(FederationError, match="this task cannot be read"):
+        read_task(task.message())
+
+
 @pytest.mark.parametrize(
     "weights", [b"", b"123", b"\x00\x00\xc0\x7f", vector_bytes(torch.tensor([1.0, float("inf")]))]
 )

@@ -12,6 +12,7 @@ from foreign_files import layer_fields, nvidia_bytes, reference, state, torch_by
 from torch import Tensor
 
 from fedface.errors import WeightsError
+from fedface.models import conversions
 from fedface.models.conversions import Found, import_file
 from fedface.models.critic import Critic, CriticConfig
 from fedface.models.family import Alone, Gan
@@ -339,3 +340,28 @@ def test_other_programs_and_other_files_are_told_what_can_be_read(tmp_path: Path
     (tmp_path / "a.pt").write_bytes(torch_bytes({"synthesis.b4.const": torch.zeros(1), "b": torch.zeros(1)}))
     with pytest.raises(WeightsError, match="none.pt: no such file"):
         import_file(tmp_path / "a.pt", tmp_path / "none.pt")
+
+
+def test_names_of_what_is_not_taken_are_fit_for_a_terminal(tmp_path: Path) -> None:
+    """Of networks, of tensors beside them and of all else: no escape codes, no more than forty letters."""
+    rest = {
+        "\x1b[1mnet": {"a": torch.zeros(2), "b": torch.zeros(2)},
+        "\x07": torch.zeros(2),
+        "t" * 99: torch.zeros(2),
+    }
+    content = {"G_ema": made(TINY).state_dict(), "\x1b]0;step\x07": 3, **rest}
+    found = imported(tmp_path, torch_bytes(content))
+    assert found.ignored == ("?", "?[1mnet", f"{'t' * 40}...", "?]0;step?")
+
+
+def test_a_conversion_that_needs_more_memory_than_there_is_gives_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after the file was read."""
+
+    def full(*words: object, **more: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(conversions, "floats_of", full)
+    content = torch_bytes({"G_ema": made(TINY).state_dict()})
+    assert "more memory to convert than this machine has" in refused(tmp_path, content)

@@ -172,7 +172,21 @@ def test_more_halvings_than_the_size_allows_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("time_width", 7), ("blocks", 0), ("patch", 0), ("multipliers", ())]
+    ("field", "value"),
+    [
+        ("time_width", 7),
+        ("time_width", 2**17),
+        ("blocks", 0),
+        ("blocks", 65),
+        ("patch", 0),
+        ("width", 2**17),
+        ("multipliers", ()),
+        ("multipliers", (1.0,) * 9),
+        ("multipliers", (math.inf,)),
+        ("multipliers", (math.nan,)),
+        ("multipliers", (0.0,)),
+        ("multipliers", (1025.0,)),
+    ],
 )
 def test_a_network_that_cannot_be_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=field):

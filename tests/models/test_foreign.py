@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import struct
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from foreign_files import Persistent, nvidia_bytes, stand_ins, torch_bytes
 
 from fedface.errors import WeightsError
+from fedface.models import foreign
 from fedface.models.foreign import read_foreign
 from fedface.models.pickled import MOST_STEPS, PickleRefused, pickle_stream, read_pickle
 
@@ -365,3 +367,43 @@ def test_the_reader_makes_plain_values_as_pickle_does() -> None:
     assert read[0] is read
     with pytest.raises(PickleRefused):
         read_pickle(pickle_stream(b""))
+
+
+def nested(name: str, parts: int) -> bytes:
+    """A network with one module of this name, which has so many fields."""
+    with stand_ins():
+        fields = {f"field{i}": i for i in range(parts)}
+        inner = Persistent("Part", {"_parameters": {}, "_modules": {}, **fields})
+        return pickle.dumps({"G_ema": Persistent("Generator", {"_modules": {name: inner}})}, 3)
+
+
+def test_a_long_name_is_refused_and_not_copied_for_every_part(tmp_path: Path) -> None:
+    """A megabyte of name before each of 500 fields would be half a gigabyte; the limit is for the dotted name."""
+    tracemalloc.start()
+    sentence = refused(tmp_path / "a.pkl", nested("k" * 10**6, 500))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "has a name of 1,000,000 characters" in sentence and len(sentence) < 200
+    assert most < 20 * 10**6
+    fits = "k" * (200 - len(".field0"))
+    (tmp_path / "b.pkl").write_bytes(nested(fits, 1))
+    assert read_foreign(tmp_path / "b.pkl").networks["G_ema"].fields == {f"{fits}.field0": 0}
+    assert "has a name of 201 characters" in refused(tmp_path / "a.pkl", nested(f"{fits}k", 1))
+    for content in (
+        {"n" * 201: small()},
+        {"n" * 201: torch.zeros(2)},
+        {"g": {"n" * 201: torch.zeros(2)} | small()},
+    ):
+        assert "has a name of 201 characters" in refused(tmp_path / "a.pt", torch_bytes(content))
+
+
+def test_a_file_that_needs_more_memory_than_there_is_gives_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the machine refuses is said of the file."""
+
+    def full(*words: object, **more: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(foreign, "read_pickle", full)
+    assert "more memory to read than this machine has" in refused(tmp_path / "a.pkl", pickle.dumps("a" * 100))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -36,6 +36,7 @@ from fedface.models.weights import (
     buffers_of,
     fill,
     fill_buffers,
+    filled,
     load_as,
     load_base,
     load_model,
@@ -242,12 +243,67 @@ def test_a_damaged_description_is_refused(parts: Parts, key: str, value: str) ->
     assert "damaged" in refused(parts)
 
 
-@pytest.mark.parametrize(("channels", "said"), [(2**17, "should have shape"), (2**29, "damaged")])
-def test_a_description_of_huge_networks_takes_no_memory(parts: Parts, channels: int, said: str) -> None:
-    """A layer of 600 GB is compared with the file before it is made; one that no number counts is refused."""
-    huge = replace(GENERATOR, channel_max=channels, channel_base=2**40)
-    parts[2]["shape"] = json.dumps(plain(GanShape(generator=huge, critic=CRITIC)))
+@pytest.mark.parametrize(
+    ("channels", "base", "said"),
+    [
+        (2**16, 2**24, "should have shape"),
+        (2**17, 2**24, "damaged"),
+        (2**29, 2**40, "damaged"),
+        (2**16, 2**40, "damaged"),
+    ],
+)
+def test_a_description_of_huge_networks_takes_no_memory(
+    parts: Parts, channels: int, base: int, said: str
+) -> None:
+    """A layer of 150 GB is compared with the file before it is made; one beyond any use is refused as such."""
+    parts[2]["shape"] = described(channel_max=channels, channel_base=base)
     assert said in refused(parts)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"multipliers": [1e308]},
+        {"multipliers": [1024.0, 1.0]},
+        {"multipliers": [1.0] * 9},
+        {"multipliers": [-1.0]},
+        {"blocks": 65},
+        {"blocks": 10**40},
+        {"width": 10**40},
+        {"time_width": 2**40},
+    ],
+)
+def test_a_description_of_a_huge_flow_is_refused(parts: Parts, change: dict[str, object]) -> None:
+    """Before a number of it is multiplied."""
+    parts[2]["shape"] = json.dumps({"kind": "flow-shape", "flow": {"width": 128, **change}})
+    assert "damaged" in refused(parts)
+
+
+@pytest.mark.parametrize("error", [OverflowError, MemoryError])
+def test_what_a_machine_cannot_hold_is_a_sentence(
+    parts: Parts, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted while the networks are made."""
+
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fedface.models.weights.build", full)
+    assert "damaged" in refused(parts)
+    with pytest.raises(WeightsError, match="cannot be made on this machine"):
+        filled(GanShape(generator=GENERATOR, critic=CRITIC), torch.zeros(1), torch.zeros(1))
+
+
+def test_numbers_fill_networks_of_their_shape_and_no_others() -> None:
+    """Weights and buffers of a model give it back; one number more of either is refused."""
+    model = tiny_gan()
+    remember_mean_style(model.generator, Streams(1).generator("mean"), draws=8)
+    weights, buffers = vector_of(*model.modules()), buffers_of(*model.modules())
+    again = filled(model.shape, weights, buffers)
+    assert weights_hash(*again.modules()) == weights_hash(*model.modules())
+    for more in ((torch.zeros(1 + len(weights)), buffers), (weights, torch.zeros(1 + len(buffers)))):
+        with pytest.raises(WeightsError, match="got a vector of shape"):
+            filled(model.shape, *more)
 
 
 @pytest.mark.parametrize("length", [0, 4, 100, -1])

@@ -293,6 +293,7 @@ def test_ranges_hold_what_a_round_can_do_without_noise() -> None:
     ("field", "value"),
     [
         ("noise_draws", 0),
+        ("noise_draws", 65),
         ("latest", 0.0),
         ("latest", 1.1),
         ("rate", 0.0),

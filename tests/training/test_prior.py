@@ -161,6 +161,41 @@ def test_one_photo_more_moves_the_sum_by_at_most_the_clip_norm(second: str) -> N
     assert 0.3 * 0.07 < float(moved.norm()) <= 0.07 * (1 + 1e-4)
 
 
+def cancelling() -> Encoder:
+    """A hostile encoder: its last rows cancel on paper, so that rounding alone is left, which becomes a latent."""
+    chance = STREAMS.generator("cancelling")
+    hostile = Encoder(EncoderConfig(), chance)
+    order = torch.randperm(64, generator=chance)
+    with torch.no_grad():
+        weight, bias = hostile.fc.weight.clone(), hostile.fc.bias.clone()
+        weight[32:], bias[32:] = weight[:32], bias[:32]
+        huge = torch.randn(64, 32, generator=chance) * 1e6
+        hostile.fc.weight.copy_(weight[order])
+        hostile.fc.bias.copy_(bias[order])
+        hostile.out.weight.copy_(torch.cat([huge, -huge], dim=1)[:, order])
+        hostile.out.bias.zero_()
+    return hostile
+
+
+def test_a_photos_latent_is_bit_for_bit_the_same_whoever_stands_beside_it() -> None:
+    """Also where an encoder blows up roundings, which in a batch depend on its size: the clip norm bounds a photo."""
+    hostile, recipe = cancelling(), config()
+    seen: list[Latents] = []
+    hostile.register_forward_hook(lambda module, images, latents: seen.append(latents))
+    many = torch.rand(20, 3, 32, 32, generator=STREAMS.generator("many"))
+    rows, totals = {}, {}
+    for count in range(1, 21):
+        seen.clear()
+        totals[count] = train_prior_round(
+            hostile, many[:count], recipe, terms(recipe), chance=STREAMS.generator("coins")
+        )
+        rows[count] = torch.cat(seen)
+    for count in range(1, 20):
+        assert torch.equal(rows[count], rows[20][:count])
+        moved = (totals[count + 1] - totals[count]) * recipe.expected_batch
+        assert float(moved.norm()) <= recipe.clip_norm * (1 + 1e-4)
+
+
 def test_a_photo_that_is_not_finite_adds_nothing() -> None:
     """Nor does it spoil its neighbours."""
     spoiled = photos(6)

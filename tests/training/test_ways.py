@@ -12,7 +12,7 @@ from tiny import CRITIC, GENERATOR, WAYS, tiny_experiment, tiny_way
 from fedface.errors import ConfigError, PrivacyError
 from fedface.experiment import Experiment
 from fedface.models.adapters import Lora, attach, trained_vector
-from fedface.models.family import GanShape, Model, build
+from fedface.models.family import EncodedShape, GanShape, Model, build
 from fedface.models.weights import vector_of, weights_hash
 from fedface.photos.drawn import ToneMix, draw, sample_faces
 from fedface.randomness import Streams
@@ -141,6 +141,18 @@ def test_a_critic_that_looks_at_several_pictures_at_once_is_refused(
     shape = GanShape(generator=GENERATOR, critic=replace(CRITIC, **change))
     with pytest.raises(ConfigError, match="several pictures at once"):
         check_fits(build(shape), tiny_experiment(tmp_path).training)
+
+
+@pytest.mark.parametrize("way", ["full", "lora", "prior"])
+def test_a_generator_that_wants_classes_is_refused(tmp_path: Path, way: str) -> None:
+    """No device sends the classes of its photos; the same shape without them is taken."""
+    shape = WAYS[way][1]
+    assert isinstance(shape, GanShape | EncodedShape)
+    training = tiny_way(tmp_path, way).training
+    check_fits(build(shape), training)
+    named = replace(shape, generator=replace(shape.generator, classes=3))
+    with pytest.raises(ConfigError, match="no device sends the classes"):
+        check_fits(build(named), training)
 
 
 def test_low_rank_changes_send_fewer_numbers_and_the_prior_fewest(tmp_path: Path) -> None:
