@@ -49,8 +49,8 @@ _EVALUATIONS_AT_ONCE = 64  # photos times draws whose activations are in memory 
 class FlowTrainingConfig:
     """How devices fine-tune a flow; every number is public and the same on all devices."""
 
-    rounds: int = 12  # rounds of the run, >= 1
-    steps_per_round: int = 2  # private steps a device takes in one round, >= 1
+    rounds: int = 5  # rounds of the run, >= 1
+    steps_per_round: int = 8  # private steps a device takes in one round, >= 1
     sampling_rate: float = 0.05  # q: chance of a photo to join a step, in (0, 1]
     expected_batch: int = 10  # public divisor of each step's sum, >= 1
     clip_norm: float = 0.3  # longest gradient one photo can have, > 0
@@ -58,15 +58,13 @@ class FlowTrainingConfig:
     latest: float = (
         1.0  # times are drawn from 0 (noise) to this, in (0, 1]; what a face looks like is decided early
     )
-    rate: float = 0.45  # step of gradient descent, > 0
-    steady_noise: float = (
-        0.22  # noise multiplier up to which the rate is taken; beyond, it falls as 1 / noise
-    )
+    rate: float = 0.1  # step of gradient descent, > 0
+    steady_noise: float = 0.5  # noise multiplier beyond which the rate falls as 1 / noise
     momentum: float = (
         0.9  # share of the last step that a device repeats in the next of the same round, in [0, 1)
     )
     preconditioner: float = 0.1  # flattest gradient that is scaled up in full, in public ones; 0: no scales
-    server_rate: float = 2.0  # how much of the mean update the server applies, in (0, 4]
+    server_rate: float = 1.5  # how much of the mean update the server applies, in (0, 4]
     adapt: Adapt = field(default_factory=Full)  # which weights learn: all, or low-rank changes
 
     def __post_init__(self) -> None:
