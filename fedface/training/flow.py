@@ -53,7 +53,7 @@ class FlowTrainingConfig:
     steps_per_round: int = 8  # private steps a device takes in one round, >= 1
     sampling_rate: float = 0.05  # q: chance of a photo to join a step, in (0, 1]
     expected_batch: int = 10  # public divisor of each step's sum, >= 1
-    clip_norm: float = 0.3  # longest gradient one photo can have, > 0
+    clip_norm: float = 0.1  # longest gradient one photo can have, > 0
     noise_draws: int = 1  # K: draws of time and noise for each photo and step, from 1 to 64
     latest: float = (
         1.0  # times are drawn from 0 (noise) to this, in (0, 1]; what a face looks like is decided early
@@ -63,8 +63,8 @@ class FlowTrainingConfig:
     momentum: float = (
         0.9  # share of the last step that a device repeats in the next of the same round, in [0, 1)
     )
-    preconditioner: float = 0.1  # flattest gradient that is scaled up in full, in public ones; 0: no scales
-    server_rate: float = 1.5  # how much of the mean update the server applies, in (0, 4]
+    preconditioner: float = 0.0  # flattest gradient that is scaled up in full, in public ones; 0: no scales
+    server_rate: float = 2.0  # how much of the mean update the server applies, in (0, 4]
     adapt: Adapt = field(default_factory=Full)  # which weights learn: all, or low-rank changes
 
     def __post_init__(self) -> None:
