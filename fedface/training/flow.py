@@ -64,7 +64,7 @@ class FlowTrainingConfig:
         0.9  # share of the last step that a device repeats in the next of the same round, in [0, 1)
     )
     preconditioner: float = 0.0  # flattest gradient that is scaled up in full, in public ones; 0: no scales
-    server_rate: float = 2.0  # how much of the mean update the server applies, in (0, 4]
+    server_rate: float = 1.0  # how much of the mean update the server applies, in (0, 4]
     adapt: Adapt = field(default_factory=Full)  # which weights learn: all, or low-rank changes
 
     def __post_init__(self) -> None:

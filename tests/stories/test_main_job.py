@@ -113,7 +113,7 @@ def test_a_run_that_was_cut_short_while_measuring_measures_only(
     before = attempts(folder)
     assert len(rounds) == 2 and not (folder / "run.json").exists()
     with monkeypatch.context() as patch:
-        patch.setattr("fedface.training.ways.train_round", killed)
+        patch.setattr("fedface.federation.device.begin_round", killed)
         assert fedface(monkeypatch, "run", str(recipe), "--resume") == 0
     assert attempts(folder) == before
     assert [round.weights_hash for round in run.read(folder).rounds] == [r["weights_hash"] for r in rounds]
