@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from fedface.audits.disaggregate import Interval, mean_interval, rate_interval
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.shapes import Images, Vector
+from fedface.training.generator import loss_on_photos
+from fedface.training.ways import gradient_of
 
 GradientOf = Callable[[Images], Vector]
 
@@ -106,14 +108,7 @@ def critic_gradient(critic: nn.Module) -> GradientOf:
     Returns:
         A function of images, differentiable in them, with the parameters in the module's own order.
     """
-    weights = [weight for weight in critic.parameters() if weight.requires_grad]
-
-    def gradient_of(images: Images) -> Vector:
-        loss = nn.functional.softplus(-critic(images)).mean()
-        parts = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
-        return torch.cat([part.flatten() for part in parts])
-
-    return gradient_of
+    return gradient_of(critic, lambda photos: loss_on_photos(critic, photos).mean())
 
 
 def release(gradient: Vector, defence: Defence, generator: torch.Generator) -> Vector:

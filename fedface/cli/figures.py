@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.table import Table
 
@@ -22,10 +21,9 @@ from fedface.audits.quality import quality as measure_quality
 from fedface.cli.terminal import JsonOption, console, progress_bars
 from fedface.errors import ConfigError
 from fedface.models.weights import load_base, load_model, weights_hash
-from fedface.photos.drawn import ToneMix, draw, sample_faces
+from fedface.photos.drawn import draw_people
 from fedface.photos.probe import read_face_folder
 from fedface.randomness import Streams
-from fedface.shapes import Images
 
 Three = tuple[float, float, float]
 
@@ -57,7 +55,7 @@ def quality(
     source = _source(network, network_size, network_mean, network_std)
     with progress_bars() as bars:
         bars.stage("faces", 3)
-        real = _drawn(count, model.generator.size, light_share, streams) if faces is None else read_face_folder(
+        real = draw_people(count, light_share, model.generator.size, streams) if faces is None else read_face_folder(
             faces, size=model.generator.size
         ).images  # fmt: skip
         if len(real) < 40:
@@ -73,15 +71,6 @@ def quality(
         print(json.dumps({"weights": name, **asdict(found)}, indent=1))
         return
     _print(found, name)
-
-
-def _drawn(count: int, size: int, light_share: float, streams: Streams) -> Images:
-    faces = sample_faces(count, ToneMix(light_share=light_share), streams.generator("faces"))
-    camera = streams.generator("camera")
-    parts = [
-        draw(faces[torch.arange(i, min(i + 500, count))], size, noise=camera) for i in range(0, count, 500)
-    ]
-    return torch.cat(parts)
 
 
 def _source(network: Path | None, size: int, mean: Three, std: Three) -> FeatureSource:

@@ -14,8 +14,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import assert_never
 
-import torch
-
 from fedface.config import dump, plain
 from fedface.errors import ConfigError, RunError
 from fedface.experiment import DrawnDevices, Experiment, LabelledDevices, RealDevices
@@ -42,10 +40,10 @@ from fedface.federation.rounds import (
 from fedface.federation.simulated import PublicFaces, describe_devices, device_faces, public_faces
 from fedface.models.family import Model
 from fedface.models.weights import load_model, save_model, weights_hash
-from fedface.photos.drawn import ToneMix, draw, sample_faces
+from fedface.photos.drawn import draw_people
 from fedface.privacy.plan import Plan
 from fedface.privacy.target import PrivacyTarget
-from fedface.randomness import SecretNoise, Streams
+from fedface.randomness import Streams
 from fedface.reports import card, figures, page, run
 from fedface.reports.filling import machine_record, plan_record, version_record
 from fedface.reports.run import (
@@ -56,7 +54,7 @@ from fedface.reports.run import (
     ToneRecord,
 )
 from fedface.shapes import Images
-from fedface.training.ways import begin_round, common_streams
+from fedface.training.ways import begin_round, chance_for, common_streams
 
 FEWEST_FACES = 40  # on each side of a comparison of samples with faces
 
@@ -126,7 +124,9 @@ def coordinate(
     watcher.stage("cost of encryption", 1)
     # What one device of public faces would send: the sizes and errors are those of a real update.
     streams = Streams(experiment.seed).child("cost")
-    update = work.update(probe.images, chance=_chance(plan, streams), streams=streams) / work.ranges()
+    update = (
+        work.update(probe.images, chance=chance_for(plan.terms, streams), streams=streams) / work.ranges()
+    )
     costs = aggregation_costs(update.clamp(-1, 1), experiment.aggregation, experiment.agreement)
     watcher.step(1)
     samples = {when: _samples(gan, experiment) for when, gan in (("before", base), ("after", final))}
@@ -211,12 +211,7 @@ def _candidates(experiment: Experiment, size: int) -> Images:
     if found is not None:
         return found
     streams = Streams(experiment.seed).child("candidates")
-    faces = sample_faces(count, ToneMix(light_share=0.5), streams.generator("faces"))
-    return draw(faces, size, noise=streams.generator("camera"))
-
-
-def _chance(plan: Plan, streams: Streams) -> SecretNoise | torch.Generator:
-    return SecretNoise() if plan.terms.promises else streams.generator("no promise")
+    return draw_people(count, 0.5, size, streams)
 
 
 def _samples(model: Model, experiment: Experiment) -> Images:

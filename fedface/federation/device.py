@@ -22,9 +22,9 @@ from fedface.federation.task import Agreed, Refusal, Reply, Revealed, RevealTask
 from fedface.models.weights import filled, weights_hash
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.policy import DevicePolicy
-from fedface.randomness import SecretNoise, Streams
+from fedface.randomness import Streams
 from fedface.shapes import Images
-from fedface.training.ways import begin_round, common_streams
+from fedface.training.ways import begin_round, chance_for, common_streams
 
 OBJECTIVE = "generator"
 FAILED = b"failed"  # kept in place of a payload for a round that broke
@@ -108,8 +108,7 @@ def _train(task: TrainTask, device: Device) -> Reply:
     entry = device.policy.book(agreed.terms, ledger, run=task.run, round=task.round, marks=marks)
     try:
         photos = device.photos(model.generator.size)
-        chance = SecretNoise() if agreed.terms.promises else streams.generator("no promise")
-        update = work.update(photos, chance=chance, streams=streams)
+        update = work.update(photos, chance=chance_for(agreed.terms, streams), streams=streams)
         started = time.perf_counter()
         payload = sums.protect(update / work.ranges(), task.round).to_bytes()
         seconds = time.perf_counter() - started

@@ -200,7 +200,7 @@ def _one_round(
         answered=tuple(trained.device for trained, _ in usable.values()),
         refusals=tuple(refusals),
         dropped=tuple(dropped),
-        epsilon=_spent(plan, number),
+        epsilon=spent(plan, number),
         bytes_up=sum(len(t.payload) for t, _ in usable.values()),
         bytes_down=4 * (len(weights) + len(task.buffers)) * len(members),
         bytes_reveal=total.nbytes + 4 * len(ranges) if hidden else 0,
@@ -298,7 +298,8 @@ def _open(
     )
 
 
-def _spent(plan: Plan, rounds: int) -> Epsilon | NotMeasured:
+def spent(plan: Plan, rounds: int) -> Epsilon | NotMeasured:
+    """The price of the first `rounds` rounds of a plan, or why there is none."""
     match plan.promise:
         case PrivacyTarget(delta=delta, unit=unit):
             return epsilon_record(epsilon_of(plan.event(rounds), delta), delta=delta, unit=unit)

@@ -15,6 +15,7 @@ from typing import assert_never
 import torch
 
 from fedface.aggregation.encrypted import make_keys
+from fedface.audits.quality import TONE_GROUPS
 from fedface.errors import FederationError, LibraryError
 from fedface.experiment import (
     DrawnDevices,
@@ -25,15 +26,12 @@ from fedface.experiment import (
     RealDevices,
 )
 from fedface.federation.device import Device
-from fedface.photos.drawn import DrawnFaces, ToneMix, draw, sample_faces
+from fedface.photos.drawn import DrawnFaces, ToneMix, draw, draw_people, sample_faces
 from fedface.photos.partition import partition
 from fedface.photos.probe import Probe, labelled_sets, read_face_folder
 from fedface.photos.tone import ToneReading, measure_tone
 from fedface.randomness import Streams
 from fedface.shapes import Images
-
-# Drawn faces are grouped by the Monk tone they were drawn with, two steps to a group.
-DRAWN_GROUPS = ("Monk 1-2", "Monk 3-4", "Monk 5-6", "Monk 7-8", "Monk 9-10")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +137,7 @@ def device_faces(experiment: Experiment, count: int, size: int) -> Images | None
             each = -(-count // devices.count)
             return torch.cat(
                 [
-                    _drawn(share, each, size, streams.child(str(i)))
+                    draw_people(each, share, size, streams.child(str(i)))
                     for i, share in enumerate(devices.light_shares)
                 ]
             )[torch.randperm(each * devices.count, generator=streams.generator("order"))[:count]]
@@ -174,8 +172,8 @@ def _drawn_probe(each: int, size: int, streams: Streams) -> PublicFaces:
     images = draw(faces, size, noise=streams.generator("camera"))
     return PublicFaces(
         images=images,
-        groups=tuple(DRAWN_GROUPS[g] for g in group[chosen].tolist()),
-        expected=DRAWN_GROUPS,
+        groups=tuple(TONE_GROUPS[g] for g in group[chosen].tolist()),
+        expected=TONE_GROUPS,
         tone=measure_tone(images),
         description=f"{len(chosen)} freshly drawn faces, {each} in each group of true Monk tone, through cameras",
     )
@@ -281,18 +279,13 @@ def _mix(experiment: Experiment, part: list[int]) -> str:
     return "public photos: " + ", ".join(f"{count / len(part):.0%} {name}" for name, count in top)
 
 
-def _drawn(share: float, count: int, size: int, streams: Streams) -> Images:
-    faces = sample_faces(count, ToneMix(light_share=share), streams.generator("faces"))
-    return draw(faces, size, noise=streams.generator("camera"))
-
-
 @lru_cache(maxsize=64)
 def _photos(experiment: Experiment, number: int, size: int) -> Images:
     devices = experiment.devices
     match devices:
         case DrawnDevices():
             streams = Streams(experiment.seed).child(device_name(number))
-            return _drawn(devices.light_shares[number], devices.photos_each, size, streams)
+            return draw_people(devices.photos_each, devices.light_shares[number], size, streams)
         case LabelledDevices():
             images, _ = _labelled(experiment, size)
             return images[_dealt(experiment)[number]]

@@ -25,13 +25,11 @@ from fedface.errors import ConfigError
 from fedface.experiment import DrawnDevices, Experiment
 from fedface.federation.cohort import Cohort
 from fedface.federation.coordinator import begin, check_same
-from fedface.federation.rounds import State, Watcher, replace_text, run_rounds, weights_path
+from fedface.federation.rounds import State, Watcher, replace_text, run_rounds, spent, weights_path
 from fedface.federation.simulated import describe_devices, device_faces, prepare
 from fedface.models.family import Model
 from fedface.models.weights import load_model, weights_hash
 from fedface.photos.tone import measure_tone
-from fedface.privacy.accounting import Bounds
-from fedface.privacy.target import PrivacyTarget
 from fedface.randomness import Streams
 from fedface.reports import comparison, comparison_figures, strict
 from fedface.reports.comparison import (
@@ -41,8 +39,8 @@ from fedface.reports.comparison import (
     ModelFigures,
     RunFigures,
 )
-from fedface.reports.filling import epsilon_record, machine_record, measured, version_record
-from fedface.reports.run import Epsilon, Figure, NotMeasured
+from fedface.reports.filling import machine_record, measured, version_record
+from fedface.reports.run import Figure, NotMeasured
 from fedface.shapes import Images
 from fedface.sweep import Sweep, Variant, level_of
 from fedface.training.ways import begin_round, check_fits, common_streams
@@ -138,13 +136,10 @@ def _one(variant: Variant, place: Path, cohort_of: CohortOf, faces: int, watcher
     state = run_rounds(experiment, plan, cohort_of(experiment, states), State.read(place), None, watcher)
     final = load_model(weights_path(place, experiment.rounds))
     work = begin_round(final, experiment.training, plan.terms, common_streams(experiment.seed, 0))
-    bounds = plan.epsilon()
     figures = RunFigures(
         way=variant.way,
         level=level_of(experiment),
-        epsilon=NotMeasured(not_measured="no noise was added, so there is no bound")
-        if bounds is None
-        else _epsilon(bounds, experiment),
+        epsilon=spent(plan, experiment.rounds),
         seed=experiment.seed,
         noise_multiplier=plan.noise_multiplier,
         numbers_up=len(work.ranges()),
@@ -251,14 +246,6 @@ def _quality_figures(found: GroupQuality) -> dict[str, Figure]:
         "precision": measured(found.neighbours.precision),
         "recall": measured(found.neighbours.recall),
     }
-
-
-def _epsilon(bounds: Bounds, experiment: Experiment) -> Epsilon | NotMeasured:
-    match experiment.promise:
-        case PrivacyTarget(delta=delta, unit=unit):
-            return epsilon_record(bounds, delta=delta, unit=unit)
-        case _:
-            return NotMeasured(not_measured="nothing was promised")
 
 
 @lru_cache(maxsize=4)

@@ -101,3 +101,19 @@ def draw_noise(generator: Generator, count: int, chance: torch.Generator) -> lis
 def no_noise(generator: Generator) -> list[Tensor]:
     """Noise maps of zeros, each (1, 1, side, side), for `synthesize` of a batch of any size."""
     return [torch.zeros(1, 1, side, side) for side in generator.noise_sides]
+
+
+def check_inputs(generator: Generator, styles: Styles, noise: Sequence[Tensor] | None) -> None:
+    """Raises ValueError unless there are as many styles, and noise maps if any, as the generator takes."""
+    if styles.shape[1] != generator.style_inputs:
+        raise ValueError(
+            f"styles must have shape (n, {generator.style_inputs}, v), got {tuple(styles.shape)}"
+        )
+    if noise is not None and len(noise) != len(generator.noise_sides):
+        raise ValueError(f"noise must be {len(generator.noise_sides)} maps, got {len(noise)}")
+
+
+def truncated(styles: Styles, mean: Tensor, psi: float, cutoff: int | None) -> Styles:
+    """Styles (n, k, v) moved towards their mean (v,): the first `cutoff` inputs, or all where it is None."""
+    moved = mean.lerp(styles, psi)
+    return moved if cutoff is None else torch.cat([moved[:, :cutoff], styles[:, cutoff:]], dim=1)

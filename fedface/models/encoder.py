@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedface.errors import ConfigError
-from fedface.models.layers import Conv, Linear, check_widths
+from fedface.models.layers import Conv, Linear, check_widths, unit_mean_square
 from fedface.shapes import Images, Latents
 
 
@@ -96,4 +96,4 @@ class Encoder(nn.Module):
 
 def on_sphere(latents: Tensor) -> Latents:
     """Bring latents (n, z) to unit mean square, length sqrt(z), as the mapping network does."""
-    return latents * torch.rsqrt(latents.square().mean(dim=1, keepdim=True) + 1e-8)
+    return unit_mean_square(latents)

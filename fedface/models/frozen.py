@@ -18,6 +18,7 @@ from typing import Any, Literal, assert_never, cast
 import torch
 from torch import Tensor
 
+from fedface.models.contracts import check_inputs
 from fedface.models.frozen_blocks import FrozenBlock, freeze_block, run_blocks
 from fedface.models.stylegan2 import Block, StyleGAN2
 from fedface.shapes import Images, Latents, Styles
@@ -150,10 +151,7 @@ class FrozenStyleGAN2:
         Raises:
             ValueError: There are more or fewer styles or maps than the network has inputs for.
         """
-        if styles.shape[1] != self.style_inputs:
-            raise ValueError(f"styles must have shape (n, {self.style_inputs}, v), got {tuple(styles.shape)}")
-        if noise is not None and len(noise) != len(self.noise_sides):
-            raise ValueError(f"noise must be {len(self.noise_sides)} maps, got {len(noise)}")
+        check_inputs(self, styles, noise)
         count = styles.shape[0]
         inputs = list(self._inputs(styles.to(self.device), noise))
         # A finer block never has less than half a coarser one's channels, so that the blocks that fit come first.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedface.errors import ConfigError
-from fedface.models.contracts import sample
+from fedface.models.contracts import check_inputs, sample, truncated
 from fedface.models.layers import LRELU_GAIN, LRELU_SLOPE, Conv, Linear, check_widths, unit_mean_square
 from fedface.shapes import Images, Latents, Styles
 
@@ -257,8 +257,7 @@ class StyleGAN1(nn.Module):
             psi: How much of the distance to the mean remains.
             cutoff: Move the first `cutoff` style inputs (published: 8) and leave the rest; None moves all.
         """
-        moved = self.mapping.w_avg.lerp(styles, psi)
-        return moved if cutoff is None else torch.cat([moved[:, :cutoff], styles[:, cutoff:]], dim=1)
+        return truncated(styles, self.mapping.w_avg, psi, cutoff)
 
     def synthesize(self, styles: Styles, noise: Sequence[Tensor] | None = None) -> Images:
         """Styles (n, k, v) -> images (n, 3, size, size), nominally in [0, 1], not clamped.
@@ -270,10 +269,7 @@ class StyleGAN1(nn.Module):
         Raises:
             ValueError: There are more or fewer styles or maps than the network has inputs for.
         """
-        if styles.shape[1] != self.style_inputs:
-            raise ValueError(f"styles must have shape (n, {self.style_inputs}, v), got {tuple(styles.shape)}")
-        if noise is not None and len(noise) != len(self.noise_sides):
-            raise ValueError(f"noise must be {len(self.noise_sides)} maps, got {len(noise)}")
+        check_inputs(self, styles, noise)
         maps = [None] * len(self.noise_sides) if noise is None else list(noise)
         return (cast(Tensor, self.synthesis(styles, maps)) + 1.0) / 2.0
 

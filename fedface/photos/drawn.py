@@ -21,6 +21,7 @@ from fedface.photos.drawn_parameters import (
     sample_faces,
 )
 from fedface.photos.drawn_scene import find_masks, radiance
+from fedface.randomness import Streams
 from fedface.shapes import Images
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "DrawnFaces",
     "ToneMix",
     "draw",
+    "draw_people",
     "faces_from_normals",
     "landmarks",
     "neutral_light",
@@ -82,6 +84,19 @@ def draw(faces: DrawnFaces, size: int, *, noise: torch.Generator | None = None) 
         pictures[done : done + len(part)] = through_camera(light, part, noise)
         done += len(part)
     return pictures
+
+
+def draw_people(count: int, light_share: float, size: int, streams: Streams) -> Images:
+    """Freshly sampled faces through cameras, (count, 3, size, size); equal streams give equal faces.
+
+    Args:
+        count: How many, >= 1.
+        light_share: Share of light skin, Monk 1 to 5, in [0, 1].
+        size: Side in pixels, at least 16.
+        streams: Its streams "faces" and "camera" are used.
+    """
+    faces = sample_faces(count, ToneMix(light_share=light_share), streams.generator("faces"))
+    return draw(faces, size, noise=streams.generator("camera"))
 
 
 @torch.no_grad()

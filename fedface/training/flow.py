@@ -26,8 +26,7 @@ from torch import Tensor
 
 from fedface.models.adapters import Adapt, Full, attach, trained_vector
 from fedface.models.flow import FlowConfig, RectifiedFlow
-from fedface.photos.drawn import ToneMix, sample_faces
-from fedface.photos.drawn import draw as draw_faces
+from fedface.photos.drawn import draw_people
 from fedface.privacy.plan import Schedule, Terms
 from fedface.randomness import SecretNoise, Streams
 from fedface.shapes import Images, Vector
@@ -274,8 +273,7 @@ _KNOWN = _Known(most=2)
 
 def _public_scales(flow: RectifiedFlow, config: FlowTrainingConfig) -> list[Tensor]:
     streams = Streams(0).child("public faces")
-    faces = sample_faces(_PUBLIC, ToneMix(light_share=0.5), streams.generator("faces"))
-    pictures = draw_faces(faces, flow.size, noise=streams.generator("camera"))
+    pictures = draw_people(_PUBLIC, 0.5, flow.size, streams)
     draws = times_and_noises(_PUBLIC, 1, flow.size, config.latest, streams.numpy("draws"))
     squares = [torch.zeros_like(weight) for weight in trained(flow).values()]
     for part, rows in zip(torch.split(pictures, _AT_ONCE), torch.split(draws, _AT_ONCE), strict=True):

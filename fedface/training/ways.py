@@ -92,6 +92,11 @@ def common_streams(seed: int, round: int) -> Streams:
     return Streams(seed).child(f"common/{round}")
 
 
+def chance_for(terms: Terms, streams: Streams) -> SecretNoise | torch.Generator:
+    """Where noise and coins come from: nobody's to replay under a promise, the device's own stream without one."""
+    return SecretNoise() if terms.promises else streams.generator("no promise")
+
+
 def words_of(training: Training) -> str:
     """What a device sends, in words that follow a number."""
     match training:
@@ -154,12 +159,12 @@ class Round:
         """
         match self.training, self.model:
             case GanTrainingConfig(), Gan(critic=critic):
-                return _gradient_of(critic, lambda photos: loss_on_photos(critic, photos).mean())
+                return gradient_of(critic, lambda photos: loss_on_photos(critic, photos).mean())
             case FlowTrainingConfig() as config, Flow(generator=flow):
                 rows = times_and_noises(
                     1, config.noise_draws, flow.size, config.latest, streams.numpy("draws of one photo")
                 )
-                return _gradient_of(
+                return gradient_of(
                     flow,
                     lambda photos: loss_over_draws(flow, photos, rows.expand(len(photos), -1, -1)).mean(),
                 )
@@ -194,7 +199,8 @@ class Round:
                 raise ConfigError("training: this way of learning does not go with this model")
 
 
-def _gradient_of(module: nn.Module, loss: Callable[[Images], Tensor]) -> ReleaseOf:
+def gradient_of(module: nn.Module, loss: Callable[[Images], Tensor]) -> ReleaseOf:
+    """The gradient of a loss of photos over the weights that learn, (d,), differentiable in the photos."""
     weights = list(trained(module).values())
 
     def gradient(photos: Images) -> Vector:
