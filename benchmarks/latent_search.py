@@ -40,7 +40,8 @@ from fedface.models.weights import load_base
 from fedface.randomness import Streams
 from fedface.shapes import Images, Latents, LowImages, Styles
 from fedface.upsampling.degrade import BicubicPulse
-from fedface.upsampling.pulse import Progress, Pulse, PulseConfig
+from fedface.upsampling.contracts import Progress
+from fedface.upsampling.pulse import Pulse, PulseConfig
 
 NEVER = 1e-12  # a tolerance that no face meets, so that every search takes all its steps
 TIMED_STEPS = 5  # in one go; the first is not counted

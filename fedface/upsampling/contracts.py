@@ -6,7 +6,7 @@ be found is a value, not an error and not a print: `converged` is False where it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,24 @@ import torch
 from torch import Tensor
 
 from fedface.shapes import Images, LowImages
+
+
+# Called with (steps done, steps at most) over all photos; faces that are done early let it jump ahead.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Glimpse:
+    """How a search stands after one of its steps, for whoever wants to see faces appear."""
+
+    step: int  # steps taken by the faces shown, from 1
+    steps: int  # steps at most
+    faces: Tensor  # (m,) int64: which of the n * f faces these are, photo by photo
+    images: Tensor  # (m, 3, s, s) sRGB, detached, not clamped: the faces of this step, not the best so far
+    misfit: Tensor  # (m,) mean squared difference of the downscaled face, as made, and the photo
+
+
+Watch = Callable[[Glimpse], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,15 +74,28 @@ class Upsampled:
 class Upsampler(Protocol):
     """Low-resolution photos -> faces that would look like them."""
 
+    @property
+    def low_size(self) -> int:
+        """Height and width of the photos that it takes."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Height and width of the faces that it makes."""
+        ...
+
     def upsample(self, low: LowImages, *, faces_per_photo: int) -> Upsampled:
         """Find `faces_per_photo` faces for each photo.
 
         Args:
             low: (n, 3, lh, lw) sRGB in [0, 1].
-            faces_per_photo: How many faces to return for each, >= 1.
+            faces_per_photo: How many faces to return for each, >= 1. A method that has one answer repeats it.
 
         Returns:
             Faces in the order of the photos, each with its misfit and whether the search converged.
+
+        Raises:
+            ValueError: The photos have another size or hold values that are not finite.
         """
         ...
 
@@ -79,3 +110,18 @@ def join(parts: Sequence[Upsampled]) -> Upsampled:
         converged=torch.cat([part.converged for part in parts]),
         steps=max(part.steps for part in parts),
     )
+
+
+def check_low(low: LowImages, side: int, faces_per_photo: int) -> None:
+    """Raises ValueError unless photos are finite, (n, 3, side, side), and a face of each is asked for."""
+    if faces_per_photo < 1:
+        raise ValueError(f"faces_per_photo must be >= 1, got {faces_per_photo}")
+    if low.ndim != 4 or low.shape[1:] != (3, side, side):
+        raise ValueError(f"photos must have shape (n, 3, {side}, {side}), got {tuple(low.shape)}")
+    if not low.isfinite().all():
+        raise ValueError("photos must be finite, got NaN or infinity")
+
+
+def squared_difference(low: LowImages, target: LowImages) -> Tensor:
+    """The mean over colours and pixels of the squared difference, (n,)."""
+    return (low - target).square().flatten(1).mean(dim=1)
