@@ -25,11 +25,8 @@ from fedface.models.frozen import frozen
 from fedface.models.stylegan2 import OfClass, StyleGAN2
 from fedface.randomness import Streams
 from fedface.shapes import Images, Latents, LowImages, Styles
-from fedface.upsampling.contracts import Upsampled, join
+from fedface.upsampling.contracts import Progress, Upsampled, check_low, join, squared_difference
 from fedface.upsampling.degrade import Degradation
-
-# Called with (steps done, steps at most) over all chunks; a chunk whose faces all fit jumps ahead.
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +64,6 @@ class PulseConfig:
     def paper() -> PulseConfig:
         """The settings of the published code: 100 steps, rate 0.4, eps 2e-3, a million mapping draws."""
         return PulseConfig(learning_rate=0.4, eps=2e-3, mapping_samples=1_000_000)
-
-
-def squared_difference(low: LowImages, target: LowImages) -> Tensor:
-    """The mean over colours and pixels of the squared difference, (n,)."""
-    return (low - target).square().flatten(1).mean(dim=1)
 
 
 def geocross(styles: Styles) -> Tensor:
@@ -280,8 +272,7 @@ class Pulse:
         *,
         progress: Progress | None = None,
     ) -> None:
-        if generator.size % degradation.factor:
-            raise ValueError(f"factor must divide the size {generator.size}, got {degradation.factor}")
+        degradation.low_side(generator.size)  # raises where it does not fit
         self.generator = generator
         self.degradation = degradation
         self.config = config
@@ -301,9 +292,14 @@ class Pulse:
             )
 
     @property
+    def size(self) -> int:
+        """Height and width of the faces that this search makes."""
+        return self.generator.size
+
+    @property
     def low_size(self) -> int:
         """Height and width of the photos that this search takes."""
-        return self.generator.size // self.degradation.factor
+        return self.degradation.low_side(self.generator.size)
 
     def upsample(self, low: LowImages, *, faces_per_photo: int) -> Upsampled:
         """Find faces for each photo, all at once.
@@ -323,14 +319,7 @@ class Pulse:
         Raises:
             ValueError: The photos have another size or hold values that are not finite.
         """
-        if faces_per_photo < 1:
-            raise ValueError(f"faces_per_photo must be >= 1, got {faces_per_photo}")
-        if low.ndim != 4 or low.shape[1:] != (3, self.low_size, self.low_size):
-            raise ValueError(
-                f"photos must have shape (n, 3, {self.low_size}, {self.low_size}), got {tuple(low.shape)}"
-            )
-        if not low.isfinite().all():
-            raise ValueError("photos must be finite, got NaN or infinity")
+        check_low(low, self.low_size, faces_per_photo)
         targets = low.detach().float().repeat_interleave(faces_per_photo, dim=0)
         stream = self._streams.generator("pulse/search")
         chunks = torch.split(targets, self.config.faces_at_once)

@@ -17,8 +17,9 @@ from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
 from fedface.models.weights import load_base
 from fedface.randomness import Streams
 from fedface.upsampling import pulse
-from fedface.upsampling.contracts import Upsampled
-from fedface.upsampling.degrade import Area, BicubicPulse
+from fedface.upsampling.contracts import Upsampled, squared_difference
+from fedface.upsampling.degrade import Area, Bicubic, BicubicPulse, Blur, Chain, Noise, measure
+from fedface.upsampling.jpeg import Jpeg
 from fedface.upsampling.pulse import (
     Pulse,
     PulseConfig,
@@ -26,7 +27,6 @@ from fedface.upsampling.pulse import (
     fit_styles,
     geocross,
     one_cycle_drop,
-    squared_difference,
 )
 
 STREAMS = Streams(7)
@@ -143,6 +143,19 @@ def test_photos_that_the_generator_drew_are_matched(generator: StyleGAN2, low: T
     torch.testing.assert_close(found.misfit, misfit, atol=1e-7, rtol=1e-4)
     assert torch.equal(found.converged, found.misfit <= config.eps)
     assert 0 <= found.images.min() and found.images.max() <= 1
+
+
+def test_the_measurement_of_a_search_is_the_one_that_is_tested(generator: StyleGAN2) -> None:
+    """A chain of blur, downscale, noise and JPEG, searched through its mean and its straight-through gradient."""
+    chain = Chain((Blur(0.8), Bicubic(2), Noise(0.01), Jpeg(90, "4:4:4")))
+    photos = measure(chain, generator.sample(3, STREAMS.generator("truth")), STREAMS.generator("noise"))
+    search = Pulse(generator, chain, replace(QUICK, eps=1e-9, steps=30), STREAMS)
+    assert (search.low_size, search.size) == (8, 16)
+    found = search.upsample(photos, faces_per_photo=1)
+    first = Pulse(generator, chain, replace(QUICK, eps=1e-9, steps=1), STREAMS)
+    assert (found.misfit < 0.5 * first.upsample(photos, faces_per_photo=1).misfit).all()
+    again = squared_difference(chain.apply(found.images[:, 0]), photos)
+    torch.testing.assert_close(found.misfit[:, 0], again, atol=1e-7, rtol=1e-4)
 
 
 def test_a_photo_that_no_face_can_match_is_a_value_and_does_not_disturb_the_others(
