@@ -1,32 +1,46 @@
-"""PULSE: search a generator's latents for faces whose downscaled picture is the given photo.
+"""PULSE: search a generator's latents for faces whose degraded picture is the given photo.
 
-Called by the audits and the command line, with any `models.contracts.Generator` and any known downscale. All
-faces of all photos are searched at once; because Adam works coordinate by coordinate, that is the same search
+Called by the audits, the page and the command line, with any `models.contracts.Generator` and any known
+degradation. Many faces are searched at once; because Adam works coordinate by coordinate, that is the same search
 as one after the other. A face leaves the batch as soon as it fits.
 
-Source: Menon et al. 2020 (arXiv:2003.03808). Corrected here: each face is compared with the tolerance on its
-own, the best face is returned and not the last, and a search that fails is a value.
+Source: Menon et al. 2020 (arXiv:2003.03808) and its published code, which `PulseConfig.paper()` follows step by
+step. Corrected otherwise: each face is compared with the tolerance on its own, a search ends when its face fits,
+the best face is returned and not the last, and a search that fails is a value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, assert_never
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedface.models.contracts import Generator
 from fedface.models.frozen import frozen
 from fedface.models.stylegan2 import OfClass, StyleGAN2
 from fedface.randomness import Streams
-from fedface.shapes import Images, Latents, LowImages, Styles
-from fedface.upsampling.contracts import Progress, Upsampled, check_low, join, squared_difference
+from fedface.shapes import LowImages, Styles
+from fedface.upsampling.contracts import (
+    Glimpse,
+    Progress,
+    Upsampled,
+    Watch,
+    check_low,
+    join,
+    squared_difference,
+)
 from fedface.upsampling.degrade import Degradation
+from fedface.upsampling.keeping import Best, Judge, Keeping, Last
+from fedface.upsampling.spherical import SphericalAdam, one_cycle_drop
+from fedface.upsampling.style_fit import fit_styles
+from fedface.upsampling.threads import Tally, in_threads
+
+Start = Callable[[LowImages], Styles]  # photos (n, 3, lh, lw) -> styles (n, k, v) to begin with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +59,20 @@ class PulseConfig:
     tile_latent: bool = False  # one latent for all style inputs; otherwise one for each
     trainable_noise: int = 5  # >= 0, how many noise maps, coarsest first, are searched as well
     mapping_samples: int = 20_000  # >= 2, latents drawn to fit the distribution of styles
-    faces_at_once: int = 32  # >= 1, bounds the memory
+    until: Literal["fit", "end"] = "fit"  # when a search stops: its face fits, or all steps are taken
+    keep: Literal["best", "last"] = "best"  # which face of a search is its answer
+    faces_at_once: int = 32  # >= 1, bounds the memory of one worker
+    workers: int = 1  # >= 1, threads that search side by side, each with faces of its own
     precision: Literal["auto", "float32", "bfloat16"] = "float32"  # of the search; every figure is float32
 
     def __post_init__(self) -> None:
-        counts = (("steps", 1), ("trainable_noise", 0), ("mapping_samples", 2), ("faces_at_once", 1))
+        counts = (
+            ("steps", 1),
+            ("trainable_noise", 0),
+            ("mapping_samples", 2),
+            ("faces_at_once", 1),
+            ("workers", 1),
+        )
         for name, least in counts:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
@@ -62,8 +85,8 @@ class PulseConfig:
 
     @staticmethod
     def paper() -> PulseConfig:
-        """The settings of the published code: 100 steps, rate 0.4, eps 2e-3, a million mapping draws."""
-        return PulseConfig(learning_rate=0.4, eps=2e-3, mapping_samples=1_000_000)
+        """The published code: 100 steps whatever happens, and the face of the last one."""
+        return PulseConfig(learning_rate=0.4, eps=2e-3, mapping_samples=1_000_000, until="end", keep="last")
 
 
 def geocross(styles: Styles) -> Tensor:
@@ -76,97 +99,6 @@ def geocross(styles: Styles) -> Tensor:
     together = ((first + second).square().sum(-1) + 1e-9).sqrt()
     theta = 2 * torch.atan2(apart, together)
     return theta.square().mean(dim=(1, 2)) * styles.shape[-1] / 8
-
-
-def one_cycle_drop(step: int, steps: int) -> float:
-    """The multiplier of the learning rate: 0.1, 1 at 45 % of the steps, 0.1 at 90 %, 0.001 at the end."""
-    return float(np.interp(step / steps, [0, 0.45, 0.9, 1], [0.1, 1, 0.1, 0.001]))
-
-
-def _radius(variable: Tensor) -> Tensor:
-    return (variable.square().sum(dim=tuple(range(2, variable.ndim)), keepdim=True) + 1e-9).sqrt()
-
-
-class SphericalAdam:
-    """Adam whose variables keep their length: after each step every row returns to its own sphere.
-
-    Variables have shape (n, k, ...); a row is everything after two axes: one latent or one noise map.
-    """
-
-    def __init__(self, variables: Sequence[Tensor], learning_rate: float) -> None:
-        self.variables = [variable.clone() for variable in variables]
-        self.learning_rate = learning_rate
-        self._radii = [_radius(variable) for variable in variables]
-        self._mean = [torch.zeros_like(variable) for variable in variables]
-        self._square = [torch.zeros_like(variable) for variable in variables]
-        self._step = 0
-
-    def step(self, gradients: Sequence[Tensor], multiplier: float = 1.0) -> None:
-        """Move every variable one step along its gradient, then back onto its sphere."""
-        self._step += 1
-        bias_mean, bias_square = 1 - 0.9**self._step, 1 - 0.999**self._step
-        rate = self.learning_rate * multiplier / bias_mean
-        for i, gradient in enumerate(gradients):
-            self._mean[i].lerp_(gradient, 0.1)
-            self._square[i].mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-            size = (self._square[i] / bias_square).sqrt_().add_(1e-8)
-            moved = self.variables[i].detach() - rate * self._mean[i] / size
-            self.variables[i] = moved / _radius(moved) * self._radii[i]
-
-    def keep(self, chosen: Tensor) -> None:
-        """Go on with the faces that `chosen`, (n,) bool, marks; forget the others."""
-        for kept in (self.variables, self._radii, self._mean, self._square):
-            kept[:] = [tensor[chosen] for tensor in kept]
-
-
-@dataclass(frozen=True)
-class StyleFit:
-    """A normal distribution of styles before the last leaky ReLU of the mapping, coordinate by coordinate."""
-
-    mean: Tensor  # (v,)
-    std: Tensor  # (v,)
-    slope: float = 0.2  # of that leaky ReLU, > 0; 1 where the mapping ends with none
-
-    def styles(self, latents: Tensor) -> Styles:
-        """Latents (n, k, v) -> styles (n, k, v): LeakyReLU of latents * std + mean."""
-        return F.leaky_relu(latents * self.std + self.mean, self.slope)
-
-
-def fit_styles(
-    mapping: Callable[[Latents], Styles],
-    latent_width: int,
-    *,
-    samples: int,
-    stream: torch.Generator,
-    slope: float = 0.2,
-) -> StyleFit:
-    """Fit the distribution of a mapping's styles with its last leaky ReLU undone.
-
-    The gain behind that ReLU (sqrt 2 in StyleGAN2) needs no mention: a positive factor passes through a leaky
-    ReLU unchanged.
-
-    Args:
-        mapping: Latents (n, z) -> styles (n, k, v), equal for all k.
-        latent_width: z.
-        samples: How many latents to draw, >= 2.
-        stream: Where they are drawn from.
-        slope: Of the last leaky ReLU, > 0 (`Generator.style_slope`); 1 where there is none.
-
-    Returns:
-        Mean and unbiased standard deviation of each coordinate.
-    """
-    total = square = torch.zeros((), dtype=torch.float64)
-    # The latents of a flow are whole pictures: fewer of them at once.
-    at_once = min(10_000, max(1, 2**23 // latent_width))
-    with torch.no_grad():
-        for start in range(0, samples, at_once):
-            latents = torch.randn(min(at_once, samples - start), latent_width, generator=stream)
-            before = F.leaky_relu(mapping(latents)[:, 0], 1.0 / slope).double()
-            total = total + before.sum(dim=0)
-            square = square + before.square().sum(dim=0)
-    mean = total / samples
-    variance = (square - samples * mean.square()).clamp(min=0) / (samples - 1)
-    return StyleFit(mean.float(), variance.sqrt().float(), slope)
 
 
 @contextmanager
@@ -197,63 +129,15 @@ def _constants(generator: Generator, precision: Literal["auto", "float32", "bflo
             return generator
 
 
-class _Best:
-    """The best face of each search so far.
+@dataclass(frozen=True)
+class _Chunk:
+    """Faces that are searched together."""
 
-    A search may run in bfloat16, but no figure rests on that: a face that seems to fit is made again in float32,
-    and its search goes on when it does not fit after all.
-    """
-
-    def __init__(
-        self,
-        variables: Sequence[Tensor],
-        fixed: Sequence[Tensor],
-        target: LowImages,
-        *,
-        eps: float,
-        degradation: Degradation,
-        make: Callable[[Sequence[Tensor]], Images],
-    ) -> None:
-        self._inputs = [*(variable.detach().clone() for variable in variables), *fixed]
-        self._target, self._eps, self._degradation, self._make = target, eps, degradation, make
-        self._seeming = torch.full((target.shape[0],), float("inf"))
-        self._images: Images | None = None
-        self.misfit = torch.full((target.shape[0],), float("inf"))
-
-    def offer(self, faces: Tensor, images: Images, variables: Sequence[Tensor]) -> None:
-        """Remember what is better than before: `images` and `variables` are what the searches `faces` found."""
-        now = self._misfit(images.clamp(0, 1), faces)
-        better = now < self._seeming[faces]  # a NaN is never better
-        at = faces[better]
-        self._seeming[at] = now[better]
-        for kept, variable in zip(self._inputs, variables, strict=False):
-            kept[at] = variable.detach()[better]
-        self._check(at[self._seeming[at] <= self._eps])
-
-    def found(self, size: int, steps: int) -> Upsampled:
-        """The faces (m, 1, 3, size, size), each with the misfit of the picture that is returned."""
-        missing = (self.misfit > self._eps) & (self._seeming < float("inf"))
-        self._check(missing.nonzero()[:, 0])
-        images = torch.zeros(len(self.misfit), 3, size, size) if self._images is None else self._images
-        fits = self.misfit <= self._eps
-        return Upsampled(
-            images=images[:, None], misfit=self.misfit[:, None], converged=fits[:, None], steps=steps
-        )
-
-    def _check(self, faces: Tensor) -> None:
-        """Make these faces in float32 from the best inputs so far, and keep what is better."""
-        if not len(faces):
-            return
-        with torch.no_grad():
-            images = self._make([tensor[faces] for tensor in self._inputs]).clamp(0, 1)
-        now = self._misfit(images, faces)
-        better = now < self.misfit[faces]
-        if self._images is None:
-            self._images = torch.zeros(len(self.misfit), *images.shape[1:])
-        self._images[faces[better]], self.misfit[faces[better]] = images[better], now[better]
-
-    def _misfit(self, images: Images, faces: Tensor) -> Tensor:
-        return squared_difference(self._degradation.apply(images), self._target[faces]).detach()
+    place: int  # among the chunks
+    faces: Tensor  # (m,) which of all faces
+    target: LowImages  # (m, 3, lh, lw)
+    variables: list[Tensor]  # latents (m, rows, v), then noise maps that are searched
+    fixed: list[Tensor]  # the other noise maps
 
 
 class Pulse:
@@ -270,14 +154,32 @@ class Pulse:
         config: PulseConfig,
         streams: Streams,
         *,
+        start: Start | None = None,
         progress: Progress | None = None,
+        watch: Watch | None = None,
     ) -> None:
+        """Prepare the weights and fit the distribution of styles.
+
+        Args:
+            generator: Any family.
+            degradation: What the photos went through.
+            config: How to search.
+            streams: Where starts are drawn from.
+            start: Styles for photos, such as an encoder's. The first face of each photo begins with them, the
+                others where they would without. Latents keep their length in a search: those of the first face
+                have the length that its styles ask for.
+            progress: Told after every step how far all searches are.
+            watch: Shown the faces of every step that are still searched.
+
+        Raises:
+            ValueError: The degradation does not go with the generator's size.
+        """
         degradation.low_side(generator.size)  # raises where it does not fit
         self.generator = generator
         self.degradation = degradation
         self.config = config
         self._streams = streams
-        self._progress = progress
+        self._start, self._progress, self._watch = start, progress, watch
         with _frozen(generator):
             self._exact = _constants(generator, "float32")
             self._quick = (
@@ -305,7 +207,7 @@ class Pulse:
         """Find faces for each photo, all at once.
 
         Guarantees:
-            * Equal photos and streams give equal faces, whatever `faces_at_once` is (up to rounding).
+            * Equal photos and streams give equal faces, whatever `faces_at_once` and `workers` are (up to rounding).
             * `misfit` belongs to the returned image, made in float32 and clamped to [0, 1].
             * The generator's weights, and whether they ask for gradients, are as before.
 
@@ -320,12 +222,15 @@ class Pulse:
             ValueError: The photos have another size or hold values that are not finite.
         """
         check_low(low, self.low_size, faces_per_photo)
-        targets = low.detach().float().repeat_interleave(faces_per_photo, dim=0)
-        stream = self._streams.generator("pulse/search")
-        chunks = torch.split(targets, self.config.faces_at_once)
-        with _frozen(self.generator), torch.enable_grad():
-            found = [self._search(chunk, stream, done=i, of=len(chunks)) for i, chunk in enumerate(chunks)]
-        joined = join(found)
+        photos = low.detach().float()
+        targets = photos.repeat_interleave(faces_per_photo, dim=0)
+        share = max(1, math.ceil(len(targets) / self.config.workers))
+        places = torch.split(torch.arange(len(targets)), min(self.config.faces_at_once, share))
+        tally = Tally(len(places), self.config.steps, self._progress, self._watch)
+        with _frozen(self.generator):
+            begun = self._begun(photos)
+            chunks = self._chunks(places, targets, {i * faces_per_photo: row for i, row in enumerate(begun)})
+            joined = join(in_threads(chunks, lambda chunk: self._search(chunk, tally), self.config.workers))
         shape = (low.shape[0], faces_per_photo)
         return Upsampled(
             images=joined.images.view(*shape, *joined.images.shape[2:]),
@@ -334,57 +239,110 @@ class Pulse:
             steps=joined.steps,
         )
 
-    def _start(self, faces: int, stream: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
-        """Searched variables, then fixed noise maps; drawn face by face, whatever the chunks."""
+    def _begun(self, photos: LowImages) -> Tensor:
+        """Latents (n, rows, v) of the styles that the photos start from; (0, rows, v) where nobody gives any."""
+        k, v = self.generator.style_inputs, len(self._fit.mean)
+        if self._start is None or not len(photos):
+            return torch.zeros(0, k, v)
+        with torch.no_grad():
+            styles = self._start(photos).detach().to(photos)
+        if styles.shape != (len(photos), k, v) or not styles.isfinite().all():
+            wanted = (len(photos), k, v)
+            raise ValueError(f"start must give finite styles of shape {wanted}, got {tuple(styles.shape)}")
+        latents = self._fit.latents(styles)
+        return latents.mean(dim=1, keepdim=True) if self.config.tile_latent else latents
+
+    def _chunks(
+        self, places: Sequence[Tensor], targets: LowImages, begun: Mapping[int, Tensor]
+    ) -> Iterator[_Chunk]:
+        """Where searches start, drawn face by face, whatever the chunks; faces in `begun` have latents already."""
+        stream = self._streams.generator("pulse/search")
         rows = 1 if self.config.tile_latent else self.generator.style_inputs
         sides = self.generator.noise_sides
-        latents, maps = [], [[] for _ in sides]  # type: tuple[list[Tensor], list[list[Tensor]]]
-        for _ in range(faces):
-            latents.append(torch.randn(rows, len(self._fit.mean), generator=stream))
-            for i, side in enumerate(sides):
-                maps[i].append(torch.randn(1, side, side, generator=stream))
-        noise = [torch.stack(drawn) for drawn in maps]
-        searched = min(self.config.trainable_noise, len(noise))
-        if len(noise) > searched:
-            noise[-1] = torch.zeros_like(noise[-1])
-        return [torch.stack(latents), *noise[:searched]], noise[searched:]
+        searched = min(self.config.trainable_noise, len(sides))
+        for place, faces in enumerate(places):
+            latents = torch.empty(len(faces), rows, len(self._fit.mean))
+            noise = [torch.empty(len(faces), 1, side, side) for side in sides]
+            for i, face in enumerate(faces.tolist()):
+                for drawn in (latents, *noise):
+                    drawn[i] = torch.randn(drawn.shape[1:], generator=stream)
+                latents[i] = begun.get(face, latents[i])
+            if len(noise) > searched:
+                noise[-1].zero_()
+            variables, fixed = [latents, *noise[:searched]], noise[searched:]
+            yield _Chunk(place, faces, targets[faces], variables, fixed)
 
     def _styles(self, latents: Tensor) -> Styles:
         styles = self._fit.styles(latents)
         return styles.expand(-1, self.generator.style_inputs, -1)
 
-    def _search(self, target: LowImages, stream: torch.Generator, *, done: int, of: int) -> Upsampled:
-        """Faces (m, 1, 3, s, s) for m targets; the chunk is number `done` of `of`."""
-        config, faces = self.config, target.shape[0]
-        active, step = torch.arange(faces), 0
-        variables, fixed = self._start(faces, stream) if faces else ([], [])
-        best = _Best(
-            variables,
-            fixed,
-            target,
-            eps=config.eps,
-            degradation=self.degradation,
+    def _keeping(self, chunk: _Chunk) -> Keeping:
+        judge = Judge(
             make=lambda inputs: self._exact.synthesize(self._styles(inputs[0]), inputs[1:]),
+            degradation=self.degradation,
+            target=chunk.target,
+            eps=self.config.eps,
         )
-        search = SphericalAdam(variables, config.learning_rate)
+        match self.config.keep:
+            case "best":
+                return Best(chunk.variables, chunk.fixed, judge)
+            case "last":
+                return Last(chunk.variables, chunk.fixed, judge)
+            case _:
+                assert_never(self.config.keep)
+
+    def _loss(self, difference: Tensor, styles: Styles) -> Tensor:
+        """Of each face, (m,)."""
+        match self.config.until:
+            case "fit":  # a face at eps has left
+                loss = self.config.l2 * difference
+            case "end":  # flat below eps, as published
+                loss = self.config.l2 * difference.clamp(min=self.config.eps)
+            case _:
+                assert_never(self.config.until)
+        if self.config.geocross and not self.config.tile_latent:
+            loss = loss + self.config.geocross * geocross(styles)
+        return loss
+
+    def _search(self, chunk: _Chunk, tally: Tally) -> Upsampled:
+        """Faces (m, 1, 3, s, s) for the m targets of a chunk."""
+        config, kept = self.config, self._keeping(chunk)
+        active, target, fixed = torch.arange(len(chunk.faces)), chunk.target, chunk.fixed
+        search, step = SphericalAdam(chunk.variables, config.learning_rate), 0
         while len(active):
-            inputs = [variable.requires_grad_() for variable in search.variables]
-            styles = self._styles(inputs[0])
-            made = self._quick.synthesize(styles, [*inputs[1:], *fixed])
-            best.offer(active, made.detach(), inputs)
+            with torch.enable_grad():
+                inputs = [variable.requires_grad_() for variable in search.variables]
+                styles = self._styles(inputs[0])
+                made = self._quick.synthesize(styles, [*inputs[1:], *fixed])
+                difference = squared_difference(self.degradation.apply(made), target)
+                loss = self._loss(difference, styles).sum()
             step += 1
-            if self._progress is not None:
-                self._progress(done * config.steps + step, of * config.steps)
-            open_ = best.misfit[active] > config.eps
+            glimpse = Glimpse(
+                step=step,
+                steps=config.steps,
+                faces=chunk.faces[active],
+                images=made.detach(),
+                misfit=difference.detach(),
+            )
+            kept.offer(active, glimpse.images, inputs)
+            tally.step(chunk.place, glimpse)
+            open_ = self._open(kept, active)
             if step == config.steps or not open_.any():
                 break
-            # The published loss is flat below eps; here a face that gets there has left the batch.
-            loss = config.l2 * squared_difference(self.degradation.apply(made), target)
-            if config.geocross and not config.tile_latent:
-                loss = loss + config.geocross * geocross(styles)
-            gradients = torch.autograd.grad(loss.sum(), inputs, allow_unused=True, materialize_grads=True)
+            gradients = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
             search.step(gradients, one_cycle_drop(step - 1, config.steps))
             if not open_.all():
                 search.keep(open_)
                 active, target, fixed = active[open_], target[open_], [noise[open_] for noise in fixed]
-        return best.found(self.generator.size, step)
+        tally.end(chunk.place)
+        return kept.found(self.generator.size, step)
+
+    def _open(self, kept: Keeping, faces: Tensor) -> Tensor:
+        """Which searches go on, (m,) bool."""
+        match self.config.until:
+            case "fit":
+                return ~kept.fit(faces)
+            case "end":
+                return torch.ones_like(faces, dtype=torch.bool)
+            case _:
+                assert_never(self.config.until)

@@ -20,14 +20,9 @@ from fedface.upsampling import pulse
 from fedface.upsampling.contracts import Upsampled, squared_difference
 from fedface.upsampling.degrade import Area, Bicubic, BicubicPulse, Blur, Chain, Noise, measure
 from fedface.upsampling.jpeg import Jpeg
-from fedface.upsampling.pulse import (
-    Pulse,
-    PulseConfig,
-    SphericalAdam,
-    fit_styles,
-    geocross,
-    one_cycle_drop,
-)
+from fedface.upsampling.pulse import Pulse, PulseConfig, geocross
+from fedface.upsampling.spherical import SphericalAdam, one_cycle_drop
+from fedface.upsampling.style_fit import fit_styles
 
 STREAMS = Streams(7)
 QUICK = PulseConfig(steps=12, mapping_samples=500)

@@ -1,0 +1,135 @@
+"""Which face of a search is its answer: the best of all steps, or the last.
+
+Called from `upsampling.pulse`. A search may run in bfloat16, but no figure rests on that: what is returned is made
+again in float32, and its misfit is that of the picture itself, clamped to [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fedface.shapes import Images, LowImages
+from fedface.upsampling.contracts import Upsampled, squared_difference
+from fedface.upsampling.degrade import Degradation
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Makes faces exactly and measures them against their photos."""
+
+    make: Callable[[Sequence[Tensor]], Images]  # searched variables and fixed noise maps -> faces, in float32
+    degradation: Degradation
+    target: LowImages  # (m, 3, lh, lw)
+    eps: float  # a face fits when its misfit is at most this
+
+    def misfit(self, images: Images, faces: Tensor) -> Tensor:
+        """Of the faces with these numbers, once clamped, (len(faces),)."""
+        low = self.degradation.apply(images.detach().clamp(0, 1))
+        return squared_difference(low, self.target[faces]).detach()
+
+    def made(self, inputs: Sequence[Tensor], faces: Tensor) -> tuple[Images, Tensor]:
+        """The faces with these numbers from all faces' inputs: clamped pictures and their misfit."""
+        with torch.no_grad():
+            images = self.make([tensor[faces] for tensor in inputs]).clamp(0, 1)
+        return images, self.misfit(images, faces)
+
+    def upsampled(self, images: Images, misfit: Tensor, steps: int) -> Upsampled:
+        """The answer, one face for each photo."""
+        fits = misfit <= self.eps
+        return Upsampled(images=images[:, None], misfit=misfit[:, None], converged=fits[:, None], steps=steps)
+
+
+class Keeping(Protocol):
+    """Hears of every step's faces and answers with one of each search."""
+
+    def offer(self, faces: Tensor, images: Images, variables: Sequence[Tensor]) -> None:
+        """`images` and `variables` are what the searches with the numbers `faces` have found in this step."""
+        ...
+
+    def fit(self, faces: Tensor) -> Tensor:
+        """Which of these searches have found a face that fits, by its float32 picture, (len(faces),) bool."""
+        ...
+
+    def found(self, size: int, steps: int) -> Upsampled:
+        """The faces, (m, 1, 3, size, size), after `steps` steps."""
+        ...
+
+
+class Best:
+    """Keeps the face with the smallest misfit."""
+
+    def __init__(self, variables: Sequence[Tensor], fixed: Sequence[Tensor], judge: Judge) -> None:
+        count = judge.target.shape[0]
+        self._judge = judge
+        self._inputs = [*(variable.detach().clone() for variable in variables), *fixed]
+        self._seeming = torch.full((count,), float("inf"))  # the smallest misfit by the pictures offered
+        self._unseen = torch.zeros(count, dtype=torch.bool)  # kept inputs that were not made in float32 yet
+        self._images: Images | None = None
+        self._misfit = torch.full((count,), float("inf"))
+
+    def offer(self, faces: Tensor, images: Images, variables: Sequence[Tensor]) -> None:
+        """Remember what is better than before."""
+        now = self._judge.misfit(images, faces)
+        better = now < self._seeming[faces]  # a NaN is never better
+        at = faces[better]
+        self._seeming[at], self._unseen[at] = now[better], True
+        for kept, variable in zip(self._inputs, variables, strict=False):
+            kept[at] = variable.detach()[better]
+
+    def fit(self, faces: Tensor) -> Tensor:
+        """Which fit; one that only seems to is found out here."""
+        self._look(faces[self._unseen[faces] & (self._seeming[faces] <= self._judge.eps)])
+        return self._misfit[faces] <= self._judge.eps
+
+    def found(self, size: int, steps: int) -> Upsampled:
+        """The best faces."""
+        self._look(self._unseen.nonzero()[:, 0])
+        images = torch.zeros(len(self._misfit), 3, size, size) if self._images is None else self._images
+        return self._judge.upsampled(images, self._misfit, steps)
+
+    def _look(self, faces: Tensor) -> None:
+        """Make these faces in float32 from the best inputs so far, and keep what is better."""
+        if not len(faces):
+            return
+        self._unseen[faces] = False
+        images, now = self._judge.made(self._inputs, faces)
+        better = now < self._misfit[faces]
+        if self._images is None:
+            self._images = torch.zeros(len(self._misfit), *images.shape[1:])
+        self._images[faces[better]], self._misfit[faces[better]] = images[better], now[better]
+
+
+class Last:
+    """Keeps the face of the last step that each search took, as the published code does."""
+
+    def __init__(self, variables: Sequence[Tensor], fixed: Sequence[Tensor], judge: Judge) -> None:
+        self._judge = judge
+        self._inputs = [*(variable.detach().clone() for variable in variables), *fixed]
+        self._seeming = torch.full((judge.target.shape[0],), float("inf"))
+
+    def offer(self, faces: Tensor, images: Images, variables: Sequence[Tensor]) -> None:
+        """Forget what was before."""
+        self._seeming[faces] = self._judge.misfit(images, faces)
+        for kept, variable in zip(self._inputs, variables, strict=False):
+            kept[faces] = variable.detach()
+
+    def fit(self, faces: Tensor) -> Tensor:
+        """Which fit now."""
+        fits = self._seeming[faces] <= self._judge.eps
+        if fits.any():
+            fits[fits.clone()] = self._judge.made(self._inputs, faces[fits])[1] <= self._judge.eps
+        return fits
+
+    def found(self, size: int, steps: int) -> Upsampled:
+        """The last faces; black, and infinitely far off, where a search ran into NaN."""
+        count = self._judge.target.shape[0]
+        images, misfit = torch.zeros(0, 3, size, size), torch.zeros(0)
+        if count:
+            images, misfit = self._judge.made(self._inputs, torch.arange(count))
+        images, misfit = images.nan_to_num(0.0), misfit.nan_to_num(float("inf"))
+        return self._judge.upsampled(images, misfit, steps)

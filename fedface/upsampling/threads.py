@@ -1,0 +1,90 @@
+"""Searching several chunks of faces side by side, each in a thread of its own.
+
+Called from `upsampling.pulse`. Torch releases Python's lock inside its kernels, so that threads which search
+different faces keep several cores busy; docs/speed.md has what that gives beside torch's own threads within one
+operation. Chunks are begun in their order, by one thread at a time, so that draws of chance do not depend on the
+number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event, Lock
+from typing import TypeVar
+
+import torch
+
+from fedface.upsampling.contracts import Glimpse, Progress, Watch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def in_threads(items: Iterator[T], work: Callable[[T], R], workers: int) -> list[R]:
+    """`work` on every item, by `workers` threads; results in the order of the items.
+
+    With more than one worker, torch uses one thread within an operation meanwhile, in the whole process.
+
+    Args:
+        items: Taken one after the other, whenever a thread is free.
+        work: Safe to call in several threads at once.
+        workers: >= 1; 1 works in the calling thread.
+
+    Raises:
+        Exception: The first error of `work`; other threads finish their item and take no more.
+    """
+    if workers == 1:
+        return [work(item) for item in items]
+    numbered, taking, stopped = enumerate(items), Lock(), Event()
+    results: dict[int, R] = {}
+
+    def run() -> None:
+        while not stopped.is_set():
+            with taking:
+                taken = next(numbered, None)
+            if taken is None:
+                return
+            place, item = taken
+            ended = False
+            try:
+                results[place] = work(item)
+                ended = True
+            finally:
+                if not ended:
+                    stopped.set()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            futures = [pool.submit(run) for _ in range(workers)]
+        for future in futures:
+            future.result()
+    finally:
+        torch.set_num_threads(before)
+    return [results[place] for place in sorted(results)]
+
+
+class Tally:
+    """Adds up the steps of all chunks and passes them on, from one thread at a time."""
+
+    def __init__(self, chunks: int, steps: int, progress: Progress | None, watch: Watch | None) -> None:
+        self._done = [0] * chunks
+        self._steps = steps
+        self._progress, self._watch = progress, watch
+        self._lock = Lock()
+
+    def step(self, chunk: int, glimpse: Glimpse) -> None:
+        """The chunk with this number has taken a step."""
+        with self._lock:
+            self._done[chunk] = glimpse.step
+            if self._progress is not None:
+                self._progress(sum(self._done), len(self._done) * self._steps)
+            if self._watch is not None:
+                self._watch(glimpse)
+
+    def end(self, chunk: int) -> None:
+        """The chunk with this number needs no more steps."""
+        with self._lock:
+            self._done[chunk] = self._steps
