@@ -67,10 +67,12 @@ class Best:
         count = judge.target.shape[0]
         self._judge = judge
         self._inputs = [*(variable.detach().clone() for variable in variables), *fixed]
-        self._seeming = torch.full((count,), float("inf"))  # the smallest misfit by the pictures offered
+        self._seeming = judge.target.new_full(
+            (count,), float("inf")
+        )  # the smallest misfit by the pictures offered
         self._unseen = torch.zeros(count, dtype=torch.bool)  # kept inputs that were not made in float32 yet
         self._images: Images | None = None
-        self._misfit = torch.full((count,), float("inf"))
+        self._misfit = judge.target.new_full((count,), float("inf"))
 
     def offer(self, faces: Tensor, images: Images, variables: Sequence[Tensor]) -> None:
         """Remember what is better than before."""
@@ -100,7 +102,7 @@ class Best:
         images, now = self._judge.made(self._inputs, faces)
         better = now < self._misfit[faces]
         if self._images is None:
-            self._images = torch.zeros(len(self._misfit), *images.shape[1:])
+            self._images = images.new_zeros(len(self._misfit), *images.shape[1:])
         self._images[faces[better]], self._misfit[faces[better]] = images[better], now[better]
 
 
@@ -110,7 +112,7 @@ class Last:
     def __init__(self, variables: Sequence[Tensor], fixed: Sequence[Tensor], judge: Judge) -> None:
         self._judge = judge
         self._inputs = [*(variable.detach().clone() for variable in variables), *fixed]
-        self._seeming = torch.full((judge.target.shape[0],), float("inf"))
+        self._seeming = judge.target.new_full((judge.target.shape[0],), float("inf"))
 
     def offer(self, faces: Tensor, images: Images, variables: Sequence[Tensor]) -> None:
         """Forget what was before."""

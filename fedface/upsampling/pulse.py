@@ -212,7 +212,7 @@ class Pulse:
             * The generator's weights, and whether they ask for gradients, are as before.
 
         Args:
-            low: (n, 3, low_size, low_size) sRGB in [0, 1].
+            low: (n, 3, low_size, low_size) sRGB in [0, 1]; float64 with a generator of float64.
             faces_per_photo: Faces for each photo, each from a start of its own, >= 1.
 
         Returns:
@@ -222,7 +222,7 @@ class Pulse:
             ValueError: The photos have another size or hold values that are not finite.
         """
         check_low(low, self.low_size, faces_per_photo)
-        photos = low.detach().float()
+        photos = low.detach().to(torch.float64 if low.dtype == torch.float64 else torch.float32)
         targets = photos.repeat_interleave(faces_per_photo, dim=0)
         share = max(1, math.ceil(len(targets) / self.config.workers))
         places = torch.split(torch.arange(len(targets)), min(self.config.faces_at_once, share))
@@ -261,8 +261,8 @@ class Pulse:
         sides = self.generator.noise_sides
         searched = min(self.config.trainable_noise, len(sides))
         for place, faces in enumerate(places):
-            latents = torch.empty(len(faces), rows, len(self._fit.mean))
-            noise = [torch.empty(len(faces), 1, side, side) for side in sides]
+            latents = targets.new_empty(len(faces), rows, len(self._fit.mean))
+            noise = [targets.new_empty(len(faces), 1, side, side) for side in sides]
             for i, face in enumerate(faces.tolist()):
                 for drawn in (latents, *noise):
                     drawn[i] = torch.randn(drawn.shape[1:], generator=stream)

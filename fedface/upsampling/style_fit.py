@@ -57,7 +57,7 @@ def fit_styles(
         slope: Of the last leaky ReLU, > 0 (`Generator.style_slope`); 1 where there is none.
 
     Returns:
-        Mean and unbiased standard deviation of each coordinate.
+        Mean and unbiased standard deviation of each coordinate, of the styles' type.
     """
     total = square = torch.zeros((), dtype=torch.float64)
     # The latents of a flow are whole pictures: fewer of them at once.
@@ -65,9 +65,10 @@ def fit_styles(
     with torch.no_grad():
         for start in range(0, samples, at_once):
             latents = torch.randn(min(at_once, samples - start), latent_width, generator=stream)
-            before = F.leaky_relu(mapping(latents)[:, 0], 1.0 / slope).double()
+            styles = mapping(latents)[:, 0]
+            before = F.leaky_relu(styles, 1.0 / slope).double()
             total = total + before.sum(dim=0)
             square = square + before.square().sum(dim=0)
     mean = total / samples
     variance = (square - samples * mean.square()).clamp(min=0) / (samples - 1)
-    return StyleFit(mean.float(), variance.sqrt().float(), slope)
+    return StyleFit(mean.to(styles.dtype), variance.sqrt().to(styles.dtype), slope)
