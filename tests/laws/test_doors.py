@@ -22,6 +22,9 @@ DOORS = {
     "PIL": {"fedface/photos/pixels.py"},
     "pillow_heif": {"fedface/photos/pixels.py"},
     "cv2": {"fedface/photos/detectors.py", "fedface/audits/feature_networks.py"},
+    "fastapi": {"fedface/page/app.py", "fedface/page/serving.py"},
+    "starlette": {"fedface/page/app.py"},
+    "uvicorn": {"fedface/page/serving.py"},
     "dlib": {"fedface/photos/detectors.py"},
     "_dlib_pybind11": {"fedface/photos/detectors.py"},
     "face_recognition_models": {"fedface/photos/detectors.py"},
@@ -90,8 +93,9 @@ def test_a_library_enters_by_its_door_alone(library: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "library", ["opacus", "tenseal", "flwr", "dp_accounting", "yaml", "typer", "safetensors", "PIL"]
-)
+    "library",
+    ["opacus", "tenseal", "flwr", "dp_accounting", "yaml", "typer", "safetensors", "PIL", "fastapi", "uvicorn"],
+)  # fmt: skip
 def test_every_door_is_used(library: str) -> None:
     """A door that nobody enters by is a mistake in this file."""
     assert users(library)
@@ -142,6 +146,7 @@ def test_the_editor_knows_the_same_doors() -> None:
         rules = tomllib.load(file)["tool"]["ruff"]["lint"]
     banned = set(rules["flake8-tidy-imports"]["banned-api"])
     assert {"opacus", "tenseal", "flwr", "dp_accounting", "yaml", "typer", "safetensors", "PIL"} <= banned
+    assert {"fastapi", "starlette", "uvicorn"} <= banned
     let_through = {path for path, codes in rules["per-file-ignores"].items() if "TID251" in codes}
     doors = {path for library in banned & set(DOORS) for path in DOORS[library]}
     assert {path for path in let_through if path.startswith("fedface/")} <= doors

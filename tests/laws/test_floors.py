@@ -15,13 +15,14 @@ FLOORS = {
     "aggregation": 4, "training": 4,
     "audits": 5,
     "experiment": 6, "sweep": 6, "reports": 6,
-    "federation": 7,
+    "federation": 7, "page": 7,
     "cli": 8,
 }  # fmt: skip
 STRANGERS = [
     ("privacy", "photos"),
     ("aggregation", "training"),
     ("models", "photos"),
+    ("page", "federation"),
 ]  # neither knows the other
 STANDS_ON = {("upsampling", "models"), ("sweep", "experiment")}  # the pairs on a floor with a direction
 

@@ -71,8 +71,8 @@ def test_every_foreign_library_is_declared() -> None:
         ]
     }
     for wanted in (
-        "cryptography", "dlib_bin", "dp_accounting", "flwr", "jaxtyping", "jinja2", "matplotlib", "numpy", "opacus",
-        "pillow", "pillow_heif", "pyyaml", "rich", "safetensors", "scikit_image", "scipy", "tenseal", "torch", "typer",
-        "opencv_python_headless",
+        "cryptography", "dlib_bin", "dp_accounting", "fastapi", "flwr", "jaxtyping", "jinja2", "matplotlib", "numpy",
+        "opacus", "pillow", "pillow_heif", "pyyaml", "rich", "safetensors", "scikit_image", "scipy", "tenseal", "torch",
+        "typer", "uvicorn", "opencv_python_headless",
     ):  # fmt: skip
         assert wanted in declared

@@ -1,0 +1,77 @@
+"""Who may talk to the page: this computer's own browser, on a page that came from here.
+
+Wrapped around the whole application by `app`. A page elsewhere cannot reach in: neither by a name of its own that
+is pointed at this machine (DNS rebinding: the Host header tells), nor by sending forms (the Origin header tells),
+nor by putting our pictures into its own page (Sec-Fetch-Site tells).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Message, Receive, Send], Awaitable[None]]
+
+HEADERS = (
+    (b"cache-control", b"no-store"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+)
+
+
+def places(port: int) -> tuple[str, ...]:
+    """The Host headers under which this server answers."""
+    names = ("127.0.0.1", "localhost")
+    return tuple(f"{name}:{port}" for name in names) + (names if port == 80 else ())
+
+
+class Guard:
+    """Refuses what did not come from this page, and adds the headers that keep its answers at home."""
+
+    def __init__(self, app: Application, *, port: int) -> None:
+        self._app, self._hosts = app, places(port)
+        self._origins = tuple(f"http://{host}" for host in self._hosts)
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Pass one request on, or answer it with a refusal."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            return
+
+        async def send_home(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *HEADERS]
+            await send(message)
+
+        refusal = self._refusal(scope)
+        if refusal is None:
+            await self._app(scope, receive, send_home)
+            return
+        headers = [(b"content-type", b"application/json")]
+        await send_home({"type": "http.response.start", "status": 403, "headers": headers})
+        await send_home({"type": "http.response.body", "body": json.dumps({"error": refusal}).encode()})
+
+    def _refusal(self, scope: Message) -> str | None:
+        told = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
+        hosts = [value.lower() for name, value in told if name == "host"]
+        origins = [value.lower() for name, value in told if name == "origin"]
+        sites = [value.lower() for name, value in told if name == "sec-fetch-site"]
+        if len(hosts) != 1 or hosts[0] not in self._hosts:
+            return f"This page answers only at http://{self._hosts[0]}/."
+        asks = scope["method"] in ("GET", "HEAD")
+        if (origins or not asks) and (len(origins) != 1 or origins[0] not in self._origins):
+            return "This page takes orders only from itself, not from other pages."
+        # A link elsewhere may open the page, and do nothing more.
+        opens = asks and scope["path"] == "/"
+        if not opens and any(site not in ("same-origin", "none") for site in sites):
+            return "This page shows its pictures only on itself, not on other pages."
+        return None

@@ -1,0 +1,73 @@
+"""Tensors and pixels as the page shows them: data URIs, the spread between faces, and the sheet to save.
+
+Called from `sitting` (crops), `searches` (faces that appear) and `app`.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedface.photos.pixels import png_bytes
+from fedface.shapes import Images
+
+SHOWN = 256  # pixels a side of a face on the page, at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Where several faces for the same pixels differ."""
+
+    picture: np.ndarray  # uint8, shape (h, w): the standard deviation, its largest value shown white
+    most: float  # the largest standard deviation, in levels of 0 to 255
+    mean: float  # the mean over the picture, in levels of 0 to 255
+
+
+def images_of(pixels: np.ndarray) -> Images:
+    """uint8 pixels (h, w, 3) as one picture (1, 3, h, w) in [0, 1]."""
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None].float() / 255.0
+
+
+def pixels_of(image: Tensor) -> np.ndarray:
+    """One picture (3, h, w) as uint8 pixels (h, w, 3), clamped and rounded."""
+    levels = (image.detach().cpu().float().clamp(0, 1) * 255.0).round().to(torch.uint8)
+    return levels.permute(1, 2, 0).numpy()
+
+
+def eight_bits(images: Tensor) -> Tensor:
+    """The values that a file of eight bits a colour keeps of pictures, in [0, 1]."""
+    return (images.clamp(0, 1) * 255.0).round() / 255.0
+
+
+def shown(images: Tensor) -> Tensor:
+    """Pictures (n, 3, s, s) at the size in which the page shows them; a copy of its own."""
+    factor = max(1, images.shape[-1] // SHOWN)
+    small = F.avg_pool2d(images, factor) if factor > 1 else images
+    return small.detach().clone()
+
+
+def data_uri(pixels: np.ndarray) -> str:
+    """uint8 pixels as a PNG inside an address, for the `src` of a picture."""
+    return "data:image/png;base64," + base64.b64encode(png_bytes(pixels)).decode("ascii")
+
+
+def spread_of(images: Images) -> Spread:
+    """How far f faces (f, 3, s, s) differ at each pixel.
+
+    Returns:
+        The standard deviation over the faces, as the root mean square of the three colours; all black where the
+        faces are equal, as one face alone is.
+    """
+    deviation = images.clamp(0, 1).std(dim=0, correction=0).square().mean(dim=0).sqrt()
+    most = float(deviation.max())
+    bright = deviation / most if most > 0 else deviation
+    return Spread(
+        picture=(bright * 255.0).round().to(torch.uint8).numpy(),
+        most=255.0 * most,
+        mean=255.0 * float(deviation.mean()),
+    )
