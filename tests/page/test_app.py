@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import HOME, Open, events_of, photo_bytes, pixels_in
 from fading import SIZE, STEPS, FadingSearcher, Known, faces_of
 from fastapi.testclient import TestClient
+from speaking import HOME, Open, events_of, photo_bytes, pixels_in
 
 from fedface.page import app as app_module
 from fedface.page.pictures import images_of, pixels_of

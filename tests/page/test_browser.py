@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import base64
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Running, photo_bytes
 from fading import SIZE, FadingSearcher, Known
 from playwright.sync_api import Error, Page, expect, sync_playwright
+from speaking import Run, photo_bytes
 
-from fedface.page.offers import Searcher
 from fedface.page.sitting import Reader
-
-Run = Callable[[Searcher, Reader], Running]
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),

@@ -10,19 +10,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 
 import pytest
-from conftest import Running, photo_bytes
 from fading import SIZE, FadingSearcher, Known
+from speaking import Run, Running, photo_bytes
 
 from fedface.errors import ConfigError
-from fedface.page.offers import Searcher
 from fedface.page.serving import listen, port_of
 from fedface.page.sitting import Reader
 
 SEARCH = "fedface page search"  # the name of the thread
-Run = Callable[[Searcher, Reader], Running]
 
 
 def wish(photo: str) -> dict[str, object]:
