@@ -12,13 +12,14 @@ the best face is returned and not the last, and a search that fails is a value.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fedface.models.contracts import Generator
 from fedface.models.frozen import frozen
@@ -101,6 +102,13 @@ def geocross(styles: Styles) -> Tensor:
     return theta.square().mean(dim=(1, 2)) * styles.shape[-1] / 8
 
 
+def _halfway(start: Tensor, drawn: Tensor) -> Tensor:
+    """Rows between two directions, as long as those of `start`; drawn ones are nearly orthogonal to any other."""
+    between = F.normalize(F.normalize(start, dim=-1) + F.normalize(drawn, dim=-1), dim=-1)
+    length: Tensor = start.norm(dim=-1, keepdim=True)
+    return between * length
+
+
 @contextmanager
 def _frozen(generator: Generator) -> Iterator[None]:
     """Weights ask for no gradient inside, and are as they were afterwards."""
@@ -166,8 +174,8 @@ class Pulse:
             config: How to search.
             streams: Where starts are drawn from.
             start: Styles for photos, such as an encoder's. The first face of each photo begins with them, the
-                others where they would without. Latents keep their length in a search: those of the first face
-                have the length that its styles ask for.
+                others about 45 degrees aside, each in a direction of its own, which made them fit sooner than
+                starts from anywhere and differ as much. Latents keep the length that these styles ask for.
             progress: Told after every step how far all searches are.
             watch: Shown the faces of every step that are still searched.
 
@@ -228,8 +236,9 @@ class Pulse:
         places = torch.split(torch.arange(len(targets)), min(self.config.faces_at_once, share))
         tally = Tally(len(places), self.config.steps, self._progress, self._watch)
         with _frozen(self.generator):
-            begun = self._begun(photos)
-            chunks = self._chunks(places, targets, {i * faces_per_photo: row for i, row in enumerate(begun)})
+            begun = self._begun(photos).repeat_interleave(faces_per_photo, dim=0)
+            firsts = torch.arange(len(targets)) % faces_per_photo == 0
+            chunks = self._chunks(places, targets, begun, firsts)
             joined = join(in_threads(chunks, lambda chunk: self._search(chunk, tally), self.config.workers))
         shape = (low.shape[0], faces_per_photo)
         return Upsampled(
@@ -240,7 +249,7 @@ class Pulse:
         )
 
     def _begun(self, photos: LowImages) -> Tensor:
-        """Latents (n, rows, v) of the styles that the photos start from; (0, rows, v) where nobody gives any."""
+        """Latents (n, rows, v) of the styles that photos start from; none where nobody gives any."""
         k, v = self.generator.style_inputs, len(self._fit.mean)
         if self._start is None or not len(photos):
             return torch.zeros(0, k, v)
@@ -253,9 +262,9 @@ class Pulse:
         return latents.mean(dim=1, keepdim=True) if self.config.tile_latent else latents
 
     def _chunks(
-        self, places: Sequence[Tensor], targets: LowImages, begun: Mapping[int, Tensor]
+        self, places: Sequence[Tensor], targets: LowImages, begun: Tensor, firsts: Tensor
     ) -> Iterator[_Chunk]:
-        """Where searches start, drawn face by face, whatever the chunks; faces in `begun` have latents already."""
+        """Where searches start, drawn face by face, whatever the chunks; at or near `begun` if there are any."""
         stream = self._streams.generator("pulse/search")
         rows = 1 if self.config.tile_latent else self.generator.style_inputs
         sides = self.generator.noise_sides
@@ -266,7 +275,8 @@ class Pulse:
             for i, face in enumerate(faces.tolist()):
                 for drawn in (latents, *noise):
                     drawn[i] = torch.randn(drawn.shape[1:], generator=stream)
-                latents[i] = begun.get(face, latents[i])
+                if len(begun):
+                    latents[i] = begun[face] if firsts[face] else _halfway(begun[face], latents[i])
             if len(noise) > searched:
                 noise[-1].zero_()
             variables, fixed = [latents, *noise[:searched]], noise[searched:]

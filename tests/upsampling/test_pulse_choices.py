@@ -1,0 +1,273 @@
+"""What a search may be asked for besides its defaults: watching, keeping the last, starts, workers, other sizes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
+from fedface.randomness import Streams
+from fedface.upsampling.contracts import Glimpse, Upsampled, squared_difference
+from fedface.upsampling.degrade import Area, Bicubic, BicubicPulse, Degradation
+from fedface.upsampling.pulse import Pulse, PulseConfig
+from fedface.upsampling.style_fit import StyleFit, fit_styles
+
+STREAMS = Streams(7)
+QUICK = PulseConfig(steps=12, mapping_samples=500)
+ALL = replace(QUICK, until="end", eps=2e-2)
+FOUR = BicubicPulse(4)
+
+
+@pytest.fixture(scope="module")
+def generator() -> StyleGAN2:
+    """Without noise, whose strengths begin at zero."""
+    config = GeneratorConfig(
+        size=16, latent_width=16, style_width=16, mapping_layers=2, channel_base=256, channel_max=16
+    )
+    return StyleGAN2(config, STREAMS.generator("weights"))
+
+
+@pytest.fixture(scope="module")
+def low(generator: StyleGAN2) -> Tensor:
+    return FOUR.apply(generator.sample(6, STREAMS.generator("truth"))).clamp(0, 1)
+
+
+def watched(
+    generator: StyleGAN2, config: PulseConfig, photos: Tensor, faces: int
+) -> tuple[Upsampled, list[Glimpse]]:
+    seen: list[Glimpse] = []
+    search = Pulse(generator, FOUR, config, STREAMS, watch=seen.append)
+    return search.upsample(photos, faces_per_photo=faces), seen
+
+
+def test_whoever_watches_sees_every_step_of_the_faces_that_are_still_searched(
+    generator: StyleGAN2, low: Tensor
+) -> None:
+    """Chunks of four out of six photos with two faces each: face 2 * i + j is face j of photo i."""
+    found, seen = watched(generator, replace(QUICK, faces_at_once=4, eps=1e-2), low, 2)
+    targets = low.repeat_interleave(2, dim=0)
+    left: set[int] = set(range(12))
+    for glimpse in seen:
+        assert not glimpse.images.requires_grad and 1 <= glimpse.step <= glimpse.steps == 12
+        again = squared_difference(FOUR.apply(glimpse.images), targets[glimpse.faces])
+        torch.testing.assert_close(glimpse.misfit, again)
+        left -= set(glimpse.faces.tolist())
+    assert not left
+    for face, fits in enumerate(found.converged.flatten().tolist()):
+        steps = [glimpse.step for glimpse in seen if face in glimpse.faces.tolist()]
+        assert steps == list(range(1, steps[-1] + 1))
+        assert fits or steps[-1] == 12
+    assert found.converged.any() and any(len(glimpse.faces) < 4 for glimpse in seen)
+
+
+def test_the_last_face_is_the_one_of_the_last_step(generator: StyleGAN2, low: Tensor) -> None:
+    found, seen = watched(generator, replace(ALL, keep="last"), low, 1)
+    torch.testing.assert_close(found.images[:, 0], seen[-1].images.clamp(0, 1), atol=1e-5, rtol=0)
+    misfit = squared_difference(FOUR.apply(found.images[:, 0]), low)
+    torch.testing.assert_close(found.misfit[:, 0], misfit, atol=1e-7, rtol=1e-4)
+
+
+def test_the_best_face_is_the_one_of_the_smallest_misfit(generator: StyleGAN2, low: Tensor) -> None:
+    """Of the clamped pictures of all twelve steps."""
+    found, seen = watched(generator, ALL, low, 1)
+    misfits = [squared_difference(FOUR.apply(glimpse.images.clamp(0, 1)), low) for glimpse in seen]
+    torch.testing.assert_close(found.misfit[:, 0], torch.stack(misfits).amin(dim=0), atol=1e-6, rtol=1e-3)
+
+
+def test_a_search_until_its_end_goes_on_when_every_face_fits(generator: StyleGAN2, low: Tensor) -> None:
+    found, seen = watched(generator, replace(ALL, eps=10.0), low, 1)
+    assert found.steps == len(seen) == 12 and found.converged.all()
+    assert all(len(glimpse.faces) == 6 for glimpse in seen)
+
+
+def test_a_last_face_that_left_when_it_fitted_fits(generator: StyleGAN2, low: Tensor) -> None:
+    found = watched(generator, replace(QUICK, keep="last", eps=2e-2), low, 2)[0]
+    assert found.converged.any()
+    assert torch.equal(found.converged, found.misfit <= 2e-2)
+
+
+def test_the_paper_takes_all_steps_and_the_last_face() -> None:
+    paper = PulseConfig.paper()
+    assert (paper.until, paper.keep, paper.steps, paper.learning_rate) == ("end", "last", 100, 0.4)
+    assert (paper.eps, paper.l2, paper.geocross, paper.trainable_noise) == (2e-3, 100.0, 0.05, 5)
+    assert (PulseConfig().until, PulseConfig().keep) == ("fit", "best")
+
+
+def test_styles_lead_back_to_their_latents() -> None:
+    """Negative ones too; a coordinate that never varies has latent 0."""
+    fit = StyleFit(torch.tensor([0.5, -1.0, 2.0]), torch.tensor([1.0, 0.3, 0.0]))
+    latents = torch.randn(4, 2, 3, generator=STREAMS.generator("latents"))
+    latents[..., 2] = 0
+    torch.testing.assert_close(fit.latents(fit.styles(latents)), latents)
+
+
+@pytest.mark.parametrize("tile", [False, True])
+def test_a_search_that_starts_at_the_true_styles_fits_at_once(generator: StyleGAN2, tile: bool) -> None:
+    """The first face of each photo; the second starts aside, and comes nearer than from anywhere."""
+    latents = torch.randn(8, 16, generator=STREAMS.generator("known"))
+    with torch.no_grad():
+        styles = generator.map(latents)
+        photos = FOUR.apply(generator.synthesize(styles).clamp(0, 1))
+    config = PulseConfig(steps=15, mapping_samples=2000, tile_latent=tile, eps=1e-6, faces_at_once=3)
+    near, anywhere = (
+        Pulse(generator, FOUR, config, STREAMS, start=start).upsample(photos, faces_per_photo=2)
+        for start in (lambda given: styles, None)
+    )
+    assert near.converged[:, 0].all() and not near.converged[:, 1].any()
+    assert near.misfit[:, 1].mean() < 0.8 * anywhere.misfit[:, 1].mean()
+    seen: list[Glimpse] = []
+    Pulse(generator, FOUR, config, STREAMS, start=lambda given: styles, watch=seen.append).upsample(
+        photos, faces_per_photo=1
+    )
+    assert [glimpse.step for glimpse in seen] == [1, 1, 1]
+
+
+def test_starts_are_a_matter_of_the_photo_and_its_own_chance(generator: StyleGAN2, low: Tensor) -> None:
+    """The start is asked once, with the photos as they are; chunks and workers change nothing."""
+    asked: list[Tensor] = []
+    styles = generator.map(torch.randn(6, 16, generator=STREAMS.generator("styles"))).detach()
+
+    def start(photos: Tensor) -> Tensor:
+        asked.append(photos)
+        return styles
+
+    one, many = (
+        Pulse(generator, FOUR, config, STREAMS, start=start).upsample(low, faces_per_photo=3)
+        for config in (QUICK, replace(QUICK, faces_at_once=4, workers=2))
+    )
+    assert torch.equal(asked[0], low) and len(asked) == 2
+    torch.testing.assert_close(one.misfit, many.misfit, atol=1e-5, rtol=1e-2)
+
+
+def test_wrong_starts_are_named(generator: StyleGAN2, low: Tensor) -> None:
+    for wrong in (torch.zeros(6, 5, 16), torch.full((6, 6, 16), float("nan"))):
+        search = Pulse(generator, FOUR, QUICK, STREAMS, start=lambda photos, wrong=wrong: wrong)  # type: ignore[misc]
+        with pytest.raises(ValueError, match=r"start must give finite styles of shape \(6, 6, 16\)"):
+            search.upsample(low, faces_per_photo=1)
+
+
+def test_workers_find_what_one_finds(generator: StyleGAN2, low: Tensor) -> None:
+    """Three threads share eleven faces; all progress is told, and torch has its threads again afterwards."""
+    heard: list[tuple[int, int]] = []
+    threads = torch.get_num_threads()
+    alone, shared = (
+        Pulse(
+            generator, FOUR, replace(QUICK, workers=workers), STREAMS, progress=lambda *at: heard.append(at)
+        ).upsample(low[:5], faces_per_photo=2)
+        for workers in (1, 3)
+    )
+    torch.testing.assert_close(shared.misfit, alone.misfit, atol=1e-5, rtol=1e-2)
+    torch.testing.assert_close(shared.images, alone.images, atol=1e-2, rtol=0)
+    together = [done for done, of in heard if of == 3 * 12]
+    assert len(together) > 12 and together == sorted(together) and together[-1] == 36
+    assert torch.get_num_threads() == threads
+    with pytest.raises(ValueError, match="workers must be >= 1, got 0"):
+        PulseConfig(workers=0)
+
+
+def test_an_error_of_whoever_watches_ends_all_workers(generator: StyleGAN2, low: Tensor) -> None:
+    def refuse(glimpse: Glimpse) -> None:
+        raise InterruptedError("enough")
+
+    config = replace(ALL, workers=2, faces_at_once=1)
+    search = Pulse(generator, FOUR, config, STREAMS, watch=refuse)
+    threads = torch.get_num_threads()
+    with pytest.raises(InterruptedError, match="enough"):
+        search.upsample(low, faces_per_photo=2)
+    assert torch.get_num_threads() == threads
+
+
+class Patchwork:
+    """A generator of any size: fixed soft pictures, mixed by the styles; there is no noise."""
+
+    latent_width, style_inputs, noise_sides, style_slope = 6, 2, (), 1.0
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        coarse = torch.randn(12, 3, 4, 4, generator=STREAMS.generator("mixture")) / 8
+        self.mixture = F.interpolate(coarse, size=(size, size), mode="bilinear").flatten(1)
+
+    def map(self, latents: Tensor) -> Tensor:
+        return latents[:, None].expand(-1, 2, -1)
+
+    def truncate(self, styles: Tensor, psi: float) -> Tensor:
+        return psi * styles
+
+    def synthesize(self, styles: Tensor, noise: Sequence[Tensor] | None = None) -> Tensor:
+        return 0.5 + (styles.flatten(1) @ self.mixture).view(-1, 3, self.size, self.size)
+
+
+@pytest.mark.parametrize(
+    ("size", "degradation"),
+    [
+        (15, BicubicPulse(1)),
+        (15, BicubicPulse(3)),
+        (15, Bicubic(5)),
+        (15, Area(15)),
+        (6, BicubicPulse(6)),
+        (128, BicubicPulse(64)),
+        (7, Bicubic(1)),
+    ],
+)
+def test_any_size_and_factor_can_be_searched(size: int, degradation: Degradation) -> None:
+    """Also odd ones, a factor of 1, and one pixel left."""
+    generator = Patchwork(size)
+    styles = torch.randn(3, 2, 6, generator=STREAMS.generator("patch"))
+    photos = degradation.apply(generator.synthesize(styles))
+    first, found = (
+        Pulse(generator, degradation, replace(QUICK, eps=1e-9, steps=steps), STREAMS).upsample(
+            photos, faces_per_photo=1
+        )
+        for steps in (1, 60)
+    )
+    assert found.images.shape == (3, 1, 3, size, size)
+    assert photos.shape[2] == size // degradation.factor
+    assert found.misfit.mean() < 0.2 * first.misfit.mean()
+
+
+def test_the_style_fit_keeps_the_type_of_its_styles() -> None:
+    fit = fit_styles(
+        lambda latents: latents.double()[:, None], 3, samples=100, stream=STREAMS.generator("fit")
+    )
+    assert fit.mean.dtype == fit.std.dtype == torch.float64
+
+
+FULL_SIZE = """
+import torch
+from pathlib import Path
+from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
+from fedface.randomness import Streams
+from fedface.upsampling.degrade import BicubicPulse
+from fedface.upsampling.pulse import Pulse, PulseConfig
+
+torch.set_num_threads(1)
+config = GeneratorConfig(size=1024, channel_base=32768, channel_max=512, mapping_layers=8)
+generator = StyleGAN2(config, Streams(1).generator("weights"))
+config = PulseConfig(steps=4, eps=1e-9, mapping_samples=200, learning_rate=4.0)
+misfits = []
+search = Pulse(
+    generator, BicubicPulse(64), config, Streams(2), watch=lambda glimpse: misfits.append(glimpse.misfit.item())
+)
+found = search.upsample(torch.full((1, 3, 16, 16), 0.5), faces_per_photo=1)
+assert found.images.shape == (1, 1, 3, 1024, 1024)
+print(misfits[0], found.misfit.item())
+print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+def test_sixteen_pixels_are_searched_at_1024_with_the_published_widths() -> None:
+    """In a process of its own: the misfit falls, and the peak of memory stays below 2.5 GiB."""
+    told = subprocess.run([sys.executable, "-c", FULL_SIZE], capture_output=True, text=True, check=True)
+    misfits, peak = told.stdout.splitlines()
+    first, best = map(float, misfits.split())
+    assert best < first
+    assert float(peak) < 2.5
