@@ -56,18 +56,21 @@ def data_uri(pixels: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(png_bytes(pixels)).decode("ascii")
 
 
-def spread_of(images: Images) -> Spread:
-    """How far f faces (f, 3, s, s) differ at each pixel.
+def deviation(images: Images) -> Tensor:
+    """How far f faces (f, 3, s, s) differ at each pixel, (s, s).
 
-    Returns:
-        The standard deviation over the faces, as the root mean square of the three colours; all black where the
-        faces are equal, as one face alone is.
+    The standard deviation over the faces, as the root mean square of the three colours; zero where they are equal.
     """
-    deviation = images.clamp(0, 1).std(dim=0, correction=0).square().mean(dim=0).sqrt()
-    most = float(deviation.max())
-    bright = deviation / most if most > 0 else deviation
+    return images.clamp(0, 1).std(dim=0, correction=0).square().mean(dim=0).sqrt()
+
+
+def spread_of(images: Images) -> Spread:
+    """The deviation between faces (f, 3, s, s) as a picture; all black where the faces are equal."""
+    apart = deviation(images)
+    most = float(apart.max())
+    bright = apart / most if most > 0 else apart
     return Spread(
         picture=(bright * 255.0).round().to(torch.uint8).numpy(),
         most=255.0 * most,
-        mean=255.0 * float(deviation.mean()),
+        mean=255.0 * float(apart.mean()),
     )

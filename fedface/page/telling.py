@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from fedface.page.pictures import data_uri, pixels_of, shown, spread_of
+from fedface.page.pictures import data_uri, deviation, pixels_of, shown, spread_of
 from fedface.page.searches import Failed, Finished, Search, Stopped
 from fedface.photos.tone import measure_tone
 from fedface.reports.figures import face_grid
@@ -80,8 +80,15 @@ def sheet_of(search: Search) -> bytes | None:
     ):
         columns.append(f"face {number + 1}{'' if fits else ', no fit'}\nmisfit {misfit:.4f}")
     shrink = BicubicPulse(size[0] // side).apply
-    rows = [("photo and\nfaces found", torch.cat([search.truth, given, faces]))]
-    rows.append((f"shrunk to\n{side} x {side}", torch.cat([shrink(search.truth), search.low, shrink(faces)])))
+    above = [search.truth, given, faces]
+    below = [shrink(search.truth), search.low, shrink(faces)]
+    if len(faces) > 1:
+        columns.append("where they\ndiffer")
+        apart = deviation(faces)
+        brightest = float(apart.max()) or 1.0
+        above.append(apart.expand(1, 3, *size) / brightest)
+        below.append(deviation(below[2]).expand(1, 3, side, side) / brightest)
+    rows = [("photo and\nfaces found", torch.cat(above)), (f"shrunk to\n{side} x {side}", torch.cat(below))]
     return face_grid(rows, columns)
 
 

@@ -10,12 +10,15 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from fading import SIZE, FadingSearcher, Known
 from speaking import Run, Running, photo_bytes
+from typer.main import get_command
 
-from fedface.errors import ConfigError
+from fedface.cli import app
+from fedface.errors import ConfigError, FedfaceError
 from fedface.page.serving import listen, port_of
 from fedface.page.sitting import Reader
 
@@ -113,3 +116,12 @@ def listening_at(port: int) -> set[str]:
                 row[1].split(":")[0] for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")
             }
     return found
+
+
+@pytest.mark.parametrize("option", ["--generator", "--detector"])
+def test_a_file_that_is_not_there_ends_the_command_before_the_page_is_served(
+    option: str, tmp_path: Path
+) -> None:
+    """Its name is in the sentence."""
+    with pytest.raises(FedfaceError, match="nowhere"):
+        get_command(app)(["page", option, str(tmp_path / "nowhere")], standalone_mode=False)
