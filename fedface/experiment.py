@@ -16,8 +16,8 @@ from typing import Literal, assert_never
 from fedface.aggregation.protocol import AggregationConfig, Agreement, EncryptedConfig
 from fedface.config import plain, read, section
 from fedface.errors import ConfigError
-from fedface.models.family import Encoded, Flow, Gan
-from fedface.models.weights import load_as, load_base, load_encoded, load_flow
+from fedface.models.family import Encoded, Flow, Gan, Model, Resolved, Styled
+from fedface.models.weights import load_as, load_base, load_encoded, load_flow, load_resolved, load_styled
 from fedface.photos.partition import ByGroup, Dirichlet, Evenly
 from fedface.privacy.plan import Plan, make_plan
 from fedface.privacy.policy import DevicePolicy
@@ -25,9 +25,10 @@ from fedface.privacy.target import NoPromise, PrivacyTarget
 from fedface.training.flow import FlowTrainingConfig
 from fedface.training.generator import GanTrainingConfig
 from fedface.training.prior import PriorTrainingConfig
-from fedface.training.ways import Training
-from fedface.upsampling.degrade import Area, BicubicPulse
-from fedface.upsampling.pulse import PulseConfig
+from fedface.training.upsampler import UpsamplerTrainingConfig
+from fedface.training.ways import Training, objective_of
+from fedface.upsampling.degrade import BicubicPulse, Degradation, in_words
+from fedface.upsampling.methods import Method, fitting_method
 
 UNBOUNDED = "∞"  # where others have an epsilon: a run without a promise
 VARY = "vary"  # the key of a file that describes several runs
@@ -113,10 +114,10 @@ class LabelledProbe:
 
 @dataclass(frozen=True, kw_only=True)
 class UpsamplingConfig:
-    """How probes are shrunk and searched again."""
+    """How probes are shrunk and made large again."""
 
-    downscale: BicubicPulse | Area = field(default_factory=lambda: BicubicPulse(4))
-    pulse: PulseConfig = field(default_factory=PulseConfig)
+    downscale: Degradation = field(default_factory=lambda: BicubicPulse(4))
+    method: Method | None = None  # None is the one that goes with the model: PULSE for a GAN
     faces_per_photo: int = 1
 
     def __post_init__(self) -> None:
@@ -177,6 +178,13 @@ class Experiment:
                     f"aggregation: fewest_devices must be at most the {self.devices.count} devices, got {fewest}; "
                     "nobody could open a sum"
                 )
+        if isinstance(self.training, UpsamplerTrainingConfig):
+            if self.training.downscale != self.upsampling.downscale:
+                raise ValueError(
+                    "upsampling: downscale must be the one that the network learns to undo, "
+                    f"{in_words(self.training.downscale)} (training.downscale), "
+                    f"got {in_words(self.upsampling.downscale)}"
+                )
         if isinstance(self.promise, PrivacyTarget) and isinstance(self.devices, DrawnDevices):
             if self.promise.delta * self.devices.photos_each >= 1:
                 raise ValueError(
@@ -200,12 +208,12 @@ class Experiment:
         match self.promise:
             case PrivacyTarget(epsilon=epsilon, delta=delta):
                 return DevicePolicy(
-                    max_epsilon=epsilon, delta=delta, objectives=("generator",), smallest_cohort=1,
+                    max_epsilon=epsilon, delta=delta, objectives=(objective_of(self.training),), smallest_cohort=1,
                     protocols=(self.aggregation.kind,),
                 )  # fmt: skip
             case NoPromise():
                 return DevicePolicy(
-                    max_epsilon=1.0, delta=1e-5, objectives=("generator",), smallest_cohort=1,
+                    max_epsilon=1.0, delta=1e-5, objectives=(objective_of(self.training),), smallest_cohort=1,
                     protocols=(self.aggregation.kind,), allow_unpromised=True,
                 )  # fmt: skip
             case _:
@@ -216,14 +224,18 @@ class Experiment:
         """How many rounds the run has."""
         return self.training.schedule().rounds
 
-    def start(self) -> Gan | Encoded | Flow:
+    def method_for(self, model: Model) -> Method:
+        """How probes are made large again with this model."""
+        return fitting_method(model) if self.upsampling.method is None else self.upsampling.method
+
+    def start(self) -> Gan | Encoded | Flow | Styled | Resolved:
         """The model before the first round, of the family that this way of training needs.
 
         Raises:
             WeightsError: The checkpoint cannot be read, or is of another family.
             ConfigError: Its pictures cannot be shrunk as `upsampling` says.
         """
-        model: Gan | Encoded | Flow
+        model: Gan | Encoded | Flow | Styled | Resolved
         match self.training:
             case GanTrainingConfig():
                 model = load_base() if self.base is None else load_as(self.base, Gan)
@@ -231,13 +243,19 @@ class Experiment:
                 model = load_encoded() if self.base is None else load_as(self.base, Encoded)
             case FlowTrainingConfig():
                 model = load_flow() if self.base is None else load_as(self.base, Flow)
+            case UpsamplerTrainingConfig(learner="style-encoder"):
+                model = load_styled() if self.base is None else load_as(self.base, Styled)
+            case UpsamplerTrainingConfig():
+                model = load_resolved() if self.base is None else load_as(self.base, Resolved)
             case _:
                 assert_never(self.training)
-        factor = self.upsampling.downscale.factor
-        if model.generator.size % factor:
+        downscale = self.upsampling.downscale
+        try:
+            downscale.low_side(model.size)
+        except ValueError as error:
             raise ConfigError(
-                f"upsampling.downscale.factor must divide the generator's {model.generator.size} pixels, got {factor}"
-            )
+                f"upsampling.downscale ({in_words(downscale)}) does not go with faces of {model.size} pixels: {error}"
+            ) from error
         return model
 
     def digest(self) -> str:

@@ -57,7 +57,7 @@ def experiment(**changes: str) -> Experiment:
         ("devices", "{kind: real-devices, count: 0}", "devices.count: must be at least 1"),
         ("upsampling.faces_per_photo", "0", "upsampling.faces_per_photo: must be at least 1"),
         ("upsampling.downscale", "{kind: area, factor: 0}", "upsampling.downscale.factor: must be >= 1"),
-        ("upsampling.pulse.steps", "0", "upsampling.pulse.steps: must be >= 1"),
+        ("upsampling.method", "{kind: pulse, steps: 0}", "upsampling.method.steps: must be >= 1"),
         ("attack.photos", "1", "attack.photos: must be at least 2"),
         ("training.rounds", "0", "training.rounds: must be at least 1"),
         ("training.clip_norm", "-1", "training.clip_norm: must be a finite number above 0"),
@@ -132,7 +132,7 @@ def test_the_start_is_the_embedded_checkpoint_unless_another_is_named(tmp_path: 
 
 def test_a_factor_that_does_not_divide_the_picture_is_said_before_anything_is_spent() -> None:
     """Not after the last round, when the audit stumbles over it."""
-    with pytest.raises(ConfigError, match="factor must divide the generator's 32 pixels, got 5"):
+    with pytest.raises(ConfigError, match="downscale .*does not go with faces of 32 pixels: .*32, got 5"):
         experiment(**{"upsampling.downscale": "{kind: area, factor: 5}"}).start()
 
 

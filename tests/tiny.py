@@ -16,8 +16,20 @@ from fedface.federation.simulated import prepare, simulated_device
 from fedface.federation.task import Agreed, TrainTask
 from fedface.models.critic import CriticConfig
 from fedface.models.encoder import EncoderConfig
-from fedface.models.family import EncodedShape, FlowShape, Gan, GanShape, Shape, build, new_gan
+from fedface.models.family import (
+    EncodedShape,
+    FlowShape,
+    Gan,
+    GanShape,
+    ResolvedShape,
+    Shape,
+    StyledShape,
+    build,
+    new_gan,
+)
 from fedface.models.flow import FlowConfig
+from fedface.models.resolver import ResolverConfig
+from fedface.models.style_encoder import StyleEncoderConfig
 from fedface.models.stylegan2 import GeneratorConfig
 from fedface.models.weights import buffers_of, save_model, vector_of, weights_hash
 from fedface.randomness import Streams
@@ -45,7 +57,7 @@ training:
   made_batch: 4
   critic_rate: 0.2
 aggregation: {kind: plain}
-upsampling: {pulse: {steps: 5, mapping_samples: 64}}
+upsampling: {method: {kind: pulse, steps: 5, mapping_samples: 64}}
 attack: {photos: 2, iterations: 2, candidates: 10, trials: 2}
 base: BASE
 """
@@ -57,6 +69,8 @@ def tiny_gan(name: str = "tiny") -> Gan:
 
 
 ENCODER = EncoderConfig(size=16, channel_base=64, channel_max=8)
+STYLES = StyleEncoderConfig(side=8, style_inputs=6, style_width=16, width=8, blocks=1, hidden=16)
+RESOLVER = ResolverConfig(side=8, factor=2, width=8, blocks=1)
 FLOW = FlowConfig(size=16, width=16, multipliers=(1.0,), time_width=16, steps=2)
 
 # A recipe's `training` for each way, with the shape of a model that can learn so.
@@ -82,6 +96,18 @@ WAYS: Mapping[str, tuple[str, Shape]] = {
         "{kind: flow-training, rounds: 1, sampling_rate: 1, expected_batch: 8, adapt: {kind: lora, rank: 2}}",
         FlowShape(flow=FLOW),
     ),
+    "styles": (
+        "{kind: upsampler-training, rounds: 1, sampling_rate: 1, expected_batch: 8}",
+        StyledShape(generator=GENERATOR, encoder=STYLES),
+    ),
+    "styles-lora": (
+        "{kind: upsampler-training, rounds: 1, sampling_rate: 1, expected_batch: 8, adapt: {kind: lora, rank: 2}}",
+        StyledShape(generator=GENERATOR, encoder=STYLES),
+    ),
+    "resolver": (
+        "{kind: upsampler-training, rounds: 1, sampling_rate: 1, expected_batch: 8, learner: super-resolution}",
+        ResolvedShape(resolver=RESOLVER),
+    ),
 }  # fmt: skip
 
 
@@ -91,6 +117,8 @@ def tiny_way(folder: Path, way: str, changes: Mapping[str, str] | None = None) -
     tiny_file(folder)
     save_model(folder / f"{way}.safetensors", build(shape, Streams(5).generator(way)))
     told = {"training": training, "base": str(folder / f"{way}.safetensors")}
+    if "upsampler-training" in training:
+        told["upsampling"] = "{}"  # the network itself answers, not PULSE
     return read_experiment(folder / "tiny.yaml", changes={**told, **(changes or {})})
 
 

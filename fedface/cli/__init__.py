@@ -22,10 +22,12 @@ import typer
 from fedface.cli.base import base
 from fedface.cli.comparisons import compare_runs
 from fedface.cli.devices import device, ledger
-from fedface.cli.faces import photos, upsample
+from fedface.cli.faces import photos
 from fedface.cli.figures import quality
+from fedface.cli.pages import page
 from fedface.cli.runs import check, report, run_experiment
 from fedface.cli.terminal import call
+from fedface.cli.upsampling import upsample
 from fedface.cli.weights import weights
 
 app = typer.Typer(
@@ -41,6 +43,7 @@ app.command()(check)
 app.command()(report)
 app.command()(quality)
 app.command()(upsample)
+app.command("page")(page)
 GROUPS = {"photos": photos, "base": base, "weights": weights, "device": device, "ledger": ledger}
 for name, part in GROUPS.items():
     app.add_typer(part, name=name)

@@ -16,7 +16,9 @@ from fedface.audits.bias import tone_histogram
 from fedface.cli.terminal import console, progress_bars
 from fedface.config import plain
 from fedface.errors import ConfigError
-from fedface.models.family import Encoded, Flow, Gan
+from fedface.models.family import Drawing, Encoded, Flow, Gan, Resolved, Styled, drawing
+from fedface.models.resolver import ResolverConfig
+from fedface.models.style_encoder import StyleEncoderConfig
 from fedface.models.stylegan2 import StyleGAN2
 from fedface.models.weights import (
     check_place,
@@ -30,6 +32,7 @@ from fedface.reports.figures import face_grid
 from fedface.training.encoder_pretrain import EncoderPretrainConfig, pretrain_encoder
 from fedface.training.flow_pretrain import FlowPretrainConfig, pretrain_flow
 from fedface.training.pretrain import PretrainConfig, pretrain
+from fedface.training.upsampler_pretrain import UpsamplerPretrainConfig, pretrain_resolved, pretrain_styled
 
 ShortenOption = Annotated[
     float, typer.Option(min=0.0001, max=1, help="Take this share of all steps, to try it.")
@@ -100,7 +103,7 @@ def base_encoder(
     """Train the encoder that finds a photo's latent, from a generator's own pictures; `prior-training` needs one."""
     check_place(out)
     full = EncoderPretrainConfig()
-    model = load_base() if generator is None else load_model(generator)
+    model: Drawing = load_base() if generator is None else drawing(load_model(generator))
     if not isinstance(model.generator, StyleGAN2):
         raise ConfigError(f"{generator}: wanted a StyleGAN2 generator, got {words_of_family(model)}")
     made = model.generator
@@ -130,6 +133,52 @@ def base_encoder(
     _keep(out, Encoded(made, encoder, notes))
 
 
+@base.command("styles")
+def base_styles(
+    generator: Annotated[
+        Path | None, typer.Option(help="A checkpoint with a StyleGAN2 generator; the embedded one otherwise.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where generator and encoder go.")] = Path("styled32.safetensors"),
+    seed: Annotated[int, typer.Option(min=0)] = UpsamplerPretrainConfig().seed,
+    shorten: ShortenOption = 1.0,
+) -> None:
+    """Train the style encoder from drawn faces: a photo of few pixels to a face of a generator, in one pass."""
+    check_place(out)
+    model: Drawing = load_base() if generator is None else drawing(load_model(generator))
+    made = model.generator
+    if not isinstance(made, StyleGAN2) or made.config.classes:
+        raise ConfigError(
+            f"{generator}: wanted a StyleGAN2 generator without classes, got {words_of_family(model)}"
+        )
+    shape = StyleEncoderConfig(
+        side=made.size // 2, style_inputs=made.style_inputs, style_width=made.config.style_width
+    )
+    with _report() as report:
+        styled = pretrain_styled(made, _shortened(UpsamplerPretrainConfig(seed=seed), shorten), shape, report)
+    _keep(out, styled)
+
+
+@base.command("resolver")
+def base_resolver(
+    out: Annotated[Path, typer.Option(help="Where the network goes.")] = Path("resolver32.safetensors"),
+    size: Annotated[int, typer.Option(help="Pixels a side of the faces, a power of two.")] = 32,
+    seed: Annotated[int, typer.Option(min=0)] = UpsamplerPretrainConfig().seed,
+    shorten: ShortenOption = 1.0,
+) -> None:
+    """Train the super-resolution network from drawn faces, the baseline that most products ship."""
+    check_place(out)
+    if size not in (16, 32, 64, 128, 256):
+        raise ConfigError(f"--size must be a power of two from 16 to 256, got {size}")
+    config = _shortened(UpsamplerPretrainConfig(seed=seed), shorten)
+    with _report() as report:
+        resolved = pretrain_resolved(config, ResolverConfig(side=size // 2), report)
+    _keep(out, resolved)
+
+
+def _shortened(full: UpsamplerPretrainConfig, share: float) -> UpsamplerPretrainConfig:
+    return replace(full, pool=max(64, round(full.pool * share)), steps=max(1, round(full.steps * share)))
+
+
 @contextmanager
 def _report() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
     """What a training calls with (stage, step, steps, figures)."""
@@ -149,7 +198,7 @@ def _report() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
         yield progress
 
 
-def _keep(out: Path, model: Gan | Flow | Encoded) -> None:
+def _keep(out: Path, model: Gan | Flow | Encoded | Styled | Resolved) -> None:
     save_model(out, model)
     console.print(f"wrote {out} ({model.notes['seconds']} s)", highlight=False)
 
@@ -161,7 +210,7 @@ def base_sheet(
     seed: Annotated[int, typer.Option(min=0)] = 1,
 ) -> None:
     """Draw a sheet of samples of a checkpoint, and count their skin tones."""
-    model = load_base() if generator is None else load_model(generator)
+    model: Drawing = load_base() if generator is None else drawing(load_model(generator))
     tones = tone_histogram(model.generator.sample(1000, torch.Generator().manual_seed(seed + 1)))
     for step, (count, share) in enumerate(zip(tones.counts, tones.shares, strict=True), start=1):
         bar = "#" * round(100 * share.estimate)

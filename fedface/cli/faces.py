@@ -1,4 +1,4 @@
-"""Commands about photos and faces: upsample one, scan a library, draw a sheet, measure detectors."""
+"""Commands about photos and faces: scan a library, draw a sheet, measure detectors."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import typer
 from rich.table import Table
 
 from fedface.cli.terminal import DetectorOption, JsonOption, cell, console, progress_bars
-from fedface.errors import ConfigError
-from fedface.models.weights import load_base, load_model
 from fedface.photos.detection_rates import measure_detection
 from fedface.photos.detectors import EmbeddedDetector, HogDetector, YuNetDetector
 from fedface.photos.drawn import ToneMix, sample_faces
@@ -22,55 +20,8 @@ from fedface.photos.faces import Detector
 from fedface.photos.library import scan_table, summary
 from fedface.photos.scan import ScanReport, scan_library
 from fedface.reports.figures import face_grid
-from fedface.reports.portrait import portrait_sheet, upsample_photo
-from fedface.upsampling.pulse import PulseConfig
 
 photos = typer.Typer(help="Read a photo library.", no_args_is_help=True, rich_markup_mode=None)
-
-
-def upsample(
-    photo: Annotated[Path, typer.Argument(help="A photo with a face, or a small square face.")],
-    generator: Annotated[Path | None, typer.Option(help="A checkpoint; the embedded one otherwise.")] = None,
-    detector: DetectorOption = None,
-    factor: Annotated[int, typer.Option(min=2, help="How much the face is shrunk.")] = 4,
-    faces: Annotated[int, typer.Option(min=1, max=16, help="How many faces to search.")] = 6,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    out: Annotated[
-        Path | None, typer.Option(help="The PNG to write; PHOTO-faces.png here otherwise.")
-    ] = None,
-) -> None:
-    """Show what PULSE makes of a face: several people, all of whom shrink to the same pixels."""
-    model = load_base() if generator is None else load_model(generator)
-    target = out or Path(f"{photo.stem}-faces.png")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.is_dir():
-        raise ConfigError(f"{target}: is a folder; name the PNG to write")
-    with progress_bars() as bars:
-        bars.stage("searching faces", 100)
-        found = upsample_photo(
-            photo,
-            model.generator,
-            lambda: chosen_detector(detector),
-            factor=factor,
-            faces=faces,
-            seed=seed,
-            progress=lambda done, of: bars.step(round(100 * done / max(1, of))),
-        )
-    target.write_bytes(portrait_sheet(found))
-    if found.faces_in_photo > 1:
-        console.print(f"{found.faces_in_photo} faces in the photo; the largest was taken", highlight=False)
-    for i, (misfit, fits) in enumerate(zip(found.made.misfit[0], found.made.converged[0], strict=True)):
-        verdict = (
-            "shrinks to the same pixels" if fits else f"does not fit: {PulseConfig().eps:g} or less would"
-        )
-        console.print(f"face {i + 1}: misfit {misfit:.5f}, {verdict}", highlight=False)
-    if not bool(found.made.converged.any()):
-        console.print(
-            "This generator cannot make a face that fits; what it shows is the nearest it knows.",
-            highlight=False,
-        )
-    console.print("These people do not exist; the pixels do not say which face is right.", highlight=False)
-    console.print(f"open {target}", highlight=False, soft_wrap=True)
 
 
 @photos.command()

@@ -20,6 +20,7 @@ from fedface.audits.quality import GroupQuality, Quality, TooFew, tone_groups
 from fedface.audits.quality import quality as measure_quality
 from fedface.cli.terminal import JsonOption, console, progress_bars
 from fedface.errors import ConfigError
+from fedface.models.family import Drawing, drawing
 from fedface.models.weights import load_base, load_model, weights_hash
 from fedface.photos.drawn import draw_people
 from fedface.photos.probe import read_face_folder
@@ -50,7 +51,7 @@ def quality(
     json_out: JsonOption = False,
 ) -> None:
     """Measure a checkpoint's samples: kernel and Frechet distance, precision, recall, by tone group."""
-    model = load_base() if checkpoint is None else load_model(checkpoint)
+    model: Drawing = load_base() if checkpoint is None else drawing(load_model(checkpoint))
     streams = Streams(seed).child("quality")
     source = _source(network, network_size, network_mean, network_std)
     with progress_bars() as bars:

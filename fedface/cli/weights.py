@@ -16,6 +16,7 @@ from fedface.errors import ConfigError
 from fedface.models.contracts import Generator, sample
 from fedface.models.conversions import Found, import_file
 from fedface.models.described import ModelFacts, describe, in_words
+from fedface.models.family import drawing
 from fedface.models.pickled import printable
 from fedface.models.stylegan2 import OfClass, StyleGAN2
 from fedface.models.weights import check_place, load_model, save_model
@@ -110,7 +111,7 @@ def weights_sample(
     psis = tuple(psi or (0.7, 1.0))
     with progress_bars() as bars:
         bars.stage("drawing samples", 0)
-        picture = sheet_of(model.generator, count=count, psis=psis, seed=seed, label=label)
+        picture = sheet_of(drawing(model).generator, count=count, psis=psis, seed=seed, label=label)
     out.write_bytes(picture)
     if json_out:
         told = {"hash": describe(model).hash, "count": count, "psi": psis, "seed": seed, "label": label}

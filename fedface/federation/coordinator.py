@@ -19,13 +19,12 @@ from fedface.errors import ConfigError, RunError
 from fedface.experiment import DrawnDevices, Experiment, LabelledDevices, RealDevices
 from fedface.federation.cohort import Cohort
 from fedface.federation.findings import (
-    SAMPLES,
     Attacked,
     Served,
     aggregation_costs,
     attack_updates,
-    enlarged,
     examples,
+    make_yardstick,
     sample_figures,
     serve_probe,
     tone_record,
@@ -38,7 +37,7 @@ from fedface.federation.rounds import (
     weights_path,
 )
 from fedface.federation.simulated import PublicFaces, describe_devices, device_faces, public_faces
-from fedface.models.family import Model
+from fedface.models.family import Model, Resolved, Styled
 from fedface.models.weights import load_model, save_model, weights_hash
 from fedface.photos.drawn import draw_people
 from fedface.privacy.plan import Plan
@@ -55,8 +54,10 @@ from fedface.reports.run import (
 )
 from fedface.shapes import Images
 from fedface.training.ways import begin_round, chance_for, common_streams
+from fedface.upsampling.methods import BASELINES, has_one_answer, title_of
 
 FEWEST_FACES = 40  # on each side of a comparison of samples with faces
+SHOWN = 512  # samples whose tones are counted
 
 
 def begin(experiment: Experiment, folder: Path) -> None:
@@ -102,19 +103,22 @@ def coordinate(
     check_same(experiment, folder)
     plan = experiment.plan()
     base = load_model(weights_path(folder, 0))
-    size = base.generator.size
+    size = base.size
     watcher.stage("public faces", 1)
     probe = public_faces(experiment, size)
-    like_devices = device_faces(experiment, SAMPLES, size)
-    reference = probe.images if like_devices is None else like_devices
-    if len(reference) < FEWEST_FACES:
+    yardstick = make_yardstick(experiment, probe, size)
+    if len(yardstick.faces) < FEWEST_FACES:
         raise ConfigError(
-            f"probe: {len(reference)} public faces are too few to compare samples with; "
+            f"probe: {len(yardstick.faces)} public faces are too few to compare samples with; "
             f"raise probe.each so that there are at least {FEWEST_FACES}"
         )
-    state = run_rounds(experiment, plan, cohort, State.read(folder), reference, watcher)
+    state = run_rounds(experiment, plan, cohort, State.read(folder), yardstick, watcher)
     final = load_model(weights_path(folder, experiment.rounds))
     before, after = _serve(experiment, base, final, probe, watcher)
+    beside = [
+        serve_probe(base, probe, experiment.upsampling, method, experiment.seed, lambda done, of: None)
+        for method in BASELINES
+    ]
     watcher.stage("attacks on one update, without and with DP", 1)
     work = begin_round(final, experiment.training, plan.terms, common_streams(experiment.seed, 0))
     attacked = attack_updates(
@@ -129,8 +133,13 @@ def coordinate(
     )
     costs = aggregation_costs(update.clamp(-1, 1), experiment.aggregation, experiment.agreement)
     watcher.step(1)
-    samples = {when: _samples(gan, experiment) for when, gan in (("before", base), ("after", final))}
-    parts = _Parts(base, final, probe, like_devices, before, after, samples)
+    chance = Streams(experiment.seed)
+    samples = {
+        when: yardstick.pictures(model, SHOWN, chance.generator("report samples"))
+        for when, model in (("before", base), ("after", final))
+    }
+    like_devices = None if isinstance(experiment.devices, RealDevices) else yardstick.faces
+    parts = _Parts(base, final, probe, like_devices, before, after, beside, samples)
     record = RunRecord(
         name=folder.name,
         question=experiment.question,
@@ -151,15 +160,16 @@ def coordinate(
             )
             for name, words, count in describe_devices(experiment)
         ),
-        figures_before=sample_figures(base, reference, experiment.seed),
+        figures_before=sample_figures(base, yardstick, experiment.seed),
         rounds=state.rounds,
         bias_before=before.record,
         bias_after=after.record,
-        tones=_tones(experiment, parts),
+        beside={title_of(served.method): served.record for served in beside},
+        tones=_tones(parts),
         attacks=tuple(attack.record for attack in attacked),
         aggregation=tuple(costs),
         pictures=_pictures(folder, parts, attacked),
-        notes=_notes(experiment, plan),
+        notes=_notes(experiment, plan, base),
     )
     run.write(record, folder)
     card.write(record, folder)
@@ -177,15 +187,17 @@ class _Parts:
     like_devices: Images | None
     before: Served
     after: Served
+    beside: list[Served]  # nearest and bicubic
     samples: dict[str, Images]
 
 
 def _serve(
     experiment: Experiment, base: Model, final: Model, probe: PublicFaces, watcher: Watcher
 ) -> tuple[Served, Served]:
-    """The probe upsampled with both generators, side by side."""
+    """The probe upsampled with both sets of weights, side by side."""
     faces = len(probe.images) * experiment.upsampling.faces_per_photo
-    watcher.stage(f"PULSE on {len(probe.images)} probe faces, before and after", 2 * faces)
+    method = experiment.method_for(base)
+    watcher.stage(f"{title_of(method)} on {len(probe.images)} probe faces, before and after", 2 * faces)
     done = {"before": 0, "after": 0}
 
     def progress(when: str) -> Callable[[int, int], None]:
@@ -197,8 +209,10 @@ def _serve(
 
     with ThreadPoolExecutor(2) as pool:
         searches = [
-            pool.submit(serve_probe, gan, probe, experiment.upsampling, experiment.seed, progress(when))
-            for gan, when in ((base, "before"), (final, "after"))
+            pool.submit(
+                serve_probe, model, probe, experiment.upsampling, method, experiment.seed, progress(when)
+            )
+            for model, when in ((base, "before"), (final, "after"))
         ]
         before, after = (search.result() for search in searches)
     return before, after
@@ -214,11 +228,7 @@ def _candidates(experiment: Experiment, size: int) -> Images:
     return draw_people(count, 0.5, size, streams)
 
 
-def _samples(model: Model, experiment: Experiment) -> Images:
-    return model.generator.sample(512, Streams(experiment.seed).generator("report samples"))
-
-
-def _tones(experiment: Experiment, parts: _Parts) -> tuple[ToneRecord, ...]:
+def _tones(parts: _Parts) -> tuple[ToneRecord, ...]:
     made = (
         tone_record("before", "samples before", parts.samples["before"]),
         tone_record("after", "samples after", parts.samples["after"]),
@@ -230,17 +240,20 @@ def _tones(experiment: Experiment, parts: _Parts) -> tuple[ToneRecord, ...]:
 
 def _pictures(folder: Path, parts: _Parts, attacked: list[Attacked]) -> dict[str, PictureRecord]:
     chosen = examples(parts.probe)
-    size = parts.base.generator.size
     low = parts.before.low[chosen].clamp(0, 1)
     side = low.shape[-1]
+    title = title_of(parts.before.method)
+    shown = "What the generator draws before and after, from the same latents."
+    if isinstance(parts.base, Styled | Resolved):
+        shown = "What the network answers before and after, to the same faces, mixed like the devices'."
     drawn = {
         "faces": figures.face_grid(
             [
                 ("truth", parts.probe.images[chosen]),
                 (f"input,\n{side} x {side}", low),
-                ("bicubic", enlarged(low, size)),
-                ("PULSE before", parts.before.upsampled.best()[chosen]),
-                ("PULSE after", parts.after.upsampled.best()[chosen]),
+                *((title_of(served.method), served.upsampled.best()[chosen]) for served in parts.beside),
+                (f"{title},\nbefore", parts.before.upsampled.best()[chosen]),
+                (f"{title},\nafter", parts.after.upsampled.best()[chosen]),
             ],
             [parts.probe.groups[i] for i in chosen],
         ),
@@ -266,15 +279,15 @@ def _pictures(folder: Path, parts: _Parts, attacked: list[Attacked]) -> dict[str
         "faces": PictureRecord(
             file="faces.png",
             section="faces",
-            caption="People of the probe, what PULSE was shown, and the best of its faces before and after. "
-            "The made people do not exist.",
-            alt="Grid of faces: truth, low-resolution input, bicubic, PULSE before and after the run",
+            caption=f"People of the probe, what each method was shown, and what it made of it; of {title}, the face "
+            "that fits best before and after the run. The made people do not exist.",
+            alt=f"Grid of faces: truth, low-resolution input, nearest, bicubic, {title} before and after the run",
         ),
         "samples": PictureRecord(
             file="samples.png",
             section="more",
-            caption="What the generator draws before and after, from the same latents.",
-            alt="Two rows of generated faces before and two after the run",
+            caption=shown,
+            alt="Two rows of made faces before and two after the run",
         ),
         "attack": PictureRecord(
             file="attack.png",
@@ -285,12 +298,22 @@ def _pictures(folder: Path, parts: _Parts, attacked: list[Attacked]) -> dict[str
     }
 
 
-def _notes(experiment: Experiment, plan: Plan) -> tuple[str, ...]:
+def _notes(experiment: Experiment, plan: Plan, base: Model) -> tuple[str, ...]:
     notes = [
         "Tone is read from pixels, so light and camera are mixed into every tone figure.",
         "One run with one seed: another seed would give other figures within, and sometimes beyond, the intervals.",
         "The distance uses features that need no download; it cannot be compared with published FID figures.",
     ]
+    if isinstance(base, Styled | Resolved):
+        notes.append(
+            "An upsampler draws nobody by itself: samples are here its answers to shrunken faces mixed like the "
+            "devices', and no person of a private photo was asked."
+        )
+    if has_one_answer(experiment.method_for(base)):
+        notes.append(
+            f"The {title_of(experiment.method_for(base))} has one answer for a photo that fits many faces; what it "
+            "leaves out does not show in a picture of one face."
+        )
     match experiment.devices:
         case DrawnDevices():
             notes.append(

@@ -24,9 +24,8 @@ from fedface.privacy.ledger import Ledger
 from fedface.privacy.policy import DevicePolicy
 from fedface.randomness import Streams
 from fedface.shapes import Images
-from fedface.training.ways import begin_round, chance_for, common_streams
+from fedface.training.ways import begin_round, chance_for, common_streams, objective_of
 
-OBJECTIVE = "generator"
 FAILED = b"failed"  # kept in place of a payload for a round that broke
 
 
@@ -93,7 +92,13 @@ def _train(task: TrainTask, device: Device) -> Reply:
             return Refusal(device=device.name, reason="this round failed on this device and is closed")
         return Trained(device=device.name, payload=kept, seconds_protect=0.0)
     device.policy.admit(
-        agreed.terms, task.cohort, agreed.aggregation.kind, OBJECTIVE, ledger, run=task.run, round=task.round
+        agreed.terms,
+        task.cohort,
+        agreed.aggregation.kind,
+        objective_of(agreed.training),
+        ledger,
+        run=task.run,
+        round=task.round,
     )
     model = filled(agreed.shape, task.weights, task.buffers)
     # The ledger remembers weights by their hash, which is the server's word until it is computed here.
@@ -107,7 +112,7 @@ def _train(task: TrainTask, device: Device) -> Reply:
     # Book before reading a photo: a crash from here on may waste budget, never overspend it.
     entry = device.policy.book(agreed.terms, ledger, run=task.run, round=task.round, marks=marks)
     try:
-        photos = device.photos(model.generator.size)
+        photos = device.photos(model.size)
         update = work.update(photos, chance=chance_for(agreed.terms, streams), streams=streams)
         started = time.perf_counter()
         payload = sums.protect(update / work.ranges(), task.round).to_bytes()

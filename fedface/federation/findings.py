@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
-from torch.nn import functional
 
 from fedface.aggregation.encrypted import make_device, make_keys, make_server
 from fedface.aggregation.protocol import AggregationConfig, Agreement, EncryptedConfig, PlainConfig
@@ -26,9 +25,9 @@ from fedface.audits.inversion import (
     attack_update,
     gallery_attack,
 )
-from fedface.experiment import AttackConfig, UpsamplingConfig
-from fedface.federation.simulated import PublicFaces
-from fedface.models.family import Model
+from fedface.experiment import AttackConfig, Experiment, UpsamplingConfig
+from fedface.federation.simulated import PublicFaces, device_faces
+from fedface.models.family import Model, Resolved, Styled
 from fedface.models.weights import weights_hash
 from fedface.photos.tone import measure_tone
 from fedface.privacy.mechanism import GaussianSum
@@ -46,17 +45,54 @@ from fedface.reports.run import (
 from fedface.shapes import Images, LowImages, Vector
 from fedface.training.ways import Round
 from fedface.upsampling.contracts import Upsampled
-from fedface.upsampling.pulse import Pulse
+from fedface.upsampling.degrade import Degradation, measure
+from fedface.upsampling.methods import Method, fitting_method, make_upsampler
 
 FEWEST_FACES = 40  # that a distance can be measured from
 SAMPLES = 256  # faces drawn from the generator for every figure of a round
 MONK_NAMES = tuple(f"Monk {step}" for step in range(1, 11))
 
 
-def sample_figures(model: Model, like_devices: Images, seed: int) -> dict[str, Figure]:
-    """Distance of samples to faces like the devices', their mean Monk tone, and the share of darker ones."""
+@dataclass(frozen=True, kw_only=True)
+class Yardstick:
+    """What every model of a run is measured by."""
+
+    faces: Images  # like the devices'
+    asked: Images  # others of the kind, which an upsampler is shown shrunken
+    downscale: Degradation
+
+    def pictures(self, model: Model, count: int, chance: torch.Generator) -> Images:
+        """What a model makes, clamped to [0, 1]: a generator's samples, an upsampler's answers to shrunken faces.
+
+        Args:
+            model: Any family.
+            count: How many; an upsampler makes at most one of each face that it is asked.
+            chance: Where a generator's latents are drawn from.
+        """
+        if isinstance(model, Styled | Resolved):
+            return answers(model, self.asked[:count], self.downscale)
+        return model.generator.sample(count, chance)
+
+
+def answers(model: Styled | Resolved, faces: Images, downscale: Degradation) -> Images:
+    """What an upsampler makes of faces (n, 3, s, s) that it is shown shrunken, clamped to [0, 1]."""
+    low = downscale.apply(faces).clamp(0.0, 1.0)
+    upsampler = make_upsampler(fitting_method(model), model, downscale, Streams(0), size=model.size)
+    return upsampler.upsample(low, faces_per_photo=1).images[:, 0]
+
+
+def make_yardstick(experiment: Experiment, probe: PublicFaces, size: int) -> Yardstick:
+    """Public faces like the devices'; the probe where nothing is known of them."""
+    parts = [device_faces(experiment, SAMPLES, size, part=part) for part in range(2)]
+    faces, asked = (probe.images if part is None or not len(part) else part for part in parts)
+    return Yardstick(faces=faces, asked=asked, downscale=experiment.upsampling.downscale)
+
+
+def sample_figures(model: Model, yardstick: Yardstick, seed: int) -> dict[str, Figure]:
+    """Distance of what it makes to faces like the devices', their mean Monk tone, and the share of darker ones."""
     streams = Streams(seed).child("samples")
-    made = model.generator.sample(SAMPLES, streams.generator("latents"))
+    like_devices = yardstick.faces
+    made = yardstick.pictures(model, SAMPLES, streams.generator("latents"))
     monk = measure_tone(made).monk.double().numpy()
     distance: Figure = NotMeasured(not_measured=f"wants {FEWEST_FACES} faces to compare with")
     if len(like_devices) >= FEWEST_FACES:
@@ -76,8 +112,9 @@ def tone_record(source: str, label: str, images: Images) -> ToneRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """What PULSE made of the probe with one set of weights."""
+    """What a method made of the probe with one set of weights."""
 
+    method: Method
     record: BiasRecord
     low: LowImages
     upsampled: Upsampled
@@ -87,13 +124,14 @@ def serve_probe(
     model: Model,
     probe: PublicFaces,
     config: UpsamplingConfig,
+    method: Method,
     seed: int,
     progress: Callable[[int, int], None],
 ) -> Served:
-    """Shrink the probe, search it again, and compare group by group."""
+    """Shrink the probe, make it large again, and compare group by group."""
     streams = Streams(seed).child("upsampling")
-    low = config.downscale.apply(probe.images)
-    search = Pulse(model.generator, config.downscale, config.pulse, streams, progress=progress)
+    low = measure(config.downscale, probe.images, streams.generator("camera"))
+    search = make_upsampler(method, model, config.downscale, streams, size=model.size, progress=progress)
     found = search.upsample(low, faces_per_photo=config.faces_per_photo)
     report = measure_bias(
         probe.images,
@@ -103,10 +141,11 @@ def serve_probe(
         true_tone=probe.tone,
         expected=probe.expected,
     )
-    record = bias_record(report, weights_hash=weights_hash(model.generator), probe=probe.description)
+    asked = (model.upsampler,) if isinstance(model, Styled | Resolved) else (model.generator,)
+    record = bias_record(report, weights_hash=weights_hash(*asked), probe=probe.description)
     order = {name: place for place, name in enumerate(probe.expected)}
     groups = sorted(record.groups, key=lambda group: order.get(group.group, len(order)))
-    return Served(record=replace(record, groups=tuple(groups)), low=low, upsampled=found)
+    return Served(method=method, record=replace(record, groups=tuple(groups)), low=low, upsampled=found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,8 +247,3 @@ def examples(probe: PublicFaces) -> list[int]:
     for name in probe.expected:
         chosen += [i for i, group in enumerate(probe.groups) if group == name][:per_group]
     return chosen[:10]
-
-
-def enlarged(low: LowImages, size: int) -> Images:
-    """The low-resolution pictures enlarged by bicubic interpolation, for comparison."""
-    return functional.interpolate(low, size=(size, size), mode="bicubic", align_corners=False).clamp(0, 1)

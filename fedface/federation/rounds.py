@@ -22,7 +22,7 @@ from fedface.aggregation.protocol import Aggregation, Payload, PlainConfig
 from fedface.errors import AggregationError, FederationError, RunError
 from fedface.experiment import Experiment
 from fedface.federation.cohort import Cohort
-from fedface.federation.findings import sample_figures
+from fedface.federation.findings import Yardstick, sample_figures
 from fedface.federation.task import Agreed, Fault, Refusal, Revealed, RevealTask, Trained, TrainTask
 from fedface.models.family import Model
 from fedface.models.weights import buffers_of, load_model, save_model, vector_of, weights_hash
@@ -33,7 +33,7 @@ from fedface.randomness import Streams
 from fedface.reports import strict
 from fedface.reports.filling import epsilon_record
 from fedface.reports.run import Epsilon, NotMeasured, RefusalRecord, RoundRecord
-from fedface.shapes import Images, Vector
+from fedface.shapes import Vector
 from fedface.training.ways import begin_round, common_streams
 
 
@@ -119,10 +119,10 @@ def run_rounds(
     plan: Plan,
     cohort: Cohort,
     state: State,
-    like_devices: Images | None,
+    yardstick: Yardstick | None,
     watcher: Watcher,
 ) -> State:
-    """Run the rounds that are not on disk yet; each round's samples are compared with `like_devices`, if any.
+    """Run the rounds that are not on disk yet; each round's model is measured by the yardstick, if any.
 
     Raises:
         FederationError: Too few usable answers in a round, or nobody could open the sum. The run can be
@@ -137,7 +137,7 @@ def run_rounds(
         model = load_model(weights_path(state.folder, number - 1))
         watcher.stage(f"round {number} of {total}: devices train", len(members))
         record = _one_round(
-            experiment, plan, cohort, members, model, number, state.folder, like_devices, watcher
+            experiment, plan, cohort, members, model, number, state.folder, yardstick, watcher
         )
         state = state.then(record)
         watcher.say(_line(record, total))
@@ -146,7 +146,7 @@ def run_rounds(
 
 def _one_round(
     experiment: Experiment, plan: Plan, cohort: Cohort, members: Sequence[int], model: Model, number: int,
-    folder: Path, like_devices: Images | None, watcher: Watcher,
+    folder: Path, yardstick: Yardstick | None, watcher: Watcher,
 ) -> RoundRecord:  # fmt: skip
     started = time.perf_counter()
     weights = vector_of(*model.modules())
@@ -209,7 +209,7 @@ def _one_round(
         seconds_combine=combined - combining,
         seconds_reveal=revealed - combined,
         weights_hash=weights_hash(*after.modules()),
-        figures={} if like_devices is None else sample_figures(after, like_devices, experiment.seed),
+        figures={} if yardstick is None else sample_figures(after, yardstick, experiment.seed),
     )
 
 

@@ -128,12 +128,15 @@ def describe_devices(experiment: Experiment) -> list[tuple[str, str, int | None]
             assert_never(devices)
 
 
-def device_faces(experiment: Experiment, count: int, size: int) -> Images | None:
-    """About `count` public faces mixed like all devices together; None where devices are real."""
+def device_faces(experiment: Experiment, count: int, size: int, *, part: int = 0) -> Images | None:
+    """About `count` public faces mixed like all devices together; None where devices are real.
+
+    Parts with different numbers share no face, as long as there are so many.
+    """
     devices = experiment.devices
     match devices:
         case DrawnDevices():
-            streams = Streams(experiment.seed).child("like the devices")
+            streams = Streams(experiment.seed).child("like the devices" + f"/{part}" * bool(part))
             each = -(-count // devices.count)
             return torch.cat(
                 [
@@ -144,7 +147,9 @@ def device_faces(experiment: Experiment, count: int, size: int) -> Images | None
         case LabelledDevices():
             everyone = torch.cat([_photos(experiment, i, size) for i in range(devices.count)])
             chance = Streams(experiment.seed).generator("like the devices")
-            return everyone[torch.randperm(len(everyone), generator=chance)[:count]]
+            return everyone[
+                torch.randperm(len(everyone), generator=chance)[part * count : (part + 1) * count]
+            ]
         case RealDevices():
             return None
         case _:
@@ -265,13 +270,13 @@ def _dealt(experiment: Experiment) -> list[list[int]]:
     devices = experiment.devices
     if not isinstance(devices, LabelledDevices):
         raise FederationError("only labelled devices share out a folder")
-    _, groups = _labelled(experiment, experiment.start().generator.size)
+    _, groups = _labelled(experiment, experiment.start().size)
     rng = Streams(experiment.seed).numpy("partition")
     return [part.tolist() for part in partition(groups, devices.count, devices.split, rng)]
 
 
 def _mix(experiment: Experiment, part: list[int]) -> str:
-    _, groups = _labelled(experiment, experiment.start().generator.size)
+    _, groups = _labelled(experiment, experiment.start().size)
     counts: dict[str, int] = {}
     for i in part:
         counts[groups[i]] = counts.get(groups[i], 0) + 1

@@ -25,9 +25,10 @@ from fedface.errors import ConfigError
 from fedface.experiment import DrawnDevices, Experiment
 from fedface.federation.cohort import Cohort
 from fedface.federation.coordinator import begin, check_same
+from fedface.federation.findings import answers
 from fedface.federation.rounds import State, Watcher, replace_text, run_rounds, spent, weights_path
 from fedface.federation.simulated import describe_devices, device_faces, prepare
-from fedface.models.family import Model
+from fedface.models.family import Model, Resolved, Styled
 from fedface.models.weights import load_model, weights_hash
 from fedface.photos.tone import measure_tone
 from fedface.randomness import Streams
@@ -55,10 +56,11 @@ CohortOf = Callable[[Experiment, Path], Cohort]  # an experiment and the folder 
 
 @dataclass(frozen=True)
 class _Reference:
-    """Faces like the devices', in two sets: one to compare with, one to show what a perfect score is."""
+    """Faces like the devices', in three sets."""
 
-    faces: Images
-    second: Images
+    faces: Images  # to compare with
+    second: Images  # to show what a perfect score is
+    asked: Images  # what upsamplers are shown, shrunken
 
 
 def compare(
@@ -96,7 +98,7 @@ def compare(
         place = folder / "runs" / variant.folder
         runs += [_base(variant, folder, faces, watcher), _one(variant, place, cohort_of, faces, watcher)]
     first = sweep.variants[0].experiment
-    truth = _reference(first, first.start().generator.size, faces)
+    truth = _reference(first, first.start().size, faces)
     record = ComparisonRecord(
         name=sweep.name,
         question=sweep.question,
@@ -182,18 +184,22 @@ def _measure_name(faces: int) -> str:
 
 def _measure(model: Model, experiment: Experiment, faces: int, watcher: Watcher) -> ModelFigures:
     watcher.stage("samples", 1)
-    made = _sampled(model, experiment.seed, faces)
-    truth = _reference(experiment, model.generator.size, faces)
+    made = _sampled(model, experiment, faces)
+    truth = _reference(experiment, model.size, faces)
     return _figures(made, weights_hash(*model.modules()), truth, experiment.seed)
 
 
-def _sampled(model: Model, seed: int, count: int) -> Images:
-    """Samples in two halves side by side; the same for equal weights and seeds."""
+def _sampled(model: Model, experiment: Experiment, count: int) -> Images:
+    """What it makes, in two halves side by side; the same for equal weights and seeds."""
     halves = [count // 2, count - count // 2]
-    streams = Streams(seed).child("compared samples")
+    streams = Streams(experiment.seed).child("compared samples")
 
     def draw(number: int) -> Images:
-        return model.generator.sample(halves[number], streams.generator(str(number)))
+        chance = streams.generator(str(number))
+        if isinstance(model, Styled | Resolved):
+            asked = _reference(experiment, model.size, count).asked[number * halves[0] :]
+            return answers(model, asked[: halves[number]], experiment.upsampling.downscale)
+        return model.generator.sample(halves[number], chance)
 
     with ThreadPoolExecutor(2) as pool:
         return torch.cat(list(pool.map(draw, range(2))))
@@ -250,13 +256,13 @@ def _quality_figures(found: GroupQuality) -> dict[str, Figure]:
 
 @lru_cache(maxsize=4)
 def _reference(experiment: Experiment, size: int, faces: int) -> _Reference:
-    everyone = device_faces(experiment, 2 * faces, size)
-    if everyone is None:
+    everyone, asked = device_faces(experiment, 2 * faces, size), device_faces(experiment, faces, size, part=2)
+    if everyone is None or asked is None:
         raise ConfigError(
             "devices: nothing is known of real devices' photos; compare with drawn or labelled ones"
         )
     half = len(everyone) // 2
-    return _Reference(everyone[:half], everyone[half : 2 * half])
+    return _Reference(everyone[:half], everyone[half : 2 * half], asked)
 
 
 def _devices(experiment: Experiment) -> str:
@@ -292,11 +298,11 @@ def _rows(record: ComparisonRecord, sweep: Sweep, folder: Path) -> dict[str, Ima
     for way in record.ways():
         mine = [variant for variant in sweep.variants if variant.way == way]
         seed = mine[0].experiment.seed
-        rows[f"{way}, epsilon 0"] = _sampled(mine[0].experiment.start(), seed, SHOWN)
+        rows[f"{way}, epsilon 0"] = _sampled(mine[0].experiment.start(), mine[0].experiment, SHOWN)
         by_level = {level_of(v.experiment): v for v in mine if v.experiment.seed == seed}
         for level in record.levels():
             if level in by_level:
                 variant = by_level[level]
                 path = weights_path(folder / "runs" / variant.folder, variant.experiment.rounds)
-                rows[f"{way}, epsilon {level}"] = _sampled(load_model(path), seed, SHOWN)
+                rows[f"{way}, epsilon {level}"] = _sampled(load_model(path), variant.experiment, SHOWN)
     return rows

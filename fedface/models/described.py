@@ -40,7 +40,7 @@ def describe(model: Model) -> ModelFacts:
     """What a model holds, from the networks themselves."""
     return ModelFacts(
         family=words_of_family(model),
-        size=model.generator.size,
+        size=model.size,
         networks=tuple(_facts(name, module) for name, module in model.named().items()),
         hash=weights_hash(*model.modules()),
     )

@@ -1,7 +1,8 @@
 """The families of models behind one door: what a checkpoint holds, and how to build it from its shape alone.
 
 Called from models/weights (files), training/ways (which knows how each learns) and federation/ (which carries
-them). Each family has a generator with the three verbs of `models.contracts`; what stands beside it differs.
+them). All families but one have a generator with the three verbs of `models.contracts`, and differ in what stands
+beside it; a super-resolution network draws nobody by itself.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from fedface.errors import ConfigError
 from fedface.models.critic import Critic, CriticConfig
 from fedface.models.encoder import Encoder, EncoderConfig
 from fedface.models.flow import FlowConfig, RectifiedFlow
+from fedface.models.resolver import Resolver, ResolverConfig
+from fedface.models.style_encoder import StyleEncoder, StyleEncoderConfig, StyleUpsampler
 from fedface.models.stylegan1 import StyleGAN1, StyleGAN1Config
 from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
 
@@ -63,7 +66,35 @@ class AloneShape:
     generator: GeneratorConfig | StyleGAN1Config = field(default_factory=GeneratorConfig)
 
 
-Shape = GanShape | EncodedShape | FlowShape | AloneShape
+@dataclass(frozen=True, kw_only=True)
+class StyledShape:
+    """A StyleGAN2 generator and the encoder that finds the styles of a low-resolution photo."""
+
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    encoder: StyleEncoderConfig = field(default_factory=StyleEncoderConfig)
+
+    def __post_init__(self) -> None:
+        wanted = (2 * len(self.generator.sides), self.generator.style_width)
+        told = (self.encoder.style_inputs, self.encoder.style_width)
+        if told != wanted:
+            raise ConfigError(
+                f"the encoder must tell {wanted[0]} styles of width {wanted[1]}, as the generator takes them, "
+                f"got {told[0]} of width {told[1]}"
+            )
+        if self.generator.size < self.encoder.side:
+            raise ConfigError(
+                f"side must be at most the generator's {self.generator.size}, got {self.encoder.side}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedShape:
+    """A super-resolution network; it needs nobody beside it."""
+
+    resolver: ResolverConfig = field(default_factory=ResolverConfig)
+
+
+Shape = GanShape | EncodedShape | FlowShape | AloneShape | StyledShape | ResolvedShape
 
 
 @dataclass(frozen=True)
@@ -87,6 +118,11 @@ class Gan:
         """Both networks in the order in which their weights are flattened."""
         return self.generator, self.critic
 
+    @property
+    def size(self) -> int:
+        """Height and width of the faces in pixels."""
+        return self.generator.size
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -109,6 +145,11 @@ class Encoded:
         """Both networks in the order in which their weights are flattened."""
         return self.generator, self.encoder
 
+    @property
+    def size(self) -> int:
+        """Height and width of the faces in pixels."""
+        return self.generator.size
+
 
 @dataclass(frozen=True)
 class Flow:
@@ -129,6 +170,11 @@ class Flow:
     def modules(self) -> tuple[nn.Module, ...]:
         """The one network."""
         return (self.generator,)
+
+    @property
+    def size(self) -> int:
+        """Height and width of the faces in pixels."""
+        return self.generator.size
 
 
 @dataclass(frozen=True)
@@ -151,8 +197,88 @@ class Alone:
         """The one network."""
         return (self.generator,)
 
+    @property
+    def size(self) -> int:
+        """Height and width of the faces in pixels."""
+        return self.generator.size
 
-Model = Gan | Encoded | Flow | Alone
+
+@dataclass(frozen=True)
+class Styled:
+    """A generator and the encoder that finds the styles of a low-resolution photo."""
+
+    generator: StyleGAN2
+    encoder: StyleEncoder
+    notes: Mapping[str, Any]
+
+    @property
+    def shape(self) -> StyledShape:
+        """What `build` needs to make networks of the same form."""
+        return StyledShape(generator=self.generator.config, encoder=self.encoder.config)
+
+    def named(self) -> dict[str, nn.Module]:
+        """The networks by name, in the order in which their weights are flattened."""
+        return {"generator": self.generator, "encoder": self.encoder}
+
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Both networks in the order in which their weights are flattened."""
+        return self.generator, self.encoder
+
+    @property
+    def upsampler(self) -> StyleUpsampler:
+        """Both as one network from photos to faces; it shares their weights."""
+        return StyleUpsampler(self.generator, self.encoder)
+
+    @property
+    def largest_low(self) -> int:
+        """Height and width in pixels of the largest photos that it reads."""
+        return self.encoder.config.side
+
+    @property
+    def size(self) -> int:
+        """Height and width of the faces in pixels."""
+        return self.generator.size
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A super-resolution network: photo to picture, no generator."""
+
+    resolver: Resolver
+    notes: Mapping[str, Any]
+
+    @property
+    def shape(self) -> ResolvedShape:
+        """What `build` needs to make a network of the same form."""
+        return ResolvedShape(resolver=self.resolver.config)
+
+    def named(self) -> dict[str, nn.Module]:
+        """The network by name."""
+        return {"resolver": self.resolver}
+
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The one network."""
+        return (self.resolver,)
+
+    @property
+    def upsampler(self) -> Resolver:
+        """The network itself."""
+        return self.resolver
+
+    @property
+    def largest_low(self) -> int:
+        """Height and width in pixels of the largest photos that it reads."""
+        return self.resolver.config.side
+
+    @property
+    def size(self) -> int:
+        """Height and width of the pictures in pixels."""
+        return self.resolver.size
+
+
+Drawing = Gan | Encoded | Flow | Alone | Styled  # families that draw faces by themselves
+Answering = Styled | Resolved  # families that answer a low-resolution photo in one pass
+Model = Drawing | Resolved
 
 
 def build(
@@ -177,11 +303,24 @@ def build(
             if isinstance(config, StyleGAN1Config):
                 return Alone(StyleGAN1(config, chance), known)
             return Alone(StyleGAN2(config, chance), known)
+        case StyledShape():
+            return Styled(StyleGAN2(shape.generator, chance), StyleEncoder(shape.encoder, chance), known)
+        case ResolvedShape():
+            return Resolved(Resolver(shape.resolver, chance), known)
         case _:
             assert_never(shape)
 
 
-M = TypeVar("M", Gan, Encoded, Flow, Alone)
+def drawing(model: Model) -> Drawing:
+    """The model itself, if it draws faces by itself; raises ConfigError for one that only answers photos."""
+    if isinstance(model, Resolved):
+        raise ConfigError(
+            "a super-resolution network draws nobody by itself; name a checkpoint with a generator"
+        )
+    return model
+
+
+M = TypeVar("M", Gan, Encoded, Flow, Alone, Styled, Resolved)
 
 
 def copy_model(model: M) -> M:

@@ -9,6 +9,7 @@ that `torch.func.vmap(grad)` gives per-photo gradients.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,20 @@ def upsample(x: Tensor, kernel: Tensor) -> Tensor:
 def downsample(x: Tensor, kernel: Tensor) -> Tensor:
     """Halve the sides: the binomial filter at every second pixel. (n, c, h, w) -> (n, c, h/2, w/2)."""
     return blur(x, kernel, padding=1, stride=2)
+
+
+@lru_cache(maxsize=32)
+def enlarging_rows(low: int, side: int) -> Tensor:
+    """Bicubic enlargement of one axis as a matrix, (side, low) float64; rows sum to 1. Equal sides: the identity."""
+    lines = torch.eye(low, dtype=torch.float64)[None, None]
+    grown = functional.interpolate(lines, size=(side, low), mode="bicubic", align_corners=False)
+    return grown[0, 0]
+
+
+def enlarge(x: Tensor, side: int) -> Tensor:
+    """Bicubic enlargement to side x side pixels, (n, c, l, l) -> (n, c, side, side); a matrix on either hand."""
+    rows = enlarging_rows(x.shape[-1], side).to(x)
+    return x if x.shape[-1] == side else rows @ x @ rows.T
 
 
 def unit_mean_square(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fedface.config import parse, plain
 from fedface.errors import ConfigError, WeightsError
-from fedface.models.family import Alone, Encoded, Flow, Gan, Model, Shape, build
+from fedface.models.family import Alone, Encoded, Flow, Gan, Model, Resolved, Shape, Styled, build
 from fedface.models.pickled import printable
 from fedface.models.stylegan2 import StyleGAN2
 from fedface.shapes import Vector
@@ -29,6 +29,8 @@ SHIPPED = Path(__file__).parent / "weights"
 BASE_PATH = SHIPPED / "base32.safetensors"
 FLOW_PATH = SHIPPED / "flow32.safetensors"
 ENCODER_PATH = SHIPPED / "encoder32.safetensors"
+STYLED_PATH = SHIPPED / "styled32.safetensors"
+RESOLVED_PATH = SHIPPED / "resolver32.safetensors"
 FORMAT = "fedface-model-2"
 OLD_FORMAT = "fedface-gan-1"  # a generator and a critic, before there were other families
 
@@ -241,7 +243,7 @@ def _check(path: Path, model: Model, tensors: dict[str, Tensor]) -> None:
             raise WeightsError(f"{path}: {name} holds numbers that are not finite")
 
 
-M = TypeVar("M", Gan, Encoded, Flow)
+M = TypeVar("M", Gan, Encoded, Flow, Styled, Resolved)
 
 
 def load_as(path: Path, wanted: type[M]) -> M:
@@ -266,6 +268,8 @@ _WORDS: dict[type[Any], str] = {
     Encoded: "a generator with an encoder",
     Flow: "a rectified flow",
     Alone: "a generator alone",
+    Styled: "a generator with a style encoder",
+    Resolved: "a super-resolution network",
 }
 
 
@@ -282,3 +286,13 @@ def load_flow() -> Flow:
 def load_encoded() -> Encoded:
     """The embedded generator with the encoder that was trained for it."""
     return load_as(ENCODER_PATH, Encoded)
+
+
+def load_styled() -> Styled:
+    """The embedded generator with the encoder that finds the styles of a photo of 8 px."""
+    return load_as(STYLED_PATH, Styled)
+
+
+def load_resolved() -> Resolved:
+    """The embedded super-resolution network, 8 to 32 px, trained on the same drawn faces."""
+    return load_as(RESOLVED_PATH, Resolved)

@@ -169,7 +169,7 @@ def face_grid(rows: Sequence[tuple[str, Images]], columns: Sequence[str], *, sid
             for c, face in enumerate(images):
                 x = left + c * (side + gap)
                 axes = canvas.add_axes((x / width, 1 - (y + side) / height, side / width, side / height))
-                axes.imshow(_pixels(face), interpolation="nearest", aspect="auto")
+                axes.imshow(pixels_of(face), interpolation="nearest", aspect="auto")
                 axes.set_axis_off()
         for c, label in enumerate(columns):
             middle = left + c * (side + gap) + side / 2
@@ -188,7 +188,8 @@ def _short(text: str, limit: int = 26) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _pixels(face: Tensor) -> np.ndarray:
+def pixels_of(face: Tensor) -> np.ndarray:
+    """A picture (3, h, w), clamped to [0, 1], as uint8 pixels (h, w, 3)."""
     values = face.detach().clamp(0.0, 1.0).permute(1, 2, 0).numpy()
     return np.asarray((values * 255.0).round(), dtype=np.uint8)
 

@@ -289,6 +289,7 @@ def _bias(record: RunRecord) -> dict[str, object]:
         for label, audit in (("Before", record.bias_before), ("After", record.bias_after))
         if isinstance(audit, NotMeasured)
     ]
+    beside = [(title, audit, figures.INK) for title, audit in record.beside.items()]
     groups = list(dict.fromkeys(group.group for _, audit, _ in audits for group in audit.groups))
     measures = list(dict.fromkeys(name for _, audit, _ in audits for g in audit.groups for name in g.figures))
     main = [name for name in SHOWN if name in measures] or measures[:4]
@@ -298,8 +299,9 @@ def _bias(record: RunRecord) -> dict[str, object]:
         "missing": missing,
         "charts": [_dots(audits, groups, name, f"dots{index}") for index, name in enumerate(main)],
         "other_charts": [_dots(audits, groups, name, f"more{index}") for index, name in enumerate(rest)],
-        "main": _bias_table(audits, groups, main[:3]),
-        "full": _bias_table(audits, groups, measures),
+        "main": _bias_table([*audits, *beside], groups, main[:3]),
+        "full": _bias_table([*audits, *beside], groups, measures),
+        "beside": list(record.beside),
         "gaps": [
             {"label": label, "text": wording.gap_sentence(gap, name)}
             for label, audit, _ in audits

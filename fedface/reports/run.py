@@ -298,6 +298,7 @@ class RunRecord:
     aggregation: tuple[AggregationRecord, ...]
     pictures: dict[str, PictureRecord]
     notes: tuple[str, ...]  # what this run cannot show
+    beside: dict[str, BiasRecord] = field(default_factory=dict)  # simple methods on the same probe, by title
     version: int = field(default=VERSION)
 
     def __post_init__(self) -> None:

@@ -113,10 +113,16 @@ def _dataclass(kind: Any, value: Any, where: str) -> Any:
     for name in value:
         if name not in names:
             raise RunError(f"{f'{where}.{name}'.lstrip('.')}: unknown key; expected {', '.join(names)}")
+    # What older records lack has a factory: an empty collection of what they did not measure.
+    later = {f.name for f in dataclasses.fields(kind) if f.default_factory is not dataclasses.MISSING}
     for name in names:
-        if name not in value:
+        if name not in value and name not in later:
             raise RunError(f"{f'{where}.{name}'.lstrip('.')}: missing")
-    fields = {name: _typed(hints[name], value[name], f"{where}.{name}".lstrip(".")) for name in names}
+    fields = {
+        name: _typed(hints[name], value[name], f"{where}.{name}".lstrip("."))
+        for name in names
+        if name in value
+    }
     try:
         return kind(**fields)
     except ValueError as error:

@@ -15,7 +15,6 @@ and all numbers of made faces are drawn wider than the generator's own.
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +27,7 @@ from fedface.models.stylegan2 import StyleGAN2
 from fedface.photos.drawn import NORMALS, ToneMix, draw, faces_from_normals
 from fedface.randomness import Streams
 from fedface.shapes import Images, Latents
-from fedface.training.pretrain import Pool, Progress, pair_loss
+from fedface.training.pretrain import Pool, Progress, average_into, pair_loss, warm_cosine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +135,7 @@ def pretrain_encoder(generator: StyleGAN2, config: EncoderPretrainConfig, report
     optimiser = Adam(encoder.parameters(), config.learning_rate, betas=(0.9, 0.99))
     for step in range(config.steps):
         for group in optimiser.param_groups:
-            group["lr"] = config.learning_rate * _rate(step, config.steps)
+            group["lr"] = config.learning_rate * warm_cosine(step, config.steps)
         lesson = _lesson(frozen, pool, config, chance)
         named = encoder(lesson.photos)
         with torch.autocast("cpu", torch.bfloat16):
@@ -147,7 +146,7 @@ def pretrain_encoder(generator: StyleGAN2, config: EncoderPretrainConfig, report
         optimiser.zero_grad()
         torch.autograd.backward(unlike + weight * missed)
         optimiser.step()
-        _average(averaged, encoder, step)
+        average_into(averaged, encoder, step, 0.998)
         if step % 50 == 0:
             report("encoder", step, config.steps, {"picture": unlike.item(), "latent": missed.item()})
     return averaged
@@ -169,16 +168,3 @@ def _lesson(
         wanted=torch.cat([pool.clean[chosen].float() / 255.0, made]),
         latents=torch.cat([pool.latents[chosen], latents]),
     )
-
-
-def _rate(step: int, steps: int) -> float:
-    """Warm up over a hundred steps, then fall along a cosine to a fiftieth."""
-    fall = 0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * step / steps))
-    return min(1.0, (step + 1) / 100) * fall
-
-
-def _average(averaged: Encoder, fresh: Encoder, step: int) -> None:
-    keep = min(0.998, (step + 1) / (step + 10))
-    with torch.no_grad():
-        for mine, theirs in zip(averaged.parameters(), fresh.parameters(), strict=True):
-            mine.lerp_(theirs, 1.0 - keep)

@@ -30,12 +30,12 @@ from fedface.photos.drawn import draw_people
 from fedface.privacy.plan import Schedule, Terms
 from fedface.randomness import SecretNoise, Streams
 from fedface.shapes import Images, Vector
+from fedface.training.private_descent import descend_privately, descent_ranges, steadied
 from fedface.training.private_steps import (
     Draw,
     Network,
     check_per_photo_gradients,
     per_photo_gradients,
-    private_gradient,
     trained,
 )
 
@@ -198,29 +198,20 @@ def train_flow_round(
     """
     mine = copy.deepcopy(flow)
     before = trained_vector(mine)
-    schedule, mechanism = terms.schedule, terms.mechanism()
     draw = _draw(mine, config, chance)
     _check(flow.config, config.adapt)
-    scales = public_scales(mine, config)
-    rate = config.rate * min(1.0, config.steady_noise / max(terms.noise_multiplier, 1e-9))
-    # Heavy-ball momentum (Polyak 1964) reads noised gradients alone: post-processing.
-    pace = [torch.zeros_like(weight) for weight in trained(mine).values()]
-    for _ in range(schedule.steps_per_round):
-        gradients = private_gradient(
-            mine,
-            photos,
-            loss_over_draws,
-            mechanism=mechanism,
-            expected_batch=schedule.expected_batch,
-            sampling_rate=schedule.sampling_rate,
-            chance=chance,
-            draw=draw,
-            scales=scales,
-            microbatch=max(1, _EVALUATIONS_AT_ONCE // config.noise_draws),
-        )
-        with torch.no_grad():
-            for weight, moved, gradient in zip(trained(mine).values(), pace, gradients, strict=True):
-                weight.sub_(moved.mul_(config.momentum).add_(gradient), alpha=rate)
+    descend_privately(
+        mine,
+        photos,
+        loss_over_draws,
+        terms,
+        rate=steadied(config.rate, config.steady_noise, terms),
+        momentum=config.momentum,
+        chance=chance,
+        draw=draw,
+        scales=public_scales(mine, config),
+        microbatch=max(1, _EVALUATIONS_AT_ONCE // config.noise_draws),
+    )
     return trained_vector(mine) - before
 
 
@@ -322,13 +313,11 @@ def _check(config: FlowConfig, adapt: Adapt) -> None:
 
 
 def flow_ranges(flow: RectifiedFlow, config: FlowTrainingConfig) -> Vector:
-    """Public bounds on how far each trained weight moves in one round, for quantisation, shape (d,), all > 0.
-
-    As many photos as expected, all pulling at one weight, move it by rate * clip norm in a step, which momentum
-    repeats in the steps that follow; twice that leaves room for noise and for larger draws. A weight that moves
-    further is clamped.
-    """
-    steps, keep = config.steps_per_round, config.momentum
-    repeated = sum((1.0 - keep ** (step + 1)) / (1.0 - keep) for step in range(steps))
-    reach = 2.0 * repeated * config.rate * config.clip_norm
-    return torch.full_like(trained_vector(flow), reach)
+    """Public bounds on how far each trained weight moves in one round, see `descent_ranges`, shape (d,)."""
+    return descent_ranges(
+        flow,
+        steps=config.steps_per_round,
+        rate=config.rate,
+        momentum=config.momentum,
+        clip_norm=config.clip_norm,
+    )

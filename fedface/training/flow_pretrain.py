@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -20,12 +19,10 @@ from torch.optim import Adam
 
 from fedface.models.family import Flow
 from fedface.models.flow import FlowConfig, RectifiedFlow
-from fedface.photos.drawn import ToneMix, draw, sample_faces
 from fedface.randomness import Streams
 from fedface.shapes import Images
 from fedface.training.flow import flow_loss
-
-Progress = Callable[[str, int, int, dict[str, float]], None]
+from fedface.training.pretrain import Progress, average_into, seen_faces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +52,7 @@ class FlowPretrainConfig:
 
 def draw_pool(config: FlowPretrainConfig, report: Progress) -> Tensor:
     """Drawn faces seen through their cameras, (pool, 3, s, s) uint8."""
-    streams = Streams(config.seed)
-    tones = ToneMix(light_share=config.light_share)
-    chance, camera = streams.generator("pool"), streams.generator("camera")
-    parts = []
-    for done in range(0, config.pool, 500):
-        faces = sample_faces(min(500, config.pool - done), tones, chance)
-        seen = draw(faces, config.flow.size, noise=camera)
-        parts.append((seen.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8))
-        report("drawing", done, config.pool, {})
-    return torch.cat(parts)
+    return seen_faces(config.pool, config.light_share, config.flow.size, Streams(config.seed), report)
 
 
 def sliced_times(count: int, chance: torch.Generator) -> Tensor:
@@ -108,16 +96,10 @@ class FlowPretraining:
             optimiser.zero_grad()
             torch.autograd.backward(loss)
             optimiser.step()
-            self._average(step)
+            average_into(self.averaged, self.flow, step, self.config.averaging)
             self.steps_done += 1
             if step % 100 == 0:
                 report("flow", step, self.config.steps, {"loss": loss.item()})
-
-    def _average(self, step: int) -> None:
-        keep = min(self.config.averaging, (step + 1) / (step + 10))
-        with torch.no_grad():
-            for mine, fresh in zip(self.averaged.parameters(), self.flow.parameters(), strict=True):
-                mine.lerp_(fresh, 1.0 - keep)
 
     def finish(self) -> Flow:
         """The averaged network, with notes on how it was made."""

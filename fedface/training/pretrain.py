@@ -14,13 +14,14 @@ collections of the debate. Averaged weights are kept with a warm-up (facts: with
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Adam
 
@@ -28,7 +29,7 @@ from fedface.models.critic import Critic, CriticConfig
 from fedface.models.family import Gan, copy_model, new_gan
 from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
 from fedface.models.weights import remember_mean_style
-from fedface.photos.drawn import NORMALS, ToneMix, draw, faces_from_normals
+from fedface.photos.drawn import NORMALS, ToneMix, draw, faces_from_normals, sample_faces
 from fedface.randomness import Streams
 from fedface.shapes import Images, Latents
 
@@ -97,15 +98,46 @@ def _bytes(images: Images) -> Tensor:
     return (images.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
 
 
-def pair_loss(made: Images, drawn: Images) -> Tensor:
-    """L1 on pixels plus L1 on differences of neighbouring pixels, at full, half and quarter size."""
-    loss = made.new_zeros(())
+def seen_faces(count: int, light_share: float, size: int, streams: Streams, report: Progress) -> Tensor:
+    """Drawn faces seen through their cameras, (count, 3, size, size) uint8."""
+    tones = ToneMix(light_share=light_share)
+    chance, camera = streams.generator("pool"), streams.generator("camera")
+    parts = []
+    for done in range(0, count, 500):
+        faces = sample_faces(min(500, count - done), tones, chance)
+        parts.append(_bytes(draw(faces, size, noise=camera)))
+        report("drawing", done, count, {})
+    return torch.cat(parts)
+
+
+def average_into(averaged: nn.Module, fresh: nn.Module, step: int, keep: float) -> None:
+    """Move averaged weights towards fresh ones; `keep` of them stays in late steps, less in the first."""
+    share = min(keep, (step + 1) / (step + 10))
+    with torch.no_grad():
+        for mine, theirs in zip(averaged.parameters(), fresh.parameters(), strict=True):
+            mine.lerp_(theirs, 1.0 - share)
+
+
+def warm_cosine(step: int, steps: int) -> float:
+    """The learning rate's multiplier: up over a hundred steps, then down along a cosine to a fiftieth."""
+    fall = 0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+    return min(1.0, (step + 1) / 100) * fall
+
+
+def pair_losses(made: Images, drawn: Images) -> Tensor:
+    """L1 on pixels plus L1 on differences of neighbouring pixels, at full, half and quarter size, per picture: (n,)."""
+    loss = made.new_zeros(len(made))
     for _ in range(3):
-        loss = loss + functional.l1_loss(made, drawn)
+        loss = loss + (made - drawn).abs().mean(dim=(1, 2, 3))
         for axis in (2, 3):
-            loss = loss + functional.l1_loss(made.diff(dim=axis), drawn.diff(dim=axis))
+            loss = loss + (made.diff(dim=axis) - drawn.diff(dim=axis)).abs().mean(dim=(1, 2, 3))
         made, drawn = functional.avg_pool2d(made, 2), functional.avg_pool2d(drawn, 2)
     return loss
+
+
+def pair_loss(made: Images, drawn: Images) -> Tensor:
+    """The mean of `pair_losses`, a scalar."""
+    return pair_losses(made, drawn).mean()
 
 
 def r1_penalty(critic: Critic, photos: Images) -> Tensor:
@@ -132,12 +164,7 @@ class Pretraining:
         return torch.randn(self.config.batch, self.config.generator.latent_width, generator=self.chance)
 
     def _average(self, step: int) -> None:
-        keep = min(0.999, (step + 1) / (step + 10))
-        with torch.no_grad():
-            for mine, fresh in zip(
-                self.averaged.generator.parameters(), self.gan.generator.parameters(), strict=True
-            ):
-                mine.lerp_(fresh, 1.0 - keep)
+        average_into(self.averaged.generator, self.gan.generator, step, 0.999)
 
     def _grow(self, generator: StyleGAN2, latents: Latents) -> Images:
         with torch.autocast("cpu", torch.bfloat16):
@@ -217,10 +244,8 @@ class Pretraining:
 
 
 def _cosine(optimiser: Adam, rate: float, step: int, steps: int) -> None:
-    warm = min(1.0, (step + 1) / 100)
-    fall = 0.02 + 0.98 * 0.5 * (1.0 + torch.cos(torch.tensor(torch.pi * step / steps)).item())
     for group in optimiser.param_groups:
-        group["lr"] = rate * warm * fall * group.get("scale", 1.0)
+        group["lr"] = rate * warm_cosine(step, steps) * group.get("scale", 1.0)
 
 
 def pretrain(config: PretrainConfig, report: Progress) -> Gan:

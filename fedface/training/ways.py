@@ -5,7 +5,9 @@ ways is `Training`; each has its own count of numbers sent, its own noise and it
 
 * `gan-training`, all weights or low-rank changes: the critic sees photos, the generator learns from the critic;
 * `flow-training`, all weights or low-rank changes: a rectified flow, one network that sees photos;
-* `prior-training`: the generator is frozen; devices send noised sums of their photos' latents, once.
+* `prior-training`: the generator is frozen; devices send noised sums of their photos' latents, once;
+* `upsampler-training`, all weights or low-rank changes: a style encoder or a super-resolution network learns to undo
+  a known downscale of the photos.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from fedface.errors import ConfigError
 from fedface.models.adapters import Lora, attach, fill_trained, merge, trained_vector
-from fedface.models.family import Encoded, Flow, Gan, Model
+from fedface.models.family import Encoded, Flow, Gan, Model, Resolved, Styled
 from fedface.models.weights import remember_mean_style
 from fedface.privacy.plan import Terms
 from fedface.randomness import SecretNoise, Streams
@@ -35,8 +37,15 @@ from fedface.training.flow import (
 from fedface.training.generator import GanTrainingConfig, loss_on_photos, ranges_of, train_round
 from fedface.training.prior import PriorTrainingConfig, photo_vectors, prior_ranges, refit, train_prior_round
 from fedface.training.private_steps import trained
+from fedface.training.upsampler import (
+    UpsamplerTrainingConfig,
+    lesson_of,
+    mark_upsampler,
+    train_upsampler_round,
+    upsampler_ranges,
+)
 
-Training = GanTrainingConfig | FlowTrainingConfig | PriorTrainingConfig
+Training = GanTrainingConfig | FlowTrainingConfig | PriorTrainingConfig | UpsamplerTrainingConfig
 ReleaseOf = Callable[[Images], Vector]
 
 
@@ -49,6 +58,11 @@ def check_fits(model: Model, training: Training) -> None:
             fits, wanted = isinstance(model, Flow), "a rectified flow"
         case PriorTrainingConfig():
             fits, wanted = isinstance(model, Encoded), "a generator with an encoder"
+        case UpsamplerTrainingConfig():
+            fits = isinstance(model, Styled if training.learner == "style-encoder" else Resolved)
+            wanted = f"a {training.learner} network".replace(
+                "style-encoder network", "generator with a style encoder"
+            )
         case _:
             assert_never(training)
     if isinstance(model, Gan) and (model.critic.config.minibatch_group or model.critic.config.classes):
@@ -56,13 +70,19 @@ def check_fits(model: Model, training: Training) -> None:
             "training: this critic looks at several pictures at once or wants their classes; devices train critics "
             "without minibatch statistics and classes only, so that each photo's influence is its own"
         )
-    if isinstance(model, Gan | Encoded) and model.generator.config.classes:
+    if isinstance(model, Gan | Encoded | Styled) and model.generator.config.classes:
         raise ConfigError(
             "training: this generator makes pictures of a class that is named, and no device sends the classes of its "
             "photos; name a checkpoint whose generator has no classes as base"
         )
     if not fits:
         raise ConfigError(f"training: this way of learning needs {wanted}; name such a checkpoint as base")
+    if isinstance(training, UpsamplerTrainingConfig) and isinstance(model, Styled | Resolved):
+        if (low := training.downscale.low_side(model.size)) > model.largest_low:
+            raise ConfigError(
+                f"training.downscale makes photos of {low} pixels from faces of {model.size}, and this network reads "
+                f"photos of {model.largest_low} at most; name another downscale or another base"
+            )
 
 
 def begin_round(model: Model, training: Training, terms: Terms, common: Streams) -> Round:
@@ -82,6 +102,9 @@ def begin_round(model: Model, training: Training, terms: Terms, common: Streams)
         return Round(model, training, terms)
     marked = copy.deepcopy(model)
     chance = common.generator("adapter")
+    if isinstance(training, UpsamplerTrainingConfig) and isinstance(marked, Styled | Resolved):
+        mark_upsampler(marked, training.adapt, chance)
+        return Round(marked, training, terms)
     for module in marked.modules():
         attach(module, training.adapt, chance)
     return Round(marked, training, terms)
@@ -97,12 +120,21 @@ def chance_for(terms: Terms, streams: Streams) -> SecretNoise | torch.Generator:
     return SecretNoise() if terms.promises else streams.generator("no promise")
 
 
+def objective_of(training: Training) -> str:
+    """What photos help to train, in the word of a device's policy."""
+    return "upsampler" if isinstance(training, UpsamplerTrainingConfig) else "generator"
+
+
 def words_of(training: Training) -> str:
     """What a device sends, in words that follow a number."""
     match training:
-        case GanTrainingConfig(adapt=Lora(rank=rank)) | FlowTrainingConfig(adapt=Lora(rank=rank)):
+        case (
+            GanTrainingConfig(adapt=Lora(rank=rank))
+            | FlowTrainingConfig(adapt=Lora(rank=rank))
+            | UpsamplerTrainingConfig(adapt=Lora(rank=rank))
+        ):
             return f"changes of low-rank weights (rank {rank})"
-        case GanTrainingConfig() | FlowTrainingConfig():
+        case GanTrainingConfig() | FlowTrainingConfig() | UpsamplerTrainingConfig():
             return "weight changes"
         case PriorTrainingConfig():
             return "sums over photos (a count, and moments of latents)"
@@ -133,6 +165,8 @@ class Round:
                 return train_flow_round(flow, photos, config, self.terms, chance=chance, streams=streams)
             case PriorTrainingConfig() as config, Encoded(encoder=encoder):
                 return train_prior_round(encoder, photos, config, self.terms, chance=chance)
+            case UpsamplerTrainingConfig() as config, (Styled() | Resolved()) as model:
+                return train_upsampler_round(model, photos, config, self.terms, chance=chance)
             case _:
                 raise ConfigError("training: this way of learning does not go with this model")
 
@@ -145,6 +179,8 @@ class Round:
                 return flow_ranges(flow, config)
             case PriorTrainingConfig() as config, Encoded(encoder=encoder):
                 return prior_ranges(encoder, config)
+            case UpsamplerTrainingConfig() as config, (Styled() | Resolved()) as model:
+                return upsampler_ranges(model, config)
             case _:
                 raise ConfigError("training: this way of learning does not go with this model")
 
@@ -168,8 +204,11 @@ class Round:
                     flow,
                     lambda photos: loss_over_draws(flow, photos, rows.expand(len(photos), -1, -1)).mean(),
                 )
-            case PriorTrainingConfig() as config, Encoded(encoder=encoder):
-                return lambda photos: photo_vectors(encoder(photos), config).mean(dim=0)
+            case PriorTrainingConfig() as prior, Encoded(encoder=encoder):
+                return lambda photos: photo_vectors(encoder(photos), prior).mean(dim=0)
+            case UpsamplerTrainingConfig() as config, (Styled() | Resolved()) as model:
+                network, lesson = model.upsampler, lesson_of(config.downscale, config.fit_weight)
+                return gradient_of(network, lambda photos: lesson(network, photos).mean())
             case _:
                 raise ConfigError("training: this way of learning does not go with this model")
 
@@ -186,7 +225,10 @@ class Round:
                 fresh = refit(encoded.generator, total, devices, config, self.terms, encoder=encoded.encoder)
                 remember_mean_style(fresh, chance)
                 return Encoded(fresh, encoded.encoder, encoded.notes)
-            case (GanTrainingConfig() | FlowTrainingConfig()) as config, (Gan() | Flow()) as model:
+            case (
+                (GanTrainingConfig() | FlowTrainingConfig() | UpsamplerTrainingConfig()) as config,
+                (Gan() | Flow() | Styled() | Resolved()) as model,
+            ):
                 moved = copy.deepcopy(model)
                 start = trained_vector(*moved.modules())
                 fill_trained(start + config.server_rate * total / devices, *moved.modules())

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fedface.shapes import Images, LowImages
 
-
 # Called with (steps done, steps at most) over all photos; faces that are done early let it jump ahead.
 Progress = Callable[[int, int], None]
 

@@ -48,7 +48,7 @@ devices: {kind: drawn-devices, light_shares: [0.9, 0.1], photos_each: 12}
 probe: {kind: drawn-probe, each: 2}
 training: {kind: gan-training, rounds: 1, steps_per_round: 1, sampling_rate: 0.5, expected_batch: 4, made_batch: 4}
 aggregation: {kind: encrypted}
-upsampling: {pulse: {steps: 2}}
+upsampling: {method: {kind: pulse, steps: 2}}
 attack: {photos: 2, iterations: 1, candidates: 2, trials: 2}
 base: base.safetensors
 """

@@ -18,7 +18,7 @@ from fedface.errors import FederationError, RunError
 from fedface.experiment import Experiment
 from fedface.federation.cohort import Heard
 from fedface.federation.device import serve
-from fedface.federation.findings import sample_figures
+from fedface.federation.findings import Yardstick, sample_figures
 from fedface.federation.flower import devices_folder
 from fedface.federation.rounds import SilentWatcher, State, run_rounds, weights_path
 from fedface.federation.simulated import device_faces, simulated_device
@@ -39,6 +39,7 @@ from fedface.privacy.ledger import Ledger
 from fedface.reports.run import Epsilon, Interval, NotMeasured
 from fedface.shapes import Vector
 from fedface.training.generator import ranges_of
+from fedface.upsampling.degrade import Area
 
 Tamper = Callable[[int, Task, Reply], Reply | Fault]
 THREE = {"devices.light_shares": "[0.9, 0.5, 0.1]"}
@@ -74,8 +75,9 @@ class LocalCohort:
 
 def rounds(experiment: Experiment, cohort: LocalCohort) -> State:
     """All rounds that are not on disk yet."""
-    like = device_faces(experiment, 48, 16)
-    assert like is not None
+    faces = device_faces(experiment, 48, 16)
+    assert faces is not None
+    like = Yardstick(faces=faces, asked=faces, downscale=experiment.upsampling.downscale)
     return run_rounds(experiment, experiment.plan(), cohort, State.read(cohort.folder), like, SilentWatcher())
 
 
@@ -338,5 +340,8 @@ def test_a_damaged_or_missing_state_is_said(tmp_path: Path) -> None:
 def test_a_distance_needs_forty_faces_and_says_so(tmp_path: Path) -> None:
     """Real devices are compared with the probe, which may be small: that is no reason to stop a run."""
     faces = torch.rand(48, 3, 16, 16)
-    few, enough = (sample_figures(tiny_gan(), faces[:count], 0)["distance"] for count in (39, 40))
+    few, enough = (
+        sample_figures(tiny_gan(), Yardstick(faces=faces[:n], asked=faces, downscale=Area(4)), 0)["distance"]
+        for n in (39, 40)
+    )
     assert isinstance(few, NotMeasured) and isinstance(enough, Interval)

@@ -16,6 +16,7 @@ from fedface.experiment import Experiment, read_experiment
 from fedface.federation.cohort import Cohort
 from fedface.federation.coordinator import begin
 from fedface.federation.device import Device
+from fedface.federation.findings import Yardstick
 from fedface.federation.flower import GridCohort, client_app, devices_folder, in_process_cohort
 from fedface.federation.rounds import SilentWatcher, State, run_rounds, weights_path
 from fedface.federation.simulated import device_faces, prepare, simulated_device
@@ -60,8 +61,9 @@ def start(experiment: Experiment, folder: Path) -> None:
 
 def models(experiment: Experiment, cohort: Cohort, folder: Path) -> Sequence[Vector]:
     """The global model after each round."""
-    like = device_faces(experiment, 48, 16)
-    assert like is not None
+    faces = device_faces(experiment, 48, 16)
+    assert faces is not None
+    like = Yardstick(faces=faces, asked=faces, downscale=experiment.upsampling.downscale)
     run_rounds(experiment, experiment.plan(), cohort, State.read(folder), like, SilentWatcher())
     rounds = range(1, experiment.rounds + 1)
     return [vector_of(*load_model(weights_path(folder, number)).modules()) for number in rounds]

@@ -1,22 +1,38 @@
-"""One photo, several faces that shrink to it."""
+"""One photo, several faces that shrink to it, by every method; and folders of photos, that can be interrupted."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny import GENERATOR, STYLES
 
-from fedface.errors import LibraryError
-from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
+from fedface.audits.bias import tone_histogram
+from fedface.errors import ConfigError, LibraryError
+from fedface.models.family import AloneShape, Model, StyledShape, build
 from fedface.photos.faces import Detector, Face
-from fedface.photos.pixels import write_png
-from fedface.reports.portrait import portrait_sheet, upsample_photo
+from fedface.photos.pixels import read_photo_bytes, write_png
+from fedface.photos.subjects import Subject
+from fedface.randomness import Streams
+from fedface.reports.portrait import Painters, answer_words, portrait_sheet, show, spread_of
+from fedface.reports.portraits import LeftOut, Made, SheetFolder, Wanted, make_sheets, pictures_in
+from fedface.upsampling.contracts import squared_difference
+from fedface.upsampling.degrade import Area, Chain, Degradation, Noise
+from fedface.upsampling.methods import Method
+from fedface.upsampling.one_pass import EncodeConfig, NearestConfig
+from fedface.upsampling.pulse import PulseConfig
 
-GENERATOR = StyleGAN2(
-    GeneratorConfig(size=16, channel_base=64, channel_max=8), torch.Generator().manual_seed(0)
-)
+STREAMS = Streams(4)
+PULSE = PulseConfig(steps=3, mapping_samples=200)
+METHODS: list[tuple[Method, Model | None]] = [
+    (PULSE, build(AloneShape(generator=GENERATOR), STREAMS.generator("alone"))),
+    (EncodeConfig(), build(StyledShape(generator=GENERATOR, encoder=STYLES), STREAMS.generator("styled"))),
+    (NearestConfig(), None),
+]
+WANTED = Wanted(degradation=Area(4), size=16, faces=2, most_people=1)
 
 
 class Blind:
@@ -34,29 +50,129 @@ def blind() -> Detector:
     return Blind()
 
 
-def photo_of(folder: Path, height: int, width: int) -> Path:
-    """A grey picture."""
-    path = folder / f"{height}x{width}.png"
-    write_png(path, np.full((height, width, 3), 128, dtype=np.uint8))
-    return path
+class Silent:
+    """Nobody watches."""
+
+    def stage(self, name: str, steps: int) -> None:
+        """Nothing."""
+
+    def say(self, sentence: str) -> None:
+        """Nothing."""
 
 
-def test_a_picture_as_small_as_the_measurement_is_the_measurement(tmp_path: Path) -> None:
-    """Four by four grey pixels, factor 4, 16 px: nothing is detected, cropped or shrunk."""
-    found = upsample_photo(photo_of(tmp_path, 4, 4), GENERATOR, blind, factor=4, faces=2, seed=0)
-    assert found.faces_in_photo == 0
-    assert torch.allclose(found.low, torch.full((1, 3, 4, 4), 128 / 255))
-    assert found.made.images.shape == (1, 2, 3, 16, 16)
-    assert portrait_sheet(found).startswith(b"\x89PNG")
+def painters(degradation: Degradation = WANTED.degradation) -> Painters:
+    """PULSE, an encoder and nearest at 16 px."""
+    return Painters(METHODS, degradation, size=16, seed=0)
 
 
-def test_a_photo_without_a_face_is_refused_with_a_way_out(tmp_path: Path) -> None:
-    """Larger than a face alone, and nobody in it."""
-    with pytest.raises(LibraryError, match="no face found; give a photo"):
-        upsample_photo(photo_of(tmp_path, 80, 120), GENERATOR, blind, factor=4, faces=1, seed=0)
+def subject(side: int, *, people: int = 0) -> Subject:
+    """A face of random pixels."""
+    pixels = (torch.rand(side, side, 3, generator=STREAMS.generator("pixels")) * 255).byte().numpy()
+    return Subject(crop=pixels, number=1, people=people, turned=0, side=float(side))
 
 
-def test_a_factor_that_does_not_divide_the_picture_is_refused(tmp_path: Path) -> None:
-    """16 is no multiple of 3."""
-    with pytest.raises(LibraryError, match="must divide the generator's 16 pixels"):
-        upsample_photo(photo_of(tmp_path, 4, 4), GENERATOR, blind, factor=3, faces=1, seed=0)
+def test_a_picture_as_small_as_the_measurement_is_the_measurement() -> None:
+    """Four by four pixels of a picture that is a face already, factor 4, 16 px: nothing is shrunk."""
+    small = subject(4)
+    shown = show(small, Area(4), size=16)
+    wanted = torch.from_numpy(small.crop).permute(2, 0, 1)[None].float() / 255
+    assert torch.equal(shown.low, wanted) and shown.truth.shape == (1, 3, 16, 16)
+
+
+def test_a_face_is_shrunk_by_the_degradation_that_the_methods_search_with() -> None:
+    face = subject(16, people=1)
+    shown = show(face, Area(4), size=16)
+    assert torch.allclose(shown.low, Area(4).apply(shown.truth))
+    noisy = Chain((Area(4), Noise(0.1)))
+    once, again = (show(face, noisy, size=16, seed=seed).low for seed in (1, 1))
+    assert torch.equal(once, again) and not torch.equal(once, shown.low)
+
+
+def test_every_method_answers_and_its_misfit_is_that_of_its_faces() -> None:
+    portrait = painters().portray(show(subject(16, people=1), Area(4), size=16), faces=2)
+    assert [answer.made.faces_per_photo for answer in portrait.answers] == [2, 1, 1]
+    for answer in portrait.answers:
+        again = squared_difference(Area(4).apply(answer.made.images[0]), portrait.shown.low)
+        torch.testing.assert_close(answer.made.misfit[0], again, atol=1e-6, rtol=1e-3)
+    assert "of 2 faces fit" in answer_words(portrait.answers[0])
+    assert answer_words(portrait.answers[2]).startswith("nearest: one answer, fits, smallest misfit 0.00000")
+
+
+def test_the_spread_of_two_faces_is_half_their_distance_and_of_equal_ones_nothing() -> None:
+    """Standard deviation of two values, dividing by their number."""
+    faces = torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), 0.6)])
+    torch.testing.assert_close(spread_of(faces), torch.full((4, 4), 0.3))
+    assert float(spread_of(faces[:1].expand(3, 3, 4, 4)).max()) == 0.0
+
+
+def test_the_sheet_is_a_picture_that_grows_with_methods_and_faces() -> None:
+    portrait = painters().portray(show(subject(16, people=1), Area(4), size=16), faces=2)
+    tones = tone_histogram(torch.rand(20, 3, 16, 16, generator=STREAMS.generator("tones")))
+    with_tones, without = (read_photo_bytes(portrait_sheet(portrait, told)).pixels for told in (tones, None))
+    assert with_tones.shape == without.shape and (with_tones != without).any()
+    more = painters().portray(portrait.shown, faces=5)
+    wider = read_photo_bytes(portrait_sheet(more)).pixels
+    assert wider.shape[1] > without.shape[1] and wider.shape[0] == without.shape[0]
+
+
+def folder_of_photos(place: Path) -> Path:
+    """Two small faces, one photo without a face, one broken file, one that is no picture."""
+    photos = place / "photos"
+    (photos / "deep").mkdir(parents=True)
+    write_png(photos / "a.png", subject(16).crop)
+    write_png(photos / "deep" / "a.png", subject(8).crop)
+    write_png(photos / "empty.png", np.full((90, 120, 3), 128, dtype=np.uint8))
+    (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 broken")
+    (photos / "notes.txt").write_text("no picture")
+    return photos
+
+
+def work(photos: Path, sheets: SheetFolder) -> list[Made | LeftOut]:
+    """Everything that is left to do."""
+    left = sheets.left(pictures_in(photos))
+    found = list(make_sheets(left, sheets.place, WANTED, painters(), blind, None, Silent()))
+    for result in found:
+        sheets.keep([result])
+    return found
+
+
+def test_a_folder_gives_a_sheet_for_every_face_and_a_reason_for_every_other_photo(tmp_path: Path) -> None:
+    photos = folder_of_photos(tmp_path)
+    assert [path.name for path in pictures_in(photos)] == ["a.png", "broken.jpg", "empty.png", "a.png"]
+    found = work(photos, SheetFolder(tmp_path / "out", photos, {"seed": 0}))
+    made = [result for result in found if isinstance(result, Made)]
+    left_out = {Path(r.photo).name: r.reason for r in found if isinstance(r, LeftOut)}
+    assert sorted(result.sheet.name for result in made) == ["a.png.png", "deep_a.png.png"]
+    assert all(result.sheet.read_bytes().startswith(b"\x89PNG") for result in made)
+    assert set(left_out) == {"broken.jpg", "empty.png"} and "no face found" in left_out["empty.png"]
+    kept = json.loads((tmp_path / "out" / "faces.json").read_text())
+    assert len(kept["found"]) == 4 and kept["asked"]["seed"] == 0
+
+
+def test_work_that_was_cut_short_goes_on_where_it_ended(tmp_path: Path) -> None:
+    """A second start does nothing; a sheet that somebody deleted is made again, and only that."""
+    photos = folder_of_photos(tmp_path)
+    work(photos, SheetFolder(tmp_path / "out", photos, {"seed": 0}))
+    assert work(photos, SheetFolder(tmp_path / "out", photos, {"seed": 0})) == []
+    (tmp_path / "out" / "a.png.png").unlink()
+    again = work(photos, SheetFolder(tmp_path / "out", photos, {"seed": 0}))
+    assert [Path(result.photo).name for result in again] == ["a.png"]
+    assert len(json.loads((tmp_path / "out" / "faces.json").read_text())["found"]) == 4
+
+
+def test_sheets_of_other_settings_are_never_mixed(tmp_path: Path) -> None:
+    photos = folder_of_photos(tmp_path)
+    work(photos, SheetFolder(tmp_path / "out", photos, {"seed": 0}))
+    with pytest.raises(ConfigError, match="holds sheets of other photos or settings"):
+        SheetFolder(tmp_path / "out", photos, {"seed": 1})
+    (tmp_path / "out" / "faces.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"faces\.json: damaged"):
+        SheetFolder(tmp_path / "out", photos, {"seed": 0})
+
+
+def test_a_folder_without_a_picture_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(LibraryError, match=r"no picture in this folder \(1 other files\)"):
+        pictures_in(tmp_path)
+    with pytest.raises(LibraryError, match="there is no photo or folder"):
+        pictures_in(tmp_path / "nowhere")

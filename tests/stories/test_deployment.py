@@ -33,7 +33,7 @@ SMALLER = {
         "rounds: 2, steps_per_round: 1, sampling_rate: 0.5, expected_batch: 4, made_batch: 4"
     ),
     "each: 12}": (
-        "each: 8}\nupsampling: {pulse: {steps: 2}}\n"
+        "each: 8}\nupsampling: {method: {kind: pulse, steps: 2}}\n"
         "attack: {photos: 2, iterations: 1, candidates: 2, trials: 2}"
     ),
 }

@@ -16,7 +16,7 @@ from fedface.reports import run
 from fedface.reports.run import Epsilon, Interval
 
 
-@pytest.mark.parametrize("way", ["lora", "prior", "flow"])
+@pytest.mark.parametrize("way", ["lora", "prior", "flow", "styles", "resolver"])
 def test_a_run_of_each_way_ends_with_a_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:

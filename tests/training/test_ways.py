@@ -12,7 +12,7 @@ from tiny import CRITIC, GENERATOR, WAYS, tiny_experiment, tiny_way
 from fedface.errors import ConfigError, PrivacyError
 from fedface.experiment import Experiment
 from fedface.models.adapters import Lora, attach, trained_vector
-from fedface.models.family import EncodedShape, GanShape, Model, build
+from fedface.models.family import EncodedShape, GanShape, Model, Resolved, build
 from fedface.models.weights import vector_of, weights_hash
 from fedface.photos.drawn import ToneMix, draw, sample_faces
 from fedface.randomness import Streams
@@ -94,6 +94,8 @@ def test_an_update_of_nothing_leaves_the_weights_as_they_were(tmp_path: Path, wa
     model, work = begun(tiny_way(tmp_path, way, {"promise": "{kind: no-promise}"}))
     after = work.apply(torch.zeros_like(work.ranges()), 2, Streams(2).generator("mean"))
     assert torch.allclose(vector_of(*after.modules()), vector_of(*model.modules()), atol=1e-6)
+    if isinstance(model, Resolved) or isinstance(after, Resolved):
+        return  # it draws nobody
     latents = torch.randn(4, model.generator.latent_width, generator=Streams(1).generator("z"))
     assert torch.allclose(after.generator.map(latents), model.generator.map(latents), atol=1e-5)
 

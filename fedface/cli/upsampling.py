@@ -1,0 +1,207 @@
+"""The command `fedface upsample`: a photo or a folder of photos to sheets of faces.
+
+Called from fedface/cli. Parses, calls `reports.portraits`, and says in a line each what came of every photo.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+
+from fedface.audits.bias import ToneHistogram, tone_histogram
+from fedface.cli.faces import chosen_detector
+from fedface.cli.terminal import Bars, DetectorOption, JsonOption, console, progress_bars
+from fedface.config import plain
+from fedface.errors import ConfigError, LibraryError
+from fedface.models.contracts import sample
+from fedface.models.family import Flow, Model, Resolved
+from fedface.models.weights import load_model, weights_hash
+from fedface.photos.faces import Detector
+from fedface.reports.portrait import NOBODY, Painters, answer_words
+from fedface.reports.portraits import LeftOut, Made, SheetFolder, Wanted, make_sheets, pictures_in
+from fedface.upsampling.degrade import Area, Bicubic, BicubicPulse, Degradation
+from fedface.upsampling.methods import METHODS, Method, fitting_method, with_models
+from fedface.upsampling.pulse import PulseConfig
+
+TONES = 1000  # samples whose skin tones are counted for a sheet
+
+
+def upsample(
+    photo: Annotated[
+        Path, typer.Argument(help="A photo with a face, a small square face, or a folder of such photos.")
+    ],
+    method: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(METHODS)}, or all; may be repeated.")
+    ] = None,
+    faces: Annotated[int, typer.Option(min=1, max=16, help="How many faces of each method.")] = 6,
+    factor: Annotated[int, typer.Option(min=1, help="How much the face is shrunk.")] = 4,
+    downscale: Annotated[
+        Literal["bicubic-pulse", "bicubic", "area"], typer.Option(help="How the face is shrunk.")
+    ] = "bicubic-pulse",
+    people: Annotated[int, typer.Option(min=1, help="How many people of one photo, the largest first.")] = 1,
+    generator: Annotated[Path | None, typer.Option(help="A checkpoint; the embedded ones otherwise.")] = None,
+    detector: DetectorOption = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The PNG to write, or the folder; PHOTO-faces.png, or faces/ here otherwise."),
+    ] = None,
+    json_out: JsonOption = False,
+) -> None:
+    """Show what upsamplers make of a face: several people, all of whom shrink to the same pixels."""
+    given = None if generator is None else load_model(generator)
+    methods = _methods(method, given)
+    size, pairs = with_models(methods, given)
+    shrinking = _shrinking(downscale, factor)
+    if size % factor:
+        raise ConfigError(f"--factor must divide the {size} pixels of a face, got {factor}")
+    wanted = Wanted(degradation=shrinking, size=size, faces=faces, most_people=people)
+    settings = {
+        "methods": [plain(each) for each in methods], "weights": [_hash(model) for _, model in pairs],
+        "downscale": plain(shrinking), "faces": faces, "people": people, "seed": seed,
+    }  # fmt: skip
+    with progress_bars() as bars:
+        bars.stage("preparing", 0)
+        painters = Painters(pairs, shrinking, size=size, seed=seed, progress=lambda done, of: bars.step(
+            round(1000 * done / max(1, of))
+        ))  # fmt: skip
+        tones = _tones(pairs)
+        finder = cache(lambda: chosen_detector(detector))
+        if photo.is_dir():
+            found = _folder(photo, out or Path("faces"), settings, wanted, painters, finder, tones, bars)
+        else:
+            found = _one(photo, out, wanted, painters, finder, tones, bars)
+    if json_out:
+        print(json.dumps(found, indent=1))
+        return
+    console.print(NOBODY, highlight=False)
+
+
+def _shrinking(kind: Literal["bicubic-pulse", "bicubic", "area"], factor: int) -> Degradation:
+    match kind:
+        case "bicubic-pulse":
+            return BicubicPulse(factor)
+        case "bicubic":
+            return Bicubic(factor)
+        case "area":
+            return Area(factor)
+
+
+def _methods(names: list[str] | None, given: Model | None) -> list[Method]:
+    if not names:
+        return [PulseConfig() if given is None else fitting_method(given)]
+    wanted = list(METHODS) if "all" in names else list(dict.fromkeys(names))
+    if unknown := [name for name in wanted if name not in METHODS]:
+        near = difflib.get_close_matches(unknown[0], METHODS, n=1)
+        hint = f'; did you mean "{near[0]}"?' if near else ""
+        raise ConfigError(f"--method must be one of {', '.join(METHODS)}, or all, got {unknown[0]}{hint}")
+    return [METHODS[name] for name in wanted]
+
+
+def _hash(model: Model | None) -> str:
+    return "" if model is None else weights_hash(*model.modules())
+
+
+def _tones(pairs: Sequence[tuple[Method, Model | None]]) -> ToneHistogram | None:
+    """Of the first generator that is asked: what it never drew it cannot answer."""
+    for _, model in pairs:
+        if model is not None and not isinstance(model, Resolved) and not isinstance(model, Flow):
+            chance = torch.Generator().manual_seed(1)
+            return tone_histogram(
+                sample(model.generator, TONES if model.size <= 64 else 16, chance, batch=32)
+            )
+    return None
+
+
+def _one(
+    photo: Path,
+    out: Path | None,
+    wanted: Wanted,
+    painters: Painters,
+    finder: Callable[[], Detector],
+    tones: ToneHistogram | None,
+    bars: Bars,
+) -> list[dict[str, Any]]:
+    """Every person of one photo; why there is none is an error."""
+    if not photo.exists():
+        raise LibraryError(f"there is no photo or folder {photo}")
+    target = out or Path(f"{photo.stem}-faces.png")
+    if target.is_dir():
+        raise ConfigError(f"{target}: is a folder; name the PNG to write")
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+    def place(_: Path, person: int) -> Path:
+        return target if person == 1 else target.with_name(f"{target.stem}-{person}{target.suffix}")
+
+    found = []
+    for result in make_sheets([photo], place, wanted, painters, finder, tones, bars):
+        if isinstance(result, LeftOut):
+            raise LibraryError(f"{photo}: {result.reason}")
+        found.append(result.plain())
+        for line in _told(result, wanted):
+            bars.say(line)
+    return found
+
+
+def _folder(
+    photos: Path,
+    out: Path,
+    settings: dict[str, Any],
+    wanted: Wanted,
+    painters: Painters,
+    finder: Callable[[], Detector],
+    tones: ToneHistogram | None,
+    bars: Bars,
+) -> list[dict[str, Any]]:
+    """Every photo of a folder that has no sheet yet; photos without a face are counted and named."""
+    pictures = pictures_in(photos)
+    sheets = SheetFolder(out, photos, settings)
+    left = sheets.left(pictures)
+    if len(left) < len(pictures):
+        bars.say(f"{len(pictures) - len(left)} of {len(pictures)} photos were done before")
+    results = make_sheets(left, sheets.place, wanted, painters, finder, tones, bars)
+    for _, group in itertools.groupby(results, key=lambda result: result.photo):
+        of_one_photo = list(group)
+        sheets.keep(of_one_photo)
+        for result in of_one_photo:
+            match result:
+                case Made():
+                    bars.say("\n".join(_told(result, wanted)))
+                case LeftOut(photo=name, reason=reason):
+                    bars.say(f"{name}: left out: {reason}")
+    without = [entry for entry in sheets.found if "left_out" in entry]
+    bars.say(
+        f"{len(pictures)} photos, {len(sheets.found) - len(without)} sheets in {out}, {len(without)} left out"
+    )
+    return list(sheets.found)
+
+
+def _told(made: Made, wanted: Wanted) -> list[str]:
+    """What was found in a photo, and each method's answer, in a line each."""
+    lines = []
+    if made.people == 0:
+        lines.append(f"{made.photo}: a small square picture, taken as a face already")
+    else:
+        more = f"person {made.person} of {made.people}" if made.people > 1 else "one face"
+        turned = f", found with the photo turned by {made.turned} degrees" if made.turned else ""
+        lines.append(f"{made.photo}: {more}{turned}")
+    if made.person == 1 and made.people > wanted.most_people:
+        lines.append(
+            f"  {made.people} faces in the photo, the largest taken; --people {made.people} takes all"
+        )
+    if made.side < made.portrait.shown.low.shape[-1]:
+        lines.append(
+            f"  the face is only {made.side:.0f} pixels wide: less than what is shown was ever there"
+        )
+    lines += [f"  {answer_words(answer)}" for answer in made.portrait.answers]
+    if not any(bool(answer.made.converged.any()) for answer in made.portrait.answers):
+        lines.append("  no method made a face that fits: the sheet shows the nearest that each knows")
+    return [*lines, f"  open {made.sheet}"]

@@ -1,0 +1,87 @@
+"""Private steps of plain descent with momentum on one device: what every way shares whose network sees photos alone.
+
+Called from training/flow.py and training/upsampler.py. Each step is one `private_gradient` (DP-SGD, Abadi et al.
+2016, arXiv:1607.00133, Algorithm 1). Rate and heavy-ball momentum (Polyak 1964) read noised gradients alone, so that
+they are post-processing (Dwork and Roth 2014, Proposition 2.1) and cost nothing. There is no Adam: its first step is
+the sign of the gradient, under noise a full step in a random direction on every weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedface.models.adapters import trained_vector
+from fedface.privacy.plan import Terms
+from fedface.shapes import Images, Vector
+from fedface.training.private_steps import Chance, Draw, PerPhotoLoss, private_gradient, trained
+
+
+def descend_privately(
+    network: nn.Module,
+    photos: Images,
+    loss: PerPhotoLoss,
+    terms: Terms,
+    *,
+    rate: float,
+    momentum: float,
+    chance: Chance,
+    draw: Draw | None = None,
+    scales: Sequence[Tensor] | None = None,
+    microbatch: int = 32,
+) -> None:
+    """Change a network in place by the agreed number of private steps.
+
+    Guarantees:
+        * Photos enter only through `private_gradient`, `terms.schedule.steps_per_round` times.
+
+    Args:
+        network: The device's own copy; its trained weights move.
+        photos: All photos of the device, (n, ...), n >= 0.
+        loss: One loss per photo; see `private_gradient`.
+        terms: What was agreed and booked.
+        rate: Step of descent, > 0, see `steadied`.
+        momentum: Share of the last step that is repeated in the next, in [0, 1).
+        chance: SecretNoise for a promise; a replayable stream only where nothing is promised.
+        draw: Gives the loss's own draws.
+        scales: Public factors of the gradient, one tensor per trained weight.
+        microbatch: Photos whose gradients are in memory together.
+    """
+    schedule, mechanism = terms.schedule, terms.mechanism()
+    pace = [torch.zeros_like(weight) for weight in trained(network).values()]
+    for _ in range(schedule.steps_per_round):
+        gradients = private_gradient(
+            network,
+            photos,
+            loss,
+            mechanism=mechanism,
+            expected_batch=schedule.expected_batch,
+            sampling_rate=schedule.sampling_rate,
+            chance=chance,
+            draw=draw,
+            scales=scales,
+            microbatch=microbatch,
+        )
+        with torch.no_grad():
+            for weight, moved, gradient in zip(trained(network).values(), pace, gradients, strict=True):
+                weight.sub_(moved.mul_(momentum).add_(gradient), alpha=rate)
+
+
+def steadied(rate: float, steady_noise: float, terms: Terms) -> float:
+    """The rate, lowered as 1 / noise where the agreed noise multiplier is beyond `steady_noise`."""
+    return rate * min(1.0, steady_noise / max(terms.noise_multiplier, 1e-9))
+
+
+def descent_ranges(
+    network: nn.Module, *, steps: int, rate: float, momentum: float, clip_norm: float
+) -> Vector:
+    """Public bounds on how far each trained weight moves in one round, for quantisation, shape (d,), all > 0.
+
+    As many photos as expected, all pulling at one weight, move it by rate * clip norm in a step, which momentum
+    repeats in the steps that follow; twice that leaves room for noise and for larger draws. A weight that moves
+    further is clamped.
+    """
+    repeated = sum((1.0 - momentum ** (step + 1)) / (1.0 - momentum) for step in range(steps))
+    return torch.full_like(trained_vector(network), 2.0 * repeated * rate * clip_norm)

@@ -1,0 +1,164 @@
+"""One round of teaching an upsampler on one device's photos, every step of it private.
+
+Called from training/ways for a style encoder (pSp, Richardson et al. 2021, arXiv:2008.00951) and for a
+super-resolution network. The lesson of one photo: shrink it as the recipe says, answer with the network, and compare
+with the photo itself. Nothing else of the photo is used, so that the loss of photo i depends on photo i alone and
+each step is a Poisson-sampled Gaussian sum (Abadi et al. 2016, arXiv:1607.00133, Algorithm 1; training/private_steps).
+
+Of the style encoder's two networks the generator stands still: devices teach only where to look in it.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fedface.models.adapters import Adapt, Full, attach, trained_vector
+from fedface.models.family import Resolved, ResolvedShape, Styled, StyledShape, build
+from fedface.privacy.plan import Schedule, Terms
+from fedface.randomness import SecretNoise, Streams
+from fedface.shapes import Images, Vector
+from fedface.training.pretrain import pair_losses
+from fedface.training.private_descent import descend_privately, descent_ranges, steadied
+from fedface.training.private_steps import Network, PerPhotoLoss, check_per_photo_gradients
+from fedface.upsampling.contracts import squared_difference
+from fedface.upsampling.degrade import BicubicPulse, Degradation
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpsamplerTrainingConfig:
+    """How devices teach an upsampler; every number is public and the same on all devices."""
+
+    rounds: int = 5  # rounds of the run, >= 1
+    steps_per_round: int = 8  # private steps a device takes in one round, >= 1
+    sampling_rate: float = 0.08  # q: chance of a photo to join a step, in (0, 1]
+    expected_batch: int = 32  # public divisor of each step's sum, >= 1
+    clip_norm: float = 0.1  # longest gradient one photo can have, > 0
+    downscale: Degradation = field(default_factory=lambda: BicubicPulse(4))  # what the network learns to undo
+    fit_weight: float = 10.0  # of the squared difference after the downscale, >= 0
+    rate: float = 0.3  # step of gradient descent, > 0
+    steady_noise: float = 0.5  # noise multiplier beyond which the rate falls as 1 / noise
+    momentum: float = 0.9  # share of the last step that a device repeats in the next of the round, in [0, 1)
+    server_rate: float = 1.0  # how much of the mean update the server applies, in (0, 4]
+    adapt: Adapt = field(default_factory=Full)  # which weights learn: all, or low-rank changes
+    learner: Literal["style-encoder", "super-resolution"] = "style-encoder"  # which network answers photos
+
+    def __post_init__(self) -> None:
+        self.schedule()
+        if not 0 <= self.fit_weight <= 1e4:
+            raise ValueError(f"fit_weight must lie in [0, 10000], got {self.fit_weight}")
+        if not 0 < self.rate < 1000:
+            raise ValueError(f"rate must lie in (0, 1000), got {self.rate}")
+        if not 0 < self.steady_noise <= 1000:
+            raise ValueError(f"steady_noise must lie in (0, 1000], got {self.steady_noise}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
+        if not 0 < self.server_rate <= 4:
+            raise ValueError(f"server_rate must lie in (0, 4], got {self.server_rate}")
+
+    def schedule(self) -> Schedule:
+        """What of this costs privacy."""
+        return Schedule(
+            rounds=self.rounds,
+            steps_per_round=self.steps_per_round,
+            sampling_rate=self.sampling_rate,
+            expected_batch=self.expected_batch,
+            clip_norm=self.clip_norm,
+        )
+
+
+def lesson_of(downscale: Degradation, fit_weight: float) -> PerPhotoLoss:
+    """The loss of one photo: (network, photos (n, 3, s, s)) -> (n,).
+
+    The answer against the photo, L1 on pixels and on their differences at three sizes; and the answer's own
+    downscale against what the network was shown, for an upsampler must not invent other pixels than it was given.
+    """
+
+    def lesson(network: Network, photos: Images) -> Tensor:
+        low = downscale.apply(photos).clamp(0.0, 1.0)
+        made = network(low)
+        return pair_losses(made, photos) + fit_weight * squared_difference(downscale.apply(made), low)
+
+    return lesson
+
+
+def train_upsampler_round(
+    model: Styled | Resolved,
+    photos: Images,
+    config: UpsamplerTrainingConfig,
+    terms: Terms,
+    *,
+    chance: SecretNoise | torch.Generator,
+) -> Vector:
+    """The change of the network's trained weights that one round on these photos makes.
+
+    Guarantees:
+        * Photos enter only through `private_gradient`, `terms.schedule.steps_per_round` times.
+        * `model` itself stays as it is, and so does the generator of a style encoder.
+
+    Args:
+        model: The round's weights, with what learns marked by `mark_upsampler`.
+        photos: All photos of the device, (n, 3, size, size) in [0, 1], n >= 0.
+        config: Rates; its schedule is not used, the terms are.
+        terms: What was agreed and booked.
+        chance: SecretNoise for a promise; a replayable stream only where nothing is promised.
+
+    Returns:
+        Weights after minus weights before, in the order of their names, shape (d,).
+
+    Raises:
+        PrivacyError: The network mixes photos, or a promised round was given replayable chance.
+    """
+    _check(model.shape, config)
+    network = copy.deepcopy(model.upsampler)
+    before = trained_vector(network)
+    descend_privately(
+        network,
+        photos,
+        lesson_of(config.downscale, config.fit_weight),
+        terms,
+        rate=steadied(config.rate, config.steady_noise, terms),
+        momentum=config.momentum,
+        chance=chance,
+    )
+    return trained_vector(network) - before
+
+
+def upsampler_ranges(model: Styled | Resolved, config: UpsamplerTrainingConfig) -> Vector:
+    """Public bounds on how far each trained weight moves in one round, see `descent_ranges`, shape (d,)."""
+    return descent_ranges(
+        model.upsampler,
+        steps=config.steps_per_round,
+        rate=config.rate,
+        momentum=config.momentum,
+        clip_norm=config.clip_norm,
+    )
+
+
+def mark_upsampler(model: Styled | Resolved, adapt: Adapt, chance: torch.Generator) -> None:
+    """Mark in place which weights learn: of the one network that answers photos, never of the generator."""
+    for module in model.modules():
+        module.requires_grad_(False)
+    learner: nn.Module = model.encoder if isinstance(model, Styled) else model.resolver
+    attach(learner, adapt, chance)
+
+
+@lru_cache(maxsize=8)
+def _check(shape: StyledShape | ResolvedShape, config: UpsamplerTrainingConfig) -> None:
+    """Refuse a kind of network that mixes photos, once per process: whether it does hangs on its form alone."""
+    streams = Streams(0)
+    model = build(shape, streams.generator("weights"))
+    assert isinstance(model, Styled | Resolved)
+    mark_upsampler(model, config.adapt, streams.generator("adapters"))
+    chance = streams.generator("moved")
+    with torch.no_grad():
+        for weight in model.upsampler.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn(weight.shape, generator=chance), alpha=0.02)
+    pictures = torch.rand(2, 3, model.size, model.size, generator=chance)
+    check_per_photo_gradients(model.upsampler, lesson_of(config.downscale, config.fit_weight), pictures)

@@ -1,0 +1,136 @@
+"""How the shipped upsamplers learn: from drawn faces that are shrunk and compared with themselves, no photo involved.
+
+Called from `fedface base styles` and `fedface base resolver`. The faces are those that the embedded generator learned
+from, 85 light ones in 100: what is missing in these photos is missing in the answers, which is what devices may mend.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim import Adam
+
+from fedface.config import plain
+from fedface.models.family import Resolved, Styled
+from fedface.models.resolver import Resolver, ResolverConfig
+from fedface.models.style_encoder import StyleEncoder, StyleEncoderConfig
+from fedface.models.stylegan2 import StyleGAN2
+from fedface.models.weights import weights_hash
+from fedface.randomness import Streams
+from fedface.training.pretrain import Progress, average_into, seen_faces, warm_cosine
+from fedface.training.upsampler import lesson_of
+from fedface.upsampling.degrade import Area, BicubicPulse, Degradation
+
+L = TypeVar("L", StyleEncoder, Resolver)
+
+KEPT = 0.998  # how much of the averaged weights a late step keeps
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpsamplerPretrainConfig:
+    """How an upsampler is made; the defaults are the shipped ones'."""
+
+    seed: int = 7
+    steps: int = 4000
+    batch: int = 32
+    learning_rate: float = 3e-3
+    pool: int = 20_000  # drawn faces, made once and learned from many times, mirrored half of the time
+    light_share: float = 0.85  # share of faces with light skin, Monk 1 to 5
+    # What it learns to undo, one of them in each step.
+    downscales: tuple[Degradation, ...] = (
+        BicubicPulse(2), BicubicPulse(4), BicubicPulse(8), Area(2), Area(4), Area(8),
+    )  # fmt: skip
+    fit_weight: float = 10.0  # see training/upsampler
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("batch", 2), ("pool", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.downscales:
+            raise ValueError("downscales must name at least one, got none")
+        if not 0 <= self.light_share <= 1:
+            raise ValueError(f"light_share must lie in [0, 1], got {self.light_share}")
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"learning_rate must lie in (0, 1), got {self.learning_rate}")
+
+
+def pretrain_styled(
+    generator: StyleGAN2, config: UpsamplerPretrainConfig, shape: StyleEncoderConfig, report: Progress
+) -> Styled:
+    """Teach a style encoder for a generator that stands still.
+
+    Args:
+        generator: Stays as it is.
+        config: The recipe.
+        shape: Of the encoder; it must tell the generator's styles.
+        report: Called with the stage, the step, the number of steps and the losses.
+
+    Returns:
+        Generator and encoder, its weights averaged over the last steps.
+    """
+    streams = Streams(config.seed).child("styles")
+    encoder = StyleEncoder(shape, streams.generator("weights"))
+    with torch.no_grad():
+        encoder.mean_style.copy_(generator.mapping.w_avg)
+        encoder.out.weight.mul_(0.1)  # start near the mean face
+    frozen = copy.deepcopy(generator).requires_grad_(False)
+
+    def network(low: Tensor) -> Tensor:
+        styles = encoder(low)
+        with torch.autocast("cpu", torch.bfloat16):
+            return frozen.synthesize(styles).float()
+
+    averaged, notes = _learn(encoder, network, generator.size, config, streams, report)
+    told = {"made_by": "fedface base styles", "generator": weights_hash(generator), **notes}
+    return Styled(generator, averaged, told)
+
+
+def pretrain_resolved(config: UpsamplerPretrainConfig, shape: ResolverConfig, report: Progress) -> Resolved:
+    """Teach a super-resolution network; arguments and result as for `pretrain_styled`."""
+    streams = Streams(config.seed).child("resolver")
+    resolver = Resolver(shape, streams.generator("weights"))
+    averaged, notes = _learn(resolver, resolver, shape.size, config, streams, report)
+    return Resolved(averaged, {"made_by": "fedface base resolver", **notes})
+
+
+def _learn(
+    learner: L,
+    network: Callable[[Tensor], Tensor],
+    size: int,
+    config: UpsamplerPretrainConfig,
+    streams: Streams,
+    report: Progress,
+) -> tuple[L, dict[str, Any]]:
+    """Regression by Adam; the averaged learner, and how it was made."""
+    started = time.monotonic()
+    pool = seen_faces(config.pool, config.light_share, size, streams, report)
+    chance = streams.generator("faces")
+    averaged = copy.deepcopy(learner)
+    lessons = [lesson_of(downscale, config.fit_weight) for downscale in config.downscales]
+    optimiser = Adam(learner.parameters(), config.learning_rate, betas=(0.9, 0.99))
+    for step in range(config.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = config.learning_rate * warm_cosine(step, config.steps)
+        chosen = torch.randint(len(pool), (config.batch,), generator=chance)
+        photos = pool[chosen].float() / 255.0
+        half = config.batch // 2
+        lesson = lessons[int(torch.randint(len(lessons), (), generator=chance))]
+        loss = lesson(network, torch.cat([photos[:half], photos[half:].flip(-1)])).mean()
+        optimiser.zero_grad()
+        torch.autograd.backward(loss)
+        optimiser.step()
+        average_into(averaged, learner, step, KEPT)
+        if step % 50 == 0:
+            report("upsampler", step, config.steps, {"loss": loss.item()})
+    return averaged, {
+        "recipe": plain(config),
+        "images_seen": config.steps * config.batch,
+        "seconds": round(time.monotonic() - started),
+        "threads": torch.get_num_threads(),
+    }

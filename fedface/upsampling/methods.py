@@ -1,0 +1,286 @@
+"""Every way from a low-resolution photo to faces, by name, and what each of them needs.
+
+Called from the command line, the local page and federation/findings. The closed choice is `Method`; a recipe picks one
+by its `kind`, and `METHODS` lists them with their default settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TypeAlias, assert_never
+
+from fedface.config import kind_of
+from fedface.errors import ConfigError
+from fedface.models.contracts import Generator
+from fedface.models.family import Answering, Flow, Model, Resolved, Styled
+from fedface.models.weights import load_base, load_flow, load_resolved, load_styled, words_of_family
+from fedface.randomness import Streams
+from fedface.upsampling.contracts import Progress, Upsampler, Watch
+from fedface.upsampling.degrade import Degradation, in_words
+from fedface.upsampling.guidance import Guidance, GuidanceConfig
+from fedface.upsampling.langevin import Langevin, LangevinConfig
+from fedface.upsampling.one_pass import (
+    BicubicConfig,
+    EncodeConfig,
+    NearestConfig,
+    OnePass,
+    SuperResolutionConfig,
+    answered_by,
+    bicubic,
+    nearest,
+    styles_of,
+)
+from fedface.upsampling.pulse import Pulse, PulseConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeThenPulseConfig:
+    """PULSE, started from what a style encoder answers instead of from anywhere."""
+
+    pulse: PulseConfig = field(default_factory=PulseConfig)
+
+
+Method: TypeAlias = (
+    PulseConfig
+    | EncodeThenPulseConfig
+    | LangevinConfig
+    | GuidanceConfig
+    | EncodeConfig
+    | SuperResolutionConfig
+    | BicubicConfig
+    | NearestConfig
+)
+
+METHODS: Mapping[str, Method] = {
+    kind_of(type(method)): method
+    for method in (
+        PulseConfig(),
+        EncodeThenPulseConfig(),
+        LangevinConfig(),
+        GuidanceConfig(),
+        EncodeConfig(),
+        SuperResolutionConfig(),
+        BicubicConfig(),
+        NearestConfig(),
+    )
+}
+BASELINES: tuple[Method, ...] = (NearestConfig(), BicubicConfig())  # beside every comparison
+
+
+def name_of(method: Method) -> str:
+    """A method's name on the command line and in a recipe, such as "pulse"."""
+    return kind_of(type(method))
+
+
+def title_of(method: Method) -> str:
+    """A method's name for people."""
+    match method:
+        case PulseConfig():
+            return "PULSE"
+        case EncodeThenPulseConfig():
+            return "PULSE from the encoder's start"
+        case LangevinConfig():
+            return "posterior sampling"
+        case GuidanceConfig():
+            return "guided flow"
+        case EncodeConfig():
+            return "style encoder"
+        case SuperResolutionConfig():
+            return "super-resolution"
+        case BicubicConfig():
+            return "bicubic"
+        case NearestConfig():
+            return "nearest"
+        case _:
+            assert_never(method)
+
+
+def has_one_answer(method: Method) -> bool:
+    """Whether all faces that a method makes of one photo are the same."""
+    return isinstance(method, EncodeConfig | SuperResolutionConfig | BicubicConfig | NearestConfig)
+
+
+def fitting_method(model: Model) -> Method:
+    """The method that goes with a model where none is named."""
+    match model:
+        case Styled():
+            return EncodeConfig()
+        case Resolved():
+            return SuperResolutionConfig()
+        case Flow():
+            return GuidanceConfig()
+        case _:
+            return PulseConfig()
+
+
+def embedded(method: Method) -> Model | None:
+    """The shipped checkpoint that a method uses where none is named; None for those that need no network."""
+    match method:
+        case PulseConfig() | LangevinConfig():
+            return _loaded("base")
+        case GuidanceConfig():
+            return _loaded("flow")
+        case EncodeConfig() | EncodeThenPulseConfig():
+            return _loaded("styled")
+        case SuperResolutionConfig():
+            return _loaded("resolved")
+        case BicubicConfig() | NearestConfig():
+            return None
+        case _:
+            assert_never(method)
+
+
+@lru_cache(maxsize=4)
+def _loaded(name: str) -> Model:
+    loads: Mapping[str, Callable[[], Model]] = {
+        "base": load_base,
+        "flow": load_flow,
+        "styled": load_styled,
+        "resolved": load_resolved,
+    }
+    return loads[name]()
+
+
+def goes_with(method: Method, model: Model) -> bool:
+    """Whether a method can use a model of this family."""
+    match method:
+        case PulseConfig() | LangevinConfig():
+            return not isinstance(model, Resolved)
+        case GuidanceConfig():
+            return isinstance(model, Flow)
+        case EncodeConfig() | EncodeThenPulseConfig():
+            return isinstance(model, Styled)
+        case SuperResolutionConfig():
+            return isinstance(model, Resolved)
+        case BicubicConfig() | NearestConfig():
+            return False
+        case _:
+            assert_never(method)
+
+
+def with_models(
+    methods: Sequence[Method], given: Model | None
+) -> tuple[int, tuple[tuple[Method, Model | None], ...]]:
+    """Each method with its checkpoint: the one that was given where it goes with the method, the embedded one else.
+
+    Args:
+        methods: At least one.
+        given: A checkpoint of any family, or None.
+
+    Returns:
+        The size of the faces in pixels, and the pairs.
+
+    Raises:
+        ConfigError: The given checkpoint goes with no method, or the checkpoints make faces of different sizes.
+    """
+    pairs = tuple(
+        (method, given if given is not None and goes_with(method, given) else embedded(method))
+        for method in methods
+    )
+    if given is not None and not any(model is given for _, model in pairs):
+        names = ", ".join(name for name, method in METHODS.items() if goes_with(method, given))
+        raise ConfigError(f"this checkpoint is {words_of_family(given)}; it goes with the methods {names}")
+    sizes = {model.size: name_of(method) for method, model in pairs if model is not None}
+    if len(sizes) > 1:
+        told = ", ".join(f"{name} {size} px" for size, name in sizes.items())
+        raise ConfigError(
+            f"these methods make faces of different sizes ({told}); compare methods of one size"
+        )
+    usual = (given or embedded(PulseConfig())).size  # type: ignore[union-attr]
+    return next(iter(sizes), usual), pairs
+
+
+def make_upsampler(
+    method: Method,
+    model: Model | None,
+    degradation: Degradation,
+    streams: Streams,
+    *,
+    size: int,
+    progress: Progress | None = None,
+    watch: Watch | None = None,
+) -> Upsampler:
+    """The upsampler of a method with a model's weights.
+
+    Args:
+        method: Which, and how.
+        model: The checkpoint; None goes with nearest and bicubic alone, which do not look at it.
+        degradation: The known downscale.
+        streams: Where searches start and samplers draw.
+        size: Height and width of the faces in pixels.
+        progress: Told how far it is.
+        watch: Shown the faces after each step, by methods that have steps.
+
+    Raises:
+        ConfigError: The method needs another kind of model, or the model other sizes.
+    """
+    try:
+        low = degradation.low_side(size)
+    except ValueError as error:
+        raise ConfigError(
+            f"{in_words(degradation)} does not go with faces of {size} pixels: {error}"
+        ) from error
+    match method:
+        case BicubicConfig(eps=eps):
+            return OnePass(bicubic(size), degradation, size=size, eps=eps, progress=progress)
+        case NearestConfig(eps=eps):
+            return OnePass(nearest(size), degradation, size=size, eps=eps, progress=progress)
+        case EncodeConfig(eps=eps):
+            answering: Answering = _styled(method, model, low, size)
+            network = answered_by(answering.upsampler)
+            return OnePass(network, degradation, size=size, eps=eps, progress=progress)
+        case SuperResolutionConfig(eps=eps):
+            if not isinstance(model, Resolved):
+                raise _other(method, model, "a super-resolution network")
+            _check_sizes(model, low, size)
+            network = answered_by(model.resolver)
+            return OnePass(network, degradation, size=size, eps=eps, progress=progress)
+        case PulseConfig():
+            generator = _generator(method, model, size)
+            return Pulse(generator, degradation, method, streams, progress=progress, watch=watch)
+        case EncodeThenPulseConfig(pulse=config):
+            styled = _styled(method, model, low, size)
+            start = styles_of(styled.upsampler)
+            return Pulse(
+                styled.generator, degradation, config, streams, start=start, progress=progress, watch=watch
+            )
+        case LangevinConfig():
+            generator = _generator(method, model, size)
+            return Langevin(generator, degradation, method, streams, progress=progress, watch=watch)
+        case GuidanceConfig():
+            if not isinstance(model, Flow):
+                raise _other(method, model, "a rectified flow")
+            _generator(method, model, size)
+            return Guidance(model.generator, degradation, method, streams, progress=progress, watch=watch)
+        case _:
+            assert_never(method)
+
+
+def _generator(method: Method, model: Model | None, size: int) -> Generator:
+    if model is None or isinstance(model, Resolved):
+        raise _other(method, model, "a generator")
+    if model.size != size:
+        raise ConfigError(f"this checkpoint draws faces of {model.size} pixels, asked for {size}")
+    return model.generator
+
+
+def _styled(method: Method, model: Model | None, low: int, size: int) -> Styled:
+    if not isinstance(model, Styled):
+        raise _other(method, model, "a generator with a style encoder")
+    _check_sizes(model, low, size)
+    return model
+
+
+def _check_sizes(model: Answering, low: int, size: int) -> None:
+    if low > model.largest_low or size != model.size:
+        raise ConfigError(
+            f"this network answers photos of up to {model.largest_low} x {model.largest_low} pixels with faces of "
+            f"{model.size}; asked for {low} to {size}. Choose fewer pixels, or a method that searches"
+        )
+
+
+def _other(method: Method, model: Model | None, wanted: str) -> ConfigError:
+    got = "none" if model is None else words_of_family(model)
+    return ConfigError(f"the method {name_of(method)} needs {wanted}, got {got}; name such a checkpoint")

@@ -1,0 +1,120 @@
+"""Networks that answer a photo in one pass: a style encoder before a generator, and a super-resolution network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import GENERATOR, RESOLVER, STYLES
+from torch.nn import functional
+
+from fedface.errors import ConfigError
+from fedface.models.family import Resolved, ResolvedShape, Styled, StyledShape, build, drawing
+from fedface.models.layers import enlarge
+from fedface.models.resolver import Resolver, ResolverConfig
+from fedface.models.style_encoder import StyleEncoder, StyleEncoderConfig, StyleUpsampler
+from fedface.models.stylegan2 import StyleGAN2
+from fedface.models.weights import load_model, load_resolved, load_styled, save_model, weights_hash
+from fedface.randomness import Streams
+from fedface.training.private_steps import check_per_photo_gradients
+from fedface.training.upsampler import lesson_of
+from fedface.upsampling.degrade import BicubicPulse
+
+STREAMS = Streams(3)
+PHOTOS = torch.rand(3, 3, 4, 4, generator=STREAMS.generator("photos"))
+
+
+@pytest.mark.parametrize(("low", "side"), [(4, 8), (8, 8), (3, 16), (2, 32)])
+def test_enlarging_by_a_matrix_is_torchs_bicubic(low: int, side: int) -> None:
+    photos = torch.rand(2, 3, low, low, generator=STREAMS.generator("low"))
+    twin = functional.interpolate(photos, size=(side, side), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(enlarge(photos, side), twin, atol=2e-6, rtol=0)
+
+
+def test_an_encoder_that_says_nothing_names_the_mean_style() -> None:
+    """With its last layer at zero every input of the generator gets the mean, whatever the photo."""
+    encoder = StyleEncoder(STYLES, STREAMS.generator("encoder"))
+    with torch.no_grad():
+        encoder.mean_style.copy_(torch.arange(16.0))
+        encoder.out.weight.zero_()
+    styles = encoder(PHOTOS)
+    assert torch.equal(styles, torch.arange(16.0).expand(3, 6, 16))
+
+
+def test_a_network_whose_tail_is_zero_enlarges_bicubically() -> None:
+    resolver = Resolver(RESOLVER, STREAMS.generator("resolver"))
+    with torch.no_grad():
+        resolver.tail.weight.zero_()
+    torch.testing.assert_close(resolver(PHOTOS), enlarge(PHOTOS, 16))
+
+
+def test_one_network_of_encoder_and_generator_is_one_after_the_other() -> None:
+    generator = StyleGAN2(GENERATOR, STREAMS.generator("generator"))
+    encoder = StyleEncoder(STYLES, STREAMS.generator("encoder"))
+    both = StyleUpsampler(generator, encoder)(PHOTOS)
+    assert torch.equal(both, generator.synthesize(encoder(PHOTOS)))
+    assert both.shape == (3, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "shape", [StyledShape(generator=GENERATOR, encoder=STYLES), ResolvedShape(resolver=RESOLVER)]
+)
+def test_the_answer_to_a_photo_hangs_on_that_photo_alone(shape: StyledShape | ResolvedShape) -> None:
+    """Per-photo gradients equal one-photo gradients, and nobody's moves when another photo changes."""
+    model = build(shape, STREAMS.generator("weights"))
+    assert isinstance(model, Styled | Resolved)
+    faces = torch.rand(2, 3, 16, 16, generator=STREAMS.generator("faces"))
+    check_per_photo_gradients(model.upsampler, lesson_of(BicubicPulse(4), 10.0), faces)
+
+
+@pytest.mark.parametrize("low", [1, 2, 4, 8])
+def test_photos_up_to_the_side_are_answered_with_faces_of_one_size(low: int) -> None:
+    photos = torch.rand(1, 3, low, low, generator=STREAMS.generator("low"))
+    for shape in (StyledShape(generator=GENERATOR, encoder=STYLES), ResolvedShape(resolver=RESOLVER)):
+        model = build(shape, STREAMS.generator("weights"))
+        assert isinstance(model, Styled | Resolved)
+        assert model.upsampler(photos).shape == (1, 3, 16, 16) and model.size == 16
+        assert model.largest_low == 8
+
+
+@pytest.mark.parametrize(
+    "shape", [StyledShape(generator=GENERATOR, encoder=STYLES), ResolvedShape(resolver=RESOLVER)]
+)
+def test_a_file_gives_back_the_networks_that_were_kept(
+    tmp_path: Path, shape: StyledShape | ResolvedShape
+) -> None:
+    model = build(shape, STREAMS.generator("weights"), {"made_by": "a test"})
+    save_model(tmp_path / "kept.safetensors", model)
+    again = load_model(tmp_path / "kept.safetensors")
+    assert type(again) is type(model) and again.shape == shape and again.notes == {"made_by": "a test"}
+    assert weights_hash(*again.modules()) == weights_hash(*model.modules())
+
+
+def test_shapes_that_do_not_fit_together_are_named() -> None:
+    with pytest.raises(ConfigError, match="must tell 6 styles of width 16.* got 8 of width 128"):
+        StyledShape(generator=GENERATOR, encoder=StyleEncoderConfig())
+    with pytest.raises(ConfigError, match="side must be at most the generator's 16, got 32"):
+        StyledShape(generator=GENERATOR, encoder=StyleEncoderConfig(side=32, style_inputs=6, style_width=16))
+    with pytest.raises(ConfigError, match="factor must be a power of two from 1 to 64, got 3"):
+        ResolverConfig(factor=3)
+    with pytest.raises(ConfigError, match="at most 1024 pixels, got 2048"):
+        ResolverConfig(side=512, factor=4)
+    with pytest.raises(ConfigError, match="side must be a power of two from 4 to 256, got 12"):
+        StyleEncoderConfig(side=12)
+
+
+def test_a_super_resolution_network_draws_nobody() -> None:
+    """Commands that draw samples say so; a style encoder's generator draws."""
+    with pytest.raises(ConfigError, match="draws nobody by itself"):
+        drawing(build(ResolvedShape(resolver=RESOLVER)))
+    styled = build(StyledShape(generator=GENERATOR, encoder=STYLES))
+    assert drawing(styled) is styled
+
+
+def test_the_embedded_upsamplers_read_sixteen_pixels_and_stand_on_the_embedded_generator() -> None:
+    """Made from the same drawn faces; the encoder's generator is the base checkpoint's."""
+    styled, resolved = load_styled(), load_resolved()
+    assert (styled.size, styled.largest_low, resolved.size, resolved.largest_low) == (32, 16, 32, 16)
+    assert styled.notes["generator"] == weights_hash(styled.generator)
+    assert styled.notes["recipe"]["light_share"] == resolved.notes["recipe"]["light_share"] == 0.85

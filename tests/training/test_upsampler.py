@@ -1,0 +1,189 @@
+"""A round that teaches an upsampler: what it sends is DP-SGD on shrunken photos, and nothing else of them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import GENERATOR, RESOLVER, STYLES, tiny_way, train_task
+from torch import Tensor
+
+from fedface.errors import ConfigError, PrivacyError
+from fedface.federation.device import serve
+from fedface.federation.simulated import prepare, simulated_device
+from fedface.federation.task import Refusal, Trained
+from fedface.models.adapters import Full, Lora, trained_vector
+from fedface.models.family import Model, Resolved, ResolvedShape, Styled, StyledShape, build
+from fedface.models.weights import vector_of
+from fedface.photos.drawn import draw_people
+from fedface.privacy.plan import Terms
+from fedface.randomness import SecretNoise, Streams
+from fedface.training.pretrain import pair_losses
+from fedface.training.upsampler import (
+    UpsamplerTrainingConfig,
+    lesson_of,
+    mark_upsampler,
+    train_upsampler_round,
+    upsampler_ranges,
+)
+from fedface.training.ways import check_fits, objective_of
+from fedface.upsampling.contracts import squared_difference
+from fedface.upsampling.degrade import Area, BicubicPulse
+
+STREAMS = Streams(11)
+PHOTOS = draw_people(6, 0.5, 16, STREAMS)
+CONFIG = UpsamplerTrainingConfig(
+    rounds=1, steps_per_round=1, sampling_rate=1.0, expected_batch=4, clip_norm=0.5, rate=0.2, momentum=0.0
+)
+SHAPES = {
+    "styles": StyledShape(generator=GENERATOR, encoder=STYLES),
+    "resolver": ResolvedShape(resolver=RESOLVER),
+}
+both = pytest.mark.parametrize("name", SHAPES)
+
+
+def marked(name: str) -> Styled | Resolved:
+    """A model with what learns marked."""
+    model: Model = build(SHAPES[name], STREAMS.generator(name))
+    assert isinstance(model, Styled | Resolved)
+    mark_upsampler(model, Full(), STREAMS.generator("adapter"))
+    return model
+
+
+def terms(noise: float = 0.0, config: UpsamplerTrainingConfig = CONFIG) -> Terms:
+    """What was agreed: this schedule, with or without noise."""
+    return Terms(schedule=config.schedule(), noise_multiplier=noise)
+
+
+def replayable() -> torch.Generator:
+    """Chance without a promise."""
+    return STREAMS.generator("coins")
+
+
+@both
+def test_one_step_is_the_clipped_mean_of_one_photo_gradients(name: str) -> None:
+    """A slow twin: each photo alone, its gradient cut to the clip norm, summed, divided by the public batch."""
+    model = marked(name)
+    network = copy.deepcopy(model.upsampler)
+    weights = [w for _, w in sorted(network.named_parameters()) if w.requires_grad]
+    total = torch.zeros(sum(w.numel() for w in weights))
+    for photo in PHOTOS.split(1):
+        low = BicubicPulse(4).apply(photo).clamp(0, 1)
+        made = network(low)
+        loss = pair_losses(made, photo) + 10.0 * squared_difference(BicubicPulse(4).apply(made), low)
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss.sum(), weights)])
+        total += gradient * min(1.0, 0.5 / float(gradient.norm()))
+    update = train_upsampler_round(model, PHOTOS, CONFIG, terms(), chance=replayable())
+    torch.testing.assert_close(update, -0.2 * total / 4, atol=2e-6, rtol=1e-3)
+
+
+@both
+def test_one_photo_more_moves_a_step_by_the_clip_norm_at_most(name: str) -> None:
+    """The bound that the noise is scaled to, also for a picture of pure noise."""
+    model = marked(name)
+    wild = torch.rand(1, 3, 16, 16, generator=STREAMS.generator("wild"))
+    one, more = (
+        train_upsampler_round(model, seen, CONFIG, terms(), chance=replayable())
+        for seen in (PHOTOS, torch.cat([PHOTOS, wild]))
+    )
+    moved = float((more - one).norm())
+    assert 0 < moved <= 0.2 * 0.5 / 4 * (1 + 1e-5)
+
+
+@both
+def test_noise_has_the_agreed_size_also_without_a_photo(name: str) -> None:
+    """An empty library: each number is rate * sigma * clip / batch of noise, and a promise needs secret noise."""
+    model = marked(name)
+    update = train_upsampler_round(model, PHOTOS[:0], CONFIG, terms(2.0), chance=SecretNoise())
+    # Beyond a noise of 0.5 the rate falls as 1 / noise: 0.2 * 0.5 / 2.
+    assert float(update.std()) == pytest.approx(0.05 * 2.0 * 0.5 / 4, rel=0.1)
+    with pytest.raises(PrivacyError, match="SecretNoise"):
+        train_upsampler_round(model, PHOTOS, CONFIG, terms(2.0), chance=replayable())
+
+
+def test_devices_teach_the_encoder_and_never_the_generator() -> None:
+    """What travels up has the encoder's length; the networks of the round stay as they were."""
+    model = marked("styles")
+    assert isinstance(model, Styled)
+    before = vector_of(*model.modules())
+    update = train_upsampler_round(model, PHOTOS, CONFIG, terms(), chance=replayable())
+    assert len(update) == len(trained_vector(model.encoder)) == vector_of(model.encoder).numel()
+    assert torch.equal(vector_of(*model.modules()), before)
+
+
+@both
+def test_ranges_hold_an_update_of_as_many_photos_as_expected(name: str) -> None:
+    """Two steps with momentum 0.9 repeat a step 1 + 1.9 times; twice that is the range."""
+    config = UpsamplerTrainingConfig(steps_per_round=2, rate=0.2, clip_norm=0.5, momentum=0.9)
+    ranges = upsampler_ranges(marked(name), config)
+    assert torch.allclose(ranges, torch.full_like(ranges, 2 * 2.9 * 0.2 * 0.5))
+
+
+@both
+def test_lessons_without_noise_bring_the_answers_nearer(name: str) -> None:
+    config = UpsamplerTrainingConfig(
+        steps_per_round=60, sampling_rate=1.0, expected_batch=6, clip_norm=10.0, rate=0.05, momentum=0.5
+    )
+    model = marked(name)
+    lesson = lesson_of(config.downscale, config.fit_weight)
+    network = copy.deepcopy(model.upsampler)
+    before = float(lesson(network, PHOTOS).detach().mean())
+    update = train_upsampler_round(model, PHOTOS, config, terms(config=config), chance=replayable())
+    done = 0
+    with torch.no_grad():
+        for _, weight in sorted(network.named_parameters()):
+            if weight.requires_grad:
+                weight += update[done : done + weight.numel()].reshape(weight.shape)
+                done += weight.numel()
+    assert float(lesson(network, PHOTOS).detach().mean()) < 0.9 * before
+
+
+def test_the_lesson_asks_for_the_photo_and_for_its_pixels() -> None:
+    """A perfect answer costs nothing; one that is everywhere too bright by 0.1 costs 0.3, and 0.01 times the weight."""
+
+    def perfect(low: Tensor) -> Tensor:
+        return PHOTOS
+
+    lesson = lesson_of(Area(4), 10.0)
+    assert float(lesson(perfect, PHOTOS).abs().max()) < 1e-6
+    brighter = lesson(lambda low: PHOTOS + 0.1, PHOTOS)
+    torch.testing.assert_close(brighter, torch.full((6,), 0.3 + 10.0 * 0.01), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("way", ["styles", "resolver"])
+def test_a_device_whose_owner_allows_generators_alone_teaches_no_upsampler(tmp_path: Path, way: str) -> None:
+    """The objective is derived from the training itself, on the device; allowed, the same task is answered."""
+    experiment = tiny_way(tmp_path, way)
+    assert objective_of(experiment.training) == "upsampler"
+    prepare(experiment, tmp_path / "allowed")
+    task = train_task(experiment, experiment.start())
+    answered = serve(task, simulated_device(experiment, 0, tmp_path / "allowed"))
+    assert isinstance(answered, Trained)
+    strict = tiny_way(
+        tmp_path,
+        way,
+        {
+            "policy": "{max_epsilon: 8, delta: 1e-3, objectives: [generator], protocols: [plain], smallest_cohort: 1}"
+        },
+    )
+    prepare(strict, tmp_path / "strict")
+    refused = serve(task, simulated_device(strict, 0, tmp_path / "strict"))
+    assert isinstance(refused, Refusal) and "upsampler" in refused.reason
+
+
+def test_the_recipe_and_the_network_must_agree_on_what_is_learned(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs a super-resolution network"):
+        check_fits(build(SHAPES["styles"]), UpsamplerTrainingConfig(learner="super-resolution"))
+    with pytest.raises(ConfigError, match="photos of 16 pixels from faces of 16.* reads photos of 8 at most"):
+        check_fits(build(SHAPES["styles"]), UpsamplerTrainingConfig(downscale=BicubicPulse(1)))
+    with pytest.raises(ConfigError, match="downscale.*must be the one that the network learns to undo"):
+        tiny_way(tmp_path, "styles", {"upsampling": "{downscale: {kind: area, factor: 4}}"})
+
+
+def test_low_rank_changes_of_an_encoder_send_fewer_numbers() -> None:
+    full, lora = marked("styles"), build(SHAPES["styles"], STREAMS.generator("styles"))
+    assert isinstance(lora, Styled)
+    mark_upsampler(lora, Lora(rank=2), STREAMS.generator("adapter"))
+    assert len(upsampler_ranges(lora, CONFIG)) < len(upsampler_ranges(full, CONFIG)) / 2
