@@ -156,7 +156,8 @@ def _coded(planes: Tensor, steps: Tensor) -> Tensor:
     height, width = planes.shape[2:]
     wave, steps = waves().to(planes), steps.to(planes)
     whole = _extended(planes, 8, 8)
-    blocks = whole.reshape(*planes.shape[:2], whole.shape[2] // 8, 8, -1, 8).transpose(3, 4)
+    down, across = whole.shape[2] // 8, whole.shape[3] // 8
+    blocks = whole.reshape(*planes.shape[:2], down, 8, across, 8).transpose(3, 4)
     # Two more bits are kept between rows and columns; coefficients are eighths; halves go away from zero.
     eighths = _shifted(wave @ _shifted(blocks @ wave.T, 11), 15)
     levels = eighths.sign() * (eighths.abs() / (8 * steps) + 0.5).floor()

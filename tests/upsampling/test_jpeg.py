@@ -71,6 +71,11 @@ def test_an_even_grey_picture_is_stored_exactly() -> None:
     assert torch.equal(Jpeg(10).apply(grey), grey)
 
 
+def test_no_pictures_are_stored_as_none() -> None:
+    for chroma in ("4:4:4", "4:2:0"):
+        assert Jpeg(50, chroma).apply(torch.zeros(0, 3, 9, 16)).shape == (0, 3, 9, 16)  # type: ignore[arg-type]
+
+
 def test_values_are_eight_bits_and_clamped() -> None:
     read = Jpeg(90).apply(3 * torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(1)))
     assert 0 <= read.min() and read.max() <= 1
