@@ -5,9 +5,10 @@ at noise s is E(x) / s^2 with E(x) = |A G(x) - y|^2 / 2, so that a point that is
 
 One move is a trajectory of the leapfrog rule, accepted or refused as a whole. With one leap it is the
 Metropolis-adjusted Langevin algorithm (Roberts & Tweedie 1996); with several it is Hamiltonian Monte Carlo (Neal
-2011, arXiv:1206.1901). A metric M, constant during a move, turns directions that the photo fixes (posterior spread
-about s / |J|) and those it leaves free (spread 1) into directions of equal spread: M = I + J'J / s^2, the
-Gauss-Newton matrix (Girolami & Calderhead 2011; Martin et al. 2012 for its low rank form).
+2011, arXiv:1206.1901). A metric M = I + E[J'J] / s^2 turns directions that photos fix (posterior spread about s / |J|)
+and those they leave free (spread 1) into directions of about equal spread. It is the Gauss-Newton matrix of Girolami &
+Calderhead (2011), but averaged over the prior and the same everywhere, as Titsias (2023, arXiv:2305.14442) averages
+over the posterior: a metric of the place itself changes within a fraction of a step (docs/posterior.md).
 """
 
 from __future__ import annotations
@@ -102,64 +103,52 @@ class Measured:
 
 @dataclass(frozen=True)
 class Metric:
-    """M = I + V diag(stiffness / s^2) V' for each chain, V orthonormal."""
+    """M = I + V diag(stiffness / s^2) V', V orthonormal; one for all chains."""
 
-    directions: Tensor  # (n, d, r), columns are V; r = 0 is the identity
-    stiffness: Tensor  # (n, r) squared singular values of the Jacobian along them
+    directions: Tensor  # (d, r), columns are V; r = 0 is the identity
+    stiffness: Tensor  # (r,) squared change of the measured values along each, >= 0
 
     @staticmethod
-    def identity(x: Tensor) -> Metric:
-        """No metric: every direction counts as if the photo left it free."""
-        return Metric(x.new_zeros(*x.shape, 0), x.new_zeros(len(x), 0))
+    def identity(width: int) -> Metric:
+        """No metric: every direction counts as if photos left it free."""
+        return Metric(torch.zeros(width, 0), torch.zeros(0))
 
     def narrow(self, rows: Tensor, s: float) -> Tensor:
-        """M^(-1/2) rows, (n, d): unit steps become as long as the posterior is wide in their direction."""
-        along = torch.einsum("ndr,nd->nr", self.directions, rows)
+        """M^(-1/2) rows, (n, d): unit steps become about as long as the posterior is wide in their direction."""
+        if not len(self.stiffness):
+            return rows
         shrink = torch.rsqrt(1 + self.stiffness / s**2) - 1
-        return rows + torch.einsum("ndr,nr->nd", self.directions, shrink * along)
-
-    def blended(self, other: Metric, share: float) -> Metric:
-        """The mean of two, `share` of it the other's, cut to the other's rank."""
-        mine = self.directions * ((1 - share) * self.stiffness).sqrt()[:, None]
-        others = other.directions * (share * other.stiffness).sqrt()[:, None]
-        joined = torch.cat([mine, others], dim=2)
-        directions, lengths, _ = torch.linalg.svd(joined, full_matrices=False)
-        r = other.stiffness.shape[1]
-        return Metric(directions[:, :, :r], lengths[:, :r].square())
+        return rows + ((rows @ self.directions) * shrink) @ self.directions.mT
 
 
-def gauss_newton(measured: Measured, x: Tensor, rank: int, chances: Chances) -> Metric:
-    """The metric where the chains stand, by finite differences along at most `rank` directions.
+def gauss_newton(measured: Measured, x: Tensor, rank: int, chance: torch.Generator) -> Metric:
+    """The mean of J'J over states, along the directions in which it is largest.
 
-    With no more coordinates than `rank` all are taken. Otherwise the directions are those that a random sketch of
-    the measured values pulls at (Halko et al. 2011, arXiv:0909.4061), all of them if there are few values.
+    J is the Jacobian of the measured values. With no more coordinates than `rank` the mean is taken as it is, by
+    finite differences; otherwise in the space that a random sketch of J' spans (Halko et al. 2011, arXiv:0909.4061).
 
     Args:
-        measured: The generator and the photo.
-        x: States, (n, d).
-        rank: Most directions; 0 gives the identity.
-        chances: Where the sketch is drawn from.
+        measured: The generator; the photo plays no part.
+        x: States to average over, (n, d), n >= 1.
+        rank: Most directions, >= 1.
+        chance: Where the sketch is drawn from.
     """
     n, d = x.shape
     with torch.no_grad():
         here = measured.values(x)
-    m = here.shape[1]
-    r = min(rank, d)
-    if r == 0 or n == 0:
-        return Metric.identity(x)
     if d <= rank:
-        basis = torch.eye(d).to(x).expand(n, d, d)
+        basis = torch.eye(d)
     else:
-        sketch = torch.eye(m).to(x).expand(n, m, m) if m <= rank else chances.normals(rank, m)
-        pulled = [measured.pull(x, sketch[:, i]) for i in range(sketch.shape[1])]
-        basis = torch.linalg.qr(torch.stack(pulled, dim=2)).Q
+        pulled = []
+        for _ in range(-(-2 * rank // n)):  # twice as many rows as directions are kept: the sketch is random
+            pulled.append(measured.pull(x, torch.randn(here.shape, generator=chance)))
+        basis = torch.linalg.svd(torch.cat(pulled), full_matrices=False).Vh[:rank].mT
     with torch.no_grad():
-        columns = [
-            (measured.values(x + DIFFERENCE * basis[:, :, i]) - here) / DIFFERENCE
-            for i in range(basis.shape[2])
+        changes = [
+            (measured.values(x + DIFFERENCE * basis[:, i]) - here) / DIFFERENCE for i in range(basis.shape[1])
         ]
-    jacobian = torch.stack(columns, dim=2)
-    stiffness, turned = torch.linalg.eigh(jacobian.mT @ jacobian)
+    jacobian = torch.stack(changes, dim=2).flatten(0, 1)
+    stiffness, turned = torch.linalg.eigh(jacobian.mT @ jacobian / n)
     return Metric(basis @ turned, stiffness.clamp(min=0))
 
 

@@ -10,9 +10,10 @@ the normal distribution that PULSE fits to styles, which is another prior); s th
 over all m measured values. Chains start from the prior and follow the noise level from 1 down to s.
 
 Source: Jalal et al. 2021 (arXiv:2106.12182), section 5 and its appendix on experiments, which `LangevinConfig.paper()`
-follows: unadjusted steps of 5e-6 (s_t / s)^2. The default instead runs Hamiltonian trajectories of a few leaps that are
-accepted or refused as a whole, so that no step size biases the answer, in a Gauss-Newton metric. docs/posterior.md has
-what that gives beside single leaps and beside no metric.
+follows: unadjusted steps of 5e-6 (s_t / s)^2. The default instead runs Hamiltonian trajectories that are accepted or
+refused as a whole, so that no step size biases the answer, in a metric: the posterior of a face is some fifty times
+narrower along the latents that a photo fixes than along the others, and it is curved, so that single steps stay where
+they are. docs/posterior.md has what leaps and metric give for equal CPU time.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from fedface.upsampling.threads import Tally, in_threads
 CONVERGED = 0.999  # a chain that misses the photo by more than this quantile of the noise has not arrived
 ACCEPT = 0.8  # the share of moves that the adaptation of step lengths aims at
 ADAPT = 0.7  # how fast the logarithm of a step length follows
-RENEWED = 0.4  # weight of the newest point in the mean of a metric: levels long past are forgotten
+AVERAGED = 24  # draws of the prior behind a metric
 JITTER = 0.3  # steps differ by up to this share between moves, so that no trajectory closes on itself
 
 
@@ -47,19 +48,23 @@ JITTER = 0.3  # steps differ by up to this share between moves, so that no traje
 class LangevinConfig:
     """Settings of the chains; none depends on the size of the generator.
 
-    Metric and step lengths adapt during the annealing alone. The `final` moves are those of one fixed Markov chain
-    whose stationary distribution is the posterior itself.
+    The metric comes from the prior, and step lengths adapt during the annealing alone. The `final` moves are those of
+    one fixed Markov chain whose stationary distribution is the posterior itself.
     """
 
-    spread: float = 0.02  # >= 0, std of what separates photos from the model; the noise is hypot(this, degradation's)
+    spread: float = (
+        0.02  # >= 0, std of what separates photos from the model; the noise is hypot(this, degradation's)
+    )
     start: float = 1.0  # > 0, noise of the first level
     levels: int = 12  # >= 1, from there down to the noise, geometrically
     moves: int = 3  # >= 1, at each level
     final: int = 12  # >= 0, moves at the noise itself with everything fixed
-    leaps: int = 6  # >= 1, gradients in one move; 1 is Langevin
+    leaps: int = 16  # >= 1, gradients in one move; 1 is Langevin
     step: float = 0.3  # > 0, length of the first leaps, in posterior standard deviations; then adapted
-    rank: int = 64  # >= 0, most directions of the metric; 0 is none
-    correction: Literal["metropolis", "none"] = "metropolis"  # none: published steps, never refused or adapted
+    rank: int = 64  # >= 0, most directions of the metric, which is prepared once; 0 is none
+    correction: Literal["metropolis", "none"] = (
+        "metropolis"  # none: published steps, never refused or adapted
+    )
     noise: Literal["fixed", "sampled"] = "fixed"  # the generator's own maps, or maps drawn with the latents
     faces_at_once: int = 64  # >= 1, chains side by side, bounds the memory of one worker
     workers: int = 1  # >= 1, threads, each with chains of its own
@@ -169,6 +174,8 @@ class Langevin:
         self._exact = _constants(generator)
         self._map = generator.map if isinstance(generator, OfClass) else self._exact.map
         self._sides = generator.noise_sides if config.noise == "sampled" else ()
+        self._width = generator.latent_width + sum(side**2 for side in self._sides)
+        self._metric = self._averaged(streams.generator("langevin/metric"))
 
     @property
     def size(self) -> int:
@@ -223,9 +230,18 @@ class Langevin:
     def _draw(self, x: Tensor) -> Images:
         """Faces of flat states: latents, then noise maps where those are sampled."""
         z = self.generator.latent_width
-        latents, *maps = x.split([z, *(side**2 for side in self._sides)], dim=1)
+        latents, *maps = torch.split(x, [z, *(side**2 for side in self._sides)], dim=1)
         noise = [m.view(-1, 1, side, side) for m, side in zip(maps, self._sides, strict=True)]
         return self._exact.synthesize(self._map(latents), noise or None)
+
+    def _averaged(self, chance: torch.Generator) -> Metric:
+        """Of the prior alone, so that chains owe it nothing."""
+        if not self.config.rank:
+            return Metric.identity(self._width)
+        nothing = torch.zeros(1, 3, self.low_size, self.low_size)
+        states = torch.randn(AVERAGED, self._width, generator=chance)
+        measured = Measured(self._draw, self.degradation.apply, nothing)
+        return gauss_newton(measured, states, self.config.rank, chance)
 
     def _sample(self, place: int, faces: Tensor, target: LowImages, tally: Tally) -> Upsampled:
         """The last states (m, 1, 3, s, s) of m chains; the chunk is number `place`."""
@@ -234,14 +250,18 @@ class Langevin:
         values = target[0].numel()
         chances = Chances([self._streams.generator(f"langevin/{face}") for face in faces.tolist()])
         measured = Measured(self._draw, self.degradation.apply, target)
-        width = self.generator.latent_width + sum(side**2 for side in self._sides)
-        point, step = measured.point(chances.normals(width)), 0
+        point, step = measured.point(chances.normals(self._width)), 0
 
         def shown(moved: Moved) -> Point:
             nonlocal step
             step += 1
             misfit = moved.point.energy * 2 / values
-            tally.step(place, Glimpse(step=step, steps=self.config.steps, faces=faces, images=moved.point.images, misfit=misfit))
+            tally.step(
+                place,
+                Glimpse(
+                    step=step, steps=self.config.steps, faces=faces, images=moved.point.images, misfit=misfit
+                ),
+            )
             return moved.point
 
         walk = self._drifting if self.config.correction == "none" else self._moving
@@ -280,18 +300,14 @@ class Langevin:
     ) -> Point:
         """Adjusted moves in a metric: both adapt level by level, then stay as they are."""
         config = self.config
-        metric = Metric.identity(point.x)
         step, before = point.energy.new_full(point.energy.shape, config.step), 0.0
 
         def moved(s: float) -> Moved:
             jittered = step * (1 + JITTER * (2 * chances.uniforms() - 1))
-            return move(measured, point, metric, s, step=jittered, leaps=config.leaps, chances=chances)
+            return move(measured, point, self._metric, s, step=jittered, leaps=config.leaps, chances=chances)
 
         for s in self._noises():
-            if config.rank:
-                fresh = gauss_newton(measured, point.x, config.rank, chances)
-                metric = metric.blended(fresh, RENEWED if before else 1.0)
-            elif before:
+            if before and not config.rank:
                 step = step * (s / before)  # nothing else knows that the posterior gets narrower
             before = s
             for _ in range(config.moves):
