@@ -88,13 +88,18 @@ Devices = DrawnDevices | LabelledDevices | RealDevices
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnProbe:
-    """Public probe: freshly drawn faces, equally many in each tone group, in plain light and through cameras."""
+    """Public probe: freshly drawn faces in plain light and through cameras, by default as many of each tone group."""
 
     each: int = 12  # faces per tone group, >= 2
+    light_share: float | None = (
+        None  # instead five times as many of a population with this share of light skin
+    )
 
     def __post_init__(self) -> None:
         if self.each < 2:
             raise ValueError(f"each must be at least 2, got {self.each}")
+        if self.light_share is not None and not 0 <= self.light_share <= 1:
+            raise ValueError(f"light_share must lie in [0, 1], got {self.light_share}")
 
 
 @dataclass(frozen=True, kw_only=True)

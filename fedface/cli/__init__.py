@@ -24,6 +24,7 @@ from fedface.cli.comparisons import compare_runs
 from fedface.cli.devices import device, ledger
 from fedface.cli.faces import photos
 from fedface.cli.figures import quality
+from fedface.cli.methods import compare as compare_methods
 from fedface.cli.pages import page
 from fedface.cli.runs import check, report, run_experiment
 from fedface.cli.terminal import call
@@ -43,6 +44,7 @@ app.command()(check)
 app.command()(report)
 app.command()(quality)
 app.command()(upsample)
+app.command("methods")(compare_methods)
 app.command("page")(page)
 GROUPS = {"photos": photos, "base": base, "weights": weights, "device": device, "ledger": ledger}
 for name, part in GROUPS.items():

@@ -33,19 +33,22 @@ from fedface.upsampling.pulse import PulseConfig
 
 TONES = 1000  # samples whose skin tones are counted for a sheet
 
+MethodOption = Annotated[
+    list[str] | None, typer.Option(help=f"One of {', '.join(METHODS)}, or all; may be repeated.")
+]
+FactorOption = Annotated[int, typer.Option(min=1, help="How much the face is shrunk.")]
+Downscale = Literal["bicubic-pulse", "bicubic", "area"]
+DownscaleOption = Annotated[Downscale, typer.Option(help="How the face is shrunk.")]
+
 
 def upsample(
     photo: Annotated[
         Path, typer.Argument(help="A photo with a face, a small square face, or a folder of such photos.")
     ],
-    method: Annotated[
-        list[str] | None, typer.Option(help=f"One of {', '.join(METHODS)}, or all; may be repeated.")
-    ] = None,
+    method: MethodOption = None,
     faces: Annotated[int, typer.Option(min=1, max=16, help="How many faces of each method.")] = 6,
-    factor: Annotated[int, typer.Option(min=1, help="How much the face is shrunk.")] = 4,
-    downscale: Annotated[
-        Literal["bicubic-pulse", "bicubic", "area"], typer.Option(help="How the face is shrunk.")
-    ] = "bicubic-pulse",
+    factor: FactorOption = 4,
+    downscale: DownscaleOption = "bicubic-pulse",
     people: Annotated[int, typer.Option(min=1, help="How many people of one photo, the largest first.")] = 1,
     generator: Annotated[Path | None, typer.Option(help="A checkpoint; the embedded ones otherwise.")] = None,
     detector: DetectorOption = None,
@@ -58,19 +61,17 @@ def upsample(
 ) -> None:
     """Show what upsamplers make of a face: several people, all of whom shrink to the same pixels."""
     given = None if generator is None else load_model(generator)
-    methods = _methods(method, given)
+    methods = chosen_methods(method, given)
     size, pairs = with_models(methods, given)
-    shrinking = _shrinking(downscale, factor)
-    if size % factor:
-        raise ConfigError(f"--factor must divide the {size} pixels of a face, got {factor}")
-    wanted = Wanted(degradation=shrinking, size=size, faces=faces, most_people=people)
+    known = shrinking(downscale, factor, size)
+    wanted = Wanted(degradation=known, size=size, faces=faces, most_people=people)
     settings = {
         "methods": [plain(each) for each in methods], "weights": [_hash(model) for _, model in pairs],
-        "downscale": plain(shrinking), "faces": faces, "people": people, "seed": seed,
+        "downscale": plain(known), "faces": faces, "people": people, "seed": seed,
     }  # fmt: skip
     with progress_bars() as bars:
         bars.stage("preparing", 0)
-        painters = Painters(pairs, shrinking, size=size, seed=seed, progress=lambda done, of: bars.step(
+        painters = Painters(pairs, known, size=size, seed=seed, progress=lambda done, of: bars.step(
             round(1000 * done / max(1, of))
         ))  # fmt: skip
         tones = _tones(pairs)
@@ -85,7 +86,10 @@ def upsample(
     console.print(NOBODY, highlight=False)
 
 
-def _shrinking(kind: Literal["bicubic-pulse", "bicubic", "area"], factor: int) -> Degradation:
+def shrinking(kind: Downscale, factor: int, size: int) -> Degradation:
+    """The downscale of `--downscale` and `--factor`; raises ConfigError unless it divides faces of `size` pixels."""
+    if size % factor:
+        raise ConfigError(f"--factor must divide the {size} pixels of a face, got {factor}")
     match kind:
         case "bicubic-pulse":
             return BicubicPulse(factor)
@@ -95,7 +99,8 @@ def _shrinking(kind: Literal["bicubic-pulse", "bicubic", "area"], factor: int) -
             return Area(factor)
 
 
-def _methods(names: list[str] | None, given: Model | None) -> list[Method]:
+def chosen_methods(names: list[str] | None, given: Model | None) -> list[Method]:
+    """The methods of `--method`, or the one that goes with a checkpoint; raises ConfigError for an unknown name."""
     if not names:
         return [PulseConfig() if given is None else fitting_method(given)]
     wanted = list(METHODS) if "all" in names else list(dict.fromkeys(names))

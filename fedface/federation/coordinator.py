@@ -105,7 +105,7 @@ def coordinate(
     base = load_model(weights_path(folder, 0))
     size = base.size
     watcher.stage("public faces", 1)
-    probe = public_faces(experiment, size)
+    probe = public_faces(experiment.probe, experiment.seed, size)
     yardstick = make_yardstick(experiment, probe, size)
     if len(yardstick.faces) < FEWEST_FACES:
         raise ConfigError(

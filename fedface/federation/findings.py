@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from fedface.aggregation.encrypted import make_device, make_keys, make_server
 from fedface.aggregation.protocol import AggregationConfig, Agreement, EncryptedConfig, PlainConfig
-from fedface.audits.bias import DARKER_FROM, measure_bias, tone_histogram
+from fedface.audits.bias import DARKER_FROM, BiasReport, measure_bias, tone_histogram
 from fedface.audits.disaggregate import mean_interval, rate_interval
 from fedface.audits.features import compare_faces
 from fedface.audits.inversion import (
@@ -46,7 +47,7 @@ from fedface.shapes import Images, LowImages, Vector
 from fedface.training.ways import Round
 from fedface.upsampling.contracts import Upsampled
 from fedface.upsampling.degrade import Degradation, measure
-from fedface.upsampling.methods import Method, fitting_method, make_upsampler
+from fedface.upsampling.methods import BASELINES, Method, fitting_method, make_upsampler
 
 FEWEST_FACES = 40  # that a distance can be measured from
 SAMPLES = 256  # faces drawn from the generator for every figure of a round
@@ -115,23 +116,26 @@ class Served:
     """What a method made of the probe with one set of weights."""
 
     method: Method
+    weights_hash: str  # of the networks that were asked; a hash of nothing where none was
+    report: BiasReport
     record: BiasRecord
     low: LowImages
     upsampled: Upsampled
 
 
 def serve_probe(
-    model: Model,
+    model: Model | None,
     probe: PublicFaces,
     config: UpsamplingConfig,
     method: Method,
     seed: int,
     progress: Callable[[int, int], None],
 ) -> Served:
-    """Shrink the probe, make it large again, and compare group by group."""
+    """Shrink the probe, make it large again, and compare group by group; None goes with methods without a network."""
     streams = Streams(seed).child("upsampling")
     low = measure(config.downscale, probe.images, streams.generator("camera"))
-    search = make_upsampler(method, model, config.downscale, streams, size=model.size, progress=progress)
+    size = probe.images.shape[-1]
+    search = make_upsampler(method, model, config.downscale, streams, size=size, progress=progress)
     found = search.upsample(low, faces_per_photo=config.faces_per_photo)
     report = measure_bias(
         probe.images,
@@ -141,11 +145,25 @@ def serve_probe(
         true_tone=probe.tone,
         expected=probe.expected,
     )
-    asked = (model.upsampler,) if isinstance(model, Styled | Resolved) else (model.generator,)
-    record = bias_record(report, weights_hash=weights_hash(*asked), probe=probe.description)
+    name = weights_hash(*_asked(method, model))
+    record = bias_record(report, weights_hash=name, probe=probe.description)
     order = {name: place for place, name in enumerate(probe.expected)}
     groups = sorted(record.groups, key=lambda group: order.get(group.group, len(order)))
-    return Served(method=method, record=replace(record, groups=tuple(groups)), low=low, upsampled=found)
+    return Served(
+        method=method,
+        weights_hash=name,
+        report=report,
+        record=replace(record, groups=tuple(groups)),
+        low=low,
+        upsampled=found,
+    )
+
+
+def _asked(method: Method, model: Model | None) -> tuple[nn.Module, ...]:
+    """The networks whose weights a method looks at."""
+    if model is None or method in BASELINES:
+        return ()
+    return (model.upsampler,) if isinstance(model, Styled | Resolved) else (model.generator,)
 
 
 @dataclass(frozen=True, kw_only=True)

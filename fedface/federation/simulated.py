@@ -156,23 +156,29 @@ def device_faces(experiment: Experiment, count: int, size: int, *, part: int = 0
             assert_never(devices)
 
 
-def public_faces(experiment: Experiment, size: int) -> PublicFaces:
-    """The probe of an experiment, the same in every call."""
-    probe = experiment.probe
+def public_faces(probe: DrawnProbe | LabelledProbe, seed: int, size: int) -> PublicFaces:
+    """The faces of a probe, the same in every call."""
     match probe:
         case DrawnProbe():
-            return _drawn_probe(probe.each, size, Streams(experiment.seed).child("probe"))
+            return _drawn_probe(probe, size, Streams(seed).child("probe"))
         case LabelledProbe():
-            return _labelled_probe(probe, experiment, size)
+            return _labelled_probe(probe, size)
         case _:
             assert_never(probe)
 
 
-def _drawn_probe(each: int, size: int, streams: Streams) -> PublicFaces:
-    chance = streams.generator("faces")
-    everyone = sample_faces(each * 200, ToneMix(light_share=0.5), chance)
+def _drawn_probe(probe: DrawnProbe, size: int, streams: Streams) -> PublicFaces:
+    chance, each = streams.generator("faces"), probe.each
+    count, share = each * 200, 0.5
+    if probe.light_share is not None:
+        count, share = each * len(TONE_GROUPS), probe.light_share
+    everyone = sample_faces(count, ToneMix(light_share=share), chance)
     group = ((everyone.tone - 0.5) / 2).floor().clamp(0, 4).long()
     chosen = torch.cat([torch.nonzero(group == g)[:each, 0] for g in range(5)])
+    words = f"{len(chosen)} freshly drawn faces, {each} in each group of true Monk tone, through cameras"
+    if probe.light_share is not None:
+        chosen = torch.arange(count)
+        words = f"{count} freshly drawn faces, {share:.0%} of them light (Monk 1-5), through cameras"
     faces: DrawnFaces = everyone[chosen]
     images = draw(faces, size, noise=streams.generator("camera"))
     return PublicFaces(
@@ -180,11 +186,11 @@ def _drawn_probe(each: int, size: int, streams: Streams) -> PublicFaces:
         groups=tuple(TONE_GROUPS[g] for g in group[chosen].tolist()),
         expected=TONE_GROUPS,
         tone=measure_tone(images),
-        description=f"{len(chosen)} freshly drawn faces, {each} in each group of true Monk tone, through cameras",
+        description=words,
     )
 
 
-def _labelled_probe(probe: LabelledProbe, experiment: Experiment, size: int) -> PublicFaces:
+def _labelled_probe(probe: LabelledProbe, size: int) -> PublicFaces:
     path, _ = _set_path(probe.folder, probe.set)
     everyone, away = _facing(read_face_folder(path, size=size, label=probe.label), probe.turned)
     faces = everyone.select(_first_of_each(everyone.groups, probe.each))

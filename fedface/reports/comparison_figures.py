@@ -44,7 +44,7 @@ def against_epsilon(record: ComparisonRecord) -> bytes:
         row[1].set_ylim(0, 1)
         handles, labels = row[0].get_legend_handles_labels()
         canvas.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)))
-        return _png(canvas)
+        return png_on_white(canvas)
 
 
 def by_group(record: ComparisonRecord, measure: str = "kernel") -> bytes:
@@ -59,7 +59,7 @@ def by_group(record: ComparisonRecord, measure: str = "kernel") -> bytes:
         row[0].set_ylabel(TITLES[measure])
         handles, labels = row[0].get_legend_handles_labels()
         canvas.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)))
-        return _png(canvas)
+        return png_on_white(canvas)
 
 
 def tone_histograms(record: ComparisonRecord) -> bytes:
@@ -89,7 +89,7 @@ def tone_histograms(record: ComparisonRecord) -> bytes:
         row[0].set_ylabel("share of faces, %")
         handles, labels = row[0].get_legend_handles_labels()
         canvas.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-        return _png(canvas)
+        return png_on_white(canvas)
 
 
 def samples(rows: Mapping[str, Images], truth: Images) -> bytes:
@@ -126,7 +126,8 @@ def _name(level: str) -> str:
     return {UNTOUCHED: "0\n(base)", UNBOUNDED: "∞"}.get(level, level)
 
 
-def _png(canvas: Canvas) -> bytes:
+def png_on_white(canvas: Canvas) -> bytes:
+    """A drawn canvas as PNG, its ground white so that it can be shown anywhere."""
     target = io.BytesIO()
     FigureCanvasAgg(canvas)
     canvas.savefig(target, format="png", facecolor="white", metadata={"Software": None})

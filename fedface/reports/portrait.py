@@ -8,6 +8,7 @@ that the generator has learned to draw, because what it never saw it cannot answ
 from __future__ import annotations
 
 import io
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,11 +33,10 @@ from fedface.upsampling.contracts import Progress, Upsampled, Upsampler
 from fedface.upsampling.degrade import Degradation, in_words, measure
 from fedface.upsampling.methods import Method, has_one_answer, make_upsampler, title_of
 
-NOBODY = (
-    "These people do not exist. The pixels do not say which face is right: all that fit are equally possible."
-)
+NOBODY = "These people do not exist; the pixels do not say which face is right."
 
-_SIDE, _SMALL, _GAP, _LEFT = 116, 44, 8, 150  # pixels of the sheet
+_SIDE, _SMALL, _GAP, _LEFT = 124, 44, 10, 164  # pixels of the sheet
+_CELL, _ROW = _SIDE + _GAP, _SIDE + _SMALL + 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,55 +150,71 @@ def portrait_sheet(portrait: Portrait, tones: ToneHistogram | None = None, *, so
         tones: Skin tones of what the generator draws; left out where no generator was asked.
         source: Where the photo comes from, for the last line.
     """
-    shown, answers = portrait.shown, portrait.answers
-    columns = max(3, max(answer.made.faces_per_photo for answer in answers) + 1)
-    cell, row = _SIDE + _GAP, _SIDE + _SMALL + 52
-    width, top = _LEFT + columns * cell + 16, 34 + _SIDE + 44
-    height = top + len(answers) * row + 56
+    shown = portrait.shown
+    several = [answer for answer in portrait.answers if not has_one_answer(answer.method)]
+    single = [answer for answer in portrait.answers if has_one_answer(answer.method)]
+    columns = max(5, len(single), *(answer.made.faces_per_photo + 1 for answer in several), 0)
+    width, top = _LEFT + columns * _CELL + 16, 46 + _SIDE + 54
+    height = top + (len(several) + bool(single)) * _ROW + 16 * bool(single) + 64
     with matplotlib.rc_context({**STYLE, "font.size": 9.0}):
         sheet = _Sheet(width, height)
         side, own = shown.low.shape[-1], measure_tone(shown.truth)
-        sheet.words(_LEFT, 10, f"the photo's face (Monk {float(own.monk[0]):.1f})")
-        sheet.picture(_LEFT, 30, _SIDE, shown.truth[0])
-        sheet.words(_LEFT + cell, 10, f"what is shown: {side} x {side} pixels")
-        sheet.picture(_LEFT + cell, 30, _SIDE, shown.low[0])
-        sheet.words(_LEFT + cell, 30 + _SIDE + 4, in_words(shown.degradation), small=True)
+        sheet.words(
+            _LEFT,
+            10,
+            f"the photo's face\nMonk {float(own.monk[0]):.1f}, {shown.subject.side:.0f} pixels wide",
+        )
+        sheet.picture(_LEFT, 46, _SIDE, shown.truth[0])
+        words = "\n".join(textwrap.wrap(in_words(shown.degradation), 24))
+        sheet.words(_LEFT + _CELL, 10, f"what is shown:\n{side} x {side} pixels")
+        sheet.picture(_LEFT + _CELL, 46, _SIDE, shown.low[0])
+        sheet.words(_LEFT + _CELL, 46 + _SIDE + 6, words, small=True)
         if tones is not None:
-            readings = [measure_tone(answer.made.images[0]).monk for answer in answers]
-            sheet.tones(_LEFT + 2 * cell + 40, 30, width - 24, _SIDE, tones, own.monk, torch.cat(readings))
-        for number, answer in enumerate(answers):
-            _row(sheet, top + number * row, cell, answer, shown.degradation)
-        sheet.words(16, height - 40, NOBODY, bold=True)
+            made = torch.cat([measure_tone(answer.made.images[0]).monk for answer in portrait.answers])
+            sheet.tones(_LEFT + 2 * _CELL + 56, 46, width - 24, _SIDE, tones, own.monk, made)
+        for number, answer in enumerate(several):
+            _row(sheet, top + number * _ROW, answer, shown.degradation)
+        if single:
+            _single_row(sheet, top + len(several) * _ROW, single, shown.degradation)
+        sheet.words(16, height - 44, NOBODY, bold=True)
         if source:
-            sheet.words(16, height - 20, source, small=True)
+            sheet.words(16, height - 22, source, small=True)
         return sheet.png()
 
 
-def _row(sheet: _Sheet, y: int, cell: int, answer: Answer, degradation: Degradation) -> None:
+def _row(sheet: _Sheet, y: int, answer: Answer, degradation: Degradation) -> None:
     """One method: its faces, what each shrinks to, and how far they differ."""
     made = answer.made
-    faces = made.images[0]
     title, _, rest = title_of(answer.method).partition(" from ")
-    sheet.words(16, y + 8, title, bold=True)
     lines = [f"from {rest}"] if rest else []
-    lines += [f"{int(made.converged[0].sum())} of {len(faces)} fit", f"{answer.seconds:.2g} s"]
+    lines += [f"{int(made.converged[0].sum())} of {made.faces_per_photo} fit", f"{answer.seconds:.2g} s"]
+    sheet.words(16, y + 8, title, bold=True)
     sheet.words(16, y + 28, "\n".join(lines), small=True)
-    low = degradation.apply(faces).clamp(0, 1)
-    for i, (misfit, fits) in enumerate(zip(made.misfit[0].tolist(), made.converged[0].tolist(), strict=True)):
-        x = _LEFT + i * cell
-        sheet.picture(x, y, _SIDE, faces[i])
-        sheet.picture(x, y + _SIDE + 4, _SMALL, low[i])
-        verdict = f"{'fits' if fits else 'no fit'}\nmisfit {misfit:.4f}"
-        sheet.words(x + _SMALL + 6, y + _SIDE + 8, verdict, small=True)
-    x = _LEFT + len(faces) * cell
-    if has_one_answer(answer.method):
-        sheet.words(x + 4, y + 8, "it has one answer,\nwhatever else would fit", small=True)
-    else:
-        spread = spread_of(faces)
-        sheet.heat(x, y, _SIDE, spread)
-        sheet.words(
-            x, y + _SIDE + 8, f"where they differ,\n{100 * float(spread.mean()):.0f} % on average", small=True
-        )
+    for number in range(made.faces_per_photo):
+        _face(sheet, _LEFT + number * _CELL, y, answer, number, degradation)
+    x, spread = _LEFT + made.faces_per_photo * _CELL, spread_of(made.images[0])
+    sheet.heat(x, y, _SIDE, spread)
+    mean, most = 100 * float(spread.mean()), 100 * float(spread.max())
+    words = f"where they differ: {mean:.0f} %\non average, bright: {most:.0f} %"
+    sheet.words(x, y + _SIDE + 8, words, small=True)
+
+
+def _single_row(sheet: _Sheet, y: int, answers: Sequence[Answer], degradation: Degradation) -> None:
+    """Methods that have one answer, side by side."""
+    sheet.words(16, y + 24, "one answer each,", bold=True)
+    sheet.words(16, y + 44, "whatever else would fit", small=True)
+    for number, answer in enumerate(answers):
+        sheet.words(_LEFT + number * _CELL, y, title_of(answer.method), bold=True)
+        _face(sheet, _LEFT + number * _CELL, y + 18, answer, 0, degradation)
+
+
+def _face(sheet: _Sheet, x: int, y: int, answer: Answer, number: int, degradation: Degradation) -> None:
+    """One face, what it shrinks to, and whether that is the photo."""
+    face, misfit = answer.made.images[0, number], float(answer.made.misfit[0, number])
+    sheet.picture(x, y, _SIDE, face)
+    sheet.picture(x, y + _SIDE + 4, _SMALL, degradation.apply(face[None])[0].clamp(0, 1))
+    verdict = "fits" if bool(answer.made.converged[0, number]) else "no fit"
+    sheet.words(x + _SMALL + 6, y + _SIDE + 8, f"{verdict}\nmisfit {misfit:.4f}", small=True)
 
 
 class _Sheet:
@@ -219,7 +235,8 @@ class _Sheet:
 
     def heat(self, x: int, y: int, side: int, spread: Tensor) -> None:
         axes = self._axes(x, y, side, side)
-        axes.imshow(spread.numpy(), cmap="magma", vmin=0.0, vmax=0.3, interpolation="nearest", aspect="auto")
+        most = max(0.01, float(spread.max()))
+        axes.imshow(spread.numpy(), cmap="magma", vmin=0.0, vmax=most, interpolation="nearest", aspect="auto")
         axes.set_axis_off()
 
     def words(self, x: float, y: float, text: str, *, small: bool = False, bold: bool = False) -> None:
@@ -250,8 +267,8 @@ class _Sheet:
         axes.set_xlabel("Monk scale, read from pixels")
         axes.set_ylabel("share, %")
         axes.grid(axis="x", visible=False)
-        self.words(left - 30, y - 20, f"skin tones that this generator draws (n = {tones.count})")
-        self.words(left + 6, y + 4, "the photo (orange), the answers (blue)", small=True)
+        self.words(left - 36, y - 36, f"skin tones that the generator draws (n = {tones.count});")
+        self.words(left - 36, y - 20, "above: of the photo (orange), of the answers (blue)", small=True)
 
     def png(self) -> bytes:
         target = io.BytesIO()

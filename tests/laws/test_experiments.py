@@ -104,7 +104,7 @@ def test_missing_photos_are_one_sentence(path: Path, tmp_path: Path) -> None:
     for folder, words in ((tmp_path / "nowhere", "--photos FOLDER"), (empty, "wanted labelled photos")):
         lost = without_photos(experiment, folder)
         with pytest.raises(LibraryError, match=words):
-            public_faces(lost, 32)
+            public_faces(lost.probe, 0, 32)
         if isinstance(lost.devices, LabelledDevices):
             with pytest.raises(LibraryError, match=words):
                 describe_devices(lost)

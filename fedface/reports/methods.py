@@ -1,0 +1,158 @@
+"""The record of every upsampling method on one probe, with its tables and pictures: is it the algorithm?
+
+Filled by federation/methods.py, printed by `fedface methods`. Each figure carries its count and interval; each method
+carries the hash of the weights that it asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure as Canvas
+
+from fedface.reports import strict, wording
+from fedface.reports.comparison_figures import COLOURS, MARKERS, png_on_white
+from fedface.reports.figures import INK, STYLE, face_grid
+from fedface.reports.run import BiasRecord, Figure, Interval, MachineRecord, NotMeasured
+from fedface.shapes import Images
+
+FILE = "methods.json"
+OVERALL = ("misfit", "converged", "skin_difference", "face_difference", "lightness_shift", "same_half")
+BY_GROUP = ("lightness_shift", "skin_difference", "same_half")
+LIMITS = (
+    "Tone is read from pixels, so light and camera are mixed into every figure of tone.",
+    "Whether a face fits is each method's own word: PULSE and the one-pass methods compare the misfit with a fixed "
+    "tolerance, posterior samplers with what the noise of the measurement would leave.",
+    "A face that is near in colour is not the person: none of these figures says whether anybody is recognised.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodFigures:
+    """One method."""
+
+    method: str  # its name on the command line
+    title: str
+    settings: dict[str, Any]
+    weights_hash: str  # of the networks that were asked; empty for nearest and bicubic
+    bias: BiasRecord  # overall and by group
+    distance: Figure  # kernel distance of its faces to the faces of the probe: do they look like faces?
+    spread: Figure  # standard deviation of a photo's faces at a pixel, of 1: does it show that many fit?
+    darker_true: Figure  # share of darker originals
+    darker_made: Figure  # share of darker faces among the made ones
+    darker_change: Figure  # the difference, photo by photo; its size is the SPE of the halves
+    seconds_per_face: float  # wall time of one core, shared with whatever ran beside it
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodsRecord:
+    """All methods on one probe."""
+
+    finished: str  # ISO 8601, UTC
+    command: str
+    versions: dict[str, str]
+    machine: MachineRecord
+    probe: str  # in words
+    downscale: str  # in words
+    photos: int
+    seed: int
+    methods: tuple[MethodFigures, ...]
+
+
+def write(record: MethodsRecord, pictures: Mapping[str, bytes], folder: Path) -> Path:
+    """Write record, table and pictures into a folder; returns the table's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FILE).write_text(strict.dumps(record), encoding="utf-8")
+    for name, png in pictures.items():
+        (folder / f"{name}.png").write_bytes(png)
+    path = folder / "methods.md"
+    path.write_text(markdown(record), encoding="utf-8")
+    return path
+
+
+def markdown(record: MethodsRecord) -> str:
+    """The tables, with what they cannot show."""
+    heads = [wording.title_of(name) for name in OVERALL]
+    lines = [
+        "# Every method on one probe",
+        "",
+        f"{record.probe}. Shrunk by {record.downscale}. Estimates over photos with 95 % intervals.",
+        "",
+        f"| method | {' | '.join(heads)} | kernel distance to the originals | spread of a photo's faces | s per face |",
+        "|" + "---|" * (len(heads) + 4),
+    ]
+    for each in record.methods:
+        cells = [_cell(each.bias.overall[name]) for name in OVERALL]
+        cells += [_cell(each.distance), _cell(each.spread), f"{each.seconds_per_face:.2g}"]
+        lines.append(f"| {each.title} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "## Whom each method changes",
+        "",
+        "Share of faces in the darker half of the Monk scale.",
+        "",
+    ]
+    lines += ["| method | originals | made | change |", "|---|---|---|---|"]
+    for each in record.methods:
+        figures = (each.darker_true, each.darker_made, each.darker_change)
+        lines.append(f"| {each.title} | {' | '.join(_cell(figure) for figure in figures)} |")
+    groups = [group.group for group in record.methods[0].bias.groups]
+    for measure in BY_GROUP:
+        lines += ["", f"## By group: {wording.with_unit(wording.title_of(measure), measure)}", ""]
+        lines += [f"| method | {' | '.join(groups)} |", "|" + "---|" * (len(groups) + 1)]
+        for each in record.methods:
+            found = {group.group: group.figures[measure] for group in each.bias.groups}
+            lines.append(f"| {each.title} | {' | '.join(_cell(found[name]) for name in groups)} |")
+    lines += ["", "## In words", ""]
+    for each in record.methods:
+        lines += [f"- **{each.title}**: {' '.join(each.bias.sentences[:-1])}"]
+    lines += ["", "## What this cannot show", "", *(f"- {limit}" for limit in LIMITS), ""]
+    lines += ["Run it again:", "", f"    {record.command}", ""]
+    return "\n".join(lines)
+
+
+def by_group(record: MethodsRecord) -> bytes:
+    """Lightness added, colour difference and half kept, by group, one colour per method; PNG on white."""
+    groups = [group.group for group in record.methods[0].bias.groups]
+    with matplotlib.rc_context(STYLE):
+        canvas = Canvas(figsize=(11.0, 3.4), layout="constrained", dpi=110)
+        row = canvas.subplots(1, len(BY_GROUP))
+        for axes, measure in zip(row, BY_GROUP, strict=True):
+            for index, each in enumerate(record.methods):
+                found = {group.group: group.figures[measure] for group in each.bias.groups}
+                drawn = [(i, found[name]) for i, name in enumerate(groups)]
+                points = [(i, figure) for i, figure in drawn if isinstance(figure, Interval)]
+                at = np.array([i for i, _ in points]) + 0.09 * (index - (len(record.methods) - 1) / 2)
+                middle = np.array([figure.estimate for _, figure in points])
+                ends = np.array([[f.estimate - f.low, f.high - f.estimate] for _, f in points]).T.clip(min=0)
+                axes.errorbar(
+                    at, middle, yerr=ends, label=each.title, color=COLOURS[index % len(COLOURS)],
+                    marker=MARKERS[index % len(MARKERS)], markersize=4, linewidth=0, elinewidth=1.0, capsize=0,
+                )  # fmt: skip
+            if measure == "lightness_shift":
+                axes.axhline(0.0, color=INK, linewidth=0.8)
+            axes.set_xticks(range(len(groups)), [name.replace(" ", "\n", 1) for name in groups])
+            axes.set_title(wording.with_unit(wording.title_of(measure), measure), loc="left", fontsize=9)
+            axes.grid(axis="x", visible=False)
+        handles, labels = row[0].get_legend_handles_labels()
+        canvas.legend(handles, labels, loc="outside lower center", ncols=min(8, len(labels)))
+        return png_on_white(canvas)
+
+
+def faces(rows: Sequence[tuple[str, Images]], groups: Sequence[str]) -> bytes:
+    """Originals, what was shown, and one face of each method, one person a column; PNG."""
+    return face_grid(rows, groups, side=96)
+
+
+def _cell(figure: Figure) -> str:
+    match figure:
+        case Interval(estimate=estimate, low=low, high=high, count=count):
+            numbers = f"{wording.number(estimate)} [{wording.number(low)}, {wording.number(high)}]"
+            return f"{numbers} (n = {count})"
+        case NotMeasured(not_measured=reason):
+            return f"not measured: {reason}"
