@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import first_device, tiny_experiment, tiny_file, tiny_gan, train_task
@@ -20,6 +21,7 @@ from fedface.federation.folders import locked
 from fedface.models.family import Alone
 from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
 from fedface.models.weights import save_model, vector_of
+from fedface.photos.pixels import write_png
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
@@ -70,7 +72,18 @@ def test_help_names_every_command(fedface) -> None:  # type: ignore[no-untyped-d
     """Also those of the parts."""
     said = fedface("--help")
     assert said.code == 0
-    for command in ("run", "check", "report", "upsample", "photos", "base", "device", "ledger"):
+    for command in (
+        "run",
+        "check",
+        "report",
+        "upsample",
+        "methods",
+        "page",
+        "photos",
+        "base",
+        "device",
+        "ledger",
+    ):
         assert command in said.out
 
 
@@ -206,6 +219,45 @@ def test_photos_and_reports_that_are_not_there_are_sentences(fedface, tmp_path: 
     assert fedface("upsample", "words.jpg", "--factor", "0").code == 2
     said = fedface("upsample", "words.jpg", "--generator", "words.jpg")
     assert "not a readable safetensors file" in sentence(said)
+    assert 'did you mean "pulse"?' in sentence(fedface("upsample", "words.jpg", "--method", "pulze"))
+    assert "--factor must divide the 32 pixels" in sentence(fedface("upsample", "words.jpg", "--factor", "5"))
+    assert "no picture in this folder" in sentence(fedface("upsample", "empty", "--method", "nearest"))
+    assert "no such folder of labelled photos" in sentence(fedface("methods", "--photos", "nowhere"))
+    said = fedface("methods", "--photos", "empty", "--light-share", "0.5")
+    assert "--light-share goes with drawn faces" in sentence(said)
+
+
+def test_a_folder_of_small_faces_becomes_sheets_and_a_record(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Two sheets; the second time nothing is done again; another seed is refused in the same folder."""
+    (tmp_path / "in").mkdir()
+    for number in range(2):
+        write_png(tmp_path / "in" / f"{number}.png", np.full((8, 8, 3), 90 * number + 60, dtype=np.uint8))
+    words = (
+        "upsample",
+        "in",
+        "--method",
+        "nearest",
+        "--method",
+        "super-resolution",
+        "--out",
+        "sheets",
+        "--json",
+    )
+    told = json.loads(fedface(*words).out)
+    assert [entry["answers"][0]["fits"] for entry in told] == [[True], [True]]
+    assert sorted(path.name for path in Path("sheets").iterdir()) == ["0.png.png", "1.png.png", "faces.json"]
+    made = Path("sheets/0.png.png").stat().st_mtime_ns
+    assert fedface(*words).code == 0 and Path("sheets/0.png.png").stat().st_mtime_ns == made
+    assert "other photos or settings" in sentence(fedface(*words, "--seed", "1"))
+
+
+def test_methods_are_compared_and_the_baselines_are_there(fedface) -> None:  # type: ignore[no-untyped-def]
+    """One network beside nearest and bicubic; the table, the record and two pictures lie in the folder."""
+    said = fedface("methods", "--method", "super-resolution", "--each", "9", "--out", "compared", "--json")
+    told = json.loads(said.out)
+    assert [each["method"] for each in told["methods"]] == ["super-resolution", "nearest", "bicubic"]
+    names = ["by-group.png", "faces.png", "methods.json", "methods.md"]
+    assert sorted(path.name for path in Path("compared").iterdir()) == names
 
 
 def test_a_key_is_made_once_and_for_hidden_sums_only(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

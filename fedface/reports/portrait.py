@@ -162,7 +162,7 @@ def portrait_sheet(portrait: Portrait, tones: ToneHistogram | None = None, *, so
         sheet.words(
             _LEFT,
             10,
-            f"the photo's face\nMonk {float(own.monk[0]):.1f}, {shown.subject.side:.0f} pixels wide",
+            f"the photo's face\nMonk {float(own.monk[0]):.1f}",
         )
         sheet.picture(_LEFT, 46, _SIDE, shown.truth[0])
         words = "\n".join(textwrap.wrap(in_words(shown.degradation), 24))
