@@ -112,7 +112,7 @@ def test_mistakes_in_options_are_sentences(fedface, tmp_path: Path) -> None:  # 
     assert "seed: must be >= 0" in sentence(fedface("check", path, "--set", "seed=-1"))
     assert "--photos goes with labelled" in sentence(fedface("check", path, "--photos", "."))
     assert "no such checkpoint" in sentence(fedface("check", path, "--set", "base=none.safetensors"))
-    assert "must divide the generator's 16 pixels" in sentence(
+    assert "does not go with faces of 16 pixels" in sentence(
         fedface("check", path, "--set", "upsampling.downscale={kind: area, factor: 3}")
     )
     assert not Path("runs").exists()
