@@ -67,7 +67,9 @@ def progress_bars() -> Iterator[Bars]:
     """Bars on standard error, gone when the command is done."""
     described = TextColumn("{task.description}", markup=False)
     columns = (described, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=notes, transient=True) as progress:
+    # Results that somebody keeps in a file must not follow the bars to standard error.
+    aloud = sys.stdout.isatty()
+    with Progress(*columns, console=notes, transient=True, redirect_stdout=aloud) as progress:
         yield Bars(progress)
 
 

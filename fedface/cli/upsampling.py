@@ -6,9 +6,9 @@ Called from fedface/cli. Parses, calls `reports.portraits`, and says in a line e
 from __future__ import annotations
 
 import difflib
-import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -50,6 +50,9 @@ def upsample(
     factor: FactorOption = 4,
     downscale: DownscaleOption = "bicubic-pulse",
     people: Annotated[int, typer.Option(min=1, help="How many people of one photo, the largest first.")] = 1,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Look for no face: the middle square is one, pixelated or not.")
+    ] = False,
     generator: Annotated[Path | None, typer.Option(help="A checkpoint; the embedded ones otherwise.")] = None,
     detector: DetectorOption = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -64,22 +67,29 @@ def upsample(
     methods = chosen_methods(method, given)
     size, pairs = with_models(methods, given)
     known = shrinking(downscale, factor, size)
-    wanted = Wanted(degradation=known, size=size, faces=faces, most_people=people)
+    wanted = Wanted(
+        degradation=known,
+        size=size,
+        faces=faces,
+        most_people=people,
+        look="at the whole" if whole else "for faces",
+    )
     settings = {
         "methods": [plain(each) for each in methods], "weights": [_hash(model) for _, model in pairs],
-        "downscale": plain(known), "faces": faces, "people": people, "seed": seed,
+        "downscale": plain(known), "faces": faces, "people": people, "whole": whole, "seed": seed,
     }  # fmt: skip
     with progress_bars() as bars:
         bars.stage("preparing", 0)
         painters = Painters(pairs, known, size=size, seed=seed, progress=lambda done, of: bars.step(
             round(1000 * done / max(1, of))
         ))  # fmt: skip
-        tones = _tones(pairs)
         finder = cache(lambda: chosen_detector(detector))
+        # JSON stands alone on standard output; sentences then go beside the bars.
+        job = _Job(wanted, painters, finder, _tones(pairs), bars, bars.say if json_out else _aloud)
         if photo.is_dir():
-            found = _folder(photo, out or Path("faces"), settings, wanted, painters, finder, tones, bars)
+            found = _folder(job, photo, out or Path("faces"), settings)
         else:
-            found = _one(photo, out, wanted, painters, finder, tones, bars)
+            found = _one(job, photo, out)
     if json_out:
         print(json.dumps(found, indent=1))
         return
@@ -126,15 +136,35 @@ def _tones(pairs: Sequence[tuple[Method, Model | None]]) -> ToneHistogram | None
     return None
 
 
-def _one(
-    photo: Path,
-    out: Path | None,
-    wanted: Wanted,
-    painters: Painters,
-    finder: Callable[[], Detector],
-    tones: ToneHistogram | None,
-    bars: Bars,
-) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class _Job:
+    """What every photo is met with."""
+
+    wanted: Wanted
+    painters: Painters
+    finder: Callable[[], Detector]
+    tones: ToneHistogram | None
+    bars: Bars
+    say: Callable[[str], None]
+
+    def sheets(
+        self, photos: Sequence[Path], place: Callable[[Path, int], Path]
+    ) -> Iterator[tuple[Made, ...] | LeftOut]:
+        """One result for each photo, told as it comes."""
+        for result in make_sheets(
+            photos, place, self.wanted, self.painters, self.finder, self.tones, self.bars
+        ):
+            yield result
+            if not isinstance(result, LeftOut):
+                for made in result:
+                    self.say("\n".join(_told(made, self.wanted)))
+
+
+def _aloud(text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def _one(job: _Job, photo: Path, out: Path | None) -> list[dict[str, Any]]:
     """Every person of one photo; why there is none is an error."""
     if not photo.exists():
         raise LibraryError(f"there is no photo or folder {photo}")
@@ -147,43 +177,26 @@ def _one(
         return target if person == 1 else target.with_name(f"{target.stem}-{person}{target.suffix}")
 
     found = []
-    for result in make_sheets([photo], place, wanted, painters, finder, tones, bars):
+    for result in job.sheets([photo], place):
         if isinstance(result, LeftOut):
             raise LibraryError(f"{photo}: {result.reason}")
-        found.append(result.plain())
-        for line in _told(result, wanted):
-            bars.say(line)
+        found += [made.plain() for made in result]
     return found
 
 
-def _folder(
-    photos: Path,
-    out: Path,
-    settings: dict[str, Any],
-    wanted: Wanted,
-    painters: Painters,
-    finder: Callable[[], Detector],
-    tones: ToneHistogram | None,
-    bars: Bars,
-) -> list[dict[str, Any]]:
+def _folder(job: _Job, photos: Path, out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Every photo of a folder that has no sheet yet; photos without a face are counted and named."""
     pictures = pictures_in(photos)
     sheets = SheetFolder(out, photos, settings)
     left = sheets.left(pictures)
     if len(left) < len(pictures):
-        bars.say(f"{len(pictures) - len(left)} of {len(pictures)} photos were done before")
-    results = make_sheets(left, sheets.place, wanted, painters, finder, tones, bars)
-    for _, group in itertools.groupby(results, key=lambda result: result.photo):
-        of_one_photo = list(group)
-        sheets.keep(of_one_photo)
-        for result in of_one_photo:
-            match result:
-                case Made():
-                    bars.say("\n".join(_told(result, wanted)))
-                case LeftOut(photo=name, reason=reason):
-                    bars.say(f"{name}: left out: {reason}")
+        job.say(f"{len(pictures) - len(left)} of {len(pictures)} photos were done before")
+    for result in job.sheets(left, sheets.place):
+        sheets.keep(result)
+        if isinstance(result, LeftOut):
+            job.say(f"{result.photo}: left out: {result.reason}")
     without = [entry for entry in sheets.found if "left_out" in entry]
-    bars.say(
+    job.say(
         f"{len(pictures)} photos, {len(sheets.found) - len(without)} sheets in {out}, {len(without)} left out"
     )
     return list(sheets.found)
@@ -193,7 +206,7 @@ def _told(made: Made, wanted: Wanted) -> list[str]:
     """What was found in a photo, and each method's answer, in a line each."""
     lines = []
     if made.people == 0:
-        lines.append(f"{made.photo}: a small square picture, taken as a face already")
+        lines.append(f"{made.photo}: taken as a face already, {made.side:.0f} pixels a side")
     else:
         more = f"person {made.person} of {made.people}" if made.people > 1 else "one face"
         turned = f", found with the photo turned by {made.turned} degrees" if made.turned else ""

@@ -15,7 +15,7 @@ import numpy as np
 
 from fedface.errors import LibraryError, PhotoError
 from fedface.photos.faces import Detector, Face, align, alignment_side, usable
-from fedface.photos.pixels import Photo, read_photo
+from fedface.photos.pixels import Photo, cut_square, read_photo
 
 LONGEST_SIDE = 1600  # pixels in which faces are looked for
 SMALL = 64  # a square picture of at most this side is taken as a face already, aligned and shrunken
@@ -95,6 +95,22 @@ def subjects_of(
         )
         for number, face in enumerate(seen[best], start=1)
     )
+
+
+def whole_picture(photo: Photo, size: int, *, name: str) -> Subject:
+    """The middle square of a photo, taken as an aligned face as it is: for faces that are pixelated already.
+
+    Raises:
+        LibraryError: The square has fewer pixels than a face of `size` needs: 2.
+    """
+    height, width = photo.pixels.shape[:2]
+    side = min(height, width)
+    if side < 2:
+        raise LibraryError(f"{name}: only {width} x {height} pixels; give a larger picture")
+    top, left = (height - side) // 2, (width - side) // 2
+    corners = np.array([[0, 0], [0, 1], [1, 1], [1, 0]]) * side + np.array([left, top]) - 0.5
+    crop = photo.pixels if side <= SMALL and height == width else cut_square(photo.pixels, corners, size)
+    return Subject(crop=crop, number=1, people=0, turned=0, side=float(side))
 
 
 def _turned(photo: Photo, degrees: int) -> np.ndarray:

@@ -12,14 +12,14 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from fedface.audits.bias import ToneHistogram
 from fedface.errors import ConfigError, LibraryError, PhotoError
 from fedface.photos.faces import Detector
 from fedface.photos.isolation import IsolatedReader
 from fedface.photos.pixels import Photo, is_picture
-from fedface.photos.subjects import LONGEST_SIDE, Subject, subjects_of
+from fedface.photos.subjects import LONGEST_SIDE, Subject, subjects_of, whole_picture
 from fedface.reports.portrait import Painters, Portrait, portrait_sheet, show
 from fedface.upsampling.degrade import Degradation
 from fedface.upsampling.methods import name_of
@@ -47,6 +47,7 @@ class Wanted:
     size: int  # of the faces in pixels
     faces: int  # for each method that has more than one answer
     most_people: int  # faces of one photo, the largest first
+    look: Literal["for faces", "at the whole"] = "for faces"  # whole: the picture is an aligned face as it is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +113,8 @@ def make_sheets(
     detector: Callable[[], Detector],
     tones: ToneHistogram | None,
     watcher: Watcher,
-) -> Iterator[Made | LeftOut]:
-    """A sheet for every face of every photo, one after the other, written before the next one is begun.
+) -> Iterator[tuple[Made, ...] | LeftOut]:
+    """The sheets of each photo, one for every face, or why there is none; written before the next photo is begun.
 
     Args:
         photos: Files.
@@ -133,6 +134,7 @@ def make_sheets(
             except (PhotoError, LibraryError) as error:
                 yield LeftOut(photo=str(path), reason=str(error).removeprefix(f"{path}: "))
                 continue
+            made = []
             for subject in people[: wanted.most_people]:
                 shown = show(subject, wanted.degradation, size=wanted.size)
                 portrait = painters.portray(shown, faces=wanted.faces)
@@ -140,10 +142,11 @@ def make_sheets(
                 draft = sheet.with_name(sheet.name + ".draft")
                 draft.write_bytes(portrait_sheet(portrait, tones))
                 draft.replace(sheet)
-                yield Made(
+                made.append(Made(
                     photo=str(path), person=subject.number, people=subject.people, turned=subject.turned,
                     side=subject.side, sheet=sheet, portrait=portrait,
-                )  # fmt: skip
+                ))  # fmt: skip
+            yield tuple(made)
 
 
 def _people(
@@ -151,6 +154,8 @@ def _people(
 ) -> tuple[Subject, ...]:
     if isinstance(photo, PhotoError):
         raise photo
+    if wanted.look == "at the whole":
+        return (whole_picture(photo, wanted.size, name=str(path)),)
     return subjects_of(photo, detector, wanted.size, smallest=smallest, name=str(path))
 
 
@@ -205,13 +210,13 @@ class SheetFolder:
         name = "_".join(path.relative_to(self._photos).parts)
         return self.folder / f"{name}{'' if person == 1 else f'-{person}'}.png"
 
-    def keep(self, of_one_photo: Sequence[Made | LeftOut]) -> None:
+    def keep(self, result: tuple[Made, ...] | LeftOut) -> None:
         """Remember all that came of one photo, on the disk on return."""
-        for result in of_one_photo:
-            plain = result.plain() if isinstance(result, Made) else {
-                "photo": result.photo, "left_out": result.reason,
-            }  # fmt: skip
-            self._found.append(plain)
+        match result:
+            case LeftOut(photo=photo, reason=reason):
+                self._found.append({"photo": photo, "left_out": reason})
+            case _:
+                self._found += [made.plain() for made in result]
         path = self.folder / RECORD
         draft = path.with_name(path.name + ".draft")
         draft.write_text(json.dumps({"asked": self._asked, "found": self._found}, indent=1), encoding="utf-8")

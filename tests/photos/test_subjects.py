@@ -12,7 +12,7 @@ from fedface.errors import LibraryError, PhotoError
 from fedface.photos.detectors import EmbeddedDetector
 from fedface.photos.faces import Detector, Face
 from fedface.photos.pixels import read_photo, write_png
-from fedface.photos.subjects import find_subjects
+from fedface.photos.subjects import find_subjects, whole_picture
 
 
 class Blind:
@@ -88,3 +88,15 @@ def test_a_grey_photo_has_a_face_too(shared: Path, tmp_path: Path) -> None:
     write_png(path, np.repeat(pixels.mean(axis=2, keepdims=True).round().astype(np.uint8), 3, axis=2))
     (found,) = find_subjects(path, embedded, 64, smallest=8)
     assert found.people == 1 and (found.crop[..., 0] == found.crop[..., 1]).all()
+
+
+def test_a_picture_that_is_pixelated_already_can_be_taken_whole(tmp_path: Path) -> None:
+    """The middle square of 40 x 60 pixels, its four quarters in their places and colours."""
+    pixels = np.zeros((40, 60, 3), dtype=np.uint8)
+    pixels[:20, 10:30], pixels[20:, 30:50] = 200, 100
+    path = tmp_path / "blocks.png"
+    write_png(path, pixels)
+    taken = whole_picture(read_photo(path), 8, name="blocks")
+    assert taken.crop.shape == (8, 8, 3) and taken.side == 40.0 and taken.already_small
+    quarters = taken.crop[[1, 1, 6, 6], [1, 6, 1, 6], 0].astype(int)
+    assert np.abs(quarters - [200, 0, 0, 100]).max() <= 12

@@ -130,9 +130,10 @@ def folder_of_photos(place: Path) -> Path:
 def work(photos: Path, sheets: SheetFolder) -> list[Made | LeftOut]:
     """Everything that is left to do."""
     left = sheets.left(pictures_in(photos))
-    found = list(make_sheets(left, sheets.place, WANTED, painters(), blind, None, Silent()))
-    for result in found:
-        sheets.keep([result])
+    found: list[Made | LeftOut] = []
+    for result in make_sheets(left, sheets.place, WANTED, painters(), blind, None, Silent()):
+        sheets.keep(result)
+        found += [result] if isinstance(result, LeftOut) else result
     return found
 
 
