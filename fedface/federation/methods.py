@@ -25,8 +25,8 @@ from fedface.randomness import Streams
 from fedface.reports import methods as report
 from fedface.reports.filling import machine_record, measured, version_record
 from fedface.reports.methods import MethodFigures, MethodsRecord
-from fedface.reports.portrait import spread_of
 from fedface.reports.run import Figure, NotMeasured
+from fedface.upsampling.contracts import deviation
 from fedface.upsampling.degrade import Degradation, in_words
 from fedface.upsampling.methods import BASELINES, Method, has_one_answer, name_of, title_of
 
@@ -107,7 +107,7 @@ def _figures(served: Served, probe: PublicFaces, seconds: float, seed: int) -> M
         distance = measured(compare_faces(probe.images, first, streams.numpy("blocks")).kernel)
     spread: Figure = NotMeasured(not_measured="it was asked for one face of each photo")
     if made.shape[1] > 1:
-        each = torch.stack([spread_of(faces).mean() for faces in made])
+        each = torch.stack([deviation(faces).mean() for faces in made])
         spread = measured(mean_interval(each.double().numpy(), streams.numpy("spread")))
     true, dark = probe.tone.monk >= DARKER_FROM, measure_tone(first).monk >= DARKER_FROM
     return MethodFigures(

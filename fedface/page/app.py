@@ -26,10 +26,11 @@ from fedface.errors import ConfigError, FedfaceError
 from fedface.page.desk import Desk
 from fedface.page.guard import Guard
 from fedface.page.offers import Searcher
-from fedface.page.pictures import data_uri, pixels_of
+from fedface.page.pictures import data_uri
 from fedface.page.searches import Search
 from fedface.page.sitting import Crop, Reader, Sitting
 from fedface.page.telling import Asked, sheet_of, told_end, told_news
+from fedface.reports.figures import pixels_of
 from fedface.upsampling.contracts import Progress, Upsampler, Watch
 
 PAGE = Path(__file__).with_name("page.html")

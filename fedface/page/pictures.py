@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fedface.photos.pixels import png_bytes
 from fedface.shapes import Images
+from fedface.upsampling.contracts import deviation
 
 SHOWN = 256  # pixels a side of a face on the page, at most
 
@@ -33,12 +34,6 @@ def images_of(pixels: np.ndarray) -> Images:
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None].float() / 255.0
 
 
-def pixels_of(image: Tensor) -> np.ndarray:
-    """One picture (3, h, w) as uint8 pixels (h, w, 3), clamped and rounded."""
-    levels = (image.detach().cpu().float().clamp(0, 1) * 255.0).round().to(torch.uint8)
-    return levels.permute(1, 2, 0).numpy()
-
-
 def eight_bits(images: Tensor) -> Tensor:
     """The values that a file of eight bits a colour keeps of pictures, in [0, 1]."""
     return (images.clamp(0, 1) * 255.0).round() / 255.0
@@ -54,14 +49,6 @@ def shown(images: Tensor) -> Tensor:
 def data_uri(pixels: np.ndarray) -> str:
     """uint8 pixels as a PNG inside an address, for the `src` of a picture."""
     return "data:image/png;base64," + base64.b64encode(png_bytes(pixels)).decode("ascii")
-
-
-def deviation(images: Images) -> Tensor:
-    """How far f faces (f, 3, s, s) differ at each pixel, (s, s).
-
-    The standard deviation over the faces, as the root mean square of the three colours; zero where they are equal.
-    """
-    return images.clamp(0, 1).std(dim=0, correction=0).square().mean(dim=0).sqrt()
 
 
 def spread_of(images: Images) -> Spread:

@@ -18,13 +18,14 @@ import numpy as np
 from torch.nn import functional as F
 
 from fedface.errors import LibraryError, PhotoError
-from fedface.page.pictures import SHOWN, eight_bits, images_of, pixels_of
+from fedface.page.pictures import SHOWN, eight_bits, images_of
 from fedface.photos.drawn import draw_people
 from fedface.photos.faces import Detector, Face
 from fedface.photos.isolation import IsolatedReader
 from fedface.photos.pixels import Photo, cut_square, read_photo_bytes
 from fedface.photos.subjects import LONGEST_SIDE, subjects_of
 from fedface.randomness import Streams
+from fedface.reports.figures import pixels_of
 from fedface.shapes import Images, LowImages
 from fedface.upsampling.degrade import BicubicPulse
 

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from fedface.page.pictures import data_uri, deviation, pixels_of, shown, spread_of
+from fedface.page.pictures import data_uri, shown, spread_of
 from fedface.page.searches import Failed, Finished, Search, Stopped
 from fedface.photos.tone import measure_tone
-from fedface.reports.figures import face_grid
+from fedface.reports.figures import face_grid, pixels_of
 from fedface.shapes import Images
+from fedface.upsampling.contracts import deviation
 from fedface.upsampling.degrade import BicubicPulse
 
 TONE = (

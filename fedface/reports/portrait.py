@@ -29,7 +29,7 @@ from fedface.photos.tone import MONK_SWATCHES, measure_tone
 from fedface.randomness import Streams
 from fedface.reports.figures import STYLE, pixels_of
 from fedface.shapes import Images, LowImages
-from fedface.upsampling.contracts import Progress, Upsampled, Upsampler
+from fedface.upsampling.contracts import Progress, Upsampled, Upsampler, deviation
 from fedface.upsampling.degrade import Degradation, in_words, measure
 from fedface.upsampling.methods import Method, has_one_answer, make_upsampler, title_of
 
@@ -128,11 +128,6 @@ class Painters:
         return Portrait(shown=shown, answers=tuple(answers))
 
 
-def spread_of(faces: Images) -> Tensor:
-    """How far faces (f, 3, s, s) differ: standard deviation at each pixel, mean over colours, (s, s)."""
-    return faces.clamp(0, 1).std(dim=0, correction=0).mean(dim=0)
-
-
 def answer_words(answer: Answer) -> str:
     """One line about a method's answer: how many faces fit, and how well."""
     misfit, fits = answer.made.misfit[0], answer.made.converged[0]
@@ -192,7 +187,7 @@ def _row(sheet: _Sheet, y: int, answer: Answer, degradation: Degradation) -> Non
     sheet.words(16, y + 28, "\n".join(lines), small=True)
     for number in range(made.faces_per_photo):
         _face(sheet, _LEFT + number * _CELL, y, answer, number, degradation)
-    x, spread = _LEFT + made.faces_per_photo * _CELL, spread_of(made.images[0])
+    x, spread = _LEFT + made.faces_per_photo * _CELL, deviation(made.images[0])
     sheet.heat(x, y, _SIDE, spread)
     mean, most = 100 * float(spread.mean()), 100 * float(spread.max())
     words = f"where they differ: {mean:.0f} %\non average, bright: {most:.0f} %"

@@ -121,6 +121,14 @@ def check_low(low: LowImages, side: int, faces_per_photo: int) -> None:
         raise ValueError("photos must be finite, got NaN or infinity")
 
 
+def deviation(faces: Images) -> Tensor:
+    """How far f faces (f, 3, s, s) differ at each pixel, (s, s) in [0, 0.5].
+
+    The standard deviation over the faces, as the root mean square of the three colours; zero where they are equal.
+    """
+    return faces.clamp(0, 1).std(dim=0, correction=0).square().mean(dim=0).sqrt()
+
+
 def squared_difference(low: LowImages, target: LowImages) -> Tensor:
     """The mean over colours and pixels of the squared difference, (n,)."""
     return (low - target).square().flatten(1).mean(dim=1)

@@ -14,9 +14,10 @@ from fastapi.testclient import TestClient
 from speaking import HOME, Open, events_of, photo_bytes, pixels_in
 
 from fedface.page import app as app_module
-from fedface.page.pictures import images_of, pixels_of
+from fedface.page.pictures import images_of
 from fedface.page.sitting import Reader
 from fedface.photos.pixels import png_bytes
+from fedface.reports.figures import pixels_of
 
 
 def drop(client: TestClient, content: bytes | None = None) -> dict[str, Any]:

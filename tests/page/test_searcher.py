@@ -11,10 +11,11 @@ from tiny import tiny_gan
 from fedface.errors import ConfigError
 from fedface.page.app import make_app
 from fedface.page.offers import learned_from
-from fedface.page.pictures import images_of, pixels_of
+from fedface.page.pictures import images_of
 from fedface.page.searcher import Methods, offer_of
 from fedface.page.sitting import Reader
 from fedface.randomness import Streams
+from fedface.reports.figures import pixels_of
 from fedface.upsampling.degrade import BicubicPulse
 from fedface.upsampling.methods import METHODS, has_one_answer
 from fedface.upsampling.pulse import Pulse, PulseConfig

@@ -17,9 +17,9 @@ from fedface.photos.faces import Detector, Face
 from fedface.photos.pixels import read_photo_bytes, write_png
 from fedface.photos.subjects import Subject
 from fedface.randomness import Streams
-from fedface.reports.portrait import Painters, answer_words, portrait_sheet, show, spread_of
+from fedface.reports.portrait import Painters, answer_words, portrait_sheet, show
 from fedface.reports.portraits import LeftOut, Made, SheetFolder, Wanted, make_sheets, pictures_in
-from fedface.upsampling.contracts import squared_difference
+from fedface.upsampling.contracts import deviation, squared_difference
 from fedface.upsampling.degrade import Area, Chain, Degradation, Noise
 from fedface.upsampling.methods import Method
 from fedface.upsampling.one_pass import EncodeConfig, NearestConfig
@@ -101,8 +101,8 @@ def test_every_method_answers_and_its_misfit_is_that_of_its_faces() -> None:
 def test_the_spread_of_two_faces_is_half_their_distance_and_of_equal_ones_nothing() -> None:
     """Standard deviation of two values, dividing by their number."""
     faces = torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), 0.6)])
-    torch.testing.assert_close(spread_of(faces), torch.full((4, 4), 0.3))
-    assert float(spread_of(faces[:1].expand(3, 3, 4, 4)).max()) == 0.0
+    torch.testing.assert_close(deviation(faces), torch.full((4, 4), 0.3))
+    assert float(deviation(faces[:1].expand(3, 3, 4, 4)).max()) == 0.0
 
 
 def test_the_sheet_is_a_picture_that_grows_with_methods_and_faces() -> None:

@@ -1,7 +1,7 @@
 """PULSE's published loop as slow and plain as it can be said, written from its description.
 
-Used by `test_pulse_published`. One loop over one batch, everything spelled out, nothing shared with `fedface` but
-the generator that is given.
+Used by `test_pulse_published`, and by `benchmarks/latent_search.py` as the baseline. One loop over one batch,
+everything spelled out, nothing shared with `fedface` but the generator that is given.
 """
 
 from __future__ import annotations
@@ -51,6 +51,20 @@ def fitted(generator: Generator, draws: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         before = F.leaky_relu(generator.map(draws)[:, 0], 5.0)
     return before.mean(dim=0), before.std(dim=0)
+
+
+def starts(
+    generator: Generator, count: int, latent_width: int, stream: torch.Generator
+) -> tuple[Tensor, list[Tensor]]:
+    """Latents and noise maps as a search of ours draws them: face by face, latents first; the last map is zero."""
+    latents, noise = [], [[] for _ in generator.noise_sides]  # type: tuple[list[Tensor], list[list[Tensor]]]
+    for _ in range(count):
+        latents.append(torch.randn(generator.style_inputs, latent_width, generator=stream))
+        for maps, side in zip(noise, generator.noise_sides, strict=True):
+            maps.append(torch.randn(1, side, side, generator=stream))
+    drawn = [torch.stack(maps) for maps in noise]
+    drawn[-1].zero_()
+    return torch.stack(latents), drawn
 
 
 def squares(x: Tensor) -> Tensor:

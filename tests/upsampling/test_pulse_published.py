@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from published_loop import downscale, published_loop
+from published_loop import downscale, published_loop, starts
 from torch import Tensor
 
 from fedface.models.contracts import Generator
@@ -90,19 +90,18 @@ def by_pulse(generator: Generator, photos: Tensor, config: PulseConfig) -> tuple
 
 
 def by_twin(generator: Generator, photos: Tensor, config: PulseConfig) -> Trajectory:
-    """From the starts that a search draws: face by face, latents before noise; the last map is zero."""
-    stream = STREAMS.generator("pulse/search")
-    latents, noise = [], [[] for _ in generator.noise_sides]  # type: tuple[list[Tensor], list[list[Tensor]]]
-    for _ in photos:
-        latents.append(torch.randn(generator.style_inputs, generator.latent_width, generator=stream))
-        for maps, side in zip(noise, generator.noise_sides, strict=True):
-            maps.append(torch.randn(1, side, side, generator=stream))
-    drawn = [torch.stack(maps).to(photos) for maps in noise]
-    drawn[-1].zero_()
+    """From the starts that a search draws."""
+    latents, noise = starts(generator, len(photos), generator.latent_width, STREAMS.generator("pulse/search"))
     draws = torch.randn(DRAWS, generator.latent_width, generator=STREAMS.generator("pulse/mapping"))
-    start = torch.stack(latents).to(photos)
     loop = published_loop(
-        generator, photos, draws, start, drawn, steps=config.steps, factor=4, eps=config.eps
+        generator,
+        photos,
+        draws,
+        latents.to(photos),
+        [maps.to(photos) for maps in noise],
+        steps=config.steps,
+        factor=4,
+        eps=config.eps,
     )
     return list(loop)
 
