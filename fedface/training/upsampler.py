@@ -38,10 +38,10 @@ class UpsamplerTrainingConfig:
     steps_per_round: int = 8  # private steps a device takes in one round, >= 1
     sampling_rate: float = 0.08  # q: chance of a photo to join a step, in (0, 1]
     expected_batch: int = 32  # public divisor of each step's sum, >= 1
-    clip_norm: float = 0.1  # longest gradient one photo can have, > 0
+    clip_norm: float = 0.3  # longest gradient one photo can have, > 0; about the usual length
     downscale: Degradation = field(default_factory=lambda: BicubicPulse(4))  # what the network learns to undo
     fit_weight: float = 10.0  # of the squared difference after the downscale, >= 0
-    rate: float = 0.3  # step of gradient descent, > 0
+    rate: float = 1.0  # step of gradient descent, > 0
     steady_noise: float = 0.5  # noise multiplier beyond which the rate falls as 1 / noise
     momentum: float = 0.9  # share of the last step that a device repeats in the next of the round, in [0, 1)
     server_rate: float = 1.0  # how much of the mean update the server applies, in (0, 4]
