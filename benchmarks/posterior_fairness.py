@@ -8,8 +8,9 @@ as it came (PR), turn as many faces from light to dark as from dark to light (SP
 the original as two of its faces for one photo are from each other: given the photo, original and samples are
 exchangeable. Groups are the halves of the Monk scale, read from pixels. Photos are measured 4 times smaller (PULSE's
 bicubic, noise 0.02) and 16 times smaller (means of blocks, noise 0.1: 2 x 2 pixels, where tone is often open). PULSE
-stops at the misfit of that noise. With --mixing, chains of four photos are followed
-instead, for several lengths of a move and equal numbers of gradients.
+stops at the misfit of that noise. Chains for 2 x 2 pixels are shorter than the default, which
+is made for 4 times smaller. With --mixing, chains of four photos are followed instead, for several lengths of a move
+and equal numbers of gradients.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -64,6 +65,7 @@ class Measurement:
 
     degradation: Degradation
     noise: float  # standard deviation of a measured value
+    chains: LangevinConfig  # long enough for a posterior of that width
 
     def photos(self, faces: Images, stream: torch.Generator) -> LowImages:
         """Not clamped, so that the noise is normal."""
@@ -71,7 +73,10 @@ class Measurement:
         return low + self.noise * torch.randn(low.shape, generator=stream)
 
 
-MEASUREMENTS = {4: Measurement(BicubicPulse(4), 0.02), 16: Measurement(Area(16), 0.1)}
+MEASUREMENTS = {
+    4: Measurement(BicubicPulse(4), 0.02, LangevinConfig(spread=0.02)),
+    16: Measurement(Area(16), 0.1, LangevinConfig(spread=0.1, levels=6, moves=2, final=8, leaps=10)),
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def rows(workers: int) -> dict[str, Row]:
         return Pulse(base, seen.degradation, config, streams)
 
     def langevin(seen: Measurement, streams: Streams) -> Upsampler:
-        config = LangevinConfig(spread=seen.noise, workers=workers)
+        config = replace(seen.chains, workers=workers)
         return Langevin(base, seen.degradation, config, streams)
 
     def guidance(seen: Measurement, streams: Streams) -> Upsampler:
