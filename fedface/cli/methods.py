@@ -13,7 +13,14 @@ import typer
 from rich.table import Table
 
 from fedface.cli.terminal import JsonOption, console, progress_bars
-from fedface.cli.upsampling import DownscaleOption, FactorOption, MethodOption, chosen_methods, shrinking
+from fedface.cli.upsampling import (
+    DownscaleOption,
+    FactorOption,
+    MethodOption,
+    chosen_methods,
+    cores,
+    shrinking,
+)
 from fedface.errors import ConfigError
 from fedface.experiment import DrawnProbe, LabelledProbe
 from fedface.federation.methods import compare_methods, with_baselines
@@ -23,7 +30,7 @@ from fedface.reports import methods as report
 from fedface.reports import strict, wording
 from fedface.reports.methods import MethodsRecord
 from fedface.reports.run import Figure, Interval
-from fedface.upsampling.methods import METHODS, with_models
+from fedface.upsampling.methods import METHODS, side_by_side, with_models
 
 SHOWN = ("misfit", "skin_difference", "lightness_shift", "same_half")
 
@@ -51,7 +58,8 @@ def compare(
     """Compare upsampling methods on one probe: who is served worse by which; nearest and bicubic are always there."""
     given = None if generator is None else load_model(generator)
     chosen = list(METHODS.values()) if not method and given is None else chosen_methods(method, given)
-    size, pairs = with_models(with_baselines(chosen), given)
+    asked = [side_by_side(each, cores()) for each in with_baselines(chosen)]
+    size, pairs = with_models(asked, given)
     known = shrinking(downscale, factor, size)
     if photos is not None and light_share is not None:
         raise ConfigError("--light-share goes with drawn faces; leave it or --photos out")

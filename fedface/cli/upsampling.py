@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -28,7 +29,7 @@ from fedface.photos.faces import Detector
 from fedface.reports.portrait import NOBODY, Painters, answer_words
 from fedface.reports.portraits import LeftOut, Made, SheetFolder, Wanted, make_sheets, pictures_in
 from fedface.upsampling.degrade import Area, Bicubic, BicubicPulse, Degradation
-from fedface.upsampling.methods import METHODS, Method, fitting_method, with_models
+from fedface.upsampling.methods import METHODS, Method, fitting_method, side_by_side, with_models
 from fedface.upsampling.pulse import PulseConfig
 
 TONES = 1000  # samples whose skin tones are counted for a sheet
@@ -65,7 +66,7 @@ def upsample(
     """Show what upsamplers make of a face: several people, all of whom shrink to the same pixels."""
     given = None if generator is None else load_model(generator)
     methods = chosen_methods(method, given)
-    size, pairs = with_models(methods, given)
+    size, pairs = with_models([side_by_side(each, cores()) for each in methods], given)
     known = shrinking(downscale, factor, size)
     wanted = Wanted(
         degradation=known,
@@ -107,6 +108,11 @@ def shrinking(kind: Downscale, factor: int, size: int) -> Degradation:
             return Bicubic(factor)
         case "area":
             return Area(factor)
+
+
+def cores() -> int:
+    """How many processors this process may use, 8 at most."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def chosen_methods(names: list[str] | None, given: Model | None) -> list[Method]:

@@ -7,7 +7,7 @@ by its `kind`, and `METHODS` lists them with their default settings.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TypeAlias, assert_never
 
@@ -100,6 +100,17 @@ def title_of(method: Method) -> str:
 def has_one_answer(method: Method) -> bool:
     """Whether all faces that a method makes of one photo are the same."""
     return isinstance(method, EncodeConfig | SuperResolutionConfig | BicubicConfig | NearestConfig)
+
+
+def side_by_side(method: Method, workers: int) -> Method:
+    """The same method with so many threads, each with faces of its own; what is found is the same up to rounding."""
+    match method:
+        case PulseConfig() | LangevinConfig() | GuidanceConfig():
+            return replace(method, workers=workers)
+        case EncodeThenPulseConfig(pulse=pulse):
+            return replace(method, pulse=replace(pulse, workers=workers))
+        case _:
+            return method
 
 
 def fitting_method(model: Model) -> Method:

@@ -32,6 +32,7 @@ from fedface.upsampling.methods import (
     has_one_answer,
     make_upsampler,
     name_of,
+    side_by_side,
     title_of,
     with_models,
 )
@@ -155,3 +156,11 @@ def test_a_checkpoint_that_is_given_replaces_the_embedded_one_where_it_goes() ->
     with pytest.raises(ConfigError, match="faces of different sizes"):
         with_models([PulseConfig(), SuperResolutionConfig()], alone)
     assert with_models([BicubicConfig()], None)[0] == 32
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_workers_change_nothing_but_how_many_search_side_by_side(name: str) -> None:
+    """One worker is the default; methods without steps have none."""
+    method = METHODS[name]
+    assert side_by_side(method, 1) == method
+    assert (side_by_side(method, 2) == method) == has_one_answer(method)
