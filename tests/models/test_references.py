@@ -17,7 +17,7 @@ from fedface.models.contracts import no_noise
 from fedface.models.critic import Critic, CriticConfig
 from fedface.models.stylegan1 import StyleGAN1, StyleGAN1Config
 from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
-from fedface.upsampling.pulse import fit_styles
+from fedface.upsampling.style_fit import fit_styles
 
 EXACT = 1e-4
 
