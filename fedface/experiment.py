@@ -28,7 +28,7 @@ from fedface.training.prior import PriorTrainingConfig
 from fedface.training.upsampler import UpsamplerTrainingConfig
 from fedface.training.ways import Training, objective_of
 from fedface.upsampling.degrade import BicubicPulse, Degradation, in_words
-from fedface.upsampling.methods import Method, fitting_method
+from fedface.upsampling.methods import Method, check_method, fitting_method
 
 UNBOUNDED = "∞"  # where others have an epsilon: a run without a promise
 VARY = "vary"  # the key of a file that describes several runs
@@ -254,13 +254,11 @@ class Experiment:
                 model = load_resolved() if self.base is None else load_as(self.base, Resolved)
             case _:
                 assert_never(self.training)
-        downscale = self.upsampling.downscale
+        # What no audit could be made with must not be found out after the last round.
         try:
-            downscale.low_side(model.size)
-        except ValueError as error:
-            raise ConfigError(
-                f"upsampling.downscale ({in_words(downscale)}) does not go with faces of {model.size} pixels: {error}"
-            ) from error
+            check_method(self.method_for(model), model, self.upsampling.downscale, size=model.size)
+        except ConfigError as error:
+            raise ConfigError(f"upsampling: {error}") from error
         return model
 
     def digest(self) -> str:

@@ -132,7 +132,7 @@ def test_the_start_is_the_embedded_checkpoint_unless_another_is_named(tmp_path: 
 
 def test_a_factor_that_does_not_divide_the_picture_is_said_before_anything_is_spent() -> None:
     """Not after the last round, when the audit stumbles over it."""
-    with pytest.raises(ConfigError, match="downscale .*does not go with faces of 32 pixels: .*32, got 5"):
+    with pytest.raises(ConfigError, match="upsampling: .*does not go with faces of 32 pixels: .*32, got 5"):
         experiment(**{"upsampling.downscale": "{kind: area, factor: 5}"}).start()
 
 

@@ -121,6 +121,7 @@ class Served:
     record: BiasRecord
     low: LowImages
     upsampled: Upsampled
+    seconds: float  # of the search alone, wall time
 
 
 def serve_probe(
@@ -136,7 +137,9 @@ def serve_probe(
     low = measure(config.downscale, probe.images, streams.generator("camera"))
     size = probe.images.shape[-1]
     search = make_upsampler(method, model, config.downscale, streams, size=size, progress=progress)
+    started = time.perf_counter()
     found = search.upsample(low, faces_per_photo=config.faces_per_photo)
+    seconds = time.perf_counter() - started
     report = measure_bias(
         probe.images,
         probe.groups,
@@ -156,6 +159,7 @@ def serve_probe(
         record=replace(record, groups=tuple(groups)),
         low=low,
         upsampled=found,
+        seconds=seconds,
     )
 
 

@@ -5,7 +5,6 @@ Called by `fedface methods`. No device takes part: the probe is drawn or labelle
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -70,12 +69,10 @@ def compare_methods(
         watcher.stage(f"{title_of(method)} on {len(probe.images)} faces", 1000)
         faces = 1 if has_one_answer(method) else faces_per_photo
         config = UpsamplingConfig(downscale=downscale, method=method, faces_per_photo=faces)
-        started = time.perf_counter()
         served = serve_probe(
             model, probe, config, method, seed, lambda done, of: watcher.step(round(1000 * done / max(1, of)))
         )
-        seconds = (time.perf_counter() - started) / (len(probe.images) * faces)
-        found.append(_figures(served, probe, seconds, seed))
+        found.append(_figures(served, probe, served.seconds / (len(probe.images) * faces), seed))
         if number == 0:
             side = served.low.shape[-1]
             rows.append((f"shown,\n{side} x {side}", served.low[chosen].clamp(0, 1)))

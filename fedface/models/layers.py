@@ -76,7 +76,8 @@ def downsample(x: Tensor, kernel: Tensor) -> Tensor:
 @lru_cache(maxsize=32)
 def enlarging_rows(low: int, side: int) -> Tensor:
     """Bicubic enlargement of one axis as a matrix, (side, low) float64; rows sum to 1. Equal sides: the identity."""
-    lines = torch.eye(low, dtype=torch.float64)[None, None]
+    # On the CPU whatever the default device is: the cache outlives it.
+    lines = torch.eye(low, dtype=torch.float64, device="cpu")[None, None]
     grown = functional.interpolate(lines, size=(side, low), mode="bicubic", align_corners=False)
     return grown[0, 0]
 

@@ -1,6 +1,6 @@
 """A super-resolution network: a low-resolution photo -> one larger picture, as most products ship.
 
-Called from upsampling/resolve and training/upsampler. Small residual blocks without normalisation and a sub-pixel
+Called from upsampling/methods and training/upsampler. Small residual blocks without normalisation and a sub-pixel
 tail, as in EDSR (Lim et al. 2017, arXiv:1707.02921) and ESPCN (Shi et al. 2016, arXiv:1609.05158); the network adds
 to a bicubic enlargement. Trained by regression it answers with the mean of all faces that fit: no face in
 particular, and the more blurred the less the photo says.
@@ -39,8 +39,8 @@ class ResolverConfig:
         for name, least, most in (("side", 1, 512), ("width", 1, WIDEST), ("blocks", 0, 64)):
             if not least <= getattr(self, name) <= most:
                 raise ConfigError(f"{name} must lie in [{least}, {most}], got {getattr(self, name)}")
-        if self.size > 1024:
-            raise ConfigError(f"factor times side must be at most 1024 pixels, got {self.size}")
+        if not 8 <= self.size <= 1024:
+            raise ConfigError(f"factor times side must lie between 8 and 1024 pixels, got {self.size}")
 
     @property
     def size(self) -> int:

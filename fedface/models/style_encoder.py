@@ -1,6 +1,6 @@
 """The style encoder: a low-resolution photo -> the styles whose picture it may be, in one forward pass.
 
-Called from upsampling/encode (milliseconds a face, or a start for PULSE) and training/upsampler (devices teach it).
+Called from upsampling/methods (milliseconds a face, or a start for PULSE) and training/upsampler (devices teach it).
 Source: pSp, Richardson et al. 2021 (arXiv:2008.00951), section 3: one style for each input of a frozen generator,
 each told as a change of the mean style. Like theirs it reads photos of one side, to which smaller ones are enlarged;
 that side is small here, because a photo of few pixels holds nothing that a larger one could show.

@@ -21,8 +21,8 @@ from fedface.reports.figures import FAINT, INK, STYLE, face_grid
 from fedface.reports.run import Interval
 from fedface.shapes import Images
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a8f98")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 PANELS = ("tone_distance", "darker", "kernel")
 
 

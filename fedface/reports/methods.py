@@ -6,6 +6,7 @@ carries the hash of the weights that it asked.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ class MethodFigures:
     darker_true: Figure  # share of darker originals
     darker_made: Figure  # share of darker faces among the made ones
     darker_change: Figure  # the difference, photo by photo; its size is the SPE of the halves
-    seconds_per_face: float  # wall time of one core, shared with whatever ran beside it
+    seconds_per_face: float  # wall time of the search alone, on cores shared with whatever ran beside it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,7 @@ def markdown(record: MethodsRecord) -> str:
         lines += ["", f"## By group: {wording.with_unit(wording.title_of(measure), measure)}", ""]
         lines += [f"| method | {' | '.join(groups)} |", "|" + "---|" * (len(groups) + 1)]
         for each in record.methods:
-            found = {group.group: group.figures[measure] for group in each.bias.groups}
+            found = _by_group(each, measure)
             lines.append(f"| {each.title} | {' | '.join(_cell(found[name]) for name in groups)} |")
     lines += ["", "## In words", ""]
     for each in record.methods:
@@ -124,9 +125,11 @@ def by_group(record: MethodsRecord) -> bytes:
         row = canvas.subplots(1, len(BY_GROUP))
         for axes, measure in zip(row, BY_GROUP, strict=True):
             for index, each in enumerate(record.methods):
-                found = {group.group: group.figures[measure] for group in each.bias.groups}
+                found = _by_group(each, measure)
                 drawn = [(i, found[name]) for i, name in enumerate(groups)]
                 points = [(i, figure) for i, figure in drawn if isinstance(figure, Interval)]
+                if not points:
+                    continue
                 at = np.array([i for i, _ in points]) + 0.09 * (index - (len(record.methods) - 1) / 2)
                 middle = np.array([figure.estimate for _, figure in points])
                 ends = np.array([[f.estimate - f.low, f.high - f.estimate] for _, f in points]).T.clip(min=0)
@@ -137,11 +140,18 @@ def by_group(record: MethodsRecord) -> bytes:
             if measure == "lightness_shift":
                 axes.axhline(0.0, color=INK, linewidth=0.8)
             axes.set_xticks(range(len(groups)), [name.replace(" ", "\n", 1) for name in groups])
-            axes.set_title(wording.with_unit(wording.title_of(measure), measure), loc="left", fontsize=9)
+            title = wording.with_unit(wording.title_of(measure), measure)
+            axes.set_title("\n".join(textwrap.wrap(title, 44)), loc="left", fontsize=9)
             axes.grid(axis="x", visible=False)
         handles, labels = row[0].get_legend_handles_labels()
         canvas.legend(handles, labels, loc="outside lower center", ncols=min(8, len(labels)))
         return png_on_white(canvas)
+
+
+def _by_group(each: MethodFigures, measure: str) -> dict[str, Figure]:
+    """One measure of every group; a group of fewer than two faces has none."""
+    absent = NotMeasured(not_measured="fewer than two faces of this group")
+    return {group.group: group.figures.get(measure, absent) for group in each.bias.groups}
 
 
 def faces(rows: Sequence[tuple[str, Images]], groups: Sequence[str]) -> bytes:

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fedface.errors import ConfigError
 from fedface.models.adapters import Adapt, Full, attach, trained_vector
 from fedface.models.family import Resolved, ResolvedShape, Styled, StyledShape, build
 from fedface.privacy.plan import Schedule, Terms
@@ -27,7 +28,10 @@ from fedface.training.pretrain import pair_losses
 from fedface.training.private_descent import descend_privately, descent_ranges, steadied
 from fedface.training.private_steps import Network, PerPhotoLoss, check_per_photo_gradients
 from fedface.upsampling.contracts import squared_difference
-from fedface.upsampling.degrade import BicubicPulse, Degradation
+from fedface.upsampling.degrade import BicubicPulse, Degradation, in_words
+
+_AT_ONCE = 2**25  # numbers that the answers of one microbatch keep in memory
+_MOST_NUMBERS = 2**27  # of one photo: about half a gigabyte, and its gradient several times that
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,11 @@ class UpsamplerTrainingConfig:
 
     def __post_init__(self) -> None:
         self.schedule()
+        if self.downscale.spread > 0:
+            raise ValueError(
+                f"downscale must add no noise while devices teach, got {in_words(self.downscale)}; "
+                "noise belongs under upsampling, or into a method's spread"
+            )
         if not 0 <= self.fit_weight <= 1e4:
             raise ValueError(f"fit_weight must lie in [0, 10000], got {self.fit_weight}")
         if not 0 < self.rate < 1000:
@@ -114,7 +123,7 @@ def train_upsampler_round(
     Raises:
         PrivacyError: The network mixes photos, or a promised round was given replayable chance.
     """
-    _check(model.shape, config)
+    numbers = check_teachable(model.shape, config)
     network = copy.deepcopy(model.upsampler)
     before = trained_vector(network)
     descend_privately(
@@ -125,6 +134,7 @@ def train_upsampler_round(
         rate=steadied(config.rate, config.steady_noise, terms),
         momentum=config.momentum,
         chance=chance,
+        microbatch=max(1, min(32, _AT_ONCE // numbers)),
     )
     return trained_vector(network) - before
 
@@ -149,8 +159,53 @@ def mark_upsampler(model: Styled | Resolved, adapt: Adapt, chance: torch.Generat
 
 
 @lru_cache(maxsize=8)
+def check_teachable(shape: StyledShape | ResolvedShape, config: UpsamplerTrainingConfig) -> int:
+    """Refuse what no device should begin with, once per process; it hangs on the form alone and reads no photo.
+
+    A device asks before it books: a network that mixes photos, a lesson that cannot be computed, and one that takes
+    so much memory that whether a step succeeds could tell how many photos joined it.
+
+    Returns:
+        How many numbers the answer to one photo keeps in memory, >= 1.
+
+    Raises:
+        ConfigError: The lesson cannot be computed for this shape, or takes more memory than devices give.
+        PrivacyError: The network mixes photos.
+    """
+    with torch.device("meta"):
+        planned = build(shape)
+        assert isinstance(planned, Styled | Resolved)
+        numbers = _numbers_kept(planned)
+    if numbers > _MOST_NUMBERS:
+        raise ConfigError(
+            f"training: one photo would keep {numbers:,} numbers in memory, devices allow {_MOST_NUMBERS:,}; "
+            "name a smaller network"
+        )
+    try:
+        _check(shape, config)
+    except (RuntimeError, ValueError, MemoryError) as error:
+        raise ConfigError(f"training: this lesson cannot be computed for this network ({error})") from error
+    return numbers
+
+
+def _numbers_kept(model: Styled | Resolved) -> int:
+    """Outputs of all layers for one photo, counted without memory."""
+    total = 0
+
+    def count(module: nn.Module, inputs: object, output: object) -> None:
+        nonlocal total
+        total += output.numel() if isinstance(output, Tensor) else 0
+
+    network = model.upsampler
+    hooks = [module.register_forward_hook(count) for module in network.modules()]
+    network(torch.zeros(1, 3, model.largest_low, model.largest_low, device="meta"))
+    for hook in hooks:
+        hook.remove()
+    return max(1, total)
+
+
 def _check(shape: StyledShape | ResolvedShape, config: UpsamplerTrainingConfig) -> None:
-    """Refuse a kind of network that mixes photos, once per process: whether it does hangs on its form alone."""
+    """Compare per-photo gradients with one-photo gradients on random pictures."""
     streams = Streams(0)
     model = build(shape, streams.generator("weights"))
     assert isinstance(model, Styled | Resolved)

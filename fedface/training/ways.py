@@ -39,6 +39,7 @@ from fedface.training.prior import PriorTrainingConfig, photo_vectors, prior_ran
 from fedface.training.private_steps import trained
 from fedface.training.upsampler import (
     UpsamplerTrainingConfig,
+    check_teachable,
     lesson_of,
     mark_upsampler,
     train_upsampler_round,
@@ -78,7 +79,17 @@ def check_fits(model: Model, training: Training) -> None:
     if not fits:
         raise ConfigError(f"training: this way of learning needs {wanted}; name such a checkpoint as base")
     if isinstance(training, UpsamplerTrainingConfig) and isinstance(model, Styled | Resolved):
-        if (low := training.downscale.low_side(model.size)) > model.largest_low:
+        try:
+            low = training.downscale.low_side(model.size)
+        except ValueError as error:
+            raise ConfigError(
+                f"training.downscale does not go with faces of {model.size} pixels: {error}"
+            ) from error
+        if low >= model.size:
+            raise ConfigError(
+                f"training.downscale leaves faces at {low} pixels: an upsampler learns from photos that are smaller"
+            )
+        if low > model.largest_low:
             raise ConfigError(
                 f"training.downscale makes photos of {low} pixels from faces of {model.size}, and this network reads "
                 f"photos of {model.largest_low} at most; name another downscale or another base"
@@ -103,6 +114,7 @@ def begin_round(model: Model, training: Training, terms: Terms, common: Streams)
     marked = copy.deepcopy(model)
     chance = common.generator("adapter")
     if isinstance(training, UpsamplerTrainingConfig) and isinstance(marked, Styled | Resolved):
+        check_teachable(marked.shape, training)
         mark_upsampler(marked, training.adapt, chance)
         return Round(marked, training, terms)
     for module in marked.modules():

@@ -121,6 +121,17 @@ def check_low(low: LowImages, side: int, faces_per_photo: int) -> None:
         raise ValueError("photos must be finite, got NaN or infinity")
 
 
+def judged(images: Images, low: LowImages, apply: Callable[[Images], LowImages]) -> tuple[Images, Tensor]:
+    """Images clamped to [0, 1] with their misfit (n,): infinity where a network broke and made no face.
+
+    A picture with numbers that are not finite becomes black; it must not pass for a face that fits a dark photo.
+    """
+    whole = images.isfinite().flatten(1).all(dim=1)
+    shown = images.clamp(0.0, 1.0).nan_to_num(0.0)
+    misfit = squared_difference(apply(shown), low)
+    return shown, misfit.masked_fill(~whole, float("inf"))
+
+
 def deviation(faces: Images) -> Tensor:
     """How far f faces (f, 3, s, s) differ at each pixel, (s, s) in [0, 0.5].
 

@@ -141,15 +141,15 @@ class Pixelate:
 class Blur:
     """A Gaussian, cut off at four sigma and normalised; reflected borders do not repeat the edge; the size stays."""
 
-    sigma: float  # > 0, in pixels
+    sigma: float  # in (0, 1024], in pixels
 
     factor: ClassVar[int] = 1
     spread: ClassVar[float] = 0.0
     linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma < math.inf:
-            raise ValueError(f"sigma must be finite and > 0, got {self.sigma}")
+        if not 0 < self.sigma <= 1024:  # a task's blur must not fill a device's memory
+            raise ValueError(f"sigma must lie in (0, 1024], got {self.sigma}")
 
     def low_side(self, size: int) -> int:
         """The measured side: as before."""
@@ -199,6 +199,8 @@ class Chain:
     def __post_init__(self) -> None:
         if not isinstance(self.parts, tuple) or not self.parts:
             raise ValueError(f"parts must be a tuple of at least one degradation, got {self.parts!r}")
+        if len(self.parts) > 16:
+            raise ValueError(f"parts must be at most 16 degradations, got {len(self.parts)}")
         for part in self.parts:
             if not isinstance(part, Part):
                 raise ValueError(f"parts must be degradations other than chains, got {part!r}")

@@ -39,6 +39,7 @@ from fedface.upsampling.contracts import (
     Watch,
     check_low,
     join,
+    judged,
     squared_difference,
 )
 from fedface.upsampling.degrade import Degradation
@@ -217,8 +218,7 @@ class Guidance:
                 tally.step(
                     place, Glimpse(step=step + 1, steps=steps, faces=faces, images=images, misfit=misfit)
                 )
-        images = ((x + 1) / 2).clamp(0, 1).nan_to_num(0.0)
-        misfit = squared_difference(self.degradation.apply(images), target)
+        images, misfit = judged((x + 1) / 2, target, self.degradation.apply)
         fits = misfit <= misfit_bound(self.noise, 3 * self.low_size**2)
         return Upsampled(images=images[:, None], misfit=misfit[:, None], converged=fits[:, None], steps=steps)
 

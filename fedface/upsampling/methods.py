@@ -13,14 +13,13 @@ from typing import TypeAlias, assert_never
 
 from fedface.config import kind_of
 from fedface.errors import ConfigError
-from fedface.models.contracts import Generator
-from fedface.models.family import Answering, Flow, Model, Resolved, Styled
+from fedface.models.family import Alone, Encoded, Flow, Gan, Model, Resolved, Styled
 from fedface.models.weights import load_base, load_flow, load_resolved, load_styled, words_of_family
 from fedface.randomness import Streams
 from fedface.upsampling.contracts import Progress, Upsampler, Watch
 from fedface.upsampling.degrade import Degradation, in_words
 from fedface.upsampling.guidance import Guidance, GuidanceConfig
-from fedface.upsampling.langevin import Langevin, LangevinConfig
+from fedface.upsampling.langevin import Langevin, LangevinConfig, measurement_noise
 from fedface.upsampling.one_pass import (
     BicubicConfig,
     EncodeConfig,
@@ -203,6 +202,44 @@ def with_models(
     return next(iter(sizes), usual), pairs
 
 
+def check_method(method: Method, model: Model | None, degradation: Degradation, *, size: int) -> None:
+    """Raises ConfigError unless a method goes with a model, a downscale and faces of `size` pixels."""
+    try:
+        low = degradation.low_side(size)
+        if isinstance(method, LangevinConfig | GuidanceConfig):
+            measurement_noise(degradation, method.spread)
+    except ValueError as error:
+        words = f"{in_words(degradation)} with the method {name_of(method)}"
+        raise ConfigError(f"{words} does not go with faces of {size} pixels: {error}") from error
+    if isinstance(method, BicubicConfig | NearestConfig):
+        return
+    if model is None or not goes_with(method, model):
+        got = "none" if model is None else words_of_family(model)
+        raise ConfigError(
+            f"the method {name_of(method)} needs {_needs(method)}, got {got}; name such a checkpoint"
+        )
+    if model.size != size:
+        raise ConfigError(f"this checkpoint makes faces of {model.size} pixels, asked for {size}")
+    if isinstance(method, EncodeConfig | EncodeThenPulseConfig | SuperResolutionConfig):
+        if isinstance(model, Styled | Resolved) and low > model.largest_low:
+            raise ConfigError(
+                f"this network answers photos of up to {model.largest_low} x {model.largest_low} pixels with faces "
+                f"of {model.size}; asked for {low} to {size}. Choose fewer pixels, or a method that searches"
+            )
+
+
+def _needs(method: Method) -> str:
+    match method:
+        case GuidanceConfig():
+            return "a rectified flow"
+        case EncodeConfig() | EncodeThenPulseConfig():
+            return "a generator with a style encoder"
+        case SuperResolutionConfig():
+            return "a super-resolution network"
+        case _:
+            return "a generator"
+
+
 def make_upsampler(
     method: Method,
     model: Model | None,
@@ -227,71 +264,27 @@ def make_upsampler(
     Raises:
         ConfigError: The method needs another kind of model, or the model other sizes.
     """
-    try:
-        low = degradation.low_side(size)
-    except ValueError as error:
-        raise ConfigError(
-            f"{in_words(degradation)} does not go with faces of {size} pixels: {error}"
-        ) from error
-    match method:
-        case BicubicConfig(eps=eps):
+    check_method(method, model, degradation, size=size)
+    match method, model:
+        case BicubicConfig(eps=eps), _:
             return OnePass(bicubic(size), degradation, size=size, eps=eps, progress=progress)
-        case NearestConfig(eps=eps):
+        case NearestConfig(eps=eps), _:
             return OnePass(nearest(size), degradation, size=size, eps=eps, progress=progress)
-        case EncodeConfig(eps=eps):
-            answering: Answering = _styled(method, model, low, size)
-            network = answered_by(answering.upsampler)
-            return OnePass(network, degradation, size=size, eps=eps, progress=progress)
-        case SuperResolutionConfig(eps=eps):
-            if not isinstance(model, Resolved):
-                raise _other(method, model, "a super-resolution network")
-            _check_sizes(model, low, size)
-            network = answered_by(model.resolver)
-            return OnePass(network, degradation, size=size, eps=eps, progress=progress)
-        case PulseConfig():
-            generator = _generator(method, model, size)
-            return Pulse(generator, degradation, method, streams, progress=progress, watch=watch)
-        case EncodeThenPulseConfig(pulse=config):
-            styled = _styled(method, model, low, size)
-            start = styles_of(styled.upsampler)
+        case (EncodeConfig(eps=eps), Styled() as known) | (
+            SuperResolutionConfig(eps=eps),
+            Resolved() as known,
+        ):
+            return OnePass(answered_by(known.upsampler), degradation, size=size, eps=eps, progress=progress)
+        case EncodeThenPulseConfig(pulse=config), Styled() as known:
+            start = styles_of(known.upsampler)
             return Pulse(
-                styled.generator, degradation, config, streams, start=start, progress=progress, watch=watch
+                known.generator, degradation, config, streams, start=start, progress=progress, watch=watch
             )
-        case LangevinConfig():
-            generator = _generator(method, model, size)
-            return Langevin(generator, degradation, method, streams, progress=progress, watch=watch)
-        case GuidanceConfig():
-            if not isinstance(model, Flow):
-                raise _other(method, model, "a rectified flow")
-            _generator(method, model, size)
-            return Guidance(model.generator, degradation, method, streams, progress=progress, watch=watch)
+        case GuidanceConfig() as config, Flow(generator=flow):
+            return Guidance(flow, degradation, config, streams, progress=progress, watch=watch)
+        case PulseConfig() as config, (Gan() | Encoded() | Flow() | Alone() | Styled()) as known:
+            return Pulse(known.generator, degradation, config, streams, progress=progress, watch=watch)
+        case LangevinConfig() as config, (Gan() | Encoded() | Flow() | Alone() | Styled()) as known:
+            return Langevin(known.generator, degradation, config, streams, progress=progress, watch=watch)
         case _:
-            assert_never(method)
-
-
-def _generator(method: Method, model: Model | None, size: int) -> Generator:
-    if model is None or isinstance(model, Resolved):
-        raise _other(method, model, "a generator")
-    if model.size != size:
-        raise ConfigError(f"this checkpoint draws faces of {model.size} pixels, asked for {size}")
-    return model.generator
-
-
-def _styled(method: Method, model: Model | None, low: int, size: int) -> Styled:
-    if not isinstance(model, Styled):
-        raise _other(method, model, "a generator with a style encoder")
-    _check_sizes(model, low, size)
-    return model
-
-
-def _check_sizes(model: Answering, low: int, size: int) -> None:
-    if low > model.largest_low or size != model.size:
-        raise ConfigError(
-            f"this network answers photos of up to {model.largest_low} x {model.largest_low} pixels with faces of "
-            f"{model.size}; asked for {low} to {size}. Choose fewer pixels, or a method that searches"
-        )
-
-
-def _other(method: Method, model: Model | None, wanted: str) -> ConfigError:
-    got = "none" if model is None else words_of_family(model)
-    return ConfigError(f"the method {name_of(method)} needs {wanted}, got {got}; name such a checkpoint")
+            raise ConfigError(f"the method {name_of(method)} needs {_needs(method)}")

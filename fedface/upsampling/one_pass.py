@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from fedface.models.style_encoder import StyleUpsampler
 from fedface.shapes import Images, LowImages
-from fedface.upsampling.contracts import Progress, Upsampled, check_low, squared_difference
+from fedface.upsampling.contracts import Progress, Upsampled, check_low, judged
 from fedface.upsampling.degrade import Degradation
 
 EPS = 5e-4  # the tolerance of every method: a face fits when its mean squared difference is at most this
@@ -111,11 +111,13 @@ class OnePass:
         check_low(low, self.low_size, faces_per_photo)
         made = []
         for start in range(0, len(low), self._at_once):
-            made.append(self._answer(low[start : start + self._at_once].float()).clamp(0.0, 1.0))
+            made.append(self._answer(low[start : start + self._at_once].float()))
             if self._progress is not None:
                 self._progress(min(start + self._at_once, len(low)), len(low))
         images = torch.cat(made) if made else torch.zeros(0, 3, self._size, self._size)
-        misfit = squared_difference(self._degradation.apply(images), low) if made else torch.zeros(0)
+        misfit = torch.zeros(0)
+        if made:
+            images, misfit = judged(images, low, self._degradation.apply)
         return Upsampled(
             images=images[:, None].expand(-1, faces_per_photo, -1, -1, -1),
             misfit=misfit[:, None].expand(-1, faces_per_photo),

@@ -21,6 +21,29 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+class _Quiet:
+    """One torch thread within operations while anybody is inside; as before once the last one has left."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = Lock(), 0, 1
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = torch.get_num_threads()
+                torch.set_num_threads(1)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.set_num_threads(self._before)
+
+
+_QUIET = _Quiet()
+
+
 def in_threads(items: Iterator[T], work: Callable[[T], R], workers: int) -> list[R]:
     """`work` on every item, by `workers` threads; results in the order of the items.
 
@@ -54,15 +77,10 @@ def in_threads(items: Iterator[T], work: Callable[[T], R], workers: int) -> list
                 if not ended:
                     stopped.set()
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(workers) as pool:
-            futures = [pool.submit(run) for _ in range(workers)]
-        for future in futures:
-            future.result()
-    finally:
-        torch.set_num_threads(before)
+    with _QUIET, ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(run) for _ in range(workers)]
+    for future in futures:
+        future.result()
     return [results[place] for place in sorted(results)]
 
 

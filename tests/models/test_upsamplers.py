@@ -98,7 +98,7 @@ def test_shapes_that_do_not_fit_together_are_named() -> None:
         StyledShape(generator=GENERATOR, encoder=StyleEncoderConfig(side=32, style_inputs=6, style_width=16))
     with pytest.raises(ConfigError, match="factor must be a power of two from 1 to 64, got 3"):
         ResolverConfig(factor=3)
-    with pytest.raises(ConfigError, match="at most 1024 pixels, got 2048"):
+    with pytest.raises(ConfigError, match="between 8 and 1024 pixels, got 2048"):
         ResolverConfig(side=512, factor=4)
     with pytest.raises(ConfigError, match="side must be a power of two from 4 to 256, got 12"):
         StyleEncoderConfig(side=12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,16 @@ import torch
 from tiny import GENERATOR, RESOLVER, STYLES, tiny_way, train_task
 from torch import Tensor
 
-from fedface.errors import ConfigError, PrivacyError
+from fedface.errors import ConfigError, PrivacyError, WeightsError
 from fedface.federation.device import serve
 from fedface.federation.simulated import prepare, simulated_device
 from fedface.federation.task import Refusal, Trained
 from fedface.models.adapters import Full, Lora, trained_vector
 from fedface.models.family import Model, Resolved, ResolvedShape, Styled, StyledShape, build
-from fedface.models.weights import vector_of
+from fedface.models.resolver import ResolverConfig
+from fedface.models.weights import buffers_of, vector_of, weights_hash
 from fedface.photos.drawn import draw_people
+from fedface.privacy.ledger import Ledger
 from fedface.privacy.plan import Terms
 from fedface.randomness import SecretNoise, Streams
 from fedface.training.pretrain import pair_losses
@@ -30,7 +33,7 @@ from fedface.training.upsampler import (
 )
 from fedface.training.ways import check_fits, objective_of
 from fedface.upsampling.contracts import squared_difference
-from fedface.upsampling.degrade import Area, BicubicPulse
+from fedface.upsampling.degrade import Area, BicubicPulse, Chain, Degradation, Noise, Pixelate
 
 STREAMS = Streams(11)
 PHOTOS = draw_people(6, 0.5, 16, STREAMS)
@@ -41,6 +44,7 @@ SHAPES = {
     "styles": StyledShape(generator=GENERATOR, encoder=STYLES),
     "resolver": ResolvedShape(resolver=RESOLVER),
 }
+LARGE = ResolverConfig(side=512, factor=2, width=16, blocks=64)  # 1.2 MB of weights, gigabytes of activations
 both = pytest.mark.parametrize("name", SHAPES)
 
 
@@ -182,8 +186,17 @@ def test_a_device_whose_owner_allows_generators_alone_teaches_no_upsampler(tmp_p
 def test_the_recipe_and_the_network_must_agree_on_what_is_learned(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs a super-resolution network"):
         check_fits(build(SHAPES["styles"]), UpsamplerTrainingConfig(learner="super-resolution"))
-    with pytest.raises(ConfigError, match="photos of 16 pixels from faces of 16.* reads photos of 8 at most"):
+    with pytest.raises(ConfigError, match="leaves faces at 16 pixels"):
         check_fits(build(SHAPES["styles"]), UpsamplerTrainingConfig(downscale=BicubicPulse(1)))
+    with pytest.raises(ConfigError, match="leaves faces at 16 pixels"):
+        check_fits(
+            build(SHAPES["resolver"]),
+            UpsamplerTrainingConfig(learner="super-resolution", downscale=Pixelate(16)),
+        )
+    with pytest.raises(ConfigError, match="does not go with faces of 16 pixels"):
+        check_fits(build(SHAPES["styles"]), UpsamplerTrainingConfig(downscale=Area(5)))
+    with pytest.raises(ValueError, match="downscale must add no noise"):
+        UpsamplerTrainingConfig(downscale=Chain((Area(4), Noise(0.1))))
     with pytest.raises(ConfigError, match="downscale.*must be the one that the network learns to undo"):
         tiny_way(tmp_path, "styles", {"upsampling": "{downscale: {kind: area, factor: 4}}"})
 
@@ -193,3 +206,42 @@ def test_low_rank_changes_of_an_encoder_send_fewer_numbers() -> None:
     assert isinstance(lora, Styled)
     mark_upsampler(lora, Lora(rank=2), STREAMS.generator("adapter"))
     assert len(upsampler_ranges(lora, CONFIG)) < len(upsampler_ranges(full, CONFIG)) / 2
+
+
+@pytest.mark.parametrize(
+    ("way", "training", "shape", "said"),
+    [
+        (
+            "resolver",
+            {},
+            ResolvedShape(resolver=LARGE),
+            "numbers in memory",
+        ),
+        ("styles", {"downscale": Pixelate(16)}, SHAPES["styles"], "leaves faces at 16 pixels"),
+    ],
+)
+def test_what_no_device_can_compute_is_refused_before_anything_is_booked(
+    tmp_path: Path, way: str, training: dict[str, Degradation], shape: StyledShape, said: str
+) -> None:
+    """A hostile shape, or a downscale that leaves faces as they are: an error, no entry, and no photo read."""
+    experiment = tiny_way(tmp_path, way)
+    prepare(experiment, tmp_path)
+    model = experiment.start()
+    device = replace(simulated_device(experiment, 0, tmp_path), photos=unread)
+    task = train_task(experiment, model)
+    with pytest.raises((ConfigError, WeightsError, ValueError), match=said):
+        wanted = replace(experiment.training, **training)
+        if shape is not SHAPES["styles"]:
+            model = build(shape, STREAMS.generator("large"))
+        agreed = replace(task.agreed, training=wanted, shape=model.shape)
+        hostile = replace(
+            task, agreed=agreed, weights=vector_of(*model.modules()), buffers=buffers_of(*model.modules()),
+            model=weights_hash(*model.modules()),
+        )  # fmt: skip
+        serve(hostile, device)
+    assert Ledger.open(device.ledger_path).entries() == []
+
+
+def unread(size: int) -> Tensor:
+    """Photos that nobody may look at."""
+    raise AssertionError("a photo was read")

@@ -133,7 +133,7 @@ def test_each_family_has_a_method_that_goes_with_it(name: str) -> None:
 def test_sizes_that_do_not_fit_are_named() -> None:
     with pytest.raises(ConfigError, match="does not go with faces of 16 pixels"):
         make_upsampler(NearestConfig(), None, Area(3), STREAMS, size=16)
-    with pytest.raises(ConfigError, match="draws faces of 16 pixels, asked for 32"):
+    with pytest.raises(ConfigError, match="makes faces of 16 pixels, asked for 32"):
         make_upsampler(PulseConfig(), MODELS["alone"], Area(4), STREAMS, size=32)
     with pytest.raises(ConfigError, match="up to 8 x 8 pixels with faces of 16; asked for 16 to 16"):
         make_upsampler(EncodeConfig(), MODELS["styled"], Area(1), STREAMS, size=16)
