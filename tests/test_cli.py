@@ -244,11 +244,14 @@ def test_a_folder_of_small_faces_becomes_sheets_and_a_record(fedface, tmp_path: 
         "--json",
     )
     told = json.loads(fedface(*words).out)
-    assert [entry["answers"][0]["fits"] for entry in told] == [[True], [True]]
+    assert [entry["sheets"][0]["answers"][0]["fits"] for entry in told] == [[True], [True]]
     assert sorted(path.name for path in Path("sheets").iterdir()) == ["0.png.png", "1.png.png", "faces.json"]
     made = Path("sheets/0.png.png").stat().st_mtime_ns
     assert fedface(*words).code == 0 and Path("sheets/0.png.png").stat().st_mtime_ns == made
     assert "other photos or settings" in sentence(fedface(*words, "--seed", "1"))
+    before = Path("in/0.png").read_bytes()
+    assert "will not be replaced" in sentence(fedface("upsample", "in/0.png", "--out", "in/0.png"))
+    assert Path("in/0.png").read_bytes() == before
 
 
 def test_methods_are_compared_and_the_baselines_are_there(fedface) -> None:  # type: ignore[no-untyped-def]

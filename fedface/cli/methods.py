@@ -42,7 +42,7 @@ def compare(
     ] = None,
     label: Annotated[str, typer.Option(help="Which column of the photos tells the groups.")] = "race",
     set: Annotated[str, typer.Option(help="Which set of the folder, where it holds several.")] = "",
-    each: Annotated[int, typer.Option(min=2, help="Faces of each group.")] = 12,
+    each: Annotated[int, typer.Option(min=2, max=1000, help="Faces of each group.")] = 12,
     light_share: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Drawn faces of a population with this share of light skin instead."),
@@ -61,6 +61,10 @@ def compare(
     asked = [side_by_side(each, cores()) for each in with_baselines(chosen)]
     size, pairs = with_models(asked, given)
     known = shrinking(downscale, factor, size)
+    if photos is None and size < 16:
+        raise ConfigError(
+            f"drawn faces need 16 pixels, this checkpoint makes {size}; name photos with --photos"
+        )
     if photos is not None and light_share is not None:
         raise ConfigError("--light-share goes with drawn faces; leave it or --photos out")
     probe = (

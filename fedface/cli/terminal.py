@@ -43,6 +43,7 @@ class Bars:
     def stage(self, name: str, steps: int) -> None:
         """A stage begins."""
         self._finish()
+        name = printable(name, LONGEST)  # a photo's name is a stranger's
         if not self._live:
             self._progress.console.print(f"{name} ...", highlight=False)
         self._task = int(self._progress.add_task(name, total=steps))
@@ -103,6 +104,7 @@ def call(app: typer.Typer) -> None:
         # Typer turns an interrupt into this code, without a word.
         if end.code == 130:
             notes.print(
-                "interrupted; what was finished is kept, continue a run with --resume", highlight=False
+                "interrupted; what was finished is kept: continue a run with --resume, photos by the same command",
+                highlight=False,
             )
         raise

@@ -19,15 +19,24 @@ import typer
 
 from fedface.audits.bias import ToneHistogram, tone_histogram
 from fedface.cli.faces import chosen_detector
-from fedface.cli.terminal import Bars, DetectorOption, JsonOption, console, progress_bars
+from fedface.cli.terminal import LONGEST, Bars, DetectorOption, JsonOption, console, progress_bars
 from fedface.config import plain
 from fedface.errors import ConfigError, LibraryError
 from fedface.models.contracts import sample
 from fedface.models.family import Flow, Model, Resolved
+from fedface.models.pickled import printable
 from fedface.models.weights import load_model, weights_hash
 from fedface.photos.faces import Detector
 from fedface.reports.portrait import NOBODY, Painters, answer_words
-from fedface.reports.portraits import LeftOut, Made, SheetFolder, Wanted, make_sheets, pictures_in
+from fedface.reports.portraits import (
+    LeftOut,
+    Made,
+    SheetFolder,
+    Wanted,
+    check_sheet,
+    make_sheets,
+    pictures_in,
+)
 from fedface.upsampling.degrade import Area, Bicubic, BicubicPulse, Degradation
 from fedface.upsampling.methods import METHODS, Method, fitting_method, side_by_side, with_models
 from fedface.upsampling.pulse import PulseConfig
@@ -77,7 +86,8 @@ def upsample(
     )
     settings = {
         "methods": [plain(each) for each in methods], "weights": [_hash(model) for _, model in pairs],
-        "downscale": plain(known), "faces": faces, "people": people, "whole": whole, "seed": seed,
+        "downscale": plain(known), "faces": faces, "people": people, "whole": whole, "seed": seed, 
+        "detector": str(detector or ""),
     }  # fmt: skip
     with progress_bars() as bars:
         bars.stage("preparing", 0)
@@ -155,15 +165,15 @@ class _Job:
 
     def sheets(
         self, photos: Sequence[Path], place: Callable[[Path, int], Path]
-    ) -> Iterator[tuple[Made, ...] | LeftOut]:
-        """One result for each photo, told as it comes."""
-        for result in make_sheets(
+    ) -> Iterator[tuple[Path, tuple[Made, ...] | LeftOut]]:
+        """Each photo with its result, told as it comes."""
+        for path, result in make_sheets(
             photos, place, self.wanted, self.painters, self.finder, self.tones, self.bars
         ):
-            yield result
+            yield path, result
             if not isinstance(result, LeftOut):
                 for made in result:
-                    self.say("\n".join(_told(made, self.wanted)))
+                    self.say("\n".join(printable(line, LONGEST) for line in _told(made, self.wanted)))
 
 
 def _aloud(text: str) -> None:
@@ -175,36 +185,33 @@ def _one(job: _Job, photo: Path, out: Path | None) -> list[dict[str, Any]]:
     if not photo.exists():
         raise LibraryError(f"there is no photo or folder {photo}")
     target = out or Path(f"{photo.stem}-faces.png")
-    if target.is_dir():
-        raise ConfigError(f"{target}: is a folder; name the PNG to write")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    check_sheet(target, photo)
 
     def place(_: Path, person: int) -> Path:
         return target if person == 1 else target.with_name(f"{target.stem}-{person}{target.suffix}")
 
     found = []
-    for result in job.sheets([photo], place):
+    for _, result in job.sheets([photo], place):
         if isinstance(result, LeftOut):
             raise LibraryError(f"{photo}: {result.reason}")
-        found += [made.plain() for made in result]
+        found += [{"photo": str(photo), **made.plain()} for made in result]
     return found
 
 
 def _folder(job: _Job, photos: Path, out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Every photo of a folder that has no sheet yet; photos without a face are counted and named."""
-    pictures = pictures_in(photos)
     sheets = SheetFolder(out, photos, settings)
+    pictures = pictures_in(photos)
     left = sheets.left(pictures)
     if len(left) < len(pictures):
         job.say(f"{len(pictures) - len(left)} of {len(pictures)} photos were done before")
-    for result in job.sheets(left, sheets.place):
-        sheets.keep(result)
+    for path, result in job.sheets(left, sheets.place):
+        sheets.keep(path, result)
         if isinstance(result, LeftOut):
-            job.say(f"{result.photo}: left out: {result.reason}")
-    without = [entry for entry in sheets.found if "left_out" in entry]
-    job.say(
-        f"{len(pictures)} photos, {len(sheets.found) - len(without)} sheets in {out}, {len(without)} left out"
-    )
+            job.say(printable(f"{result.photo}: left out: {result.reason}", LONGEST))
+    without = sum("left_out" in entry for entry in sheets.found)
+    made = sum(len(entry.get("sheets", ())) for entry in sheets.found)
+    job.say(f"{len(pictures)} photos, {made} sheets in {out}, {without} left out")
     return list(sheets.found)
 
 

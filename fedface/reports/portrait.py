@@ -12,6 +12,7 @@ import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -35,6 +36,7 @@ from fedface.upsampling.methods import Method, has_one_answer, make_upsampler, t
 
 NOBODY = "These people do not exist; the pixels do not say which face is right."
 
+_MARK = "fedface sheet of faces"  # in the PNG, so that no other file is ever replaced
 _SIDE, _SMALL, _GAP, _LEFT = 124, 44, 10, 164  # pixels of the sheet
 _CELL, _ROW = _SIDE + _GAP, _SIDE + _SMALL + 30
 
@@ -135,6 +137,12 @@ def answer_words(answer: Answer) -> str:
     if has_one_answer(answer.method):
         return f"{title_of(answer.method)}: one answer, {'fits' if bool(fits[0]) else 'does not fit'}, {best}"
     return f"{title_of(answer.method)}: {int(fits.sum())} of {len(fits)} faces fit, {best}"
+
+
+def is_sheet(path: Path) -> bool:
+    """Whether a file is a sheet that `portrait_sheet` made, so that a new one may take its place."""
+    with path.open("rb") as file:
+        return _MARK.encode() in file.read(2000)
 
 
 def portrait_sheet(portrait: Portrait, tones: ToneHistogram | None = None, *, source: str = "") -> bytes:
@@ -268,5 +276,5 @@ class _Sheet:
     def png(self) -> bytes:
         target = io.BytesIO()
         FigureCanvasAgg(self._canvas)
-        self._canvas.savefig(target, format="png", metadata={"Software": None})
+        self._canvas.savefig(target, format="png", metadata={"Software": _MARK})
         return target.getvalue()

@@ -7,7 +7,9 @@ never mixed with them.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from fedface.photos.faces import Detector
 from fedface.photos.isolation import IsolatedReader
 from fedface.photos.pixels import Photo, is_picture
 from fedface.photos.subjects import LONGEST_SIDE, Subject, subjects_of, whole_picture
-from fedface.reports.portrait import Painters, Portrait, portrait_sheet, show
+from fedface.reports.portrait import Painters, Portrait, is_sheet, portrait_sheet, show
 from fedface.upsampling.degrade import Degradation
 from fedface.upsampling.methods import name_of
 
@@ -67,14 +69,17 @@ class Made:
         answers = [
             {
                 "method": name_of(answer.method),
-                "misfit": [round(value, 7) for value in answer.made.misfit[0].tolist()],
+                # A face that a network did not make has no misfit.
+                "misfit": [
+                    round(value, 7) if value < math.inf else None for value in answer.made.misfit[0].tolist()
+                ],
                 "fits": answer.made.converged[0].tolist(),
                 "seconds": round(answer.seconds, 3),
             }
             for answer in self.portrait.answers
         ]
         return {
-            "photo": self.photo, "person": self.person, "people": self.people, "turned": self.turned,
+            "person": self.person, "people": self.people, "turned": self.turned,
             "crop_pixels": round(self.side, 1), "sheet": self.sheet.name, "answers": answers,
         }  # fmt: skip
 
@@ -88,7 +93,7 @@ class LeftOut:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """Every picture below a folder by name, hidden files left out.
+    """Every picture below a folder by name; hidden files and folders of sheets are left out.
 
     Raises:
         LibraryError: There is no such folder, or no picture in it.
@@ -97,12 +102,27 @@ def pictures_in(folder: Path) -> list[Path]:
         raise LibraryError(f"there is no photo or folder {folder}")
     found = []
     for place, folders, files in os.walk(folder):
+        if RECORD in files and Path(place) != folder:
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(place) / name for name in sorted(files) if not name.startswith(".")]
     pictures = [path for path in found if is_picture(path)]
     if not pictures:
         raise LibraryError(f"{folder}: no picture in this folder ({len(found)} other files)")
     return pictures
+
+
+def check_sheet(path: Path, photos: Path) -> None:
+    """Raises ConfigError unless a sheet may be written there: as a PNG, and never over anything but a sheet."""
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"{path}: sheets are PNG files; name one that ends in .png")
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder; name the PNG to write")
+    if path.exists() and (path.resolve() == photos.resolve() or not is_sheet(path)):
+        raise ConfigError(
+            f"{path}: is no sheet of faces and will not be replaced; name another file with --out"
+        )
 
 
 def make_sheets(
@@ -113,8 +133,8 @@ def make_sheets(
     detector: Callable[[], Detector],
     tones: ToneHistogram | None,
     watcher: Watcher,
-) -> Iterator[tuple[Made, ...] | LeftOut]:
-    """The sheets of each photo, one for every face, or why there is none; written before the next photo is begun.
+) -> Iterator[tuple[Path, tuple[Made, ...] | LeftOut]]:
+    """Each photo with its sheets, one for every face, or why there is none; written before the next one is begun.
 
     Args:
         photos: Files.
@@ -132,13 +152,15 @@ def make_sheets(
             try:
                 people = _people(path, photo, detector, wanted, smallest)
             except (PhotoError, LibraryError) as error:
-                yield LeftOut(photo=str(path), reason=str(error).removeprefix(f"{path}: "))
+                yield path, LeftOut(photo=str(path), reason=str(error).removeprefix(f"{path}: "))
                 continue
             made = []
             for subject in people[: wanted.most_people]:
                 shown = show(subject, wanted.degradation, size=wanted.size)
                 portrait = painters.portray(shown, faces=wanted.faces)
                 sheet = place(path, subject.number)
+                check_sheet(sheet, path)
+                sheet.parent.mkdir(parents=True, exist_ok=True)
                 draft = sheet.with_name(sheet.name + ".draft")
                 draft.write_bytes(portrait_sheet(portrait, tones))
                 draft.replace(sheet)
@@ -146,7 +168,7 @@ def make_sheets(
                     photo=str(path), person=subject.number, people=subject.people, turned=subject.turned,
                     side=subject.side, sheet=sheet, portrait=portrait,
                 ))  # fmt: skip
-            yield tuple(made)
+            yield path, tuple(made)
 
 
 def _people(
@@ -160,31 +182,42 @@ def _people(
 
 
 class SheetFolder:
-    """A folder of sheets with the record of what was asked and found, so that work goes on where it ended."""
+    """A folder of sheets with the record of what was asked and found, so that work goes on where it ended.
+
+    A photo is known by its place below its folder, its size and when it was changed: a photo that was replaced is
+    looked at again, one that is gone is forgotten.
+    """
 
     def __init__(self, folder: Path, photos: Path, settings: Mapping[str, Any]) -> None:
         """Open or begin one.
 
         Raises:
-            ConfigError: It holds sheets of other photos or settings, or a record that cannot be read.
+            ConfigError: It is the photos' own folder, holds sheets of other photos or settings, or a record that
+                cannot be read.
         """
-        self.folder, self._photos = folder, photos
-        self._asked = {"photos": str(photos.resolve()), **settings}
-        self._found: list[dict[str, Any]] = []
+        if folder.resolve() == photos.resolve():
+            raise ConfigError(f"{folder}: holds the photos; name another folder for the sheets with --out")
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"{folder}: is a file; name a folder for the sheets")
-        path = folder / RECORD
-        if path.exists():
-            self._found = self._read(path)
+        self.folder, self._photos = folder, photos
+        self._asked = json.loads(json.dumps({"photos": str(photos.resolve()), **settings}))
+        self._found: dict[str, dict[str, Any]] = {}
+        if (folder / RECORD).exists():
+            self._found = self._read(folder / RECORD)
         folder.mkdir(parents=True, exist_ok=True)
 
-    def _read(self, path: Path) -> list[dict[str, Any]]:
+    def _read(self, path: Path) -> dict[str, dict[str, Any]]:
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
-            asked, found = dict(kept["asked"]), [dict(entry) for entry in kept["found"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: damaged ({error}); choose another folder with --out") from error
-        if asked != json.loads(json.dumps(self._asked)):
+            asked, found = (
+                dict(kept["asked"]),
+                {str(name): dict(entry) for name, entry in kept["found"].items()},
+            )
+            for entry in found.values():
+                list(entry["stamp"]), [str(sheet["sheet"]) for sheet in entry.get("sheets", ())]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path}: damaged ({error!r}); choose another folder with --out") from error
+        if asked != self._asked:
             raise ConfigError(
                 f"{self.folder}: holds sheets of other photos or settings (see {RECORD} there); "
                 "choose another folder with --out"
@@ -193,31 +226,52 @@ class SheetFolder:
 
     @property
     def found(self) -> tuple[dict[str, Any], ...]:
-        """Everything so far, sheets and photos left out."""
-        return tuple(self._found)
+        """What came of every photo: its sheets, or why it was left out."""
+        return tuple({"photo": name, **entry} for name, entry in self._found.items())
 
     def left(self, photos: Sequence[Path]) -> list[Path]:
-        """The photos that have neither their sheet nor a reason why not."""
-        done = {
-            entry["photo"] for entry in self._found
-            if "sheet" not in entry or (self.folder / entry["sheet"]).exists()
+        """The photos whose sheets are not all there, and that have no reason why not."""
+        known = {self._name(path): self._stamp(path) for path in photos}
+        self._found = {
+            name: entry for name, entry in self._found.items()
+            if known.get(name) == list(entry["stamp"])
+            and all((self.folder / sheet["sheet"]).exists() for sheet in entry.get("sheets", ()))
         }  # fmt: skip
-        self._found = [entry for entry in self._found if entry["photo"] in done]
-        return [path for path in photos if str(path) not in done]
+        return [path for path in photos if self._name(path) not in self._found]
 
     def place(self, path: Path, person: int) -> Path:
-        """Where a sheet goes: the photo's place below its folder, in words."""
-        name = "_".join(path.relative_to(self._photos).parts)
-        return self.folder / f"{name}{'' if person == 1 else f'-{person}'}.png"
+        """Where a sheet goes: the photo's own place below its folder."""
+        inner = path.relative_to(self._photos)
+        name = inner.name
+        if len(os.fsencode(name)) > 200:
+            name = f"{name[:40]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}"
+        return self.folder / inner.parent / f"{name}{'' if person == 1 else f'-{person}'}.png"
 
-    def keep(self, result: tuple[Made, ...] | LeftOut) -> None:
+    def keep(self, path: Path, result: tuple[Made, ...] | LeftOut) -> None:
         """Remember all that came of one photo, on the disk on return."""
+        entry: dict[str, Any] = {"stamp": self._stamp(path)}
         match result:
-            case LeftOut(photo=photo, reason=reason):
-                self._found.append({"photo": photo, "left_out": reason})
+            case LeftOut(reason=reason):
+                entry["left_out"] = reason
             case _:
-                self._found += [made.plain() for made in result]
-        path = self.folder / RECORD
-        draft = path.with_name(path.name + ".draft")
-        draft.write_text(json.dumps({"asked": self._asked, "found": self._found}, indent=1), encoding="utf-8")
-        draft.replace(path)
+                entry["sheets"] = [
+                    made.plain() | {"sheet": made.sheet.relative_to(self.folder).as_posix()}
+                    for made in result
+                ]
+        self._found[self._name(path)] = entry
+        record = self.folder / RECORD
+        draft = record.with_name(record.name + ".draft")
+        told = {"asked": self._asked, "found": self._found}
+        draft.write_text(json.dumps(told, indent=1), encoding="utf-8")
+        draft.replace(record)
+
+    def _name(self, path: Path) -> str:
+        return os.fsencode(path.relative_to(self._photos)).decode("utf-8", "backslashreplace")
+
+    @staticmethod
+    def _stamp(path: Path) -> list[int]:
+        try:
+            state = path.stat()
+        except OSError:
+            return []
+        return [state.st_size, state.st_mtime_ns]

@@ -17,8 +17,16 @@ from fedface.photos.faces import Detector, Face
 from fedface.photos.pixels import read_photo_bytes, write_png
 from fedface.photos.subjects import Subject
 from fedface.randomness import Streams
-from fedface.reports.portrait import Painters, answer_words, portrait_sheet, show
-from fedface.reports.portraits import LeftOut, Made, SheetFolder, Wanted, make_sheets, pictures_in
+from fedface.reports.portrait import Painters, answer_words, is_sheet, portrait_sheet, show
+from fedface.reports.portraits import (
+    LeftOut,
+    Made,
+    SheetFolder,
+    Wanted,
+    check_sheet,
+    make_sheets,
+    pictures_in,
+)
 from fedface.upsampling.contracts import deviation, squared_difference
 from fedface.upsampling.degrade import Area, Chain, Degradation, Noise
 from fedface.upsampling.methods import Method
@@ -131,44 +139,66 @@ def work(photos: Path, sheets: SheetFolder) -> list[Made | LeftOut]:
     """Everything that is left to do."""
     left = sheets.left(pictures_in(photos))
     found: list[Made | LeftOut] = []
-    for result in make_sheets(left, sheets.place, WANTED, painters(), blind, None, Silent()):
-        sheets.keep(result)
+    for path, result in make_sheets(left, sheets.place, WANTED, painters(), blind, None, Silent()):
+        sheets.keep(path, result)
         found += [result] if isinstance(result, LeftOut) else result
     return found
 
 
 def test_a_folder_gives_a_sheet_for_every_face_and_a_reason_for_every_other_photo(tmp_path: Path) -> None:
+    """Sheets lie as the photos do, so that no two names meet."""
     photos = folder_of_photos(tmp_path)
     assert [path.name for path in pictures_in(photos)] == ["a.png", "broken.jpg", "empty.png", "a.png"]
-    found = work(photos, SheetFolder(tmp_path / "out", photos, {"seed": 0}))
+    out = tmp_path / "out"
+    found = work(photos, SheetFolder(out, photos, {"seed": 0}))
     made = [result for result in found if isinstance(result, Made)]
     left_out = {Path(r.photo).name: r.reason for r in found if isinstance(r, LeftOut)}
-    assert sorted(result.sheet.name for result in made) == ["a.png.png", "deep_a.png.png"]
-    assert all(result.sheet.read_bytes().startswith(b"\x89PNG") for result in made)
+    places = sorted(result.sheet.relative_to(out).as_posix() for result in made)
+    assert places == ["a.png.png", "deep/a.png.png"]
+    assert all(is_sheet(result.sheet) for result in made)
     assert set(left_out) == {"broken.jpg", "empty.png"} and "no face found" in left_out["empty.png"]
-    kept = json.loads((tmp_path / "out" / "faces.json").read_text())
+    kept = json.loads((out / "faces.json").read_text())
     assert len(kept["found"]) == 4 and kept["asked"]["seed"] == 0
 
 
 def test_work_that_was_cut_short_goes_on_where_it_ended(tmp_path: Path) -> None:
-    """A second start does nothing; a sheet that somebody deleted is made again, and only that."""
-    photos = folder_of_photos(tmp_path)
-    work(photos, SheetFolder(tmp_path / "out", photos, {"seed": 0}))
-    assert work(photos, SheetFolder(tmp_path / "out", photos, {"seed": 0})) == []
-    (tmp_path / "out" / "a.png.png").unlink()
-    again = work(photos, SheetFolder(tmp_path / "out", photos, {"seed": 0}))
-    assert [Path(result.photo).name for result in again] == ["a.png"]
-    assert len(json.loads((tmp_path / "out" / "faces.json").read_text())["found"]) == 4
+    """A second start does nothing; what was deleted or replaced is made again, no more."""
+    photos, out = folder_of_photos(tmp_path), tmp_path / "out"
+    work(photos, SheetFolder(out, photos, {"seed": 0}))
+    assert work(photos, SheetFolder(out, photos, {"seed": 0})) == []
+    (out / "a.png.png").unlink()
+    (photos / "broken.jpg").unlink()
+    write_png(photos / "empty.png", subject(8).crop)
+    again = work(photos, SheetFolder(out, photos, {"seed": 0}))
+    assert [Path(result.photo).name for result in again] == [
+        "a.png",
+        "empty.png",
+    ]
+    assert set(json.loads((out / "faces.json").read_text())["found"]) == {"a.png", "deep/a.png", "empty.png"}
 
 
-def test_sheets_of_other_settings_are_never_mixed(tmp_path: Path) -> None:
-    photos = folder_of_photos(tmp_path)
-    work(photos, SheetFolder(tmp_path / "out", photos, {"seed": 0}))
+def test_sheets_of_other_settings_are_never_mixed_and_photos_never_replaced(tmp_path: Path) -> None:
+    photos, out = folder_of_photos(tmp_path), tmp_path / "out"
+    work(photos, SheetFolder(out, photos, {"seed": 0}))
     with pytest.raises(ConfigError, match="holds sheets of other photos or settings"):
-        SheetFolder(tmp_path / "out", photos, {"seed": 1})
-    (tmp_path / "out" / "faces.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"faces\.json: damaged"):
-        SheetFolder(tmp_path / "out", photos, {"seed": 0})
+        SheetFolder(out, photos, {"seed": 1})
+    for broken in ("{", '{"asked": {}, "found": {"a": {}}}', '{"asked": {}, "found": [1]}'):
+        (out / "faces.json").write_text(broken)
+        with pytest.raises(ConfigError, match=r"faces\.json: damaged"):
+            SheetFolder(out, photos, {"seed": 0})
+    with pytest.raises(ConfigError, match="holds the photos"):
+        SheetFolder(photos, photos / "deep" / "..", {"seed": 0})
+    for path in (photos / "a.png", photos / "empty.png"):
+        with pytest.raises(ConfigError, match="is no sheet of faces and will not be replaced"):
+            check_sheet(path, photos / "a.png")
+    with pytest.raises(ConfigError, match="name one that ends in .png"):
+        check_sheet(tmp_path / "new.jpg", photos / "a.png")
+
+
+def test_sheets_among_the_photos_are_not_read_as_photos(tmp_path: Path) -> None:
+    photos = folder_of_photos(tmp_path)
+    work(photos, SheetFolder(photos / "sheets", photos, {"seed": 0}))
+    assert len(pictures_in(photos)) == 4
 
 
 def test_a_folder_without_a_picture_is_named(tmp_path: Path) -> None:
