@@ -104,6 +104,9 @@ class Answers:
             if len(content) > MAX_UPLOAD:
                 return _sorry(413, _too_large())
         sitting = await run_in_threadpool(self.reader.read, bytes(content))
+        if await request.is_disconnected():
+            # Nobody is there to ask for it to be forgotten: it is forgotten now.
+            return _sorry(410, GONE)
         self.desk.seat(sitting)
         return JSONResponse(await run_in_threadpool(_told_sitting, sitting))
 

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Literal, assert_never
 
 import torch
@@ -109,21 +110,41 @@ def _halfway(start: Tensor, drawn: Tensor) -> Tensor:
     return between * length
 
 
-@contextmanager
-def _frozen(generator: Generator) -> Iterator[None]:
-    """Weights ask for no gradient inside, and are as they were afterwards."""
-    if not isinstance(generator, nn.Module):
-        yield
-        return
-    asked = [(weight, weight.requires_grad) for weight in generator.parameters()]
-    training = generator.training
-    generator.requires_grad_(False).eval()
-    try:
-        yield
-    finally:
-        generator.train(training)
-        for weight, before in asked:
-            weight.requires_grad_(before)
+class _Stillness:
+    """Weights ask for no gradient while any search uses them, and are as before once the last one has left."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._inside: dict[
+            int, tuple[int, bool, list[bool]]
+        ] = {}  # searches, training, who asked for gradients
+
+    @contextmanager
+    def of(self, generator: Generator) -> Iterator[None]:
+        """A generator at rest; several threads may hold it at once."""
+        if not isinstance(generator, nn.Module):
+            yield
+            return
+        key = id(generator)
+        with self._lock:
+            asked = [weight.requires_grad for weight in generator.parameters()]
+            searches, training, before = self._inside.get(key, (0, generator.training, asked))
+            self._inside[key] = searches + 1, training, before
+            generator.requires_grad_(False).eval()
+        try:
+            yield
+        finally:
+            with self._lock:
+                searches, training, before = self._inside.pop(key)
+                if searches > 1:
+                    self._inside[key] = searches - 1, training, before
+                else:
+                    generator.train(training)
+                    for weight, wanted in zip(generator.parameters(), before, strict=True):
+                        weight.requires_grad_(wanted)
+
+
+_STILL = _Stillness()
 
 
 def _constants(generator: Generator, precision: Literal["auto", "float32", "bfloat16"]) -> Generator:
@@ -188,7 +209,7 @@ class Pulse:
         self.config = config
         self._streams = streams
         self._start, self._progress, self._watch = start, progress, watch
-        with _frozen(generator):
+        with _STILL.of(generator):
             self._exact = _constants(generator, "float32")
             self._quick = (
                 self._exact if config.precision == "float32" else _constants(generator, config.precision)
@@ -235,7 +256,7 @@ class Pulse:
         share = max(1, math.ceil(len(targets) / self.config.workers))
         places = torch.split(torch.arange(len(targets)), min(self.config.faces_at_once, share))
         tally = Tally(len(places), self.config.steps, self._progress, self._watch)
-        with _frozen(self.generator):
+        with _STILL.of(self.generator):
             begun = self._begun(photos).repeat_interleave(faces_per_photo, dim=0)
             firsts = torch.arange(len(targets)) % faces_per_photo == 0
             chunks = self._chunks(places, targets, begun, firsts)

@@ -17,7 +17,7 @@ from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
 from fedface.models.weights import load_base
 from fedface.randomness import Streams
 from fedface.upsampling import pulse
-from fedface.upsampling.contracts import Upsampled, squared_difference
+from fedface.upsampling.contracts import Glimpse, Upsampled, squared_difference
 from fedface.upsampling.degrade import Area, Bicubic, BicubicPulse, Blur, Chain, Noise, measure
 from fedface.upsampling.jpeg import Jpeg
 from fedface.upsampling.pulse import Pulse, PulseConfig, geocross
@@ -318,3 +318,19 @@ def test_the_weights_of_a_search_are_those_it_was_made_with(generator: StyleGAN2
         for weight in copied.parameters():
             weight.zero_()
     torch.testing.assert_close(search.upsample(low[:1], faces_per_photo=1).images, before.images)
+
+
+def test_two_searches_of_one_generator_leave_its_weights_as_they_were(
+    generator: StyleGAN2, low: Tensor
+) -> None:
+    """The second begins while the first runs, and the first ends last: gradients are asked for as before."""
+    copied = copy.deepcopy(generator)
+    begun: list[Pulse] = []
+
+    def begin(glimpse: Glimpse) -> None:
+        if not begun:
+            begun.append(Pulse(copied, Area(4), QUICK, STREAMS))
+            assert not any(weight.requires_grad for weight in copied.parameters())
+
+    Pulse(copied, Area(4), QUICK, STREAMS, watch=begin).upsample(low[:1], faces_per_photo=1)
+    assert begun and all(weight.requires_grad for weight in copied.parameters())
