@@ -26,6 +26,9 @@ HEADERS = (
 )
 
 
+LONGEST_ORDER = 65_536  # bytes of a request that brings no photo
+
+
 def places(port: int) -> tuple[str, ...]:
     """The Host headers under which this server answers."""
     names = ("127.0.0.1", "localhost")
@@ -70,6 +73,10 @@ class Guard:
         asks = scope["method"] in ("GET", "HEAD")
         if (origins or not asks) and (len(origins) != 1 or origins[0] not in self._origins):
             return "This page takes orders only from itself, not from other pages."
+        lengths = [value for name, value in told if name == "content-length"]
+        counted = len(lengths) == 1 and lengths[0].isdigit() and int(lengths[0]) <= LONGEST_ORDER
+        if not asks and scope["path"] != "/photo" and not counted:
+            return f"An order of this page has at most {LONGEST_ORDER} bytes, and says how many."
         # A link elsewhere may open the page, and do nothing more.
         opens = asks and scope["path"] == "/"
         if not opens and any(site not in ("same-origin", "none") for site in sites):

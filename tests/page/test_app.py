@@ -295,6 +295,14 @@ def test_another_name_for_this_machine_is_refused(open_page: Open, host: str) ->
     assert reply.status_code == 403 and "answers only at" in reply.json()["error"]
 
 
+def test_an_order_that_brings_no_photo_is_short(open_page: Open) -> None:
+    """A megabyte to /stop is refused before it is read; an ordinary one is answered."""
+    client = open_page()
+    reply = client.post("/stop", content=b"x" * 1_000_000)
+    assert reply.status_code == 403 and "at most 65536 bytes" in reply.json()["error"]
+    assert client.post("/stop", json={}).status_code != 403
+
+
 def test_both_names_of_the_loopback_are_answered(open_page: Open) -> None:
     """127.0.0.1 and localhost, with the port."""
     client = open_page()
