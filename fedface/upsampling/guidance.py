@@ -73,7 +73,9 @@ class GuidanceConfig:
     covariance: Literal["isotropic", "moments"] = (
         "moments"  # what is taken for the uncertainty of a face on its way
     )
-    solves: int = 3  # >= 1, most conjugate gradients a step, for moments; more go astray, see docs/posterior.md
+    solves: int = (
+        3  # >= 1, most conjugate gradients a step, for moments; more go astray, see docs/posterior.md
+    )
     data_spread: float = 0.4  # > 0, std of a pixel in [-1, 1], c; for isotropic
     churn: float = (
         1.0  # in [0, 1], share of the noise that is drawn anew on the way; 0 follows the path as it is
