@@ -27,7 +27,7 @@ from fedface.models.family import Flow, Model, Resolved
 from fedface.models.pickled import printable
 from fedface.models.weights import load_model, weights_hash
 from fedface.photos.faces import Detector
-from fedface.reports.portrait import NOBODY, Painters, answer_words
+from fedface.reports.portrait import NEAREST, NOBODY, Painters, answer_words
 from fedface.reports.portraits import (
     LeftOut,
     Made,
@@ -68,11 +68,15 @@ def upsample(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     out: Annotated[
         Path | None,
-        typer.Option(help="The PNG to write, or the folder; PHOTO-faces.png, or faces/ here otherwise."),
+        typer.Option(
+            help="The PNG for one photo, the folder for many; PHOTO-faces.png or faces/ here otherwise."
+        ),
     ] = None,
     json_out: JsonOption = False,
 ) -> None:
-    """Show what upsamplers make of a face: several people, all of whom shrink to the same pixels."""
+    """Show what upsamplers make of a face: several people who shrink to the same pixels, as nearly as they can."""
+    if not photo.exists():
+        raise LibraryError(f"there is no photo or folder {photo}")
     given = None if generator is None else load_model(generator)
     methods = chosen_methods(method, given)
     size, pairs = with_models([side_by_side(each, cores()) for each in methods], given)
@@ -182,8 +186,6 @@ def _aloud(text: str) -> None:
 
 def _one(job: _Job, photo: Path, out: Path | None) -> list[dict[str, Any]]:
     """Every person of one photo; why there is none is an error."""
-    if not photo.exists():
-        raise LibraryError(f"there is no photo or folder {photo}")
     target = out or Path(f"{photo.stem}-faces.png")
     check_sheet(target, photo)
 
@@ -200,8 +202,8 @@ def _one(job: _Job, photo: Path, out: Path | None) -> list[dict[str, Any]]:
 
 def _folder(job: _Job, photos: Path, out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Every photo of a folder that has no sheet yet; photos without a face are counted and named."""
-    sheets = SheetFolder(out, photos, settings)
     pictures = pictures_in(photos)
+    sheets = SheetFolder(out, photos, settings)
     left = sheets.left(pictures)
     if len(left) < len(pictures):
         job.say(f"{len(pictures) - len(left)} of {len(pictures)} photos were done before")
@@ -219,7 +221,13 @@ def _told(made: Made, wanted: Wanted) -> list[str]:
     """What was found in a photo, and each method's answer, in a line each."""
     lines = []
     if made.people == 0:
-        lines.append(f"{made.photo}: taken as a face already, {made.side:.0f} pixels a side")
+        lines.append(f"{made.photo}: taken whole as a face, {made.side:.0f} pixels a side")
+        shown = made.portrait.shown.low.shape[-1]
+        if made.side > shown and wanted.size % int(made.side) == 0:
+            factor = wanted.size // int(made.side)
+            lines.append(
+                f"  shrunk once more, to {shown}; --factor {factor} takes its own pixels as they are"
+            )
     else:
         more = f"person {made.person} of {made.people}" if made.people > 1 else "one face"
         turned = f", found with the photo turned by {made.turned} degrees" if made.turned else ""
@@ -234,5 +242,5 @@ def _told(made: Made, wanted: Wanted) -> list[str]:
         )
     lines += [f"  {answer_words(answer)}" for answer in made.portrait.answers]
     if not any(bool(answer.made.converged.any()) for answer in made.portrait.answers):
-        lines.append("  no method made a face that fits: the sheet shows the nearest that each knows")
+        lines.append(f"  {NEAREST}")
     return [*lines, f"  open {made.sheet}"]

@@ -83,7 +83,7 @@ def subjects_of(
     if not seen[best]:
         raise LibraryError(
             f"{name}: no face found, nor in the photo turned round; give a photo with a face at least 32 pixels "
-            f"wide, or a square picture of {min(smallest, SMALL)} to {SMALL} pixels that is a face already"
+            f"wide, a square picture of {min(smallest, SMALL)} to {SMALL} pixels that is a face already, or say --whole"
         )
     return tuple(
         Subject(

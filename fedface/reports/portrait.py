@@ -34,7 +34,8 @@ from fedface.upsampling.contracts import Progress, Upsampled, Upsampler, deviati
 from fedface.upsampling.degrade import Degradation, in_words, measure
 from fedface.upsampling.methods import Method, has_one_answer, make_upsampler, title_of
 
-NOBODY = "These people do not exist; the pixels do not say which face is right."
+NOBODY = "The made people do not exist; the pixels do not say which face is right."
+NEAREST = "No method made a face that fits: what is shown is the nearest that each knows."
 
 _MARK = "fedface sheet of faces"  # in the PNG, so that no other file is ever replaced
 _SIDE, _SMALL, _GAP, _LEFT = 124, 44, 10, 164  # pixels of the sheet
@@ -179,7 +180,8 @@ def portrait_sheet(portrait: Portrait, tones: ToneHistogram | None = None, *, so
             _row(sheet, top + number * _ROW, answer, shown.degradation)
         if single:
             _single_row(sheet, top + len(several) * _ROW, single, shown.degradation)
-        sheet.words(16, height - 44, NOBODY, bold=True)
+        fits = any(bool(answer.made.converged.any()) for answer in portrait.answers)
+        sheet.words(16, height - 44, NOBODY if fits else f"{NEAREST} {NOBODY}", bold=True)
         if source:
             sheet.words(16, height - 22, source, small=True)
         return sheet.png()
@@ -205,7 +207,7 @@ def _row(sheet: _Sheet, y: int, answer: Answer, degradation: Degradation) -> Non
 def _single_row(sheet: _Sheet, y: int, answers: Sequence[Answer], degradation: Degradation) -> None:
     """Methods that have one answer, side by side."""
     sheet.words(16, y + 24, "one answer each,", bold=True)
-    sheet.words(16, y + 44, "whatever else would fit", small=True)
+    sheet.words(16, y + 44, "although many faces\nwould fit", small=True)
     for number, answer in enumerate(answers):
         sheet.words(_LEFT + number * _CELL, y, title_of(answer.method), bold=True)
         _face(sheet, _LEFT + number * _CELL, y + 18, answer, 0, degradation)
@@ -217,7 +219,7 @@ def _face(sheet: _Sheet, x: int, y: int, answer: Answer, number: int, degradatio
     sheet.picture(x, y, _SIDE, face)
     sheet.picture(x, y + _SIDE + 4, _SMALL, degradation.apply(face[None])[0].clamp(0, 1))
     verdict = "fits" if bool(answer.made.converged[0, number]) else "no fit"
-    sheet.words(x + _SMALL + 6, y + _SIDE + 8, f"{verdict}\nmisfit {misfit:.4f}", small=True)
+    sheet.words(x + _SMALL + 6, y + _SIDE + 8, f"{verdict}\nmisfit {misfit:.5f}", small=True)
 
 
 class _Sheet:

@@ -204,7 +204,6 @@ class SheetFolder:
         self._found: dict[str, dict[str, Any]] = {}
         if (folder / RECORD).exists():
             self._found = self._read(folder / RECORD)
-        folder.mkdir(parents=True, exist_ok=True)
 
     def _read(self, path: Path) -> dict[str, dict[str, Any]]:
         try:
@@ -260,6 +259,7 @@ class SheetFolder:
                 ]
         self._found[self._name(path)] = entry
         record = self.folder / RECORD
+        self.folder.mkdir(parents=True, exist_ok=True)
         draft = record.with_name(record.name + ".draft")
         told = {"asked": self._asked, "found": self._found}
         draft.write_text(json.dumps(told, indent=1), encoding="utf-8")
