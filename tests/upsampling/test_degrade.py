@@ -261,7 +261,7 @@ parts:
 """
     wanted = Chain((Blur(1.0), Bicubic(4), Noise(0.02), Jpeg(90, "4:4:4")))
     assert parse(text, Degradation, name="d.yaml") == wanted  # type: ignore[arg-type,comparison-overlap]
-    with pytest.raises(ConfigError, match=r"d\.yaml:4: parts\.0\.sigma: must be finite and > 0, got 0"):
+    with pytest.raises(ConfigError, match=r"d\.yaml:4: parts\.0\.sigma: must lie in \(0, 1024\], got 0"):
         parse(text.replace("sigma: 1", "sigma: 0"), Degradation, name="d.yaml")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="expected one of bicubic-pulse, .* got blurr; did you mean"):
         parse(text.replace("kind: blur", "kind: blurr"), Degradation, name="d.yaml")  # type: ignore[arg-type]
@@ -286,7 +286,9 @@ def test_wrong_settings_are_refused() -> None:
         (lambda: BicubicPulse(0), "factor must be >= 1, got 0"),
         (lambda: Bicubic(-1), "factor must be >= 1, got -1"),
         (lambda: Pixelate(0), "block must be >= 1, got 0"),
-        (lambda: Blur(0.0), "sigma must be finite and > 0, got 0.0"),
+        (lambda: Blur(0.0), r"sigma must lie in \(0, 1024\], got 0.0"),
+        (lambda: Blur(1e13), r"sigma must lie in \(0, 1024\], got 1e\+13"),
+        (lambda: Chain((Area(1),) * 17), "at most 16 degradations, got 17"),
         (lambda: Noise(float("nan")), "std must be finite and >= 0, got nan"),
         (lambda: Chain(()), "at least one degradation"),
         (lambda: Chain((Chain((Area(2),)),)), "other than chains"),  # type: ignore[arg-type]
