@@ -287,7 +287,7 @@ def test_wrong_settings_are_refused() -> None:
         (lambda: Bicubic(-1), "factor must be >= 1, got -1"),
         (lambda: Pixelate(0), "block must be >= 1, got 0"),
         (lambda: Blur(0.0), r"sigma must lie in \(0, 1024\], got 0.0"),
-        (lambda: Blur(1e13), r"sigma must lie in \(0, 1024\], got 1e\+13"),
+        (lambda: Blur(2000.0), r"sigma must lie in \(0, 1024\], got 2000.0"),
         (lambda: Chain((Area(1),) * 17), "at most 16 degradations, got 17"),
         (lambda: Noise(float("nan")), "std must be finite and >= 0, got nan"),
         (lambda: Chain(()), "at least one degradation"),
