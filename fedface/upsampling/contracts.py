@@ -111,6 +111,17 @@ def join(parts: Sequence[Upsampled]) -> Upsampled:
     )
 
 
+def by_photo(found: Upsampled, faces_per_photo: int) -> Upsampled:
+    """Answers for n * f single faces, (n * f, 1, ...), as those of n photos with f faces each."""
+    shape = (found.photos // faces_per_photo, faces_per_photo)
+    return Upsampled(
+        images=found.images.view(*shape, *found.images.shape[2:]),
+        misfit=found.misfit.view(shape),
+        converged=found.converged.view(shape),
+        steps=found.steps,
+    )
+
+
 def check_low(low: LowImages, side: int, faces_per_photo: int) -> None:
     """Raises ValueError unless photos are finite, (n, 3, side, side), and a face of each is asked for."""
     if faces_per_photo < 1:

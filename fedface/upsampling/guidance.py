@@ -37,6 +37,7 @@ from fedface.upsampling.contracts import (
     Progress,
     Upsampled,
     Watch,
+    by_photo,
     check_low,
     join,
     judged,
@@ -44,7 +45,7 @@ from fedface.upsampling.contracts import (
 )
 from fedface.upsampling.degrade import Degradation
 from fedface.upsampling.langevin import measurement_noise, misfit_bound
-from fedface.upsampling.threads import Tally, in_threads
+from fedface.upsampling.threads import Tally, in_threads, shared_out
 
 ROWS_AT_ONCE = 64  # measured values whose row of A A' is computed together
 
@@ -186,8 +187,7 @@ class Guidance:
         """
         check_low(low, self.low_size, faces_per_photo)
         targets = low.detach().float().repeat_interleave(faces_per_photo, dim=0)
-        share = max(1, math.ceil(len(targets) / self.config.workers))
-        places = torch.split(torch.arange(len(targets)), min(self.config.faces_at_once, share))
+        places = shared_out(len(targets), self.config.workers, self.config.faces_at_once)
         tally = Tally(len(places), self.config.steps, self._progress, self._watch)
         joined = join(
             in_threads(
@@ -196,13 +196,7 @@ class Guidance:
                 self.config.workers,
             )
         )
-        shape = (low.shape[0], faces_per_photo)
-        return Upsampled(
-            images=joined.images.view(*shape, *joined.images.shape[2:]),
-            misfit=joined.misfit.view(shape),
-            converged=joined.converged.view(shape),
-            steps=joined.steps,
-        )
+        return by_photo(joined, faces_per_photo)
 
     def _sample(self, place: int, faces: Tensor, target: LowImages, tally: Tally) -> Upsampled:
         """Faces (m, 1, 3, s, s) for m targets; the chunk is number `place`."""

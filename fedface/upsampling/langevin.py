@@ -33,9 +33,9 @@ from fedface.models.stylegan2 import OfClass, StyleGAN2
 from fedface.randomness import Streams
 from fedface.shapes import Images, LowImages
 from fedface.upsampling.chains import Chances, Measured, Metric, Moved, Point, drift, gauss_newton, move
-from fedface.upsampling.contracts import Glimpse, Progress, Upsampled, Watch, check_low, join
+from fedface.upsampling.contracts import Glimpse, Progress, Upsampled, Watch, by_photo, check_low, join
 from fedface.upsampling.degrade import Degradation
-from fedface.upsampling.threads import Tally, in_threads
+from fedface.upsampling.threads import Tally, in_threads, shared_out
 
 CONVERGED = 0.999  # a chain that misses the photo by more than this quantile of the noise has not arrived
 ACCEPT = 0.8  # the share of moves that the adaptation of step lengths aims at
@@ -209,8 +209,7 @@ class Langevin:
         """
         check_low(low, self.low_size, faces_per_photo)
         targets = low.detach().float().repeat_interleave(faces_per_photo, dim=0)
-        share = max(1, math.ceil(len(targets) / self.config.workers))
-        places = torch.split(torch.arange(len(targets)), min(self.config.faces_at_once, share))
+        places = shared_out(len(targets), self.config.workers, self.config.faces_at_once)
         tally = Tally(len(places), self.config.steps, self._progress, self._watch)
         joined = join(
             in_threads(
@@ -219,13 +218,7 @@ class Langevin:
                 self.config.workers,
             )
         )
-        shape = (low.shape[0], faces_per_photo)
-        return Upsampled(
-            images=joined.images.view(*shape, *joined.images.shape[2:]),
-            misfit=joined.misfit.view(shape),
-            converged=joined.converged.view(shape),
-            steps=joined.steps,
-        )
+        return by_photo(joined, faces_per_photo)
 
     def _draw(self, x: Tensor) -> Images:
         """Faces of flat states: latents, then noise maps where those are sampled."""

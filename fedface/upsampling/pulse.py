@@ -11,7 +11,6 @@ the best face is returned and not the last, and a search that fails is a value.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from fedface.upsampling.contracts import (
     Progress,
     Upsampled,
     Watch,
+    by_photo,
     check_low,
     join,
     squared_difference,
@@ -40,7 +40,7 @@ from fedface.upsampling.degrade import Degradation
 from fedface.upsampling.keeping import Best, Judge, Keeping, Last
 from fedface.upsampling.spherical import SphericalAdam, one_cycle_drop
 from fedface.upsampling.style_fit import fit_styles
-from fedface.upsampling.threads import Tally, in_threads
+from fedface.upsampling.threads import Tally, in_threads, shared_out
 
 Start = Callable[[LowImages], Styles]  # photos (n, 3, lh, lw) -> styles (n, k, v) to begin with
 
@@ -253,21 +253,14 @@ class Pulse:
         check_low(low, self.low_size, faces_per_photo)
         photos = low.detach().to(torch.float64 if low.dtype == torch.float64 else torch.float32)
         targets = photos.repeat_interleave(faces_per_photo, dim=0)
-        share = max(1, math.ceil(len(targets) / self.config.workers))
-        places = torch.split(torch.arange(len(targets)), min(self.config.faces_at_once, share))
+        places = shared_out(len(targets), self.config.workers, self.config.faces_at_once)
         tally = Tally(len(places), self.config.steps, self._progress, self._watch)
         with _STILL.of(self.generator):
             begun = self._begun(photos).repeat_interleave(faces_per_photo, dim=0)
             firsts = torch.arange(len(targets)) % faces_per_photo == 0
             chunks = self._chunks(places, targets, begun, firsts)
             joined = join(in_threads(chunks, lambda chunk: self._search(chunk, tally), self.config.workers))
-        shape = (low.shape[0], faces_per_photo)
-        return Upsampled(
-            images=joined.images.view(*shape, *joined.images.shape[2:]),
-            misfit=joined.misfit.view(shape),
-            converged=joined.converged.view(shape),
-            steps=joined.steps,
-        )
+        return by_photo(joined, faces_per_photo)
 
     def _begun(self, photos: LowImages) -> Tensor:
         """Latents (n, rows, v) of the styles that photos start from; none where nobody gives any."""

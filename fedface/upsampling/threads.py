@@ -1,6 +1,6 @@
 """Searching several chunks of faces side by side, each in a thread of its own.
 
-Called from `upsampling.pulse`. Torch releases Python's lock inside its kernels, so that threads which search
+Called from `upsampling.pulse`, `langevin` and `guidance`. Torch releases Python's lock inside its kernels, so that threads which search
 different faces keep several cores busy; docs/speed.md has what that gives beside torch's own threads within one
 operation. Chunks are begun in their order, by one thread at a time, so that draws of chance do not depend on the
 number of threads.
@@ -8,12 +8,14 @@ number of threads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event, Lock
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from fedface.upsampling.contracts import Glimpse, Progress, Watch
 
@@ -82,6 +84,12 @@ def in_threads(items: Iterator[T], work: Callable[[T], R], workers: int) -> list
     for future in futures:
         future.result()
     return [results[place] for place in sorted(results)]
+
+
+def shared_out(faces: int, workers: int, at_once: int) -> tuple[Tensor, ...]:
+    """The places 0 ... faces - 1 in chunks, int64, at most `at_once` in each, so that every worker has one."""
+    share = max(1, math.ceil(faces / workers))
+    return torch.split(torch.arange(faces), min(at_once, share))
 
 
 class Tally:
