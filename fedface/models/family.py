@@ -277,7 +277,6 @@ class Resolved:
 
 
 Drawing = Gan | Encoded | Flow | Alone | Styled  # families that draw faces by themselves
-Answering = Styled | Resolved  # families that answer a low-resolution photo in one pass
 Model = Drawing | Resolved
 
 

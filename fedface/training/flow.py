@@ -30,7 +30,7 @@ from fedface.photos.drawn import draw_people
 from fedface.privacy.plan import Schedule, Terms
 from fedface.randomness import SecretNoise, Streams
 from fedface.shapes import Images, Vector
-from fedface.training.private_descent import descend_privately, descent_ranges, steadied
+from fedface.training.private_descent import check_descent, descend_privately, descent_ranges, steadied
 from fedface.training.private_steps import (
     Draw,
     Network,
@@ -73,16 +73,14 @@ class FlowTrainingConfig:
             raise ValueError(f"noise_draws must lie in [1, {_EVALUATIONS_AT_ONCE}], got {self.noise_draws}")
         if not 0 < self.latest <= 1:
             raise ValueError(f"latest must lie in (0, 1], got {self.latest}")
-        if not 0 < self.rate < 1000:
-            raise ValueError(f"rate must lie in (0, 1000), got {self.rate}")
-        if not 0 < self.steady_noise <= 1000:
-            raise ValueError(f"steady_noise must lie in (0, 1000], got {self.steady_noise}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
+        check_descent(
+            rate=self.rate,
+            steady_noise=self.steady_noise,
+            momentum=self.momentum,
+            server_rate=self.server_rate,
+        )
         if not 0 <= self.preconditioner <= 100:
             raise ValueError(f"preconditioner must lie in [0, 100], got {self.preconditioner}")
-        if not 0 < self.server_rate <= 4:
-            raise ValueError(f"server_rate must lie in (0, 4], got {self.server_rate}")
 
     def schedule(self) -> Schedule:
         """What of this costs privacy."""

@@ -19,6 +19,18 @@ from fedface.shapes import Images, Vector
 from fedface.training.private_steps import Chance, Draw, PerPhotoLoss, private_gradient, trained
 
 
+def check_descent(*, rate: float, steady_noise: float, momentum: float, server_rate: float) -> None:
+    """Raises ValueError with name, bound and value unless the settings of a descent lie within their bounds."""
+    if not 0 < rate < 1000:
+        raise ValueError(f"rate must lie in (0, 1000), got {rate}")
+    if not 0 < steady_noise <= 1000:
+        raise ValueError(f"steady_noise must lie in (0, 1000], got {steady_noise}")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
+    if not 0 < server_rate <= 4:
+        raise ValueError(f"server_rate must lie in (0, 4], got {server_rate}")
+
+
 def descend_privately(
     network: nn.Module,
     photos: Images,

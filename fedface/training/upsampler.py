@@ -25,7 +25,7 @@ from fedface.privacy.plan import Schedule, Terms
 from fedface.randomness import SecretNoise, Streams
 from fedface.shapes import Images, Vector
 from fedface.training.pretrain import pair_losses
-from fedface.training.private_descent import descend_privately, descent_ranges, steadied
+from fedface.training.private_descent import check_descent, descend_privately, descent_ranges, steadied
 from fedface.training.private_steps import Network, PerPhotoLoss, check_per_photo_gradients
 from fedface.upsampling.contracts import squared_difference
 from fedface.upsampling.degrade import BicubicPulse, Degradation, in_words
@@ -61,14 +61,12 @@ class UpsamplerTrainingConfig:
             )
         if not 0 <= self.fit_weight <= 1e4:
             raise ValueError(f"fit_weight must lie in [0, 10000], got {self.fit_weight}")
-        if not 0 < self.rate < 1000:
-            raise ValueError(f"rate must lie in (0, 1000), got {self.rate}")
-        if not 0 < self.steady_noise <= 1000:
-            raise ValueError(f"steady_noise must lie in (0, 1000], got {self.steady_noise}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
-        if not 0 < self.server_rate <= 4:
-            raise ValueError(f"server_rate must lie in (0, 4], got {self.server_rate}")
+        check_descent(
+            rate=self.rate,
+            steady_noise=self.steady_noise,
+            momentum=self.momentum,
+            server_rate=self.server_rate,
+        )
 
     def schedule(self) -> Schedule:
         """What of this costs privacy."""
