@@ -350,19 +350,25 @@ def event_from_json(text: str) -> DpEvent:
         rows = [(str(r["kind"]), float(r["scale"]), float(r["q"]), int(r["count"])) for r in read]
     except (ValueError, TypeError, KeyError) as error:
         raise PrivacyError(f"not an event: {text[:80]!r}") from error
-    parts: list[DpEvent] = []
-    for kind, scale, q, count in rows:
-        match kind:
-            case "gaussian":
-                one: DpEvent = GaussianDpEvent(scale)
-            case "laplace":
-                one = LaplaceDpEvent(scale)
-            case "nonprivate":
-                one = NonPrivateDpEvent()
-            case _:
-                raise PrivacyError(f'not an event: unknown kind "{kind}"')
-        sampled = one if q == 1.0 else PoissonSampledDpEvent(q, one)
-        parts.append(SelfComposedDpEvent(sampled, count))
-    event = compose(parts)
+    for kind, *_ in rows:
+        if kind not in ("gaussian", "laplace", "nonprivate"):
+            raise PrivacyError(f'not an event: unknown kind "{kind}"')
+    event = event_of_leaves(tuple((Leaf(kind, scale, q), count) for kind, scale, q, count in rows))  # type: ignore[arg-type]
     leaves_of(event)
     return event
+
+
+def event_of_leaves(leaves: Leaves) -> DpEvent:
+    """One event that releases each leaf as often as it is counted."""
+    parts: list[DpEvent] = []
+    for leaf, count in leaves:
+        match leaf.kind:
+            case "gaussian":
+                one: DpEvent = GaussianDpEvent(leaf.scale)
+            case "laplace":
+                one = LaplaceDpEvent(leaf.scale)
+            case "nonprivate":
+                one = NonPrivateDpEvent()
+        sampled = one if leaf.q == 1.0 else PoissonSampledDpEvent(leaf.q, one)
+        parts.append(SelfComposedDpEvent(sampled, count))
+    return compose(parts)

@@ -1,20 +1,29 @@
 """From a promise and a schedule to one mechanism and its price, once, before anything runs.
 
 Called from experiment.py and `fedface check` (make_plan), and on the device, which receives the terms, never
-an epsilon, and prices them itself. The noise is set so that all rounds together keep a photo's promise.
+an epsilon, and prices them itself. The noise is set so that everything together keeps a unit's promise: all
+rounds, and what is released beside them, such as evaluation figures.
+
+Where noise is added follows from the unit. Photo and occasion: on the device, in every private step. Library: on
+the server, once to each round's sum of whole updates, each cut to `update_clip`; the server is trusted with the sum.
+There is a third place, which nothing here claims yet: on the device, as a discrete share of the noise that only the
+sum completes (library without a trusted server, Kairouz et al. 2021, arXiv:2102.06387). It would be one more
+mechanism of `Terms.sum_mechanism`, with the same `clip`, `noise` and `event`.
+
 Source: DP-SGD, Abadi et al. (2016), arXiv:1607.00133; Poisson sampling with a public rate and divisor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, assert_never
+from typing import Any, Literal, assert_never
 
 from fedface.errors import PrivacyError
-from fedface.privacy.accounting import ADJACENCY, Bounds, epsilon_of, noise_for
+from fedface.privacy.accounting import ADJACENCY, Bounds, compose, epsilon_of, noise_for
 from fedface.privacy.mechanism import ClippedSum, Event, GaussianSum, SampledGaussian, check_clip_norm
 from fedface.privacy.target import NoPromise, PrivacyTarget, Promise
+from fedface.units import UNITS, Unit, unit_in_words
 
 MOST_EXPECTED = 10**9  # photos in a step
 MOST_NOISE = 1e7  # ten times what a plan may ask for; the noise itself stays finite in float32
@@ -22,7 +31,7 @@ MOST_NOISE = 1e7  # ten times what a plan may ask for; the noise itself stays fi
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How often a device looks at its photos. Every number is public and the same for every device.
+    """How often a device looks at its units: photos, occasions or all it has. Every number is public and the same.
 
     The rate and the divisor are constants of the run, never derived from how many photos a device has: a
     divisor that follows the library tells 40 photos from 41.
@@ -30,9 +39,9 @@ class Schedule:
 
     rounds: int  # >= 1
     steps_per_round: int  # private steps a device takes in one round, >= 1
-    sampling_rate: float  # q: the probability with which a photo joins a step, 0 < q <= 1
+    sampling_rate: float  # q: the probability with which a unit joins a step, 0 < q <= 1
     expected_batch: int  # what each step's sum is divided by, >= 1
-    clip_norm: float  # longest gradient one photo can have, > 0
+    clip_norm: float  # longest gradient one unit can have in a step, > 0
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -54,27 +63,52 @@ class Terms:
 
     schedule: Schedule
     noise_multiplier: float  # sigma >= 0; exactly 0 means that nothing is promised
+    unit: Unit = "photo"  # whose vector is clipped: what a promise covers
+    update_clip: float = 1.0  # unit library: longest update of one device, in public ranges, > 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.noise_multiplier <= MOST_NOISE:
             raise ValueError(f"noise_multiplier must lie in [0, {MOST_NOISE:g}], got {self.noise_multiplier}")
+        if self.unit not in UNITS:
+            raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
+        try:
+            check_clip_norm(self.update_clip)
+        except ValueError as error:
+            raise ValueError(str(error).replace("clip_norm", "update_clip")) from error
 
     @property
     def promises(self) -> bool:
         """Whether there is noise, hence a finite epsilon."""
         return self.noise_multiplier > 0
 
+    @property
+    def noise_at(self) -> Literal["device", "server"]:
+        """Who adds the promised noise: the device in each step, or the server, trusted, to each sum."""
+        return "server" if self.unit == "library" else "device"
+
     def mechanism(self) -> GaussianSum | ClippedSum:
-        """What each private step releases; its type says whether noise is added."""
-        if self.promises:
+        """What each step on the device releases; its type says whether the device adds noise."""
+        if self.promises and self.noise_at == "device":
             return GaussianSum(clip_norm=self.schedule.clip_norm, sigma=self.noise_multiplier)
         return ClippedSum(clip_norm=self.schedule.clip_norm)
 
+    def sum_mechanism(self) -> GaussianSum | None:
+        """What cuts each device's whole update and noises their sum, in public ranges; None where steps do it."""
+        if self.promises and self.noise_at == "server":
+            return GaussianSum(clip_norm=self.update_clip, sigma=self.noise_multiplier)
+        return None
+
     def event(self, rounds: int | None = None) -> Event:
-        """What `rounds` rounds (all of them if None) release about one photo, derived from the mechanism."""
+        """What `rounds` rounds (all of them if None) release about one unit, derived from the mechanism.
+
+        Nothing is claimed from sampling at the server: every device may be asked in every round.
+        """
         count = self.schedule.rounds if rounds is None else rounds
         if count < 1:
             raise ValueError(f"rounds must be at least 1, got {count}")
+        at_server = self.sum_mechanism()
+        if at_server is not None:
+            return SampledGaussian(sampling_rate=1.0, sum=at_server, steps=count).event()
         mechanism = self.mechanism()
         match mechanism:
             case GaussianSum():
@@ -88,14 +122,29 @@ class Terms:
             case _:
                 assert_never(mechanism)
 
-    def to_record(self) -> dict[str, int | float]:
-        """A flat dict of numbers, for a task on the wire."""
-        return {**asdict(self.schedule), "noise_multiplier": self.noise_multiplier}
+    def to_record(self) -> dict[str, int | float | str]:
+        """A flat dict of numbers and the unit's name, for a task on the wire."""
+        return {
+            **asdict(self.schedule),
+            "noise_multiplier": self.noise_multiplier,
+            "unit": self.unit,
+            "update_clip": self.update_clip,
+        }
 
     def marks(self) -> dict[str, str]:
         """The terms in words, for a ledger entry: what was asked, of what unit, between which neighbours."""
-        asked = {key: f"{value:.12g}" for key, value in self.to_record().items()}
-        return {**asked, "unit": "photo", "neighbours": ADJACENCY, "sampler": "poisson"}
+        asked = {
+            key: value if isinstance(value, str) else f"{value:.12g}"
+            for key, value in self.to_record().items()
+        }
+        if self.unit != "library":
+            del asked["update_clip"]
+        return {
+            **asked,
+            "neighbours": ADJACENCY,
+            "sampler": "everybody" if self.unit == "library" else "poisson",
+            "noise_at": self.noise_at,
+        }
 
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> Terms:
@@ -104,7 +153,7 @@ class Terms:
         Raises:
             PrivacyError: A key is missing, unknown or out of bounds.
         """
-        wanted = {*(field.name for field in fields(Schedule)), "noise_multiplier"}
+        wanted = {*(field.name for field in fields(Schedule)), "noise_multiplier", "unit", "update_clip"}
         if set(record) != wanted:
             raise PrivacyError(f"terms need exactly the keys {sorted(wanted)}, got {sorted(record)}")
         try:
@@ -115,7 +164,12 @@ class Terms:
                 expected_batch=int(record["expected_batch"]),
                 clip_norm=float(record["clip_norm"]),
             )
-            return Terms(schedule=schedule, noise_multiplier=float(record["noise_multiplier"]))
+            return Terms(
+                schedule=schedule,
+                noise_multiplier=float(record["noise_multiplier"]),
+                unit=record["unit"],
+                update_clip=float(record["update_clip"]),
+            )
         except (TypeError, ValueError, OverflowError) as error:
             raise PrivacyError(f"terms out of bounds: {error}") from error
 
@@ -127,6 +181,8 @@ class Plan:
     promise: Promise
     schedule: Schedule
     noise_multiplier: float  # sigma; 0.0 only for NoPromise
+    update_clip: float = 1.0  # see Terms
+    beside: tuple[Terms, ...] = ()  # what else is released of the same units, such as evaluation figures
 
     def __post_init__(self) -> None:
         if (self.noise_multiplier > 0) != isinstance(self.promise, PrivacyTarget):
@@ -135,7 +191,7 @@ class Plan:
     @property
     def terms(self) -> Terms:
         """What is sent to a device."""
-        return Terms(schedule=self.schedule, noise_multiplier=self.noise_multiplier)
+        return _terms(self.promise, self.schedule, self.noise_multiplier, self.update_clip)
 
     def mechanism(self) -> GaussianSum | ClippedSum:
         """What each private step releases."""
@@ -146,14 +202,18 @@ class Plan:
         return self.terms.marks()
 
     def event(self, rounds: int | None = None) -> Event:
-        """What `rounds` rounds (all of them if None) release about one photo."""
+        """What `rounds` training rounds (all of them if None) release about one unit."""
         return self.terms.event(rounds)
 
+    def whole_event(self) -> Event:
+        """What everything releases about one unit: all rounds, and what is released beside them."""
+        return compose([self.event(), *(terms.event() for terms in self.beside)])
+
     def epsilon(self) -> Bounds | None:
-        """The price of all rounds at the promise's delta; None where nothing is promised."""
+        """The price of everything at the promise's delta; None where nothing is promised."""
         match self.promise:
             case PrivacyTarget(delta=delta):
-                return epsilon_of(self.event(), delta)
+                return epsilon_of(self.whole_event(), delta)
             case NoPromise():
                 return None
             case _:
@@ -161,52 +221,95 @@ class Plan:
 
     def describe(self) -> list[str]:
         """The plan in words, one line each, for `fedface check` and the report."""
-        s = self.schedule
-        lines = [
-            f"{_counted(s.rounds, 'round')} of {_counted(s.steps_per_round, 'private step')} on each device",
-            f"each photo joins a step with probability {s.sampling_rate:g}; "
-            f"every sum is divided by {s.expected_batch}",
-            f"one photo's gradient is cut to length {s.clip_norm:g}",
-        ]
         match self.promise:
             case PrivacyTarget() as target:
-                bounds = epsilon_of(self.event(), target.delta)
-                lines += [
-                    f"noise multiplier {self.noise_multiplier:.4f}: standard deviation "
-                    f"{self.noise_multiplier * s.clip_norm / s.expected_batch:.3g} on every number and step",
+                bounds = epsilon_of(self.whole_event(), target.delta)
+                return [
+                    *self._steps(target.unit),
+                    *self._noise(target.unit),
+                    *(
+                        f"beside it: {_counted(terms.schedule.rounds, 'set')} of figures, noise multiplier "
+                        f"{terms.noise_multiplier:.4f}"
+                        for terms in self.beside
+                    ),
                     f"promise: epsilon at most {target.epsilon:g} at delta {target.delta:g} "
-                    f"per {target.unit}, over all rounds; neighbours: {ADJACENCY}",
+                    f"per {target.unit}, over everything; neighbours: {ADJACENCY}",
+                    f"the promise covers {unit_in_words(target.unit)}",
                     f"price: epsilon {bounds.estimate:.3f}, certainly between {bounds.lower:.3f} "
                     f"and {bounds.upper:.3f}",
                 ]
             case NoPromise():
-                lines.append("NO PROMISE: no noise, epsilon is infinite; devices refuse this by default")
+                return [
+                    *self._steps("photo"),
+                    "NO PROMISE: no noise, epsilon is infinite; devices refuse this by default",
+                ]
             case _:
                 assert_never(self.promise)
-        return lines
+
+    def _steps(self, unit: Unit) -> list[str]:
+        s = self.schedule
+        kind = "steps" if unit == "library" else "private steps"
+        one = "photo" if unit == "library" else unit
+        return [
+            f"{_counted(s.rounds, 'round')} of {_counted(s.steps_per_round, kind.removesuffix('s'))} on each device",
+            f"each {one} joins a step with probability {s.sampling_rate:g}; "
+            f"every sum is divided by {s.expected_batch}",
+            f"one {one}'s gradient is cut to length {s.clip_norm:g}",
+        ]
+
+    def _noise(self, unit: Unit) -> list[str]:
+        s, sigma = self.schedule, self.noise_multiplier
+        if unit == "library":
+            return [
+                f"one device's whole update is cut to length {self.update_clip:g}, in public ranges",
+                f"noise multiplier {sigma:.4f}: the server, which is trusted, adds standard deviation "
+                f"{sigma * self.update_clip:.3g} to every number of each round's sum",
+            ]
+        return [
+            f"noise multiplier {sigma:.4f}: standard deviation "
+            f"{sigma * s.clip_norm / s.expected_batch:.3g} on every number and step",
+        ]
 
 
-def make_plan(promise: Promise, schedule: Schedule) -> Plan:
+def make_plan(
+    promise: Promise, schedule: Schedule, *, update_clip: float = 1.0, beside: Sequence[Terms] = ()
+) -> Plan:
     """Find the least noise with which a schedule keeps a promise.
 
     Args:
-        promise: What a photo's owner gets over all rounds, or `NoPromise()`.
-        schedule: How often photos are looked at.
+        promise: What a unit's owner gets over everything, or `NoPromise()`.
+        schedule: How often units are looked at.
+        update_clip: Longest update of one device, in public ranges; counts for unit library alone.
+        beside: What is released of the same units besides, its noise already chosen.
 
     Returns:
-        A plan whose upper price is at most the promised epsilon.
+        A plan whose upper price, with everything beside it, is at most the promised epsilon.
 
     Raises:
         PrivacyError: No amount of noise keeps this promise.
     """
     match promise:
         case PrivacyTarget():
-            sigma = noise_for(promise, lambda s: Terms(schedule=schedule, noise_multiplier=s).event())
-            return Plan(promise=promise, schedule=schedule, noise_multiplier=sigma)
+            others = [terms.event() for terms in beside]
+            sigma = noise_for(
+                promise, lambda s: compose([_terms(promise, schedule, s, update_clip).event(), *others])
+            )
         case NoPromise():
-            return Plan(promise=promise, schedule=schedule, noise_multiplier=0.0)
+            sigma = 0.0
         case _:
             assert_never(promise)
+    return Plan(
+        promise=promise,
+        schedule=schedule,
+        noise_multiplier=sigma,
+        update_clip=update_clip,
+        beside=tuple(beside),
+    )
+
+
+def _terms(promise: Promise, schedule: Schedule, sigma: float, update_clip: float) -> Terms:
+    unit: Unit = promise.unit if isinstance(promise, PrivacyTarget) else "photo"
+    return Terms(schedule=schedule, noise_multiplier=sigma, unit=unit, update_clip=update_clip)
 
 
 def _counted(count: int, word: str) -> str:

@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from fedface.units import UNITS, Unit
+
 SMALLEST_DELTA = 1e-10  # below this the accountant's floating-point slack would matter
 
 
@@ -32,7 +34,8 @@ class PrivacyTarget:
 
     epsilon: float  # upper bound on privacy loss, > 0, finite; what is not bounded is called NoPromise
     delta: float  # 1e-10 <= delta < 1; choose well below 1 / number of units
-    unit: Literal["photo"] = "photo"  # what one promise covers; "occasion" and "library" will come
+    unit: Unit = "photo"  # what one promise covers
+    trust: Literal["nobody", "server"] = "nobody"  # who is trusted with what the promise hides, see `Terms`
 
     def __post_init__(self) -> None:
         if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
@@ -41,8 +44,17 @@ class PrivacyTarget:
                 "without a bound the promise is of kind no-promise"
             )
         check_delta(self.delta)
-        if self.unit != "photo":
-            raise ValueError(f'unit must be "photo", got "{self.unit}"')
+        if self.unit not in UNITS:
+            raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
+        if self.unit == "library" and self.trust != "server":
+            raise ValueError(
+                'trust must be "server" with unit library: the server adds the noise to the sum of whole updates. '
+                "Noise in shares that only the sum completes, which needs no trust, does not exist here yet"
+            )
+        if self.unit != "library" and self.trust != "nobody":
+            raise ValueError(
+                f'trust must be "nobody" with unit {self.unit}: devices add their own noise, got "{self.trust}"'
+            )
 
 
 @dataclass(frozen=True)

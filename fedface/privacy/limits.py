@@ -1,0 +1,40 @@
+"""A budget: how much privacy loss of one kind of unit is allowed, for life or within the last days.
+
+Called from privacy/policy.py (the owner's words), which hands limits to privacy/ledger.py (the check, in one
+transaction with the booking).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fedface.privacy.target import check_delta
+from fedface.units import UNITS, Unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """At most epsilon at delta for one unit, over everything booked for life, or within the last `days` days.
+
+    Raises:
+        ValueError: A number outside its bounds.
+    """
+
+    epsilon: float  # > 0, finite
+    delta: float  # 1e-10 <= delta < 1; fixed for life
+    unit: Unit = "photo"
+    days: float | None = None  # the period that counts back from now; None for life
+
+    def __post_init__(self) -> None:
+        if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
+            raise ValueError(f"epsilon must be a finite number above 0, got {self.epsilon}")
+        check_delta(self.delta)
+        if self.unit not in UNITS:
+            raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
+        if self.days is not None and not (self.days > 0 and math.isfinite(self.days)):
+            raise ValueError(f"days must be a finite number above 0, got {self.days}")
+
+    def __str__(self) -> str:
+        period = "for life" if self.days is None else f"in any {self.days:g} days"
+        return f"epsilon {self.epsilon:g} at delta {self.delta:g} per {self.unit} {period}"

@@ -1,0 +1,33 @@
+"""What one promise of privacy covers: a photo, an occasion, or everything that one device holds.
+
+Called by photos/ (which photos belong together), privacy/ (what a release costs), training/ (whose gradients are
+summed before they are clipped) and reports/ (the unit in words). Neighbouring libraries differ by one unit.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, assert_never
+
+Unit = Literal["photo", "occasion", "library"]
+UNITS: tuple[Unit, ...] = ("photo", "occasion", "library")  # from the finest to the coarsest
+
+
+def unit_in_words(unit: Unit) -> str:
+    """What one promise covers, a phrase that can follow "the promise covers"."""
+    match unit:
+        case "photo":
+            return "one photo; somebody with many photos on a device is protected less"
+        case "occasion":
+            return (
+                "one occasion: all photos taken together, close in time and place or nearly alike, "
+                "so that forty photos of one birthday count once"
+            )
+        case "library":
+            return "one library: everything that one device holds; that the device took part is public"
+        case _:
+            assert_never(unit)
+
+
+def covers(promised: Unit, wanted: Unit) -> bool:
+    """Whether a promise of one unit says anything about another: a coarser one does, a finer one does not."""
+    return UNITS.index(promised) >= UNITS.index(wanted)
