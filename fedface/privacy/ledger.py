@@ -13,10 +13,10 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from fedface.errors import LedgerError, PolicyRefusal, PrivacyError
@@ -28,7 +28,10 @@ from fedface.privacy.accounting import (
     event_from_json,
     event_to_json,
 )
+from fedface.privacy.limits import Limit
 from fedface.privacy.mechanism import Event
+from fedface.privacy.neighbours import seen_by
+from fedface.units import UNITS, Unit
 
 GENESIS = hashlib.sha256(b"fedface ledger 1").hexdigest()
 PATIENCE = 60.0  # seconds to wait for another process that is booking
@@ -75,16 +78,45 @@ class Entry:
         )  # fmt: skip
 
 
-class Ledger:
-    """The book of one library. Safe to use from several threads and processes at once."""
+@dataclass(frozen=True, kw_only=True)
+class Shortfall:
+    """The first limit that a release would break, and by how much; every number is an upper bound."""
 
-    def __init__(self, path: Path) -> None:
+    limit: Limit  # what is allowed, at which delta, of which unit and period
+    asked: float  # what the release alone costs
+    spent: float  # what is booked in the limit's period
+    together: float  # what both cost together, composed: less than their sum
+
+    def in_words(self) -> str:
+        """All numbers in one phrase that can follow "asks for"."""
+        limit = self.limit
+        period = "for life" if limit.days is None else f"in any {limit.days:g} days"
+        return (
+            f"epsilon {self.asked:.3f}; {self.spent:.3f} of {limit.epsilon:g} is already spent "
+            f"(together {self.together:.3f}, delta {limit.delta:g}, per {limit.unit} {period})"
+        )
+
+
+class Ledger:
+    """The book of one library. Safe to use from several threads and processes at once.
+
+    Times are the owner's own clock, which is trusted: put forward, it lets entries leave a limit's period early,
+    as if the days had passed. Put back, it frees nothing: no entry is dated before the one above it, and a period
+    that counts back from an earlier now holds more entries, not fewer.
+    """
+
+    def __init__(self, path: Path, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self._path = path
+        self._now = now
         self._head_path = path.with_name(path.name + ".head")
 
     @staticmethod
-    def open(path: Path | str) -> Ledger:
+    def open(path: Path | str, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> Ledger:
         """Open the ledger at `path`, or begin one where there is neither a ledger nor a trace of one.
+
+        Args:
+            path: The file.
+            now: The clock, which must know its time zone.
 
         Returns:
             A ledger whose chain has been verified. Its file is readable by its owner alone, and so is its
@@ -93,7 +125,7 @@ class Ledger:
         Raises:
             LedgerError: The file is damaged, was rolled back or replaced, or has gone while its head remains.
         """
-        ledger = Ledger(Path(path))
+        ledger = Ledger(Path(path), now)
         try:
             ledger._begin()
         except OSError as error:
@@ -217,17 +249,64 @@ class Ledger:
         """How many different rounds of a run have been booked."""
         return len({entry.round for entry in self.entries() if entry.run == run})
 
-    def spent(self, delta: float) -> Bounds:
-        """What everything booked so far costs together, composed anew."""
-        return epsilon_of(_everything(self.entries()), delta)
+    def spent(self, delta: float, *, unit: Unit = "photo", since: datetime | None = None) -> Bounds:
+        """What everything booked costs together for one unit, composed anew.
 
-    def can_spend(self, event: Event, budget: float, delta: float) -> bool:
-        """Whether everything booked so far and one more event stay within a budget."""
-        return costs_at_most(compose([_everything(self.entries()), event]), budget, delta)
+        Args:
+            delta: Where epsilon is read.
+            unit: Whose price; entries of runs that promise for another unit are converted, see neighbours.py.
+            since: Only entries written at or after this time count; all if None.
+        """
+        return epsilon_of(_everything(self.entries(), unit, since), delta)
 
-    def would_spend(self, event: Event, delta: float) -> Bounds:
-        """What everything booked so far and one more event would cost together."""
-        return epsilon_of(compose([_everything(self.entries()), event]), delta)
+    def would_spend(
+        self,
+        event: Event,
+        delta: float,
+        *,
+        told: Unit = "photo",
+        unit: Unit = "photo",
+        since: datetime | None = None,
+    ) -> Bounds:
+        """What everything booked and one more event, of a run that promises per `told`, would cost together."""
+        before = _everything(self.entries(), unit, since)
+        return epsilon_of(compose([before, seen_by(event, told=told, wanted=unit)]), delta)
+
+    def room_for(self, event: Event, limits: Sequence[Limit], *, told: Unit) -> Shortfall | None:
+        """Whether everything booked and one more event stay within every limit.
+
+        Args:
+            event: What would be released.
+            limits: What the owner allows, at least one.
+            told: The unit that the event's run promises for.
+
+        Returns:
+            None if every limit holds; otherwise the first that does not.
+
+        Raises:
+            ValueError: No limit at all was given.
+        """
+        return self._shortfall(self.entries(), event, limits, told)
+
+    def _shortfall(
+        self, entries: Sequence[Entry], event: Event, limits: Sequence[Limit], told: Unit
+    ) -> Shortfall | None:
+        if not limits:
+            raise ValueError("a release needs at least one limit, got none")
+        now = self._time()
+        for limit in limits:
+            since = None if limit.days is None else _before(now, limit.days)
+            before = _everything(entries, limit.unit, since)
+            asked = seen_by(event, told=told, wanted=limit.unit)
+            both = compose([before, asked])
+            if not costs_at_most(both, limit.epsilon, limit.delta):
+                alone, spent, together = (epsilon_of(e, limit.delta).upper for e in (asked, before, both))
+                return Shortfall(limit=limit, asked=alone, spent=spent, together=together)
+        return None
+
+    def _time(self) -> datetime:
+        """Now, in whole seconds, as entries are dated."""
+        return _aware(self._now()).replace(microsecond=0)
 
     def book(self, event: Event, *, run: str, round: int, marks: Mapping[str, str] | None = None) -> Entry:
         """Write down a release before it is computed; on disk when this returns.
@@ -254,41 +333,41 @@ class Ledger:
     def book_within(
         self,
         event: Event,
-        budget: float,
-        delta: float,
+        limits: Sequence[Limit],
         *,
         run: str,
         round: int,
         marks: Mapping[str, str] | None = None,
     ) -> Entry:
-        """Book a release if everything then stays within a budget: price and booking in one transaction.
+        """Book a release if every limit then holds: price and booking in one transaction.
 
         Args:
             event: What will be released.
-            budget: The largest epsilon allowed for this library's whole life.
-            delta: Where epsilon is read.
+            limits: What the owner allows, at least one.
             run: Which run asks.
             round: Which round, >= 0.
-            marks: What identifies the release.
+            marks: What identifies the release; "unit" says what its run promises for, a photo if it is silent.
 
         Raises:
-            PolicyRefusal: The upper bound on everything together would exceed the budget.
+            PolicyRefusal: The upper bound on everything together would exceed a limit.
             LedgerError: As for `book`.
+            ValueError: No limit at all was given, or the marks name no unit that we know.
         """
+        marks = marks or {}
+        told = _unit(marks)
+        if not limits:
+            raise ValueError("a release needs at least one limit, got none")
         with self._transaction() as book:
             entries = self._read(book)
-            paid = self._paid(book, entries, event, run, round, marks or {})
+            paid = self._paid(book, entries, event, run, round, marks)
             if paid is None:
-                before = _everything(entries)
-                if not costs_at_most(compose([before, event]), budget, delta):
-                    after = epsilon_of(compose([before, event]), delta).upper
+                shortfall = self._shortfall(entries, event, limits, told)
+                if shortfall is not None:
                     raise PolicyRefusal(
-                        f"round {round} of {run} asks for epsilon {epsilon_of(event, delta).upper:.3f}; "
-                        f"{epsilon_of(before, delta).upper:.3f} of {budget:g} is already spent "
-                        f"(together {after:.3f}, delta {delta:g}). "
+                        f"round {round} of {run} asks for {shortfall.in_words()}. "
                         "Ask the owner of this device for a larger budget, or stop here."
                     )
-            entry = self._append(book, event, run, round, marks or {})
+            entry = self._append(book, event, run, round, marks)
         self._remember()
         return entry
 
@@ -335,7 +414,7 @@ class Ledger:
         same = [entry for entry in entries if entry.run == run and entry.round == round]
         entry = Entry.chained(
             number=len(entries) + 1,
-            written=datetime.now(UTC).isoformat(timespec="seconds"),
+            written=_date(self._time(), entries),
             run=run,
             round=round,
             attempt=len(same) + 1,
@@ -389,8 +468,51 @@ def _canonical(marks: Mapping[str, str]) -> str:
     return json.dumps(dict(marks), sort_keys=True, separators=(",", ":"))
 
 
-def _everything(entries: list[Entry]) -> Event:
+def _unit(marks: Mapping[str, str]) -> Unit:
+    """What the run of a release promises for; entries from before there was a choice mean one photo."""
+    for unit in UNITS:
+        if marks.get("unit", "photo") == unit:
+            return unit
+    raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {marks['unit']!r}")
+
+
+def _aware(time: datetime) -> datetime:
+    if time.tzinfo is None:
+        raise ValueError(f"a time must know its zone, got {time.isoformat()}")
+    return time.astimezone(UTC)
+
+
+def _before(now: datetime, days: float) -> datetime:
+    """Where a period that ends now begins; the beginning of time where it would begin before that."""
     try:
-        return compose(event_from_json(entry.event) for entry in entries)
-    except PrivacyError as error:
+        return now - timedelta(days=days)
+    except OverflowError:
+        return datetime.min.replace(tzinfo=UTC)
+
+
+def _date(now: datetime, entries: Sequence[Entry]) -> str:
+    """Now, or the last entry's time if a clock was put back: a period must not lose what was booked late."""
+    return max([now, *(_written(entry) for entry in entries[-1:])]).isoformat(timespec="seconds")
+
+
+def _written(entry: Entry) -> datetime:
+    try:
+        return _aware(datetime.fromisoformat(entry.written))
+    except ValueError as error:
+        raise LedgerError(f"entry {entry.number} of the ledger has no date: {error}") from error
+
+
+def _everything(entries: Sequence[Entry], unit: Unit, since: datetime | None) -> Event:
+    """All entries written at or after `since` as one event, as one `unit` sees it."""
+    start = None if since is None else _aware(since)
+    seen: dict[tuple[str, str], Event] = {}
+    kept = [entry for entry in entries if start is None or _written(entry) >= start]
+    try:
+        for entry in kept:
+            if (entry.event, entry.marks) not in seen:
+                told = _unit(json.loads(entry.marks))
+                event = event_from_json(entry.event)
+                seen[entry.event, entry.marks] = seen_by(event, told=told, wanted=unit)
+        return compose(seen[entry.event, entry.marks] for entry in kept)
+    except (PrivacyError, ValueError) as error:
         raise LedgerError(f"the ledger holds an event that cannot be priced: {error}") from error

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedface.errors import PolicyRefusal
-from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Entry, Ledger
+from fedface.privacy.limits import Limit
 from fedface.privacy.plan import Plan, Terms
 from fedface.privacy.target import check_delta
 
@@ -82,16 +82,15 @@ class DevicePolicy:
         rounds = max(plan.schedule.rounds - done, 0 if booked else 1)
         if rounds == 0:
             return
-        if not ledger.can_spend(plan.event(rounds), self.max_epsilon, self.delta):
-            after = ledger.would_spend(plan.event(rounds), self.delta).upper
-            asked = epsilon_of(plan.event(rounds), self.delta).upper
-            spent = ledger.spent(self.delta).upper
+        shortfall = ledger.room_for(plan.event(rounds), [self._limit()], told=_terms(plan).unit)
+        if shortfall is not None:
             raise PolicyRefusal(
-                f"this run asks for epsilon {asked:.3f} over {rounds} rounds; {spent:.3f} of "
-                f"{self.max_epsilon:g} is already spent (together {after:.3f}, delta {self.delta:g}, "
-                "per photo). Lower the rounds, raise the noise, or ask the owner of this device for a larger "
-                "budget."
+                f"over {rounds} rounds this run asks for {shortfall.in_words()}. Lower the rounds, raise the "
+                "noise, or ask the owner of this device for a larger budget."
             )
+
+    def _limit(self) -> Limit:
+        return Limit(epsilon=self.max_epsilon, delta=self.delta)
 
     def _admit_purpose(self, cohort_size: int, protocol: str, objective: str) -> None:
         if objective == EVALUATION:
@@ -137,7 +136,11 @@ class DevicePolicy:
         """
         event, marks = plan.event(1), {**plan.marks(), **(marks or {})}
         if plan.noise_multiplier > 0:
-            return ledger.book_within(event, self.max_epsilon, self.delta, run=run, round=round, marks=marks)
+            return ledger.book_within(event, [self._limit()], run=run, round=round, marks=marks)
         if not self.allow_unpromised:
             raise PolicyRefusal("this run adds no noise, and this device does not allow that")
         return ledger.book(event, run=run, round=round, marks=marks)
+
+
+def _terms(plan: Plan | Terms) -> Terms:
+    return plan.terms if isinstance(plan, Plan) else plan

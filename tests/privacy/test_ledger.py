@@ -18,6 +18,7 @@ from pytest import approx
 from fedface.errors import LedgerError, PolicyRefusal
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Ledger
+from fedface.privacy.limits import Limit
 
 DELTA = 1e-5
 EVENT = dp.GaussianDpEvent(4.0)
@@ -76,7 +77,7 @@ def test_a_round_that_was_never_answered_is_booked_once(ledger: Ledger) -> None:
     first = ledger.book(EVENT, run="r", round=0)
     assert ledger.book(EVENT, run="r", round=0) == first
     budget = epsilon_of(EVENT, DELTA).upper + 1e-6
-    assert ledger.book_within(EVENT, budget, DELTA, run="r", round=0) == first
+    assert ledger.book_within(EVENT, [Limit(epsilon=budget, delta=DELTA)], run="r", round=0) == first
     assert len(ledger.entries()) == 1
 
 
@@ -138,9 +139,9 @@ def test_only_the_last_reply_of_a_run_is_kept(ledger: Ledger) -> None:
 def test_a_budget_holds_and_the_refusal_says_asked_spent_and_allowed(ledger: Ledger) -> None:
     budget = epsilon_of(dp.GaussianDpEvent(2.0), DELTA).upper + 1e-6
     for round in range(4):
-        ledger.book_within(EVENT, budget, DELTA, run="r", round=round)
+        ledger.book_within(EVENT, [Limit(epsilon=budget, delta=DELTA)], run="r", round=round)
     with pytest.raises(PolicyRefusal) as refusal:
-        ledger.book_within(EVENT, budget, DELTA, run="r", round=4)
+        ledger.book_within(EVENT, [Limit(epsilon=budget, delta=DELTA)], run="r", round=4)
     asked = epsilon_of(EVENT, DELTA).upper
     for figure in (f"asks for epsilon {asked:.3f}", f"{budget:.3f} of", f"of {budget:g}"):
         assert figure in str(refusal.value)
@@ -221,7 +222,7 @@ def book_all(path: Path, run: str, budget: float, said: Connection) -> None:
     ledger = Ledger.open(path)
     for round in range(100_000):
         try:
-            entry = ledger.book_within(EVENT, budget, DELTA, run=run, round=round)
+            entry = ledger.book_within(EVENT, [Limit(epsilon=budget, delta=DELTA)], run=run, round=round)
         except PolicyRefusal:
             break
         said.send(entry.digest)
