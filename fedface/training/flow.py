@@ -173,6 +173,7 @@ def train_flow_round(
     *,
     chance: SecretNoise | torch.Generator,
     streams: Streams,
+    units: Tensor | None = None,
 ) -> Vector:
     """The change of the flow's trained weights that one round on these photos makes.
 
@@ -187,6 +188,7 @@ def train_flow_round(
         terms: What was agreed and booked.
         chance: SecretNoise for a promise; a replayable stream only where nothing is promised.
         streams: Not used: a flow's draws are as secret as its coins. Every way of learning takes them.
+        units: Which unit each photo belongs to, int64 (n,); None: each its own.
 
     Returns:
         Weights after minus weights before, in the order of their names, shape (d,).
@@ -206,6 +208,7 @@ def train_flow_round(
         rate=steadied(config.rate, config.steady_noise, terms),
         momentum=config.momentum,
         chance=chance,
+        units=units,
         draw=draw,
         scales=public_scales(mine, config),
         microbatch=max(1, _EVALUATIONS_AT_ONCE // config.noise_draws),

@@ -31,11 +31,11 @@ from fedface.randomness import SecretNoise, Streams
 from fedface.shapes import Images, Latents, Vector
 from fedface.training.private_steps import (
     check_per_photo_gradients,
-    clipped_sum,
     per_photo_gradients,
     private_gradient,
     trained,
 )
+from fedface.training.unit_sums import clipped_sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +123,7 @@ def train_round(
     *,
     chance: SecretNoise | torch.Generator,
     streams: Streams,
+    units: Tensor | None = None,
 ) -> Vector:
     """The change of all trained weights that one round on these photos makes.
 
@@ -137,6 +138,7 @@ def train_round(
         terms: What was agreed and booked.
         chance: SecretNoise for a promise; a replayable stream only where nothing is promised.
         streams: Latents of made pictures, replayable.
+        units: Which unit each photo belongs to, int64 (n,); None: each its own.
 
     Returns:
         Weights after minus weights before, generator then critic, shape (d,).
@@ -160,6 +162,7 @@ def train_round(
             expected_batch=schedule.expected_batch,
             sampling_rate=schedule.sampling_rate,
             chance=chance,
+            units=units,
             microbatch=64,
         )
         made = _make(mine, _draw(mine, config.made_batch, latents))

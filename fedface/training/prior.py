@@ -171,6 +171,7 @@ def train_prior_round(
     terms: Terms,
     *,
     chance: SecretNoise | torch.Generator,
+    units: Tensor | None = None,
 ) -> Vector:
     """What a device sends: the noised sum of its photos' vectors over the public divisor.
 
@@ -186,6 +187,8 @@ def train_prior_round(
         config: What is counted; its schedule is not used, the terms are.
         terms: What was agreed and booked.
         chance: SecretNoise for a promise; a replayable stream only where nothing is promised.
+        units: Which unit each photo belongs to, int64 (n,); None: each its own. An occasion adds the sum of its
+            photos' vectors, cut to one photo's length: it weighs as one photo.
 
     Returns:
         Shape (1 + z + p,), see `photo_vectors`.
@@ -202,6 +205,7 @@ def train_prior_round(
         mechanism=terms.mechanism(),
         sampling_rate=terms.schedule.sampling_rate,
         chance=chance,
+        units=units,
     )
     return total / terms.schedule.expected_batch
 

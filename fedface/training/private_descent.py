@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fedface.models.adapters import trained_vector
 from fedface.privacy.plan import Terms
 from fedface.shapes import Images, Vector
-from fedface.training.private_steps import Chance, Draw, PerPhotoLoss, private_gradient, trained
+from fedface.training.private_steps import Draw, PerPhotoLoss, private_gradient, trained
+from fedface.training.unit_sums import Chance
 
 
 def check_descent(*, rate: float, steady_noise: float, momentum: float, server_rate: float) -> None:
@@ -40,6 +41,7 @@ def descend_privately(
     rate: float,
     momentum: float,
     chance: Chance,
+    units: Tensor | None = None,
     draw: Draw | None = None,
     scales: Sequence[Tensor] | None = None,
     microbatch: int = 32,
@@ -57,6 +59,7 @@ def descend_privately(
         rate: Step of descent, > 0, see `steadied`.
         momentum: Share of the last step that is repeated in the next, in [0, 1).
         chance: SecretNoise for a promise; a replayable stream only where nothing is promised.
+        units: Which unit each photo belongs to, int64 (n,); None: each its own.
         draw: Gives the loss's own draws.
         scales: Public factors of the gradient, one tensor per trained weight.
         microbatch: Photos whose gradients are in memory together.
@@ -72,6 +75,7 @@ def descend_privately(
             expected_batch=schedule.expected_batch,
             sampling_rate=schedule.sampling_rate,
             chance=chance,
+            units=units,
             draw=draw,
             scales=scales,
             microbatch=microbatch,
@@ -83,7 +87,8 @@ def descend_privately(
 
 def steadied(rate: float, steady_noise: float, terms: Terms) -> float:
     """The rate, lowered as 1 / noise where the agreed noise multiplier is beyond `steady_noise`."""
-    return rate * min(1.0, steady_noise / max(terms.noise_multiplier, 1e-9))
+    noise = terms.noise_multiplier if terms.noise_at == "device" else 0.0
+    return rate * min(1.0, steady_noise / max(noise, 1e-9))
 
 
 def descent_ranges(

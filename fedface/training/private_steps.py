@@ -1,8 +1,12 @@
-"""One private step: each photo's own gradient, clipped, summed and noised. The photo ends here.
+"""One private step: each unit's own gradient, clipped, summed and noised. The photo ends here.
 
-Called from training/generator.py (the critic's real half) and training/flow.py; this is the only file that
-knows Opacus. Photos join a step by secret coins of a public probability, the sum is
-divided by a public constant, and the noise comes from `SecretNoise`, never from a seed or from Opacus.
+Called from training/generator.py (the critic's real half), private_descent.py and prior.py; this is the only file
+that knows Opacus. A unit is what one promise covers: a photo, or all photos of an occasion. Units join a step by
+secret coins of a public probability, the sum of a unit's gradients is clipped, the sum over units is divided by a
+public constant, and the noise comes from `SecretNoise`, never from a seed or from Opacus.
+
+Which photos of a large occasion a step looks at, and how the sums of units are built in bounded memory:
+training/unit_sums.py.
 
 For a GAN call this for the real photos only, and add the ordinary gradient of the fake half: fakes are
 post-processing. Adaptive augmentation that looks at real scores, R1 on real photos and minibatch statistics
@@ -42,7 +46,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, assert_never
 
-import numpy as np
 import torch
 from opacus.grad_sample import GradSampleModule
 from opacus.validators import ModuleValidator
@@ -53,12 +56,12 @@ from fedface.errors import PrivacyError
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.randomness import SecretNoise
 from fedface.shapes import Images
+from fedface.training.unit_sums import Chance, SumOfUnits, clipped_sum, joined_photos, sampled_units, units_of
 
 Network = Callable[..., Tensor]
 # (network, photos (n, ...)) or (network, photos (n, ...), draws (n, ...)) -> one loss per photo, (n,)
 PerPhotoLoss = Callable[..., Tensor]
 Draw = Callable[[int], Tensor]  # how many photos -> one row of fresh draws per photo, (n, ...)
-Chance = SecretNoise | torch.Generator  # secret for a promise, replayable only where nothing is promised
 
 
 @dataclass(frozen=True)
@@ -163,45 +166,6 @@ def _one_tensor(weight: nn.Parameter, count: int) -> Tensor:
     return gradient.detach()
 
 
-def clipped_sum(gradients: list[Tensor], clip_norm: float) -> list[Tensor]:
-    """The sum over photos of their gradients, each first scaled down to length `clip_norm` over all weights.
-
-    Guarantees:
-        * One photo more or less moves the sum by at most `clip_norm`, up to float32 rounding.
-        * A photo with a non-finite gradient adds nothing.
-
-    Args:
-        gradients: One tensor (n, *weight.shape) per parameter.
-        clip_norm: Longest gradient of one photo, > 0.
-
-    Returns:
-        One tensor (*weight.shape) per parameter.
-    """
-    length = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
-    usable = torch.isfinite(length)
-    scale = torch.where(usable, (clip_norm / length).clamp(max=1.0), 0.0)
-    finite = gradients if bool(usable.all()) else [torch.nan_to_num(g, 0.0, 0.0, 0.0) for g in gradients]
-    return [torch.einsum("n,n...->...", scale, g) for g in finite]
-
-
-def sampled_photos(count: int, sampling_rate: float, chance: Chance) -> Tensor:
-    """Toss one coin per photo and return the positions of those that join, int64, ascending; may be empty.
-
-    Args:
-        count: How many photos there are.
-        sampling_rate: Probability q of each coin, 0 < q <= 1, a public constant.
-        chance: Secret for a promised run.
-    """
-    match chance:
-        case SecretNoise():
-            tosses = chance.uniforms(count)
-        case torch.Generator():
-            tosses = torch.rand(count, generator=chance, dtype=torch.float64).numpy()
-        case _:
-            assert_never(chance)
-    return torch.from_numpy(np.flatnonzero(tosses < sampling_rate))
-
-
 def private_gradient(
     module: nn.Module,
     photos: Images,
@@ -211,6 +175,7 @@ def private_gradient(
     expected_batch: int,
     sampling_rate: float,
     chance: Chance,
+    units: Tensor | None = None,
     draw: Draw | None = None,
     scales: Sequence[Tensor] | None = None,
     microbatch: int = 32,
@@ -219,19 +184,22 @@ def private_gradient(
     """One step of DP-SGD on a device's photos, priced as PoissonSampled(sampling_rate, mechanism.event()).
 
     Guarantees:
-        * Noise is added exactly once, also when no photo was drawn: an empty batch is still a step.
-        * Nothing in the result but the drawn photos' clipped gradients depends on how many photos there are.
-        * At most `microbatch` per-photo gradients are in memory at once.
+        * One unit more or less moves the sum before noise by at most `mechanism.clip_norm`: the gradients of its
+          photos are summed, and their sum is clipped.
+        * Noise is added exactly once, also when no unit was drawn: an empty batch is still a step.
+        * Nothing in the result but the drawn units' clipped gradients depends on how many there are.
+        * At most `microbatch` per-photo gradients are in memory at once, and as many sums of units.
 
     Args:
         module: The network; neither its weights nor its `.grad` fields change.
         photos: All photos of the device, (n, ...), n >= 0.
         loss: (network, photos) -> one loss per photo; call the network that it is given, not `module`. With
             `draw`, (network, photos, draws).
-        mechanism: `plan.mechanism()`: GaussianSum, or ClippedSum where nothing is promised.
+        mechanism: `terms.mechanism()`: GaussianSum, or ClippedSum where the device promises nothing.
         expected_batch: What the sum is divided by, a public constant >= 1.
-        sampling_rate: The public probability with which a photo joins this step, 0 < q <= 1.
+        sampling_rate: The public probability with which a unit joins this step, 0 < q <= 1.
         chance: SecretNoise; a replayable generator only together with ClippedSum.
+        units: Which unit each photo belongs to, int64 (n,), numbered from 0 without gaps; None: each its own.
         draw: Gives the loss's own random draws, fresh for every microbatch, one row per photo; secret for a
             promise (see the head of this file).
         scales: Public factors of the gradient's numbers, one tensor (*weight.shape) per trained parameter; what
@@ -244,40 +212,47 @@ def private_gradient(
 
     Raises:
         PrivacyError: A promised step was given replayable chance.
+        ValueError: A number out of bounds, or units that do not fit the photos.
     """
     if expected_batch < 1 or microbatch < 1:
         raise ValueError(f"expected_batch, microbatch must be >= 1, got {expected_batch}, {microbatch}")
-    if not 0 < sampling_rate <= 1:
-        raise ValueError(f"sampling_rate must lie in (0, 1], got {sampling_rate}")
     release = _release(mechanism, chance)
-    drawn = photos[sampled_photos(len(photos), sampling_rate, chance)]
-    totals = [torch.zeros_like(weight) for weight in trained(module).values()]
+    members = units_of(photos, units)
+    drawn = joined_photos(members, _rate(sampling_rate), chance)
+    total = SumOfUnits([torch.zeros_like(weight) for weight in trained(module).values()], mechanism.clip_norm)
     for part in torch.split(drawn, microbatch) if len(drawn) else ():
         draws = None if draw is None else draw(len(part))
-        gradients = per_photo_gradients(module, loss, part, draws=draws, engine=engine)
+        gradients = per_photo_gradients(module, loss, photos[part], draws=draws, engine=engine)
         if scales is not None:
             gradients = [g * scale for g, scale in zip(gradients, scales, strict=True)]
-        totals = [t + s for t, s in zip(totals, clipped_sum(gradients, mechanism.clip_norm), strict=True)]
-    return [release(total) / expected_batch for total in totals]
+        total.add(gradients, members[part])
+    return [release(summed) / expected_batch for summed in total.end()]
 
 
 def private_sum(
-    vectors: Tensor, *, mechanism: GaussianSum | ClippedSum, sampling_rate: float, chance: Chance
+    vectors: Tensor,
+    *,
+    mechanism: GaussianSum | ClippedSum,
+    sampling_rate: float,
+    chance: Chance,
+    units: Tensor | None = None,
 ) -> Tensor:
-    """The noised sum of one clipped vector per photo, priced as PoissonSampled(sampling_rate, mechanism.event()).
+    """The noised sum of one clipped vector per unit, priced as PoissonSampled(sampling_rate, mechanism.event()).
 
     With rate 1 every coin lands heads and nothing is claimed from sampling: the plain Gaussian mechanism, Dwork
     & Roth (2014), Theorem A.1, in the exact form of Balle & Wang (2018), arXiv:1805.06530, Theorem 8.
 
     Guarantees:
-        * One photo more or less moves the sum before noise by at most `mechanism.clip_norm`.
-        * A vector with a number that is not finite adds nothing; noise is added once, also to an empty sum.
+        * One unit more or less moves the sum before noise by at most `mechanism.clip_norm`: the vectors of its
+          photos are summed, all of them, and their sum is clipped.
+        * A unit with a number that is not finite adds nothing; noise is added once, also to an empty sum.
 
     Args:
         vectors: One vector per photo of the device, (n, d), n >= 0; row i depends on photo i alone.
-        mechanism: `terms.mechanism()`: GaussianSum, or ClippedSum where nothing is promised.
-        sampling_rate: The public probability with which a photo joins, 0 < q <= 1.
+        mechanism: `terms.mechanism()`: GaussianSum, or ClippedSum where the device promises nothing.
+        sampling_rate: The public probability with which a unit joins, 0 < q <= 1.
         chance: SecretNoise; a replayable generator only together with ClippedSum.
+        units: Which unit each photo belongs to, int64 (n,), numbered from 0 without gaps; None: each its own.
 
     Returns:
         Shape (d,), not divided by anything.
@@ -285,11 +260,18 @@ def private_sum(
     Raises:
         PrivacyError: A promised sum was given replayable chance.
     """
+    release = _release(mechanism, chance)
+    members = units_of(vectors, units)
+    count = int(members.max()) + 1 if len(members) else 0
+    sums = torch.zeros(count, vectors.shape[1]).index_add_(0, members, vectors)
+    drawn = sums[sampled_units(count, _rate(sampling_rate), chance)]
+    return release(clipped_sum([drawn], mechanism.clip_norm)[0])
+
+
+def _rate(sampling_rate: float) -> float:
     if not 0 < sampling_rate <= 1:
         raise ValueError(f"sampling_rate must lie in (0, 1], got {sampling_rate}")
-    release = _release(mechanism, chance)
-    drawn = vectors[sampled_photos(len(vectors), sampling_rate, chance)]
-    return release(clipped_sum([drawn], mechanism.clip_norm)[0])
+    return sampling_rate
 
 
 def _release(mechanism: GaussianSum | ClippedSum, chance: Chance) -> Callable[[Tensor], Tensor]:

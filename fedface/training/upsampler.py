@@ -101,6 +101,7 @@ def train_upsampler_round(
     terms: Terms,
     *,
     chance: SecretNoise | torch.Generator,
+    units: Tensor | None = None,
 ) -> Vector:
     """The change of the network's trained weights that one round on these photos makes.
 
@@ -114,6 +115,7 @@ def train_upsampler_round(
         config: Rates; its schedule is not used, the terms are.
         terms: What was agreed and booked.
         chance: SecretNoise for a promise; a replayable stream only where nothing is promised.
+        units: Which unit each photo belongs to, int64 (n,); None: each its own.
 
     Returns:
         Weights after minus weights before, in the order of their names, shape (d,).
@@ -132,6 +134,7 @@ def train_upsampler_round(
         rate=steadied(config.rate, config.steady_noise, terms),
         momentum=config.momentum,
         chance=chance,
+        units=units,
         microbatch=max(1, min(32, _AT_ONCE // numbers)),
     )
     return trained_vector(network) - before

@@ -162,23 +162,37 @@ class Round:
     training: Training
     terms: Terms
 
-    def update(self, photos: Images, *, chance: SecretNoise | torch.Generator, streams: Streams) -> Vector:
+    def update(
+        self,
+        photos: Images,
+        *,
+        chance: SecretNoise | torch.Generator,
+        streams: Streams,
+        units: Tensor | None = None,
+    ) -> Vector:
         """What a device sends, before it is divided by `ranges` and protected, shape (d,).
 
         Args:
             photos: All photos of the device, (n, 3, size, size) in [0, 1], n >= 0.
             chance: SecretNoise for a promise; a replayable stream only where nothing is promised.
             streams: The device's own replayable streams, for made pictures and times.
+            units: Which unit each photo belongs to, int64 (n,), numbered from 0 without gaps; None: each its own.
         """
+        if self.terms.unit == "library":
+            units = None  # the whole update is one vector; the steps that lead to it promise nothing
         match self.training, self.model:
             case GanTrainingConfig() as config, Gan() as gan:
-                return train_round(gan, photos, config, self.terms, chance=chance, streams=streams)
+                return train_round(
+                    gan, photos, config, self.terms, chance=chance, streams=streams, units=units
+                )
             case FlowTrainingConfig() as config, Flow(generator=flow):
-                return train_flow_round(flow, photos, config, self.terms, chance=chance, streams=streams)
+                return train_flow_round(
+                    flow, photos, config, self.terms, chance=chance, streams=streams, units=units
+                )
             case PriorTrainingConfig() as config, Encoded(encoder=encoder):
-                return train_prior_round(encoder, photos, config, self.terms, chance=chance)
+                return train_prior_round(encoder, photos, config, self.terms, chance=chance, units=units)
             case UpsamplerTrainingConfig() as config, (Styled() | Resolved()) as model:
-                return train_upsampler_round(model, photos, config, self.terms, chance=chance)
+                return train_upsampler_round(model, photos, config, self.terms, chance=chance, units=units)
             case _:
                 raise ConfigError("training: this way of learning does not go with this model")
 

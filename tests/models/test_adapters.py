@@ -19,10 +19,10 @@ from fedface.randomness import Streams
 from fedface.shapes import Images
 from fedface.training.private_steps import (
     check_per_photo_gradients,
-    clipped_sum,
     per_photo_gradients,
     trained,
 )
+from fedface.training.unit_sums import clipped_sum
 
 STREAMS = Streams(21)
 

@@ -21,11 +21,10 @@ from fedface.training.private_steps import (
     OpacusLayers,
     WholeNetwork,
     check_per_photo_gradients,
-    clipped_sum,
     per_photo_gradients,
     private_gradient,
-    sampled_photos,
 )
+from fedface.training.unit_sums import clipped_sum, sampled_units
 
 STREAMS = Streams(3)
 
@@ -208,7 +207,7 @@ def test_a_promised_step_refuses_chance_that_can_be_replayed() -> None:
 def test_batch_sizes_are_binomial_and_every_photo_is_drawn_equally_often(
     chance: SecretNoise | torch.Generator,
 ) -> None:
-    draws = [sampled_photos(50, 0.2, chance) for _ in range(4000)]
+    draws = [sampled_units(50, 0.2, chance) for _ in range(4000)]
     sizes = torch.tensor([len(d) for d in draws]).bincount(minlength=51).double().numpy()
     expected = 4000 * stats.binom.pmf(range(51), 50, 0.2)
     middle = slice(4, 18)
@@ -220,8 +219,8 @@ def test_batch_sizes_are_binomial_and_every_photo_is_drawn_equally_often(
 
 
 def test_no_photos_and_everybody_are_samples_too() -> None:
-    assert sampled_photos(0, 0.5, SecretNoise()).numel() == 0
-    assert sampled_photos(5, 1.0, SecretNoise()).tolist() == [0, 1, 2, 3, 4]
+    assert sampled_units(0, 0.5, SecretNoise()).numel() == 0
+    assert sampled_units(5, 1.0, SecretNoise()).tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("engine", [WholeNetwork(), OpacusLayers()])
