@@ -9,14 +9,10 @@ composes all events at reading time, see privacy/accounting.py.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from fedface.errors import LedgerError, PolicyRefusal, PrivacyError
@@ -28,27 +24,30 @@ from fedface.privacy.accounting import (
     event_from_json,
     event_to_json,
 )
+from fedface.privacy.chain import Chain, Clock, Form, Line, Page, in_utc, utc_now
 from fedface.privacy.limits import Limit
 from fedface.privacy.mechanism import Event
 from fedface.privacy.neighbours import seen_by
 from fedface.units import UNITS, Unit
 
-GENESIS = hashlib.sha256(b"fedface ledger 1").hexdigest()
-PATIENCE = 60.0  # seconds to wait for another process that is booking
+PAYS_FOR = timedelta(days=1)  # how long a booking waits for its answer where limits count days
+LONGEST_PERIOD = 100 * 366.0  # days; a longer one counts as this, so that every period begins after year 1
 
-_SCHEMA = """
-CREATE TABLE entries (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    written TEXT NOT NULL, run TEXT NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL,
-    event TEXT NOT NULL, marks TEXT NOT NULL, parent TEXT NOT NULL, digest TEXT NOT NULL UNIQUE,
-    UNIQUE (run, round, attempt)
-);
-CREATE TABLE replies (
-    run TEXT NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL, body BLOB, PRIMARY KEY (run, round)
-);
-CREATE TRIGGER entries_stay BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'append only'); END;
-CREATE TRIGGER entries_remain BEFORE DELETE ON entries BEGIN SELECT RAISE(ABORT, 'append only'); END;
-"""
+FORM = Form(
+    noun="ledger",
+    table="entries",
+    columns=(
+        "run TEXT NOT NULL", "round INTEGER NOT NULL", "attempt INTEGER NOT NULL",
+        "event TEXT NOT NULL", "marks TEXT NOT NULL",
+    ),
+    rules=("UNIQUE (run, round, attempt)",),
+    beside=(
+        "CREATE TABLE replies (run TEXT NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL, body BLOB, "
+        "PRIMARY KEY (run, round))",
+    ),
+    # Put back to between a booking and its answer, a file holds the whole chain and would answer once more.
+    grows="SELECT coalesce(sum(attempt), 0) FROM replies",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +65,18 @@ class Entry:
     digest: str  # SHA-256 of all of the above
 
     @staticmethod
-    def chained(
-        *, number: int, written: str, run: str, round: int, attempt: int, event: str, marks: str, parent: str
-    ) -> Entry:
-        """An entry whose digest is computed from what it says."""
-        said = json.dumps([number, written, run, round, attempt, event, marks, parent], separators=(",", ":"))
-        digest = hashlib.sha256(said.encode()).hexdigest()
+    def of(line: Line) -> Entry:
+        """The entry that a line of the chain holds."""
+        run, round, attempt, event, marks = line.said
         return Entry(
-            number=number, written=written, run=run, round=round, attempt=attempt,
-            event=event, marks=marks, parent=parent, digest=digest,
+            number=line.number, written=line.written, run=str(run), round=int(round), attempt=int(attempt),
+            event=str(event), marks=str(marks), parent=line.parent, digest=line.digest,
         )  # fmt: skip
+
+    @property
+    def time(self) -> datetime:
+        """When it was written."""
+        return in_utc(datetime.fromisoformat(self.written))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,124 +106,24 @@ class Ledger:
     that counts back from an earlier now holds more entries, not fewer.
     """
 
-    def __init__(self, path: Path, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
-        self._path = path
+    def __init__(self, chain: Chain, now: Clock) -> None:
+        self._chain = chain
         self._now = now
-        self._head_path = path.with_name(path.name + ".head")
 
     @staticmethod
-    def open(path: Path | str, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> Ledger:
+    def open(path: Path | str, witness: Path | None = None, *, now: Clock = utc_now) -> Ledger:
         """Open the ledger at `path`, or begin one where there is neither a ledger nor a trace of one.
 
         Args:
-            path: The file.
+            path: The file; readable by its owner alone, as is its folder if this call made it.
+            witness: A folder elsewhere for a second copy of the chain's head, see `Chain.open`.
             now: The clock, which must know its time zone.
 
-        Returns:
-            A ledger whose chain has been verified. Its file is readable by its owner alone, and so is its
-            folder if this call made it.
-
         Raises:
-            LedgerError: The file is damaged, was rolled back or replaced, or has gone while its head remains.
+            LedgerError: The file is damaged, was rolled back or replaced, or has gone while its head remains; or
+                its witness is missing.
         """
-        ledger = Ledger(Path(path), now)
-        try:
-            ledger._begin()
-        except OSError as error:
-            raise LedgerError(f"cannot open the ledger {path}: {error}") from error
-        ledger.verify()
-        return ledger
-
-    def _begin(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not self._path.exists() and self._head_path.exists():
-            raise LedgerError(
-                f"the ledger {self._path} has gone but {self._head_path.name} remembers it; "
-                "restore it, or treat these photos as spent"
-            )
-        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
-        os.chmod(self._path, 0o600)
-        with self._transaction() as book:
-            if book.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
-                if self._head() not in (None, GENESIS):
-                    raise LedgerError(f"the ledger {self._path} was emptied; restore it from a backup")
-                for statement in _SCHEMA.split(";\n"):
-                    if statement.strip():
-                        book.execute(statement)
-        self._remember()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """One writer at a time; committed and on disk when the block ends without an exception."""
-        try:
-            book = sqlite3.connect(self._path, timeout=PATIENCE, isolation_level=None)
-        except sqlite3.Error as error:
-            raise LedgerError(f"cannot open the ledger {self._path}: {error}") from error
-        try:
-            book.execute("PRAGMA journal_mode = DELETE")
-            book.execute("PRAGMA synchronous = EXTRA")
-            book.execute("PRAGMA fullfsync = 1")
-            book.execute("BEGIN IMMEDIATE")
-            try:
-                yield book
-            except BaseException:
-                if book.in_transaction:
-                    book.execute("ROLLBACK")
-                raise
-            book.execute("COMMIT")
-        except (sqlite3.Error, OSError) as error:
-            raise LedgerError(f"the ledger {self._path} is damaged or locked: {error}") from error
-        finally:
-            book.close()
-
-    def _remember(self) -> None:
-        """Keep the chain's head beside the file, so that an older copy of the file is noticed.
-
-        Written after the booking is on disk: a crash between leaves an older head, which the chain contains;
-        a newer head than the chain can only mean that the chain was put back.
-        """
-        with self._transaction() as book:  # holds the lock, so that the newest head is the one that stays
-            entries = self._read(book)
-            head = entries[-1].digest if entries else GENESIS
-            draft = self._head_path.with_name(f"{self._head_path.name}.draft")
-            handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            try:
-                os.write(handle, f"{head}\n".encode())
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-            os.replace(draft, self._head_path)
-
-    def _head(self) -> str | None:
-        """The digest that the file beside the ledger remembers, if there is one."""
-        if not self._head_path.exists():
-            return None
-        return self._head_path.read_text(encoding="ascii", errors="replace").strip()
-
-    def _read(self, book: sqlite3.Connection) -> list[Entry]:
-        """All entries, oldest first, each checked against its own digest and its parent's."""
-        columns = "number, written, run, round, attempt, event, marks, parent, digest"
-        rows = book.execute(f"SELECT {columns} FROM entries ORDER BY number").fetchall()
-        entries, parent = [], GENESIS
-        for position, row in enumerate(rows, start=1):
-            number, written, run, round, attempt, event, marks, before, digest = row
-            entry = Entry.chained(
-                number=number, written=written, run=run, round=round, attempt=attempt,
-                event=event, marks=marks, parent=before,
-            )  # fmt: skip
-            if entry.digest != digest or before != parent or number != position:
-                raise LedgerError(f"the ledger {self._path} was altered: entry {position} does not add up")
-            entries.append(entry)
-            parent = digest
-        last = book.execute("SELECT seq FROM sqlite_sequence WHERE name = 'entries'").fetchone()
-        if (last[0] if last else 0) != len(entries):
-            raise LedgerError(f"the ledger {self._path} has lost entries; {len(entries)} remain")
-        head = self._head()
-        if head is None and entries:
-            raise LedgerError(f"the ledger {self._path} has lost {self._head_path.name}; restore both files")
-        if head not in (None, GENESIS) and head not in {entry.digest for entry in entries}:
-            raise LedgerError(f"the ledger {self._path} was rolled back or replaced: it lacks its own head")
-        return entries
+        return Ledger(Chain.open(Path(path), FORM, witness=witness, now=now), now)
 
     def verify(self) -> None:
         """Check every entry, the chain and the head.
@@ -234,8 +135,8 @@ class Ledger:
 
     def entries(self) -> list[Entry]:
         """Everything ever booked, oldest first, verified."""
-        with self._transaction() as book:
-            return self._read(book)
+        with self._chain.reading() as page:
+            return _entries(page)
 
     def export(self) -> list[dict[str, str | int]]:
         """The entries as plain dicts, for the owner to read or keep."""
@@ -260,14 +161,9 @@ class Ledger:
         return epsilon_of(_everything(self.entries(), unit, since), delta)
 
     def would_spend(
-        self,
-        event: Event,
-        delta: float,
-        *,
-        told: Unit = "photo",
-        unit: Unit = "photo",
+        self, event: Event, delta: float, *, told: Unit = "photo", unit: Unit = "photo",
         since: datetime | None = None,
-    ) -> Bounds:
+    ) -> Bounds:  # fmt: skip
         """What everything booked and one more event, of a run that promises per `told`, would cost together."""
         before = _everything(self.entries(), unit, since)
         return epsilon_of(compose([before, seen_by(event, told=told, wanted=unit)]), delta)
@@ -295,7 +191,7 @@ class Ledger:
             raise ValueError("a release needs at least one limit, got none")
         now = self._time()
         for limit in limits:
-            since = None if limit.days is None else _before(now, limit.days)
+            since = None if limit.days is None else now - timedelta(days=min(limit.days, LONGEST_PERIOD))
             before = _everything(entries, limit.unit, since)
             asked = seen_by(event, told=told, wanted=limit.unit)
             both = compose([before, asked])
@@ -306,7 +202,7 @@ class Ledger:
 
     def _time(self) -> datetime:
         """Now, in whole seconds, as entries are dated."""
-        return _aware(self._now()).replace(microsecond=0)
+        return in_utc(self._now()).replace(microsecond=0)
 
     def book(self, event: Event, *, run: str, round: int, marks: Mapping[str, str] | None = None) -> Entry:
         """Write down a release before it is computed; on disk when this returns.
@@ -325,21 +221,18 @@ class Ledger:
         Raises:
             LedgerError: The ledger is damaged, or this round was answered for a different event or marks.
         """
-        with self._transaction() as book:
-            entry = self._append(book, event, run, round, marks or {})
-        self._remember()
-        return entry
+        with self._chain.writing() as page:
+            paid = self._paid(page, event, run, round, marks or {})
+            return paid or _append(page, event, run, round, marks or {})
 
     def book_within(
-        self,
-        event: Event,
-        limits: Sequence[Limit],
-        *,
-        run: str,
-        round: int,
+        self, event: Event, limits: Sequence[Limit], *, run: str, round: int,
         marks: Mapping[str, str] | None = None,
-    ) -> Entry:
+    ) -> Entry:  # fmt: skip
         """Book a release if every limit then holds: price and booking in one transaction.
+
+        As `book`, but where a limit counts days, a booking that is not answered within a day pays no longer: the
+        release would outlast its booking in that limit's period.
 
         Args:
             event: What will be released.
@@ -357,73 +250,45 @@ class Ledger:
         told = _unit(marks)
         if not limits:
             raise ValueError("a release needs at least one limit, got none")
-        with self._transaction() as book:
-            entries = self._read(book)
-            paid = self._paid(book, entries, event, run, round, marks)
-            if paid is None:
-                shortfall = self._shortfall(entries, event, limits, told)
-                if shortfall is not None:
-                    raise PolicyRefusal(
-                        f"round {round} of {run} asks for {shortfall.in_words()}. "
-                        "Ask the owner of this device for a larger budget, or stop here."
-                    )
-            entry = self._append(book, event, run, round, marks)
-        self._remember()
-        return entry
+        with self._chain.writing() as page:
+            paid = self._paid(page, event, run, round, marks)
+            if paid is not None and not self._too_old(page, paid, limits):
+                return paid
+            shortfall = self._shortfall(_entries(page), event, limits, told)
+            if shortfall is not None:
+                raise PolicyRefusal(
+                    f"round {round} of {run} asks for {shortfall.in_words()}. "
+                    "Ask the owner of this device for a larger budget, or stop here."
+                )
+            return _append(page, event, run, round, marks)
 
-    def _answered(self, book: sqlite3.Connection, run: str, round: int) -> int | None:
-        """The attempt whose reply to this round is kept, if any."""
-        found = book.execute(
-            "SELECT attempt FROM replies WHERE run = ? AND round = ? AND body IS NOT NULL", (run, round)
-        )
-        row = found.fetchone()
-        return None if row is None else int(row[0])
+    def _too_old(self, page: Page, paid: Entry, limits: Sequence[Limit]) -> bool:
+        """Whether a booking would leave a limit's period well before the release it pays for, still to come."""
+        if all(limit.days is None for limit in limits) or _answered(page, paid.run, paid.round) is not None:
+            return False
+        return self._time() - paid.time > PAYS_FOR
 
-    def _paid(
-        self, book: sqlite3.Connection, entries: list[Entry], event: Event, run: str, round: int,
-        marks: Mapping[str, str],
-    ) -> Entry | None:  # fmt: skip
+    def _paid(self, page: Page, event: Event, run: str, round: int, marks: Mapping[str, str]) -> Entry | None:
         """The entry that has paid for this release already, if any."""
         said, noted = event_to_json(event), _canonical(marks)
-        same = [entry for entry in entries if entry.run == run and entry.round == round]
-        answered = self._answered(book, run, round)
+        same = _booked(page, run, round)
+        answered = _answered(page, run, round)
         if answered is not None:
             kept = next((entry for entry in same if entry.attempt == answered), None)
             if kept is None:
-                raise LedgerError(f"the ledger {self._path} keeps a reply to round {round}, never booked")
+                raise LedgerError(
+                    f"the ledger {self._chain.path} keeps a reply to round {round}, never booked"
+                )
             if (kept.event, kept.marks) != (said, noted):
                 raise LedgerError(f"round {round} of {run} was answered already, for a different release")
             return kept
         if not same or (same[-1].event, same[-1].marks) != (said, noted):
             return None
-        ever = book.execute(
+        ever = page.sql.execute(
             "SELECT 1 FROM replies WHERE run = ? AND round = ? AND attempt = ?",
             (run, round, same[-1].attempt),
         ).fetchone()
         return same[-1] if ever is None else None
-
-    def _append(
-        self, book: sqlite3.Connection, event: Event, run: str, round: int, marks: Mapping[str, str]
-    ) -> Entry:
-        if round < 0:
-            raise ValueError(f"round must be >= 0, got {round}")
-        entries = self._read(book)
-        paid = self._paid(book, entries, event, run, round, marks)
-        if paid is not None:
-            return paid
-        same = [entry for entry in entries if entry.run == run and entry.round == round]
-        entry = Entry.chained(
-            number=len(entries) + 1,
-            written=_date(self._time(), entries),
-            run=run,
-            round=round,
-            attempt=len(same) + 1,
-            event=event_to_json(event),
-            marks=_canonical(marks),
-            parent=entries[-1].digest if entries else GENESIS,
-        )
-        book.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", tuple(asdict(entry).values()))
-        return entry
 
     def store_reply(self, run: str, round: int, body: bytes, *, attempt: int | None = None) -> None:
         """Keep the bytes that answer a booked round; the run's reply before is dropped.
@@ -439,29 +304,67 @@ class Ledger:
         Raises:
             LedgerError: The round was never booked, or that booking has a different answer already.
         """
-        with self._transaction() as book:
-            same = [entry for entry in self._read(book) if entry.run == run and entry.round == round]
-            if not same:
+        with self._chain.writing() as page:
+            booked = len(_booked(page, run, round))
+            paid = booked if attempt is None else attempt
+            if not 1 <= paid <= booked:
                 raise LedgerError(f"round {round} of {run} was never booked; nothing may be sent")
-            before = book.execute(
+            before = page.sql.execute(
                 "SELECT attempt, body FROM replies WHERE run = ? AND round = ?", (run, round)
             ).fetchone()
-            paid = same[-1].attempt if attempt is None else attempt
-            if before is not None and before[0] >= paid and before[1] != body:
-                raise LedgerError(f"round {round} of {run} was answered already; send the kept reply")
+            if before is not None and before[0] >= paid:
+                if before[1] != body:
+                    raise LedgerError(f"round {round} of {run} was answered already; send the kept reply")
+                return
             # That a round was answered is remembered for good; its bytes only until the next answer.
-            book.execute("UPDATE replies SET body = NULL WHERE run = ?", (run,))
-            book.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", (run, round, paid, body))
+            page.sql.execute("UPDATE replies SET body = NULL WHERE run = ?", (run,))
+            page.sql.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", (run, round, paid, body))
 
     def stored_reply(self, run: str, round: int) -> bytes | None:
-        """The bytes that answered this round; None if it was never answered or they were replaced since."""
-        with self._transaction() as book:
-            self._read(book)
-            found = book.execute(
+        """The bytes that answered this round; None if it was never answered or they were dropped since."""
+        with self._chain.reading() as page:
+            row = page.sql.execute(
                 "SELECT body FROM replies WHERE run = ? AND round = ? AND body IS NOT NULL", (run, round)
-            )
-            row = found.fetchone()
+            ).fetchone()
         return None if row is None else bytes(row[0])
+
+    def forget_replies(self, run: str | None = None) -> int:
+        """Drop the kept bytes of one run, or of all, and overwrite them on disk; bookings stay.
+
+        A round whose bytes were dropped is booked anew if it is asked once more.
+
+        Returns:
+            How many replies were dropped.
+        """
+        which, values = ("", ()) if run is None else (" AND run = ?", (run,))
+        with self._chain.writing() as page:
+            sql = f"UPDATE replies SET body = NULL WHERE body IS NOT NULL{which}"
+            return page.sql.execute(sql, values).rowcount
+
+
+def _entries(page: Page) -> list[Entry]:
+    return [Entry.of(line) for line in page.lines]
+
+
+def _booked(page: Page, run: str, round: int) -> list[Entry]:
+    """Every attempt at a round, oldest first."""
+    return [entry for entry in _entries(page) if entry.run == run and entry.round == round]
+
+
+def _answered(page: Page, run: str, round: int) -> int | None:
+    """The attempt whose reply to this round is kept, if any."""
+    row = page.sql.execute(
+        "SELECT attempt FROM replies WHERE run = ? AND round = ? AND body IS NOT NULL", (run, round)
+    ).fetchone()
+    return None if row is None else int(row[0])
+
+
+def _append(page: Page, event: Event, run: str, round: int, marks: Mapping[str, str]) -> Entry:
+    if round < 0:
+        raise ValueError(f"round must be >= 0, got {round}")
+    _unit(marks)  # what cannot be priced later is not booked
+    attempt = len(_booked(page, run, round)) + 1
+    return Entry.of(page.append(run, round, attempt, event_to_json(event), _canonical(marks)))
 
 
 def _canonical(marks: Mapping[str, str]) -> str:
@@ -476,43 +379,18 @@ def _unit(marks: Mapping[str, str]) -> Unit:
     raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {marks['unit']!r}")
 
 
-def _aware(time: datetime) -> datetime:
-    if time.tzinfo is None:
-        raise ValueError(f"a time must know its zone, got {time.isoformat()}")
-    return time.astimezone(UTC)
-
-
-def _before(now: datetime, days: float) -> datetime:
-    """Where a period that ends now begins; the beginning of time where it would begin before that."""
-    try:
-        return now - timedelta(days=days)
-    except OverflowError:
-        return datetime.min.replace(tzinfo=UTC)
-
-
-def _date(now: datetime, entries: Sequence[Entry]) -> str:
-    """Now, or the last entry's time if a clock was put back: a period must not lose what was booked late."""
-    return max([now, *(_written(entry) for entry in entries[-1:])]).isoformat(timespec="seconds")
-
-
-def _written(entry: Entry) -> datetime:
-    try:
-        return _aware(datetime.fromisoformat(entry.written))
-    except ValueError as error:
-        raise LedgerError(f"entry {entry.number} of the ledger has no date: {error}") from error
-
-
 def _everything(entries: Sequence[Entry], unit: Unit, since: datetime | None) -> Event:
     """All entries written at or after `since` as one event, as one `unit` sees it."""
-    start = None if since is None else _aware(since)
-    seen: dict[tuple[str, str], Event] = {}
-    kept = [entry for entry in entries if start is None or _written(entry) >= start]
+    start = None if since is None else in_utc(since)
+    seen: dict[tuple[str, Unit], Event] = {}
+    released = []
     try:
-        for entry in kept:
-            if (entry.event, entry.marks) not in seen:
-                told = _unit(json.loads(entry.marks))
-                event = event_from_json(entry.event)
-                seen[entry.event, entry.marks] = seen_by(event, told=told, wanted=unit)
-        return compose(seen[entry.event, entry.marks] for entry in kept)
+        for entry in entries:
+            if start is None or entry.time >= start:
+                which = entry.event, _unit(json.loads(entry.marks))
+                if which not in seen:
+                    seen[which] = seen_by(event_from_json(entry.event), told=which[1], wanted=unit)
+                released.append(seen[which])
     except (PrivacyError, ValueError) as error:
         raise LedgerError(f"the ledger holds an event that cannot be priced: {error}") from error
+    return compose(released)
