@@ -9,17 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, assert_never
 
-from fedface.aggregation.protocol import AggregationConfig, Agreement, EncryptedConfig
+from fedface.aggregation.protocol import AggregationConfig, Agreement, EncryptedConfig, PlainConfig
+from fedface.audits.private_figures import FiguresConfig
 from fedface.config import plain, read, section
 from fedface.errors import ConfigError
 from fedface.models.family import Encoded, Flow, Gan, Model, Resolved, Styled
 from fedface.models.weights import load_as, load_base, load_encoded, load_flow, load_resolved, load_styled
 from fedface.photos.partition import ByGroup, Dirichlet, Evenly
-from fedface.privacy.plan import Plan, make_plan
+from fedface.privacy.plan import Plan, Schedule, Terms, make_plan
 from fedface.privacy.policy import DevicePolicy
 from fedface.privacy.target import NoPromise, PrivacyTarget
 from fedface.training.flow import FlowTrainingConfig
@@ -31,6 +32,7 @@ from fedface.upsampling.degrade import BicubicPulse, Degradation, in_words
 from fedface.upsampling.methods import Method, check_method, fitting_method
 
 UNBOUNDED = "∞"  # where others have an epsilon: a run without a promise
+EVALUATIONS = 2  # of a run: the model before and after
 VARY = "vary"  # the key of a file that describes several runs
 
 
@@ -40,6 +42,7 @@ class DrawnDevices:
 
     light_shares: tuple[float, ...] = (0.9, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # one per device
     photos_each: int = 400
+    photos_per_occasion: int = 1  # of one person, in one light, side by side
 
     def __post_init__(self) -> None:
         if not self.light_shares:
@@ -49,6 +52,11 @@ class DrawnDevices:
                 raise ValueError(f"light_shares must lie in [0, 1], got {share}")
         if self.photos_each < 2:
             raise ValueError(f"photos_each must be at least 2, got {self.photos_each}")
+        if self.photos_per_occasion < 1 or self.photos_each % self.photos_per_occasion:
+            raise ValueError(
+                f"photos_per_occasion must divide the {self.photos_each} photos of a device, "
+                f"got {self.photos_per_occasion}"
+            )
 
     @property
     def count(self) -> int:
@@ -146,6 +154,44 @@ class AttackConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What devices tell of how a model serves their own photos, before the run and after it.
+
+    A part of the promised epsilon pays for it; the photos that are asked are held out of training.
+    """
+
+    share: float = 0.25  # of the promised epsilon, in (0, 1); the rest is for training
+    held_out: float = 0.2  # share of the units that is asked and not trained on, in (0, 1)
+    sampling_rate: float = 1.0  # q: the probability with which a held-out unit joins a question, in (0, 1]
+    figures: FiguresConfig = field(default_factory=FiguresConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("share", "held_out"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in (0, 1), got {getattr(self, name)}")
+        if not 0 < self.sampling_rate <= 1:
+            raise ValueError(f"sampling_rate must lie in (0, 1], got {self.sampling_rate}")
+
+    def terms(self, promise: PrivacyTarget, questions: int) -> Terms:
+        """The least noise with which so many questions cost their share of a promise."""
+        return figure_terms(
+            replace(promise, epsilon=self.share * promise.epsilon), questions, self.sampling_rate
+        )
+
+
+def figure_terms(promise: PrivacyTarget, questions: int, sampling_rate: float) -> Terms:
+    """The least noise with which so many questions keep a promise that is theirs alone.
+
+    Raises:
+        PrivacyError: No amount of noise does.
+    """
+    schedule = Schedule(
+        rounds=questions, steps_per_round=1, sampling_rate=sampling_rate, expected_batch=1, clip_norm=1.0
+    )
+    return make_plan(promise, schedule).terms
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """One question and everything its answer depends on."""
 
@@ -161,6 +207,8 @@ class Experiment:
     policy: DevicePolicy | None = None  # of pretended devices; None allows exactly this run
     fewest_answers: int = 2  # a round with fewer answers is not applied
     upsampling: UpsamplingConfig = field(default_factory=UpsamplingConfig)
+    evaluation: EvaluationConfig | None = None  # what devices tell of their own photos; None: nothing
+    update_clip: float = 1.0  # promise per library: longest update of one device, in public ranges, > 0
     attack: AttackConfig = field(default_factory=AttackConfig)
 
     def __post_init__(self) -> None:
@@ -190,12 +238,37 @@ class Experiment:
                     f"{in_words(self.training.downscale)} (training.downscale), "
                     f"got {in_words(self.upsampling.downscale)}"
                 )
-        if isinstance(self.promise, PrivacyTarget) and isinstance(self.devices, DrawnDevices):
-            if self.promise.delta * self.devices.photos_each >= 1:
+        if not 1e-6 <= self.update_clip <= 1e6:
+            raise ValueError(f"update_clip must lie in [1e-6, 1e6], got {self.update_clip}")
+        if isinstance(self.promise, PrivacyTarget):
+            self._check_promise(self.promise)
+        elif self.evaluation is not None:
+            raise ValueError("evaluation needs a promise: what devices tell of their photos is always noised")
+
+    def _check_promise(self, promise: PrivacyTarget) -> None:
+        if isinstance(self.devices, DrawnDevices) and promise.unit != "library":
+            each = 1 if promise.unit == "photo" else self.devices.photos_per_occasion
+            most = each / self.devices.photos_each
+            if promise.delta >= most:
                 raise ValueError(
-                    f"promise: delta must lie below 1 / photos_each = {1 / self.devices.photos_each:g}, "
-                    f"got {self.promise.delta:g}"
+                    f"promise: delta must lie below 1 / {promise.unit}s of a device = {most:g}, got {promise.delta:g}"
                 )
+        if promise.unit == "library":
+            if not isinstance(self.aggregation, PlainConfig):
+                raise ValueError(
+                    "aggregation must be plain with a promise per library: the server adds the noise to the sum, "
+                    f"and cannot add it to what it cannot read; got {self.aggregation.kind}"
+                )
+            if isinstance(self.training, PriorTrainingConfig):
+                raise ValueError(
+                    "training: sums of latents are noised on the device; promise per photo or occasion"
+                )
+            if self.evaluation is not None:
+                raise ValueError(
+                    "evaluation: figures are noised on the device; promise per photo or occasion"
+                )
+        if self.evaluation is not None and self.upsampling.downscale.spread > 0:
+            raise ValueError("evaluation needs a downscale without noise: a photo's figures must be its own")
 
     @property
     def agreement(self) -> Agreement:
@@ -204,17 +277,26 @@ class Experiment:
 
     def plan(self) -> Plan:
         """The mechanism that keeps the promise; takes a second or two, once."""
-        return make_plan(self.promise, self.training.schedule())
+        beside: list[Terms] = []
+        if self.evaluation is not None and isinstance(self.promise, PrivacyTarget):
+            beside.append(self.evaluation.terms(self.promise, EVALUATIONS))
+        return make_plan(self.promise, self.training.schedule(), update_clip=self.update_clip, beside=beside)
+
+    @property
+    def held_out(self) -> float:
+        """The share of each device's units that no update is computed from."""
+        return 0.0 if self.evaluation is None else self.evaluation.held_out
 
     def device_policy(self) -> DevicePolicy:
         """What a pretended device allows: the written policy, or exactly this run."""
         if self.policy is not None:
             return self.policy
         match self.promise:
-            case PrivacyTarget(epsilon=epsilon, delta=delta):
+            case PrivacyTarget(epsilon=epsilon, delta=delta, unit=unit, trust=trust):
                 return DevicePolicy(
                     max_epsilon=epsilon, delta=delta, objectives=(objective_of(self.training),), smallest_cohort=1,
-                    protocols=(self.aggregation.kind,),
+                    protocols=(self.aggregation.kind,), unit=unit, trust_server=trust == "server",
+                    evaluation=self.evaluation is not None,
                 )  # fmt: skip
             case NoPromise():
                 return DevicePolicy(

@@ -11,8 +11,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedface.experiment import RealDevices
 from fedface.federation.coordinator import begin, coordinate
-from fedface.federation.flower import GridCohort, devices_folder, read_order
+from fedface.federation.flower import GridCohort
 from fedface.federation.folders import locked
+from fedface.federation.orders import devices_folder, read_order
 from fedface.federation.rounds import Watcher
 from fedface.federation.simulated import prepare
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from fedface.experiment import Experiment, read_experiment
 from fedface.federation.coordinator import begin
 from fedface.federation.device import Device
-from fedface.federation.flower import devices_folder
+from fedface.federation.orders import devices_folder
 from fedface.federation.simulated import prepare, simulated_device
 from fedface.federation.task import Agreed, TrainTask
 from fedface.models.critic import CriticConfig

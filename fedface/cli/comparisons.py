@@ -19,7 +19,7 @@ from fedface.federation.simulated import check_sources
 from fedface.federation.sweeping import compare
 from fedface.reports import strict
 from fedface.reports.comparison import MEASURES, TITLES, ComparisonRecord
-from fedface.reports.run import Figure, Interval
+from fedface.reports.quantities import Figure, Interval
 from fedface.sweep import read_sweep
 
 

@@ -29,7 +29,7 @@ from fedface.models.weights import load_model
 from fedface.reports import methods as report
 from fedface.reports import strict, wording
 from fedface.reports.methods import MethodsRecord
-from fedface.reports.run import Figure, Interval
+from fedface.reports.quantities import Figure, Interval
 from fedface.upsampling.methods import METHODS, side_by_side, with_models
 
 SHOWN = ("misfit", "skin_difference", "lightness_shift", "same_half")

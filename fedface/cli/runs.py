@@ -17,12 +17,14 @@ from fedface.config import kind_of
 from fedface.errors import ConfigError
 from fedface.experiment import Experiment, RealDevices, read_experiment
 from fedface.federation.coordinator import begin, coordinate
-from fedface.federation.flower import devices_folder, in_process_cohort
+from fedface.federation.flower import in_process_cohort
 from fedface.federation.folders import locked, new_folder, resumed_folder
+from fedface.federation.orders import devices_folder
 from fedface.federation.simulated import check_sources, describe_devices, prepare
 from fedface.models.weights import vector_of
 from fedface.reports import card, page, run, wording
-from fedface.reports.run import BiasRecord, Interval, RunRecord
+from fedface.reports.quantities import Interval
+from fedface.reports.run import BiasRecord, RunRecord
 from fedface.shapes import Vector
 from fedface.training.prior import PriorTrainingConfig
 from fedface.training.ways import begin_round, common_streams, words_of

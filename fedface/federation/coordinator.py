@@ -18,6 +18,7 @@ from fedface.config import dump, plain
 from fedface.errors import ConfigError, RunError
 from fedface.experiment import DrawnDevices, Experiment, LabelledDevices, RealDevices
 from fedface.federation.cohort import Cohort
+from fedface.federation.evaluation import score_run
 from fedface.federation.findings import (
     Attacked,
     Served,
@@ -29,14 +30,9 @@ from fedface.federation.findings import (
     serve_probe,
     tone_record,
 )
-from fedface.federation.rounds import (
-    State,
-    Watcher,
-    replace_text,
-    run_rounds,
-    weights_path,
-)
+from fedface.federation.rounds import Watcher, run_rounds
 from fedface.federation.simulated import PublicFaces, describe_devices, device_faces, public_faces
+from fedface.federation.state import State, replace_text, weights_path
 from fedface.models.family import Model, Resolved, Styled
 from fedface.models.weights import load_model, save_model, weights_hash
 from fedface.photos.drawn import draw_people
@@ -45,18 +41,15 @@ from fedface.privacy.target import PrivacyTarget
 from fedface.randomness import Streams
 from fedface.reports import card, figures, page, run
 from fedface.reports.filling import machine_record, plan_record, version_record
-from fedface.reports.run import (
-    DeviceRecord,
-    NotMeasured,
-    PictureRecord,
-    RunRecord,
-    ToneRecord,
-)
+from fedface.reports.quantities import NotMeasured
+from fedface.reports.run import DeviceRecord, PictureRecord, RunRecord, ToneRecord
 from fedface.shapes import Images
 from fedface.training.ways import begin_round, chance_for, common_streams
+from fedface.units import unit_in_words
 from fedface.upsampling.methods import BASELINES, has_one_answer, title_of
 
 FEWEST_FACES = 40  # on each side of a comparison of samples with faces
+_PLURAL = {"photo": "photos", "occasion": "occasions", "library": "devices' libraries"}
 SHOWN = 512  # samples whose tones are counted
 
 
@@ -112,8 +105,11 @@ def coordinate(
             f"probe: {len(yardstick.faces)} public faces are too few to compare samples with; "
             f"raise probe.each so that there are at least {FEWEST_FACES}"
         )
-    state = run_rounds(experiment, plan, cohort, State.read(folder), yardstick, watcher)
+    state = State.read(folder)
+    state = score_run(experiment, plan, cohort, folder, [("before", base)], state, watcher)
+    state = run_rounds(experiment, plan, cohort, state, yardstick, watcher)
     final = load_model(weights_path(folder, experiment.rounds))
+    state = score_run(experiment, plan, cohort, folder, [("before", base), ("after", final)], state, watcher)
     before, after = _serve(experiment, base, final, probe, watcher)
     beside = [
         serve_probe(base, probe, experiment.upsampling, method, experiment.seed, lambda done, of: None)
@@ -164,6 +160,8 @@ def coordinate(
         rounds=state.rounds,
         bias_before=before.record,
         bias_after=after.record,
+        left=state.left,
+        private=state.private,
         beside={title_of(served.method): served.record for served in beside},
         tones=_tones(parts),
         attacks=tuple(attack.record for attack in attacked),
@@ -331,8 +329,8 @@ def _notes(experiment: Experiment, plan: Plan, base: Model) -> tuple[str, ...]:
         notes.append("The base generator was made from drawn faces of which 85 in 100 have light skin.")
     if isinstance(plan.promise, PrivacyTarget):
         notes.append(
-            "The promise covers one photo. Somebody with many photos on a device is protected less: "
-            "the losses of all photos that show them add up."
+            f"The promise covers {unit_in_words(plan.promise.unit)}. Somebody in many {_PLURAL[plan.promise.unit]} is "
+            "protected less: the losses of all that show them add up."
         )
     notes.append(
         "All devices share one key for encrypted sums: a device that sees another's upload can read it."

@@ -2,29 +2,51 @@
 
 Called by federation/flower.py for every message that reaches a device. The order is the promise: the policy
 is asked, the release is booked on disk, only then is a photo read; what was computed is kept before it is
-sent, and sent again, never computed again, when the same round is asked once more.
+sent, and sent again, never computed again, when the same round is asked once more. Before anything leaves, the
+device's journal says what, to whom, how large, how protected and at what price.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from fedface.aggregation.encrypted import EncryptedKeys, make_device
-from fedface.aggregation.protocol import AggregationConfig, EncryptedConfig, Payload, PlainConfig
+from fedface.aggregation.protocol import AggregationConfig, Agreement, EncryptedConfig, Payload, PlainConfig
 from fedface.config import kind_of, plain
 from fedface.errors import FederationError, PolicyRefusal, PrivacyError, WeightsError
-from fedface.federation.task import Agreed, Refusal, Reply, Revealed, RevealTask, Task, Trained, TrainTask
+from fedface.federation.figures import check_question, figure_ranges, figures_of
+from fedface.federation.task import (
+    EvaluateTask,
+    Refusal,
+    Reply,
+    Revealed,
+    RevealTask,
+    Scored,
+    Task,
+    Trained,
+    TrainTask,
+    vector_bytes,
+)
+from fedface.models.family import Model, Shape
 from fedface.models.weights import filled, weights_hash
-from fedface.privacy.ledger import Ledger
-from fedface.privacy.policy import DevicePolicy
+from fedface.photos.own import OwnFaces
+from fedface.privacy.journal import Journal, What
+from fedface.privacy.ledger import Entry, Ledger
+from fedface.privacy.plan import Terms
+from fedface.privacy.policy import EVALUATION, DevicePolicy
 from fedface.randomness import Streams
-from fedface.shapes import Images
+from fedface.shapes import Vector
 from fedface.training.ways import begin_round, chance_for, common_streams, objective_of
+
+log = logging.getLogger("fedface.device")
 
 FAILED = b"failed"  # kept in place of a payload for a round that broke
 
@@ -34,9 +56,11 @@ class Device:
     """What a device is made of; the photos are read when a round needs them, not before."""
 
     name: str  # the public name in logs and reports
-    photos: Callable[[int], Images]  # size in pixels -> all aligned faces (n, 3, size, size)
+    photos: Callable[[int], OwnFaces]  # size in pixels -> all aligned faces, and which belong together
     policy: DevicePolicy
-    state: Path  # folder of the ledger and the shared key, readable by the owner alone
+    state: Path  # folder of the ledger, the journal and the shared key, readable by the owner alone
+    server: str = "the coordinator"  # to whom replies go, in the owner's words
+    witness: Path | None = None  # folder elsewhere that remembers the heads of ledger and journal
 
     @property
     def ledger_path(self) -> Path:
@@ -44,95 +68,289 @@ class Device:
         return self.state / "ledger.sqlite"
 
     @property
+    def journal_path(self) -> Path:
+        """What left this device, and what its owner decided."""
+        return self.state / "journal.sqlite"
+
+    @property
     def key_path(self) -> Path:
         """The key that the devices of a run share, and the server does not have."""
         return self.state / "sum.key"
 
+    def ledger(self) -> Ledger:
+        """The ledger, verified. Raises LedgerError."""
+        return Ledger.open(self.ledger_path, witness=self.witness)
+
+    def journal(self) -> Journal:
+        """The journal, verified. Raises LedgerError."""
+        return Journal.open(self.journal_path, witness=self.witness)
+
 
 def serve(task: Task, device: Device) -> Reply:
-    """Answer one task, or say no.
+    """Answer one task, or say no; what is answered is in the journal when this returns.
 
     Raises:
         WeightsError: The weights do not fit the networks of the task, or are not those that it names.
         AggregationError: The shared key is missing, or a sum is not of this run's kind.
         FederationError: The sum of another round was to be opened.
-        PrivacyError: The ledger cannot be trusted, the task contradicts itself, or this round of this run was
+        PrivacyError: Ledger or journal cannot be trusted, the task contradicts itself, or this round of this run was
             answered for other weights or terms. Nothing is sent.
     """
+    journal = device.journal()
+    if journal.has_withdrawn(task.run):
+        return _noted(_left(device), task, device, journal, entry=None)
+    reply: Reply
+    entry: Entry | None = None
     try:
         match task:
             case TrainTask():
-                return _train(task, device)
+                reply, entry = _train(task, device)
+            case EvaluateTask():
+                reply, entry = _evaluate(task, device)
             case RevealTask():
-                return _reveal(task, device)
+                reply = _reveal(task, device)
     except PolicyRefusal as refusal:
-        return Refusal(device=device.name, reason=str(refusal))
+        if private := getattr(refusal, "private", ""):
+            log.info("%s", private)  # what the owner may know, and the server need not
+        reply = Refusal(device=device.name, reason=str(refusal))
+    try:
+        return _noted(reply, task, device, journal, entry)
+    except PolicyRefusal:  # its owner left while it was computed
+        return _noted(_left(device), task, device, journal, entry=None)
 
 
-def _train(task: TrainTask, device: Device) -> Reply:
+def _left(device: Device) -> Refusal:
+    return Refusal(device=device.name, reason="its owner has left this run", withdrawn=True)
+
+
+def _noted(reply: Reply, task: Task, device: Device, journal: Journal, entry: Entry | None) -> Reply:
+    """The reply, once the journal has it on disk."""
+    what: What
+    match reply:
+        case Trained(payload=payload):
+            what, sent, protection = "update", payload, protection_of(task)
+        case Scored(payload=payload):
+            what, sent, protection = "figures", payload, protection_of(task)
+        case Revealed(total=total):
+            what, sent, protection = (
+                "opened sum",
+                vector_bytes(total),
+                "the sum over several devices, not one of them",
+            )
+        case Refusal(reason=reason):
+            what, sent, protection = "refusal", reason.encode(), "nothing of a photo is in it"
+    journal.note_sent(
+        sent,
+        run=task.run,
+        round=task.round,
+        what=what,
+        receiver=device.server,
+        protection=protection,
+        entry=None if entry is None else entry.number,
+        words=reply.reason if isinstance(reply, Refusal) else "",
+    )
+    return reply
+
+
+def protection_of(task: Task) -> str:
+    """How what leaves is protected, in words for the owner."""
+    match task:
+        case TrainTask(agreed=agreed):
+            terms, aggregation = agreed.terms, agreed.aggregation
+        case EvaluateTask(question=question):
+            terms, aggregation = question.terms, question.aggregation
+        case RevealTask():
+            return ""
+    if not terms.promises:
+        noise = "NO noise"
+    elif terms.noise_at == "server":
+        noise = (
+            f"cut to a bounded length; the server adds the noise (multiplier {terms.noise_multiplier:.3g})"
+        )
+    else:
+        noise = f"noise added here (multiplier {terms.noise_multiplier:.3g}), a promise per {terms.unit}"
+    hidden = isinstance(aggregation, EncryptedConfig)
+    return f"{noise}; " + (
+        "encrypted, only the sum over devices is opened" if hidden else "not encrypted: the server sees it"
+    )
+
+
+def _train(task: TrainTask, device: Device) -> tuple[Reply, Entry | None]:
     agreed = task.agreed
     if agreed.training.schedule() != agreed.terms.schedule:
         raise PrivacyError("the task's training schedule and its privacy terms differ; nothing was computed")
-    ledger = Ledger.open(device.ledger_path)
-    marks = {
-        "model": task.model,
-        "unit": "photo",
-        "clip_norm": repr(agreed.terms.schedule.clip_norm),
-        "expected_batch": str(agreed.terms.schedule.expected_batch),
-        "sampler": "poisson",
-        "protocol": agreed.aggregation.kind,
-        "training": kind_of(type(agreed.training)),
-        "recipe": _recipe(agreed),
-    }
-    kept = ledger.stored_reply(task.run, task.round)
-    if kept is not None:
-        # Books nothing, and fails if the kept bytes answer another release: a new run under an old name.
-        device.policy.book(agreed.terms, ledger, run=task.run, round=task.round, marks=marks)
-        if kept == FAILED:
-            return Refusal(device=device.name, reason="this round failed on this device and is closed")
-        return Trained(device=device.name, payload=kept, seconds_protect=0.0)
-    device.policy.admit(
-        agreed.terms,
-        task.cohort,
-        agreed.aggregation.kind,
-        objective_of(agreed.training),
-        ledger,
-        run=task.run,
-        round=task.round,
+    work = _Work(
+        task=task,
+        device=device,
+        terms=agreed.terms,
+        aggregation=agreed.aggregation,
+        agreement=agreed.agreement,
+        objective=objective_of(agreed.training),
+        marks={
+            "training": kind_of(type(agreed.training)),
+            "recipe": _recipe(plain(agreed.training), plain(agreed.shape), agreed.held_out),
+        },
     )
-    model = filled(agreed.shape, task.weights, task.buffers)
+    if (kept := work.kept()) is not None:
+        return kept
+    model = _asked_model(task, agreed.shape)
+    begun = begin_round(model, agreed.training, agreed.terms, common_streams(task.seed, task.round))
+    streams = Streams(task.seed).child(f"{device.name}/{task.round}")
+
+    def compute() -> Vector:
+        mine, _ = device.photos(model.size).split(agreed.held_out, agreed.terms.unit)
+        if agreed.terms.unit == "library" and len(mine) == 0:
+            # The neighbour of a library is an empty one, and what an empty one adds to the sum is nothing.
+            return torch.zeros_like(begun.ranges())
+        update = begun.update(
+            mine.images,
+            chance=chance_for(agreed.terms, streams),
+            streams=streams,
+            units=mine.units(agreed.terms.unit),
+        )
+        return _cut(update / begun.ranges(), agreed.terms)
+
+    payload, seconds, entry = work.release(compute)
+    return Trained(device=device.name, payload=payload, seconds_protect=seconds), entry
+
+
+def _evaluate(task: EvaluateTask, device: Device) -> tuple[Reply, Entry | None]:
+    asked = task.question
+    check_question(asked)
+    work = _Work(
+        task=task,
+        device=device,
+        terms=asked.terms,
+        aggregation=asked.aggregation,
+        agreement=asked.agreement,
+        objective=EVALUATION,
+        marks={
+            "method": kind_of(type(asked.method)),
+            "recipe": _recipe(
+                plain(asked.method),
+                plain(asked.downscale),
+                plain(asked.figures),
+                plain(asked.shape),
+                asked.held_out,
+            ),
+        },
+    )
+    if (kept := work.kept()) is not None:
+        return kept
+    model = _asked_model(task, asked.shape)
+    ranges = figure_ranges(asked)
+
+    def compute() -> Vector:
+        mine = device.photos(model.size)
+        if asked.held_out > 0:
+            _, mine = mine.split(asked.held_out, asked.terms.unit)
+        chance = chance_for(asked.terms, Streams(task.seed).child(f"{device.name}/figures/{task.round}"))
+        return figures_of(model, mine, asked, seed=task.seed, chance=chance) / ranges
+
+    payload, seconds, entry = work.release(compute)
+    return Scored(device=device.name, payload=payload, seconds_protect=seconds), entry
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """One release on its way: admitted, booked, computed, protected, kept."""
+
+    task: TrainTask | EvaluateTask
+    device: Device
+    terms: Terms
+    aggregation: AggregationConfig
+    agreement: Agreement
+    objective: str
+    marks: dict[str, str]
+
+    def _all_marks(self) -> dict[str, str]:
+        return {
+            "model": self.task.model,
+            "protocol": self.aggregation.kind,
+            "objective": self.objective,
+            **self.marks,
+        }
+
+    def kept(self) -> tuple[Reply, Entry | None] | None:
+        """The answer that was given before, byte by byte; otherwise None, and the policy has admitted the work.
+
+        Raises:
+            PolicyRefusal: With what was asked, what is spent and what is allowed.
+            LedgerError: The kept bytes answer another release: a new run under an old name.
+        """
+        task, device, ledger = self.task, self.device, self.device.ledger()
+        kept = ledger.stored_reply(task.book, task.round)
+        if kept is not None:
+            # Books nothing, and fails if the kept bytes answer another release.
+            entry = device.policy.book(
+                self.terms, ledger, run=task.book, round=task.round, marks=self._all_marks()
+            )
+            if kept == FAILED:
+                closed = "this round failed on this device and is closed"
+                return Refusal(device=device.name, reason=closed), None
+            answer = Trained if isinstance(task, TrainTask) else Scored
+            return answer(device=device.name, payload=kept, seconds_protect=0.0), entry
+        device.policy.admit(
+            self.terms,
+            task.cohort,
+            self.aggregation.kind,
+            self.objective,
+            ledger,
+            run=task.book,
+            round=task.round,
+        )
+        return None
+
+    def release(self, compute: Callable[[], Vector]) -> tuple[bytes, float, Entry]:
+        """Book, compute and keep: the payload, the seconds that protecting it took, and what paid for it.
+
+        Args:
+            compute: Reads photos and gives the vector (d,) that is summed, in public ranges.
+        """
+        task, device, ledger = self.task, self.device, self.device.ledger()
+        sums = make_device(self.aggregation, self.agreement, _key(self.aggregation, device))
+        # Book before reading a photo: a crash from here on may waste budget, never overspend it.
+        entry = device.policy.book(
+            self.terms, ledger, run=task.book, round=task.round, marks=self._all_marks()
+        )
+        try:
+            vector = compute()
+            started = time.perf_counter()
+            payload = sums.protect(vector, task.round).to_bytes()
+            seconds = time.perf_counter() - started
+        except Exception:
+            # The one broad net: that it failed may tell something of the photos, so it is never tried again.
+            ledger.store_reply(task.book, task.round, FAILED, attempt=entry.attempt)
+            raise
+        ledger.store_reply(task.book, task.round, payload, attempt=entry.attempt)
+        return payload, seconds, entry
+
+
+def _asked_model(task: TrainTask | EvaluateTask, shape: Shape) -> Model:
+    """The model that the task is about, if its weights are those that it names; raises WeightsError."""
+    model = filled(shape, task.weights, task.buffers)
     # The ledger remembers weights by their hash, which is the server's word until it is computed here.
     if (found := weights_hash(*model.modules())) != task.model:
         raise WeightsError(
             f"the task says that its weights are {task.model:.16}, they are {found}; nothing was booked or computed"
         )
-    work = begin_round(model, agreed.training, agreed.terms, common_streams(task.seed, task.round))
-    sums = make_device(agreed.aggregation, agreed.agreement, _key(agreed.aggregation, device))
-    streams = Streams(task.seed).child(f"{device.name}/{task.round}")
-    # Book before reading a photo: a crash from here on may waste budget, never overspend it.
-    entry = device.policy.book(agreed.terms, ledger, run=task.run, round=task.round, marks=marks)
-    try:
-        photos = device.photos(model.size)
-        update = work.update(photos, chance=chance_for(agreed.terms, streams), streams=streams)
-        started = time.perf_counter()
-        payload = sums.protect(update / work.ranges(), task.round).to_bytes()
-        seconds = time.perf_counter() - started
-    except Exception:
-        # The one broad net: that it failed may tell something of the photos, so it is never tried again.
-        ledger.store_reply(task.run, task.round, FAILED, attempt=entry.attempt)
-        raise
-    ledger.store_reply(task.run, task.round, payload, attempt=entry.attempt)
-    return Trained(device=device.name, payload=payload, seconds_protect=seconds)
+    return model
 
 
-def _recipe(agreed: Agreed) -> str:
-    """SHA-256 over every number of the training and of the model's shape."""
-    said = json.dumps([plain(agreed.training), plain(agreed.shape)], sort_keys=True, separators=(",", ":"))
+def _cut(update: Vector, terms: Terms) -> Vector:
+    """One device's whole update, at the length that a promise per library allows; untouched under other promises."""
+    mechanism = terms.sum_mechanism()
+    return update if mechanism is None else mechanism.clip(update)
+
+
+def _recipe(*parts: object) -> str:
+    """SHA-256 over every number that decides what is computed."""
+    said = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(said.encode()).hexdigest()
 
 
 def _reveal(task: RevealTask, device: Device) -> Reply:
-    if not Ledger.open(device.ledger_path).already(task.run, task.round):
+    if not device.ledger().already(task.book, task.round):
         return Refusal(
             device=device.name,
             reason=f"this device has no part in round {task.round} of {task.run}, so it opens no sum of it",

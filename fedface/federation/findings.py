@@ -35,14 +35,8 @@ from fedface.privacy.mechanism import GaussianSum
 from fedface.privacy.plan import Plan
 from fedface.randomness import Streams
 from fedface.reports.filling import attack_record, bias_record, defence_words, measured
-from fedface.reports.run import (
-    AggregationRecord,
-    AttackRecord,
-    BiasRecord,
-    Figure,
-    NotMeasured,
-    ToneRecord,
-)
+from fedface.reports.quantities import Figure, NotMeasured
+from fedface.reports.run import AggregationRecord, AttackRecord, BiasRecord, ToneRecord
 from fedface.shapes import Images, LowImages, Vector
 from fedface.training.ways import Round
 from fedface.upsampling.contracts import Upsampled

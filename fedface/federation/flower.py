@@ -10,15 +10,12 @@ their own words; of all others the server learns that there was one, and the own
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from uuid import uuid4
 
@@ -36,23 +33,26 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedface.errors import ConfigError, FederationError, FedfaceError, WeightsError
-from fedface.experiment import Experiment, RealDevices, read_experiment
+from fedface.errors import FederationError, FedfaceError, WeightsError
+from fedface.experiment import Experiment, RealDevices
 from fedface.federation.cohort import Heard
 from fedface.federation.device import Device, serve
+from fedface.federation.orders import devices_folder, read_order
 from fedface.federation.owner import owner_device
+from fedface.federation.reading import read_reply, read_task
 from fedface.federation.simulated import simulated_device
 from fedface.federation.task import (
+    EvaluateTask,
     Fault,
     Message,
     Refusal,
     Reply,
     Revealed,
+    RevealTask,
+    Scored,
     Task,
     Trained,
     TrainTask,
-    read_reply,
-    read_task,
 )
 
 log = logging.getLogger("fedface.device")
@@ -64,7 +64,6 @@ LONGEST_REASON = 500  # characters of an error that are kept
 DEVICE_ERROR = 500  # Flower keeps codes below 100 for itself
 SERVER_NODE = 1  # Flower's name for the server's end of a message
 RUN = 1  # a grid in one process has one run
-DEFAULT_RUNS = Path.home() / "fedface-runs"  # where runs go that were not told where
 
 
 def to_record(message: Message) -> RecordDict:
@@ -109,6 +108,10 @@ def client_app(device_for: Callable[[Context], Device]) -> ClientApp:
     def train(message: FlowerMessage, context: Context) -> FlowerMessage:
         return _answer(message, context, device_for)
 
+    @app.evaluate()
+    def evaluate(message: FlowerMessage, context: Context) -> FlowerMessage:
+        return _answer(message, context, device_for)
+
     @app.query("reveal")
     def reveal(message: FlowerMessage, context: Context) -> FlowerMessage:
         return _answer(message, context, device_for)
@@ -134,59 +137,6 @@ def _answer(
             log.exception("this device could not answer")
         reason = f"the device stopped with {type(error).__name__}; its own log says why"
         return FlowerMessage(Error(DEVICE_ERROR, reason), reply_to=message)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOrder:
-    """What the config of a Flower run asks for."""
-
-    experiment: Experiment
-    folder: Path  # of this run
-
-
-def devices_folder(run: Path) -> Path:
-    """Where pretended devices keep their ledgers and keys, within a run's folder."""
-    return run / "devices"
-
-
-def read_order(config: UserConfig, home: Path) -> RunOrder:
-    """Read a run's config: `experiment` (within the app, or absolute), `folder`, `photos`, `changes`.
-
-    The run's folder is the first of NAME, NAME-2, ... in `folder` that holds no finished run: server and
-    pretended devices agree on it without a word, and a run that was cut short goes on.
-
-    Raises:
-        ConfigError: An entry is missing or wrong, or the experiment cannot be read.
-    """
-    words = {}
-    for key in ("experiment", "folder", "photos", "changes"):
-        if not isinstance(value := config.get(key, ""), str):
-            raise ConfigError(f"--run-config {key}: wanted a text, got {value!r}")
-        words[key] = value
-    folder, experiment = words["folder"], _experiment(home=home, **words)
-    first = run = (Path(folder) if folder else DEFAULT_RUNS) / experiment.name
-    number = 1
-    while (run / "run.json").exists():
-        number += 1
-        run = first.with_name(f"{first.name}-{number}")
-    return RunOrder(experiment=experiment, folder=run)
-
-
-@cache
-def _experiment(*, home: Path, experiment: str, folder: str, photos: str, changes: str) -> Experiment:
-    if not experiment:
-        raise ConfigError("--run-config experiment: wanted the path of a YAML file, got nothing")
-    for key, value in (("folder", folder), ("photos", photos)):
-        if value and not Path(value).is_absolute():
-            raise ConfigError(f"--run-config {key}: wanted an absolute path, got {value}")
-    try:
-        wanted = json.loads(changes or "{}")
-    except ValueError as error:
-        raise ConfigError(f"--run-config changes: not valid JSON ({error})") from error
-    if not isinstance(wanted, dict):
-        raise ConfigError('--run-config changes: wanted keys and values such as {"training.rounds": 2}')
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in wanted.items()}
-    return read_experiment(home / experiment, photos=Path(photos) if photos else None, changes=texts)
 
 
 def device_of(context: Context, *, home: Path) -> Device:
@@ -327,7 +277,7 @@ class GridCohort:
 
     def ask(self, task: Task, members: Sequence[int], heard: Heard) -> Mapping[int, Reply | Fault]:
         """Send one task to some devices and gather what comes back; one entry per member, none missing."""
-        kind = "train" if isinstance(task, TrainTask) else "query.reveal"
+        kind, _ = _expected(task)
         record = to_record(task.message())
         answers: dict[int, Reply | Fault] = {}
         waiting: dict[str, int] = {}
@@ -371,6 +321,17 @@ class _Wait:
         return left <= 0
 
 
+def _expected(task: Task) -> tuple[str, type[Trained] | type[Scored] | type[Revealed]]:
+    """Flower's kind of message for a task, and our kind of answer to it."""
+    match task:
+        case TrainTask():
+            return "train", Trained
+        case EvaluateTask():
+            return "evaluate", Scored
+        case RevealTask():
+            return "query.reveal", Revealed
+
+
 def _read(reply: FlowerMessage, task: Task) -> Reply | Fault:
     if reply.has_error():
         reason = reply.error.reason or f"Flower's error {reply.error.code}"
@@ -379,7 +340,7 @@ def _read(reply: FlowerMessage, task: Task) -> Reply | Fault:
         answer = read_reply(from_record(reply.content))
     except FederationError as error:
         return Fault(str(error))
-    wanted = Trained if isinstance(task, TrainTask) else Revealed
+    _, wanted = _expected(task)
     if isinstance(answer, (wanted, Refusal)):
         return answer
     return Fault(f"wanted the answer {wanted.__name__.lower()}, got {type(answer).__name__.lower()}")

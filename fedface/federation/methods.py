@@ -24,7 +24,7 @@ from fedface.randomness import Streams
 from fedface.reports import methods as report
 from fedface.reports.filling import machine_record, measured, version_record
 from fedface.reports.methods import MethodFigures, MethodsRecord
-from fedface.reports.run import Figure, NotMeasured
+from fedface.reports.quantities import Figure, NotMeasured
 from fedface.upsampling.contracts import deviation
 from fedface.upsampling.degrade import Degradation, in_words
 from fedface.upsampling.methods import BASELINES, Method, has_one_answer, name_of, title_of

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,6 +18,8 @@ from fedface.errors import ConfigError, LibraryError
 from fedface.federation.device import Device
 from fedface.photos.detectors import EmbeddedDetector, YuNetDetector
 from fedface.photos.library import PhotoLibrary
+from fedface.photos.occasions import OccasionRule
+from fedface.photos.own import OwnFaces
 from fedface.photos.scan import EmptyLibrary, scan_library
 from fedface.privacy.policy import DevicePolicy
 from fedface.shapes import Images
@@ -34,6 +36,11 @@ class OwnerConfig:
     state: Path  # folder of the ledger and the shared key; nobody else may look into it
     policy: DevicePolicy
     detector: Path | None = None  # a YuNet file; without one the embedded detector looks for faces
+    occasions: OccasionRule = field(default_factory=OccasionRule)  # which photos count as taken together
+    server: str = "the coordinator"  # to whom this device is connected, in the owner's words, for the journal
+    witness: Path | None = (
+        None  # folder on another disk that remembers the state, so that an old copy is noticed
+    )
 
     def __post_init__(self) -> None:
         if not (0 < len(self.name) <= 80 and self.name.isprintable()):
@@ -59,13 +66,20 @@ def owner_device(path: Path) -> Device:
         raise ConfigError(f"{path}: state: others may look into {state}; run chmod 700 on it")
     detector = home / config.detector.expanduser() if config.detector else None
 
-    def photos(size: int) -> Images:
-        return _faces(folder, detector, size)
+    def photos(size: int) -> OwnFaces:
+        return _faces(folder, detector, config, size)
 
-    return Device(name=config.name, photos=photos, policy=config.policy, state=state)
+    return Device(
+        name=config.name,
+        photos=photos,
+        policy=config.policy,
+        state=state,
+        server=config.server,
+        witness=home / config.witness.expanduser() if config.witness else None,
+    )
 
 
-def _faces(folder: Path, detector: Path | None, size: int) -> Images:
+def _faces(folder: Path, detector: Path | None, config: OwnerConfig, size: int) -> OwnFaces:
     """All faces that can be cut out, none if there are none.
 
     Without a face the answer is noise alone, and a photo that has just gone is left out: a device that failed
@@ -74,20 +88,24 @@ def _faces(folder: Path, detector: Path | None, size: int) -> Images:
     finder = EmbeddedDetector() if detector is None else YuNetDetector(detector)
     try:
         scan_library(folder, detector=finder)
-        library = PhotoLibrary(folder, detector=finder.name)
+        library = PhotoLibrary(
+            folder, detector=finder.name, folders=config.policy.folders, never=config.policy.never
+        )
     except EmptyLibrary as error:
         log.warning("%s; this round is answered with noise alone", error)
-        return torch.zeros(0, 3, size, size)
-    try:
-        return library.images(torch.arange(len(library)), size)
-    except LibraryError:
-        faces = [face for number in range(len(library)) for face in _one_face(library, number, size)]
-        return torch.cat([torch.zeros(0, 3, size, size), *faces])
+        return OwnFaces.strangers(torch.zeros(0, 3, size, size))
+    images = [_one_face(library, number, size) for number in range(len(library))]
+    whole = [number for number, image in enumerate(images) if image is not None]
+    return OwnFaces(
+        images=torch.cat([torch.zeros(0, 3, size, size), *(image for image in images if image is not None)]),
+        photos=torch.from_numpy(library.photo_labels())[whole],
+        occasions=torch.from_numpy(library.occasion_labels(config.occasions))[whole],
+    )
 
 
-def _one_face(library: PhotoLibrary, number: int, size: int) -> list[Images]:
+def _one_face(library: PhotoLibrary, number: int, size: int) -> Images | None:
     try:
-        return [library.images(number, size)]
+        return library.images(number, size)
     except LibraryError as error:
         log.warning("%s; it is left out of this round", error)
-        return []
+        return None

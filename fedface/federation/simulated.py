@@ -26,7 +26,8 @@ from fedface.experiment import (
     RealDevices,
 )
 from fedface.federation.device import Device
-from fedface.photos.drawn import DrawnFaces, ToneMix, draw, draw_people, sample_faces
+from fedface.photos.drawn import DrawnFaces, ToneMix, draw, draw_occasions, draw_people, sample_faces
+from fedface.photos.own import OwnFaces
 from fedface.photos.partition import partition
 from fedface.photos.probe import Probe, labelled_sets, read_face_folder
 from fedface.photos.tone import ToneReading, measure_tone
@@ -98,8 +99,11 @@ def simulated_device(experiment: Experiment, number: int, folder: Path) -> Devic
             f"this experiment has {experiment.devices.count} devices, asked for number {number}"
         )
 
-    def photos(size: int) -> Images:
-        return _photos(experiment, number, size)
+    devices = experiment.devices
+    together = devices.photos_per_occasion if isinstance(devices, DrawnDevices) else 1
+
+    def photos(size: int) -> OwnFaces:
+        return OwnFaces.in_occasions(_photos(experiment, number, size), together)
 
     return Device(
         name=device_name(number),
@@ -296,7 +300,10 @@ def _photos(experiment: Experiment, number: int, size: int) -> Images:
     match devices:
         case DrawnDevices():
             streams = Streams(experiment.seed).child(device_name(number))
-            return draw_people(devices.photos_each, devices.light_shares[number], size, streams)
+            each = devices.photos_per_occasion
+            return draw_occasions(
+                devices.photos_each // each, each, devices.light_shares[number], size, streams
+            )
         case LabelledDevices():
             images, _ = _labelled(experiment, size)
             return images[_dealt(experiment)[number]]

@@ -26,8 +26,9 @@ from fedface.experiment import DrawnDevices, Experiment
 from fedface.federation.cohort import Cohort
 from fedface.federation.coordinator import begin, check_same
 from fedface.federation.findings import answers
-from fedface.federation.rounds import State, Watcher, replace_text, run_rounds, spent, weights_path
+from fedface.federation.rounds import Watcher, run_rounds, spent
 from fedface.federation.simulated import describe_devices, device_faces, prepare
+from fedface.federation.state import State, replace_text, weights_path
 from fedface.models.family import Model, Resolved, Styled
 from fedface.models.weights import load_model, weights_hash
 from fedface.photos.tone import measure_tone
@@ -41,7 +42,7 @@ from fedface.reports.comparison import (
     RunFigures,
 )
 from fedface.reports.filling import machine_record, measured, version_record
-from fedface.reports.run import Figure, NotMeasured
+from fedface.reports.quantities import Figure, NotMeasured
 from fedface.shapes import Images
 from fedface.sweep import Sweep, Variant, level_of
 from fedface.training.ways import begin_round, check_fits, common_streams

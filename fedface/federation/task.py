@@ -9,20 +9,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
 
 from fedface.aggregation.protocol import AggregationConfig, Agreement
-from fedface.config import parse, plain
-from fedface.errors import ConfigError, FederationError, PrivacyError
+from fedface.audits.private_figures import FiguresConfig
+from fedface.config import plain
 from fedface.models.family import Shape
 from fedface.privacy.plan import Terms
 from fedface.shapes import Vector
 from fedface.training.ways import Training
+from fedface.upsampling.degrade import Degradation
+from fedface.upsampling.methods import Method
 
-VERSION = 2  # 2: families of models and ways of training
+VERSION = 3  # 3: units of a promise, and figures from devices
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,27 @@ class Agreed:
     shape: Shape  # of the model: which family, and how large
     aggregation: AggregationConfig
     agreement: Agreement
+    held_out: float = 0.0  # share of the units that no update is computed from, in [0, 1)
+
+    def __post_init__(self) -> None:
+        _check_share(self.held_out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """Everything public that a device must know to score one model on its own photos; no epsilon here either."""
+
+    terms: Terms
+    shape: Shape
+    method: Method  # how photos that were shrunk are made large again
+    downscale: Degradation
+    figures: FiguresConfig
+    aggregation: AggregationConfig
+    agreement: Agreement
+    held_out: float = 0.0  # share of the units that are asked; 0: all, since nothing was trained on them
+
+    def __post_init__(self) -> None:
+        _check_share(self.held_out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +80,11 @@ class TrainTask:
     buffers: Vector  # noise maps and mean style, flat; a flow has none
     model: str  # hash of the weights, for the ledger
 
+    @property
+    def book(self) -> str:
+        """Under which name the ledger books it."""
+        return self.run
+
     def message(self) -> Message:
         """For the wire."""
         header = {
@@ -64,6 +92,40 @@ class TrainTask:
             "seed": self.seed, "model": self.model, "terms": self.agreed.terms.to_record(),
             "training": plain(self.agreed.training), "shape": plain(self.agreed.shape),
             "aggregation": plain(self.agreed.aggregation), "agreement": plain(self.agreed.agreement),
+            "held_out": self.agreed.held_out,
+        }  # fmt: skip
+        return Message(
+            json.dumps(header), {"weights": vector_bytes(self.weights), "buffers": vector_bytes(self.buffers)}
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateTask:
+    """Score this model on photos of your own and send the protected sums of figures."""
+
+    run: str
+    round: int  # which question of the run, from 1
+    cohort: int
+    seed: int  # where searches start; the same for every photo
+    question: Question
+    weights: Vector
+    buffers: Vector
+    model: str  # hash of the weights, for the ledger
+
+    @property
+    def book(self) -> str:
+        """Under which name the ledger books it: a run's figures are releases beside its updates."""
+        return figures_book(self.run)
+
+    def message(self) -> Message:
+        """For the wire."""
+        asked = self.question
+        header = {
+            "what": "evaluate", "version": VERSION, "run": self.run, "round": self.round, "cohort": self.cohort,
+            "seed": self.seed, "model": self.model, "terms": asked.terms.to_record(), "shape": plain(asked.shape),
+            "method": plain(asked.method), "downscale": plain(asked.downscale), "figures": plain(asked.figures),
+            "aggregation": plain(asked.aggregation), "agreement": plain(asked.agreement),
+            "held_out": asked.held_out,
         }  # fmt: skip
         return Message(
             json.dumps(header), {"weights": vector_bytes(self.weights), "buffers": vector_bytes(self.buffers)}
@@ -79,17 +141,28 @@ class RevealTask:
     aggregation: AggregationConfig
     agreement: Agreement
     total: bytes  # a payload
+    of: Literal["updates", "figures"] = "updates"
+
+    @property
+    def book(self) -> str:
+        """Under which name the ledger booked this device's part in the sum."""
+        return self.run if self.of == "updates" else figures_book(self.run)
 
     def message(self) -> Message:
         """For the wire."""
         header = {
-            "what": "reveal", "version": VERSION, "run": self.run, "round": self.round,
+            "what": "reveal", "version": VERSION, "run": self.run, "round": self.round, "of": self.of,
             "aggregation": plain(self.aggregation), "agreement": plain(self.agreement),
         }  # fmt: skip
         return Message(json.dumps(header), {"total": self.total})
 
 
-Task = TrainTask | RevealTask
+Task = TrainTask | EvaluateTask | RevealTask
+
+
+def figures_book(run: str) -> str:
+    """The ledger's name for what a run asked beside its updates."""
+    return f"{run}/figures"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +177,25 @@ class Trained:
         """For the wire."""
         header = {
             "what": "trained",
+            "version": VERSION,
+            "device": self.device,
+            "seconds": self.seconds_protect,
+        }
+        return Message(json.dumps(header), {"payload": self.payload})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Protected sums of figures."""
+
+    device: str
+    payload: bytes
+    seconds_protect: float
+
+    def message(self) -> Message:
+        """For the wire."""
+        header = {
+            "what": "scored",
             "version": VERSION,
             "device": self.device,
             "seconds": self.seconds_protect,
@@ -130,13 +222,14 @@ class Refusal:
 
     device: str
     reason: str
+    withdrawn: bool = False  # the owner has left this run, and the server is to forget the device
 
     def message(self) -> Message:
         """For the wire."""
         return Message(json.dumps({"what": "refusal", "version": VERSION, **asdict(self)}), {})
 
 
-Reply = Trained | Revealed | Refusal
+Reply = Trained | Scored | Revealed | Refusal
 
 
 @dataclass(frozen=True)
@@ -144,68 +237,6 @@ class Fault:
     """No usable reply from a device, and why: it is dropped for the round and named."""
 
     reason: str
-
-
-def read_task(message: Message) -> Task:
-    """The task in a message.
-
-    Raises:
-        FederationError: It is no task of this version, or a part is missing or out of bounds.
-    """
-    header = _header(message)
-    try:
-        if header["what"] == "train":
-            return TrainTask(
-                run=_word(header["run"]),
-                round=_whole(header["round"], 1),
-                cohort=_whole(header["cohort"], 1),
-                seed=_whole(header["seed"], 0),
-                agreed=Agreed(
-                    terms=Terms.from_record(header["terms"]),
-                    training=_choice(header, "training"),
-                    shape=_choice(header, "shape"),
-                    aggregation=_choice(header, "aggregation"),
-                    agreement=_part(header, "agreement", Agreement),
-                ),
-                weights=vector_from(message.blobs["weights"]),
-                buffers=vector_from(message.blobs["buffers"]) if message.blobs["buffers"] else torch.zeros(0),
-                model=_word(header["model"]),
-            )
-        if header["what"] == "reveal":
-            return RevealTask(
-                run=_word(header["run"]),
-                round=_whole(header["round"], 1),
-                aggregation=_choice(header, "aggregation"),
-                agreement=_part(header, "agreement", Agreement),
-                total=message.blobs["total"],
-            )
-    except (
-        KeyError, TypeError, ValueError, OverflowError, MemoryError, ConfigError, PrivacyError
-    ) as error:  # fmt: skip
-        raise FederationError(f"this task cannot be read: {_said(error)}") from error
-    raise FederationError(f"wanted a task to train or reveal, got {header['what']!r}")
-
-
-def read_reply(message: Message) -> Reply:
-    """The reply in a message.
-
-    Raises:
-        FederationError: It is no reply of this version, or a part is missing or out of bounds.
-    """
-    header = _header(message)
-    try:
-        device = _word(header["device"])
-        if header["what"] == "trained":
-            return Trained(
-                device=device, payload=message.blobs["payload"], seconds_protect=_seconds(header["seconds"])
-            )
-        if header["what"] == "revealed":
-            return Revealed(device=device, total=vector_from(message.blobs["total"]))
-        if header["what"] == "refusal":
-            return Refusal(device=device, reason=_sentence(header["reason"]))
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise FederationError(f"this reply cannot be read: {_said(error)}") from error
-    raise FederationError(f"wanted a reply, got {header['what']!r}")
 
 
 def vector_bytes(vector: Vector) -> bytes:
@@ -223,58 +254,6 @@ def vector_from(written: bytes) -> Vector:
     return vector
 
 
-def _header(message: Message) -> dict[str, Any]:
-    try:
-        header = json.loads(message.header)
-    except (ValueError, RecursionError) as error:
-        raise FederationError("this message has no readable header") from error
-    if not isinstance(header, dict) or header.get("version") != VERSION or "what" not in header:
-        raise FederationError(f"wanted a message of version {VERSION}; update the older of the two sides")
-    return header
-
-
-def _part(header: dict[str, Any], key: str, wanted: type[Any]) -> Any:
-    return parse(json.dumps(header[key]), wanted, name=key)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Choices:
-    aggregation: AggregationConfig | None = None
-    training: Training | None = None
-    shape: Shape | None = None
-
-
-def _choice(header: dict[str, Any], key: str) -> Any:
-    """A part that is one of several dataclasses, picked by its `kind`."""
-    chosen = getattr(parse(json.dumps({key: header[key]}), _Choices, name="task"), key)
-    if chosen is None:
-        raise ValueError(f"{key} must be given, got null")
-    return chosen
-
-
-def _word(value: Any) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= 200 or not value.isprintable():
-        raise ValueError(f"expected a short text, got {value!r:.80}")
-    return value
-
-
-def _whole(value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
-        raise ValueError(f"expected a whole number of at least {least}, got {value!r:.80}")
-    return value
-
-
-def _seconds(value: Any) -> float:
-    seconds = float(value)
-    if not 0 <= seconds < 1e9:
-        raise ValueError(f"expected a number of seconds, got {value!r:.80}")
-    return seconds
-
-
-def _sentence(value: Any) -> str:
-    """A stranger's words for our reports: of bounded length, without control characters or broken UTF-16."""
-    return "".join(letter if letter.isprintable() else " " for letter in str(value)[:1000])
-
-
-def _said(error: Exception) -> str:
-    return f"the part {error} is missing" if isinstance(error, KeyError) else str(error)
+def _check_share(held_out: float) -> None:
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out must lie in [0, 1), got {held_out}")

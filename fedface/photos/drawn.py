@@ -7,6 +7,8 @@ standard normals pushed through quantile functions, see photos.drawn_parameters.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,7 @@ __all__ = [
     "DrawnFaces",
     "ToneMix",
     "draw",
+    "draw_occasions",
     "draw_people",
     "faces_from_normals",
     "landmarks",
@@ -39,6 +42,8 @@ __all__ = [
     "through_jpeg",
 ]
 
+# What differs from photo to photo of one person at one occasion.
+MOMENT = ("yaw", "pitch", "roll", "smile", "mouth_open", "brow_raise", "gaze")
 _PIXELS_AT_ONCE = 2**16  # keeps every intermediate tensor inside a core's cache
 _FINE = 64  # pictures smaller than this are drawn at twice their size and averaged in linear light
 
@@ -96,6 +101,28 @@ def draw_people(count: int, light_share: float, size: int, streams: Streams) -> 
         streams: Its streams "faces" and "camera" are used.
     """
     faces = sample_faces(count, ToneMix(light_share=light_share), streams.generator("faces"))
+    return draw(faces, size, noise=streams.generator("camera"))
+
+
+def draw_occasions(occasions: int, each: int, light_share: float, size: int, streams: Streams) -> Images:
+    """Drawn people with several photos of each, side by side: (occasions * each, 3, size, size).
+
+    Photos of one occasion show one person in one light, through one camera; pose and expression are fresh. With
+    one photo each they are those of `draw_people`.
+
+    Args:
+        occasions: How many, >= 1.
+        each: Photos of one occasion, >= 1.
+        light_share: Share of light skin, Monk 1 to 5, in [0, 1].
+        size: Side in pixels, at least 16.
+        streams: Its streams "faces", "moments" and "camera" are used.
+    """
+    mix = ToneMix(light_share=light_share)
+    people = sample_faces(occasions, mix, streams.generator("faces"))
+    faces = people[torch.arange(occasions).repeat_interleave(each)]
+    if each > 1:
+        moments = sample_faces(occasions * each, mix, streams.generator("moments"))
+        faces = replace(faces, **{name: getattr(moments, name) for name in MOMENT})
     return draw(faces, size, noise=streams.generator("camera"))
 
 

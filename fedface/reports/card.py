@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedface.reports import wording
-from fedface.reports.run import BiasRecord, NotMeasured, PlanRecord, RunRecord
+from fedface.reports.quantities import NotMeasured
+from fedface.reports.run import BiasRecord, PlanRecord, RunRecord
 
 FILE = "model-card.md"
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|&!~])")

@@ -16,7 +16,8 @@ from fedface.audits.disaggregate import mean_interval
 from fedface.errors import RunError
 from fedface.experiment import UNBOUNDED
 from fedface.reports import strict
-from fedface.reports.run import Epsilon, Figure, Interval, MachineRecord, NotMeasured
+from fedface.reports.quantities import Epsilon, Figure, Interval, NotMeasured
+from fedface.reports.run import MachineRecord
 
 FILE = "comparison.json"
 UNTOUCHED = "0"  # the level of the unmodified public model

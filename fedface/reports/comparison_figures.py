@@ -18,7 +18,7 @@ from matplotlib.figure import Figure as Canvas
 from fedface.experiment import UNBOUNDED
 from fedface.reports.comparison import TITLES, UNTOUCHED, ComparisonRecord
 from fedface.reports.figures import FAINT, INK, STYLE, face_grid
-from fedface.reports.run import Interval
+from fedface.reports.quantities import Interval
 from fedface.shapes import Images
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a8f98")

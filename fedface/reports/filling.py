@@ -17,25 +17,25 @@ from typing import assert_never
 from fedface.audits.bias import BiasReport, Service
 from fedface.audits.disaggregate import Interval as Measured
 from fedface.audits.inversion import AttackResult, CosineSearch, Defence, NoDefence, Search, SquaredSearch
+from fedface.audits.private_reading import GroupFigures, PrivateFigures
 from fedface.privacy.accounting import ADJACENCY, Bounds, success_ceiling
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.privacy.plan import Plan
 from fedface.privacy.target import NoPromise as NoTarget
 from fedface.privacy.target import PrivacyTarget
 from fedface.reports import wording
+from fedface.reports.private_record import PrivateGroup, PrivateRecord
+from fedface.reports.quantities import Epsilon, Figure, NotMeasured, figure
 from fedface.reports.run import (
     AttackRecord,
     BiasRecord,
-    Epsilon,
-    Figure,
     GapRecord,
     GroupRecord,
     MachineRecord,
     NoPromise,
-    NotMeasured,
     PlanRecord,
-    figure,
 )
+from fedface.units import Unit, unit_in_words
 
 PACKAGES = ("fedface", "torch", "flwr", "opacus", "tenseal", "dp-accounting", "numpy", "scikit-image")
 THREAT = "Somebody who sees one device's update alone and knows the network: a server without encryption."
@@ -88,11 +88,26 @@ def plan_record(plan: Plan) -> PlanRecord | NoPromise:
                 clip_norm=plan.schedule.clip_norm,
                 expected_batch=float(plan.schedule.expected_batch),
                 adjacency=ADJACENCY,
-                neighbouring=f"It compares a device's library with the same library without one {unit}: "
-                "the two give any update with nearly the same probability.",
+                neighbouring=_neighbouring(unit),
+                covers=unit_in_words(unit),
+                noise_at=plan.terms.noise_at,
+                update_clip=plan.update_clip if unit == "library" else None,
+                figures_noise=tuple(terms.noise_multiplier for terms in plan.beside),
             )
         case _:
             assert_never(plan.promise)
+
+
+def _neighbouring(unit: Unit) -> str:
+    if unit == "library":
+        return (
+            "It compares a run with one in which a device's library is empty: the two give any model with nearly the "
+            "same probability. The server, which adds the noise, is trusted and sees each device's update."
+        )
+    return (
+        f"It compares a device's library with the same library without one {unit}: "
+        "the two give any update with nearly the same probability."
+    )
 
 
 def bias_record(report: BiasReport, *, weights_hash: str, probe: str) -> BiasRecord:
@@ -119,6 +134,62 @@ def bias_record(report: BiasReport, *, weights_hash: str, probe: str) -> BiasRec
             for name, gap in report.gaps.items()
         },
         sentences=tuple(report.sentences()),
+    )
+
+
+def private_record(
+    figures: PrivateFigures,
+    *,
+    when: str,
+    weights_hash: str,
+    method: str,
+    devices: int,
+    refusals: Sequence[str],
+    epsilon: Epsilon | NotMeasured,
+    noise_multiplier: float,
+) -> PrivateRecord:
+    """What devices told of one model, as the page prints it; groups that were too small are named, without numbers.
+
+    Args:
+        figures: As read from the noised sum.
+        when: "before", "after", or a candidate's name.
+        weights_hash: Of the model in question.
+        method: How photos were made large again, in words.
+        devices: How many are in the sum.
+        refusals: Why others are not, without names.
+        epsilon: What the question cost one unit.
+        noise_multiplier: Of each device.
+    """
+    few = f"below {figures.least_count:.0f} units, noise included"
+    groups = [_private_group(name, group) for name, group in figures.groups.items()]
+    groups += [
+        PrivateGroup(group=name, units=NotMeasured(not_measured=few), figures={})
+        for name in figures.suppressed
+    ]
+    overall = (
+        PrivateGroup(group="all", units=NotMeasured(not_measured=few), figures={})
+        if figures.overall is None
+        else _private_group("all", figures.overall)
+    )
+    return PrivateRecord(
+        when=when,
+        weights_hash=weights_hash,
+        method=method,
+        devices=devices,
+        refusals=tuple(refusals),
+        epsilon=epsilon,
+        noise_multiplier=noise_multiplier,
+        overall=overall,
+        groups=tuple(groups),
+        sentences=tuple(figures.sentences()),
+    )
+
+
+def _private_group(name: str, group: GroupFigures) -> PrivateGroup:
+    return PrivateGroup(
+        group=name,
+        units=measured(group.count),
+        figures={measure: measured(group.figure(measure)) for measure in group.means},
     )
 
 

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure as Canvas
 from fedface.reports import strict, wording
 from fedface.reports.comparison_figures import COLOURS, MARKERS, png_on_white
 from fedface.reports.figures import INK, STYLE, face_grid
-from fedface.reports.run import BiasRecord, Figure, Interval, MachineRecord, NotMeasured
+from fedface.reports.quantities import Figure, Interval, NotMeasured
+from fedface.reports.run import BiasRecord, MachineRecord
 from fedface.shapes import Images
 
 FILE = "methods.json"

@@ -19,7 +19,8 @@ from markupsafe import Markup
 
 from fedface.errors import RunError
 from fedface.reports import figures, wording
-from fedface.reports.run import BiasRecord, Epsilon, Figure, Interval, NotMeasured, PlanRecord, RunRecord
+from fedface.reports.quantities import Epsilon, Figure, Interval, NotMeasured
+from fedface.reports.run import BiasRecord, PlanRecord, RunRecord
 
 FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("page.html")

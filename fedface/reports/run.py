@@ -8,91 +8,22 @@ the weights it measured. What could not be measured is a `NotMeasured` with the 
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 from fedface.errors import RunError
 from fedface.reports import strict
+from fedface.reports.private_record import LeftRecord, PrivateRecord
+from fedface.reports.quantities import Epsilon, Figure, NotMeasured
 
 VERSION = 1
 FILE = "run.json"
+GONE = "a device that left"  # in place of the name of a device whose owner left the run
 HASH = re.compile(r"[0-9a-f]{8,64}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """A measured number with its 95 % interval and how many things were counted."""
-
-    estimate: float
-    low: float
-    high: float
-    count: int  # >= 1
-
-    def __post_init__(self) -> None:
-        for name in ("estimate", "low", "high"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} must be finite, got {getattr(self, name)}; use NotMeasured")
-        if not self.low <= self.high:
-            raise ValueError(f"low must be at most high, got {self.low} and {self.high}")
-        if self.count < 1:
-            raise ValueError(f"count must be >= 1, got {self.count}; use NotMeasured")
-
-
-@dataclass(frozen=True, kw_only=True)
-class NotMeasured:
-    """A number that does not exist, and why."""
-
-    not_measured: str  # the reason, a phrase that can follow "not measured: "
-
-    def __post_init__(self) -> None:
-        if not self.not_measured.strip():
-            raise ValueError("not_measured must say why, got an empty text")
-
-
-Figure = Interval | NotMeasured
-
-
-def figure(values: Mapping[str, Any], *, otherwise: str) -> Figure:
-    """An `Interval` from the mapping of one, or `NotMeasured` where there is none to speak of.
-
-    Args:
-        values: With estimate, low, high and count, such as `dataclasses.asdict` of an audit's interval.
-        otherwise: The reason to give when the estimate is missing or not finite, or nothing was counted.
-            Ends of the interval that are not finite count as missing too.
-    """
-    names = ("estimate", "low", "high")
-    numbers = [values.get(name) for name in names]
-    count = values.get("count") or 0
-    finite = [float(number) for number in numbers if number is not None and math.isfinite(number)]
-    if len(finite) < 3 or count < 1:
-        return NotMeasured(not_measured=otherwise)
-    return Interval(estimate=finite[0], low=finite[1], high=finite[2], count=int(count))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Epsilon:
-    """A privacy loss with what it needs to mean something: bounds, delta and unit."""
-
-    lower: float
-    estimate: float
-    upper: float  # the number to promise
-    delta: float  # 0 < delta < 1
-    unit: str  # what one promise covers: photo, occasion or library
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.lower <= self.estimate <= self.upper < math.inf:
-            raise ValueError(
-                "epsilon must be finite and ordered, got "
-                f"lower {self.lower}, estimate {self.estimate}, upper {self.upper}"
-            )
-        if not 0 < self.delta < 1:
-            raise ValueError(f"delta must lie in (0, 1), got {self.delta}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +42,14 @@ class PlanRecord:
     expected_batch: float
     adjacency: str  # such as "add or remove one"
     neighbouring: str  # a sentence: which two worlds nobody can tell apart
+    covers: str = field(default_factory=str)  # what one promise covers, in words
+    noise_at: Literal["device", "server"] = field(default_factory=lambda: "device")  # who adds the noise
+    update_clip: float | None = field(
+        default_factory=lambda: None
+    )  # of whole updates, where the server adds noise
+    figures_noise: tuple[float, ...] = field(
+        default_factory=tuple
+    )  # noise multipliers of what devices tell besides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +105,15 @@ class RoundRecord:
 
     def __post_init__(self) -> None:
         _check_hash(self.weights_hash)
+
+    def without(self, name: str) -> RoundRecord:
+        """The same round without a device's name: its owner has left the run."""
+        return replace(
+            self,
+            answered=tuple(GONE if device == name else device for device in self.answered),
+            refusals=tuple(replace(r, device=GONE) if r.device == name else r for r in self.refusals),
+            dropped=tuple(replace(r, device=GONE) if r.device == name else r for r in self.dropped),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,6 +246,10 @@ class RunRecord:
     aggregation: tuple[AggregationRecord, ...]
     pictures: dict[str, PictureRecord]
     notes: tuple[str, ...]  # what this run cannot show
+    left: tuple[LeftRecord, ...] = field(
+        default_factory=tuple
+    )  # devices whose owners left, without their names
+    private: tuple[PrivateRecord, ...] = field(default_factory=tuple)  # figures from the devices' own photos
     beside: dict[str, BiasRecord] = field(default_factory=dict)  # simple methods on the same probe, by title
     version: int = field(default=VERSION)
 

@@ -8,18 +8,8 @@ from __future__ import annotations
 import math
 
 from fedface.audits.bias import MEASURES
-from fedface.reports.run import (
-    AttackRecord,
-    BiasRecord,
-    Epsilon,
-    Figure,
-    GapRecord,
-    Interval,
-    NoPromise,
-    NotMeasured,
-    PlanRecord,
-    RunRecord,
-)
+from fedface.reports.quantities import Epsilon, Figure, Interval, NotMeasured
+from fedface.reports.run import AttackRecord, BiasRecord, GapRecord, NoPromise, PlanRecord, RunRecord
 
 # What the probe says after each round: name -> (title, unit, whether zero belongs on the axis).
 PROBE_FIGURES = {

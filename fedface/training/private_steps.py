@@ -56,7 +56,7 @@ from fedface.errors import PrivacyError
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.randomness import SecretNoise
 from fedface.shapes import Images
-from fedface.training.unit_sums import Chance, SumOfUnits, clipped_sum, joined_photos, sampled_units, units_of
+from fedface.training.unit_sums import Chance, SumOfUnits, clipped_sum, joined_photos, units_of
 
 Network = Callable[..., Tensor]
 # (network, photos (n, ...)) or (network, photos (n, ...), draws (n, ...)) -> one loss per photo, (n,)
@@ -244,7 +244,7 @@ def private_sum(
 
     Guarantees:
         * One unit more or less moves the sum before noise by at most `mechanism.clip_norm`: the vectors of its
-          photos are summed, all of them, and their sum is clipped.
+          photos that joined are summed, and their sum is clipped.
         * A unit with a number that is not finite adds nothing; noise is added once, also to an empty sum.
 
     Args:
@@ -260,12 +260,45 @@ def private_sum(
     Raises:
         PrivacyError: A promised sum was given replayable chance.
     """
+    return private_sum_of(
+        lambda positions: vectors[positions],
+        vectors.shape[1],
+        units_of(vectors, units),
+        mechanism=mechanism,
+        sampling_rate=sampling_rate,
+        chance=chance,
+    )
+
+
+def private_sum_of(
+    rows: Callable[[Tensor], Tensor],
+    width: int,
+    units: Tensor,
+    *,
+    mechanism: GaussianSum | ClippedSum,
+    sampling_rate: float,
+    chance: Chance,
+) -> Tensor:
+    """`private_sum` of vectors that are computed only for the photos that joined.
+
+    Args:
+        rows: Positions of photos, int64 (m,) -> their vectors (m, width); each depends on its photo alone.
+        width: d.
+        units: Which unit each photo belongs to, int64 (n,), numbered from 0 without gaps.
+        mechanism: As for `private_sum`.
+        sampling_rate: As for `private_sum`.
+        chance: As for `private_sum`.
+
+    Returns:
+        Shape (d,), not divided by anything.
+    """
     release = _release(mechanism, chance)
-    members = units_of(vectors, units)
-    count = int(members.max()) + 1 if len(members) else 0
-    sums = torch.zeros(count, vectors.shape[1]).index_add_(0, members, vectors)
-    drawn = sums[sampled_units(count, _rate(sampling_rate), chance)]
-    return release(clipped_sum([drawn], mechanism.clip_norm)[0])
+    drawn = joined_photos(units, _rate(sampling_rate), chance)
+    if not len(drawn):
+        return release(torch.zeros(width))
+    numbers, place = torch.unique_consecutive(units[drawn], return_inverse=True)
+    sums = torch.zeros(len(numbers), width).index_add_(0, place, rows(drawn))
+    return release(clipped_sum([sums], mechanism.clip_norm)[0])
 
 
 def _rate(sampling_rate: float) -> float:

@@ -17,7 +17,7 @@ from fedface.randomness import Streams
 from fedface.reports import methods as report
 from fedface.reports import strict
 from fedface.reports.methods import MethodFigures, MethodsRecord
-from fedface.reports.run import Interval, NotMeasured
+from fedface.reports.quantities import Interval, NotMeasured
 from fedface.upsampling.degrade import Area
 from fedface.upsampling.methods import METHODS, name_of
 from fedface.upsampling.one_pass import BicubicConfig, NearestConfig, SuperResolutionConfig

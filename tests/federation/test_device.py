@@ -14,7 +14,8 @@ from fedface.aggregation.protocol import EncryptedConfig, Payload
 from fedface.errors import AggregationError, FederationError, LedgerError, PrivacyError, WeightsError
 from fedface.experiment import Experiment
 from fedface.federation.device import Device, serve
-from fedface.federation.task import Refusal, Revealed, RevealTask, Trained, TrainTask, read_task
+from fedface.federation.reading import read_task
+from fedface.federation.task import Refusal, Revealed, RevealTask, Trained, TrainTask
 from fedface.models.critic import CriticConfig
 from fedface.models.family import GanShape
 from fedface.models.stylegan2 import GeneratorConfig

@@ -24,12 +24,11 @@ from fedface.federation.flower import (
     InProcessGrid,
     client_app,
     device_of,
-    devices_folder,
     from_record,
     in_process_cohort,
-    read_order,
     to_record,
 )
+from fedface.federation.orders import devices_folder, read_order
 from fedface.federation.task import Fault, Message, Refusal, Revealed, RevealTask, Trained
 from fedface.models.critic import CriticConfig
 from fedface.models.family import new_gan

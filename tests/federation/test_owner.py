@@ -57,10 +57,10 @@ def test_photos_are_found_scanned_and_cut_to_size(home: Path) -> None:
     """Paths count from the file's own folder; a photo added later takes part in the next round."""
     device = owner_device(home / "device.yaml")
     assert (device.name, device.policy.max_epsilon, device.state) == ("kitchen", 2.0, home / "state")
-    first = device.photos(16)
+    first = device.photos(16).images
     assert first.shape == (3, 3, 16, 16) and float(first.min()) >= 0 and float(first.max()) <= 1
     draw_photos(home / "photos", 1, "new")
-    assert device.photos(16).shape == (4, 3, 16, 16)
+    assert device.photos(16).images.shape == (4, 3, 16, 16)
 
 
 def test_a_folder_without_a_face_gives_none_and_a_photo_that_goes_is_left_out(
@@ -75,12 +75,12 @@ def test_a_folder_without_a_face_gives_none_and_a_photo_that_goes_is_left_out(
 
     with monkeypatch.context() as patch:
         patch.setattr("fedface.federation.owner.scan_library", scanned)
-        assert device.photos(16).shape == (2, 3, 16, 16)
+        assert device.photos(16).images.shape == (2, 3, 16, 16)
     for photo in (home / "photos").iterdir():
         photo.unlink()
-    assert device.photos(16).shape == (0, 3, 16, 16)
+    assert device.photos(16).images.shape == (0, 3, 16, 16)
     write_png(home / "photos" / "wall.png", np.full((64, 64, 3), 200, np.uint8))
-    assert device.photos(16).shape == (0, 3, 16, 16)
+    assert device.photos(16).images.shape == (0, 3, 16, 16)
 
 
 def test_the_state_folder_is_the_owners_alone(home: Path) -> None:

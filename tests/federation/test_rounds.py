@@ -19,24 +19,16 @@ from fedface.experiment import Experiment
 from fedface.federation.cohort import Heard
 from fedface.federation.device import serve
 from fedface.federation.findings import Yardstick, sample_figures
-from fedface.federation.flower import devices_folder
-from fedface.federation.rounds import SilentWatcher, State, run_rounds, weights_path
+from fedface.federation.orders import devices_folder
+from fedface.federation.reading import read_reply, read_task
+from fedface.federation.rounds import SilentWatcher, run_rounds
 from fedface.federation.simulated import device_faces, simulated_device
-from fedface.federation.task import (
-    Fault,
-    Refusal,
-    Reply,
-    Revealed,
-    Task,
-    Trained,
-    TrainTask,
-    read_reply,
-    read_task,
-)
+from fedface.federation.state import State, weights_path
+from fedface.federation.task import Fault, Refusal, Reply, Revealed, Task, Trained, TrainTask
 from fedface.models.weights import buffers_of, load_model, vector_of, weights_hash
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Ledger
-from fedface.reports.run import Epsilon, Interval, NotMeasured
+from fedface.reports.quantities import Epsilon, Interval, NotMeasured
 from fedface.shapes import Vector
 from fedface.training.generator import ranges_of
 from fedface.upsampling.degrade import Area

@@ -17,7 +17,7 @@ from fedface.models.weights import save_model
 from fedface.randomness import Streams
 from fedface.reports import comparison
 from fedface.reports.comparison import MEASURES, UNTOUCHED, ComparisonRecord
-from fedface.reports.run import Epsilon, Interval, NotMeasured
+from fedface.reports.quantities import Epsilon, Interval, NotMeasured
 from fedface.sweep import Sweep, read_sweep
 
 

@@ -16,6 +16,7 @@ from tiny import tiny_experiment, tiny_gan, train_task
 
 from fedface.aggregation.protocol import Agreement, EncryptedConfig
 from fedface.errors import FederationError
+from fedface.federation.reading import read_reply, read_task
 from fedface.federation.task import (
     Message,
     Refusal,
@@ -24,8 +25,6 @@ from fedface.federation.task import (
     Task,
     Trained,
     TrainTask,
-    read_reply,
-    read_task,
     vector_bytes,
     vector_from,
 )
@@ -120,7 +119,7 @@ def test_a_task_that_a_machine_cannot_hold_is_refused_in_one_sentence(
     def full(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("fedface.federation.task.parse", full)
+    monkeypatch.setattr("fedface.federation.reading.parse", full)
     with pytest.raises(FederationError, match="this task cannot be read"):
         read_task(task.message())
 

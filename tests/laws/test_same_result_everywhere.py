@@ -17,9 +17,11 @@ from fedface.federation.cohort import Cohort
 from fedface.federation.coordinator import begin
 from fedface.federation.device import Device
 from fedface.federation.findings import Yardstick
-from fedface.federation.flower import GridCohort, client_app, devices_folder, in_process_cohort
-from fedface.federation.rounds import SilentWatcher, State, run_rounds, weights_path
+from fedface.federation.flower import GridCohort, client_app, in_process_cohort
+from fedface.federation.orders import devices_folder
+from fedface.federation.rounds import SilentWatcher, run_rounds
 from fedface.federation.simulated import device_faces, prepare, simulated_device
+from fedface.federation.state import State, weights_path
 from fedface.models.critic import CriticConfig
 from fedface.models.family import new_gan
 from fedface.models.stylegan2 import GeneratorConfig

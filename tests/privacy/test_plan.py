@@ -58,7 +58,8 @@ def test_terms_survive_the_wire_and_hold_no_epsilon() -> None:
     "change",
     [{"sampling_rate": 1.5}, {"rounds": 0}, {"noise_multiplier": -1.0}, {"noise_multiplier": float("nan")},
      {"clip_norm": float("inf")}, {"epsilon": 1.0}, {"rounds": float("inf")},
-     {"unit": "house"}, {"update_clip": 0.0}, {"clip_norm": 1e-30}, {"clip_norm": 1e30}, {"noise_multiplier": 1e200}, {"expected_batch": 10**30}],
+     {"unit": "house"}, {"update_clip": 0.0},
+     {"clip_norm": 1e-30}, {"clip_norm": 1e30}, {"noise_multiplier": 1e200}, {"expected_batch": 10**30}],
 )  # fmt: skip
 def test_terms_out_of_bounds_are_refused(change: dict[str, float]) -> None:
     record = {**Terms(schedule=SCHEDULE, noise_multiplier=1.0).to_record(), **change}

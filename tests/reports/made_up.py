@@ -12,18 +12,15 @@ from fedface.audits.bias import MEASURES
 from fedface.photos.drawn import draw
 from fedface.photos.drawn_parameters import ToneMix, sample_faces
 from fedface.reports import figures
+from fedface.reports.quantities import Epsilon, Figure, Interval, NotMeasured
 from fedface.reports.run import (
     AggregationRecord,
     AttackRecord,
     BiasRecord,
     DeviceRecord,
-    Epsilon,
-    Figure,
     GapRecord,
     GroupRecord,
-    Interval,
     MachineRecord,
-    NotMeasured,
     PictureRecord,
     PlanRecord,
     RefusalRecord,

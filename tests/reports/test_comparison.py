@@ -7,7 +7,7 @@ import math
 import pytest
 
 from fedface.reports.comparison import over_seeds
-from fedface.reports.run import Interval, NotMeasured
+from fedface.reports.quantities import Interval, NotMeasured
 
 NOTHING = NotMeasured(not_measured="wants 40 faces")
 

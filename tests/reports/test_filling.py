@@ -16,7 +16,8 @@ from fedface.privacy.plan import Schedule, make_plan
 from fedface.privacy.target import NoPromise as NoTarget
 from fedface.privacy.target import PrivacyTarget
 from fedface.reports import filling, wording
-from fedface.reports.run import Epsilon, NoPromise, NotMeasured, PlanRecord
+from fedface.reports.quantities import Epsilon, NotMeasured
+from fedface.reports.run import NoPromise, PlanRecord
 
 SCHEDULE = Schedule(rounds=2, steps_per_round=3, sampling_rate=0.1, expected_batch=10, clip_norm=1.0)
 

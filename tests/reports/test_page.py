@@ -14,7 +14,8 @@ import pytest
 from skimage.io import imread
 
 from fedface.reports import card, page, wording
-from fedface.reports.run import BiasRecord, Interval, NoPromise, NotMeasured, RunRecord
+from fedface.reports.quantities import Interval, NotMeasured
+from fedface.reports.run import BiasRecord, NoPromise, RunRecord
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>$x_{1}$&amp;{{ 7 * 7 }}"
 VOID = {"meta", "img", "link", "br", "hr", "path", "use", "rect"}

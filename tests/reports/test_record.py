@@ -12,7 +12,8 @@ import pytest
 from fedface.audits.disaggregate import EMPTY, mean_interval, rate_interval
 from fedface.errors import RunError
 from fedface.reports import run
-from fedface.reports.run import Epsilon, Interval, NoPromise, NotMeasured, PictureRecord, RunRecord
+from fedface.reports.quantities import Epsilon, Interval, NotMeasured
+from fedface.reports.run import NoPromise, PictureRecord, RunRecord
 
 
 def test_a_record_comes_back_equal_from_its_json(record: RunRecord) -> None:

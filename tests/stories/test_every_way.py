@@ -13,7 +13,7 @@ from fedface.config import dump
 from fedface.models.weights import load_model, weights_hash
 from fedface.privacy.ledger import Ledger
 from fedface.reports import run
-from fedface.reports.run import Epsilon, Interval
+from fedface.reports.quantities import Epsilon, Interval
 
 
 @pytest.mark.parametrize("way", ["lora", "prior", "flow", "styles", "resolver"])

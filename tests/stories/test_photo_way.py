@@ -18,9 +18,11 @@ from fedface.aggregation.plain import PlainAggregation
 from fedface.aggregation.protocol import Payload
 from fedface.federation.device import serve
 from fedface.federation.flower import from_record, to_record
-from fedface.federation.task import Trained, read_reply
+from fedface.federation.reading import read_reply
+from fedface.federation.task import Trained
 from fedface.models.family import Gan
 from fedface.models.weights import fill, vector_of
+from fedface.photos.own import OwnFaces
 from fedface.randomness import Streams
 from fedface.shapes import Images, Vector
 
@@ -52,7 +54,7 @@ def gradient_of(gan: Gan, photo: Images) -> Vector:
 def sent(tmp_path: Path, gan: Gan, photos: Images, promise: dict[str, str]) -> tuple[Vector, bytes]:
     """A device's update of the critic as the server reads it, and all bytes that crossed the wire."""
     experiment = tiny_experiment(tmp_path / "recipe", {**ALONE, **promise})
-    device = replace(first_device(experiment, tmp_path / "devices"), photos=lambda size: photos)
+    device = replace(first_device(experiment, tmp_path / "devices"), photos=lambda size: OwnFaces.strangers(photos))
     reply = serve(train_task(experiment, gan), device)
     crossed = from_record(to_record(reply.message()))
     wire = crossed.header.encode() + b"".join(crossed.blobs.values())

@@ -1,0 +1,118 @@
+"""What a device computes when it is asked how well a model serves its own photos.
+
+Called from federation/device.py, after the policy has agreed and the ledger has booked. Each photo is shrunk, made
+large again by the model under question, and compared with itself; audits/private_figures.py turns that into a vector
+of bounded length. A unit's photos are averaged, units are summed and noised (Gaussian mechanism over Poisson-sampled
+units: Balle and Wang 2018, arXiv:1805.06530, Theorem 8, and the sampled form that the ledger prices).
+
+Every photo is answered by itself, with the same public start of a search: in a batch, kernels round differently for
+batches of different sizes, and drawn starts would shift by one photo more.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fedface.audits.private_figures import figure_vectors, measure_photos, ranges
+from fedface.errors import ConfigError
+from fedface.federation.task import Question
+from fedface.models.family import Model
+from fedface.photos.detectors import EmbeddedDetector
+from fedface.photos.faces import Detector
+from fedface.photos.own import OwnFaces
+from fedface.randomness import Streams
+from fedface.shapes import Images, Vector
+from fedface.training.private_steps import private_sum_of
+from fedface.training.unit_sums import Chance
+from fedface.upsampling.contracts import Upsampler
+from fedface.upsampling.methods import check_method, make_upsampler
+
+DETECTION_SIDE = 96  # pixels at which a detector looks at a made face: smaller ones are enlarged
+
+
+def check_question(question: Question) -> None:
+    """Refuse what no device should begin with; reads no photo.
+
+    Raises:
+        ConfigError: The terms are not those of figures, the downscale adds noise, or noise would come from the server.
+    """
+    terms = question.terms
+    if terms.schedule.steps_per_round != 1:
+        raise ConfigError(
+            f"figures are one release a question, got {terms.schedule.steps_per_round} steps a round"
+        )
+    if terms.unit == "library":
+        raise ConfigError(
+            "figures are noised on the device, so they go with unit photo or occasion, got library"
+        )
+    if question.downscale.spread > 0:
+        raise ConfigError(
+            "the downscale of a question must add no noise: figures of one photo must be its own"
+        )
+
+
+def figure_ranges(question: Question) -> Vector:
+    """Public bounds of the numbers that a device sends, shape (d,), all > 0."""
+    return ranges(question.figures, clip_norm=question.terms.schedule.clip_norm)
+
+
+def figures_of(model: Model, mine: OwnFaces, question: Question, *, seed: int, chance: Chance) -> Vector:
+    """The noised sum over this device's units, shape (d,).
+
+    Args:
+        model: The model under question.
+        mine: The photos that are asked.
+        question: What is asked.
+        seed: Of the searches, public and the same for every photo.
+        chance: SecretNoise where something is promised.
+
+    Raises:
+        ConfigError: The method does not go with the model.
+    """
+    terms, config = question.terms, question.figures
+    check_method(question.method, model, question.downscale, size=model.size)
+    upsampler = make_upsampler(
+        question.method, model, question.downscale, Streams(seed).child("figures"), size=model.size
+    )
+    detector = EmbeddedDetector()
+    units = mine.units(terms.unit)
+
+    def rows(positions: Tensor) -> Tensor:
+        parts = [
+            _vector(mine.images[i : i + 1].clone(), upsampler, detector, question) for i in positions.tolist()
+        ]
+        _, place, counts = torch.unique_consecutive(units[positions], return_inverse=True, return_counts=True)
+        share: Tensor = counts.float().reciprocal()[place]  # a unit adds the mean of its photos
+        return torch.cat(parts) * share[:, None]
+
+    return private_sum_of(
+        rows,
+        config.width,
+        units,
+        mechanism=terms.mechanism(),
+        sampling_rate=terms.schedule.sampling_rate,
+        chance=chance,
+    )
+
+
+def _vector(photo: Images, upsampler: Upsampler, detector: Detector, question: Question) -> Tensor:
+    """One photo's vector, (1, d)."""
+    low = question.downscale.apply(photo).clamp(0.0, 1.0)
+    found = upsampler.upsample(low, faces_per_photo=1)
+    made = found.images[:, 0]
+    seen = torch.tensor([bool(detector.find(_as_picture(made[0])))])
+    measured = measure_photos(photo, made, found.misfit[:, 0], seen, question.figures)
+    return figure_vectors(measured, question.figures, clip_norm=question.terms.schedule.clip_norm)
+
+
+def _as_picture(face: Tensor) -> np.ndarray:
+    """A made face (3, s, s) as a detector wants it: uint8 (side, side, 3), enlarged where it is small."""
+    side = max(DETECTION_SIDE, face.shape[-1])
+    large = functional.interpolate(face[None].nan_to_num(0.0), size=side, mode="bicubic", antialias=True)[0]
+    pixels: np.ndarray = (
+        (large.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    )
+    return pixels

@@ -1,0 +1,95 @@
+"""What of a run is on disk, so that a kill at any moment loses at most the round that was being asked.
+
+Called by rounds.py, evaluation.py and coordinator.py. Written in one step and on the disk before it counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedface.errors import RunError
+from fedface.reports import strict
+from fedface.reports.private_record import LeftRecord, PrivateRecord
+from fedface.reports.quantities import Epsilon, NotMeasured
+from fedface.reports.run import RoundRecord
+
+
+def weights_path(folder: Path, round: int) -> Path:
+    """The checkpoint after a round; round 0 is the base."""
+    return folder / "rounds" / f"{round:03d}.safetensors"
+
+
+_PARTS: dict[str, type[Any]] = {"rounds": RoundRecord, "left": LeftRecord, "private": PrivateRecord}
+
+
+@dataclass(frozen=True)
+class State:
+    """What of a run is on disk."""
+
+    folder: Path
+    started: str  # ISO 8601, UTC
+    rounds: tuple[RoundRecord, ...]
+    left: tuple[LeftRecord, ...] = ()  # devices whose owners left, without their names
+    private: tuple[PrivateRecord, ...] = ()  # figures that devices computed on their own photos, by question
+
+    def save(self) -> None:
+        """In one step, so that a reader never sees half of it, and on the disk before it returns."""
+        kept = {name: [json.loads(strict.dumps(record)) for record in getattr(self, name)] for name in _PARTS}
+        replace_text(self.folder / "state.json", json.dumps({"started": self.started, **kept}))
+
+    def then(self, record: RoundRecord) -> State:
+        """With one more round, saved."""
+        return self._saved(replace(self, rounds=(*self.rounds, record)))
+
+    def scored(self, record: PrivateRecord) -> State:
+        """With one more answer of the devices about a model, saved."""
+        return self._saved(replace(self, private=(*self.private, record)))
+
+    def without(self, name: str, epsilon_of_rounds: Callable[[int], Epsilon | NotMeasured]) -> State:
+        """Forget a device whose owner has left: its name goes, and what cannot be undone is said; saved.
+
+        Args:
+            name: The name that the device went by.
+            epsilon_of_rounds: How many rounds it took part in -> what these may have told about one unit.
+        """
+        rounds = tuple(record.round for record in self.rounds if name in record.answered)
+        records = tuple(record.without(name) for record in self.rounds)
+        left = self.left
+        if rounds:
+            left = (*left, LeftRecord.of(rounds, epsilon_of_rounds(len(rounds))))
+        return self._saved(replace(self, rounds=records, left=left))
+
+    def _saved(self, state: State) -> State:
+        state.save()
+        return state
+
+    @staticmethod
+    def read(folder: Path) -> State:
+        """Raises RunError if there is no run here, or its state is damaged."""
+        path = folder / "state.json"
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            parts = {
+                name: tuple(strict.loads(kind, json.dumps(record)) for record in kept.get(name, ()))
+                for name, kind in _PARTS.items()
+            }
+            return State(folder, str(kept["started"]), **parts)
+        except FileNotFoundError as error:
+            raise RunError(f"{folder}: no run was begun here, so there is nothing to resume") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path}: damaged ({error}); start a new run") from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file in one step: the old text or the new, never half, also after a power cut."""
+    draft = path.with_name(path.name + ".draft")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
