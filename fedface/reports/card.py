@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedface.reports import wording
+from fedface.reports import private_page, wording
 from fedface.reports.quantities import NotMeasured
 from fedface.reports.run import BiasRecord, PlanRecord, RunRecord
 
@@ -27,6 +27,7 @@ def render(record: RunRecord) -> str:
         _training(record),
         _privacy(record),
         _bias(record),
+        *([_private(record)] if record.private else []),
         _leakage(record),
         _limits(record),
         _provenance(record),
@@ -82,8 +83,10 @@ def _training(record: RunRecord) -> list[str]:
     dropped = sum(len(entry.dropped) for entry in record.rounds)
     replies = f"{answers} answers, {refused} refusals, {dropped} dropped"
     lines = ["## Training", "", f"{len(record.devices)} devices, {rounds} rounds: {replies}.", ""]
-    return lines + table(
-        ["Device", "Publicly known"], [[device.id, device.description] for device in record.devices]
+    return (
+        lines
+        + table(["Device", "Publicly known"], [[device.id, device.description] for device in record.devices])
+        + [f"\n{plain(left.sentence)}" for left in record.left]
     )
 
 
@@ -93,6 +96,7 @@ def _privacy(record: RunRecord) -> list[str]:
         plan = record.plan
         lines += [
             "",
+            *([f"- It covers {plain(plan.covers)}"] if plan.covers else []),
             f"- Planned: {plain(wording.epsilon(plan.epsilon))}",
             f"- Spent: {plain(wording.epsilon(wording.spent(record)))}",
             f"- Noise multiplier {wording.constant(plan.noise_multiplier)}, clip norm "
@@ -121,6 +125,18 @@ def _bias(record: RunRecord) -> list[str]:
             titles = [wording.title_of(name) + unit for name, unit in zip(measures, units, strict=True)]
             heads = ["Group", *titles]
             return [*lines, "", *table(heads, rows)]
+
+
+def _private(record: RunRecord) -> list[str]:
+    last, measures = record.private[-1], private_page.measures_of(record.private)
+    heads = ["Group", "Units", *(private_page.title(name) for name in measures)]
+    rows = [
+        [group.group, *(f"{value} {ends}" for value, ends in private_page.cells(group, measures))]
+        for group in (*last.groups, last.overall)
+    ]
+    lines = ["## What devices say of their own photos", "", *(f"- {plain(text)}" for text in last.sentences)]
+    lines += ["", *(f"- {plain(private_page.spent_sentence(told))}" for told in record.private), ""]
+    return lines + table(heads, rows)
 
 
 def _leakage(record: RunRecord) -> list[str]:

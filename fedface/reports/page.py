@@ -18,7 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from fedface.errors import RunError
-from fedface.reports import figures, wording
+from fedface.reports import figures, private_page, wording
 from fedface.reports.quantities import Epsilon, Figure, Interval, NotMeasured
 from fedface.reports.run import BiasRecord, PlanRecord, RunRecord
 
@@ -80,6 +80,8 @@ def render(record: RunRecord, folder: Path) -> str:
         turnout=_turnout(record),
         refusals=_refusals(record),
         curves=_curves(record),
+        left=[left.sentence for left in record.left],
+        private=_private(record),
         faces=_pictures(record, folder, "faces"),
         more=_pictures(record, folder, "more"),
         attack_pictures=_pictures(record, folder, "attacks"),
@@ -359,6 +361,21 @@ def _attacks(record: RunRecord) -> list[dict[str, object]]:
         chance = f"{wording.percent(1 / attack.gallery_size)} · {wording.percent(attack.gallery_ceiling)}"
         rows.append({"defence": attack.defence, "cells": cells, "chance": chance})
     return rows
+
+
+def _private(record: RunRecord) -> dict[str, object]:
+    measures = private_page.measures_of(record.private)
+    return {
+        "sentences": list(record.private[-1].sentences) if record.private else [],
+        "costs": [private_page.spent_sentence(told) for told in record.private],
+        "heads": [(private_page.title(name), private_page.unit(name)) for name in measures],
+        "rows": private_page.rows(record.private),
+        "method": record.private[-1].method if record.private else "",
+        "charts": [
+            {"title": title, "svg": themed(svg, f"own{index}", f"{title} by group, from the devices' photos")}
+            for index, (title, svg) in enumerate(private_page.charts(record))
+        ],
+    }
 
 
 def _tones(record: RunRecord) -> dict[str, object]:
