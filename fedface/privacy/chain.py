@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 from fedface.errors import LedgerError
 
@@ -238,20 +239,21 @@ class Chain:
                 f"{what} has gone but {names} remembers it; restore it, or treat these photos as spent"
             )
         _make_folder(self.path.parent)
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-        os.chmod(self.path, 0o600)
-        with self._transaction() as sql:
+        with self._transaction("rwc") as sql:
+            os.chmod(self.path, 0o600)  # never open the file here: closing it would drop other threads' locks
             if sql.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
                 if used:
                     raise LedgerError(f"{what} was emptied; restore it from a backup")
                 for statement in self._form.schema():
                     sql.execute(statement)
-        if self._witness is not None and witness is not None and witness not in heads:
+        if self._witness is not None and witness is not None:
             self._begin_witness(witness)
         self._remember()
 
     def _begin_witness(self, witness: Path) -> None:
         with self._transaction() as sql:
+            if witness.exists():
+                return
             lines = self._lines(sql)
             self._compare(sql, lines, self._head_path)
             before = Head.of_file(self._head_path)
@@ -279,12 +281,15 @@ class Chain:
         return folder / f"{self._form.noun}-{name:.32}.head"
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self, mode: Literal["rw", "rwc"] = "rw") -> Iterator[sqlite3.Connection]:
         """One writer at a time; committed and on disk when the block ends without an exception."""
         what = f"the {self._form.noun} {self.path}"
         try:
             sql = sqlite3.connect(
-                f"{self.path.absolute().as_uri()}?mode=rw", uri=True, timeout=PATIENCE, isolation_level=None
+                f"{self.path.absolute().as_uri()}?mode={mode}",
+                uri=True,
+                timeout=PATIENCE,
+                isolation_level=None,
             )
         except sqlite3.Error as error:
             raise LedgerError(f"cannot open {what}: {error}") from error

@@ -1,0 +1,146 @@
+"""Processes that book side by side never overspend; a killed one loses no booking that it was told of."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import shutil
+import sqlite3
+import threading
+import time
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import dp_accounting as dp
+import pytest
+
+from fedface.errors import LedgerError, PolicyRefusal
+from fedface.privacy.accounting import epsilon_of
+from fedface.privacy.chain import Chain
+from fedface.privacy.ledger import FORM, Ledger
+from fedface.privacy.limits import Limit
+
+DELTA = 1e-5
+EVENT = dp.GaussianDpEvent(4.0)
+
+
+def budget_for(rounds: int, days: float | None = None) -> Limit:
+    """Exactly so many rounds, with room for one rounding."""
+    cost = epsilon_of(dp.SelfComposedDpEvent(EVENT, rounds), DELTA).upper
+    return Limit(epsilon=cost + 1e-6, delta=DELTA, days=days)
+
+
+def book_all(path: Path, witness: Path, run: str, limits: list[Limit], said: Connection) -> None:
+    """Book rounds until the budget is used up, and say each digest once it was returned."""
+    ledger = Ledger.open(path, witness)
+    for round in range(100_000):
+        try:
+            entry = ledger.book_within(EVENT, limits, run=run, round=round)
+        except PolicyRefusal:
+            break
+        said.send(entry.digest)
+    said.send("refused")
+    said.close()
+
+
+def booker(folder: Path, run: str, *limits: Limit) -> tuple[BaseProcess, Connection]:
+    context = multiprocessing.get_context("fork")
+    heard, said = context.Pipe(duplex=False)
+    process = context.Process(
+        target=book_all, args=(folder / "state" / "ledger.db", folder / "disk", run, list(limits), said)
+    )
+    process.start()
+    said.close()
+    return process, heard
+
+
+def rest_of(heard: Connection) -> list[str]:
+    lines: list[str] = []
+    try:
+        while True:
+            lines.append(heard.recv())
+    except EOFError:
+        return lines
+
+
+def test_two_processes_cannot_overspend_one_budget(tmp_path: Path) -> None:
+    """A budget for exactly four rounds, and two processes that want as many as they can get."""
+    both = [booker(tmp_path, run, budget_for(4)) for run in ("a", "b")]
+    said = [rest_of(heard) for _, heard in both]
+    for process, _ in both:
+        process.join(timeout=30)
+    assert [lines[-1] for lines in said] == ["refused", "refused"]
+    entries = Ledger.open(tmp_path / "state" / "ledger.db").entries()
+    assert {entry.digest for entry in entries} == {line for lines in said for line in lines[:-1]}
+    assert len(entries) == 4
+
+
+def test_three_processes_cannot_overspend_the_tighter_of_two_budgets(tmp_path: Path) -> None:
+    """Nine rounds for life, five in any week, all asked for within a moment."""
+    all_three = [booker(tmp_path, run, budget_for(9), budget_for(5, days=7)) for run in ("a", "b", "c")]
+    said = [rest_of(heard) for _, heard in all_three]
+    for process, _ in all_three:
+        process.join(timeout=30)
+    assert sum(len(lines) - 1 for lines in said) == 5
+    assert len(Ledger.open(tmp_path / "state" / "ledger.db").entries()) == 5
+
+
+def test_kill_9_at_any_moment_loses_no_booking_that_was_returned(tmp_path: Path) -> None:
+    """Twelve times in a row on one ledger with a witness; a crash may waste one booking, never lose one."""
+    path, witness = tmp_path / "state" / "ledger.db", tmp_path / "disk"
+    moments = random.Random(7)
+    returned: list[str] = []
+    for life in range(12):
+        process, heard = booker(tmp_path, f"r{life}", Limit(epsilon=1e4, delta=DELTA))
+        said = [heard.recv() for _ in range(2)]
+        time.sleep(moments.uniform(0.0, 0.03))
+        process.kill()
+        said += rest_of(heard)
+        process.join(timeout=10)
+        returned += said
+        ledger = Ledger.open(path, witness)
+        booked = [entry.digest for entry in ledger.entries()]
+        assert [digest for digest in booked if digest in set(returned)] == returned
+        assert len(booked) - len(returned) <= life + 1
+    assert ledger.book(EVENT, run="after", round=0).number == len(booked) + 1
+
+
+def test_a_ledger_whose_state_folder_was_put_back_is_noticed_by_its_witness(tmp_path: Path) -> None:
+    path, witness = tmp_path / "state" / "ledger.db", tmp_path / "disk"
+    ledger = Ledger.open(path, witness)
+    ledger.book(EVENT, run="r", round=0)
+    shutil.copytree(path.parent, tmp_path / "backup")
+    ledger.book(EVENT, run="r", round=1)
+    shutil.rmtree(path.parent)
+    shutil.copytree(tmp_path / "backup", path.parent)
+    for attempt in (lambda: Ledger.open(path, witness), lambda: Ledger.open(path), ledger.entries):
+        with pytest.raises(LedgerError, match="rolled back"):
+            attempt()
+
+
+def try_to_write(path: Path) -> None:
+    """End with 1 if the file is locked."""
+    book = sqlite3.connect(path, timeout=0.1, isolation_level=None)
+    try:
+        book.execute("BEGIN IMMEDIATE")
+    except sqlite3.OperationalError:
+        os._exit(1)
+    os._exit(0)
+
+
+def test_opening_in_one_thread_keeps_the_lock_that_another_holds(tmp_path: Path) -> None:
+    """Closing a file drops every lock that its process has on it (POSIX), so nobody but SQLite may open it."""
+    path = tmp_path / "ledger.db"
+    Ledger.open(path)
+    with Chain.open(path, FORM).writing():
+        opener = threading.Thread(target=Ledger.open, args=(path,))
+        opener.start()
+        time.sleep(0.3)
+        other = multiprocessing.get_context("spawn").Process(target=try_to_write, args=(path,))
+        other.start()
+        other.join(timeout=60)
+        assert other.exitcode == 1
+    opener.join(timeout=60)
+    assert not opener.is_alive()
