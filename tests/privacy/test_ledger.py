@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sqlite3
 import stat
-import time
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import dp_accounting as dp
 import pytest
 from pytest import approx
 
-from fedface.errors import LedgerError, PolicyRefusal
+from fedface.errors import LedgerError
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.limits import Limit
@@ -136,16 +132,84 @@ def test_only_the_last_reply_of_a_run_is_kept(ledger: Ledger) -> None:
     assert ledger.stored_reply("r", 0) is None and ledger.stored_reply("r", 1) == b"\x01"
 
 
-def test_a_budget_holds_and_the_refusal_says_asked_spent_and_allowed(ledger: Ledger) -> None:
-    budget = epsilon_of(dp.GaussianDpEvent(2.0), DELTA).upper + 1e-6
-    for round in range(4):
-        ledger.book_within(EVENT, [Limit(epsilon=budget, delta=DELTA)], run="r", round=round)
-    with pytest.raises(PolicyRefusal) as refusal:
-        ledger.book_within(EVENT, [Limit(epsilon=budget, delta=DELTA)], run="r", round=4)
-    asked = epsilon_of(EVENT, DELTA).upper
-    for figure in (f"asks for epsilon {asked:.3f}", f"{budget:.3f} of", f"of {budget:g}"):
-        assert figure in str(refusal.value)
-    assert len(ledger.entries()) == 4
+def test_an_unknown_unit_is_not_booked(ledger: Ledger) -> None:
+    for book in (ledger.book, lambda *a, **k: ledger.book_within(a[0], [Limit(epsilon=9, delta=DELTA)], **k)):
+        with pytest.raises(ValueError, match="unit must be one of"):
+            book(EVENT, run="r", round=0, marks={"unit": "pixel"})
+    assert ledger.entries() == []
+
+
+def test_dropped_replies_leave_no_bytes_and_are_booked_anew(ledger: Ledger, tmp_path: Path) -> None:
+    body = b"forty bytes of an update, easy to find.."
+    for run in ("r", "s"):
+        ledger.book(EVENT, run=run, round=0)
+        ledger.store_reply(run, 0, run.encode() + body)
+    assert ledger.forget_replies("r") == 1
+    assert ledger.stored_reply("r", 0) is None and ledger.stored_reply("s", 0) == b"s" + body
+    assert len(ledger.entries()) == 2
+    assert ledger.book(EVENT, run="r", round=0).attempt == 2
+    assert ledger.forget_replies() == 1 and ledger.forget_replies() == 0
+    assert body not in file_of(tmp_path).read_bytes()
+
+
+def test_a_file_put_back_to_between_a_booking_and_its_answer_is_noticed(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    """Its chain is whole, but it would compute, with fresh noise, what has been sent already."""
+    ledger.book(EVENT, run="r", round=0)
+    between = file_of(tmp_path).read_bytes()
+    ledger.store_reply("r", 0, b"payload")
+    file_of(tmp_path).write_bytes(between)
+    with pytest.raises(LedgerError, match="rolled back"):
+        Ledger.open(file_of(tmp_path))
+
+
+OLD = """
+CREATE TABLE entries (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    written TEXT NOT NULL, run TEXT NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL,
+    event TEXT NOT NULL, marks TEXT NOT NULL, parent TEXT NOT NULL, digest TEXT NOT NULL UNIQUE,
+    UNIQUE (run, round, attempt)
+);
+CREATE TABLE replies (
+    run TEXT NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL, body BLOB, PRIMARY KEY (run, round)
+);
+CREATE TRIGGER entries_stay BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'append only'); END;
+CREATE TRIGGER entries_remain BEFORE DELETE ON entries BEGIN SELECT RAISE(ABORT, 'append only'); END;
+INSERT INTO entries VALUES (
+    1, '2026-11-26T03:55:43+00:00', 'r', 0, 1, '[{"count":1,"kind":"gaussian","q":1.0,"scale":4.0}]',
+    '{"model":"abc","unit":"photo"}', 'edc958680e2d06ca754cade36a0c7ac0766f7ff39539c63f1012f0f13d9d9f1b',
+    '023215c20092ea0965b401facd7fc45314736b509da78e83bfabf0e2a661ece4'
+);
+INSERT INTO entries VALUES (
+    2, '2026-11-26T03:55:43+00:00', 'résumé', 3, 1, '[{"count":1,"kind":"gaussian","q":1.0,"scale":4.0}]',
+    '{}', '023215c20092ea0965b401facd7fc45314736b509da78e83bfabf0e2a661ece4',
+    '36b63bcb736f54cdb200284bbebc1863d67dc0c5f75a0f730bf5ea9818ab81a1'
+);
+INSERT INTO replies VALUES ('r', 0, 1, x'6F6C64207265706C79');
+"""  # what the ledger wrote before heads had a second line, entries a unit, and chains a file of their own
+
+
+@pytest.mark.parametrize("witness", [None, "disk"])
+def test_a_ledger_from_before_is_read_and_goes_on(tmp_path: Path, witness: str | None) -> None:
+    """The budget of a library does not begin anew with a new version."""
+    path = tmp_path / "state" / "ledger.db"
+    path.parent.mkdir()
+    book = sqlite3.connect(path)
+    book.executescript(OLD)
+    book.close()
+    path.with_name("ledger.db.head").write_text(
+        "36b63bcb736f54cdb200284bbebc1863d67dc0c5f75a0f730bf5ea9818ab81a1\n"
+    )
+    ledger = Ledger.open(path, None if witness is None else tmp_path / witness)
+    assert [entry.run for entry in ledger.entries()] == ["r", "résumé"]
+    assert ledger.spent(DELTA).upper == approx(
+        epsilon_of(dp.GaussianDpEvent(8.0**0.5), DELTA).upper, abs=1e-9
+    )
+    assert ledger.stored_reply("r", 0) == b"old reply"
+    assert ledger.book(EVENT, run="r", round=0, marks={"model": "abc", "unit": "photo"}).number == 1
+    assert ledger.book(EVENT, run="r", round=1).number == 3
+    assert len(Ledger.open(path).entries()) == 3
 
 
 def test_rows_cannot_be_changed_or_removed_by_sql(ledger: Ledger, tmp_path: Path) -> None:
@@ -215,62 +279,3 @@ def test_only_the_owner_can_read_the_ledger(ledger: Ledger, tmp_path: Path) -> N
     for path in (file_of(tmp_path), file_of(tmp_path).with_name("ledger.db.head")):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(file_of(tmp_path).parent.stat().st_mode) == 0o700
-
-
-def book_all(path: Path, run: str, budget: float, said: Connection) -> None:
-    """Book rounds until the budget is used up, and say each digest once it was returned."""
-    ledger = Ledger.open(path)
-    for round in range(100_000):
-        try:
-            entry = ledger.book_within(EVENT, [Limit(epsilon=budget, delta=DELTA)], run=run, round=round)
-        except PolicyRefusal:
-            break
-        said.send(entry.digest)
-    said.send("refused")
-    said.close()
-
-
-def booker(path: Path, run: str, budget: float) -> tuple[BaseProcess, Connection]:
-    context = multiprocessing.get_context("fork")
-    heard, said = context.Pipe(duplex=False)
-    process = context.Process(target=book_all, args=(path, run, budget, said))
-    process.start()
-    said.close()
-    return process, heard
-
-
-def rest_of(heard: Connection) -> list[str]:
-    lines: list[str] = []
-    try:
-        while True:
-            lines.append(heard.recv())
-    except EOFError:
-        return lines
-
-
-def test_two_processes_cannot_overspend_one_budget(tmp_path: Path) -> None:
-    """A budget for exactly four rounds, and two processes that want as many as they can get."""
-    budget = epsilon_of(dp.GaussianDpEvent(2.0), DELTA).upper + 1e-6
-    both = [booker(tmp_path / "ledger.db", run, budget) for run in ("a", "b")]
-    said = [rest_of(heard) for _, heard in both]
-    for process, _ in both:
-        process.join(timeout=30)
-    assert [lines[-1] for lines in said] == ["refused", "refused"]
-    entries = Ledger.open(tmp_path / "ledger.db").entries()
-    assert {entry.digest for entry in entries} == {line for lines in said for line in lines[:-1]}
-    assert len(entries) == 4
-
-
-@pytest.mark.parametrize("moment", [0.0, 0.004, 0.011, 0.023])
-def test_kill_9_loses_no_booking_that_was_returned(tmp_path: Path, moment: float) -> None:
-    process, heard = booker(tmp_path / "ledger.db", "r", 1e4)
-    returned = [heard.recv() for _ in range(3)]
-    time.sleep(moment)
-    process.kill()
-    returned += rest_of(heard)
-    process.join(timeout=10)
-    ledger = Ledger.open(tmp_path / "ledger.db")
-    booked = [entry.digest for entry in ledger.entries()]
-    assert booked[: len(returned)] == returned
-    assert len(booked) - len(returned) <= 1
-    assert ledger.book(EVENT, run="after", round=0).number == len(booked) + 1
