@@ -1,0 +1,194 @@
+"""What a device makes of its photos: vectors of bounded length, units that weigh one, and a way from pixels on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from figures_drawn import CLIP, CONFIG, DARK, LIGHT, drawn, even, members, read, total_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedface.audits.private_figures import (
+    FiguresConfig,
+    PhotoFigures,
+    Shares,
+    figure_vectors,
+    mean_by_unit,
+    measure_photos,
+    ranges,
+)
+from fedface.config import dump, parse
+from fedface.photos.drawn import draw_people
+from fedface.photos.tone import lab_from_srgb, measure_tone, srgb_from_lab, srgb_from_monk
+from fedface.privacy.mechanism import ClippedSum, GaussianSum
+from fedface.randomness import SecretNoise, Streams
+from fedface.shapes import Images
+from fedface.training.private_steps import private_sum
+
+STREAMS = Streams(11)
+
+
+NUMBERS = st.floats(width=32, allow_nan=True, allow_infinity=True)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(NUMBERS, NUMBERS, NUMBERS, st.booleans(), st.integers(0, 8)), min_size=1, max_size=8
+    ),
+    clip_norm=st.floats(1e-6, 1e6),
+)
+def test_no_photo_can_make_a_vector_longer_than_the_clip_norm_nor_much_shorter(
+    rows: list[tuple[float, float, float, bool, int]], clip_norm: float
+) -> None:
+    misfit, skin, shift, found, cells = (list(column) for column in zip(*rows, strict=True))
+    cell = torch.tensor(cells)
+    photos = PhotoFigures(
+        group=cell // 3,
+        made_group=cell % 3,
+        misfit=torch.tensor(misfit),
+        skin_difference=torch.tensor(skin),
+        lightness_shift=torch.tensor(shift),
+        detected=torch.tensor(found),
+    )
+    lengths = figure_vectors(photos, CONFIG, clip_norm=clip_norm).double().norm(dim=1) / clip_norm
+    assert float(lengths.max()) <= 1 + 1e-6
+    assert float(lengths.min()) >= math.sqrt(1 - 0.45 / 4) - 1e-6
+
+
+def test_a_row_depends_on_its_photo_alone_to_the_last_bit() -> None:
+    original = draw_people(12, 0.5, 32, STREAMS.child("alone"))
+    made = (0.9 * original + 0.05).clamp(0, 1)
+    misfit, found = torch.linspace(0, 0.01, 12), torch.arange(12) % 2 == 0
+    together = figure_vectors(measure_photos(original, made, misfit, found, CONFIG), CONFIG, clip_norm=1.0)
+    for i in range(12):
+        one = slice(i, i + 1)
+        alone = measure_photos(original[one], made[one], misfit[one], found[one], CONFIG)
+        assert torch.equal(figure_vectors(alone, CONFIG, clip_norm=1.0)[0], together[i])
+    nobody = measure_photos(original[:0], made[:0], misfit[:0], found[:0], CONFIG)
+    assert figure_vectors(nobody, CONFIG, clip_norm=1.0).shape == (0, CONFIG.width) == (0, 30)
+
+
+def test_groups_round_to_the_nearest_monk_tone_and_broken_pictures_count_as_served_worst() -> None:
+    monk = torch.tensor([1.0, 3.4, 3.6, 6.4, 6.6, 10.0])
+    faces = srgb_from_monk(monk)[:, :, None, None].expand(-1, 3, 16, 16).clone()
+    made = faces.clone()
+    made[0] = float("nan")
+    misfit = torch.full((6,), 0.001)
+    misfit[1] = float("inf")
+    photos = measure_photos(faces, made, misfit, torch.ones(6, dtype=torch.bool), CONFIG)
+    assert photos.group.tolist() == [0, 0, 1, 1, 2, 2] and photos.made_group.tolist() == [2, 0, 1, 1, 2, 2]
+    assert torch.isfinite(figure_vectors(photos, CONFIG, clip_norm=1.0)).all()
+    exact = replace(CONFIG, smallest_group=1)
+    found = read(total_of(photos, exact), config=exact).groups[LIGHT]
+    assert found.figure("misfit").estimate == pytest.approx((0.001 + 0.02) / 2, rel=1e-5)
+
+
+def test_an_occasion_of_forty_photos_weighs_as_one_unit() -> None:
+    """As a mean exactly one; summed and clipped a bit more than one, and no longer than the clip norm either way."""
+    photos = drawn(40, STREAMS.numpy("occasion"))
+    party, single = members(photos, photos.group == 0), members(photos, torch.tensor([0]))
+    rows = torch.cat([figure_vectors(part, CONFIG, clip_norm=CLIP) for part in (party, single)])
+    units = torch.tensor([0] * len(party.group) + [1])
+    exact = replace(CONFIG, smallest_group=1)
+    means = mean_by_unit(rows, units)
+    assert means.shape == (2, CONFIG.width) and float(means.norm(dim=1).max()) <= CLIP * (1 + 1e-6)
+    found = read(means[:1].sum(0), config=exact).groups[LIGHT]
+    assert found.count.estimate == pytest.approx(1.0, abs=1e-6)
+    assert found.figure("skin_difference").estimate == pytest.approx(
+        float(party.skin_difference.mean()), rel=1e-5
+    )
+    chance = STREAMS.generator("coins")
+    mechanism = ClippedSum(clip_norm=CLIP)
+    whole = torch.zeros(len(party.group), dtype=torch.int64)
+    cut = private_sum(rows[:-1], mechanism=mechanism, sampling_rate=1.0, chance=chance, units=whole)
+    assert float(cut.norm()) <= CLIP * (1 + 1e-6)
+    assert 1.0 <= read(cut, config=exact).groups[LIGHT].count.estimate <= 1.2
+    assert torch.equal(mean_by_unit(rows, None), rows)
+    with pytest.raises(ValueError, match="without gaps"):
+        mean_by_unit(rows, units * 2)
+
+
+def test_means_over_units_are_not_means_over_photos() -> None:
+    """99 good photos of one afternoon and one bad photo of another: half bad."""
+    photos = even(100)
+    party = members(photos, photos.group == 2)
+    worst = PhotoFigures(**{**vars(party), "detected": torch.arange(100) < 99})
+    units = (torch.arange(100) == 99).long()
+    exact = replace(CONFIG, smallest_group=1)
+    rows = figure_vectors(worst, CONFIG, clip_norm=CLIP)
+    assert read(rows.sum(0), config=exact).groups[DARK].figure("detected").estimate == pytest.approx(0.99)
+    by_unit = read(mean_by_unit(rows, units).sum(0), config=exact).groups[DARK].figure("detected")
+    assert by_unit.estimate == pytest.approx(0.5, abs=1e-6) and by_unit.count == 2
+
+
+def lightened(images: Images, amount: float) -> Images:
+    lab = lab_from_srgb(images.movedim(1, -1))
+    lab[..., 0] += amount
+    return srgb_from_lab(lab).movedim(-1, 1)
+
+
+def test_drawn_people_on_three_devices_who_come_back_lighter_by_a_known_amount() -> None:
+    """From pixels to a sentence, through the private sum with secret noise: 8 L* for skin that does not saturate."""
+    config = replace(CONFIG, last_tones=(5, 10))
+    original = draw_people(600, 0.5, 32, STREAMS.child("people"))
+    original = original[measure_tone(original).lab[:, 0] < 85]
+    made = lightened(original, 8.0)
+    found = torch.ones(len(original), dtype=torch.bool)
+    photos = measure_photos(original, made, torch.full((len(original),), 0.001), found, config)
+    rows = figure_vectors(photos, config, clip_norm=CLIP)
+    mechanism = GaussianSum(clip_norm=CLIP, sigma=0.5)
+    sent = [
+        private_sum(rows[device::3], mechanism=mechanism, sampling_rate=1.0, chance=SecretNoise())
+        for device in range(3)
+    ]
+    assert all((part.abs() <= ranges(config, clip_norm=CLIP)).all() for part in sent)
+    report = read(torch.stack(sent).sum(0), sigma=0.5, devices=3, config=config)
+    assert report.overall is not None
+    shift, plain = report.overall.figure("lightness_shift"), float(photos.lightness_shift.mean())
+    assert abs(shift.estimate - plain) < 1.0 and plain == pytest.approx(8.0, abs=0.5)
+    assert shift.low > 6 and shift.high < 10
+    assert report.overall.figure("skin_difference").low > 3
+    lighter, darker = config.groups
+    assert (lighter, darker) == ("lighter (Monk 1-5)", "darker (Monk 6-10)")
+    assert report.shares[darker].change.high < 0
+    assert any(f"fewer faces read as {darker}" in text for text in report.sentences())
+
+
+def test_groups_have_names_and_the_recipe_survives_yaml() -> None:
+    assert CONFIG.groups == ("light (Monk 1-3)", "medium (Monk 4-6)", "dark (Monk 7-10)")
+    assert FiguresConfig(last_tones=(1, 2, 5, 10)).groups == ("Monk 1", "Monk 2", "Monk 3-5", "Monk 6-10")
+    shares = Shares(table=0.2, misfit=0.2, skin_difference=0.2, lightness_shift=0.2, detected=0.2)
+    config = FiguresConfig(last_tones=(5, 10), misfit=(0.0, 0.1), shares=shares)
+    assert parse(dump(config), FiguresConfig, name="here") == config
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"last_tones": (3, 6)}, "last_tones must be Monk tones 1 to 10"),
+        ({"last_tones": (6, 3, 10)}, "rising"),
+        ({"misfit": (0.1, 0.1)}, "misfit must be two rising finite numbers"),
+        ({"lightness_shift": (0.0, math.inf)}, "lightness_shift must be two"),
+        ({"smallest_group": 0}, r"smallest_group must lie in \[1"),
+        ({"most_units": 0}, "most_units"),
+    ],
+)
+def test_recipes_outside_their_bounds_are_refused(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **wrong)
+
+
+def test_shares_and_shapes_that_do_not_agree_are_refused() -> None:
+    with pytest.raises(ValueError, match="shares must be 1 together, got 1.1"):
+        Shares(table=0.5)
+    with pytest.raises(ValueError, match=r"misfit must lie in \(0, 1\)"):
+        Shares(misfit=0.0)
+    with pytest.raises(ValueError, match=r"detected must have shape \(300,\), got \(1,\)"):
+        replace(even(), detected=torch.ones(1, dtype=torch.bool))
+    faces = torch.zeros(2, 3, 16, 16)
+    with pytest.raises(ValueError, match="made must have shape"):
+        measure_photos(faces, faces[1:], torch.zeros(2), torch.ones(2, dtype=torch.bool), CONFIG)
