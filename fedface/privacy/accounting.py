@@ -1,10 +1,10 @@
 """What events cost: privacy loss distributions, and the noise that keeps a promise.
 
-Called from plan, ledger, policy and audits. All prices are for neighbours that differ by adding or removing
-one unit. An event is first flattened to its leaves with counts, so that a thousand equal rounds cost one
-self-composition. The upper bound uses connect-the-dots (Doroshenko et al. 2022, arXiv:2207.04380), which
-dominates the true distribution; the lower bound rounds every loss down (Koskela et al. 2020,
-arXiv:1906.03049). The ceiling on reconstruction is that of Hayes et al. (2023), arXiv:2302.07225.
+Called from plan, ledger, policy, neighbours and audits. All prices are for neighbours that differ by adding or
+removing one unit; for others, neighbours.py finds the event to price. An event is first flattened to its leaves with
+counts, so that a thousand equal rounds cost one self-composition. The upper bound uses connect-the-dots (Doroshenko
+et al. 2022, arXiv:2207.04380), which dominates the true distribution; the lower bound rounds every loss down (Koskela
+et al. 2020, arXiv:1906.03049). The ceiling on reconstruction is that of Hayes et al. (2023), arXiv:2302.07225.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dp_accounting import (
     ComposedDpEvent,
     DpEvent,
     GaussianDpEvent,
     LaplaceDpEvent,
+    NeighboringRelation,
     NonPrivateDpEvent,
     NoOpDpEvent,
     PoissonSampledDpEvent,
@@ -40,17 +41,22 @@ FINEST_GRID = 1e-4  # grid step of losses for long runs; the lower bound loses h
 WIDEST_GRID = 8e-4  # grid step for short runs
 LARGEST_GRID = 2**19  # points of a composed loss grid
 LARGEST_ONE = 2**17  # points of one release's loss grid, which the library fills one by one
+MOST_STEP = 50.0  # what needs a wider grid (epsilon beyond 1e7) is priced as no noise at all
 COARSE = 8  # how much coarser the grid is while bracketing the noise
 LEAST_SCALE = 1e-3  # less noise than this (epsilon beyond 1e5) is priced as no noise at all
 MOST_RELEASES = 10**9
 TOLERANCE = 1e-3  # `noise_for` ends this close below epsilon
+
+Kind = Literal[
+    "gaussian", "laplace", "nonprivate", "swapped"
+]  # swapped: a sampled Gaussian in ReplaceOneDpEvent
 
 
 @dataclass(frozen=True, order=True)
 class Leaf:
     """One elementary release. `q` is 1 for everyone for certain; `scale` is noise / sensitivity."""
 
-    kind: Literal["gaussian", "laplace", "nonprivate"]
+    kind: Kind
     scale: float
     q: float
 
@@ -58,19 +64,29 @@ class Leaf:
         """An upper bound on the mean privacy loss of one release, in nats."""
         if self.kind == "laplace":
             return self.q / self.scale
-        whole = self.scale**-2
+        whole, swapped = self.scale**-2, self.kind == "swapped"
+        convex = self.q * whole * (2.0 if swapped else 0.5)
         if whole > 500.0:  # where exp would overflow
-            return self.q * 0.5 * whole
-        return min(self.q * 0.5 * whole, math.log1p(self.q**2 * math.expm1(whole)))
+            return convex
+        chi_squared = 4.0 * math.sinh(whole) / (1.0 - self.q) if swapped else math.expm1(whole)
+        return min(convex, math.log1p(self.q**2 * chi_squared))
 
     def reach(self) -> float:
         """An upper bound on the loss of one release that matters, in nats."""
         if self.kind == "laplace":
             return 1.0 / self.scale
-        return 0.5 * self.scale**-2 + 10.0 / self.scale
+        far = 0.5 * self.scale**-2 + 10.0 / self.scale
+        return far + min(far + self.scale**-2, -math.log1p(-self.q)) if self.kind == "swapped" else far
 
 
 Leaves = tuple[tuple[Leaf, int], ...]  # sorted, so that equal bundles of releases are equal values
+
+
+@dataclass(frozen=True)
+class ReplaceOneDpEvent(DpEvent):  # type: ignore[misc]
+    """What an event releases about a unit that stays while its content changes; why it costs that: neighbours.py."""
+
+    event: DpEvent
 
 
 @dataclass(frozen=True)
@@ -94,10 +110,18 @@ def compose(events: Iterable[DpEvent]) -> DpEvent:
     return ComposedDpEvent(list(events))
 
 
-def _noisy(kind: Literal["gaussian", "laplace"], scale: float) -> Leaf:
+def _noisy(kind: Kind, scale: float) -> Leaf:
     if not (math.isfinite(scale) and scale >= 0):
         raise PrivacyError(f"a noise multiplier must be a finite number >= 0, got {scale}")
     return Leaf(kind, float(scale), 1.0) if scale >= LEAST_SCALE else Leaf("nonprivate", 0.0, 1.0)
+
+
+def _replaced(leaf: Leaf) -> Leaf:
+    if leaf.kind == "swapped":
+        raise PrivacyError("no price is known for replacing what was replaced already")
+    if leaf.kind == "gaussian" and leaf.q < 1:
+        return Leaf("swapped", leaf.scale, leaf.q)
+    return leaf if leaf.kind == "nonprivate" else _noisy(leaf.kind, leaf.scale / 2.0)
 
 
 def _flatten(event: DpEvent, count: int, into: Counter[Leaf]) -> None:
@@ -110,6 +134,11 @@ def _flatten(event: DpEvent, count: int, into: Counter[Leaf]) -> None:
             into[_noisy("gaussian", sigma)] += count
         case LaplaceDpEvent(noise_multiplier=scale):
             into[_noisy("laplace", scale)] += count
+        case ReplaceOneDpEvent(event=inner):
+            added: Counter[Leaf] = Counter()
+            _flatten(inner, count, added)
+            for leaf, times in added.items():
+                into[_replaced(leaf)] += times
         case PoissonSampledDpEvent(sampling_probability=q, event=inner):
             if not 0 <= q <= 1:
                 raise PrivacyError(f"a sampling rate must lie in [0, 1], got {q}")
@@ -148,7 +177,7 @@ def leaves_of(event: DpEvent) -> Leaves:
 
 
 def _is_private(leaves: Leaves) -> bool:
-    return all(leaf.kind != "nonprivate" for leaf, _ in leaves)
+    return all(leaf.kind != "nonprivate" for leaf, _ in leaves) and _grid_step(_merged(leaves)) <= MOST_STEP
 
 
 def _grid_step(leaves: Leaves) -> float:
@@ -165,18 +194,17 @@ def _grid_step(leaves: Leaves) -> float:
 
 def _distribution(leaves: Leaves, step: float, direction: Literal["up", "down"]) -> Any:
     """The composed privacy loss distribution, every loss rounded in one direction on a grid of `step`."""
-    total = None
+    total, up = None, direction == "up"
     for leaf, count in leaves:
-        options: dict[str, Any] = {
-            "value_discretization_interval": step,
-            "pessimistic_estimate": direction == "up",
-            "use_connect_dots": direction == "up",
-        }
+        options: dict[str, Any] = {"value_discretization_interval": step, "pessimistic_estimate": up}
+        options["use_connect_dots"] = up
         if leaf.kind == "laplace":
             one = pld.from_laplace_mechanism(leaf.scale, sampling_prob=leaf.q, **options).self_compose(count)
         elif leaf.q == 1.0:  # Gaussians compose exactly: the noise of all equals one with sigma / sqrt(count)
             one = pld.from_gaussian_mechanism(leaf.scale / math.sqrt(count), **options)
         else:
+            if leaf.kind == "swapped":  # (1-q) N(0) + q N(1) beside (1-q) N(0) + q N(-1)
+                options["neighboring_relation"] = NeighboringRelation.REPLACE_ONE
             one = pld.from_gaussian_mechanism(leaf.scale, sampling_prob=leaf.q, **options).self_compose(count)
         total = one if total is None else total.compose(one)
     return total
@@ -351,7 +379,7 @@ def event_from_json(text: str) -> DpEvent:
     except (ValueError, TypeError, KeyError) as error:
         raise PrivacyError(f"not an event: {text[:80]!r}") from error
     for kind, *_ in rows:
-        if kind not in ("gaussian", "laplace", "nonprivate"):
+        if kind not in get_args(Kind):
             raise PrivacyError(f'not an event: unknown kind "{kind}"')
     event = event_of_leaves(tuple((Leaf(kind, scale, q), count) for kind, scale, q, count in rows))  # type: ignore[arg-type]
     leaves_of(event)
@@ -360,15 +388,11 @@ def event_from_json(text: str) -> DpEvent:
 
 def event_of_leaves(leaves: Leaves) -> DpEvent:
     """One event that releases each leaf as often as it is counted."""
-    parts: list[DpEvent] = []
-    for leaf, count in leaves:
-        match leaf.kind:
-            case "gaussian":
-                one: DpEvent = GaussianDpEvent(leaf.scale)
-            case "laplace":
-                one = LaplaceDpEvent(leaf.scale)
-            case "nonprivate":
-                one = NonPrivateDpEvent()
-        sampled = one if leaf.q == 1.0 else PoissonSampledDpEvent(leaf.q, one)
-        parts.append(SelfComposedDpEvent(sampled, count))
-    return compose(parts)
+    return compose(SelfComposedDpEvent(_event_of(leaf), count) for leaf, count in leaves)
+
+
+def _event_of(leaf: Leaf) -> DpEvent:
+    named = {"laplace": LaplaceDpEvent, "gaussian": GaussianDpEvent, "swapped": GaussianDpEvent}
+    one = NonPrivateDpEvent() if leaf.kind == "nonprivate" else named[leaf.kind](leaf.scale)
+    sampled = one if leaf.q == 1.0 else PoissonSampledDpEvent(leaf.q, one)
+    return ReplaceOneDpEvent(sampled) if leaf.kind == "swapped" else sampled

@@ -6,14 +6,17 @@ import math
 import time
 
 import dp_accounting as dp
+import numpy as np
 import pytest
+from dp_accounting.rdp import RdpAccountant
 from pytest import approx
 from scipy.optimize import brentq
-from scipy.stats import norm
+from scipy.stats import laplace, norm
 
 from fedface.errors import PrivacyError
 from fedface.privacy.accounting import (
     compose,
+    costs_at_most,
     epsilon_of,
     event_from_json,
     event_to_json,
@@ -83,6 +86,92 @@ def test_long_runs_cost_what_other_accountants_found(steps: int, epsilon: float)
     assert bounds.lower <= bounds.estimate <= bounds.upper
 
 
+@pytest.mark.parametrize(
+    ("sigma", "q", "steps", "delta", "epsilon"),
+    [
+        (0.7, 0.01, 120, 1e-5, 2.4612381),
+        (0.7, 1.0, 2, 1e-5, 10.1224946),
+        (1.0, 0.0064, 782, 1e-6, 1.199),
+        (1.0, 1.0, 5, 1e-6, 12.595),
+        (4.0, 0.01, 10_000, 4.243484e-6, 1.0),
+        (2.0, 0.01, 10_000, 0.0102249112, 1.0),
+        (2.0, 0.01, 10_000, 0.0228503396, 0.8),
+        (2.0, 0.02, 10_000, 0.1499173297, 1.0),
+    ],
+)
+def test_published_prices_are_ours(sigma: float, q: float, steps: int, delta: float, epsilon: float) -> None:
+    """Tests of tensorflow/privacy (compute_dp_sgd_privacy_test.py, its PLD figures; for the third and fourth its
+    sigma 2 halved by microbatches), and example and tests of DPBayes/PLD-Accountant (Koskela et al. 2020).
+    """
+    bounds = epsilon_of(sampled(sigma, q, steps), delta)
+    assert bounds.upper == approx(epsilon, abs=6e-4)
+    assert bounds.lower <= epsilon
+
+
+@pytest.mark.parametrize(
+    ("sigma", "q", "steps", "epsilon"),
+    [
+        (
+            4.0,
+            0.01,
+            10_000,
+            1.26,
+        ),  # Abadi et al. (2016), Section 5.1: the moments accountant after 100 epochs
+        (
+            1.3,
+            256 / 60_000,
+            4_687,
+            1.34,
+        ),  # Bu et al. (2020), Figure 4: the moments accountant, 20 epochs of MNIST
+        (1.3, 150 / 60_000, 6_000, 0.7242234),  # tensorflow/privacy's test, Renyi
+    ],
+)
+def test_looser_published_bounds_lie_above_ours(sigma: float, q: float, steps: int, epsilon: float) -> None:
+    bounds = epsilon_of(sampled(sigma, q, steps), 1e-5)
+    assert 0.7 * epsilon < bounds.upper < epsilon
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        sampled(0.8, 0.02, 50),
+        sampled(2.0, 0.3, 40),
+        gaussian(3.0, 12),
+        compose([sampled(1.0, 0.1, 30), gaussian(5.0, 3), dp.LaplaceDpEvent(4.0)]),
+    ],
+)
+def test_the_renyi_accountant_never_finds_less(event: dp.DpEvent) -> None:
+    """Its conversion is not tight, so that its epsilon lies above ours, by less than half here."""
+    renyi = RdpAccountant().compose(event).get_epsilon(1e-5)
+    bounds = epsilon_of(event, 1e-5)
+    assert bounds.upper <= renyi < 1.5 * bounds.upper
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 1.5, 3.0])
+def test_training_figures_and_statistics_together_cost_what_integration_over_all_three_says(
+    epsilon: float,
+) -> None:
+    """A sampled Gaussian, a Gaussian and a Laplace release: the hockey-stick, summed over a grid in three dimensions.
+
+    The unit is removed or added; the worse of both is the price.
+    """
+    sigma, q, figures, scale = 0.8, 0.3, 1.5, 2.0
+    wide, narrow, kinked = (np.linspace(-low, high, count) for low, high, count in (
+        (7.0 * sigma, 7.0 * sigma + 1.0, 121), (7.0 * figures, 7.0 * figures + 1.0, 121), (40.0, 41.0, 406),
+    ))  # fmt: skip
+    without = [norm.pdf(wide, 0, sigma), norm.pdf(narrow, 0, figures), laplace.pdf(kinked, 0, scale)]
+    mixture = (1 - q) * norm.pdf(wide, 0, sigma) + q * norm.pdf(wide, 1, sigma)
+    with_unit = [mixture, norm.pdf(narrow, 1, figures), laplace.pdf(kinked, 1, scale)]
+    cell = math.prod(axis[1] - axis[0] for axis in (wide, narrow, kinked))
+    p, r = (np.einsum("i,j,k->ijk", *densities) for densities in (with_unit, without))
+    truth = (
+        max((p - math.exp(epsilon) * r).clip(min=0).sum(), (r - math.exp(epsilon) * p).clip(min=0).sum())
+        * cell
+    )
+    event = compose([sampled(sigma, q, 1), gaussian(figures), dp.LaplaceDpEvent(scale)])
+    assert epsilon_of(event, float(truth)).estimate == approx(epsilon, abs=3e-3)
+
+
 def test_ten_rounds_compose_to_less_than_their_sum() -> None:
     rounds = [sampled(1.0, 0.01, 100)] * 10
     assert epsilon_of(compose(rounds), 1e-5).upper == approx(1.83, abs=0.005)
@@ -117,6 +206,17 @@ def test_one_laplace_release_costs_the_inverse_of_its_scale() -> None:
 def test_what_cannot_be_priced_is_refused(event: dp.DpEvent) -> None:
     with pytest.raises(PrivacyError):
         epsilon_of(event, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [sampled(0.005, 0.5, 100_000), sampled(0.0011, 0.9, 10**8), gaussian(1.0, 10**9), gaussian(0.002, 10**6)],
+)
+def test_a_loss_beyond_every_grid_is_infinite_and_no_error(event: dp.DpEvent) -> None:
+    """What a server asks for must end in a price, whatever it is."""
+    assert epsilon_of(event, 1e-5).upper == math.inf
+    assert not costs_at_most(event, 1e6, 1e-5)
+    assert success_ceiling(event, 0.1) == 1.0
 
 
 @pytest.mark.parametrize("sigma", [1e-300, 1e-4, 0.05, 1e5])
