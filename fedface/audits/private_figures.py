@@ -37,7 +37,6 @@ from fedface.photos.tone import ToneReading, delta_e, measure_tone
 from fedface.privacy.mechanism import check_clip_norm
 from fedface.privacy.plan import MOST_EXPECTED
 from fedface.shapes import Images, Vector
-from fedface.training.unit_sums import units_of
 
 RANGED = ("misfit", "skin_difference", "lightness_shift")  # measures with a public range, in this order
 _WORDS = {2: ("lighter", "darker"), 3: ("light", "medium", "dark")}
@@ -212,28 +211,25 @@ def figure_vectors(photos: PhotoFigures, config: FiguresConfig, *, clip_norm: fl
     return (clip_norm * torch.cat(parts, dim=1)).float()
 
 
-def mean_by_unit(vectors: Tensor, units: Tensor | None) -> Tensor:
-    """One vector per unit, the mean of its photos', to be summed in place of the photos' own.
+def shared_by_unit(vectors: Tensor, units: Tensor) -> Tensor:
+    """Each photo's vector over the number of its unit's photos, so that a unit's sum is the mean of its photos.
 
-    A unit weighs exactly one, however many photos it has: figures are means over units of the means within, and
-    counts are counts of units, where an occasion with photos of two groups counts in part for each. A mean is as
-    short as what it is the mean of, so nothing is clipped. Summing a unit's photos and clipping the sum keeps the
-    same promise, but lets a unit weigh up to one over the length of its mean vector: 1.06 for photos that are
-    alike, 1.4 for one that shows two groups.
+    A unit then weighs exactly one, however many photos it has: figures are means over units of the means within,
+    and counts are counts of units, where an occasion with photos of two groups counts in part for each. A mean is
+    as short as what it is the mean of, so nothing is clipped. Summing a unit's photos as they are and clipping the
+    sum keeps the same promise, but lets a unit weigh up to one over the length of its mean vector: 1.06 for photos
+    that are alike, 1.4 for one that shows two groups.
 
     Args:
         vectors: One per photo, (n, d).
-        units: Which unit each photo belongs to, int64 (n,), numbered from 0 without gaps; None: each its own.
+        units: Which unit each photo belongs to, int64 (n,). Photos that were not drawn must be left out before.
 
     Returns:
-        (u, d).
+        (n, d).
     """
-    if units is None:
-        return vectors
-    members = units_of(vectors, units)
-    sizes = torch.bincount(members)
-    sums = torch.zeros(len(sizes), vectors.shape[1], dtype=torch.float64)
-    return (sums.index_add_(0, members, vectors.double()) / sizes[:, None]).to(vectors.dtype)
+    _, place, sizes = torch.unique(units, return_inverse=True, return_counts=True)
+    shared: Tensor = vectors / sizes[place][:, None]
+    return shared
 
 
 def ranges(config: FiguresConfig, *, clip_norm: float) -> Vector:

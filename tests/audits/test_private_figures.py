@@ -10,23 +10,24 @@ import torch
 from figures_drawn import CLIP, CONFIG, DARK, LIGHT, drawn, even, members, read, total_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from fedface.audits.private_figures import (
     FiguresConfig,
     PhotoFigures,
     Shares,
     figure_vectors,
-    mean_by_unit,
     measure_photos,
     ranges,
+    shared_by_unit,
 )
 from fedface.config import dump, parse
 from fedface.photos.drawn import draw_people
 from fedface.photos.tone import lab_from_srgb, measure_tone, srgb_from_lab, srgb_from_monk
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.randomness import SecretNoise, Streams
-from fedface.shapes import Images
-from fedface.training.private_steps import private_sum
+from fedface.shapes import Images, Vector
+from fedface.training.private_steps import private_sum, private_sum_of
 
 STREAMS = Streams(11)
 
@@ -87,42 +88,48 @@ def test_groups_round_to_the_nearest_monk_tone_and_broken_pictures_count_as_serv
     assert found.figure("misfit").estimate == pytest.approx((0.001 + 0.02) / 2, rel=1e-5)
 
 
-def test_an_occasion_of_forty_photos_weighs_as_one_unit() -> None:
-    """As a mean exactly one; summed and clipped a bit more than one, and no longer than the clip norm either way."""
-    photos = drawn(40, STREAMS.numpy("occasion"))
-    party, single = members(photos, photos.group == 0), members(photos, torch.tensor([0]))
-    rows = torch.cat([figure_vectors(part, CONFIG, clip_norm=CLIP) for part in (party, single)])
-    units = torch.tensor([0] * len(party.group) + [1])
-    exact = replace(CONFIG, smallest_group=1)
-    means = mean_by_unit(rows, units)
-    assert means.shape == (2, CONFIG.width) and float(means.norm(dim=1).max()) <= CLIP * (1 + 1e-6)
-    found = read(means[:1].sum(0), config=exact).groups[LIGHT]
-    assert found.count.estimate == pytest.approx(1.0, abs=1e-6)
-    assert found.figure("skin_difference").estimate == pytest.approx(
-        float(party.skin_difference.mean()), rel=1e-5
+def sent(rows: Tensor, units: Tensor, *, share: bool) -> Vector:
+    """What a device without a promise sends: units' sums, or with shares their means; 16 photos of each are drawn."""
+
+    def drawn_rows(positions: Tensor) -> Tensor:
+        return shared_by_unit(rows[positions], units[positions]) if share else rows[positions]
+
+    return private_sum_of(
+        drawn_rows,
+        rows.shape[1],
+        units,
+        mechanism=ClippedSum(clip_norm=CLIP),
+        sampling_rate=1.0,
+        chance=STREAMS.generator("coins"),
     )
-    chance = STREAMS.generator("coins")
-    mechanism = ClippedSum(clip_norm=CLIP)
-    whole = torch.zeros(len(party.group), dtype=torch.int64)
-    cut = private_sum(rows[:-1], mechanism=mechanism, sampling_rate=1.0, chance=chance, units=whole)
-    assert float(cut.norm()) <= CLIP * (1 + 1e-6)
-    assert 1.0 <= read(cut, config=exact).groups[LIGHT].count.estimate <= 1.2
-    assert torch.equal(mean_by_unit(rows, None), rows)
-    with pytest.raises(ValueError, match="without gaps"):
-        mean_by_unit(rows, units * 2)
+
+
+@pytest.mark.parametrize(("share", "most"), [(True, 1.0), (False, 1.15)])
+def test_an_occasion_of_forty_photos_weighs_as_one_unit(share: bool, most: float) -> None:
+    """As a mean exactly one; summed and clipped a bit more than one, and no longer than the clip norm either way."""
+    photos = drawn(200, STREAMS.numpy("occasion"))
+    party = members(photos, torch.nonzero(photos.group == 0)[:40, 0])
+    rows = figure_vectors(party, CONFIG, clip_norm=CLIP)
+    total = sent(rows, torch.zeros(40, dtype=torch.int64), share=share)
+    assert float(total.norm()) <= CLIP * (1 + 1e-6)
+    found = read(total, config=replace(CONFIG, smallest_group=1)).groups[LIGHT]
+    assert 1.0 - 1e-6 <= found.count.estimate <= most + 1e-6
+    away = abs(found.figure("skin_difference").estimate - float(party.skin_difference.mean()))
+    assert away < 3 * float(party.skin_difference.std()) / 4  # the mean of the 16 that were drawn
 
 
 def test_means_over_units_are_not_means_over_photos() -> None:
-    """99 good photos of one afternoon and one bad photo of another: half bad."""
-    photos = even(100)
-    party = members(photos, photos.group == 2)
-    worst = PhotoFigures(**{**vars(party), "detected": torch.arange(100) < 99})
-    units = (torch.arange(100) == 99).long()
+    """Fifteen good photos of one afternoon and a bad one of another: half bad. Units may come in any order."""
+    party = members(even(16), torch.arange(48) >= 32)
+    worst = replace(party, detected=torch.arange(16) != 5)
+    units = (torch.arange(16) == 5).long()
     exact = replace(CONFIG, smallest_group=1)
     rows = figure_vectors(worst, CONFIG, clip_norm=CLIP)
-    assert read(rows.sum(0), config=exact).groups[DARK].figure("detected").estimate == pytest.approx(0.99)
-    by_unit = read(mean_by_unit(rows, units).sum(0), config=exact).groups[DARK].figure("detected")
+    assert read(rows.sum(0), config=exact).groups[DARK].figure("detected").estimate == pytest.approx(15 / 16)
+    by_unit = read(sent(rows, units, share=True), config=exact).groups[DARK].figure("detected")
     assert by_unit.estimate == pytest.approx(0.5, abs=1e-6) and by_unit.count == 2
+    assert torch.equal(shared_by_unit(rows, 3 * units + 7), shared_by_unit(rows, units))
+    assert torch.equal(shared_by_unit(rows, torch.arange(16)), rows)
 
 
 def lightened(images: Images, amount: float) -> Images:
@@ -141,12 +148,12 @@ def test_drawn_people_on_three_devices_who_come_back_lighter_by_a_known_amount()
     photos = measure_photos(original, made, torch.full((len(original),), 0.001), found, config)
     rows = figure_vectors(photos, config, clip_norm=CLIP)
     mechanism = GaussianSum(clip_norm=CLIP, sigma=0.5)
-    sent = [
+    parts = [
         private_sum(rows[device::3], mechanism=mechanism, sampling_rate=1.0, chance=SecretNoise())
         for device in range(3)
     ]
-    assert all((part.abs() <= ranges(config, clip_norm=CLIP)).all() for part in sent)
-    report = read(torch.stack(sent).sum(0), sigma=0.5, devices=3, config=config)
+    assert all((part.abs() <= ranges(config, clip_norm=CLIP)).all() for part in parts)
+    report = read(torch.stack(parts).sum(0), sigma=0.5, devices=3, config=config)
     assert report.overall is not None
     shift, plain = report.overall.figure("lightness_shift"), float(photos.lightness_shift.mean())
     assert abs(shift.estimate - plain) < 1.0 and plain == pytest.approx(8.0, abs=0.5)
