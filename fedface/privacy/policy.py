@@ -1,8 +1,9 @@
-"""The owner's policy: which runs may use this device's photos, and up to what price.
+"""The owner's policy: which runs may use this device's photos, when, and up to what price.
 
-Called from federation/device.py before a photo is read. The policy is a YAML file that only the owner edits
-(see clients/policy.example.yaml). Everything is refused unless it is allowed, and the price is computed here,
-from the noise, the sampling rate and the steps: an epsilon that somebody tells is never believed.
+Called from federation/device.py before a photo is read, and by `fedface policy check`. The policy is a YAML file that
+only the owner edits (see clients/policy.example.yaml and docs/policy.md). Everything is refused unless it is allowed,
+no word of a server's widens it, and the price is computed here, from the noise, the sampling rate and the steps: an
+epsilon that somebody tells is never believed.
 """
 
 from __future__ import annotations
@@ -10,14 +11,33 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from fedface.errors import PolicyRefusal
+from fedface.privacy.conditions import Conditions, Surroundings, ThisMachine, last_day
 from fedface.privacy.ledger import Entry, Ledger
 from fedface.privacy.limits import Limit
 from fedface.privacy.plan import Plan, Terms
 from fedface.privacy.target import check_delta
+from fedface.units import UNITS, Unit, covers, unit_in_words
 
 EVALUATION = "evaluation"  # the objective of a task that only measures
+OWN_WORDS = ("unit", "neighbours", "sampler", "noise_at")  # marks that follow from the terms alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Period:
+    """At most `epsilon` in any `days` days, besides what is allowed for life.
+
+    Raises:
+        ValueError: A number outside its bounds.
+    """
+
+    days: float  # > 0
+    epsilon: float  # > 0
+
+    def __post_init__(self) -> None:
+        Limit(epsilon=self.epsilon, delta=0.5, days=self.days)  # the bounds of a limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,23 +45,65 @@ class DevicePolicy:
     """What the owner of a device allows.
 
     Raises:
-        ValueError: A number outside its bounds.
+        ValueError: A number outside its bounds, a day or an hour that does not exist, a folder outside the photos.
     """
 
     max_epsilon: float  # for all runs together, for the life of the library, > 0
-    delta: float  # where epsilon is read; fixed for the life of the library
+    delta: float  # where every epsilon is read; fixed for the life of the library
+    unit: Unit = "photo"  # of what budgets count the loss; fixed for the life of the library
+    periods: tuple[Period, ...] = ()  # further budgets, for any so many days
     objectives: tuple[str, ...] = ("generator", "upsampler")  # what photos may help to train
+    evaluation: bool = False  # may this device answer noised questions about its held-out photos?
     protocols: tuple[str, ...] = ("encrypted",)  # how updates may travel
     smallest_cohort: int = 2  # fewest devices whose updates are summed, >= 1
+    trust_server: bool = False  # may runs take part whose noise the server adds?
     allow_unpromised: bool = False  # may runs without noise use these photos?
-    evaluation: bool = False  # may this device answer noised questions about its held-out photos?
+    folders: tuple[Path, ...] = ()  # below the photos: only these may be used; none named: all
+    never: tuple[Path, ...] = ()  # below the photos: these may not be used, also where `folders` holds them
+    hours: tuple[str, ...] = ()  # such as "22:00-07:00", local time; none: at any time
+    on_mains: bool = False  # only when plugged in?
+    least_battery: float = 0.0  # off the mains only with this share of charge, 0 to 1
+    most_load: float | None = None  # load average of the last minute per core; None: any
+    expires: str | None = None  # the last day, such as 2027-01-31; from the next on everything is refused
 
     def __post_init__(self) -> None:
         if not (self.max_epsilon > 0 and math.isfinite(self.max_epsilon)):
             raise ValueError(f"max_epsilon must be a finite number above 0, got {self.max_epsilon}")
         check_delta(self.delta)
+        if self.unit not in UNITS:
+            raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
         if self.smallest_cohort < 1:
             raise ValueError(f"smallest_cohort must be at least 1, got {self.smallest_cohort}")
+        for key, folders in (("folders", self.folders), ("never", self.never)):
+            for folder in folders:
+                _check_folder(key, folder)
+        if self.expires is not None:
+            try:
+                last_day(self.expires)
+            except ValueError as error:
+                raise ValueError(f"expires {error}") from error
+        _ = self.conditions
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """The budget for life, then that of each period."""
+        return (
+            Limit(epsilon=self.max_epsilon, delta=self.delta, unit=self.unit),
+            *(
+                Limit(epsilon=period.epsilon, delta=self.delta, unit=self.unit, days=period.days)
+                for period in self.periods
+            ),
+        )
+
+    @property
+    def conditions(self) -> Conditions:
+        """When this device may work."""
+        return Conditions(
+            hours=self.hours,
+            on_mains=self.on_mains,
+            least_battery=self.least_battery,
+            most_load=self.most_load,
+        )
 
     def admit(
         self,
@@ -53,8 +115,13 @@ class DevicePolicy:
         *,
         run: str | None = None,
         round: int | None = None,
+        surroundings: Surroundings | None = None,
     ) -> None:
-        """Return if a run may use these photos; otherwise say why not.
+        """Return if a run may use these photos now; otherwise say why not, the first reason that there is.
+
+        The order: the last day, the purpose, the unit and who is trusted, the hours and the power, the budgets. All
+        rounds that a run still has must fit into the budget for life, its next round into that of each period: a
+        long run pauses here when a period's budget is used up.
 
         Args:
             plan: What the run asks: only its schedule and noise are read, never its epsilon.
@@ -64,33 +131,24 @@ class DevicePolicy:
             ledger: What these photos have paid so far.
             run: The run's name, if it has begun: its booked rounds are then not asked for again.
             round: The round that is asked for; if it is booked already, `book` alone decides about it.
+            surroundings: Says the time, the power and the load; this machine if None.
 
         Raises:
+            NotNow: The owner's conditions do not hold; the reason is in its `private`, for the owner's log alone.
             PolicyRefusal: With what was asked, what is spent and what is allowed.
             LedgerError: The ledger cannot be trusted, so nothing can be admitted.
         """
+        terms, here = _terms(plan), surroundings or ThisMachine()
+        self._admit_today(here)
         self._admit_purpose(cohort_size, protocol, objective)
-        if plan.noise_multiplier == 0:
-            if not self.allow_unpromised:
-                raise PolicyRefusal(
-                    "this run asks for epsilon inf: it adds no noise; this device allows "
-                    f"{self.max_epsilon:g}. Give it a privacy target, or ask the owner to allow it."
-                )
-            return
-        done = 0 if run is None else ledger.rounds_booked(run)
-        booked = run is not None and round is not None and ledger.already(run, round)
-        rounds = max(plan.schedule.rounds - done, 0 if booked else 1)
-        if rounds == 0:
-            return
-        shortfall = ledger.room_for(plan.event(rounds), [self._limit()], told=_terms(plan).unit)
-        if shortfall is not None:
-            raise PolicyRefusal(
-                f"over {rounds} rounds this run asks for {shortfall.in_words()}. Lower the rounds, raise the "
-                "noise, or ask the owner of this device for a larger budget."
-            )
+        self._admit_promise(terms)
+        self.conditions.check(here)
+        if terms.promises:
+            self._admit_price(terms, ledger, run, round)
 
-    def _limit(self) -> Limit:
-        return Limit(epsilon=self.max_epsilon, delta=self.delta)
+    def _admit_today(self, surroundings: Surroundings) -> None:
+        if self.expires is not None and surroundings.now().date() > last_day(self.expires):
+            raise PolicyRefusal(f"what the owner of this device allowed has ended ({self.expires})")
 
     def _admit_purpose(self, cohort_size: int, protocol: str, objective: str) -> None:
         if objective == EVALUATION:
@@ -112,6 +170,42 @@ class DevicePolicy:
                 f"{self.smallest_cohort} or more"
             )
 
+    def _admit_promise(self, terms: Terms) -> None:
+        if not terms.promises:
+            if not self.allow_unpromised:
+                raise PolicyRefusal(
+                    "this run asks for epsilon inf: it adds no noise; this device allows "
+                    f"{self.max_epsilon:g}. Give it a privacy target, or ask the owner to allow it."
+                )
+            return
+        if not covers(terms.unit, self.unit):
+            raise PolicyRefusal(
+                f"this run promises per {terms.unit}; the owner of this device counts per {self.unit}"
+            )
+        if terms.noise_at == "server" and not self.trust_server:
+            raise PolicyRefusal(
+                "in this run the server adds the noise; the owner of this device does not trust servers with that"
+            )
+
+    def _admit_price(self, terms: Terms, ledger: Ledger, run: str | None, round: int | None) -> None:
+        done = 0 if run is None else ledger.rounds_booked(run)
+        booked = run is not None and round is not None and ledger.already(run, round)
+        rounds = max(terms.schedule.rounds - done, 0 if booked else 1)
+        if rounds == 0:
+            return
+        life, *periods = self.limits
+        short = ledger.room_for(terms.event(rounds), [life], told=terms.unit)
+        if short is not None:
+            raise PolicyRefusal(
+                f"over {rounds} rounds this run asks for {short.in_words()}. Lower the rounds, raise the "
+                "noise, or ask the owner of this device for a larger budget."
+            )
+        if booked or not periods:
+            return
+        short = ledger.room_for(terms.event(1), periods, told=terms.unit)
+        if short is not None:
+            raise PolicyRefusal(f"with one more round this run asks for {short.in_words()}. Ask again later.")
+
     def book(
         self,
         plan: Plan | Terms,
@@ -120,27 +214,72 @@ class DevicePolicy:
         run: str,
         round: int,
         marks: Mapping[str, str] | None = None,
+        surroundings: Surroundings | None = None,
     ) -> Entry:
-        """Book one round within this policy's budget, on disk when this returns; then compute it.
+        """Book one round within this policy's budgets, on disk when this returns; then compute it.
+
+        What `admit` said is checked again where it may have changed since: the last day, the unit, who is trusted,
+        and every budget, in one transaction with the booking.
 
         Args:
             plan: What the run asks; its numbers are noted beside the event.
             ledger: What these photos have paid so far.
             run: The run's name.
             round: Which round, >= 0.
-            marks: What else identifies the release, such as the model's hash.
+            marks: What else identifies the release, such as the model's hash. They cannot change `OWN_WORDS`.
+            surroundings: Says the day; this machine if None.
 
         Raises:
             PolicyRefusal: The budget does not allow this round, or the run promises nothing and may not.
             LedgerError: The ledger is damaged, or this round was answered for a different release.
         """
-        event, marks = plan.event(1), {**plan.marks(), **(marks or {})}
-        if plan.noise_multiplier > 0:
-            return ledger.book_within(event, [self._limit()], run=run, round=round, marks=marks)
-        if not self.allow_unpromised:
-            raise PolicyRefusal("this run adds no noise, and this device does not allow that")
-        return ledger.book(event, run=run, round=round, marks=marks)
+        terms = _terms(plan)
+        self._admit_today(surroundings or ThisMachine())
+        self._admit_promise(terms)
+        said = terms.marks()
+        noted = {**said, **(marks or {}), **{word: said[word] for word in OWN_WORDS}}
+        if terms.promises:
+            return ledger.book_within(terms.event(1), self.limits, run=run, round=round, marks=noted)
+        return ledger.book(terms.event(1), run=run, round=round, marks=noted)
+
+    def in_words(self) -> list[str]:
+        """What is allowed, one sentence each, without full stops."""
+        conditions = self.conditions.in_words()
+        return [
+            f"photos may help to train {_or(self.objectives)}",
+            "noised questions about how well a model serves these photos are "
+            + ("answered" if self.evaluation else "not answered"),
+            f"updates may travel {_or(self.protocols)}, where {self.smallest_cohort} devices or more are summed",
+            *(f"at most {limit}" for limit in self.limits),
+            f"the budget counts {unit_in_words(self.unit)}",
+            f"a run must promise per {_or([unit for unit in UNITS if covers(unit, self.unit)])}",
+            "the noise may be added by the server"
+            if self.trust_server
+            else "the noise must be added on this device: runs whose noise the server adds are refused",
+            "RUNS WITHOUT NOISE MAY USE THESE PHOTOS: of such a run epsilon is infinite at every delta"
+            if self.allow_unpromised
+            else "runs without noise are refused",
+            f"photos {_in(self.folders)} may be used"
+            if self.folders
+            else "photos in all folders may be used",
+            *([f"photos {_in(self.never)} may never be used"] if self.never else []),
+            f"this device takes part only {', '.join(conditions)}" if conditions else "at any time",
+            f"until the end of {self.expires}" if self.expires else "without a last day",
+        ]
 
 
 def _terms(plan: Plan | Terms) -> Terms:
     return plan.terms if isinstance(plan, Plan) else plan
+
+
+def _check_folder(key: str, folder: Path) -> None:
+    if folder.is_absolute() or not folder.parts or ".." in folder.parts or folder.parts[0].startswith("~"):
+        raise ValueError(f'{key} must name folders below the photos, without "..", got "{folder}"')
+
+
+def _or(words: tuple[str, ...] | list[str]) -> str:
+    return " or ".join(words) or "nothing"
+
+
+def _in(folders: tuple[Path, ...]) -> str:
+    return f"in {' and '.join(folder.as_posix() for folder in folders)}"

@@ -3,22 +3,52 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-import yaml
 
-from fedface.errors import PolicyRefusal
+from fedface.config import parse, read
+from fedface.errors import ConfigError, PolicyRefusal
 from fedface.privacy.accounting import epsilon_of
+from fedface.privacy.conditions import NOT_NOW, NotNow, Power
 from fedface.privacy.ledger import Ledger
+from fedface.privacy.limits import Limit
+from fedface.privacy.neighbours import for_replacing_one
 from fedface.privacy.plan import Plan, Schedule, Terms, make_plan
-from fedface.privacy.policy import DevicePolicy
+from fedface.privacy.policy import EVALUATION, DevicePolicy, Period
 from fedface.privacy.target import NoPromise, PrivacyTarget
+from fedface.units import Unit
 
 SCHEDULE = Schedule(rounds=4, steps_per_round=2, sampling_rate=0.2, expected_batch=8, clip_norm=1.0)
 TERMS = Terms(schedule=SCHEDULE, noise_multiplier=1.0)
 COST = epsilon_of(TERMS.event(), 1e-5).upper
 POLICY = DevicePolicy(max_epsilon=COST + 1e-6, delta=1e-5, smallest_cohort=3)
+ONE_ROUND = epsilon_of(TERMS.event(1), 1e-5).upper
+CLIENTS = Path(__file__).resolve().parents[2] / "clients"
+
+
+@dataclass
+class Noon:
+    """A machine on battery on one day at noon; `day` may move."""
+
+    day: str = "2027-01-31"
+    mains: bool = False
+
+    def now(self) -> datetime:
+        return datetime.fromisoformat(f"{self.day}T12:00:00+01:00")
+
+    def power(self) -> Power:
+        return Power(mains=self.mains, share=0.37)
+
+    def load(self) -> float | None:
+        return 0.1
+
+
+def per(unit: Unit, noise: float = 1.0) -> Terms:
+    """The same steps, promised per some unit."""
+    return replace(TERMS, unit=unit, noise_multiplier=noise)
 
 
 @pytest.fixture
@@ -97,16 +127,212 @@ def test_a_run_without_a_promise_needs_the_owners_word(ledger: Ledger) -> None:
         willing.admit(TERMS, 3, "encrypted", "generator", ledger)
 
 
-def test_the_example_policy_is_a_policy() -> None:
-    example = Path(__file__).resolve().parents[2] / "clients" / "policy.example.yaml"
-    values = yaml.safe_load(example.read_text())
-    policy = DevicePolicy(
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    )
-    assert policy.protocols == ("encrypted",) and not policy.allow_unpromised
+def test_the_examples_are_policies_and_show_every_key() -> None:
+    """What an owner copies is read, and is cautious where a word decides."""
+    example = CLIENTS / "policy.example.yaml"
+    policy = read(example, DevicePolicy)
+    assert policy.protocols == ("encrypted",)
+    assert not (policy.allow_unpromised or policy.trust_server or policy.evaluation)
+    text = example.read_text()
+    for key in DevicePolicy.__dataclass_fields__:
+        assert f"\n{key}: " in text or f"\n# {key}: " in text, key
 
 
-@pytest.mark.parametrize("change", [{"max_epsilon": 0.0}, {"delta": 2.0}, {"smallest_cohort": 0}])
-def test_a_policy_out_of_bounds_cannot_be_written_down(change: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=next(iter(change))):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_epsilon": 0.0},
+        {"delta": 2.0},
+        {"smallest_cohort": 0},
+        {"unit": "person"},
+        {"folders": (Path("/etc"),)},
+        {"folders": (Path("."),)},
+        {"never": (Path("a/../../b"),)},
+        {"never": (Path("~/Pictures"),)},
+        {"hours": ("22-7",)},
+        {"least_battery": 30.0},
+        {"most_load": -1.0},
+        {"expires": "2027-02-30"},
+    ],
+)
+def test_a_policy_out_of_bounds_cannot_be_written_down(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(change))} "):
         DevicePolicy(**{"max_epsilon": 1.0, "delta": 1e-5, **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("change", [{"days": 0.0}, {"epsilon": 0.0}, {"epsilon": float("inf")}])
+def test_a_period_out_of_bounds_cannot_be_written_down(change: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(change))} "):
+        Period(**{"days": 7.0, "epsilon": 1.0, **change})
+
+
+def test_a_policy_is_read_from_the_words_of_its_owner() -> None:
+    """A day needs no quotes, a period is a small table, folders are paths."""
+    text = """
+max_epsilon: 8
+delta: 1e-6
+unit: occasion
+periods: [{days: 7, epsilon: 1.5}]
+never: [Private, "Work/2024"]
+hours: ["22:00-07:00"]
+expires: 2027-01-31
+"""
+    policy = parse(text, DevicePolicy, name="p.yaml")
+    assert policy.limits == (
+        Limit(epsilon=8, delta=1e-6, unit="occasion"),
+        Limit(epsilon=1.5, delta=1e-6, unit="occasion", days=7),
+    )
+    assert policy.never == (Path("Private"), Path("Work/2024")) and policy.expires == "2027-01-31"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("expires: soon", r'p.yaml:3: expires: must be a day such as 2027-01-31, got "soon"'),
+        ("expires: 2027-02-30", r"p.yaml:3: expires: must be a day"),
+        ("hours: [22-7]", r'p.yaml:3: hours: must be written like "22:00-07:00"'),
+        ("periods: [{days: 7, epsilon: 0}]", r"p.yaml:3: periods.0.epsilon: must be a finite number above 0"),
+        ("folders: [../elsewhere]", r"p.yaml:3: folders: must name folders below the photos"),
+        ("unit: person", r"p.yaml:3: unit: expected one of photo, occasion, library"),
+        ("on_main: true", r'did you mean "on_mains"'),
+    ],
+)
+def test_a_slip_of_the_owner_is_shown_with_its_line(line: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse(f"max_epsilon: 8\ndelta: 1e-6\n{line}\n", DevicePolicy, name="p.yaml")
+
+
+def test_from_the_day_after_the_last_nothing_is_allowed(ledger: Ledger) -> None:
+    """Neither a new run nor one more round of an old one, nor a reply that is kept."""
+    policy, here = replace(POLICY, expires="2027-01-31"), Noon()
+    policy.admit(TERMS, 3, "encrypted", "generator", ledger, surroundings=here)
+    policy.book(TERMS, ledger, run="r", round=0, surroundings=here)
+    here.day = "2027-02-01"
+    with pytest.raises(PolicyRefusal, match="has ended"):
+        policy.admit(TERMS, 3, "encrypted", "generator", ledger, surroundings=here)
+    for round in (0, 1):
+        with pytest.raises(PolicyRefusal, match="has ended"):
+            policy.book(TERMS, ledger, run="r", round=round, surroundings=here)
+    assert len(ledger.entries()) == 1
+
+
+def test_a_finer_promise_is_refused_and_a_coarser_one_is_priced(ledger: Ledger) -> None:
+    """An owner who counts occasions: a promise per photo says nothing about them, one per occasion is what it is."""
+    policy = replace(POLICY, unit="occasion")
+    with pytest.raises(
+        PolicyRefusal, match="promises per photo; the owner of this device counts per occasion"
+    ):
+        policy.admit(per("photo"), 3, "encrypted", "generator", ledger)
+    with pytest.raises(PolicyRefusal, match="counts per occasion"):
+        policy.book(per("photo"), ledger, run="r", round=0)
+    policy.admit(per("occasion"), 3, "encrypted", "generator", ledger)
+
+
+def test_an_owner_who_counts_photos_pays_more_for_a_promise_per_occasion(ledger: Ledger) -> None:
+    """One photo more or less changes the content of an occasion: the price of replacing one."""
+    dearer = epsilon_of(for_replacing_one(per("occasion").event()), 1e-5).upper
+    assert dearer > COST + 0.1
+    with pytest.raises(PolicyRefusal, match=f"asks for epsilon {dearer:.3f}"):
+        POLICY.admit(per("occasion"), 3, "encrypted", "generator", ledger)
+    willing = replace(POLICY, max_epsilon=dearer + 1e-6)
+    willing.admit(per("occasion"), 3, "encrypted", "generator", ledger)
+    willing.book(per("occasion"), ledger, run="r", round=0)
+    assert ledger.spent(1e-5, unit="photo").upper > ledger.spent(1e-5, unit="occasion").upper
+
+
+def test_a_caller_cannot_book_a_run_under_another_unit(ledger: Ledger) -> None:
+    """The terms say what is promised to whom; marks that say otherwise are overruled."""
+    policy = replace(POLICY, max_epsilon=50.0)
+    entry = policy.book(
+        per("occasion"), ledger, run="r", round=0, marks={"unit": "photo", "noise_at": "moon"}
+    )
+    marks = json.loads(entry.marks)
+    assert (marks["unit"], marks["noise_at"]) == ("occasion", "device")
+
+
+def test_a_server_that_adds_the_noise_needs_trust(ledger: Ledger) -> None:
+    terms = per("library", noise=8.0)
+    policy = replace(POLICY, max_epsilon=20.0)
+    for ask in (
+        lambda: policy.admit(terms, 3, "encrypted", "generator", ledger),
+        lambda: policy.book(terms, ledger, run="r", round=0),
+    ):
+        with pytest.raises(
+            PolicyRefusal, match="server adds the noise; the owner of this device does not trust"
+        ):
+            ask()
+    trusting = replace(policy, trust_server=True)
+    trusting.admit(terms, 3, "encrypted", "generator", ledger)
+    trusting.book(terms, ledger, run="r", round=0)
+
+
+def test_evaluation_is_asked_for_and_booked_like_training(ledger: Ledger) -> None:
+    policy = replace(POLICY, evaluation=True, objectives=())
+    policy.admit(TERMS, 3, "encrypted", EVALUATION, ledger)
+    with pytest.raises(PolicyRefusal, match="allows nothing"):
+        policy.admit(TERMS, 3, "encrypted", "generator", ledger)
+    for round in range(4):
+        policy.book(TERMS, ledger, run="r/evaluation", round=round)
+    with pytest.raises(PolicyRefusal, match="is already spent"):
+        policy.admit(TERMS, 3, "encrypted", EVALUATION, ledger)
+
+
+def test_a_period_pauses_a_run_and_lets_it_go_on(tmp_path: Path) -> None:
+    """Room for one round in any seven days: the second waits a week, and the life's budget holds all four."""
+    time = datetime(2027, 1, 1, tzinfo=UTC)
+    ledger = Ledger.open(tmp_path / "ledger.db", now=lambda: time)
+    policy = replace(POLICY, periods=(Period(days=7, epsilon=ONE_ROUND + 1e-6),))
+    for round in range(4):
+        policy.admit(TERMS, 3, "encrypted", "generator", ledger, run="r", round=round)
+        policy.book(TERMS, ledger, run="r", round=round)
+        policy.admit(TERMS, 3, "encrypted", "generator", ledger, run="r", round=round)  # asked once more
+        if round == 3:
+            break
+        with pytest.raises(PolicyRefusal, match="in any 7 days.*Ask again later"):
+            policy.admit(TERMS, 3, "encrypted", "generator", ledger, run="r", round=round + 1)
+        with pytest.raises(PolicyRefusal, match="in any 7 days"):
+            policy.book(TERMS, ledger, run="r", round=round + 1)
+        time += timedelta(days=7, seconds=1)
+    assert ledger.rounds_booked("r") == 4
+
+
+def test_what_a_server_hears_of_hours_and_power_is_one_sentence(ledger: Ledger) -> None:
+    """The battery's charge and the hours stay on the device; the owner's log may have them."""
+    policy = replace(POLICY, hours=("22:00-07:00",), least_battery=0.5)
+    heard = set()
+    for held, private in ((policy, "it is 12:00"), (replace(policy, hours=()), "the battery is at 37%")):
+        with pytest.raises(NotNow) as refusal:
+            held.admit(TERMS, 3, "encrypted", "generator", ledger, surroundings=Noon())
+        assert private in refusal.value.private
+        heard.add(str(refusal.value))
+    assert heard == {NOT_NOW}
+    replace(policy, hours=()).admit(TERMS, 3, "encrypted", "generator", ledger, surroundings=Noon(mains=True))
+
+
+def test_reasons_come_in_an_order_that_tells_least(ledger: Ledger) -> None:
+    """The last day, the purpose, the promise, the conditions, the budget: each hides those after it."""
+    strict = DevicePolicy(
+        max_epsilon=1e-3, delta=1e-5, smallest_cohort=3, unit="occasion", hours=("22:00-07:00",), expires="2027-01-01"
+    )  # fmt: skip
+    steps = [
+        ("has ended", strict),
+        ("2 devices", replace(strict, expires=None)),
+        ("promises per photo", replace(strict, expires=None, smallest_cohort=2)),
+        ("conditions do not hold", replace(strict, expires=None, smallest_cohort=2, unit="photo")),
+        ("asks for epsilon", replace(strict, expires=None, smallest_cohort=2, unit="photo", hours=())),
+    ]
+    for words, policy in steps:
+        with pytest.raises(PolicyRefusal, match=words):
+            policy.admit(TERMS, 2, "encrypted", "generator", ledger, surroundings=Noon())
+
+
+def test_every_epsilon_of_a_policy_in_words_has_its_delta_unit_and_period() -> None:
+    policy = replace(
+        POLICY, periods=(Period(days=7, epsilon=0.5),), allow_unpromised=True, never=(Path("Private"),)
+    )
+    words = policy.in_words()
+    assert f"at most epsilon {policy.max_epsilon:g} at delta 1e-05 per photo for life" in words
+    assert "at most epsilon 0.5 at delta 1e-05 per photo in any 7 days" in words
+    assert "photos in Private may never be used" in words
+    assert any(line.startswith("RUNS WITHOUT NOISE") and "delta" in line for line in words)
+    assert all("delta" in line for line in words if "epsilon" in line)

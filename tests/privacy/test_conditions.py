@@ -1,0 +1,202 @@
+"""Hours, power and load: what holds, what does not, what cannot be read, and what a server hears of it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from fedface.privacy import conditions
+from fedface.privacy.conditions import NOT_NOW, Conditions, NotNow, Power, ThisMachine, last_day
+
+
+@dataclass(frozen=True)
+class Said:
+    """A machine that says what a test tells it to say."""
+
+    clock: str = "12:00"
+    mains: bool | None = True
+    share: float | None = None
+    busy: float | None = 0.0
+
+    def now(self) -> datetime:
+        return datetime.fromisoformat(f"2027-01-31T{self.clock}:59+01:00")
+
+    def power(self) -> Power:
+        return Power(mains=self.mains, share=self.share)
+
+    def load(self) -> float | None:
+        return self.busy
+
+
+class Silent:
+    """A machine that must not be asked."""
+
+    def now(self) -> datetime:
+        raise AssertionError("nobody needs the time")
+
+    def power(self) -> Power:
+        raise AssertionError("nobody needs the power")
+
+    def load(self) -> float | None:
+        raise AssertionError("nobody needs the load")
+
+
+def reason(wanted: Conditions, said: Said) -> str | None:
+    """The private reason, None if the conditions hold; what is public is always the same."""
+    try:
+        wanted.check(said)
+    except NotNow as refusal:
+        assert str(refusal) == NOT_NOW
+        return refusal.private
+    return None
+
+
+def test_without_conditions_nothing_is_read() -> None:
+    Conditions().check(Silent())
+    assert Conditions().in_words() == []
+
+
+@pytest.mark.parametrize(
+    ("hours", "inside", "outside"),
+    [
+        ("22:00-07:00", ["22:00", "23:59", "00:00", "06:59"], ["07:00", "12:00", "21:59"]),
+        ("09:00-17:30", ["09:00", "17:29"], ["08:59", "17:30", "00:00"]),
+        ("18:00-24:00", ["18:00", "23:59"], ["17:59", "00:00"]),
+        ("00:00-24:00", ["00:00", "12:00", "23:59"], []),
+    ],
+)
+def test_hours_hold_from_their_start_until_before_their_end(
+    hours: str, inside: list[str], outside: list[str]
+) -> None:
+    wanted = Conditions(hours=(hours,))
+    assert [reason(wanted, Said(clock=clock)) for clock in inside] == [None] * len(inside)
+    for clock in outside:
+        assert reason(wanted, Said(clock=clock)) == f"it is {clock}; the policy's hours are {hours}"
+
+
+def test_any_of_several_hours_will_do() -> None:
+    wanted = Conditions(hours=("01:00-03:00", "13:00-14:00"))
+    assert reason(wanted, Said(clock="02:00")) is None
+    assert reason(wanted, Said(clock="13:30")) is None
+    assert reason(wanted, Said(clock="05:00")) is not None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said", "words"),
+    [
+        (Conditions(on_mains=True), Said(mains=True), None),
+        (Conditions(on_mains=True), Said(mains=False, share=1.0), "mains is not connected"),
+        (Conditions(on_mains=True), Said(mains=None, share=1.0), "mains cannot be told"),
+        (Conditions(least_battery=0.5), Said(mains=True, share=0.01), None),
+        (Conditions(least_battery=0.5), Said(mains=False, share=0.5), None),
+        (Conditions(least_battery=0.5), Said(mains=None, share=0.6), None),
+        (Conditions(least_battery=0.5), Said(mains=False, share=0.42), "the battery is at 42%"),
+        (Conditions(least_battery=0.5), Said(mains=None, share=None), "can be read"),
+        (Conditions(least_battery=0.5), Said(mains=False, share=None), "can be read"),
+        (Conditions(most_load=0.5), Said(busy=0.5), None),
+        (Conditions(most_load=0.5), Said(busy=0.75), "the load per core is 0.75"),
+        (Conditions(most_load=0.5), Said(busy=None), "cannot be read"),
+        (Conditions(most_load=0.5), Said(busy=float("nan")), "cannot be read"),
+    ],
+)
+def test_power_and_load(wanted: Conditions, said: Said, words: str | None) -> None:
+    """What the owner asks for and the machine does not say is a "no"."""
+    found = reason(wanted, said)
+    assert found is None if words is None else found is not None and words in found
+
+
+def test_conditions_in_words() -> None:
+    wanted = Conditions(hours=("22:00-07:00",), least_battery=0.3, most_load=0.5)
+    assert wanted.in_words() == [
+        "between 22:00-07:00, local time",
+        "on mains, or with the battery at 30% or more",
+        "while the load per core is 0.5 or less",
+    ]
+
+
+@pytest.mark.parametrize(
+    "hours", ["22-7", "22:00", "25:00-07:00", "22:60-07:00", "24:00-01:00", "07:00-07:00", ""]
+)
+def test_hours_that_are_none_are_refused(hours: str) -> None:
+    with pytest.raises(ValueError, match="^hours must"):
+        Conditions(hours=(hours,))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"least_battery": -0.1}, {"least_battery": 50.0}, {"most_load": 0.0}, {"most_load": float("nan")}],
+)
+def test_numbers_out_of_bounds_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Conditions(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("words", ["2027-02-30", "tomorrow", "20270131", "2027-1-31", "2027-01-31T00:00", ""])
+def test_days_that_do_not_exist_are_refused(words: str) -> None:
+    assert last_day("2028-02-29").year == 2028
+    with pytest.raises(ValueError, match="must be a day such as 2027-01-31"):
+        last_day(words)
+
+
+def supply(folder: Path, name: str, **files: str) -> None:
+    """One power supply as Linux shows it."""
+    (folder / name).mkdir(parents=True)
+    for key, text in files.items():
+        (folder / name / key).write_text(f"{text}\n")
+
+
+def machine(
+    monkeypatch: pytest.MonkeyPatch, supplies: Path, battery: object, platform: str = "linux"
+) -> Power:
+    """The power of a machine with these supplies, of whose battery psutil says this."""
+    monkeypatch.setattr(conditions, "POWER_SUPPLIES", supplies)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(psutil, "sensors_battery", lambda: battery, raising=False)
+    return ThisMachine().power()
+
+
+HALF_FULL = SimpleNamespace(percent=50, secsleft=0, power_plugged=None)
+
+
+def test_a_machine_without_a_battery_is_on_mains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also one that lists no supplies at all, and one whose only battery is in its mouse."""
+    on_mains = Power(mains=True, share=None)
+    assert machine(monkeypatch, tmp_path / "none", None) == on_mains
+    supply(tmp_path / "mouse", "hidpp_battery_0", type="Battery", scope="Device")
+    assert machine(monkeypatch, tmp_path / "mouse", HALF_FULL) == on_mains
+    assert machine(monkeypatch, tmp_path / "none", None, platform="darwin") == on_mains
+
+
+def test_a_battery_that_does_not_answer_is_not_taken_for_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    unread = Power(mains=None, share=None)
+    supply(tmp_path / "laptop", "BAT0", type="Battery", scope="System")
+    assert machine(monkeypatch, tmp_path / "laptop", None) == unread
+    assert machine(monkeypatch, tmp_path / "none", None, platform="win32") == unread
+    (tmp_path / "odd" / "BAT0").mkdir(parents=True)
+    (tmp_path / "odd" / "BAT0" / "type").write_bytes(b"\xff\xfe")
+    assert machine(monkeypatch, tmp_path / "odd", HALF_FULL) == unread
+
+
+def test_a_laptop_says_its_charge_and_its_plug(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """psutil looks for plugs named AC alone; any plug that gives power counts."""
+    supply(tmp_path, "BAT0", type="Battery")
+    assert machine(monkeypatch, tmp_path, HALF_FULL) == Power(mains=None, share=0.5)
+    away = SimpleNamespace(percent=80, secsleft=0, power_plugged=False)
+    assert machine(monkeypatch, tmp_path, away) == Power(mains=False, share=0.8)
+    supply(tmp_path, "ADP1", type="Mains", online="1")
+    assert machine(monkeypatch, tmp_path, HALF_FULL) == Power(mains=True, share=0.5)
+
+
+def test_this_machine_says_something() -> None:
+    here = ThisMachine()
+    assert here.now().tzinfo is not None
+    assert here.load() is None or here.load() >= 0  # type: ignore[operator]
+    assert isinstance(here.power(), Power)
