@@ -26,6 +26,7 @@ from fedface.cli.faces import photos
 from fedface.cli.figures import quality
 from fedface.cli.methods import compare as compare_methods
 from fedface.cli.pages import page
+from fedface.cli.policies import policy
 from fedface.cli.runs import check, report, run_experiment
 from fedface.cli.terminal import call
 from fedface.cli.upsampling import upsample
@@ -46,7 +47,9 @@ app.command()(quality)
 app.command()(upsample)
 app.command("methods")(compare_methods)
 app.command("page")(page)
-GROUPS = {"photos": photos, "base": base, "weights": weights, "device": device, "ledger": ledger}
+GROUPS = {
+    "photos": photos, "base": base, "weights": weights, "device": device, "ledger": ledger, "policy": policy,
+}  # fmt: skip
 for name, part in GROUPS.items():
     app.add_typer(part, name=name)
 

@@ -133,9 +133,10 @@ def test_the_examples_are_policies_and_show_every_key() -> None:
     policy = read(example, DevicePolicy)
     assert policy.protocols == ("encrypted",)
     assert not (policy.allow_unpromised or policy.trust_server or policy.evaluation)
-    text = example.read_text()
+    text, page = example.read_text(), (CLIENTS.parent / "docs" / "policy.md").read_text()
     for key in DevicePolicy.__dataclass_fields__:
         assert f"\n{key}: " in text or f"\n# {key}: " in text, key
+        assert f"| `{key}: " in page, key
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,208 @@
+"""`fedface policy check`: sentences, verdicts, exit codes; and nothing on the disk is touched."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedface import cli
+from fedface.experiment import Experiment, read_experiment
+from fedface.privacy.conditions import Power, ThisMachine
+from fedface.privacy.ledger import Ledger
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "experiments" / "demo.yaml"
+
+WILLING = """
+max_epsilon: 8
+delta: 1e-4
+objectives: [generator]
+protocols: [encrypted]
+"""
+
+
+class Said:
+    """What one command printed and how it ended."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """Call `fedface policy check` in this process."""
+
+    def call(*words: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["fedface", "policy", "check", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return Said(code, out, err)
+
+    return call
+
+
+@pytest.fixture
+def willing(tmp_path: Path) -> Path:
+    """A policy that allows exactly the demo."""
+    path = tmp_path / "policy.yaml"
+    path.write_text(WILLING)
+    return path
+
+
+def device_file(folder: Path, policy: str = WILLING) -> Path:
+    """A device whose state lies beside its file."""
+    path = folder / "device.yaml"
+    lines = "".join(f"  {line}\n" for line in policy.strip().splitlines())
+    path.write_text(f"name: kitchen\nphotos: photos\nstate: state\npolicy:\n{lines}")
+    return path
+
+
+def spent_ledger(path: Path, recipe: Experiment, rounds: int) -> Path:
+    """A ledger in which some rounds of a run are booked."""
+    plan = recipe.plan()
+    book = Ledger.open(path)
+    for round in range(rounds):
+        book.book(plan.event(1), run="earlier", round=round, marks=plan.marks())
+    return path
+
+
+def test_a_policy_is_said_in_sentences(check, willing: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """An epsilon never stands without its delta, unit and period; a device file says what its section says."""
+    said = check(willing)
+    assert (said.code, said.err) == (0, "")
+    assert "at most epsilon 8 at delta 0.0001 per photo for life" in said.out
+    assert "updates may travel encrypted, where 2 devices or more are summed" in said.out
+    assert "no ledger: nothing is spent" in said.out
+    device = check(device_file(tmp_path))
+    assert device.code == 0
+    assert device.out.splitlines()[1:] == said.out.splitlines()[1:]
+
+
+def test_a_device_would_take_part_in_what_fits(check, willing: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    before = sorted(tmp_path.rglob("*"))
+    said = check(willing, "--experiment", DEMO)
+    assert said.code == 0
+    assert 'training ("generator", 6 rounds, per photo): would take part' in said.out
+    assert "room for 6 of its rounds" in said.out
+    assert said.out.rstrip().endswith("this device would take part")
+    assert sorted(tmp_path.rglob("*")) == before  # no ledger was begun, no folder made
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("max_epsilon: 8", "max_epsilon: 4"), "is already spent"),
+        (("[generator]", "[upsampler]"), 'this device allows upsampler'),
+        (("[encrypted]", "[plain]"), 'send updates "encrypted"; this device allows plain'),
+        (("[encrypted]", "[encrypted]\nsmallest_cohort: 50"), "only among 50 or more"),
+        (("[encrypted]", "[encrypted]\nunit: occasion"), "promises per photo; the owner of this device counts"),
+        (("[encrypted]", "[encrypted]\nexpires: 2020-01-01"), "has ended (2020-01-01)"),
+    ],
+)  # fmt: skip
+def test_a_device_would_refuse_with_the_reason(  # type: ignore[no-untyped-def]
+    check, willing: Path, change: tuple[str, str], words: str
+) -> None:
+    """Exit code 1 is not a mistake: it is the answer."""
+    willing.write_text(WILLING.replace(*change))
+    said = check(willing, "--experiment", DEMO)
+    assert said.code == 1 and said.err == ""
+    assert "would refuse: " in said.out and words in said.out
+    assert said.out.rstrip().endswith("this device would refuse")
+
+
+def test_what_is_spent_counts(check, willing: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """A device file's own ledger is found; another can be named; neither is changed."""
+    recipe = read_experiment(DEMO)
+    device = device_file(tmp_path)
+    own = spent_ledger(tmp_path / "state" / "ledger.sqlite", recipe, rounds=2)
+    kept = own.read_bytes()
+    for words in ((device,), (willing, "--ledger", own)):
+        said = check(*words, "--experiment", DEMO, "--json")
+        told = json.loads(said.out)
+        assert said.code == 1 and told["would_take_part"] is False
+        (price,) = told["asked"][0]["prices"]
+        assert price["limit"] == {"epsilon": 8.0, "delta": 1e-4, "unit": "photo", "days": None}
+        assert price["spent"] == told["spent"][0]["spent"] > 0
+        assert price["asked"] < 8.0 < price["together"] < price["asked"] + price["spent"]
+        assert price["rounds_that_fit"] == 4  # of six, after two of the same
+    assert own.read_bytes() == kept
+
+
+def test_a_period_says_how_far_a_run_would_get(check, willing: Path) -> None:  # type: ignore[no-untyped-def]
+    """A run may pause and go on: the device takes part as long as one round fits."""
+    willing.write_text(WILLING + "periods: [{days: 7, epsilon: 5.5}]\n")
+    said = check(willing, "--experiment", DEMO, "--json")
+    told = json.loads(said.out)
+    life, week = told["asked"][0]["prices"]
+    assert said.code == 0 and life["rounds_that_fit"] == 6
+    assert week["limit"]["days"] == 7.0 and 0 < week["rounds_that_fit"] < 6
+
+
+def test_evaluation_has_an_answer_of_its_own(check, willing: Path) -> None:  # type: ignore[no-untyped-def]
+    """A recipe that asks for figures asks for two things; together they cost no more than the promise."""
+    asks = ("--experiment", DEMO, "--set", "evaluation={}")
+    said = check(willing, *asks)
+    assert said.code == 1
+    assert 'training ("generator", 6 rounds, per photo): would take part' in said.out
+    assert "would refuse: this run asks for evaluation figures" in said.out
+    willing.write_text(WILLING + "evaluation: true\n")
+    assert check(willing, *asks).code == 0
+    willing.write_text(WILLING.replace("max_epsilon: 8", "max_epsilon: 7.95") + "evaluation: true\n")
+    said = check(willing, *asks)
+    assert said.code == 1
+    assert said.out.count("would take part") == 2 and "everything together asks for epsilon" in said.out
+
+
+def test_hours_and_power_are_said_but_are_no_refusal(  # type: ignore[no-untyped-def]
+    check, willing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What does not hold now may hold tonight."""
+    monkeypatch.setattr(ThisMachine, "power", lambda _: Power(mains=False, share=0.4))
+    willing.write_text(WILLING + "on_mains: true\n")
+    said = check(willing, "--experiment", DEMO)
+    assert said.code == 0
+    assert "this device takes part only on mains" in said.out
+    assert "not at this moment: mains is not connected; the policy asks for it (on_mains)" in said.out
+
+
+def test_a_run_without_a_promise_has_no_finite_price(check, willing: Path) -> None:  # type: ignore[no-untyped-def]
+    """JSON has no infinity."""
+    said = check(willing, "--experiment", DEMO, "--set", "promise={kind: no-promise}", "--json")
+    told = json.loads(said.out)
+    assert said.code == 1
+    assert told["asked"][0]["prices"][0]["asked"] is None
+    assert "epsilon inf" in told["asked"][0]["refusal"]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("nowhere.yaml",), "no such file"),
+        (("policy.yaml", "--experiment", "nowhere.yaml"), "no such file"),
+        (("policy.yaml", "--ledger", "nowhere.sqlite"), "no ledger here"),
+        (("policy.yaml", "--set", "promise.epsilon=3"), "name one with --experiment"),
+        (
+            ("policy.yaml", "--experiment", str(ROOT / "experiments" / "adaptation.yaml")),
+            "describes several runs",
+        ),
+        (("typo.yaml",), 'typo.yaml:2: max_epsilom: unknown key; did you mean "max_epsilon"?'),
+        (("half.yaml",), "the key policy is missing"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_code_2(  # type: ignore[no-untyped-def]
+    check, willing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], reason: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "typo.yaml").write_text(WILLING.replace("max_epsilon", "max_epsilom"))
+    (tmp_path / "half.yaml").write_text("name: kitchen\nphotos: photos\nstate: state\n")
+    said = check(*words)
+    assert said.code == 2 and said.out == ""
+    assert said.err.startswith("fedface: ") and reason in said.err
+    assert not (tmp_path / "nowhere.sqlite").exists()
