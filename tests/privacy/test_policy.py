@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedface.config import parse, read
+from fedface.config import dump, parse, read
 from fedface.errors import ConfigError, PolicyRefusal
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.conditions import NOT_NOW, NotNow, Power
@@ -184,6 +184,7 @@ expires: 2027-01-31
         Limit(epsilon=1.5, delta=1e-6, unit="occasion", days=7),
     )
     assert policy.never == (Path("Private"), Path("Work/2024")) and policy.expires == "2027-01-31"
+    assert parse(dump(policy), DevicePolicy, name="again.yaml") == policy  # as a run's record writes it
 
 
 @pytest.mark.parametrize(
