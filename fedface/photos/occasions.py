@@ -1,0 +1,276 @@
+"""Which photos were taken together, so that one birthday does not count as forty strangers.
+
+Called by `scan` (a fingerprint of each photo), `library` (the occasions of a folder) and `own`. Whether two
+photos are linked depends on these two alone; an occasion is what hangs together by links. Hence the theorem that
+a promise per occasion rests on: without all photos of one occasion, every other occasion is what it was. And a
+photo more can merge occasions, never part them. How well all this works on real photos: docs/occasions.md.
+Source of the fingerprint: N. Krawetz (2013), "Kind of like that": the difference hash, here in two directions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial.distance import cdist
+
+FINGERPRINT_BITS = 128
+CLEAR = 1.0  # grey levels of 255; a smaller step from cell to cell may be noise
+LEAST_CLEAR = 6  # rises and falls; above half of `alike`, so that two spots in the dark are not one picture
+LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # Rec. 601
+EARTH_KM = 6371.0
+ROWS, COLUMNS = 64, 8192  # pairs that are compared at once; the block stays in the processor's cache
+MOST_WAITING = 2_000_000  # links kept before they are merged, 16 bytes each
+BEGINNING = datetime(1970, 1, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OccasionRule:
+    """When two photos count as taken together. Every larger number merges more, and protects more."""
+
+    gap_hours: float = 4.0  # linked if both are dated and no further apart than this ...
+    reach_km: float = 5.0  # ... unless both are placed, and further apart than this
+    alike: int = 10  # linked whatever the date if no more of the 128 bits of their fingerprints differ
+    undated: Literal["by-folder", "alone"] = "by-folder"  # links all undated photos of one folder, or none
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gap_hours <= 8760:
+            raise ValueError(f"gap_hours must lie in (0, 8760], got {self.gap_hours}")
+        if not self.reach_km > 0:
+            raise ValueError(f"reach_km must be > 0, got {self.reach_km}")
+        if not 0 <= self.alike <= FINGERPRINT_BITS:
+            raise ValueError(f"alike must lie in [0, {FINGERPRINT_BITS}] bits, got {self.alike}")
+        if self.undated not in ("by-folder", "alone"):
+            raise ValueError(f'undated must be "by-folder" or "alone", got {self.undated!r}')
+
+
+USUAL = OccasionRule()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shot:
+    """All that decides what a photo is linked to."""
+
+    folder: Path
+    taken: datetime | None = None  # local time of the camera, without a zone
+    place: tuple[float, float] | None = None  # latitude and longitude in degrees
+    fingerprint: bytes | None = None  # of `fingerprint`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Occasion:
+    """Photos that count as one."""
+
+    photos: tuple[int, ...]  # rising; what they number is the maker's to say
+    earliest: datetime | None  # None: none of them is dated
+    latest: datetime | None
+
+    def in_words(self) -> str:
+        """One line for a log that stays on the device; names no file."""
+        count = f"{len(self.photos)} photo{'' if len(self.photos) == 1 else 's'}"
+        if self.earliest is None or self.latest is None:
+            return f"{count} without a date"
+        first, last = f"{self.earliest:%Y-%m-%d %H:%M}", f"{self.latest:%Y-%m-%d %H:%M}"
+        return f"{count}, {first}" if first == last else f"{count}, {first} to {last}"
+
+
+def occasion(photos: Sequence[int], shots: Sequence[Shot]) -> Occasion:
+    """The photos of one occasion, by number and by what is known of each, in the same order."""
+    dates = [shot.taken for shot in shots if shot.taken is not None]
+    return Occasion(photos=tuple(photos), earliest=min(dates, default=None), latest=max(dates, default=None))
+
+
+def fingerprint(pixels: np.ndarray) -> bytes | None:
+    """Whether brightness rises or falls between neighbouring cells of a coarse grid, one bit each.
+
+    A copy that was saved again, smaller or worse, keeps nearly all bits; a cropped, turned or mirrored one does not.
+
+    Args:
+        pixels: The whole upright photo, uint8, shape (h, w, 3).
+
+    Returns:
+        16 bytes: 64 steps to the right in a grid of 8 x 9 cells, then 64 steps down in one of 9 x 8. `None` if
+        too few steps are clear both up and down: a lens cap, a wall and a plain sky look like all their kind.
+    """
+    light = pixels.astype(np.float32)
+    steps = np.concatenate([np.diff(_means(light, 8, 9), axis=1), np.diff(_means(light, 9, 8), axis=0)])
+    if min(np.count_nonzero(steps > CLEAR), np.count_nonzero(steps < -CLEAR)) < LEAST_CLEAR:
+        return None
+    return np.packbits(steps > 0).tobytes()
+
+
+def _means(light: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """The mean brightness of each cell of a grid over the whole picture (h, w, 3), shape (rows, columns)."""
+    height, width = light.shape[:2]
+    # Not `@`, which would start threads, and on a busy machine wait for them longer than it computes.
+    strips = np.einsum("rh,hwc->rwc", _shares(height, rows), light) @ LUMA
+    return np.asarray(np.einsum("rw,cw->rc", strips, _shares(width, columns)))
+
+
+@lru_cache(maxsize=64)
+def _shares(pixels: int, cells: int) -> np.ndarray:
+    """What each pixel counts in each cell's mean, shape (cells, pixels): cells share the pixels that they cut."""
+    edges = np.linspace(0, pixels, cells + 1)[:, None]
+    place = np.arange(pixels)
+    covered = np.minimum(edges[1:], place + 1) - np.maximum(edges[:-1], place)
+    return (covered.clip(min=0) * (cells / pixels)).astype(np.float32)
+
+
+def group(shots: Sequence[Shot], rule: OccasionRule = USUAL) -> np.ndarray:
+    """Which occasion each photo belongs to.
+
+    Guarantees:
+        * Two photos are linked or not by these two alone; occasions are the connected components of all links.
+        * So: leave out a whole occasion, and the others stay as they were. Add photos, and occasions only merge.
+
+    Args:
+        shots: The photos of one library, n of them, in any order.
+        rule: When two of them are linked.
+
+    Returns:
+        int64, shape (n,): occasions are numbered from 0 in the order of their first photo.
+    """
+    groups = _Groups(len(shots))
+    _link_by_time(groups, shots, rule)
+    _link_by_likeness(groups, shots, rule.alike)
+    if rule.undated == "by-folder":
+        _link_undated_by_folder(groups, shots)
+    return numbered(groups.merged())
+
+
+def numbered(labels: np.ndarray) -> np.ndarray:
+    """Equal labels, shape (n,), become equal numbers 0, 1, 2, ... in the order of their first appearance."""
+    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), dtype=np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    return rank[inverse]
+
+
+class _Groups:
+    """What hangs together so far. Links come in arrays; those inside a group are forgotten at once."""
+
+    def __init__(self, count: int) -> None:
+        self._of = np.arange(count)
+        self._links: list[tuple[np.ndarray, np.ndarray]] = []
+        self._waiting = 0
+
+    def link(self, left: np.ndarray, right: np.ndarray) -> None:
+        """Put each left[i] with right[i]."""
+        news = self._of[left] != self._of[right]
+        self._links.append((self._of[left[news]], self._of[right[news]]))
+        self._waiting += int(np.count_nonzero(news))
+        if self._waiting > MOST_WAITING:
+            self.merged()
+
+    def settled(self, left: np.ndarray, right: np.ndarray) -> bool:
+        """Whether all of these hang together already, so that no link among them says anything new."""
+        one = self._of[left[0]]
+        return bool((self._of[left] == one).all() and (self._of[right] == one).all())
+
+    def merged(self) -> np.ndarray:
+        """The group of each photo after all links, numbers below n."""
+        if self._waiting > 0:
+            left, right = (np.concatenate(ends) for ends in zip(*self._links, strict=True))
+            size, ones = len(self._of), np.ones(len(left), dtype=np.int8)
+            graph = coo_array((ones, (left, right)), shape=(size, size))
+            self._of = connected_components(graph, directed=False)[1][self._of]
+        self._links, self._waiting = [], 0
+        return self._of
+
+
+def _link_by_time(groups: _Groups, shots: Sequence[Shot], rule: OccasionRule) -> None:
+    """Both dated, at most the gap apart, and not known to be out of each other's reach."""
+    dated = [(shot.taken - BEGINNING, number) for number, shot in enumerate(shots) if shot.taken is not None]
+    dated.sort()
+    # Whole microseconds: where a sum of floats is rounded must not decide who is together.
+    time = np.array([since // timedelta(microseconds=1) for since, _ in dated], dtype=np.int64)
+    number = np.array([photo for _, photo in dated], dtype=np.int64)
+    gap = round(rule.gap_hours * 3_600_000_000)
+    placed = np.array([shots[photo].place is not None for photo in number], dtype=bool)
+    _link_windows(groups, number, time, gap, time[~placed])
+    points = np.array([_point(shots[photo].place or (0.0, 0.0)) for photo in number[placed]]).reshape(-1, 3)
+    _link_neighbours(groups, number[placed], time[placed], gap, points, rule.reach_km)
+
+
+def _link_windows(
+    groups: _Groups, number: np.ndarray, time: np.ndarray, gap: int, middles: np.ndarray
+) -> None:
+    """A photo without a place is linked to all within the gap: each such window of sorted times is one run."""
+    first = np.searchsorted(time, middles - gap, side="left")
+    last = np.searchsorted(time, middles + gap, side="right") - 1
+    covers = np.zeros(len(time) + 1, dtype=np.int64)
+    np.add.at(covers, first, 1)
+    np.add.at(covers, last, -1)
+    follows = np.flatnonzero(covers.cumsum()[: max(0, len(time) - 1)] > 0)  # linked to the next in time
+    groups.link(number[follows], number[follows + 1])
+
+
+def _point(place: tuple[float, float]) -> tuple[float, float, float]:
+    """A place on the unit sphere. By `math`: an array's functions may round by where a number stands in it."""
+    latitude, longitude = math.radians(place[0]), math.radians(place[1])
+    around = math.cos(latitude)
+    return around * math.cos(longitude), around * math.sin(longitude), math.sin(latitude)
+
+
+def _link_neighbours(
+    groups: _Groups, number: np.ndarray, time: np.ndarray, gap: int, points: np.ndarray, reach_km: float
+) -> None:
+    """Placed photos within the gap and within reach, the latter by the chord between points on the sphere."""
+    angle = reach_km / EARTH_KM
+    chord = 2.0 * math.sin(angle / 2.0) if angle < math.pi else math.inf
+    for rows, columns in _blocks(len(time), np.searchsorted(time, time + gap, side="right")):
+        if groups.settled(number[rows], number[columns]):
+            continue
+        soon = np.abs(time[rows, None] - time[None, columns]) <= gap
+        near = cdist(points[rows], points[columns], "sqeuclidean") <= chord**2
+        left, right = _pairs(soon & near)
+        groups.link(number[left + rows.start], number[right + columns.start])
+
+
+def _blocks(count: int, ends: np.ndarray) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns that cover every pair i <= j < ends[i], a block at a time; `ends` never falls."""
+    for start in range(0, count, ROWS):
+        stop = min(start + ROWS, count)
+        for column in range(start, int(ends[stop - 1]), COLUMNS):
+            yield slice(start, stop), slice(column, min(column + COLUMNS, int(ends[stop - 1])))
+
+
+def _pairs(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of each true cell, several times as fast as `np.nonzero` of two dimensions."""
+    return np.divmod(np.flatnonzero(block), block.shape[1])
+
+
+def _link_by_likeness(groups: _Groups, shots: Sequence[Shot], alike: int) -> None:
+    """Fingerprints of which at most `alike` bits differ; every pair is compared."""
+    marked = [number for number, shot in enumerate(shots) if shot.fingerprint is not None]
+    if not marked:
+        return
+    bits = np.frombuffer(b"".join(shots[number].fingerprint or b"" for number in marked), dtype=np.uint64)
+    distinct, first, which = np.unique(bits.reshape(-1, 2), axis=0, return_index=True, return_inverse=True)
+    groups.link(np.array(marked), np.array(marked)[first[which.reshape(-1)]])
+    number = np.array(marked)[first]
+    across, down = np.ascontiguousarray(distinct.T)
+    for rows, columns in _blocks(len(number), np.full(len(number), len(number))):
+        if groups.settled(number[rows], number[columns]):
+            continue
+        apart = np.bitwise_count(across[rows, None] ^ across[None, columns])
+        left, right = _pairs(apart <= alike)  # few, and only these need the other half
+        more = np.bitwise_count(down[rows][left] ^ down[columns][right])
+        close = apart[left, right] + more <= alike
+        groups.link(number[left[close] + rows.start], number[right[close] + columns.start])
+
+
+def _link_undated_by_folder(groups: _Groups, shots: Sequence[Shot]) -> None:
+    """Nothing tells the undated photos of a folder apart, so they count together."""
+    undated = [number for number, shot in enumerate(shots) if shot.taken is None]
+    first: dict[Path, int] = {}
+    anchors = [first.setdefault(shots[number].folder, number) for number in undated]
+    groups.link(np.array(undated, dtype=np.int64), np.array(anchors, dtype=np.int64))
