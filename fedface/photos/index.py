@@ -23,29 +23,31 @@ import numpy as np
 
 from fedface.errors import LibraryError
 from fedface.photos.faces import Face, alignment_side
+from fedface.photos.occasions import Shot
 
 Status = Literal["read", "refused", "other"]
-VERSION = 1  # raise it when reading or detection changes, and every file is read again
+VERSION = 2  # raise it when reading or detection changes, and every file is read again
 MOST_FACES = 100  # kept for one photo, the largest
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS photo (
     path BLOB NOT NULL, detector TEXT NOT NULL, bytes INTEGER NOT NULL, changed INTEGER NOT NULL,
     scan INTEGER NOT NULL, status TEXT NOT NULL, reason TEXT NOT NULL, kind TEXT, width INTEGER,
-    height INTEGER, taken TEXT, latitude REAL, longitude REAL, camera TEXT, face_count INTEGER NOT NULL,
-    face_side REAL NOT NULL, faces TEXT NOT NULL,
+    height INTEGER, taken TEXT, latitude REAL, longitude REAL, camera TEXT, fingerprint BLOB,
+    face_count INTEGER NOT NULL, face_side REAL NOT NULL, faces TEXT NOT NULL,
     PRIMARY KEY (path, detector));
 CREATE TABLE IF NOT EXISTS scan (
     number INTEGER PRIMARY KEY, detector TEXT NOT NULL, finished INTEGER NOT NULL);
 """
 _COLUMNS = (
-    "path, bytes, changed, status, reason, kind, width, height, taken, latitude, longitude, camera, faces"
+    "path, bytes, changed, status, reason, kind, width, height, taken, latitude, longitude, camera, fingerprint,"
+    " faces"
 )
 
 
 _FIELDS = (
     "path", "detector", "bytes", "changed", "scan", "status", "reason", "kind", "width", "height", "taken",
-    "latitude", "longitude", "camera", "face_count", "face_side", "faces",
+    "latitude", "longitude", "camera", "fingerprint", "face_count", "face_side", "faces",
 )  # fmt: skip
 # Not INSERT OR REPLACE: that would give the row a new number, by which open libraries know their photos.
 _WRITE = (
@@ -81,6 +83,7 @@ class PhotoRecord:
     taken: datetime | None = None
     place: tuple[float, float] | None = None  # latitude and longitude in degrees
     camera: str | None = None
+    fingerprint: bytes | None = None  # None also for a picture that shows nothing clear
     faces: tuple[Face, ...] = ()  # largest first, in pixels of the whole upright photo
 
 
@@ -182,7 +185,8 @@ class ScanBook:
                 os.fsencode(photo.path), self._detector, photo.state.bytes, photo.state.changed, self._scan,
                 photo.status, photo.reason, photo.kind, photo.width, photo.height,
                 photo.taken.isoformat() if photo.taken else None, latitude, longitude, photo.camera,
-                len(faces), alignment_side(faces[0].landmarks) if faces else 0.0, json.dumps(numbers),
+                photo.fingerprint, len(faces), alignment_side(faces[0].landmarks) if faces else 0.0,
+                json.dumps(numbers),
             ),
         )  # fmt: skip
 
@@ -213,6 +217,27 @@ def records(connection: sqlite3.Connection, detector: str) -> Iterator[PhotoReco
     return (_record(row) for row in connection.execute(query, (detector,)))
 
 
+def all_read(connection: sqlite3.Connection, detector: str) -> tuple[np.ndarray, list[Path], list[Shot]]:
+    """All photos that could be read, with a face or without, by path: row number, path, what groups them."""
+    query = (
+        "SELECT rowid, path, taken, latitude, longitude, fingerprint FROM photo"
+        " WHERE detector = ? AND status = 'read' ORDER BY path"
+    )
+    rows, paths, shots = [], [], []
+    for row, name, taken, latitude, longitude, fingerprint in connection.execute(query, (detector,)):
+        path = Path(os.fsdecode(name))
+        shot = Shot(
+            folder=path.parent,
+            taken=datetime.fromisoformat(taken) if taken else None,
+            place=None if latitude is None else (latitude, longitude),
+            fingerprint=fingerprint,
+        )
+        rows.append(row)
+        paths.append(path)
+        shots.append(shot)
+    return np.array(rows, dtype=np.int64), paths, shots
+
+
 def record_of(connection: sqlite3.Connection, row_number: int) -> PhotoRecord:
     """One file by its row number."""
     row = connection.execute(f"SELECT {_COLUMNS} FROM photo WHERE rowid = ?", (row_number,)).fetchone()
@@ -222,7 +247,10 @@ def record_of(connection: sqlite3.Connection, row_number: int) -> PhotoRecord:
 
 
 def _record(row: tuple) -> PhotoRecord:
-    path, size, changed, status, reason, kind, width, height, taken, latitude, longitude, camera, faces = row
+    (
+        path, size, changed, status, reason, kind, width, height, taken, latitude, longitude, camera, fingerprint,
+        faces,
+    ) = row  # fmt: skip
     return PhotoRecord(
         path=Path(os.fsdecode(path)),
         state=FileState(bytes=size, changed=changed),
@@ -234,6 +262,7 @@ def _record(row: tuple) -> PhotoRecord:
         taken=datetime.fromisoformat(taken) if taken else None,
         place=None if latitude is None else (latitude, longitude),
         camera=camera,
+        fingerprint=fingerprint,
         faces=tuple(_face(numbers) for numbers in json.loads(faces)),
     )
 

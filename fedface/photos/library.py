@@ -10,6 +10,7 @@ import copy
 import hashlib
 import math
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,11 +26,13 @@ from fedface.photos.index import (
     FileState,
     PhotoIndex,
     PhotoRecord,
+    all_read,
     default_cache,
     latest_detector,
     record_of,
     records,
 )
+from fedface.photos.occasions import USUAL, Occasion, OccasionRule, Shot, group, occasion
 from fedface.photos.pixels import read_photo
 from fedface.photos.scan import EmptyLibrary, checked_folder
 from fedface.shapes import Images
@@ -52,6 +55,7 @@ class LibrarySummary:
     latest: datetime | None
     placed: int
     places: int  # distinct, rounded to a tenth of a degree (about 11 km)
+    occasions: int  # by the usual rule; those with a face alone, which are what a promise can count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +78,14 @@ class PhotoLibrary:
     """
 
     def __init__(
-        self, folder: Path, *, cache: Path | None = None, detector: str | None = None, smallest: float = 32.0
+        self,
+        folder: Path,
+        *,
+        cache: Path | None = None,
+        detector: str | None = None,
+        smallest: float = 32.0,
+        folders: Sequence[Path] = (),
+        never: Sequence[Path] = (),
     ) -> None:
         """Open the index that `scan_library` wrote.
 
@@ -83,11 +94,14 @@ class PhotoLibrary:
             cache: The index file; by default `default_cache(folder)`.
             detector: The name of the detector whose faces to use; by default the latest scan's.
             smallest: Leave out photos whose largest face gives a crop of fewer pixels a side than this.
+            folders: Only what lies in or below these, relative to `folder`; none named: everything.
+            never: Nothing that lies in or below these, whatever `folders` says; capitals do not matter.
 
         Raises:
             EmptyLibrary: It holds no face.
-            LibraryError: The folder is missing or was not scanned.
+            LibraryError: The folder is missing or was not scanned, or a folder named is not one inside it.
         """
+        only, barred = [_inner(name) for name in folders], [_folded(_inner(name)) for name in never]
         self.folder = checked_folder(folder)
         self._index = PhotoIndex(cache or default_cache(self.folder))
         self._crops: dict[int, tuple[Tensor, Tensor]] = {}
@@ -96,14 +110,19 @@ class PhotoLibrary:
             if chosen is None:
                 raise LibraryError(f"{folder} has not been scanned; run `fedface photos scan` on it first")
             query = (
-                "SELECT rowid FROM photo WHERE detector = ? AND face_count > 0 AND face_side >= ?"
+                "SELECT rowid, path FROM photo WHERE detector = ? AND face_count > 0 AND face_side >= ?"
                 " ORDER BY path"
             )
-            numbers = (row[0] for row in connection.execute(query, (chosen, smallest)))
+            numbers = (
+                number
+                for number, name in connection.execute(query, (chosen, smallest))
+                if _may_be_used(Path(os.fsdecode(name)), only, barred)
+            )
             self._rows = np.fromiter(numbers, dtype=np.int64)
         self.detector = chosen
         if len(self._rows) == 0:
-            raise EmptyLibrary(f"no face was found in {folder}; `fedface photos scan` says why, file by file")
+            where = f"the folders of {folder} that may be used" if only or barred else str(folder)
+            raise EmptyLibrary(f"no face was found in {where}; `fedface photos scan` says why, file by file")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -157,6 +176,45 @@ class PhotoLibrary:
             raise LibraryError(f"{record.path} cannot be read any more ({cause}); scan again") from cause
         return align(photo.pixels, face.scaled(photo.pixels.shape[1] / record.width).landmarks, size)
 
+    def photo_labels(self) -> np.ndarray:
+        """A lasting number for each photo, int64 (n,), >= 0: from its path alone, whatever else there is."""
+        own, paths, _ = self._all_read()
+        return np.array([_label(paths[place]) for place in own], dtype=np.int64)
+
+    def occasion_labels(self, rule: OccasionRule = USUAL) -> np.ndarray:
+        """The smallest label of a photo in the occasion of each photo, int64 (n,).
+
+        The occasion is that of the whole folder: photos that are not in this library, because they hold no face
+        or lie elsewhere, link others all the same, and may lend an occasion their label.
+        """
+        own, paths, shots = self._all_read()
+        groups = group(shots, rule)
+        smallest = np.full(len(paths), np.iinfo(np.int64).max)
+        np.minimum.at(smallest, groups, np.array([_label(path) for path in paths], dtype=np.int64))
+        return np.asarray(smallest[groups[own]])
+
+    def occasions(self, rule: OccasionRule = USUAL) -> list[Occasion]:
+        """The occasions of the whole folder, each with the photos of it that are in this library.
+
+        Returns:
+            In the order of their first photo; every index is in exactly one. Dates are those of these photos.
+        """
+        own, _, shots = self._all_read()
+        members: dict[int, list[int]] = {}
+        for index, number in enumerate(group(shots, rule)[own].tolist()):
+            members.setdefault(number, []).append(index)
+        return [occasion(indices, [shots[own[index]] for index in indices]) for indices in members.values()]
+
+    def _all_read(self) -> tuple[np.ndarray, list[Path], list[Shot]]:
+        """Every photo of the folder that was read, by path; and where among them those of this library stand."""
+        with self._index.reading() as connection:
+            rows, paths, shots = all_read(connection, self.detector)
+        order = np.argsort(rows)
+        own = order[np.searchsorted(rows[order], self._rows).clip(max=len(rows) - 1)]
+        if not np.array_equal(rows[own], self._rows):
+            raise LibraryError(f"{self.folder} has lost photos since it was opened; open the library again")
+        return own, paths, shots
+
     def split(self, held_out: float, seed: int) -> tuple[PhotoLibrary, PhotoLibrary]:
         """Two libraries: to train on, and to hold out.
 
@@ -184,6 +242,38 @@ class PhotoLibrary:
         return summary(self.folder, cache=self._index.path, detector=self.detector)
 
 
+def _label(path: Path) -> int:
+    return int.from_bytes(hashlib.sha256(os.fsencode(path)).digest()[:8], "big") >> 1
+
+
+def _names(path: Path) -> tuple[str, ...]:
+    """The names on the way to a file, accents as part of their letter: some systems write two signs for "ü"."""
+    return tuple(unicodedata.normalize("NFC", name) for name in path.parts)
+
+
+def _inner(folder: Path) -> tuple[str, ...]:
+    """The names on the way to a folder inside the library.
+
+    Raises:
+        LibraryError: It does not stay inside.
+    """
+    if folder.is_absolute() or ".." in folder.parts or folder.parts[:1] == ("~",):
+        raise LibraryError(f"{folder}: wanted a folder inside the library, relative to it and without ..")
+    return _names(folder)
+
+
+def _folded(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name.casefold() for name in names)
+
+
+def _may_be_used(path: Path, only: Sequence[tuple[str, ...]], barred: Sequence[tuple[str, ...]]) -> bool:
+    """By whole names on the way, so that `anna` says nothing about `annabel`."""
+    names = _names(path)
+    return (not only or any(names[: len(way)] == way for way in only)) and not any(
+        _folded(names[: len(way)]) == way for way in barred
+    )
+
+
 def summary(folder: Path, *, cache: Path | None = None, detector: str | None = None) -> LibrarySummary:
     """A scanned folder in numbers; unlike `PhotoLibrary` it also describes one without any face."""
     index = PhotoIndex(cache or default_cache(checked_folder(folder)))
@@ -203,6 +293,9 @@ def summary(folder: Path, *, cache: Path | None = None, detector: str | None = N
         ).fetchall()
         counts = "SELECT status, count(*) FROM photo WHERE detector = ? GROUP BY status"
         by_status = dict(connection.execute(counts, chosen).fetchall())
+        rows, _, shots = all_read(connection, chosen[0])
+        seen = connection.execute("SELECT rowid FROM photo WHERE detector = ? AND face_count > 0", chosen)
+        shows_faces = np.isin(rows, np.array([row[0] for row in seen], dtype=np.int64))
     reasons = dict(refused)
     if (rest := by_status.get("refused", 0) - sum(reasons.values())) > 0:
         reasons["other reasons"] = rest
@@ -218,6 +311,7 @@ def summary(folder: Path, *, cache: Path | None = None, detector: str | None = N
         latest=datetime.fromisoformat(latest) if latest else None,
         placed=placed,
         places=places,
+        occasions=len(np.unique(group(shots)[shows_faces])),
     )
 
 

@@ -18,6 +18,7 @@ from fedface.errors import LibraryError, PhotoError
 from fedface.photos.faces import Detector
 from fedface.photos.index import FileState, PhotoIndex, PhotoRecord, ScanBook, default_cache
 from fedface.photos.isolation import IsolatedReader, Limits
+from fedface.photos.occasions import fingerprint
 from fedface.photos.pixels import Photo, PhotoUnavailable, is_picture
 
 DETECTION_SIDE = 800  # pixels; no detector here looks at more
@@ -179,6 +180,7 @@ class _Scan:
                 taken=photo.taken,
                 place=photo.place,
                 camera=photo.camera,
+                fingerprint=fingerprint(photo.pixels),
                 faces=faces,
             )
         )
