@@ -29,6 +29,7 @@ from fedface.cli.pages import page
 from fedface.cli.policies import policy
 from fedface.cli.runs import check, report, run_experiment
 from fedface.cli.terminal import call
+from fedface.cli.tournaments import tournament
 from fedface.cli.upsampling import upsample
 from fedface.cli.weights import weights
 
@@ -41,6 +42,7 @@ app = typer.Typer(
 )
 app.command("run")(run_experiment)
 app.command("compare")(compare_runs)
+app.command()(tournament)
 app.command()(check)
 app.command()(report)
 app.command()(quality)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -153,9 +154,11 @@ def changes_of(words: list[str] | None) -> dict[str, str]:
     return changes
 
 
-def command_of(verb: str, experiment: Path, photos: Path | None, changes: dict[str, str]) -> str:
+def command_of(
+    verb: str, experiment: Path, photos: Path | None, changes: dict[str, str], more: Sequence[str] = ()
+) -> str:
     """What a reader types to do it again."""
-    words = ["fedface", verb, str(experiment)]
+    words = ["fedface", verb, str(experiment), *more]
     words += ["--photos", str(photos)] if photos else []
     for key, value in changes.items():
         words += ["--set", f"{key}={value}"]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -45,8 +44,6 @@ from fedface.privacy.policy import EVALUATION, DevicePolicy
 from fedface.randomness import Streams
 from fedface.shapes import Vector
 from fedface.training.ways import begin_round, chance_for, common_streams, objective_of
-
-log = logging.getLogger("fedface.device")
 
 FAILED = b"failed"  # kept in place of a payload for a round that broke
 
@@ -110,8 +107,6 @@ def serve(task: Task, device: Device) -> Reply:
             case RevealTask():
                 reply = _reveal(task, device)
     except PolicyRefusal as refusal:
-        if private := getattr(refusal, "private", ""):
-            log.info("%s", private)  # what the owner may know, and the server need not
         reply = Refusal(device=device.name, reason=str(refusal))
     try:
         return _noted(reply, task, device, journal, entry)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedface.audits.private_figures import FiguresConfig
-from fedface.audits.private_reading import PrivateFigures, read_figures
+from fedface.audits.private_reading import read_figures
 from fedface.experiment import Experiment
 from fedface.federation.cohort import Cohort
 from fedface.federation.figures import figure_ranges
@@ -28,6 +28,7 @@ from fedface.randomness import Streams
 from fedface.reports.filling import epsilon_record, private_record
 from fedface.reports.private_record import PrivateRecord
 from fedface.reports.quantities import Epsilon, NotMeasured
+from fedface.shapes import Vector
 from fedface.upsampling.methods import title_of
 
 
@@ -35,7 +36,7 @@ from fedface.upsampling.methods import title_of
 class Scores:
     """What the devices told of one model."""
 
-    figures: PrivateFigures
+    total: Vector  # noised, (d,)
     record: PrivateRecord
     gathered: Gathered
 
@@ -94,8 +95,9 @@ def ask_figures(
     )
     ranges = figure_ranges(question)
     gathered = gather(experiment, cohort, members, task, len(ranges), watcher.step)
+    total = gathered.total * ranges
     read = read_figures(
-        gathered.total * ranges,
+        total,
         config=figures,
         clip_norm=terms.schedule.clip_norm,
         noise_multiplier=terms.noise_multiplier,
@@ -111,7 +113,7 @@ def ask_figures(
         epsilon=_price(experiment, terms),
         noise_multiplier=terms.noise_multiplier,
     )
-    return Scores(figures=read, record=record, gathered=gathered)
+    return Scores(total=total, record=record, gathered=gathered)
 
 
 def _price(experiment: Experiment, terms: Terms) -> Epsilon | NotMeasured:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedface.audits.private_figures import figure_vectors, measure_photos, ranges
+from fedface.audits.private_figures import figure_vectors, measure_photos, ranges, shared_by_unit
 from fedface.errors import ConfigError
 from fedface.federation.task import Question
 from fedface.models.family import Model
@@ -84,9 +84,7 @@ def figures_of(model: Model, mine: OwnFaces, question: Question, *, seed: int, c
         parts = [
             _vector(mine.images[i : i + 1].clone(), upsampler, detector, question) for i in positions.tolist()
         ]
-        _, place, counts = torch.unique_consecutive(units[positions], return_inverse=True, return_counts=True)
-        share: Tensor = counts.float().reciprocal()[place]  # a unit adds the mean of its photos
-        return torch.cat(parts) * share[:, None]
+        return shared_by_unit(torch.cat(parts), units[positions])
 
     return private_sum_of(
         rows,

@@ -27,24 +27,39 @@ def new_folder(name: str, out: Path | None) -> Path:
     return folder
 
 
+def resumed_tournament(name: str, out: Path | None) -> Path:
+    """The folder of the tournament to continue: `out`, or the latest unfinished one of this name.
+
+    Raises:
+        RunError: There is none.
+    """
+    return _unfinished(name, out, "answers.json", "tournament.json")
+
+
 def resumed_folder(name: str, out: Path | None) -> Path:
     """The folder of the run to continue: `out`, or the latest unfinished one of this name.
 
     Raises:
         RunError: There is none.
     """
+    if out is not None and (out / "state.json").exists() and (out / "run.json").exists():
+        raise RunError(f"{out}: this run is finished; `fedface report {out}` writes its pages anew")
+    return _unfinished(name, out, "state.json", "run.json")
+
+
+def _unfinished(name: str, out: Path | None, begun_file: str, done_file: str) -> Path:
     if out is not None:
-        if not (out / "state.json").exists():
+        if not (out / begun_file).exists():
             raise RunError(f"{out}: no run was begun here, so there is nothing to resume")
-        if (out / "run.json").exists():
-            raise RunError(f"{out}: this run is finished; `fedface report {out}` writes its pages anew")
+        if (out / done_file).exists():
+            raise RunError(f"{out}: this one is finished; there is nothing to resume")
         return _named(out)
     mine = re.compile(re.escape(name) + r"(-\d+)?")
     begun = sorted(
-        (path.parent for path in RUNS.glob("*/state.json") if mine.fullmatch(path.parent.name)),
+        (path.parent for path in RUNS.glob(f"*/{begun_file}") if mine.fullmatch(path.parent.name)),
         key=lambda path: path.stat().st_mtime,
     )
-    unfinished = [path for path in begun if not (path / "run.json").exists()]
+    unfinished = [path for path in begun if not (path / done_file).exists()]
     if not unfinished:
         raise RunError(f"no unfinished run of {name} in {RUNS}; leave --resume out to begin one")
     return unfinished[-1]

@@ -74,6 +74,8 @@ class State:
         path = folder / "state.json"
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(kept, dict):
+                raise TypeError("expected keys and values")
             parts = {
                 name: tuple(strict.loads(kind, json.dumps(record)) for record in kept.get(name, ()))
                 for name, kind in _PARTS.items()

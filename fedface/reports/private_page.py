@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from fedface.audits.noised_means import FIGURES
 from fedface.reports import figures, wording
 from fedface.reports.private_record import PrivateGroup, PrivateRecord
-from fedface.reports.quantities import Epsilon, Figure, Interval, NotMeasured
+from fedface.reports.quantities import Figure, Interval, NotMeasured
 from fedface.reports.run import RunRecord
 
 COLORS = {"before": figures.BEFORE, "after": figures.AFTER}
@@ -64,7 +64,7 @@ def rows(records: Sequence[PrivateRecord]) -> list[dict[str, object]]:
     """Lines of a table: for each group and model, how many units and each measure with its interval."""
     names = list(dict.fromkeys(g.group for told in records for g in (*told.groups, told.overall)))
     absent = NotMeasured(not_measured="not asked")
-    table = []
+    table: list[dict[str, object]] = []
     for name in names:
         lines = []
         for told in records:
@@ -94,8 +94,9 @@ def _cell(value: Figure, *, whole: bool = False) -> tuple[str, str]:
 
 def spent_sentence(record: PrivateRecord) -> str:
     """What asking cost, and whom."""
-    if isinstance(record.epsilon, Epsilon):
-        cost = f"cost {wording.epsilon(record.epsilon)}"
-    else:
-        cost = f"had no bound: {record.epsilon.not_measured}"
-    return f"Asking about the model {record.when} the run {cost}, and {record.devices} devices answered."
+    return f"Asking about the model {record.when} the run: {spent_words(record)}."
+
+
+def spent_words(record: PrivateRecord) -> str:
+    """How many answered, at what price for one unit."""
+    return f"{record.devices} devices answered, at {wording.epsilon(record.epsilon)}"

@@ -1,0 +1,93 @@
+"""The command that lets devices choose between models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+
+from fedface.cli.runs import PhotosOption, SetOption, changes_of, command_of
+from fedface.cli.terminal import JsonOption, console, progress_bars
+from fedface.errors import ConfigError, RunError
+from fedface.experiment import RealDevices, read_experiment
+from fedface.federation.flower import in_process_cohort
+from fedface.federation.folders import locked, new_folder, resumed_tournament
+from fedface.federation.orders import devices_folder
+from fedface.federation.simulated import check_sources, prepare
+from fedface.federation.tournament import entrants, for_tournament, hold, tournament_terms
+from fedface.reports import private_page, strict
+from fedface.reports.tournament import TournamentRecord
+
+
+def tournament(
+    experiment: Annotated[
+        Path, typer.Argument(help="The experiment's YAML file: devices, promise, downscale.")
+    ],
+    candidates: Annotated[
+        list[str], typer.Argument(help='Files of weights, or the word "base"; two at least.')
+    ],
+    photos: PhotosOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the tournament; runs/NAME-tournament otherwise.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the one that was cut short.")] = False,
+    set: SetOption = None,
+    json_out: JsonOption = False,
+) -> None:
+    """Send models to devices, which score them on their own photos: only noised sums come back."""
+    changes = changes_of(set)
+    recipe = for_tournament(read_experiment(experiment, photos=photos, changes=changes))
+    if isinstance(recipe.devices, RealDevices):
+        raise ConfigError(
+            f"{experiment}: waits for real devices; see server/README.md, or use pretended devices"
+        )
+    models = entrants(candidates, recipe)
+    tournament_terms(recipe, len(models))  # a promise that cannot be kept is said before a folder is made
+    torch.set_num_threads(1)
+    name = f"{recipe.name}-tournament"
+    folder = resumed_tournament(name, out) if resume else new_folder(name, out)
+    if not resume and (folder / "answers.json").exists():
+        raise RunError(f"{folder}: holds a tournament; continue it with --resume, or choose another folder")
+    check_sources(recipe)
+    with locked(folder), progress_bars() as bars:
+        state = devices_folder(folder)
+        prepare(recipe, state)
+        record = hold(
+            recipe,
+            models,
+            in_process_cohort(recipe, state),
+            folder,
+            watcher=bars,
+            command=command_of("tournament", experiment, photos, changes, candidates),
+        )
+    if json_out:
+        print(strict.dumps(record))
+        return
+    _print(record, folder)
+
+
+def _print(record: TournamentRecord, folder: Path) -> None:
+    measures = private_page.measures_of(record.candidates)
+    table = Table(box=None, title="All units together", title_justify="left")
+    for heading in ("candidate", "units", *(private_page.title(name) for name in measures)):
+        table.add_column(heading)
+    for told in record.candidates:
+        cells = [f"{value} {ends}" for value, ends in private_page.cells(told.overall, measures)]
+        table.add_row(told.when, *cells)
+    console.print(table)
+    orders = Table(box=None, title="Best first", title_justify="left")
+    for heading in ("measure", "for", "order", "cannot be told apart"):
+        orders.add_column(heading)
+    for ranking in record.rankings:
+        ties = "; ".join(" and ".join(pair) for pair in ranking.ties) or "all are told apart"
+        if len(ranking.ties) == len(record.candidates) * (len(record.candidates) - 1) // 2:
+            ties = "no two of them: the order says nothing"
+        orders.add_row(private_page.title(ranking.measure), ranking.by, ", ".join(ranking.order), ties)
+    console.print(orders)
+    for told in record.candidates[:1]:
+        console.print(f"each candidate: {private_page.spent_words(told)}", highlight=False)
+    console.print(f"open {folder / 'tournament.png'}", highlight=False, soft_wrap=True)
+    console.print(f"also {folder / 'tournament.md'}", highlight=False, soft_wrap=True)

@@ -1,0 +1,243 @@
+"""Which of several models serves people's own photos best: the models travel, private scores come back.
+
+Called by `fedface tournament` and server/app.py. Every device scores every candidate on all its photos; each answer
+is clipped, noised, booked and summed like any other figure, and the whole promise of the recipe pays for all answers
+together. Blind both ways: devices see weights without a name, in an order drawn by secret chance, and the server sees
+one noised sum over all devices for each candidate. Each answer is on disk before the next question.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from fedface.audits.noised_means import FIGURES
+from fedface.audits.private_ranking import Ranking, rank_overall, rank_worst_group
+from fedface.audits.private_reading import PrivateFigures, read_figures
+from fedface.config import plain
+from fedface.errors import ConfigError, FederationError, RunError
+from fedface.experiment import EvaluationConfig, Experiment, figure_terms
+from fedface.federation.cohort import Cohort
+from fedface.federation.evaluation import ask_figures
+from fedface.federation.rounds import Watcher
+from fedface.federation.state import replace_text
+from fedface.models.family import Encoded, Flow, Gan, Model, Resolved, Styled
+from fedface.models.weights import load_model
+from fedface.privacy.plan import Terms
+from fedface.privacy.target import PrivacyTarget
+from fedface.randomness import SecretNoise
+from fedface.reports import strict, tournament
+from fedface.reports.private_record import PrivateRecord
+from fedface.reports.tournament import RankingRecord, TournamentRecord
+from fedface.upsampling.methods import check_method
+
+BASE = "base"  # the word for the model that the recipe itself starts from
+
+
+def entrants(words: Sequence[str], experiment: Experiment) -> dict[str, Model]:
+    """The models by name: files of weights, or the word "base" for the recipe's own.
+
+    Raises:
+        ConfigError: Fewer than two, two of one name, or a model that the recipe's method cannot ask.
+        WeightsError: A file cannot be read.
+    """
+    if len(words) < 2:
+        raise ConfigError(f"a tournament needs at least two candidates, got {len(words)}")
+    models: dict[str, Model] = {}
+    for word in words:
+        model = experiment.start() if word == BASE else load_model(Path(word))
+        name = word if word == BASE else Path(word).stem
+        if name in models:
+            raise ConfigError(f"two candidates are called {name}; rename one of the files")
+        if not isinstance(model, Gan | Encoded | Flow | Styled | Resolved):
+            raise ConfigError(
+                f"{word}: devices score models of families that they could also train, see docs"
+            )
+        try:
+            check_method(
+                experiment.method_for(model), model, experiment.upsampling.downscale, size=model.size
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{word}: {error}") from error
+        models[name] = model
+    return models
+
+
+def for_tournament(experiment: Experiment) -> Experiment:
+    """The recipe with an evaluation of all photos, which nothing is trained on.
+
+    Raises:
+        ConfigError: It promises nothing, or per library.
+    """
+    if not isinstance(experiment.promise, PrivacyTarget):
+        raise ConfigError("a tournament needs a promise: what devices tell of their photos is always noised")
+    try:
+        return replace(experiment, evaluation=experiment.evaluation or EvaluationConfig())
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def tournament_terms(experiment: Experiment, count: int) -> Terms:
+    """What each question releases: the whole promise pays for `count` of them.
+
+    Raises:
+        PrivacyError: No amount of noise keeps the promise.
+    """
+    config, promise = experiment.evaluation, experiment.promise
+    if config is None or not isinstance(promise, PrivacyTarget):
+        raise ConfigError("a tournament needs a promise and an evaluation; see for_tournament")
+    return figure_terms(promise, count, config.sampling_rate)
+
+
+def hold(
+    experiment: Experiment,
+    models: Mapping[str, Model],
+    cohort: Cohort,
+    folder: Path,
+    *,
+    watcher: Watcher,
+    command: str = "",
+) -> TournamentRecord:
+    """Ask about each model that has not been asked about yet, and rank them all.
+
+    Args:
+        experiment: Of `for_tournament`.
+        models: Of `entrants`.
+        cohort: Who is asked.
+        folder: Of the tournament; what is finished in it stays.
+        watcher: Told how far it is.
+        command: What a reader types to do it again.
+
+    Raises:
+        FederationError: Too few usable answers; the tournament can be resumed.
+        RunError: The folder holds another tournament.
+    """
+    config = experiment.evaluation
+    if config is None:
+        raise ConfigError("a tournament needs an evaluation; see for_tournament")
+    terms = tournament_terms(experiment, len(models))
+    book = _Book.opened(folder, experiment, list(models))
+    members = cohort.members(experiment.devices.count)[: experiment.devices.count]
+    for number, name in enumerate(book.order, start=1):
+        if name in book.totals:
+            continue
+        watcher.stage(f"devices score candidate {number} of {len(models)}", len(members))
+        scores = ask_figures(
+            experiment, terms, config.figures, cohort, members, models[name],
+            run=folder.name, number=number, name=name, held_out=0.0, watcher=watcher,
+        )  # fmt: skip
+        book = book.then(name, scores.total, scores.gathered.count, scores.record)
+    figures = {name: _read(book, name, experiment, terms) for name in models}
+    record = TournamentRecord(
+        name=folder.name,
+        question=experiment.question,
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+        experiment=plain(experiment),
+        candidates=tuple(book.records[name] for name in models),
+        rankings=tuple(_rankings(figures)),
+        notes=(
+            "All candidates were asked about the same photos, each with noise of its own.",
+            "The promise of the recipe covers all answers of a device together.",
+            "Tone is read from pixels, so light and camera are mixed into every group.",
+            "Devices whose owners refuse are missing, and nothing here says how their photos are served.",
+        ),
+    )
+    tournament.write(record, folder)
+    return record
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Book:
+    """What of a tournament is on disk: the order of the questions, and the noised total of each answer."""
+
+    path: Path
+    digest: str  # of recipe and candidates
+    order: tuple[str, ...]
+    totals: dict[str, list[float]]
+    counts: dict[str, int]
+    records: dict[str, PrivateRecord]
+
+    @staticmethod
+    def opened(folder: Path, experiment: Experiment, names: list[str]) -> _Book:
+        path, digest = folder / "answers.json", f"{experiment.digest()} {' '.join(sorted(names))}"
+        if not path.exists():
+            order = tuple(names[i] for i in SecretNoise().permutation(len(names)).tolist())
+            book = _Book(path=path, digest=digest, order=order, totals={}, counts={}, records={})
+            book.save()
+            return book
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            records = {
+                name: strict.loads(PrivateRecord, json.dumps(told)) for name, told in kept["records"].items()
+            }
+            found = _Book(
+                path=path, digest=kept["digest"], order=tuple(kept["order"]), totals=kept["totals"],
+                counts=kept["counts"], records=records,
+            )  # fmt: skip
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(f"{path}: damaged ({error}); hold a new tournament") from error
+        if found.digest != digest:
+            raise RunError(f"{folder}: holds a tournament of other candidates or another recipe")
+        return found
+
+    def then(self, name: str, total: torch.Tensor, count: int, record: PrivateRecord) -> _Book:
+        book = replace(
+            self,
+            totals={**self.totals, name: total.tolist()},
+            counts={**self.counts, name: count},
+            records={**self.records, name: record},
+        )
+        book.save()
+        return book
+
+    def save(self) -> None:
+        records = {name: json.loads(strict.dumps(record)) for name, record in self.records.items()}
+        kept = {
+            "digest": self.digest, "order": self.order, "totals": self.totals, "counts": self.counts,
+            "records": records,
+        }  # fmt: skip
+        replace_text(self.path, json.dumps(kept))
+
+
+def _read(book: _Book, name: str, experiment: Experiment, terms: Terms) -> PrivateFigures:
+    assert experiment.evaluation is not None
+    return read_figures(
+        torch.tensor(book.totals[name]),
+        config=experiment.evaluation.figures,
+        clip_norm=terms.schedule.clip_norm,
+        noise_multiplier=terms.noise_multiplier,
+        devices=book.counts[name],
+    )
+
+
+def _rankings(figures: Mapping[str, PrivateFigures]) -> list[RankingRecord]:
+    """Every measure over all units and for the worst served group; those without enough units are left out."""
+    found = []
+    for measure in FIGURES:
+        for rank in (rank_overall, rank_worst_group):
+            try:
+                found.append(_ranking_record(rank(figures, measure)))
+            except FederationError:
+                continue
+    if not found:
+        raise FederationError(
+            "the devices hold too few photos for any figure under this noise; ask more devices, fewer candidates, "
+            "or promise a larger epsilon"
+        )
+    return found
+
+
+def _ranking_record(ranking: Ranking) -> RankingRecord:
+    return RankingRecord(
+        measure=ranking.measure,
+        by=ranking.by,
+        order=ranking.order,
+        ties=ranking.ties,
+        sentences=tuple(ranking.sentences()),
+    )
