@@ -25,6 +25,7 @@ DOORS = {
     "fastapi": {"fedface/page/app.py", "fedface/page/serving.py"},
     "starlette": {"fedface/page/app.py"},
     "uvicorn": {"fedface/page/serving.py"},
+    "psutil": {"fedface/privacy/conditions.py"},
     "dlib": {"fedface/photos/detectors.py"},
     "_dlib_pybind11": {"fedface/photos/detectors.py"},
     "face_recognition_models": {"fedface/photos/detectors.py"},

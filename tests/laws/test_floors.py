@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "fedface"
 FLOORS = {
-    "fedface": 0, "errors": 1, "shapes": 1, "randomness": 1, "config": 1,
+    "fedface": 0, "errors": 1, "shapes": 1, "randomness": 1, "config": 1, "units": 1,
     "models": 2, "upsampling": 2,
     "privacy": 3, "photos": 3,
     "aggregation": 4, "training": 4,
@@ -87,7 +87,7 @@ def test_the_ground_floor_stands_on_itself_alone() -> None:
     """errors, shapes, randomness and config know no other room."""
     for module, others in IMPORTS.items():
         if FLOORS[room(module)] <= 1:
-            assert {room(other) for other in others} <= {"errors", "shapes", "randomness", "config"}
+            assert {room(other) for other in others} <= {"errors", "shapes", "randomness", "config", "units"}
 
 
 def test_strangers_do_not_know_each_other() -> None:
