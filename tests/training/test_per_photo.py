@@ -1,0 +1,367 @@
+"""Clipped sums of per-unit gradients against the slow twin: one ordinary backward pass for each unit.
+
+Most in float64: in float32 two right answers differ by 1e-4 when rounding puts one activation or difference on the
+other side of a kink, as it does for one photo in a few dozen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedface.models.adapters import Full, Lora, attach
+from fedface.models.critic import Critic, CriticConfig
+from fedface.models.family import Resolved, ResolvedShape, Styled, StyledShape, build
+from fedface.models.flow import FlowConfig, RectifiedFlow
+from fedface.models.resolver import ResolverConfig
+from fedface.models.style_encoder import StyleEncoderConfig
+from fedface.models.stylegan2 import GeneratorConfig
+from fedface.randomness import Streams
+from fedface.training.flow import loss_over_draws, times_and_noises
+from fedface.training.generator import loss_on_photos
+from fedface.training.per_photo import (
+    PerPhotoLoss,
+    clipped_unit_sum,
+    gradients_of_each,
+    is_understood,
+    trained,
+)
+from fedface.training.upsampler import lesson_of, mark_upsampler
+from fedface.upsampling.degrade import BicubicPulse
+
+STREAMS = Streams(8)
+PHOTOS = 10
+
+
+@dataclass(frozen=True)
+class Case:
+    module: nn.Module
+    loss: PerPhotoLoss
+    photos: Tensor
+    draws: Tensor | None = None
+
+    def at(self, precision: torch.dtype) -> Case:
+        """The same numbers in another precision."""
+        draws = None if self.draws is None else self.draws.to(precision)
+        return Case(self.module.to(precision), self.loss, self.photos.to(precision), draws)
+
+    def rows(self, part: slice) -> tuple[Tensor, ...]:
+        return (self.photos[part],) if self.draws is None else (self.photos[part], self.draws[part])
+
+    def draw(self) -> Callable[[int], Tensor] | None:
+        """Hands out the fixed draws in the order of the photos."""
+        if self.draws is None:
+            return None
+        left = iter(self.draws)
+        return lambda count: torch.stack([next(left) for _ in range(count)])
+
+
+def moved(module: nn.Module, name: str) -> nn.Module:
+    """Off the start, where many gradients are zero."""
+    chance = STREAMS.generator(name)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.add_(torch.randn(weight.shape, generator=chance), alpha=0.1)
+    return module
+
+
+def pictures(side: int, count: int = PHOTOS) -> Tensor:
+    return torch.rand(count, 3, side, side, generator=STREAMS.generator("pictures"))
+
+
+def critic(architecture: str = "resnet") -> Case:
+    config = CriticConfig(size=16, channel_base=512, channel_max=24, architecture=architecture)  # type: ignore[arg-type]
+    return Case(moved(Critic(config, STREAMS.generator("critic")), "moved"), loss_on_photos, pictures(16))
+
+
+def flow(count: int, adapt: Full | Lora | None = None) -> Case:
+    config = FlowConfig(size=16, width=24, multipliers=(1.0, 2.0), time_width=16)
+    module = RectifiedFlow(config, STREAMS.generator("flow"))
+    attach(module, adapt or Full(), STREAMS.generator("adapters"))
+    draws = times_and_noises(PHOTOS, count, 16, 1.0, STREAMS.numpy("draws"))
+    return Case(moved(module, "moved"), loss_over_draws, pictures(16), draws)
+
+
+def upsampler(shape: StyledShape | ResolvedShape) -> Case:
+    model = build(shape, STREAMS.generator("upsampler"))
+    assert isinstance(model, Styled | Resolved)
+    mark_upsampler(model, Full(), STREAMS.generator("adapters"))
+    return Case(moved(model.upsampler, "moved"), lesson_of(BicubicPulse(2), 10.0), pictures(16))
+
+
+GENERATOR = GeneratorConfig(
+    size=16, channel_base=64, channel_max=8, latent_width=64, style_width=16, mapping_layers=2
+)
+STYLES = StyleEncoderConfig(side=8, style_inputs=6, style_width=16, width=20, blocks=1, hidden=16)
+CASES: dict[str, Callable[[], Case]] = {
+    "critic": critic,
+    "critic that adds colours": lambda: critic("skip"),
+    "flow": lambda: flow(1),
+    "flow with four draws": lambda: flow(4),
+    "style encoder": lambda: upsampler(StyledShape(generator=GENERATOR, encoder=STYLES)),
+    "resolver": lambda: upsampler(
+        ResolvedShape(resolver=ResolverConfig(side=8, factor=2, width=20, blocks=2))
+    ),
+}
+each_case = pytest.mark.parametrize("name", CASES)
+
+
+def length(parts: list[Tensor]) -> float:
+    return math.sqrt(sum(float(part.double().square().sum()) for part in parts))
+
+
+def slowly(case: Case, units: list[range], scales: list[Tensor] | None = None) -> list[list[Tensor]]:
+    """The gradient of each unit's summed loss by a backward pass of its own, scaled."""
+    weights = list(trained(case.module).values())
+    every = []
+    for unit in units:
+        loss = case.loss(case.module, *case.rows(slice(unit.start, unit.stop))).sum()
+        parts = torch.autograd.grad(loss, weights, materialize_grads=True)
+        factors = [torch.ones(())] * len(parts) if scales is None else scales
+        every.append([part * factor for part, factor in zip(parts, factors, strict=True)])
+    return every
+
+
+def summed(every: list[list[Tensor]], clip_norm: float) -> list[Tensor]:
+    clipped = [[part * min(1.0, clip_norm / length(parts)) for part in parts] for parts in every]
+    return [torch.stack(parts).sum(0) for parts in zip(*clipped, strict=True)]
+
+
+def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """In lengths of theirs."""
+    return length([a - b for a, b in zip(ours, theirs, strict=True)]) / length(theirs)
+
+
+def cut(size: int) -> list[range]:
+    return [range(start, min(start + size, PHOTOS)) for start in range(0, PHOTOS, size)]
+
+
+@each_case
+def test_our_networks_are_understood_layer_by_layer(name: str) -> None:
+    """Otherwise the tests below would test the slower way."""
+    case = CASES[name]().at(torch.float64)
+    assert is_understood(case.module, case.loss, case.photos, draws=case.draws)
+
+
+@each_case
+def test_each_photos_gradient_is_that_of_its_own_backward_pass(name: str) -> None:
+    case = CASES[name]().at(torch.float64)
+    ours = gradients_of_each(case.module, case.loss, case.photos, draws=case.draws)
+    for photo, twin in enumerate(slowly(case, cut(1))):
+        assert distance([part[photo] for part in ours], twin) < 1e-9
+
+
+@each_case
+@pytest.mark.parametrize("size", [1, 3, 7])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_sum_is_that_of_the_slow_twin_for_any_unit_and_microbatch(
+    name: str, size: int, scaled: bool
+) -> None:
+    """Half of the units are clipped; units straddle microbatches."""
+    case = CASES[name]().at(torch.float64)
+    chance = STREAMS.generator("scales")
+    scales = [
+        0.5 + torch.rand(w.shape, generator=chance, dtype=w.dtype) for w in trained(case.module).values()
+    ]
+    every = slowly(case, cut(size), scales if scaled else None)
+    clip_norm = sorted(length(parts) for parts in every)[len(every) // 2] * 0.99
+    units = torch.arange(PHOTOS) // size
+    for microbatch in (1, 5, 64):
+        ours = clipped_unit_sum(
+            case.module, case.loss, case.photos, clip_norm=clip_norm, units=units, draw=case.draw(),
+            scales=scales if scaled else None, microbatch=microbatch,
+        )  # fmt: skip
+        assert distance(ours, summed(every, clip_norm)) < 1e-9
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+@pytest.mark.parametrize("count", [1, 4])
+def test_in_single_precision_it_is_right_to_five_digits(size: int, count: int) -> None:
+    """On a network without kinks."""
+    case = flow(count)
+    every = slowly(case, cut(size))
+    clip_norm = sorted(length(parts) for parts in every)[len(every) // 2] * 0.99
+    for microbatch in (1, 5, 64):
+        ours = clipped_unit_sum(
+            case.module, case.loss, case.photos, clip_norm=clip_norm, units=torch.arange(PHOTOS) // size,
+            draw=case.draw(), microbatch=microbatch,
+        )  # fmt: skip
+        assert distance(ours, summed(every, clip_norm)) < 1e-5
+
+
+@each_case
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_unit_with_a_broken_photo_adds_nothing(name: str, size: int) -> None:
+    case = CASES[name]().at(torch.float64)
+    every = slowly(case, cut(size))
+    del every[4 // size]
+    case.photos[4, 0, 3, 3] = math.nan
+    for microbatch in (1, 5, 64):
+        ours = clipped_unit_sum(
+            case.module, case.loss, case.photos, clip_norm=0.1, units=torch.arange(PHOTOS) // size,
+            draw=case.draw(), microbatch=microbatch,
+        )  # fmt: skip
+        assert distance(ours, summed(every, 0.1)) < 1e-9
+
+
+@each_case
+def test_nothing_is_left_behind(name: str) -> None:
+    """No `.grad`, no changed weight, and no photos give zeros of the weights' shapes."""
+    case = CASES[name]().at(torch.float64)
+    before = [weight.detach().clone() for weight in case.module.parameters()]
+    none = clipped_unit_sum(case.module, case.loss, case.photos[:0], clip_norm=1.0)
+    clipped_unit_sum(case.module, case.loss, case.photos, clip_norm=1.0, draw=case.draw())
+    assert all(torch.equal(a, b) for a, b in zip(before, case.module.parameters(), strict=True))
+    assert all(weight.grad is None for weight in case.module.parameters())
+    assert [part.shape for part in none] == [weight.shape for weight in trained(case.module).values()]
+    assert not any(bool(part.any()) or part.requires_grad for part in none)
+
+
+class Small(nn.Module):
+    """Two convolutions and a fully connected layer, with which other uses of a weight are planted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        chance = STREAMS.generator("small")
+        self.first, self.second, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 8)
+        with torch.no_grad():
+            for weight in self.parameters():
+                weight.normal_(0.0, 0.3, generator=chance)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.silu(self.second(functional.silu(self.first(x))))
+        return self.last(x.mean(dim=(2, 3))).sum(1)
+
+
+class Demodulated(Small):
+    """Reads a weight outside its own layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.first.weight.square().sum().rsqrt()
+
+
+class Twice(Small):
+    """Uses two layers twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(functional.silu(self.second(functional.silu(self.first(x)))))
+        return self.last(functional.silu(self.last(x.mean(dim=(2, 3))))).sum(1)
+
+
+class Scalar(Small):
+    """Has a parameter of no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gain
+
+
+class Overwritten(Small):
+    """Writes into what a layer has answered."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x).mul_(2.0))
+        return self.last(x.mean(dim=(2, 3))).sum(1)
+
+
+class Reused(Small):
+    """Writes into what a layer has read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.silu(self.first(x))
+        y = self.second(x)
+        x.zero_()
+        return self.last(y.mean(dim=(2, 3))).sum(1)
+
+
+class Folded(Small):
+    """A weight folded from the photo's own features reaches the loss past its layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.first.weight * x.mean()
+        return super().forward(x) + functional.conv2d(x, own).mean(dim=(1, 2, 3))
+
+
+def score(network: Callable[[Tensor], Tensor], photos: Tensor) -> Tensor:
+    return functional.softplus(-network(photos))
+
+
+def gradient_penalty(network: Callable[[Tensor], Tensor], photos: Tensor) -> Tensor:
+    """Differentiates the network within the loss."""
+    slope = torch.func.grad(lambda seen: network(seen).sum())(photos)
+    return slope.square().sum(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "understood"), [(Small, True), (Twice, True), (Demodulated, False), (Scalar, False), (Overwritten, False)]
+)  # fmt: skip
+def test_what_is_not_understood_is_differentiated_as_a_whole(kind: type[Small], understood: bool) -> None:
+    """And is right either way."""
+    case = Case(kind(), score, pictures(8)).at(torch.float64)
+    assert is_understood(case.module, case.loss, case.photos) == understood
+    for size in (1, 3):
+        ours = clipped_unit_sum(
+            case.module, score, case.photos, clip_norm=0.05, units=torch.arange(PHOTOS) // size, microbatch=4
+        )
+        assert distance(ours, summed(slowly(case, cut(size)), 0.05)) < 1e-9
+
+
+@pytest.mark.parametrize("kind", [Reused, Folded])
+def test_what_would_be_silently_wrong_is_not_understood(kind: type[Small]) -> None:
+    """Detached weights must not hide what autograd would have seen."""
+    case = Case(kind(), score, pictures(8)).at(torch.float64)
+    assert not is_understood(case.module, case.loss, case.photos)
+
+
+def test_a_loss_that_differentiates_the_network_is_right() -> None:
+    case = Case(Small(), gradient_penalty, pictures(8)).at(torch.float64)
+    ours = clipped_unit_sum(case.module, gradient_penalty, case.photos, clip_norm=0.05, microbatch=4)
+    assert distance(ours, summed(slowly(case, cut(1)), 0.05)) < 1e-9
+
+
+def test_low_rank_changes_are_right() -> None:
+    case = flow(2, Lora(rank=2)).at(torch.float64)
+    every = slowly(case, cut(1))
+    ours = clipped_unit_sum(
+        case.module, case.loss, case.photos, clip_norm=0.1, draw=case.draw(), microbatch=4
+    )
+    assert distance(ours, summed(every, 0.1)) < 1e-9
+
+
+def test_frozen_weights_get_nothing() -> None:
+    case = critic().at(torch.float64)
+    for name, weight in case.module.named_parameters():
+        weight.requires_grad_("conv0" in name)
+    ours = clipped_unit_sum(case.module, case.loss, case.photos, clip_norm=0.1)
+    assert distance(ours, summed(slowly(case, cut(1)), 0.1)) < 1e-9
+
+
+def test_one_photo_more_moves_the_sum_by_at_most_the_clip_norm() -> None:
+    """Also for one whose gradient is a million times longer."""
+    case = critic().at(torch.float64)
+
+    def longer(network: Callable[[Tensor], Tensor], photos: Tensor) -> Tensor:
+        return loss_on_photos(network, photos) * (1.0 + 1e6 * (photos[:, 0, 0, 0] == 2.0))
+
+    case.photos[-1, 0, 0, 0] = 2.0
+    with_it, without = (
+        clipped_unit_sum(case.module, longer, case.photos[:count], clip_norm=0.5)
+        for count in (PHOTOS, PHOTOS - 1)
+    )
+    moved_by = length([a - b for a, b in zip(with_it, without, strict=True)])
+    assert moved_by == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("units", [[1, 0, 2], [0, 1]])
+def test_units_must_ascend_and_name_every_photo(units: list[int]) -> None:
+    with pytest.raises(ValueError, match="units"):
+        clipped_unit_sum(Small(), score, pictures(8, 3), clip_norm=1.0, units=torch.tensor(units))
