@@ -1,0 +1,186 @@
+"""Every message that leaves a device in a whole run, with updates and figures: what is in it, and what is not."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import begun, tiny_experiment
+
+from fedface.aggregation.protocol import Payload
+from fedface.experiment import Experiment
+from fedface.federation.cohort import Cohort, Heard
+from fedface.federation.coordinator import coordinate
+from fedface.federation.flower import in_process_cohort
+from fedface.federation.orders import devices_folder
+from fedface.federation.rounds import SilentWatcher
+from fedface.federation.simulated import simulated_device
+from fedface.federation.task import Fault, Message, Reply, RevealTask, Task
+from fedface.privacy.accounting import epsilon_of, event_from_json
+from fedface.privacy.journal import Journal
+from fedface.privacy.ledger import Ledger
+
+KEYS = {
+    "trained": {"what", "version", "device", "seconds"},
+    "scored": {"what", "version", "device", "seconds"},
+    "revealed": {"what", "version", "device"},
+    "refusal": {"what", "version", "device", "reason", "withdrawn"},
+}
+CHANGES = {
+    "promise": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: occasion}",
+    "evaluation": "{share: 0.4, held_out: 0.4}",
+    "aggregation": "{kind: encrypted}",
+    "upsampling": "{method: {kind: pulse, steps: 2, mapping_samples: 64}}",
+}
+
+
+@dataclass(frozen=True)
+class Overheard:
+    """A task and what one device answered."""
+
+    task: Task
+    member: int
+    reply: Message
+
+
+class Listening:
+    """A cohort that writes down every answer."""
+
+    def __init__(self, cohort: Cohort) -> None:
+        self.cohort, self.heard = cohort, list[Overheard]()
+
+    def members(self, wanted: int) -> Sequence[int]:
+        """As they are."""
+        return self.cohort.members(wanted)
+
+    def ask(self, task: Task, members: Sequence[int], heard: Heard) -> Mapping[int, Reply | Fault]:
+        """Pass the task on and keep what comes back."""
+        answers = self.cohort.ask(task, members, heard)
+        for member, answer in answers.items():
+            assert not isinstance(answer, Fault), answer
+            self.heard.append(Overheard(task, member, answer.message()))
+        return answers
+
+
+def whole_run(folder: Path, photos_each: int) -> tuple[Experiment, Path, list[Overheard]]:
+    """A run with updates and figures, on devices with so many photos in occasions of three."""
+    devices = f"{{kind: drawn-devices, light_shares: [0.9, 0.1], photos_each: {photos_each}, photos_per_occasion: 3}}"
+    experiment = tiny_experiment(folder / "recipe", {**CHANGES, "devices": devices})
+    run = begun(experiment, folder / "run")
+    listening = Listening(in_process_cohort(experiment, devices_folder(run)))
+    coordinate(experiment, listening, run, watcher=SilentWatcher())
+    return experiment, run, listening.heard
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Path, list[Overheard]]:
+    """Two devices of 39 photos each."""
+    return whole_run(tmp_path_factory.mktemp("many"), 39)
+
+
+def test_headers_hold_names_and_times_and_nothing_else(run: tuple[Experiment, Path, list[Overheard]]) -> None:
+    """An allow-list of keys for each kind of answer, and no number but version and seconds."""
+    _, _, heard = run
+    kinds = set()
+    for overheard in heard:
+        header = json.loads(overheard.reply.header)
+        kinds.add(header["what"])
+        assert set(header) == KEYS[header["what"]]
+        assert re.fullmatch(r"device-0[01]", header["device"])
+        assert set(overheard.reply.blobs) == ({"total"} if header["what"] == "revealed" else {"payload"})
+    assert kinds == {"trained", "scored", "revealed"}
+
+
+def test_every_payload_was_booked_with_noise_before_it_left(
+    run: tuple[Experiment, Path, list[Overheard]],
+) -> None:
+    """One ledger entry, of finite price, for each update and each set of figures; all together within the promise."""
+    experiment, folder, heard = run
+    for number in range(2):
+        ledger = Ledger.open(devices_folder(folder) / f"device-{number:02d}" / "ledger.sqlite")
+        entries = {(entry.run, entry.round): entry for entry in ledger.entries()}
+        answered = {(o.task.book, o.task.round) for o in heard if o.member == number and not opened(o)}
+        assert answered == set(entries) and len(entries) == len(ledger.entries()) == 4
+        for entry in entries.values():
+            assert 0 < epsilon_of(event_from_json(entry.event), 1e-3).lower < 8
+            assert json.loads(entry.marks)["unit"] == "occasion"
+        assert ledger.spent(1e-3, unit="occasion").upper <= 8.0
+
+
+def opened(overheard: Overheard) -> bool:
+    """Whether the device opened a sum, in which its own part was booked before."""
+    return isinstance(overheard.task, RevealTask)
+
+
+def test_the_journal_has_every_message_that_left(run: tuple[Experiment, Path, list[Overheard]]) -> None:
+    """As many lines as answers, with the number of bytes of each, and what paid for it."""
+    _, folder, heard = run
+    for number in range(2):
+        journal = Journal.open(devices_folder(folder) / f"device-{number:02d}" / "journal.sqlite")
+        sent = journal.sent()
+        answers = [o for o in heard if o.member == number]
+        assert [line.bytes for line in sent] == [len(*o.reply.blobs.values()) for o in answers]
+        assert [line.entry is None for line in sent] == [opened(o) for o in answers]
+
+
+def test_no_photo_no_name_and_no_count_is_in_any_message(
+    run: tuple[Experiment, Path, list[Overheard]],
+) -> None:
+    """Neither a row of a photo's pixels nor a path nor a number of photos can be found in the bytes."""
+    experiment, folder, heard = run
+    everything = b"".join(o.reply.header.encode() + b"".join(o.reply.blobs.values()) for o in heard)
+    for number in range(2):
+        own = simulated_device(experiment, number, devices_folder(folder)).photos(16)
+        for photo in own.images[:: len(own) // 8]:
+            row = photo[0, 8].contiguous()
+            assert row.numpy().tobytes() not in everything
+            assert (row * 255).round().to(torch.uint8).numpy().tobytes() not in everything
+    assert str(folder).encode() not in everything
+    headers = [re.sub(r'"seconds": [0-9.e-]+', "", o.reply.header) for o in heard]
+    assert not any(
+        re.search(r"\b(39|13)\b", header) for header in headers
+    )  # photos and occasions of a device
+
+
+def test_messages_of_a_larger_library_have_the_same_form_and_size(
+    run: tuple[Experiment, Path, list[Overheard]], tmp_path: Path
+) -> None:
+    """Thirty photos more change no key, no length and no order of what leaves."""
+    _, _, few = run
+    _, _, many = whole_run(tmp_path, 69)
+
+    def form(heard: list[Overheard]) -> list[object]:
+        return [(o.member, json.loads(o.reply.header)["what"], _parts(o.reply)) for o in heard]
+
+    def _parts(reply: Message) -> object:
+        (blob,) = reply.blobs.values()
+        if "payload" not in reply.blobs:
+            return len(blob)
+        payload = Payload.from_bytes(blob)
+        # A ciphertext's length moves by a few bytes with its own randomness, which SEAL compresses.
+        return payload.kind, payload.length, payload.count, payload.round, len(payload.parts)
+
+    assert form(few) == form(many)
+
+
+def test_figures_that_leave_are_not_the_figures_that_were_measured(
+    run: tuple[Experiment, Path, list[Overheard]],
+) -> None:
+    """The opened sums of figures are off from whole counts by as much as the noise of two devices says."""
+    experiment, folder, heard = run
+    (terms,) = experiment.plan().beside
+    assert experiment.evaluation is not None
+    config = experiment.evaluation.figures
+    for overheard in heard:
+        if opened(overheard) and overheard.task.book.endswith("/figures"):
+            total = np.frombuffer(overheard.reply.blobs["total"], dtype="<f4").astype(np.float64)
+            counts = total[:9] * config.most_units / np.sqrt(config.shares.table)
+            away = np.abs(counts - counts.round())
+            spread = terms.noise_multiplier * np.sqrt(2) / np.sqrt(config.shares.table)
+            assert spread > 1 and away.max() > 0.02
