@@ -1,0 +1,248 @@
+"""Runs that promise per occasion and per library, figures that devices tell, and a device that leaves."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from pytest import approx
+from tiny import begun, first_device, tiny_experiment, tiny_gan, train_task
+
+from fedface.aggregation.plain import PlainAggregation
+from fedface.aggregation.protocol import Payload
+from fedface.errors import ConfigError
+from fedface.federation.coordinator import coordinate
+from fedface.federation.device import serve
+from fedface.federation.flower import in_process_cohort
+from fedface.federation.orders import devices_folder
+from fedface.federation.rounds import SilentWatcher, run_rounds
+from fedface.federation.state import State, weights_path
+from fedface.federation.task import Refusal, Trained
+from fedface.models.weights import load_model, vector_of
+from fedface.photos.own import OwnFaces
+from fedface.privacy.accounting import epsilon_of
+from fedface.privacy.journal import Journal
+from fedface.privacy.ledger import Ledger
+from fedface.privacy.mechanism import GaussianSum
+from fedface.privacy.plan import Schedule, make_plan
+from fedface.privacy.target import PrivacyTarget
+from fedface.reports import page
+from fedface.reports.quantities import Epsilon, Interval, NotMeasured
+from fedface.reports.run import GONE
+
+LIBRARY = {
+    "promise": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, trust: server}",
+    "update_clip": "2.0",
+}
+OCCASION = {
+    "promise": "{kind: privacy-target, epsilon: 8, delta: 1e-2, unit: occasion}",
+    "devices": "{kind: drawn-devices, light_shares: [0.9, 0.1], photos_each: 24, photos_per_occasion: 4}",
+}
+
+
+def sent_vector(reply: object) -> torch.Tensor:
+    """What a plain answer holds, in public ranges."""
+    assert isinstance(reply, Trained), reply
+    return PlainAggregation(most_devices=2).reveal(Payload.from_bytes(reply.payload))
+
+
+# Per library.
+
+
+def test_a_promise_per_library_costs_one_gaussian_a_round() -> None:
+    """Two rounds at sigma s cost what one costs at s / sqrt 2, whatever happens in the steps on a device."""
+    schedule = Schedule(rounds=2, steps_per_round=9, sampling_rate=0.3, expected_batch=8, clip_norm=1.0)
+    target = PrivacyTarget(epsilon=3.0, delta=1e-5, unit="library", trust="server")
+    plan = make_plan(target, schedule, update_clip=2.0)
+    one = GaussianSum(clip_norm=1.0, sigma=plan.noise_multiplier / 2**0.5).event()
+    assert epsilon_of(plan.event(), 1e-5).upper == approx(epsilon_of(one, 1e-5).upper, rel=1e-6)
+    assert plan.terms.sum_mechanism() == GaussianSum(clip_norm=2.0, sigma=plan.noise_multiplier)
+    assert not isinstance(plan.mechanism(), GaussianSum)  # the device itself adds none
+    assert "trusted" in " ".join(plan.describe())
+
+
+def test_a_device_cuts_its_whole_update_and_an_empty_library_sends_nothing(tmp_path: Path) -> None:
+    """The longest vector that may leave has the length of the clip; without photos it is zero."""
+    experiment = tiny_experiment(tmp_path / "recipe", {**LIBRARY, "update_clip": "0.01"})
+    device = first_device(experiment, tmp_path / "devices")
+    whole = sent_vector(serve(train_task(experiment, tiny_gan()), device))
+    assert float(whole.norm()) == approx(0.01, rel=1e-3)
+    (entry,) = device.ledger().entries()
+    marks = json.loads(entry.marks)
+    assert (marks["unit"], marks["noise_at"], marks["update_clip"]) == ("library", "server", "0.01")
+    empty = replace(
+        first_device(experiment, tmp_path / "others"),
+        photos=lambda size: OwnFaces.strangers(torch.zeros(0, 3, size, size)),
+    )
+    nothing = sent_vector(serve(train_task(experiment, tiny_gan()), empty))
+    assert not nothing.any()
+
+
+def test_the_server_noises_each_sum_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With updates cut to nothing, what is applied is the server's noise: deviation sigma * clip in public ranges."""
+    experiment = tiny_experiment(tmp_path / "recipe", {**LIBRARY, "training.rounds": "1"})
+    folder = begun(experiment, tmp_path / "run")
+    plan = experiment.plan()
+    noised = []
+
+    def noise(self: GaussianSum, total: torch.Tensor, secret: object) -> torch.Tensor:
+        noised.append((self, total.clone()))
+        return total
+
+    monkeypatch.setattr(GaussianSum, "noise", noise)
+    cohort = in_process_cohort(experiment, devices_folder(folder))
+    run_rounds(experiment, plan, cohort, State.read(folder), None, SilentWatcher())
+    ((mechanism, total),) = noised  # not on the two devices, and once on the server
+    assert mechanism == GaussianSum(clip_norm=2.0, sigma=plan.noise_multiplier)
+    assert float(total.norm()) <= 2 * 2.0 * (1 + 1e-3)
+
+
+def test_noise_of_the_server_is_in_the_weights(tmp_path: Path) -> None:
+    """The same run with no room for updates moves the weights by noise alone, several times the updates' length."""
+    quiet = {**LIBRARY, "update_clip": "1e-6", "training.rounds": "1"}
+    loud = {**LIBRARY, "training.rounds": "1"}
+    moves = []
+    for name, changes in (("quiet", quiet), ("loud", loud)):
+        experiment = tiny_experiment(tmp_path / name / "recipe", changes)
+        folder = begun(experiment, tmp_path / name / "run")
+        cohort = in_process_cohort(experiment, devices_folder(folder))
+        run_rounds(experiment, experiment.plan(), cohort, State.read(folder), None, SilentWatcher())
+        before, after = (vector_of(*load_model(weights_path(folder, n)).modules()) for n in (0, 1))
+        moves.append(float((after - before).norm()))
+    assert moves[1] > 1000 * moves[0]
+
+
+def test_a_device_that_trusts_no_server_stays_out_of_library_runs(tmp_path: Path) -> None:
+    experiment = tiny_experiment(tmp_path / "recipe", LIBRARY)
+    device = first_device(experiment, tmp_path / "devices")
+    reply = serve(
+        train_task(experiment, tiny_gan()),
+        replace(device, policy=replace(device.policy, trust_server=False)),
+    )
+    assert isinstance(reply, Refusal) and "trust" in reply.reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"aggregation": "{kind: encrypted}"}, "cannot add it to what it cannot read"),
+        ({"evaluation": "{}"}, "noised on the device"),
+        ({"promise": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library}"}, "trust must be"),
+        (
+            {"promise": "{kind: privacy-target, epsilon: 8, delta: 1e-3, trust: server}"},
+            "devices add their own noise",
+        ),
+    ],
+)
+def test_promises_that_nobody_could_keep_are_refused_in_the_recipe(
+    tmp_path: Path, changes: dict[str, str], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        tiny_experiment(tmp_path, {**LIBRARY, **changes})
+
+
+# Per occasion.
+
+
+def test_a_round_per_occasion_hardly_moves_for_one_birthday(tmp_path: Path) -> None:
+    """All 24 photos as one occasion: with noise set aside, the critic's photos' part is one clipped vector a step."""
+    told = {
+        **OCCASION,
+        "training.steps_per_round": "1",
+        "training.rounds": "1",
+        "training.sampling_rate": "1",
+    }
+    experiment = tiny_experiment(tmp_path / "recipe", told)
+    plan = experiment.plan()
+    assert plan.terms.unit == "occasion"
+    device = first_device(experiment, tmp_path / "devices")
+    serve(train_task(experiment, tiny_gan()), device)
+    (entry,) = device.ledger().entries()
+    assert json.loads(entry.marks)["unit"] == "occasion"
+    assert device.ledger().spent(1e-2, unit="occasion").upper == approx(8.0, abs=2e-3)
+    # An owner who counts photos pays for a changed occasion; one who counts libraries has no promise.
+    assert device.ledger().spent(1e-2, unit="photo").upper > 8.0
+    assert device.ledger().spent(1e-2, unit="library").upper == float("inf")
+
+
+def test_held_out_units_are_not_trained_on(tmp_path: Path) -> None:
+    """What is asked and what is trained on share no occasion, and together they are everything."""
+    experiment = tiny_experiment(tmp_path / "recipe", {**OCCASION, "evaluation": "{held_out: 0.4}"})
+    own = first_device(experiment, tmp_path / "devices").photos(16)
+    mine, asked = own.split(experiment.held_out, "occasion")
+    assert len(mine) + len(asked) == 24 and len(asked) > 0
+    assert not set(mine.occasions.tolist()) & set(asked.occasions.tolist())
+    task = train_task(experiment, tiny_gan())
+    assert task.agreed.held_out == 0.0  # the helper of these tests; the run itself says 0.4
+
+
+# Figures, and leaving.
+
+
+def test_a_run_with_figures_prices_all_together_and_reports_them_with_their_noise(tmp_path: Path) -> None:
+    """Two sets of figures and two rounds cost the promise; the record's groups have intervals or a reason."""
+    told = {**OCCASION, "evaluation": "{share: 0.5, held_out: 0.5}"}
+    experiment = tiny_experiment(tmp_path / "recipe", told)
+    plan = experiment.plan()
+    (terms,) = plan.beside
+    alone = epsilon_of(terms.event(), 1e-2).upper
+    assert alone == approx(4.0, abs=2e-3)
+    price = plan.epsilon()
+    assert price is not None and price.upper == approx(8.0, abs=2e-3)
+    folder = begun(experiment, tmp_path / "run")
+    record = coordinate(
+        experiment, in_process_cohort(experiment, devices_folder(folder)), folder, watcher=SilentWatcher()
+    )
+    assert [told.when for told in record.private] == ["before", "after"]
+    for told in record.private:
+        assert told.devices == 2 and isinstance(told.epsilon, Epsilon) and told.epsilon.unit == "occasion"
+        for group in (told.overall, *told.groups):
+            assert isinstance(group.units, Interval | NotMeasured)
+            assert bool(group.figures) == isinstance(group.units, Interval)
+    assert isinstance(record.rounds[-1].epsilon, Epsilon) and record.rounds[-1].epsilon.upper <= 8.0
+    text = page.render(record, folder)
+    assert "What devices say of their own photos" in text and "forty photos of one birthday" in text
+    for number in range(2):
+        ledger = Ledger.open(devices_folder(folder) / f"device-{number:02d}" / "ledger.sqlite")
+        assert sorted({entry.run for entry in ledger.entries()}) == ["run", "run/figures"]
+        assert ledger.spent(1e-2, unit="occasion").upper <= 8.0
+
+
+def test_a_device_that_does_not_answer_questions_still_trains(tmp_path: Path) -> None:
+    """Figures refused by all: the run says so and can be resumed; updates are another matter."""
+    policy = "{max_epsilon: 8, delta: 1e-2, unit: occasion, protocols: [plain], smallest_cohort: 1}"
+    experiment = tiny_experiment(tmp_path / "recipe", {**OCCASION, "policy": policy})
+    device = first_device(experiment, tmp_path / "devices")
+    assert isinstance(serve(train_task(experiment, tiny_gan()), device), Trained)
+
+
+def test_a_device_that_leaves_is_asked_no_more_and_its_name_is_gone(tmp_path: Path) -> None:
+    """After round 1 its owner leaves: round 2 goes on with the other, and the record says what cannot be undone."""
+    experiment = tiny_experiment(tmp_path / "recipe", {"fewest_answers": "1", "training.rounds": "3"})
+    folder = begun(experiment, tmp_path / "run")
+    state = devices_folder(folder) / "device-00"
+
+    class Watcher(SilentWatcher):
+        def say(self, sentence: str) -> None:
+            if sentence.startswith("round 1"):
+                Journal.open(state / "journal.sqlite").withdraw("run", "changed my mind")
+
+    cohort = in_process_cohort(experiment, devices_folder(folder))
+    ended = run_rounds(experiment, experiment.plan(), cohort, State.read(folder), None, Watcher())
+    assert [record.answered for record in ended.rounds] == [
+        (GONE, "device-01"),
+        ("device-01",),
+        ("device-01",),
+    ]
+    assert [len(record.refusals) for record in ended.rounds] == [0, 1, 0]
+    (left,) = ended.left
+    assert left.rounds == (1,) and "cannot be undone" in left.sentence and "at most" in left.sentence
+    assert isinstance(left.epsilon, Epsilon)
+    assert left.epsilon.upper == approx(epsilon_of(experiment.plan().event(1), 1e-3).upper)
+    kept = (folder / "state.json").read_text()
+    assert "device-00" not in kept and "changed my mind" not in kept
+    assert State.read(folder) == ended
+    assert len(Ledger.open(state / "ledger.sqlite").entries()) == 1
