@@ -348,6 +348,20 @@ class Experiment:
         return hashlib.sha256(json.dumps(plain(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
+def for_tournament(experiment: Experiment) -> Experiment:
+    """The recipe with an evaluation of all photos, which nothing is trained on.
+
+    Raises:
+        ConfigError: It promises nothing, or per library.
+    """
+    if not isinstance(experiment.promise, PrivacyTarget):
+        raise ConfigError("a tournament needs a promise: what devices tell of their photos is always noised")
+    try:
+        return replace(experiment, evaluation=experiment.evaluation or EvaluationConfig())
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def read_experiment(
     path: Path, *, photos: Path | None = None, changes: Mapping[str, str] | None = None
 ) -> Experiment:

@@ -13,9 +13,10 @@ from fedface.experiment import RealDevices
 from fedface.federation.coordinator import begin, coordinate
 from fedface.federation.flower import GridCohort
 from fedface.federation.folders import locked
-from fedface.federation.orders import devices_folder, read_order
+from fedface.federation.orders import RunOrder, devices_folder, read_order
 from fedface.federation.rounds import Watcher
 from fedface.federation.simulated import prepare
+from fedface.federation.tournament import entrants, hold
 
 HOME = Path(__file__).resolve().parents[1]
 
@@ -45,9 +46,22 @@ def main(grid: Grid, context: Context) -> None:
     cohort = GridCohort(grid, come_within=600 if real else 60)
     watcher: Watcher = LineWatcher()
     command = f"flwr run . --run-config \"experiment='{context.run_config['experiment']}'\""
+    if order.candidates:
+        _tournament(
+            order, cohort, watcher, f"{command} --run-config \"candidates='{';'.join(order.candidates)}'\""
+        )
+        return
     with locked(order.folder):
         if not (order.folder / "state.json").exists():
             begin(order.experiment, order.folder)
         prepare(order.experiment, devices_folder(order.folder))
         coordinate(order.experiment, cohort, order.folder, watcher=watcher, command=command)
     watcher.say(f"the report is in {order.folder / 'report.html'}")
+
+
+def _tournament(order: RunOrder, cohort: GridCohort, watcher: Watcher, command: str) -> None:
+    models = entrants(order.candidates, order.experiment)
+    with locked(order.folder):
+        prepare(order.experiment, devices_folder(order.folder))
+        hold(order.experiment, models, cohort, order.folder, watcher=watcher, command=command)
+    watcher.say(f"the picture is {order.folder / 'tournament.png'}")

@@ -12,12 +12,12 @@ from rich.table import Table
 from fedface.cli.runs import PhotosOption, SetOption, changes_of, command_of
 from fedface.cli.terminal import JsonOption, console, progress_bars
 from fedface.errors import ConfigError, RunError
-from fedface.experiment import RealDevices, read_experiment
+from fedface.experiment import RealDevices, for_tournament, read_experiment
 from fedface.federation.flower import in_process_cohort
 from fedface.federation.folders import locked, new_folder, resumed_tournament
 from fedface.federation.orders import devices_folder
 from fedface.federation.simulated import check_sources, prepare
-from fedface.federation.tournament import entrants, for_tournament, hold, tournament_terms
+from fedface.federation.tournament import entrants, hold, tournament_terms
 from fedface.reports import private_page, strict
 from fedface.reports.tournament import TournamentRecord
 

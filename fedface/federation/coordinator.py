@@ -319,10 +319,16 @@ def _notes(experiment: Experiment, plan: Plan, base: Model) -> tuple[str, ...]:
             )
         case LabelledDevices():
             notes.append(
-                "Devices are pretended. Group labels are other people's judgement, not what the people said."
+                "Devices are pretended. Group labels are other people's judgement, not what the people said. What this "
+                "report compares with the devices' faces is read from their photos themselves, which are public here; "
+                "of private ones nobody could."
             )
         case RealDevices():
-            notes.append("Nothing is known about the photos on the devices, so no figure describes them.")
+            notes.append(
+                "Of the photos on the devices nothing is known but what the devices told, with noise."
+                if experiment.evaluation is not None
+                else "Nothing is known about the photos on the devices, so no figure describes them."
+            )
         case _:
             assert_never(experiment.devices)
     if experiment.base is None:

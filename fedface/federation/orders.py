@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from fedface.errors import ConfigError
-from fedface.experiment import Experiment, read_experiment
+from fedface.experiment import Experiment, for_tournament, read_experiment
 
 DEFAULT_RUNS = Path.home() / "fedface-runs"  # where runs go that were not told where
 
@@ -23,6 +23,7 @@ class RunOrder:
 
     experiment: Experiment
     folder: Path  # of this run
+    candidates: tuple[str, ...] = ()  # of a tournament; none: a run that trains
 
 
 def devices_folder(run: Path) -> Path:
@@ -31,26 +32,32 @@ def devices_folder(run: Path) -> Path:
 
 
 def read_order(config: Mapping[str, object], home: Path) -> RunOrder:
-    """Read a run's config: `experiment` (within the app, or absolute), `folder`, `photos`, `changes`.
+    """Read a run's config: `experiment` (within the app, or absolute), `folder`, `photos`, `changes`, `candidates`.
 
-    The run's folder is the first of NAME, NAME-2, ... in `folder` that holds no finished run: server and
-    pretended devices agree on it without a word, and a run that was cut short goes on.
+    With `candidates`, files of weights or the word "base" separated by semicolons, it is a tournament. The folder is
+    the first of NAME, NAME-2, ... in `folder` that holds no finished run: server and pretended devices agree on it
+    without a word, and a run that was cut short goes on.
 
     Raises:
         ConfigError: An entry is missing or wrong, or the experiment cannot be read.
     """
     words = {}
-    for key in ("experiment", "folder", "photos", "changes"):
+    for key in ("experiment", "folder", "photos", "changes", "candidates"):
         if not isinstance(value := config.get(key, ""), str):
             raise ConfigError(f"--run-config {key}: wanted a text, got {value!r}")
         words[key] = value
+    candidates = tuple(word.strip() for word in words.pop("candidates").split(";") if word.strip())
     folder, experiment = words["folder"], _experiment(home=home, **words)
-    first = run = (Path(folder) if folder else DEFAULT_RUNS) / experiment.name
+    name, done = experiment.name, "run.json"
+    if candidates:
+        experiment = for_tournament(experiment)
+        name, done = f"{name}-tournament", "tournament.json"
+    first = run = (Path(folder) if folder else DEFAULT_RUNS) / name
     number = 1
-    while (run / "run.json").exists():
+    while (run / done).exists():
         number += 1
         run = first.with_name(f"{first.name}-{number}")
-    return RunOrder(experiment=experiment, folder=run)
+    return RunOrder(experiment=experiment, folder=run, candidates=candidates)
 
 
 @cache

@@ -21,7 +21,7 @@ from fedface.audits.private_ranking import Ranking, rank_overall, rank_worst_gro
 from fedface.audits.private_reading import PrivateFigures, read_figures
 from fedface.config import plain
 from fedface.errors import ConfigError, FederationError, RunError
-from fedface.experiment import EvaluationConfig, Experiment, figure_terms
+from fedface.experiment import Experiment, figure_terms
 from fedface.federation.cohort import Cohort
 from fedface.federation.evaluation import ask_figures
 from fedface.federation.rounds import Watcher
@@ -68,20 +68,6 @@ def entrants(words: Sequence[str], experiment: Experiment) -> dict[str, Model]:
     return models
 
 
-def for_tournament(experiment: Experiment) -> Experiment:
-    """The recipe with an evaluation of all photos, which nothing is trained on.
-
-    Raises:
-        ConfigError: It promises nothing, or per library.
-    """
-    if not isinstance(experiment.promise, PrivacyTarget):
-        raise ConfigError("a tournament needs a promise: what devices tell of their photos is always noised")
-    try:
-        return replace(experiment, evaluation=experiment.evaluation or EvaluationConfig())
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
 def tournament_terms(experiment: Experiment, count: int) -> Terms:
     """What each question releases: the whole promise pays for `count` of them.
 
@@ -90,7 +76,7 @@ def tournament_terms(experiment: Experiment, count: int) -> Terms:
     """
     config, promise = experiment.evaluation, experiment.promise
     if config is None or not isinstance(promise, PrivacyTarget):
-        raise ConfigError("a tournament needs a promise and an evaluation; see for_tournament")
+        raise ConfigError("a tournament needs a promise and an evaluation; see experiment.for_tournament")
     return figure_terms(promise, count, config.sampling_rate)
 
 
@@ -106,7 +92,7 @@ def hold(
     """Ask about each model that has not been asked about yet, and rank them all.
 
     Args:
-        experiment: Of `for_tournament`.
+        experiment: Of `experiment.for_tournament`.
         models: Of `entrants`.
         cohort: Who is asked.
         folder: Of the tournament; what is finished in it stays.
@@ -119,7 +105,7 @@ def hold(
     """
     config = experiment.evaluation
     if config is None:
-        raise ConfigError("a tournament needs an evaluation; see for_tournament")
+        raise ConfigError("a tournament needs an evaluation; see experiment.for_tournament")
     terms = tournament_terms(experiment, len(models))
     book = _Book.opened(folder, experiment, list(models))
     members = cohort.members(experiment.devices.count)[: experiment.devices.count]
