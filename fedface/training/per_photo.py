@@ -374,7 +374,7 @@ class _Convolution(_Layer):
     def weight_gradient(self, slope: Tensor, photos: int) -> Tensor:
         inputs, (outputs, *sides) = self.seen.shape[1], slope.shape[1:]
         few = math.prod(sides) <= _FEW_POSITIONS or min(inputs, outputs) <= _FEW_CHANNELS
-        if few or self.kernel == (1, 1):
+        if (few and len(slope) == photos) or self.kernel == (1, 1):
             gradient = _by_photo(slope.flatten(2) @ self._columns(sides).transpose(1, 2), photos)
         else:
             gradient = self._grouped(slope, photos)
