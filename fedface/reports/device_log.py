@@ -1,0 +1,400 @@
+"""What a device gave away, told to its owner: every payload, to whom, at what price, and how much is left.
+
+Called by `fedface device log`, `fedface ledger show` and federation/leaving.py with what privacy/journal.py and
+privacy/ledger.py have read and verified; nothing here writes to either. The page's layout is device_log.html beside
+this file: one file, no script, nothing from any network, and a content security policy that names its style by hash.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from fedface.errors import LedgerError, PrivacyError
+from fedface.privacy.accounting import Bounds, compose, epsilon_of, event_from_json
+from fedface.privacy.journal import AGAIN, Sent, Withdrawn
+from fedface.privacy.ledger import LONGEST_PERIOD, Entry
+from fedface.privacy.limits import Limit
+from fedface.privacy.neighbours import seen_by
+from fedface.privacy.policy import DevicePolicy
+from fedface.reports import wording
+from fedface.units import UNITS, Unit, unit_in_words
+
+TEMPLATE = Path(__file__).with_name("device_log.html")
+MOMENTS = 24  # how often a total is computed for a table or a curve; each takes about a second
+MINUS = "\N{MINUS SIGN}"  # a line does not break after it
+WIDE, HIGH = 344.0, 120.0  # of the plot, in units of the page's SVG
+NOT_COVERED = (
+    "that this device took part, when it answered and how long that took: the server knows it, and nothing of it "
+    "is counted",
+    "refusals: they hold nothing of a photo, but may tell how much is spent and allowed",
+    "messages that a task failed: they name the kind of error and are not listed here",
+    "what is true of people in general: somebody may learn it from others' photos, with yours or without",
+    "what left before this device kept a journal, and photos that you shared in other ways",
+    "programs: the server may send code of its own unless you forbid it (clients/README.md)",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Price:
+    """An epsilon with what it needs to mean something."""
+
+    bounds: Bounds
+    delta: float
+    unit: Unit
+
+    def in_words(self) -> str:
+        """The estimate, its bounds, delta and unit, as one phrase."""
+        where = _where(self.delta, self.unit)
+        if math.isinf(self.bounds.upper):
+            return f"epsilon infinite: nothing bounds it {where}"
+        if self.bounds.upper == 0:
+            return f"epsilon 0 {where}"
+        low, estimate, high = (shown(end) for end in asdict(self.bounds).values())
+        return f"epsilon {estimate} (between {low} and {high}) {where}"
+
+    def record(self) -> dict[str, float | str]:
+        """For JSON, which knows no infinity: "infinite" stands for it."""
+        ends = asdict(self.bounds).items()
+        numbers = {key: "infinite" if math.isinf(value) else value for key, value in ends}
+        return {**numbers, "delta": self.delta, "unit": self.unit}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """One line of the journal, and what it cost."""
+
+    line: Sent | Withdrawn
+    price: Price | None  # of the entry that paid, alone; None where nothing was paid
+
+    def what(self) -> str:
+        """What left, for which run."""
+        match self.line:
+            case Sent(what="update", run=run, round=round):
+                return f"An update of a network's weights, for {run}, round {round}"
+            case Sent(what="figures", run=run, round=round):
+                return f"Figures about how well a model serves these photos, for {run}, question {round}"
+            case Sent(what="opened sum", run=run, round=round):
+                return f"The opened sum of several devices, for {run}, round {round}"
+            case Sent(run=run, round=round, words=words):
+                return f"A refusal, to {run}, round {round}: {words.removeprefix(AGAIN).removeprefix(': ')}"
+            case Withdrawn(run=run, why=why):
+                return f"You left {run}" + (f": {why}" if why else "")
+
+    def cost(self) -> str:
+        """What it cost, in words."""
+        match self.line:
+            case Sent(entry=entry) if self.price is not None:
+                return f"{self.price.in_words()}, for this alone (entry {entry})"
+            case Sent(what="opened sum"):
+                return "nothing more: each device's part in the sum is paid for"
+            case Sent(entry=int() as entry):
+                return f"nothing more: the same bytes as before, paid by entry {entry}"
+            case _:
+                return "nothing"
+
+    def when(self) -> tuple[str, str]:
+        """The day and the time of day, UTC."""
+        day, _, hour = moment(self.line.written).partition(", ")
+        return day, hour
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """One limit of the policy and what is spent of it now."""
+
+    limit: Limit
+    spent: Price
+
+    @property
+    def left(self) -> float:
+        """What the upper bound leaves, >= 0."""
+        return max(0.0, self.limit.epsilon - self.spent.bounds.upper)
+
+    @property
+    def at(self) -> str:
+        """At which delta and of which unit it counts."""
+        return _where(self.limit.delta, self.limit.unit)
+
+    @property
+    def period(self) -> str:
+        """Over which time it counts."""
+        return "for life" if self.limit.days is None else f"in any {self.limit.days:g} days"
+
+    def in_words(self) -> str:
+        """Spent, allowed and left, in two sentences."""
+        return (
+            f"Spent {'so far' if self.limit.days is None else f'in the last {self.limit.days:g} days'}: "
+            f"{self.spent.in_words()}. Allowed {self.period}: {self.limit.epsilon:g}; left: {shown(self.left)}."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceLog:
+    """Everything that an owner may want to know of what left, verified and priced."""
+
+    device: str  # its public name
+    receiver: str  # whom it is connected to now
+    run: str | None  # only the lines of this run; None: of all
+    kept: bool  # whether there is a journal; without one nothing was sent since journals are kept
+    told: tuple[Told, ...]  # oldest first
+    entries: tuple[Entry, ...]  # of the whole ledger
+    budgets: tuple[Budget, ...]  # of the policy, for all runs together; the first counts for life
+    unsent: tuple[Entry, ...]  # booked, without a line in the journal
+    withdrawn: Mapping[str, str]  # runs that the owner has left, and when
+    now: datetime
+
+    @property
+    def sent(self) -> tuple[Sent, ...]:
+        """What left, oldest first."""
+        return tuple(told.line for told in self.told if isinstance(told.line, Sent))
+
+    @property
+    def bytes(self) -> int:
+        """All payloads together."""
+        return sum(line.bytes for line in self.sent)
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "device": self.device, "run": self.run, "journal": self.kept, "made": self.now.isoformat(),
+            "lines": [
+                {**line_record(told.line), "price": None if told.price is None else told.price.record()}
+                for told in self.told
+            ],
+            "bytes": self.bytes,
+            "budgets": [
+                {"allowed": asdict(budget.limit), "spent": budget.spent.record(), "left": budget.left}
+                for budget in self.budgets
+            ],
+            "withdrawn": dict(self.withdrawn),
+            "booked_without_a_line": [entry.number for entry in self.unsent],
+        }  # fmt: skip
+
+
+def make_log(
+    device: str,
+    policy: DevicePolicy,
+    entries: Sequence[Entry],
+    lines: Sequence[Sent | Withdrawn] | None,
+    *,
+    receiver: str,
+    now: datetime,
+    run: str | None = None,
+) -> DeviceLog:
+    """Join what left with what it cost.
+
+    Args:
+        device: Its public name.
+        policy: Says at which delta, of which unit and against which limits prices are told.
+        entries: The whole ledger; empty if there is none.
+        lines: The whole journal, read before the ledger; None if there is none.
+        receiver: Whom the device is connected to.
+        now: Where periods end.
+        run: Tell only what this run asked; budgets are for all runs all the same.
+
+    Raises:
+        LedgerError: Journal and ledger contradict each other, or an entry cannot be priced.
+    """
+    paid = payments(lines or (), entries)
+    told = [
+        Told(
+            line=line,
+            price=price_of([paid[line.number]], delta=policy.delta, unit=policy.unit)
+            if isinstance(line, Sent) and line.number in paid and not line.words.startswith(AGAIN)
+            else None,
+        )
+        for line in lines or ()
+        if run is None or line.run == run
+    ]
+    numbers = {entry.number for entry in paid.values()}
+    withdrawn: dict[str, str] = {}
+    for line in lines or ():
+        if isinstance(line, Withdrawn) and run in (None, line.run):
+            withdrawn.setdefault(line.run, line.written)
+    return DeviceLog(
+        device=device,
+        receiver=receiver,
+        run=run,
+        kept=lines is not None,
+        told=tuple(told),
+        entries=tuple(entries),
+        budgets=tuple(Budget(limit=limit, spent=_spent(entries, limit, now)) for limit in policy.limits),
+        unsent=tuple(
+            entry for entry in entries if entry.number not in numbers and (run is None or _asked(entry, run))
+        ),
+        withdrawn=withdrawn,
+        now=now,
+    )
+
+
+def line_record(line: Sent | Withdrawn) -> dict[str, Any]:
+    """A line of the journal for JSON; "line" says which kind it is."""
+    return {"line": "sent" if isinstance(line, Sent) else "withdrawn", **asdict(line)}
+
+
+def payments(lines: Sequence[Sent | Withdrawn], entries: Sequence[Entry]) -> dict[int, Entry]:
+    """The entry that paid for each line of the journal that names one, by the line's number.
+
+    Raises:
+        LedgerError: The ledger has no such entry, or it is of another run or round.
+    """
+    by_number = {entry.number: entry for entry in entries}
+    paid = {}
+    for line in lines:
+        if not isinstance(line, Sent) or line.entry is None:
+            continue
+        entry = by_number.get(line.entry)
+        if entry is None or entry.round != line.round or not _asked(entry, line.run):
+            raise LedgerError(
+                f"line {line.number} of the journal says that entry {line.entry} paid for round {line.round} of "
+                f"{line.run}; the ledger has no such entry. Restore both files from one moment"
+            )
+        paid[line.number] = entry
+    return paid
+
+
+def price_of(entries: Sequence[Entry], *, delta: float, unit: Unit) -> Price:
+    """What some entries cost together for one unit.
+
+    Raises:
+        LedgerError: One cannot be priced.
+    """
+    seen: dict[tuple[str, Unit], Any] = {}
+    try:
+        for entry in entries:
+            if (key := (entry.event, promised(entry))) not in seen:
+                seen[key] = seen_by(event_from_json(entry.event), told=key[1], wanted=unit)
+        together = compose([seen[entry.event, promised(entry)] for entry in entries])
+        return Price(bounds=epsilon_of(together, delta), delta=delta, unit=unit)
+    except PrivacyError as error:
+        raise LedgerError(f"the ledger holds an event that cannot be priced: {error}") from error
+
+
+def totals(
+    entries: Sequence[Entry], *, delta: float, unit: Unit, most: int | None = MOMENTS
+) -> dict[int, Price]:
+    """What the first entries cost together, by the number of the last of them; at `most` of them, always the last."""
+    return {
+        entries[i].number: price_of(entries[: i + 1], delta=delta, unit=unit)
+        for i in _spread(len(entries), most)
+    }
+
+
+def promised(entry: Entry) -> Unit:
+    """What the entry's run promises for; entries from before there was a choice mean one photo."""
+    said = json.loads(entry.marks).get("unit", "photo")
+    for unit in UNITS:
+        if unit == said:
+            return unit
+    raise LedgerError(f"entry {entry.number} of the ledger names an unknown unit {said!r}; update fedface")
+
+
+def course(entries: Sequence[Entry], limit: Limit, now: datetime) -> list[tuple[datetime, float]]:
+    """When the upper bound that counts against a limit became what; ends now, has at most MOMENTS + 1 points."""
+    times = [entry.time for entry in entries]
+    if limit.days is not None:
+        # An entry that is as old as the period still counts; a second later it does not.
+        over = timedelta(days=min(limit.days, LONGEST_PERIOD), seconds=1)
+        times = sorted([*times, *(time + over for time in times if time + over < now)])
+    chosen = [times[i] for i in _spread(len(times), MOMENTS)]
+    then = [(at, [entry for entry in entries if entry.time <= at]) for at in chosen]
+    return [(at, _spent(known, limit, at).bounds.upper) for at, known in [*then, (now, entries)]]
+
+
+def shown(value: float) -> str:
+    """An epsilon to read: three places, more where it is small."""
+    if value in (0, math.inf):
+        return "no bound" if value else "0"
+    places = 3 if value >= 0.1 else min(9, 2 - math.floor(math.log10(value)))
+    return f"{value:,.{places}f}"
+
+
+def moment(written: str) -> str:
+    """`3 May 2026, 21:04 UTC`, of a time in ISO 8601."""
+    time = datetime.fromisoformat(written)
+    return f"{time.day} {time:%B %Y, %H:%M} UTC"
+
+
+def render(log: DeviceLog) -> str:
+    """The page as HTML text; takes about a second for each point of its curves."""
+    source = TEMPLATE.read_text(encoding="utf-8")
+    style = source.partition("<style>")[2].partition("</style>")[0]
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(
+        size=wording.size, shown=shown, whole=lambda words: re.sub(r"(?<=\de)-(?=\d)", MINUS, words)
+    )
+    life = log.budgets[0]
+    return environment.from_string(source).render(
+        log=log,
+        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        made=moment(log.now.isoformat()),
+        life=life,
+        unbounded=math.inf,
+        charts=[_chart(log.entries, budget, log.now) for budget in log.budgets] if log.entries else [],
+        days=[told.when()[0] for told in log.told if isinstance(told.line, Sent)],
+        unit=unit_in_words(life.spent.unit),
+        sure=wording.percent(1 / (1 + math.exp(-life.spent.bounds.upper))),
+        one_in=wording.one_in(life.spent.delta),
+        not_covered=NOT_COVERED,
+        left_runs={run: moment(when) for run, when in log.withdrawn.items()},
+    )
+
+
+def _chart(entries: Sequence[Entry], budget: Budget, now: datetime) -> dict[str, Any]:
+    """A stair of what is spent, in units of the template's SVG."""
+    points = course(entries, budget.limit, now)
+    first, last = points[0][0], points[-1][0]
+    span = max((last - first).total_seconds(), 1.0)
+    known = [epsilon for _, epsilon in points if math.isfinite(epsilon)]
+    roof = (1.15 if len(known) == len(points) else 1.6) * max([budget.limit.epsilon, *known])
+    path, height = f"M0,{HIGH:g}", HIGH
+    for at, epsilon in points:
+        height = HIGH * (1 - min(epsilon / roof, 1.0))
+        path += f"H{WIDE * (at - first).total_seconds() / span:.1f}V{height:.1f}"
+    allowed = HIGH * (1 - budget.limit.epsilon / roof)
+    detail = "%H:%M" if last - first < timedelta(days=2) else "%Y"
+    return {
+        "budget": budget,
+        "path": path,
+        "allowed": allowed,
+        "height": height,
+        "below": abs(height - allowed) < 16 or height < 12,  # write the number under its line
+        "from": f"{first.day} {first:%B} {first.strftime(detail)}",
+        "to": f"{last.day} {last:%B} {last.strftime(detail)}",
+    }
+
+
+def _spent(entries: Sequence[Entry], limit: Limit, now: datetime) -> Price:
+    """What counts against a limit now."""
+    since = None if limit.days is None else now - timedelta(days=min(limit.days, LONGEST_PERIOD))
+    counted = [entry for entry in entries if since is None or entry.time >= since]
+    return price_of(counted, delta=limit.delta, unit=limit.unit)
+
+
+def _where(delta: float, unit: Unit) -> str:
+    return f"at delta {delta:g}, per {unit}".replace("e-0", "e-")
+
+
+def _spread(count: int, most: int | None) -> list[int]:
+    """At most so many of `count` positions, evenly, the first and the last among them."""
+    if most is None or count <= most:
+        return list(range(count))
+    return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
+
+
+def _asked(entry: Entry, run: str) -> bool:
+    """Whether a run asked for an entry: what it asks beside its updates is booked under its name and a slash."""
+    return entry.run == run or entry.run.startswith(f"{run}/")

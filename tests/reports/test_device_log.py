@@ -1,0 +1,327 @@
+"""The log of a device: each payload with its price, each limit with what is left, and a page that a phone can show."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+import shutil
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from fedface.errors import LedgerError
+from fedface.privacy.accounting import epsilon_of
+from fedface.privacy.journal import Journal, Sent, Withdrawn
+from fedface.privacy.ledger import Entry, Ledger
+from fedface.privacy.mechanism import ClippedSum, Event, GaussianSum
+from fedface.privacy.neighbours import seen_by
+from fedface.privacy.policy import DevicePolicy, Period
+from fedface.reports import device_log
+from fedface.reports.device_log import (
+    MOMENTS,
+    DeviceLog,
+    course,
+    make_log,
+    price_of,
+    render,
+    shown,
+    totals,
+)
+
+START = datetime(2026, 3, 1, 21, 4, tzinfo=UTC)
+POLICY = DevicePolicy(max_epsilon=8, delta=1e-6, periods=(Period(days=30, epsilon=2),))
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7 * 7 }}"
+CHROMIUM = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
+
+
+def noised(sigma: float) -> Event:
+    """One Gaussian release to everybody: cheap to price."""
+    return GaussianSum(sigma=sigma, clip_norm=1.0).event()
+
+
+class Books:
+    """A ledger and a journal whose clock is ours."""
+
+    def __init__(self, folder: Path) -> None:
+        self.now = START
+        self.ledger = Ledger.open(folder / "ledger.sqlite", now=lambda: self.now)
+        self.journal = Journal.open(folder / "journal.sqlite", now=lambda: self.now)
+
+    def pass_days(self, days: float) -> None:
+        self.now += timedelta(days=days)
+
+    def book(self, event: Event, *, run: str = "r", round: int = 1, unit: str = "photo") -> Entry:
+        return self.ledger.book(event, run=run, round=round, marks={"unit": unit, "objective": "generator"})
+
+    def send(self, payload: bytes, entry: Entry, *, run: str = "r", why: str = "") -> Sent:
+        return self.journal.note_sent(
+            payload, run=run, round=entry.round, what="update", receiver="home:8000", protection="noise",
+            entry=entry.number, words=why,
+        )  # fmt: skip
+
+    def log(self, *, run: str | None = None, policy: DevicePolicy = POLICY) -> DeviceLog:
+        return make_log(
+            "kitchen", policy, self.ledger.entries(), self.journal.lines(), receiver="home:8000", now=self.now,
+            run=run,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def books(tmp_path: Path) -> Books:
+    return Books(tmp_path)
+
+
+def test_each_payload_has_the_price_of_the_entry_that_paid_alone(books: Books) -> None:
+    for number, sigma in enumerate((5.0, 9.0), start=1):
+        books.send(b"x" * number, books.book(noised(sigma), round=number))
+    told = books.log().told
+    prices = [line.price for line in told]
+    assert [price.bounds for price in prices if price] == [
+        epsilon_of(noised(sigma), 1e-6) for sigma in (5.0, 9.0)
+    ]
+    assert all(price is not None and (price.delta, price.unit) == (1e-6, "photo") for price in prices)
+    assert "at delta 1e-6, per photo, for this alone (entry 2)" in told[1].cost()
+
+
+def test_bytes_are_those_of_the_payloads_and_the_digest_is_theirs(books: Books) -> None:
+    books.send(b"payload", books.book(noised(5)))
+    log = books.log()
+    assert log.bytes == 7 and log.sent[0].digest_of_payload == hashlib.sha256(b"payload").hexdigest()
+
+
+def test_an_answer_that_is_sent_again_costs_nothing_more(books: Books) -> None:
+    entry = books.book(noised(5))
+    for _ in range(2):
+        books.send(b"payload", entry)
+    first, second = books.log().told
+    assert first.price is not None and second.price is None
+    assert second.cost() == "nothing more: the same bytes as before, paid by entry 1"
+
+
+def test_refusals_and_opened_sums_cost_nothing(books: Books) -> None:
+    for what in ("refusal", "opened sum"):
+        books.journal.note_sent(
+            b"no", run="r", round=1, what=what, receiver="home", protection="", entry=None, words="not today"
+        )  # type: ignore[call-overload]
+    refusal, opened = books.log().told
+    assert refusal.what() == "A refusal, to r, round 1: not today" and refusal.cost() == "nothing"
+    assert opened.cost().startswith("nothing more") and opened.price is None
+
+
+def test_entries_together_cost_what_the_ledger_says(books: Books) -> None:
+    """Also where a run promises for a coarser unit than the one that is counted."""
+    books.book(noised(5))
+    books.book(noised(9), round=2, unit="library")
+    for unit in ("photo", "library"):
+        assert price_of(books.ledger.entries(), delta=1e-6, unit=unit).bounds == books.ledger.spent(
+            1e-6, unit=unit
+        )
+
+
+def test_an_entry_of_a_coarser_promise_is_told_at_the_owners_unit(books: Books) -> None:
+    books.send(b"x", books.book(noised(5), unit="library"))
+    (line,) = books.log().told
+    event = seen_by(noised(5), told="library", wanted="photo")
+    assert line.price is not None and line.price.bounds == epsilon_of(event, 1e-6)
+
+
+def test_totals_are_those_of_the_first_entries(books: Books) -> None:
+    """Two Gaussians of sigma 6 cost what one of 6 / sqrt(2) costs."""
+    for number in (1, 2):
+        books.book(noised(6), round=number)
+    found = totals(books.ledger.entries(), delta=1e-6, unit="photo")
+    assert found[1].bounds == epsilon_of(noised(6), 1e-6)
+    assert found[2].bounds.estimate == pytest.approx(
+        epsilon_of(noised(6 / math.sqrt(2)), 1e-6).estimate, rel=1e-3
+    )
+
+
+def test_a_long_ledger_is_priced_at_some_of_its_entries_the_last_among_them(books: Books) -> None:
+    for number in range(MOMENTS + 9):
+        books.book(noised(40), round=number)
+    entries = books.ledger.entries()
+    found = totals(entries, delta=1e-6, unit="photo")
+    assert len(found) == MOMENTS and 1 in found and len(entries) in found
+    assert len(totals(entries, delta=1e-6, unit="photo", most=None)) == len(entries)
+
+
+def test_a_period_forgets_and_a_life_does_not(books: Books) -> None:
+    """An entry of 40 days ago counts against the budget for life alone."""
+    books.book(noised(5))
+    books.pass_days(40)
+    books.book(noised(9), round=2)
+    life, month = books.log().budgets
+    assert month.spent.bounds == epsilon_of(noised(9), 1e-6)
+    assert life.spent.bounds == books.ledger.spent(1e-6)
+    assert life.left == 8 - life.spent.bounds.upper and month.left == 2 - month.spent.bounds.upper
+
+
+def test_what_is_overspent_leaves_nothing(books: Books) -> None:
+    """An owner who lowers the budget below what is spent has 0 left, not less."""
+    books.book(noised(1))
+    assert books.log(policy=replace(POLICY, max_epsilon=0.5)).budgets[0].left == 0
+
+
+def test_the_curve_of_a_life_never_falls_and_that_of_a_period_ends_at_nothing(books: Books) -> None:
+    for number in (1, 2, 3):
+        books.book(noised(6), round=number)
+        books.pass_days(3)
+    books.pass_days(60)
+    entries = books.ledger.entries()
+    life, month = (course(entries, limit, books.now) for limit in POLICY.limits)
+    heights = [height for _, height in life]
+    assert heights == sorted(heights) and heights[-1] == books.ledger.spent(1e-6).upper
+    assert max(height for _, height in month) == heights[-1] and month[-1] == (books.now, 0.0)
+    assert [at for at, _ in month] == sorted(at for at, _ in month)
+
+
+def test_a_booking_that_never_left_is_named_and_counts(books: Books) -> None:
+    books.send(b"x", books.book(noised(5)))
+    books.book(noised(5), round=2)
+    log = books.log()
+    assert [entry.number for entry in log.unsent] == [2]
+    assert log.budgets[0].spent.bounds == books.ledger.spent(1e-6)
+
+
+def test_the_log_of_one_run_leaves_out_others_and_still_tells_all_that_is_spent(books: Books) -> None:
+    """Its figures are booked under its name and a slash."""
+    for run in ("r", "s", "s/figures"):
+        books.book(noised(9), run=run)
+    books.send(b"abc", books.ledger.entries()[1], run="s")
+    books.journal.withdraw("r", "why")
+    log = books.log(run="s")
+    assert [line.line.run for line in log.told] == ["s"] and log.bytes == 3 and log.withdrawn == {}
+    assert [entry.run for entry in log.unsent] == ["s/figures"]
+    assert log.budgets[0].spent.bounds == books.ledger.spent(1e-6)
+
+
+@pytest.mark.parametrize("change", [{"entry": 7}, {"round": 2}, {"run": "s"}])
+def test_a_journal_that_contradicts_its_ledger_is_not_told(books: Books, change: dict[str, object]) -> None:
+    """A line whose entry is missing, or is of another round or run."""
+    line = books.send(b"x", books.book(noised(5)))
+    with pytest.raises(LedgerError, match="the ledger has no such entry"):
+        make_log(
+            "kitchen", POLICY, books.ledger.entries(), [replace(line, **change)], receiver="", now=books.now  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+def test_withdrawals_stand_where_they_happened_and_keep_their_first_time(books: Books) -> None:
+    books.send(b"x", books.book(noised(5)))
+    first = books.journal.withdraw("r", "I do not like it")
+    books.pass_days(1)
+    books.journal.withdraw("r")
+    log = books.log()
+    assert [type(told.line) for told in log.told] == [Sent, Withdrawn, Withdrawn]
+    assert log.told[1].what() == "You left r: I do not like it" and log.withdrawn == {"r": first.written}
+
+
+def test_json_knows_no_infinity(books: Books) -> None:
+    """A release without noise; strict JSON all the same."""
+    books.send(b"x", books.book(ClippedSum(clip_norm=1.0).event()))
+    told = json.loads(json.dumps(books.log().record(), allow_nan=False))
+    assert told["lines"][0]["price"]["upper"] == "infinite" and told["budgets"][0]["left"] == 0
+    assert told["lines"][0]["line"] == "sent" and told["bytes"] == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(0, "0"), (9.27812, "9.278"), (0.000421333, "0.000421"), (math.inf, "no bound")]
+)
+def test_an_epsilon_is_written_with_places_enough(value: float, words: str) -> None:
+    assert shown(value) == words
+
+
+def busy(books: Books) -> DeviceLog:
+    """Updates, one of them again, a refusal and a withdrawal, of a run and a device with hostile names."""
+    for number in (1, 2, 3):
+        entry = books.book(noised(8), run=HOSTILE, round=number)
+        books.send(b"x" * 40_000, entry, run=HOSTILE)
+        books.pass_days(9)
+    books.send(b"x" * 40_000, entry, run=HOSTILE)
+    books.journal.note_sent(
+        b"no", run=HOSTILE, round=4, what="refusal", receiver=HOSTILE, protection="nothing", entry=None,
+        words=HOSTILE,
+    )  # fmt: skip
+    books.journal.withdraw(HOSTILE, HOSTILE)
+    return replace(books.log(), device=HOSTILE)
+
+
+def test_the_page_tells_every_line_and_every_limit(books: Books) -> None:
+    text = render(busy(books))
+    assert text.count('<td class="number">') == 6 and text.count("<svg") == 2
+    spent = books.ledger.spent(1e-6)
+    assert f"{spent.estimate:.3f} (between {spent.lower:.3f} and {spent.upper:.3f}) at delta 1e" in text
+    assert f"{8 - spent.upper:.3f} left" in text and "allowed: 2</text>" in text
+    for words in (
+        "What these numbers mean",
+        "Delta",
+        "Unit",
+        "What never left",
+        "names of files and folders",
+    ):
+        assert words in text
+
+
+def test_nothing_hostile_becomes_markup_and_nothing_is_loaded(books: Books) -> None:
+    """No script, no event, no address; the policy names the one style by its hash."""
+    text = render(busy(books))
+    assert "<script" not in text and "<img" not in text and "{{ 7 * 7 }}" in text and "49" not in text[:200]
+    assert not re.search(r"<[^>]*\s(on\w+|src|href|style)=", text)
+    assert "http://" not in text and "https://" not in text and "url(" not in text
+    style = text.partition("<style>")[2].partition("</style>")[0]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'" in text
+
+
+def test_a_page_without_a_journal_says_so(tmp_path: Path) -> None:
+    log = make_log("kitchen", POLICY, [], None, receiver="home", now=START)
+    text = render(log)
+    assert "Nothing was sent since this device keeps a journal: there is none yet." in text
+    assert "Nothing was booked, so nothing is spent." in text and "<svg" not in text
+
+
+def test_a_page_about_a_release_without_noise_warns(books: Books) -> None:
+    books.send(b"x", books.book(ClippedSum(clip_norm=1.0).event()))
+    text = render(books.log())
+    assert (
+        "Nothing bounds what was booked: it had no noise" in text
+        and "epsilon infinite: nothing bounds it" in text
+    )
+    assert "can be at most 100" in text and "NaN" not in text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium, and none was found")
+@pytest.mark.parametrize("width", [360, 1000])
+def test_a_browser_shows_it_without_complaint_or_sideways_scrolling(
+    books: Books, tmp_path: Path, width: int
+) -> None:
+    """On a phone and on a desk; the style is let through, and nothing else is asked for."""
+    from playwright.sync_api import Error, sync_playwright
+
+    path = tmp_path / "log.html"
+    path.write_text(render(busy(books)), encoding="utf-8")
+    with sync_playwright() as driver:
+        try:
+            browser = driver.chromium.launch(executable_path=CHROMIUM)
+        except Error as error:
+            pytest.skip(f"needs a Chromium that starts: {str(error).splitlines()[0]}")
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        complaints: list[str] = []
+        asked: list[str] = []
+        page.on("console", lambda said: complaints.append(said.text))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(path.as_uri())
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        cell = page.locator("td").first.evaluate("cell => getComputedStyle(cell).display")
+        browser.close()
+    assert complaints == [] and asked == [path.as_uri()] and wide <= width
+    assert cell == ("block" if width == 360 else "table-cell")
+
+
+def test_the_template_is_beside_its_module() -> None:
+    """Where package-data takes it from."""
+    assert device_log.TEMPLATE == Path(device_log.__file__).with_suffix(".html")
