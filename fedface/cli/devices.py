@@ -1,8 +1,9 @@
-"""Commands for the owner of a device: its key, and what its ledger has booked."""
+"""Commands for the owner of a device: its key, and what its ledger has booked. See device_log.py for what left."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -10,13 +11,34 @@ import typer
 from rich.table import Table
 
 from fedface.aggregation.encrypted import make_keys
-from fedface.cli.terminal import JsonOption, cell, console
+from fedface.cli.device_log import device_erase, device_leave, device_log
+from fedface.cli.terminal import JsonOption, cell, console, progress_bars
 from fedface.errors import ConfigError
 from fedface.experiment import read_experiment
-from fedface.privacy.ledger import Ledger
+from fedface.federation.belongings import Kept, belongings, export, verify, write_alone
+from fedface.privacy.chain import utc_now
+from fedface.privacy.journal import FORM as JOURNAL
+from fedface.privacy.ledger import FORM as LEDGER
+from fedface.privacy.ledger import Entry
+from fedface.privacy.policy import EVALUATION
+from fedface.reports.device_log import MOMENTS, Price, price_of, promised, shown, totals
+from fedface.units import UNITS, Unit
 
 device = typer.Typer(help="For the owner of a device.", no_args_is_help=True, rich_markup_mode=None)
 ledger = typer.Typer(help="What a device has spent.", no_args_is_help=True, rich_markup_mode=None)
+device.command("log")(device_log)
+device.command("leave")(device_leave)
+device.command("erase")(device_erase)
+
+LedgerArgument = Annotated[Path, typer.Argument(help="A device's file (.yaml), or its ledger.sqlite.")]
+DeltaOption = Annotated[
+    float | None,
+    typer.Option(min=1e-10, max=0.5, help="Where epsilon is read; the policy's, or 1e-5 for a bare ledger."),
+]
+UnitOption = Annotated[
+    str | None,
+    typer.Option(help=f"Whose price: {', '.join(UNITS)}; the policy's, or photo for a bare ledger."),
+]
 
 
 @device.command("key")
@@ -36,32 +58,163 @@ def device_key(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """Which books, and how they are priced."""
+
+    ledger: Kept
+    journal: Kept
+    delta: float
+    unit: Unit
+
+
+def _asked(path: Path, delta: float | None = None, unit: str | None = None) -> _Asked:
+    """The books of a device's file, or a ledger and the journal beside it."""
+    chosen = next((known for known in UNITS if known == unit), None)
+    if unit is not None and chosen is None:
+        raise ConfigError(f"--unit must be one of {', '.join(UNITS)}, got {unit!r}")
+    if path.suffix in (".yaml", ".yml"):
+        kept = belongings(path)
+        policy = kept.device.policy
+        return _Asked(
+            ledger=kept.ledger,
+            journal=kept.journal,
+            delta=policy.delta if delta is None else delta,
+            unit=chosen or policy.unit,
+        )
+    return _Asked(
+        ledger=Kept.at(path, LEDGER, None),
+        journal=Kept.at(path.with_name("journal.sqlite"), JOURNAL, None),
+        delta=1e-5 if delta is None else delta,
+        unit=chosen or "photo",
+    )
+
+
 @ledger.command("show")
 def ledger_show(
-    path: Annotated[Path, typer.Argument(help="A device's ledger.sqlite.")],
-    delta: Annotated[float, typer.Option(min=1e-10, max=0.5, help="Where epsilon is read.")] = 1e-5,
+    path: LedgerArgument,
+    delta: DeltaOption = None,
+    unit: UnitOption = None,
+    every: Annotated[
+        bool, typer.Option("--every", help=f"Price every total, not {MOMENTS} of them: a second each.")
+    ] = False,
     json_out: JsonOption = False,
 ) -> None:
-    """Print what a device has booked, and what it all costs together."""
-    if not path.is_file():
-        raise ConfigError(f"{path}: no ledger here")
-    # SQLite takes a file of a few bytes for an empty book and would begin one over it.
-    if path.stat().st_size < 512 and not path.with_name(f"{path.name}.head").exists():
-        raise ConfigError(f"{path}: no ledger here, only {path.stat().st_size} bytes")
-    book = Ledger.open(path)
-    entries, spent = book.export(), book.spent(delta)
+    """Print what a device has booked, what each entry costs alone, and what all cost together."""
+    asked = _asked(path, delta, unit)
+    entries = verify(asked.ledger, asked.journal).entries
+    with progress_bars() as bars:
+        bars.stage("pricing", len(entries))
+        most = None if every else MOMENTS
+        so_far = totals(entries, delta=asked.delta, unit=asked.unit, most=most)
+        alone = {entry.number: price_of([entry], delta=asked.delta, unit=asked.unit) for entry in entries}
+        spent = price_of(entries, delta=asked.delta, unit=asked.unit)
     if json_out:
-        print(
-            json.dumps({"entries": entries, "delta": delta, "unit": "photo", "epsilon": str(spent)}, indent=2)
-        )
+        rows = [
+            {
+                **asdict(entry),
+                "what": _released(entry),
+                "alone": alone[entry.number].record(),
+                "total": so_far[entry.number].record() if entry.number in so_far else None,
+            }
+            for entry in entries
+        ]
+        told = {"entries": rows, "delta": asked.delta, "unit": asked.unit, "spent": spent.record()}
+        print(json.dumps(told, indent=2))
         return
+    console.print(
+        f"every epsilon at delta {asked.delta:g}, per {asked.unit}, its bounds in brackets; per: what the run promises "
+        "for; noise: the multiplier",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(_table(entries, alone, so_far))
+    if len(so_far) < len(entries):
+        console.print(f"totals of {len(so_far)} of {len(entries)} entries; --every prices them all")
+    console.print(
+        f"spent: {spent.in_words()} (a run's own promise may name another delta or unit)", highlight=False
+    )
+
+
+def _table(entries: list[Entry], alone: dict[int, Price], so_far: dict[int, Price]) -> Table:
     table = Table(box=None)
-    for heading in ("no.", "written", "run", "round", "attempt"):
+    for heading in (
+        "no.",
+        "written (UTC)",
+        "run",
+        "round",
+        "what",
+        "per",
+        "noise",
+        "this alone",
+        "all so far",
+    ):
         table.add_column(heading)
     for entry in entries:
-        table.add_row(*(cell(entry[key]) for key in ("number", "written", "run", "round", "attempt")))
-    console.print(table)
-    console.print(
-        f"epsilon spent: {spent} at delta {delta:g}, per photo (a run's own promise may name another delta)",
-        highlight=False,
+        marks = json.loads(entry.marks)
+        again = f" (attempt {entry.attempt})" if entry.attempt > 1 else ""
+        words = (
+            entry.number, entry.written[:16].replace("T", " "), entry.run,
+            f"{entry.round}{again}", _released(entry), promised(entry), marks.get("noise_multiplier", "not noted"),
+            _bounds(alone[entry.number]), _bounds(so_far[entry.number]) if entry.number in so_far else "",
+        )  # fmt: skip
+        table.add_row(*(cell(word) for word in words))
+    return table
+
+
+def _bounds(price: Price) -> str:
+    low, estimate, high = (
+        shown(value) for value in (price.bounds.lower, price.bounds.estimate, price.bounds.upper)
     )
+    return estimate if low == high else f"{estimate} ({low} to {high})"
+
+
+def _released(entry: Entry) -> str:
+    """What an entry was booked for: figures, or an update of what."""
+    objective = json.loads(entry.marks).get("objective")
+    if objective is None:
+        return "not noted"
+    return "figures" if objective == EVALUATION else f"update ({objective})"
+
+
+@ledger.command("verify")
+def ledger_verify(path: LedgerArgument, json_out: JsonOption = False) -> None:
+    """Check every line of a ledger and of the journal beside it; damage is one sentence and exit code 2."""
+    asked = _asked(path)
+    books = verify(asked.ledger, asked.journal)
+    if json_out:
+        told = [{**asdict(book), "path": str(book.path), "witness": None if book.witness is None else
+                 str(book.witness), "ok": True} for book in books.verified]  # fmt: skip
+        print(json.dumps(told, indent=2))
+        return
+    for book in books.verified:
+        count = f"{book.count} {'entries' if book.noun == 'ledger' else 'lines'}"
+        seen = f"the witness {book.witness} agrees" if book.witness else "no witness was begun"
+        console.print(
+            f"{book.noun} {cell(book.path)}: ok, {count}, head {book.head}; {cell(seen)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if books.lines is None:
+        console.print("journal: there is none beside it, so nothing was sent since devices keep one")
+    else:
+        console.print("together: ok, every update and every figure that left was paid for", highlight=False)
+
+
+@ledger.command("export")
+def ledger_export(
+    path: LedgerArgument,
+    out: Annotated[
+        Path | None, typer.Option(help="A new file, readable by you alone; otherwise it is printed.")
+    ] = None,
+    delta: DeltaOption = None,
+    unit: UnitOption = None,
+) -> None:
+    """Write a ledger and the journal beside it as JSON: every line, the heads, and what everything costs."""
+    asked = _asked(path, delta, unit)
+    text = export(verify(asked.ledger, asked.journal), delta=asked.delta, unit=asked.unit, now=utc_now())
+    if out is None:
+        print(text, end="")
+        return
+    write_alone(out, text)
+    console.print(f"wrote {out}", highlight=False, soft_wrap=True)

@@ -1,0 +1,179 @@
+"""Commands for the owner of a device about what left it: read the log, leave a run, erase what is kept.
+
+Registered by devices.py. Words and decisions are those of reports/device_log.py and federation/leaving.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedface.cli.terminal import JsonOption, cell, console, progress_bars
+from fedface.errors import ConfigError
+from fedface.federation.belongings import Belongings, belongings, export, verify, write_alone
+from fedface.federation.leaving import erase, erasing, leave, stake, to_erase
+from fedface.privacy.chain import utc_now
+from fedface.privacy.journal import Sent
+from fedface.reports import wording
+from fedface.reports.device_log import NOT_COVERED, DeviceLog, Told, make_log, moment, render
+
+DeviceArgument = Annotated[Path, typer.Argument(help="The device's file, such as device.yaml.")]
+YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+
+
+def device_log(
+    device: DeviceArgument,
+    run: Annotated[str | None, typer.Option(help="Only what this run asked.")] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Write one HTML page there, for you alone; an older one is replaced.")
+    ] = None,
+    json_out: JsonOption = False,
+) -> None:
+    """Say everything that ever left a device: when, to whom, how large, how protected, at what cost."""
+    if page is not None and page.suffix != ".html":
+        raise ConfigError(f"--page {page}: wanted a name that ends in .html")
+    kept = belongings(device)
+    lines = kept.lines()
+    entries = kept.entries()
+    if run is not None and run not in (known := kept.runs()):
+        raise ConfigError(f"this device knows no run {run!r}; it knows {', '.join(known) or 'none'}")
+    log = make_log(
+        kept.device.name,
+        kept.device.policy,
+        entries,
+        lines,
+        receiver=kept.device.server,
+        now=utc_now(),
+        run=run,
+    )
+    if page is not None:
+        with progress_bars() as bars:
+            bars.stage("pricing", len(entries))
+            text = render(log)
+        page.unlink(missing_ok=True)
+        write_alone(page, text)
+    if json_out:
+        print(json.dumps(log.record(), indent=2))
+        return
+    _print_log(log)
+    if page is not None:
+        console.print(f"wrote {page}", highlight=False, soft_wrap=True)
+
+
+def _print_log(log: DeviceLog) -> None:
+    _say(f"What left {log.device}{'' if log.run is None else f' for {log.run}'}, newest last")
+    if not log.kept:
+        _say("Nothing was sent since this device keeps a journal: there is none yet.")
+    elif not log.told:
+        _say("Nothing was sent.")
+    for told in log.told:
+        _print_told(told)
+    _say("")
+    _say(f"Together: {wording.size(log.bytes)} in {len(log.sent)} payloads.".replace(wording.SPACE, " "))
+    for budget in log.budgets:
+        _say(budget.in_words() + (" (all runs together)" if log.run is not None else ""))
+    if log.unsent:
+        numbers = ", ".join(str(entry.number) for entry in log.unsent)
+        _say(
+            f"Booked without a line above: entries {numbers}. Nothing of them was sent, or it was before this device "
+            "kept a journal; they count as spent."
+        )
+    for name, when in log.withdrawn.items():
+        _say(f"You left {name}: nothing but refusals leaves for it since {moment(when)}.")
+    _say(f"Not covered by these numbers: {'; '.join(NOT_COVERED)}.")
+
+
+def _print_told(told: Told) -> None:
+    line = told.line
+    _say(f"{line.number:>4}  {', '.join(told.when())}  {told.what()}")
+    if isinstance(line, Sent):
+        size = wording.size(line.bytes).replace(wording.SPACE, " ")
+        _say(f"      {size} to {line.receiver}; {line.protection}")
+        _say(f"      cost: {told.cost()}")
+
+
+def device_leave(
+    device: DeviceArgument,
+    run: Annotated[str, typer.Option(help="The run to leave, by the name that `fedface device log` tells.")],
+    why: Annotated[str, typer.Option(help="Your reason; it stays on this device.")] = "",
+    yes: YesOption = False,
+) -> None:
+    """Leave a run for good: nothing of it leaves this device from now on, and the server is told."""
+    kept = belongings(device)
+    mine = stake(kept, run)
+    if mine.left is None:
+        _check_terminal(yes)
+        _say(f"Leaving {run}:")
+        _list(mine.ahead())
+        _say("What cannot be undone:")
+        _list(mine.lasting())
+        _ask(f"Leave {run}", yes)
+    dropped = leave(kept, run, why)
+    when = "now" if mine.left is None else f"already, on {moment(mine.left)}"
+    _say(f"You have left {run} {when}; kept answers dropped: {dropped}.")
+
+
+def device_erase(
+    device: DeviceArgument,
+    ledger: Annotated[
+        bool, typer.Option("--ledger", help="Erase the ledger and the journal too; think twice.")
+    ] = False,
+    export_to: Annotated[
+        Path | None, typer.Option("--export", help="With --ledger: write both to this new file first.")
+    ] = None,
+    no_export: Annotated[bool, typer.Option("--no-export", help="With --ledger: keep no copy.")] = False,
+    yes: YesOption = False,
+) -> None:
+    """Erase what this device keeps: answers, key, index of photos. Photos are never touched."""
+    if not ledger and (export_to is not None or no_export):
+        raise ConfigError(
+            "--export and --no-export go with --ledger; `fedface ledger export` copies at any time"
+        )
+    if ledger and (export_to is None) != no_export:
+        raise ConfigError("--ledger wants either --export FILE, for a copy first, or --no-export")
+    _check_terminal(yes)
+    kept = belongings(device)
+    if export_to is not None and export_to.exists():
+        raise ConfigError(f"{export_to}: is there already, and is not overwritten; name another file")
+    _say(f"Erasing what {kept.device.name} keeps:")
+    _list([str(file) for file in to_erase(kept, books=ledger)] or ["no file of it is there"])
+    _list(erasing(books=ledger))
+    _ask("Erase it", yes)
+    if export_to is not None:
+        write_alone(export_to, _copy(kept))
+        _say(f"Wrote {export_to}.")
+    for sentence in erase(kept, books=ledger).in_words():
+        _say(sentence)
+
+
+def _copy(kept: Belongings) -> str:
+    policy = kept.device.policy
+    books = verify(kept.ledger, kept.journal)
+    return export(books, delta=policy.delta, unit=policy.unit, now=utc_now())
+
+
+def _check_terminal(yes: bool) -> None:
+    """Without a terminal to ask on, only --yes says that the owner means it."""
+    if not yes and not sys.stdin.isatty():
+        raise ConfigError("there is no terminal to ask on, so nothing was done; --yes goes on without asking")
+
+
+def _ask(question: str, yes: bool) -> None:
+    """Go on if the owner says so."""
+    if not yes and not typer.confirm(f"{question}?"):
+        _say("Nothing was done.")
+        raise typer.Exit(1)
+
+
+def _list(sentences: Sequence[str]) -> None:
+    for sentence in sentences:
+        _say(f"  - {sentence}")
+
+
+def _say(words: str) -> None:
+    console.print(cell(words), highlight=False, soft_wrap=True)

@@ -1,0 +1,374 @@
+"""`fedface ledger` and `fedface device`: what an owner reads, and what is asked before anything is given up."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny import first_device, tiny_experiment, tiny_gan, train_task
+
+from fedface import cli
+from fedface.cli import device_log
+from fedface.federation.belongings import belongings
+from fedface.federation.device import serve
+from fedface.federation.task import Refusal, Trained
+from fedface.privacy.accounting import compose, epsilon_of
+from fedface.privacy.ledger import Ledger
+from fedface.privacy.mechanism import ClippedSum, GaussianSum
+
+EVENT = GaussianSum(sigma=6.0, clip_norm=1.0).event()
+FILE = """
+name: kitchen
+photos: photos
+state: STATE
+server: fedface.example.org:8000
+policy:
+  max_epsilon: 100
+  delta: 1e-3
+  periods: [{days: 30, epsilon: 50}]
+  protocols: [plain]
+  smallest_cohort: 1
+"""
+
+
+class Said:
+    """What one command printed and how it ended."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def sentence(self) -> str:
+        """The one line of an error of ours."""
+        assert self.code == 2 and self.out == "" and "Traceback" not in self.err, (
+            self.code,
+            self.out,
+            self.err,
+        )
+        (line,) = filter(None, self.err.splitlines())
+        return line.removeprefix("fedface: ")
+
+
+@pytest.fixture
+def fedface(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], home: Path):  # type: ignore[no-untyped-def]
+    """Call the command line in this process, in the device's home."""
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("COLUMNS", "400")
+
+    def call(*words: str) -> Said:
+        monkeypatch.setattr(sys, "argv", ["fedface", *words])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return Said(code, out, err)
+
+    return call
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A device's file and a photo; nothing was ever asked."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "indexes"))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "me.jpg").write_bytes(b"a photo")
+    (tmp_path / "device.yaml").write_text(FILE.replace("STATE", "state"))
+    return tmp_path
+
+
+@pytest.fixture
+def used(home: Path) -> Path:
+    """The same after a round of "faces" that was answered twice, figures of it, and a booking of "others"."""
+    device = belongings(home / "device.yaml").device
+    ledger, journal = device.ledger(), device.journal()
+    marks = {"unit": "photo", "objective": "generator", "noise_multiplier": "6"}
+    update = ledger.book(EVENT, run="faces", round=1, marks=marks)
+    ledger.store_reply("faces", 1, b"update")
+    told = {
+        "run": "faces",
+        "round": 1,
+        "receiver": "fedface.example.org:8000",
+        "protection": "noise added here",
+    }
+    for _ in range(2):
+        journal.note_sent(b"update", **told, what="update", entry=update.number)  # type: ignore[arg-type]
+    figures = ledger.book(EVENT, run="faces/figures", round=1, marks={**marks, "objective": "evaluation"})
+    journal.note_sent(b"figures", **told, what="figures", entry=figures.number)  # type: ignore[arg-type]
+    ledger.book(EVENT, run="others", round=1, marks=marks)
+    device.key_path.write_bytes(b"a key")
+    return home
+
+
+@pytest.fixture
+def at_a_terminal(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """Somebody sits there who answers a question so."""
+
+    def answering(answer: bool) -> None:
+        monkeypatch.setattr(device_log.sys.stdin, "isatty", lambda: True)
+        monkeypatch.setattr(device_log.typer, "confirm", lambda question: answer)
+
+    return answering
+
+
+def files_in(folder: Path) -> dict[Path, bytes]:
+    """Every file below a folder and what is in it."""
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_ledger_is_shown_at_the_policys_delta_and_unit(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """With what, noise, the price of each entry alone and the running total, each beside delta, unit and bounds."""
+    said = fedface("ledger", "show", "device.yaml")
+    alone, three = epsilon_of(EVENT, 1e-3), epsilon_of(compose([EVENT] * 3), 1e-3)
+    assert said.code == 0 and "every epsilon at delta 0.001, per photo" in said.out
+    for words in ("update (generator)", "figures", "faces/figures", f"{alone.estimate:.3f}"):
+        assert words in said.out
+    assert f"epsilon {three.estimate:.3f} (between {three.lower:.3f} and {three.upper:.3f})" in said.out
+    assert "at delta 0.001, per photo" in said.out.splitlines()[-1]
+
+
+def test_delta_and_unit_can_be_named_and_a_bare_ledger_has_its_own(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """The JSON says which were taken; prices are those at that delta, of that unit."""
+    for words, delta, unit in (
+        (["device.yaml"], 1e-3, "photo"),
+        (["device.yaml", "--delta", "1e-4", "--unit", "library"], 1e-4, "library"),
+        (["state/ledger.sqlite"], 1e-5, "photo"),
+    ):
+        told = json.loads(fedface("ledger", "show", *words, "--json").out)
+        assert (told["delta"], told["unit"]) == (delta, unit)
+        spent = Ledger.open(used / "state" / "ledger.sqlite").spent(delta, unit=unit)  # type: ignore[arg-type]
+        upper = told["spent"]["upper"]
+        assert upper == ("infinite" if unit == "library" else spent.upper)
+        assert told["entries"][-1]["total"] == told["spent"]
+    assert (
+        "--unit must be one of photo" in fedface("ledger", "show", "device.yaml", "--unit", "face").sentence
+    )
+
+
+@pytest.mark.parametrize("command", ["show", "verify", "export"])
+def test_no_ledger_is_begun_by_looking_for_one(fedface, home: Path, command: str) -> None:  # type: ignore[no-untyped-def]
+    """Neither for a device's file nor for a path."""
+    before = files_in(home)
+    for path in ("device.yaml", "state/ledger.sqlite"):
+        assert "no ledger here" in fedface("ledger", command, path).sentence
+    assert files_in(home) == before and not (home / "state").exists()
+
+
+def test_verify_says_count_and_head_and_is_code_2_on_damage(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """One sentence, whichever of the two was altered."""
+    said = fedface("ledger", "verify", "device.yaml")
+    entries = Ledger.open(used / "state" / "ledger.sqlite").entries()
+    assert said.code == 0 and "ok, 3 entries" in said.out and "ok, 3 lines" in said.out
+    assert f"head {entries[-1].digest}; no witness was begun" in said.out and "together: ok" in said.out
+    told = json.loads(fedface("ledger", "verify", "state/ledger.sqlite", "--json").out)
+    assert [(book["noun"], book["count"], book["ok"]) for book in told] == [
+        ("ledger", 3, True),
+        ("journal", 3, True),
+    ]
+    for name, table in (("journal", "lines"), ("ledger", "entries")):
+        book = sqlite3.connect(used / "state" / f"{name}.sqlite")
+        book.execute(f"DROP TRIGGER {table}_stay")
+        book.execute(f"UPDATE {table} SET written = '2020-01-01T00:00:00+00:00' WHERE number = 2")
+        book.commit()
+        book.close()
+        assert f"the {name} " in fedface("ledger", "verify", "device.yaml").sentence
+        book = sqlite3.connect(used / "state" / f"{name}.sqlite")
+        book.execute(f"DELETE FROM {table} WHERE 0")
+        book.close()
+        if name == "journal":
+            (used / "state" / "journal.sqlite").unlink()
+            (used / "state" / "journal.sqlite.head").unlink()
+
+
+def test_verify_notices_an_entry_that_the_journal_names_and_the_ledger_lacks(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """A ledger that was replaced together with its head, while the journal stayed."""
+    for name in ("ledger.sqlite", "ledger.sqlite.head"):
+        (used / "state" / name).unlink()
+    Ledger.open(used / "state" / "ledger.sqlite").book(EVENT, run="faces", round=1)
+    assert "entry 2 paid for round 1 of faces" in fedface("ledger", "verify", "device.yaml").sentence
+
+
+def test_an_export_is_a_new_file_for_its_owner_alone(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """Mode 0600, never over another; without --out it is printed."""
+    said = fedface("ledger", "export", "device.yaml", "--out", "copy.json")
+    assert said.code == 0 and (used / "copy.json").stat().st_mode & 0o777 == 0o600
+    told = json.loads((used / "copy.json").read_text())
+    assert len(told["entries"]) == 3 and told["spent"]["delta"] == 1e-3
+    assert "not overwritten" in fedface("ledger", "export", "device.yaml", "--out", "copy.json").sentence
+    printed = json.loads(fedface("ledger", "export", "device.yaml").out)
+    assert {**printed, "made": ""} == {**told, "made": ""}
+
+
+def test_a_log_is_told_in_plain_words(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """What, how much, to whom, how protected, at what price; and what is left of each limit."""
+    said = fedface("device", "log", "device.yaml")
+    alone, three = epsilon_of(EVENT, 1e-3), epsilon_of(compose([EVENT] * 3), 1e-3)
+    for words in (
+        "An update of a network's weights, for faces, round 1",
+        "6 bytes to fedface.example.org:8000; noise added here",
+        f"cost: epsilon {alone.estimate:.3f} (between {alone.lower:.3f} and {alone.upper:.3f}) at delta 0.001, "
+        "per photo",
+        "nothing more: the same bytes as before, paid by entry 1",
+        "Figures about how well a model serves these photos, for faces, question 1",
+        "Together: 19 bytes in 3 payloads.",
+        f"Allowed for life: 100; left: {100 - three.upper:.3f}.",
+        f"Allowed in any 30 days: 50; left: {50 - three.upper:.3f}.",
+        "Booked without a line above: entries 3.",
+    ):
+        assert words in said.out
+
+
+def test_a_log_before_anything_was_sent_says_so(fedface, home: Path) -> None:  # type: ignore[no-untyped-def]
+    """And makes nothing but the page that was asked for."""
+    before = files_in(home)
+    said = fedface("device", "log", "device.yaml", "--page", "log.html")
+    assert said.code == 0 and "Nothing was sent since this device keeps a journal" in said.out
+    assert "epsilon 0 at delta 0.001, per photo. Allowed for life: 100; left: 100.000." in said.out
+    assert set(files_in(home)) - set(before) == {home / "log.html"}
+    assert json.loads(fedface("device", "log", "device.yaml", "--json").out)["journal"] is False
+
+
+def test_a_log_can_be_of_one_run(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """A name that nobody knows is a sentence with those that are known."""
+    told = json.loads(fedface("device", "log", "device.yaml", "--run", "others", "--json").out)
+    assert told["lines"] == [] and told["booked_without_a_line"] == [3] and told["bytes"] == 0
+    said = fedface("device", "log", "device.yaml", "--run", "fases").sentence
+    assert said == "this device knows no run 'fases'; it knows faces, others"
+
+
+def test_a_page_is_for_its_owner_alone_and_never_over_another_kind_of_file(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """Written anew each time, mode 0600; the device's file is safe from a slip."""
+    for _ in range(2):
+        assert fedface("device", "log", "device.yaml", "--page", "log.html").code == 0
+    assert (used / "log.html").stat().st_mode & 0o777 == 0o600
+    assert (used / "log.html").read_text().startswith("<!doctype html>")
+    assert "ends in .html" in fedface("device", "log", "device.yaml", "--page", "device.yaml").sentence
+
+
+def test_a_release_without_noise_is_said_to_be_unbounded(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """In every place where a price stands."""
+    device = belongings(used / "device.yaml").device
+    device.ledger().book(ClippedSum(clip_norm=1.0).event(), run="bare", round=1)
+    assert "epsilon infinite: nothing bounds it" in fedface("ledger", "show", "device.yaml").out
+    said = fedface("device", "log", "device.yaml").out
+    assert (
+        "epsilon infinite: nothing bounds it at delta 0.001, per photo. Allowed for life: 100; left: 0."
+        in said
+    )
+
+
+def test_without_a_terminal_nothing_is_given_up_unless_told(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """A script that forgot --yes changes nothing."""
+    before = files_in(used)
+    for words in (["leave", "device.yaml", "--run", "faces"], ["erase", "device.yaml"]):
+        assert "there is no terminal to ask on, so nothing was done" in fedface("device", *words).sentence
+    assert files_in(used) == before
+
+
+def test_an_owner_who_thinks_again_changes_nothing(fedface, used: Path, at_a_terminal) -> None:  # type: ignore[no-untyped-def]
+    """Having read what would happen and what could not be undone."""
+    at_a_terminal(False)
+    before = files_in(used)
+    said = fedface("device", "leave", "device.yaml", "--run", "faces")
+    assert said.code == 1 and "What cannot be undone:" in said.out and "Nothing was done." in said.out
+    said = fedface("device", "erase", "device.yaml", "--ledger", "--no-export")
+    assert said.code == 1 and "LEDGER AND JOURNAL GO" in said.out
+    assert files_in(used) == before
+
+
+def test_leaving_says_what_happens_next_and_what_cannot_be_undone(fedface, used: Path, at_a_terminal) -> None:  # type: ignore[no-untyped-def]
+    """With the price of the run's bookings; a second time it says since when."""
+    at_a_terminal(True)
+    two = epsilon_of(compose([EVENT] * 2), 1e-3)
+    said = fedface("device", "leave", "device.yaml", "--run", "faces", "--why", "my own business")
+    for words in (
+        "answers faces with a refusal and nothing else, for good",
+        "The server is told the next time it asks",
+        "updates of round 1 and figures of question 1",
+        f"epsilon {two.estimate:.3f} (between {two.lower:.3f} and {two.upper:.3f}) at delta 0.001, per photo",
+        "You have left faces now; kept answers dropped: 1.",
+    ):
+        assert words in said.out
+    assert (
+        "You have left faces already, on " in fedface("device", "leave", "device.yaml", "--run", "faces").out
+    )
+    assert "You left faces: my own business" in fedface("device", "log", "device.yaml").out
+    assert (
+        "it knows faces, others"
+        in fedface("device", "leave", "device.yaml", "--run", "fases", "--yes").sentence
+    )
+
+
+def test_erasing_says_what_goes_and_that_photos_stay(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """The key and the kept answer go, the ledger and the journal stay."""
+    said = fedface("device", "erase", "device.yaml", "--yes")
+    for words in (
+        "Your photos are not touched.",
+        "deleted, not overwritten",
+        "Ledger and journal stay",
+        "sum.key",
+    ):
+        assert words in said.out
+    assert "Kept answers dropped from the ledger: 1." in said.out
+    assert not (used / "state" / "sum.key").exists()
+    assert (used / "photos" / "me.jpg").read_bytes() == b"a photo"
+    assert "3 entries" in fedface("ledger", "verify", "device.yaml").out
+
+
+def test_the_ledger_goes_only_with_a_copy_or_a_word_that_none_is_wanted(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """The copy is written before anything is deleted, never over another file."""
+    (used / "there.json").write_text("mine")
+    before = files_in(used)
+    for words, reason in (
+        (["--ledger"], "wants either --export FILE"),
+        (["--ledger", "--export", "a.json", "--no-export"], "wants either --export FILE"),
+        (["--export", "a.json"], "go with --ledger"),
+        (["--ledger", "--export", "there.json"], "not overwritten"),
+    ):
+        assert reason in fedface("device", "erase", "device.yaml", "--yes", *words).sentence
+    assert files_in(used) == before
+    said = fedface("device", "erase", "device.yaml", "--yes", "--ledger", "--export", "copy.json")
+    assert said.code == 0 and "Treat these photos as spent" in said.out
+    told = json.loads((used / "copy.json").read_text())
+    assert len(told["entries"]) == 3 and len(told["journal"]["lines"]) == 3
+    assert files_in(used / "state") == {} and (used / "photos" / "me.jpg").exists()
+
+
+def test_a_story_of_two_rounds_a_goodbye_and_a_refusal(fedface, home: Path) -> None:  # type: ignore[no-untyped-def]
+    """Through the commands alone: bytes, digests and prices are those of what was sent."""
+    experiment = tiny_experiment(home / "recipe")
+    device = first_device(experiment, home / "devices")
+    (home / "device.yaml").write_text(FILE.replace("STATE", str(device.state)))
+    device = replace(device, policy=belongings(home / "device.yaml").device.policy)
+    task = train_task(experiment, tiny_gan())
+    payloads = []
+    for number in (1, 2):
+        reply = serve(replace(task, round=number), device)
+        assert isinstance(reply, Trained)
+        payloads.append(reply.payload)
+    price = epsilon_of(experiment.plan().event(1), 1e-3)
+
+    lines = json.loads(fedface("device", "log", "device.yaml", "--json").out)["lines"]
+    assert [(line["what"], line["bytes"]) for line in lines] == [("update", len(payloads[0]))] * 2
+    assert [line["digest_of_payload"] for line in lines] == [hashlib.sha256(p).hexdigest() for p in payloads]
+    assert [line["price"]["upper"] for line in lines] == [price.upper] * 2
+    assert fedface("device", "leave", "device.yaml", "--run", "tiny", "--yes").code == 0
+    answer = serve(replace(task, round=3), device)
+    assert isinstance(answer, Refusal) and answer.withdrawn
+    told = json.loads(fedface("device", "log", "device.yaml", "--json").out)
+    assert [line.get("what", line["line"]) for line in told["lines"]] == [
+        "update",
+        "update",
+        "withdrawn",
+        "refusal",
+    ]
+    assert list(told["withdrawn"]) == ["tiny"] and told["lines"][3]["price"] is None
+    spent = epsilon_of(experiment.plan().event(2), 1e-3)
+    assert [budget["spent"]["upper"] for budget in told["budgets"]] == [spent.upper] * 2
+    assert [budget["left"] for budget in told["budgets"]] == [100 - spent.upper, 50 - spent.upper]
