@@ -73,7 +73,7 @@ def clipped_unit_sum(
             must stand photo by photo.
         photos: Shape (n, ...), n >= 0.
         clip_norm: Longest gradient of one unit, > 0, over all weights, after scaling.
-        units: Which unit each photo belongs to, (n,) int64, ascending; None for a unit of its own each.
+        units: Which unit each photo belongs to, (n,) int64, a unit's photos side by side; None: each its own.
         draw: Gives the loss's own draws, fresh for every microbatch, one row per photo.
         scales: Public factors of the gradient's numbers, one tensor (*weight.shape) per trained parameter.
         microbatch: How many photos are differentiated at once, >= 1; units may straddle.
@@ -82,15 +82,13 @@ def clipped_unit_sum(
         One tensor (*weight.shape) per trained parameter, in the order of `module.parameters()`.
 
     Raises:
-        ValueError: `units` is not ascending, or names another number of photos.
+        ValueError: A number out of bounds, units of another length, or a unit's photos not side by side.
     """
-    if units is not None and (units.shape != (len(photos),) or bool((units.diff() < 0).any())):
-        raise ValueError(
-            f"units must ascend and name one unit for each of {len(photos)} photos, got {tuple(units.shape)}"
-        )
+    if microbatch < 1 or not clip_norm > 0:
+        raise ValueError(f"microbatch must be >= 1 and clip_norm > 0, got {microbatch} and {clip_norm}")
+    alone = units is None or _count(photos, units) == len(photos)
     weights = list(trained(module).values())
     clipping = _Clipping(weights, clip_norm, scales)
-    alone = units is None or bool((units.diff() > 0).all())
     layerwise = True
     for start in range(0, len(photos), microbatch):
         part = photos[start : start + microbatch].detach()
@@ -105,6 +103,17 @@ def clipped_unit_sum(
             clipping.add_units(gradients.each, units[start : start + microbatch])
     clipping.end_unit()
     return clipping.totals
+
+
+def _count(photos: Images, units: Tensor) -> int:
+    """How many units there are; raises ValueError where their photos do not stand side by side."""
+    count = len(torch.unique(units))
+    if units.shape != (len(photos),) or len(torch.unique_consecutive(units)) != count:
+        raise ValueError(
+            f"units must name one unit for each of {len(photos)} photos, a unit's photos side by side, "
+            f"got {tuple(units.shape)} with {count} units"
+        )
+    return count
 
 
 def gradients_of_each(

@@ -81,7 +81,7 @@ def critic(architecture: str = "resnet") -> Case:
 
 
 def flow(count: int, adapt: Full | Lora | None = None) -> Case:
-    config = FlowConfig(size=16, width=24, multipliers=(1.0, 2.0), time_width=16)
+    config = FlowConfig(size=16, width=16, multipliers=(1.0, 1.5), time_width=16)
     module = RectifiedFlow(config, STREAMS.generator("flow"))
     attach(module, adapt or Full(), STREAMS.generator("adapters"))
     draws = times_and_noises(PHOTOS, count, 16, 1.0, STREAMS.numpy("draws"))
@@ -180,7 +180,7 @@ def test_the_sum_is_that_of_the_slow_twin_for_any_unit_and_microbatch(
         assert distance(ours, summed(every, clip_norm)) < 1e-9
 
 
-@pytest.mark.parametrize("size", [1, 3, 7])
+@pytest.mark.parametrize("size", [1, 7])
 @pytest.mark.parametrize("count", [1, 4])
 def test_in_single_precision_it_is_right_to_five_digits(size: int, count: int) -> None:
     """On a network without kinks."""
@@ -202,7 +202,7 @@ def test_a_unit_with_a_broken_photo_adds_nothing(name: str, size: int) -> None:
     every = slowly(case, cut(size))
     del every[4 // size]
     case.photos[4, 0, 3, 3] = math.nan
-    for microbatch in (1, 5, 64):
+    for microbatch in (1, 5):
         ours = clipped_unit_sum(
             case.module, case.loss, case.photos, clip_norm=0.1, units=torch.arange(PHOTOS) // size,
             draw=case.draw(), microbatch=microbatch,
@@ -361,7 +361,7 @@ def test_one_photo_more_moves_the_sum_by_at_most_the_clip_norm() -> None:
     assert moved_by == pytest.approx(0.5, rel=1e-4)
 
 
-@pytest.mark.parametrize("units", [[1, 0, 2], [0, 1]])
-def test_units_must_ascend_and_name_every_photo(units: list[int]) -> None:
+@pytest.mark.parametrize("units", [[1, 0, 1], [0, 1]])
+def test_the_photos_of_a_unit_must_stand_side_by_side(units: list[int]) -> None:
     with pytest.raises(ValueError, match="units"):
         clipped_unit_sum(Small(), score, pictures(8, 3), clip_norm=1.0, units=torch.tensor(units))
