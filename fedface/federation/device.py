@@ -110,7 +110,9 @@ def serve(task: Task, device: Device) -> Reply:
         reply = Refusal(device=device.name, reason=str(refusal))
     try:
         return _noted(reply, task, device, journal, entry)
-    except PolicyRefusal:  # its owner left while it was computed
+    except PolicyRefusal:  # its owner left while it was computed: what was kept is dropped with the rest
+        if not isinstance(task, RevealTask):
+            device.ledger().forget_replies(task.book)
         return _noted(_left(device), task, device, journal, entry=None)
 
 

@@ -48,7 +48,7 @@ def read_task(message: Message) -> Task:
     try:
         if header["what"] == "train":
             return TrainTask(
-                run=_word(header["run"]),
+                run=_run(header["run"]),
                 round=_whole(header["round"], 1),
                 cohort=_whole(header["cohort"], 1),
                 seed=_whole(header["seed"], 0),
@@ -66,7 +66,7 @@ def read_task(message: Message) -> Task:
             )
         if header["what"] == "evaluate":
             return EvaluateTask(
-                run=_word(header["run"]),
+                run=_run(header["run"]),
                 round=_whole(header["round"], 1),
                 cohort=_whole(header["cohort"], 1),
                 seed=_whole(header["seed"], 0),
@@ -89,7 +89,7 @@ def read_task(message: Message) -> Task:
                 raise ValueError(f"expected a sum of updates or figures, got {header['of']!r:.80}")
             return RevealTask(
                 of=header["of"],
-                run=_word(header["run"]),
+                run=_run(header["run"]),
                 round=_whole(header["round"], 1),
                 aggregation=_choice(header, "aggregation"),
                 agreement=_part(header, "agreement", Agreement),
@@ -165,6 +165,13 @@ def _word(value: Any) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= 200 or not value.isprintable():
         raise ValueError(f"expected a short text, got {value!r:.80}")
     return value
+
+
+def _run(value: Any) -> str:
+    """A run's name: without a slash, which parts it in the ledger from what the run asks besides."""
+    if "/" in (run := _word(value)):
+        raise ValueError(f"expected the name of a run without a slash, got {run!r:.80}")
+    return run
 
 
 def _whole(value: Any, least: int) -> int:

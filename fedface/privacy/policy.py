@@ -197,14 +197,19 @@ class DevicePolicy:
         short = ledger.room_for(terms.event(rounds), [life], told=terms.unit)
         if short is not None:
             raise PolicyRefusal(
-                f"over {rounds} rounds this run asks for {short.in_words()}. Lower the rounds, raise the "
+                f"over {rounds} round{'' if rounds == 1 else 's'} this run asks for {short.in_words()}. Lower the rounds, raise the "
                 "noise, or ask the owner of this device for a larger budget."
             )
         if booked or not periods:
             return
         short = ledger.room_for(terms.event(1), periods, told=terms.unit)
         if short is not None:
-            raise PolicyRefusal(f"with one more round this run asks for {short.in_words()}. Ask again later.")
+            later = (
+                "That is more than this period ever allows."
+                if short.asked > short.limit.epsilon
+                else "Ask again later."
+            )
+            raise PolicyRefusal(f"with one more round this run asks for {short.in_words()}. {later}")
 
     def book(
         self,

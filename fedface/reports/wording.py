@@ -108,6 +108,12 @@ def percent(share: float) -> str:
     return f"{math.floor(100 * share * 10**places) / 10**places:.{places}f}{SPACE}%"
 
 
+def at_most_percent(share: float) -> str:
+    """An upper bound below 1 in percent, rounded up and never to all."""
+    places = 0 if share < 0.9 else min(12, max(1, -1 - math.floor(math.log10(1 - share))))
+    return f"{math.ceil(100 * share * 10**places) / 10**places:.{places}f}{SPACE}%"
+
+
 def one_in(probability: float) -> str:
     """A small probability to read: `1 in 100,000`."""
     return f"1 in {round(1 / probability):,}"
@@ -133,8 +139,8 @@ def meaning(value: Epsilon) -> str:
     sure = 1.0 / (1.0 + math.exp(-value.upper))
     sentence = (
         "Somebody who sees everything that ever leaves a device, and who holds it for an even bet that one "
-        f"{value.unit} was among those used, can afterwards be at most {percent(sure)} sure; the promise may "
-        f"fail with a probability of about {one_in(value.delta)}."
+        f"{value.unit} was among those used, can afterwards be at most {at_most_percent(sure)} sure; besides, "
+        f"the promise allows for exceptions that weigh {one_in(value.delta)} together."
     )
     if sure > 0.9:
         sentence += " Taken alone that is a weak bound; the attacks in this report test the noise behind it."
