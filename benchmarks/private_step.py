@@ -119,9 +119,10 @@ def loop(case: Case) -> Step:
 
 
 def noised(totals: list[Tensor]) -> list[Tensor]:
-    """As `private_gradient` does it, parameter by parameter."""
-    secret = SecretNoise()
-    return [MECHANISM.noise(total, secret) for total in totals]
+    """Noise for all weights, drawn at once."""
+    flat = MECHANISM.noise(torch.cat([total.flatten() for total in totals]), SecretNoise())
+    parts = flat.split([total.numel() for total in totals])
+    return [part.view_as(total) for part, total in zip(parts, totals, strict=True)]
 
 
 def ours(case: Case, microbatch: int) -> Step:

@@ -383,20 +383,22 @@ class _Convolution(_Layer):
     def weight_gradient(self, slope: Tensor, photos: int) -> Tensor:
         inputs, (outputs, *sides) = self.seen.shape[1], slope.shape[1:]
         few = math.prod(sides) <= _FEW_POSITIONS or min(inputs, outputs) <= _FEW_CHANNELS
-        if (few and len(slope) == photos) or self.kernel == (1, 1):
-            gradient = _by_photo(slope.flatten(2) @ self._columns(sides).transpose(1, 2), photos)
-        else:
+        if not (few and len(slope) == photos) and self.kernel != (1, 1):
             gradient = self._grouped(slope, photos)
+        elif outputs < inputs and self.stride == (1, 1) and self.kernel != (1, 1):
+            return self._from_slopes(slope)
+        else:
+            read = _columns(self.seen, self.kernel, self.stride, self.padding, sides)
+            gradient = _by_photo(slope.flatten(2) @ read.transpose(1, 2), photos)
         return gradient.reshape(photos, outputs, inputs, *self.kernel)
 
-    def _columns(self, sides: Sequence[int]) -> Tensor:
-        """What each position of the output reads, (N, inputs * kernel, positions)."""
-        down, across = self.padding
-        seen = functional.pad(self.seen, (across, across, down, down)).contiguous()
-        row, channel, line, pixel = seen.stride()
-        strides = (row, channel, line, pixel, line * self.stride[0], pixel * self.stride[1])
-        read = seen.as_strided((*seen.shape[:2], *self.kernel, *sides), strides)
-        return read.reshape(len(seen), -1, math.prod(sides))
+    def _from_slopes(self, slope: Tensor) -> Tensor:
+        """As the columns of what was read times the slope, with the roles exchanged: less to copy for few outputs."""
+        down, across = self.kernel
+        outside = (down - 1 - self.padding[0], across - 1 - self.padding[1])
+        given = _columns(slope, self.kernel, (1, 1), outside, self.seen.shape[2:])
+        turned = given @ self.seen.flatten(2).transpose(1, 2)
+        return turned.reshape(len(slope), -1, down, across, self.seen.shape[1]).flip(2, 3).movedim(4, 2)
 
     def _grouped(self, slope: Tensor, photos: int) -> Tensor:
         """One convolution whose groups are photos and whose batch is what belongs to one photo."""
@@ -421,6 +423,21 @@ class _Convolution(_Layer):
         )
         gradient: Tensor = gradients[1]
         return gradient
+
+
+def _columns(
+    x: Tensor,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    sides: Sequence[int],
+) -> Tensor:
+    """What a kernel sees at each of `sides` positions, (n, c, h, w) -> (n, c * kernel, positions)."""
+    down, across = padding
+    x = functional.pad(x, (across, across, down, down)).contiguous()
+    row, channel, line, pixel = x.stride()
+    strides = (row, channel, line, pixel, line * stride[0], pixel * stride[1])
+    return x.as_strided((*x.shape[:2], *kernel, *sides), strides).reshape(len(x), -1, math.prod(sides))
 
 
 @dataclass(frozen=True, kw_only=True)
