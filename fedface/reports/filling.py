@@ -91,7 +91,7 @@ def plan_record(plan: Plan) -> PlanRecord | NoPromise:
                 neighbouring=_neighbouring(unit),
                 covers=unit_in_words(unit),
                 noise_at=plan.terms.noise_at,
-                update_clip=plan.update_clip if unit == "library" else None,
+                update_clip=plan.update_clip if unit == "library" else 0.0,
                 figures_noise=tuple(terms.noise_multiplier for terms in plan.beside),
             )
         case _:

@@ -44,9 +44,7 @@ class PlanRecord:
     neighbouring: str  # a sentence: which two worlds nobody can tell apart
     covers: str = field(default_factory=str)  # what one promise covers, in words
     noise_at: Literal["device", "server"] = field(default_factory=lambda: "device")  # who adds the noise
-    update_clip: float | None = field(
-        default_factory=lambda: None
-    )  # of whole updates, where the server adds noise
+    update_clip: float = field(default_factory=float)  # of whole updates; 0 where devices add the noise
     figures_noise: tuple[float, ...] = field(
         default_factory=tuple
     )  # noise multipliers of what devices tell besides

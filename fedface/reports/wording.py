@@ -110,7 +110,7 @@ def percent(share: float) -> str:
 
 def at_most_percent(share: float) -> str:
     """An upper bound below 1 in percent, rounded up and never to all."""
-    places = 0 if share < 0.9 else min(12, max(1, -1 - math.floor(math.log10(1 - share))))
+    places = min(12, max(1, -1 - math.floor(math.log10(1 - share))))
     return f"{math.ceil(100 * share * 10**places) / 10**places:.{places}f}{SPACE}%"
 
 

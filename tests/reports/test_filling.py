@@ -101,4 +101,4 @@ def test_a_share_close_to_all_is_never_rounded_up_to_all(share: float, text: str
 def test_epsilon_one_turns_an_even_bet_into_at_most_73_percent() -> None:
     """e / (1 + e) = 0.731."""
     words = wording.meaning(Epsilon(lower=1.0, estimate=1.0, upper=1.0, delta=1e-5, unit="photo"))
-    assert "at most 73" in words and "1 in 100,000" in words and "weak" not in words
+    assert "at most 73.2" in words and "1 in 100,000" in words and "weak" not in words

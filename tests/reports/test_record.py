@@ -12,7 +12,7 @@ import pytest
 from fedface.audits.disaggregate import EMPTY, mean_interval, rate_interval
 from fedface.errors import RunError
 from fedface.reports import run
-from fedface.reports.quantities import Epsilon, Interval, NotMeasured
+from fedface.reports.quantities import Epsilon, Interval, NotMeasured, figure
 from fedface.reports.run import NoPromise, PictureRecord, RunRecord
 
 
@@ -53,13 +53,13 @@ def test_nan_is_never_read(record: RunRecord, text: str) -> None:
 def test_an_interval_without_end_becomes_not_measured_with_the_reason() -> None:
     """One photo has an estimate and no spread; no photos have neither."""
     for found in (EMPTY, mean_interval([3.0], None)):  # type: ignore[arg-type]
-        value = run.figure(asdict(found), otherwise="fewer than two photos")
+        value = figure(asdict(found), otherwise="fewer than two photos")
         assert value == NotMeasured(not_measured="fewer than two photos")
 
 
 def test_an_interval_of_an_audit_is_taken_over_as_it_is() -> None:
     found = rate_interval(3, 12)
-    assert run.figure(asdict(found), otherwise="") == Interval(**asdict(found))
+    assert figure(asdict(found), otherwise="") == Interval(**asdict(found))
 
 
 def test_an_unknown_key_is_refused_with_its_place(record: RunRecord) -> None:
