@@ -48,41 +48,21 @@ def read_task(message: Message) -> Task:
     try:
         if header["what"] == "train":
             return TrainTask(
-                run=_run(header["run"]),
-                round=_whole(header["round"], 1),
-                cohort=_whole(header["cohort"], 1),
-                seed=_whole(header["seed"], 0),
                 agreed=Agreed(
-                    terms=Terms.from_record(header["terms"]),
                     training=_choice(header, "training"),
-                    shape=_choice(header, "shape"),
-                    aggregation=_choice(header, "aggregation"),
-                    agreement=_part(header, "agreement", Agreement),
-                    held_out=_number(header["held_out"]),
+                    **_agreed(header),
                 ),
-                weights=vector_from(message.blobs["weights"]),
-                buffers=vector_from(message.blobs["buffers"]) if message.blobs["buffers"] else torch.zeros(0),
-                model=_word(header["model"]),
+                **_about(header, message),
             )
         if header["what"] == "evaluate":
             return EvaluateTask(
-                run=_run(header["run"]),
-                round=_whole(header["round"], 1),
-                cohort=_whole(header["cohort"], 1),
-                seed=_whole(header["seed"], 0),
                 question=Question(
-                    terms=Terms.from_record(header["terms"]),
-                    shape=_choice(header, "shape"),
                     method=_choice(header, "method"),
                     downscale=_choice(header, "downscale"),
                     figures=_part(header, "figures", FiguresConfig),
-                    aggregation=_choice(header, "aggregation"),
-                    agreement=_part(header, "agreement", Agreement),
-                    held_out=_number(header["held_out"]),
+                    **_agreed(header),
                 ),
-                weights=vector_from(message.blobs["weights"]),
-                buffers=vector_from(message.blobs["buffers"]) if message.blobs["buffers"] else torch.zeros(0),
-                model=_word(header["model"]),
+                **_about(header, message),
             )
         if header["what"] == "reveal":
             if header["of"] not in ("updates", "figures"):
@@ -100,6 +80,31 @@ def read_task(message: Message) -> Task:
     ) as error:  # fmt: skip
         raise FederationError(f"this task cannot be read: {_said(error)}") from error
     raise FederationError(f"wanted a task to train, evaluate or reveal, got {header['what']!r}")
+
+
+def _about(header: dict[str, Any], message: Message) -> dict[str, Any]:
+    """What every task about a model names: the run, the question, and the model itself."""
+    blobs = message.blobs
+    return {
+        "run": _run(header["run"]),
+        "round": _whole(header["round"], 1),
+        "cohort": _whole(header["cohort"], 1),
+        "seed": _whole(header["seed"], 0),
+        "weights": vector_from(blobs["weights"]),
+        "buffers": vector_from(blobs["buffers"]) if blobs["buffers"] else torch.zeros(0),
+        "model": _word(header["model"]),
+    }
+
+
+def _agreed(header: dict[str, Any]) -> dict[str, Any]:
+    """What every task that releases something agrees on."""
+    return {
+        "terms": Terms.from_record(header["terms"]),
+        "shape": _choice(header, "shape"),
+        "aggregation": _choice(header, "aggregation"),
+        "agreement": _part(header, "agreement", Agreement),
+        "held_out": _number(header["held_out"]),
+    }
 
 
 def read_reply(message: Message) -> Reply:
