@@ -15,19 +15,27 @@ from hypothesis import strategies as st
 from tiny import tiny_experiment, tiny_gan, train_task
 
 from fedface.aggregation.protocol import Agreement, EncryptedConfig
+from fedface.audits.private_figures import FiguresConfig
 from fedface.errors import FederationError
+from fedface.experiment import figure_terms
 from fedface.federation.reading import read_reply, read_task
 from fedface.federation.task import (
+    EvaluateTask,
     Message,
+    Question,
     Refusal,
     Revealed,
     RevealTask,
+    Scored,
     Task,
     Trained,
     TrainTask,
     vector_bytes,
     vector_from,
 )
+from fedface.privacy.target import PrivacyTarget
+from fedface.upsampling.degrade import BicubicPulse
+from fedface.upsampling.pulse import PulseConfig
 
 REVEAL = RevealTask(
     run="r",
@@ -44,6 +52,31 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> TrainTask:
     return train_task(tiny_experiment(tmp_path_factory.mktemp("task")), tiny_gan())
 
 
+@pytest.fixture(scope="module")
+def question(task: TrainTask) -> EvaluateTask:
+    """The same weights, to be scored."""
+    asked = Question(
+        terms=figure_terms(PrivacyTarget(epsilon=2.0, delta=1e-3, unit="occasion"), 3, 0.5),
+        shape=task.agreed.shape,
+        method=PulseConfig(steps=5),
+        downscale=BicubicPulse(4),
+        figures=FiguresConfig(last_tones=(5, 10)),
+        aggregation=EncryptedConfig(bits=12),
+        agreement=task.agreed.agreement,
+        held_out=0.25,
+    )
+    return EvaluateTask(
+        run="r",
+        round=2,
+        cohort=4,
+        seed=3,
+        question=asked,
+        weights=task.weights,
+        buffers=task.buffers,
+        model="m",
+    )
+
+
 def same(one: Task, other: Task) -> bool:
     """Equal in every field; vectors number by number."""
     pairs = [(getattr(one, field.name), getattr(other, field.name)) for field in fields(one)]
@@ -52,15 +85,19 @@ def same(one: Task, other: Task) -> bool:
     )
 
 
-def test_a_task_comes_out_as_it_went_in(task: TrainTask) -> None:
-    """Both kinds, with every number of the terms to the last bit."""
+def test_a_task_comes_out_as_it_went_in(task: TrainTask, question: EvaluateTask) -> None:
+    """All three kinds, with every number of the terms to the last bit."""
     assert same(read_task(task.message()), task)
+    assert same(read_task(question.message()), question)
     assert same(read_task(REVEAL.message()), REVEAL)
 
 
 def test_a_reply_comes_out_as_it_went_in() -> None:
-    """All three kinds."""
+    """All four kinds, and a refusal of an owner who has left."""
     trained = Trained(device="d", payload=b"\x00\xff", seconds_protect=0.25)
+    scored = Scored(device="d", payload=b"\x00\xff", seconds_protect=0.25)
+    left = Refusal(device="d", reason="gone", withdrawn=True)
+    assert read_reply(scored.message()) == scored and read_reply(left.message()) == left
     revealed = Revealed(device="d", total=torch.tensor([1.0, -2.5]))
     refusal = Refusal(device="d", reason="not today")
     assert read_reply(trained.message()) == trained and read_reply(refusal.message()) == refusal
@@ -86,6 +123,26 @@ def spoiled(message: Message, key: str, value: Any) -> Message:
     else:
         place[last] = value
     return Message(json.dumps(header), message.blobs)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("what", "train"), ("method", None), ("method.kind", "magic"), ("method.steps", -1), ("downscale", 4),
+        ("downscale.factor", 0), ("figures", None), ("figures.last_tones", [3, 2, 10]), ("figures.most_units", 0),
+        ("figures.shares.table", 0.9), ("held_out", 1.0), ("held_out", True), ("held_out", ...), ("round", 0),
+        ("terms.unit", "street"), ("terms.update_clip", float("inf")), ("seed", -1),
+    ],
+)  # fmt: skip
+def test_a_spoiled_question_is_refused_in_one_sentence(question: EvaluateTask, key: str, value: Any) -> None:
+    with pytest.raises(FederationError):
+        read_task(spoiled(question.message(), key, value))
+
+
+def test_a_run_whose_name_could_be_anothers_book_is_refused(task: TrainTask) -> None:
+    """ "r/figures" is where the figures of "r" are booked."""
+    with pytest.raises(FederationError, match="without a slash"):
+        read_task(spoiled(task.message(), "run", "r/figures"))
 
 
 @pytest.mark.parametrize(
