@@ -213,7 +213,6 @@ def _train(task: TrainTask, device: Device) -> tuple[Reply, Entry | None]:
 
 def _evaluate(task: EvaluateTask, device: Device) -> tuple[Reply, Entry | None]:
     asked = task.question
-    check_question(asked)
     work = _Work(
         task=task,
         device=device,
@@ -235,6 +234,7 @@ def _evaluate(task: EvaluateTask, device: Device) -> tuple[Reply, Entry | None]:
     if (kept := work.kept()) is not None:
         return kept
     model = _asked_model(task, asked.shape)
+    check_question(asked, model)
     ranges = figure_ranges(asked)
 
     def compute() -> Vector:

@@ -28,12 +28,15 @@ from fedface.shapes import Images, Vector
 from fedface.training.private_steps import private_sum_of
 from fedface.training.unit_sums import Chance
 from fedface.upsampling.contracts import Upsampler
-from fedface.upsampling.methods import check_method, make_upsampler
+from fedface.upsampling.methods import EncodeThenPulseConfig, check_method, evaluations_of, make_upsampler
+from fedface.upsampling.pulse import PulseConfig
 
+MOST_EVALUATIONS = 5_000  # of a network for one face
+MOST_SAMPLES = 1_000_000  # latents that the distribution of styles is read from
 DETECTION_SIDE = 96  # pixels at which a detector looks at a made face: smaller ones are enlarged
 
 
-def check_question(question: Question) -> None:
+def check_question(question: Question, model: Model) -> None:
     """Refuse what no device should begin with; reads no photo.
 
     Raises:
@@ -52,6 +55,21 @@ def check_question(question: Question) -> None:
         raise ConfigError(
             "the downscale of a question must add no noise: figures of one photo must be its own"
         )
+    # A stranger's question must not keep a device busy for days, nor fill its memory before a photo is looked at.
+    if (asked := evaluations_of(question.method)) > MOST_EVALUATIONS:
+        raise ConfigError(
+            f"a question may run a network {MOST_EVALUATIONS:,} times for a face, asked for {asked:,}"
+        )
+    match question.method:
+        case (
+            PulseConfig(mapping_samples=samples)
+            | EncodeThenPulseConfig(pulse=PulseConfig(mapping_samples=samples))
+        ):
+            if samples > MOST_SAMPLES:
+                raise ConfigError(f"a question may draw {MOST_SAMPLES:,} latents, asked for {samples:,}")
+        case _:
+            pass
+    check_method(question.method, model, question.downscale, size=model.size)
 
 
 def figure_ranges(question: Question) -> Vector:
@@ -73,7 +91,6 @@ def figures_of(model: Model, mine: OwnFaces, question: Question, *, seed: int, c
         ConfigError: The method does not go with the model.
     """
     terms, config = question.terms, question.figures
-    check_method(question.method, model, question.downscale, size=model.size)
     upsampler = make_upsampler(
         question.method, model, question.downscale, Streams(seed).child("figures"), size=model.size
     )

@@ -25,6 +25,7 @@ from fedface.privacy.mechanism import ClippedSum, Event, GaussianSum, SampledGau
 from fedface.privacy.target import NoPromise, PrivacyTarget, Promise
 from fedface.units import UNITS, Unit, unit_in_words
 
+MOST_STEPS = 10_000  # of a round: more would keep a device busy for days, however cheap the noise makes them
 MOST_EXPECTED = 10**9  # photos in a step
 MOST_NOISE = 1e7  # ten times what a plan may ask for; the noise itself stays finite in float32
 
@@ -48,6 +49,8 @@ class Schedule:
             raise ValueError(f"rounds must be at least 1, got {self.rounds}")
         if self.steps_per_round < 1:
             raise ValueError(f"steps_per_round must be at least 1, got {self.steps_per_round}")
+        if self.steps_per_round > MOST_STEPS:
+            raise ValueError(f"steps_per_round must be at most {MOST_STEPS}, got {self.steps_per_round}")
         if not 0 < self.sampling_rate <= 1:
             raise ValueError(f"sampling_rate must lie in (0, 1], got {self.sampling_rate}")
         if self.expected_batch < 1:

@@ -197,8 +197,8 @@ class DevicePolicy:
         short = ledger.room_for(terms.event(rounds), [life], told=terms.unit)
         if short is not None:
             raise PolicyRefusal(
-                f"over {rounds} round{'' if rounds == 1 else 's'} this run asks for {short.in_words()}. Lower the rounds, raise the "
-                "noise, or ask the owner of this device for a larger budget."
+                f"over {rounds} round{'' if rounds == 1 else 's'} this run asks for {short.in_words()}. "
+                "Lower the rounds, raise the noise, or ask the owner of this device for a larger budget."
             )
         if booked or not periods:
             return

@@ -101,6 +101,25 @@ def has_one_answer(method: Method) -> bool:
     return isinstance(method, EncodeConfig | SuperResolutionConfig | BicubicConfig | NearestConfig)
 
 
+def evaluations_of(method: Method) -> int:
+    """How often a method runs its network for one face at most, forwards and backwards counted once each."""
+    match method:
+        case PulseConfig(steps=steps):
+            return steps
+        case EncodeThenPulseConfig(pulse=pulse):
+            return 1 + pulse.steps
+        case LangevinConfig() as config:
+            return config.steps * config.leaps + config.rank
+        case GuidanceConfig(steps=steps, solves=solves):
+            return steps * (1 + solves)
+        case EncodeConfig() | SuperResolutionConfig():
+            return 1
+        case BicubicConfig() | NearestConfig():
+            return 0
+        case _:
+            assert_never(method)
+
+
 def side_by_side(method: Method, workers: int) -> Method:
     """The same method with so many threads, each with faces of its own; what is found is the same up to rounding."""
     match method:

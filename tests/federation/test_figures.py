@@ -1,0 +1,114 @@
+"""What a device computes of its own photos: one photo at a time, whatever else there is, and within bounds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import tiny_experiment, tiny_gan
+
+from fedface.audits.private_figures import FiguresConfig
+from fedface.errors import ConfigError
+from fedface.federation.figures import check_question, figures_of
+from fedface.federation.task import Question
+from fedface.models.family import Gan
+from fedface.photos.drawn import draw_people
+from fedface.photos.own import OwnFaces
+from fedface.privacy.plan import Schedule, Terms
+from fedface.randomness import Streams
+from fedface.upsampling.degrade import BicubicPulse, Chain, Noise
+from fedface.upsampling.langevin import LangevinConfig
+from fedface.upsampling.methods import EncodeThenPulseConfig, Method, evaluations_of
+from fedface.upsampling.pulse import PulseConfig
+
+ONCE = Schedule(rounds=1, steps_per_round=1, sampling_rate=1.0, expected_batch=1, clip_norm=1.0)
+
+
+@pytest.fixture(scope="module")
+def gan() -> Gan:
+    """Networks of 16 px."""
+    return tiny_gan()
+
+
+@pytest.fixture(scope="module")
+def question(gan: Gan, tmp_path_factory: pytest.TempPathFactory) -> Question:
+    """A short search, without noise, so that sums can be compared."""
+    experiment = tiny_experiment(tmp_path_factory.mktemp("recipe"))
+    return Question(
+        terms=Terms(schedule=ONCE, noise_multiplier=0.0),
+        shape=gan.shape,
+        method=PulseConfig(steps=3, mapping_samples=64),
+        downscale=BicubicPulse(4),
+        figures=FiguresConfig(last_tones=(5, 10)),
+        aggregation=experiment.aggregation,
+        agreement=experiment.agreement,
+    )
+
+
+def sums(gan: Gan, own: OwnFaces, question: Question) -> torch.Tensor:
+    """The sum over units, without noise."""
+    return figures_of(gan, own, question, seed=7, chance=torch.Generator().manual_seed(1))
+
+
+def faces(count: int) -> torch.Tensor:
+    """Drawn people."""
+    return draw_people(count, 0.5, 16, Streams(2))
+
+
+def test_a_photo_adds_the_same_whatever_else_is_there(gan: Gan, question: Question) -> None:
+    """The sum over three photos is that of each alone, to the last bits: searches start alike for every photo."""
+    pictures = faces(3)
+    together = sums(gan, OwnFaces.strangers(pictures), question)
+    alone = [sums(gan, OwnFaces.strangers(pictures[i : i + 1]), question) for i in range(3)]
+    assert torch.allclose(together, torch.stack(alone).sum(0), atol=1e-6)
+    assert all(float(one.norm()) <= 1 + 1e-6 for one in alone)
+
+
+def test_forty_photos_of_one_birthday_add_as_much_as_one(gan: Gan, question: Question) -> None:
+    """An occasion adds the mean of its photos' figures, here forty times the same."""
+    terms = replace(question.terms, unit="occasion")
+    birthday = OwnFaces.in_occasions(faces(1).repeat(40, 1, 1, 1), 40)
+    once = sums(gan, OwnFaces.strangers(faces(1)), question)
+    assert torch.allclose(sums(gan, birthday, replace(question, terms=terms)), once, atol=1e-6)
+
+
+def test_without_photos_the_sum_is_zero_before_noise(gan: Gan, question: Question) -> None:
+    assert not sums(gan, OwnFaces.strangers(torch.zeros(0, 3, 16, 16)), question).any()
+
+
+@pytest.mark.parametrize(
+    ("method", "work"),
+    [
+        (PulseConfig(steps=70), 70),
+        (EncodeThenPulseConfig(pulse=PulseConfig(steps=70)), 71),
+        (LangevinConfig(levels=2, moves=3, final=4, leaps=5, rank=6), 56),
+    ],
+)
+def test_the_work_of_a_method_is_known_before_it_begins(method: Method, work: int) -> None:
+    assert evaluations_of(method) == work
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": PulseConfig(steps=10**9)}, "may run a network"),
+        ({"method": PulseConfig(mapping_samples=10**12)}, "may draw"),
+        ({"method": EncodeThenPulseConfig(pulse=PulseConfig(mapping_samples=10**12))}, "may draw"),
+        ({"downscale": Chain(parts=(BicubicPulse(4), Noise(0.1)))}, "no noise"),
+        ({"terms": Terms(schedule=replace(ONCE, steps_per_round=2), noise_multiplier=1.0)}, "one release"),
+        ({"terms": Terms(schedule=ONCE, noise_multiplier=1.0, unit="library")}, "photo or occasion"),
+    ],
+)
+def test_questions_that_no_device_should_begin_with_are_refused(
+    gan: Gan, question: Question, changes: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_question(replace(question, **changes), gan)  # type: ignore[arg-type]
+
+
+def test_a_method_that_does_not_go_with_the_model_is_found_out_before_a_photo_is_read(
+    gan: Gan, question: Question
+) -> None:
+    with pytest.raises(ConfigError, match="style encoder"):
+        check_question(replace(question, method=EncodeThenPulseConfig()), gan)
