@@ -56,7 +56,8 @@ def test_terms_survive_the_wire_and_hold_no_epsilon() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"sampling_rate": 1.5}, {"rounds": 0}, {"steps_per_round": 10**6}, {"noise_multiplier": -1.0}, {"noise_multiplier": float("nan")},
+    [{"sampling_rate": 1.5}, {"rounds": 0}, {"steps_per_round": 10**6},
+     {"noise_multiplier": -1.0}, {"noise_multiplier": float("nan")},
      {"clip_norm": float("inf")}, {"epsilon": 1.0}, {"rounds": float("inf")},
      {"unit": "house"}, {"update_clip": 0.0},
      {"clip_norm": 1e-30}, {"clip_norm": 1e30}, {"noise_multiplier": 1e200}, {"expected_batch": 10**30}],
