@@ -45,6 +45,16 @@ class Streams:
         return Streams(self._number(name))
 
 
+def halfway(words: np.ndarray) -> np.ndarray:
+    """(k + 1/2) / 2^52 for the upper 52 bits k of each uint64 word, strictly inside (0, 1), float64.
+
+    52 bits, not 53: the largest plus one half must not round up to 1. The bits become the fraction of a float64
+    between 1 and 2, from which 1 - 2^-53 is taken; every step is exact.
+    """
+    between = ((words >> np.uint64(12)) | np.uint64(0x3FF0000000000000)).view(np.float64)
+    return np.asarray(between - (1.0 - 2.0**-53))
+
+
 class SecretNoise:
     """Noise that nobody can replay: an AES-256-CTR keystream under a key that only this object ever held.
 
@@ -63,8 +73,7 @@ class SecretNoise:
 
     def uniforms(self, count: int) -> np.ndarray:
         """`count` uniform numbers strictly inside (0, 1), float64, shape (count,)."""
-        # 52 bits, not 53: the largest plus one half must not round up to 1.
-        return ((self.words(count) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+        return halfway(self.words(count))
 
     def normals(self, count: int) -> torch.Tensor:
         """`count` standard normal numbers, float32, shape (count,).

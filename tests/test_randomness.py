@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedface.randomness import SecretNoise, Streams
+from fedface.randomness import SecretNoise, Streams, halfway
 
 COUNT = 200_000
 
@@ -118,3 +118,11 @@ def test_a_secret_permutation_holds_each_number_once() -> None:
     orders = [noise.permutation(10) for _ in range(100)]
     assert all(sorted(order) == list(range(10)) for order in orders)
     assert len({int(order[0]) for order in orders}) >= 5
+
+
+def test_words_become_the_middles_of_equal_cells() -> None:
+    """(k + 1/2) / 2^52 by plain arithmetic, at both ends and in between."""
+    words = np.concatenate([np.array([0, 2**64 - 1, 2**63], dtype=np.uint64), SecretNoise().words(1000)])
+    plain = ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    assert np.array_equal(halfway(words), plain)
+    assert 0.0 < halfway(words).min() and halfway(words).max() < 1.0

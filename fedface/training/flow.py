@@ -30,17 +30,13 @@ from fedface.photos.drawn import draw_people
 from fedface.privacy.plan import Schedule, Terms
 from fedface.randomness import SecretNoise, Streams
 from fedface.shapes import Images, Vector
+from fedface.training.per_photo import Draw, trained
 from fedface.training.private_descent import check_descent, descend_privately, descent_ranges, steadied
-from fedface.training.private_steps import (
-    Draw,
-    Network,
-    check_per_photo_gradients,
-    per_photo_gradients,
-    trained,
-)
+from fedface.training.private_steps import Network, check_per_photo_gradients, per_photo_gradients
 
 _PUBLIC = 64  # drawn faces that the scales are learned from
 _AT_ONCE = 32  # of them
+_PHOTOS_AT_ONCE = 16  # whose gradients are in memory together: what is fastest, see docs/speed.md
 _EVALUATIONS_AT_ONCE = 64  # photos times draws whose activations are in memory together
 
 
@@ -211,7 +207,7 @@ def train_flow_round(
         units=units,
         draw=draw,
         scales=public_scales(mine, config),
-        microbatch=max(1, _EVALUATIONS_AT_ONCE // config.noise_draws),
+        microbatch=min(_PHOTOS_AT_ONCE, max(1, _EVALUATIONS_AT_ONCE // config.noise_draws)),
     )
     return trained_vector(mine) - before
 

@@ -29,12 +29,8 @@ from fedface.models.family import Gan
 from fedface.privacy.plan import Schedule, Terms
 from fedface.randomness import SecretNoise, Streams
 from fedface.shapes import Images, Latents, Vector
-from fedface.training.private_steps import (
-    check_per_photo_gradients,
-    per_photo_gradients,
-    private_gradient,
-    trained,
-)
+from fedface.training.per_photo import trained
+from fedface.training.private_steps import check_per_photo_gradients, per_photo_gradients, private_gradient
 from fedface.training.unit_sums import clipped_sum
 
 
@@ -163,7 +159,7 @@ def train_round(
             sampling_rate=schedule.sampling_rate,
             chance=chance,
             units=units,
-            microbatch=64,
+            microbatch=32,
         )
         made = _make(mine, _draw(mine, config.made_batch, latents))
         on_made = clipped_sum(per_photo_gradients(mine.critic, loss_on_made, made), schedule.clip_norm)

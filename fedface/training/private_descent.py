@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fedface.models.adapters import trained_vector
 from fedface.privacy.plan import Terms
 from fedface.shapes import Images, Vector
-from fedface.training.private_steps import Draw, PerPhotoLoss, private_gradient, trained
+from fedface.training.per_photo import Draw, PerPhotoLoss, trained
+from fedface.training.private_steps import private_gradient
 from fedface.training.unit_sums import Chance
 
 

@@ -50,26 +50,38 @@ import torch
 from opacus.grad_sample import GradSampleModule
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 
 from fedface.errors import PrivacyError
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.randomness import SecretNoise
 from fedface.shapes import Images
-from fedface.training.unit_sums import Chance, SumOfUnits, clipped_sum, joined_photos, units_of
+from fedface.training.per_photo import (
+    Draw,
+    PerPhotoLoss,
+    clipped_unit_sum,
+    gradients_of_each,
+    trained,
+    whole_network,
+)
+from fedface.training.unit_sums import Chance, Clipping, clipped_sum, joined_photos, units_of
 
 Network = Callable[..., Tensor]
-# (network, photos (n, ...)) or (network, photos (n, ...), draws (n, ...)) -> one loss per photo, (n,)
-PerPhotoLoss = Callable[..., Tensor]
-Draw = Callable[[int], Tensor]  # how many photos -> one row of fresh draws per photo, (n, ...)
+
+
+@dataclass(frozen=True)
+class LayerByLayer:
+    """Contract what each layer read with its output's gradient, where autograd's record shows that this is all.
+
+    Elsewhere (demodulation, adapters, penalties) it differentiates the whole network; see training/per_photo.py. The
+    fastest on all our networks: 1.0 to 1.5 times an ordinary step, noise included (docs/speed.md).
+    """
 
 
 @dataclass(frozen=True)
 class WholeNetwork:
-    """Differentiate the whole network per photo with torch.func: right for every layer, and here the fastest.
+    """Differentiate the whole network per photo with torch.func: right for every layer.
 
-    Costs 1.2 to 1.4 times an ordinary step, noise included (StyleGAN2 critic of 288k parameters, 32 px, batch
-    64, 16 to 64 photos at once).
+    Costs 1.2 to 1.9 times an ordinary step, noise included (docs/speed.md).
     """
 
 
@@ -83,12 +95,7 @@ class OpacusLayers:
     """
 
 
-Engine = WholeNetwork | OpacusLayers
-
-
-def trained(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a step changes, by name, in the order of `module.parameters()`."""
-    return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+Engine = LayerByLayer | WholeNetwork | OpacusLayers
 
 
 def per_photo_gradients(
@@ -106,7 +113,7 @@ def per_photo_gradients(
         loss: One loss per photo; photo i's loss must depend on photo i alone.
         photos: Shape (n, ...), n >= 1.
         draws: One row per photo, (n, ...), as the loss's third argument; None for a loss of two arguments.
-        engine: How to differentiate; WholeNetwork() if None.
+        engine: How to differentiate; LayerByLayer() if None.
 
     Returns:
         One tensor (n, *weight.shape) per trained parameter.
@@ -115,30 +122,18 @@ def per_photo_gradients(
         PrivacyError: Opacus's engine was given draws, of which it cannot see which belong together, or a
             network that it refuses.
     """
-    chosen: Engine = WholeNetwork() if engine is None else engine
+    chosen: Engine = LayerByLayer() if engine is None else engine
     match chosen:
+        case LayerByLayer():
+            return gradients_of_each(module, loss, photos, draws=draws)
         case WholeNetwork():
-            return _by_whole_network(module, loss, (photos,) if draws is None else (photos, draws))
+            return whole_network(module, loss, (photos,) if draws is None else (photos, draws))
         case OpacusLayers():
             if draws is not None:
-                raise PrivacyError(
-                    "a loss with draws of its own needs the engine WholeNetwork, got OpacusLayers"
-                )
+                raise PrivacyError("a loss with draws of its own needs the engine LayerByLayer or WholeNetwork, got OpacusLayers")
             return _by_opacus_layers(module, loss, photos)
         case _:
             assert_never(chosen)
-
-
-def _by_whole_network(module: nn.Module, loss: PerPhotoLoss, rows: tuple[Tensor, ...]) -> list[Tensor]:
-    weights = {name: weight.detach() for name, weight in trained(module).items()}
-
-    def loss_of_one(weights: dict[str, Tensor], *row: Tensor) -> Tensor:
-        network: Network = lambda *inputs: functional_call(module, weights, inputs)  # noqa: E731
-        return loss(network, *(part.unsqueeze(0) for part in row)).squeeze(0)
-
-    each = vmap(grad(loss_of_one), in_dims=(None, *(0 for _ in rows)))
-    gradients: dict[str, Tensor] = each(weights, *rows)
-    return list(gradients.values())
 
 
 def _by_opacus_layers(module: nn.Module, loss: PerPhotoLoss, photos: Images) -> list[Tensor]:
@@ -205,7 +200,7 @@ def private_gradient(
         scales: Public factors of the gradient's numbers, one tensor (*weight.shape) per trained parameter; what
             comes back is scaled. None leaves gradients as they are.
         microbatch: How many photos are differentiated at once, >= 1.
-        engine: How per-photo gradients are computed; WholeNetwork() if None.
+        engine: How per-photo gradients are computed; LayerByLayer() if None.
 
     Returns:
         One tensor per trained parameter, in the order of `module.parameters()`: the gradient to descend.
@@ -219,14 +214,33 @@ def private_gradient(
     release = _release(mechanism, chance)
     members = units_of(photos, units)
     drawn = joined_photos(members, _rate(sampling_rate), chance)
-    total = SumOfUnits([torch.zeros_like(weight) for weight in trained(module).values()], mechanism.clip_norm)
-    for part in torch.split(drawn, microbatch) if len(drawn) else ():
-        draws = None if draw is None else draw(len(part))
-        gradients = per_photo_gradients(module, loss, photos[part], draws=draws, engine=engine)
-        if scales is not None:
-            gradients = [g * scale for g, scale in zip(gradients, scales, strict=True)]
-        total.add(gradients, members[part])
-    return [release(summed) / expected_batch for summed in total.end()]
+    photos, members = photos[drawn], members[drawn]
+    if engine is None or isinstance(engine, LayerByLayer):
+        totals = clipped_unit_sum(
+            module,
+            loss,
+            photos,
+            clip_norm=mechanism.clip_norm,
+            units=members,
+            draw=draw,
+            scales=scales,
+            microbatch=microbatch,
+        )
+    else:
+        clipping = Clipping(list(trained(module).values()), mechanism.clip_norm, scales)
+        for start in range(0, len(photos), microbatch):
+            part = slice(start, start + microbatch)
+            draws = None if draw is None else draw(len(photos[part]))
+            gradients = per_photo_gradients(module, loss, photos[part], draws=draws, engine=engine)
+            clipping.add_units(gradients, members[part])
+        clipping.end_unit()
+        totals = clipping.totals
+    # One draw of noise for all weights: a fresh one for each would cost more than the clipping.
+    noised = release(torch.cat([total.flatten() for total in totals])) / expected_batch
+    return [
+        part.view_as(total)
+        for part, total in zip(torch.split(noised, [total.numel() for total in totals]), totals, strict=True)
+    ]
 
 
 def private_sum(

@@ -13,6 +13,8 @@ and an album of a thousand photos cannot make a device work for hours.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import assert_never
 
 import numpy as np
@@ -97,54 +99,100 @@ def clipped_sum(gradients: list[Tensor], clip_norm: float) -> list[Tensor]:
     Returns:
         One tensor (*weight.shape) per parameter.
     """
-    length = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
-    usable = torch.isfinite(length)
-    scale = torch.where(usable, (clip_norm / length).clamp(max=1.0), 0.0)
-    finite = gradients if bool(usable.all()) else [torch.nan_to_num(g, 0.0, 0.0, 0.0) for g in gradients]
-    return [torch.einsum("n,n...->...", scale, g) for g in finite]
+    clipping = Clipping(
+        [gradient[0] if len(gradient) else gradient.sum(0) for gradient in gradients], clip_norm
+    )
+    clipping.add(Found(gradients, []))
+    return clipping.totals
 
 
-class SumOfUnits:
-    """Adds up units' clipped gradients, whose photos come side by side but may be cut by the end of a microbatch."""
+@dataclass(frozen=True)
+class Outer:
+    """One outer product per photo, out (n, o) times seen (n, i), kept as its two halves."""
 
-    def __init__(self, zeros: list[Tensor], clip_norm: float) -> None:
-        """Zeros of each weight's shape, and the longest sum that one unit can add, > 0."""
-        self._totals, self._clip_norm = zeros, clip_norm
-        self._open: tuple[int, list[Tensor]] | None = (
-            None  # the unit whose photos may go on, and its sum so far
-        )
+    weight: int  # position among the trained parameters
+    factor: float
+    out: Tensor
+    seen: Tensor
 
-    def add(self, gradients: list[Tensor], members: Tensor) -> None:
-        """One microbatch: gradients (n, *weight.shape), and which unit each photo belongs to, (n,)."""
-        numbers, place = torch.unique_consecutive(members, return_inverse=True)
-        sums = gradients
-        if len(numbers) < len(members):
-            sums = [
-                torch.zeros(len(numbers), *g.shape[1:], dtype=g.dtype).index_add_(0, place, g)
-                for g in gradients
-            ]
-        if self._open is not None and self._open[0] == int(numbers[0]):
-            sums = [
-                torch.cat([(s[0] + before)[None], s[1:]])
-                for s, before in zip(sums, self._open[1], strict=True)
-            ]
-        elif self._open is not None:
-            self._close()
-        self._sum([s[:-1] for s in sums])
-        self._open = (int(numbers[-1]), [s[-1].clone() for s in sums])
 
-    def end(self) -> list[Tensor]:
-        """The sum over all units."""
-        if self._open is not None:
-            self._close()
-        return self._totals
+@dataclass(frozen=True)
+class Found:
+    """The gradients of a microbatch: numbers of each photo, and outer products that are not multiplied out.
 
-    def _close(self) -> None:
-        assert self._open is not None
-        self._sum([part[None] for part in self._open[1]])
-        self._open = None
+    `each` is (n, *weight.shape) per parameter, and has no numbers at all, (n, 0), where `outers` has them.
+    """
 
-    def _sum(self, sums: list[Tensor]) -> None:
-        if len(sums[0]):
-            clipped = clipped_sum(sums, self._clip_norm)
-            self._totals = [t + c for t, c in zip(self._totals, clipped, strict=True)]
+    each: list[Tensor]
+    outers: list[Outer]
+
+
+class Clipping:
+    """A running sum of clipped gradients, and the sum of the one unit that may go on in the next microbatch."""
+
+    def __init__(
+        self, weights: Sequence[Tensor], clip_norm: float, scales: Sequence[Tensor] | None = None
+    ) -> None:
+        """For sums of these shapes; `scales` are public factors of every number."""
+        self.totals = [torch.zeros_like(weight, requires_grad=False) for weight in weights]
+        self._clip_norm, self._scales = clip_norm, scales
+        self._unit: int | None = None
+        self._begun: list[Tensor] = []
+
+    def add(self, found: Found) -> None:
+        """Clip every row and add it."""
+        rows = self._scaled(found.each)
+        square = _squares(rows)
+        for outer in found.outers:
+            square = square + (_square(outer.out) * _square(outer.seen)) * outer.factor**2
+        length = square.sqrt()
+        usable = torch.isfinite(length)
+        scale = torch.where(usable, (self._clip_norm / length).clamp(max=1.0), 0.0)
+        outers = [(outer, outer.out, outer.seen) for outer in found.outers]
+        if not bool(usable.all()):
+            # Nothing times infinity is not nothing: rows without a length are left out, not multiplied by zero.
+            scale, rows = scale[usable], [row[usable] for row in rows]
+            outers = [(outer, out[usable], seen[usable]) for outer, out, seen in outers]
+        for total, row in zip(self.totals, rows, strict=True):
+            if row.shape[1:] == total.shape:
+                total += (scale[None] @ _flat(row)).view_as(total)
+        for outer, out, seen in outers:
+            self.totals[outer.weight] += (out * (scale * outer.factor)[:, None]).t() @ seen
+
+    def add_units(self, each: list[Tensor], units: Tensor) -> None:
+        """Sum rows unit by unit; every unit but the last is complete."""
+        names, where = torch.unique_consecutive(units, return_inverse=True)
+        sums = [row.new_zeros(len(names), *row.shape[1:]).index_add_(0, where, row) for row in each]
+        if self._unit is not None and self._unit == int(names[0]):
+            for total, begun in zip(sums, self._begun, strict=True):
+                total[0] += begun
+        else:
+            self.end_unit()
+        self.add(Found([total[:-1] for total in sums], []))
+        self._unit, self._begun = int(names[-1]), [total[-1].clone() for total in sums]
+
+    def end_unit(self) -> None:
+        """Add the unit that was begun, if one was."""
+        if self._unit is not None:
+            self.add(Found([begun[None] for begun in self._begun], []))
+        self._unit, self._begun = None, []
+
+    def _scaled(self, rows: list[Tensor]) -> list[Tensor]:
+        if self._scales is None:
+            return rows
+        return [row * scale for row, scale in zip(rows, self._scales, strict=True)]
+
+
+def _square(rows: Tensor) -> Tensor:
+    """The squared length of each row, (n, ...) -> (n,)."""
+    length: Tensor = torch.linalg.vector_norm(_flat(rows), dim=1)
+    return length.square()
+
+
+def _flat(rows: Tensor) -> Tensor:
+    """(n, ...) -> (n, d), for scalars too."""
+    return rows.flatten(1) if rows.ndim > 1 else rows[:, None]
+
+
+def _squares(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack([_square(part) for part in parts]).sum(0)

@@ -24,9 +24,10 @@ from fedface.models.family import Resolved, ResolvedShape, Styled, StyledShape, 
 from fedface.privacy.plan import Schedule, Terms
 from fedface.randomness import SecretNoise, Streams
 from fedface.shapes import Images, Vector
+from fedface.training.per_photo import PerPhotoLoss
 from fedface.training.pretrain import pair_losses
 from fedface.training.private_descent import check_descent, descend_privately, descent_ranges, steadied
-from fedface.training.private_steps import Network, PerPhotoLoss, check_per_photo_gradients
+from fedface.training.private_steps import Network, check_per_photo_gradients
 from fedface.upsampling.contracts import squared_difference
 from fedface.upsampling.degrade import BicubicPulse, Degradation, in_words
 

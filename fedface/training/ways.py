@@ -35,8 +35,8 @@ from fedface.training.flow import (
     train_flow_round,
 )
 from fedface.training.generator import GanTrainingConfig, loss_on_photos, ranges_of, train_round
+from fedface.training.per_photo import trained
 from fedface.training.prior import PriorTrainingConfig, photo_vectors, prior_ranges, refit, train_prior_round
-from fedface.training.private_steps import trained
 from fedface.training.upsampler import (
     UpsamplerTrainingConfig,
     check_teachable,

@@ -17,11 +17,8 @@ from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
 from fedface.models.weights import load_base, vector_of, weights_hash
 from fedface.randomness import Streams
 from fedface.shapes import Images
-from fedface.training.private_steps import (
-    check_per_photo_gradients,
-    per_photo_gradients,
-    trained,
-)
+from fedface.training.per_photo import trained
+from fedface.training.private_steps import check_per_photo_gradients, per_photo_gradients
 from fedface.training.unit_sums import clipped_sum
 
 STREAMS = Streams(21)

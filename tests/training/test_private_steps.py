@@ -17,6 +17,7 @@ from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.randomness import SecretNoise, Streams
 from fedface.training.private_steps import (
     Engine,
+    LayerByLayer,
     Network,
     OpacusLayers,
     WholeNetwork,
@@ -93,7 +94,7 @@ def length(gradient: list[Tensor]) -> float:
     return math.sqrt(sum(float(g.double().square().sum()) for g in gradient))
 
 
-@pytest.mark.parametrize("engine", [WholeNetwork(), OpacusLayers()])
+@pytest.mark.parametrize("engine", [LayerByLayer(), WholeNetwork(), OpacusLayers()])
 def test_each_photos_gradient_is_that_of_its_own_backward_pass(engine: Engine) -> None:
     module, photos = SmallCritic(), faces(5)
     ours = per_photo_gradients(module, loss, photos, engine=engine)
@@ -223,7 +224,7 @@ def test_no_photos_and_everybody_are_samples_too() -> None:
     assert sampled_units(5, 1.0, SecretNoise()).tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("engine", [WholeNetwork(), OpacusLayers()])
+@pytest.mark.parametrize("engine", [LayerByLayer(), WholeNetwork(), OpacusLayers()])
 def test_the_check_passes_a_critic_at_equalised_learning_rate(engine: Engine) -> None:
     check_per_photo_gradients(SmallCritic(), loss, faces(2), engine=engine)
 
@@ -236,6 +237,7 @@ def test_the_check_passes_the_critic_that_training_uses() -> None:
 
 def test_whole_network_differentiation_is_right_where_a_weight_is_read_elsewhere() -> None:
     check_per_photo_gradients(Demodulated(), loss, faces(2), engine=WholeNetwork())
+    check_per_photo_gradients(Demodulated(), loss, faces(2), engine=LayerByLayer())
 
 
 def test_the_check_refuses_layerwise_gradients_where_a_weight_is_read_elsewhere() -> None:
@@ -252,6 +254,8 @@ def test_layerwise_gradients_of_a_critic_with_filters_are_refused_in_our_words()
 def test_the_check_refuses_minibatch_statistics() -> None:
     with pytest.raises(PrivacyError):
         check_per_photo_gradients(Coupled(), loss, faces(2), engine=OpacusLayers())
+    with pytest.raises(PrivacyError, match="photo"):
+        check_per_photo_gradients(Coupled(), loss, faces(2), engine=LayerByLayer())
 
 
 def test_the_check_refuses_batch_normalisation() -> None:
