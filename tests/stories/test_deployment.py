@@ -24,6 +24,7 @@ import pytest
 
 from fedface.photos.drawn import ToneMix, draw, sample_faces
 from fedface.photos.pixels import write_png
+from fedface.privacy.journal import Journal
 from fedface.privacy.ledger import Ledger
 from fedface.randomness import Streams
 
@@ -164,12 +165,15 @@ def test_three_devices_and_a_server_follow_the_readmes_to_a_report(homes: list[H
     until_true(lambda: answers(server.port), 60, "the SuperLink does not listen", homes)
     server.do(command("server", "3. Tell `flwr` where it is"))
     server.do(command("server", "5. The experiment"))
+    family = server.folder / "fedface-server" / "family.yaml"
+    family.write_text(family.read_text() + "evaluation: {share: 0.2, held_out: 0.3}\n")
 
     for number, device in enumerate(devices):
         draw_photos(device.folder / "Pictures", 8, [0.9, 0.5, 0.1][number], device.folder.name)
         device.do(command("clients", "2. Your file"))
         file = device.folder / "device.yaml"
-        file.write_text(file.read_text().replace("name: my-device", f"name: {device.folder.name}"))
+        text = file.read_text().replace("name: my-device", f"name: {device.folder.name}")
+        file.write_text(text.replace("evaluation: false", "evaluation: true"))
         device.do(command("clients", "3. The node key"))
         shutil.copy(device.folder / "node.pub", server.folder / "device.pub")
         server.do(f"cd {server.folder}\n" + command("server", "4. Register the devices"))
@@ -193,3 +197,6 @@ def test_three_devices_and_a_server_follow_the_readmes_to_a_report(homes: list[H
     for device in devices:
         ledger = Ledger.open(device.folder / "fedface-state" / "ledger.sqlite")
         assert 0 < ledger.spent(1e-6).upper <= 8.0
+        sent = [line.what for line in Journal.open(device.folder / "fedface-state" / "journal.sqlite").sent()]
+        assert sent.count("update") == 2 and sent.count("figures") == 2
+    assert [told["devices"] for told in record["private"]] == [3, 3]
