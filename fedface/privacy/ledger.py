@@ -1,7 +1,8 @@
 """What this device's photos have paid so far: an append-only, hash-chained file on the device's own disk.
 
 Called from federation/device.py: a round is booked before it is computed, and its reply is kept, so that
-asking again gets the same bytes instead of a second release. What was booked and never answered never left.
+asking again gets the same bytes instead of a second release. What was booked and never answered never left, but
+whoever asks sees that no answer came: a booking pays for a few computations alone, see privacy/answers.py.
 One ledger per library, for the library's whole life; every reading verifies the chain and fails closed.
 Source: SQLite with a rollback journal and synchronous=EXTRA (https://sqlite.org/pragma.html); the price
 composes all events at reading time, see privacy/accounting.py.
@@ -16,6 +17,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from fedface.errors import LedgerError, PolicyRefusal, PrivacyError
+from fedface.privacy import answers
 from fedface.privacy.accounting import (
     Bounds,
     compose,
@@ -41,12 +43,8 @@ FORM = Form(
         "event TEXT NOT NULL", "marks TEXT NOT NULL",
     ),
     rules=("UNIQUE (run, round, attempt)",),
-    beside=(
-        "CREATE TABLE replies (run TEXT NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL, body BLOB, "
-        "PRIMARY KEY (run, round))",
-    ),
-    # Put back to between a booking and its answer, a file holds the whole chain and would answer once more.
-    grows="SELECT coalesce(sum(attempt), 0) FROM replies",
+    beside=answers.TABLES,
+    grows=answers.GROWS,
 )  # fmt: skip
 
 
@@ -208,9 +206,10 @@ class Ledger:
         """Write down a release before it is computed; on disk when this returns.
 
         A round whose reply has been kept is not booked again: its bytes are resent. A round that was booked
-        but never answered is not booked again either: a reply is kept before it is sent, so nothing of it has
-        left the device, and what never left is no release. A round that was answered and whose bytes were
-        dropped since is booked once more: fresh noise on the same photos is a second release.
+        but never answered is not booked again either, until `FREE_ATTEMPTS` of its computations were begun: a
+        reply is kept before it is sent, so no answer has left the device, but that it broke may have been seen.
+        A round that was answered and whose bytes were dropped since is booked once more: fresh noise on the
+        same photos is a second release.
 
         Args:
             event: What will be released.
@@ -264,7 +263,7 @@ class Ledger:
 
     def _too_old(self, page: Page, paid: Entry, limits: Sequence[Limit]) -> bool:
         """Whether a booking would leave a limit's period well before the release it pays for, still to come."""
-        if all(limit.days is None for limit in limits) or _answered(page, paid.run, paid.round) is not None:
+        if all(limit.days is None for limit in limits) or answers.kept_reply(page, paid.run, paid.round):
             return False
         return self._time() - paid.time > PAYS_FOR
 
@@ -272,9 +271,9 @@ class Ledger:
         """The entry that has paid for this release already, if any."""
         said, noted = event_to_json(event), _canonical(marks)
         same = _booked(page, run, round)
-        answered = _answered(page, run, round)
-        if answered is not None:
-            kept = next((entry for entry in same if entry.attempt == answered), None)
+        reply = answers.kept_reply(page, run, round)
+        if reply is not None:
+            kept = next((entry for entry in same if entry.attempt == reply[0]), None)
             if kept is None:
                 raise LedgerError(
                     f"the ledger {self._chain.path} keeps a reply to round {round}, never booked"
@@ -284,11 +283,26 @@ class Ledger:
             return kept
         if not same or (same[-1].event, same[-1].marks) != (said, noted):
             return None
-        ever = page.sql.execute(
-            "SELECT 1 FROM replies WHERE run = ? AND round = ? AND attempt = ?",
-            (run, round, same[-1].attempt),
-        ).fetchone()
-        return same[-1] if ever is None else None
+        last = same[-1].attempt
+        used = answers.answered(page, run, round) == last
+        tried = answers.times_begun(page, run, round, last)
+        return None if used or tried >= answers.FREE_ATTEMPTS else same[-1]
+
+    def begin(self, run: str, round: int, *, attempt: int) -> None:
+        """Write down that a booked release is computed now; on disk when this returns, then open the photos.
+
+        Args:
+            run: Which run asked.
+            round: Which round.
+            attempt: The booking that pays for it, as `book` returned it.
+
+        Raises:
+            LedgerError: There is no such booking, it has its answer, or its computations are used up.
+        """
+        with self._chain.writing() as page:
+            if not 1 <= attempt <= len(_booked(page, run, round)):
+                raise LedgerError(f"round {round} of {run} was never booked; no photo may be opened for it")
+            answers.begin(page, run, round, attempt)
 
     def store_reply(self, run: str, round: int, body: bytes, *, attempt: int | None = None) -> None:
         """Keep the bytes that answer a booked round; the run's reply before is dropped.
@@ -309,24 +323,13 @@ class Ledger:
             paid = booked if attempt is None else attempt
             if not 1 <= paid <= booked:
                 raise LedgerError(f"round {round} of {run} was never booked; nothing may be sent")
-            before = page.sql.execute(
-                "SELECT attempt, body FROM replies WHERE run = ? AND round = ?", (run, round)
-            ).fetchone()
-            if before is not None and before[0] >= paid:
-                if before[1] != body:
-                    raise LedgerError(f"round {round} of {run} was answered already; send the kept reply")
-                return
-            # That a round was answered is remembered for good; its bytes only until the next answer.
-            page.sql.execute("UPDATE replies SET body = NULL WHERE run = ?", (run,))
-            page.sql.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", (run, round, paid, body))
+            answers.keep_reply(page, run, round, paid, body)
 
     def stored_reply(self, run: str, round: int) -> bytes | None:
         """The bytes that answered this round; None if it was never answered or they were dropped since."""
         with self._chain.reading() as page:
-            row = page.sql.execute(
-                "SELECT body FROM replies WHERE run = ? AND round = ? AND body IS NOT NULL", (run, round)
-            ).fetchone()
-        return None if row is None else bytes(row[0])
+            reply = answers.kept_reply(page, run, round)
+        return None if reply is None else reply[1]
 
     def forget_replies(self, run: str | None = None) -> int:
         """Drop the kept bytes of one run, or of all, and overwrite them on disk; bookings stay.
@@ -336,27 +339,19 @@ class Ledger:
         Returns:
             How many replies were dropped.
         """
-        which, values = ("", ()) if run is None else (" AND run = ?", (run,))
         with self._chain.writing() as page:
-            sql = f"UPDATE replies SET body = NULL WHERE body IS NOT NULL{which}"
-            return page.sql.execute(sql, values).rowcount
+            return answers.drop_replies(page, run)
 
 
 def _entries(page: Page) -> list[Entry]:
-    return [Entry.of(line) for line in page.lines]
+    entries = [Entry.of(line) for line in page.lines]
+    answers.check_begun(page, {(entry.run, entry.round, entry.attempt) for entry in entries})
+    return entries
 
 
 def _booked(page: Page, run: str, round: int) -> list[Entry]:
     """Every attempt at a round, oldest first."""
     return [entry for entry in _entries(page) if entry.run == run and entry.round == round]
-
-
-def _answered(page: Page, run: str, round: int) -> int | None:
-    """The attempt whose reply to this round is kept, if any."""
-    row = page.sql.execute(
-        "SELECT attempt FROM replies WHERE run = ? AND round = ? AND body IS NOT NULL", (run, round)
-    ).fetchone()
-    return None if row is None else int(row[0])
 
 
 def _append(page: Page, event: Event, run: str, round: int, marks: Mapping[str, str]) -> Entry:
