@@ -12,6 +12,7 @@ from fedface import cli
 from fedface.experiment import Experiment, read_experiment
 from fedface.privacy.conditions import Power, ThisMachine
 from fedface.privacy.ledger import Ledger
+from fedface.privacy.mechanism import GaussianSum
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "experiments" / "demo.yaml"
@@ -133,6 +134,50 @@ def test_what_is_spent_counts(check, willing: Path, tmp_path: Path) -> None:  # 
         assert price["asked"] < 8.0 < price["together"] < price["asked"] + price["spent"]
         assert price["rounds_that_fit"] == 4  # of six, after two of the same
     assert own.read_bytes() == kept
+
+
+@pytest.mark.parametrize("gone", ["ledger", "ledger and head", "witness"])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_ledger_that_has_gone_is_missed(  # type: ignore[no-untyped-def]
+    check, tmp_path: Path, gone: str, named: bool
+) -> None:
+    """By its head, or by the witness that the device's file names: a lost ledger is not an unspent budget."""
+    device = device_file(tmp_path)
+    device.write_text(f"witness: {tmp_path / 'disk'}\n{device.read_text()}")
+    own = tmp_path / "state" / "ledger.sqlite"
+    Ledger.open(own, tmp_path / "disk").book(GaussianSum(sigma=6.0, clip_norm=1.0).event(), run="r", round=0)
+    (witness,) = (tmp_path / "disk").iterdir()
+    lost = {"ledger": [own], "ledger and head": [own, head_of(own)], "witness": [witness]}[gone]
+    for path in lost:
+        path.unlink()
+    before = sorted(tmp_path.rglob("*"))
+    said = check(device, "--experiment", DEMO, *(("--ledger", own) if named else ()))
+    assert said.code == 2 and said.out == ""
+    (sentence,) = filter(None, said.err.splitlines())
+    assert ("is missing" if gone == "witness" else "has gone but") in sentence
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def head_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.head")
+
+
+def test_a_named_ledger_that_has_gone_is_missed_too(check, willing: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Beside a bare policy there is its head alone to tell."""
+    path = tmp_path / "ledger.sqlite"
+    Ledger.open(path).book(GaussianSum(sigma=6.0, clip_norm=1.0).event(), run="r", round=0)
+    path.unlink()
+    said = check(willing, "--ledger", path)
+    assert said.code == 2 and said.out == "" and "has gone but" in said.err
+
+
+def test_a_witness_that_was_not_begun_yet_is_not_begun_by_a_check(check, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Naming one in the device's file is for the device to act on."""
+    device = device_file(tmp_path)
+    spent_ledger(tmp_path / "state" / "ledger.sqlite", read_experiment(DEMO), rounds=1)
+    device.write_text(f"witness: {tmp_path / 'disk'}\n{device.read_text()}")
+    said = check(device)
+    assert said.code == 0 and "spent so far" in said.out and not (tmp_path / "disk").exists()
 
 
 def test_a_period_says_how_far_a_run_would_get(check, willing: Path) -> None:  # type: ignore[no-untyped-def]

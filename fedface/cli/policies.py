@@ -1,7 +1,8 @@
 """`fedface policy check`: what an owner's file allows, in sentences, and whether this device would take part in a run.
 
 Nothing is written: no ledger is begun, and none is booked in. Exit code 0 says that the device would take part (or
-that no run was named), 1 that it would refuse something that the run asks, 2 that a file or an option is wrong.
+that no run was named), 1 that it would refuse something that the run asks, 2 that a file or an option is wrong, or
+that the ledger cannot be trusted: it is damaged, or has gone while its head or its witness remembers it.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from fedface.cli.terminal import JsonOption, console
 from fedface.config import plain, read, section
 from fedface.errors import ConfigError, PolicyRefusal
 from fedface.experiment import Experiment, read_experiment
-from fedface.federation.owner import OwnerConfig
+from fedface.federation.belongings import Kept, belongings
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.conditions import NotNow, ThisMachine
-from fedface.privacy.ledger import LONGEST_PERIOD, Ledger
+from fedface.privacy.ledger import FORM, LONGEST_PERIOD, Ledger
 from fedface.privacy.limits import Limit
 from fedface.privacy.mechanism import Event
 from fedface.privacy.neighbours import seen_by
@@ -42,10 +43,11 @@ DEVICE_KEYS = ("policy", "photos", "state")  # any of them at the top makes a fi
 
 @dataclass(frozen=True, kw_only=True)
 class Owned:
-    """A policy, and where its device keeps its ledger if the file is a device's."""
+    """A policy, and the ledger that was named, or that its device keeps if the file is a device's."""
 
     policy: DevicePolicy
-    ledger: Path | None
+    ledger: Path | None  # None: there is none, nor a trace of one
+    book: Ledger | None  # the same, verified
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,27 +123,28 @@ def policy_check(
 
 
 def _owned(file: Path, ledger: Path | None) -> Owned:
+    """What a file says, and its ledger: looked for, never begun, and missed where its head or witness remembers it."""
     if all(section(file, key) is None for key in DEVICE_KEYS):
-        return Owned(policy=read(file, DevicePolicy), ledger=_existing(ledger))
-    config, home = read(file, OwnerConfig), file.resolve().parent
-    own = home / config.state.expanduser() / "ledger.sqlite"
+        allowed, own = read(file, DevicePolicy), None
+    else:
+        kept = belongings(file)
+        allowed, own = kept.device.policy, kept.ledger
     if ledger is None:
-        ledger = own if own.is_file() else None
-    return Owned(policy=config.policy, ledger=_existing(ledger))
-
-
-def _existing(ledger: Path | None) -> Path | None:
-    """The same path; SQLite takes a missing file, or one of a few bytes, for an empty book and would begin one."""
-    if ledger is not None and not (ledger.is_file() and ledger.stat().st_size >= 512):
+        book = None if own is None else own.look(Ledger.open)
+        path = None if own is None or book is None else own.path
+        return Owned(policy=allowed, ledger=path, book=book)
+    named = own if own is not None and own.path.resolve() == ledger.resolve() else Kept.at(ledger, FORM, None)
+    book = named.look(Ledger.open)
+    if book is None:
         raise ConfigError(f"{ledger}: no ledger here")
-    return ledger
+    return Owned(policy=allowed, ledger=ledger, book=book)
 
 
 @contextmanager
 def _book(owned: Owned) -> Iterator[Ledger]:
-    """The ledger that was named, or an empty one that nobody keeps."""
-    if owned.ledger is not None:
-        yield Ledger.open(owned.ledger)
+    """The ledger that there is, or an empty one that nobody keeps."""
+    if owned.book is not None:
+        yield owned.book
         return
     with TemporaryDirectory() as folder:
         yield Ledger.open(Path(folder) / "ledger.sqlite")
