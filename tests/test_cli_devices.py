@@ -321,6 +321,27 @@ def test_erasing_says_what_goes_and_that_photos_stay(fedface, used: Path) -> Non
     assert "3 entries" in fedface("ledger", "verify", "device.yaml").out
 
 
+def test_erasing_says_which_file_is_what_and_which_is_not_found(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """The index of photos that were never scanned, or were by another user, is named as missing."""
+    said = fedface("device", "erase", "device.yaml", "--yes")
+    index = belongings(used / "device.yaml").index
+    assert f"{used / 'state' / 'sum.key'}: the shared key" in said.out
+    assert f"{index}: the index of the photos in {used / 'photos'} - not found" in said.out
+    assert "was the device run as another user?" in said.out
+
+
+def test_a_link_in_place_of_a_file_is_not_erased(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """One sentence and code 2; the shared file that it points to stays, and so does everything else."""
+    key = used / "state" / "sum.key"
+    key.rename(used / "shared.key")
+    key.symlink_to(used / "shared.key")
+    before = files_in(used)
+    said = fedface("device", "erase", "device.yaml", "--yes")
+    (sentence,) = filter(None, said.err.splitlines())
+    assert said.code == 2 and f"{key} is a link to {used / 'shared.key'}, so nothing was deleted" in sentence
+    assert files_in(used) == before and key.is_symlink()
+
+
 def test_the_ledger_goes_only_with_a_copy_or_a_word_that_none_is_wanted(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
     """The copy is written before anything is deleted, never over another file."""
     (used / "there.json").write_text("mine")

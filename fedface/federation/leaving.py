@@ -8,7 +8,7 @@ Photos are not touched by anything here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedface.errors import ConfigError, LedgerError
@@ -17,6 +17,8 @@ from fedface.federation.task import figures_book
 from fedface.privacy.journal import Withdrawn
 from fedface.privacy.ledger import Entry, Ledger
 from fedface.reports.device_log import Price, price_of
+
+MISSED = "not found (was the device run as another user?)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,18 +147,49 @@ def erasing(*, books: bool) -> list[str]:
     ]
 
 
-def to_erase(kept: Belongings, *, books: bool) -> list[Path]:
+@dataclass(frozen=True, kw_only=True)
+class Going:
+    """One file that `erase` would delete, if it is there."""
+
+    file: Path
+    what: str
+    found: bool = True
+
+    def __str__(self) -> str:
+        """Which file, what it is, and whether it is there."""
+        return f"{self.file}: {self.what}{'' if self.found else f' - {MISSED}'}"
+
+
+def to_erase(kept: Belongings, *, books: bool) -> list[Going]:
     """The files that `erase` would delete, of those that there are; with `books`, ledger and journal too.
 
-    The books' heads come last: until they are gone, the device refuses to begin anew.
+    The index is named also where there is none: it lies in the state folder of whoever scanned the photos, which
+    need not be that of whoever erases. The books' heads come last: until they are gone, the device refuses to begin
+    anew.
+
+    Raises:
+        ConfigError: One of them is a link. Deleting it would leave the file that it points to, and that file may be
+            of use to others, such as a key that several devices share.
     """
-    files = [kept.device.key_path, *_with_side_files(kept.index)]
+    index = f"the index of the photos in {kept.photos}"
+    going = [Going(file=kept.device.key_path, what="the shared key")]
+    going += [Going(file=file, what=index) for file in _with_side_files(kept.index)]
     if books:
-        both = (kept.journal.path, kept.ledger.path)
-        files += [file for path in both for file in _with_side_files(path)]
-        for head in (kept.journal.head, kept.ledger.head):
-            files += [head.with_name(f"{head.name}.draft"), head]
-    return [file for file in files if file.exists() or file.is_symlink()]
+        both = (kept.journal, kept.ledger)
+        for book in both:
+            going += [Going(file=file, what=f"the {book.form.noun}") for file in _with_side_files(book.path)]
+        for book in both:
+            head = f"what remembers how far the {book.form.noun} had come"
+            draft = book.head.with_name(f"{book.head.name}.draft")
+            going += [Going(file=file, what=head) for file in (draft, book.head)]
+    for one in going:
+        if one.file.is_symlink():
+            raise ConfigError(
+                f"{one.file} is a link to {one.file.readlink()}, so nothing was deleted: without the link that file "
+                "would stay. Delete both by hand, unless others use the file, then erase once more"
+            )
+    there = [replace(one, found=one.file.exists()) for one in going]
+    return [one for one in there if one.found or one.file == kept.index]
 
 
 def _with_side_files(database: Path) -> list[Path]:
@@ -170,8 +203,10 @@ def erase(kept: Belongings, *, books: bool) -> Erased:
     Kept answers are overwritten in the ledger, also in one that is about to go. Files are deleted, not overwritten.
 
     Raises:
+        ConfigError: One of the files is a link; then nothing was deleted.
         LedgerError: The ledger is to stay and cannot be trusted; then nothing was deleted.
     """
+    to_erase(kept, books=books)  # a link is found before an answer is dropped
     replies = 0
     try:
         book = kept.ledger.look(Ledger.open)
@@ -180,7 +215,7 @@ def erase(kept: Belongings, *, books: bool) -> Erased:
     except (LedgerError, ConfigError):
         if not books:  # what is about to go need not be readable
             raise
-    files = to_erase(kept, books=books)
+    files = [one.file for one in to_erase(kept, books=books) if one.found]
     for file in files:
         file.unlink()
     remembering = [book.seen_by for book in (kept.ledger, kept.journal) if books and book.witnessed]

@@ -177,6 +177,17 @@ def test_leaving_drops_the_runs_own_answers_and_no_booking(home: Path) -> None:
     assert isinstance(last, Withdrawn) and (last.run, last.why) == ("faces", "my reason")
 
 
+def test_leaving_once_more_drops_an_answer_that_was_kept_meanwhile(home: Path) -> None:
+    """By a device that was killed between keeping it and noting it, while its owner left."""
+    kept = used(home)
+    leave(kept, "faces")
+    ledger = kept.device.ledger()
+    entry = ledger.book(EVENT, run="faces", round=3)
+    ledger.store_reply("faces", 3, b"nobody will ask for it", attempt=entry.attempt)
+    assert leave(kept, "faces") == 1 and ledger.stored_reply("faces", 3) is None
+    assert b"nobody will ask for it" not in kept.ledger.path.read_bytes()
+
+
 def test_leaving_twice_is_as_leaving_once(home: Path) -> None:
     kept = used(home)
     leave(kept, "faces")
@@ -263,6 +274,36 @@ def test_erasing_everything_leaves_the_photos_and_what_is_not_ours(home: Path) -
     assert kept.device.ledger().entries() == []
 
 
+def test_the_index_is_named_where_it_is_not_found_too(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lies where the user keeps state who scanned the photos; whoever erases may be another."""
+    kept = used(home)
+    named = next(one for one in to_erase(kept, books=False) if one.file == kept.index)
+    assert str(named) == f"{kept.index}: the index of the photos in {kept.photos}"
+    monkeypatch.setenv("XDG_STATE_HOME", str(home / "of-another-user"))
+    other = next(one for one in to_erase(kept, books=False) if one.file == kept.index)
+    assert other.file != named.file and not other.found
+    assert str(other).endswith(" - not found (was the device run as another user?)")
+    assert named.file not in erase(kept, books=False).files and named.file.exists()
+
+
+@pytest.mark.parametrize("name", ["sum.key", "ledger.sqlite", "journal.sqlite.head", "index"])
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_link_is_not_taken_for_the_file(home: Path, name: str, dangling: bool) -> None:
+    """Its file would stay, and may be of use to others: nothing at all is deleted, and no answer dropped."""
+    kept = used(home)
+    place = kept.index if name == "index" else home / "state" / name
+    place.rename(home / "elsewhere")
+    place.symlink_to(home / "elsewhere")
+    if dangling:
+        (home / "elsewhere").unlink()
+    before = everything_in(home)
+    with pytest.raises(
+        ConfigError, match=f"{place} is a link to {home / 'elsewhere'}, so nothing was deleted"
+    ):
+        erase(kept, books=True)
+    assert everything_in(home) == before and place.is_symlink()
+
+
 def test_a_witness_remembers_what_was_erased_until_it_is_deleted_too(home: Path) -> None:
     """The device refuses to begin anew, and its owner is told which files to delete if that is meant."""
     kept = used(home, witness=home / "disk")
@@ -276,13 +317,18 @@ def test_a_witness_remembers_what_was_erased_until_it_is_deleted_too(home: Path)
     assert kept.device.ledger().entries() == []
 
 
+def found(kept: Belongings) -> list[Path]:
+    """The files that are there for erasing everything."""
+    return [one.file for one in to_erase(kept, books=True) if one.found]
+
+
 @pytest.mark.parametrize("deleted", range(1, 7))
 def test_a_device_that_was_half_erased_does_not_begin_anew(
     home: Path, monkeypatch: pytest.MonkeyPatch, deleted: int
 ) -> None:
     """Cut short after any file but the last, ledger or journal still refuses; erasing once more ends it."""
     kept = used(home)
-    files = to_erase(kept, books=True)
+    files = found(kept)
     assert len(files) == 6
     unlink, left = Path.unlink, [deleted]
 
@@ -303,7 +349,7 @@ def test_a_device_that_was_half_erased_does_not_begin_anew(
         with pytest.raises(LedgerError):
             (kept.device.journal(), kept.device.ledger())
     erase(kept, books=True)
-    assert to_erase(kept, books=True) == []
+    assert found(kept) == []
 
 
 def test_a_damaged_ledger_can_only_be_erased_with_the_rest(home: Path) -> None:
@@ -314,7 +360,7 @@ def test_a_damaged_ledger_can_only_be_erased_with_the_rest(home: Path) -> None:
         erase(kept, books=False)
     assert kept.device.key_path.exists() and kept.index.exists()
     erase(kept, books=True)
-    assert to_erase(kept, books=True) == []
+    assert found(kept) == []
 
 
 def test_a_damaged_head_can_be_erased_too(home: Path) -> None:
@@ -323,7 +369,7 @@ def test_a_damaged_head_can_be_erased_too(home: Path) -> None:
     with pytest.raises(LedgerError, match="damaged"):
         belongings(home / "device.yaml").entries()
     erase(belongings(home / "device.yaml"), books=True)
-    assert to_erase(kept, books=True) == []
+    assert found(kept) == []
 
 
 def test_books_that_are_swapped_are_none(home: Path) -> None:
