@@ -29,9 +29,12 @@ from fedface.models.family import Gan
 from fedface.privacy.plan import Schedule, Terms
 from fedface.randomness import SecretNoise, Streams
 from fedface.shapes import Images, Latents, Vector
-from fedface.training.per_photo import trained
+from fedface.training.per_photo import steady_microbatch, trained
 from fedface.training.private_steps import check_per_photo_gradients, per_photo_gradients, private_gradient
 from fedface.training.unit_sums import clipped_sum
+
+_PHOTOS_AT_ONCE = 16  # whose gradients are in memory together
+MOST_MADE = 4096  # made pictures in a step, and generator steps after each of the critic's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,8 @@ class GanTrainingConfig:
         for name, least in (("generator_steps", 1), ("made_batch", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            if getattr(self, name) > MOST_MADE:
+                raise ValueError(f"{name} must be at most {MOST_MADE}, got {getattr(self, name)}")
         for name in ("critic_rate", "generator_rate"):
             if not 0 < getattr(self, name) < 100:
                 raise ValueError(f"{name} must lie in (0, 100), got {getattr(self, name)}")
@@ -148,6 +153,7 @@ def train_round(
     latents = streams.generator("latents")
     # The check needs two pictures and must not read private ones: made pictures have the right shape.
     check_per_photo_gradients(mine.critic, loss_on_photos, _make(mine, _draw(mine, 2, latents)))
+    microbatch = steady_microbatch(mine.critic, loss_on_photos, photos.shape[1:], _PHOTOS_AT_ONCE)
     optimiser = Adam(trained(mine.generator).values(), config.generator_rate, betas=(0.0, 0.9))
     for _ in range(schedule.steps_per_round):
         on_photos = private_gradient(
@@ -159,7 +165,7 @@ def train_round(
             sampling_rate=schedule.sampling_rate,
             chance=chance,
             units=units,
-            microbatch=32,
+            microbatch=microbatch,
         )
         made = _make(mine, _draw(mine, config.made_batch, latents))
         on_made = clipped_sum(per_photo_gradients(mine.critic, loss_on_made, made), schedule.clip_norm)

@@ -22,6 +22,7 @@ for what cannot cancel, the one outer product that a photo leaves in a fully con
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ def clipped_unit_sum(
     Guarantees:
         * One unit more or less moves the sum by at most `clip_norm`, up to float32 rounding.
         * A unit with a number that is not finite adds nothing.
-        * The gradients of at most `microbatch` photos, and the sum of one unit, are in memory at once.
+        * What one unit adds does not depend on the others, to the last bit, if the loss keeps photos apart.
+        * The gradients of exactly `microbatch` pictures, and the sum of one unit, are in memory at once.
 
     Args:
         module: The network; neither its weights nor its `.grad` fields change.
@@ -68,7 +70,7 @@ def clipped_unit_sum(
         photos: Shape (n, ...), n >= 0.
         clip_norm: Longest gradient of one unit, > 0, over all weights, after scaling.
         units: Which unit each photo belongs to, (n,) int64, a unit's photos side by side; None: each its own.
-        draw: Gives the loss's own draws, fresh for every microbatch, one row per photo.
+        draw: Gives the loss's own draws, fresh for every microbatch, one row per picture.
         scales: Public factors of the gradient's numbers, one tensor (*weight.shape) per trained parameter.
         microbatch: How many photos are differentiated at once, >= 1; units may straddle.
 
@@ -80,34 +82,53 @@ def clipped_unit_sum(
     """
     if microbatch < 1 or not clip_norm > 0:
         raise ValueError(f"microbatch must be >= 1 and clip_norm > 0, got {microbatch} and {clip_norm}")
-    alone = units is None or _count(photos, units) == len(photos)
+    if units is not None:
+        _check_side_by_side(photos, units)
     weights = list(trained(module).values())
     clipping = Clipping(weights, clip_norm, scales)
     layerwise = True
-    for start in range(0, len(photos), microbatch):
+    for start in range(0, max(1, len(photos)), microbatch):
         part = photos[start : start + microbatch].detach()
-        rows = (part,) if draw is None else (part, draw(len(part)))
-        found = _layer_by_layer(module, loss, weights, rows, alone and scales is None) if layerwise else None
+        shown = _filled(part, microbatch)
+        rows = (shown,) if draw is None else (shown, draw(microbatch))
+        found = None
+        if layerwise:
+            found = _layer_by_layer(module, loss, weights, rows, units is None and scales is None)
         layerwise = found is not None
-        gradients = found or Found(whole_network(module, loss, rows), [])
-        if alone:
+        gradients = _first(found or Found(whole_network(module, loss, rows), []), len(part))
+        if units is None:
             clipping.add(gradients)
-        else:
-            assert units is not None
+        elif len(part):
             clipping.add_units(gradients.each, units[start : start + microbatch])
     clipping.end_unit()
     return clipping.totals
 
 
-def _count(photos: Images, units: Tensor) -> int:
-    """How many units there are; raises ValueError where their photos do not stand side by side."""
+def _filled(photos: Images, microbatch: int) -> Images:
+    """Always as many pictures, grey ones after the photos.
+
+    How a kernel rounds hangs on how many rows there are, and a hostile network can make roundings as long as
+    gradients: with a fixed number, one photo more changes nothing about another's gradient, to the last bit (a test
+    holds that for each of our networks). Nor does the memory of a step tell how many joined.
+    """
+    grey = photos.new_full((microbatch - len(photos), *photos.shape[1:]), 0.5)
+    return torch.cat([photos, grey]) if len(grey) else photos
+
+
+def _first(found: Found, count: int) -> Found:
+    """The gradients of the first photos, without those of the grey pictures behind."""
+    outers = [replace(outer, out=outer.out[:count], seen=outer.seen[:count]) for outer in found.outers]
+    return Found([part[:count] for part in found.each], outers)
+
+
+def _check_side_by_side(photos: Images, units: Tensor) -> None:
+    """Raises ValueError unless there is one unit for each photo, and a unit's photos stand side by side."""
     count = len(torch.unique(units))
     if units.shape != (len(photos),) or len(torch.unique_consecutive(units)) != count:
         raise ValueError(
             f"units must name one unit for each of {len(photos)} photos, a unit's photos side by side, "
             f"got {tuple(units.shape)} with {count} units"
         )
-    return count
 
 
 def gradients_of_each(
@@ -127,6 +148,37 @@ def gradients_of_each(
     rows = (photos.detach(),) if draws is None else (photos.detach(), draws)
     found = _layer_by_layer(module, loss, list(trained(module).values()), rows, False)
     return whole_network(module, loss, rows) if found is None else found.each
+
+
+def steady_microbatch(
+    module: nn.Module, loss: PerPhotoLoss, shape: Sequence[int], microbatch: int, *, draw: Draw | None = None
+) -> int:
+    """The microbatch, if each picture's gradient is the same to the last bit at every place in it; otherwise 1.
+
+    Looks at public random pictures, moved round by one place, and with others beside them.
+
+    Args:
+        module: The network, as it will be trained.
+        loss: One loss per photo.
+        shape: Of one photo, (3, s, s).
+        microbatch: How many pictures the steps will differentiate at once, >= 1.
+        draw: Gives the loss's own random draws, as the steps will.
+    """
+    chance = torch.Generator().manual_seed(0)
+    pictures, others = torch.rand(2, microbatch, *shape, generator=chance)
+    draws = None if draw is None else draw(microbatch)
+
+    def gradients(order: Tensor, shown: Tensor) -> list[Tensor]:
+        return gradients_of_each(module, loss, shown[order], draws=None if draws is None else draws[order])
+
+    still, round_once = torch.arange(microbatch), torch.arange(microbatch).roll(1)
+    first = gradients(still, pictures)
+    moved = gradients(round_once, pictures)
+    others[0] = pictures[0]
+    beside = gradients(still, others)
+    same = all(torch.equal(a[round_once], b) for a, b in zip(first, moved, strict=True))
+    alone = all(torch.equal(a[0], b[0]) for a, b in zip(first, beside, strict=True))
+    return microbatch if same and alone else 1
 
 
 def is_understood(

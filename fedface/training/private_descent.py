@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedface.models.adapters import trained_vector
 from fedface.privacy.plan import Terms
 from fedface.shapes import Images, Vector
-from fedface.training.per_photo import Draw, PerPhotoLoss, trained
+from fedface.training.per_photo import Draw, PerPhotoLoss, steady_microbatch, trained
 from fedface.training.private_steps import private_gradient
 from fedface.training.unit_sums import Chance
 
@@ -45,7 +45,7 @@ def descend_privately(
     units: Tensor | None = None,
     draw: Draw | None = None,
     scales: Sequence[Tensor] | None = None,
-    microbatch: int = 32,
+    microbatch: int = 16,
 ) -> None:
     """Change a network in place by the agreed number of private steps.
 
@@ -66,6 +66,7 @@ def descend_privately(
         microbatch: Photos whose gradients are in memory together.
     """
     schedule, mechanism = terms.schedule, terms.mechanism()
+    microbatch = steady_microbatch(network, loss, photos.shape[1:], microbatch, draw=draw)
     pace = [torch.zeros_like(weight) for weight in trained(network).values()]
     for _ in range(schedule.steps_per_round):
         gradients = private_gradient(

@@ -30,10 +30,11 @@ scales are public, fixed before a photo is seen: what is clipped, summed and noi
 same photo, of length `clip_norm` at most, and the price is the same. Scales from the photos themselves would be a
 release of their own.
 
-Known limit: a photo's gradient depends on how many photos are differentiated with it by 2e-7 to 3e-7 of its
-length, because kernels round differently for batches of different sizes. The bound holds up to this float32
-rounding of the gradient before clipping, which a hostile network (numbers that cancel, then scales that blow the rest
-up) could try to amplify; `microbatch=1` would end it, at the price of the speed that batches are there for.
+Microbatches always have the same number of pictures, grey ones filling up the last, and at least one is computed: how
+kernels round hangs on that number alone, so that a photo's gradient is the same to the last bit whoever else joined
+(`steady_microbatch` looks whether this machine's kernels keep that, and falls back to photos one by one). Otherwise a
+hostile network, whose numbers cancel and are then blown up, could turn roundings into gradients as long as the clip
+norm, and memory could tell how many joined.
 
 Source: Abadi et al. (2016), arXiv:1607.00133, Algorithm 1; Opacus, Yousefpour et al. (2021),
 arXiv:2109.12298.
@@ -63,7 +64,7 @@ from fedface.training.per_photo import (
     trained,
     whole_network,
 )
-from fedface.training.unit_sums import Chance, Clipping, clipped_sum, joined_photos, units_of
+from fedface.training.unit_sums import Chance, clipped_sum, joined_photos, units_of
 
 Network = Callable[..., Tensor]
 
@@ -130,7 +131,9 @@ def per_photo_gradients(
             return whole_network(module, loss, (photos,) if draws is None else (photos, draws))
         case OpacusLayers():
             if draws is not None:
-                raise PrivacyError("a loss with draws of its own needs the engine LayerByLayer or WholeNetwork, got OpacusLayers")
+                raise PrivacyError(
+                    "a loss with draws of its own needs the engine LayerByLayer or WholeNetwork, got OpacusLayers"
+                )
             return _by_opacus_layers(module, loss, photos)
         case _:
             assert_never(chosen)
@@ -173,8 +176,7 @@ def private_gradient(
     units: Tensor | None = None,
     draw: Draw | None = None,
     scales: Sequence[Tensor] | None = None,
-    microbatch: int = 32,
-    engine: Engine | None = None,
+    microbatch: int = 16,
 ) -> list[Tensor]:
     """One step of DP-SGD on a device's photos, priced as PoissonSampled(sampling_rate, mechanism.event()).
 
@@ -183,7 +185,7 @@ def private_gradient(
           photos are summed, and their sum is clipped.
         * Noise is added exactly once, also when no unit was drawn: an empty batch is still a step.
         * Nothing in the result but the drawn units' clipped gradients depends on how many there are.
-        * At most `microbatch` per-photo gradients are in memory at once, and as many sums of units.
+        * Exactly `microbatch` per-photo gradients are in memory at once, grey pictures filling up, and one unit's sum.
 
     Args:
         module: The network; neither its weights nor its `.grad` fields change.
@@ -200,7 +202,6 @@ def private_gradient(
         scales: Public factors of the gradient's numbers, one tensor (*weight.shape) per trained parameter; what
             comes back is scaled. None leaves gradients as they are.
         microbatch: How many photos are differentiated at once, >= 1.
-        engine: How per-photo gradients are computed; LayerByLayer() if None.
 
     Returns:
         One tensor per trained parameter, in the order of `module.parameters()`: the gradient to descend.
@@ -214,27 +215,16 @@ def private_gradient(
     release = _release(mechanism, chance)
     members = units_of(photos, units)
     drawn = joined_photos(members, _rate(sampling_rate), chance)
-    photos, members = photos[drawn], members[drawn]
-    if engine is None or isinstance(engine, LayerByLayer):
-        totals = clipped_unit_sum(
-            module,
-            loss,
-            photos,
-            clip_norm=mechanism.clip_norm,
-            units=members,
-            draw=draw,
-            scales=scales,
-            microbatch=microbatch,
-        )
-    else:
-        clipping = Clipping(list(trained(module).values()), mechanism.clip_norm, scales)
-        for start in range(0, len(photos), microbatch):
-            part = slice(start, start + microbatch)
-            draws = None if draw is None else draw(len(photos[part]))
-            gradients = per_photo_gradients(module, loss, photos[part], draws=draws, engine=engine)
-            clipping.add_units(gradients, members[part])
-        clipping.end_unit()
-        totals = clipping.totals
+    totals = clipped_unit_sum(
+        module,
+        loss,
+        photos[drawn],
+        clip_norm=mechanism.clip_norm,
+        units=None if units is None else members[drawn],
+        draw=draw,
+        scales=scales,
+        microbatch=microbatch,
+    )
     # One draw of noise for all weights: a fresh one for each would cost more than the clipping.
     noised = release(torch.cat([total.flatten() for total in totals])) / expected_batch
     return [

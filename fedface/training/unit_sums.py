@@ -25,6 +25,7 @@ from fedface.randomness import SecretNoise
 
 Chance = SecretNoise | torch.Generator  # secret for a promise, replayable only where nothing is promised
 
+LONGEST_HALF = 1e15  # of an outer product that is not multiplied out
 MOST_OF_A_UNIT = 16  # photos of one unit that a step looks at
 
 
@@ -143,11 +144,15 @@ class Clipping:
         """Clip every row and add it."""
         rows = self._scaled(found.each)
         square = _squares(rows)
+        fits = torch.ones(len(square), dtype=torch.bool)
         for outer in found.outers:
-            square = square + (_square(outer.out) * _square(outer.seen)) * outer.factor**2
+            out, seen = _length(outer.out), _length(outer.seen)
+            # A product of a tiny and a huge half is left out whole: rounding its scaled halves could make it longer.
+            fits &= (out <= LONGEST_HALF) & (seen <= LONGEST_HALF)
+            square = square + (out * seen * outer.factor).square()
         length = square.sqrt()
-        usable = torch.isfinite(length)
-        scale = torch.where(usable, (self._clip_norm / length).clamp(max=1.0), 0.0)
+        usable = torch.isfinite(length) & fits
+        scale = torch.where(usable, (self._clip_norm / length).clamp(max=1.0), 0.0).to(self.totals[0].dtype)
         outers = [(outer, outer.out, outer.seen) for outer in found.outers]
         if not bool(usable.all()):
             # Nothing times infinity is not nothing: rows without a length are left out, not multiplied by zero.
@@ -162,12 +167,15 @@ class Clipping:
     def add_units(self, each: list[Tensor], units: Tensor) -> None:
         """Sum rows unit by unit; every unit but the last is complete."""
         names, where = torch.unique_consecutive(units, return_inverse=True)
-        sums = [row.new_zeros(len(names), *row.shape[1:]).index_add_(0, where, row) for row in each]
+        sums = [row.new_zeros(len(names), *row.shape[1:]) for row in each]
         if self._unit is not None and self._unit == int(names[0]):
             for total, begun in zip(sums, self._begun, strict=True):
-                total[0] += begun
+                total[0] = begun
         else:
             self.end_unit()
+        # Photo after photo, wherever microbatches cut: gradients that cancel must not round by who else is there.
+        for total, row in zip(sums, each, strict=True):
+            total.index_add_(0, where, row)
         self.add(Found([total[:-1] for total in sums], []))
         self._unit, self._begun = int(names[-1]), [total[-1].clone() for total in sums]
 
@@ -184,9 +192,15 @@ class Clipping:
 
 
 def _square(rows: Tensor) -> Tensor:
-    """The squared length of each row, (n, ...) -> (n,)."""
+    """The squared length of each row, (n, ...) -> (n,) float64."""
     length: Tensor = torch.linalg.vector_norm(_flat(rows), dim=1)
-    return length.square()
+    return length.double().square()
+
+
+def _length(rows: Tensor) -> Tensor:
+    """The length of each row in float64, (n, ...) -> (n,): in float32 the squares of a tiny half vanish."""
+    length: Tensor = torch.linalg.vector_norm(_flat(rows).double(), dim=1)
+    return length
 
 
 def _flat(rows: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ def train_upsampler_round(
         momentum=config.momentum,
         chance=chance,
         units=units,
-        microbatch=max(1, min(32, _AT_ONCE // numbers)),
+        microbatch=max(1, min(16, _AT_ONCE // numbers)),
     )
     return trained_vector(network) - before
 

@@ -178,8 +178,8 @@ class Round:
             streams: The device's own replayable streams, for made pictures and times.
             units: Which unit each photo belongs to, int64 (n,), numbered from 0 without gaps; None: each its own.
         """
-        if self.terms.unit == "library":
-            units = None  # the whole update is one vector; the steps that lead to it promise nothing
+        if self.terms.unit != "occasion":
+            units = None  # each photo by itself; per library the whole update is one vector, whatever the steps are
         match self.training, self.model:
             case GanTrainingConfig() as config, Gan() as gan:
                 return train_round(

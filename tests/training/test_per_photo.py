@@ -30,6 +30,7 @@ from fedface.training.per_photo import (
     clipped_unit_sum,
     gradients_of_each,
     is_understood,
+    steady_microbatch,
     trained,
 )
 from fedface.training.upsampler import lesson_of, mark_upsampler
@@ -59,7 +60,8 @@ class Case:
         if self.draws is None:
             return None
         left = iter(self.draws)
-        return lambda count: torch.stack([next(left) for _ in range(count)])
+        # Beyond the photos stand grey pictures, whose draws count for nothing.
+        return lambda count: torch.stack([next(left, torch.zeros_like(self.draws[0])) for _ in range(count)])
 
 
 def moved(module: nn.Module, name: str) -> nn.Module:
@@ -215,7 +217,7 @@ def test_nothing_is_left_behind(name: str) -> None:
     """No `.grad`, no changed weight, and no photos give zeros of the weights' shapes."""
     case = CASES[name]().at(torch.float64)
     before = [weight.detach().clone() for weight in case.module.parameters()]
-    none = clipped_unit_sum(case.module, case.loss, case.photos[:0], clip_norm=1.0)
+    none = clipped_unit_sum(case.module, case.loss, case.photos[:0], clip_norm=1.0, draw=case.draw())
     clipped_unit_sum(case.module, case.loss, case.photos, clip_norm=1.0, draw=case.draw())
     assert all(torch.equal(a, b) for a, b in zip(before, case.module.parameters(), strict=True))
     assert all(weight.grad is None for weight in case.module.parameters())
@@ -365,3 +367,101 @@ def test_one_photo_more_moves_the_sum_by_at_most_the_clip_norm() -> None:
 def test_the_photos_of_a_unit_must_stand_side_by_side(units: list[int]) -> None:
     with pytest.raises(ValueError, match="units"):
         clipped_unit_sum(Small(), score, pictures(8, 3), clip_norm=1.0, units=torch.tensor(units))
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_a_photos_gradient_is_the_same_to_the_last_bit_whoever_else_joined(name: str) -> None:
+    """At every place of a filled microbatch, next to others or to grey pictures; so no microbatch is given up."""
+    case = CASES[name]().at(torch.float32)
+    shape = None if case.draws is None else case.draws.shape[1:]
+    chance = STREAMS.generator("draws of places")
+
+    def draw(count: int) -> Tensor:
+        assert shape is not None
+        return torch.rand(count, *shape, generator=chance)
+
+    asked = {} if shape is None else {"draw": draw}
+    assert steady_microbatch(case.module, case.loss, case.photos.shape[1:], 16, **asked) == 16
+
+
+class Amplifier(nn.Module):
+    """A hostile critic: roundings of a product that cancels, blown up into gradients as long as you like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        chance = STREAMS.generator("hostile")
+        self.first = nn.Linear(48, 64)
+        self.last = nn.Linear(64, 1)
+        with torch.no_grad():
+            self.first.weight.copy_(torch.randn(64, 48, generator=chance))
+            self.last.weight.copy_(torch.randn(1, 64, generator=chance) * 1e9)
+
+    def forward(self, photos: Tensor) -> Tensor:
+        seen = self.first(photos.flatten(1))
+        logit = self.last(seen)
+        return (logit - logit.detach().round(decimals=-4)).squeeze(1)
+
+
+def test_one_photo_more_changes_no_bit_of_what_the_others_add() -> None:
+    """Also for a network that blows roundings up: all sums of 1 to 20 photos are sums of the same vectors."""
+    module = Amplifier()
+    photos = torch.rand(20, 3, 4, 4, generator=STREAMS.generator("known"))
+
+    def loss(network: Callable[..., Tensor], shown: Tensor) -> Tensor:
+        return functional.softplus(-network(shown))
+
+    def flat(count: int) -> Tensor:
+        parts = clipped_unit_sum(module, loss, photos[:count], clip_norm=1.0, microbatch=8)
+        return torch.cat([part.flatten() for part in parts])
+
+    sums = [flat(count) for count in range(21)]
+    for before, after in zip(sums[:-1], sums[1:], strict=True):
+        assert float((after - before).norm()) <= 1.0 + 1e-4
+
+
+def test_a_tiny_half_beside_a_huge_one_is_no_way_round_the_clip() -> None:
+    """|out| = 1e-23 and |seen| = 1e19: the square of the first vanishes in float32, the product is 1e-4."""
+
+    class Lopsided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4, bias=False)
+
+        def forward(self, photos: Tensor) -> Tensor:
+            return (self.layer(photos.flatten(1)[:, :4] * 1e19) * 1e-23).sum(1)
+
+    for clip_norm in (1e-6, 1e-3, 1.0):
+        sums = clipped_unit_sum(
+            Lopsided(), lambda network, shown: network(shown), torch.ones(20, 3, 2, 2), clip_norm=clip_norm
+        )
+        assert float(sums[0].norm()) <= 20 * clip_norm * (1 + 1e-5)
+
+
+def test_a_units_sum_does_not_round_by_where_microbatches_cut() -> None:
+    """Photos of one unit that cancel: the same to the last bit wherever another unit pushes them."""
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(48))
+
+        def forward(self, photos: Tensor) -> Tensor:
+            return photos.flatten(1) @ self.weight
+
+    big = torch.rand(3, 3, 4, 4, generator=STREAMS.generator("big")) * 1e8
+    unit = torch.cat([big, -big.flip(0), torch.rand(2, 3, 4, 4, generator=STREAMS.generator("small"))])
+    found = []
+    for before in range(8):
+        photos = torch.cat([torch.zeros(before, 3, 4, 4), unit])
+        units = torch.cat([torch.arange(before), torch.full((len(unit),), before)])
+        found.append(
+            clipped_unit_sum(
+                Plain(),
+                lambda network, shown: network(shown),
+                photos,
+                clip_norm=1e6,
+                units=units,
+                microbatch=3,
+            )[0]
+        )
+    assert all(torch.equal(found[0], other) for other in found)

@@ -327,14 +327,14 @@ def test_clipping_comes_after_the_mean_over_draws() -> None:
     clip_norm = length(twin) / 3
     ours = private_gradient(
         module, photos, shifted_loss, mechanism=ClippedSum(clip_norm=clip_norm), expected_batch=1,
-        sampling_rate=1.0, chance=STREAMS.generator("coins"), draw=lambda n: draws[:n],
+        sampling_rate=1.0, chance=STREAMS.generator("coins"), draw=lambda n: draws[:n], microbatch=1,
     )  # fmt: skip
     assert length(ours) == approx(clip_norm, rel=1e-4)
     assert all(torch.allclose(a, b / 3, rtol=1e-3, atol=1e-7) for a, b in zip(ours, twin, strict=True))
 
 
-def test_every_microbatch_gets_as_many_rows_of_draws_as_it_has_photos() -> None:
-    """Seven photos in threes ask for 3, 3 and 1; no photos ask for none, and are still a step."""
+def test_every_microbatch_gets_as_many_rows_of_draws_as_it_has_pictures() -> None:
+    """Seven photos in threes ask for 3, 3 and 3, since grey ones fill up; no photos ask for one microbatch."""
     asked: list[int] = []
 
     def draw(photos: int) -> Tensor:
@@ -347,7 +347,7 @@ def test_every_microbatch_gets_as_many_rows_of_draws_as_it_has_photos() -> None:
             expected_batch=4, sampling_rate=1.0, chance=SecretNoise(), draw=draw, microbatch=3,
         )  # fmt: skip
         assert all(float(part.abs().max()) > 0 for part in gradient)
-    assert asked == [3, 3, 1]
+    assert asked == [3, 3, 3, 3]
 
 
 def test_the_check_passes_a_loss_with_draws_and_refuses_a_network_that_mixes_photos() -> None:
