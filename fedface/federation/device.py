@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ import torch
 from fedface.aggregation.encrypted import EncryptedKeys, make_device
 from fedface.aggregation.protocol import AggregationConfig, Agreement, EncryptedConfig, Payload, PlainConfig
 from fedface.config import kind_of, plain
-from fedface.errors import FederationError, PolicyRefusal, PrivacyError, WeightsError
+from fedface.errors import FederationError, LedgerError, PolicyRefusal, PrivacyError, WeightsError
 from fedface.federation.figures import check_question, figure_ranges, figures_of
 from fedface.federation.task import (
     EvaluateTask,
@@ -32,11 +33,13 @@ from fedface.federation.task import (
     Task,
     Trained,
     TrainTask,
+    protection_of,
     vector_bytes,
 )
 from fedface.models.family import Model, Shape
 from fedface.models.weights import filled, weights_hash
 from fedface.photos.own import OwnFaces
+from fedface.privacy.conditions import NotNow
 from fedface.privacy.journal import Journal, What
 from fedface.privacy.ledger import Entry, Ledger
 from fedface.privacy.plan import Terms
@@ -44,6 +47,8 @@ from fedface.privacy.policy import EVALUATION, DevicePolicy
 from fedface.randomness import Streams
 from fedface.shapes import Vector
 from fedface.training.ways import begin_round, chance_for, common_streams, objective_of
+
+log = logging.getLogger("fedface.device")
 
 FAILED = b"failed"  # kept in place of a payload for a round that broke
 
@@ -94,6 +99,7 @@ def serve(task: Task, device: Device) -> Reply:
             answered for other weights or terms. Nothing is sent.
     """
     journal = device.journal()
+    _check_books(journal, device.ledger())
     if journal.has_withdrawn(task.run):
         return _noted(_left(device), task, device, journal, entry=None)
     reply: Reply
@@ -107,6 +113,8 @@ def serve(task: Task, device: Device) -> Reply:
             case RevealTask():
                 reply = _reveal(task, device)
     except PolicyRefusal as refusal:
+        if isinstance(refusal, NotNow):
+            log.warning("%s", refusal.private)  # what the owner may know, and the server need not
         reply = Refusal(device=device.name, reason=str(refusal))
     try:
         return _noted(reply, task, device, journal, entry)
@@ -114,6 +122,16 @@ def serve(task: Task, device: Device) -> Reply:
         if not isinstance(task, RevealTask):
             device.ledger().forget_replies(task.book)
         return _noted(_left(device), task, device, journal, entry=None)
+
+
+def _check_books(journal: Journal, ledger: Ledger) -> None:
+    """Raises LedgerError if the journal knows bookings that the ledger lacks: then the ledger was put back."""
+    known = len(ledger.entries())
+    if any(line.entry is not None and line.entry > known for line in journal.sent()):
+        raise LedgerError(
+            "the journal names bookings that the ledger does not have: the ledger was put back; restore the "
+            "newest copy of both, or treat these photos as spent"
+        )
 
 
 def _left(device: Device) -> Refusal:
@@ -149,33 +167,15 @@ def _noted(reply: Reply, task: Task, device: Device, journal: Journal, entry: En
     return reply
 
 
-def protection_of(task: Task) -> str:
-    """How what leaves is protected, in words for the owner."""
-    match task:
-        case TrainTask(agreed=agreed):
-            terms, aggregation = agreed.terms, agreed.aggregation
-        case EvaluateTask(question=question):
-            terms, aggregation = question.terms, question.aggregation
-        case RevealTask():
-            return ""
-    if not terms.promises:
-        noise = "NO noise"
-    elif terms.noise_at == "server":
-        noise = (
-            f"cut to a bounded length; the server adds the noise (multiplier {terms.noise_multiplier:.3g})"
-        )
-    else:
-        noise = f"noise added here (multiplier {terms.noise_multiplier:.3g}), a promise per {terms.unit}"
-    hidden = isinstance(aggregation, EncryptedConfig)
-    return f"{noise}; " + (
-        "encrypted, only the sum over devices is opened" if hidden else "not encrypted: the server sees it"
-    )
-
-
 def _train(task: TrainTask, device: Device) -> tuple[Reply, Entry | None]:
     agreed = task.agreed
     if agreed.training.schedule() != agreed.terms.schedule:
         raise PrivacyError("the task's training schedule and its privacy terms differ; nothing was computed")
+    if agreed.terms.unit == "library" and not isinstance(agreed.aggregation, PlainConfig):
+        raise PrivacyError(
+            "a promise per library goes with plain sums: rounding to a grid makes a cut update longer, and nobody "
+            "could add noise to a sum that the server cannot read; nothing was computed"
+        )
     work = _Work(
         task=task,
         device=device,
@@ -194,8 +194,8 @@ def _train(task: TrainTask, device: Device) -> tuple[Reply, Entry | None]:
     begun = begin_round(model, agreed.training, agreed.terms, common_streams(task.seed, task.round))
     streams = Streams(task.seed).child(f"{device.name}/{task.round}")
 
-    def compute() -> Vector:
-        mine, _ = device.photos(model.size).split(agreed.held_out, agreed.terms.unit)
+    def compute(own: OwnFaces) -> Vector:
+        mine, _ = own.split(agreed.held_out, agreed.terms.unit)
         if agreed.terms.unit == "library" and len(mine) == 0:
             # The neighbour of a library is an empty one, and what an empty one adds to the sum is nothing.
             return torch.zeros_like(begun.ranges())
@@ -207,7 +207,7 @@ def _train(task: TrainTask, device: Device) -> tuple[Reply, Entry | None]:
         )
         return _cut(update / begun.ranges(), agreed.terms)
 
-    payload, seconds, entry = work.release(compute)
+    payload, seconds, entry = work.release(compute, model.size)
     return Trained(device=device.name, payload=payload, seconds_protect=seconds), entry
 
 
@@ -237,14 +237,12 @@ def _evaluate(task: EvaluateTask, device: Device) -> tuple[Reply, Entry | None]:
     check_question(asked, model)
     ranges = figure_ranges(asked)
 
-    def compute() -> Vector:
-        mine = device.photos(model.size)
-        if asked.held_out > 0:
-            _, mine = mine.split(asked.held_out, asked.terms.unit)
+    def compute(own: OwnFaces) -> Vector:
+        mine = own.split(asked.held_out, asked.terms.unit)[1] if asked.held_out > 0 else own
         chance = chance_for(asked.terms, Streams(task.seed).child(f"{device.name}/figures/{task.round}"))
         return figures_of(model, mine, asked, seed=task.seed, chance=chance) / ranges
 
-    payload, seconds, entry = work.release(compute)
+    payload, seconds, entry = work.release(compute, model.size)
     return Scored(device=device.name, payload=payload, seconds_protect=seconds), entry
 
 
@@ -276,6 +274,8 @@ class _Work:
             LedgerError: The kept bytes answer another release: a new run under an old name.
         """
         task, device, ledger = self.task, self.device, self.device.ledger()
+        # What the owner allows today holds for kept answers too, but for the price, which was paid.
+        device.policy.agree(self.terms, task.cohort, self.aggregation.kind, self.objective)
         kept = ledger.stored_reply(task.book, task.round)
         if kept is not None:
             # Books nothing, and fails if the kept bytes answer another release.
@@ -298,11 +298,15 @@ class _Work:
         )
         return None
 
-    def release(self, compute: Callable[[], Vector]) -> tuple[bytes, float, Entry]:
+    def release(self, compute: Callable[[OwnFaces], Vector], size: int) -> tuple[bytes, float, Entry]:
         """Book, compute and keep: the payload, the seconds that protecting it took, and what paid for it.
 
+        Whatever goes wrong once photos are opened, the answer is that of a device without photos: noise alone. An
+        error, its kind or a missing answer could hang on what a photo shows, and nobody would have paid for that.
+
         Args:
-            compute: Reads photos and gives the vector (d,) that is summed, in public ranges.
+            compute: Own faces -> the vector (d,) that is summed, in public ranges.
+            size: Side of the faces in pixels.
         """
         task, device, ledger = self.task, self.device, self.device.ledger()
         sums = make_device(self.aggregation, self.agreement, _key(self.aggregation, device))
@@ -310,13 +314,18 @@ class _Work:
         entry = device.policy.book(
             self.terms, ledger, run=task.book, round=task.round, marks=self._all_marks()
         )
+        ledger.begin(task.book, task.round, attempt=entry.attempt)
         try:
-            vector = compute()
+            try:
+                vector = compute(device.photos(size))
+            except Exception:
+                log.exception("something went wrong with the photos; this round is answered with noise alone")
+                vector = compute(OwnFaces.strangers(torch.zeros(0, 3, size, size)))
             started = time.perf_counter()
             payload = sums.protect(vector, task.round).to_bytes()
             seconds = time.perf_counter() - started
         except Exception:
-            # The one broad net: that it failed may tell something of the photos, so it is never tried again.
+            # Without photos it went wrong as well, so that this says nothing of them; it is not tried again.
             ledger.store_reply(task.book, task.round, FAILED, attempt=entry.attempt)
             raise
         ledger.store_reply(task.book, task.round, payload, attempt=entry.attempt)
@@ -347,6 +356,7 @@ def _recipe(*parts: object) -> str:
 
 
 def _reveal(task: RevealTask, device: Device) -> Reply:
+    device.policy.may_open(task.aggregation.kind)
     if not device.ledger().already(task.book, task.round):
         return Refusal(
             device=device.name,

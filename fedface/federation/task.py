@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from fedface.aggregation.protocol import AggregationConfig, Agreement
+from fedface.aggregation.protocol import AggregationConfig, Agreement, EncryptedConfig
 from fedface.audits.private_figures import FiguresConfig
 from fedface.config import plain
 from fedface.models.family import Shape
@@ -237,6 +237,29 @@ class Fault:
     """No usable reply from a device, and why: it is dropped for the round and named."""
 
     reason: str
+
+
+def protection_of(task: Task) -> str:
+    """How what leaves is protected, in words for the owner."""
+    match task:
+        case TrainTask(agreed=agreed):
+            terms, aggregation = agreed.terms, agreed.aggregation
+        case EvaluateTask(question=question):
+            terms, aggregation = question.terms, question.aggregation
+        case RevealTask():
+            return ""
+    if not terms.promises:
+        noise = "NO noise"
+    elif terms.noise_at == "server":
+        noise = (
+            f"cut to a bounded length; the server adds the noise (multiplier {terms.noise_multiplier:.3g})"
+        )
+    else:
+        noise = f"noise added here (multiplier {terms.noise_multiplier:.3g}), a promise per {terms.unit}"
+    hidden = isinstance(aggregation, EncryptedConfig)
+    return f"{noise}; " + (
+        "encrypted, only the sum over devices is opened" if hidden else "not encrypted: the server sees it"
+    )
 
 
 def vector_bytes(vector: Vector) -> bytes:

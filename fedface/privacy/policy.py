@@ -138,13 +138,41 @@ class DevicePolicy:
             PolicyRefusal: With what was asked, what is spent and what is allowed.
             LedgerError: The ledger cannot be trusted, so nothing can be admitted.
         """
-        terms, here = _terms(plan), surroundings or ThisMachine()
-        self._admit_today(here)
-        self._admit_purpose(cohort_size, protocol, objective)
-        self._admit_promise(terms)
-        self.conditions.check(here)
+        self.agree(plan, cohort_size, protocol, objective, surroundings=surroundings)
+        terms = _terms(plan)
         if terms.promises:
             self._admit_price(terms, ledger, run, round)
+
+    def agree(
+        self,
+        plan: Plan | Terms,
+        cohort_size: int,
+        protocol: str,
+        objective: str,
+        *,
+        surroundings: Surroundings | None = None,
+    ) -> None:
+        """All that `admit` looks at but the price: what holds for an answer that was paid for and kept as well.
+
+        Raises:
+            PolicyRefusal: As for `admit`.
+        """
+        here = surroundings or ThisMachine()
+        self._admit_today(here)
+        self._admit_purpose(cohort_size, protocol, objective)
+        self._admit_promise(_terms(plan))
+        self.conditions.check(here)
+
+    def may_open(self, protocol: str, *, surroundings: Surroundings | None = None) -> None:
+        """Return if this device may open a sum that it has a part in: what it does for others, not with photos.
+
+        Raises:
+            PolicyRefusal: The last day is over, sums of this kind are not allowed, or the conditions do not hold.
+        """
+        here = surroundings or ThisMachine()
+        self._admit_today(here)
+        self._admit_protocol(protocol)
+        self.conditions.check(here)
 
     def _admit_today(self, surroundings: Surroundings) -> None:
         if self.expires is not None and surroundings.now().date() > last_day(self.expires):
@@ -159,15 +187,18 @@ class DevicePolicy:
                 f'this run asks to train "{objective}"; this device allows '
                 f"{', '.join(self.objectives) or 'nothing'}"
             )
-        if protocol not in self.protocols:
-            raise PolicyRefusal(
-                f'this run asks to send updates "{protocol}"; this device allows '
-                f"{', '.join(self.protocols) or 'nothing'}"
-            )
+        self._admit_protocol(protocol)
         if cohort_size < self.smallest_cohort:
             raise PolicyRefusal(
                 f"this run sums {cohort_size} devices; this device takes part only among "
                 f"{self.smallest_cohort} or more"
+            )
+
+    def _admit_protocol(self, protocol: str) -> None:
+        if protocol not in self.protocols:
+            raise PolicyRefusal(
+                f'this run asks to send updates "{protocol}"; this device allows '
+                f"{', '.join(self.protocols) or 'nothing'}"
             )
 
     def _admit_promise(self, terms: Terms) -> None:

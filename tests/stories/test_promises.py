@@ -268,16 +268,17 @@ def test_the_power_goes_at_any_moment_and_nothing_that_left_is_unbooked(tmp_path
     tests = Path(__file__).resolve().parents[1]
     recipe, devices = tmp_path / "recipe", tmp_path / "devices"
     left: dict[str, str] = {}
-    for delay in (0.35, 0.8, 1.3):
+    for answers, delay in ((1, 0.05), (2, 0.3), (1, 0.15)):
         worker = subprocess.Popen(
             [sys.executable, "-c", ANSWERS, str(tests), str(recipe), str(devices)],
             stdout=subprocess.PIPE,
             text=True,
         )
         assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
+        said = [worker.stdout.readline() for _ in range(answers)]
         time.sleep(delay)
         worker.send_signal(signal.SIGKILL)
-        said = worker.stdout.read().splitlines()
+        said += worker.stdout.read().splitlines()
         worker.wait()
         for line in said:
             if len(words := line.split()) == 2 and len(words[1]) == 64:
