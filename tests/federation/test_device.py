@@ -22,7 +22,8 @@ from fedface.models.stylegan2 import GeneratorConfig
 from fedface.models.weights import buffers_of, vector_of, weights_hash
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Ledger
-from fedface.shapes import Images
+from fedface.shapes import Images, Vector
+from fedface.training.ways import Round
 
 
 class Disturbed(Exception):
@@ -140,14 +141,84 @@ def test_a_round_that_broke_while_it_was_computed_is_closed(
     assert booked(device) == [("tiny", 1, 1)]
 
 
-def test_a_round_whose_photos_could_not_be_read_is_closed(device: Device, task: TrainTask) -> None:
-    """Whether they can be read may hang on what they show: not tried again either, and the next round is open."""
-    with pytest.raises(Disturbed):
-        serve(task, replace(device, photos=unreadable))
-    again = serve(task, device)
-    assert isinstance(again, Refusal) and "closed" in again.reason
+def test_a_round_whose_photos_could_not_be_read_is_answered_with_noise_alone(
+    device: Device, task: TrainTask
+) -> None:
+    """Whether they can be read may hang on what they show: the server learns nothing of it, and the round is paid."""
+    reply = serve(task, replace(device, photos=unreadable))
+    assert isinstance(reply, Trained)
+    assert serve(task, device) == replace(reply, seconds_protect=0.0)
     assert booked(device) == [("tiny", 1, 1)]
     assert isinstance(serve(replace(task, round=2), device), Trained)
+
+
+def test_a_computation_that_fails_on_one_photo_alone_looks_like_any_other(
+    device: Device, task: TrainTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hostile network that breaks on somebody's face asks a question; the answer is noise, and paid for."""
+    real = Round.update
+
+    def breaks(self: Round, photos: Images, **more: object) -> Vector:
+        if len(photos):
+            raise Disturbed
+        return real(self, photos, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Round, "update", breaks)
+    reply = serve(task, device)
+    assert isinstance(reply, Trained)
+    assert Payload.from_bytes(reply.payload).length == len(task.weights)
+    assert booked(device) == [("tiny", 1, 1)]
+
+
+def test_three_killed_computations_are_free_and_a_fourth_is_paid_for(device: Device, task: TrainTask) -> None:
+    """Power goes, so crashes are free; but a network that kills a device by what it sees must not ask for nothing."""
+    rich = replace(device, policy=replace(device.policy, max_epsilon=100.0))
+    for _ in range(4):
+        with pytest.raises(Killed):
+            serve(task, replace(rich, photos=switched_off))
+    assert booked(device) == [("tiny", 1, 1), ("tiny", 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("stricter", "words"),
+    [
+        ({"protocols": ("encrypted",)}, "send updates"),
+        ({"objectives": ()}, "to train"),
+        ({"smallest_cohort": 5}, "only among 5"),
+        ({"expires": "2020-01-01"}, "ended"),
+    ],
+)
+def test_a_stricter_policy_holds_for_kept_answers_too(
+    device: Device, task: TrainTask, stricter: dict[str, object], words: str
+) -> None:
+    """Bytes that were computed under yesterday's policy are not sent against today's."""
+    serve(task, device)
+    reply = serve(task, replace(device, policy=replace(device.policy, **stricter)))  # type: ignore[arg-type]
+    assert isinstance(reply, Refusal) and words in reply.reason
+
+
+def test_sums_are_opened_only_while_the_policy_holds(device: Device, task: TrainTask) -> None:
+    """From the day after the last one everything is refused."""
+    serve(task, device)
+    ended = replace(device, policy=replace(device.policy, expires="2020-01-01"))
+    asked = RevealTask(
+        run="tiny", round=1, aggregation=task.agreed.aggregation, agreement=task.agreed.agreement, total=b""
+    )
+    reply = serve(asked, ended)
+    assert isinstance(reply, Refusal) and "ended" in reply.reason
+
+
+def test_a_ledger_put_back_without_its_journal_is_noticed(
+    device: Device, task: TrainTask, tmp_path: Path
+) -> None:
+    """File and head together look whole; the journal remembers what they forgot."""
+    serve(task, device)
+    kept = [(path, path.read_bytes()) for path in sorted(device.state.glob("ledger.sqlite*"))]
+    serve(replace(task, round=2), device)
+    for path, content in kept:
+        path.write_bytes(content)
+    with pytest.raises(LedgerError, match="journal names bookings"):
+        serve(replace(task, round=3), replace(device, photos=unreadable))
 
 
 def test_weights_under_a_false_name_are_found_out_before_the_booking(device: Device, task: TrainTask) -> None:
@@ -241,7 +312,7 @@ def test_forged_terms_are_not_computed(device: Device, task: TrainTask, change: 
     forged = replace(task, agreed=replace(task.agreed, training=training))
     with pytest.raises(PrivacyError, match="differ"):
         serve(forged, replace(device, photos=unreadable))
-    assert not device.ledger_path.exists()
+    assert booked(device) == []
 
 
 def test_a_tiny_noise_is_priced_as_what_it_is(device: Device, task: TrainTask) -> None:
