@@ -6,32 +6,50 @@ of bounded length. A unit's photos are averaged, units are summed and noised (Ga
 units: Balle and Wang 2018, arXiv:1805.06530, Theorem 8, and the sampled form that the ledger prices).
 
 Every photo is answered by itself, with the same public start of a search: in a batch, kernels round differently for
-batches of different sizes, and drawn starts would shift by one photo more.
+batches of different sizes, and drawn starts would shift by one photo more. A photo on which a network breaks adds
+nothing, and each takes the same steps: neither an error nor a time is an answer that nobody paid for.
 """
 
 from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedface.audits.private_figures import figure_vectors, measure_photos, ranges, shared_by_unit
+from fedface.audits.private_figures import (
+    FiguresConfig,
+    figure_vectors,
+    measure_photos,
+    ranges,
+    shared_by_unit,
+)
 from fedface.errors import ConfigError
 from fedface.federation.task import Question
 from fedface.models.family import Model
-from fedface.photos.detectors import EmbeddedDetector
-from fedface.photos.faces import Detector
+from fedface.photos.detectors import NetworkDetector
 from fedface.photos.own import OwnFaces
 from fedface.randomness import Streams
 from fedface.shapes import Images, Vector
 from fedface.training.private_steps import private_sum_of
 from fedface.training.unit_sums import Chance
-from fedface.upsampling.contracts import Upsampler
-from fedface.upsampling.methods import EncodeThenPulseConfig, check_method, evaluations_of, make_upsampler
+from fedface.upsampling.methods import (
+    EncodeThenPulseConfig,
+    Method,
+    check_method,
+    evaluations_of,
+    make_upsampler,
+    side_by_side,
+)
 from fedface.upsampling.pulse import PulseConfig
 
-MOST_EVALUATIONS = 5_000  # of a network for one face
+log = logging.getLogger("fedface.device")
+
+MOST_EVALUATIONS = 2_000  # of a network for one face
 MOST_SAMPLES = 1_000_000  # latents that the distribution of styles is read from
 DETECTION_SIDE = 96  # pixels at which a detector looks at a made face: smaller ones are enlarged
 
@@ -70,6 +88,13 @@ def check_question(question: Question, model: Model) -> None:
         case _:
             pass
     check_method(question.method, model, question.downscale, size=model.size)
+    # Once on a grey picture: what fails there fails before anything is booked, and says nothing of a photo.
+    try:
+        _answerer(model, question, seed=0)(torch.full((1, 3, model.size, model.size), 0.5))
+    except (RuntimeError, ValueError, MemoryError) as error:
+        raise ConfigError(
+            f"this question cannot be answered, not even about a grey picture: {error}"
+        ) from error
 
 
 def figure_ranges(question: Question) -> Vector:
@@ -91,16 +116,11 @@ def figures_of(model: Model, mine: OwnFaces, question: Question, *, seed: int, c
         ConfigError: The method does not go with the model.
     """
     terms, config = question.terms, question.figures
-    upsampler = make_upsampler(
-        question.method, model, question.downscale, Streams(seed).child("figures"), size=model.size
-    )
-    detector = EmbeddedDetector()
+    answer = _answerer(model, question, seed)
     units = mine.units(terms.unit)
 
     def rows(positions: Tensor) -> Tensor:
-        parts = [
-            _vector(mine.images[i : i + 1].clone(), upsampler, detector, question) for i in positions.tolist()
-        ]
+        parts = [_answered(answer, mine.images[i : i + 1].clone(), config) for i in positions.tolist()]
         return shared_by_unit(torch.cat(parts), units[positions])
 
     return private_sum_of(
@@ -113,14 +133,45 @@ def figures_of(model: Model, mine: OwnFaces, question: Question, *, seed: int, c
     )
 
 
-def _vector(photo: Images, upsampler: Upsampler, detector: Detector, question: Question) -> Tensor:
-    """One photo's vector, (1, d)."""
-    low = question.downscale.apply(photo).clamp(0.0, 1.0)
-    found = upsampler.upsample(low, faces_per_photo=1)
-    made = found.images[:, 0]
-    seen = torch.tensor([bool(detector.find(_as_picture(made[0])))])
-    measured = measure_photos(photo, made, found.misfit[:, 0], seen, question.figures)
-    return figure_vectors(measured, question.figures, clip_norm=question.terms.schedule.clip_norm)
+Answerer = Callable[[Images], Tensor]  # one photo (1, 3, s, s) -> its vector (1, d)
+
+
+def _answerer(model: Model, question: Question, seed: int) -> Answerer:
+    """What turns a photo into its vector; how long it takes is decided by the question, not by the photo."""
+    method = _to_the_end(side_by_side(question.method, 1))
+    streams = Streams(seed).child("figures")
+    upsampler = make_upsampler(method, model, question.downscale, streams, size=model.size)
+    detector = NetworkDetector()
+
+    def answer(photo: Images) -> Tensor:
+        low = question.downscale.apply(photo).clamp(0.0, 1.0)
+        found = upsampler.upsample(low, faces_per_photo=1)
+        made = found.images[:, 0]
+        seen = torch.tensor([bool(detector.find(_as_picture(made[0])))])
+        measured = measure_photos(photo, made, found.misfit[:, 0], seen, question.figures)
+        return figure_vectors(measured, question.figures, clip_norm=question.terms.schedule.clip_norm)
+
+    return answer
+
+
+def _answered(answer: Answerer, photo: Images, config: FiguresConfig) -> Tensor:
+    """One photo's vector, (1, d); zeros where a network broke on it, since an error would be an answer of its own."""
+    try:
+        return answer(photo)
+    except Exception:
+        log.exception("a photo could not be scored; it adds nothing")
+        return torch.zeros(1, config.width)
+
+
+def _to_the_end(method: Method) -> Method:
+    """A search that takes all its steps: when a face fits hangs on the photo, and the server sees the time."""
+    match method:
+        case PulseConfig():
+            return replace(method, until="end")
+        case EncodeThenPulseConfig(pulse=pulse):
+            return replace(method, pulse=replace(pulse, until="end"))
+        case _:
+            return method
 
 
 def _as_picture(face: Tensor) -> np.ndarray:

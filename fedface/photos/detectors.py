@@ -78,6 +78,33 @@ class HogDetector:
         return usable([face.scaled(factor) for face in faces])
 
 
+class NetworkDetector:
+    """dlib's network (MMOD) alone, at a picture of at most MMOD_SIDE pixels; one of at most half that is enlarged.
+
+    How long it takes hangs on the picture's size alone, not on what is seen: for figures that leave a device.
+    """
+
+    def __init__(self) -> None:
+        self._landmarks = _Landmarks()
+
+    @property
+    def name(self) -> str:
+        return f"mmod {MMOD_SIDE} px"
+
+    @cached_property
+    def _network(self) -> dlib.cnn_face_detection_model_v1:
+        return dlib.cnn_face_detection_model_v1(str(_model_file("mmod_human_face_detector.dat")))
+
+    def find(self, pixels: np.ndarray) -> list[Face]:
+        """All faces that the network finds, largest first."""
+        small = np.ascontiguousarray(_at_least(shrink(pixels, MMOD_SIDE), MMOD_LEAST))
+        doublings = 1 if max(small.shape[:2]) * 2 <= MMOD_SIDE + 32 else 0
+        found = self._network(small, doublings)
+        faces = [self._landmarks.face(small, hit.rect, hit.confidence) for hit in found]
+        factor = max(pixels.shape[:2]) / min(MMOD_SIDE, max(pixels.shape[:2]))
+        return usable([face.scaled(factor) for face in faces])
+
+
 class EmbeddedDetector:
     """The default: HOG where it is sure, and dlib's network (MMOD) wherever HOG is not. Files come by pip.
 
@@ -86,27 +113,15 @@ class EmbeddedDetector:
 
     def __init__(self) -> None:
         self._first = HogDetector(threshold=SURE)
-        self._landmarks = _Landmarks()
+        self._second = NetworkDetector()
 
     @property
     def name(self) -> str:
         return f"hog {HOG_SIDE} px, threshold {SURE:g}, else mmod {MMOD_SIDE} px"
 
-    @cached_property
-    def _network(self) -> dlib.cnn_face_detection_model_v1:
-        return dlib.cnn_face_detection_model_v1(str(_model_file("mmod_human_face_detector.dat")))
-
     def find(self, pixels: np.ndarray) -> list[Face]:
         """HOG's faces, or the network's where HOG finds none, largest first."""
-        return self._first.find(pixels) or self._search(pixels)
-
-    def _search(self, pixels: np.ndarray) -> list[Face]:
-        small = np.ascontiguousarray(_at_least(shrink(pixels, MMOD_SIDE), MMOD_LEAST))
-        doublings = 1 if max(small.shape[:2]) * 2 <= MMOD_SIDE + 32 else 0
-        found = self._network(small, doublings)
-        faces = [self._landmarks.face(small, hit.rect, hit.confidence) for hit in found]
-        factor = max(pixels.shape[:2]) / min(MMOD_SIDE, max(pixels.shape[:2]))
-        return usable([face.scaled(factor) for face in faces])
+        return self._first.find(pixels) or self._second.find(pixels)
 
 
 def _at_least(pixels: np.ndarray, side: int) -> np.ndarray:

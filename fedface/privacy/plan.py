@@ -25,7 +25,7 @@ from fedface.privacy.mechanism import ClippedSum, Event, GaussianSum, SampledGau
 from fedface.privacy.target import NoPromise, PrivacyTarget, Promise
 from fedface.units import UNITS, Unit, unit_in_words
 
-MOST_STEPS = 10_000  # of a round: more would keep a device busy for days, however cheap the noise makes them
+MOST_STEPS = 2_000  # of a round: more would keep a device busy for days, however cheap the noise makes them
 MOST_EXPECTED = 10**9  # photos in a step
 MOST_NOISE = 1e7  # ten times what a plan may ask for; the noise itself stays finite in float32
 

@@ -10,6 +10,7 @@ from tiny import tiny_experiment, tiny_gan
 
 from fedface.audits.private_figures import FiguresConfig
 from fedface.errors import ConfigError
+from fedface.federation import figures
 from fedface.federation.figures import check_question, figures_of
 from fedface.federation.task import Question
 from fedface.models.family import Gan
@@ -17,10 +18,11 @@ from fedface.photos.drawn import draw_people
 from fedface.photos.own import OwnFaces
 from fedface.privacy.plan import Schedule, Terms
 from fedface.randomness import Streams
+from fedface.upsampling.contracts import Upsampled
 from fedface.upsampling.degrade import BicubicPulse, Chain, Noise
 from fedface.upsampling.langevin import LangevinConfig
 from fedface.upsampling.methods import EncodeThenPulseConfig, Method, evaluations_of
-from fedface.upsampling.pulse import PulseConfig
+from fedface.upsampling.pulse import Pulse, PulseConfig
 
 ONCE = Schedule(rounds=1, steps_per_round=1, sampling_rate=1.0, expected_batch=1, clip_norm=1.0)
 
@@ -112,3 +114,37 @@ def test_a_method_that_does_not_go_with_the_model_is_found_out_before_a_photo_is
 ) -> None:
     with pytest.raises(ConfigError, match="style encoder"):
         check_question(replace(question, method=EncodeThenPulseConfig()), gan)
+
+
+def test_a_photo_on_which_a_network_breaks_adds_nothing(
+    gan: Gan, question: Question, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No error leaves, and the other photos add what they add: a crash is no predicate of a face."""
+    pictures = faces(3)
+    real = Pulse.upsample
+
+    def breaks(self: Pulse, low: torch.Tensor, *, faces_per_photo: int) -> Upsampled:
+        if torch.equal(low, question.downscale.apply(pictures[1:2]).clamp(0, 1)):
+            raise ValueError("styles must be finite")
+        return real(self, low, faces_per_photo=faces_per_photo)
+
+    whole = sums(gan, OwnFaces.strangers(pictures[[0, 2]]), question)
+    monkeypatch.setattr(Pulse, "upsample", breaks)
+    assert torch.allclose(sums(gan, OwnFaces.strangers(pictures), question), whole, atol=1e-6)
+
+
+def test_a_search_takes_all_its_steps_however_soon_a_face_fits(
+    gan: Gan, question: Question, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Time must not tell whether a photo fits: the device searches to the end, in one thread."""
+    made = []
+    real = figures.make_upsampler
+
+    def make(method: Method, *more: object, **named: object) -> object:
+        made.append(method)
+        return real(method, *more, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(figures, "make_upsampler", make)
+    hasty = PulseConfig(steps=3, mapping_samples=64, until="fit", eps=100.0, workers=30_000)
+    sums(gan, OwnFaces.strangers(faces(1)), replace(question, method=hasty))
+    assert made == [replace(hasty, until="end", workers=1)]
