@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any
 
 
@@ -79,3 +80,21 @@ class Epsilon:
             )
         if not 0 < self.delta < 1:
             raise ValueError(f"delta must lie in (0, 1), got {self.delta}")
+
+
+def rounded_up(value: float, digits: int = 4) -> str:
+    """An upper bound to read, with so many significant digits: what is printed is never below the bound."""
+    return _rounded(value, digits, ROUND_CEILING)
+
+
+def rounded_down(value: float, digits: int = 4) -> str:
+    """A lower bound to read, with so many significant digits: what is printed is never above the bound."""
+    return _rounded(value, digits, ROUND_FLOOR)
+
+
+def _rounded(value: float, digits: int, rounding: str) -> str:
+    exact = Decimal(repr(float(value)))  # as it is written: 7.92 stays 7.92
+    if not exact:
+        return "0"
+    text = format(exact.quantize(Decimal(1).scaleb(exact.adjusted() - digits + 1), rounding=rounding), "f")
+    return text if "." in text else text.rstrip(".")

@@ -113,8 +113,7 @@ def _dataclass(kind: Any, value: Any, where: str) -> Any:
     for name in value:
         if name not in names:
             raise RunError(f"{f'{where}.{name}'.lstrip('.')}: unknown key; expected {', '.join(names)}")
-    # What older records lack has a factory: an empty collection of what they did not measure.
-    later = {f.name for f in dataclasses.fields(kind) if f.default_factory is not dataclasses.MISSING}
+    later = _later(kind)
     for name in names:
         if name not in value and name not in later:
             raise RunError(f"{f'{where}.{name}'.lstrip('.')}: missing")
@@ -129,10 +128,16 @@ def _dataclass(kind: Any, value: Any, where: str) -> Any:
         raise RunError(f"{where or kind.__name__}: {error}") from error
 
 
+def _later(kind: Any) -> set[str]:
+    """What older records lack has a factory: an empty collection of what they did not measure."""
+    return {f.name for f in dataclasses.fields(kind) if f.default_factory is not dataclasses.MISSING}
+
+
 def _member(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     for kind in kinds:
         if dataclasses.is_dataclass(kind):
-            if isinstance(value, dict) and set(value) == {field.name for field in dataclasses.fields(kind)}:
+            names = {field.name for field in dataclasses.fields(kind)}
+            if isinstance(value, dict) and names - _later(kind) <= set(value) <= names:
                 return kind
         elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
             return kind
