@@ -106,10 +106,13 @@ def coordinate(
             f"raise probe.each so that there are at least {FEWEST_FACES}"
         )
     state = State.read(folder)
-    state = score_run(experiment, plan, cohort, folder, [("before", base)], state, watcher)
-    state = run_rounds(experiment, plan, cohort, state, yardstick, watcher)
+    away: set[int] = set()  # members whose owners have left
+    state = score_run(experiment, plan, cohort, folder, [("before", base)], state, watcher, away)
+    state = run_rounds(experiment, plan, cohort, state, yardstick, watcher, away)
     final = load_model(weights_path(folder, experiment.rounds))
-    state = score_run(experiment, plan, cohort, folder, [("before", base), ("after", final)], state, watcher)
+    state = score_run(
+        experiment, plan, cohort, folder, [("before", base), ("after", final)], state, watcher, away
+    )
     before, after = _serve(experiment, base, final, probe, watcher)
     beside = [
         serve_probe(base, probe, experiment.upsampling, method, experiment.seed, lambda done, of: None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fedface.audits.private_figures import FiguresConfig
@@ -15,7 +16,7 @@ from fedface.audits.private_reading import read_figures
 from fedface.experiment import Experiment
 from fedface.federation.cohort import Cohort
 from fedface.federation.figures import figure_ranges
-from fedface.federation.rounds import Watcher, spent
+from fedface.federation.rounds import Watcher, answers_price
 from fedface.federation.state import State
 from fedface.federation.summing import Gathered, gather
 from fedface.federation.task import EvaluateTask, Question
@@ -109,6 +110,7 @@ def ask_figures(
         weights_hash=task.model,
         method=title_of(question.method),
         devices=gathered.count,
+        answered=gathered.devices,
         refusals=tuple(r.reason for r in (*gathered.refusals, *gathered.dropped)),
         epsilon=_price(experiment, terms),
         noise_multiplier=terms.noise_multiplier,
@@ -126,9 +128,11 @@ def _price(experiment: Experiment, terms: Terms) -> Epsilon | NotMeasured:
 
 def score_run(
     experiment: Experiment, plan: Plan, cohort: Cohort, folder: Path, models: Sequence[tuple[str, Model]],
-    state: State, watcher: Watcher,
+    state: State, watcher: Watcher, away: set[int],
 ) -> State:  # fmt: skip
     """Ask about each model of a run that has not been asked about yet, such as ("before", base).
+
+    Members in `away` have left and are not asked; those who leave now join it.
 
     Raises:
         FederationError: Too few usable answers; the run can be resumed.
@@ -137,16 +141,18 @@ def score_run(
     if config is None:
         return state
     (terms,) = plan.beside
-    members = cohort.members(experiment.devices.count)[: experiment.devices.count]
+    everybody = cohort.members(experiment.devices.count)[: experiment.devices.count]
     for number, (name, model) in enumerate(models, start=1):
         if any(record.when == name for record in state.private):
             continue
+        members = [member for member in everybody if member not in away]
         watcher.stage(f"devices score the model {name} the run on their own photos", len(members))
         scores = ask_figures(
             experiment, terms, config.figures, cohort, members, model,
             run=folder.name, number=number, name=name, held_out=config.held_out, watcher=watcher,
         )  # fmt: skip
         state = state.scored(scores.record)
+        away |= set(scores.gathered.left)
         for device in scores.gathered.left.values():
-            state = state.without(device, lambda rounds: spent(plan, rounds))
+            state = state.without(device, partial(answers_price, plan))
     return state

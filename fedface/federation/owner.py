@@ -6,14 +6,18 @@ server, and nothing of it is sent there but the device's chosen name.
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from fedface.config import read
+from fedface.config import keys_of, read
 from fedface.errors import ConfigError, LibraryError
 from fedface.federation.device import Device
 from fedface.photos.detectors import EmbeddedDetector, YuNetDetector
@@ -54,16 +58,14 @@ def owner_device(path: Path) -> Device:
     read. Scan a large folder by hand beforehand (`fedface photos scan`), with the same detector.
 
     Raises:
-        ConfigError: The file cannot be read, there is no folder of photos, or others may look into the state.
+        ConfigError: As for `checked_owner`.
     """
-    config = read(path, OwnerConfig)
+    config = checked_owner(path)
     home = path.resolve().parent
     folder, state = home / config.photos.expanduser(), home / config.state.expanduser()
-    if not folder.is_dir():
-        raise ConfigError(f"{path}: photos: wanted a folder, there is none at {folder}")
+    for lost in lost_folders(config.policy, folder):
+        log.warning("%s: policy.%s", path, lost.in_words())
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if os.name == "posix" and state.stat().st_mode & 0o077:
-        raise ConfigError(f"{path}: state: others may look into {state}; run chmod 700 on it")
     detector = home / config.detector.expanduser() if config.detector else None
 
     def photos(size: int) -> OwnFaces:
@@ -77,6 +79,125 @@ def owner_device(path: Path) -> Device:
         server=config.server,
         witness=home / config.witness.expanduser() if config.witness else None,
     )
+
+
+def checked_owner(path: Path) -> OwnerConfig:
+    """What a device file says, if its device can work; nothing is made, and no photo is opened.
+
+    A folder that `never` names and that is not there may have been deleted, and bars nothing by it. But if a folder
+    of nearly that name is there, its photos were hardly meant to be used: then nothing is answered.
+
+    Raises:
+        ConfigError: The file cannot be read, there is no folder of photos, others may look into the state, the
+            policy's `folders` are none that there are, or it bars a folder whose name seems mistyped.
+    """
+    config = read(path, OwnerConfig)
+    home = path.resolve().parent
+    folder, state = home / config.photos.expanduser(), home / config.state.expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"{path}: photos: wanted a folder, there is none at {folder}")
+    if is_open(state):
+        raise ConfigError(f"{path}: state: others may look into {state}; run chmod 700 on it")
+    lost = lost_folders(config.policy, folder)
+    mistyped = next((one for one in lost if one.key == "never" and one.near is not None), None)
+    only = [one for one in lost if one.key == "folders"]
+    if mistyped is not None:
+        raise ConfigError(
+            f"{path}: policy.{mistyped.in_words()} Mend the line, or take it out if that folder has gone"
+        )
+    if only and len(only) == len(config.policy.folders):
+        raise ConfigError(f"{path}: policy.{only[0].in_words()} No photo may be used")
+    return config
+
+
+def is_open(place: Path) -> bool:
+    """Whether others than its owner may read or write a file or a folder, as far as its mode says."""
+    return os.name == "posix" and place.exists() and bool(place.stat().st_mode & 0o077)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LostFolder:
+    """A folder that a policy names and that is not among the photos."""
+
+    key: Literal["folders", "never"]
+    folder: Path
+    photos: Path
+    near: Path | None  # the folder that may have been meant
+
+    def in_words(self) -> str:
+        """`never: there is no folder Privat in ...; did you mean Private?`"""
+        meant = "." if self.near is None else f"; did you mean {self.near.as_posix()}?"
+        return f"{self.key}: there is no folder {self.folder.as_posix()} in {self.photos}{meant}"
+
+
+def lost_folders(policy: DevicePolicy, photos: Path) -> list[LostFolder]:
+    """The folders that a policy names and that are not there, compared as the library compares them."""
+    named: list[tuple[Literal["folders", "never"], Path]] = [
+        *(("folders", folder) for folder in policy.folders),
+        *(("never", folder) for folder in policy.never),
+    ]
+    lost = []
+    for key, folder in named:
+        places = [photos]
+        for part in folder.parts:
+            inside = [place for above in places for place in _inside(above)]
+            places = [place for place in inside if _alike(place.name, part, key)]
+            if not places:
+                near = _near(part, [place for place in inside if place.is_dir()])
+                lost.append(
+                    LostFolder(key=key, folder=folder, photos=photos, near=near and near.relative_to(photos))
+                )
+                break
+    return lost
+
+
+def _inside(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:  # a file, or a folder that cannot be read: nothing in it can be used
+        return []
+
+
+def _alike(name: str, wanted: str, key: str) -> bool:
+    """As photos/library.py: accents in either writing; capitals matter in `folders` alone."""
+    one, other = (unicodedata.normalize("NFC", word) for word in (name, wanted))
+    return one == other if key == "folders" else one.casefold() == other.casefold()
+
+
+def _near(wanted: str, folders: Sequence[Path]) -> Path | None:
+    """The folder whose name is a slip away. Another number is another folder: 2019 is no slip for 2018."""
+
+    def digits(word: str) -> str:
+        return "".join(filter(str.isdigit, word))
+
+    names = {folder.name.casefold(): folder for folder in folders if digits(folder.name) == digits(wanted)}
+    found = difflib.get_close_matches(wanted.casefold(), names, n=1, cutoff=0.8)
+    return names[found[0]] if found else None
+
+
+KINDS = {
+    "device": ("name", "photos", "state", "policy"),
+    "policy": ("max_epsilon", "delta"),
+    "experiment": ("question", "promise"),
+}  # the keys by which an owner's files, and the recipes that owners look at, are told apart
+
+
+def check_kind(path: Path, wanted: Literal["device", "policy", "experiment"]) -> None:
+    """Return unless a file is plainly of another kind; what else may be wrong with it is said by who reads it.
+
+    Raises:
+        ConfigError: It is a file of another kind, or no YAML.
+    """
+    keys = keys_of(path)
+    held = {kind: sum(key in keys for key in own) / len(own) for kind, own in KINDS.items()}
+    most = max(held, key=lambda kind: held[kind])
+    if most != wanted and held[wanted] < held[most] and held[most] >= 0.5:
+        *others, last = KINDS[wanted]
+        article = "an" if most == "experiment" else "a"
+        other = "an" if wanted == "experiment" else "a"
+        raise ConfigError(
+            f"{path}: this is {article} {most} file; {other} {wanted} file has {', '.join(others)} and {last}"
+        )
 
 
 def _faces(folder: Path, detector: Path | None, config: OwnerConfig, size: int) -> OwnFaces:

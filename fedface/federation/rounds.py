@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -65,8 +66,11 @@ def run_rounds(
     state: State,
     yardstick: Yardstick | None,
     watcher: Watcher,
+    away: set[int] | None = None,
 ) -> State:
     """Run the rounds that are not on disk yet; each round's model is measured by the yardstick, if any.
+
+    Members whose owners leave are asked no more, and join `away`; a run that is resumed asks each once again.
 
     Raises:
         FederationError: Too few usable answers in a round, or nobody could open the sum. The run can be
@@ -76,7 +80,9 @@ def run_rounds(
     if len(state.rounds) >= total:
         return state
     # Those who came first: a sum has no room for more devices than the recipe names.
-    members = list(cohort.members(experiment.devices.count)[: experiment.devices.count])
+    away = set() if away is None else away
+    everybody = cohort.members(experiment.devices.count)[: experiment.devices.count]
+    members = [member for member in everybody if member not in away]
     for number in range(len(state.rounds) + 1, total + 1):
         model = load_model(weights_path(state.folder, number - 1))
         watcher.stage(f"round {number} of {total}: devices train", len(members))
@@ -86,7 +92,8 @@ def run_rounds(
         state = state.then(record)
         for member, name in left.items():
             members.remove(member)
-            state = state.without(name, lambda rounds: spent(plan, rounds))
+            away.add(member)
+            state = state.without(name, partial(answers_price, plan))
             watcher.say("a device has left the run; its name is gone from the run's files")
         watcher.say(_line(record, total))
     return state
@@ -153,6 +160,17 @@ def spent(plan: Plan, rounds: int) -> Epsilon | NotMeasured:
         case PrivacyTarget(delta=delta, unit=unit):
             told = compose([plan.event(rounds), *(terms.event() for terms in plan.beside)])
             return epsilon_record(epsilon_of(told, delta), delta=delta, unit=unit)
+        case _:
+            return NotMeasured(not_measured="the run adds no noise, so there is no bound")
+
+
+def answers_price(plan: Plan, rounds: int, questions: int) -> Epsilon | NotMeasured:
+    """The price of what one device answered: so many rounds, so many sets of figures."""
+    match plan.promise:
+        case PrivacyTarget(delta=delta, unit=unit):
+            parts = [plan.event(rounds)] if rounds else []
+            parts += [terms.event(questions) for terms in plan.beside if questions]
+            return epsilon_record(epsilon_of(compose(parts), delta), delta=delta, unit=unit)
         case _:
             return NotMeasured(not_measured="the run adds no noise, so there is no bound")
 

@@ -50,19 +50,21 @@ class State:
         """With one more answer of the devices about a model, saved."""
         return self._saved(replace(self, private=(*self.private, record)))
 
-    def without(self, name: str, epsilon_of_rounds: Callable[[int], Epsilon | NotMeasured]) -> State:
+    def without(self, name: str, price: Callable[[int, int], Epsilon | NotMeasured]) -> State:
         """Forget a device whose owner has left: its name goes, and what cannot be undone is said; saved.
 
         Args:
             name: The name that the device went by.
-            epsilon_of_rounds: How many rounds it took part in -> what these may have told about one unit.
+            price: How many rounds and sets of figures it answered -> what these may have told about one unit.
         """
         rounds = tuple(record.round for record in self.rounds if name in record.answered)
         records = tuple(record.without(name) for record in self.rounds)
+        questions = sum(name in record.answered for record in self.private)
+        private = tuple(record.without(name) for record in self.private)
         left = self.left
-        if rounds:
-            left = (*left, LeftRecord.of(rounds, epsilon_of_rounds(len(rounds))))
-        return self._saved(replace(self, rounds=records, left=left))
+        if rounds or questions:
+            left = (*left, LeftRecord.of(rounds, questions, price(len(rounds), questions)))
+        return self._saved(replace(self, rounds=records, private=private, left=left))
 
     def _saved(self, state: State) -> State:
         state.save()

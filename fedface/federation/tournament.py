@@ -27,7 +27,7 @@ from fedface.federation.evaluation import ask_figures
 from fedface.federation.rounds import Watcher
 from fedface.federation.state import replace_text
 from fedface.models.family import Encoded, Flow, Gan, Model, Resolved, Styled
-from fedface.models.weights import load_model
+from fedface.models.weights import load_model, weights_hash
 from fedface.privacy.plan import Terms
 from fedface.privacy.target import PrivacyTarget
 from fedface.randomness import SecretNoise
@@ -107,7 +107,7 @@ def hold(
     if config is None:
         raise ConfigError("a tournament needs an evaluation; see experiment.for_tournament")
     terms = tournament_terms(experiment, len(models))
-    book = _Book.opened(folder, experiment, list(models))
+    book = _Book.opened(folder, experiment, models)
     members = cohort.members(experiment.devices.count)[: experiment.devices.count]
     for number, name in enumerate(book.order, start=1):
         if name in book.totals:
@@ -150,8 +150,10 @@ class _Book:
     records: dict[str, PrivateRecord]
 
     @staticmethod
-    def opened(folder: Path, experiment: Experiment, names: list[str]) -> _Book:
-        path, digest = folder / "answers.json", f"{experiment.digest()} {' '.join(sorted(names))}"
+    def opened(folder: Path, experiment: Experiment, models: Mapping[str, Model]) -> _Book:
+        names = list(models)
+        said = [f"{name} {weights_hash(*models[name].modules())}" for name in sorted(names)]
+        path, digest = folder / "answers.json", f"{experiment.digest()} {', '.join(said)}"
         if not path.exists():
             order = tuple(names[i] for i in SecretNoise().permutation(len(names)).tolist())
             book = _Book(path=path, digest=digest, order=order, totals={}, counts={}, records={})

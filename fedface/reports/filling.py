@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +18,7 @@ from typing import assert_never
 from fedface.audits.bias import BiasReport, Service
 from fedface.audits.disaggregate import Interval as Measured
 from fedface.audits.inversion import AttackResult, CosineSearch, Defence, NoDefence, Search, SquaredSearch
+from fedface.audits.noised_means import FIGURES, NoisedMean, in_words
 from fedface.audits.private_reading import GroupFigures, PrivateFigures
 from fedface.privacy.accounting import ADJACENCY, Bounds, success_ceiling
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
@@ -38,6 +40,7 @@ from fedface.reports.run import (
 from fedface.units import Unit, unit_in_words
 
 PACKAGES = ("fedface", "torch", "flwr", "opacus", "tenseal", "dp-accounting", "numpy", "scikit-image")
+_TELLING = ("skin_difference", "same_group", "misfit")  # what a short answer looks at first
 THREAT = "Somebody who sees one device's update alone and knows the network: a server without encryption."
 NOT_TESTED = (
     "a generator of faces as the attacker's prior",
@@ -76,8 +79,9 @@ def plan_record(plan: Plan) -> PlanRecord | NoPromise:
             if isinstance(price, NotMeasured):
                 raise ValueError(f"a promise needs a finite price, got {bounds}")
             return PlanRecord(
-                promise=f"All that leaves a device in {plan.schedule.rounds} rounds is worth at most epsilon "
-                f"{wording.constant(target)} to anybody who wants to know about one {unit}.",
+                promise=wording.promise_words(
+                    unit=unit, target=target, delta=delta, rounds=plan.schedule.rounds, noise_at=plan.terms.noise_at
+                ),
                 unit=unit,
                 target_epsilon=target,
                 epsilon=price,
@@ -147,6 +151,7 @@ def private_record(
     refusals: Sequence[str],
     epsilon: Epsilon | NotMeasured,
     noise_multiplier: float,
+    answered: Sequence[str] = (),
 ) -> PrivateRecord:
     """What devices told of one model, as the page prints it; groups that were too small are named, without numbers.
 
@@ -159,12 +164,13 @@ def private_record(
         refusals: Why others are not, without names.
         epsilon: What the question cost one unit.
         noise_multiplier: Of each device.
+        answered: Names of the devices in the sum.
     """
     few = f"below {figures.least_count:.0f} units, noise included"
-    groups = [_private_group(name, group) for name, group in figures.groups.items()]
-    groups += [
-        PrivateGroup(group=name, units=NotMeasured(not_measured=few), figures={})
-        for name in figures.suppressed
+    told = {name: _private_group(name, group) for name, group in figures.groups.items()}
+    groups = [
+        told.get(name) or PrivateGroup(group=name, units=NotMeasured(not_measured=few), figures={})
+        for name in light_to_dark([*figures.groups, *figures.suppressed])
     ]
     overall = (
         PrivateGroup(group="all", units=NotMeasured(not_measured=few), figures={})
@@ -182,6 +188,8 @@ def private_record(
         overall=overall,
         groups=tuple(groups),
         sentences=tuple(figures.sentences()),
+        lead=_lead(figures),
+        answered=tuple(answered),
     )
 
 
@@ -190,6 +198,45 @@ def _private_group(name: str, group: GroupFigures) -> PrivateGroup:
         group=name,
         units=measured(group.count),
         figures={measure: measured(group.figure(measure)) for measure in group.means},
+        at_end=tuple(name for name, mean in group.means.items() if _at_end(mean)),
+    )
+
+
+def _at_end(mean: NoisedMean) -> bool:
+    """Whether noise pushed a mean to an end of its range, or beyond it."""
+    lowest, highest = mean.ends
+    return not lowest < mean.above / mean.below < highest
+
+
+def light_to_dark(groups: Sequence[str]) -> list[str]:
+    """Tone groups by the Monk steps in their names, lightest first; others stay in their order."""
+    steps = [re.search(r"Monk (\d+)", name) for name in groups]
+    if any(step is None for step in steps):
+        return list(groups)
+    return [name for _, name in sorted((int(step[1]), name) for step, name in zip(steps, groups, strict=True) if step)]
+
+
+def _lead(figures: PrivateFigures) -> str:
+    """What devices' own photos say of whom a model serves worse, in one sentence: a clear gap, or what noise hides."""
+    start = "By the devices' own photos"
+    for measure in (*_TELLING, *figures.gaps):
+        gap = figures.gaps.get(measure)
+        if gap is not None and gap.clear and round(abs(gap.difference.estimate), FIGURES[measure].digits):
+            worst, best = (figures.groups[name].figure(measure) for name in (gap.worst, gap.best))
+            return (
+                f"{start}, {gap.worst} is served worse than {gap.best}: {FIGURES[measure].title} "
+                f"{in_words(worst, measure)} against {in_words(best, measure)}, noise included."
+            )
+    for measure in _TELLING:
+        if measure in figures.hidden:
+            width = f"{figures.hidden[measure][0]:.{FIGURES[measure].digits}f} {FIGURES[measure].unit}".rstrip()
+            return (
+                f"{start}, nobody is shown to be served worse, but a gap in {FIGURES[measure].title} below {width} "
+                "would be hidden by their number and the noise."
+            )
+    return (
+        f"{start}, whom it serves worse cannot be said: no two groups are told from the noise "
+        f"(at least {math.ceil(figures.least_count)} units each)."
     )
 
 

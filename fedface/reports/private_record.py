@@ -6,9 +6,11 @@ with those of other devices before anybody saw it; intervals include that noise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from fedface.reports.quantities import Epsilon, Figure, NotMeasured
+from fedface.reports.quantities import Epsilon, Figure, NotMeasured, rounded_down, rounded_up
+
+GONE = "a device that left"  # in place of the name of a device whose owner left the run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +20,7 @@ class PrivateGroup:
     group: str
     units: Figure  # how many units (photos, occasions) were asked; noised, or why it is not told
     figures: dict[str, Figure]  # by measure
+    at_end: tuple[str, ...] = field(default_factory=tuple)  # measures that noise pushed to an end of their range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,12 @@ class PrivateRecord:
     overall: PrivateGroup
     groups: tuple[PrivateGroup, ...]
     sentences: tuple[str, ...]
+    lead: str = field(default_factory=str)  # the one sentence of a short answer
+    answered: tuple[str, ...] = field(default_factory=tuple)  # names of the devices in the sum
+
+    def without(self, name: str) -> PrivateRecord:
+        """The same without a device's name: its owner has left the run."""
+        return replace(self, answered=tuple(GONE if device == name else device for device in self.answered))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,27 +50,35 @@ class LeftRecord:
     """A device whose owner left the run, without its name: what was forgotten, and what cannot be."""
 
     rounds: tuple[int, ...]  # that it took part in
-    epsilon: Epsilon | NotMeasured  # what these rounds may have told about one unit
+    epsilon: Epsilon | NotMeasured  # what its answers may have told about one unit
     sentence: str
+    questions: int = field(default_factory=int)  # sets of figures that it answered
 
     @staticmethod
-    def of(rounds: tuple[int, ...], epsilon: Epsilon | NotMeasured) -> LeftRecord:
-        """The record of a device that took part in these rounds, at least one."""
-        said = ", ".join(str(number) for number in rounds)
+    def of(rounds: tuple[int, ...], questions: int, epsilon: Epsilon | NotMeasured) -> LeftRecord:
+        """The record of a device that took part in these rounds and answered so many sets of figures."""
         if isinstance(epsilon, Epsilon):
             told = (
-                f"its noise bounds what they can tell: epsilon at most {epsilon.upper:.2f} at delta "
-                f"{epsilon.delta:g}, per {epsilon.unit}"
+                f"its noise bounds what they can tell: epsilon at most {rounded_up(epsilon.upper)} (at least "
+                f"{rounded_down(epsilon.lower)}) at delta {epsilon.delta:g}, per {epsilon.unit}"
             )
         else:
             told = f"nothing bounds what they can tell: {epsilon.not_measured}"
+        done = []
+        if rounds:
+            numbers = ", ".join(str(number) for number in rounds)
+            done.append(
+                f"its updates of rounds {numbers} were summed with those of others and are part of the weights since "
+                "then and of every copy of them"
+            )
+        if questions:
+            done.append(f"its answers to {questions} sets of figures are part of the figures of this report")
         return LeftRecord(
             rounds=rounds,
+            questions=questions,
             epsilon=epsilon,
             sentence=(
-                "One device left the run. It is not asked again, none of its updates was kept, and its name is gone "
-                f"from this run's files. What cannot be undone: its updates of rounds {said} were summed with those "
-                "of others and are part of the weights since then and of every copy of them; "
-                f"{told}."
+                "One device left the run. None of its answers was kept by itself, and its name is gone from this run's "
+                f"files. What cannot be undone: {'; '.join(done)}; {told}."
             ),
         )

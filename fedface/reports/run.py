@@ -17,12 +17,11 @@ from typing import Any, Literal
 
 from fedface.errors import RunError
 from fedface.reports import strict
-from fedface.reports.private_record import LeftRecord, PrivateRecord
+from fedface.reports.private_record import GONE, LeftRecord, PrivateRecord
 from fedface.reports.quantities import Epsilon, Figure, NotMeasured
 
 VERSION = 1
 FILE = "run.json"
-GONE = "a device that left"  # in place of the name of a device whose owner left the run
 HASH = re.compile(r"[0-9a-f]{8,64}")
 
 

@@ -246,3 +246,28 @@ def test_a_device_that_leaves_is_asked_no_more_and_its_name_is_gone(tmp_path: Pa
     assert "device-00" not in kept and "changed my mind" not in kept
     assert State.read(folder) == ended
     assert len(Ledger.open(state / "ledger.sqlite").entries()) == 1
+
+
+def test_a_device_that_leaves_after_its_figures_is_priced_for_them_and_asked_no_more(tmp_path: Path) -> None:
+    """It answered one set of figures and no round: the record says so, with the price of that, without its name."""
+    told = {**OCCASION, "evaluation": "{share: 0.5, held_out: 0.5}", "fewest_answers": "1"}
+    experiment = tiny_experiment(tmp_path / "recipe", told)
+    folder = begun(experiment, tmp_path / "run")
+    state = devices_folder(folder) / "device-00"
+
+    class Watcher(SilentWatcher):
+        def stage(self, name: str, steps: int) -> None:
+            if name.startswith("round 1"):
+                Journal.open(state / "journal.sqlite").withdraw("run")
+
+    record = coordinate(
+        experiment, in_process_cohort(experiment, devices_folder(folder)), folder, watcher=Watcher()
+    )
+    (left,) = record.left
+    assert (left.rounds, left.questions) == ((), 1) and "1 sets of figures" in left.sentence
+    (terms,) = experiment.plan().beside
+    assert isinstance(left.epsilon, Epsilon)
+    assert left.epsilon.upper == approx(epsilon_of(terms.event(1), 1e-2).upper)
+    assert [told.answered for told in record.private] == [(GONE, "device-01"), ("device-01",)]
+    refused = [line for line in Journal.open(state / "journal.sqlite").sent() if line.what == "refusal"]
+    assert len(refused) == 1  # told once, by the first round, and asked no more

@@ -14,6 +14,7 @@ import torch
 from tiny import begun, tiny_experiment
 
 from fedface.aggregation.protocol import Payload
+from fedface.audits.private_figures import FiguresConfig
 from fedface.experiment import Experiment
 from fedface.federation.cohort import Cohort, Heard
 from fedface.federation.coordinator import coordinate
@@ -22,6 +23,7 @@ from fedface.federation.orders import devices_folder
 from fedface.federation.rounds import SilentWatcher
 from fedface.federation.simulated import simulated_device
 from fedface.federation.task import Fault, Message, Reply, RevealTask, Task
+from fedface.photos.tone import measure_tone
 from fedface.privacy.accounting import epsilon_of, event_from_json
 from fedface.privacy.journal import Journal
 from fedface.privacy.ledger import Ledger
@@ -169,6 +171,22 @@ def test_messages_of_a_larger_library_have_the_same_form_and_size(
     assert form(few) == form(many)
 
 
+def true_rows(experiment: Experiment, folder: Path, config: FiguresConfig) -> np.ndarray:
+    """How many held-out occasions of both devices belong to each tone group, an occasion of two in part to each."""
+    edges = torch.tensor([last + 0.5 for last in config.last_tones[:-1]])
+    rows = np.zeros(3)
+    for number in range(2):
+        own = simulated_device(experiment, number, devices_folder(folder)).photos(16)
+        _, asked = own.split(experiment.held_out, "occasion")
+        units = asked.units("occasion")
+        tones = torch.bucketize(measure_tone(asked.images).monk, edges, right=True)
+        for unit in units.unique():
+            mine = tones[units == unit].tolist()
+            for tone in mine:
+                rows[tone] += 1 / len(mine)
+    return rows
+
+
 def test_figures_that_leave_are_not_the_figures_that_were_measured(
     run: tuple[Experiment, Path, list[Overheard]],
 ) -> None:
@@ -177,10 +195,15 @@ def test_figures_that_leave_are_not_the_figures_that_were_measured(
     (terms,) = experiment.plan().beside
     assert experiment.evaluation is not None
     config = experiment.evaluation.figures
+    errors = []
     for overheard in heard:
         if opened(overheard) and overheard.task.book.endswith("/figures"):
             total = np.frombuffer(overheard.reply.blobs["total"], dtype="<f4").astype(np.float64)
             counts = total[:9] * config.most_units / np.sqrt(config.shares.table)
-            away = np.abs(counts - counts.round())
-            spread = terms.noise_multiplier * np.sqrt(2) / np.sqrt(config.shares.table)
-            assert spread > 1 and away.max() > 0.02
+            # Only sums over a row are known without the model: how many originals a tone group has.
+            spread = terms.noise_multiplier * np.sqrt(2) * np.sqrt(3) / np.sqrt(config.shares.table)
+            errors.append((counts.reshape(3, 3).sum(axis=1) - true_rows(experiment, folder, config)) / spread)
+    size = float(np.sqrt(np.square(np.concatenate(errors)).mean()))
+    assert (
+        len(errors) == 2 and 0.15 < size < 3
+    )  # six normal numbers; without noise it is 0.02, by the grid's step

@@ -54,7 +54,9 @@ def gradient_of(gan: Gan, photo: Images) -> Vector:
 def sent(tmp_path: Path, gan: Gan, photos: Images, promise: dict[str, str]) -> tuple[Vector, bytes]:
     """A device's update of the critic as the server reads it, and all bytes that crossed the wire."""
     experiment = tiny_experiment(tmp_path / "recipe", {**ALONE, **promise})
-    device = replace(first_device(experiment, tmp_path / "devices"), photos=lambda size: OwnFaces.strangers(photos))
+    device = replace(
+        first_device(experiment, tmp_path / "devices"), photos=lambda size: OwnFaces.strangers(photos)
+    )
     reply = serve(train_task(experiment, gan), device)
     crossed = from_record(to_record(reply.message()))
     wire = crossed.header.encode() + b"".join(crossed.blobs.values())
