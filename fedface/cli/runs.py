@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,17 +14,19 @@ import typer
 from rich.table import Table
 
 from fedface.aggregation.encrypted import make_device, make_keys
+from fedface.aggregation.protocol import PlainConfig
 from fedface.cli.terminal import JsonOption, console, progress_bars
 from fedface.config import kind_of
 from fedface.errors import ConfigError
-from fedface.experiment import Experiment, RealDevices, read_experiment
+from fedface.experiment import EVALUATIONS, DrawnDevices, Experiment, RealDevices, read_experiment
 from fedface.federation.coordinator import begin, coordinate
 from fedface.federation.flower import in_process_cohort
 from fedface.federation.folders import locked, new_folder, resumed_folder
 from fedface.federation.orders import devices_folder
 from fedface.federation.simulated import check_sources, describe_devices, prepare
 from fedface.models.weights import vector_of
-from fedface.reports import card, page, run, wording
+from fedface.privacy.target import NoPromise, PrivacyTarget
+from fedface.reports import card, page, run, short_answer, wording
 from fedface.reports.quantities import Interval
 from fedface.reports.run import BiasRecord, RunRecord
 from fedface.shapes import Vector
@@ -106,6 +109,8 @@ def check(
             "bytes_up_per_device_and_round": up,
             "bytes_down_per_device_and_round": down,
             "protocol": config.kind,
+            "bytes_opening_a_sum": _opening_bytes(recipe, torch.zeros_like(sent)),
+            **_figures_up(recipe),
         }
         print(json.dumps(told, indent=2))
         return
@@ -119,12 +124,25 @@ def check(
         photos is not None or "Drawn" in type(recipe.devices).__name__
     ):
         for name, words, count in describe_devices(recipe):
-            console.print(f"    {name}: {words}, {count} photos", highlight=False)
+            console.print(f"    {name}: {words}, {_held(recipe, count)}", highlight=False)
     console.print(
         f"  what travels up: one vector of {len(sent):,} {words_of(recipe.training)} per device and round, "
-        f"{config.kind}, {wording.size(up)}; {_stays(recipe)}",
+        f"{config.kind}, {wording.size(up)}",
         highlight=False,
     )
+    if figures := _figures_up(recipe):
+        console.print(
+            f"    besides, of held-out photos: {wording.counted(figures['figure_sets'], 'set')} of "
+            f"{figures['numbers_up_per_figure_set']:,} figures per device over the run, noised and summed alike, "
+            f"{wording.size(figures['bytes_up_per_device_and_figure_set'])} each",
+            highlight=False,
+        )
+    if opening := _opening_bytes(recipe, torch.zeros_like(sent)):
+        console.print(
+            f"    besides, from one device that holds the key: each opened sum, {wording.size(opening)} in a round",
+            highlight=False,
+        )
+    console.print(f"    what does not: {_stays(recipe)}", highlight=False)
     console.print(
         f"  what travels down: the weights, {wording.size(down)} per device and round", highlight=False
     )
@@ -132,8 +150,48 @@ def check(
 
 def _stays(recipe: Experiment) -> str:
     if isinstance(recipe.training, PriorTrainingConfig):
-        return "no photo and no latent of a photo; the count carries the promise's noise like the rest"
-    return "no photo, no gradient of a photo, no count of photos"
+        stays = "no photo and no latent of a photo"
+        counts = "a count of units travels among the numbers, with the promise's noise like the rest"
+    elif recipe.evaluation is not None:
+        stays = "no photo and no gradient of a single photo"
+        counts = "counts of held-out units by tone group travel among the figures, with noise"
+    else:
+        stays = "no photo, no gradient of a single photo and no number that counts photos"
+        counts = ""
+    match recipe.promise:
+        case PrivacyTarget(unit="library"):
+            bound = "what a bare update lets the server guess about them, nothing bounds"
+        case PrivacyTarget(unit=unit):
+            bound = f"what the sums let anybody guess about one {unit}, the promise bounds"
+        case NoPromise():
+            bound = "what the sums let anybody guess about them, nothing bounds"
+    return "; ".join(part for part in (stays, counts, bound) if part)
+
+
+def _held(recipe: Experiment, count: int | None) -> str:
+    """How many photos a pretended device holds, and how many units the promise covers where those are others."""
+    photos = "photos unknown" if count is None else wording.counted(count, "photo")
+    match recipe.promise, recipe.devices:
+        case PrivacyTarget(unit="occasion"), DrawnDevices(photos_per_occasion=each) if count is not None:
+            return f"{photos} in {wording.counted(count // each, 'occasion')}"
+    return photos
+
+
+def _figures_up(recipe: Experiment) -> dict[str, int]:
+    """How many figures of its own photos a device sends, in how many sets; empty where it sends none."""
+    if recipe.evaluation is None:
+        return {}
+    width = recipe.evaluation.figures.width
+    return {
+        "figure_sets": EVALUATIONS,
+        "numbers_up_per_figure_set": width,
+        "bytes_up_per_device_and_figure_set": _upload_bytes(recipe, torch.zeros(width)),
+    }
+
+
+def _opening_bytes(recipe: Experiment, zeros: Vector) -> int:
+    """What the one device sends back that opens a round's sum; 0 where the server reads it by itself."""
+    return 0 if isinstance(recipe.aggregation, PlainConfig) else 4 * len(zeros)
 
 
 def report(folder: Annotated[Path, typer.Argument(help="The folder of a finished run.")]) -> None:
@@ -157,12 +215,12 @@ def changes_of(words: list[str] | None) -> dict[str, str]:
 def command_of(
     verb: str, experiment: Path, photos: Path | None, changes: dict[str, str], more: Sequence[str] = ()
 ) -> str:
-    """What a reader types to do it again."""
+    """What a reader types into a shell to do it again."""
     words = ["fedface", verb, str(experiment), *more]
     words += ["--photos", str(photos)] if photos else []
     for key, value in changes.items():
         words += ["--set", f"{key}={value}"]
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def _upload_bytes(recipe: Experiment, zeros: Vector) -> int:
@@ -172,7 +230,7 @@ def _upload_bytes(recipe: Experiment, zeros: Vector) -> int:
 
 
 def _print_summary(record: RunRecord, folder: Path) -> None:
-    for sentence in wording.answer(record):
+    for sentence in short_answer.answer(record):
         console.print(sentence, highlight=False)
     table = Table(box=None, title="Served by group", title_justify="left")
     for heading in ("group", "photos", "misfit before", "after", "colour difference before", "after"):

@@ -175,7 +175,10 @@ class Attacked:
 def attack_updates(
     work: Round, probe: PublicFaces, candidates: Images, plan: Plan, config: AttackConfig, seed: int
 ) -> list[Attacked]:
-    """Invert one private step on one picture, as it is and as the plan's mechanism releases it."""
+    """Invert one step on one picture, as it is and as the plan's mechanism releases it.
+
+    Where the server adds the noise, it does so to the sum: of a single update there is no other form than the bare one.
+    """
     mechanism = plan.mechanism()
     # A run without a promise still asks what noise would have done: one unit of it.
     noised = mechanism if isinstance(mechanism, GaussianSum) else GaussianSum(
@@ -211,7 +214,8 @@ def attack_updates(
         return Attacked(record=record, result=result)
 
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(attack, (NoDefence(), noised)))
+        bare = plan.terms.promises and plan.terms.noise_at == "server"
+        return list(pool.map(attack, (NoDefence(),) if bare else (NoDefence(), noised)))
 
 
 def aggregation_costs(

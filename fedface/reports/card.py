@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedface.reports import private_page, wording
+from fedface.reports import private_page, short_answer, standing, wording
 from fedface.reports.quantities import NotMeasured
 from fedface.reports.run import BiasRecord, PlanRecord, RunRecord
 
@@ -54,13 +54,19 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in [[plain(head) for head in lines[0]], lines[1], *body]]
 
 
+def code_block(text: str) -> list[str]:
+    """Text to copy as it stands: in a code block nothing is markup, and its fence is longer than any in the text."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return [fence, text, fence]
+
+
 def _head(record: RunRecord) -> list[str]:
     return [
         f"# Model card: {plain(record.name)}",
         "",
         f"Question: {plain(record.question)}",
         "",
-        *(plain(sentence) for sentence in wording.answer(record)),
+        *(plain(sentence) for sentence in short_answer.answer(record)),
     ]
 
 
@@ -81,27 +87,41 @@ def _training(record: RunRecord) -> list[str]:
     answers = sum(len(entry.answered) for entry in record.rounds)
     refused = sum(len(entry.refusals) for entry in record.rounds)
     dropped = sum(len(entry.dropped) for entry in record.rounds)
-    replies = f"{answers} answers, {refused} refusals, {dropped} dropped"
-    lines = ["## Training", "", f"{len(record.devices)} devices, {rounds} rounds: {replies}.", ""]
-    return (
-        lines
-        + table(["Device", "Publicly known"], [[device.id, device.description] for device in record.devices])
-        + [f"\n{plain(left.sentence)}" for left in record.left]
+    replies = (
+        f"{wording.counted(answers, 'answer')}, {wording.counted(refused, 'refusal')}, {dropped} dropped"
     )
+    size = f"{wording.counted(len(record.devices), 'device')}, {wording.counted(rounds, 'round')}"
+    lines = ["## Training", "", f"{size}: {replies}.", ""]
+    known = [[device.id, device.description] for device in record.devices]
+    lines += table(["Device", "Publicly known"], known)
+    return [*lines, "", "### Leaving", "", *(f"- {plain(text)}" for text in standing.leaving(record))]
 
 
 def _privacy(record: RunRecord) -> list[str]:
     lines = ["## Privacy", "", plain(wording.promise(record.plan))]
     if isinstance(record.plan, PlanRecord):
         plan = record.plan
+        steps = f"{wording.counted(plan.rounds, 'round')} of {wording.counted(plan.steps_per_round, 'step')}"
+        neighbours = f"neighbours: {plain(plan.adjacency)}"
+        if plan.noise_at == "server":
+            kept = [
+                "- Who is trusted: the server. It sees each device's bare update and adds the noise.",
+                f"- Noise multiplier {wording.constant(plan.noise_multiplier)}; each device's whole update is cut to "
+                f"length {wording.constant(plan.update_clip)}; {steps}, every device in each round; {neighbours}",
+            ]
+        else:
+            kept = [
+                "- Who is trusted: nobody but the device itself, which cuts gradients and adds the noise.",
+                f"- Noise multiplier {wording.constant(plan.noise_multiplier)}, clip norm "
+                f"{wording.constant(plan.clip_norm)}, sampling rate {wording.constant(plan.sampling_rate)}, "
+                f"{steps}; {neighbours}",
+            ]
         lines += [
             "",
             *([f"- It covers {plain(plan.covers)}"] if plan.covers else []),
             f"- Planned: {plain(wording.epsilon(plan.epsilon))}",
             f"- Spent: {plain(wording.epsilon(wording.spent(record)))}",
-            f"- Noise multiplier {wording.constant(plan.noise_multiplier)}, clip norm "
-            f"{wording.constant(plan.clip_norm)}, sampling rate {wording.constant(plan.sampling_rate)}, "
-            f"{plan.rounds} rounds of {plan.steps_per_round} steps, neighbours: {plain(plan.adjacency)}",
+            *kept,
         ]
     return lines
 
@@ -113,7 +133,7 @@ def _bias(record: RunRecord) -> list[str]:
             return [*lines, f"Not measured: {plain(reason)}"]
         case BiasRecord() as audit:
             lines += [f"- {plain(sentence)}" for sentence in audit.sentences]
-            counts = f"{audit.photos} photos, {audit.faces_per_photo} faces each"
+            counts = f"{wording.counted(audit.photos, 'photo')}, {wording.counted(audit.faces_per_photo, 'face')} each"
             lines += ["", f"Probe: {plain(audit.probe)}, {counts}."]
             measures = list(dict.fromkeys(name for group in audit.groups for name in group.figures))
             absent = NotMeasured(not_measured="too few photos of this group")
@@ -130,22 +150,23 @@ def _bias(record: RunRecord) -> list[str]:
 def _private(record: RunRecord) -> list[str]:
     last, measures = record.private[-1], private_page.measures_of(record.private)
     heads = ["Group", "Units", *(private_page.title(name) for name in measures)]
-    rows = [
-        [group.group, *(f"{value} {ends}" for value, ends in private_page.cells(group, measures))]
-        for group in (*last.groups, last.overall)
-    ]
-    lines = ["## What devices say of their own photos", "", *(f"- {plain(text)}" for text in last.sentences)]
+    rows = [[group.group, *private_page.texts(group, measures)] for group in private_page.ordered(last)]
+    lines = ["## What devices say of their own photos", ""]
+    lines += [f"- {plain(text)}" for text in private_page.sentences(record)]
     lines += ["", *(f"- {plain(private_page.spent_sentence(told))}" for told in record.private), ""]
     return lines + table(heads, rows)
 
 
 def _leakage(record: RunRecord) -> list[str]:
     lines = ["## What an update gives away", ""]
-    if not record.attacks:
+    attacks = standing.attacks_of(record)
+    if not attacks:
         return [*lines, "Not measured: no attack was run against these updates."]
-    for attack in record.attacks:
+    if note := standing.attack_note(record):
+        lines += [plain(note), ""]
+    for attack in attacks:
         lines.append(f"- {plain(wording.named_sentence(attack))} {plain(wording.attack_sentence(attack))}")
-    untested = list(dict.fromkeys(item for attack in record.attacks for item in attack.not_tested))
+    untested = list(dict.fromkeys(item for attack in attacks for item in attack.not_tested))
     if untested:
         lines += ["", f"Not tested: {plain('; '.join(untested))}."]
     return lines
@@ -163,6 +184,11 @@ def _provenance(record: RunRecord) -> list[str]:
         "",
         f"- Weights before: `{record.base_hash}`",
         f"- Weights after: `{record.final_hash}`",
-        f"- Run from {record.started} to {record.finished}; again with: {plain(record.command)}",
+        *([f"- {plain(note)}"] if (note := standing.hash_note(record)) else []),
+        f"- Run from {record.started} to {record.finished}",
         f"- Versions: {plain(versions)}",
+        "",
+        "Run it again:",
+        "",
+        *code_block(record.command),
     ]

@@ -80,7 +80,11 @@ def plan_record(plan: Plan) -> PlanRecord | NoPromise:
                 raise ValueError(f"a promise needs a finite price, got {bounds}")
             return PlanRecord(
                 promise=wording.promise_words(
-                    unit=unit, target=target, delta=delta, rounds=plan.schedule.rounds, noise_at=plan.terms.noise_at
+                    unit=unit,
+                    target=target,
+                    delta=delta,
+                    rounds=plan.schedule.rounds,
+                    noise_at=plan.terms.noise_at,
                 ),
                 unit=unit,
                 target_epsilon=target,
@@ -213,7 +217,10 @@ def light_to_dark(groups: Sequence[str]) -> list[str]:
     steps = [re.search(r"Monk (\d+)", name) for name in groups]
     if any(step is None for step in steps):
         return list(groups)
-    return [name for _, name in sorted((int(step[1]), name) for step, name in zip(steps, groups, strict=True) if step)]
+    return [
+        name
+        for _, name in sorted((int(step[1]), name) for step, name in zip(steps, groups, strict=True) if step)
+    ]
 
 
 def _lead(figures: PrivateFigures) -> str:
@@ -229,7 +236,9 @@ def _lead(figures: PrivateFigures) -> str:
             )
     for measure in _TELLING:
         if measure in figures.hidden:
-            width = f"{figures.hidden[measure][0]:.{FIGURES[measure].digits}f} {FIGURES[measure].unit}".rstrip()
+            width = (
+                f"{figures.hidden[measure][0]:.{FIGURES[measure].digits}f} {FIGURES[measure].unit}".rstrip()
+            )
             return (
                 f"{start}, nobody is shown to be served worse, but a gap in {FIGURES[measure].title} below {width} "
                 "would be hidden by their number and the noise."

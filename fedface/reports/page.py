@@ -18,9 +18,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from fedface.errors import RunError
-from fedface.reports import figures, private_page, wording
-from fedface.reports.quantities import Epsilon, Figure, Interval, NotMeasured
-from fedface.reports.run import BiasRecord, PlanRecord, RunRecord
+from fedface.reports import figures, private_page, short_answer, standing, wording
+from fedface.reports.quantities import Epsilon, Figure, Interval, NotMeasured, rounded_up
+from fedface.reports.run import AttackRecord, BiasRecord, NoPromise, PlanRecord, RunRecord
 
 FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -66,11 +66,13 @@ def render(record: RunRecord, folder: Path) -> str:
         size=wording.size,
         seconds=wording.seconds,
         percent=wording.percent,
+        counted=wording.counted,
     )
+    attacks = standing.attacks_of(record)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         record=record,
-        answer=wording.answer(record),
+        answer=short_answer.answer(record),
         when=_when(record),
         tiles=_tiles(record),
         plan=record.plan if isinstance(record.plan, PlanRecord) else None,
@@ -80,19 +82,22 @@ def render(record: RunRecord, folder: Path) -> str:
         turnout=_turnout(record),
         refusals=_refusals(record),
         curves=_curves(record),
-        left=[left.sentence for left in record.left],
+        leaving=standing.leaving(record),
+        hash_note=standing.hash_note(record),
         private=_private(record),
         faces=_pictures(record, folder, "faces"),
         more=_pictures(record, folder, "more"),
         attack_pictures=_pictures(record, folder, "attacks"),
         bias=_bias(record),
         tones=_tones(record),
-        attacks=_attacks(record),
+        attacks=_attacks(attacks),
+        attack_records=attacks,
         attack_sentences=[
-            *(wording.named_sentence(attack) for attack in record.attacks),
-            *(wording.attack_sentence(attack) for attack in record.attacks),
+            *([note] if (note := standing.attack_note(record)) else []),
+            *(wording.named_sentence(attack) for attack in attacks),
+            *(wording.attack_sentence(attack) for attack in attacks),
         ],
-        not_tested=list(dict.fromkeys(item for attack in record.attacks for item in attack.not_tested)),
+        not_tested=list(dict.fromkeys(item for attack in attacks for item in attack.not_tested)),
         experiment=json.dumps(record.experiment, indent=2, ensure_ascii=False),
     )
 
@@ -135,7 +140,7 @@ def _when(record: RunRecord) -> str:
 def _meaning(record: RunRecord) -> str:
     cost = wording.spent(record)
     if isinstance(record.plan, PlanRecord) and isinstance(cost, Epsilon):
-        return wording.meaning(cost)
+        return wording.meaning(cost, noise_at=record.plan.noise_at)
     return ""
 
 
@@ -144,10 +149,13 @@ def _tiles(record: RunRecord) -> list[dict[str, str]]:
     cost = wording.spent(record)
     if isinstance(cost, Epsilon):
         text = f"epsilon at most, at delta {wording.constant(cost.delta)}, per {cost.unit}"
-        tiles.append({"value": wording.number(cost.upper), "text": text})
+        tiles.append({"value": rounded_up(cost.upper), "text": text})
     else:
         tiles.append({"value": "no bound", "text": "on what a photo's owner loses"})
-    leading = wording.leading_gap(record)
+    if (served := short_answer.service_change(record)) is not None:
+        text = f"{_head(served.measure)}: {served.groups} served {served.verdict}"
+        tiles.append({"value": served.change.removeprefix("from ").replace(" to ", " → "), "text": text})
+    leading = short_answer.leading_gap(record)
     if not isinstance(leading, NotMeasured):
         measure, before, after = leading
         if isinstance(before.difference, Interval) and isinstance(after.difference, Interval):
@@ -160,13 +168,16 @@ def _tiles(record: RunRecord) -> list[dict[str, str]]:
         if answered:
             value = wording.size(sent / answered)
             tiles.append({"value": value, "text": "sent by one device in one round"})
-    named = [(a.gallery.estimate, a.defence) for a in record.attacks if isinstance(a.gallery, Interval)]
+    used = standing.attacks_of(record)
+    if isinstance(record.plan, NoPromise):  # what noise would have done is no part of what the run did
+        used = tuple(attack for attack in used if attack.defence == wording.NO_DEFENCE)
+    named = [
+        (attack.gallery.estimate, attack.defence) for attack in used if isinstance(attack.gallery, Interval)
+    ]
     if named:
         value = " → ".join(wording.share(rate) for rate, _ in named)
         defences = " → ".join(defence for _, defence in named)
-        text = (
-            f"of updates give away whose photo was in them, of {record.attacks[0].gallery_size}: {defences}"
-        )
+        text = f"of updates give away whose photo was in them, of {used[0].gallery_size}: {defences}"
         tiles.append({"value": value, "text": text})
     return tiles
 
@@ -255,7 +266,7 @@ def _epsilon_curve(record: RunRecord) -> dict[str, Markup | str]:
     )
     limit = record.plan.target_epsilon if isinstance(record.plan, PlanRecord) else None
     last = known[-1][1]
-    alt = f"Epsilon by round, up to {wording.number(last.estimate)}"
+    alt = f"Epsilon by round, to {wording.epsilon(last)}"
     unit = f"epsilon at delta {wording.constant(last.delta)} per {last.unit}"
     if limit is not None:
         unit += "; dashed: the promise"
@@ -353,9 +364,9 @@ def _cell(value: Figure, count: int) -> tuple[str, str]:
             return "not measured", reason
 
 
-def _attacks(record: RunRecord) -> list[dict[str, object]]:
+def _attacks(attacks: Sequence[AttackRecord]) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
-    for attack in record.attacks:
+    for attack in attacks:
         values = (attack.psnr, attack.baseline_psnr, attack.ssim, attack.baseline_ssim, attack.gallery)
         cells = [_cell(value, 0) for value in values]
         chance = f"{wording.percent(1 / attack.gallery_size)} · {wording.percent(attack.gallery_ceiling)}"
@@ -366,7 +377,7 @@ def _attacks(record: RunRecord) -> list[dict[str, object]]:
 def _private(record: RunRecord) -> dict[str, object]:
     measures = private_page.measures_of(record.private)
     return {
-        "sentences": list(record.private[-1].sentences) if record.private else [],
+        "sentences": private_page.sentences(record),
         "costs": [private_page.spent_sentence(told) for told in record.private],
         "heads": [(private_page.title(name), private_page.unit(name)) for name in measures],
         "rows": private_page.rows(record.private),

@@ -1,20 +1,31 @@
-"""The page's section on what devices said of their own photos, and on who left the run.
+"""The page's section on what devices said of their own photos.
 
-Called from reports/page.py and reports/card.py. Every number here is noised: intervals include it, and a group that
-cannot be told from a small one has none.
+Called from reports/page.py, reports/card.py, reports/tournament.py and the command line. Every number here is noised:
+intervals include it, and a group that cannot be told from a small one has none. Groups stand light to dark, all last.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fedface.audits.noised_means import FIGURES
+from fedface.audits.private_figures import FiguresConfig
+from fedface.audits.private_reading import foreseen
+from fedface.config import parse
+from fedface.errors import ConfigError
 from fedface.reports import figures, wording
+from fedface.reports.filling import light_to_dark
 from fedface.reports.private_record import PrivateGroup, PrivateRecord
 from fedface.reports.quantities import Figure, Interval, NotMeasured
 from fedface.reports.run import RunRecord
 
 COLORS = {"before": figures.BEFORE, "after": figures.AFTER}
+AT_END = "\N{NO-BREAK SPACE}*"  # beside a figure that stands at an end of its range
+MOST_UNITS = 10**6  # of one device, when looking for how many would be enough
+HIDDEN = ("skin_difference", "same_group", "misfit")  # differences that noise hides, in words
 
 
 def title(measure: str) -> str:
@@ -33,9 +44,23 @@ def measures_of(records: Sequence[PrivateRecord]) -> list[str]:
     return list(dict.fromkeys(name for group in everyone for name in group.figures))
 
 
+def ordered(told: PrivateRecord) -> list[PrivateGroup]:
+    """The groups light to dark, then all units together."""
+    by_name = {group.group: group for group in told.groups}
+    return [*(by_name[name] for name in light_to_dark(list(by_name))), told.overall]
+
+
+def names_of(records: Sequence[PrivateRecord]) -> list[str]:
+    """The groups of several records, light to dark, "all" last."""
+    groups = light_to_dark(list(dict.fromkeys(group.group for told in records for group in told.groups)))
+    return [*groups, *dict.fromkeys(told.overall.group for told in records)]
+
+
 def charts(record: RunRecord) -> list[tuple[str, bytes]]:
-    """For each measure, its title and a chart of the groups before and after the run, as SVG."""
-    groups = list(dict.fromkeys(group.group for told in record.private for group in told.groups))
+    """For each measure, its title and a chart of the groups before and after the run, as SVG; groups without a figure
+    are left out, since the table says so."""
+    told_of = {g.group for told in record.private for g in told.groups if g.figures}
+    groups = [name for name in names_of(record.private) if name in told_of]
     drawn = []
     for measure in measures_of(record.private):
         series = [_series(told, groups, measure) for told in record.private]
@@ -62,24 +87,41 @@ def _series(told: PrivateRecord, groups: Sequence[str], measure: str) -> figures
 
 def rows(records: Sequence[PrivateRecord]) -> list[dict[str, object]]:
     """Lines of a table: for each group and model, how many units and each measure with its interval."""
-    names = list(dict.fromkeys(g.group for told in records for g in (*told.groups, told.overall)))
     absent = NotMeasured(not_measured="not asked")
     table: list[dict[str, object]] = []
-    for name in names:
+    for name in names_of(records):
         lines = []
         for told in records:
-            found = next((g for g in (*told.groups, told.overall) if g.group == name), None)
+            found = next((group for group in ordered(told) if group.group == name), None)
             group = found or PrivateGroup(group=name, units=absent, figures={})
-            lines.append({"label": told.when, "cells": cells(group, measures_of(records))})
+            given = cells(group, measures_of(records))
+            lines.append({"label": told.when, "cells": given, "untold": untold(group)})
         table.append({"group": name, "lines": lines})
     return table
 
 
+def untold(group: PrivateGroup) -> str:
+    """Why nothing is told of a group, in one cell for the whole line; empty where something is."""
+    if isinstance(group.units, NotMeasured) and not group.figures:
+        return f"not told: {group.units.not_measured}"
+    return ""
+
+
 def cells(group: PrivateGroup, measures: Sequence[str]) -> list[tuple[str, str]]:
     """The count of units and each measure, as an estimate and its interval; or why there is none."""
-    why = group.units.not_measured if isinstance(group.units, NotMeasured) else "not told"
-    none = NotMeasured(not_measured=why)
-    return [_cell(group.units, whole=True), *(_cell(group.figures.get(name, none)) for name in measures)]
+    none = NotMeasured(not_measured="no figure")
+    given = [_cell(group.units, whole=True)]
+    for name in measures:
+        estimate, ends = _cell(group.figures.get(name, none))
+        given.append((estimate + AT_END if name in group.at_end else estimate, ends))
+    return given
+
+
+def texts(group: PrivateGroup, measures: Sequence[str]) -> list[str]:
+    """The same as one text for each column, where cells cannot be joined."""
+    if why := untold(group):
+        return [why, *["–"] * len(measures)]
+    return [f"{value} {ends}" for value, ends in cells(group, measures)]
 
 
 def _cell(value: Figure, *, whole: bool = False) -> tuple[str, str]:
@@ -92,6 +134,63 @@ def _cell(value: Figure, *, whole: bool = False) -> tuple[str, str]:
             return "not told", reason
 
 
+def sentences(record: RunRecord) -> list[str]:
+    """What the last model's figures say, what they would have hidden where they say nothing, and what a mark means."""
+    if not record.private:
+        return []
+    last = record.private[-1]
+    said = list(last.sentences)
+    if sum(bool(group.figures) for group in last.groups) < 2 and (hidden := hidden_sentence(record)):
+        said.insert(1, hidden)
+    return [*said, *end_sentence(record.private)]
+
+
+def end_sentence(records: Sequence[PrivateRecord]) -> list[str]:
+    """What the mark beside a figure means, if there is one."""
+    if not any(group.at_end for told in records for group in ordered(told)):
+        return []
+    return [
+        "A figure with * stands at an end of its range: noise pushed it there, and its interval says what it may be."
+    ]
+
+
+def hidden_sentence(record: RunRecord) -> str:
+    """Which differences noise would have hidden between two groups just large enough to be told of.
+
+    From public numbers alone: the recipe, the noise, and how many devices answered. Empty where the recipe is unknown.
+    """
+    last, config = record.private[-1], figures_config(record.experiment)
+    if config is None or last.devices < 1:
+        return ""
+    units, found = 1, {name: math.inf for name in HIDDEN}
+    while units < MOST_UNITS and not all(map(math.isfinite, found.values())):
+        units = max(units + 1, math.ceil(1.05 * units))
+        found = foreseen(
+            replace(config, expected_units=units),
+            noise_multiplier=last.noise_multiplier,
+            devices=last.devices,
+        )
+    if not all(math.isfinite(found[name]) for name in HIDDEN):
+        return ""
+    size = units * last.devices // len(config.groups)
+    said = [f"{title(name)}, {found[name]:.{FIGURES[name].digits}f} {unit(name)}".rstrip() for name in HIDDEN]
+    return (
+        f"Had each group had just enough units to be told of (about {size}), noise alone would still have hidden a "
+        f"difference between two of them below: {'; '.join(said)}."
+    )
+
+
+def figures_config(experiment: dict[str, object]) -> FiguresConfig | None:
+    """The public recipe of the figures in a record's experiment; None where it holds none that can be read."""
+    evaluation = experiment.get("evaluation")
+    if not isinstance(evaluation, dict) or not isinstance(told := evaluation.get("figures"), dict):
+        return None
+    try:
+        return parse(json.dumps(told), FiguresConfig, name="figures")  # JSON is YAML
+    except ConfigError:
+        return None
+
+
 def spent_sentence(record: PrivateRecord) -> str:
     """What asking cost, and whom."""
     return f"Asking about the model {record.when} the run: {spent_words(record)}."
@@ -99,4 +198,4 @@ def spent_sentence(record: PrivateRecord) -> str:
 
 def spent_words(record: PrivateRecord) -> str:
     """How many answered, at what price for one unit."""
-    return f"{record.devices} devices answered, at {wording.epsilon(record.epsilon)}"
+    return f"{wording.counted(record.devices, 'device')} answered, at {wording.epsilon(record.epsilon)}"

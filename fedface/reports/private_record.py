@@ -20,7 +20,7 @@ class PrivateGroup:
     group: str
     units: Figure  # how many units (photos, occasions) were asked; noised, or why it is not told
     figures: dict[str, Figure]  # by measure
-    at_end: tuple[str, ...] = field(default_factory=tuple)  # measures that noise pushed to an end of their range
+    at_end: tuple[str, ...] = field(default_factory=tuple)  # measures at an end of their range
 
 
 @dataclass(frozen=True, kw_only=True)

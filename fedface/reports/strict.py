@@ -136,8 +136,8 @@ def _later(kind: Any) -> set[str]:
 def _member(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     for kind in kinds:
         if dataclasses.is_dataclass(kind):
-            names = {field.name for field in dataclasses.fields(kind)}
-            if isinstance(value, dict) and names - _later(kind) <= set(value) <= names:
+            fields = {field.name for field in dataclasses.fields(kind)}
+            if isinstance(value, dict) and fields - _later(kind) <= set(value) <= fields:
                 return kind
         elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
             return kind

@@ -1,4 +1,4 @@
-"""Numbers into words: how a report writes an interval, an epsilon, a size, and its short answer.
+"""Numbers into words: how a report writes an interval, an epsilon, a size, a promise.
 
 Called by reports.page and reports.card, so that both say the same. Nothing here computes a result.
 """
@@ -6,10 +6,11 @@ Called by reports.page and reports.card, so that both say the same. Nothing here
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from fedface.audits.bias import MEASURES
-from fedface.reports.quantities import Epsilon, Figure, Interval, NotMeasured
-from fedface.reports.run import AttackRecord, BiasRecord, GapRecord, NoPromise, PlanRecord, RunRecord
+from fedface.reports.quantities import Epsilon, Figure, Interval, NotMeasured, rounded_down, rounded_up
+from fedface.reports.run import AttackRecord, GapRecord, NoPromise, PlanRecord, RunRecord
 
 # What the probe says after each round: name -> (title, unit, whether zero belongs on the axis).
 PROBE_FIGURES = {
@@ -21,8 +22,8 @@ PROBE_FIGURES = {
     "monk": ("Skin tone of samples", "mean Monk step, 1 light to 10 dark", False),
     "dark_share": ("Share of darker samples", "share of samples", True),
 }
+NO_DEFENCE = "no DP"  # in the words of filling.defence_words
 SPACE = "\N{NO-BREAK SPACE}"  # between a number and its unit
-LEADING = ("skin_difference", "same_half", "same_tone_bin", "monk_shift", "ita_shift", "misfit")
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -54,6 +55,8 @@ def interval(value: Interval) -> tuple[str, str]:
     if not 1e-6 <= half < 1e6:
         return number(value.estimate), f"[{number(value.low)}, {number(value.high)}]"
     places = max(0, 1 - math.floor(math.log10(half)))
+    if value.estimate and abs(value.estimate) < 0.5 * 10.0**-places:  # a small number is no perfect zero
+        places = min(6, -math.floor(math.log10(abs(value.estimate))))
     texts = [f"{end:,.{places}f}".replace("-", "−") for end in (value.estimate, value.low, value.high)]
     return texts[0], f"[{texts[1]}, {texts[2]}]"
 
@@ -69,13 +72,22 @@ def figure(value: Figure) -> str:
 
 
 def epsilon(value: Epsilon | NotMeasured) -> str:
-    """`epsilon 7.91 (between 7.89 and 7.93) at delta 1e-5 per photo`, or `not measured: why`."""
+    """`epsilon 7.998 (between 7.998 and 8.000) at delta 1e-5 per photo`, or `not measured: why`."""
     match value:
-        case Epsilon(lower=lower, estimate=estimate, upper=upper, delta=delta, unit=unit):
-            bounds = f"(between {number(lower)} and {number(upper)})"
-            return f"epsilon {number(estimate)} {bounds} at delta {constant(delta)} per {unit}"
+        case Epsilon(estimate=estimate, delta=delta, unit=unit):
+            return f"epsilon {number(estimate, 4)} ({bounds(value)}) at delta {constant(delta)} per {unit}"
         case NotMeasured(not_measured=reason):
             return f"not measured: {reason}"
+
+
+def bounds(value: Epsilon) -> str:
+    """`between 7.998 and 8.000`, rounded outwards."""
+    return f"between {rounded_down(value.lower)} and {rounded_up(value.upper)}"
+
+
+def counted(count: int, word: str) -> str:
+    """`1 round`, `3 rounds`."""
+    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
 
 
 def size(count: float) -> str:
@@ -134,24 +146,47 @@ def with_unit(text: str, measure: str) -> str:
     return f"{text} {unit_of(measure)}".rstrip()
 
 
-def meaning(value: Epsilon) -> str:
+def promise_words(*, unit: str, target: float, delta: float, rounds: int, noise_at: str) -> str:
+    """The promise in one sentence, from its numbers."""
+    price = f"is worth at most epsilon {constant(target)} at delta {constant(delta)} per {unit}"
+    whom = f"to anybody who wants to know about one {unit}"
+    if noise_at == "server":
+        return (
+            f"What the trusted server publishes of {counted(rounds, 'round')} {price} {whom}; "
+            "the server itself sees each device's bare update."
+        )
+    return f"All that leaves a device in {counted(rounds, 'round')} {price} {whom}."
+
+
+def meaning(value: Epsilon, *, noise_at: Literal["device", "server"] = "device") -> str:
     """What an epsilon promises, as a bet about one unit: from one half to e^epsilon / (1 + e^epsilon)."""
     sure = 1.0 / (1.0 + math.exp(-value.upper))
+    seen = "leaves a device" if noise_at == "device" else "is published by the server, which adds the noise"
     sentence = (
-        "Somebody who sees everything that ever leaves a device, and who holds it for an even bet that one "
+        f"Somebody who sees everything that ever {seen}, and who holds it for an even bet that one "
         f"{value.unit} was among those used, can afterwards be at most {at_most_percent(sure)} sure; besides, "
         f"the promise allows for exceptions that weigh {one_in(value.delta)} together."
     )
+    if noise_at == "server":
+        sentence += " It says nothing about the server, which sees each device's bare update."
     if sure > 0.9:
         sentence += " Taken alone that is a weak bound; the attacks in this report test the noise behind it."
     return sentence
 
 
 def promise(plan: PlanRecord | NoPromise) -> str:
-    """The promise in one sentence."""
+    """The promise in one sentence; older records have one without its delta."""
     match plan:
-        case PlanRecord(promise=words):
+        case PlanRecord(promise=words) if "delta" in words:
             return words
+        case PlanRecord():
+            return promise_words(
+                unit=plan.unit,
+                target=plan.target_epsilon,
+                delta=plan.epsilon.delta,
+                rounds=plan.rounds,
+                noise_at=plan.noise_at,
+            )
         case NoPromise(no_promise=reason):
             return f"No promise: {reason}"
 
@@ -161,27 +196,6 @@ def spent(record: RunRecord) -> Epsilon | NotMeasured:
     if not record.rounds:
         return NotMeasured(not_measured="no round was run")
     return record.rounds[-1].epsilon
-
-
-def leading_gap(record: RunRecord) -> tuple[str, GapRecord, GapRecord] | NotMeasured:
-    """The measure that the short answer speaks of, with its gap before and after.
-
-    The first of a fixed order that both audits compared, so that nobody can pick the kindest one.
-    """
-    match record.bias_before, record.bias_after:
-        case (BiasRecord(gaps=before), BiasRecord(gaps=after)):
-            for name in (*LEADING, *before):
-                if name in before and name in after:
-                    return name, before[name], after[name]
-            return NotMeasured(not_measured="no two groups had enough photos to be compared")
-        case (NotMeasured() as missing, _) | (_, NotMeasured() as missing):
-            return missing
-    return NotMeasured(not_measured="there was no audit")
-
-
-def answer(record: RunRecord) -> list[str]:
-    """The short answer, in two or three sentences made of the record's numbers alone."""
-    return [_gap_answer(record), *_quality_answer(record), _cost_answer(record)]
 
 
 def gap_sentence(gap: GapRecord, measure: str) -> str:
@@ -232,61 +246,3 @@ def _gain(gain: Interval) -> str:
     return (
         f"{signed(gain.estimate)} dB [{signed(gain.low)}, {signed(gain.high)}] (n{SPACE}={SPACE}{gain.count})"
     )
-
-
-def _gap_answer(record: RunRecord) -> str:
-    leading = leading_gap(record)
-    if isinstance(leading, NotMeasured):
-        return f"Whom the result serves worse was not measured: {leading.not_measured}."
-    measure, before, after = leading
-    title = title_of(measure)
-    match before.difference, after.difference:
-        case (Interval() as old, Interval() as new):
-            old, new = _upward(old), _upward(new)
-            was, now = old.estimate, new.estimate
-            change = with_unit(f"from {number(was)} to {number(now)}", measure)
-            start = f"The gap between the worst and the best served group in {title}"
-            if max(old.low, new.low) > min(old.high, new.high):
-                return f"{start} {'shrank' if now < was else 'grew'} {change}."
-            return f"{start} went {change}, but the intervals overlap: no change is shown."
-        case (NotMeasured(not_measured=reason), _) | (_, NotMeasured(not_measured=reason)):
-            return f"The gap between groups in {title} was not measured: {reason}."
-    return f"The gap between groups in {title} was not measured."
-
-
-def _upward(gap: Interval) -> Interval:
-    """A gap as a size: mirrored where worse means less, so that two gaps can be compared."""
-    if gap.estimate >= 0:
-        return gap
-    return Interval(estimate=-gap.estimate, low=-gap.high, high=-gap.low, count=gap.count)
-
-
-def _quality_answer(record: RunRecord) -> list[str]:
-    before = record.figures_before.get("distance")
-    after = record.rounds[-1].figures.get("distance") if record.rounds else None
-    if not isinstance(before, Interval) or not isinstance(after, Interval):
-        return []
-    verb = "fell" if after.estimate < before.estimate else "rose"
-    change = f"{verb} from {number(before.estimate)} to {number(after.estimate)}"
-    text = f"The distance of samples to faces like the devices' {change}"
-    return [f"{text} in {_rounds(len(record.rounds))} on {_devices(len(record.devices))}."]
-
-
-def _cost_answer(record: RunRecord) -> str:
-    if isinstance(record.plan, NoPromise):
-        return f"It makes no privacy promise: {record.plan.no_promise}"
-    cost = spent(record)
-    if isinstance(cost, NotMeasured):
-        return f"What it cost in privacy was not measured: {cost.not_measured}."
-    return (
-        f"It cost each {cost.unit} at most epsilon {number(cost.upper)} at delta {constant(cost.delta)}, "
-        f"of {constant(record.plan.target_epsilon)} promised."
-    )
-
-
-def _rounds(count: int) -> str:
-    return "one round" if count == 1 else f"{count} rounds"
-
-
-def _devices(count: int) -> str:
-    return "one device" if count == 1 else f"{count} devices"

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 from skimage.io import imread
 
-from fedface.reports import card, page, wording
+from fedface.reports import card, page, short_answer
 from fedface.reports.quantities import Interval, NotMeasured
 from fedface.reports.run import BiasRecord, NoPromise, RunRecord
 
@@ -79,17 +80,19 @@ def test_the_headline_is_the_question_and_the_answer_comes_from_the_numbers(html
     text = read(html).text
     assert "Do eight phones of mostly darker faces mend" in text
     assert "shrank from 5.28 to 1.44 dE00" in text
-    assert "at most epsilon 7.92 at delta 1e−5, of 8 promised" in text
+    assert "at most epsilon 7.920 at delta 1e−5 (between 7.880 and 7.920), of 8 promised" in text
 
 
 def test_a_gap_that_only_changed_its_sign_did_not_change_its_size(record: RunRecord) -> None:
     """Worse may mean more or less of a measure; what the answer compares is how far apart the groups are."""
-    before, after = record.bias_before, record.bias_after
-    assert isinstance(before, BiasRecord) and isinstance(after, BiasRecord)
+    before = record.bias_before
+    assert isinstance(before, BiasRecord)
     gap = before.gaps["skin_difference"]
     mirrored = replace(gap, difference=Interval(estimate=-5.28, low=-5.88, high=-4.68, count=80))
-    swapped = replace(record, bias_after=replace(after, gaps={"skin_difference": mirrored}))
-    assert "no change is shown" in wording.answer(swapped)[0]
+    swapped = replace(
+        record, bias_before=before, bias_after=replace(before, gaps={"skin_difference": mirrored})
+    )
+    assert "no change is shown" in short_answer.answer(swapped)[0]
 
 
 def test_the_page_asks_nothing_of_any_network(html: str) -> None:
@@ -128,8 +131,9 @@ def test_a_hostile_question_device_and_group_inject_nothing(record: RunRecord, f
     assert reader.events == []
     assert all(link.startswith(("data:image/", "#")) for link in reader.links)
     assert "{{ 7 * 7 }}" in reader.text
-    assert "<script" not in card.render(hostile)
-    assert "<img" not in card.render(hostile)
+    shown = read(MarkdownIt("commonmark", {"html": True}).enable("table").render(card.render(hostile)))
+    assert not {"script", "img"} & set(shown.tags)
+    assert shown.events == []
 
 
 def test_what_is_missing_says_so_and_never_nan_or_none(record: RunRecord, folder: Path) -> None:
