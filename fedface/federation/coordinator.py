@@ -7,6 +7,7 @@ where it stopped.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import assert_never
 
+from fedface.aggregation.protocol import EncryptedConfig
 from fedface.config import dump, plain
 from fedface.errors import ConfigError, RunError
 from fedface.experiment import DrawnDevices, Experiment, LabelledDevices, RealDevices
@@ -118,7 +120,7 @@ def coordinate(
         serve_probe(base, probe, experiment.upsampling, method, experiment.seed, lambda done, of: None)
         for method in BASELINES
     ]
-    watcher.stage("attacks on one update, without and with DP", 1)
+    watcher.stage("attacks on one update", 1)
     work = begin_round(final, experiment.training, plan.terms, common_streams(experiment.seed, 0))
     attacked = attack_updates(
         work, probe, _candidates(experiment, size), plan, experiment.attack, experiment.seed
@@ -144,7 +146,7 @@ def coordinate(
         question=experiment.question,
         started=state.started,
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=command or f"fedface run {folder / 'experiment.yaml'}",
+        command=command or shlex.join(["fedface", "run", str(folder / "experiment.yaml")]),
         versions=dict(version_record()),
         machine=machine_record(),
         experiment=plain(experiment),
@@ -294,7 +296,8 @@ def _pictures(folder: Path, parts: _Parts, attacked: list[Attacked]) -> dict[str
             file="attack.png",
             section="attacks",
             caption="One photo in one update: the truth, what the attack recovered, and a guess.",
-            alt="Grid of faces: truth, recovered without and with DP, and the mean face",
+            alt=f"Grid of faces: truth, recovered with {' and with '.join(a.record.defence for a in attacked)}, "
+            "and the mean face",
         ),
     }
 
@@ -341,7 +344,13 @@ def _notes(experiment: Experiment, plan: Plan, base: Model) -> tuple[str, ...]:
             f"The promise covers {unit_in_words(plan.promise.unit)}. Somebody in many {_PLURAL[plan.promise.unit]} is "
             "protected less: the losses of all that show them add up."
         )
-    notes.append(
-        "All devices share one key for encrypted sums: a device that sees another's upload can read it."
-    )
+    if isinstance(experiment.aggregation, EncryptedConfig):
+        notes.append(
+            "All devices share one key for encrypted sums: a device that sees another's upload can read it."
+        )
+    if plan.terms.promises and plan.terms.noise_at == "server":
+        notes.append(
+            "The server is trusted: it reads each device's bare update and could keep it; no figure here says what it "
+            "could learn by that."
+        )
     return tuple(notes)
