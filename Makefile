@@ -24,6 +24,7 @@ types: $(STAMP)
 
 bench: $(STAMP)  # minutes; benchmarks/latent_search.py, full_size.py and quality_counts.py take longer
 	$(BIN)/python benchmarks/encryption.py
+	$(BIN)/python benchmarks/private_step.py --rounds 3
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
