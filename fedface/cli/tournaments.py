@@ -70,24 +70,36 @@ def tournament(
 
 
 def _print(record: TournamentRecord, folder: Path) -> None:
+    console.print(record.title(), style="bold", highlight=False)
     measures = private_page.measures_of(record.candidates)
     table = Table(box=None, title="All units together", title_justify="left")
     for heading in ("candidate", "units", *(private_page.title(name) for name in measures)):
         table.add_column(heading)
     for told in record.candidates:
-        cells = [f"{value} {ends}" for value, ends in private_page.cells(told.overall, measures)]
-        table.add_row(told.when, *cells)
+        table.add_row(told.when, *private_page.texts(told.overall, measures))
     console.print(table)
+    for sentence in private_page.end_sentence(record.candidates):
+        console.print(sentence, highlight=False)
+    if record.undecided():
+        console.print(f"Best first: {record.verdicts()[0]}", highlight=False)
+    else:
+        _print_orders(record)
+    for told in record.candidates[:1]:
+        console.print(f"each candidate: {private_page.spent_words(told)}", highlight=False)
+    console.print(record.price_sentence(), highlight=False)
+    console.print(record.asked, highlight=False)
+    console.print(f"open {folder / 'tournament.png'}", highlight=False, soft_wrap=True)
+    console.print(f"also {folder / 'tournament.md'}", highlight=False, soft_wrap=True)
+
+
+def _print_orders(record: TournamentRecord) -> None:
     orders = Table(box=None, title="Best first", title_justify="left")
     for heading in ("measure", "for", "order", "cannot be told apart"):
         orders.add_column(heading)
     for ranking in record.rankings:
         ties = "; ".join(" and ".join(pair) for pair in ranking.ties) or "all are told apart"
-        if len(ranking.ties) == len(record.candidates) * (len(record.candidates) - 1) // 2:
-            ties = "no two of them: the order says nothing"
-        orders.add_row(private_page.title(ranking.measure), ranking.by, ", ".join(ranking.order), ties)
+        order = ", ".join(ranking.order)
+        if ranking.all_tied(len(record.candidates)):
+            order, ties = "none", "no two of them"
+        orders.add_row(private_page.title(ranking.measure), ranking.by, order, ties)
     console.print(orders)
-    for told in record.candidates[:1]:
-        console.print(f"each candidate: {private_page.spent_words(told)}", highlight=False)
-    console.print(f"open {folder / 'tournament.png'}", highlight=False, soft_wrap=True)
-    console.print(f"also {folder / 'tournament.md'}", highlight=False, soft_wrap=True)

@@ -7,6 +7,7 @@ named rather than ranked.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,23 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure as Canvas
 
+from fedface.privacy.accounting import compose, epsilon_of
+from fedface.privacy.mechanism import GaussianSum, SampledGaussian
 from fedface.reports import private_page, strict, wording
+from fedface.reports.card import code_block
 from fedface.reports.comparison_figures import COLOURS, MARKERS, png_on_white
 from fedface.reports.figures import STYLE
+from fedface.reports.filling import epsilon_record
 from fedface.reports.private_record import PrivateRecord
-from fedface.reports.quantities import Interval
+from fedface.reports.quantities import Epsilon, Interval, NotMeasured
+from fedface.units import UNITS, unit_in_words
 
 FILE = "tournament.json"
+NOT_PRICED = NotMeasured(not_measured="its record does not hold the recipe's sampling rate")
+ALL_ASKED = (
+    "Devices were asked about all their photos, also those that a candidate was trained on: a recipe's held_out counts "
+    "in a run, not here. A candidate that learned from these devices has an advantage that it may not have elsewhere."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +42,16 @@ class RankingRecord:
     by: str  # "overall" or "worst group"
     order: tuple[str, ...]  # best first
     ties: tuple[tuple[str, ...], ...]  # pairs that cannot be told apart
-    sentences: tuple[str, ...]
+    sentences: tuple[str, ...]  # the order, one for each pair, and what the intervals hold
+
+    def all_tied(self, models: int) -> bool:
+        """Whether no two of so many models can be told apart, so that the order says nothing."""
+        return len(self.ties) == models * (models - 1) // 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class TournamentRecord:
-    """A finished tournament."""
+    """A finished tournament; what all answers cost together follows from its candidates."""
 
     name: str
     question: str
@@ -46,6 +61,63 @@ class TournamentRecord:
     candidates: tuple[PrivateRecord, ...]  # `when` is the candidate's name
     rankings: tuple[RankingRecord, ...]
     notes: tuple[str, ...] = field(default_factory=tuple)
+    together: Epsilon | NotMeasured = field(default_factory=lambda: NOT_PRICED)  # the price of all answers
+    asked: str = field(default_factory=lambda: ALL_ASKED)  # which photos, in words
+
+    def __post_init__(self) -> None:
+        if self.together == NOT_PRICED:
+            object.__setattr__(self, "together", _together(self.candidates, self.experiment))
+
+    def price_sentence(self) -> str:
+        """What all answers of a device cost one unit together, and what a unit is."""
+        count = len(self.candidates)
+        answers = "Both answers" if count == 2 else f"All {count} answers"
+        sentence = f"{answers} of a device together: {wording.epsilon(self.together)}."
+        match self.together:
+            case Epsilon(unit=unit) if unit in UNITS:
+                return f"{sentence} The price is for {unit_in_words(unit)}."  # type: ignore[arg-type]
+        return sentence
+
+    def undecided(self) -> bool:
+        """Whether no two models can be told apart by any measure."""
+        return all(ranking.all_tied(len(self.candidates)) for ranking in self.rankings)
+
+    def verdicts(self) -> list[str]:
+        """Who serves better, in words: an order only where some pair is told apart."""
+        count = len(self.candidates)
+        if self.undecided():
+            return [f"No two of the {count} models can be told apart by any measure."]
+        said = []
+        for ranking in self.rankings:
+            if not ranking.all_tied(count):
+                said.append(" ".join(ranking.sentences))
+                continue
+            whom = "over all units" if ranking.by == "overall" else "for the group that each serves worst"
+            title = private_page.title(ranking.measure)
+            said.append(f"By {title}, {whom}, no two of the {count} models can be told apart.")
+        return said
+
+    def title(self) -> str:
+        """What a page of it is called."""
+        count = len(self.candidates)
+        return f"Which model serves the devices' own photos best: tournament of {wording.counted(count, 'model')}"
+
+
+def _together(candidates: Sequence[PrivateRecord], experiment: dict[str, Any]) -> Epsilon | NotMeasured:
+    """The price of one answer about each candidate, from the noise of each."""
+    evaluation = experiment.get("evaluation")
+    rate = evaluation.get("sampling_rate") if isinstance(evaluation, dict) else None
+    prices = [told.epsilon for told in candidates if isinstance(told.epsilon, Epsilon)]
+    if not isinstance(rate, int | float) or not 0 < rate <= 1 or not prices or len(prices) < len(candidates):
+        return NOT_PRICED
+    events = [
+        SampledGaussian(
+            sampling_rate=float(rate), sum=GaussianSum(clip_norm=1.0, sigma=told.noise_multiplier), steps=1
+        ).event()
+        for told in candidates
+    ]
+    delta, unit = prices[0].delta, prices[0].unit
+    return epsilon_record(epsilon_of(compose(events), delta), delta=delta, unit=unit)
 
 
 def write(record: TournamentRecord, folder: Path) -> None:
@@ -60,7 +132,7 @@ def write(record: TournamentRecord, folder: Path) -> None:
 def picture(record: TournamentRecord) -> bytes:
     """Each measure by tone group, one mark for each candidate, with intervals that include the noise; PNG."""
     measures = private_page.measures_of(record.candidates)
-    groups = list(dict.fromkeys(g.group for told in record.candidates for g in (*told.groups, told.overall)))
+    groups = _shown(record)
     with matplotlib.rc_context(STYLE):
         canvas = Canvas(figsize=(max(6.2, 2.6 * len(measures)), 3.4), layout="constrained", dpi=110)
         row = canvas.subplots(1, max(1, len(measures)), squeeze=False)[0]
@@ -86,6 +158,22 @@ def picture(record: TournamentRecord) -> bytes:
         return png_on_white(canvas)
 
 
+def _shown(record: TournamentRecord) -> list[str]:
+    """The groups that some candidate has a figure for, light to dark, all last; the picture leaves out the others."""
+    told = {
+        g.group for one in record.candidates for g in private_page.ordered(one) if not private_page.untold(g)
+    }
+    return [name for name in private_page.names_of(record.candidates) if name in told]
+
+
+def _empty(record: TournamentRecord) -> list[str]:
+    shown = _shown(record)
+    left_out = [name for name in private_page.names_of(record.candidates) if name not in shown]
+    return (
+        [f"Not in the picture, because nothing is told of them: {', '.join(left_out)}."] if left_out else []
+    )
+
+
 def _wrapped(title: str, unit: str) -> str:
     words, lines = f"{title}{', ' + unit if unit else ''}".split(), [""]
     for word in words:
@@ -99,26 +187,27 @@ def markdown(record: TournamentRecord) -> str:
     """The tournament as a page of text, with its picture."""
     measures = private_page.measures_of(record.candidates)
     heads = ["group", "candidate", "units", *(private_page.title(name) for name in measures)]
-    lines = [f"# {_plain(record.question)}", "", "![Scores by tone group](tournament.png)", ""]
-    for ranking in record.rankings:
-        lines += [f"- {_plain(' '.join(ranking.sentences))}"]
+    lines = [f"# {_plain(record.title())}", "", f"The recipe's question: {_plain(record.question)}", ""]
+    lines += [_plain(record.price_sentence()), "", "![Scores by tone group](tournament.png)", ""]
+    lines += [f"- {_plain(text)}" for text in [*_empty(record), *record.verdicts()]]
     lines += ["", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    names = list(dict.fromkeys(g.group for told in record.candidates for g in (*told.groups, told.overall)))
-    for name in names:
+    for name in private_page.names_of(record.candidates):
         for told in record.candidates:
-            for group in (*told.groups, told.overall):
+            for group in private_page.ordered(told):
                 if group.group == name:
-                    cells = [f"{value} {ends}" for value, ends in private_page.cells(group, measures)]
+                    cells = [text.replace("*", "\\*") for text in private_page.texts(group, measures)]
                     lines.append("| " + " | ".join([name, _plain(told.when), *cells]) + " |")
     lines.append("")
+    lines += [f"{_plain(text)}\n" for text in private_page.end_sentence(record.candidates)]
     for told in record.candidates:
         lines.append(
-            f"- {_plain(told.when)}: weights `{told.weights_hash[:12]}`, {told.method}, {told.devices} devices, "
-            f"{wording.epsilon(told.epsilon)}."
+            f"- {_plain(told.when)}: weights `{told.weights_hash[:12]}`, {told.method}, "
+            f"{wording.counted(told.devices, 'device')}, {wording.epsilon(told.epsilon)}."
         )
-    lines += ["", *(f"- {_plain(note)}" for note in record.notes), "", f"Again: `{record.command}`", ""]
+    notes = [record.asked, *record.notes]
+    lines += ["", *(f"- {_plain(note)}" for note in notes), "", "Again:", "", *code_block(record.command), ""]
     return "\n".join(lines)
 
 
 def _plain(text: str) -> str:
-    return text.replace("|", "/").replace("<", "&lt;").replace("`", "'")
+    return text.replace("|", "/").replace("<", "&lt;").replace("`", "'").replace("*", "\\*")
