@@ -142,7 +142,7 @@ def check(
             f"    besides, from one device that holds the key: each opened sum, {wording.size(opening)} in a round",
             highlight=False,
         )
-    console.print(f"    what does not: {_stays(recipe)}", highlight=False)
+    console.print(f"  what stays: {_stays(recipe)}", highlight=False)
     console.print(
         f"  what travels down: the weights, {wording.size(down)} per device and round", highlight=False
     )
@@ -150,13 +150,13 @@ def check(
 
 def _stays(recipe: Experiment) -> str:
     if isinstance(recipe.training, PriorTrainingConfig):
-        stays = "no photo and no latent of a photo"
+        stays = "every photo and every latent of a photo"
         counts = "a count of units travels among the numbers, with the promise's noise like the rest"
     elif recipe.evaluation is not None:
-        stays = "no photo and no gradient of a single photo"
+        stays = "every photo and every gradient of a single photo"
         counts = "counts of held-out units by tone group travel among the figures, with noise"
     else:
-        stays = "no photo, no gradient of a single photo and no number that counts photos"
+        stays = "every photo, every gradient of a single photo, and how many photos there are"
         counts = ""
     match recipe.promise:
         case PrivacyTarget(unit="library"):

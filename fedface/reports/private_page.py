@@ -150,7 +150,7 @@ def end_sentence(records: Sequence[PrivateRecord]) -> list[str]:
     if not any(group.at_end for told in records for group in ordered(told)):
         return []
     return [
-        "A figure with * stands at an end of its range: noise pushed it there, and its interval says what it may be."
+        "A figure with * stands at an end of its range: noise, or cutting values to the range, put it there."
     ]
 
 

@@ -148,7 +148,7 @@ def picture(record: TournamentRecord) -> bytes:
                             yerr=[[max(0.0, value.estimate - value.low)], [max(0.0, value.high - value.estimate)]],
                             color=COLOURS[index % len(COLOURS)], marker=MARKERS[index % len(MARKERS)],
                             markersize=4.5, elinewidth=1.0, capsize=2, linestyle="none",
-                            label=told.when if place == len(groups) - 1 else None,
+                            label=told.when if told.when not in axes.get_legend_handles_labels()[1] else None,
                         )  # fmt: skip
             unit = private_page.unit(measure)
             axes.set_title(_wrapped(private_page.title(measure), unit), loc="left", fontsize=8)
