@@ -66,12 +66,37 @@ def read(
 def text_of(path: Path) -> str:
     """The text of a file; raises ConfigError where there is none, with a neighbour's name."""
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ConfigError(f"{path}: no such file{_suggest(path.name, near)}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a text file ({error})") from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"{path}: is a folder; wanted a file in it") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not a text file") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    if "\0" in text:
+        raise ConfigError(f"{path}: is not a text file")
+    return text
+
+
+def _not_yaml(text: str, name: str, error: yaml.YAMLError | RecursionError) -> ConfigError:
+    """The parser's complaint, which has several lines and names no file, as `file:line: reason` in one."""
+    line, reason = 1, "not valid YAML"
+    match error:
+        case yaml.MarkedYAMLError():
+            mark = error.problem_mark or error.context_mark
+            line = 1 if mark is None else mark.line + 1
+            reason = ", ".join(filter(None, (error.context, error.problem)))
+        case yaml.reader.ReaderError():
+            line = text.count("\n", 0, error.position) + 1
+            reason = "it holds a character that no text has"
+        case RecursionError():
+            reason = "it is nested too deeply"
+        case _:
+            reason = str(error)
+    return ConfigError(f"{name}:{line}: not valid YAML: {' '.join(reason.split())}")
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -89,11 +114,26 @@ def section(path: Path, key: str) -> Any:
     Raises:
         ConfigError: The file is missing or no YAML.
     """
+    text = text_of(path)
     try:
-        everything = yaml.load(text_of(path), Loader=_PlainLoader)
+        everything = yaml.load(text, Loader=_PlainLoader)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        raise _not_yaml(text, str(path), error) from error
     return everything.get(key) if isinstance(everything, dict) else None
+
+
+def keys_of(path: Path) -> tuple[str, ...]:
+    """The top-level keys of a YAML file; empty where it holds something else.
+
+    Raises:
+        ConfigError: The file is missing or no YAML.
+    """
+    text = text_of(path)
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise _not_yaml(text, str(path), error) from error
+    return tuple(str(key.value) for key, _ in node.value) if isinstance(node, yaml.MappingNode) else ()
 
 
 def parse(
@@ -107,11 +147,8 @@ def parse(
     """Like `read`, from a text; `name` stands for the file in errors."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{name}:{line}: not valid YAML: {error.problem or error.context}") from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{name}:1: not valid YAML: {error}") from error
+        raise _not_yaml(text, name, error) from error
     if node is None:
         raise ConfigError(f"{name}:1: the file is empty; expected {_title(wanted)}")
     if isinstance(node, yaml.MappingNode):

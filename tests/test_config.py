@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedface.config import dump, kind_of, parse, plain, read
+from fedface.config import dump, keys_of, kind_of, parse, plain, read, section
 from fedface.errors import ConfigError
 from fedface.experiment import Experiment
 
@@ -144,11 +144,47 @@ def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
 
 
 def test_a_folder_or_other_bytes_are_no_text_file(tmp_path: Path) -> None:
-    """Both are said, neither is a traceback."""
-    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
-    for path in (tmp_path, tmp_path / "bytes.yaml"):
-        with pytest.raises(ConfigError, match="cannot be read as a text file"):
-            read(path, Kitchen)
+    """Both are said, neither is a traceback; bytes that happen to be UTF-8 are none either."""
+    for name, content in (("bytes.yaml", b"\xff\xfe\x00"), ("zeros.yaml", b"owner: Ada\x00")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=f"{name}: is not a text file$"):
+            read(tmp_path / name, Kitchen)
+    with pytest.raises(ConfigError, match="is a folder"):
+        read(tmp_path, Kitchen)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "owner: Ada\narea: [1\nwarm: no",
+            "k.yaml:3: not valid YAML: while parsing a flow sequence, expected",
+        ),
+        ("owner: Ada\n\narea: \x01", "k.yaml:3: not valid YAML: it holds a character that no text has"),
+        ("owner: " + "[" * 5000, "k.yaml:1: not valid YAML: it is nested too deeply"),
+    ],
+)
+def test_a_broken_file_is_one_line_with_the_line_where_it_breaks(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    """The same whoever reads it: whole, one section, or the keys alone."""
+    (tmp_path / "k.yaml").write_text(text)
+    for reading in (
+        lambda path: read(path, Kitchen),
+        lambda path: section(path, "owner"),
+        lambda path: keys_of(path),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)) as refused:
+            reading(tmp_path / "k.yaml")
+        assert "\n" not in str(refused.value)
+
+
+def test_the_keys_of_a_file_are_those_at_its_top(tmp_path: Path) -> None:
+    """Whatever stands behind them."""
+    (tmp_path / "k.yaml").write_text("owner: Ada\nfurniture: {kind: bensh}\n")
+    assert keys_of(tmp_path / "k.yaml") == ("owner", "furniture")
+    (tmp_path / "k.yaml").write_text("[1, 2]")
+    assert keys_of(tmp_path / "k.yaml") == ()
 
 
 @pytest.mark.parametrize(

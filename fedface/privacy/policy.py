@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedface.errors import PolicyRefusal
 from fedface.privacy.conditions import Conditions, Surroundings, ThisMachine, last_day
-from fedface.privacy.ledger import Entry, Ledger
+from fedface.privacy.ledger import Entry, Ledger, Shortfall
 from fedface.privacy.limits import Limit
 from fedface.privacy.plan import Plan, Terms
 from fedface.privacy.target import check_delta
 from fedface.units import UNITS, Unit, covers, unit_in_words
 
+OBJECTIVES = ("generator", "upsampler")  # what can be trained, in the word of a policy
 EVALUATION = "evaluation"  # the objective of a task that only measures
+LARGE_DELTA = 1e-2  # above it, "with this chance the bound need not hold" is no small print any more
 OWN_WORDS = ("unit", "neighbours", "sampler", "noise_at")  # marks that follow from the terms alone
 
 
@@ -45,14 +47,15 @@ class DevicePolicy:
     """What the owner of a device allows.
 
     Raises:
-        ValueError: A number outside its bounds, a day or an hour that does not exist, a folder outside the photos.
+        ValueError: A number outside its bounds, a day, an hour or a purpose that does not exist, a folder outside
+            the photos.
     """
 
     max_epsilon: float  # for all runs together, for the life of the library, > 0
     delta: float  # where every epsilon is read; fixed for the life of the library
     unit: Unit = "photo"  # of what budgets count the loss; fixed for the life of the library
     periods: tuple[Period, ...] = ()  # further budgets, for any so many days
-    objectives: tuple[str, ...] = ("generator", "upsampler")  # what photos may help to train
+    objectives: tuple[str, ...] = OBJECTIVES  # what photos may help to train
     evaluation: bool = False  # may this device answer noised questions about its held-out photos?
     protocols: tuple[str, ...] = ("encrypted",)  # how updates may travel
     smallest_cohort: int = 2  # fewest devices whose updates are summed, >= 1
@@ -74,6 +77,12 @@ class DevicePolicy:
             raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
         if self.smallest_cohort < 1:
             raise ValueError(f"smallest_cohort must be at least 1, got {self.smallest_cohort}")
+        for objective in self.objectives:
+            if objective not in OBJECTIVES:
+                figures = "; figures are allowed by evaluation: true" if objective == EVALUATION else ""
+                raise ValueError(
+                    f'objectives must be among {", ".join(OBJECTIVES)}, got "{objective:.40}"{figures}'
+                )
         for key, folders in (("folders", self.folders), ("never", self.never)):
             for folder in folders:
                 _check_folder(key, folder)
@@ -205,8 +214,8 @@ class DevicePolicy:
         if not terms.promises:
             if not self.allow_unpromised:
                 raise PolicyRefusal(
-                    "this run asks for epsilon inf: it adds no noise; this device allows "
-                    f"{self.max_epsilon:g}. Give it a privacy target, or ask the owner to allow it."
+                    "this run asks for epsilon infinite at every delta: it adds no noise; this device allows at most "
+                    f"{limit_in_words(self.limits[0])}. Give it a privacy target, or ask the owner to allow it."
                 )
             return
         if not covers(terms.unit, self.unit):
@@ -228,7 +237,7 @@ class DevicePolicy:
         short = ledger.room_for(terms.event(rounds), [life], told=terms.unit)
         if short is not None:
             raise PolicyRefusal(
-                f"over {rounds} round{'' if rounds == 1 else 's'} this run asks for {short.in_words()}. "
+                f"over {rounds} round{'' if rounds == 1 else 's'} this run asks for {short_in_words(short)}. "
                 "Lower the rounds, raise the noise, or ask the owner of this device for a larger budget."
             )
         if booked or not periods:
@@ -240,7 +249,7 @@ class DevicePolicy:
                 if short.asked > short.limit.epsilon
                 else "Ask again later."
             )
-            raise PolicyRefusal(f"with one more round this run asks for {short.in_words()}. {later}")
+            raise PolicyRefusal(f"with one more round this run asks for {short_in_words(short)}. {later}")
 
     def book(
         self,
@@ -278,15 +287,39 @@ class DevicePolicy:
             return ledger.book_within(terms.event(1), self.limits, run=run, round=round, marks=noted)
         return ledger.book(terms.event(1), run=run, round=round, marks=noted)
 
+    def ended(self, surroundings: Surroundings) -> str | None:
+        """That the last day is over, as a sentence without full stop; None as long as it is not."""
+        if self.expires is None or surroundings.now().date() <= last_day(self.expires):
+            return None
+        return f"it ended on {self.expires}; everything is refused"
+
+    def doubts(self) -> list[str]:
+        """What is allowed to be written and hardly meant, one sentence each, without full stops."""
+        large = (
+            f"delta {delta_in_words(self.delta)} is large: with about this chance the bound need not hold at all; "
+            "choose it well below one in the number of your photos"
+        )
+        return [
+            *([large] if self.delta > LARGE_DELTA else []),
+            *(
+                f"{limit_in_words(limit)} is more than the {self.max_epsilon:g} for life, so this period limits nothing"
+                for limit in self.limits[1:]
+                if limit.epsilon > self.max_epsilon
+            ),
+        ]
+
     def in_words(self) -> list[str]:
         """What is allowed, one sentence each, without full stops."""
-        conditions = self.conditions.in_words()
+        conditions = replace(self.conditions, hours=()).in_words()
+        if self.hours:
+            hours = " or ".join("from {} to {}".format(*words.split("-")) for words in self.hours)
+            conditions = [f"{hours}, local time", *conditions]
         return [
-            f"photos may help to train {_or(self.objectives)}",
+            f"photos may help to train {_or([f'{objective}s' for objective in self.objectives])}",
             "noised questions about how well a model serves these photos are "
             + ("answered" if self.evaluation else "not answered"),
             f"updates may travel {_or(self.protocols)}, where {self.smallest_cohort} devices or more are summed",
-            *(f"at most {limit}" for limit in self.limits),
+            *(f"at most {limit_in_words(limit)}" for limit in self.limits),
             f"the budget counts {unit_in_words(self.unit)}",
             f"a run must promise per {_or([unit for unit in UNITS if covers(unit, self.unit)])}",
             "the noise may be added by the server"
@@ -299,9 +332,61 @@ class DevicePolicy:
             if self.folders
             else "photos in all folders may be used",
             *([f"photos {_in(self.never)} may never be used"] if self.never else []),
-            f"this device takes part only {', '.join(conditions)}" if conditions else "at any time",
+            f"this device takes part only {', '.join(conditions)}"
+            if conditions
+            else "this device takes part at any time",
             f"until the end of {self.expires}" if self.expires else "without a last day",
         ]
+
+
+def delta_in_words(delta: float) -> str:
+    """A delta in the one way in which it is written: 0.001, 1e-4, 2.5e-6."""
+    if delta >= 1e-3:
+        return f"{delta:g}"
+    digits, _, power = f"{delta:.5e}".partition("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
+
+
+def limit_in_words(limit: Limit) -> str:
+    """A limit's epsilon with its delta, unit and period."""
+    period = "for life" if limit.days is None else f"in any {limit.days:g} days"
+    return f"epsilon {limit.epsilon:g} at delta {delta_in_words(limit.delta)} per {limit.unit} {period}"
+
+
+def short_in_words(short: Shortfall) -> str:
+    """What does not fit, as a phrase that can follow "asks for"; every epsilon is an upper bound and says so."""
+    limit = short.limit
+    period = "for life" if limit.days is None else f"in any {limit.days:g} days"
+    return (
+        f"{at_most(short.asked)}; {at_most(short.spent)} of {limit.epsilon:g} is already spent (together "
+        f"{at_most(short.together)}; every epsilon here at delta {delta_in_words(limit.delta)}, "
+        f"per {limit.unit} {period})"
+    )
+
+
+def overspent(spent: float, limit: Limit, *, unpromised: bool) -> str | None:
+    """That nothing of a limit is left, as a sentence without full stop; None as long as something is.
+
+    Args:
+        spent: The upper bound of what is spent in the limit's period.
+        limit: What is allowed.
+        unpromised: Whether runs without noise are allowed; no budget holds for them.
+    """
+    over = spent - limit.epsilon
+    if over < 0:
+        return None
+    until = "" if limit.days is None else " until enough of it is older than that"
+    what = "everything that promises something" if unpromised else "everything"
+    much = "without a bound" if math.isinf(over) else f"by {at_most(over)}"
+    where = f"at delta {delta_in_words(limit.delta)} per {limit.unit}"
+    return f"nothing is left: {what} will be refused{until}; over {much} {where}"
+
+
+def at_most(epsilon: float) -> str:
+    """An upper bound of an epsilon, as such, rounded up."""
+    if math.isinf(epsilon):
+        return "epsilon infinite"
+    return "epsilon 0" if epsilon == 0 else f"epsilon at most {math.ceil(1000 * epsilon) / 1000:.3f}"
 
 
 def _terms(plan: Plan | Terms) -> Terms:

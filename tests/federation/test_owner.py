@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 
 from fedface.aggregation.protocol import Agreement, PlainConfig
+from fedface.config import parse
 from fedface.errors import ConfigError
 from fedface.federation.device import serve
-from fedface.federation.owner import owner_device
+from fedface.federation.owner import check_kind, checked_owner, lost_folders, owner_device
 from fedface.federation.task import Agreed, Refusal, TrainTask
 from fedface.models.critic import Critic, CriticConfig
 from fedface.models.family import GanShape
@@ -20,6 +23,7 @@ from fedface.photos.drawn import ToneMix, draw, sample_faces
 from fedface.photos.pixels import write_png
 from fedface.photos.scan import scan_library
 from fedface.privacy.plan import make_plan
+from fedface.privacy.policy import DevicePolicy
 from fedface.privacy.target import NoPromise
 from fedface.randomness import Streams
 from fedface.training.generator import GanTrainingConfig
@@ -32,6 +36,8 @@ policy:
   max_epsilon: 2
   delta: 1e-6
 """
+
+POLICY = "max_epsilon: 2\ndelta: 1e-6\nnever: [Private]\n"
 
 
 def draw_photos(folder: Path, count: int, name: str) -> None:
@@ -89,6 +95,97 @@ def test_the_state_folder_is_the_owners_alone(home: Path) -> None:
     (home / "state").chmod(0o755)
     with pytest.raises(ConfigError, match="chmod 700"):
         owner_device(home / "device.yaml")
+
+
+@pytest.mark.parametrize(
+    ("line", "lost"),
+    [
+        ("never: [private, work/Documents]", []),  # capitals do not matter to what is barred
+        ("never: [Privat]", ["never: there is no folder Privat in PHOTOS; did you mean Private?"]),
+        ("never: [Work/Docments]", ["never: there is no folder Work/Docments in PHOTOS; did you mean Work/Documents?"]),
+        ("never: [Deleted, 2018]", ["never: there is no folder Deleted in PHOTOS.",
+                                    "never: there is no folder 2018 in PHOTOS."]),
+        ("folders: [Work, 2019]", []),
+        ("folders: [work]", ["folders: there is no folder work in PHOTOS; did you mean Work?"]),
+    ],
+)  # fmt: skip
+def test_a_folder_that_a_policy_names_and_that_is_not_there_is_found(
+    home: Path, line: str, lost: list[str]
+) -> None:
+    """Compared as the library compares them; another number is another folder, not a slip."""
+    photos = home / "photos"
+    for name in ("Private", "Work/Documents", "2019"):
+        (photos / name).mkdir(parents=True)
+    policy = parse(f"max_epsilon: 2\ndelta: 1e-6\n{line}", DevicePolicy, name="p.yaml")
+    found = [one.in_words().replace(str(photos), "PHOTOS") for one in lost_folders(policy, photos)]
+    assert found == lost
+
+
+def test_nothing_is_answered_while_a_barred_folder_seems_mistyped(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What has gone bars nothing and is noted; what nearly names a folder that is there was meant to bar it."""
+    (home / "device.yaml").write_text(FILE + "  never: [Private]\n")
+    assert owner_device(home / "device.yaml").name == "kitchen"
+    assert "policy.never: there is no folder Private in" in caplog.text
+    (home / "photos" / "Privat").mkdir()
+    with pytest.raises(ConfigError, match=r"policy.never: .*did you mean Privat\? Mend the line"):
+        owner_device(home / "device.yaml")
+
+
+def test_only_folders_of_which_none_is_there_are_refused(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One of several may have gone: that is noted, and the others are used."""
+    (home / "photos" / "Family").mkdir()
+    (home / "device.yaml").write_text(FILE + "  folders: [Family, Gone]\n")
+    assert owner_device(home / "device.yaml").name == "kitchen"
+    assert "policy.folders: there is no folder Gone in" in caplog.text
+    (home / "device.yaml").write_text(FILE + "  folders: [Famly]\n")
+    with pytest.raises(ConfigError, match=r"policy.folders: .*did you mean Family\? No photo may be used"):
+        owner_device(home / "device.yaml")
+
+
+def test_checking_a_device_makes_nothing(home: Path) -> None:
+    """Neither the state nor an index."""
+    before = sorted(home.rglob("*"))
+    assert checked_owner(home / "device.yaml").name == "kitchen"
+    assert sorted(home.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "said"),
+    [
+        (POLICY, "device", "this is a policy file; a device file has name, photos, state and policy"),
+        (FILE, "policy", "this is a device file; a policy file has max_epsilon and delta"),
+        (FILE, "experiment", "this is a device file; an experiment file has question and promise"),
+        ("question: q\nname: n\npromise: {}", "policy", "this is an experiment file; a policy file has"),
+    ],
+)
+def test_a_file_of_another_kind_is_called_by_its_name(
+    tmp_path: Path, text: str, wanted: Literal["device", "policy", "experiment"], said: str
+) -> None:
+    (tmp_path / "f.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        check_kind(tmp_path / "f.yaml", wanted)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (FILE, "device"),
+        (POLICY, "policy"),
+        ("name: n", "device"),
+        ("", "policy"),
+        ("spoons: 3", "experiment"),
+    ],
+)
+def test_what_may_be_of_its_kind_is_left_to_its_reader(
+    tmp_path: Path, text: str, wanted: Literal["device", "policy", "experiment"]
+) -> None:
+    """A half-written file is said to lack a key, not to be another file."""
+    (tmp_path / "f.yaml").write_text(text)
+    check_kind(tmp_path / "f.yaml", wanted)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,14 @@ from fedface.privacy.ledger import Ledger
 from fedface.privacy.limits import Limit
 from fedface.privacy.neighbours import for_replacing_one
 from fedface.privacy.plan import Plan, Schedule, Terms, make_plan
-from fedface.privacy.policy import EVALUATION, DevicePolicy, Period
+from fedface.privacy.policy import (
+    EVALUATION,
+    DevicePolicy,
+    Period,
+    at_most,
+    delta_in_words,
+    overspent,
+)
 from fedface.privacy.target import NoPromise, PrivacyTarget
 from fedface.units import Unit
 
@@ -76,7 +83,10 @@ def test_the_same_run_under_another_name_is_refused_with_asked_spent_and_allowed
     with pytest.raises(PolicyRefusal) as refusal:
         POLICY.admit(TERMS, 3, "encrypted", "generator", ledger, run="s")
     spent = ledger.spent(1e-5).upper
-    for figure in (f"asks for epsilon {COST:.3f}", f"{spent:.3f} of {POLICY.max_epsilon:g}", "delta 1e-05"):
+    for figure in (
+        f"asks for {at_most(COST)}; {at_most(spent)} of {POLICY.max_epsilon:g} is already spent",
+        "every epsilon here at delta 1e-5, per photo for life",
+    ):
         assert figure in str(refusal.value)
 
 
@@ -115,7 +125,9 @@ def test_purposes_are_refused_unless_allowed(
 
 def test_a_run_without_a_promise_needs_the_owners_word(ledger: Ledger) -> None:
     plan = make_plan(NoPromise(), SCHEDULE)
-    with pytest.raises(PolicyRefusal, match="epsilon inf"):
+    with pytest.raises(
+        PolicyRefusal, match=r"epsilon infinite.* at most epsilon [\d.]+ at delta 1e-5 per photo"
+    ):
         POLICY.admit(plan, 3, "encrypted", "generator", ledger)
     with pytest.raises(PolicyRefusal, match="no noise"):
         POLICY.book(plan, ledger, run="r", round=0)
@@ -123,7 +135,7 @@ def test_a_run_without_a_promise_needs_the_owners_word(ledger: Ledger) -> None:
     willing.admit(plan, 3, "encrypted", "generator", ledger)
     willing.book(plan, ledger, run="r", round=0)
     assert ledger.spent(1e-5).lower == float("inf")
-    with pytest.raises(PolicyRefusal, match="inf of 1"):
+    with pytest.raises(PolicyRefusal, match="epsilon infinite of 1 is"):
         willing.admit(TERMS, 3, "encrypted", "generator", ledger)
 
 
@@ -146,6 +158,7 @@ def test_the_examples_are_policies_and_show_every_key() -> None:
         {"delta": 2.0},
         {"smallest_cohort": 0},
         {"unit": "person"},
+        {"objectives": ("faces",)},
         {"folders": (Path("/etc"),)},
         {"folders": (Path("."),)},
         {"never": (Path("a/../../b"),)},
@@ -195,6 +208,8 @@ expires: 2027-01-31
         ("hours: [22-7]", r'p.yaml:3: hours: must be written like "22:00-07:00"'),
         ("periods: [{days: 7, epsilon: 0}]", r"p.yaml:3: periods.0.epsilon: must be a finite number above 0"),
         ("folders: [../elsewhere]", r"p.yaml:3: folders: must name folders below the photos"),
+        ("objectives: [faces]", r'p.yaml:3: objectives: must be among generator, upsampler, got "faces"'),
+        ("objectives: [evaluation]", r"figures are allowed by evaluation: true"),
         ("unit: person", r"p.yaml:3: unit: expected one of photo, occasion, library"),
         ("on_main: true", r'did you mean "on_mains"'),
     ],
@@ -234,7 +249,7 @@ def test_an_owner_who_counts_photos_pays_more_for_a_promise_per_occasion(ledger:
     """One photo more or less changes the content of an occasion: the price of replacing one."""
     dearer = epsilon_of(for_replacing_one(per("occasion").event()), 1e-5).upper
     assert dearer > COST + 0.1
-    with pytest.raises(PolicyRefusal, match=f"asks for epsilon {dearer:.3f}"):
+    with pytest.raises(PolicyRefusal, match=f"asks for {at_most(dearer)}"):
         POLICY.admit(per("occasion"), 3, "encrypted", "generator", ledger)
     willing = replace(POLICY, max_epsilon=dearer + 1e-6)
     willing.admit(per("occasion"), 3, "encrypted", "generator", ledger)
@@ -333,8 +348,62 @@ def test_every_epsilon_of_a_policy_in_words_has_its_delta_unit_and_period() -> N
         POLICY, periods=(Period(days=7, epsilon=0.5),), allow_unpromised=True, never=(Path("Private"),)
     )
     words = policy.in_words()
-    assert f"at most epsilon {policy.max_epsilon:g} at delta 1e-05 per photo for life" in words
-    assert "at most epsilon 0.5 at delta 1e-05 per photo in any 7 days" in words
+    assert f"at most epsilon {policy.max_epsilon:g} at delta 1e-5 per photo for life" in words
+    assert "at most epsilon 0.5 at delta 1e-5 per photo in any 7 days" in words
     assert "photos in Private may never be used" in words
     assert any(line.startswith("RUNS WITHOUT NOISE") and "delta" in line for line in words)
     assert all("delta" in line for line in words if "epsilon" in line)
+
+
+@pytest.mark.parametrize(
+    ("delta", "words"),
+    [(1e-4, "1e-4"), (1e-5, "1e-5"), (2.5e-6, "2.5e-6"), (1e-10, "1e-10"), (1e-3, "0.001"), (0.05, "0.05")],
+)
+def test_a_delta_is_written_in_one_way_and_is_read_back(delta: float, words: str) -> None:
+    assert delta_in_words(delta) == words and float(words) == delta
+
+
+def test_an_upper_bound_is_rounded_up() -> None:
+    """ "At most 2.000" of 2.0004 would be a lie."""
+    assert at_most(2.0004) == "epsilon at most 2.001" and at_most(2.0) == "epsilon at most 2.000"
+    assert at_most(float("inf")) == "epsilon infinite" and at_most(0) == "epsilon 0"
+
+
+def test_what_is_hardly_meant_is_doubted() -> None:
+    """A delta above one in a hundred, a period's budget above the one for life; the examples have neither."""
+    assert POLICY.doubts() == read(CLIENTS / "policy.example.yaml", DevicePolicy).doubts() == []
+    odd = DevicePolicy(
+        max_epsilon=8.0, delta=0.05, periods=(Period(days=7, epsilon=9.0), Period(days=1, epsilon=8))
+    )
+    large, period = odd.doubts()
+    assert large.startswith("delta 0.05 is large")
+    assert period.startswith("epsilon 9 at delta 0.05 per photo in any 7 days is more than the 8 for life")
+
+
+def test_a_policy_that_has_ended_says_when() -> None:
+    """The last day itself is still allowed."""
+    policy = replace(POLICY, expires="2027-01-31")
+    assert policy.ended(Noon("2027-01-31")) is None and POLICY.ended(Noon()) is None
+    assert policy.ended(Noon("2027-02-01")) == "it ended on 2027-01-31; everything is refused"
+
+
+def test_an_overspent_limit_says_by_how_much() -> None:
+    """Nothing is left of what is used up to the last bit, too; a period comes back."""
+    life, week = Limit(epsilon=8, delta=1e-4), Limit(epsilon=1, delta=1e-4, days=7)
+    assert overspent(7.9, life, unpromised=False) is None
+    assert overspent(10.0, life, unpromised=False) == (
+        "nothing is left: everything will be refused; over by epsilon at most 2.000 at delta 1e-4 per photo"
+    )
+    assert "promises something will be refused until" in str(overspent(1.5, week, unpromised=True))
+    assert "over without a bound" in str(overspent(float("inf"), life, unpromised=False))
+
+
+def test_a_policy_is_said_in_grammatical_sentences() -> None:
+    words = replace(POLICY, hours=("22:00-07:00", "12:00-13:00"), on_mains=True).in_words()
+    assert words[0] == "photos may help to train generators or upsamplers"
+    assert (
+        "this device takes part only from 22:00 to 07:00 or from 12:00 to 13:00, local time, on mains"
+        in words
+    )
+    assert "this device takes part at any time" in POLICY.in_words()
+    assert replace(POLICY, objectives=()).in_words()[0] == "photos may help to train nothing"
