@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import sqlite3
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from fedface.federation.task import Refusal, Trained
 from fedface.privacy.accounting import compose, epsilon_of
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
+from fedface.privacy.policy import at_most
 
 EVENT = GaussianSum(sigma=6.0, clip_norm=1.0).event()
 FILE = """
@@ -222,6 +226,7 @@ def test_a_log_is_told_in_plain_words(fedface, used: Path) -> None:  # type: ign
         "Booked without a line above: entries 3.",
     ):
         assert words in said.out
+    assert "Not covered by these numbers:\n  - that this device took part" in said.out
 
 
 def test_a_log_before_anything_was_sent_says_so(fedface, home: Path) -> None:  # type: ignore[no-untyped-def]
@@ -229,6 +234,7 @@ def test_a_log_before_anything_was_sent_says_so(fedface, home: Path) -> None:  #
     before = files_in(home)
     said = fedface("device", "log", "device.yaml", "--page", "log.html")
     assert said.code == 0 and "Nothing was sent since this device keeps a journal" in said.out
+    assert "Not covered" not in said.out
     assert "epsilon 0 at delta 0.001, per photo. Allowed for life: 100; left: 100.000." in said.out
     assert set(files_in(home)) - set(before) == {home / "log.html"}
     assert json.loads(fedface("device", "log", "device.yaml", "--json").out)["journal"] is False
@@ -266,8 +272,13 @@ def test_a_release_without_noise_is_said_to_be_unbounded(fedface, used: Path) ->
 def test_without_a_terminal_nothing_is_given_up_unless_told(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
     """A script that forgot --yes changes nothing."""
     before = files_in(used)
-    for words in (["leave", "device.yaml", "--run", "faces"], ["erase", "device.yaml"]):
-        assert "there is no terminal to ask on, so nothing was done" in fedface("device", *words).sentence
+    for words, plan in (
+        (["leave", "device.yaml", "--run", "faces"], "What cannot be undone:"),
+        (["erase", "device.yaml"], "sum.key: the shared key"),
+    ):
+        said = fedface("device", *words)
+        assert said.code == 2 and "there is no terminal to ask on, so nothing was done" in said.err
+        assert plan in said.out
     assert files_in(used) == before
 
 
@@ -326,7 +337,9 @@ def test_erasing_says_which_file_is_what_and_which_is_not_found(fedface, used: P
     said = fedface("device", "erase", "device.yaml", "--yes")
     index = belongings(used / "device.yaml").index
     assert f"{used / 'state' / 'sum.key'}: the shared key" in said.out
-    assert f"{index}: the index of the photos in {used / 'photos'} - not found" in said.out
+    assert f"\n{index}: the index of the photos in {used / 'photos'} - not found" in said.out
+    assert f"- {index}" not in said.out and "The index of your photos goes" not in said.out
+    assert "The shared key goes" in said.out and "Stop the device first" in said.out
     assert "was the device run as another user?" in said.out
 
 
@@ -393,3 +406,108 @@ def test_a_story_of_two_rounds_a_goodbye_and_a_refusal(fedface, home: Path) -> N
     spent = epsilon_of(experiment.plan().event(2), 1e-3)
     assert [budget["spent"]["upper"] for budget in told["budgets"]] == [spent.upper] * 2
     assert [budget["left"] for budget in told["budgets"]] == [100 - spent.upper, 50 - spent.upper]
+
+
+def test_a_bare_ledger_is_priced_for_whom_its_entries_promise(fedface, home: Path) -> None:  # type: ignore[no-untyped-def]
+    """Never per photo for occasions; where entries differ the line to type is said; noise has four figures."""
+    path = home / "bare.sqlite"
+    ledger = Ledger.open(path)
+    marks = {"unit": "occasion", "noise_multiplier": "6.123456789"}
+    ledger.book(EVENT, run="faces", round=1, marks=marks)
+    said = fedface("ledger", "show", "bare.sqlite")
+    assert "every epsilon at delta 1e-5, per occasion" in said.out and "6.123 " in said.out
+    assert "fedface ledger show bare.sqlite --delta 1e-6 --unit photo" in said.out
+    assert json.loads(fedface("ledger", "export", "bare.sqlite").out)["spent"]["unit"] == "occasion"
+    ledger.book(EVENT, run="others", round=1, marks={**marks, "unit": "photo"})
+    told = fedface("ledger", "show", "bare.sqlite").sentence
+    assert "several units (photo, occasion)" in told
+    assert told.endswith("fedface ledger show bare.sqlite --unit photo")
+    assert fedface("ledger", "show", "bare.sqlite", "--unit", "photo").code == 0
+    assert fedface("ledger", "verify", "bare.sqlite").code == 0
+
+
+def test_a_state_that_others_may_look_into_is_warned_of(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """By whoever reads the books; the answer is the same, and on standard output nothing but it."""
+    commands = (
+        ["device", "log", "device.yaml"],
+        ["ledger", "show", "device.yaml"],
+        ["ledger", "verify", "device.yaml"],
+        ["ledger", "verify", "state/ledger.sqlite"],
+    )
+    quiet = [fedface(*words) for words in commands]
+    (used / "state").chmod(0o755)
+    for words, before in zip(commands, quiet, strict=True):
+        said = fedface(*words)
+        assert said.code == 0 and said.out == before.out and "warning" not in before.err
+        assert "others may look into" in said.err and "run chmod 700 on it" in said.err
+
+
+def test_a_policy_is_no_device(fedface, home: Path) -> None:  # type: ignore[no-untyped-def]
+    """Said by what a device's file has."""
+    (home / "policy.yaml").write_text("max_epsilon: 8\ndelta: 1e-6\n")
+    for words in (["device", "log"], ["device", "erase"], ["ledger", "show"]):
+        assert fedface(*words, "policy.yaml").sentence == (
+            "policy.yaml: this is a policy file; a device file has name, photos, state and policy"
+        )
+
+
+def test_an_overspent_device_says_that_nothing_is_left(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """Once for life, once for the month."""
+    (used / "device.yaml").write_text(
+        FILE.replace("STATE", "state").replace("100", "0.1").replace("epsilon: 50", "epsilon: 0.05")
+    )
+    said = fedface("device", "log", "device.yaml").out
+    three = epsilon_of(compose([EVENT] * 3), 1e-3).upper
+    where = "at delta 0.001 per photo."
+    assert f"Nothing is left: everything will be refused; over by {at_most(three - 0.1)} {where}" in said
+    assert f"older than that; over by {at_most(three - 0.05)} {where}" in said
+
+
+def test_deltas_are_written_in_one_way(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """1e-4, in each of these commands."""
+    (used / "device.yaml").write_text(FILE.replace("STATE", "state").replace("1e-3", "1e-4"))
+    for words in (["device", "log"], ["ledger", "show"], ["policy", "check"]):
+        said = fedface(*words, "device.yaml").out
+        assert "delta 1e-4" in said and "0.0001" not in said and "1e-04" not in said
+
+
+def test_help_and_slips_are_written_plainly(fedface) -> None:  # type: ignore[no-untyped-def]
+    """No backslash for a markup that nobody reads, and one suggestion."""
+    for words in (["device", "key"], ["policy", "check"], ["ledger", "show"], ["run"]):
+        said = fedface(*words, "--help")
+        assert "[required]" in said.out and "\\" not in said.out
+    assert fedface("polcy").err.count("Did you mean") == 1
+    assert fedface("policy", "chek").err.count("Did you mean") == 1
+
+
+WAITING = """
+import time, typer
+from fedface.cli.terminal import call, progress_bars
+app = typer.Typer(rich_markup_mode=None)
+@app.command()
+def wait():
+    with progress_bars() as bars:
+        bars.stage("waiting", 3)
+        print("ready", flush=True)
+        try:
+            time.sleep(60)
+        finally:
+            time.sleep(0.2)
+            print("kept", flush=True)
+call(app)
+"""
+
+
+def test_several_interrupts_in_quick_succession_are_one() -> None:
+    """The second does not break into what ends the command; one sentence, no traceback."""
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as waiting:
+        assert waiting.stdout is not None and waiting.stdout.readline() == "ready\n"
+        for _ in range(5):
+            waiting.send_signal(signal.SIGINT)
+            time.sleep(0.01)
+        out, err = waiting.communicate(timeout=60)
+    assert waiting.returncode == 130 and out == "kept\n"
+    assert "Traceback" not in err and err.count("interrupted; what was finished is kept") == 1
+    assert "--resume and the same options" in err

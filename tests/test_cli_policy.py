@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from fedface.experiment import Experiment, read_experiment
 from fedface.privacy.conditions import Power, ThisMachine
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.mechanism import GaussianSum
+from fedface.privacy.policy import at_most
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "experiments" / "demo.yaml"
@@ -58,8 +60,9 @@ def willing(tmp_path: Path) -> Path:
 
 
 def device_file(folder: Path, policy: str = WILLING) -> Path:
-    """A device whose state lies beside its file."""
+    """A device whose photos and state lie beside its file."""
     path = folder / "device.yaml"
+    (folder / "photos").mkdir(exist_ok=True)
     lines = "".join(f"  {line}\n" for line in policy.strip().splitlines())
     path.write_text(f"name: kitchen\nphotos: photos\nstate: state\npolicy:\n{lines}")
     return path
@@ -78,7 +81,7 @@ def test_a_policy_is_said_in_sentences(check, willing: Path, tmp_path: Path) -> 
     """An epsilon never stands without its delta, unit and period; a device file says what its section says."""
     said = check(willing)
     assert (said.code, said.err) == (0, "")
-    assert "at most epsilon 8 at delta 0.0001 per photo for life" in said.out
+    assert "at most epsilon 8 at delta 1e-4 per photo for life" in said.out
     assert "updates may travel encrypted, where 2 devices or more are summed" in said.out
     assert "no ledger: nothing is spent" in said.out
     device = check(device_file(tmp_path))
@@ -92,7 +95,8 @@ def test_a_device_would_take_part_in_what_fits(check, willing: Path, tmp_path: P
     assert said.code == 0
     assert 'training ("generator", 6 rounds, per photo): would take part' in said.out
     assert "room for 6 of its rounds" in said.out
-    assert said.out.rstrip().endswith("this device would take part")
+    assert said.out.splitlines()[0] == f"this device would take part in {DEMO}"
+    assert "the recipe promises" not in said.out  # at the same delta, for the same unit
     assert sorted(tmp_path.rglob("*")) == before  # no ledger was begun, no folder made
 
 
@@ -114,8 +118,11 @@ def test_a_device_would_refuse_with_the_reason(  # type: ignore[no-untyped-def]
     willing.write_text(WILLING.replace(*change))
     said = check(willing, "--experiment", DEMO)
     assert said.code == 1 and said.err == ""
-    assert "would refuse: " in said.out and words in said.out
-    assert said.out.rstrip().endswith("this device would refuse")
+    first, training, *_ = said.out.splitlines()
+    assert first.startswith(f"this device would refuse {DEMO}: ") and words in first
+    assert training == '  training ("generator", 6 rounds, per photo): would refuse'
+    priced = "asks for epsilon at most" in said.out.partition(training)[2]
+    assert priced == ("already spent" in words)  # what is refused whatever it costs has no price
 
 
 def test_what_is_spent_counts(check, willing: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -133,6 +140,7 @@ def test_what_is_spent_counts(check, willing: Path, tmp_path: Path) -> None:  # 
         assert price["spent"] == told["spent"][0]["spent"] > 0
         assert price["asked"] < 8.0 < price["together"] < price["asked"] + price["spent"]
         assert price["rounds_that_fit"] == 4  # of six, after two of the same
+        assert told["refusal"] == told["asked"][0]["refusal"] and told["together"] is None
     assert own.read_bytes() == kept
 
 
@@ -196,13 +204,22 @@ def test_evaluation_has_an_answer_of_its_own(check, willing: Path) -> None:  # t
     said = check(willing, *asks)
     assert said.code == 1
     assert 'training ("generator", 6 rounds, per photo): would take part' in said.out
-    assert "would refuse: this run asks for evaluation figures" in said.out
+    assert said.out.startswith(f"this device would refuse {DEMO}: this run asks for evaluation figures")
+    assert "training and evaluation together" not in said.out
     willing.write_text(WILLING + "evaluation: true\n")
-    assert check(willing, *asks).code == 0
+    said = check(willing, *asks)
+    assert said.code == 0 and "training and evaluation together: fits" in said.out
+    told = json.loads(check(willing, *asks, "--json").out)
+    whole = read_experiment(DEMO, changes={"evaluation": "{}"}).plan().epsilon()
+    assert whole is not None and told["together"]["price"]["asked"] == whole.upper <= 8.0
+    parts = [asked["prices"][0]["asked"] for asked in told["asked"]]
+    assert max(parts) < whole.upper < sum(parts) and told["together"]["refusal"] is None
     willing.write_text(WILLING.replace("max_epsilon: 8", "max_epsilon: 7.95") + "evaluation: true\n")
     said = check(willing, *asks)
     assert said.code == 1
-    assert said.out.count("would take part") == 2 and "everything together asks for epsilon" in said.out
+    first = said.out.splitlines()[0]
+    assert said.out.count("would take part") == 2 and "everything together asks for epsilon at most" in first
+    assert "training and evaluation together: would refuse" in said.out
 
 
 def test_hours_and_power_are_said_but_are_no_refusal(  # type: ignore[no-untyped-def]
@@ -222,8 +239,13 @@ def test_a_run_without_a_promise_has_no_finite_price(check, willing: Path) -> No
     said = check(willing, "--experiment", DEMO, "--set", "promise={kind: no-promise}", "--json")
     told = json.loads(said.out)
     assert said.code == 1
-    assert told["asked"][0]["prices"][0]["asked"] is None
-    assert "epsilon inf" in told["asked"][0]["refusal"]
+    assert told["asked"][0]["prices"] == []
+    assert "epsilon infinite at every delta" in told["asked"][0]["refusal"]
+    willing.write_text(WILLING + "allow_unpromised: true\n")
+    told = json.loads(
+        check(willing, "--experiment", DEMO, "--set", "promise={kind: no-promise}", "--json").out
+    )
+    assert told["would_take_part"] and told["asked"][0]["prices"][0]["asked"] is None
 
 
 @pytest.mark.parametrize(
@@ -239,6 +261,11 @@ def test_a_run_without_a_promise_has_no_finite_price(check, willing: Path) -> No
         ),
         (("typo.yaml",), 'typo.yaml:2: max_epsilom: unknown key; did you mean "max_epsilon"?'),
         (("half.yaml",), "the key policy is missing"),
+        (("policy.yaml", "--experiment", "half.yaml"), "this is a device file; an experiment file has"),
+        ((str(DEMO),), "this is an experiment file; a policy file has max_epsilon and delta"),
+        (("broken.yaml",), "broken.yaml:3: not valid YAML: while parsing a flow sequence, expected"),
+        (("bytes.yaml",), "bytes.yaml: is not a text file"),
+        ((".",), "is a folder"),
     ],
 )
 def test_mistakes_are_one_sentence_and_code_2(  # type: ignore[no-untyped-def]
@@ -247,7 +274,98 @@ def test_mistakes_are_one_sentence_and_code_2(  # type: ignore[no-untyped-def]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "typo.yaml").write_text(WILLING.replace("max_epsilon", "max_epsilom"))
     (tmp_path / "half.yaml").write_text("name: kitchen\nphotos: photos\nstate: state\n")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "broken.yaml").write_text("max_epsilon: 8\nobjectives: [generator\ndelta: 1e-4\n")
+    (tmp_path / "bytes.yaml").write_bytes(b"\x89PNG\r\n\x1a\n\x00\xff")
     said = check(*words)
     assert said.code == 2 and said.out == ""
+    assert len(said.err.splitlines()) == 1 and "?" not in re.sub(r'did you mean "[a-z_.]+"\?', "", said.err)
     assert said.err.startswith("fedface: ") and reason in said.err
     assert not (tmp_path / "nowhere.sqlite").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("never: [Privat]", "policy.never: there is no folder Privat in PHOTOS; did you mean Private?"),
+        ("never: [Gone]", "policy.never: there is no folder Gone in PHOTOS."),
+        ("folders: [Private, Famly]", "policy.folders: there is no folder Famly in PHOTOS."),
+    ],
+)
+def test_a_folder_that_is_not_there_is_a_mistake(check, tmp_path: Path, line: str, words: str) -> None:  # type: ignore[no-untyped-def]
+    """Of a device's file; a bare policy has no photos to look at."""
+    device = device_file(tmp_path, f"{WILLING}{line}\n")
+    (tmp_path / "photos" / "Private").mkdir()
+    said = check(device)
+    assert said.code == 2 and said.out == ""
+    assert words.replace("PHOTOS", str(tmp_path / "photos")) in said.err
+    (tmp_path / "policy.yaml").write_text(f"{WILLING}{line}\n")
+    assert check(tmp_path / "policy.yaml").code == 0
+
+
+def test_what_the_device_itself_would_refuse_is_found(check, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Photos that have gone, a state that others may look into; a ledger that others may read is a warning."""
+    device = device_file(tmp_path)
+    own = spent_ledger(tmp_path / "state" / "ledger.sqlite", read_experiment(DEMO), rounds=1)
+    own.chmod(0o644)
+    warning = f"others could read {own}; run chmod 600 on it"
+    assert json.loads(check(device, "--json").out)["warnings"] == [warning]
+    own.chmod(0o644)
+    said = check(device)
+    assert said.code == 0 and f"warning: {warning}" in said.out
+    own.parent.chmod(0o755)
+    said = check(device)
+    assert said.code == 2 and f"others may look into {own.parent}; run chmod 700 on it" in said.err
+    own.parent.chmod(0o700)
+    (tmp_path / "photos").rmdir()
+    said = check(device)
+    assert said.code == 2 and "photos: wanted a folder, there is none at" in said.err
+
+
+def test_what_is_hardly_meant_is_a_warning(check, willing: Path) -> None:  # type: ignore[no-untyped-def]
+    """It changes no answer."""
+    willing.write_text(WILLING.replace("1e-4", "0.05") + "periods: [{days: 7, epsilon: 9}]\n")
+    said = check(willing)
+    assert said.code == 0
+    assert (
+        "warning: delta 0.05 is large" in said.out
+        and "warning: epsilon 9 at delta 0.05 per photo" in said.out
+    )
+
+
+def test_a_policy_that_has_ended_says_so(check, willing: Path) -> None:  # type: ignore[no-untyped-def]
+    """Exit code 1 only if a run was named: without one nothing was asked."""
+    willing.write_text(WILLING + "expires: 2020-01-01\n")
+    said = check(willing)
+    assert said.code == 0 and said.out.splitlines()[0] == "it ended on 2020-01-01; everything is refused"
+    assert check(willing, "--experiment", DEMO).code == 1
+    assert (
+        json.loads(check(willing, "--json").out)["ended"] == "it ended on 2020-01-01; everything is refused"
+    )
+
+
+def test_another_delta_than_the_recipes_is_said(check, willing: Path) -> None:  # type: ignore[no-untyped-def]
+    """The same noise has a higher epsilon at a smaller delta."""
+    willing.write_text(WILLING.replace("1e-4", "1e-6"))
+    said = check(willing, "--experiment", DEMO)
+    assert said.code == 1
+    assert (
+        "read at this device's delta 1e-6, per photo; the recipe promises epsilon at most 8 at delta 1e-4, "
+        "per photo, over everything"
+    ) in said.out
+    for line in said.out.splitlines():
+        if "epsilon" in line and "allows" not in line:
+            assert "at most" in line and "delta" in line
+
+
+def test_an_overspent_ledger_leaves_nothing(check, willing: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """By how much, in words and in JSON."""
+    willing.write_text(WILLING.replace("max_epsilon: 8", "max_epsilon: 0.5"))
+    own = spent_ledger(tmp_path / "ledger.sqlite", read_experiment(DEMO), rounds=2)
+    said = check(willing, "--ledger", own)
+    spent = Ledger.open(own).spent(1e-4).upper
+    sentence = (
+        f"nothing is left: everything will be refused; over by {at_most(spent - 0.5)} at delta 1e-4 per photo"
+    )
+    assert said.code == 0 and sentence in said.out.splitlines()
+    assert json.loads(check(willing, "--ledger", own, "--json").out)["spent"][0]["nothing_left"] == sentence

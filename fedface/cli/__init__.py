@@ -40,6 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.suggest_commands = False  # click suggests too: "Did you mean" stood twice
 app.command("run")(run_experiment)
 app.command("compare")(compare_runs)
 app.command()(tournament)

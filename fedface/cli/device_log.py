@@ -13,12 +13,14 @@ from typing import Annotated
 
 import typer
 
-from fedface.cli.terminal import JsonOption, cell, console, progress_bars
+from fedface.cli.terminal import JsonOption, cell, console, progress_bars, warn, with_deltas
 from fedface.errors import ConfigError
 from fedface.federation.belongings import Belongings, belongings, export, verify, write_alone
-from fedface.federation.leaving import erase, erasing, leave, stake, to_erase
+from fedface.federation.leaving import Going, erase, erasing, leave, stake, to_erase
+from fedface.federation.owner import check_kind, is_open
 from fedface.privacy.chain import utc_now
 from fedface.privacy.journal import Sent
+from fedface.privacy.policy import overspent
 from fedface.reports import wording
 from fedface.reports.device_log import NOT_COVERED, DeviceLog, Told, make_log, moment, render
 
@@ -37,7 +39,7 @@ def device_log(
     """Say everything that ever left a device: when, to whom, how large, how protected, at what cost."""
     if page is not None and page.suffix != ".html":
         raise ConfigError(f"--page {page}: wanted a name that ends in .html")
-    kept = belongings(device)
+    kept = owned(device)
     lines = kept.lines()
     entries = kept.entries()
     if run is not None and run not in (known := kept.runs()):
@@ -60,12 +62,30 @@ def device_log(
     if json_out:
         print(json.dumps(log.record(), indent=2))
         return
-    _print_log(log)
+    _print_log(log, unpromised=kept.device.policy.allow_unpromised)
     if page is not None:
         console.print(f"wrote {page}", highlight=False, soft_wrap=True)
 
 
-def _print_log(log: DeviceLog) -> None:
+def owned(path: Path) -> Belongings:
+    """What the device of an owner's file keeps; a warning where others may look into it.
+
+    Raises:
+        ConfigError: The file cannot be read, or is of another kind.
+    """
+    check_kind(path, "device")
+    kept = belongings(path)
+    warn_of_open(kept.device.state)
+    return kept
+
+
+def warn_of_open(state: Path) -> None:
+    """A folder that others may look into tells them which runs asked and what was booked."""
+    if is_open(state):
+        warn(f"others may look into {state}; run chmod 700 on it (the device refuses to work until then)")
+
+
+def _print_log(log: DeviceLog, *, unpromised: bool) -> None:
     _say(f"What left {log.device}{'' if log.run is None else f' for {log.run}'}, newest last")
     if not log.kept:
         _say("Nothing was sent since this device keeps a journal: there is none yet.")
@@ -74,9 +94,12 @@ def _print_log(log: DeviceLog) -> None:
     for told in log.told:
         _print_told(told)
     _say("")
-    _say(f"Together: {wording.size(log.bytes)} in {len(log.sent)} payloads.".replace(wording.SPACE, " "))
+    payloads = "1 payload" if len(log.sent) == 1 else f"{len(log.sent)} payloads"
+    _say(f"Together: {wording.size(log.bytes)} in {payloads}.".replace(wording.SPACE, " "))
     for budget in log.budgets:
         _say(budget.in_words() + (" (all runs together)" if log.run is not None else ""))
+        if (over := overspent(budget.spent.bounds.upper, budget.limit, unpromised=unpromised)) is not None:
+            _say(f"{over[0].upper()}{over[1:]}.")
     if log.unsent:
         numbers = ", ".join(str(entry.number) for entry in log.unsent)
         _say(
@@ -85,7 +108,9 @@ def _print_log(log: DeviceLog) -> None:
         )
     for name, when in log.withdrawn.items():
         _say(f"You left {name}: nothing but refusals leaves for it since {moment(when)}.")
-    _say(f"Not covered by these numbers: {'; '.join(NOT_COVERED)}.")
+    if log.sent:
+        _say("Not covered by these numbers:")
+        _list(NOT_COVERED)
 
 
 def _print_told(told: Told) -> None:
@@ -104,10 +129,9 @@ def device_leave(
     yes: YesOption = False,
 ) -> None:
     """Leave a run for good: nothing of it leaves this device from now on, and the server is told."""
-    kept = belongings(device)
+    kept = owned(device)
     mine = stake(kept, run)
     if mine.left is None:
-        _check_terminal(yes)
         _say(f"Leaving {run}:")
         _list(mine.ahead())
         _say("What cannot be undone:")
@@ -136,13 +160,18 @@ def device_erase(
         )
     if ledger and (export_to is None) != no_export:
         raise ConfigError("--ledger wants either --export FILE, for a copy first, or --no-export")
-    _check_terminal(yes)
-    kept = belongings(device)
+    kept = owned(device)
     if export_to is not None and export_to.exists():
         raise ConfigError(f"{export_to}: is there already, and is not overwritten; name another file")
+    plan = to_erase(kept, books=ledger)
     _say(f"Erasing what {kept.device.name} keeps:")
-    _list([str(file) for file in to_erase(kept, books=ledger)] or ["no file of it is there"])
-    _list(erasing(books=ledger))
+    _list([str(one) for one in plan if one.found] or ["no file of it is there"])
+    for one in plan:
+        if not one.found:
+            _say(f"{one}.")
+    _say("What it means:")
+    _list(["Stop the device first: while it works, it may write anew what is deleted here."])
+    _list(_meaning(kept, plan, books=ledger))
     _ask("Erase it", yes)
     if export_to is not None:
         write_alone(export_to, _copy(kept))
@@ -151,20 +180,32 @@ def device_erase(
         _say(sentence)
 
 
+def _meaning(kept: Belongings, plan: Sequence[Going], *, books: bool) -> list[str]:
+    """What erasing means for this device, without what it does to files that are not there."""
+    found = [one.file for one in plan if one.found]
+    there = {
+        "Kept answers go": kept.ledger.path.is_file(),
+        "The shared key goes": kept.device.key_path in found,
+        "The index of your photos goes": kept.index in found,
+        "Files are deleted": bool(found),
+    }
+    return [
+        sentence
+        for sentence in erasing(books=books)
+        if all(is_there or not sentence.startswith(words) for words, is_there in there.items())
+    ]
+
+
 def _copy(kept: Belongings) -> str:
     policy = kept.device.policy
     books = verify(kept.ledger, kept.journal)
     return export(books, delta=policy.delta, unit=policy.unit, now=utc_now())
 
 
-def _check_terminal(yes: bool) -> None:
-    """Without a terminal to ask on, only --yes says that the owner means it."""
+def _ask(question: str, yes: bool) -> None:
+    """Go on if the owner says so; without a terminal to ask on, only --yes says it."""
     if not yes and not sys.stdin.isatty():
         raise ConfigError("there is no terminal to ask on, so nothing was done; --yes goes on without asking")
-
-
-def _ask(question: str, yes: bool) -> None:
-    """Go on if the owner says so."""
     if not yes and not typer.confirm(f"{question}?"):
         _say("Nothing was done.")
         raise typer.Exit(1)
@@ -176,4 +217,4 @@ def _list(sentences: Sequence[str]) -> None:
 
 
 def _say(words: str) -> None:
-    console.print(cell(words), highlight=False, soft_wrap=True)
+    console.print(cell(with_deltas(words)), highlight=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,16 +12,17 @@ import typer
 from rich.table import Table
 
 from fedface.aggregation.encrypted import make_keys
-from fedface.cli.device_log import device_erase, device_leave, device_log
-from fedface.cli.terminal import JsonOption, cell, console, progress_bars
+from fedface.cli.device_log import device_erase, device_leave, device_log, owned, warn_of_open
+from fedface.cli.terminal import JsonOption, cell, console, progress_bars, with_deltas
 from fedface.errors import ConfigError
 from fedface.experiment import read_experiment
-from fedface.federation.belongings import Kept, belongings, export, verify, write_alone
+from fedface.federation.belongings import Kept, export, verify, write_alone
+from fedface.federation.owner import is_open
 from fedface.privacy.chain import utc_now
 from fedface.privacy.journal import FORM as JOURNAL
 from fedface.privacy.ledger import FORM as LEDGER
 from fedface.privacy.ledger import Entry
-from fedface.privacy.policy import EVALUATION
+from fedface.privacy.policy import EVALUATION, delta_in_words
 from fedface.reports.device_log import MOMENTS, Price, price_of, promised, shown, totals
 from fedface.units import UNITS, Unit
 
@@ -30,14 +32,17 @@ device.command("log")(device_log)
 device.command("leave")(device_leave)
 device.command("erase")(device_erase)
 
+BARE_DELTA = "1e-5"  # an entry notes its unit, but no delta: a price is read at any
 LedgerArgument = Annotated[Path, typer.Argument(help="A device's file (.yaml), or its ledger.sqlite.")]
 DeltaOption = Annotated[
     float | None,
-    typer.Option(min=1e-10, max=0.5, help="Where epsilon is read; the policy's, or 1e-5 for a bare ledger."),
+    typer.Option(
+        min=1e-10, max=0.5, help=f"Where epsilon is read; the policy's, or {BARE_DELTA} for a bare ledger."
+    ),
 ]
 UnitOption = Annotated[
     str | None,
-    typer.Option(help=f"Whose price: {', '.join(UNITS)}; the policy's, or photo for a bare ledger."),
+    typer.Option(help=f"Whose price: {', '.join(UNITS)}; the policy's, or the entries' for a bare ledger."),
 ]
 
 
@@ -65,7 +70,23 @@ class _Asked:
     ledger: Kept
     journal: Kept
     delta: float
-    unit: Unit
+    unit: Unit | None  # None: as the entries promise
+
+    def unit_of(self, entries: Sequence[Entry]) -> Unit:
+        """Whose price is told.
+
+        Raises:
+            ConfigError: Nobody named a unit, and the entries promise for several.
+        """
+        if self.unit is not None:
+            return self.unit
+        units = [unit for unit in UNITS if any(promised(entry) == unit for entry in entries)]
+        if len(units) > 1:
+            raise ConfigError(
+                f"{self.ledger.path}: its entries promise for several units ({', '.join(units)}); say whose price is "
+                f"wanted, such as: fedface ledger show {self.ledger.path} --unit {units[0]}"
+            )
+        return units[0] if units else "photo"
 
 
 def _asked(path: Path, delta: float | None = None, unit: str | None = None) -> _Asked:
@@ -74,7 +95,7 @@ def _asked(path: Path, delta: float | None = None, unit: str | None = None) -> _
     if unit is not None and chosen is None:
         raise ConfigError(f"--unit must be one of {', '.join(UNITS)}, got {unit!r}")
     if path.suffix in (".yaml", ".yml"):
-        kept = belongings(path)
+        kept = owned(path)
         policy = kept.device.policy
         return _Asked(
             ledger=kept.ledger,
@@ -82,11 +103,14 @@ def _asked(path: Path, delta: float | None = None, unit: str | None = None) -> _
             delta=policy.delta if delta is None else delta,
             unit=chosen or policy.unit,
         )
+    journal = path.with_name("journal.sqlite")
+    if is_open(path) or journal.exists():  # a copy for its owner alone may lie in any folder
+        warn_of_open(path.parent)
     return _Asked(
         ledger=Kept.at(path, LEDGER, None),
-        journal=Kept.at(path.with_name("journal.sqlite"), JOURNAL, None),
-        delta=1e-5 if delta is None else delta,
-        unit=chosen or "photo",
+        journal=Kept.at(journal, JOURNAL, None),
+        delta=float(BARE_DELTA) if delta is None else delta,
+        unit=chosen,
     )
 
 
@@ -103,12 +127,13 @@ def ledger_show(
     """Print what a device has booked, what each entry costs alone, and what all cost together."""
     asked = _asked(path, delta, unit)
     entries = verify(asked.ledger, asked.journal).entries
+    whose = asked.unit_of(entries)
     with progress_bars() as bars:
         bars.stage("pricing", len(entries))
         most = None if every else MOMENTS
-        so_far = totals(entries, delta=asked.delta, unit=asked.unit, most=most)
-        alone = {entry.number: price_of([entry], delta=asked.delta, unit=asked.unit) for entry in entries}
-        spent = price_of(entries, delta=asked.delta, unit=asked.unit)
+        so_far = totals(entries, delta=asked.delta, unit=whose, most=most)
+        alone = {entry.number: price_of([entry], delta=asked.delta, unit=whose) for entry in entries}
+        spent = price_of(entries, delta=asked.delta, unit=whose)
     if json_out:
         rows = [
             {
@@ -119,21 +144,23 @@ def ledger_show(
             }
             for entry in entries
         ]
-        told = {"entries": rows, "delta": asked.delta, "unit": asked.unit, "spent": spent.record()}
+        told = {"entries": rows, "delta": asked.delta, "unit": whose, "spent": spent.record()}
         print(json.dumps(told, indent=2))
         return
     console.print(
-        f"every epsilon at delta {asked.delta:g}, per {asked.unit}, its bounds in brackets; per: what the run promises "
-        "for; noise: the multiplier",
+        f"every epsilon at delta {delta_in_words(asked.delta)}, per {whose}, its bounds in brackets; per: what the "
+        "run promises for; noise: the multiplier",
         highlight=False,
         soft_wrap=True,
     )
     console.print(_table(entries, alone, so_far))
     if len(so_far) < len(entries):
         console.print(f"totals of {len(so_far)} of {len(entries)} entries; --every prices them all")
-    console.print(
-        f"spent: {spent.in_words()} (a run's own promise may name another delta or unit)", highlight=False
-    )
+    own = "a run's own promise may name another delta or unit"
+    if asked.unit is None:
+        own += f"; for another price: fedface ledger show {cell(path)} --delta 1e-6"
+        own += "" if whose == "photo" else " --unit photo"
+    console.print(f"spent: {with_deltas(spent.in_words())} ({own})", highlight=False, soft_wrap=True)
 
 
 def _table(entries: list[Entry], alone: dict[int, Price], so_far: dict[int, Price]) -> Table:
@@ -155,11 +182,15 @@ def _table(entries: list[Entry], alone: dict[int, Price], so_far: dict[int, Pric
         again = f" (attempt {entry.attempt})" if entry.attempt > 1 else ""
         words = (
             entry.number, entry.written[:16].replace("T", " "), entry.run,
-            f"{entry.round}{again}", _released(entry), promised(entry), marks.get("noise_multiplier", "not noted"),
+            f"{entry.round}{again}", _released(entry), promised(entry), _noise(marks.get("noise_multiplier")),
             _bounds(alone[entry.number]), _bounds(so_far[entry.number]) if entry.number in so_far else "",
         )  # fmt: skip
         table.add_row(*(cell(word) for word in words))
     return table
+
+
+def _noise(noted: str | None) -> str:
+    return "not noted" if noted is None else f"{float(noted):.4g}"
 
 
 def _bounds(price: Price) -> str:
@@ -188,7 +219,8 @@ def ledger_verify(path: LedgerArgument, json_out: JsonOption = False) -> None:
         print(json.dumps(told, indent=2))
         return
     for book in books.verified:
-        count = f"{book.count} {'entries' if book.noun == 'ledger' else 'lines'}"
+        one, several = ("entry", "entries") if book.noun == "ledger" else ("line", "lines")
+        count = f"{book.count} {one if book.count == 1 else several}"
         seen = f"the witness {book.witness} agrees" if book.witness else "no witness was begun"
         console.print(
             f"{book.noun} {cell(book.path)}: ok, {count}, head {book.head}; {cell(seen)}",
@@ -212,7 +244,8 @@ def ledger_export(
 ) -> None:
     """Write a ledger and the journal beside it as JSON: every line, the heads, and what everything costs."""
     asked = _asked(path, delta, unit)
-    text = export(verify(asked.ledger, asked.journal), delta=asked.delta, unit=asked.unit, now=utc_now())
+    books = verify(asked.ledger, asked.journal)
+    text = export(books, delta=asked.delta, unit=asked.unit_of(books.entries), now=utc_now())
     if out is None:
         print(text, end="")
         return

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -20,19 +20,29 @@ from typing import Annotated, Any
 import typer
 
 from fedface.cli.runs import SetOption, changes_of
-from fedface.cli.terminal import JsonOption, console
+from fedface.cli.terminal import JsonOption, cell, console, with_deltas
 from fedface.config import plain, read, section
 from fedface.errors import ConfigError, PolicyRefusal
 from fedface.experiment import Experiment, read_experiment
-from fedface.federation.belongings import Kept, belongings
+from fedface.federation.belongings import Belongings, Kept, belongings
+from fedface.federation.owner import check_kind, checked_owner, is_open, lost_folders
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.conditions import NotNow, ThisMachine
 from fedface.privacy.ledger import FORM, LONGEST_PERIOD, Ledger
 from fedface.privacy.limits import Limit
 from fedface.privacy.mechanism import Event
 from fedface.privacy.neighbours import seen_by
-from fedface.privacy.plan import Terms
-from fedface.privacy.policy import EVALUATION, DevicePolicy
+from fedface.privacy.plan import Plan, Terms
+from fedface.privacy.policy import (
+    EVALUATION,
+    DevicePolicy,
+    at_most,
+    delta_in_words,
+    limit_in_words,
+    overspent,
+    short_in_words,
+)
+from fedface.privacy.target import PrivacyTarget
 from fedface.training.ways import objective_of
 from fedface.units import Unit
 
@@ -48,6 +58,7 @@ class Owned:
     policy: DevicePolicy
     ledger: Path | None  # None: there is none, nor a trace of one
     book: Ledger | None  # the same, verified
+    doubts: Sequence[str]  # what is probably not meant, one sentence each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +69,16 @@ class Price:
     asked: float
     spent: float
     together: float
-    rounds_that_fit: int  # how many of the run's rounds the limit has room for now
+    rounds_that_fit: (
+        int | None
+    )  # how many of the run's rounds there is room for; None: its parts differ in rounds
 
     def in_words(self) -> str:
         """Asked, spent and allowed."""
+        room = "" if self.rounds_that_fit is None else f"; room for {self.rounds_that_fit} of its rounds"
         return (
-            f"asks for epsilon {self.asked:.3f}, spent {self.spent:.3f}, together {self.together:.3f}; "
-            f"allowed: {self.limit}; room for {self.rounds_that_fit} of its rounds"
+            f"asks for {at_most(self.asked)}; with what is spent ({at_most(self.spent)}): {at_most(self.together)}; "
+            f"allowed: {limit_in_words(self.limit)}{room}"
         )
 
 
@@ -77,16 +91,66 @@ class Verdict:
     unit: Unit  # whom the run promises to
     rounds: int
     refusal: str | None  # None: it would take part
-    prices: tuple[Price, ...]
+    prices: tuple[Price, ...]  # none where it is refused whatever it costs
 
-    def in_words(self) -> list[str]:
-        """A sentence, then a line for each limit."""
-        answer = "would take part" if self.refusal is None else f"would refuse: {self.refusal}"
+    def in_words(self, said: str | None) -> list[str]:
+        """A sentence, without the reason if it was said above, then a line for each limit."""
+        answer = "would take part" if self.refusal is None else _refused(self.refusal, said)
         rounds = "1 round" if self.rounds == 1 else f"{self.rounds} rounds"
         return [
             f'{self.what} ("{self.objective}", {rounds}, per {self.unit}): {answer}',
             *(f"  {price.in_words()}" for price in self.prices),
         ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Together:
+    """What a device would answer to everything that a run asks, which it must be able to pay for life."""
+
+    fits: bool
+    refusal: str | None  # None also where a part does not fit by itself, which is said there
+    price: Price
+
+    def in_words(self, said: str | None) -> list[str]:
+        """Like a verdict."""
+        answer = "fits" if self.fits else _refused(self.refusal, said)
+        return [f"training and evaluation together: {answer}", f"  {self.price.in_words()}"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a device would answer to a run."""
+
+    experiment: Path
+    verdicts: tuple[Verdict, ...]
+    together: Together | None  # None: the run asks for one thing, or something is refused whatever it costs
+    promise: str | None  # what the recipe promises, where that reads otherwise than this device's prices
+
+    @property
+    def refusal(self) -> str | None:
+        """The first reason against taking part; None: it would take part."""
+        reasons = [verdict.refusal for verdict in self.verdicts]
+        reasons += [] if self.together is None else [self.together.refusal]
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def in_words(self) -> list[str]:
+        """The answer, then what it rests on."""
+        return [
+            f"this device would take part in {self.experiment}"
+            if self.refusal is None
+            else f"this device would refuse {self.experiment}: {self.refusal}",
+            *(f"  {line}" for verdict in self.verdicts for line in verdict.in_words(self.refusal)),
+            *(
+                []
+                if self.together is None
+                else [f"  {line}" for line in self.together.in_words(self.refusal)]
+            ),
+            *([] if self.promise is None else [f"  {self.promise}"]),
+        ]
+
+
+def _refused(reason: str | None, said: str | None) -> str:
+    return "would refuse" if reason in (None, said) else f"would refuse: {reason}"
 
 
 @policy.command("check")
@@ -104,40 +168,60 @@ def policy_check(
     """Say in sentences what a policy allows, and whether its device would take part in a run."""
     if experiment is None and set:
         raise ConfigError("--set changes an experiment; name one with --experiment")
+    if experiment is not None:
+        check_kind(experiment, "experiment")
     owned = _owned(file, ledger)
     recipe = None if experiment is None else read_experiment(experiment, changes=changes_of(set))
     with _book(owned) as book:
-        verdicts = [] if recipe is None else _verdicts(recipe, owned.policy, book)
-        together = None if recipe is None else _too_much(recipe, owned.policy, book, verdicts)
+        answer = (
+            None if experiment is None or recipe is None else _answer(experiment, recipe, owned.policy, book)
+        )
         spent = [
             book.spent(limit.delta, unit=limit.unit, since=_since(limit)).upper
             for limit in owned.policy.limits
         ]
-    refused = together is not None or any(verdict.refusal is not None for verdict in verdicts)
     if json_out:
-        _print_json(owned, spent, verdicts, together, refused)
+        _print_json(owned, spent, answer)
     else:
-        _print(file, experiment, owned, spent, verdicts, together, refused)
-    if refused:
+        _print(file, owned, spent, answer)
+    if answer is not None and answer.refusal is not None:
         raise typer.Exit(1)
 
 
 def _owned(file: Path, ledger: Path | None) -> Owned:
     """What a file says, and its ledger: looked for, never begun, and missed where its head or witness remembers it."""
+    doubts: list[str] = []
     if all(section(file, key) is None for key in DEVICE_KEYS):
+        check_kind(file, "policy")
         allowed, own = read(file, DevicePolicy), None
     else:
-        kept = belongings(file)
+        kept = _working(file)
         allowed, own = kept.device.policy, kept.ledger
+        doubts = [
+            f"others could read {book.path}; run chmod 600 on it"  # opening a ledger does it by itself
+            for book in (kept.ledger, kept.journal)
+            if is_open(book.path)
+        ]
+    doubts = [*allowed.doubts(), *doubts]
     if ledger is None:
         book = None if own is None else own.look(Ledger.open)
         path = None if own is None or book is None else own.path
-        return Owned(policy=allowed, ledger=path, book=book)
+        return Owned(policy=allowed, ledger=path, book=book, doubts=doubts)
     named = own if own is not None and own.path.resolve() == ledger.resolve() else Kept.at(ledger, FORM, None)
     book = named.look(Ledger.open)
     if book is None:
         raise ConfigError(f"{ledger}: no ledger here")
-    return Owned(policy=allowed, ledger=ledger, book=book)
+    return Owned(policy=allowed, ledger=ledger, book=book, doubts=doubts)
+
+
+def _working(file: Path) -> Belongings:
+    """What the device of a file keeps, if it can work, and if every folder that its policy names is there."""
+    checked_owner(file)
+    kept = belongings(file)
+    lost = lost_folders(kept.device.policy, kept.photos)
+    if lost:
+        raise ConfigError(f"{file}: policy.{lost[0].in_words()}")
+    return kept
 
 
 @contextmanager
@@ -150,43 +234,83 @@ def _book(owned: Owned) -> Iterator[Ledger]:
         yield Ledger.open(Path(folder) / "ledger.sqlite")
 
 
-def _verdicts(recipe: Experiment, allowed: DevicePolicy, book: Ledger) -> list[Verdict]:
+def _answer(experiment: Path, recipe: Experiment, allowed: DevicePolicy, book: Ledger) -> Answer:
     plan = recipe.plan()
     asked = [("training", objective_of(recipe.training), plan.terms)]
     asked += [("evaluation", EVALUATION, terms) for terms in plan.beside]
     # Hours and power are another matter: the run may ask again later.
     whenever = replace(allowed, hours=(), on_mains=False, least_battery=0.0, most_load=None)
-    return [_verdict(what, objective, terms, recipe, whenever, book) for what, objective, terms in asked]
+    verdicts = tuple(_verdict(what, word, terms, recipe, whenever, book) for what, word, terms in asked)
+    priced = plan.terms.promises and all(verdict.prices for verdict in verdicts)
+    return Answer(
+        experiment=experiment,
+        verdicts=verdicts,
+        together=_together(plan, whenever, book, verdicts) if priced and len(verdicts) > 1 else None,
+        promise=_other_promise(plan, allowed) if any(verdict.prices for verdict in verdicts) else None,
+    )
 
 
 def _verdict(
     what: str, objective: str, terms: Terms, recipe: Experiment, allowed: DevicePolicy, book: Ledger
 ) -> Verdict:
-    refusal = None
+    refusal: str | None = None
+    prices: tuple[Price, ...] = ()
+    how = recipe.devices.count, recipe.aggregation.kind, objective
     try:
-        allowed.admit(terms, recipe.devices.count, recipe.aggregation.kind, objective, book)
+        allowed.agree(terms, *how)
+        prices = tuple(
+            replace(
+                _price(terms.event(), terms.unit, limit, book),
+                rounds_that_fit=_rounds_that_fit(terms, limit, book),
+            )
+            for limit in allowed.limits
+        )
+        allowed.admit(terms, *how, book)
     except PolicyRefusal as reason:
         refusal = str(reason)
     return Verdict(
-        what=what,
-        objective=objective,
-        unit=terms.unit,
-        rounds=terms.schedule.rounds,
-        refusal=refusal,
-        prices=tuple(_price(terms, limit, book) for limit in allowed.limits),
-    )
+        what=what, objective=objective, unit=terms.unit, rounds=terms.schedule.rounds, refusal=refusal, prices=prices
+    )  # fmt: skip
 
 
-def _price(terms: Terms, limit: Limit, book: Ledger) -> Price:
-    since, event = _since(limit), terms.event()
-    both = book.would_spend(event, limit.delta, told=terms.unit, unit=limit.unit, since=since)
+def _price(event: Event, told: Unit, limit: Limit, book: Ledger) -> Price:
+    since = _since(limit)
     return Price(
         limit=limit,
-        asked=epsilon_of(seen_by(event, told=terms.unit, wanted=limit.unit), limit.delta).upper,
+        asked=epsilon_of(seen_by(event, told=told, wanted=limit.unit), limit.delta).upper,
         spent=book.spent(limit.delta, unit=limit.unit, since=since).upper,
-        together=both.upper,
-        rounds_that_fit=_rounds_that_fit(terms, limit, book),
+        together=book.would_spend(event, limit.delta, told=told, unit=limit.unit, since=since).upper,
+        rounds_that_fit=None,
     )
+
+
+def _together(plan: Plan, allowed: DevicePolicy, book: Ledger, verdicts: Sequence[Verdict]) -> Together:
+    """What everything that a run asks costs for life; refused there only if each thing by itself is not."""
+    life, told = allowed.limits[0], plan.terms.unit
+    short = book.room_for(plan.whole_event(), [life], told=told)
+    alone = any(verdict.refusal is not None for verdict in verdicts)
+    return Together(
+        fits=short is None,
+        refusal=None
+        if short is None or alone
+        else f"everything together asks for {short_in_words(short)}, so it would refuse the last rounds",
+        price=_price(plan.whole_event(), told, life, book),
+    )
+
+
+def _other_promise(plan: Plan, allowed: DevicePolicy) -> str | None:
+    """What a recipe promises, where it is read at another delta or for another unit than on this device."""
+    match plan.promise:
+        case PrivacyTarget(epsilon=epsilon, delta=delta, unit=unit) if (delta, unit) != (
+            allowed.delta,
+            allowed.unit,
+        ):
+            return (
+                f"read at this device's delta {delta_in_words(allowed.delta)}, per {allowed.unit}; the recipe promises "
+                f"epsilon at most {epsilon:g} at delta {delta_in_words(delta)}, per {unit}, over everything"
+            )
+        case _:
+            return None
 
 
 def _rounds_that_fit(terms: Terms, limit: Limit, book: Ledger) -> int:
@@ -205,17 +329,6 @@ def _rounds_that_fit(terms: Terms, limit: Limit, book: Ledger) -> int:
     return fitting
 
 
-def _too_much(recipe: Experiment, allowed: DevicePolicy, book: Ledger, verdicts: list[Verdict]) -> str | None:
-    """Why everything that a run asks does not fit for life, though each thing does; None if it fits."""
-    if len(verdicts) < 2 or any(verdict.refusal is not None for verdict in verdicts):
-        return None
-    plan = recipe.plan()
-    if not plan.terms.promises:
-        return None
-    short = book.room_for(plan.whole_event(), allowed.limits[:1], told=plan.terms.unit)
-    return None if short is None else f"everything together asks for {short.in_words()}"
-
-
 def _since(limit: Limit) -> datetime | None:
     if limit.days is None:
         return None
@@ -231,47 +344,55 @@ def _now(allowed: DevicePolicy) -> str | None:
     return None
 
 
-def _print(
-    file: Path, experiment: Path | None, owned: Owned, spent: list[float], verdicts: list[Verdict],
-    together: str | None, refused: bool,
-) -> None:  # fmt: skip
-    def say(line: str) -> None:
-        console.print(line, highlight=False, soft_wrap=True)
-
-    say(f"{file} allows:")
-    for line in owned.policy.in_words():
-        say(f"  {line}")
+def _left(owned: Owned, spent: Sequence[float]) -> list[str]:
+    """What is spent of each limit, and where nothing is left."""
     if owned.ledger is None:
-        say("no ledger: nothing is spent")
-    else:
-        for epsilon, limit in zip(spent, owned.policy.limits, strict=True):
-            say(f"spent so far, as {owned.ledger} says: epsilon {epsilon:.3f}; allowed: {limit}")
-    if experiment is not None:
-        say(f"{experiment} asks for:")
-    for verdict in verdicts:
-        for line in verdict.in_words():
-            say(f"  {line}")
-    if together is not None:
-        say(f"  would refuse its last rounds: {together}")
-    if experiment is not None:
-        say("this device would refuse" if refused else "this device would take part")
+        return ["no ledger: nothing is spent"]
+    said = []
+    for epsilon, limit in zip(spent, owned.policy.limits, strict=True):
+        said.append(
+            f"spent so far, as {owned.ledger} says: {at_most(epsilon)}; allowed: {limit_in_words(limit)}"
+        )
+        over = overspent(epsilon, limit, unpromised=owned.policy.allow_unpromised)
+        said += [] if over is None else [over]
+    return said
+
+
+def _print(file: Path, owned: Owned, spent: Sequence[float], answer: Answer | None) -> None:
+    ended = owned.policy.ended(ThisMachine())
+    lines = [
+        *([] if answer is None else answer.in_words()),
+        *([] if ended is None else [ended]),
+        f"{file} allows:",
+        *(f"  {line}" for line in owned.policy.in_words()),
+        *_left(owned, spent),
+        *(f"warning: {doubt}" for doubt in owned.doubts),
+    ]
     if (reason := _now(owned.policy)) is not None:
-        say(f"not at this moment: {reason}")
+        lines.append(f"not at this moment: {reason}")
+    for line in lines:
+        console.print(cell(with_deltas(line)), highlight=False, soft_wrap=True)
 
 
-def _print_json(
-    owned: Owned, spent: list[float], verdicts: list[Verdict], together: str | None, refused: bool
-) -> None:
+def _print_json(owned: Owned, spent: Sequence[float], answer: Answer | None) -> None:
     told = {
         "policy": plain(owned.policy),
         "ledger": None if owned.ledger is None else str(owned.ledger),
         "spent": [
-            {**asdict(limit), "spent": epsilon}
+            {
+                **asdict(limit),
+                "spent": epsilon,
+                "nothing_left": overspent(epsilon, limit, unpromised=owned.policy.allow_unpromised),
+            }
             for epsilon, limit in zip(spent, owned.policy.limits, strict=True)
         ],
-        "asked": [asdict(verdict) for verdict in verdicts],
-        "together": together,
-        "would_take_part": not refused if verdicts else None,
+        "asked": [] if answer is None else [asdict(verdict) for verdict in answer.verdicts],
+        "together": None if answer is None or answer.together is None else asdict(answer.together),
+        "promise": None if answer is None else answer.promise,
+        "would_take_part": None if answer is None else answer.refusal is None,
+        "refusal": None if answer is None else answer.refusal,
+        "ended": owned.policy.ended(ThisMachine()),
+        "warnings": list(owned.doubts),
         "not_at_this_moment": _now(owned.policy),
     }
     print(json.dumps(_finite(told), indent=2, allow_nan=False))

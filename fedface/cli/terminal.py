@@ -6,25 +6,35 @@ Called from the other files of fedface/cli. Results go to standard output, stage
 from __future__ import annotations
 
 import errno
+import re
+import signal
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
+import typer.core
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedface.errors import FedfaceError
 from fedface.models.pickled import printable
+from fedface.privacy.policy import delta_in_words
 
 # A pipe has no width of its own; eighty columns would fold every table.
 # Names of files, photos and weights may be a stranger's: brackets and colons in them are words, not markup.
 console = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False)
 notes = Console(stderr=True, markup=False, emoji=False)
 LONGEST = 4000  # characters of an error, or of one cell, that reach a terminal
+IN_ONE_GO = 2.0  # seconds within which several Ctrl-C are one
+# Without markup, typer still escapes "[required]" for it where it finds rich, and prints a backslash.
+typer.core.HAS_RICH = False
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 DetectorOption = Annotated[
@@ -85,26 +95,86 @@ def cell(value: object) -> str:
     return printable(str(value), LONGEST)
 
 
+def one_line(words: str) -> str:
+    """Words that a terminal can show: line breaks become spaces, what else is not printable a question mark."""
+    return printable(re.sub(r"\s*[\r\n]\s*", " ", words).strip(), LONGEST)
+
+
+def with_deltas(words: str) -> str:
+    """Sentences of several floors with every delta written in one way: 1e-4, not 0.0001 here and 1e-04 there."""
+    return re.sub(
+        r"\bdelta (\d+(?:\.\d+)?(?:e-?\d+)?)\b",
+        lambda found: f"delta {delta_in_words(float(found[1]))}",
+        words,
+    )
+
+
+def warn(words: str) -> None:
+    """One line on standard error, beside a result."""
+    notes.print(f"fedface: warning: {one_line(words)}", highlight=False, soft_wrap=True)
+
+
 def call(app: typer.Typer) -> None:
     """Run a command line; our own errors become one sentence and exit code 2."""
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    with _one_interrupt():
+        _call(app)
+
+
+@contextmanager
+def _one_interrupt() -> Iterator[None]:
+    """Several Ctrl-C in quick succession are one: the second would break into what ends the command after the first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    first = 0.0
+
+    def interrupted(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        if not first or time.monotonic() - first > IN_ONE_GO:
+            first = time.monotonic()
+            raise KeyboardInterrupt
+
+    def ending(number: int, frame: FrameType | None) -> None:
+        if time.monotonic() - first > IN_ONE_GO:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, interrupted)
+    try:
+        yield
+    finally:
+        # From here to the end of the process a late Ctrl-C ends it at once, without a traceback.
+        signal.signal(signal.SIGINT, ending if first else before)
+
+
+def _call(app: typer.Typer) -> None:
     try:
         app()
     except FedfaceError as error:
-        notes.print(f"fedface: {printable(str(error), LONGEST)}", highlight=False, soft_wrap=True)
+        notes.print(f"fedface: {one_line(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except OSError as error:
         # A disk that is full or a path that cannot be: what has no file to name may be a bug, and stays one.
         if error.filename is None and error.errno != errno.ENOSPC:
             raise
         reason = f"{error.filename or 'the disk'}: {error.strerror}"
-        notes.print(f"fedface: {printable(reason, LONGEST)}", highlight=False, soft_wrap=True)
+        notes.print(f"fedface: {one_line(reason)}", highlight=False, soft_wrap=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        _say_interrupted()
+        sys.exit(130)
     except SystemExit as end:
         # Typer turns an interrupt into this code, without a word.
         if end.code == 130:
-            notes.print(
-                "interrupted; what was finished is kept: continue a run with --resume, photos by the same command",
-                highlight=False,
-            )
+            _say_interrupted()
         raise
+
+
+def _say_interrupted() -> None:
+    notes.print(
+        "interrupted; what was finished is kept: continue a run with --resume and the same options as before, photos "
+        "by the same command with the same options",
+        highlight=False,
+        soft_wrap=True,
+    )
