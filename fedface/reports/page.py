@@ -153,8 +153,8 @@ def _tiles(record: RunRecord) -> list[dict[str, str]]:
     else:
         tiles.append({"value": "no bound", "text": "on what a photo's owner loses"})
     if (served := short_answer.service_change(record)) is not None:
-        text = f"{_head(served.measure)}: {served.groups} served {served.verdict}"
-        tiles.append({"value": served.change.removeprefix("from ").replace(" to ", " → "), "text": text})
+        text = f"served {served.verdict}: {wording.title_of(served.measure)} {served.change}"
+        tiles.append({"value": served.groups, "text": wording.with_unit(text, served.measure)})
     leading = short_answer.leading_gap(record)
     if not isinstance(leading, NotMeasured):
         measure, before, after = leading

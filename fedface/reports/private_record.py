@@ -67,9 +67,14 @@ class LeftRecord:
         done = []
         if rounds:
             numbers = ", ".join(str(number) for number in rounds)
+            what = (
+                f"its updates of rounds {numbers} were"
+                if len(rounds) > 1
+                else f"its update of round {numbers} was"
+            )
             done.append(
-                f"its updates of rounds {numbers} were summed with those of others and are part of the weights since "
-                "then and of every copy of them"
+                f"{what} summed with those of others, and the sums are part of the weights since then and of every "
+                "copy of them"
             )
         if questions:
             done.append(f"its answers to {questions} sets of figures are part of the figures of this report")

@@ -65,16 +65,15 @@ def service_change(record: RunRecord) -> ServiceChange | None:
     )
     if 2 * len(changed) <= len(pairs):
         return None
-    whole = (before.overall.get(measure), after.overall.get(measure))
-    was, now = whole if isinstance(whole[0], Interval) and isinstance(whole[1], Interval) else (None, None)
-    if isinstance(was, Interval) and isinstance(now, Interval):
+    was, now = before.overall.get(measure), after.overall.get(measure)
+    if isinstance(was, Interval) and isinstance(now, Interval) and _apart(was, now):
         change = f"from {wording.number(was.estimate)} to {wording.number(now.estimate)}"
-        told = " ".join(wording.interval(was)), " ".join(wording.interval(now))
-        where = wording.with_unit(f"from {told[0]} to {told[1]}", measure) + f" over all {was.count:,} photos"
+        told = f"from {' '.join(wording.interval(was))} to {' '.join(wording.interval(now))}"
+        where = f"{wording.with_unit(told, measure)} over all {wording.counted(was.count, 'photo')}"
     else:
         spans = [_span([pair[when].estimate for pair in pairs.values()]) for when in (0, 1)]
         change = f"from {spans[0]} to {spans[1]}"
-        where = wording.with_unit(change, measure) + " by group"
+        where = f"{wording.with_unit(change, measure)}, group by group"
     if len(changed) == len(pairs):
         who = "Every group is"
     else:
@@ -111,6 +110,11 @@ def _worse(one: Interval, other: Interval, measure: str) -> bool:
             return other.low > one.high
 
 
+def _apart(one: Interval, other: Interval) -> bool:
+    """Whether two intervals have nothing in common."""
+    return max(one.low, other.low) > min(one.high, other.high)
+
+
 def _span(values: Sequence[float]) -> str:
     low, high = wording.number(min(values)), wording.number(max(values))
     return low if low == high else f"{low}–{high}"
@@ -144,7 +148,7 @@ def _gap_answer(record: RunRecord) -> str:
             was, now = old.estimate, new.estimate
             change = wording.with_unit(f"from {wording.number(was)} to {wording.number(now)}", measure)
             start = f"The gap between the worst and the best served group in {title}"
-            if max(old.low, new.low) > min(old.high, new.high):
+            if _apart(old, new):
                 return f"{start} {'shrank' if now < was else 'grew'} {change}."
             return f"{start} went {change}, but the intervals overlap: no change is shown."
         case (NotMeasured(not_measured=reason), _) | (_, NotMeasured(not_measured=reason)):
@@ -164,7 +168,7 @@ def _quality_answer(record: RunRecord) -> list[str]:
     after = record.rounds[-1].figures.get("distance") if record.rounds else None
     if not isinstance(before, Interval) or not isinstance(after, Interval):
         return []
-    apart = max(before.low, after.low) > min(before.high, after.high)
+    apart = _apart(before, after)
     verb = "went" if not apart else "fell" if after.estimate < before.estimate else "rose"
     change = f"{verb} from {wording.number(before.estimate)} to {wording.number(after.estimate)}"
     where = f"in {wording.counted(len(record.rounds), 'round')} on {wording.counted(len(record.devices), 'device')}"

@@ -12,7 +12,7 @@ from fedface.reports.run import AttackRecord, BiasRecord, NoPromise, PlanRecord,
 def leaving(record: RunRecord) -> list[str]:
     """What happens when a device leaves a run, and what cannot be undone; said whether or not somebody left."""
     gone = (
-        "The owner of a device can leave a run at any time (`fedface device leave`): it is not asked again, its "
+        "The owner of a device can leave a run at any time (fedface device leave): it is not asked again, its "
         "answers are not kept by themselves, and its name goes from the run's files."
     )
     match record.plan:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from fedface.audits.bias import MEASURES
+from fedface.audits.private_figures import FiguresConfig, PhotoFigures, figure_vectors
+from fedface.audits.private_reading import read_figures
+from fedface.config import plain
+from fedface.experiment import EvaluationConfig
 from fedface.photos.drawn import draw
 from fedface.photos.drawn_parameters import ToneMix, sample_faces
 from fedface.reports import figures
+from fedface.reports.filling import private_record
+from fedface.reports.private_record import PrivateRecord
 from fedface.reports.quantities import Epsilon, Figure, Interval, NotMeasured
 from fedface.reports.run import (
     AggregationRecord,
@@ -256,6 +263,42 @@ def made_up_run(folder: Path) -> RunRecord:
             "Drawn faces are not people. What holds for them need not hold for photos.",
             "Skin tone is read from pixels and moves with light; it is not ethnicity.",
         ),
+    )
+
+
+def own_figures(when: str, worst: float, counts: tuple[int, int, int], noise: float = 1.0) -> PrivateRecord:
+    """What three devices might tell of light, medium and dark photos, the dark ones served `worst` times as badly."""
+    config, chance = FiguresConfig(), torch.Generator().manual_seed(11)
+    group = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
+    badly = 1.0 + (worst - 1.0) * group / 2
+    photos = PhotoFigures(
+        group=group,
+        made_group=group,
+        misfit=0.0006 * badly,
+        skin_difference=5.0 * badly + torch.randn(len(group), generator=chance),
+        lightness_shift=1.5 * badly,
+        detected=torch.ones(len(group), dtype=torch.bool),
+    )
+    total = figure_vectors(photos, config, clip_norm=1.0).sum(0)
+    total = total + noise * math.sqrt(3) * torch.randn(total.shape, generator=chance)
+    read = read_figures(total, config=config, clip_norm=1.0, noise_multiplier=noise, devices=3)
+    return private_record(
+        read,
+        when=when,
+        weights_hash=FINAL if when == "after" else BASE,
+        method="PULSE",
+        devices=3,
+        refusals=(),
+        epsilon=Epsilon(lower=3.99, estimate=4.0, upper=4.0, delta=1e-4, unit="occasion"),
+        noise_multiplier=noise,
+        answered=("device-1", "device-2", "device-3"),
+    )
+
+
+def with_figures(record: RunRecord, *told: PrivateRecord) -> RunRecord:
+    """The run with what devices told of their own photos."""
+    return replace(
+        record, private=told, experiment={**record.experiment, "evaluation": plain(EvaluationConfig())}
     )
 
 
