@@ -1,4 +1,4 @@
-"""What devices say of their own photos, as it is printed: light to dark, no false zero, and what is not told in one cell."""
+"""What devices say of their own photos in print: light to dark, no false zero, what is not told in one cell."""
 
 from __future__ import annotations
 
