@@ -121,7 +121,9 @@ def percent(share: float) -> str:
 
 
 def at_most_percent(share: float) -> str:
-    """An upper bound below 1 in percent, rounded up and never to all."""
+    """An upper bound in percent, rounded up; to all only where the rest is too small to print."""
+    if share > 1 - 1e-10:
+        return f"100{SPACE}%"
     places = min(12, max(1, -1 - math.floor(math.log10(1 - share))))
     return f"{math.ceil(100 * share * 10**places) / 10**places:.{places}f}{SPACE}%"
 

@@ -98,6 +98,12 @@ def test_a_share_close_to_all_is_never_rounded_up_to_all(share: float, text: str
     assert wording.percent(share).replace(wording.SPACE, " ") == text
 
 
+def test_an_epsilon_of_sixty_bounds_nothing_and_says_so() -> None:
+    """1 / (1 + e^-60) is 1 to the last bit."""
+    words = wording.meaning(Epsilon(lower=60.0, estimate=60.0, upper=60.0, delta=1e-3, unit="photo"))
+    assert "at most 100\N{NO-BREAK SPACE}% sure" in words and "weak bound" in words
+
+
 def test_epsilon_one_turns_an_even_bet_into_at_most_73_percent() -> None:
     """e / (1 + e) = 0.731."""
     words = wording.meaning(Epsilon(lower=1.0, estimate=1.0, upper=1.0, delta=1e-5, unit="photo"))
