@@ -463,6 +463,11 @@ def test_an_overspent_device_says_that_nothing_is_left(fedface, used: Path) -> N
     assert f"older than that; over by {at_most(three - 0.05)} {where}" in said
 
 
+def test_a_folder_is_no_ledger(fedface, home: Path) -> None:  # type: ignore[no-untyped-def]
+    """Nor is there anything to warn of."""
+    assert fedface("ledger", "verify", "photos").sentence.startswith("photos: is a folder; wanted")
+
+
 def test_deltas_are_written_in_one_way(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
     """1e-4, in each of these commands."""
     (used / "device.yaml").write_text(FILE.replace("STATE", "state").replace("1e-3", "1e-4"))

@@ -103,6 +103,8 @@ def _asked(path: Path, delta: float | None = None, unit: str | None = None) -> _
             delta=policy.delta if delta is None else delta,
             unit=chosen or policy.unit,
         )
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder; wanted a device's file or a ledger.sqlite")
     journal = path.with_name("journal.sqlite")
     if is_open(path) or journal.exists():  # a copy for its owner alone may lie in any folder
         warn_of_open(path.parent)

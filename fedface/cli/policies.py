@@ -42,7 +42,7 @@ from fedface.privacy.policy import (
     overspent,
     short_in_words,
 )
-from fedface.privacy.target import PrivacyTarget
+from fedface.privacy.target import NoPromise
 from fedface.training.ways import objective_of
 from fedface.units import Unit
 
@@ -300,17 +300,13 @@ def _together(plan: Plan, allowed: DevicePolicy, book: Ledger, verdicts: Sequenc
 
 def _other_promise(plan: Plan, allowed: DevicePolicy) -> str | None:
     """What a recipe promises, where it is read at another delta or for another unit than on this device."""
-    match plan.promise:
-        case PrivacyTarget(epsilon=epsilon, delta=delta, unit=unit) if (delta, unit) != (
-            allowed.delta,
-            allowed.unit,
-        ):
-            return (
-                f"read at this device's delta {delta_in_words(allowed.delta)}, per {allowed.unit}; the recipe promises "
-                f"epsilon at most {epsilon:g} at delta {delta_in_words(delta)}, per {unit}, over everything"
-            )
-        case _:
-            return None
+    target = plan.promise
+    if isinstance(target, NoPromise) or (target.delta, target.unit) == (allowed.delta, allowed.unit):
+        return None
+    return (
+        f"read at this device's delta {delta_in_words(allowed.delta)}, per {allowed.unit}; the recipe promises epsilon "
+        f"at most {target.epsilon:g} at delta {delta_in_words(target.delta)}, per {target.unit}, over everything"
+    )
 
 
 def _rounds_that_fit(terms: Terms, limit: Limit, book: Ledger) -> int:

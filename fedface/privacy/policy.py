@@ -295,10 +295,7 @@ class DevicePolicy:
 
     def doubts(self) -> list[str]:
         """What is allowed to be written and hardly meant, one sentence each, without full stops."""
-        large = (
-            f"delta {delta_in_words(self.delta)} is large: with about this chance the bound need not hold at all; "
-            "choose it well below one in the number of your photos"
-        )
+        large = f"delta {delta_in_words(self.delta)} is large: with about this chance the bound need not hold at all"
         return [
             *([large] if self.delta > LARGE_DELTA else []),
             *(
@@ -367,10 +364,7 @@ def short_in_words(short: Shortfall) -> str:
 def overspent(spent: float, limit: Limit, *, unpromised: bool) -> str | None:
     """That nothing of a limit is left, as a sentence without full stop; None as long as something is.
 
-    Args:
-        spent: The upper bound of what is spent in the limit's period.
-        limit: What is allowed.
-        unpromised: Whether runs without noise are allowed; no budget holds for them.
+    `spent` is the upper bound of what is spent in the limit's period; runs without noise, if allowed, know no budget.
     """
     over = spent - limit.epsilon
     if over < 0:
