@@ -172,7 +172,10 @@ def meaning(value: Epsilon, *, noise_at: Literal["device", "server"] = "device")
     if noise_at == "server":
         sentence += " It says nothing about the server, which sees each device's bare update."
     if sure > 0.9:
-        sentence += " Taken alone that is a weak bound; the attacks in this report test the noise behind it."
+        tested = (
+            "the attacks in this report test" if noise_at == "device" else "no attack in this report tests"
+        )
+        sentence += f" Taken alone that is a weak bound; {tested} the noise behind it."
     return sentence
 
 

@@ -52,6 +52,7 @@ def test_a_single_update_of_a_trusted_servers_run_has_no_noise(library: RunRecor
     for text in (page.render(library, folder), card.render(library)):
         assert "sigma" not in text.split("What an update gives away")[1].split("What this cannot show")[0]
         assert "so a single update has none" in text
+    assert "no attack in this report tests the noise" in page.render(library, folder)
     assert not any("→ DP" in tile["text"] for tile in page._tiles(library))
 
 
