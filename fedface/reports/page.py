@@ -19,8 +19,9 @@ from markupsafe import Markup
 
 from fedface.errors import RunError
 from fedface.reports import figures, private_page, short_answer, standing, wording
-from fedface.reports.quantities import Epsilon, Figure, Interval, NotMeasured, rounded_up
-from fedface.reports.run import AttackRecord, BiasRecord, NoPromise, PlanRecord, RunRecord
+from fedface.reports.quantities import Epsilon, Figure, Interval, NotMeasured
+from fedface.reports.run import AttackRecord, BiasRecord, PlanRecord, RunRecord
+from fedface.reports.tiles import tiles
 
 FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -74,7 +75,7 @@ def render(record: RunRecord, folder: Path) -> str:
         record=record,
         answer=short_answer.answer(record),
         when=_when(record),
-        tiles=_tiles(record),
+        tiles=tiles(record),
         plan=record.plan if isinstance(record.plan, PlanRecord) else None,
         promise=wording.promise(record.plan),
         meaning=_meaning(record),
@@ -142,48 +143,6 @@ def _meaning(record: RunRecord) -> str:
     if isinstance(record.plan, PlanRecord) and isinstance(cost, Epsilon):
         return wording.meaning(cost, noise_at=record.plan.noise_at)
     return ""
-
-
-def _tiles(record: RunRecord) -> list[dict[str, str]]:
-    tiles = []
-    cost = wording.spent(record)
-    if isinstance(cost, Epsilon):
-        text = f"epsilon at most, at delta {wording.constant(cost.delta)}, per {cost.unit}"
-        tiles.append({"value": rounded_up(cost.upper), "text": text})
-    else:
-        tiles.append({"value": "no bound", "text": "on what a photo's owner loses"})
-    if (served := short_answer.service_change(record)) is not None:
-        text = f"served {served.verdict}: {wording.title_of(served.measure)} {served.change}"
-        tiles.append({"value": served.groups, "text": wording.with_unit(text, served.measure)})
-    leading = short_answer.leading_gap(record)
-    if not isinstance(leading, NotMeasured):
-        measure, before, after = leading
-        if isinstance(before.difference, Interval) and isinstance(after.difference, Interval):
-            was, now = abs(before.difference.estimate), abs(after.difference.estimate)
-            text = f"gap between groups, {_head(measure)}"
-            tiles.append({"value": f"{wording.number(was)} → {wording.number(now)}", "text": text})
-    if record.rounds:
-        answered = sum(len(entry.answered) for entry in record.rounds)
-        sent = sum(entry.bytes_up for entry in record.rounds)
-        if answered:
-            value = wording.size(sent / answered)
-            tiles.append({"value": value, "text": "sent by one device in one round"})
-    used = standing.attacks_of(record)
-    if isinstance(record.plan, NoPromise):  # what noise would have done is no part of what the run did
-        used = tuple(attack for attack in used if attack.defence == wording.NO_DEFENCE)
-    named = [
-        (attack.gallery.estimate, attack.defence) for attack in used if isinstance(attack.gallery, Interval)
-    ]
-    if named:
-        value = " → ".join(wording.share(rate) for rate, _ in named)
-        defences = " → ".join(defence for _, defence in named)
-        text = f"of updates give away whose photo was in them, of {used[0].gallery_size}: {defences}"
-        tiles.append({"value": value, "text": text})
-    return tiles
-
-
-def _head(measure: str) -> str:
-    return ", ".join(part for part in (wording.title_of(measure), wording.unit_of(measure)) if part)
 
 
 def _turnout(record: RunRecord) -> list[dict[str, str]]:

@@ -18,6 +18,7 @@ from fedface.reports import card, filling, page, standing, wording
 from fedface.reports.private_record import LeftRecord
 from fedface.reports.quantities import Epsilon, NotMeasured, rounded_down, rounded_up
 from fedface.reports.run import NoPromise, PlanRecord, RunRecord
+from fedface.reports.tiles import tiles
 
 SCHEDULE = Schedule(rounds=1, steps_per_round=3, sampling_rate=0.1, expected_batch=10, clip_norm=0.3)
 
@@ -53,12 +54,12 @@ def test_a_single_update_of_a_trusted_servers_run_has_no_noise(library: RunRecor
         assert "sigma" not in text.split("What an update gives away")[1].split("What this cannot show")[0]
         assert "so a single update has none" in text
     assert "no attack in this report tests the noise" in page.render(library, folder)
-    assert not any("→ DP" in tile["text"] for tile in page._tiles(library))
+    assert not any("→ DP" in tile["text"] for tile in tiles(library))
 
 
 def test_a_run_without_noise_claims_no_defence_in_its_tile(record: RunRecord) -> None:
     bare = replace(record, plan=NoPromise(no_promise="no noise."))
-    assert not any("DP sigma" in tile["text"] for tile in page._tiles(bare))
+    assert not any("DP sigma" in tile["text"] for tile in tiles(bare))
     assert "what noise would have changed" in standing.attack_note(bare)
 
 
