@@ -15,6 +15,7 @@ Source: DP-SGD, Abadi et al. (2016), arXiv:1607.00133; Poisson sampling with a p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, assert_never
@@ -238,8 +239,8 @@ class Plan:
                     f"promise: epsilon at most {target.epsilon:g} at delta {target.delta:g} "
                     f"per {target.unit}, over everything; neighbours: {ADJACENCY}",
                     f"the promise covers {unit_in_words(target.unit)}",
-                    f"price: epsilon {bounds.estimate:.3f}, certainly between {bounds.lower:.3f} "
-                    f"and {bounds.upper:.3f}",
+                    f"price: epsilon {bounds.estimate:.3f}, certainly between "
+                    f"{math.floor(bounds.lower * 1000) / 1000:.3f} and {math.ceil(bounds.upper * 1000) / 1000:.3f}",
                 ]
             case NoPromise():
                 return [

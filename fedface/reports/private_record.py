@@ -77,7 +77,7 @@ class LeftRecord:
                 "copy of them"
             )
         if questions:
-            done.append(f"its answers to {questions} sets of figures are part of the figures of this report")
+            done.append(f"its answers to {_counted_sets(questions)} are part of the figures of this report")
         return LeftRecord(
             rounds=rounds,
             questions=questions,
@@ -87,3 +87,7 @@ class LeftRecord:
                 f"files. What cannot be undone: {'; '.join(done)}; {told}."
             ),
         )
+
+
+def _counted_sets(count: int) -> str:
+    return "one set of figures" if count == 1 else f"{count} sets of figures"

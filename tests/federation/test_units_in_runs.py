@@ -264,7 +264,7 @@ def test_a_device_that_leaves_after_its_figures_is_priced_for_them_and_asked_no_
         experiment, in_process_cohort(experiment, devices_folder(folder)), folder, watcher=Watcher()
     )
     (left,) = record.left
-    assert (left.rounds, left.questions) == ((), 1) and "1 sets of figures" in left.sentence
+    assert (left.rounds, left.questions) == ((), 1) and "one set of figures" in left.sentence
     (terms,) = experiment.plan().beside
     assert isinstance(left.epsilon, Epsilon)
     assert left.epsilon.upper == approx(epsilon_of(terms.event(1), 1e-2).upper)
