@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -303,6 +304,8 @@ class _Work:
 
         Whatever goes wrong once photos are opened, the answer is that of a device without photos: noise alone. An
         error, its kind or a missing answer could hang on what a photo shows, and nobody would have paid for that.
+        What can go wrong with one photo alone is caught there (scan, owner.py, figures.py) and costs that photo; what
+        is left, such as memory, silences the whole device, and that switch is in no epsilon.
 
         Args:
             compute: Own faces -> the vector (d,) that is summed, in public ranges.
@@ -316,10 +319,13 @@ class _Work:
         )
         ledger.begin(task.book, task.round, attempt=entry.attempt)
         try:
+            vector: Vector | None = None
             try:
                 vector = compute(device.photos(size))
             except Exception:
-                log.exception("something went wrong with the photos; this round is answered with noise alone")
+                # As text: a kept traceback would hold on to the photos.
+                log.error("this round is answered with noise alone\n%s", traceback.format_exc())
+            if vector is None:  # out of the handler, which holds on to the photos
                 vector = compute(OwnFaces.strangers(torch.zeros(0, 3, size, size)))
             started = time.perf_counter()
             payload = sums.protect(vector, task.round).to_bytes()

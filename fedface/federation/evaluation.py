@@ -6,9 +6,8 @@ one noised sum over all devices for each question, and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from fedface.audits.private_figures import FiguresConfig
@@ -16,7 +15,7 @@ from fedface.audits.private_reading import read_figures
 from fedface.experiment import Experiment
 from fedface.federation.cohort import Cohort
 from fedface.federation.figures import figure_ranges
-from fedface.federation.rounds import Watcher, answers_price
+from fedface.federation.rounds import Forgetting, Watcher
 from fedface.federation.state import State
 from fedface.federation.summing import Gathered, gather
 from fedface.federation.task import EvaluateTask, Question
@@ -55,6 +54,7 @@ def ask_figures(
     name: str,
     held_out: float,
     watcher: Watcher,
+    gone: Callable[[Mapping[int, str]], None],
 ) -> Scores:
     """Have every member score a model on its own photos.
 
@@ -70,6 +70,7 @@ def ask_figures(
         name: What reports call the model; the devices are not told.
         held_out: Which share of the units is asked; 0: all.
         watcher: Told how many have answered.
+        gone: Told who has left.
 
     Raises:
         FederationError: Too few usable answers, or nobody could open the sum.
@@ -95,7 +96,7 @@ def ask_figures(
         model=weights_hash(*model.modules()),
     )
     ranges = figure_ranges(question)
-    gathered = gather(experiment, cohort, members, task, len(ranges), watcher.step)
+    gathered = gather(experiment, cohort, members, task, len(ranges), watcher.step, gone)
     total = gathered.total * ranges
     read = read_figures(
         total,
@@ -147,12 +148,10 @@ def score_run(
             continue
         members = [member for member in everybody if member not in away]
         watcher.stage(f"devices score the model {name} the run on their own photos", len(members))
+        forgetting = Forgetting(state, plan, away)
         scores = ask_figures(
-            experiment, terms, config.figures, cohort, members, model,
-            run=folder.name, number=number, name=name, held_out=config.held_out, watcher=watcher,
+            experiment, terms, config.figures, cohort, members, model, run=folder.name, number=number,
+            name=name, held_out=config.held_out, watcher=watcher, gone=forgetting.forget,
         )  # fmt: skip
-        state = state.scored(scores.record)
-        away |= set(scores.gathered.left)
-        for device in scores.gathered.left.values():
-            state = state.without(device, partial(answers_price, plan))
+        state = forgetting.state.scored(scores.record)
     return state

@@ -230,3 +230,7 @@ def _one_face(library: PhotoLibrary, number: int, size: int) -> Images | None:
     except LibraryError as error:
         log.warning("%s; it is left out of this round", error)
         return None
+    except Exception:
+        # One broad net: whatever one photo breaks must cost that photo, not silence the others.
+        log.exception("a photo could not be cut out; it is left out of this round")
+        return None

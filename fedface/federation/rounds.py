@@ -6,7 +6,7 @@ cut short is asked again, and devices that had answered send the bytes that they
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -86,22 +86,45 @@ def run_rounds(
     for number in range(len(state.rounds) + 1, total + 1):
         model = load_model(weights_path(state.folder, number - 1))
         watcher.stage(f"round {number} of {total}: devices train", len(members))
+        forgetting = Forgetting(state, plan, away)
         record, left = _one_round(
-            experiment, plan, cohort, members, model, number, state.folder, yardstick, watcher
+            experiment,
+            plan,
+            cohort,
+            members,
+            model,
+            number,
+            state.folder,
+            yardstick,
+            watcher,
+            forgetting.forget,
         )
-        state = state.then(record)
-        for member, name in left.items():
-            members.remove(member)
-            away.add(member)
-            state = state.without(name, partial(answers_price, plan))
+        for name in left.values():
+            record = record.without(name)
             watcher.say("a device has left the run; its name is gone from the run's files")
+        state = forgetting.state.then(record)
+        members = [member for member in members if member not in away]
         watcher.say(_line(record, total))
     return state
 
 
+class Forgetting:
+    """A run's state while answers come in: who leaves is forgotten on disk before anything else can fail."""
+
+    def __init__(self, state: State, plan: Plan, away: set[int]) -> None:
+        """Members who leave join `away`."""
+        self.state, self._plan, self._away = state, plan, away
+
+    def forget(self, left: Mapping[int, str]) -> None:
+        """These members have left, under these names."""
+        for member, name in left.items():
+            self._away.add(member)
+            self.state = self.state.without(name, partial(answers_price, self._plan))
+
+
 def _one_round(
     experiment: Experiment, plan: Plan, cohort: Cohort, members: Sequence[int], model: Model, number: int,
-    folder: Path, yardstick: Yardstick | None, watcher: Watcher,
+    folder: Path, yardstick: Yardstick | None, watcher: Watcher, gone: Callable[[Mapping[int, str]], None],
 ) -> tuple[RoundRecord, Mapping[int, str]]:  # fmt: skip
     """The round's record, and the members whose owners have left."""
     weights = vector_of(*model.modules())
@@ -125,7 +148,7 @@ def _one_round(
         buffers=buffers_of(*model.modules()),
         model=weights_hash(*model.modules()),
     )
-    gathered = gather(experiment, cohort, members, task, len(ranges), watcher.step)
+    gathered = gather(experiment, cohort, members, task, len(ranges), watcher.step, gone)
     total = gathered.total
     at_server = plan.terms.sum_mechanism()
     if at_server is not None:

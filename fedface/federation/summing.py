@@ -61,6 +61,7 @@ def gather(
     task: TrainTask | EvaluateTask,
     length: int,
     step: Callable[[int], None],
+    gone: Callable[[Mapping[int, str]], None],
 ) -> Gathered:
     """Ask every member, sum the usable answers, and have the sum opened.
 
@@ -71,6 +72,7 @@ def gather(
         task: What.
         length: d, how many numbers an answer holds.
         step: Told how many have answered.
+        gone: Told which members' owners have left, and under which names, before anything else can fail.
 
     Raises:
         FederationError: Too few usable answers, or nobody could open the sum.
@@ -85,6 +87,13 @@ def gather(
     answers = cohort.ask(task, members, hear)
     server = make_server(experiment.aggregation, experiment.agreement)
     wanted = Trained if isinstance(task, TrainTask) else Scored
+    left = {
+        member: answer.device
+        for member, answer in answers.items()
+        if isinstance(answer, Refusal) and answer.withdrawn
+    }
+    if left:
+        gone(left)
     usable, refusals, dropped = _sorted_answers(answers, server, task.round, length, wanted)
     if len(usable) < experiment.fewest_answers:
         reasons = "; ".join(f"{r.device}: {r.reason}" for r in (*refusals, *dropped))
@@ -104,11 +113,7 @@ def gather(
         devices=tuple(answer.device for answer, _ in usable.values()),
         refusals=tuple(refusals),
         dropped=tuple(dropped),
-        left={
-            member: answer.device
-            for member, answer in answers.items()
-            if isinstance(answer, Refusal) and answer.withdrawn
-        },
+        left=left,
         total=opened,
         count=total.count,
         bytes_up=sum(len(answer.payload) for answer, _ in usable.values()),

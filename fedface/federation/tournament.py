@@ -109,15 +109,19 @@ def hold(
     terms = tournament_terms(experiment, len(models))
     book = _Book.opened(folder, experiment, models)
     members = cohort.members(experiment.devices.count)[: experiment.devices.count]
+    away: set[int] = set()  # members whose owners have left
     for number, name in enumerate(book.order, start=1):
         if name in book.totals:
             continue
         watcher.stage(f"devices score candidate {number} of {len(models)}", len(members))
         scores = ask_figures(
-            experiment, terms, config.figures, cohort, members, models[name],
-            run=folder.name, number=number, name=name, held_out=0.0, watcher=watcher,
+            experiment, terms, config.figures, cohort, [member for member in members if member not in away],
+            models[name], run=folder.name, number=number, name=name, held_out=0.0, watcher=watcher,
+            gone=away.update,
         )  # fmt: skip
-        book = book.then(name, scores.total, scores.gathered.count, scores.record)
+        # Who answered is nobody's business here, and so there is no name to forget when somebody leaves.
+        nameless = replace(scores.record, answered=())
+        book = book.then(name, scores.total, scores.gathered.count, nameless)
     figures = {name: _read(book, name, experiment, terms) for name in models}
     record = TournamentRecord(
         name=folder.name,

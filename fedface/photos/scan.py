@@ -165,7 +165,14 @@ class _Scan:
             state = NO_STATE if isinstance(photo, PhotoUnavailable) else state
             self._write(PhotoRecord(path=name, state=state, status="refused", reason=str(photo)))
             return
-        found = self._detector.find(photo.pixels)
+        try:
+            found = self._detector.find(photo.pixels)
+        except Exception as error:
+            # One broad net: a picture on which a detector breaks must not end the scan of all others.
+            self._refused += 1
+            reason = f"the face detector broke on it ({type(error).__name__})"
+            self._write(PhotoRecord(path=name, state=state, status="refused", reason=reason))
+            return
         faces = tuple(face.scaled(photo.width / photo.pixels.shape[1]) for face in found)
         self._read += 1
         self._faces += len(faces)

@@ -19,7 +19,6 @@ from dp_accounting import (
     PoissonSampledDpEvent,
     SelfComposedDpEvent,
 )
-from torch import Tensor
 
 from fedface.randomness import SecretNoise
 from fedface.shapes import Vector
@@ -30,6 +29,9 @@ Event = DpEvent  # what was released; the name by which other rooms know dp_acco
 # Far outside, float32 breaks the promise: squares of short gradients vanish, so that they are not clipped at
 # all, and noise vanishes beside its own rounding. A stranger's schedule must not reach there.
 CLIP_NORMS = (1e-6, 1e6)
+
+
+LONGEST = 1e18  # longer vectors become zero: float32 could not scale them down without rounding them up
 
 
 def check_clip_norm(clip_norm: float) -> None:
@@ -51,7 +53,7 @@ def clipped(update: Vector, clip_norm: float) -> Vector:
 
     Guarantees:
         * `norm(result) <= clip_norm`, up to one float32 rounding.
-        * A vector with a non-finite entry, or whose length overflows float32, becomes zero.
+        * A vector with a non-finite entry, or longer than 1e18, becomes zero.
 
     Args:
         update: Shape (d,), in weight units.
@@ -60,11 +62,11 @@ def clipped(update: Vector, clip_norm: float) -> Vector:
     Returns:
         The same direction, shape (d,). A zero vector stays zero.
     """
-    length = update.norm()
-    if not bool(torch.isfinite(length)):
+    # In float64: a lane of float32 squares loses small ones beside a large one, and the length comes out too short.
+    length = float(torch.linalg.vector_norm(update, dtype=torch.float64))
+    if not length <= LONGEST:  # nor what is not a number
         return torch.zeros_like(update)
-    scale: Tensor = (clip_norm / length).clamp(max=1.0)
-    return update * scale
+    return update if length <= clip_norm else update * (clip_norm / length)
 
 
 @dataclass(frozen=True, kw_only=True)

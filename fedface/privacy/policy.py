@@ -56,7 +56,7 @@ class DevicePolicy:
     unit: Unit = "photo"  # of what budgets count the loss; fixed for the life of the library
     periods: tuple[Period, ...] = ()  # further budgets, for any so many days
     objectives: tuple[str, ...] = OBJECTIVES  # what photos may help to train
-    evaluation: bool = False  # may this device answer noised questions about its held-out photos?
+    evaluation: bool = False  # may this device answer noised questions about its photos?
     protocols: tuple[str, ...] = ("encrypted",)  # how updates may travel
     smallest_cohort: int = 2  # fewest devices whose updates are summed, >= 1
     trust_server: bool = False  # may runs take part whose noise the server adds?
@@ -148,6 +148,7 @@ class DevicePolicy:
             LedgerError: The ledger cannot be trusted, so nothing can be admitted.
         """
         self.agree(plan, cohort_size, protocol, objective, surroundings=surroundings)
+        self.conditions.check(surroundings or ThisMachine())
         terms = _terms(plan)
         if terms.promises:
             self._admit_price(terms, ledger, run, round)
@@ -161,7 +162,7 @@ class DevicePolicy:
         *,
         surroundings: Surroundings | None = None,
     ) -> None:
-        """All that `admit` looks at but the price: what holds for an answer that was paid for and kept as well.
+        """All that `admit` looks at but price and load: what holds for an answer that was paid for and kept as well.
 
         Raises:
             PolicyRefusal: As for `admit`.
@@ -170,18 +171,16 @@ class DevicePolicy:
         self._admit_today(here)
         self._admit_purpose(cohort_size, protocol, objective)
         self._admit_promise(_terms(plan))
-        self.conditions.check(here)
+        replace(self.conditions, most_load=None).check(here)  # what is kept costs no work
 
     def may_open(self, protocol: str, *, surroundings: Surroundings | None = None) -> None:
         """Return if this device may open a sum that it has a part in: what it does for others, not with photos.
 
         Raises:
-            PolicyRefusal: The last day is over, sums of this kind are not allowed, or the conditions do not hold.
+            PolicyRefusal: The last day is over, or sums of this kind are not allowed.
         """
-        here = surroundings or ThisMachine()
-        self._admit_today(here)
+        self._admit_today(surroundings or ThisMachine())
         self._admit_protocol(protocol)
-        self.conditions.check(here)
 
     def _admit_today(self, surroundings: Surroundings) -> None:
         if self.expires is not None and surroundings.now().date() > last_day(self.expires):

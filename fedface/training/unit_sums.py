@@ -25,6 +25,7 @@ from fedface.randomness import SecretNoise
 
 Chance = SecretNoise | torch.Generator  # secret for a promise, replayable only where nothing is promised
 
+LONGEST = 1e18  # longer gradients add nothing: float32 could not scale them down without rounding them up
 LONGEST_HALF = 1e15  # of an outer product that is not multiplied out
 MOST_OF_A_UNIT = 16  # photos of one unit that a step looks at
 
@@ -151,7 +152,7 @@ class Clipping:
             fits &= (out <= LONGEST_HALF) & (seen <= LONGEST_HALF)
             square = square + (out * seen * outer.factor).square()
         length = square.sqrt()
-        usable = torch.isfinite(length) & fits
+        usable = (length <= LONGEST) & fits  # not so for what is not a number
         scale = torch.where(usable, (self._clip_norm / length).clamp(max=1.0), 0.0).to(self.totals[0].dtype)
         outers = [(outer, outer.out, outer.seen) for outer in found.outers]
         if not bool(usable.all()):
@@ -193,13 +194,14 @@ class Clipping:
 
 def _square(rows: Tensor) -> Tensor:
     """The squared length of each row, (n, ...) -> (n,) float64."""
-    length: Tensor = torch.linalg.vector_norm(_flat(rows), dim=1)
-    return length.double().square()
+    # In float64: a lane of float32 squares loses small ones beside a large one, and the length comes out too short.
+    length: Tensor = torch.linalg.vector_norm(_flat(rows), dim=1, dtype=torch.float64)
+    return length.square()
 
 
 def _length(rows: Tensor) -> Tensor:
     """The length of each row in float64, (n, ...) -> (n,): in float32 the squares of a tiny half vanish."""
-    length: Tensor = torch.linalg.vector_norm(_flat(rows).double(), dim=1)
+    length: Tensor = torch.linalg.vector_norm(_flat(rows), dim=1, dtype=torch.float64)
     return length
 
 

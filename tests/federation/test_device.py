@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from fedface.models.critic import CriticConfig
 from fedface.models.family import GanShape
 from fedface.models.stylegan2 import GeneratorConfig
 from fedface.models.weights import buffers_of, vector_of, weights_hash
+from fedface.photos.own import OwnFaces
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Ledger
 from fedface.shapes import Images, Vector
@@ -168,6 +171,31 @@ def test_a_computation_that_fails_on_one_photo_alone_looks_like_any_other(
     assert isinstance(reply, Trained)
     assert Payload.from_bytes(reply.payload).length == len(task.weights)
     assert booked(device) == [("tiny", 1, 1)]
+
+
+def test_photos_are_let_go_before_the_answer_without_them(
+    device: Device, task: TrainTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails for want of memory must not fail again because the photos are still held."""
+    held: list[weakref.ref[OwnFaces]] = []
+    alive = []
+    real = Round.update
+
+    def breaks(self: Round, photos: Images, **more: object) -> Vector:
+        if len(photos):
+            raise MemoryError
+        gc.collect()
+        alive.append(held[0]() is not None)
+        return real(self, photos, **more)  # type: ignore[arg-type]
+
+    def photos(size: int) -> OwnFaces:
+        own = device.photos(size)
+        held.append(weakref.ref(own))
+        return own
+
+    monkeypatch.setattr(Round, "update", breaks)
+    assert isinstance(serve(task, replace(device, photos=photos)), Trained)
+    assert alive == [False]
 
 
 def test_three_killed_computations_are_free_and_a_fourth_is_paid_for(device: Device, task: TrainTask) -> None:

@@ -13,7 +13,7 @@ from tiny import begun, first_device, tiny_experiment, tiny_gan, train_task
 
 from fedface.aggregation.plain import PlainAggregation
 from fedface.aggregation.protocol import Payload
-from fedface.errors import ConfigError
+from fedface.errors import ConfigError, FederationError
 from fedface.federation.coordinator import coordinate
 from fedface.federation.device import serve
 from fedface.federation.flower import in_process_cohort
@@ -271,3 +271,22 @@ def test_a_device_that_leaves_after_its_figures_is_priced_for_them_and_asked_no_
     assert [told.answered for told in record.private] == [(GONE, "device-01"), ("device-01",)]
     refused = [line for line in Journal.open(state / "journal.sqlite").sent() if line.what == "refusal"]
     assert len(refused) == 1  # told once, by the first round, and asked no more
+
+
+def test_who_leaves_is_forgotten_even_if_the_round_fails_for_want_of_answers(tmp_path: Path) -> None:
+    """Two are needed and one has left after round 1: every resume fails alike, and its name is gone all the same."""
+    experiment = tiny_experiment(tmp_path / "recipe", {"fewest_answers": "2"})
+    folder = begun(experiment, tmp_path / "run")
+    state = devices_folder(folder) / "device-00"
+
+    class Watcher(SilentWatcher):
+        def say(self, sentence: str) -> None:
+            if sentence.startswith("round 1"):
+                Journal.open(state / "journal.sqlite").withdraw("run")
+
+    cohort = in_process_cohort(experiment, devices_folder(folder))
+    with pytest.raises(FederationError, match="2 are needed"):
+        run_rounds(experiment, experiment.plan(), cohort, State.read(folder), None, Watcher())
+    kept = State.read(folder)
+    assert "device-00" not in (folder / "state.json").read_text()
+    assert kept.rounds[0].answered == (GONE, "device-01") and kept.left[0].rounds == (1,)

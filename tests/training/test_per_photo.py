@@ -22,6 +22,7 @@ from fedface.models.flow import FlowConfig, RectifiedFlow
 from fedface.models.resolver import ResolverConfig
 from fedface.models.style_encoder import StyleEncoderConfig
 from fedface.models.stylegan2 import GeneratorConfig
+from fedface.privacy.mechanism import GaussianSum
 from fedface.randomness import Streams
 from fedface.training.flow import loss_over_draws, times_and_noises
 from fedface.training.generator import loss_on_photos
@@ -33,6 +34,7 @@ from fedface.training.per_photo import (
     steady_microbatch,
     trained,
 )
+from fedface.training.unit_sums import clipped_sum
 from fedface.training.upsampler import lesson_of, mark_upsampler
 from fedface.upsampling.degrade import BicubicPulse
 
@@ -465,3 +467,19 @@ def test_a_units_sum_does_not_round_by_where_microbatches_cut() -> None:
             )[0]
         )
     assert all(torch.equal(found[0], other) for other in found)
+
+
+def test_small_numbers_beside_large_ones_count_in_a_length() -> None:
+    """Two million of 2.4e-4 beside eight ones: in float32 their squares vanish, and the vector is 0.8 % too long."""
+    row = torch.full((1, 2_359_296), 2.4e-4)
+    row[0, :8] = 1.0
+    (total,) = clipped_sum([row], 1.0)
+    assert float(total.double().norm()) <= 1.0 + 1e-6
+    whole = GaussianSum(clip_norm=1.0, sigma=1.0).clip(row[0])
+    assert float(whole.double().norm()) <= 1.0 + 1e-6
+
+
+def test_a_gradient_longer_than_float32_can_scale_adds_nothing() -> None:
+    (total,) = clipped_sum([torch.tensor([[1e30, 0.0], [0.0, 0.5]])], 1.0)
+    assert total.tolist() == [0.0, 0.5]
+    assert not GaussianSum(clip_norm=1.0, sigma=1.0).clip(torch.tensor([1e30, 1.0])).any()
