@@ -7,7 +7,7 @@ units: Balle and Wang 2018, arXiv:1805.06530, Theorem 8, and the sampled form th
 
 Every photo is answered by itself, with the same public start of a search: in a batch, kernels round differently for
 batches of different sizes, and drawn starts would shift by one photo more. A photo on which a network breaks adds
-nothing, and each takes the same steps: neither an error nor a time is an answer that nobody paid for.
+nothing, and each takes the same steps: neither an error nor the time of one photo is an answer that nobody paid for.
 """
 
 from __future__ import annotations

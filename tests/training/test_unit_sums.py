@@ -114,7 +114,7 @@ def test_the_sum_of_vectors_clips_units_and_noises_once() -> None:
         vectors, mechanism=ClippedSum(clip_norm=1.0), sampling_rate=1.0,
         chance=torch.Generator().manual_seed(0), units=torch.tensor([0, 0, 1]),
     )  # fmt: skip
-    assert quiet.tolist() == approx([1.0, 0.2])
+    assert quiet.tolist() == approx([1.0, 0.2], rel=1e-5) and float(quiet[0]) <= 1.0
     noised = private_sum(
         torch.zeros(0, 20_000), mechanism=GaussianSum(clip_norm=2.0, sigma=1.5), sampling_rate=0.5,
         chance=SecretNoise(), units=torch.zeros(0, dtype=torch.int64),
