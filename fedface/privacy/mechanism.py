@@ -19,6 +19,7 @@ from dp_accounting import (
     PoissonSampledDpEvent,
     SelfComposedDpEvent,
 )
+from torch import Tensor
 
 from fedface.randomness import SecretNoise
 from fedface.shapes import Vector
@@ -63,10 +64,11 @@ def clipped(update: Vector, clip_norm: float) -> Vector:
         The same direction, shape (d,). A zero vector stays zero.
     """
     # In float64: a lane of float32 squares loses small ones beside a large one, and the length comes out too short.
-    length = float(torch.linalg.vector_norm(update, dtype=torch.float64))
-    if not length <= LONGEST:  # nor what is not a number
+    length: Tensor = torch.linalg.vector_norm(update, dtype=torch.float64)
+    if not bool(length.detach() <= LONGEST):  # nor what is not a number
         return torch.zeros_like(update)
-    return update if length <= clip_norm else update * (clip_norm / length)
+    scale: Tensor = (clip_norm / length).clamp(max=1.0).to(update.dtype)  # differentiable, for attacks
+    return update * scale
 
 
 @dataclass(frozen=True, kw_only=True)
