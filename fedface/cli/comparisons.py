@@ -76,7 +76,7 @@ def _print(record: ComparisonRecord, folder: Path) -> None:
                 table.add_row(way, level, str(len(runs)), *cells)
     console.print(table)
     console.print(
-        "epsilon 0: the public model, untouched; ∞: no noise; a promised epsilon is an upper bound, per photo, "
+        "epsilon 0: the public model, untouched; ∞: no noise; a promised epsilon is an upper bound, per unit of the promise, "
         "at the delta in the table's file",
         highlight=False,
     )
