@@ -76,8 +76,8 @@ def _print(record: ComparisonRecord, folder: Path) -> None:
                 table.add_row(way, level, str(len(runs)), *cells)
     console.print(table)
     console.print(
-        "epsilon 0: the public model, untouched; ∞: no noise; a promised epsilon is an upper bound, per unit of the promise, "
-        "at the delta in the table's file",
+        "epsilon 0: the public model, untouched; ∞: no noise; a promised epsilon is an upper bound, per unit of the "
+        "promise, at the delta in the table's file",
         highlight=False,
     )
     console.print(f"open {folder / 'comparison.md'}", highlight=False, soft_wrap=True)
