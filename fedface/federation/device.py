@@ -99,8 +99,8 @@ def serve(task: Task, device: Device) -> Reply:
         PrivacyError: Ledger or journal cannot be trusted, the task contradicts itself, or this round of this run was
             answered for other weights or terms. Nothing is sent.
     """
-    journal = device.journal()
-    _check_books(journal, device.ledger())
+    journal, ledger = device.journal(), device.ledger()
+    _check_books(journal, ledger)
     if journal.has_withdrawn(task.run):
         return _noted(_left(device), task, device, journal, entry=None)
     reply: Reply
@@ -108,11 +108,11 @@ def serve(task: Task, device: Device) -> Reply:
     try:
         match task:
             case TrainTask():
-                reply, entry = _train(task, device)
+                reply, entry = _train(task, device, ledger)
             case EvaluateTask():
-                reply, entry = _evaluate(task, device)
+                reply, entry = _evaluate(task, device, ledger)
             case RevealTask():
-                reply = _reveal(task, device)
+                reply = _reveal(task, device, ledger)
     except PolicyRefusal as refusal:
         if isinstance(refusal, NotNow):
             log.warning("%s", refusal.private)  # what the owner may know, and the server need not
@@ -121,7 +121,7 @@ def serve(task: Task, device: Device) -> Reply:
         return _noted(reply, task, device, journal, entry)
     except PolicyRefusal:  # its owner left while it was computed: what was kept is dropped with the rest
         if not isinstance(task, RevealTask):
-            device.ledger().forget_replies(task.book)
+            ledger.forget_replies(task.book)
         return _noted(_left(device), task, device, journal, entry=None)
 
 
@@ -168,7 +168,7 @@ def _noted(reply: Reply, task: Task, device: Device, journal: Journal, entry: En
     return reply
 
 
-def _train(task: TrainTask, device: Device) -> tuple[Reply, Entry | None]:
+def _train(task: TrainTask, device: Device, ledger: Ledger) -> tuple[Reply, Entry | None]:
     agreed = task.agreed
     if agreed.training.schedule() != agreed.terms.schedule:
         raise PrivacyError("the task's training schedule and its privacy terms differ; nothing was computed")
@@ -180,6 +180,7 @@ def _train(task: TrainTask, device: Device) -> tuple[Reply, Entry | None]:
     work = _Work(
         task=task,
         device=device,
+        ledger=ledger,
         terms=agreed.terms,
         aggregation=agreed.aggregation,
         agreement=agreed.agreement,
@@ -212,11 +213,12 @@ def _train(task: TrainTask, device: Device) -> tuple[Reply, Entry | None]:
     return Trained(device=device.name, payload=payload, seconds_protect=seconds), entry
 
 
-def _evaluate(task: EvaluateTask, device: Device) -> tuple[Reply, Entry | None]:
+def _evaluate(task: EvaluateTask, device: Device, ledger: Ledger) -> tuple[Reply, Entry | None]:
     asked = task.question
     work = _Work(
         task=task,
         device=device,
+        ledger=ledger,
         terms=asked.terms,
         aggregation=asked.aggregation,
         agreement=asked.agreement,
@@ -253,6 +255,7 @@ class _Work:
 
     task: TrainTask | EvaluateTask
     device: Device
+    ledger: Ledger
     terms: Terms
     aggregation: AggregationConfig
     agreement: Agreement
@@ -274,7 +277,7 @@ class _Work:
             PolicyRefusal: With what was asked, what is spent and what is allowed.
             LedgerError: The kept bytes answer another release: a new run under an old name.
         """
-        task, device, ledger = self.task, self.device, self.device.ledger()
+        task, device, ledger = self.task, self.device, self.ledger
         # What the owner allows today holds for kept answers too, but for the price, which was paid.
         device.policy.agree(self.terms, task.cohort, self.aggregation.kind, self.objective)
         kept = ledger.stored_reply(task.book, task.round)
@@ -311,7 +314,7 @@ class _Work:
             compute: Own faces -> the vector (d,) that is summed, in public ranges.
             size: Side of the faces in pixels.
         """
-        task, device, ledger = self.task, self.device, self.device.ledger()
+        task, device, ledger = self.task, self.device, self.ledger
         sums = make_device(self.aggregation, self.agreement, _key(self.aggregation, device))
         # Book before reading a photo: a crash from here on may waste budget, never overspend it.
         entry = device.policy.book(
@@ -361,9 +364,9 @@ def _recipe(*parts: object) -> str:
     return hashlib.sha256(said.encode()).hexdigest()
 
 
-def _reveal(task: RevealTask, device: Device) -> Reply:
+def _reveal(task: RevealTask, device: Device, ledger: Ledger) -> Reply:
     device.policy.may_open(task.aggregation.kind)
-    if not device.ledger().already(task.book, task.round):
+    if not ledger.already(task.book, task.round):
         return Refusal(
             device=device.name,
             reason=f"this device has no part in round {task.round} of {task.run}, so it opens no sum of it",
