@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedface.privacy.mechanism import LONGEST
 from fedface.randomness import SecretNoise
 
 Chance = SecretNoise | torch.Generator  # secret for a promise, replayable only where nothing is promised
 
 _PART, _ROUNDED_UP = 1024, (1.0 + 4e-6) ** 2
-LONGEST = 1e18  # longer gradients add nothing: float32 could not scale them down without rounding them up
 LONGEST_HALF = 1e15  # of an outer product that is not multiplied out
 MOST_OF_A_UNIT = 16  # photos of one unit that a step looks at
 
