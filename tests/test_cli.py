@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import Said, caller
 from tiny import first_device, tiny_experiment, tiny_file, tiny_gan, train_task
 
-from fedface import cli
 from fedface.cli import runs
 from fedface.errors import FedfaceError
 from fedface.federation.coordinator import begin
@@ -34,28 +34,11 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "400")
 
 
-class Said:
-    """What one command printed and how it ended."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
 @pytest.fixture
 def fedface(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
     """Call the command line in this process."""
 
-    def call(*words: str) -> Said:
-        monkeypatch.setattr(sys, "argv", ["fedface", *words])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return Said(code, out, err)
-
-    return call
+    return caller(monkeypatch, capsys)
 
 
 def sentence(said: Said) -> str:

@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from command_line import caller
 from tiny import first_device, tiny_experiment, tiny_gan, train_task
 
-from fedface import cli
 from fedface.cli import device_log
 from fedface.federation.belongings import belongings
 from fedface.federation.device import serve
@@ -40,41 +40,13 @@ policy:
 """
 
 
-class Said:
-    """What one command printed and how it ended."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def sentence(self) -> str:
-        """The one line of an error of ours."""
-        assert self.code == 2 and self.out == "" and "Traceback" not in self.err, (
-            self.code,
-            self.out,
-            self.err,
-        )
-        (line,) = filter(None, self.err.splitlines())
-        return line.removeprefix("fedface: ")
-
-
 @pytest.fixture
 def fedface(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], home: Path):  # type: ignore[no-untyped-def]
     """Call the command line in this process, in the device's home."""
     monkeypatch.chdir(home)
     monkeypatch.setenv("COLUMNS", "400")
 
-    def call(*words: str) -> Said:
-        monkeypatch.setattr(sys, "argv", ["fedface", *words])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return Said(code, out, err)
-
-    return call
+    return caller(monkeypatch, capsys)
 
 
 @pytest.fixture
@@ -493,8 +465,8 @@ app = typer.Typer(rich_markup_mode=None)
 def wait():
     with progress_bars() as bars:
         bars.stage("waiting", 3)
-        print("ready", flush=True)
         try:
+            print("ready", flush=True)
             time.sleep(60)
         finally:
             time.sleep(0.2)

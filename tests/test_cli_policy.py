@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
+from command_line import caller
 
-from fedface import cli
 from fedface.experiment import Experiment, read_experiment
 from fedface.privacy.conditions import Power, ThisMachine
 from fedface.privacy.ledger import Ledger
@@ -27,28 +26,11 @@ protocols: [encrypted]
 """
 
 
-class Said:
-    """What one command printed and how it ended."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
 @pytest.fixture
 def check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
     """Call `fedface policy check` in this process."""
 
-    def call(*words: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["fedface", "policy", "check", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return Said(code, out, err)
-
-    return call
+    return caller(monkeypatch, capsys, "policy", "check")
 
 
 @pytest.fixture

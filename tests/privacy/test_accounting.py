@@ -9,6 +9,7 @@ import dp_accounting as dp
 import numpy as np
 import pytest
 from dp_accounting.rdp import RdpAccountant
+from priced import analytic_epsilon, gaussian, sampled
 from pytest import approx
 from scipy.optimize import brentq
 from scipy.stats import laplace, norm
@@ -24,24 +25,6 @@ from fedface.privacy.accounting import (
     success_ceiling,
 )
 from fedface.privacy.target import PrivacyTarget
-
-
-def gaussian(sigma: float, count: int = 1) -> dp.DpEvent:
-    return dp.SelfComposedDpEvent(dp.GaussianDpEvent(sigma), count)
-
-
-def sampled(sigma: float, q: float, steps: int) -> dp.DpEvent:
-    return dp.SelfComposedDpEvent(dp.PoissonSampledDpEvent(q, dp.GaussianDpEvent(sigma)), steps)
-
-
-def analytic_epsilon(sigma: float, delta: float) -> float:
-    """Balle & Wang (2018), Theorem 8, solved for epsilon."""
-
-    def excess(epsilon: float) -> float:
-        far = math.exp(epsilon + norm.logcdf(-0.5 / sigma - epsilon * sigma))
-        return float(norm.cdf(0.5 / sigma - epsilon * sigma) - far - delta)
-
-    return float(brentq(excess, 0.0, 1000.0, xtol=1e-12))
 
 
 @pytest.mark.parametrize(("sigma", "delta"), [(0.3, 1e-5), (1.0, 1e-3), (1.0, 1e-8), (100.0, 1e-5)])

@@ -10,8 +10,8 @@ import pytest
 from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from priced import analytic_epsilon, gaussian, sampled
 from pytest import approx
-from scipy.optimize import brentq
 from scipy.stats import norm
 
 from fedface.errors import PrivacyError
@@ -20,24 +20,6 @@ from fedface.privacy.neighbours import for_replacing_one, seen_by
 from fedface.units import UNITS, Unit, covers
 
 DELTA = 1e-5
-
-
-def gaussian(sigma: float, count: int = 1) -> dp.DpEvent:
-    return dp.SelfComposedDpEvent(dp.GaussianDpEvent(sigma), count)
-
-
-def sampled(sigma: float, q: float, steps: int) -> dp.DpEvent:
-    return dp.SelfComposedDpEvent(dp.PoissonSampledDpEvent(q, dp.GaussianDpEvent(sigma)), steps)
-
-
-def analytic_epsilon(sigma: float, delta: float) -> float:
-    """Balle & Wang (2018), Theorem 8, solved for epsilon."""
-
-    def excess(epsilon: float) -> float:
-        far = math.exp(epsilon + norm.logcdf(-0.5 / sigma - epsilon * sigma))
-        return float(norm.cdf(0.5 / sigma - epsilon * sigma) - far - delta)
-
-    return float(brentq(excess, 0.0, 1000.0, xtol=1e-12))
 
 
 @pytest.mark.parametrize(("sigma", "count"), [(0.8, 1), (2.0, 1), (2.0, 4), (20.0, 100)])
