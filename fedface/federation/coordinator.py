@@ -34,7 +34,8 @@ from fedface.federation.findings import (
 )
 from fedface.federation.rounds import Watcher, run_rounds
 from fedface.federation.simulated import PublicFaces, describe_devices, device_faces, public_faces
-from fedface.federation.state import State, replace_text, weights_path
+from fedface.federation.state import State, weights_path
+from fedface.files import replace_text
 from fedface.models.family import Model, Resolved, Styled
 from fedface.models.weights import load_model, save_model, weights_hash
 from fedface.photos.drawn import draw_people

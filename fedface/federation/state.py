@@ -6,13 +6,13 @@ Called by rounds.py, evaluation.py and coordinator.py. Written in one step and o
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedface.errors import RunError
+from fedface.files import replace_text
 from fedface.reports import strict
 from fedface.reports.private_record import LeftRecord, PrivateRecord
 from fedface.reports.quantities import Epsilon, NotMeasured
@@ -87,13 +87,3 @@ class State:
             raise RunError(f"{folder}: no run was begun here, so there is nothing to resume") from error
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path}: damaged ({error}); start a new run") from error
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file in one step: the old text or the new, never half, also after a power cut."""
-    draft = path.with_name(path.name + ".draft")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)

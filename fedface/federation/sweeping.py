@@ -28,7 +28,8 @@ from fedface.federation.coordinator import begin, check_same
 from fedface.federation.findings import answers
 from fedface.federation.rounds import Watcher, run_rounds, spent
 from fedface.federation.simulated import describe_devices, device_faces, prepare
-from fedface.federation.state import State, replace_text, weights_path
+from fedface.federation.state import State, weights_path
+from fedface.files import replace_text
 from fedface.models.family import Model, Resolved, Styled
 from fedface.models.weights import load_model, weights_hash
 from fedface.photos.tone import measure_tone

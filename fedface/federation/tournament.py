@@ -25,7 +25,7 @@ from fedface.experiment import Experiment, figure_terms
 from fedface.federation.cohort import Cohort
 from fedface.federation.evaluation import ask_figures
 from fedface.federation.rounds import Watcher
-from fedface.federation.state import replace_text
+from fedface.files import replace_text
 from fedface.models.family import Encoded, Flow, Gan, Model, Resolved, Styled
 from fedface.models.weights import load_model, weights_hash
 from fedface.privacy.plan import Terms

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from fedface.config import parse, plain
 from fedface.errors import ConfigError, WeightsError
+from fedface.files import replace_bytes
 from fedface.models.family import Alone, Encoded, Flow, Gan, Model, Resolved, Shape, Styled, build
 from fedface.models.pickled import printable
 from fedface.models.stylegan2 import StyleGAN2
@@ -160,12 +160,7 @@ def save_model(path: Path, model: Model) -> None:
     """
     check_place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(path.suffix + ".draft")
-    with draft.open("wb") as file:
-        file.write(model_bytes(model))
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    replace_bytes(path, model_bytes(model))
 
 
 @dataclass(frozen=True)

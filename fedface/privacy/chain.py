@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedface.errors import LedgerError
+from fedface.files import sync_folder
 
 PATIENCE = 60.0  # seconds to wait for another process that is writing
 
@@ -149,7 +150,7 @@ class Head:
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 class Page:
@@ -386,12 +387,4 @@ def _make_folder(folder: Path) -> None:
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     for place in reversed(missing):
         place.mkdir(exist_ok=True, mode=0o700)
-        _sync_folder(place.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync_folder(place.parent)

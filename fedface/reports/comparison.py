@@ -15,6 +15,7 @@ import numpy as np
 from fedface.audits.disaggregate import mean_interval
 from fedface.errors import RunError
 from fedface.experiment import UNBOUNDED
+from fedface.files import replace_text
 from fedface.reports import strict
 from fedface.reports.quantities import Epsilon, Figure, Interval, NotMeasured
 from fedface.reports.run import MachineRecord
@@ -138,8 +139,8 @@ def over_seeds(figures: Sequence[Figure]) -> Figure:
 
 def write(record: ComparisonRecord, folder: Path) -> None:
     """`comparison.json` and `comparison.md` in a folder."""
-    (folder / FILE).write_text(strict.dumps(record), encoding="utf-8")
-    (folder / "comparison.md").write_text(markdown(record), encoding="utf-8")
+    replace_text(folder / FILE, strict.dumps(record))
+    replace_text(folder / "comparison.md", markdown(record))
 
 
 def read(folder: Path) -> ComparisonRecord:

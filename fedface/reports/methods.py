@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 
+from fedface.files import replace_text
 from fedface.reports import strict, wording
 from fedface.reports.comparison_figures import COLOURS, MARKERS, png_on_white
 from fedface.reports.figures import INK, STYLE, face_grid
@@ -69,11 +70,11 @@ class MethodsRecord:
 def write(record: MethodsRecord, pictures: Mapping[str, bytes], folder: Path) -> Path:
     """Write record, table and pictures into a folder; returns the table's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / FILE).write_text(strict.dumps(record), encoding="utf-8")
+    replace_text(folder / FILE, strict.dumps(record))
     for name, png in pictures.items():
         (folder / f"{name}.png").write_bytes(png)
     path = folder / "methods.md"
-    path.write_text(markdown(record), encoding="utf-8")
+    replace_text(path, markdown(record))
     return path
 
 

@@ -18,6 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from fedface.errors import RunError
+from fedface.files import replace_text
 from fedface.reports import figures, private_page, short_answer, standing, wording
 from fedface.reports.quantities import Epsilon, Figure, Interval, NotMeasured
 from fedface.reports.run import AttackRecord, BiasRecord, PlanRecord, RunRecord
@@ -106,7 +107,7 @@ def render(record: RunRecord, folder: Path) -> str:
 def write(record: RunRecord, folder: Path) -> Path:
     """Render the page into the run's folder and say where it lies."""
     path = folder / FILE
-    path.write_text(render(record, folder), encoding="utf-8")
+    replace_text(path, render(record, folder))
     return path
 
 

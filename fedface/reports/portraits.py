@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 
 from fedface.audits.bias import ToneHistogram
 from fedface.errors import ConfigError, LibraryError, PhotoError
+from fedface.files import replace_bytes, replace_text
 from fedface.photos.faces import Detector
 from fedface.photos.isolation import IsolatedReader
 from fedface.photos.pixels import Photo, is_picture
@@ -161,9 +162,7 @@ def make_sheets(
                 sheet = place(path, subject.number)
                 check_sheet(sheet, path)
                 sheet.parent.mkdir(parents=True, exist_ok=True)
-                draft = sheet.with_name(sheet.name + ".draft")
-                draft.write_bytes(portrait_sheet(portrait, tones))
-                draft.replace(sheet)
+                replace_bytes(sheet, portrait_sheet(portrait, tones))
                 made.append(Made(
                     photo=str(path), person=subject.number, people=subject.people, turned=subject.turned,
                     side=subject.side, sheet=sheet, portrait=portrait,
@@ -260,10 +259,8 @@ class SheetFolder:
         self._found[self._name(path)] = entry
         record = self.folder / RECORD
         self.folder.mkdir(parents=True, exist_ok=True)
-        draft = record.with_name(record.name + ".draft")
         told = {"asked": self._asked, "found": self._found}
-        draft.write_text(json.dumps(told, indent=1), encoding="utf-8")
-        draft.replace(record)
+        replace_text(record, json.dumps(told, indent=1))
 
     def _name(self, path: Path) -> str:
         return os.fsencode(path.relative_to(self._photos)).decode("utf-8", "backslashreplace")

@@ -8,7 +8,6 @@ the weights it measured. What could not be measured is a `NotMeasured` with the 
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedface.errors import RunError
+from fedface.files import replace_text
 from fedface.reports import strict
 from fedface.reports.private_record import GONE, LeftRecord, PrivateRecord
 from fedface.reports.quantities import Epsilon, Figure, NotMeasured
@@ -285,9 +285,7 @@ class RunRecord:
 def write(record: RunRecord, folder: Path) -> Path:
     """Write `run.json` into a run's folder in one step, so that a reader never sees half of it."""
     path = folder / FILE
-    part = folder / f"{FILE}.part"
-    part.write_text(record.to_json(), encoding="utf-8")
-    os.replace(part, path)
+    replace_text(path, record.to_json())
     return path
 
 

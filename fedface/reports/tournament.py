@@ -6,7 +6,6 @@ named rather than ranked.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure as Canvas
 
+from fedface.files import replace_text
 from fedface.privacy.accounting import compose, epsilon_of
 from fedface.privacy.mechanism import GaussianSum, SampledGaussian
 from fedface.reports import private_page, strict, wording
@@ -123,10 +123,8 @@ def _together(candidates: Sequence[PrivateRecord], experiment: dict[str, Any]) -
 def write(record: TournamentRecord, folder: Path) -> None:
     """Write `tournament.json`, `tournament.md` and `tournament.png` into a folder."""
     (folder / "tournament.png").write_bytes(picture(record))
-    (folder / "tournament.md").write_text(markdown(record), encoding="utf-8")
-    part = folder / f"{FILE}.part"
-    part.write_text(strict.dumps(record), encoding="utf-8")
-    os.replace(part, folder / FILE)
+    replace_text(folder / "tournament.md", markdown(record))
+    replace_text(folder / FILE, strict.dumps(record))
 
 
 def picture(record: TournamentRecord) -> bytes:

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "fedface"
 FLOORS = {
-    "fedface": 0, "errors": 1, "shapes": 1, "randomness": 1, "config": 1, "units": 1,
+    "fedface": 0, "errors": 1, "shapes": 1, "randomness": 1, "config": 1, "units": 1, "files": 1,
     "models": 2, "upsampling": 2,
     "privacy": 3, "photos": 3,
     "aggregation": 4, "training": 4,

@@ -19,12 +19,13 @@ import pytest
 from tiny import begun, first_device, tiny_experiment, tiny_gan, train_task
 
 from fedface.errors import LedgerError, PrivacyError
-from fedface.experiment import Experiment
+from fedface.experiment import Experiment, read_experiment
 from fedface.federation.device import Device, serve
 from fedface.federation.flower import in_process_cohort
 from fedface.federation.orders import devices_folder
 from fedface.federation.reading import read_task
 from fedface.federation.rounds import SilentWatcher, run_rounds
+from fedface.federation.simulated import simulated_device
 from fedface.federation.state import State
 from fedface.federation.task import Message, Refusal, Trained, TrainTask
 from fedface.photos.own import OwnFaces
@@ -209,8 +210,8 @@ def test_two_runs_at_once_cannot_overspend(experiment: Experiment, device: Devic
 
 
 def _asks_in_a_process(recipe: Path, devices: Path, run: str, said: Path) -> None:
-    experiment = tiny_experiment(recipe)
-    device = first_device(experiment, devices)
+    experiment = read_experiment(recipe)
+    device = simulated_device(experiment, 0, devices)
     for round in (1, 2):
         reply = serve(ask(experiment, run, round), device)
         with said.open("a") as file:
@@ -225,14 +226,20 @@ def test_two_processes_at_once_cannot_overspend(tmp_path: Path) -> None:
     workers = [
         context.Process(
             target=_asks_in_a_process,
-            args=(tmp_path / "recipe", tmp_path / "devices", f"run-{number}", tmp_path / "said"),
+            args=(
+                tmp_path / "recipe" / "tiny.yaml",
+                tmp_path / "devices",
+                f"run-{number}",
+                tmp_path / "said",
+            ),
         )
         for number in range(2)
     ]
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(120)
+        worker.join(300)
+    assert [worker.exitcode for worker in workers] == [0, 0]
     said = (tmp_path / "said").read_text().split()
     ledger = Ledger.open(tmp_path / "devices" / "device-00" / "ledger.sqlite")
     assert len(said) == 4 and said.count("Trained") == len(ledger.entries()) >= 1
