@@ -10,11 +10,18 @@ Images are float32, sRGB, nominally in [0, 1]; a generator may stray outside, so
 
 from __future__ import annotations
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 Images = Float[Tensor, "n 3 h w"]
+KeptImages = Images | UInt8[Tensor, "n 3 h w"]  # bytes, 0 to 255, take a quarter of the memory
 LowImages = Float[Tensor, "n 3 lh lw"]
 Latents = Float[Tensor, "n z"]
 Styles = Float[Tensor, "n k v"]
 Vector = Float[Tensor, "d"]
+
+
+def in_floats(images: KeptImages) -> Images:
+    """Kept images as networks read them, float32 in [0, 1]; floats come back as they are."""
+    return images.float() / 255.0 if images.dtype == torch.uint8 else images

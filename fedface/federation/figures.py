@@ -34,7 +34,7 @@ from fedface.models.family import Model
 from fedface.photos.detectors import NetworkDetector
 from fedface.photos.own import OwnFaces
 from fedface.randomness import Streams
-from fedface.shapes import Images, Vector
+from fedface.shapes import Images, Vector, in_floats
 from fedface.training.private_steps import private_sum_of
 from fedface.training.unit_sums import Chance
 from fedface.upsampling.methods import (
@@ -120,7 +120,9 @@ def figures_of(model: Model, mine: OwnFaces, question: Question, *, seed: int, c
     units = mine.units(terms.unit)
 
     def rows(positions: Tensor) -> Tensor:
-        parts = [_answered(answer, mine.images[i : i + 1].clone(), config) for i in positions.tolist()]
+        parts = [
+            _answered(answer, in_floats(mine.images[i : i + 1]).clone(), config) for i in positions.tolist()
+        ]
         return shared_by_unit(torch.cat(parts), units[positions])
 
     return private_sum_of(

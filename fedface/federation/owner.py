@@ -26,7 +26,6 @@ from fedface.photos.occasions import OccasionRule
 from fedface.photos.own import OwnFaces
 from fedface.photos.scan import EmptyLibrary, scan_library
 from fedface.privacy.policy import DevicePolicy
-from fedface.shapes import Images
 
 log = logging.getLogger("fedface.device")
 
@@ -215,22 +214,22 @@ def _faces(folder: Path, detector: Path | None, config: OwnerConfig, size: int) 
     except EmptyLibrary as error:
         log.warning("%s; this round is answered with noise alone", error)
         return OwnFaces.strangers(torch.zeros(0, 3, size, size))
-    images = [_one_face(library, number, size) for number in range(len(library))]
-    whole = [number for number, image in enumerate(images) if image is not None]
+    whole = [number for number in range(len(library)) if _can_be_cut_out(library, number, size)]
     return OwnFaces(
-        images=torch.cat([torch.zeros(0, 3, size, size), *(image for image in images if image is not None)]),
+        images=library.kept_images(whole, size),
         photos=torch.from_numpy(library.photo_labels())[whole],
         occasions=torch.from_numpy(library.occasion_labels(config.occasions))[whole],
     )
 
 
-def _one_face(library: PhotoLibrary, number: int, size: int) -> Images | None:
+def _can_be_cut_out(library: PhotoLibrary, number: int, size: int) -> bool:
     try:
-        return library.images(number, size)
+        library.kept_images(number, size)
     except LibraryError as error:
         log.warning("%s; it is left out of this round", error)
-        return None
+        return False
     except Exception:
         # One broad net: whatever one photo breaks must cost that photo, not silence the others.
         log.exception("a photo could not be cut out; it is left out of this round")
-        return None
+        return False
+    return True

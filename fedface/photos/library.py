@@ -35,7 +35,7 @@ from fedface.photos.index import (
 from fedface.photos.occasions import USUAL, Occasion, OccasionRule, Shot, group, occasion
 from fedface.photos.pixels import read_photo
 from fedface.photos.scan import EmptyLibrary, checked_folder
-from fedface.shapes import Images
+from fedface.shapes import Images, KeptImages, in_floats
 
 MOST_REASONS = 20
 
@@ -133,6 +133,10 @@ class PhotoLibrary:
             return record_of(connection, int(self._rows[index]))
 
     def images(self, index: int | Sequence[int] | Tensor, size: int) -> Images:
+        """As `kept_images`, in floats: float32, shape (n, 3, size, size), sRGB in [0, 1]."""
+        return in_floats(self.kept_images(index, size))
+
+    def kept_images(self, index: int | Sequence[int] | Tensor, size: int) -> KeptImages:
         """Aligned faces, read from the files the first time and from memory after that.
 
         A file is decoded in this process only after a child has decoded the very same one (`isolation`).
@@ -142,7 +146,7 @@ class PhotoLibrary:
             size: Side of the crops in pixels.
 
         Returns:
-            float32, shape (n, 3, size, size), sRGB in [0, 1].
+            uint8, shape (n, 3, size, size), sRGB in 0 to 255.
 
         Raises:
             LibraryError: A photo was changed, moved or removed since the scan.
@@ -159,7 +163,7 @@ class PhotoLibrary:
                     record = record_of(connection, int(self._rows[number]))
                     crops[number] = torch.from_numpy(self._crop(record, size)).permute(2, 0, 1)
                     present[number] = True
-        return crops[wanted].float() / 255.0
+        return crops[wanted]
 
     def _crop(self, record: PhotoRecord, size: int) -> np.ndarray:
         if not record.faces or record.width is None or record.height is None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedface.photos.occasions import numbered
-from fedface.shapes import Images
+from fedface.shapes import KeptImages
 from fedface.units import Unit
 
 SALT = b"fedface: held out"  # never change it: what was held out would be trained on
@@ -26,14 +26,15 @@ SALT = b"fedface: held out"  # never change it: what was held out would be train
 class OwnFaces:
     """Aligned faces, one a photo, with the photo and the occasion that each is from."""
 
-    images: Images  # square
+    images: KeptImages  # square; as bytes, since a device holds all of its faces at once
     photos: Tensor  # int64 (n,): one label a photo, all distinct
     occasions: Tensor  # int64 (n,): equal where photos were taken together
 
     def __post_init__(self) -> None:
         shape = tuple(self.images.shape)
-        if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or self.images.dtype != torch.float32:
-            raise ValueError(f"images must be float32 (n, 3, s, s), got {self.images.dtype} {shape}")
+        kinds = (torch.float32, torch.uint8)
+        if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or self.images.dtype not in kinds:
+            raise ValueError(f"images must be float32 or uint8 (n, 3, s, s), got {self.images.dtype} {shape}")
         for name, labels in (("photos", self.photos), ("occasions", self.occasions)):
             if labels.dtype != torch.int64 or tuple(labels.shape) != shape[:1]:
                 wanted = f"{name} must be int64 ({shape[0]},), one label an image"
@@ -45,12 +46,12 @@ class OwnFaces:
         return len(self.images)
 
     @staticmethod
-    def strangers(images: Images) -> OwnFaces:
+    def strangers(images: KeptImages) -> OwnFaces:
         """Each photo is an occasion of its own, as in a public set of faces."""
         return OwnFaces.in_occasions(images, 1)
 
     @staticmethod
-    def in_occasions(images: Images, size_of_each: int) -> OwnFaces:
+    def in_occasions(images: KeptImages, size_of_each: int) -> OwnFaces:
         """Runs of that many photos are an occasion each; the last may be shorter."""
         if size_of_each < 1:
             raise ValueError(f"size_of_each must be >= 1, got {size_of_each}")
@@ -70,7 +71,9 @@ class OwnFaces:
                 assert_never(unit)
 
     def select(self, index: Tensor) -> OwnFaces:
-        """Some of them: by number, int64 (m,) without repeats, or by mask, bool (n,)."""
+        """Some of them: by number, int64 (m,) without repeats, or by mask, bool (n,). All of them are not copied."""
+        if index.dtype == torch.bool and bool(index.all()):
+            return self
         return OwnFaces(images=self.images[index], photos=self.photos[index], occasions=self.occasions[index])
 
     def split(self, held_out: float, unit: Unit) -> tuple[OwnFaces, OwnFaces]:

@@ -29,7 +29,7 @@ from fedface.models.flow import FlowConfig, RectifiedFlow
 from fedface.photos.drawn import draw_people
 from fedface.privacy.plan import Schedule, Terms
 from fedface.randomness import SecretNoise, Streams
-from fedface.shapes import Images, Vector
+from fedface.shapes import Images, KeptImages, Vector
 from fedface.training.per_photo import Draw, trained
 from fedface.training.private_descent import check_descent, descend_privately, descent_ranges, steadied
 from fedface.training.private_steps import Network, check_per_photo_gradients, per_photo_gradients
@@ -163,7 +163,7 @@ def _draw(flow: RectifiedFlow, config: FlowTrainingConfig, chance: SecretNoise |
 
 def train_flow_round(
     flow: RectifiedFlow,
-    photos: Images,
+    photos: KeptImages,
     config: FlowTrainingConfig,
     terms: Terms,
     *,
@@ -179,7 +179,7 @@ def train_flow_round(
 
     Args:
         flow: The round's weights, with adapters attached where they are what learns.
-        photos: All photos of the device, (n, 3, size, size) in [0, 1], n >= 0.
+        photos: All photos of the device, (n, 3, size, size), floats in [0, 1] or bytes, n >= 0.
         config: Rates and draws; its schedule is not used, the terms are.
         terms: What was agreed and booked.
         chance: SecretNoise for a promise; a replayable stream only where nothing is promised.

@@ -28,7 +28,7 @@ from fedface.models.critic import Critic
 from fedface.models.family import Gan
 from fedface.privacy.plan import Schedule, Terms
 from fedface.randomness import SecretNoise, Streams
-from fedface.shapes import Images, Latents, Vector
+from fedface.shapes import Images, KeptImages, Latents, Vector
 from fedface.training.per_photo import steady_microbatch, trained
 from fedface.training.private_steps import check_per_photo_gradients, per_photo_gradients, private_gradient
 from fedface.training.unit_sums import clipped_sum
@@ -118,7 +118,7 @@ def loss_on_made(network: Network, made: Images) -> Tensor:
 
 def train_round(
     gan: Gan,
-    photos: Images,
+    photos: KeptImages,
     config: GanTrainingConfig,
     terms: Terms,
     *,
@@ -134,7 +134,7 @@ def train_round(
 
     Args:
         gan: The round's weights, with adapters attached where they are what learns.
-        photos: All photos of the device, (n, 3, size, size) in [0, 1], n >= 0.
+        photos: All photos of the device, (n, 3, size, size), floats in [0, 1] or bytes, n >= 0.
         config: Rates and batches; its schedule is not used, the terms are.
         terms: What was agreed and booked.
         chance: SecretNoise for a promise; a replayable stream only where nothing is promised.

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from fedface.shapes import Images
+from fedface.shapes import Images, KeptImages, in_floats
 from fedface.training.layers_watched import Layer, Watch
 from fedface.training.unit_sums import Clipping, Found, Outer
 
@@ -47,7 +47,7 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
 def clipped_unit_sum(
     module: nn.Module,
     loss: PerPhotoLoss,
-    photos: Images,
+    photos: KeptImages,
     *,
     clip_norm: float,
     units: Tensor | None = None,
@@ -67,7 +67,7 @@ def clipped_unit_sum(
         module: The network; neither its weights nor its `.grad` fields change.
         loss: One loss per photo; photo i's loss must depend on photo i alone, and rows of what the network is shown
             must stand photo by photo.
-        photos: Shape (n, ...), n >= 0.
+        photos: Shape (n, ...), n >= 0; bytes (uint8) become floats a microbatch at a time.
         clip_norm: Longest gradient of one unit, > 0, over all weights, after scaling.
         units: Which unit each photo belongs to, (n,) int64, a unit's photos side by side; None: each its own.
         draw: Gives the loss's own draws, fresh for every microbatch, one row per picture.
@@ -88,7 +88,7 @@ def clipped_unit_sum(
     clipping = Clipping(weights, clip_norm, scales)
     layerwise = True
     for start in range(0, max(1, len(photos)), microbatch):
-        part = photos[start : start + microbatch].detach()
+        part = in_floats(photos[start : start + microbatch].detach())
         shown = _filled(part, microbatch)
         rows = (shown,) if draw is None else (shown, draw(microbatch))
         found = None

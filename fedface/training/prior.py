@@ -34,7 +34,7 @@ from fedface.models.encoder import Encoder
 from fedface.models.stylegan2 import StyleGAN2
 from fedface.privacy.plan import MOST_EXPECTED, Schedule, Terms
 from fedface.randomness import SecretNoise, Streams
-from fedface.shapes import Images, Latents, Vector
+from fedface.shapes import KeptImages, Latents, Vector, in_floats
 from fedface.training.private_steps import private_sum
 
 Second = Literal["none", "diagonal", "full"]
@@ -166,7 +166,7 @@ def _unpacked(packed: Vector, width: int) -> Tensor:
 
 def train_prior_round(
     encoder: Encoder,
-    photos: Images,
+    photos: KeptImages,
     config: PriorTrainingConfig,
     terms: Terms,
     *,
@@ -183,7 +183,7 @@ def train_prior_round(
 
     Args:
         encoder: The public encoder; it stays as it is.
-        photos: All photos of the device, (n, 3, size, size) in [0, 1], n >= 0.
+        photos: All photos of the device, (n, 3, size, size), floats in [0, 1] or bytes, n >= 0.
         config: What is counted; its schedule is not used, the terms are.
         terms: What was agreed and booked.
         chance: SecretNoise for a promise; a replayable stream only where nothing is promised.
@@ -199,7 +199,7 @@ def train_prior_round(
     agreed = replace(config, clip_norm=terms.schedule.clip_norm)
     with torch.no_grad():
         # Each in memory of its own: kernels may look at the alignment of what they read.
-        parts = [photo_vectors(encoder(photo.clone()), agreed) for photo in torch.split(photos, 1)]
+        parts = [photo_vectors(encoder(in_floats(photo).clone()), agreed) for photo in torch.split(photos, 1)]
     total = private_sum(
         torch.cat(parts) if len(photos) else torch.zeros(0, sum(_layout(encoder.latent_width, agreed).sizes)),
         mechanism=terms.mechanism(),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedface.models.adapters import trained_vector
 from fedface.privacy.plan import Terms
-from fedface.shapes import Images, Vector
+from fedface.shapes import KeptImages, Vector
 from fedface.training.per_photo import Draw, PerPhotoLoss, steady_microbatch, trained
 from fedface.training.private_steps import private_gradient
 from fedface.training.unit_sums import Chance
@@ -35,7 +35,7 @@ def check_descent(*, rate: float, steady_noise: float, momentum: float, server_r
 
 def descend_privately(
     network: nn.Module,
-    photos: Images,
+    photos: KeptImages,
     loss: PerPhotoLoss,
     terms: Terms,
     *,
@@ -54,7 +54,7 @@ def descend_privately(
 
     Args:
         network: The device's own copy; its trained weights move.
-        photos: All photos of the device, (n, ...), n >= 0.
+        photos: All photos of the device, (n, ...), n >= 0; bytes (uint8) become floats a microbatch at a time.
         loss: One loss per photo; see `private_gradient`.
         terms: What was agreed and booked.
         rate: Step of descent, > 0, see `steadied`.

@@ -55,7 +55,7 @@ from torch import Tensor, nn
 from fedface.errors import PrivacyError
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.randomness import SecretNoise
-from fedface.shapes import Images
+from fedface.shapes import Images, KeptImages
 from fedface.training.per_photo import (
     Draw,
     PerPhotoLoss,
@@ -166,7 +166,7 @@ def _one_tensor(weight: nn.Parameter, count: int) -> Tensor:
 
 def private_gradient(
     module: nn.Module,
-    photos: Images,
+    photos: KeptImages,
     loss: PerPhotoLoss,
     *,
     mechanism: GaussianSum | ClippedSum,
@@ -189,7 +189,7 @@ def private_gradient(
 
     Args:
         module: The network; neither its weights nor its `.grad` fields change.
-        photos: All photos of the device, (n, ...), n >= 0.
+        photos: All photos of the device, (n, ...), n >= 0; bytes (uint8) become floats a microbatch at a time.
         loss: (network, photos) -> one loss per photo; call the network that it is given, not `module`. With
             `draw`, (network, photos, draws).
         mechanism: `terms.mechanism()`: GaussianSum, or ClippedSum where the device promises nothing.

@@ -23,7 +23,7 @@ from fedface.models.adapters import Adapt, Full, attach, trained_vector
 from fedface.models.family import Resolved, ResolvedShape, Styled, StyledShape, build
 from fedface.privacy.plan import Schedule, Terms
 from fedface.randomness import SecretNoise, Streams
-from fedface.shapes import Images, Vector
+from fedface.shapes import Images, KeptImages, Vector
 from fedface.training.per_photo import PerPhotoLoss
 from fedface.training.pretrain import pair_losses
 from fedface.training.private_descent import check_descent, descend_privately, descent_ranges, steadied
@@ -97,7 +97,7 @@ def lesson_of(downscale: Degradation, fit_weight: float) -> PerPhotoLoss:
 
 def train_upsampler_round(
     model: Styled | Resolved,
-    photos: Images,
+    photos: KeptImages,
     config: UpsamplerTrainingConfig,
     terms: Terms,
     *,
@@ -112,7 +112,7 @@ def train_upsampler_round(
 
     Args:
         model: The round's weights, with what learns marked by `mark_upsampler`.
-        photos: All photos of the device, (n, 3, size, size) in [0, 1], n >= 0.
+        photos: All photos of the device, (n, 3, size, size), floats in [0, 1] or bytes, n >= 0.
         config: Rates; its schedule is not used, the terms are.
         terms: What was agreed and booked.
         chance: SecretNoise for a promise; a replayable stream only where nothing is promised.

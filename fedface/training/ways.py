@@ -26,7 +26,7 @@ from fedface.models.family import Encoded, Flow, Gan, Model, Resolved, Styled
 from fedface.models.weights import remember_mean_style
 from fedface.privacy.plan import Terms
 from fedface.randomness import SecretNoise, Streams
-from fedface.shapes import Images, Vector
+from fedface.shapes import Images, KeptImages, Vector
 from fedface.training.flow import (
     FlowTrainingConfig,
     flow_ranges,
@@ -164,7 +164,7 @@ class Round:
 
     def update(
         self,
-        photos: Images,
+        photos: KeptImages,
         *,
         chance: SecretNoise | torch.Generator,
         streams: Streams,
@@ -173,7 +173,7 @@ class Round:
         """What a device sends, before it is divided by `ranges` and protected, shape (d,).
 
         Args:
-            photos: All photos of the device, (n, 3, size, size) in [0, 1], n >= 0.
+            photos: All photos of the device, (n, 3, size, size), floats in [0, 1] or bytes, n >= 0.
             chance: SecretNoise for a promise; a replayable stream only where nothing is promised.
             streams: The device's own replayable streams, for made pictures and times.
             units: Which unit each photo belongs to, int64 (n,), numbered from 0 without gaps; None: each its own.

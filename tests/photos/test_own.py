@@ -117,6 +117,7 @@ def test_what_does_not_fit_together_is_refused() -> None:
     for wrong, words in (
         ({"images": faces(3)}, "one label an image"),
         ({"images": faces(2).double()}, "float32"),
+        ({"images": faces(2).to(torch.int32)}, "uint8"),
         ({"images": faces(2)[:, :1]}, r"\(n, 3, s, s\)"),
         ({"images": faces(2)[:, :, :3]}, r"\(n, 3, s, s\)"),
         ({"photos": torch.tensor([4, 4])}, "twice"),

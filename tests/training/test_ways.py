@@ -57,6 +57,14 @@ def test_an_update_has_a_range_for_each_number_and_leaves_the_model_alone(tmp_pa
 
 
 @each_way
+def test_faces_that_a_device_keeps_as_bytes_teach_the_same_to_the_last_bit(tmp_path: Path, way: str) -> None:
+    """A whole library of floats would not fit: bytes become floats where they are looked at."""
+    kept = (photos(8) * 255.0).round().to(torch.uint8)
+    _, work = begun(tiny_way(tmp_path, way, {"promise": "{kind: no-promise}"}))
+    assert torch.equal(update_of(work, kept), update_of(work, kept.float() / 255.0))
+
+
+@each_way
 def test_device_and_server_begin_the_same_round_from_the_task_alone(tmp_path: Path, way: str) -> None:
     """Two beginnings from equal weights and seeds apply one update to equal models: adapters are derived, not sent."""
     experiment = tiny_way(tmp_path, way, {"promise": "{kind: no-promise}"})
