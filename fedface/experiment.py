@@ -263,9 +263,10 @@ class Experiment:
                 raise ValueError(
                     "training: sums of latents are noised on the device; promise per photo or occasion"
                 )
-            if self.evaluation is not None:
+            if self.evaluation is not None and self.evaluation.sampling_rate != 1:
                 raise ValueError(
-                    "evaluation: figures are noised on the device; promise per photo or occasion"
+                    "evaluation: sampling_rate must be 1 with a promise per library, since every device is asked, "
+                    f"got {self.evaluation.sampling_rate:g}"
                 )
         if self.evaluation is not None and self.upsampling.downscale.spread > 0:
             raise ValueError("evaluation needs a downscale without noise: a photo's figures must be its own")
@@ -352,7 +353,7 @@ def for_tournament(experiment: Experiment) -> Experiment:
     """The recipe with an evaluation of all photos, which nothing is trained on.
 
     Raises:
-        ConfigError: It promises nothing, or per library.
+        ConfigError: It promises nothing.
     """
     if not isinstance(experiment.promise, PrivacyTarget):
         raise ConfigError("a tournament needs a promise: what devices tell of their photos is always noised")

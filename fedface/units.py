@@ -10,6 +10,7 @@ from typing import Literal, assert_never
 
 Unit = Literal["photo", "occasion", "library"]
 UNITS: tuple[Unit, ...] = ("photo", "occasion", "library")  # from the finest to the coarsest
+PLURALS: dict[str, str] = {"photo": "photos", "occasion": "occasions", "library": "libraries"}
 
 
 def unit_in_words(unit: Unit) -> str:

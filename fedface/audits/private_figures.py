@@ -26,7 +26,7 @@ Source: Dwork & Roth (2014), Theorem A.1 (Gaussian sums); Bhatia & Davis (2000),
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from fedface.photos.tone import ToneReading, delta_e, measure_tone
 from fedface.privacy.mechanism import check_clip_norm
 from fedface.privacy.plan import MOST_EXPECTED
 from fedface.shapes import Images, Vector
+from fedface.units import Unit
 
 RANGED = ("misfit", "skin_difference", "lightness_shift")  # measures with a public range, in this order
 _WORDS = {2: ("lighter", "darker"), 3: ("light", "medium", "dark")}
@@ -93,6 +94,10 @@ class FiguresConfig:
         for name in ("smallest_group", "most_units", "expected_units"):
             if not 1 <= getattr(self, name) <= MOST_EXPECTED:
                 raise ValueError(f"{name} must lie in [1, {MOST_EXPECTED}], got {getattr(self, name)}")
+
+    def for_unit(self, unit: Unit) -> FiguresConfig:
+        """The same where a promise covers this: of libraries a device has exactly one."""
+        return replace(self, most_units=1, expected_units=1) if unit == "library" else self
 
     @property
     def groups(self) -> tuple[str, ...]:

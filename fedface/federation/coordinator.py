@@ -48,11 +48,10 @@ from fedface.reports.quantities import NotMeasured
 from fedface.reports.run import DeviceRecord, PictureRecord, RunRecord, ToneRecord
 from fedface.shapes import Images
 from fedface.training.ways import begin_round, chance_for, common_streams
-from fedface.units import unit_in_words
+from fedface.units import PLURALS, unit_in_words
 from fedface.upsampling.methods import BASELINES, has_one_answer, title_of
 
 FEWEST_FACES = 40  # on each side of a comparison of samples with faces
-_PLURAL = {"photo": "photos", "occasion": "occasions", "library": "devices' libraries"}
 SHOWN = 512  # samples whose tones are counted
 
 
@@ -342,7 +341,7 @@ def _notes(experiment: Experiment, plan: Plan, base: Model) -> tuple[str, ...]:
         notes.append("The base generator was made from drawn faces of which 85 in 100 have light skin.")
     if isinstance(plan.promise, PrivacyTarget):
         notes.append(
-            f"The promise covers {unit_in_words(plan.promise.unit)}. Somebody in many {_PLURAL[plan.promise.unit]} is "
+            f"The promise covers {unit_in_words(plan.promise.unit)}. Somebody in many {PLURALS[plan.promise.unit]} is "
             "protected less: the losses of all that show them add up."
         )
     if isinstance(experiment.aggregation, EncryptedConfig):

@@ -172,11 +172,6 @@ def _train(task: TrainTask, device: Device, ledger: Ledger) -> tuple[Reply, Entr
     agreed = task.agreed
     if agreed.training.schedule() != agreed.terms.schedule:
         raise PrivacyError("the task's training schedule and its privacy terms differ; nothing was computed")
-    if agreed.terms.unit == "library" and not isinstance(agreed.aggregation, PlainConfig):
-        raise PrivacyError(
-            "a promise per library goes with plain sums: rounding to a grid makes a cut update longer, and nobody "
-            "could add noise to a sum that the server cannot read; nothing was computed"
-        )
     work = _Work(
         task=task,
         device=device,
@@ -243,7 +238,8 @@ def _evaluate(task: EvaluateTask, device: Device, ledger: Ledger) -> tuple[Reply
     def compute(own: OwnFaces) -> Vector:
         mine = own.split(asked.held_out, asked.terms.unit)[1] if asked.held_out > 0 else own
         chance = chance_for(asked.terms, Streams(task.seed).child(f"{device.name}/figures/{task.round}"))
-        return figures_of(model, mine, asked, seed=task.seed, chance=chance) / ranges
+        told = figures_of(model, mine, asked, seed=task.seed, chance=chance)
+        return _cut(told / ranges, asked.terms)
 
     payload, seconds, entry = work.release(compute, model.size)
     return Scored(device=device.name, payload=payload, seconds_protect=seconds), entry
@@ -275,9 +271,15 @@ class _Work:
 
         Raises:
             PolicyRefusal: With what was asked, what is spent and what is allowed.
+            PrivacyError: A promise that this kind of sum cannot keep.
             LedgerError: The kept bytes answer another release: a new run under an old name.
         """
         task, device, ledger = self.task, self.device, self.ledger
+        if self.terms.unit == "library" and not isinstance(self.aggregation, PlainConfig):
+            raise PrivacyError(
+                "a promise per library goes with plain sums: rounding to a grid makes a cut vector longer, and nobody "
+                "could add noise to a sum that the server cannot read; nothing was computed"
+            )
         # What the owner allows today holds for kept answers too, but for the price, which was paid.
         device.policy.agree(self.terms, task.cohort, self.aggregation.kind, self.objective)
         kept = ledger.stored_reply(task.book, task.round)
@@ -353,7 +355,7 @@ def _asked_model(task: TrainTask | EvaluateTask, shape: Shape) -> Model:
 
 
 def _cut(update: Vector, terms: Terms) -> Vector:
-    """One device's whole update, at the length that a promise per library allows; untouched under other promises."""
+    """All that one device says at once, at the length that a promise per library allows; otherwise untouched."""
     mechanism = terms.sum_mechanism()
     return update if mechanism is None else mechanism.clip(update)
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedface.audits.private_figures import FiguresConfig
-from fedface.audits.private_reading import read_figures
+from fedface.audits.private_reading import PrivateFigures, read_figures
 from fedface.experiment import Experiment
 from fedface.federation.cohort import Cohort
 from fedface.federation.figures import figure_ranges
 from fedface.federation.rounds import Forgetting, Watcher
 from fedface.federation.state import State
-from fedface.federation.summing import Gathered, gather
+from fedface.federation.summing import Gathered, gather, noised_sum
 from fedface.federation.task import EvaluateTask, Question
 from fedface.models.family import Model
 from fedface.models.weights import buffers_of, vector_of, weights_hash
@@ -75,6 +75,7 @@ def ask_figures(
     Raises:
         FederationError: Too few usable answers, or nobody could open the sum.
     """
+    figures = figures.for_unit(terms.unit)
     question = Question(
         terms=terms,
         shape=model.shape,
@@ -97,14 +98,8 @@ def ask_figures(
     )
     ranges = figure_ranges(question)
     gathered = gather(experiment, cohort, members, task, len(ranges), watcher.step, gone)
-    total = gathered.total * ranges
-    read = read_figures(
-        total,
-        config=figures,
-        clip_norm=terms.schedule.clip_norm,
-        noise_multiplier=terms.noise_multiplier,
-        devices=gathered.count,
-    )
+    total = noised_sum(gathered.total, terms) * ranges
+    read = read_told(total, terms, figures, gathered.count)
     record = private_record(
         read,
         when=name,
@@ -117,6 +112,28 @@ def ask_figures(
         noise_multiplier=terms.noise_multiplier,
     )
     return Scores(total=total, record=record, gathered=gathered)
+
+
+def read_told(total: Vector, terms: Terms, figures: FiguresConfig, devices: int) -> PrivateFigures:
+    """The figures in a noised total: it holds one noise of each device, or one of the server.
+
+    Args:
+        total: (d,), as kept.
+        terms: What the question released.
+        figures: What was measured, as the recipe says it.
+        devices: How many answers are in it.
+
+    Raises:
+        AggregationError: No sum of figures with this noise looks like this total.
+    """
+    return read_figures(
+        total,
+        config=figures.for_unit(terms.unit),
+        clip_norm=terms.schedule.clip_norm,
+        noise_multiplier=terms.noise_multiplier,
+        devices=devices,
+        noises=1 if terms.noise_at == "server" else None,
+    )
 
 
 def _price(experiment: Experiment, terms: Terms) -> Epsilon | NotMeasured:

@@ -58,16 +58,12 @@ def check_question(question: Question, model: Model) -> None:
     """Refuse what no device should begin with; reads no photo.
 
     Raises:
-        ConfigError: The terms are not those of figures, the downscale adds noise, or noise would come from the server.
+        ConfigError: The terms are not those of figures, the downscale adds noise, or it keeps a device busy for days.
     """
     terms = question.terms
     if terms.schedule.steps_per_round != 1:
         raise ConfigError(
             f"figures are one release a question, got {terms.schedule.steps_per_round} steps a round"
-        )
-    if terms.unit == "library":
-        raise ConfigError(
-            "figures are noised on the device, so they go with unit photo or occasion, got library"
         )
     if question.downscale.spread > 0:
         raise ConfigError(
@@ -103,7 +99,9 @@ def figure_ranges(question: Question) -> Vector:
 
 
 def figures_of(model: Model, mine: OwnFaces, question: Question, *, seed: int, chance: Chance) -> Vector:
-    """The noised sum over this device's units, shape (d,).
+    """The sum over this device's units, noised where its steps add the noise, shape (d,).
+
+    Per library it is the mean over the photos that were drawn, 16 at most: cut and noised as one vector, see device.py.
 
     Args:
         model: The model under question.

@@ -16,14 +16,14 @@ from fedface.experiment import Experiment
 from fedface.federation.cohort import Cohort
 from fedface.federation.findings import Yardstick, sample_figures
 from fedface.federation.state import State, weights_path
-from fedface.federation.summing import gather
+from fedface.federation.summing import gather, noised_sum
 from fedface.federation.task import Agreed, TrainTask
 from fedface.models.family import Model
 from fedface.models.weights import buffers_of, load_model, save_model, vector_of, weights_hash
 from fedface.privacy.accounting import compose, epsilon_of
 from fedface.privacy.plan import Plan
 from fedface.privacy.target import PrivacyTarget
-from fedface.randomness import SecretNoise, Streams
+from fedface.randomness import Streams
 from fedface.reports.filling import epsilon_record
 from fedface.reports.quantities import Epsilon, NotMeasured
 from fedface.reports.run import RoundRecord
@@ -149,11 +149,7 @@ def _one_round(
         model=weights_hash(*model.modules()),
     )
     gathered = gather(experiment, cohort, members, task, len(ranges), watcher.step, gone)
-    total = gathered.total
-    at_server = plan.terms.sum_mechanism()
-    if at_server is not None:
-        # The promise per library: noise once to the sum, here, before anything is made of it.
-        total = at_server.noise(total, SecretNoise())
+    total = noised_sum(gathered.total, plan.terms)
     after = work.apply(total * ranges, gathered.count, Streams(experiment.seed).generator("mean style"))
     notes = {"run": folder.name, "round": number}
     # Kept before the figures are taken: measuring again is cheap, asking again is not.

@@ -29,6 +29,8 @@ from fedface.federation.task import (
     Trained,
     TrainTask,
 )
+from fedface.privacy.plan import Terms
+from fedface.randomness import SecretNoise
 from fedface.reports.run import RefusalRecord
 from fedface.shapes import Vector
 
@@ -123,6 +125,20 @@ def gather(
         seconds_combine=combined - combining,
         seconds_reveal=revealed - combined,
     )
+
+
+def noised_sum(total: Vector, terms: Terms) -> Vector:
+    """The sum of a round or a question, noised once where that is the server's part: the promise per library.
+
+    The Gaussian mechanism on a sum of vectors that each device has cut to `terms.update_clip` (McMahan et al. 2018,
+    arXiv:1710.06963); before anything is made of the sum.
+
+    Args:
+        total: In public ranges, (d,).
+        terms: What was agreed.
+    """
+    at_server = terms.sum_mechanism()
+    return total if at_server is None else at_server.noise(total, SecretNoise())
 
 
 def _sorted_answers(

@@ -18,12 +18,12 @@ import torch
 
 from fedface.audits.noised_means import FIGURES
 from fedface.audits.private_ranking import Ranking, rank_overall, rank_worst_group
-from fedface.audits.private_reading import PrivateFigures, read_figures
+from fedface.audits.private_reading import PrivateFigures
 from fedface.config import plain
 from fedface.errors import ConfigError, FederationError, RunError
 from fedface.experiment import Experiment, figure_terms
 from fedface.federation.cohort import Cohort
-from fedface.federation.evaluation import ask_figures
+from fedface.federation.evaluation import ask_figures, read_told
 from fedface.federation.rounds import Watcher
 from fedface.files import replace_text
 from fedface.models.family import Encoded, Flow, Gan, Model, Resolved, Styled
@@ -199,13 +199,8 @@ class _Book:
 
 def _read(book: _Book, name: str, experiment: Experiment, terms: Terms) -> PrivateFigures:
     assert experiment.evaluation is not None
-    return read_figures(
-        torch.tensor(book.totals[name]),
-        config=experiment.evaluation.figures,
-        clip_norm=terms.schedule.clip_norm,
-        noise_multiplier=terms.noise_multiplier,
-        devices=book.counts[name],
-    )
+    told = torch.tensor(book.totals[name])
+    return read_told(told, terms, experiment.evaluation.figures, book.counts[name])
 
 
 def _rankings(figures: Mapping[str, PrivateFigures]) -> list[RankingRecord]:

@@ -23,6 +23,7 @@ from fedface.reports import figures, private_page, short_answer, standing, wordi
 from fedface.reports.quantities import Epsilon, Figure, Interval, NotMeasured
 from fedface.reports.run import AttackRecord, BiasRecord, PlanRecord, RunRecord
 from fedface.reports.tiles import tiles
+from fedface.units import PLURALS
 
 FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -338,6 +339,7 @@ def _private(record: RunRecord) -> dict[str, object]:
     measures = private_page.measures_of(record.private)
     return {
         "sentences": private_page.sentences(record),
+        "units": PLURALS[record.plan.unit] if isinstance(record.plan, PlanRecord) else "units",
         "costs": [private_page.spent_sentence(told) for told in record.private],
         "heads": [(private_page.title(name), private_page.unit(name)) for name in measures],
         "rows": private_page.rows(record.private),

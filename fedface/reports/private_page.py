@@ -20,7 +20,7 @@ from fedface.reports import figures, wording
 from fedface.reports.filling import light_to_dark
 from fedface.reports.private_record import PrivateGroup, PrivateRecord
 from fedface.reports.quantities import Figure, Interval, NotMeasured
-from fedface.reports.run import RunRecord
+from fedface.reports.run import PlanRecord, RunRecord
 
 COLORS = {"before": figures.BEFORE, "after": figures.AFTER}
 AT_END = "\N{NO-BREAK SPACE}*"  # beside a figure that stands at an end of its range
@@ -169,6 +169,7 @@ def hidden_sentence(record: RunRecord) -> str:
             replace(config, expected_units=units),
             noise_multiplier=last.noise_multiplier,
             devices=last.devices,
+            noises=1 if isinstance(record.plan, PlanRecord) and record.plan.noise_at == "server" else None,
         )
     if not all(math.isfinite(found[name]) for name in HIDDEN):
         return ""

@@ -1,7 +1,7 @@
 """What devices themselves told, and who left: figures from private photos with their noise, and withdrawals.
 
-Part of reports/run.py's record. Each figure was clipped and noised on the device, booked in its ledger, and summed
-with those of other devices before anybody saw it; intervals include that noise.
+Part of reports/run.py's record. Each figure was clipped and noised on the device (per library: noised by the server,
+which is trusted), booked in its ledger, and summed with those of other devices; intervals include that noise.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class PrivateGroup:
     """How one tone group of the devices' own photos is served."""
 
     group: str
-    units: Figure  # how many units (photos, occasions) were asked; noised, or why it is not told
+    units: Figure  # how many units (photos, occasions, libraries) were asked; noised, or why it is not told
     figures: dict[str, Figure]  # by measure
     at_end: tuple[str, ...] = field(default_factory=tuple)  # measures at an end of their range
 

@@ -75,6 +75,15 @@ def test_forty_photos_of_one_birthday_add_as_much_as_one(gan: Gan, question: Que
     assert torch.allclose(sums(gan, birthday, replace(question, terms=terms)), once, atol=1e-6)
 
 
+def test_a_library_adds_the_mean_of_its_photos_and_no_noise(gan: Gan, question: Question) -> None:
+    """Three photos of three days, with the server's noise agreed: the device itself adds none."""
+    terms = replace(question.terms, unit="library", noise_multiplier=3.0)
+    pictures = faces(3)
+    alone = [sums(gan, OwnFaces.strangers(pictures[i : i + 1]), question) for i in range(3)]
+    whole = sums(gan, OwnFaces.strangers(pictures), replace(question, terms=terms))
+    assert torch.allclose(whole, torch.stack(alone).mean(0), atol=1e-6)
+
+
 def test_without_photos_the_sum_is_zero_before_noise(gan: Gan, question: Question) -> None:
     assert not sums(gan, OwnFaces.strangers(torch.zeros(0, 3, 16, 16)), question).any()
 
@@ -99,7 +108,6 @@ def test_the_work_of_a_method_is_known_before_it_begins(method: Method, work: in
         ({"method": EncodeThenPulseConfig(pulse=PulseConfig(mapping_samples=10**12))}, "may draw"),
         ({"downscale": Chain(parts=(BicubicPulse(4), Noise(0.1)))}, "no noise"),
         ({"terms": Terms(schedule=replace(ONCE, steps_per_round=2), noise_multiplier=1.0)}, "one release"),
-        ({"terms": Terms(schedule=ONCE, noise_multiplier=1.0, unit="library")}, "photo or occasion"),
     ],
 )
 def test_questions_that_no_device_should_begin_with_are_refused(

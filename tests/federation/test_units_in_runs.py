@@ -11,16 +11,19 @@ import torch
 from pytest import approx
 from tiny import begun, first_device, tiny_experiment, tiny_gan, train_task
 
+from fedface.aggregation.encrypted import EncryptedConfig
 from fedface.aggregation.plain import PlainAggregation
 from fedface.aggregation.protocol import Payload
-from fedface.errors import ConfigError, FederationError
+from fedface.audits.private_figures import FiguresConfig, PhotoFigures, figure_vectors, taken_apart
+from fedface.errors import ConfigError, FederationError, PrivacyError
 from fedface.federation.coordinator import coordinate
 from fedface.federation.device import serve
+from fedface.federation.evaluation import read_told
 from fedface.federation.flower import in_process_cohort
 from fedface.federation.orders import devices_folder
 from fedface.federation.rounds import SilentWatcher, run_rounds
 from fedface.federation.state import State, weights_path
-from fedface.federation.task import Refusal, Trained
+from fedface.federation.task import EvaluateTask, Question, Refusal, Trained, TrainTask
 from fedface.models.weights import load_model, vector_of
 from fedface.photos.own import OwnFaces
 from fedface.privacy.accounting import epsilon_of
@@ -32,6 +35,7 @@ from fedface.privacy.target import PrivacyTarget
 from fedface.reports import page
 from fedface.reports.quantities import Epsilon, Interval, NotMeasured
 from fedface.reports.run import GONE
+from fedface.upsampling.pulse import PulseConfig
 
 LIBRARY = {
     "promise": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, trust: server}",
@@ -129,7 +133,7 @@ def test_a_device_that_trusts_no_server_stays_out_of_library_runs(tmp_path: Path
     ("changes", "words"),
     [
         ({"aggregation": "{kind: encrypted}"}, "cannot add it to what it cannot read"),
-        ({"evaluation": "{}"}, "noised on the device"),
+        ({"evaluation": "{sampling_rate: 0.5}"}, "sampling_rate must be 1"),
         ({"promise": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library}"}, "trust must be"),
         (
             {"promise": "{kind: privacy-target, epsilon: 8, delta: 1e-3, trust: server}"},
@@ -142,6 +146,99 @@ def test_promises_that_nobody_could_keep_are_refused_in_the_recipe(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         tiny_experiment(tmp_path, {**LIBRARY, **changes})
+
+
+def test_figures_per_library_are_noised_once_by_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two devices, two questions, one round: three noises on three sums, each device's part of length 1 at most."""
+    told = {**LIBRARY, "training.rounds": "1", "evaluation": "{share: 0.5, held_out: 0.5}"}
+    experiment = tiny_experiment(tmp_path / "recipe", told)
+    plan = experiment.plan()
+    (terms,) = plan.beside
+    assert epsilon_of(terms.event(), 1e-3).upper == approx(4.0, abs=2e-3)
+    assert plan.epsilon().upper == approx(8.0, abs=2e-3)  # type: ignore[union-attr]
+    folder = begun(experiment, tmp_path / "run")
+    noised = []
+
+    def noise(self: GaussianSum, total: torch.Tensor, secret: object) -> torch.Tensor:
+        noised.append((self, total.clone()))
+        return total
+
+    monkeypatch.setattr(GaussianSum, "noise", noise)
+    cohort = in_process_cohort(experiment, devices_folder(folder))
+    record = coordinate(experiment, cohort, folder, watcher=SilentWatcher())
+    questions = [total for mechanism, total in noised if mechanism == terms.sum_mechanism()]
+    assert len(noised) == 3 and len(questions) == 2
+    config = experiment.evaluation.figures  # type: ignore[union-attr]
+    for total in questions:
+        # The counts of two libraries: each is one, shared out over its photos' groups.
+        assert float(taken_apart(total, config, clip_norm=1.0).table.sum()) == approx(2.0, abs=1e-5)
+    assert [told.epsilon.unit for told in record.private if isinstance(told.epsilon, Epsilon)] == [
+        "library"
+    ] * 2
+    text = page.render(record, folder)
+    assert "libraries, noised" in text and "one mean over photos" in text and "before anybody saw" not in text
+    ledger = Ledger.open(devices_folder(folder) / "device-00" / "ledger.sqlite")
+    assert ledger.spent(1e-3, unit="library").upper <= 8.0
+
+
+def test_figures_per_library_are_read_with_one_noise(tmp_path: Path) -> None:
+    """The interval of all libraries' count is that of one noise, not one of each device."""
+    told = {**LIBRARY, "evaluation": "{share: 0.5, held_out: 0.5}"}
+    (terms,) = tiny_experiment(tmp_path / "recipe", told).plan().beside
+    config = FiguresConfig(last_tones=(10,))
+    row = figure_vectors(
+        PhotoFigures(
+            group=torch.zeros(1, dtype=torch.int64),
+            made_group=torch.zeros(1, dtype=torch.int64),
+            misfit=torch.zeros(1),
+            skin_difference=torch.zeros(1),
+            lightness_shift=torch.zeros(1),
+            detected=torch.ones(1, dtype=torch.bool),
+        ),
+        config,
+        clip_norm=1.0,
+    )
+    units = read_told(400 * row[0], terms, config, 400).overall.count  # type: ignore[union-attr]
+    half = 1.959964 * terms.noise_multiplier / config.shares.table**0.5
+    assert (units.estimate, units.low) == approx((400, 400 - half))
+
+
+@pytest.mark.parametrize("asked", ["training", "figures"])
+def test_a_device_refuses_sums_that_cannot_keep_a_promise_per_library(tmp_path: Path, asked: str) -> None:
+    """A server that asks for encrypted sums all the same: nothing is booked, and no photo is read."""
+    told = {**LIBRARY, "evaluation": "{share: 0.5, held_out: 0.5}"}
+    experiment = tiny_experiment(tmp_path / "recipe", told)
+    device = first_device(experiment, tmp_path / "devices")
+    task = train_task(experiment, tiny_gan())
+    agreed = replace(task.agreed, aggregation=EncryptedConfig())
+    (terms,) = experiment.plan().beside
+    question = Question(
+        terms=terms,
+        shape=agreed.shape,
+        method=PulseConfig(steps=3, mapping_samples=64),
+        downscale=experiment.upsampling.downscale,
+        figures=FiguresConfig(),
+        aggregation=EncryptedConfig(),
+        agreement=experiment.agreement,
+        held_out=0.5,
+    )
+    wrong: TrainTask | EvaluateTask = replace(task, agreed=agreed)
+    if asked == "figures":
+        wrong = EvaluateTask(
+            run="run",
+            round=1,
+            cohort=2,
+            seed=3,
+            question=question,
+            weights=task.weights,
+            buffers=task.buffers,
+            model=task.model,
+        )
+    with pytest.raises(PrivacyError, match="plain sums"):
+        serve(wrong, replace(device, photos=lambda size: pytest.fail("a photo was read")))
+    assert not device.ledger().entries()
 
 
 # Per occasion.
