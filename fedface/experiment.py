@@ -22,7 +22,7 @@ from fedface.models.weights import load_as, load_base, load_encoded, load_flow, 
 from fedface.photos.partition import ByGroup, Dirichlet, Evenly
 from fedface.privacy.plan import Plan, Schedule, Terms, make_plan
 from fedface.privacy.policy import DevicePolicy
-from fedface.privacy.target import NoPromise, PrivacyTarget
+from fedface.privacy.target import NoPromise, PrivacyTarget, delta_in_words
 from fedface.training.flow import FlowTrainingConfig
 from fedface.training.generator import GanTrainingConfig
 from fedface.training.prior import PriorTrainingConfig
@@ -251,7 +251,8 @@ class Experiment:
             most = each / self.devices.photos_each
             if promise.delta >= most:
                 raise ValueError(
-                    f"promise: delta must lie below 1 / {promise.unit}s of a device = {most:g}, got {promise.delta:g}"
+                    f"promise: delta must lie below 1 / {promise.unit}s of a device = {most:g}, "
+                    f"got {delta_in_words(promise.delta)}"
                 )
         if promise.unit == "library":
             if not isinstance(self.aggregation, PlainConfig):

@@ -77,6 +77,14 @@ def test_an_unknown_command_or_option_is_code_2(fedface) -> None:  # type: ignor
         assert said.code == 2 and "Traceback" not in said.err
 
 
+def test_check_does_not_fill_a_terminal_with_a_line_for_each_of_many_devices(  # type: ignore[no-untyped-def]
+    fedface, tmp_path: Path
+) -> None:
+    many = f"devices.light_shares=[{', '.join(['0.5'] * 30)}]"
+    said = fedface("check", str(tiny_file(tmp_path)), "--set", many).out
+    assert said.count("drawn faces") == 12 and "and 18 more" in said and "devices: 30" in said
+
+
 @pytest.mark.parametrize("command", ["run", "check"])
 def test_a_wrong_key_is_said_with_its_line(fedface, tmp_path: Path, command: str) -> None:  # type: ignore[no-untyped-def]
     """File, line, key, neighbour."""

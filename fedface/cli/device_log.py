@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from fedface.cli.terminal import JsonOption, cell, console, progress_bars, warn, with_deltas
+from fedface.cli.terminal import JsonOption, cell, console, progress_bars, warn
 from fedface.errors import ConfigError
 from fedface.federation.belongings import Belongings, belongings, export, verify, write_alone
 from fedface.federation.leaving import Going, erase, erasing, leave, stake, to_erase
@@ -217,4 +217,4 @@ def _list(sentences: Sequence[str]) -> None:
 
 
 def _say(words: str) -> None:
-    console.print(cell(with_deltas(words)), highlight=False, soft_wrap=True)
+    console.print(cell(words), highlight=False, soft_wrap=True)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fedface.aggregation.encrypted import make_keys
 from fedface.cli.device_log import device_erase, device_leave, device_log, owned, warn_of_open
-from fedface.cli.terminal import JsonOption, cell, console, progress_bars, with_deltas
+from fedface.cli.terminal import JsonOption, cell, console, progress_bars
 from fedface.errors import ConfigError
 from fedface.experiment import read_experiment
 from fedface.federation.belongings import Kept, export, verify, write_alone
@@ -22,7 +22,8 @@ from fedface.privacy.chain import utc_now
 from fedface.privacy.journal import FORM as JOURNAL
 from fedface.privacy.ledger import FORM as LEDGER
 from fedface.privacy.ledger import Entry
-from fedface.privacy.policy import EVALUATION, delta_in_words
+from fedface.privacy.policy import EVALUATION
+from fedface.privacy.target import delta_in_words
 from fedface.reports.device_log import MOMENTS, Price, price_of, promised, shown, totals
 from fedface.units import UNITS, Unit
 
@@ -162,7 +163,7 @@ def ledger_show(
     if asked.unit is None:
         own += f"; for another price: fedface ledger show {cell(path)} --delta 1e-6"
         own += "" if whose == "photo" else " --unit photo"
-    console.print(f"spent: {with_deltas(spent.in_words())} ({own})", highlight=False, soft_wrap=True)
+    console.print(f"spent: {spent.in_words()} ({own})", highlight=False, soft_wrap=True)
 
 
 def _table(entries: list[Entry], alone: dict[int, Price], so_far: dict[int, Price]) -> Table:

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from fedface.cli.runs import SetOption, changes_of
-from fedface.cli.terminal import JsonOption, cell, console, with_deltas
+from fedface.cli.terminal import JsonOption, cell, console
 from fedface.config import plain, read, section
 from fedface.errors import ConfigError, PolicyRefusal
 from fedface.experiment import Experiment, read_experiment
@@ -37,12 +37,11 @@ from fedface.privacy.policy import (
     EVALUATION,
     DevicePolicy,
     at_most,
-    delta_in_words,
     limit_in_words,
     overspent,
     short_in_words,
 )
-from fedface.privacy.target import NoPromise
+from fedface.privacy.target import NoPromise, delta_in_words
 from fedface.training.ways import objective_of
 from fedface.units import Unit
 
@@ -367,7 +366,7 @@ def _print(file: Path, owned: Owned, spent: Sequence[float], answer: Answer | No
     if (reason := _now(owned.policy)) is not None:
         lines.append(f"not at this moment: {reason}")
     for line in lines:
-        console.print(cell(with_deltas(line)), highlight=False, soft_wrap=True)
+        console.print(cell(line), highlight=False, soft_wrap=True)
 
 
 def _print_json(owned: Owned, spent: Sequence[float], answer: Answer | None) -> None:

@@ -40,6 +40,8 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Change one key, such as promise.epsilon=3.")
 ]
 
+_MOST_LISTED = 12  # devices; the report lists all
+
 
 def run_experiment(
     experiment: Annotated[Path, typer.Argument(help="The experiment's YAML file.")],
@@ -123,8 +125,11 @@ def check(
     if not isinstance(recipe.devices, RealDevices) and (
         photos is not None or "Drawn" in type(recipe.devices).__name__
     ):
-        for name, words, count in describe_devices(recipe):
+        described = describe_devices(recipe)
+        for name, words, count in described[:_MOST_LISTED]:
             console.print(f"    {name}: {words}, {_held(recipe, count)}", highlight=False)
+        if (more := len(described) - _MOST_LISTED) > 0:
+            console.print(f"    and {more} more", highlight=False)
     console.print(
         f"  what travels up: one vector of {len(sent):,} {words_of(recipe.training)} per device and round, "
         f"{config.kind}, {wording.size(up)}",

@@ -25,7 +25,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedface.errors import FedfaceError
 from fedface.models.pickled import printable
-from fedface.privacy.policy import delta_in_words
 
 # A pipe has no width of its own; eighty columns would fold every table.
 # Names of files, photos and weights may be a stranger's: brackets and colons in them are words, not markup.
@@ -98,15 +97,6 @@ def cell(value: object) -> str:
 def one_line(words: str) -> str:
     """Words that a terminal can show: line breaks become spaces, what else is not printable a question mark."""
     return printable(re.sub(r"\s*[\r\n]\s*", " ", words).strip(), LONGEST)
-
-
-def with_deltas(words: str) -> str:
-    """Sentences of several floors with every delta written in one way: 1e-4, not 0.0001 here and 1e-04 there."""
-    return re.sub(
-        r"\bdelta (\d+(?:\.\d+)?(?:e-?\d+)?)\b",
-        lambda found: f"delta {delta_in_words(float(found[1]))}",
-        words,
-    )
 
 
 def warn(words: str) -> None:

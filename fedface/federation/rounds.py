@@ -22,7 +22,7 @@ from fedface.models.family import Model
 from fedface.models.weights import buffers_of, load_model, save_model, vector_of, weights_hash
 from fedface.privacy.accounting import compose, epsilon_of
 from fedface.privacy.plan import Plan
-from fedface.privacy.target import PrivacyTarget
+from fedface.privacy.target import PrivacyTarget, delta_in_words
 from fedface.randomness import Streams
 from fedface.reports.filling import epsilon_record
 from fedface.reports.quantities import Epsilon, NotMeasured
@@ -200,5 +200,5 @@ def _line(record: RoundRecord, total: int) -> str:
     said += f", {away} did not" if away else ""
     if isinstance(record.epsilon, Epsilon):
         spent = record.epsilon
-        said += f"; epsilon so far at most {spent.upper:.2f} (delta {spent.delta:g}, per {spent.unit})"
+        said += f"; epsilon so far at most {spent.upper:.2f} (delta {delta_in_words(spent.delta)}, per {spent.unit})"
     return f"{said}; {record.seconds:.0f} s"

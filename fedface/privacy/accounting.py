@@ -32,7 +32,7 @@ from dp_accounting.pld import privacy_loss_distribution as pld
 from scipy.optimize import brentq, minimize_scalar
 
 from fedface.errors import PrivacyError
-from fedface.privacy.target import PrivacyTarget, check_delta
+from fedface.privacy.target import PrivacyTarget, check_delta, delta_in_words
 
 ADJACENCY = "add or remove one"  # ADD_OR_REMOVE_ONE: the neighbouring relation of every price here
 
@@ -299,7 +299,7 @@ def noise_for(target: PrivacyTarget, event_of: Callable[[float], DpEvent]) -> fl
         low, high = high, high + 1.0
         if high > roof:
             raise PrivacyError(
-                f"no noise keeps epsilon {target.epsilon:g} at delta {target.delta:g}; "
+                f"no noise keeps epsilon {target.epsilon:g} at delta {delta_in_words(target.delta)}; "
                 "use fewer steps or a lower sampling rate"
             )
     while low == high or excess(low, COARSE) <= 0:

@@ -30,6 +30,7 @@ from fedface.privacy.chain import Chain, Clock, Form, Line, Page, in_utc, utc_no
 from fedface.privacy.limits import Limit
 from fedface.privacy.mechanism import Event
 from fedface.privacy.neighbours import seen_by
+from fedface.privacy.target import delta_in_words
 from fedface.units import UNITS, Unit
 
 PAYS_FOR = timedelta(days=1)  # how long a booking waits for its answer where limits count days
@@ -92,7 +93,7 @@ class Shortfall:
         period = "for life" if limit.days is None else f"in any {limit.days:g} days"
         return (
             f"epsilon {self.asked:.3f}; {self.spent:.3f} of {limit.epsilon:g} is already spent "
-            f"(together {self.together:.3f}, delta {limit.delta:g}, per {limit.unit} {period})"
+            f"(together {self.together:.3f}, delta {delta_in_words(limit.delta)}, per {limit.unit} {period})"
         )
 
 

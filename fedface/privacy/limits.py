@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fedface.privacy.target import check_delta
+from fedface.privacy.target import check_delta, delta_in_words
 from fedface.units import UNITS, Unit
 
 
@@ -37,4 +37,4 @@ class Limit:
 
     def __str__(self) -> str:
         period = "for life" if self.days is None else f"in any {self.days:g} days"
-        return f"epsilon {self.epsilon:g} at delta {self.delta:g} per {self.unit} {period}"
+        return f"epsilon {self.epsilon:g} at delta {delta_in_words(self.delta)} per {self.unit} {period}"

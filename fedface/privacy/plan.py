@@ -23,7 +23,7 @@ from typing import Any, Literal, assert_never
 from fedface.errors import PrivacyError
 from fedface.privacy.accounting import ADJACENCY, Bounds, compose, epsilon_of, noise_for
 from fedface.privacy.mechanism import ClippedSum, Event, GaussianSum, SampledGaussian, check_clip_norm
-from fedface.privacy.target import NoPromise, PrivacyTarget, Promise
+from fedface.privacy.target import NoPromise, PrivacyTarget, Promise, delta_in_words
 from fedface.units import UNITS, Unit, unit_in_words
 
 MOST_STEPS = 2_000  # of a round: more would keep a device busy for days, however cheap the noise makes them
@@ -236,7 +236,7 @@ class Plan:
                         f"{terms.noise_multiplier:.4f}"
                         for terms in self.beside
                     ),
-                    f"promise: epsilon at most {target.epsilon:g} at delta {target.delta:g} "
+                    f"promise: epsilon at most {target.epsilon:g} at delta {delta_in_words(target.delta)} "
                     f"per {target.unit}, over everything; neighbours: {ADJACENCY}",
                     f"the promise covers {unit_in_words(target.unit)}",
                     f"price: epsilon {bounds.estimate:.3f}, certainly between "

@@ -18,7 +18,7 @@ from fedface.privacy.conditions import Conditions, Surroundings, ThisMachine, la
 from fedface.privacy.ledger import Entry, Ledger, Shortfall
 from fedface.privacy.limits import Limit
 from fedface.privacy.plan import Plan, Terms
-from fedface.privacy.target import check_delta
+from fedface.privacy.target import check_delta, delta_in_words
 from fedface.units import UNITS, Unit, covers, unit_in_words
 
 OBJECTIVES = ("generator", "upsampler")  # what can be trained, in the word of a policy
@@ -333,14 +333,6 @@ class DevicePolicy:
             else "this device takes part at any time",
             f"until the end of {self.expires}" if self.expires else "without a last day",
         ]
-
-
-def delta_in_words(delta: float) -> str:
-    """A delta in the one way in which it is written: 0.001, 1e-4, 2.5e-6."""
-    if delta >= 1e-3:
-        return f"{delta:g}"
-    digits, _, power = f"{delta:.5e}".partition("e")
-    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
 
 
 def limit_in_words(limit: Limit) -> str:

@@ -16,6 +16,7 @@ from fedface.audits.disaggregate import mean_interval
 from fedface.errors import RunError
 from fedface.experiment import UNBOUNDED
 from fedface.files import replace_text
+from fedface.privacy.target import delta_in_words
 from fedface.reports import strict
 from fedface.reports.quantities import Epsilon, Figure, Interval, NotMeasured
 from fedface.reports.run import MachineRecord
@@ -192,10 +193,8 @@ def _promise(record: ComparisonRecord) -> str:
     if not known:
         return "No run promises anything."
     deltas = sorted({epsilon.delta for epsilon in known})
-    return (
-        f"A promised epsilon is an upper bound over all rounds at delta {', '.join(f'{d:g}' for d in deltas)}, "
-        f"per {known[0].unit}."
-    )
+    words = ", ".join(delta_in_words(delta) for delta in deltas)
+    return f"A promised epsilon is an upper bound over all rounds at delta {words}, per {known[0].unit}."
 
 
 def _reference(record: ComparisonRecord) -> str:

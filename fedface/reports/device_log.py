@@ -27,6 +27,7 @@ from fedface.privacy.ledger import LONGEST_PERIOD, Entry
 from fedface.privacy.limits import Limit
 from fedface.privacy.neighbours import seen_by
 from fedface.privacy.policy import DevicePolicy
+from fedface.privacy.target import delta_in_words
 from fedface.reports import wording
 from fedface.units import UNITS, Unit, unit_in_words
 
@@ -385,7 +386,7 @@ def _spent(entries: Sequence[Entry], limit: Limit, now: datetime) -> Price:
 
 
 def _where(delta: float, unit: Unit) -> str:
-    return f"at delta {delta:g}, per {unit}".replace("e-0", "e-")
+    return f"at delta {delta_in_words(delta)}, per {unit}"
 
 
 def _spread(count: int, most: int | None) -> list[int]:

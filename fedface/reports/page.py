@@ -66,6 +66,7 @@ def render(record: RunRecord, folder: Path) -> str:
         epsilon=wording.epsilon,
         number=wording.number,
         constant=wording.constant,
+        delta=wording.delta_words,
         size=wording.size,
         seconds=wording.seconds,
         percent=wording.percent,
@@ -228,7 +229,7 @@ def _epsilon_curve(record: RunRecord) -> dict[str, Markup | str]:
     limit = record.plan.target_epsilon if isinstance(record.plan, PlanRecord) else None
     last = known[-1][1]
     alt = f"Epsilon by round, to {wording.epsilon(last)}"
-    unit = f"epsilon at delta {wording.constant(last.delta)} per {last.unit}"
+    unit = f"epsilon at delta {wording.delta_words(last.delta)} per {last.unit}"
     if limit is not None:
         unit += "; dashed: the promise"
     svg = themed(figures.curve([line], limit=limit, from_zero=True), "epsilon", alt)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from fedface.privacy.target import delta_in_words
 from fedface.reports.quantities import Epsilon, Figure, NotMeasured, rounded_down, rounded_up
 
 GONE = "a device that left"  # in place of the name of a device whose owner left the run
@@ -60,7 +61,7 @@ class LeftRecord:
         if isinstance(epsilon, Epsilon):
             told = (
                 f"its noise bounds what they can tell: epsilon at most {rounded_up(epsilon.upper)} (at least "
-                f"{rounded_down(epsilon.lower)}) at delta {epsilon.delta:g}, per {epsilon.unit}"
+                f"{rounded_down(epsilon.lower)}) at delta {delta_in_words(epsilon.delta)}, per {epsilon.unit}"
             )
         else:
             told = f"nothing bounds what they can tell: {epsilon.not_measured}"

@@ -183,6 +183,6 @@ def _cost_answer(record: RunRecord) -> str:
     if isinstance(cost, NotMeasured):
         return f"What it cost in privacy was not measured: {cost.not_measured}."
     return (
-        f"It cost each {cost.unit} at most epsilon {rounded_up(cost.upper)} at delta {wording.constant(cost.delta)} "
+        f"It cost each {cost.unit} at most epsilon {rounded_up(cost.upper)} at delta {wording.delta_words(cost.delta)} "
         f"({wording.bounds(cost)}), of {wording.constant(record.plan.target_epsilon)} promised."
     )

@@ -15,7 +15,7 @@ def tiles(record: RunRecord) -> list[dict[str, str]]:
     shown = []
     cost = wording.spent(record)
     if isinstance(cost, Epsilon):
-        text = f"epsilon at most, at delta {wording.constant(cost.delta)}, per {cost.unit}"
+        text = f"epsilon at most, at delta {wording.delta_words(cost.delta)}, per {cost.unit}"
         shown.append({"value": rounded_up(cost.upper), "text": text})
     else:
         shown.append({"value": "no bound", "text": "on what a photo's owner loses"})

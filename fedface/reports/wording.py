@@ -9,6 +9,7 @@ import math
 from typing import Literal
 
 from fedface.audits.bias import MEASURES
+from fedface.privacy.target import delta_in_words
 from fedface.reports.quantities import Epsilon, Figure, Interval, NotMeasured, rounded_down, rounded_up
 from fedface.reports.run import AttackRecord, GapRecord, NoPromise, PlanRecord, RunRecord
 
@@ -44,6 +45,11 @@ def constant(value: float) -> str:
     return f"{value:g}".replace("e-0", "e-").replace("-", "−")
 
 
+def delta_words(delta: float) -> str:
+    """A delta to read: 0.001, 1e−4."""
+    return delta_in_words(delta).replace("-", "−")
+
+
 def signed(value: float) -> str:
     """A difference in dB to read, with its sign and one place."""
     return f"{value:+.1f}".replace("-", "−")
@@ -75,7 +81,7 @@ def epsilon(value: Epsilon | NotMeasured) -> str:
     """`epsilon 7.998 (between 7.998 and 8.000) at delta 1e-5 per photo`, or `not measured: why`."""
     match value:
         case Epsilon(estimate=estimate, delta=delta, unit=unit):
-            return f"epsilon {number(estimate, 4)} ({bounds(value)}) at delta {constant(delta)} per {unit}"
+            return f"epsilon {number(estimate, 4)} ({bounds(value)}) at delta {delta_words(delta)} per {unit}"
         case NotMeasured(not_measured=reason):
             return f"not measured: {reason}"
 
@@ -150,7 +156,7 @@ def with_unit(text: str, measure: str) -> str:
 
 def promise_words(*, unit: str, target: float, delta: float, rounds: int, noise_at: str) -> str:
     """The promise in one sentence, from its numbers."""
-    price = f"is worth at most epsilon {constant(target)} at delta {constant(delta)} per {unit}"
+    price = f"is worth at most epsilon {constant(target)} at delta {delta_words(delta)} per {unit}"
     whom = f"to anybody who wants to know about one {unit}"
     if noise_at == "server":
         return (

@@ -22,10 +22,9 @@ from fedface.privacy.policy import (
     DevicePolicy,
     Period,
     at_most,
-    delta_in_words,
     overspent,
 )
-from fedface.privacy.target import NoPromise, PrivacyTarget
+from fedface.privacy.target import NoPromise, PrivacyTarget, delta_in_words
 from fedface.units import Unit
 
 SCHEDULE = Schedule(rounds=4, steps_per_round=2, sampling_rate=0.2, expected_batch=8, clip_norm=1.0)

@@ -35,7 +35,7 @@ def test_a_trusted_servers_promise_is_about_what_it_publishes(library: RunRecord
     for text in (page.render(library, folder), card.render(library)):
         plain = text.replace("&#39;", "'")
         assert (
-            "What the trusted server publishes of 1 round is worth at most epsilon 8 at delta 0.0001" in plain
+            "What the trusted server publishes of 1 round is worth at most epsilon 8 at delta 1e−4" in plain
         )
         assert "the server itself sees each device's bare update" in plain
         assert "All that leaves a device" not in plain and "everything that ever leaves a device" not in plain
@@ -66,7 +66,7 @@ def test_a_run_without_noise_claims_no_defence_in_its_tile(record: RunRecord) ->
 def test_a_promise_names_epsilon_delta_and_unit() -> None:
     plan = filling.plan_record(make_plan(PrivacyTarget(epsilon=8.0, delta=1e-4, unit="occasion"), SCHEDULE))
     assert isinstance(plan, PlanRecord)
-    assert "in 1 round is worth at most epsilon 8 at delta 0.0001 per occasion" in plan.promise
+    assert "in 1 round is worth at most epsilon 8 at delta 1e−4 per occasion" in plan.promise
 
 
 def test_an_older_promise_without_its_delta_gets_it(record: RunRecord) -> None:
@@ -82,7 +82,7 @@ def test_bounds_are_rounded_outwards() -> None:
     assert (rounded_down(0.000123456), rounded_up(0.000123456)) == ("0.0001234", "0.0001235")
     value = Epsilon(lower=7.99823, estimate=7.9991, upper=7.99998, delta=1e-4, unit="photo")
     assert wording.epsilon(value).startswith(
-        "epsilon 7.999 (between 7.998 and 8.000) at delta 0.0001 per photo"
+        "epsilon 7.999 (between 7.998 and 8.000) at delta 1e−4 per photo"
     )
     for exact in (7.99823, 123.456, 1 / 3, math.pi * 1e-3):
         assert float(rounded_down(exact)) <= exact <= float(rounded_up(exact))
