@@ -264,13 +264,24 @@ class Experiment:
                 raise ValueError(
                     "training: sums of latents are noised on the device; promise per photo or occasion"
                 )
-            if self.evaluation is not None and self.evaluation.sampling_rate != 1:
-                raise ValueError(
-                    "evaluation: sampling_rate must be 1 with a promise per library, since every device is asked, "
-                    f"got {self.evaluation.sampling_rate:g}"
-                )
+            self._check_figures_of_libraries()
         if self.evaluation is not None and self.upsampling.downscale.spread > 0:
             raise ValueError("evaluation needs a downscale without noise: a photo's figures must be its own")
+
+    def _check_figures_of_libraries(self) -> None:
+        if self.evaluation is None:
+            return
+        if self.evaluation.sampling_rate != 1:
+            raise ValueError(
+                "evaluation: sampling_rate must be 1 with a promise per library, since every device is asked, "
+                f"got {self.evaluation.sampling_rate:g}"
+            )
+        if self.devices.count < (fewest := self.evaluation.figures.smallest_group):
+            raise ValueError(
+                "evaluation: with a promise per library a device counts as one, and figures of fewer than "
+                f"smallest_group = {fewest} are not told, so nothing would be; got {self.devices.count} devices. "
+                "Ask more devices, promise per photo or occasion, or leave the figures out"
+            )
 
     @property
     def agreement(self) -> Agreement:

@@ -77,6 +77,17 @@ def test_an_unknown_command_or_option_is_code_2(fedface) -> None:  # type: ignor
         assert said.code == 2 and "Traceback" not in said.err
 
 
+def test_check_says_what_travels_bare_to_a_trusted_server(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    told = {
+        "promise": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, trust: server}",
+        "evaluation": "{figures: {smallest_group: 2}}",
+    }
+    changes = [part for key, value in told.items() for part in ("--set", f"{key}={value}")]
+    said = " ".join(fedface("check", str(tiny_file(tmp_path)), *changes).out.split())
+    assert "bare until the server noises their sum" in said
+    assert "what bare updates and figures let the server guess about them, nothing bounds" in said
+
+
 def test_check_does_not_fill_a_terminal_with_a_line_for_each_of_many_devices(  # type: ignore[no-untyped-def]
     fedface, tmp_path: Path
 ) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from fedface.files import replace_bytes, replace_text
+from fedface.federation.folders import locked
+from fedface.files import remove_drafts, replace_bytes, replace_text
 
 
 def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
@@ -47,6 +52,52 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     assert os.listdir(tmp_path) == ["kept"]
 
 
-def test_a_new_file_may_be_kept_from_others(tmp_path: Path) -> None:
-    replace_bytes(tmp_path / "key", b"secret", mode=0o600)
-    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+def test_a_file_keeps_its_rights_and_a_link_stays_one(tmp_path: Path) -> None:
+    replace_text(tmp_path / "private", "old")
+    (tmp_path / "private").chmod(0o600)
+    (tmp_path / "link").symlink_to("private")
+    replace_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "private").read_text() == "new"
+    assert (tmp_path / "private").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("wrong", ["folder", "none/file", "a" * 300])
+def test_what_cannot_be_written_is_said_by_its_own_name(tmp_path: Path, wrong: str) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError) as found:
+        replace_text(tmp_path / wrong, "new")
+    assert found.value.filename == str(tmp_path / wrong) and "draft" not in str(found.value)
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_name_as_long_as_names_may_be_is_no_trouble(tmp_path: Path) -> None:
+    replace_text(tmp_path / ("a" * 255), "kept")
+    assert os.listdir(tmp_path) == ["a" * 255]
+
+
+def test_folders_that_cannot_be_put_on_the_disk_are_let_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems answer EINVAL; the file itself is written by then."""
+
+    def none(folder: Path) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr("fedface.files.sync_folder", none)
+    replace_text(tmp_path / "kept", "new")
+    assert (tmp_path / "kept").read_text() == "new"
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    """Killed between the draft and its name, which a signal that nothing can catch does."""
+    script = (
+        "import os, signal, sys; from pathlib import Path; from fedface.files import replace_text\n"
+        "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "replace_text(Path(sys.argv[1]) / 'state.json', 'device-00')"
+    )
+    (tmp_path / "mine.draft").write_text("kept")
+    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path)])
+    assert ended.returncode == -signal.SIGKILL and len(os.listdir(tmp_path)) == 2
+    with locked(tmp_path):
+        assert sorted(os.listdir(tmp_path)) == ["lock", "mine.draft"]
+    remove_drafts(tmp_path / "none")  # nothing to do where there is no folder

@@ -1,7 +1,8 @@
 """How well a device's own photos are served, as one vector per photo whose length is bounded by construction.
 
-Called on the device by federation/, which sums the vectors, noises the sum and books it; audits/private_reading
-turns the total of all devices into figures with intervals. No labels: groups are tones read from pixels.
+Called on the device by federation/, which books, sums the vectors and noises the sum (per library the server noises);
+audits/private_reading turns the total of all devices into figures with intervals. No labels: groups are tones read
+from pixels.
 
 A photo of tone group g whose made face reads as group h, and whose measure k lies at x_k after its public range
 is mapped to [-1, 1], adds

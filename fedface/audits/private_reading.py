@@ -127,6 +127,7 @@ class _Noise:
     config: FiguresConfig
     total: float  # of every number of the total, in clip norms
     room: float
+    most: float = math.inf  # units that there can be, where that is public
 
     def of(self, part: str) -> float:
         return self.total / math.sqrt(getattr(self.config.shares, part))
@@ -166,7 +167,9 @@ def read_figures(
         clip_norm: As on the devices.
         noise_multiplier: sigma; each noise has standard deviation sigma * clip_norm on every number.
         devices: How many devices are in the sum, >= 1.
-        noises: How many noises are in the sum: None for one of each device, 1 where the server adds it.
+        noises: How many noises are in the sum: None for one of each device, 1 where the server adds it. Then a
+            device is one unit, so that no more than `devices` are counted, and fewer than `smallest_group` tell
+            nothing.
 
     Raises:
         AggregationError: No sum of figures with this noise looks like this total.
@@ -181,18 +184,20 @@ def read_figures(
         config=config,
         total=noise_multiplier * math.sqrt(devices if noises is None else noises),
         room=1e-3 * devices * config.most_units,
+        most=math.inf if noises is None else devices,
     )
     sums = taken_apart(total, config, clip_norm=clip_norm)
     _check_possible(sums, noise)
     rows = {name: [i] for i, name in enumerate(config.groups)}
+    known = noises is None or devices >= config.smallest_group
     reported = {
         name: _group_figures(sums, members, noise)
         for name, members in rows.items()
-        if _count(sums, members, noise).estimate >= noise.least_count
+        if known and _count(sums, members, noise).estimate >= noise.least_count
     }
     everybody = list(range(len(rows)))
     whole = _count(sums, everybody, noise)
-    enough = whole.low >= 1 and whole.estimate >= config.smallest_group
+    enough = known and whole.low >= 1 and whole.estimate >= config.smallest_group
     shares = {name: _tone_shares(sums, rows[name][0], noise) for name in reported} if enough else {}
     gaps = {name: _gap(reported, name) for name in FIGURES} if len(reported) >= 2 else {}
     return PrivateFigures(
@@ -213,7 +218,7 @@ def _check_possible(sums: Sums, noise: _Noise) -> None:
     counts = sums.table.sum(1)
     faults = []
     if bool((sums.table < -far).any()):
-        faults.append(f"a count is {float(sums.table.min()):.6g}")
+        faults.append("a count is far below zero")
     for name, first in sums.first.items():
         off = IMPOSSIBLE * math.hypot(noise.of(name), noise.of_group) + noise.room / math.sqrt(
             getattr(noise.config.shares, name)
@@ -234,9 +239,8 @@ def _count(sums: Sums, rows: Sequence[int], noise: _Noise) -> Interval:
     """How many units' originals are in some groups, by noise alone."""
     estimate = float(sums.table[list(rows)].sum())
     half = float(stats.norm.ppf((1.0 + LEVEL) / 2.0)) * noise.of_group * math.sqrt(len(rows))
-    return Interval(
-        max(estimate, 0.0), max(estimate - half, 0.0), max(estimate + half, 0.0), max(round(estimate), 0)
-    )
+    estimate, low, high = (min(max(x, 0.0), noise.most) for x in (estimate, estimate - half, estimate + half))
+    return Interval(estimate, low, high, round(estimate))
 
 
 def _group_figures(sums: Sums, rows: Sequence[int], noise: _Noise) -> GroupFigures:
@@ -337,6 +341,8 @@ def foreseen(
         config: The public recipe.
         noise_multiplier: As for `read_figures`, like the rest.
     """
+    if noises is not None and devices < config.smallest_group:
+        return dict.fromkeys(FIGURES, math.inf)
     groups = len(config.groups)
     noise = _Noise(
         config=config, total=noise_multiplier * math.sqrt(devices if noises is None else noises), room=0.0

@@ -136,9 +136,15 @@ def check(
         highlight=False,
     )
     if figures := _figures_up(recipe):
+        at_server = plan.terms.noise_at == "server"
+        alike = (
+            "cut alike, and bare until the server noises their sum"
+            if at_server
+            else "noised and summed alike"
+        )
         console.print(
             f"    besides, of held-out photos: {wording.counted(figures['figure_sets'], 'set')} of "
-            f"{figures['numbers_up_per_figure_set']:,} figures per device over the run, noised and summed alike, "
+            f"{figures['numbers_up_per_figure_set']:,} figures per device over the run, {alike}, "
             f"{wording.size(figures['bytes_up_per_device_and_figure_set'])} each",
             highlight=False,
         )
@@ -154,18 +160,25 @@ def check(
 
 
 def _stays(recipe: Experiment) -> str:
+    bare = isinstance(recipe.promise, PrivacyTarget) and recipe.promise.unit == "library"
     if isinstance(recipe.training, PriorTrainingConfig):
         stays = "every photo and every latent of a photo"
         counts = "a count of units travels among the numbers, with the promise's noise like the rest"
     elif recipe.evaluation is not None:
         stays = "every photo and every gradient of a single photo"
-        counts = "counts of held-out units by tone group travel among the figures, with noise"
+        counts = (
+            "shares of some held-out photos by tone group travel among the figures, bare"
+            if bare
+            else "counts of held-out units by tone group travel among the figures, with noise"
+        )
     else:
         stays = "every photo, every gradient of a single photo, and how many photos there are"
         counts = ""
     match recipe.promise:
         case PrivacyTarget(unit="library"):
-            bound = "what a bare update lets the server guess about them, nothing bounds"
+            which = "a bare update" if recipe.evaluation is None else "bare updates and figures"
+            let = "lets" if recipe.evaluation is None else "let"
+            bound = f"what {which} {let} the server guess about them, nothing bounds"
         case PrivacyTarget(unit=unit):
             bound = f"what the sums let anybody guess about one {unit}, the promise bounds"
         case NoPromise():

@@ -37,7 +37,7 @@ def tournament(
     set: SetOption = None,
     json_out: JsonOption = False,
 ) -> None:
-    """Send models to devices, which score them on their own photos: only noised sums come back."""
+    """Send models to devices, which score them on their own photos: only sums come back, noised."""
     changes = changes_of(set)
     recipe = for_tournament(read_experiment(experiment, photos=photos, changes=changes))
     if isinstance(recipe.devices, RealDevices):

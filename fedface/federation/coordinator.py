@@ -331,7 +331,7 @@ def _notes(experiment: Experiment, plan: Plan, base: Model) -> tuple[str, ...]:
             )
         case RealDevices():
             notes.append(
-                "Of the photos on the devices nothing is known but what the devices told, with noise."
+                "Of the photos on the devices nothing is published but what the devices told, with noise."
                 if experiment.evaluation is not None
                 else "Nothing is known about the photos on the devices, so no figure describes them."
             )
@@ -349,8 +349,9 @@ def _notes(experiment: Experiment, plan: Plan, base: Model) -> tuple[str, ...]:
             "All devices share one key for encrypted sums: a device that sees another's upload can read it."
         )
     if plan.terms.promises and plan.terms.noise_at == "server":
+        bare = "bare update" if experiment.evaluation is None else "bare update and bare figures"
         notes.append(
-            "The server is trusted: it reads each device's bare update and could keep it; no figure here says what it "
+            f"The server is trusted: it reads each device's {bare} and could keep it; no figure here says what it "
             "could learn by that."
         )
     return tuple(notes)

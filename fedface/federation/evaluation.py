@@ -1,7 +1,8 @@
 """Devices score models on their own photos: asked, summed and opened like updates, read with the noise in mind.
 
 Called by coordinator.py (the model before and after a run) and tournament.py (many candidates). The server learns
-one noised sum over all devices for each question, and nothing else.
+one noised sum over all devices for each question, and nothing else; but under a promise per library, where it is
+trusted, it sees each device's mean and adds the noise to their sum itself.
 """
 
 from __future__ import annotations

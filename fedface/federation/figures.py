@@ -2,8 +2,9 @@
 
 Called from federation/device.py, after the policy has agreed and the ledger has booked. Each photo is shrunk, made
 large again by the model under question, and compared with itself; audits/private_figures.py turns that into a vector
-of bounded length. A unit's photos are averaged, units are summed and noised (Gaussian mechanism over Poisson-sampled
-units: Balle and Wang 2018, arXiv:1805.06530, Theorem 8, and the sampled form that the ledger prices).
+of bounded length. A unit's photos are averaged, units are summed and noised, per library by the server (Gaussian
+mechanism over Poisson-sampled units: Balle and Wang 2018, arXiv:1805.06530, Theorem 8, and the sampled form that the
+ledger prices).
 
 Every photo is answered by itself, with the same public start of a search: in a batch, kernels round differently for
 batches of different sizes, and drawn starts would shift by one photo more. A photo on which a network breaks adds

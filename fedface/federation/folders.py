@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedface.errors import RunError
+from fedface.files import remove_drafts
 
 RUNS = Path("runs")  # in the folder where the command was given
 
@@ -103,4 +104,6 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise RunError(f"{folder}: another process is working on this run") from error
+        for place in (folder, folder / "rounds"):
+            remove_drafts(place)
         yield

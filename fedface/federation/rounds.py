@@ -1,7 +1,9 @@
 """The federated rounds: ask, check, sum, open, apply, measure, keep. Survives a kill at any moment.
 
-Called by coordinator.py. A round counts once its checkpoint and its line in `state.json` are on disk; a round
-cut short is asked again, and devices that had answered send the bytes that they kept, at no further cost.
+Called by coordinator.py. A round counts once its line in `state.json` and its checkpoint are on disk; a round cut
+short is asked again, and devices that had answered send the bytes that they kept, at no further cost. Where the server
+adds the noise, such a round gets fresh noise, and no disk may ever hold one sum under two noises. So the checkpoint is
+written last: if it is there, so is its line, and the round is over.
 """
 
 from __future__ import annotations
@@ -77,6 +79,7 @@ def run_rounds(
             resumed.
     """
     total = experiment.rounds
+    state = _measured(_whole(state, watcher), experiment, yardstick)
     if len(state.rounds) >= total:
         return state
     # Those who came first: a sum has no room for more devices than the recipe names.
@@ -87,25 +90,38 @@ def run_rounds(
         model = load_model(weights_path(state.folder, number - 1))
         watcher.stage(f"round {number} of {total}: devices train", len(members))
         forgetting = Forgetting(state, plan, away)
-        record, left = _one_round(
-            experiment,
-            plan,
-            cohort,
-            members,
-            model,
-            number,
-            state.folder,
-            yardstick,
-            watcher,
-            forgetting.forget,
+        record, after, left = _one_round(
+            experiment, plan, cohort, members, model, number, state.folder, watcher, forgetting.forget
         )
         for name in left.values():
             record = record.without(name)
             watcher.say("a device has left the run; its name is gone from the run's files")
         state = forgetting.state.then(record)
+        save_model(weights_path(state.folder, number), after)
+        state = _measured(state, experiment, yardstick)
         members = [member for member in members if member not in away]
         watcher.say(_line(record, total))
     return state
+
+
+def _whole(state: State, watcher: Watcher) -> State:
+    """Without a last round whose checkpoint did not reach the disk."""
+    if not state.rounds:
+        return state
+    last = state.rounds[-1]
+    path = weights_path(state.folder, last.round)
+    if path.exists() and weights_hash(*load_model(path).modules()) == last.weights_hash:
+        return state
+    watcher.say(f"round {last.round} was cut short while it was kept, and is asked again")
+    return replace(state, rounds=state.rounds[:-1])
+
+
+def _measured(state: State, experiment: Experiment, yardstick: Yardstick | None) -> State:
+    """With the last round's figures: they are taken once it is kept, since measuring again is cheap."""
+    if yardstick is None or not state.rounds or state.rounds[-1].figures:
+        return state
+    model = load_model(weights_path(state.folder, state.rounds[-1].round))
+    return state.measured(sample_figures(model, yardstick, experiment.seed))
 
 
 class Forgetting:
@@ -124,9 +140,9 @@ class Forgetting:
 
 def _one_round(
     experiment: Experiment, plan: Plan, cohort: Cohort, members: Sequence[int], model: Model, number: int,
-    folder: Path, yardstick: Yardstick | None, watcher: Watcher, gone: Callable[[Mapping[int, str]], None],
-) -> tuple[RoundRecord, Mapping[int, str]]:  # fmt: skip
-    """The round's record, and the members whose owners have left."""
+    folder: Path, watcher: Watcher, gone: Callable[[Mapping[int, str]], None],
+) -> tuple[RoundRecord, Model, Mapping[int, str]]:  # fmt: skip
+    """The round's record without figures, the model after it, and the members whose owners have left."""
     weights = vector_of(*model.modules())
     seed = Streams(experiment.seed).child("training").seed
     work = begin_round(model, experiment.training, plan.terms, common_streams(seed, number))
@@ -151,9 +167,6 @@ def _one_round(
     gathered = gather(experiment, cohort, members, task, len(ranges), watcher.step, gone)
     total = noised_sum(gathered.total, plan.terms)
     after = work.apply(total * ranges, gathered.count, Streams(experiment.seed).generator("mean style"))
-    notes = {"run": folder.name, "round": number}
-    # Kept before the figures are taken: measuring again is cheap, asking again is not.
-    save_model(weights_path(folder, number), replace(after, notes=notes))
     record = RoundRecord(
         round=number,
         answered=gathered.devices,
@@ -168,9 +181,10 @@ def _one_round(
         seconds_combine=gathered.seconds_combine,
         seconds_reveal=gathered.seconds_reveal,
         weights_hash=weights_hash(*after.modules()),
-        figures={} if yardstick is None else sample_figures(after, yardstick, experiment.seed),
+        figures={},
     )
-    return record, gathered.left
+    notes = {"run": folder.name, "round": number}
+    return record, replace(after, notes=notes), gathered.left
 
 
 def spent(plan: Plan, rounds: int) -> Epsilon | NotMeasured:

@@ -15,7 +15,7 @@ from fedface.errors import RunError
 from fedface.files import replace_text
 from fedface.reports import strict
 from fedface.reports.private_record import LeftRecord, PrivateRecord
-from fedface.reports.quantities import Epsilon, NotMeasured
+from fedface.reports.quantities import Epsilon, Figure, NotMeasured
 from fedface.reports.run import RoundRecord
 
 
@@ -45,6 +45,11 @@ class State:
     def then(self, record: RoundRecord) -> State:
         """With one more round, saved."""
         return self._saved(replace(self, rounds=(*self.rounds, record)))
+
+    def measured(self, figures: dict[str, Figure]) -> State:
+        """With the figures of the last round, saved."""
+        *before, last = self.rounds
+        return self._saved(replace(self, rounds=(*before, replace(last, figures=figures))))
 
     def scored(self, record: PrivateRecord) -> State:
         """With one more answer of the devices about a model, saved."""

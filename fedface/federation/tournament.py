@@ -3,7 +3,8 @@
 Called by `fedface tournament` and server/app.py. Every device scores every candidate on all its photos; each answer
 is clipped, noised, booked and summed like any other figure, and the whole promise of the recipe pays for all answers
 together. Blind both ways: devices see weights without a name, in an order drawn by secret chance, and the server sees
-one noised sum over all devices for each candidate. Each answer is on disk before the next question.
+one noised sum over all devices for each candidate (per library it is trusted: it sees bare means and adds the noise).
+Each answer is on disk before the next question.
 """
 
 from __future__ import annotations
@@ -122,6 +123,10 @@ def hold(
         # Who answered is nobody's business here, and so there is no name to forget when somebody leaves.
         nameless = replace(scores.record, answered=())
         book = book.then(name, scores.total, scores.gathered.count, nameless)
+    trusted = (
+        "The server is trusted: it reads each device's bare figures, adds the noise to their sum, and could keep them; "
+        "the promise bounds what is published, not what the server could learn.",
+    )
     figures = {name: _read(book, name, experiment, terms) for name in models}
     record = TournamentRecord(
         name=folder.name,
@@ -134,6 +139,7 @@ def hold(
         notes=(
             "All candidates were asked about the same photos, each with noise of its own.",
             "The promise of the recipe covers all answers of a device together.",
+            *(trusted if terms.noise_at == "server" else ()),
             "Tone is read from pixels, so light and camera are mixed into every group.",
             "Devices whose owners refuse are missing, and nothing here says how their photos are served.",
         ),

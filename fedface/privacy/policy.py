@@ -56,7 +56,7 @@ class DevicePolicy:
     unit: Unit = "photo"  # of what budgets count the loss; fixed for the life of the library
     periods: tuple[Period, ...] = ()  # further budgets, for any so many days
     objectives: tuple[str, ...] = OBJECTIVES  # what photos may help to train
-    evaluation: bool = False  # may this device answer noised questions about its photos?
+    evaluation: bool = False  # may this device answer questions about its photos, with noise?
     protocols: tuple[str, ...] = ("encrypted",)  # how updates may travel
     smallest_cohort: int = 2  # fewest devices whose updates are summed, >= 1
     trust_server: bool = False  # may runs take part whose noise the server adds?
@@ -312,13 +312,14 @@ class DevicePolicy:
             conditions = [f"{hours}, local time", *conditions]
         return [
             f"photos may help to train {_or([f'{objective}s' for objective in self.objectives])}",
-            "noised questions about how well a model serves these photos are "
-            + ("answered" if self.evaluation else "not answered"),
+            "questions about how well a model serves these photos are "
+            + ("answered, with noise" if self.evaluation else "not answered")
+            + (", or without where the server adds it" if self.evaluation and self.trust_server else ""),
             f"updates may travel {_or(self.protocols)}, where {self.smallest_cohort} devices or more are summed",
             *(f"at most {limit_in_words(limit)}" for limit in self.limits),
             f"the budget counts {unit_in_words(self.unit)}",
             f"a run must promise per {_or([unit for unit in UNITS if covers(unit, self.unit)])}",
-            "the noise may be added by the server"
+            "the noise may be added by the server, which then sees bare answers"
             if self.trust_server
             else "the noise must be added on this device: runs whose noise the server adds are refused",
             "RUNS WITHOUT NOISE MAY USE THESE PHOTOS: of such a run epsilon is infinite at every delta"

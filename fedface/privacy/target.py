@@ -24,7 +24,7 @@ def check_delta(delta: float) -> None:
 
 def delta_in_words(delta: float) -> str:
     """A delta in the one way in which it is written: 0.001, 1e-4, 2.5e-6."""
-    if delta >= 1e-3:
+    if float(f"{delta:.6g}") >= 1e-3:
         return f"{delta:g}"
     digits, _, power = f"{delta:.5e}".partition("e")
     return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"

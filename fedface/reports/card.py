@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedface.files import replace_text
 from fedface.reports import private_page, short_answer, standing, wording
 from fedface.reports.quantities import NotMeasured
 from fedface.reports.run import BiasRecord, PlanRecord, RunRecord
@@ -38,7 +39,7 @@ def render(record: RunRecord) -> str:
 def write(record: RunRecord, folder: Path) -> Path:
     """Render the card into the run's folder and say where it lies."""
     path = folder / FILE
-    path.write_text(render(record), encoding="utf-8")
+    replace_text(path, render(record))
     return path
 
 
@@ -105,7 +106,7 @@ def _privacy(record: RunRecord) -> list[str]:
         neighbours = f"neighbours: {plain(plan.adjacency)}"
         if plan.noise_at == "server":
             kept = [
-                "- Who is trusted: the server. It sees each device's bare update and adds the noise.",
+                "- Who is trusted: the server. It sees all that each device sends, bare, and adds the noise.",
                 f"- Noise multiplier {wording.constant(plan.noise_multiplier)}; each device's whole update is cut to "
                 f"length {wording.constant(plan.update_clip)}; {steps}, every device in each round; {neighbours}",
             ]

@@ -167,7 +167,7 @@ def private_record(
         devices: How many are in the sum.
         refusals: Why others are not, without names.
         epsilon: What the question cost one unit.
-        noise_multiplier: Of each device.
+        noise_multiplier: Of each device; per library of the server.
         answered: Names of the devices in the sum.
     """
     few = f"below {figures.least_count:.0f} units, noise included"

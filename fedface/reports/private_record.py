@@ -59,8 +59,11 @@ class LeftRecord:
     def of(rounds: tuple[int, ...], questions: int, epsilon: Epsilon | NotMeasured) -> LeftRecord:
         """The record of a device that took part in these rounds and answered so many sets of figures."""
         if isinstance(epsilon, Epsilon):
+            bound = "its noise bounds what they can tell"
+            if epsilon.unit == "library":  # the server adds the noise
+                bound = "the server saw them bare; its noise bounds what the published ones can tell"
             told = (
-                f"its noise bounds what they can tell: epsilon at most {rounded_up(epsilon.upper)} (at least "
+                f"{bound}: epsilon at most {rounded_up(epsilon.upper)} (at least "
                 f"{rounded_down(epsilon.lower)}) at delta {delta_in_words(epsilon.delta)}, per {epsilon.unit}"
             )
         else:

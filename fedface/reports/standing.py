@@ -18,8 +18,8 @@ def leaving(record: RunRecord) -> list[str]:
     match record.plan:
         case PlanRecord(unit=unit, noise_at="server"):
             bound = (
-                f"what the published weights tell about one {unit} stays bounded by the promise; what the server saw "
-                "of its updates is not"
+                f"what the published weights and figures tell about one {unit} stays bounded by the promise; what the "
+                "server saw of its bare answers is not"
             )
         case PlanRecord(unit=unit):
             bound = f"what they tell about one {unit} stays bounded by the promise"

@@ -72,7 +72,12 @@ class TournamentRecord:
         """What all answers of a device cost one unit together, and what a unit is."""
         count = len(self.candidates)
         answers = "Both answers" if count == 2 else f"All {count} answers"
-        sentence = f"{answers} of a device together: {wording.epsilon(self.together)}."
+        whose = f"{answers} of a device together"
+        if isinstance(self.together, Epsilon) and self.together.unit == "library":
+            whose = (
+                f"What the trusted server publishes of {answers[0].lower()}{answers[1:]} of a device together"
+            )
+        sentence = f"{whose}: {wording.epsilon(self.together)}."
         match self.together:
             case Epsilon(unit=unit) if unit in UNITS:
                 return f"{sentence} The price is for {unit_in_words(unit)}."  # type: ignore[arg-type]

@@ -161,7 +161,7 @@ def promise_words(*, unit: str, target: float, delta: float, rounds: int, noise_
     if noise_at == "server":
         return (
             f"What the trusted server publishes of {counted(rounds, 'round')} {price} {whom}; "
-            "the server itself sees each device's bare update."
+            "the server itself sees all that each device sends, bare."
         )
     return f"All that leaves a device in {counted(rounds, 'round')} {price} {whom}."
 
@@ -176,7 +176,7 @@ def meaning(value: Epsilon, *, noise_at: Literal["device", "server"] = "device")
         f"the promise allows for exceptions that weigh {one_in(value.delta)} together."
     )
     if noise_at == "server":
-        sentence += " It says nothing about the server, which sees each device's bare update."
+        sentence += " It says nothing about the server, which sees all that each device sends, bare."
     if sure > 0.9:
         tested = (
             "the attacks in this report test" if noise_at == "device" else "no attack in this report tests"

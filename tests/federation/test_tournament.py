@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from pytest import approx
 from tiny import tiny_file, tiny_gan
 from typer.testing import CliRunner
@@ -25,7 +26,10 @@ from fedface.federation.tournament import entrants, hold, tournament_terms
 from fedface.models.weights import save_model
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Ledger
+from fedface.privacy.mechanism import GaussianSum
+from fedface.randomness import SecretNoise
 from fedface.reports import strict
+from fedface.reports.quantities import Epsilon
 from fedface.reports.tournament import TournamentRecord
 
 CHANGES = {
@@ -91,6 +95,35 @@ def test_a_tournament_that_was_cut_short_asks_only_what_was_not_answered(
         ledger = Ledger.open(devices_folder(folder) / f"device-{number:02d}" / "ledger.sqlite")
         assert len(ledger.entries()) == 2
         assert ledger.spent(1e-3).upper == approx(60.0, abs=2e-3)
+
+
+def test_per_library_the_server_noises_each_answer_and_readers_are_told_that_it_saw_them_bare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two candidates, two noises of sigma times one device's length; the promise is of what is published."""
+    save_model(tmp_path / "other.safetensors", tiny_gan("other"))
+    told = {
+        **CHANGES,
+        "promise": "{kind: privacy-target, epsilon: 300, delta: 1e-3, unit: library, trust: server}",
+        "evaluation": "{figures: {last_tones: [10], smallest_group: 1}}",
+    }
+    recipe = for_tournament(read_experiment(tiny_file(tmp_path), changes=told))
+    models = entrants(["base", str(tmp_path / "other.safetensors")], recipe)
+    noised, noise = [], GaussianSum.noise
+
+    def noted(self: GaussianSum, total: torch.Tensor, secret: SecretNoise) -> torch.Tensor:
+        noised.append(self)
+        return noise(self, total, secret)
+
+    monkeypatch.setattr(GaussianSum, "noise", noted)
+    folder = tmp_path / "games"
+    record = hold(recipe, models, ready(recipe, folder), folder, watcher=SilentWatcher())
+    terms = tournament_terms(recipe, 2)
+    assert noised == [GaussianSum(clip_norm=1.0, sigma=terms.noise_multiplier)] * 2
+    assert "trusted server publishes" in record.price_sentence()
+    page = (folder / "tournament.md").read_text()
+    assert "each device's bare figures" in page and "The server is trusted" in page
+    assert isinstance(record.together, Epsilon) and record.together.upper == approx(300.0, abs=0.1)
 
 
 def test_devices_are_told_weights_without_a_name(recipe: Experiment, tmp_path: Path) -> None:

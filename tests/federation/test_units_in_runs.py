@@ -19,12 +19,14 @@ from fedface.errors import ConfigError, FederationError, PrivacyError
 from fedface.federation.coordinator import coordinate
 from fedface.federation.device import serve
 from fedface.federation.evaluation import read_told
+from fedface.federation.findings import Yardstick
 from fedface.federation.flower import in_process_cohort
 from fedface.federation.orders import devices_folder
 from fedface.federation.rounds import SilentWatcher, run_rounds
 from fedface.federation.state import State, weights_path
 from fedface.federation.task import EvaluateTask, Question, Refusal, Trained, TrainTask
 from fedface.models.weights import load_model, vector_of
+from fedface.photos.drawn import draw_people
 from fedface.photos.own import OwnFaces
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.journal import Journal
@@ -32,7 +34,9 @@ from fedface.privacy.ledger import Ledger
 from fedface.privacy.mechanism import GaussianSum
 from fedface.privacy.plan import Schedule, make_plan
 from fedface.privacy.target import PrivacyTarget
+from fedface.randomness import Streams
 from fedface.reports import page
+from fedface.reports.private_record import LeftRecord
 from fedface.reports.quantities import Epsilon, Interval, NotMeasured
 from fedface.reports.run import GONE
 from fedface.upsampling.pulse import PulseConfig
@@ -41,6 +45,7 @@ LIBRARY = {
     "promise": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, trust: server}",
     "update_clip": "2.0",
 }
+FEW = "{share: 0.5, held_out: 0.5, figures: {smallest_group: 2}}"
 OCCASION = {
     "promise": "{kind: privacy-target, epsilon: 8, delta: 1e-2, unit: occasion}",
     "devices": "{kind: drawn-devices, light_shares: [0.9, 0.1], photos_each: 24, photos_per_occasion: 4}",
@@ -134,6 +139,7 @@ def test_a_device_that_trusts_no_server_stays_out_of_library_runs(tmp_path: Path
     [
         ({"aggregation": "{kind: encrypted}"}, "cannot add it to what it cannot read"),
         ({"evaluation": "{sampling_rate: 0.5}"}, "sampling_rate must be 1"),
+        ({"evaluation": "{}"}, "fewer than smallest_group = 20 are not told"),
         ({"promise": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library}"}, "trust must be"),
         (
             {"promise": "{kind: privacy-target, epsilon: 8, delta: 1e-3, trust: server}"},
@@ -152,7 +158,7 @@ def test_figures_per_library_are_noised_once_by_the_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two devices, two questions, one round: three noises on three sums, each device's part of length 1 at most."""
-    told = {**LIBRARY, "training.rounds": "1", "evaluation": "{share: 0.5, held_out: 0.5}"}
+    told = {**LIBRARY, "training.rounds": "1", "evaluation": FEW}
     experiment = tiny_experiment(tmp_path / "recipe", told)
     plan = experiment.plan()
     (terms,) = plan.beside
@@ -183,9 +189,17 @@ def test_figures_per_library_are_noised_once_by_the_server(
     assert ledger.spent(1e-3, unit="library").upper <= 8.0
 
 
+def test_who_leaves_a_library_run_is_told_that_the_server_saw_its_answers() -> None:
+    """Its own noise bounds nothing, since it added none."""
+    price = Epsilon(lower=0.9, estimate=1.0, upper=1.0, delta=1e-3, unit="library")
+    said = LeftRecord.of((1,), 0, price).sentence
+    assert "the server saw them bare" in said and "published" in said
+    assert "bare" not in LeftRecord.of((1,), 0, replace(price, unit="photo")).sentence
+
+
 def test_figures_per_library_are_read_with_one_noise(tmp_path: Path) -> None:
     """The interval of all libraries' count is that of one noise, not one of each device."""
-    told = {**LIBRARY, "evaluation": "{share: 0.5, held_out: 0.5}"}
+    told = {**LIBRARY, "evaluation": FEW}
     (terms,) = tiny_experiment(tmp_path / "recipe", told).plan().beside
     config = FiguresConfig(last_tones=(10,))
     row = figure_vectors(
@@ -202,13 +216,46 @@ def test_figures_per_library_are_read_with_one_noise(tmp_path: Path) -> None:
     )
     units = read_told(400 * row[0], terms, config, 400).overall.count  # type: ignore[union-attr]
     half = 1.959964 * terms.noise_multiplier / config.shares.table**0.5
-    assert (units.estimate, units.low) == approx((400, 400 - half))
+    assert (units.estimate, units.low, units.high) == approx((400, 400 - half, 400))  # there are no more
+    few = read_told(30 * row[0], terms, config, 19)  # noise may make a few devices look like more
+    assert few.overall is None and not few.groups and few.suppressed == config.groups
+
+
+def test_one_sum_is_never_on_the_disk_under_two_noises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut short before its checkpoint, a round is asked again; cut short after it, it is over, and only measured."""
+    experiment = tiny_experiment(tmp_path / "recipe", {**LIBRARY, "training.rounds": "1"})
+    folder = begun(experiment, tmp_path / "run")
+    plan, cohort = experiment.plan(), in_process_cohort(experiment, devices_folder(folder))
+    faces = draw_people(48, 0.5, 16, Streams(1))
+    like = Yardstick(faces=faces, asked=faces, downscale=experiment.upsampling.downscale)
+    kept = weights_path(folder, 1)
+
+    def run(*, cut_short_in: str) -> None:
+        def stop(*asked: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(f"fedface.federation.rounds.{cut_short_in}", stop)
+            run_rounds(experiment, plan, cohort, State.read(folder), like, SilentWatcher())
+
+    run(cut_short_in="save_model")
+    assert not kept.exists()
+    run(cut_short_in="sample_figures")
+    noised = kept.read_bytes()
+    assert State.read(folder).rounds[0].figures == {}
+    ended = run_rounds(experiment, plan, cohort, State.read(folder), like, SilentWatcher())
+    assert kept.read_bytes() == noised and "distance" in ended.rounds[0].figures
+    assert len(ended.rounds) == 1 and State.read(folder) == ended
+    ledger = Ledger.open(devices_folder(folder) / "device-00" / "ledger.sqlite")
+    assert len(ledger.entries()) == 1
 
 
 @pytest.mark.parametrize("asked", ["training", "figures"])
 def test_a_device_refuses_sums_that_cannot_keep_a_promise_per_library(tmp_path: Path, asked: str) -> None:
     """A server that asks for encrypted sums all the same: nothing is booked, and no photo is read."""
-    told = {**LIBRARY, "evaluation": "{share: 0.5, held_out: 0.5}"}
+    told = {**LIBRARY, "evaluation": FEW}
     experiment = tiny_experiment(tmp_path / "recipe", told)
     device = first_device(experiment, tmp_path / "devices")
     task = train_task(experiment, tiny_gan())

@@ -37,7 +37,7 @@ def test_a_trusted_servers_promise_is_about_what_it_publishes(library: RunRecord
         assert (
             "What the trusted server publishes of 1 round is worth at most epsilon 8 at delta 1e−4" in plain
         )
-        assert "the server itself sees each device's bare update" in plain
+        assert "the server itself sees all that each device sends, bare" in plain
         assert "All that leaves a device" not in plain and "everything that ever leaves a device" not in plain
 
 
@@ -125,7 +125,7 @@ def test_what_cannot_be_undone_is_said_also_when_nobody_left(record: RunRecord, 
 
 
 def test_a_server_that_saw_bare_updates_cannot_unsee_them(library: RunRecord) -> None:
-    assert "what the server saw of its updates is not" in standing.leaving(library)[1]
+    assert "what the server saw of its bare answers is not" in standing.leaving(library)[1]
 
 
 def test_a_record_from_before_a_field_is_still_read(record: RunRecord) -> None:
