@@ -14,6 +14,7 @@ from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.limits import Limit
 from fedface.privacy.neighbours import for_replacing_one
+from fedface.privacy.target import delta_in_words
 
 DELTA = 1e-5
 EVENT = dp.GaussianDpEvent(4.0)
@@ -75,7 +76,7 @@ def test_a_limit_of_thirty_days_frees_up_and_the_one_for_life_does_not(tmp_path:
     assert booked == [3, 0, 3, 1, 0]
     shortfall = ledger.room_for(EVENT, [monthly, lifelong], told="photo")
     assert shortfall is not None and shortfall.limit == lifelong
-    assert f"delta {DELTA:g}, per photo for life" in shortfall.in_words()
+    assert f"delta {delta_in_words(DELTA)}, per photo for life" in shortfall.in_words()
 
 
 def test_a_period_ends_to_the_second(tmp_path: Path) -> None:
