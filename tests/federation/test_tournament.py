@@ -34,7 +34,7 @@ from fedface.reports.tournament import TournamentRecord
 
 CHANGES = {
     "promise": "{kind: privacy-target, epsilon: 60, delta: 1e-3}",
-    "devices": "{kind: drawn-devices, light_shares: [0.5, 0.5], photos_each: 30}",
+    "devices": "{kind: drawn-devices, light_shares: [0.5, 0.5], photos_each: 14}",
     "evaluation": "{figures: {last_tones: [10], smallest_group: 5}}",
     "upsampling": "{method: {kind: pulse, steps: 1, mapping_samples: 64}}",
 }
@@ -42,7 +42,7 @@ CHANGES = {
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Experiment:
-    """Two devices of thirty photos, and hardly any noise."""
+    """Two devices of fourteen photos, and hardly any noise."""
     save_model(tmp_path / "other.safetensors", tiny_gan("other"))
     return for_tournament(read_experiment(tiny_file(tmp_path), changes=CHANGES))
 
