@@ -76,10 +76,11 @@ class SecretNoise:
         return halfway(self.words(count))
 
     def normals(self, count: int) -> torch.Tensor:
-        """`count` standard normal numbers, float32, shape (count,).
+        """`count` standard normal numbers, float64, shape (count,).
 
-        Each is the sum of four independent normals, halved, so that the gaps between floating-point numbers
-        tell an observer nothing useful (Holohan and Braghin 2021, arXiv:2107.10138, the remedy Opacus uses).
+        Each is the sum of four independent normals, halved, so that its last bits tell nothing of the words that it
+        was made of (Holohan and Braghin 2021, arXiv:2107.10138, the remedy Opacus uses). That alone does not hide
+        what noise is added to: see `GaussianSum.noise`.
         """
         pairs = -(-count // 2)
         total = torch.zeros(2, pairs, dtype=torch.float64)
@@ -91,7 +92,7 @@ class SecretNoise:
                 angle = torch.from_numpy(self.uniforms(part.shape[1])).mul_(2.0 * np.pi)
                 part[0] += radius * angle.cos()
                 part[1] += radius * angle.sin()
-        return (total.flatten()[:count] / 2.0).float()
+        return total.flatten()[:count] / 2.0
 
     def permutation(self, count: int) -> np.ndarray:
         """A uniformly random order of 0..count-1, int64, shape (count,)."""

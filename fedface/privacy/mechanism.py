@@ -3,7 +3,7 @@
 Called from training/private_steps.py (one vector per photo) and aggregation/ (one vector per device). One
 object, two readers: the numbers that clip and noise are the numbers that the accountant prices.
 Source: Dwork & Roth (2014), Theorem A.1; Balle & Wang (2018), arXiv:1805.06530; sampling as in Abadi et al.
-(2016), arXiv:1607.00133.
+(2016), arXiv:1607.00133; on numbers that are no reals, Mironov (2012), CCS, and Haney et al. (2022), arXiv:2207.13793.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ Event = DpEvent  # what was released; the name by which other rooms know dp_acco
 # all, and noise vanishes beside its own rounding. A stranger's schedule must not reach there.
 CLIP_NORMS = (1e-6, 1e6)
 
+
+_GRID_BITS = 20  # a noised sum lies on a grid 2^20 to 2^21 times as fine as the noise's deviation
 
 LONGEST = 1e18  # longer vectors become zero: float32 could not scale them down without rounding them up
 
@@ -87,9 +89,22 @@ class GaussianSum:
         return clipped(update, self.clip_norm)
 
     def noise(self, total: Vector, secret: SecretNoise) -> Vector:
-        """The sum (d,) with fresh normal noise added once; never call it twice on one booking."""
-        normals = secret.normals(total.numel()).reshape(total.shape).to(total.device)
-        return total + self.sigma * self.clip_norm * normals
+        """The sum (d,) with fresh normal noise added once; never call it twice on one booking.
+
+        The noised sum is rounded to a grid of public width, a power of two about a millionth of the noise's standard
+        deviation. Rounding what was noised is post-processing (Dwork & Roth 2014, Proposition 2.1). Without it the gaps
+        between floating-point numbers tell which sums a result can come from, and with them the exact sum, at any
+        epsilon (Mironov 2012; Haney et al. 2022, arXiv:2207.13793): float32 noise has holes, which the sum shifts. Here
+        the sum is taken apart into a whole number of grid widths, which shifts the result exactly, and a rest, which
+        meets the noise in float64, where a grid width still holds billions of numbers.
+        """
+        deviation = self.sigma * self.clip_norm
+        grid = 2.0 ** (math.floor(math.log2(deviation)) - _GRID_BITS)
+        normals = secret.normals(total.numel()).reshape(total.shape)
+        widths = total.cpu().double() / grid  # exact, by a power of two
+        whole = widths.round()
+        noised = whole + (widths - whole + deviation / grid * normals).round()
+        return (noised * grid).to(total)
 
     def event(self) -> DpEvent:
         """What one noised sum releases about one unit, with everyone taking part for certain."""

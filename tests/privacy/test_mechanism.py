@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import dp_accounting as dp
 import pytest
 import torch
@@ -39,6 +42,68 @@ def test_noise_has_standard_deviation_sigma_times_clip_norm() -> None:
     probability = stats.chi2.cdf(float(noise.square().sum()), 200_000)
     assert 1e-6 < probability < 1 - 1e-6
     assert stats.kstest(noise.numpy(), "norm").pvalue > 1e-6
+
+
+def naive(total: torch.Tensor, deviation: float) -> torch.Tensor:
+    """Noise as float32 adds it: the planted positive of the attack below."""
+    noise = torch.tensor(deviation) * SecretNoise().normals(len(total)).float()
+    return total + noise
+
+
+def refuted(sent: torch.Tensor, total: torch.Tensor, deviation: float) -> int:
+    """How many of the sent numbers this total cannot have become by float32 noise (Mironov 2012)."""
+    possible = torch.zeros(len(sent), dtype=torch.bool)
+    for noise in _around(sent - total, 2):
+        reached = total + noise == sent
+        for normal in _around(noise / deviation, 2):
+            possible |= reached & (torch.tensor(deviation) * normal == noise)
+    return int((~possible).sum())
+
+
+def _around(x: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
+    """The float32 numbers next to each."""
+    for end in (-math.inf, math.inf):
+        y = x
+        for _ in range(steps + 1):
+            yield y
+            y = torch.nextafter(y, torch.tensor(end))
+
+
+def test_the_gaps_of_float32_do_not_tell_how_many_photos_there_were() -> None:
+    """37 or 36 photos alike at sigma 90, epsilon below 0.1: naive noise is found out by one look, ours is not."""
+    one = torch.nn.functional.normalize(torch.rand(2000), dim=0)
+    truth, wrong = 37 * one, 36 * one
+    mechanism = GaussianSum(clip_norm=1.0, sigma=89.6)
+    leaky = naive(truth, 89.6)
+    assert refuted(leaky, truth, 89.6) == 0
+    assert refuted(leaky, wrong, 89.6) > 50
+    for _ in range(3):
+        sent = mechanism.noise(truth, SecretNoise())
+        right, other = refuted(sent, truth, 89.6), refuted(sent, wrong, 89.6)
+        assert right > 0  # the truth itself looks as impossible as anything else
+        assert abs(right - other) < 5 * math.sqrt(2 * 2000 * 0.25)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(1e-3, 1e3), st.floats(1e-2, 1e2), st.floats(-1e4, 1e4, width=32))
+def test_every_noised_sum_lies_on_the_same_grid(clip_norm: float, sigma: float, value: float) -> None:
+    """Multiples of a power of two, 2^20 to 2^21 of them in a deviation, whatever the sum is."""
+    deviation = clip_norm * sigma
+    grid = 2.0 ** (math.floor(math.log2(deviation)) - 20)
+    total = torch.full((64,), value * deviation / 1e3, dtype=torch.float64)
+    widths = GaussianSum(clip_norm=clip_norm, sigma=sigma).noise(total, SecretNoise()) / grid
+    assert torch.equal(widths, widths.round())
+    assert 2**20 <= deviation / grid < 2**21
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, 123456.7])
+def test_the_last_bits_of_a_noised_sum_are_uniform_whatever_the_sum_is(value: float) -> None:
+    """Counts of the last four bits, chi-square with 15 degrees of freedom; fails once in a million."""
+    mechanism = GaussianSum(clip_norm=1.0, sigma=1.0)
+    sent = mechanism.noise(torch.full((200_000,), value, dtype=torch.float64), SecretNoise())
+    last = torch.remainder(sent * 2.0**20, 16).long()
+    assert stats.chisquare(torch.bincount(last, minlength=16).numpy()).pvalue > 1e-6
+    assert abs(float(sent.mean()) - value) < 5 / math.sqrt(200_000)
 
 
 def test_events_carry_the_numbers_of_the_mechanism() -> None:
