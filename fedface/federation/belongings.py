@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from fedface.config import read
 from fedface.errors import ConfigError, FederationError, LedgerError
 from fedface.federation.device import Device
-from fedface.federation.owner import OwnerConfig
+from fedface.federation.owner import OwnerConfig, noted_indexes
 from fedface.federation.task import figures_book
 from fedface.photos.index import default_cache
 from fedface.photos.own import OwnFaces
@@ -114,6 +114,11 @@ class Belongings:
     def index(self) -> Path:
         """What scans found in the photos: dates, places, faces' positions."""
         return default_cache(self.photos)
+
+    @property
+    def indexes(self) -> list[Path]:
+        """That index, and those of the folders where this device's photos lay before they were moved."""
+        return list(dict.fromkeys([self.index, *noted_indexes(self.device.state)]))
 
     def entries(self) -> list[Entry]:
         """The whole ledger, verified; empty where there is none."""

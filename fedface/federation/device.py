@@ -22,7 +22,7 @@ import torch
 from fedface.aggregation.encrypted import EncryptedKeys, make_device
 from fedface.aggregation.protocol import AggregationConfig, Agreement, EncryptedConfig, Payload, PlainConfig
 from fedface.config import kind_of, plain
-from fedface.errors import FederationError, LedgerError, PolicyRefusal, PrivacyError, WeightsError
+from fedface.errors import FederationError, PolicyRefusal, PrivacyError, WeightsError
 from fedface.federation.figures import check_question, figure_ranges, figures_of
 from fedface.federation.task import (
     EvaluateTask,
@@ -40,6 +40,7 @@ from fedface.federation.task import (
 from fedface.models.family import Model, Shape
 from fedface.models.weights import filled, weights_hash
 from fedface.photos.own import OwnFaces
+from fedface.privacy.books import check_books
 from fedface.privacy.conditions import NotNow
 from fedface.privacy.journal import Journal, What
 from fedface.privacy.ledger import Entry, Ledger
@@ -62,6 +63,9 @@ class Device:
     photos: Callable[[int], OwnFaces]  # size in pixels -> all aligned faces, and which belong together
     policy: DevicePolicy
     state: Path  # folder of the ledger, the journal and the shared key, readable by the owner alone
+    ready: Callable[[], None] = lambda: (
+        None
+    )  # raises NotNow while photos cannot be read, before anything is booked
     server: str = "the coordinator"  # to whom replies go, in the owner's words
     witness: Path | None = None  # folder elsewhere that remembers the heads of ledger and journal
 
@@ -100,7 +104,7 @@ def serve(task: Task, device: Device) -> Reply:
             answered for other weights or terms. Nothing is sent.
     """
     journal, ledger = device.journal(), device.ledger()
-    _check_books(journal, ledger)
+    check_books(journal, ledger)
     if journal.has_withdrawn(task.run):
         return _noted(_left(device), task, device, journal, entry=None)
     reply: Reply
@@ -123,16 +127,6 @@ def serve(task: Task, device: Device) -> Reply:
         if not isinstance(task, RevealTask):
             ledger.forget_replies(task.book)
         return _noted(_left(device), task, device, journal, entry=None)
-
-
-def _check_books(journal: Journal, ledger: Ledger) -> None:
-    """Raises LedgerError if the journal knows bookings that the ledger lacks: then the ledger was put back."""
-    known = len(ledger.entries())
-    if any(line.entry is not None and line.entry > known for line in journal.sent()):
-        raise LedgerError(
-            "the journal names bookings that the ledger does not have: the ledger was put back; restore the "
-            "newest copy of both, or treat these photos as spent"
-        )
 
 
 def _left(device: Device) -> Refusal:
@@ -302,6 +296,7 @@ class _Work:
             run=task.book,
             round=task.round,
         )
+        device.ready()
         return None
 
     def release(self, compute: Callable[[OwnFaces], Vector], size: int) -> tuple[bytes, float, Entry]:

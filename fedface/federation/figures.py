@@ -38,6 +38,7 @@ from fedface.randomness import Streams
 from fedface.shapes import Images, Vector, in_floats
 from fedface.training.private_steps import private_sum_of
 from fedface.training.unit_sums import Chance
+from fedface.upsampling.guidance import GuidanceConfig
 from fedface.upsampling.methods import (
     EncodeThenPulseConfig,
     Method,
@@ -51,6 +52,7 @@ from fedface.upsampling.pulse import PulseConfig
 log = logging.getLogger("fedface.device")
 
 MOST_EVALUATIONS = 2_000  # of a network for one face
+MOST_MEASURED = 3_072  # numbers of a small photo of which a square matrix is made, 32 px a side
 MOST_SAMPLES = 1_000_000  # latents that the distribution of styles is read from
 DETECTION_SIDE = 96  # pixels at which a detector looks at a made face: smaller ones are enlarged
 
@@ -76,6 +78,13 @@ def check_question(question: Question, model: Model) -> None:
             f"a question may run a network {MOST_EVALUATIONS:,} times for a face, asked for {asked:,}"
         )
     match question.method:
+        case GuidanceConfig(covariance="isotropic"):
+            measured = 3 * question.downscale.low_side(model.size) ** 2
+            if measured > MOST_MEASURED:
+                raise ConfigError(
+                    f"guidance with covariance isotropic takes apart a matrix of {measured:,} rows; a question may ask "
+                    f"for {MOST_MEASURED:,}"
+                )
         case (
             PulseConfig(mapping_samples=samples)
             | EncodeThenPulseConfig(pulse=PulseConfig(mapping_samples=samples))

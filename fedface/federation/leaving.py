@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fedface.errors import ConfigError, LedgerError
 from fedface.federation.belongings import Belongings
+from fedface.federation.owner import INDEXES
 from fedface.federation.task import figures_book
 from fedface.privacy.journal import Withdrawn
 from fedface.privacy.ledger import Entry, Ledger
@@ -171,9 +172,13 @@ def to_erase(kept: Belongings, *, books: bool) -> list[Going]:
         ConfigError: One of them is a link. Deleting it would leave the file that it points to, and that file may be
             of use to others, such as a key that several devices share.
     """
-    index = f"the index of the photos in {kept.photos}"
     going = [Going(file=kept.device.key_path, what="the shared key")]
-    going += [Going(file=file, what=index) for file in _with_side_files(kept.index)]
+    for place in kept.indexes:
+        where = f"in {kept.photos}" if place == kept.index else "where they lay before"
+        going += [
+            Going(file=file, what=f"the index of the photos {where}") for file in _with_side_files(place)
+        ]
+    going.append(Going(file=kept.device.state / INDEXES, what="the note of where such indexes lie"))
     if books:
         both = (kept.journal, kept.ledger)
         for book in both:

@@ -7,6 +7,7 @@ server, and nothing of it is sent there but the device's chosen name.
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import os
 import unicodedata
@@ -20,11 +21,14 @@ import torch
 from fedface.config import keys_of, read
 from fedface.errors import ConfigError, LibraryError
 from fedface.federation.device import Device
+from fedface.files import replace_text
 from fedface.photos.detectors import EmbeddedDetector, YuNetDetector
+from fedface.photos.index import PhotoIndex, default_cache
 from fedface.photos.library import PhotoLibrary
 from fedface.photos.occasions import OccasionRule
 from fedface.photos.own import OwnFaces
 from fedface.photos.scan import EmptyLibrary, scan_library
+from fedface.privacy.conditions import NotNow
 from fedface.privacy.policy import DevicePolicy
 
 log = logging.getLogger("fedface.device")
@@ -64,15 +68,32 @@ def owner_device(path: Path) -> Device:
     folder, state = home / config.photos.expanduser(), home / config.state.expanduser()
     for lost in lost_folders(config.policy, folder):
         log.warning("%s: policy.%s", path, lost.in_words())
+    if not state.exists():
+        log.warning(
+            "%s: a new state folder is made at %s; what these photos have spent before, if this file or its folder "
+            "was moved, is not known there",
+            path,
+            state,
+        )
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     detector = home / config.detector.expanduser() if config.detector else None
 
+    index = PhotoIndex(default_cache(folder))
+
+    def ready() -> None:
+        if index.is_busy():
+            raise NotNow(
+                f"the photos in {folder} are being scanned; a round would be paid for and see none of them"
+            )
+
     def photos(size: int) -> OwnFaces:
+        note_index(state, index.path)
         return _faces(folder, detector, config, size)
 
     return Device(
         name=config.name,
         photos=photos,
+        ready=ready,
         policy=config.policy,
         state=state,
         server=config.server,
@@ -174,6 +195,7 @@ def _near(wanted: str, folders: Sequence[Path]) -> Path | None:
     return names[found[0]] if found else None
 
 
+INDEXES = "indexes.json"  # in the state folder: where indexes of this device's photos lie
 KINDS = {
     "device": ("name", "photos", "state", "policy"),
     "policy": ("max_epsilon", "delta"),
@@ -233,3 +255,19 @@ def _can_be_cut_out(library: PhotoLibrary, number: int, size: int) -> bool:
         log.exception("a photo could not be cut out; it is left out of this round")
         return False
     return True
+
+
+def note_index(state: Path, index: Path) -> None:
+    """Remember where an index of this device's photos lies: it is named by their folder, which may be moved."""
+    known = noted_indexes(state)
+    if index not in known:
+        replace_text(state / INDEXES, json.dumps([str(path) for path in (*known, index)]))
+
+
+def noted_indexes(state: Path) -> list[Path]:
+    """Every index that was remembered; none where the note cannot be read."""
+    try:
+        told = json.loads((state / INDEXES).read_text(encoding="utf-8"))
+        return [Path(path) for path in told if isinstance(path, str)] if isinstance(told, list) else []
+    except (OSError, ValueError):
+        return []

@@ -104,6 +104,23 @@ class PhotoIndex:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def is_busy(self, patience: float = 10.0) -> bool:
+        """Whether a scan is writing it, and goes on for so many seconds."""
+        if not self.path.is_file():
+            return False
+        try:
+            place = f"{self.path.resolve().as_uri()}?mode=rw"
+            with closing(
+                sqlite3.connect(place, uri=True, timeout=patience, isolation_level=None)
+            ) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute("ROLLBACK")
+        except sqlite3.OperationalError as error:
+            return "locked" in str(error)
+        except sqlite3.Error:
+            return False  # no index at all, which reading says better
+        return False
+
     @contextmanager
     def writing(self, detector: str) -> Iterator[ScanBook]:
         """A scan's book, committed on the way out, however the scan ends.

@@ -8,9 +8,12 @@ that is asked for after these is another look at the photos, and is booked as on
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from fedface.errors import LedgerError
 from fedface.privacy.chain import Page
 
+KEPT_REPLIES = 16  # of the latest runs; bytes of older ones are dropped
 FREE_ATTEMPTS = 3  # computations that may be begun on one booking before one is answered
 
 _BEGUN = (
@@ -96,6 +99,15 @@ def answered(page: Page, run: str, round: int) -> int:
     return 0 if row is None else int(row[0])
 
 
+def unanswered(page: Page, bookings: Iterable[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+    """Those of some bookings, as (run, round, attempt), that have no answer here, kept or dropped."""
+    last = {
+        (run, round): attempt
+        for run, round, attempt in page.sql.execute("SELECT run, round, attempt FROM replies")
+    }
+    return [which for which in bookings if last.get(which[:2], 0) < which[2]]
+
+
 def kept_reply(page: Page, run: str, round: int) -> tuple[int, bytes] | None:
     """The attempt that answered a round, and its bytes; None if it was never answered or they were dropped."""
     row = page.sql.execute(
@@ -118,6 +130,12 @@ def keep_reply(page: Page, run: str, round: int, attempt: int, body: bytes) -> N
     # That a round was answered is remembered for good; its bytes only until the next answer.
     page.sql.execute("UPDATE replies SET body = NULL WHERE run = ?", (run,))
     page.sql.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", (run, round, attempt, body))
+    # Whoever names a new run each time must not fill the disk. A round whose bytes went is booked anew if asked again.
+    page.sql.execute(
+        "UPDATE replies SET body = NULL WHERE body IS NOT NULL AND rowid NOT IN "
+        "(SELECT rowid FROM replies WHERE body IS NOT NULL ORDER BY rowid DESC LIMIT ?)",
+        (KEPT_REPLIES,),
+    )
 
 
 def drop_replies(page: Page, run: str | None) -> int:

@@ -11,7 +11,7 @@ composes all events at reading time, see privacy/accounting.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -27,12 +27,12 @@ from fedface.privacy.accounting import (
     event_to_json,
 )
 from fedface.privacy.chain import Chain, Clock, Form, Line, Page, in_utc, utc_now
-from fedface.privacy.limits import Limit
+from fedface.privacy.limits import Limit, Shortfall
 from fedface.privacy.mechanism import Event
 from fedface.privacy.neighbours import seen_by
-from fedface.privacy.target import delta_in_words
 from fedface.units import UNITS, Unit
 
+MOST_KINDS = 500  # of releases, each with its own noise or rate: each makes pricing them together slower
 PAYS_FOR = timedelta(days=1)  # how long a booking waits for its answer where limits count days
 LONGEST_PERIOD = 100 * 366.0  # days; a longer one counts as this, so that every period begins after year 1
 
@@ -76,25 +76,6 @@ class Entry:
     def time(self) -> datetime:
         """When it was written."""
         return in_utc(datetime.fromisoformat(self.written))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shortfall:
-    """The first limit that a release would break, and by how much; every number is an upper bound."""
-
-    limit: Limit  # what is allowed, at which delta, of which unit and period
-    asked: float  # what the release alone costs
-    spent: float  # what is booked in the limit's period
-    together: float  # what both cost together, composed: less than their sum
-
-    def in_words(self) -> str:
-        """All numbers in one phrase that can follow "asks for"."""
-        limit = self.limit
-        period = "for life" if limit.days is None else f"in any {limit.days:g} days"
-        return (
-            f"epsilon {self.asked:.3f}; {self.spent:.3f} of {limit.epsilon:g} is already spent "
-            f"(together {self.together:.3f}, delta {delta_in_words(limit.delta)}, per {limit.unit} {period})"
-        )
 
 
 class Ledger:
@@ -141,6 +122,14 @@ class Ledger:
         """The entries as plain dicts, for the owner to read or keep."""
         return [asdict(entry) for entry in self.entries()]
 
+    def unanswered(self, numbers: Iterable[int]) -> list[Entry]:
+        """Those entries, of these numbers, that were never answered as far as this ledger knows."""
+        with self._chain.reading() as page:
+            chosen = set(numbers)
+            entries = [entry for entry in _entries(page) if entry.number in chosen]
+            lacking = set(answers.unanswered(page, ((e.run, e.round, e.attempt) for e in entries)))
+        return [entry for entry in entries if (entry.run, entry.round, entry.attempt) in lacking]
+
     def already(self, run: str, round: int) -> bool:
         """Whether a round has been booked, whether or not its reply was kept."""
         return any(entry.run == run and entry.round == round for entry in self.entries())
@@ -179,6 +168,7 @@ class Ledger:
             None if every limit holds; otherwise the first that does not.
 
         Raises:
+            PolicyRefusal: It is one kind of release too many to be priced.
             ValueError: No limit at all was given.
         """
         return self._shortfall(self.entries(), event, limits, told)
@@ -188,6 +178,14 @@ class Ledger:
     ) -> Shortfall | None:
         if not limits:
             raise ValueError("a release needs at least one limit, got none")
+        kinds = {(entry.event, _unit(json.loads(entry.marks))) for entry in entries} | {
+            (event_to_json(event), told)
+        }
+        if len(kinds) > MOST_KINDS:
+            raise PolicyRefusal(
+                f"this device has answered {MOST_KINDS} kinds of releases, each with a noise or a rate of its own, and "
+                "takes no more: pricing them together would take minutes, however little each costs"
+            )
         now = self._time()
         for limit in limits:
             since = None if limit.days is None else now - timedelta(days=min(limit.days, LONGEST_PERIOD))

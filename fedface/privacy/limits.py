@@ -38,3 +38,22 @@ class Limit:
     def __str__(self) -> str:
         period = "for life" if self.days is None else f"in any {self.days:g} days"
         return f"epsilon {self.epsilon:g} at delta {delta_in_words(self.delta)} per {self.unit} {period}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shortfall:
+    """The first limit that a release would break, and by how much; every number is an upper bound."""
+
+    limit: Limit  # what is allowed, at which delta, of which unit and period
+    asked: float  # what the release alone costs
+    spent: float  # what is booked in the limit's period
+    together: float  # what both cost together, composed: less than their sum
+
+    def in_words(self) -> str:
+        """All numbers in one phrase that can follow "asks for"."""
+        limit = self.limit
+        period = "for life" if limit.days is None else f"in any {limit.days:g} days"
+        return (
+            f"epsilon {self.asked:.3f}; {self.spent:.3f} of {limit.epsilon:g} is already spent "
+            f"(together {self.together:.3f}, delta {delta_in_words(limit.delta)}, per {limit.unit} {period})"
+        )

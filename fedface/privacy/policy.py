@@ -15,8 +15,8 @@ from pathlib import Path
 
 from fedface.errors import PolicyRefusal
 from fedface.privacy.conditions import Conditions, Surroundings, ThisMachine, last_day
-from fedface.privacy.ledger import Entry, Ledger, Shortfall
-from fedface.privacy.limits import Limit
+from fedface.privacy.ledger import Entry, Ledger
+from fedface.privacy.limits import Limit, Shortfall
 from fedface.privacy.plan import Plan, Terms
 from fedface.privacy.target import check_delta, delta_in_words
 from fedface.units import UNITS, Unit, covers, unit_in_words

@@ -248,10 +248,11 @@ def payments(lines: Sequence[Sent | Withdrawn], entries: Sequence[Entry]) -> dic
     """The entry that paid for each line of the journal that names one, by the line's number.
 
     Raises:
-        LedgerError: The ledger has no such entry, or it is of another run or round.
+        LedgerError: The ledger has no such entry, or it is of another run or round, or it paid for two answers.
     """
     by_number = {entry.number: entry for entry in entries}
     paid = {}
+    answers: dict[int, str] = {}
     for line in lines:
         if not isinstance(line, Sent) or line.entry is None:
             continue
@@ -260,6 +261,12 @@ def payments(lines: Sequence[Sent | Withdrawn], entries: Sequence[Entry]) -> dic
             raise LedgerError(
                 f"line {line.number} of the journal says that entry {line.entry} paid for round {line.round} of "
                 f"{line.run}; the ledger has no such entry. Restore both files from one moment"
+            )
+        if answers.setdefault(line.entry, line.digest_of_payload) != line.digest_of_payload:
+            raise LedgerError(
+                f"entry {line.entry} of the ledger pays for one answer, and the journal knows two different ones (the "
+                f"second in line {line.number}): the ledger was put back in between. Treat these photos as spent more "
+                "than it says"
             )
         paid[line.number] = entry
     return paid

@@ -35,6 +35,7 @@ from fedface.training.unit_sums import clipped_sum
 
 _PHOTOS_AT_ONCE = 16  # whose gradients are in memory together
 MOST_MADE = 4096  # made pictures in a step, and generator steps after each of the critic's
+MOST_MADE_IN_A_ROUND = 1_000_000  # a stranger's task must not keep a device busy for days
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,12 @@ class GanTrainingConfig:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
             if getattr(self, name) > MOST_MADE:
                 raise ValueError(f"{name} must be at most {MOST_MADE}, got {getattr(self, name)}")
+        made = self.steps_per_round * (self.generator_steps + 1) * self.made_batch
+        if made > MOST_MADE_IN_A_ROUND:
+            raise ValueError(
+                f"steps_per_round * (generator_steps + 1) * made_batch must be at most {MOST_MADE_IN_A_ROUND:,} made "
+                f"pictures in a round, got {made:,}"
+            )
         for name in ("critic_rate", "generator_rate"):
             if not 0 < getattr(self, name) < 100:
                 raise ValueError(f"{name} must lie in (0, 100), got {getattr(self, name)}")

@@ -24,6 +24,7 @@ from fedface.models.stylegan2 import GeneratorConfig
 from fedface.models.weights import buffers_of, vector_of, weights_hash
 from fedface.photos.own import OwnFaces
 from fedface.privacy.accounting import epsilon_of
+from fedface.privacy.conditions import NotNow
 from fedface.privacy.ledger import Ledger
 from fedface.shapes import Images, Vector
 from fedface.training.ways import Round
@@ -431,3 +432,37 @@ def test_a_device_does_not_open_the_sum_of_another_round(tmp_path: Path) -> None
     assert isinstance(first, Trained) and isinstance(serve(replace(task, round=2), device), Trained)
     with pytest.raises(FederationError, match="wanted the sum of round 2, got one of round 1"):
         serve(reveal_task(experiment, Payload.from_bytes(first.payload), round=2), device)
+
+
+def test_a_ledger_put_back_to_before_an_answer_is_noticed_by_the_journal(
+    device: Device, task: TrainTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ledger and head copied between booking and answer, and put back: the same booking would pay for two answers."""
+    copies: dict[Path, bytes] = {}
+    begin = Ledger.begin
+
+    def copied(self: Ledger, run: str, round: int, *, attempt: int) -> None:
+        for file in (device.ledger_path, device.ledger_path.with_name("ledger.sqlite.head")):
+            copies[file] = file.read_bytes()
+        begin(self, run, round, attempt=attempt)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "begin", copied)
+        assert isinstance(serve(task, device), Trained)
+    for file, content in copies.items():
+        file.write_bytes(content)
+    with pytest.raises(LedgerError, match="answers that the ledger does not know"):
+        serve(task, device)
+
+
+def test_a_round_while_photos_cannot_be_read_is_put_off_and_not_paid_for(
+    device: Device, task: TrainTask
+) -> None:
+    def scanning() -> None:
+        raise NotNow("the photos are being scanned")
+
+    reply = serve(task, replace(device, ready=scanning))
+    assert (
+        isinstance(reply, Refusal) and "scanned" not in reply.reason and "not take part now" in reply.reason
+    )
+    assert not device.ledger().entries()

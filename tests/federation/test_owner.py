@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sqlite3
+from functools import partialmethod
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +14,9 @@ import pytest
 from fedface.aggregation.protocol import Agreement, PlainConfig
 from fedface.config import parse
 from fedface.errors import ConfigError
+from fedface.federation.belongings import belongings
 from fedface.federation.device import serve
+from fedface.federation.leaving import erase
 from fedface.federation.owner import check_kind, checked_owner, lost_folders, owner_device
 from fedface.federation.task import Agreed, Refusal, TrainTask
 from fedface.models.critic import Critic, CriticConfig
@@ -20,8 +24,10 @@ from fedface.models.family import GanShape
 from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
 from fedface.models.weights import buffers_of, vector_of
 from fedface.photos.drawn import ToneMix, draw, sample_faces
+from fedface.photos.index import PhotoIndex, default_cache
 from fedface.photos.pixels import write_png
 from fedface.photos.scan import scan_library
+from fedface.privacy.conditions import NotNow
 from fedface.privacy.plan import make_plan
 from fedface.privacy.policy import DevicePolicy
 from fedface.privacy.target import NoPromise
@@ -229,3 +235,47 @@ def test_a_run_that_the_policy_refuses_reads_no_photo_and_books_nothing(home: Pa
     answer = serve(task, owner_device(home / "device.yaml"))
     assert isinstance(answer, Refusal) and answer.device == "kitchen" and "plain" in answer.reason
     assert not (home / "indexes").exists()
+
+
+def test_a_scan_by_hand_puts_rounds_off_until_it_ends(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round would be paid for and see no photo."""
+    device = owner_device(home / "device.yaml")
+    device.ready()
+    assert len(device.photos(16)) == 3
+    index = PhotoIndex(default_cache(home / "photos"))
+    monkeypatch.setattr(PhotoIndex, "is_busy", partialmethod(_is_busy, patience=0.05))
+    with index.writing("another"):
+        scanning = sqlite3.connect(index.path, isolation_level=None)
+        scanning.execute("BEGIN IMMEDIATE")
+        with pytest.raises(NotNow):
+            device.ready()
+        scanning.execute("ROLLBACK")
+        scanning.close()
+    device.ready()
+
+
+_is_busy = PhotoIndex.is_busy
+
+
+def test_an_index_of_a_folder_that_was_moved_is_erased_too(home: Path) -> None:
+    """It holds dates, places and where faces are, under the old folder's name."""
+    owner_device(home / "device.yaml").photos(16)
+    first = default_cache(home / "photos")
+    (home / "photos").rename(home / "pictures")
+    (home / "device.yaml").write_text(FILE.replace("photos: photos", "photos: pictures"))
+    owner_device(home / "device.yaml").photos(16)
+    second = default_cache(home / "pictures")
+    assert first.exists() and second.exists()
+    kept = belongings(home / "device.yaml")
+    assert set(kept.indexes) == {first, second}
+    erase(kept, books=False)
+    assert not first.exists() and not second.exists() and not (home / "state" / "indexes.json").exists()
+
+
+def test_a_new_state_folder_is_said(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A device file that was moved away from its state counts from zero: nobody but its owner can know."""
+    owner_device(home / "device.yaml")
+    assert "is not known there" in caplog.text
+    caplog.clear()
+    owner_device(home / "device.yaml")
+    assert not caplog.text

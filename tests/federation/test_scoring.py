@@ -19,7 +19,8 @@ from fedface.photos.own import OwnFaces
 from fedface.privacy.plan import Schedule, Terms
 from fedface.randomness import Streams
 from fedface.upsampling.contracts import Upsampled
-from fedface.upsampling.degrade import BicubicPulse, Chain, Noise
+from fedface.upsampling.degrade import Bicubic, BicubicPulse, Chain, Noise
+from fedface.upsampling.guidance import GuidanceConfig
 from fedface.upsampling.langevin import LangevinConfig
 from fedface.upsampling.methods import EncodeThenPulseConfig, Method, evaluations_of
 from fedface.upsampling.pulse import Pulse, PulseConfig
@@ -115,6 +116,16 @@ def test_questions_that_no_device_should_begin_with_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         check_question(replace(question, **changes), gan)  # type: ignore[arg-type]
+
+
+def test_a_matrix_that_would_fill_the_memory_is_refused_before_anything_is_booked(
+    gan: Gan, question: Question, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3 * 16 * 16 measured numbers, here with room for 700."""
+    monkeypatch.setattr(figures, "MOST_MEASURED", 700)
+    whole = replace(question, method=GuidanceConfig(covariance="isotropic"), downscale=Bicubic(1))
+    with pytest.raises(ConfigError, match="matrix of 768 rows"):
+        check_question(whole, gan)
 
 
 def test_a_method_that_does_not_go_with_the_model_is_found_out_before_a_photo_is_read(

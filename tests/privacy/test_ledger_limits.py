@@ -153,3 +153,22 @@ def test_a_run_per_photo_uses_up_every_budget_per_occasion(ledger: Ledger) -> No
     with pytest.raises(PolicyRefusal, match="asks for epsilon inf.*per occasion for life"):
         ledger.book_within(EVENT, [per_occasion], run="r", round=0)
     assert ledger.room_for(EVENT, [per_occasion], told="occasion") is None
+
+
+def test_nearly_free_releases_do_not_fill_the_disk_nor_slow_a_device_down_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new run each time: the last sixteen answers are kept, and after so many kinds of noise it says no."""
+    monkeypatch.setattr("fedface.privacy.ledger.MOST_KINDS", 20)
+    ledger = Ledger.open(tmp_path / "ledger.db")
+    limit = Limit(epsilon=1.0, delta=DELTA)
+    for number in range(20):
+        event = dp.GaussianDpEvent(1e6 + number)
+        for again in range(2):
+            entry = ledger.book_within(event, [limit], run=f"run-{number}-{again}", round=1)
+            ledger.store_reply(entry.run, 1, b"x" * 1000, attempt=entry.attempt)
+    kept = [entry.run for entry in ledger.entries() if ledger.stored_reply(entry.run, 1) is not None]
+    assert kept == [f"run-{number}-{again}" for number in range(12, 20) for again in range(2)]
+    assert not ledger.unanswered(range(1, 41))
+    with pytest.raises(PolicyRefusal, match="20 kinds of releases"):
+        ledger.book_within(dp.GaussianDpEvent(5e5), [limit], run="one more", round=1)

@@ -220,3 +220,9 @@ def test_a_number_out_of_bounds_is_refused_by_name(change: dict[str, float], wor
     """At the door."""
     with pytest.raises(ValueError, match=words):
         replace(ONE_STEP, **change)  # type: ignore[arg-type]
+
+
+def test_a_round_that_would_take_years_is_no_recipe() -> None:
+    """Each factor is allowed by itself; a stranger's task multiplies them."""
+    with pytest.raises(ValueError, match="made pictures in a round, got 1,200,000"):
+        GanTrainingConfig(steps_per_round=100, generator_steps=999, made_batch=12)

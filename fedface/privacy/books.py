@@ -1,0 +1,26 @@
+"""Ledger and journal beside each other: each notices by itself that it was put back, and here that the other was.
+
+Called from federation/device.py before anything is answered.
+"""
+
+from __future__ import annotations
+
+from fedface.errors import LedgerError
+from fedface.privacy.journal import Journal
+from fedface.privacy.ledger import Ledger
+
+
+def check_books(journal: Journal, ledger: Ledger) -> None:
+    """Raises LedgerError if the journal knows bookings or answers that the ledger lacks: then it was put back."""
+    known = len(ledger.entries())
+    paid = {line.entry for line in journal.sent() if line.entry is not None}
+    if any(number > known for number in paid):
+        lacks = "bookings that the ledger does not have"
+    elif ledger.unanswered(paid):
+        lacks = "answers that the ledger does not know to be given"
+    else:
+        return
+    raise LedgerError(
+        f"the journal names {lacks}: the ledger was put back; restore the newest copy of both, or treat these photos "
+        "as spent"
+    )
