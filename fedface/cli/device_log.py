@@ -21,8 +21,9 @@ from fedface.federation.owner import check_kind, is_open
 from fedface.privacy.chain import utc_now
 from fedface.privacy.journal import Sent
 from fedface.privacy.policy import overspent
-from fedface.reports import wording
-from fedface.reports.device_log import NOT_COVERED, DeviceLog, Told, make_log, moment, render
+from fedface.reports import log_words, wording
+from fedface.reports.device_log import DeviceLog, Told, make_log, render
+from fedface.reports.log_words import moment
 
 DeviceArgument = Annotated[Path, typer.Argument(help="The device's file, such as device.yaml.")]
 YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
@@ -110,7 +111,7 @@ def _print_log(log: DeviceLog, *, unpromised: bool) -> None:
         _say(f"You left {name}: nothing but refusals leaves for it since {moment(when)}.")
     if log.sent:
         _say("Not covered by these numbers:")
-        _list(NOT_COVERED)
+        _list(log_words.not_covered(log.bare))
 
 
 def _print_told(told: Told) -> None:

@@ -24,7 +24,8 @@ from fedface.privacy.ledger import FORM as LEDGER
 from fedface.privacy.ledger import Entry
 from fedface.privacy.policy import EVALUATION
 from fedface.privacy.target import delta_in_words
-from fedface.reports.device_log import MOMENTS, Price, price_of, promised, shown, totals
+from fedface.reports.device_log import MOMENTS, Price, price_of, promised, totals
+from fedface.reports.log_words import shown
 from fedface.units import UNITS, Unit
 
 device = typer.Typer(help="For the owner of a device.", no_args_is_help=True, rich_markup_mode=None)

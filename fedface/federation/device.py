@@ -42,7 +42,7 @@ from fedface.models.weights import filled, weights_hash
 from fedface.photos.own import OwnFaces
 from fedface.privacy.books import check_books
 from fedface.privacy.conditions import NotNow
-from fedface.privacy.journal import Journal, What
+from fedface.privacy.journal import OF_FIGURES, Journal, What
 from fedface.privacy.ledger import Entry, Ledger
 from fedface.privacy.plan import Terms
 from fedface.privacy.policy import EVALUATION, DevicePolicy
@@ -149,6 +149,9 @@ def _noted(reply: Reply, task: Task, device: Device, journal: Journal, entry: En
             )
         case Refusal(reason=reason):
             what, sent, protection = "refusal", reason.encode(), "nothing of a photo is in it"
+    words = reply.reason if isinstance(reply, Refusal) else ""
+    if isinstance(task, RevealTask) and task.of == "figures" and not words:
+        words = OF_FIGURES
     journal.note_sent(
         sent,
         run=task.run,
@@ -157,7 +160,7 @@ def _noted(reply: Reply, task: Task, device: Device, journal: Journal, entry: En
         receiver=device.server,
         protection=protection,
         entry=None if entry is None else entry.number,
-        words=reply.reason if isinstance(reply, Refusal) else "",
+        words=words,
     )
     return reply
 

@@ -19,6 +19,7 @@ from fedface.privacy.chain import Chain, Clock, Form, Line, Page, utc_now
 
 What = Literal["update", "figures", "opened sum", "refusal"]
 AGAIN = "sent again"
+OF_FIGURES = "of figures"  # said of an opened sum
 
 FORM = Form(noun="journal", table="lines", columns=("kind TEXT NOT NULL", "said TEXT NOT NULL"))
 

@@ -22,28 +22,20 @@ from jinja2 import Environment, StrictUndefined
 
 from fedface.errors import LedgerError, PrivacyError
 from fedface.privacy.accounting import Bounds, compose, epsilon_of, event_from_json
-from fedface.privacy.journal import AGAIN, Sent, Withdrawn
+from fedface.privacy.journal import AGAIN, OF_FIGURES, Sent, Withdrawn
 from fedface.privacy.ledger import LONGEST_PERIOD, Entry
 from fedface.privacy.limits import Limit
 from fedface.privacy.neighbours import seen_by
 from fedface.privacy.policy import DevicePolicy
 from fedface.privacy.target import delta_in_words
-from fedface.reports import wording
+from fedface.reports import log_words, wording
+from fedface.reports.log_words import moment, shown
 from fedface.units import UNITS, Unit, unit_in_words
 
 TEMPLATE = Path(__file__).with_name("device_log.html")
 MOMENTS = 24  # how often a total is computed for a table or a curve; each takes about a second
 MINUS = "\N{MINUS SIGN}"  # a line does not break after it
 WIDE, HIGH = 344.0, 120.0  # of the plot, in units of the page's SVG
-NOT_COVERED = (
-    "that this device took part, when it answered and how long that took: the server knows it, and nothing of it "
-    "is counted",
-    "refusals: they hold nothing of a photo, but may tell how much is spent and allowed",
-    "messages that a task failed: they name the kind of error and are not listed here",
-    "what is true of people in general: somebody may learn it from others' photos, with yours or without",
-    "what left before this device kept a journal, and photos that you shared in other ways",
-    "programs: the server may send code of its own unless you forbid it (clients/README.md)",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +77,8 @@ class Told:
                 return f"An update of a network's weights, for {run}, round {round}"
             case Sent(what="figures", run=run, round=round):
                 return f"Figures about how well a model serves these photos, for {run}, question {round}"
+            case Sent(what="opened sum", run=run, round=round, words=words) if OF_FIGURES in words:
+                return f"The opened sum of several devices' figures, for {run}, question {round}"
             case Sent(what="opened sum", run=run, round=round):
                 return f"The opened sum of several devices, for {run}, round {round}"
             case Sent(run=run, round=round, words=words):
@@ -153,6 +147,7 @@ class DeviceLog:
     budgets: tuple[Budget, ...]  # of the policy, for all runs together; the first counts for life
     unsent: tuple[Entry, ...]  # booked, without a line in the journal
     withdrawn: Mapping[str, str]  # runs that the owner has left, and when
+    bare: int  # payloads that the server saw without noise, because it adds the noise itself
     now: datetime
 
     @property
@@ -174,6 +169,7 @@ class DeviceLog:
                 for told in self.told
             ],
             "bytes": self.bytes,
+            "seen_by_the_server_without_noise": self.bare,
             "budgets": [
                 {"allowed": asdict(budget.limit), "spent": budget.spent.record(), "left": budget.left}
                 for budget in self.budgets
@@ -235,8 +231,15 @@ def make_log(
             entry for entry in entries if entry.number not in numbers and (run is None or _asked(entry, run))
         ),
         withdrawn=withdrawn,
+        bare=sum(_is_bare(each.line, paid) for each in told),
         now=now,
     )
+
+
+def _is_bare(line: Sent | Withdrawn, paid: Mapping[int, Entry]) -> bool:
+    if not isinstance(line, Sent) or line.number not in paid or line.words.startswith(AGAIN):
+        return False
+    return bool(json.loads(paid[line.number].marks).get("noise_at") == "server")
 
 
 def line_record(line: Sent | Withdrawn) -> dict[str, Any]:
@@ -320,20 +323,6 @@ def course(entries: Sequence[Entry], limit: Limit, now: datetime) -> list[tuple[
     return [(at, _spent(known, limit, at).bounds.upper) for at, known in [*then, (now, entries)]]
 
 
-def shown(value: float) -> str:
-    """An epsilon to read: three places, more where it is small."""
-    if value in (0, math.inf):
-        return "no bound" if value else "0"
-    places = 3 if value >= 0.1 else min(9, 2 - math.floor(math.log10(value)))
-    return f"{value:,.{places}f}"
-
-
-def moment(written: str) -> str:
-    """`3 May 2026, 21:04 UTC`, of a time in ISO 8601."""
-    time = datetime.fromisoformat(written)
-    return f"{time.day} {time:%B %Y, %H:%M} UTC"
-
-
 def render(log: DeviceLog) -> str:
     """The page as HTML text; takes about a second for each point of its curves."""
     source = TEMPLATE.read_text(encoding="utf-8")
@@ -356,7 +345,10 @@ def render(log: DeviceLog) -> str:
         unit=unit_in_words(life.spent.unit),
         sure=wording.percent(1 / (1 + math.exp(-life.spent.bounds.upper))),
         one_in=wording.one_in(life.spent.delta),
-        not_covered=NOT_COVERED,
+        kinds=log_words.kinds(log.sent),
+        what_left=log_words.what_left(log.sent, log.device),
+        never_left=log_words.never_left(log.sent, log.bare),
+        not_covered=log_words.not_covered(log.bare),
         left_runs={run: moment(when) for run, when in log.withdrawn.items()},
     )
 

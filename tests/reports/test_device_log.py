@@ -21,17 +21,9 @@ from fedface.privacy.ledger import Entry, Ledger
 from fedface.privacy.mechanism import ClippedSum, Event, GaussianSum
 from fedface.privacy.neighbours import seen_by
 from fedface.privacy.policy import DevicePolicy, Period
-from fedface.reports import device_log
-from fedface.reports.device_log import (
-    MOMENTS,
-    DeviceLog,
-    course,
-    make_log,
-    price_of,
-    render,
-    shown,
-    totals,
-)
+from fedface.reports import device_log, log_words
+from fedface.reports.device_log import MOMENTS, DeviceLog, course, make_log, price_of, render, totals
+from fedface.reports.log_words import shown
 
 START = datetime(2026, 3, 1, 21, 4, tzinfo=UTC)
 POLICY = DevicePolicy(max_epsilon=8, delta=1e-6, periods=(Period(days=30, epsilon=2),))
@@ -275,6 +267,32 @@ def test_nothing_hostile_becomes_markup_and_nothing_is_loaded(books: Books) -> N
     style = text.partition("<style>")[2].partition("</style>")[0]
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     assert f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'" in text
+
+
+def test_what_the_server_saw_without_noise_is_said_first(books: Books) -> None:
+    """A promise per library is one to others; a promise per photo is one to the server too."""
+    marks = {"unit": "library", "noise_at": "server"}
+    entry = books.ledger.book(noised(5.0), run="r", round=1, marks=marks)
+    for _ in range(2):  # sent twice, seen once
+        books.send(b"bare", entry)
+    log = books.log(policy=replace(POLICY, unit="library"))
+    assert log.bare == 1 and log_words.kinds(log.sent) == ["1 update (1 sent again)"]
+    text = render(log)
+    assert "towards it there is no epsilon" in text and "else than the server" in text
+    assert log_words.not_covered(log.bare)[0].startswith("the server itself: it saw one of these payloads")
+    assert "how many photos" not in text.partition("What never left</h3>")[2].partition("</ul>")[0]
+
+
+def test_counts_are_not_said_to_have_stayed_when_figures_left(books: Books) -> None:
+    books.send(b"x", books.book(noised(5.0)))
+    assert log_words.never_left(books.log().sent, 0)[1] == "how many photos or faces there are"
+    entry = books.book(noised(6.0), run="r/figures")
+    books.journal.note_sent(
+        b"y", run="r", round=1, what="figures", receiver="home", protection="noise", entry=entry.number
+    )  # fmt: skip
+    text = render(books.log())
+    assert "but for the counts among the figures" in text and "1 update, 1 set of figures" in text
+    assert "have which skin tones" in text
 
 
 def test_a_page_without_a_journal_says_so(tmp_path: Path) -> None:
