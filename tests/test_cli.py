@@ -88,6 +88,15 @@ def test_check_says_what_travels_bare_to_a_trusted_server(fedface, tmp_path: Pat
     assert "what bare updates and figures let the server guess about them, nothing bounds" in said
 
 
+def test_check_warns_of_noise_that_drowns_the_sum_of_few_devices(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Length sigma * sqrt(8,007) against two updates of length 1: some fifty times."""
+    library = "promise={kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, trust: server}"
+    said = " ".join(fedface("check", str(tiny_file(tmp_path)), "--set", library).out.split())
+    sigma = tiny_experiment(tmp_path, {"promise": library.partition("=")[2]}).plan().noise_multiplier
+    assert f"about {sigma * 8007**0.5 / 2:,.0f} times as long as the sum of 2 devices' updates" in said
+    assert "warning" not in fedface("check", str(tiny_file(tmp_path))).out
+
+
 def test_check_does_not_fill_a_terminal_with_a_line_for_each_of_many_devices(  # type: ignore[no-untyped-def]
     fedface, tmp_path: Path
 ) -> None:

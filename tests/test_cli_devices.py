@@ -22,8 +22,8 @@ from fedface.federation.device import serve
 from fedface.federation.task import Refusal, Trained
 from fedface.privacy.accounting import compose, epsilon_of
 from fedface.privacy.ledger import Ledger
+from fedface.privacy.limits import at_most
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
-from fedface.privacy.policy import at_most
 
 EVENT = GaussianSum(sigma=6.0, clip_norm=1.0).event()
 FILE = """
@@ -440,6 +440,23 @@ def test_a_folder_is_no_ledger(fedface, home: Path) -> None:  # type: ignore[no-
     assert fedface("ledger", "verify", "photos").sentence.startswith("photos: is a folder; wanted")
 
 
+def test_an_erasure_that_was_cut_short_after_its_copy_is_ended_by_the_same_command(
+    fedface, used: Path
+) -> None:  # type: ignore[no-untyped-def]
+    """While the books are whole the copy is known again; when a part has gone, the way out is named."""
+    command = ("device", "erase", "device.yaml", "--yes", "--ledger", "--export", "copy.json")
+    copy = fedface("ledger", "export", "device.yaml").out
+    (used / "copy.json").write_text(copy)
+    ledger = (used / "state" / "ledger.sqlite").read_bytes()
+    said = fedface(*command)
+    assert said.code == 0 and "holds a copy of ledger and journal as they are" in said.out
+    assert (used / "copy.json").read_text() == copy and not (used / "state" / "ledger.sqlite").exists()
+    (used / "state" / "ledger.sqlite").write_bytes(ledger[:-1])
+    (used / "state" / "ledger.sqlite.head").write_text("f" * 64)
+    assert "--no-export in place of --export ends it" in fedface(*command).sentence
+    assert fedface("device", "erase", "device.yaml", "--yes", "--ledger", "--no-export").code == 0
+
+
 def test_deltas_are_written_in_one_way(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
     """1e-4, in each of these commands."""
     (used / "device.yaml").write_text(FILE.replace("STATE", "state").replace("1e-3", "1e-4"))
@@ -473,6 +490,25 @@ def wait():
             print("kept", flush=True)
 call(app)
 """
+
+
+STUCK = WAITING.replace(
+    "time.sleep(60)", "threading.Thread(target=time.sleep, args=(60,)).start(); time.sleep(60)"
+)
+
+
+def test_an_interrupt_that_takes_long_says_so_and_another_ends_it_at_once() -> None:
+    """A thread that computes is waited for; whoever cannot wait loses nothing that was finished."""
+    script = STUCK.replace("import time, typer", "import threading, time, typer")
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as stuck:
+        assert stuck.stdout is not None and stuck.stdout.readline() == "ready\n"
+        stuck.send_signal(signal.SIGINT)
+        time.sleep(3.0)
+        assert stuck.poll() is None
+        stuck.send_signal(signal.SIGINT)
+        assert stuck.wait(timeout=20) == -signal.SIGINT
 
 
 def test_several_interrupts_in_quick_succession_are_one() -> None:

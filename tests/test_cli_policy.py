@@ -12,8 +12,8 @@ from command_line import caller
 from fedface.experiment import Experiment, read_experiment
 from fedface.privacy.conditions import Power, ThisMachine
 from fedface.privacy.ledger import Ledger
+from fedface.privacy.limits import at_most
 from fedface.privacy.mechanism import GaussianSum
-from fedface.privacy.policy import at_most
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "experiments" / "demo.yaml"
@@ -319,10 +319,14 @@ def test_a_policy_that_has_ended_says_so(check, willing: Path) -> None:  # type:
     """Exit code 1 only if a run was named: without one nothing was asked."""
     willing.write_text(WILLING + "expires: 2020-01-01\n")
     said = check(willing)
-    assert said.code == 0 and said.out.splitlines()[0] == "it ended on 2020-01-01; everything is refused"
+    assert (
+        said.code == 0
+        and said.out.splitlines()[0] == "this policy ended on 2020-01-01; everything is refused"
+    )
     assert check(willing, "--experiment", DEMO).code == 1
     assert (
-        json.loads(check(willing, "--json").out)["ended"] == "it ended on 2020-01-01; everything is refused"
+        json.loads(check(willing, "--json").out)["ended"]
+        == "this policy ended on 2020-01-01; everything is refused"
     )
 
 

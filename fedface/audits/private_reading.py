@@ -112,6 +112,8 @@ class PrivateFigures:
         )
 
     def _hidden_sentence(self, name: str) -> str:
+        if FIGURES[name].kind == "rate" and self.hidden[name][0] >= 1:
+            return f"{FIGURES[name].title}, any difference at all"
         whole, noise = (f"{width:.{FIGURES[name].digits}f}" for width in self.hidden[name])
         unit = f" {FIGURES[name].unit}".rstrip()
         return f"{FIGURES[name].title}, {whole}{unit} ({noise} by noise alone)"

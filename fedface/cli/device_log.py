@@ -14,13 +14,13 @@ from typing import Annotated
 import typer
 
 from fedface.cli.terminal import JsonOption, cell, console, progress_bars, warn
-from fedface.errors import ConfigError
+from fedface.errors import ConfigError, LedgerError
 from fedface.federation.belongings import Belongings, belongings, export, verify, write_alone
 from fedface.federation.leaving import Going, erase, erasing, leave, stake, to_erase
 from fedface.federation.owner import check_kind, is_open
 from fedface.privacy.chain import utc_now
 from fedface.privacy.journal import Sent
-from fedface.privacy.policy import overspent
+from fedface.privacy.limits import overspent
 from fedface.reports import log_words, wording
 from fedface.reports.device_log import DeviceLog, Told, make_log, render
 from fedface.reports.log_words import moment
@@ -163,7 +163,11 @@ def device_erase(
         raise ConfigError("--ledger wants either --export FILE, for a copy first, or --no-export")
     kept = owned(device)
     if export_to is not None and export_to.exists():
-        raise ConfigError(f"{export_to}: is there already, and is not overwritten; name another file")
+        # Written by this very command before it was cut short, or something else that must not be lost.
+        if not _is_copy(export_to, kept):
+            raise ConfigError(f"{export_to}: is there already, and is not overwritten; name another file")
+        _say(f"{export_to} holds a copy of ledger and journal as they are.")
+        export_to = None
     plan = to_erase(kept, books=ledger)
     _say(f"Erasing what {kept.device.name} keeps:")
     _list([str(one) for one in plan if one.found] or ["no file of it is there"])
@@ -195,6 +199,24 @@ def _meaning(kept: Belongings, plan: Sequence[Going], *, books: bool) -> list[st
         for sentence in erasing(books=books)
         if all(is_there or not sentence.startswith(words) for words, is_there in there.items())
     ]
+
+
+def _is_copy(file: Path, kept: Belongings) -> bool:
+    """Whether a file is an export of ledger and journal as they are now.
+
+    Raises:
+        ConfigError: They cannot be read any more.
+    """
+    try:
+        told, now = json.loads(file.read_text(encoding="utf-8")), json.loads(_copy(kept))
+    except LedgerError as error:
+        raise ConfigError(
+            f"{error}. {file} is there already: if it is the copy of an erasure that was cut short, --no-export in "
+            "place of --export ends it"
+        ) from error
+    except (OSError, ValueError):
+        return False
+    return isinstance(told, dict) and {**told, "made": now["made"]} == now
 
 
 def _copy(kept: Belongings) -> str:

@@ -29,18 +29,11 @@ from fedface.federation.owner import check_kind, checked_owner, is_open, lost_fo
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.conditions import NotNow, ThisMachine
 from fedface.privacy.ledger import FORM, LONGEST_PERIOD, Ledger
-from fedface.privacy.limits import Limit
+from fedface.privacy.limits import Limit, at_most, limit_in_words, overspent, short_in_words
 from fedface.privacy.mechanism import Event
 from fedface.privacy.neighbours import seen_by
 from fedface.privacy.plan import Plan, Terms
-from fedface.privacy.policy import (
-    EVALUATION,
-    DevicePolicy,
-    at_most,
-    limit_in_words,
-    overspent,
-    short_in_words,
-)
+from fedface.privacy.policy import EVALUATION, DevicePolicy
 from fedface.privacy.target import NoPromise, delta_in_words
 from fedface.training.ways import objective_of
 from fedface.units import Unit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,7 +25,9 @@ from fedface.federation.flower import in_process_cohort
 from fedface.federation.folders import locked, new_folder, resumed_folder
 from fedface.federation.orders import devices_folder
 from fedface.federation.simulated import check_sources, describe_devices, prepare
+from fedface.federation.state import weights_path
 from fedface.models.weights import vector_of
+from fedface.privacy.plan import Plan
 from fedface.privacy.target import NoPromise, PrivacyTarget
 from fedface.reports import card, page, run, short_answer, wording
 from fedface.reports.quantities import Interval
@@ -76,10 +79,12 @@ def run_experiment(
             watcher=bars,
             command=command_of("run", experiment, photos, changes),
         )
+    weights = weights_path(folder, recipe.rounds)
     if json_out:
         print(record.to_json())
         return
     _print_summary(record, folder)
+    console.print(f"the model after the run: {weights}", highlight=False, soft_wrap=True)
 
 
 def check(
@@ -119,6 +124,8 @@ def check(
     console.print(recipe.question, style="bold", highlight=False)
     for line in plan.describe():
         console.print(f"  {line}", highlight=False)
+    if (drowned := _drowned(plan, recipe.devices.count, len(sent))) is not None:
+        console.print(f"  warning: {drowned}", highlight=False)
     console.print(
         f"  devices: {recipe.devices.count}; at least {recipe.fewest_answers} must answer", highlight=False
     )
@@ -156,6 +163,19 @@ def check(
     console.print(f"  what stays: {_stays(recipe)}", highlight=False)
     console.print(
         f"  what travels down: the weights, {wording.size(down)} per device and round", highlight=False
+    )
+
+
+def _drowned(plan: Plan, devices: int, numbers: int) -> str | None:
+    """That the server's noise is much longer than the sum can be, as a sentence without full stop."""
+    mechanism = plan.terms.sum_mechanism()
+    times = 0.0 if mechanism is None else mechanism.sigma * math.sqrt(numbers) / devices
+    if times < 3:
+        return None
+    return (
+        f"the noise is about {times:,.0f} times as long as the sum of {devices} devices' updates can be, and this run "
+        "will harm the model rather than teach it; ask more devices, promise a larger epsilon, or train fewer numbers "
+        "(training.adapt)"
     )
 
 

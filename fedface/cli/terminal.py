@@ -118,12 +118,16 @@ def _one_interrupt() -> Iterator[None]:
         yield
         return
     first = 0.0
+    patience = threading.Timer(IN_ONE_GO, _say_stopping)
+    patience.daemon = True
 
     def interrupted(number: int, frame: FrameType | None) -> None:
         nonlocal first
-        if not first or time.monotonic() - first > IN_ONE_GO:
+        if not first:
             first = time.monotonic()
+            patience.start()
             raise KeyboardInterrupt
+        ending(number, frame)
 
     def ending(number: int, frame: FrameType | None) -> None:
         if time.monotonic() - first > IN_ONE_GO:
@@ -134,6 +138,7 @@ def _one_interrupt() -> Iterator[None]:
     try:
         yield
     finally:
+        patience.cancel()
         # From here to the end of the process a late Ctrl-C ends it at once, without a traceback.
         signal.signal(signal.SIGINT, ending if first else before)
 
@@ -159,6 +164,15 @@ def _call(app: typer.Typer) -> None:
         if end.code == 130:
             _say_interrupted()
         raise
+
+
+def _say_stopping() -> None:
+    notes.print(
+        "stopping: what is being computed ends first, which can take a minute; Ctrl-C again ends it at once, and loses "
+        "nothing that was finished",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _say_interrupted() -> None:

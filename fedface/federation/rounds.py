@@ -100,7 +100,7 @@ def run_rounds(
         save_model(weights_path(state.folder, number), after)
         state = _measured(state, experiment, yardstick)
         members = [member for member in members if member not in away]
-        watcher.say(_line(record, total))
+        watcher.say(_line(record, total, figures=bool(plan.beside)))
     return state
 
 
@@ -208,11 +208,12 @@ def answers_price(plan: Plan, rounds: int, questions: int) -> Epsilon | NotMeasu
             return NotMeasured(not_measured="the run adds no noise, so there is no bound")
 
 
-def _line(record: RoundRecord, total: int) -> str:
+def _line(record: RoundRecord, total: int, *, figures: bool) -> str:
     away = len(record.refusals) + len(record.dropped)
     said = f"round {record.round} of {total}: {len(record.answered)} devices answered"
     said += f", {away} did not" if away else ""
     if isinstance(record.epsilon, Epsilon):
         spent = record.epsilon
-        said += f"; epsilon so far at most {spent.upper:.2f} (delta {delta_in_words(spent.delta)}, per {spent.unit})"
+        said += f"; epsilon so far at most {spent.upper:.2f} (delta {delta_in_words(spent.delta)}, per {spent.unit}"
+        said += ", with all figures that devices tell in this run)" if figures else ")"
     return f"{said}; {record.seconds:.0f} s"

@@ -52,7 +52,7 @@ def entrants(words: Sequence[str], experiment: Experiment) -> dict[str, Model]:
     models: dict[str, Model] = {}
     for word in words:
         model = experiment.start() if word == BASE else load_model(Path(word))
-        name = word if word == BASE else Path(word).stem
+        name = word if word == BASE else _name_of(Path(word))
         if name in models:
             raise ConfigError(f"two candidates are called {name}; rename one of the files")
         if not isinstance(model, Gan | Encoded | Flow | Styled | Resolved):
@@ -67,6 +67,12 @@ def entrants(words: Sequence[str], experiment: Experiment) -> dict[str, Model]:
             raise ConfigError(f"{word}: {error}") from error
         models[name] = model
     return models
+
+
+def _name_of(file: Path) -> str:
+    """A file's own name; of a run's weights with that of the run, since all runs number their rounds."""
+    home = file.resolve().parent
+    return f"{home.parent.name}-{file.stem}" if home.name == "rounds" else file.stem
 
 
 def tournament_terms(experiment: Experiment, count: int) -> Terms:

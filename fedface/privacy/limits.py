@@ -57,3 +57,42 @@ class Shortfall:
             f"epsilon {self.asked:.3f}; {self.spent:.3f} of {limit.epsilon:g} is already spent "
             f"(together {self.together:.3f}, delta {delta_in_words(limit.delta)}, per {limit.unit} {period})"
         )
+
+
+def limit_in_words(limit: Limit) -> str:
+    """A limit's epsilon with its delta, unit and period."""
+    period = "for life" if limit.days is None else f"in any {limit.days:g} days"
+    return f"epsilon {limit.epsilon:g} at delta {delta_in_words(limit.delta)} per {limit.unit} {period}"
+
+
+def short_in_words(short: Shortfall) -> str:
+    """What does not fit, as a phrase that can follow "asks for"; every epsilon is an upper bound and says so."""
+    limit = short.limit
+    period = "for life" if limit.days is None else f"in any {limit.days:g} days"
+    return (
+        f"{at_most(short.asked)}; {at_most(short.spent)} of {limit.epsilon:g} is already spent (together "
+        f"{at_most(short.together)}; every epsilon here at delta {delta_in_words(limit.delta)}, "
+        f"per {limit.unit} {period})"
+    )
+
+
+def overspent(spent: float, limit: Limit, *, unpromised: bool) -> str | None:
+    """That nothing of a limit is left, as a sentence without full stop; None as long as something is.
+
+    `spent` is the upper bound of what is spent in the limit's period; runs without noise, if allowed, know no budget.
+    """
+    over = spent - limit.epsilon
+    if over < 0:
+        return None
+    until = "" if limit.days is None else " until enough of it is older than that"
+    what = "everything that promises something" if unpromised else "everything"
+    much = "without a bound" if math.isinf(over) else f"by {at_most(over)}"
+    where = f"at delta {delta_in_words(limit.delta)} per {limit.unit}"
+    return f"nothing is left: {what} will be refused{until}; over {much} {where}"
+
+
+def at_most(epsilon: float) -> str:
+    """An upper bound of an epsilon, as such, rounded up."""
+    if math.isinf(epsilon):
+        return "epsilon infinite"
+    return "epsilon 0" if epsilon == 0 else f"epsilon at most {math.ceil(1000 * epsilon) / 1000:.3f}"

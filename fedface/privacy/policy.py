@@ -8,6 +8,7 @@ epsilon that somebody tells is never believed.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from pathlib import Path
 from fedface.errors import PolicyRefusal
 from fedface.privacy.conditions import Conditions, Surroundings, ThisMachine, last_day
 from fedface.privacy.ledger import Entry, Ledger
-from fedface.privacy.limits import Limit, Shortfall
+from fedface.privacy.limits import Limit, limit_in_words, short_in_words
 from fedface.privacy.plan import Plan, Terms
 from fedface.privacy.target import check_delta, delta_in_words
 from fedface.units import UNITS, Unit, covers, unit_in_words
@@ -24,6 +25,7 @@ from fedface.units import UNITS, Unit, covers, unit_in_words
 OBJECTIVES = ("generator", "upsampler")  # what can be trained, in the word of a policy
 EVALUATION = "evaluation"  # the objective of a task that only measures
 LARGE_DELTA = 1e-2  # above it, "with this chance the bound need not hold" is no small print any more
+PROTOCOLS = ("encrypted", "plain")  # the kinds of aggregation that there are
 OWN_WORDS = ("unit", "neighbours", "sampler", "noise_at")  # marks that follow from the terms alone
 
 
@@ -82,6 +84,13 @@ class DevicePolicy:
                 figures = "; figures are allowed by evaluation: true" if objective == EVALUATION else ""
                 raise ValueError(
                     f'objectives must be among {", ".join(OBJECTIVES)}, got "{objective:.40}"{figures}'
+                )
+        for protocol in self.protocols:
+            if protocol not in PROTOCOLS:
+                near = difflib.get_close_matches(protocol, PROTOCOLS, 1)
+                meant = f'; did you mean "{near[0]}"?' if near else ""
+                raise ValueError(
+                    f'protocols must be among {", ".join(PROTOCOLS)}, got "{protocol:.40}"{meant}'
                 )
         for key, folders in (("folders", self.folders), ("never", self.never)):
             for folder in folders:
@@ -290,13 +299,18 @@ class DevicePolicy:
         """That the last day is over, as a sentence without full stop; None as long as it is not."""
         if self.expires is None or surroundings.now().date() <= last_day(self.expires):
             return None
-        return f"it ended on {self.expires}; everything is refused"
+        return f"this policy ended on {self.expires}; everything is refused"
 
     def doubts(self) -> list[str]:
         """What is allowed to be written and hardly meant, one sentence each, without full stops."""
         large = f"delta {delta_in_words(self.delta)} is large: with about this chance the bound need not hold at all"
         return [
             *([large] if self.delta > LARGE_DELTA else []),
+            *(
+                f"{key} is an empty list, so that nothing of the kind is allowed"
+                for key in ("objectives", "protocols")
+                if not getattr(self, key)
+            ),
             *(
                 f"{limit_in_words(limit)} is more than the {self.max_epsilon:g} for life, so this period limits nothing"
                 for limit in self.limits[1:]
@@ -315,7 +329,9 @@ class DevicePolicy:
             "questions about how well a model serves these photos are "
             + ("answered, with noise" if self.evaluation else "not answered")
             + (", or without where the server adds it" if self.evaluation and self.trust_server else ""),
-            f"updates may travel {_or(self.protocols)}, where {self.smallest_cohort} devices or more are summed",
+            f"updates may travel {_or(self.protocols)}, where {self.smallest_cohort} devices or more are summed"
+            if self.protocols
+            else "updates may not travel at all: every run is refused",
             *(f"at most {limit_in_words(limit)}" for limit in self.limits),
             f"the budget counts {unit_in_words(self.unit)}",
             f"a run must promise per {_or([unit for unit in UNITS if covers(unit, self.unit)])}",
@@ -334,45 +350,6 @@ class DevicePolicy:
             else "this device takes part at any time",
             f"until the end of {self.expires}" if self.expires else "without a last day",
         ]
-
-
-def limit_in_words(limit: Limit) -> str:
-    """A limit's epsilon with its delta, unit and period."""
-    period = "for life" if limit.days is None else f"in any {limit.days:g} days"
-    return f"epsilon {limit.epsilon:g} at delta {delta_in_words(limit.delta)} per {limit.unit} {period}"
-
-
-def short_in_words(short: Shortfall) -> str:
-    """What does not fit, as a phrase that can follow "asks for"; every epsilon is an upper bound and says so."""
-    limit = short.limit
-    period = "for life" if limit.days is None else f"in any {limit.days:g} days"
-    return (
-        f"{at_most(short.asked)}; {at_most(short.spent)} of {limit.epsilon:g} is already spent (together "
-        f"{at_most(short.together)}; every epsilon here at delta {delta_in_words(limit.delta)}, "
-        f"per {limit.unit} {period})"
-    )
-
-
-def overspent(spent: float, limit: Limit, *, unpromised: bool) -> str | None:
-    """That nothing of a limit is left, as a sentence without full stop; None as long as something is.
-
-    `spent` is the upper bound of what is spent in the limit's period; runs without noise, if allowed, know no budget.
-    """
-    over = spent - limit.epsilon
-    if over < 0:
-        return None
-    until = "" if limit.days is None else " until enough of it is older than that"
-    what = "everything that promises something" if unpromised else "everything"
-    much = "without a bound" if math.isinf(over) else f"by {at_most(over)}"
-    where = f"at delta {delta_in_words(limit.delta)} per {limit.unit}"
-    return f"nothing is left: {what} will be refused{until}; over {much} {where}"
-
-
-def at_most(epsilon: float) -> str:
-    """An upper bound of an epsilon, as such, rounded up."""
-    if math.isinf(epsilon):
-        return "epsilon infinite"
-    return "epsilon 0" if epsilon == 0 else f"epsilon at most {math.ceil(1000 * epsilon) / 1000:.3f}"
 
 
 def _terms(plan: Plan | Terms) -> Terms:

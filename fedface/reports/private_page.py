@@ -174,7 +174,13 @@ def hidden_sentence(record: RunRecord) -> str:
     if not all(math.isfinite(found[name]) for name in HIDDEN):
         return ""
     size = units * last.devices // len(config.groups)
-    said = [f"{title(name)}, {found[name]:.{FIGURES[name].digits}f} {unit(name)}".rstrip() for name in HIDDEN]
+    wide = {name: high - low for name in HIDDEN for low, high in [config.range_of(name)]}
+    said = [
+        f"{title(name)}, {found[name]:.{FIGURES[name].digits}f} {unit(name)}".rstrip()
+        if found[name] < wide[name]
+        else f"{title(name)}, any difference at all"
+        for name in HIDDEN
+    ]
     return (
         f"Had each group had just enough units to be told of (about {size}), noise alone would still have hidden a "
         f"difference between two of them below: {'; '.join(said)}."

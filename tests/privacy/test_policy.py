@@ -6,24 +6,20 @@ import json
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from fedface.config import dump, parse, read
+from fedface.aggregation.protocol import AggregationConfig
+from fedface.config import dump, kind_of, parse, read
 from fedface.errors import ConfigError, PolicyRefusal
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.conditions import NOT_NOW, NotNow, Power
 from fedface.privacy.ledger import Ledger
-from fedface.privacy.limits import Limit
+from fedface.privacy.limits import Limit, at_most, overspent
 from fedface.privacy.neighbours import for_replacing_one
 from fedface.privacy.plan import Plan, Schedule, Terms, make_plan
-from fedface.privacy.policy import (
-    EVALUATION,
-    DevicePolicy,
-    Period,
-    at_most,
-    overspent,
-)
+from fedface.privacy.policy import EVALUATION, PROTOCOLS, DevicePolicy, Period
 from fedface.privacy.target import NoPromise, PrivacyTarget, delta_in_words
 from fedface.units import Unit
 
@@ -383,7 +379,7 @@ def test_a_policy_that_has_ended_says_when() -> None:
     """The last day itself is still allowed."""
     policy = replace(POLICY, expires="2027-01-31")
     assert policy.ended(Noon("2027-01-31")) is None and POLICY.ended(Noon()) is None
-    assert policy.ended(Noon("2027-02-01")) == "it ended on 2027-01-31; everything is refused"
+    assert policy.ended(Noon("2027-02-01")) == "this policy ended on 2027-01-31; everything is refused"
 
 
 def test_an_overspent_limit_says_by_how_much() -> None:
@@ -406,3 +402,16 @@ def test_a_policy_is_said_in_grammatical_sentences() -> None:
     )
     assert "this device takes part at any time" in POLICY.in_words()
     assert replace(POLICY, objectives=()).in_words()[0] == "photos may help to train nothing"
+
+
+def test_ways_to_travel_are_those_that_there_are() -> None:
+    """A typo would refuse every run for ever, silently."""
+    kinds = {kind_of(kind) for kind in get_args(AggregationConfig)}
+    assert set(PROTOCOLS) == kinds
+    with pytest.raises(
+        ValueError, match='protocols must be among encrypted, plain, got "encripted"; did you mean'
+    ):
+        DevicePolicy(max_epsilon=1, delta=1e-6, protocols=("encripted",))
+    none = DevicePolicy(max_epsilon=1, delta=1e-6, protocols=(), objectives=())
+    assert "updates may not travel at all: every run is refused" in none.in_words()
+    assert sum("is an empty list" in doubt for doubt in none.doubts()) == 2
