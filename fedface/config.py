@@ -25,6 +25,9 @@ T = TypeVar("T")
 PLAIN_TAGS = ("null", "bool", "int", "float", "str", "timestamp", "seq", "map")  # YAML's own, without code
 
 
+_CHANGED = "is_changed"  # a mark on nodes that are not as the file says
+
+
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where in a file a value stands, for error messages."""
@@ -32,14 +35,18 @@ class Place:
     file: str
     line: int  # from 1
     key: str  # dotted path, "" at the top
+    changed: bool = False  # not as the file says: by --set, --photos or a file that varies its recipe
 
     def error(self, text: str) -> ConfigError:
-        """`file:line: key: text`."""
+        """`file:line: key: text`; without a line where the value is not the file's own."""
+        if self.changed:
+            return ConfigError(f"{self.file}, as changed: {self.key}: {text}")
         return ConfigError(f"{self.file}:{self.line}: {self.key + ': ' if self.key else ''}{text}")
 
     def at(self, node: yaml.Node, key: str) -> Place:
         """The place of a part."""
-        return Place(self.file, node.start_mark.line + 1, f"{self.key}.{key}" if self.key else key)
+        said = self.changed or getattr(node, _CHANGED, False)
+        return Place(self.file, node.start_mark.line + 1, f"{self.key}.{key}" if self.key else key, said)
 
 
 def read(
@@ -193,6 +200,7 @@ def _change(node: yaml.Node, key: str, value: str) -> None:
         slot = next((i for i, (name, _) in enumerate(node.value) if name.value == part), None)
         if slot is None:
             name = yaml.ScalarNode("tag:yaml.org,2002:str", part, node.start_mark, node.end_mark)
+            setattr(name, _CHANGED, True)
             inner: yaml.Node = yaml.MappingNode("tag:yaml.org,2002:map", [], node.start_mark, node.end_mark)
             node.value.append((name, inner))
             slot = len(node.value) - 1
@@ -200,6 +208,7 @@ def _change(node: yaml.Node, key: str, value: str) -> None:
             if fresh is None:
                 raise ConfigError(f"--set {key}: needs a value after the equals sign")
             fresh.start_mark = node.value[slot][0].start_mark
+            setattr(node.value[slot][0], _CHANGED, True)
             node.value[slot] = (node.value[slot][0], fresh)
         node = node.value[slot][1]
 
@@ -298,7 +307,7 @@ def _read_literal(node: yaml.Node, options: tuple[Any, ...], place: Place) -> An
 def _read_sequence(node: yaml.Node, wanted: Any, place: Place) -> Any:
     item = typing.get_args(wanted)[0]
     if not isinstance(node, yaml.SequenceNode):
-        raise place.error(f"expected a list of {_title(item)}, got {_shown(node)}")
+        raise place.error(f"expected a list in brackets, each {_title(item)}, got {_shown(node)}")
     items = [_read(part, item, place.at(part, str(index))) for index, part in enumerate(node.value)]
     return tuple(items) if typing.get_origin(wanted) is tuple else items
 

@@ -90,7 +90,7 @@ prices: {tea: 3}
         ("owner: Ada\narea:", "k.yaml:2: area: expected a number, got nothing"),
         ("owner: Ada\nwarm: 1", "k.yaml:2: warm: expected true or false"),
         ("owner: [Ada]", "k.yaml:1: owner: expected a text, got a list"),
-        ("owner: Ada\nheights: 3", "k.yaml:2: heights: expected a list of a number"),
+        ("owner: Ada\nheights: 3", "k.yaml:2: heights: expected a list in brackets, each a number"),
         ("owner: Ada\nheights: [1, x]", "k.yaml:2: heights.1: expected a number"),
         ("owner: Ada\nowner: Bob", "k.yaml:2: owner: the key stands twice"),
         ("owner: Ada\nprices: {tea: 1, tea: 2}", "k.yaml:2: prices.tea: the key stands twice"),
@@ -126,8 +126,8 @@ def test_changes_win_over_the_file_and_fill_in_what_it_lacks() -> None:
         ("area", "", "--set area: needs a value"),
         ("area", "[", "--set area: not valid YAML"),
         ("owner.first", "x", "--set owner.first: owner has no parts"),
-        ("aera", "3", "aera: unknown key"),
-        ("area", "wide", "area: expected a number"),
+        ("aera", "3", "k.yaml, as changed: aera: unknown key"),
+        ("area", "wide", "k.yaml, as changed: area: expected a number"),
     ],
 )
 def test_a_wrong_change_is_said_by_key(key: str, value: str, said: str) -> None:

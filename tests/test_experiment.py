@@ -37,11 +37,11 @@ def experiment(**changes: str) -> Experiment:
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("question", "' '", "e.yaml:2: question: must not be empty"),
-        ("name", "a/b", "e.yaml:3: name: must be letters"),
-        ("name", "..", "e.yaml:3: name: must be letters"),
-        ("name", "''", "e.yaml:3: name: must be letters"),
-        ("name", "x" * 101, "e.yaml:3: name: must be"),
+        ("question", "' '", "e.yaml, as changed: question: must not be empty"),
+        ("name", "a/b", "e.yaml, as changed: name: must be letters"),
+        ("name", "..", "e.yaml, as changed: name: must be letters"),
+        ("name", "''", "e.yaml, as changed: name: must be letters"),
+        ("name", "x" * 101, "e.yaml, as changed: name: must be"),
         ("seed", "-1", "seed: must be >= 0"),
         ("fewest_answers", "4", "fewest_answers: must lie between 1 and the 3 devices, got 4"),
         ("fewest_answers", "0", "fewest_answers: must lie between 1 and the 3 devices, got 0"),

@@ -33,7 +33,7 @@ from fedface.privacy.limits import Limit, at_most, limit_in_words, overspent, sh
 from fedface.privacy.mechanism import Event
 from fedface.privacy.neighbours import seen_by
 from fedface.privacy.plan import Plan, Terms
-from fedface.privacy.policy import EVALUATION, DevicePolicy
+from fedface.privacy.policy import ADVICE, EVALUATION, DevicePolicy
 from fedface.privacy.target import NoPromise, delta_in_words
 from fedface.training.ways import objective_of
 from fedface.units import Unit
@@ -138,7 +138,25 @@ class Answer:
                 else [f"  {line}" for line in self.together.in_words(self.refusal)]
             ),
             *([] if self.promise is None else [f"  {self.promise}"]),
+            *(
+                []
+                if (enough := self.enough) is None
+                else [
+                    f"  all of it would fit with max_epsilon: {enough:g}, an epsilon of at most that at the same delta"
+                ]
+            ),
         ]
+
+    @property
+    def enough(self) -> float | None:
+        """The budget for life that would be enough, rounded up; None where that is not what is missing."""
+        priced = [verdict.prices[0] for verdict in self.verdicts if verdict.prices]
+        if self.together is not None:
+            priced = [self.together.price]
+        most = max((price.together for price in priced), default=0.0)
+        if self.refusal is None or len(priced) == 0 or math.isinf(most) or most <= priced[0].limit.epsilon:
+            return None
+        return math.ceil(most * 100) / 100
 
 
 def _refused(reason: str | None, said: str | None) -> str:
@@ -259,7 +277,7 @@ def _verdict(
         )
         allowed.admit(terms, *how, book)
     except PolicyRefusal as reason:
-        refusal = str(reason)
+        refusal = str(reason).removesuffix(ADVICE).rstrip(" .")
     return Verdict(
         what=what, objective=objective, unit=terms.unit, rounds=terms.schedule.rounds, refusal=refusal, prices=prices
     )  # fmt: skip

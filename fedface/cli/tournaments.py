@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from fedface.cli.runs import PhotosOption, SetOption, changes_of, command_of
-from fedface.cli.terminal import JsonOption, console, progress_bars
+from fedface.cli.terminal import JsonOption, console, notes, progress_bars
 from fedface.errors import ConfigError, RunError
 from fedface.experiment import RealDevices, for_tournament, read_experiment
 from fedface.federation.flower import in_process_cohort
@@ -18,6 +18,7 @@ from fedface.federation.folders import locked, new_folder, resumed_tournament
 from fedface.federation.orders import devices_folder
 from fedface.federation.simulated import check_sources, prepare
 from fedface.federation.tournament import entrants, hold, tournament_terms
+from fedface.privacy.target import PrivacyTarget, delta_in_words
 from fedface.reports import private_page, strict
 from fedface.reports.tournament import TournamentRecord
 
@@ -45,7 +46,17 @@ def tournament(
             f"{experiment}: waits for real devices; see server/README.md, or use pretended devices"
         )
     models = entrants(candidates, recipe)
-    tournament_terms(recipe, len(models))  # a promise that cannot be kept is said before a folder is made
+    terms = tournament_terms(
+        recipe, len(models)
+    )  # a promise that cannot be kept is said before a folder is made
+    if not json_out and isinstance(recipe.promise, PrivacyTarget):
+        notes.print(
+            f"{len(models)} models, each on all photos of {recipe.devices.count} devices; a device's answers cost each "
+            f"{recipe.promise.unit} epsilon {recipe.promise.epsilon:g} at delta {delta_in_words(recipe.promise.delta)} "
+            f"together, with noise multiplier {terms.noise_multiplier:.3g}",
+            highlight=False,
+            soft_wrap=True,
+        )
     torch.set_num_threads(1)
     name = f"{recipe.name}-tournament"
     folder = resumed_tournament(name, out) if resume else new_folder(name, out)

@@ -25,6 +25,9 @@ from fedface.units import UNITS, Unit, covers, unit_in_words
 OBJECTIVES = ("generator", "upsampler")  # what can be trained, in the word of a policy
 EVALUATION = "evaluation"  # the objective of a task that only measures
 LARGE_DELTA = 1e-2  # above it, "with this chance the bound need not hold" is no small print any more
+ADVICE = (
+    "Lower the rounds, raise the noise, or ask the owner of this device for a larger budget."  # for a server
+)
 PROTOCOLS = ("encrypted", "plain")  # the kinds of aggregation that there are
 OWN_WORDS = ("unit", "neighbours", "sampler", "noise_at")  # marks that follow from the terms alone
 
@@ -245,8 +248,7 @@ class DevicePolicy:
         short = ledger.room_for(terms.event(rounds), [life], told=terms.unit)
         if short is not None:
             raise PolicyRefusal(
-                f"over {rounds} round{'' if rounds == 1 else 's'} this run asks for {short_in_words(short)}. "
-                "Lower the rounds, raise the noise, or ask the owner of this device for a larger budget."
+                f"over {rounds} round{'' if rounds == 1 else 's'} this run asks for {short_in_words(short)}. {ADVICE}"
             )
         if booked or not periods:
             return
