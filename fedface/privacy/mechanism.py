@@ -32,6 +32,7 @@ Event = DpEvent  # what was released; the name by which other rooms know dp_acco
 CLIP_NORMS = (1e-6, 1e6)
 
 
+_AT_ONCE = 2**20  # numbers that are noised together
 _GRID_BITS = 20  # a noised sum lies on a grid 2^20 to 2^21 times as fine as the noise's deviation
 
 LONGEST = 1e18  # longer vectors become zero: float32 could not scale them down without rounding them up
@@ -100,11 +101,15 @@ class GaussianSum:
         """
         deviation = self.sigma * self.clip_norm
         grid = 2.0 ** (math.floor(math.log2(deviation)) - _GRID_BITS)
-        normals = secret.normals(total.numel()).reshape(total.shape)
-        widths = total.cpu().double() / grid  # exact, by a power of two
-        whole = widths.round()
-        noised = whole + (widths - whole + deviation / grid * normals).round()
-        return (noised * grid).to(total)
+        noised = torch.empty(total.shape, dtype=total.dtype, device=total.device)
+        into, flat = noised.view(-1), total.detach().reshape(-1)
+        for start in range(0, len(flat), _AT_ONCE):  # in parts: float64 takes eight bytes for each number
+            part = slice(start, start + _AT_ONCE)
+            widths = flat[part].cpu().double() / grid  # exact, by a power of two
+            whole = widths.round()
+            rest = widths - whole + deviation / grid * secret.normals(len(widths))
+            into[part] = ((whole + rest.round()) * grid).to(into)
+        return noised
 
     def event(self) -> DpEvent:
         """What one noised sum releases about one unit, with everyone taking part for certain."""

@@ -118,3 +118,12 @@ def test_events_carry_the_numbers_of_the_mechanism() -> None:
 def test_a_gaussian_sum_without_noise_cannot_be_made(sigma: float) -> None:
     with pytest.raises(ValueError, match="sigma must be"):
         GaussianSum(clip_norm=1.0, sigma=sigma)
+
+
+def test_noise_is_added_to_every_number_once_also_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten thousand numbers, seven at a time, of any shape: each has noise of its own."""
+    monkeypatch.setattr("fedface.privacy.mechanism._AT_ONCE", 7)
+    total = torch.arange(10_000.0).reshape(100, 100).t()  # not in one piece
+    noise = GaussianSum(clip_norm=1.0, sigma=1.0).noise(total, SecretNoise()) - total
+    assert noise.shape == (100, 100) and len(noise.unique()) > 5_000
+    assert stats.kstest(noise.flatten().double().numpy(), "norm").pvalue > 1e-6
