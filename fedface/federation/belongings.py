@@ -236,7 +236,11 @@ def export(books: Books, *, delta: float, unit: Unit, now: datetime) -> str:
     lines = None if books.lines is None else [line_record(line) for line in books.lines]
     told: dict[str, Any] = {
         "made": now.isoformat(timespec="seconds"),
-        "entries": [asdict(entry) for entry in books.entries],
+        "entries": [asdict(entry) for entry in books.entries],  # as they are chained
+        "decoded": [
+            {"number": entry.number, "event": json.loads(entry.event), "marks": json.loads(entry.marks)}
+            for entry in books.entries
+        ],
         "head": heads["ledger"],
         "spent": price_of(books.entries, delta=delta, unit=unit).record(),
         "journal": None if lines is None else {"lines": lines, "head": heads["journal"]},

@@ -89,6 +89,7 @@ def render(record: RunRecord, folder: Path) -> str:
         leaving=standing.leaving(record),
         hash_note=standing.hash_note(record),
         private=_private(record),
+        held_out=_held_out(record),
         faces=_pictures(record, folder, "faces"),
         more=_pictures(record, folder, "more"),
         attack_pictures=_pictures(record, folder, "attacks"),
@@ -334,6 +335,19 @@ def _attacks(attacks: Sequence[AttackRecord]) -> list[dict[str, object]]:
         chance = f"{wording.percent(1 / attack.gallery_size)} · {wording.percent(attack.gallery_ceiling)}"
         rows.append({"defence": attack.defence, "cells": cells, "chance": chance})
     return rows
+
+
+def _held_out(record: RunRecord) -> str:
+    """Which share of a device's photos was asked and not trained on, as a sentence; empty where none was."""
+    evaluation = record.experiment.get("evaluation")
+    share = evaluation.get("held_out") if isinstance(evaluation, dict) else None
+    if not isinstance(share, int | float) or not 0 < share < 1:
+        return ""
+    unit = record.plan.unit if isinstance(record.plan, PlanRecord) else "photo"
+    whole = "photos" if unit == "photo" else "occasions"  # also of a library: it is split by occasions
+    return (
+        f"About {wording.percent(share)} of each device's {whole} were held out: asked about, not trained on."
+    )
 
 
 def _private(record: RunRecord) -> dict[str, object]:

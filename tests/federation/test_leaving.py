@@ -143,6 +143,11 @@ def test_an_export_holds_every_line_the_heads_and_the_price(home: Path) -> None:
     told = json.loads(export(books, delta=1e-6, unit="photo", now=utc_now()))
     assert told["entries"] == kept.device.ledger().export() and told["head"] == books.entries[-1].digest
     assert told["journal"]["lines"] == kept.device.journal().export()
+    for entry, plain in zip(told["entries"], told["decoded"], strict=True):
+        assert (
+            plain["number"] == entry["number"]
+            and json.dumps(plain["marks"], separators=(",", ":")) == entry["marks"]
+        )
     bounds = epsilon_of(compose([EVENT] * 4), 1e-6)
     assert told["spent"] == {
         "lower": bounds.lower, "estimate": bounds.estimate, "upper": bounds.upper, "delta": 1e-6, "unit": "photo"
