@@ -108,7 +108,8 @@ class GaussianSum:
             widths = flat[part].cpu().double() / grid  # exact, by a power of two
             whole = widths.round()
             rest = widths - whole + deviation / grid * secret.normals(len(widths))
-            into[part] = ((whole + rest.round()) * grid).to(into)
+            # Plus zero: minus zero comes of minus zeros alone, and would tell the sign of a tiny sum.
+            into[part] = ((whole + rest.round() + 0.0) * grid).to(into)
         return noised
 
     def event(self) -> DpEvent:

@@ -58,7 +58,8 @@ def clipped_unit_sum(
     """The sum over units of their photos' summed gradients, each unit's scaled down to length `clip_norm`.
 
     Guarantees:
-        * One unit more or less moves the sum by at most `clip_norm`, up to float32 rounding.
+        * One unit more or less moves the sum by at most `clip_norm`, up to float32 roundings within a microbatch and
+          one of the whole sum, of about n / 2^24 clip norms each.
         * A unit with a number that is not finite adds nothing.
         * What one unit adds does not depend on the others, to the last bit, if the loss keeps photos apart.
         * The gradients of exactly `microbatch` pictures, and the sum of one unit, are in memory at once.
@@ -101,7 +102,7 @@ def clipped_unit_sum(
         elif len(part):
             clipping.add_units(gradients.each, units[start : start + microbatch])
     clipping.end_unit()
-    return clipping.totals
+    return clipping.totals()
 
 
 def _filled(photos: Images, microbatch: int) -> Images:

@@ -27,6 +27,7 @@ from fedface.randomness import SecretNoise
 Chance = SecretNoise | torch.Generator  # secret for a promise, replayable only where nothing is promised
 
 _PART, _ROUNDED_UP = 1024, (1.0 + 4e-6) ** 2
+_ROWS = 64  # gradients that are turned into float64 together
 LONGEST_HALF = 1e15  # of an outer product that is not multiplied out
 MOST_OF_A_UNIT = 16  # photos of one unit that a step looks at
 
@@ -92,7 +93,8 @@ def clipped_sum(gradients: list[Tensor], clip_norm: float) -> list[Tensor]:
     """The sum over photos of their gradients, each first scaled down to length `clip_norm` over all weights.
 
     Guarantees:
-        * One photo more or less moves the sum by at most `clip_norm`, up to float32 rounding.
+        * One photo more or less moves the sum by at most `clip_norm`, up to one float32 rounding of the whole sum,
+          which is n / 2^24 clip norms at most: it is added up in float64.
         * A photo with a non-finite gradient adds nothing.
 
     Args:
@@ -105,8 +107,9 @@ def clipped_sum(gradients: list[Tensor], clip_norm: float) -> list[Tensor]:
     clipping = Clipping(
         [gradient[0] if len(gradient) else gradient.sum(0) for gradient in gradients], clip_norm
     )
-    clipping.add(Found(gradients, []))
-    return clipping.totals
+    for start in range(0, max(map(len, gradients), default=0), _ROWS):
+        clipping.add(Found([gradient[start : start + _ROWS].double() for gradient in gradients], []))
+    return clipping.totals()
 
 
 @dataclass(frozen=True)
@@ -131,13 +134,20 @@ class Found:
 
 
 class Clipping:
-    """A running sum of clipped gradients, and the sum of the one unit that may go on in the next microbatch."""
+    """A running sum of clipped gradients, and the sum of the one unit that may go on in the next microbatch.
+
+    Added up in float64: in float32 many small gradients vanish beside a large sum on one side of a power of two and
+    round up on the other, so that one photo more, which decides the side, could move the sum by many clip norms.
+    """
 
     def __init__(
         self, weights: Sequence[Tensor], clip_norm: float, scales: Sequence[Tensor] | None = None
     ) -> None:
         """For sums of these shapes; `scales` are public factors of every number."""
-        self.totals = [torch.zeros_like(weight, requires_grad=False) for weight in weights]
+        self._like = [weight.dtype for weight in weights]
+        self._totals = [
+            torch.zeros_like(weight, requires_grad=False, dtype=torch.float64) for weight in weights
+        ]
         self._clip_norm, self._scales = clip_norm, scales
         self._unit: int | None = None
         self._begun: list[Tensor] = []
@@ -154,17 +164,17 @@ class Clipping:
             square = square + (out * seen * outer.factor).square()
         length = square.sqrt()
         usable = (length <= LONGEST) & fits  # not so for what is not a number
-        scale = torch.where(usable, (self._clip_norm / length).clamp(max=1.0), 0.0).to(self.totals[0].dtype)
+        scale = torch.where(usable, (self._clip_norm / length).clamp(max=1.0), 0.0).to(rows[0].dtype)
         outers = [(outer, outer.out, outer.seen) for outer in found.outers]
         if not bool(usable.all()):
             # Nothing times infinity is not nothing: rows without a length are left out, not multiplied by zero.
             scale, rows = scale[usable], [row[usable] for row in rows]
             outers = [(outer, out[usable], seen[usable]) for outer, out, seen in outers]
-        for total, row in zip(self.totals, rows, strict=True):
+        for total, row in zip(self._totals, rows, strict=True):
             if row.shape[1:] == total.shape:
                 total += (scale[None] @ _flat(row)).view_as(total)
         for outer, out, seen in outers:
-            self.totals[outer.weight] += (out * (scale * outer.factor)[:, None]).t() @ seen
+            self._totals[outer.weight] += (out * (scale * outer.factor)[:, None]).t() @ seen
 
     def add_units(self, each: list[Tensor], units: Tensor) -> None:
         """Sum rows unit by unit; every unit but the last is complete."""
@@ -186,6 +196,10 @@ class Clipping:
         if self._unit is not None:
             self.add(Found([begun[None] for begun in self._begun], []))
         self._unit, self._begun = None, []
+
+    def totals(self) -> list[Tensor]:
+        """The sums, rounded once to the numbers that the weights have."""
+        return [total.to(dtype) for total, dtype in zip(self._totals, self._like, strict=True)]
 
     def _scaled(self, rows: list[Tensor]) -> list[Tensor]:
         if self._scales is None:

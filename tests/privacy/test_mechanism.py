@@ -106,6 +106,14 @@ def test_the_last_bits_of_a_noised_sum_are_uniform_whatever_the_sum_is(value: fl
     assert abs(float(sent.mean()) - value) < 5 / math.sqrt(200_000)
 
 
+def test_no_zero_tells_the_sign_of_a_tiny_sum() -> None:
+    """A million numbers just below zero, or at minus zero: none comes out as minus zero, which no other sum gives."""
+    for value in (-1e-9, -0.0, -1e-40):
+        for _ in range(4):
+            sent = GaussianSum(clip_norm=1.0, sigma=64.0).noise(torch.full((2**20,), value), SecretNoise())
+            assert not bool((torch.signbit(sent) & (sent == 0)).any())
+
+
 def test_events_carry_the_numbers_of_the_mechanism() -> None:
     one = GaussianSum(clip_norm=2.0, sigma=1.3)
     assert one.event() == dp.GaussianDpEvent(1.3)

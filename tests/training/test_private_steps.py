@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from fedface.training.private_steps import (
     per_photo_gradients,
     private_gradient,
 )
-from fedface.training.unit_sums import clipped_sum, sampled_units
+from fedface.training.unit_sums import Clipping, Found, clipped_sum, sampled_units
 
 STREAMS = Streams(3)
 
@@ -137,6 +138,35 @@ def test_one_photo_more_moves_the_sum_by_at_most_the_clip_norm() -> None:
     difference = length([a - b for a, b in zip(with_it, without, strict=True)])
     assert difference <= 0.5 * (1 + 1e-5)
     assert difference == approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("microbatch", [None, 16])
+def test_one_photo_more_moves_a_large_sum_by_no_more(microbatch: int | None) -> None:
+    """Sums at a power of two, and as many tiny vectors behind, which float32 swallows on one side and not on the other.
+
+    Added up in float32, 65,536 photos moved by 65 clip norms, and by 5 in microbatches.
+    """
+    count, width = 2**15, 16
+    long = torch.full((count, width), width**-0.5)
+    tiny = torch.full((count, width), -(width**-0.5) * 2.0**-9 * 0.99 / (microbatch or 1))
+    without = torch.cat([long, tiny])
+
+    def total(rows: torch.Tensor) -> torch.Tensor:
+        if microbatch is None:
+            return clipped_sum([rows], 1.0)[0].double()
+        clipping = Clipping([torch.zeros(width)], 1.0)
+        for part in torch.split(rows, microbatch):
+            clipping.add(Found([part], []))
+        return clipping.totals()[0].double()
+
+    moved = float((total(torch.cat([long[:1], without])) - total(without)).norm())
+    assert moved == approx(1.0, abs=2 * len(without) / 2**24)
+    # The planted positive: one number of each vector, added up one after the other in float32.
+    once, twice = (
+        np.cumsum(rows[:, 0].numpy(), dtype=np.float32)[-1]
+        for rows in (without, torch.cat([long[:1], without]))
+    )
+    assert microbatch is not None or abs(float(twice) - float(once)) * width**0.5 > 2.0
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, 3e38])
