@@ -30,7 +30,7 @@ from fedface.federation.owner import check_kind, checked_owner, is_open, lost_fo
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.conditions import NotNow, ThisMachine
 from fedface.privacy.ledger import FORM, LONGEST_PERIOD, Ledger
-from fedface.privacy.limits import Limit, at_most, limit_in_words, overspent, short_in_words
+from fedface.privacy.limits import Limit, at_most, overspent, short_in_words
 from fedface.privacy.mechanism import Event
 from fedface.privacy.neighbours import seen_by
 from fedface.privacy.plan import Plan, Terms
@@ -247,9 +247,7 @@ def _left(owned: Owned, spent: Sequence[float]) -> list[str]:
         return ["no ledger: nothing is spent"]
     said = []
     for epsilon, limit in zip(spent, owned.policy.limits, strict=True):
-        said.append(
-            f"spent so far, as {owned.ledger} says: {at_most(epsilon)}; allowed: {limit_in_words(limit)}"
-        )
+        said.append(f"spent so far, as {owned.ledger} says: {at_most(epsilon)}; allowed: {limit}")
         over = overspent(epsilon, limit, unpromised=owned.policy.allow_unpromised)
         said += [] if over is None else [over]
     return said

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedface.privacy.limits import Limit, at_most, limit_in_words
+from fedface.privacy.limits import Limit, at_most
 from fedface.units import Unit
 
 
@@ -30,7 +30,7 @@ class Price:
         room = "" if self.rounds_that_fit is None else f"; room for {self.rounds_that_fit} of its rounds"
         return (
             f"asks for {at_most(self.asked)}; with what is spent ({at_most(self.spent)}): {at_most(self.together)}; "
-            f"allowed: {limit_in_words(self.limit)}{room}"
+            f"allowed: {self.limit}{room}"
         )
 
 

@@ -63,9 +63,7 @@ class Device:
     photos: Callable[[int], OwnFaces]  # size in pixels -> all aligned faces, and which belong together
     policy: DevicePolicy
     state: Path  # folder of the ledger, the journal and the shared key, readable by the owner alone
-    ready: Callable[[], None] = lambda: (
-        None
-    )  # raises NotNow while photos cannot be read, before anything is booked
+    ready: Callable[[], None] = lambda: None  # raises NotNow, before a booking, while photos cannot be read
     server: str = "the coordinator"  # to whom replies go, in the owner's words
     witness: Path | None = None  # folder elsewhere that remembers the heads of ledger and journal
 

@@ -98,7 +98,7 @@ def run_rounds(
             watcher.say("a device has left the run; its name is gone from the run's files")
         state = forgetting.state.then(record)
         save_model(weights_path(state.folder, number), after)
-        state = _measured(state, experiment, yardstick)
+        state = _measured(state, experiment, yardstick, after)
         members = [member for member in members if member not in away]
         watcher.say(_line(record, total, figures=bool(plan.beside)))
     return state
@@ -116,11 +116,17 @@ def _whole(state: State, watcher: Watcher) -> State:
     return replace(state, rounds=state.rounds[:-1])
 
 
-def _measured(state: State, experiment: Experiment, yardstick: Yardstick | None) -> State:
-    """With the last round's figures: they are taken once it is kept, since measuring again is cheap."""
+def _measured(
+    state: State, experiment: Experiment, yardstick: Yardstick | None, model: Model | None = None
+) -> State:
+    """With the last round's figures: they are taken once it is kept, since measuring again is cheap.
+
+    Its model is read from the disk if it is not at hand.
+    """
     if yardstick is None or not state.rounds or state.rounds[-1].figures:
         return state
-    model = load_model(weights_path(state.folder, state.rounds[-1].round))
+    if model is None:
+        model = load_model(weights_path(state.folder, state.rounds[-1].round))
     return state.measured(sample_figures(model, yardstick, experiment.seed))
 
 

@@ -8,8 +8,6 @@ that is asked for after these is another look at the photos, and is booked as on
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from fedface.errors import LedgerError
 from fedface.privacy.chain import Page
 
@@ -99,13 +97,10 @@ def answered(page: Page, run: str, round: int) -> int:
     return 0 if row is None else int(row[0])
 
 
-def unanswered(page: Page, bookings: Iterable[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
-    """Those of some bookings, as (run, round, attempt), that have no answer here, kept or dropped."""
-    last = {
-        (run, round): attempt
-        for run, round, attempt in page.sql.execute("SELECT run, round, attempt FROM replies")
-    }
-    return [which for which in bookings if last.get(which[:2], 0) < which[2]]
+def all_answered(page: Page) -> dict[tuple[str, int], int]:
+    """The latest attempt that was answered, of each run and round that was."""
+    rows = page.sql.execute("SELECT run, round, attempt FROM replies")
+    return {(run, round): attempt for run, round, attempt in rows}
 
 
 def kept_reply(page: Page, run: str, round: int) -> tuple[int, bytes] | None:

@@ -12,14 +12,15 @@ from fedface.privacy.ledger import Ledger
 
 def check_books(journal: Journal, ledger: Ledger) -> None:
     """Raises LedgerError if the journal knows bookings or answers that the ledger lacks: then it was put back."""
-    known = len(ledger.entries())
-    paid = {line.entry for line in journal.sent() if line.entry is not None}
-    if any(number > known for number in paid):
-        lacks = "bookings that the ledger does not have"
-    elif ledger.unanswered(paid):
-        lacks = "answers that the ledger does not know to be given"
-    else:
+    lacking = ledger.unanswered({line.entry for line in journal.sent() if line.entry is not None})
+    if not lacking:
         return
+    booked = max(lacking) <= len(ledger.entries())
+    lacks = (
+        "answers that the ledger does not know to be given"
+        if booked
+        else "bookings that the ledger does not have"
+    )
     raise LedgerError(
         f"the journal names {lacks}: the ledger was put back; restore the newest copy of both, or treat these photos "
         "as spent"

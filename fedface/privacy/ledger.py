@@ -122,13 +122,12 @@ class Ledger:
         """The entries as plain dicts, for the owner to read or keep."""
         return [asdict(entry) for entry in self.entries()]
 
-    def unanswered(self, numbers: Iterable[int]) -> list[Entry]:
-        """Those entries, of these numbers, that were never answered as far as this ledger knows."""
+    def unanswered(self, numbers: Iterable[int]) -> list[int]:
+        """Those of some entries' numbers that were never booked here, or never answered as far as this ledger knows."""
         with self._chain.reading() as page:
-            chosen = set(numbers)
-            entries = [entry for entry in _entries(page) if entry.number in chosen]
-            lacking = set(answers.unanswered(page, ((e.run, e.round, e.attempt) for e in entries)))
-        return [entry for entry in entries if (entry.run, entry.round, entry.attempt) in lacking]
+            last = answers.all_answered(page)
+            given = {e.number for e in _entries(page) if last.get((e.run, e.round), 0) >= e.attempt}
+        return [number for number in numbers if number not in given]
 
     def already(self, run: str, round: int) -> bool:
         """Whether a round has been booked, whether or not its reply was kept."""

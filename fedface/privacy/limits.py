@@ -35,9 +35,14 @@ class Limit:
         if self.days is not None and not (self.days > 0 and math.isfinite(self.days)):
             raise ValueError(f"days must be a finite number above 0, got {self.days}")
 
+    @property
+    def period(self) -> str:
+        """Over which time it counts, in words."""
+        return "for life" if self.days is None else f"in any {self.days:g} days"
+
     def __str__(self) -> str:
-        period = "for life" if self.days is None else f"in any {self.days:g} days"
-        return f"epsilon {self.epsilon:g} at delta {delta_in_words(self.delta)} per {self.unit} {period}"
+        """Its epsilon with its delta, unit and period."""
+        return f"epsilon {self.epsilon:g} at delta {delta_in_words(self.delta)} per {self.unit} {self.period}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,27 +57,19 @@ class Shortfall:
     def in_words(self) -> str:
         """All numbers in one phrase that can follow "asks for"."""
         limit = self.limit
-        period = "for life" if limit.days is None else f"in any {limit.days:g} days"
         return (
             f"epsilon {self.asked:.3f}; {self.spent:.3f} of {limit.epsilon:g} is already spent "
-            f"(together {self.together:.3f}, delta {delta_in_words(limit.delta)}, per {limit.unit} {period})"
+            f"(together {self.together:.3f}, delta {delta_in_words(limit.delta)}, per {limit.unit} {limit.period})"
         )
-
-
-def limit_in_words(limit: Limit) -> str:
-    """A limit's epsilon with its delta, unit and period."""
-    period = "for life" if limit.days is None else f"in any {limit.days:g} days"
-    return f"epsilon {limit.epsilon:g} at delta {delta_in_words(limit.delta)} per {limit.unit} {period}"
 
 
 def short_in_words(short: Shortfall) -> str:
     """What does not fit, as a phrase that can follow "asks for"; every epsilon is an upper bound and says so."""
     limit = short.limit
-    period = "for life" if limit.days is None else f"in any {limit.days:g} days"
     return (
         f"{at_most(short.asked)}; {at_most(short.spent)} of {limit.epsilon:g} is already spent (together "
         f"{at_most(short.together)}; every epsilon here at delta {delta_in_words(limit.delta)}, "
-        f"per {limit.unit} {period})"
+        f"per {limit.unit} {limit.period})"
     )
 
 

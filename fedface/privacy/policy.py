@@ -17,7 +17,7 @@ from pathlib import Path
 from fedface.errors import PolicyRefusal
 from fedface.privacy.conditions import Conditions, Surroundings, ThisMachine, last_day
 from fedface.privacy.ledger import Entry, Ledger
-from fedface.privacy.limits import Limit, limit_in_words, short_in_words
+from fedface.privacy.limits import Limit, short_in_words
 from fedface.privacy.plan import Plan, Terms
 from fedface.privacy.target import check_delta, delta_in_words
 from fedface.units import UNITS, Unit, covers, unit_in_words
@@ -25,9 +25,8 @@ from fedface.units import UNITS, Unit, covers, unit_in_words
 OBJECTIVES = ("generator", "upsampler")  # what can be trained, in the word of a policy
 EVALUATION = "evaluation"  # the objective of a task that only measures
 LARGE_DELTA = 1e-2  # above it, "with this chance the bound need not hold" is no small print any more
-ADVICE = (
-    "Lower the rounds, raise the noise, or ask the owner of this device for a larger budget."  # for a server
-)
+# What a server can do about a budget that is too small.
+ADVICE = "Lower the rounds, raise the noise, or ask the owner of this device for a larger budget."
 PROTOCOLS = ("encrypted", "plain")  # the kinds of aggregation that there are
 OWN_WORDS = ("unit", "neighbours", "sampler", "noise_at")  # marks that follow from the terms alone
 
@@ -226,7 +225,7 @@ class DevicePolicy:
             if not self.allow_unpromised:
                 raise PolicyRefusal(
                     "this run asks for epsilon infinite at every delta: it adds no noise; this device allows at most "
-                    f"{limit_in_words(self.limits[0])}. Give it a privacy target, or ask the owner to allow it."
+                    f"{self.limits[0]}. Give it a privacy target, or ask the owner to allow it."
                 )
             return
         if not covers(terms.unit, self.unit):
@@ -314,7 +313,7 @@ class DevicePolicy:
                 if not getattr(self, key)
             ),
             *(
-                f"{limit_in_words(limit)} is more than the {self.max_epsilon:g} for life, so this period limits nothing"
+                f"{limit} is more than the {self.max_epsilon:g} for life, so this period limits nothing"
                 for limit in self.limits[1:]
                 if limit.epsilon > self.max_epsilon
             ),
@@ -334,7 +333,7 @@ class DevicePolicy:
             f"updates may travel {_or(self.protocols)}, where {self.smallest_cohort} devices or more are summed"
             if self.protocols
             else "updates may not travel at all: every run is refused",
-            *(f"at most {limit_in_words(limit)}" for limit in self.limits),
+            *(f"at most {limit}" for limit in self.limits),
             f"the budget counts {unit_in_words(self.unit)}",
             f"a run must promise per {_or([unit for unit in UNITS if covers(unit, self.unit)])}",
             "the noise may be added by the server, which then sees bare answers"

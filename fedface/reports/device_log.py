@@ -121,16 +121,11 @@ class Budget:
         """At which delta and of which unit it counts."""
         return _where(self.limit.delta, self.limit.unit)
 
-    @property
-    def period(self) -> str:
-        """Over which time it counts."""
-        return "for life" if self.limit.days is None else f"in any {self.limit.days:g} days"
-
     def in_words(self) -> str:
         """Spent, allowed and left, in two sentences."""
         return (
             f"Spent {'so far' if self.limit.days is None else f'in the last {self.limit.days:g} days'}: "
-            f"{self.spent.in_words()}. Allowed {self.period}: {self.limit.epsilon:g}; left: {shown(self.left)}."
+            f"{self.spent.in_words()}. Allowed {self.limit.period}: {self.limit.epsilon:g}; left: {shown(self.left)}."
         )
 
 

@@ -52,6 +52,22 @@ OCCASION = {
 }
 
 
+Noised = list[tuple[GaussianSum, torch.Tensor]]
+
+
+@pytest.fixture
+def noised(monkeypatch: pytest.MonkeyPatch) -> Noised:
+    """Every sum that is to be noised, with its mechanism; the sums stay as they are."""
+    seen: Noised = []
+
+    def noise(self: GaussianSum, total: torch.Tensor, secret: object) -> torch.Tensor:
+        seen.append((self, total.clone()))
+        return total
+
+    monkeypatch.setattr(GaussianSum, "noise", noise)
+    return seen
+
+
 def sent_vector(reply: object) -> torch.Tensor:
     """What a plain answer holds, in public ranges."""
     assert isinstance(reply, Trained), reply
@@ -90,18 +106,11 @@ def test_a_device_cuts_its_whole_update_and_an_empty_library_sends_nothing(tmp_p
     assert not nothing.any()
 
 
-def test_the_server_noises_each_sum_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_noises_each_sum_once(tmp_path: Path, noised: Noised) -> None:
     """With updates cut to nothing, what is applied is the server's noise: deviation sigma * clip in public ranges."""
     experiment = tiny_experiment(tmp_path / "recipe", {**LIBRARY, "training.rounds": "1"})
     folder = begun(experiment, tmp_path / "run")
     plan = experiment.plan()
-    noised = []
-
-    def noise(self: GaussianSum, total: torch.Tensor, secret: object) -> torch.Tensor:
-        noised.append((self, total.clone()))
-        return total
-
-    monkeypatch.setattr(GaussianSum, "noise", noise)
     cohort = in_process_cohort(experiment, devices_folder(folder))
     run_rounds(experiment, plan, cohort, State.read(folder), None, SilentWatcher())
     ((mechanism, total),) = noised  # not on the two devices, and once on the server
@@ -154,9 +163,7 @@ def test_promises_that_nobody_could_keep_are_refused_in_the_recipe(
         tiny_experiment(tmp_path, {**LIBRARY, **changes})
 
 
-def test_figures_per_library_are_noised_once_by_the_server(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_figures_per_library_are_noised_once_by_the_server(tmp_path: Path, noised: Noised) -> None:
     """Two devices, two questions, one round: three noises on three sums, each device's part of length 1 at most."""
     told = {**LIBRARY, "training.rounds": "1", "evaluation": FEW}
     experiment = tiny_experiment(tmp_path / "recipe", told)
@@ -165,13 +172,6 @@ def test_figures_per_library_are_noised_once_by_the_server(
     assert epsilon_of(terms.event(), 1e-3).upper == approx(4.0, abs=2e-3)
     assert plan.epsilon().upper == approx(8.0, abs=2e-3)  # type: ignore[union-attr]
     folder = begun(experiment, tmp_path / "run")
-    noised = []
-
-    def noise(self: GaussianSum, total: torch.Tensor, secret: object) -> torch.Tensor:
-        noised.append((self, total.clone()))
-        return total
-
-    monkeypatch.setattr(GaussianSum, "noise", noise)
     cohort = in_process_cohort(experiment, devices_folder(folder))
     record = coordinate(experiment, cohort, folder, watcher=SilentWatcher())
     questions = [total for mechanism, total in noised if mechanism == terms.sum_mechanism()]
