@@ -21,9 +21,7 @@ class Price:
     asked: float
     spent: float
     together: float
-    rounds_that_fit: (
-        int | None
-    )  # how many of the run's rounds there is room for; None: its parts differ in rounds
+    rounds_that_fit: int | None  # of the run's rounds; None: its parts differ in rounds
 
     def in_words(self) -> str:
         """Asked, spent and allowed."""
