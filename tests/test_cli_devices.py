@@ -492,21 +492,29 @@ call(app)
 """
 
 
-STUCK = WAITING.replace(
-    "time.sleep(60)", "threading.Thread(target=time.sleep, args=(60,)).start(); time.sleep(60)"
+# The thread runs before anybody hears "ready": an interrupt in between would find nothing to wait for.
+STUCK = (
+    WAITING.replace(
+        "import time, typer", "import time, typer\nfrom concurrent.futures import ThreadPoolExecutor"
+    )
+    .replace(
+        "        try:", "        with ThreadPoolExecutor(1) as pool:\n            pool.submit(time.sleep, 60)"
+    )
+    .replace("        finally:\n            time.sleep(0.2)\n", "")
 )
 
 
 def test_an_interrupt_that_takes_long_says_so_and_another_ends_it_at_once() -> None:
     """A thread that computes is waited for; whoever cannot wait loses nothing that was finished."""
-    script = STUCK.replace("import time, typer", "import threading, time, typer")
     with subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", STUCK], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as stuck:
         assert stuck.stdout is not None and stuck.stdout.readline() == "ready\n"
         stuck.send_signal(signal.SIGINT)
-        time.sleep(3.0)
+        assert stuck.stderr is not None and stuck.stderr.readline() == "waiting ...\n"
+        assert "stopping: what is being computed ends first" in stuck.stderr.readline()
         assert stuck.poll() is None
+        time.sleep(0.5)
         stuck.send_signal(signal.SIGINT)
         assert stuck.wait(timeout=20) == -signal.SIGINT
 
