@@ -23,8 +23,8 @@ from fedface.aggregation.encrypted import make_device, make_keys, make_server
 from fedface.aggregation.protocol import (
     Aggregation,
     AggregationConfig,
-    Agreement,
-    EncryptedConfig,
+    AggregationParameters,
+    HomomorphicConfig,
     Payload,
     PlainConfig,
 )
@@ -98,11 +98,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    agreement = Agreement(value_range=VALUE_RANGE, most_devices=options.devices)
+    agreement = AggregationParameters(value_range=VALUE_RANGE, max_devices=options.devices)
     configs: list[tuple[str, AggregationConfig]] = [
         ("plain", PlainConfig()),
-        ("encrypted, 16 bit", EncryptedConfig(bits=16)),
-        ("encrypted, 11 bit", EncryptedConfig(bits=11)),
+        ("encrypted, 16 bit", HomomorphicConfig(bits=16)),
+        ("encrypted, 11 bit", HomomorphicConfig(bits=11)),
     ]
     print(f"{options.devices} devices, values in [-{VALUE_RANGE}, {VALUE_RANGE}], {options.repeats} repeats;")
     print(f"{os.cpu_count()} cores of {platform.machine()}, one thread, Python {platform.python_version()}\n")
@@ -119,8 +119,8 @@ def main() -> None:
             match config:
                 case PlainConfig():
                     print(row(length, name, costs[name], 0.0))
-                case EncryptedConfig(bits=bits):
-                    half_step = Quantiser(value_range=VALUE_RANGE, bits=bits, most_devices=1).step / 2
+                case HomomorphicConfig(bits=bits):
+                    half_step = Quantiser(value_range=VALUE_RANGE, bits=bits, max_devices=1).step / 2
                     print(row(length, name, costs[name], options.devices * half_step))
                     print(ratios(length, costs[name], costs["plain"]))
 

@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 
 from fedface.models.contracts import Generator, draw_noise
-from fedface.models.frozen import Precision, frozen
-from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
+from fedface.models.frozen import Precision, prepare_for_search
+from fedface.models.stylegan2 import StyleGAN2Config, StyleGAN2
 from fedface.randomness import Streams
 
 FORMS = ("plain", "frozen")
@@ -66,7 +66,7 @@ class Result:
 
 def full_generator(size: int) -> StyleGAN2:
     """FFHQ's widths, random weights, noise strengths of a trained size."""
-    config = GeneratorConfig(
+    config = StyleGAN2Config(
         size=size,
         latent_width=512,
         style_width=512,
@@ -88,7 +88,7 @@ def measure(case: Case) -> Result:
     weights = sum(weight.numel() for weight in whole.parameters())
     generator: Generator = whole
     if case.form == "frozen":
-        generator = frozen(whole, precision=case.precision)
+        generator = prepare_for_search(whole, precision=case.precision)
         del whole
     chance = Streams(1).generator("inputs")
     latents = torch.randn(1, 512, generator=chance).to(case.device)

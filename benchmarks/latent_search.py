@@ -44,7 +44,7 @@ from fedface.models.frozen import Precision, fast_precision
 from fedface.randomness import Streams
 from fedface.shapes import LowImages
 from fedface.upsampling.degrade import BicubicPulse
-from fedface.upsampling.pulse import Pulse, PulseConfig
+from fedface.upsampling.pulse import PulseUpsampler, PulseConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "upsampling"))
 from published_loop import published_loop, starts  # the twin that the tests hold the search against
@@ -118,7 +118,7 @@ class Case:
             precision: Precision = "bfloat16" if self.row == "bfloat16" else "float32"
             paper = replace(PulseConfig.paper(), eps=NEVER, mapping_samples=DRAWS)
             config = replace(paper, steps=steps, precision=precision)
-            search = Pulse(weights, degradation, config, streams, watch=lambda glimpse: hear(glimpse.misfit))
+            search = PulseUpsampler(weights, degradation, config, streams, watch=lambda glimpse: hear(glimpse.consistency_error))
             search.upsample(photos, faces_per_photo=1)
 
     def now(self) -> float:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedface.models.stylegan2 import Block, GeneratorConfig, StyledConv, StyleGAN2, ToRGB
-from fedface.models.weights import load_base
+from fedface.models.stylegan2 import Block, StyleGAN2Config, StyledConv, StyleGAN2, ToRGB
+from fedface.models.weights import load_gan
 from fedface.randomness import Streams
 from fedface.shapes import Images, Latents, Styles
 
@@ -105,8 +105,8 @@ def searched(size: int, base: int) -> StyleGAN2:
     Random biases and noise strengths are about as large as trained ones.
     """
     if size == 32:
-        return load_base().generator
-    config = GeneratorConfig(
+        return load_gan().generator
+    config = StyleGAN2Config(
         size=size,
         latent_width=512,
         style_width=512,

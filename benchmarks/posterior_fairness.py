@@ -26,16 +26,16 @@ from torch import Tensor
 from fedface.audits.bias import DARKER_FROM, HALVES, confusion, fairness_metrics
 from fedface.audits.disaggregate import mean_interval, rates_by_group
 from fedface.models.contracts import Generator, sample
-from fedface.models.frozen import frozen
-from fedface.models.weights import load_base, load_flow
+from fedface.models.frozen import prepare_for_search
+from fedface.models.weights import load_gan, load_flow
 from fedface.photos.tone import measure_tone
 from fedface.randomness import Streams
 from fedface.shapes import Images, LowImages
-from fedface.upsampling.contracts import Glimpse, Upsampler, squared_difference
+from fedface.upsampling.contracts import StepSnapshot, Upsampler, squared_difference
 from fedface.upsampling.degrade import Area, BicubicPulse, Degradation
-from fedface.upsampling.guidance import Guidance, GuidanceConfig
-from fedface.upsampling.langevin import Langevin, LangevinConfig
-from fedface.upsampling.pulse import Pulse, PulseConfig
+from fedface.upsampling.guidance import GuidedFlowUpsampler, GuidedFlowConfig
+from fedface.upsampling.langevin import HmcUpsampler, HmcConfig
+from fedface.upsampling.pulse import PulseUpsampler, PulseConfig
 
 HEADS = (
     "method",
@@ -65,7 +65,7 @@ class Measurement:
 
     degradation: Degradation
     noise: float  # standard deviation of a measured value
-    chains: LangevinConfig  # long enough for a posterior of that width
+    chains: HmcConfig  # long enough for a posterior of that width
 
     def photos(self, faces: Images, stream: torch.Generator) -> LowImages:
         """Not clamped, so that the noise is normal."""
@@ -74,8 +74,8 @@ class Measurement:
 
 
 MEASUREMENTS = {
-    4: Measurement(BicubicPulse(4), 0.02, LangevinConfig(spread=0.02)),
-    16: Measurement(Area(16), 0.1, LangevinConfig(spread=0.1, levels=6, moves=2, final=8, leaps=10)),
+    4: Measurement(BicubicPulse(4), 0.02, HmcConfig(noise_std=0.02)),
+    16: Measurement(Area(16), 0.1, HmcConfig(noise_std=0.1, noise_levels=6, transitions=2, final_transitions=8, leapfrog_steps=10)),
 }
 
 
@@ -90,28 +90,28 @@ class Row:
 
 def rows(workers: int) -> dict[str, Row]:
     """By the name that the command line gives."""
-    base, flow = load_base().generator, load_flow().generator
-    drawn = frozen(base)
+    base, flow = load_gan().generator, load_flow().generator
+    drawn = prepare_for_search(base)
 
     def pulse(seen: Measurement, streams: Streams) -> Upsampler:
-        return Pulse(base, seen.degradation, PulseConfig(eps=seen.noise**2, workers=workers), streams)
+        return PulseUpsampler(base, seen.degradation, PulseConfig(eps=seen.noise**2, workers=workers), streams)
 
     def fitted(seen: Measurement, streams: Streams) -> Upsampler:
         # Far below the noise: close to the best fit, as published searches are.
         config = PulseConfig(eps=seen.noise**2 / 20, workers=workers)
-        return Pulse(base, seen.degradation, config, streams)
+        return PulseUpsampler(base, seen.degradation, config, streams)
 
     def langevin(seen: Measurement, streams: Streams) -> Upsampler:
         config = replace(seen.chains, workers=workers)
-        return Langevin(base, seen.degradation, config, streams)
+        return HmcUpsampler(base, seen.degradation, config, streams)
 
     def guidance(seen: Measurement, streams: Streams) -> Upsampler:
-        config = GuidanceConfig(spread=seen.noise, workers=workers)
-        return Guidance(flow, seen.degradation, config, streams)
+        config = GuidedFlowConfig(noise_std=seen.noise, workers=workers)
+        return GuidedFlowUpsampler(flow, seen.degradation, config, streams)
 
     def isotropic(seen: Measurement, streams: Streams) -> Upsampler:
-        config = GuidanceConfig(spread=seen.noise, covariance="isotropic", workers=workers)
-        return Guidance(flow, seen.degradation, config, streams)
+        config = GuidedFlowConfig(noise_std=seen.noise, covariance="isotropic", workers=workers)
+        return GuidedFlowUpsampler(flow, seen.degradation, config, streams)
 
     return {
         "pulse": Row("PULSE, stops at the noise", drawn, pulse),
@@ -174,29 +174,29 @@ def apart(made: Images, originals: Images) -> str:
 
 def mixing(seen: Measurement, streams: Streams, *, leaps: int, rank: int) -> str:
     """Acceptance and R-hat (Gelman & Rubin 1992) of 4 chains a photo, for equal numbers of gradients."""
-    drawn, photos, chains = frozen(load_base().generator), 4, 4
+    drawn, photos, chains = prepare_for_search(load_gan().generator), 4, 4
     low = seen.photos(sample(drawn, photos, streams.generator("mixing")), streams.generator("mixing/noise"))
-    config = LangevinConfig(
-        spread=seen.noise, leaps=leaps, rank=rank, moves=48 // leaps, final=640 // leaps, levels=12
+    config = HmcConfig(
+        noise_std=seen.noise, leapfrog_steps=leaps, rank=rank, transitions=48 // leaps, final_transitions=640 // leaps, noise_levels=12
     )
     colours: list[Tensor] = []
     monks: list[Tensor] = []
     misfits: list[Tensor] = []
 
-    def look(glimpse: Glimpse) -> None:
-        if glimpse.step > config.levels * config.moves:
+    def look(glimpse: StepSnapshot) -> None:
+        if glimpse.step > config.noise_levels * config.transitions:
             images = glimpse.images.clamp(0, 1)
             colours.append(torch.nn.functional.avg_pool2d(images, 8).flatten(1))
             monks.append(measure_tone(images).monk[:, None])
-            misfits.append(glimpse.misfit)
+            misfits.append(glimpse.consistency_error)
 
-    sampler = Langevin(load_base().generator, seen.degradation, config, streams, watch=look)
+    sampler = HmcUpsampler(load_gan().generator, seen.degradation, config, streams, watch=look)
     found = sampler.upsample(low, faces_per_photo=chains)
     moved = torch.stack(misfits)
     accepted = float((moved[1:] != moved[:-1]).double().mean())
-    told = [f"{leaps}", f"{rank}", f"{accepted:.2f}", f"{float(found.misfit.mean()) / seen.noise**2:.2f}"]
+    told = [f"{leaps}", f"{rank}", f"{accepted:.2f}", f"{float(found.consistency_error.mean()) / seen.noise**2:.2f}"]
     for trace in (colours, monks):
-        apart = r_hat(torch.stack(trace).view(config.final, photos, chains, -1))
+        apart = r_hat(torch.stack(trace).view(config.final_transitions, photos, chains, -1))
         told.append(f"{float(apart.median()):.2f} / {float(apart.max()):.2f}")
     return "| " + " | ".join(told) + " |"
 

@@ -44,13 +44,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from fedface.models.adapters import Full
-from fedface.models.weights import load_base, load_flow, load_resolved, load_styled
+from fedface.models.weights import load_gan, load_flow, load_super_resolution, load_style_encoder
 from fedface.privacy.mechanism import GaussianSum
 from fedface.randomness import SecretNoise, Streams
 from fedface.training.flow import loss_over_draws, times_and_noises
-from fedface.training.generator import loss_on_photos
-from fedface.training.per_photo import PerPhotoLoss, clipped_unit_sum, trained
-from fedface.training.upsampler import lesson_of, mark_upsampler
+from fedface.training.generator import d_loss_real
+from fedface.training.per_photo import PerExampleLoss, clipped_unit_sum, trainable_parameters
+from fedface.training.upsampler import reconstruction_loss, mark_upsampler
 from fedface.upsampling.degrade import BicubicPulse
 
 STREAMS = Streams(1)
@@ -64,7 +64,7 @@ class Case:
     """A network with its lesson, a batch, and the loss's own draws."""
 
     module: nn.Module
-    loss: PerPhotoLoss
+    loss: PerExampleLoss
     photos: Tensor
     draws: Tensor | None = None
 
@@ -74,7 +74,7 @@ class Case:
 
 
 def critic(photos: Tensor) -> Case:
-    return Case(load_base().critic, loss_on_photos, photos)
+    return Case(load_gan().discriminator, d_loss_real, photos)
 
 
 def flow(photos: Tensor, count: int) -> Case:
@@ -85,27 +85,27 @@ def flow(photos: Tensor, count: int) -> Case:
 def upsampler(photos: Tensor, load: Callable) -> Case:
     model = load()
     mark_upsampler(model, Full(), STREAMS.generator("adapters"))
-    return Case(model.upsampler, lesson_of(BicubicPulse(4), 10.0), photos)
+    return Case(model.upsampler, reconstruction_loss(BicubicPulse(4), 10.0), photos)
 
 
 NETWORKS: dict[str, Callable[[Tensor], Case]] = {
     "critic": critic,
     "flow": lambda photos: flow(photos, 1),
     "flow, 4 draws": lambda photos: flow(photos, 4),
-    "style encoder": lambda photos: upsampler(photos, load_styled),
-    "super-resolution": lambda photos: upsampler(photos, load_resolved),
+    "style encoder": lambda photos: upsampler(photos, load_style_encoder),
+    "super-resolution": lambda photos: upsampler(photos, load_super_resolution),
 }
 
 
 def plain(case: Case) -> Step:
     """The non-private step."""
-    weights = list(trained(case.module).values())
+    weights = list(trainable_parameters(case.module).values())
     return lambda: list(torch.autograd.grad(case.loss(case.module, *case.rows()).mean(), weights))
 
 
 def plain_in_parts(case: Case, microbatch: int) -> Step:
     """The same mean with fewer photos at once, which a small cache may like better."""
-    weights = list(trained(case.module).values())
+    weights = list(trainable_parameters(case.module).values())
 
     def step() -> list[Tensor]:
         totals = [torch.zeros_like(weight) for weight in weights]
@@ -120,7 +120,7 @@ def plain_in_parts(case: Case, microbatch: int) -> Step:
 
 def loop(case: Case) -> Step:
     """One backward pass for each photo, clipped and summed, without noise: what the others must equal."""
-    weights = list(trained(case.module).values())
+    weights = list(trainable_parameters(case.module).values())
 
     def step() -> list[Tensor]:
         totals = [torch.zeros_like(weight) for weight in weights]
@@ -158,7 +158,7 @@ def ours(case: Case, microbatch: int) -> Step:
 
 def whole(case: Case, microbatch: int) -> Step:
     """vmap over grad."""
-    weights = {name: weight.detach() for name, weight in trained(case.module).items()}
+    weights = {name: weight.detach() for name, weight in trainable_parameters(case.module).items()}
 
     def loss_of_one(weights: dict[str, Tensor], *row: Tensor) -> Tensor:
         def network(*inputs: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ class Opacus:
                 self.wrapped = GradSampleModuleFastGradientClipping(
                     module, loss_reduction="sum", max_grad_norm=MECHANISM.clip_norm
                 )
-        self.weights = list(trained(module).values())
+        self.weights = list(trainable_parameters(module).values())
         kind = DPOptimizerFastGradientClipping if mode == "ghost" else DPOptimizer
         self.optimiser = kind(
             torch.optim.SGD(self.weights, lr=0.0),

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fedface.audits.feature_networks import ColourFeatures, open_features
 from fedface.audits.features import frechet_distance, frechet_interval, kernel_interval
-from fedface.audits.quality import neighbour_figures
-from fedface.photos.drawn import ToneMix, draw, sample_faces
+from fedface.audits.quality import manifold_metrics
+from fedface.photos.drawn import ToneMix, render, sample_faces
 from fedface.randomness import Streams
 
 COUNTS = (40, 80, 160, 320, 640, 1280, 2560)
@@ -33,8 +33,8 @@ def drawn_features(count: int, light_share: float, generator: torch.Generator) -
     extractor = open_features(ColourFeatures())
     parts = []
     for start in range(0, count, 2000):
-        faces = sample_faces(min(2000, count - start), ToneMix(light_share=light_share), generator)
-        parts.append(extractor.features(draw(faces, 32)))
+        faces = sample_faces(min(2000, count - start), ToneMix(light_fraction=light_share), generator)
+        parts.append(extractor.features(render(faces, 32)))
     return torch.cat(parts)
 
 
@@ -46,7 +46,7 @@ def row(real: Tensor, made: Tensor, count: int, most: int) -> tuple[str, ...]:
         [frechet_distance(a, b) for a, b in pairs],
         [frechet_interval(a, b).estimate for a, b in pairs],
         [kernel_interval(a, b).estimate for a, b in pairs],
-        *np.array([neighbour_figures(a, b, k=3) for a, b in pairs]).T,
+        *np.array([manifold_metrics(a, b, k=3) for a, b in pairs]).T,
     ]
     return (f"{count}", f"{draws}", *(f"{np.mean(values):.3f} ({np.std(values):.3f})" for values in columns))
 

@@ -28,9 +28,9 @@ from plain_stylegan2 import searched
 from fedface.models.contracts import sample
 from fedface.models.stylegan2 import StyleGAN2
 from fedface.randomness import Streams
-from fedface.upsampling.contracts import Glimpse
+from fedface.upsampling.contracts import StepSnapshot
 from fedface.upsampling.degrade import BicubicPulse
-from fedface.upsampling.pulse import Pulse, PulseConfig
+from fedface.upsampling.pulse import PulseUpsampler, PulseConfig
 
 STEPS = {32: 20, 64: 3, 256: 3}
 WAYS = {"1 thread": (1, 1), "2 threads in an operation": (2, 1), "2 workers": (1, 2)}  # threads, workers
@@ -72,20 +72,20 @@ def once(generator: StyleGAN2, batch: int, threads: int, workers: int) -> float:
     photos = BicubicPulse(factor).apply(sample(generator, batch, Streams(1).generator("truth"))).clamp(0, 1)
     seen: dict[int, Worker] = {}
 
-    def note(glimpse: Glimpse) -> None:
+    def note(glimpse: StepSnapshot) -> None:
         worker = seen.setdefault(threading.get_native_id(), Worker())
         worker.faces = len(glimpse.faces)
         worker.marks.append(time.perf_counter() - waited())
 
     config = PulseConfig(
         steps=STEPS[generator.size] + 1,
-        until="end",
-        keep="last",
+        stop="end",
+        selection="last",
         mapping_samples=100,
         faces_at_once=batch,
         workers=workers,
     )
-    search = Pulse(generator, BicubicPulse(factor), config, Streams(2), watch=note)
+    search = PulseUpsampler(generator, BicubicPulse(factor), config, Streams(2), watch=note)
     search.upsample(photos, faces_per_photo=1)
     return sum(worker.rate() for worker in seen.values())
 

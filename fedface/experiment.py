@@ -13,55 +13,55 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, assert_never
 
-from fedface.aggregation.protocol import AggregationConfig, Agreement, EncryptedConfig, PlainConfig
-from fedface.audits.private_figures import FiguresConfig
+from fedface.aggregation.protocol import AggregationConfig, AggregationParameters, HomomorphicConfig, PlainConfig
+from fedface.audits.private_figures import LocalMetricsConfig
 from fedface.config import plain, read, section
 from fedface.errors import ConfigError
-from fedface.models.family import Encoded, Flow, Gan, Model, Resolved, Styled
-from fedface.models.weights import load_as, load_base, load_encoded, load_flow, load_resolved, load_styled
-from fedface.photos.partition import ByGroup, Dirichlet, Evenly
-from fedface.privacy.plan import Plan, Schedule, Terms, make_plan
+from fedface.models.family import EncoderModel, FlowModel, GanModel, Model, SuperResolutionModel, StyleEncoderModel
+from fedface.models.weights import load_as, load_gan, load_encoder, load_flow, load_super_resolution, load_style_encoder
+from fedface.photos.partition import ByGroup, Dirichlet, Even
+from fedface.privacy.plan import Plan, Schedule, DPParameters, make_plan
 from fedface.privacy.policy import DevicePolicy
-from fedface.privacy.target import NoPromise, PrivacyTarget, delta_in_words
+from fedface.privacy.target import NoPrivacy, PrivacyTarget, format_delta
 from fedface.training.flow import FlowTrainingConfig
 from fedface.training.generator import GanTrainingConfig
 from fedface.training.prior import PriorTrainingConfig
 from fedface.training.upsampler import UpsamplerTrainingConfig
 from fedface.training.ways import Training, objective_of
-from fedface.upsampling.degrade import BicubicPulse, Degradation, in_words
-from fedface.upsampling.methods import Method, check_method, fitting_method
+from fedface.upsampling.degrade import BicubicPulse, Degradation, format_degradation
+from fedface.upsampling.methods import Method, check_method, default_method
 
-UNBOUNDED = "∞"  # where others have an epsilon: a run without a promise
+NO_DP_LABEL = "∞"  # where others have an epsilon: a run without a promise
 EVALUATIONS = 2  # of a run: the model before and after
 VARY = "vary"  # the key of a file that describes several runs
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawnDevices:
+class SyntheticDevices:
     """Pretended devices, each with drawn faces in a mix of its own."""
 
-    light_shares: tuple[float, ...] = (0.9, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # one per device
-    photos_each: int = 400
+    light_fractions: tuple[float, ...] = (0.9, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # one per device
+    photos_per_device: int = 400
     photos_per_occasion: int = 1  # of one person, in one light, side by side
 
     def __post_init__(self) -> None:
-        if not self.light_shares:
+        if not self.light_fractions:
             raise ValueError("light_shares must name at least one device, got none")
-        for share in self.light_shares:
+        for share in self.light_fractions:
             if not 0 <= share <= 1:
                 raise ValueError(f"light_shares must lie in [0, 1], got {share}")
-        if self.photos_each < 2:
-            raise ValueError(f"photos_each must be at least 2, got {self.photos_each}")
-        if self.photos_per_occasion < 1 or self.photos_each % self.photos_per_occasion:
+        if self.photos_per_device < 2:
+            raise ValueError(f"photos_each must be at least 2, got {self.photos_per_device}")
+        if self.photos_per_occasion < 1 or self.photos_per_device % self.photos_per_occasion:
             raise ValueError(
-                f"photos_per_occasion must divide the {self.photos_each} photos of a device, "
+                f"photos_per_occasion must divide the {self.photos_per_device} photos of a device, "
                 f"got {self.photos_per_occasion}"
             )
 
     @property
     def count(self) -> int:
         """How many devices."""
-        return len(self.light_shares)
+        return len(self.light_fractions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +71,9 @@ class LabelledDevices:
     folder: Path = Path("photos")  # replaced by --photos
     set: str = ""  # which set of the folder, where it holds several
     label: str = "race"  # which column tells the groups
-    turned: Literal["leave-out", "keep"] = "leave-out"  # faces turned far from the camera
+    profile_faces: Literal["leave-out", "keep"] = "leave-out"  # faces turned far from the camera
     count: int = 7
-    split: ByGroup | Dirichlet | Evenly = field(default_factory=ByGroup)
+    split: ByGroup | Dirichlet | Even = field(default_factory=ByGroup)
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -81,7 +81,7 @@ class LabelledDevices:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RealDevices:
+class RemoteDevices:
     """Devices of real people, that connect by themselves; the server learns nothing of their photos."""
 
     count: int = 3  # wait for this many devices before the first round
@@ -91,23 +91,23 @@ class RealDevices:
             raise ValueError(f"count must be at least 1, got {self.count}")
 
 
-Devices = DrawnDevices | LabelledDevices | RealDevices
+Devices = SyntheticDevices | LabelledDevices | RemoteDevices
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawnProbe:
+class SyntheticProbe:
     """Public probe: freshly drawn faces in plain light and through cameras, by default as many of each tone group."""
 
-    each: int = 12  # faces per tone group, >= 2
-    light_share: float | None = (
+    per_group: int = 12  # faces per tone group, >= 2
+    light_fraction: float | None = (
         None  # instead five times as many of a population with this share of light skin
     )
 
     def __post_init__(self) -> None:
-        if self.each < 2:
-            raise ValueError(f"each must be at least 2, got {self.each}")
-        if self.light_share is not None and not 0 <= self.light_share <= 1:
-            raise ValueError(f"light_share must lie in [0, 1], got {self.light_share}")
+        if self.per_group < 2:
+            raise ValueError(f"each must be at least 2, got {self.per_group}")
+        if self.light_fraction is not None and not 0 <= self.light_fraction <= 1:
+            raise ValueError(f"light_share must lie in [0, 1], got {self.light_fraction}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,12 +117,12 @@ class LabelledProbe:
     folder: Path = Path("photos")  # replaced by --photos
     set: str = ""
     label: str = "race"
-    turned: Literal["leave-out", "keep"] = "leave-out"  # faces turned far from the camera
-    each: int = 12
+    profile_faces: Literal["leave-out", "keep"] = "leave-out"  # faces turned far from the camera
+    per_group: int = 12
 
     def __post_init__(self) -> None:
-        if self.each < 2:
-            raise ValueError(f"each must be at least 2, got {self.each}")
+        if self.per_group < 2:
+            raise ValueError(f"each must be at least 2, got {self.per_group}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,10 +160,10 @@ class EvaluationConfig:
     A part of the promised epsilon pays for it; the photos that are asked are held out of training.
     """
 
-    share: float = 0.25  # of the promised epsilon, in (0, 1); the rest is for training
-    held_out: float = 0.2  # share of the units that is asked and not trained on, in (0, 1)
+    epsilon_fraction: float = 0.25  # of the promised epsilon, in (0, 1); the rest is for training
+    holdout_fraction: float = 0.2  # share of the units that is asked and not trained on, in (0, 1)
     sampling_rate: float = 1.0  # q: the probability with which a held-out unit joins a question, in (0, 1]
-    figures: FiguresConfig = field(default_factory=FiguresConfig)
+    metrics: LocalMetricsConfig = field(default_factory=LocalMetricsConfig)
 
     def __post_init__(self) -> None:
         for name in ("share", "held_out"):
@@ -172,23 +172,23 @@ class EvaluationConfig:
         if not 0 < self.sampling_rate <= 1:
             raise ValueError(f"sampling_rate must lie in (0, 1], got {self.sampling_rate}")
 
-    def terms(self, promise: PrivacyTarget, questions: int) -> Terms:
+    def dp_parameters(self, promise: PrivacyTarget, questions: int) -> DPParameters:
         """The least noise with which so many questions cost their share of a promise."""
-        return figure_terms(
-            replace(promise, epsilon=self.share * promise.epsilon), questions, self.sampling_rate
+        return metrics_dp_parameters(
+            replace(promise, epsilon=self.epsilon_fraction * promise.epsilon), questions, self.sampling_rate
         )
 
 
-def figure_terms(promise: PrivacyTarget, questions: int, sampling_rate: float) -> Terms:
+def metrics_dp_parameters(promise: PrivacyTarget, questions: int, sampling_rate: float) -> DPParameters:
     """The least noise with which so many questions keep a promise that is theirs alone.
 
     Raises:
         PrivacyError: No amount of noise does.
     """
     schedule = Schedule(
-        rounds=questions, steps_per_round=1, sampling_rate=sampling_rate, expected_batch=1, clip_norm=1.0
+        rounds=questions, steps_per_round=1, sampling_rate=sampling_rate, expected_batch_size=1, clip_norm=1.0
     )
-    return make_plan(promise, schedule).terms
+    return make_plan(promise, schedule).dp_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,18 +197,18 @@ class Experiment:
 
     question: str
     name: str  # of the run's folder
-    promise: PrivacyTarget | NoPromise
+    privacy: PrivacyTarget | NoPrivacy
     devices: Devices
-    probe: DrawnProbe | LabelledProbe = field(default_factory=DrawnProbe)
+    probe: SyntheticProbe | LabelledProbe = field(default_factory=SyntheticProbe)
     seed: int = 0
     base: Path | None = None  # a checkpoint; None is the embedded one of the family that `training` needs
     training: Training = field(default_factory=GanTrainingConfig)
-    aggregation: AggregationConfig = field(default_factory=EncryptedConfig)
+    aggregation: AggregationConfig = field(default_factory=HomomorphicConfig)
     policy: DevicePolicy | None = None  # of pretended devices; None allows exactly this run
-    fewest_answers: int = 2  # a round with fewer answers is not applied
+    min_responses: int = 2  # a round with fewer answers is not applied
     upsampling: UpsamplingConfig = field(default_factory=UpsamplingConfig)
     evaluation: EvaluationConfig | None = None  # what devices tell of their own photos; None: nothing
-    update_clip: float = 1.0  # promise per library: longest update of one device, in public ranges, > 0
+    update_clip_norm: float = 1.0  # promise per library: longest update of one device, in public ranges, > 0
     attack: AttackConfig = field(default_factory=AttackConfig)
 
     def __post_init__(self) -> None:
@@ -221,12 +221,12 @@ class Experiment:
             )
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
-        if not 1 <= self.fewest_answers <= self.devices.count:
+        if not 1 <= self.min_responses <= self.devices.count:
             raise ValueError(
-                f"fewest_answers must lie between 1 and the {self.devices.count} devices, got {self.fewest_answers}"
+                f"fewest_answers must lie between 1 and the {self.devices.count} devices, got {self.min_responses}"
             )
-        if isinstance(self.aggregation, EncryptedConfig):
-            if (fewest := self.aggregation.fewest_devices) > self.devices.count:
+        if isinstance(self.aggregation, HomomorphicConfig):
+            if (fewest := self.aggregation.min_devices) > self.devices.count:
                 raise ValueError(
                     f"aggregation: fewest_devices must be at most the {self.devices.count} devices, got {fewest}; "
                     "nobody could open a sum"
@@ -235,24 +235,24 @@ class Experiment:
             if self.training.downscale != self.upsampling.downscale:
                 raise ValueError(
                     "upsampling: downscale must be the one that the network learns to undo, "
-                    f"{in_words(self.training.downscale)} (training.downscale), "
-                    f"got {in_words(self.upsampling.downscale)}"
+                    f"{format_degradation(self.training.downscale)} (training.downscale), "
+                    f"got {format_degradation(self.upsampling.downscale)}"
                 )
-        if not 1e-6 <= self.update_clip <= 1e6:
-            raise ValueError(f"update_clip must lie in [1e-6, 1e6], got {self.update_clip}")
-        if isinstance(self.promise, PrivacyTarget):
-            self._check_promise(self.promise)
+        if not 1e-6 <= self.update_clip_norm <= 1e6:
+            raise ValueError(f"update_clip must lie in [1e-6, 1e6], got {self.update_clip_norm}")
+        if isinstance(self.privacy, PrivacyTarget):
+            self._check_promise(self.privacy)
         elif self.evaluation is not None:
             raise ValueError("evaluation needs a promise: what devices tell of their photos is always noised")
 
     def _check_promise(self, promise: PrivacyTarget) -> None:
-        if isinstance(self.devices, DrawnDevices) and promise.unit != "library":
+        if isinstance(self.devices, SyntheticDevices) and promise.unit != "library":
             each = 1 if promise.unit == "photo" else self.devices.photos_per_occasion
-            most = each / self.devices.photos_each
+            most = each / self.devices.photos_per_device
             if promise.delta >= most:
                 raise ValueError(
                     f"promise: delta must lie below 1 / {promise.unit}s of a device = {most:g}, "
-                    f"got {delta_in_words(promise.delta)}"
+                    f"got {format_delta(promise.delta)}"
                 )
         if promise.unit == "library":
             if not isinstance(self.aggregation, PlainConfig):
@@ -276,7 +276,7 @@ class Experiment:
                 "evaluation: sampling_rate must be 1 with a promise per library, since every device is asked, "
                 f"got {self.evaluation.sampling_rate:g}"
             )
-        if self.devices.count < (fewest := self.evaluation.figures.smallest_group):
+        if self.devices.count < (fewest := self.evaluation.metrics.min_group_size):
             raise ValueError(
                 "evaluation: with a promise per library a device counts as one, and figures of fewer than "
                 f"smallest_group = {fewest} are not told, so nothing would be; got {self.devices.count} devices. "
@@ -284,37 +284,37 @@ class Experiment:
             )
 
     @property
-    def agreement(self) -> Agreement:
+    def agreement(self) -> AggregationParameters:
         """What devices and server must share to sum updates, which are divided by their public ranges."""
-        return Agreement(value_range=1.0, most_devices=max(2, self.devices.count))
+        return AggregationParameters(value_range=1.0, max_devices=max(2, self.devices.count))
 
     def plan(self) -> Plan:
         """The mechanism that keeps the promise; takes a second or two, once."""
-        beside: list[Terms] = []
-        if self.evaluation is not None and isinstance(self.promise, PrivacyTarget):
-            beside.append(self.evaluation.terms(self.promise, EVALUATIONS))
-        return make_plan(self.promise, self.training.schedule(), update_clip=self.update_clip, beside=beside)
+        beside: list[DPParameters] = []
+        if self.evaluation is not None and isinstance(self.privacy, PrivacyTarget):
+            beside.append(self.evaluation.dp_parameters(self.privacy, EVALUATIONS))
+        return make_plan(self.privacy, self.training.schedule(), update_clip_norm=self.update_clip_norm, additional_releases=beside)
 
     @property
-    def held_out(self) -> float:
+    def holdout_fraction(self) -> float:
         """The share of each device's units that no update is computed from."""
-        return 0.0 if self.evaluation is None else self.evaluation.held_out
+        return 0.0 if self.evaluation is None else self.evaluation.holdout_fraction
 
     def device_policy(self) -> DevicePolicy:
         """What a pretended device allows: the written policy, or exactly this run."""
         if self.policy is not None:
             return self.policy
-        match self.promise:
+        match self.privacy:
             case PrivacyTarget(epsilon=epsilon, delta=delta, unit=unit, trust=trust):
                 return DevicePolicy(
-                    max_epsilon=epsilon, delta=delta, objectives=(objective_of(self.training),), smallest_cohort=1,
+                    max_epsilon=epsilon, delta=delta, objectives=(objective_of(self.training),), min_cohort_size=1,
                     protocols=(self.aggregation.kind,), unit=unit, trust_server=trust == "server",
                     evaluation=self.evaluation is not None,
                 )  # fmt: skip
-            case NoPromise():
+            case NoPrivacy():
                 return DevicePolicy(
-                    max_epsilon=1.0, delta=1e-5, objectives=(objective_of(self.training),), smallest_cohort=1,
-                    protocols=(self.aggregation.kind,), allow_unpromised=True,
+                    max_epsilon=1.0, delta=1e-5, objectives=(objective_of(self.training),), min_cohort_size=1,
+                    protocols=(self.aggregation.kind,), allow_no_dp=True,
                 )  # fmt: skip
             case _:
                 assert_never(self.promise)
@@ -326,27 +326,27 @@ class Experiment:
 
     def method_for(self, model: Model) -> Method:
         """How probes are made large again with this model."""
-        return fitting_method(model) if self.upsampling.method is None else self.upsampling.method
+        return default_method(model) if self.upsampling.method is None else self.upsampling.method
 
-    def start(self) -> Gan | Encoded | Flow | Styled | Resolved:
+    def start(self) -> GanModel | EncoderModel | FlowModel | StyleEncoderModel | SuperResolutionModel:
         """The model before the first round, of the family that this way of training needs.
 
         Raises:
             WeightsError: The checkpoint cannot be read, or is of another family.
             ConfigError: Its pictures cannot be shrunk as `upsampling` says.
         """
-        model: Gan | Encoded | Flow | Styled | Resolved
+        model: GanModel | EncoderModel | FlowModel | StyleEncoderModel | SuperResolutionModel
         match self.training:
             case GanTrainingConfig():
-                model = load_base() if self.base is None else load_as(self.base, Gan)
+                model = load_gan() if self.base is None else load_as(self.base, GanModel)
             case PriorTrainingConfig():
-                model = load_encoded() if self.base is None else load_as(self.base, Encoded)
+                model = load_encoder() if self.base is None else load_as(self.base, EncoderModel)
             case FlowTrainingConfig():
-                model = load_flow() if self.base is None else load_as(self.base, Flow)
+                model = load_flow() if self.base is None else load_as(self.base, FlowModel)
             case UpsamplerTrainingConfig(learner="style-encoder"):
-                model = load_styled() if self.base is None else load_as(self.base, Styled)
+                model = load_style_encoder() if self.base is None else load_as(self.base, StyleEncoderModel)
             case UpsamplerTrainingConfig():
-                model = load_resolved() if self.base is None else load_as(self.base, Resolved)
+                model = load_super_resolution() if self.base is None else load_as(self.base, SuperResolutionModel)
             case _:
                 assert_never(self.training)
         # What no audit could be made with must not be found out after the last round.
@@ -361,13 +361,13 @@ class Experiment:
         return hashlib.sha256(json.dumps(plain(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def for_tournament(experiment: Experiment) -> Experiment:
+def for_ranking(experiment: Experiment) -> Experiment:
     """The recipe with an evaluation of all photos, which nothing is trained on.
 
     Raises:
         ConfigError: It promises nothing.
     """
-    if not isinstance(experiment.promise, PrivacyTarget):
+    if not isinstance(experiment.privacy, PrivacyTarget):
         raise ConfigError("a tournament needs a promise: what devices tell of their photos is always noised")
     try:
         return replace(experiment, evaluation=experiment.evaluation or EvaluationConfig())

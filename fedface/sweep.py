@@ -22,17 +22,17 @@ from typing import Any
 
 from fedface.config import section
 from fedface.errors import ConfigError
-from fedface.experiment import UNBOUNDED, VARY, Experiment, read_one
+from fedface.experiment import NO_DP_LABEL, VARY, Experiment, read_one
 from fedface.privacy.target import PrivacyTarget
 
-MOST_RUNS = 1000
+MAX_RUNS = 1000
 
 
 @dataclass(frozen=True)
 class Variant:
     """One run of a sweep."""
 
-    way: str  # its names on the axes that are neither the promise nor the seed, joined by ", "
+    method: str  # its names on the axes that are neither the promise nor the seed, joined by ", "
     names: tuple[str, ...]  # its name on each axis
     experiment: Experiment
 
@@ -87,8 +87,8 @@ def read_sweep(path: Path, *, photos: Path | None = None, changes: Mapping[str, 
     for axis, names in picks.items():
         axes[axis] = _picked(path, axis, axes[axis], names)
     runs = list(itertools.product(*axes.values()))
-    if len(runs) > MOST_RUNS:
-        raise ConfigError(f"{path}: {VARY}: {len(runs)} combinations; at most {MOST_RUNS} are run")
+    if len(runs) > MAX_RUNS:
+        raise ConfigError(f"{path}: {VARY}: {len(runs)} combinations; at most {MAX_RUNS} are run")
     ways = [axis for axis, steps in axes.items() if not _is_promise(steps) and axis != "seed"]
     variants = []
     for run in runs:
@@ -159,7 +159,7 @@ def _check_apart(path: Path, variants: list[Variant]) -> None:
     for variant in variants:
         if variant.experiment.devices != devices:
             raise ConfigError(f"{path}: {VARY}: devices must be the same in all runs that are compared")
-        key = (variant.way, level_of(variant.experiment), variant.experiment.seed)
+        key = (variant.method, level_of(variant.experiment), variant.experiment.seed)
         if key in seen:
             raise ConfigError(
                 f"{path}: {VARY}: the runs {', '.join(seen[key].names)} and {', '.join(variant.names)} have one way, "
@@ -170,11 +170,11 @@ def _check_apart(path: Path, variants: list[Variant]) -> None:
 
 def level_of(experiment: Experiment) -> str:
     """The promised epsilon as a short text, or "∞" where nothing is promised."""
-    match experiment.promise:
+    match experiment.privacy:
         case PrivacyTarget(epsilon=epsilon):
             return f"{epsilon:g}"
         case _:
-            return UNBOUNDED
+            return NO_DP_LABEL
 
 
 def _picks(changes: Mapping[str, str]) -> tuple[dict[str, list[str]], dict[str, str]]:

@@ -9,14 +9,14 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedface.experiment import RealDevices
-from fedface.federation.coordinator import begin, coordinate
+from fedface.experiment import RemoteDevices
+from fedface.federation.coordinator import initialize_run, run_experiment
 from fedface.federation.flower import GridCohort
 from fedface.federation.folders import locked
-from fedface.federation.orders import RunOrder, devices_folder, read_order
-from fedface.federation.rounds import Watcher
+from fedface.federation.orders import RunConfig, devices_folder, read_run_config
+from fedface.federation.rounds import ProgressListener
 from fedface.federation.simulated import prepare
-from fedface.federation.tournament import entrants, hold
+from fedface.federation.tournament import load_candidates, run_ranking
 
 HOME = Path(__file__).resolve().parents[1]
 
@@ -41,10 +41,10 @@ class LineWatcher:
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the experiment of the run config to its report."""
-    order = read_order(context.run_config, HOME)
-    real = isinstance(order.experiment.devices, RealDevices)
+    order = read_run_config(context.run_config, HOME)
+    real = isinstance(order.experiment.devices, RemoteDevices)
     cohort = GridCohort(grid, come_within=600 if real else 60)
-    watcher: Watcher = LineWatcher()
+    watcher: ProgressListener = LineWatcher()
     command = f"flwr run . --run-config \"experiment='{context.run_config['experiment']}'\""
     if order.candidates:
         _tournament(
@@ -53,15 +53,15 @@ def main(grid: Grid, context: Context) -> None:
         return
     with locked(order.folder):
         if not (order.folder / "state.json").exists():
-            begin(order.experiment, order.folder)
+            initialize_run(order.experiment, order.folder)
         prepare(order.experiment, devices_folder(order.folder))
-        coordinate(order.experiment, cohort, order.folder, watcher=watcher, command=command)
+        run_experiment(order.experiment, cohort, order.folder, watcher=watcher, command=command)
     watcher.say(f"the report is in {order.folder / 'report.html'}")
 
 
-def _tournament(order: RunOrder, cohort: GridCohort, watcher: Watcher, command: str) -> None:
-    models = entrants(order.candidates, order.experiment)
+def _tournament(order: RunConfig, cohort: GridCohort, watcher: ProgressListener, command: str) -> None:
+    models = load_candidates(order.candidates, order.experiment)
     with locked(order.folder):
         prepare(order.experiment, devices_folder(order.folder))
-        hold(order.experiment, models, cohort, order.folder, watcher=watcher, command=command)
-    watcher.say(f"the picture is {order.folder / 'tournament.png'}")
+        run_ranking(order.experiment, models, cohort, order.folder, watcher=watcher, command=command)
+    watcher.message(f"the picture is {order.folder / 'tournament.png'}")

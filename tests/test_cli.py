@@ -15,12 +15,12 @@ from tiny import first_device, tiny_experiment, tiny_file, tiny_gan, train_task
 
 from fedface.cli import runs
 from fedface.errors import FedfaceError
-from fedface.federation.coordinator import begin
-from fedface.federation.device import serve
+from fedface.federation.coordinator import initialize_run
+from fedface.federation.device import handle_task
 from fedface.federation.folders import locked
-from fedface.models.family import Alone
-from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
-from fedface.models.weights import save_model, vector_of
+from fedface.models.family import GeneratorModel
+from fedface.models.stylegan2 import StyleGAN2Config, StyleGAN2
+from fedface.models.weights import save_model, flatten_parameters
 from fedface.photos.pixels import write_png
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
@@ -157,7 +157,7 @@ def test_check_as_json_says_the_same_in_numbers(fedface, tmp_path: Path) -> None
     assert told["noise_multiplier"] == plan.noise_multiplier
     assert told["schedule"]["sampling_rate"] == 0.5 and told["promise"]["delta"] == 1e-3
     assert told["epsilon"]["upper"] <= 8
-    assert told["weights"] == len(vector_of(*tiny_gan().modules()))
+    assert told["weights"] == len(flatten_parameters(*tiny_gan().modules()))
     assert told["bytes_down_per_device_and_round"] == 4 * told["weights"]
     assert told["bytes_up_per_device_and_round"] > 4 * told["weights"]
 
@@ -174,7 +174,7 @@ def test_there_is_nothing_to_resume_where_nothing_was_begun(fedface, tmp_path: P
     path = str(tiny_file(tmp_path))
     assert "no unfinished run of tiny in runs" in sentence(fedface("run", path, "--resume"))
     assert "no run was begun here" in sentence(fedface("run", path, "--resume", "--out", "elsewhere"))
-    begin(tiny_experiment(tmp_path), Path("runs/tiny"))
+    initialize_run(tiny_experiment(tmp_path), Path("runs/tiny"))
     Path("runs/tiny/run.json").write_text("{}")
     assert "no unfinished run of tiny" in sentence(fedface("run", path, "--resume"))
 
@@ -182,9 +182,9 @@ def test_there_is_nothing_to_resume_where_nothing_was_begun(fedface, tmp_path: P
 def test_another_experiments_run_is_not_resumed(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """`tiny-large` is not a later run of `tiny`, and a changed recipe is not the one that was begun."""
     path = str(tiny_file(tmp_path))
-    begin(tiny_experiment(tmp_path, {"name": "tiny-large"}), Path("runs/tiny-large"))
+    initialize_run(tiny_experiment(tmp_path, {"name": "tiny-large"}), Path("runs/tiny-large"))
     assert "no unfinished run of tiny" in sentence(fedface("run", path, "--resume"))
-    begin(tiny_experiment(tmp_path), Path("runs/tiny"))
+    initialize_run(tiny_experiment(tmp_path), Path("runs/tiny"))
     said = fedface("run", path, "--resume", "--set", "seed=3")
     assert said.code == 2 and "begun with another recipe" in said.err and "Traceback" not in said.err
 
@@ -192,7 +192,7 @@ def test_another_experiments_run_is_not_resumed(fedface, tmp_path: Path) -> None
 def test_a_begun_folder_is_not_begun_again(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Nor continued by mistake: that takes --resume. A file is no folder."""
     path = str(tiny_file(tmp_path))
-    begin(tiny_experiment(tmp_path), Path("mine"))
+    initialize_run(tiny_experiment(tmp_path), Path("mine"))
     assert "a run was begun here; continue it with --resume" in sentence(
         fedface("run", path, "--out", "mine")
     )
@@ -291,7 +291,7 @@ def test_a_ledger_is_shown_with_its_price(fedface, tmp_path: Path) -> None:  # t
     """Entries, epsilon with delta and unit; in JSON the same."""
     experiment = tiny_experiment(tmp_path)
     device = first_device(experiment, tmp_path / "devices")
-    serve(train_task(experiment, tiny_gan()), device)
+    handle_task(train_task(experiment, tiny_gan()), device)
     said = fedface("ledger", "show", str(device.ledger_path), "--delta", "0.001")
     assert said.code == 0 and "tiny" in said.out and "at delta 0.001, per photo" in said.out
     told = json.loads(fedface("ledger", "show", str(device.ledger_path), "--delta", "0.001", "--json").out)
@@ -358,8 +358,8 @@ def test_training_does_not_begin_for_a_file_that_cannot_be_written(  # type: ign
 
 def test_an_encoder_is_not_begun_for_a_generator_with_classes(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Such a generator needs a label beside the latent, which no encoder names."""
-    config = GeneratorConfig(size=8, latent_width=4, style_width=4, channel_base=32, channel_max=4, classes=2)
-    save_model(tmp_path / "a.safetensors", Alone(StyleGAN2(config, torch.Generator()), {}))
+    config = StyleGAN2Config(size=8, latent_width=4, style_width=4, channel_base=32, channel_max=4, classes=2)
+    save_model(tmp_path / "a.safetensors", GeneratorModel(StyleGAN2(config, torch.Generator()), {}))
     said = sentence(fedface("base", "encoder", "--generator", "a.safetensors", "--shorten", "0.0001"))
     assert said.startswith("a.safetensors: its generator has 2 classes")
     assert not Path("encoder32.safetensors").exists()

@@ -17,12 +17,12 @@ from command_line import caller
 from tiny import first_device, tiny_experiment, tiny_gan, train_task
 
 from fedface.cli import device_log
-from fedface.federation.belongings import belongings
-from fedface.federation.device import serve
-from fedface.federation.task import Refusal, Trained
+from fedface.federation.belongings import device_state
+from fedface.federation.device import handle_task
+from fedface.federation.task import Refusal, TrainResult
 from fedface.privacy.accounting import compose, epsilon_of
 from fedface.privacy.ledger import Ledger
-from fedface.privacy.limits import at_most
+from fedface.privacy.limits import format_upper_bound
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 
 EVENT = GaussianSum(sigma=6.0, clip_norm=1.0).event()
@@ -62,10 +62,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def used(home: Path) -> Path:
     """The same after a round of "faces" that was answered twice, figures of it, and a booking of "others"."""
-    device = belongings(home / "device.yaml").device
+    device = device_state(home / "device.yaml").device
     ledger, journal = device.ledger(), device.journal()
     marks = {"unit": "photo", "objective": "generator", "noise_multiplier": "6"}
-    update = ledger.book(EVENT, run="faces", round=1, marks=marks)
+    update = ledger.record(EVENT, run="faces", round=1, marks=marks)
     ledger.store_reply("faces", 1, b"update")
     told = {
         "run": "faces",
@@ -74,10 +74,10 @@ def used(home: Path) -> Path:
         "protection": "noise added here",
     }
     for _ in range(2):
-        journal.note_sent(b"update", **told, what="update", entry=update.number)  # type: ignore[arg-type]
-    figures = ledger.book(EVENT, run="faces/figures", round=1, marks={**marks, "objective": "evaluation"})
-    journal.note_sent(b"figures", **told, what="figures", entry=figures.number)  # type: ignore[arg-type]
-    ledger.book(EVENT, run="others", round=1, marks=marks)
+        journal.record_transmission(b"update", **told, what="update", entry=update.number)  # type: ignore[arg-type]
+    figures = ledger.record(EVENT, run="faces/figures", round=1, marks={**marks, "objective": "evaluation"})
+    journal.record_transmission(b"figures", **told, what="figures", entry=figures.number)  # type: ignore[arg-type]
+    ledger.record(EVENT, run="others", round=1, marks=marks)
     device.key_path.write_bytes(b"a key")
     return home
 
@@ -166,7 +166,7 @@ def test_verify_notices_an_entry_that_the_journal_names_and_the_ledger_lacks(fed
     """A ledger that was replaced together with its head, while the journal stayed."""
     for name in ("ledger.sqlite", "ledger.sqlite.head"):
         (used / "state" / name).unlink()
-    Ledger.open(used / "state" / "ledger.sqlite").book(EVENT, run="faces", round=1)
+    Ledger.open(used / "state" / "ledger.sqlite").record(EVENT, run="faces", round=1)
     assert "entry 2 paid for round 1 of faces" in fedface("ledger", "verify", "device.yaml").sentence
 
 
@@ -231,8 +231,8 @@ def test_a_page_is_for_its_owner_alone_and_never_over_another_kind_of_file(fedfa
 
 def test_a_release_without_noise_is_said_to_be_unbounded(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
     """In every place where a price stands."""
-    device = belongings(used / "device.yaml").device
-    device.ledger().book(ClippedSum(clip_norm=1.0).event(), run="bare", round=1)
+    device = device_state(used / "device.yaml").device
+    device.ledger().record(ClippedSum(clip_norm=1.0).event(), run="bare", round=1)
     assert "epsilon infinite: nothing bounds it" in fedface("ledger", "show", "device.yaml").out
     said = fedface("device", "log", "device.yaml").out
     assert (
@@ -307,7 +307,7 @@ def test_erasing_says_what_goes_and_that_photos_stay(fedface, used: Path) -> Non
 def test_erasing_says_which_file_is_what_and_which_is_not_found(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
     """The index of photos that were never scanned, or were by another user, is named as missing."""
     said = fedface("device", "erase", "device.yaml", "--yes")
-    index = belongings(used / "device.yaml").index
+    index = device_state(used / "device.yaml").index
     assert f"{used / 'state' / 'sum.key'}: the shared key" in said.out
     assert f"\n{index}: the index of the photos in {used / 'photos'} - not found" in said.out
     assert f"- {index}" not in said.out and "The index of your photos goes" not in said.out
@@ -351,12 +351,12 @@ def test_a_story_of_two_rounds_a_goodbye_and_a_refusal(fedface, home: Path) -> N
     experiment = tiny_experiment(home / "recipe")
     device = first_device(experiment, home / "devices")
     (home / "device.yaml").write_text(FILE.replace("STATE", str(device.state)))
-    device = replace(device, policy=belongings(home / "device.yaml").device.policy)
+    device = replace(device, policy=device_state(home / "device.yaml").device.policy)
     task = train_task(experiment, tiny_gan())
     payloads = []
     for number in (1, 2):
-        reply = serve(replace(task, round=number), device)
-        assert isinstance(reply, Trained)
+        reply = handle_task(replace(task, round=number), device)
+        assert isinstance(reply, TrainResult)
         payloads.append(reply.payload)
     price = epsilon_of(experiment.plan().event(1), 1e-3)
 
@@ -365,7 +365,7 @@ def test_a_story_of_two_rounds_a_goodbye_and_a_refusal(fedface, home: Path) -> N
     assert [line["digest_of_payload"] for line in lines] == [hashlib.sha256(p).hexdigest() for p in payloads]
     assert [line["price"]["upper"] for line in lines] == [price.upper] * 2
     assert fedface("device", "leave", "device.yaml", "--run", "tiny", "--yes").code == 0
-    answer = serve(replace(task, round=3), device)
+    answer = handle_task(replace(task, round=3), device)
     assert isinstance(answer, Refusal) and answer.withdrawn
     told = json.loads(fedface("device", "log", "device.yaml", "--json").out)
     assert [line.get("what", line["line"]) for line in told["lines"]] == [
@@ -385,12 +385,12 @@ def test_a_bare_ledger_is_priced_for_whom_its_entries_promise(fedface, home: Pat
     path = home / "bare.sqlite"
     ledger = Ledger.open(path)
     marks = {"unit": "occasion", "noise_multiplier": "6.123456789"}
-    ledger.book(EVENT, run="faces", round=1, marks=marks)
+    ledger.record(EVENT, run="faces", round=1, marks=marks)
     said = fedface("ledger", "show", "bare.sqlite")
     assert "every epsilon at delta 1e-5, per occasion" in said.out and "6.123 " in said.out
     assert "fedface ledger show bare.sqlite --delta 1e-6 --unit photo" in said.out
     assert json.loads(fedface("ledger", "export", "bare.sqlite").out)["spent"]["unit"] == "occasion"
-    ledger.book(EVENT, run="others", round=1, marks={**marks, "unit": "photo"})
+    ledger.record(EVENT, run="others", round=1, marks={**marks, "unit": "photo"})
     told = fedface("ledger", "show", "bare.sqlite").sentence
     assert "several units (photo, occasion)" in told
     assert told.endswith("fedface ledger show bare.sqlite --unit photo")
@@ -431,8 +431,8 @@ def test_an_overspent_device_says_that_nothing_is_left(fedface, used: Path) -> N
     said = fedface("device", "log", "device.yaml").out
     three = epsilon_of(compose([EVENT] * 3), 1e-3).upper
     where = "at delta 0.001 per photo."
-    assert f"Nothing is left: everything will be refused; over by {at_most(three - 0.1)} {where}" in said
-    assert f"older than that; over by {at_most(three - 0.05)} {where}" in said
+    assert f"Nothing is left: everything will be refused; over by {format_upper_bound(three - 0.1)} {where}" in said
+    assert f"older than that; over by {format_upper_bound(three - 0.05)} {where}" in said
 
 
 def test_a_folder_is_no_ledger(fedface, home: Path) -> None:  # type: ignore[no-untyped-def]

@@ -10,9 +10,9 @@ import pytest
 from command_line import caller
 
 from fedface.experiment import Experiment, read_experiment
-from fedface.privacy.conditions import Power, ThisMachine
+from fedface.privacy.conditions import Power, SystemEnvironment
 from fedface.privacy.ledger import Ledger
-from fedface.privacy.limits import at_most
+from fedface.privacy.limits import format_upper_bound
 from fedface.privacy.mechanism import GaussianSum
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,7 +55,7 @@ def spent_ledger(path: Path, recipe: Experiment, rounds: int) -> Path:
     plan = recipe.plan()
     book = Ledger.open(path)
     for round in range(rounds):
-        book.book(plan.event(1), run="earlier", round=round, marks=plan.marks())
+        book.record(plan.event(1), run="earlier", round=round, marks=plan.metadata())
     return path
 
 
@@ -135,7 +135,7 @@ def test_a_ledger_that_has_gone_is_missed(  # type: ignore[no-untyped-def]
     device = device_file(tmp_path)
     device.write_text(f"witness: {tmp_path / 'disk'}\n{device.read_text()}")
     own = tmp_path / "state" / "ledger.sqlite"
-    Ledger.open(own, tmp_path / "disk").book(GaussianSum(sigma=6.0, clip_norm=1.0).event(), run="r", round=0)
+    Ledger.open(own, tmp_path / "disk").record(GaussianSum(sigma=6.0, clip_norm=1.0).event(), run="r", round=0)
     (witness,) = (tmp_path / "disk").iterdir()
     lost = {"ledger": [own], "ledger and head": [own, head_of(own)], "witness": [witness]}[gone]
     for path in lost:
@@ -155,7 +155,7 @@ def head_of(path: Path) -> Path:
 def test_a_named_ledger_that_has_gone_is_missed_too(check, willing: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Beside a bare policy there is its head alone to tell."""
     path = tmp_path / "ledger.sqlite"
-    Ledger.open(path).book(GaussianSum(sigma=6.0, clip_norm=1.0).event(), run="r", round=0)
+    Ledger.open(path).record(GaussianSum(sigma=6.0, clip_norm=1.0).event(), run="r", round=0)
     path.unlink()
     said = check(willing, "--ledger", path)
     assert said.code == 2 and said.out == "" and "has gone but" in said.err
@@ -208,7 +208,7 @@ def test_hours_and_power_are_said_but_are_no_refusal(  # type: ignore[no-untyped
     check, willing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What does not hold now may hold tonight."""
-    monkeypatch.setattr(ThisMachine, "power", lambda _: Power(mains=False, share=0.4))
+    monkeypatch.setattr(SystemEnvironment, "power", lambda _: Power(on_ac=False, battery=0.4))
     willing.write_text(WILLING + "on_mains: true\n")
     said = check(willing, "--experiment", DEMO)
     assert said.code == 0
@@ -351,7 +351,7 @@ def test_an_overspent_ledger_leaves_nothing(check, willing: Path, tmp_path: Path
     said = check(willing, "--ledger", own)
     spent = Ledger.open(own).spent(1e-4).upper
     sentence = (
-        f"nothing is left: everything will be refused; over by {at_most(spent - 0.5)} at delta 1e-4 per photo"
+        f"nothing is left: everything will be refused; over by {format_upper_bound(spent - 0.5)} at delta 1e-4 per photo"
     )
     assert said.code == 0 and sentence in said.out.splitlines()
     assert json.loads(check(willing, "--ledger", own, "--json").out)["spent"][0]["nothing_left"] == sentence

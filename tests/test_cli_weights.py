@@ -18,8 +18,8 @@ from tiny import tiny_gan
 
 from fedface import cli
 from fedface.errors import WeightsError
-from fedface.models.family import Alone
-from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
+from fedface.models.family import GeneratorModel
+from fedface.models.stylegan2 import StyleGAN2Config, StyleGAN2
 from fedface.models.weights import load_model, save_model, weights_hash
 
 
@@ -43,7 +43,7 @@ def weights(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 def checkpoint(path: Path) -> StyleGAN2:
     """A bare list of weights as torch.save writes it."""
-    config = GeneratorConfig(
+    config = StyleGAN2Config(
         size=16, latent_width=6, style_width=5, mapping_layers=2, channel_base=128, channel_max=8
     )
     generator = StyleGAN2(config, torch.Generator().manual_seed(1))
@@ -73,7 +73,7 @@ def test_an_imported_file_is_described_and_kept(weights, tmp_path: Path) -> None
         assert words in out, words
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     kept = load_model(tmp_path / "new/a.safetensors")
-    assert isinstance(kept, Alone) and weights_hash(*kept.modules()) == weights_hash(generator)
+    assert isinstance(kept, GeneratorModel) and weights_hash(*kept.modules()) == weights_hash(generator)
     assert kept.notes["file"] == "a.pt" and len(kept.notes["sha256"]) == 64
     told = json.loads(weights("import", "a.pt", "--out", "b.safetensors", "--json")[1])
     assert told["hash"] == weights_hash(generator) and told["ignored"] == ["step"]
@@ -102,10 +102,10 @@ def test_our_files_are_shown_hashed_and_sampled(weights, tmp_path: Path) -> None
 
 def test_a_generator_with_classes_draws_each(weights, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """By default the first three; one by its number; none that it does not have."""
-    config = GeneratorConfig(
+    config = StyleGAN2Config(
         size=8, latent_width=4, style_width=4, mapping_layers=1, channel_base=32, channel_max=4, classes=2
     )
-    save_model(tmp_path / "a.safetensors", Alone(StyleGAN2(config, torch.Generator()), {}))
+    save_model(tmp_path / "a.safetensors", GeneratorModel(StyleGAN2(config, torch.Generator()), {}))
     words = ("sample", "a.safetensors", "--out", "a.png", "--count", "1")
     assert weights(*words)[0] == 0 and weights(*words, "--label", "1")[0] == 0
     code, out, err = weights(*words, "--label", "2")

@@ -14,11 +14,11 @@ import pytest
 from fedface.config import parse
 from fedface.errors import PolicyRefusal
 from fedface.experiment import read_experiment
-from fedface.privacy.accounting import compose, costs_at_most, epsilon_of, success_ceiling
+from fedface.privacy.accounting import compose, within_budget, epsilon_of, reconstruction_success_bound
 from fedface.privacy.ledger import Ledger
-from fedface.privacy.limits import Limit
+from fedface.privacy.limits import BudgetStatus
 from fedface.privacy.mechanism import ClippedSum, Event
-from fedface.privacy.neighbours import for_replacing_one, seen_by
+from fedface.privacy.neighbours import replace_one_event, convert_unit
 from fedface.privacy.plan import Plan
 from fedface.privacy.policy import DevicePolicy, Period
 from fedface.privacy.target import PrivacyTarget
@@ -57,7 +57,7 @@ def plan_of(epsilon: float, unit: Unit = "occasion") -> Plan:
 
 def event_of(epsilon: float) -> Event:
     """What the whole of such a run releases about one occasion."""
-    return plan_of(epsilon).whole_event()
+    return plan_of(epsilon).total_event()
 
 
 @lru_cache
@@ -89,7 +89,7 @@ def right_at_most(event: Event) -> int:
     low, high = 49, 100  # the answer lies above the one and up to the other
     while high - low > 1:
         middle = (low + high) // 2
-        won = costs_at_most(event, 0.0, 2 * (middle + 0.5) / 100 - 1)
+        won = within_budget(event, 0.0, 2 * (middle + 0.5) / 100 - 1)
         low, high = (low, middle) if won else (middle, high)
     return high
 
@@ -98,11 +98,11 @@ def bets() -> list[str]:
     """The ceiling, and the table."""
     rows = [
         f"| {epsilon:g} | {percent(sure(epsilon))} | {percent(sure(epsilon, 0.01))} "
-        f"| {right_at_most(event_of(epsilon))} % | {percent(success_ceiling(event_of(epsilon), 0.01))} |"
+        f"| {right_at_most(event_of(epsilon))} % | {percent(reconstruction_success_bound(event_of(epsilon), 0.01))} |"
         for epsilon in ROWS
     ]
     silent = ClippedSum(clip_norm=1.0).event()
-    lost = [epsilon_of(silent, DELTA).upper, success_ceiling(silent, 0.5), success_ceiling(silent, 0.01)]
+    lost = [epsilon_of(silent, DELTA).upper, reconstruction_success_bound(silent, 0.5), reconstruction_success_bound(silent, 0.01)]
     assert lost == [math.inf, 1.0, 1.0]
     return [
         *rows,
@@ -126,8 +126,8 @@ def bets() -> list[str]:
 def birthday() -> list[str]:
     """Forty photos under a promise for each of them, and other groups."""
     empty = next(units for units in range(1, 40) if group_delta(units) > 1)
-    assert epsilon_of(seen_by(event_of(3), told="photo", wanted="occasion"), DELTA).upper == math.inf
-    replaced = epsilon_of(for_replacing_one(event_of(3)), DELTA).upper
+    assert epsilon_of(convert_unit(event_of(3), source="photo", target="occasion"), DELTA).upper == math.inf
+    replaced = epsilon_of(replace_one_event(event_of(3)), DELTA).upper
     assert replaced < 6
     return [
         f"the other {40 - 1}",
@@ -203,9 +203,9 @@ def test_no_number_of_the_page_is_unchecked() -> None:
 def test_the_policy_on_the_page_is_one_and_says_what_the_page_says_of_it(tmp_path: Path) -> None:
     """It takes a run at epsilon 1, and neither one at 3, one per photo, nor one that trusts the server."""
     policy = parse(SNIPPET, DevicePolicy, name="docs/epsilon.md")
-    assert policy.unit == "occasion" and policy.never == (Path("Private"),)
+    assert policy.unit == "occasion" and policy.exclude_folders == (Path("Private"),)
     assert policy.periods == (Period(days=30, epsilon=1.0),)
-    assert policy.limits[0] == Limit(epsilon=3.0, delta=DELTA, unit="occasion")
+    assert policy.budgets[0] == BudgetStatus(epsilon=3.0, delta=DELTA, unit="occasion")
     book, recipe = (
         Ledger.open(tmp_path / "ledger.sqlite"),
         read_experiment(ROOT / "experiments" / "demo.yaml"),
@@ -221,13 +221,13 @@ def test_the_policy_on_the_page_is_one_and_says_what_the_page_says_of_it(tmp_pat
         return "admitted"
 
     trusting = PrivacyTarget(epsilon=1.0, delta=DELTA, unit="library", trust="server")
-    at_server = Plan(promise=trusting, schedule=plan_of(1).schedule, noise_multiplier=30.0)
+    at_server = Plan(privacy=trusting, schedule=plan_of(1).schedule, noise_multiplier=30.0)
     assert ask(plan_of(1)) == "admitted"
     assert "in any 30 days" in ask(plan_of(3))
     assert "promises per photo" in ask(plan_of(3, "photo"))
     assert "the server adds the noise" in ask(at_server)
     for round in range(1, plan_of(1).schedule.rounds + 1):
-        policy.book(plan_of(1), book, run="first", round=round)
+        policy.record(plan_of(1), book, run="first", round=round)
     assert "in any 30 days" in ask(plan_of(1))
 
 

@@ -10,14 +10,14 @@ import pytest
 from fedface.config import parse
 from fedface.errors import ConfigError
 from fedface.experiment import (
-    DrawnDevices,
+    SyntheticDevices,
     Experiment,
     LabelledDevices,
     LabelledProbe,
-    RealDevices,
+    RemoteDevices,
     read_experiment,
 )
-from fedface.models.weights import load_base, weights_hash
+from fedface.models.weights import load_gan, weights_hash
 from fedface.privacy.policy import DevicePolicy
 
 TEXT = """
@@ -102,8 +102,8 @@ def test_a_pretended_device_allows_exactly_its_run() -> None:
     """The promise's own epsilon and delta, the run's own protocol; nothing unpromised."""
     policy = experiment().device_policy()
     assert (policy.max_epsilon, policy.delta, policy.protocols) == (4.0, 1e-4, ("encrypted",))
-    assert not policy.allow_unpromised and policy.objectives == ("generator",)
-    assert experiment(promise="{kind: no-promise}").device_policy().allow_unpromised
+    assert not policy.allow_no_dp and policy.objectives == ("generator",)
+    assert experiment(promise="{kind: no-promise}").device_policy().allow_no_dp
 
 
 def test_a_written_policy_wins() -> None:
@@ -114,16 +114,16 @@ def test_a_written_policy_wins() -> None:
 
 def test_sums_have_room_for_every_device() -> None:
     """And for two at least, so that a sum of one can be told from it."""
-    assert experiment().agreement.most_devices == 3
+    assert experiment().agreement.max_devices == 3
     alone = {"devices.light_shares": "[0.5]", "fewest_answers": "1"}
-    assert experiment(**alone, aggregation="{kind: plain}").agreement.most_devices == 2
+    assert experiment(**alone, aggregation="{kind: plain}").agreement.max_devices == 2
     with pytest.raises(ConfigError, match="nobody could open a sum"):
         experiment(**alone, aggregation="{kind: encrypted}")
 
 
 def test_the_start_is_the_embedded_checkpoint_unless_another_is_named(tmp_path: Path) -> None:
     """`base:` names another; a missing one is an error when the run starts."""
-    assert weights_hash(*experiment().start().modules()) == weights_hash(*load_base().modules())
+    assert weights_hash(*experiment().start().modules()) == weights_hash(*load_gan().modules())
     from fedface.errors import WeightsError
 
     with pytest.raises(WeightsError, match="no such checkpoint"):
@@ -146,7 +146,7 @@ def test_photos_replace_the_folders_of_devices_and_probe(tmp_path: Path) -> None
     assert isinstance(both.devices, LabelledDevices) and both.devices.folder == strange
     assert isinstance(both.probe, LabelledProbe) and both.probe.folder == strange
     half = read_experiment(path, photos=strange, changes={"probe": "{kind: labelled-probe}"})
-    assert isinstance(half.devices, DrawnDevices) and isinstance(half.probe, LabelledProbe)
+    assert isinstance(half.devices, SyntheticDevices) and isinstance(half.probe, LabelledProbe)
     with pytest.raises(ConfigError, match="this file has neither"):
         read_experiment(path, photos=strange)
 
@@ -154,4 +154,4 @@ def test_photos_replace_the_folders_of_devices_and_probe(tmp_path: Path) -> None
 def test_real_devices_keep_their_photos_to_themselves() -> None:
     """Nothing in their config describes a photo."""
     real = experiment(devices="{kind: real-devices, count: 2}")
-    assert isinstance(real.devices, RealDevices) and real.agreement.most_devices == 2
+    assert isinstance(real.devices, RemoteDevices) and real.agreement.max_devices == 2

@@ -10,7 +10,7 @@ from tiny import RECIPE
 from fedface.errors import ConfigError
 from fedface.experiment import read_experiment
 from fedface.models.adapters import Full, Lora
-from fedface.privacy.target import NoPromise, PrivacyTarget
+from fedface.privacy.target import NoPrivacy, PrivacyTarget
 from fedface.sweep import read_sweep
 from fedface.training.generator import GanTrainingConfig
 
@@ -49,11 +49,11 @@ def test_each_run_has_its_own_values_and_is_named_by_what_is_neither_promise_nor
     last = read_sweep(path).variants[-1]
     training = last.experiment.training
     assert isinstance(training, GanTrainingConfig) and training.adapt == Lora(rank=2)
-    assert isinstance(last.experiment.promise, NoPromise) and last.experiment.seed == 1
-    assert last.way == "lora"
+    assert isinstance(last.experiment.privacy, NoPrivacy) and last.experiment.seed == 1
+    assert last.method == "lora"
     first = read_sweep(path).variants[0].experiment
     assert isinstance(first.training, GanTrainingConfig) and first.training.adapt == Full()
-    assert isinstance(first.promise, PrivacyTarget) and first.promise.epsilon == 3
+    assert isinstance(first.privacy, PrivacyTarget) and first.privacy.epsilon == 3
 
 
 def test_an_axis_can_be_narrowed_and_other_keys_changed_from_the_command_line(path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_rate_may_be_written_without_a_point(path: Path) -> None:
         path.read_text().replace("{kind: lora, rank: 2}}", "{kind: lora}, training.generator_rate: 8e-4}")
     )
     training = read_sweep(path, changes={"vary.way": "[lora]"}).variants[0].experiment.training
-    assert isinstance(training, GanTrainingConfig) and training.generator_rate == 8e-4
+    assert isinstance(training, GanTrainingConfig) and training.generator_lr == 8e-4
 
 
 def test_a_file_without_vary_is_one_run(path: Path) -> None:

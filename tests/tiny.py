@@ -9,35 +9,35 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedface.experiment import Experiment, read_experiment
-from fedface.federation.coordinator import begin
+from fedface.federation.coordinator import initialize_run
 from fedface.federation.device import Device
 from fedface.federation.orders import devices_folder
 from fedface.federation.simulated import prepare, simulated_device
-from fedface.federation.task import Agreed, TrainTask
-from fedface.models.critic import CriticConfig
-from fedface.models.encoder import EncoderConfig
+from fedface.federation.task import RoundConfig, TrainTask
+from fedface.models.critic import DiscriminatorConfig
+from fedface.models.encoder import LatentEncoderConfig
 from fedface.models.family import (
-    EncodedShape,
-    FlowShape,
-    Gan,
-    GanShape,
-    ResolvedShape,
-    Shape,
-    StyledShape,
-    build,
+    EncoderArchitecture,
+    FlowArchitecture,
+    GanModel,
+    GanArchitecture,
+    SuperResolutionArchitecture,
+    Architecture,
+    StyleEncoderArchitecture,
+    build_model,
     new_gan,
 )
 from fedface.models.flow import FlowConfig
-from fedface.models.resolver import ResolverConfig
-from fedface.models.style_encoder import StyleEncoderConfig
-from fedface.models.stylegan2 import GeneratorConfig
-from fedface.models.weights import buffers_of, save_model, vector_of, weights_hash
+from fedface.models.resolver import SuperResolutionNetworkConfig
+from fedface.models.style_encoder import StyleEncoderNetworkConfig
+from fedface.models.stylegan2 import StyleGAN2Config
+from fedface.models.weights import flatten_buffers, save_model, flatten_parameters, weights_hash
 from fedface.randomness import Streams
 
-GENERATOR = GeneratorConfig(
+GENERATOR = StyleGAN2Config(
     size=16, channel_base=64, channel_max=8, latent_width=64, style_width=16, mapping_layers=2
 )
-CRITIC = CriticConfig(size=16, channel_base=64, channel_max=8)
+CRITIC = DiscriminatorConfig(size=16, channel_base=64, channel_max=8)
 
 PROMISE = "{kind: privacy-target, epsilon: 8, delta: 1e-3}"
 NO_PROMISE = "{kind: no-promise}"
@@ -63,50 +63,50 @@ base: BASE
 """
 
 
-def tiny_gan(name: str = "tiny") -> Gan:
+def tiny_gan(name: str = "tiny") -> GanModel:
     """Networks of 16 px with random weights; equal names give equal weights."""
     return new_gan(GENERATOR, CRITIC, Streams(5).generator(name))
 
 
-ENCODER = EncoderConfig(size=16, channel_base=64, channel_max=8)
-STYLES = StyleEncoderConfig(side=8, style_inputs=6, style_width=16, width=8, blocks=1, hidden=16)
-RESOLVER = ResolverConfig(side=8, factor=2, width=8, blocks=1)
+ENCODER = LatentEncoderConfig(size=16, channel_base=64, channel_max=8)
+STYLES = StyleEncoderNetworkConfig(side=8, style_inputs=6, style_width=16, width=8, blocks=1, hidden=16)
+RESOLVER = SuperResolutionNetworkConfig(side=8, factor=2, width=8, blocks=1)
 FLOW = FlowConfig(size=16, width=16, multipliers=(1.0,), time_width=16, steps=2)
 
 # A recipe's `training` for each way, with the shape of a model that can learn so.
-WAYS: Mapping[str, tuple[str, Shape]] = {
+WAYS: Mapping[str, tuple[str, Architecture]] = {
     "full": (
         "{kind: gan-training, rounds: 1, steps_per_round: 2, sampling_rate: 1, expected_batch: 8, made_batch: 4}",
-        GanShape(generator=GENERATOR, critic=CRITIC),
+        GanArchitecture(generator=GENERATOR, discriminator=CRITIC),
     ),
     "lora": (
         "{kind: gan-training, rounds: 1, steps_per_round: 2, sampling_rate: 1, expected_batch: 8, made_batch: 4, "
         "adapt: {kind: lora, rank: 2}}",
-        GanShape(generator=GENERATOR, critic=CRITIC),
+        GanArchitecture(generator=GENERATOR, discriminator=CRITIC),
     ),
     "prior": (
         "{kind: prior-training, expected_batch: 8}",
-        EncodedShape(generator=GENERATOR, encoder=ENCODER),
+        EncoderArchitecture(generator=GENERATOR, encoder=ENCODER),
     ),
     "flow": (
         "{kind: flow-training, rounds: 1, sampling_rate: 1, expected_batch: 8}",
-        FlowShape(flow=FLOW),
+        FlowArchitecture(flow=FLOW),
     ),
     "flow-lora": (
         "{kind: flow-training, rounds: 1, sampling_rate: 1, expected_batch: 8, adapt: {kind: lora, rank: 2}}",
-        FlowShape(flow=FLOW),
+        FlowArchitecture(flow=FLOW),
     ),
     "styles": (
         "{kind: upsampler-training, rounds: 1, sampling_rate: 1, expected_batch: 8}",
-        StyledShape(generator=GENERATOR, encoder=STYLES),
+        StyleEncoderArchitecture(generator=GENERATOR, encoder=STYLES),
     ),
     "styles-lora": (
         "{kind: upsampler-training, rounds: 1, sampling_rate: 1, expected_batch: 8, adapt: {kind: lora, rank: 2}}",
-        StyledShape(generator=GENERATOR, encoder=STYLES),
+        StyleEncoderArchitecture(generator=GENERATOR, encoder=STYLES),
     ),
     "resolver": (
         "{kind: upsampler-training, rounds: 1, sampling_rate: 1, expected_batch: 8, learner: super-resolution}",
-        ResolvedShape(resolver=RESOLVER),
+        SuperResolutionArchitecture(network=RESOLVER),
     ),
 }  # fmt: skip
 
@@ -115,7 +115,7 @@ def tiny_way(folder: Path, way: str, changes: Mapping[str, str] | None = None) -
     """The tiny recipe learning in one of `WAYS`, with a checkpoint of that family."""
     training, shape = WAYS[way]
     tiny_file(folder)
-    save_model(folder / f"{way}.safetensors", build(shape, Streams(5).generator(way)))
+    save_model(folder / f"{way}.safetensors", build_model(shape, Streams(5).generator(way)))
     told = {"training": training, "base": str(folder / f"{way}.safetensors")}
     if "upsampler-training" in training:
         told["upsampling"] = "{}"  # the network itself answers, not PULSE
@@ -138,13 +138,13 @@ def tiny_experiment(folder: Path, changes: Mapping[str, str] | None = None) -> E
 
 def begun(experiment: Experiment, folder: Path) -> Path:
     """A run's folder with its pretended devices, before the first round."""
-    begin(experiment, folder)
+    initialize_run(experiment, folder)
     prepare(experiment, devices_folder(folder))
     return folder
 
 
 def train_task(
-    experiment: Experiment, gan: Gan, *, run: str = "tiny", round: int = 1, cohort: int = 2
+    experiment: Experiment, gan: GanModel, *, run: str = "tiny", round: int = 1, cohort: int = 2
 ) -> TrainTask:
     """What a coordinator asks in one round."""
     return TrainTask(
@@ -152,15 +152,15 @@ def train_task(
         round=round,
         cohort=cohort,
         seed=3,
-        agreed=Agreed(
-            terms=experiment.plan().terms,
+        config=RoundConfig(
+            dp=experiment.plan().dp_parameters,
             training=experiment.training,
-            shape=gan.shape,
+            architecture=gan.architecture,
             aggregation=experiment.aggregation,
             agreement=experiment.agreement,
         ),
-        weights=vector_of(*gan.modules()),
-        buffers=buffers_of(*gan.modules()),
+        weights=flatten_parameters(*gan.modules()),
+        buffers=flatten_buffers(*gan.modules()),
         model=weights_hash(*gan.modules()),
     )
 

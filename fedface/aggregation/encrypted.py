@@ -36,10 +36,10 @@ from fedface.aggregation.plain import PlainAggregation
 from fedface.aggregation.protocol import (
     Aggregation,
     AggregationConfig,
-    Agreement,
-    EncryptedConfig,
+    AggregationParameters,
+    HomomorphicConfig,
     Payload,
-    Plain,
+    PlainValue,
     PlainConfig,
     same_shape,
 )
@@ -47,15 +47,15 @@ from fedface.aggregation.quantise import Packing, Quantiser
 from fedface.errors import AggregationError
 from fedface.shapes import Vector
 
-KIND = EncryptedConfig().kind
+KIND = HomomorphicConfig().kind
 FORMAT = 1
 SLOTS = 4096  # polynomial degree, and slots that one ciphertext adds at once
 PRIME_BITS = (40, 32, 37)  # the last prime is for keys only: ciphertexts live modulo the first two, 72 bits
-MOST_PLAIN_BITS = 60  # SEAL's bound on the plain modulus
-LARGEST_ERROR = 22  # SEAL draws fresh noise in -21..21; rounding q m / t adds at most 1/2
-MOST_PART_BYTES = 2 * 2 * 8 * SLOTS + 1024  # two polynomials, two primes, 8 bytes a coefficient
+MAX_PLAIN_BITS = 60  # SEAL's bound on the plain modulus
+MAX_ERROR = 22  # SEAL draws fresh noise in -21..21; rounding q m / t adds at most 1/2
+MAX_PART_BYTES = 2 * 2 * 8 * SLOTS + 1024  # two polynomials, two primes, 8 bytes a coefficient
 KEY_MAGIC = b"FFK1"
-MOST_KEY_BYTES = 1 << 20
+MAX_KEY_BYTES = 1 << 20
 
 
 @contextmanager
@@ -108,8 +108,8 @@ class Scheme:
           case: 2 t n (21 + 1) < q.
     """
 
-    config: EncryptedConfig
-    agreement: Agreement
+    config: HomomorphicConfig
+    agreement: AggregationParameters
 
     def __post_init__(self) -> None:
         _ = self.context  # fail where it is made, not where it is used
@@ -117,8 +117,8 @@ class Scheme:
     @cached_property
     def quantiser(self) -> Quantiser:
         """The grid that updates are rounded to."""
-        value_range, most_devices = self.agreement.value_range, self.agreement.most_devices
-        return Quantiser(value_range=value_range, bits=self.config.bits, most_devices=most_devices)
+        value_range, most_devices = self.agreement.value_range, self.agreement.max_devices
+        return Quantiser(value_range=value_range, bits=self.config.bits, max_devices=most_devices)
 
     @cached_property
     def _coefficient_primes(self) -> list[Any]:
@@ -130,12 +130,12 @@ class Scheme:
         width = self.quantiser.sum_bits
         primes = [int(prime.value()) for prime in self._coefficient_primes]
         q = primes[0] * primes[1]
-        for per_slot in range(MOST_PLAIN_BITS // width, 0, -1):
+        for per_slot in range(MAX_PLAIN_BITS // width, 0, -1):
             largest = sum(self.quantiser.largest_sum << (width * place) for place in range(per_slot))
-            for bits in range(max(per_slot * width, 20), min(per_slot * width + 3, MOST_PLAIN_BITS + 1)):
+            for bits in range(max(per_slot * width, 20), min(per_slot * width + 3, MAX_PLAIN_BITS + 1)):
                 modulus = sealapi.PlainModulus.Batching(SLOTS, bits)
                 t = int(modulus.value())
-                exact = 2 * t * self.agreement.most_devices * LARGEST_ERROR < q
+                exact = 2 * t * self.agreement.max_devices * MAX_ERROR < q
                 if largest < t and exact and t not in primes:
                     return per_slot, modulus
         raise AggregationError(f"sums of {width} bits do not fit a slot; lower bits or most_devices")
@@ -163,11 +163,11 @@ class Scheme:
         return context
 
     @cached_property
-    def public(self) -> dict[str, Plain]:
+    def public(self) -> dict[str, PlainValue]:
         """What every payload's header must repeat, name by name, for this run to accept it."""
-        named: dict[str, Plain] = {"format": FORMAT, "tenseal": tenseal.__version__, "bits": self.config.bits}
+        named: dict[str, PlainValue] = {"format": FORMAT, "tenseal": tenseal.__version__, "bits": self.config.bits}
         named["value_range"] = float(self.agreement.value_range)
-        named["most_devices"] = self.agreement.most_devices
+        named["most_devices"] = self.agreement.max_devices
         primes = [str(prime.value()) for prime in self._coefficient_primes]
         derived = [SLOTS, primes, str(self.plain_modulus), self.packing.per_slot]
         written = json.dumps([named, derived], sort_keys=True).encode()
@@ -193,8 +193,8 @@ class Scheme:
 
     def ciphertext(self, part: bytes) -> Any:
         """Read one ciphertext from a stranger. Raises AggregationError unless it is a plain BFV pair."""
-        if not 0 < len(part) <= MOST_PART_BYTES:
-            raise AggregationError(f"a ciphertext takes 1..{MOST_PART_BYTES} bytes, got {len(part)}")
+        if not 0 < len(part) <= MAX_PART_BYTES:
+            raise AggregationError(f"a ciphertext takes 1..{MAX_PART_BYTES} bytes, got {len(part)}")
         ciphertext = _load(sealapi.Ciphertext(self.context), self.context, part, "ciphertext")
         another_level = list(ciphertext.parms_id()) != list(self.context.first_parms_id())
         if ciphertext.size() != 2 or ciphertext.is_ntt_form() or another_level:
@@ -205,7 +205,7 @@ class Scheme:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncryptedKeys:
+class HomomorphicKeys:
     """The secret that the devices of one run share and the server must never see.
 
     Made by one device or by the owner of all, and carried to the others over a channel that the server cannot
@@ -216,11 +216,11 @@ class EncryptedKeys:
     secret: bytes = field(repr=False)
 
     @staticmethod
-    def make(config: EncryptedConfig, agreement: Agreement) -> EncryptedKeys:
+    def make(config: HomomorphicConfig, agreement: AggregationParameters) -> HomomorphicKeys:
         """A fresh secret key; SEAL seeds itself from the operating system."""
         scheme = Scheme(config=config, agreement=agreement)
         secret_key = sealapi.KeyGenerator(scheme.context).secret_key()
-        return EncryptedKeys(parameters=str(scheme.public["parameters"]), secret=_saved(secret_key))
+        return HomomorphicKeys(parameters=str(scheme.public["parameters"]), secret=_saved(secret_key))
 
     @property
     def name(self) -> str:
@@ -232,14 +232,14 @@ class EncryptedKeys:
         return KEY_MAGIC + bytes.fromhex(self.parameters) + hashlib.sha256(self.secret).digest() + self.secret
 
     @staticmethod
-    def from_bytes(written: bytes) -> EncryptedKeys:
+    def from_bytes(written: bytes) -> HomomorphicKeys:
         """Read what `to_bytes` wrote. Raises AggregationError if it is damaged or no key."""
-        if not 68 < len(written) <= MOST_KEY_BYTES or written[:4] != KEY_MAGIC:
+        if not 68 < len(written) <= MAX_KEY_BYTES or written[:4] != KEY_MAGIC:
             raise AggregationError(f"this is not a fedface key: want {KEY_MAGIC!r} first")
         parameters, digest, secret = written[4:36], written[36:68], written[68:]
         if hashlib.sha256(secret).digest() != digest:
             raise AggregationError("this key is damaged or cut off; copy it again from where it was made")
-        return EncryptedKeys(parameters=parameters.hex(), secret=secret)
+        return HomomorphicKeys(parameters=parameters.hex(), secret=secret)
 
     def save(self, path: Path) -> None:
         """Write a new file that only its owner may read (mode 0600). Raises AggregationError if it exists."""
@@ -251,23 +251,23 @@ class EncryptedKeys:
             file.write(self.to_bytes())
 
     @staticmethod
-    def load(path: Path) -> EncryptedKeys:
+    def load(path: Path) -> HomomorphicKeys:
         """Read a key file. Raises AggregationError if it is missing, damaged, or others may read it."""
         try:
             with path.open("rb") as file:
                 mode = os.fstat(file.fileno()).st_mode
-                written = file.read(MOST_KEY_BYTES + 1)
+                written = file.read(MAX_KEY_BYTES + 1)
         except OSError as reason:
             raise AggregationError(f"{path}: cannot read this key file: {reason.strerror}") from reason
         if os.name == "posix" and mode & 0o077:
             raise AggregationError(f"{path}: others may read this key; run chmod 600 on it")
-        return EncryptedKeys.from_bytes(written)
+        return HomomorphicKeys.from_bytes(written)
 
 
-class EncryptedServer:
+class HomomorphicServer:
     """Adds ciphertexts. Holds no key, so it can neither protect nor reveal."""
 
-    def __init__(self, config: EncryptedConfig, agreement: Agreement) -> None:
+    def __init__(self, config: HomomorphicConfig, agreement: AggregationParameters) -> None:
         self.scheme = Scheme(config=config, agreement=agreement)
         self._evaluator = sealapi.Evaluator(self.scheme.context)
 
@@ -285,7 +285,7 @@ class EncryptedServer:
             raise AggregationError(f"payloads of one sum must be under one key, got {keys}")
         if len({payload.parts[0] for payload in payloads}) != len(payloads):
             raise AggregationError("the same payload came twice; sum each device once")
-        if count > (most := self.scheme.agreement.most_devices):
+        if count > (most := self.scheme.agreement.max_devices):
             raise AggregationError(f"the packing has room for {most} updates in one sum, got {count}")
         parts = tuple(map(self._sum, zip(*(payload.parts for payload in payloads), strict=True)))
         return self.scheme.payload(keys[0], parts, length=length, count=count, round=round)
@@ -304,12 +304,12 @@ class EncryptedServer:
         raise AggregationError("the server has no key and cannot reveal a sum; ask a device")
 
 
-class EncryptedDevice:
+class HomomorphicDevice:
     """Encrypts this device's updates and opens sums: also the key holder that the server asks to reveal."""
 
-    def __init__(self, config: EncryptedConfig, agreement: Agreement, keys: EncryptedKeys) -> None:
+    def __init__(self, config: HomomorphicConfig, agreement: AggregationParameters, keys: HomomorphicKeys) -> None:
         """Raises AggregationError if the key was made for other parameters."""
-        self._server = EncryptedServer(config, agreement)
+        self._server = HomomorphicServer(config, agreement)
         self.scheme = self._server.scheme
         context = self.scheme.context
         if keys.parameters != self.scheme.public["parameters"]:
@@ -352,7 +352,7 @@ class EncryptedDevice:
         integers, counted = self.scheme.packing.unpack(np.array(slots, dtype=np.int64), length)
         if counted != count:
             raise AggregationError(f"the header speaks of {count} updates, the sum itself holds {counted}")
-        if counted < (fewest := self.scheme.config.fewest_devices):
+        if counted < (fewest := self.scheme.config.min_devices):
             raise AggregationError(f"we open sums of at least {fewest} updates, this one holds {counted}")
         return self.scheme.quantiser.dequantise_sum(integers, counted)
 
@@ -365,36 +365,36 @@ class EncryptedDevice:
         return list(self._encoder.decode_uint64(plain))
 
 
-def make_keys(config: AggregationConfig, agreement: Agreement) -> EncryptedKeys | None:
+def make_keys(config: AggregationConfig, agreement: AggregationParameters) -> HomomorphicKeys | None:
     """What the devices of a run must share before it starts, if anything. Not to be called on the server."""
     match config:
         case PlainConfig():
             return None
-        case EncryptedConfig():
-            return EncryptedKeys.make(config, agreement)
+        case HomomorphicConfig():
+            return HomomorphicKeys.make(config, agreement)
         case _:
             assert_never(config)
 
 
-def make_server(config: AggregationConfig, agreement: Agreement) -> Aggregation:
+def make_server(config: AggregationConfig, agreement: AggregationParameters) -> Aggregation:
     """The server's side, made without a key: it combines, and reveals only what was never hidden."""
     match config:
         case PlainConfig():
-            return PlainAggregation(most_devices=agreement.most_devices)
-        case EncryptedConfig():
-            return EncryptedServer(config, agreement)
+            return PlainAggregation(max_devices=agreement.max_devices)
+        case HomomorphicConfig():
+            return HomomorphicServer(config, agreement)
         case _:
             assert_never(config)
 
 
-def make_device(config: AggregationConfig, agreement: Agreement, keys: EncryptedKeys | None) -> Aggregation:
+def make_device(config: AggregationConfig, agreement: AggregationParameters, keys: HomomorphicKeys | None) -> Aggregation:
     """The device's side, which is also the key holder's. Raises AggregationError if a key is missing."""
     match config:
         case PlainConfig():
-            return PlainAggregation(most_devices=agreement.most_devices)
-        case EncryptedConfig():
+            return PlainAggregation(max_devices=agreement.max_devices)
+        case HomomorphicConfig():
             if keys is None:
                 raise AggregationError("encrypted sums need the devices' shared key; none was given")
-            return EncryptedDevice(config, agreement, keys)
+            return HomomorphicDevice(config, agreement, keys)
         case _:
             assert_never(config)

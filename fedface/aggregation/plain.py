@@ -56,11 +56,11 @@ class PlainAggregation:
         * At most `most_devices` updates enter one sum, as under every other protocol.
     """
 
-    most_devices: int  # >= 1
+    max_devices: int  # >= 1
 
     def __post_init__(self) -> None:
-        if self.most_devices < 1:
-            raise ValueError(f"most_devices must be >= 1, got {self.most_devices}")
+        if self.max_devices < 1:
+            raise ValueError(f"most_devices must be >= 1, got {self.max_devices}")
 
     def protect(self, update: Vector, round: int) -> Payload:
         """The update as little-endian float32; nothing hides it. Raises AggregationError if not finite."""
@@ -70,8 +70,8 @@ class PlainAggregation:
     def combine(self, payloads: Sequence[Payload]) -> Payload:
         """The sum in float64, so that sums of sums lose nothing. Raises AggregationError; see Aggregation."""
         length, round, count = same_shape(payloads, KIND)
-        if count > self.most_devices:
-            raise AggregationError(f"at most {self.most_devices} updates may be in one sum, got {count}")
+        if count > self.max_devices:
+            raise AggregationError(f"at most {self.max_devices} updates may be in one sum, got {count}")
         total = np.zeros(length)
         for payload in payloads:
             total += _values(payload)

@@ -19,20 +19,20 @@ from typing import NoReturn, Protocol, TypeAlias
 from fedface.errors import AggregationError
 from fedface.shapes import Vector
 
-Plain: TypeAlias = int | float | str
+PlainValue: TypeAlias = int | float | str
 
 MAGIC = b"FFP1"
-MOST_HEADER_BYTES = 4096
-MOST_HEADER_KEYS = 64
-MOST_PARTS = 1 << 16
-MOST_BYTES = 1 << 31  # Flower carries at most 2 GiB in one message
-MOST_WEIGHTS = 1 << 30
+MAX_HEADER_BYTES = 4096
+MAX_HEADER_KEYS = 64
+MAX_PARTS = 1 << 16
+MAX_BYTES = 1 << 31  # Flower carries at most 2 GiB in one message
+MAX_WEIGHTS = 1 << 30
 _FRONT = struct.Struct(">4s32sII")  # magic, SHA-256 of all that follows the digest, header bytes, parts
 _LENGTH = struct.Struct(">I")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Agreement:
+class AggregationParameters:
     """The public numbers that every device and the server of one run share.
 
     None of them may be computed from photos: the range is derived from the run's constants, for example the
@@ -40,13 +40,13 @@ class Agreement:
     """
 
     value_range: float  # R, weight units, > 0; a coordinate outside [-R, R] is clamped on the device
-    most_devices: int  # 1..2^20; how many updates may be in one sum
+    max_devices: int  # 1..2^20; how many updates may be in one sum
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.value_range) and self.value_range > 0):
             raise ValueError(f"value_range must be finite and > 0, got {self.value_range}")
-        if not 1 <= self.most_devices <= 1 << 20:
-            raise ValueError(f"most_devices must lie in 1..{1 << 20}, got {self.most_devices}")
+        if not 1 <= self.max_devices <= 1 << 20:
+            raise ValueError(f"most_devices must lie in 1..{1 << 20}, got {self.max_devices}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,17 +60,17 @@ class PlainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncryptedConfig:
+class HomomorphicConfig:
     """Send whole numbers under BFV with a key that the devices share and the server never has."""
 
     bits: int = 16  # 2..24 bits for one value of one device
-    fewest_devices: int = 2  # >= 1; the holder of the key declines to open a sum of fewer updates
+    min_devices: int = 2  # >= 1; the holder of the key declines to open a sum of fewer updates
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 24:
             raise ValueError(f"bits must lie in 2..24, got {self.bits}")
-        if self.fewest_devices < 1:
-            raise ValueError(f"fewest_devices must be >= 1, got {self.fewest_devices}")
+        if self.min_devices < 1:
+            raise ValueError(f"fewest_devices must be >= 1, got {self.min_devices}")
 
     @property
     def kind(self) -> str:
@@ -78,7 +78,7 @@ class EncryptedConfig:
         return "encrypted"
 
 
-AggregationConfig: TypeAlias = PlainConfig | EncryptedConfig
+AggregationConfig: TypeAlias = PlainConfig | HomomorphicConfig
 
 
 def _refuse(problem: str) -> NoReturn:
@@ -102,20 +102,20 @@ class Payload:
     """
 
     kind: str  # "plain" or "encrypted", as the config's `kind` says
-    header: Mapping[str, Plain]  # flat; 64-bit whole numbers, finite floats, strings
+    header: Mapping[str, PlainValue]  # flat; 64-bit whole numbers, finite floats, strings
     parts: tuple[bytes, ...] = field(repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "header", dict(self.header))
         if type(self.kind) is not str or not 1 <= len(self.kind) <= 32:
             _refuse("its kind is not a short string")
-        if len(self.header) > MOST_HEADER_KEYS:
-            _refuse(f"its header has {len(self.header)} keys, more than {MOST_HEADER_KEYS}")
+        if len(self.header) > MAX_HEADER_KEYS:
+            _refuse(f"its header has {len(self.header)} keys, more than {MAX_HEADER_KEYS}")
         for name, value in self.header.items():
             if type(name) is not str or not _is_plain(value):
                 _refuse(f"its header entry {name!r} is not a 64-bit whole number, a finite float or a string")
-        if len(self.parts) > MOST_PARTS:
-            _refuse(f"it has {len(self.parts)} parts, more than {MOST_PARTS}")
+        if len(self.parts) > MAX_PARTS:
+            _refuse(f"it has {len(self.parts)} parts, more than {MAX_PARTS}")
 
     def whole(self, name: str, *, least: int, most: int) -> int:
         """The header's whole number `name`, checked to lie in least..most. Raises AggregationError."""
@@ -129,7 +129,7 @@ class Payload:
     @property
     def length(self) -> int:
         """d, the number of weights, 1..2^30. Raises AggregationError if the header does not say."""
-        return self.whole("length", least=1, most=MOST_WEIGHTS)
+        return self.whole("length", least=1, most=MAX_WEIGHTS)
 
     @property
     def count(self) -> int:
@@ -156,10 +156,10 @@ class Payload:
         The digest finds damage, not malice: whoever can change a payload can change the digest.
         """
         header = self._header_bytes()
-        if len(header) > MOST_HEADER_BYTES:
-            _refuse(f"its header takes {len(header)} bytes, more than {MOST_HEADER_BYTES}")
-        if self.nbytes > MOST_BYTES:
-            _refuse(f"it takes {self.nbytes} bytes, more than {MOST_BYTES}")
+        if len(header) > MAX_HEADER_BYTES:
+            _refuse(f"its header takes {len(header)} bytes, more than {MAX_HEADER_BYTES}")
+        if self.nbytes > MAX_BYTES:
+            _refuse(f"it takes {self.nbytes} bytes, more than {MAX_BYTES}")
         pieces = [header]
         for part in self.parts:
             pieces += [_LENGTH.pack(len(part)), part]
@@ -174,12 +174,12 @@ class Payload:
         Raises:
             AggregationError: truncated, longer than it says, damaged, or with a header we do not accept.
         """
-        if not _FRONT.size <= len(wire) <= MOST_BYTES:
-            _refuse(f"{len(wire)} bytes, want {_FRONT.size}..{MOST_BYTES}")
+        if not _FRONT.size <= len(wire) <= MAX_BYTES:
+            _refuse(f"{len(wire)} bytes, want {_FRONT.size}..{MAX_BYTES}")
         magic, digest, header_bytes, parts_count = _FRONT.unpack_from(wire)
         if magic != MAGIC:
             _refuse(f"it starts with {magic!r}, want {MAGIC!r}")
-        if header_bytes > MOST_HEADER_BYTES or parts_count > MOST_PARTS:
+        if header_bytes > MAX_HEADER_BYTES or parts_count > MAX_PARTS:
             _refuse(f"it announces {header_bytes} bytes of header and {parts_count} parts")
         body = memoryview(wire)[_FRONT.size :]
         if _digest(bytes(wire[_FRONT.size - 8 : _FRONT.size]), body) != digest:
@@ -212,7 +212,7 @@ def _pairs_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return dict(pairs)
 
 
-def _read_header(text: bytes, announced: int) -> tuple[str, dict[str, Plain]]:
+def _read_header(text: bytes, announced: int) -> tuple[str, dict[str, PlainValue]]:
     if len(text) != announced:
         _refuse("it ends inside its header")
     try:

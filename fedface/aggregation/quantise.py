@@ -70,15 +70,15 @@ class Quantiser:
 
     value_range: float  # R, weight units, > 0, public
     bits: int  # 2..24
-    most_devices: int  # >= 1; the headroom
+    max_devices: int  # >= 1; the headroom
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.value_range) and self.value_range > 0):
             raise ValueError(f"value_range must be finite and > 0, got {self.value_range}")
         if not 2 <= self.bits <= 24:
             raise ValueError(f"bits must lie in 2..24, got {self.bits}")
-        if self.most_devices < 1:
-            raise ValueError(f"most_devices must be >= 1, got {self.most_devices}")
+        if self.max_devices < 1:
+            raise ValueError(f"most_devices must be >= 1, got {self.max_devices}")
 
     @property
     def half(self) -> int:
@@ -93,7 +93,7 @@ class Quantiser:
     @property
     def largest_sum(self) -> int:
         """The largest integer that a coordinate of a full sum can reach: most_devices * 2M."""
-        return self.most_devices * 2 * self.half
+        return self.max_devices * 2 * self.half
 
     @property
     def sum_bits(self) -> int:
@@ -119,8 +119,8 @@ class Quantiser:
 
         Raises AggregationError if an integer cannot be such a sum: somebody sent what is no update.
         """
-        if not 1 <= count <= self.most_devices:
-            raise AggregationError(f"a sum must hold 1..{self.most_devices} updates, got {count}")
+        if not 1 <= count <= self.max_devices:
+            raise AggregationError(f"a sum must hold 1..{self.max_devices} updates, got {count}")
         if integers.ndim != 1 or integers.dtype != np.int64 or len(integers) == 0:
             raise AggregationError(
                 f"a sum of integers must be int64 (d,), got {integers.shape} {integers.dtype}"

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from fedface.audits.disaggregate import (
     Gap,
     Interval,
-    by_group,
+    metrics_by_group,
     gap_between,
     mean_interval,
     rate_interval,
@@ -66,7 +66,7 @@ class FairnessMetrics:
     rdp_chi2: float  # divergence of the normalised hit rates from uniform, 0 is fair
     rdp_chebyshev: float
     pr_true: tuple[float, ...]  # P(true in i), one per column of the table
-    pr_made: tuple[float, ...]  # P(made in i)
+    pr_generated: tuple[float, ...]  # P(made in i)
     pr_total_variation: float  # half the summed difference of the two, 0 is fair
     pr_chi2: float  # divergence of pr_made from uniform; says something on a balanced probe only
     pr_chebyshev: float
@@ -112,7 +112,7 @@ def fairness_metrics(table: ArrayLike, names: Sequence[str]) -> FairnessMetrics:
         rdp_chi2=chi2_from_uniform(shares),
         rdp_chebyshev=chebyshev_from_uniform(shares),
         pr_true=tuple(rows.tolist()),
-        pr_made=tuple(columns.tolist()),
+        pr_generated=tuple(columns.tolist()),
         pr_total_variation=float(np.abs(rows - columns).sum() / 2),
         pr_chi2=chi2_from_uniform(columns),
         pr_chebyshev=chebyshev_from_uniform(columns),
@@ -122,7 +122,7 @@ def fairness_metrics(table: ArrayLike, names: Sequence[str]) -> FairnessMetrics:
 
 
 @dataclass(frozen=True)
-class Measure:
+class Metric:
     """One way to be served worse."""
 
     title: str
@@ -131,24 +131,24 @@ class Measure:
     digits: int  # after the point, in sentences
 
 
-MEASURES: dict[str, Measure] = {
-    "misfit": Measure("misfit to the photo (mean squared difference)", "", "cost", 4),
-    "converged": Measure("share of faces that fit the photo", "", "rate", 2),
-    "skin_difference": Measure("colour difference of the skin", "dE00", "cost", 1),
-    "face_difference": Measure("colour difference of the whole picture", "dE00", "cost", 1),
-    "lightness_shift": Measure("change in lightness of the skin", "L*", "shift", 1),
-    "ita_shift": Measure("change in ITA of the skin", "degrees", "shift", 1),
-    "monk_shift": Measure("change in Monk tone of the skin", "steps", "shift", 2),
-    "same_tone_bin": Measure("share of faces that keep their tone bin", "", "rate", 2),
-    "same_half": Measure("share of faces that stay on their half of the Monk scale", "", "rate", 2),
+METRICS: dict[str, Metric] = {
+    "misfit": Metric("misfit to the photo (mean squared difference)", "", "cost", 4),
+    "converged": Metric("share of faces that fit the photo", "", "rate", 2),
+    "skin_difference": Metric("colour difference of the skin", "dE00", "cost", 1),
+    "face_difference": Metric("colour difference of the whole picture", "dE00", "cost", 1),
+    "lightness_shift": Metric("change in lightness of the skin", "L*", "shift", 1),
+    "ita_shift": Metric("change in ITA of the skin", "degrees", "shift", 1),
+    "monk_shift": Metric("change in Monk tone of the skin", "steps", "shift", 2),
+    "same_tone_bin": Metric("share of faces that keep their tone bin", "", "rate", 2),
+    "same_half": Metric("share of faces that stay on their half of the Monk scale", "", "rate", 2),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Service:
+class GroupMetrics:
     """How one group is served, by every measure of `MEASURES`; a photo's faces are averaged first."""
 
-    misfit: Interval  # mean squared difference after the downscale; a face that was not found counts as 1
+    consistency_error: Interval  # mean squared difference after the downscale; a face that was not found counts as 1
     converged: Interval  # share of faces within the search's tolerance
     skin_difference: Interval  # CIEDE2000 between the skin of the made face and of the original
     face_difference: Interval  # mean CIEDE2000 of 8 x 8 area means of the two faces
@@ -165,8 +165,8 @@ class BiasReport:
 
     photos: int
     faces_per_photo: int
-    overall: Service
-    groups: dict[str, Service]  # groups of at least two photos
+    overall: GroupMetrics
+    groups: dict[str, GroupMetrics]  # groups of at least two photos
     unmeasured: dict[str, int]  # groups of fewer than two photos, with their counts
     gaps: dict[str, Gap]  # by measure; empty where no two groups can be compared
     tone_bins: FairnessMetrics  # over the bins of TONE_BINS, original against made
@@ -187,7 +187,7 @@ class BiasReport:
                 f"No measure sets the {len(self.groups)} groups apart with {self.photos} photos. "
                 f"A gap in lightness below about {self._smallest_visible():.1f} L* would not have shown."
             )
-        quiet = [MEASURES[name].title for name in self.gaps if name not in clear]
+        quiet = [METRICS[name].title for name in self.gaps if name not in clear]
         if clear and quiet:
             texts.append(f"No clear gap in: {', '.join(quiet)}.")
         if not self.darker_change.covers_zero:
@@ -197,7 +197,7 @@ class BiasReport:
                 f"share {self.darker_change.estimate:+.2f} "
                 f"[{self.darker_change.low:+.2f}, {self.darker_change.high:+.2f}]."
             )
-        few = [name for name, service in self.groups.items() if service.misfit.few]
+        few = [name for name, service in self.groups.items() if service.consistency_error.is_small]
         if few or self.unmeasured:
             texts.append(f"Too few photos to say much: {', '.join([*few, *self.unmeasured])}.")
         texts.append(
@@ -207,7 +207,7 @@ class BiasReport:
         return texts
 
     def _gap_sentence(self, name: str) -> str:
-        gap, measure = self.gaps[name], MEASURES[name]
+        gap, measure = self.gaps[name], METRICS[name]
         worst = getattr(self.groups[gap.worst], name)
         best = getattr(self.groups[gap.best], name)
         direction = ""
@@ -221,13 +221,13 @@ class BiasReport:
         )
 
     def _text(self, figure: Interval, name: str) -> str:
-        digits = MEASURES[name].digits
+        digits = METRICS[name].digits
         low, high = (f"{end:z.{digits}f}" for end in (figure.low, figure.high))
-        amount = f"{figure.estimate:z.{digits}f} {MEASURES[name].unit}".rstrip()
+        amount = f"{figure.estimate:z.{digits}f} {METRICS[name].unit}".rstrip()
         return f"{amount} [{low}, {high}]"
 
     def _shows(self, gap: Gap, name: str) -> bool:
-        return round(abs(gap.difference.estimate), MEASURES[name].digits) > 0
+        return round(abs(gap.difference.estimate), METRICS[name].digits) > 0
 
     def _smallest_visible(self) -> float:
         difference = self.gaps["lightness_shift"].difference
@@ -293,7 +293,7 @@ def measure_bias(
     true_halves, made_halves = _half(true), _half(made)
     coarse = delta_e(_coarse_lab(made_images), _coarse_lab(truth).repeat_interleave(f, dim=0)).mean(dim=1)
     values = {
-        "misfit": _per_photo(torch.nan_to_num(upsampled.misfit.double(), nan=1.0, posinf=1.0).flatten(), f),
+        "misfit": _per_photo(torch.nan_to_num(upsampled.consistency_error.double(), nan=1.0, posinf=1.0).flatten(), f),
         "converged": _per_photo(upsampled.converged.flatten(), f),
         "skin_difference": _per_photo(delta_e(made.lab, true.lab), f),
         "face_difference": _per_photo(coarse, f),
@@ -305,21 +305,21 @@ def measure_bias(
     }
     sizes = {name: sum(group == name for group in groups) for name in dict.fromkeys([*expected, *groups])}
     measured = [name for name, size in sizes.items() if size >= 2]
-    tables = {measure: _disaggregated(values[measure], groups, measure, rng) for measure in MEASURES}
+    tables = {measure: _disaggregated(values[measure], groups, measure, rng) for measure in METRICS}
     gaps = {}
     for measure, table in tables.items():
         badness = {name: _badness(table[name].estimate, measure) for name in measured}
-        rate = MEASURES[measure].kind == "rate"
+        rate = METRICS[measure].kind == "rate"
         gap = gap_between(values[measure], groups, badness, rng, rate=rate)
         if gap is not None:
             gaps[measure] = gap
-    everyone = {m: _disaggregated(values[m], ["all"] * n, m, rng)["all"] for m in MEASURES}
+    everyone = {m: _disaggregated(values[m], ["all"] * n, m, rng)["all"] for m in METRICS}
     darker = (made.monk >= DARKER_FROM).double() - (true.monk >= DARKER_FROM).double()
     return BiasReport(
         photos=n,
         faces_per_photo=f,
-        overall=Service(**everyone),
-        groups={name: Service(**{m: tables[m][name] for m in MEASURES}) for name in measured},
+        overall=GroupMetrics(**everyone),
+        groups={name: GroupMetrics(**{m: tables[m][name] for m in METRICS}) for name in measured},
         unmeasured={name: size for name, size in sizes.items() if size < 2},
         gaps=gaps,
         tone_bins=fairness_metrics(confusion(true_bins, made_bins, BINS), BINS),
@@ -331,13 +331,13 @@ def measure_bias(
 def _disaggregated(
     values: np.ndarray, groups: Sequence[str], measure: str, rng: np.random.Generator
 ) -> dict[str, Interval]:
-    if MEASURES[measure].kind == "rate":
+    if METRICS[measure].kind == "rate":
         return rates_by_group(values, groups)
-    return by_group(values, groups, rng)
+    return metrics_by_group(values, groups, rng)
 
 
 def _badness(estimate: float, measure: str) -> float:
-    match MEASURES[measure].kind:
+    match METRICS[measure].kind:
         case "cost":
             return estimate
         case "rate":

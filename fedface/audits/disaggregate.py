@@ -20,7 +20,7 @@ from scipy import stats
 
 Group = TypeVar("Group", bound=Hashable)
 
-FEW = 10  # a group with fewer photos is flagged, and left out of gaps where larger groups exist
+SMALL_COUNT = 10  # a group with fewer photos is flagged, and left out of gaps where larger groups exist
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Interval:
     count: int  # photos, >= 0
 
     @property
-    def few(self) -> bool:
+    def is_small(self) -> bool:
         """Whether fewer than ten photos stand behind the estimate."""
-        return self.count < FEW
+        return self.count < SMALL_COUNT
 
     @property
     def covers_zero(self) -> bool:
@@ -45,7 +45,7 @@ class Interval:
     def __str__(self) -> str:
         if self.count == 0:
             return "no photos"
-        flag = ", few" if self.few else ""
+        flag = ", few" if self.is_small else ""
         return f"{self.estimate:.3g} [{self.low:.3g}, {self.high:.3g}] (n = {self.count}{flag})"
 
 
@@ -102,7 +102,7 @@ def mean_interval(
         return Interval(mean, math.nan, math.nan, 1)
     if np.ptp(x) == 0:
         return Interval(mean, mean, mean, n)
-    if n < FEW:
+    if n < SMALL_COUNT:
         half = float(stats.t.ppf((1 + level) / 2, n - 1)) * float(x.std(ddof=1)) / math.sqrt(n)
         return Interval(mean, mean - half, mean + half, n)
     means = np.sort(x[rng.integers(n, size=(resamples, n))].mean(axis=1))
@@ -144,7 +144,7 @@ def _split(values: ArrayLike, groups: Sequence[Group], expected: Sequence[Group]
     return {name: vector[[group == name for group in groups]] for name in names}
 
 
-def by_group(
+def metrics_by_group(
     values: ArrayLike, groups: Sequence[Group], rng: np.random.Generator, *, expected: Sequence[Group] = ()
 ) -> dict[Group, Interval]:
     """The mean of each group with its interval.
@@ -172,7 +172,7 @@ def rates_by_group(
 def gap_between(
     values: ArrayLike,
     groups: Sequence[str],
-    badness: Mapping[str, float],
+    cost: Mapping[str, float],
     rng: np.random.Generator,
     *,
     rate: bool,
@@ -200,15 +200,15 @@ def gap_between(
         The gap, among groups of at least ten photos where two such exist, else among those of at least two;
         None where fewer than two groups can be compared.
     """
-    parts = {name: part for name, part in _split(values, groups, ()).items() if name in badness}
-    for least in (FEW, 2):
+    parts = {name: part for name, part in _split(values, groups, ()).items() if name in cost}
+    for least in (SMALL_COUNT, 2):
         chosen = {name: part for name, part in parts.items() if len(part) >= least}
         if len(chosen) >= 2:
             break
     else:
         return None
     names = list(chosen)
-    worst, best = max(names, key=badness.__getitem__), min(names, key=badness.__getitem__)
+    worst, best = max(names, key=cost.__getitem__), min(names, key=cost.__getitem__)
     if worst == best:
         worst, best = names[0], names[1]
     error = np.array([_standard_error(chosen[name], rate=rate) for name in names])

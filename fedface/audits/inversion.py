@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fedface.audits.disaggregate import Interval, mean_interval, rate_interval
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.shapes import Images, Vector
-from fedface.training.generator import loss_on_photos
+from fedface.training.generator import d_loss_real
 from fedface.training.ways import gradient_of
 
 GradientOf = Callable[[Images], Vector]
@@ -76,18 +76,18 @@ class Inversion:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoDefence:
+class NoDefense:
     """The gradient leaves as it is."""
 
 
-Defence = NoDefence | ClippedSum | GaussianSum
+Defense = NoDefense | ClippedSum | GaussianSum
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttackResult:
     """One attack on several photos, each in an update of its own."""
 
-    defence: Defence
+    defense: Defense
     search: Search  # the one that scored best on average, an attacker's luck granted
     truth: Images
     recovered: Images
@@ -108,17 +108,17 @@ def critic_gradient(critic: nn.Module) -> GradientOf:
     Returns:
         A function of images, differentiable in them, with the parameters in the module's own order.
     """
-    return gradient_of(critic, lambda photos: loss_on_photos(critic, photos).mean())
+    return gradient_of(critic, lambda photos: d_loss_real(critic, photos).mean())
 
 
-def release(gradient: Vector, defence: Defence, generator: torch.Generator) -> Vector:
+def apply_defense(gradient: Vector, defence: Defense, generator: torch.Generator) -> Vector:
     """What leaves the device for one photo, shape (d,).
 
     The noise has the mechanism's distribution but can be replayed: this is an audit, not a promise. Division
     by the expected batch is left out: it is a public constant, and the attacker multiplies it back.
     """
     match defence:
-        case NoDefence():
+        case NoDefense():
             return gradient
         case ClippedSum():
             return defence.clip(gradient)
@@ -158,7 +158,7 @@ def invert(
 def attack_update(
     gradient_of: GradientOf,
     photos: Images,
-    defence: Defence,
+    defence: Defense,
     public_faces: Images,
     *,
     searches: Sequence[Search] = (CosineSearch(),),
@@ -181,7 +181,7 @@ def attack_update(
         raise ValueError("searches must name at least one search, got none")
     truth = photos.detach().clamp(0.0, 1.0)
     guess = public_faces.detach().clamp(0.0, 1.0).mean(dim=0, keepdim=True).expand_as(truth).clone()
-    updates = [release(gradient_of(photo[None]).detach(), defence, generator) for photo in truth]
+    updates = [apply_defense(gradient_of(photo[None]).detach(), defence, generator) for photo in truth]
     shown = _as_attacker_sees(gradient_of, defence)
     shape = (1, int(truth.shape[1]), int(truth.shape[2]), int(truth.shape[3]))
     scored = []
@@ -197,7 +197,7 @@ def attack_update(
 
     scores, guesses = psnr(recovered, truth), psnr(guess, truth)
     return AttackResult(
-        defence=defence,
+        defense=defence,
         search=search,
         truth=truth,
         recovered=recovered,
@@ -210,10 +210,10 @@ def attack_update(
     )
 
 
-def gallery_attack(
+def candidate_identification(
     gradient_of: GradientOf,
     candidates: Images,
-    defence: Defence,
+    defence: Defense,
     *,
     trials: int,
     generator: torch.Generator,
@@ -236,7 +236,7 @@ def gallery_attack(
     right = 0
     for _ in range(trials):
         member = int(torch.randint(len(candidates), (1,), generator=generator))
-        update = release(known[member], defence, generator)  # clipping twice is clipping once
+        update = apply_defense(known[member], defence, generator)  # clipping twice is clipping once
         right += int((lengths - 2.0 * known @ update).argmin()) == member
     return rate_interval(right, trials)
 
@@ -272,10 +272,10 @@ def ssim(images: Images, truth: Images) -> Tensor:
     return torch.tensor(scores, dtype=torch.float32)
 
 
-def _as_attacker_sees(gradient_of: GradientOf, defence: Defence) -> GradientOf:
+def _as_attacker_sees(gradient_of: GradientOf, defence: Defense) -> GradientOf:
     """The gradient that a candidate photo would release, noise apart: the attacker knows the clip norm."""
     match defence:
-        case NoDefence():
+        case NoDefense():
             return gradient_of
         case ClippedSum() | GaussianSum():
             return lambda images: defence.clip(gradient_of(images))

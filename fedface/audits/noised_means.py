@@ -22,20 +22,20 @@ from typing import assert_never
 
 from scipy import stats
 
-from fedface.audits.bias import MEASURES, Measure
+from fedface.audits.bias import METRICS, Metric
 from fedface.audits.disaggregate import Interval
-from fedface.audits.private_figures import RANGED
+from fedface.audits.private_figures import RANGED_METRICS
 
-FIGURES: dict[str, Measure] = {
-    **{name: MEASURES[name] for name in RANGED},
-    "detected": Measure("share of made faces that a detector finds", "", "rate", 2),
-    "same_group": Measure("share of faces that keep their tone group", "", "rate", 2),
+DP_METRICS: dict[str, Metric] = {
+    **{name: METRICS[name] for name in RANGED_METRICS},
+    "detected": Metric("share of made faces that a detector finds", "", "rate", 2),
+    "same_group": Metric("share of faces that keep their tone group", "", "rate", 2),
 }
 LEVEL = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoisedMean:
+class DPRatioEstimate:
     """A mean as the ratio of two noised sums of a group, in public ranges mapped to [-1, 1] or [0, 1]."""
 
     above: float  # the noised sum of values
@@ -90,9 +90,9 @@ def difference_between(one: Interval, other: Interval) -> Interval:
     return Interval(estimate, estimate - below, estimate + above, one.count + other.count)
 
 
-def badness(figure: Interval, measure: str) -> Interval:
+def cost(figure: Interval, measure: str) -> Interval:
     """How badly somebody is served, larger is worse: a cost itself, a rate's negative, a shift's size."""
-    match FIGURES[measure].kind:
+    match DP_METRICS[measure].kind:
         case "cost":
             return figure
         case "rate":
@@ -109,9 +109,9 @@ def badness(figure: Interval, measure: str) -> Interval:
             assert_never(other)
 
 
-def in_words(figure: Interval, measure: str) -> str:
+def describe(figure: Interval, measure: str) -> str:
     """A figure with its unit and interval, at the measure's digits."""
-    digits = FIGURES[measure].digits
+    digits = DP_METRICS[measure].digits
     low, high = (f"{end:z.{digits}f}" for end in (figure.low, figure.high))
-    amount = f"{figure.estimate:z.{digits}f} {FIGURES[measure].unit}".rstrip()
+    amount = f"{figure.estimate:z.{digits}f} {DP_METRICS[measure].unit}".rstrip()
     return f"{amount} [{low}, {high}]"

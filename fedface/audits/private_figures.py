@@ -36,16 +36,16 @@ from torch.nn.functional import one_hot
 
 from fedface.photos.tone import ToneReading, delta_e, measure_tone
 from fedface.privacy.mechanism import check_clip_norm
-from fedface.privacy.plan import MOST_EXPECTED
+from fedface.privacy.plan import MAX_EXPECTED_BATCH_SIZE
 from fedface.shapes import Images, Vector
 from fedface.units import Unit
 
-RANGED = ("misfit", "skin_difference", "lightness_shift")  # measures with a public range, in this order
+RANGED_METRICS = ("misfit", "skin_difference", "lightness_shift")  # measures with a public range, in this order
 _WORDS = {2: ("lighter", "darker"), 3: ("light", "medium", "dark")}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shares:
+class BudgetShares:
     """How the squared length of a photo's vector is divided; each in (0, 1), 1 together.
 
     An error of 1 / sqrt(a) asks for equal shares of equally wanted measures, and for twice as much for the table,
@@ -53,7 +53,7 @@ class Shares:
     """
 
     table: float = 0.4  # counts of originals by made faces
-    misfit: float = 0.15
+    consistency_error: float = 0.15
     skin_difference: float = 0.15
     lightness_shift: float = 0.15
     detected: float = 0.15
@@ -68,44 +68,44 @@ class Shares:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FiguresConfig:
+class LocalMetricsConfig:
     """What devices measure and how it is put into numbers; every number is public and the same on all devices.
 
     A value outside its range counts as the range's end, and figures are means of what is left: choose a range
     that holds nearly all photos, and no wider, since noise grows with it.
     """
 
-    last_tones: tuple[int, ...] = (3, 6, 10)  # the darkest Monk tone of each group, lightest group first
-    misfit: tuple[float, float] = (0.0, 0.02)  # mean squared difference after the downscale
+    tone_upper_bounds: tuple[int, ...] = (3, 6, 10)  # the darkest Monk tone of each group, lightest group first
+    consistency_error: tuple[float, float] = (0.0, 0.02)  # mean squared difference after the downscale
     skin_difference: tuple[float, float] = (0.0, 25.0)  # dE00 between the skin of made face and original
     lightness_shift: tuple[float, float] = (-25.0, 25.0)  # made minus original, L*; positive is lighter
-    shares: Shares = field(default_factory=Shares)
-    smallest_group: int = 20  # the least noised count of units that is reported, >= 1
-    most_units: int = 2000  # of one device, public: the sums of more are cut by quantisation, >= 1
+    shares: BudgetShares = field(default_factory=BudgetShares)
+    min_group_size: int = 20  # the least noised count of units that is reported, >= 1
+    max_units: int = 2000  # of one device, public: the sums of more are cut by quantisation, >= 1
     expected_units: int = 200  # of one device, public: for foreseeing what noise will hide, >= 1
 
     def __post_init__(self) -> None:
-        tones = self.last_tones
+        tones = self.tone_upper_bounds
         if not tones or list(tones) != sorted(set(tones)) or tones[0] < 1 or tones[-1] != 10:
             raise ValueError(f"last_tones must be Monk tones 1 to 10, rising, the last 10; got {list(tones)}")
-        for name in RANGED:
+        for name in RANGED_METRICS:
             ends = getattr(self, name)
             if len(ends) != 2 or not all(map(math.isfinite, ends)) or not ends[0] < ends[1]:
                 raise ValueError(f"{name} must be two rising finite numbers, got {list(ends)}")
         for name in ("smallest_group", "most_units", "expected_units"):
-            if not 1 <= getattr(self, name) <= MOST_EXPECTED:
-                raise ValueError(f"{name} must lie in [1, {MOST_EXPECTED}], got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= MAX_EXPECTED_BATCH_SIZE:
+                raise ValueError(f"{name} must lie in [1, {MAX_EXPECTED_BATCH_SIZE}], got {getattr(self, name)}")
 
-    def for_unit(self, unit: Unit) -> FiguresConfig:
+    def for_unit(self, unit: Unit) -> LocalMetricsConfig:
         """The same where a promise covers this: of libraries a device has exactly one."""
         return replace(self, most_units=1, expected_units=1) if unit == "library" else self
 
     @property
     def groups(self) -> tuple[str, ...]:
         """The tone groups in words, lightest first."""
-        firsts = (1, *(last + 1 for last in self.last_tones[:-1]))
+        firsts = (1, *(last + 1 for last in self.tone_upper_bounds[:-1]))
         spans = [
-            f"Monk {a}" if a == b else f"Monk {a}-{b}" for a, b in zip(firsts, self.last_tones, strict=True)
+            f"Monk {a}" if a == b else f"Monk {a}-{b}" for a, b in zip(firsts, self.tone_upper_bounds, strict=True)
         ]
         words = _WORDS.get(len(spans))
         return tuple(spans if words is None else (f"{w} ({s})" for w, s in zip(words, spans, strict=True)))
@@ -113,22 +113,22 @@ class FiguresConfig:
     @property
     def width(self) -> int:
         """d, how many numbers a photo's vector has."""
-        g = len(self.last_tones)
-        return g * g + (2 * len(RANGED) + 1) * g
+        g = len(self.tone_upper_bounds)
+        return g * g + (2 * len(RANGED_METRICS) + 1) * g
 
     def range_of(self, measure: str) -> tuple[float, float]:
         """The public range of a measure; of a yes or no, 0 to 1."""
-        ends: tuple[float, float] = getattr(self, measure) if measure in RANGED else (0.0, 1.0)
+        ends: tuple[float, float] = getattr(self, measure) if measure in RANGED_METRICS else (0.0, 1.0)
         return ends
 
 
 @dataclass(frozen=True, kw_only=True)
-class PhotoFigures:
+class PhotoMetrics:
     """What a device knows of n photos and of the faces made of them; never sent. One number each, (n,)."""
 
     group: Tensor  # int64, which tone group the original reads as, from 0, lightest first
-    made_group: Tensor  # int64, likewise for the made face
-    misfit: Tensor
+    output_group: Tensor  # int64, likewise for the made face
+    consistency_error: Tensor
     skin_difference: Tensor
     lightness_shift: Tensor
     detected: Tensor  # bool, whether a detector finds a face in the made picture
@@ -140,8 +140,8 @@ class PhotoFigures:
 
 
 def measure_photos(
-    original: Images, made: Images, misfit: Tensor, detected: Tensor, config: FiguresConfig
-) -> PhotoFigures:
+    original: Images, made: Images, misfit: Tensor, detected: Tensor, config: LocalMetricsConfig
+) -> PhotoMetrics:
     """Compare what a device got back with what it put in, photo by photo.
 
     Guarantees:
@@ -161,10 +161,10 @@ def measure_photos(
     if made.shape != original.shape:
         raise ValueError(f"made must have shape {tuple(original.shape)}, got {tuple(made.shape)}")
     true, again = _read_each(original), _read_each(made)
-    return PhotoFigures(
+    return PhotoMetrics(
         group=_groups_of(true.monk, config),
-        made_group=_groups_of(again.monk, config),
-        misfit=misfit,
+        output_group=_groups_of(again.monk, config),
+        consistency_error=misfit,
         skin_difference=delta_e(again.lab, true.lab),
         lightness_shift=again.lab[:, 0] - true.lab[:, 0],
         detected=detected,
@@ -180,13 +180,13 @@ def _read_each(images: Images) -> ToneReading:
     )
 
 
-def _groups_of(monk: Tensor, config: FiguresConfig) -> Tensor:
+def _groups_of(monk: Tensor, config: LocalMetricsConfig) -> Tensor:
     """The group of each continuous Monk value, which rounds to the nearest tone, half up."""
-    edges = torch.tensor([last + 0.5 for last in config.last_tones[:-1]], dtype=monk.dtype)
+    edges = torch.tensor([last + 0.5 for last in config.tone_upper_bounds[:-1]], dtype=monk.dtype)
     return torch.bucketize(monk, edges, right=True)
 
 
-def figure_vectors(photos: PhotoFigures, config: FiguresConfig, *, clip_norm: float) -> Tensor:
+def metric_vectors(photos: PhotoMetrics, config: LocalMetricsConfig, *, clip_norm: float) -> Tensor:
     """What each photo adds to the sum, before clipping.
 
     Guarantees:
@@ -203,11 +203,11 @@ def figure_vectors(photos: PhotoFigures, config: FiguresConfig, *, clip_norm: fl
         group, then detections by group.
     """
     check_clip_norm(clip_norm)
-    g, shares = len(config.last_tones), config.shares
+    g, shares = len(config.tone_upper_bounds), config.shares
     here = one_hot(photos.group, g).double()
-    cells = one_hot(photos.group * g + photos.made_group, g * g).double()
+    cells = one_hot(photos.group * g + photos.output_group, g * g).double()
     parts = [math.sqrt(shares.table) * cells]
-    for measure in RANGED:
+    for measure in RANGED_METRICS:
         low, high = config.range_of(measure)
         values = torch.nan_to_num(getattr(photos, measure).double(), nan=high, posinf=high, neginf=low)
         x = (2.0 * (values.clamp(low, high) - low) / (high - low) - 1.0)[:, None]
@@ -217,7 +217,7 @@ def figure_vectors(photos: PhotoFigures, config: FiguresConfig, *, clip_norm: fl
     return (clip_norm * torch.cat(parts, dim=1)).float()
 
 
-def shared_by_unit(vectors: Tensor, units: Tensor) -> Tensor:
+def average_within_unit(vectors: Tensor, units: Tensor) -> Tensor:
     """Each photo's vector over the number of its unit's photos, so that a unit's sum is the mean of its photos.
 
     A unit then weighs exactly one, however many photos it has: figures are means over units of the means within,
@@ -238,18 +238,18 @@ def shared_by_unit(vectors: Tensor, units: Tensor) -> Tensor:
     return shared
 
 
-def ranges(config: FiguresConfig, *, clip_norm: float) -> Vector:
+def ranges(config: LocalMetricsConfig, *, clip_norm: float) -> Vector:
     """Public bounds of what a device sends, for quantisation, shape (d,), all > 0.
 
     The sums of `most_units` units, of which at most two thirds can be used by the units themselves (with the
     default shares): the rest is room for noise. All are equal, so that a length in public ranges is a length.
     """
     check_clip_norm(clip_norm)
-    return torch.full((config.width,), clip_norm * config.most_units)
+    return torch.full((config.width,), clip_norm * config.max_units)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sums:
+class DecodedSums:
     """A total of vectors, taken apart and in photos: what `figure_vectors` put in, summed, with noise."""
 
     table: Tensor  # (G, G) counts
@@ -257,12 +257,12 @@ class Sums:
     free: dict[str, Tensor]  # of each of RANGED: sums of 1 - x^2 by group, (G,)
 
 
-def taken_apart(total: Vector, config: FiguresConfig, *, clip_norm: float) -> Sums:
+def decode_sums(total: Vector, config: LocalMetricsConfig, *, clip_norm: float) -> DecodedSums:
     """The inverse of `figure_vectors` for a sum, (d,), in float64."""
-    g, shares = len(config.last_tones), config.shares
+    g, shares = len(config.tone_upper_bounds), config.shares
     numbers = total.double() / clip_norm
-    table, *rows = torch.split(numbers, [g * g] + [g] * (2 * len(RANGED) + 1))
-    weights: dict[str, Any] = {name: math.sqrt(getattr(shares, name)) for name in (*RANGED, "detected")}
-    first = {name: rows[2 * i] / weights[name] for i, name in enumerate((*RANGED, "detected"))}
-    free = {name: rows[2 * i + 1] / weights[name] for i, name in enumerate(RANGED)}
-    return Sums(table=table.view(g, g) / math.sqrt(shares.table), first=first, free=free)
+    table, *rows = torch.split(numbers, [g * g] + [g] * (2 * len(RANGED_METRICS) + 1))
+    weights: dict[str, Any] = {name: math.sqrt(getattr(shares, name)) for name in (*RANGED_METRICS, "detected")}
+    first = {name: rows[2 * i] / weights[name] for i, name in enumerate((*RANGED_METRICS, "detected"))}
+    free = {name: rows[2 * i + 1] / weights[name] for i, name in enumerate(RANGED_METRICS)}
+    return DecodedSums(table=table.view(g, g) / math.sqrt(shares.table), first=first, free=free)

@@ -16,13 +16,13 @@ from itertools import combinations
 from typing import Literal
 
 from fedface.audits.disaggregate import Interval
-from fedface.audits.noised_means import FIGURES, badness, difference_between, in_words, level_for
-from fedface.audits.private_reading import PrivateFigures
+from fedface.audits.noised_means import DP_METRICS, cost, difference_between, describe, level_for
+from fedface.audits.private_reading import DPMetricEstimates
 from fedface.errors import FederationError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Duel:
+class PairwiseComparison:
     """Two models side by side."""
 
     better: str
@@ -42,23 +42,23 @@ class Ranking:
     measure: str
     by: Literal["overall", "worst group"]
     order: tuple[str, ...]
-    badness: dict[
+    costs: dict[
         str, Interval
     ]  # larger is worse: a cost, a rate's negative, a shift's size; 95 % for each model
-    duels: tuple[Duel, ...]  # all pairs
+    comparisons: tuple[PairwiseComparison, ...]  # all pairs
 
     @property
     def ties(self) -> tuple[tuple[str, str], ...]:
         """The pairs that cannot be told apart, the one that looks better first."""
-        return tuple((duel.better, duel.worse) for duel in self.duels if not duel.apart)
+        return tuple((duel.better, duel.worse) for duel in self.comparisons if not duel.apart)
 
     def sentences(self) -> list[str]:
         """The order in words, with what cannot be told apart."""
-        title = FIGURES[self.measure].title
+        title = DP_METRICS[self.measure].title
         whom = "over all units" if self.by == "overall" else "for the group that each serves worst"
         texts = [f"By {title}, {whom}, best first: {', '.join(self.order)}."]
-        for duel in self.duels:
-            gap = in_words(duel.difference, self.measure)
+        for duel in self.comparisons:
+            gap = describe(duel.difference, self.measure)
             if duel.apart:
                 texts.append(f"{duel.better} is better than {duel.worse} by {gap}.")
             else:
@@ -67,7 +67,7 @@ class Ranking:
         return texts
 
 
-def rank_overall(figures: Mapping[str, PrivateFigures], measure: str) -> Ranking:
+def rank_overall(figures: Mapping[str, DPMetricEstimates], measure: str) -> Ranking:
     """Order models by how they serve all units together.
 
     Args:
@@ -84,7 +84,7 @@ def rank_overall(figures: Mapping[str, PrivateFigures], measure: str) -> Ranking
     def served(model: str, level: float) -> Interval:
         overall = figures[model].overall
         assert overall is not None
-        return badness(overall.means[measure].interval(level), measure)
+        return cost(overall.means[measure].interval(level), measure)
 
     pairs = _pairs(len(figures))
     return _ranked(
@@ -95,7 +95,7 @@ def rank_overall(figures: Mapping[str, PrivateFigures], measure: str) -> Ranking
     )
 
 
-def rank_worst_group(figures: Mapping[str, PrivateFigures], measure: str) -> Ranking:
+def rank_worst_group(figures: Mapping[str, DPMetricEstimates], measure: str) -> Ranking:
     """Order models by how they serve the group that each serves worst, among the groups reported of all.
 
     The worst of several noised figures looks worse than any is; the intervals allow for that.
@@ -118,7 +118,7 @@ def rank_worst_group(figures: Mapping[str, PrivateFigures], measure: str) -> Ran
 
     def served(model: str, level: float) -> Interval:
         each = [
-            badness(figures[model].groups[name].means[measure].interval(level), measure) for name in groups
+            cost(figures[model].groups[name].means[measure].interval(level), measure) for name in groups
         ]
         worst = max(each, key=lambda figure: figure.estimate)
         return replace(worst, low=max(f.low for f in each), high=max(f.high for f in each))
@@ -136,11 +136,11 @@ def _pairs(models: int) -> int:
     return models * (models - 1) // 2
 
 
-def _check(figures: Mapping[str, PrivateFigures], measure: str) -> None:
+def _check(figures: Mapping[str, DPMetricEstimates], measure: str) -> None:
     if len(figures) < 2:
         raise ValueError(f"a ranking needs two models, got {len(figures)}")
-    if measure not in FIGURES:
-        raise ValueError(f"measure must be one of {', '.join(FIGURES)}, got {measure!r}")
+    if measure not in DP_METRICS:
+        raise ValueError(f"measure must be one of {', '.join(DP_METRICS)}, got {measure!r}")
 
 
 def _ranked(
@@ -151,7 +151,7 @@ def _ranked(
 ) -> Ranking:
     order = sorted(alone, key=lambda model: alone[model].estimate)
     duels = tuple(
-        Duel(better=one, worse=other, difference=difference_between(compared[other], compared[one]))
+        PairwiseComparison(better=one, worse=other, difference=difference_between(compared[other], compared[one]))
         for one, other in combinations(order, 2)
     )
-    return Ranking(measure=measure, by=by, order=tuple(order), badness=dict(alone), duels=duels)
+    return Ranking(measure=measure, by=by, order=tuple(order), costs=dict(alone), comparisons=duels)

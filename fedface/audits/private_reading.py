@@ -19,15 +19,15 @@ from scipy import stats
 
 from fedface.audits.disaggregate import Gap, Interval
 from fedface.audits.noised_means import (
-    FIGURES,
+    DP_METRICS,
     LEVEL,
-    NoisedMean,
-    badness,
+    DPRatioEstimate,
+    cost,
     difference_between,
-    in_words,
+    describe,
     level_for,
 )
-from fedface.audits.private_figures import RANGED, FiguresConfig, Sums, taken_apart
+from fedface.audits.private_figures import RANGED_METRICS, LocalMetricsConfig, DecodedSums, decode_sums
 from fedface.errors import AggregationError
 from fedface.shapes import Vector
 
@@ -35,13 +35,13 @@ IMPOSSIBLE = 6.0  # standard deviations of noise; two totals of a billion lie fu
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupFigures:
+class GroupEstimates:
     """How one tone group is served; counts are of units, noised."""
 
     count: Interval  # units that took part, by noise alone
-    means: dict[str, NoisedMean]  # by measure of FIGURES
+    means: dict[str, DPRatioEstimate]  # by measure of FIGURES
 
-    def figure(self, measure: str) -> Interval:
+    def estimate(self, measure: str) -> Interval:
         """A measure's mean with its 95 % interval."""
         return self.means[measure].interval()
 
@@ -56,13 +56,13 @@ class ToneShares:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrivateFigures:
+class DPMetricEstimates:
     """What devices' own photos say of one model. Groups that are not told from small ones are not reported."""
 
     devices: int
-    least_count: float  # a group with a smaller noised count is not reported
-    overall: GroupFigures | None  # all units, those of groups not reported among them; None below least_count
-    groups: dict[str, GroupFigures]  # lightest first
+    min_count: float  # a group with a smaller noised count is not reported
+    overall: GroupEstimates | None  # all units, those of groups not reported among them; None below least_count
+    groups: dict[str, GroupEstimates]  # lightest first
     suppressed: tuple[str, ...]
     shares: dict[str, ToneShares]  # of the groups that are reported
     gaps: dict[str, Gap]  # by measure; empty where fewer than two groups are reported
@@ -89,7 +89,7 @@ class PrivateFigures:
                 )
         if self.suppressed:
             texts.append(
-                f"Not reported: {', '.join(self.suppressed)}. Fewer than {math.ceil(self.least_count)} units each, "
+                f"Not reported: {', '.join(self.suppressed)}. Fewer than {math.ceil(self.min_count)} units each, "
                 "as far as the noise lets one count."
             )
         texts.append(
@@ -100,33 +100,33 @@ class PrivateFigures:
         return texts
 
     def _gap_sentence(self, name: str) -> str:
-        gap, kind = self.gaps[name], FIGURES[name].kind
-        worst, best = (self.groups[group].figure(name) for group in (gap.worst, gap.best))
+        gap, kind = self.gaps[name], DP_METRICS[name].kind
+        worst, best = (self.groups[group].estimate(name) for group in (gap.worst, gap.best))
         direction = ""
         if kind == "shift":
             direction = f", {'lighter' if worst.estimate > 0 else 'darker'} than the originals"
         return (
-            f"{gap.worst} is served worse: {FIGURES[name].title} {in_words(worst, name)} (about {worst.count} units)"
-            f"{direction}, against {in_words(best, name)} for {gap.best} (about {best.count} units); "
-            f"gap {in_words(gap.difference, name)}."
+            f"{gap.worst} is served worse: {DP_METRICS[name].title} {describe(worst, name)} (about {worst.count} units)"
+            f"{direction}, against {describe(best, name)} for {gap.best} (about {best.count} units); "
+            f"gap {describe(gap.difference, name)}."
         )
 
     def _hidden_sentence(self, name: str) -> str:
-        if FIGURES[name].kind == "rate" and self.hidden[name][0] >= 1:
-            return f"{FIGURES[name].title}, any difference at all"
-        whole, noise = (f"{width:.{FIGURES[name].digits}f}" for width in self.hidden[name])
-        unit = f" {FIGURES[name].unit}".rstrip()
-        return f"{FIGURES[name].title}, {whole}{unit} ({noise} by noise alone)"
+        if DP_METRICS[name].kind == "rate" and self.hidden[name][0] >= 1:
+            return f"{DP_METRICS[name].title}, any difference at all"
+        whole, noise = (f"{width:.{DP_METRICS[name].digits}f}" for width in self.hidden[name])
+        unit = f" {DP_METRICS[name].unit}".rstrip()
+        return f"{DP_METRICS[name].title}, {whole}{unit} ({noise} by noise alone)"
 
     def _shows(self, name: str) -> bool:
-        return round(abs(self.gaps[name].difference.estimate), FIGURES[name].digits) > 0
+        return round(abs(self.gaps[name].difference.estimate), DP_METRICS[name].digits) > 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Noise:
     """Standard deviations of the noise in the total, in photos; and the room beyond it that a grid may need."""
 
-    config: FiguresConfig
+    config: LocalMetricsConfig
     total: float  # of every number of the total, in clip norms
     room: float
     most: float = math.inf  # units that there can be, where that is public
@@ -137,24 +137,24 @@ class _Noise:
     @property
     def of_group(self) -> float:
         """Of a group's count, a row of the table."""
-        return self.of("table") * math.sqrt(len(self.config.last_tones))
+        return self.of("table") * math.sqrt(len(self.config.tone_upper_bounds))
 
     @property
     def least_count(self) -> float:
         return max(
-            self.config.smallest_group, 1.0 + float(stats.norm.ppf((1.0 + LEVEL) / 2.0)) * self.of_group
+            self.config.min_group_size, 1.0 + float(stats.norm.ppf((1.0 + LEVEL) / 2.0)) * self.of_group
         )
 
 
-def read_figures(
+def estimate_metrics(
     total: Vector,
     *,
-    config: FiguresConfig,
+    config: LocalMetricsConfig,
     clip_norm: float,
     noise_multiplier: float,
     devices: int,
     noises: int | None = None,
-) -> PrivateFigures:
+) -> DPMetricEstimates:
     """The figures in a total, by tone group and over all.
 
     Guarantees:
@@ -185,13 +185,13 @@ def read_figures(
     noise = _Noise(
         config=config,
         total=noise_multiplier * math.sqrt(devices if noises is None else noises),
-        room=1e-3 * devices * config.most_units,
+        room=1e-3 * devices * config.max_units,
         most=math.inf if noises is None else devices,
     )
-    sums = taken_apart(total, config, clip_norm=clip_norm)
+    sums = decode_sums(total, config, clip_norm=clip_norm)
     _check_possible(sums, noise)
     rows = {name: [i] for i, name in enumerate(config.groups)}
-    known = noises is None or devices >= config.smallest_group
+    known = noises is None or devices >= config.min_group_size
     reported = {
         name: _group_figures(sums, members, noise)
         for name, members in rows.items()
@@ -199,12 +199,12 @@ def read_figures(
     }
     everybody = list(range(len(rows)))
     whole = _count(sums, everybody, noise)
-    enough = known and whole.low >= 1 and whole.estimate >= config.smallest_group
+    enough = known and whole.low >= 1 and whole.estimate >= config.min_group_size
     shares = {name: _tone_shares(sums, rows[name][0], noise) for name in reported} if enough else {}
-    gaps = {name: _gap(reported, name) for name in FIGURES} if len(reported) >= 2 else {}
-    return PrivateFigures(
+    gaps = {name: _gap(reported, name) for name in DP_METRICS} if len(reported) >= 2 else {}
+    return DPMetricEstimates(
         devices=devices,
-        least_count=noise.least_count,
+        min_count=noise.least_count,
         overall=_group_figures(sums, everybody, noise) if enough else None,
         groups=reported,
         suppressed=tuple(name for name in rows if name not in reported),
@@ -214,7 +214,7 @@ def read_figures(
     )
 
 
-def _check_possible(sums: Sums, noise: _Noise) -> None:
+def _check_possible(sums: DecodedSums, noise: _Noise) -> None:
     """Refuse a total that no noise explains. A device that lies within what is possible is not found out."""
     far = IMPOSSIBLE * noise.of("table") + noise.room
     counts = sums.table.sum(1)
@@ -237,7 +237,7 @@ def _check_possible(sums: Sums, noise: _Noise) -> None:
         )
 
 
-def _count(sums: Sums, rows: Sequence[int], noise: _Noise) -> Interval:
+def _count(sums: DecodedSums, rows: Sequence[int], noise: _Noise) -> Interval:
     """How many units' originals are in some groups, by noise alone."""
     estimate = float(sums.table[list(rows)].sum())
     half = float(stats.norm.ppf((1.0 + LEVEL) / 2.0)) * noise.of_group * math.sqrt(len(rows))
@@ -245,7 +245,7 @@ def _count(sums: Sums, rows: Sequence[int], noise: _Noise) -> Interval:
     return Interval(estimate, low, high, round(estimate))
 
 
-def _group_figures(sums: Sums, rows: Sequence[int], noise: _Noise) -> GroupFigures:
+def _group_figures(sums: DecodedSums, rows: Sequence[int], noise: _Noise) -> GroupEstimates:
     """All measures of the units whose originals are in some groups, of which there are more than none."""
     at = list(rows)
     count = float(sums.table[at].sum())
@@ -260,7 +260,7 @@ def _group_figures(sums: Sums, rows: Sequence[int], noise: _Noise) -> GroupFigur
             spread = 1.0 - float(sums.free[name][at].sum()) / count - m * m
             photos = (count * min(max(spread, 0.0), 1.0 - m * m), 0.0, 0.0)
         low, high = noise.config.range_of(name)
-        means[name] = NoisedMean(
+        means[name] = DPRatioEstimate(
             above=above,
             below=count,
             noise=(len(at) * noise.of(name) ** 2, 0.0, count_noise),
@@ -271,13 +271,13 @@ def _group_figures(sums: Sums, rows: Sequence[int], noise: _Noise) -> GroupFigur
         )
     kept = sums.table.diagonal()[at]
     means["same_group"] = _share(float(kept.sum()), len(at), count, count_noise, noise)
-    return GroupFigures(count=_count(sums, rows, noise), means=means)
+    return GroupEstimates(count=_count(sums, rows, noise), means=means)
 
 
-def _share(part: float, cells: int, count: float, count_noise: float, noise: _Noise) -> NoisedMean:
+def _share(part: float, cells: int, count: float, count_noise: float, noise: _Noise) -> DPRatioEstimate:
     """What share a part of the table, so many cells of it, has of a larger part that contains it."""
     cell = noise.of("table") ** 2
-    return NoisedMean(
+    return DPRatioEstimate(
         above=part,
         below=count,
         noise=(cells * cell, -2.0 * cells * cell, count_noise),
@@ -288,7 +288,7 @@ def _share(part: float, cells: int, count: float, count_noise: float, noise: _No
     )
 
 
-def _tone_shares(sums: Sums, row: int, noise: _Noise) -> ToneShares:
+def _tone_shares(sums: DecodedSums, row: int, noise: _Noise) -> ToneShares:
     table, groups = sums.table, len(sums.table)
     count, count_noise = float(table.sum()), groups * noise.of_group**2
     true, made, kept = float(table[row].sum()), float(table[:, row].sum()), float(table[row, row])
@@ -296,7 +296,7 @@ def _tone_shares(sums: Sums, row: int, noise: _Noise) -> ToneShares:
     moved = min(max((true + made - 2.0 * kept + 2.0) / (count + 2.0), abs(change)), 1.0)
     # The cells that changes are summed from stand as often with a plus as with a minus, so that their noise and
     # that of the count are independent.
-    changed = NoisedMean(
+    changed = DPRatioEstimate(
         above=made - true,
         below=count,
         noise=(2.0 * (groups - 1) * noise.of("table") ** 2, 0.0, count_noise),
@@ -316,16 +316,16 @@ def _pairs(groups: int) -> int:
     return groups * (groups - 1) // 2
 
 
-def _gap(reported: Mapping[str, GroupFigures], measure: str) -> Gap:
+def _gap(reported: Mapping[str, GroupEstimates], measure: str) -> Gap:
     """The worst against the best served group, with an interval that holds for all pairs of groups at once."""
     level = level_for(_pairs(len(reported)))
     served = {name: group.means[measure].interval(level) for name, group in reported.items()}
-    order = sorted(served, key=lambda name: badness(served[name], measure).estimate)
+    order = sorted(served, key=lambda name: cost(served[name], measure).estimate)
     worst, best = order[-1], order[0]
     return Gap(worst=worst, best=best, difference=difference_between(served[worst], served[best]))
 
 
-def _hidden(reported: Mapping[str, GroupFigures], gap: Gap, measure: str) -> tuple[float, float]:
+def _hidden(reported: Mapping[str, GroupEstimates], gap: Gap, measure: str) -> tuple[float, float]:
     """Half the width of a gap's interval, and what would be left of it with endless photos."""
     level = level_for(_pairs(len(reported)))
     worst, best = (reported[name].means[measure].noise_alone(level) for name in (gap.worst, gap.best))
@@ -333,8 +333,8 @@ def _hidden(reported: Mapping[str, GroupFigures], gap: Gap, measure: str) -> tup
     return (gap.difference.high - gap.difference.low) / 2.0, (noise.high - noise.low) / 2.0
 
 
-def foreseen(
-    config: FiguresConfig, *, noise_multiplier: float, devices: int, noises: int | None = None
+def minimum_detectable_gap(
+    config: LocalMetricsConfig, *, noise_multiplier: float, devices: int, noises: int | None = None
 ) -> dict[str, float]:
     """What noise will hide, before anything is asked and paid for: the gap between two groups of equal size that
     would not show, by measure, if every device has `expected_units` units; infinite where no group will be reported.
@@ -343,8 +343,8 @@ def foreseen(
         config: The public recipe.
         noise_multiplier: As for `read_figures`, like the rest.
     """
-    if noises is not None and devices < config.smallest_group:
-        return dict.fromkeys(FIGURES, math.inf)
+    if noises is not None and devices < config.min_group_size:
+        return dict.fromkeys(DP_METRICS, math.inf)
     groups = len(config.groups)
     noise = _Noise(
         config=config, total=noise_multiplier * math.sqrt(devices if noises is None else noises), room=0.0
@@ -353,7 +353,7 @@ def foreseen(
     z = float(stats.norm.ppf((1.0 + level_for(_pairs(groups))) / 2.0))
     # At the end of a range the count's noise counts in full; in the middle it does not count.
     halves = {
-        name: (high - low) / 2.0 for name in (*RANGED, "detected") for low, high in [config.range_of(name)]
+        name: (high - low) / 2.0 for name in (*RANGED_METRICS, "detected") for low, high in [config.range_of(name)]
     }
     errors = {name: half * math.hypot(noise.of(name), noise.of_group) for name, half in halves.items()}
     errors["same_group"] = noise.of_group

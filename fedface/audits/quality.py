@@ -42,7 +42,7 @@ from fedface.photos.tone import measure_tone
 from fedface.shapes import Images
 
 TONE_GROUPS = ("Monk 1-2", "Monk 3-4", "Monk 5-6", "Monk 7-8", "Monk 9-10")
-LEAST = 40  # faces a side below which no figure is given, whatever is asked for
+MIN_SAMPLES = 40  # faces a side below which no figure is given, whatever is asked for
 SPAN_AT_MOST = 4000  # faces that span a manifold: beyond it, time grows with the square and little is learned
 _BORDER = 1 + 1e-9  # the k-th neighbour itself is inside its ball, whichever way its distance was rounded
 _DRAWS = 5  # disjoint draws of a group with more faces than the smallest one
@@ -61,7 +61,7 @@ def tone_groups(images: Images) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TooFew:
+class InsufficientSamples:
     """A figure, or a whole group, that was not measured, and why."""
 
     real: int  # faces
@@ -79,11 +79,11 @@ class Frechet:
     plain: float  # between half of the real faces and as many made ones; biased upwards
     floor: float  # between the two halves of the real faces: what a perfect set scores at that count
     count: int  # faces on each side of both
-    limit: Interval | TooFew  # extrapolated to infinitely many faces; may fall below 0
+    limit: Interval | InsufficientSamples  # extrapolated to infinitely many faces; may fall below 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Neighbours:
+class ManifoldMetrics:
     """Whether each set lies within the other's manifold; 95 % intervals that are rather too wide."""
 
     precision: Interval  # share of made faces within a ball of some real face
@@ -102,7 +102,7 @@ class GroupQuality:
     made: int
     kernel: Interval  # unbiased squared MMD; covers 0 where the sets cannot be told apart
     frechet: Frechet
-    neighbours: Neighbours
+    neighbours: ManifoldMetrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class Quality:
     identity: FeatureIdentity  # figures of other features must not be compared with these
     k: int  # neighbours that a ball reaches to
     overall: GroupQuality
-    groups: Mapping[str, GroupQuality | TooFew]  # by name, sorted
+    groups: Mapping[str, GroupQuality | InsufficientSamples]  # by name, sorted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,7 @@ def quality(
     rng: np.random.Generator,
     *,
     k: int = 3,
-    fewest: int = LEAST,
+    fewest: int = MIN_SAMPLES,
 ) -> Quality:
     """Measure made faces against real ones, for all and for each group.
 
@@ -179,7 +179,7 @@ def quality(
 
 
 def compare_quality(
-    real: GroupedFeatures, made: GroupedFeatures, rng: np.random.Generator, *, k: int = 3, fewest: int = LEAST
+    real: GroupedFeatures, made: GroupedFeatures, rng: np.random.Generator, *, k: int = 3, fewest: int = MIN_SAMPLES
 ) -> Quality:
     """As `quality`, from features that were computed before.
 
@@ -188,8 +188,8 @@ def compare_quality(
     """
     if real.identity != made.identity:
         raise ValueError(f"features differ and cannot be compared: {real.identity}; {made.identity}")
-    if fewest < LEAST:
-        raise ValueError(f"fewest must be >= {LEAST}, got {fewest}")
+    if fewest < MIN_SAMPLES:
+        raise ValueError(f"fewest must be >= {MIN_SAMPLES}, got {fewest}")
     if not 1 <= k <= fewest // 4:
         raise ValueError(f"k must lie in [1, {fewest // 4}] for {fewest} faces, got {k}")
     if min(len(real.groups), len(made.groups)) < fewest:
@@ -206,7 +206,7 @@ def compare_quality(
         groups={
             name: _measure(a, b, k, span)
             if name in enough
-            else TooFew(real=len(a), made=len(b), fewest=fewest)
+            else InsufficientSamples(real=len(a), made=len(b), fewest=fewest)
             for name, (a, b) in pairs.items()
         },
     )
@@ -219,7 +219,7 @@ def _shuffled(features: Tensor, rng: np.random.Generator) -> Tensor:
 def _measure(real: Tensor, made: Tensor, k: int, span: int) -> GroupQuality:
     side = min(len(real) // 2, len(made))
     wanted = faces_to_extrapolate(real.shape[1])
-    few = TooFew(real=len(real), made=len(made), fewest=wanted)
+    few = InsufficientSamples(real=len(real), made=len(made), fewest=wanted)
     return GroupQuality(
         real=len(real),
         made=len(made),
@@ -230,11 +230,11 @@ def _measure(real: Tensor, made: Tensor, k: int, span: int) -> GroupQuality:
             count=side,
             limit=frechet_interval(real, made) if min(len(real), len(made)) >= wanted else few,
         ),
-        neighbours=measure_neighbours(real, made, k=k, span=min(span, len(real), len(made), SPAN_AT_MOST)),
+        neighbours=measure_manifold(real, made, k=k, span=min(span, len(real), len(made), SPAN_AT_MOST)),
     )
 
 
-def measure_neighbours(real: Tensor, made: Tensor, *, k: int, span: int) -> Neighbours:
+def measure_manifold(real: Tensor, made: Tensor, *, k: int, span: int) -> ManifoldMetrics:
     """Precision, recall, density and coverage, each with an interval by the jackknife over blocks.
 
     Args:
@@ -250,8 +250,8 @@ def measure_neighbours(real: Tensor, made: Tensor, *, k: int, span: int) -> Neig
     estimates, halves = [], []
     for start in range(0, draws * span, span):
         x, y = real[start : start + span], made[start : start + span]
-        estimates.append(neighbour_figures(x, y, k=k))
-        halves.append(jackknife_half_width(np.array([neighbour_figures(x[i], y[i], k=k) for i in left])))
+        estimates.append(manifold_metrics(x, y, k=k))
+        halves.append(jackknife_half_width(np.array([manifold_metrics(x[i], y[i], k=k) for i in left])))
     estimate = np.mean(estimates, axis=0)
     half = np.sqrt(np.mean(np.square(halves), axis=0) / draws)
     count = draws * span
@@ -259,7 +259,7 @@ def measure_neighbours(real: Tensor, made: Tensor, *, k: int, span: int) -> Neig
         Interval(float(middle), max(0.0, float(middle - width)), float(middle + width), count)
         for middle, width in zip(estimate, half, strict=True)
     )
-    return Neighbours(
+    return ManifoldMetrics(
         precision=_as_rate(precision),
         recall=_as_rate(recall),
         density=density,
@@ -284,7 +284,7 @@ def equal_coverage(real: int, made: int, *, k: int) -> float:
     return 1 - math.prod((real - i) / (real + made - i) for i in range(1, k + 1))
 
 
-def neighbour_figures(real: Tensor, made: Tensor, *, k: int) -> tuple[float, float, float, float]:
+def manifold_metrics(real: Tensor, made: Tensor, *, k: int) -> tuple[float, float, float, float]:
     """Precision, recall, density and coverage of one draw: (n, d) and (m, d), both longer than k.
 
     A ball around a face reaches to the k-th nearest other face of its own set, the border included. Tables of

@@ -16,23 +16,23 @@ from fedface.audits.bias import tone_histogram
 from fedface.cli.terminal import console, progress_bars
 from fedface.config import plain
 from fedface.errors import ConfigError
-from fedface.models.family import Drawing, Encoded, Flow, Gan, Resolved, Styled, drawing
-from fedface.models.resolver import ResolverConfig
-from fedface.models.style_encoder import StyleEncoderConfig
+from fedface.models.family import GenerativeModel, EncoderModel, FlowModel, GanModel, SuperResolutionModel, StyleEncoderModel, as_generative
+from fedface.models.resolver import SuperResolutionNetworkConfig
+from fedface.models.style_encoder import StyleEncoderNetworkConfig
 from fedface.models.stylegan2 import StyleGAN2
 from fedface.models.weights import (
     check_place,
-    load_base,
+    load_gan,
     load_model,
     save_model,
     weights_hash,
-    words_of_family,
+    describe_family,
 )
 from fedface.reports.figures import face_grid
 from fedface.training.encoder_pretrain import EncoderPretrainConfig, pretrain_encoder
 from fedface.training.flow_pretrain import FlowPretrainConfig, pretrain_flow
-from fedface.training.pretrain import PretrainConfig, pretrain
-from fedface.training.upsampler_pretrain import UpsamplerPretrainConfig, pretrain_resolved, pretrain_styled
+from fedface.training.pretrain import GanPretrainConfig, pretrain_gan
+from fedface.training.upsampler_pretrain import UpsamplerPretrainConfig, pretrain_super_resolution, pretrain_style_encoder
 
 ShortenOption = Annotated[
     float, typer.Option(min=0.0001, max=1, help="Take this share of all steps, to try it.")
@@ -44,22 +44,22 @@ base = typer.Typer(help="The embedded models.", no_args_is_help=True, rich_marku
 @base.command("train")
 def base_train(
     out: Annotated[Path, typer.Option(help="Where the checkpoint goes.")] = Path("base32.safetensors"),
-    seed: Annotated[int, typer.Option(min=0)] = PretrainConfig().seed,
-    light_share: Annotated[float, typer.Option(min=0, max=1)] = PretrainConfig().light_share,
+    seed: Annotated[int, typer.Option(min=0)] = GanPretrainConfig().seed,
+    light_share: Annotated[float, typer.Option(min=0, max=1)] = GanPretrainConfig().light_fraction,
     shorten: ShortenOption = 1.0,
 ) -> None:
     """Train the base checkpoint from drawn faces; the defaults make the shipped one."""
     check_place(out)
-    full = PretrainConfig()
-    config = PretrainConfig(
+    full = GanPretrainConfig()
+    config = GanPretrainConfig(
         seed=seed,
-        light_share=light_share,
+        light_fraction=light_share,
         pool=max(64, round(full.pool * shorten)),
         paired_steps=max(1, round(full.paired_steps * shorten)),
         adversarial_steps=max(1, round(full.adversarial_steps * shorten)),
     )
     with _report() as report:
-        gan = pretrain(config, report)
+        gan = pretrain_gan(config, report)
     _keep(out, gan)
 
 
@@ -67,7 +67,7 @@ def base_train(
 def base_flow(
     out: Annotated[Path, typer.Option(help="Where the checkpoint goes.")] = Path("flow32.safetensors"),
     seed: Annotated[int, typer.Option(min=0)] = FlowPretrainConfig().seed,
-    light_share: Annotated[float, typer.Option(min=0, max=1)] = FlowPretrainConfig().light_share,
+    light_share: Annotated[float, typer.Option(min=0, max=1)] = FlowPretrainConfig().light_fraction,
     size: Annotated[int, typer.Option(help="Pixels a side: 16, 32 or 64.")] = FlowPretrainConfig().flow.size,
     shorten: ShortenOption = 1.0,
 ) -> None:
@@ -103,9 +103,9 @@ def base_encoder(
     """Train the encoder that finds a photo's latent, from a generator's own pictures; `prior-training` needs one."""
     check_place(out)
     full = EncoderPretrainConfig()
-    model: Drawing = load_base() if generator is None else drawing(load_model(generator))
+    model: GenerativeModel = load_gan() if generator is None else as_generative(load_model(generator))
     if not isinstance(model.generator, StyleGAN2):
-        raise ConfigError(f"{generator}: wanted a StyleGAN2 generator, got {words_of_family(model)}")
+        raise ConfigError(f"{generator}: wanted a StyleGAN2 generator, got {describe_family(model)}")
     made = model.generator
     if made.config.classes:
         raise ConfigError(
@@ -130,7 +130,7 @@ def base_encoder(
         "seconds": round(time.monotonic() - started),
         "threads": torch.get_num_threads(),
     }
-    _keep(out, Encoded(made, encoder, notes))
+    _keep(out, EncoderModel(made, encoder, notes))
 
 
 @base.command("styles")
@@ -144,17 +144,17 @@ def base_styles(
 ) -> None:
     """Train the style encoder from drawn faces: a photo of few pixels to a face of a generator, in one pass."""
     check_place(out)
-    model: Drawing = load_base() if generator is None else drawing(load_model(generator))
+    model: GenerativeModel = load_gan() if generator is None else as_generative(load_model(generator))
     made = model.generator
     if not isinstance(made, StyleGAN2) or made.config.classes:
         raise ConfigError(
-            f"{generator}: wanted a StyleGAN2 generator without classes, got {words_of_family(model)}"
+            f"{generator}: wanted a StyleGAN2 generator without classes, got {describe_family(model)}"
         )
-    shape = StyleEncoderConfig(
+    shape = StyleEncoderNetworkConfig(
         side=made.size // 2, style_inputs=made.style_inputs, style_width=made.config.style_width
     )
     with _report() as report:
-        styled = pretrain_styled(made, _shortened(UpsamplerPretrainConfig(seed=seed), shorten), shape, report)
+        styled = pretrain_style_encoder(made, _shortened(UpsamplerPretrainConfig(seed=seed), shorten), shape, report)
     _keep(out, styled)
 
 
@@ -171,7 +171,7 @@ def base_resolver(
         raise ConfigError(f"--size must be a power of two from 16 to 256, got {size}")
     config = _shortened(UpsamplerPretrainConfig(seed=seed), shorten)
     with _report() as report:
-        resolved = pretrain_resolved(config, ResolverConfig(side=size // 2), report)
+        resolved = pretrain_super_resolution(config, SuperResolutionNetworkConfig(side=size // 2), report)
     _keep(out, resolved)
 
 
@@ -190,15 +190,15 @@ def _report() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
             if name != stage:
                 stage = name
                 bars.stage(name, of)
-            bars.step(done)
+            bars.advance(done)
             if figures and done % 500 == 0:
                 told = ", ".join(f"{key} {value:.3f}" for key, value in figures.items())
-                bars.say(f"{name} {done}: {told}")
+                bars.message(f"{name} {done}: {told}")
 
         yield progress
 
 
-def _keep(out: Path, model: Gan | Flow | Encoded | Styled | Resolved) -> None:
+def _keep(out: Path, model: GanModel | FlowModel | EncoderModel | StyleEncoderModel | SuperResolutionModel) -> None:
     save_model(out, model)
     console.print(f"wrote {out} ({model.notes['seconds']} s)", highlight=False)
 
@@ -210,7 +210,7 @@ def base_sheet(
     seed: Annotated[int, typer.Option(min=0)] = 1,
 ) -> None:
     """Draw a sheet of samples of a checkpoint, and count their skin tones."""
-    model: Drawing = load_base() if generator is None else drawing(load_model(generator))
+    model: GenerativeModel = load_gan() if generator is None else as_generative(load_model(generator))
     tones = tone_histogram(model.generator.sample(1000, torch.Generator().manual_seed(seed + 1)))
     for step, (count, share) in enumerate(zip(tones.counts, tones.shares, strict=True), start=1):
         bar = "#" * round(100 * share.estimate)

@@ -12,14 +12,14 @@ from rich.table import Table
 from fedface.cli.runs import PhotosOption, SetOption, changes_of, command_of
 from fedface.cli.terminal import JsonOption, console, progress_bars
 from fedface.errors import ConfigError
-from fedface.experiment import RealDevices
+from fedface.experiment import RemoteDevices
 from fedface.federation.flower import in_process_cohort
-from fedface.federation.folders import locked, new_folder, resumed_comparison
+from fedface.federation.folders import locked, new_folder, resume_comparison
 from fedface.federation.simulated import check_sources
-from fedface.federation.sweeping import compare
+from fedface.federation.sweeping import compare_runs
 from fedface.reports import strict
-from fedface.reports.comparison import MEASURES, TITLES, ComparisonRecord
-from fedface.reports.quantities import Figure, Interval
+from fedface.reports.comparison import METRICS, TITLES, ComparisonRecord
+from fedface.reports.quantities import Measurement, Interval
 from fedface.sweep import read_sweep
 
 
@@ -39,18 +39,18 @@ def compare_runs(
     changes = changes_of(set)
     sweep = read_sweep(experiment, photos=photos, changes=changes)
     for variant in sweep.variants:
-        if isinstance(variant.experiment.devices, RealDevices):
+        if isinstance(variant.experiment.devices, RemoteDevices):
             raise ConfigError(f"{experiment}: waits for real devices, whose photos nobody can compare with")
         check_sources(variant.experiment)
     # Devices train side by side, each in one thread: small networks leave a second one idle.
     torch.set_num_threads(1)
-    folder = resumed_comparison(sweep.name, out) if resume else new_folder(sweep.name, out)
+    folder = resume_comparison(sweep.name, out) if resume else new_folder(sweep.name, out)
     if not resume and (folder / "runs").exists():
         raise ConfigError(
             f"{folder}: holds a comparison; continue it with --resume, or choose another folder"
         )
     with locked(folder), progress_bars() as bars:
-        record = compare(
+        record = compare_runs(
             sweep,
             folder,
             in_process_cohort,
@@ -66,13 +66,13 @@ def compare_runs(
 def _print(record: ComparisonRecord, folder: Path) -> None:
     console.print(record.question, style="bold", highlight=False)
     table = Table(box=None)
-    for heading in ("way", "epsilon", "runs", *(TITLES[measure] for measure in MEASURES)):
+    for heading in ("way", "epsilon", "runs", *(TITLES[measure] for measure in METRICS)):
         table.add_column(heading)
     for way in record.ways():
         for level in record.levels():
             runs = record.chosen(way, level)
             if runs:
-                cells = [_cell(record.over_seeds(way, level, measure)) for measure in MEASURES]
+                cells = [_cell(record.over_seeds(way, level, measure)) for measure in METRICS]
                 table.add_row(way, level, str(len(runs)), *cells)
     console.print(table)
     console.print(
@@ -83,7 +83,7 @@ def _print(record: ComparisonRecord, folder: Path) -> None:
     console.print(f"open {folder / 'comparison.md'}", highlight=False, soft_wrap=True)
 
 
-def _cell(figure: Figure) -> str:
+def _cell(figure: Measurement) -> str:
     if not isinstance(figure, Interval):
         return "-"
     return f"{figure.estimate:.3f} [{figure.low:.3f}, {figure.high:.3f}]"

@@ -15,14 +15,14 @@ import typer
 
 from fedface.cli.terminal import JsonOption, cell, console, progress_bars, warn
 from fedface.errors import ConfigError, LedgerError
-from fedface.federation.belongings import Belongings, belongings, export, verify, write_alone
-from fedface.federation.leaving import Going, erase, erasing, leave, stake, to_erase
-from fedface.federation.owner import check_kind, is_open
+from fedface.federation.belongings import DeviceState, device_state, export, verify, write_alone
+from fedface.federation.leaving import FileToErase, erase, describe_erasure, withdraw, withdrawal_impact, files_to_erase
+from fedface.federation.owner import check_kind, is_accessible_to_others
 from fedface.privacy.chain import utc_now
-from fedface.privacy.journal import Sent
-from fedface.privacy.limits import overspent
+from fedface.privacy.journal import Transmission
+from fedface.privacy.limits import overspending
 from fedface.reports import log_words, wording
-from fedface.reports.device_log import DeviceLog, Told, make_log, render
+from fedface.reports.device_log import DeviceLog, LoggedTransmission, make_log, render
 from fedface.reports.log_words import moment
 
 DeviceArgument = Annotated[Path, typer.Argument(help="The device's file, such as device.yaml.")]
@@ -41,7 +41,7 @@ def device_log(
     if page is not None and page.suffix != ".html":
         raise ConfigError(f"--page {page}: wanted a name that ends in .html")
     kept = owned(device)
-    lines = kept.lines()
+    lines = kept.transmissions()
     entries = kept.entries()
     if run is not None and run not in (known := kept.runs()):
         raise ConfigError(f"this device knows no run {run!r}; it knows {', '.join(known) or 'none'}")
@@ -63,26 +63,26 @@ def device_log(
     if json_out:
         print(json.dumps(log.record(), indent=2))
         return
-    _print_log(log, unpromised=kept.device.policy.allow_unpromised)
+    _print_log(log, unpromised=kept.device.policy.allow_no_dp)
     if page is not None:
         console.print(f"wrote {page}", highlight=False, soft_wrap=True)
 
 
-def owned(path: Path) -> Belongings:
+def owned(path: Path) -> DeviceState:
     """What the device of an owner's file keeps; a warning where others may look into it.
 
     Raises:
         ConfigError: The file cannot be read, or is of another kind.
     """
     check_kind(path, "device")
-    kept = belongings(path)
+    kept = device_state(path)
     warn_of_open(kept.device.state)
     return kept
 
 
 def warn_of_open(state: Path) -> None:
     """A folder that others may look into tells them which runs asked and what was booked."""
-    if is_open(state):
+    if is_accessible_to_others(state):
         warn(f"others may look into {state}; run chmod 700 on it (the device refuses to work until then)")
 
 
@@ -99,7 +99,7 @@ def _print_log(log: DeviceLog, *, unpromised: bool) -> None:
     _say(f"Together: {wording.size(log.bytes)} in {payloads}.".replace(wording.SPACE, " "))
     for budget in log.budgets:
         _say(budget.in_words() + (" (all runs together)" if log.run is not None else ""))
-        if (over := overspent(budget.spent.bounds.upper, budget.limit, unpromised=unpromised)) is not None:
+        if (over := overspending(budget.spent.bounds.upper, budget.budget, unpromised=unpromised)) is not None:
             _say(f"{over[0].upper()}{over[1:]}.")
     if log.unsent:
         numbers = ", ".join(str(entry.number) for entry in log.unsent)
@@ -114,10 +114,10 @@ def _print_log(log: DeviceLog, *, unpromised: bool) -> None:
         _list(log_words.not_covered(log.bare))
 
 
-def _print_told(told: Told) -> None:
+def _print_told(told: LoggedTransmission) -> None:
     line = told.line
     _say(f"{line.number:>4}  {', '.join(told.when())}  {told.what()}")
-    if isinstance(line, Sent):
+    if isinstance(line, Transmission):
         size = wording.size(line.bytes).replace(wording.SPACE, " ")
         _say(f"      {size} to {line.receiver}; {line.protection}")
         _say(f"      cost: {told.cost()}")
@@ -131,15 +131,15 @@ def device_leave(
 ) -> None:
     """Leave a run for good: nothing of it leaves this device from now on, and the server is told."""
     kept = owned(device)
-    mine = stake(kept, run)
-    if mine.left is None:
+    mine = withdrawal_impact(kept, run)
+    if mine.transmissions is None:
         _say(f"Leaving {run}:")
         _list(mine.ahead())
         _say("What cannot be undone:")
         _list(mine.lasting())
         _ask(f"Leave {run}", yes)
-    dropped = leave(kept, run, why)
-    when = "now" if mine.left is None else f"already, on {moment(mine.left)}"
+    dropped = withdraw(kept, run, why)
+    when = "now" if mine.transmissions is None else f"already, on {moment(mine.transmissions)}"
     _say(f"You have left {run} {when}; kept answers dropped: {dropped}.")
 
 
@@ -168,7 +168,7 @@ def device_erase(
             raise ConfigError(f"{export_to}: is there already, and is not overwritten; name another file")
         _say(f"{export_to} holds a copy of ledger and journal as they are.")
         export_to = None
-    plan = to_erase(kept, books=ledger)
+    plan = files_to_erase(kept, books=ledger)
     _say(f"Erasing what {kept.device.name} keeps:")
     _list([str(one) for one in plan if one.found] or ["no file of it is there"])
     for one in plan:
@@ -181,11 +181,11 @@ def device_erase(
     if export_to is not None:
         write_alone(export_to, _copy(kept))
         _say(f"Wrote {export_to}.")
-    for sentence in erase(kept, books=ledger).in_words():
+    for sentence in erase(kept, books=ledger).describe():
         _say(sentence)
 
 
-def _meaning(kept: Belongings, plan: Sequence[Going], *, books: bool) -> list[str]:
+def _meaning(kept: DeviceState, plan: Sequence[FileToErase], *, books: bool) -> list[str]:
     """What erasing means for this device, without what it does to files that are not there."""
     found = [one.file for one in plan if one.found]
     there = {
@@ -196,12 +196,12 @@ def _meaning(kept: Belongings, plan: Sequence[Going], *, books: bool) -> list[st
     }
     return [
         sentence
-        for sentence in erasing(books=books)
+        for sentence in describe_erasure(books=books)
         if all(is_there or not sentence.startswith(words) for words, is_there in there.items())
     ]
 
 
-def _is_copy(file: Path, kept: Belongings) -> bool:
+def _is_copy(file: Path, kept: DeviceState) -> bool:
     """Whether a file is an export of ledger and journal as they are now.
 
     Raises:
@@ -219,7 +219,7 @@ def _is_copy(file: Path, kept: Belongings) -> bool:
     return isinstance(told, dict) and {**told, "made": now["made"]} == now
 
 
-def _copy(kept: Belongings) -> str:
+def _copy(kept: DeviceState) -> str:
     policy = kept.device.policy
     books = verify(kept.ledger, kept.journal)
     return export(books, delta=policy.delta, unit=policy.unit, now=utc_now())

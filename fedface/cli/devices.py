@@ -16,15 +16,15 @@ from fedface.cli.device_log import device_erase, device_leave, device_log, owned
 from fedface.cli.terminal import JsonOption, cell, console, progress_bars
 from fedface.errors import ConfigError
 from fedface.experiment import read_experiment
-from fedface.federation.belongings import Kept, export, verify, write_alone
-from fedface.federation.owner import is_open
+from fedface.federation.belongings import ChainFiles, export, verify, write_alone
+from fedface.federation.owner import is_accessible_to_others
 from fedface.privacy.chain import utc_now
 from fedface.privacy.journal import FORM as JOURNAL
 from fedface.privacy.ledger import FORM as LEDGER
 from fedface.privacy.ledger import Entry
 from fedface.privacy.policy import EVALUATION
-from fedface.privacy.target import delta_in_words
-from fedface.reports.device_log import MOMENTS, Price, price_of, promised, totals
+from fedface.privacy.target import format_delta
+from fedface.reports.device_log import MOMENTS, TransmissionPrice, price_of, promised, totals
 from fedface.reports.log_words import shown
 from fedface.units import UNITS, Unit
 
@@ -69,8 +69,8 @@ def device_key(
 class _Asked:
     """Which books, and how they are priced."""
 
-    ledger: Kept
-    journal: Kept
+    ledger: ChainFiles
+    journal: ChainFiles
     delta: float
     unit: Unit | None  # None: as the entries promise
 
@@ -108,11 +108,11 @@ def _asked(path: Path, delta: float | None = None, unit: str | None = None) -> _
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder; wanted a device's file or a ledger.sqlite")
     journal = path.with_name("journal.sqlite")
-    if is_open(path) or journal.exists():  # a copy for its owner alone may lie in any folder
+    if is_accessible_to_others(path) or journal.exists():  # a copy for its owner alone may lie in any folder
         warn_of_open(path.parent)
     return _Asked(
-        ledger=Kept.at(path, LEDGER, None),
-        journal=Kept.at(journal, JOURNAL, None),
+        ledger=ChainFiles.at(path, LEDGER, None),
+        journal=ChainFiles.at(journal, JOURNAL, None),
         delta=float(BARE_DELTA) if delta is None else delta,
         unit=chosen,
     )
@@ -152,7 +152,7 @@ def ledger_show(
         print(json.dumps(told, indent=2))
         return
     console.print(
-        f"every epsilon at delta {delta_in_words(asked.delta)}, per {whose}, its bounds in brackets; per: what the "
+        f"every epsilon at delta {format_delta(asked.delta)}, per {whose}, its bounds in brackets; per: what the "
         "run promises for; noise: the multiplier",
         highlight=False,
         soft_wrap=True,
@@ -167,7 +167,7 @@ def ledger_show(
     console.print(f"spent: {spent.in_words()} ({own})", highlight=False, soft_wrap=True)
 
 
-def _table(entries: list[Entry], alone: dict[int, Price], so_far: dict[int, Price]) -> Table:
+def _table(entries: list[Entry], alone: dict[int, TransmissionPrice], so_far: dict[int, TransmissionPrice]) -> Table:
     table = Table(box=None)
     for heading in (
         "no.",
@@ -182,7 +182,7 @@ def _table(entries: list[Entry], alone: dict[int, Price], so_far: dict[int, Pric
     ):
         table.add_column(heading)
     for entry in entries:
-        marks = json.loads(entry.marks)
+        marks = json.loads(entry.metadata)
         again = f" (attempt {entry.attempt})" if entry.attempt > 1 else ""
         words = (
             entry.number, entry.written[:16].replace("T", " "), entry.run,
@@ -197,7 +197,7 @@ def _noise(noted: str | None) -> str:
     return "not noted" if noted is None else f"{float(noted):.4g}"
 
 
-def _bounds(price: Price) -> str:
+def _bounds(price: TransmissionPrice) -> str:
     low, estimate, high = (
         shown(value) for value in (price.bounds.lower, price.bounds.estimate, price.bounds.upper)
     )
@@ -206,7 +206,7 @@ def _bounds(price: Price) -> str:
 
 def _released(entry: Entry) -> str:
     """What an entry was booked for: figures, or an update of what."""
-    objective = json.loads(entry.marks).get("objective")
+    objective = json.loads(entry.metadata).get("objective")
     if objective is None:
         return "not noted"
     return "figures" if objective == EVALUATION else f"update ({objective})"

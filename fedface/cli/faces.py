@@ -15,7 +15,7 @@ from fedface.cli.terminal import DetectorOption, JsonOption, cell, console, prog
 from fedface.photos.detection_rates import measure_detection
 from fedface.photos.detectors import EmbeddedDetector, HogDetector, YuNetDetector
 from fedface.photos.drawn import ToneMix, sample_faces
-from fedface.photos.drawn import draw as draw_faces
+from fedface.photos.drawn import render as draw_faces
 from fedface.photos.faces import Detector
 from fedface.photos.library import scan_table, summary
 from fedface.photos.scan import ScanReport, scan_library
@@ -40,7 +40,7 @@ def scan(
         bars.stage("files read", 0)
 
         def progress(so_far: ScanReport) -> None:
-            bars.step(so_far.files)
+            bars.advance(so_far.files)
 
         done = scan_library(folder, detector=finder, cache=cache, progress=progress)
     found = summary(folder, cache=cache, detector=finder.name)
@@ -74,7 +74,7 @@ def draw(
 ) -> None:
     """Draw a sheet of faces with known tone, light and camera; tone rises from left to right."""
     chance = torch.Generator().manual_seed(seed)
-    everyone = sample_faces(60, ToneMix(light_share=0.5), chance)
+    everyone = sample_faces(60, ToneMix(light_fraction=0.5), chance)
     by_tone = everyone[everyone.tone.argsort().reshape(10, 6).T.reshape(-1)]
     made = draw_faces(by_tone, size, noise=chance)
     tones = by_tone.tone.reshape(6, 10)
@@ -98,7 +98,7 @@ def detectors(
         bars.stage("detectors", len(finders))
         for number, finder in enumerate(finders, start=1):
             rates += measure_detection(faces, finder, per_cell=per_cell)
-            bars.step(number)
+            bars.advance(number)
     if json_out:
         print(json.dumps([{**asdict(rate), "interval": rate.interval} for rate in rates], indent=2))
         return

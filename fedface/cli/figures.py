@@ -16,13 +16,13 @@ from fedface.audits.feature_networks import (
     OnnxFeatures,
     TorchScriptFeatures,
 )
-from fedface.audits.quality import GroupQuality, Quality, TooFew, tone_groups
+from fedface.audits.quality import GroupQuality, Quality, InsufficientSamples, tone_groups
 from fedface.audits.quality import quality as measure_quality
 from fedface.cli.terminal import JsonOption, console, progress_bars
 from fedface.errors import ConfigError
-from fedface.models.family import Drawing, drawing
-from fedface.models.weights import load_base, load_model, weights_hash
-from fedface.photos.drawn import draw_people
+from fedface.models.family import GenerativeModel, as_generative
+from fedface.models.weights import load_gan, load_model, weights_hash
+from fedface.photos.drawn import render_people
 from fedface.photos.probe import read_face_folder
 from fedface.randomness import Streams
 
@@ -51,19 +51,19 @@ def quality(
     json_out: JsonOption = False,
 ) -> None:
     """Measure a checkpoint's samples: kernel and Frechet distance, precision, recall, by tone group."""
-    model: Drawing = load_base() if checkpoint is None else drawing(load_model(checkpoint))
+    model: GenerativeModel = load_gan() if checkpoint is None else as_generative(load_model(checkpoint))
     streams = Streams(seed).child("quality")
     source = _source(network, network_size, network_mean, network_std)
     with progress_bars() as bars:
         bars.stage("faces", 3)
-        real = draw_people(count, light_share, model.generator.size, streams) if faces is None else read_face_folder(
+        real = render_people(count, light_share, model.generator.size, streams) if faces is None else read_face_folder(
             faces, size=model.generator.size
         ).images  # fmt: skip
         if len(real) < 40:
             raise ConfigError(f"{faces}: wanted at least 40 faces to compare with, got {len(real)}")
-        bars.step(1)
+        bars.advance(1)
         made = model.generator.sample(count, streams.generator("samples"))
-        bars.step(2)
+        bars.advance(2)
         found = measure_quality(
             real, tone_groups(real), made, tone_groups(made), source, streams.numpy("quality")
         )
@@ -102,7 +102,7 @@ def _print(found: Quality, name: str) -> None:
         table.add_column(heading)
     _row(table, "everybody", found.overall)
     for group, figures in found.groups.items():
-        if isinstance(figures, TooFew):
+        if isinstance(figures, InsufficientSamples):
             table.add_row(group, str(figures.real), str(figures.made), str(figures))
         else:
             _row(table, group, figures)

@@ -22,15 +22,15 @@ from fedface.cli.upsampling import (
     shrinking,
 )
 from fedface.errors import ConfigError
-from fedface.experiment import DrawnProbe, LabelledProbe
-from fedface.federation.methods import compare_methods, with_baselines
+from fedface.experiment import SyntheticProbe, LabelledProbe
+from fedface.federation.methods import benchmark_methods, with_baselines
 from fedface.federation.simulated import public_faces
 from fedface.models.weights import load_model
 from fedface.reports import methods as report
 from fedface.reports import strict, wording
-from fedface.reports.methods import MethodsRecord
-from fedface.reports.quantities import Figure, Interval
-from fedface.upsampling.methods import METHODS, side_by_side, with_models
+from fedface.reports.methods import BenchmarkRecord
+from fedface.reports.quantities import Measurement, Interval
+from fedface.upsampling.methods import METHODS, with_workers, pair_with_models
 
 SHOWN = ("misfit", "skin_difference", "lightness_shift", "same_half")
 
@@ -58,8 +58,8 @@ def compare(
     """Compare upsampling methods on one probe: who is served worse by which; nearest and bicubic are always there."""
     given = None if generator is None else load_model(generator)
     chosen = list(METHODS.values()) if not method and given is None else chosen_methods(method, given)
-    asked = [side_by_side(each, cores()) for each in with_baselines(chosen)]
-    size, pairs = with_models(asked, given)
+    asked = [with_workers(each, cores()) for each in with_baselines(chosen)]
+    size, pairs = pair_with_models(asked, given)
     known = shrinking(downscale, factor, size)
     if photos is None and size < 16:
         raise ConfigError(
@@ -68,9 +68,9 @@ def compare(
     if photos is not None and light_share is not None:
         raise ConfigError("--light-share goes with drawn faces; leave it or --photos out")
     probe = (
-        DrawnProbe(each=each, light_share=light_share)
+        SyntheticProbe(per_group=each, light_fraction=light_share)
         if photos is None
-        else LabelledProbe(folder=photos, set=set, label=label, each=each)
+        else LabelledProbe(folder=photos, set=set, label=label, per_group=each)
     )
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: is a file; name a folder for table and pictures")
@@ -83,7 +83,7 @@ def compare(
     words += [f"--each {each} --faces {faces} --factor {factor} --downscale {downscale} --seed {seed}"]
     with progress_bars() as bars:
         bars.stage("probe", 0)
-        record, pictures = compare_methods(
+        record, pictures = benchmark_methods(
             pairs,
             public_faces(probe, seed, size),
             known,
@@ -101,7 +101,7 @@ def compare(
     console.print(f"also {out / 'faces.png'} and {out / 'by-group.png'}", highlight=False, soft_wrap=True)
 
 
-def _print(record: MethodsRecord) -> None:
+def _print(record: BenchmarkRecord) -> None:
     console.print(f"{record.probe}; {record.downscale}", highlight=False)
     table = Table(box=None)
     for heading in ("method", *map(wording.title_of, SHOWN), "darker faces made", "s per face"):
@@ -117,7 +117,7 @@ def _print(record: MethodsRecord) -> None:
     )
 
 
-def _cell(figure: Figure) -> str:
+def _cell(figure: Measurement) -> str:
     if not isinstance(figure, Interval):
         return "-"
     return f"{wording.number(figure.estimate)} [{wording.number(figure.low)}, {wording.number(figure.high)}]"

@@ -14,7 +14,7 @@ from fedface.cli.faces import chosen_detector
 from fedface.cli.terminal import DetectorOption, console
 from fedface.models.weights import load_model
 from fedface.page.app import make_app
-from fedface.page.searcher import Methods
+from fedface.page.searcher import MethodCatalog
 from fedface.page.serving import LOOPBACK, listen, port_of, serve
 from fedface.page.sitting import Reader
 
@@ -33,7 +33,7 @@ def page(
     # Checked before the page is there: a wrong path is one sentence here, and would be a riddle there.
     if detector is not None:
         chosen_detector(detector)
-    searcher = Methods(None if generator is None else load_model(generator))
+    searcher = MethodCatalog(None if generator is None else load_model(generator))
     if searcher.size <= 64:
         # Small networks gain nothing from a second core, which the page can use.
         torch.set_num_threads(1)

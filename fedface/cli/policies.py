@@ -19,23 +19,23 @@ from typing import Annotated, Any
 
 import typer
 
-from fedface.cli.policy_answers import Answer, Price, Together, Verdict
+from fedface.cli.policy_answers import PolicyReport, Price, CombinedVerdict, Verdict
 from fedface.cli.runs import SetOption, changes_of
 from fedface.cli.terminal import JsonOption, cell, console
 from fedface.config import plain, read, section
 from fedface.errors import ConfigError, PolicyRefusal
 from fedface.experiment import Experiment, read_experiment
-from fedface.federation.belongings import Belongings, Kept, belongings
-from fedface.federation.owner import check_kind, checked_owner, is_open, lost_folders
+from fedface.federation.belongings import DeviceState, ChainFiles, device_state
+from fedface.federation.owner import check_kind, read_device_config, is_accessible_to_others, missing_policy_folders
 from fedface.privacy.accounting import epsilon_of
-from fedface.privacy.conditions import NotNow, ThisMachine
-from fedface.privacy.ledger import FORM, LONGEST_PERIOD, Ledger
-from fedface.privacy.limits import Limit, at_most, overspent, short_in_words
+from fedface.privacy.conditions import ConditionsNotMet, SystemEnvironment
+from fedface.privacy.ledger import FORM, MAX_PERIOD, Ledger
+from fedface.privacy.limits import BudgetStatus, format_upper_bound, overspending, describe_briefly
 from fedface.privacy.mechanism import Event
-from fedface.privacy.neighbours import seen_by
-from fedface.privacy.plan import Plan, Terms
+from fedface.privacy.neighbours import convert_unit
+from fedface.privacy.plan import Plan, DPParameters
 from fedface.privacy.policy import ADVICE, EVALUATION, DevicePolicy
-from fedface.privacy.target import NoPromise, delta_in_words
+from fedface.privacy.target import NoPrivacy, format_delta
 from fedface.training.ways import objective_of
 from fedface.units import Unit
 
@@ -79,7 +79,7 @@ def policy_check(
         )
         spent = [
             book.spent(limit.delta, unit=limit.unit, since=_since(limit)).upper
-            for limit in owned.policy.limits
+            for limit in owned.policy.budgets
         ]
     if json_out:
         _print_json(owned, spent, answer)
@@ -101,27 +101,27 @@ def _owned(file: Path, ledger: Path | None) -> Owned:
         doubts = [
             f"others could read {book.path}; run chmod 600 on it"  # opening a ledger does it by itself
             for book in (kept.ledger, kept.journal)
-            if is_open(book.path)
+            if is_accessible_to_others(book.path)
         ]
-    doubts = [*allowed.doubts(), *doubts]
+    doubts = [*allowed.warnings(), *doubts]
     if ledger is None:
-        book = None if own is None else own.look(Ledger.open)
+        book = None if own is None else own.open_existing(Ledger.open)
         path = None if own is None or book is None else own.path
         return Owned(policy=allowed, ledger=path, book=book, doubts=doubts)
-    named = own if own is not None and own.path.resolve() == ledger.resolve() else Kept.at(ledger, FORM, None)
-    book = named.look(Ledger.open)
+    named = own if own is not None and own.path.resolve() == ledger.resolve() else ChainFiles.at(ledger, FORM, None)
+    book = named.open_existing(Ledger.open)
     if book is None:
         raise ConfigError(f"{ledger}: no ledger here")
     return Owned(policy=allowed, ledger=ledger, book=book, doubts=doubts)
 
 
-def _working(file: Path) -> Belongings:
+def _working(file: Path) -> DeviceState:
     """What the device of a file keeps, if it can work, and if every folder that its policy names is there."""
-    checked_owner(file)
-    kept = belongings(file)
-    lost = lost_folders(kept.device.policy, kept.photos)
+    read_device_config(file)
+    kept = device_state(file)
+    lost = missing_policy_folders(kept.device.policy, kept.photos)
     if lost:
-        raise ConfigError(f"{file}: policy.{lost[0].in_words()}")
+        raise ConfigError(f"{file}: policy.{lost[0].describe()}")
     return kept
 
 
@@ -135,36 +135,36 @@ def _book(owned: Owned) -> Iterator[Ledger]:
         yield Ledger.open(Path(folder) / "ledger.sqlite")
 
 
-def _answer(experiment: Path, recipe: Experiment, allowed: DevicePolicy, book: Ledger) -> Answer:
+def _answer(experiment: Path, recipe: Experiment, allowed: DevicePolicy, book: Ledger) -> PolicyReport:
     plan = recipe.plan()
-    asked = [("training", objective_of(recipe.training), plan.terms)]
-    asked += [("evaluation", EVALUATION, terms) for terms in plan.beside]
+    asked = [("training", objective_of(recipe.training), plan.dp_parameters)]
+    asked += [("evaluation", EVALUATION, terms) for terms in plan.additional_releases]
     # Hours and power are another matter: the run may ask again later.
     whenever = replace(allowed, hours=(), on_mains=False, least_battery=0.0, most_load=None)
     verdicts = tuple(_verdict(what, word, terms, recipe, whenever, book) for what, word, terms in asked)
-    priced = plan.terms.promises and all(verdict.prices for verdict in verdicts)
-    return Answer(
+    priced = plan.dp_parameters.is_private and all(verdict.prices for verdict in verdicts)
+    return PolicyReport(
         experiment=experiment,
         verdicts=verdicts,
         together=_together(plan, whenever, book, verdicts) if priced and len(verdicts) > 1 else None,
-        promise=_other_promise(plan, allowed) if any(verdict.prices for verdict in verdicts) else None,
+        privacy=_other_promise(plan, allowed) if any(verdict.prices for verdict in verdicts) else None,
     )
 
 
 def _verdict(
-    what: str, objective: str, terms: Terms, recipe: Experiment, allowed: DevicePolicy, book: Ledger
+    what: str, objective: str, terms: DPParameters, recipe: Experiment, allowed: DevicePolicy, book: Ledger
 ) -> Verdict:
     refusal: str | None = None
     prices: tuple[Price, ...] = ()
     how = recipe.devices.count, recipe.aggregation.kind, objective
     try:
-        allowed.agree(terms, *how)
+        allowed.check_static(terms, *how)
         prices = tuple(
             replace(
                 _price(terms.event(), terms.unit, limit, book),
                 rounds_that_fit=_rounds_that_fit(terms, limit, book),
             )
-            for limit in allowed.limits
+            for limit in allowed.budgets
         )
         allowed.admit(terms, *how, book)
     except PolicyRefusal as reason:
@@ -174,48 +174,48 @@ def _verdict(
     )  # fmt: skip
 
 
-def _price(event: Event, told: Unit, limit: Limit, book: Ledger) -> Price:
+def _price(event: Event, told: Unit, limit: BudgetStatus, book: Ledger) -> Price:
     since = _since(limit)
     return Price(
         limit=limit,
-        asked=epsilon_of(seen_by(event, told=told, wanted=limit.unit), limit.delta).upper,
+        asked=epsilon_of(convert_unit(event, source=told, target=limit.unit), limit.delta).upper,
         spent=book.spent(limit.delta, unit=limit.unit, since=since).upper,
         together=book.would_spend(event, limit.delta, told=told, unit=limit.unit, since=since).upper,
         rounds_that_fit=None,
     )
 
 
-def _together(plan: Plan, allowed: DevicePolicy, book: Ledger, verdicts: Sequence[Verdict]) -> Together:
+def _together(plan: Plan, allowed: DevicePolicy, book: Ledger, verdicts: Sequence[Verdict]) -> CombinedVerdict:
     """What everything that a run asks costs for life; refused there only if each thing by itself is not."""
-    life, told = allowed.limits[0], plan.terms.unit
-    short = book.room_for(plan.whole_event(), [life], told=told)
+    life, told = allowed.budgets[0], plan.dp_parameters.unit
+    short = book.check_budget(plan.total_event(), [life], told=told)
     alone = any(verdict.refusal is not None for verdict in verdicts)
-    return Together(
+    return CombinedVerdict(
         fits=short is None,
         refusal=None
         if short is None or alone
-        else f"everything together asks for {short_in_words(short)}, so it would refuse the last rounds",
-        price=_price(plan.whole_event(), told, life, book),
+        else f"everything together asks for {describe_briefly(short)}, so it would refuse the last rounds",
+        price=_price(plan.total_event(), told, life, book),
     )
 
 
 def _other_promise(plan: Plan, allowed: DevicePolicy) -> str | None:
     """What a recipe promises, where it is read at another delta or for another unit than on this device."""
-    target = plan.promise
-    if isinstance(target, NoPromise) or (target.delta, target.unit) == (allowed.delta, allowed.unit):
+    target = plan.privacy
+    if isinstance(target, NoPrivacy) or (target.delta, target.unit) == (allowed.delta, allowed.unit):
         return None
     return (
-        f"read at this device's delta {delta_in_words(allowed.delta)}, per {allowed.unit}; the recipe promises epsilon "
-        f"at most {target.epsilon:g} at delta {delta_in_words(target.delta)}, per {target.unit}, over everything"
+        f"read at this device's delta {format_delta(allowed.delta)}, per {allowed.unit}; the recipe promises epsilon "
+        f"at most {target.epsilon:g} at delta {format_delta(target.delta)}, per {target.unit}, over everything"
     )
 
 
-def _rounds_that_fit(terms: Terms, limit: Limit, book: Ledger) -> int:
+def _rounds_that_fit(terms: DPParameters, limit: BudgetStatus, book: Ledger) -> int:
     """By halving: more rounds never cost less."""
 
     def fits(rounds: int) -> bool:
         event: Event = terms.event(rounds)
-        return book.room_for(event, [limit], told=terms.unit) is None
+        return book.check_budget(event, [limit], told=terms.unit) is None
 
     fitting, too_many = 0, terms.schedule.rounds + 1
     if fits(terms.schedule.rounds):
@@ -226,17 +226,17 @@ def _rounds_that_fit(terms: Terms, limit: Limit, book: Ledger) -> int:
     return fitting
 
 
-def _since(limit: Limit) -> datetime | None:
+def _since(limit: BudgetStatus) -> datetime | None:
     if limit.days is None:
         return None
-    return datetime.now(UTC) - timedelta(days=min(limit.days, LONGEST_PERIOD))
+    return datetime.now(UTC) - timedelta(days=min(limit.days, MAX_PERIOD))
 
 
 def _now(allowed: DevicePolicy) -> str | None:
     """Why the owner's conditions do not hold at this moment, for the owner."""
     try:
-        allowed.conditions.check(ThisMachine())
-    except NotNow as reason:
+        allowed.conditions.check(SystemEnvironment())
+    except ConditionsNotMet as reason:
         return reason.private
     return None
 
@@ -246,20 +246,20 @@ def _left(owned: Owned, spent: Sequence[float]) -> list[str]:
     if owned.ledger is None:
         return ["no ledger: nothing is spent"]
     said = []
-    for epsilon, limit in zip(spent, owned.policy.limits, strict=True):
-        said.append(f"spent so far, as {owned.ledger} says: {at_most(epsilon)}; allowed: {limit}")
-        over = overspent(epsilon, limit, unpromised=owned.policy.allow_unpromised)
+    for epsilon, limit in zip(spent, owned.policy.budgets, strict=True):
+        said.append(f"spent so far, as {owned.ledger} says: {format_upper_bound(epsilon)}; allowed: {limit}")
+        over = overspending(epsilon, limit, unpromised=owned.policy.allow_no_dp)
         said += [] if over is None else [over]
     return said
 
 
-def _print(file: Path, owned: Owned, spent: Sequence[float], answer: Answer | None) -> None:
-    ended = owned.policy.ended(ThisMachine())
+def _print(file: Path, owned: Owned, spent: Sequence[float], answer: PolicyReport | None) -> None:
+    ended = owned.policy.ended(SystemEnvironment())
     lines = [
         *([] if answer is None else answer.in_words()),
         *([] if ended is None else [ended]),
         f"{file} allows:",
-        *(f"  {line}" for line in owned.policy.in_words()),
+        *(f"  {line}" for line in owned.policy.describe()),
         *_left(owned, spent),
         *(f"warning: {doubt}" for doubt in owned.doubts),
     ]
@@ -269,7 +269,7 @@ def _print(file: Path, owned: Owned, spent: Sequence[float], answer: Answer | No
         console.print(cell(line), highlight=False, soft_wrap=True)
 
 
-def _print_json(owned: Owned, spent: Sequence[float], answer: Answer | None) -> None:
+def _print_json(owned: Owned, spent: Sequence[float], answer: PolicyReport | None) -> None:
     told = {
         "policy": plain(owned.policy),
         "ledger": None if owned.ledger is None else str(owned.ledger),
@@ -277,16 +277,16 @@ def _print_json(owned: Owned, spent: Sequence[float], answer: Answer | None) -> 
             {
                 **asdict(limit),
                 "spent": epsilon,
-                "nothing_left": overspent(epsilon, limit, unpromised=owned.policy.allow_unpromised),
+                "nothing_left": overspending(epsilon, limit, unpromised=owned.policy.allow_no_dp),
             }
-            for epsilon, limit in zip(spent, owned.policy.limits, strict=True)
+            for epsilon, limit in zip(spent, owned.policy.budgets, strict=True)
         ],
         "asked": [] if answer is None else [asdict(verdict) for verdict in answer.verdicts],
         "together": None if answer is None or answer.together is None else asdict(answer.together),
-        "promise": None if answer is None else answer.promise,
+        "promise": None if answer is None else answer.privacy,
         "would_take_part": None if answer is None else answer.refusal is None,
         "refusal": None if answer is None else answer.refusal,
-        "ended": owned.policy.ended(ThisMachine()),
+        "ended": owned.policy.ended(SystemEnvironment()),
         "warnings": list(owned.doubts),
         "not_at_this_moment": _now(owned.policy),
     }

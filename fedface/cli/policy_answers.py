@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedface.privacy.limits import Limit, at_most
+from fedface.privacy.limits import BudgetStatus, format_upper_bound
 from fedface.units import Unit
 
 
@@ -17,7 +17,7 @@ from fedface.units import Unit
 class Price:
     """What is asked beside what is spent, by one limit; every epsilon is an upper bound."""
 
-    limit: Limit
+    limit: BudgetStatus
     asked: float
     spent: float
     together: float
@@ -27,7 +27,7 @@ class Price:
         """Asked, spent and allowed."""
         room = "" if self.rounds_that_fit is None else f"; room for {self.rounds_that_fit} of its rounds"
         return (
-            f"asks for {at_most(self.asked)}; with what is spent ({at_most(self.spent)}): {at_most(self.together)}; "
+            f"asks for {format_upper_bound(self.asked)}; with what is spent ({format_upper_bound(self.spent)}): {format_upper_bound(self.together)}; "
             f"allowed: {self.limit}{room}"
         )
 
@@ -54,7 +54,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Together:
+class CombinedVerdict:
     """What a device would answer to everything that a run asks, which it must be able to pay for life."""
 
     fits: bool
@@ -68,13 +68,13 @@ class Together:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class PolicyReport:
     """What a device would answer to a run."""
 
     experiment: Path
     verdicts: tuple[Verdict, ...]
-    together: Together | None  # None: the run asks for one thing, or something is refused whatever it costs
-    promise: str | None  # what the recipe promises, where that reads otherwise than this device's prices
+    together: CombinedVerdict | None  # None: the run asks for one thing, or something is refused whatever it costs
+    privacy: str | None  # what the recipe promises, where that reads otherwise than this device's prices
 
     @property
     def refusal(self) -> str | None:
@@ -95,10 +95,10 @@ class Answer:
                 if self.together is None
                 else [f"  {line}" for line in self.together.in_words(self.refusal)]
             ),
-            *([] if self.promise is None else [f"  {self.promise}"]),
+            *([] if self.privacy is None else [f"  {self.privacy}"]),
             *(
                 []
-                if (enough := self.enough) is None
+                if (enough := self.sufficient_budget) is None
                 else [
                     f"  all of it would fit with max_epsilon: {enough:g}, an epsilon of at most that at the same delta"
                 ]
@@ -106,7 +106,7 @@ class Answer:
         ]
 
     @property
-    def enough(self) -> float | None:
+    def sufficient_budget(self) -> float | None:
         """The budget for life that would be enough, rounded up; None where that is not what is missing."""
         priced = [verdict.prices[0] for verdict in self.verdicts if verdict.prices]
         if self.together is not None:

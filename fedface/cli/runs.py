@@ -19,22 +19,22 @@ from fedface.aggregation.protocol import PlainConfig
 from fedface.cli.terminal import JsonOption, console, progress_bars
 from fedface.config import kind_of
 from fedface.errors import ConfigError
-from fedface.experiment import EVALUATIONS, DrawnDevices, Experiment, RealDevices, read_experiment
-from fedface.federation.coordinator import begin, coordinate
+from fedface.experiment import EVALUATIONS, SyntheticDevices, Experiment, RemoteDevices, read_experiment
+from fedface.federation.coordinator import initialize_run, run_experiment
 from fedface.federation.flower import in_process_cohort
-from fedface.federation.folders import locked, new_folder, resumed_folder
+from fedface.federation.folders import locked, new_folder, resume_run
 from fedface.federation.orders import devices_folder
 from fedface.federation.simulated import check_sources, describe_devices, prepare
 from fedface.federation.state import weights_path
-from fedface.models.weights import vector_of
+from fedface.models.weights import flatten_parameters
 from fedface.privacy.plan import Plan
-from fedface.privacy.target import NoPromise, PrivacyTarget
+from fedface.privacy.target import NoPrivacy, PrivacyTarget
 from fedface.reports import card, page, run, short_answer, wording
 from fedface.reports.quantities import Interval
 from fedface.reports.run import BiasRecord, RunRecord
 from fedface.shapes import Vector
 from fedface.training.prior import PriorTrainingConfig
-from fedface.training.ways import begin_round, common_streams, words_of
+from fedface.training.ways import prepare_round, common_streams, describe_method
 
 PhotosOption = Annotated[
     Path | None, typer.Option(help="Folder of labelled photos, for experiments that use one.")
@@ -59,20 +59,20 @@ def run_experiment(
     """Run an experiment in this process, from photos to report."""
     changes = changes_of(set)
     recipe = read_experiment(experiment, photos=photos, changes=changes)
-    if isinstance(recipe.devices, RealDevices):
+    if isinstance(recipe.devices, RemoteDevices):
         raise ConfigError(
             f"{experiment}: waits for real devices; see server/README.md, or use pretended devices"
         )
     # Devices and searches run side by side, each in one thread: small networks leave a second one idle.
     torch.set_num_threads(1)
-    folder = resumed_folder(recipe.name, out) if resume else new_folder(recipe.name, out)
+    folder = resume_run(recipe.name, out) if resume else new_folder(recipe.name, out)
     check_sources(recipe)
     with locked(folder), progress_bars() as bars:
         if not resume:
-            begin(recipe, folder)
+            initialize_run(recipe, folder)
         state = devices_folder(folder)
         prepare(recipe, state)
-        record = coordinate(
+        record = run_experiment(
             recipe,
             in_process_cohort(recipe, state),
             folder,
@@ -97,8 +97,8 @@ def check(
     recipe = read_experiment(experiment, photos=photos, changes=changes_of(set))
     plan = recipe.plan()
     model = recipe.start()
-    weights = vector_of(*model.modules())
-    sent = begin_round(model, recipe.training, plan.terms, common_streams(0, 1)).ranges()
+    weights = flatten_parameters(*model.modules())
+    sent = prepare_round(model, recipe.training, plan.dp_parameters, common_streams(0, 1)).ranges()
     config = recipe.aggregation
     up = _upload_bytes(recipe, torch.zeros_like(sent))
     down = 4 * len(weights)
@@ -109,7 +109,7 @@ def check(
             "noise_multiplier": plan.noise_multiplier,
             "schedule": asdict(plan.schedule),
             "epsilon": None if bounds is None else asdict(bounds),
-            "promise": asdict(recipe.promise),
+            "promise": asdict(recipe.privacy),
             "training": kind_of(type(recipe.training)),
             "weights": len(weights),
             "numbers_up": len(sent),
@@ -127,9 +127,9 @@ def check(
     if (drowned := _drowned(plan, recipe.devices.count, len(sent))) is not None:
         console.print(f"  warning: {drowned}", highlight=False)
     console.print(
-        f"  devices: {recipe.devices.count}; at least {recipe.fewest_answers} must answer", highlight=False
+        f"  devices: {recipe.devices.count}; at least {recipe.min_responses} must answer", highlight=False
     )
-    if not isinstance(recipe.devices, RealDevices) and (
+    if not isinstance(recipe.devices, RemoteDevices) and (
         photos is not None or "Drawn" in type(recipe.devices).__name__
     ):
         described = describe_devices(recipe)
@@ -138,12 +138,12 @@ def check(
         if (more := len(described) - _MOST_LISTED) > 0:
             console.print(f"    and {more} more", highlight=False)
     console.print(
-        f"  what travels up: one vector of {len(sent):,} {words_of(recipe.training)} per device and round, "
+        f"  what travels up: one vector of {len(sent):,} {describe_method(recipe.training)} per device and round, "
         f"{config.kind}, {wording.size(up)}",
         highlight=False,
     )
     if figures := _figures_up(recipe):
-        at_server = plan.terms.noise_at == "server"
+        at_server = plan.dp_parameters.noise_at == "server"
         alike = (
             "cut alike, and bare until the server noises their sum"
             if at_server
@@ -168,7 +168,7 @@ def check(
 
 def _drowned(plan: Plan, devices: int, numbers: int) -> str | None:
     """That the server's noise is much longer than the sum can be, as a sentence without full stop."""
-    mechanism = plan.terms.sum_mechanism()
+    mechanism = plan.dp_parameters.central_mechanism()
     times = 0.0 if mechanism is None else mechanism.sigma * math.sqrt(numbers) / devices
     if times < 3:
         return None
@@ -180,7 +180,7 @@ def _drowned(plan: Plan, devices: int, numbers: int) -> str | None:
 
 
 def _stays(recipe: Experiment) -> str:
-    bare = isinstance(recipe.promise, PrivacyTarget) and recipe.promise.unit == "library"
+    bare = isinstance(recipe.privacy, PrivacyTarget) and recipe.privacy.unit == "library"
     if isinstance(recipe.training, PriorTrainingConfig):
         stays = "every photo and every latent of a photo"
         counts = "a count of units travels among the numbers, with the promise's noise like the rest"
@@ -194,14 +194,14 @@ def _stays(recipe: Experiment) -> str:
     else:
         stays = "every photo, every gradient of a single photo, and how many photos there are"
         counts = ""
-    match recipe.promise:
+    match recipe.privacy:
         case PrivacyTarget(unit="library"):
             which = "a bare update" if recipe.evaluation is None else "bare updates and figures"
             let = "lets" if recipe.evaluation is None else "let"
             bound = f"what {which} {let} the server guess about them, nothing bounds"
         case PrivacyTarget(unit=unit):
             bound = f"what the sums let anybody guess about one {unit}, the promise bounds"
-        case NoPromise():
+        case NoPrivacy():
             bound = "what the sums let anybody guess about them, nothing bounds"
     return "; ".join(part for part in (stays, counts, bound) if part)
 
@@ -209,8 +209,8 @@ def _stays(recipe: Experiment) -> str:
 def _held(recipe: Experiment, count: int | None) -> str:
     """How many photos a pretended device holds, and how many units the promise covers where those are others."""
     photos = "photos unknown" if count is None else wording.counted(count, "photo")
-    match recipe.promise, recipe.devices:
-        case PrivacyTarget(unit="occasion"), DrawnDevices(photos_per_occasion=each) if count is not None:
+    match recipe.privacy, recipe.devices:
+        case PrivacyTarget(unit="occasion"), SyntheticDevices(photos_per_occasion=each) if count is not None:
             return f"{photos} in {wording.counted(count // each, 'occasion')}"
     return photos
 
@@ -219,7 +219,7 @@ def _figures_up(recipe: Experiment) -> dict[str, int]:
     """How many figures of its own photos a device sends, in how many sets; empty where it sends none."""
     if recipe.evaluation is None:
         return {}
-    width = recipe.evaluation.figures.width
+    width = recipe.evaluation.metrics.width
     return {
         "figure_sets": EVALUATIONS,
         "numbers_up_per_figure_set": width,
@@ -268,7 +268,7 @@ def _upload_bytes(recipe: Experiment, zeros: Vector) -> int:
 
 
 def _print_summary(record: RunRecord, folder: Path) -> None:
-    for sentence in short_answer.answer(record):
+    for sentence in short_answer.headline_summary(record):
         console.print(sentence, highlight=False)
     table = Table(box=None, title="Served by group", title_justify="left")
     for heading in ("group", "photos", "misfit before", "after", "colour difference before", "after"):
@@ -278,7 +278,7 @@ def _print_summary(record: RunRecord, folder: Path) -> None:
         for old, new in zip(before.groups, after.groups, strict=True):
             pairs = [(old, "misfit"), (new, "misfit"), (old, "skin_difference"), (new, "skin_difference")]
             table.add_row(
-                old.group, str(old.count), *(_estimate(group.figures[name]) for group, name in pairs)
+                old.group, str(old.count), *(_estimate(group.metrics[name]) for group, name in pairs)
             )
     console.print(table)
     console.print(f"open {folder / 'report.html'}", highlight=False, soft_wrap=True)

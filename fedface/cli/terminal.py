@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedface.errors import FedfaceError
-from fedface.models.pickled import printable
+from fedface.models.pickled import sanitize_text
 
 # A pipe has no width of its own; eighty columns would fold every table.
 # Names of files, photos and weights may be a stranger's: brackets and colons in them are words, not markup.
@@ -41,7 +41,7 @@ DetectorOption = Annotated[
 ]
 
 
-class Bars:
+class ProgressBars:
     """Progress bars on the terminal, plain lines elsewhere."""
 
     def __init__(self, progress: Progress) -> None:
@@ -52,17 +52,17 @@ class Bars:
     def stage(self, name: str, steps: int) -> None:
         """A stage begins."""
         self._finish()
-        name = printable(name, LONGEST)  # a photo's name is a stranger's
+        name = sanitize_text(name, LONGEST)  # a photo's name is a stranger's
         if not self._live:
             self._progress.console.print(f"{name} ...", highlight=False)
         self._task = int(self._progress.add_task(name, total=steps))
 
-    def step(self, done: int) -> None:
+    def advance(self, done: int) -> None:
         """A stage moves."""
         if self._task is not None:
             self._progress.update(self._task, completed=done)  # type: ignore[arg-type]
 
-    def say(self, sentence: str) -> None:
+    def message(self, sentence: str) -> None:
         """A line that stays."""
         self._progress.console.print(sentence, highlight=False)
 
@@ -73,14 +73,14 @@ class Bars:
 
 
 @contextmanager
-def progress_bars() -> Iterator[Bars]:
+def progress_bars() -> Iterator[ProgressBars]:
     """Bars on standard error, gone when the command is done."""
     described = TextColumn("{task.description}", markup=False)
     columns = (described, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Results that somebody keeps in a file must not follow the bars to standard error.
     aloud = sys.stdout.isatty()
     with Progress(*columns, console=notes, transient=True, redirect_stdout=aloud) as progress:
-        yield Bars(progress)
+        yield ProgressBars(progress)
 
 
 def cell(value: object) -> str:
@@ -91,12 +91,12 @@ def cell(value: object) -> str:
         return ", ".join(f"{key}: {cell(part)}" for key, part in value.items())
     if isinstance(value, (tuple, list)):
         return ", ".join(cell(part) for part in value)
-    return printable(str(value), LONGEST)
+    return sanitize_text(str(value), LONGEST)
 
 
 def one_line(words: str) -> str:
     """Words that a terminal can show: line breaks become spaces, what else is not printable a question mark."""
-    return printable(re.sub(r"\s*[\r\n]\s*", " ", words).strip(), LONGEST)
+    return sanitize_text(re.sub(r"\s*[\r\n]\s*", " ", words).strip(), LONGEST)
 
 
 def warn(words: str) -> None:

@@ -12,15 +12,15 @@ from rich.table import Table
 from fedface.cli.runs import PhotosOption, SetOption, changes_of, command_of
 from fedface.cli.terminal import JsonOption, console, notes, progress_bars
 from fedface.errors import ConfigError, RunError
-from fedface.experiment import RealDevices, for_tournament, read_experiment
+from fedface.experiment import RemoteDevices, for_ranking, read_experiment
 from fedface.federation.flower import in_process_cohort
-from fedface.federation.folders import locked, new_folder, resumed_tournament
+from fedface.federation.folders import locked, new_folder, resume_ranking
 from fedface.federation.orders import devices_folder
 from fedface.federation.simulated import check_sources, prepare
-from fedface.federation.tournament import entrants, hold, tournament_terms
-from fedface.privacy.target import PrivacyTarget, delta_in_words
+from fedface.federation.tournament import load_candidates, run_ranking, ranking_parameters
+from fedface.privacy.target import PrivacyTarget, format_delta
 from fedface.reports import private_page, strict
-from fedface.reports.tournament import TournamentRecord
+from fedface.reports.tournament import RankingReport
 
 
 def tournament(
@@ -40,33 +40,33 @@ def tournament(
 ) -> None:
     """Send models to devices, which score them on their own photos: only sums come back, noised."""
     changes = changes_of(set)
-    recipe = for_tournament(read_experiment(experiment, photos=photos, changes=changes))
-    if isinstance(recipe.devices, RealDevices):
+    recipe = for_ranking(read_experiment(experiment, photos=photos, changes=changes))
+    if isinstance(recipe.devices, RemoteDevices):
         raise ConfigError(
             f"{experiment}: waits for real devices; see server/README.md, or use pretended devices"
         )
-    models = entrants(candidates, recipe)
-    terms = tournament_terms(
+    models = load_candidates(candidates, recipe)
+    terms = ranking_parameters(
         recipe, len(models)
     )  # a promise that cannot be kept is said before a folder is made
-    if not json_out and isinstance(recipe.promise, PrivacyTarget):
+    if not json_out and isinstance(recipe.privacy, PrivacyTarget):
         notes.print(
             f"{len(models)} models, each on all photos of {recipe.devices.count} devices; a device's answers cost each "
-            f"{recipe.promise.unit} epsilon {recipe.promise.epsilon:g} at delta {delta_in_words(recipe.promise.delta)} "
+            f"{recipe.privacy.unit} epsilon {recipe.privacy.epsilon:g} at delta {format_delta(recipe.privacy.delta)} "
             f"together, with noise multiplier {terms.noise_multiplier:.3g}",
             highlight=False,
             soft_wrap=True,
         )
     torch.set_num_threads(1)
     name = f"{recipe.name}-tournament"
-    folder = resumed_tournament(name, out) if resume else new_folder(name, out)
+    folder = resume_ranking(name, out) if resume else new_folder(name, out)
     if not resume and (folder / "answers.json").exists():
         raise RunError(f"{folder}: holds a tournament; continue it with --resume, or choose another folder")
     check_sources(recipe)
     with locked(folder), progress_bars() as bars:
         state = devices_folder(folder)
         prepare(recipe, state)
-        record = hold(
+        record = run_ranking(
             recipe,
             models,
             in_process_cohort(recipe, state),
@@ -80,7 +80,7 @@ def tournament(
     _print(record, folder)
 
 
-def _print(record: TournamentRecord, folder: Path) -> None:
+def _print(record: RankingReport, folder: Path) -> None:
     console.print(record.title(), style="bold", highlight=False)
     measures = private_page.measures_of(record.candidates)
     table = Table(box=None, title="All units together", title_justify="left")
@@ -103,7 +103,7 @@ def _print(record: TournamentRecord, folder: Path) -> None:
     console.print(f"also {folder / 'tournament.md'}", highlight=False, soft_wrap=True)
 
 
-def _print_orders(record: TournamentRecord) -> None:
+def _print_orders(record: RankingReport) -> None:
     orders = Table(box=None, title="Best first", title_justify="left")
     for heading in ("measure", "for", "order", "cannot be told apart"):
         orders.add_column(heading)

@@ -19,26 +19,26 @@ import typer
 
 from fedface.audits.bias import ToneHistogram, tone_histogram
 from fedface.cli.faces import chosen_detector
-from fedface.cli.terminal import LONGEST, Bars, DetectorOption, JsonOption, console, progress_bars
+from fedface.cli.terminal import LONGEST, ProgressBars, DetectorOption, JsonOption, console, progress_bars
 from fedface.config import plain
 from fedface.errors import ConfigError, LibraryError
 from fedface.models.contracts import sample
-from fedface.models.family import Flow, Model, Resolved
-from fedface.models.pickled import printable
+from fedface.models.family import FlowModel, Model, SuperResolutionModel
+from fedface.models.pickled import sanitize_text
 from fedface.models.weights import load_model, weights_hash
 from fedface.photos.faces import Detector
-from fedface.reports.portrait import NEAREST, NOBODY, Painters, answer_words
+from fedface.reports.portrait import NEAREST, NO_FACE, MethodRunner, describe_output
 from fedface.reports.portraits import (
-    LeftOut,
-    Made,
+    SkippedPhoto,
+    SheetRecord,
     SheetFolder,
-    Wanted,
+    SheetSettings,
     check_sheet,
-    make_sheets,
-    pictures_in,
+    run_pipeline,
+    images_in,
 )
 from fedface.upsampling.degrade import Area, Bicubic, BicubicPulse, Degradation
-from fedface.upsampling.methods import METHODS, Method, fitting_method, side_by_side, with_models
+from fedface.upsampling.methods import METHODS, Method, default_method, with_workers, pair_with_models
 from fedface.upsampling.pulse import PulseConfig
 
 TONES = 1000  # samples whose skin tones are counted for a sheet
@@ -79,14 +79,14 @@ def upsample(
         raise LibraryError(f"there is no photo or folder {photo}")
     given = None if generator is None else load_model(generator)
     methods = chosen_methods(method, given)
-    size, pairs = with_models([side_by_side(each, cores()) for each in methods], given)
+    size, pairs = pair_with_models([with_workers(each, cores()) for each in methods], given)
     known = shrinking(downscale, factor, size)
-    wanted = Wanted(
+    wanted = SheetSettings(
         degradation=known,
         size=size,
         faces=faces,
-        most_people=people,
-        look="at the whole" if whole else "for faces",
+        max_faces=people,
+        detect="at the whole" if whole else "for faces",
     )
     settings = {
         "methods": [plain(each) for each in methods], "weights": [_hash(model) for _, model in pairs],
@@ -95,12 +95,12 @@ def upsample(
     }  # fmt: skip
     with progress_bars() as bars:
         bars.stage("preparing", 0)
-        painters = Painters(pairs, known, size=size, seed=seed, progress=lambda done, of: bars.step(
+        painters = MethodRunner(pairs, known, size=size, seed=seed, progress=lambda done, of: bars.advance(
             round(1000 * done / max(1, of))
         ))  # fmt: skip
         finder = cache(lambda: chosen_detector(detector))
         # JSON stands alone on standard output; sentences then go beside the bars.
-        job = _Job(wanted, painters, finder, _tones(pairs), bars, bars.say if json_out else _aloud)
+        job = _Job(wanted, painters, finder, _tones(pairs), bars, bars.message if json_out else _aloud)
         if photo.is_dir():
             found = _folder(job, photo, out or Path("faces"), settings)
         else:
@@ -108,7 +108,7 @@ def upsample(
     if json_out:
         print(json.dumps(found, indent=1))
         return
-    console.print(NOBODY, highlight=False)
+    console.print(NO_FACE, highlight=False)
 
 
 def shrinking(kind: Downscale, factor: int, size: int) -> Degradation:
@@ -132,7 +132,7 @@ def cores() -> int:
 def chosen_methods(names: list[str] | None, given: Model | None) -> list[Method]:
     """The methods of `--method`, or the one that goes with a checkpoint; raises ConfigError for an unknown name."""
     if not names:
-        return [PulseConfig() if given is None else fitting_method(given)]
+        return [PulseConfig() if given is None else default_method(given)]
     wanted = list(METHODS) if "all" in names else list(dict.fromkeys(names))
     if unknown := [name for name in wanted if name not in METHODS]:
         near = difflib.get_close_matches(unknown[0], METHODS, n=1)
@@ -148,7 +148,7 @@ def _hash(model: Model | None) -> str:
 def _tones(pairs: Sequence[tuple[Method, Model | None]]) -> ToneHistogram | None:
     """Of the first generator that is asked: what it never drew it cannot answer."""
     for _, model in pairs:
-        if model is not None and not isinstance(model, Resolved) and not isinstance(model, Flow):
+        if model is not None and not isinstance(model, SuperResolutionModel) and not isinstance(model, FlowModel):
             chance = torch.Generator().manual_seed(1)
             return tone_histogram(
                 sample(model.generator, TONES if model.size <= 64 else 16, chance, batch=32)
@@ -160,24 +160,24 @@ def _tones(pairs: Sequence[tuple[Method, Model | None]]) -> ToneHistogram | None
 class _Job:
     """What every photo is met with."""
 
-    wanted: Wanted
-    painters: Painters
+    wanted: SheetSettings
+    painters: MethodRunner
     finder: Callable[[], Detector]
     tones: ToneHistogram | None
-    bars: Bars
+    bars: ProgressBars
     say: Callable[[str], None]
 
     def sheets(
         self, photos: Sequence[Path], place: Callable[[Path, int], Path]
-    ) -> Iterator[tuple[Path, tuple[Made, ...] | LeftOut]]:
+    ) -> Iterator[tuple[Path, tuple[SheetRecord, ...] | SkippedPhoto]]:
         """Each photo with its result, told as it comes."""
-        for path, result in make_sheets(
+        for path, result in run_pipeline(
             photos, place, self.wanted, self.painters, self.finder, self.tones, self.bars
         ):
             yield path, result
-            if not isinstance(result, LeftOut):
+            if not isinstance(result, SkippedPhoto):
                 for made in result:
-                    self.say("\n".join(printable(line, LONGEST) for line in _told(made, self.wanted)))
+                    self.say("\n".join(sanitize_text(line, LONGEST) for line in _told(made, self.wanted)))
 
 
 def _aloud(text: str) -> None:
@@ -194,7 +194,7 @@ def _one(job: _Job, photo: Path, out: Path | None) -> list[dict[str, Any]]:
 
     found = []
     for _, result in job.sheets([photo], place):
-        if isinstance(result, LeftOut):
+        if isinstance(result, SkippedPhoto):
             raise LibraryError(f"{photo}: {result.reason}")
         found += [{"photo": str(photo), **made.plain()} for made in result]
     return found
@@ -202,22 +202,22 @@ def _one(job: _Job, photo: Path, out: Path | None) -> list[dict[str, Any]]:
 
 def _folder(job: _Job, photos: Path, out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Every photo of a folder that has no sheet yet; photos without a face are counted and named."""
-    pictures = pictures_in(photos)
+    pictures = images_in(photos)
     sheets = SheetFolder(out, photos, settings)
     left = sheets.left(pictures)
     if len(left) < len(pictures):
         job.say(f"{len(pictures) - len(left)} of {len(pictures)} photos were done before")
     for path, result in job.sheets(left, sheets.place):
         sheets.keep(path, result)
-        if isinstance(result, LeftOut):
-            job.say(printable(f"{result.photo}: left out: {result.reason}", LONGEST))
+        if isinstance(result, SkippedPhoto):
+            job.say(sanitize_text(f"{result.photo}: left out: {result.reason}", LONGEST))
     without = sum("left_out" in entry for entry in sheets.found)
     made = sum(len(entry.get("sheets", ())) for entry in sheets.found)
     job.say(f"{len(pictures)} photos, {made} sheets in {out}, {without} left out")
     return list(sheets.found)
 
 
-def _told(made: Made, wanted: Wanted) -> list[str]:
+def _told(made: SheetRecord, wanted: SheetSettings) -> list[str]:
     """What was found in a photo, and each method's answer, in a line each."""
     lines = []
     if made.people == 0:
@@ -232,7 +232,7 @@ def _told(made: Made, wanted: Wanted) -> list[str]:
         more = f"person {made.person} of {made.people}" if made.people > 1 else "one face"
         turned = f", found with the photo turned by {made.turned} degrees" if made.turned else ""
         lines.append(f"{made.photo}: {more}{turned}")
-    if made.person == 1 and made.people > wanted.most_people:
+    if made.person == 1 and made.people > wanted.max_faces:
         lines.append(
             f"  {made.people} faces in the photo, the largest taken; --people {made.people} takes all"
         )
@@ -240,7 +240,7 @@ def _told(made: Made, wanted: Wanted) -> list[str]:
         lines.append(
             f"  the face is only {made.side:.0f} pixels wide: less than what is shown was ever there"
         )
-    lines += [f"  {answer_words(answer)}" for answer in made.portrait.answers]
+    lines += [f"  {describe_output(answer)}" for answer in made.portrait.answers]
     if not any(bool(answer.made.converged.any()) for answer in made.portrait.answers):
         lines.append(f"  {NEAREST}")
     return [*lines, f"  open {made.sheet}"]

@@ -14,11 +14,11 @@ from torch.nn import functional
 from fedface.cli.terminal import JsonOption, console, progress_bars
 from fedface.errors import ConfigError
 from fedface.models.contracts import Generator, sample
-from fedface.models.conversions import Found, import_file
-from fedface.models.described import ModelFacts, describe, in_words
-from fedface.models.family import drawing
-from fedface.models.pickled import printable
-from fedface.models.stylegan2 import OfClass, StyleGAN2
+from fedface.models.conversions import ImportedModel, import_file
+from fedface.models.described import ModelSummary, summarize, format_summary
+from fedface.models.family import as_generative
+from fedface.models.pickled import sanitize_text
+from fedface.models.stylegan2 import ClassConditioned, StyleGAN2
 from fedface.models.weights import check_place, load_model, save_model
 from fedface.reports.figures import face_grid
 from fedface.shapes import Images
@@ -57,7 +57,7 @@ def weights_import(
         bars.stage("reading", 0)
         found = import_file(file, mapping)
         model = found.model()
-        facts = describe(model)
+        facts = summarize(model)
         save_model(out, model)
         if sheet is not None:
             bars.stage("drawing samples", 0)
@@ -78,21 +78,21 @@ def weights_import(
 def show(file: FileArgument, json_out: JsonOption = False) -> None:
     """Print what a file of ours holds: family, size, weights, shape, notes, hash."""
     model = load_model(file)
-    facts = describe(model)
+    facts = summarize(model)
     if json_out:
         print(json.dumps({**asdict(facts), "notes": dict(model.notes)}, indent=2))
         return
     for line in _described(facts):
         console.print(line, highlight=False, soft_wrap=True)
     for key, value in model.notes.items():
-        words = f"{printable(key.replace('_', ' '))}: {_short(value)}"
+        words = f"{sanitize_text(key.replace('_', ' '))}: {_short(value)}"
         console.print(words, highlight=False, soft_wrap=True)
 
 
 @weights.command("hash")
 def weights_hash_of(file: FileArgument, json_out: JsonOption = False) -> None:
     """Print the hash of the weights in a file, the one that reports carry; the file's own bytes do not count."""
-    facts = describe(load_model(file))
+    facts = summarize(load_model(file))
     print(json.dumps({"file": str(file), "hash": facts.hash}) if json_out else facts.hash)
 
 
@@ -111,10 +111,10 @@ def weights_sample(
     psis = tuple(psi or (0.7, 1.0))
     with progress_bars() as bars:
         bars.stage("drawing samples", 0)
-        picture = sheet_of(drawing(model).generator, count=count, psis=psis, seed=seed, label=label)
+        picture = sheet_of(as_generative(model).generator, count=count, psis=psis, seed=seed, label=label)
     out.write_bytes(picture)
     if json_out:
-        told = {"hash": describe(model).hash, "count": count, "psi": psis, "seed": seed, "label": label}
+        told = {"hash": summarize(model).hash, "count": count, "psi": psis, "seed": seed, "label": label}
         print(json.dumps(told | {"out": str(out)}, indent=2))
         return
     console.print(f"open {out}", highlight=False, soft_wrap=True)
@@ -131,7 +131,7 @@ def sheet_of(generator: Any, *, count: int, psis: tuple[float, ...], seed: int, 
         raise ConfigError("this generator has no classes; leave --label out")
     rows = []
     for shown in range(min(classes, 3)) if classes and label is None else (label,):
-        of: Generator = generator if shown is None else OfClass(generator, shown)
+        of: Generator = generator if shown is None else ClassConditioned(generator, shown)
         for psi in psis:
             named = f"psi {psi:g}" if shown is None else f"class {shown}, psi {psi:g}"
             rows.append((named, _faces(of, count, psi, seed)))
@@ -149,7 +149,7 @@ def _faces(generator: Generator, count: int, psi: float, seed: int) -> Images:
     return torch.cat(parts)
 
 
-def _lines(found: Found, facts: ModelFacts) -> list[str]:
+def _lines(found: ImportedModel, facts: ModelSummary) -> list[str]:
     lines = [f"found: {found.kind}", *_described(facts)]
     if found.critic is None:
         lines.append("critic: none in the file")
@@ -160,11 +160,11 @@ def _lines(found: Found, facts: ModelFacts) -> list[str]:
     return lines + [f"note: {_short(remark)}" for remark in (remarks if isinstance(remarks, list) else ())]
 
 
-def _described(facts: ModelFacts) -> list[str]:
+def _described(facts: ModelSummary) -> list[str]:
     size = f"{facts.size} x {facts.size} pixels"
-    return [f"{facts.family}, {size}", *map(in_words, facts.networks), f"hash: {facts.hash}"]
+    return [f"{facts.family}, {size}", *map(format_summary, facts.networks), f"hash: {facts.hash}"]
 
 
 def _short(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
-    return printable(text, 200) + (" (--json shows all)" if len(text) > 200 else "")
+    return sanitize_text(text, 200) + (" (--json shows all)" if len(text) > 200 else "")

@@ -18,34 +18,34 @@ from typing import Any, TypeVar
 from fedface.config import read
 from fedface.errors import ConfigError, FederationError, LedgerError
 from fedface.federation.device import Device
-from fedface.federation.owner import OwnerConfig, noted_indexes
-from fedface.federation.task import figures_book
+from fedface.federation.owner import DeviceConfig, registered_indexes
+from fedface.federation.task import metrics_ledger_key
 from fedface.photos.index import default_cache
-from fedface.photos.own import OwnFaces
+from fedface.photos.own import DeviceDataset
 from fedface.privacy import journal as journals
 from fedface.privacy import ledger as ledgers
-from fedface.privacy.chain import Form, Head
-from fedface.privacy.journal import Journal, Sent, Withdrawn
+from fedface.privacy.chain import ChainSchema, Head
+from fedface.privacy.journal import TransmissionLog, Transmission, Withdrawal
 from fedface.privacy.ledger import Entry, Ledger
 from fedface.reports.device_log import line_record, payments, price_of
 from fedface.units import Unit
 
-Book = TypeVar("Book", Ledger, Journal)
+Store = TypeVar("Book", Ledger, TransmissionLog)
 Line = TypeVar("Line")
 
-SMALLEST = 512  # bytes of an SQLite file; it takes a smaller one for empty, and would begin a book over it
+MIN_SQLITE_BYTES = 512  # bytes of an SQLite file; it takes a smaller one for empty, and would begin a book over it
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
+class ChainFiles:
     """The files of one chained book, and whether they are there."""
 
-    form: Form
+    form: ChainSchema
     path: Path
     witness: Path | None  # the folder that its owner names or, failing that, its head
 
     @staticmethod
-    def at(path: Path, form: Form, witness: Path | None) -> Kept:
+    def at(path: Path, form: ChainSchema, witness: Path | None) -> ChainFiles:
         """The book at a path; reads its head alone."""
         if witness is None:
             try:
@@ -53,7 +53,7 @@ class Kept:
             except LedgerError:  # whoever looks is told; whoever erases need not be
                 head = None
             witness = None if head is None or head.witness is None else Path(head.witness)
-        return Kept(form=form, path=path, witness=witness)
+        return ChainFiles(form=form, path=path, witness=witness)
 
     @property
     def head(self) -> Path:
@@ -78,7 +78,7 @@ class Kept:
         head = Head.of_file(self.head)
         return self.form.genesis if head is None else head.digest
 
-    def look(self, opened: Callable[[Path, Path | None], Book]) -> Book | None:
+    def open_existing(self, opened: Callable[[Path, Path | None], Store]) -> Store | None:
         """The book, verified; None where there is neither a book nor a trace of a used one.
 
         Raises:
@@ -89,7 +89,7 @@ class Kept:
         if not self.path.is_file():
             if all(head.digest == self.form.genesis for head in heads):
                 return None
-        elif self.path.stat().st_size < SMALLEST and not heads:
+        elif self.path.stat().st_size < MIN_SQLITE_BYTES and not heads:
             size = self.path.stat().st_size
             raise ConfigError(f"{self.path}: no {self.form.noun} here, only {size} bytes")
         # Named to a book that has no witness yet, a folder would become one: that is no part of looking.
@@ -102,13 +102,13 @@ def _head_of(path: Path) -> Path:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Belongings:
+class DeviceState:
     """What one device keeps; made without making, opening or scanning anything."""
 
     device: Device  # to be asked for its files and its policy, not for photos
     photos: Path  # the folder of photos, which may have gone
-    ledger: Kept
-    journal: Kept
+    ledger: ChainFiles
+    journal: ChainFiles
 
     @property
     def index(self) -> Path:
@@ -118,28 +118,28 @@ class Belongings:
     @property
     def indexes(self) -> list[Path]:
         """That index, and those of the folders where this device's photos lay before they were moved."""
-        return list(dict.fromkeys([self.index, *noted_indexes(self.device.state)]))
+        return list(dict.fromkeys([self.index, *registered_indexes(self.device.state)]))
 
     def entries(self) -> list[Entry]:
         """The whole ledger, verified; empty where there is none."""
         read = entries_of(self.ledger)
         return [] if read is None else read[0]
 
-    def lines(self) -> list[Sent | Withdrawn] | None:
+    def transmissions(self) -> list[Transmission | Withdrawal] | None:
         """The whole journal, verified; None where there is none."""
-        read = lines_of(self.journal)
+        read = transmissions_of(self.journal)
         return None if read is None else read[0]
 
     def runs(self) -> list[str]:
         """Every run that ever asked, as far as ledger and journal know, by name."""
-        suffix = figures_book("")
+        suffix = metrics_ledger_key("")
         booked = {entry.run.removesuffix(suffix) for entry in self.entries()}
-        return sorted(booked | {line.run for line in self.lines() or ()})
+        return sorted(booked | {line.run for line in self.transmissions() or ()})
 
 
-def belongings(path: Path) -> Belongings:
+def device_state(path: Path) -> DeviceState:
     """What the device of an owner's file keeps. Raises ConfigError if the file cannot be read."""
-    config = read(path, OwnerConfig)
+    config = read(path, DeviceConfig)
     home = path.resolve().parent
     device = Device(
         name=config.name,
@@ -149,34 +149,34 @@ def belongings(path: Path) -> Belongings:
         server=config.server,
         witness=home / config.witness.expanduser() if config.witness else None,
     )
-    return of_device(device, home / config.photos.expanduser())
+    return state_of_device(device, home / config.photos.expanduser())
 
 
-def of_device(device: Device, photos: Path) -> Belongings:
+def state_of_device(device: Device, photos: Path) -> DeviceState:
     """What a device keeps whose photos lie in this folder."""
-    return Belongings(
+    return DeviceState(
         device=device,
         photos=photos,
-        ledger=Kept.at(device.ledger_path, ledgers.FORM, device.witness),
-        journal=Kept.at(device.journal_path, journals.FORM, device.witness),
+        ledger=ChainFiles.at(device.ledger_path, ledgers.FORM, device.witness),
+        journal=ChainFiles.at(device.journal_path, journals.FORM, device.witness),
     )
 
 
-def _unread(size: int) -> OwnFaces:
+def _unread(size: int) -> DeviceDataset:
     raise FederationError("who looks at a device's books does not read its photos")
 
 
-def entries_of(kept: Kept) -> tuple[list[Entry], str] | None:
+def entries_of(kept: ChainFiles) -> tuple[list[Entry], str] | None:
     """A ledger's entries and its head's digest, verified; None where there is none."""
-    return _steady(kept, lambda: None if (book := kept.look(Ledger.open)) is None else book.entries())
+    return _steady(kept, lambda: None if (book := kept.open_existing(Ledger.open)) is None else book.entries())
 
 
-def lines_of(kept: Kept) -> tuple[list[Sent | Withdrawn], str] | None:
+def transmissions_of(kept: ChainFiles) -> tuple[list[Transmission | Withdrawal], str] | None:
     """A journal's lines and its head's digest, verified; None where there is none."""
-    return _steady(kept, lambda: None if (book := kept.look(Journal.open)) is None else book.lines())
+    return _steady(kept, lambda: None if (book := kept.open_existing(TransmissionLog.open)) is None else book.records())
 
 
-def _steady(kept: Kept, read_all: Callable[[], list[Line] | None]) -> tuple[list[Line], str] | None:
+def _steady(kept: ChainFiles, read_all: Callable[[], list[Line] | None]) -> tuple[list[Line], str] | None:
     """Lines and head of one moment, while a device may be writing; verified, so that the head is the truth."""
     while True:
         before = kept.digest()
@@ -199,15 +199,15 @@ class Verified:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Books:
+class VerifiedState:
     """A ledger and the journal beside it, verified, each alone and against each other."""
 
     entries: list[Entry]
-    lines: list[Sent | Withdrawn] | None  # None: there is no journal
+    lines: list[Transmission | Withdrawal] | None  # None: there is no journal
     verified: tuple[Verified, ...]  # the ledger, then the journal if there is one
 
 
-def verify(ledger: Kept, journal: Kept) -> Books:
+def verify(ledger: ChainFiles, journal: ChainFiles) -> VerifiedState:
     """Check a ledger, the journal beside it, and that each payload was paid for; no journal is no error.
 
     Raises:
@@ -215,22 +215,22 @@ def verify(ledger: Kept, journal: Kept) -> Books:
         LedgerError: One is damaged, or they contradict each other.
     """
     # The journal first: what it names is in the ledger before it is in the journal.
-    left, paid = lines_of(journal), entries_of(ledger)
+    left, paid = transmissions_of(journal), entries_of(ledger)
     if paid is None:
         raise ConfigError(f"{ledger.path}: no ledger here; nothing was booked yet")
     payments([] if left is None else left[0], paid[0])
     verified = [_verified(ledger, len(paid[0]), paid[1])]
     if left is not None:
         verified.append(_verified(journal, len(left[0]), left[1]))
-    return Books(entries=paid[0], lines=None if left is None else left[0], verified=tuple(verified))
+    return VerifiedState(entries=paid[0], lines=None if left is None else left[0], verified=tuple(verified))
 
 
-def _verified(kept: Kept, count: int, head: str) -> Verified:
+def _verified(kept: ChainFiles, count: int, head: str) -> Verified:
     witness = kept.seen_by if kept.witnessed else None
     return Verified(noun=kept.form.noun, path=kept.path, count=count, head=head, witness=witness)
 
 
-def export(books: Books, *, delta: float, unit: Unit, now: datetime) -> str:
+def export(books: VerifiedState, *, delta: float, unit: Unit, now: datetime) -> str:
     """Ledger and journal as JSON text, with their heads and what everything costs together."""
     heads = {book.noun: book.head for book in books.verified}
     lines = None if books.lines is None else [line_record(line) for line in books.lines]
@@ -238,7 +238,7 @@ def export(books: Books, *, delta: float, unit: Unit, now: datetime) -> str:
         "made": now.isoformat(timespec="seconds"),
         "entries": [asdict(entry) for entry in books.entries],  # as they are chained
         "decoded": [
-            {"number": entry.number, "event": json.loads(entry.event), "marks": json.loads(entry.marks)}
+            {"number": entry.number, "event": json.loads(entry.event), "marks": json.loads(entry.metadata)}
             for entry in books.entries
         ],
         "head": heads["ledger"],

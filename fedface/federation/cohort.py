@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from fedface.federation.task import Fault, Reply, Task
+from fedface.federation.task import Failure, Reply, Task
 
-Heard = Callable[[int], None]  # called with the number of a device when its reply is there
+OnReply = Callable[[int], None]  # called with the number of a device when its reply is there
 
 
 class Cohort(Protocol):
@@ -24,6 +24,6 @@ class Cohort(Protocol):
         """
         ...
 
-    def ask(self, task: Task, members: Sequence[int], heard: Heard) -> Mapping[int, Reply | Fault]:
+    def ask(self, task: Task, members: Sequence[int], heard: OnReply) -> Mapping[int, Reply | Failure]:
         """Send one task to some devices and gather what comes back; one entry per member, none missing."""
         ...

@@ -15,30 +15,30 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import assert_never
 
-from fedface.aggregation.protocol import EncryptedConfig
+from fedface.aggregation.protocol import HomomorphicConfig
 from fedface.config import dump, plain
 from fedface.errors import ConfigError, RunError
-from fedface.experiment import DrawnDevices, Experiment, LabelledDevices, RealDevices
+from fedface.experiment import SyntheticDevices, Experiment, LabelledDevices, RemoteDevices
 from fedface.federation.cohort import Cohort
-from fedface.federation.evaluation import score_run
+from fedface.federation.evaluation import evaluate_on_devices
 from fedface.federation.findings import (
-    Attacked,
-    Served,
+    LeakageFinding,
+    MethodEvaluation,
     aggregation_costs,
-    attack_updates,
+    audit_update_leakage,
     examples,
-    make_yardstick,
-    sample_figures,
-    serve_probe,
+    make_reference_set,
+    sample_metrics,
+    evaluate_on_probe,
     tone_record,
 )
-from fedface.federation.rounds import Watcher, run_rounds
-from fedface.federation.simulated import PublicFaces, describe_devices, device_faces, public_faces
-from fedface.federation.state import State, weights_path
+from fedface.federation.rounds import ProgressListener, run_rounds
+from fedface.federation.simulated import PublicProbe, describe_devices, device_faces, public_faces
+from fedface.federation.state import RunState, weights_path
 from fedface.files import replace_text
-from fedface.models.family import Model, Resolved, Styled
+from fedface.models.family import Model, SuperResolutionModel, StyleEncoderModel
 from fedface.models.weights import load_model, save_model, weights_hash
-from fedface.photos.drawn import draw_people
+from fedface.photos.drawn import render_people
 from fedface.privacy.plan import Plan
 from fedface.privacy.target import PrivacyTarget
 from fedface.randomness import Streams
@@ -47,15 +47,15 @@ from fedface.reports.filling import machine_record, plan_record, version_record
 from fedface.reports.quantities import NotMeasured
 from fedface.reports.run import DeviceRecord, PictureRecord, RunRecord, ToneRecord
 from fedface.shapes import Images
-from fedface.training.ways import begin_round, chance_for, common_streams
+from fedface.training.ways import prepare_round, noise_source, common_streams
 from fedface.units import PLURALS, unit_in_words
-from fedface.upsampling.methods import BASELINES, has_one_answer, title_of
+from fedface.upsampling.methods import BASELINES, is_deterministic, title_of
 
-FEWEST_FACES = 40  # on each side of a comparison of samples with faces
-SHOWN = 512  # samples whose tones are counted
+MIN_FACES = 40  # on each side of a comparison of samples with faces
+TONE_SAMPLES = 512  # samples whose tones are counted
 
 
-def begin(experiment: Experiment, folder: Path) -> None:
+def initialize_run(experiment: Experiment, folder: Path) -> None:
     """Make a run's folder: the recipe, the base weights, an empty state.
 
     Raises:
@@ -67,7 +67,7 @@ def begin(experiment: Experiment, folder: Path) -> None:
     save_model(weights_path(folder, 0), experiment.start())
     replace_text(folder / "experiment.yaml", dump(experiment))
     replace_text(folder / "digest", experiment.digest())
-    State(folder, datetime.now(UTC).isoformat(timespec="seconds"), ()).save()
+    RunState(folder, datetime.now(UTC).isoformat(timespec="seconds"), ()).save()
 
 
 def check_same(experiment: Experiment, folder: Path) -> None:
@@ -80,8 +80,8 @@ def check_same(experiment: Experiment, folder: Path) -> None:
         )
 
 
-def coordinate(
-    experiment: Experiment, cohort: Cohort, folder: Path, *, watcher: Watcher, command: str = ""
+def run_experiment(
+    experiment: Experiment, cohort: Cohort, folder: Path, *, watcher: ProgressListener, command: str = ""
 ) -> RunRecord:
     """Run an experiment to its end in a folder that `begin` made, from wherever it stands.
 
@@ -101,45 +101,45 @@ def coordinate(
     size = base.size
     watcher.stage("public faces", 1)
     probe = public_faces(experiment.probe, experiment.seed, size)
-    yardstick = make_yardstick(experiment, probe, size)
-    if len(yardstick.faces) < FEWEST_FACES:
+    yardstick = make_reference_set(experiment, probe, size)
+    if len(yardstick.faces) < MIN_FACES:
         raise ConfigError(
             f"probe: {len(yardstick.faces)} public faces are too few to compare samples with; "
-            f"raise probe.each so that there are at least {FEWEST_FACES}"
+            f"raise probe.each so that there are at least {MIN_FACES}"
         )
-    state = State.read(folder)
+    state = RunState.read(folder)
     away: set[int] = set()  # members whose owners have left
-    state = score_run(experiment, plan, cohort, folder, [("before", base)], state, watcher, away)
+    state = evaluate_on_devices(experiment, plan, cohort, folder, [("before", base)], state, watcher, away)
     state = run_rounds(experiment, plan, cohort, state, yardstick, watcher, away)
     final = load_model(weights_path(folder, experiment.rounds))
-    state = score_run(
+    state = evaluate_on_devices(
         experiment, plan, cohort, folder, [("before", base), ("after", final)], state, watcher, away
     )
     before, after = _serve(experiment, base, final, probe, watcher)
     beside = [
-        serve_probe(base, probe, experiment.upsampling, method, experiment.seed, lambda done, of: None)
+        evaluate_on_probe(base, probe, experiment.upsampling, method, experiment.seed, lambda done, of: None)
         for method in BASELINES
     ]
     watcher.stage("attacks on one update", 1)
-    work = begin_round(final, experiment.training, plan.terms, common_streams(experiment.seed, 0))
-    attacked = attack_updates(
+    work = prepare_round(final, experiment.training, plan.dp_parameters, common_streams(experiment.seed, 0))
+    attacked = audit_update_leakage(
         work, probe, _candidates(experiment, size), plan, experiment.attack, experiment.seed
     )
-    watcher.step(1)
+    watcher.advance(1)
     watcher.stage("cost of encryption", 1)
     # What one device of public faces would send: the sizes and errors are those of a real update.
     streams = Streams(experiment.seed).child("cost")
     update = (
-        work.update(probe.images, chance=chance_for(plan.terms, streams), streams=streams) / work.ranges()
+        work.update(probe.images, chance=noise_source(plan.dp_parameters, streams), streams=streams) / work.ranges()
     )
     costs = aggregation_costs(update.clamp(-1, 1), experiment.aggregation, experiment.agreement)
-    watcher.step(1)
+    watcher.advance(1)
     chance = Streams(experiment.seed)
     samples = {
-        when: yardstick.pictures(model, SHOWN, chance.generator("report samples"))
+        when: yardstick.pictures(model, TONE_SAMPLES, chance.generator("report samples"))
         for when, model in (("before", base), ("after", final))
     }
-    like_devices = None if isinstance(experiment.devices, RealDevices) else yardstick.faces
+    like_devices = None if isinstance(experiment.devices, RemoteDevices) else yardstick.faces
     parts = _Parts(base, final, probe, like_devices, before, after, beside, samples)
     record = RunRecord(
         name=folder.name,
@@ -161,13 +161,13 @@ def coordinate(
             )
             for name, words, count in describe_devices(experiment)
         ),
-        figures_before=sample_figures(base, yardstick, experiment.seed),
+        metrics_before=sample_metrics(base, yardstick, experiment.seed),
         rounds=state.rounds,
         bias_before=before.record,
         bias_after=after.record,
-        left=state.left,
-        private=state.private,
-        beside={title_of(served.method): served.record for served in beside},
+        withdrawals=state.withdrawals,
+        device_metrics=state.device_metrics,
+        reference={title_of(served.method): served.record for served in beside},
         tones=_tones(parts),
         attacks=tuple(attack.record for attack in attacked),
         aggregation=tuple(costs),
@@ -186,17 +186,17 @@ class _Parts:
 
     base: Model
     final: Model
-    probe: PublicFaces
+    probe: PublicProbe
     like_devices: Images | None
-    before: Served
-    after: Served
-    beside: list[Served]  # nearest and bicubic
+    before: MethodEvaluation
+    after: MethodEvaluation
+    beside: list[MethodEvaluation]  # nearest and bicubic
     samples: dict[str, Images]
 
 
 def _serve(
-    experiment: Experiment, base: Model, final: Model, probe: PublicFaces, watcher: Watcher
-) -> tuple[Served, Served]:
+    experiment: Experiment, base: Model, final: Model, probe: PublicProbe, watcher: ProgressListener
+) -> tuple[MethodEvaluation, MethodEvaluation]:
     """The probe upsampled with both sets of weights, side by side."""
     faces = len(probe.images) * experiment.upsampling.faces_per_photo
     method = experiment.method_for(base)
@@ -206,14 +206,14 @@ def _serve(
     def progress(when: str) -> Callable[[int, int], None]:
         def note(so_far: int, of: int) -> None:
             done[when] = round(faces * so_far / max(1, of))
-            watcher.step(sum(done.values()))
+            watcher.advance(sum(done.values()))
 
         return note
 
     with ThreadPoolExecutor(2) as pool:
         searches = [
             pool.submit(
-                serve_probe, model, probe, experiment.upsampling, method, experiment.seed, progress(when)
+                evaluate_on_probe, model, probe, experiment.upsampling, method, experiment.seed, progress(when)
             )
             for model, when in ((base, "before"), (final, "after"))
         ]
@@ -228,7 +228,7 @@ def _candidates(experiment: Experiment, size: int) -> Images:
     if found is not None:
         return found
     streams = Streams(experiment.seed).child("candidates")
-    return draw_people(count, 0.5, size, streams)
+    return render_people(count, 0.5, size, streams)
 
 
 def _tones(parts: _Parts) -> tuple[ToneRecord, ...]:
@@ -241,13 +241,13 @@ def _tones(parts: _Parts) -> tuple[ToneRecord, ...]:
     return (tone_record("devices", "faces mixed like the devices'", parts.like_devices), *made)
 
 
-def _pictures(folder: Path, parts: _Parts, attacked: list[Attacked]) -> dict[str, PictureRecord]:
+def _pictures(folder: Path, parts: _Parts, attacked: list[LeakageFinding]) -> dict[str, PictureRecord]:
     chosen = examples(parts.probe)
     low = parts.before.low[chosen].clamp(0, 1)
     side = low.shape[-1]
     title = title_of(parts.before.method)
     shown = "What the generator draws before and after, from the same latents."
-    if isinstance(parts.base, Styled | Resolved):
+    if isinstance(parts.base, StyleEncoderModel | SuperResolutionModel):
         shown = "What the network answers before and after, to the same faces, mixed like the devices'."
     drawn = {
         "faces": figures.face_grid(
@@ -272,7 +272,7 @@ def _pictures(folder: Path, parts: _Parts, attacked: list[Attacked]) -> dict[str
         ),
         "attack": figures.attack_grid(
             attacked[0].result.truth,
-            [(attack.record.defence, attack.result.recovered) for attack in attacked],
+            [(attack.record.defense, attack.result.recovered) for attack in attacked],
             attacked[0].result.guess,
         ),
     }
@@ -296,7 +296,7 @@ def _pictures(folder: Path, parts: _Parts, attacked: list[Attacked]) -> dict[str
             file="attack.png",
             section="attacks",
             caption="One photo in one update: the truth, what the attack recovered, and a guess.",
-            alt=f"Grid of faces: truth, recovered with {' and with '.join(a.record.defence for a in attacked)}, "
+            alt=f"Grid of faces: truth, recovered with {' and with '.join(a.record.defense for a in attacked)}, "
             "and the mean face",
         ),
     }
@@ -308,18 +308,18 @@ def _notes(experiment: Experiment, plan: Plan, base: Model) -> tuple[str, ...]:
         "One run with one seed: another seed would give other figures within, and sometimes beyond, the intervals.",
         "The distance uses features that need no download; it cannot be compared with published FID figures.",
     ]
-    if isinstance(base, Styled | Resolved):
+    if isinstance(base, StyleEncoderModel | SuperResolutionModel):
         notes.append(
             "An upsampler draws nobody by itself: samples are here its answers to shrunken faces mixed like the "
             "devices', and no person of a private photo was asked."
         )
-    if has_one_answer(experiment.method_for(base)):
+    if is_deterministic(experiment.method_for(base)):
         notes.append(
             f"The {title_of(experiment.method_for(base))} has one answer for a photo that fits many faces; what it "
             "leaves out does not show in a picture of one face."
         )
     match experiment.devices:
-        case DrawnDevices():
+        case SyntheticDevices():
             notes.append(
                 "Devices are pretended and faces are drawn: people vary in ways that drawings do not."
             )
@@ -329,7 +329,7 @@ def _notes(experiment: Experiment, plan: Plan, base: Model) -> tuple[str, ...]:
                 "report compares with the devices' faces is read from their photos themselves, which are public here; "
                 "of private ones nobody could."
             )
-        case RealDevices():
+        case RemoteDevices():
             notes.append(
                 "Of the photos on the devices nothing is published but what the devices told, with noise."
                 if experiment.evaluation is not None
@@ -339,16 +339,16 @@ def _notes(experiment: Experiment, plan: Plan, base: Model) -> tuple[str, ...]:
             assert_never(experiment.devices)
     if experiment.base is None:
         notes.append("The base generator was made from drawn faces of which 85 in 100 have light skin.")
-    if isinstance(plan.promise, PrivacyTarget):
+    if isinstance(plan.privacy, PrivacyTarget):
         notes.append(
-            f"The promise covers {unit_in_words(plan.promise.unit)}. Somebody in many {PLURALS[plan.promise.unit]} is "
+            f"The promise covers {unit_in_words(plan.privacy.unit)}. Somebody in many {PLURALS[plan.privacy.unit]} is "
             "protected less: the losses of all that show them add up."
         )
-    if isinstance(experiment.aggregation, EncryptedConfig):
+    if isinstance(experiment.aggregation, HomomorphicConfig):
         notes.append(
             "All devices share one key for encrypted sums: a device that sees another's upload can read it."
         )
-    if plan.terms.promises and plan.terms.noise_at == "server":
+    if plan.dp_parameters.is_private and plan.dp_parameters.noise_at == "server":
         bare = "bare update" if experiment.evaluation is None else "bare update and bare figures"
         notes.append(
             f"The server is trusted: it reads each device's {bare} and could keep it; no figure here says what it "

@@ -19,36 +19,36 @@ from pathlib import Path
 
 import torch
 
-from fedface.aggregation.encrypted import EncryptedKeys, make_device
-from fedface.aggregation.protocol import AggregationConfig, Agreement, EncryptedConfig, Payload, PlainConfig
+from fedface.aggregation.encrypted import HomomorphicKeys, make_device
+from fedface.aggregation.protocol import AggregationConfig, AggregationParameters, HomomorphicConfig, Payload, PlainConfig
 from fedface.config import kind_of, plain
 from fedface.errors import FederationError, PolicyRefusal, PrivacyError, WeightsError
-from fedface.federation.figures import check_question, figure_ranges, figures_of
+from fedface.federation.figures import check_request, metric_ranges, compute_local_metrics
 from fedface.federation.task import (
     EvaluateTask,
     Refusal,
     Reply,
-    Revealed,
-    RevealTask,
-    Scored,
+    DecryptResult,
+    DecryptTask,
+    EvaluateResult,
     Task,
-    Trained,
+    TrainResult,
     TrainTask,
     protection_of,
     vector_bytes,
 )
-from fedface.models.family import Model, Shape
-from fedface.models.weights import filled, weights_hash
-from fedface.photos.own import OwnFaces
+from fedface.models.family import Model, Architecture
+from fedface.models.weights import model_from_vectors, weights_hash
+from fedface.photos.own import DeviceDataset
 from fedface.privacy.books import check_books
-from fedface.privacy.conditions import NotNow
-from fedface.privacy.journal import OF_FIGURES, Journal, What
+from fedface.privacy.conditions import ConditionsNotMet
+from fedface.privacy.journal import OF_FIGURES, TransmissionLog, TransmissionKind
 from fedface.privacy.ledger import Entry, Ledger
-from fedface.privacy.plan import Terms
+from fedface.privacy.plan import DPParameters
 from fedface.privacy.policy import EVALUATION, DevicePolicy
 from fedface.randomness import Streams
 from fedface.shapes import Vector
-from fedface.training.ways import begin_round, chance_for, common_streams, objective_of
+from fedface.training.ways import prepare_round, noise_source, common_streams, objective_of
 
 log = logging.getLogger("fedface.device")
 
@@ -60,7 +60,7 @@ class Device:
     """What a device is made of; the photos are read when a round needs them, not before."""
 
     name: str  # the public name in logs and reports
-    photos: Callable[[int], OwnFaces]  # size in pixels -> all aligned faces, and which belong together
+    photos: Callable[[int], DeviceDataset]  # size in pixels -> all aligned faces, and which belong together
     policy: DevicePolicy
     state: Path  # folder of the ledger, the journal and the shared key, readable by the owner alone
     ready: Callable[[], None] = lambda: None  # raises NotNow, before a booking, while photos cannot be read
@@ -86,12 +86,12 @@ class Device:
         """The ledger, verified. Raises LedgerError."""
         return Ledger.open(self.ledger_path, witness=self.witness)
 
-    def journal(self) -> Journal:
+    def journal(self) -> TransmissionLog:
         """The journal, verified. Raises LedgerError."""
-        return Journal.open(self.journal_path, witness=self.witness)
+        return TransmissionLog.open(self.journal_path, witness=self.witness)
 
 
-def serve(task: Task, device: Device) -> Reply:
+def handle_task(task: Task, device: Device) -> Reply:
     """Answer one task, or say no; what is answered is in the journal when this returns.
 
     Raises:
@@ -113,17 +113,17 @@ def serve(task: Task, device: Device) -> Reply:
                 reply, entry = _train(task, device, ledger)
             case EvaluateTask():
                 reply, entry = _evaluate(task, device, ledger)
-            case RevealTask():
+            case DecryptTask():
                 reply = _reveal(task, device, ledger)
     except PolicyRefusal as refusal:
-        if isinstance(refusal, NotNow):
+        if isinstance(refusal, ConditionsNotMet):
             log.warning("%s", refusal.private)  # what the owner may know, and the server need not
         reply = Refusal(device=device.name, reason=str(refusal))
     try:
         return _noted(reply, task, device, journal, entry)
     except PolicyRefusal:  # its owner left while it was computed: what was kept is dropped with the rest
-        if not isinstance(task, RevealTask):
-            ledger.forget_replies(task.book)
+        if not isinstance(task, DecryptTask):
+            ledger.delete_replies(task.ledger_key)
         return _noted(_left(device), task, device, journal, entry=None)
 
 
@@ -131,15 +131,15 @@ def _left(device: Device) -> Refusal:
     return Refusal(device=device.name, reason="its owner has left this run", withdrawn=True)
 
 
-def _noted(reply: Reply, task: Task, device: Device, journal: Journal, entry: Entry | None) -> Reply:
+def _noted(reply: Reply, task: Task, device: Device, journal: TransmissionLog, entry: Entry | None) -> Reply:
     """The reply, once the journal has it on disk."""
-    what: What
+    what: TransmissionKind
     match reply:
-        case Trained(payload=payload):
+        case TrainResult(payload=payload):
             what, sent, protection = "update", payload, protection_of(task)
-        case Scored(payload=payload):
+        case EvaluateResult(payload=payload):
             what, sent, protection = "figures", payload, protection_of(task)
-        case Revealed(total=total):
+        case DecryptResult(total=total):
             what, sent, protection = (
                 "opened sum",
                 vector_bytes(total),
@@ -148,9 +148,9 @@ def _noted(reply: Reply, task: Task, device: Device, journal: Journal, entry: En
         case Refusal(reason=reason):
             what, sent, protection = "refusal", reason.encode(), "nothing of a photo is in it"
     words = reply.reason if isinstance(reply, Refusal) else ""
-    if isinstance(task, RevealTask) and task.of == "figures" and not words:
+    if isinstance(task, DecryptTask) and task.count == "figures" and not words:
         words = OF_FIGURES
-    journal.note_sent(
+    journal.record_transmission(
         sent,
         run=task.run,
         round=task.round,
@@ -164,52 +164,52 @@ def _noted(reply: Reply, task: Task, device: Device, journal: Journal, entry: En
 
 
 def _train(task: TrainTask, device: Device, ledger: Ledger) -> tuple[Reply, Entry | None]:
-    agreed = task.agreed
-    if agreed.training.schedule() != agreed.terms.schedule:
+    agreed = task.config
+    if agreed.training.schedule() != agreed.dp.schedule:
         raise PrivacyError("the task's training schedule and its privacy terms differ; nothing was computed")
-    work = _Work(
+    work = _ReleaseTransaction(
         task=task,
         device=device,
         ledger=ledger,
-        terms=agreed.terms,
+        terms=agreed.dp,
         aggregation=agreed.aggregation,
         agreement=agreed.agreement,
         objective=objective_of(agreed.training),
         marks={
             "training": kind_of(type(agreed.training)),
-            "recipe": _recipe(plain(agreed.training), plain(agreed.shape), agreed.held_out),
+            "recipe": _recipe(plain(agreed.training), plain(agreed.architecture), agreed.holdout_fraction),
         },
     )
     if (kept := work.kept()) is not None:
         return kept
-    model = _asked_model(task, agreed.shape)
-    begun = begin_round(model, agreed.training, agreed.terms, common_streams(task.seed, task.round))
+    model = _asked_model(task, agreed.architecture)
+    begun = prepare_round(model, agreed.training, agreed.dp, common_streams(task.seed, task.round))
     streams = Streams(task.seed).child(f"{device.name}/{task.round}")
 
-    def compute(own: OwnFaces) -> Vector:
-        mine, _ = own.split(agreed.held_out, agreed.terms.unit)
-        if agreed.terms.unit == "library" and len(mine) == 0:
+    def compute(own: DeviceDataset) -> Vector:
+        mine, _ = own.split(agreed.holdout_fraction, agreed.dp.unit)
+        if agreed.dp.unit == "library" and len(mine) == 0:
             # The neighbour of a library is an empty one, and what an empty one adds to the sum is nothing.
             return torch.zeros_like(begun.ranges())
         update = begun.update(
             mine.images,
-            chance=chance_for(agreed.terms, streams),
+            chance=noise_source(agreed.dp, streams),
             streams=streams,
-            units=mine.units(agreed.terms.unit),
+            units=mine.units(agreed.dp.unit),
         )
-        return _cut(update / begun.ranges(), agreed.terms)
+        return _cut(update / begun.ranges(), agreed.dp)
 
     payload, seconds, entry = work.release(compute, model.size)
-    return Trained(device=device.name, payload=payload, seconds_protect=seconds), entry
+    return TrainResult(device=device.name, payload=payload, seconds_protect=seconds), entry
 
 
 def _evaluate(task: EvaluateTask, device: Device, ledger: Ledger) -> tuple[Reply, Entry | None]:
-    asked = task.question
-    work = _Work(
+    asked = task.request
+    work = _ReleaseTransaction(
         task=task,
         device=device,
         ledger=ledger,
-        terms=asked.terms,
+        terms=asked.dp,
         aggregation=asked.aggregation,
         agreement=asked.agreement,
         objective=EVALUATION,
@@ -218,38 +218,38 @@ def _evaluate(task: EvaluateTask, device: Device, ledger: Ledger) -> tuple[Reply
             "recipe": _recipe(
                 plain(asked.method),
                 plain(asked.downscale),
-                plain(asked.figures),
-                plain(asked.shape),
-                asked.held_out,
+                plain(asked.metrics),
+                plain(asked.architecture),
+                asked.holdout_fraction,
             ),
         },
     )
     if (kept := work.kept()) is not None:
         return kept
-    model = _asked_model(task, asked.shape)
-    check_question(asked, model)
-    ranges = figure_ranges(asked)
+    model = _asked_model(task, asked.architecture)
+    check_request(asked, model)
+    ranges = metric_ranges(asked)
 
-    def compute(own: OwnFaces) -> Vector:
-        mine = own.split(asked.held_out, asked.terms.unit)[1] if asked.held_out > 0 else own
-        chance = chance_for(asked.terms, Streams(task.seed).child(f"{device.name}/figures/{task.round}"))
-        told = figures_of(model, mine, asked, seed=task.seed, chance=chance)
-        return _cut(told / ranges, asked.terms)
+    def compute(own: DeviceDataset) -> Vector:
+        mine = own.split(asked.holdout_fraction, asked.dp.unit)[1] if asked.holdout_fraction > 0 else own
+        chance = noise_source(asked.dp, Streams(task.seed).child(f"{device.name}/figures/{task.round}"))
+        told = compute_local_metrics(model, mine, asked, seed=task.seed, chance=chance)
+        return _cut(told / ranges, asked.dp)
 
     payload, seconds, entry = work.release(compute, model.size)
-    return Scored(device=device.name, payload=payload, seconds_protect=seconds), entry
+    return EvaluateResult(device=device.name, payload=payload, seconds_protect=seconds), entry
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Work:
+class _ReleaseTransaction:
     """One release on its way: admitted, booked, computed, protected, kept."""
 
     task: TrainTask | EvaluateTask
     device: Device
     ledger: Ledger
-    terms: Terms
+    terms: DPParameters
     aggregation: AggregationConfig
-    agreement: Agreement
+    agreement: AggregationParameters
     objective: str
     marks: dict[str, str]
 
@@ -276,17 +276,17 @@ class _Work:
                 "could add noise to a sum that the server cannot read; nothing was computed"
             )
         # What the owner allows today holds for kept answers too, but for the price, which was paid.
-        device.policy.agree(self.terms, task.cohort, self.aggregation.kind, self.objective)
-        kept = ledger.stored_reply(task.book, task.round)
+        device.policy.check_static(self.terms, task.cohort, self.aggregation.kind, self.objective)
+        kept = ledger.load_reply(task.ledger_key, task.round)
         if kept is not None:
             # Books nothing, and fails if the kept bytes answer another release.
-            entry = device.policy.book(
-                self.terms, ledger, run=task.book, round=task.round, marks=self._all_marks()
+            entry = device.policy.record(
+                self.terms, ledger, run=task.ledger_key, round=task.round, marks=self._all_marks()
             )
             if kept == FAILED:
                 closed = "this round failed on this device and is closed"
                 return Refusal(device=device.name, reason=closed), None
-            answer = Trained if isinstance(task, TrainTask) else Scored
+            answer = TrainResult if isinstance(task, TrainTask) else EvaluateResult
             return answer(device=device.name, payload=kept, seconds_protect=0.0), entry
         device.policy.admit(
             self.terms,
@@ -294,13 +294,13 @@ class _Work:
             self.aggregation.kind,
             self.objective,
             ledger,
-            run=task.book,
+            run=task.ledger_key,
             round=task.round,
         )
         device.ready()
         return None
 
-    def release(self, compute: Callable[[OwnFaces], Vector], size: int) -> tuple[bytes, float, Entry]:
+    def release(self, compute: Callable[[DeviceDataset], Vector], size: int) -> tuple[bytes, float, Entry]:
         """Book, compute and keep: the payload, the seconds that protecting it took, and what paid for it.
 
         Whatever goes wrong once photos are opened, the answer is that of a device without photos: noise alone. An
@@ -315,10 +315,10 @@ class _Work:
         task, device, ledger = self.task, self.device, self.ledger
         sums = make_device(self.aggregation, self.agreement, _key(self.aggregation, device))
         # Book before reading a photo: a crash from here on may waste budget, never overspend it.
-        entry = device.policy.book(
-            self.terms, ledger, run=task.book, round=task.round, marks=self._all_marks()
+        entry = device.policy.record(
+            self.terms, ledger, run=task.ledger_key, round=task.round, marks=self._all_marks()
         )
-        ledger.begin(task.book, task.round, attempt=entry.attempt)
+        ledger.record_attempt(task.ledger_key, task.round, attempt=entry.attempt)
         try:
             vector: Vector | None = None
             try:
@@ -327,21 +327,21 @@ class _Work:
                 # As text: a kept traceback would hold on to the photos.
                 log.error("this round is answered with noise alone\n%s", traceback.format_exc())
             if vector is None:  # out of the handler, which holds on to the photos
-                vector = compute(OwnFaces.strangers(torch.zeros(0, 3, size, size)))
+                vector = compute(DeviceDataset.independent(torch.zeros(0, 3, size, size)))
             started = time.perf_counter()
             payload = sums.protect(vector, task.round).to_bytes()
             seconds = time.perf_counter() - started
         except Exception:
             # Without photos it went wrong as well, so that this says nothing of them; it is not tried again.
-            ledger.store_reply(task.book, task.round, FAILED, attempt=entry.attempt)
+            ledger.store_reply(task.ledger_key, task.round, FAILED, attempt=entry.attempt)
             raise
-        ledger.store_reply(task.book, task.round, payload, attempt=entry.attempt)
+        ledger.store_reply(task.ledger_key, task.round, payload, attempt=entry.attempt)
         return payload, seconds, entry
 
 
-def _asked_model(task: TrainTask | EvaluateTask, shape: Shape) -> Model:
+def _asked_model(task: TrainTask | EvaluateTask, shape: Architecture) -> Model:
     """The model that the task is about, if its weights are those that it names; raises WeightsError."""
-    model = filled(shape, task.weights, task.buffers)
+    model = model_from_vectors(shape, task.weights, task.buffers)
     # The ledger remembers weights by their hash, which is the server's word until it is computed here.
     if (found := weights_hash(*model.modules())) != task.model:
         raise WeightsError(
@@ -350,9 +350,9 @@ def _asked_model(task: TrainTask | EvaluateTask, shape: Shape) -> Model:
     return model
 
 
-def _cut(update: Vector, terms: Terms) -> Vector:
+def _cut(update: Vector, terms: DPParameters) -> Vector:
     """All that one device says at once, at the length that a promise per library allows; otherwise untouched."""
-    mechanism = terms.sum_mechanism()
+    mechanism = terms.central_mechanism()
     return update if mechanism is None else mechanism.clip(update)
 
 
@@ -362,28 +362,28 @@ def _recipe(*parts: object) -> str:
     return hashlib.sha256(said.encode()).hexdigest()
 
 
-def _reveal(task: RevealTask, device: Device, ledger: Ledger) -> Reply:
-    device.policy.may_open(task.aggregation.kind)
-    if not ledger.already(task.book, task.round):
+def _reveal(task: DecryptTask, device: Device, ledger: Ledger) -> Reply:
+    device.policy.check_decryption(task.aggregation.kind)
+    if not ledger.is_recorded(task.book, task.round):
         return Refusal(
             device=device.name,
             reason=f"this device has no part in round {task.round} of {task.run}, so it opens no sum of it",
         )
     config = task.aggregation
-    if isinstance(config, EncryptedConfig):
+    if isinstance(config, HomomorphicConfig):
         # How few updates a sum may hold is the owner's word, whatever the server's task says.
-        fewest = max(config.fewest_devices, device.policy.smallest_cohort)
+        fewest = max(config.min_devices, device.policy.min_cohort_size)
         config = replace(config, fewest_devices=fewest)
     sums = make_device(config, task.agreement, _key(config, device))
     total = Payload.from_bytes(task.total)
     if total.round != task.round:
         raise FederationError(f"wanted the sum of round {task.round}, got one of round {total.round}")
-    return Revealed(device=device.name, total=sums.reveal(total))
+    return DecryptResult(device=device.name, total=sums.reveal(total))
 
 
-def _key(config: AggregationConfig, device: Device) -> EncryptedKeys | None:
+def _key(config: AggregationConfig, device: Device) -> HomomorphicKeys | None:
     match config:
         case PlainConfig():
             return None
-        case EncryptedConfig():
-            return EncryptedKeys.load(device.key_path)
+        case HomomorphicConfig():
+            return HomomorphicKeys.load(device.key_path)

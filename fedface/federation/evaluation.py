@@ -11,23 +11,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedface.audits.private_figures import FiguresConfig
-from fedface.audits.private_reading import PrivateFigures, read_figures
+from fedface.audits.private_figures import LocalMetricsConfig
+from fedface.audits.private_reading import DPMetricEstimates, estimate_metrics
 from fedface.experiment import Experiment
 from fedface.federation.cohort import Cohort
-from fedface.federation.figures import figure_ranges
-from fedface.federation.rounds import Forgetting, Watcher
-from fedface.federation.state import State
-from fedface.federation.summing import Gathered, gather, noised_sum
-from fedface.federation.task import EvaluateTask, Question
+from fedface.federation.figures import metric_ranges
+from fedface.federation.rounds import WithdrawalHandler, ProgressListener
+from fedface.federation.state import RunState
+from fedface.federation.summing import RoundSum, collect_and_sum, noised_sum
+from fedface.federation.task import EvaluateTask, EvaluationRequest
 from fedface.models.family import Model
-from fedface.models.weights import buffers_of, vector_of, weights_hash
+from fedface.models.weights import flatten_buffers, flatten_parameters, weights_hash
 from fedface.privacy.accounting import epsilon_of
-from fedface.privacy.plan import Plan, Terms
+from fedface.privacy.plan import Plan, DPParameters
 from fedface.privacy.target import PrivacyTarget
 from fedface.randomness import Streams
 from fedface.reports.filling import epsilon_record, private_record
-from fedface.reports.private_record import PrivateRecord
+from fedface.reports.private_record import DeviceMetricsRecord
 from fedface.reports.quantities import Epsilon, NotMeasured
 from fedface.shapes import Vector
 from fedface.upsampling.methods import title_of
@@ -38,14 +38,14 @@ class Scores:
     """What the devices told of one model."""
 
     total: Vector  # noised, (d,)
-    record: PrivateRecord
-    gathered: Gathered
+    record: DeviceMetricsRecord
+    gathered: RoundSum
 
 
-def ask_figures(
+def request_metrics(
     experiment: Experiment,
-    terms: Terms,
-    figures: FiguresConfig,
+    terms: DPParameters,
+    figures: LocalMetricsConfig,
     cohort: Cohort,
     members: Sequence[int],
     model: Model,
@@ -54,7 +54,7 @@ def ask_figures(
     number: int,
     name: str,
     held_out: float,
-    watcher: Watcher,
+    watcher: ProgressListener,
     gone: Callable[[Mapping[int, str]], None],
 ) -> Scores:
     """Have every member score a model on its own photos.
@@ -77,30 +77,30 @@ def ask_figures(
         FederationError: Too few usable answers, or nobody could open the sum.
     """
     figures = figures.for_unit(terms.unit)
-    question = Question(
-        terms=terms,
-        shape=model.shape,
+    question = EvaluationRequest(
+        dp=terms,
+        architecture=model.architecture,
         method=experiment.method_for(model),
         downscale=experiment.upsampling.downscale,
-        figures=figures,
+        metrics=figures,
         aggregation=experiment.aggregation,
         agreement=experiment.agreement,
-        held_out=held_out,
+        holdout_fraction=held_out,
     )
     task = EvaluateTask(
         run=run,
         round=number,
         cohort=len(members),
         seed=Streams(experiment.seed).child("figures").seed,
-        question=question,
-        weights=vector_of(*model.modules()),
-        buffers=buffers_of(*model.modules()),
+        request=question,
+        weights=flatten_parameters(*model.modules()),
+        buffers=flatten_buffers(*model.modules()),
         model=weights_hash(*model.modules()),
     )
-    ranges = figure_ranges(question)
-    gathered = gather(experiment, cohort, members, task, len(ranges), watcher.step, gone)
+    ranges = metric_ranges(question)
+    gathered = collect_and_sum(experiment, cohort, members, task, len(ranges), watcher.advance, gone)
     total = noised_sum(gathered.total, terms) * ranges
-    read = read_told(total, terms, figures, gathered.count)
+    read = decode_total(total, terms, figures, gathered.count)
     record = private_record(
         read,
         when=name,
@@ -115,7 +115,7 @@ def ask_figures(
     return Scores(total=total, record=record, gathered=gathered)
 
 
-def read_told(total: Vector, terms: Terms, figures: FiguresConfig, devices: int) -> PrivateFigures:
+def decode_total(total: Vector, terms: DPParameters, figures: LocalMetricsConfig, devices: int) -> DPMetricEstimates:
     """The figures in a noised total: it holds one noise of each device, or one of the server.
 
     Args:
@@ -127,7 +127,7 @@ def read_told(total: Vector, terms: Terms, figures: FiguresConfig, devices: int)
     Raises:
         AggregationError: No sum of figures with this noise looks like this total.
     """
-    return read_figures(
+    return estimate_metrics(
         total,
         config=figures.for_unit(terms.unit),
         clip_norm=terms.schedule.clip_norm,
@@ -137,18 +137,18 @@ def read_told(total: Vector, terms: Terms, figures: FiguresConfig, devices: int)
     )
 
 
-def _price(experiment: Experiment, terms: Terms) -> Epsilon | NotMeasured:
+def _price(experiment: Experiment, terms: DPParameters) -> Epsilon | NotMeasured:
     """What one question costs one unit."""
-    if isinstance(experiment.promise, PrivacyTarget):
-        delta = experiment.promise.delta
+    if isinstance(experiment.privacy, PrivacyTarget):
+        delta = experiment.privacy.delta
         return epsilon_record(epsilon_of(terms.event(1), delta), delta=delta, unit=terms.unit)
     return NotMeasured(not_measured="the run adds no noise, so there is no bound")
 
 
-def score_run(
+def evaluate_on_devices(
     experiment: Experiment, plan: Plan, cohort: Cohort, folder: Path, models: Sequence[tuple[str, Model]],
-    state: State, watcher: Watcher, away: set[int],
-) -> State:  # fmt: skip
+    state: RunState, watcher: ProgressListener, away: set[int],
+) -> RunState:  # fmt: skip
     """Ask about each model of a run that has not been asked about yet, such as ("before", base).
 
     Members in `away` have left and are not asked; those who leave now join it.
@@ -159,17 +159,17 @@ def score_run(
     config = experiment.evaluation
     if config is None:
         return state
-    (terms,) = plan.beside
+    (terms,) = plan.additional_releases
     everybody = cohort.members(experiment.devices.count)[: experiment.devices.count]
     for number, (name, model) in enumerate(models, start=1):
-        if any(record.when == name for record in state.private):
+        if any(record.when == name for record in state.device_metrics):
             continue
         members = [member for member in everybody if member not in away]
         watcher.stage(f"devices score the model {name} the run on their own photos", len(members))
-        forgetting = Forgetting(state, plan, away)
-        scores = ask_figures(
-            experiment, terms, config.figures, cohort, members, model, run=folder.name, number=number,
-            name=name, held_out=config.held_out, watcher=watcher, gone=forgetting.forget,
+        forgetting = WithdrawalHandler(state, plan, away)
+        scores = request_metrics(
+            experiment, terms, config.metrics, cohort, members, model, run=folder.name, number=number,
+            name=name, held_out=config.holdout_fraction, watcher=watcher, gone=forgetting.drop,
         )  # fmt: skip
-        state = forgetting.state.scored(scores.record)
+        state = forgetting.state.with_device_metrics(scores.record)
     return state

@@ -23,47 +23,47 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedface.audits.private_figures import (
-    FiguresConfig,
-    figure_vectors,
+    LocalMetricsConfig,
+    metric_vectors,
     measure_photos,
     ranges,
-    shared_by_unit,
+    average_within_unit,
 )
 from fedface.errors import ConfigError
-from fedface.federation.task import Question
+from fedface.federation.task import EvaluationRequest
 from fedface.models.family import Model
 from fedface.photos.detectors import NetworkDetector
-from fedface.photos.own import OwnFaces
+from fedface.photos.own import DeviceDataset
 from fedface.randomness import Streams
 from fedface.shapes import Images, Vector, in_floats
 from fedface.training.private_steps import private_sum_of
-from fedface.training.unit_sums import Chance
-from fedface.upsampling.guidance import GuidanceConfig
+from fedface.training.unit_sums import NoiseSource
+from fedface.upsampling.guidance import GuidedFlowConfig
 from fedface.upsampling.methods import (
-    EncodeThenPulseConfig,
+    PulseEncoderInitConfig,
     Method,
     check_method,
-    evaluations_of,
+    evaluation_count,
     make_upsampler,
-    side_by_side,
+    with_workers,
 )
 from fedface.upsampling.pulse import PulseConfig
 
 log = logging.getLogger("fedface.device")
 
-MOST_EVALUATIONS = 2_000  # of a network for one face
-MOST_MEASURED = 3_072  # numbers of a small photo of which a square matrix is made, 32 px a side
-MOST_SAMPLES = 1_000_000  # latents that the distribution of styles is read from
+MAX_EVALUATIONS = 2_000  # of a network for one face
+MAX_LINEAR_SIZE = 3_072  # numbers of a small photo of which a square matrix is made, 32 px a side
+MAX_SAMPLES = 1_000_000  # latents that the distribution of styles is read from
 DETECTION_SIDE = 96  # pixels at which a detector looks at a made face: smaller ones are enlarged
 
 
-def check_question(question: Question, model: Model) -> None:
+def check_request(question: EvaluationRequest, model: Model) -> None:
     """Refuse what no device should begin with; reads no photo.
 
     Raises:
         ConfigError: The terms are not those of figures, the downscale adds noise, or it keeps a device busy for days.
     """
-    terms = question.terms
+    terms = question.dp
     if terms.schedule.steps_per_round != 1:
         raise ConfigError(
             f"figures are one release a question, got {terms.schedule.steps_per_round} steps a round"
@@ -73,24 +73,24 @@ def check_question(question: Question, model: Model) -> None:
             "the downscale of a question must add no noise: figures of one photo must be its own"
         )
     # A stranger's question must not keep a device busy for days, nor fill its memory before a photo is looked at.
-    if (asked := evaluations_of(question.method)) > MOST_EVALUATIONS:
+    if (asked := evaluation_count(question.method)) > MAX_EVALUATIONS:
         raise ConfigError(
-            f"a question may run a network {MOST_EVALUATIONS:,} times for a face, asked for {asked:,}"
+            f"a question may run a network {MAX_EVALUATIONS:,} times for a face, asked for {asked:,}"
         )
     match question.method:
-        case GuidanceConfig(covariance="isotropic"):
+        case GuidedFlowConfig(covariance="isotropic"):
             measured = 3 * question.downscale.low_side(model.size) ** 2
-            if measured > MOST_MEASURED:
+            if measured > MAX_LINEAR_SIZE:
                 raise ConfigError(
                     f"guidance with covariance isotropic takes apart a matrix of {measured:,} rows; a question may ask "
-                    f"for {MOST_MEASURED:,}"
+                    f"for {MAX_LINEAR_SIZE:,}"
                 )
         case (
             PulseConfig(mapping_samples=samples)
-            | EncodeThenPulseConfig(pulse=PulseConfig(mapping_samples=samples))
+            | PulseEncoderInitConfig(pulse=PulseConfig(mapping_samples=samples))
         ):
-            if samples > MOST_SAMPLES:
-                raise ConfigError(f"a question may draw {MOST_SAMPLES:,} latents, asked for {samples:,}")
+            if samples > MAX_SAMPLES:
+                raise ConfigError(f"a question may draw {MAX_SAMPLES:,} latents, asked for {samples:,}")
         case _:
             pass
     check_method(question.method, model, question.downscale, size=model.size)
@@ -103,12 +103,12 @@ def check_question(question: Question, model: Model) -> None:
         ) from error
 
 
-def figure_ranges(question: Question) -> Vector:
+def metric_ranges(question: EvaluationRequest) -> Vector:
     """Public bounds of the numbers that a device sends, shape (d,), all > 0."""
-    return ranges(question.figures, clip_norm=question.terms.schedule.clip_norm)
+    return ranges(question.metrics, clip_norm=question.dp.schedule.clip_norm)
 
 
-def figures_of(model: Model, mine: OwnFaces, question: Question, *, seed: int, chance: Chance) -> Vector:
+def compute_local_metrics(model: Model, mine: DeviceDataset, question: EvaluationRequest, *, seed: int, chance: NoiseSource) -> Vector:
     """The sum over this device's units, noised where its steps add the noise, shape (d,).
 
     Per library it is the mean over the photos that were drawn, 16 at most: cut and noised as one vector, see device.py.
@@ -123,7 +123,7 @@ def figures_of(model: Model, mine: OwnFaces, question: Question, *, seed: int, c
     Raises:
         ConfigError: The method does not go with the model.
     """
-    terms, config = question.terms, question.figures
+    terms, config = question.dp, question.metrics
     answer = _answerer(model, question, seed)
     units = mine.units(terms.unit)
 
@@ -131,7 +131,7 @@ def figures_of(model: Model, mine: OwnFaces, question: Question, *, seed: int, c
         parts = [
             _answered(answer, in_floats(mine.images[i : i + 1]).clone(), config) for i in positions.tolist()
         ]
-        return shared_by_unit(torch.cat(parts), units[positions])
+        return average_within_unit(torch.cat(parts), units[positions])
 
     return private_sum_of(
         rows,
@@ -146,9 +146,9 @@ def figures_of(model: Model, mine: OwnFaces, question: Question, *, seed: int, c
 Answerer = Callable[[Images], Tensor]  # one photo (1, 3, s, s) -> its vector (1, d)
 
 
-def _answerer(model: Model, question: Question, seed: int) -> Answerer:
+def _answerer(model: Model, question: EvaluationRequest, seed: int) -> Answerer:
     """What turns a photo into its vector; how long it takes is decided by the question, not by the photo."""
-    method = _to_the_end(side_by_side(question.method, 1))
+    method = _to_the_end(with_workers(question.method, 1))
     streams = Streams(seed).child("figures")
     upsampler = make_upsampler(method, model, question.downscale, streams, size=model.size)
     detector = NetworkDetector()
@@ -158,13 +158,13 @@ def _answerer(model: Model, question: Question, seed: int) -> Answerer:
         found = upsampler.upsample(low, faces_per_photo=1)
         made = found.images[:, 0]
         seen = torch.tensor([bool(detector.find(_as_picture(made[0])))])
-        measured = measure_photos(photo, made, found.misfit[:, 0], seen, question.figures)
-        return figure_vectors(measured, question.figures, clip_norm=question.terms.schedule.clip_norm)
+        measured = measure_photos(photo, made, found.consistency_error[:, 0], seen, question.metrics)
+        return metric_vectors(measured, question.metrics, clip_norm=question.dp.schedule.clip_norm)
 
     return answer
 
 
-def _answered(answer: Answerer, photo: Images, config: FiguresConfig) -> Tensor:
+def _answered(answer: Answerer, photo: Images, config: LocalMetricsConfig) -> Tensor:
     """One photo's vector, (1, d); zeros where a network broke on it, since an error would be an answer of its own."""
     try:
         return answer(photo)
@@ -178,7 +178,7 @@ def _to_the_end(method: Method) -> Method:
     match method:
         case PulseConfig():
             return replace(method, until="end")
-        case EncodeThenPulseConfig(pulse=pulse):
+        case PulseEncoderInitConfig(pulse=pulse):
             return replace(method, pulse=replace(pulse, until="end"))
         case _:
             return method

@@ -15,41 +15,41 @@ import torch
 from torch import nn
 
 from fedface.aggregation.encrypted import make_device, make_keys, make_server
-from fedface.aggregation.protocol import AggregationConfig, Agreement, EncryptedConfig, PlainConfig
+from fedface.aggregation.protocol import AggregationConfig, AggregationParameters, HomomorphicConfig, PlainConfig
 from fedface.audits.bias import DARKER_FROM, BiasReport, measure_bias, tone_histogram
 from fedface.audits.disaggregate import mean_interval, rate_interval
 from fedface.audits.features import compare_faces
 from fedface.audits.inversion import (
     AttackResult,
     CosineSearch,
-    NoDefence,
+    NoDefense,
     attack_update,
-    gallery_attack,
+    candidate_identification,
 )
 from fedface.experiment import AttackConfig, Experiment, UpsamplingConfig
-from fedface.federation.simulated import PublicFaces, device_faces
-from fedface.models.family import Model, Resolved, Styled
+from fedface.federation.simulated import PublicProbe, device_faces
+from fedface.models.family import Model, SuperResolutionModel, StyleEncoderModel
 from fedface.models.weights import weights_hash
 from fedface.photos.tone import measure_tone
 from fedface.privacy.mechanism import GaussianSum
 from fedface.privacy.plan import Plan
 from fedface.randomness import Streams
 from fedface.reports.filling import attack_record, bias_record, defence_words, measured
-from fedface.reports.quantities import Figure, NotMeasured
+from fedface.reports.quantities import Measurement, NotMeasured
 from fedface.reports.run import AggregationRecord, AttackRecord, BiasRecord, ToneRecord
 from fedface.shapes import Images, LowImages, Vector
-from fedface.training.ways import Round
+from fedface.training.ways import TrainingRound
 from fedface.upsampling.contracts import Upsampled
-from fedface.upsampling.degrade import Degradation, measure
-from fedface.upsampling.methods import BASELINES, Method, fitting_method, make_upsampler
+from fedface.upsampling.degrade import Degradation, apply_degradation
+from fedface.upsampling.methods import BASELINES, Method, default_method, make_upsampler
 
-FEWEST_FACES = 40  # that a distance can be measured from
+MIN_FACES = 40  # that a distance can be measured from
 SAMPLES = 256  # faces drawn from the generator for every figure of a round
 MONK_NAMES = tuple(f"Monk {step}" for step in range(1, 11))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Yardstick:
+class ReferenceSet:
     """What every model of a run is measured by."""
 
     faces: Images  # like the devices'
@@ -64,33 +64,33 @@ class Yardstick:
             count: How many; an upsampler makes at most one of each face that it is asked.
             chance: Where a generator's latents are drawn from.
         """
-        if isinstance(model, Styled | Resolved):
-            return answers(model, self.asked[:count], self.downscale)
+        if isinstance(model, StyleEncoderModel | SuperResolutionModel):
+            return upsample_with(model, self.asked[:count], self.downscale)
         return model.generator.sample(count, chance)
 
 
-def answers(model: Styled | Resolved, faces: Images, downscale: Degradation) -> Images:
+def upsample_with(model: StyleEncoderModel | SuperResolutionModel, faces: Images, downscale: Degradation) -> Images:
     """What an upsampler makes of faces (n, 3, s, s) that it is shown shrunken, clamped to [0, 1]."""
     low = downscale.apply(faces).clamp(0.0, 1.0)
-    upsampler = make_upsampler(fitting_method(model), model, downscale, Streams(0), size=model.size)
+    upsampler = make_upsampler(default_method(model), model, downscale, Streams(0), size=model.size)
     return upsampler.upsample(low, faces_per_photo=1).images[:, 0]
 
 
-def make_yardstick(experiment: Experiment, probe: PublicFaces, size: int) -> Yardstick:
+def make_reference_set(experiment: Experiment, probe: PublicProbe, size: int) -> ReferenceSet:
     """Public faces like the devices'; the probe where nothing is known of them."""
     parts = [device_faces(experiment, SAMPLES, size, part=part) for part in range(2)]
     faces, asked = (probe.images if part is None or not len(part) else part for part in parts)
-    return Yardstick(faces=faces, asked=asked, downscale=experiment.upsampling.downscale)
+    return ReferenceSet(faces=faces, asked=asked, downscale=experiment.upsampling.downscale)
 
 
-def sample_figures(model: Model, yardstick: Yardstick, seed: int) -> dict[str, Figure]:
+def sample_metrics(model: Model, yardstick: ReferenceSet, seed: int) -> dict[str, Measurement]:
     """Distance of what it makes to faces like the devices', their mean Monk tone, and the share of darker ones."""
     streams = Streams(seed).child("samples")
     like_devices = yardstick.faces
     made = yardstick.pictures(model, SAMPLES, streams.generator("latents"))
     monk = measure_tone(made).monk.double().numpy()
-    distance: Figure = NotMeasured(not_measured=f"wants {FEWEST_FACES} faces to compare with")
-    if len(like_devices) >= FEWEST_FACES:
+    distance: Measurement = NotMeasured(not_measured=f"wants {MIN_FACES} faces to compare with")
+    if len(like_devices) >= MIN_FACES:
         distance = measured(compare_faces(like_devices, made, streams.numpy("blocks")).kernel)
     tones = {
         "monk": mean_interval(monk, streams.numpy("resamples")),
@@ -106,7 +106,7 @@ def tone_record(source: str, label: str, images: Images) -> ToneRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served:
+class MethodEvaluation:
     """What a method made of the probe with one set of weights."""
 
     method: Method
@@ -118,17 +118,17 @@ class Served:
     seconds: float  # of the search alone, wall time
 
 
-def serve_probe(
+def evaluate_on_probe(
     model: Model | None,
-    probe: PublicFaces,
+    probe: PublicProbe,
     config: UpsamplingConfig,
     method: Method,
     seed: int,
     progress: Callable[[int, int], None],
-) -> Served:
+) -> MethodEvaluation:
     """Shrink the probe, make it large again, and compare group by group; None goes with methods without a network."""
     streams = Streams(seed).child("upsampling")
-    low = measure(config.downscale, probe.images, streams.generator("camera"))
+    low = apply_degradation(config.downscale, probe.images, streams.generator("camera"))
     size = probe.images.shape[-1]
     search = make_upsampler(method, model, config.downscale, streams, size=size, progress=progress)
     started = time.perf_counter()
@@ -146,7 +146,7 @@ def serve_probe(
     record = bias_record(report, weights_hash=name, probe=probe.description)
     order = {name: place for place, name in enumerate(probe.expected)}
     groups = sorted(record.groups, key=lambda group: order.get(group.group, len(order)))
-    return Served(
+    return MethodEvaluation(
         method=method,
         weights_hash=name,
         report=report,
@@ -161,20 +161,20 @@ def _asked(method: Method, model: Model | None) -> tuple[nn.Module, ...]:
     """The networks whose weights a method looks at."""
     if model is None or method in BASELINES:
         return ()
-    return (model.upsampler,) if isinstance(model, Styled | Resolved) else (model.generator,)
+    return (model.upsampler,) if isinstance(model, StyleEncoderModel | SuperResolutionModel) else (model.generator,)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attacked:
+class LeakageFinding:
     """One attack with its pictures."""
 
     record: AttackRecord
     result: AttackResult
 
 
-def attack_updates(
-    work: Round, probe: PublicFaces, candidates: Images, plan: Plan, config: AttackConfig, seed: int
-) -> list[Attacked]:
+def audit_update_leakage(
+    work: TrainingRound, probe: PublicProbe, candidates: Images, plan: Plan, config: AttackConfig, seed: int
+) -> list[LeakageFinding]:
     """Invert one step on one picture, as it is and as the plan's mechanism releases it.
 
     Where the server adds the noise, it does so to the sum: of a single update there is no other form than the bare one.
@@ -187,18 +187,18 @@ def attack_updates(
     spread = torch.linspace(0, len(probe.images) - 1, config.photos).round().long()
     known = candidates[: config.candidates]
 
-    def attack(defence: NoDefence | GaussianSum) -> Attacked:
+    def attack(defence: NoDefense | GaussianSum) -> LeakageFinding:
         streams = Streams(seed).child(f"attack/{defence_words(defence)}")
         result = attack_update(
-            work.released(Streams(seed).child("attack")),
+            work.per_example_release(Streams(seed).child("attack")),
             probe.images[spread],
             defence,
             candidates,
             searches=(CosineSearch(iterations=config.iterations),),
             generator=streams.generator("search"),
         )
-        gallery = gallery_attack(
-            work.released(Streams(seed).child("attack")),
+        gallery = candidate_identification(
+            work.per_example_release(Streams(seed).child("attack")),
             known,
             defence,
             trials=config.trials,
@@ -211,19 +211,19 @@ def attack_updates(
             weights_hash=weights_hash(*work.model.modules()),
             pictures=("attack",),
         )
-        return Attacked(record=record, result=result)
+        return LeakageFinding(record=record, result=result)
 
     with ThreadPoolExecutor(2) as pool:
-        bare = plan.terms.promises and plan.terms.noise_at == "server"
-        return list(pool.map(attack, (NoDefence(),) if bare else (NoDefence(), noised)))
+        bare = plan.dp_parameters.is_private and plan.dp_parameters.noise_at == "server"
+        return list(pool.map(attack, (NoDefense(),) if bare else (NoDefense(), noised)))
 
 
 def aggregation_costs(
-    update: Vector, config: AggregationConfig, agreement: Agreement
+    update: Vector, config: AggregationConfig, agreement: AggregationParameters
 ) -> list[AggregationRecord]:
     """Sum this update with itself under both protocols, for as many devices as the run has."""
-    encrypted = config if isinstance(config, EncryptedConfig) else EncryptedConfig()
-    truth = update * agreement.most_devices
+    encrypted = config if isinstance(config, HomomorphicConfig) else HomomorphicConfig()
+    truth = update * agreement.max_devices
     return [
         _cost(PlainConfig(), "the server reads every update", update, truth, agreement),
         _cost(
@@ -237,12 +237,12 @@ def aggregation_costs(
 
 
 def _cost(
-    config: AggregationConfig, sees: str, update: Vector, truth: Vector, agreement: Agreement
+    config: AggregationConfig, sees: str, update: Vector, truth: Vector, agreement: AggregationParameters
 ) -> AggregationRecord:
     device = make_device(config, agreement, make_keys(config, agreement))
     server = make_server(config, agreement)
     started = time.perf_counter()
-    payloads = [device.protect(update, 1) for _ in range(agreement.most_devices)]
+    payloads = [device.protect(update, 1) for _ in range(agreement.max_devices)]
     protected = time.perf_counter()
     total = server.combine(payloads)
     combined = time.perf_counter()
@@ -252,15 +252,15 @@ def _cost(
         protocol=config.kind,
         sees=sees,
         bytes_per_device=payloads[0].nbytes,
-        seconds_protect=(protected - started) / agreement.most_devices,
+        seconds_protect=(protected - started) / agreement.max_devices,
         seconds_combine=combined - protected,
         seconds_reveal=revealed - combined,
         max_error=float((opened - truth).abs().max()),
-        count=agreement.most_devices,
+        count=agreement.max_devices,
     )
 
 
-def examples(probe: PublicFaces) -> list[int]:
+def examples(probe: PublicProbe) -> list[int]:
     """One or two pictures of each group, ten at most, for the picture of faces before and after."""
     per_group = 2 if len(probe.expected) <= 5 else 1
     chosen: list[int] = []

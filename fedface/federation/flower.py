@@ -34,24 +34,24 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedface.errors import FederationError, FedfaceError, WeightsError
-from fedface.experiment import Experiment, RealDevices
-from fedface.federation.cohort import Heard
-from fedface.federation.device import Device, serve
-from fedface.federation.orders import devices_folder, read_order
-from fedface.federation.owner import owner_device
+from fedface.experiment import Experiment, RemoteDevices
+from fedface.federation.cohort import OnReply
+from fedface.federation.device import Device, handle_task
+from fedface.federation.orders import devices_folder, read_run_config
+from fedface.federation.owner import load_device
 from fedface.federation.reading import read_reply, read_task
 from fedface.federation.simulated import simulated_device
 from fedface.federation.task import (
     EvaluateTask,
-    Fault,
+    Failure,
     Message,
     Refusal,
     Reply,
-    Revealed,
-    RevealTask,
-    Scored,
+    DecryptResult,
+    DecryptTask,
+    EvaluateResult,
     Task,
-    Trained,
+    TrainResult,
     TrainTask,
 )
 
@@ -124,7 +124,7 @@ def _answer(
 ) -> FlowerMessage:
     try:
         task = read_task(from_record(message.content))
-        reply = serve(task, device_for(context))
+        reply = handle_task(task, device_for(context))
         return FlowerMessage(to_record(reply.message()), reply_to=message)
     except (FederationError, WeightsError) as error:
         log.warning("%s", error)
@@ -154,14 +154,14 @@ def device_of(context: Context, *, home: Path) -> Device:
     """
     own = context.node_config.get("device")
     if own is not None:
-        return owner_device(Path(str(own)))
+        return load_device(Path(str(own)))
     number = context.node_config.get("partition-id")
     if not isinstance(number, int):
         raise FederationError(
             "this node says neither which device it is nor which part of a simulation; start it with "
             "--node-config \"device='/path/to/device.yaml'\""
         )
-    order = read_order(context.run_config, home)
+    order = read_run_config(context.run_config, home)
     return simulated_device(order.experiment, number, devices_folder(order.folder))
 
 
@@ -275,11 +275,11 @@ class GridCohort:
         self._nodes += [node for node in there if node not in self._nodes]
         return sorted(self._nodes.index(node) for node in there)
 
-    def ask(self, task: Task, members: Sequence[int], heard: Heard) -> Mapping[int, Reply | Fault]:
+    def ask(self, task: Task, members: Sequence[int], heard: OnReply) -> Mapping[int, Reply | Failure]:
         """Send one task to some devices and gather what comes back; one entry per member, none missing."""
         kind, _ = _expected(task)
         record = to_record(task.message())
-        answers: dict[int, Reply | Fault] = {}
+        answers: dict[int, Reply | Failure] = {}
         waiting: dict[str, int] = {}
         for number in members:
             ttl = None if math.isinf(self._answer_within) else self._answer_within
@@ -289,7 +289,7 @@ class GridCohort:
             if names:
                 waiting[names[0]] = number
             else:
-                answers[number] = Fault("the device is no longer connected")
+                answers[number] = Failure("the device is no longer connected")
         wait = _Wait(self._answer_within)
         while waiting:
             replies = list(self._grid.pull_messages(list(waiting)))
@@ -303,7 +303,7 @@ class GridCohort:
                 heard(number)
             if not replies and wait.over():
                 break
-        late = Fault(f"no answer within {self._answer_within:.0f} s")
+        late = Failure(f"no answer within {self._answer_within:.0f} s")
         return {number: answers.get(number, late) for number in members}
 
 
@@ -321,29 +321,29 @@ class _Wait:
         return left <= 0
 
 
-def _expected(task: Task) -> tuple[str, type[Trained] | type[Scored] | type[Revealed]]:
+def _expected(task: Task) -> tuple[str, type[TrainResult] | type[EvaluateResult] | type[DecryptResult]]:
     """Flower's kind of message for a task, and our kind of answer to it."""
     match task:
         case TrainTask():
-            return "train", Trained
+            return "train", TrainResult
         case EvaluateTask():
-            return "evaluate", Scored
-        case RevealTask():
-            return "query.reveal", Revealed
+            return "evaluate", EvaluateResult
+        case DecryptTask():
+            return "query.reveal", DecryptResult
 
 
-def _read(reply: FlowerMessage, task: Task) -> Reply | Fault:
+def _read(reply: FlowerMessage, task: Task) -> Reply | Failure:
     if reply.has_error():
         reason = reply.error.reason or f"Flower's error {reply.error.code}"
-        return Fault("".join(letter if letter.isprintable() else " " for letter in reason[:LONGEST_REASON]))
+        return Failure("".join(letter if letter.isprintable() else " " for letter in reason[:LONGEST_REASON]))
     try:
         answer = read_reply(from_record(reply.content))
     except FederationError as error:
-        return Fault(str(error))
+        return Failure(str(error))
     _, wanted = _expected(task)
     if isinstance(answer, (wanted, Refusal)):
         return answer
-    return Fault(f"wanted the answer {wanted.__name__.lower()}, got {type(answer).__name__.lower()}")
+    return Failure(f"wanted the answer {wanted.__name__.lower()}, got {type(answer).__name__.lower()}")
 
 
 def in_process_cohort(experiment: Experiment, folder: Path) -> GridCohort:
@@ -352,7 +352,7 @@ def in_process_cohort(experiment: Experiment, folder: Path) -> GridCohort:
     Raises:
         FederationError: The experiment waits for real devices.
     """
-    if isinstance(experiment.devices, RealDevices):
+    if isinstance(experiment.devices, RemoteDevices):
         raise FederationError(
             "this experiment waits for real devices; start a SuperLink and `flwr run` it (server/README.md)"
         )

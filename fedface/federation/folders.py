@@ -28,7 +28,7 @@ def new_folder(name: str, out: Path | None) -> Path:
     return folder
 
 
-def resumed_tournament(name: str, out: Path | None) -> Path:
+def resume_ranking(name: str, out: Path | None) -> Path:
     """The folder of the tournament to continue: `out`, or the latest unfinished one of this name.
 
     Raises:
@@ -37,7 +37,7 @@ def resumed_tournament(name: str, out: Path | None) -> Path:
     return _unfinished(name, out, "answers.json", "tournament.json")
 
 
-def resumed_folder(name: str, out: Path | None) -> Path:
+def resume_run(name: str, out: Path | None) -> Path:
     """The folder of the run to continue: `out`, or the latest unfinished one of this name.
 
     Raises:
@@ -66,7 +66,7 @@ def _unfinished(name: str, out: Path | None, begun_file: str, done_file: str) ->
     return unfinished[-1]
 
 
-def resumed_comparison(name: str, out: Path | None) -> Path:
+def resume_comparison(name: str, out: Path | None) -> Path:
     """The folder of the comparison to continue: `out`, or the latest of this name.
 
     Raises:

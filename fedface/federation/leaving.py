@@ -12,25 +12,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedface.errors import ConfigError, LedgerError
-from fedface.federation.belongings import Belongings
-from fedface.federation.owner import INDEXES
-from fedface.federation.task import figures_book
-from fedface.privacy.journal import Withdrawn
+from fedface.federation.belongings import DeviceState
+from fedface.federation.owner import INDEX_REGISTRY
+from fedface.federation.task import metrics_ledger_key
+from fedface.privacy.journal import Withdrawal
 from fedface.privacy.ledger import Entry, Ledger
-from fedface.reports.device_log import Price, price_of
+from fedface.reports.device_log import TransmissionPrice, price_of
 
-MISSED = "not found (was the device run as another user?)"
+NOT_FOUND = "not found (was the device run as another user?)"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stake:
+class WithdrawalImpact:
     """What a device has in a run: what leaving it cannot undo."""
 
     run: str
-    left: str | None  # when its owner left it first, UTC; None: not yet
+    transmissions: str | None  # when its owner left it first, UTC; None: not yet
     rounds: tuple[int, ...]  # whose updates were booked
-    questions: tuple[int, ...]  # whose figures were booked
-    price: Price  # of everything booked for it, together
+    evaluations: tuple[int, ...]  # whose figures were booked
+    price: TransmissionPrice  # of everything booked for it, together
 
     def ahead(self) -> list[str]:
         """What leaving it does, one sentence each."""
@@ -45,13 +45,13 @@ class Stake:
 
     def lasting(self) -> list[str]:
         """What leaving it cannot undo, one sentence each."""
-        if not self.rounds and not self.questions:
+        if not self.rounds and not self.evaluations:
             return ["Nothing was booked for this run, so there is nothing that could not be undone."]
         booked = [
             f"{what} of {word}{'s' if len(numbers) > 1 else ''} {', '.join(str(n) for n in numbers)}"
             for what, word, numbers in (
                 ("updates", "round", self.rounds),
-                ("figures", "question", self.questions),
+                ("figures", "question", self.evaluations),
             )
             if numbers
         ]
@@ -62,27 +62,27 @@ class Stake:
         ]
 
 
-def stake(kept: Belongings, run: str) -> Stake:
+def withdrawal_impact(kept: DeviceState, run: str) -> WithdrawalImpact:
     """What a device has in a run.
 
     Raises:
         ConfigError: Neither ledger nor journal knows the run.
     """
-    entries, lines = kept.entries(), kept.lines() or []
+    entries, lines = kept.entries(), kept.transmissions() or []
     known = kept.runs()
     if run not in known:
         told = (
             f"it knows {', '.join(known)}" if known else "it knows none: nothing was booked and nothing sent"
         )
         raise ConfigError(f"this device knows no run {run!r}; {told}")
-    left = next((line.written for line in lines if isinstance(line, Withdrawn) and line.run == run), None)
+    left = next((line.written for line in lines if isinstance(line, Withdrawal) and line.run == run), None)
     policy = kept.device.policy
-    mine = [entry for entry in entries if entry.run in (run, figures_book(run))]
-    return Stake(
+    mine = [entry for entry in entries if entry.run in (run, metrics_ledger_key(run))]
+    return WithdrawalImpact(
         run=run,
-        left=left,
+        transmissions=left,
         rounds=_rounds(mine, run),
-        questions=_rounds(mine, figures_book(run)),
+        evaluations=_rounds(mine, metrics_ledger_key(run)),
         price=price_of(mine, delta=policy.delta, unit=policy.unit),
     )
 
@@ -91,7 +91,7 @@ def _rounds(entries: Sequence[Entry], book: str) -> tuple[int, ...]:
     return tuple(sorted({entry.round for entry in entries if entry.run == book}))
 
 
-def leave(kept: Belongings, run: str, why: str = "") -> int:
+def withdraw(kept: DeviceState, run: str, why: str = "") -> int:
     """Leave a run for good, and drop the answers that were kept for it; twice is as once.
 
     Returns:
@@ -101,10 +101,10 @@ def leave(kept: Belongings, run: str, why: str = "") -> int:
         ConfigError: Neither ledger nor journal knows the run.
         LedgerError: One of them cannot be trusted or written.
     """
-    if stake(kept, run).left is None:
+    if withdrawal_impact(kept, run).transmissions is None:
         kept.device.journal().withdraw(run, why)
-    book = kept.ledger.look(Ledger.open)
-    return 0 if book is None else sum(book.forget_replies(name) for name in (run, figures_book(run)))
+    book = kept.ledger.open_existing(Ledger.open)
+    return 0 if book is None else sum(book.delete_replies(name) for name in (run, metrics_ledger_key(run)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ class Erased:
     files: tuple[Path, ...]  # that are gone
     witnesses: tuple[Path, ...]  # that remember a ledger or a journal that is gone
 
-    def in_words(self) -> list[str]:
+    def describe(self) -> list[str]:
         """One sentence each."""
         said = [f"Deleted: {', '.join(str(file) for file in self.files) or 'nothing, nothing was there'}."]
         if self.replies:
@@ -129,7 +129,7 @@ class Erased:
         return said
 
 
-def erasing(*, books: bool) -> list[str]:
+def describe_erasure(*, books: bool) -> list[str]:
     """What erasing means, one sentence each."""
     said = [
         "Your photos are not touched.",
@@ -149,7 +149,7 @@ def erasing(*, books: bool) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Going:
+class FileToErase:
     """One file that `erase` would delete, if it is there."""
 
     file: Path
@@ -158,10 +158,10 @@ class Going:
 
     def __str__(self) -> str:
         """Which file, what it is, and whether it is there."""
-        return f"{self.file}: {self.what}{'' if self.found else f' - {MISSED}'}"
+        return f"{self.file}: {self.what}{'' if self.found else f' - {NOT_FOUND}'}"
 
 
-def to_erase(kept: Belongings, *, books: bool) -> list[Going]:
+def files_to_erase(kept: DeviceState, *, books: bool) -> list[FileToErase]:
     """The files that `erase` would delete, of those that there are; with `books`, ledger and journal too.
 
     The index is named also where there is none: it lies in the state folder of whoever scanned the photos, which
@@ -172,21 +172,21 @@ def to_erase(kept: Belongings, *, books: bool) -> list[Going]:
         ConfigError: One of them is a link. Deleting it would leave the file that it points to, and that file may be
             of use to others, such as a key that several devices share.
     """
-    going = [Going(file=kept.device.key_path, what="the shared key")]
+    going = [FileToErase(file=kept.device.key_path, what="the shared key")]
     for place in kept.indexes:
         where = f"in {kept.photos}" if place == kept.index else "where they lay before"
         going += [
-            Going(file=file, what=f"the index of the photos {where}") for file in _with_side_files(place)
+            FileToErase(file=file, what=f"the index of the photos {where}") for file in _with_side_files(place)
         ]
-    going.append(Going(file=kept.device.state / INDEXES, what="the note of where such indexes lie"))
+    going.append(FileToErase(file=kept.device.state / INDEX_REGISTRY, what="the note of where such indexes lie"))
     if books:
         both = (kept.journal, kept.ledger)
         for book in both:
-            going += [Going(file=file, what=f"the {book.form.noun}") for file in _with_side_files(book.path)]
+            going += [FileToErase(file=file, what=f"the {book.form.noun}") for file in _with_side_files(book.path)]
         for book in both:
             head = f"what remembers how far the {book.form.noun} had come"
             draft = book.head.with_name(f"{book.head.name}.draft")
-            going += [Going(file=file, what=head) for file in (draft, book.head)]
+            going += [FileToErase(file=file, what=head) for file in (draft, book.head)]
     for one in going:
         if one.file.is_symlink():
             raise ConfigError(
@@ -202,7 +202,7 @@ def _with_side_files(database: Path) -> list[Path]:
     return [database, *(database.with_name(database.name + end) for end in ("-journal", "-wal", "-shm"))]
 
 
-def erase(kept: Belongings, *, books: bool) -> Erased:
+def erase(kept: DeviceState, *, books: bool) -> Erased:
     """Delete what a device keeps: its answers, its key, the index of its photos; with `books`, ledger and journal.
 
     Kept answers are overwritten in the ledger, also in one that is about to go. Files are deleted, not overwritten.
@@ -211,16 +211,16 @@ def erase(kept: Belongings, *, books: bool) -> Erased:
         ConfigError: One of the files is a link; then nothing was deleted.
         LedgerError: The ledger is to stay and cannot be trusted; then nothing was deleted.
     """
-    to_erase(kept, books=books)  # a link is found before an answer is dropped
+    files_to_erase(kept, books=books)  # a link is found before an answer is dropped
     replies = 0
     try:
-        book = kept.ledger.look(Ledger.open)
-        dropped = 0 if book is None else book.forget_replies()
+        book = kept.ledger.open_existing(Ledger.open)
+        dropped = 0 if book is None else book.delete_replies()
         replies = 0 if books else dropped  # a ledger that goes takes them along
     except (LedgerError, ConfigError):
         if not books:  # what is about to go need not be readable
             raise
-    files = [one.file for one in to_erase(kept, books=books) if one.found]
+    files = [one.file for one in files_to_erase(kept, books=books) if one.found]
     for file in files:
         file.unlink()
     remembering = [book.seen_by for book in (kept.ledger, kept.journal) if books and book.witnessed]

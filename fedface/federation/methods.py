@@ -15,19 +15,19 @@ from fedface.audits.disaggregate import mean_interval, rate_interval
 from fedface.audits.features import compare_faces
 from fedface.config import plain
 from fedface.experiment import UpsamplingConfig
-from fedface.federation.findings import FEWEST_FACES, Served, examples, serve_probe
-from fedface.federation.rounds import Watcher
-from fedface.federation.simulated import PublicFaces
+from fedface.federation.findings import MIN_FACES, MethodEvaluation, examples, evaluate_on_probe
+from fedface.federation.rounds import ProgressListener
+from fedface.federation.simulated import PublicProbe
 from fedface.models.family import Model
 from fedface.photos.tone import measure_tone
 from fedface.randomness import Streams
 from fedface.reports import methods as report
 from fedface.reports.filling import machine_record, measured, version_record
-from fedface.reports.methods import MethodFigures, MethodsRecord
-from fedface.reports.quantities import Figure, NotMeasured
-from fedface.upsampling.contracts import deviation
-from fedface.upsampling.degrade import Degradation, in_words
-from fedface.upsampling.methods import BASELINES, Method, has_one_answer, name_of, title_of
+from fedface.reports.methods import MethodMetrics, BenchmarkRecord
+from fedface.reports.quantities import Measurement, NotMeasured
+from fedface.upsampling.contracts import pixel_std
+from fedface.upsampling.degrade import Degradation, format_degradation
+from fedface.upsampling.methods import BASELINES, Method, is_deterministic, name_of, title_of
 
 
 def with_baselines(methods: Sequence[Method]) -> list[Method]:
@@ -35,16 +35,16 @@ def with_baselines(methods: Sequence[Method]) -> list[Method]:
     return [*methods, *(each for each in BASELINES if name_of(each) not in map(name_of, methods))]
 
 
-def compare_methods(
+def benchmark_methods(
     pairs: Sequence[tuple[Method, Model | None]],
-    probe: PublicFaces,
+    probe: PublicProbe,
     downscale: Degradation,
     *,
     faces_per_photo: int,
     seed: int,
-    watcher: Watcher,
+    watcher: ProgressListener,
     command: str,
-) -> tuple[MethodsRecord, dict[str, bytes]]:
+) -> tuple[BenchmarkRecord, dict[str, bytes]]:
     """Ask every method for the same photos.
 
     Args:
@@ -62,28 +62,28 @@ def compare_methods(
     Raises:
         ConfigError: A method does not go with its checkpoint or the downscale.
     """
-    found: list[MethodFigures] = []
+    found: list[MethodMetrics] = []
     chosen = examples(probe)
     rows = [("original", probe.images[chosen])]
     for number, (method, model) in enumerate(pairs):
         watcher.stage(f"{title_of(method)} on {len(probe.images)} faces", 1000)
-        faces = 1 if has_one_answer(method) else faces_per_photo
+        faces = 1 if is_deterministic(method) else faces_per_photo
         config = UpsamplingConfig(downscale=downscale, method=method, faces_per_photo=faces)
-        served = serve_probe(
-            model, probe, config, method, seed, lambda done, of: watcher.step(round(1000 * done / max(1, of)))
+        served = evaluate_on_probe(
+            model, probe, config, method, seed, lambda done, of: watcher.advance(round(1000 * done / max(1, of)))
         )
         found.append(_figures(served, probe, served.seconds / (len(probe.images) * faces), seed))
         if number == 0:
             side = served.low.shape[-1]
             rows.append((f"shown,\n{side} x {side}", served.low[chosen].clamp(0, 1)))
         rows.append((title_of(method).replace(" from ", "\nfrom "), served.upsampled.images[chosen, 0]))
-    record = MethodsRecord(
+    record = BenchmarkRecord(
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
         versions=dict(version_record()),
         machine=machine_record(),
         probe=probe.description,
-        downscale=in_words(downscale),
+        downscale=format_degradation(downscale),
         photos=len(probe.images),
         seed=seed,
         methods=tuple(found),
@@ -95,19 +95,19 @@ def compare_methods(
     return record, pictures
 
 
-def _figures(served: Served, probe: PublicFaces, seconds: float, seed: int) -> MethodFigures:
+def _figures(served: MethodEvaluation, probe: PublicProbe, seconds: float, seed: int) -> MethodMetrics:
     streams = Streams(seed).child("methods")
     made = served.upsampled.images
     first = made[:, 0]
-    distance: Figure = NotMeasured(not_measured=f"wants {FEWEST_FACES} faces to compare with")
-    if len(first) >= FEWEST_FACES:
+    distance: Measurement = NotMeasured(not_measured=f"wants {MIN_FACES} faces to compare with")
+    if len(first) >= MIN_FACES:
         distance = measured(compare_faces(probe.images, first, streams.numpy("blocks")).kernel)
-    spread: Figure = NotMeasured(not_measured="it was asked for one face of each photo")
+    spread: Measurement = NotMeasured(not_measured="it was asked for one face of each photo")
     if made.shape[1] > 1:
-        each = torch.stack([deviation(faces).mean() for faces in made])
+        each = torch.stack([pixel_std(faces).mean() for faces in made])
         spread = measured(mean_interval(each.double().numpy(), streams.numpy("spread")))
     true, dark = probe.tone.monk >= DARKER_FROM, measure_tone(first).monk >= DARKER_FROM
-    return MethodFigures(
+    return MethodMetrics(
         method=name_of(served.method),
         title=title_of(served.method),
         settings=plain(served.method),

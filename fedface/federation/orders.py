@@ -12,13 +12,13 @@ from functools import cache
 from pathlib import Path
 
 from fedface.errors import ConfigError
-from fedface.experiment import Experiment, for_tournament, read_experiment
+from fedface.experiment import Experiment, for_ranking, read_experiment
 
 DEFAULT_RUNS = Path.home() / "fedface-runs"  # where runs go that were not told where
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOrder:
+class RunConfig:
     """What the config of a Flower run asks for."""
 
     experiment: Experiment
@@ -31,7 +31,7 @@ def devices_folder(run: Path) -> Path:
     return run / "devices"
 
 
-def read_order(config: Mapping[str, object], home: Path) -> RunOrder:
+def read_run_config(config: Mapping[str, object], home: Path) -> RunConfig:
     """Read a run's config: `experiment` (within the app, or absolute), `folder`, `photos`, `changes`, `candidates`.
 
     With `candidates`, files of weights or the word "base" separated by semicolons, it is a tournament. The folder is
@@ -50,14 +50,14 @@ def read_order(config: Mapping[str, object], home: Path) -> RunOrder:
     folder, experiment = words["folder"], _experiment(home=home, **words)
     name, done = experiment.name, "run.json"
     if candidates:
-        experiment = for_tournament(experiment)
+        experiment = for_ranking(experiment)
         name, done = f"{name}-tournament", "tournament.json"
     first = run = (Path(folder) if folder else DEFAULT_RUNS) / name
     number = 1
     while (run / done).exists():
         number += 1
         run = first.with_name(f"{first.name}-{number}")
-    return RunOrder(experiment=experiment, folder=run, candidates=candidates)
+    return RunConfig(experiment=experiment, folder=run, candidates=candidates)
 
 
 @cache

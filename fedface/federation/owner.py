@@ -26,16 +26,16 @@ from fedface.photos.detectors import EmbeddedDetector, YuNetDetector
 from fedface.photos.index import PhotoIndex, default_cache
 from fedface.photos.library import PhotoLibrary
 from fedface.photos.occasions import OccasionRule
-from fedface.photos.own import OwnFaces
+from fedface.photos.own import DeviceDataset
 from fedface.photos.scan import EmptyLibrary, scan_library
-from fedface.privacy.conditions import NotNow
+from fedface.privacy.conditions import ConditionsNotMet
 from fedface.privacy.policy import DevicePolicy
 
 log = logging.getLogger("fedface.device")
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnerConfig:
+class DeviceConfig:
     """A device file, such as clients/device.example.yaml. Relative paths count from the file's own folder."""
 
     name: str  # the name by which reports list this device; the server sees it
@@ -54,7 +54,7 @@ class OwnerConfig:
             raise ValueError(f"name must be a text of 1 to 80 printable characters, got {self.name!r:.90}")
 
 
-def owner_device(path: Path) -> Device:
+def load_device(path: Path) -> Device:
     """The device that an owner's file describes, read afresh each time, so that a stricter policy holds at once.
 
     The photos are scanned whenever a round needs them; only what is new or changed since the last scan is
@@ -63,11 +63,11 @@ def owner_device(path: Path) -> Device:
     Raises:
         ConfigError: As for `checked_owner`.
     """
-    config = checked_owner(path)
+    config = read_device_config(path)
     home = path.resolve().parent
     folder, state = home / config.photos.expanduser(), home / config.state.expanduser()
-    for lost in lost_folders(config.policy, folder):
-        log.warning("%s: policy.%s", path, lost.in_words())
+    for lost in missing_policy_folders(config.policy, folder):
+        log.warning("%s: policy.%s", path, lost.describe())
     if not state.exists():
         log.warning(
             "%s: a new state folder is made at %s; what these photos have spent before, if this file or its folder "
@@ -82,12 +82,12 @@ def owner_device(path: Path) -> Device:
 
     def ready() -> None:
         if index.is_busy():
-            raise NotNow(
+            raise ConditionsNotMet(
                 f"the photos in {folder} are being scanned; a round would be paid for and see none of them"
             )
 
-    def photos(size: int) -> OwnFaces:
-        note_index(state, index.path)
+    def photos(size: int) -> DeviceDataset:
+        register_index(state, index.path)
         return _faces(folder, detector, config, size)
 
     return Device(
@@ -101,7 +101,7 @@ def owner_device(path: Path) -> Device:
     )
 
 
-def checked_owner(path: Path) -> OwnerConfig:
+def read_device_config(path: Path) -> DeviceConfig:
     """What a device file says, if its device can work; nothing is made, and no photo is opened.
 
     A folder that `never` names and that is not there may have been deleted, and bars nothing by it. But if a folder
@@ -111,32 +111,32 @@ def checked_owner(path: Path) -> OwnerConfig:
         ConfigError: The file cannot be read, there is no folder of photos, others may look into the state, the
             policy's `folders` are none that there are, or it bars a folder whose name seems mistyped.
     """
-    config = read(path, OwnerConfig)
+    config = read(path, DeviceConfig)
     home = path.resolve().parent
     folder, state = home / config.photos.expanduser(), home / config.state.expanduser()
     if not folder.is_dir():
         raise ConfigError(f"{path}: photos: wanted a folder, there is none at {folder}")
-    if is_open(state):
+    if is_accessible_to_others(state):
         raise ConfigError(f"{path}: state: others may look into {state}; run chmod 700 on it")
-    lost = lost_folders(config.policy, folder)
+    lost = missing_policy_folders(config.policy, folder)
     mistyped = next((one for one in lost if one.key == "never" and one.near is not None), None)
     only = [one for one in lost if one.key == "folders"]
     if mistyped is not None:
         raise ConfigError(
-            f"{path}: policy.{mistyped.in_words()} Mend the line, or take it out if that folder has gone"
+            f"{path}: policy.{mistyped.describe()} Mend the line, or take it out if that folder has gone"
         )
     if only and len(only) == len(config.policy.folders):
-        raise ConfigError(f"{path}: policy.{only[0].in_words()} No photo may be used")
+        raise ConfigError(f"{path}: policy.{only[0].describe()} No photo may be used")
     return config
 
 
-def is_open(place: Path) -> bool:
+def is_accessible_to_others(place: Path) -> bool:
     """Whether others than its owner may read or write a file or a folder, as far as its mode says."""
     return os.name == "posix" and place.exists() and bool(place.stat().st_mode & 0o077)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LostFolder:
+class MissingFolder:
     """A folder that a policy names and that is not among the photos."""
 
     key: Literal["folders", "never"]
@@ -144,17 +144,17 @@ class LostFolder:
     photos: Path
     near: Path | None  # the folder that may have been meant
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """`never: there is no folder Privat in ...; did you mean Private?`"""
         meant = "." if self.near is None else f"; did you mean {self.near.as_posix()}?"
         return f"{self.key}: there is no folder {self.folder.as_posix()} in {self.photos}{meant}"
 
 
-def lost_folders(policy: DevicePolicy, photos: Path) -> list[LostFolder]:
+def missing_policy_folders(policy: DevicePolicy, photos: Path) -> list[MissingFolder]:
     """The folders that a policy names and that are not there, compared as the library compares them."""
     named: list[tuple[Literal["folders", "never"], Path]] = [
         *(("folders", folder) for folder in policy.folders),
-        *(("never", folder) for folder in policy.never),
+        *(("never", folder) for folder in policy.exclude_folders),
     ]
     lost = []
     for key, folder in named:
@@ -165,7 +165,7 @@ def lost_folders(policy: DevicePolicy, photos: Path) -> list[LostFolder]:
             if not places:
                 near = _near(part, [place for place in inside if place.is_dir()])
                 lost.append(
-                    LostFolder(key=key, folder=folder, photos=photos, near=near and near.relative_to(photos))
+                    MissingFolder(key=key, folder=folder, photos=photos, near=near and near.relative_to(photos))
                 )
                 break
     return lost
@@ -195,7 +195,7 @@ def _near(wanted: str, folders: Sequence[Path]) -> Path | None:
     return names[found[0]] if found else None
 
 
-INDEXES = "indexes.json"  # in the state folder: where indexes of this device's photos lie
+INDEX_REGISTRY = "indexes.json"  # in the state folder: where indexes of this device's photos lie
 KINDS = {
     "device": ("name", "photos", "state", "policy"),
     "policy": ("max_epsilon", "delta"),
@@ -221,7 +221,7 @@ def check_kind(path: Path, wanted: Literal["device", "policy", "experiment"]) ->
         )
 
 
-def _faces(folder: Path, detector: Path | None, config: OwnerConfig, size: int) -> OwnFaces:
+def _faces(folder: Path, detector: Path | None, config: DeviceConfig, size: int) -> DeviceDataset:
     """All faces that can be cut out, none if there are none.
 
     Without a face the answer is noise alone, and a photo that has just gone is left out: a device that failed
@@ -231,13 +231,13 @@ def _faces(folder: Path, detector: Path | None, config: OwnerConfig, size: int) 
     try:
         scan_library(folder, detector=finder)
         library = PhotoLibrary(
-            folder, detector=finder.name, folders=config.policy.folders, never=config.policy.never
+            folder, detector=finder.name, folders=config.policy.folders, never=config.policy.exclude_folders
         )
     except EmptyLibrary as error:
         log.warning("%s; this round is answered with noise alone", error)
-        return OwnFaces.strangers(torch.zeros(0, 3, size, size))
+        return DeviceDataset.independent(torch.zeros(0, 3, size, size))
     whole = [number for number in range(len(library)) if _can_be_cut_out(library, number, size)]
-    return OwnFaces(
+    return DeviceDataset(
         images=library.kept_images(whole, size),
         photos=torch.from_numpy(library.photo_labels())[whole],
         occasions=torch.from_numpy(library.occasion_labels(config.occasions))[whole],
@@ -257,17 +257,17 @@ def _can_be_cut_out(library: PhotoLibrary, number: int, size: int) -> bool:
     return True
 
 
-def note_index(state: Path, index: Path) -> None:
+def register_index(state: Path, index: Path) -> None:
     """Remember where an index of this device's photos lies: it is named by their folder, which may be moved."""
-    known = noted_indexes(state)
+    known = registered_indexes(state)
     if index not in known:
-        replace_text(state / INDEXES, json.dumps([str(path) for path in (*known, index)]))
+        replace_text(state / INDEX_REGISTRY, json.dumps([str(path) for path in (*known, index)]))
 
 
-def noted_indexes(state: Path) -> list[Path]:
+def registered_indexes(state: Path) -> list[Path]:
     """Every index that was remembered; none where the note cannot be read."""
     try:
-        told = json.loads((state / INDEXES).read_text(encoding="utf-8"))
+        told = json.loads((state / INDEX_REGISTRY).read_text(encoding="utf-8"))
         return [Path(path) for path in told if isinstance(path, str)] if isinstance(told, list) else []
     except (OSError, ValueError):
         return []

@@ -11,28 +11,28 @@ from typing import Any
 
 import torch
 
-from fedface.aggregation.protocol import AggregationConfig, Agreement
-from fedface.audits.private_figures import FiguresConfig
+from fedface.aggregation.protocol import AggregationConfig, AggregationParameters
+from fedface.audits.private_figures import LocalMetricsConfig
 from fedface.config import parse
 from fedface.errors import ConfigError, FederationError, PrivacyError
 from fedface.federation.task import (
     VERSION,
-    Agreed,
+    RoundConfig,
     EvaluateTask,
     Message,
-    Question,
+    EvaluationRequest,
     Refusal,
     Reply,
-    Revealed,
-    RevealTask,
-    Scored,
+    DecryptResult,
+    DecryptTask,
+    EvaluateResult,
     Task,
-    Trained,
+    TrainResult,
     TrainTask,
     vector_from,
 )
-from fedface.models.family import Shape
-from fedface.privacy.plan import Terms
+from fedface.models.family import Architecture
+from fedface.privacy.plan import DPParameters
 from fedface.training.ways import Training
 from fedface.upsampling.degrade import Degradation
 from fedface.upsampling.methods import Method
@@ -48,7 +48,7 @@ def read_task(message: Message) -> Task:
     try:
         if header["what"] == "train":
             return TrainTask(
-                agreed=Agreed(
+                config=RoundConfig(
                     training=_choice(header, "training"),
                     **_agreed(header),
                 ),
@@ -56,10 +56,10 @@ def read_task(message: Message) -> Task:
             )
         if header["what"] == "evaluate":
             return EvaluateTask(
-                question=Question(
+                request=EvaluationRequest(
                     method=_choice(header, "method"),
                     downscale=_choice(header, "downscale"),
-                    figures=_part(header, "figures", FiguresConfig),
+                    metrics=_part(header, "figures", LocalMetricsConfig),
                     **_agreed(header),
                 ),
                 **_about(header, message),
@@ -67,12 +67,12 @@ def read_task(message: Message) -> Task:
         if header["what"] == "reveal":
             if header["of"] not in ("updates", "figures"):
                 raise ValueError(f"expected a sum of updates or figures, got {header['of']!r:.80}")
-            return RevealTask(
-                of=header["of"],
+            return DecryptTask(
+                count=header["of"],
                 run=_run(header["run"]),
                 round=_whole(header["round"], 1),
                 aggregation=_choice(header, "aggregation"),
-                agreement=_part(header, "agreement", Agreement),
+                agreement=_part(header, "agreement", AggregationParameters),
                 total=message.blobs["total"],
             )
     except (
@@ -99,10 +99,10 @@ def _about(header: dict[str, Any], message: Message) -> dict[str, Any]:
 def _agreed(header: dict[str, Any]) -> dict[str, Any]:
     """What every task that releases something agrees on."""
     return {
-        "terms": Terms.from_record(header["terms"]),
+        "terms": DPParameters.from_record(header["terms"]),
         "shape": _choice(header, "shape"),
         "aggregation": _choice(header, "aggregation"),
-        "agreement": _part(header, "agreement", Agreement),
+        "agreement": _part(header, "agreement", AggregationParameters),
         "held_out": _number(header["held_out"]),
     }
 
@@ -117,15 +117,15 @@ def read_reply(message: Message) -> Reply:
     try:
         device = _word(header["device"])
         if header["what"] == "trained":
-            return Trained(
+            return TrainResult(
                 device=device, payload=message.blobs["payload"], seconds_protect=_seconds(header["seconds"])
             )
         if header["what"] == "scored":
-            return Scored(
+            return EvaluateResult(
                 device=device, payload=message.blobs["payload"], seconds_protect=_seconds(header["seconds"])
             )
         if header["what"] == "revealed":
-            return Revealed(device=device, total=vector_from(message.blobs["total"]))
+            return DecryptResult(device=device, total=vector_from(message.blobs["total"]))
         if header["what"] == "refusal":
             return Refusal(
                 device=device, reason=_sentence(header["reason"]), withdrawn=header["withdrawn"] is True
@@ -153,7 +153,7 @@ def _part(header: dict[str, Any], key: str, wanted: type[Any]) -> Any:
 class _Choices:
     aggregation: AggregationConfig | None = None
     training: Training | None = None
-    shape: Shape | None = None
+    shape: Architecture | None = None
     method: Method | None = None
     downscale: Degradation | None = None
 

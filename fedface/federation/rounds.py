@@ -16,39 +16,39 @@ from typing import Protocol
 
 from fedface.experiment import Experiment
 from fedface.federation.cohort import Cohort
-from fedface.federation.findings import Yardstick, sample_figures
-from fedface.federation.state import State, weights_path
-from fedface.federation.summing import gather, noised_sum
-from fedface.federation.task import Agreed, TrainTask
+from fedface.federation.findings import ReferenceSet, sample_metrics
+from fedface.federation.state import RunState, weights_path
+from fedface.federation.summing import collect_and_sum, noised_sum
+from fedface.federation.task import RoundConfig, TrainTask
 from fedface.models.family import Model
-from fedface.models.weights import buffers_of, load_model, save_model, vector_of, weights_hash
+from fedface.models.weights import flatten_buffers, load_model, save_model, flatten_parameters, weights_hash
 from fedface.privacy.accounting import compose, epsilon_of
 from fedface.privacy.plan import Plan
-from fedface.privacy.target import PrivacyTarget, delta_in_words
+from fedface.privacy.target import PrivacyTarget, format_delta
 from fedface.randomness import Streams
 from fedface.reports.filling import epsilon_record
 from fedface.reports.quantities import Epsilon, NotMeasured
 from fedface.reports.run import RoundRecord
-from fedface.training.ways import begin_round, common_streams
+from fedface.training.ways import prepare_round, common_streams
 
 
-class Watcher(Protocol):
+class ProgressListener(Protocol):
     """Who is told how far a run is."""
 
     def stage(self, name: str, steps: int) -> None:
         """A stage begins that will take `steps` steps."""
         ...
 
-    def step(self, done: int) -> None:
+    def advance(self, done: int) -> None:
         """`done` steps of the stage are done."""
         ...
 
-    def say(self, sentence: str) -> None:
+    def message(self, sentence: str) -> None:
         """Something worth a line."""
         ...
 
 
-class SilentWatcher:
+class SilentProgress:
     """Tells nobody."""
 
     def stage(self, name: str, steps: int) -> None:
@@ -65,11 +65,11 @@ def run_rounds(
     experiment: Experiment,
     plan: Plan,
     cohort: Cohort,
-    state: State,
-    yardstick: Yardstick | None,
-    watcher: Watcher,
+    state: RunState,
+    yardstick: ReferenceSet | None,
+    watcher: ProgressListener,
     away: set[int] | None = None,
-) -> State:
+) -> RunState:
     """Run the rounds that are not on disk yet; each round's model is measured by the yardstick, if any.
 
     Members whose owners leave are asked no more, and join `away`; a run that is resumed asks each once again.
@@ -89,22 +89,22 @@ def run_rounds(
     for number in range(len(state.rounds) + 1, total + 1):
         model = load_model(weights_path(state.folder, number - 1))
         watcher.stage(f"round {number} of {total}: devices train", len(members))
-        forgetting = Forgetting(state, plan, away)
+        forgetting = WithdrawalHandler(state, plan, away)
         record, after, left = _one_round(
-            experiment, plan, cohort, members, model, number, state.folder, watcher, forgetting.forget
+            experiment, plan, cohort, members, model, number, state.folder, watcher, forgetting.drop
         )
         for name in left.values():
             record = record.without(name)
-            watcher.say("a device has left the run; its name is gone from the run's files")
-        state = forgetting.state.then(record)
+            watcher.message("a device has left the run; its name is gone from the run's files")
+        state = forgetting.state.with_round(record)
         save_model(weights_path(state.folder, number), after)
         state = _measured(state, experiment, yardstick, after)
         members = [member for member in members if member not in away]
-        watcher.say(_line(record, total, figures=bool(plan.beside)))
+        watcher.message(_line(record, total, figures=bool(plan.additional_releases)))
     return state
 
 
-def _whole(state: State, watcher: Watcher) -> State:
+def _whole(state: RunState, watcher: ProgressListener) -> RunState:
     """Without a last round whose checkpoint did not reach the disk."""
     if not state.rounds:
         return state
@@ -112,66 +112,66 @@ def _whole(state: State, watcher: Watcher) -> State:
     path = weights_path(state.folder, last.round)
     if path.exists() and weights_hash(*load_model(path).modules()) == last.weights_hash:
         return state
-    watcher.say(f"round {last.round} was cut short while it was kept, and is asked again")
+    watcher.message(f"round {last.round} was cut short while it was kept, and is asked again")
     return replace(state, rounds=state.rounds[:-1])
 
 
 def _measured(
-    state: State, experiment: Experiment, yardstick: Yardstick | None, model: Model | None = None
-) -> State:
+    state: RunState, experiment: Experiment, yardstick: ReferenceSet | None, model: Model | None = None
+) -> RunState:
     """With the last round's figures: they are taken once it is kept, since measuring again is cheap.
 
     Its model is read from the disk if it is not at hand.
     """
-    if yardstick is None or not state.rounds or state.rounds[-1].figures:
+    if yardstick is None or not state.rounds or state.rounds[-1].metrics:
         return state
     if model is None:
         model = load_model(weights_path(state.folder, state.rounds[-1].round))
-    return state.measured(sample_figures(model, yardstick, experiment.seed))
+    return state.with_initial_metrics(sample_metrics(model, yardstick, experiment.seed))
 
 
-class Forgetting:
+class WithdrawalHandler:
     """A run's state while answers come in: who leaves is forgotten on disk before anything else can fail."""
 
-    def __init__(self, state: State, plan: Plan, away: set[int]) -> None:
+    def __init__(self, state: RunState, plan: Plan, away: set[int]) -> None:
         """Members who leave join `away`."""
         self.state, self._plan, self._away = state, plan, away
 
-    def forget(self, left: Mapping[int, str]) -> None:
+    def drop(self, left: Mapping[int, str]) -> None:
         """These members have left, under these names."""
         for member, name in left.items():
             self._away.add(member)
-            self.state = self.state.without(name, partial(answers_price, self._plan))
+            self.state = self.state.without(name, partial(evaluations_price, self._plan))
 
 
 def _one_round(
     experiment: Experiment, plan: Plan, cohort: Cohort, members: Sequence[int], model: Model, number: int,
-    folder: Path, watcher: Watcher, gone: Callable[[Mapping[int, str]], None],
+    folder: Path, watcher: ProgressListener, gone: Callable[[Mapping[int, str]], None],
 ) -> tuple[RoundRecord, Model, Mapping[int, str]]:  # fmt: skip
     """The round's record without figures, the model after it, and the members whose owners have left."""
-    weights = vector_of(*model.modules())
+    weights = flatten_parameters(*model.modules())
     seed = Streams(experiment.seed).child("training").seed
-    work = begin_round(model, experiment.training, plan.terms, common_streams(seed, number))
+    work = prepare_round(model, experiment.training, plan.dp_parameters, common_streams(seed, number))
     ranges = work.ranges()
     task = TrainTask(
         run=folder.name,
         round=number,
         cohort=len(members),
         seed=seed,
-        agreed=Agreed(
-            terms=plan.terms,
+        config=RoundConfig(
+            dp=plan.dp_parameters,
             training=experiment.training,
-            shape=model.shape,
+            architecture=model.architecture,
             aggregation=experiment.aggregation,
             agreement=experiment.agreement,
-            held_out=experiment.held_out,
+            holdout_fraction=experiment.holdout_fraction,
         ),
         weights=weights,
-        buffers=buffers_of(*model.modules()),
+        buffers=flatten_buffers(*model.modules()),
         model=weights_hash(*model.modules()),
     )
-    gathered = gather(experiment, cohort, members, task, len(ranges), watcher.step, gone)
-    total = noised_sum(gathered.total, plan.terms)
+    gathered = collect_and_sum(experiment, cohort, members, task, len(ranges), watcher.advance, gone)
+    total = noised_sum(gathered.total, plan.dp_parameters)
     after = work.apply(total * ranges, gathered.count, Streams(experiment.seed).generator("mean style"))
     record = RoundRecord(
         round=number,
@@ -187,7 +187,7 @@ def _one_round(
         seconds_combine=gathered.seconds_combine,
         seconds_reveal=gathered.seconds_reveal,
         weights_hash=weights_hash(*after.modules()),
-        figures={},
+        metrics={},
     )
     notes = {"run": folder.name, "round": number}
     return record, replace(after, notes=notes), gathered.left
@@ -195,20 +195,20 @@ def _one_round(
 
 def spent(plan: Plan, rounds: int) -> Epsilon | NotMeasured:
     """The price of the first `rounds` rounds of a plan and of all that is asked beside them, or why there is none."""
-    match plan.promise:
+    match plan.privacy:
         case PrivacyTarget(delta=delta, unit=unit):
-            told = compose([plan.event(rounds), *(terms.event() for terms in plan.beside)])
+            told = compose([plan.event(rounds), *(terms.event() for terms in plan.additional_releases)])
             return epsilon_record(epsilon_of(told, delta), delta=delta, unit=unit)
         case _:
             return NotMeasured(not_measured="the run adds no noise, so there is no bound")
 
 
-def answers_price(plan: Plan, rounds: int, questions: int) -> Epsilon | NotMeasured:
+def evaluations_price(plan: Plan, rounds: int, questions: int) -> Epsilon | NotMeasured:
     """The price of what one device answered: so many rounds, so many sets of figures."""
-    match plan.promise:
+    match plan.privacy:
         case PrivacyTarget(delta=delta, unit=unit):
             parts = [plan.event(rounds)] if rounds else []
-            parts += [terms.event(questions) for terms in plan.beside if questions]
+            parts += [terms.event(questions) for terms in plan.additional_releases if questions]
             return epsilon_record(epsilon_of(compose(parts), delta), delta=delta, unit=unit)
         case _:
             return NotMeasured(not_measured="the run adds no noise, so there is no bound")
@@ -220,6 +220,6 @@ def _line(record: RoundRecord, total: int, *, figures: bool) -> str:
     said += f", {away} did not" if away else ""
     if isinstance(record.epsilon, Epsilon):
         spent = record.epsilon
-        said += f"; epsilon so far at most {spent.upper:.2f} (delta {delta_in_words(spent.delta)}, per {spent.unit}"
+        said += f"; epsilon so far at most {spent.upper:.2f} (delta {format_delta(spent.delta)}, per {spent.unit}"
         said += ", with all figures that devices tell in this run)" if figures else ")"
     return f"{said}; {record.seconds:.0f} s"

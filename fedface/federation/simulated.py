@@ -18,25 +18,25 @@ from fedface.aggregation.encrypted import make_keys
 from fedface.audits.quality import TONE_GROUPS
 from fedface.errors import FederationError, LibraryError
 from fedface.experiment import (
-    DrawnDevices,
-    DrawnProbe,
+    SyntheticDevices,
+    SyntheticProbe,
     Experiment,
     LabelledDevices,
     LabelledProbe,
-    RealDevices,
+    RemoteDevices,
 )
 from fedface.federation.device import Device
-from fedface.photos.drawn import DrawnFaces, ToneMix, draw, draw_occasions, draw_people, sample_faces
-from fedface.photos.own import OwnFaces
+from fedface.photos.drawn import SyntheticFaces, ToneMix, render, render_occasions, render_people, sample_faces
+from fedface.photos.own import DeviceDataset
 from fedface.photos.partition import partition
-from fedface.photos.probe import Probe, labelled_sets, read_face_folder
+from fedface.photos.probe import LabelledFaces, labelled_sets, read_face_folder
 from fedface.photos.tone import ToneReading, measure_tone
 from fedface.randomness import Streams
 from fedface.shapes import Images
 
 
 @dataclass(frozen=True, kw_only=True)
-class PublicFaces:
+class PublicProbe:
     """Labelled faces that no device holds."""
 
     images: Images  # (n, 3, size, size)
@@ -68,7 +68,7 @@ def prepare(experiment: Experiment, folder: Path) -> None:
     Whoever starts a simulation plays all devices, so the key is made here; the coordinator is not given it.
     Nothing that exists is replaced.
     """
-    if isinstance(experiment.devices, RealDevices):
+    if isinstance(experiment.devices, RemoteDevices):
         return
     names = [device_name(number) for number in range(experiment.devices.count)]
     states = [folder / name for name in names]
@@ -89,7 +89,7 @@ def prepare(experiment: Experiment, folder: Path) -> None:
 
 def simulated_device(experiment: Experiment, number: int, folder: Path) -> Device:
     """Pretended device `number`, from 0; its photos are drawn or read when a round first needs them."""
-    if isinstance(experiment.devices, RealDevices):
+    if isinstance(experiment.devices, RemoteDevices):
         raise FederationError(
             "this experiment waits for real devices; start it with `flwr run` against a SuperLink, "
             "or give it drawn-devices or labelled-devices"
@@ -100,10 +100,10 @@ def simulated_device(experiment: Experiment, number: int, folder: Path) -> Devic
         )
 
     devices = experiment.devices
-    together = devices.photos_per_occasion if isinstance(devices, DrawnDevices) else 1
+    together = devices.photos_per_occasion if isinstance(devices, SyntheticDevices) else 1
 
-    def photos(size: int) -> OwnFaces:
-        return OwnFaces.in_occasions(_photos(experiment, number, size), together)
+    def photos(size: int) -> DeviceDataset:
+        return DeviceDataset.by_occasion(_photos(experiment, number, size), together)
 
     return Device(
         name=device_name(number),
@@ -117,15 +117,15 @@ def describe_devices(experiment: Experiment) -> list[tuple[str, str, int | None]
     """Name, public description and photo count (None where that is private) of every device."""
     devices = experiment.devices
     match devices:
-        case DrawnDevices():
+        case SyntheticDevices():
             return [
-                (device_name(i), f"drawn faces, {share:.0%} light skin (Monk 1-5)", devices.photos_each)
-                for i, share in enumerate(devices.light_shares)
+                (device_name(i), f"drawn faces, {share:.0%} light skin (Monk 1-5)", devices.photos_per_device)
+                for i, share in enumerate(devices.light_fractions)
             ]
         case LabelledDevices():
             parts = _dealt(experiment)
             return [(device_name(i), _mix(experiment, part), len(part)) for i, part in enumerate(parts)]
-        case RealDevices():
+        case RemoteDevices():
             return [(f"real device {i + 1}", "photos of its owner; nothing else is known", None)
                     for i in range(devices.count)]  # fmt: skip
         case _:
@@ -139,13 +139,13 @@ def device_faces(experiment: Experiment, count: int, size: int, *, part: int = 0
     """
     devices = experiment.devices
     match devices:
-        case DrawnDevices():
+        case SyntheticDevices():
             streams = Streams(experiment.seed).child("like the devices" + f"/{part}" * bool(part))
             each = -(-count // devices.count)
             return torch.cat(
                 [
-                    draw_people(each, share, size, streams.child(str(i)))
-                    for i, share in enumerate(devices.light_shares)
+                    render_people(each, share, size, streams.child(str(i)))
+                    for i, share in enumerate(devices.light_fractions)
                 ]
             )[torch.randperm(each * devices.count, generator=streams.generator("order"))[:count]]
         case LabelledDevices():
@@ -154,16 +154,16 @@ def device_faces(experiment: Experiment, count: int, size: int, *, part: int = 0
             return everyone[
                 torch.randperm(len(everyone), generator=chance)[part * count : (part + 1) * count]
             ]
-        case RealDevices():
+        case RemoteDevices():
             return None
         case _:
             assert_never(devices)
 
 
-def public_faces(probe: DrawnProbe | LabelledProbe, seed: int, size: int) -> PublicFaces:
+def public_faces(probe: SyntheticProbe | LabelledProbe, seed: int, size: int) -> PublicProbe:
     """The faces of a probe, the same in every call."""
     match probe:
-        case DrawnProbe():
+        case SyntheticProbe():
             return _drawn_probe(probe, size, Streams(seed).child("probe"))
         case LabelledProbe():
             return _labelled_probe(probe, size)
@@ -171,21 +171,21 @@ def public_faces(probe: DrawnProbe | LabelledProbe, seed: int, size: int) -> Pub
             assert_never(probe)
 
 
-def _drawn_probe(probe: DrawnProbe, size: int, streams: Streams) -> PublicFaces:
-    chance, each = streams.generator("faces"), probe.each
+def _drawn_probe(probe: SyntheticProbe, size: int, streams: Streams) -> PublicProbe:
+    chance, each = streams.generator("faces"), probe.per_group
     count, share = each * 200, 0.5
-    if probe.light_share is not None:
-        count, share = each * len(TONE_GROUPS), probe.light_share
-    everyone = sample_faces(count, ToneMix(light_share=share), chance)
+    if probe.light_fraction is not None:
+        count, share = each * len(TONE_GROUPS), probe.light_fraction
+    everyone = sample_faces(count, ToneMix(light_fraction=share), chance)
     group = ((everyone.tone - 0.5) / 2).floor().clamp(0, 4).long()
     chosen = torch.cat([torch.nonzero(group == g)[:each, 0] for g in range(5)])
     words = f"{len(chosen)} freshly drawn faces, {each} in each group of true Monk tone, through cameras"
-    if probe.light_share is not None:
+    if probe.light_fraction is not None:
         chosen = torch.arange(count)
         words = f"{count} freshly drawn faces, {share:.0%} of them light (Monk 1-5), through cameras"
-    faces: DrawnFaces = everyone[chosen]
-    images = draw(faces, size, noise=streams.generator("camera"))
-    return PublicFaces(
+    faces: SyntheticFaces = everyone[chosen]
+    images = render(faces, size, noise=streams.generator("camera"))
+    return PublicProbe(
         images=images,
         groups=tuple(TONE_GROUPS[g] for g in group[chosen].tolist()),
         expected=TONE_GROUPS,
@@ -194,10 +194,10 @@ def _drawn_probe(probe: DrawnProbe, size: int, streams: Streams) -> PublicFaces:
     )
 
 
-def _labelled_probe(probe: LabelledProbe, size: int) -> PublicFaces:
+def _labelled_probe(probe: LabelledProbe, size: int) -> PublicProbe:
     path, _ = _set_path(probe.folder, probe.set)
-    everyone, away = _facing(read_face_folder(path, size=size, label=probe.label), probe.turned)
-    faces = everyone.select(_first_of_each(everyone.groups, probe.each))
+    everyone, away = _facing(read_face_folder(path, size=size, label=probe.label), probe.profile_faces)
+    faces = everyone.select(_first_of_each(everyone.groups, probe.per_group))
     unseen = Counter({**everyone.missed}) + Counter({**everyone.unreadable})
     reasons = [
         f"{words}: " + ", ".join(f"{group} {count}" for group, count in sorted(counts.items()))
@@ -207,18 +207,18 @@ def _labelled_probe(probe: LabelledProbe, size: int) -> PublicFaces:
     left_out = (
         f"; left out of {len(everyone) + sum(unseen.values()) + sum(away.values())}: " if reasons else ""
     )
-    return PublicFaces(
+    return PublicProbe(
         images=faces.images,
         groups=faces.groups,
         expected=tuple(sorted({*everyone.groups, *unseen, *away})),
         tone=measure_tone(faces.images),
-        description=f"{len(faces)} labelled photos grouped by {probe.label}, up to {probe.each} each"
+        description=f"{len(faces)} labelled photos grouped by {probe.label}, up to {probe.per_group} each"
         + left_out
         + "; ".join(reasons),
     )
 
 
-def _facing(faces: Probe, turned: str) -> tuple[Probe, Counter[str]]:
+def _facing(faces: LabelledFaces, turned: str) -> tuple[LabelledFaces, Counter[str]]:
     """The faces that look towards the camera, and how many of each group do not.
 
     FFHQ's crop of a profile in a tight photo is mostly mirrored border, and a generator of frontal faces has
@@ -268,9 +268,9 @@ def _labelled(experiment: Experiment, size: int) -> tuple[Images, tuple[str, ...
     if not isinstance(devices, LabelledDevices):
         raise FederationError("only labelled devices share out a folder")
     path, shared = _set_path(devices.folder, devices.set)
-    faces, _ = _facing(read_face_folder(path, size=size, label=devices.label), devices.turned)
+    faces, _ = _facing(read_face_folder(path, size=size, label=devices.label), devices.profile_faces)
     if shared and isinstance(experiment.probe, LabelledProbe):
-        held_out = set(_first_of_each(faces.groups, experiment.probe.each))
+        held_out = set(_first_of_each(faces.groups, experiment.probe.per_group))
         faces = faces.select([i for i in range(len(faces)) if i not in held_out])
     return faces.images, faces.groups
 
@@ -298,16 +298,16 @@ def _mix(experiment: Experiment, part: list[int]) -> str:
 def _photos(experiment: Experiment, number: int, size: int) -> Images:
     devices = experiment.devices
     match devices:
-        case DrawnDevices():
+        case SyntheticDevices():
             streams = Streams(experiment.seed).child(device_name(number))
             each = devices.photos_per_occasion
-            return draw_occasions(
-                devices.photos_each // each, each, devices.light_shares[number], size, streams
+            return render_occasions(
+                devices.photos_per_device // each, each, devices.light_fractions[number], size, streams
             )
         case LabelledDevices():
             images, _ = _labelled(experiment, size)
             return images[_dealt(experiment)[number]]
-        case RealDevices():
+        case RemoteDevices():
             raise FederationError("a real device's photos are not here")
         case _:
             assert_never(devices)

@@ -14,8 +14,8 @@ from typing import Any
 from fedface.errors import RunError
 from fedface.files import replace_text
 from fedface.reports import strict
-from fedface.reports.private_record import LeftRecord, PrivateRecord
-from fedface.reports.quantities import Epsilon, Figure, NotMeasured
+from fedface.reports.private_record import WithdrawalRecord, DeviceMetricsRecord
+from fedface.reports.quantities import Epsilon, Measurement, NotMeasured
 from fedface.reports.run import RoundRecord
 
 
@@ -24,38 +24,38 @@ def weights_path(folder: Path, round: int) -> Path:
     return folder / "rounds" / f"{round:03d}.safetensors"
 
 
-_PARTS: dict[str, type[Any]] = {"rounds": RoundRecord, "left": LeftRecord, "private": PrivateRecord}
+_PARTS: dict[str, type[Any]] = {"rounds": RoundRecord, "left": WithdrawalRecord, "private": DeviceMetricsRecord}
 
 
 @dataclass(frozen=True)
-class State:
+class RunState:
     """What of a run is on disk."""
 
     folder: Path
     started: str  # ISO 8601, UTC
     rounds: tuple[RoundRecord, ...]
-    left: tuple[LeftRecord, ...] = ()  # devices whose owners left, without their names
-    private: tuple[PrivateRecord, ...] = ()  # figures that devices computed on their own photos, by question
+    withdrawals: tuple[WithdrawalRecord, ...] = ()  # devices whose owners left, without their names
+    device_metrics: tuple[DeviceMetricsRecord, ...] = ()  # figures that devices computed on their own photos, by question
 
     def save(self) -> None:
         """In one step, so that a reader never sees half of it, and on the disk before it returns."""
         kept = {name: [json.loads(strict.dumps(record)) for record in getattr(self, name)] for name in _PARTS}
         replace_text(self.folder / "state.json", json.dumps({"started": self.started, **kept}))
 
-    def then(self, record: RoundRecord) -> State:
+    def with_round(self, record: RoundRecord) -> RunState:
         """With one more round, saved."""
         return self._saved(replace(self, rounds=(*self.rounds, record)))
 
-    def measured(self, figures: dict[str, Figure]) -> State:
+    def with_initial_metrics(self, figures: dict[str, Measurement]) -> RunState:
         """With the figures of the last round, saved."""
         *before, last = self.rounds
         return self._saved(replace(self, rounds=(*before, replace(last, figures=figures))))
 
-    def scored(self, record: PrivateRecord) -> State:
+    def with_device_metrics(self, record: DeviceMetricsRecord) -> RunState:
         """With one more answer of the devices about a model, saved."""
-        return self._saved(replace(self, private=(*self.private, record)))
+        return self._saved(replace(self, private=(*self.device_metrics, record)))
 
-    def without(self, name: str, price: Callable[[int, int], Epsilon | NotMeasured]) -> State:
+    def without(self, name: str, price: Callable[[int, int], Epsilon | NotMeasured]) -> RunState:
         """Forget a device whose owner has left: its name goes, and what cannot be undone is said; saved.
 
         Args:
@@ -64,19 +64,19 @@ class State:
         """
         rounds = tuple(record.round for record in self.rounds if name in record.answered)
         records = tuple(record.without(name) for record in self.rounds)
-        questions = sum(name in record.answered for record in self.private)
-        private = tuple(record.without(name) for record in self.private)
-        left = self.left
+        questions = sum(name in record.answered for record in self.device_metrics)
+        private = tuple(record.without(name) for record in self.device_metrics)
+        left = self.withdrawals
         if rounds or questions:
-            left = (*left, LeftRecord.of(rounds, questions, price(len(rounds), questions)))
+            left = (*left, WithdrawalRecord.of(rounds, questions, price(len(rounds), questions)))
         return self._saved(replace(self, rounds=records, private=private, left=left))
 
-    def _saved(self, state: State) -> State:
+    def _saved(self, state: RunState) -> RunState:
         state.save()
         return state
 
     @staticmethod
-    def read(folder: Path) -> State:
+    def read(folder: Path) -> RunState:
         """Raises RunError if there is no run here, or its state is damaged."""
         path = folder / "state.json"
         try:
@@ -87,7 +87,7 @@ class State:
                 name: tuple(strict.loads(kind, json.dumps(record)) for record in kept.get(name, ()))
                 for name, kind in _PARTS.items()
             }
-            return State(folder, str(kept["started"]), **parts)
+            return RunState(folder, str(kept["started"]), **parts)
         except FileNotFoundError as error:
             raise RunError(f"{folder}: no run was begun here, so there is nothing to resume") from error
         except (ValueError, KeyError, TypeError) as error:

@@ -21,24 +21,24 @@ from fedface.experiment import Experiment
 from fedface.federation.cohort import Cohort
 from fedface.federation.task import (
     EvaluateTask,
-    Fault,
+    Failure,
     Refusal,
-    Revealed,
-    RevealTask,
-    Scored,
-    Trained,
+    DecryptResult,
+    DecryptTask,
+    EvaluateResult,
+    TrainResult,
     TrainTask,
 )
-from fedface.privacy.plan import Terms
+from fedface.privacy.plan import DPParameters
 from fedface.randomness import SecretNoise
 from fedface.reports.run import RefusalRecord
 from fedface.shapes import Vector
 
-Answer = Trained | Scored
+Answer = TrainResult | EvaluateResult
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gathered:
+class RoundSum:
     """One sum over devices, and what it cost."""
 
     members: tuple[int, ...]  # whose vectors are in the sum
@@ -56,7 +56,7 @@ class Gathered:
     seconds_reveal: float
 
 
-def gather(
+def collect_and_sum(
     experiment: Experiment,
     cohort: Cohort,
     members: Sequence[int],
@@ -64,7 +64,7 @@ def gather(
     length: int,
     step: Callable[[int], None],
     gone: Callable[[Mapping[int, str]], None],
-) -> Gathered:
+) -> RoundSum:
     """Ask every member, sum the usable answers, and have the sum opened.
 
     Args:
@@ -88,7 +88,7 @@ def gather(
 
     answers = cohort.ask(task, members, hear)
     server = make_server(experiment.aggregation, experiment.agreement)
-    wanted = Trained if isinstance(task, TrainTask) else Scored
+    wanted = TrainResult if isinstance(task, TrainTask) else EvaluateResult
     left = {
         member: answer.device
         for member, answer in answers.items()
@@ -97,11 +97,11 @@ def gather(
     if left:
         gone(left)
     usable, refusals, dropped = _sorted_answers(answers, server, task.round, length, wanted)
-    if len(usable) < experiment.fewest_answers:
+    if len(usable) < experiment.min_responses:
         reasons = "; ".join(f"{r.device}: {r.reason}" for r in (*refusals, *dropped))
         raise FederationError(
             f"round {task.round}: {len(usable)} of {len(members)} devices gave a usable answer, "
-            f"{experiment.fewest_answers} are needed ({reasons or 'no reasons given'}). "
+            f"{experiment.min_responses} are needed ({reasons or 'no reasons given'}). "
             "Nothing was applied; mend the cause and resume the run."
         )
     combining = time.perf_counter()
@@ -110,7 +110,7 @@ def gather(
     opened = _open_sum(experiment, cohort, server, total, list(usable), task)
     revealed = time.perf_counter()
     hidden = not isinstance(experiment.aggregation, PlainConfig)
-    return Gathered(
+    return RoundSum(
         members=tuple(usable),
         devices=tuple(answer.device for answer, _ in usable.values()),
         refusals=tuple(refusals),
@@ -127,7 +127,7 @@ def gather(
     )
 
 
-def noised_sum(total: Vector, terms: Terms) -> Vector:
+def noised_sum(total: Vector, terms: DPParameters) -> Vector:
     """The sum of a round or a question, noised once where that is the server's part: the promise per library.
 
     The Gaussian mechanism on a sum of vectors that each device has cut to `terms.update_clip` (McMahan et al. 2018,
@@ -137,7 +137,7 @@ def noised_sum(total: Vector, terms: Terms) -> Vector:
         total: In public ranges, (d,).
         terms: What was agreed.
     """
-    at_server = terms.sum_mechanism()
+    at_server = terms.central_mechanism()
     return total if at_server is None else at_server.noise(total, SecretNoise())
 
 
@@ -152,12 +152,12 @@ def _sorted_answers(
         match answer:
             case Refusal(device=device, reason=reason):
                 refusals.append(RefusalRecord(device=device, reason=reason))
-            case Trained() | Scored() if isinstance(answer, wanted):
+            case TrainResult() | EvaluateResult() if isinstance(answer, wanted):
                 try:
                     usable[member] = (answer, _checked(answer.payload, server, number, length))
                 except AggregationError as error:
                     dropped.append(RefusalRecord(device=answer.device, reason=str(error)))
-            case Fault(reason=reason):
+            case Failure(reason=reason):
                 dropped.append(RefusalRecord(device=name, reason=reason))
             case _:
                 dropped.append(RefusalRecord(device=name, reason="answered another question"))
@@ -202,8 +202,8 @@ def _open_sum(
                 f"round {task.round}: the sum of the answers is not finite; nothing was applied"
             )
         return opened
-    reveal = RevealTask(
-        of="updates" if isinstance(task, TrainTask) else "figures",
+    reveal = DecryptTask(
+        count="updates" if isinstance(task, TrainTask) else "figures",
         run=task.run,
         round=task.round,
         aggregation=experiment.aggregation,
@@ -214,11 +214,11 @@ def _open_sum(
     for member in members:
         answer = cohort.ask(reveal, [member], lambda done: None)[member]
         match answer:
-            case Revealed(total=vector) if vector.shape == (total.length,) and bool(
+            case DecryptResult(total=vector) if vector.shape == (total.length,) and bool(
                 torch.isfinite(vector).all()
             ):
                 return vector
-            case Refusal(reason=reason) | Fault(reason=reason):
+            case Refusal(reason=reason) | Failure(reason=reason):
                 reasons.append(f"device {member}: {reason}")
             case _:
                 reasons.append(f"device {member}: opened something else")

@@ -19,36 +19,36 @@ import torch
 from fedface.audits.bias import DARKER_FROM, tone_histogram
 from fedface.audits.disaggregate import rate_interval
 from fedface.audits.feature_networks import ColourFeatures, open_features
-from fedface.audits.quality import TONE_GROUPS, GroupQuality, TooFew, quality, tone_groups
+from fedface.audits.quality import TONE_GROUPS, GroupQuality, InsufficientSamples, quality, tone_groups
 from fedface.audits.tones import tone_distance
 from fedface.errors import ConfigError
-from fedface.experiment import DrawnDevices, Experiment
+from fedface.experiment import SyntheticDevices, Experiment
 from fedface.federation.cohort import Cohort
-from fedface.federation.coordinator import begin, check_same
-from fedface.federation.findings import answers
-from fedface.federation.rounds import Watcher, run_rounds, spent
+from fedface.federation.coordinator import initialize_run, check_same
+from fedface.federation.findings import upsample_with
+from fedface.federation.rounds import ProgressListener, run_rounds, spent
 from fedface.federation.simulated import describe_devices, device_faces, prepare
-from fedface.federation.state import State, weights_path
+from fedface.federation.state import RunState, weights_path
 from fedface.files import replace_text
-from fedface.models.family import Model, Resolved, Styled
+from fedface.models.family import Model, SuperResolutionModel, StyleEncoderModel
 from fedface.models.weights import load_model, weights_hash
 from fedface.photos.tone import measure_tone
 from fedface.randomness import Streams
 from fedface.reports import comparison, comparison_figures, strict
 from fedface.reports.comparison import (
-    UNTOUCHED,
+    UNTRAINED,
     ComparisonRecord,
-    GroupFigures,
-    ModelFigures,
-    RunFigures,
+    GroupQualityRecord,
+    ModelQualityRecord,
+    ComparedRun,
 )
 from fedface.reports.filling import machine_record, measured, version_record
-from fedface.reports.quantities import Figure, NotMeasured
+from fedface.reports.quantities import Measurement, NotMeasured
 from fedface.shapes import Images
 from fedface.sweep import Sweep, Variant, level_of
-from fedface.training.ways import begin_round, check_fits, common_streams
+from fedface.training.ways import prepare_round, check_fits, common_streams
 
-MEASURED = 1  # raised whenever the same samples would give other figures
+MEASURED_ON = 1  # raised whenever the same samples would give other figures
 FACES = 600  # samples of each model, and faces on either side of the reference
 QUALITY = ("kernel", "coverage", "precision", "recall")
 SHOWN = 12  # samples in a row of the picture
@@ -65,12 +65,12 @@ class _Reference:
     asked: Images  # what upsamplers are shown, shrunken
 
 
-def compare(
+def compare_runs(
     sweep: Sweep,
     folder: Path,
     cohort_of: CohortOf,
     *,
-    watcher: Watcher,
+    watcher: ProgressListener,
     command: str = "",
     faces: int = FACES,
 ) -> ComparisonRecord:
@@ -94,9 +94,9 @@ def compare(
     for variant in sweep.variants:
         # A checkpoint that is missing or of another family is better known now than after hours.
         check_fits(variant.experiment.start(), variant.experiment.training)
-    runs: list[RunFigures] = []
+    runs: list[ComparedRun] = []
     for number, variant in enumerate(sweep.variants, 1):
-        watcher.say(f"run {number} of {len(sweep.variants)}: {', '.join(variant.names) or variant.way}")
+        watcher.message(f"run {number} of {len(sweep.variants)}: {', '.join(variant.names) or variant.method}")
         place = folder / "runs" / variant.folder
         runs += [_base(variant, folder, faces, watcher), _one(variant, place, cohort_of, faces, watcher)]
     first = sweep.variants[0].experiment
@@ -117,31 +117,31 @@ def compare(
     watcher.stage("pictures", 1)
     comparison.write(record, folder)
     _draw(record, sweep, folder, truth)
-    watcher.step(1)
+    watcher.advance(1)
     return record
 
 
-def _without_twins(runs: list[RunFigures]) -> list[RunFigures]:
+def _without_twins(runs: list[ComparedRun]) -> list[ComparedRun]:
     """Each (way, level, seed) once: the untouched model stands before every promise of its way."""
-    return list({(run.way, run.level, run.seed): run for run in runs}.values())
+    return list({(run.method, run.level, run.seed): run for run in runs}.values())
 
 
-def _one(variant: Variant, place: Path, cohort_of: CohortOf, faces: int, watcher: Watcher) -> RunFigures:
+def _one(variant: Variant, place: Path, cohort_of: CohortOf, faces: int, watcher: ProgressListener) -> ComparedRun:
     """One run to its end, or its figures from the disk."""
     experiment, kept = variant.experiment, place / f"figures-{_measure_name(faces)}.json"
     if not (place / "state.json").exists():
-        begin(experiment, place)
+        initialize_run(experiment, place)
     check_same(experiment, place)
     if kept.exists():
-        return strict.loads(RunFigures, kept.read_text(encoding="utf-8"))
+        return strict.loads(ComparedRun, kept.read_text(encoding="utf-8"))
     plan = experiment.plan()
     states = place / "devices"
     prepare(experiment, states)
-    state = run_rounds(experiment, plan, cohort_of(experiment, states), State.read(place), None, watcher)
+    state = run_rounds(experiment, plan, cohort_of(experiment, states), RunState.read(place), None, watcher)
     final = load_model(weights_path(place, experiment.rounds))
-    work = begin_round(final, experiment.training, plan.terms, common_streams(experiment.seed, 0))
-    figures = RunFigures(
-        way=variant.way,
+    work = prepare_round(final, experiment.training, plan.dp_parameters, common_streams(experiment.seed, 0))
+    figures = ComparedRun(
+        method=variant.method,
         level=level_of(experiment),
         epsilon=spent(plan, experiment.rounds),
         seed=experiment.seed,
@@ -155,20 +155,20 @@ def _one(variant: Variant, place: Path, cohort_of: CohortOf, faces: int, watcher
     return figures
 
 
-def _base(variant: Variant, folder: Path, faces: int, watcher: Watcher) -> RunFigures:
+def _base(variant: Variant, folder: Path, faces: int, watcher: ProgressListener) -> ComparedRun:
     """The figures of a way's public model before any round, measured once."""
     experiment = variant.experiment
     base = experiment.start()
     kept = folder / "bases" / f"{weights_hash(*base.modules())}-{experiment.seed}-{_measure_name(faces)}.json"
     if kept.exists():
-        model = strict.loads(ModelFigures, kept.read_text(encoding="utf-8"))
+        model = strict.loads(ModelQualityRecord, kept.read_text(encoding="utf-8"))
     else:
         model = _measure(base, experiment, faces, watcher)
         kept.parent.mkdir(parents=True, exist_ok=True)
         replace_text(kept, strict.dumps(model))
-    return RunFigures(
-        way=variant.way,
-        level=UNTOUCHED,
+    return ComparedRun(
+        method=variant.method,
+        level=UNTRAINED,
         epsilon=NotMeasured(not_measured="no photo was used"),
         seed=experiment.seed,
         noise_multiplier=0.0,
@@ -181,10 +181,10 @@ def _base(variant: Variant, folder: Path, faces: int, watcher: Watcher) -> RunFi
 
 def _measure_name(faces: int) -> str:
     """What figures depend on beside the model: of how many faces, measured how."""
-    return f"{faces}-{MEASURED}"
+    return f"{faces}-{MEASURED_ON}"
 
 
-def _measure(model: Model, experiment: Experiment, faces: int, watcher: Watcher) -> ModelFigures:
+def _measure(model: Model, experiment: Experiment, faces: int, watcher: ProgressListener) -> ModelQualityRecord:
     watcher.stage("samples", 1)
     made = _sampled(model, experiment, faces)
     truth = _reference(experiment, model.size, faces)
@@ -198,16 +198,16 @@ def _sampled(model: Model, experiment: Experiment, count: int) -> Images:
 
     def draw(number: int) -> Images:
         chance = streams.generator(str(number))
-        if isinstance(model, Styled | Resolved):
+        if isinstance(model, StyleEncoderModel | SuperResolutionModel):
             asked = _reference(experiment, model.size, count).asked[number * halves[0] :]
-            return answers(model, asked[: halves[number]], experiment.upsampling.downscale)
+            return upsample_with(model, asked[: halves[number]], experiment.upsampling.downscale)
         return model.generator.sample(halves[number], chance)
 
     with ThreadPoolExecutor(2) as pool:
         return torch.cat(list(pool.map(draw, range(2))))
 
 
-def _figures(made: Images, name: str, truth: _Reference, seed: int) -> ModelFigures:
+def _figures(made: Images, name: str, truth: _Reference, seed: int) -> ModelQualityRecord:
     streams = Streams(seed).child("compared figures")
     readings, true = measure_tone(made).monk.double(), measure_tone(truth.faces).monk.double()
     found = quality(
@@ -219,7 +219,7 @@ def _figures(made: Images, name: str, truth: _Reference, seed: int) -> ModelFigu
         streams.numpy("quality"),
     )
     darker = int((readings >= DARKER_FROM).sum())
-    return ModelFigures(
+    return ModelQualityRecord(
         weights_hash=name,
         tones=tone_histogram(made).counts,
         figures={
@@ -231,23 +231,23 @@ def _figures(made: Images, name: str, truth: _Reference, seed: int) -> ModelFigu
     )
 
 
-def _group(name: str, found: GroupQuality | TooFew | None) -> GroupFigures:
+def _group(name: str, found: GroupQuality | InsufficientSamples | None) -> GroupQualityRecord:
     match found:
         case GroupQuality(real=real, made=made):
-            return GroupFigures(group=name, real=real, made=made, figures=_quality_figures(found))
-        case TooFew(real=real, made=made, fewest=fewest):
+            return GroupQualityRecord(group=name, real=real, made=made, figures=_quality_figures(found))
+        case InsufficientSamples(real=real, made=made, fewest=fewest):
             why = NotMeasured(
                 not_measured=f"wants {fewest} faces on each side, got {real} real and {made} made"
             )
-            return GroupFigures(group=name, real=real, made=made, figures={m: why for m in QUALITY})
+            return GroupQualityRecord(group=name, real=real, made=made, figures={m: why for m in QUALITY})
         case None:
             why = NotMeasured(not_measured="no faces of this group on either side")
-            return GroupFigures(group=name, real=0, made=0, figures={m: why for m in QUALITY})
+            return GroupQualityRecord(group=name, real=0, made=0, figures={m: why for m in QUALITY})
         case _:
             assert_never(found)
 
 
-def _quality_figures(found: GroupQuality) -> dict[str, Figure]:
+def _quality_figures(found: GroupQuality) -> dict[str, Measurement]:
     return {
         "kernel": measured(found.kernel),
         "coverage": measured(found.neighbours.coverage),
@@ -273,7 +273,7 @@ def _devices(experiment: Experiment) -> str:
     each = f"{photos[0]} to {photos[-1]}" if len(photos) > 1 else f"{photos[0]}"
     start = f"{len(everyone)} devices with {each} photos each"
     match experiment.devices:
-        case DrawnDevices(light_shares=shares):
+        case SyntheticDevices(light_fractions=shares):
             return (
                 f"{start}: drawn faces, of which {sum(shares) / len(shares):.0%} have light skin (Monk 1-5), from "
                 f"{max(shares):.0%} on the lightest device to {min(shares):.0%} on the darkest. Tone is read from "
@@ -298,7 +298,7 @@ def _rows(record: ComparisonRecord, sweep: Sweep, folder: Path) -> dict[str, Ima
     """A row of samples for each way and epsilon, of the first seed, from the same latents within a family."""
     rows: dict[str, Images] = {}
     for way in record.ways():
-        mine = [variant for variant in sweep.variants if variant.way == way]
+        mine = [variant for variant in sweep.variants if variant.method == way]
         seed = mine[0].experiment.seed
         rows[f"{way}, epsilon 0"] = _sampled(mine[0].experiment.start(), mine[0].experiment, SHOWN)
         by_level = {level_of(v.experiment): v for v in mine if v.experiment.seed == seed}

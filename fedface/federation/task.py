@@ -14,11 +14,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from fedface.aggregation.protocol import AggregationConfig, Agreement, EncryptedConfig
-from fedface.audits.private_figures import FiguresConfig
+from fedface.aggregation.protocol import AggregationConfig, AggregationParameters, HomomorphicConfig
+from fedface.audits.private_figures import LocalMetricsConfig
 from fedface.config import plain
-from fedface.models.family import Shape
-from fedface.privacy.plan import Terms
+from fedface.models.family import Architecture
+from fedface.privacy.plan import DPParameters
 from fedface.shapes import Vector
 from fedface.training.ways import Training
 from fedface.upsampling.degrade import Degradation
@@ -36,35 +36,35 @@ class Message:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Agreed:
+class RoundConfig:
     """Everything public that a device must know to compute one update; carries no epsilon on purpose."""
 
-    terms: Terms
+    dp: DPParameters
     training: Training
-    shape: Shape  # of the model: which family, and how large
+    architecture: Architecture  # of the model: which family, and how large
     aggregation: AggregationConfig
-    agreement: Agreement
-    held_out: float = 0.0  # share of the units that no update is computed from, in [0, 1)
+    agreement: AggregationParameters
+    holdout_fraction: float = 0.0  # share of the units that no update is computed from, in [0, 1)
 
     def __post_init__(self) -> None:
-        _check_share(self.held_out)
+        _check_share(self.holdout_fraction)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class EvaluationRequest:
     """Everything public that a device must know to score one model on its own photos; no epsilon here either."""
 
-    terms: Terms
-    shape: Shape
+    dp: DPParameters
+    architecture: Architecture
     method: Method  # how photos that were shrunk are made large again
     downscale: Degradation
-    figures: FiguresConfig
+    metrics: LocalMetricsConfig
     aggregation: AggregationConfig
-    agreement: Agreement
-    held_out: float = 0.0  # share of the units that are asked; 0: all, since nothing was trained on them
+    agreement: AggregationParameters
+    holdout_fraction: float = 0.0  # share of the units that are asked; 0: all, since nothing was trained on them
 
     def __post_init__(self) -> None:
-        _check_share(self.held_out)
+        _check_share(self.holdout_fraction)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +75,13 @@ class TrainTask:
     round: int  # from 1
     cohort: int  # how many devices are asked, as the server says
     seed: int  # of replayable streams: latents of made pictures, directions of low-rank changes
-    agreed: Agreed
+    config: RoundConfig
     weights: Vector  # of all networks of the model, flat (d,)
     buffers: Vector  # noise maps and mean style, flat; a flow has none
     model: str  # hash of the weights, for the ledger
 
     @property
-    def book(self) -> str:
+    def ledger_key(self) -> str:
         """Under which name the ledger books it."""
         return self.run
 
@@ -89,10 +89,10 @@ class TrainTask:
         """For the wire."""
         header = {
             "what": "train", "version": VERSION, "run": self.run, "round": self.round, "cohort": self.cohort,
-            "seed": self.seed, "model": self.model, "terms": self.agreed.terms.to_record(),
-            "training": plain(self.agreed.training), "shape": plain(self.agreed.shape),
-            "aggregation": plain(self.agreed.aggregation), "agreement": plain(self.agreed.agreement),
-            "held_out": self.agreed.held_out,
+            "seed": self.seed, "model": self.model, "terms": self.config.dp.to_record(),
+            "training": plain(self.config.training), "shape": plain(self.config.architecture),
+            "aggregation": plain(self.config.aggregation), "agreement": plain(self.config.agreement),
+            "held_out": self.config.holdout_fraction,
         }  # fmt: skip
         return Message(
             json.dumps(header), {"weights": vector_bytes(self.weights), "buffers": vector_bytes(self.buffers)}
@@ -107,25 +107,25 @@ class EvaluateTask:
     round: int  # which question of the run, from 1
     cohort: int
     seed: int  # where searches start; the same for every photo
-    question: Question
+    request: EvaluationRequest
     weights: Vector
     buffers: Vector
     model: str  # hash of the weights, for the ledger
 
     @property
-    def book(self) -> str:
+    def ledger_key(self) -> str:
         """Under which name the ledger books it: a run's figures are releases beside its updates."""
-        return figures_book(self.run)
+        return metrics_ledger_key(self.run)
 
     def message(self) -> Message:
         """For the wire."""
-        asked = self.question
+        asked = self.request
         header = {
             "what": "evaluate", "version": VERSION, "run": self.run, "round": self.round, "cohort": self.cohort,
-            "seed": self.seed, "model": self.model, "terms": asked.terms.to_record(), "shape": plain(asked.shape),
-            "method": plain(asked.method), "downscale": plain(asked.downscale), "figures": plain(asked.figures),
+            "seed": self.seed, "model": self.model, "terms": asked.dp.to_record(), "shape": plain(asked.architecture),
+            "method": plain(asked.method), "downscale": plain(asked.downscale), "figures": plain(asked.metrics),
             "aggregation": plain(asked.aggregation), "agreement": plain(asked.agreement),
-            "held_out": asked.held_out,
+            "held_out": asked.holdout_fraction,
         }  # fmt: skip
         return Message(
             json.dumps(header), {"weights": vector_bytes(self.weights), "buffers": vector_bytes(self.buffers)}
@@ -133,40 +133,40 @@ class EvaluateTask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RevealTask:
+class DecryptTask:
     """Open this sum: only a device that holds the key can. The sum is public once opened."""
 
     run: str
     round: int
     aggregation: AggregationConfig
-    agreement: Agreement
+    agreement: AggregationParameters
     total: bytes  # a payload
-    of: Literal["updates", "figures"] = "updates"
+    count: Literal["updates", "figures"] = "updates"
 
     @property
     def book(self) -> str:
         """Under which name the ledger booked this device's part in the sum."""
-        return self.run if self.of == "updates" else figures_book(self.run)
+        return self.run if self.count == "updates" else metrics_ledger_key(self.run)
 
     def message(self) -> Message:
         """For the wire."""
         header = {
-            "what": "reveal", "version": VERSION, "run": self.run, "round": self.round, "of": self.of,
+            "what": "reveal", "version": VERSION, "run": self.run, "round": self.round, "of": self.count,
             "aggregation": plain(self.aggregation), "agreement": plain(self.agreement),
         }  # fmt: skip
         return Message(json.dumps(header), {"total": self.total})
 
 
-Task = TrainTask | EvaluateTask | RevealTask
+Task = TrainTask | EvaluateTask | DecryptTask
 
 
-def figures_book(run: str) -> str:
+def metrics_ledger_key(run: str) -> str:
     """The ledger's name for what a run asked beside its updates."""
     return f"{run}/figures"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
+class TrainResult:
     """A protected update."""
 
     device: str  # the name under which the device wants to be listed
@@ -185,7 +185,7 @@ class Trained:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scored:
+class EvaluateResult:
     """Protected sums of figures."""
 
     device: str
@@ -204,7 +204,7 @@ class Scored:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Revealed:
+class DecryptResult:
     """An opened sum."""
 
     device: str
@@ -229,11 +229,11 @@ class Refusal:
         return Message(json.dumps({"what": "refusal", "version": VERSION, **asdict(self)}), {})
 
 
-Reply = Trained | Scored | Revealed | Refusal
+Reply = TrainResult | EvaluateResult | DecryptResult | Refusal
 
 
 @dataclass(frozen=True)
-class Fault:
+class Failure:
     """No usable reply from a device, and why: it is dropped for the round and named."""
 
     reason: str
@@ -242,13 +242,13 @@ class Fault:
 def protection_of(task: Task) -> str:
     """How what leaves is protected, in words for the owner."""
     match task:
-        case TrainTask(agreed=agreed):
-            terms, aggregation = agreed.terms, agreed.aggregation
-        case EvaluateTask(question=question):
-            terms, aggregation = question.terms, question.aggregation
-        case RevealTask():
+        case TrainTask(config=agreed):
+            terms, aggregation = agreed.dp, agreed.aggregation
+        case EvaluateTask(request=question):
+            terms, aggregation = question.dp, question.aggregation
+        case DecryptTask():
             return ""
-    if not terms.promises:
+    if not terms.is_private:
         noise = "NO noise"
     elif terms.noise_at == "server":
         noise = (
@@ -256,7 +256,7 @@ def protection_of(task: Task) -> str:
         )
     else:
         noise = f"noise added here (multiplier {terms.noise_multiplier:.3g}), a promise per {terms.unit}"
-    hidden = isinstance(aggregation, EncryptedConfig)
+    hidden = isinstance(aggregation, HomomorphicConfig)
     return f"{noise}; " + (
         "encrypted, only the sum over devices is opened" if hidden else "not encrypted: the server sees it"
     )

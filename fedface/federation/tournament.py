@@ -17,30 +17,30 @@ from pathlib import Path
 
 import torch
 
-from fedface.audits.noised_means import FIGURES
+from fedface.audits.noised_means import DP_METRICS
 from fedface.audits.private_ranking import Ranking, rank_overall, rank_worst_group
-from fedface.audits.private_reading import PrivateFigures
+from fedface.audits.private_reading import DPMetricEstimates
 from fedface.config import plain
 from fedface.errors import ConfigError, FederationError, RunError
-from fedface.experiment import Experiment, figure_terms
+from fedface.experiment import Experiment, metrics_dp_parameters
 from fedface.federation.cohort import Cohort
-from fedface.federation.evaluation import ask_figures, read_told
-from fedface.federation.rounds import Watcher
+from fedface.federation.evaluation import request_metrics, decode_total
+from fedface.federation.rounds import ProgressListener
 from fedface.files import replace_text
-from fedface.models.family import Encoded, Flow, Gan, Model, Resolved, Styled
+from fedface.models.family import EncoderModel, FlowModel, GanModel, Model, SuperResolutionModel, StyleEncoderModel
 from fedface.models.weights import load_model, weights_hash
-from fedface.privacy.plan import Terms
+from fedface.privacy.plan import DPParameters
 from fedface.privacy.target import PrivacyTarget
 from fedface.randomness import SecretNoise
 from fedface.reports import strict, tournament
-from fedface.reports.private_record import PrivateRecord
-from fedface.reports.tournament import RankingRecord, TournamentRecord
+from fedface.reports.private_record import DeviceMetricsRecord
+from fedface.reports.tournament import RankingRecord, RankingReport
 from fedface.upsampling.methods import check_method
 
 BASE = "base"  # the word for the model that the recipe itself starts from
 
 
-def entrants(words: Sequence[str], experiment: Experiment) -> dict[str, Model]:
+def load_candidates(words: Sequence[str], experiment: Experiment) -> dict[str, Model]:
     """The models by name: files of weights, or the word "base" for the recipe's own.
 
     Raises:
@@ -55,7 +55,7 @@ def entrants(words: Sequence[str], experiment: Experiment) -> dict[str, Model]:
         name = word if word == BASE else _name_of(Path(word))
         if name in models:
             raise ConfigError(f"two candidates are called {name}; rename one of the files")
-        if not isinstance(model, Gan | Encoded | Flow | Styled | Resolved):
+        if not isinstance(model, GanModel | EncoderModel | FlowModel | StyleEncoderModel | SuperResolutionModel):
             raise ConfigError(
                 f"{word}: devices score models of families that they could also train, see docs"
             )
@@ -75,27 +75,27 @@ def _name_of(file: Path) -> str:
     return f"{home.parent.name}-{file.stem}" if home.name == "rounds" else file.stem
 
 
-def tournament_terms(experiment: Experiment, count: int) -> Terms:
+def ranking_parameters(experiment: Experiment, count: int) -> DPParameters:
     """What each question releases: the whole promise pays for `count` of them.
 
     Raises:
         PrivacyError: No amount of noise keeps the promise.
     """
-    config, promise = experiment.evaluation, experiment.promise
+    config, promise = experiment.evaluation, experiment.privacy
     if config is None or not isinstance(promise, PrivacyTarget):
         raise ConfigError("a tournament needs a promise and an evaluation; see experiment.for_tournament")
-    return figure_terms(promise, count, config.sampling_rate)
+    return metrics_dp_parameters(promise, count, config.sampling_rate)
 
 
-def hold(
+def run_ranking(
     experiment: Experiment,
     models: Mapping[str, Model],
     cohort: Cohort,
     folder: Path,
     *,
-    watcher: Watcher,
+    watcher: ProgressListener,
     command: str = "",
-) -> TournamentRecord:
+) -> RankingReport:
     """Ask about each model that has not been asked about yet, and rank them all.
 
     Args:
@@ -113,7 +113,7 @@ def hold(
     config = experiment.evaluation
     if config is None:
         raise ConfigError("a tournament needs an evaluation; see experiment.for_tournament")
-    terms = tournament_terms(experiment, len(models))
+    terms = ranking_parameters(experiment, len(models))
     book = _Book.opened(folder, experiment, models)
     members = cohort.members(experiment.devices.count)[: experiment.devices.count]
     away: set[int] = set()  # members whose owners have left
@@ -121,8 +121,8 @@ def hold(
         if name in book.totals:
             continue
         watcher.stage(f"devices score candidate {number} of {len(models)}", len(members))
-        scores = ask_figures(
-            experiment, terms, config.figures, cohort, [member for member in members if member not in away],
+        scores = request_metrics(
+            experiment, terms, config.metrics, cohort, [member for member in members if member not in away],
             models[name], run=folder.name, number=number, name=name, held_out=0.0, watcher=watcher,
             gone=away.update,
         )  # fmt: skip
@@ -134,7 +134,7 @@ def hold(
         "the promise bounds what is published, not what the server could learn.",
     )
     figures = {name: _read(book, name, experiment, terms) for name in models}
-    record = TournamentRecord(
+    record = RankingReport(
         name=folder.name,
         question=experiment.question,
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -163,7 +163,7 @@ class _Book:
     order: tuple[str, ...]
     totals: dict[str, list[float]]
     counts: dict[str, int]
-    records: dict[str, PrivateRecord]
+    records: dict[str, DeviceMetricsRecord]
 
     @staticmethod
     def opened(folder: Path, experiment: Experiment, models: Mapping[str, Model]) -> _Book:
@@ -178,7 +178,7 @@ class _Book:
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
             records = {
-                name: strict.loads(PrivateRecord, json.dumps(told)) for name, told in kept["records"].items()
+                name: strict.loads(DeviceMetricsRecord, json.dumps(told)) for name, told in kept["records"].items()
             }
             found = _Book(
                 path=path, digest=kept["digest"], order=tuple(kept["order"]), totals=kept["totals"],
@@ -190,7 +190,7 @@ class _Book:
             raise RunError(f"{folder}: holds a tournament of other candidates or another recipe")
         return found
 
-    def then(self, name: str, total: torch.Tensor, count: int, record: PrivateRecord) -> _Book:
+    def then(self, name: str, total: torch.Tensor, count: int, record: DeviceMetricsRecord) -> _Book:
         book = replace(
             self,
             totals={**self.totals, name: total.tolist()},
@@ -209,16 +209,16 @@ class _Book:
         replace_text(self.path, json.dumps(kept))
 
 
-def _read(book: _Book, name: str, experiment: Experiment, terms: Terms) -> PrivateFigures:
+def _read(book: _Book, name: str, experiment: Experiment, terms: DPParameters) -> DPMetricEstimates:
     assert experiment.evaluation is not None
     told = torch.tensor(book.totals[name])
-    return read_told(told, terms, experiment.evaluation.figures, book.counts[name])
+    return decode_total(told, terms, experiment.evaluation.metrics, book.counts[name])
 
 
-def _rankings(figures: Mapping[str, PrivateFigures]) -> list[RankingRecord]:
+def _rankings(figures: Mapping[str, DPMetricEstimates]) -> list[RankingRecord]:
     """Every measure over all units and for the worst served group; those without enough units are left out."""
     found = []
-    for measure in FIGURES:
+    for measure in DP_METRICS:
         for rank in (rank_overall, rank_worst_group):
             try:
                 found.append(_ranking_record(rank(figures, measure)))

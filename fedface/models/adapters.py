@@ -29,7 +29,7 @@ from torch.nn.utils import parametrize
 from fedface.errors import WeightsError
 from fedface.shapes import Vector
 
-MOST_RANK = 4096
+MAX_RANK = 4096
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Lora:
     rank: int = 4  # r, from 1 to 4096; a layer with fewer inputs than this gets as many as it has inputs
 
     def __post_init__(self) -> None:
-        if not 1 <= self.rank <= MOST_RANK:
-            raise ValueError(f"rank must lie in [1, {MOST_RANK}], got {self.rank}")
+        if not 1 <= self.rank <= MAX_RANK:
+            raise ValueError(f"rank must lie in [1, {MAX_RANK}], got {self.rank}")
 
 
-Adapt = Full | Lora
+Adaptation = Full | Lora
 
 
-class LowRank(nn.Module):
+class LoraParametrization(nn.Module):
     """W -> W + s (B A), reshaped like W; B is the one trained parameter, A a buffer that no file holds."""
 
     down: Tensor
@@ -72,7 +72,7 @@ class LowRank(nn.Module):
         return weight + self.scale * (self.up @ self.down).reshape(weight.shape)
 
 
-def attach(module: nn.Module, adapt: Adapt, chance: torch.Generator) -> None:
+def attach(module: nn.Module, adapt: Adaptation, chance: torch.Generator) -> None:
     """Mark in place which weights of a network learn; what it computes stays the same until they do.
 
     For `Lora` these are the changes of every weight of at least two dimensions outside a mapping network: the
@@ -91,7 +91,7 @@ def attach(module: nn.Module, adapt: Adapt, chance: torch.Generator) -> None:
     Raises:
         WeightsError: The network has adapters already; `merge` them first.
     """
-    if any(isinstance(part, LowRank) for part in module.modules()):
+    if any(isinstance(part, LoraParametrization) for part in module.modules()):
         raise WeightsError("this network has adapters already; merge them before new ones are attached")
     match adapt:
         case Full():
@@ -99,7 +99,7 @@ def attach(module: nn.Module, adapt: Adapt, chance: torch.Generator) -> None:
         case Lora(rank=rank):
             module.requires_grad_(False)
             for layer in _adaptable(module):
-                parametrize.register_parametrization(layer, "weight", LowRank(_weight(layer), rank, chance))
+                parametrize.register_parametrization(layer, "weight", LoraParametrization(_weight(layer), rank, chance))
         case _:
             assert_never(adapt)
 
@@ -116,12 +116,12 @@ def merge(module: nn.Module) -> None:
     module.requires_grad_(True)
 
 
-def trained_vector(*modules: nn.Module) -> Vector:
+def flatten_trainable(*modules: nn.Module) -> Vector:
     """The weights that learn, in the order of their names, network by network, as one float32 vector (d,)."""
     return torch.cat([weight.detach().float().reshape(-1) for weight in _trained(modules)])
 
 
-def fill_trained(vector: Vector, *modules: nn.Module) -> None:
+def assign_trainable(vector: Vector, *modules: nn.Module) -> None:
     """Write a flat vector back into the weights that learn.
 
     Raises:
@@ -170,7 +170,7 @@ def _weight(layer: nn.Module) -> Tensor:
 def _changed(layer: nn.Module) -> bool:
     """Whether a layer's own weight has an adapter."""
     return parametrize.is_parametrized(layer, "weight") and any(
-        isinstance(part, LowRank) for part in layer.get_submodule("parametrizations.weight").children()
+        isinstance(part, LoraParametrization) for part in layer.get_submodule("parametrizations.weight").children()
     )
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedface.errors import ConfigError, WeightsError
-from fedface.models.critic import Critic, CriticConfig
-from fedface.models.family import Alone, Gan
+from fedface.models.critic import Discriminator, DiscriminatorConfig
+from fedface.models.family import GeneratorModel, GanModel
 from fedface.models.fitting import (
     channels_of,
     check_fields,
@@ -32,11 +32,11 @@ from fedface.models.fitting import (
     sides_of,
     width_of,
 )
-from fedface.models.foreign import ForeignFile, Network, is_safetensors, read_foreign
-from fedface.models.pickled import printable
+from fedface.models.foreign import ForeignFile, ForeignNetwork, is_safetensors, read_foreign
+from fedface.models.pickled import sanitize_text
 from fedface.models.renamings import pulse_generator, rosinality_critic, rosinality_generator, without_filters
 from fedface.models.stylegan1 import StyleGAN1, StyleGAN1Config
-from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
+from fedface.models.stylegan2 import StyleGAN2Config, StyleGAN2
 from fedface.models.weights import load_model
 
 FIXED_SEED: Final = (
@@ -55,16 +55,16 @@ Kind = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class ImportedModel:
     """What a file turned out to hold."""
 
     kind: Kind
     generator: StyleGAN2 | StyleGAN1 | None
-    critic: Critic | None
+    critic: Discriminator | None
     notes: Mapping[str, Any]  # the file's name and hash, and remarks, for the model's own notes
     ignored: tuple[str, ...]  # names of what was in the file and is not taken
 
-    def model(self) -> Gan | Alone:
+    def model(self) -> GanModel | GeneratorModel:
         """A model that can be kept: with its critic where one was found, and alone otherwise.
 
         Raises:
@@ -73,16 +73,16 @@ class Found:
         if self.generator is None:
             raise WeightsError(f"{self.notes['file']}: holds a critic alone; a model needs a generator")
         if self.critic is None:
-            return Alone(self.generator, self.notes)
+            return GeneratorModel(self.generator, self.notes)
         if isinstance(self.generator, StyleGAN1) or self.generator.size != self.critic.config.size:
             raise WeightsError(
                 f"{self.notes['file']}: its generator makes {self.generator.size} px and its critic judges "
                 f"{self.critic.config.size} px; they do not belong together"
             )
-        return Gan(self.generator, self.critic, self.notes)
+        return GanModel(self.generator, self.critic, self.notes)
 
 
-def import_file(path: Path, mapping: Path | None = None) -> Found:
+def import_file(path: Path, mapping: Path | None = None) -> ImportedModel:
     """Read a file of another program, or of ours, told apart by content.
 
     Args:
@@ -118,17 +118,17 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _ours(path: Path, notes: dict[str, Any]) -> Found:
+def _ours(path: Path, notes: dict[str, Any]) -> ImportedModel:
     model = load_model(path)
-    if not isinstance(model, Gan | Alone):
+    if not isinstance(model, GanModel | GeneratorModel):
         raise WeightsError("is a model of fedface already; use it as it is")
-    critic = model.critic if isinstance(model, Gan) else None
-    return Found(
+    critic = model.discriminator if isinstance(model, GanModel) else None
+    return ImportedModel(
         kind="fedface", generator=model.generator, critic=critic, notes={**model.notes, **notes}, ignored=()
     )
 
 
-def _converted(content: ForeignFile, notes: dict[str, Any]) -> Found:
+def _converted(content: ForeignFile, notes: dict[str, Any]) -> ImportedModel:
     """Which program wrote these networks, by the names of their weights."""
     names = {name for network in content.networks.values() for name in network.tensors}
     if "synthesis.b4.const" in names or "b4.out.weight" in names:
@@ -138,14 +138,14 @@ def _converted(content: ForeignFile, notes: dict[str, Any]) -> Found:
     if any(name.endswith(("blocks.4x4.const", "dense0.weight")) for name in names):
         return _pulse([content], notes)
     classes = sorted({network.class_name for network in content.networks.values() if network.class_name})
-    seen = ", ".join(printable(name, 40) for name in sorted(names)[:3]) or "no weights"
+    seen = ", ".join(sanitize_text(name, 40) for name in sorted(names)[:3]) or "no weights"
     raise WeightsError(
         f"holds {' and '.join(classes) or 'networks'} that we do not know ({seen}); what can be read are StyleGAN2 of "
         "NVIDIA's stylegan2-ada-pytorch and of rosinality, and StyleGAN1 as PULSE reads it"
     )
 
 
-def _ada(content: ForeignFile, notes: dict[str, Any]) -> Found:
+def _ada(content: ForeignFile, notes: dict[str, Any]) -> ImportedModel:
     remarks: list[str] = []
     chosen = _first_of(content, ("G_ema", "G", ""), "synthesis.b4.const")
     judge = _first_of(content, ("D", ""), "b4.out.weight")
@@ -155,7 +155,7 @@ def _ada(content: ForeignFile, notes: dict[str, Any]) -> Found:
         remarks.append("the file does not say whether activations are clamped; they are not")
     if chosen == "G":
         remarks.append("there is no averaged generator (G_ema); G was taken")
-    return Found(
+    return ImportedModel(
         kind="stylegan2-ada of NVIDIA" if content.kind == "nvidia-pickle" else "stylegan2-ada state dict",
         generator=generator,
         critic=critic,
@@ -164,7 +164,7 @@ def _ada(content: ForeignFile, notes: dict[str, Any]) -> Found:
     )
 
 
-def _rosinality(content: ForeignFile, notes: dict[str, Any]) -> Found:
+def _rosinality(content: ForeignFile, notes: dict[str, Any]) -> ImportedModel:
     remarks: list[str] = []
     chosen = _first_of(content, ("g_ema", "g", ""), "input.input")
     judge = _first_of(content, ("d", ""), "final_linear.1.weight")
@@ -175,13 +175,13 @@ def _rosinality(content: ForeignFile, notes: dict[str, Any]) -> Found:
         if "latent_avg" in content.tensors:
             tensors["mapping.w_avg"] = content.tensors["latent_avg"].reshape(-1)
             used.add("latent_avg")
-        generator = _ada_generator(Network(class_name="", tensors=tensors, fields={}), remarks)
+        generator = _ada_generator(ForeignNetwork(class_name="", tensors=tensors, fields={}), remarks)
         if chosen == "g":
             remarks.append("there is no averaged generator (g_ema); g was taken")
     if judge is not None:
         tensors = rosinality_critic(content.networks[judge].tensors)
-        critic = _ada_critic(Network(class_name="", tensors=tensors, fields={}))
-    return Found(
+        critic = _ada_critic(ForeignNetwork(class_name="", tensors=tensors, fields={}))
+    return ImportedModel(
         kind="stylegan2 of rosinality",
         generator=generator,
         critic=critic,
@@ -190,14 +190,14 @@ def _rosinality(content: ForeignFile, notes: dict[str, Any]) -> Found:
     )
 
 
-def _pulse(files: list[ForeignFile], notes: dict[str, Any]) -> Found:
+def _pulse(files: list[ForeignFile], notes: dict[str, Any]) -> ImportedModel:
     tensors: dict[str, Tensor] = {}
     ignored: list[str] = []
     for content in files:
         for network in content.networks.values():
             renamed = pulse_generator(network.tensors)
             if twice := sorted(set(renamed) & set(tensors)):
-                raise WeightsError(f"both files hold {printable(twice[0])}; give one of each kind")
+                raise WeightsError(f"both files hold {sanitize_text(twice[0])}; give one of each kind")
             tensors |= renamed
         ignored += _ignored(content, set(content.networks))
     halves = {name.split(".")[0] for name in tensors}
@@ -208,7 +208,7 @@ def _pulse(files: list[ForeignFile], notes: dict[str, Any]) -> Found:
         )
     remarks = ["noise maps are not in such files; fixed ones were drawn"]
     generator = _filled_stylegan1(tensors, remarks)
-    return Found(
+    return ImportedModel(
         kind="stylegan1 as PULSE reads it",
         generator=generator,
         critic=None,
@@ -225,14 +225,14 @@ def _first_of(content: ForeignFile, names: Iterable[str], has: str) -> str | Non
 def _ignored(content: ForeignFile, used: Collection[str | None]) -> tuple[str, ...]:
     """Names of what is not taken, fit for a terminal."""
     left = sorted({*content.networks, *content.tensors}.difference(used))
-    return (*(printable(name, 40) for name in left), *content.ignored)
+    return (*(sanitize_text(name, 40) for name in left), *content.ignored)
 
 
 def _with(notes: dict[str, Any], remarks: list[str]) -> dict[str, Any]:
     return {**notes, "remarks": list(dict.fromkeys(remarks))} if remarks else notes
 
 
-def _ada_generator(network: Network, remarks: list[str]) -> StyleGAN2:
+def _ada_generator(network: ForeignNetwork, remarks: list[str]) -> StyleGAN2:
     """A generator with stylegan2-ada's names, described by its shapes and filled."""
     tensors = without_filters(network.tensors, ".resample_filter", FILTER)
     sides = sides_of(tensors, r"synthesis\.b([0-9]{1,6})\.conv1\.weight")
@@ -245,7 +245,7 @@ def _ada_generator(network: Network, remarks: list[str]) -> StyleGAN2:
         architecture = "skip" if "synthesis.b4.torgb.weight" in tensors else "orig"
     table = {side: width_of(tensors, f"synthesis.b{side}.conv1.weight", 0) for side in sides}
     base, most = channels_of(table)
-    config = GeneratorConfig(
+    config = StyleGAN2Config(
         size=max(sides),
         latent_width=width_of(tensors, "mapping.fc0.weight", 1) - (style if classes else 0),
         style_width=style,
@@ -275,7 +275,7 @@ def _ada_generator(network: Network, remarks: list[str]) -> StyleGAN2:
     return generator
 
 
-def _ada_critic(network: Network) -> Critic:
+def _ada_critic(network: ForeignNetwork) -> Discriminator:
     """A critic with stylegan2-ada's names, described by its shapes and filled."""
     tensors = without_filters(network.tensors, ".resample_filter", FILTER)
     sides = sides_of({**tensors, "b4.conv0.weight": torch.empty(0)}, r"b([0-9]{1,6})\.conv0\.weight")
@@ -288,7 +288,7 @@ def _ada_critic(network: Network) -> Critic:
         architecture = "skip" if "b4.fromrgb.weight" in tensors else "orig"
     spread = width_of(tensors, "b4.conv.weight", 1) - table[4]
     base, most = channels_of(table)
-    config = CriticConfig(
+    config = DiscriminatorConfig(
         size=max(sides),
         architecture=architecture,
         clamp=clamp_of(network),
@@ -300,8 +300,8 @@ def _ada_critic(network: Network) -> Critic:
     if "mapping.embed.weight" in tensors:
         layers = count_of(tensors, r"mapping\.fc[0-9]+\.weight")
         config = replace(config, classes=width_of(tensors, "mapping.embed.weight", 1), mapping_layers=layers)
-    check_fit(lambda: Critic(config), tensors)
-    critic = Critic(config, torch.Generator())
+    check_fit(lambda: Discriminator(config), tensors)
+    critic = Discriminator(config, torch.Generator())
     critic.load_state_dict(floats_of(tensors))
     return critic
 

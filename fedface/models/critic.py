@@ -29,7 +29,7 @@ from fedface.shapes import Images
 
 
 @dataclass(frozen=True, kw_only=True)
-class CriticConfig:
+class DiscriminatorConfig:
     """The shape of a critic; equal configs have weights that can be summed."""
 
     size: int = 32  # height and width of images in pixels, a power of two from 8 to 1024
@@ -70,7 +70,7 @@ class CriticConfig:
         return max(1, min(self.channel_base // side, self.channel_max))
 
 
-def minibatch_spread(x: Tensor, group: int, channels: int) -> Tensor:
+def minibatch_std(x: Tensor, group: int, channels: int) -> Tensor:
     """How much pictures differ within their group: the mean deviation of a share of the channels.
 
     Picture i is in group i mod (n / group), as published. Source: Karras et al. 2018 (arXiv:1710.10196), section 3.
@@ -98,12 +98,12 @@ def minibatch_spread(x: Tensor, group: int, channels: int) -> Tensor:
     return spread.repeat(members, 1)[:, :, None, None].expand(-1, -1, h, w)
 
 
-class CriticBlock(nn.Module):
+class DiscriminatorBlock(nn.Module):
     """Two convolutions that halve the sides: alone (orig), with a shortcut (resnet), or fed with colours (skip)."""
 
     filter: Tensor
 
-    def __init__(self, side: int, config: CriticConfig, chance: torch.Generator | None) -> None:
+    def __init__(self, side: int, config: DiscriminatorConfig, chance: torch.Generator | None) -> None:
         super().__init__()
         inputs, outputs = config.channels(side), config.channels(side // 2)
         self.colours = side == config.size or config.architecture == "skip"
@@ -129,10 +129,10 @@ class CriticBlock(nn.Module):
         return self.conv1(self.conv0(x)), images
 
 
-class CriticHead(nn.Module):
+class DiscriminatorEpilogue(nn.Module):
     """The last convolution and two fully connected layers, at side 4."""
 
-    def __init__(self, config: CriticConfig, chance: torch.Generator | None) -> None:
+    def __init__(self, config: DiscriminatorConfig, chance: torch.Generator | None) -> None:
         super().__init__()
         channels = config.channels(4)
         self.group, self.shares = config.minibatch_group, config.minibatch_channels
@@ -150,14 +150,14 @@ class CriticHead(nn.Module):
         if self.colours:
             x = x + self.fromrgb(images)
         if self.group:
-            x = torch.cat([x, minibatch_spread(x, self.group, self.shares)], dim=1)
+            x = torch.cat([x, minibatch_std(x, self.group, self.shares)], dim=1)
         return cast(Tensor, self.out(self.fc(self.conv(x).flatten(1))))
 
 
 class LabelMapping(nn.Module):
     """Labels -> directions in which pictures of that class are looked for."""
 
-    def __init__(self, config: CriticConfig, chance: torch.Generator | None) -> None:
+    def __init__(self, config: DiscriminatorConfig, chance: torch.Generator | None) -> None:
         super().__init__()
         self.classes, self.layers = config.classes, config.mapping_layers
         width = config.channels(4)
@@ -175,17 +175,17 @@ class LabelMapping(nn.Module):
         return x
 
 
-class Critic(nn.Module):
+class Discriminator(nn.Module):
     """Images (n, 3, size, size) in [0, 1] -> logits (n,)."""
 
-    def __init__(self, config: CriticConfig, chance: torch.Generator | None = None) -> None:
+    def __init__(self, config: DiscriminatorConfig, chance: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
         for side in config.sides:
-            self.add_module(f"b{side}", CriticBlock(side, config, chance))
+            self.add_module(f"b{side}", DiscriminatorBlock(side, config, chance))
         if config.classes:
             self.mapping = LabelMapping(config, chance)
-        self.b4 = CriticHead(config, chance)
+        self.b4 = DiscriminatorEpilogue(config, chance)
 
     def forward(self, images: Images, labels: Tensor | None = None) -> Tensor:
         """One logit per image, shape (n,); positive means "looks like a photo", of its class where there are classes.

@@ -12,11 +12,11 @@ from torch import nn
 
 from fedface.config import plain
 from fedface.models.family import Model
-from fedface.models.weights import weights_hash, words_of_family
+from fedface.models.weights import weights_hash, describe_family
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkFacts:
+class NetworkSummary:
     """One network of a model."""
 
     name: str  # its place in the model: generator, critic, encoder or flow
@@ -27,26 +27,26 @@ class NetworkFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelFacts:
+class ModelSummary:
     """A model."""
 
     family: str  # in words
     size: int  # height and width of its pictures in pixels
-    networks: tuple[NetworkFacts, ...]
+    networks: tuple[NetworkSummary, ...]
     hash: str  # of all weights, as in `weights_hash`
 
 
-def describe(model: Model) -> ModelFacts:
+def summarize(model: Model) -> ModelSummary:
     """What a model holds, from the networks themselves."""
-    return ModelFacts(
-        family=words_of_family(model),
+    return ModelSummary(
+        family=describe_family(model),
         size=model.size,
-        networks=tuple(_facts(name, module) for name, module in model.named().items()),
+        networks=tuple(_facts(name, module) for name, module in model.named_modules().items()),
         hash=weights_hash(*model.modules()),
     )
 
 
-def in_words(facts: NetworkFacts) -> str:
+def format_summary(facts: NetworkSummary) -> str:
     """One line: class, weights, and every figure of its shape that is set."""
     figures = ", ".join(
         f"{key.replace('_', ' ')} {value:g}"
@@ -58,10 +58,10 @@ def in_words(facts: NetworkFacts) -> str:
     return f"{facts.name}: {facts.network}, {facts.weights:,} weights; {figures}"
 
 
-def _facts(name: str, module: nn.Module) -> NetworkFacts:
+def _facts(name: str, module: nn.Module) -> NetworkSummary:
     weights = sum(part.numel() for part in module.parameters())
     kept = sum(value.numel() for value in module.state_dict().values())
-    return NetworkFacts(
+    return NetworkSummary(
         name=name,
         network=type(module).__name__,
         weights=weights,

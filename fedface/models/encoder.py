@@ -20,7 +20,7 @@ from fedface.shapes import Images, Latents
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
+class LatentEncoderConfig:
     """The shape of an encoder; equal configs have weights that can be summed."""
 
     size: int = 32  # height and width of images in pixels, a power of two from 8 to 1024
@@ -61,10 +61,10 @@ class HalvingBlock(nn.Module):
         return cast(Tensor, self.skip(x, half) + self.conv1(self.conv0(x), half))
 
 
-class Encoder(nn.Module):
+class LatentEncoder(nn.Module):
     """Images (n, 3, size, size) in [0, 1] -> latents (n, z) of length sqrt(z)."""
 
-    def __init__(self, config: EncoderConfig, chance: torch.Generator | None = None) -> None:
+    def __init__(self, config: LatentEncoderConfig, chance: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
         self.fromrgb = Conv(3, config.channels(config.size), 1, chance=chance)

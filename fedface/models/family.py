@@ -15,35 +15,35 @@ import torch
 from torch import nn
 
 from fedface.errors import ConfigError
-from fedface.models.critic import Critic, CriticConfig
-from fedface.models.encoder import Encoder, EncoderConfig
+from fedface.models.critic import Discriminator, DiscriminatorConfig
+from fedface.models.encoder import LatentEncoder, LatentEncoderConfig
 from fedface.models.flow import FlowConfig, RectifiedFlow
-from fedface.models.resolver import Resolver, ResolverConfig
-from fedface.models.style_encoder import StyleEncoder, StyleEncoderConfig, StyleUpsampler
+from fedface.models.resolver import SuperResolutionNetwork, SuperResolutionNetworkConfig
+from fedface.models.style_encoder import StyleEncoder, StyleEncoderNetworkConfig, StyleUpsampler
 from fedface.models.stylegan1 import StyleGAN1, StyleGAN1Config
-from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
+from fedface.models.stylegan2 import StyleGAN2Config, StyleGAN2
 
 
 @dataclass(frozen=True, kw_only=True)
-class GanShape:
+class GanArchitecture:
     """A StyleGAN2 generator and the critic it learns from."""
 
-    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
-    critic: CriticConfig = field(default_factory=CriticConfig)
+    generator: StyleGAN2Config = field(default_factory=StyleGAN2Config)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 
     def __post_init__(self) -> None:
-        if self.generator.size != self.critic.size:
+        if self.generator.size != self.discriminator.size:
             raise ConfigError(
-                f"generator and critic must have one size, got {self.generator.size} and {self.critic.size}"
+                f"generator and critic must have one size, got {self.generator.size} and {self.discriminator.size}"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodedShape:
+class EncoderArchitecture:
     """A StyleGAN2 generator and the encoder that finds a photo's latent."""
 
-    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    generator: StyleGAN2Config = field(default_factory=StyleGAN2Config)
+    encoder: LatentEncoderConfig = field(default_factory=LatentEncoderConfig)
 
     def __post_init__(self) -> None:
         for name in ("size", "latent_width"):
@@ -53,25 +53,25 @@ class EncodedShape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowShape:
+class FlowArchitecture:
     """A rectified flow; it needs nobody beside it."""
 
     flow: FlowConfig = field(default_factory=FlowConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AloneShape:
+class GeneratorArchitecture:
     """A generator without its critic, as a stranger's file may hold it: for sampling and searching."""
 
-    generator: GeneratorConfig | StyleGAN1Config = field(default_factory=GeneratorConfig)
+    generator: StyleGAN2Config | StyleGAN1Config = field(default_factory=StyleGAN2Config)
 
 
 @dataclass(frozen=True, kw_only=True)
-class StyledShape:
+class StyleEncoderArchitecture:
     """A StyleGAN2 generator and the encoder that finds the styles of a low-resolution photo."""
 
-    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
-    encoder: StyleEncoderConfig = field(default_factory=StyleEncoderConfig)
+    generator: StyleGAN2Config = field(default_factory=StyleGAN2Config)
+    encoder: StyleEncoderNetworkConfig = field(default_factory=StyleEncoderNetworkConfig)
 
     def __post_init__(self) -> None:
         wanted = (2 * len(self.generator.sides), self.generator.style_width)
@@ -88,35 +88,35 @@ class StyledShape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResolvedShape:
+class SuperResolutionArchitecture:
     """A super-resolution network; it needs nobody beside it."""
 
-    resolver: ResolverConfig = field(default_factory=ResolverConfig)
+    network: SuperResolutionNetworkConfig = field(default_factory=SuperResolutionNetworkConfig)
 
 
-Shape = GanShape | EncodedShape | FlowShape | AloneShape | StyledShape | ResolvedShape
+Architecture = GanArchitecture | EncoderArchitecture | FlowArchitecture | GeneratorArchitecture | StyleEncoderArchitecture | SuperResolutionArchitecture
 
 
 @dataclass(frozen=True)
-class Gan:
+class GanModel:
     """A generator and the critic it was trained against, with what is known about their making."""
 
     generator: StyleGAN2
-    critic: Critic
+    discriminator: Discriminator
     notes: Mapping[str, Any]
 
     @property
-    def shape(self) -> GanShape:
+    def architecture(self) -> GanArchitecture:
         """What `build` needs to make networks of the same form."""
-        return GanShape(generator=self.generator.config, critic=self.critic.config)
+        return GanArchitecture(generator=self.generator.config, discriminator=self.discriminator.config)
 
-    def named(self) -> dict[str, nn.Module]:
+    def named_modules(self) -> dict[str, nn.Module]:
         """The networks by name, in the order in which their weights are flattened."""
-        return {"generator": self.generator, "critic": self.critic}
+        return {"generator": self.generator, "critic": self.discriminator}
 
     def modules(self) -> tuple[nn.Module, ...]:
         """Both networks in the order in which their weights are flattened."""
-        return self.generator, self.critic
+        return self.generator, self.discriminator
 
     @property
     def size(self) -> int:
@@ -125,19 +125,19 @@ class Gan:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncoderModel:
     """A generator and the encoder that finds a photo's latent."""
 
     generator: StyleGAN2
-    encoder: Encoder
+    encoder: LatentEncoder
     notes: Mapping[str, Any]
 
     @property
-    def shape(self) -> EncodedShape:
+    def architecture(self) -> EncoderArchitecture:
         """What `build` needs to make networks of the same form."""
-        return EncodedShape(generator=self.generator.config, encoder=self.encoder.config)
+        return EncoderArchitecture(generator=self.generator.config, encoder=self.encoder.config)
 
-    def named(self) -> dict[str, nn.Module]:
+    def named_modules(self) -> dict[str, nn.Module]:
         """The networks by name, in the order in which their weights are flattened."""
         return {"generator": self.generator, "encoder": self.encoder}
 
@@ -152,18 +152,18 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Flow:
+class FlowModel:
     """A rectified flow: photo to latent and back."""
 
     generator: RectifiedFlow
     notes: Mapping[str, Any]
 
     @property
-    def shape(self) -> FlowShape:
+    def architecture(self) -> FlowArchitecture:
         """What `build` needs to make a network of the same form."""
-        return FlowShape(flow=self.generator.config)
+        return FlowArchitecture(flow=self.generator.config)
 
-    def named(self) -> dict[str, nn.Module]:
+    def named_modules(self) -> dict[str, nn.Module]:
         """The network by name."""
         return {"flow": self.generator}
 
@@ -178,18 +178,18 @@ class Flow:
 
 
 @dataclass(frozen=True)
-class Alone:
+class GeneratorModel:
     """A generator without its critic."""
 
     generator: StyleGAN2 | StyleGAN1
     notes: Mapping[str, Any]
 
     @property
-    def shape(self) -> AloneShape:
+    def architecture(self) -> GeneratorArchitecture:
         """What `build` needs to make a network of the same form."""
-        return AloneShape(generator=self.generator.config)
+        return GeneratorArchitecture(generator=self.generator.config)
 
-    def named(self) -> dict[str, nn.Module]:
+    def named_modules(self) -> dict[str, nn.Module]:
         """The network by name."""
         return {"generator": self.generator}
 
@@ -204,7 +204,7 @@ class Alone:
 
 
 @dataclass(frozen=True)
-class Styled:
+class StyleEncoderModel:
     """A generator and the encoder that finds the styles of a low-resolution photo."""
 
     generator: StyleGAN2
@@ -212,11 +212,11 @@ class Styled:
     notes: Mapping[str, Any]
 
     @property
-    def shape(self) -> StyledShape:
+    def architecture(self) -> StyleEncoderArchitecture:
         """What `build` needs to make networks of the same form."""
-        return StyledShape(generator=self.generator.config, encoder=self.encoder.config)
+        return StyleEncoderArchitecture(generator=self.generator.config, encoder=self.encoder.config)
 
-    def named(self) -> dict[str, nn.Module]:
+    def named_modules(self) -> dict[str, nn.Module]:
         """The networks by name, in the order in which their weights are flattened."""
         return {"generator": self.generator, "encoder": self.encoder}
 
@@ -230,7 +230,7 @@ class Styled:
         return StyleUpsampler(self.generator, self.encoder)
 
     @property
-    def largest_low(self) -> int:
+    def max_input_size(self) -> int:
         """Height and width in pixels of the largest photos that it reads."""
         return self.encoder.config.side
 
@@ -241,47 +241,47 @@ class Styled:
 
 
 @dataclass(frozen=True)
-class Resolved:
+class SuperResolutionModel:
     """A super-resolution network: photo to picture, no generator."""
 
-    resolver: Resolver
+    network: SuperResolutionNetwork
     notes: Mapping[str, Any]
 
     @property
-    def shape(self) -> ResolvedShape:
+    def architecture(self) -> SuperResolutionArchitecture:
         """What `build` needs to make a network of the same form."""
-        return ResolvedShape(resolver=self.resolver.config)
+        return SuperResolutionArchitecture(network=self.network.config)
 
-    def named(self) -> dict[str, nn.Module]:
+    def named_modules(self) -> dict[str, nn.Module]:
         """The network by name."""
-        return {"resolver": self.resolver}
+        return {"resolver": self.network}
 
     def modules(self) -> tuple[nn.Module, ...]:
         """The one network."""
-        return (self.resolver,)
+        return (self.network,)
 
     @property
-    def upsampler(self) -> Resolver:
+    def upsampler(self) -> SuperResolutionNetwork:
         """The network itself."""
-        return self.resolver
+        return self.network
 
     @property
-    def largest_low(self) -> int:
+    def max_input_size(self) -> int:
         """Height and width in pixels of the largest photos that it reads."""
-        return self.resolver.config.side
+        return self.network.config.side
 
     @property
     def size(self) -> int:
         """Height and width of the pictures in pixels."""
-        return self.resolver.size
+        return self.network.size
 
 
-Drawing = Gan | Encoded | Flow | Alone | Styled  # families that draw faces by themselves
-Model = Drawing | Resolved
+GenerativeModel = GanModel | EncoderModel | FlowModel | GeneratorModel | StyleEncoderModel  # families that draw faces by themselves
+Model = GenerativeModel | SuperResolutionModel
 
 
-def build(
-    shape: Shape, chance: torch.Generator | None = None, notes: Mapping[str, Any] | None = None
+def build_model(
+    shape: Architecture, chance: torch.Generator | None = None, notes: Mapping[str, Any] | None = None
 ) -> Model:
     """Networks of a shape with random weights.
 
@@ -292,45 +292,45 @@ def build(
     """
     known = dict(notes or {})
     match shape:
-        case GanShape():
-            return Gan(StyleGAN2(shape.generator, chance), Critic(shape.critic, chance), known)
-        case EncodedShape():
-            return Encoded(StyleGAN2(shape.generator, chance), Encoder(shape.encoder, chance), known)
-        case FlowShape():
-            return Flow(RectifiedFlow(shape.flow, chance), known)
-        case AloneShape(generator=config):
+        case GanArchitecture():
+            return GanModel(StyleGAN2(shape.generator, chance), Discriminator(shape.discriminator, chance), known)
+        case EncoderArchitecture():
+            return EncoderModel(StyleGAN2(shape.generator, chance), LatentEncoder(shape.encoder, chance), known)
+        case FlowArchitecture():
+            return FlowModel(RectifiedFlow(shape.flow, chance), known)
+        case GeneratorArchitecture(generator=config):
             if isinstance(config, StyleGAN1Config):
-                return Alone(StyleGAN1(config, chance), known)
-            return Alone(StyleGAN2(config, chance), known)
-        case StyledShape():
-            return Styled(StyleGAN2(shape.generator, chance), StyleEncoder(shape.encoder, chance), known)
-        case ResolvedShape():
-            return Resolved(Resolver(shape.resolver, chance), known)
+                return GeneratorModel(StyleGAN1(config, chance), known)
+            return GeneratorModel(StyleGAN2(config, chance), known)
+        case StyleEncoderArchitecture():
+            return StyleEncoderModel(StyleGAN2(shape.generator, chance), StyleEncoder(shape.encoder, chance), known)
+        case SuperResolutionArchitecture():
+            return SuperResolutionModel(SuperResolutionNetwork(shape.network, chance), known)
         case _:
             assert_never(shape)
 
 
-def drawing(model: Model) -> Drawing:
+def as_generative(model: Model) -> GenerativeModel:
     """The model itself, if it draws faces by itself; raises ConfigError for one that only answers photos."""
-    if isinstance(model, Resolved):
+    if isinstance(model, SuperResolutionModel):
         raise ConfigError(
             "a super-resolution network draws nobody by itself; name a checkpoint with a generator"
         )
     return model
 
 
-M = TypeVar("M", Gan, Encoded, Flow, Alone, Styled, Resolved)
+M = TypeVar("M", GanModel, EncoderModel, FlowModel, GeneratorModel, StyleEncoderModel, SuperResolutionModel)
 
 
 def copy_model(model: M) -> M:
     """The same weights in new memory."""
-    twin = build(model.shape, notes=model.notes)
+    twin = build_model(model.architecture, notes=model.notes)
     for mine, theirs in zip(twin.modules(), model.modules(), strict=True):
         mine.load_state_dict(theirs.state_dict())
     return twin  # type: ignore[return-value]
 
 
-def new_gan(generator: GeneratorConfig, critic: CriticConfig, chance: torch.Generator) -> Gan:
+def new_gan(generator: StyleGAN2Config, critic: DiscriminatorConfig, chance: torch.Generator) -> GanModel:
     """A generator and a critic with random weights; raises ConfigError unless their sizes agree."""
-    shape = GanShape(generator=generator, critic=critic)
-    return Gan(StyleGAN2(shape.generator, chance), Critic(shape.critic, chance), {})
+    shape = GanArchitecture(generator=generator, discriminator=critic)
+    return GanModel(StyleGAN2(shape.generator, chance), Discriminator(shape.discriminator, chance), {})

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fedface.errors import WeightsError
-from fedface.models.foreign import Network
-from fedface.models.layers import WIDEST
-from fedface.models.pickled import printable
+from fedface.models.foreign import ForeignNetwork
+from fedface.models.layers import MAX_WIDTH
+from fedface.models.pickled import sanitize_text
 
 
 def sides_of(tensors: Mapping[str, Tensor], pattern: str) -> tuple[int, ...]:
@@ -43,7 +43,7 @@ def channels_of(table: Mapping[int, int]) -> tuple[int, int]:
     return base, most
 
 
-def clamp_of(network: Network) -> float | None:
+def clamp_of(network: ForeignNetwork) -> float | None:
     """The one bound on activations that all layers share; the published shortcuts have none, nor have ours."""
     bounds = {
         value
@@ -64,7 +64,7 @@ def clamp_of(network: Network) -> float | None:
     return None if bound is None else float(bound)
 
 
-def group_of(network: Network) -> int:
+def group_of(network: ForeignNetwork) -> int:
     """Pictures whose spread the critic is told: the file's figure, or the published 4."""
     found = network.fields.get("b4.mbstd.group_size", 4)
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
@@ -72,19 +72,19 @@ def group_of(network: Network) -> int:
     return found
 
 
-def check_fields(network: Network, mapping: tuple[str, float]) -> None:
+def check_fields(network: ForeignNetwork, mapping: tuple[str, float]) -> None:
     """Refuse what has the same weights and computes something else."""
     prefix, rate = mapping
     for name, value in network.fields.items():
         if name.endswith(".activation") and value not in ("lrelu", "linear"):
-            raise WeightsError(f"{printable(name)}: is {printable(str(value), 20)}; our networks have lrelu")
+            raise WeightsError(f"{sanitize_text(name)}: is {sanitize_text(str(value), 20)}; our networks have lrelu")
         if name.endswith(".use_noise") and value is not True:
-            raise WeightsError(f"{printable(name)}: is off; our networks have noise in every layer")
+            raise WeightsError(f"{sanitize_text(name)}: is off; our networks have noise in every layer")
         if name.startswith(prefix) and name.endswith(".weight_gain"):
             weight = network.tensors.get(name.removesuffix("_gain"), torch.empty(0))
             inputs = weight.shape[-1] if weight.dim() else 0
             if not isinstance(value, float) or not abs(value * inputs**0.5 - rate) < 1e-6:
-                raise WeightsError(f"{printable(name)}: is not that of a learning rate multiplier of {rate}")
+                raise WeightsError(f"{sanitize_text(name)}: is not that of a learning rate multiplier of {rate}")
 
 
 def width_of(tensors: Mapping[str, Tensor], name: str, dimension: int) -> int:
@@ -94,8 +94,8 @@ def width_of(tensors: Mapping[str, Tensor], name: str, dimension: int) -> int:
     shape = tensors[name].shape
     if len(shape) <= dimension:
         raise WeightsError(f"{name}: has shape {list(shape)}, which is none of this layer")
-    if not 1 <= shape[dimension] <= WIDEST:
-        raise WeightsError(f"{name}: has shape {list(shape)}; layers have 1 to {WIDEST:,} inputs and outputs")
+    if not 1 <= shape[dimension] <= MAX_WIDTH:
+        raise WeightsError(f"{name}: has shape {list(shape)}; layers have 1 to {MAX_WIDTH:,} inputs and outputs")
     return int(shape[dimension])
 
 
@@ -125,7 +125,7 @@ def check_fit(make: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> N
     if missing := sorted(set(wanted) - set(tensors)):
         raise WeightsError(f"lacks {len(missing)} weights, the first is {missing[0]}")
     if extra := sorted(set(tensors) - set(wanted)):
-        raise WeightsError(f"has {len(extra)} weights that do not belong, the first is {printable(extra[0])}")
+        raise WeightsError(f"has {len(extra)} weights that do not belong, the first is {sanitize_text(extra[0])}")
     for name, value in tensors.items():
         if value.shape != wanted[name].shape:
             raise WeightsError(

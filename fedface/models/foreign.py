@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fedface.errors import WeightsError
-from fedface.models.pickled import Made, PickleRefused, pickle_stream, printable, read_pickle
+from fedface.models.pickled import PickledCall, PickleRefused, pickle_stream, sanitize_text, read_pickle
 from fedface.models.torch_saves import FEW_STEPS, LARGEST, TORCH_MAGIC, Storage, read_rows, read_zip
 
 _DEEPEST: Final = 32  # networks within networks
@@ -28,17 +28,17 @@ _MOST_PARTS: Final = 200_000  # entries of modules; a published checkpoint has a
 _LONGEST_NAME: Final = 200  # characters of a dotted name; published ones have about forty
 _PERSISTENT: Final = "torch_utils.persistence._reconstruct_persistent_obj"
 
-Plain = bool | int | float | str | None
+PlainValue = bool | int | float | str | None
 Kind = Literal["nvidia-pickle", "torch-checkpoint"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Network:
+class ForeignNetwork:
     """One network of a file."""
 
     class_name: str  # what its author called it; "" for a bare list of weights
     tensors: Mapping[str, Tensor]  # by dotted name
-    fields: Mapping[str, Plain]  # by dotted name, such as synthesis.img_resolution
+    fields: Mapping[str, PlainValue]  # by dotted name, such as synthesis.img_resolution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class ForeignFile:
     """What a file holds."""
 
     kind: Kind
-    networks: Mapping[str, Network]  # by the file's own name, such as G_ema; "" if the file is one network
+    networks: Mapping[str, ForeignNetwork]  # by the file's own name, such as G_ema; "" if the file is one network
     tensors: Mapping[str, Tensor]  # what lies beside the networks, such as latent_avg
     ignored: tuple[str, ...]  # names of everything else
 
@@ -124,7 +124,7 @@ def _sorted(kind: Kind, value: Any, budget: _Budget) -> ForeignFile:
         value = {"": value}
     if not isinstance(value, dict):
         raise PickleRefused("is a pickle that holds no networks by name")
-    networks: dict[str, Network] = {}
+    networks: dict[str, ForeignNetwork] = {}
     beside: dict[str, Tensor] = {}
     ignored: list[str] = []
     for name, part in value.items():
@@ -136,35 +136,35 @@ def _sorted(kind: Kind, value: Any, budget: _Budget) -> ForeignFile:
         elif _is_tensor(part):
             beside[_joined("", name)] = _tensor(part, budget)
         else:
-            ignored.append(printable(name, 40))
+            ignored.append(sanitize_text(name, 40))
     if not networks and not beside:
         raise PickleRefused("is a pickle that holds no networks by name")
     return ForeignFile(kind=kind, networks=networks, tensors=beside, ignored=tuple(ignored))
 
 
 def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Made) and value.name.startswith("torch._utils._rebuild_")
+    return isinstance(value, PickledCall) and value.name.startswith("torch._utils._rebuild_")
 
 
 def _is_network(value: Any) -> bool:
     """A module of NVIDIA's with its state, or a dictionary of tensors."""
-    if isinstance(value, Made):
+    if isinstance(value, PickledCall):
         return value.name == _PERSISTENT
     if not isinstance(value, dict) or any(isinstance(part, dict) for part in value.values()):
         return False
     return sum(map(_is_tensor, value.values())) > max(1, len(value) // 2)
 
 
-def _network(value: Made | dict[str, Any], budget: _Budget) -> Network:
+def _network(value: PickledCall | dict[str, Any], budget: _Budget) -> ForeignNetwork:
     if isinstance(value, dict):
         tensors = {
             _joined("", name): _tensor(part, budget)
             for name, part in value.items()
             if isinstance(name, str) and _is_tensor(part)
         }
-        return Network(class_name="", tensors=tensors, fields={})
+        return ForeignNetwork(class_name="", tensors=tensors, fields={})
     tensors = {}
-    fields: dict[str, Plain] = {}
+    fields: dict[str, PlainValue] = {}
     for prefix, module in _modules(value, "", budget):
         for group in ("_parameters", "_buffers"):
             for name, part in _words_of(module.get(group)).items():
@@ -173,7 +173,7 @@ def _network(value: Made | dict[str, Any], budget: _Budget) -> Network:
         for name, part in module.items():
             if isinstance(name, str) and not name.startswith("_") and _is_plain(part):
                 fields[_joined(prefix, name)] = _plain(part)
-    return Network(class_name=_class_name(value), tensors=tensors, fields=fields)
+    return ForeignNetwork(class_name=_class_name(value), tensors=tensors, fields=fields)
 
 
 def _modules(
@@ -197,7 +197,7 @@ def _joined(prefix: str, name: str) -> str:
     """A dotted name; a long one is refused, because every part within would hold a copy of it."""
     if len(prefix) + len(name) > _LONGEST_NAME:
         raise PickleRefused(
-            f"has a name of {len(prefix) + len(name):,} characters, {printable(prefix + name[:40], 40)}; "
+            f"has a name of {len(prefix) + len(name):,} characters, {sanitize_text(prefix + name[:40], 40)}; "
             f"names of weights have {_LONGEST_NAME} at most"
         )
     return prefix + name
@@ -205,7 +205,7 @@ def _joined(prefix: str, name: str) -> str:
 
 def _meta(value: Any) -> dict[str, Any]:
     """The argument of _reconstruct_persistent_obj: type, version, module_src, class_name, state."""
-    if not (isinstance(value, Made) and value.name == _PERSISTENT):
+    if not (isinstance(value, PickledCall) and value.name == _PERSISTENT):
         raise PickleRefused("has a network that is not one of NVIDIA's among its own")
     if len(value.args) != 1 or not isinstance(value.args[0], dict):
         raise PickleRefused("has a network without a description")
@@ -214,7 +214,7 @@ def _meta(value: Any) -> dict[str, Any]:
 
 def _class_name(value: Any) -> str:
     name = _meta(value).get("class_name")
-    return printable(name, 40) if isinstance(name, str) else "?"
+    return sanitize_text(name, 40) if isinstance(name, str) else "?"
 
 
 def _words_of(value: Any) -> dict[str, Any]:
@@ -223,10 +223,10 @@ def _words_of(value: Any) -> dict[str, Any]:
     )
 
 
-def _tensor(value: Made, budget: _Budget) -> Tensor:
+def _tensor(value: PickledCall, budget: _Budget) -> Tensor:
     """A window on a row of numbers, which it never leaves."""
     for _ in range(2):
-        if value.name == "torch._utils._rebuild_parameter" and value.args and isinstance(value.args[0], Made):
+        if value.name == "torch._utils._rebuild_parameter" and value.args and isinstance(value.args[0], PickledCall):
             value = value.args[0]
     if value.name not in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
         raise PickleRefused(f"asks for {value.name} of something that is no tensor")
@@ -263,17 +263,17 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_numpy_scalar(value: Any) -> bool:
-    return isinstance(value, Made) and value.name.endswith(".multiarray.scalar")
+    return isinstance(value, PickledCall) and value.name.endswith(".multiarray.scalar")
 
 
-def _plain(value: Any) -> Plain:
+def _plain(value: Any) -> PlainValue:
     """A field of a module as Python's own number or words."""
-    if not isinstance(value, Made):
-        return cast(Plain, value)
+    if not isinstance(value, PickledCall):
+        return cast(PlainValue, value)
     kind, content = value.args if len(value.args) == 2 else (None, None)
-    if not (isinstance(kind, Made) and kind.name == "numpy.dtype" and isinstance(content, bytes)):
+    if not (isinstance(kind, PickledCall) and kind.name == "numpy.dtype" and isinstance(content, bytes)):
         raise PickleRefused(f"asks for {value.name} of something that is no number")
     code = str(kind.args[0]).lstrip("<>=|")
     if len(content) != np.dtype(code).itemsize:
         raise PickleRefused(f"asks for {value.name} with {len(content)} bytes for a number of kind {code}")
-    return cast(Plain, np.frombuffer(content, dtype=np.dtype(code).newbyteorder("<"))[0].item())
+    return cast(PlainValue, np.frombuffer(content, dtype=np.dtype(code).newbyteorder("<"))[0].item())

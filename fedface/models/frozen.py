@@ -50,12 +50,12 @@ def fast_precision(device: torch.device) -> Precision:
     return "bfloat16" if known else "float32"
 
 
-def frozen(
+def prepare_for_search(
     generator: StyleGAN2,
     *,
     precision: Precision | Literal["auto"] = "float32",
     device: torch.device | None = None,
-) -> FrozenStyleGAN2:
+) -> FastStyleGAN2:
     """Prepare a generator for many syntheses with gradients of styles and noise.
 
     Guarantees:
@@ -88,10 +88,10 @@ def frozen(
             for side in copied.config.sides
         )
     del copied.synthesis  # its weights are in the blocks
-    return FrozenStyleGAN2(copied, blocks, chosen, place)
+    return FastStyleGAN2(copied, blocks, chosen, place)
 
 
-class FrozenStyleGAN2:
+class FastStyleGAN2:
     """A generator of constants; make one with `frozen`.
 
     Styles and noise maps may lie on any device: they are brought to the weights, and images come back to where

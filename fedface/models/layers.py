@@ -19,21 +19,21 @@ from fedface.errors import ConfigError
 
 LRELU_SLOPE = 0.2
 LRELU_GAIN = math.sqrt(2.0)
-WIDEST = 2**16  # inputs or outputs of one layer; the published ones have 512
-MOST = {
-    "latent_width": WIDEST,
-    "style_width": WIDEST,
-    "channel_max": WIDEST,
+MAX_WIDTH = 2**16  # inputs or outputs of one layer; the published ones have 512
+MAX_CHANNELS = {
+    "latent_width": MAX_WIDTH,
+    "style_width": MAX_WIDTH,
+    "channel_max": MAX_WIDTH,
     "channel_base": 2**24,
-    "classes": WIDEST,
-    "minibatch_channels": WIDEST,
+    "classes": MAX_WIDTH,
+    "minibatch_channels": MAX_WIDTH,
     "mapping_layers": 64,
 }
 
 
 def check_widths(config: object) -> None:
     """Raises ConfigError where a network's description, which may be a stranger's, goes beyond `MOST`."""
-    for name, most in MOST.items():
+    for name, most in MAX_CHANNELS.items():
         if getattr(config, name, 0) > most:
             raise ConfigError(f"{name} must be at most {most}, got {getattr(config, name)}")
 
@@ -82,7 +82,7 @@ def enlarging_rows(low: int, side: int) -> Tensor:
     return grown[0, 0]
 
 
-def enlarge(x: Tensor, side: int) -> Tensor:
+def resize_up(x: Tensor, side: int) -> Tensor:
     """Bicubic enlargement to side x side pixels, (n, c, l, l) -> (n, c, side, side); a matrix on either hand."""
     rows = enlarging_rows(x.shape[-1], side).to(x)
     return x if x.shape[-1] == side else rows @ x @ rows.T

@@ -19,11 +19,11 @@ from typing import Any, Final, NoReturn
 
 from fedface.errors import WeightsError
 
-MOST_STEPS: Final = (
+MAX_STEPS: Final = (
     300_000  # instructions of one pickle; a 1024 px generator twice and its critic take a tenth
 )
 
-INERT: Final = frozenset({
+ALLOWED_GLOBALS: Final = frozenset({
     "__builtin__.set", "builtins.set", "__builtin__.frozenset", "builtins.frozenset",
     "_codecs.encode", "argparse.Namespace", "collections.OrderedDict",
     "dnnlib.util.EasyDict", "torch_utils.persistence._reconstruct_persistent_obj",
@@ -38,11 +38,11 @@ INERT: Final = frozenset({
 })  # fmt: skip
 _NUMBERS: Final = frozenset({"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"})
 _DICTS: Final = frozenset({"collections.OrderedDict", "dnnlib.util.EasyDict"})
-_SETS: Final = frozenset(name for name in INERT if name.endswith("set"))
+_SETS: Final = frozenset(name for name in ALLOWED_GLOBALS if name.endswith("set"))
 
 
 @dataclass(frozen=True, slots=True)
-class Name:
+class PickledGlobal:
     """A class or function that a pickle names; only ever a pair of words."""
 
     module: str
@@ -53,7 +53,7 @@ class Name:
 
 
 @dataclass(slots=True, eq=False)
-class Made:
+class PickledCall:
     """What a pickle wants made by calling `name`: never called, only written down."""
 
     name: str
@@ -72,7 +72,7 @@ class _Mark:
 _MARK: Final = _Mark()
 
 
-def printable(words: str, most: int = 100) -> str:
+def sanitize_text(words: str, most: int = 100) -> str:
     """A stranger's words for a terminal: one line, no control characters, not long."""
     shown = "".join(letter if letter.isprintable() else "?" for letter in words[:most])
     return shown if len(words) <= most else f"{shown}..."
@@ -88,7 +88,7 @@ def read_pickle(
     *,
     persistent: Callable[[Any], Any] | None = None,
     nested: Callable[[bytes], Any] | None = None,
-    most_steps: int = MOST_STEPS,
+    most_steps: int = MAX_STEPS,
 ) -> Any:
     """One pickle from a stream, as plain values with `Name` and `Made` where it wanted classes and calls.
 
@@ -120,7 +120,7 @@ def read_pickle(
     except PickleRefused:
         raise
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, struct.error) as error:
-        raise PickleRefused(f"is damaged or cut short ({printable(str(error))})") from error
+        raise PickleRefused(f"is damaged or cut short ({sanitize_text(str(error))})") from error
     raise PickleRefused("is cut short: it has no end")
 
 
@@ -131,7 +131,7 @@ def pickle_stream(content: bytes) -> io.BytesIO:
 
 def _refuse_opcode(name: str, argument: Any) -> NoReturn:
     if name == "INST":
-        wanted = printable(str(argument).replace(" ", "."))
+        wanted = sanitize_text(str(argument).replace(" ", "."))
         raise PickleRefused(f"asks for {wanted}, which no weights need; nothing of the file was run")
     raise PickleRefused(f"uses the instruction {name}, which no weights need")
 
@@ -214,13 +214,13 @@ class _Machine:
     def name(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
             raise PickleRefused("names a class by something that is no word")
-        named = Name(module, name)
-        if str(named) not in INERT:
+        named = PickledGlobal(module, name)
+        if str(named) not in ALLOWED_GLOBALS:
             raise PickleRefused(_why_not(named))
         self.push(named)
 
     def call(self, target: Any, args: Any) -> None:
-        if not isinstance(target, Name):
+        if not isinstance(target, PickledGlobal):
             raise PickleRefused(f"calls {_words(target)}, which no weights need")
         if not isinstance(args, tuple):
             raise PickleRefused(f"calls {target} with {_words(args)} where a list of arguments belongs")
@@ -230,7 +230,7 @@ class _Machine:
             self.set_items(self._pairs(name, args))
         elif name in _SETS:
             self.push(
-                list(args[0]) if args and isinstance(args[0], list) and not args[0] else Made(name, args)
+                list(args[0]) if args and isinstance(args[0], list) and not args[0] else PickledCall(name, args)
             )
         elif name == "_codecs.encode":
             self.push(self._encoded(args))
@@ -239,13 +239,13 @@ class _Machine:
         else:
             if name == "numpy.dtype":
                 _check_dtype(args)
-            self.push(Made(name, args))
+            self.push(PickledCall(name, args))
 
     def build(self, state: Any) -> None:
         target = self.top()
         if isinstance(target, dict):
             return  # attributes of a dictionary, such as a state dict's `_metadata`
-        if not isinstance(target, Made):
+        if not isinstance(target, PickledCall):
             raise PickleRefused(f"sets attributes of {_words(target)}, which no weights need")
         if target.state is not None:
             raise PickleRefused(f"sets the attributes of one {target.name} twice")
@@ -287,20 +287,20 @@ def _check_dtype(args: tuple[Any, ...]) -> None:
     """Arrays of numbers only: an array of objects is filled by unpickling each."""
     code = args[0] if args and isinstance(args[0], str) else "?"
     if code.lstrip("<>=|") not in _NUMBERS:
-        raise PickleRefused(f"asks for numpy.dtype({printable(code, 20)!r}), which is no kind of number")
+        raise PickleRefused(f"asks for numpy.dtype({sanitize_text(code, 20)!r}), which is no kind of number")
 
 
 def _words(value: Any) -> str:
     """What a value is, in two words; never its own text, which may be long."""
-    if isinstance(value, Name):
+    if isinstance(value, PickledGlobal):
         return str(value)
-    if isinstance(value, Made):
+    if isinstance(value, PickledCall):
         return f"a {value.name}"
     return f"a {type(value).__name__}"
 
 
-def _why_not(named: Name) -> str:
-    shown = printable(str(named))
+def _why_not(named: PickledGlobal) -> str:
+    shown = sanitize_text(str(named))
     if named.module.startswith("dnnlib.tflib"):
         return (
             f"holds {shown}, a network of NVIDIA's TensorFlow release, whose loading runs the source text in it; "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedface.errors import WeightsError
-from fedface.models.pickled import printable
+from fedface.models.pickled import sanitize_text
 
 Tensors = Mapping[str, Tensor]
 
@@ -38,7 +38,7 @@ def without_filters(tensors: Tensors, ends: str, taps: tuple[float, ...]) -> dic
             found = value.float().reshape(wanted.shape) if fits else wanted
             if not fits or not torch.allclose(found / found.sum(), wanted, atol=1e-5):
                 raise WeightsError(
-                    f"{printable(name)}: is another filter than {list(taps)}, which is the one we compute"
+                    f"{sanitize_text(name)}: is another filter than {list(taps)}, which is the one we compute"
                 )
     return {name: value for name, value in tensors.items() if not name.endswith(ends)}
 
@@ -148,7 +148,7 @@ def _first(name: str, value: Tensor, dimensions: int) -> Tensor:
     """The one entry along the first dimension."""
     if value.dim() != dimensions or value.shape[0] != 1:
         raise WeightsError(
-            f"{printable(name)}: should have {dimensions} dimensions of which the first is 1, "
+            f"{sanitize_text(name)}: should have {dimensions} dimensions of which the first is 1, "
             f"got shape {list(value.shape)}"
         )
     return value[0]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedface.errors import ConfigError
-from fedface.models.layers import Conv, enlarge
+from fedface.models.layers import Conv, resize_up
 from fedface.models.style_encoder import ResidualBlock
 from fedface.shapes import Images, LowImages
 
@@ -25,7 +25,7 @@ WIDEST = 2**12
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResolverConfig:
+class SuperResolutionNetworkConfig:
     """The shape of a super-resolution network; equal configs have weights that can be summed."""
 
     side: int = 16  # photos of up to so many pixels a side are read, enlarged to it, from 1 to 512
@@ -48,10 +48,10 @@ class ResolverConfig:
         return self.side * self.factor
 
 
-class Resolver(nn.Module):
+class SuperResolutionNetwork(nn.Module):
     """Photos (n, 3, l, l) in [0, 1], l <= side -> pictures (n, 3, size, size), not clamped."""
 
-    def __init__(self, config: ResolverConfig, chance: torch.Generator | None = None) -> None:
+    def __init__(self, config: SuperResolutionNetworkConfig, chance: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
         width = config.width
@@ -70,9 +70,9 @@ class Resolver(nn.Module):
 
     def forward(self, low: LowImages) -> Images:
         """One picture for each photo."""
-        x = self.head(enlarge(low, self.config.side) * 2.0 - 1.0)
+        x = self.head(resize_up(low, self.config.side) * 2.0 - 1.0)
         for number in range(self.config.blocks):
             x = self.get_submodule(f"r{number}")(x)
         for number in range(self.doublings):
             x = functional.pixel_shuffle(self.get_submodule(f"up{number}")(x), 2)
-        return cast(Tensor, enlarge(low, self.size) + self.tail(x))
+        return cast(Tensor, resize_up(low, self.size) + self.tail(x))

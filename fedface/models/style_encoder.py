@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fedface.errors import ConfigError
 from fedface.models.encoder import HalvingBlock
-from fedface.models.layers import Conv, Linear, enlarge
+from fedface.models.layers import Conv, Linear, resize_up
 from fedface.models.stylegan2 import StyleGAN2
 from fedface.shapes import LowImages, Styles
 
@@ -25,7 +25,7 @@ WIDEST = 2**12  # channels, and style inputs times style width, are bounded: a d
 
 
 @dataclass(frozen=True, kw_only=True)
-class StyleEncoderConfig:
+class StyleEncoderNetworkConfig:
     """The shape of a style encoder; equal configs have weights that can be summed."""
 
     side: int = 16  # photos of up to so many pixels a side are read, enlarged to it; a power of two, 4 to 256
@@ -65,7 +65,7 @@ class StyleEncoder(nn.Module):
 
     mean_style: Tensor
 
-    def __init__(self, config: StyleEncoderConfig, chance: torch.Generator | None = None) -> None:
+    def __init__(self, config: StyleEncoderNetworkConfig, chance: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
         self.register_buffer("mean_style", torch.zeros(config.style_width))
@@ -80,7 +80,7 @@ class StyleEncoder(nn.Module):
 
     def forward(self, low: LowImages) -> Styles:
         """One style for each input of the generator, for each photo."""
-        x = self.fromrgb(enlarge(low, self.config.side) * 2.0 - 1.0)
+        x = self.fromrgb(resize_up(low, self.config.side) * 2.0 - 1.0)
         for number in range(self.config.blocks):
             x = self.get_submodule(f"r{number}")(x)
         for number in range(self.halvings):

@@ -34,7 +34,7 @@ from fedface.shapes import Images, Latents, Styles
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneratorConfig:
+class StyleGAN2Config:
     """The shape of a generator; equal configs have weights that can be summed."""
 
     size: int = 32  # height and width of images in pixels, a power of two from 8 to 1024
@@ -82,7 +82,7 @@ class Mapping(nn.Module):
     prior_mean: Tensor
     prior_root: Tensor
 
-    def __init__(self, config: GeneratorConfig, chance: torch.Generator | None) -> None:
+    def __init__(self, config: StyleGAN2Config, chance: torch.Generator | None) -> None:
         super().__init__()
         self.layers, self.classes, self.prior = config.mapping_layers, config.classes, config.prior
         known = config.style_width if config.classes else 0
@@ -124,7 +124,7 @@ class StyledConv(nn.Module):
         outputs: int,
         side: int,
         up: int,
-        config: GeneratorConfig,
+        config: StyleGAN2Config,
         chance: torch.Generator | None,
     ) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class ToRGB(nn.Module):
 
     filter: Tensor
 
-    def __init__(self, inputs: int, config: GeneratorConfig, chance: torch.Generator | None) -> None:
+    def __init__(self, inputs: int, config: StyleGAN2Config, chance: torch.Generator | None) -> None:
         super().__init__()
         self.clamp = config.clamp
         self.affine = Linear(config.style_width, inputs, bias_start=1.0, chance=chance)
@@ -182,7 +182,7 @@ class Block(nn.Module):
 
     filter: Tensor
 
-    def __init__(self, side: int, config: GeneratorConfig, chance: torch.Generator | None) -> None:
+    def __init__(self, side: int, config: StyleGAN2Config, chance: torch.Generator | None) -> None:
         super().__init__()
         channels = config.channels(side)
         if side == 4:
@@ -223,7 +223,7 @@ class Block(nn.Module):
 class Synthesis(nn.Module):
     """Styles -> a picture in [-1, 1], the published network's own range."""
 
-    def __init__(self, config: GeneratorConfig, chance: torch.Generator | None) -> None:
+    def __init__(self, config: StyleGAN2Config, chance: torch.Generator | None) -> None:
         super().__init__()
         self.sides = config.sides
         for side in config.sides:
@@ -246,7 +246,7 @@ class Synthesis(nn.Module):
 class StyleGAN2(nn.Module):
     """A generator with random weights; fill it with `fedface.models.weights`."""
 
-    def __init__(self, config: GeneratorConfig, chance: torch.Generator | None = None) -> None:
+    def __init__(self, config: StyleGAN2Config, chance: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
         self.mapping = Mapping(config, chance)
@@ -317,7 +317,7 @@ class StyleGAN2(nn.Module):
         return sample(self, count, chance, psi=psi, batch=batch)
 
 
-class OfClass(nn.Module):
+class ClassConditioned(nn.Module):
     """A generator with classes, held to one of them: what searches and audits see is a generator without.
 
     A module, so that whoever freezes or moves weights finds the generator's.

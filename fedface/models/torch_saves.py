@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fedface.models.pickled import MOST_STEPS, Name, PickleRefused, pickle_stream, printable, read_pickle
+from fedface.models.pickled import MAX_STEPS, PickledGlobal, PickleRefused, pickle_stream, sanitize_text, read_pickle
 
 TORCH_MAGIC: Final = 0x1950A86A20F9469CFC6C  # the first value of the older format
 LARGEST: Final = 4 * 2**30  # bytes of a file; the largest published training checkpoint has about one
@@ -51,7 +51,7 @@ class Storage:
         self.values = torch.frombuffer(bytearray(content), dtype=self.dtype) if wanted else torch.empty(0)
 
 
-def read_rows(stream: Any, *, most_steps: int = MOST_STEPS) -> Any:
+def read_rows(stream: Any, *, most_steps: int = MAX_STEPS) -> Any:
     """The older format of torch.save behind its magic number: a pickle, then the rows of numbers it names.
 
     Raises:
@@ -86,7 +86,7 @@ def _exactly(stream: Any, count: int) -> bytes:
 def _named_storage(key: Any, storages: dict[str, Storage]) -> Storage:
     """What torch.save's persistent ids stand for: ("storage", type, key, device, count[, view])."""
     if not (
-        isinstance(key, tuple) and len(key) in (5, 6) and key[0] == "storage" and isinstance(key[1], Name)
+        isinstance(key, tuple) and len(key) in (5, 6) and key[0] == "storage" and isinstance(key[1], PickledGlobal)
     ):
         raise PickleRefused("has a persistent id that is no row of numbers")
     kind, name, count = key[1], key[2], key[4]
@@ -97,7 +97,7 @@ def _named_storage(key: Any, storages: dict[str, Storage]) -> Storage:
         raise PickleRefused("has rows of numbers that are views of others, a format that nobody uses")
     storage = storages.setdefault(name, Storage(dtype, count))
     if (storage.dtype, storage.numel) != (dtype, count):
-        raise PickleRefused(f"describes one row of numbers in two ways ({printable(name)})")
+        raise PickleRefused(f"describes one row of numbers in two ways ({sanitize_text(name)})")
     return storage
 
 
@@ -123,7 +123,7 @@ def read_zip(file: Any, size: int) -> Any:
             for name, storage in storages.items():
                 storage.fill(archive.read(f"{folder}data/{name}"))
     except (zipfile.BadZipFile, KeyError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise PickleRefused(f"is a damaged zip file ({printable(str(error))})") from error
+        raise PickleRefused(f"is a damaged zip file ({sanitize_text(str(error))})") from error
     return value
 
 

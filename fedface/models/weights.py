@@ -20,33 +20,33 @@ from torch import Tensor, nn
 from fedface.config import parse, plain
 from fedface.errors import ConfigError, WeightsError
 from fedface.files import replace_bytes
-from fedface.models.family import Alone, Encoded, Flow, Gan, Model, Resolved, Shape, Styled, build
-from fedface.models.pickled import printable
+from fedface.models.family import GeneratorModel, EncoderModel, FlowModel, GanModel, Model, SuperResolutionModel, Architecture, StyleEncoderModel, build_model
+from fedface.models.pickled import sanitize_text
 from fedface.models.stylegan2 import StyleGAN2
 from fedface.shapes import Vector
 
-SHIPPED = Path(__file__).parent / "weights"
-BASE_PATH = SHIPPED / "base32.safetensors"
-FLOW_PATH = SHIPPED / "flow32.safetensors"
-ENCODER_PATH = SHIPPED / "encoder32.safetensors"
-STYLED_PATH = SHIPPED / "styled32.safetensors"
-RESOLVED_PATH = SHIPPED / "resolver32.safetensors"
+BUNDLED = Path(__file__).parent / "weights"
+GAN_PATH = BUNDLED / "base32.safetensors"
+FLOW_PATH = BUNDLED / "flow32.safetensors"
+ENCODER_PATH = BUNDLED / "encoder32.safetensors"
+STYLE_ENCODER_PATH = BUNDLED / "styled32.safetensors"
+SUPER_RESOLUTION_PATH = BUNDLED / "resolver32.safetensors"
 FORMAT = "fedface-model-2"
 OLD_FORMAT = "fedface-gan-1"  # a generator and a critic, before there were other families
 
 
-def vector_of(*modules: nn.Module) -> Vector:
+def flatten_parameters(*modules: nn.Module) -> Vector:
     """All trainable weights of the modules, in the order of their names, as one float32 vector (d,)."""
     return torch.cat([p.detach().float().reshape(-1) for module in modules for _, p in _named(module)])
 
 
-def buffers_of(*modules: nn.Module) -> Vector:
+def flatten_buffers(*modules: nn.Module) -> Vector:
     """What belongs to the weights without being trained, noise maps and the mean style, flat like `vector_of`."""
     parts = [b.detach().float().reshape(-1) for module in modules for b in _buffers(module)]
     return torch.cat(parts) if parts else torch.zeros(0)
 
 
-def fill(vector: Vector, *modules: nn.Module) -> None:
+def assign_parameters(vector: Vector, *modules: nn.Module) -> None:
     """Write a flat vector back into the weights it came from.
 
     Raises:
@@ -55,12 +55,12 @@ def fill(vector: Vector, *modules: nn.Module) -> None:
     _fill(vector, [p for module in modules for _, p in _named(module)], "weights")
 
 
-def fill_buffers(vector: Vector, *modules: nn.Module) -> None:
+def assign_buffers(vector: Vector, *modules: nn.Module) -> None:
     """Write what `buffers_of` read; raises WeightsError where the lengths differ."""
     _fill(vector, [b for module in modules for b in _buffers(module)], "numbers in buffers")
 
 
-def filled(shape: Shape, weights: Vector, buffers: Vector) -> Model:
+def model_from_vectors(shape: Architecture, weights: Vector, buffers: Vector) -> Model:
     """Networks of a shape with the numbers that `vector_of` and `buffers_of` read from their like.
 
     Guarantees:
@@ -76,14 +76,14 @@ def filled(shape: Shape, weights: Vector, buffers: Vector) -> Model:
     """
     try:
         with torch.device("meta"):
-            planned = build(shape).modules()
+            planned = build_model(shape).modules()
         _check_count(buffers, [b for module in planned for b in _buffers(module)], "numbers in buffers")
         _check_count(weights, [p for module in planned for _, p in _named(module)], "weights")
-        model = build(shape, torch.Generator())
+        model = build_model(shape, torch.Generator())
     except (RuntimeError, OverflowError, MemoryError) as error:
         raise WeightsError(f"networks of this shape cannot be made on this machine ({error})") from error
-    fill_buffers(buffers, *model.modules())
-    fill(weights, *model.modules())
+    assign_buffers(buffers, *model.modules())
+    assign_parameters(weights, *model.modules())
     return model
 
 
@@ -122,7 +122,7 @@ def weights_hash(*modules: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def remember_mean_style(generator: StyleGAN2, chance: torch.Generator, *, draws: int = 4096) -> None:
+def estimate_mean_style(generator: StyleGAN2, chance: torch.Generator, *, draws: int = 4096) -> None:
     """Set the mean style, towards which truncation pulls, from `draws` fresh latents."""
     latents = torch.randn(draws, generator.latent_width, generator=chance)
     with torch.no_grad():
@@ -132,12 +132,12 @@ def remember_mean_style(generator: StyleGAN2, chance: torch.Generator, *, draws:
 def model_bytes(model: Model) -> bytes:
     """The safetensors bytes of a model's networks, their shape and notes."""
     tensors: dict[str, Tensor] = {}
-    for prefix, module in model.named().items():
+    for prefix, module in model.named_modules().items():
         for name, value in module.state_dict().items():
             tensors[f"{prefix}.{name}"] = value.detach().contiguous().float()
     header = {
         "format": FORMAT,
-        "shape": json.dumps(plain(model.shape)),
+        "shape": json.dumps(plain(model.architecture)),
         "notes": json.dumps(dict(model.notes)),
     }
     return save(tensors, header)
@@ -165,7 +165,7 @@ def save_model(path: Path, model: Model) -> None:
 
 @dataclass(frozen=True)
 class _Header:
-    shape: Shape
+    shape: Architecture
 
 
 def load_model(path: Path) -> Model:
@@ -193,18 +193,18 @@ def load_model(path: Path) -> Model:
         notes = dict(json.loads(header["notes"]))
         # Without memory first: the description is a stranger's, and may be of networks that fill this machine.
         with torch.device("meta"):
-            _check(path, build(shape), tensors)
-        model = build(shape, torch.Generator(), notes)
+            _check(path, build_model(shape), tensors)
+        model = build_model(shape, torch.Generator(), notes)
     except (
         KeyError, TypeError, ValueError, ConfigError, RuntimeError, OverflowError, MemoryError
     ) as error:  # fmt: skip
         raise WeightsError(f"{path}: its description of the networks is damaged ({error})") from error
-    for prefix, module in model.named().items():
+    for prefix, module in model.named_modules().items():
         module.load_state_dict({name: tensors[f"{prefix}.{name}"] for name in module.state_dict()})
     return model
 
 
-def _shape(header: dict[str, str]) -> Shape:
+def _shape(header: dict[str, str]) -> Architecture:
     if header["format"] == FORMAT:
         described = json.loads(header["shape"])
     else:
@@ -218,14 +218,14 @@ def _check(path: Path, model: Model, tensors: dict[str, Tensor]) -> None:
     """Raise WeightsError unless a file has exactly these networks' weights; the networks may lie on no device."""
     wanted = {
         f"{prefix}.{name}": value
-        for prefix, module in model.named().items()
+        for prefix, module in model.named_modules().items()
         for name, value in module.state_dict().items()
     }
     if missing := sorted(set(wanted) - set(tensors)):
         raise WeightsError(f"{path}: lacks {len(missing)} weights, the first is {missing[0]}")
     if extra := sorted(set(tensors) - set(wanted)):
         raise WeightsError(
-            f"{path}: has {len(extra)} weights that do not belong, the first is {printable(extra[0])}"
+            f"{path}: has {len(extra)} weights that do not belong, the first is {sanitize_text(extra[0])}"
         )
     for name, value in tensors.items():
         if value.shape != wanted[name].shape:
@@ -238,7 +238,7 @@ def _check(path: Path, model: Model, tensors: dict[str, Tensor]) -> None:
             raise WeightsError(f"{path}: {name} holds numbers that are not finite")
 
 
-M = TypeVar("M", Gan, Encoded, Flow, Styled, Resolved)
+M = TypeVar("M", GanModel, EncoderModel, FlowModel, StyleEncoderModel, SuperResolutionModel)
 
 
 def load_as(path: Path, wanted: type[M]) -> M:
@@ -249,45 +249,45 @@ def load_as(path: Path, wanted: type[M]) -> M:
     """
     model = load_model(path)
     if not isinstance(model, wanted):
-        raise WeightsError(f"{path}: wanted {_WORDS[wanted]}, got {words_of_family(model)}")
+        raise WeightsError(f"{path}: wanted {_WORDS[wanted]}, got {describe_family(model)}")
     return model
 
 
-def words_of_family(model: Model) -> str:
+def describe_family(model: Model) -> str:
     """A model's family in words, such as "a rectified flow"."""
     return _WORDS[type(model)]
 
 
 _WORDS: dict[type[Any], str] = {
-    Gan: "a generator with its critic",
-    Encoded: "a generator with an encoder",
-    Flow: "a rectified flow",
-    Alone: "a generator alone",
-    Styled: "a generator with a style encoder",
-    Resolved: "a super-resolution network",
+    GanModel: "a generator with its critic",
+    EncoderModel: "a generator with an encoder",
+    FlowModel: "a rectified flow",
+    GeneratorModel: "a generator alone",
+    StyleEncoderModel: "a generator with a style encoder",
+    SuperResolutionModel: "a super-resolution network",
 }
 
 
-def load_base() -> Gan:
+def load_gan() -> GanModel:
     """The embedded default: faces of 32 px, trained on drawn faces of which 85 in 100 have light skin."""
-    return load_as(BASE_PATH, Gan)
+    return load_as(GAN_PATH, GanModel)
 
 
-def load_flow() -> Flow:
+def load_flow() -> FlowModel:
     """The embedded rectified flow, trained on the same drawn faces as `load_base`."""
-    return load_as(FLOW_PATH, Flow)
+    return load_as(FLOW_PATH, FlowModel)
 
 
-def load_encoded() -> Encoded:
+def load_encoder() -> EncoderModel:
     """The embedded generator with the encoder that was trained for it."""
-    return load_as(ENCODER_PATH, Encoded)
+    return load_as(ENCODER_PATH, EncoderModel)
 
 
-def load_styled() -> Styled:
+def load_style_encoder() -> StyleEncoderModel:
     """The embedded generator with the encoder that finds the styles of a photo of 8 px."""
-    return load_as(STYLED_PATH, Styled)
+    return load_as(STYLE_ENCODER_PATH, StyleEncoderModel)
 
 
-def load_resolved() -> Resolved:
+def load_super_resolution() -> SuperResolutionModel:
     """The embedded super-resolution network, 8 to 32 px, trained on the same drawn faces."""
-    return load_as(RESOLVED_PATH, Resolved)
+    return load_as(SUPER_RESOLUTION_PATH, SuperResolutionModel)

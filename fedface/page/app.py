@@ -23,15 +23,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 from fedface.errors import ConfigError, FedfaceError
-from fedface.page.desk import Desk
-from fedface.page.guard import Guard
-from fedface.page.offers import Searcher
+from fedface.page.desk import Session
+from fedface.page.guard import LocalOnlyMiddleware
+from fedface.page.offers import MethodProvider
 from fedface.page.pictures import data_uri
-from fedface.page.searches import Search
-from fedface.page.sitting import Crop, Reader, Sitting
-from fedface.page.telling import Asked, sheet_of, told_end, told_news
+from fedface.page.searches import BackgroundSearch
+from fedface.page.sitting import Crop, Reader, Upload
+from fedface.page.telling import Asked, sheet_of, final_event, progress_event
 from fedface.reports.figures import pixels_of
-from fedface.upsampling.contracts import Progress, Upsampler, Watch
+from fedface.upsampling.contracts import Progress, Upsampler, StepCallback
 
 PAGE = Path(__file__).with_name("page.html")
 MAX_UPLOAD = 40_000_000  # bytes
@@ -45,7 +45,7 @@ BUSY = "A search is running already, perhaps in another window. Stop it, or wait
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class SearchRequest:
     """What the page asks to be searched."""
 
     photo: str
@@ -63,10 +63,10 @@ class Named:
     photo: str
 
 
-class Answers:
+class RequestHandlers:
     """The answers to the page's requests, for one searcher, one reader and one desk."""
 
-    def __init__(self, searcher: Searcher, reader: Reader, desk: Desk) -> None:
+    def __init__(self, searcher: MethodProvider, reader: Reader, desk: Session) -> None:
         self.searcher, self.reader, self.desk = searcher, reader, desk
         self.page = PAGE.read_text(encoding="utf-8")
         self.refused = lru_cache(maxsize=256)(self._refused)
@@ -129,7 +129,7 @@ class Answers:
         learned = "" if sentence else self.searcher.learned(method)
         return JSONResponse({"sentence": sentence, "learned": learned})
 
-    async def search(self, wish: Wish, request: Request) -> Response:
+    async def search(self, wish: SearchRequest, request: Request) -> Response:
         """Start a search and tell how it goes, until it ends or the page is closed."""
         offer = next((offer for offer in self.searcher.offers if offer.name == wish.method), None)
         if offer is None:
@@ -145,12 +145,12 @@ class Answers:
         low = crop.low(wish.side)
         faces = wish.faces if offer.several else 1
 
-        def make(progress: Progress, watch: Watch) -> Upsampler:
+        def make(progress: Progress, watch: StepCallback) -> Upsampler:
             return self.searcher.make(
                 wish.method, side=wish.side, seed=wish.seed, progress=progress, watch=watch
             )
 
-        started = self.desk.begin(wish.photo, lambda: Search(make, low, faces, crop.truth))
+        started = self.desk.begin(wish.photo, lambda: BackgroundSearch(make, low, faces, crop.truth))
         if started is None:
             return _sorry(409, BUSY)
         return StreamingResponse(_telling(started, request, asked), media_type="text/event-stream")
@@ -192,9 +192,9 @@ class Answers:
         return ""
 
 
-def make_app(searcher: Searcher, reader: Reader, *, port: int) -> FastAPI:
+def make_app(searcher: MethodProvider, reader: Reader, *, port: int) -> FastAPI:
     """The application, for a server that listens at 127.0.0.1:`port`."""
-    desk = Desk()
+    desk = Session()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -203,7 +203,7 @@ def make_app(searcher: Searcher, reader: Reader, *, port: int) -> FastAPI:
         reader.close()
 
     app = FastAPI(title="fedface", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    answers = Answers(searcher, reader, desk)
+    answers = RequestHandlers(searcher, reader, desk)
     asked: dict[str, Callable[..., Any]] = {"/": answers.show, "/about": answers.about, "/fits": answers.fits,
                                             "/pixels": answers.pixels, "/sheet": answers.sheet}  # fmt: skip
     for path, answer in asked.items():
@@ -216,11 +216,11 @@ def make_app(searcher: Searcher, reader: Reader, *, port: int) -> FastAPI:
     app.add_exception_handler(FedfaceError, _mended)
     app.add_exception_handler(RequestValidationError, _misread)
     app.add_exception_handler(Exception, _broken)
-    app.add_middleware(Guard, port=port)
+    app.add_middleware(LocalOnlyMiddleware, port=port)
     return app
 
 
-async def _telling(search: Search, request: Request, asked: Asked) -> AsyncIterator[str]:
+async def _telling(search: BackgroundSearch, request: Request, asked: Asked) -> AsyncIterator[str]:
     """Server-sent events: `faces` while it runs, then one of `end`, `stopped` or `failed`."""
     told = time.monotonic()
     try:
@@ -231,11 +231,11 @@ async def _telling(search: Search, request: Request, asked: Asked) -> AsyncItera
                 continue
             if await request.is_disconnected():
                 return
-            event = await run_in_threadpool(told_news, search)
+            event = await run_in_threadpool(progress_event, search)
             if event is not None or silence >= ALIVE:
                 told = time.monotonic()
                 yield _event("faces", event) if event is not None else ": still here\n\n"
-        name, last = await run_in_threadpool(told_end, search, asked)
+        name, last = await run_in_threadpool(final_event, search, asked)
         yield _event(name, last)
     finally:
         search.stop()
@@ -245,7 +245,7 @@ def _event(name: str, value: dict[str, Any]) -> str:
     return f"event: {name}\ndata: {json.dumps(value, allow_nan=False)}\n\n"
 
 
-def _told_sitting(sitting: Sitting) -> dict[str, Any]:
+def _told_sitting(sitting: Upload) -> dict[str, Any]:
     return {
         "photo": sitting.key,
         "found": sitting.found,

@@ -8,38 +8,38 @@ from __future__ import annotations
 from collections.abc import Callable
 from threading import Lock
 
-from fedface.page.searches import Search
-from fedface.page.sitting import Sitting
+from fedface.page.searches import BackgroundSearch
+from fedface.page.sitting import Upload
 
-PATIENCE = 5.0  # seconds in which a stopped search must have ended when the page closes
+IDLE_TIMEOUT = 5.0  # seconds in which a stopped search must have ended when the page closes
 
 
-class Desk:
+class Session:
     """Holds what may be in memory: nothing that was replaced."""
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._sitting: Sitting | None = None
-        self._search: Search | None = None
+        self._sitting: Upload | None = None
+        self._search: BackgroundSearch | None = None
 
-    def seat(self, sitting: Sitting) -> None:
+    def seat(self, sitting: Upload) -> None:
         """Put a new photo on the desk; what lay there is forgotten."""
         with self._lock:
             self._clear()
             self._sitting = sitting
 
-    def sitting(self, key: str) -> Sitting | None:
+    def sitting(self, key: str) -> Upload | None:
         """The photo on the desk, for who knows its key."""
         with self._lock:
             sitting = self._sitting
         return sitting if sitting is not None and sitting.key == key else None
 
-    def search(self, key: str) -> Search | None:
+    def search(self, key: str) -> BackgroundSearch | None:
         """The last search for the photo with this key."""
         with self._lock:
             return self._search if self._sitting is not None and self._sitting.key == key else None
 
-    def begin(self, key: str, start: Callable[[], Search]) -> Search | None:
+    def begin(self, key: str, start: Callable[[], BackgroundSearch]) -> BackgroundSearch | None:
         """Start a search unless one still runs or the photo has been replaced; None where it was not started."""
         with self._lock:
             if self._sitting is None or self._sitting.key != key:
@@ -61,7 +61,7 @@ class Desk:
             search = self._search
             self._clear()
         if search is not None:
-            search.wait(PATIENCE)
+            search.wait(IDLE_TIMEOUT)
 
     def _clear(self) -> None:
         if self._search is not None:

@@ -35,7 +35,7 @@ def places(port: int) -> tuple[str, ...]:
     return tuple(f"{name}:{port}" for name in names) + (names if port == 80 else ())
 
 
-class Guard:
+class LocalOnlyMiddleware:
     """Refuses what did not come from this page, and adds the headers that keep its answers at home."""
 
     def __init__(self, app: Application, *, port: int) -> None:

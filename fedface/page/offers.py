@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fedface.upsampling.contracts import Progress, Upsampler, Watch
+from fedface.upsampling.contracts import Progress, Upsampler, StepCallback
 
 
 @dataclass(frozen=True, kw_only=True)
-class Offer:
+class MethodInfo:
     """One method as the page lists it."""
 
     name: str  # as the command line knows it
@@ -22,7 +22,7 @@ class Offer:
     several: bool  # whether it has more than one answer for the same pixels
 
 
-class Searcher(Protocol):
+class MethodProvider(Protocol):
     """Makes upsamplers for one size of face."""
 
     @property
@@ -31,7 +31,7 @@ class Searcher(Protocol):
         ...
 
     @property
-    def offers(self) -> Sequence[Offer]:
+    def offers(self) -> Sequence[MethodInfo]:
         """The methods to choose from, at least one; the first is preselected."""
         ...
 
@@ -40,7 +40,7 @@ class Searcher(Protocol):
         ...
 
     def make(
-        self, method: str, *, side: int, seed: int, progress: Progress | None, watch: Watch | None
+        self, method: str, *, side: int, seed: int, progress: Progress | None, watch: StepCallback | None
     ) -> Upsampler:
         """An upsampler from `side` pixels to `size`.
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fedface.photos.pixels import png_bytes
 from fedface.shapes import Images
-from fedface.upsampling.contracts import deviation
+from fedface.upsampling.contracts import pixel_std
 
 SHOWN = 256  # pixels a side of a face on the page, at most
 
@@ -53,7 +53,7 @@ def data_uri(pixels: np.ndarray) -> str:
 
 def spread_of(images: Images) -> Spread:
     """The deviation between faces (f, 3, s, s) as a picture; all black where the faces are equal."""
-    apart = deviation(images)
+    apart = pixel_std(images)
     most = float(apart.max())
     bright = apart / most if most > 0 else apart
     return Spread(

@@ -10,36 +10,36 @@ from typing import assert_never
 
 from fedface.errors import ConfigError
 from fedface.models.family import Model
-from fedface.models.weights import load_base
-from fedface.page.offers import Offer, learned_from
+from fedface.models.weights import load_gan
+from fedface.page.offers import MethodInfo, learned_from
 from fedface.randomness import Streams
-from fedface.upsampling.contracts import Progress, Upsampler, Watch
+from fedface.upsampling.contracts import Progress, Upsampler, StepCallback
 from fedface.upsampling.degrade import BicubicPulse
-from fedface.upsampling.guidance import GuidanceConfig
-from fedface.upsampling.langevin import LangevinConfig
+from fedface.upsampling.guidance import GuidedFlowConfig
+from fedface.upsampling.langevin import HmcConfig
 from fedface.upsampling.methods import (
     METHODS,
-    EncodeThenPulseConfig,
+    PulseEncoderInitConfig,
     Method,
-    embedded,
-    fitting_method,
-    has_one_answer,
+    bundled_checkpoint,
+    default_method,
+    is_deterministic,
     make_upsampler,
     name_of,
     title_of,
 )
-from fedface.upsampling.one_pass import BicubicConfig, EncodeConfig, NearestConfig, SuperResolutionConfig
+from fedface.upsampling.one_pass import BicubicConfig, StyleEncoderConfig, NearestConfig, SuperResolutionConfig
 from fedface.upsampling.pulse import PulseConfig
 
 
-class Methods:
+class MethodCatalog:
     """Every method by its name; a `Searcher`."""
 
     def __init__(self, model: Model | None) -> None:
         """`model` takes the place of every shipped checkpoint; None: each method has its own."""
         self._model = model
-        self._size = load_base().generator.size if model is None else model.size
-        first = name_of(PulseConfig() if model is None else fitting_method(model))
+        self._size = load_gan().generator.size if model is None else model.size
+        first = name_of(PulseConfig() if model is None else default_method(model))
         names = sorted(METHODS, key=lambda name: name != first)  # stable: only the first one moves
         self._offers = tuple(offer_of(METHODS[name]) for name in names)
 
@@ -49,7 +49,7 @@ class Methods:
         return self._size
 
     @property
-    def offers(self) -> Sequence[Offer]:
+    def offers(self) -> Sequence[MethodInfo]:
         """All methods, the one that goes with the checkpoint first."""
         return self._offers
 
@@ -59,7 +59,7 @@ class Methods:
         return "" if model is None else learned_from(model.notes)
 
     def make(
-        self, method: str, *, side: int, seed: int, progress: Progress | None, watch: Watch | None
+        self, method: str, *, side: int, seed: int, progress: Progress | None, watch: StepCallback | None
     ) -> Upsampler:
         """The upsampler of a method, from `side` pixels to `size`.
 
@@ -83,7 +83,7 @@ class Methods:
 
     def _network(self, method: Method) -> Model | None:
         if self._model is None or isinstance(method, BicubicConfig | NearestConfig):
-            return embedded(method)
+            return bundled_checkpoint(method)
         return self._model
 
 
@@ -93,14 +93,14 @@ def _method(name: str) -> Method:
     return METHODS[name]
 
 
-def offer_of(method: Method) -> Offer:
+def offer_of(method: Method) -> MethodInfo:
     """A method in a layperson's words."""
     title = title_of(method)
-    return Offer(
+    return MethodInfo(
         name=name_of(method),
         title=title[:1].upper() + title[1:],
         words=_words(method),
-        several=not has_one_answer(method),
+        several=not is_deterministic(method),
     )
 
 
@@ -108,13 +108,13 @@ def _words(method: Method) -> str:
     match method:
         case PulseConfig():
             return "Starts from faces that the generator knows, and changes each until it shrinks to these pixels."
-        case EncodeThenPulseConfig():
+        case PulseEncoderInitConfig():
             return "As PULSE, but starts from the face that a network guesses first."
-        case LangevinConfig():
+        case HmcConfig():
             return "Wanders at random among the faces that fit; the likelier ones come up more often."
-        case GuidanceConfig():
+        case GuidedFlowConfig():
             return "Lets faces grow out of noise, and pulls each towards these pixels as it grows."
-        case EncodeConfig():
+        case StyleEncoderConfig():
             return "A network that has learned to guess a face from few pixels, in one go."
         case SuperResolutionConfig():
             return "A network that has learned to sharpen: one answer, near the mean of all faces that fit."

@@ -16,9 +16,9 @@ from torch import Tensor
 from fedface.errors import FedfaceError
 from fedface.page.pictures import shown
 from fedface.shapes import Images, LowImages
-from fedface.upsampling.contracts import Glimpse, Progress, Upsampled, Upsampler, Watch
+from fedface.upsampling.contracts import StepSnapshot, Progress, Upsampled, Upsampler, StepCallback
 
-Make = Callable[[Progress, Watch], Upsampler]
+Make = Callable[[Progress, StepCallback], Upsampler]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class News:
+class SearchProgress:
     """What changed since somebody last looked."""
 
     share: float  # of the work, 0 to 1
@@ -64,7 +64,7 @@ class _Break(Exception):
     """Leaves an upsampler in the middle of its work."""
 
 
-class Search:
+class BackgroundSearch:
     """One search, started at once. Any thread may look at it or stop it."""
 
     def __init__(self, make: Make, low: LowImages, faces: int, truth: Images) -> None:
@@ -98,11 +98,11 @@ class Search:
         """Until the search has ended, or so long at most."""
         self._thread.join(seconds)
 
-    def news(self) -> News:
+    def progress(self) -> SearchProgress:
         """The faces that changed since the last call, and how far the work is."""
         with self._lock:
             faces, self._fresh = tuple(self._fresh.values()), {}
-            return News(self._share, self._step, self._steps, faces)
+            return SearchProgress(self._share, self._step, self._steps, faces)
 
     def _run(self) -> None:
         # What stays if this thread dies of a bug; its traceback goes to the terminal.
@@ -122,13 +122,13 @@ class Search:
         self._break_if_stopped()
         self._share = min(1.0, done / max(1, of))
 
-    def _watch(self, glimpse: Glimpse) -> None:
+    def _watch(self, glimpse: StepSnapshot) -> None:
         self._break_if_stopped()
         pictures = shown(glimpse.images)
         with self._lock:
             self._step, self._steps = glimpse.step, glimpse.steps
             for face, picture, misfit in zip(
-                glimpse.faces.tolist(), pictures, glimpse.misfit.tolist(), strict=True
+                glimpse.faces.tolist(), pictures, glimpse.consistency_error.tolist(), strict=True
             ):
                 self._fresh[face] = Seen(face, picture, misfit)
 

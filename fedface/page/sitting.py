@@ -19,11 +19,11 @@ from torch.nn import functional as F
 
 from fedface.errors import LibraryError, PhotoError
 from fedface.page.pictures import SHOWN, eight_bits, images_of
-from fedface.photos.drawn import draw_people
+from fedface.photos.drawn import render_people
 from fedface.photos.faces import Detector, Face
-from fedface.photos.isolation import IsolatedReader
+from fedface.photos.isolation import SandboxedDecoder
 from fedface.photos.pixels import Photo, cut_square, read_photo_bytes
-from fedface.photos.subjects import LONGEST_SIDE, subjects_of
+from fedface.photos.subjects import LONGEST_SIDE, face_crops
 from fedface.randomness import Streams
 from fedface.reports.figures import pixels_of
 from fedface.shapes import Images, LowImages
@@ -64,7 +64,7 @@ class Crop:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sitting:
+class Upload:
     """What one dropped photo left behind: aligned crops. The photo itself is gone."""
 
     crops: tuple[Crop, ...]  # largest face first; one middle square where there is no face
@@ -83,10 +83,10 @@ class Reader:
         self._lock = Lock()
 
     @cached_property
-    def _child(self) -> IsolatedReader:
-        return IsolatedReader(longest_side=LONGEST_SIDE)
+    def _child(self) -> SandboxedDecoder:
+        return SandboxedDecoder(longest_side=LONGEST_SIDE)
 
-    def read(self, content: bytes) -> Sitting:
+    def read(self, content: bytes) -> Upload:
         """Find the faces of a photo, largest first.
 
         Raises:
@@ -100,24 +100,24 @@ class Reader:
                 raise PhotoError(f"This picture has {width} x {height} pixels: too few for any face.")
             looking = _Looking(self._make_detector)
             try:
-                faces = subjects_of(
+                faces = face_crops(
                     photo, lambda: looking, max(SHOWN, self.size), smallest=LEAST, name="this photo"
                 )
             except LibraryError:
                 if not looking.done:
                     raise
-                return Sitting(crops=(self._middle(photo.pixels),), found=0, looked=True)
+                return Upload(crops=(self._middle(photo.pixels),), found=0, looked=True)
         crops = tuple(
             self._crop(face.crop, round(face.side), small=face.already_small) for face in faces[:FACES_SHOWN]
         )
-        return Sitting(crops=crops, found=faces[0].people, looked=not faces[0].already_small)
+        return Upload(crops=crops, found=faces[0].people, looked=not faces[0].already_small)
 
-    def draw(self, seed: int) -> Sitting:
+    def draw(self, seed: int) -> Upload:
         """A drawn face, for whoever has no photo at hand; equal seeds give equal faces."""
-        drawn = draw_people(1, 0.5, max(16, self.size), Streams(seed))
-        large = draw_people(1, 0.5, SHOWN, Streams(seed))
+        drawn = render_people(1, 0.5, max(16, self.size), Streams(seed))
+        large = render_people(1, 0.5, SHOWN, Streams(seed))
         crop = Crop(truth=eight_bits(drawn), preview=pixels_of(large[0]), width=self.size)
-        return Sitting(crops=(crop,), found=1, looked=False)
+        return Upload(crops=(crop,), found=1, looked=False)
 
     @property
     def child(self) -> int | None:

@@ -13,11 +13,11 @@ import torch
 from torch.nn import functional as F
 
 from fedface.page.pictures import data_uri, shown, spread_of
-from fedface.page.searches import Failed, Finished, Search, Stopped
+from fedface.page.searches import Failed, Finished, BackgroundSearch, Stopped
 from fedface.photos.tone import measure_tone
 from fedface.reports.figures import face_grid, pixels_of
 from fedface.shapes import Images
-from fedface.upsampling.contracts import deviation
+from fedface.upsampling.contracts import pixel_std
 from fedface.upsampling.degrade import BicubicPulse
 
 TONE = (
@@ -36,9 +36,9 @@ class Asked:
     face: bool  # what was searched is a face, so that it has a skin tone
 
 
-def told_news(search: Search) -> dict[str, Any] | None:
+def progress_event(search: BackgroundSearch) -> dict[str, Any] | None:
     """The faces that changed since the last telling; None where nothing did."""
-    news = search.news()
+    news = search.progress()
     if not news.faces and not news.share:
         return None
     return {
@@ -56,7 +56,7 @@ def told_news(search: Search) -> dict[str, Any] | None:
     }
 
 
-def told_end(search: Search, asked: Asked) -> tuple[str, dict[str, Any]]:
+def final_event(search: BackgroundSearch, asked: Asked) -> tuple[str, dict[str, Any]]:
     """The name of the last event, and what it says."""
     match search.outcome:
         case Finished() as finished:
@@ -67,7 +67,7 @@ def told_end(search: Search, asked: Asked) -> tuple[str, dict[str, Any]]:
             return "stopped", {}
 
 
-def sheet_of(search: Search) -> bytes | None:
+def sheet_of(search: BackgroundSearch) -> bytes | None:
     """The faces of a finished search as one PNG; None where it is not finished."""
     if not isinstance(search.outcome, Finished):
         return None
@@ -77,7 +77,7 @@ def sheet_of(search: Search) -> bytes | None:
     given = F.interpolate(search.low, size=size, mode="nearest")
     columns = ["photo", f"{side} x {side}\ngiven"]
     for number, (misfit, fits) in enumerate(
-        zip(made.misfit[0].tolist(), made.converged[0].tolist(), strict=True)
+        zip(made.consistency_error[0].tolist(), made.converged[0].tolist(), strict=True)
     ):
         columns.append(f"face {number + 1}{'' if fits else ', no fit'}\nmisfit {misfit:.4f}")
     shrink = BicubicPulse(size[0] // side).apply
@@ -85,21 +85,21 @@ def sheet_of(search: Search) -> bytes | None:
     below = [shrink(search.truth), search.low, shrink(faces)]
     if len(faces) > 1:
         columns.append("where they\ndiffer")
-        apart = deviation(faces)
+        apart = pixel_std(faces)
         brightest = float(apart.max()) or 1.0
         above.append(apart.expand(1, 3, *size) / brightest)
-        below.append(deviation(below[2]).expand(1, 3, side, side) / brightest)
+        below.append(pixel_std(below[2]).expand(1, 3, side, side) / brightest)
     rows = [("photo and\nfaces found", torch.cat(above)), (f"shrunk to\n{side} x {side}", torch.cat(below))]
     return face_grid(rows, columns)
 
 
-def _told(search: Search, finished: Finished, asked: Asked) -> dict[str, Any]:
+def _told(search: BackgroundSearch, finished: Finished, asked: Asked) -> dict[str, Any]:
     made = finished.made
     images = made.images[0].clamp(0, 1)
     side = search.low.shape[-1]
     shrunk = BicubicPulse(images.shape[-1] // side).apply(images)
     tones = measure_tone(images).monk.tolist()
-    misfits, fits = made.misfit[0].tolist(), made.converged[0].tolist()
+    misfits, fits = made.consistency_error[0].tolist(), made.converged[0].tolist()
     faces = [
         {
             "number": number,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedface.photos.drawn_parameters import DrawnFaces
+from fedface.photos.drawn_parameters import SyntheticFaces
 from fedface.photos.tone import linear_from_srgb, srgb_from_monk
 from fedface.shapes import Images
 
@@ -71,7 +71,7 @@ class Geometry:
     face: Tensor  # mask of the face's outline
 
 
-def _outline(faces: DrawnFaces, sx: Tensor, sy: Tensor) -> Tensor:
+def _outline(faces: SyntheticFaces, sx: Tensor, sy: Tensor) -> Tensor:
     """0 in the middle of the face, 1 on its outline, growing like a square; silhouette coordinates."""
     below = ((sy - 0.02) / 0.34).clamp_(min=0)
     width = column(faces.face_width) * (1 - column(faces.jaw) * below * below)
@@ -79,7 +79,7 @@ def _outline(faces: DrawnFaces, sx: Tensor, sy: Tensor) -> Tensor:
     return (sx / width).square() + ((sy - _CENTRE_Y) / height).abs() ** 2.3
 
 
-def project(faces: DrawnFaces, points: Tensor) -> Tensor:
+def project(faces: SyntheticFaces, points: Tensor) -> Tensor:
     """Where points of the face appear: feature coordinates (n, m, 2) -> the same, in the turned picture.
 
     The inverse of `place`, by fixed-point iteration: the depth changes slowly, so a few steps suffice.
@@ -95,7 +95,7 @@ def project(faces: DrawnFaces, points: Tensor) -> Tensor:
     return torch.cat((cos * xr - sin * yr, sin * xr + cos * yr), dim=2)
 
 
-def features(faces: DrawnFaces) -> Tensor:
+def features(faces: SyntheticFaces) -> Tensor:
     """Eyes, nose tip and mouth corners, left to right in the picture: (n, 5, 2) feature coordinates."""
     eye = EYE_X * faces.eye_spacing
     corner = _mouth_width(faces)
@@ -106,7 +106,7 @@ def features(faces: DrawnFaces) -> Tensor:
     return torch.stack((x, y), dim=2)
 
 
-def place(faces: DrawnFaces, size: int) -> Geometry:
+def place(faces: SyntheticFaces, size: int) -> Geometry:
     """Turn n heads and find each pixel's place on them."""
     steps = (torch.arange(size, dtype=torch.float32) + 0.5) / size - 0.5
     dx, dy = steps[None, None, :], steps[None, :, None]
@@ -122,7 +122,7 @@ def place(faces: DrawnFaces, size: int) -> Geometry:
     return Geometry(1 / size, sx, sy, x, y, x.abs(), x - turn * _NOSE_TURN, radius, face)
 
 
-def _relief(faces: DrawnFaces, at: Geometry) -> Tensor:
+def _relief(faces: SyntheticFaces, at: Geometry) -> Tensor:
     """Height of the face towards the viewer, (n, size, size)."""
     wide, tip = column(faces.nose_width), 0.1 * column(faces.nose_length)
     smile, age = column(faces.smile), column(faces.age)
@@ -154,13 +154,13 @@ class Shading:
     gloss: Tensor  # specular radiance, the same for every skin
 
 
-def light_direction(faces: DrawnFaces) -> tuple[Tensor, Tensor, Tensor]:
+def light_direction(faces: SyntheticFaces) -> tuple[Tensor, Tensor, Tensor]:
     """The unit vector towards the key light, (n,) each: right, down, towards the viewer."""
     flat = faces.elevation.cos()
     return faces.azimuth.sin() * flat, -faces.elevation.sin(), faces.azimuth.cos() * flat
 
 
-def _shade(faces: DrawnFaces, at: Geometry) -> Shading:
+def _shade(faces: SyntheticFaces, at: Geometry) -> Shading:
     height = _relief(faces, at)
     slope_x = torch.gradient(height, spacing=at.pixel, dim=2)[0]
     slope_y = torch.gradient(height, spacing=at.pixel, dim=1)[0]
@@ -187,7 +187,7 @@ def _shade(faces: DrawnFaces, at: Geometry) -> Shading:
     return Shading((column(faces.light) * key + ambient) * open_sky, gloss * open_sky)
 
 
-def _eyes(faces: DrawnFaces, at: Geometry, albedo: Tensor, skin: Tensor) -> tuple[Tensor, Tensor]:
+def _eyes(faces: SyntheticFaces, at: Geometry, albedo: Tensor, skin: Tensor) -> tuple[Tensor, Tensor]:
     """Paint eyes onto the albedo; also the added light of the two catchlights (n, size, size)."""
     size, wide = column(faces.eye_size), 0.056 * column(faces.eye_size)
     ex = at.side - EYE_X * column(faces.eye_spacing)
@@ -217,12 +217,12 @@ def _eyes(faces: DrawnFaces, at: Geometry, albedo: Tensor, skin: Tensor) -> tupl
     return albedo, spark * inside * column(faces.light)
 
 
-def _mouth_width(faces: DrawnFaces) -> Tensor:
+def _mouth_width(faces: SyntheticFaces) -> Tensor:
     """Half the mouth's width, (n,)."""
     return (0.085 + 0.014 * faces.smile) * faces.mouth_width
 
 
-def _mouth(faces: DrawnFaces, at: Geometry, albedo: Tensor, skin: Tensor) -> Tensor:
+def _mouth(faces: SyntheticFaces, at: Geometry, albedo: Tensor, skin: Tensor) -> Tensor:
     wide = column(_mouth_width(faces))
     across = (at.x / wide).square()
     bow = (1 - across).clamp_(min=-1)
@@ -244,7 +244,7 @@ def _mouth(faces: DrawnFaces, at: Geometry, albedo: Tensor, skin: Tensor) -> Ten
     return paint(albedo, skin * 0.12, 0.75 * parted * (1 - column(faces.mouth_open)))
 
 
-def _brows(faces: DrawnFaces, at: Geometry, albedo: Tensor, hair: Tensor) -> Tensor:
+def _brows(faces: SyntheticFaces, at: Geometry, albedo: Tensor, hair: Tensor) -> Tensor:
     along = (at.side - 0.052) / 0.145
     arch = -0.088 - 0.016 * column(faces.brow_raise) - 0.018 * (1 - ((along - 0.55) / 0.55).square())
     thick = 0.0125 * column(faces.brow_thickness) * (1.25 - 0.75 * along)
@@ -253,7 +253,7 @@ def _brows(faces: DrawnFaces, at: Geometry, albedo: Tensor, hair: Tensor) -> Ten
     return paint(albedo, hair * 0.4, 0.85 * mask)
 
 
-def _beard(faces: DrawnFaces, at: Geometry, albedo: Tensor, hair: Tensor) -> Tensor:
+def _beard(faces: SyntheticFaces, at: Geometry, albedo: Tensor, hair: Tensor) -> Tensor:
     bare_cheek = 0.09 * spot(at.side - 0.14, torch.zeros_like(at.y), 0.05, 1.0)
     edge = 0.15 + bare_cheek - (at.side - 0.2).clamp(min=0) * 1.2
     mask = smooth(at.y - edge, 0.09)
@@ -262,12 +262,12 @@ def _beard(faces: DrawnFaces, at: Geometry, albedo: Tensor, hair: Tensor) -> Ten
     return paint(albedo, hair * 0.8, 0.88 * mask * column(faces.beard))
 
 
-def skin_colour(faces: DrawnFaces) -> Tensor:
+def skin_colour(faces: SyntheticFaces) -> Tensor:
     """The skin's reflectance, (n, 3) linear light."""
     return linear_from_srgb(srgb_from_monk(faces.tone))
 
 
-def face_layer(faces: DrawnFaces, at: Geometry) -> Images:
+def face_layer(faces: SyntheticFaces, at: Geometry) -> Images:
     """Radiance of the face's surface, (n, 3, size, size), as if it filled the picture."""
     skin = skin_colour(faces)
     albedo = skin[:, :, None, None].expand(-1, -1, *at.x.shape[1:])

@@ -16,7 +16,7 @@ from fedface.photos.drawing import EYE_X, EYE_Y, MOUTH_Y, column, features, plac
 from fedface.photos.drawn_camera import through_camera, through_jpeg
 from fedface.photos.drawn_parameters import (
     NORMALS,
-    DrawnFaces,
+    SyntheticFaces,
     ToneMix,
     faces_from_normals,
     neutral_light,
@@ -28,11 +28,11 @@ from fedface.shapes import Images
 
 __all__ = [
     "NORMALS",
-    "DrawnFaces",
+    "SyntheticFaces",
     "ToneMix",
-    "draw",
-    "draw_occasions",
-    "draw_people",
+    "render",
+    "render_occasions",
+    "render_people",
     "faces_from_normals",
     "landmarks",
     "neutral_light",
@@ -48,7 +48,7 @@ _PIXELS_AT_ONCE = 2**16  # keeps every intermediate tensor inside a core's cache
 _FINE = 64  # pictures smaller than this are drawn at twice their size and averaged in linear light
 
 
-def _chunks(faces: DrawnFaces, size: int) -> list[DrawnFaces]:
+def _chunks(faces: SyntheticFaces, size: int) -> list[SyntheticFaces]:
     step = max(1, _PIXELS_AT_ONCE // (size * size))
     return [faces[start : start + step] for start in range(0, len(faces), step)]
 
@@ -67,7 +67,7 @@ def _at_size(pictures: Tensor, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def draw(faces: DrawnFaces, size: int, *, noise: torch.Generator | None = None) -> Images:
+def render(faces: SyntheticFaces, size: int, *, noise: torch.Generator | None = None) -> Images:
     """Draw faces as a camera would see them.
 
     Args:
@@ -91,7 +91,7 @@ def draw(faces: DrawnFaces, size: int, *, noise: torch.Generator | None = None) 
     return pictures
 
 
-def draw_people(count: int, light_share: float, size: int, streams: Streams) -> Images:
+def render_people(count: int, light_fraction: float, size: int, streams: Streams) -> Images:
     """Freshly sampled faces through cameras, (count, 3, size, size); equal streams give equal faces.
 
     Args:
@@ -100,11 +100,11 @@ def draw_people(count: int, light_share: float, size: int, streams: Streams) -> 
         size: Side in pixels, at least 16.
         streams: Its streams "faces" and "camera" are used.
     """
-    faces = sample_faces(count, ToneMix(light_share=light_share), streams.generator("faces"))
-    return draw(faces, size, noise=streams.generator("camera"))
+    faces = sample_faces(count, ToneMix(light_fraction=light_fraction), streams.generator("faces"))
+    return render(faces, size, noise=streams.generator("camera"))
 
 
-def draw_occasions(occasions: int, each: int, light_share: float, size: int, streams: Streams) -> Images:
+def render_occasions(occasions: int, each: int, light_share: float, size: int, streams: Streams) -> Images:
     """Drawn people with several photos of each, side by side: (occasions * each, 3, size, size).
 
     Photos of one occasion show one person in one light, through one camera; pose and expression are fresh. With
@@ -117,17 +117,17 @@ def draw_occasions(occasions: int, each: int, light_share: float, size: int, str
         size: Side in pixels, at least 16.
         streams: Its streams "faces", "moments" and "camera" are used.
     """
-    mix = ToneMix(light_share=light_share)
+    mix = ToneMix(light_fraction=light_share)
     people = sample_faces(occasions, mix, streams.generator("faces"))
     faces = people[torch.arange(occasions).repeat_interleave(each)]
     if each > 1:
         moments = sample_faces(occasions * each, mix, streams.generator("moments"))
         faces = replace(faces, **{name: getattr(moments, name) for name in MOMENT})
-    return draw(faces, size, noise=streams.generator("camera"))
+    return render(faces, size, noise=streams.generator("camera"))
 
 
 @torch.no_grad()
-def skin_mask(faces: DrawnFaces, size: int) -> Tensor:
+def skin_mask(faces: SyntheticFaces, size: int) -> Tensor:
     """How much of each pixel is bare facial skin: no hair, beard, glasses, eyes, brows or lips.
 
     Args:
@@ -151,7 +151,7 @@ def skin_mask(faces: DrawnFaces, size: int) -> Tensor:
     return torch.cat(parts) if parts else torch.empty(0, size, size)
 
 
-def landmarks(faces: DrawnFaces) -> Tensor:
+def landmarks(faces: SyntheticFaces) -> Tensor:
     """Where five points lie: left eye, right eye (of the picture), nose tip, left and right mouth corner.
 
     Returns:

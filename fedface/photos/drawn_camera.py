@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from fedface.photos.drawn_parameters import DrawnFaces
+from fedface.photos.drawn_parameters import SyntheticFaces
 from fedface.photos.tone import srgb_from_linear
 from fedface.shapes import Images
 
@@ -23,7 +23,7 @@ def _column(values: Tensor) -> Tensor:
     return values[:, None, None, None]
 
 
-def through_camera(radiance: Images, faces: DrawnFaces, noise: torch.Generator | None = None) -> Images:
+def through_camera(radiance: Images, faces: SyntheticFaces, noise: torch.Generator | None = None) -> Images:
     """What the camera makes of the light that reaches it.
 
     Args:
@@ -66,7 +66,7 @@ def _cosines() -> Tensor:
     return matrix
 
 
-def through_jpeg(images: Images, faces: DrawnFaces) -> Images:
+def through_jpeg(images: Images, faces: SyntheticFaces) -> Images:
     """The pictures after JPEG at each face's quality: blockwise DCT, quantised and undone.
 
     Args:

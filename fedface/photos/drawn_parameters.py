@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawnFaces:
+class SyntheticFaces:
     """n faces as a struct of arrays: float32, (n,) each, colours (n, 3) in linear light in [0, 1].
 
     Lengths are fractions of the picture's side, angles are radians, shares lie in [0, 1].
@@ -92,9 +92,9 @@ class DrawnFaces:
         """How many faces."""
         return len(self.tone)
 
-    def __getitem__(self, index: slice | Tensor) -> DrawnFaces:
+    def __getitem__(self, index: slice | Tensor) -> SyntheticFaces:
         """Some of the faces: a slice, a boolean mask (n,) or a tensor of positions (m,)."""
-        return DrawnFaces(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+        return SyntheticFaces(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,18 +104,18 @@ class ToneMix:
     Uniform inside each range; the two are joined by a steep crossing that holds 2 % of the rarer range.
     """
 
-    light_share: float  # in [0, 1]
+    light_fraction: float  # in [0, 1]
 
     def __post_init__(self) -> None:
-        if not 0 <= self.light_share <= 1:
-            raise ValueError(f"light_share must lie in [0, 1], got {self.light_share}")
+        if not 0 <= self.light_fraction <= 1:
+            raise ValueError(f"light_share must lie in [0, 1], got {self.light_fraction}")
 
     def tones(self, uniform: Tensor) -> Tensor:
         """The quantile function: any shape in [0, 1] -> Monk scale in [1, 10], increasing and continuous.
 
         Exactly `light_share` of the unit interval maps below 5.5.
         """
-        share = self.light_share
+        share = self.light_fraction
         if share in (0.0, 1.0):
             return uniform * 4 + (1.0 if share == 1.0 else 6.0)
         edge = 0.02 * min(share, 1 - share)
@@ -232,7 +232,7 @@ def _hair_colour(normals: Tensor) -> Tensor:
     return (pigment * (1 - silver) + 0.36 * silver).clamp(0, 1)
 
 
-def faces_from_normals(normals: Tensor, tones: ToneMix) -> DrawnFaces:
+def faces_from_normals(normals: Tensor, tones: ToneMix) -> SyntheticFaces:
     """The deterministic, smooth map from standard normals to faces.
 
     Args:
@@ -254,7 +254,7 @@ def faces_from_normals(normals: Tensor, tones: ToneMix) -> DrawnFaces:
     iris, hair, wall, cloth = torch.split(normals[:, 1 + len(_SCALARS) :], [1, 3, 3, 3], dim=1)
     wall_light = 0.04 + 0.66 * torch.special.ndtr(wall[:, 0]) ** 1.3
     cloth_light = 0.02 + 0.6 * torch.special.ndtr(cloth[:, 0]) ** 2
-    return DrawnFaces(
+    return SyntheticFaces(
         tone=tones.tones(torch.special.ndtr(normals[:, 0])),
         iris_colour=_along(_IRIS, torch.special.ndtr(iris[:, 0])),
         hair_colour=_hair_colour(hair),
@@ -264,12 +264,12 @@ def faces_from_normals(normals: Tensor, tones: ToneMix) -> DrawnFaces:
     )
 
 
-def sample_faces(count: int, tones: ToneMix, generator: torch.Generator) -> DrawnFaces:
+def sample_faces(count: int, tones: ToneMix, generator: torch.Generator) -> SyntheticFaces:
     """`count` independent faces; the same generator state gives the same faces."""
     return faces_from_normals(torch.randn(count, NORMALS, generator=generator), tones)
 
 
-def neutral_light(faces: DrawnFaces) -> DrawnFaces:
+def neutral_light(faces: SyntheticFaces) -> SyntheticFaces:
     """The same faces under frontal, matte (cross-polarised) daylight and a faultless camera.
 
     Its strength is such that the cheeks and the forehead send out, on average, what skin of their

@@ -24,7 +24,7 @@ from fedface.photos.drawing import (
     smooth,
     spot,
 )
-from fedface.photos.drawn_parameters import DrawnFaces
+from fedface.photos.drawn_parameters import SyntheticFaces
 from fedface.shapes import Images
 
 
@@ -42,7 +42,7 @@ class Masks:
     lenses: Tensor
 
 
-def _hair_masks(faces: DrawnFaces, at: Geometry) -> tuple[Tensor, Tensor]:
+def _hair_masks(faces: SyntheticFaces, at: Geometry) -> tuple[Tensor, Tensor]:
     """Hair behind the head and hair in front of it."""
     volume, curl, length = column(faces.hair_volume), column(faces.curl), column(faces.hair_length)
     wobble = 1 + 0.035 * curl * torch.sin(26 * at.sx + 9 * at.sy) * torch.sin(30 * at.sy - 7 * at.sx)
@@ -64,7 +64,7 @@ def _hair_masks(faces: DrawnFaces, at: Geometry) -> tuple[Tensor, Tensor]:
     return outer, outer * (1 - window)
 
 
-def find_masks(faces: DrawnFaces, at: Geometry) -> Masks:
+def find_masks(faces: SyntheticFaces, at: Geometry) -> Masks:
     """Who covers whom, before light."""
     behind, front = _hair_masks(faces, at)
     width = column(faces.face_width)
@@ -87,7 +87,7 @@ def find_masks(faces: DrawnFaces, at: Geometry) -> Masks:
     return Masks(behind, clothes, neck, ears, at.face, front, frame, lenses)
 
 
-def _background(faces: DrawnFaces, size: int) -> Tensor:
+def _background(faces: SyntheticFaces, size: int) -> Tensor:
     steps = (torch.arange(size, dtype=torch.float32) + 0.5) / size - 0.5
     x, y = steps[None, None, :], steps[None, :, None]
     slope = torch.exp(1.1 * column(faces.background_across) * x + 1.1 * column(faces.background_down) * y)
@@ -95,7 +95,7 @@ def _background(faces: DrawnFaces, size: int) -> Tensor:
     return faces.background_colour[:, :, None, None] * glow[:, None]
 
 
-def _hair_radiance(faces: DrawnFaces, at: Geometry) -> Tensor:
+def _hair_radiance(faces: SyntheticFaces, at: Geometry) -> Tensor:
     """Strands that run outwards from the parting and a soft highlight, (n, 3, size, size)."""
     curl, parting = column(faces.curl), column(faces.parting)
     from_crown_x, from_crown_y = at.sx - 0.1 * parting, at.sy + 0.42
@@ -116,7 +116,7 @@ def _hair_radiance(faces: DrawnFaces, at: Geometry) -> Tensor:
     return faces.hair_colour[:, :, None, None] * lit[:, None] + 0.0175 * sheen[:, None]
 
 
-def radiance(faces: DrawnFaces, size: int) -> Images:
+def radiance(faces: SyntheticFaces, size: int) -> Images:
     """Light that reaches the camera, (n, 3, size, size), linear."""
     at = place(faces, size)
     masks = find_masks(faces, at)

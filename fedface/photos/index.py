@@ -23,11 +23,11 @@ import numpy as np
 
 from fedface.errors import LibraryError
 from fedface.photos.faces import Face, alignment_side
-from fedface.photos.occasions import Shot
+from fedface.photos.occasions import PhotoSignature
 
 Status = Literal["read", "refused", "other"]
 VERSION = 2  # raise it when reading or detection changes, and every file is read again
-MOST_FACES = 100  # kept for one photo, the largest
+MAX_FACES = 100  # kept for one photo, the largest
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS photo (
@@ -57,16 +57,16 @@ _WRITE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileState:
+class FileStamp:
     """What tells a file from its earlier self without reading it."""
 
     bytes: int
     changed: int  # nanoseconds since 1970
 
     @staticmethod
-    def of(status: os.stat_result) -> FileState:
+    def of(status: os.stat_result) -> FileStamp:
         """From `os.stat` or a directory entry."""
-        return FileState(bytes=status.st_size, changed=status.st_mtime_ns)
+        return FileStamp(bytes=status.st_size, changed=status.st_mtime_ns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class PhotoRecord:
     """What is known of one file of a library."""
 
     path: Path  # relative to the library's folder
-    state: FileState
+    state: FileStamp
     status: Status  # read · refused (a picture that cannot be used) · other (no picture)
     reason: str = ""  # why it was refused
     kind: str | None = None
@@ -122,7 +122,7 @@ class PhotoIndex:
         return False
 
     @contextmanager
-    def writing(self, detector: str) -> Iterator[ScanBook]:
+    def writing(self, detector: str) -> Iterator[ScanWriter]:
         """A scan's book, committed on the way out, however the scan ends.
 
         Raises:
@@ -142,7 +142,7 @@ class PhotoIndex:
                 connection.execute(f"PRAGMA user_version = {VERSION}")
             connection.executescript(_TABLES)
             try:
-                yield ScanBook(connection, detector)
+                yield ScanWriter(connection, detector)
             finally:
                 connection.commit()
 
@@ -173,7 +173,7 @@ class PhotoIndex:
             ) from cause
 
 
-class ScanBook:
+class ScanWriter:
     """The writing side of one scan with one detector."""
 
     def __init__(self, connection: sqlite3.Connection, detector: str) -> None:
@@ -183,7 +183,7 @@ class ScanBook:
         self._scan = connection.execute(*row).lastrowid
         connection.commit()
 
-    def still_holds(self, path: Path, state: FileState) -> bool:
+    def still_holds(self, path: Path, state: FileStamp) -> bool:
         """Whether the file was read before and has not changed since; notes that it still exists."""
         change = self._connection.execute(
             "UPDATE photo SET scan = ? WHERE path = ? AND detector = ? AND bytes = ? AND changed = ?",
@@ -194,7 +194,7 @@ class ScanBook:
     def record(self, photo: PhotoRecord) -> None:
         """Write or replace what is known of a file."""
         latitude, longitude = photo.place or (None, None)
-        faces = photo.faces[:MOST_FACES]
+        faces = photo.faces[:MAX_FACES]
         numbers = [[*face.box, *face.landmarks.reshape(-1), face.score] for face in faces]
         self._connection.execute(
             _WRITE,
@@ -234,7 +234,7 @@ def records(connection: sqlite3.Connection, detector: str) -> Iterator[PhotoReco
     return (_record(row) for row in connection.execute(query, (detector,)))
 
 
-def all_read(connection: sqlite3.Connection, detector: str) -> tuple[np.ndarray, list[Path], list[Shot]]:
+def all_read(connection: sqlite3.Connection, detector: str) -> tuple[np.ndarray, list[Path], list[PhotoSignature]]:
     """All photos that could be read, with a face or without, by path: row number, path, what groups them."""
     query = (
         "SELECT rowid, path, taken, latitude, longitude, fingerprint FROM photo"
@@ -243,7 +243,7 @@ def all_read(connection: sqlite3.Connection, detector: str) -> tuple[np.ndarray,
     rows, paths, shots = [], [], []
     for row, name, taken, latitude, longitude, fingerprint in connection.execute(query, (detector,)):
         path = Path(os.fsdecode(name))
-        shot = Shot(
+        shot = PhotoSignature(
             folder=path.parent,
             taken=datetime.fromisoformat(taken) if taken else None,
             place=None if latitude is None else (latitude, longitude),
@@ -270,7 +270,7 @@ def _record(row: tuple) -> PhotoRecord:
     ) = row  # fmt: skip
     return PhotoRecord(
         path=Path(os.fsdecode(path)),
-        state=FileState(bytes=size, changed=changed),
+        state=FileStamp(bytes=size, changed=changed),
         status=status,
         reason=reason,
         kind=kind,

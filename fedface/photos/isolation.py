@@ -26,7 +26,7 @@ import numpy as np
 
 import fedface
 from fedface.errors import LibraryError, PhotoError
-from fedface.photos.pixels import Photo, PhotoUnavailable, read_photo
+from fedface.photos.pixels import Photo, PhotoUnreadable, read_photo
 
 HEADER = struct.Struct("<IQ")  # bytes of JSON, bytes of pixels
 START_SECONDS = 60.0
@@ -54,7 +54,7 @@ class _ReaderDawdled(Exception):
     """The child had to be ended before it answered."""
 
 
-class IsolatedReader:
+class SandboxedDecoder:
     """Reads photos through one child process; a context manager that ends the child on leaving."""
 
     def __init__(self, *, longest_side: int | None, limits: Limits | None = None) -> None:
@@ -63,7 +63,7 @@ class IsolatedReader:
         self._child: subprocess.Popen[bytes] | None = None
         self.restarts = 0  # children that had to be replaced
 
-    def __enter__(self) -> IsolatedReader:
+    def __enter__(self) -> SandboxedDecoder:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -113,14 +113,14 @@ class IsolatedReader:
         except _ReaderDawdled as delay:
             self._end()
             self.restarts += 1
-            return PhotoUnavailable(str(delay))
+            return PhotoUnreadable(str(delay))
 
     def _answer(self) -> Photo | PhotoError:
         deadline = time.monotonic() + self._limits.seconds
         text_length, pixel_length = HEADER.unpack(self._receive(HEADER.size, deadline))
         answer = json.loads(self._receive(text_length, deadline))
         if "unavailable" in answer:
-            return PhotoUnavailable(answer["unavailable"])
+            return PhotoUnreadable(answer["unavailable"])
         if "refused" in answer:
             return PhotoError(answer["refused"])
         pixels = np.frombuffer(self._receive(pixel_length, deadline), dtype=np.uint8)
@@ -191,7 +191,7 @@ def _ending(child: subprocess.Popen[bytes]) -> str:
     return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def serve(requests: BinaryIO, answers: BinaryIO, *, longest_side: int | None, limits: Limits) -> None:
+def decode_requests(requests: BinaryIO, answers: BinaryIO, *, longest_side: int | None, limits: Limits) -> None:
     """The child's loop: an empty answer when ready, then one for each request, until the requests end."""
     answers.write(HEADER.pack(0, 0))
     answers.flush()
@@ -201,7 +201,7 @@ def serve(requests: BinaryIO, answers: BinaryIO, *, longest_side: int | None, li
         pixels = b""
         try:
             photo = read_photo(path, longest_side=longest_side)
-        except PhotoUnavailable as refusal:
+        except PhotoUnreadable as refusal:
             answer: dict[str, object] = {"unavailable": str(refusal)}
         except PhotoError as refusal:
             answer = {"refused": str(refusal)}
@@ -244,7 +244,7 @@ def main(arguments: list[str]) -> None:
     _limit(resource.RLIMIT_CORE, 0)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a decoder prints must not end up among the pixels
-    serve(sys.stdin.buffer, answers, longest_side=int(arguments[0]) or None, limits=limits)
+    decode_requests(sys.stdin.buffer, answers, longest_side=int(arguments[0]) or None, limits=limits)
 
 
 if __name__ == "__main__":

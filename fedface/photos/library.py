@@ -23,7 +23,7 @@ from torch import Tensor
 from fedface.errors import LibraryError, PhotoError
 from fedface.photos.faces import align, alignment_side
 from fedface.photos.index import (
-    FileState,
+    FileStamp,
     PhotoIndex,
     PhotoRecord,
     all_read,
@@ -32,12 +32,12 @@ from fedface.photos.index import (
     record_of,
     records,
 )
-from fedface.photos.occasions import USUAL, Occasion, OccasionRule, Shot, group, occasion
+from fedface.photos.occasions import DEFAULT_RULE, Occasion, OccasionRule, PhotoSignature, group, occasion
 from fedface.photos.pixels import read_photo
 from fedface.photos.scan import EmptyLibrary, checked_folder
 from fedface.shapes import Images, KeptImages, in_floats
 
-MOST_REASONS = 20
+MAX_REASONS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +173,7 @@ class PhotoLibrary:
         share = min(1.0, 2.0 * size / alignment_side(face.landmarks))
         enough = max(64, math.ceil(max(record.width, record.height) * share))
         try:
-            if FileState.of(os.stat(path)) != record.state:
+            if FileStamp.of(os.stat(path)) != record.state:
                 raise LibraryError(f"{record.path} has changed since the scan; scan the folder again")
             photo = read_photo(path, longest_side=enough)
         except (OSError, PhotoError) as cause:
@@ -185,7 +185,7 @@ class PhotoLibrary:
         own, paths, _ = self._all_read()
         return np.array([_label(paths[place]) for place in own], dtype=np.int64)
 
-    def occasion_labels(self, rule: OccasionRule = USUAL) -> np.ndarray:
+    def occasion_labels(self, rule: OccasionRule = DEFAULT_RULE) -> np.ndarray:
         """The smallest label of a photo in the occasion of each photo, int64 (n,).
 
         The occasion is that of the whole folder: photos that are not in this library, because they hold no face
@@ -197,7 +197,7 @@ class PhotoLibrary:
         np.minimum.at(smallest, groups, np.array([_label(path) for path in paths], dtype=np.int64))
         return np.asarray(smallest[groups[own]])
 
-    def occasions(self, rule: OccasionRule = USUAL) -> list[Occasion]:
+    def occasions(self, rule: OccasionRule = DEFAULT_RULE) -> list[Occasion]:
         """The occasions of the whole folder, each with the photos of it that are in this library.
 
         Returns:
@@ -209,7 +209,7 @@ class PhotoLibrary:
             members.setdefault(number, []).append(index)
         return [occasion(indices, [shots[own[index]] for index in indices]) for indices in members.values()]
 
-    def _all_read(self) -> tuple[np.ndarray, list[Path], list[Shot]]:
+    def _all_read(self) -> tuple[np.ndarray, list[Path], list[PhotoSignature]]:
         """Every photo of the folder that was read, by path; and where among them those of this library stand."""
         with self._index.reading() as connection:
             rows, paths, shots = all_read(connection, self.detector)
@@ -292,7 +292,7 @@ def summary(folder: Path, *, cache: Path | None = None, detector: str | None = N
         ).fetchone()
         refused = connection.execute(
             "SELECT reason, count(*) FROM photo WHERE detector = ? AND status = 'refused'"
-            f" GROUP BY reason ORDER BY count(*) DESC, reason LIMIT {MOST_REASONS}",
+            f" GROUP BY reason ORDER BY count(*) DESC, reason LIMIT {MAX_REASONS}",
             chosen,
         ).fetchall()
         counts = "SELECT status, count(*) FROM photo WHERE detector = ? GROUP BY status"

@@ -17,11 +17,11 @@ Tags = Mapping[int, object]
 MAKE, MODEL, CHANGED = 0x010F, 0x0110, 0x0132
 TAKEN, DIGITIZED = 0x9003, 0x9004
 LATITUDE_REF, LATITUDE, LONGITUDE_REF, LONGITUDE = 1, 2, 3, 4
-LONGEST_TEXT = 80  # characters of a camera's name that we keep
+MAX_TEXT_LENGTH = 80  # characters of a camera's name that we keep
 
 
 @dataclass(frozen=True)
-class Metadata:
+class ExifMetadata:
     """What a photo says about itself; `None` where it says nothing that can be understood."""
 
     taken: datetime | None = None  # local time of the camera, without a zone
@@ -29,7 +29,7 @@ class Metadata:
     camera: str | None = None
 
 
-def read_metadata(main: Tags, detail: Tags, gps: Tags) -> Metadata:
+def read_exif(main: Tags, detail: Tags, gps: Tags) -> ExifMetadata:
     """Read the date, the place and the camera from the three directories of an EXIF block.
 
     Args:
@@ -38,7 +38,7 @@ def read_metadata(main: Tags, detail: Tags, gps: Tags) -> Metadata:
         gps: The GPS sub-directory.
     """
     dates = (_date(detail.get(TAKEN)), _date(detail.get(DIGITIZED)), _date(main.get(CHANGED)))
-    return Metadata(next((date for date in dates if date is not None), None), _place(gps), _camera(main))
+    return ExifMetadata(next((date for date in dates if date is not None), None), _place(gps), _camera(main))
 
 
 def _text(tag: object) -> str:
@@ -48,7 +48,7 @@ def _text(tag: object) -> str:
     if not isinstance(tag, str):
         return ""
     kept = "".join(letter for letter in tag.split("\0")[0] if letter.isprintable())
-    return " ".join(kept.split())[:LONGEST_TEXT]
+    return " ".join(kept.split())[:MAX_TEXT_LENGTH]
 
 
 def _date(tag: object) -> datetime | None:
@@ -87,4 +87,4 @@ def _camera(main: Tags) -> str | None:
     """Maker and model, without saying the maker twice."""
     make, model = _text(main.get(MAKE)), _text(main.get(MODEL))
     name = model if model.lower().startswith(make.lower()) else f"{make} {model}".strip()
-    return name[:LONGEST_TEXT] or None
+    return name[:MAX_TEXT_LENGTH] or None

@@ -23,12 +23,12 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import cdist
 
 FINGERPRINT_BITS = 128
-CLEAR = 1.0  # grey levels of 255; a smaller step from cell to cell may be noise
+MIN_CONTRAST_BITS = 1.0  # grey levels of 255; a smaller step from cell to cell may be noise
 LEAST_CLEAR = 6  # rises and falls; above half of `alike`, so that two spots in the dark are not one picture
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # Rec. 601
 EARTH_KM = 6371.0
 ROWS, COLUMNS = 64, 8192  # pairs that are compared at once; the block stays in the processor's cache
-MOST_WAITING = 2_000_000  # links kept before they are merged, 16 bytes each
+MAX_PENDING = 2_000_000  # links kept before they are merged, 16 bytes each
 BEGINNING = datetime(1970, 1, 1)
 
 
@@ -37,26 +37,26 @@ class OccasionRule:
     """When two photos count as taken together. Every larger number merges more, and protects more."""
 
     gap_hours: float = 4.0  # linked if both are dated and no further apart than this ...
-    reach_km: float = 5.0  # ... unless both are placed, and further apart than this
-    alike: int = 10  # linked whatever the date if no more of the 128 bits of their fingerprints differ
+    radius_km: float = 5.0  # ... unless both are placed, and further apart than this
+    max_fingerprint_distance: int = 10  # linked whatever the date if no more of the 128 bits of their fingerprints differ
     undated: Literal["by-folder", "alone"] = "by-folder"  # links all undated photos of one folder, or none
 
     def __post_init__(self) -> None:
         if not 0 < self.gap_hours <= 8760:
             raise ValueError(f"gap_hours must lie in (0, 8760], got {self.gap_hours}")
-        if not self.reach_km > 0:
-            raise ValueError(f"reach_km must be > 0, got {self.reach_km}")
-        if not 0 <= self.alike <= FINGERPRINT_BITS:
-            raise ValueError(f"alike must lie in [0, {FINGERPRINT_BITS}] bits, got {self.alike}")
+        if not self.radius_km > 0:
+            raise ValueError(f"reach_km must be > 0, got {self.radius_km}")
+        if not 0 <= self.max_fingerprint_distance <= FINGERPRINT_BITS:
+            raise ValueError(f"alike must lie in [0, {FINGERPRINT_BITS}] bits, got {self.max_fingerprint_distance}")
         if self.undated not in ("by-folder", "alone"):
             raise ValueError(f'undated must be "by-folder" or "alone", got {self.undated!r}')
 
 
-USUAL = OccasionRule()
+DEFAULT_RULE = OccasionRule()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shot:
+class PhotoSignature:
     """All that decides what a photo is linked to."""
 
     folder: Path
@@ -73,7 +73,7 @@ class Occasion:
     earliest: datetime | None  # None: none of them is dated
     latest: datetime | None
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """One line for a log that stays on the device; names no file."""
         count = f"{len(self.photos)} photo{'' if len(self.photos) == 1 else 's'}"
         if self.earliest is None or self.latest is None:
@@ -82,7 +82,7 @@ class Occasion:
         return f"{count}, {first}" if first == last else f"{count}, {first} to {last}"
 
 
-def occasion(photos: Sequence[int], shots: Sequence[Shot]) -> Occasion:
+def occasion(photos: Sequence[int], shots: Sequence[PhotoSignature]) -> Occasion:
     """The photos of one occasion, by number and by what is known of each, in the same order."""
     dates = [shot.taken for shot in shots if shot.taken is not None]
     return Occasion(photos=tuple(photos), earliest=min(dates, default=None), latest=max(dates, default=None))
@@ -102,7 +102,7 @@ def fingerprint(pixels: np.ndarray) -> bytes | None:
     """
     light = pixels.astype(np.float32)
     steps = np.concatenate([np.diff(_means(light, 8, 9), axis=1), np.diff(_means(light, 9, 8), axis=0)])
-    if min(np.count_nonzero(steps > CLEAR), np.count_nonzero(steps < -CLEAR)) < LEAST_CLEAR:
+    if min(np.count_nonzero(steps > MIN_CONTRAST_BITS), np.count_nonzero(steps < -MIN_CONTRAST_BITS)) < LEAST_CLEAR:
         return None
     return np.packbits(steps > 0).tobytes()
 
@@ -124,7 +124,7 @@ def _shares(pixels: int, cells: int) -> np.ndarray:
     return (covered.clip(min=0) * (cells / pixels)).astype(np.float32)
 
 
-def group(shots: Sequence[Shot], rule: OccasionRule = USUAL) -> np.ndarray:
+def group(shots: Sequence[PhotoSignature], rule: OccasionRule = DEFAULT_RULE) -> np.ndarray:
     """Which occasion each photo belongs to.
 
     Guarantees:
@@ -140,7 +140,7 @@ def group(shots: Sequence[Shot], rule: OccasionRule = USUAL) -> np.ndarray:
     """
     groups = _Groups(len(shots))
     _link_by_time(groups, shots, rule)
-    _link_by_likeness(groups, shots, rule.alike)
+    _link_by_likeness(groups, shots, rule.max_fingerprint_distance)
     if rule.undated == "by-folder":
         _link_undated_by_folder(groups, shots)
     return numbered(groups.merged())
@@ -167,7 +167,7 @@ class _Groups:
         news = self._of[left] != self._of[right]
         self._links.append((self._of[left[news]], self._of[right[news]]))
         self._waiting += int(np.count_nonzero(news))
-        if self._waiting > MOST_WAITING:
+        if self._waiting > MAX_PENDING:
             self.merged()
 
     def settled(self, left: np.ndarray, right: np.ndarray) -> bool:
@@ -186,7 +186,7 @@ class _Groups:
         return self._of
 
 
-def _link_by_time(groups: _Groups, shots: Sequence[Shot], rule: OccasionRule) -> None:
+def _link_by_time(groups: _Groups, shots: Sequence[PhotoSignature], rule: OccasionRule) -> None:
     """Both dated, at most the gap apart, and not known to be out of each other's reach."""
     dated = [(shot.taken - BEGINNING, number) for number, shot in enumerate(shots) if shot.taken is not None]
     dated.sort()
@@ -197,7 +197,7 @@ def _link_by_time(groups: _Groups, shots: Sequence[Shot], rule: OccasionRule) ->
     placed = np.array([shots[photo].place is not None for photo in number], dtype=bool)
     _link_windows(groups, number, time, gap, time[~placed])
     points = np.array([_point(shots[photo].place or (0.0, 0.0)) for photo in number[placed]]).reshape(-1, 3)
-    _link_neighbours(groups, number[placed], time[placed], gap, points, rule.reach_km)
+    _link_neighbours(groups, number[placed], time[placed], gap, points, rule.radius_km)
 
 
 def _link_windows(
@@ -248,7 +248,7 @@ def _pairs(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.divmod(np.flatnonzero(block), block.shape[1])
 
 
-def _link_by_likeness(groups: _Groups, shots: Sequence[Shot], alike: int) -> None:
+def _link_by_likeness(groups: _Groups, shots: Sequence[PhotoSignature], alike: int) -> None:
     """Fingerprints of which at most `alike` bits differ; every pair is compared."""
     marked = [number for number, shot in enumerate(shots) if shot.fingerprint is not None]
     if not marked:
@@ -268,7 +268,7 @@ def _link_by_likeness(groups: _Groups, shots: Sequence[Shot], alike: int) -> Non
         groups.link(number[left[close] + rows.start], number[right[close] + columns.start])
 
 
-def _link_undated_by_folder(groups: _Groups, shots: Sequence[Shot]) -> None:
+def _link_undated_by_folder(groups: _Groups, shots: Sequence[PhotoSignature]) -> None:
     """Nothing tells the undated photos of a folder apart, so they count together."""
     undated = [number for number, shot in enumerate(shots) if shot.taken is None]
     first: dict[Path, int] = {}

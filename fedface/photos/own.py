@@ -23,7 +23,7 @@ SALT = b"fedface: held out"  # never change it: what was held out would be train
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class OwnFaces:
+class DeviceDataset:
     """Aligned faces, one a photo, with the photo and the occasion that each is from."""
 
     images: KeptImages  # square; as bytes, since a device holds all of its faces at once
@@ -46,17 +46,17 @@ class OwnFaces:
         return len(self.images)
 
     @staticmethod
-    def strangers(images: KeptImages) -> OwnFaces:
+    def independent(images: KeptImages) -> DeviceDataset:
         """Each photo is an occasion of its own, as in a public set of faces."""
-        return OwnFaces.in_occasions(images, 1)
+        return DeviceDataset.by_occasion(images, 1)
 
     @staticmethod
-    def in_occasions(images: KeptImages, size_of_each: int) -> OwnFaces:
+    def by_occasion(images: KeptImages, size_of_each: int) -> DeviceDataset:
         """Runs of that many photos are an occasion each; the last may be shorter."""
         if size_of_each < 1:
             raise ValueError(f"size_of_each must be >= 1, got {size_of_each}")
         photos = torch.arange(len(images))
-        return OwnFaces(images=images, photos=photos, occasions=photos - photos % size_of_each)
+        return DeviceDataset(images=images, photos=photos, occasions=photos - photos % size_of_each)
 
     def units(self, unit: Unit) -> Tensor:
         """Which unit each photo belongs to, int64 (n,): 0, 1, 2, ... in the order of first appearance."""
@@ -70,13 +70,13 @@ class OwnFaces:
             case _:
                 assert_never(unit)
 
-    def select(self, index: Tensor) -> OwnFaces:
+    def select(self, index: Tensor) -> DeviceDataset:
         """Some of them: by number, int64 (m,) without repeats, or by mask, bool (n,). All of them are not copied."""
         if index.dtype == torch.bool and bool(index.all()):
             return self
-        return OwnFaces(images=self.images[index], photos=self.photos[index], occasions=self.occasions[index])
+        return DeviceDataset(images=self.images[index], photos=self.photos[index], occasions=self.occasions[index])
 
-    def split(self, held_out: float, unit: Unit) -> tuple[OwnFaces, OwnFaces]:
+    def split(self, held_out: float, unit: Unit) -> tuple[DeviceDataset, DeviceDataset]:
         """To train on, and held out: whole units, or whole occasions where one promise covers the library.
 
         A unit's side depends on its own label alone: one more or less moves no other. So libraries that differ by

@@ -14,7 +14,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Evenly:
+class Even:
     """Every device gets a random sample of everything: the control."""
 
 
@@ -38,7 +38,7 @@ class Dirichlet:
 
 
 @dataclass(frozen=True)
-class Mixes:
+class GroupMixes:
     """Each device's appetite for each group, written down; a group is dealt in these proportions."""
 
     weights: tuple[Mapping[str, float], ...]  # one mapping a device, group -> weight >= 0; absent is 0
@@ -49,7 +49,7 @@ class Mixes:
             raise ValueError(f"weights must be finite and >= 0, got {wrong[0]}")
 
 
-Partition = Evenly | ByGroup | Dirichlet | Mixes
+Partition = Even | ByGroup | Dirichlet | GroupMixes
 
 
 def partition(
@@ -78,14 +78,14 @@ def partition(
     names, group_of = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
     sizes = np.bincount(group_of, minlength=len(names))
     match how:
-        case Evenly():
+        case Even():
             shuffled = rng.permutation(len(group_of))
             return [np.sort(part) for part in np.array_split(shuffled, devices)]
         case ByGroup():
             shares = _one_group_each(sizes, devices)
         case Dirichlet():
             shares = rng.dirichlet(np.full(devices, how.alpha), size=len(names)).reshape(-1, devices)
-        case Mixes():
+        case GroupMixes():
             shares = _mixed(how, names, devices)
         case _:
             assert_never(how)
@@ -117,7 +117,7 @@ def _one_group_each(sizes: np.ndarray, devices: int) -> np.ndarray:
     return shares
 
 
-def _mixed(how: Mixes, names: np.ndarray, devices: int) -> np.ndarray:
+def _mixed(how: GroupMixes, names: np.ndarray, devices: int) -> np.ndarray:
     """Shares, (groups, devices): each group's weights, divided by their sum."""
     if len(how.weights) != devices:
         raise ValueError(f"mixes needs one mapping a device: {devices} devices, {len(how.weights)} mappings")

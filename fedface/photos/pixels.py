@@ -26,7 +26,7 @@ import pillow_heif
 from PIL import Image, ImageCms, ImageFilter, UnidentifiedImageError
 
 from fedface.errors import PhotoError
-from fedface.photos.metadata import Metadata, read_metadata
+from fedface.photos.metadata import ExifMetadata, read_exif
 
 MAX_BYTES = 200_000_000
 MAX_PIXELS = 100_000_000
@@ -50,7 +50,7 @@ pillow_heif.options.DECODE_THREADS = 1
 _SRGB = ImageCms.createProfile("sRGB")
 
 
-class PhotoUnavailable(PhotoError):
+class PhotoUnreadable(PhotoError):
     """The file could not be reached or finished this time; another try may succeed."""
 
 
@@ -94,7 +94,7 @@ def is_picture(path: Path) -> bool:
     try:
         with _open_regular(path) as file:
             return sniff(file.read(32)) is not None
-    except PhotoUnavailable:
+    except PhotoUnreadable:
         return True  # so that reading it says why
     except PhotoError:
         return False
@@ -135,7 +135,7 @@ def _open_regular(path: Path) -> BinaryIO:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as cause:
-        raise PhotoUnavailable(f"cannot be opened: {cause.strerror or cause}") from cause
+        raise PhotoUnreadable(f"cannot be opened: {cause.strerror or cause}") from cause
     status = os.fstat(descriptor)
     if stat.S_ISREG(status.st_mode) and 0 < status.st_size <= MAX_BYTES:
         return os.fdopen(descriptor, "rb")
@@ -211,13 +211,13 @@ def _shrunk_size(width: int, height: int, longest_side: int) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def _exif(image: Image.Image) -> tuple[Metadata, int]:
+def _exif(image: Image.Image) -> tuple[ExifMetadata, int]:
     """The metadata and the orientation 1 to 8; both fall back to "nothing known"."""
     try:
         exif = image.getexif()
         orientation = exif.get(0x0112)
     except DECODER_ERRORS:
-        return Metadata(), 1
+        return ExifMetadata(), 1
     directories: list[dict[int, object]] = []
     for number in (0x8769, 0x8825):
         try:
@@ -231,7 +231,7 @@ def _exif(image: Image.Image) -> tuple[Metadata, int]:
         except DECODER_ERRORS:
             continue
     turn = orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
-    return read_metadata(main, *directories), turn
+    return read_exif(main, *directories), turn
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -36,7 +36,7 @@ class LabelledFace:
 
 
 @dataclass(frozen=True)
-class FaceSet:
+class FaceTable:
     """One labelled set of pictures; rows are read at once, pictures when asked for."""
 
     name: str
@@ -61,7 +61,7 @@ class FaceSet:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe:
+class LabelledFaces:
     """Aligned faces with a group each. What it cannot show is in `missed` and `unreadable`."""
 
     images: Images  # float32, shape (n, 3, size, size), sRGB in [0, 1]
@@ -76,7 +76,7 @@ class Probe:
     def __len__(self) -> int:
         return len(self.groups)
 
-    def select(self, index: Sequence[int] | np.ndarray) -> Probe:
+    def select(self, index: Sequence[int] | np.ndarray) -> LabelledFaces:
         """Some of the faces, in the given order; the counts of faces left out stay those of the whole."""
         numbers = [int(number) for number in index]
         return replace(
@@ -88,7 +88,7 @@ class Probe:
             attributes=tuple(self.attributes[number] for number in numbers),
         )
 
-    def by(self, label: str) -> Probe:
+    def by(self, label: str) -> LabelledFaces:
         """The same faces grouped by another label; the faces left out are then counted as group "unknown"."""
         if any(label not in labels for labels in self.attributes):
             raise LibraryError(f"not every face of the probe has a label {label!r}")
@@ -101,7 +101,7 @@ class Probe:
         )
 
 
-def labelled_sets(path: Path) -> list[FaceSet]:
+def labelled_sets(path: Path) -> list[FaceTable]:
     """The labelled sets that a path means, by name; an empty list means a plain folder of photos.
 
     Args:
@@ -126,7 +126,7 @@ def labelled_sets(path: Path) -> list[FaceSet]:
     return [_read_set(table, pictures) for table, pictures in found if pictures is not None]
 
 
-def read_face_folder(path: Path, *, size: int, label: str = "race", per_group: int | None = None) -> Probe:
+def read_face_folder(path: Path, *, size: int, label: str = "race", per_group: int | None = None) -> LabelledFaces:
     """Read labelled faces and align each with FFHQ's crop, by the landmarks of the CSV.
 
     Args:
@@ -170,7 +170,7 @@ def read_face_folder(path: Path, *, size: int, label: str = "race", per_group: i
             kept.append((faces.name, row))
     if not crops:
         raise LibraryError(f"none of the faces at {path} has landmarks and a readable picture")
-    return Probe(
+    return LabelledFaces(
         images=torch.stack(crops).float() / 255.0,
         landmarks=torch.from_numpy(np.stack(points)).float(),
         groups=tuple(row.labels[label] for _, row in kept),
@@ -189,7 +189,7 @@ def _pictures(table: Path) -> Path | None:
     return table.with_suffix(".zip") if table.with_suffix(".zip").is_file() else None
 
 
-def _read_set(table: Path, pictures: Path) -> FaceSet:
+def _read_set(table: Path, pictures: Path) -> FaceTable:
     try:
         with table.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
@@ -202,7 +202,7 @@ def _read_set(table: Path, pictures: Path) -> FaceSet:
         raise LibraryError(f"{table} cannot be read: {cause}") from cause
     if not rows:
         raise LibraryError(f"{table} has no rows")
-    return FaceSet(pictures.stem if pictures.is_file() else pictures.name, pictures, rows)
+    return FaceTable(pictures.stem if pictures.is_file() else pictures.name, pictures, rows)
 
 
 def _row(table: Path, line: int, row: dict[str, str]) -> LabelledFace:

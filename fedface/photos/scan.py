@@ -16,15 +16,15 @@ from pathlib import Path
 
 from fedface.errors import LibraryError, PhotoError
 from fedface.photos.faces import Detector
-from fedface.photos.index import FileState, PhotoIndex, PhotoRecord, ScanBook, default_cache
-from fedface.photos.isolation import IsolatedReader, Limits
+from fedface.photos.index import FileStamp, PhotoIndex, PhotoRecord, ScanWriter, default_cache
+from fedface.photos.isolation import SandboxedDecoder, Limits
 from fedface.photos.occasions import fingerprint
-from fedface.photos.pixels import Photo, PhotoUnavailable, is_picture
+from fedface.photos.pixels import Photo, PhotoUnreadable, is_picture
 
 DETECTION_SIDE = 800  # pixels; no detector here looks at more
 SAVE_EVERY = 2.0  # seconds
 DEEPEST = 100  # folders in folders
-NO_STATE = FileState(bytes=0, changed=0)
+NO_STATE = FileStamp(bytes=0, changed=0)
 
 
 class EmptyLibrary(LibraryError):
@@ -71,7 +71,7 @@ def scan_library(
     index = PhotoIndex(cache or default_cache(root))
     if index.path.resolve().is_relative_to(root):
         raise LibraryError(f"the index {index.path} would lie among the photos; put it outside {folder}")
-    child = IsolatedReader(longest_side=DETECTION_SIDE, limits=limits)
+    child = SandboxedDecoder(longest_side=DETECTION_SIDE, limits=limits)
     with index.writing(detector.name) as book, child as reader:
         scan = _Scan(root, detector, book, progress)
         for path, photo in reader.read_all(scan.unread()):
@@ -97,7 +97,7 @@ class _Found:
     """Something met on the walk: a regular file, or a folder that cannot be opened."""
 
     path: Path
-    state: FileState
+    state: FileStamp
     reason: str = ""
 
 
@@ -124,17 +124,17 @@ def _walk(folder: Path, depth: int = 0) -> Iterator[_Found]:
             if stat.S_ISDIR(status.st_mode):
                 yield from _walk(path, depth + 1)
             elif stat.S_ISREG(status.st_mode):
-                yield _Found(path, FileState.of(status))
+                yield _Found(path, FileStamp.of(status))
 
 
 class _Scan:
     """The counts of a running scan, and the state of the one or two files that are being decoded."""
 
     def __init__(
-        self, root: Path, detector: Detector, book: ScanBook, progress: Callable[[ScanReport], None] | None
+        self, root: Path, detector: Detector, book: ScanWriter, progress: Callable[[ScanReport], None] | None
     ) -> None:
         self._root, self._detector, self._book, self._progress = root, detector, book, progress
-        self._states: dict[Path, FileState] = {}
+        self._states: dict[Path, FileStamp] = {}
         self._started = self._saved = time.monotonic()
         self.files = self._reused = self._read = self._refused = self._other = self._faces = 0
 
@@ -162,7 +162,7 @@ class _Scan:
         if isinstance(photo, PhotoError):
             self._refused += 1
             # Without its state the file counts as changed, and the next scan tries it again.
-            state = NO_STATE if isinstance(photo, PhotoUnavailable) else state
+            state = NO_STATE if isinstance(photo, PhotoUnreadable) else state
             self._write(PhotoRecord(path=name, state=state, status="refused", reason=str(photo)))
             return
         try:

@@ -18,19 +18,19 @@ from fedface.photos.faces import Detector, Face, align, alignment_side, usable
 from fedface.photos.pixels import Photo, cut_square, read_photo
 
 LONGEST_SIDE = 1600  # pixels in which faces are looked for
-SMALL = 64  # a square picture of at most this side is taken as a face already, aligned and shrunken
+MIN_FACE_SIDE = 64  # a square picture of at most this side is taken as a face already, aligned and shrunken
 _TURNS = (0, 90, 270, 180)  # degrees counterclockwise, the usual ones first
 _SURE = 1.0  # a face that scores less may be a face lying on its side: the photo is looked at in every turn
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class FaceCrop:
     """One face of one photo."""
 
     crop: np.ndarray  # (s, s, 3) uint8: FFHQ's crop at the size asked for, or a small picture's own pixels
     number: int  # from 1, the largest face first
     people: int  # faces found in the photo; 0 where the picture was taken as a face already
-    turned: int  # degrees counterclockwise by which the photo had to be turned
+    rotation: int  # degrees counterclockwise by which the photo had to be turned
     side: float  # of the crop in pixels of the photo: how much there is to see
 
     @property
@@ -39,9 +39,9 @@ class Subject:
         return self.people == 0
 
 
-def find_subjects(
+def find_face_crops(
     path: Path, detector: Callable[[], Detector], size: int, *, smallest: int
-) -> tuple[Subject, ...]:
+) -> tuple[FaceCrop, ...]:
     """Every face of a photo, the largest first.
 
     Args:
@@ -58,16 +58,16 @@ def find_subjects(
         photo = read_photo(path, longest_side=LONGEST_SIDE)
     except PhotoError as error:
         raise PhotoError(f"{path}: {error}") from error
-    return subjects_of(photo, detector, size, smallest=smallest, name=str(path))
+    return face_crops(photo, detector, size, smallest=smallest, name=str(path))
 
 
-def subjects_of(
+def face_crops(
     photo: Photo, detector: Callable[[], Detector], size: int, *, smallest: int, name: str
-) -> tuple[Subject, ...]:
+) -> tuple[FaceCrop, ...]:
     """As `find_subjects`, of a photo that was read already; `name` stands for it in errors."""
     height, width = photo.pixels.shape[:2]
-    if height == width and min(smallest, SMALL) <= height <= SMALL:
-        return (Subject(crop=photo.pixels, number=1, people=0, turned=0, side=float(height)),)
+    if height == width and min(smallest, MIN_FACE_SIDE) <= height <= MIN_FACE_SIDE:
+        return (FaceCrop(crop=photo.pixels, number=1, people=0, rotation=0, side=float(height)),)
     if max(height, width) < smallest:
         raise LibraryError(
             f"{name}: only {width} x {height} pixels, fewer than the {smallest} x {smallest} that are shown; "
@@ -83,21 +83,21 @@ def subjects_of(
     if not seen[best]:
         raise LibraryError(
             f"{name}: no face found, nor in the photo turned round; give a photo with a face at least 32 pixels "
-            f"wide, a square picture of {min(smallest, SMALL)} to {SMALL} pixels that is a face already, or say --whole"
+            f"wide, a square picture of {min(smallest, MIN_FACE_SIDE)} to {MIN_FACE_SIDE} pixels that is a face already, or say --whole"
         )
     return tuple(
-        Subject(
+        FaceCrop(
             crop=align(_turned(photo, best), face.landmarks, size),
             number=number,
             people=len(seen[best]),
-            turned=best,
+            rotation=best,
             side=alignment_side(face.landmarks),
         )
         for number, face in enumerate(seen[best], start=1)
     )
 
 
-def whole_picture(photo: Photo, size: int, *, name: str) -> Subject:
+def whole_image(photo: Photo, size: int, *, name: str) -> FaceCrop:
     """The middle square of a photo, taken as an aligned face as it is: for faces that are pixelated already.
 
     Raises:
@@ -109,8 +109,8 @@ def whole_picture(photo: Photo, size: int, *, name: str) -> Subject:
         raise LibraryError(f"{name}: only {width} x {height} pixels; give a larger picture")
     top, left = (height - side) // 2, (width - side) // 2
     corners = np.array([[0, 0], [0, 1], [1, 1], [1, 0]]) * side + np.array([left, top]) - 0.5
-    crop = photo.pixels if side <= SMALL and height == width else cut_square(photo.pixels, corners, size)
-    return Subject(crop=crop, number=1, people=0, turned=0, side=float(side))
+    crop = photo.pixels if side <= MIN_FACE_SIDE and height == width else cut_square(photo.pixels, corners, size)
+    return FaceCrop(crop=crop, number=1, people=0, rotation=0, side=float(side))
 
 
 def _turned(photo: Photo, degrees: int) -> np.ndarray:

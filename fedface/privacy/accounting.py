@@ -32,19 +32,19 @@ from dp_accounting.pld import privacy_loss_distribution as pld
 from scipy.optimize import brentq, minimize_scalar
 
 from fedface.errors import PrivacyError
-from fedface.privacy.target import PrivacyTarget, check_delta, delta_in_words
+from fedface.privacy.target import PrivacyTarget, check_delta, format_delta
 
 ADJACENCY = "add or remove one"  # ADD_OR_REMOVE_ONE: the neighbouring relation of every price here
 
 SLACK = 1e-12  # covers truncated tails (1e-15 each) and the rounding of the Fourier transforms
-FINEST_GRID = 1e-4  # grid step of losses for long runs; the lower bound loses half a step per release
-WIDEST_GRID = 8e-4  # grid step for short runs
+MIN_GRID = 1e-4  # grid step of losses for long runs; the lower bound loses half a step per release
+MAX_GRID_SPAN = 8e-4  # grid step for short runs
 LARGEST_GRID = 2**19  # points of a composed loss grid
 LARGEST_ONE = 2**17  # points of one release's loss grid, which the library fills one by one
-MOST_STEP = 50.0  # what needs a wider grid (epsilon beyond 1e7) is priced as no noise at all
+MAX_GRID_STEP = 50.0  # what needs a wider grid (epsilon beyond 1e7) is priced as no noise at all
 COARSE = 8  # how much coarser the grid is while bracketing the noise
-LEAST_SCALE = 1e-3  # less noise than this (epsilon beyond 1e5) is priced as no noise at all
-MOST_RELEASES = 10**9
+MIN_NOISE_SCALE = 1e-3  # less noise than this (epsilon beyond 1e5) is priced as no noise at all
+MAX_RELEASES = 10**9
 TOLERANCE = 1e-3  # `noise_for` ends this close below epsilon
 
 Kind = Literal[
@@ -53,14 +53,14 @@ Kind = Literal[
 
 
 @dataclass(frozen=True, order=True)
-class Leaf:
+class Release:
     """One elementary release. `q` is 1 for everyone for certain; `scale` is noise / sensitivity."""
 
     kind: Kind
     scale: float
     q: float
 
-    def drift(self) -> float:
+    def mean_loss_bound(self) -> float:
         """An upper bound on the mean privacy loss of one release, in nats."""
         if self.kind == "laplace":
             return self.q / self.scale
@@ -71,7 +71,7 @@ class Leaf:
         chi_squared = 4.0 * math.sinh(whole) / (1.0 - self.q) if swapped else math.expm1(whole)
         return min(convex, math.log1p(self.q**2 * chi_squared))
 
-    def reach(self) -> float:
+    def tail_bound(self) -> float:
         """An upper bound on the loss of one release that matters, in nats."""
         if self.kind == "laplace":
             return 1.0 / self.scale
@@ -79,7 +79,7 @@ class Leaf:
         return far + min(far + self.scale**-2, -math.log1p(-self.q)) if self.kind == "swapped" else far
 
 
-Leaves = tuple[tuple[Leaf, int], ...]  # sorted, so that equal bundles of releases are equal values
+Releases = tuple[tuple[Release, int], ...]  # sorted, so that equal bundles of releases are equal values
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class ReplaceOneDpEvent(DpEvent):  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
-class Bounds:
+class EpsilonBounds:
     """Epsilon at some delta: `lower <= truth <= upper`; quote `upper` as the promise."""
 
     lower: float
@@ -110,39 +110,39 @@ def compose(events: Iterable[DpEvent]) -> DpEvent:
     return ComposedDpEvent(list(events))
 
 
-def _noisy(kind: Kind, scale: float) -> Leaf:
+def _noisy(kind: Kind, scale: float) -> Release:
     if not (math.isfinite(scale) and scale >= 0):
         raise PrivacyError(f"a noise multiplier must be a finite number >= 0, got {scale}")
-    return Leaf(kind, float(scale), 1.0) if scale >= LEAST_SCALE else Leaf("nonprivate", 0.0, 1.0)
+    return Release(kind, float(scale), 1.0) if scale >= MIN_NOISE_SCALE else Release("nonprivate", 0.0, 1.0)
 
 
-def _replaced(leaf: Leaf) -> Leaf:
+def _replaced(leaf: Release) -> Release:
     if leaf.kind == "swapped":
         raise PrivacyError("no price is known for replacing what was replaced already")
     if leaf.kind == "gaussian" and leaf.q < 1:
-        return Leaf("swapped", leaf.scale, leaf.q)
+        return Release("swapped", leaf.scale, leaf.q)
     return leaf if leaf.kind == "nonprivate" else _noisy(leaf.kind, leaf.scale / 2.0)
 
 
-def _flatten(event: DpEvent, count: int, into: Counter[Leaf]) -> None:
+def _flatten(event: DpEvent, count: int, into: Counter[Release]) -> None:
     match event:
         case NoOpDpEvent():
             return
         case NonPrivateDpEvent():
-            into[Leaf("nonprivate", 0.0, 1.0)] += count
+            into[Release("nonprivate", 0.0, 1.0)] += count
         case GaussianDpEvent(noise_multiplier=sigma):
             into[_noisy("gaussian", sigma)] += count
         case LaplaceDpEvent(noise_multiplier=scale):
             into[_noisy("laplace", scale)] += count
         case ReplaceOneDpEvent(event=inner):
-            added: Counter[Leaf] = Counter()
+            added: Counter[Release] = Counter()
             _flatten(inner, count, added)
             for leaf, times in added.items():
                 into[_replaced(leaf)] += times
         case PoissonSampledDpEvent(sampling_probability=q, event=inner):
             if not 0 <= q <= 1:
                 raise PrivacyError(f"a sampling rate must lie in [0, 1], got {q}")
-            sampled: Counter[Leaf] = Counter()
+            sampled: Counter[Release] = Counter()
             _flatten(inner, count, sampled)
             if len(sampled) > 1 or any(leaf.q < 1 for leaf in sampled):
                 raise PrivacyError("only one release is priced per sample; sample each step by its own coins")
@@ -150,7 +150,7 @@ def _flatten(event: DpEvent, count: int, into: Counter[Leaf]) -> None:
                 if times != count:
                     raise PrivacyError("several releases on one sample are not priced; sample anew for each")
                 if q > 0:
-                    into[Leaf(leaf.kind, leaf.scale, float(q))] += times
+                    into[Release(leaf.kind, leaf.scale, float(q))] += times
         case SelfComposedDpEvent(event=inner, count=times):
             if times < 0:
                 raise PrivacyError(f"a release cannot happen {times} times")
@@ -163,36 +163,36 @@ def _flatten(event: DpEvent, count: int, into: Counter[Leaf]) -> None:
             raise PrivacyError(f"no price is known for a release of the kind {type(event).__name__}")
 
 
-def leaves_of(event: DpEvent) -> Leaves:
+def flatten_event(event: DpEvent) -> Releases:
     """The elementary releases in an event and how often each happened.
 
     Raises:
         PrivacyError: The event holds something that this accountant cannot price.
     """
-    counted: Counter[Leaf] = Counter()
+    counted: Counter[Release] = Counter()
     _flatten(event, 1, counted)
-    if counted.total() > MOST_RELEASES:
-        raise PrivacyError(f"more than {MOST_RELEASES:.0e} releases are not priced, got {counted.total()}")
+    if counted.total() > MAX_RELEASES:
+        raise PrivacyError(f"more than {MAX_RELEASES:.0e} releases are not priced, got {counted.total()}")
     return tuple(sorted((leaf, count) for leaf, count in counted.items() if count > 0))
 
 
-def _is_private(leaves: Leaves) -> bool:
-    return all(leaf.kind != "nonprivate" for leaf, _ in leaves) and _grid_step(_merged(leaves)) <= MOST_STEP
+def _is_private(leaves: Releases) -> bool:
+    return all(leaf.kind != "nonprivate" for leaf, _ in leaves) and _grid_step(_merged(leaves)) <= MAX_GRID_STEP
 
 
-def _grid_step(leaves: Leaves) -> float:
+def _grid_step(leaves: Releases) -> float:
     """A grid step, 1e-4 times a power of two: fine beside one release's loss, affordable over all of them."""
-    drift = sum(count * leaf.drift() for leaf, count in leaves)
-    reach = max(leaf.reach() for leaf, _ in leaves)
+    drift = sum(count * leaf.mean_loss_bound() for leaf, count in leaves)
+    reach = max(leaf.tail_bound() for leaf, _ in leaves)
     span = 2.0 * (drift + 12.0 * math.sqrt(2.0 * drift) + reach)
     releases = sum(count for _, count in leaves)
-    finest = min(max(0.1 / releases, FINEST_GRID), WIDEST_GRID)
-    finest = min(finest, min(math.sqrt(2.0 * leaf.drift()) for leaf, _ in leaves) / 20.0)
+    finest = min(max(0.1 / releases, MIN_GRID), MAX_GRID_SPAN)
+    finest = min(finest, min(math.sqrt(2.0 * leaf.mean_loss_bound()) for leaf, _ in leaves) / 20.0)
     wanted = max(finest, span / LARGEST_GRID, 2.0 * reach / LARGEST_ONE)
-    return float(FINEST_GRID * 2.0 ** math.floor(math.log2(wanted / FINEST_GRID) + 1e-9))
+    return float(MIN_GRID * 2.0 ** math.floor(math.log2(wanted / MIN_GRID) + 1e-9))
 
 
-def _distribution(leaves: Leaves, step: float, direction: Literal["up", "down"]) -> Any:
+def _distribution(leaves: Releases, step: float, direction: Literal["up", "down"]) -> Any:
     """The composed privacy loss distribution, every loss rounded in one direction on a grid of `step`."""
     total, up = None, direction == "up"
     for leaf, count in leaves:
@@ -210,18 +210,18 @@ def _distribution(leaves: Leaves, step: float, direction: Literal["up", "down"])
     return total
 
 
-def _merged(leaves: Leaves) -> Leaves:
+def _merged(leaves: Releases) -> Releases:
     """All unsampled Gaussian releases as one: 1/sigma^2 adds up."""
     whole = [(leaf, count) for leaf, count in leaves if leaf.kind == "gaussian" and leaf.q == 1]
     rest = [pair for pair in leaves if pair not in whole]
     information = sum(count * leaf.scale**-2 for leaf, count in whole)
     if information > 0:
-        rest.append((Leaf("gaussian", information**-0.5, 1.0), 1))
+        rest.append((Release("gaussian", information**-0.5, 1.0), 1))
     return tuple(sorted(rest))
 
 
 @lru_cache(maxsize=4096)
-def _upper(leaves: Leaves, delta: float, coarser: int) -> float:
+def _upper(leaves: Releases, delta: float, coarser: int) -> float:
     if not leaves:
         return 0.0
     if not _is_private(leaves):
@@ -232,21 +232,21 @@ def _upper(leaves: Leaves, delta: float, coarser: int) -> float:
 
 
 @lru_cache(maxsize=4096)
-def _bounds(leaves: Leaves, delta: float) -> Bounds:
+def _bounds(leaves: Releases, delta: float) -> EpsilonBounds:
     if not leaves:
-        return Bounds(0.0, 0.0, 0.0)
+        return EpsilonBounds(0.0, 0.0, 0.0)
     if not _is_private(leaves):
-        return Bounds(math.inf, math.inf, math.inf)
+        return EpsilonBounds(math.inf, math.inf, math.inf)
     merged = _merged(leaves)
     upper = _upper(leaves, delta, 1)
     down = _distribution(merged, _grid_step(merged), "down")
     lower = min(float(down.get_epsilon_for_delta(delta + SLACK)), upper)
     excess = (_upper(leaves, delta, 2) - upper) / 3.0  # connect-the-dots errs by the square of the grid step
     estimate = min(max(upper - excess, lower), upper) if math.isfinite(excess) else upper
-    return Bounds(lower, estimate, upper)
+    return EpsilonBounds(lower, estimate, upper)
 
 
-def epsilon_of(event: DpEvent, delta: float) -> Bounds:
+def epsilon_of(event: DpEvent, delta: float) -> EpsilonBounds:
     """What an event costs at `delta`, for neighbours that differ by one unit.
 
     Args:
@@ -261,17 +261,17 @@ def epsilon_of(event: DpEvent, delta: float) -> Bounds:
         ValueError: Delta out of bounds.
     """
     check_delta(delta)
-    return _bounds(leaves_of(event), delta)
+    return _bounds(flatten_event(event), delta)
 
 
-def costs_at_most(event: DpEvent, budget: float, delta: float) -> bool:
+def within_budget(event: DpEvent, budget: float, delta: float) -> bool:
     """Whether an event's upper price is within a budget; much faster than `epsilon_of` if it clearly is."""
     check_delta(delta)
-    leaves = leaves_of(event)
+    leaves = flatten_event(event)
     return _upper(leaves, delta, COARSE) <= budget or _upper(leaves, delta, 1) <= budget
 
 
-def noise_for(target: PrivacyTarget, event_of: Callable[[float], DpEvent]) -> float:
+def calibrate_noise_multiplier(target: PrivacyTarget, event_of: Callable[[float], DpEvent]) -> float:
     """The smallest noise multiplier whose event keeps a promise.
 
     Guarantees:
@@ -291,7 +291,7 @@ def noise_for(target: PrivacyTarget, event_of: Callable[[float], DpEvent]) -> fl
     floor, roof = math.log(0.01), math.log(1e6)
 
     def excess(log_sigma: float, coarser: int) -> float:
-        upper = _upper(leaves_of(event_of(math.exp(log_sigma))), target.delta, coarser)
+        upper = _upper(flatten_event(event_of(math.exp(log_sigma))), target.delta, coarser)
         return math.log(max(min(upper, 1e9), 1e-9) / target.epsilon)
 
     low, high = 0.0, 0.0
@@ -299,7 +299,7 @@ def noise_for(target: PrivacyTarget, event_of: Callable[[float], DpEvent]) -> fl
         low, high = high, high + 1.0
         if high > roof:
             raise PrivacyError(
-                f"no noise keeps epsilon {target.epsilon:g} at delta {delta_in_words(target.delta)}; "
+                f"no noise keeps epsilon {target.epsilon:g} at delta {format_delta(target.delta)}; "
                 "use fewer steps or a lower sampling rate"
             )
     while low == high or excess(low, COARSE) <= 0:
@@ -329,7 +329,7 @@ def _polish(excess: Callable[[float], float], start: float, epsilon: float) -> f
     return math.exp(here)
 
 
-def success_ceiling(event: DpEvent, kappa: float) -> float:
+def reconstruction_success_bound(event: DpEvent, kappa: float) -> float:
     """The best chance to name or rebuild one unit from everything released, by any attack whatever.
 
     Args:
@@ -342,7 +342,7 @@ def success_ceiling(event: DpEvent, kappa: float) -> float:
     """
     if not 0 < kappa < 1:
         raise ValueError(f"kappa must lie in (0, 1), got {kappa}")
-    leaves = leaves_of(event)
+    leaves = flatten_event(event)
     if not leaves:
         return kappa
     if not _is_private(leaves):
@@ -361,7 +361,7 @@ def success_ceiling(event: DpEvent, kappa: float) -> float:
 
 def event_to_json(event: DpEvent) -> str:
     """An event as canonical text for the ledger: its leaves and counts, sorted."""
-    rows = [{"kind": leaf.kind, "scale": leaf.scale, "q": leaf.q, "count": n} for leaf, n in leaves_of(event)]
+    rows = [{"kind": leaf.kind, "scale": leaf.scale, "q": leaf.q, "count": n} for leaf, n in flatten_event(event)]
     return json.dumps(rows, sort_keys=True, separators=(",", ":"))
 
 
@@ -381,17 +381,17 @@ def event_from_json(text: str) -> DpEvent:
     for kind, *_ in rows:
         if kind not in get_args(Kind):
             raise PrivacyError(f'not an event: unknown kind "{kind}"')
-    event = event_of_leaves(tuple((Leaf(kind, scale, q), count) for kind, scale, q, count in rows))  # type: ignore[arg-type]
-    leaves_of(event)
+    event = event_from_releases(tuple((Release(kind, scale, q), count) for kind, scale, q, count in rows))  # type: ignore[arg-type]
+    flatten_event(event)
     return event
 
 
-def event_of_leaves(leaves: Leaves) -> DpEvent:
+def event_from_releases(leaves: Releases) -> DpEvent:
     """One event that releases each leaf as often as it is counted."""
     return compose(SelfComposedDpEvent(_event_of(leaf), count) for leaf, count in leaves)
 
 
-def _event_of(leaf: Leaf) -> DpEvent:
+def _event_of(leaf: Release) -> DpEvent:
     named = {"laplace": LaplaceDpEvent, "gaussian": GaussianDpEvent, "swapped": GaussianDpEvent}
     one = NonPrivateDpEvent() if leaf.kind == "nonprivate" else named[leaf.kind](leaf.scale)
     sampled = one if leaf.q == 1.0 else PoissonSampledDpEvent(leaf.q, one)

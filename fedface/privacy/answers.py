@@ -9,9 +9,9 @@ that is asked for after these is another look at the photos, and is booked as on
 from __future__ import annotations
 
 from fedface.errors import LedgerError
-from fedface.privacy.chain import Page
+from fedface.privacy.chain import Transaction
 
-KEPT_REPLIES = 16  # of the latest runs; bytes of older ones are dropped
+CACHED_REPLIES = 16  # of the latest runs; bytes of older ones are dropped
 FREE_ATTEMPTS = 3  # computations that may be begun on one booking before one is answered
 
 _BEGUN = (
@@ -36,7 +36,7 @@ _SEQUENCE = (
 GROWS = f"SELECT coalesce((SELECT sum(attempt) FROM replies), 0) + coalesce(({_SEQUENCE}), 0)"
 
 
-def check_begun(page: Page, booked: set[tuple[str, int, int]]) -> None:
+def check_attempts(page: Transaction, booked: set[tuple[str, int, int]]) -> None:
     """Check that everything begun was booked, as (run, round, attempt), and that nothing was taken away.
 
     Raises:
@@ -57,20 +57,20 @@ def check_begun(page: Page, booked: set[tuple[str, int, int]]) -> None:
         raise LedgerError(f"the ledger has lost computations; {len(rows)} remain. Restore it from a backup")
 
 
-def times_begun(page: Page, run: str, round: int, attempt: int) -> int:
+def attempt_count(page: Transaction, run: str, round: int, attempt: int) -> int:
     """How many computations were begun on one booking."""
     return sum(row[:3] == (run, round, attempt) for row in _rows(page))
 
 
-def begin(page: Page, run: str, round: int, attempt: int) -> None:
+def record_attempt(page: Transaction, run: str, round: int, attempt: int) -> None:
     """Write down that a computation begins, on a booking that is there.
 
     Raises:
         LedgerError: This booking has its answer, or its computations are used up.
     """
-    if answered(page, run, round) >= attempt:
+    if answered_attempt(page, run, round) >= attempt:
         raise LedgerError(f"round {round} of {run} was answered already; send the kept reply")
-    times = times_begun(page, run, round, attempt) + 1
+    times = attempt_count(page, run, round, attempt) + 1
     if times > FREE_ATTEMPTS:
         raise LedgerError(
             f"round {round} of {run} was begun {FREE_ATTEMPTS} times and never answered; "
@@ -83,27 +83,27 @@ def begin(page: Page, run: str, round: int, attempt: int) -> None:
     )
 
 
-def _rows(page: Page) -> list[tuple[str, int, int, int]]:
+def _rows(page: Transaction) -> list[tuple[str, int, int, int]]:
     """Run, round, attempt and times of every computation, oldest first; none in a file from before."""
     if page.sql.execute("SELECT 1 FROM sqlite_master WHERE name = 'begun'").fetchone() is None:
         return []
     return page.sql.execute("SELECT run, round, attempt, times FROM begun ORDER BY number").fetchall()
 
 
-def answered(page: Page, run: str, round: int) -> int:
+def answered_attempt(page: Transaction, run: str, round: int) -> int:
     """The latest attempt that was answered, whether or not its bytes are kept; 0 if none was."""
     sql = "SELECT attempt FROM replies WHERE run = ? AND round = ?"
     row = page.sql.execute(sql, (run, round)).fetchone()
     return 0 if row is None else int(row[0])
 
 
-def all_answered(page: Page) -> dict[tuple[str, int], int]:
+def answered_attempts(page: Transaction) -> dict[tuple[str, int], int]:
     """The latest attempt that was answered, of each run and round that was."""
     rows = page.sql.execute("SELECT run, round, attempt FROM replies")
     return {(run, round): attempt for run, round, attempt in rows}
 
 
-def kept_reply(page: Page, run: str, round: int) -> tuple[int, bytes] | None:
+def load_reply(page: Transaction, run: str, round: int) -> tuple[int, bytes] | None:
     """The attempt that answered a round, and its bytes; None if it was never answered or they were dropped."""
     row = page.sql.execute(
         "SELECT attempt, body FROM replies WHERE run = ? AND round = ? AND body IS NOT NULL", (run, round)
@@ -111,14 +111,14 @@ def kept_reply(page: Page, run: str, round: int) -> tuple[int, bytes] | None:
     return None if row is None else (int(row[0]), bytes(row[1]))
 
 
-def keep_reply(page: Page, run: str, round: int, attempt: int, body: bytes) -> None:
+def store_reply(page: Transaction, run: str, round: int, attempt: int, body: bytes) -> None:
     """Keep the bytes that answer a booking, once; the run's reply before is dropped.
 
     Raises:
         LedgerError: This booking, or a later one of its round, has a different answer already.
     """
-    if answered(page, run, round) >= attempt:
-        kept = kept_reply(page, run, round)
+    if answered_attempt(page, run, round) >= attempt:
+        kept = load_reply(page, run, round)
         if kept is None or kept[1] != body:
             raise LedgerError(f"round {round} of {run} was answered already; send the kept reply")
         return
@@ -129,11 +129,11 @@ def keep_reply(page: Page, run: str, round: int, attempt: int, body: bytes) -> N
     page.sql.execute(
         "UPDATE replies SET body = NULL WHERE body IS NOT NULL AND rowid NOT IN "
         "(SELECT rowid FROM replies WHERE body IS NOT NULL ORDER BY rowid DESC LIMIT ?)",
-        (KEPT_REPLIES,),
+        (CACHED_REPLIES,),
     )
 
 
-def drop_replies(page: Page, run: str | None) -> int:
+def delete_replies(page: Transaction, run: str | None) -> int:
     """Drop the kept bytes of one run, or of all; how many there were."""
     which, values = ("", ()) if run is None else (" AND run = ?", (run,))
     return page.sql.execute(f"UPDATE replies SET body = NULL WHERE body IS NOT NULL{which}", values).rowcount

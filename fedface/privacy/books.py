@@ -6,13 +6,13 @@ Called from federation/device.py before anything is answered.
 from __future__ import annotations
 
 from fedface.errors import LedgerError
-from fedface.privacy.journal import Journal
+from fedface.privacy.journal import TransmissionLog
 from fedface.privacy.ledger import Ledger
 
 
-def check_books(journal: Journal, ledger: Ledger) -> None:
+def check_books(journal: TransmissionLog, ledger: Ledger) -> None:
     """Raises LedgerError if the journal knows bookings or answers that the ledger lacks: then it was put back."""
-    lacking = ledger.unanswered({line.entry for line in journal.sent() if line.entry is not None})
+    lacking = ledger.unanswered({line.entry for line in journal.transmissions() if line.entry is not None})
     if not lacking:
         return
     booked = max(lacking) <= len(ledger.entries())

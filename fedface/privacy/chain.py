@@ -32,7 +32,7 @@ from typing import Literal
 from fedface.errors import LedgerError
 from fedface.files import sync_folder
 
-PATIENCE = 60.0  # seconds to wait for another process that is writing
+LOCK_TIMEOUT = 60.0  # seconds to wait for another process that is writing
 
 Clock = Callable[[], datetime]
 
@@ -50,7 +50,7 @@ def in_utc(time: datetime) -> datetime:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Form:
+class ChainSchema:
     """What a chain is called, and what its lines say."""
 
     noun: str  # in errors: "ledger"
@@ -58,7 +58,7 @@ class Form:
     columns: tuple[str, ...]  # SQL definitions of what a line says, between its time and its parent
     rules: tuple[str, ...] = ()  # further SQL constraints on a line
     beside: tuple[str, ...] = ()  # SQL of tables that are kept in the same file, unchained
-    grows: str = "SELECT 0"  # SQL: a whole number that never falls while those tables are used rightly
+    counter_sql: str = "SELECT 0"  # SQL: a whole number that never falls while those tables are used rightly
 
     @property
     def genesis(self) -> str:
@@ -82,20 +82,20 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Line:
+class Record:
     """One line of a chain."""
 
     number: int  # 1, 2, 3, ...
     written: str  # UTC, ISO 8601; never before the line above
-    said: tuple[str | int, ...]  # what the chain's form has columns for
+    values: tuple[str | int, ...]  # what the chain's form has columns for
     parent: str  # digest of the line before
     digest: str  # SHA-256 of all of the above
 
     @staticmethod
-    def chained(number: int, written: str, said: tuple[str | int, ...], parent: str) -> Line:
+    def chained(number: int, written: str, said: tuple[str | int, ...], parent: str) -> Record:
         """A line whose digest is computed from what it says."""
         text = json.dumps([number, written, *said, parent], separators=(",", ":"))
-        return Line(number, written, said, parent, hashlib.sha256(text.encode()).hexdigest())
+        return Record(number, written, said, parent, hashlib.sha256(text.encode()).hexdigest())
 
     @property
     def time(self) -> datetime:
@@ -111,12 +111,12 @@ class Head:
     """What a chain's head file or its witness remembers: one line, and a second since there are witnesses."""
 
     digest: str  # of the newest line
-    grown: int = 0  # see Form.grows
+    counter: int = 0  # see Form.grows
     witness: str | None = None  # the folder of the witness, once one was begun
 
     def to_text(self) -> str:
         """The file's content."""
-        return f"{self.digest}\n{json.dumps({'grown': self.grown, 'witness': self.witness})}\n"
+        return f"{self.digest}\n{json.dumps({'grown': self.counter, 'witness': self.witness})}\n"
 
     @staticmethod
     def of_file(path: Path) -> Head | None:
@@ -130,12 +130,12 @@ class Head:
         first, _, second = path.read_text(encoding="ascii", errors="replace").strip().partition("\n")
         try:
             more = json.loads(second) if second else {}
-            head = Head(digest=first, grown=more.get("grown", 0), witness=more.get("witness"))
+            head = Head(digest=first, counter=more.get("grown", 0), witness=more.get("witness"))
         except (ValueError, AttributeError) as error:
             raise LedgerError(f"{path} is damaged; restore it from a backup") from error
         if not (
             re.fullmatch("[0-9a-f]{64}", head.digest)
-            and isinstance(head.grown, int)
+            and isinstance(head.counter, int)
             and isinstance(head.witness, str | None)
         ):
             raise LedgerError(f"{path} is damaged: it holds no digest; restore it from a backup")
@@ -153,23 +153,23 @@ class Head:
         sync_folder(path.parent)
 
 
-class Page:
+class Transaction:
     """A chain while it is locked: its verified lines, and room for the next."""
 
-    def __init__(self, form: Form, sql: sqlite3.Connection, lines: list[Line], now: Clock) -> None:
+    def __init__(self, form: ChainSchema, sql: sqlite3.Connection, lines: list[Record], now: Clock) -> None:
         self.sql = sql  # for the tables beside the chain
         self.lines = lines  # oldest first
         self._form = form
         self._now = now
 
-    def append(self, *said: str | int) -> Line:
+    def append(self, *said: str | int) -> Record:
         """Add a line, dated now, or as the line above if the clock was put back since."""
         written = in_utc(self._now()).replace(microsecond=0)
         parent = self._form.genesis
         if self.lines:
             written, parent = max(written, self.lines[-1].time), self.lines[-1].digest
-        line = Line.chained(len(self.lines) + 1, written.isoformat(timespec="seconds"), said, parent)
-        row = (line.number, line.written, *line.said, line.parent, line.digest)
+        line = Record.chained(len(self.lines) + 1, written.isoformat(timespec="seconds"), said, parent)
+        row = (line.number, line.written, *line.values, line.parent, line.digest)
         self.sql.execute(f"INSERT INTO {self._form.table} VALUES ({', '.join('?' * len(row))})", row)
         self.lines.append(line)
         return line
@@ -178,7 +178,7 @@ class Page:
 class Chain:
     """One such table. Safe to use from several threads and processes at once; fails closed."""
 
-    def __init__(self, path: Path, form: Form, witness: Path | None, now: Clock) -> None:
+    def __init__(self, path: Path, form: ChainSchema, witness: Path | None, now: Clock) -> None:
         self.path = path
         self._form = form
         self._head_path = path.with_name(path.name + ".head")
@@ -186,7 +186,7 @@ class Chain:
         self._now = now
 
     @staticmethod
-    def open(path: Path, form: Form, *, witness: Path | None = None, now: Clock = utc_now) -> Chain:
+    def open(path: Path, form: ChainSchema, *, witness: Path | None = None, now: Clock = utc_now) -> Chain:
         """Open the chain at `path`, or begin one where there is neither a chain nor a trace of one.
 
         Once a witness was begun, the head names its folder, and the chain is not used without it, whoever opens
@@ -216,15 +216,15 @@ class Chain:
         return chain
 
     @contextmanager
-    def reading(self) -> Iterator[Page]:
+    def read_transaction(self) -> Iterator[Transaction]:
         """The verified chain, locked until the block ends."""
         with self._transaction() as sql:
-            yield Page(self._form, sql, self._read(sql), self._now)
+            yield Transaction(self._form, sql, self._read(sql), self._now)
 
     @contextmanager
-    def writing(self) -> Iterator[Page]:
+    def write_transaction(self) -> Iterator[Transaction]:
         """The same, to be written; on disk with its heads once the block has ended without an exception."""
-        with self.reading() as page:
+        with self.read_transaction() as page:
             yield page
         self._remember()
 
@@ -289,7 +289,7 @@ class Chain:
             sql = sqlite3.connect(
                 f"{self.path.absolute().as_uri()}?mode={mode}",
                 uri=True,
-                timeout=PATIENCE,
+                timeout=LOCK_TIMEOUT,
                 isolation_level=None,
             )
         except sqlite3.Error as error:
@@ -325,18 +325,18 @@ class Chain:
                 head.write(witness)
             head.write(self._head_path)
 
-    def _head_of(self, sql: sqlite3.Connection, lines: list[Line]) -> Head:
+    def _head_of(self, sql: sqlite3.Connection, lines: list[Record]) -> Head:
         witness = self._witness_path()
         return Head(
             digest=lines[-1].digest if lines else self._form.genesis,
-            grown=self._grown(sql),
+            counter=self._grown(sql),
             witness=None if witness is None else str(witness.parent),
         )
 
     def _grown(self, sql: sqlite3.Connection) -> int:
-        return int(sql.execute(self._form.grows).fetchone()[0])
+        return int(sql.execute(self._form.counter_sql).fetchone()[0])
 
-    def _read(self, sql: sqlite3.Connection) -> list[Line]:
+    def _read(self, sql: sqlite3.Connection) -> list[Record]:
         """All lines, checked against each other and against every head."""
         lines = self._lines(sql)
         self._compare(sql, lines, self._head_path)
@@ -347,7 +347,7 @@ class Chain:
             self._compare(sql, lines, witness)
         return lines
 
-    def _lines(self, sql: sqlite3.Connection) -> list[Line]:
+    def _lines(self, sql: sqlite3.Connection) -> list[Record]:
         """All lines, oldest first, each checked against its own digest and its parent's."""
         what, table = f"the {self._form.noun} {self.path}", self._form.table
         columns = ", ".join(column.split()[0] for column in self._form.columns)
@@ -355,7 +355,7 @@ class Chain:
         lines, parent = [], self._form.genesis
         for position, (number, written, *said, before, digest) in enumerate(rows, start=1):
             try:
-                line = Line.chained(number, written, tuple(said), before)
+                line = Record.chained(number, written, tuple(said), before)
             except TypeError as error:  # a blob
                 raise LedgerError(f"{what} was altered: entry {position} holds no text") from error
             if line.digest != digest or before != parent or number != position:
@@ -367,7 +367,7 @@ class Chain:
             raise LedgerError(f"{what} has lost entries; {len(lines)} remain")
         return lines
 
-    def _compare(self, sql: sqlite3.Connection, lines: list[Line], place: Path) -> None:
+    def _compare(self, sql: sqlite3.Connection, lines: list[Record], place: Path) -> None:
         """Check that the chain holds what a head file knows of it."""
         what, head = f"the {self._form.noun} {self.path}", Head.of_file(place)
         if head is None:
@@ -375,7 +375,7 @@ class Chain:
                 raise LedgerError(f"{what} has lost {place.name}; restore both files")
             return
         known = {self._form.genesis, *(line.digest for line in lines)}
-        if head.digest not in known or head.grown > self._grown(sql):
+        if head.digest not in known or head.counter > self._grown(sql):
             raise LedgerError(
                 f"{what} was rolled back or replaced: it lacks what {place} remembers of it. "
                 "Restore the newest copy, or treat these photos as spent"

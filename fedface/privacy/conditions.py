@@ -20,18 +20,18 @@ import psutil
 
 from fedface.errors import PolicyRefusal
 
-NOT_NOW = "this device does not take part now (its owner's conditions do not hold)"
+NOT_NOW_MESSAGE = "this device does not take part now (its owner's conditions do not hold)"
 POWER_SUPPLIES = Path("/sys/class/power_supply")  # where Linux lists batteries
 HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-(?:([01]\d|2[0-3]):([0-5]\d)|24:00)")
 A_DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 MIDNIGHT = 24 * 60  # minutes
 
 
-class NotNow(PolicyRefusal):
+class ConditionsNotMet(PolicyRefusal):
     """A "no" that may be a "yes" later; its text is all that the server may be told."""
 
     def __init__(self, private: str) -> None:
-        super().__init__(NOT_NOW)
+        super().__init__(NOT_NOW_MESSAGE)
         self.private = private  # the reason in full, for the owner's log alone
 
 
@@ -39,14 +39,14 @@ class NotNow(PolicyRefusal):
 class Power:
     """What feeds a machine. None stands for what cannot be read."""
 
-    mains: bool | None  # plugged in, or without a battery
-    share: float | None  # of the battery's charge, 0 to 1; None also where there is no battery
+    on_ac: bool | None  # plugged in, or without a battery
+    battery: float | None  # of the battery's charge, 0 to 1; None also where there is no battery
 
 
-UNREAD = Power(mains=None, share=None)
+UNKNOWN_POWER = Power(on_ac=None, battery=None)
 
 
-class Surroundings(Protocol):
+class Environment(Protocol):
     """What a machine says of itself."""
 
     def now(self) -> datetime:
@@ -59,7 +59,7 @@ class Surroundings(Protocol):
         """The load average of the last minute per core, >= 0; None if it cannot be read."""
 
 
-class ThisMachine:
+class SystemEnvironment:
     """What the machine says on which this runs."""
 
     def now(self) -> datetime:
@@ -70,21 +70,21 @@ class ThisMachine:
         """The machine's own battery, and whether it is plugged in; a machine without a battery is on mains."""
         supplies = _supplies()
         if supplies is None:
-            return UNREAD
+            return UNKNOWN_POWER
         if sys.platform == "linux" and not any(supply.feeds_machine for supply in supplies):
-            return Power(mains=True, share=None)
+            return Power(on_ac=True, battery=None)
         try:
             battery = psutil.sensors_battery()
         except (AttributeError, OSError, RuntimeError, ValueError):
-            return UNREAD
+            return UNKNOWN_POWER
         if battery is None:
             # On a Mac this means that there is none, elsewhere also that it does not answer.
-            return Power(mains=True, share=None) if sys.platform == "darwin" else UNREAD
+            return Power(on_ac=True, battery=None) if sys.platform == "darwin" else UNKNOWN_POWER
         plugged = battery.power_plugged
         if plugged is None and any(supply.is_online for supply in supplies):
             plugged = True
         share = battery.percent / 100.0
-        return Power(mains=plugged, share=share if share >= 0 else None)
+        return Power(on_ac=plugged, battery=share if share >= 0 else None)
 
     def load(self) -> float | None:
         """The system's load average over the number of cores."""
@@ -127,7 +127,7 @@ def _word(path: Path) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conditions:
+class ParticipationConditions:
     """When a device may work; with no field given, always.
 
     Raises:
@@ -135,21 +135,21 @@ class Conditions:
     """
 
     hours: tuple[str, ...] = ()  # such as "22:00-07:00", local time, the end excluded; none: at any time
-    on_mains: bool = False  # only when plugged in
-    least_battery: float = 0.0  # share of the charge, 0 to 1; counts off the mains alone
-    most_load: float | None = None  # load average of the last minute per core, > 0
+    require_ac_power: bool = False  # only when plugged in
+    min_battery: float = 0.0  # share of the charge, 0 to 1; counts off the mains alone
+    max_load: float | None = None  # load average of the last minute per core, > 0
 
     def __post_init__(self) -> None:
         for words in self.hours:
             start, end = _minutes(words)
             if start == end:
                 raise ValueError(f'hours must differ, got "{words}"; for any time leave hours out')
-        if not 0 <= self.least_battery <= 1:
-            raise ValueError(f"least_battery must be a share between 0 and 1, got {self.least_battery}")
-        if self.most_load is not None and not (self.most_load > 0 and math.isfinite(self.most_load)):
-            raise ValueError(f"most_load must be a finite number above 0, got {self.most_load}")
+        if not 0 <= self.min_battery <= 1:
+            raise ValueError(f"least_battery must be a share between 0 and 1, got {self.min_battery}")
+        if self.max_load is not None and not (self.max_load > 0 and math.isfinite(self.max_load)):
+            raise ValueError(f"most_load must be a finite number above 0, got {self.max_load}")
 
-    def check(self, surroundings: Surroundings) -> None:
+    def check(self, surroundings: Environment) -> None:
         """Return if every condition holds now.
 
         Raises:
@@ -157,22 +157,22 @@ class Conditions:
         """
         for private in (self._hour(surroundings), self._power(surroundings), self._load(surroundings)):
             if private is not None:
-                raise NotNow(private)
+                raise ConditionsNotMet(private)
 
-    def in_words(self) -> list[str]:
+    def describe(self) -> list[str]:
         """Each condition as a phrase that can follow "takes part only"."""
         words = []
         if self.hours:
             words.append(f"between {' or '.join(self.hours)}, local time")
-        if self.on_mains:
+        if self.require_ac_power:
             words.append("on mains")
-        elif self.least_battery > 0:
-            words.append(f"on mains, or with the battery at {self.least_battery:.0%} or more")
-        if self.most_load is not None:
-            words.append(f"while the load per core is {self.most_load:g} or less")
+        elif self.min_battery > 0:
+            words.append(f"on mains, or with the battery at {self.min_battery:.0%} or more")
+        if self.max_load is not None:
+            words.append(f"while the load per core is {self.max_load:g} or less")
         return words
 
-    def _hour(self, surroundings: Surroundings) -> str | None:
+    def _hour(self, surroundings: Environment) -> str | None:
         if not self.hours:
             return None
         now = surroundings.now()
@@ -180,35 +180,35 @@ class Conditions:
             return None
         return f"it is {now:%H:%M}; the policy's hours are {', '.join(self.hours)}"
 
-    def _power(self, surroundings: Surroundings) -> str | None:
-        if not self.on_mains and self.least_battery == 0:
+    def _power(self, surroundings: Environment) -> str | None:
+        if not self.require_ac_power and self.min_battery == 0:
             return None
         power = surroundings.power()
-        if power.mains:
+        if power.on_ac:
             return None
-        if self.on_mains:
-            how = "cannot be told" if power.mains is None else "is not connected"
+        if self.require_ac_power:
+            how = "cannot be told" if power.on_ac is None else "is not connected"
             return f"mains {how}; the policy asks for it (on_mains)"
-        if power.share is None:
+        if power.battery is None:
             return (
                 "neither mains nor the battery's charge can be read; the policy asks for it (least_battery)"
             )
-        if power.share >= self.least_battery:
+        if power.battery >= self.min_battery:
             return None
-        return f"the battery is at {power.share:.0%}; the policy asks for {self.least_battery:.0%} (least_battery)"
+        return f"the battery is at {power.battery:.0%}; the policy asks for {self.min_battery:.0%} (least_battery)"
 
-    def _load(self, surroundings: Surroundings) -> str | None:
-        if self.most_load is None:
+    def _load(self, surroundings: Environment) -> str | None:
+        if self.max_load is None:
             return None
         load = surroundings.load()
         if load is None or not load >= 0:
             return "the load cannot be read; the policy limits it (most_load)"
-        if load <= self.most_load:
+        if load <= self.max_load:
             return None
-        return f"the load per core is {load:.2f}; the policy allows {self.most_load:g} (most_load)"
+        return f"the load per core is {load:.2f}; the policy allows {self.max_load:g} (most_load)"
 
 
-def last_day(words: str) -> date:
+def parse_expiry(words: str) -> date:
     """A day such as "2027-01-31".
 
     Raises:

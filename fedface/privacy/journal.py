@@ -15,50 +15,50 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from fedface.errors import LedgerError, PolicyRefusal
-from fedface.privacy.chain import Chain, Clock, Form, Line, Page, utc_now
+from fedface.privacy.chain import Chain, Clock, ChainSchema, Record, Transaction, utc_now
 
-What = Literal["update", "figures", "opened sum", "refusal"]
-AGAIN = "sent again"
+TransmissionKind = Literal["update", "figures", "opened sum", "refusal"]
+RESENT = "sent again"
 OF_FIGURES = "of figures"  # said of an opened sum
 
-FORM = Form(noun="journal", table="lines", columns=("kind TEXT NOT NULL", "said TEXT NOT NULL"))
+FORM = ChainSchema(noun="journal", table="lines", columns=("kind TEXT NOT NULL", "said TEXT NOT NULL"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sent:
+class Transmission:
     """One reply that left, or was about to."""
 
     number: int  # 1, 2, 3, ... among all lines of the journal
-    written: str  # UTC, ISO 8601
+    time_text: str  # UTC, ISO 8601
     run: str  # which run asked
     round: int  # which of its rounds
-    what: What
+    kind: TransmissionKind
     receiver: str  # where it went: the server's address
     bytes: int  # how many
     protection: str  # noise, encryption and unit, in words for the owner
     digest_of_payload: str  # SHA-256 of exactly what left
     entry: int | None  # number of the ledger entry that paid; None where nothing of a photo is in it
-    words: str  # what else the owner should know; begins with "sent again" if the same bytes left before
+    reason: str  # what else the owner should know; begins with "sent again" if the same bytes left before
 
 
 @dataclass(frozen=True, kw_only=True)
-class Withdrawn:
+class Withdrawal:
     """The owner has left a run: nothing of it leaves from here on, except that this is said."""
 
     number: int  # among all lines of the journal
     written: str  # UTC, ISO 8601
     run: str
-    why: str  # in the owner's words, which stay on the device
+    reason: str  # in the owner's words, which stay on the device
 
 
-class Journal:
+class TransmissionLog:
     """The book of what left one device. Safe to use from several threads and processes at once."""
 
     def __init__(self, chain: Chain) -> None:
         self._chain = chain
 
     @staticmethod
-    def open(path: Path | str, witness: Path | None = None, *, now: Clock = utc_now) -> Journal:
+    def open(path: Path | str, witness: Path | None = None, *, now: Clock = utc_now) -> TransmissionLog:
         """Open the journal at `path`, or begin one where there is neither a journal nor a trace of one.
 
         Args:
@@ -70,12 +70,12 @@ class Journal:
             LedgerError: The file is damaged, was rolled back or replaced, or has gone while its head remains; or
                 its witness is missing.
         """
-        return Journal(Chain.open(Path(path), FORM, witness=witness, now=now))
+        return TransmissionLog(Chain.open(Path(path), FORM, witness=witness, now=now))
 
-    def note_sent(
-        self, payload: bytes, *, run: str, round: int, what: What, receiver: str, protection: str,
+    def record_transmission(
+        self, payload: bytes, *, run: str, round: int, what: TransmissionKind, receiver: str, protection: str,
         entry: int | None, words: str = "",
-    ) -> Sent:  # fmt: skip
+    ) -> Transmission:  # fmt: skip
         """Write down what is about to leave; send it once this has returned, and only then.
 
         Args:
@@ -96,61 +96,61 @@ class Journal:
             LedgerError: The journal cannot be trusted or written; nothing may be sent.
             ValueError: An update or figures without the entry that paid.
         """
-        if what not in get_args(What):
-            raise ValueError(f"what must be one of {', '.join(get_args(What))}, got {what!r}")
+        if what not in get_args(TransmissionKind):
+            raise ValueError(f"what must be one of {', '.join(get_args(TransmissionKind))}, got {what!r}")
         if round < 0:
             raise ValueError(f"round must be >= 0, got {round}")
         if entry is None and what in ("update", "figures"):
             raise ValueError(f"{what} of round {round} of {run} left without a ledger entry that paid for it")
         digest = hashlib.sha256(payload).hexdigest()
-        with self._chain.writing() as page:
+        with self._chain.write_transaction() as page:
             before = _lines(page)
-            if what != "refusal" and any(isinstance(line, Withdrawn) and line.run == run for line in before):
+            if what != "refusal" and any(isinstance(line, Withdrawal) and line.run == run for line in before):
                 raise PolicyRefusal(f"the owner of this device has left {run}; nothing of it is sent")
             same = (run, round, what, digest)
             if any(
-                isinstance(line, Sent) and (line.run, line.round, line.what, line.digest_of_payload) == same
+                isinstance(line, Transmission) and (line.run, line.round, line.kind, line.digest_of_payload) == same
                 for line in before
             ):
-                words = f"{AGAIN}: {words}" if words else AGAIN
+                words = f"{RESENT}: {words}" if words else RESENT
             said: Mapping[str, object] = {
                 "run": run, "round": round, "what": what, "receiver": receiver, "bytes": len(payload),
                 "protection": protection, "digest_of_payload": digest, "entry": entry, "words": words,
             }  # fmt: skip
-            return cast(Sent, _line(page.append("sent", _canonical(said))))
+            return cast(Transmission, _line(page.append("sent", _canonical(said))))
 
-    def withdraw(self, run: str, why: str = "") -> Withdrawn:
+    def withdraw(self, run: str, why: str = "") -> Withdrawal:
         """Leave a run for good; once this has returned, nothing of it is noted, hence nothing leaves."""
-        with self._chain.writing() as page:
+        with self._chain.write_transaction() as page:
             said = {"run": run, "why": why}
-            return cast(Withdrawn, _line(page.append("withdrawn", _canonical(said))))
+            return cast(Withdrawal, _line(page.append("withdrawn", _canonical(said))))
 
-    def lines(self) -> list[Sent | Withdrawn]:
+    def records(self) -> list[Transmission | Withdrawal]:
         """Everything, oldest first, verified."""
-        with self._chain.reading() as page:
+        with self._chain.read_transaction() as page:
             return _lines(page)
 
-    def sent(self) -> list[Sent]:
+    def transmissions(self) -> list[Transmission]:
         """What left, oldest first."""
-        return [line for line in self.lines() if isinstance(line, Sent)]
+        return [line for line in self.records() if isinstance(line, Transmission)]
 
-    def withdrawn(self) -> dict[str, str]:
+    def withdrawals(self) -> dict[str, str]:
         """The runs that the owner has left, and when first, UTC, ISO 8601."""
         when: dict[str, str] = {}
-        for line in self.lines():
-            if isinstance(line, Withdrawn):
+        for line in self.records():
+            if isinstance(line, Withdrawal):
                 when.setdefault(line.run, line.written)
         return when
 
     def has_withdrawn(self, run: str) -> bool:
         """Whether the owner has left a run."""
-        return run in self.withdrawn()
+        return run in self.withdrawals()
 
     def export(self) -> list[dict[str, str | int | None]]:
         """All lines as plain dicts, for the owner to read or keep; "line" says which kind each is."""
         return [
-            {"line": "sent" if isinstance(line, Sent) else "withdrawn", **asdict(line)}
-            for line in self.lines()
+            {"line": "sent" if isinstance(line, Transmission) else "withdrawn", **asdict(line)}
+            for line in self.records()
         ]
 
     def verify(self) -> None:
@@ -159,21 +159,21 @@ class Journal:
         Raises:
             LedgerError: The file was altered, shortened, rolled back or damaged.
         """
-        self.lines()
+        self.records()
 
 
-def _lines(page: Page) -> list[Sent | Withdrawn]:
+def _lines(page: Transaction) -> list[Transmission | Withdrawal]:
     return [_line(line) for line in page.lines]
 
 
-def _line(line: Line) -> Sent | Withdrawn:
-    kind, said = line.said
+def _line(line: Record) -> Transmission | Withdrawal:
+    kind, said = line.values
     try:
         fields: dict[str, Any] = json.loads(str(said))
         if kind == "sent":
-            return Sent(number=line.number, written=line.written, **fields)
+            return Transmission(number=line.number, time_text=line.written, **fields)
         if kind == "withdrawn":
-            return Withdrawn(number=line.number, written=line.written, **fields)
+            return Withdrawal(number=line.number, written=line.written, **fields)
     except (ValueError, TypeError) as error:
         raise LedgerError(f"line {line.number} of the journal cannot be read: {error}") from error
     raise LedgerError(f"line {line.number} of the journal is of an unknown kind {kind!r}; update fedface")

@@ -19,24 +19,24 @@ from pathlib import Path
 from fedface.errors import LedgerError, PolicyRefusal, PrivacyError
 from fedface.privacy import answers
 from fedface.privacy.accounting import (
-    Bounds,
+    EpsilonBounds,
     compose,
-    costs_at_most,
+    within_budget,
     epsilon_of,
     event_from_json,
     event_to_json,
 )
-from fedface.privacy.chain import Chain, Clock, Form, Line, Page, in_utc, utc_now
-from fedface.privacy.limits import Limit, Shortfall
+from fedface.privacy.chain import Chain, Clock, ChainSchema, Record, Transaction, in_utc, utc_now
+from fedface.privacy.limits import BudgetStatus, BudgetExceeded
 from fedface.privacy.mechanism import Event
-from fedface.privacy.neighbours import seen_by
+from fedface.privacy.neighbours import convert_unit
 from fedface.units import UNITS, Unit
 
-MOST_KINDS = 500  # of releases, each with its own noise or rate: each makes pricing them together slower
+MAX_RELEASE_KINDS = 500  # of releases, each with its own noise or rate: each makes pricing them together slower
 PAYS_FOR = timedelta(days=1)  # how long a booking waits for its answer where limits count days
-LONGEST_PERIOD = 100 * 366.0  # days; a longer one counts as this, so that every period begins after year 1
+MAX_PERIOD = 100 * 366.0  # days; a longer one counts as this, so that every period begins after year 1
 
-FORM = Form(
+FORM = ChainSchema(
     noun="ledger",
     table="entries",
     columns=(
@@ -45,7 +45,7 @@ FORM = Form(
     ),
     rules=("UNIQUE (run, round, attempt)",),
     beside=answers.TABLES,
-    grows=answers.GROWS,
+    counter_sql=answers.GROWS,
 )  # fmt: skip
 
 
@@ -59,17 +59,17 @@ class Entry:
     round: int  # which of its rounds, >= 0
     attempt: int  # 1, or more if the round was answered before and is computed anew
     event: str  # what was released, see accounting.event_to_json
-    marks: str  # canonical JSON: whatever identifies the release (model hash, clip norm, unit)
+    metadata: str  # canonical JSON: whatever identifies the release (model hash, clip norm, unit)
     parent: str  # digest of the entry before
     digest: str  # SHA-256 of all of the above
 
     @staticmethod
-    def of(line: Line) -> Entry:
+    def of(line: Record) -> Entry:
         """The entry that a line of the chain holds."""
-        run, round, attempt, event, marks = line.said
+        run, round, attempt, event, marks = line.values
         return Entry(
             number=line.number, written=line.written, run=str(run), round=int(round), attempt=int(attempt),
-            event=str(event), marks=str(marks), parent=line.parent, digest=line.digest,
+            event=str(event), metadata=str(marks), parent=line.parent, digest=line.digest,
         )  # fmt: skip
 
     @property
@@ -115,7 +115,7 @@ class Ledger:
 
     def entries(self) -> list[Entry]:
         """Everything ever booked, oldest first, verified."""
-        with self._chain.reading() as page:
+        with self._chain.read_transaction() as page:
             return _entries(page)
 
     def export(self) -> list[dict[str, str | int]]:
@@ -124,20 +124,20 @@ class Ledger:
 
     def unanswered(self, numbers: Iterable[int]) -> list[int]:
         """Those of some entries' numbers that were never booked here, or never answered as far as this ledger knows."""
-        with self._chain.reading() as page:
-            last = answers.all_answered(page)
+        with self._chain.read_transaction() as page:
+            last = answers.answered_attempts(page)
             given = {e.number for e in _entries(page) if last.get((e.run, e.round), 0) >= e.attempt}
         return [number for number in numbers if number not in given]
 
-    def already(self, run: str, round: int) -> bool:
+    def is_recorded(self, run: str, round: int) -> bool:
         """Whether a round has been booked, whether or not its reply was kept."""
         return any(entry.run == run and entry.round == round for entry in self.entries())
 
-    def rounds_booked(self, run: str) -> int:
+    def rounds_recorded(self, run: str) -> int:
         """How many different rounds of a run have been booked."""
         return len({entry.round for entry in self.entries() if entry.run == run})
 
-    def spent(self, delta: float, *, unit: Unit = "photo", since: datetime | None = None) -> Bounds:
+    def spent(self, delta: float, *, unit: Unit = "photo", since: datetime | None = None) -> EpsilonBounds:
         """What everything booked costs together for one unit, composed anew.
 
         Args:
@@ -150,12 +150,12 @@ class Ledger:
     def would_spend(
         self, event: Event, delta: float, *, told: Unit = "photo", unit: Unit = "photo",
         since: datetime | None = None,
-    ) -> Bounds:  # fmt: skip
+    ) -> EpsilonBounds:  # fmt: skip
         """What everything booked and one more event, of a run that promises per `told`, would cost together."""
         before = _everything(self.entries(), unit, since)
-        return epsilon_of(compose([before, seen_by(event, told=told, wanted=unit)]), delta)
+        return epsilon_of(compose([before, convert_unit(event, source=told, target=unit)]), delta)
 
-    def room_for(self, event: Event, limits: Sequence[Limit], *, told: Unit) -> Shortfall | None:
+    def check_budget(self, event: Event, limits: Sequence[BudgetStatus], *, told: Unit) -> BudgetExceeded | None:
         """Whether everything booked and one more event stay within every limit.
 
         Args:
@@ -173,34 +173,34 @@ class Ledger:
         return self._shortfall(self.entries(), event, limits, told)
 
     def _shortfall(
-        self, entries: Sequence[Entry], event: Event, limits: Sequence[Limit], told: Unit
-    ) -> Shortfall | None:
+        self, entries: Sequence[Entry], event: Event, limits: Sequence[BudgetStatus], told: Unit
+    ) -> BudgetExceeded | None:
         if not limits:
             raise ValueError("a release needs at least one limit, got none")
-        kinds = {(entry.event, _unit(json.loads(entry.marks))) for entry in entries} | {
+        kinds = {(entry.event, _unit(json.loads(entry.metadata))) for entry in entries} | {
             (event_to_json(event), told)
         }
-        if len(kinds) > MOST_KINDS:
+        if len(kinds) > MAX_RELEASE_KINDS:
             raise PolicyRefusal(
-                f"this device has answered {MOST_KINDS} kinds of releases, each with a noise or a rate of its own, and "
+                f"this device has answered {MAX_RELEASE_KINDS} kinds of releases, each with a noise or a rate of its own, and "
                 "takes no more: pricing them together would take minutes, however little each costs"
             )
         now = self._time()
         for limit in limits:
-            since = None if limit.days is None else now - timedelta(days=min(limit.days, LONGEST_PERIOD))
+            since = None if limit.days is None else now - timedelta(days=min(limit.days, MAX_PERIOD))
             before = _everything(entries, limit.unit, since)
-            asked = seen_by(event, told=told, wanted=limit.unit)
+            asked = convert_unit(event, source=told, target=limit.unit)
             both = compose([before, asked])
-            if not costs_at_most(both, limit.epsilon, limit.delta):
+            if not within_budget(both, limit.epsilon, limit.delta):
                 alone, spent, together = (epsilon_of(e, limit.delta).upper for e in (asked, before, both))
-                return Shortfall(limit=limit, asked=alone, spent=spent, together=together)
+                return BudgetExceeded(budget=limit, asked=alone, spent=spent, together=together)
         return None
 
     def _time(self) -> datetime:
         """Now, in whole seconds, as entries are dated."""
         return in_utc(self._now()).replace(microsecond=0)
 
-    def book(self, event: Event, *, run: str, round: int, marks: Mapping[str, str] | None = None) -> Entry:
+    def record(self, event: Event, *, run: str, round: int, marks: Mapping[str, str] | None = None) -> Entry:
         """Write down a release before it is computed; on disk when this returns.
 
         A round whose reply has been kept is not booked again: its bytes are resent. A round that was booked
@@ -218,12 +218,12 @@ class Ledger:
         Raises:
             LedgerError: The ledger is damaged, or this round was answered for a different event or marks.
         """
-        with self._chain.writing() as page:
+        with self._chain.write_transaction() as page:
             paid = self._paid(page, event, run, round, marks or {})
             return paid or _append(page, event, run, round, marks or {})
 
-    def book_within(
-        self, event: Event, limits: Sequence[Limit], *, run: str, round: int,
+    def record_within_budget(
+        self, event: Event, limits: Sequence[BudgetStatus], *, run: str, round: int,
         marks: Mapping[str, str] | None = None,
     ) -> Entry:  # fmt: skip
         """Book a release if every limit then holds: price and booking in one transaction.
@@ -247,46 +247,46 @@ class Ledger:
         told = _unit(marks)
         if not limits:
             raise ValueError("a release needs at least one limit, got none")
-        with self._chain.writing() as page:
+        with self._chain.write_transaction() as page:
             paid = self._paid(page, event, run, round, marks)
             if paid is not None and not self._too_old(page, paid, limits):
                 return paid
             shortfall = self._shortfall(_entries(page), event, limits, told)
             if shortfall is not None:
                 raise PolicyRefusal(
-                    f"round {round} of {run} asks for {shortfall.in_words()}. "
+                    f"round {round} of {run} asks for {shortfall.describe()}. "
                     "Ask the owner of this device for a larger budget, or stop here."
                 )
             return _append(page, event, run, round, marks)
 
-    def _too_old(self, page: Page, paid: Entry, limits: Sequence[Limit]) -> bool:
+    def _too_old(self, page: Transaction, paid: Entry, limits: Sequence[BudgetStatus]) -> bool:
         """Whether a booking would leave a limit's period well before the release it pays for, still to come."""
-        if all(limit.days is None for limit in limits) or answers.kept_reply(page, paid.run, paid.round):
+        if all(limit.days is None for limit in limits) or answers.load_reply(page, paid.run, paid.round):
             return False
         return self._time() - paid.time > PAYS_FOR
 
-    def _paid(self, page: Page, event: Event, run: str, round: int, marks: Mapping[str, str]) -> Entry | None:
+    def _paid(self, page: Transaction, event: Event, run: str, round: int, marks: Mapping[str, str]) -> Entry | None:
         """The entry that has paid for this release already, if any."""
         said, noted = event_to_json(event), _canonical(marks)
         same = _booked(page, run, round)
-        reply = answers.kept_reply(page, run, round)
+        reply = answers.load_reply(page, run, round)
         if reply is not None:
             kept = next((entry for entry in same if entry.attempt == reply[0]), None)
             if kept is None:
                 raise LedgerError(
                     f"the ledger {self._chain.path} keeps a reply to round {round}, never booked"
                 )
-            if (kept.event, kept.marks) != (said, noted):
+            if (kept.event, kept.metadata) != (said, noted):
                 raise LedgerError(f"round {round} of {run} was answered already, for a different release")
             return kept
-        if not same or (same[-1].event, same[-1].marks) != (said, noted):
+        if not same or (same[-1].event, same[-1].metadata) != (said, noted):
             return None
         last = same[-1].attempt
-        used = answers.answered(page, run, round) == last
-        tried = answers.times_begun(page, run, round, last)
+        used = answers.answered_attempt(page, run, round) == last
+        tried = answers.attempt_count(page, run, round, last)
         return None if used or tried >= answers.FREE_ATTEMPTS else same[-1]
 
-    def begin(self, run: str, round: int, *, attempt: int) -> None:
+    def record_attempt(self, run: str, round: int, *, attempt: int) -> None:
         """Write down that a booked release is computed now; on disk when this returns, then open the photos.
 
         Args:
@@ -297,10 +297,10 @@ class Ledger:
         Raises:
             LedgerError: There is no such booking, it has its answer, or its computations are used up.
         """
-        with self._chain.writing() as page:
+        with self._chain.write_transaction() as page:
             if not 1 <= attempt <= len(_booked(page, run, round)):
                 raise LedgerError(f"round {round} of {run} was never booked; no photo may be opened for it")
-            answers.begin(page, run, round, attempt)
+            answers.record_attempt(page, run, round, attempt)
 
     def store_reply(self, run: str, round: int, body: bytes, *, attempt: int | None = None) -> None:
         """Keep the bytes that answer a booked round; the run's reply before is dropped.
@@ -316,20 +316,20 @@ class Ledger:
         Raises:
             LedgerError: The round was never booked, or that booking has a different answer already.
         """
-        with self._chain.writing() as page:
+        with self._chain.write_transaction() as page:
             booked = len(_booked(page, run, round))
             paid = booked if attempt is None else attempt
             if not 1 <= paid <= booked:
                 raise LedgerError(f"round {round} of {run} was never booked; nothing may be sent")
-            answers.keep_reply(page, run, round, paid, body)
+            answers.store_reply(page, run, round, paid, body)
 
-    def stored_reply(self, run: str, round: int) -> bytes | None:
+    def load_reply(self, run: str, round: int) -> bytes | None:
         """The bytes that answered this round; None if it was never answered or they were dropped since."""
-        with self._chain.reading() as page:
-            reply = answers.kept_reply(page, run, round)
+        with self._chain.read_transaction() as page:
+            reply = answers.load_reply(page, run, round)
         return None if reply is None else reply[1]
 
-    def forget_replies(self, run: str | None = None) -> int:
+    def delete_replies(self, run: str | None = None) -> int:
         """Drop the kept bytes of one run, or of all, and overwrite them on disk; bookings stay.
 
         A round whose bytes were dropped is booked anew if it is asked once more.
@@ -337,22 +337,22 @@ class Ledger:
         Returns:
             How many replies were dropped.
         """
-        with self._chain.writing() as page:
-            return answers.drop_replies(page, run)
+        with self._chain.write_transaction() as page:
+            return answers.delete_replies(page, run)
 
 
-def _entries(page: Page) -> list[Entry]:
+def _entries(page: Transaction) -> list[Entry]:
     entries = [Entry.of(line) for line in page.lines]
-    answers.check_begun(page, {(entry.run, entry.round, entry.attempt) for entry in entries})
+    answers.check_attempts(page, {(entry.run, entry.round, entry.attempt) for entry in entries})
     return entries
 
 
-def _booked(page: Page, run: str, round: int) -> list[Entry]:
+def _booked(page: Transaction, run: str, round: int) -> list[Entry]:
     """Every attempt at a round, oldest first."""
     return [entry for entry in _entries(page) if entry.run == run and entry.round == round]
 
 
-def _append(page: Page, event: Event, run: str, round: int, marks: Mapping[str, str]) -> Entry:
+def _append(page: Transaction, event: Event, run: str, round: int, marks: Mapping[str, str]) -> Entry:
     if round < 0:
         raise ValueError(f"round must be >= 0, got {round}")
     _unit(marks)  # what cannot be priced later is not booked
@@ -380,9 +380,9 @@ def _everything(entries: Sequence[Entry], unit: Unit, since: datetime | None) ->
     try:
         for entry in entries:
             if start is None or entry.time >= start:
-                which = entry.event, _unit(json.loads(entry.marks))
+                which = entry.event, _unit(json.loads(entry.metadata))
                 if which not in seen:
-                    seen[which] = seen_by(event_from_json(entry.event), told=which[1], wanted=unit)
+                    seen[which] = convert_unit(event_from_json(entry.event), source=which[1], target=unit)
                 released.append(seen[which])
     except (PrivacyError, ValueError) as error:
         raise LedgerError(f"the ledger holds an event that cannot be priced: {error}") from error

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fedface.privacy.target import check_delta, delta_in_words
+from fedface.privacy.target import check_delta, format_delta
 from fedface.units import UNITS, Unit
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limit:
+class BudgetStatus:
     """At most epsilon at delta for one unit, over everything booked for life, or within the last `days` days.
 
     Raises:
@@ -42,38 +42,38 @@ class Limit:
 
     def __str__(self) -> str:
         """Its epsilon with its delta, unit and period."""
-        return f"epsilon {self.epsilon:g} at delta {delta_in_words(self.delta)} per {self.unit} {self.period}"
+        return f"epsilon {self.epsilon:g} at delta {format_delta(self.delta)} per {self.unit} {self.period}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shortfall:
+class BudgetExceeded:
     """The first limit that a release would break, and by how much; every number is an upper bound."""
 
-    limit: Limit  # what is allowed, at which delta, of which unit and period
+    budget: BudgetStatus  # what is allowed, at which delta, of which unit and period
     asked: float  # what the release alone costs
     spent: float  # what is booked in the limit's period
     together: float  # what both cost together, composed: less than their sum
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """All numbers in one phrase that can follow "asks for"."""
-        limit = self.limit
+        limit = self.budget
         return (
             f"epsilon {self.asked:.3f}; {self.spent:.3f} of {limit.epsilon:g} is already spent "
-            f"(together {self.together:.3f}, delta {delta_in_words(limit.delta)}, per {limit.unit} {limit.period})"
+            f"(together {self.together:.3f}, delta {format_delta(limit.delta)}, per {limit.unit} {limit.period})"
         )
 
 
-def short_in_words(short: Shortfall) -> str:
+def describe_briefly(short: BudgetExceeded) -> str:
     """What does not fit, as a phrase that can follow "asks for"; every epsilon is an upper bound and says so."""
-    limit = short.limit
+    limit = short.budget
     return (
-        f"{at_most(short.asked)}; {at_most(short.spent)} of {limit.epsilon:g} is already spent (together "
-        f"{at_most(short.together)}; every epsilon here at delta {delta_in_words(limit.delta)}, "
+        f"{format_upper_bound(short.asked)}; {format_upper_bound(short.spent)} of {limit.epsilon:g} is already spent (together "
+        f"{format_upper_bound(short.together)}; every epsilon here at delta {format_delta(limit.delta)}, "
         f"per {limit.unit} {limit.period})"
     )
 
 
-def overspent(spent: float, limit: Limit, *, unpromised: bool) -> str | None:
+def overspending(spent: float, limit: BudgetStatus, *, unpromised: bool) -> str | None:
     """That nothing of a limit is left, as a sentence without full stop; None as long as something is.
 
     `spent` is the upper bound of what is spent in the limit's period; runs without noise, if allowed, know no budget.
@@ -83,12 +83,12 @@ def overspent(spent: float, limit: Limit, *, unpromised: bool) -> str | None:
         return None
     until = "" if limit.days is None else " until enough of it is older than that"
     what = "everything that promises something" if unpromised else "everything"
-    much = "without a bound" if math.isinf(over) else f"by {at_most(over)}"
-    where = f"at delta {delta_in_words(limit.delta)} per {limit.unit}"
+    much = "without a bound" if math.isinf(over) else f"by {format_upper_bound(over)}"
+    where = f"at delta {format_delta(limit.delta)} per {limit.unit}"
     return f"nothing is left: {what} will be refused{until}; over {much} {where}"
 
 
-def at_most(epsilon: float) -> str:
+def format_upper_bound(epsilon: float) -> str:
     """An upper bound of an epsilon, as such, rounded up."""
     if math.isinf(epsilon):
         return "epsilon infinite"

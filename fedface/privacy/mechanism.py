@@ -35,7 +35,7 @@ CLIP_NORMS = (1e-6, 1e6)
 _AT_ONCE = 2**20  # numbers that are noised together
 _GRID_BITS = 20  # a noised sum lies on a grid 2^20 to 2^21 times as fine as the noise's deviation
 
-LONGEST = 1e18  # longer vectors become zero: float32 could not scale them down without rounding them up
+MAX_NORM = 1e18  # longer vectors become zero: float32 could not scale them down without rounding them up
 
 
 def check_clip_norm(clip_norm: float) -> None:
@@ -52,7 +52,7 @@ def check_sigma(sigma: float) -> None:
         raise ValueError(f"sigma must be a finite number above 0, got {sigma}; no noise is NoPromise")
 
 
-def clipped(update: Vector, clip_norm: float) -> Vector:
+def clip_l2(update: Vector, clip_norm: float) -> Vector:
     """Scale a vector down so that its Euclidean length is at most `clip_norm`.
 
     Guarantees:
@@ -68,7 +68,7 @@ def clipped(update: Vector, clip_norm: float) -> Vector:
     """
     # In float64: a lane of float32 squares loses small ones beside a large one, and the length comes out too short.
     length: Tensor = torch.linalg.vector_norm(update, dtype=torch.float64)
-    if not bool(length.detach() <= LONGEST):  # nor what is not a number
+    if not bool(length.detach() <= MAX_NORM):  # nor what is not a number
         return torch.zeros_like(update)
     scale: Tensor = (clip_norm / length).clamp(max=1.0).to(update.dtype)  # differentiable, for attacks
     return update * scale
@@ -87,7 +87,7 @@ class GaussianSum:
 
     def clip(self, update: Vector) -> Vector:
         """One unit's vector (d,), scaled down to length `clip_norm` at most; zero if not finite."""
-        return clipped(update, self.clip_norm)
+        return clip_l2(update, self.clip_norm)
 
     def noise(self, total: Vector, secret: SecretNoise) -> Vector:
         """The sum (d,) with fresh normal noise added once; never call it twice on one booking.
@@ -128,7 +128,7 @@ class ClippedSum:
 
     def clip(self, update: Vector) -> Vector:
         """One unit's vector (d,), scaled down to length `clip_norm` at most; zero if not finite."""
-        return clipped(update, self.clip_norm)
+        return clip_l2(update, self.clip_norm)
 
     def event(self) -> DpEvent:
         """The event whose epsilon is infinite."""

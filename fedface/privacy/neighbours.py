@@ -29,14 +29,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fedface.privacy.accounting import Leaf, ReplaceOneDpEvent, event_of_leaves, leaves_of
+from fedface.privacy.accounting import Release, ReplaceOneDpEvent, event_from_releases, flatten_event
 from fedface.privacy.mechanism import Event
 from fedface.units import Unit, covers
 
-Neighbours = Literal["add or remove one", "replace one"]
+Adjacency = Literal["add or remove one", "replace one"]
 
 
-def for_replacing_one(event: Event) -> Event:
+def replace_one_event(event: Event) -> Event:
     """What an event releases about the content of a unit that stays: its price is that of replace-one neighbours.
 
     Guarantees:
@@ -45,10 +45,10 @@ def for_replacing_one(event: Event) -> Event:
     Raises:
         PrivacyError: The event holds something that cannot be priced.
     """
-    return event_of_leaves(leaves_of(ReplaceOneDpEvent(event)))
+    return event_from_releases(flatten_event(ReplaceOneDpEvent(event)))
 
 
-def seen_by(event: Event, *, told: Unit, wanted: Unit) -> Event:
+def convert_unit(event: Event, *, source: Unit, target: Unit) -> Event:
     """What an event of a run that promises per `told` releases about one `wanted`.
 
     Args:
@@ -59,8 +59,8 @@ def seen_by(event: Event, *, told: Unit, wanted: Unit) -> Event:
     Returns:
         The event itself; the same with its content replaced; or, for a `told` finer than `wanted`, no promise.
     """
-    if told == wanted:
+    if source == target:
         return event
-    if covers(told, wanted):
-        return for_replacing_one(event)
-    return event_of_leaves(tuple((Leaf("nonprivate", 0.0, 1.0), count) for _, count in leaves_of(event)))
+    if covers(source, target):
+        return replace_one_event(event)
+    return event_from_releases(tuple((Release("nonprivate", 0.0, 1.0), count) for _, count in flatten_event(event)))

@@ -21,14 +21,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, assert_never
 
 from fedface.errors import PrivacyError
-from fedface.privacy.accounting import ADJACENCY, Bounds, compose, epsilon_of, noise_for
+from fedface.privacy.accounting import ADJACENCY, EpsilonBounds, compose, epsilon_of, calibrate_noise_multiplier
 from fedface.privacy.mechanism import ClippedSum, Event, GaussianSum, SampledGaussian, check_clip_norm
-from fedface.privacy.target import NoPromise, PrivacyTarget, Promise, delta_in_words
+from fedface.privacy.target import NoPrivacy, PrivacyTarget, PrivacyGuarantee, format_delta
 from fedface.units import UNITS, Unit, unit_in_words
 
-MOST_STEPS = 2_000  # of a round: more would keep a device busy for days, however cheap the noise makes them
-MOST_EXPECTED = 10**9  # photos in a step
-MOST_NOISE = 1e7  # ten times what a plan may ask for; the noise itself stays finite in float32
+MAX_STEPS = 2_000  # of a round: more would keep a device busy for days, however cheap the noise makes them
+MAX_EXPECTED_BATCH_SIZE = 10**9  # photos in a step
+MAX_NOISE_MULTIPLIER = 1e7  # ten times what a plan may ask for; the noise itself stays finite in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Schedule:
     rounds: int  # >= 1
     steps_per_round: int  # private steps a device takes in one round, >= 1
     sampling_rate: float  # q: the probability with which a unit joins a step, 0 < q <= 1
-    expected_batch: int  # what each step's sum is divided by, >= 1
+    expected_batch_size: int  # what each step's sum is divided by, >= 1
     clip_norm: float  # longest gradient one unit can have in a step, > 0
 
     def __post_init__(self) -> None:
@@ -50,38 +50,38 @@ class Schedule:
             raise ValueError(f"rounds must be at least 1, got {self.rounds}")
         if self.steps_per_round < 1:
             raise ValueError(f"steps_per_round must be at least 1, got {self.steps_per_round}")
-        if self.steps_per_round > MOST_STEPS:
-            raise ValueError(f"steps_per_round must be at most {MOST_STEPS}, got {self.steps_per_round}")
+        if self.steps_per_round > MAX_STEPS:
+            raise ValueError(f"steps_per_round must be at most {MAX_STEPS}, got {self.steps_per_round}")
         if not 0 < self.sampling_rate <= 1:
             raise ValueError(f"sampling_rate must lie in (0, 1], got {self.sampling_rate}")
-        if self.expected_batch < 1:
-            raise ValueError(f"expected_batch must be at least 1, got {self.expected_batch}")
-        if self.expected_batch > MOST_EXPECTED:
-            raise ValueError(f"expected_batch must be at most {MOST_EXPECTED}, got {self.expected_batch}")
+        if self.expected_batch_size < 1:
+            raise ValueError(f"expected_batch must be at least 1, got {self.expected_batch_size}")
+        if self.expected_batch_size > MAX_EXPECTED_BATCH_SIZE:
+            raise ValueError(f"expected_batch must be at most {MAX_EXPECTED_BATCH_SIZE}, got {self.expected_batch_size}")
         check_clip_norm(self.clip_norm)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Terms:
+class DPParameters:
     """What a run asks of a device: a schedule and a noise multiplier, which the device prices itself."""
 
     schedule: Schedule
     noise_multiplier: float  # sigma >= 0; exactly 0 means that nothing is promised
     unit: Unit = "photo"  # whose vector is clipped: what a promise covers
-    update_clip: float = 1.0  # unit library: longest update of one device, in public ranges, > 0
+    update_clip_norm: float = 1.0  # unit library: longest update of one device, in public ranges, > 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.noise_multiplier <= MOST_NOISE:
-            raise ValueError(f"noise_multiplier must lie in [0, {MOST_NOISE:g}], got {self.noise_multiplier}")
+        if not 0 <= self.noise_multiplier <= MAX_NOISE_MULTIPLIER:
+            raise ValueError(f"noise_multiplier must lie in [0, {MAX_NOISE_MULTIPLIER:g}], got {self.noise_multiplier}")
         if self.unit not in UNITS:
             raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
         try:
-            check_clip_norm(self.update_clip)
+            check_clip_norm(self.update_clip_norm)
         except ValueError as error:
             raise ValueError(str(error).replace("clip_norm", "update_clip")) from error
 
     @property
-    def promises(self) -> bool:
+    def is_private(self) -> bool:
         """Whether there is noise, hence a finite epsilon."""
         return self.noise_multiplier > 0
 
@@ -92,14 +92,14 @@ class Terms:
 
     def mechanism(self) -> GaussianSum | ClippedSum:
         """What each step on the device releases; its type says whether the device adds noise."""
-        if self.promises and self.noise_at == "device":
+        if self.is_private and self.noise_at == "device":
             return GaussianSum(clip_norm=self.schedule.clip_norm, sigma=self.noise_multiplier)
         return ClippedSum(clip_norm=self.schedule.clip_norm)
 
-    def sum_mechanism(self) -> GaussianSum | None:
+    def central_mechanism(self) -> GaussianSum | None:
         """What cuts each device's whole update and noises their sum, in public ranges; None where steps do it."""
-        if self.promises and self.noise_at == "server":
-            return GaussianSum(clip_norm=self.update_clip, sigma=self.noise_multiplier)
+        if self.is_private and self.noise_at == "server":
+            return GaussianSum(clip_norm=self.update_clip_norm, sigma=self.noise_multiplier)
         return None
 
     def event(self, rounds: int | None = None) -> Event:
@@ -110,7 +110,7 @@ class Terms:
         count = self.schedule.rounds if rounds is None else rounds
         if count < 1:
             raise ValueError(f"rounds must be at least 1, got {count}")
-        at_server = self.sum_mechanism()
+        at_server = self.central_mechanism()
         if at_server is not None:
             return SampledGaussian(sampling_rate=1.0, sum=at_server, steps=count).event()
         mechanism = self.mechanism()
@@ -132,10 +132,10 @@ class Terms:
             **asdict(self.schedule),
             "noise_multiplier": self.noise_multiplier,
             "unit": self.unit,
-            "update_clip": self.update_clip,
+            "update_clip": self.update_clip_norm,
         }
 
-    def marks(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, str]:
         """The terms in words, for a ledger entry: what was asked, of what unit, between which neighbours."""
         asked = {
             key: value if isinstance(value, str) else f"{value:.12g}"
@@ -151,7 +151,7 @@ class Terms:
         }
 
     @staticmethod
-    def from_record(record: Mapping[str, Any]) -> Terms:
+    def from_record(record: Mapping[str, Any]) -> DPParameters:
         """The terms that `to_record` wrote, checked anew: the sender is not trusted.
 
         Raises:
@@ -165,14 +165,14 @@ class Terms:
                 rounds=int(record["rounds"]),
                 steps_per_round=int(record["steps_per_round"]),
                 sampling_rate=float(record["sampling_rate"]),
-                expected_batch=int(record["expected_batch"]),
+                expected_batch_size=int(record["expected_batch"]),
                 clip_norm=float(record["clip_norm"]),
             )
-            return Terms(
+            return DPParameters(
                 schedule=schedule,
                 noise_multiplier=float(record["noise_multiplier"]),
                 unit=record["unit"],
-                update_clip=float(record["update_clip"]),
+                update_clip_norm=float(record["update_clip"]),
             )
         except (TypeError, ValueError, OverflowError) as error:
             raise PrivacyError(f"terms out of bounds: {error}") from error
@@ -182,67 +182,67 @@ class Terms:
 class Plan:
     """A promise, its schedule, and the noise that keeps it. Made by `make_plan`."""
 
-    promise: Promise
+    privacy: PrivacyGuarantee
     schedule: Schedule
     noise_multiplier: float  # sigma; 0.0 only for NoPromise
-    update_clip: float = 1.0  # see Terms
-    beside: tuple[Terms, ...] = ()  # what else is released of the same units, such as evaluation figures
+    update_clip_norm: float = 1.0  # see Terms
+    additional_releases: tuple[DPParameters, ...] = ()  # what else is released of the same units, such as evaluation figures
 
     def __post_init__(self) -> None:
-        if (self.noise_multiplier > 0) != isinstance(self.promise, PrivacyTarget):
-            raise ValueError(f"{self.promise} does not go with noise_multiplier {self.noise_multiplier}")
+        if (self.noise_multiplier > 0) != isinstance(self.privacy, PrivacyTarget):
+            raise ValueError(f"{self.privacy} does not go with noise_multiplier {self.noise_multiplier}")
 
     @property
-    def terms(self) -> Terms:
+    def dp_parameters(self) -> DPParameters:
         """What is sent to a device."""
-        return _terms(self.promise, self.schedule, self.noise_multiplier, self.update_clip)
+        return _terms(self.privacy, self.schedule, self.noise_multiplier, self.update_clip_norm)
 
     def mechanism(self) -> GaussianSum | ClippedSum:
         """What each private step releases."""
-        return self.terms.mechanism()
+        return self.dp_parameters.mechanism()
 
-    def marks(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, str]:
         """The terms in words, for a ledger entry."""
-        return self.terms.marks()
+        return self.dp_parameters.metadata()
 
     def event(self, rounds: int | None = None) -> Event:
         """What `rounds` training rounds (all of them if None) release about one unit."""
-        return self.terms.event(rounds)
+        return self.dp_parameters.event(rounds)
 
-    def whole_event(self) -> Event:
+    def total_event(self) -> Event:
         """What everything releases about one unit: all rounds, and what is released beside them."""
-        return compose([self.event(), *(terms.event() for terms in self.beside)])
+        return compose([self.event(), *(terms.event() for terms in self.additional_releases)])
 
-    def epsilon(self) -> Bounds | None:
+    def epsilon(self) -> EpsilonBounds | None:
         """The price of everything at the promise's delta; None where nothing is promised."""
-        match self.promise:
+        match self.privacy:
             case PrivacyTarget(delta=delta):
-                return epsilon_of(self.whole_event(), delta)
-            case NoPromise():
+                return epsilon_of(self.total_event(), delta)
+            case NoPrivacy():
                 return None
             case _:
                 assert_never(self.promise)
 
     def describe(self) -> list[str]:
         """The plan in words, one line each, for `fedface check` and the report."""
-        match self.promise:
+        match self.privacy:
             case PrivacyTarget() as target:
-                bounds = epsilon_of(self.whole_event(), target.delta)
+                bounds = epsilon_of(self.total_event(), target.delta)
                 return [
                     *self._steps(target.unit),
                     *self._noise(target.unit),
                     *(
                         f"beside it: {_counted(terms.schedule.rounds, 'set')} of figures, noise multiplier "
                         f"{terms.noise_multiplier:.4f}"
-                        for terms in self.beside
+                        for terms in self.additional_releases
                     ),
-                    f"promise: epsilon at most {target.epsilon:g} at delta {delta_in_words(target.delta)} "
+                    f"promise: epsilon at most {target.epsilon:g} at delta {format_delta(target.delta)} "
                     f"per {target.unit}, over everything; neighbours: {ADJACENCY}",
                     f"the promise covers {unit_in_words(target.unit)}",
                     f"price: epsilon {bounds.estimate:.3f}, certainly between "
                     f"{math.floor(bounds.lower * 1000) / 1000:.3f} and {math.ceil(bounds.upper * 1000) / 1000:.3f}",
                 ]
-            case NoPromise():
+            case NoPrivacy():
                 return [
                     *self._steps("photo"),
                     "NO PROMISE: no noise, epsilon is infinite; devices refuse this by default",
@@ -257,7 +257,7 @@ class Plan:
         return [
             f"{_counted(s.rounds, 'round')} of {_counted(s.steps_per_round, kind.removesuffix('s'))} on each device",
             f"each {one} joins a step with probability {s.sampling_rate:g}; "
-            f"every sum is divided by {s.expected_batch}",
+            f"every sum is divided by {s.expected_batch_size}",
             f"one {one}'s gradient is cut to length {s.clip_norm:g}",
         ]
 
@@ -265,18 +265,18 @@ class Plan:
         s, sigma = self.schedule, self.noise_multiplier
         if unit == "library":
             return [
-                f"one device's whole update is cut to length {self.update_clip:g}, in public ranges",
+                f"one device's whole update is cut to length {self.update_clip_norm:g}, in public ranges",
                 f"noise multiplier {sigma:.4f}: the server, which is trusted, adds standard deviation "
-                f"{sigma * self.update_clip:.3g} to every number of each round's sum",
+                f"{sigma * self.update_clip_norm:.3g} to every number of each round's sum",
             ]
         return [
             f"noise multiplier {sigma:.4f}: standard deviation "
-            f"{sigma * s.clip_norm / s.expected_batch:.3g} on every number and step",
+            f"{sigma * s.clip_norm / s.expected_batch_size:.3g} on every number and step",
         ]
 
 
 def make_plan(
-    promise: Promise, schedule: Schedule, *, update_clip: float = 1.0, beside: Sequence[Terms] = ()
+    privacy: PrivacyGuarantee, schedule: Schedule, *, update_clip_norm: float = 1.0, additional_releases: Sequence[DPParameters] = ()
 ) -> Plan:
     """Find the least noise with which a schedule keeps a promise.
 
@@ -292,28 +292,28 @@ def make_plan(
     Raises:
         PrivacyError: No amount of noise keeps this promise.
     """
-    match promise:
+    match privacy:
         case PrivacyTarget():
-            others = [terms.event() for terms in beside]
-            sigma = noise_for(
-                promise, lambda s: compose([_terms(promise, schedule, s, update_clip).event(), *others])
+            others = [terms.event() for terms in additional_releases]
+            sigma = calibrate_noise_multiplier(
+                privacy, lambda s: compose([_terms(privacy, schedule, s, update_clip_norm).event(), *others])
             )
-        case NoPromise():
+        case NoPrivacy():
             sigma = 0.0
         case _:
-            assert_never(promise)
+            assert_never(privacy)
     return Plan(
-        promise=promise,
+        privacy=privacy,
         schedule=schedule,
         noise_multiplier=sigma,
-        update_clip=update_clip,
-        beside=tuple(beside),
+        update_clip_norm=update_clip_norm,
+        additional_releases=tuple(additional_releases),
     )
 
 
-def _terms(promise: Promise, schedule: Schedule, sigma: float, update_clip: float) -> Terms:
+def _terms(promise: PrivacyGuarantee, schedule: Schedule, sigma: float, update_clip: float) -> DPParameters:
     unit: Unit = promise.unit if isinstance(promise, PrivacyTarget) else "photo"
-    return Terms(schedule=schedule, noise_multiplier=sigma, unit=unit, update_clip=update_clip)
+    return DPParameters(schedule=schedule, noise_multiplier=sigma, unit=unit, update_clip_norm=update_clip)
 
 
 def _counted(count: int, word: str) -> str:

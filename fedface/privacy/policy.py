@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedface.errors import PolicyRefusal
-from fedface.privacy.conditions import Conditions, Surroundings, ThisMachine, last_day
+from fedface.privacy.conditions import ParticipationConditions, Environment, SystemEnvironment, parse_expiry
 from fedface.privacy.ledger import Entry, Ledger
-from fedface.privacy.limits import Limit, short_in_words
-from fedface.privacy.plan import Plan, Terms
-from fedface.privacy.target import check_delta, delta_in_words
+from fedface.privacy.limits import BudgetStatus, describe_briefly
+from fedface.privacy.plan import Plan, DPParameters
+from fedface.privacy.target import check_delta, format_delta
 from fedface.units import UNITS, Unit, covers, unit_in_words
 
 OBJECTIVES = ("generator", "upsampler")  # what can be trained, in the word of a policy
@@ -43,7 +43,7 @@ class Period:
     epsilon: float  # > 0
 
     def __post_init__(self) -> None:
-        Limit(epsilon=self.epsilon, delta=0.5, days=self.days)  # the bounds of a limit
+        BudgetStatus(epsilon=self.epsilon, delta=0.5, days=self.days)  # the bounds of a limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +62,15 @@ class DevicePolicy:
     objectives: tuple[str, ...] = OBJECTIVES  # what photos may help to train
     evaluation: bool = False  # may this device answer questions about its photos, with noise?
     protocols: tuple[str, ...] = ("encrypted",)  # how updates may travel
-    smallest_cohort: int = 2  # fewest devices whose updates are summed, >= 1
+    min_cohort_size: int = 2  # fewest devices whose updates are summed, >= 1
     trust_server: bool = False  # may runs take part whose noise the server adds?
-    allow_unpromised: bool = False  # may runs without noise use these photos?
+    allow_no_dp: bool = False  # may runs without noise use these photos?
     folders: tuple[Path, ...] = ()  # below the photos: only these may be used; none named: all
-    never: tuple[Path, ...] = ()  # below the photos: these may not be used, also where `folders` holds them
+    exclude_folders: tuple[Path, ...] = ()  # below the photos: these may not be used, also where `folders` holds them
     hours: tuple[str, ...] = ()  # such as "22:00-07:00", local time; none: at any time
-    on_mains: bool = False  # only when plugged in?
-    least_battery: float = 0.0  # off the mains only with this share of charge, 0 to 1
-    most_load: float | None = None  # load average of the last minute per core; None: any
+    require_ac_power: bool = False  # only when plugged in?
+    min_battery: float = 0.0  # off the mains only with this share of charge, 0 to 1
+    max_load: float | None = None  # load average of the last minute per core; None: any
     expires: str | None = None  # the last day, such as 2027-01-31; from the next on everything is refused
 
     def __post_init__(self) -> None:
@@ -79,8 +79,8 @@ class DevicePolicy:
         check_delta(self.delta)
         if self.unit not in UNITS:
             raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
-        if self.smallest_cohort < 1:
-            raise ValueError(f"smallest_cohort must be at least 1, got {self.smallest_cohort}")
+        if self.min_cohort_size < 1:
+            raise ValueError(f"smallest_cohort must be at least 1, got {self.min_cohort_size}")
         for objective in self.objectives:
             if objective not in OBJECTIVES:
                 figures = "; figures are allowed by evaluation: true" if objective == EVALUATION else ""
@@ -94,40 +94,40 @@ class DevicePolicy:
                 raise ValueError(
                     f'protocols must be among {", ".join(PROTOCOLS)}, got "{protocol:.40}"{meant}'
                 )
-        for key, folders in (("folders", self.folders), ("never", self.never)):
+        for key, folders in (("folders", self.folders), ("never", self.exclude_folders)):
             for folder in folders:
                 _check_folder(key, folder)
         if self.expires is not None:
             try:
-                last_day(self.expires)
+                parse_expiry(self.expires)
             except ValueError as error:
                 raise ValueError(f"expires {error}") from error
         _ = self.conditions
 
     @property
-    def limits(self) -> tuple[Limit, ...]:
+    def budgets(self) -> tuple[BudgetStatus, ...]:
         """The budget for life, then that of each period."""
         return (
-            Limit(epsilon=self.max_epsilon, delta=self.delta, unit=self.unit),
+            BudgetStatus(epsilon=self.max_epsilon, delta=self.delta, unit=self.unit),
             *(
-                Limit(epsilon=period.epsilon, delta=self.delta, unit=self.unit, days=period.days)
+                BudgetStatus(epsilon=period.epsilon, delta=self.delta, unit=self.unit, days=period.days)
                 for period in self.periods
             ),
         )
 
     @property
-    def conditions(self) -> Conditions:
+    def conditions(self) -> ParticipationConditions:
         """When this device may work."""
-        return Conditions(
+        return ParticipationConditions(
             hours=self.hours,
-            on_mains=self.on_mains,
-            least_battery=self.least_battery,
-            most_load=self.most_load,
+            require_ac_power=self.require_ac_power,
+            min_battery=self.min_battery,
+            max_load=self.max_load,
         )
 
     def admit(
         self,
-        plan: Plan | Terms,
+        plan: Plan | DPParameters,
         cohort_size: int,
         protocol: str,
         objective: str,
@@ -135,7 +135,7 @@ class DevicePolicy:
         *,
         run: str | None = None,
         round: int | None = None,
-        surroundings: Surroundings | None = None,
+        surroundings: Environment | None = None,
     ) -> None:
         """Return if a run may use these photos now; otherwise say why not, the first reason that there is.
 
@@ -158,43 +158,43 @@ class DevicePolicy:
             PolicyRefusal: With what was asked, what is spent and what is allowed.
             LedgerError: The ledger cannot be trusted, so nothing can be admitted.
         """
-        self.agree(plan, cohort_size, protocol, objective, surroundings=surroundings)
-        self.conditions.check(surroundings or ThisMachine())
+        self.check_static(plan, cohort_size, protocol, objective, surroundings=surroundings)
+        self.conditions.check(surroundings or SystemEnvironment())
         terms = _terms(plan)
-        if terms.promises:
+        if terms.is_private:
             self._admit_price(terms, ledger, run, round)
 
-    def agree(
+    def check_static(
         self,
-        plan: Plan | Terms,
+        plan: Plan | DPParameters,
         cohort_size: int,
         protocol: str,
         objective: str,
         *,
-        surroundings: Surroundings | None = None,
+        surroundings: Environment | None = None,
     ) -> None:
         """All that `admit` looks at but price and load: what holds for an answer that was paid for and kept as well.
 
         Raises:
             PolicyRefusal: As for `admit`.
         """
-        here = surroundings or ThisMachine()
+        here = surroundings or SystemEnvironment()
         self._admit_today(here)
         self._admit_purpose(cohort_size, protocol, objective)
         self._admit_promise(_terms(plan))
         replace(self.conditions, most_load=None).check(here)  # what is kept costs no work
 
-    def may_open(self, protocol: str, *, surroundings: Surroundings | None = None) -> None:
+    def check_decryption(self, protocol: str, *, surroundings: Environment | None = None) -> None:
         """Return if this device may open a sum that it has a part in: what it does for others, not with photos.
 
         Raises:
             PolicyRefusal: The last day is over, or sums of this kind are not allowed.
         """
-        self._admit_today(surroundings or ThisMachine())
+        self._admit_today(surroundings or SystemEnvironment())
         self._admit_protocol(protocol)
 
-    def _admit_today(self, surroundings: Surroundings) -> None:
-        if self.expires is not None and surroundings.now().date() > last_day(self.expires):
+    def _admit_today(self, surroundings: Environment) -> None:
+        if self.expires is not None and surroundings.now().date() > parse_expiry(self.expires):
             raise PolicyRefusal(f"what the owner of this device allowed has ended ({self.expires})")
 
     def _admit_purpose(self, cohort_size: int, protocol: str, objective: str) -> None:
@@ -207,10 +207,10 @@ class DevicePolicy:
                 f"{', '.join(self.objectives) or 'nothing'}"
             )
         self._admit_protocol(protocol)
-        if cohort_size < self.smallest_cohort:
+        if cohort_size < self.min_cohort_size:
             raise PolicyRefusal(
                 f"this run sums {cohort_size} devices; this device takes part only among "
-                f"{self.smallest_cohort} or more"
+                f"{self.min_cohort_size} or more"
             )
 
     def _admit_protocol(self, protocol: str) -> None:
@@ -220,12 +220,12 @@ class DevicePolicy:
                 f"{', '.join(self.protocols) or 'nothing'}"
             )
 
-    def _admit_promise(self, terms: Terms) -> None:
-        if not terms.promises:
-            if not self.allow_unpromised:
+    def _admit_promise(self, terms: DPParameters) -> None:
+        if not terms.is_private:
+            if not self.allow_no_dp:
                 raise PolicyRefusal(
                     "this run asks for epsilon infinite at every delta: it adds no noise; this device allows at most "
-                    f"{self.limits[0]}. Give it a privacy target, or ask the owner to allow it."
+                    f"{self.budgets[0]}. Give it a privacy target, or ask the owner to allow it."
                 )
             return
         if not covers(terms.unit, self.unit):
@@ -237,38 +237,38 @@ class DevicePolicy:
                 "in this run the server adds the noise; the owner of this device does not trust servers with that"
             )
 
-    def _admit_price(self, terms: Terms, ledger: Ledger, run: str | None, round: int | None) -> None:
-        done = 0 if run is None else ledger.rounds_booked(run)
-        booked = run is not None and round is not None and ledger.already(run, round)
+    def _admit_price(self, terms: DPParameters, ledger: Ledger, run: str | None, round: int | None) -> None:
+        done = 0 if run is None else ledger.rounds_recorded(run)
+        booked = run is not None and round is not None and ledger.is_recorded(run, round)
         rounds = max(terms.schedule.rounds - done, 0 if booked else 1)
         if rounds == 0:
             return
-        life, *periods = self.limits
-        short = ledger.room_for(terms.event(rounds), [life], told=terms.unit)
+        life, *periods = self.budgets
+        short = ledger.check_budget(terms.event(rounds), [life], told=terms.unit)
         if short is not None:
             raise PolicyRefusal(
-                f"over {rounds} round{'' if rounds == 1 else 's'} this run asks for {short_in_words(short)}. {ADVICE}"
+                f"over {rounds} round{'' if rounds == 1 else 's'} this run asks for {describe_briefly(short)}. {ADVICE}"
             )
         if booked or not periods:
             return
-        short = ledger.room_for(terms.event(1), periods, told=terms.unit)
+        short = ledger.check_budget(terms.event(1), periods, told=terms.unit)
         if short is not None:
             later = (
                 "That is more than this period ever allows."
-                if short.asked > short.limit.epsilon
+                if short.asked > short.budget.epsilon
                 else "Ask again later."
             )
-            raise PolicyRefusal(f"with one more round this run asks for {short_in_words(short)}. {later}")
+            raise PolicyRefusal(f"with one more round this run asks for {describe_briefly(short)}. {later}")
 
-    def book(
+    def record(
         self,
-        plan: Plan | Terms,
+        plan: Plan | DPParameters,
         ledger: Ledger,
         *,
         run: str,
         round: int,
         marks: Mapping[str, str] | None = None,
-        surroundings: Surroundings | None = None,
+        surroundings: Environment | None = None,
     ) -> Entry:
         """Book one round within this policy's budgets, on disk when this returns; then compute it.
 
@@ -288,23 +288,23 @@ class DevicePolicy:
             LedgerError: The ledger is damaged, or this round was answered for a different release.
         """
         terms = _terms(plan)
-        self._admit_today(surroundings or ThisMachine())
+        self._admit_today(surroundings or SystemEnvironment())
         self._admit_promise(terms)
-        said = terms.marks()
+        said = terms.metadata()
         noted = {**said, **(marks or {}), **{word: said[word] for word in OWN_WORDS}}
-        if terms.promises:
-            return ledger.book_within(terms.event(1), self.limits, run=run, round=round, marks=noted)
-        return ledger.book(terms.event(1), run=run, round=round, marks=noted)
+        if terms.is_private:
+            return ledger.record_within_budget(terms.event(1), self.budgets, run=run, round=round, marks=noted)
+        return ledger.record(terms.event(1), run=run, round=round, marks=noted)
 
-    def ended(self, surroundings: Surroundings) -> str | None:
+    def ended(self, surroundings: Environment) -> str | None:
         """That the last day is over, as a sentence without full stop; None as long as it is not."""
-        if self.expires is None or surroundings.now().date() <= last_day(self.expires):
+        if self.expires is None or surroundings.now().date() <= parse_expiry(self.expires):
             return None
         return f"this policy ended on {self.expires}; everything is refused"
 
-    def doubts(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """What is allowed to be written and hardly meant, one sentence each, without full stops."""
-        large = f"delta {delta_in_words(self.delta)} is large: with about this chance the bound need not hold at all"
+        large = f"delta {format_delta(self.delta)} is large: with about this chance the bound need not hold at all"
         return [
             *([large] if self.delta > LARGE_DELTA else []),
             *(
@@ -314,14 +314,14 @@ class DevicePolicy:
             ),
             *(
                 f"{limit} is more than the {self.max_epsilon:g} for life, so this period limits nothing"
-                for limit in self.limits[1:]
+                for limit in self.budgets[1:]
                 if limit.epsilon > self.max_epsilon
             ),
         ]
 
-    def in_words(self) -> list[str]:
+    def describe(self) -> list[str]:
         """What is allowed, one sentence each, without full stops."""
-        conditions = replace(self.conditions, hours=()).in_words()
+        conditions = replace(self.conditions, hours=()).describe()
         if self.hours:
             hours = " or ".join("from {} to {}".format(*words.split("-")) for words in self.hours)
             conditions = [f"{hours}, local time", *conditions]
@@ -330,22 +330,22 @@ class DevicePolicy:
             "questions about how well a model serves these photos are "
             + ("answered, with noise" if self.evaluation else "not answered")
             + (", or without where the server adds it" if self.evaluation and self.trust_server else ""),
-            f"updates may travel {_or(self.protocols)}, where {self.smallest_cohort} devices or more are summed"
+            f"updates may travel {_or(self.protocols)}, where {self.min_cohort_size} devices or more are summed"
             if self.protocols
             else "updates may not travel at all: every run is refused",
-            *(f"at most {limit}" for limit in self.limits),
+            *(f"at most {limit}" for limit in self.budgets),
             f"the budget counts {unit_in_words(self.unit)}",
             f"a run must promise per {_or([unit for unit in UNITS if covers(unit, self.unit)])}",
             "the noise may be added by the server, which then sees bare answers"
             if self.trust_server
             else "the noise must be added on this device: runs whose noise the server adds are refused",
             "RUNS WITHOUT NOISE MAY USE THESE PHOTOS: of such a run epsilon is infinite at every delta"
-            if self.allow_unpromised
+            if self.allow_no_dp
             else "runs without noise are refused",
             f"photos {_in(self.folders)} may be used"
             if self.folders
             else "photos in all folders may be used",
-            *([f"photos {_in(self.never)} may never be used"] if self.never else []),
+            *([f"photos {_in(self.exclude_folders)} may never be used"] if self.exclude_folders else []),
             f"this device takes part only {', '.join(conditions)}"
             if conditions
             else "this device takes part at any time",
@@ -353,8 +353,8 @@ class DevicePolicy:
         ]
 
 
-def _terms(plan: Plan | Terms) -> Terms:
-    return plan.terms if isinstance(plan, Plan) else plan
+def _terms(plan: Plan | DPParameters) -> DPParameters:
+    return plan.dp_parameters if isinstance(plan, Plan) else plan
 
 
 def _check_folder(key: str, folder: Path) -> None:

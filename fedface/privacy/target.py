@@ -13,16 +13,16 @@ from typing import Literal
 
 from fedface.units import UNITS, Unit
 
-SMALLEST_DELTA = 1e-10  # below this the accountant's floating-point slack would matter
+MIN_DELTA = 1e-10  # below this the accountant's floating-point slack would matter
 
 
 def check_delta(delta: float) -> None:
     """Raise ValueError unless delta is a number that the accountant can price."""
-    if not SMALLEST_DELTA <= delta < 1:
-        raise ValueError(f"delta must lie in [{SMALLEST_DELTA:g}, 1), got {delta}")
+    if not MIN_DELTA <= delta < 1:
+        raise ValueError(f"delta must lie in [{MIN_DELTA:g}, 1), got {delta}")
 
 
-def delta_in_words(delta: float) -> str:
+def format_delta(delta: float) -> str:
     """A delta in the one way in which it is written: 0.001, 1e-4, 2.5e-6."""
     if float(f"{delta:.6g}") >= 1e-3:
         return f"{delta:g}"
@@ -66,8 +66,8 @@ class PrivacyTarget:
 
 
 @dataclass(frozen=True)
-class NoPromise:
+class NoPrivacy:
     """Epsilon is infinite. For baselines on photos whose owners know; devices refuse it by default."""
 
 
-Promise = PrivacyTarget | NoPromise
+PrivacyGuarantee = PrivacyTarget | NoPrivacy

@@ -28,7 +28,7 @@ def render(record: RunRecord) -> str:
         _training(record),
         _privacy(record),
         _bias(record),
-        *([_private(record)] if record.private else []),
+        *([_private(record)] if record.device_metrics else []),
         _leakage(record),
         _limits(record),
         _provenance(record),
@@ -67,7 +67,7 @@ def _head(record: RunRecord) -> list[str]:
         "",
         f"Question: {plain(record.question)}",
         "",
-        *(plain(sentence) for sentence in short_answer.answer(record)),
+        *(plain(sentence) for sentence in short_answer.headline_summary(record)),
     ]
 
 
@@ -95,7 +95,7 @@ def _training(record: RunRecord) -> list[str]:
     lines = ["## Training", "", f"{size}: {replies}.", ""]
     known = [[device.id, device.description] for device in record.devices]
     lines += table(["Device", "Publicly known"], known)
-    return [*lines, "", "### Leaving", "", *(f"- {plain(text)}" for text in standing.leaving(record))]
+    return [*lines, "", "### Leaving", "", *(f"- {plain(text)}" for text in standing.withdrawal_notes(record))]
 
 
 def _privacy(record: RunRecord) -> list[str]:
@@ -108,7 +108,7 @@ def _privacy(record: RunRecord) -> list[str]:
             kept = [
                 "- Who is trusted: the server. It sees all that each device sends, bare, and adds the noise.",
                 f"- Noise multiplier {wording.constant(plan.noise_multiplier)}; each device's whole update is cut to "
-                f"length {wording.constant(plan.update_clip)}; {steps}, every device in each round; {neighbours}",
+                f"length {wording.constant(plan.update_clip_norm)}; {steps}, every device in each round; {neighbours}",
             ]
         else:
             kept = [
@@ -136,10 +136,10 @@ def _bias(record: RunRecord) -> list[str]:
             lines += [f"- {plain(sentence)}" for sentence in audit.sentences]
             counts = f"{wording.counted(audit.photos, 'photo')}, {wording.counted(audit.faces_per_photo, 'face')} each"
             lines += ["", f"Probe: {plain(audit.probe)}, {counts}."]
-            measures = list(dict.fromkeys(name for group in audit.groups for name in group.figures))
+            measures = list(dict.fromkeys(name for group in audit.groups for name in group.metrics))
             absent = NotMeasured(not_measured="too few photos of this group")
             rows = [
-                [group.group, *(wording.figure(group.figures.get(name, absent)) for name in measures)]
+                [group.group, *(wording.figure(group.metrics.get(name, absent)) for name in measures)]
                 for group in audit.groups
             ]
             units = [f" ({wording.unit_of(name)})" if wording.unit_of(name) else "" for name in measures]
@@ -149,12 +149,12 @@ def _bias(record: RunRecord) -> list[str]:
 
 
 def _private(record: RunRecord) -> list[str]:
-    last, measures = record.private[-1], private_page.measures_of(record.private)
+    last, measures = record.device_metrics[-1], private_page.measures_of(record.device_metrics)
     heads = ["Group", "Units", *(private_page.title(name) for name in measures)]
     rows = [[group.group, *private_page.texts(group, measures)] for group in private_page.ordered(last)]
     lines = ["## What devices say of their own photos", ""]
     lines += [f"- {plain(text)}" for text in private_page.sentences(record)]
-    lines += ["", *(f"- {plain(private_page.spent_sentence(told))}" for told in record.private), ""]
+    lines += ["", *(f"- {plain(private_page.spent_sentence(told))}" for told in record.device_metrics), ""]
     return lines + table(heads, rows)
 
 

@@ -14,16 +14,16 @@ import numpy as np
 
 from fedface.audits.disaggregate import mean_interval
 from fedface.errors import RunError
-from fedface.experiment import UNBOUNDED
+from fedface.experiment import NO_DP_LABEL
 from fedface.files import replace_text
-from fedface.privacy.target import delta_in_words
+from fedface.privacy.target import format_delta
 from fedface.reports import strict
-from fedface.reports.quantities import Epsilon, Figure, Interval, NotMeasured
+from fedface.reports.quantities import Epsilon, Measurement, Interval, NotMeasured
 from fedface.reports.run import MachineRecord
 
 FILE = "comparison.json"
-UNTOUCHED = "0"  # the level of the unmodified public model
-MEASURES = ("tone_distance", "darker", "kernel", "coverage", "precision", "recall")
+UNTRAINED = "0"  # the level of the unmodified public model
+METRICS = ("tone_distance", "darker", "kernel", "coverage", "precision", "recall")
 BY_GROUP = ("kernel", "coverage", "precision")
 TITLES = {
     "tone_distance": "distance in tone, Monk steps",
@@ -36,30 +36,30 @@ TITLES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupFigures:
+class GroupQualityRecord:
     """How good the samples of one tone group are."""
 
     group: str
     real: int  # faces of the reference in this group
     made: int  # samples in this group
-    figures: dict[str, Figure]  # kernel, coverage, precision, recall
+    figures: dict[str, Measurement]  # kernel, coverage, precision, recall
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelFigures:
+class ModelQualityRecord:
     """What the samples of one set of weights look like beside the devices' faces."""
 
     weights_hash: str
     tones: tuple[int, ...]  # samples with Monk 1 to 10
-    figures: dict[str, Figure]  # by measure
-    groups: tuple[GroupFigures, ...]
+    figures: dict[str, Measurement]  # by measure
+    groups: tuple[GroupQualityRecord, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFigures:
+class ComparedRun:
     """One run of a comparison."""
 
-    way: str
+    method: str
     level: str  # "0" before training, the promised epsilon, or "∞" where nothing is promised
     epsilon: Epsilon | NotMeasured
     seed: int
@@ -67,7 +67,7 @@ class RunFigures:
     numbers_up: int  # numbers that a device sends in a round
     bytes_up: int  # of all devices in all rounds
     seconds: float  # of all rounds together
-    model: ModelFigures
+    model: ModelQualityRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,24 +82,24 @@ class ComparisonRecord:
     machine: MachineRecord
     devices: str  # in words
     features: str  # on which distances rest, in words
-    reference: ModelFigures  # a second set of the devices' own faces: what a perfect generator would score
-    runs: tuple[RunFigures, ...]
+    reference: ModelQualityRecord  # a second set of the devices' own faces: what a perfect generator would score
+    runs: tuple[ComparedRun, ...]
 
     def ways(self) -> tuple[str, ...]:
         """The ways in the order in which they were run."""
-        return tuple(dict.fromkeys(run.way for run in self.runs))
+        return tuple(dict.fromkeys(run.method for run in self.runs))
 
     def levels(self) -> tuple[str, ...]:
         """ "0" first, promises ascending, "∞" last."""
         return tuple(sorted({run.level for run in self.runs}, key=_level))
 
-    def chosen(self, way: str, level: str) -> tuple[RunFigures, ...]:
+    def chosen(self, way: str, level: str) -> tuple[ComparedRun, ...]:
         """The runs of one way at one level, one per seed."""
-        return tuple(run for run in self.runs if (run.way, run.level) == (way, level))
+        return tuple(run for run in self.runs if (run.method, run.level) == (way, level))
 
-    def over_seeds(self, way: str, level: str, measure: str, group: str | None = None) -> Figure:
+    def over_seeds(self, way: str, level: str, measure: str, group: str | None = None) -> Measurement:
         """One measure of one way at one level, over its seeds; see `over_seeds`."""
-        found: list[Figure] = []
+        found: list[Measurement] = []
         for run in self.chosen(way, level):
             if group is None:
                 found.append(run.model.figures[measure])
@@ -109,10 +109,10 @@ class ComparisonRecord:
 
 
 def _level(level: str) -> float:
-    return float("inf") if level == UNBOUNDED else float(level)
+    return float("inf") if level == NO_DP_LABEL else float(level)
 
 
-def over_seeds(figures: Sequence[Figure]) -> Figure:
+def over_seeds(figures: Sequence[Measurement]) -> Measurement:
     """The mean over runs that differ in their seed alone.
 
     The interval is Student's over three runs or more, so that it holds what another seed would change; below
@@ -162,17 +162,17 @@ def markdown(record: ComparisonRecord) -> str:
         _reference(record),
         "",
     ]
-    heads = ["way", "epsilon", "sigma", "numbers up", "runs", *(TITLES[m] for m in MEASURES), "seconds"]
+    heads = ["way", "epsilon", "sigma", "numbers up", "runs", *(TITLES[m] for m in METRICS), "seconds"]
     lines += [_row(heads), _row(["---"] * len(heads))]
     for way in record.ways():
         for level in record.levels():
             runs = record.chosen(way, level)
             if not runs:
                 continue
-            figures = [_cell(record.over_seeds(way, level, measure)) for measure in MEASURES]
+            figures = [_cell(record.over_seeds(way, level, measure)) for measure in METRICS]
             seconds = f"{np.mean([run.seconds for run in runs]):.0f}"
             sigma = f"{runs[0].noise_multiplier:.3g}" if runs[0].noise_multiplier else "-"
-            up = f"{runs[0].numbers_up:,}" if level != UNTOUCHED else "-"
+            up = f"{runs[0].numbers_up:,}" if level != UNTRAINED else "-"
             lines.append(_row([way, level, sigma, up, str(len(runs)), *figures, seconds]))
     lines += ["", "## By tone group", ""]
     groups = [group.group for group in record.reference.groups]
@@ -193,17 +193,17 @@ def _promise(record: ComparisonRecord) -> str:
     if not known:
         return "No run promises anything."
     deltas = sorted({epsilon.delta for epsilon in known})
-    words = ", ".join(delta_in_words(delta) for delta in deltas)
+    words = ", ".join(format_delta(delta) for delta in deltas)
     return f"A promised epsilon is an upper bound over all rounds at delta {words}, per {known[0].unit}."
 
 
 def _reference(record: ComparisonRecord) -> str:
     figures = record.reference.figures
-    said = [f"{TITLES[m]} {_cell(figures[m])}" for m in MEASURES if m in figures]
+    said = [f"{TITLES[m]} {_cell(figures[m])}" for m in METRICS if m in figures]
     return f"What a second set of the devices' own faces scores: {'; '.join(said)}."
 
 
-def _cell(figure: Figure) -> str:
+def _cell(figure: Measurement) -> str:
     if isinstance(figure, NotMeasured):
         return "not measured"
     digits = 3 if max(abs(figure.low), abs(figure.high)) < 1 else 2

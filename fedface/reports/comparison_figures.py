@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 
-from fedface.experiment import UNBOUNDED
-from fedface.reports.comparison import TITLES, UNTOUCHED, ComparisonRecord
+from fedface.experiment import NO_DP_LABEL
+from fedface.reports.comparison import TITLES, UNTRAINED, ComparisonRecord
 from fedface.reports.figures import FAINT, INK, STYLE, face_grid
 from fedface.reports.quantities import Interval
 from fedface.shapes import Images
@@ -78,7 +78,7 @@ def tone_histograms(record: ComparisonRecord) -> bytes:
                     continue
                 counts = np.sum([run.model.tones for run in runs], axis=0)
                 shade = matplotlib.colormaps["viridis"](index / max(1, len(levels) - 1))
-                dash = (0, (2, 1.5)) if level == UNTOUCHED else "-"
+                dash = (0, (2, 1.5)) if level == UNTRAINED else "-"
                 axes.plot(
                     steps, 100 * counts / max(1, counts.sum()), color=shade, linewidth=1.6, linestyle=dash,
                     label=f"epsilon {level}",
@@ -123,7 +123,7 @@ def _panel(axes: Axes, record: ComparisonRecord, measure: str, group: str | None
 
 
 def _name(level: str) -> str:
-    return {UNTOUCHED: "0\n(base)", UNBOUNDED: "∞"}.get(level, level)
+    return {UNTRAINED: "0\n(base)", NO_DP_LABEL: "∞"}.get(level, level)
 
 
 def png_on_white(canvas: Canvas) -> bytes:

@@ -21,13 +21,13 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from fedface.errors import LedgerError, PrivacyError
-from fedface.privacy.accounting import Bounds, compose, epsilon_of, event_from_json
-from fedface.privacy.journal import AGAIN, OF_FIGURES, Sent, Withdrawn
-from fedface.privacy.ledger import LONGEST_PERIOD, Entry
-from fedface.privacy.limits import Limit
-from fedface.privacy.neighbours import seen_by
+from fedface.privacy.accounting import EpsilonBounds, compose, epsilon_of, event_from_json
+from fedface.privacy.journal import RESENT, OF_FIGURES, Transmission, Withdrawal
+from fedface.privacy.ledger import MAX_PERIOD, Entry
+from fedface.privacy.limits import BudgetStatus
+from fedface.privacy.neighbours import convert_unit
 from fedface.privacy.policy import DevicePolicy
-from fedface.privacy.target import delta_in_words
+from fedface.privacy.target import format_delta
 from fedface.reports import log_words, wording
 from fedface.reports.log_words import moment, shown
 from fedface.units import UNITS, Unit, unit_in_words
@@ -39,10 +39,10 @@ WIDE, HIGH = 344.0, 120.0  # of the plot, in units of the page's SVG
 
 
 @dataclass(frozen=True, kw_only=True)
-class Price:
+class TransmissionPrice:
     """An epsilon with what it needs to mean something."""
 
-    bounds: Bounds
+    bounds: EpsilonBounds
     delta: float
     unit: Unit
 
@@ -64,68 +64,68 @@ class Price:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
+class LoggedTransmission:
     """One line of the journal, and what it cost."""
 
-    line: Sent | Withdrawn
-    price: Price | None  # of the entry that paid, alone; None where nothing was paid
+    line: Transmission | Withdrawal
+    price: TransmissionPrice | None  # of the entry that paid, alone; None where nothing was paid
 
     def what(self) -> str:
         """What left, for which run."""
         match self.line:
-            case Sent(what="update", run=run, round=round):
+            case Transmission(kind="update", run=run, round=round):
                 return f"An update of a network's weights, for {run}, round {round}"
-            case Sent(what="figures", run=run, round=round):
+            case Transmission(kind="figures", run=run, round=round):
                 return f"Figures about how well a model serves these photos, for {run}, question {round}"
-            case Sent(what="opened sum", run=run, round=round, words=words) if OF_FIGURES in words:
+            case Transmission(kind="opened sum", run=run, round=round, reason=words) if OF_FIGURES in words:
                 return f"The opened sum of several devices' figures, for {run}, question {round}"
-            case Sent(what="opened sum", run=run, round=round):
+            case Transmission(kind="opened sum", run=run, round=round):
                 return f"The opened sum of several devices, for {run}, round {round}"
-            case Sent(run=run, round=round, words=words):
-                return f"A refusal, to {run}, round {round}: {words.removeprefix(AGAIN).removeprefix(': ')}"
-            case Withdrawn(run=run, why=why):
+            case Transmission(run=run, round=round, reason=words):
+                return f"A refusal, to {run}, round {round}: {words.removeprefix(RESENT).removeprefix(': ')}"
+            case Withdrawal(run=run, reason=why):
                 return f"You left {run}" + (f": {why}" if why else "")
 
     def cost(self) -> str:
         """What it cost, in words."""
         match self.line:
-            case Sent(entry=entry) if self.price is not None:
+            case Transmission(entry=entry) if self.price is not None:
                 return f"{self.price.in_words()}, for this alone (entry {entry})"
-            case Sent(what="opened sum"):
+            case Transmission(kind="opened sum"):
                 return "nothing more: each device's part in the sum is paid for"
-            case Sent(entry=int() as entry):
+            case Transmission(entry=int() as entry):
                 return f"nothing more: the same bytes as before, paid by entry {entry}"
             case _:
                 return "nothing"
 
     def when(self) -> tuple[str, str]:
         """The day and the time of day, UTC."""
-        day, _, hour = moment(self.line.written).partition(", ")
+        day, _, hour = moment(self.line.time_text).partition(", ")
         return day, hour
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget:
+class BudgetStatus:
     """One limit of the policy and what is spent of it now."""
 
-    limit: Limit
-    spent: Price
+    budget: BudgetStatus
+    spent: TransmissionPrice
 
     @property
     def left(self) -> float:
         """What the upper bound leaves, >= 0."""
-        return max(0.0, self.limit.epsilon - self.spent.bounds.upper)
+        return max(0.0, self.budget.epsilon - self.spent.bounds.upper)
 
     @property
     def at(self) -> str:
         """At which delta and of which unit it counts."""
-        return _where(self.limit.delta, self.limit.unit)
+        return _where(self.budget.delta, self.budget.unit)
 
     def in_words(self) -> str:
         """Spent, allowed and left, in two sentences."""
         return (
-            f"Spent {'so far' if self.limit.days is None else f'in the last {self.limit.days:g} days'}: "
-            f"{self.spent.in_words()}. Allowed {self.limit.period}: {self.limit.epsilon:g}; left: {shown(self.left)}."
+            f"Spent {'so far' if self.budget.days is None else f'in the last {self.budget.days:g} days'}: "
+            f"{self.spent.in_words()}. Allowed {self.budget.period}: {self.budget.epsilon:g}; left: {shown(self.left)}."
         )
 
 
@@ -137,18 +137,18 @@ class DeviceLog:
     receiver: str  # whom it is connected to now
     run: str | None  # only the lines of this run; None: of all
     kept: bool  # whether there is a journal; without one nothing was sent since journals are kept
-    told: tuple[Told, ...]  # oldest first
+    told: tuple[LoggedTransmission, ...]  # oldest first
     entries: tuple[Entry, ...]  # of the whole ledger
-    budgets: tuple[Budget, ...]  # of the policy, for all runs together; the first counts for life
+    budgets: tuple[BudgetStatus, ...]  # of the policy, for all runs together; the first counts for life
     unsent: tuple[Entry, ...]  # booked, without a line in the journal
     withdrawn: Mapping[str, str]  # runs that the owner has left, and when
     bare: int  # payloads that the server saw without noise, because it adds the noise itself
     now: datetime
 
     @property
-    def sent(self) -> tuple[Sent, ...]:
+    def sent(self) -> tuple[Transmission, ...]:
         """What left, oldest first."""
-        return tuple(told.line for told in self.told if isinstance(told.line, Sent))
+        return tuple(told.line for told in self.told if isinstance(told.line, Transmission))
 
     @property
     def bytes(self) -> int:
@@ -166,7 +166,7 @@ class DeviceLog:
             "bytes": self.bytes,
             "seen_by_the_server_without_noise": self.bare,
             "budgets": [
-                {"allowed": asdict(budget.limit), "spent": budget.spent.record(), "left": budget.left}
+                {"allowed": asdict(budget.budget), "spent": budget.spent.record(), "left": budget.left}
                 for budget in self.budgets
             ],
             "withdrawn": dict(self.withdrawn),
@@ -178,7 +178,7 @@ def make_log(
     device: str,
     policy: DevicePolicy,
     entries: Sequence[Entry],
-    lines: Sequence[Sent | Withdrawn] | None,
+    lines: Sequence[Transmission | Withdrawal] | None,
     *,
     receiver: str,
     now: datetime,
@@ -200,10 +200,10 @@ def make_log(
     """
     paid = payments(lines or (), entries)
     told = [
-        Told(
+        LoggedTransmission(
             line=line,
             price=price_of([paid[line.number]], delta=policy.delta, unit=policy.unit)
-            if isinstance(line, Sent) and line.number in paid and not line.words.startswith(AGAIN)
+            if isinstance(line, Transmission) and line.number in paid and not line.reason.startswith(RESENT)
             else None,
         )
         for line in lines or ()
@@ -212,7 +212,7 @@ def make_log(
     numbers = {entry.number for entry in paid.values()}
     withdrawn: dict[str, str] = {}
     for line in lines or ():
-        if isinstance(line, Withdrawn) and run in (None, line.run):
+        if isinstance(line, Withdrawal) and run in (None, line.run):
             withdrawn.setdefault(line.run, line.written)
     return DeviceLog(
         device=device,
@@ -221,7 +221,7 @@ def make_log(
         kept=lines is not None,
         told=tuple(told),
         entries=tuple(entries),
-        budgets=tuple(Budget(limit=limit, spent=_spent(entries, limit, now)) for limit in policy.limits),
+        budgets=tuple(BudgetStatus(budget=limit, spent=_spent(entries, limit, now)) for limit in policy.budgets),
         unsent=tuple(
             entry for entry in entries if entry.number not in numbers and (run is None or _asked(entry, run))
         ),
@@ -231,18 +231,18 @@ def make_log(
     )
 
 
-def _is_bare(line: Sent | Withdrawn, paid: Mapping[int, Entry]) -> bool:
-    if not isinstance(line, Sent) or line.number not in paid or line.words.startswith(AGAIN):
+def _is_bare(line: Transmission | Withdrawal, paid: Mapping[int, Entry]) -> bool:
+    if not isinstance(line, Transmission) or line.number not in paid or line.reason.startswith(RESENT):
         return False
-    return bool(json.loads(paid[line.number].marks).get("noise_at") == "server")
+    return bool(json.loads(paid[line.number].metadata).get("noise_at") == "server")
 
 
-def line_record(line: Sent | Withdrawn) -> dict[str, Any]:
+def line_record(line: Transmission | Withdrawal) -> dict[str, Any]:
     """A line of the journal for JSON; "line" says which kind it is."""
-    return {"line": "sent" if isinstance(line, Sent) else "withdrawn", **asdict(line)}
+    return {"line": "sent" if isinstance(line, Transmission) else "withdrawn", **asdict(line)}
 
 
-def payments(lines: Sequence[Sent | Withdrawn], entries: Sequence[Entry]) -> dict[int, Entry]:
+def payments(lines: Sequence[Transmission | Withdrawal], entries: Sequence[Entry]) -> dict[int, Entry]:
     """The entry that paid for each line of the journal that names one, by the line's number.
 
     Raises:
@@ -252,7 +252,7 @@ def payments(lines: Sequence[Sent | Withdrawn], entries: Sequence[Entry]) -> dic
     paid = {}
     answers: dict[int, str] = {}
     for line in lines:
-        if not isinstance(line, Sent) or line.entry is None:
+        if not isinstance(line, Transmission) or line.entry is None:
             continue
         entry = by_number.get(line.entry)
         if entry is None or entry.round != line.round or not _asked(entry, line.run):
@@ -270,7 +270,7 @@ def payments(lines: Sequence[Sent | Withdrawn], entries: Sequence[Entry]) -> dic
     return paid
 
 
-def price_of(entries: Sequence[Entry], *, delta: float, unit: Unit) -> Price:
+def price_of(entries: Sequence[Entry], *, delta: float, unit: Unit) -> TransmissionPrice:
     """What some entries cost together for one unit.
 
     Raises:
@@ -280,16 +280,16 @@ def price_of(entries: Sequence[Entry], *, delta: float, unit: Unit) -> Price:
     try:
         for entry in entries:
             if (key := (entry.event, promised(entry))) not in seen:
-                seen[key] = seen_by(event_from_json(entry.event), told=key[1], wanted=unit)
+                seen[key] = convert_unit(event_from_json(entry.event), source=key[1], target=unit)
         together = compose([seen[entry.event, promised(entry)] for entry in entries])
-        return Price(bounds=epsilon_of(together, delta), delta=delta, unit=unit)
+        return TransmissionPrice(bounds=epsilon_of(together, delta), delta=delta, unit=unit)
     except PrivacyError as error:
         raise LedgerError(f"the ledger holds an event that cannot be priced: {error}") from error
 
 
 def totals(
     entries: Sequence[Entry], *, delta: float, unit: Unit, most: int | None = MOMENTS
-) -> dict[int, Price]:
+) -> dict[int, TransmissionPrice]:
     """What the first entries cost together, by the number of the last of them; at `most` of them, always the last."""
     return {
         entries[i].number: price_of(entries[: i + 1], delta=delta, unit=unit)
@@ -299,19 +299,19 @@ def totals(
 
 def promised(entry: Entry) -> Unit:
     """What the entry's run promises for; entries from before there was a choice mean one photo."""
-    said = json.loads(entry.marks).get("unit", "photo")
+    said = json.loads(entry.metadata).get("unit", "photo")
     for unit in UNITS:
         if unit == said:
             return unit
     raise LedgerError(f"entry {entry.number} of the ledger names an unknown unit {said!r}; update fedface")
 
 
-def course(entries: Sequence[Entry], limit: Limit, now: datetime) -> list[tuple[datetime, float]]:
+def spending_curve(entries: Sequence[Entry], limit: BudgetStatus, now: datetime) -> list[tuple[datetime, float]]:
     """When the upper bound that counts against a limit became what; ends now, has at most MOMENTS + 1 points."""
     times = [entry.time for entry in entries]
     if limit.days is not None:
         # An entry that is as old as the period still counts; a second later it does not.
-        over = timedelta(days=min(limit.days, LONGEST_PERIOD), seconds=1)
+        over = timedelta(days=min(limit.days, MAX_PERIOD), seconds=1)
         times = sorted([*times, *(time + over for time in times if time + over < now)])
     chosen = [times[i] for i in _spread(len(times), MOMENTS)]
     then = [(at, [entry for entry in entries if entry.time <= at]) for at in chosen]
@@ -336,7 +336,7 @@ def render(log: DeviceLog) -> str:
         life=life,
         unbounded=math.inf,
         charts=[_chart(log.entries, budget, log.now) for budget in log.budgets] if log.entries else [],
-        days=[told.when()[0] for told in log.told if isinstance(told.line, Sent)],
+        days=[told.when()[0] for told in log.told if isinstance(told.line, Transmission)],
         unit=unit_in_words(life.spent.unit),
         sure=wording.percent(1 / (1 + math.exp(-life.spent.bounds.upper))),
         one_in=wording.one_in(life.spent.delta),
@@ -348,18 +348,18 @@ def render(log: DeviceLog) -> str:
     )
 
 
-def _chart(entries: Sequence[Entry], budget: Budget, now: datetime) -> dict[str, Any]:
+def _chart(entries: Sequence[Entry], budget: BudgetStatus, now: datetime) -> dict[str, Any]:
     """A stair of what is spent, in units of the template's SVG."""
-    points = course(entries, budget.limit, now)
+    points = spending_curve(entries, budget.budget, now)
     first, last = points[0][0], points[-1][0]
     span = max((last - first).total_seconds(), 1.0)
     known = [epsilon for _, epsilon in points if math.isfinite(epsilon)]
-    roof = (1.15 if len(known) == len(points) else 1.6) * max([budget.limit.epsilon, *known])
+    roof = (1.15 if len(known) == len(points) else 1.6) * max([budget.budget.epsilon, *known])
     path, height = f"M0,{HIGH:g}", HIGH
     for at, epsilon in points:
         height = HIGH * (1 - min(epsilon / roof, 1.0))
         path += f"H{WIDE * (at - first).total_seconds() / span:.1f}V{height:.1f}"
-    allowed = HIGH * (1 - budget.limit.epsilon / roof)
+    allowed = HIGH * (1 - budget.budget.epsilon / roof)
     detail = "%H:%M" if last - first < timedelta(days=2) else "%Y"
     return {
         "budget": budget,
@@ -372,15 +372,15 @@ def _chart(entries: Sequence[Entry], budget: Budget, now: datetime) -> dict[str,
     }
 
 
-def _spent(entries: Sequence[Entry], limit: Limit, now: datetime) -> Price:
+def _spent(entries: Sequence[Entry], limit: BudgetStatus, now: datetime) -> TransmissionPrice:
     """What counts against a limit now."""
-    since = None if limit.days is None else now - timedelta(days=min(limit.days, LONGEST_PERIOD))
+    since = None if limit.days is None else now - timedelta(days=min(limit.days, MAX_PERIOD))
     counted = [entry for entry in entries if since is None or entry.time >= since]
     return price_of(counted, delta=limit.delta, unit=limit.unit)
 
 
 def _where(delta: float, unit: Unit) -> str:
-    return f"at delta {delta_in_words(delta)}, per {unit}"
+    return f"at delta {format_delta(delta)}, per {unit}"
 
 
 def _spread(count: int, most: int | None) -> list[int]:

@@ -15,26 +15,26 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import assert_never
 
-from fedface.audits.bias import BiasReport, Service
+from fedface.audits.bias import BiasReport, GroupMetrics
 from fedface.audits.disaggregate import Interval as Measured
-from fedface.audits.inversion import AttackResult, CosineSearch, Defence, NoDefence, Search, SquaredSearch
-from fedface.audits.noised_means import FIGURES, NoisedMean, in_words
-from fedface.audits.private_reading import GroupFigures, PrivateFigures
-from fedface.privacy.accounting import ADJACENCY, Bounds, success_ceiling
+from fedface.audits.inversion import AttackResult, CosineSearch, Defense, NoDefense, Search, SquaredSearch
+from fedface.audits.noised_means import DP_METRICS, DPRatioEstimate, describe
+from fedface.audits.private_reading import GroupEstimates, DPMetricEstimates
+from fedface.privacy.accounting import ADJACENCY, EpsilonBounds, reconstruction_success_bound
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.privacy.plan import Plan
-from fedface.privacy.target import NoPromise as NoTarget
+from fedface.privacy.target import NoPrivacy as NoTarget
 from fedface.privacy.target import PrivacyTarget
 from fedface.reports import wording
-from fedface.reports.private_record import PrivateGroup, PrivateRecord
-from fedface.reports.quantities import Epsilon, Figure, NotMeasured, figure
+from fedface.reports.private_record import DeviceMetricsGroup, DeviceMetricsRecord
+from fedface.reports.quantities import Epsilon, Measurement, NotMeasured, measurement
 from fedface.reports.run import (
     AttackRecord,
     BiasRecord,
     GapRecord,
     GroupRecord,
     MachineRecord,
-    NoPromise,
+    NoPrivacyRecord,
     PlanRecord,
 )
 from fedface.units import Unit, unit_in_words
@@ -49,28 +49,28 @@ NOT_TESTED = (
 )
 
 
-def measured(value: Measured) -> Figure:
+def measured(value: Measured) -> Measurement:
     """An audit's interval, or why there is none."""
     reason = "no photos" if value.count == 0 else f"only {value.count} photo, so no interval"
-    return figure(asdict(value), otherwise=reason)
+    return measurement(asdict(value), otherwise=reason)
 
 
-def epsilon_record(bounds: Bounds, *, delta: float, unit: str) -> Epsilon | NotMeasured:
+def epsilon_record(bounds: EpsilonBounds, *, delta: float, unit: str) -> Epsilon | NotMeasured:
     """A price with its delta and unit; an infinite one is no bound at all."""
     if not math.isfinite(bounds.upper):
         return NotMeasured(not_measured="epsilon is infinite, because no noise was added")
     return Epsilon(lower=bounds.lower, estimate=bounds.estimate, upper=bounds.upper, delta=delta, unit=unit)
 
 
-def plan_record(plan: Plan) -> PlanRecord | NoPromise:
+def plan_record(plan: Plan) -> PlanRecord | NoPrivacyRecord:
     """A plan as the page prints it.
 
     Raises:
         ValueError: The plan makes a promise and its price is infinite, which `make_plan` rules out.
     """
-    match plan.promise:
+    match plan.privacy:
         case NoTarget():
-            return NoPromise(no_promise="no noise is added, so epsilon is infinite.")
+            return NoPrivacyRecord(no_privacy="no noise is added, so epsilon is infinite.")
         case PrivacyTarget(epsilon=target, delta=delta, unit=unit):
             bounds = plan.epsilon()
             price = (
@@ -79,12 +79,12 @@ def plan_record(plan: Plan) -> PlanRecord | NoPromise:
             if isinstance(price, NotMeasured):
                 raise ValueError(f"a promise needs a finite price, got {bounds}")
             return PlanRecord(
-                promise=wording.promise_words(
+                guarantee=wording.promise_words(
                     unit=unit,
                     target=target,
                     delta=delta,
                     rounds=plan.schedule.rounds,
-                    noise_at=plan.terms.noise_at,
+                    noise_at=plan.dp_parameters.noise_at,
                 ),
                 unit=unit,
                 target_epsilon=target,
@@ -94,13 +94,13 @@ def plan_record(plan: Plan) -> PlanRecord | NoPromise:
                 rounds=plan.schedule.rounds,
                 steps_per_round=plan.schedule.steps_per_round,
                 clip_norm=plan.schedule.clip_norm,
-                expected_batch=float(plan.schedule.expected_batch),
+                expected_batch_size=float(plan.schedule.expected_batch_size),
                 adjacency=ADJACENCY,
-                neighbouring=_neighbouring(unit),
+                adjacency_text=_neighbouring(unit),
                 covers=unit_in_words(unit),
-                noise_at=plan.terms.noise_at,
-                update_clip=plan.update_clip if unit == "library" else 0.0,
-                figures_noise=tuple(terms.noise_multiplier for terms in plan.beside),
+                noise_at=plan.dp_parameters.noise_at,
+                update_clip_norm=plan.update_clip_norm if unit == "library" else 0.0,
+                metrics_noise_multiplier=tuple(terms.noise_multiplier for terms in plan.additional_releases),
             )
         case _:
             assert_never(plan.promise)
@@ -126,10 +126,10 @@ def bias_record(report: BiasReport, *, weights_hash: str, probe: str) -> BiasRec
         probe: Which photos, in words.
     """
     groups = [
-        GroupRecord(group=name, count=service.misfit.count, figures=_service(service))
+        GroupRecord(group=name, count=service.consistency_error.count, metrics=_service(service))
         for name, service in report.groups.items()
     ]
-    groups += [GroupRecord(group=name, count=count, figures={}) for name, count in report.unmeasured.items()]
+    groups += [GroupRecord(group=name, count=count, metrics={}) for name, count in report.unmeasured.items()]
     return BiasRecord(
         weights_hash=weights_hash,
         probe=probe,
@@ -146,7 +146,7 @@ def bias_record(report: BiasReport, *, weights_hash: str, probe: str) -> BiasRec
 
 
 def private_record(
-    figures: PrivateFigures,
+    figures: DPMetricEstimates,
     *,
     when: str,
     weights_hash: str,
@@ -156,7 +156,7 @@ def private_record(
     epsilon: Epsilon | NotMeasured,
     noise_multiplier: float,
     answered: Sequence[str] = (),
-) -> PrivateRecord:
+) -> DeviceMetricsRecord:
     """What devices told of one model, as the page prints it; groups that were too small are named, without numbers.
 
     Args:
@@ -170,18 +170,18 @@ def private_record(
         noise_multiplier: Of each device; per library of the server.
         answered: Names of the devices in the sum.
     """
-    few = f"below {figures.least_count:.0f} units, noise included"
+    few = f"below {figures.min_count:.0f} units, noise included"
     told = {name: _private_group(name, group) for name, group in figures.groups.items()}
     groups = [
-        told.get(name) or PrivateGroup(group=name, units=NotMeasured(not_measured=few), figures={})
+        told.get(name) or DeviceMetricsGroup(group=name, units=NotMeasured(not_measured=few), figures={})
         for name in light_to_dark([*figures.groups, *figures.suppressed])
     ]
     overall = (
-        PrivateGroup(group="all", units=NotMeasured(not_measured=few), figures={})
+        DeviceMetricsGroup(group="all", units=NotMeasured(not_measured=few), figures={})
         if figures.overall is None
         else _private_group("all", figures.overall)
     )
-    return PrivateRecord(
+    return DeviceMetricsRecord(
         when=when,
         weights_hash=weights_hash,
         method=method,
@@ -197,16 +197,16 @@ def private_record(
     )
 
 
-def _private_group(name: str, group: GroupFigures) -> PrivateGroup:
-    return PrivateGroup(
+def _private_group(name: str, group: GroupEstimates) -> DeviceMetricsGroup:
+    return DeviceMetricsGroup(
         group=name,
         units=measured(group.count),
-        figures={measure: measured(group.figure(measure)) for measure in group.means},
+        figures={measure: measured(group.estimate(measure)) for measure in group.means},
         at_end=tuple(name for name, mean in group.means.items() if _at_end(mean)),
     )
 
 
-def _at_end(mean: NoisedMean) -> bool:
+def _at_end(mean: DPRatioEstimate) -> bool:
     """Whether noise pushed a mean to an end of its range, or beyond it."""
     lowest, highest = mean.ends
     return not lowest < mean.above / mean.below < highest
@@ -223,29 +223,29 @@ def light_to_dark(groups: Sequence[str]) -> list[str]:
     ]
 
 
-def _lead(figures: PrivateFigures) -> str:
+def _lead(figures: DPMetricEstimates) -> str:
     """What devices' own photos say of whom a model serves worse, in one sentence: a clear gap, or what noise hides."""
     start = "By the devices' own photos"
     for measure in (*_TELLING, *figures.gaps):
         gap = figures.gaps.get(measure)
-        if gap is not None and gap.clear and round(abs(gap.difference.estimate), FIGURES[measure].digits):
-            worst, best = (figures.groups[name].figure(measure) for name in (gap.worst, gap.best))
+        if gap is not None and gap.clear and round(abs(gap.difference.estimate), DP_METRICS[measure].digits):
+            worst, best = (figures.groups[name].estimate(measure) for name in (gap.worst, gap.best))
             return (
-                f"{start}, {gap.worst} is served worse than {gap.best}: {FIGURES[measure].title} "
-                f"{in_words(worst, measure)} against {in_words(best, measure)}, noise included."
+                f"{start}, {gap.worst} is served worse than {gap.best}: {DP_METRICS[measure].title} "
+                f"{describe(worst, measure)} against {describe(best, measure)}, noise included."
             )
     for measure in _TELLING:
         if measure in figures.hidden:
             width = (
-                f"{figures.hidden[measure][0]:.{FIGURES[measure].digits}f} {FIGURES[measure].unit}".rstrip()
+                f"{figures.hidden[measure][0]:.{DP_METRICS[measure].digits}f} {DP_METRICS[measure].unit}".rstrip()
             )
             return (
-                f"{start}, nobody is shown to be served worse, but a gap in {FIGURES[measure].title} below {width} "
+                f"{start}, nobody is shown to be served worse, but a gap in {DP_METRICS[measure].title} below {width} "
                 "would be hidden by their number and the noise."
             )
     return (
         f"{start}, whom it serves worse cannot be said: no two groups are told from the noise "
-        f"(at least {math.ceil(figures.least_count)} units each)."
+        f"(at least {math.ceil(figures.min_count)} units each)."
     )
 
 
@@ -268,10 +268,10 @@ def attack_record(
         weights_hash: Of the network that was attacked.
         pictures: Names in the record's pictures.
     """
-    ceiling = _ceiling(result.defence, gallery_size)
+    ceiling = _ceiling(result.defense, gallery_size)
     return AttackRecord(
         threat=threat,
-        defence=defence_words(result.defence),
+        defense=defence_words(result.defense),
         weights_hash=weights_hash,
         attack=f"{_search_words(result.search)}; one photo per update.",
         psnr=measured(result.psnr),
@@ -288,10 +288,10 @@ def attack_record(
     )
 
 
-def defence_words(defence: Defence) -> str:
+def defence_words(defence: Defense) -> str:
     """A defence in a few words, such as a table's first column."""
     match defence:
-        case NoDefence():
+        case NoDefense():
             return "no DP"
         case ClippedSum(clip_norm=clip_norm):
             return f"clipping at {wording.constant(clip_norm)} alone"
@@ -318,16 +318,16 @@ def version_record(packages: Sequence[str] = PACKAGES) -> Mapping[str, str]:
     return found
 
 
-def _service(service: Service) -> dict[str, Figure]:
-    return {name: figure(values, otherwise="too few photos") for name, values in asdict(service).items()}
+def _service(service: GroupMetrics) -> dict[str, Measurement]:
+    return {name: measurement(values, otherwise="too few photos") for name, values in asdict(service).items()}
 
 
-def _ceiling(defence: Defence, gallery_size: int) -> float:
+def _ceiling(defence: Defense, gallery_size: int) -> float:
     match defence:
-        case NoDefence() | ClippedSum():
+        case NoDefense() | ClippedSum():
             return 1.0
         case GaussianSum():
-            return success_ceiling(defence.event(), 1 / gallery_size)
+            return reconstruction_success_bound(defence.event(), 1 / gallery_size)
         case _:
             assert_never(defence)
 

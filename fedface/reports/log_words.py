@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 
-from fedface.privacy.journal import AGAIN, Sent
+from fedface.privacy.journal import RESENT, Transmission
 
 _KINDS = {
     "update": ("update", "updates"),
@@ -29,21 +29,21 @@ _NOT_COVERED = (
 )
 
 
-def kinds(sent: Sequence[Sent]) -> list[str]:
+def kinds(sent: Sequence[Transmission]) -> list[str]:
     """How many payloads of each kind left, each counted once however often it was sent: "2 updates"."""
-    again: Counter[str] = Counter(line.what for line in sent if line.words.startswith(AGAIN))
+    again: Counter[str] = Counter(line.kind for line in sent if line.reason.startswith(RESENT))
     said = []
     for what, (one, many) in _KINDS.items():
-        count = sum(line.what == what for line in sent) - again[what]
+        count = sum(line.kind == what for line in sent) - again[what]
         if count or again[what]:
             twice = f" ({again[what]} sent again)" if again[what] else ""
             said.append(f"{count} {one if count == 1 else many}{twice}")
     return said
 
 
-def what_left(sent: Sequence[Sent], device: str) -> list[str]:
+def what_left(sent: Sequence[Transmission], device: str) -> list[str]:
     """What kinds of things left, in words."""
-    there = {line.what for line in sent}
+    there = {line.kind for line in sent}
     said = {
         "update": "updates: how a network's weights would change, computed from your photos and protected as each line "
         "says",
@@ -58,9 +58,9 @@ def what_left(sent: Sequence[Sent], device: str) -> list[str]:
     ]
 
 
-def never_left(sent: Sequence[Sent], bare: int) -> list[str]:
+def never_left(sent: Sequence[Transmission], bare: int) -> list[str]:
     """What was in no payload; counts are left out where something of them was."""
-    figures = any(line.what == "figures" for line in sent)
+    figures = any(line.kind == "figures" for line in sent)
     if bare:
         counts = []  # nothing hides from the server what an update without noise lets it guess
     elif figures:

@@ -20,7 +20,7 @@ from fedface.files import replace_text
 from fedface.reports import strict, wording
 from fedface.reports.comparison_figures import COLOURS, MARKERS, png_on_white
 from fedface.reports.figures import INK, STYLE, face_grid
-from fedface.reports.quantities import Figure, Interval, NotMeasured
+from fedface.reports.quantities import Measurement, Interval, NotMeasured
 from fedface.reports.run import BiasRecord, MachineRecord
 from fedface.shapes import Images
 
@@ -36,7 +36,7 @@ LIMITS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodFigures:
+class MethodMetrics:
     """One method."""
 
     method: str  # its name on the command line
@@ -44,16 +44,16 @@ class MethodFigures:
     settings: dict[str, Any]
     weights_hash: str  # of the networks that were asked; empty for nearest and bicubic
     bias: BiasRecord  # overall and by group
-    distance: Figure  # kernel distance of its faces to the faces of the probe: do they look like faces?
-    spread: Figure  # standard deviation of a photo's faces at a pixel, of 1: does it show that many fit?
-    darker_true: Figure  # share of darker originals
-    darker_made: Figure  # share of darker faces among the made ones
-    darker_change: Figure  # the difference, photo by photo; its size is the SPE of the halves
+    distance: Measurement  # kernel distance of its faces to the faces of the probe: do they look like faces?
+    spread: Measurement  # standard deviation of a photo's faces at a pixel, of 1: does it show that many fit?
+    darker_true: Measurement  # share of darker originals
+    darker_made: Measurement  # share of darker faces among the made ones
+    darker_change: Measurement  # the difference, photo by photo; its size is the SPE of the halves
     seconds_per_face: float  # wall time of the search alone, on cores shared with whatever ran beside it
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodsRecord:
+class BenchmarkRecord:
     """All methods on one probe."""
 
     finished: str  # ISO 8601, UTC
@@ -64,10 +64,10 @@ class MethodsRecord:
     downscale: str  # in words
     photos: int
     seed: int
-    methods: tuple[MethodFigures, ...]
+    methods: tuple[MethodMetrics, ...]
 
 
-def write(record: MethodsRecord, pictures: Mapping[str, bytes], folder: Path) -> Path:
+def write(record: BenchmarkRecord, pictures: Mapping[str, bytes], folder: Path) -> Path:
     """Write record, table and pictures into a folder; returns the table's path."""
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / FILE, strict.dumps(record))
@@ -78,7 +78,7 @@ def write(record: MethodsRecord, pictures: Mapping[str, bytes], folder: Path) ->
     return path
 
 
-def markdown(record: MethodsRecord) -> str:
+def markdown(record: BenchmarkRecord) -> str:
     """The tables, with what they cannot show."""
     heads = [wording.title_of(name) for name in OVERALL]
     lines = [
@@ -119,7 +119,7 @@ def markdown(record: MethodsRecord) -> str:
     return "\n".join(lines)
 
 
-def by_group(record: MethodsRecord) -> bytes:
+def by_group(record: BenchmarkRecord) -> bytes:
     """Lightness added, colour difference and half kept, by group, one colour per method; PNG on white."""
     groups = [group.group for group in record.methods[0].bias.groups]
     with matplotlib.rc_context(STYLE):
@@ -150,10 +150,10 @@ def by_group(record: MethodsRecord) -> bytes:
         return png_on_white(canvas)
 
 
-def _by_group(each: MethodFigures, measure: str) -> dict[str, Figure]:
+def _by_group(each: MethodMetrics, measure: str) -> dict[str, Measurement]:
     """One measure of every group; a group of fewer than two faces has none."""
     absent = NotMeasured(not_measured="fewer than two faces of this group")
-    return {group.group: group.figures.get(measure, absent) for group in each.bias.groups}
+    return {group.group: group.metrics.get(measure, absent) for group in each.bias.groups}
 
 
 def faces(rows: Sequence[tuple[str, Images]], groups: Sequence[str]) -> bytes:
@@ -161,7 +161,7 @@ def faces(rows: Sequence[tuple[str, Images]], groups: Sequence[str]) -> bytes:
     return face_grid(rows, groups, side=96)
 
 
-def _cell(figure: Figure) -> str:
+def _cell(figure: Measurement) -> str:
     match figure:
         case Interval(estimate=estimate, low=low, high=high, count=count):
             numbers = f"{wording.number(estimate)} [{wording.number(low)}, {wording.number(high)}]"

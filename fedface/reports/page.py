@@ -20,9 +20,9 @@ from markupsafe import Markup
 from fedface.errors import RunError
 from fedface.files import replace_text
 from fedface.reports import figures, private_page, short_answer, standing, wording
-from fedface.reports.quantities import Epsilon, Figure, Interval, NotMeasured
+from fedface.reports.quantities import Epsilon, Measurement, Interval, NotMeasured
 from fedface.reports.run import AttackRecord, BiasRecord, PlanRecord, RunRecord
-from fedface.reports.tiles import tiles
+from fedface.reports.tiles import headline_numbers
 from fedface.units import PLURALS
 
 FILE = "report.html"
@@ -76,9 +76,9 @@ def render(record: RunRecord, folder: Path) -> str:
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         record=record,
-        answer=short_answer.answer(record),
+        answer=short_answer.headline_summary(record),
         when=_when(record),
-        tiles=tiles(record),
+        tiles=headline_numbers(record),
         plan=record.plan if isinstance(record.plan, PlanRecord) else None,
         promise=wording.promise(record.plan),
         meaning=_meaning(record),
@@ -86,7 +86,7 @@ def render(record: RunRecord, folder: Path) -> str:
         turnout=_turnout(record),
         refusals=_refusals(record),
         curves=_curves(record),
-        leaving=standing.leaving(record),
+        leaving=standing.withdrawal_notes(record),
         hash_note=standing.hash_note(record),
         private=_private(record),
         held_out=_held_out(record),
@@ -181,7 +181,7 @@ def _span(rounds: Sequence[int]) -> str:
     return f"rounds {', '.join(str(number) for number in rounds)}"
 
 
-def _series(points: Iterable[tuple[float, Figure]], label: str, color: str) -> figures.Series:
+def _series(points: Iterable[tuple[float, Measurement]], label: str, color: str) -> figures.Series:
     known = [(at, value) for at, value in points if isinstance(value, Interval)]
     return figures.Series(
         label=label,
@@ -195,12 +195,12 @@ def _series(points: Iterable[tuple[float, Figure]], label: str, color: str) -> f
 
 def _curves(record: RunRecord) -> list[dict[str, Markup | str]]:
     missing = NotMeasured(not_measured="the probe did not ask for it")
-    names = list(dict.fromkeys([*record.figures_before, *(n for r in record.rounds for n in r.figures)]))
+    names = list(dict.fromkeys([*record.metrics_before, *(n for r in record.rounds for n in r.metrics)]))
     charts: list[dict[str, Markup | str]] = []
     for index, name in enumerate(names):
         title, unit, from_zero = wording.PROBE_FIGURES.get(name, (name.replace("_", " "), "", False))
-        points = [(0.0, record.figures_before.get(name, missing))]
-        points += [(float(entry.round), entry.figures.get(name, missing)) for entry in record.rounds]
+        points = [(0.0, record.metrics_before.get(name, missing))]
+        points += [(float(entry.round), entry.metrics.get(name, missing)) for entry in record.rounds]
         line = _series(points, title, figures.AFTER)
         if not line.at:
             reasons = [value.not_measured for _, value in points if isinstance(value, NotMeasured)]
@@ -266,9 +266,9 @@ def _bias(record: RunRecord) -> dict[str, object]:
         for label, audit in (("Before", record.bias_before), ("After", record.bias_after))
         if isinstance(audit, NotMeasured)
     ]
-    beside = [(title, audit, figures.INK) for title, audit in record.beside.items()]
+    beside = [(title, audit, figures.INK) for title, audit in record.reference.items()]
     groups = list(dict.fromkeys(group.group for _, audit, _ in audits for group in audit.groups))
-    measures = list(dict.fromkeys(name for _, audit, _ in audits for g in audit.groups for name in g.figures))
+    measures = list(dict.fromkeys(name for _, audit, _ in audits for g in audit.groups for name in g.metrics))
     main = [name for name in SHOWN if name in measures] or measures[:4]
     rest = [name for name in measures if name not in main]
     return {
@@ -278,7 +278,7 @@ def _bias(record: RunRecord) -> dict[str, object]:
         "other_charts": [_dots(audits, groups, name, f"more{index}") for index, name in enumerate(rest)],
         "main": _bias_table([*audits, *beside], groups, main[:3]),
         "full": _bias_table([*audits, *beside], groups, measures),
-        "beside": list(record.beside),
+        "beside": list(record.reference),
         "gaps": [
             {"label": label, "text": wording.gap_sentence(gap, name)}
             for label, audit, _ in audits
@@ -292,8 +292,8 @@ def _dots(
 ) -> dict[str, Markup | str]:
     series = []
     for label, audit, color in audits:
-        served = [group for group in audit.groups if measure in group.figures]
-        points = [(float(groups.index(group.group)), group.figures[measure]) for group in served]
+        served = [group for group in audit.groups if measure in group.metrics]
+        points = [(float(groups.index(group.group)), group.metrics[measure]) for group in served]
         series.append(_series(points, label, color))
     title = wording.title_of(measure)
     chart = figures.group_dots(groups, series, unit=wording.unit_of(measure))
@@ -309,7 +309,7 @@ def _bias_table(
         lines = []
         for label, audit, _ in audits:
             found = next((group for group in audit.groups if group.group == name), None)
-            values = found.figures if found else {}
+            values = found.metrics if found else {}
             cells = [_cell(values.get(measure, absent), found.count if found else 0) for measure in measures]
             lines.append({"label": label, "count": found.count if found else 0, "cells": cells})
         rows.append({"group": name, "color": TONE_COLORS.get(name, ""), "lines": lines})
@@ -317,7 +317,7 @@ def _bias_table(
     return {"heads": heads, "rows": rows}
 
 
-def _cell(value: Figure, count: int) -> tuple[str, str]:
+def _cell(value: Measurement, count: int) -> tuple[str, str]:
     """A number and its interval; n only where it is not the group's own count."""
     match value:
         case Interval(count=n):
@@ -333,7 +333,7 @@ def _attacks(attacks: Sequence[AttackRecord]) -> list[dict[str, object]]:
         values = (attack.psnr, attack.baseline_psnr, attack.ssim, attack.baseline_ssim, attack.gallery)
         cells = [_cell(value, 0) for value in values]
         chance = f"{wording.percent(1 / attack.gallery_size)} · {wording.percent(attack.gallery_ceiling)}"
-        rows.append({"defence": attack.defence, "cells": cells, "chance": chance})
+        rows.append({"defence": attack.defense, "cells": cells, "chance": chance})
     return rows
 
 
@@ -351,14 +351,14 @@ def _held_out(record: RunRecord) -> str:
 
 
 def _private(record: RunRecord) -> dict[str, object]:
-    measures = private_page.measures_of(record.private)
+    measures = private_page.measures_of(record.device_metrics)
     return {
         "sentences": private_page.sentences(record),
         "units": PLURALS[record.plan.unit] if isinstance(record.plan, PlanRecord) else "units",
-        "costs": [private_page.spent_sentence(told) for told in record.private],
+        "costs": [private_page.spent_sentence(told) for told in record.device_metrics],
         "heads": [(private_page.title(name), private_page.unit(name)) for name in measures],
-        "rows": private_page.rows(record.private),
-        "method": record.private[-1].method if record.private else "",
+        "rows": private_page.rows(record.device_metrics),
+        "method": record.device_metrics[-1].method if record.device_metrics else "",
         "charts": [
             {"title": title, "svg": themed(svg, f"own{index}", f"{title} by group, from the devices' photos")}
             for index, (title, svg) in enumerate(private_page.charts(record))

@@ -25,16 +25,16 @@ from torch.nn import functional
 
 from fedface.audits.bias import ToneHistogram
 from fedface.models.family import Model
-from fedface.photos.subjects import Subject
+from fedface.photos.subjects import FaceCrop
 from fedface.photos.tone import MONK_SWATCHES, measure_tone
 from fedface.randomness import Streams
 from fedface.reports.figures import STYLE, pixels_of
 from fedface.shapes import Images, LowImages
-from fedface.upsampling.contracts import Progress, Upsampled, Upsampler, deviation
-from fedface.upsampling.degrade import Degradation, in_words, measure
-from fedface.upsampling.methods import Method, has_one_answer, make_upsampler, title_of
+from fedface.upsampling.contracts import Progress, Upsampled, Upsampler, pixel_std
+from fedface.upsampling.degrade import Degradation, format_degradation, apply_degradation
+from fedface.upsampling.methods import Method, is_deterministic, make_upsampler, title_of
 
-NOBODY = "The made people do not exist; the pixels do not say which face is right."
+NO_FACE = "The made people do not exist; the pixels do not say which face is right."
 NEAREST = "No method made a face that fits: what is shown is the nearest that each knows."
 
 _MARK = "fedface sheet of faces"  # in the PNG, so that no other file is ever replaced
@@ -43,17 +43,17 @@ _CELL, _ROW = _SIDE + _GAP, _SIDE + _SMALL + 30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
+class DegradedFace:
     """A face and what of it is shown to the methods."""
 
-    subject: Subject
+    subject: FaceCrop
     truth: Images  # (1, 3, size, size): the aligned face, or a small picture enlarged
     low: LowImages  # (1, 3, side, side) in [0, 1]
     degradation: Degradation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class MethodOutput:
     """What one method made of it."""
 
     method: Method
@@ -62,14 +62,14 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Portrait:
+class ContactSheet:
     """A face, what was shown, and every method's answer."""
 
-    shown: Shown
-    answers: tuple[Answer, ...]
+    shown: DegradedFace
+    answers: tuple[MethodOutput, ...]
 
 
-def show(subject: Subject, degradation: Degradation, *, size: int, seed: int = 0) -> Shown:
+def show(subject: FaceCrop, degradation: Degradation, *, size: int, seed: int = 0) -> DegradedFace:
     """Shrink a face as a camera would; a picture that is as small as that already is taken as it is.
 
     Raises:
@@ -83,11 +83,11 @@ def show(subject: Subject, degradation: Degradation, *, size: int, seed: int = 0
     if subject.already_small and own == low_side:
         low = crop
     else:
-        low = measure(degradation, truth, Streams(seed).generator("camera"))
-    return Shown(subject=subject, truth=truth, low=low, degradation=degradation)
+        low = apply_degradation(degradation, truth, Streams(seed).generator("camera"))
+    return DegradedFace(subject=subject, truth=truth, low=low, degradation=degradation)
 
 
-class Painters:
+class MethodRunner:
     """Methods with their weights, prepared once for many photos; equal photos get equal answers, in any order."""
 
     def __init__(
@@ -121,21 +121,21 @@ class Painters:
             upsampler = make_upsampler(method, model, degradation, Streams(seed), size=size, progress=tell)
             self._prepared.append((method, upsampler))
 
-    def portray(self, shown: Shown, *, faces: int) -> Portrait:
+    def run(self, shown: DegradedFace, *, faces: int) -> ContactSheet:
         """Ask every method, those that have more than one answer for `faces` (>= 1) of them."""
         answers = []
         for method, upsampler in self._prepared:
             started = time.perf_counter()
-            made = upsampler.upsample(shown.low, faces_per_photo=1 if has_one_answer(method) else faces)
-            answers.append(Answer(method=method, made=made, seconds=time.perf_counter() - started))
-        return Portrait(shown=shown, answers=tuple(answers))
+            made = upsampler.upsample(shown.low, faces_per_photo=1 if is_deterministic(method) else faces)
+            answers.append(MethodOutput(method=method, made=made, seconds=time.perf_counter() - started))
+        return ContactSheet(shown=shown, answers=tuple(answers))
 
 
-def answer_words(answer: Answer) -> str:
+def describe_output(answer: MethodOutput) -> str:
     """One line about a method's answer: how many faces fit, and how well."""
-    misfit, fits = answer.made.misfit[0], answer.made.converged[0]
+    misfit, fits = answer.made.consistency_error[0], answer.made.converged[0]
     best = f"smallest misfit {float(misfit.min()):.5f}"
-    if has_one_answer(answer.method):
+    if is_deterministic(answer.method):
         return f"{title_of(answer.method)}: one answer, {'fits' if bool(fits[0]) else 'does not fit'}, {best}"
     return f"{title_of(answer.method)}: {int(fits.sum())} of {len(fits)} faces fit, {best}"
 
@@ -146,7 +146,7 @@ def is_sheet(path: Path) -> bool:
         return _MARK.encode() in file.read(2000)
 
 
-def portrait_sheet(portrait: Portrait, tones: ToneHistogram | None = None, *, source: str = "") -> bytes:
+def contact_sheet(portrait: ContactSheet, tones: ToneHistogram | None = None, *, source: str = "") -> bytes:
     """The picture of a portrait, PNG on white.
 
     Args:
@@ -155,8 +155,8 @@ def portrait_sheet(portrait: Portrait, tones: ToneHistogram | None = None, *, so
         source: Where the photo comes from, for the last line.
     """
     shown = portrait.shown
-    several = [answer for answer in portrait.answers if not has_one_answer(answer.method)]
-    single = [answer for answer in portrait.answers if has_one_answer(answer.method)]
+    several = [answer for answer in portrait.answers if not is_deterministic(answer.method)]
+    single = [answer for answer in portrait.answers if is_deterministic(answer.method)]
     columns = max(5, len(single), *(answer.made.faces_per_photo + 1 for answer in several), 0)
     width, top = _LEFT + columns * _CELL + 16, 46 + _SIDE + 54
     height = top + (len(several) + bool(single)) * _ROW + 16 * bool(single) + 64
@@ -169,7 +169,7 @@ def portrait_sheet(portrait: Portrait, tones: ToneHistogram | None = None, *, so
             f"the photo's face\nMonk {float(own.monk[0]):.1f}",
         )
         sheet.picture(_LEFT, 46, _SIDE, shown.truth[0])
-        words = "\n".join(textwrap.wrap(in_words(shown.degradation), 24))
+        words = "\n".join(textwrap.wrap(format_degradation(shown.degradation), 24))
         sheet.words(_LEFT + _CELL, 10, f"what is shown:\n{side} x {side} pixels")
         sheet.picture(_LEFT + _CELL, 46, _SIDE, shown.low[0])
         sheet.words(_LEFT + _CELL, 46 + _SIDE + 6, words, small=True)
@@ -181,13 +181,13 @@ def portrait_sheet(portrait: Portrait, tones: ToneHistogram | None = None, *, so
         if single:
             _single_row(sheet, top + len(several) * _ROW, single, shown.degradation)
         fits = any(bool(answer.made.converged.any()) for answer in portrait.answers)
-        sheet.words(16, height - 44, NOBODY if fits else f"{NEAREST} {NOBODY}", bold=True)
+        sheet.words(16, height - 44, NO_FACE if fits else f"{NEAREST} {NO_FACE}", bold=True)
         if source:
             sheet.words(16, height - 22, source, small=True)
         return sheet.png()
 
 
-def _row(sheet: _Sheet, y: int, answer: Answer, degradation: Degradation) -> None:
+def _row(sheet: _Sheet, y: int, answer: MethodOutput, degradation: Degradation) -> None:
     """One method: its faces, what each shrinks to, and how far they differ."""
     made = answer.made
     title, _, rest = title_of(answer.method).partition(" from ")
@@ -197,14 +197,14 @@ def _row(sheet: _Sheet, y: int, answer: Answer, degradation: Degradation) -> Non
     sheet.words(16, y + 28, "\n".join(lines), small=True)
     for number in range(made.faces_per_photo):
         _face(sheet, _LEFT + number * _CELL, y, answer, number, degradation)
-    x, spread = _LEFT + made.faces_per_photo * _CELL, deviation(made.images[0])
+    x, spread = _LEFT + made.faces_per_photo * _CELL, pixel_std(made.images[0])
     sheet.heat(x, y, _SIDE, spread)
     mean, most = 100 * float(spread.mean()), 100 * float(spread.max())
     words = f"where they differ: {mean:.0f} %\non average, bright: {most:.0f} %"
     sheet.words(x, y + _SIDE + 8, words, small=True)
 
 
-def _single_row(sheet: _Sheet, y: int, answers: Sequence[Answer], degradation: Degradation) -> None:
+def _single_row(sheet: _Sheet, y: int, answers: Sequence[MethodOutput], degradation: Degradation) -> None:
     """Methods that have one answer, side by side."""
     sheet.words(16, y + 24, "one answer each,", bold=True)
     sheet.words(16, y + 44, "although many faces\nwould fit", small=True)
@@ -213,9 +213,9 @@ def _single_row(sheet: _Sheet, y: int, answers: Sequence[Answer], degradation: D
         _face(sheet, _LEFT + number * _CELL, y + 18, answer, 0, degradation)
 
 
-def _face(sheet: _Sheet, x: int, y: int, answer: Answer, number: int, degradation: Degradation) -> None:
+def _face(sheet: _Sheet, x: int, y: int, answer: MethodOutput, number: int, degradation: Degradation) -> None:
     """One face, what it shrinks to, and whether that is the photo."""
-    face, misfit = answer.made.images[0, number], float(answer.made.misfit[0, number])
+    face, misfit = answer.made.images[0, number], float(answer.made.consistency_error[0, number])
     sheet.picture(x, y, _SIDE, face)
     sheet.picture(x, y + _SIDE + 4, _SMALL, degradation.apply(face[None])[0].clamp(0, 1))
     verdict = "fits" if bool(answer.made.converged[0, number]) else "no fit"

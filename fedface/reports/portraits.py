@@ -20,17 +20,17 @@ from fedface.audits.bias import ToneHistogram
 from fedface.errors import ConfigError, LibraryError, PhotoError
 from fedface.files import replace_bytes, replace_text
 from fedface.photos.faces import Detector
-from fedface.photos.isolation import IsolatedReader
+from fedface.photos.isolation import SandboxedDecoder
 from fedface.photos.pixels import Photo, is_picture
-from fedface.photos.subjects import LONGEST_SIDE, Subject, subjects_of, whole_picture
-from fedface.reports.portrait import Painters, Portrait, is_sheet, portrait_sheet, show
+from fedface.photos.subjects import LONGEST_SIDE, FaceCrop, face_crops, whole_image
+from fedface.reports.portrait import MethodRunner, ContactSheet, is_sheet, contact_sheet, show
 from fedface.upsampling.degrade import Degradation
 from fedface.upsampling.methods import name_of
 
 RECORD = "faces.json"
 
 
-class Watcher(Protocol):
+class SheetProgress(Protocol):
     """Who is told how far it is."""
 
     def stage(self, name: str, steps: int) -> None:
@@ -43,18 +43,18 @@ class Watcher(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class SheetSettings:
     """What is asked of every photo."""
 
     degradation: Degradation
     size: int  # of the faces in pixels
     faces: int  # for each method that has more than one answer
-    most_people: int  # faces of one photo, the largest first
-    look: Literal["for faces", "at the whole"] = "for faces"  # whole: the picture is an aligned face as it is
+    max_faces: int  # faces of one photo, the largest first
+    detect: Literal["for faces", "at the whole"] = "for faces"  # whole: the picture is an aligned face as it is
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class SheetRecord:
     """One sheet."""
 
     photo: str
@@ -63,7 +63,7 @@ class Made:
     turned: int  # degrees counterclockwise by which the photo had to be turned
     side: float  # of the face's crop in pixels of the photo
     sheet: Path
-    portrait: Portrait
+    portrait: ContactSheet
 
     def plain(self) -> dict[str, Any]:
         """For JSON: what was found, and each method's misfits."""
@@ -72,7 +72,7 @@ class Made:
                 "method": name_of(answer.method),
                 # A face that a network did not make has no misfit.
                 "misfit": [
-                    round(value, 7) if value < math.inf else None for value in answer.made.misfit[0].tolist()
+                    round(value, 7) if value < math.inf else None for value in answer.made.consistency_error[0].tolist()
                 ],
                 "fits": answer.made.converged[0].tolist(),
                 "seconds": round(answer.seconds, 3),
@@ -86,14 +86,14 @@ class Made:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeftOut:
+class SkippedPhoto:
     """A photo without a sheet, and why."""
 
     photo: str
     reason: str
 
 
-def pictures_in(folder: Path) -> list[Path]:
+def images_in(folder: Path) -> list[Path]:
     """Every picture below a folder by name; hidden files and folders of sheets are left out.
 
     Raises:
@@ -126,15 +126,15 @@ def check_sheet(path: Path, photos: Path) -> None:
         )
 
 
-def make_sheets(
+def run_pipeline(
     photos: Sequence[Path],
     place: Callable[[Path, int], Path],
-    wanted: Wanted,
-    painters: Painters,
+    wanted: SheetSettings,
+    painters: MethodRunner,
     detector: Callable[[], Detector],
     tones: ToneHistogram | None,
-    watcher: Watcher,
-) -> Iterator[tuple[Path, tuple[Made, ...] | LeftOut]]:
+    watcher: SheetProgress,
+) -> Iterator[tuple[Path, tuple[SheetRecord, ...] | SkippedPhoto]]:
     """Each photo with its sheets, one for every face, or why there is none; written before the next one is begun.
 
     Args:
@@ -147,37 +147,37 @@ def make_sheets(
         watcher: Who is told about each photo.
     """
     smallest = wanted.degradation.low_side(wanted.size)
-    with IsolatedReader(longest_side=LONGEST_SIDE) as reader:
+    with SandboxedDecoder(longest_side=LONGEST_SIDE) as reader:
         for path, photo in reader.read_all(photos):
             watcher.stage(path.name, 1000)
             try:
                 people = _people(path, photo, detector, wanted, smallest)
             except (PhotoError, LibraryError) as error:
-                yield path, LeftOut(photo=str(path), reason=str(error).removeprefix(f"{path}: "))
+                yield path, SkippedPhoto(photo=str(path), reason=str(error).removeprefix(f"{path}: "))
                 continue
             made = []
-            for subject in people[: wanted.most_people]:
+            for subject in people[: wanted.max_faces]:
                 shown = show(subject, wanted.degradation, size=wanted.size)
-                portrait = painters.portray(shown, faces=wanted.faces)
+                portrait = painters.run(shown, faces=wanted.faces)
                 sheet = place(path, subject.number)
                 check_sheet(sheet, path)
                 sheet.parent.mkdir(parents=True, exist_ok=True)
-                replace_bytes(sheet, portrait_sheet(portrait, tones))
-                made.append(Made(
-                    photo=str(path), person=subject.number, people=subject.people, turned=subject.turned,
+                replace_bytes(sheet, contact_sheet(portrait, tones))
+                made.append(SheetRecord(
+                    photo=str(path), person=subject.number, people=subject.people, turned=subject.rotation,
                     side=subject.side, sheet=sheet, portrait=portrait,
                 ))  # fmt: skip
             yield path, tuple(made)
 
 
 def _people(
-    path: Path, photo: Photo | PhotoError, detector: Callable[[], Detector], wanted: Wanted, smallest: int
-) -> tuple[Subject, ...]:
+    path: Path, photo: Photo | PhotoError, detector: Callable[[], Detector], wanted: SheetSettings, smallest: int
+) -> tuple[FaceCrop, ...]:
     if isinstance(photo, PhotoError):
         raise photo
-    if wanted.look == "at the whole":
-        return (whole_picture(photo, wanted.size, name=str(path)),)
-    return subjects_of(photo, detector, wanted.size, smallest=smallest, name=str(path))
+    if wanted.detect == "at the whole":
+        return (whole_image(photo, wanted.size, name=str(path)),)
+    return face_crops(photo, detector, wanted.size, smallest=smallest, name=str(path))
 
 
 class SheetFolder:
@@ -245,11 +245,11 @@ class SheetFolder:
             name = f"{name[:40]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}"
         return self.folder / inner.parent / f"{name}{'' if person == 1 else f'-{person}'}.png"
 
-    def keep(self, path: Path, result: tuple[Made, ...] | LeftOut) -> None:
+    def keep(self, path: Path, result: tuple[SheetRecord, ...] | SkippedPhoto) -> None:
         """Remember all that came of one photo, on the disk on return."""
         entry: dict[str, Any] = {"stamp": self._stamp(path)}
         match result:
-            case LeftOut(reason=reason):
+            case SkippedPhoto(reason=reason):
                 entry["left_out"] = reason
             case _:
                 entry["sheets"] = [

@@ -11,15 +11,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fedface.audits.noised_means import FIGURES
-from fedface.audits.private_figures import FiguresConfig
-from fedface.audits.private_reading import foreseen
+from fedface.audits.noised_means import DP_METRICS
+from fedface.audits.private_figures import LocalMetricsConfig
+from fedface.audits.private_reading import minimum_detectable_gap
 from fedface.config import parse
 from fedface.errors import ConfigError
 from fedface.reports import figures, wording
 from fedface.reports.filling import light_to_dark
-from fedface.reports.private_record import PrivateGroup, PrivateRecord
-from fedface.reports.quantities import Figure, Interval, NotMeasured
+from fedface.reports.private_record import DeviceMetricsGroup, DeviceMetricsRecord
+from fedface.reports.quantities import Measurement, Interval, NotMeasured
 from fedface.reports.run import PlanRecord, RunRecord
 
 COLORS = {"before": figures.BEFORE, "after": figures.AFTER}
@@ -30,27 +30,27 @@ HIDDEN = ("skin_difference", "same_group", "misfit")  # differences that noise h
 
 def title(measure: str) -> str:
     """The title of a figure that devices send."""
-    return FIGURES[measure].title if measure in FIGURES else measure.replace("_", " ")
+    return DP_METRICS[measure].title if measure in DP_METRICS else measure.replace("_", " ")
 
 
 def unit(measure: str) -> str:
     """Its unit; empty for a share."""
-    return FIGURES[measure].unit.strip() if measure in FIGURES else ""
+    return DP_METRICS[measure].unit.strip() if measure in DP_METRICS else ""
 
 
-def measures_of(records: Sequence[PrivateRecord]) -> list[str]:
+def measures_of(records: Sequence[DeviceMetricsRecord]) -> list[str]:
     """Every measure that some group has a number for, in the order of the records."""
     everyone = [group for record in records for group in (record.overall, *record.groups)]
     return list(dict.fromkeys(name for group in everyone for name in group.figures))
 
 
-def ordered(told: PrivateRecord) -> list[PrivateGroup]:
+def ordered(told: DeviceMetricsRecord) -> list[DeviceMetricsGroup]:
     """The groups light to dark, then all units together."""
     by_name = {group.group: group for group in told.groups}
     return [*(by_name[name] for name in light_to_dark(list(by_name))), told.overall]
 
 
-def names_of(records: Sequence[PrivateRecord]) -> list[str]:
+def names_of(records: Sequence[DeviceMetricsRecord]) -> list[str]:
     """The groups of several records, light to dark, "all" last."""
     groups = light_to_dark(list(dict.fromkeys(group.group for told in records for group in told.groups)))
     return [*groups, *dict.fromkeys(told.overall.group for told in records)]
@@ -59,17 +59,17 @@ def names_of(records: Sequence[PrivateRecord]) -> list[str]:
 def charts(record: RunRecord) -> list[tuple[str, bytes]]:
     """For each measure, its title and a chart of the groups before and after the run, as SVG; groups without a figure
     are left out, since the table says so."""
-    told_of = {g.group for told in record.private for g in told.groups if g.figures}
-    groups = [name for name in names_of(record.private) if name in told_of]
+    told_of = {g.group for told in record.device_metrics for g in told.groups if g.figures}
+    groups = [name for name in names_of(record.device_metrics) if name in told_of]
     drawn = []
-    for measure in measures_of(record.private):
-        series = [_series(told, groups, measure) for told in record.private]
+    for measure in measures_of(record.device_metrics):
+        series = [_series(told, groups, measure) for told in record.device_metrics]
         if any(line.at for line in series):
             drawn.append((title(measure), figures.group_dots(groups, series, unit=unit(measure))))
     return drawn
 
 
-def _series(told: PrivateRecord, groups: Sequence[str], measure: str) -> figures.Series:
+def _series(told: DeviceMetricsRecord, groups: Sequence[str], measure: str) -> figures.Series:
     known = [
         (float(groups.index(group.group)), value)
         for group in told.groups
@@ -85,7 +85,7 @@ def _series(told: PrivateRecord, groups: Sequence[str], measure: str) -> figures
     )
 
 
-def rows(records: Sequence[PrivateRecord]) -> list[dict[str, object]]:
+def rows(records: Sequence[DeviceMetricsRecord]) -> list[dict[str, object]]:
     """Lines of a table: for each group and model, how many units and each measure with its interval."""
     absent = NotMeasured(not_measured="not asked")
     table: list[dict[str, object]] = []
@@ -93,21 +93,21 @@ def rows(records: Sequence[PrivateRecord]) -> list[dict[str, object]]:
         lines = []
         for told in records:
             found = next((group for group in ordered(told) if group.group == name), None)
-            group = found or PrivateGroup(group=name, units=absent, figures={})
+            group = found or DeviceMetricsGroup(group=name, units=absent, figures={})
             given = cells(group, measures_of(records))
             lines.append({"label": told.when, "cells": given, "untold": untold(group)})
         table.append({"group": name, "lines": lines})
     return table
 
 
-def untold(group: PrivateGroup) -> str:
+def untold(group: DeviceMetricsGroup) -> str:
     """Why nothing is told of a group, in one cell for the whole line; empty where something is."""
     if isinstance(group.units, NotMeasured) and not group.figures:
         return f"not told: {group.units.not_measured}"
     return ""
 
 
-def cells(group: PrivateGroup, measures: Sequence[str]) -> list[tuple[str, str]]:
+def cells(group: DeviceMetricsGroup, measures: Sequence[str]) -> list[tuple[str, str]]:
     """The count of units and each measure, as an estimate and its interval; or why there is none."""
     none = NotMeasured(not_measured="no figure")
     given = [_cell(group.units, whole=True)]
@@ -117,14 +117,14 @@ def cells(group: PrivateGroup, measures: Sequence[str]) -> list[tuple[str, str]]
     return given
 
 
-def texts(group: PrivateGroup, measures: Sequence[str]) -> list[str]:
+def texts(group: DeviceMetricsGroup, measures: Sequence[str]) -> list[str]:
     """The same as one text for each column, where cells cannot be joined."""
     if why := untold(group):
         return [why, *["–"] * len(measures)]
     return [f"{value} {ends}" for value, ends in cells(group, measures)]
 
 
-def _cell(value: Figure, *, whole: bool = False) -> tuple[str, str]:
+def _cell(value: Measurement, *, whole: bool = False) -> tuple[str, str]:
     match value:
         case Interval(estimate=estimate, low=low, high=high):
             if whole:
@@ -136,16 +136,16 @@ def _cell(value: Figure, *, whole: bool = False) -> tuple[str, str]:
 
 def sentences(record: RunRecord) -> list[str]:
     """What the last model's figures say, what they would have hidden where they say nothing, and what a mark means."""
-    if not record.private:
+    if not record.device_metrics:
         return []
-    last = record.private[-1]
+    last = record.device_metrics[-1]
     said = list(last.sentences)
     if sum(bool(group.figures) for group in last.groups) < 2 and (hidden := hidden_sentence(record)):
         said.insert(1, hidden)
-    return [*said, *end_sentence(record.private)]
+    return [*said, *end_sentence(record.device_metrics)]
 
 
-def end_sentence(records: Sequence[PrivateRecord]) -> list[str]:
+def end_sentence(records: Sequence[DeviceMetricsRecord]) -> list[str]:
     """What the mark beside a figure means, if there is one."""
     if not any(group.at_end for told in records for group in ordered(told)):
         return []
@@ -159,13 +159,13 @@ def hidden_sentence(record: RunRecord) -> str:
 
     From public numbers alone: the recipe, the noise, and how many devices answered. Empty where the recipe is unknown.
     """
-    last, config = record.private[-1], figures_config(record.experiment)
+    last, config = record.device_metrics[-1], figures_config(record.experiment)
     if config is None or last.devices < 1:
         return ""
     units, found = 1, {name: math.inf for name in HIDDEN}
     while units < MOST_UNITS and not all(map(math.isfinite, found.values())):
         units = max(units + 1, math.ceil(1.05 * units))
-        found = foreseen(
+        found = minimum_detectable_gap(
             replace(config, expected_units=units),
             noise_multiplier=last.noise_multiplier,
             devices=last.devices,
@@ -176,7 +176,7 @@ def hidden_sentence(record: RunRecord) -> str:
     size = units * last.devices // len(config.groups)
     wide = {name: high - low for name in HIDDEN for low, high in [config.range_of(name)]}
     said = [
-        f"{title(name)}, {found[name]:.{FIGURES[name].digits}f} {unit(name)}".rstrip()
+        f"{title(name)}, {found[name]:.{DP_METRICS[name].digits}f} {unit(name)}".rstrip()
         if found[name] < wide[name]
         else f"{title(name)}, any difference at all"
         for name in HIDDEN
@@ -187,22 +187,22 @@ def hidden_sentence(record: RunRecord) -> str:
     )
 
 
-def figures_config(experiment: dict[str, object]) -> FiguresConfig | None:
+def figures_config(experiment: dict[str, object]) -> LocalMetricsConfig | None:
     """The public recipe of the figures in a record's experiment; None where it holds none that can be read."""
     evaluation = experiment.get("evaluation")
     if not isinstance(evaluation, dict) or not isinstance(told := evaluation.get("figures"), dict):
         return None
     try:
-        return parse(json.dumps(told), FiguresConfig, name="figures")  # JSON is YAML
+        return parse(json.dumps(told), LocalMetricsConfig, name="figures")  # JSON is YAML
     except ConfigError:
         return None
 
 
-def spent_sentence(record: PrivateRecord) -> str:
+def spent_sentence(record: DeviceMetricsRecord) -> str:
     """What asking cost, and whom."""
     return f"Asking about the model {record.when} the run: {spent_words(record)}."
 
 
-def spent_words(record: PrivateRecord) -> str:
+def spent_words(record: DeviceMetricsRecord) -> str:
     """How many answered, at what price for one unit."""
     return f"{wording.counted(record.devices, 'device')} answered, at {wording.epsilon(record.epsilon)}"

@@ -8,24 +8,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from fedface.privacy.target import delta_in_words
-from fedface.reports.quantities import Epsilon, Figure, NotMeasured, rounded_down, rounded_up
+from fedface.privacy.target import format_delta
+from fedface.reports.quantities import Epsilon, Measurement, NotMeasured, rounded_down, rounded_up
 
-GONE = "a device that left"  # in place of the name of a device whose owner left the run
+WITHDRAWN = "a device that left"  # in place of the name of a device whose owner left the run
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrivateGroup:
+class DeviceMetricsGroup:
     """How one tone group of the devices' own photos is served."""
 
     group: str
-    units: Figure  # how many units (photos, occasions, libraries) were asked; noised, or why it is not told
-    figures: dict[str, Figure]  # by measure
+    units: Measurement  # how many units (photos, occasions, libraries) were asked; noised, or why it is not told
+    figures: dict[str, Measurement]  # by measure
     at_end: tuple[str, ...] = field(default_factory=tuple)  # measures at an end of their range
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrivateRecord:
+class DeviceMetricsRecord:
     """One model, scored by the devices on their own photos."""
 
     when: str  # "before", "after", or a candidate's name
@@ -35,19 +35,19 @@ class PrivateRecord:
     refusals: tuple[str, ...]  # reasons of those that did not, without names
     epsilon: Epsilon | NotMeasured  # what this question cost one unit
     noise_multiplier: float
-    overall: PrivateGroup
-    groups: tuple[PrivateGroup, ...]
+    overall: DeviceMetricsGroup
+    groups: tuple[DeviceMetricsGroup, ...]
     sentences: tuple[str, ...]
     lead: str = field(default_factory=str)  # the one sentence of a short answer
     answered: tuple[str, ...] = field(default_factory=tuple)  # names of the devices in the sum
 
-    def without(self, name: str) -> PrivateRecord:
+    def without(self, name: str) -> DeviceMetricsRecord:
         """The same without a device's name: its owner has left the run."""
-        return replace(self, answered=tuple(GONE if device == name else device for device in self.answered))
+        return replace(self, answered=tuple(WITHDRAWN if device == name else device for device in self.answered))
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeftRecord:
+class WithdrawalRecord:
     """A device whose owner left the run, without its name: what was forgotten, and what cannot be."""
 
     rounds: tuple[int, ...]  # that it took part in
@@ -56,7 +56,7 @@ class LeftRecord:
     questions: int = field(default_factory=int)  # sets of figures that it answered
 
     @staticmethod
-    def of(rounds: tuple[int, ...], questions: int, epsilon: Epsilon | NotMeasured) -> LeftRecord:
+    def of(rounds: tuple[int, ...], questions: int, epsilon: Epsilon | NotMeasured) -> WithdrawalRecord:
         """The record of a device that took part in these rounds and answered so many sets of figures."""
         if isinstance(epsilon, Epsilon):
             bound = "its noise bounds what they can tell"
@@ -64,7 +64,7 @@ class LeftRecord:
                 bound = "the server saw them bare; its noise bounds what the published ones can tell"
             told = (
                 f"{bound}: epsilon at most {rounded_up(epsilon.upper)} (at least "
-                f"{rounded_down(epsilon.lower)}) at delta {delta_in_words(epsilon.delta)}, per {epsilon.unit}"
+                f"{rounded_down(epsilon.lower)}) at delta {format_delta(epsilon.delta)}, per {epsilon.unit}"
             )
         else:
             told = f"nothing bounds what they can tell: {epsilon.not_measured}"
@@ -82,7 +82,7 @@ class LeftRecord:
             )
         if questions:
             done.append(f"its answers to {_counted_sets(questions)} are part of the figures of this report")
-        return LeftRecord(
+        return WithdrawalRecord(
             rounds=rounds,
             questions=questions,
             epsilon=epsilon,

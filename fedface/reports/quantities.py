@@ -42,10 +42,10 @@ class NotMeasured:
             raise ValueError("not_measured must say why, got an empty text")
 
 
-Figure = Interval | NotMeasured
+Measurement = Interval | NotMeasured
 
 
-def figure(values: Mapping[str, Any], *, otherwise: str) -> Figure:
+def measurement(values: Mapping[str, Any], *, otherwise: str) -> Measurement:
     """An `Interval` from the mapping of one, or `NotMeasured` where there is none to speak of.
 
     Args:

@@ -17,8 +17,8 @@ from typing import Any, Literal
 from fedface.errors import RunError
 from fedface.files import replace_text
 from fedface.reports import strict
-from fedface.reports.private_record import GONE, LeftRecord, PrivateRecord
-from fedface.reports.quantities import Epsilon, Figure, NotMeasured
+from fedface.reports.private_record import WITHDRAWN, WithdrawalRecord, DeviceMetricsRecord
+from fedface.reports.quantities import Epsilon, Measurement, NotMeasured
 
 VERSION = 1
 FILE = "run.json"
@@ -29,7 +29,7 @@ HASH = re.compile(r"[0-9a-f]{8,64}")
 class PlanRecord:
     """The promise made before the run, and the mechanism that keeps it."""
 
-    promise: str  # in words
+    guarantee: str  # in words
     unit: str
     target_epsilon: float
     epsilon: Epsilon  # of the whole plan
@@ -38,22 +38,22 @@ class PlanRecord:
     rounds: int
     steps_per_round: int
     clip_norm: float
-    expected_batch: float
+    expected_batch_size: float
     adjacency: str  # such as "add or remove one"
-    neighbouring: str  # a sentence: which two worlds nobody can tell apart
+    adjacency_text: str  # a sentence: which two worlds nobody can tell apart
     covers: str = field(default_factory=str)  # what one promise covers, in words
     noise_at: Literal["device", "server"] = field(default_factory=lambda: "device")  # who adds the noise
-    update_clip: float = field(default_factory=float)  # of whole updates; 0 where devices add the noise
-    figures_noise: tuple[float, ...] = field(
+    update_clip_norm: float = field(default_factory=float)  # of whole updates; 0 where devices add the noise
+    metrics_noise_multiplier: tuple[float, ...] = field(
         default_factory=tuple
     )  # noise multipliers of what devices tell besides
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoPromise:
+class NoPrivacyRecord:
     """A run without a privacy promise, and why."""
 
-    no_promise: str
+    no_privacy: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ class RoundRecord:
     seconds_combine: float
     seconds_reveal: float
     weights_hash: str
-    figures: dict[str, Figure]  # "distance", "monk", "dark_share", ...
+    metrics: dict[str, Measurement]  # "distance", "monk", "dark_share", ...
 
     def __post_init__(self) -> None:
         _check_hash(self.weights_hash)
@@ -107,9 +107,9 @@ class RoundRecord:
         """The same round without a device's name: its owner has left the run."""
         return replace(
             self,
-            answered=tuple(GONE if device == name else device for device in self.answered),
-            refusals=tuple(replace(r, device=GONE) if r.device == name else r for r in self.refusals),
-            dropped=tuple(replace(r, device=GONE) if r.device == name else r for r in self.dropped),
+            answered=tuple(WITHDRAWN if device == name else device for device in self.answered),
+            refusals=tuple(replace(r, device=WITHDRAWN) if r.device == name else r for r in self.refusals),
+            dropped=tuple(replace(r, device=WITHDRAWN) if r.device == name else r for r in self.dropped),
         )
 
 
@@ -119,7 +119,7 @@ class GroupRecord:
 
     group: str
     count: int  # photos
-    figures: dict[str, Figure]  # by measure, named as in audits.bias.MEASURES
+    metrics: dict[str, Measurement]  # by measure, named as in audits.bias.MEASURES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,7 @@ class GapRecord:
 
     worst: str
     best: str
-    difference: Figure  # worst minus best, its interval good for all pairs of groups at once
+    difference: Measurement  # worst minus best, its interval good for all pairs of groups at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,7 @@ class BiasRecord:
     probe: str  # which photos, in words
     photos: int
     faces_per_photo: int
-    overall: dict[str, Figure]  # by measure
+    overall: dict[str, Measurement]  # by measure
     groups: tuple[GroupRecord, ...]  # light to dark
     gaps: dict[str, GapRecord]  # by measure
     sentences: tuple[str, ...]
@@ -167,15 +167,15 @@ class AttackRecord:
     """What one attack got out of a device's update, beside what guessing gets."""
 
     threat: str  # who sees what
-    defence: str  # "no DP" or "DP sigma=1.0"
+    defense: str  # "no DP" or "DP sigma=1.0"
     weights_hash: str  # of the network that was attacked
     attack: str  # which attack and its budget
-    psnr: Figure  # dB, recovered against true
-    ssim: Figure
-    baseline_psnr: Figure  # the best guess without the update
-    baseline_ssim: Figure
-    gain: Figure  # dB: recovered minus guess, photo by photo
-    gallery: Figure  # share of updates whose photo was named among the candidates
+    psnr: Measurement  # dB, recovered against true
+    ssim: Measurement
+    baseline_psnr: Measurement  # the best guess without the update
+    baseline_ssim: Measurement
+    gain: Measurement  # dB: recovered minus guess, photo by photo
+    gallery: Measurement  # share of updates whose photo was named among the candidates
     gallery_size: int  # chance is 1 / gallery_size
     gallery_ceiling: float  # what no attack can beat, from the mechanism's event; 1 without noise
     pictures: tuple[str, ...]  # names in RunRecord.pictures
@@ -230,11 +230,11 @@ class RunRecord:
     versions: dict[str, str]
     machine: MachineRecord
     experiment: dict[str, Any]  # the whole YAML
-    plan: PlanRecord | NoPromise
+    plan: PlanRecord | NoPrivacyRecord
     base_hash: str  # of the weights before
     final_hash: str  # of the weights after
     devices: tuple[DeviceRecord, ...]
-    figures_before: dict[str, Figure]  # the probe on the base weights: round 0 of every curve
+    metrics_before: dict[str, Measurement]  # the probe on the base weights: round 0 of every curve
     rounds: tuple[RoundRecord, ...]
     bias_before: BiasRecord | NotMeasured
     bias_after: BiasRecord | NotMeasured
@@ -243,11 +243,11 @@ class RunRecord:
     aggregation: tuple[AggregationRecord, ...]
     pictures: dict[str, PictureRecord]
     notes: tuple[str, ...]  # what this run cannot show
-    left: tuple[LeftRecord, ...] = field(
+    withdrawals: tuple[WithdrawalRecord, ...] = field(
         default_factory=tuple
     )  # devices whose owners left, without their names
-    private: tuple[PrivateRecord, ...] = field(default_factory=tuple)  # figures from the devices' own photos
-    beside: dict[str, BiasRecord] = field(default_factory=dict)  # simple methods on the same probe, by title
+    device_metrics: tuple[DeviceMetricsRecord, ...] = field(default_factory=tuple)  # figures from the devices' own photos
+    reference: dict[str, BiasRecord] = field(default_factory=dict)  # simple methods on the same probe, by title
     version: int = field(default=VERSION)
 
     def __post_init__(self) -> None:

@@ -10,28 +10,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fedface.audits.bias import MEASURES
+from fedface.audits.bias import METRICS
 from fedface.reports import wording
 from fedface.reports.quantities import Interval, NotMeasured, rounded_up
-from fedface.reports.run import BiasRecord, GapRecord, NoPromise, RunRecord
+from fedface.reports.run import BiasRecord, GapRecord, NoPrivacyRecord, RunRecord
 
 LEADING = ("skin_difference", "same_half", "same_tone_bin", "monk_shift", "ita_shift", "misfit")
 
 
-def answer(record: RunRecord) -> list[str]:
+def headline_summary(record: RunRecord) -> list[str]:
     """The short answer, in a few sentences made of the record's numbers alone; what all feel comes first."""
     served = service_change(record)
     return [
         *([served.sentence] if served is not None else []),
         _gap_answer(record),
-        *([record.private[-1].lead] if record.private and record.private[-1].lead else []),
+        *([record.device_metrics[-1].lead] if record.device_metrics and record.device_metrics[-1].lead else []),
         *_quality_answer(record),
         _cost_answer(record),
     ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServiceChange:
+class MetricChange:
     """A change that most groups feel alike, by the measure that the short answer speaks of."""
 
     verdict: Literal["worse", "better"]
@@ -41,7 +41,7 @@ class ServiceChange:
     sentence: str
 
 
-def service_change(record: RunRecord) -> ServiceChange | None:
+def service_change(record: RunRecord) -> MetricChange | None:
     """Whether most groups are served clearly worse, or better, after the run: intervals that do not overlap.
 
     A gap that shrinks because everybody is served as badly as the worst is no success; None says that neither holds.
@@ -50,12 +50,12 @@ def service_change(record: RunRecord) -> ServiceChange | None:
     before, after = record.bias_before, record.bias_after
     if not (measure and isinstance(before, BiasRecord) and isinstance(after, BiasRecord)):
         return None
-    old = {group.group: group.figures.get(measure) for group in before.groups}
+    old = {group.group: group.metrics.get(measure) for group in before.groups}
     pairs = {
         group.group: (was, now)
         for group in after.groups
         if isinstance(was := old.get(group.group), Interval)
-        and isinstance(now := group.figures.get(measure), Interval)
+        and isinstance(now := group.metrics.get(measure), Interval)
     }
     worse = [name for name, (was, now) in pairs.items() if _worse(was, now, measure)]
     better = [name for name, (was, now) in pairs.items() if _worse(now, was, measure)]
@@ -79,7 +79,7 @@ def service_change(record: RunRecord) -> ServiceChange | None:
     else:
         who = f"{len(changed)} of {len(pairs)} groups are"
     rest = f"; {' and '.join(other)} {'better' if verdict == 'worse' else 'worse'}" if other else ""
-    return ServiceChange(
+    return MetricChange(
         verdict=verdict,
         groups=f"{len(changed)} of {len(pairs)} groups",
         measure=measure,
@@ -94,13 +94,13 @@ def leading_measure(record: RunRecord) -> str:
     if not isinstance(leading, NotMeasured):
         return leading[0]
     audits = [a for a in (record.bias_before, record.bias_after) if isinstance(a, BiasRecord)]
-    known = [{name for group in audit.groups for name in group.figures} for audit in audits]
+    known = [{name for group in audit.groups for name in group.metrics} for audit in audits]
     return next((name for name in LEADING if len(known) == 2 and name in known[0] & known[1]), "")
 
 
 def _worse(one: Interval, other: Interval, measure: str) -> bool:
     """Whether `other` is clearly worse than `one`: a larger cost, a smaller rate, a shift further from 0."""
-    match MEASURES[measure].kind if measure in MEASURES else "cost":
+    match METRICS[measure].kind if measure in METRICS else "cost":
         case "rate":
             return other.high < one.low
         case "shift":
@@ -164,8 +164,8 @@ def _upward(gap: Interval) -> Interval:
 
 
 def _quality_answer(record: RunRecord) -> list[str]:
-    before = record.figures_before.get("distance")
-    after = record.rounds[-1].figures.get("distance") if record.rounds else None
+    before = record.metrics_before.get("distance")
+    after = record.rounds[-1].metrics.get("distance") if record.rounds else None
     if not isinstance(before, Interval) or not isinstance(after, Interval):
         return []
     apart = _apart(before, after)
@@ -177,8 +177,8 @@ def _quality_answer(record: RunRecord) -> list[str]:
 
 
 def _cost_answer(record: RunRecord) -> str:
-    if isinstance(record.plan, NoPromise):
-        return f"It makes no privacy promise: {record.plan.no_promise}"
+    if isinstance(record.plan, NoPrivacyRecord):
+        return f"It makes no privacy promise: {record.plan.no_privacy}"
     cost = wording.spent(record)
     if isinstance(cost, NotMeasured):
         return f"What it cost in privacy was not measured: {cost.not_measured}."

@@ -6,10 +6,10 @@ Called by reports.page and reports.card, so that both say the same.
 from __future__ import annotations
 
 from fedface.reports import wording
-from fedface.reports.run import AttackRecord, BiasRecord, NoPromise, PlanRecord, RunRecord
+from fedface.reports.run import AttackRecord, BiasRecord, NoPrivacyRecord, PlanRecord, RunRecord
 
 
-def leaving(record: RunRecord) -> list[str]:
+def withdrawal_notes(record: RunRecord) -> list[str]:
     """What happens when a device leaves a run, and what cannot be undone; said whether or not somebody left."""
     gone = (
         "The owner of a device can leave a run at any time (fedface device leave): it is not asked again, its "
@@ -23,14 +23,14 @@ def leaving(record: RunRecord) -> list[str]:
             )
         case PlanRecord(unit=unit):
             bound = f"what they tell about one {unit} stays bounded by the promise"
-        case NoPromise():
+        case NoPrivacyRecord():
             bound = "nothing bounds what they tell"
     kept = (
         "What cannot be undone: what it has sent was summed with what others sent, is part of the weights and figures "
         f"since then, and of every copy of them; {bound}."
     )
-    if record.left:
-        return [gone, kept, *(left.sentence for left in record.left)]
+    if record.withdrawals:
+        return [gone, kept, *(left.sentence for left in record.withdrawals)]
     return [gone, kept, "Nobody left this run."]
 
 
@@ -56,7 +56,7 @@ def hash_note(record: RunRecord) -> str:
 def attacks_of(record: RunRecord) -> tuple[AttackRecord, ...]:
     """The attacks on updates as this run sends them: where the server adds the noise, a single update has none."""
     if isinstance(record.plan, PlanRecord) and record.plan.noise_at == "server":
-        return tuple(attack for attack in record.attacks if attack.defence == wording.NO_DEFENCE)
+        return tuple(attack for attack in record.attacks if attack.defense == wording.NO_DEFENCE)
     return record.attacks
 
 
@@ -70,6 +70,6 @@ def attack_note(record: RunRecord) -> str:
                 "This run adds noise to the sum of all updates, on the server, so a single update has none: whoever "
                 "sees one, such as the server, sees what is attacked here."
             )
-        case NoPromise() if len(record.attacks) > 1:
+        case NoPrivacyRecord() if len(record.attacks) > 1:
             return "This run adds no noise: the attack against DP says what noise would have changed."
     return ""

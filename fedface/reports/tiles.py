@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from fedface.reports import short_answer, standing, wording
 from fedface.reports.quantities import Epsilon, Interval, NotMeasured, rounded_up
-from fedface.reports.run import NoPromise, RunRecord
+from fedface.reports.run import NoPrivacyRecord, RunRecord
 
 
-def tiles(record: RunRecord) -> list[dict[str, str]]:
+def headline_numbers(record: RunRecord) -> list[dict[str, str]]:
     """Each with a value and the text below it; what was not measured has none."""
     shown = []
     cost = wording.spent(record)
@@ -36,10 +36,10 @@ def tiles(record: RunRecord) -> list[dict[str, str]]:
             value = wording.size(sent / answered)
             shown.append({"value": value, "text": "sent by one device in one round"})
     used = standing.attacks_of(record)
-    if isinstance(record.plan, NoPromise):  # what noise would have done is no part of what the run did
-        used = tuple(attack for attack in used if attack.defence == wording.NO_DEFENCE)
+    if isinstance(record.plan, NoPrivacyRecord):  # what noise would have done is no part of what the run did
+        used = tuple(attack for attack in used if attack.defense == wording.NO_DEFENCE)
     named = [
-        (attack.gallery.estimate, attack.defence) for attack in used if isinstance(attack.gallery, Interval)
+        (attack.gallery.estimate, attack.defense) for attack in used if isinstance(attack.gallery, Interval)
     ]
     if named:
         value = " → ".join(wording.share(rate) for rate, _ in named)

@@ -22,7 +22,7 @@ from fedface.reports.card import code_block
 from fedface.reports.comparison_figures import COLOURS, MARKERS, png_on_white
 from fedface.reports.figures import STYLE
 from fedface.reports.filling import epsilon_record
-from fedface.reports.private_record import PrivateRecord
+from fedface.reports.private_record import DeviceMetricsRecord
 from fedface.reports.quantities import Epsilon, Interval, NotMeasured
 from fedface.units import UNITS, unit_in_words
 
@@ -50,7 +50,7 @@ class RankingRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TournamentRecord:
+class RankingReport:
     """A finished tournament; what all answers cost together follows from its candidates."""
 
     name: str
@@ -58,7 +58,7 @@ class TournamentRecord:
     finished: str  # ISO 8601, UTC
     command: str
     experiment: dict[str, Any]
-    candidates: tuple[PrivateRecord, ...]  # `when` is the candidate's name
+    candidates: tuple[DeviceMetricsRecord, ...]  # `when` is the candidate's name
     rankings: tuple[RankingRecord, ...]
     notes: tuple[str, ...] = field(default_factory=tuple)
     together: Epsilon | NotMeasured = field(default_factory=lambda: NOT_PRICED)  # the price of all answers
@@ -108,7 +108,7 @@ class TournamentRecord:
         return f"Which model serves the devices' own photos best: tournament of {wording.counted(count, 'model')}"
 
 
-def _together(candidates: Sequence[PrivateRecord], experiment: dict[str, Any]) -> Epsilon | NotMeasured:
+def _together(candidates: Sequence[DeviceMetricsRecord], experiment: dict[str, Any]) -> Epsilon | NotMeasured:
     """The price of one answer about each candidate, from the noise of each."""
     evaluation = experiment.get("evaluation")
     rate = evaluation.get("sampling_rate") if isinstance(evaluation, dict) else None
@@ -125,14 +125,14 @@ def _together(candidates: Sequence[PrivateRecord], experiment: dict[str, Any]) -
     return epsilon_record(epsilon_of(compose(events), delta), delta=delta, unit=unit)
 
 
-def write(record: TournamentRecord, folder: Path) -> None:
+def write(record: RankingReport, folder: Path) -> None:
     """Write `tournament.json`, `tournament.md` and `tournament.png` into a folder."""
     (folder / "tournament.png").write_bytes(picture(record))
     replace_text(folder / "tournament.md", markdown(record))
     replace_text(folder / FILE, strict.dumps(record))
 
 
-def picture(record: TournamentRecord) -> bytes:
+def picture(record: RankingReport) -> bytes:
     """Each measure by tone group, one mark for each candidate, with intervals that include the noise; PNG."""
     measures = private_page.measures_of(record.candidates)
     groups = _shown(record)
@@ -161,7 +161,7 @@ def picture(record: TournamentRecord) -> bytes:
         return png_on_white(canvas)
 
 
-def _shown(record: TournamentRecord) -> list[str]:
+def _shown(record: RankingReport) -> list[str]:
     """The groups that some candidate has a figure for, light to dark, all last; the picture leaves out the others."""
     told = {
         g.group for one in record.candidates for g in private_page.ordered(one) if not private_page.untold(g)
@@ -169,7 +169,7 @@ def _shown(record: TournamentRecord) -> list[str]:
     return [name for name in private_page.names_of(record.candidates) if name in told]
 
 
-def _empty(record: TournamentRecord) -> list[str]:
+def _empty(record: RankingReport) -> list[str]:
     shown = _shown(record)
     left_out = [name for name in private_page.names_of(record.candidates) if name not in shown]
     return (
@@ -186,7 +186,7 @@ def _wrapped(title: str, unit: str) -> str:
     return "\n".join(lines)
 
 
-def markdown(record: TournamentRecord) -> str:
+def markdown(record: RankingReport) -> str:
     """The tournament as a page of text, with its picture."""
     measures = private_page.measures_of(record.candidates)
     heads = ["group", "candidate", "units", *(private_page.title(name) for name in measures)]

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from fedface.audits.bias import MEASURES
-from fedface.privacy.target import delta_in_words
-from fedface.reports.quantities import Epsilon, Figure, Interval, NotMeasured, rounded_down, rounded_up
-from fedface.reports.run import AttackRecord, GapRecord, NoPromise, PlanRecord, RunRecord
+from fedface.audits.bias import METRICS
+from fedface.privacy.target import format_delta
+from fedface.reports.quantities import Epsilon, Measurement, Interval, NotMeasured, rounded_down, rounded_up
+from fedface.reports.run import AttackRecord, GapRecord, NoPrivacyRecord, PlanRecord, RunRecord
 
 # What the probe says after each round: name -> (title, unit, whether zero belongs on the axis).
 PROBE_FIGURES = {
@@ -47,7 +47,7 @@ def constant(value: float) -> str:
 
 def delta_words(delta: float) -> str:
     """A delta to read: 0.001, 1e−4."""
-    return delta_in_words(delta).replace("-", "−")
+    return format_delta(delta).replace("-", "−")
 
 
 def signed(value: float) -> str:
@@ -67,7 +67,7 @@ def interval(value: Interval) -> tuple[str, str]:
     return texts[0], f"[{texts[1]}, {texts[2]}]"
 
 
-def figure(value: Figure) -> str:
+def figure(value: Measurement) -> str:
     """`3.21 [2.80, 3.70], n = 60`, or `not measured: why`."""
     match value:
         case Interval(count=count):
@@ -141,12 +141,12 @@ def one_in(probability: float) -> str:
 
 def title_of(measure: str) -> str:
     """The title of a measure of bias, in the words of the audit."""
-    return MEASURES[measure].title if measure in MEASURES else measure.replace("_", " ")
+    return METRICS[measure].title if measure in METRICS else measure.replace("_", " ")
 
 
 def unit_of(measure: str) -> str:
     """The unit of a measure of bias; empty for a share."""
-    return MEASURES[measure].unit.strip() if measure in MEASURES else ""
+    return METRICS[measure].unit.strip() if measure in METRICS else ""
 
 
 def with_unit(text: str, measure: str) -> str:
@@ -185,10 +185,10 @@ def meaning(value: Epsilon, *, noise_at: Literal["device", "server"] = "device")
     return sentence
 
 
-def promise(plan: PlanRecord | NoPromise) -> str:
+def promise(plan: PlanRecord | NoPrivacyRecord) -> str:
     """The promise in one sentence; older records have one without its delta."""
     match plan:
-        case PlanRecord(promise=words) if "delta" in words:
+        case PlanRecord(guarantee=words) if "delta" in words:
             return words
         case PlanRecord():
             return promise_words(
@@ -198,7 +198,7 @@ def promise(plan: PlanRecord | NoPromise) -> str:
                 rounds=plan.rounds,
                 noise_at=plan.noise_at,
             )
-        case NoPromise(no_promise=reason):
+        case NoPrivacyRecord(no_privacy=reason):
             return f"No promise: {reason}"
 
 
@@ -235,11 +235,11 @@ def named_sentence(attack: AttackRecord) -> str:
         case Interval(estimate=rate, low=low, high=high, count=count):
             chance = percent(1 / attack.gallery_size)
             return (
-                f"With {attack.defence}, somebody with {attack.gallery_size} candidate photos named the one in the "
+                f"With {attack.defense}, somebody with {attack.gallery_size} candidate photos named the one in the "
                 f"update in {share(rate)} of cases [{share(low)}, {share(high)}] (n = {count}); chance is {chance}."
             )
         case NotMeasured(not_measured=reason):
-            return f"With {attack.defence}, naming the photo in an update was not measured: {reason}."
+            return f"With {attack.defense}, naming the photo in an update was not measured: {reason}."
 
 
 def attack_sentence(attack: AttackRecord) -> str:
@@ -247,10 +247,10 @@ def attack_sentence(attack: AttackRecord) -> str:
     match attack.gain:
         case Interval(low=low, high=high) as gain:
             verdict = "more than" if low > 0 else "less than" if high < 0 else "about as much as"
-            start = f"With {attack.defence}, the attack recovered {verdict} a guess without the update"
+            start = f"With {attack.defense}, the attack recovered {verdict} a guess without the update"
             return f"{start}: {_gain(gain)}."
         case NotMeasured(not_measured=reason):
-            return f"With {attack.defence}, what the attack recovered was not measured: {reason}."
+            return f"With {attack.defense}, what the attack recovered was not measured: {reason}."
 
 
 def _gain(gain: Interval) -> str:

@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim import Adam
 
-from fedface.models.encoder import Encoder, EncoderConfig, on_sphere
+from fedface.models.encoder import LatentEncoder, LatentEncoderConfig, on_sphere
 from fedface.models.stylegan2 import StyleGAN2
-from fedface.photos.drawn import NORMALS, ToneMix, draw, faces_from_normals
+from fedface.photos.drawn import NORMALS, ToneMix, render, faces_from_normals
 from fedface.randomness import Streams
 from fedface.shapes import Images, Latents
-from fedface.training.pretrain import Pool, Progress, average_into, pair_loss, warm_cosine
+from fedface.training.pretrain import SyntheticPool, Progress, update_ema, pair_loss, warmup_cosine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +39,11 @@ class EncoderPretrainConfig:
     batch: int = 32
     learning_rate: float = 4e-3
     pool: int = 12_000  # drawn faces; 0 for a generator whose latents are not the normals of drawn faces
-    light_share: float = 0.85  # of the generator's own training: where on the tone's number the dark begins
-    dark_share: float = 0.5  # share of dark faces that the encoder sees among drawn ones
-    spread: float = 0.5  # made faces: each number of a latent is scaled by exp(spread * normal)
+    light_fraction: float = 0.85  # of the generator's own training: where on the tone's number the dark begins
+    dark_fraction: float = 0.5  # share of dark faces that the encoder sees among drawn ones
+    latent_std: float = 0.5  # made faces: each number of a latent is scaled by exp(spread * normal)
     latent_weight: float = 0.1  # of the distance of latents, at the end; ten times that at the start
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    encoder: LatentEncoderConfig = field(default_factory=LatentEncoderConfig)
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch", 2), ("pool", 0)):
@@ -71,9 +71,9 @@ def tone_latents(count: int, config: EncoderPretrainConfig, chance: torch.Genera
     The first number is a quantile of the tone: below `light_share` the faces are light. Uniform inside each
     range, so that the darkest skin is as frequent as any other.
     """
-    dark = torch.rand(count, generator=chance) < config.dark_share
+    dark = torch.rand(count, generator=chance) < config.dark_fraction
     place = torch.rand(count, generator=chance) * 0.998 + 0.001
-    share = config.light_share
+    share = config.light_fraction
     quantile = torch.where(dark, share + (1 - share) * place, share * place)
     tone = torch.special.ndtri(quantile)
     others = on_sphere(torch.randn(count, config.encoder.latent_width - 1, generator=chance))
@@ -81,19 +81,19 @@ def tone_latents(count: int, config: EncoderPretrainConfig, chance: torch.Genera
     return torch.cat([tone[:, None], others * rest.sqrt()[:, None]], dim=1)
 
 
-def make_tone_pool(config: EncoderPretrainConfig, report: Progress) -> Pool:
+def build_tone_pool(config: EncoderPretrainConfig, report: Progress) -> SyntheticPool:
     """Drawn faces with their latents, half of them dark whatever the generator's own training held."""
     streams = Streams(config.seed).child("encoder")
-    tones = ToneMix(light_share=config.light_share)
+    tones = ToneMix(light_fraction=config.light_fraction)
     latents = tone_latents(config.pool, config, streams.generator("pool"))
     camera = streams.generator("camera")
     clean, seen = [], []
     for done in range(0, config.pool, 500):
         faces = faces_from_normals(latents[done : done + 500, :NORMALS], tones)
-        clean.append((draw(faces, config.encoder.size) * 255.0).round().to(torch.uint8))
-        seen.append((draw(faces, config.encoder.size, noise=camera) * 255.0).round().to(torch.uint8))
+        clean.append((render(faces, config.encoder.size) * 255.0).round().to(torch.uint8))
+        seen.append((render(faces, config.encoder.size, noise=camera) * 255.0).round().to(torch.uint8))
         report("drawing", done, config.pool, {})
-    return Pool(latents, torch.cat(clean), torch.cat(seen))
+    return SyntheticPool(latents, torch.cat(clean), torch.cat(seen))
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class _Lesson:
     latents: Latents
 
 
-def pretrain_encoder(generator: StyleGAN2, config: EncoderPretrainConfig, report: Progress) -> Encoder:
+def pretrain_encoder(generator: StyleGAN2, config: EncoderPretrainConfig, report: Progress) -> LatentEncoder:
     """Teach an encoder the latents of a generator's pictures.
 
     Args:
@@ -128,14 +128,14 @@ def pretrain_encoder(generator: StyleGAN2, config: EncoderPretrainConfig, report
         )
     streams = Streams(config.seed).child("encoder")
     frozen = copy.deepcopy(generator).requires_grad_(False)
-    pool = make_tone_pool(config, report) if config.pool else None
-    encoder = Encoder(shape, streams.generator("weights"))
+    pool = build_tone_pool(config, report) if config.pool else None
+    encoder = LatentEncoder(shape, streams.generator("weights"))
     averaged = copy.deepcopy(encoder)
     chance = streams.generator("faces")
     optimiser = Adam(encoder.parameters(), config.learning_rate, betas=(0.9, 0.99))
     for step in range(config.steps):
         for group in optimiser.param_groups:
-            group["lr"] = config.learning_rate * warm_cosine(step, config.steps)
+            group["lr"] = config.learning_rate * warmup_cosine(step, config.steps)
         lesson = _lesson(frozen, pool, config, chance)
         named = encoder(lesson.photos)
         with torch.autocast("cpu", torch.bfloat16):
@@ -146,18 +146,18 @@ def pretrain_encoder(generator: StyleGAN2, config: EncoderPretrainConfig, report
         optimiser.zero_grad()
         torch.autograd.backward(unlike + weight * missed)
         optimiser.step()
-        average_into(averaged, encoder, step, 0.998)
+        update_ema(averaged, encoder, step, 0.998)
         if step % 50 == 0:
             report("encoder", step, config.steps, {"picture": unlike.item(), "latent": missed.item()})
     return averaged
 
 
 def _lesson(
-    generator: StyleGAN2, pool: Pool | None, config: EncoderPretrainConfig, chance: torch.Generator
+    generator: StyleGAN2, pool: SyntheticPool | None, config: EncoderPretrainConfig, chance: torch.Generator
 ) -> _Lesson:
     """Half a batch of drawn faces through cameras, the rest made by the generator."""
     drawn = 0 if pool is None else config.batch // 2
-    latents = wide_latents(config.batch - drawn, generator.latent_width, config.spread, chance)
+    latents = wide_latents(config.batch - drawn, generator.latent_width, config.latent_std, chance)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         made: Tensor = generator.synthesize(generator.map(latents)).float().clamp(0.0, 1.0)
     if pool is None:

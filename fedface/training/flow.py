@@ -24,15 +24,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedface.models.adapters import Adapt, Full, attach, trained_vector
+from fedface.models.adapters import Adaptation, Full, attach, flatten_trainable
 from fedface.models.flow import FlowConfig, RectifiedFlow
-from fedface.photos.drawn import draw_people
-from fedface.privacy.plan import Schedule, Terms
+from fedface.photos.drawn import render_people
+from fedface.privacy.plan import Schedule, DPParameters
 from fedface.randomness import SecretNoise, Streams
 from fedface.shapes import Images, KeptImages, Vector
-from fedface.training.per_photo import Draw, trained
-from fedface.training.private_descent import check_descent, descend_privately, descent_ranges, steadied
-from fedface.training.private_steps import Network, check_per_photo_gradients, per_photo_gradients
+from fedface.training.per_photo import Draw, trainable_parameters
+from fedface.training.private_descent import check_descent, dp_sgd_steps, descent_ranges, scale_lr_for_noise
+from fedface.training.private_steps import Network, check_per_example_gradients, per_example_gradients
 
 _PUBLIC = 64  # drawn faces that the scales are learned from
 _AT_ONCE = 32  # of them
@@ -47,33 +47,33 @@ class FlowTrainingConfig:
     rounds: int = 5  # rounds of the run, >= 1
     steps_per_round: int = 8  # private steps a device takes in one round, >= 1
     sampling_rate: float = 0.05  # q: chance of a photo to join a step, in (0, 1]
-    expected_batch: int = 10  # public divisor of each step's sum, >= 1
+    expected_batch_size: int = 10  # public divisor of each step's sum, >= 1
     clip_norm: float = 0.1  # longest gradient one photo can have, > 0
     noise_draws: int = 1  # K: draws of time and noise for each photo and step, from 1 to 64
-    latest: float = (
+    max_time: float = (
         1.0  # times are drawn from 0 (noise) to this, in (0, 1]; what a face looks like is decided early
     )
-    rate: float = 0.1  # step of gradient descent, > 0
-    steady_noise: float = 0.5  # noise multiplier beyond which the rate falls as 1 / noise
+    lr: float = 0.1  # step of gradient descent, > 0
+    lr_noise_threshold: float = 0.5  # noise multiplier beyond which the rate falls as 1 / noise
     momentum: float = (
         0.9  # share of the last step that a device repeats in the next of the same round, in [0, 1)
     )
     preconditioner: float = 0.0  # flattest gradient that is scaled up in full, in public ones; 0: no scales
-    server_rate: float = 1.0  # how much of the mean update the server applies, in (0, 4]
-    adapt: Adapt = field(default_factory=Full)  # which weights learn: all, or low-rank changes
+    server_lr: float = 1.0  # how much of the mean update the server applies, in (0, 4]
+    adapt: Adaptation = field(default_factory=Full)  # which weights learn: all, or low-rank changes
 
     def __post_init__(self) -> None:
         self.schedule()
         # One photo's draws are in memory together.
         if not 1 <= self.noise_draws <= _EVALUATIONS_AT_ONCE:
             raise ValueError(f"noise_draws must lie in [1, {_EVALUATIONS_AT_ONCE}], got {self.noise_draws}")
-        if not 0 < self.latest <= 1:
-            raise ValueError(f"latest must lie in (0, 1], got {self.latest}")
+        if not 0 < self.max_time <= 1:
+            raise ValueError(f"latest must lie in (0, 1], got {self.max_time}")
         check_descent(
-            rate=self.rate,
-            steady_noise=self.steady_noise,
+            lr=self.lr,
+            lr_noise_threshold=self.lr_noise_threshold,
             momentum=self.momentum,
-            server_rate=self.server_rate,
+            server_lr=self.server_lr,
         )
         if not 0 <= self.preconditioner <= 100:
             raise ValueError(f"preconditioner must lie in [0, 100], got {self.preconditioner}")
@@ -84,7 +84,7 @@ class FlowTrainingConfig:
             rounds=self.rounds,
             steps_per_round=self.steps_per_round,
             sampling_rate=self.sampling_rate,
-            expected_batch=self.expected_batch,
+            expected_batch_size=self.expected_batch_size,
             clip_norm=self.clip_norm,
         )
 
@@ -125,7 +125,7 @@ def loss_over_draws(network: Network, photos: Images, draws: Tensor) -> Tensor:
 
 
 def times_and_noises(
-    photos: int, count: int, side: int, latest: float, chance: np.random.Generator
+    photos: int, count: int, side: int, max_time: float, chance: np.random.Generator
 ) -> Tensor:
     """Fresh draws for some photos, independent from photo to photo.
 
@@ -141,7 +141,7 @@ def times_and_noises(
         each second the negative of the one before.
     """
     slices = chance.permuted(np.tile(np.arange(count), (photos, 1)), axis=1)
-    times = latest * (slices + chance.random((photos, count))) / count
+    times = max_time * (slices + chance.random((photos, count))) / count
     half = chance.standard_normal((photos, -(-count // 2), 3 * side * side), dtype=np.float32)
     noise = np.stack([half, -half], axis=2).reshape(photos, -1, 3 * side * side)[:, :count]
     return torch.from_numpy(np.concatenate([times[:, :, None].astype(np.float32), noise], axis=2))
@@ -158,14 +158,14 @@ def _draw(flow: RectifiedFlow, config: FlowTrainingConfig, chance: SecretNoise |
         case _:
             assert_never(chance)
     stream = np.random.Generator(np.random.Philox(key=key))
-    return lambda photos: times_and_noises(photos, config.noise_draws, flow.size, config.latest, stream)
+    return lambda photos: times_and_noises(photos, config.noise_draws, flow.size, config.max_time, stream)
 
 
 def train_flow_round(
     flow: RectifiedFlow,
     photos: KeptImages,
     config: FlowTrainingConfig,
-    terms: Terms,
+    terms: DPParameters,
     *,
     chance: SecretNoise | torch.Generator,
     streams: Streams,
@@ -193,15 +193,15 @@ def train_flow_round(
         PrivacyError: The network mixes photos, or a promised round was given replayable chance.
     """
     mine = copy.deepcopy(flow)
-    before = trained_vector(mine)
+    before = flatten_trainable(mine)
     draw = _draw(mine, config, chance)
     _check(flow.config, config.adapt)
-    descend_privately(
+    dp_sgd_steps(
         mine,
         photos,
         loss_over_draws,
         terms,
-        rate=steadied(config.rate, config.steady_noise, terms),
+        lr=scale_lr_for_noise(config.lr, config.lr_noise_threshold, terms),
         momentum=config.momentum,
         chance=chance,
         units=units,
@@ -209,7 +209,7 @@ def train_flow_round(
         scales=public_scales(mine, config),
         microbatch=min(_PHOTOS_AT_ONCE, max(1, _EVALUATIONS_AT_ONCE // config.noise_draws)),
     )
-    return trained_vector(mine) - before
+    return flatten_trainable(mine) - before
 
 
 def public_scales(flow: RectifiedFlow, config: FlowTrainingConfig) -> list[Tensor] | None:
@@ -261,11 +261,11 @@ _KNOWN = _Known(most=2)
 
 def _public_scales(flow: RectifiedFlow, config: FlowTrainingConfig) -> list[Tensor]:
     streams = Streams(0).child("public faces")
-    pictures = draw_people(_PUBLIC, 0.5, flow.size, streams)
-    draws = times_and_noises(_PUBLIC, 1, flow.size, config.latest, streams.numpy("draws"))
-    squares = [torch.zeros_like(weight) for weight in trained(flow).values()]
+    pictures = render_people(_PUBLIC, 0.5, flow.size, streams)
+    draws = times_and_noises(_PUBLIC, 1, flow.size, config.max_time, streams.numpy("draws"))
+    squares = [torch.zeros_like(weight) for weight in trainable_parameters(flow).values()]
     for part, rows in zip(torch.split(pictures, _AT_ONCE), torch.split(draws, _AT_ONCE), strict=True):
-        gradients = per_photo_gradients(flow, loss_over_draws, part, draws=rows)
+        gradients = per_example_gradients(flow, loss_over_draws, part, draws=rows)
         squares = [
             total + gradient.square().sum(dim=0) for total, gradient in zip(squares, gradients, strict=True)
         ]
@@ -291,7 +291,7 @@ def _evened(squares: list[Tensor], preconditioner: float) -> list[Tensor]:
 
 
 @lru_cache(maxsize=8)
-def _check(config: FlowConfig, adapt: Adapt) -> None:
+def _check(config: FlowConfig, adapt: Adaptation) -> None:
     """Refuse a kind of network that mixes photos, once per process: whether it does hangs on its form alone.
 
     Two draws each show it as well as many. The weights are moved off the start, where most gradients are zero.
@@ -304,7 +304,7 @@ def _check(config: FlowConfig, adapt: Adapt) -> None:
         for weight in flow.parameters():
             weight.add_(torch.randn(weight.shape, generator=chance), alpha=0.02)
     pictures = torch.rand(2, 3, config.size, config.size, generator=chance)
-    check_per_photo_gradients(
+    check_per_example_gradients(
         flow, loss_over_draws, pictures, draw=lambda n: times_and_noises(n, 2, config.size, 1.0, draws)
     )
 
@@ -314,7 +314,7 @@ def flow_ranges(flow: RectifiedFlow, config: FlowTrainingConfig) -> Vector:
     return descent_ranges(
         flow,
         steps=config.steps_per_round,
-        rate=config.rate,
+        lr=config.lr,
         momentum=config.momentum,
         clip_norm=config.clip_norm,
     )

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from fedface.models.family import Flow
+from fedface.models.family import FlowModel
 from fedface.models.flow import FlowConfig, RectifiedFlow
 from fedface.randomness import Streams
 from fedface.shapes import Images
 from fedface.training.flow import flow_loss
-from fedface.training.pretrain import Progress, average_into, seen_faces
+from fedface.training.pretrain import Progress, update_ema, render_faces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class FlowPretrainConfig:
     """How the flow's base checkpoint is made; the defaults are the shipped one."""
 
     seed: int = 7  # >= 0
-    light_share: float = 0.85  # share of faces with light skin, Monk 1 to 5
+    light_fraction: float = 0.85  # share of faces with light skin, Monk 1 to 5
     pool: int = 40_000  # drawn faces, made once and learned from many times, mirrored half of the time
     steps: int = 9000  # >= 1
     batch: int = 64  # >= 2
@@ -42,20 +42,20 @@ class FlowPretrainConfig:
         for name, least in (("pool", 1), ("steps", 1), ("batch", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not 0 <= self.light_share <= 1:
-            raise ValueError(f"light_share must lie in [0, 1], got {self.light_share}")
+        if not 0 <= self.light_fraction <= 1:
+            raise ValueError(f"light_share must lie in [0, 1], got {self.light_fraction}")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate must lie in (0, 1), got {self.learning_rate}")
         if not 0 <= self.averaging < 1:
             raise ValueError(f"averaging must lie in [0, 1), got {self.averaging}")
 
 
-def draw_pool(config: FlowPretrainConfig, report: Progress) -> Tensor:
+def synthesize_pool(config: FlowPretrainConfig, report: Progress) -> Tensor:
     """Drawn faces seen through their cameras, (pool, 3, s, s) uint8."""
-    return seen_faces(config.pool, config.light_share, config.flow.size, Streams(config.seed), report)
+    return render_faces(config.pool, config.light_fraction, config.flow.size, Streams(config.seed), report)
 
 
-def sliced_times(count: int, chance: torch.Generator) -> Tensor:
+def stratified_times(count: int, chance: torch.Generator) -> Tensor:
     """Logit-normal times in (0, 1), one from each of `count` equally likely slices, in random order, (count,)."""
     place = (torch.randperm(count, generator=chance) + torch.rand(count, generator=chance)) / count
     return torch.sigmoid(torch.special.ndtri(place.clamp(1e-6, 1.0 - 1e-6)))
@@ -90,18 +90,18 @@ class FlowPretraining:
                 group["lr"] = self.config.learning_rate * _slowing(step, self.config.steps)
             images = self.images()
             noise = torch.randn(images.shape, generator=self.chance)
-            times = sliced_times(len(images), self.chance)
+            times = stratified_times(len(images), self.chance)
             with torch.autocast("cpu", torch.bfloat16):
                 loss = flow_loss(self.flow, images, noise, times).mean()
             optimiser.zero_grad()
             torch.autograd.backward(loss)
             optimiser.step()
-            average_into(self.averaged, self.flow, step, self.config.averaging)
+            update_ema(self.averaged, self.flow, step, self.config.averaging)
             self.steps_done += 1
             if step % 100 == 0:
                 report("flow", step, self.config.steps, {"loss": loss.item()})
 
-    def finish(self) -> Flow:
+    def finish(self) -> FlowModel:
         """The averaged network, with notes on how it was made."""
         notes = {
             "made_by": "fedface base flow",
@@ -110,7 +110,7 @@ class FlowPretraining:
             "seconds": round(time.monotonic() - self.started),
             "threads": torch.get_num_threads(),
         }
-        return Flow(self.averaged, notes)
+        return FlowModel(self.averaged, notes)
 
 
 def _slowing(step: int, steps: int) -> float:
@@ -119,8 +119,8 @@ def _slowing(step: int, steps: int) -> float:
     return warm * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * step / steps)))
 
 
-def pretrain_flow(config: FlowPretrainConfig, report: Progress) -> Flow:
+def pretrain_flow(config: FlowPretrainConfig, report: Progress) -> FlowModel:
     """Draw the pool, learn from it, keep the averaged weights."""
-    training = FlowPretraining(config, draw_pool(config, report))
+    training = FlowPretraining(config, synthesize_pool(config, report))
     training.learn(report)
     return training.finish()

@@ -23,19 +23,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Adam
 
-from fedface.models.adapters import Adapt, Full, trained_vector
-from fedface.models.critic import Critic
-from fedface.models.family import Gan
-from fedface.privacy.plan import Schedule, Terms
+from fedface.models.adapters import Adaptation, Full, flatten_trainable
+from fedface.models.critic import Discriminator
+from fedface.models.family import GanModel
+from fedface.privacy.plan import Schedule, DPParameters
 from fedface.randomness import SecretNoise, Streams
 from fedface.shapes import Images, KeptImages, Latents, Vector
-from fedface.training.per_photo import steady_microbatch, trained
-from fedface.training.private_steps import check_per_photo_gradients, per_photo_gradients, private_gradient
+from fedface.training.per_photo import deterministic_microbatch, trainable_parameters
+from fedface.training.private_steps import check_per_example_gradients, per_example_gradients, private_gradient
 from fedface.training.unit_sums import clipped_sum
 
 _PHOTOS_AT_ONCE = 16  # whose gradients are in memory together
-MOST_MADE = 4096  # made pictures in a step, and generator steps after each of the critic's
-MOST_MADE_IN_A_ROUND = 1_000_000  # a stranger's task must not keep a device busy for days
+MAX_FAKES = 4096  # made pictures in a step, and generator steps after each of the critic's
+MAX_FAKES_PER_ROUND = 1_000_000  # a stranger's task must not keep a device busy for days
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,27 +45,27 @@ class GanTrainingConfig:
     rounds: int = 6  # rounds of the run, >= 1
     steps_per_round: int = 4  # critic steps a device takes in one round, >= 1
     sampling_rate: float = 0.1  # q: chance of a photo to join a step, in (0, 1]
-    expected_batch: int = 40  # public divisor of each step's sum, >= 1
+    expected_batch_size: int = 40  # public divisor of each step's sum, >= 1
     clip_norm: float = 1.0  # longest gradient one picture can have, > 0
-    critic_rate: float = 3.0  # step of plain gradient descent on the critic, > 0
-    generator_rate: float = 4e-4  # Adam's step on the generator, > 0
+    discriminator_lr: float = 3.0  # step of plain gradient descent on the critic, > 0
+    generator_lr: float = 4e-4  # Adam's step on the generator, > 0
     generator_steps: int = 1  # generator steps after each critic step, >= 1
-    made_batch: int = 32  # made pictures in a step, >= 2
+    fake_batch_size: int = 32  # made pictures in a step, >= 2
     r2_weight: float = 0.5  # times |gradient of the logit at made pictures|^2 / 2, >= 0
-    server_rate: float = 1.0  # how much of the mean update the server applies, in (0, 4]
-    adapt: Adapt = field(default_factory=Full)  # which weights learn: all, or low-rank changes
+    server_lr: float = 1.0  # how much of the mean update the server applies, in (0, 4]
+    adapt: Adaptation = field(default_factory=Full)  # which weights learn: all, or low-rank changes
 
     def __post_init__(self) -> None:
         self.schedule()
         for name, least in (("generator_steps", 1), ("made_batch", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-            if getattr(self, name) > MOST_MADE:
-                raise ValueError(f"{name} must be at most {MOST_MADE}, got {getattr(self, name)}")
-        made = self.steps_per_round * (self.generator_steps + 1) * self.made_batch
-        if made > MOST_MADE_IN_A_ROUND:
+            if getattr(self, name) > MAX_FAKES:
+                raise ValueError(f"{name} must be at most {MAX_FAKES}, got {getattr(self, name)}")
+        made = self.steps_per_round * (self.generator_steps + 1) * self.fake_batch_size
+        if made > MAX_FAKES_PER_ROUND:
             raise ValueError(
-                f"steps_per_round * (generator_steps + 1) * made_batch must be at most {MOST_MADE_IN_A_ROUND:,} made "
+                f"steps_per_round * (generator_steps + 1) * made_batch must be at most {MAX_FAKES_PER_ROUND:,} made "
                 f"pictures in a round, got {made:,}"
             )
         for name in ("critic_rate", "generator_rate"):
@@ -73,8 +73,8 @@ class GanTrainingConfig:
                 raise ValueError(f"{name} must lie in (0, 100), got {getattr(self, name)}")
         if not 0 <= self.r2_weight < 1e4:
             raise ValueError(f"r2_weight must lie in [0, 10000), got {self.r2_weight}")
-        if not 0 < self.server_rate <= 4:
-            raise ValueError(f"server_rate must lie in (0, 4], got {self.server_rate}")
+        if not 0 < self.server_lr <= 4:
+            raise ValueError(f"server_rate must lie in (0, 4], got {self.server_lr}")
 
     def schedule(self) -> Schedule:
         """What of this costs privacy."""
@@ -82,7 +82,7 @@ class GanTrainingConfig:
             rounds=self.rounds,
             steps_per_round=self.steps_per_round,
             sampling_rate=self.sampling_rate,
-            expected_batch=self.expected_batch,
+            expected_batch_size=self.expected_batch_size,
             clip_norm=self.clip_norm,
         )
 
@@ -96,14 +96,14 @@ class GanTrainingConfig:
         Adam without momentum moves a weight by at most rate / sqrt(1 - 0.9) a step; the three clipped parts
         of the critic's gradient (photos, made pictures, R2) by at most three times rate * clip norm.
         """
-        made = self.steps_per_round * self.generator_steps * self.generator_rate * math.sqrt(10.0)
-        judged = self.steps_per_round * self.critic_rate * 3.0 * self.clip_norm
+        made = self.steps_per_round * self.generator_steps * self.generator_lr * math.sqrt(10.0)
+        judged = self.steps_per_round * self.discriminator_lr * 3.0 * self.clip_norm
         return torch.cat([torch.full((generator_weights,), made), torch.full((critic_weights,), judged)])
 
 
-def ranges_of(gan: Gan, config: GanTrainingConfig) -> Vector:
+def gan_ranges(gan: GanModel, config: GanTrainingConfig) -> Vector:
     """The public range of every trained weight of these networks, in the order of the flat vector, shape (d,)."""
-    counts = [sum(p.numel() for p in trained(module).values()) for module in gan.modules()]
+    counts = [sum(p.numel() for p in trainable_parameters(module).values()) for module in gan.modules()]
     return config.ranges(counts[0], counts[1])
 
 
@@ -113,21 +113,21 @@ class Network(Protocol):
     def __call__(self, images: Tensor, /) -> Tensor: ...
 
 
-def loss_on_photos(network: Network, photos: Images) -> Tensor:
+def d_loss_real(network: Network, photos: Images) -> Tensor:
     """Non-saturating critic loss of real pictures, one per photo: softplus(-logit), shape (n,)."""
     return functional.softplus(-network(photos))
 
 
-def loss_on_made(network: Network, made: Images) -> Tensor:
+def d_loss_fake(network: Network, made: Images) -> Tensor:
     """Non-saturating critic loss of made pictures, one each: softplus(logit), shape (n,)."""
     return functional.softplus(network(made))
 
 
-def train_round(
-    gan: Gan,
+def train_gan_round(
+    gan: GanModel,
     photos: KeptImages,
     config: GanTrainingConfig,
-    terms: Terms,
+    terms: DPParameters,
     *,
     chance: SecretNoise | torch.Generator,
     streams: Streams,
@@ -154,56 +154,56 @@ def train_round(
     Raises:
         PrivacyError: The critic mixes photos, or a promised round was given replayable chance.
     """
-    mine = Gan(copy.deepcopy(gan.generator), copy.deepcopy(gan.critic), gan.notes)
-    before = trained_vector(*mine.modules())
+    mine = GanModel(copy.deepcopy(gan.generator), copy.deepcopy(gan.discriminator), gan.notes)
+    before = flatten_trainable(*mine.modules())
     schedule, mechanism = terms.schedule, terms.mechanism()
     latents = streams.generator("latents")
     # The check needs two pictures and must not read private ones: made pictures have the right shape.
-    check_per_photo_gradients(mine.critic, loss_on_photos, _make(mine, _draw(mine, 2, latents)))
-    microbatch = steady_microbatch(mine.critic, loss_on_photos, photos.shape[1:], _PHOTOS_AT_ONCE)
-    optimiser = Adam(trained(mine.generator).values(), config.generator_rate, betas=(0.0, 0.9))
+    check_per_example_gradients(mine.discriminator, d_loss_real, _make(mine, _draw(mine, 2, latents)))
+    microbatch = deterministic_microbatch(mine.discriminator, d_loss_real, photos.shape[1:], _PHOTOS_AT_ONCE)
+    optimiser = Adam(trainable_parameters(mine.generator).values(), config.generator_lr, betas=(0.0, 0.9))
     for _ in range(schedule.steps_per_round):
         on_photos = private_gradient(
-            mine.critic,
+            mine.discriminator,
             photos,
-            loss_on_photos,
+            d_loss_real,
             mechanism=mechanism,
-            expected_batch=schedule.expected_batch,
+            expected_batch_size=schedule.expected_batch_size,
             sampling_rate=schedule.sampling_rate,
             chance=chance,
             units=units,
             microbatch=microbatch,
         )
-        made = _make(mine, _draw(mine, config.made_batch, latents))
-        on_made = clipped_sum(per_photo_gradients(mine.critic, loss_on_made, made), schedule.clip_norm)
-        gentle = _r2_gradient(mine.critic, made, config.r2_weight)
+        made = _make(mine, _draw(mine, config.fake_batch_size, latents))
+        on_made = clipped_sum(per_example_gradients(mine.discriminator, d_loss_fake, made), schedule.clip_norm)
+        gentle = _r2_gradient(mine.discriminator, made, config.r2_weight)
         gentle = clipped_sum([part[None] for part in gentle], schedule.clip_norm)
         _descend(
-            mine.critic,
-            [p + m / config.made_batch + g for p, m, g in zip(on_photos, on_made, gentle, strict=True)],
-            config.critic_rate,
+            mine.discriminator,
+            [p + m / config.fake_batch_size + g for p, m, g in zip(on_photos, on_made, gentle, strict=True)],
+            config.discriminator_lr,
         )
         for _ in range(config.generator_steps):
-            styles = mine.generator.map(_draw(mine, config.made_batch, latents))
-            loss = functional.softplus(-mine.critic(mine.generator.synthesize(styles))).mean()
+            styles = mine.generator.map(_draw(mine, config.fake_batch_size, latents))
+            loss = functional.softplus(-mine.discriminator(mine.generator.synthesize(styles))).mean()
             optimiser.zero_grad()
             torch.autograd.backward(loss)
             optimiser.step()
-    return trained_vector(*mine.modules()) - before
+    return flatten_trainable(*mine.modules()) - before
 
 
-def _draw(gan: Gan, count: int, latents: torch.Generator) -> Latents:
+def _draw(gan: GanModel, count: int, latents: torch.Generator) -> Latents:
     return torch.randn(count, gan.generator.latent_width, generator=latents)
 
 
-def _make(gan: Gan, latents: Latents) -> Images:
+def _make(gan: GanModel, latents: Latents) -> Images:
     with torch.no_grad():
         return gan.generator.synthesize(gan.generator.map(latents))
 
 
-def _r2_gradient(critic: Critic, made: Images, weight: float) -> list[Tensor]:
+def _r2_gradient(critic: Discriminator, made: Images, weight: float) -> list[Tensor]:
     """The gradient of weight / 2 times the mean squared length of the logit's gradient at made pictures."""
-    weights = list(trained(critic).values())
+    weights = list(trainable_parameters(critic).values())
     if weight == 0:
         return [torch.zeros_like(w) for w in weights]
     seen = made.detach().requires_grad_()
@@ -215,5 +215,5 @@ def _r2_gradient(critic: Critic, made: Images, weight: float) -> list[Tensor]:
 
 def _descend(module: nn.Module, gradients: list[Tensor], rate: float) -> None:
     with torch.no_grad():
-        for weight, gradient in zip(trained(module).values(), gradients, strict=True):
+        for weight, gradient in zip(trainable_parameters(module).values(), gradients, strict=True):
             weight.sub_(gradient, alpha=rate)

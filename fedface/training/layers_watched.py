@@ -19,14 +19,14 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from fedface.training.unit_sums import Outer
+from fedface.training.unit_sums import OuterProduct
 
 _PRODUCTS = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__}
 _FEW_POSITIONS, _FEW_CHANNELS = 64, 16  # up to here a product of matrices beats a grouped convolution
 
 
 @dataclass(frozen=True)
-class Source:
+class GradientSource:
     """Where a layer's weight comes from: a trained parameter, times a number."""
 
     weight: int  # position among the trained parameters
@@ -34,11 +34,11 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
+class RecordedLayer:
     """One call of a layer: what it read and what it answered."""
 
-    weight: Source | None
-    bias: Source | None
+    weight: GradientSource | None
+    bias: GradientSource | None
     seen: Tensor
     out: Tensor
     node: Any  # autograd's record of this call
@@ -49,20 +49,20 @@ class Layer:
         """Whether somebody wrote into either since: then their contraction is no gradient any more."""
         return self.versions != (self.seen._version, self.out._version)
 
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[GradientSource]:
         return [source for source in (self.weight, self.bias) if source is not None]
 
-    def outer(self, slope: Tensor, photos: int) -> Outer | None:
+    def outer(self, slope: Tensor, photos: int) -> OuterProduct | None:
         """The gradient of the weight as one outer product per photo, where it is one."""
         return None
 
-    def gradients(self, slope: Tensor, photos: int) -> Iterator[tuple[Source, Tensor]]:
+    def gradients(self, slope: Tensor, photos: int) -> Iterator[tuple[GradientSource, Tensor]]:
         """The gradients of weight and bias, (n, ...) each, from that of the output."""
         yield from self.bias_gradients(slope, photos)
         if self.weight is not None:
             yield self.weight, self.weight_gradient(slope, photos)
 
-    def bias_gradients(self, slope: Tensor, photos: int) -> Iterator[tuple[Source, Tensor]]:
+    def bias_gradients(self, slope: Tensor, photos: int) -> Iterator[tuple[GradientSource, Tensor]]:
         if self.bias is not None:
             yield self.bias, _by_photo(slope.flatten(2).sum(2) if slope.ndim > 2 else slope, photos)
 
@@ -71,11 +71,11 @@ class Layer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Dense(Layer):
-    def outer(self, slope: Tensor, photos: int) -> Outer | None:
+class _Dense(RecordedLayer):
+    def outer(self, slope: Tensor, photos: int) -> OuterProduct | None:
         if self.weight is None or len(slope) != photos:
             return None
-        return Outer(self.weight.weight, self.weight.factor, slope, self.seen)
+        return OuterProduct(self.weight.weight, self.weight.factor, slope, self.seen)
 
     def weight_gradient(self, slope: Tensor, photos: int) -> Tensor:
         out, seen = (part.reshape(photos, -1, part.shape[1]) for part in (slope, self.seen))
@@ -83,7 +83,7 @@ class _Dense(Layer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Convolution(Layer):
+class _Convolution(RecordedLayer):
     kernel: tuple[int, int]
     stride: tuple[int, int]
     padding: tuple[int, int]
@@ -149,7 +149,7 @@ def _columns(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _GroupNorm(Layer):
+class _GroupNorm(RecordedLayer):
     groups: int
     eps: float
 
@@ -163,14 +163,14 @@ def _by_photo(rows: Tensor, photos: int) -> Tensor:
     return rows if len(rows) == photos else rows.reshape(photos, -1, *rows.shape[1:]).sum(1)
 
 
-class Watch(TorchFunctionMode):
+class LayerRecorder(TorchFunctionMode):
     """While a loss is computed, notes the calls of layers that are understood and what they read."""
 
     def __init__(self, weights: Sequence[nn.Parameter], photos: int) -> None:
         super().__init__()
-        self.layers: list[Layer] = []
+        self.layers: list[RecordedLayer] = []
         self._photos = photos
-        self._known = {id(weight): Source(position, 1.0) for position, weight in enumerate(weights)}
+        self._known = {id(weight): GradientSource(position, 1.0) for position, weight in enumerate(weights)}
         self._kept: list[Tensor] = []  # alive, so that no other tensor gets their identity
 
     def __torch_function__(
@@ -194,11 +194,11 @@ class Watch(TorchFunctionMode):
         source = self._known.get(id(weight))
         if source is not None and isinstance(number, int | float):
             self._kept.append(made)
-            self._known[id(made)] = Source(source.weight, source.factor * float(number))
+            self._known[id(made)] = GradientSource(source.weight, source.factor * float(number))
 
-    def _sources(self, seen: Tensor, *weights: Tensor | None) -> list[Source | None] | None:
+    def _sources(self, seen: Tensor, *weights: Tensor | None) -> list[GradientSource | None] | None:
         """Where the weights of a call come from; None where that, or whose rows it reads, is not understood."""
-        found: list[Source | None] = []
+        found: list[GradientSource | None] = []
         for weight in weights:
             learns = weight is not None and weight.requires_grad
             found.append(self._known.get(id(weight)) if learns else None)

@@ -30,23 +30,23 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from fedface.shapes import Images, KeptImages, in_floats
-from fedface.training.layers_watched import Layer, Watch
-from fedface.training.unit_sums import Clipping, Found, Outer
+from fedface.training.layers_watched import RecordedLayer, LayerRecorder
+from fedface.training.unit_sums import ClippedSumAccumulator, MicrobatchGradients, OuterProduct
 
 # (network, photos (n, ...)) or (network, photos (n, ...), draws (n, ...)) -> one loss per photo, (n,)
-PerPhotoLoss = Callable[..., Tensor]
+PerExampleLoss = Callable[..., Tensor]
 Draw = Callable[[int], Tensor]  # how many photos -> one row of fresh draws per photo, (n, ...)
 Rows = tuple[Tensor, ...]  # photos, or photos and draws
 
 
-def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that a step changes, by name, in the order of `module.parameters()`."""
     return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
 
 
 def clipped_unit_sum(
     module: nn.Module,
-    loss: PerPhotoLoss,
+    loss: PerExampleLoss,
     photos: KeptImages,
     *,
     clip_norm: float,
@@ -85,8 +85,8 @@ def clipped_unit_sum(
         raise ValueError(f"microbatch must be >= 1 and clip_norm > 0, got {microbatch} and {clip_norm}")
     if units is not None:
         _check_side_by_side(photos, units)
-    weights = list(trained(module).values())
-    clipping = Clipping(weights, clip_norm, scales)
+    weights = list(trainable_parameters(module).values())
+    clipping = ClippedSumAccumulator(weights, clip_norm, scales)
     layerwise = True
     for start in range(0, max(1, len(photos)), microbatch):
         part = in_floats(photos[start : start + microbatch].detach())
@@ -96,7 +96,7 @@ def clipped_unit_sum(
         if layerwise:
             found = _layer_by_layer(module, loss, weights, rows, units is None and scales is None)
         layerwise = found is not None
-        gradients = _first(found or Found(whole_network(module, loss, rows), []), len(part))
+        gradients = _first(found or MicrobatchGradients(vmap_gradients(module, loss, rows), []), len(part))
         if units is None:
             clipping.add(gradients)
         elif len(part):
@@ -116,10 +116,10 @@ def _filled(photos: Images, microbatch: int) -> Images:
     return torch.cat([photos, grey]) if len(grey) else photos
 
 
-def _first(found: Found, count: int) -> Found:
+def _first(found: MicrobatchGradients, count: int) -> MicrobatchGradients:
     """The gradients of the first photos, without those of the grey pictures behind."""
     outers = [replace(outer, out=outer.out[:count], seen=outer.seen[:count]) for outer in found.outers]
-    return Found([part[:count] for part in found.each], outers)
+    return MicrobatchGradients([part[:count] for part in found.each], outers)
 
 
 def _check_side_by_side(photos: Images, units: Tensor) -> None:
@@ -132,8 +132,8 @@ def _check_side_by_side(photos: Images, units: Tensor) -> None:
         )
 
 
-def gradients_of_each(
-    module: nn.Module, loss: PerPhotoLoss, photos: Images, *, draws: Tensor | None = None
+def compute_per_example_gradients(
+    module: nn.Module, loss: PerExampleLoss, photos: Images, *, draws: Tensor | None = None
 ) -> list[Tensor]:
     """The gradient of each photo's own loss, unclipped: never let one leave the device.
 
@@ -147,12 +147,12 @@ def gradients_of_each(
         One tensor (n, *weight.shape) per trained parameter.
     """
     rows = (photos.detach(),) if draws is None else (photos.detach(), draws)
-    found = _layer_by_layer(module, loss, list(trained(module).values()), rows, False)
-    return whole_network(module, loss, rows) if found is None else found.each
+    found = _layer_by_layer(module, loss, list(trainable_parameters(module).values()), rows, False)
+    return vmap_gradients(module, loss, rows) if found is None else found.each
 
 
-def steady_microbatch(
-    module: nn.Module, loss: PerPhotoLoss, shape: Sequence[int], microbatch: int, *, draw: Draw | None = None
+def deterministic_microbatch(
+    module: nn.Module, loss: PerExampleLoss, shape: Sequence[int], microbatch: int, *, draw: Draw | None = None
 ) -> int:
     """The microbatch, if each picture's gradient is the same to the last bit at every place in it; otherwise 1.
 
@@ -170,7 +170,7 @@ def steady_microbatch(
     draws = None if draw is None else draw(microbatch)
 
     def gradients(order: Tensor, shown: Tensor) -> list[Tensor]:
-        return gradients_of_each(module, loss, shown[order], draws=None if draws is None else draws[order])
+        return compute_per_example_gradients(module, loss, shown[order], draws=None if draws is None else draws[order])
 
     still, round_once = torch.arange(microbatch), torch.arange(microbatch).roll(1)
     first = gradients(still, pictures)
@@ -182,17 +182,17 @@ def steady_microbatch(
     return microbatch if same and alone else 1
 
 
-def is_understood(
-    module: nn.Module, loss: PerPhotoLoss, photos: Images, *, draws: Tensor | None = None
+def is_supported_layerwise(
+    module: nn.Module, loss: PerExampleLoss, photos: Images, *, draws: Tensor | None = None
 ) -> bool:
     """Whether this network's gradients are taken layer by layer; the whole network is differentiated otherwise."""
     rows = (photos.detach(),) if draws is None else (photos.detach(), draws)
-    return _layer_by_layer(module, loss, list(trained(module).values()), rows, False) is not None
+    return _layer_by_layer(module, loss, list(trainable_parameters(module).values()), rows, False) is not None
 
 
-def whole_network(module: nn.Module, loss: PerPhotoLoss, rows: Rows) -> list[Tensor]:
+def vmap_gradients(module: nn.Module, loss: PerExampleLoss, rows: Rows) -> list[Tensor]:
     """The gradient of each photo's own loss by vmap(grad): one tensor (n, *weight.shape) per trained parameter."""
-    weights = {name: weight.detach() for name, weight in trained(module).items()}
+    weights = {name: weight.detach() for name, weight in trainable_parameters(module).items()}
 
     def loss_of_one(weights: dict[str, Tensor], *row: Tensor) -> Tensor:
         def network(*inputs: Tensor) -> Any:
@@ -207,17 +207,17 @@ def whole_network(module: nn.Module, loss: PerPhotoLoss, rows: Rows) -> list[Ten
 
 
 def _layer_by_layer(
-    module: nn.Module, loss: PerPhotoLoss, weights: list[nn.Parameter], rows: Rows, keep_outer: bool
-) -> Found | None:
+    module: nn.Module, loss: PerExampleLoss, weights: list[nn.Parameter], rows: Rows, keep_outer: bool
+) -> MicrobatchGradients | None:
     """The gradients of each photo, or None where this network is not understood."""
     photos = len(rows[0])
-    watch = Watch(weights, photos)
+    watch = LayerRecorder(weights, photos)
     with torch.enable_grad(), watch:
         losses = loss(module, *rows)
     if losses.shape != (photos,) or any(layer.is_changed() for layer in watch.layers):
         return None
     if not losses.requires_grad:
-        return Found([weight.new_zeros(photos, *weight.shape) for weight in weights], [])
+        return MicrobatchGradients([weight.new_zeros(photos, *weight.shape) for weight in weights], [])
     if not _only_by(watch.layers, losses, weights):
         return None
     outs = [layer.out for layer in watch.layers]
@@ -227,7 +227,7 @@ def _layer_by_layer(
         for source in layer.sources():
             uses[source.weight] += 1
     found: dict[int, Tensor] = {}
-    outers: list[Outer] = []
+    outers: list[OuterProduct] = []
     for layer, slope in zip(watch.layers, slopes, strict=True):
         if slope is None:
             continue
@@ -247,10 +247,10 @@ def _layer_by_layer(
         else weight.new_zeros(photos, *((0,) if i in kept else weight.shape))
         for i, weight in enumerate(weights)
     ]
-    return Found(each, outers)
+    return MicrobatchGradients(each, outers)
 
 
-def _only_by(layers: Sequence[Layer], losses: Tensor, weights: Sequence[nn.Parameter]) -> bool:
+def _only_by(layers: Sequence[RecordedLayer], losses: Tensor, weights: Sequence[nn.Parameter]) -> bool:
     """Whether every way from the losses to a trained weight ends at one of these layers, as its weight or bias.
 
     Reads autograd's own record, in which nothing can hide: not a weight read outside its layer, nor an adapter, nor a

@@ -25,21 +25,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Adam
 
-from fedface.models.critic import Critic, CriticConfig
-from fedface.models.family import Gan, copy_model, new_gan
-from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
-from fedface.models.weights import remember_mean_style
-from fedface.photos.drawn import NORMALS, ToneMix, draw, faces_from_normals, sample_faces
+from fedface.models.critic import Discriminator, DiscriminatorConfig
+from fedface.models.family import GanModel, copy_model, new_gan
+from fedface.models.stylegan2 import StyleGAN2Config, StyleGAN2
+from fedface.models.weights import estimate_mean_style
+from fedface.photos.drawn import NORMALS, ToneMix, render, faces_from_normals, sample_faces
 from fedface.randomness import Streams
 from fedface.shapes import Images, Latents
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class GanPretrainConfig:
     """How the base checkpoint is made; the defaults are the shipped one."""
 
     seed: int = 7
-    light_share: float = 0.85  # share of faces with light skin, Monk 1 to 5
+    light_fraction: float = 0.85  # share of faces with light skin, Monk 1 to 5
     pool: int = 40_000  # drawn faces, made once and learned from many times
     paired_steps: int = 4500
     adversarial_steps: int = 1500
@@ -48,15 +48,15 @@ class PretrainConfig:
     mapping_speed: float = 50.0  # learning rate of the mapping in the first stage, in learning rates
     r1_weight: float = 1.0  # times |gradient|^2 / 2 on drawn faces
     pair_weight: float = 2.0  # weight of the pairs in the second stage
-    generator: GeneratorConfig = field(default_factory=lambda: GeneratorConfig(style_width=128))
-    critic: CriticConfig = field(default_factory=lambda: CriticConfig(channel_max=48))
+    generator: StyleGAN2Config = field(default_factory=lambda: StyleGAN2Config(style_width=128))
+    critic: DiscriminatorConfig = field(default_factory=lambda: DiscriminatorConfig(channel_max=48))
 
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
-class Pool:
+class SyntheticPool:
     """Latents with the faces that belong to them, kept as bytes because there are many."""
 
     latents: Tensor  # (n, z) float32
@@ -74,43 +74,43 @@ class Pool:
         return self.seen[chosen].float() / 255.0
 
 
-def make_pool(config: PretrainConfig, report: Progress) -> Pool:
+def make_pool(config: GanPretrainConfig, report: Progress) -> SyntheticPool:
     """Draw the faces that belong to random latents.
 
     The first `NORMALS` numbers of a latent, brought to unit mean square like the mapping network does, are
     the normals of the face's parameters.
     """
     streams = Streams(config.seed)
-    tones = ToneMix(light_share=config.light_share)
+    tones = ToneMix(light_fraction=config.light_fraction)
     latents = torch.randn(config.pool, config.generator.latent_width, generator=streams.generator("pool"))
     camera = streams.generator("camera")
     scaled = latents * torch.rsqrt(latents.square().mean(dim=1, keepdim=True) + 1e-8)
     clean, seen = [], []
     for done in range(0, config.pool, 500):
         faces = faces_from_normals(scaled[done : done + 500, :NORMALS], tones)
-        clean.append(_bytes(draw(faces, config.generator.size)))
-        seen.append(_bytes(draw(faces, config.generator.size, noise=camera)))
+        clean.append(_bytes(render(faces, config.generator.size)))
+        seen.append(_bytes(render(faces, config.generator.size, noise=camera)))
         report("drawing", done, config.pool, {})
-    return Pool(latents, torch.cat(clean), torch.cat(seen))
+    return SyntheticPool(latents, torch.cat(clean), torch.cat(seen))
 
 
 def _bytes(images: Images) -> Tensor:
     return (images.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
 
 
-def seen_faces(count: int, light_share: float, size: int, streams: Streams, report: Progress) -> Tensor:
+def render_faces(count: int, light_share: float, size: int, streams: Streams, report: Progress) -> Tensor:
     """Drawn faces seen through their cameras, (count, 3, size, size) uint8."""
-    tones = ToneMix(light_share=light_share)
+    tones = ToneMix(light_fraction=light_share)
     chance, camera = streams.generator("pool"), streams.generator("camera")
     parts = []
     for done in range(0, count, 500):
         faces = sample_faces(min(500, count - done), tones, chance)
-        parts.append(_bytes(draw(faces, size, noise=camera)))
+        parts.append(_bytes(render(faces, size, noise=camera)))
         report("drawing", done, count, {})
     return torch.cat(parts)
 
 
-def average_into(averaged: nn.Module, fresh: nn.Module, step: int, keep: float) -> None:
+def update_ema(averaged: nn.Module, fresh: nn.Module, step: int, keep: float) -> None:
     """Move averaged weights towards fresh ones; `keep` of them stays in late steps, less in the first."""
     share = min(keep, (step + 1) / (step + 10))
     with torch.no_grad():
@@ -118,39 +118,39 @@ def average_into(averaged: nn.Module, fresh: nn.Module, step: int, keep: float) 
             mine.lerp_(theirs, 1.0 - share)
 
 
-def warm_cosine(step: int, steps: int) -> float:
+def warmup_cosine(step: int, steps: int) -> float:
     """The learning rate's multiplier: up over a hundred steps, then down along a cosine to a fiftieth."""
     fall = 0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * step / steps))
     return min(1.0, (step + 1) / 100) * fall
 
 
-def pair_losses(made: Images, drawn: Images) -> Tensor:
+def pair_losses(generated: Images, target: Images) -> Tensor:
     """L1 on pixels plus L1 on differences of neighbouring pixels, at full, half and quarter size, per picture: (n,)."""
-    loss = made.new_zeros(len(made))
+    loss = generated.new_zeros(len(generated))
     for _ in range(3):
-        loss = loss + (made - drawn).abs().mean(dim=(1, 2, 3))
+        loss = loss + (generated - target).abs().mean(dim=(1, 2, 3))
         for axis in (2, 3):
-            loss = loss + (made.diff(dim=axis) - drawn.diff(dim=axis)).abs().mean(dim=(1, 2, 3))
-        made, drawn = functional.avg_pool2d(made, 2), functional.avg_pool2d(drawn, 2)
+            loss = loss + (generated.diff(dim=axis) - target.diff(dim=axis)).abs().mean(dim=(1, 2, 3))
+        generated, target = functional.avg_pool2d(generated, 2), functional.avg_pool2d(target, 2)
     return loss
 
 
-def pair_loss(made: Images, drawn: Images) -> Tensor:
+def pair_loss(generated: Images, target: Images) -> Tensor:
     """The mean of `pair_losses`, a scalar."""
-    return pair_losses(made, drawn).mean()
+    return pair_losses(generated, target).mean()
 
 
-def r1_penalty(critic: Critic, photos: Images) -> Tensor:
+def r1_penalty(critic: Discriminator, photos: Images) -> Tensor:
     """Mean squared length of the logit's gradient at the photos, halved."""
     photos = photos.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(critic(photos).sum(), photos, create_graph=True)
     return gradient.square().sum(dim=(1, 2, 3)).mean() / 2.0
 
 
-class Pretraining:
+class GanPretraining:
     """The state of one pretraining; `finish` gives the averaged networks at any moment."""
 
-    def __init__(self, config: PretrainConfig, pool: Pool) -> None:
+    def __init__(self, config: GanPretrainConfig, pool: SyntheticPool) -> None:
         self.config = config
         self.pool = pool
         self.streams = Streams(config.seed)
@@ -164,7 +164,7 @@ class Pretraining:
         return torch.randn(self.config.batch, self.config.generator.latent_width, generator=self.chance)
 
     def _average(self, step: int) -> None:
-        average_into(self.averaged.generator, self.gan.generator, step, 0.999)
+        update_ema(self.averaged.generator, self.gan.generator, step, 0.999)
 
     def _grow(self, generator: StyleGAN2, latents: Latents) -> Images:
         with torch.autocast("cpu", torch.bfloat16):
@@ -198,7 +198,7 @@ class Pretraining:
 
     def adversaries(self, report: Progress) -> None:
         """Stage 2: critic and generator against each other, R1 at every eighth step."""
-        config, generator, critic = self.config, self.gan.generator, self.gan.critic
+        config, generator, critic = self.config, self.gan.generator, self.gan.discriminator
         generator.load_state_dict(self.averaged.generator.state_dict())
         rate = config.learning_rate / 6
         mine = Adam(generator.parameters(), rate, (0.0, 0.99))
@@ -229,10 +229,10 @@ class Pretraining:
                     "adversaries", step, config.adversarial_steps, {"critic": loss.item(), "l1": pairs.item()}
                 )
 
-    def finish(self) -> Gan:
+    def finish(self) -> GanModel:
         """The averaged generator and the critic, with notes on how they were made."""
-        self.averaged.critic.load_state_dict(self.gan.critic.state_dict())
-        remember_mean_style(self.averaged.generator, self.streams.generator("mean style"))
+        self.averaged.discriminator.load_state_dict(self.gan.discriminator.state_dict())
+        estimate_mean_style(self.averaged.generator, self.streams.generator("mean style"))
         notes: dict[str, Any] = {
             "made_by": "fedface base train",
             "recipe": asdict(self.config),
@@ -240,17 +240,17 @@ class Pretraining:
             "seconds": round(time.monotonic() - self.started),
             "threads": torch.get_num_threads(),
         }
-        return Gan(self.averaged.generator, self.averaged.critic, notes)
+        return GanModel(self.averaged.generator, self.averaged.discriminator, notes)
 
 
 def _cosine(optimiser: Adam, rate: float, step: int, steps: int) -> None:
     for group in optimiser.param_groups:
-        group["lr"] = rate * warm_cosine(step, steps) * group.get("scale", 1.0)
+        group["lr"] = rate * warmup_cosine(step, steps) * group.get("scale", 1.0)
 
 
-def pretrain(config: PretrainConfig, report: Progress) -> Gan:
+def pretrain_gan(config: GanPretrainConfig, report: Progress) -> GanModel:
     """Both stages, one after the other."""
-    training = Pretraining(config, make_pool(config, report))
+    training = GanPretraining(config, make_pool(config, report))
     training.pairs(report)
     training.adversaries(report)
     return training.finish()

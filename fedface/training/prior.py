@@ -30,9 +30,9 @@ from typing import Literal, assert_never
 import torch
 from torch import Tensor
 
-from fedface.models.encoder import Encoder
+from fedface.models.encoder import LatentEncoder
 from fedface.models.stylegan2 import StyleGAN2
-from fedface.privacy.plan import MOST_EXPECTED, Schedule, Terms
+from fedface.privacy.plan import MAX_EXPECTED_BATCH_SIZE, Schedule, DPParameters
 from fedface.randomness import SecretNoise, Streams
 from fedface.shapes import KeptImages, Latents, Vector, in_floats
 from fedface.training.private_steps import private_sum
@@ -50,17 +50,17 @@ _PASSES = 2  # steps of the prior towards what the devices read
 class PriorTrainingConfig:
     """How devices describe their photos' latents; every number is public and the same on all devices."""
 
-    second: Second = "diagonal"  # second moments: none, one per number of the latent, or all products
-    expected_batch: int = 200  # public divisor of each device's sum, about the photos of a device, >= 1
-    most_photos: int = 2000  # public bound for quantisation: the sums of more photos are cut, >= 1
+    second_moments: Second = "diagonal"  # second moments: none, one per number of the latent, or all products
+    expected_batch_size: int = 200  # public divisor of each device's sum, about the photos of a device, >= 1
+    max_photos: int = 2000  # public bound for quantisation: the sums of more photos are cut, >= 1
     clip_norm: float = 1.0  # length of one photo's vector, > 0; only its ratio to the noise matters
-    count_share: float = 0.05  # a0: part of the squared length that counts the photo, in (0, 1)
-    second_share: float = 0.5  # a2 / (a1 + a2): part of the rest that goes to second moments, in (0, 1)
+    count_fraction: float = 0.05  # a0: part of the squared length that counts the photo, in (0, 1)
+    second_moment_fraction: float = 0.5  # a2 / (a1 + a2): part of the rest that goes to second moments, in (0, 1)
 
     def __post_init__(self) -> None:
         self.schedule()
-        if not 1 <= self.most_photos <= MOST_EXPECTED:
-            raise ValueError(f"most_photos must lie in [1, {MOST_EXPECTED}], got {self.most_photos}")
+        if not 1 <= self.max_photos <= MAX_EXPECTED_BATCH_SIZE:
+            raise ValueError(f"most_photos must lie in [1, {MAX_EXPECTED_BATCH_SIZE}], got {self.max_photos}")
         for name in ("count_share", "second_share"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in (0, 1), got {getattr(self, name)}")
@@ -71,7 +71,7 @@ class PriorTrainingConfig:
             rounds=1,
             steps_per_round=1,
             sampling_rate=1.0,
-            expected_batch=self.expected_batch,
+            expected_batch_size=self.expected_batch_size,
             clip_norm=self.clip_norm,
         )
 
@@ -104,13 +104,13 @@ class _Layout:
 
 
 def _layout(width: int, config: PriorTrainingConfig) -> _Layout:
-    moments = 1.0 - config.count_share
-    seconds = 0.0 if config.second == "none" else moments * config.second_share
-    length = math.sqrt(width * width - width) if config.second == "full" else _REACH * math.sqrt(2.0 * width)
+    moments = 1.0 - config.count_fraction
+    seconds = 0.0 if config.second_moments == "none" else moments * config.second_moment_fraction
+    length = math.sqrt(width * width - width) if config.second_moments == "full" else _REACH * math.sqrt(2.0 * width)
     return _Layout(
         width=width,
-        second=config.second,
-        count=config.clip_norm * math.sqrt(config.count_share),
+        second=config.second_moments,
+        count=config.clip_norm * math.sqrt(config.count_fraction),
         first=config.clip_norm * math.sqrt((moments - seconds) / width),
         squares=config.clip_norm * math.sqrt(seconds) / max(length, 1.0),
     )
@@ -130,7 +130,7 @@ def photo_vectors(latents: Latents, config: PriorTrainingConfig) -> Tensor:
     layout = _layout(latents.shape[1], config)
     ones = torch.ones(len(latents), 1)
     parts = [ones * layout.count, latents * layout.first]
-    match config.second:
+    match config.second_moments:
         case "none":
             pass
         case "diagonal":
@@ -165,10 +165,10 @@ def _unpacked(packed: Vector, width: int) -> Tensor:
 
 
 def train_prior_round(
-    encoder: Encoder,
+    encoder: LatentEncoder,
     photos: KeptImages,
     config: PriorTrainingConfig,
-    terms: Terms,
+    terms: DPParameters,
     *,
     chance: SecretNoise | torch.Generator,
     units: Tensor | None = None,
@@ -207,31 +207,31 @@ def train_prior_round(
         chance=chance,
         units=units,
     )
-    return total / terms.schedule.expected_batch
+    return total / terms.schedule.expected_batch_size
 
 
-def prior_ranges(encoder: Encoder, config: PriorTrainingConfig) -> Vector:
+def prior_ranges(encoder: LatentEncoder, config: PriorTrainingConfig) -> Vector:
     """Public bounds of what a device sends, for quantisation, shape (1 + z + p,), all > 0.
 
     The sums of `most_photos` photos whose mean latent lies within three units of the standard one, and whose
     mean squares and products within nine. What noise or more photos add beyond is clamped.
     """
     layout = _layout(encoder.latent_width, config)
-    most = config.most_photos / config.expected_batch
+    most = config.max_photos / config.expected_batch_size
     bounds = [layout.count, 3.0 * layout.first, 9.0 * layout.squares]
     return torch.cat(
         [torch.full((size,), most * bound) for size, bound in zip(layout.sizes, bounds, strict=True)]
     )
 
 
-def refit(
+def fit_latent_prior(
     generator: StyleGAN2,
     total: Vector,
     devices: int,
     config: PriorTrainingConfig,
-    terms: Terms,
+    terms: DPParameters,
     *,
-    encoder: Encoder | None = None,
+    encoder: LatentEncoder | None = None,
 ) -> StyleGAN2:
     """The same generator with the latent prior that the devices' photos suggest.
 
@@ -305,7 +305,7 @@ def _set_prior(generator: StyleGAN2, mean: Tensor, covariance: Tensor) -> None:
     generator.mapping.prior_root.copy_(root)
 
 
-def _wanted(total: Vector, devices: int, layout: _Layout, terms: Terms, compared: float) -> _Wanted | None:
+def _wanted(total: Vector, devices: int, layout: _Layout, terms: DPParameters, compared: float) -> _Wanted | None:
     """What the total says about the photos' latents; None where the count is lost in the noise.
 
     `compared` is the variance of what it will be compared with, in variances of one latent's number.
@@ -314,7 +314,7 @@ def _wanted(total: Vector, devices: int, layout: _Layout, terms: Terms, compared
         raise ValueError(f"these moments are {sum(layout.sizes)} numbers, got shape {tuple(total.shape)}")
     if devices < 1:
         raise ValueError(f"devices must be at least 1, got {devices}")
-    sums = total.double() * terms.schedule.expected_batch
+    sums = total.double() * terms.schedule.expected_batch_size
     noise = terms.noise_multiplier * terms.schedule.clip_norm * math.sqrt(devices)
     photos = float(sums[0]) / layout.count
     if not photos > max(1.0, 3.0 * noise / layout.count):
@@ -368,7 +368,7 @@ def _moved(covariance: Tensor, wanted: _Wanted, seen: Tensor, layout: _Layout) -
             assert_never(layout.second)
 
 
-def _read_samples(generator: StyleGAN2, encoder: Encoder) -> Latents:
+def _read_samples(generator: StyleGAN2, encoder: LatentEncoder) -> Latents:
     """What an encoder reads from a generator's own samples; the same draws each time, and their opposites."""
     half = torch.randn(_SAMPLES // 2, generator.latent_width, generator=Streams(0).generator("refit"))
     latents = torch.cat([half, -half])

@@ -13,35 +13,35 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fedface.models.adapters import trained_vector
-from fedface.privacy.plan import Terms
+from fedface.models.adapters import flatten_trainable
+from fedface.privacy.plan import DPParameters
 from fedface.shapes import KeptImages, Vector
-from fedface.training.per_photo import Draw, PerPhotoLoss, steady_microbatch, trained
+from fedface.training.per_photo import Draw, PerExampleLoss, deterministic_microbatch, trainable_parameters
 from fedface.training.private_steps import private_gradient
-from fedface.training.unit_sums import Chance
+from fedface.training.unit_sums import NoiseSource
 
 
-def check_descent(*, rate: float, steady_noise: float, momentum: float, server_rate: float) -> None:
+def check_descent(*, lr: float, lr_noise_threshold: float, momentum: float, server_lr: float) -> None:
     """Raises ValueError with name, bound and value unless the settings of a descent lie within their bounds."""
-    if not 0 < rate < 1000:
-        raise ValueError(f"rate must lie in (0, 1000), got {rate}")
-    if not 0 < steady_noise <= 1000:
-        raise ValueError(f"steady_noise must lie in (0, 1000], got {steady_noise}")
+    if not 0 < lr < 1000:
+        raise ValueError(f"rate must lie in (0, 1000), got {lr}")
+    if not 0 < lr_noise_threshold <= 1000:
+        raise ValueError(f"steady_noise must lie in (0, 1000], got {lr_noise_threshold}")
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
-    if not 0 < server_rate <= 4:
-        raise ValueError(f"server_rate must lie in (0, 4], got {server_rate}")
+    if not 0 < server_lr <= 4:
+        raise ValueError(f"server_rate must lie in (0, 4], got {server_lr}")
 
 
-def descend_privately(
+def dp_sgd_steps(
     network: nn.Module,
     photos: KeptImages,
-    loss: PerPhotoLoss,
-    terms: Terms,
+    loss: PerExampleLoss,
+    terms: DPParameters,
     *,
-    rate: float,
+    lr: float,
     momentum: float,
-    chance: Chance,
+    chance: NoiseSource,
     units: Tensor | None = None,
     draw: Draw | None = None,
     scales: Sequence[Tensor] | None = None,
@@ -66,15 +66,15 @@ def descend_privately(
         microbatch: Photos whose gradients are in memory together.
     """
     schedule, mechanism = terms.schedule, terms.mechanism()
-    microbatch = steady_microbatch(network, loss, photos.shape[1:], microbatch, draw=draw)
-    pace = [torch.zeros_like(weight) for weight in trained(network).values()]
+    microbatch = deterministic_microbatch(network, loss, photos.shape[1:], microbatch, draw=draw)
+    pace = [torch.zeros_like(weight) for weight in trainable_parameters(network).values()]
     for _ in range(schedule.steps_per_round):
         gradients = private_gradient(
             network,
             photos,
             loss,
             mechanism=mechanism,
-            expected_batch=schedule.expected_batch,
+            expected_batch_size=schedule.expected_batch_size,
             sampling_rate=schedule.sampling_rate,
             chance=chance,
             units=units,
@@ -83,18 +83,18 @@ def descend_privately(
             microbatch=microbatch,
         )
         with torch.no_grad():
-            for weight, moved, gradient in zip(trained(network).values(), pace, gradients, strict=True):
-                weight.sub_(moved.mul_(momentum).add_(gradient), alpha=rate)
+            for weight, moved, gradient in zip(trainable_parameters(network).values(), pace, gradients, strict=True):
+                weight.sub_(moved.mul_(momentum).add_(gradient), alpha=lr)
 
 
-def steadied(rate: float, steady_noise: float, terms: Terms) -> float:
+def scale_lr_for_noise(lr: float, lr_noise_threshold: float, terms: DPParameters) -> float:
     """The rate, lowered as 1 / noise where the agreed noise multiplier is beyond `steady_noise`."""
     noise = terms.noise_multiplier if terms.noise_at == "device" else 0.0
-    return rate * min(1.0, steady_noise / max(noise, 1e-9))
+    return lr * min(1.0, lr_noise_threshold / max(noise, 1e-9))
 
 
 def descent_ranges(
-    network: nn.Module, *, steps: int, rate: float, momentum: float, clip_norm: float
+    network: nn.Module, *, steps: int, lr: float, momentum: float, clip_norm: float
 ) -> Vector:
     """Public bounds on how far each trained weight moves in one round, for quantisation, shape (d,), all > 0.
 
@@ -103,4 +103,4 @@ def descent_ranges(
     further is clamped.
     """
     repeated = sum((1.0 - momentum ** (step + 1)) / (1.0 - momentum) for step in range(steps))
-    return torch.full_like(trained_vector(network), 2.0 * repeated * rate * clip_norm)
+    return torch.full_like(flatten_trainable(network), 2.0 * repeated * lr * clip_norm)

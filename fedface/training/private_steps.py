@@ -58,13 +58,13 @@ from fedface.randomness import SecretNoise
 from fedface.shapes import Images, KeptImages
 from fedface.training.per_photo import (
     Draw,
-    PerPhotoLoss,
+    PerExampleLoss,
     clipped_unit_sum,
-    gradients_of_each,
-    trained,
-    whole_network,
+    compute_per_example_gradients,
+    trainable_parameters,
+    vmap_gradients,
 )
-from fedface.training.unit_sums import Chance, clipped_sum, joined_photos, units_of
+from fedface.training.unit_sums import NoiseSource, clipped_sum, sample_photos, unit_members
 
 Network = Callable[..., Tensor]
 
@@ -99,9 +99,9 @@ class OpacusLayers:
 Engine = LayerByLayer | WholeNetwork | OpacusLayers
 
 
-def per_photo_gradients(
+def per_example_gradients(
     module: nn.Module,
-    loss: PerPhotoLoss,
+    loss: PerExampleLoss,
     photos: Images,
     *,
     draws: Tensor | None = None,
@@ -126,9 +126,9 @@ def per_photo_gradients(
     chosen: Engine = LayerByLayer() if engine is None else engine
     match chosen:
         case LayerByLayer():
-            return gradients_of_each(module, loss, photos, draws=draws)
+            return compute_per_example_gradients(module, loss, photos, draws=draws)
         case WholeNetwork():
-            return whole_network(module, loss, (photos,) if draws is None else (photos, draws))
+            return vmap_gradients(module, loss, (photos,) if draws is None else (photos, draws))
         case OpacusLayers():
             if draws is not None:
                 raise PrivacyError(
@@ -139,8 +139,8 @@ def per_photo_gradients(
             assert_never(chosen)
 
 
-def _by_opacus_layers(module: nn.Module, loss: PerPhotoLoss, photos: Images) -> list[Tensor]:
-    weights = list(trained(module).values())
+def _by_opacus_layers(module: nn.Module, loss: PerExampleLoss, photos: Images) -> list[Tensor]:
+    weights = list(trainable_parameters(module).values())
     kept = [weight.grad for weight in weights]
     try:
         wrapped = GradSampleModule(module, loss_reduction="sum", force_functorch=True)
@@ -167,12 +167,12 @@ def _one_tensor(weight: nn.Parameter, count: int) -> Tensor:
 def private_gradient(
     module: nn.Module,
     photos: KeptImages,
-    loss: PerPhotoLoss,
+    loss: PerExampleLoss,
     *,
     mechanism: GaussianSum | ClippedSum,
-    expected_batch: int,
+    expected_batch_size: int,
     sampling_rate: float,
-    chance: Chance,
+    chance: NoiseSource,
     units: Tensor | None = None,
     draw: Draw | None = None,
     scales: Sequence[Tensor] | None = None,
@@ -210,11 +210,11 @@ def private_gradient(
         PrivacyError: A promised step was given replayable chance.
         ValueError: A number out of bounds, or units that do not fit the photos.
     """
-    if expected_batch < 1 or microbatch < 1:
-        raise ValueError(f"expected_batch, microbatch must be >= 1, got {expected_batch}, {microbatch}")
+    if expected_batch_size < 1 or microbatch < 1:
+        raise ValueError(f"expected_batch, microbatch must be >= 1, got {expected_batch_size}, {microbatch}")
     release = _release(mechanism, chance)
-    members = units_of(photos, units)
-    drawn = joined_photos(members, _rate(sampling_rate), chance)
+    members = unit_members(photos, units)
+    drawn = sample_photos(members, _rate(sampling_rate), chance)
     totals = clipped_unit_sum(
         module,
         loss,
@@ -226,7 +226,7 @@ def private_gradient(
         microbatch=microbatch,
     )
     # One draw of noise for all weights: a fresh one for each would cost more than the clipping.
-    noised = release(torch.cat([total.flatten() for total in totals])) / expected_batch
+    noised = release(torch.cat([total.flatten() for total in totals])) / expected_batch_size
     return [
         part.view_as(total)
         for part, total in zip(torch.split(noised, [total.numel() for total in totals]), totals, strict=True)
@@ -238,7 +238,7 @@ def private_sum(
     *,
     mechanism: GaussianSum | ClippedSum,
     sampling_rate: float,
-    chance: Chance,
+    chance: NoiseSource,
     units: Tensor | None = None,
 ) -> Tensor:
     """The noised sum of one clipped vector per unit, priced as PoissonSampled(sampling_rate, mechanism.event()).
@@ -267,7 +267,7 @@ def private_sum(
     return private_sum_of(
         lambda positions: vectors[positions],
         vectors.shape[1],
-        units_of(vectors, units),
+        unit_members(vectors, units),
         mechanism=mechanism,
         sampling_rate=sampling_rate,
         chance=chance,
@@ -281,7 +281,7 @@ def private_sum_of(
     *,
     mechanism: GaussianSum | ClippedSum,
     sampling_rate: float,
-    chance: Chance,
+    chance: NoiseSource,
 ) -> Tensor:
     """`private_sum` of vectors that are computed only for the photos that joined.
 
@@ -297,7 +297,7 @@ def private_sum_of(
         Shape (d,), not divided by anything.
     """
     release = _release(mechanism, chance)
-    drawn = joined_photos(units, _rate(sampling_rate), chance)
+    drawn = sample_photos(units, _rate(sampling_rate), chance)
     if not len(drawn):
         return release(torch.zeros(width))
     numbers, place = torch.unique_consecutive(units[drawn], return_inverse=True)
@@ -311,7 +311,7 @@ def _rate(sampling_rate: float) -> float:
     return sampling_rate
 
 
-def _release(mechanism: GaussianSum | ClippedSum, chance: Chance) -> Callable[[Tensor], Tensor]:
+def _release(mechanism: GaussianSum | ClippedSum, chance: NoiseSource) -> Callable[[Tensor], Tensor]:
     """What turns one parameter's sum into what may be seen; refuses before anything is computed."""
     match mechanism:
         case GaussianSum():
@@ -325,9 +325,9 @@ def _release(mechanism: GaussianSum | ClippedSum, chance: Chance) -> Callable[[T
             assert_never(mechanism)
 
 
-def check_per_photo_gradients(
+def check_per_example_gradients(
     module: nn.Module,
-    loss: PerPhotoLoss,
+    loss: PerExampleLoss,
     photos: Images,
     *,
     draw: Draw | None = None,
@@ -359,19 +359,19 @@ def check_per_photo_gradients(
     module = copy.deepcopy(module).double()
     pair = photos[:2].detach().double()
     draws = None if draw is None else draw(2).double()
-    together = per_photo_gradients(module, loss, pair, draws=draws, engine=engine)
-    names = list(trained(module))
+    together = per_example_gradients(module, loss, pair, draws=draws, engine=engine)
+    names = list(trainable_parameters(module))
     for photo in range(2):
         rows = (pair,) if draws is None else (pair, draws)
         alone = _ordinary_gradient(module, loss, tuple(part[photo : photo + 1] for part in rows))
         _compare(names, [g[photo] for g in together], alone, "is not the gradient of that photo alone")
     moved = torch.stack([pair[0], 1.0 - pair[1].flip(-1)])
-    after = per_photo_gradients(module, loss, moved, draws=draws, engine=engine)
+    after = per_example_gradients(module, loss, moved, draws=draws, engine=engine)
     _compare(names, [g[0] for g in after], [g[0] for g in together], "moves when another photo changes")
 
 
-def _ordinary_gradient(module: nn.Module, loss: PerPhotoLoss, rows: tuple[Tensor, ...]) -> list[Tensor]:
-    weights = list(trained(module).values())
+def _ordinary_gradient(module: nn.Module, loss: PerExampleLoss, rows: tuple[Tensor, ...]) -> list[Tensor]:
+    weights = list(trainable_parameters(module).values())
     gradients = torch.autograd.grad(loss(module, *rows).sum(), weights, allow_unused=True)
     return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
 

@@ -21,18 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedface.privacy.mechanism import LONGEST
+from fedface.privacy.mechanism import MAX_NORM
 from fedface.randomness import SecretNoise
 
-Chance = SecretNoise | torch.Generator  # secret for a promise, replayable only where nothing is promised
+NoiseSource = SecretNoise | torch.Generator  # secret for a promise, replayable only where nothing is promised
 
 _PART, _ROUNDED_UP = 1024, (1.0 + 4e-6) ** 2
 _ROWS = 64  # gradients that are turned into float64 together
-LONGEST_HALF = 1e15  # of an outer product that is not multiplied out
-MOST_OF_A_UNIT = 16  # photos of one unit that a step looks at
+MAX_HALF_NORM = 1e15  # of an outer product that is not multiplied out
+MAX_PHOTOS_PER_UNIT = 16  # photos of one unit that a step looks at
 
 
-def units_of(photos: Tensor, units: Tensor | None) -> Tensor:
+def unit_members(photos: Tensor, units: Tensor | None) -> Tensor:
     """Which unit each photo belongs to, int64 (n,), checked."""
     if units is None:
         return torch.arange(len(photos))
@@ -45,7 +45,7 @@ def units_of(photos: Tensor, units: Tensor | None) -> Tensor:
     return units
 
 
-def sampled_units(count: int, sampling_rate: float, chance: Chance) -> Tensor:
+def poisson_sample_units(count: int, sampling_rate: float, chance: NoiseSource) -> Tensor:
     """Toss one coin per unit and return the numbers of those that join, int64, ascending; may be empty.
 
     Args:
@@ -56,7 +56,7 @@ def sampled_units(count: int, sampling_rate: float, chance: Chance) -> Tensor:
     return torch.from_numpy(np.flatnonzero(_tosses(count, chance) < sampling_rate))
 
 
-def joined_photos(units: Tensor, sampling_rate: float, chance: Chance) -> Tensor:
+def sample_photos(units: Tensor, sampling_rate: float, chance: NoiseSource) -> Tensor:
     """The positions of the photos that a step looks at, photos of one unit side by side, int64; may be empty.
 
     Args:
@@ -65,7 +65,7 @@ def joined_photos(units: Tensor, sampling_rate: float, chance: Chance) -> Tensor
         chance: As for `sampled_units`.
     """
     count = int(units.max()) + 1 if len(units) else 0
-    joined = sampled_units(count, sampling_rate, chance)
+    joined = poisson_sample_units(count, sampling_rate, chance)
     if count == len(units):  # every photo by itself
         return torch.argsort(units)[joined]
     order = torch.from_numpy(np.argsort(_tosses(len(units), chance), kind="stable"))
@@ -73,11 +73,11 @@ def joined_photos(units: Tensor, sampling_rate: float, chance: Chance) -> Tensor
     sorted_units = units[order]
     first = torch.searchsorted(sorted_units, sorted_units)
     place = torch.arange(len(units)) - first  # among the photos of the unit
-    looked_at = torch.isin(sorted_units, joined) & (place < MOST_OF_A_UNIT)
+    looked_at = torch.isin(sorted_units, joined) & (place < MAX_PHOTOS_PER_UNIT)
     return order[looked_at]
 
 
-def _tosses(count: int, chance: Chance) -> np.ndarray:
+def _tosses(count: int, chance: NoiseSource) -> np.ndarray:
     """Uniform numbers in [0, 1), float64, (count,)."""
     match chance:
         case SecretNoise():
@@ -104,16 +104,16 @@ def clipped_sum(gradients: list[Tensor], clip_norm: float) -> list[Tensor]:
     Returns:
         One tensor (*weight.shape) per parameter.
     """
-    clipping = Clipping(
+    clipping = ClippedSumAccumulator(
         [gradient[0] if len(gradient) else gradient.sum(0) for gradient in gradients], clip_norm
     )
     for start in range(0, max(map(len, gradients), default=0), _ROWS):
-        clipping.add(Found([gradient[start : start + _ROWS].double() for gradient in gradients], []))
+        clipping.add(MicrobatchGradients([gradient[start : start + _ROWS].double() for gradient in gradients], []))
     return clipping.totals()
 
 
 @dataclass(frozen=True)
-class Outer:
+class OuterProduct:
     """One outer product per photo, out (n, o) times seen (n, i), kept as its two halves."""
 
     weight: int  # position among the trained parameters
@@ -123,17 +123,17 @@ class Outer:
 
 
 @dataclass(frozen=True)
-class Found:
+class MicrobatchGradients:
     """The gradients of a microbatch: numbers of each photo, and outer products that are not multiplied out.
 
     `each` is (n, *weight.shape) per parameter, and has no numbers at all, (n, 0), where `outers` has them.
     """
 
     each: list[Tensor]
-    outers: list[Outer]
+    outers: list[OuterProduct]
 
 
-class Clipping:
+class ClippedSumAccumulator:
     """A running sum of clipped gradients, and the sum of the one unit that may go on in the next microbatch.
 
     Added up in float64: in float32 many small gradients vanish beside a large sum on one side of a power of two and
@@ -152,7 +152,7 @@ class Clipping:
         self._unit: int | None = None
         self._begun: list[Tensor] = []
 
-    def add(self, found: Found) -> None:
+    def add(self, found: MicrobatchGradients) -> None:
         """Clip every row and add it."""
         rows = self._scaled(found.each)
         square = _squares(rows)
@@ -160,10 +160,10 @@ class Clipping:
         for outer in found.outers:
             out, seen = _length(outer.out), _length(outer.seen)
             # A product of a tiny and a huge half is left out whole: rounding its scaled halves could make it longer.
-            fits &= (out <= LONGEST_HALF) & (seen <= LONGEST_HALF)
+            fits &= (out <= MAX_HALF_NORM) & (seen <= MAX_HALF_NORM)
             square = square + (out * seen * outer.factor).square()
         length = square.sqrt()
-        usable = (length <= LONGEST) & fits  # not so for what is not a number
+        usable = (length <= MAX_NORM) & fits  # not so for what is not a number
         scale = torch.where(usable, (self._clip_norm / length).clamp(max=1.0), 0.0).to(rows[0].dtype)
         outers = [(outer, outer.out, outer.seen) for outer in found.outers]
         if not bool(usable.all()):
@@ -188,13 +188,13 @@ class Clipping:
         # Photo after photo, wherever microbatches cut: gradients that cancel must not round by who else is there.
         for total, row in zip(sums, each, strict=True):
             total.index_add_(0, where, row)
-        self.add(Found([total[:-1] for total in sums], []))
+        self.add(MicrobatchGradients([total[:-1] for total in sums], []))
         self._unit, self._begun = int(names[-1]), [total[-1].clone() for total in sums]
 
     def end_unit(self) -> None:
         """Add the unit that was begun, if one was."""
         if self._unit is not None:
-            self.add(Found([begun[None] for begun in self._begun], []))
+            self.add(MicrobatchGradients([begun[None] for begun in self._begun], []))
         self._unit, self._begun = None, []
 
     def totals(self) -> list[Tensor]:

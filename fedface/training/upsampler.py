@@ -19,17 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from fedface.errors import ConfigError
-from fedface.models.adapters import Adapt, Full, attach, trained_vector
-from fedface.models.family import Resolved, ResolvedShape, Styled, StyledShape, build
-from fedface.privacy.plan import Schedule, Terms
+from fedface.models.adapters import Adaptation, Full, attach, flatten_trainable
+from fedface.models.family import SuperResolutionModel, SuperResolutionArchitecture, StyleEncoderModel, StyleEncoderArchitecture, build_model
+from fedface.privacy.plan import Schedule, DPParameters
 from fedface.randomness import SecretNoise, Streams
 from fedface.shapes import Images, KeptImages, Vector
-from fedface.training.per_photo import PerPhotoLoss
+from fedface.training.per_photo import PerExampleLoss
 from fedface.training.pretrain import pair_losses
-from fedface.training.private_descent import check_descent, descend_privately, descent_ranges, steadied
-from fedface.training.private_steps import Network, check_per_photo_gradients
+from fedface.training.private_descent import check_descent, dp_sgd_steps, descent_ranges, scale_lr_for_noise
+from fedface.training.private_steps import Network, check_per_example_gradients
 from fedface.upsampling.contracts import squared_difference
-from fedface.upsampling.degrade import BicubicPulse, Degradation, in_words
+from fedface.upsampling.degrade import BicubicPulse, Degradation, format_degradation
 
 _AT_ONCE = 2**25  # numbers that the answers of one microbatch keep in memory
 _MOST_NUMBERS = 2**27  # of one photo: about half a gigabyte, and its gradient several times that
@@ -42,31 +42,31 @@ class UpsamplerTrainingConfig:
     rounds: int = 5  # rounds of the run, >= 1
     steps_per_round: int = 8  # private steps a device takes in one round, >= 1
     sampling_rate: float = 0.08  # q: chance of a photo to join a step, in (0, 1]
-    expected_batch: int = 32  # public divisor of each step's sum, >= 1
+    expected_batch_size: int = 32  # public divisor of each step's sum, >= 1
     clip_norm: float = 0.3  # longest gradient one photo can have, > 0; about the usual length
     downscale: Degradation = field(default_factory=lambda: BicubicPulse(4))  # what the network learns to undo
-    fit_weight: float = 10.0  # of the squared difference after the downscale, >= 0
-    rate: float = 1.0  # step of gradient descent, > 0
-    steady_noise: float = 0.5  # noise multiplier beyond which the rate falls as 1 / noise
+    consistency_weight: float = 10.0  # of the squared difference after the downscale, >= 0
+    lr: float = 1.0  # step of gradient descent, > 0
+    lr_noise_threshold: float = 0.5  # noise multiplier beyond which the rate falls as 1 / noise
     momentum: float = 0.9  # share of the last step that a device repeats in the next of the round, in [0, 1)
-    server_rate: float = 1.0  # how much of the mean update the server applies, in (0, 4]
-    adapt: Adapt = field(default_factory=Full)  # which weights learn: all, or low-rank changes
+    server_lr: float = 1.0  # how much of the mean update the server applies, in (0, 4]
+    adapt: Adaptation = field(default_factory=Full)  # which weights learn: all, or low-rank changes
     learner: Literal["style-encoder", "super-resolution"] = "style-encoder"  # which network answers photos
 
     def __post_init__(self) -> None:
         self.schedule()
         if self.downscale.spread > 0:
             raise ValueError(
-                f"downscale must add no noise while devices teach, got {in_words(self.downscale)}; "
+                f"downscale must add no noise while devices teach, got {format_degradation(self.downscale)}; "
                 "noise belongs under upsampling, or into a method's spread"
             )
-        if not 0 <= self.fit_weight <= 1e4:
-            raise ValueError(f"fit_weight must lie in [0, 10000], got {self.fit_weight}")
+        if not 0 <= self.consistency_weight <= 1e4:
+            raise ValueError(f"fit_weight must lie in [0, 10000], got {self.consistency_weight}")
         check_descent(
-            rate=self.rate,
-            steady_noise=self.steady_noise,
+            lr=self.lr,
+            lr_noise_threshold=self.lr_noise_threshold,
             momentum=self.momentum,
-            server_rate=self.server_rate,
+            server_lr=self.server_lr,
         )
 
     def schedule(self) -> Schedule:
@@ -75,12 +75,12 @@ class UpsamplerTrainingConfig:
             rounds=self.rounds,
             steps_per_round=self.steps_per_round,
             sampling_rate=self.sampling_rate,
-            expected_batch=self.expected_batch,
+            expected_batch_size=self.expected_batch_size,
             clip_norm=self.clip_norm,
         )
 
 
-def lesson_of(downscale: Degradation, fit_weight: float) -> PerPhotoLoss:
+def reconstruction_loss(downscale: Degradation, consistency_weight: float) -> PerExampleLoss:
     """The loss of one photo: (network, photos (n, 3, s, s)) -> (n,).
 
     The answer against the photo, L1 on pixels and on their differences at three sizes; and the answer's own
@@ -90,16 +90,16 @@ def lesson_of(downscale: Degradation, fit_weight: float) -> PerPhotoLoss:
     def lesson(network: Network, photos: Images) -> Tensor:
         low = downscale.apply(photos).clamp(0.0, 1.0)
         made = network(low)
-        return pair_losses(made, photos) + fit_weight * squared_difference(downscale.apply(made), low)
+        return pair_losses(made, photos) + consistency_weight * squared_difference(downscale.apply(made), low)
 
     return lesson
 
 
 def train_upsampler_round(
-    model: Styled | Resolved,
+    model: StyleEncoderModel | SuperResolutionModel,
     photos: KeptImages,
     config: UpsamplerTrainingConfig,
-    terms: Terms,
+    terms: DPParameters,
     *,
     chance: SecretNoise | torch.Generator,
     units: Tensor | None = None,
@@ -124,44 +124,44 @@ def train_upsampler_round(
     Raises:
         PrivacyError: The network mixes photos, or a promised round was given replayable chance.
     """
-    numbers = check_teachable(model.shape, config)
+    numbers = check_trainable(model.architecture, config)
     network = copy.deepcopy(model.upsampler)
-    before = trained_vector(network)
-    descend_privately(
+    before = flatten_trainable(network)
+    dp_sgd_steps(
         network,
         photos,
-        lesson_of(config.downscale, config.fit_weight),
+        reconstruction_loss(config.downscale, config.consistency_weight),
         terms,
-        rate=steadied(config.rate, config.steady_noise, terms),
+        lr=scale_lr_for_noise(config.lr, config.lr_noise_threshold, terms),
         momentum=config.momentum,
         chance=chance,
         units=units,
         microbatch=max(1, min(16, _AT_ONCE // numbers)),
     )
-    return trained_vector(network) - before
+    return flatten_trainable(network) - before
 
 
-def upsampler_ranges(model: Styled | Resolved, config: UpsamplerTrainingConfig) -> Vector:
+def upsampler_ranges(model: StyleEncoderModel | SuperResolutionModel, config: UpsamplerTrainingConfig) -> Vector:
     """Public bounds on how far each trained weight moves in one round, see `descent_ranges`, shape (d,)."""
     return descent_ranges(
         model.upsampler,
         steps=config.steps_per_round,
-        rate=config.rate,
+        lr=config.lr,
         momentum=config.momentum,
         clip_norm=config.clip_norm,
     )
 
 
-def mark_upsampler(model: Styled | Resolved, adapt: Adapt, chance: torch.Generator) -> None:
+def mark_upsampler(model: StyleEncoderModel | SuperResolutionModel, adapt: Adaptation, chance: torch.Generator) -> None:
     """Mark in place which weights learn: of the one network that answers photos, never of the generator."""
     for module in model.modules():
         module.requires_grad_(False)
-    learner: nn.Module = model.encoder if isinstance(model, Styled) else model.resolver
+    learner: nn.Module = model.encoder if isinstance(model, StyleEncoderModel) else model.network
     attach(learner, adapt, chance)
 
 
 @lru_cache(maxsize=8)
-def check_teachable(shape: StyledShape | ResolvedShape, config: UpsamplerTrainingConfig) -> int:
+def check_trainable(shape: StyleEncoderArchitecture | SuperResolutionArchitecture, config: UpsamplerTrainingConfig) -> int:
     """Refuse what no device should begin with, once per process; it hangs on the form alone and reads no photo.
 
     A device asks before it books: a network that mixes photos, a lesson that cannot be computed, and one that takes
@@ -175,8 +175,8 @@ def check_teachable(shape: StyledShape | ResolvedShape, config: UpsamplerTrainin
         PrivacyError: The network mixes photos.
     """
     with torch.device("meta"):
-        planned = build(shape)
-        assert isinstance(planned, Styled | Resolved)
+        planned = build_model(shape)
+        assert isinstance(planned, StyleEncoderModel | SuperResolutionModel)
         numbers = _numbers_kept(planned)
     if numbers > _MOST_NUMBERS:
         raise ConfigError(
@@ -190,7 +190,7 @@ def check_teachable(shape: StyledShape | ResolvedShape, config: UpsamplerTrainin
     return numbers
 
 
-def _numbers_kept(model: Styled | Resolved) -> int:
+def _numbers_kept(model: StyleEncoderModel | SuperResolutionModel) -> int:
     """Outputs of all layers for one photo, counted without memory."""
     total = 0
 
@@ -200,17 +200,17 @@ def _numbers_kept(model: Styled | Resolved) -> int:
 
     network = model.upsampler
     hooks = [module.register_forward_hook(count) for module in network.modules()]
-    network(torch.zeros(1, 3, model.largest_low, model.largest_low, device="meta"))
+    network(torch.zeros(1, 3, model.max_input_size, model.max_input_size, device="meta"))
     for hook in hooks:
         hook.remove()
     return max(1, total)
 
 
-def _check(shape: StyledShape | ResolvedShape, config: UpsamplerTrainingConfig) -> None:
+def _check(shape: StyleEncoderArchitecture | SuperResolutionArchitecture, config: UpsamplerTrainingConfig) -> None:
     """Compare per-photo gradients with one-photo gradients on random pictures."""
     streams = Streams(0)
-    model = build(shape, streams.generator("weights"))
-    assert isinstance(model, Styled | Resolved)
+    model = build_model(shape, streams.generator("weights"))
+    assert isinstance(model, StyleEncoderModel | SuperResolutionModel)
     mark_upsampler(model, config.adapt, streams.generator("adapters"))
     chance = streams.generator("moved")
     with torch.no_grad():
@@ -218,4 +218,4 @@ def _check(shape: StyledShape | ResolvedShape, config: UpsamplerTrainingConfig) 
             if weight.requires_grad:
                 weight.add_(torch.randn(weight.shape, generator=chance), alpha=0.02)
     pictures = torch.rand(2, 3, model.size, model.size, generator=chance)
-    check_per_photo_gradients(model.upsampler, lesson_of(config.downscale, config.fit_weight), pictures)
+    check_per_example_gradients(model.upsampler, reconstruction_loss(config.downscale, config.consistency_weight), pictures)

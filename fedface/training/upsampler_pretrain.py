@@ -17,19 +17,19 @@ from torch import Tensor
 from torch.optim import Adam
 
 from fedface.config import plain
-from fedface.models.family import Resolved, Styled
-from fedface.models.resolver import Resolver, ResolverConfig
-from fedface.models.style_encoder import StyleEncoder, StyleEncoderConfig
+from fedface.models.family import SuperResolutionModel, StyleEncoderModel
+from fedface.models.resolver import SuperResolutionNetwork, SuperResolutionNetworkConfig
+from fedface.models.style_encoder import StyleEncoder, StyleEncoderNetworkConfig
 from fedface.models.stylegan2 import StyleGAN2
 from fedface.models.weights import weights_hash
 from fedface.randomness import Streams
-from fedface.training.pretrain import Progress, average_into, seen_faces, warm_cosine
-from fedface.training.upsampler import lesson_of
+from fedface.training.pretrain import Progress, update_ema, render_faces, warmup_cosine
+from fedface.training.upsampler import reconstruction_loss
 from fedface.upsampling.degrade import Area, BicubicPulse, Degradation
 
-L = TypeVar("L", StyleEncoder, Resolver)
+L = TypeVar("L", StyleEncoder, SuperResolutionNetwork)
 
-KEPT = 0.998  # how much of the averaged weights a late step keeps
+EMA_DECAY = 0.998  # how much of the averaged weights a late step keeps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +41,12 @@ class UpsamplerPretrainConfig:
     batch: int = 32
     learning_rate: float = 3e-3
     pool: int = 20_000  # drawn faces, made once and learned from many times, mirrored half of the time
-    light_share: float = 0.85  # share of faces with light skin, Monk 1 to 5
+    light_fraction: float = 0.85  # share of faces with light skin, Monk 1 to 5
     # What it learns to undo, one of them in each step.
     downscales: tuple[Degradation, ...] = (
         BicubicPulse(2), BicubicPulse(4), BicubicPulse(8), Area(2), Area(4), Area(8),
     )  # fmt: skip
-    fit_weight: float = 10.0  # see training/upsampler
+    consistency_weight: float = 10.0  # see training/upsampler
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch", 2), ("pool", 2)):
@@ -54,15 +54,15 @@ class UpsamplerPretrainConfig:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not self.downscales:
             raise ValueError("downscales must name at least one, got none")
-        if not 0 <= self.light_share <= 1:
-            raise ValueError(f"light_share must lie in [0, 1], got {self.light_share}")
+        if not 0 <= self.light_fraction <= 1:
+            raise ValueError(f"light_share must lie in [0, 1], got {self.light_fraction}")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate must lie in (0, 1), got {self.learning_rate}")
 
 
-def pretrain_styled(
-    generator: StyleGAN2, config: UpsamplerPretrainConfig, shape: StyleEncoderConfig, report: Progress
-) -> Styled:
+def pretrain_style_encoder(
+    generator: StyleGAN2, config: UpsamplerPretrainConfig, shape: StyleEncoderNetworkConfig, report: Progress
+) -> StyleEncoderModel:
     """Teach a style encoder for a generator that stands still.
 
     Args:
@@ -88,15 +88,15 @@ def pretrain_styled(
 
     averaged, notes = _learn(encoder, network, generator.size, config, streams, report)
     told = {"made_by": "fedface base styles", "generator": weights_hash(generator), **notes}
-    return Styled(generator, averaged, told)
+    return StyleEncoderModel(generator, averaged, told)
 
 
-def pretrain_resolved(config: UpsamplerPretrainConfig, shape: ResolverConfig, report: Progress) -> Resolved:
+def pretrain_super_resolution(config: UpsamplerPretrainConfig, shape: SuperResolutionNetworkConfig, report: Progress) -> SuperResolutionModel:
     """Teach a super-resolution network; arguments and result as for `pretrain_styled`."""
     streams = Streams(config.seed).child("resolver")
-    resolver = Resolver(shape, streams.generator("weights"))
+    resolver = SuperResolutionNetwork(shape, streams.generator("weights"))
     averaged, notes = _learn(resolver, resolver, shape.size, config, streams, report)
-    return Resolved(averaged, {"made_by": "fedface base resolver", **notes})
+    return SuperResolutionModel(averaged, {"made_by": "fedface base resolver", **notes})
 
 
 def _learn(
@@ -109,14 +109,14 @@ def _learn(
 ) -> tuple[L, dict[str, Any]]:
     """Regression by Adam; the averaged learner, and how it was made."""
     started = time.monotonic()
-    pool = seen_faces(config.pool, config.light_share, size, streams, report)
+    pool = render_faces(config.pool, config.light_fraction, size, streams, report)
     chance = streams.generator("faces")
     averaged = copy.deepcopy(learner)
-    lessons = [lesson_of(downscale, config.fit_weight) for downscale in config.downscales]
+    lessons = [reconstruction_loss(downscale, config.consistency_weight) for downscale in config.downscales]
     optimiser = Adam(learner.parameters(), config.learning_rate, betas=(0.9, 0.99))
     for step in range(config.steps):
         for group in optimiser.param_groups:
-            group["lr"] = config.learning_rate * warm_cosine(step, config.steps)
+            group["lr"] = config.learning_rate * warmup_cosine(step, config.steps)
         chosen = torch.randint(len(pool), (config.batch,), generator=chance)
         photos = pool[chosen].float() / 255.0
         half = config.batch // 2
@@ -125,7 +125,7 @@ def _learn(
         optimiser.zero_grad()
         torch.autograd.backward(loss)
         optimiser.step()
-        average_into(averaged, learner, step, KEPT)
+        update_ema(averaged, learner, step, EMA_DECAY)
         if step % 50 == 0:
             report("upsampler", step, config.steps, {"loss": loss.item()})
     return averaged, {

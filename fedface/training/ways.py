@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from fedface.errors import ConfigError
-from fedface.models.adapters import Lora, attach, fill_trained, merge, trained_vector
-from fedface.models.family import Encoded, Flow, Gan, Model, Resolved, Styled
-from fedface.models.weights import remember_mean_style
-from fedface.privacy.plan import Terms
+from fedface.models.adapters import Lora, attach, assign_trainable, merge, flatten_trainable
+from fedface.models.family import EncoderModel, FlowModel, GanModel, Model, SuperResolutionModel, StyleEncoderModel
+from fedface.models.weights import estimate_mean_style
+from fedface.privacy.plan import DPParameters
 from fedface.randomness import SecretNoise, Streams
 from fedface.shapes import Images, KeptImages, Vector
 from fedface.training.flow import (
@@ -34,51 +34,51 @@ from fedface.training.flow import (
     times_and_noises,
     train_flow_round,
 )
-from fedface.training.generator import GanTrainingConfig, loss_on_photos, ranges_of, train_round
-from fedface.training.per_photo import trained
-from fedface.training.prior import PriorTrainingConfig, photo_vectors, prior_ranges, refit, train_prior_round
+from fedface.training.generator import GanTrainingConfig, d_loss_real, gan_ranges, train_gan_round
+from fedface.training.per_photo import trainable_parameters
+from fedface.training.prior import PriorTrainingConfig, photo_vectors, prior_ranges, fit_latent_prior, train_prior_round
 from fedface.training.upsampler import (
     UpsamplerTrainingConfig,
-    check_teachable,
-    lesson_of,
+    check_trainable,
+    reconstruction_loss,
     mark_upsampler,
     train_upsampler_round,
     upsampler_ranges,
 )
 
 Training = GanTrainingConfig | FlowTrainingConfig | PriorTrainingConfig | UpsamplerTrainingConfig
-ReleaseOf = Callable[[Images], Vector]
+PerExampleRelease = Callable[[Images], Vector]
 
 
 def check_fits(model: Model, training: Training) -> None:
     """Raises ConfigError unless a model can learn in this way."""
     match training:
         case GanTrainingConfig():
-            fits, wanted = isinstance(model, Gan), "a generator with its critic"
+            fits, wanted = isinstance(model, GanModel), "a generator with its critic"
         case FlowTrainingConfig():
-            fits, wanted = isinstance(model, Flow), "a rectified flow"
+            fits, wanted = isinstance(model, FlowModel), "a rectified flow"
         case PriorTrainingConfig():
-            fits, wanted = isinstance(model, Encoded), "a generator with an encoder"
+            fits, wanted = isinstance(model, EncoderModel), "a generator with an encoder"
         case UpsamplerTrainingConfig():
-            fits = isinstance(model, Styled if training.learner == "style-encoder" else Resolved)
+            fits = isinstance(model, StyleEncoderModel if training.learner == "style-encoder" else SuperResolutionModel)
             wanted = f"a {training.learner} network".replace(
                 "style-encoder network", "generator with a style encoder"
             )
         case _:
             assert_never(training)
-    if isinstance(model, Gan) and (model.critic.config.minibatch_group or model.critic.config.classes):
+    if isinstance(model, GanModel) and (model.discriminator.config.minibatch_group or model.discriminator.config.classes):
         raise ConfigError(
             "training: this critic looks at several pictures at once or wants their classes; devices train critics "
             "without minibatch statistics and classes only, so that each photo's influence is its own"
         )
-    if isinstance(model, Gan | Encoded | Styled) and model.generator.config.classes:
+    if isinstance(model, GanModel | EncoderModel | StyleEncoderModel) and model.generator.config.classes:
         raise ConfigError(
             "training: this generator makes pictures of a class that is named, and no device sends the classes of its "
             "photos; name a checkpoint whose generator has no classes as base"
         )
     if not fits:
         raise ConfigError(f"training: this way of learning needs {wanted}; name such a checkpoint as base")
-    if isinstance(training, UpsamplerTrainingConfig) and isinstance(model, Styled | Resolved):
+    if isinstance(training, UpsamplerTrainingConfig) and isinstance(model, StyleEncoderModel | SuperResolutionModel):
         try:
             low = training.downscale.low_side(model.size)
         except ValueError as error:
@@ -89,14 +89,14 @@ def check_fits(model: Model, training: Training) -> None:
             raise ConfigError(
                 f"training.downscale leaves faces at {low} pixels: an upsampler learns from photos that are smaller"
             )
-        if low > model.largest_low:
+        if low > model.max_input_size:
             raise ConfigError(
                 f"training.downscale makes photos of {low} pixels from faces of {model.size}, and this network reads "
-                f"photos of {model.largest_low} at most; name another downscale or another base"
+                f"photos of {model.max_input_size} at most; name another downscale or another base"
             )
 
 
-def begin_round(model: Model, training: Training, terms: Terms, common: Streams) -> Round:
+def prepare_round(model: Model, training: Training, dp: DPParameters, common: Streams) -> TrainingRound:
     """Mark what learns in a copy of a model: all weights, or low-rank changes in public random directions.
 
     Args:
@@ -110,16 +110,16 @@ def begin_round(model: Model, training: Training, terms: Terms, common: Streams)
     """
     check_fits(model, training)
     if isinstance(training, PriorTrainingConfig):
-        return Round(model, training, terms)
+        return TrainingRound(model, training, dp)
     marked = copy.deepcopy(model)
     chance = common.generator("adapter")
-    if isinstance(training, UpsamplerTrainingConfig) and isinstance(marked, Styled | Resolved):
-        check_teachable(marked.shape, training)
+    if isinstance(training, UpsamplerTrainingConfig) and isinstance(marked, StyleEncoderModel | SuperResolutionModel):
+        check_trainable(marked.architecture, training)
         mark_upsampler(marked, training.adapt, chance)
-        return Round(marked, training, terms)
+        return TrainingRound(marked, training, dp)
     for module in marked.modules():
         attach(module, training.adapt, chance)
-    return Round(marked, training, terms)
+    return TrainingRound(marked, training, dp)
 
 
 def common_streams(seed: int, round: int) -> Streams:
@@ -127,9 +127,9 @@ def common_streams(seed: int, round: int) -> Streams:
     return Streams(seed).child(f"common/{round}")
 
 
-def chance_for(terms: Terms, streams: Streams) -> SecretNoise | torch.Generator:
+def noise_source(terms: DPParameters, streams: Streams) -> SecretNoise | torch.Generator:
     """Where noise and coins come from: nobody's to replay under a promise, the device's own stream without one."""
-    return SecretNoise() if terms.promises else streams.generator("no promise")
+    return SecretNoise() if terms.is_private else streams.generator("no promise")
 
 
 def objective_of(training: Training) -> str:
@@ -137,7 +137,7 @@ def objective_of(training: Training) -> str:
     return "upsampler" if isinstance(training, UpsamplerTrainingConfig) else "generator"
 
 
-def words_of(training: Training) -> str:
+def describe_method(training: Training) -> str:
     """What a device sends, in words that follow a number."""
     match training:
         case (
@@ -155,12 +155,12 @@ def words_of(training: Training) -> str:
 
 
 @dataclass(frozen=True)
-class Round:
+class TrainingRound:
     """A model with what learns in it marked, the recipe, and the terms. Made by `begin_round`."""
 
     model: Model
     training: Training
-    terms: Terms
+    dp: DPParameters
 
     def update(
         self,
@@ -178,39 +178,39 @@ class Round:
             streams: The device's own replayable streams, for made pictures and times.
             units: Which unit each photo belongs to, int64 (n,), numbered from 0 without gaps; None: each its own.
         """
-        if self.terms.unit != "occasion":
+        if self.dp.unit != "occasion":
             units = None  # each photo by itself; per library the whole update is one vector, whatever the steps are
         match self.training, self.model:
-            case GanTrainingConfig() as config, Gan() as gan:
-                return train_round(
-                    gan, photos, config, self.terms, chance=chance, streams=streams, units=units
+            case GanTrainingConfig() as config, GanModel() as gan:
+                return train_gan_round(
+                    gan, photos, config, self.dp, chance=chance, streams=streams, units=units
                 )
-            case FlowTrainingConfig() as config, Flow(generator=flow):
+            case FlowTrainingConfig() as config, FlowModel(generator=flow):
                 return train_flow_round(
-                    flow, photos, config, self.terms, chance=chance, streams=streams, units=units
+                    flow, photos, config, self.dp, chance=chance, streams=streams, units=units
                 )
-            case PriorTrainingConfig() as config, Encoded(encoder=encoder):
-                return train_prior_round(encoder, photos, config, self.terms, chance=chance, units=units)
-            case UpsamplerTrainingConfig() as config, (Styled() | Resolved()) as model:
-                return train_upsampler_round(model, photos, config, self.terms, chance=chance, units=units)
+            case PriorTrainingConfig() as config, EncoderModel(encoder=encoder):
+                return train_prior_round(encoder, photos, config, self.dp, chance=chance, units=units)
+            case UpsamplerTrainingConfig() as config, (StyleEncoderModel() | SuperResolutionModel()) as model:
+                return train_upsampler_round(model, photos, config, self.dp, chance=chance, units=units)
             case _:
                 raise ConfigError("training: this way of learning does not go with this model")
 
     def ranges(self) -> Vector:
         """Public bounds of the numbers that `update` sends, shape (d,), all > 0; beyond them they are clamped."""
         match self.training, self.model:
-            case GanTrainingConfig() as config, Gan() as gan:
-                return ranges_of(gan, config)
-            case FlowTrainingConfig() as config, Flow(generator=flow):
+            case GanTrainingConfig() as config, GanModel() as gan:
+                return gan_ranges(gan, config)
+            case FlowTrainingConfig() as config, FlowModel(generator=flow):
                 return flow_ranges(flow, config)
-            case PriorTrainingConfig() as config, Encoded(encoder=encoder):
+            case PriorTrainingConfig() as config, EncoderModel(encoder=encoder):
                 return prior_ranges(encoder, config)
-            case UpsamplerTrainingConfig() as config, (Styled() | Resolved()) as model:
+            case UpsamplerTrainingConfig() as config, (StyleEncoderModel() | SuperResolutionModel()) as model:
                 return upsampler_ranges(model, config)
             case _:
                 raise ConfigError("training: this way of learning does not go with this model")
 
-    def released(self, streams: Streams) -> ReleaseOf:
+    def per_example_release(self, streams: Streams) -> PerExampleRelease:
         """What one step releases of one photo, before clipping and noise, differentiable in the photo; for audits.
 
         The attacker is granted what is drawn beside the photo: a flow's times and noises, which on a device are
@@ -220,20 +220,20 @@ class Round:
             streams: Where those draws come from.
         """
         match self.training, self.model:
-            case GanTrainingConfig(), Gan(critic=critic):
-                return gradient_of(critic, lambda photos: loss_on_photos(critic, photos).mean())
-            case FlowTrainingConfig() as config, Flow(generator=flow):
+            case GanTrainingConfig(), GanModel(discriminator=critic):
+                return gradient_of(critic, lambda photos: d_loss_real(critic, photos).mean())
+            case FlowTrainingConfig() as config, FlowModel(generator=flow):
                 rows = times_and_noises(
-                    1, config.noise_draws, flow.size, config.latest, streams.numpy("draws of one photo")
+                    1, config.noise_draws, flow.size, config.max_time, streams.numpy("draws of one photo")
                 )
                 return gradient_of(
                     flow,
                     lambda photos: loss_over_draws(flow, photos, rows.expand(len(photos), -1, -1)).mean(),
                 )
-            case PriorTrainingConfig() as prior, Encoded(encoder=encoder):
+            case PriorTrainingConfig() as prior, EncoderModel(encoder=encoder):
                 return lambda photos: photo_vectors(encoder(photos), prior).mean(dim=0)
-            case UpsamplerTrainingConfig() as config, (Styled() | Resolved()) as model:
-                network, lesson = model.upsampler, lesson_of(config.downscale, config.fit_weight)
+            case UpsamplerTrainingConfig() as config, (StyleEncoderModel() | SuperResolutionModel()) as model:
+                network, lesson = model.upsampler, reconstruction_loss(config.downscale, config.consistency_weight)
                 return gradient_of(network, lambda photos: lesson(network, photos).mean())
             case _:
                 raise ConfigError("training: this way of learning does not go with this model")
@@ -247,29 +247,29 @@ class Round:
             chance: Replayable draws for the mean style.
         """
         match self.training, self.model:
-            case PriorTrainingConfig() as config, Encoded() as encoded:
-                fresh = refit(encoded.generator, total, devices, config, self.terms, encoder=encoded.encoder)
-                remember_mean_style(fresh, chance)
-                return Encoded(fresh, encoded.encoder, encoded.notes)
+            case PriorTrainingConfig() as config, EncoderModel() as encoded:
+                fresh = fit_latent_prior(encoded.generator, total, devices, config, self.dp, encoder=encoded.encoder)
+                estimate_mean_style(fresh, chance)
+                return EncoderModel(fresh, encoded.encoder, encoded.notes)
             case (
                 (GanTrainingConfig() | FlowTrainingConfig() | UpsamplerTrainingConfig()) as config,
-                (Gan() | Flow() | Styled() | Resolved()) as model,
+                (GanModel() | FlowModel() | StyleEncoderModel() | SuperResolutionModel()) as model,
             ):
                 moved = copy.deepcopy(model)
-                start = trained_vector(*moved.modules())
-                fill_trained(start + config.server_rate * total / devices, *moved.modules())
+                start = flatten_trainable(*moved.modules())
+                assign_trainable(start + config.server_lr * total / devices, *moved.modules())
                 for module in moved.modules():
                     merge(module)
-                if isinstance(moved, Gan):
-                    remember_mean_style(moved.generator, chance)
+                if isinstance(moved, GanModel):
+                    estimate_mean_style(moved.generator, chance)
                 return moved
             case _:
                 raise ConfigError("training: this way of learning does not go with this model")
 
 
-def gradient_of(module: nn.Module, loss: Callable[[Images], Tensor]) -> ReleaseOf:
+def gradient_of(module: nn.Module, loss: Callable[[Images], Tensor]) -> PerExampleRelease:
     """The gradient of a loss of photos over the weights that learn, (d,), differentiable in the photos."""
-    weights = list(trained(module).values())
+    weights = list(trainable_parameters(module).values())
 
     def gradient(photos: Images) -> Vector:
         parts = torch.autograd.grad(loss(photos), weights, create_graph=True, materialize_grads=True)

@@ -24,7 +24,7 @@ from fedface.shapes import Images, LowImages
 DIFFERENCE = 1e-2  # of the finite differences behind a metric, in prior standard deviations
 
 
-class Chances:
+class PerChainRng:
     """One stream of chance for each chain, so that a chain does not depend on which others run beside it."""
 
     def __init__(self, streams: Sequence[torch.Generator]) -> None:
@@ -70,7 +70,7 @@ class Point:
         )
 
 
-class Measured:
+class ForwardModel:
     """A generator as a function of flat states, beside what was measured."""
 
     def __init__(
@@ -121,7 +121,7 @@ class Metric:
         return rows + ((rows @ self.directions) * shrink) @ self.directions.mT
 
 
-def gauss_newton(measured: Measured, x: Tensor, rank: int, chance: torch.Generator) -> Metric:
+def gauss_newton(measured: ForwardModel, x: Tensor, rank: int, chance: torch.Generator) -> Metric:
     """The mean of J'J over states, along the directions in which it is largest.
 
     J is the Jacobian of the measured values. With no more coordinates than `rank` the mean is taken as it is, by
@@ -153,17 +153,17 @@ def gauss_newton(measured: Measured, x: Tensor, rank: int, chance: torch.Generat
 
 
 @dataclass(frozen=True)
-class Moved:
+class Transition:
     """What one move came to."""
 
     point: Point
     accepted: Tensor  # (n,) bool
-    chance: Tensor  # (n,) probability with which it was accepted, in [0, 1]
+    acceptance_probability: Tensor  # (n,) probability with which it was accepted, in [0, 1]
 
 
-def move(
-    measured: Measured, point: Point, metric: Metric, s: float, *, step: Tensor, leaps: int, chances: Chances
-) -> Moved:
+def hmc_step(
+    measured: ForwardModel, point: Point, metric: Metric, s: float, *, step: Tensor, leapfrog_steps: int, chances: PerChainRng
+) -> Transition:
     """One Metropolis-adjusted trajectory; it leaves the posterior at noise s exactly as it is.
 
     Args:
@@ -178,19 +178,19 @@ def move(
     momentum = chances.normals(point.x.shape[1]).to(point.x)
     before = point.potential(s) + momentum.square().sum(dim=1) / 2
     length, at = step[:, None], point
-    for _ in range(leaps):
+    for _ in range(leapfrog_steps):
         momentum = momentum - length / 2 * metric.narrow(at.gradient(s), s)
         at = measured.point(at.x + length * metric.narrow(momentum, s))
         momentum = momentum - length / 2 * metric.narrow(at.gradient(s), s)
     after = at.potential(s) + momentum.square().sum(dim=1) / 2
     chance = torch.nan_to_num((before - after).clamp(max=0).exp(), nan=0.0)
     accepted = chances.uniforms().to(chance) < chance
-    return Moved(at.where(accepted, point), accepted, chance)
+    return Transition(at.where(accepted, point), accepted, chance)
 
 
-def drift(measured: Measured, point: Point, s: float, *, step: float, chances: Chances) -> Moved:
+def ula_step(measured: ForwardModel, point: Point, s: float, *, step: float, chances: PerChainRng) -> Transition:
     """One unadjusted Langevin step of length `step`: x - step^2 / 2 gradient + step * normal; always accepted."""
     normals = chances.normals(point.x.shape[1]).to(point.x)
     at = measured.point(point.x - step**2 / 2 * point.gradient(s) + step * normals)
     always = torch.ones(len(point.x), dtype=torch.bool, device=point.x.device)
-    return Moved(at, always, always.to(point.x))
+    return Transition(at, always, always.to(point.x))

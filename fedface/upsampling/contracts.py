@@ -20,17 +20,17 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Glimpse:
+class StepSnapshot:
     """How a search stands after one of its steps, for whoever wants to see faces appear."""
 
     step: int  # steps taken by the faces shown, from 1
     steps: int  # steps at most
     faces: Tensor  # (m,) int64: which of the n * f faces these are, photo by photo
     images: Tensor  # (m, 3, s, s) sRGB, detached, not clamped: the faces of this step, not the best so far
-    misfit: Tensor  # (m,) mean squared difference of the downscaled face, as made, and the photo
+    consistency_error: Tensor  # (m,) mean squared difference of the downscaled face, as made, and the photo
 
 
-Watch = Callable[[Glimpse], None]
+StepCallback = Callable[[StepSnapshot], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +41,14 @@ class Upsampled:
     """
 
     images: Tensor  # (n, f, 3, s, s) sRGB in [0, 1]
-    misfit: Tensor  # (n, f) mean squared difference of the downscaled face and the photo; inf: no face
+    consistency_error: Tensor  # (n, f) mean squared difference of the downscaled face and the photo; inf: no face
     converged: Tensor  # (n, f) bool, the misfit is within the tolerance of the search
     steps: int  # the most steps that any face took; 1 for a method that does not search
 
     def __post_init__(self) -> None:
         if self.images.ndim != 5 or self.images.shape[2] != 3:
             raise ValueError(f"images must have shape (n, f, 3, s, s), got {tuple(self.images.shape)}")
-        for name, field in (("misfit", self.misfit), ("converged", self.converged)):
+        for name, field in (("misfit", self.consistency_error), ("converged", self.converged)):
             if field.shape != self.images.shape[:2]:
                 wanted = tuple(self.images.shape[:2])
                 raise ValueError(f"{name} must have shape {wanted}, got {tuple(field.shape)}")
@@ -67,7 +67,7 @@ class Upsampled:
 
     def best(self) -> Images:
         """The face with the smallest misfit of each photo, (n, 3, s, s)."""
-        return self.images[torch.arange(self.photos), self.misfit.argmin(dim=1)]
+        return self.images[torch.arange(self.photos), self.consistency_error.argmin(dim=1)]
 
 
 class Upsampler(Protocol):
@@ -105,7 +105,7 @@ def join(parts: Sequence[Upsampled]) -> Upsampled:
         raise ValueError("join needs at least one part")
     return Upsampled(
         images=torch.cat([part.images for part in parts]),
-        misfit=torch.cat([part.misfit for part in parts]),
+        consistency_error=torch.cat([part.consistency_error for part in parts]),
         converged=torch.cat([part.converged for part in parts]),
         steps=max(part.steps for part in parts),
     )
@@ -116,7 +116,7 @@ def by_photo(found: Upsampled, faces_per_photo: int) -> Upsampled:
     shape = (found.photos // faces_per_photo, faces_per_photo)
     return Upsampled(
         images=found.images.view(*shape, *found.images.shape[2:]),
-        misfit=found.misfit.view(shape),
+        consistency_error=found.consistency_error.view(shape),
         converged=found.converged.view(shape),
         steps=found.steps,
     )
@@ -132,7 +132,7 @@ def check_low(low: LowImages, side: int, faces_per_photo: int) -> None:
         raise ValueError("photos must be finite, got NaN or infinity")
 
 
-def judged(images: Images, low: LowImages, apply: Callable[[Images], LowImages]) -> tuple[Images, Tensor]:
+def clamp_and_score(images: Images, low: LowImages, apply: Callable[[Images], LowImages]) -> tuple[Images, Tensor]:
     """Images clamped to [0, 1] with their misfit (n,): infinity where a network broke and made no face.
 
     A picture with numbers that are not finite becomes black; it must not pass for a face that fits a dark photo.
@@ -143,7 +143,7 @@ def judged(images: Images, low: LowImages, apply: Callable[[Images], LowImages])
     return shown, misfit.masked_fill(~whole, float("inf"))
 
 
-def deviation(faces: Images) -> Tensor:
+def pixel_std(faces: Images) -> Tensor:
     """How far f faces (f, 3, s, s) differ at each pixel, (s, s) in [0, 0.5].
 
     The standard deviation over the faces, as the root mean square of the three colours; zero where they are equal.

@@ -187,14 +187,14 @@ class Noise:
         return _checked(images, 1)
 
 
-Part: TypeAlias = BicubicPulse | Bicubic | Area | Pixelate | Blur | Noise | Jpeg
+DegradationStep: TypeAlias = BicubicPulse | Bicubic | Area | Pixelate | Blur | Noise | Jpeg
 
 
 @dataclass(frozen=True)
 class Chain:
     """Several degradations, one after the other."""
 
-    parts: tuple[Part, ...]  # at least one, and no chain among them
+    parts: tuple[DegradationStep, ...]  # at least one, and no chain among them
 
     def __post_init__(self) -> None:
         if not isinstance(self.parts, tuple) or not self.parts:
@@ -202,7 +202,7 @@ class Chain:
         if len(self.parts) > 16:
             raise ValueError(f"parts must be at most 16 degradations, got {len(self.parts)}")
         for part in self.parts:
-            if not isinstance(part, Part):
+            if not isinstance(part, DegradationStep):
                 raise ValueError(f"parts must be degradations other than chains, got {part!r}")
 
     @property
@@ -246,10 +246,10 @@ class Chain:
 
 
 Filter: TypeAlias = BicubicPulse | Bicubic | Area | Pixelate | Blur
-Degradation: TypeAlias = Part | Chain
+Degradation: TypeAlias = DegradationStep | Chain
 
 
-def measure(degradation: Degradation, images: Images, stream: torch.Generator) -> LowImages:
+def apply_degradation(degradation: Degradation, images: Images, stream: torch.Generator) -> LowImages:
     """What a camera would deliver: degraded, with noise drawn where there is any, clamped to [0, 1].
 
     Args:
@@ -260,7 +260,7 @@ def measure(degradation: Degradation, images: Images, stream: torch.Generator) -
     Raises:
         ValueError: Height or width does not fit.
     """
-    for part in parts_of(degradation):
+    for part in steps_of(degradation):
         images = part.apply(images)
         if part.spread:
             drawn = torch.randn(images.shape, generator=stream, device=stream.device)
@@ -283,7 +283,7 @@ def adjoint(degradation: Degradation, low: LowImages, side: int) -> Images:
         ValueError: The degradation stores a JPEG, or pictures of this side are not measured with `low`'s.
     """
     if not degradation.linear:
-        raise ValueError(f"only a linear degradation has an adjoint, got {in_words(degradation)}")
+        raise ValueError(f"only a linear degradation has an adjoint, got {format_degradation(degradation)}")
     measured = degradation.low_side(side)
     if low.ndim != 4 or low.shape[1:] != (3, measured, measured):
         raise ValueError(f"low must have shape (n, 3, {measured}, {measured}), got {tuple(low.shape)}")
@@ -293,7 +293,7 @@ def adjoint(degradation: Degradation, low: LowImages, side: int) -> Images:
     return transposed
 
 
-def in_words(degradation: Degradation) -> str:
+def format_degradation(degradation: Degradation) -> str:
     """For people: "bicubic (PULSE), 4 times smaller"."""
     match degradation:
         case BicubicPulse(factor):
@@ -311,12 +311,12 @@ def in_words(degradation: Degradation) -> str:
         case Jpeg(quality, chroma):
             return f"JPEG of quality {quality} ({chroma})"
         case Chain(parts):
-            return ", then ".join(in_words(part) for part in parts)
+            return ", then ".join(format_degradation(part) for part in parts)
         case _:
             assert_never(degradation)
 
 
-def parts_of(degradation: Degradation) -> tuple[Part, ...]:
+def steps_of(degradation: Degradation) -> tuple[DegradationStep, ...]:
     """What happens one after the other; a degradation that is no chain is its own only part."""
     return degradation.parts if isinstance(degradation, Chain) else (degradation,)
 
@@ -381,7 +381,7 @@ def _in_a_row(filters: tuple[Filter, ...], images: Images) -> LowImages:
 
 
 @lru_cache(maxsize=64)
-def _spread_left(parts: tuple[Part, ...]) -> float:
+def _spread_left(parts: tuple[DegradationStep, ...]) -> float:
     """Of the middle value of a small measurement; independent noise adds up by its variance."""
     total = 0.0
     for place, part in enumerate(parts):

@@ -31,21 +31,21 @@ from torch import Tensor
 
 from fedface.randomness import Streams
 from fedface.shapes import LowImages
-from fedface.upsampling.chains import Chances
+from fedface.upsampling.chains import PerChainRng
 from fedface.upsampling.contracts import (
-    Glimpse,
+    StepSnapshot,
     Progress,
     Upsampled,
-    Watch,
+    StepCallback,
     by_photo,
     check_low,
     join,
-    judged,
+    clamp_and_score,
     squared_difference,
 )
 from fedface.upsampling.degrade import Degradation
-from fedface.upsampling.langevin import measurement_noise, misfit_bound
-from fedface.upsampling.threads import Tally, in_threads, shared_out
+from fedface.upsampling.langevin import measurement_noise, consistency_bound
+from fedface.upsampling.threads import ProgressAggregator, map_in_threads, partition_batch
 
 ROWS_AT_ONCE = 64  # measured values whose row of A A' is computed together
 
@@ -64,20 +64,20 @@ class Flow(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuidanceConfig:
+class GuidedFlowConfig:
     """Settings of the guided path."""
 
-    spread: float = (
+    noise_std: float = (
         0.02  # >= 0, std of what separates photos from the model; the noise is hypot(this, degradation's)
     )
     steps: int = 40  # >= 2, equal in time
     covariance: Literal["isotropic", "moments"] = (
         "moments"  # what is taken for the uncertainty of a face on its way
     )
-    solves: int = (
+    cg_steps: int = (
         3  # >= 1, most conjugate gradients a step, for moments; more go astray, see docs/posterior.md
     )
-    data_spread: float = 0.4  # > 0, std of a pixel in [-1, 1], c; for isotropic
+    data_std: float = 0.4  # > 0, std of a pixel in [-1, 1], c; for isotropic
     churn: float = (
         1.0  # in [0, 1], share of the noise that is drawn anew on the way; 0 follows the path as it is
     )
@@ -88,10 +88,10 @@ class GuidanceConfig:
         for name, least in (("steps", 2), ("solves", 1), ("faces_at_once", 1), ("workers", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
-        if not 0 <= self.spread < math.inf:
-            raise ValueError(f"spread must be finite and >= 0, got {self.spread}")
-        if not 0 < self.data_spread < math.inf:
-            raise ValueError(f"data_spread must be finite and > 0, got {self.data_spread}")
+        if not 0 <= self.noise_std < math.inf:
+            raise ValueError(f"spread must be finite and >= 0, got {self.noise_std}")
+        if not 0 < self.data_std < math.inf:
+            raise ValueError(f"data_spread must be finite and > 0, got {self.data_std}")
         if not 0 <= self.churn <= 1:
             raise ValueError(f"churn must lie in [0, 1], got {self.churn}")
 
@@ -118,7 +118,7 @@ def gram(degradation: Degradation, size: int) -> Tensor:
         return torch.cat([part.flatten(1).square().sum(dim=1) for part in parts]).diag()
 
 
-class Guidance:
+class GuidedFlowUpsampler:
     """Guided sampling with a flow; an `Upsampler`. One pass of fixed length: nothing is searched.
 
     Degradations that are not linear (JPEG) are linearised where the expected face is.
@@ -128,11 +128,11 @@ class Guidance:
         self,
         generator: Flow,
         degradation: Degradation,
-        config: GuidanceConfig,
+        config: GuidedFlowConfig,
         streams: Streams,
         *,
         progress: Progress | None = None,
-        watch: Watch | None = None,
+        watch: StepCallback | None = None,
     ) -> None:
         """Prepare what depends on the degradation alone.
 
@@ -151,7 +151,7 @@ class Guidance:
         self.generator = generator
         self.degradation = degradation
         self.config = config
-        self.noise = measurement_noise(degradation, config.spread)
+        self.noise = measurement_noise(degradation, config.noise_std)
         self._streams = streams
         self._progress, self._watch = progress, watch
         if config.covariance == "isotropic":
@@ -187,10 +187,10 @@ class Guidance:
         """
         check_low(low, self.low_size, faces_per_photo)
         targets = low.detach().float().repeat_interleave(faces_per_photo, dim=0)
-        places = shared_out(len(targets), self.config.workers, self.config.faces_at_once)
-        tally = Tally(len(places), self.config.steps, self._progress, self._watch)
+        places = partition_batch(len(targets), self.config.workers, self.config.faces_at_once)
+        tally = ProgressAggregator(len(places), self.config.steps, self._progress, self._watch)
         joined = join(
-            in_threads(
+            map_in_threads(
                 iter(enumerate(places)),
                 lambda chunk: self._sample(chunk[0], chunk[1], targets[chunk[1]], tally),
                 self.config.workers,
@@ -198,12 +198,12 @@ class Guidance:
         )
         return by_photo(joined, faces_per_photo)
 
-    def _sample(self, place: int, faces: Tensor, target: LowImages, tally: Tally) -> Upsampled:
+    def _sample(self, place: int, faces: Tensor, target: LowImages, tally: ProgressAggregator) -> Upsampled:
         """Faces (m, 1, 3, s, s) for m targets; the chunk is number `place`."""
         steps, side = self.config.steps, self.size
         x = target.new_zeros(0, 3, side, side)
         if len(faces):
-            chances = Chances([self._streams.generator(f"guidance/{face}") for face in faces.tolist()])
+            chances = PerChainRng([self._streams.generator(f"guidance/{face}") for face in faces.tolist()])
             x = chances.normals(3, side, side)
             for step in range(steps):
                 now, then = step / steps, (step + 1) / steps
@@ -212,13 +212,13 @@ class Guidance:
                 images = (expected + 1) / 2
                 misfit = squared_difference(self.degradation.apply(images.clamp(0, 1)), target)
                 tally.step(
-                    place, Glimpse(step=step + 1, steps=steps, faces=faces, images=images, misfit=misfit)
+                    place, StepSnapshot(step=step + 1, steps=steps, faces=faces, images=images, consistency_error=misfit)
                 )
-        images, misfit = judged((x + 1) / 2, target, self.degradation.apply)
-        fits = misfit <= misfit_bound(self.noise, 3 * self.low_size**2)
-        return Upsampled(images=images[:, None], misfit=misfit[:, None], converged=fits[:, None], steps=steps)
+        images, misfit = clamp_and_score((x + 1) / 2, target, self.degradation.apply)
+        fits = misfit <= consistency_bound(self.noise, 3 * self.low_size**2)
+        return Upsampled(images=images[:, None], consistency_error=misfit[:, None], converged=fits[:, None], steps=steps)
 
-    def _onward(self, x: Tensor, expected: Tensor, now: float, then: float, chances: Chances) -> Tensor:
+    def _onward(self, x: Tensor, expected: Tensor, now: float, then: float, chances: PerChainRng) -> Tensor:
         """The point of time `then`, if the face is the expected one (Song et al. 2021, arXiv:2010.02502, equation 12).
 
         Without churn this is Euler's step along the velocity. With all of it the noise is what the forward path would
@@ -260,7 +260,7 @@ class Guidance:
 
     def _weighed(self, residual: LowImages, t: float) -> LowImages:
         """(s^2 I + r_t^2 A A')^-1 residual; a picture in [0, 1] has half the spread of one in [-1, 1]."""
-        c = self.config.data_spread
+        c = self.config.data_std
         r = (1 - t) * c / math.hypot(1 - t, t * c) / 2
         turned = residual.flatten(1) @ self._turn
         weighed = turned / (self.noise**2 + r**2 * self._energies)
@@ -277,7 +277,7 @@ class Guidance:
         solution = torch.zeros_like(residual)
         left, along = residual, residual
         size = _dot(left, left)
-        for _ in range(self.config.solves):
+        for _ in range(self.config.cg_steps):
             through = spread(along)
             curvature = _dot(along, through)
             # A flow's slope is not exactly symmetric and positive: where it is not, what is solved so far stands.

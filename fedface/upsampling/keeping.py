@@ -19,7 +19,7 @@ from fedface.upsampling.degrade import Degradation
 
 
 @dataclass(frozen=True)
-class Judge:
+class CandidateScorer:
     """Makes faces exactly and measures them against their photos."""
 
     make: Callable[[Sequence[Tensor]], Images]  # searched variables and fixed noise maps -> faces, in float32
@@ -41,10 +41,10 @@ class Judge:
     def upsampled(self, images: Images, misfit: Tensor, steps: int) -> Upsampled:
         """The answer, one face for each photo."""
         fits = misfit <= self.eps
-        return Upsampled(images=images[:, None], misfit=misfit[:, None], converged=fits[:, None], steps=steps)
+        return Upsampled(images=images[:, None], consistency_error=misfit[:, None], converged=fits[:, None], steps=steps)
 
 
-class Keeping(Protocol):
+class CandidateSelector(Protocol):
     """Hears of every step's faces and answers with one of each search."""
 
     def offer(self, faces: Tensor, images: Images, variables: Sequence[Tensor]) -> None:
@@ -63,7 +63,7 @@ class Keeping(Protocol):
 class Best:
     """Keeps the face with the smallest misfit."""
 
-    def __init__(self, variables: Sequence[Tensor], fixed: Sequence[Tensor], judge: Judge) -> None:
+    def __init__(self, variables: Sequence[Tensor], fixed: Sequence[Tensor], judge: CandidateScorer) -> None:
         count = judge.target.shape[0]
         self._judge = judge
         self._inputs = [*(variable.detach().clone() for variable in variables), *fixed]
@@ -109,7 +109,7 @@ class Best:
 class Last:
     """Keeps the face of the last step that each search took, as the published code does."""
 
-    def __init__(self, variables: Sequence[Tensor], fixed: Sequence[Tensor], judge: Judge) -> None:
+    def __init__(self, variables: Sequence[Tensor], fixed: Sequence[Tensor], judge: CandidateScorer) -> None:
         self._judge = judge
         self._inputs = [*(variable.detach().clone() for variable in variables), *fixed]
         self._seeming = judge.target.new_full((judge.target.shape[0],), float("inf"))

@@ -28,14 +28,14 @@ from scipy import stats
 from torch import Tensor
 
 from fedface.models.contracts import Generator
-from fedface.models.frozen import frozen
-from fedface.models.stylegan2 import OfClass, StyleGAN2
+from fedface.models.frozen import prepare_for_search
+from fedface.models.stylegan2 import ClassConditioned, StyleGAN2
 from fedface.randomness import Streams
 from fedface.shapes import Images, LowImages
-from fedface.upsampling.chains import Chances, Measured, Metric, Moved, Point, drift, gauss_newton, move
-from fedface.upsampling.contracts import Glimpse, Progress, Upsampled, Watch, by_photo, check_low, join
+from fedface.upsampling.chains import PerChainRng, ForwardModel, Metric, Transition, Point, ula_step, gauss_newton, hmc_step
+from fedface.upsampling.contracts import StepSnapshot, Progress, Upsampled, StepCallback, by_photo, check_low, join
 from fedface.upsampling.degrade import Degradation
-from fedface.upsampling.threads import Tally, in_threads, shared_out
+from fedface.upsampling.threads import ProgressAggregator, map_in_threads, partition_batch
 
 CONVERGED = 0.999  # a chain that misses the photo by more than this quantile of the noise has not arrived
 ACCEPT = 0.8  # the share of moves that the adaptation of step lengths aims at
@@ -45,21 +45,21 @@ JITTER = 0.3  # steps differ by up to this share between moves, so that no traje
 
 
 @dataclass(frozen=True, kw_only=True)
-class LangevinConfig:
+class HmcConfig:
     """Settings of the chains; none depends on the size of the generator.
 
     The metric comes from the prior, and step lengths adapt during the annealing alone. The `final` moves are those of
     one fixed Markov chain whose stationary distribution is the posterior itself.
     """
 
-    spread: float = (
+    noise_std: float = (
         0.02  # >= 0, std of what separates photos from the model; the noise is hypot(this, degradation's)
     )
-    start: float = 1.0  # > 0, noise of the first level
-    levels: int = 12  # >= 1, from there down to the noise, geometrically
-    moves: int = 3  # >= 1, at each level
-    final: int = 12  # >= 0, moves at the noise itself with everything fixed
-    leaps: int = 16  # >= 1, gradients in one move; 1 is Langevin
+    start_std: float = 1.0  # > 0, noise of the first level
+    noise_levels: int = 12  # >= 1, from there down to the noise, geometrically
+    transitions: int = 3  # >= 1, at each level
+    final_transitions: int = 12  # >= 0, moves at the noise itself with everything fixed
+    leapfrog_steps: int = 16  # >= 1, gradients in one move; 1 is Langevin
     step: float = 0.3  # > 0, length of the first leaps, in posterior standard deviations; then adapted
     rank: int = 64  # >= 0, most directions of the metric, which is prepared once; 0 is none
     correction: Literal["metropolis", "none"] = (
@@ -77,29 +77,29 @@ class LangevinConfig:
         for name in ("start", "step"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and > 0, got {getattr(self, name)}")
-        if not 0 <= self.spread < math.inf:
-            raise ValueError(f"spread must be finite and >= 0, got {self.spread}")
-        if self.correction == "none" and (self.leaps, self.rank, self.final) != (1, 0, 0):
+        if not 0 <= self.noise_std < math.inf:
+            raise ValueError(f"spread must be finite and >= 0, got {self.noise_std}")
+        if self.correction == "none" and (self.leapfrog_steps, self.rank, self.final_transitions) != (1, 0, 0):
             raise ValueError(
-                f"correction none goes with leaps 1, rank 0 and final 0, got {self.leaps}, {self.rank}, {self.final}"
+                f"correction none goes with leaps 1, rank 0 and final 0, got {self.leapfrog_steps}, {self.rank}, {self.final_transitions}"
             )
 
     @property
     def steps(self) -> int:
         """Moves of one chain."""
-        return self.levels * self.moves + self.final
+        return self.noise_levels * self.transitions + self.final_transitions
 
     @staticmethod
-    def paper() -> LangevinConfig:
+    def paper() -> HmcConfig:
         """As published: 500 levels of 3 unadjusted steps, noise maps sampled.
 
         Their step 5e-6 is the gradient's factor at the last level; ours is the length of the noise, sqrt(2 * 5e-6).
         """
-        return LangevinConfig(
-            levels=500,
-            moves=3,
-            final=0,
-            leaps=1,
+        return HmcConfig(
+            noise_levels=500,
+            transitions=3,
+            final_transitions=0,
+            leapfrog_steps=1,
             step=math.sqrt(1e-5),
             rank=0,
             correction="none",
@@ -119,7 +119,7 @@ def measurement_noise(degradation: Degradation, spread: float) -> float:
     return s
 
 
-def misfit_bound(s: float, values: int) -> float:
+def consistency_bound(s: float, values: int) -> float:
     """The misfit that a posterior sample stays below in 999 of 1,000 photos.
 
     The true face and a sample of the posterior are exchangeable given the photo, so that what separates the sample
@@ -133,7 +133,7 @@ def misfit_bound(s: float, values: int) -> float:
     return s**2 * float(stats.chi2.ppf(CONVERGED, values)) / values
 
 
-class Langevin:
+class HmcUpsampler:
     """Annealed Markov chains over latents; an `Upsampler`.
 
     Noise maps are the generator's fixed ones unless the config says otherwise: they are part of its weights, and the
@@ -145,11 +145,11 @@ class Langevin:
         self,
         generator: Generator,
         degradation: Degradation,
-        config: LangevinConfig,
+        config: HmcConfig,
         streams: Streams,
         *,
         progress: Progress | None = None,
-        watch: Watch | None = None,
+        watch: StepCallback | None = None,
     ) -> None:
         """Prepare the weights.
 
@@ -168,11 +168,11 @@ class Langevin:
         self.generator = generator
         self.degradation = degradation
         self.config = config
-        self.noise = measurement_noise(degradation, config.spread)
+        self.noise = measurement_noise(degradation, config.noise_std)
         self._streams = streams
         self._progress, self._watch = progress, watch
         self._exact = _constants(generator)
-        self._map = generator.map if isinstance(generator, OfClass) else self._exact.map
+        self._map = generator.map if isinstance(generator, ClassConditioned) else self._exact.map
         self._sides = generator.noise_sides if config.noise == "sampled" else ()
         self._width = generator.latent_width + sum(side**2 for side in self._sides)
         self._metric = self._averaged(streams.generator("langevin/metric"))
@@ -209,10 +209,10 @@ class Langevin:
         """
         check_low(low, self.low_size, faces_per_photo)
         targets = low.detach().float().repeat_interleave(faces_per_photo, dim=0)
-        places = shared_out(len(targets), self.config.workers, self.config.faces_at_once)
-        tally = Tally(len(places), self.config.steps, self._progress, self._watch)
+        places = partition_batch(len(targets), self.config.workers, self.config.faces_at_once)
+        tally = ProgressAggregator(len(places), self.config.steps, self._progress, self._watch)
         joined = join(
-            in_threads(
+            map_in_threads(
                 iter(enumerate(places)),
                 lambda chunk: self._sample(chunk[0], chunk[1], targets[chunk[1]], tally),
                 self.config.workers,
@@ -233,26 +233,26 @@ class Langevin:
             return Metric.identity(self._width)
         nothing = torch.zeros(1, 3, self.low_size, self.low_size)
         states = torch.randn(AVERAGED, self._width, generator=chance)
-        measured = Measured(self._draw, self.degradation.apply, nothing)
+        measured = ForwardModel(self._draw, self.degradation.apply, nothing)
         return gauss_newton(measured, states, self.config.rank, chance)
 
-    def _sample(self, place: int, faces: Tensor, target: LowImages, tally: Tally) -> Upsampled:
+    def _sample(self, place: int, faces: Tensor, target: LowImages, tally: ProgressAggregator) -> Upsampled:
         """The last states (m, 1, 3, s, s) of m chains; the chunk is number `place`."""
         if not len(faces):
             return self._found(target.new_zeros(0, 3, self.size, self.size), target.new_zeros(0))
         values = target[0].numel()
-        chances = Chances([self._streams.generator(f"langevin/{face}") for face in faces.tolist()])
-        measured = Measured(self._draw, self.degradation.apply, target)
+        chances = PerChainRng([self._streams.generator(f"langevin/{face}") for face in faces.tolist()])
+        measured = ForwardModel(self._draw, self.degradation.apply, target)
         point, step = measured.point(chances.normals(self._width)), 0
 
-        def shown(moved: Moved) -> Point:
+        def shown(moved: Transition) -> Point:
             nonlocal step
             step += 1
             misfit = moved.point.energy * 2 / values
             tally.step(
                 place,
-                Glimpse(
-                    step=step, steps=self.config.steps, faces=faces, images=moved.point.images, misfit=misfit
+                StepSnapshot(
+                    step=step, steps=self.config.steps, faces=faces, images=moved.point.images, consistency_error=misfit
                 ),
             )
             return moved.point
@@ -264,49 +264,49 @@ class Langevin:
     def _found(self, images: Images, misfit: Tensor) -> Upsampled:
         values = 3 * self.low_size**2
         misfit = misfit.nan_to_num(nan=math.inf)
-        fits = misfit <= misfit_bound(self.noise, values)
+        fits = misfit <= consistency_bound(self.noise, values)
         return Upsampled(
             images=images.nan_to_num(0.0)[:, None],
-            misfit=misfit[:, None],
+            consistency_error=misfit[:, None],
             converged=fits[:, None],
             steps=self.config.steps,
         )
 
     def _noises(self) -> list[float]:
         """Of each level; never below the noise itself."""
-        first, count = max(self.config.start, self.noise), self.config.levels
+        first, count = max(self.config.start_std, self.noise), self.config.noise_levels
         ratio = self.noise / first
         return [first * ratio ** (level / max(count - 1, 1)) for level in range(count - 1)] + [self.noise]
 
     def _drifting(
-        self, measured: Measured, point: Point, chances: Chances, shown: Callable[[Moved], Point]
+        self, measured: ForwardModel, point: Point, chances: PerChainRng, shown: Callable[[Transition], Point]
     ) -> Point:
         """Published: steps in proportion to the noise of the level."""
         for s in self._noises():
-            for _ in range(self.config.moves):
+            for _ in range(self.config.transitions):
                 step = self.config.step * s / self.noise
-                point = shown(drift(measured, point, s, step=step, chances=chances))
+                point = shown(ula_step(measured, point, s, step=step, chances=chances))
         return point
 
     def _moving(
-        self, measured: Measured, point: Point, chances: Chances, shown: Callable[[Moved], Point]
+        self, measured: ForwardModel, point: Point, chances: PerChainRng, shown: Callable[[Transition], Point]
     ) -> Point:
         """Adjusted moves in a metric: both adapt level by level, then stay as they are."""
         config = self.config
         step, before = point.energy.new_full(point.energy.shape, config.step), 0.0
 
-        def moved(s: float) -> Moved:
+        def moved(s: float) -> Transition:
             jittered = step * (1 + JITTER * (2 * chances.uniforms() - 1))
-            return move(measured, point, self._metric, s, step=jittered, leaps=config.leaps, chances=chances)
+            return hmc_step(measured, point, self._metric, s, step=jittered, leapfrog_steps=config.leapfrog_steps, chances=chances)
 
         for s in self._noises():
             if before and not config.rank:
                 step = step * (s / before)  # nothing else knows that the posterior gets narrower
             before = s
-            for _ in range(config.moves):
+            for _ in range(config.transitions):
                 result = moved(s)
-                point, step = shown(result), step * torch.exp(ADAPT * (result.chance - ACCEPT))
-        for _ in range(config.final):
+                point, step = shown(result), step * torch.exp(ADAPT * (result.acceptance_probability - ACCEPT))
+        for _ in range(config.final_transitions):
             point = shown(moved(self.noise))
         return point
 
@@ -314,9 +314,9 @@ class Langevin:
 def _constants(generator: Generator) -> Generator:
     """The synthesis of a generator in the form that is fastest with gradients; other families as they are."""
     match generator:
-        case OfClass():
-            return frozen(generator.generator)
+        case ClassConditioned():
+            return prepare_for_search(generator.generator)
         case StyleGAN2():
-            return frozen(generator)
+            return prepare_for_search(generator)
         case _:
             return generator

@@ -13,29 +13,29 @@ from typing import TypeAlias, assert_never
 
 from fedface.config import kind_of
 from fedface.errors import ConfigError
-from fedface.models.family import Alone, Encoded, Flow, Gan, Model, Resolved, Styled
-from fedface.models.weights import load_base, load_flow, load_resolved, load_styled, words_of_family
+from fedface.models.family import GeneratorModel, EncoderModel, FlowModel, GanModel, Model, SuperResolutionModel, StyleEncoderModel
+from fedface.models.weights import load_gan, load_flow, load_super_resolution, load_style_encoder, describe_family
 from fedface.randomness import Streams
-from fedface.upsampling.contracts import Progress, Upsampler, Watch
-from fedface.upsampling.degrade import Degradation, in_words
-from fedface.upsampling.guidance import Guidance, GuidanceConfig
-from fedface.upsampling.langevin import Langevin, LangevinConfig, measurement_noise
+from fedface.upsampling.contracts import Progress, Upsampler, StepCallback
+from fedface.upsampling.degrade import Degradation, format_degradation
+from fedface.upsampling.guidance import GuidedFlowUpsampler, GuidedFlowConfig
+from fedface.upsampling.langevin import HmcUpsampler, HmcConfig, measurement_noise
 from fedface.upsampling.one_pass import (
     BicubicConfig,
-    EncodeConfig,
+    StyleEncoderConfig,
     NearestConfig,
-    OnePass,
+    FeedforwardUpsampler,
     SuperResolutionConfig,
-    answered_by,
+    from_network,
     bicubic,
     nearest,
     styles_of,
 )
-from fedface.upsampling.pulse import Pulse, PulseConfig
+from fedface.upsampling.pulse import PulseUpsampler, PulseConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeThenPulseConfig:
+class PulseEncoderInitConfig:
     """PULSE, started from what a style encoder answers instead of from anywhere."""
 
     pulse: PulseConfig = field(default_factory=PulseConfig)
@@ -43,10 +43,10 @@ class EncodeThenPulseConfig:
 
 Method: TypeAlias = (
     PulseConfig
-    | EncodeThenPulseConfig
-    | LangevinConfig
-    | GuidanceConfig
-    | EncodeConfig
+    | PulseEncoderInitConfig
+    | HmcConfig
+    | GuidedFlowConfig
+    | StyleEncoderConfig
     | SuperResolutionConfig
     | BicubicConfig
     | NearestConfig
@@ -56,10 +56,10 @@ METHODS: Mapping[str, Method] = {
     kind_of(type(method)): method
     for method in (
         PulseConfig(),
-        EncodeThenPulseConfig(),
-        LangevinConfig(),
-        GuidanceConfig(),
-        EncodeConfig(),
+        PulseEncoderInitConfig(),
+        HmcConfig(),
+        GuidedFlowConfig(),
+        StyleEncoderConfig(),
         SuperResolutionConfig(),
         BicubicConfig(),
         NearestConfig(),
@@ -78,13 +78,13 @@ def title_of(method: Method) -> str:
     match method:
         case PulseConfig():
             return "PULSE"
-        case EncodeThenPulseConfig():
+        case PulseEncoderInitConfig():
             return "PULSE from the encoder's start"
-        case LangevinConfig():
+        case HmcConfig():
             return "posterior sampling"
-        case GuidanceConfig():
+        case GuidedFlowConfig():
             return "guided flow"
-        case EncodeConfig():
+        case StyleEncoderConfig():
             return "style encoder"
         case SuperResolutionConfig():
             return "super-resolution"
@@ -96,23 +96,23 @@ def title_of(method: Method) -> str:
             assert_never(method)
 
 
-def has_one_answer(method: Method) -> bool:
+def is_deterministic(method: Method) -> bool:
     """Whether all faces that a method makes of one photo are the same."""
-    return isinstance(method, EncodeConfig | SuperResolutionConfig | BicubicConfig | NearestConfig)
+    return isinstance(method, StyleEncoderConfig | SuperResolutionConfig | BicubicConfig | NearestConfig)
 
 
-def evaluations_of(method: Method) -> int:
+def evaluation_count(method: Method) -> int:
     """How often a method runs its network for one face at most, forwards and backwards counted once each."""
     match method:
         case PulseConfig(steps=steps):
             return steps
-        case EncodeThenPulseConfig(pulse=pulse):
+        case PulseEncoderInitConfig(pulse=pulse):
             return 1 + pulse.steps
-        case LangevinConfig() as config:
-            return config.steps * config.leaps + config.rank
-        case GuidanceConfig(steps=steps, solves=solves):
+        case HmcConfig() as config:
+            return config.steps * config.leapfrog_steps + config.rank
+        case GuidedFlowConfig(steps=steps, cg_steps=solves):
             return steps * (1 + solves)
-        case EncodeConfig() | SuperResolutionConfig():
+        case StyleEncoderConfig() | SuperResolutionConfig():
             return 1
         case BicubicConfig() | NearestConfig():
             return 0
@@ -120,38 +120,38 @@ def evaluations_of(method: Method) -> int:
             assert_never(method)
 
 
-def side_by_side(method: Method, workers: int) -> Method:
+def with_workers(method: Method, workers: int) -> Method:
     """The same method with so many threads, each with faces of its own; what is found is the same up to rounding."""
     match method:
-        case PulseConfig() | LangevinConfig() | GuidanceConfig():
+        case PulseConfig() | HmcConfig() | GuidedFlowConfig():
             return replace(method, workers=workers)
-        case EncodeThenPulseConfig(pulse=pulse):
+        case PulseEncoderInitConfig(pulse=pulse):
             return replace(method, pulse=replace(pulse, workers=workers))
         case _:
             return method
 
 
-def fitting_method(model: Model) -> Method:
+def default_method(model: Model) -> Method:
     """The method that goes with a model where none is named."""
     match model:
-        case Styled():
-            return EncodeConfig()
-        case Resolved():
+        case StyleEncoderModel():
+            return StyleEncoderConfig()
+        case SuperResolutionModel():
             return SuperResolutionConfig()
-        case Flow():
-            return GuidanceConfig()
+        case FlowModel():
+            return GuidedFlowConfig()
         case _:
             return PulseConfig()
 
 
-def embedded(method: Method) -> Model | None:
+def bundled_checkpoint(method: Method) -> Model | None:
     """The shipped checkpoint that a method uses where none is named; None for those that need no network."""
     match method:
-        case PulseConfig() | LangevinConfig():
+        case PulseConfig() | HmcConfig():
             return _loaded("base")
-        case GuidanceConfig():
+        case GuidedFlowConfig():
             return _loaded("flow")
-        case EncodeConfig() | EncodeThenPulseConfig():
+        case StyleEncoderConfig() | PulseEncoderInitConfig():
             return _loaded("styled")
         case SuperResolutionConfig():
             return _loaded("resolved")
@@ -164,32 +164,32 @@ def embedded(method: Method) -> Model | None:
 @lru_cache(maxsize=4)
 def _loaded(name: str) -> Model:
     loads: Mapping[str, Callable[[], Model]] = {
-        "base": load_base,
+        "base": load_gan,
         "flow": load_flow,
-        "styled": load_styled,
-        "resolved": load_resolved,
+        "styled": load_style_encoder,
+        "resolved": load_super_resolution,
     }
     return loads[name]()
 
 
-def goes_with(method: Method, model: Model) -> bool:
+def is_compatible(method: Method, model: Model) -> bool:
     """Whether a method can use a model of this family."""
     match method:
-        case PulseConfig() | LangevinConfig():
-            return not isinstance(model, Resolved)
-        case GuidanceConfig():
-            return isinstance(model, Flow)
-        case EncodeConfig() | EncodeThenPulseConfig():
-            return isinstance(model, Styled)
+        case PulseConfig() | HmcConfig():
+            return not isinstance(model, SuperResolutionModel)
+        case GuidedFlowConfig():
+            return isinstance(model, FlowModel)
+        case StyleEncoderConfig() | PulseEncoderInitConfig():
+            return isinstance(model, StyleEncoderModel)
         case SuperResolutionConfig():
-            return isinstance(model, Resolved)
+            return isinstance(model, SuperResolutionModel)
         case BicubicConfig() | NearestConfig():
             return False
         case _:
             assert_never(method)
 
 
-def with_models(
+def pair_with_models(
     methods: Sequence[Method], given: Model | None
 ) -> tuple[int, tuple[tuple[Method, Model | None], ...]]:
     """Each method with its checkpoint: the one that was given where it goes with the method, the embedded one else.
@@ -205,19 +205,19 @@ def with_models(
         ConfigError: The given checkpoint goes with no method, or the checkpoints make faces of different sizes.
     """
     pairs = tuple(
-        (method, given if given is not None and goes_with(method, given) else embedded(method))
+        (method, given if given is not None and is_compatible(method, given) else bundled_checkpoint(method))
         for method in methods
     )
     if given is not None and not any(model is given for _, model in pairs):
-        names = ", ".join(name for name, method in METHODS.items() if goes_with(method, given))
-        raise ConfigError(f"this checkpoint is {words_of_family(given)}; it goes with the methods {names}")
+        names = ", ".join(name for name, method in METHODS.items() if is_compatible(method, given))
+        raise ConfigError(f"this checkpoint is {describe_family(given)}; it goes with the methods {names}")
     sizes = {model.size: name_of(method) for method, model in pairs if model is not None}
     if len(sizes) > 1:
         told = ", ".join(f"{name} {size} px" for size, name in sizes.items())
         raise ConfigError(
             f"these methods make faces of different sizes ({told}); compare methods of one size"
         )
-    usual = (given or embedded(PulseConfig())).size  # type: ignore[union-attr]
+    usual = (given or bundled_checkpoint(PulseConfig())).size  # type: ignore[union-attr]
     return next(iter(sizes), usual), pairs
 
 
@@ -225,33 +225,33 @@ def check_method(method: Method, model: Model | None, degradation: Degradation, 
     """Raises ConfigError unless a method goes with a model, a downscale and faces of `size` pixels."""
     try:
         low = degradation.low_side(size)
-        if isinstance(method, LangevinConfig | GuidanceConfig):
-            measurement_noise(degradation, method.spread)
+        if isinstance(method, HmcConfig | GuidedFlowConfig):
+            measurement_noise(degradation, method.noise_std)
     except ValueError as error:
-        words = f"{in_words(degradation)} with the method {name_of(method)}"
+        words = f"{format_degradation(degradation)} with the method {name_of(method)}"
         raise ConfigError(f"{words} does not go with faces of {size} pixels: {error}") from error
     if isinstance(method, BicubicConfig | NearestConfig):
         return
-    if model is None or not goes_with(method, model):
-        got = "none" if model is None else words_of_family(model)
+    if model is None or not is_compatible(method, model):
+        got = "none" if model is None else describe_family(model)
         raise ConfigError(
             f"the method {name_of(method)} needs {_needs(method)}, got {got}; name such a checkpoint"
         )
     if model.size != size:
         raise ConfigError(f"this checkpoint makes faces of {model.size} pixels, asked for {size}")
-    if isinstance(method, EncodeConfig | EncodeThenPulseConfig | SuperResolutionConfig):
-        if isinstance(model, Styled | Resolved) and low > model.largest_low:
+    if isinstance(method, StyleEncoderConfig | PulseEncoderInitConfig | SuperResolutionConfig):
+        if isinstance(model, StyleEncoderModel | SuperResolutionModel) and low > model.max_input_size:
             raise ConfigError(
-                f"this network answers photos of up to {model.largest_low} x {model.largest_low} pixels with faces "
+                f"this network answers photos of up to {model.max_input_size} x {model.max_input_size} pixels with faces "
                 f"of {model.size}; asked for {low} to {size}. Choose fewer pixels, or a method that searches"
             )
 
 
 def _needs(method: Method) -> str:
     match method:
-        case GuidanceConfig():
+        case GuidedFlowConfig():
             return "a rectified flow"
-        case EncodeConfig() | EncodeThenPulseConfig():
+        case StyleEncoderConfig() | PulseEncoderInitConfig():
             return "a generator with a style encoder"
         case SuperResolutionConfig():
             return "a super-resolution network"
@@ -267,7 +267,7 @@ def make_upsampler(
     *,
     size: int,
     progress: Progress | None = None,
-    watch: Watch | None = None,
+    watch: StepCallback | None = None,
 ) -> Upsampler:
     """The upsampler of a method with a model's weights.
 
@@ -286,24 +286,24 @@ def make_upsampler(
     check_method(method, model, degradation, size=size)
     match method, model:
         case BicubicConfig(eps=eps), _:
-            return OnePass(bicubic(size), degradation, size=size, eps=eps, progress=progress)
+            return FeedforwardUpsampler(bicubic(size), degradation, size=size, eps=eps, progress=progress)
         case NearestConfig(eps=eps), _:
-            return OnePass(nearest(size), degradation, size=size, eps=eps, progress=progress)
-        case (EncodeConfig(eps=eps), Styled() as known) | (
+            return FeedforwardUpsampler(nearest(size), degradation, size=size, eps=eps, progress=progress)
+        case (StyleEncoderConfig(eps=eps), StyleEncoderModel() as known) | (
             SuperResolutionConfig(eps=eps),
-            Resolved() as known,
+            SuperResolutionModel() as known,
         ):
-            return OnePass(answered_by(known.upsampler), degradation, size=size, eps=eps, progress=progress)
-        case EncodeThenPulseConfig(pulse=config), Styled() as known:
+            return FeedforwardUpsampler(from_network(known.upsampler), degradation, size=size, eps=eps, progress=progress)
+        case PulseEncoderInitConfig(pulse=config), StyleEncoderModel() as known:
             start = styles_of(known.upsampler)
-            return Pulse(
+            return PulseUpsampler(
                 known.generator, degradation, config, streams, start=start, progress=progress, watch=watch
             )
-        case GuidanceConfig() as config, Flow(generator=flow):
-            return Guidance(flow, degradation, config, streams, progress=progress, watch=watch)
-        case PulseConfig() as config, (Gan() | Encoded() | Flow() | Alone() | Styled()) as known:
-            return Pulse(known.generator, degradation, config, streams, progress=progress, watch=watch)
-        case LangevinConfig() as config, (Gan() | Encoded() | Flow() | Alone() | Styled()) as known:
-            return Langevin(known.generator, degradation, config, streams, progress=progress, watch=watch)
+        case GuidedFlowConfig() as config, FlowModel(generator=flow):
+            return GuidedFlowUpsampler(flow, degradation, config, streams, progress=progress, watch=watch)
+        case PulseConfig() as config, (GanModel() | EncoderModel() | FlowModel() | GeneratorModel() | StyleEncoderModel()) as known:
+            return PulseUpsampler(known.generator, degradation, config, streams, progress=progress, watch=watch)
+        case HmcConfig() as config, (GanModel() | EncoderModel() | FlowModel() | GeneratorModel() | StyleEncoderModel()) as known:
+            return HmcUpsampler(known.generator, degradation, config, streams, progress=progress, watch=watch)
         case _:
             raise ConfigError(f"the method {name_of(method)} needs {_needs(method)}")

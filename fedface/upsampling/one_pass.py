@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from fedface.models.style_encoder import StyleUpsampler
 from fedface.shapes import Images, LowImages
-from fedface.upsampling.contracts import Progress, Upsampled, check_low, judged
+from fedface.upsampling.contracts import Progress, Upsampled, check_low, clamp_and_score
 from fedface.upsampling.degrade import Degradation
 
 EPS = 5e-4  # the tolerance of every method: a face fits when its mean squared difference is at most this
@@ -59,7 +59,7 @@ class SuperResolutionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeConfig:
+class StyleEncoderConfig:
     """A style encoder and its generator: one face out of those that the generator knows."""
 
     eps: float = EPS
@@ -68,7 +68,7 @@ class EncodeConfig:
         check_eps(self.eps)
 
 
-class OnePass:
+class FeedforwardUpsampler:
     """An `Upsampler` that asks a function once; every face of a photo is the same."""
 
     def __init__(
@@ -117,10 +117,10 @@ class OnePass:
         images = torch.cat(made) if made else torch.zeros(0, 3, self._size, self._size)
         misfit = torch.zeros(0)
         if made:
-            images, misfit = judged(images, low, self._degradation.apply)
+            images, misfit = clamp_and_score(images, low, self._degradation.apply)
         return Upsampled(
             images=images[:, None].expand(-1, faces_per_photo, -1, -1, -1),
-            misfit=misfit[:, None].expand(-1, faces_per_photo),
+            consistency_error=misfit[:, None].expand(-1, faces_per_photo),
             converged=(misfit <= self._eps)[:, None].expand(-1, faces_per_photo),
             steps=1,
         )
@@ -136,7 +136,7 @@ def bicubic(size: int) -> Callable[[LowImages], Images]:
     return lambda low: functional.interpolate(low, size=(size, size), mode="bicubic", align_corners=False)
 
 
-def answered_by(network: nn.Module) -> Callable[[LowImages], Images]:
+def from_network(network: nn.Module) -> Callable[[LowImages], Images]:
     """A network's answer with its weights as they are now, in evaluation mode."""
 
     def answer(low: LowImages) -> Tensor:

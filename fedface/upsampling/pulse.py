@@ -22,25 +22,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedface.models.contracts import Generator
-from fedface.models.frozen import frozen
-from fedface.models.stylegan2 import OfClass, StyleGAN2
+from fedface.models.frozen import prepare_for_search
+from fedface.models.stylegan2 import ClassConditioned, StyleGAN2
 from fedface.randomness import Streams
 from fedface.shapes import LowImages, Styles
 from fedface.upsampling.contracts import (
-    Glimpse,
+    StepSnapshot,
     Progress,
     Upsampled,
-    Watch,
+    StepCallback,
     by_photo,
     check_low,
     join,
     squared_difference,
 )
 from fedface.upsampling.degrade import Degradation
-from fedface.upsampling.keeping import Best, Judge, Keeping, Last
+from fedface.upsampling.keeping import Best, CandidateScorer, CandidateSelector, Last
 from fedface.upsampling.spherical import SphericalAdam, one_cycle_drop
-from fedface.upsampling.style_fit import fit_styles
-from fedface.upsampling.threads import Tally, in_threads, shared_out
+from fedface.upsampling.style_fit import fit_style_gaussian
+from fedface.upsampling.threads import ProgressAggregator, map_in_threads, partition_batch
 
 Start = Callable[[LowImages], Styles]  # photos (n, 3, lh, lw) -> styles (n, k, v) to begin with
 
@@ -61,8 +61,8 @@ class PulseConfig:
     tile_latent: bool = False  # one latent for all style inputs; otherwise one for each
     trainable_noise: int = 5  # >= 0, how many noise maps, coarsest first, are searched as well
     mapping_samples: int = 20_000  # >= 2, latents drawn to fit the distribution of styles
-    until: Literal["fit", "end"] = "fit"  # when a search stops: its face fits, or all steps are taken
-    keep: Literal["best", "last"] = "best"  # which face of a search is its answer
+    stop: Literal["fit", "end"] = "fit"  # when a search stops: its face fits, or all steps are taken
+    selection: Literal["best", "last"] = "best"  # which face of a search is its answer
     faces_at_once: int = 32  # >= 1, bounds the memory of one worker
     workers: int = 1  # >= 1, threads that search side by side, each with faces of its own
     precision: Literal["auto", "float32", "bfloat16"] = "float32"  # of the search; every figure is float32
@@ -88,7 +88,7 @@ class PulseConfig:
     @staticmethod
     def paper() -> PulseConfig:
         """The published code: 100 steps whatever happens, and the face of the last one."""
-        return PulseConfig(learning_rate=0.4, eps=2e-3, mapping_samples=1_000_000, until="end", keep="last")
+        return PulseConfig(learning_rate=0.4, eps=2e-3, mapping_samples=1_000_000, stop="end", selection="last")
 
 
 def geocross(styles: Styles) -> Tensor:
@@ -150,10 +150,10 @@ _STILL = _Stillness()
 def _constants(generator: Generator, precision: Literal["auto", "float32", "bfloat16"]) -> Generator:
     """The synthesis of a generator in the form that is searched fastest; other families as they are."""
     match generator:
-        case OfClass():
+        case ClassConditioned():
             return _constants(generator.generator, precision)
         case StyleGAN2():
-            return frozen(generator, precision=precision)
+            return prepare_for_search(generator, precision=precision)
         case _:
             return generator
 
@@ -169,7 +169,7 @@ class _Chunk:
     fixed: list[Tensor]  # the other noise maps
 
 
-class Pulse:
+class PulseUpsampler:
     """Search by gradient descent over latents and coarse noise maps; an `Upsampler`.
 
     A StyleGAN2 is searched as constants, see `models.frozen`, which are prepared here: later changes of its
@@ -185,7 +185,7 @@ class Pulse:
         *,
         start: Start | None = None,
         progress: Progress | None = None,
-        watch: Watch | None = None,
+        watch: StepCallback | None = None,
     ) -> None:
         """Prepare the weights and fit the distribution of styles.
 
@@ -214,7 +214,7 @@ class Pulse:
             self._quick = (
                 self._exact if config.precision == "float32" else _constants(generator, config.precision)
             )
-            self._fit = fit_styles(
+            self._fit = fit_style_gaussian(
                 self._exact.map if isinstance(generator, StyleGAN2) else generator.map,
                 generator.latent_width,
                 samples=config.mapping_samples,
@@ -253,13 +253,13 @@ class Pulse:
         check_low(low, self.low_size, faces_per_photo)
         photos = low.detach().to(torch.float64 if low.dtype == torch.float64 else torch.float32)
         targets = photos.repeat_interleave(faces_per_photo, dim=0)
-        places = shared_out(len(targets), self.config.workers, self.config.faces_at_once)
-        tally = Tally(len(places), self.config.steps, self._progress, self._watch)
+        places = partition_batch(len(targets), self.config.workers, self.config.faces_at_once)
+        tally = ProgressAggregator(len(places), self.config.steps, self._progress, self._watch)
         with _STILL.of(self.generator):
             begun = self._begun(photos).repeat_interleave(faces_per_photo, dim=0)
             firsts = torch.arange(len(targets)) % faces_per_photo == 0
             chunks = self._chunks(places, targets, begun, firsts)
-            joined = join(in_threads(chunks, lambda chunk: self._search(chunk, tally), self.config.workers))
+            joined = join(map_in_threads(chunks, lambda chunk: self._search(chunk, tally), self.config.workers))
         return by_photo(joined, faces_per_photo)
 
     def _begun(self, photos: LowImages) -> Tensor:
@@ -300,35 +300,35 @@ class Pulse:
         styles = self._fit.styles(latents)
         return styles.expand(-1, self.generator.style_inputs, -1)
 
-    def _keeping(self, chunk: _Chunk) -> Keeping:
-        judge = Judge(
+    def _keeping(self, chunk: _Chunk) -> CandidateSelector:
+        judge = CandidateScorer(
             make=lambda inputs: self._exact.synthesize(self._styles(inputs[0]), inputs[1:]),
             degradation=self.degradation,
             target=chunk.target,
             eps=self.config.eps,
         )
-        match self.config.keep:
+        match self.config.selection:
             case "best":
                 return Best(chunk.variables, chunk.fixed, judge)
             case "last":
                 return Last(chunk.variables, chunk.fixed, judge)
             case _:
-                assert_never(self.config.keep)
+                assert_never(self.config.selection)
 
     def _loss(self, difference: Tensor, styles: Styles) -> Tensor:
         """Of each face, (m,)."""
-        match self.config.until:
+        match self.config.stop:
             case "fit":  # a face at eps has left
                 loss = self.config.l2 * difference
             case "end":  # flat below eps, as published
                 loss = self.config.l2 * difference.clamp(min=self.config.eps)
             case _:
-                assert_never(self.config.until)
+                assert_never(self.config.stop)
         if self.config.geocross and not self.config.tile_latent:
             loss = loss + self.config.geocross * geocross(styles)
         return loss
 
-    def _search(self, chunk: _Chunk, tally: Tally) -> Upsampled:
+    def _search(self, chunk: _Chunk, tally: ProgressAggregator) -> Upsampled:
         """Faces (m, 1, 3, s, s) for the m targets of a chunk."""
         config, kept = self.config, self._keeping(chunk)
         active, target, fixed = torch.arange(len(chunk.faces)), chunk.target, chunk.fixed
@@ -341,12 +341,12 @@ class Pulse:
                 difference = squared_difference(self.degradation.apply(made), target)
                 loss = self._loss(difference, styles).sum()
             step += 1
-            glimpse = Glimpse(
+            glimpse = StepSnapshot(
                 step=step,
                 steps=config.steps,
                 faces=chunk.faces[active],
                 images=made.detach(),
-                misfit=difference.detach(),
+                consistency_error=difference.detach(),
             )
             kept.offer(active, glimpse.images, inputs)
             tally.step(chunk.place, glimpse)
@@ -361,12 +361,12 @@ class Pulse:
         tally.end(chunk.place)
         return kept.found(self.generator.size, step)
 
-    def _open(self, kept: Keeping, faces: Tensor) -> Tensor:
+    def _open(self, kept: CandidateSelector, faces: Tensor) -> Tensor:
         """Which searches go on, (m,) bool."""
-        match self.config.until:
+        match self.config.stop:
             case "fit":
                 return ~kept.fit(faces)
             case "end":
                 return torch.ones_like(faces, dtype=torch.bool)
             case _:
-                assert_never(self.config.until)
+                assert_never(self.config.stop)

@@ -19,7 +19,7 @@ from fedface.shapes import Latents, Styles
 
 
 @dataclass(frozen=True)
-class StyleFit:
+class StyleGaussian:
     """A normal distribution of styles before the last leaky ReLU of the mapping, coordinate by coordinate."""
 
     mean: Tensor  # (v,)
@@ -36,14 +36,14 @@ class StyleFit:
         return torch.where(self.std > 0, apart / self.std, 0.0)
 
 
-def fit_styles(
+def fit_style_gaussian(
     mapping: Callable[[Latents], Styles],
     latent_width: int,
     *,
     samples: int,
     stream: torch.Generator,
     slope: float = 0.2,
-) -> StyleFit:
+) -> StyleGaussian:
     """Fit the distribution of a mapping's styles with its last leaky ReLU undone.
 
     The gain behind that ReLU (sqrt 2 in StyleGAN2) needs no mention: a positive factor passes through a leaky
@@ -71,4 +71,4 @@ def fit_styles(
             square = square + before.square().sum(dim=0)
     mean = total / samples
     variance = (square - samples * mean.square()).clamp(min=0) / (samples - 1)
-    return StyleFit(mean.to(styles.dtype), variance.sqrt().to(styles.dtype), slope)
+    return StyleGaussian(mean.to(styles.dtype), variance.sqrt().to(styles.dtype), slope)

@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fedface.upsampling.contracts import Glimpse, Progress, Watch
+from fedface.upsampling.contracts import StepSnapshot, Progress, StepCallback
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -46,7 +46,7 @@ class _Quiet:
 _QUIET = _Quiet()
 
 
-def in_threads(items: Iterator[T], work: Callable[[T], R], workers: int) -> list[R]:
+def map_in_threads(items: Iterator[T], work: Callable[[T], R], workers: int) -> list[R]:
     """`work` on every item, by `workers` threads; results in the order of the items.
 
     With more than one worker, torch uses one thread within an operation meanwhile, in the whole process.
@@ -86,22 +86,22 @@ def in_threads(items: Iterator[T], work: Callable[[T], R], workers: int) -> list
     return [results[place] for place in sorted(results)]
 
 
-def shared_out(faces: int, workers: int, at_once: int) -> tuple[Tensor, ...]:
+def partition_batch(faces: int, workers: int, at_once: int) -> tuple[Tensor, ...]:
     """The places 0 ... faces - 1 in chunks, int64, at most `at_once` in each, so that every worker has one."""
     share = max(1, math.ceil(faces / workers))
     return torch.split(torch.arange(faces), min(at_once, share))
 
 
-class Tally:
+class ProgressAggregator:
     """Adds up the steps of all chunks and passes them on, from one thread at a time."""
 
-    def __init__(self, chunks: int, steps: int, progress: Progress | None, watch: Watch | None) -> None:
+    def __init__(self, chunks: int, steps: int, progress: Progress | None, watch: StepCallback | None) -> None:
         self._done = [0] * chunks
         self._steps = steps
         self._progress, self._watch = progress, watch
         self._lock = Lock()
 
-    def step(self, chunk: int, glimpse: Glimpse) -> None:
+    def step(self, chunk: int, glimpse: StepSnapshot) -> None:
         """The chunk with this number has taken a step."""
         with self._lock:
             self._done[chunk] = glimpse.step

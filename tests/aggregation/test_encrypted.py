@@ -18,22 +18,22 @@ from hypothesis import strategies as st
 from tenseal import sealapi
 
 from fedface.aggregation.encrypted import (
-    EncryptedDevice,
-    EncryptedKeys,
-    EncryptedServer,
+    HomomorphicDevice,
+    HomomorphicKeys,
+    HomomorphicServer,
     Scheme,
     make_device,
     make_keys,
     make_server,
 )
-from fedface.aggregation.protocol import Agreement, EncryptedConfig, Payload, PlainConfig
+from fedface.aggregation.protocol import AggregationParameters, HomomorphicConfig, Payload, PlainConfig
 from fedface.errors import AggregationError
 
-CONFIG = EncryptedConfig(bits=16)
-AGREEMENT = Agreement(value_range=0.1, most_devices=8)
-KEYS = EncryptedKeys.make(CONFIG, AGREEMENT)
-DEVICE = EncryptedDevice(CONFIG, AGREEMENT, KEYS)
-SERVER = EncryptedServer(CONFIG, AGREEMENT)
+CONFIG = HomomorphicConfig(bits=16)
+AGREEMENT = AggregationParameters(value_range=0.1, max_devices=8)
+KEYS = HomomorphicKeys.make(CONFIG, AGREEMENT)
+DEVICE = HomomorphicDevice(CONFIG, AGREEMENT, KEYS)
+SERVER = HomomorphicServer(CONFIG, AGREEMENT)
 
 
 def _updates(count: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -75,9 +75,9 @@ def test_plain_and_encrypted_agree_within_half_a_step_for_each_device(
     bits: int, most: int, seed: int
 ) -> None:
     """The law between the two protocols, for all packings."""
-    agreement = Agreement(value_range=0.1, most_devices=most)
+    agreement = AggregationParameters(value_range=0.1, max_devices=most)
     revealed = []
-    for config in (PlainConfig(), EncryptedConfig(bits=bits, fewest_devices=1)):
+    for config in (PlainConfig(), HomomorphicConfig(bits=bits, min_devices=1)):
         device = make_device(config, agreement, make_keys(config, agreement))
         count = min(3, most)
         payloads = [device.protect(update, 0) for update in _updates(count, 50, seed)]
@@ -92,7 +92,7 @@ def test_every_agreement_leaves_room_for_its_sum_and_for_the_worst_noise() -> No
     for bits in (2, 8, 11, 16, 20, 24):
         for most in (1, 8, 16, 17, 1000, 1 << 20):
             scheme = Scheme(
-                config=EncryptedConfig(bits=bits), agreement=Agreement(value_range=1.0, most_devices=most)
+                config=HomomorphicConfig(bits=bits), agreement=AggregationParameters(value_range=1.0, max_devices=most)
             )
             largest = scheme.quantiser.largest_sum
             width = scheme.quantiser.sum_bits
@@ -141,7 +141,7 @@ def test_the_server_has_no_key_and_can_neither_protect_nor_reveal() -> None:
 
 def test_another_key_opens_nothing() -> None:
     """By its name first; and if the name is forged, the noise budget of SEAL is zero."""
-    other = EncryptedDevice(CONFIG, AGREEMENT, EncryptedKeys.make(CONFIG, AGREEMENT))
+    other = HomomorphicDevice(CONFIG, AGREEMENT, HomomorphicKeys.make(CONFIG, AGREEMENT))
     total = SERVER.combine([DEVICE.protect(update, 0) for update in _updates(2, 5)])
     with pytest.raises(AggregationError, match="under key"):
         other.reveal(total)
@@ -255,7 +255,7 @@ def test_a_key_survives_its_file_which_only_its_owner_reads(tmp_path: Path) -> N
     path = tmp_path / "device.key"
     KEYS.save(path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    again = EncryptedDevice(CONFIG, AGREEMENT, EncryptedKeys.load(path))
+    again = HomomorphicDevice(CONFIG, AGREEMENT, HomomorphicKeys.load(path))
     total = SERVER.combine([DEVICE.protect(update, 0) for update in _updates(2, 5)])
     assert torch.equal(again.reveal(total), DEVICE.reveal(total))
     with pytest.raises(AggregationError, match="never overwritten"):
@@ -263,9 +263,9 @@ def test_a_key_survives_its_file_which_only_its_owner_reads(tmp_path: Path) -> N
     if os.name == "posix":
         path.chmod(0o640)
         with pytest.raises(AggregationError, match="chmod 600"):
-            EncryptedKeys.load(path)
+            HomomorphicKeys.load(path)
     with pytest.raises(AggregationError, match="cannot read"):
-        EncryptedKeys.load(tmp_path / "absent.key")
+        HomomorphicKeys.load(tmp_path / "absent.key")
 
 
 def test_where_memory_files_are_missing_temporary_files_serve_and_none_is_left_behind(
@@ -274,8 +274,8 @@ def test_where_memory_files_are_missing_temporary_files_serve_and_none_is_left_b
     """As on macOS; the folder of temporary files is empty afterwards, also after a refusal."""
     monkeypatch.delattr(os, "memfd_create", raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    keys = EncryptedKeys.make(CONFIG, AGREEMENT)
-    device = EncryptedDevice(CONFIG, AGREEMENT, keys)
+    keys = HomomorphicKeys.make(CONFIG, AGREEMENT)
+    device = HomomorphicDevice(CONFIG, AGREEMENT, keys)
     update = torch.tensor([0.1, -0.1, 0.0])
     payload = device.protect(update, 0)
     opened = device.reveal(SERVER.combine([payload, device.protect(update, 0)]))
@@ -290,12 +290,12 @@ def test_damaged_and_foreign_keys_are_refused() -> None:
     written = KEYS.to_bytes()
     for hostile in (b"", written[:60], written[:-1], b"XXXX" + written[4:], written[:-1] + b"\0"):
         with pytest.raises(AggregationError):
-            EncryptedKeys.from_bytes(hostile)
+            HomomorphicKeys.from_bytes(hostile)
     with pytest.raises(AggregationError, match="other settings"):
-        EncryptedDevice(EncryptedConfig(bits=12), AGREEMENT, KEYS)
-    noise = EncryptedKeys(parameters=KEYS.parameters, secret=b"not a key")
+        HomomorphicDevice(HomomorphicConfig(bits=12), AGREEMENT, KEYS)
+    noise = HomomorphicKeys(parameters=KEYS.parameters, secret=b"not a key")
     with pytest.raises(AggregationError, match="SEAL"):
-        EncryptedDevice(CONFIG, AGREEMENT, noise)
+        HomomorphicDevice(CONFIG, AGREEMENT, noise)
 
 
 def test_printing_a_key_or_a_payload_does_not_show_what_it_holds() -> None:

@@ -10,7 +10,7 @@ from fedface.aggregation.plain import PlainAggregation
 from fedface.aggregation.protocol import Payload
 from fedface.errors import AggregationError
 
-PLAIN = PlainAggregation(most_devices=4)
+PLAIN = PlainAggregation(max_devices=4)
 
 
 def test_the_sum_of_three_vectors_is_their_sum_through_the_wire() -> None:

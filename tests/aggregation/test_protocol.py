@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedface.aggregation.protocol import Agreement, EncryptedConfig, Payload, PlainConfig, same_shape
+from fedface.aggregation.protocol import AggregationParameters, HomomorphicConfig, Payload, PlainConfig, same_shape
 from fedface.errors import AggregationError
 
 HEADER = {"length": 3, "count": 1, "round": 0}
@@ -144,10 +144,10 @@ def test_settings_are_checked_at_the_door() -> None:
     """Name, value and bound."""
     for value_range, most_devices in ((0.0, 2), (-1.0, 2), (float("nan"), 2), (float("inf"), 2), (1.0, 0)):
         with pytest.raises(ValueError, match="must"):
-            Agreement(value_range=value_range, most_devices=most_devices)
+            AggregationParameters(value_range=value_range, max_devices=most_devices)
     for bits in (1, 25):
         with pytest.raises(ValueError, match="bits"):
-            EncryptedConfig(bits=bits)
+            HomomorphicConfig(bits=bits)
     with pytest.raises(ValueError, match="fewest_devices"):
-        EncryptedConfig(fewest_devices=0)
-    assert (PlainConfig().kind, EncryptedConfig().kind) == ("plain", "encrypted")
+        HomomorphicConfig(min_devices=0)
+    assert (PlainConfig().kind, HomomorphicConfig().kind) == ("plain", "encrypted")

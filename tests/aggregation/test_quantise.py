@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from fedface.aggregation.quantise import Packing, Quantiser
 from fedface.errors import AggregationError
 
-TINY = Quantiser(value_range=1.0, bits=2, most_devices=4)  # the grid -1, 0, 1
-EIGHT = Quantiser(value_range=127.0, bits=8, most_devices=3)  # step 1: the grid is the whole numbers
+TINY = Quantiser(value_range=1.0, bits=2, max_devices=4)  # the grid -1, 0, 1
+EIGHT = Quantiser(value_range=127.0, bits=8, max_devices=3)  # step 1: the grid is the whole numbers
 
 
 def test_a_grid_of_step_one_rounds_to_whole_numbers_ties_to_even() -> None:
@@ -46,7 +46,7 @@ def test_the_sum_of_n_updates_is_off_by_at_most_n_half_steps(
     bits: int, value_range: float, devices: int, seed: int
 ) -> None:
     """The law that encrypted sums rest on, against a float64 sum."""
-    quantiser = Quantiser(value_range=value_range, bits=bits, most_devices=6)
+    quantiser = Quantiser(value_range=value_range, bits=bits, max_devices=6)
     uniform = np.random.default_rng(seed).uniform(-1, 1, (devices, 20)) * value_range
     updates = torch.from_numpy(uniform.astype(np.float32)).clamp(-value_range, value_range)
     integers = np.sum([quantiser.quantise(update).integers for update in updates], axis=0)
@@ -59,7 +59,7 @@ def test_the_sum_of_n_updates_is_off_by_at_most_n_half_steps(
 def test_negating_an_update_negates_its_sum() -> None:
     """The grid is symmetric, so that no bias creeps in over rounds."""
     update = torch.linspace(-1, 1, 101)
-    quantiser = Quantiser(value_range=1.0, bits=7, most_devices=2)
+    quantiser = Quantiser(value_range=1.0, bits=7, max_devices=2)
     both = quantiser.quantise(update).integers + quantiser.quantise(-update).integers
     assert quantiser.dequantise_sum(both, 2).abs().max() == 0
 

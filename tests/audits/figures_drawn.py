@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedface.audits.private_figures import FiguresConfig, PhotoFigures, figure_vectors
-from fedface.audits.private_reading import PrivateFigures, read_figures
+from fedface.audits.private_figures import LocalMetricsConfig, PhotoMetrics, metric_vectors
+from fedface.audits.private_reading import DPMetricEstimates, estimate_metrics
 from fedface.shapes import Vector
 
-CONFIG = FiguresConfig()
+CONFIG = LocalMetricsConfig()
 LIGHT, MEDIUM, DARK = CONFIG.groups
 CLIP = 2.5  # any: figures must not depend on it
 
@@ -31,7 +31,7 @@ FOUND = np.array([0.98, 0.95, 0.8])
 MADE = np.array([[0.9, 0.08, 0.02], [0.15, 0.8, 0.05], [0.05, 0.25, 0.7]])  # rows: original, columns: made
 
 
-def drawn(count: int, rng: np.random.Generator) -> PhotoFigures:
+def drawn(count: int, rng: np.random.Generator) -> PhotoMetrics:
     """Photos from the distributions above."""
     group = rng.choice(3, size=count, p=FREQUENT)
     values = {}
@@ -39,9 +39,9 @@ def drawn(count: int, rng: np.random.Generator) -> PhotoFigures:
         low, high = CONFIG.range_of(name)
         a, b = np.array(shapes)[group].T
         values[name] = torch.from_numpy(low + (high - low) * rng.beta(a, b))
-    return PhotoFigures(
+    return PhotoMetrics(
         group=torch.from_numpy(group),
-        made_group=torch.from_numpy((rng.random(count)[:, None] > MADE.cumsum(1)[group]).sum(1).clip(0, 2)),
+        output_group=torch.from_numpy((rng.random(count)[:, None] > MADE.cumsum(1)[group]).sum(1).clip(0, 2)),
         detected=torch.from_numpy(rng.random(count) < FOUND[group]),
         **values,
     )
@@ -63,33 +63,33 @@ def truths() -> dict[tuple[str, str], float]:
     return known | {("all", name): float(values @ FREQUENT) for name, values in by_group.items()}
 
 
-def total_of(photos: PhotoFigures, config: FiguresConfig = CONFIG) -> Vector:
-    return figure_vectors(photos, config, clip_norm=CLIP).double().sum(0)
+def total_of(photos: PhotoMetrics, config: LocalMetricsConfig = CONFIG) -> Vector:
+    return metric_vectors(photos, config, clip_norm=CLIP).double().sum(0)
 
 
 def read(
-    total: Vector, *, sigma: float = 0.0, devices: int = 1, config: FiguresConfig = CONFIG
-) -> PrivateFigures:
-    return read_figures(total, config=config, clip_norm=CLIP, noise_multiplier=sigma, devices=devices)
+    total: Vector, *, sigma: float = 0.0, devices: int = 1, config: LocalMetricsConfig = CONFIG
+) -> DPMetricEstimates:
+    return estimate_metrics(total, config=config, clip_norm=CLIP, noise_multiplier=sigma, devices=devices)
 
 
-def release(photos: PhotoFigures, sigma: float, devices: int, rng: np.random.Generator) -> PrivateFigures:
+def release(photos: PhotoMetrics, sigma: float, devices: int, rng: np.random.Generator) -> DPMetricEstimates:
     """What the server reads after `devices` devices added their noise, replayable because nobody is promised it."""
     noise = sigma * CLIP * math.sqrt(devices) * rng.standard_normal(CONFIG.width)
     return read(total_of(photos) + torch.from_numpy(noise), sigma=sigma, devices=devices)
 
 
-def members(photos: PhotoFigures, chosen: Tensor) -> PhotoFigures:
-    return PhotoFigures(**{name: getattr(photos, name)[chosen] for name in vars(photos)})
+def members(photos: PhotoMetrics, chosen: Tensor) -> PhotoMetrics:
+    return PhotoMetrics(**{name: getattr(photos, name)[chosen] for name in vars(photos)})
 
 
-def even(each: int = 100, **values: float) -> PhotoFigures:
+def even(each: int = 100, **values: float) -> PhotoMetrics:
     """As many photos in each group, all alike and well served but for the given values."""
     group = torch.arange(3).repeat_interleave(each)
     made = {"misfit": 0.001, "skin_difference": 4.0, "lightness_shift": 0.0, **values}
-    return PhotoFigures(
+    return PhotoMetrics(
         group=group,
-        made_group=group,
+        output_group=group,
         detected=torch.ones(3 * each, dtype=torch.bool),
         **{name: torch.full((3 * each,), value) for name, value in made.items()},
     )

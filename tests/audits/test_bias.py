@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedface.audits.bias import (
-    MEASURES,
+    METRICS,
     BiasReport,
     confusion,
     fairness_metrics,
@@ -48,7 +48,7 @@ def answer(images: Images, converged: Tensor | None = None) -> Upsampled:
     found = torch.ones(n, 1, dtype=torch.bool) if converged is None else converged[:, None]
     spread = 1 + 0.1 * torch.rand(n, 1, generator=STREAMS.generator("misfit"))
     misfit = torch.where(found, 1e-3, 1e-2) * spread
-    return Upsampled(images=images[:, None], misfit=misfit, converged=found, steps=1)
+    return Upsampled(images=images[:, None], consistency_error=misfit, converged=found, steps=1)
 
 
 def audit(made: Upsampled) -> BiasReport:
@@ -82,7 +82,7 @@ def test_fairness_metrics_take_probabilities_and_tell_posterior_sampling_from_ma
     for way in ("posterior_sampling", "MAP"):
         found = fairness_metrics(toy[way]["joint"], ("major", "minor"))
         assert found.hit_rates == pytest.approx(toy[way]["RDP"], abs=1e-4)
-        assert found.pr_made == pytest.approx(toy[way]["PR_recon"], abs=1e-5)
+        assert found.pr_generated == pytest.approx(toy[way]["PR_recon"], abs=1e-5)
         assert found.spe == pytest.approx(toy[way]["SPE"], abs=1e-5)
 
 
@@ -97,7 +97,7 @@ def test_groups_without_originals_are_left_out_of_rdp() -> None:
 def test_an_upsampler_that_returns_the_originals_harms_nobody() -> None:
     """Clean negative: no gap, every shift 0, every rate 1."""
     report = audit(answer(plain_faces(MONK, "truth")))
-    assert set(report.gaps) == set(MEASURES)
+    assert set(report.gaps) == set(METRICS)
     assert [name for name, gap in report.gaps.items() if gap.clear] == []
     assert report.overall.skin_difference.estimate == pytest.approx(0, abs=1e-4)
     assert report.overall.same_tone_bin.estimate == 1.0 and report.halves.spe == 0
@@ -157,7 +157,7 @@ def test_a_certain_gap_too_small_to_matter_is_measured_but_not_spoken_of() -> No
 def test_several_faces_of_a_photo_count_as_one_photo() -> None:
     made = plain_faces(MONK, "truth")[:, None].expand(-1, 5, -1, -1, -1)
     misfit = torch.full((80, 5), 1e-3)
-    report = audit(Upsampled(images=made, misfit=misfit, converged=misfit > 0, steps=1))
+    report = audit(Upsampled(images=made, consistency_error=misfit, converged=misfit > 0, steps=1))
     assert report.faces_per_photo == 5 and report.overall.monk_shift.count == 80
     assert report.groups["monk 2"].converged.count == 20 and report.halves.count == 400
 
@@ -166,9 +166,9 @@ def test_small_and_empty_groups_are_listed_and_the_report_is_strict_json() -> No
     groups = ["one", "two", "two", *["many"] * 77]
     truth = plain_faces(MONK, "truth")
     made = answer(truth)
-    misfit = made.misfit.clone()
+    misfit = made.consistency_error.clone()
     misfit[0] = float("inf")
-    made = Upsampled(images=made.images, misfit=misfit, converged=made.converged, steps=1)
+    made = Upsampled(images=made.images, consistency_error=misfit, converged=made.converged, steps=1)
     report = measure_bias(truth, groups, made, STREAMS.numpy("few"), expected=["none", "many"])
     assert report.unmeasured == {"none": 0, "one": 1} and list(report.groups) == ["many", "two"]
     assert any("Too few photos to say much: two, none, one" in text for text in report.sentences())

@@ -12,7 +12,7 @@ import pytest
 from fedface.audits.disaggregate import (
     EMPTY,
     Interval,
-    by_group,
+    metrics_by_group,
     gap_between,
     mean_interval,
     rate_interval,
@@ -38,7 +38,7 @@ def test_a_mean_below_ten_photos_gets_students_interval() -> None:
     """1, 2, 3: mean 2, half width 4.302653 / sqrt 3."""
     interval = mean_interval([1, 2, 3], STREAMS.numpy("t"))
     assert interval.high - 2 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
-    assert interval.few
+    assert interval.is_small
 
 
 @pytest.mark.parametrize("count", [5, 20, 60])
@@ -63,10 +63,10 @@ def test_equal_streams_give_equal_intervals() -> None:
 
 
 def test_groups_keep_their_order_and_empty_ones_are_explicit() -> None:
-    table = by_group([1.0, 3.0, 5.0], ["b", "b", "c"], STREAMS.numpy("g"), expected=["a", "b"])
+    table = metrics_by_group([1.0, 3.0, 5.0], ["b", "b", "c"], STREAMS.numpy("g"), expected=["a", "b"])
     assert list(table) == ["a", "b", "c"]
     assert table["a"] is EMPTY and table["a"].count == 0
-    assert table["b"].estimate == 2.0 and table["b"].count == 2 and table["b"].few
+    assert table["b"].estimate == 2.0 and table["b"].count == 2 and table["b"].is_small
     assert table["c"].count == 1 and math.isnan(table["c"].low) and table["c"].covers_zero
     assert rates_by_group([1, 0, 1], ["b", "b", "c"])["b"].estimate == 0.5
 
@@ -89,7 +89,7 @@ def test_a_planted_gap_is_found_with_its_group_sign_and_size() -> None:
     rng = STREAMS.numpy("planted")
     groups = ["a"] * 30 + ["b"] * 30 + ["c"] * 30
     values = rng.normal(size=90) + 3.0 * np.array([group == "b" for group in groups])
-    badness = {name: interval.estimate for name, interval in by_group(values, groups, rng).items()}
+    badness = {name: interval.estimate for name, interval in metrics_by_group(values, groups, rng).items()}
     gap = gap_between(values, groups, badness, rng, rate=False)
     assert gap is not None and gap.worst == "b" and gap.clear
     assert gap.difference.low < 3.0 < gap.difference.high and gap.difference.count == 60

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from fedface.audits.inversion import (
     CosineSearch,
     GradientOf,
-    NoDefence,
+    NoDefense,
     SquaredSearch,
     attack_update,
     critic_gradient,
-    gallery_attack,
+    candidate_identification,
     invert,
     psnr,
-    release,
+    apply_defense,
     ssim,
 )
-from fedface.models.critic import Critic, CriticConfig
-from fedface.privacy.accounting import success_ceiling
+from fedface.models.critic import Discriminator, DiscriminatorConfig
+from fedface.privacy.accounting import reconstruction_success_bound
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.randomness import Streams
 from fedface.shapes import Images
@@ -84,8 +84,8 @@ def drawn_discs(count: int, generator: torch.Generator, size: int = 16) -> Image
 
 
 @pytest.fixture(scope="module")
-def critic() -> Critic:
-    return Critic(CriticConfig(size=16, channel_base=256, channel_max=32), chance("critic"))
+def critic() -> Discriminator:
+    return Discriminator(DiscriminatorConfig(size=16, channel_base=256, channel_max=32), chance("critic"))
 
 
 def test_psnr_of_an_error_of_a_tenth_everywhere_is_20_db_and_equal_images_stop_at_100() -> None:
@@ -106,7 +106,7 @@ def test_ssim_of_flat_images_is_its_luminance_term_alone() -> None:
     assert flat == pytest.approx((2 * a * b + 1e-4) / (a * a + b * b + 1e-4), abs=1e-4)
 
 
-def test_the_critics_gradient_is_that_of_softplus_of_the_negative_logit(critic: Critic) -> None:
+def test_the_critics_gradient_is_that_of_softplus_of_the_negative_logit(critic: Discriminator) -> None:
     photos = drawn_discs(3, chance("three"))
     critic.zero_grad()
     torch.log1p(torch.exp(-critic(photos))).mean().backward()
@@ -118,10 +118,10 @@ def test_the_critics_gradient_is_that_of_softplus_of_the_negative_logit(critic: 
 def test_a_release_is_clipped_and_its_noise_has_the_mechanisms_spread() -> None:
     """Mean square of the noise is (sigma C)^2; over 40,000 draws its relative error is near 0.7 %."""
     gradient = torch.randn(40_000, generator=chance("gradient"))
-    assert torch.equal(release(gradient, NoDefence(), chance("a")), gradient)
-    clipped = release(gradient, ClippedSum(clip_norm=0.5), chance("a"))
+    assert torch.equal(apply_defense(gradient, NoDefense(), chance("a")), gradient)
+    clipped = apply_defense(gradient, ClippedSum(clip_norm=0.5), chance("a"))
     assert clipped.norm().item() == pytest.approx(0.5, rel=1e-4)
-    noise = release(gradient, GaussianSum(clip_norm=0.5, sigma=2.0), chance("a")) - clipped
+    noise = apply_defense(gradient, GaussianSum(clip_norm=0.5, sigma=2.0), chance("a")) - clipped
     assert noise.square().mean().sqrt().item() == pytest.approx(1.0, rel=0.02)
 
 
@@ -156,7 +156,7 @@ def test_an_unprotected_lenet_gives_its_photo_back(shared: Path) -> None:
 
 @pytest.mark.parametrize("search", [CosineSearch(iterations=80), SquaredSearch(evaluations=60)])
 def test_an_update_of_pure_noise_gives_no_more_than_guessing(
-    critic: Critic, search: CosineSearch | SquaredSearch
+    critic: Discriminator, search: CosineSearch | SquaredSearch
 ) -> None:
     """The clean negative: what comes out of noise is one more guess, on average no better than the mean."""
     photos = drawn_discs(64, chance("photos"))
@@ -168,11 +168,11 @@ def test_an_update_of_pure_noise_gives_no_more_than_guessing(
     assert psnr(found.images.expand_as(photos), photos).mean().item() < guessed + 0.3
 
 
-def test_the_attack_beats_guessing_without_noise_and_not_with_it(critic: Critic) -> None:
+def test_the_attack_beats_guessing_without_noise_and_not_with_it(critic: Discriminator) -> None:
     photos, public = drawn_discs(4, chance("photos")), drawn_discs(64, chance("public"))
     search = CosineSearch(iterations=120)
     open_ = attack_update(
-        critic_gradient(critic), photos, NoDefence(), public, searches=[search], generator=chance("open")
+        critic_gradient(critic), photos, NoDefense(), public, searches=[search], generator=chance("open")
     )
     noised = attack_update(
         critic_gradient(critic),
@@ -190,7 +190,7 @@ def test_the_attack_beats_guessing_without_noise_and_not_with_it(critic: Critic)
     assert open_.psnr.count == len(open_.recovered) == 4
 
 
-def test_found_images_lie_in_the_box_and_one_seed_finds_one_image(critic: Critic) -> None:
+def test_found_images_lie_in_the_box_and_one_seed_finds_one_image(critic: Discriminator) -> None:
     gradient_of = critic_gradient(critic)
     target = gradient_of(drawn_discs(2, chance("two"))).detach()
     search = CosineSearch(iterations=5)
@@ -199,29 +199,29 @@ def test_found_images_lie_in_the_box_and_one_seed_finds_one_image(critic: Critic
     assert 0.0 <= first.images.min() and first.images.max() <= 1.0
 
 
-def test_without_noise_the_gallery_attack_names_every_photo(critic: Critic) -> None:
-    named = gallery_attack(
-        critic_gradient(critic), drawn_discs(30, chance("all")), NoDefence(), trials=40, generator=chance("t")
+def test_without_noise_the_gallery_attack_names_every_photo(critic: Discriminator) -> None:
+    named = candidate_identification(
+        critic_gradient(critic), drawn_discs(30, chance("all")), NoDefense(), trials=40, generator=chance("t")
     )
     assert named.estimate == 1.0
     assert named.count == 40
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 50.0])
-def test_the_gallery_attack_stays_below_the_theorems_ceiling(critic: Critic, sigma: float) -> None:
+def test_the_gallery_attack_stays_below_the_theorems_ceiling(critic: Discriminator, sigma: float) -> None:
     """No attack beats the trade-off function; at sigma 50 that is chance, 1 / 30."""
     defence = GaussianSum(clip_norm=1.0, sigma=sigma)
-    named = gallery_attack(
+    named = candidate_identification(
         critic_gradient(critic), drawn_discs(30, chance("all")), defence, trials=300, generator=chance("t")
     )
-    assert named.low < success_ceiling(defence.event(), 1 / 30)
+    assert named.low < reconstruction_success_bound(defence.event(), 1 / 30)
 
 
-def test_too_few_photos_or_no_search_are_refused(critic: Critic) -> None:
+def test_too_few_photos_or_no_search_are_refused(critic: Discriminator) -> None:
     photos = drawn_discs(2, chance("photos"))
     with pytest.raises(ValueError, match="at least 2"):
-        attack_update(critic_gradient(critic), photos[:1], NoDefence(), photos, generator=chance("x"))
+        attack_update(critic_gradient(critic), photos[:1], NoDefense(), photos, generator=chance("x"))
     with pytest.raises(ValueError, match="searches"):
         attack_update(
-            critic_gradient(critic), photos, NoDefence(), photos, searches=[], generator=chance("x")
+            critic_gradient(critic), photos, NoDefense(), photos, searches=[], generator=chance("x")
         )

@@ -13,17 +13,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedface.audits.private_figures import (
-    FiguresConfig,
-    PhotoFigures,
-    Shares,
-    figure_vectors,
+    LocalMetricsConfig,
+    PhotoMetrics,
+    BudgetShares,
+    metric_vectors,
     measure_photos,
     ranges,
-    shared_by_unit,
-    taken_apart,
+    average_within_unit,
+    decode_sums,
 )
 from fedface.config import dump, parse
-from fedface.photos.drawn import draw_people
+from fedface.photos.drawn import render_people
 from fedface.photos.tone import lab_from_srgb, measure_tone, srgb_from_lab, srgb_from_monk
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.randomness import SecretNoise, Streams
@@ -48,30 +48,30 @@ def test_no_photo_can_make_a_vector_longer_than_the_clip_norm_nor_much_shorter(
 ) -> None:
     misfit, skin, shift, found, cells = (list(column) for column in zip(*rows, strict=True))
     cell = torch.tensor(cells)
-    photos = PhotoFigures(
+    photos = PhotoMetrics(
         group=cell // 3,
-        made_group=cell % 3,
-        misfit=torch.tensor(misfit),
+        output_group=cell % 3,
+        consistency_error=torch.tensor(misfit),
         skin_difference=torch.tensor(skin),
         lightness_shift=torch.tensor(shift),
         detected=torch.tensor(found),
     )
-    lengths = figure_vectors(photos, CONFIG, clip_norm=clip_norm).double().norm(dim=1) / clip_norm
+    lengths = metric_vectors(photos, CONFIG, clip_norm=clip_norm).double().norm(dim=1) / clip_norm
     assert float(lengths.max()) <= 1 + 1e-6
     assert float(lengths.min()) >= math.sqrt(1 - 0.45 / 4) - 1e-6
 
 
 def test_a_row_depends_on_its_photo_alone_to_the_last_bit() -> None:
-    original = draw_people(12, 0.5, 32, STREAMS.child("alone"))
+    original = render_people(12, 0.5, 32, STREAMS.child("alone"))
     made = (0.9 * original + 0.05).clamp(0, 1)
     misfit, found = torch.linspace(0, 0.01, 12), torch.arange(12) % 2 == 0
-    together = figure_vectors(measure_photos(original, made, misfit, found, CONFIG), CONFIG, clip_norm=1.0)
+    together = metric_vectors(measure_photos(original, made, misfit, found, CONFIG), CONFIG, clip_norm=1.0)
     for i in range(12):
         one = slice(i, i + 1)
         alone = measure_photos(original[one], made[one], misfit[one], found[one], CONFIG)
-        assert torch.equal(figure_vectors(alone, CONFIG, clip_norm=1.0)[0], together[i])
+        assert torch.equal(metric_vectors(alone, CONFIG, clip_norm=1.0)[0], together[i])
     nobody = measure_photos(original[:0], made[:0], misfit[:0], found[:0], CONFIG)
-    assert figure_vectors(nobody, CONFIG, clip_norm=1.0).shape == (0, CONFIG.width) == (0, 30)
+    assert metric_vectors(nobody, CONFIG, clip_norm=1.0).shape == (0, CONFIG.width) == (0, 30)
 
 
 def test_groups_round_to_the_nearest_monk_tone_and_broken_pictures_count_as_served_worst() -> None:
@@ -82,18 +82,18 @@ def test_groups_round_to_the_nearest_monk_tone_and_broken_pictures_count_as_serv
     misfit = torch.full((6,), 0.001)
     misfit[1] = float("inf")
     photos = measure_photos(faces, made, misfit, torch.ones(6, dtype=torch.bool), CONFIG)
-    assert photos.group.tolist() == [0, 0, 1, 1, 2, 2] and photos.made_group.tolist() == [2, 0, 1, 1, 2, 2]
-    assert torch.isfinite(figure_vectors(photos, CONFIG, clip_norm=1.0)).all()
+    assert photos.group.tolist() == [0, 0, 1, 1, 2, 2] and photos.output_group.tolist() == [2, 0, 1, 1, 2, 2]
+    assert torch.isfinite(metric_vectors(photos, CONFIG, clip_norm=1.0)).all()
     exact = replace(CONFIG, smallest_group=1)
     found = read(total_of(photos, exact), config=exact).groups[LIGHT]
-    assert found.figure("misfit").estimate == pytest.approx((0.001 + 0.02) / 2, rel=1e-5)
+    assert found.estimate("misfit").estimate == pytest.approx((0.001 + 0.02) / 2, rel=1e-5)
 
 
 def sent(rows: Tensor, units: Tensor, *, share: bool) -> Vector:
     """What a device without a promise sends: units' sums, or with shares their means; 16 photos of each are drawn."""
 
     def drawn_rows(positions: Tensor) -> Tensor:
-        return shared_by_unit(rows[positions], units[positions]) if share else rows[positions]
+        return average_within_unit(rows[positions], units[positions]) if share else rows[positions]
 
     return private_sum_of(
         drawn_rows,
@@ -110,10 +110,10 @@ def test_an_occasion_of_forty_photos_weighs_as_one_unit(share: bool, most: float
     """As a mean exactly one; summed and clipped a bit more than one, and no longer than the clip norm either way."""
     photos = drawn(200, STREAMS.numpy("occasion"))
     party = members(photos, torch.nonzero(photos.group == 0)[:40, 0])
-    rows = figure_vectors(party, CONFIG, clip_norm=CLIP)
+    rows = metric_vectors(party, CONFIG, clip_norm=CLIP)
     total = sent(rows, torch.zeros(40, dtype=torch.int64), share=share)
     assert float(total.norm()) <= CLIP * (1 + 1e-6)
-    sums = taken_apart(total, CONFIG, clip_norm=CLIP)
+    sums = decode_sums(total, CONFIG, clip_norm=CLIP)
     count = float(sums.table.sum())
     assert 1.0 - 1e-6 <= count <= most + 1e-6
     low, high = CONFIG.skin_difference
@@ -128,12 +128,12 @@ def test_means_over_units_are_not_means_over_photos() -> None:
     worst = replace(party, detected=torch.arange(16) != 5)
     units = (torch.arange(16) == 5).long()
     exact = replace(CONFIG, smallest_group=1)
-    rows = figure_vectors(worst, CONFIG, clip_norm=CLIP)
-    assert read(rows.sum(0), config=exact).groups[DARK].figure("detected").estimate == pytest.approx(15 / 16)
-    by_unit = read(sent(rows, units, share=True), config=exact).groups[DARK].figure("detected")
+    rows = metric_vectors(worst, CONFIG, clip_norm=CLIP)
+    assert read(rows.sum(0), config=exact).groups[DARK].estimate("detected").estimate == pytest.approx(15 / 16)
+    by_unit = read(sent(rows, units, share=True), config=exact).groups[DARK].estimate("detected")
     assert by_unit.estimate == pytest.approx(0.5, abs=1e-6) and by_unit.count == 2
-    assert torch.equal(shared_by_unit(rows, 3 * units + 7), shared_by_unit(rows, units))
-    assert torch.equal(shared_by_unit(rows, torch.arange(16)), rows)
+    assert torch.equal(average_within_unit(rows, 3 * units + 7), average_within_unit(rows, units))
+    assert torch.equal(average_within_unit(rows, torch.arange(16)), rows)
 
 
 def lightened(images: Images, amount: float) -> Images:
@@ -145,12 +145,12 @@ def lightened(images: Images, amount: float) -> Images:
 def test_drawn_people_on_three_devices_who_come_back_lighter_by_a_known_amount() -> None:
     """From pixels to a sentence, through the private sum with secret noise: 8 L* for skin that does not saturate."""
     config = replace(CONFIG, last_tones=(5, 10))
-    original = draw_people(600, 0.5, 32, STREAMS.child("people"))
+    original = render_people(600, 0.5, 32, STREAMS.child("people"))
     original = original[measure_tone(original).lab[:, 0] < 85]
     made = lightened(original, 8.0)
     found = torch.ones(len(original), dtype=torch.bool)
     photos = measure_photos(original, made, torch.full((len(original),), 0.001), found, config)
-    rows = figure_vectors(photos, config, clip_norm=CLIP)
+    rows = metric_vectors(photos, config, clip_norm=CLIP)
     mechanism = GaussianSum(clip_norm=CLIP, sigma=0.5)
     parts = [
         private_sum(rows[device::3], mechanism=mechanism, sampling_rate=1.0, chance=SecretNoise())
@@ -159,10 +159,10 @@ def test_drawn_people_on_three_devices_who_come_back_lighter_by_a_known_amount()
     assert all((part.abs() <= ranges(config, clip_norm=CLIP)).all() for part in parts)
     report = read(torch.stack(parts).sum(0), sigma=0.5, devices=3, config=config)
     assert report.overall is not None
-    shift, plain = report.overall.figure("lightness_shift"), float(photos.lightness_shift.mean())
+    shift, plain = report.overall.estimate("lightness_shift"), float(photos.lightness_shift.mean())
     assert abs(shift.estimate - plain) < 1.0 and plain == pytest.approx(8.0, abs=0.5)
     assert shift.low > 6 and shift.high < 10
-    assert report.overall.figure("skin_difference").low > 3
+    assert report.overall.estimate("skin_difference").low > 3
     lighter, darker = config.groups
     assert (lighter, darker) == ("lighter (Monk 1-5)", "darker (Monk 6-10)")
     assert report.shares[darker].change.high < 0
@@ -171,10 +171,10 @@ def test_drawn_people_on_three_devices_who_come_back_lighter_by_a_known_amount()
 
 def test_groups_have_names_and_the_recipe_survives_yaml() -> None:
     assert CONFIG.groups == ("light (Monk 1-3)", "medium (Monk 4-6)", "dark (Monk 7-10)")
-    assert FiguresConfig(last_tones=(1, 2, 5, 10)).groups == ("Monk 1", "Monk 2", "Monk 3-5", "Monk 6-10")
-    shares = Shares(table=0.2, misfit=0.2, skin_difference=0.2, lightness_shift=0.2, detected=0.2)
-    config = FiguresConfig(last_tones=(5, 10), misfit=(0.0, 0.1), shares=shares)
-    assert parse(dump(config), FiguresConfig, name="here") == config
+    assert LocalMetricsConfig(tone_upper_bounds=(1, 2, 5, 10)).groups == ("Monk 1", "Monk 2", "Monk 3-5", "Monk 6-10")
+    shares = BudgetShares(table=0.2, consistency_error=0.2, skin_difference=0.2, lightness_shift=0.2, detected=0.2)
+    config = LocalMetricsConfig(tone_upper_bounds=(5, 10), consistency_error=(0.0, 0.1), shares=shares)
+    assert parse(dump(config), LocalMetricsConfig, name="here") == config
 
 
 @pytest.mark.parametrize(
@@ -195,9 +195,9 @@ def test_recipes_outside_their_bounds_are_refused(wrong: dict[str, object], mess
 
 def test_shares_and_shapes_that_do_not_agree_are_refused() -> None:
     with pytest.raises(ValueError, match="shares must be 1 together, got 1.1"):
-        Shares(table=0.5)
+        BudgetShares(table=0.5)
     with pytest.raises(ValueError, match=r"misfit must lie in \(0, 1\)"):
-        Shares(misfit=0.0)
+        BudgetShares(consistency_error=0.0)
     with pytest.raises(ValueError, match=r"detected must have shape \(300,\), got \(1,\)"):
         replace(even(), detected=torch.ones(1, dtype=torch.bool))
     faces = torch.zeros(2, 3, 16, 16)

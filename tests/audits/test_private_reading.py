@@ -26,10 +26,10 @@ from figures_drawn import (
 )
 
 from fedface.audits.disaggregate import rate_interval
-from fedface.audits.noised_means import FIGURES, NoisedMean, badness, difference_between
-from fedface.audits.private_figures import RANGED
+from fedface.audits.noised_means import DP_METRICS, DPRatioEstimate, cost, difference_between
+from fedface.audits.private_figures import RANGED_METRICS
 from fedface.audits.private_ranking import Ranking, rank_overall, rank_worst_group
-from fedface.audits.private_reading import foreseen
+from fedface.audits.private_reading import minimum_detectable_gap
 from fedface.errors import AggregationError, FederationError
 from fedface.randomness import Streams
 
@@ -46,14 +46,14 @@ def test_without_noise_the_figures_are_plain_means_whatever_the_clip_norm() -> N
     for name, figures in {**found.groups, "all": found.overall}.items():
         part = members(photos, chosen[name])
         assert figures.count.estimate == pytest.approx(len(part.group), rel=1e-6)
-        kept = (part.group == part.made_group).double()
-        for measure in FIGURES:
+        kept = (part.group == part.output_group).double()
+        for measure in DP_METRICS:
             plain = kept if measure == "same_group" else getattr(part, measure).double()
-            assert figures.figure(measure).estimate == pytest.approx(
+            assert figures.estimate(measure).estimate == pytest.approx(
                 float(plain.mean()), rel=1e-5, abs=1e-5
             ), measure
     for i, name in enumerate(CONFIG.groups):
-        true, made = (float((which == i).double().mean()) for which in (photos.group, photos.made_group))
+        true, made = (float((which == i).double().mean()) for which in (photos.group, photos.output_group))
         shares = found.shares[name]
         assert shares.original.estimate == pytest.approx(true, abs=1e-6)
         assert shares.made.estimate == pytest.approx(made, abs=1e-6)
@@ -66,11 +66,11 @@ def test_without_noise_the_intervals_are_wilsons_and_normal_ones_with_the_photos
     group = read(total_of(photos)).groups[DARK]
     part = members(photos, photos.group == 2)
     n = len(part.group)
-    for measure, hits in (("detected", part.detected), ("same_group", part.made_group == 2)):
-        wilson, ours = rate_interval(int(hits.sum()), n), group.figure(measure)
+    for measure, hits in (("detected", part.detected), ("same_group", part.output_group == 2)):
+        wilson, ours = rate_interval(int(hits.sum()), n), group.estimate(measure)
         assert (ours.low, ours.high) == pytest.approx((wilson.low, wilson.high), abs=1e-5)
-    for measure in RANGED:
-        figure, half = group.figure(measure), 1.959964 * float(getattr(part, measure).std()) / math.sqrt(n)
+    for measure in RANGED_METRICS:
+        figure, half = group.estimate(measure), 1.959964 * float(getattr(part, measure).std()) / math.sqrt(n)
         assert figure.high - figure.estimate == pytest.approx(half, rel=2e-3)
         assert figure.estimate - figure.low == pytest.approx(half, rel=2e-3)
 
@@ -86,8 +86,8 @@ def test_intervals_cover_the_truth_as_often_as_they_say(photos: int, sigma: floa
         found = release(drawn_now, sigma, devices, rng)
         assert found.overall is not None
         for name, figures in {**found.groups, "all": found.overall}.items():
-            for measure in FIGURES:
-                figure = figures.figure(measure)
+            for measure in DP_METRICS:
+                figure = figures.estimate(measure)
                 hits.setdefault((name, measure), []).append(figure.low <= known[name, measure] <= figure.high)
         for i, name in enumerate(found.groups):
             count, change = found.groups[name].count, found.shares[name].change
@@ -107,12 +107,12 @@ def test_the_sum_of_devices_is_one_device_with_all_their_photos() -> None:
     split = read(torch.stack([total_of(part) for part in parts]).sum(0), devices=3)
     whole = read(total_of(photos))
     assert split.overall is not None and whole.overall is not None
-    for measure in FIGURES:
+    for measure in DP_METRICS:
         for one, other in [
             (split.overall, whole.overall),
             *zip(split.groups.values(), whole.groups.values(), strict=True),
         ]:
-            mine, theirs = one.figure(measure), other.figure(measure)
+            mine, theirs = one.estimate(measure), other.estimate(measure)
             assert (mine.low, mine.high) == pytest.approx((theirs.low, theirs.high), rel=1e-6, abs=1e-9)
 
 
@@ -153,17 +153,17 @@ def test_what_the_noise_hides_is_said_and_foreseen() -> None:
     """Values near the end of a range, where the count's noise counts in full: the gap that was foreseen."""
     config = replace(CONFIG, expected_units=15_000)
     low, high = config.skin_difference
-    near = even(10_000, skin_difference=0.99 * low + 0.01 * high, misfit=0.01 * config.misfit[1])
+    near = even(10_000, skin_difference=0.99 * low + 0.01 * high, misfit=0.01 * config.consistency_error[1])
     seen = read(total_of(near), sigma=5.0, devices=2)
-    ahead = foreseen(config, noise_multiplier=5.0, devices=2)
-    assert set(ahead) == set(FIGURES)
+    ahead = minimum_detectable_gap(config, noise_multiplier=5.0, devices=2)
+    assert set(ahead) == set(DP_METRICS)
     for measure in ("skin_difference", "misfit"):
         whole, noise = seen.hidden[measure]
         assert noise <= whole and noise == pytest.approx(ahead[measure], rel=0.03)
     z, groups = 2.393980, 3  # 95 % for three pairs
     error = math.hypot(1 / math.sqrt(0.15), math.sqrt(groups / 0.4)) * 5.0 * math.sqrt(2) / 10_000
     assert ahead["skin_difference"] == pytest.approx(z * math.sqrt(2) * error * (high - low) / 2, rel=1e-5)
-    assert math.isinf(foreseen(CONFIG, noise_multiplier=500.0, devices=1)["misfit"])
+    assert math.isinf(minimum_detectable_gap(CONFIG, noise_multiplier=500.0, devices=1)["misfit"])
 
 
 def test_a_small_group_is_not_reported_and_nothing_of_it_is() -> None:
@@ -171,7 +171,7 @@ def test_a_small_group_is_not_reported_and_nothing_of_it_is() -> None:
     few = members(photos, (photos.group < 2) | (torch.arange(300) >= 285))
     found = read(total_of(few))
     assert found.suppressed == (DARK,) and list(found.groups) == list(found.shares) == [LIGHT, MEDIUM]
-    assert found.least_count == 20 and found.overall is not None
+    assert found.min_count == 20 and found.overall is not None
     assert found.overall.count.estimate == pytest.approx(215, rel=1e-6)
     assert any(f"Not reported: {DARK}. Fewer than 20 units" in text for text in found.sentences())
     assert all(DARK not in text for text in found.sentences() if "Not reported" not in text)
@@ -185,7 +185,7 @@ def test_noise_raises_the_least_count_so_that_a_group_is_told_from_nobody() -> N
         noise = torch.from_numpy(3.0 * CLIP * 2.0 * rng.standard_normal(CONFIG.width))
         found = read(noise, sigma=3.0, devices=4, config=loose)
         nobody += len(found.groups)
-        assert found.least_count == pytest.approx(1 + 1.959964 * 6 * math.sqrt(3 / 0.4), rel=1e-5)
+        assert found.min_count == pytest.approx(1 + 1.959964 * 6 * math.sqrt(3 / 0.4), rel=1e-5)
     assert nobody / 900 <= 0.04  # one side of 95 %
     empty = read(torch.zeros(CONFIG.width))
     assert empty.overall is None and empty.groups == {} == empty.gaps
@@ -215,7 +215,7 @@ def test_a_total_that_no_photos_and_no_noise_explain_is_refused() -> None:
 
 
 def test_a_mean_that_noise_pushed_out_of_its_range_keeps_the_width_of_its_interval() -> None:
-    mean = NoisedMean(
+    mean = DPRatioEstimate(
         above=120.0, below=100.0, noise=(25.0, 0, 0), photos=(0, 0, 0), ends=(-1, 1), unit=2.0, zero=3.0
     )
     found = mean.interval()
@@ -237,9 +237,9 @@ def ranking(better: float, rng: np.random.Generator, *, by_group: bool = False) 
 @pytest.mark.parametrize("by_group", [False, True])
 def test_a_better_model_is_ranked_first_and_equal_ones_are_not_told_apart(by_group: bool) -> None:
     found = ranking(3.0, STREAMS.numpy("ranking"), by_group=by_group)
-    assert found.order[0] == "good" and len(found.duels) == 3
+    assert found.order[0] == "good" and len(found.comparisons) == 3
     assert found.ties == (found.order[1:],)
-    assert all(duel.difference.low < 3.0 < duel.difference.high for duel in found.duels if duel.apart)
+    assert all(duel.difference.low < 3.0 < duel.difference.high for duel in found.comparisons if duel.apart)
     sentences = found.sentences()
     assert "best first: good" in sentences[0] and any("cannot be told apart" in text for text in sentences)
 
@@ -253,8 +253,8 @@ def test_equal_models_are_rarely_told_apart(by_group: bool) -> None:
 
 def test_badness_turns_every_measure_so_that_larger_is_worse() -> None:
     mean = read(total_of(even(lightness_shift=-4.0))).groups[DARK]
-    assert badness(mean.figure("lightness_shift"), "lightness_shift").estimate == pytest.approx(4.0, rel=1e-5)
-    assert badness(mean.figure("detected"), "detected").estimate == pytest.approx(-1.0)
+    assert cost(mean.estimate("lightness_shift"), "lightness_shift").estimate == pytest.approx(4.0, rel=1e-5)
+    assert cost(mean.estimate("detected"), "detected").estimate == pytest.approx(-1.0)
     one, other = rate_interval(48, 50), rate_interval(40, 50)
     gap = difference_between(one, other)  # Newcombe (1998), method 10: square and add
     assert gap.low == pytest.approx(0.16 - math.hypot(0.96 - one.low, other.high - 0.8))

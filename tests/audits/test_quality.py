@@ -22,18 +22,18 @@ from fedface.audits.quality import (
     TONE_GROUPS,
     GroupedFeatures,
     GroupQuality,
-    Neighbours,
-    TooFew,
+    ManifoldMetrics,
+    InsufficientSamples,
     compare_quality,
     compare_streams,
     equal_coverage,
     grouped_features,
-    measure_neighbours,
-    neighbour_figures,
+    measure_manifold,
+    manifold_metrics,
     quality,
     tone_groups,
 )
-from fedface.photos.drawn import ToneMix, draw, sample_faces
+from fedface.photos.drawn import ToneMix, render, sample_faces
 from fedface.photos.probe import read_face_folder
 from fedface.photos.tone import srgb_from_monk
 from fedface.randomness import Streams
@@ -55,7 +55,7 @@ def modes(counts: tuple[int, ...], name: str) -> Tensor:
 
 def faces(count: int, light_share: float, name: str) -> Tensor:
     """Drawn faces (count, 3, 16, 16)."""
-    return draw(sample_faces(count, ToneMix(light_share=light_share), STREAMS.generator(name)), 16)
+    return render(sample_faces(count, ToneMix(light_fraction=light_share), STREAMS.generator(name)), 16)
 
 
 def slow_figures(real: Tensor, made: Tensor, k: int) -> tuple[float, float, float, float]:
@@ -79,29 +79,29 @@ def slow_figures(real: Tensor, made: Tensor, k: int) -> tuple[float, float, floa
 
 def test_precision_recall_density_and_coverage_equal_their_definitions_by_loops() -> None:
     real, made = points(23, 3, "real"), points(17, 3, "made") * 1.3 + 0.4
-    assert neighbour_figures(real, made, k=3) == pytest.approx(slow_figures(real, made, 3), rel=1e-12)
+    assert manifold_metrics(real, made, k=3) == pytest.approx(slow_figures(real, made, 3), rel=1e-12)
 
 
 def test_figures_do_not_depend_on_the_size_of_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tables are cut so that memory is bounded; tables of at most 50 numbers give the same answer."""
     real, made = points(60, 3, "real"), points(45, 3, "made") + 0.3
-    whole = neighbour_figures(real, made, k=2), kernel_distance(real, made)
+    whole = manifold_metrics(real, made, k=2), kernel_distance(real, made)
     monkeypatch.setattr(features, "_TABLE", 50)
     assert features.rows_at_once(60) == 1
-    assert neighbour_figures(real, made, k=2) == whole[0]
+    assert manifold_metrics(real, made, k=2) == whole[0]
     assert kernel_distance(real, made) == pytest.approx(whole[1], rel=1e-9)
 
 
 def test_a_set_beside_itself_is_perfect() -> None:
     """Every face lies in its own ball, and in those of the k faces that it is among the nearest of."""
     x = points(80, 5, "self")
-    precision, recall, density, coverage = neighbour_figures(x, x, k=3)
+    precision, recall, density, coverage = manifold_metrics(x, x, k=3)
     assert (precision, recall, coverage) == (1.0, 1.0, 1.0)
     assert density == pytest.approx((1 + 3) / 3)
 
 
 def test_disjoint_sets_share_nothing() -> None:
-    assert neighbour_figures(points(60, 5, "a"), points(60, 5, "b") + 100, k=3) == (0.0, 0.0, 0.0, 0.0)
+    assert manifold_metrics(points(60, 5, "a"), points(60, 5, "b") + 100, k=3) == (0.0, 0.0, 0.0, 0.0)
 
 
 def test_equal_sources_have_density_one_and_the_coverage_that_ranks_predict() -> None:
@@ -109,7 +109,7 @@ def test_equal_sources_have_density_one_and_the_coverage_that_ranks_predict() ->
     rng = STREAMS.generator("ranks")
     runs = np.array(
         [
-            neighbour_figures(torch.randn(40, 3, generator=rng), torch.randn(60, 3, generator=rng), k=3)[2:]
+            manifold_metrics(torch.randn(40, 3, generator=rng), torch.randn(60, 3, generator=rng), k=3)[2:]
             for _ in range(60)
         ]
     )
@@ -123,9 +123,9 @@ def test_the_expected_coverage_of_one_neighbour_is_the_chance_of_being_the_neare
     assert equal_coverage(40, 60, k=1) == pytest.approx(60 / 99)
 
 
-def measured(real: Tensor, made: Tensor) -> Neighbours:
+def measured(real: Tensor, made: Tensor) -> ManifoldMetrics:
     """At one draw of all points, k = 3."""
-    return measure_neighbours(real, made, k=3, span=min(len(real), len(made)))
+    return measure_manifold(real, made, k=3, span=min(len(real), len(made)))
 
 
 def test_a_forgotten_mode_lowers_recall_and_coverage_and_not_precision() -> None:
@@ -151,7 +151,7 @@ def test_intervals_of_precision_hold_the_expected_value_of_other_draws() -> None
     def draw_pair() -> tuple[Tensor, Tensor]:
         return torch.randn(60, 3, generator=rng), 1.5 * torch.randn(60, 3, generator=rng)
 
-    expected = np.mean([neighbour_figures(*draw_pair(), k=3) for _ in range(200)], axis=0)
+    expected = np.mean([manifold_metrics(*draw_pair(), k=3) for _ in range(200)], axis=0)
     missed = np.zeros(4)
     for _ in range(30):
         found = measured(*draw_pair())
@@ -225,7 +225,7 @@ def test_a_group_with_too_few_faces_is_a_value_that_says_what_it_wants() -> None
     made = grouped({"a": 50, "c": 45}, "made", {})
     groups = compare_quality(real, made, STREAMS.numpy("order")).groups
     assert list(groups) == ["a", "b", "c"] and isinstance(groups["a"], GroupQuality)
-    assert groups["b"] == TooFew(real=12, made=0, fewest=40)
+    assert groups["b"] == InsufficientSamples(real=12, made=0, fewest=40)
     assert str(groups["c"]) == "not measured: wants 40 faces a side, has 0 real and 45 made"
 
 
@@ -250,7 +250,7 @@ def test_the_extrapolation_wants_one_and_a_half_times_as_many_faces_as_features(
     limit = quality(
         images, groups, images, groups, ColourFeatures(), STREAMS.numpy("x")
     ).overall.frechet.limit
-    assert limit == TooFew(real=197, made=197, fewest=198)
+    assert limit == InsufficientSamples(real=197, made=197, fewest=198)
 
 
 def test_on_real_photos_a_blurred_group_and_one_of_five_people_stand_out_and_the_others_do_not(

@@ -8,15 +8,15 @@ import pytest
 import torch
 from tiny import GENERATOR, RESOLVER
 
-from fedface.experiment import DrawnProbe
-from fedface.federation.methods import compare_methods, with_baselines
-from fedface.federation.rounds import SilentWatcher
+from fedface.experiment import SyntheticProbe
+from fedface.federation.methods import benchmark_methods, with_baselines
+from fedface.federation.rounds import SilentProgress
 from fedface.federation.simulated import public_faces
-from fedface.models.family import AloneShape, Resolved, ResolvedShape, build
+from fedface.models.family import GeneratorArchitecture, SuperResolutionModel, SuperResolutionArchitecture, build_model
 from fedface.randomness import Streams
 from fedface.reports import methods as report
 from fedface.reports import strict
-from fedface.reports.methods import MethodFigures, MethodsRecord
+from fedface.reports.methods import MethodMetrics, BenchmarkRecord
 from fedface.reports.quantities import Interval, NotMeasured
 from fedface.upsampling.degrade import Area
 from fedface.upsampling.methods import METHODS, name_of
@@ -26,41 +26,41 @@ from fedface.upsampling.pulse import PulseConfig
 STREAMS = Streams(6)
 
 
-def whitening() -> Resolved:
+def whitening() -> SuperResolutionModel:
     """A network that answers every photo with white: the planted fault."""
-    model = build(ResolvedShape(resolver=RESOLVER), STREAMS.generator("white"))
-    assert isinstance(model, Resolved)
+    model = build_model(SuperResolutionArchitecture(network=RESOLVER), STREAMS.generator("white"))
+    assert isinstance(model, SuperResolutionModel)
     with torch.no_grad():
-        model.resolver.tail.weight.zero_()
-        assert model.resolver.tail.bias is not None
-        model.resolver.tail.bias.fill_(1.0)
+        model.network.tail.weight.zero_()
+        assert model.network.tail.bias is not None
+        model.network.tail.bias.fill_(1.0)
     return model
 
 
 @pytest.fixture(scope="module")
-def compared() -> tuple[MethodsRecord, dict[str, bytes]]:
+def compared() -> tuple[BenchmarkRecord, dict[str, bytes]]:
     """A short search, the planted fault, and the baselines, on ten drawn faces."""
     pairs = [
         (
             PulseConfig(steps=2, mapping_samples=100),
-            build(AloneShape(generator=GENERATOR), STREAMS.generator("g")),
+            build_model(GeneratorArchitecture(generator=GENERATOR), STREAMS.generator("g")),
         ),
         (SuperResolutionConfig(), whitening()),
         (NearestConfig(), None),
         (BicubicConfig(), None),
     ]
-    return compare_methods(
+    return benchmark_methods(
         pairs,
-        public_faces(DrawnProbe(each=9), 1, 16),
+        public_faces(SyntheticProbe(per_group=9), 1, 16),
         Area(2),
         faces_per_photo=2,
         seed=1,
-        watcher=SilentWatcher(),
+        watcher=SilentProgress(),
         command="fedface methods",
     )
 
 
-def of(record: MethodsRecord, name: str) -> MethodFigures:
+def of(record: BenchmarkRecord, name: str) -> MethodMetrics:
     """The figures of one method."""
     return next(each for each in record.methods if each.method == name)
 
@@ -72,7 +72,7 @@ def test_the_baselines_stand_beside_every_comparison() -> None:
 
 
 def test_squares_fit_exactly_and_keep_everybodys_tone(
-    compared: tuple[MethodsRecord, dict[str, bytes]],
+    compared: tuple[BenchmarkRecord, dict[str, bytes]],
 ) -> None:
     """Clean negative: the mean of a square is the pixel, so that nearest misfits by nothing and lightens nobody."""
     nearest = of(compared[0], "nearest")
@@ -86,31 +86,31 @@ def test_squares_fit_exactly_and_keep_everybodys_tone(
 
 
 def test_a_method_that_lightens_everybody_is_found_out(
-    compared: tuple[MethodsRecord, dict[str, bytes]],
+    compared: tuple[BenchmarkRecord, dict[str, bytes]],
 ) -> None:
     """Planted positive: nobody is dark any more, and the darkest group is moved furthest."""
     white = of(compared[0], "super-resolution")
     assert isinstance(white.darker_made, Interval) and white.darker_made.estimate == 0.0
     assert isinstance(white.darker_true, Interval) and white.darker_true.estimate > 0.3
     assert isinstance(white.darker_change, Interval) and white.darker_change.high < 0
-    shifts = [group.figures["lightness_shift"] for group in white.bias.groups]
+    shifts = [group.metrics["lightness_shift"] for group in white.bias.groups]
     assert [group.group for group in white.bias.groups][-1] == "Monk 9-10"
     assert isinstance(shifts[0], Interval) and isinstance(shifts[-1], Interval)
     assert shifts[-1].low > shifts[0].high > 0
 
 
-def test_searches_show_how_far_their_faces_differ(compared: tuple[MethodsRecord, dict[str, bytes]]) -> None:
+def test_searches_show_how_far_their_faces_differ(compared: tuple[BenchmarkRecord, dict[str, bytes]]) -> None:
     pulse = of(compared[0], "pulse")
     assert isinstance(pulse.spread, Interval) and pulse.spread.estimate > 0
     assert pulse.bias.faces_per_photo == 2 and of(compared[0], "nearest").bias.faces_per_photo == 1
 
 
 def test_the_record_comes_back_and_the_table_names_every_method(
-    compared: tuple[MethodsRecord, dict[str, bytes]], tmp_path: Path
+    compared: tuple[BenchmarkRecord, dict[str, bytes]], tmp_path: Path
 ) -> None:
     record, pictures = compared
     path = report.write(record, pictures, tmp_path / "out")
-    assert strict.loads(MethodsRecord, (tmp_path / "out" / "methods.json").read_text()) == record
+    assert strict.loads(BenchmarkRecord, (tmp_path / "out" / "methods.json").read_text()) == record
     table = path.read_text()
     for each in record.methods:
         assert table.count(f"| {each.title} |") == 2 + len(report.BY_GROUP)
@@ -121,7 +121,7 @@ def test_the_record_comes_back_and_the_table_names_every_method(
 def test_a_population_is_drawn_as_it_is_and_a_balanced_probe_has_as_many_of_each() -> None:
     """85 in 100 light: about that many of 200; balanced: four of each group."""
     balanced, people = (
-        public_faces(probe, 3, 16) for probe in (DrawnProbe(each=4), DrawnProbe(each=40, light_share=0.85))
+        public_faces(probe, 3, 16) for probe in (SyntheticProbe(per_group=4), SyntheticProbe(per_group=40, light_fraction=0.85))
     )
     assert [balanced.groups.count(name) for name in balanced.expected] == [4] * 5
     light = sum(people.groups.count(name) for name in people.expected[:2])

@@ -14,10 +14,10 @@ from flwr.clientapp import ClientApp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedface.aggregation.protocol import Agreement, PlainConfig
+from fedface.aggregation.protocol import AggregationParameters, PlainConfig
 from fedface.errors import ConfigError, FederationError, LibraryError
 from fedface.experiment import read_experiment
-from fedface.federation.coordinator import begin
+from fedface.federation.coordinator import initialize_run
 from fedface.federation.device import Device
 from fedface.federation.flower import (
     GridCohort,
@@ -28,11 +28,11 @@ from fedface.federation.flower import (
     in_process_cohort,
     to_record,
 )
-from fedface.federation.orders import devices_folder, read_order
-from fedface.federation.task import Fault, Message, Refusal, Revealed, RevealTask, Trained
-from fedface.models.critic import CriticConfig
+from fedface.federation.orders import devices_folder, read_run_config
+from fedface.federation.task import Failure, Message, Refusal, DecryptResult, DecryptTask, TrainResult
+from fedface.models.critic import DiscriminatorConfig
 from fedface.models.family import new_gan
-from fedface.models.stylegan2 import GeneratorConfig
+from fedface.models.stylegan2 import StyleGAN2Config
 from fedface.models.weights import save_model
 from fedface.privacy.policy import DevicePolicy
 from fedface.randomness import Streams
@@ -52,24 +52,24 @@ attack: {photos: 2, iterations: 1, candidates: 2, trials: 2}
 base: base.safetensors
 """
 
-REVEAL = RevealTask(
+REVEAL = DecryptTask(
     run="r",
     round=1,
     aggregation=PlainConfig(),
-    agreement=Agreement(value_range=1.0, most_devices=2),
+    agreement=AggregationParameters(value_range=1.0, max_devices=2),
     total=b"sum",
 )
-OPENED = Revealed(device="d", total=torch.ones(3))
+OPENED = DecryptResult(device="d", total=torch.ones(3))
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     """A YAML file of two devices with networks of some thousand weights."""
     networks = (
-        GeneratorConfig(
+        StyleGAN2Config(
             size=16, latent_width=8, style_width=8, mapping_layers=1, channel_base=64, channel_max=8
         ),
-        CriticConfig(size=16, channel_base=64, channel_max=8),
+        DiscriminatorConfig(size=16, channel_base=64, channel_max=8),
     )
     save_model(tmp_path / "base.safetensors", new_gan(*networks, Streams(1).generator("base")))
     path = tmp_path / "tiny.yaml"
@@ -128,7 +128,7 @@ def test_devices_in_one_process_share_no_object() -> None:
     cohort = GridCohort(InProcessGrid(app, 2, {}))
     answers = cohort.ask(REVEAL, cohort.members(2), lambda number: None)
     assert seen == [b"sum", b"sum"]
-    assert all(isinstance(answer, Revealed) for answer in answers.values())
+    assert all(isinstance(answer, DecryptResult) for answer in answers.values())
 
 
 def broken(error: Exception) -> GridCohort:
@@ -144,7 +144,7 @@ def test_an_error_about_the_task_travels_in_its_own_words() -> None:
     """The coordinator can name the cause."""
     cohort = broken(FederationError("wanted an apple, got a pear"))
     answers = cohort.ask(REVEAL, cohort.members(1), lambda number: None)
-    assert answers == {0: Fault("wanted an apple, got a pear")}
+    assert answers == {0: Failure("wanted an apple, got a pear")}
 
 
 @pytest.mark.parametrize("error", [LibraryError("/home/me/beach.jpg has changed"), ValueError("beach.jpg")])
@@ -152,7 +152,7 @@ def test_an_error_about_the_owners_photos_keeps_its_words_at_home(error: Excepti
     """The name of a photo is the owner's business."""
     cohort = broken(error)
     fault = cohort.ask(REVEAL, cohort.members(1), lambda number: None)[0]
-    assert isinstance(fault, Fault)
+    assert isinstance(fault, Failure)
     assert type(error).__name__ in fault.reason and "beach" not in fault.reason
 
 
@@ -190,17 +190,17 @@ def test_duplicates_and_strangers_change_nothing() -> None:
     script = iter([[(0, 99, late), (0, 7, mine), (0, 7, late)], [(1, 8, Error(5, "gone"))]])
     cohort, heard = GridCohort(ScriptedGrid([8, 7], script)), []
     answers = cohort.ask(REVEAL, cohort.members(2), heard.append)
-    assert answers == {0: Refusal(device="mine", reason="no"), 1: Fault("gone")}
+    assert answers == {0: Refusal(device="mine", reason="no"), 1: Failure("gone")}
     assert heard == [0, 1]
 
 
 def test_every_member_has_an_entry_also_when_nothing_usable_came() -> None:
     """Late, unreachable, answering another question, unreadable: each is a fault with its reason."""
-    trained = to_record(Trained(device="d", payload=b"p", seconds_protect=0.0).message())
+    trained = to_record(TrainResult(device="d", payload=b"p", seconds_protect=0.0).message())
     script = iter([[(0, 1, trained), (1, 2, RecordDict())]])
     cohort = GridCohort(ScriptedGrid([-1, 1, 2, 3], script), answer_within=0.2)
     answers = cohort.ask(REVEAL, cohort.members(4), lambda number: None)
-    reasons = [answer.reason for _, answer in sorted(answers.items()) if isinstance(answer, Fault)]
+    reasons = [answer.reason for _, answer in sorted(answers.items()) if isinstance(answer, Failure)]
     words = (
         "no longer connected",
         "wanted the answer revealed, got trained",
@@ -254,13 +254,13 @@ def test_a_run_config_is_read_like_the_command_line(recipe: Path, tmp_path: Path
         "folder": str(tmp_path / "runs"),
         "changes": '{"training.rounds": 3}',
     }
-    order = read_order(config, recipe.parent)
+    order = read_run_config(config, recipe.parent)
     assert order.experiment == read_experiment(recipe, changes={"training.rounds": "3"})
     assert order.folder == tmp_path / "runs" / "tiny"
     order.folder.mkdir(parents=True)
-    assert read_order(config, recipe.parent).folder == order.folder
+    assert read_run_config(config, recipe.parent).folder == order.folder
     (order.folder / "run.json").write_text("{}")
-    assert read_order(config, recipe.parent).folder == tmp_path / "runs" / "tiny-2"
+    assert read_run_config(config, recipe.parent).folder == tmp_path / "runs" / "tiny-2"
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_a_wrong_run_config_is_said_by_key(
 ) -> None:
     """Each error names the entry."""
     with pytest.raises(ConfigError, match=words):
-        read_order(config, recipe.parent)
+        read_run_config(config, recipe.parent)
 
 
 def test_each_pretended_device_answers_under_its_own_name(recipe: Path, tmp_path: Path) -> None:
@@ -332,8 +332,8 @@ def test_a_run_that_was_cut_short_goes_on(
         "experiment": str(recipe),
         "folder": str(tmp_path / "runs"),
     }
-    order = read_order(config, tmp_path)
-    begin(order.experiment, order.folder)
+    order = read_run_config(config, tmp_path)
+    initialize_run(order.experiment, order.folder)
     begun = json.loads((order.folder / "state.json").read_text())
     serve_run(InProcessGrid(clients_app, 2, config), context({}, config))
     after = json.loads((order.folder / "state.json").read_text())

@@ -13,21 +13,21 @@ from tiny import first_device, tiny_experiment, tiny_gan, train_task
 from fedface.errors import ConfigError, LedgerError
 from fedface.experiment import Experiment
 from fedface.federation.belongings import (
-    Belongings,
-    Kept,
-    belongings,
+    DeviceState,
+    ChainFiles,
+    device_state,
     export,
-    lines_of,
-    of_device,
+    transmissions_of,
+    state_of_device,
     verify,
     write_alone,
 )
-from fedface.federation.device import Device, serve
-from fedface.federation.leaving import erase, leave, stake, to_erase
-from fedface.federation.task import Refusal, Trained, figures_book
+from fedface.federation.device import Device, handle_task
+from fedface.federation.leaving import erase, withdraw, withdrawal_impact, files_to_erase
+from fedface.federation.task import Refusal, TrainResult, metrics_ledger_key
 from fedface.privacy.accounting import compose, epsilon_of
 from fedface.privacy.chain import utc_now
-from fedface.privacy.journal import Journal, Sent, Withdrawn
+from fedface.privacy.journal import TransmissionLog, Transmission, Withdrawal
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.mechanism import GaussianSum
 from fedface.reports.device_log import make_log
@@ -51,22 +51,22 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def used(home: Path, *, witness: Path | None = None) -> Belongings:
+def used(home: Path, *, witness: Path | None = None) -> DeviceState:
     """The device after two rounds of "faces", a question of it, and a round of "others"."""
     if witness is not None:
         (home / "device.yaml").write_text(FILE + f"witness: {witness}\n")
-    device = belongings(home / "device.yaml").device
+    device = device_state(home / "device.yaml").device
     ledger, journal = device.ledger(), device.journal()
-    for run, round in (("faces", 1), ("faces", 2), (figures_book("faces"), 1), ("others", 1)):
-        entry = ledger.book(EVENT, run=run, round=round, marks={"unit": "photo"})
+    for run, round in (("faces", 1), ("faces", 2), (metrics_ledger_key("faces"), 1), ("others", 1)):
+        entry = ledger.record(EVENT, run=run, round=round, marks={"unit": "photo"})
         payload = f"{run} {round}".encode()
         ledger.store_reply(run, round, payload)
-        journal.note_sent(
+        journal.record_transmission(
             payload, run=run.removesuffix("/figures"), round=round, what="update", receiver="home",
             protection="noise", entry=entry.number,
         )  # fmt: skip
     device.key_path.write_bytes(b"a key")
-    kept = belongings(home / "device.yaml")
+    kept = device_state(home / "device.yaml")
     kept.index.parent.mkdir(parents=True)
     kept.index.write_bytes(b"dates and places")
     return kept
@@ -81,8 +81,8 @@ def test_looking_where_nothing_was_begun_begins_nothing(home: Path) -> None:
     """No folder, no ledger, no index; also once a state folder is there."""
     before = everything_in(home)
     for _ in range(2):
-        kept = belongings(home / "device.yaml")
-        assert (kept.entries(), kept.lines(), kept.runs()) == ([], None, [])
+        kept = device_state(home / "device.yaml")
+        assert (kept.entries(), kept.transmissions(), kept.runs()) == ([], None, [])
         with pytest.raises(ConfigError, match="no ledger here"):
             verify(kept.ledger, kept.journal)
         assert everything_in(home) == before
@@ -93,7 +93,7 @@ def test_looking_changes_no_byte(home: Path) -> None:
     """Of ledger, journal and heads that were left in order."""
     kept = used(home)
     before = everything_in(home)
-    assert len(kept.entries()) == len(kept.lines() or ()) == 4
+    assert len(kept.entries()) == len(kept.transmissions() or ()) == 4
     assert kept.runs() == ["faces", "others"]
     verify(kept.ledger, kept.journal)
     assert everything_in(home) == before
@@ -103,7 +103,7 @@ def test_looking_does_not_begin_a_witness(home: Path) -> None:
     """Naming one in the device file is for the device to act on."""
     used(home)
     (home / "device.yaml").write_text(FILE + "witness: disk\n")
-    kept = belongings(home / "device.yaml")
+    kept = device_state(home / "device.yaml")
     assert [book.witness for book in verify(kept.ledger, kept.journal).verified] == [None, None]
     assert not (home / "disk").exists()
 
@@ -112,7 +112,7 @@ def test_a_witness_is_found_under_the_name_that_the_chain_gave_it(home: Path) ->
     """The chain names its witness by its path; whoever erases must be able to say which file that is."""
     kept = used(home, witness=home / "disk")
     assert {kept.ledger.seen_by, kept.journal.seen_by} == set(everything_in(home / "disk"))
-    unnamed = (Kept.at(book.path, book.form, None) for book in (kept.ledger, kept.journal))
+    unnamed = (ChainFiles.at(book.path, book.form, None) for book in (kept.ledger, kept.journal))
     by_path = verify(*unnamed).verified
     assert [book.witness for book in by_path] == [kept.ledger.seen_by, kept.journal.seen_by]
 
@@ -123,7 +123,7 @@ def test_a_ledger_that_has_gone_is_missed_and_not_begun_anew(home: Path) -> None
     kept.ledger.path.unlink()
     for _ in range(2):
         with pytest.raises(LedgerError, match="has gone but"):
-            belongings(home / "device.yaml").entries()
+            device_state(home / "device.yaml").entries()
         assert not kept.ledger.path.exists()
         kept.ledger.head.unlink(missing_ok=True)
 
@@ -133,7 +133,7 @@ def test_heads_and_counts_are_those_of_the_books(home: Path) -> None:
     books = verify(kept.ledger, kept.journal)
     assert [(book.noun, book.count) for book in books.verified] == [("ledger", 4), ("journal", 4)]
     assert books.verified[0].head == books.entries[-1].digest
-    read = lines_of(kept.journal)
+    read = transmissions_of(kept.journal)
     assert read is not None and read[1] == books.verified[1].head != books.verified[0].head
 
 
@@ -163,8 +163,8 @@ def test_a_file_for_its_owner_alone_is_never_written_over_another(tmp_path: Path
 
 
 def test_a_stake_is_what_was_booked_for_the_run_and_its_questions(home: Path) -> None:
-    mine = stake(used(home), "faces")
-    assert (mine.rounds, mine.questions, mine.left) == ((1, 2), (1,), None)
+    mine = withdrawal_impact(used(home), "faces")
+    assert (mine.rounds, mine.evaluations, mine.transmissions) == ((1, 2), (1,), None)
     assert mine.price.bounds == epsilon_of(compose([EVENT] * 3), 1e-6)
     assert "updates of rounds 1, 2 and figures of question 1" in mine.lasting()[0]
     assert mine.price.in_words() in mine.lasting()[1]
@@ -173,52 +173,52 @@ def test_a_stake_is_what_was_booked_for_the_run_and_its_questions(home: Path) ->
 def test_leaving_drops_the_runs_own_answers_and_no_booking(home: Path) -> None:
     """Of its updates and of its questions; the other run's stay."""
     kept = used(home)
-    assert leave(kept, "faces", "my reason") == 2
+    assert withdraw(kept, "faces", "my reason") == 2
     ledger = kept.device.ledger()
-    assert ledger.stored_reply("faces", 2) is None and ledger.stored_reply("faces/figures", 1) is None
-    assert ledger.stored_reply("others", 1) == b"others 1"
+    assert ledger.load_reply("faces", 2) is None and ledger.load_reply("faces/figures", 1) is None
+    assert ledger.load_reply("others", 1) == b"others 1"
     assert len(ledger.entries()) == 4
-    last = kept.device.journal().lines()[-1]
-    assert isinstance(last, Withdrawn) and (last.run, last.why) == ("faces", "my reason")
+    last = kept.device.journal().records()[-1]
+    assert isinstance(last, Withdrawal) and (last.run, last.reason) == ("faces", "my reason")
 
 
 def test_leaving_once_more_drops_an_answer_that_was_kept_meanwhile(home: Path) -> None:
     """By a device that was killed between keeping it and noting it, while its owner left."""
     kept = used(home)
-    leave(kept, "faces")
+    withdraw(kept, "faces")
     ledger = kept.device.ledger()
-    entry = ledger.book(EVENT, run="faces", round=3)
+    entry = ledger.record(EVENT, run="faces", round=3)
     ledger.store_reply("faces", 3, b"nobody will ask for it", attempt=entry.attempt)
-    assert leave(kept, "faces") == 1 and ledger.stored_reply("faces", 3) is None
+    assert withdraw(kept, "faces") == 1 and ledger.load_reply("faces", 3) is None
     assert b"nobody will ask for it" not in kept.ledger.path.read_bytes()
 
 
 def test_leaving_twice_is_as_leaving_once(home: Path) -> None:
     kept = used(home)
-    leave(kept, "faces")
-    before = kept.lines()
-    assert leave(kept, "faces", "again") == 0 and kept.lines() == before
-    assert stake(kept, "faces").left == kept.device.journal().withdrawn()["faces"]
+    withdraw(kept, "faces")
+    before = kept.transmissions()
+    assert withdraw(kept, "faces", "again") == 0 and kept.transmissions() == before
+    assert withdrawal_impact(kept, "faces").transmissions == kept.device.journal().withdrawals()["faces"]
 
 
 def test_a_run_that_nobody_knows_is_not_left(home: Path) -> None:
     with pytest.raises(ConfigError, match="knows none: nothing was booked and nothing sent"):
-        leave(belongings(home / "device.yaml"), "faces")
+        withdraw(device_state(home / "device.yaml"), "faces")
     kept = used(home)
     with pytest.raises(ConfigError, match="no run 'fases'; it knows faces, others"):
-        leave(kept, "fases")
-    assert kept.device.journal().withdrawn() == {}
+        withdraw(kept, "fases")
+    assert kept.device.journal().withdrawals() == {}
 
 
 def test_a_run_that_was_only_ever_refused_can_be_left(home: Path) -> None:
     """The journal knows it; there is nothing that could not be undone."""
-    kept = belongings(home / "device.yaml")
-    kept.device.journal().note_sent(
+    kept = device_state(home / "device.yaml")
+    kept.device.journal().record_transmission(
         b"no", run="odd", round=1, what="refusal", receiver="home", protection="", entry=None, words="no"
     )
-    kept = belongings(home / "device.yaml")
-    assert "nothing that could not be undone" in stake(kept, "odd").lasting()[0]
-    assert leave(kept, "odd") == 0 and kept.device.journal().has_withdrawn("odd")
+    kept = device_state(home / "device.yaml")
+    assert "nothing that could not be undone" in withdrawal_impact(kept, "odd").lasting()[0]
+    assert withdraw(kept, "odd") == 0 and kept.device.journal().has_withdrawn("odd")
     assert not kept.device.ledger_path.exists()
 
 
@@ -226,25 +226,25 @@ def test_a_device_that_answered_two_rounds_refuses_the_third_once_its_owner_has_
     """Sizes, digests and prices of the log are those of the bytes that left, and the refusal is in it too."""
     experiment = tiny_experiment(tmp_path / "recipe")
     device = roomy(experiment, tmp_path)
-    kept = of_device(device, tmp_path / "photos")
+    kept = state_of_device(device, tmp_path / "photos")
     task = train_task(experiment, tiny_gan())
     payloads = []
     for number in (1, 2):
-        reply = serve(replace(task, round=number), device)
-        assert isinstance(reply, Trained)
+        reply = handle_task(replace(task, round=number), device)
+        assert isinstance(reply, TrainResult)
         payloads.append(reply.payload)
-    assert leave(kept, "tiny", "enough") == 1
-    answer = serve(replace(task, round=3), device)
+    assert withdraw(kept, "tiny", "enough") == 1
+    answer = handle_task(replace(task, round=3), device)
     assert isinstance(answer, Refusal) and answer.withdrawn
 
-    log = make_log("d", device.policy, kept.entries(), kept.lines(), receiver="home", now=utc_now())
+    log = make_log("d", device.policy, kept.entries(), kept.transmissions(), receiver="home", now=utc_now())
     first, second, left, refused = log.told
     for told, payload in zip((first, second), payloads, strict=True):
-        assert isinstance(told.line, Sent) and told.line.bytes == len(payload) and told.price is not None
+        assert isinstance(told.line, Transmission) and told.line.bytes == len(payload) and told.price is not None
         assert told.line.digest_of_payload == hashlib.sha256(payload).hexdigest()
         assert told.price.bounds == epsilon_of(experiment.plan().event(1), device.policy.delta)
-    assert isinstance(left.line, Withdrawn) and left.line.why == "enough"
-    assert isinstance(refused.line, Sent) and (refused.line.what, refused.line.round) == ("refusal", 3)
+    assert isinstance(left.line, Withdrawal) and left.line.reason == "enough"
+    assert isinstance(refused.line, Transmission) and (refused.line.kind, refused.line.round) == ("refusal", 3)
     assert refused.line.digest_of_payload == hashlib.sha256(answer.reason.encode()).hexdigest()
     assert refused.price is None and len(kept.entries()) == 2
 
@@ -263,7 +263,7 @@ def test_erasing_keeps_ledger_journal_and_photos(home: Path) -> None:
     assert done.replies == 3 and set(done.files) == {kept.device.key_path, kept.index}
     assert not kept.device.key_path.exists() and not kept.index.exists()
     assert b"others 1" not in kept.ledger.path.read_bytes()
-    assert len(kept.entries()) == 4 and len(kept.lines() or ()) == 4
+    assert len(kept.entries()) == 4 and len(kept.transmissions() or ()) == 4
     assert everything_in(home / "photos") == {home / "photos" / "me.jpg": b"a photo"}
 
 
@@ -282,10 +282,10 @@ def test_erasing_everything_leaves_the_photos_and_what_is_not_ours(home: Path) -
 def test_the_index_is_named_where_it_is_not_found_too(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It lies where the user keeps state who scanned the photos; whoever erases may be another."""
     kept = used(home)
-    named = next(one for one in to_erase(kept, books=False) if one.file == kept.index)
+    named = next(one for one in files_to_erase(kept, books=False) if one.file == kept.index)
     assert str(named) == f"{kept.index}: the index of the photos in {kept.photos}"
     monkeypatch.setenv("XDG_STATE_HOME", str(home / "of-another-user"))
-    other = next(one for one in to_erase(kept, books=False) if one.file == kept.index)
+    other = next(one for one in files_to_erase(kept, books=False) if one.file == kept.index)
     assert other.file != named.file and not other.found
     assert str(other).endswith(" - not found (was the device run as another user?)")
     assert named.file not in erase(kept, books=False).files and named.file.exists()
@@ -316,15 +316,15 @@ def test_a_witness_remembers_what_was_erased_until_it_is_deleted_too(home: Path)
     assert set(done.witnesses) == set(everything_in(home / "disk"))
     with pytest.raises(LedgerError, match="has gone but"):
         kept.device.ledger()
-    assert all(str(place) in " ".join(done.in_words()) for place in done.witnesses)
+    assert all(str(place) in " ".join(done.describe()) for place in done.witnesses)
     for place in done.witnesses:
         place.unlink()
     assert kept.device.ledger().entries() == []
 
 
-def found(kept: Belongings) -> list[Path]:
+def found(kept: DeviceState) -> list[Path]:
     """The files that are there for erasing everything."""
-    return [one.file for one in to_erase(kept, books=True) if one.found]
+    return [one.file for one in files_to_erase(kept, books=True) if one.found]
 
 
 @pytest.mark.parametrize("deleted", range(1, 7))
@@ -372,8 +372,8 @@ def test_a_damaged_head_can_be_erased_too(home: Path) -> None:
     kept = used(home)
     kept.ledger.head.write_text("torn")
     with pytest.raises(LedgerError, match="damaged"):
-        belongings(home / "device.yaml").entries()
-    erase(belongings(home / "device.yaml"), books=True)
+        device_state(home / "device.yaml").entries()
+    erase(device_state(home / "device.yaml"), books=True)
     assert found(kept) == []
 
 
@@ -381,6 +381,6 @@ def test_books_that_are_swapped_are_none(home: Path) -> None:
     """A journal in the ledger's place."""
     kept = used(home)
     with pytest.raises(LedgerError):
-        replace(kept.ledger, path=kept.journal.path).look(Ledger.open)
+        replace(kept.ledger, path=kept.journal.path).open_existing(Ledger.open)
     with pytest.raises(LedgerError):
-        replace(kept.journal, path=kept.ledger.path).look(Journal.open)
+        replace(kept.journal, path=kept.ledger.path).open_existing(TransmissionLog.open)

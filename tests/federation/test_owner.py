@@ -11,26 +11,26 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from fedface.aggregation.protocol import Agreement, PlainConfig
+from fedface.aggregation.protocol import AggregationParameters, PlainConfig
 from fedface.config import parse
 from fedface.errors import ConfigError
-from fedface.federation.belongings import belongings
-from fedface.federation.device import serve
+from fedface.federation.belongings import device_state
+from fedface.federation.device import handle_task
 from fedface.federation.leaving import erase
-from fedface.federation.owner import check_kind, checked_owner, lost_folders, owner_device
-from fedface.federation.task import Agreed, Refusal, TrainTask
-from fedface.models.critic import Critic, CriticConfig
-from fedface.models.family import GanShape
-from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
-from fedface.models.weights import buffers_of, vector_of
-from fedface.photos.drawn import ToneMix, draw, sample_faces
+from fedface.federation.owner import check_kind, read_device_config, missing_policy_folders, load_device
+from fedface.federation.task import RoundConfig, Refusal, TrainTask
+from fedface.models.critic import Discriminator, DiscriminatorConfig
+from fedface.models.family import GanArchitecture
+from fedface.models.stylegan2 import StyleGAN2Config, StyleGAN2
+from fedface.models.weights import flatten_buffers, flatten_parameters
+from fedface.photos.drawn import ToneMix, render, sample_faces
 from fedface.photos.index import PhotoIndex, default_cache
 from fedface.photos.pixels import write_png
 from fedface.photos.scan import scan_library
-from fedface.privacy.conditions import NotNow
+from fedface.privacy.conditions import ConditionsNotMet
 from fedface.privacy.plan import make_plan
 from fedface.privacy.policy import DevicePolicy
-from fedface.privacy.target import NoPromise
+from fedface.privacy.target import NoPrivacy
 from fedface.randomness import Streams
 from fedface.training.generator import GanTrainingConfig
 
@@ -50,8 +50,8 @@ def draw_photos(folder: Path, count: int, name: str) -> None:
     """Drawn faces of 128 px, saved as a camera would."""
     folder.mkdir(exist_ok=True)
     streams = Streams(3).child(name)
-    faces = sample_faces(count, ToneMix(light_share=0.5), streams.generator("faces"))
-    for i, face in enumerate(draw(faces, 128, noise=streams.generator("camera"))):
+    faces = sample_faces(count, ToneMix(light_fraction=0.5), streams.generator("faces"))
+    for i, face in enumerate(render(faces, 128, noise=streams.generator("camera"))):
         pixels = (face.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
         write_png(folder / f"{name}-{i}.png", np.ascontiguousarray(pixels))
 
@@ -67,7 +67,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_photos_are_found_scanned_and_cut_to_size(home: Path) -> None:
     """Paths count from the file's own folder; a photo added later takes part; a face takes three bytes a pixel."""
-    device = owner_device(home / "device.yaml")
+    device = load_device(home / "device.yaml")
     assert (device.name, device.policy.max_epsilon, device.state) == ("kitchen", 2.0, home / "state")
     first = device.photos(16).images
     assert first.shape == (3, 3, 16, 16) and first.nbytes == 3 * 3 * 16 * 16
@@ -80,7 +80,7 @@ def test_a_folder_without_a_face_gives_none_and_a_photo_that_goes_is_left_out(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No error that a server could tell from an answer: noise hides one photo more or less, also the first."""
-    device = owner_device(home / "device.yaml")
+    device = load_device(home / "device.yaml")
 
     def scanned(folder: Path, **more: object) -> None:
         scan_library(folder, **more)  # type: ignore[arg-type]
@@ -98,10 +98,10 @@ def test_a_folder_without_a_face_gives_none_and_a_photo_that_goes_is_left_out(
 
 def test_the_state_folder_is_the_owners_alone(home: Path) -> None:
     """Made so, and refused when it was opened since."""
-    assert owner_device(home / "device.yaml").state.stat().st_mode & 0o777 == 0o700
+    assert load_device(home / "device.yaml").state.stat().st_mode & 0o777 == 0o700
     (home / "state").chmod(0o755)
     with pytest.raises(ConfigError, match="chmod 700"):
-        owner_device(home / "device.yaml")
+        load_device(home / "device.yaml")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_folder_that_a_policy_names_and_that_is_not_there_is_found(
     for name in ("Private", "Work/Documents", "2019"):
         (photos / name).mkdir(parents=True)
     policy = parse(f"max_epsilon: 2\ndelta: 1e-6\n{line}", DevicePolicy, name="p.yaml")
-    found = [one.in_words().replace(str(photos), "PHOTOS") for one in lost_folders(policy, photos)]
+    found = [one.describe().replace(str(photos), "PHOTOS") for one in missing_policy_folders(policy, photos)]
     assert found == lost
 
 
@@ -133,11 +133,11 @@ def test_nothing_is_answered_while_a_barred_folder_seems_mistyped(
 ) -> None:
     """What has gone bars nothing and is noted; what nearly names a folder that is there was meant to bar it."""
     (home / "device.yaml").write_text(FILE + "  never: [Private]\n")
-    assert owner_device(home / "device.yaml").name == "kitchen"
+    assert load_device(home / "device.yaml").name == "kitchen"
     assert "policy.never: there is no folder Private in" in caplog.text
     (home / "photos" / "Privat").mkdir()
     with pytest.raises(ConfigError, match=r"policy.never: .*did you mean Privat\? Mend the line"):
-        owner_device(home / "device.yaml")
+        load_device(home / "device.yaml")
 
 
 def test_only_folders_of_which_none_is_there_are_refused(
@@ -146,17 +146,17 @@ def test_only_folders_of_which_none_is_there_are_refused(
     """One of several may have gone: that is noted, and the others are used."""
     (home / "photos" / "Family").mkdir()
     (home / "device.yaml").write_text(FILE + "  folders: [Family, Gone]\n")
-    assert owner_device(home / "device.yaml").name == "kitchen"
+    assert load_device(home / "device.yaml").name == "kitchen"
     assert "policy.folders: there is no folder Gone in" in caplog.text
     (home / "device.yaml").write_text(FILE + "  folders: [Famly]\n")
     with pytest.raises(ConfigError, match=r"policy.folders: .*did you mean Family\? No photo may be used"):
-        owner_device(home / "device.yaml")
+        load_device(home / "device.yaml")
 
 
 def test_checking_a_device_makes_nothing(home: Path) -> None:
     """Neither the state nor an index."""
     before = sorted(home.rglob("*"))
-    assert checked_owner(home / "device.yaml").name == "kitchen"
+    assert read_device_config(home / "device.yaml").name == "kitchen"
     assert sorted(home.rglob("*")) == before
 
 
@@ -209,37 +209,37 @@ def test_a_mistake_in_the_file_is_said_where_it_stands(home: Path, old: str, new
     """An owner mends it without reading our code."""
     (home / "device.yaml").write_text(FILE.replace(old, new))
     with pytest.raises(ConfigError, match=words):
-        owner_device(home / "device.yaml")
+        load_device(home / "device.yaml")
 
 
 def test_a_run_that_the_policy_refuses_reads_no_photo_and_books_nothing(home: Path) -> None:
     """Without noise, in the open: this owner allows neither, and the folder is not even listed."""
-    shapes = GeneratorConfig(size=16, channel_base=64, channel_max=8), CriticConfig(size=16, channel_base=64)
+    shapes = StyleGAN2Config(size=16, channel_base=64, channel_max=8), DiscriminatorConfig(size=16, channel_base=64)
     training = GanTrainingConfig(rounds=1, steps_per_round=1)
     task = TrainTask(
         run="r",
         round=1,
         cohort=3,
         seed=0,
-        agreed=Agreed(
-            terms=make_plan(NoPromise(), training.schedule()).terms,
+        config=RoundConfig(
+            dp=make_plan(NoPrivacy(), training.schedule()).dp_parameters,
             training=training,
-            shape=GanShape(generator=shapes[0], critic=shapes[1]),
+            architecture=GanArchitecture(generator=shapes[0], discriminator=shapes[1]),
             aggregation=PlainConfig(),
-            agreement=Agreement(value_range=1.0, most_devices=3),
+            agreement=AggregationParameters(value_range=1.0, max_devices=3),
         ),
-        weights=vector_of(StyleGAN2(shapes[0]), Critic(shapes[1])),
-        buffers=buffers_of(StyleGAN2(shapes[0]), Critic(shapes[1])),
+        weights=flatten_parameters(StyleGAN2(shapes[0]), Discriminator(shapes[1])),
+        buffers=flatten_buffers(StyleGAN2(shapes[0]), Discriminator(shapes[1])),
         model="m",
     )
-    answer = serve(task, owner_device(home / "device.yaml"))
+    answer = handle_task(task, load_device(home / "device.yaml"))
     assert isinstance(answer, Refusal) and answer.device == "kitchen" and "plain" in answer.reason
     assert not (home / "indexes").exists()
 
 
 def test_a_scan_by_hand_puts_rounds_off_until_it_ends(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A round would be paid for and see no photo."""
-    device = owner_device(home / "device.yaml")
+    device = load_device(home / "device.yaml")
     device.ready()
     assert len(device.photos(16)) == 3
     index = PhotoIndex(default_cache(home / "photos"))
@@ -247,7 +247,7 @@ def test_a_scan_by_hand_puts_rounds_off_until_it_ends(home: Path, monkeypatch: p
     with index.writing("another"):
         scanning = sqlite3.connect(index.path, isolation_level=None)
         scanning.execute("BEGIN IMMEDIATE")
-        with pytest.raises(NotNow):
+        with pytest.raises(ConditionsNotMet):
             device.ready()
         scanning.execute("ROLLBACK")
         scanning.close()
@@ -259,14 +259,14 @@ _is_busy = PhotoIndex.is_busy
 
 def test_an_index_of_a_folder_that_was_moved_is_erased_too(home: Path) -> None:
     """It holds dates, places and where faces are, under the old folder's name."""
-    owner_device(home / "device.yaml").photos(16)
+    load_device(home / "device.yaml").photos(16)
     first = default_cache(home / "photos")
     (home / "photos").rename(home / "pictures")
     (home / "device.yaml").write_text(FILE.replace("photos: photos", "photos: pictures"))
-    owner_device(home / "device.yaml").photos(16)
+    load_device(home / "device.yaml").photos(16)
     second = default_cache(home / "pictures")
     assert first.exists() and second.exists()
-    kept = belongings(home / "device.yaml")
+    kept = device_state(home / "device.yaml")
     assert set(kept.indexes) == {first, second}
     erase(kept, books=False)
     assert not first.exists() and not second.exists() and not (home / "state" / "indexes.json").exists()
@@ -274,8 +274,8 @@ def test_an_index_of_a_folder_that_was_moved_is_erased_too(home: Path) -> None:
 
 def test_a_new_state_folder_is_said(home: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A device file that was moved away from its state counts from zero: nobody but its owner can know."""
-    owner_device(home / "device.yaml")
+    load_device(home / "device.yaml")
     assert "is not known there" in caplog.text
     caplog.clear()
-    owner_device(home / "device.yaml")
+    load_device(home / "device.yaml")
     assert not caplog.text

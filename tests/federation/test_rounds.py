@@ -16,28 +16,28 @@ from fedface.aggregation.plain import PlainAggregation
 from fedface.aggregation.protocol import Payload
 from fedface.errors import FederationError, RunError
 from fedface.experiment import Experiment
-from fedface.federation.cohort import Heard
-from fedface.federation.device import serve
-from fedface.federation.findings import Yardstick, sample_figures
+from fedface.federation.cohort import OnReply
+from fedface.federation.device import handle_task
+from fedface.federation.findings import ReferenceSet, sample_metrics
 from fedface.federation.orders import devices_folder
 from fedface.federation.reading import read_reply, read_task
-from fedface.federation.rounds import SilentWatcher, run_rounds
+from fedface.federation.rounds import SilentProgress, run_rounds
 from fedface.federation.simulated import device_faces, simulated_device
-from fedface.federation.state import State, weights_path
-from fedface.federation.task import Fault, Refusal, Reply, Revealed, Task, Trained, TrainTask
-from fedface.models.weights import buffers_of, load_model, vector_of, weights_hash
+from fedface.federation.state import RunState, weights_path
+from fedface.federation.task import Failure, Refusal, Reply, DecryptResult, Task, TrainResult, TrainTask
+from fedface.models.weights import flatten_buffers, load_model, flatten_parameters, weights_hash
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Ledger
 from fedface.reports.quantities import Epsilon, Interval, NotMeasured
 from fedface.shapes import Vector
-from fedface.training.generator import ranges_of
+from fedface.training.generator import gan_ranges
 from fedface.upsampling.degrade import Area
 
-Tamper = Callable[[int, Task, Reply], Reply | Fault]
+Tamper = Callable[[int, Task, Reply], Reply | Failure]
 THREE = {"devices.light_shares": "[0.9, 0.5, 0.1]"}
 
 
-def honest(member: int, task: Task, reply: Reply) -> Reply | Fault:
+def honest(member: int, task: Task, reply: Reply) -> Reply | Failure:
     """Nothing is changed."""
     return reply
 
@@ -54,23 +54,23 @@ class LocalCohort:
     def members(self, wanted: int) -> Sequence[int]:
         return range(self.count)
 
-    def ask(self, task: Task, members: Sequence[int], heard: Heard) -> Mapping[int, Reply | Fault]:
+    def ask(self, task: Task, members: Sequence[int], heard: OnReply) -> Mapping[int, Reply | Failure]:
         self.asked.append((type(task).__name__, task.round, tuple(members)))
-        answers: dict[int, Reply | Fault] = {}
+        answers: dict[int, Reply | Failure] = {}
         for member in members:
             device = simulated_device(self.experiment, member, devices_folder(self.folder))
-            reply = read_reply(serve(read_task(task.message()), device).message())
+            reply = read_reply(handle_task(read_task(task.message()), device).message())
             self.replies[type(task).__name__, task.round, member] = reply
             answers[member] = self.tamper(member, task, reply)
         return answers
 
 
-def rounds(experiment: Experiment, cohort: LocalCohort) -> State:
+def rounds(experiment: Experiment, cohort: LocalCohort) -> RunState:
     """All rounds that are not on disk yet."""
     faces = device_faces(experiment, 48, 16)
     assert faces is not None
-    like = Yardstick(faces=faces, asked=faces, downscale=experiment.upsampling.downscale)
-    return run_rounds(experiment, experiment.plan(), cohort, State.read(cohort.folder), like, SilentWatcher())
+    like = ReferenceSet(faces=faces, asked=faces, downscale=experiment.upsampling.downscale)
+    return run_rounds(experiment, experiment.plan(), cohort, RunState.read(cohort.folder), like, SilentProgress())
 
 
 def cohort_of(
@@ -83,18 +83,18 @@ def cohort_of(
 
 def weights_after(folder: Path, round: int) -> Vector:
     """The global model after a round."""
-    return vector_of(*load_model(weights_path(folder, round)).modules())
+    return flatten_parameters(*load_model(weights_path(folder, round)).modules())
 
 
-def update_of(reply: Reply | Fault) -> Vector:
+def update_of(reply: Reply | Failure) -> Vector:
     """The numbers of a plain update."""
-    assert isinstance(reply, Trained)
-    return PlainAggregation(most_devices=9).reveal(Payload.from_bytes(reply.payload))
+    assert isinstance(reply, TrainResult)
+    return PlainAggregation(max_devices=9).reveal(Payload.from_bytes(reply.payload))
 
 
 def plain_bytes(values: Vector, round: int = 1) -> bytes:
     """Somebody's numbers as a plain payload."""
-    return PlainAggregation(most_devices=9).protect(values, round).to_bytes()
+    return PlainAggregation(max_devices=9).protect(values, round).to_bytes()
 
 
 @pytest.mark.parametrize("server_rate", [1.0, 0.5])
@@ -103,8 +103,8 @@ def test_a_round_applies_the_mean_of_the_updates(tmp_path: Path, server_rate: fl
     cohort = cohort_of(tmp_path, {**THREE, "training.server_rate": str(server_rate)})
     state = rounds(cohort.experiment, cohort)
     updates = [update_of(cohort.replies["TrainTask", 1, member]) for member in range(3)]
-    start = vector_of(*tiny_gan().modules())
-    wanted = start + server_rate * torch.stack(updates).mean(0) * ranges_of(
+    start = flatten_parameters(*tiny_gan().modules())
+    wanted = start + server_rate * torch.stack(updates).mean(0) * gan_ranges(
         tiny_gan(), cohort.experiment.training
     )
     assert torch.allclose(weights_after(cohort.folder, 1), wanted, atol=1e-6)
@@ -113,7 +113,7 @@ def test_a_round_applies_the_mean_of_the_updates(tmp_path: Path, server_rate: fl
     assert state.rounds[0].weights_hash == weights_hash(*load_model(weights_path(cohort.folder, 1)).modules())
 
 
-def spoilt(kind: str, reply: Trained) -> Reply | Fault:
+def spoilt(kind: str, reply: TrainResult) -> Reply | Failure:
     """What a broken or hostile device sends instead of its update."""
     good = update_of(reply)
     match kind:
@@ -134,13 +134,13 @@ def spoilt(kind: str, reply: Trained) -> Reply | Fault:
             return replace(reply, payload=replace(body, parts=(part,)).to_bytes())
         case "sum":
             pair = [Payload.from_bytes(reply.payload)] * 2
-            return replace(reply, payload=PlainAggregation(most_devices=9).combine(pair).to_bytes())
+            return replace(reply, payload=PlainAggregation(max_devices=9).combine(pair).to_bytes())
         case "gone":
-            return Fault("no answer within 1 s")
+            return Failure("no answer within 1 s")
         case "refuses":
             return Refusal(device=reply.device, reason="not today")
         case _:
-            return Revealed(device=reply.device, total=good)
+            return DecryptResult(device=reply.device, total=good)
 
 
 @pytest.mark.parametrize(
@@ -163,8 +163,8 @@ def test_one_broken_device_is_named_and_the_round_goes_on_without_it(
 ) -> None:
     """The result is the mean of the two others, as if it had not been there."""
 
-    def tamper(member: int, task: Task, reply: Reply) -> Reply | Fault:
-        return spoilt(kind, reply) if member == 1 and isinstance(reply, Trained) else reply
+    def tamper(member: int, task: Task, reply: Reply) -> Reply | Failure:
+        return spoilt(kind, reply) if member == 1 and isinstance(reply, TrainResult) else reply
 
     cohort = cohort_of(tmp_path, THREE, tamper)
     (record,) = rounds(cohort.experiment, cohort).rounds
@@ -173,28 +173,28 @@ def test_one_broken_device_is_named_and_the_round_goes_on_without_it(
     assert len(record.refusals) + len(record.dropped) == 1
     assert away[0].device == named and words in away[0].reason
     others = torch.stack([update_of(cohort.replies["TrainTask", 1, member]) for member in (0, 2)]).mean(0)
-    wanted = vector_of(*tiny_gan().modules()) + others * ranges_of(tiny_gan(), cohort.experiment.training)
+    wanted = flatten_parameters(*tiny_gan().modules()) + others * gan_ranges(tiny_gan(), cohort.experiment.training)
     assert torch.allclose(weights_after(cohort.folder, 1), wanted, atol=1e-6)
 
 
 def test_too_few_answers_apply_nothing_and_the_run_can_be_resumed(tmp_path: Path) -> None:
     """Two are needed and one came: no checkpoint, a sentence with names; the second try costs nobody more."""
 
-    def tamper(member: int, task: Task, reply: Reply) -> Reply | Fault:
-        return Fault("its network is down") if member == 1 else reply
+    def tamper(member: int, task: Task, reply: Reply) -> Reply | Failure:
+        return Failure("its network is down") if member == 1 else reply
 
     cohort = cohort_of(tmp_path, {}, tamper)
     with pytest.raises(
         FederationError, match=r"1 of 2 devices .* 2 are needed \(device 1: its network is down\)"
     ):
         rounds(cohort.experiment, cohort)
-    assert not weights_path(cohort.folder, 1).exists() and State.read(cohort.folder).rounds == ()
+    assert not weights_path(cohort.folder, 1).exists() and RunState.read(cohort.folder).rounds == ()
     lost = dict(cohort.replies)
     cohort.tamper = honest
     (record,) = rounds(cohort.experiment, cohort).rounds
     assert record.answered == ("device-00", "device-01")
-    assert {key: reply.payload for key, reply in cohort.replies.items() if isinstance(reply, Trained)} == {
-        key: reply.payload for key, reply in lost.items() if isinstance(reply, Trained)
+    assert {key: reply.payload for key, reply in cohort.replies.items() if isinstance(reply, TrainResult)} == {
+        key: reply.payload for key, reply in lost.items() if isinstance(reply, TrainResult)
     }
     for member in range(2):
         device = simulated_device(cohort.experiment, member, devices_folder(cohort.folder))
@@ -206,7 +206,7 @@ def test_a_run_goes_on_after_its_last_round_on_disk(tmp_path: Path) -> None:
     cohort = cohort_of(tmp_path, {"training.rounds": "2"})
     first = rounds(cohort.experiment, cohort)
     hashes = [weights_hash(*load_model(weights_path(cohort.folder, number)).modules()) for number in (1, 2)]
-    State(cohort.folder, first.started, first.rounds[:1]).save()
+    RunState(cohort.folder, first.started, first.rounds[:1]).save()
     cohort.asked.clear()
     again = rounds(cohort.experiment, cohort)
     assert cohort.asked == [("TrainTask", 2, (0, 1))]
@@ -222,17 +222,17 @@ def test_bytes_and_epsilon_are_recorded_as_they_were(tmp_path: Path) -> None:
     experiment = cohort.experiment
     records = rounds(experiment, cohort).rounds
     modules = tiny_gan().modules()
-    length = len(vector_of(*modules)) + len(buffers_of(*modules))
+    length = len(flatten_parameters(*modules)) + len(flatten_buffers(*modules))
     for number, record in enumerate(records, start=1):
         sent = [cohort.replies["TrainTask", number, member] for member in range(2)]
-        assert record.bytes_up == sum(len(reply.payload) for reply in sent if isinstance(reply, Trained))
+        assert record.bytes_up == sum(len(reply.payload) for reply in sent if isinstance(reply, TrainResult))
         assert record.bytes_down == 2 * 4 * length
         assert record.bytes_reveal == 0
         price = epsilon_of(experiment.plan().event(number), 1e-3)
         assert isinstance(record.epsilon, Epsilon)
         assert (record.epsilon.lower, record.epsilon.upper) == (price.lower, price.upper)
         assert (record.epsilon.delta, record.epsilon.unit) == (1e-3, "photo")
-        assert set(record.figures) == {"distance", "monk", "dark_share"}
+        assert set(record.metrics) == {"distance", "monk", "dark_share"}
     spent = [record.epsilon.upper for record in records if isinstance(record.epsilon, Epsilon)]
     assert 0 < spent[0] < spent[1] <= 8.0
 
@@ -254,7 +254,7 @@ def test_plain_and_encrypted_sums_give_the_same_model_up_to_half_a_step(tmp_path
         expected = [("TrainTask", 1, (0, 1))] + ([("RevealTask", 1, (0,))] if kind == "encrypted" else [])
         assert cohort.asked == expected
         assert record.answered == ("device-00", "device-01")
-    ranges = ranges_of(tiny_gan(), cohort.experiment.training)
+    ranges = gan_ranges(tiny_gan(), cohort.experiment.training)
     rounding = torch.finfo(torch.float32).eps * ends["plain"].abs()
     apart = (ends["plain"] - ends["encrypted"]).abs()
     assert bool((apart <= 0.5001 * ranges / (2**15 - 1) + rounding).all())
@@ -275,8 +275,8 @@ def test_a_device_with_another_key_is_named_and_the_round_goes_on(tmp_path: Path
     keys = make_keys(experiment.aggregation, experiment.agreement)
     stranger = make_device(experiment.aggregation, experiment.agreement, keys)
 
-    def tamper(member: int, task: Task, reply: Reply) -> Reply | Fault:
-        if member == 0 and isinstance(reply, Trained) and isinstance(task, TrainTask):
+    def tamper(member: int, task: Task, reply: Reply) -> Reply | Failure:
+        if member == 0 and isinstance(reply, TrainResult) and isinstance(task, TrainTask):
             return replace(reply, payload=stranger.protect(torch.zeros(len(task.weights)), 1).to_bytes())
         return reply
 
@@ -290,9 +290,9 @@ def test_a_device_with_another_key_is_named_and_the_round_goes_on(tmp_path: Path
 def test_a_sum_that_one_device_does_not_open_is_opened_by_the_next(tmp_path: Path, liars: int) -> None:
     """Wrong length, then nobody left: a sentence, and no checkpoint."""
 
-    def tamper(member: int, task: Task, reply: Reply) -> Reply | Fault:
-        if isinstance(reply, Revealed) and member < liars:
-            return Revealed(device=reply.device, total=reply.total[:-1])
+    def tamper(member: int, task: Task, reply: Reply) -> Reply | Failure:
+        if isinstance(reply, DecryptResult) and member < liars:
+            return DecryptResult(device=reply.device, total=reply.total[:-1])
         return reply
 
     cohort = cohort_of(tmp_path, {"aggregation": "{kind: encrypted}"}, tamper)
@@ -308,8 +308,8 @@ def test_a_sum_that_one_device_does_not_open_is_opened_by_the_next(tmp_path: Pat
 def test_updates_whose_sum_overflows_leave_no_broken_checkpoint(tmp_path: Path) -> None:
     """Two times 3e38 is no float32: nothing is written that could not be read again."""
 
-    def tamper(member: int, task: Task, reply: Reply) -> Reply | Fault:
-        if not isinstance(reply, Trained):
+    def tamper(member: int, task: Task, reply: Reply) -> Reply | Failure:
+        if not isinstance(reply, TrainResult):
             return reply
         return replace(reply, payload=plain_bytes(torch.full_like(update_of(reply), 3e38)))
 
@@ -322,18 +322,18 @@ def test_updates_whose_sum_overflows_leave_no_broken_checkpoint(tmp_path: Path) 
 def test_a_damaged_or_missing_state_is_said(tmp_path: Path) -> None:
     """In words, with the file."""
     with pytest.raises(RunError, match="nothing to resume"):
-        State.read(tmp_path)
+        RunState.read(tmp_path)
     for text in ("", "{", "{}", '{"started": "x", "rounds": [{}]}', '{"started": "x", "rounds": 3}', "[]"):
         (tmp_path / "state.json").write_text(text)
         with pytest.raises(RunError, match="state.json|missing"):
-            State.read(tmp_path)
+            RunState.read(tmp_path)
 
 
 def test_a_distance_needs_forty_faces_and_says_so(tmp_path: Path) -> None:
     """Real devices are compared with the probe, which may be small: that is no reason to stop a run."""
     faces = torch.rand(48, 3, 16, 16)
     few, enough = (
-        sample_figures(tiny_gan(), Yardstick(faces=faces[:n], asked=faces, downscale=Area(4)), 0)["distance"]
+        sample_metrics(tiny_gan(), ReferenceSet(faces=faces[:n], asked=faces, downscale=Area(4)), 0)["distance"]
         for n in (39, 40)
     )
     assert isinstance(few, NotMeasured) and isinstance(enough, Interval)

@@ -8,15 +8,15 @@ import pytest
 from tiny import WAYS, tiny_file
 
 from fedface.errors import RunError
-from fedface.experiment import UNBOUNDED
+from fedface.experiment import NO_DP_LABEL
 from fedface.federation.flower import in_process_cohort
-from fedface.federation.rounds import SilentWatcher
-from fedface.federation.sweeping import compare
-from fedface.models.family import build
+from fedface.federation.rounds import SilentProgress
+from fedface.federation.sweeping import compare_runs
+from fedface.models.family import build_model
 from fedface.models.weights import save_model
 from fedface.randomness import Streams
 from fedface.reports import comparison
-from fedface.reports.comparison import MEASURES, UNTOUCHED, ComparisonRecord
+from fedface.reports.comparison import METRICS, UNTRAINED, ComparisonRecord
 from fedface.reports.quantities import Epsilon, Interval, NotMeasured
 from fedface.sweep import Sweep, read_sweep
 
@@ -29,7 +29,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     axes = ["vary:", "  way:"]
     for way in ("full", "flow"):
         training, shape = WAYS[way]
-        save_model(folder / f"{way}.safetensors", build(shape, Streams(5).generator(way)))
+        save_model(folder / f"{way}.safetensors", build_model(shape, Streams(5).generator(way)))
         axes.append(f"    {way}: {{training: {training}, base: {folder / way}.safetensors}}")
     axes += ["  epsilon:", '    "8": {promise.epsilon: 8}', "    infinity: {promise: {kind: no-promise}}"]
     file.write_text(file.read_text() + "\n".join(axes) + "\n")
@@ -38,7 +38,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(sweep: Sweep, folder: Path) -> ComparisonRecord:
     """The whole comparison, with few faces."""
-    return compare(sweep, folder, in_process_cohort, watcher=SilentWatcher(), faces=48)
+    return compare_runs(sweep, folder, in_process_cohort, watcher=SilentProgress(), faces=48)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def finished(home: Path) -> ComparisonRecord:
 
 
 def test_each_way_stands_at_each_level_and_untouched(finished: ComparisonRecord) -> None:
-    assert finished.ways() == ("full", "flow") and finished.levels() == (UNTOUCHED, "8", UNBOUNDED)
+    assert finished.ways() == ("full", "flow") and finished.levels() == (UNTRAINED, "8", NO_DP_LABEL)
     assert all(
         len(finished.chosen(way, level)) == 1 for way in finished.ways() for level in finished.levels()
     )
@@ -90,7 +90,7 @@ def test_the_record_comes_back_from_its_file_and_its_table_has_a_row_for_each(
     assert len(rows) == 6 * (1 + 3)  # all faces, then three measures by group
     for picture in ("against-epsilon", "tones", "by-group", "samples"):
         assert (home / "out" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
-    assert set(MEASURES) <= set(finished.runs[0].model.figures)
+    assert set(METRICS) <= set(finished.runs[0].model.figures)
 
 
 def test_a_finished_comparison_asks_no_device_again(home: Path, finished: ComparisonRecord) -> None:
@@ -99,11 +99,11 @@ def test_a_finished_comparison_asks_no_device_again(home: Path, finished: Compar
     def nobody(*_: object) -> object:
         raise AssertionError("a device was asked")
 
-    again = compare(
+    again = compare_runs(
         read_sweep(home / "tiny.yaml"),
         home / "out",
         nobody,
-        watcher=SilentWatcher(),
+        watcher=SilentProgress(),
         faces=48,  # type: ignore[arg-type]
     )
     assert again.runs == finished.runs

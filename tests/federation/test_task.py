@@ -14,21 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_experiment, tiny_gan, train_task
 
-from fedface.aggregation.protocol import Agreement, EncryptedConfig
-from fedface.audits.private_figures import FiguresConfig
+from fedface.aggregation.protocol import AggregationParameters, HomomorphicConfig
+from fedface.audits.private_figures import LocalMetricsConfig
 from fedface.errors import FederationError
-from fedface.experiment import figure_terms
+from fedface.experiment import metrics_dp_parameters
 from fedface.federation.reading import read_reply, read_task
 from fedface.federation.task import (
     EvaluateTask,
     Message,
-    Question,
+    EvaluationRequest,
     Refusal,
-    Revealed,
-    RevealTask,
-    Scored,
+    DecryptResult,
+    DecryptTask,
+    EvaluateResult,
     Task,
-    Trained,
+    TrainResult,
     TrainTask,
     vector_bytes,
     vector_from,
@@ -37,11 +37,11 @@ from fedface.privacy.target import PrivacyTarget
 from fedface.upsampling.degrade import BicubicPulse
 from fedface.upsampling.pulse import PulseConfig
 
-REVEAL = RevealTask(
+REVEAL = DecryptTask(
     run="r",
     round=2,
-    aggregation=EncryptedConfig(bits=12),
-    agreement=Agreement(value_range=0.5, most_devices=3),
+    aggregation=HomomorphicConfig(bits=12),
+    agreement=AggregationParameters(value_range=0.5, max_devices=3),
     total=b"sum",
 )
 
@@ -55,22 +55,22 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> TrainTask:
 @pytest.fixture(scope="module")
 def question(task: TrainTask) -> EvaluateTask:
     """The same weights, to be scored."""
-    asked = Question(
-        terms=figure_terms(PrivacyTarget(epsilon=2.0, delta=1e-3, unit="occasion"), 3, 0.5),
-        shape=task.agreed.shape,
+    asked = EvaluationRequest(
+        dp=metrics_dp_parameters(PrivacyTarget(epsilon=2.0, delta=1e-3, unit="occasion"), 3, 0.5),
+        architecture=task.config.architecture,
         method=PulseConfig(steps=5),
         downscale=BicubicPulse(4),
-        figures=FiguresConfig(last_tones=(5, 10)),
-        aggregation=EncryptedConfig(bits=12),
-        agreement=task.agreed.agreement,
-        held_out=0.25,
+        metrics=LocalMetricsConfig(tone_upper_bounds=(5, 10)),
+        aggregation=HomomorphicConfig(bits=12),
+        agreement=task.config.agreement,
+        holdout_fraction=0.25,
     )
     return EvaluateTask(
         run="r",
         round=2,
         cohort=4,
         seed=3,
-        question=asked,
+        request=asked,
         weights=task.weights,
         buffers=task.buffers,
         model="m",
@@ -94,15 +94,15 @@ def test_a_task_comes_out_as_it_went_in(task: TrainTask, question: EvaluateTask)
 
 def test_a_reply_comes_out_as_it_went_in() -> None:
     """All four kinds, and a refusal of an owner who has left."""
-    trained = Trained(device="d", payload=b"\x00\xff", seconds_protect=0.25)
-    scored = Scored(device="d", payload=b"\x00\xff", seconds_protect=0.25)
+    trained = TrainResult(device="d", payload=b"\x00\xff", seconds_protect=0.25)
+    scored = EvaluateResult(device="d", payload=b"\x00\xff", seconds_protect=0.25)
     left = Refusal(device="d", reason="gone", withdrawn=True)
     assert read_reply(scored.message()) == scored and read_reply(left.message()) == left
-    revealed = Revealed(device="d", total=torch.tensor([1.0, -2.5]))
+    revealed = DecryptResult(device="d", total=torch.tensor([1.0, -2.5]))
     refusal = Refusal(device="d", reason="not today")
     assert read_reply(trained.message()) == trained and read_reply(refusal.message()) == refusal
     opened = read_reply(revealed.message())
-    assert isinstance(opened, Revealed) and torch.equal(opened.total, revealed.total)
+    assert isinstance(opened, DecryptResult) and torch.equal(opened.total, revealed.total)
 
 
 def test_no_epsilon_and_no_photo_count_is_in_a_task(task: TrainTask) -> None:
@@ -192,7 +192,7 @@ def test_weights_that_are_no_finite_numbers_are_refused(task: TrainTask, weights
         read_task(Message(task.message().header, {}))
 
 
-TRAINED = Trained(device="d", payload=b"p", seconds_protect=0.5).message()
+TRAINED = TrainResult(device="d", payload=b"p", seconds_protect=0.5).message()
 REFUSAL = Refusal(device="d", reason="no").message()
 
 

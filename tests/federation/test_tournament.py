@@ -12,17 +12,17 @@ from pytest import approx
 from tiny import tiny_file, tiny_gan
 from typer.testing import CliRunner
 
-from fedface.audits.private_figures import FiguresConfig
+from fedface.audits.private_figures import LocalMetricsConfig
 from fedface.cli import app
 from fedface.errors import ConfigError, FederationError, FedfaceError, RunError
-from fedface.experiment import Experiment, for_tournament, read_experiment
-from fedface.federation.cohort import Cohort, Heard
+from fedface.experiment import Experiment, for_ranking, read_experiment
+from fedface.federation.cohort import Cohort, OnReply
 from fedface.federation.flower import in_process_cohort
 from fedface.federation.orders import devices_folder
-from fedface.federation.rounds import SilentWatcher
+from fedface.federation.rounds import SilentProgress
 from fedface.federation.simulated import prepare
-from fedface.federation.task import EvaluateTask, Fault, Reply, Task
-from fedface.federation.tournament import entrants, hold, tournament_terms
+from fedface.federation.task import EvaluateTask, Failure, Reply, Task
+from fedface.federation.tournament import load_candidates, run_ranking, ranking_parameters
 from fedface.models.weights import save_model
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Ledger
@@ -30,7 +30,7 @@ from fedface.privacy.mechanism import GaussianSum
 from fedface.randomness import SecretNoise
 from fedface.reports import strict
 from fedface.reports.quantities import Epsilon
-from fedface.reports.tournament import TournamentRecord
+from fedface.reports.tournament import RankingReport
 
 CHANGES = {
     "promise": "{kind: privacy-target, epsilon: 60, delta: 1e-3}",
@@ -44,7 +44,7 @@ CHANGES = {
 def recipe(tmp_path: Path) -> Experiment:
     """Two devices of fourteen photos, and hardly any noise."""
     save_model(tmp_path / "other.safetensors", tiny_gan("other"))
-    return for_tournament(read_experiment(tiny_file(tmp_path), changes=CHANGES))
+    return for_ranking(read_experiment(tiny_file(tmp_path), changes=CHANGES))
 
 
 class Counting:
@@ -58,7 +58,7 @@ class Counting:
         """As they are."""
         return self.cohort.members(wanted)
 
-    def ask(self, task: Task, members: Sequence[int], heard: Heard) -> Mapping[int, Reply | Fault]:
+    def ask(self, task: Task, members: Sequence[int], heard: OnReply) -> Mapping[int, Reply | Failure]:
         """Pass on, up to the question that breaks."""
         assert isinstance(task, EvaluateTask)
         self.asked.append(task)
@@ -78,19 +78,19 @@ def test_a_tournament_that_was_cut_short_asks_only_what_was_not_answered(
     recipe: Experiment, tmp_path: Path
 ) -> None:
     """One question each, also over two sittings; both devices pay the promise together and not more."""
-    models = entrants(["base", str(tmp_path / "other.safetensors")], recipe)
+    models = load_candidates(["base", str(tmp_path / "other.safetensors")], recipe)
     folder = tmp_path / "games"
     first = Counting(ready(recipe, folder), breaks_at=2)
     with pytest.raises(FederationError, match="line is cut"):
-        hold(recipe, models, first, folder, watcher=SilentWatcher())
+        run_ranking(recipe, models, first, folder, watcher=SilentProgress())
     second = Counting(ready(recipe, folder))
-    record = hold(recipe, models, second, folder, watcher=SilentWatcher())
+    record = run_ranking(recipe, models, second, folder, watcher=SilentProgress())
     assert len(first.asked) == 2 and len(second.asked) == 1
     assert [told.when for told in record.candidates] == ["base", "other"]
     assert {told.weights_hash for told in record.candidates} == {first.asked[0].model, second.asked[0].model}
     for name in ("tournament.json", "tournament.md", "tournament.png", "answers.json"):
         assert (folder / name).stat().st_size > 0
-    assert strict.loads(TournamentRecord, (folder / "tournament.json").read_text()) == record
+    assert strict.loads(RankingReport, (folder / "tournament.json").read_text()) == record
     for number in range(2):
         ledger = Ledger.open(devices_folder(folder) / f"device-{number:02d}" / "ledger.sqlite")
         assert len(ledger.entries()) == 2
@@ -107,8 +107,8 @@ def test_per_library_the_server_noises_each_answer_and_readers_are_told_that_it_
         "promise": "{kind: privacy-target, epsilon: 300, delta: 1e-3, unit: library, trust: server}",
         "evaluation": "{figures: {last_tones: [10], smallest_group: 1}}",
     }
-    recipe = for_tournament(read_experiment(tiny_file(tmp_path), changes=told))
-    models = entrants(["base", str(tmp_path / "other.safetensors")], recipe)
+    recipe = for_ranking(read_experiment(tiny_file(tmp_path), changes=told))
+    models = load_candidates(["base", str(tmp_path / "other.safetensors")], recipe)
     noised, noise = [], GaussianSum.noise
 
     def noted(self: GaussianSum, total: torch.Tensor, secret: SecretNoise) -> torch.Tensor:
@@ -117,8 +117,8 @@ def test_per_library_the_server_noises_each_answer_and_readers_are_told_that_it_
 
     monkeypatch.setattr(GaussianSum, "noise", noted)
     folder = tmp_path / "games"
-    record = hold(recipe, models, ready(recipe, folder), folder, watcher=SilentWatcher())
-    terms = tournament_terms(recipe, 2)
+    record = run_ranking(recipe, models, ready(recipe, folder), folder, watcher=SilentProgress())
+    terms = ranking_parameters(recipe, 2)
     assert noised == [GaussianSum(clip_norm=1.0, sigma=terms.noise_multiplier)] * 2
     assert "trusted server publishes" in record.price_sentence()
     page = (folder / "tournament.md").read_text()
@@ -129,13 +129,13 @@ def test_per_library_the_server_noises_each_answer_and_readers_are_told_that_it_
 def test_devices_are_told_weights_without_a_name(recipe: Experiment, tmp_path: Path) -> None:
     """The task carries no candidate's name, and the order is drawn anew for each tournament."""
     save_model(tmp_path / "quokka.safetensors", tiny_gan("quokka"))
-    models = entrants([str(tmp_path / "other.safetensors"), str(tmp_path / "quokka.safetensors")], recipe)
+    models = load_candidates([str(tmp_path / "other.safetensors"), str(tmp_path / "quokka.safetensors")], recipe)
     orders = set()
     for number in range(12):
         folder = tmp_path / f"games-{number}"
         cohort = Counting(ready(recipe, folder), breaks_at=1)
         with pytest.raises(FederationError):
-            hold(recipe, models, cohort, folder, watcher=SilentWatcher())
+            run_ranking(recipe, models, cohort, folder, watcher=SilentProgress())
         (task,) = cohort.asked
         assert "quokka" not in task.message().header
         orders.add(task.model)
@@ -144,7 +144,7 @@ def test_devices_are_told_weights_without_a_name(recipe: Experiment, tmp_path: P
 
 def test_the_whole_promise_pays_for_all_candidates(recipe: Experiment) -> None:
     for count in (2, 5):
-        event = tournament_terms(recipe, count).event()
+        event = ranking_parameters(recipe, count).event()
         assert epsilon_of(event, 1e-3).upper == approx(60.0, abs=2e-3)
 
 
@@ -160,24 +160,24 @@ def test_candidates_that_make_no_tournament_are_refused(
     recipe: Experiment, words: list[str], said: str
 ) -> None:
     with pytest.raises(FedfaceError, match=said):
-        entrants(words, recipe)
+        load_candidates(words, recipe)
 
 
 def test_a_folder_of_another_tournament_is_left_alone(recipe: Experiment, tmp_path: Path) -> None:
-    models = entrants(["base", str(tmp_path / "other.safetensors")], recipe)
+    models = load_candidates(["base", str(tmp_path / "other.safetensors")], recipe)
     folder = tmp_path / "games"
     cohort = Counting(ready(recipe, folder), breaks_at=1)
     with pytest.raises(FederationError):
-        hold(recipe, models, cohort, folder, watcher=SilentWatcher())
+        run_ranking(recipe, models, cohort, folder, watcher=SilentProgress())
     renamed = {"base": models["base"], "another": models["other"]}
     with pytest.raises(RunError, match="other candidates"):
-        hold(recipe, renamed, cohort, folder, watcher=SilentWatcher())
+        run_ranking(recipe, renamed, cohort, folder, watcher=SilentProgress())
 
 
 def test_a_recipe_without_a_promise_holds_no_tournament(tmp_path: Path) -> None:
     recipe = read_experiment(tiny_file(tmp_path), changes={"promise": "{kind: no-promise}"})
     with pytest.raises(ConfigError, match="always noised"):
-        for_tournament(recipe)
+        for_ranking(recipe)
 
 
 def test_the_command_prints_who_cannot_be_told_apart(recipe: Experiment, tmp_path: Path) -> None:
@@ -196,4 +196,4 @@ def test_the_command_prints_who_cannot_be_told_apart(recipe: Experiment, tmp_pat
 
 def test_figures_of_one_group_have_eight_numbers() -> None:
     """One table cell, three pairs of ranged measures, and detection."""
-    assert FiguresConfig(last_tones=(10,)).width == 8
+    assert LocalMetricsConfig(tone_upper_bounds=(10,)).width == 8

@@ -11,34 +11,34 @@ import torch
 from pytest import approx
 from tiny import begun, first_device, tiny_experiment, tiny_gan, train_task
 
-from fedface.aggregation.encrypted import EncryptedConfig
+from fedface.aggregation.encrypted import HomomorphicConfig
 from fedface.aggregation.plain import PlainAggregation
 from fedface.aggregation.protocol import Payload
-from fedface.audits.private_figures import FiguresConfig, PhotoFigures, figure_vectors, taken_apart
+from fedface.audits.private_figures import LocalMetricsConfig, PhotoMetrics, metric_vectors, decode_sums
 from fedface.errors import ConfigError, FederationError, PrivacyError
-from fedface.federation.coordinator import coordinate
-from fedface.federation.device import serve
-from fedface.federation.evaluation import read_told
-from fedface.federation.findings import Yardstick
+from fedface.federation.coordinator import run_experiment
+from fedface.federation.device import handle_task
+from fedface.federation.evaluation import decode_total
+from fedface.federation.findings import ReferenceSet
 from fedface.federation.flower import in_process_cohort
 from fedface.federation.orders import devices_folder
-from fedface.federation.rounds import SilentWatcher, run_rounds
-from fedface.federation.state import State, weights_path
-from fedface.federation.task import EvaluateTask, Question, Refusal, Trained, TrainTask
-from fedface.models.weights import load_model, vector_of
-from fedface.photos.drawn import draw_people
-from fedface.photos.own import OwnFaces
+from fedface.federation.rounds import SilentProgress, run_rounds
+from fedface.federation.state import RunState, weights_path
+from fedface.federation.task import EvaluateTask, EvaluationRequest, Refusal, TrainResult, TrainTask
+from fedface.models.weights import load_model, flatten_parameters
+from fedface.photos.drawn import render_people
+from fedface.photos.own import DeviceDataset
 from fedface.privacy.accounting import epsilon_of
-from fedface.privacy.journal import Journal
+from fedface.privacy.journal import TransmissionLog
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.mechanism import GaussianSum
 from fedface.privacy.plan import Schedule, make_plan
 from fedface.privacy.target import PrivacyTarget
 from fedface.randomness import Streams
 from fedface.reports import page
-from fedface.reports.private_record import LeftRecord
+from fedface.reports.private_record import WithdrawalRecord
 from fedface.reports.quantities import Epsilon, Interval, NotMeasured
-from fedface.reports.run import GONE
+from fedface.reports.run import WITHDRAWN
 from fedface.upsampling.pulse import PulseConfig
 
 LIBRARY = {
@@ -70,8 +70,8 @@ def noised(monkeypatch: pytest.MonkeyPatch) -> Noised:
 
 def sent_vector(reply: object) -> torch.Tensor:
     """What a plain answer holds, in public ranges."""
-    assert isinstance(reply, Trained), reply
-    return PlainAggregation(most_devices=2).reveal(Payload.from_bytes(reply.payload))
+    assert isinstance(reply, TrainResult), reply
+    return PlainAggregation(max_devices=2).reveal(Payload.from_bytes(reply.payload))
 
 
 # Per library.
@@ -79,12 +79,12 @@ def sent_vector(reply: object) -> torch.Tensor:
 
 def test_a_promise_per_library_costs_one_gaussian_a_round() -> None:
     """Two rounds at sigma s cost what one costs at s / sqrt 2, whatever happens in the steps on a device."""
-    schedule = Schedule(rounds=2, steps_per_round=9, sampling_rate=0.3, expected_batch=8, clip_norm=1.0)
+    schedule = Schedule(rounds=2, steps_per_round=9, sampling_rate=0.3, expected_batch_size=8, clip_norm=1.0)
     target = PrivacyTarget(epsilon=3.0, delta=1e-5, unit="library", trust="server")
-    plan = make_plan(target, schedule, update_clip=2.0)
+    plan = make_plan(target, schedule, update_clip_norm=2.0)
     one = GaussianSum(clip_norm=1.0, sigma=plan.noise_multiplier / 2**0.5).event()
     assert epsilon_of(plan.event(), 1e-5).upper == approx(epsilon_of(one, 1e-5).upper, rel=1e-6)
-    assert plan.terms.sum_mechanism() == GaussianSum(clip_norm=2.0, sigma=plan.noise_multiplier)
+    assert plan.dp_parameters.central_mechanism() == GaussianSum(clip_norm=2.0, sigma=plan.noise_multiplier)
     assert not isinstance(plan.mechanism(), GaussianSum)  # the device itself adds none
     assert "trusted" in " ".join(plan.describe())
 
@@ -93,16 +93,16 @@ def test_a_device_cuts_its_whole_update_and_an_empty_library_sends_nothing(tmp_p
     """The longest vector that may leave has the length of the clip; without photos it is zero."""
     experiment = tiny_experiment(tmp_path / "recipe", {**LIBRARY, "update_clip": "0.01"})
     device = first_device(experiment, tmp_path / "devices")
-    whole = sent_vector(serve(train_task(experiment, tiny_gan()), device))
+    whole = sent_vector(handle_task(train_task(experiment, tiny_gan()), device))
     assert float(whole.norm()) == approx(0.01, rel=1e-3)
     (entry,) = device.ledger().entries()
-    marks = json.loads(entry.marks)
+    marks = json.loads(entry.metadata)
     assert (marks["unit"], marks["noise_at"], marks["update_clip"]) == ("library", "server", "0.01")
     empty = replace(
         first_device(experiment, tmp_path / "others"),
-        photos=lambda size: OwnFaces.strangers(torch.zeros(0, 3, size, size)),
+        photos=lambda size: DeviceDataset.independent(torch.zeros(0, 3, size, size)),
     )
-    nothing = sent_vector(serve(train_task(experiment, tiny_gan()), empty))
+    nothing = sent_vector(handle_task(train_task(experiment, tiny_gan()), empty))
     assert not nothing.any()
 
 
@@ -112,7 +112,7 @@ def test_the_server_noises_each_sum_once(tmp_path: Path, noised: Noised) -> None
     folder = begun(experiment, tmp_path / "run")
     plan = experiment.plan()
     cohort = in_process_cohort(experiment, devices_folder(folder))
-    run_rounds(experiment, plan, cohort, State.read(folder), None, SilentWatcher())
+    run_rounds(experiment, plan, cohort, RunState.read(folder), None, SilentProgress())
     ((mechanism, total),) = noised  # not on the two devices, and once on the server
     assert mechanism == GaussianSum(clip_norm=2.0, sigma=plan.noise_multiplier)
     assert float(total.norm()) <= 2 * 2.0 * (1 + 1e-3)
@@ -127,8 +127,8 @@ def test_noise_of_the_server_is_in_the_weights(tmp_path: Path) -> None:
         experiment = tiny_experiment(tmp_path / name / "recipe", changes)
         folder = begun(experiment, tmp_path / name / "run")
         cohort = in_process_cohort(experiment, devices_folder(folder))
-        run_rounds(experiment, experiment.plan(), cohort, State.read(folder), None, SilentWatcher())
-        before, after = (vector_of(*load_model(weights_path(folder, n)).modules()) for n in (0, 1))
+        run_rounds(experiment, experiment.plan(), cohort, RunState.read(folder), None, SilentProgress())
+        before, after = (flatten_parameters(*load_model(weights_path(folder, n)).modules()) for n in (0, 1))
         moves.append(float((after - before).norm()))
     assert moves[1] > 1000 * moves[0]
 
@@ -136,7 +136,7 @@ def test_noise_of_the_server_is_in_the_weights(tmp_path: Path) -> None:
 def test_a_device_that_trusts_no_server_stays_out_of_library_runs(tmp_path: Path) -> None:
     experiment = tiny_experiment(tmp_path / "recipe", LIBRARY)
     device = first_device(experiment, tmp_path / "devices")
-    reply = serve(
+    reply = handle_task(
         train_task(experiment, tiny_gan()),
         replace(device, policy=replace(device.policy, trust_server=False)),
     )
@@ -168,19 +168,19 @@ def test_figures_per_library_are_noised_once_by_the_server(tmp_path: Path, noise
     told = {**LIBRARY, "training.rounds": "1", "evaluation": FEW}
     experiment = tiny_experiment(tmp_path / "recipe", told)
     plan = experiment.plan()
-    (terms,) = plan.beside
+    (terms,) = plan.additional_releases
     assert epsilon_of(terms.event(), 1e-3).upper == approx(4.0, abs=2e-3)
     assert plan.epsilon().upper == approx(8.0, abs=2e-3)  # type: ignore[union-attr]
     folder = begun(experiment, tmp_path / "run")
     cohort = in_process_cohort(experiment, devices_folder(folder))
-    record = coordinate(experiment, cohort, folder, watcher=SilentWatcher())
-    questions = [total for mechanism, total in noised if mechanism == terms.sum_mechanism()]
+    record = run_experiment(experiment, cohort, folder, watcher=SilentProgress())
+    questions = [total for mechanism, total in noised if mechanism == terms.central_mechanism()]
     assert len(noised) == 3 and len(questions) == 2
-    config = experiment.evaluation.figures  # type: ignore[union-attr]
+    config = experiment.evaluation.metrics  # type: ignore[union-attr]
     for total in questions:
         # The counts of two libraries: each is one, shared out over its photos' groups.
-        assert float(taken_apart(total, config, clip_norm=1.0).table.sum()) == approx(2.0, abs=1e-5)
-    assert [told.epsilon.unit for told in record.private if isinstance(told.epsilon, Epsilon)] == [
+        assert float(decode_sums(total, config, clip_norm=1.0).table.sum()) == approx(2.0, abs=1e-5)
+    assert [told.epsilon.unit for told in record.device_metrics if isinstance(told.epsilon, Epsilon)] == [
         "library"
     ] * 2
     text = page.render(record, folder)
@@ -192,21 +192,21 @@ def test_figures_per_library_are_noised_once_by_the_server(tmp_path: Path, noise
 def test_who_leaves_a_library_run_is_told_that_the_server_saw_its_answers() -> None:
     """Its own noise bounds nothing, since it added none."""
     price = Epsilon(lower=0.9, estimate=1.0, upper=1.0, delta=1e-3, unit="library")
-    said = LeftRecord.of((1,), 0, price).sentence
+    said = WithdrawalRecord.of((1,), 0, price).sentence
     assert "the server saw them bare" in said and "published" in said
-    assert "bare" not in LeftRecord.of((1,), 0, replace(price, unit="photo")).sentence
+    assert "bare" not in WithdrawalRecord.of((1,), 0, replace(price, unit="photo")).sentence
 
 
 def test_figures_per_library_are_read_with_one_noise(tmp_path: Path) -> None:
     """The interval of all libraries' count is that of one noise, not one of each device."""
     told = {**LIBRARY, "evaluation": FEW}
-    (terms,) = tiny_experiment(tmp_path / "recipe", told).plan().beside
-    config = FiguresConfig(last_tones=(10,))
-    row = figure_vectors(
-        PhotoFigures(
+    (terms,) = tiny_experiment(tmp_path / "recipe", told).plan().additional_releases
+    config = LocalMetricsConfig(tone_upper_bounds=(10,))
+    row = metric_vectors(
+        PhotoMetrics(
             group=torch.zeros(1, dtype=torch.int64),
-            made_group=torch.zeros(1, dtype=torch.int64),
-            misfit=torch.zeros(1),
+            output_group=torch.zeros(1, dtype=torch.int64),
+            consistency_error=torch.zeros(1),
             skin_difference=torch.zeros(1),
             lightness_shift=torch.zeros(1),
             detected=torch.ones(1, dtype=torch.bool),
@@ -214,10 +214,10 @@ def test_figures_per_library_are_read_with_one_noise(tmp_path: Path) -> None:
         config,
         clip_norm=1.0,
     )
-    units = read_told(400 * row[0], terms, config, 400).overall.count  # type: ignore[union-attr]
+    units = decode_total(400 * row[0], terms, config, 400).overall.count  # type: ignore[union-attr]
     half = 1.959964 * terms.noise_multiplier / config.shares.table**0.5
     assert (units.estimate, units.low, units.high) == approx((400, 400 - half, 400))  # there are no more
-    few = read_told(30 * row[0], terms, config, 19)  # noise may make a few devices look like more
+    few = decode_total(30 * row[0], terms, config, 19)  # noise may make a few devices look like more
     assert few.overall is None and not few.groups and few.suppressed == config.groups
 
 
@@ -228,8 +228,8 @@ def test_one_sum_is_never_on_the_disk_under_two_noises(
     experiment = tiny_experiment(tmp_path / "recipe", {**LIBRARY, "training.rounds": "1"})
     folder = begun(experiment, tmp_path / "run")
     plan, cohort = experiment.plan(), in_process_cohort(experiment, devices_folder(folder))
-    faces = draw_people(48, 0.5, 16, Streams(1))
-    like = Yardstick(faces=faces, asked=faces, downscale=experiment.upsampling.downscale)
+    faces = render_people(48, 0.5, 16, Streams(1))
+    like = ReferenceSet(faces=faces, asked=faces, downscale=experiment.upsampling.downscale)
     kept = weights_path(folder, 1)
 
     def run(*, cut_short_in: str) -> None:
@@ -238,16 +238,16 @@ def test_one_sum_is_never_on_the_disk_under_two_noises(
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(f"fedface.federation.rounds.{cut_short_in}", stop)
-            run_rounds(experiment, plan, cohort, State.read(folder), like, SilentWatcher())
+            run_rounds(experiment, plan, cohort, RunState.read(folder), like, SilentProgress())
 
     run(cut_short_in="save_model")
     assert not kept.exists()
     run(cut_short_in="sample_figures")
     noised = kept.read_bytes()
-    assert State.read(folder).rounds[0].figures == {}
-    ended = run_rounds(experiment, plan, cohort, State.read(folder), like, SilentWatcher())
-    assert kept.read_bytes() == noised and "distance" in ended.rounds[0].figures
-    assert len(ended.rounds) == 1 and State.read(folder) == ended
+    assert RunState.read(folder).rounds[0].metrics == {}
+    ended = run_rounds(experiment, plan, cohort, RunState.read(folder), like, SilentProgress())
+    assert kept.read_bytes() == noised and "distance" in ended.rounds[0].metrics
+    assert len(ended.rounds) == 1 and RunState.read(folder) == ended
     ledger = Ledger.open(devices_folder(folder) / "device-00" / "ledger.sqlite")
     assert len(ledger.entries()) == 1
 
@@ -259,17 +259,17 @@ def test_a_device_refuses_sums_that_cannot_keep_a_promise_per_library(tmp_path: 
     experiment = tiny_experiment(tmp_path / "recipe", told)
     device = first_device(experiment, tmp_path / "devices")
     task = train_task(experiment, tiny_gan())
-    agreed = replace(task.agreed, aggregation=EncryptedConfig())
-    (terms,) = experiment.plan().beside
-    question = Question(
-        terms=terms,
-        shape=agreed.shape,
+    agreed = replace(task.config, aggregation=HomomorphicConfig())
+    (terms,) = experiment.plan().additional_releases
+    question = EvaluationRequest(
+        dp=terms,
+        architecture=agreed.architecture,
         method=PulseConfig(steps=3, mapping_samples=64),
         downscale=experiment.upsampling.downscale,
-        figures=FiguresConfig(),
-        aggregation=EncryptedConfig(),
+        metrics=LocalMetricsConfig(),
+        aggregation=HomomorphicConfig(),
         agreement=experiment.agreement,
-        held_out=0.5,
+        holdout_fraction=0.5,
     )
     wrong: TrainTask | EvaluateTask = replace(task, agreed=agreed)
     if asked == "figures":
@@ -278,13 +278,13 @@ def test_a_device_refuses_sums_that_cannot_keep_a_promise_per_library(tmp_path: 
             round=1,
             cohort=2,
             seed=3,
-            question=question,
+            request=question,
             weights=task.weights,
             buffers=task.buffers,
             model=task.model,
         )
     with pytest.raises(PrivacyError, match="plain sums"):
-        serve(wrong, replace(device, photos=lambda size: pytest.fail("a photo was read")))
+        handle_task(wrong, replace(device, photos=lambda size: pytest.fail("a photo was read")))
     assert not device.ledger().entries()
 
 
@@ -301,11 +301,11 @@ def test_a_round_per_occasion_hardly_moves_for_one_birthday(tmp_path: Path) -> N
     }
     experiment = tiny_experiment(tmp_path / "recipe", told)
     plan = experiment.plan()
-    assert plan.terms.unit == "occasion"
+    assert plan.dp_parameters.unit == "occasion"
     device = first_device(experiment, tmp_path / "devices")
-    serve(train_task(experiment, tiny_gan()), device)
+    handle_task(train_task(experiment, tiny_gan()), device)
     (entry,) = device.ledger().entries()
-    assert json.loads(entry.marks)["unit"] == "occasion"
+    assert json.loads(entry.metadata)["unit"] == "occasion"
     assert device.ledger().spent(1e-2, unit="occasion").upper == approx(8.0, abs=2e-3)
     # An owner who counts photos pays for a changed occasion; one who counts libraries has no promise.
     assert device.ledger().spent(1e-2, unit="photo").upper > 8.0
@@ -316,11 +316,11 @@ def test_held_out_units_are_not_trained_on(tmp_path: Path) -> None:
     """What is asked and what is trained on share no occasion, and together they are everything."""
     experiment = tiny_experiment(tmp_path / "recipe", {**OCCASION, "evaluation": "{held_out: 0.4}"})
     own = first_device(experiment, tmp_path / "devices").photos(16)
-    mine, asked = own.split(experiment.held_out, "occasion")
+    mine, asked = own.split(experiment.holdout_fraction, "occasion")
     assert len(mine) + len(asked) == 24 and len(asked) > 0
     assert not set(mine.occasions.tolist()) & set(asked.occasions.tolist())
     task = train_task(experiment, tiny_gan())
-    assert task.agreed.held_out == 0.0  # the helper of these tests; the run itself says 0.4
+    assert task.config.holdout_fraction == 0.0  # the helper of these tests; the run itself says 0.4
 
 
 # Figures, and leaving.
@@ -331,17 +331,17 @@ def test_a_run_with_figures_prices_all_together_and_reports_them_with_their_nois
     told = {**OCCASION, "evaluation": "{share: 0.5, held_out: 0.5}"}
     experiment = tiny_experiment(tmp_path / "recipe", told)
     plan = experiment.plan()
-    (terms,) = plan.beside
+    (terms,) = plan.additional_releases
     alone = epsilon_of(terms.event(), 1e-2).upper
     assert alone == approx(4.0, abs=2e-3)
     price = plan.epsilon()
     assert price is not None and price.upper == approx(8.0, abs=2e-3)
     folder = begun(experiment, tmp_path / "run")
-    record = coordinate(
-        experiment, in_process_cohort(experiment, devices_folder(folder)), folder, watcher=SilentWatcher()
+    record = run_experiment(
+        experiment, in_process_cohort(experiment, devices_folder(folder)), folder, watcher=SilentProgress()
     )
-    assert [told.when for told in record.private] == ["before", "after"]
-    for told in record.private:
+    assert [told.when for told in record.device_metrics] == ["before", "after"]
+    for told in record.device_metrics:
         assert told.devices == 2 and isinstance(told.epsilon, Epsilon) and told.epsilon.unit == "occasion"
         for group in (told.overall, *told.groups):
             assert isinstance(group.units, Interval | NotMeasured)
@@ -360,7 +360,7 @@ def test_a_device_that_does_not_answer_questions_still_trains(tmp_path: Path) ->
     policy = "{max_epsilon: 8, delta: 1e-2, unit: occasion, protocols: [plain], smallest_cohort: 1}"
     experiment = tiny_experiment(tmp_path / "recipe", {**OCCASION, "policy": policy})
     device = first_device(experiment, tmp_path / "devices")
-    assert isinstance(serve(train_task(experiment, tiny_gan()), device), Trained)
+    assert isinstance(handle_task(train_task(experiment, tiny_gan()), device), TrainResult)
 
 
 def test_a_device_that_leaves_is_asked_no_more_and_its_name_is_gone(tmp_path: Path) -> None:
@@ -369,26 +369,26 @@ def test_a_device_that_leaves_is_asked_no_more_and_its_name_is_gone(tmp_path: Pa
     folder = begun(experiment, tmp_path / "run")
     state = devices_folder(folder) / "device-00"
 
-    class Watcher(SilentWatcher):
+    class Watcher(SilentProgress):
         def say(self, sentence: str) -> None:
             if sentence.startswith("round 1"):
-                Journal.open(state / "journal.sqlite").withdraw("run", "changed my mind")
+                TransmissionLog.open(state / "journal.sqlite").withdraw("run", "changed my mind")
 
     cohort = in_process_cohort(experiment, devices_folder(folder))
-    ended = run_rounds(experiment, experiment.plan(), cohort, State.read(folder), None, Watcher())
+    ended = run_rounds(experiment, experiment.plan(), cohort, RunState.read(folder), None, Watcher())
     assert [record.answered for record in ended.rounds] == [
-        (GONE, "device-01"),
+        (WITHDRAWN, "device-01"),
         ("device-01",),
         ("device-01",),
     ]
     assert [len(record.refusals) for record in ended.rounds] == [0, 1, 0]
-    (left,) = ended.left
+    (left,) = ended.withdrawals
     assert left.rounds == (1,) and "cannot be undone" in left.sentence and "at most" in left.sentence
     assert isinstance(left.epsilon, Epsilon)
     assert left.epsilon.upper == approx(epsilon_of(experiment.plan().event(1), 1e-3).upper)
     kept = (folder / "state.json").read_text()
     assert "device-00" not in kept and "changed my mind" not in kept
-    assert State.read(folder) == ended
+    assert RunState.read(folder) == ended
     assert len(Ledger.open(state / "ledger.sqlite").entries()) == 1
 
 
@@ -399,21 +399,21 @@ def test_a_device_that_leaves_after_its_figures_is_priced_for_them_and_asked_no_
     folder = begun(experiment, tmp_path / "run")
     state = devices_folder(folder) / "device-00"
 
-    class Watcher(SilentWatcher):
+    class Watcher(SilentProgress):
         def stage(self, name: str, steps: int) -> None:
             if name.startswith("round 1"):
-                Journal.open(state / "journal.sqlite").withdraw("run")
+                TransmissionLog.open(state / "journal.sqlite").withdraw("run")
 
-    record = coordinate(
+    record = run_experiment(
         experiment, in_process_cohort(experiment, devices_folder(folder)), folder, watcher=Watcher()
     )
-    (left,) = record.left
+    (left,) = record.withdrawals
     assert (left.rounds, left.questions) == ((), 1) and "one set of figures" in left.sentence
-    (terms,) = experiment.plan().beside
+    (terms,) = experiment.plan().additional_releases
     assert isinstance(left.epsilon, Epsilon)
     assert left.epsilon.upper == approx(epsilon_of(terms.event(1), 1e-2).upper)
-    assert [told.answered for told in record.private] == [(GONE, "device-01"), ("device-01",)]
-    refused = [line for line in Journal.open(state / "journal.sqlite").sent() if line.what == "refusal"]
+    assert [told.answered for told in record.device_metrics] == [(WITHDRAWN, "device-01"), ("device-01",)]
+    refused = [line for line in TransmissionLog.open(state / "journal.sqlite").transmissions() if line.kind == "refusal"]
     assert len(refused) == 1  # told once, by the first round, and asked no more
 
 
@@ -423,14 +423,14 @@ def test_who_leaves_is_forgotten_even_if_the_round_fails_for_want_of_answers(tmp
     folder = begun(experiment, tmp_path / "run")
     state = devices_folder(folder) / "device-00"
 
-    class Watcher(SilentWatcher):
+    class Watcher(SilentProgress):
         def say(self, sentence: str) -> None:
             if sentence.startswith("round 1"):
-                Journal.open(state / "journal.sqlite").withdraw("run")
+                TransmissionLog.open(state / "journal.sqlite").withdraw("run")
 
     cohort = in_process_cohort(experiment, devices_folder(folder))
     with pytest.raises(FederationError, match="2 are needed"):
-        run_rounds(experiment, experiment.plan(), cohort, State.read(folder), None, Watcher())
-    kept = State.read(folder)
+        run_rounds(experiment, experiment.plan(), cohort, RunState.read(folder), None, Watcher())
+    kept = RunState.read(folder)
     assert "device-00" not in (folder / "state.json").read_text()
-    assert kept.rounds[0].answered == (GONE, "device-01") and kept.left[0].rounds == (1,)
+    assert kept.rounds[0].answered == (WITHDRAWN, "device-01") and kept.withdrawals[0].rounds == (1,)

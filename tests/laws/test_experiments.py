@@ -9,7 +9,7 @@ import pytest
 
 from fedface.config import section
 from fedface.errors import ConfigError, LibraryError
-from fedface.experiment import VARY, Experiment, LabelledDevices, LabelledProbe, RealDevices, read_experiment
+from fedface.experiment import VARY, Experiment, LabelledDevices, LabelledProbe, RemoteDevices, read_experiment
 from fedface.federation.simulated import describe_devices, public_faces
 from fedface.privacy.policy import DevicePolicy
 from fedface.privacy.target import PrivacyTarget
@@ -46,15 +46,15 @@ def test_a_file_that_varies_its_recipe_is_a_question_whose_every_run_can_be_read
     sweep = read_sweep(path)
     assert sweep.name == path.stem and sweep.question.endswith("?")
     assert len({variant.folder for variant in sweep.variants}) == len(sweep.variants) > 1
-    for way in dict.fromkeys(variant.way for variant in sweep.variants):
+    for way in dict.fromkeys(variant.method for variant in sweep.variants):
         promised = next(
             v.experiment
             for v in sweep.variants
-            if v.way == way and isinstance(v.experiment.promise, PrivacyTarget)
+            if v.method == way and isinstance(v.experiment.privacy, PrivacyTarget)
         )
         bounds = promised.plan().epsilon()
-        assert bounds is not None and isinstance(promised.promise, PrivacyTarget)
-        assert 0.95 * promised.promise.epsilon < bounds.upper <= promised.promise.epsilon
+        assert bounds is not None and isinstance(promised.privacy, PrivacyTarget)
+        assert 0.95 * promised.privacy.epsilon < bounds.upper <= promised.privacy.epsilon
 
 
 @each_file
@@ -62,11 +62,11 @@ def test_the_promise_is_kept_by_the_plan_and_fits_the_devices(path: Path) -> Non
     """Its upper price is within the promise; a pretended device of this run admits exactly it."""
     experiment = read_experiment(path)
     plan = experiment.plan()
-    if isinstance(experiment.promise, PrivacyTarget):
+    if isinstance(experiment.privacy, PrivacyTarget):
         bounds = plan.epsilon()
-        assert bounds is not None and bounds.upper <= experiment.promise.epsilon
-        assert bounds.upper > 0.95 * experiment.promise.epsilon
-        assert experiment.device_policy().max_epsilon >= experiment.promise.epsilon
+        assert bounds is not None and bounds.upper <= experiment.privacy.epsilon
+        assert bounds.upper > 0.95 * experiment.privacy.epsilon
+        assert experiment.device_policy().max_epsilon >= experiment.privacy.epsilon
     assert experiment.aggregation.kind in experiment.device_policy().protocols
 
 
@@ -119,7 +119,7 @@ def test_devices_are_described_without_their_photos_being_counted_by_the_server(
         pytest.skip("its devices are described from its photos")
     described = describe_devices(experiment)
     assert len(described) == experiment.devices.count
-    assert all((count is None) == isinstance(experiment.devices, RealDevices) for _, _, count in described)
+    assert all((count is None) == isinstance(experiment.devices, RemoteDevices) for _, _, count in described)
 
 
 def test_the_example_policy_is_read() -> None:
@@ -127,4 +127,4 @@ def test_the_example_policy_is_read() -> None:
     from fedface.config import read
 
     policy = read(FILES[0].parents[1] / "clients" / "policy.example.yaml", DevicePolicy)
-    assert not policy.allow_unpromised
+    assert not policy.allow_no_dp

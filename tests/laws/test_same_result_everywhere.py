@@ -14,21 +14,21 @@ import torch
 
 from fedface.experiment import Experiment, read_experiment
 from fedface.federation.cohort import Cohort
-from fedface.federation.coordinator import begin
+from fedface.federation.coordinator import initialize_run
 from fedface.federation.device import Device
-from fedface.federation.findings import Yardstick
+from fedface.federation.findings import ReferenceSet
 from fedface.federation.flower import GridCohort, client_app, in_process_cohort
 from fedface.federation.orders import devices_folder
-from fedface.federation.rounds import SilentWatcher, run_rounds
+from fedface.federation.rounds import SilentProgress, run_rounds
 from fedface.federation.simulated import device_faces, prepare, simulated_device
-from fedface.federation.state import State, weights_path
-from fedface.models.critic import CriticConfig
+from fedface.federation.state import RunState, weights_path
+from fedface.models.critic import DiscriminatorConfig
 from fedface.models.family import new_gan
-from fedface.models.stylegan2 import GeneratorConfig
-from fedface.models.weights import load_model, save_model, vector_of
+from fedface.models.stylegan2 import StyleGAN2Config
+from fedface.models.weights import load_model, save_model, flatten_parameters
 from fedface.randomness import Streams
 from fedface.shapes import Vector
-from fedface.training.generator import ranges_of
+from fedface.training.generator import gan_ranges
 
 RECIPE = """
 question: does it matter where it runs?
@@ -44,10 +44,10 @@ base: BASE
 def tiny(folder: Path, aggregation: str) -> Experiment:
     """Three devices, two rounds, networks of some thousand weights."""
     networks = (
-        GeneratorConfig(
+        StyleGAN2Config(
             size=16, latent_width=8, style_width=8, mapping_layers=1, channel_base=64, channel_max=8
         ),
-        CriticConfig(size=16, channel_base=64, channel_max=8),
+        DiscriminatorConfig(size=16, channel_base=64, channel_max=8),
     )
     save_model(folder / "base.safetensors", new_gan(*networks, Streams(1).generator("base")))
     recipe = RECIPE.replace("BASE", str(folder / "base.safetensors")).replace("AGGREGATION", aggregation)
@@ -57,7 +57,7 @@ def tiny(folder: Path, aggregation: str) -> Experiment:
 
 def start(experiment: Experiment, folder: Path) -> None:
     """The run's folder and its pretended devices."""
-    begin(experiment, folder)
+    initialize_run(experiment, folder)
     prepare(experiment, devices_folder(folder))
 
 
@@ -65,10 +65,10 @@ def models(experiment: Experiment, cohort: Cohort, folder: Path) -> Sequence[Vec
     """The global model after each round."""
     faces = device_faces(experiment, 48, 16)
     assert faces is not None
-    like = Yardstick(faces=faces, asked=faces, downscale=experiment.upsampling.downscale)
-    run_rounds(experiment, experiment.plan(), cohort, State.read(folder), like, SilentWatcher())
+    like = ReferenceSet(faces=faces, asked=faces, downscale=experiment.upsampling.downscale)
+    run_rounds(experiment, experiment.plan(), cohort, RunState.read(folder), like, SilentProgress())
     rounds = range(1, experiment.rounds + 1)
-    return [vector_of(*load_model(weights_path(folder, number)).modules()) for number in rounds]
+    return [flatten_parameters(*load_model(weights_path(folder, number)).modules()) for number in rounds]
 
 
 def in_this_process(experiment: Experiment, folder: Path) -> Sequence[Vector]:
@@ -118,7 +118,7 @@ def test_two_runs_in_this_process_give_the_same_bits(tmp_path: Path) -> None:
     first = in_this_process(experiment, tmp_path / "first" / "everywhere")
     second = in_this_process(experiment, tmp_path / "second" / "everywhere")
     assert furthest(first, second) == 0.0
-    assert float((first[0] - vector_of(*experiment.start().modules())).abs().max()) > 1e-4
+    assert float((first[0] - flatten_parameters(*experiment.start().modules())).abs().max()) > 1e-4
 
 
 def test_encrypted_sums_give_the_same_model_up_to_quantisation(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_encrypted_sums_give_the_same_model_up_to_quantisation(tmp_path: Path) -
     plain, hidden = (tiny(tmp_path, kind) for kind in ("plain", "encrypted"))
     ours = in_this_process(plain, tmp_path / "plain" / "everywhere")
     theirs = in_this_process(hidden, tmp_path / "hidden" / "everywhere")
-    step = float(ranges_of(plain.start(), plain.training).max()) / 2**15
+    step = float(gan_ranges(plain.start(), plain.training).max()) / 2**15
     assert 0 < furthest(ours[:1], theirs[:1]) < step
 
 

@@ -11,27 +11,27 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedface.errors import WeightsError
-from fedface.models.adapters import Adapt, Full, Lora, attach, fill_trained, merge, trained_vector
-from fedface.models.critic import Critic, CriticConfig
-from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
-from fedface.models.weights import load_base, vector_of, weights_hash
+from fedface.models.adapters import Adaptation, Full, Lora, attach, assign_trainable, merge, flatten_trainable
+from fedface.models.critic import Discriminator, DiscriminatorConfig
+from fedface.models.stylegan2 import StyleGAN2Config, StyleGAN2
+from fedface.models.weights import load_gan, flatten_parameters, weights_hash
 from fedface.randomness import Streams
 from fedface.shapes import Images
-from fedface.training.per_photo import trained
-from fedface.training.private_steps import check_per_photo_gradients, per_photo_gradients
+from fedface.training.per_photo import trainable_parameters
+from fedface.training.private_steps import check_per_example_gradients, per_example_gradients
 from fedface.training.unit_sums import clipped_sum
 
 STREAMS = Streams(21)
 
 
-def critic() -> Critic:
+def critic() -> Discriminator:
     """A critic of 16 px with random weights, always the same."""
-    return Critic(CriticConfig(size=16, channel_base=64, channel_max=6), STREAMS.generator("critic"))
+    return Discriminator(DiscriminatorConfig(size=16, channel_base=64, channel_max=6), STREAMS.generator("critic"))
 
 
 def generator() -> StyleGAN2:
     """A generator of 16 px with random weights, always the same."""
-    config = GeneratorConfig(
+    config = StyleGAN2Config(
         size=16, channel_base=64, channel_max=6, latent_width=8, style_width=8, mapping_layers=2
     )
     return StyleGAN2(config, STREAMS.generator("generator"))
@@ -47,8 +47,8 @@ def adapted(module: nn.Module, rank: int = 2, name: str = "adapters") -> nn.Modu
 def moved(module: nn.Module, name: str) -> nn.Module:
     """A copy whose trained weights are random."""
     twin = copy.deepcopy(module)
-    vector = trained_vector(twin)
-    fill_trained(torch.randn(len(vector), generator=STREAMS.generator(name)), twin)
+    vector = flatten_trainable(twin)
+    assign_trainable(torch.randn(len(vector), generator=STREAMS.generator(name)), twin)
     return twin
 
 
@@ -70,7 +70,7 @@ def loss(network: nn.Module, images: Images) -> Tensor:
 
 
 @pytest.mark.parametrize("adapt", [Full(), Lora(rank=3)])
-def test_attaching_changes_nothing_that_is_computed(adapt: Adapt) -> None:
+def test_attaching_changes_nothing_that_is_computed(adapt: Adaptation) -> None:
     """The change starts at zero, and merging at once gives the weights of before under their old names."""
     before = critic()
     after = copy.deepcopy(before)
@@ -87,18 +87,18 @@ def test_all_weights_are_the_vector_that_travels_anyway() -> None:
     gan = critic(), generator()
     for module in gan:
         attach(module.requires_grad_(False), Full(), STREAMS.generator("unused"))
-    assert torch.equal(trained_vector(*gan), vector_of(*gan))
+    assert torch.equal(flatten_trainable(*gan), flatten_parameters(*gan))
 
 
 def test_two_machines_attach_the_same_adapters_and_merge_to_the_same_weights() -> None:
     """A device learns, the server fills its own copy; the frozen halves never travel."""
     device = moved(adapted(generator()), "learning")
     server = adapted(generator())
-    fill_trained(trained_vector(device), server)
+    assign_trainable(flatten_trainable(device), server)
     assert weights_hash(merged(server)) == weights_hash(merged(device))
     assert weights_hash(merged(server)) != weights_hash(generator())
     other = adapted(generator(), name="another stream")
-    fill_trained(trained_vector(device), other)
+    assign_trainable(flatten_trainable(device), other)
     assert weights_hash(merged(other)) != weights_hash(merged(device))
 
 
@@ -106,9 +106,9 @@ def test_the_mean_of_updates_is_the_update_of_the_mean() -> None:
     """Two devices' mean merged equals the mean of their merged weights: what averaging A and B would break."""
     one, two = moved(adapted(critic()), "one"), moved(adapted(critic()), "two")
     mean = adapted(critic())
-    fill_trained((trained_vector(one) + trained_vector(two)) / 2, mean)
-    apart = (vector_of(merged(one)) + vector_of(merged(two))) / 2
-    assert float((vector_of(merged(mean)) - apart).abs().max()) < 1e-6 * float(apart.abs().max())
+    assign_trainable((flatten_trainable(one) + flatten_trainable(two)) / 2, mean)
+    apart = (flatten_parameters(merged(one)) + flatten_parameters(merged(two))) / 2
+    assert float((flatten_parameters(merged(mean)) - apart).abs().max()) < 1e-6 * float(apart.abs().max())
 
 
 def test_the_gradient_of_b_is_the_projected_gradient_of_w() -> None:
@@ -133,7 +133,7 @@ def test_at_full_rank_a_step_is_the_step_of_all_weights() -> None:
     for module in (plain, low):
         torch.autograd.backward(loss(module, pictures()).sum())
         with torch.no_grad():
-            for weight in trained(module).values():
+            for weight in trainable_parameters(module).values():
                 weight.sub_(weight.grad, alpha=0.01)
     after = merged(low)
     for name in ("b16.conv1", "b8.conv0", "b4.conv", "b4.fc", "b4.out"):
@@ -161,10 +161,10 @@ def test_a_step_is_in_the_mean_the_step_of_all_weights() -> None:
 def test_per_photo_gradients_reach_through_an_adapter() -> None:
     """torch.func differentiates each photo alone; only the low-rank halves have gradients."""
     low = moved(adapted(critic()), "learning")
-    check_per_photo_gradients(low, loss, pictures())
-    gradients = per_photo_gradients(low, loss, pictures())
-    assert [g.shape[1:] for g in gradients] == [w.shape for w in trained(low).values()]
-    assert all(name.endswith("up") for name in trained(low))
+    check_per_example_gradients(low, loss, pictures())
+    gradients = per_example_gradients(low, loss, pictures())
+    assert [g.shape[1:] for g in gradients] == [w.shape for w in trainable_parameters(low).values()]
+    assert all(name.endswith("up") for name in trainable_parameters(low))
     one = clipped_sum(gradients, 0.5)
     assert float(torch.cat([part.flatten() for part in one]).norm()) <= 3 * 0.5 * 1.0001
 
@@ -172,9 +172,9 @@ def test_per_photo_gradients_reach_through_an_adapter() -> None:
 def test_merging_a_copy_leaves_the_original_adapted() -> None:
     """The server merges a copy after each round; the adapters of the next round are those of this one."""
     low = moved(adapted(generator()), "learning")
-    before, names = trained_vector(low), set(low.state_dict())
+    before, names = flatten_trainable(low), set(low.state_dict())
     assert set(merged(low).state_dict()) == set(generator().state_dict())
-    assert torch.equal(trained_vector(low), before) and set(low.state_dict()) == names
+    assert torch.equal(flatten_trainable(low), before) and set(low.state_dict()) == names
     latents = torch.randn(2, 8, generator=STREAMS.generator("latents"))
     again = merged(low)
     pair = [net.synthesize(net.map(latents)) for net in (low, again)]
@@ -192,7 +192,7 @@ def test_a_copy_in_float64_keeps_its_adapters() -> None:
 def test_the_mapping_network_and_biases_stay_frozen() -> None:
     """Styles keep their meaning: only convolutions and style affines of a generator learn."""
     low = adapted(generator())
-    names = list(trained(low))
+    names = list(trainable_parameters(low))
     assert names and all(name.startswith("synthesis.") for name in names)
     assert {name.split(".parametrizations")[0].split(".")[-1] for name in names} >= {
         "affine",
@@ -203,7 +203,7 @@ def test_the_mapping_network_and_biases_stay_frozen() -> None:
 
 def test_the_base_learns_as_many_numbers_as_its_layers_say() -> None:
     """Outputs times rank, summed over layers, at ranks 1, 4 and 16; all weights are 866,196."""
-    gan = load_base()
+    gan = load_gan()
     outputs = {
         key: sum(
             weight.shape[0] * min(rank, weight[0].numel())
@@ -215,16 +215,16 @@ def test_the_base_learns_as_many_numbers_as_its_layers_say() -> None:
     }
     for rank, wanted in outputs.items():
         twins = [adapted(module, rank) for module in gan.modules()]
-        assert len(trained_vector(*twins)) == wanted
+        assert len(flatten_trainable(*twins)) == wanted
     assert outputs == {1: 2157, 4: 8596, 16: 34096}
-    assert len(trained_vector(*gan.modules())) == 866_196
+    assert len(flatten_trainable(*gan.modules())) == 866_196
 
 
 def test_a_vector_of_another_length_is_refused() -> None:
     """The sentence says how many weights learn."""
     low = adapted(critic())
-    with pytest.raises(WeightsError, match=f"{len(trained_vector(low))} weights learn"):
-        fill_trained(torch.zeros(7), low)
+    with pytest.raises(WeightsError, match=f"{len(flatten_trainable(low))} weights learn"):
+        assign_trainable(torch.zeros(7), low)
 
 
 def test_adapters_are_not_attached_twice() -> None:

@@ -13,8 +13,8 @@ from torch.func import functional_call, grad, vmap
 
 from fedface.errors import ConfigError
 from fedface.models.contracts import draw_noise, no_noise
-from fedface.models.critic import Critic, CriticConfig, minibatch_spread
-from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
+from fedface.models.critic import Discriminator, DiscriminatorConfig, minibatch_std
+from fedface.models.stylegan2 import StyleGAN2Config, StyleGAN2
 
 CHANCE = torch.Generator()
 
@@ -30,15 +30,15 @@ def stirred(module: nn.Module) -> nn.Module:
 
 def generator_of(**more: Any) -> StyleGAN2:
     CHANCE.manual_seed(1)
-    config = GeneratorConfig(
+    config = StyleGAN2Config(
         size=16, latent_width=5, style_width=6, mapping_layers=2, channel_base=64, channel_max=7, **more
     )
     return stirred(StyleGAN2(config, CHANCE))  # type: ignore[return-value]
 
 
-def critic_of(**more: Any) -> Critic:
+def critic_of(**more: Any) -> Discriminator:
     CHANCE.manual_seed(2)
-    return stirred(Critic(CriticConfig(size=16, channel_base=64, channel_max=8, **more), CHANCE))  # type: ignore[return-value]
+    return stirred(Discriminator(DiscriminatorConfig(size=16, channel_base=64, channel_max=8, **more), CHANCE))  # type: ignore[return-value]
 
 
 def normal(*shape: int) -> Tensor:
@@ -82,7 +82,7 @@ def test_each_critic_equals_its_slow_twin(architecture: str, clamp: float | None
 def test_the_spread_of_a_group_is_that_of_a_loop_over_its_members(count: int, group: int) -> None:
     """A batch smaller than a group is one group."""
     x = normal(count, 6, 4, 4)
-    found = minibatch_spread(x, group, 3)
+    found = minibatch_std(x, group, 3)
     assert found.shape == (count, 3, 4, 4)
     twin = np.stack(slow_twin.spread(list(x.numpy()), group, 3))
     np.testing.assert_allclose(
@@ -95,7 +95,7 @@ def test_one_picture_alone_and_equal_pictures_have_no_spread() -> None:
     x = normal(1, 4, 4, 4)
     for batch in (x, x.expand(4, -1, -1, -1)):
         torch.testing.assert_close(
-            minibatch_spread(batch, 4, 1), torch.full((len(batch), 1, 4, 4), 1e-4).double()
+            minibatch_std(batch, 4, 1), torch.full((len(batch), 1, 4, 4), 1e-4).double()
         )
 
 
@@ -201,7 +201,7 @@ def test_a_wrong_number_of_styles_or_noise_maps_is_refused() -> None:
 def test_a_critics_shape_is_checked_at_the_door(wrong: dict[str, Any], said: str) -> None:
     """Name, bound and value."""
     with pytest.raises(ConfigError, match=said):
-        CriticConfig(**wrong)
+        DiscriminatorConfig(**wrong)
 
 
 @pytest.mark.parametrize(
@@ -211,4 +211,4 @@ def test_a_critics_shape_is_checked_at_the_door(wrong: dict[str, Any], said: str
 def test_a_generators_shape_is_checked_at_the_door(wrong: dict[str, Any], said: str) -> None:
     """Name, bound and value."""
     with pytest.raises(ConfigError, match=said):
-        GeneratorConfig(**wrong)
+        StyleGAN2Config(**wrong)

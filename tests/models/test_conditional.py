@@ -13,16 +13,16 @@ from torch import Tensor
 
 from fedface.errors import ConfigError
 from fedface.models.contracts import Generator, sample
-from fedface.models.critic import Critic, CriticConfig
-from fedface.models.stylegan2 import GeneratorConfig, OfClass, StyleGAN2
+from fedface.models.critic import Discriminator, DiscriminatorConfig
+from fedface.models.stylegan2 import StyleGAN2Config, ClassConditioned, StyleGAN2
 from fedface.randomness import Streams
 from fedface.upsampling.degrade import BicubicPulse
-from fedface.upsampling.pulse import Pulse, PulseConfig
+from fedface.upsampling.pulse import PulseUpsampler, PulseConfig
 
-SHAPE = GeneratorConfig(
+SHAPE = StyleGAN2Config(
     size=8, latent_width=5, style_width=6, mapping_layers=3, channel_base=64, channel_max=8, classes=4
 )
-CRITIC = CriticConfig(size=8, channel_base=64, channel_max=8, mapping_layers=2, classes=4)
+CRITIC = DiscriminatorConfig(size=8, channel_base=64, channel_max=8, mapping_layers=2, classes=4)
 ONE_HOT = torch.eye(4)
 
 
@@ -51,7 +51,7 @@ def test_styles_of_a_class_are_those_of_the_slow_twin() -> None:
 @pytest.mark.parametrize("group", [0, 4])
 def test_logits_of_a_class_are_those_of_the_slow_twin(group: int) -> None:
     """The last layer's product with the label's own direction, over the root of the width."""
-    critic = Critic(replace(CRITIC, minibatch_group=group), stream("critic")).double()
+    critic = Discriminator(replace(CRITIC, minibatch_group=group), stream("critic")).double()
     pictures = torch.randn(4, 3, 8, 8, generator=stream("pictures"), dtype=torch.float64)
     labels = ONE_HOT[[2, 0, 3, 1]].double()
     twin = slow_twin.critic(
@@ -71,12 +71,12 @@ def test_names_of_conditional_weights_are_the_published_ones() -> None:
     """Embedding and label mapping, and nothing of them without classes."""
     extra = set(generator().state_dict()) - set(generator(classes=0).state_dict())
     assert extra == {"mapping.embed.weight", "mapping.embed.bias"}
-    plain = Critic(replace(CRITIC, classes=0)).state_dict()
-    extra = set(Critic(CRITIC).state_dict()) - set(plain)
+    plain = Discriminator(replace(CRITIC, classes=0)).state_dict()
+    extra = set(Discriminator(CRITIC).state_dict()) - set(plain)
     layers = ("embed", "fc0", "fc1")
     assert extra == {f"mapping.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
     assert plain["b4.out.weight"].shape == (1, 8)
-    assert Critic(CRITIC).state_dict()["b4.out.weight"].shape == (8, 8)
+    assert Discriminator(CRITIC).state_dict()["b4.out.weight"].shape == (8, 8)
 
 
 def test_labels_may_be_whole_numbers() -> None:
@@ -93,7 +93,7 @@ def test_missing_or_misshapen_labels_are_refused(labels: Tensor | None, said: st
     with pytest.raises(ConfigError, match=said):
         generator().map(torch.zeros(3, 5), labels)
     with pytest.raises(ConfigError, match=said):
-        Critic(CRITIC)(torch.zeros(3, 3, 8, 8), labels)
+        Discriminator(CRITIC)(torch.zeros(3, 3, 8, 8), labels)
 
 
 def test_labels_for_networks_without_classes_are_refused() -> None:
@@ -101,7 +101,7 @@ def test_labels_for_networks_without_classes_are_refused() -> None:
     with pytest.raises(ConfigError, match="knows no classes"):
         generator(classes=0).map(torch.zeros(4, 5), ONE_HOT)
     with pytest.raises(ConfigError, match="knows no classes"):
-        Critic(replace(CRITIC, classes=0))(torch.zeros(4, 3, 8, 8), ONE_HOT)
+        Discriminator(replace(CRITIC, classes=0))(torch.zeros(4, 3, 8, 8), ONE_HOT)
 
 
 def test_a_generator_held_to_a_class_is_that_class() -> None:
@@ -109,14 +109,14 @@ def test_a_generator_held_to_a_class_is_that_class() -> None:
     made = generator()
     latents = torch.randn(3, 5, generator=stream("z"))
     for label in range(4):
-        held: Generator = OfClass(made, label)
+        held: Generator = ClassConditioned(made, label)
         styles = held.map(latents)
         assert torch.equal(styles, made.map(latents, ONE_HOT[[label]].expand(3, -1)))
         assert torch.equal(held.truncate(styles, 0.5), made.truncate(styles, 0.5))
         assert torch.equal(held.synthesize(styles), made.synthesize(styles))
         for name in ("size", "latent_width", "style_inputs", "noise_sides", "style_slope"):
             assert getattr(held, name) == getattr(made, name), name
-    drawn = [sample(OfClass(made, label), 2, stream("draw")) for label in (0, 1)]
+    drawn = [sample(ClassConditioned(made, label), 2, stream("draw")) for label in (0, 1)]
     assert drawn[0].shape == (2, 3, 8, 8) and not torch.equal(drawn[0], drawn[1])
 
 
@@ -124,14 +124,14 @@ def test_a_generator_held_to_a_class_is_that_class() -> None:
 def test_a_class_that_is_not_there_is_refused(label: int) -> None:
     """Classes count from 0."""
     with pytest.raises(ConfigError, match=f"4 classes, from 0, got {label}"):
-        OfClass(generator(), label)
+        ClassConditioned(generator(), label)
 
 
 def test_pulse_searches_within_a_class_and_leaves_the_weights_free() -> None:
     """A searcher freezes what it is given; the generator inside thaws again."""
     made = generator()
     config = PulseConfig(steps=3, mapping_samples=50)
-    search = Pulse(OfClass(made, 1), BicubicPulse(2), config, Streams(3))
+    search = PulseUpsampler(ClassConditioned(made, 1), BicubicPulse(2), config, Streams(3))
     found = search.upsample(torch.full((1, 3, 4, 4), 0.5), faces_per_photo=2)
     assert found.images.shape == (1, 2, 3, 8, 8)
     assert all(weight.requires_grad for weight in made.parameters())

@@ -13,20 +13,20 @@ from torch import Tensor
 
 from fedface.errors import WeightsError
 from fedface.models import conversions
-from fedface.models.conversions import Found, import_file
-from fedface.models.critic import Critic, CriticConfig
-from fedface.models.family import Alone, Gan
+from fedface.models.conversions import ImportedModel, import_file
+from fedface.models.critic import Discriminator, DiscriminatorConfig
+from fedface.models.family import GeneratorModel, GanModel
 from fedface.models.stylegan1 import StyleGAN1
-from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
+from fedface.models.stylegan2 import StyleGAN2Config, StyleGAN2
 from fedface.models.weights import load_model, save_model, weights_hash
 
-TINY = GeneratorConfig(
+TINY = StyleGAN2Config(
     size=16, latent_width=6, style_width=5, mapping_layers=3, channel_base=128, channel_max=12
 )
-TINY_CRITIC = CriticConfig(size=16, channel_base=128, channel_max=12)
+TINY_CRITIC = DiscriminatorConfig(size=16, channel_base=128, channel_max=12)
 
 
-def imported(folder: Path, content: bytes, mapping: bytes | None = None) -> Found:
+def imported(folder: Path, content: bytes, mapping: bytes | None = None) -> ImportedModel:
     """Read a file of these bytes; its name says nothing about its kind."""
     (folder / "weights.bin").write_bytes(content)
     if mapping is None:
@@ -55,7 +55,7 @@ def filters(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors | more
 
 
-def made(config: GeneratorConfig, seed: int = 1) -> StyleGAN2:
+def made(config: StyleGAN2Config, seed: int = 1) -> StyleGAN2:
     """A generator of random weights, a mean style among them."""
     generator = StyleGAN2(config, torch.Generator().manual_seed(seed))
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_nvidias_generators_come_out_of_their_pickles(
     found = imported(tmp_path, nvidia_bytes({"G_ema": state(arrays)}, protocol=protocol))
     generator = found.generator
     assert isinstance(generator, StyleGAN2) and found.critic is None
-    assert found.kind == "stylegan2-ada of NVIDIA" and isinstance(found.model(), Alone)
+    assert found.kind == "stylegan2-ada of NVIDIA" and isinstance(found.model(), GeneratorModel)
     styles = generator.truncate(generator.map(arrays["in/z"]), 0.7)
     assert furthest(2 * generator.synthesize(styles) - 1, arrays["out/img_psi0.7_const"]) < 1e-4
     wplus = arrays["in/wplus"].requires_grad_()
@@ -121,7 +121,7 @@ def test_rosinalitys_networks_give_their_pictures_and_logits(
     }
     found = imported(tmp_path, torch_bytes(content, zipped=zipped))
     generator, critic = found.generator, found.critic
-    assert found.kind == "stylegan2 of rosinality" and isinstance(found.model(), Gan)
+    assert found.kind == "stylegan2 of rosinality" and isinstance(found.model(), GanModel)
     assert isinstance(generator, StyleGAN2) and critic is not None
     assert found.ignored == ("g", "g_optim", "args") and "remarks" not in found.notes
     styles = generator.map(arrays["in/z"])
@@ -149,7 +149,7 @@ def test_pulses_two_files_give_one_stylegan1(shared: Path, tmp_path: Path) -> No
         imported(tmp_path, torch_bytes(joined)),
     ):
         generator = found.generator
-        assert isinstance(generator, StyleGAN1) and isinstance(found.model(), Alone)
+        assert isinstance(generator, StyleGAN1) and isinstance(found.model(), GeneratorModel)
         noise = [drawn[f"in/noise{place}"] for place in range(10)]
         styles = drawn["in/w"].clone().requires_grad_()
         picture = 2 * generator.synthesize(styles, noise) - 1
@@ -178,7 +178,7 @@ def test_pulses_two_files_give_one_stylegan1(shared: Path, tmp_path: Path) -> No
 )
 def test_any_shape_is_read_from_the_numbers(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Sizes, widths, layers, form, classes and clamp come back as they were, and so does every weight."""
-    config = GeneratorConfig(**{**{k: getattr(TINY, k) for k in TINY.__dataclass_fields__}, **changes})
+    config = StyleGAN2Config(**{**{k: getattr(TINY, k) for k in TINY.__dataclass_fields__}, **changes})
     generator = made(config)
     tensors = filters(generator.state_dict())
     fields = {"G_ema": layer_fields(tensors, config.clamp)}
@@ -205,10 +205,10 @@ def test_any_shape_is_read_from_the_numbers(tmp_path: Path, changes: dict[str, A
 )
 def test_any_critic_is_read_from_the_numbers(tmp_path: Path, changes: dict[str, Any]) -> None:
     """The same for critics; the size of a group is a field, all else is in the shapes."""
-    config = CriticConfig(
+    config = DiscriminatorConfig(
         **{**{k: getattr(TINY_CRITIC, k) for k in TINY_CRITIC.__dataclass_fields__}, **changes}
     )
-    critic = Critic(config, torch.Generator().manual_seed(3))
+    critic = Discriminator(config, torch.Generator().manual_seed(3))
     tensors = filters(critic.state_dict())
     fields = layer_fields(tensors, config.clamp)
     if config.minibatch_group:
@@ -224,20 +224,20 @@ def test_any_critic_is_read_from_the_numbers(tmp_path: Path, changes: dict[str, 
 def test_a_generator_with_its_critic_is_kept_and_read_again(tmp_path: Path) -> None:
     """Through the file of ours, the same hash; G is taken only where G_ema is absent; halves are not made up."""
     averaged, plain = made(TINY, 1), made(TINY, 2)
-    critic = Critic(TINY_CRITIC, torch.Generator().manual_seed(3))
+    critic = Discriminator(TINY_CRITIC, torch.Generator().manual_seed(3))
     networks = {"G": plain.state_dict(), "D": critic.state_dict(), "G_ema": averaged.state_dict()}
     found = imported(tmp_path, nvidia_bytes(networks, beside={"augment_pipe": None}))
     assert found.ignored == ("G", "augment_pipe")
     save_model(tmp_path / "kept.safetensors", found.model())
     again = load_model(tmp_path / "kept.safetensors")
-    assert isinstance(again, Gan)
+    assert isinstance(again, GanModel)
     assert weights_hash(*again.modules()) == weights_hash(averaged, critic)
     assert import_file(tmp_path / "kept.safetensors").kind == "fedface"
     del networks["G_ema"]
     found = imported(tmp_path, nvidia_bytes(networks))
     assert found.generator is not None and weights_hash(found.generator) == weights_hash(plain)
     assert any("no averaged generator" in remark for remark in found.notes["remarks"])
-    larger = Critic(CriticConfig(size=32, channel_base=128, channel_max=12), torch.Generator())
+    larger = Discriminator(DiscriminatorConfig(size=32, channel_base=128, channel_max=12), torch.Generator())
     found = imported(tmp_path, nvidia_bytes({"G_ema": plain.state_dict(), "D": larger.state_dict()}))
     with pytest.raises(WeightsError, match="do not belong together"):
         found.model()

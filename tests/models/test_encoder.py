@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from fedface.errors import ConfigError
-from fedface.models.encoder import Encoder, EncoderConfig, on_sphere
-from fedface.models.weights import load_encoded, weights_hash
-from fedface.photos.drawn import ToneMix, draw, sample_faces
+from fedface.models.encoder import LatentEncoder, LatentEncoderConfig, on_sphere
+from fedface.models.weights import load_encoder, weights_hash
+from fedface.photos.drawn import ToneMix, render, sample_faces
 from fedface.photos.tone import measure_tone
 from fedface.randomness import Streams
 from fedface.shapes import Images
 
 STREAMS = Streams(41)
-SMALL = EncoderConfig(size=16, latent_width=12, channel_base=64, channel_max=8)
+SMALL = LatentEncoderConfig(size=16, latent_width=12, channel_base=64, channel_max=8)
 
 
 def pictures(count: int) -> Images:
@@ -26,7 +26,7 @@ def pictures(count: int) -> Images:
 
 def test_every_latent_lies_on_the_sphere_of_the_mapping_network() -> None:
     """Length sqrt(z), also for black, white and strange pictures."""
-    encoder = Encoder(SMALL, STREAMS.generator("weights"))
+    encoder = LatentEncoder(SMALL, STREAMS.generator("weights"))
     strange = torch.cat([pictures(4), torch.zeros(1, 3, 16, 16), torch.ones(1, 3, 16, 16) * 5])
     lengths = encoder(strange).norm(dim=1)
     assert torch.allclose(lengths, torch.full((6,), math.sqrt(12)), rtol=1e-4)
@@ -35,7 +35,7 @@ def test_every_latent_lies_on_the_sphere_of_the_mapping_network() -> None:
 
 def test_a_latent_depends_on_its_own_picture_alone() -> None:
     """A neighbour that is not finite does not reach it."""
-    encoder = Encoder(SMALL, STREAMS.generator("weights"))
+    encoder = LatentEncoder(SMALL, STREAMS.generator("weights"))
     spoiled = pictures(3)
     spoiled[1] = float("nan")
     together, alone = encoder(spoiled), encoder(pictures(3)[[0, 2]])
@@ -45,7 +45,7 @@ def test_a_latent_depends_on_its_own_picture_alone() -> None:
 
 def test_equal_streams_give_equal_encoders() -> None:
     """And the description says what the weights fit."""
-    one, two = (Encoder(SMALL, STREAMS.generator("weights")) for _ in range(2))
+    one, two = (LatentEncoder(SMALL, STREAMS.generator("weights")) for _ in range(2))
     assert weights_hash(one) == weights_hash(two)
     assert (one.size, one.latent_width) == (16, 12)
 
@@ -61,7 +61,7 @@ def test_equal_streams_give_equal_encoders() -> None:
 def test_a_shape_out_of_bounds_is_refused_by_name(change: dict[str, int], words: str) -> None:
     """At the door."""
     with pytest.raises(ConfigError, match=words):
-        EncoderConfig(**change)
+        LatentEncoderConfig(**change)
 
 
 @pytest.mark.parametrize("light_share", [0.0, 1.0])
@@ -71,9 +71,9 @@ def test_the_shipped_encoder_reads_light_and_dark_faces(light_share: float) -> N
     Fresh drawn faces through cameras, 48 dark and 48 light ones. The error of a stranger of the same group is
     what reading the group alone would leave; the encoder must leave less than two thirds of it.
     """
-    model = load_encoded()
-    faces = sample_faces(48, ToneMix(light_share=light_share), STREAMS.generator("faces"))
-    photos = draw(faces, 32, noise=STREAMS.generator("camera"))
+    model = load_encoder()
+    faces = sample_faces(48, ToneMix(light_fraction=light_share), STREAMS.generator("faces"))
+    photos = render(faces, 32, noise=STREAMS.generator("camera"))
     with torch.no_grad():
         made = model.generator.synthesize(model.generator.map(model.encoder(photos))).clamp(0, 1)
     true, read = measure_tone(photos).lab[:, 0], measure_tone(made).lab[:, 0]

@@ -15,7 +15,7 @@ from fedface.models.flow import FlowConfig, RectifiedFlow
 from fedface.models.unet import UNet, UNetConfig
 from fedface.randomness import Streams
 from fedface.upsampling.degrade import BicubicPulse
-from fedface.upsampling.pulse import Pulse, PulseConfig
+from fedface.upsampling.pulse import PulseUpsampler, PulseConfig
 
 STREAMS = Streams(3)
 TINY = FlowConfig(size=16, width=8, multipliers=(1.0, 2.0), group=4, time_width=8, steps=4)
@@ -150,7 +150,7 @@ def test_pulse_finds_a_face_that_fits_a_flows_own_picture() -> None:
     flow = gaussian_flow(steps=4)
     low = BicubicPulse(4).apply(flow.sample(2, STREAMS.generator("target")))
     config = PulseConfig(mapping_samples=500)
-    found = Pulse(flow, BicubicPulse(4), config, STREAMS).upsample(low, faces_per_photo=2)
+    found = PulseUpsampler(flow, BicubicPulse(4), config, STREAMS).upsample(low, faces_per_photo=2)
     assert found.images.shape == (2, 2, 3, 16, 16) and bool(found.converged.all())
     again = BicubicPulse(4).apply(found.images.flatten(0, 1))
     assert float((again - low.repeat_interleave(2, dim=0)).square().mean(dim=(1, 2, 3)).max()) <= config.eps

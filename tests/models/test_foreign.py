@@ -21,7 +21,7 @@ from foreign_files import Persistent, nvidia_bytes, stand_ins, torch_bytes
 from fedface.errors import WeightsError
 from fedface.models import foreign
 from fedface.models.foreign import read_foreign
-from fedface.models.pickled import MOST_STEPS, PickleRefused, pickle_stream, read_pickle
+from fedface.models.pickled import MAX_STEPS, PickleRefused, pickle_stream, read_pickle
 
 
 class Call:
@@ -220,11 +220,11 @@ def test_tensors_together_are_not_larger_than_their_file(tmp_path: Path) -> None
 
 def test_a_pickle_that_never_ends_is_ended(tmp_path: Path) -> None:
     """Instructions are counted, so is what copies without being long; and nothing is walked that nests without end."""
-    assert f"more than {MOST_STEPS:,} instructions" in refused(
-        tmp_path / "a.pkl", b"\x80\x02" + b"]0" * MOST_STEPS + b"N."
+    assert f"more than {MAX_STEPS:,} instructions" in refused(
+        tmp_path / "a.pkl", b"\x80\x02" + b"]0" * MAX_STEPS + b"N."
     )
     assert "no networks by name" in refused(
-        tmp_path / "a.pkl", b"\x80\x02N" + b"\x85" * (MOST_STEPS - 9) + b"."
+        tmp_path / "a.pkl", b"\x80\x02N" + b"\x85" * (MAX_STEPS - 9) + b"."
     )
     # Forty lists, each ten times the one before: 10^40 leaves, forty lists in memory.
     laughs = b"\x80\x04]\x94" + b"".join(

@@ -14,20 +14,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedface.models import frozen as module
 from fedface.models.contracts import Generator, draw_noise
-from fedface.models.frozen import fast_precision, frozen
-from fedface.models.stylegan2 import GeneratorConfig, StyledConv, StyleGAN2, ToRGB
-from fedface.models.weights import load_base
+from fedface.models.frozen import fast_precision, prepare_for_search
+from fedface.models.stylegan2 import StyleGAN2Config, StyledConv, StyleGAN2, ToRGB
+from fedface.models.weights import load_gan
 from fedface.randomness import Streams
 from fedface.upsampling.degrade import BicubicPulse
 
 STREAMS = Streams(23)
-CONFIG = GeneratorConfig(
+CONFIG = StyleGAN2Config(
     size=32, latent_width=16, style_width=16, mapping_layers=2, channel_base=512, channel_max=24
 )
 Architecture = Literal["skip", "orig", "resnet"]
 
 
-def made(config: GeneratorConfig) -> StyleGAN2:
+def made(config: StyleGAN2Config) -> StyleGAN2:
     """Random weights; biases and noise strengths that matter."""
     chance = STREAMS.generator("weights")
     generator = StyleGAN2(config, chance)
@@ -70,7 +70,7 @@ def test_images_and_all_gradients_equal_those_of_the_plain_generator(
     """One face takes the path that scales weights, several the one that scales activations."""
     generator = made(replace(CONFIG, architecture=architecture, clamp=clamp))
     styles, noise = inputs(generator, faces)
-    wanted, found = (pulled(each, styles, noise) for each in (generator, frozen(generator)))
+    wanted, found = (pulled(each, styles, noise) for each in (generator, prepare_for_search(generator)))
     torch.testing.assert_close(found[0], wanted[0], atol=1e-5, rtol=1e-5)
     for i, (ours, theirs) in enumerate(zip(found[1], wanted[1], strict=True)):
         assert apart(ours, theirs) < 1e-4, i
@@ -81,9 +81,9 @@ def test_a_batch_that_is_cut_gives_the_same_as_a_whole_one(monkeypatch: pytest.M
     generator = made(CONFIG)
     styles, noise = inputs(generator, 5)
     shared = [plane[:1] for plane in noise]
-    whole = pulled(frozen(generator), styles, shared)
+    whole = pulled(prepare_for_search(generator), styles, shared)
     monkeypatch.setattr(module, "BYTES_AT_ONCE", 2 * 32 * 32 * 16 * 4)
-    cut = pulled(frozen(generator), styles, shared)
+    cut = pulled(prepare_for_search(generator), styles, shared)
     torch.testing.assert_close(cut[0], whole[0], atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(cut[1], whole[1], strict=True):
         assert ours.shape == theirs.shape
@@ -95,13 +95,13 @@ def test_the_fixed_noise_of_the_weights_is_used_where_none_is_given() -> None:
     styles, _ = inputs(generator, 2)
     with torch.no_grad():
         torch.testing.assert_close(
-            frozen(generator).synthesize(styles), generator.synthesize(styles), atol=1e-5, rtol=1e-5
+            prepare_for_search(generator).synthesize(styles), generator.synthesize(styles), atol=1e-5, rtol=1e-5
         )
 
 
 def test_bfloat16_points_where_float32_points_on_a_trained_generator() -> None:
     """The gradient of PULSE's loss, per face: the cosine is at least .999 for styles and each searched map."""
-    generator = load_base().generator
+    generator = load_gan().generator
     chance = STREAMS.generator("faces")
     low = BicubicPulse(4).apply(generator.sample(8, chance))
     styles = generator.map(torch.randn(8, generator.latent_width, generator=chance)).detach()
@@ -109,7 +109,7 @@ def test_bfloat16_points_where_float32_points_on_a_trained_generator() -> None:
     gradients = []
     for precision in ("float32", "bfloat16"):
         moved = [tensor.clone().requires_grad_() for tensor in (styles, *noise[:5])]
-        images = frozen(generator, precision=precision).synthesize(moved[0], [*moved[1:], *noise[5:]])
+        images = prepare_for_search(generator, precision=precision).synthesize(moved[0], [*moved[1:], *noise[5:]])
         loss = (BicubicPulse(4).apply(images) - low).square().mean(dim=(1, 2, 3)).sum()
         gradients.append(torch.autograd.grad(loss, moved))
     for exact, rounded in zip(*gradients, strict=True):
@@ -117,9 +117,9 @@ def test_bfloat16_points_where_float32_points_on_a_trained_generator() -> None:
 
 
 def test_bfloat16_images_differ_by_less_than_one_level_of_8_bit() -> None:
-    generator = load_base().generator
+    generator = load_gan().generator
     styles = generator.map(torch.randn(8, generator.latent_width, generator=STREAMS.generator("z"))).detach()
-    exact, rounded = (frozen(generator, precision=p).synthesize(styles) for p in ("float32", "bfloat16"))
+    exact, rounded = (prepare_for_search(generator, precision=p).synthesize(styles) for p in ("float32", "bfloat16"))
     assert (exact - rounded).square().mean().sqrt() < 1 / 255
     assert not torch.equal(exact, rounded)
 
@@ -128,7 +128,7 @@ def test_later_training_does_not_reach_a_frozen_generator_and_freezing_changes_n
     generator = made(CONFIG)
     styles, noise = inputs(generator, 1)
     before = {name: value.clone() for name, value in generator.state_dict().items()}
-    constants = frozen(generator)
+    constants = prepare_for_search(generator)
     first, _ = pulled(constants, styles, noise)
     assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())
     assert all(weight.requires_grad and weight.grad is None for weight in generator.parameters())
@@ -159,14 +159,14 @@ def test_no_gradient_of_a_weight_is_computed() -> None:
         images = generator.synthesize(styles, noise)
         torch.autograd.grad(images.mean(), list(generator.synthesis.parameters()), allow_unused=True)
     with WeightGradients() as ours:
-        pulled(frozen(generator), styles, noise)
+        pulled(prepare_for_search(generator), styles, noise)
     assert (plain.count, ours.count) == (11, 0)
 
 
 def test_the_verbs_of_the_mapping_are_those_of_the_generator() -> None:
     """Classes and labels included."""
     generator = made(replace(CONFIG, classes=3))
-    constants = frozen(generator)
+    constants = prepare_for_search(generator)
     latents, labels = torch.randn(4, 16, generator=STREAMS.generator("z")), torch.eye(3)[[0, 2, 1, 1]]
     styles = generator.map(latents, labels).detach()
     torch.testing.assert_close(constants.map(latents, labels), styles)
@@ -176,7 +176,7 @@ def test_the_verbs_of_the_mapping_are_those_of_the_generator() -> None:
 
 
 def test_styles_and_noise_of_a_wrong_count_are_refused() -> None:
-    constants = frozen(made(CONFIG))
+    constants = prepare_for_search(made(CONFIG))
     styles, noise = inputs(constants, 1)
     with pytest.raises(ValueError, match="styles must have shape"):
         constants.synthesize(styles[:, 1:])
@@ -186,5 +186,5 @@ def test_styles_and_noise_of_a_wrong_count_are_refused() -> None:
 
 def test_auto_follows_the_hardware() -> None:
     """And what cannot multiply in bfloat16, or cannot say so, is given float32."""
-    assert frozen(made(CONFIG), precision="auto").precision == fast_precision(torch.device("cpu"))
+    assert prepare_for_search(made(CONFIG), precision="auto").precision == fast_precision(torch.device("cpu"))
     assert fast_precision(torch.device("meta")) == "float32"

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fedface.models.contracts import no_noise
-from fedface.models.critic import Critic, CriticConfig
+from fedface.models.critic import Discriminator, DiscriminatorConfig
 from fedface.models.stylegan1 import StyleGAN1, StyleGAN1Config
-from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
-from fedface.upsampling.style_fit import fit_styles
+from fedface.models.stylegan2 import StyleGAN2Config, StyleGAN2
+from fedface.upsampling.style_fit import fit_style_gaussian
 
 EXACT = 1e-4
 
@@ -68,7 +68,7 @@ def generator_like(reference: Reference) -> StyleGAN2:
     built = reference.built
     synthesis = built.get("synthesis_kwargs", {})
     return StyleGAN2(
-        GeneratorConfig(
+        StyleGAN2Config(
             size=built["img_resolution"],
             latent_width=built["z_dim"],
             style_width=built["w_dim"],
@@ -82,14 +82,14 @@ def generator_like(reference: Reference) -> StyleGAN2:
     )
 
 
-def critic_like(reference: Reference) -> Critic:
+def critic_like(reference: Reference) -> Discriminator:
     """Likewise."""
     built = reference.built
     head = built.get("epilogue_kwargs", {})
     shares = head.get("mbstd_num_channels", 1)
     group = head.get("mbstd_group_size", 4) or 10**6  # None is the whole batch
-    return Critic(
-        CriticConfig(
+    return Discriminator(
+        DiscriminatorConfig(
             size=built["img_resolution"],
             channel_base=built.get("channel_base", 32768),
             channel_max=built.get("channel_max", 512),
@@ -185,7 +185,7 @@ def test_stylegan1_reproduces_the_published_mapping_and_its_fit(shared: Path) ->
         generator = sg1_like(reference)
         reference.fill(generator, "mapping.", missing=r"^synthesis\.|w_avg$")
         reference.agrees(generator.map(reference["in/z"])[:, 0], "out/w")
-        fit = fit_styles(
+        fit = fit_style_gaussian(
             generator.map,
             generator.latent_width,
             samples=20_000,

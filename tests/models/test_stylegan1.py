@@ -21,7 +21,7 @@ from fedface.models.stylegan1 import (
 )
 from fedface.randomness import Streams
 from fedface.upsampling.degrade import BicubicPulse
-from fedface.upsampling.pulse import Pulse, PulseConfig
+from fedface.upsampling.pulse import PulseUpsampler, PulseConfig
 
 SMALL = StyleGAN1Config(
     size=16, latent_width=5, style_width=6, mapping_layers=2, channel_base=32, channel_max=4
@@ -182,6 +182,6 @@ def test_truncation_moves_towards_the_mean_up_to_the_cutoff(generator: StyleGAN1
 def test_pulse_searches_it_like_any_generator() -> None:
     """The contract is enough."""
     made: Generator = StyleGAN1(SMALL, Streams(5).generator("weights"))
-    search = Pulse(made, BicubicPulse(4), PulseConfig(steps=3, mapping_samples=50), Streams(3))
+    search = PulseUpsampler(made, BicubicPulse(4), PulseConfig(steps=3, mapping_samples=50), Streams(3))
     found = search.upsample(torch.full((1, 3, 4, 4), 0.5), faces_per_photo=2)
     assert found.images.shape == (1, 2, 3, 16, 16) and made.style_slope == 0.2

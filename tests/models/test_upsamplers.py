@@ -10,15 +10,15 @@ from tiny import GENERATOR, RESOLVER, STYLES
 from torch.nn import functional
 
 from fedface.errors import ConfigError
-from fedface.models.family import Resolved, ResolvedShape, Styled, StyledShape, build, drawing
-from fedface.models.layers import enlarge
-from fedface.models.resolver import Resolver, ResolverConfig
-from fedface.models.style_encoder import StyleEncoder, StyleEncoderConfig, StyleUpsampler
+from fedface.models.family import SuperResolutionModel, SuperResolutionArchitecture, StyleEncoderModel, StyleEncoderArchitecture, build_model, as_generative
+from fedface.models.layers import resize_up
+from fedface.models.resolver import SuperResolutionNetwork, SuperResolutionNetworkConfig
+from fedface.models.style_encoder import StyleEncoder, StyleEncoderNetworkConfig, StyleUpsampler
 from fedface.models.stylegan2 import StyleGAN2
-from fedface.models.weights import load_model, load_resolved, load_styled, save_model, weights_hash
+from fedface.models.weights import load_model, load_super_resolution, load_style_encoder, save_model, weights_hash
 from fedface.randomness import Streams
-from fedface.training.private_steps import check_per_photo_gradients
-from fedface.training.upsampler import lesson_of
+from fedface.training.private_steps import check_per_example_gradients
+from fedface.training.upsampler import reconstruction_loss
 from fedface.upsampling.degrade import BicubicPulse
 
 STREAMS = Streams(3)
@@ -29,7 +29,7 @@ PHOTOS = torch.rand(3, 3, 4, 4, generator=STREAMS.generator("photos"))
 def test_enlarging_by_a_matrix_is_torchs_bicubic(low: int, side: int) -> None:
     photos = torch.rand(2, 3, low, low, generator=STREAMS.generator("low"))
     twin = functional.interpolate(photos, size=(side, side), mode="bicubic", align_corners=False)
-    torch.testing.assert_close(enlarge(photos, side), twin, atol=2e-6, rtol=0)
+    torch.testing.assert_close(resize_up(photos, side), twin, atol=2e-6, rtol=0)
 
 
 def test_an_encoder_that_says_nothing_names_the_mean_style() -> None:
@@ -43,10 +43,10 @@ def test_an_encoder_that_says_nothing_names_the_mean_style() -> None:
 
 
 def test_a_network_whose_tail_is_zero_enlarges_bicubically() -> None:
-    resolver = Resolver(RESOLVER, STREAMS.generator("resolver"))
+    resolver = SuperResolutionNetwork(RESOLVER, STREAMS.generator("resolver"))
     with torch.no_grad():
         resolver.tail.weight.zero_()
-    torch.testing.assert_close(resolver(PHOTOS), enlarge(PHOTOS, 16))
+    torch.testing.assert_close(resolver(PHOTOS), resize_up(PHOTOS, 16))
 
 
 def test_one_network_of_encoder_and_generator_is_one_after_the_other() -> None:
@@ -58,63 +58,63 @@ def test_one_network_of_encoder_and_generator_is_one_after_the_other() -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [StyledShape(generator=GENERATOR, encoder=STYLES), ResolvedShape(resolver=RESOLVER)]
+    "shape", [StyleEncoderArchitecture(generator=GENERATOR, encoder=STYLES), SuperResolutionArchitecture(network=RESOLVER)]
 )
-def test_the_answer_to_a_photo_hangs_on_that_photo_alone(shape: StyledShape | ResolvedShape) -> None:
+def test_the_answer_to_a_photo_hangs_on_that_photo_alone(shape: StyleEncoderArchitecture | SuperResolutionArchitecture) -> None:
     """Per-photo gradients equal one-photo gradients, and nobody's moves when another photo changes."""
-    model = build(shape, STREAMS.generator("weights"))
-    assert isinstance(model, Styled | Resolved)
+    model = build_model(shape, STREAMS.generator("weights"))
+    assert isinstance(model, StyleEncoderModel | SuperResolutionModel)
     faces = torch.rand(2, 3, 16, 16, generator=STREAMS.generator("faces"))
-    check_per_photo_gradients(model.upsampler, lesson_of(BicubicPulse(4), 10.0), faces)
+    check_per_example_gradients(model.upsampler, reconstruction_loss(BicubicPulse(4), 10.0), faces)
 
 
 @pytest.mark.parametrize("low", [1, 2, 4, 8])
 def test_photos_up_to_the_side_are_answered_with_faces_of_one_size(low: int) -> None:
     photos = torch.rand(1, 3, low, low, generator=STREAMS.generator("low"))
-    for shape in (StyledShape(generator=GENERATOR, encoder=STYLES), ResolvedShape(resolver=RESOLVER)):
-        model = build(shape, STREAMS.generator("weights"))
-        assert isinstance(model, Styled | Resolved)
+    for shape in (StyleEncoderArchitecture(generator=GENERATOR, encoder=STYLES), SuperResolutionArchitecture(network=RESOLVER)):
+        model = build_model(shape, STREAMS.generator("weights"))
+        assert isinstance(model, StyleEncoderModel | SuperResolutionModel)
         assert model.upsampler(photos).shape == (1, 3, 16, 16) and model.size == 16
-        assert model.largest_low == 8
+        assert model.max_input_size == 8
 
 
 @pytest.mark.parametrize(
-    "shape", [StyledShape(generator=GENERATOR, encoder=STYLES), ResolvedShape(resolver=RESOLVER)]
+    "shape", [StyleEncoderArchitecture(generator=GENERATOR, encoder=STYLES), SuperResolutionArchitecture(network=RESOLVER)]
 )
 def test_a_file_gives_back_the_networks_that_were_kept(
-    tmp_path: Path, shape: StyledShape | ResolvedShape
+    tmp_path: Path, shape: StyleEncoderArchitecture | SuperResolutionArchitecture
 ) -> None:
-    model = build(shape, STREAMS.generator("weights"), {"made_by": "a test"})
+    model = build_model(shape, STREAMS.generator("weights"), {"made_by": "a test"})
     save_model(tmp_path / "kept.safetensors", model)
     again = load_model(tmp_path / "kept.safetensors")
-    assert type(again) is type(model) and again.shape == shape and again.notes == {"made_by": "a test"}
+    assert type(again) is type(model) and again.architecture == shape and again.notes == {"made_by": "a test"}
     assert weights_hash(*again.modules()) == weights_hash(*model.modules())
 
 
 def test_shapes_that_do_not_fit_together_are_named() -> None:
     with pytest.raises(ConfigError, match="must tell 6 styles of width 16.* got 8 of width 128"):
-        StyledShape(generator=GENERATOR, encoder=StyleEncoderConfig())
+        StyleEncoderArchitecture(generator=GENERATOR, encoder=StyleEncoderNetworkConfig())
     with pytest.raises(ConfigError, match="side must be at most the generator's 16, got 32"):
-        StyledShape(generator=GENERATOR, encoder=StyleEncoderConfig(side=32, style_inputs=6, style_width=16))
+        StyleEncoderArchitecture(generator=GENERATOR, encoder=StyleEncoderNetworkConfig(side=32, style_inputs=6, style_width=16))
     with pytest.raises(ConfigError, match="factor must be a power of two from 1 to 64, got 3"):
-        ResolverConfig(factor=3)
+        SuperResolutionNetworkConfig(factor=3)
     with pytest.raises(ConfigError, match="between 8 and 1024 pixels, got 2048"):
-        ResolverConfig(side=512, factor=4)
+        SuperResolutionNetworkConfig(side=512, factor=4)
     with pytest.raises(ConfigError, match="side must be a power of two from 4 to 256, got 12"):
-        StyleEncoderConfig(side=12)
+        StyleEncoderNetworkConfig(side=12)
 
 
 def test_a_super_resolution_network_draws_nobody() -> None:
     """Commands that draw samples say so; a style encoder's generator draws."""
     with pytest.raises(ConfigError, match="draws nobody by itself"):
-        drawing(build(ResolvedShape(resolver=RESOLVER)))
-    styled = build(StyledShape(generator=GENERATOR, encoder=STYLES))
-    assert drawing(styled) is styled
+        as_generative(build_model(SuperResolutionArchitecture(network=RESOLVER)))
+    styled = build_model(StyleEncoderArchitecture(generator=GENERATOR, encoder=STYLES))
+    assert as_generative(styled) is styled
 
 
 def test_the_embedded_upsamplers_read_sixteen_pixels_and_stand_on_the_embedded_generator() -> None:
     """Made from the same drawn faces; the encoder's generator is the base checkpoint's."""
-    styled, resolved = load_styled(), load_resolved()
-    assert (styled.size, styled.largest_low, resolved.size, resolved.largest_low) == (32, 16, 32, 16)
+    styled, resolved = load_style_encoder(), load_super_resolution()
+    assert (styled.size, styled.max_input_size, resolved.size, resolved.max_input_size) == (32, 16, 32, 16)
     assert styled.notes["generator"] == weights_hash(styled.generator)
     assert styled.notes["recipe"]["light_share"] == resolved.notes["recipe"]["light_share"] == 0.85

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from fedface.config import plain
 from fedface.errors import ConfigError, WeightsError
-from fedface.models.critic import CriticConfig
-from fedface.models.encoder import EncoderConfig
+from fedface.models.critic import DiscriminatorConfig
+from fedface.models.encoder import LatentEncoderConfig
 from fedface.models.family import (
-    AloneShape,
-    EncodedShape,
-    FlowShape,
-    Gan,
-    GanShape,
-    Shape,
-    build,
+    GeneratorArchitecture,
+    EncoderArchitecture,
+    FlowArchitecture,
+    GanModel,
+    GanArchitecture,
+    Architecture,
+    build_model,
     copy_model,
     new_gan,
 )
@@ -33,16 +33,16 @@ from fedface.models.stylegan1 import StyleGAN1Config
 from fedface.models.weights import (
     FORMAT,
     OLD_FORMAT,
-    buffers_of,
-    fill,
-    fill_buffers,
-    filled,
+    flatten_buffers,
+    assign_parameters,
+    assign_buffers,
+    model_from_vectors,
     load_as,
-    load_base,
+    load_gan,
     load_model,
-    remember_mean_style,
+    estimate_mean_style,
     save_model,
-    vector_of,
+    flatten_parameters,
     weights_hash,
 )
 from fedface.randomness import Streams
@@ -51,13 +51,13 @@ from fedface.randomness import Streams
 def test_a_vector_goes_back_where_it_came_from() -> None:
     """fill(v) then vector_of gives v, and every weight of another network is replaced."""
     source, target = tiny_gan("a"), tiny_gan("b")
-    vector = vector_of(*source.modules())
-    assert not torch.equal(vector_of(*target.modules()), vector)
-    fill(vector, *target.modules())
-    assert torch.equal(vector_of(*target.modules()), vector)
+    vector = flatten_parameters(*source.modules())
+    assert not torch.equal(flatten_parameters(*target.modules()), vector)
+    assign_parameters(vector, *target.modules())
+    assert torch.equal(flatten_parameters(*target.modules()), vector)
     latents = torch.randn(2, 64, generator=Streams(1).generator("z"))
-    theirs = target.critic(source.generator.synthesize(source.generator.map(latents)))
-    assert torch.equal(source.critic(source.generator.synthesize(source.generator.map(latents))), theirs)
+    theirs = target.discriminator(source.generator.synthesize(source.generator.map(latents)))
+    assert torch.equal(source.discriminator(source.generator.synthesize(source.generator.map(latents))), theirs)
 
 
 def test_a_vector_holds_the_generator_first_then_the_critic_each_by_name() -> None:
@@ -65,20 +65,20 @@ def test_a_vector_holds_the_generator_first_then_the_critic_each_by_name() -> No
     gan = tiny_gan()
     by_hand = [
         dict(module.named_parameters())[name].reshape(-1)
-        for module in (gan.generator, gan.critic)
+        for module in (gan.generator, gan.discriminator)
         for name in sorted(dict(module.named_parameters()))
     ]
-    assert torch.equal(vector_of(*gan.modules()), torch.cat(by_hand))
+    assert torch.equal(flatten_parameters(*gan.modules()), torch.cat(by_hand))
 
 
 @pytest.mark.parametrize("change", [-1, 1])
 def test_a_vector_of_another_length_is_refused(change: int) -> None:
     """And nothing is written."""
     gan = tiny_gan()
-    before = vector_of(*gan.modules())
+    before = flatten_parameters(*gan.modules())
     with pytest.raises(WeightsError, match=f"{len(before)} weights, got a vector"):
-        fill(torch.zeros(len(before) + change), *gan.modules())
-    assert torch.equal(vector_of(*gan.modules()), before)
+        assign_parameters(torch.zeros(len(before) + change), *gan.modules())
+    assert torch.equal(flatten_parameters(*gan.modules()), before)
 
 
 def test_a_copy_shares_no_memory() -> None:
@@ -87,7 +87,7 @@ def test_a_copy_shares_no_memory() -> None:
     before = weights_hash(*gan.modules())
     twin = copy_model(gan)
     assert weights_hash(*twin.modules()) == before
-    fill(torch.zeros_like(vector_of(*twin.modules())), *twin.modules())
+    assign_parameters(torch.zeros_like(flatten_parameters(*twin.modules())), *twin.modules())
     assert weights_hash(*gan.modules()) == before
 
 
@@ -95,28 +95,28 @@ def test_the_hash_tells_one_changed_weight_or_buffer() -> None:
     """A report names exactly the weights it measured."""
     gan, twin = tiny_gan(), tiny_gan()
     assert weights_hash(*gan.modules()) == weights_hash(*twin.modules())
-    vector = vector_of(*twin.modules())
+    vector = flatten_parameters(*twin.modules())
     vector[-1] = torch.nextafter(vector[-1], torch.tensor(9.0))
-    fill(vector, *twin.modules())
+    assign_parameters(vector, *twin.modules())
     assert weights_hash(*gan.modules()) != weights_hash(*twin.modules())
     mean = tiny_gan()
-    remember_mean_style(mean.generator, Streams(1).generator("mean"), draws=8)
+    estimate_mean_style(mean.generator, Streams(1).generator("mean"), draws=8)
     assert weights_hash(*gan.modules()) != weights_hash(*mean.modules())
 
 
 def test_a_file_gives_the_same_networks_back(tmp_path: Path) -> None:
     """Weights, buffers, shapes and notes."""
-    gan = Gan(*tiny_gan().modules(), {"made_by": "a test", "steps": [1, 2]})  # type: ignore[arg-type]
-    remember_mean_style(gan.generator, Streams(1).generator("mean"), draws=8)
+    gan = GanModel(*tiny_gan().modules(), {"made_by": "a test", "steps": [1, 2]})  # type: ignore[arg-type]
+    estimate_mean_style(gan.generator, Streams(1).generator("mean"), draws=8)
     save_model(tmp_path / "deep" / "gan.safetensors", gan)
     again = load_model(tmp_path / "deep" / "gan.safetensors")
     assert weights_hash(*again.modules()) == weights_hash(*gan.modules())
-    assert (again.generator.config, again.critic.config, again.notes) == (GENERATOR, CRITIC, gan.notes)
+    assert (again.generator.config, again.discriminator.config, again.notes) == (GENERATOR, CRITIC, gan.notes)
 
 
 def test_the_embedded_base_is_whole() -> None:
     """It is read, draws faces within [0, 1] nearly everywhere, and says how it was made."""
-    gan = load_base()
+    gan = load_gan()
     made = gan.generator.synthesize(
         gan.generator.map(torch.randn(4, 64, generator=Streams(1).generator("z")))
     )
@@ -144,7 +144,7 @@ def test_saving_leaves_the_old_file_until_the_new_one_is_whole(
 def test_networks_of_two_sizes_do_not_go_together() -> None:
     """A critic of 32 px cannot judge pictures of 16."""
     with pytest.raises(ConfigError, match="must have one size, got 16 and 32"):
-        new_gan(GENERATOR, CriticConfig(size=32), Streams(1).generator("x"))
+        new_gan(GENERATOR, DiscriminatorConfig(size=32), Streams(1).generator("x"))
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def parts(tmp_path: Path) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
     save_model(path, tiny_gan())
     header = {
         "format": FORMAT,
-        "shape": json.dumps(plain(GanShape(generator=GENERATOR, critic=CRITIC))),
+        "shape": json.dumps(plain(GanArchitecture(generator=GENERATOR, discriminator=CRITIC))),
         "notes": "{}",
     }
     return path, load_file(path), header
@@ -291,19 +291,19 @@ def test_what_a_machine_cannot_hold_is_a_sentence(
     monkeypatch.setattr("fedface.models.weights.build", full)
     assert "damaged" in refused(parts)
     with pytest.raises(WeightsError, match="cannot be made on this machine"):
-        filled(GanShape(generator=GENERATOR, critic=CRITIC), torch.zeros(1), torch.zeros(1))
+        model_from_vectors(GanArchitecture(generator=GENERATOR, discriminator=CRITIC), torch.zeros(1), torch.zeros(1))
 
 
 def test_numbers_fill_networks_of_their_shape_and_no_others() -> None:
     """Weights and buffers of a model give it back; one number more of either is refused."""
     model = tiny_gan()
-    remember_mean_style(model.generator, Streams(1).generator("mean"), draws=8)
-    weights, buffers = vector_of(*model.modules()), buffers_of(*model.modules())
-    again = filled(model.shape, weights, buffers)
+    estimate_mean_style(model.generator, Streams(1).generator("mean"), draws=8)
+    weights, buffers = flatten_parameters(*model.modules()), flatten_buffers(*model.modules())
+    again = model_from_vectors(model.architecture, weights, buffers)
     assert weights_hash(*again.modules()) == weights_hash(*model.modules())
     for more in ((torch.zeros(1 + len(weights)), buffers), (weights, torch.zeros(1 + len(buffers)))):
         with pytest.raises(WeightsError, match="got a vector of shape"):
-            filled(model.shape, *more)
+            model_from_vectors(model.architecture, *more)
 
 
 @pytest.mark.parametrize("length", [0, 4, 100, -1])
@@ -351,31 +351,31 @@ def test_a_file_from_before_the_families_is_read(parts: Parts) -> None:
 
 
 SHAPES = (
-    GanShape(generator=GENERATOR, critic=CRITIC),
-    EncodedShape(generator=GENERATOR, encoder=EncoderConfig(size=16, channel_base=64, channel_max=8)),
-    FlowShape(flow=FlowConfig(width=16)),
-    AloneShape(generator=GENERATOR),
-    AloneShape(generator=StyleGAN1Config(size=16, latent_width=16)),
+    GanArchitecture(generator=GENERATOR, discriminator=CRITIC),
+    EncoderArchitecture(generator=GENERATOR, encoder=LatentEncoderConfig(size=16, channel_base=64, channel_max=8)),
+    FlowArchitecture(flow=FlowConfig(width=16)),
+    GeneratorArchitecture(generator=GENERATOR),
+    GeneratorArchitecture(generator=StyleGAN1Config(size=16, latent_width=16)),
 )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=[type(shape).__name__ for shape in SHAPES])
-def test_every_family_comes_back_from_its_file_and_from_its_flat_vector(tmp_path: Path, shape: Shape) -> None:
+def test_every_family_comes_back_from_its_file_and_from_its_flat_vector(tmp_path: Path, shape: Architecture) -> None:
     """Shape, weights, buffers and notes; and a twin built from the shape takes the flat numbers."""
-    model = build(shape, Streams(4).generator("weights"), {"made_by": "a test"})
+    model = build_model(shape, Streams(4).generator("weights"), {"made_by": "a test"})
     save_model(tmp_path / "model.safetensors", model)
     again = load_model(tmp_path / "model.safetensors")
-    assert again.shape == model.shape == shape and again.notes == {"made_by": "a test"}
+    assert again.architecture == model.architecture == shape and again.notes == {"made_by": "a test"}
     assert weights_hash(*again.modules()) == weights_hash(*model.modules())
-    twin = build(shape)
-    fill(vector_of(*model.modules()), *twin.modules())
-    fill_buffers(buffers_of(*model.modules()), *twin.modules())
+    twin = build_model(shape)
+    assign_parameters(flatten_parameters(*model.modules()), *twin.modules())
+    assign_buffers(flatten_buffers(*model.modules()), *twin.modules())
     assert weights_hash(*twin.modules()) == weights_hash(*model.modules())
     assert weights_hash(*copy_model(model).modules()) == weights_hash(*model.modules())
 
 
 def test_a_model_of_another_family_is_refused_by_name(tmp_path: Path) -> None:
     """A flow where a GAN is wanted."""
-    save_model(tmp_path / "flow.safetensors", build(FlowShape(flow=FlowConfig(width=16))))
+    save_model(tmp_path / "flow.safetensors", build_model(FlowArchitecture(flow=FlowConfig(width=16))))
     with pytest.raises(WeightsError, match="wanted a generator with its critic, got a rectified flow"):
-        load_as(tmp_path / "flow.safetensors", Gan)
+        load_as(tmp_path / "flow.safetensors", GanModel)

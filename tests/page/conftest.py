@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from speaking import HOME, PORT, Open, Run, Running
 
 from fedface.page.app import make_app
-from fedface.page.offers import Searcher
+from fedface.page.offers import MethodProvider
 from fedface.page.serving import listen, port_of, server_of
 from fedface.page.sitting import Reader
 
@@ -37,7 +37,7 @@ def run_page() -> Iterator[Run]:
     """Starts servers on free ports, and ends them."""
     ends = []
 
-    def run_one(searcher: Searcher, reader: Reader) -> Running:
+    def run_one(searcher: MethodProvider, reader: Reader) -> Running:
         listening = listen(0)
         server = server_of(make_app(searcher, reader, port=port_of(listening)))
         thread = Thread(target=server.run, kwargs={"sockets": [listening]})

@@ -13,10 +13,10 @@ import torch
 from torch.nn import functional as F
 
 from fedface.errors import ConfigError
-from fedface.page.offers import Offer
+from fedface.page.offers import MethodInfo
 from fedface.photos.faces import Face
 from fedface.shapes import Images, LowImages
-from fedface.upsampling.contracts import Glimpse, Progress, Upsampled, Watch, squared_difference
+from fedface.upsampling.contracts import StepSnapshot, Progress, Upsampled, StepCallback, squared_difference
 from fedface.upsampling.degrade import BicubicPulse
 
 SIZE = 16
@@ -33,7 +33,7 @@ def faces_of(low: LowImages, count: int) -> Images:
 class Fading:
     """An `Upsampler` that takes its time."""
 
-    def __init__(self, side: int, pause: float, progress: Progress | None, watch: Watch | None) -> None:
+    def __init__(self, side: int, pause: float, progress: Progress | None, watch: StepCallback | None) -> None:
         self.low_size, self.size = side, SIZE
         self._pause, self._progress, self._watch = pause, progress, watch
 
@@ -49,19 +49,19 @@ class Fading:
             if self._watch is not None:
                 made = images * step / STEPS
                 faces = torch.arange(faces_per_photo)
-                self._watch(Glimpse(step=step, steps=STEPS, faces=faces, images=made, misfit=misfit))
+                self._watch(StepSnapshot(step=step, steps=STEPS, faces=faces, images=made, consistency_error=misfit))
         fits = torch.arange(faces_per_photo) == 0
-        return Upsampled(images=images[None], misfit=misfit[None], converged=fits[None], steps=STEPS)
+        return Upsampled(images=images[None], consistency_error=misfit[None], converged=fits[None], steps=STEPS)
 
 
 class FadingSearcher:
     """Three methods: one with several faces, one with a single answer at 8 px alone, one that dies of a bug."""
 
     size = SIZE
-    offers: Sequence[Offer] = (
-        Offer(name="fading", title="Fading", words="Fades in.", several=True),
-        Offer(name="single", title="Single", words="Has one answer.", several=False),
-        Offer(name="broken", title="Broken", words="Has a bug.", several=True),
+    offers: Sequence[MethodInfo] = (
+        MethodInfo(name="fading", title="Fading", words="Fades in.", several=True),
+        MethodInfo(name="single", title="Single", words="Has one answer.", several=False),
+        MethodInfo(name="broken", title="Broken", words="Has a bug.", several=True),
     )
 
     def __init__(self, pause: float = 0.0) -> None:
@@ -71,7 +71,7 @@ class FadingSearcher:
         return f"{method} has learned from 85 light faces in 100."
 
     def make(
-        self, method: str, *, side: int, seed: int, progress: Progress | None, watch: Watch | None
+        self, method: str, *, side: int, seed: int, progress: Progress | None, watch: StepCallback | None
     ) -> Fading:
         if method == "single" and side != 8:
             raise ConfigError("this network reads 8 pixels a side; choose 8, or another method")

@@ -17,7 +17,7 @@ import numpy as np
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from fedface.page.offers import Searcher
+from fedface.page.offers import MethodProvider
 from fedface.page.sitting import Reader
 from fedface.photos.pixels import png_bytes
 
@@ -63,4 +63,4 @@ class Running:
         return httpx.Client(base_url=self.address, headers={"origin": self.address}, timeout=60)
 
 
-Run = Callable[[Searcher, Reader], Running]
+Run = Callable[[MethodProvider, Reader], Running]

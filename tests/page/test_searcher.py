@@ -12,18 +12,18 @@ from fedface.errors import ConfigError
 from fedface.page.app import make_app
 from fedface.page.offers import learned_from
 from fedface.page.pictures import images_of
-from fedface.page.searcher import Methods, offer_of
+from fedface.page.searcher import MethodCatalog, offer_of
 from fedface.page.sitting import Reader
 from fedface.randomness import Streams
 from fedface.reports.figures import pixels_of
 from fedface.upsampling.degrade import BicubicPulse
-from fedface.upsampling.methods import METHODS, has_one_answer
-from fedface.upsampling.pulse import Pulse, PulseConfig
+from fedface.upsampling.methods import METHODS, is_deterministic
+from fedface.upsampling.pulse import PulseUpsampler, PulseConfig
 
 
 def test_every_method_is_offered_in_words_and_pulse_comes_first() -> None:
     """Each once, with its own words."""
-    offers = Methods(None).offers
+    offers = MethodCatalog(None).offers
     assert offers[0].name == "pulse"
     assert {offer.name for offer in offers} == set(METHODS)
     assert len({offer.words for offer in offers}) == len(offers)
@@ -31,12 +31,12 @@ def test_every_method_is_offered_in_words_and_pulse_comes_first() -> None:
 
 def test_a_method_with_one_answer_says_so() -> None:
     """As the upsamplers do."""
-    assert all(offer_of(method).several != has_one_answer(method) for method in METHODS.values())
+    assert all(offer_of(method).several != is_deterministic(method) for method in METHODS.values())
 
 
 def test_the_shipped_generator_tells_whose_faces_it_has_learned_from() -> None:
     """85 in 100 had light skin; enlarging pixels has learned from nobody."""
-    searcher = Methods(None)
+    searcher = MethodCatalog(None)
     assert "85 in 100 had light skin" in searcher.learned("pulse")
     assert searcher.learned("nearest") == ""
 
@@ -60,12 +60,12 @@ def test_an_encoder_may_name_its_generators_recipe() -> None:
 def test_what_a_checkpoint_cannot_do_is_a_sentence(method: str, side: int, words: str) -> None:
     """A side that does not divide, a name that is none, a generator that is no flow."""
     with pytest.raises(ConfigError, match=words):
-        Methods(tiny_gan()).make(method, side=side, seed=0, progress=None, watch=None)
+        MethodCatalog(tiny_gan()).make(method, side=side, seed=0, progress=None, watch=None)
 
 
 def test_the_page_ends_with_the_faces_that_pulse_finds() -> None:
     """Equal pixels and seed give the faces, misfits and marks of a search without the page."""
-    searcher, reader = Methods(tiny_gan()), Reader(16, lambda: Known(0))
+    searcher, reader = MethodCatalog(tiny_gan()), Reader(16, lambda: Known(0))
     with TestClient(make_app(searcher, reader, port=PORT), base_url=HOME["origin"], headers=HOME) as client:
         told = client.post("/photo", content=photo_bytes(16, 16)).json()
         asked = {"photo": told["photo"], "face": 0, "side": 4}
@@ -73,10 +73,10 @@ def test_the_page_ends_with_the_faces_that_pulse_finds() -> None:
         wish = {**asked, "method": "pulse", "faces": 2, "seed": 3}
         events = events_of(client.post("/search", json=wish).text)
     assert events[-1][0] == "end"
-    search = Pulse(tiny_gan().generator, BicubicPulse(4), PulseConfig(), Streams(3))
+    search = PulseUpsampler(tiny_gan().generator, BicubicPulse(4), PulseConfig(), Streams(3))
     made = search.upsample(low, faces_per_photo=2)
     for face, picture, misfit in zip(
-        events[-1][1]["faces"], made.images[0], made.misfit[0].tolist(), strict=True
+        events[-1][1]["faces"], made.images[0], made.consistency_error[0].tolist(), strict=True
     ):
         difference = images_of(pixels_in(face["picture"])) - images_of(pixels_of(picture))
         assert float(difference.abs().max()) <= 1 / 255 + 1e-6

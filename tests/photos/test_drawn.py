@@ -12,9 +12,9 @@ from scipy.fft import dctn, idctn
 
 from fedface.photos.drawn import (
     NORMALS,
-    DrawnFaces,
+    SyntheticFaces,
     ToneMix,
-    draw,
+    render,
     faces_from_normals,
     landmarks,
     neutral_light,
@@ -25,28 +25,28 @@ from fedface.photos.drawn import (
 )
 from fedface.photos.tone import linear_from_srgb
 
-EVEN = ToneMix(light_share=0.5)
+EVEN = ToneMix(light_fraction=0.5)
 
 
-def some(count: int, seed: int = 0) -> DrawnFaces:
+def some(count: int, seed: int = 0) -> SyntheticFaces:
     return sample_faces(count, EVEN, torch.Generator().manual_seed(seed))
 
 
-def middling(count: int) -> DrawnFaces:
+def middling(count: int) -> SyntheticFaces:
     return faces_from_normals(torch.zeros(count, NORMALS), EVEN)
 
 
 def test_the_same_normals_give_the_same_picture() -> None:
     """A picture is a function of its parameters as long as no noise is asked for."""
     normals = torch.randn(4, NORMALS, generator=torch.Generator().manual_seed(1))
-    first, second = (draw(faces_from_normals(normals.clone(), EVEN), 32) for _ in range(2))
+    first, second = (render(faces_from_normals(normals.clone(), EVEN), 32) for _ in range(2))
     assert torch.equal(first, second)
 
 
 def test_pictures_are_finite_and_within_zero_and_one_even_for_extreme_normals() -> None:
     """Quantile functions are bounded, so no face can leave the picture's range."""
     normals = 6 * torch.randn(32, NORMALS, generator=torch.Generator().manual_seed(2)).sign()
-    pictures = draw(faces_from_normals(normals, EVEN), 64)
+    pictures = render(faces_from_normals(normals, EVEN), 64)
     assert pictures.dtype == torch.float32 and pictures.shape == (32, 3, 64, 64)
     assert 0 <= float(pictures.min()) and float(pictures.max()) <= 1
 
@@ -54,15 +54,15 @@ def test_pictures_are_finite_and_within_zero_and_one_even_for_extreme_normals() 
 def test_a_face_does_not_depend_on_its_neighbours() -> None:
     """Drawing many at once, in chunks, equals drawing each alone."""
     faces = some(40)
-    alone = draw(faces[37:38], 64)
-    assert torch.allclose(draw(faces, 64)[37:38], alone, atol=1e-5)
+    alone = render(faces[37:38], 64)
+    assert torch.allclose(render(faces, 64)[37:38], alone, atol=1e-5)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_exactly_the_light_share_of_the_unit_interval_has_a_light_tone(share: float) -> None:
     """The quantile function crosses 5.5 at the light share."""
     uniform = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-    tones = ToneMix(light_share=share).tones(uniform)
+    tones = ToneMix(light_fraction=share).tones(uniform)
     assert float((tones < 5.5).double().mean()) == approx(share, abs=1e-9)
     assert float(tones.min()) >= 1 and float(tones.max()) <= 10
 
@@ -71,7 +71,7 @@ def test_the_tone_quantile_rises_without_a_jump() -> None:
     """It is continuous: halving the grid halves the largest step."""
     steps = []
     for count in (100_001, 200_001):
-        rise = ToneMix(light_share=0.3).tones(torch.linspace(0, 1, count, dtype=torch.float64)).diff()
+        rise = ToneMix(light_fraction=0.3).tones(torch.linspace(0, 1, count, dtype=torch.float64)).diff()
         assert float(rise.min()) >= 0
         steps.append(float(rise.max()))
     assert steps[1] == approx(steps[0] / 2, rel=0.01)
@@ -80,7 +80,7 @@ def test_the_tone_quantile_rises_without_a_jump() -> None:
 def test_a_share_outside_zero_and_one_is_refused() -> None:
     """The message names the value and the bound."""
     with pytest.raises(ValueError, match=r"light_share must lie in \[0, 1\], got 1.5"):
-        ToneMix(light_share=1.5)
+        ToneMix(light_fraction=1.5)
 
 
 def test_normals_of_the_wrong_width_are_refused() -> None:
@@ -109,9 +109,9 @@ def test_a_small_step_of_the_normals_is_a_small_step_of_the_picture() -> None:
     """The map is smooth enough to be learnt by regression: a hundredth of the step, of the change."""
     generator = torch.Generator().manual_seed(4)
     normals, way = torch.randn(2, 16, NORMALS, generator=generator)
-    here = draw(faces_from_normals(normals, EVEN), 32)
-    small = (draw(faces_from_normals(normals + 1e-4 * way, EVEN), 32) - here).abs().mean()
-    large = (draw(faces_from_normals(normals + 1e-2 * way, EVEN), 32) - here).abs().mean()
+    here = render(faces_from_normals(normals, EVEN), 32)
+    small = (render(faces_from_normals(normals + 1e-4 * way, EVEN), 32) - here).abs().mean()
+    large = (render(faces_from_normals(normals + 1e-2 * way, EVEN), 32) - here).abs().mean()
     assert float(large / small) == approx(100, rel=0.3)
 
 
@@ -119,7 +119,7 @@ def test_more_exposure_brightens_every_face() -> None:
     """Mean luminance rises with each stop."""
     faces = some(16)
     light = [
-        draw(replace(faces, exposure=faces.exposure * 0 + stops), 32).mean((1, 2, 3)) for stops in (-2, -1, 0)
+        render(replace(faces, exposure=faces.exposure * 0 + stops), 32).mean((1, 2, 3)) for stops in (-2, -1, 0)
     ]
     assert bool((light[0] < light[1]).all()) and bool((light[1] < light[2]).all())
 
@@ -129,13 +129,13 @@ def test_mirrored_light_mirrors_the_shading_of_a_symmetric_face() -> None:
     faces = replace(middling(1), hair_amount=torch.zeros(1), beard=torch.zeros(1), glasses=torch.zeros(1))
     left, right = (replace(faces, azimuth=torch.tensor([side])) for side in (-0.9, 0.9))
     inside = (skin_mask(faces, 64) > 0.9)[:, None].expand(-1, 3, -1, -1)
-    assert torch.allclose(draw(left, 64)[inside], draw(right, 64).flip(3)[inside], atol=1e-4)
-    assert not torch.allclose(draw(left, 64)[inside], draw(right, 64)[inside], atol=0.05)
+    assert torch.allclose(render(left, 64)[inside], render(right, 64).flip(3)[inside], atol=1e-4)
+    assert not torch.allclose(render(left, 64)[inside], render(right, 64)[inside], atol=0.05)
 
 
 def test_light_from_the_right_brightens_the_right_cheek() -> None:
     """Azimuth is positive towards the right of the picture."""
-    picture = draw(replace(middling(1), azimuth=torch.tensor([1.0])), 64)
+    picture = render(replace(middling(1), azimuth=torch.tensor([1.0])), 64)
     assert float(picture[..., 36:42, 42:46].mean()) > float(picture[..., 36:42, 18:22].mean()) + 0.05
 
 
@@ -143,7 +143,7 @@ def test_darker_tones_are_darker_in_the_same_light_and_still_differ_from_flat() 
     """Skin luminance falls along the Monk scale; features remain visible on the darkest."""
     tones = torch.tensor([1.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0])
     faces = replace(neutral_light(middling(8)), tone=tones)
-    pictures, skin = draw(faces, 64), skin_mask(faces, 64)
+    pictures, skin = render(faces, 64), skin_mask(faces, 64)
     light = (pictures.mean(1) * skin).sum((1, 2)) / skin.sum((1, 2))
     assert bool((light.diff() < 0).all())
     darkest = pictures[-1, :, 22:50, 16:48]
@@ -154,7 +154,7 @@ def test_neutral_light_forgets_light_and_camera_and_nothing_else() -> None:
     """Two photos of one face become the same picture; another face stays another."""
     faces = some(6)
     relit = replace(faces, azimuth=-faces.azimuth, exposure=faces.exposure - 1, warmth=faces.warmth + 0.2)
-    assert torch.equal(draw(neutral_light(faces), 32), draw(neutral_light(relit), 32))
+    assert torch.equal(render(neutral_light(faces), 32), render(neutral_light(relit), 32))
     assert torch.equal(neutral_light(faces).tone, faces.tone)
     assert torch.equal(neutral_light(faces).yaw, faces.yaw)
 
@@ -169,7 +169,7 @@ def test_where_the_skin_mask_says_skin_the_background_does_not_show() -> None:
         iris_colour=1 - faces.iris_colour,
     )
     mask = skin_mask(faces, 64)
-    change = (draw(faces, 64) - draw(repainted, 64)).abs().amax(1)
+    change = (render(faces, 64) - render(repainted, 64)).abs().amax(1)
     assert 0 <= float(mask.min()) and float(mask.max()) <= 1
     assert float(change[mask > 0.99].max()) < 0.05
     assert float((mask > 0.99).float().mean()) > 0.05
@@ -194,7 +194,7 @@ def test_the_pupils_are_dark_where_the_landmarks_say_eyes() -> None:
         gaze=faces.gaze * 0,
         eye_openness=faces.gaze * 0 + 1.2,
     )
-    picture = draw(faces, 128).mean(1)
+    picture = render(faces, 128).mean(1)
     darkest = -torch.nn.functional.max_pool2d(-picture[:, None], 5, 1, 2)[:, 0]
     place = (landmarks(faces)[:, :2] * 128).long().clamp(0, 127)
     rows = torch.arange(64)[:, None]
@@ -206,7 +206,7 @@ def test_the_pupils_are_dark_where_the_landmarks_say_eyes() -> None:
 def test_a_small_picture_is_the_average_of_a_large_one() -> None:
     """Below 64 pixels light is averaged over 2 x 2 before the camera."""
     faces = replace(neutral_light(middling(1)), tone=torch.tensor([6.0]))
-    large, small = (linear_from_srgb(draw(faces, size)) for size in (64, 32))
+    large, small = (linear_from_srgb(render(faces, size)) for size in (64, 32))
     assert torch.allclose(torch.nn.functional.avg_pool2d(large, 2), small, atol=2e-3)
 
 
@@ -251,7 +251,7 @@ def test_one_jpeg_block_equals_scipys_cosine_transform_at_quality_50() -> None:
 def test_jpeg_loses_more_at_lower_quality_and_little_at_the_highest() -> None:
     """Sizes that are no multiple of 8 keep their shape."""
     faces = some(3)
-    pictures = draw(faces, 36)
+    pictures = render(faces, 36)
     losses = []
     for quality in (10, 50, 100):
         seen = through_jpeg(pictures, replace(faces, jpeg_quality=faces.tone * 0 + quality))
@@ -262,7 +262,7 @@ def test_jpeg_loses_more_at_lower_quality_and_little_at_the_highest() -> None:
 
 def test_sampled_faces_follow_the_light_share_and_the_generator() -> None:
     """Binomial: 4 standard deviations around a tenth; the same generator state gives the same faces."""
-    mix = ToneMix(light_share=0.1)
+    mix = ToneMix(light_fraction=0.1)
     first, second = (sample_faces(4000, mix, torch.Generator().manual_seed(6)) for _ in range(2))
     share = float((first.tone < 5.5).float().mean())
     assert share == approx(0.1, abs=4 * math.sqrt(0.1 * 0.9 / 4000))
@@ -273,7 +273,7 @@ def test_no_faces_give_no_pictures() -> None:
     """An empty batch keeps its shapes."""
     nobody = some(3)[0:0]
     assert len(nobody) == 0
-    assert draw(nobody, 32).shape == (0, 3, 32, 32)
+    assert render(nobody, 32).shape == (0, 3, 32, 32)
     assert skin_mask(nobody, 32).shape == (0, 32, 32)
     assert landmarks(nobody).shape == (0, 5, 2)
 
@@ -281,4 +281,4 @@ def test_no_faces_give_no_pictures() -> None:
 def test_a_picture_below_sixteen_pixels_is_refused() -> None:
     """There is no face to see in it."""
     with pytest.raises(ValueError, match="size must be at least 16 pixels, got 8"):
-        draw(some(1), 8)
+        render(some(1), 8)

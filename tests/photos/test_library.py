@@ -356,7 +356,7 @@ def test_occasions_go_by_the_whole_folder_and_list_the_faces(day: Path, cache: P
     scan_library(day, detector=FillsThePhoto(), cache=cache)
     library = PhotoLibrary(day, cache=cache)
     names = names_of(library)
-    found = [({names[index] for index in one.photos}, one.in_words()) for one in library.occasions()]
+    found = [({names[index] for index in one.photos}, one.describe()) for one in library.occasions()]
     assert found == [
         ({"a/noon.jpg", "b/six.jpg"}, "2 photos, 2024-06-01 12:00 to 2024-06-01 18:00"),
         ({"a/undated.jpg", "a/unknown.jpg"}, "2 photos without a date"),

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedface.photos.occasions import (
-    USUAL,
+    DEFAULT_RULE,
     Occasion,
     OccasionRule,
-    Shot,
+    PhotoSignature,
     fingerprint,
     group,
     numbered,
@@ -30,19 +30,19 @@ PARIS, VERSAILLES, LYON = (48.8566, 2.3522), (48.8049, 2.1204), (45.7640, 4.8357
 ALONE = OccasionRule(undated="alone")
 
 
-def at(hours: float, place: tuple[float, float] | None = None) -> Shot:
-    return Shot(folder=HERE, taken=NOON + timedelta(hours=hours), place=place)
+def at(hours: float, place: tuple[float, float] | None = None) -> PhotoSignature:
+    return PhotoSignature(folder=HERE, taken=NOON + timedelta(hours=hours), place=place)
 
 
-def linked(one: Shot, other: Shot, rule: OccasionRule) -> bool:
+def linked(one: PhotoSignature, other: PhotoSignature, rule: OccasionRule) -> bool:
     """The rule for two photos, word for word; the distance by the haversine formula."""
     if one.taken is not None and other.taken is not None:
         soon = abs(one.taken - other.taken) <= timedelta(hours=rule.gap_hours)
-        if soon and (one.place is None or other.place is None or km(one.place, other.place) <= rule.reach_km):
+        if soon and (one.place is None or other.place is None or km(one.place, other.place) <= rule.radius_km):
             return True
     if one.fingerprint is not None and other.fingerprint is not None:
         both = int.from_bytes(one.fingerprint, "big") ^ int.from_bytes(other.fingerprint, "big")
-        if both.bit_count() <= rule.alike:
+        if both.bit_count() <= rule.max_fingerprint_distance:
             return True
     undated = one.taken is None and other.taken is None
     return rule.undated == "by-folder" and undated and one.folder == other.folder
@@ -54,7 +54,7 @@ def km(one: tuple[float, float], other: tuple[float, float]) -> float:
     return 2 * 6371.0 * math.asin(math.sqrt(min(1.0, square)))
 
 
-def slowly(shots: list[Shot], rule: OccasionRule) -> list[int]:
+def slowly(shots: list[PhotoSignature], rule: OccasionRule) -> list[int]:
     """Spread from each photo along links, one pair at a time."""
     groups = [-1] * len(shots)
     for start in range(len(shots)):
@@ -78,7 +78,7 @@ def flipped(bits: list[int]) -> bytes:
 
 PRINTS = st.lists(st.integers(0, 127), max_size=12).map(flipped)
 SHOTS = st.builds(
-    Shot,
+    PhotoSignature,
     folder=st.sampled_from([HERE, HERE / "deeper", Path("there")]),
     taken=st.none() | st.integers(0, 40 * 3600).map(lambda second: NOON + timedelta(seconds=second)),
     place=st.none() | st.tuples(st.floats(48.8, 49.0), st.floats(2.2, 2.5)) | st.just(LYON),
@@ -96,7 +96,7 @@ LIBRARIES = st.lists(SHOTS, max_size=14)
 
 @settings(deadline=None, max_examples=300)
 @given(LIBRARIES, RULES)
-def test_the_occasions_are_those_of_the_slow_twin(shots: list[Shot], rule: OccasionRule) -> None:
+def test_the_occasions_are_those_of_the_slow_twin(shots: list[PhotoSignature], rule: OccasionRule) -> None:
     assert group(shots, rule).tolist() == slowly(shots, rule)
 
 
@@ -104,7 +104,7 @@ def test_a_larger_library_than_one_block_of_comparisons_agrees_with_the_twin() -
     """Seven hundred photos of every kind, so that links cross the borders of blocks."""
     chance = np.random.default_rng(0)
     shots = [
-        Shot(
+        PhotoSignature(
             folder=Path(str(chance.integers(300))),
             taken=NOON + timedelta(hours=float(chance.uniform(0, 4000))) if chance.random() < 0.7 else None,
             place=tuple(chance.uniform((48, 2), (48.5, 2.5))) if chance.random() < 0.5 else None,
@@ -113,14 +113,14 @@ def test_a_larger_library_than_one_block_of_comparisons_agrees_with_the_twin() -
         for _ in range(700)
     ]
     groups = group(shots)
-    assert groups.tolist() == slowly(shots, USUAL)
+    assert groups.tolist() == slowly(shots, DEFAULT_RULE)
     assert 50 < groups.max() < 650
 
 
 @settings(deadline=None, max_examples=200)
 @given(LIBRARIES, RULES)
 def test_without_one_whole_occasion_the_others_are_what_they_were(
-    shots: list[Shot], rule: OccasionRule
+    shots: list[PhotoSignature], rule: OccasionRule
 ) -> None:
     """The theorem: libraries that differ by one occasion are neighbours, whichever occasion it is."""
     groups = group(shots, rule)
@@ -132,7 +132,7 @@ def test_without_one_whole_occasion_the_others_are_what_they_were(
 @settings(deadline=None, max_examples=200)
 @given(LIBRARIES, SHOTS, RULES)
 def test_one_photo_more_merges_occasions_and_parts_none(
-    shots: list[Shot], more: Shot, rule: OccasionRule
+    shots: list[PhotoSignature], more: PhotoSignature, rule: OccasionRule
 ) -> None:
     before, after = group(shots, rule), group([*shots, more], rule)
     for number in range(int(before.max(initial=-1)) + 1):
@@ -141,7 +141,7 @@ def test_one_photo_more_merges_occasions_and_parts_none(
 
 @settings(deadline=None, max_examples=100)
 @given(LIBRARIES, RULES, st.randoms(use_true_random=False))
-def test_the_order_of_the_photos_does_not_matter(shots: list[Shot], rule: OccasionRule, chance) -> None:
+def test_the_order_of_the_photos_does_not_matter(shots: list[PhotoSignature], rule: OccasionRule, chance) -> None:
     order = list(range(len(shots)))
     chance.shuffle(order)
     shuffled = group([shots[number] for number in order], rule)
@@ -175,18 +175,18 @@ def test_two_places_at_once_are_two_occasions_unless_a_photo_without_a_place_joi
 
 def test_the_reach_counts_in_kilometres_also_across_the_date_line() -> None:
     """From Paris to Versailles it is 17.9 km; a fiftieth of a degree at the equator is 2.2 km."""
-    assert group([at(0, PARIS), at(0, VERSAILLES)], OccasionRule(reach_km=17.5)).tolist() == [0, 1]
-    assert group([at(0, PARIS), at(0, VERSAILLES)], OccasionRule(reach_km=18.5)).tolist() == [0, 0]
+    assert group([at(0, PARIS), at(0, VERSAILLES)], OccasionRule(radius_km=17.5)).tolist() == [0, 1]
+    assert group([at(0, PARIS), at(0, VERSAILLES)], OccasionRule(radius_km=18.5)).tolist() == [0, 0]
     assert group([at(0, (0.0, 179.99)), at(0, (0.0, -179.99))]).tolist() == [0, 0]
     assert group([at(0, (90.0, 10.0)), at(0, (90.0, -100.0))]).tolist() == [0, 0]
-    assert group([at(0, (0.0, 0.5)), at(0, (0.0, -179.5))], OccasionRule(reach_km=20_100)).tolist() == [0, 0]
+    assert group([at(0, (0.0, 0.5)), at(0, (0.0, -179.5))], OccasionRule(radius_km=20_100)).tolist() == [0, 0]
 
 
 def test_undated_photos_of_one_folder_count_together_unless_the_rule_lets_them_stand_alone() -> None:
-    shots = [Shot(folder=Path(name)) for name in ("a", "b", "a", "a/b")]
+    shots = [PhotoSignature(folder=Path(name)) for name in ("a", "b", "a", "a/b")]
     assert group(shots).tolist() == [0, 1, 0, 2]
     assert group(shots, ALONE).tolist() == [0, 1, 2, 3]
-    assert group([Shot(folder=HERE), at(0)]).tolist() == [0, 1]
+    assert group([PhotoSignature(folder=HERE), at(0)]).tolist() == [0, 1]
 
 
 def test_photos_that_are_alike_are_one_occasion_whatever_their_dates() -> None:
@@ -194,7 +194,7 @@ def test_photos_that_are_alike_are_one_occasion_whatever_their_dates() -> None:
     for bits in (range(10), range(60, 70), range(118, 128)):
         shots = [replace(at(0), fingerprint=bytes(16)), replace(at(999), fingerprint=flipped(list(bits)))]
         assert group(shots).tolist() == [0, 0]
-        assert group(shots, OccasionRule(alike=9)).tolist() == [0, 1]
+        assert group(shots, OccasionRule(max_fingerprint_distance=9)).tolist() == [0, 1]
 
 
 def test_many_photos_at_one_time_and_place_do_not_take_memory_by_the_square() -> None:
@@ -233,8 +233,8 @@ def test_a_burst_without_dates_is_one_occasion_and_another_motif_is_not() -> Non
         view = motif[number : number + 300, number : number + 400] * (0.9 + 0.05 * number)
         noisy = (view + chance.normal(0, 5, view.shape)).clip(0, 255).round().astype(np.uint8)
         frames.append(jpeg_round_trip(noisy, 60 + 8 * number))
-    shots = [Shot(folder=Path(str(number)), fingerprint=fingerprint(f)) for number, f in enumerate(frames)]
-    other = Shot(folder=HERE, fingerprint=print_of(blobs(4)))
+    shots = [PhotoSignature(folder=Path(str(number)), fingerprint=fingerprint(f)) for number, f in enumerate(frames)]
+    other = PhotoSignature(folder=HERE, fingerprint=print_of(blobs(4)))
     assert group([*shots, other]).tolist() == [0, 0, 0, 0, 0, 1]
 
 
@@ -274,7 +274,7 @@ def test_two_lamps_in_the_dark_are_not_one_picture() -> None:
         dark = np.zeros((300, 400, 3))
         dark[top : top + 90, left : left + 120] = 200.0
         prints.append(print_of(dark))
-    assert apart(*prints) > USUAL.alike
+    assert apart(*prints) > DEFAULT_RULE.max_fingerprint_distance
 
 
 PORTRAITS = (
@@ -295,14 +295,14 @@ def test_a_smaller_or_worse_copy_of_a_real_photo_is_alike(shared: Path, name: st
     copies = [read_photo(path, longest_side=max(whole.shape) // 3).pixels, jpeg_round_trip(whole, 30)]
     copies.append(jpeg_round_trip(copies[0], 70))
     prints = [fingerprint(picture) for picture in (whole, *copies)]
-    shots = [Shot(folder=Path(str(number)), fingerprint=one) for number, one in enumerate(prints)]
+    shots = [PhotoSignature(folder=Path(str(number)), fingerprint=one) for number, one in enumerate(prints)]
     assert None not in prints and set(group(shots)) == {0}
 
 
 def test_different_real_photos_are_not_alike(shared: Path) -> None:
     people = shared / "data" / "library" / "people"
     prints = [fingerprint(read_photo(people / name, longest_side=800).pixels) for name in PORTRAITS]
-    shots = [Shot(folder=HERE, fingerprint=one) for one in prints]
+    shots = [PhotoSignature(folder=HERE, fingerprint=one) for one in prints]
     assert None not in prints and group(shots, ALONE).tolist() == list(range(len(PORTRAITS)))
 
 
@@ -311,18 +311,18 @@ def test_1400_portraits_of_strangers_are_1400_occasions(shared: Path) -> None:
     faces = sorted((shared / "data" / "faces" / "fairface_eval128").glob("*.jpg"))
     prints = [fingerprint(read_photo(path).pixels) for path in faces]
     assert len(faces) == 1400 and None not in prints
-    shots = [Shot(folder=HERE, fingerprint=one) for one in prints]
+    shots = [PhotoSignature(folder=HERE, fingerprint=one) for one in prints]
     assert group(shots, ALONE).tolist() == list(range(1400))
 
 
 def test_an_occasion_says_how_many_and_when() -> None:
-    party = occasion([2, 5], [at(1.5), Shot(folder=HERE)])
+    party = occasion([2, 5], [at(1.5), PhotoSignature(folder=HERE)])
     assert party == Occasion(
         photos=(2, 5), earliest=NOON + timedelta(hours=1.5), latest=NOON + timedelta(hours=1.5)
     )
-    assert party.in_words() == "2 photos, 2024-06-01 13:30"
-    assert occasion([0], [Shot(folder=HERE)]).in_words() == "1 photo without a date"
-    assert occasion([0, 1], [at(1), at(0)]).in_words() == "2 photos, 2024-06-01 12:00 to 2024-06-01 13:00"
+    assert party.describe() == "2 photos, 2024-06-01 13:30"
+    assert occasion([0], [PhotoSignature(folder=HERE)]).describe() == "1 photo without a date"
+    assert occasion([0, 1], [at(1), at(0)]).describe() == "2 photos, 2024-06-01 12:00 to 2024-06-01 13:00"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedface.photos.own import OwnFaces
+from fedface.photos.own import DeviceDataset
 from fedface.units import UNITS, Unit
 
 
@@ -16,8 +16,8 @@ def faces(count: int) -> torch.Tensor:
     return torch.arange(count, dtype=torch.float32).reshape(-1, 1, 1, 1).expand(-1, 3, 4, 4).clone()
 
 
-def own(photos: list[int], occasions: list[int]) -> OwnFaces:
-    return OwnFaces(
+def own(photos: list[int], occasions: list[int]) -> DeviceDataset:
+    return DeviceDataset(
         images=faces(len(photos)),
         photos=torch.tensor(photos, dtype=torch.int64),
         occasions=torch.tensor(occasions, dtype=torch.int64),
@@ -25,7 +25,7 @@ def own(photos: list[int], occasions: list[int]) -> OwnFaces:
 
 
 @st.composite
-def libraries(draw: st.DrawFn) -> OwnFaces:
+def libraries(draw: st.DrawFn) -> DeviceDataset:
     """Photos with distinct labels, in up to seven occasions."""
     photos = draw(st.lists(st.integers(0, 2**63 - 1), unique=True, max_size=30))
     occasions = draw(st.lists(st.sampled_from(range(7)), min_size=len(photos), max_size=len(photos)))
@@ -41,16 +41,16 @@ def test_units_are_numbered_in_the_order_of_their_first_photo() -> None:
 
 
 def test_public_faces_are_strangers_or_come_in_runs() -> None:
-    strangers = OwnFaces.strangers(faces(3))
+    strangers = DeviceDataset.independent(faces(3))
     assert strangers.photos.tolist() == strangers.occasions.tolist() == [0, 1, 2]
-    runs = OwnFaces.in_occasions(faces(7), 3)
+    runs = DeviceDataset.by_occasion(faces(7), 3)
     assert runs.occasions.tolist() == [0, 0, 0, 3, 3, 3, 6]
     assert runs.units("occasion").tolist() == [0, 0, 0, 1, 1, 1, 2]
 
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_no_faces_are_no_trouble(unit: Unit) -> None:
-    nothing = OwnFaces.strangers(faces(0))
+    nothing = DeviceDataset.independent(faces(0))
     assert len(nothing) == 0 and nothing.units(unit).tolist() == []
     assert [len(side) for side in nothing.split(0.5, unit)] == [0, 0]
 
@@ -69,7 +69,7 @@ def test_selecting_keeps_pictures_and_labels_together() -> None:
 
 @settings(deadline=None)
 @given(libraries(), st.floats(0, 0.99), st.sampled_from(UNITS))
-def test_a_split_is_disjoint_covers_all_and_cuts_no_unit(mine: OwnFaces, held_out: float, unit: Unit) -> None:
+def test_a_split_is_disjoint_covers_all_and_cuts_no_unit(mine: DeviceDataset, held_out: float, unit: Unit) -> None:
     train, held = mine.split(held_out, unit)
     assert sorted(train.photos.tolist() + held.photos.tolist()) == sorted(mine.photos.tolist())
     if unit != "photo":
@@ -79,7 +79,7 @@ def test_a_split_is_disjoint_covers_all_and_cuts_no_unit(mine: OwnFaces, held_ou
 @settings(deadline=None)
 @given(libraries(), st.floats(0, 0.99), st.sampled_from(["photo", "occasion"]))
 def test_one_unit_less_moves_no_other_and_changes_one_side_alone(
-    mine: OwnFaces, held_out: float, unit: Unit
+    mine: DeviceDataset, held_out: float, unit: Unit
 ) -> None:
     before = [set(side.photos.tolist()) for side in mine.split(held_out, unit)]
     units = mine.units(unit)
@@ -91,7 +91,7 @@ def test_one_unit_less_moves_no_other_and_changes_one_side_alone(
 
 
 def test_nothing_is_held_out_when_none_is_asked_for() -> None:
-    mine = OwnFaces.in_occasions(faces(50), 5)
+    mine = DeviceDataset.by_occasion(faces(50), 5)
     for unit in UNITS:
         train, held = mine.split(0.0, unit)
         assert train.photos.tolist() == mine.photos.tolist() and len(held) == 0
@@ -99,21 +99,21 @@ def test_nothing_is_held_out_when_none_is_asked_for() -> None:
 
 def test_about_the_share_asked_for_is_held_out() -> None:
     """Of 2,000 occasions 500 are expected; five standard deviations are 97."""
-    mine = OwnFaces.in_occasions(faces(4000), 2)
+    mine = DeviceDataset.by_occasion(faces(4000), 2)
     held = mine.split(0.25, "occasion")[1]
     assert 403 <= len(set(held.occasions.tolist())) <= 597
     assert held.photos.tolist() == mine.split(0.25, "library")[1].photos.tolist()
 
 
 def test_a_smaller_share_is_a_part_of_a_larger_one() -> None:
-    mine = OwnFaces.strangers(faces(300))
+    mine = DeviceDataset.independent(faces(300))
     few, many = (set(mine.split(share, "photo")[1].photos.tolist()) for share in (0.1, 0.4))
     assert few < many
 
 
 def test_what_does_not_fit_together_is_refused() -> None:
     good = {"images": faces(2), "photos": torch.tensor([4, 9]), "occasions": torch.tensor([4, 4])}
-    OwnFaces(**good)
+    DeviceDataset(**good)
     for wrong, words in (
         ({"images": faces(3)}, "one label an image"),
         ({"images": faces(2).double()}, "float32"),
@@ -125,9 +125,9 @@ def test_what_does_not_fit_together_is_refused() -> None:
         ({"occasions": torch.tensor([4])}, r"occasions must be int64 \(2,\)"),
     ):
         with pytest.raises(ValueError, match=words):
-            OwnFaces(**{**good, **wrong})
+            DeviceDataset(**{**good, **wrong})
     for share in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match="held_out"):
-            OwnFaces(**good).split(share, "photo")
+            DeviceDataset(**good).split(share, "photo")
     with pytest.raises(ValueError, match="size_of_each"):
-        OwnFaces.in_occasions(faces(2), 0)
+        DeviceDataset.by_occasion(faces(2), 0)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedface.photos.partition import ByGroup, Dirichlet, Evenly, Mixes, Partition, partition
+from fedface.photos.partition import ByGroup, Dirichlet, Even, GroupMixes, Partition, partition
 
 LABELS = ["a"] * 600 + ["b"] * 300 + ["c"] * 100
 
@@ -27,7 +27,7 @@ def shares(parts: list[np.ndarray]) -> list[Counter[str]]:
     labels=st.lists(st.sampled_from("abcd"), min_size=0, max_size=60),
     devices=st.integers(1, 12),
     how=st.one_of(
-        st.just(Evenly()), st.just(ByGroup()), st.floats(0.01, 100).map(lambda alpha: Dirichlet(alpha=alpha))
+        st.just(Even()), st.just(ByGroup()), st.floats(0.01, 100).map(lambda alpha: Dirichlet(alpha=alpha))
     ),
     seed=st.integers(0, 99),
 )
@@ -42,7 +42,7 @@ def test_every_photo_goes_to_exactly_one_device(
 
 
 def test_even_parts_have_equal_sizes_and_everyones_groups() -> None:
-    counts = shares(partition(LABELS, 4, Evenly(), rng()))
+    counts = shares(partition(LABELS, 4, Even(), rng()))
     assert all(sum(count.values()) == 250 for count in counts)
     assert all(110 < count["a"] < 190 for count in counts)  # 150 expected
 
@@ -67,7 +67,7 @@ def test_a_large_alpha_is_even_and_a_small_one_is_not() -> None:
 
 
 def test_mixes_deal_each_group_in_the_given_proportions() -> None:
-    how = Mixes(weights=({"a": 1, "b": 1}, {"a": 2, "c": 3}, {"a": 3, "c": 1}))
+    how = GroupMixes(weights=({"a": 1, "b": 1}, {"a": 2, "c": 3}, {"a": 3, "c": 1}))
     counts = shares(partition(LABELS, 3, how, rng()))
     assert counts == [Counter(a=100, b=300), Counter(a=200, c=75), Counter(a=300, c=25)]
 
@@ -75,10 +75,10 @@ def test_mixes_deal_each_group_in_the_given_proportions() -> None:
 @pytest.mark.parametrize(
     ("how", "devices", "message"),
     [
-        (Evenly(), 0, "devices must be >= 1"),
-        (Mixes(weights=({"a": 1.0},)), 2, "2 devices, 1 mappings"),
-        (Mixes(weights=({"a": 1.0, "b": 1.0},)), 1, "no device takes any of group 'c'"),
-        (Mixes(weights=({"a": 1.0, "x": 1.0},)), 1, "names 'x'"),
+        (Even(), 0, "devices must be >= 1"),
+        (GroupMixes(weights=({"a": 1.0},)), 2, "2 devices, 1 mappings"),
+        (GroupMixes(weights=({"a": 1.0, "b": 1.0},)), 1, "no device takes any of group 'c'"),
+        (GroupMixes(weights=({"a": 1.0, "x": 1.0},)), 1, "names 'x'"),
     ],
 )
 def test_what_cannot_be_dealt_is_explained(how: Partition, devices: int, message: str) -> None:
@@ -90,4 +90,4 @@ def test_weights_and_alpha_must_be_sensible() -> None:
     with pytest.raises(ValueError, match="alpha must be > 0"):
         Dirichlet(alpha=0)
     with pytest.raises(ValueError, match="weights must be finite"):
-        Mixes(weights=({"a": float("nan")},))
+        GroupMixes(weights=({"a": float("nan")},))

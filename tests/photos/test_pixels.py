@@ -16,10 +16,10 @@ import pytest
 from PIL import Image, ImageCms
 
 from fedface.errors import PhotoError
-from fedface.photos.isolation import IsolatedReader, Limits
-from fedface.photos.metadata import read_metadata
+from fedface.photos.isolation import SandboxedDecoder, Limits
+from fedface.photos.metadata import read_exif
 from fedface.photos.pixels import (
-    PhotoUnavailable,
+    PhotoUnreadable,
     jpeg_round_trip,
     png_bytes,
     read_photo,
@@ -112,7 +112,7 @@ def test_a_photo_says_when_where_and_with_what_it_was_taken(shared: Path) -> Non
 
 def test_degrees_minutes_and_seconds_become_signed_degrees() -> None:
     gps = {1: "S", 2: (33, 30, 36), 3: "W", 4: (70, 15, 0)}
-    assert read_metadata({}, {}, gps).place == pytest.approx((-33.51, -70.25))
+    assert read_exif({}, {}, gps).place == pytest.approx((-33.51, -70.25))
 
 
 @pytest.mark.parametrize(
@@ -127,18 +127,18 @@ def test_degrees_minutes_and_seconds_become_signed_degrees() -> None:
     ],
 )
 def test_a_broken_place_is_a_missing_place(gps: dict[int, object]) -> None:
-    assert read_metadata({}, {}, gps).place is None
+    assert read_exif({}, {}, gps).place is None
 
 
 @pytest.mark.parametrize(
     "text", ["0000:00:00 00:00:00", "    :  :     :  :  ", "2024:13:01 00:00:00", "x", b"\xff", 7]
 )
 def test_a_broken_date_is_a_missing_date(text: object) -> None:
-    assert read_metadata({}, {0x9003: text}, {}).taken is None
+    assert read_exif({}, {0x9003: text}, {}).taken is None
 
 
 def test_a_date_is_taken_from_the_next_best_tag() -> None:
-    told = read_metadata({0x0132: b"2020:01:02 03:04:05\0"}, {0x9003: ""}, {})
+    told = read_exif({0x0132: b"2020:01:02 03:04:05\0"}, {0x9003: ""}, {})
     assert told.taken == datetime(2020, 1, 2, 3, 4, 5)
 
 
@@ -298,16 +298,16 @@ def heavy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_file_that_takes_too_long_is_refused_and_the_next_one_is_read(tmp_path: Path, heavy: Path) -> None:
     light = tmp_path / "a.png"
     write_png(light, four_corners())
-    with IsolatedReader(longest_side=100, limits=Limits(seconds=0.1)) as reader:
+    with SandboxedDecoder(longest_side=100, limits=Limits(seconds=0.1)) as reader:
         answer = reader.read(heavy)
-        assert isinstance(answer, PhotoUnavailable) and "longer than 0.1 s" in str(answer)
-    with IsolatedReader(longest_side=100) as reader:
+        assert isinstance(answer, PhotoUnreadable) and "longer than 0.1 s" in str(answer)
+    with SandboxedDecoder(longest_side=100) as reader:
         read = [photo for _, photo in reader.read_all([light, heavy, light])]
         assert [getattr(photo, "width", None) for photo in read] == [40, 11000, 40]
 
 
 def test_a_file_that_needs_too_much_memory_is_refused(heavy: Path) -> None:
-    with IsolatedReader(longest_side=None, limits=Limits(memory=256 << 20)) as reader:
+    with SandboxedDecoder(longest_side=None, limits=Limits(memory=256 << 20)) as reader:
         answer = reader.read(heavy)
         assert isinstance(answer, PhotoError) and "memory" in str(answer)
 
@@ -315,7 +315,7 @@ def test_a_file_that_needs_too_much_memory_is_refused(heavy: Path) -> None:
 def test_a_decoder_that_crashes_takes_one_file_with_it(tmp_path: Path, heavy: Path) -> None:
     light = tmp_path / "a.png"
     write_png(light, four_corners())
-    with IsolatedReader(longest_side=100) as reader:
+    with SandboxedDecoder(longest_side=100) as reader:
         reader.read(light)
         child = reader.process
         assert child is not None
@@ -331,7 +331,7 @@ def test_a_decoder_that_crashes_takes_one_file_with_it(tmp_path: Path, heavy: Pa
 def test_a_child_returns_what_reading_here_returns(shared: Path) -> None:
     names = ["made/face.heic", "made/face_orient6.jpg", "odd/transparent.png", "odd/sugarshack.mpo"]
     names.append("made/zero.jpg")
-    with IsolatedReader(longest_side=300) as reader:
+    with SandboxedDecoder(longest_side=300) as reader:
         for name in names:
             path = shared / "data" / "library" / name
             answer = reader.read(path)

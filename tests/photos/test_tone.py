@@ -10,7 +10,7 @@ import pytest
 import torch
 from pytest import approx
 
-from fedface.photos.drawn import NORMALS, ToneMix, draw, faces_from_normals, neutral_light, sample_faces
+from fedface.photos.drawn import NORMALS, ToneMix, render, faces_from_normals, neutral_light, sample_faces
 from fedface.photos.tone import (
     MONK_SWATCHES,
     TONE_BINS,
@@ -25,7 +25,7 @@ from fedface.photos.tone import (
     tone_bin,
 )
 
-EVEN = ToneMix(light_share=0.5)
+EVEN = ToneMix(light_fraction=0.5)
 
 
 def test_white_black_and_grey_have_their_defined_lab_values() -> None:
@@ -115,7 +115,7 @@ def test_under_neutral_light_the_reading_recovers_the_true_tone(size: int) -> No
     Loosest among Monk 1 to 4, whose swatches lie close together; below 0.15 for the dark half.
     """
     faces = sample_faces(300, EVEN, torch.Generator().manual_seed(2))
-    reading = measure_tone(draw(neutral_light(faces), size))
+    reading = measure_tone(render(neutral_light(faces), size))
     error = (reading.monk - faces.tone).abs()
     assert float(error.mean()) < 0.25
     assert float(error[faces.tone > 5.5].mean()) < 0.15
@@ -128,7 +128,7 @@ def test_under_neutral_light_the_reading_rises_with_the_true_tone() -> None:
     """One face in 19 tones: each step of half a Monk unit reads as a step in the same direction."""
     tones = torch.linspace(1, 10, 19)
     faces = replace(neutral_light(faces_from_normals(torch.zeros(19, NORMALS), EVEN)), tone=tones)
-    reading = measure_tone(draw(faces, 64))
+    reading = measure_tone(render(faces, 64))
     assert bool((reading.monk.diff() > 0).all())
     assert bool((reading.ita.diff() < 0).all())
 
@@ -136,7 +136,7 @@ def test_under_neutral_light_the_reading_rises_with_the_true_tone() -> None:
 def test_two_stops_less_light_read_as_a_darker_skin() -> None:
     """The planted failure: ITA mixes skin with exposure, so an uncontrolled photo does not tell tone."""
     faces = neutral_light(sample_faces(50, EVEN, torch.Generator().manual_seed(3)))
-    bright = measure_tone(draw(faces, 64))
-    dim = measure_tone(draw(replace(faces, exposure=faces.exposure - 2), 64))
+    bright = measure_tone(render(faces, 64))
+    dim = measure_tone(render(replace(faces, exposure=faces.exposure - 2), 64))
     assert bool((dim.ita < bright.ita).all())
     assert float((dim.monk - bright.monk).mean()) > 0.5

@@ -17,12 +17,12 @@ from scipy.stats import laplace, norm
 from fedface.errors import PrivacyError
 from fedface.privacy.accounting import (
     compose,
-    costs_at_most,
+    within_budget,
     epsilon_of,
     event_from_json,
     event_to_json,
-    noise_for,
-    success_ceiling,
+    calibrate_noise_multiplier,
+    reconstruction_success_bound,
 )
 from fedface.privacy.target import PrivacyTarget
 
@@ -198,8 +198,8 @@ def test_what_cannot_be_priced_is_refused(event: dp.DpEvent) -> None:
 def test_a_loss_beyond_every_grid_is_infinite_and_no_error(event: dp.DpEvent) -> None:
     """What a server asks for must end in a price, whatever it is."""
     assert epsilon_of(event, 1e-5).upper == math.inf
-    assert not costs_at_most(event, 1e6, 1e-5)
-    assert success_ceiling(event, 0.1) == 1.0
+    assert not within_budget(event, 1e6, 1e-5)
+    assert reconstruction_success_bound(event, 0.1) == 1.0
 
 
 @pytest.mark.parametrize("sigma", [1e-300, 1e-4, 0.05, 1e5])
@@ -216,14 +216,14 @@ def test_extreme_noise_is_priced_quickly(sigma: float) -> None:
 )
 def test_calibrated_noise_keeps_the_promise_and_wastes_little(epsilon: float, q: float, steps: int) -> None:
     target = PrivacyTarget(epsilon=epsilon, delta=1e-5)
-    sigma = noise_for(target, lambda s: sampled(s, q, steps))
+    sigma = calibrate_noise_multiplier(target, lambda s: sampled(s, q, steps))
     upper = epsilon_of(sampled(sigma, q, steps), target.delta).upper
     assert epsilon - 1.1e-3 <= upper <= epsilon
 
 
 def test_calibrated_noise_of_one_gaussian_is_the_analytic_one() -> None:
     """Balle & Wang (2018): the sigma at which the closed form gives epsilon exactly."""
-    sigma = noise_for(PrivacyTarget(epsilon=1.0, delta=1e-5), dp.GaussianDpEvent)
+    sigma = calibrate_noise_multiplier(PrivacyTarget(epsilon=1.0, delta=1e-5), dp.GaussianDpEvent)
     assert analytic_epsilon(sigma, 1e-5) == approx(1.0, abs=1e-3)
 
 
@@ -231,15 +231,15 @@ def test_calibrated_noise_of_one_gaussian_is_the_analytic_one() -> None:
 def test_the_ceiling_of_one_gaussian_is_its_trade_off(kappa: float, sigma: float) -> None:
     """Hayes et al. (2023): Phi(Phi^-1(kappa) + 1/sigma)."""
     exact = float(norm.cdf(norm.ppf(kappa) + 1 / sigma))
-    ceiling = success_ceiling(dp.GaussianDpEvent(sigma), kappa)
+    ceiling = reconstruction_success_bound(dp.GaussianDpEvent(sigma), kappa)
     assert exact - 1e-9 <= ceiling <= exact + 1e-4
 
 
 def test_ceilings_at_the_ends() -> None:
-    assert success_ceiling(compose([]), 0.1) == 0.1
-    assert success_ceiling(dp.NonPrivateDpEvent(), 0.1) == 1.0
-    assert success_ceiling(sampled(1.0, 0.01, 1000), 1 / 256) == approx(0.013, abs=0.0005)
-    assert success_ceiling(sampled(1.0, 0.01, 1000), 0.1) == approx(0.19, abs=0.005)
+    assert reconstruction_success_bound(compose([]), 0.1) == 0.1
+    assert reconstruction_success_bound(dp.NonPrivateDpEvent(), 0.1) == 1.0
+    assert reconstruction_success_bound(sampled(1.0, 0.01, 1000), 1 / 256) == approx(0.013, abs=0.0005)
+    assert reconstruction_success_bound(sampled(1.0, 0.01, 1000), 0.1) == approx(0.19, abs=0.005)
 
 
 def test_an_event_survives_the_ledger() -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from fedface.errors import LedgerError
-from fedface.privacy.chain import Chain, Form
+from fedface.privacy.chain import Chain, ChainSchema
 
-FORM = Form(noun="notebook", table="notes", columns=("word TEXT NOT NULL", "count INTEGER NOT NULL"))
+FORM = ChainSchema(noun="notebook", table="notes", columns=("word TEXT NOT NULL", "count INTEGER NOT NULL"))
 
 
 class Home:
@@ -36,13 +36,13 @@ class Home:
     def note(self, *words: str) -> None:
         """Add a line for each word."""
         for word in words:
-            with self.open().writing() as page:
+            with self.open().write_transaction() as page:
                 page.append(word, 1)
 
     def words(self) -> list[str]:
         """What the chain says."""
-        with self.open().reading() as page:
-            return [str(line.said[0]) for line in page.lines]
+        with self.open().read_transaction() as page:
+            return [str(line.values[0]) for line in page.lines]
 
     def back_up(self, folder: Path) -> Path:
         """Copy a folder."""
@@ -68,7 +68,7 @@ def home(tmp_path: Path) -> Home:
 
 def test_lines_are_numbered_and_each_names_the_one_before(home: Home) -> None:
     home.note("a", "b", "c")
-    with home.open().reading() as page:
+    with home.open().read_transaction() as page:
         assert [line.number for line in page.lines] == [1, 2, 3]
         assert [line.parent for line in page.lines] == [
             FORM.genesis,
@@ -78,7 +78,7 @@ def test_lines_are_numbered_and_each_names_the_one_before(home: Home) -> None:
 
 def test_an_exception_in_the_block_writes_nothing(home: Home) -> None:
     home.note("a")
-    with pytest.raises(KeyError), home.open().writing() as page:
+    with pytest.raises(KeyError), home.open().write_transaction() as page:
         page.append("b", 1)
         raise KeyError
     assert home.words() == ["a"]
@@ -104,7 +104,7 @@ def test_the_folder_put_back_is_noticed_even_by_who_does_not_name_the_witness(ho
 
 
 def test_a_folder_put_back_to_before_the_witness_is_noticed_by_who_names_it(home: Home) -> None:
-    with Chain.open(home.path, FORM).writing() as page:
+    with Chain.open(home.path, FORM).write_transaction() as page:
         page.append("a", 1)
     home.back_up(home.state)
     home.note("b")
@@ -116,13 +116,13 @@ def test_a_folder_put_back_to_before_the_witness_is_noticed_by_who_names_it(home
 def test_without_a_witness_file_and_head_put_back_together_are_not_noticed(home: Home) -> None:
     """The limit of what one folder can know about itself."""
     for word in ("a", "b"):
-        with Chain.open(home.path, FORM).writing() as page:
+        with Chain.open(home.path, FORM).write_transaction() as page:
             page.append(word, 1)
         if word == "a":
             home.back_up(home.state)
     home.put_back(home.state)
-    with Chain.open(home.path, FORM).reading() as page:
-        assert [line.said[0] for line in page.lines] == ["a"]
+    with Chain.open(home.path, FORM).read_transaction() as page:
+        assert [line.values[0] for line in page.lines] == ["a"]
 
 
 def test_everything_put_back_to_one_moment_is_not_noticed(home: Home) -> None:
@@ -176,7 +176,7 @@ def test_a_missing_witness_stops_everything_and_says_what_to_do(home: Home) -> N
     for attempt in (
         lambda: home.open(),
         lambda: Chain.open(home.path, FORM),
-        lambda: chain.reading().__enter__(),
+        lambda: chain.read_transaction().__enter__(),
     ):
         with pytest.raises(LedgerError, match="Connect its disk"):
             attempt()
@@ -202,7 +202,7 @@ def test_another_witness_folder_is_taken_only_with_the_old_file(home: Home) -> N
 
 
 def test_an_old_chain_begins_a_witness_when_it_is_opened_with_one(home: Home) -> None:
-    with Chain.open(home.path, FORM).writing() as page:
+    with Chain.open(home.path, FORM).write_transaction() as page:
         page.append("a", 1)
     assert not home.witness.exists()
     assert home.words() == ["a"] and home.witness_file().read_text() == home.head.read_text()
@@ -211,7 +211,7 @@ def test_an_old_chain_begins_a_witness_when_it_is_opened_with_one(home: Home) ->
 def test_a_rolled_back_chain_does_not_begin_a_witness(home: Home) -> None:
     """Otherwise the witness would swear to the older state."""
     for word in ("a", "b"):
-        with Chain.open(home.path, FORM).writing() as page:
+        with Chain.open(home.path, FORM).write_transaction() as page:
             page.append(word, 1)
         if word == "a":
             older = home.path.read_bytes()
@@ -224,7 +224,7 @@ def test_a_rolled_back_chain_does_not_begin_a_witness(home: Home) -> None:
 def test_chains_share_a_witness_folder(home: Home) -> None:
     home.note("a")
     other = Chain.open(home.folder / "other" / "notes.db", FORM, witness=home.witness)
-    with other.writing() as page:
+    with other.write_transaction() as page:
         page.append("z", 1)
     home.note("b")
     assert home.words() == ["a", "b"] and len(list(home.witness.iterdir())) == 2
@@ -299,7 +299,7 @@ def test_a_head_is_on_disk_before_it_gets_its_name_and_its_folder_after(
     chain = home.open()
     monkeypatch.setattr(os, "fsync", noted_sync)
     monkeypatch.setattr(os, "replace", noted_replace)
-    with chain.writing() as page:
+    with chain.write_transaction() as page:
         page.append("b", 1)
         assert done == []
     each = [["sync file", f"name {place}", "sync folder"] for place in ("disk", "state")]
@@ -357,15 +357,15 @@ def test_a_crash_whose_rollback_file_was_lost_is_noticed(home: Home) -> None:
 def test_a_clock_put_back_does_not_date_a_line_before_the_one_above(tmp_path: Path) -> None:
     times = [datetime(2031, 5, 1, 12, tzinfo=UTC) + timedelta(days=days) for days in (0, 3, -200, 2, 4)]
     for time in times:
-        with Chain.open(tmp_path / "notes.db", FORM, now=lambda time=time: time).writing() as page:
+        with Chain.open(tmp_path / "notes.db", FORM, now=lambda time=time: time).write_transaction() as page:
             page.append("a", 1)
-    with Chain.open(tmp_path / "notes.db", FORM).reading() as page:
+    with Chain.open(tmp_path / "notes.db", FORM).read_transaction() as page:
         assert [line.time.day for line in page.lines] == [1, 4, 4, 4, 5]
 
 
 def test_a_clock_without_a_zone_is_refused(tmp_path: Path) -> None:
     chain = Chain.open(tmp_path / "notes.db", FORM, now=lambda: datetime(2031, 5, 1))
-    with pytest.raises(ValueError, match="zone"), chain.writing() as page:
+    with pytest.raises(ValueError, match="zone"), chain.write_transaction() as page:
         page.append("a", 1)
 
 

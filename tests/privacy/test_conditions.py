@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from fedface.privacy import conditions
-from fedface.privacy.conditions import NOT_NOW, Conditions, NotNow, Power, ThisMachine, last_day
+from fedface.privacy.conditions import NOT_NOW_MESSAGE, ParticipationConditions, ConditionsNotMet, Power, SystemEnvironment, parse_expiry
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Said:
         return datetime.fromisoformat(f"2027-01-31T{self.clock}:59+01:00")
 
     def power(self) -> Power:
-        return Power(mains=self.mains, share=self.share)
+        return Power(on_ac=self.mains, battery=self.share)
 
     def load(self) -> float | None:
         return self.busy
@@ -47,19 +47,19 @@ class Silent:
         raise AssertionError("nobody needs the load")
 
 
-def reason(wanted: Conditions, said: Said) -> str | None:
+def reason(wanted: ParticipationConditions, said: Said) -> str | None:
     """The private reason, None if the conditions hold; what is public is always the same."""
     try:
         wanted.check(said)
-    except NotNow as refusal:
-        assert str(refusal) == NOT_NOW
+    except ConditionsNotMet as refusal:
+        assert str(refusal) == NOT_NOW_MESSAGE
         return refusal.private
     return None
 
 
 def test_without_conditions_nothing_is_read() -> None:
-    Conditions().check(Silent())
-    assert Conditions().in_words() == []
+    ParticipationConditions().check(Silent())
+    assert ParticipationConditions().describe() == []
 
 
 @pytest.mark.parametrize(
@@ -74,14 +74,14 @@ def test_without_conditions_nothing_is_read() -> None:
 def test_hours_hold_from_their_start_until_before_their_end(
     hours: str, inside: list[str], outside: list[str]
 ) -> None:
-    wanted = Conditions(hours=(hours,))
+    wanted = ParticipationConditions(hours=(hours,))
     assert [reason(wanted, Said(clock=clock)) for clock in inside] == [None] * len(inside)
     for clock in outside:
         assert reason(wanted, Said(clock=clock)) == f"it is {clock}; the policy's hours are {hours}"
 
 
 def test_any_of_several_hours_will_do() -> None:
-    wanted = Conditions(hours=("01:00-03:00", "13:00-14:00"))
+    wanted = ParticipationConditions(hours=("01:00-03:00", "13:00-14:00"))
     assert reason(wanted, Said(clock="02:00")) is None
     assert reason(wanted, Said(clock="13:30")) is None
     assert reason(wanted, Said(clock="05:00")) is not None
@@ -90,30 +90,30 @@ def test_any_of_several_hours_will_do() -> None:
 @pytest.mark.parametrize(
     ("wanted", "said", "words"),
     [
-        (Conditions(on_mains=True), Said(mains=True), None),
-        (Conditions(on_mains=True), Said(mains=False, share=1.0), "mains is not connected"),
-        (Conditions(on_mains=True), Said(mains=None, share=1.0), "mains cannot be told"),
-        (Conditions(least_battery=0.5), Said(mains=True, share=0.01), None),
-        (Conditions(least_battery=0.5), Said(mains=False, share=0.5), None),
-        (Conditions(least_battery=0.5), Said(mains=None, share=0.6), None),
-        (Conditions(least_battery=0.5), Said(mains=False, share=0.42), "the battery is at 42%"),
-        (Conditions(least_battery=0.5), Said(mains=None, share=None), "can be read"),
-        (Conditions(least_battery=0.5), Said(mains=False, share=None), "can be read"),
-        (Conditions(most_load=0.5), Said(busy=0.5), None),
-        (Conditions(most_load=0.5), Said(busy=0.75), "the load per core is 0.75"),
-        (Conditions(most_load=0.5), Said(busy=None), "cannot be read"),
-        (Conditions(most_load=0.5), Said(busy=float("nan")), "cannot be read"),
+        (ParticipationConditions(require_ac_power=True), Said(mains=True), None),
+        (ParticipationConditions(require_ac_power=True), Said(mains=False, share=1.0), "mains is not connected"),
+        (ParticipationConditions(require_ac_power=True), Said(mains=None, share=1.0), "mains cannot be told"),
+        (ParticipationConditions(min_battery=0.5), Said(mains=True, share=0.01), None),
+        (ParticipationConditions(min_battery=0.5), Said(mains=False, share=0.5), None),
+        (ParticipationConditions(min_battery=0.5), Said(mains=None, share=0.6), None),
+        (ParticipationConditions(min_battery=0.5), Said(mains=False, share=0.42), "the battery is at 42%"),
+        (ParticipationConditions(min_battery=0.5), Said(mains=None, share=None), "can be read"),
+        (ParticipationConditions(min_battery=0.5), Said(mains=False, share=None), "can be read"),
+        (ParticipationConditions(max_load=0.5), Said(busy=0.5), None),
+        (ParticipationConditions(max_load=0.5), Said(busy=0.75), "the load per core is 0.75"),
+        (ParticipationConditions(max_load=0.5), Said(busy=None), "cannot be read"),
+        (ParticipationConditions(max_load=0.5), Said(busy=float("nan")), "cannot be read"),
     ],
 )
-def test_power_and_load(wanted: Conditions, said: Said, words: str | None) -> None:
+def test_power_and_load(wanted: ParticipationConditions, said: Said, words: str | None) -> None:
     """What the owner asks for and the machine does not say is a "no"."""
     found = reason(wanted, said)
     assert found is None if words is None else found is not None and words in found
 
 
 def test_conditions_in_words() -> None:
-    wanted = Conditions(hours=("22:00-07:00",), least_battery=0.3, most_load=0.5)
-    assert wanted.in_words() == [
+    wanted = ParticipationConditions(hours=("22:00-07:00",), min_battery=0.3, max_load=0.5)
+    assert wanted.describe() == [
         "between 22:00-07:00, local time",
         "on mains, or with the battery at 30% or more",
         "while the load per core is 0.5 or less",
@@ -125,7 +125,7 @@ def test_conditions_in_words() -> None:
 )
 def test_hours_that_are_none_are_refused(hours: str) -> None:
     with pytest.raises(ValueError, match="^hours must"):
-        Conditions(hours=(hours,))
+        ParticipationConditions(hours=(hours,))
 
 
 @pytest.mark.parametrize(
@@ -134,14 +134,14 @@ def test_hours_that_are_none_are_refused(hours: str) -> None:
 )
 def test_numbers_out_of_bounds_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        Conditions(**wrong)  # type: ignore[arg-type]
+        ParticipationConditions(**wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("words", ["2027-02-30", "tomorrow", "20270131", "2027-1-31", "2027-01-31T00:00", ""])
 def test_days_that_do_not_exist_are_refused(words: str) -> None:
-    assert last_day("2028-02-29").year == 2028
+    assert parse_expiry("2028-02-29").year == 2028
     with pytest.raises(ValueError, match="must be a day such as 2027-01-31"):
-        last_day(words)
+        parse_expiry(words)
 
 
 def supply(folder: Path, name: str, **files: str) -> None:
@@ -158,7 +158,7 @@ def machine(
     monkeypatch.setattr(conditions, "POWER_SUPPLIES", supplies)
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(psutil, "sensors_battery", lambda: battery, raising=False)
-    return ThisMachine().power()
+    return SystemEnvironment().power()
 
 
 HALF_FULL = SimpleNamespace(percent=50, secsleft=0, power_plugged=None)
@@ -166,7 +166,7 @@ HALF_FULL = SimpleNamespace(percent=50, secsleft=0, power_plugged=None)
 
 def test_a_machine_without_a_battery_is_on_mains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Also one that lists no supplies at all, and one whose only battery is in its mouse."""
-    on_mains = Power(mains=True, share=None)
+    on_mains = Power(on_ac=True, battery=None)
     assert machine(monkeypatch, tmp_path / "none", None) == on_mains
     supply(tmp_path / "mouse", "hidpp_battery_0", type="Battery", scope="Device")
     assert machine(monkeypatch, tmp_path / "mouse", HALF_FULL) == on_mains
@@ -176,7 +176,7 @@ def test_a_machine_without_a_battery_is_on_mains(monkeypatch: pytest.MonkeyPatch
 def test_a_battery_that_does_not_answer_is_not_taken_for_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    unread = Power(mains=None, share=None)
+    unread = Power(on_ac=None, battery=None)
     supply(tmp_path / "laptop", "BAT0", type="Battery", scope="System")
     assert machine(monkeypatch, tmp_path / "laptop", None) == unread
     assert machine(monkeypatch, tmp_path / "none", None, platform="win32") == unread
@@ -188,15 +188,15 @@ def test_a_battery_that_does_not_answer_is_not_taken_for_none(
 def test_a_laptop_says_its_charge_and_its_plug(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """psutil looks for plugs named AC alone; any plug that gives power counts."""
     supply(tmp_path, "BAT0", type="Battery")
-    assert machine(monkeypatch, tmp_path, HALF_FULL) == Power(mains=None, share=0.5)
+    assert machine(monkeypatch, tmp_path, HALF_FULL) == Power(on_ac=None, battery=0.5)
     away = SimpleNamespace(percent=80, secsleft=0, power_plugged=False)
-    assert machine(monkeypatch, tmp_path, away) == Power(mains=False, share=0.8)
+    assert machine(monkeypatch, tmp_path, away) == Power(on_ac=False, battery=0.8)
     supply(tmp_path, "ADP1", type="Mains", online="1")
-    assert machine(monkeypatch, tmp_path, HALF_FULL) == Power(mains=True, share=0.5)
+    assert machine(monkeypatch, tmp_path, HALF_FULL) == Power(on_ac=True, battery=0.5)
 
 
 def test_this_machine_says_something() -> None:
-    here = ThisMachine()
+    here = SystemEnvironment()
     assert here.now().tzinfo is not None
     assert here.load() is None or here.load() >= 0  # type: ignore[operator]
     assert isinstance(here.power(), Power)

@@ -14,7 +14,7 @@ from pytest import approx
 from fedface.errors import LedgerError
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Ledger
-from fedface.privacy.limits import Limit
+from fedface.privacy.limits import BudgetStatus
 
 DELTA = 1e-5
 EVENT = dp.GaussianDpEvent(4.0)
@@ -46,76 +46,76 @@ def test_a_new_ledger_has_spent_nothing(ledger: Ledger) -> None:
 
 def test_four_booked_rounds_cost_as_much_as_one_with_half_the_noise(ledger: Ledger) -> None:
     for round in range(4):
-        ledger.book(EVENT, run="r", round=round)
+        ledger.record(EVENT, run="r", round=round)
     assert ledger.spent(DELTA).upper == approx(epsilon_of(dp.GaussianDpEvent(2.0), DELTA).upper, abs=1e-9)
     assert ledger.would_spend(EVENT, DELTA).upper > ledger.spent(DELTA).upper
-    assert ledger.rounds_booked("r") == 4 and len(ledger.export()) == 4
+    assert ledger.rounds_recorded("r") == 4 and len(ledger.export()) == 4
 
 
 def test_a_booking_survives_closing_and_opening(ledger: Ledger, tmp_path: Path) -> None:
-    entry = ledger.book(EVENT, run="r", round=0, marks={"model": "abc"})
+    entry = ledger.record(EVENT, run="r", round=0, marks={"model": "abc"})
     again = Ledger.open(file_of(tmp_path))
     assert again.entries() == [entry]
-    assert again.already("r", 0) and not again.already("r", 1) and not again.already("s", 0)
+    assert again.is_recorded("r", 0) and not again.is_recorded("r", 1) and not again.is_recorded("s", 0)
 
 
 def test_an_answered_round_is_booked_once_and_gives_the_same_bytes(ledger: Ledger, tmp_path: Path) -> None:
-    first = ledger.book(EVENT, run="r", round=0)
+    first = ledger.record(EVENT, run="r", round=0)
     ledger.store_reply("r", 0, b"payload")
     again = Ledger.open(file_of(tmp_path))
-    assert again.book(EVENT, run="r", round=0) == first
-    assert again.stored_reply("r", 0) == b"payload"
+    assert again.record(EVENT, run="r", round=0) == first
+    assert again.load_reply("r", 0) == b"payload"
     assert len(again.entries()) == 1
 
 
 def test_a_round_that_was_never_answered_is_booked_once(ledger: Ledger) -> None:
     """A reply is kept before it is sent, so what has none never left: no release, nothing more to pay."""
-    first = ledger.book(EVENT, run="r", round=0)
-    assert ledger.book(EVENT, run="r", round=0) == first
+    first = ledger.record(EVENT, run="r", round=0)
+    assert ledger.record(EVENT, run="r", round=0) == first
     budget = epsilon_of(EVENT, DELTA).upper + 1e-6
-    assert ledger.book_within(EVENT, [Limit(epsilon=budget, delta=DELTA)], run="r", round=0) == first
+    assert ledger.record_within_budget(EVENT, [BudgetStatus(epsilon=budget, delta=DELTA)], run="r", round=0) == first
     assert len(ledger.entries()) == 1
 
 
 def test_a_round_that_was_never_answered_is_booked_anew_for_another_release(ledger: Ledger) -> None:
     """The booking of one model does not pay for another."""
-    ledger.book(EVENT, run="r", round=0, marks={"model": "abc"})
-    second = ledger.book(EVENT, run="r", round=0, marks={"model": "xyz"})
+    ledger.record(EVENT, run="r", round=0, marks={"model": "abc"})
+    second = ledger.record(EVENT, run="r", round=0, marks={"model": "xyz"})
     assert second.attempt == 2 and len(ledger.entries()) == 2
 
 
 def test_a_round_whose_reply_was_sent_and_dropped_is_booked_again(ledger: Ledger) -> None:
     """Fresh noise on the same photos is a second release, in whatever order rounds are asked."""
     for round in (7, 5):
-        ledger.book(EVENT, run="r", round=round)
+        ledger.record(EVENT, run="r", round=round)
         ledger.store_reply("r", round, bytes([round]))
-    assert ledger.stored_reply("r", 7) is None
-    second = ledger.book(EVENT, run="r", round=7)
-    assert second.attempt == 2 and len(ledger.entries()) == 3 and ledger.rounds_booked("r") == 2
+    assert ledger.load_reply("r", 7) is None
+    second = ledger.record(EVENT, run="r", round=7)
+    assert second.attempt == 2 and len(ledger.entries()) == 3 and ledger.rounds_recorded("r") == 2
     ledger.store_reply("r", 7, b"fresh")
-    assert ledger.stored_reply("r", 7) == b"fresh"
+    assert ledger.load_reply("r", 7) == b"fresh"
 
 
 def test_one_booking_pays_for_one_answer_of_two_computed_side_by_side(ledger: Ledger) -> None:
     """The slower of two computations under the dear booking is not sent on the cheap one that came since."""
-    dear = ledger.book(EVENT, run="r", round=7)
+    dear = ledger.record(EVENT, run="r", round=7)
     ledger.store_reply("r", 7, b"first", attempt=dear.attempt)
-    ledger.book(EVENT, run="r", round=8)
+    ledger.record(EVENT, run="r", round=8)
     ledger.store_reply("r", 8, b"next")
-    assert ledger.book(EVENT, run="r", round=7, marks={"model": "xyz"}).attempt == 2
+    assert ledger.record(EVENT, run="r", round=7, marks={"model": "xyz"}).attempt == 2
     with pytest.raises(LedgerError, match="answered already"):
         ledger.store_reply("r", 7, b"second", attempt=dear.attempt)
     ledger.store_reply("r", 7, b"paid", attempt=2)
-    assert ledger.stored_reply("r", 7) == b"paid"
+    assert ledger.load_reply("r", 7) == b"paid"
 
 
 def test_an_answered_round_cannot_be_asked_for_something_else(ledger: Ledger) -> None:
-    ledger.book(EVENT, run="r", round=0, marks={"model": "abc"})
+    ledger.record(EVENT, run="r", round=0, marks={"model": "abc"})
     ledger.store_reply("r", 0, b"payload")
     with pytest.raises(LedgerError, match="different release"):
-        ledger.book(dp.GaussianDpEvent(1.0), run="r", round=0, marks={"model": "abc"})
+        ledger.record(dp.GaussianDpEvent(1.0), run="r", round=0, marks={"model": "abc"})
     with pytest.raises(LedgerError, match="different release"):
-        ledger.book(EVENT, run="r", round=0, marks={"model": "xyz"})
+        ledger.record(EVENT, run="r", round=0, marks={"model": "xyz"})
     with pytest.raises(LedgerError, match="answered already"):
         ledger.store_reply("r", 0, b"another payload")
 
@@ -127,13 +127,13 @@ def test_a_reply_needs_a_booking(ledger: Ledger) -> None:
 
 def test_only_the_last_reply_of_a_run_is_kept(ledger: Ledger) -> None:
     for round in range(2):
-        ledger.book(EVENT, run="r", round=round)
+        ledger.record(EVENT, run="r", round=round)
         ledger.store_reply("r", round, bytes([round]))
-    assert ledger.stored_reply("r", 0) is None and ledger.stored_reply("r", 1) == b"\x01"
+    assert ledger.load_reply("r", 0) is None and ledger.load_reply("r", 1) == b"\x01"
 
 
 def test_an_unknown_unit_is_not_booked(ledger: Ledger) -> None:
-    for book in (ledger.book, lambda *a, **k: ledger.book_within(a[0], [Limit(epsilon=9, delta=DELTA)], **k)):
+    for book in (ledger.record, lambda *a, **k: ledger.record_within_budget(a[0], [BudgetStatus(epsilon=9, delta=DELTA)], **k)):
         with pytest.raises(ValueError, match="unit must be one of"):
             book(EVENT, run="r", round=0, marks={"unit": "pixel"})
     assert ledger.entries() == []
@@ -142,13 +142,13 @@ def test_an_unknown_unit_is_not_booked(ledger: Ledger) -> None:
 def test_dropped_replies_leave_no_bytes_and_are_booked_anew(ledger: Ledger, tmp_path: Path) -> None:
     body = b"forty bytes of an update, easy to find.."
     for run in ("r", "s"):
-        ledger.book(EVENT, run=run, round=0)
+        ledger.record(EVENT, run=run, round=0)
         ledger.store_reply(run, 0, run.encode() + body)
-    assert ledger.forget_replies("r") == 1
-    assert ledger.stored_reply("r", 0) is None and ledger.stored_reply("s", 0) == b"s" + body
+    assert ledger.delete_replies("r") == 1
+    assert ledger.load_reply("r", 0) is None and ledger.load_reply("s", 0) == b"s" + body
     assert len(ledger.entries()) == 2
-    assert ledger.book(EVENT, run="r", round=0).attempt == 2
-    assert ledger.forget_replies() == 1 and ledger.forget_replies() == 0
+    assert ledger.record(EVENT, run="r", round=0).attempt == 2
+    assert ledger.delete_replies() == 1 and ledger.delete_replies() == 0
     assert body not in file_of(tmp_path).read_bytes()
 
 
@@ -156,7 +156,7 @@ def test_a_file_put_back_to_between_a_booking_and_its_answer_is_noticed(
     ledger: Ledger, tmp_path: Path
 ) -> None:
     """Its chain is whole, but it would compute, with fresh noise, what has been sent already."""
-    ledger.book(EVENT, run="r", round=0)
+    ledger.record(EVENT, run="r", round=0)
     between = file_of(tmp_path).read_bytes()
     ledger.store_reply("r", 0, b"payload")
     file_of(tmp_path).write_bytes(between)
@@ -206,14 +206,14 @@ def test_a_ledger_from_before_is_read_and_goes_on(tmp_path: Path, witness: str |
     assert ledger.spent(DELTA).upper == approx(
         epsilon_of(dp.GaussianDpEvent(8.0**0.5), DELTA).upper, abs=1e-9
     )
-    assert ledger.stored_reply("r", 0) == b"old reply"
-    assert ledger.book(EVENT, run="r", round=0, marks={"model": "abc", "unit": "photo"}).number == 1
-    assert ledger.book(EVENT, run="r", round=1).number == 3
+    assert ledger.load_reply("r", 0) == b"old reply"
+    assert ledger.record(EVENT, run="r", round=0, marks={"model": "abc", "unit": "photo"}).number == 1
+    assert ledger.record(EVENT, run="r", round=1).number == 3
     assert len(Ledger.open(path).entries()) == 3
 
 
 def test_rows_cannot_be_changed_or_removed_by_sql(ledger: Ledger, tmp_path: Path) -> None:
-    ledger.book(EVENT, run="r", round=0)
+    ledger.record(EVENT, run="r", round=0)
     book = sqlite3.connect(file_of(tmp_path))
     for statement in ("UPDATE entries SET event = '[]'", "DELETE FROM entries"):
         with pytest.raises(sqlite3.IntegrityError, match="append only"):
@@ -234,25 +234,25 @@ def test_rows_cannot_be_changed_or_removed_by_sql(ledger: Ledger, tmp_path: Path
 )
 def test_an_altered_file_is_not_opened(ledger: Ledger, tmp_path: Path, statement: str) -> None:
     for round in range(3):
-        ledger.book(EVENT, run="r", round=round)
+        ledger.record(EVENT, run="r", round=round)
     tamper(file_of(tmp_path), statement)
     with pytest.raises(LedgerError):
         Ledger.open(file_of(tmp_path))
     with pytest.raises(LedgerError):
-        ledger.book(EVENT, run="r", round=3)
+        ledger.record(EVENT, run="r", round=3)
 
 
 def test_an_older_copy_of_the_file_is_noticed(ledger: Ledger, tmp_path: Path) -> None:
-    ledger.book(EVENT, run="r", round=0)
+    ledger.record(EVENT, run="r", round=0)
     older = file_of(tmp_path).read_bytes()
-    ledger.book(EVENT, run="r", round=1)
+    ledger.record(EVENT, run="r", round=1)
     file_of(tmp_path).write_bytes(older)
     with pytest.raises(LedgerError, match="rolled back"):
         Ledger.open(file_of(tmp_path))
 
 
 def test_a_deleted_ledger_does_not_give_a_new_budget(ledger: Ledger, tmp_path: Path) -> None:
-    ledger.book(EVENT, run="r", round=0)
+    ledger.record(EVENT, run="r", round=0)
     file_of(tmp_path).unlink()
     with pytest.raises(LedgerError, match="has gone"):
         Ledger.open(file_of(tmp_path))
@@ -262,7 +262,7 @@ def test_a_deleted_ledger_does_not_give_a_new_budget(ledger: Ledger, tmp_path: P
 
 
 def test_a_ledger_without_its_head_is_not_trusted(ledger: Ledger, tmp_path: Path) -> None:
-    ledger.book(EVENT, run="r", round=0)
+    ledger.record(EVENT, run="r", round=0)
     file_of(tmp_path).with_name("ledger.db.head").unlink()
     with pytest.raises(LedgerError, match="restore both"):
         Ledger.open(file_of(tmp_path))
@@ -275,7 +275,7 @@ def test_rubbish_is_not_a_ledger(ledger: Ledger, tmp_path: Path) -> None:
 
 
 def test_only_the_owner_can_read_the_ledger(ledger: Ledger, tmp_path: Path) -> None:
-    ledger.book(EVENT, run="r", round=0)
+    ledger.record(EVENT, run="r", round=0)
     for path in (file_of(tmp_path), file_of(tmp_path).with_name("ledger.db.head")):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(file_of(tmp_path).parent.stat().st_mode) == 0o700

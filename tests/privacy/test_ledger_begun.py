@@ -14,11 +14,11 @@ from fedface.errors import LedgerError, PolicyRefusal
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.answers import FREE_ATTEMPTS
 from fedface.privacy.ledger import Ledger
-from fedface.privacy.limits import Limit
+from fedface.privacy.limits import BudgetStatus
 
 DELTA = 1e-5
 EVENT = dp.GaussianDpEvent(4.0)
-ROOM = Limit(epsilon=1e4, delta=DELTA)
+ROOM = BudgetStatus(epsilon=1e4, delta=DELTA)
 
 
 @pytest.fixture
@@ -31,16 +31,16 @@ def ledger(path: Path) -> Ledger:
     return Ledger.open(path)
 
 
-def limit_for(rounds: int) -> Limit:
+def limit_for(rounds: int) -> BudgetStatus:
     """Exactly so many rounds, with room for one rounding."""
     cost = epsilon_of(dp.SelfComposedDpEvent(EVENT, rounds), DELTA).upper
-    return Limit(epsilon=cost + 1e-6, delta=DELTA)
+    return BudgetStatus(epsilon=cost + 1e-6, delta=DELTA)
 
 
-def killed(ledger: Ledger, limit: Limit = ROOM) -> int:
+def killed(ledger: Ledger, limit: BudgetStatus = ROOM) -> int:
     """Book and begin round 0 as a device does, and never answer; the attempt that paid."""
-    entry = ledger.book_within(EVENT, [limit], run="r", round=0)
-    ledger.begin("r", 0, attempt=entry.attempt)
+    entry = ledger.record_within_budget(EVENT, [limit], run="r", round=0)
+    ledger.record_attempt("r", 0, attempt=entry.attempt)
     return entry.attempt
 
 
@@ -49,7 +49,7 @@ def test_three_killed_computations_are_free_and_the_next_three_are_booked_as_one
     assert FREE_ATTEMPTS == 3
     assert [killed(Ledger.open(path)) for _ in range(7)] == [1, 1, 1, 2, 2, 2, 3]
     ledger = Ledger.open(path)
-    assert [entry.attempt for entry in ledger.entries()] == [1, 2, 3] and ledger.rounds_booked("r") == 1
+    assert [entry.attempt for entry in ledger.entries()] == [1, 2, 3] and ledger.rounds_recorded("r") == 1
     assert ledger.spent(DELTA) == epsilon_of(dp.SelfComposedDpEvent(EVENT, 3), DELTA)
 
 
@@ -57,8 +57,8 @@ def test_without_limits_the_fourth_computation_is_booked_too(ledger: Ledger) -> 
     """`book` and `book_within` agree on what is paid."""
     attempts = []
     for _ in range(4):
-        attempts.append(ledger.book(EVENT, run="r", round=0).attempt)
-        ledger.begin("r", 0, attempt=attempts[-1])
+        attempts.append(ledger.record(EVENT, run="r", round=0).attempt)
+        ledger.record_attempt("r", 0, attempt=attempts[-1])
     assert attempts == [1, 1, 1, 2]
 
 
@@ -89,7 +89,7 @@ def test_a_process_that_was_killed_has_left_its_count(path: Path) -> None:
 def test_asking_without_beginning_is_free(ledger: Ledger) -> None:
     """A device that stops before it opens a photo has looked at none."""
     for _ in range(9):
-        assert ledger.book(EVENT, run="r", round=0).attempt == 1
+        assert ledger.record(EVENT, run="r", round=0).attempt == 1
 
 
 @pytest.mark.parametrize("tries", [1, 3])
@@ -99,10 +99,10 @@ def test_a_round_that_was_answered_at_last_is_resent(ledger: Ledger, tries: int)
         attempt = killed(ledger)
     ledger.store_reply("r", 0, b"payload", attempt=attempt)
     for _ in range(5):
-        assert ledger.book_within(EVENT, [limit_for(1)], run="r", round=0).attempt == 1
-        assert ledger.stored_reply("r", 0) == b"payload"
+        assert ledger.record_within_budget(EVENT, [limit_for(1)], run="r", round=0).attempt == 1
+        assert ledger.load_reply("r", 0) == b"payload"
     with pytest.raises(LedgerError, match="answered already"):
-        ledger.begin("r", 0, attempt=1)
+        ledger.record_attempt("r", 0, attempt=1)
     assert len(ledger.entries()) == 1
 
 
@@ -111,7 +111,7 @@ def test_a_new_booking_has_computations_of_its_own_and_one_answer(ledger: Ledger
     for _ in range(4):
         attempt = killed(ledger)
     ledger.store_reply("r", 0, b"payload", attempt=attempt)
-    assert ledger.stored_reply("r", 0) == b"payload"
+    assert ledger.load_reply("r", 0) == b"payload"
     with pytest.raises(LedgerError, match="answered already"):
         ledger.store_reply("r", 0, b"late", attempt=1)
 
@@ -119,25 +119,25 @@ def test_a_new_booking_has_computations_of_its_own_and_one_answer(ledger: Ledger
 def test_rounds_and_runs_are_counted_apart(ledger: Ledger) -> None:
     for run, round in (("r", 0), ("r", 1), ("s", 0), ("r/figures", 0)):
         for _ in range(3):
-            entry = ledger.book_within(EVENT, [ROOM], run=run, round=round)
-            ledger.begin(run, round, attempt=entry.attempt)
+            entry = ledger.record_within_budget(EVENT, [ROOM], run=run, round=round)
+            ledger.record_attempt(run, round, attempt=entry.attempt)
     assert len(ledger.entries()) == 4
 
 
 def test_what_was_never_booked_is_not_begun(ledger: Ledger) -> None:
-    ledger.book(EVENT, run="r", round=0)
+    ledger.record(EVENT, run="r", round=0)
     for round, attempt in ((1, 1), (0, 2), (0, 0)):
         with pytest.raises(LedgerError, match="never booked"):
-            ledger.begin("r", round, attempt=attempt)
+            ledger.record_attempt("r", round, attempt=attempt)
 
 
 def test_four_side_by_side_on_one_booking_are_three(ledger: Ledger) -> None:
     """All have booked before the first begins; the one too many asks again and pays."""
-    attempts = [ledger.book(EVENT, run="r", round=0).attempt for _ in range(4)]
+    attempts = [ledger.record(EVENT, run="r", round=0).attempt for _ in range(4)]
     for attempt in attempts[:3]:
-        ledger.begin("r", 0, attempt=attempt)
+        ledger.record_attempt("r", 0, attempt=attempt)
     with pytest.raises(LedgerError, match="ask once more, and it is booked anew"):
-        ledger.begin("r", 0, attempt=attempts[3])
+        ledger.record_attempt("r", 0, attempt=attempts[3])
     assert killed(ledger) == 2
 
 
@@ -173,7 +173,7 @@ def test_an_altered_count_is_noticed(ledger: Ledger, path: Path, statement: str)
 
 def test_a_file_put_back_to_before_it_was_begun_is_noticed(ledger: Ledger, path: Path) -> None:
     """Its chain is whole and nothing was answered, but it would begin for free once more."""
-    ledger.book(EVENT, run="r", round=0)
+    ledger.record(EVENT, run="r", round=0)
     before = path.read_bytes()
     for _ in range(3):
         killed(ledger)
@@ -186,9 +186,9 @@ def test_a_file_from_before_is_read_as_it_is_and_counts_from_its_first_beginning
     ledger: Ledger, path: Path
 ) -> None:
     """Opening it adds no table; its answers stay, and its bookings pay for three computations from then on."""
-    ledger.book(EVENT, run="old", round=0)
+    ledger.record(EVENT, run="old", round=0)
     ledger.store_reply("old", 0, b"old reply")
-    ledger.book(EVENT, run="r", round=0)
+    ledger.record(EVENT, run="r", round=0)
     book = sqlite3.connect(path)
     book.execute("DROP TABLE begun")
     book.close()
@@ -196,6 +196,6 @@ def test_a_file_from_before_is_read_as_it_is_and_counts_from_its_first_beginning
     book = sqlite3.connect(path)
     assert book.execute("SELECT count(*) FROM sqlite_master WHERE name LIKE 'begun%'").fetchone() == (0,)
     book.close()
-    assert old.stored_reply("old", 0) == b"old reply" and len(old.entries()) == 2
+    assert old.load_reply("old", 0) == b"old reply" and len(old.entries()) == 2
     assert [killed(old) for _ in range(4)] == [1, 1, 1, 2]
     assert len(Ledger.open(path).entries()) == 3

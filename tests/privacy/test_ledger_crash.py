@@ -20,24 +20,24 @@ from fedface.errors import LedgerError, PolicyRefusal
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.chain import Chain
 from fedface.privacy.ledger import FORM, Ledger
-from fedface.privacy.limits import Limit
+from fedface.privacy.limits import BudgetStatus
 
 DELTA = 1e-5
 EVENT = dp.GaussianDpEvent(4.0)
 
 
-def budget_for(rounds: int, days: float | None = None) -> Limit:
+def budget_for(rounds: int, days: float | None = None) -> BudgetStatus:
     """Exactly so many rounds, with room for one rounding."""
     cost = epsilon_of(dp.SelfComposedDpEvent(EVENT, rounds), DELTA).upper
-    return Limit(epsilon=cost + 1e-6, delta=DELTA, days=days)
+    return BudgetStatus(epsilon=cost + 1e-6, delta=DELTA, days=days)
 
 
-def book_all(path: Path, witness: Path, run: str, limits: list[Limit], said: Connection) -> None:
+def book_all(path: Path, witness: Path, run: str, limits: list[BudgetStatus], said: Connection) -> None:
     """Book rounds until the budget is used up, and say each digest once it was returned."""
     ledger = Ledger.open(path, witness)
     for round in range(100_000):
         try:
-            entry = ledger.book_within(EVENT, limits, run=run, round=round)
+            entry = ledger.record_within_budget(EVENT, limits, run=run, round=round)
         except PolicyRefusal:
             break
         said.send(entry.digest)
@@ -45,7 +45,7 @@ def book_all(path: Path, witness: Path, run: str, limits: list[Limit], said: Con
     said.close()
 
 
-def booker(folder: Path, run: str, *limits: Limit) -> tuple[BaseProcess, Connection]:
+def booker(folder: Path, run: str, *limits: BudgetStatus) -> tuple[BaseProcess, Connection]:
     context = multiprocessing.get_context("fork")
     heard, said = context.Pipe(duplex=False)
     process = context.Process(
@@ -93,7 +93,7 @@ def test_kill_9_at_any_moment_loses_no_booking_that_was_returned(tmp_path: Path)
     moments = random.Random(7)
     returned: list[str] = []
     for life in range(12):
-        process, heard = booker(tmp_path, f"r{life}", Limit(epsilon=1e4, delta=DELTA))
+        process, heard = booker(tmp_path, f"r{life}", BudgetStatus(epsilon=1e4, delta=DELTA))
         said = [heard.recv() for _ in range(2)]
         time.sleep(moments.uniform(0.0, 0.03))
         process.kill()
@@ -104,15 +104,15 @@ def test_kill_9_at_any_moment_loses_no_booking_that_was_returned(tmp_path: Path)
         booked = [entry.digest for entry in ledger.entries()]
         assert [digest for digest in booked if digest in set(returned)] == returned
         assert len(booked) - len(returned) <= life + 1
-    assert ledger.book(EVENT, run="after", round=0).number == len(booked) + 1
+    assert ledger.record(EVENT, run="after", round=0).number == len(booked) + 1
 
 
 def test_a_ledger_whose_state_folder_was_put_back_is_noticed_by_its_witness(tmp_path: Path) -> None:
     path, witness = tmp_path / "state" / "ledger.db", tmp_path / "disk"
     ledger = Ledger.open(path, witness)
-    ledger.book(EVENT, run="r", round=0)
+    ledger.record(EVENT, run="r", round=0)
     shutil.copytree(path.parent, tmp_path / "backup")
-    ledger.book(EVENT, run="r", round=1)
+    ledger.record(EVENT, run="r", round=1)
     shutil.rmtree(path.parent)
     shutil.copytree(tmp_path / "backup", path.parent)
     for attempt in (lambda: Ledger.open(path, witness), lambda: Ledger.open(path), ledger.entries):
@@ -134,7 +134,7 @@ def test_opening_in_one_thread_keeps_the_lock_that_another_holds(tmp_path: Path)
     """Closing a file drops every lock that its process has on it (POSIX), so nobody but SQLite may open it."""
     path = tmp_path / "ledger.db"
     Ledger.open(path)
-    with Chain.open(path, FORM).writing():
+    with Chain.open(path, FORM).write_transaction():
         opener = threading.Thread(target=Ledger.open, args=(path,))
         opener.start()
         time.sleep(0.3)

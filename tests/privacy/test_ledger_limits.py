@@ -12,9 +12,9 @@ from pytest import approx
 from fedface.errors import PolicyRefusal
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Ledger
-from fedface.privacy.limits import Limit
-from fedface.privacy.neighbours import for_replacing_one
-from fedface.privacy.target import delta_in_words
+from fedface.privacy.limits import BudgetStatus
+from fedface.privacy.neighbours import replace_one_event
+from fedface.privacy.target import format_delta
 
 DELTA = 1e-5
 EVENT = dp.GaussianDpEvent(4.0)
@@ -28,9 +28,9 @@ def ledger(tmp_path: Path) -> Ledger:
 def test_a_budget_holds_and_the_refusal_says_asked_spent_and_allowed(ledger: Ledger) -> None:
     budget = epsilon_of(dp.GaussianDpEvent(2.0), DELTA).upper + 1e-6
     for round in range(4):
-        ledger.book_within(EVENT, [Limit(epsilon=budget, delta=DELTA)], run="r", round=round)
+        ledger.record_within_budget(EVENT, [BudgetStatus(epsilon=budget, delta=DELTA)], run="r", round=round)
     with pytest.raises(PolicyRefusal) as refusal:
-        ledger.book_within(EVENT, [Limit(epsilon=budget, delta=DELTA)], run="r", round=4)
+        ledger.record_within_budget(EVENT, [BudgetStatus(epsilon=budget, delta=DELTA)], run="r", round=4)
     asked = epsilon_of(EVENT, DELTA).upper
     for figure in (f"asks for epsilon {asked:.3f}", f"{budget:.3f} of", f"of {budget:g}"):
         assert figure in str(refusal.value)
@@ -47,11 +47,11 @@ class Calendar:
         return self.today
 
 
-def rounds_until_refused(ledger: Ledger, run: str, *limits: Limit) -> int:
+def rounds_until_refused(ledger: Ledger, run: str, *limits: BudgetStatus) -> int:
     """How many rounds are booked before one is refused."""
     for round in range(100):
         try:
-            entry = ledger.book_within(EVENT, limits, run=run, round=round)
+            entry = ledger.record_within_budget(EVENT, limits, run=run, round=round)
         except PolicyRefusal:
             return round
         ledger.store_reply(run, round, b"payload", attempt=entry.attempt)
@@ -67,30 +67,30 @@ def test_a_limit_of_thirty_days_frees_up_and_the_one_for_life_does_not(tmp_path:
     """Three rounds in any 30 days, seven for life: 3 in the first month, 3 in the next, then 1, then none."""
     clock = Calendar()
     ledger = Ledger.open(tmp_path / "ledger.db", now=clock)
-    monthly = Limit(epsilon=cost_of(3), delta=DELTA, days=30)
-    lifelong = Limit(epsilon=cost_of(7), delta=DELTA)
+    monthly = BudgetStatus(epsilon=cost_of(3), delta=DELTA, days=30)
+    lifelong = BudgetStatus(epsilon=cost_of(7), delta=DELTA)
     booked = []
     for days in (0, 29, 31, 31, 365):
         clock.today += timedelta(days=days)
         booked.append(rounds_until_refused(ledger, str(clock.today), lifelong, monthly))
     assert booked == [3, 0, 3, 1, 0]
-    shortfall = ledger.room_for(EVENT, [monthly, lifelong], told="photo")
-    assert shortfall is not None and shortfall.limit == lifelong
-    assert f"delta {delta_in_words(DELTA)}, per photo for life" in shortfall.in_words()
+    shortfall = ledger.check_budget(EVENT, [monthly, lifelong], told="photo")
+    assert shortfall is not None and shortfall.budget == lifelong
+    assert f"delta {format_delta(DELTA)}, per photo for life" in shortfall.describe()
 
 
 def test_a_period_ends_to_the_second(tmp_path: Path) -> None:
     """An entry counts while it is at most 30 days old, by the seconds that it is dated in."""
     clock = Calendar()
     ledger = Ledger.open(tmp_path / "ledger.db", now=clock)
-    monthly = Limit(epsilon=cost_of(1), delta=DELTA, days=30)
-    ledger.book_within(EVENT, [monthly], run="r", round=0)
+    monthly = BudgetStatus(epsilon=cost_of(1), delta=DELTA, days=30)
+    ledger.record_within_budget(EVENT, [monthly], run="r", round=0)
     start = clock.today
     clock.today = start + timedelta(days=30)
-    shortfall = ledger.room_for(EVENT, [monthly], told="photo")
-    assert shortfall is not None and "per photo in any 30 days" in shortfall.in_words()
+    shortfall = ledger.check_budget(EVENT, [monthly], told="photo")
+    assert shortfall is not None and "per photo in any 30 days" in shortfall.describe()
     clock.today = start + timedelta(days=30, seconds=1)
-    assert ledger.room_for(EVENT, [monthly], told="photo") is None
+    assert ledger.check_budget(EVENT, [monthly], told="photo") is None
     assert ledger.spent(DELTA, since=start - timedelta(seconds=1)).upper > 0.0
     assert ledger.spent(DELTA, since=start + timedelta(seconds=1)).upper == 0.0
 
@@ -99,9 +99,9 @@ def test_a_clock_put_back_frees_nothing(tmp_path: Path) -> None:
     """What is booked late stays late: otherwise a year back and forth would empty every period."""
     clock = Calendar()
     ledger = Ledger.open(tmp_path / "ledger.db", now=clock)
-    monthly = Limit(epsilon=cost_of(2), delta=DELTA, days=30)
+    monthly = BudgetStatus(epsilon=cost_of(2), delta=DELTA, days=30)
     start = clock.today
-    ledger.book_within(EVENT, [monthly], run="a", round=0)
+    ledger.record_within_budget(EVENT, [monthly], run="a", round=0)
     clock.today = start - timedelta(days=400)
     assert rounds_until_refused(ledger, "b", monthly) == 1
     clock.today = start + timedelta(days=1)
@@ -112,33 +112,33 @@ def test_a_booking_left_unanswered_for_days_does_not_pay_in_a_later_period(tmp_p
     """It would leave the period while the release that it paid for is still in it."""
     clock = Calendar()
     ledger = Ledger.open(tmp_path / "ledger.db", now=clock)
-    monthly = Limit(epsilon=cost_of(1), delta=DELTA, days=30)
-    first = ledger.book_within(EVENT, [monthly], run="r", round=0)
+    monthly = BudgetStatus(epsilon=cost_of(1), delta=DELTA, days=30)
+    first = ledger.record_within_budget(EVENT, [monthly], run="r", round=0)
     clock.today += timedelta(hours=20)
-    assert ledger.book_within(EVENT, [monthly], run="r", round=0) == first
+    assert ledger.record_within_budget(EVENT, [monthly], run="r", round=0) == first
     clock.today += timedelta(days=20)
     with pytest.raises(PolicyRefusal):
-        ledger.book_within(EVENT, [monthly], run="r", round=0)
+        ledger.record_within_budget(EVENT, [monthly], run="r", round=0)
     clock.today += timedelta(days=20)
-    assert ledger.book_within(EVENT, [monthly], run="r", round=0).attempt == 2
-    lifelong = Limit(epsilon=cost_of(2), delta=DELTA)
+    assert ledger.record_within_budget(EVENT, [monthly], run="r", round=0).attempt == 2
+    lifelong = BudgetStatus(epsilon=cost_of(2), delta=DELTA)
     clock.today += timedelta(days=20)
-    assert ledger.book_within(EVENT, [lifelong], run="r", round=0).attempt == 2
+    assert ledger.record_within_budget(EVENT, [lifelong], run="r", round=0).attempt == 2
 
 
 def test_nothing_is_released_without_a_limit(ledger: Ledger) -> None:
     with pytest.raises(ValueError, match="at least one limit"):
-        ledger.book_within(EVENT, [], run="r", round=0)
+        ledger.record_within_budget(EVENT, [], run="r", round=0)
     with pytest.raises(ValueError, match="at least one limit"):
-        ledger.room_for(EVENT, [], told="photo")
+        ledger.check_budget(EVENT, [], told="photo")
     assert ledger.entries() == []
 
 
 def test_a_run_per_occasion_costs_a_photo_as_much_as_half_the_noise(ledger: Ledger) -> None:
     """A photo more or less changes its occasion's content: replace one, at most twice as far."""
-    ledger.book(EVENT, run="r", round=0, marks={"unit": "occasion"})
+    ledger.record(EVENT, run="r", round=0, marks={"unit": "occasion"})
     half = epsilon_of(dp.GaussianDpEvent(2.0), DELTA)
-    assert ledger.spent(DELTA) == half == epsilon_of(for_replacing_one(EVENT), DELTA)
+    assert ledger.spent(DELTA) == half == epsilon_of(replace_one_event(EVENT), DELTA)
     assert ledger.spent(DELTA, unit="occasion") == epsilon_of(EVENT, DELTA)
     assert ledger.would_spend(EVENT, DELTA, told="occasion").upper == approx(
         epsilon_of(dp.GaussianDpEvent(2.0**0.5), DELTA).upper, abs=1e-9
@@ -147,12 +147,12 @@ def test_a_run_per_occasion_costs_a_photo_as_much_as_half_the_noise(ledger: Ledg
 
 def test_a_run_per_photo_uses_up_every_budget_per_occasion(ledger: Ledger) -> None:
     """Nothing is known of how many photos an occasion has."""
-    per_occasion = Limit(epsilon=1e6, delta=DELTA, unit="occasion")
-    shortfall = ledger.room_for(EVENT, [per_occasion], told="photo")
+    per_occasion = BudgetStatus(epsilon=1e6, delta=DELTA, unit="occasion")
+    shortfall = ledger.check_budget(EVENT, [per_occasion], told="photo")
     assert shortfall is not None and shortfall.asked == shortfall.together == float("inf")
     with pytest.raises(PolicyRefusal, match="asks for epsilon inf.*per occasion for life"):
-        ledger.book_within(EVENT, [per_occasion], run="r", round=0)
-    assert ledger.room_for(EVENT, [per_occasion], told="occasion") is None
+        ledger.record_within_budget(EVENT, [per_occasion], run="r", round=0)
+    assert ledger.check_budget(EVENT, [per_occasion], told="occasion") is None
 
 
 def test_nearly_free_releases_do_not_fill_the_disk_nor_slow_a_device_down_for_ever(
@@ -161,14 +161,14 @@ def test_nearly_free_releases_do_not_fill_the_disk_nor_slow_a_device_down_for_ev
     """A new run each time: the last sixteen answers are kept, and after so many kinds of noise it says no."""
     monkeypatch.setattr("fedface.privacy.ledger.MOST_KINDS", 20)
     ledger = Ledger.open(tmp_path / "ledger.db")
-    limit = Limit(epsilon=1.0, delta=DELTA)
+    limit = BudgetStatus(epsilon=1.0, delta=DELTA)
     for number in range(20):
         event = dp.GaussianDpEvent(1e6 + number)
         for again in range(2):
-            entry = ledger.book_within(event, [limit], run=f"run-{number}-{again}", round=1)
+            entry = ledger.record_within_budget(event, [limit], run=f"run-{number}-{again}", round=1)
             ledger.store_reply(entry.run, 1, b"x" * 1000, attempt=entry.attempt)
-    kept = [entry.run for entry in ledger.entries() if ledger.stored_reply(entry.run, 1) is not None]
+    kept = [entry.run for entry in ledger.entries() if ledger.load_reply(entry.run, 1) is not None]
     assert kept == [f"run-{number}-{again}" for number in range(12, 20) for again in range(2)]
     assert not ledger.unanswered(range(1, 41))
     with pytest.raises(PolicyRefusal, match="20 kinds of releases"):
-        ledger.book_within(dp.GaussianDpEvent(5e5), [limit], run="one more", round=1)
+        ledger.record_within_budget(dp.GaussianDpEvent(5e5), [limit], run="one more", round=1)

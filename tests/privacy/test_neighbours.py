@@ -16,7 +16,7 @@ from scipy.stats import norm
 
 from fedface.errors import PrivacyError
 from fedface.privacy.accounting import compose, epsilon_of, event_from_json, event_to_json
-from fedface.privacy.neighbours import for_replacing_one, seen_by
+from fedface.privacy.neighbours import replace_one_event, convert_unit
 from fedface.units import UNITS, Unit, covers
 
 DELTA = 1e-5
@@ -26,14 +26,14 @@ DELTA = 1e-5
 def test_replacing_one_in_a_gaussian_sum_costs_what_half_the_noise_costs(sigma: float, count: int) -> None:
     """The vector moves twice as far; `count` releases are one with noise sigma / sqrt(count)."""
     exact = analytic_epsilon(sigma / 2.0 / math.sqrt(count), DELTA)
-    bounds = epsilon_of(for_replacing_one(gaussian(sigma, count)), DELTA)
+    bounds = epsilon_of(replace_one_event(gaussian(sigma, count)), DELTA)
     assert bounds.lower <= exact * (1 + 1e-9) and exact <= bounds.upper * (1 + 1e-9)
     assert bounds.estimate == approx(exact, rel=1e-3)
 
 
 def test_doubled_sensitivity_costs_what_was_published() -> None:
     """TensorFlow Privacy's test of microbatches, which double the sensitivity: two passes, sigma 0.7, PLD 24.716."""
-    assert epsilon_of(for_replacing_one(gaussian(0.7, 2)), DELTA).upper == approx(24.7160779, abs=1e-3)
+    assert epsilon_of(replace_one_event(gaussian(0.7, 2)), DELTA).upper == approx(24.7160779, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_replacing_one_in_sampled_steps_costs_what_the_fourier_accountant_found(
     sigma: float, q: float, epsilon: float, delta: float
 ) -> None:
     """10,000 steps under the substitute relation: example and tests of DPBayes/PLD-Accountant (Koskela et al. 2020)."""
-    bounds = epsilon_of(for_replacing_one(sampled(sigma, q, 10_000)), delta)
+    bounds = epsilon_of(replace_one_event(sampled(sigma, q, 10_000)), delta)
     assert bounds.upper == approx(epsilon, abs=2e-3)
     assert bounds.lower <= epsilon
 
@@ -70,9 +70,9 @@ def test_which_sampler_and_which_noise_the_figures_for_replace_one_belong_to() -
     """
     assert fixed_size_price(1.0, 10_000) == approx(13.2, abs=0.1)  # noise twice the clip norm
     assert fixed_size_price(0.5, 1_000) == approx(21.0, abs=0.1)  # noise as long as the clip norm
-    poisson = epsilon_of(for_replacing_one(sampled(1.0, 0.01, 1_000)), DELTA)
+    poisson = epsilon_of(replace_one_event(sampled(1.0, 0.01, 1_000)), DELTA)
     assert poisson.upper == approx(2.843, abs=0.005)  # the same noise; ours, with secret coins
-    everybody = epsilon_of(for_replacing_one(gaussian(1.0, 1_000)), DELTA)
+    everybody = epsilon_of(replace_one_event(gaussian(1.0, 1_000)), DELTA)
     assert everybody.lower > 2_000  # the mean loss, half of (2 sqrt(1,000) / sigma)^2
     assert poisson.upper < fixed_size_price(0.5, 1_000) < everybody.lower
 
@@ -80,7 +80,7 @@ def test_which_sampler_and_which_noise_the_figures_for_replace_one_belong_to() -
 def test_no_fixed_size_sampler_is_taken_for_coins() -> None:
     step = dp.SampledWithoutReplacementDpEvent(10_000, 100, dp.GaussianDpEvent(1.0))
     with pytest.raises(PrivacyError, match="SampledWithoutReplacement"):
-        for_replacing_one(step)
+        replace_one_event(step)
 
 
 @settings(max_examples=15, deadline=None)
@@ -96,7 +96,7 @@ def test_no_unit_ever_sees_less_than_the_one_that_was_promised(
 ) -> None:
     """A coarser promise is never cheaper for what it holds, and a finer one promises nothing."""
     event = compose([sampled(sigma, q, steps), gaussian(3.0), dp.LaplaceDpEvent(4.0)])
-    seen = epsilon_of(seen_by(event, told=told, wanted=wanted), DELTA)
+    seen = epsilon_of(convert_unit(event, source=told, target=wanted), DELTA)
     assert seen.upper >= epsilon_of(event, DELTA).upper * (1 - 1e-3)
     assert math.isfinite(seen.upper) == covers(told, wanted)
 
@@ -140,7 +140,7 @@ def test_a_photo_of_an_occasion_of_two_is_hidden_as_well_as_we_say(
     """One sampled step on an occasion whose clipped gradient is `before` with a photo and `after` without it."""
     truth = hockey_stick([(1 - q, ZERO), (q, before)], [(1 - q, ZERO), (q, after)], sigma, epsilon)
     if truth > 1e-7:  # below that the grid says nothing
-        price = epsilon_of(seen_by(sampled(sigma, q, 1), told="occasion", wanted="photo"), truth * (1 - 1e-4))
+        price = epsilon_of(convert_unit(sampled(sigma, q, 1), source="occasion", target="photo"), truth * (1 - 1e-4))
         assert price.upper >= epsilon
 
 
@@ -149,7 +149,7 @@ def test_opposite_gradients_reach_the_price(sigma: float, q: float, epsilon: flo
     """Nothing is wasted: for a = -b of full length our bound is the truth."""
     ahead, behind = np.array([0.6, 0.8]), np.array([-0.6, -0.8])
     truth = hockey_stick([(1 - q, ZERO), (q, ahead)], [(1 - q, ZERO), (q, behind)], sigma, epsilon)
-    assert epsilon_of(for_replacing_one(sampled(sigma, q, 1)), truth).upper == approx(epsilon, abs=2e-3)
+    assert epsilon_of(replace_one_event(sampled(sigma, q, 1)), truth).upper == approx(epsilon, abs=2e-3)
 
 
 def test_a_photo_that_alone_holds_two_occasions_together_is_not_covered() -> None:
@@ -159,25 +159,25 @@ def test_a_photo_that_alone_holds_two_occasions_together_is_not_covered() -> Non
     one = [(1 - q, ZERO), (q, ahead)]
     two = [((1 - q) ** 2, ZERO), (2 * q * (1 - q), behind), (q * q, 2 * behind)]
     truth = hockey_stick(one, two, sigma, epsilon)
-    assert epsilon_of(for_replacing_one(sampled(sigma, q, 1)), truth).upper < epsilon
+    assert epsilon_of(replace_one_event(sampled(sigma, q, 1)), truth).upper < epsilon
 
 
 def test_a_replaced_laplace_release_costs_twice_as_much_and_claims_nothing_from_sampling() -> None:
     """(2/b, 0): at delta the closed form is 2/b + 2 log(1 - delta)."""
     exact = 0.5 + 2 * math.log1p(-DELTA)
     for event in (dp.LaplaceDpEvent(4.0), dp.PoissonSampledDpEvent(0.1, dp.LaplaceDpEvent(4.0))):
-        assert epsilon_of(for_replacing_one(event), DELTA).estimate == approx(exact, abs=2e-4)
+        assert epsilon_of(replace_one_event(event), DELTA).estimate == approx(exact, abs=2e-4)
 
 
 def test_what_is_seen_survives_the_ledger_and_is_not_replaced_twice() -> None:
-    event = for_replacing_one(compose([sampled(1.1, 0.3, 12), gaussian(2.0), dp.LaplaceDpEvent(3.0)]))
+    event = replace_one_event(compose([sampled(1.1, 0.3, 12), gaussian(2.0), dp.LaplaceDpEvent(3.0)]))
     text = event_to_json(event)
     assert event_to_json(event_from_json(text)) == text
     assert epsilon_of(event_from_json(text), DELTA) == epsilon_of(event, DELTA)
     with pytest.raises(PrivacyError, match="replaced already"):
-        for_replacing_one(event)
+        replace_one_event(event)
 
 
 def test_without_a_promise_nobody_sees_less_than_everything() -> None:
-    assert epsilon_of(for_replacing_one(dp.NonPrivateDpEvent()), DELTA).lower == math.inf
-    assert epsilon_of(for_replacing_one(compose([])), DELTA).upper == 0.0
+    assert epsilon_of(replace_one_event(dp.NonPrivateDpEvent()), DELTA).lower == math.inf
+    assert epsilon_of(replace_one_event(compose([])), DELTA).upper == 0.0

@@ -8,10 +8,10 @@ from pytest import approx
 from fedface.errors import PrivacyError
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
-from fedface.privacy.plan import Plan, Schedule, Terms, make_plan
-from fedface.privacy.target import NoPromise, PrivacyTarget
+from fedface.privacy.plan import Plan, Schedule, DPParameters, make_plan
+from fedface.privacy.target import NoPrivacy, PrivacyTarget
 
-SCHEDULE = Schedule(rounds=10, steps_per_round=5, sampling_rate=0.1, expected_batch=8, clip_norm=0.5)
+SCHEDULE = Schedule(rounds=10, steps_per_round=5, sampling_rate=0.1, expected_batch_size=8, clip_norm=0.5)
 TARGET = PrivacyTarget(epsilon=4.0, delta=1e-5)
 
 
@@ -24,12 +24,12 @@ def test_all_rounds_together_cost_at_most_the_promise() -> None:
 
 
 def test_more_rounds_need_more_noise() -> None:
-    longer = Schedule(rounds=40, steps_per_round=5, sampling_rate=0.1, expected_batch=8, clip_norm=0.5)
+    longer = Schedule(rounds=40, steps_per_round=5, sampling_rate=0.1, expected_batch_size=8, clip_norm=0.5)
     assert make_plan(TARGET, longer).noise_multiplier > make_plan(TARGET, SCHEDULE).noise_multiplier
 
 
 def test_no_promise_has_no_noise_and_an_infinite_price() -> None:
-    plan = make_plan(NoPromise(), SCHEDULE)
+    plan = make_plan(NoPrivacy(), SCHEDULE)
     assert plan.noise_multiplier == 0.0 and plan.epsilon() is None
     assert plan.mechanism() == ClippedSum(clip_norm=0.5)
     assert epsilon_of(plan.event(1), 1e-5).lower == float("inf")
@@ -38,7 +38,7 @@ def test_no_promise_has_no_noise_and_an_infinite_price() -> None:
 
 def test_a_promise_without_noise_cannot_be_written_down() -> None:
     with pytest.raises(ValueError, match="does not go with"):
-        Plan(promise=TARGET, schedule=SCHEDULE, noise_multiplier=0.0)
+        Plan(privacy=TARGET, schedule=SCHEDULE, noise_multiplier=0.0)
 
 
 def test_a_plan_in_words_names_unit_delta_neighbours_and_bounds() -> None:
@@ -48,9 +48,9 @@ def test_a_plan_in_words_names_unit_delta_neighbours_and_bounds() -> None:
 
 
 def test_terms_survive_the_wire_and_hold_no_epsilon() -> None:
-    terms = make_plan(TARGET, SCHEDULE).terms
+    terms = make_plan(TARGET, SCHEDULE).dp_parameters
     record = terms.to_record()
-    assert Terms.from_record(record) == terms
+    assert DPParameters.from_record(record) == terms
     assert not any("epsilon" in key for key in record)
 
 
@@ -63,15 +63,15 @@ def test_terms_survive_the_wire_and_hold_no_epsilon() -> None:
      {"clip_norm": 1e-30}, {"clip_norm": 1e30}, {"noise_multiplier": 1e200}, {"expected_batch": 10**30}],
 )  # fmt: skip
 def test_terms_out_of_bounds_are_refused(change: dict[str, float]) -> None:
-    record = {**Terms(schedule=SCHEDULE, noise_multiplier=1.0).to_record(), **change}
+    record = {**DPParameters(schedule=SCHEDULE, noise_multiplier=1.0).to_record(), **change}
     with pytest.raises(PrivacyError, match="terms"):
-        Terms.from_record(record)
+        DPParameters.from_record(record)
 
 
 def test_half_of_the_rounds_cost_what_half_of_the_steps_cost() -> None:
-    terms = Terms(schedule=SCHEDULE, noise_multiplier=1.0)
-    half = Terms(
-        schedule=Schedule(rounds=5, steps_per_round=5, sampling_rate=0.1, expected_batch=8, clip_norm=0.5),
+    terms = DPParameters(schedule=SCHEDULE, noise_multiplier=1.0)
+    half = DPParameters(
+        schedule=Schedule(rounds=5, steps_per_round=5, sampling_rate=0.1, expected_batch_size=8, clip_norm=0.5),
         noise_multiplier=1.0,
     )
     assert epsilon_of(terms.event(5), 1e-5) == epsilon_of(half.event(), 1e-5)

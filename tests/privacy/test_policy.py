@@ -14,19 +14,19 @@ from fedface.aggregation.protocol import AggregationConfig
 from fedface.config import dump, kind_of, parse, read
 from fedface.errors import ConfigError, PolicyRefusal
 from fedface.privacy.accounting import epsilon_of
-from fedface.privacy.conditions import NOT_NOW, NotNow, Power
+from fedface.privacy.conditions import NOT_NOW_MESSAGE, ConditionsNotMet, Power
 from fedface.privacy.ledger import Ledger
-from fedface.privacy.limits import Limit, at_most, overspent
-from fedface.privacy.neighbours import for_replacing_one
-from fedface.privacy.plan import Plan, Schedule, Terms, make_plan
+from fedface.privacy.limits import BudgetStatus, format_upper_bound, overspending
+from fedface.privacy.neighbours import replace_one_event
+from fedface.privacy.plan import Plan, Schedule, DPParameters, make_plan
 from fedface.privacy.policy import EVALUATION, PROTOCOLS, DevicePolicy, Period
-from fedface.privacy.target import NoPromise, PrivacyTarget, delta_in_words
+from fedface.privacy.target import NoPrivacy, PrivacyTarget, format_delta
 from fedface.units import Unit
 
-SCHEDULE = Schedule(rounds=4, steps_per_round=2, sampling_rate=0.2, expected_batch=8, clip_norm=1.0)
-TERMS = Terms(schedule=SCHEDULE, noise_multiplier=1.0)
+SCHEDULE = Schedule(rounds=4, steps_per_round=2, sampling_rate=0.2, expected_batch_size=8, clip_norm=1.0)
+TERMS = DPParameters(schedule=SCHEDULE, noise_multiplier=1.0)
 COST = epsilon_of(TERMS.event(), 1e-5).upper
-POLICY = DevicePolicy(max_epsilon=COST + 1e-6, delta=1e-5, smallest_cohort=3)
+POLICY = DevicePolicy(max_epsilon=COST + 1e-6, delta=1e-5, min_cohort_size=3)
 ONE_ROUND = epsilon_of(TERMS.event(1), 1e-5).upper
 CLIENTS = Path(__file__).resolve().parents[2] / "clients"
 
@@ -42,13 +42,13 @@ class Noon:
         return datetime.fromisoformat(f"{self.day}T12:00:00+01:00")
 
     def power(self) -> Power:
-        return Power(mains=self.mains, share=0.37)
+        return Power(on_ac=self.mains, battery=0.37)
 
     def load(self) -> float | None:
         return 0.1
 
 
-def per(unit: Unit, noise: float = 1.0) -> Terms:
+def per(unit: Unit, noise: float = 1.0) -> DPParameters:
     """The same steps, promised per some unit."""
     return replace(TERMS, unit=unit, noise_multiplier=noise)
 
@@ -61,25 +61,25 @@ def ledger(tmp_path: Path) -> Ledger:
 def test_a_run_within_the_budget_is_admitted_to_its_last_round(ledger: Ledger) -> None:
     for round in range(4):
         POLICY.admit(TERMS, 3, "encrypted", "generator", ledger, run="r")
-        POLICY.book(TERMS, ledger, run="r", round=round)
+        POLICY.record(TERMS, ledger, run="r", round=round)
         ledger.store_reply("r", round, b"payload")
     assert ledger.spent(1e-5).upper <= POLICY.max_epsilon
 
 
 def test_an_entry_says_what_was_asked_of_what_unit(ledger: Ledger) -> None:
-    marks = json.loads(POLICY.book(TERMS, ledger, run="r", round=0, marks={"model": "abc"}).marks)
+    marks = json.loads(POLICY.record(TERMS, ledger, run="r", round=0, marks={"model": "abc"}).metadata)
     assert marks["noise_multiplier"] == "1" and marks["clip_norm"] == "1" and marks["expected_batch"] == "8"
     assert marks["unit"] == "photo" and marks["sampler"] == "poisson" and marks["model"] == "abc"
 
 
 def test_the_same_run_under_another_name_is_refused_with_asked_spent_and_allowed(ledger: Ledger) -> None:
     for round in range(2):
-        POLICY.book(TERMS, ledger, run="r", round=round)
+        POLICY.record(TERMS, ledger, run="r", round=round)
     with pytest.raises(PolicyRefusal) as refusal:
         POLICY.admit(TERMS, 3, "encrypted", "generator", ledger, run="s")
     spent = ledger.spent(1e-5).upper
     for figure in (
-        f"asks for {at_most(COST)}; {at_most(spent)} of {POLICY.max_epsilon:g} is already spent",
+        f"asks for {format_upper_bound(COST)}; {format_upper_bound(spent)} of {POLICY.max_epsilon:g} is already spent",
         "every epsilon here at delta 1e-5, per photo for life",
     ):
         assert figure in str(refusal.value)
@@ -91,13 +91,13 @@ def test_booking_stops_at_the_budget_even_if_two_runs_were_admitted(ledger: Ledg
     with pytest.raises(PolicyRefusal):
         for round in range(4):
             for run in ("a", "b"):
-                POLICY.book(TERMS, ledger, run=run, round=round)
+                POLICY.record(TERMS, ledger, run=run, round=round)
     assert len(ledger.entries()) == 4
 
 
 def test_an_epsilon_that_is_told_is_not_believed(ledger: Ledger) -> None:
     """A plan that claims epsilon 0.001 with hardly any noise is priced by its noise."""
-    liar = Plan(promise=PrivacyTarget(epsilon=0.001, delta=1e-5), schedule=SCHEDULE, noise_multiplier=0.3)
+    liar = Plan(privacy=PrivacyTarget(epsilon=0.001, delta=1e-5), schedule=SCHEDULE, noise_multiplier=0.3)
     with pytest.raises(PolicyRefusal, match="asks for epsilon"):
         POLICY.admit(liar, 3, "encrypted", "generator", ledger)
 
@@ -119,16 +119,16 @@ def test_purposes_are_refused_unless_allowed(
 
 
 def test_a_run_without_a_promise_needs_the_owners_word(ledger: Ledger) -> None:
-    plan = make_plan(NoPromise(), SCHEDULE)
+    plan = make_plan(NoPrivacy(), SCHEDULE)
     with pytest.raises(
         PolicyRefusal, match=r"epsilon infinite.* at most epsilon [\d.]+ at delta 1e-5 per photo"
     ):
         POLICY.admit(plan, 3, "encrypted", "generator", ledger)
     with pytest.raises(PolicyRefusal, match="no noise"):
-        POLICY.book(plan, ledger, run="r", round=0)
-    willing = DevicePolicy(max_epsilon=1.0, delta=1e-5, allow_unpromised=True)
+        POLICY.record(plan, ledger, run="r", round=0)
+    willing = DevicePolicy(max_epsilon=1.0, delta=1e-5, allow_no_dp=True)
     willing.admit(plan, 3, "encrypted", "generator", ledger)
-    willing.book(plan, ledger, run="r", round=0)
+    willing.record(plan, ledger, run="r", round=0)
     assert ledger.spent(1e-5).lower == float("inf")
     with pytest.raises(PolicyRefusal, match="epsilon infinite of 1 is"):
         willing.admit(TERMS, 3, "encrypted", "generator", ledger)
@@ -139,7 +139,7 @@ def test_the_examples_are_policies_and_show_every_key() -> None:
     example = CLIENTS / "policy.example.yaml"
     policy = read(example, DevicePolicy)
     assert policy.protocols == ("encrypted",)
-    assert not (policy.allow_unpromised or policy.trust_server or policy.evaluation)
+    assert not (policy.allow_no_dp or policy.trust_server or policy.evaluation)
     text, page = example.read_text(), (CLIENTS.parent / "docs" / "policy.md").read_text()
     for key in DevicePolicy.__dataclass_fields__:
         assert f"\n{key}: " in text or f"\n# {key}: " in text, key
@@ -187,11 +187,11 @@ hours: ["22:00-07:00"]
 expires: 2027-01-31
 """
     policy = parse(text, DevicePolicy, name="p.yaml")
-    assert policy.limits == (
-        Limit(epsilon=8, delta=1e-6, unit="occasion"),
-        Limit(epsilon=1.5, delta=1e-6, unit="occasion", days=7),
+    assert policy.budgets == (
+        BudgetStatus(epsilon=8, delta=1e-6, unit="occasion"),
+        BudgetStatus(epsilon=1.5, delta=1e-6, unit="occasion", days=7),
     )
-    assert policy.never == (Path("Private"), Path("Work/2024")) and policy.expires == "2027-01-31"
+    assert policy.exclude_folders == (Path("Private"), Path("Work/2024")) and policy.expires == "2027-01-31"
     assert parse(dump(policy), DevicePolicy, name="again.yaml") == policy  # as a run's record writes it
 
 
@@ -218,13 +218,13 @@ def test_from_the_day_after_the_last_nothing_is_allowed(ledger: Ledger) -> None:
     """Neither a new run nor one more round of an old one, nor a reply that is kept."""
     policy, here = replace(POLICY, expires="2027-01-31"), Noon()
     policy.admit(TERMS, 3, "encrypted", "generator", ledger, surroundings=here)
-    policy.book(TERMS, ledger, run="r", round=0, surroundings=here)
+    policy.record(TERMS, ledger, run="r", round=0, surroundings=here)
     here.day = "2027-02-01"
     with pytest.raises(PolicyRefusal, match="has ended"):
         policy.admit(TERMS, 3, "encrypted", "generator", ledger, surroundings=here)
     for round in (0, 1):
         with pytest.raises(PolicyRefusal, match="has ended"):
-            policy.book(TERMS, ledger, run="r", round=round, surroundings=here)
+            policy.record(TERMS, ledger, run="r", round=round, surroundings=here)
     assert len(ledger.entries()) == 1
 
 
@@ -236,29 +236,29 @@ def test_a_finer_promise_is_refused_and_a_coarser_one_is_priced(ledger: Ledger) 
     ):
         policy.admit(per("photo"), 3, "encrypted", "generator", ledger)
     with pytest.raises(PolicyRefusal, match="counts per occasion"):
-        policy.book(per("photo"), ledger, run="r", round=0)
+        policy.record(per("photo"), ledger, run="r", round=0)
     policy.admit(per("occasion"), 3, "encrypted", "generator", ledger)
 
 
 def test_an_owner_who_counts_photos_pays_more_for_a_promise_per_occasion(ledger: Ledger) -> None:
     """One photo more or less changes the content of an occasion: the price of replacing one."""
-    dearer = epsilon_of(for_replacing_one(per("occasion").event()), 1e-5).upper
+    dearer = epsilon_of(replace_one_event(per("occasion").event()), 1e-5).upper
     assert dearer > COST + 0.1
-    with pytest.raises(PolicyRefusal, match=f"asks for {at_most(dearer)}"):
+    with pytest.raises(PolicyRefusal, match=f"asks for {format_upper_bound(dearer)}"):
         POLICY.admit(per("occasion"), 3, "encrypted", "generator", ledger)
     willing = replace(POLICY, max_epsilon=dearer + 1e-6)
     willing.admit(per("occasion"), 3, "encrypted", "generator", ledger)
-    willing.book(per("occasion"), ledger, run="r", round=0)
+    willing.record(per("occasion"), ledger, run="r", round=0)
     assert ledger.spent(1e-5, unit="photo").upper > ledger.spent(1e-5, unit="occasion").upper
 
 
 def test_a_caller_cannot_book_a_run_under_another_unit(ledger: Ledger) -> None:
     """The terms say what is promised to whom; marks that say otherwise are overruled."""
     policy = replace(POLICY, max_epsilon=50.0)
-    entry = policy.book(
+    entry = policy.record(
         per("occasion"), ledger, run="r", round=0, marks={"unit": "photo", "noise_at": "moon"}
     )
-    marks = json.loads(entry.marks)
+    marks = json.loads(entry.metadata)
     assert (marks["unit"], marks["noise_at"]) == ("occasion", "device")
 
 
@@ -267,7 +267,7 @@ def test_a_server_that_adds_the_noise_needs_trust(ledger: Ledger) -> None:
     policy = replace(POLICY, max_epsilon=20.0)
     for ask in (
         lambda: policy.admit(terms, 3, "encrypted", "generator", ledger),
-        lambda: policy.book(terms, ledger, run="r", round=0),
+        lambda: policy.record(terms, ledger, run="r", round=0),
     ):
         with pytest.raises(
             PolicyRefusal, match="server adds the noise; the owner of this device does not trust"
@@ -275,7 +275,7 @@ def test_a_server_that_adds_the_noise_needs_trust(ledger: Ledger) -> None:
             ask()
     trusting = replace(policy, trust_server=True)
     trusting.admit(terms, 3, "encrypted", "generator", ledger)
-    trusting.book(terms, ledger, run="r", round=0)
+    trusting.record(terms, ledger, run="r", round=0)
 
 
 def test_evaluation_is_asked_for_and_booked_like_training(ledger: Ledger) -> None:
@@ -284,7 +284,7 @@ def test_evaluation_is_asked_for_and_booked_like_training(ledger: Ledger) -> Non
     with pytest.raises(PolicyRefusal, match="allows nothing"):
         policy.admit(TERMS, 3, "encrypted", "generator", ledger)
     for round in range(4):
-        policy.book(TERMS, ledger, run="r/evaluation", round=round)
+        policy.record(TERMS, ledger, run="r/evaluation", round=round)
     with pytest.raises(PolicyRefusal, match="is already spent"):
         policy.admit(TERMS, 3, "encrypted", EVALUATION, ledger)
 
@@ -296,16 +296,16 @@ def test_a_period_pauses_a_run_and_lets_it_go_on(tmp_path: Path) -> None:
     policy = replace(POLICY, periods=(Period(days=7, epsilon=ONE_ROUND + 1e-6),))
     for round in range(4):
         policy.admit(TERMS, 3, "encrypted", "generator", ledger, run="r", round=round)
-        policy.book(TERMS, ledger, run="r", round=round)
+        policy.record(TERMS, ledger, run="r", round=round)
         policy.admit(TERMS, 3, "encrypted", "generator", ledger, run="r", round=round)  # asked once more
         if round == 3:
             break
         with pytest.raises(PolicyRefusal, match="in any 7 days.*Ask again later"):
             policy.admit(TERMS, 3, "encrypted", "generator", ledger, run="r", round=round + 1)
         with pytest.raises(PolicyRefusal, match="in any 7 days"):
-            policy.book(TERMS, ledger, run="r", round=round + 1)
+            policy.record(TERMS, ledger, run="r", round=round + 1)
         time += timedelta(days=7, seconds=1)
-    assert ledger.rounds_booked("r") == 4
+    assert ledger.rounds_recorded("r") == 4
 
 
 def test_what_a_server_hears_of_hours_and_power_is_one_sentence(ledger: Ledger) -> None:
@@ -313,18 +313,18 @@ def test_what_a_server_hears_of_hours_and_power_is_one_sentence(ledger: Ledger) 
     policy = replace(POLICY, hours=("22:00-07:00",), least_battery=0.5)
     heard = set()
     for held, private in ((policy, "it is 12:00"), (replace(policy, hours=()), "the battery is at 37%")):
-        with pytest.raises(NotNow) as refusal:
+        with pytest.raises(ConditionsNotMet) as refusal:
             held.admit(TERMS, 3, "encrypted", "generator", ledger, surroundings=Noon())
         assert private in refusal.value.private
         heard.add(str(refusal.value))
-    assert heard == {NOT_NOW}
+    assert heard == {NOT_NOW_MESSAGE}
     replace(policy, hours=()).admit(TERMS, 3, "encrypted", "generator", ledger, surroundings=Noon(mains=True))
 
 
 def test_reasons_come_in_an_order_that_tells_least(ledger: Ledger) -> None:
     """The last day, the purpose, the promise, the conditions, the budget: each hides those after it."""
     strict = DevicePolicy(
-        max_epsilon=1e-3, delta=1e-5, smallest_cohort=3, unit="occasion", hours=("22:00-07:00",), expires="2027-01-01"
+        max_epsilon=1e-3, delta=1e-5, min_cohort_size=3, unit="occasion", hours=("22:00-07:00",), expires="2027-01-01"
     )  # fmt: skip
     steps = [
         ("has ended", strict),
@@ -342,7 +342,7 @@ def test_every_epsilon_of_a_policy_in_words_has_its_delta_unit_and_period() -> N
     policy = replace(
         POLICY, periods=(Period(days=7, epsilon=0.5),), allow_unpromised=True, never=(Path("Private"),)
     )
-    words = policy.in_words()
+    words = policy.describe()
     assert f"at most epsilon {policy.max_epsilon:g} at delta 1e-5 per photo for life" in words
     assert "at most epsilon 0.5 at delta 1e-5 per photo in any 7 days" in words
     assert "photos in Private may never be used" in words
@@ -355,22 +355,22 @@ def test_every_epsilon_of_a_policy_in_words_has_its_delta_unit_and_period() -> N
     [(1e-4, "1e-4"), (1e-5, "1e-5"), (2.5e-6, "2.5e-6"), (1e-10, "1e-10"), (1e-3, "0.001"), (0.05, "0.05")],
 )
 def test_a_delta_is_written_in_one_way_and_is_read_back(delta: float, words: str) -> None:
-    assert delta_in_words(delta) == words and float(words) == delta
+    assert format_delta(delta) == words and float(words) == delta
 
 
 def test_an_upper_bound_is_rounded_up() -> None:
     """ "At most 2.000" of 2.0004 would be a lie."""
-    assert at_most(2.0004) == "epsilon at most 2.001" and at_most(2.0) == "epsilon at most 2.000"
-    assert at_most(float("inf")) == "epsilon infinite" and at_most(0) == "epsilon 0"
+    assert format_upper_bound(2.0004) == "epsilon at most 2.001" and format_upper_bound(2.0) == "epsilon at most 2.000"
+    assert format_upper_bound(float("inf")) == "epsilon infinite" and format_upper_bound(0) == "epsilon 0"
 
 
 def test_what_is_hardly_meant_is_doubted() -> None:
     """A delta above one in a hundred, a period's budget above the one for life; the examples have neither."""
-    assert POLICY.doubts() == read(CLIENTS / "policy.example.yaml", DevicePolicy).doubts() == []
+    assert POLICY.warnings() == read(CLIENTS / "policy.example.yaml", DevicePolicy).warnings() == []
     odd = DevicePolicy(
         max_epsilon=8.0, delta=0.05, periods=(Period(days=7, epsilon=9.0), Period(days=1, epsilon=8))
     )
-    large, period = odd.doubts()
+    large, period = odd.warnings()
     assert large.startswith("delta 0.05 is large")
     assert period.startswith("epsilon 9 at delta 0.05 per photo in any 7 days is more than the 8 for life")
 
@@ -384,24 +384,24 @@ def test_a_policy_that_has_ended_says_when() -> None:
 
 def test_an_overspent_limit_says_by_how_much() -> None:
     """Nothing is left of what is used up to the last bit, too; a period comes back."""
-    life, week = Limit(epsilon=8, delta=1e-4), Limit(epsilon=1, delta=1e-4, days=7)
-    assert overspent(7.9, life, unpromised=False) is None
-    assert overspent(10.0, life, unpromised=False) == (
+    life, week = BudgetStatus(epsilon=8, delta=1e-4), BudgetStatus(epsilon=1, delta=1e-4, days=7)
+    assert overspending(7.9, life, unpromised=False) is None
+    assert overspending(10.0, life, unpromised=False) == (
         "nothing is left: everything will be refused; over by epsilon at most 2.000 at delta 1e-4 per photo"
     )
-    assert "promises something will be refused until" in str(overspent(1.5, week, unpromised=True))
-    assert "over without a bound" in str(overspent(float("inf"), life, unpromised=False))
+    assert "promises something will be refused until" in str(overspending(1.5, week, unpromised=True))
+    assert "over without a bound" in str(overspending(float("inf"), life, unpromised=False))
 
 
 def test_a_policy_is_said_in_grammatical_sentences() -> None:
-    words = replace(POLICY, hours=("22:00-07:00", "12:00-13:00"), on_mains=True).in_words()
+    words = replace(POLICY, hours=("22:00-07:00", "12:00-13:00"), on_mains=True).describe()
     assert words[0] == "photos may help to train generators or upsamplers"
     assert (
         "this device takes part only from 22:00 to 07:00 or from 12:00 to 13:00, local time, on mains"
         in words
     )
-    assert "this device takes part at any time" in POLICY.in_words()
-    assert replace(POLICY, objectives=()).in_words()[0] == "photos may help to train nothing"
+    assert "this device takes part at any time" in POLICY.describe()
+    assert replace(POLICY, objectives=()).describe()[0] == "photos may help to train nothing"
 
 
 def test_ways_to_travel_are_those_that_there_are() -> None:
@@ -413,5 +413,5 @@ def test_ways_to_travel_are_those_that_there_are() -> None:
     ):
         DevicePolicy(max_epsilon=1, delta=1e-6, protocols=("encripted",))
     none = DevicePolicy(max_epsilon=1, delta=1e-6, protocols=(), objectives=())
-    assert "updates may not travel at all: every run is refused" in none.in_words()
-    assert sum("is an empty list" in doubt for doubt in none.doubts()) == 2
+    assert "updates may not travel at all: every run is refused" in none.describe()
+    assert sum("is an empty list" in doubt for doubt in none.warnings()) == 2

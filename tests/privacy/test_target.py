@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from fedface.privacy.target import NoPromise, PrivacyTarget
+from fedface.privacy.target import NoPrivacy, PrivacyTarget
 
 
 @pytest.mark.parametrize("epsilon", [0.0, -1.0, math.inf, math.nan])
@@ -22,5 +22,5 @@ def test_delta_lies_between_zero_and_one(delta: float) -> None:
 
 
 def test_no_promise_is_a_type_of_its_own() -> None:
-    assert not isinstance(NoPromise(), PrivacyTarget)
-    assert NoPromise() == NoPromise()
+    assert not isinstance(NoPrivacy(), PrivacyTarget)
+    assert NoPrivacy() == NoPrivacy()

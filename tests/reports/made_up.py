@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedface.audits.bias import MEASURES
-from fedface.audits.private_figures import FiguresConfig, PhotoFigures, figure_vectors
-from fedface.audits.private_reading import read_figures
+from fedface.audits.bias import METRICS
+from fedface.audits.private_figures import LocalMetricsConfig, PhotoMetrics, metric_vectors
+from fedface.audits.private_reading import estimate_metrics
 from fedface.config import plain
 from fedface.experiment import EvaluationConfig
-from fedface.photos.drawn import draw
+from fedface.photos.drawn import render
 from fedface.photos.drawn_parameters import ToneMix, sample_faces
 from fedface.reports import figures
 from fedface.reports.filling import private_record
-from fedface.reports.private_record import PrivateRecord
-from fedface.reports.quantities import Epsilon, Figure, Interval, NotMeasured
+from fedface.reports.private_record import DeviceMetricsRecord
+from fedface.reports.quantities import Epsilon, Measurement, Interval, NotMeasured
 from fedface.reports.run import (
     AggregationRecord,
     AttackRecord,
@@ -71,7 +71,7 @@ def epsilon_after(rounds: int) -> Epsilon:
     return Epsilon(lower=value - 0.02, estimate=value, upper=value + 0.02, delta=1e-5, unit="photo")
 
 
-def probe_after(share: float, rng: np.random.Generator) -> dict[str, Figure]:
+def probe_after(share: float, rng: np.random.Generator) -> dict[str, Measurement]:
     """What a probe might say when `share` of the way is gone."""
     wobble = rng.normal(0, 0.04)
     return {
@@ -86,13 +86,13 @@ def bias(worst: float, digest: str, rng: np.random.Generator) -> BiasRecord:
     groups = []
     for index, name in enumerate(GROUPS):
         badness = 1 + (worst - 1) * index / (len(GROUPS) - 1)
-        values: dict[str, Figure] = {}
+        values: dict[str, Measurement] = {}
         for measure, (typical, spread) in TYPICAL.items():
-            rate = MEASURES[measure].kind == "rate"
+            rate = METRICS[measure].kind == "rate"
             value = 1 - (1 - typical) * badness if rate else typical * badness
             value += rng.normal(0, spread / 4)
             values[measure] = around(value, spread, 40)
-        groups.append(GroupRecord(group=name, count=40, figures=values))
+        groups.append(GroupRecord(group=name, count=40, metrics=values))
     gaps = {}
     for measure, (_, spread) in TYPICAL.items():
         difference = around(spread * 8 * (worst - 1), spread, 80)
@@ -128,7 +128,7 @@ def attacks() -> tuple[AttackRecord, ...]:
     return (
         AttackRecord(
             **shared,  # type: ignore[arg-type]
-            defence="no DP",
+            defense="no DP",
             psnr=around(22.4, 2.0, 6),
             ssim=around(0.81, 0.07, 6),
             gain=around(8.3, 1.9, 6),
@@ -138,7 +138,7 @@ def attacks() -> tuple[AttackRecord, ...]:
         ),
         AttackRecord(
             **shared,  # type: ignore[arg-type]
-            defence="DP sigma=1.0",
+            defense="DP sigma=1.0",
             psnr=around(7.2, 0.4, 6),
             ssim=around(0.02, 0.01, 6),
             gain=around(-6.9, 1.2, 6),
@@ -173,7 +173,7 @@ def made_up_run(folder: Path) -> RunRecord:
             seconds_combine=0.013,
             seconds_reveal=0.09,
             weights_hash=f"{number:02x}" * 32,
-            figures=probe_after(number / ROUNDS, rng),
+            metrics=probe_after(number / ROUNDS, rng),
         )
         for number in range(1, ROUNDS + 1)
     )
@@ -188,7 +188,7 @@ def made_up_run(folder: Path) -> RunRecord:
         machine=MachineRecord(cores=2, memory_gib=15.6),
         experiment={"question": "FIXTURE", "privacy": {"epsilon": 8.0, "delta": 1e-5}, "rounds": ROUNDS},
         plan=PlanRecord(
-            promise="No photo on any device changes what leaves it by more than epsilon 8 at delta 0.00001, "
+            guarantee="No photo on any device changes what leaves it by more than epsilon 8 at delta 0.00001, "
             "over all rounds.",
             unit="photo",
             target_epsilon=8.0,
@@ -198,9 +198,9 @@ def made_up_run(folder: Path) -> RunRecord:
             rounds=ROUNDS,
             steps_per_round=20,
             clip_norm=1.0,
-            expected_batch=64.0,
+            expected_batch_size=64.0,
             adjacency="add or remove one",
-            neighbouring="Two libraries that differ in one photo give almost the same updates.",
+            adjacency_text="Two libraries that differ in one photo give almost the same updates.",
         ),
         base_hash=BASE,
         final_hash=FINAL,
@@ -212,7 +212,7 @@ def made_up_run(folder: Path) -> RunRecord:
             )
             for index, name in enumerate(answered)
         ),
-        figures_before=probe_after(0.0, rng),
+        metrics_before=probe_after(0.0, rng),
         rounds=rounds,
         bias_before=bias(2.1, BASE, rng),
         bias_after=bias(1.3, FINAL, rng),
@@ -266,22 +266,22 @@ def made_up_run(folder: Path) -> RunRecord:
     )
 
 
-def own_figures(when: str, worst: float, counts: tuple[int, int, int], noise: float = 1.0) -> PrivateRecord:
+def own_figures(when: str, worst: float, counts: tuple[int, int, int], noise: float = 1.0) -> DeviceMetricsRecord:
     """What three devices might tell of light, medium and dark photos, the dark ones served `worst` times as badly."""
-    config, chance = FiguresConfig(), torch.Generator().manual_seed(11)
+    config, chance = LocalMetricsConfig(), torch.Generator().manual_seed(11)
     group = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
     badly = 1.0 + (worst - 1.0) * group / 2
-    photos = PhotoFigures(
+    photos = PhotoMetrics(
         group=group,
-        made_group=group,
-        misfit=0.0006 * badly,
+        output_group=group,
+        consistency_error=0.0006 * badly,
         skin_difference=5.0 * badly + torch.randn(len(group), generator=chance),
         lightness_shift=1.5 * badly,
         detected=torch.ones(len(group), dtype=torch.bool),
     )
-    total = figure_vectors(photos, config, clip_norm=1.0).sum(0)
+    total = metric_vectors(photos, config, clip_norm=1.0).sum(0)
     total = total + noise * math.sqrt(3) * torch.randn(total.shape, generator=chance)
-    read = read_figures(total, config=config, clip_norm=1.0, noise_multiplier=noise, devices=3)
+    read = estimate_metrics(total, config=config, clip_norm=1.0, noise_multiplier=noise, devices=3)
     return private_record(
         read,
         when=when,
@@ -295,7 +295,7 @@ def own_figures(when: str, worst: float, counts: tuple[int, int, int], noise: fl
     )
 
 
-def with_figures(record: RunRecord, *told: PrivateRecord) -> RunRecord:
+def with_figures(record: RunRecord, *told: DeviceMetricsRecord) -> RunRecord:
     """The run with what devices told of their own photos."""
     return replace(
         record, private=told, experiment={**record.experiment, "evaluation": plain(EvaluationConfig())}
@@ -305,7 +305,7 @@ def with_figures(record: RunRecord, *told: PrivateRecord) -> RunRecord:
 def draw_pictures(folder: Path) -> None:
     """The two grids of a made-up run, of drawn faces."""
     chance = torch.Generator().manual_seed(3)
-    faces = torch.cat([draw(sample_faces(1, ToneMix(light_share=1 - i / 5), chance), 64) for i in range(6)])
+    faces = torch.cat([render(sample_faces(1, ToneMix(light_fraction=1 - i / 5), chance), 64) for i in range(6)])
     low = torch.nn.functional.avg_pool2d(faces, 8)
     soft = torch.nn.functional.interpolate(low, size=64, mode="bicubic")
     after = (soft + faces) / 2

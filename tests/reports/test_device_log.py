@@ -16,13 +16,13 @@ import pytest
 
 from fedface.errors import LedgerError
 from fedface.privacy.accounting import epsilon_of
-from fedface.privacy.journal import Journal, Sent, Withdrawn
+from fedface.privacy.journal import TransmissionLog, Transmission, Withdrawal
 from fedface.privacy.ledger import Entry, Ledger
 from fedface.privacy.mechanism import ClippedSum, Event, GaussianSum
-from fedface.privacy.neighbours import seen_by
+from fedface.privacy.neighbours import convert_unit
 from fedface.privacy.policy import DevicePolicy, Period
 from fedface.reports import device_log, log_words
-from fedface.reports.device_log import MOMENTS, DeviceLog, course, make_log, price_of, render, totals
+from fedface.reports.device_log import MOMENTS, DeviceLog, spending_curve, make_log, price_of, render, totals
 from fedface.reports.log_words import shown
 
 START = datetime(2026, 3, 1, 21, 4, tzinfo=UTC)
@@ -42,23 +42,23 @@ class Books:
     def __init__(self, folder: Path) -> None:
         self.now = START
         self.ledger = Ledger.open(folder / "ledger.sqlite", now=lambda: self.now)
-        self.journal = Journal.open(folder / "journal.sqlite", now=lambda: self.now)
+        self.journal = TransmissionLog.open(folder / "journal.sqlite", now=lambda: self.now)
 
     def pass_days(self, days: float) -> None:
         self.now += timedelta(days=days)
 
     def book(self, event: Event, *, run: str = "r", round: int = 1, unit: str = "photo") -> Entry:
-        return self.ledger.book(event, run=run, round=round, marks={"unit": unit, "objective": "generator"})
+        return self.ledger.record(event, run=run, round=round, marks={"unit": unit, "objective": "generator"})
 
-    def send(self, payload: bytes, entry: Entry, *, run: str = "r", why: str = "") -> Sent:
-        return self.journal.note_sent(
+    def send(self, payload: bytes, entry: Entry, *, run: str = "r", why: str = "") -> Transmission:
+        return self.journal.record_transmission(
             payload, run=run, round=entry.round, what="update", receiver="home:8000", protection="noise",
             entry=entry.number, words=why,
         )  # fmt: skip
 
     def log(self, *, run: str | None = None, policy: DevicePolicy = POLICY) -> DeviceLog:
         return make_log(
-            "kitchen", policy, self.ledger.entries(), self.journal.lines(), receiver="home:8000", now=self.now,
+            "kitchen", policy, self.ledger.entries(), self.journal.records(), receiver="home:8000", now=self.now,
             run=run,
         )  # fmt: skip
 
@@ -97,7 +97,7 @@ def test_an_answer_that_is_sent_again_costs_nothing_more(books: Books) -> None:
 
 def test_refusals_and_opened_sums_cost_nothing(books: Books) -> None:
     for what in ("refusal", "opened sum"):
-        books.journal.note_sent(
+        books.journal.record_transmission(
             b"no", run="r", round=1, what=what, receiver="home", protection="", entry=None, words="not today"
         )  # type: ignore[call-overload]
     refusal, opened = books.log().told
@@ -118,7 +118,7 @@ def test_entries_together_cost_what_the_ledger_says(books: Books) -> None:
 def test_an_entry_of_a_coarser_promise_is_told_at_the_owners_unit(books: Books) -> None:
     books.send(b"x", books.book(noised(5), unit="library"))
     (line,) = books.log().told
-    event = seen_by(noised(5), told="library", wanted="photo")
+    event = convert_unit(noised(5), source="library", target="photo")
     assert line.price is not None and line.price.bounds == epsilon_of(event, 1e-6)
 
 
@@ -165,7 +165,7 @@ def test_the_curve_of_a_life_never_falls_and_that_of_a_period_ends_at_nothing(bo
         books.pass_days(3)
     books.pass_days(60)
     entries = books.ledger.entries()
-    life, month = (course(entries, limit, books.now) for limit in POLICY.limits)
+    life, month = (spending_curve(entries, limit, books.now) for limit in POLICY.budgets)
     heights = [height for _, height in life]
     assert heights == sorted(heights) and heights[-1] == books.ledger.spent(1e-6).upper
     assert max(height for _, height in month) == heights[-1] and month[-1] == (books.now, 0.0)
@@ -208,7 +208,7 @@ def test_withdrawals_stand_where_they_happened_and_keep_their_first_time(books: 
     books.pass_days(1)
     books.journal.withdraw("r")
     log = books.log()
-    assert [type(told.line) for told in log.told] == [Sent, Withdrawn, Withdrawn]
+    assert [type(told.line) for told in log.told] == [Transmission, Withdrawal, Withdrawal]
     assert log.told[1].what() == "You left r: I do not like it" and log.withdrawn == {"r": first.written}
 
 
@@ -234,7 +234,7 @@ def busy(books: Books) -> DeviceLog:
         books.send(b"x" * 40_000, entry, run=HOSTILE)
         books.pass_days(9)
     books.send(b"x" * 40_000, entry, run=HOSTILE)
-    books.journal.note_sent(
+    books.journal.record_transmission(
         b"no", run=HOSTILE, round=4, what="refusal", receiver=HOSTILE, protection="nothing", entry=None,
         words=HOSTILE,
     )  # fmt: skip
@@ -272,7 +272,7 @@ def test_nothing_hostile_becomes_markup_and_nothing_is_loaded(books: Books) -> N
 def test_what_the_server_saw_without_noise_is_said_first(books: Books) -> None:
     """A promise per library is one to others; a promise per photo is one to the server too."""
     marks = {"unit": "library", "noise_at": "server"}
-    entry = books.ledger.book(noised(5.0), run="r", round=1, marks=marks)
+    entry = books.ledger.record(noised(5.0), run="r", round=1, marks=marks)
     for _ in range(2):  # sent twice, seen once
         books.send(b"bare", entry)
     log = books.log(policy=replace(POLICY, unit="library"))
@@ -287,7 +287,7 @@ def test_counts_are_not_said_to_have_stayed_when_figures_left(books: Books) -> N
     books.send(b"x", books.book(noised(5.0)))
     assert log_words.never_left(books.log().sent, 0)[1] == "how many photos or faces there are"
     entry = books.book(noised(6.0), run="r/figures")
-    books.journal.note_sent(
+    books.journal.record_transmission(
         b"y", run="r", round=1, what="figures", receiver="home", protection="noise", entry=entry.number
     )  # fmt: skip
     text = render(books.log())

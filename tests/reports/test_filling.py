@@ -9,25 +9,25 @@ import pytest
 import torch
 
 from fedface.audits.disaggregate import EMPTY, Interval, rate_interval
-from fedface.audits.inversion import AttackResult, CosineSearch, Defence, NoDefence
-from fedface.privacy.accounting import Bounds, success_ceiling
+from fedface.audits.inversion import AttackResult, CosineSearch, Defense, NoDefense
+from fedface.privacy.accounting import EpsilonBounds, reconstruction_success_bound
 from fedface.privacy.mechanism import GaussianSum
 from fedface.privacy.plan import Schedule, make_plan
-from fedface.privacy.target import NoPromise as NoTarget
+from fedface.privacy.target import NoPrivacy as NoTarget
 from fedface.privacy.target import PrivacyTarget
 from fedface.reports import filling, wording
 from fedface.reports.quantities import Epsilon, NotMeasured
-from fedface.reports.run import NoPromise, PlanRecord
+from fedface.reports.run import NoPrivacyRecord, PlanRecord
 
-SCHEDULE = Schedule(rounds=2, steps_per_round=3, sampling_rate=0.1, expected_batch=10, clip_norm=1.0)
+SCHEDULE = Schedule(rounds=2, steps_per_round=3, sampling_rate=0.1, expected_batch_size=10, clip_norm=1.0)
 
 
-def an_attack(defence: Defence, gain: Interval) -> AttackResult:
+def an_attack(defence: Defense, gain: Interval) -> AttackResult:
     """A made-up result. FIXTURE: no number in it was measured."""
     some = Interval(12.0, 11.0, 13.0, 4)
     blank = torch.zeros(4, 3, 16, 16)
     return AttackResult(
-        defence=defence,
+        defense=defence,
         search=CosineSearch(),
         truth=blank,
         recovered=blank,
@@ -51,11 +51,11 @@ def test_a_plan_with_a_promise_keeps_its_numbers_and_its_price_is_within_the_tar
 
 
 def test_a_plan_without_noise_is_written_as_no_promise() -> None:
-    assert isinstance(filling.plan_record(make_plan(NoTarget(), SCHEDULE)), NoPromise)
+    assert isinstance(filling.plan_record(make_plan(NoTarget(), SCHEDULE)), NoPrivacyRecord)
 
 
 def test_an_infinite_epsilon_is_not_a_number_in_the_record() -> None:
-    bounds = Bounds(lower=1.0, estimate=math.inf, upper=math.inf)
+    bounds = EpsilonBounds(lower=1.0, estimate=math.inf, upper=math.inf)
     assert isinstance(filling.epsilon_record(bounds, delta=1e-5, unit="photo"), NotMeasured)
 
 
@@ -71,8 +71,8 @@ def test_an_attack_keeps_its_numbers_and_the_theorems_ceiling() -> None:
     )
     assert asdict(kept.gain) == asdict(gain)
     assert asdict(kept.gallery) == asdict(gallery)
-    assert kept.gallery_ceiling == success_ceiling(defence.event(), 0.01)
-    assert kept.defence == "DP sigma=1"
+    assert kept.gallery_ceiling == reconstruction_success_bound(defence.event(), 0.01)
+    assert kept.defense == "DP sigma=1"
     assert "does not prove" in kept.sentence
     assert "which chance alone explains" in kept.sentence
 
@@ -80,7 +80,7 @@ def test_an_attack_keeps_its_numbers_and_the_theorems_ceiling() -> None:
 def test_an_attack_without_defence_has_no_ceiling_below_certainty() -> None:
     gain = Interval(6.0, 4.0, 8.0, 4)
     kept = filling.attack_record(
-        an_attack(NoDefence(), gain),
+        an_attack(NoDefense(), gain),
         rate_interval(20, 20),
         gallery_size=100,
         weights_hash="ab" * 32,

@@ -9,15 +9,15 @@ from made_up import own_figures, with_figures
 
 from fedface.reports import card, page, private_page, strict, wording
 from fedface.reports.filling import light_to_dark
-from fedface.reports.private_record import PrivateRecord
+from fedface.reports.private_record import DeviceMetricsRecord
 from fedface.reports.quantities import Epsilon, Interval
 from fedface.reports.run import RunRecord
-from fedface.reports.tournament import ALL_ASKED, RankingRecord, TournamentRecord, markdown
+from fedface.reports.tournament import ALL_ASKED, RankingRecord, RankingReport, markdown
 
 GROUPS = ["light (Monk 1-3)", "medium (Monk 4-6)", "dark (Monk 7-10)"]
 
 
-def games(ties: bool, evaluation: bool = True) -> TournamentRecord:
+def games(ties: bool, evaluation: bool = True) -> RankingReport:
     """A tournament of two models, which are told apart or not. FIXTURE: no number in it was measured."""
     told = own_figures("base", 1.0, (300, 5, 60))
     ranking = RankingRecord(
@@ -27,7 +27,7 @@ def games(ties: bool, evaluation: bool = True) -> TournamentRecord:
         ties=(("base", "other"),) if ties else (),
         sentences=("By misfit, best first: base, other.",),
     )
-    return TournamentRecord(
+    return RankingReport(
         name="games",
         question="Who?",
         finished="2026-01-05T09:19:41+00:00",
@@ -81,7 +81,7 @@ def test_nothing_to_compare_says_what_noise_would_have_hidden(record: RunRecord)
 
 def test_what_was_told_before_a_field_existed_is_still_read() -> None:
     told = own_figures("after", 1.0, (300, 5, 60))
-    assert strict.loads(PrivateRecord, strict.dumps(told)) == told
+    assert strict.loads(DeviceMetricsRecord, strict.dumps(told)) == told
 
 
 def test_a_tournament_prices_all_answers_together() -> None:
@@ -92,7 +92,7 @@ def test_a_tournament_prices_all_answers_together() -> None:
     assert games(ties=True).price_sentence().startswith("Both answers of a device together: epsilon ")
     assert "forty photos of one birthday count once" in games(ties=True).price_sentence()
     assert "not measured" in games(ties=True, evaluation=False).price_sentence()
-    assert strict.loads(TournamentRecord, strict.dumps(games(ties=True))) == games(ties=True)
+    assert strict.loads(RankingReport, strict.dumps(games(ties=True))) == games(ties=True)
 
 
 def test_a_tournament_without_a_winner_gives_no_order() -> None:

@@ -16,7 +16,7 @@ from skimage.io import imread
 
 from fedface.reports import card, page, short_answer
 from fedface.reports.quantities import Interval, NotMeasured
-from fedface.reports.run import BiasRecord, NoPromise, RunRecord
+from fedface.reports.run import BiasRecord, NoPrivacyRecord, RunRecord
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>$x_{1}$&amp;{{ 7 * 7 }}"
 VOID = {"meta", "img", "link", "br", "hr", "path", "use", "rect"}
@@ -92,7 +92,7 @@ def test_a_gap_that_only_changed_its_sign_did_not_change_its_size(record: RunRec
     swapped = replace(
         record, bias_before=before, bias_after=replace(before, gaps={"skin_difference": mirrored})
     )
-    assert "no change is shown" in short_answer.answer(swapped)[0]
+    assert "no change is shown" in short_answer.headline_summary(swapped)[0]
 
 
 def test_the_page_asks_nothing_of_any_network(html: str) -> None:
@@ -139,13 +139,13 @@ def test_a_hostile_question_device_and_group_inject_nothing(record: RunRecord, f
 def test_what_is_missing_says_so_and_never_nan_or_none(record: RunRecord, folder: Path) -> None:
     missing = NotMeasured(not_measured="the probe has no faces")
     rounds = tuple(
-        replace(entry, epsilon=missing, figures={name: missing for name in entry.figures})
+        replace(entry, epsilon=missing, figures={name: missing for name in entry.metrics})
         for entry in record.rounds
     )
     attacks = tuple(replace(attack, psnr=missing, gain=missing, gallery=missing) for attack in record.attacks)
     bare = replace(
         record,
-        plan=NoPromise(no_promise="the photos are drawn."),
+        plan=NoPrivacyRecord(no_privacy="the photos are drawn."),
         figures_before={"distance": missing},
         rounds=rounds,
         bias_before=missing,

@@ -12,35 +12,35 @@ from tiny import GENERATOR, STYLES
 
 from fedface.audits.bias import tone_histogram
 from fedface.errors import ConfigError, LibraryError
-from fedface.models.family import AloneShape, Model, StyledShape, build
+from fedface.models.family import GeneratorArchitecture, Model, StyleEncoderArchitecture, build_model
 from fedface.photos.faces import Detector, Face
 from fedface.photos.pixels import read_photo_bytes, write_png
-from fedface.photos.subjects import Subject
+from fedface.photos.subjects import FaceCrop
 from fedface.randomness import Streams
-from fedface.reports.portrait import Painters, answer_words, is_sheet, portrait_sheet, show
+from fedface.reports.portrait import MethodRunner, describe_output, is_sheet, contact_sheet, show
 from fedface.reports.portraits import (
-    LeftOut,
-    Made,
+    SkippedPhoto,
+    SheetRecord,
     SheetFolder,
-    Wanted,
+    SheetSettings,
     check_sheet,
-    make_sheets,
-    pictures_in,
+    run_pipeline,
+    images_in,
 )
-from fedface.upsampling.contracts import deviation, squared_difference
+from fedface.upsampling.contracts import pixel_std, squared_difference
 from fedface.upsampling.degrade import Area, Chain, Degradation, Noise
 from fedface.upsampling.methods import Method
-from fedface.upsampling.one_pass import EncodeConfig, NearestConfig
+from fedface.upsampling.one_pass import StyleEncoderConfig, NearestConfig
 from fedface.upsampling.pulse import PulseConfig
 
 STREAMS = Streams(4)
 PULSE = PulseConfig(steps=3, mapping_samples=200)
 METHODS: list[tuple[Method, Model | None]] = [
-    (PULSE, build(AloneShape(generator=GENERATOR), STREAMS.generator("alone"))),
-    (EncodeConfig(), build(StyledShape(generator=GENERATOR, encoder=STYLES), STREAMS.generator("styled"))),
+    (PULSE, build_model(GeneratorArchitecture(generator=GENERATOR), STREAMS.generator("alone"))),
+    (StyleEncoderConfig(), build_model(StyleEncoderArchitecture(generator=GENERATOR, encoder=STYLES), STREAMS.generator("styled"))),
     (NearestConfig(), None),
 ]
-WANTED = Wanted(degradation=Area(4), size=16, faces=2, most_people=1)
+WANTED = SheetSettings(degradation=Area(4), size=16, faces=2, max_faces=1)
 
 
 class Blind:
@@ -68,15 +68,15 @@ class Silent:
         """Nothing."""
 
 
-def painters(degradation: Degradation = WANTED.degradation) -> Painters:
+def painters(degradation: Degradation = WANTED.degradation) -> MethodRunner:
     """PULSE, an encoder and nearest at 16 px."""
-    return Painters(METHODS, degradation, size=16, seed=0)
+    return MethodRunner(METHODS, degradation, size=16, seed=0)
 
 
-def subject(side: int, *, people: int = 0) -> Subject:
+def subject(side: int, *, people: int = 0) -> FaceCrop:
     """A face of random pixels."""
     pixels = (torch.rand(side, side, 3, generator=STREAMS.generator("pixels")) * 255).byte().numpy()
-    return Subject(crop=pixels, number=1, people=people, turned=0, side=float(side))
+    return FaceCrop(crop=pixels, number=1, people=people, rotation=0, side=float(side))
 
 
 def test_a_picture_as_small_as_the_measurement_is_the_measurement() -> None:
@@ -97,29 +97,29 @@ def test_a_face_is_shrunk_by_the_degradation_that_the_methods_search_with() -> N
 
 
 def test_every_method_answers_and_its_misfit_is_that_of_its_faces() -> None:
-    portrait = painters().portray(show(subject(16, people=1), Area(4), size=16), faces=2)
+    portrait = painters().run(show(subject(16, people=1), Area(4), size=16), faces=2)
     assert [answer.made.faces_per_photo for answer in portrait.answers] == [2, 1, 1]
     for answer in portrait.answers:
         again = squared_difference(Area(4).apply(answer.made.images[0]), portrait.shown.low)
-        torch.testing.assert_close(answer.made.misfit[0], again, atol=1e-6, rtol=1e-3)
-    assert "of 2 faces fit" in answer_words(portrait.answers[0])
-    assert answer_words(portrait.answers[2]).startswith("nearest: one answer, fits, smallest misfit 0.00000")
+        torch.testing.assert_close(answer.made.consistency_error[0], again, atol=1e-6, rtol=1e-3)
+    assert "of 2 faces fit" in describe_output(portrait.answers[0])
+    assert describe_output(portrait.answers[2]).startswith("nearest: one answer, fits, smallest misfit 0.00000")
 
 
 def test_the_spread_of_two_faces_is_half_their_distance_and_of_equal_ones_nothing() -> None:
     """Standard deviation of two values, dividing by their number."""
     faces = torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), 0.6)])
-    torch.testing.assert_close(deviation(faces), torch.full((4, 4), 0.3))
-    assert float(deviation(faces[:1].expand(3, 3, 4, 4)).max()) == 0.0
+    torch.testing.assert_close(pixel_std(faces), torch.full((4, 4), 0.3))
+    assert float(pixel_std(faces[:1].expand(3, 3, 4, 4)).max()) == 0.0
 
 
 def test_the_sheet_is_a_picture_that_grows_with_methods_and_faces() -> None:
-    portrait = painters().portray(show(subject(16, people=1), Area(4), size=16), faces=2)
+    portrait = painters().run(show(subject(16, people=1), Area(4), size=16), faces=2)
     tones = tone_histogram(torch.rand(20, 3, 16, 16, generator=STREAMS.generator("tones")))
-    with_tones, without = (read_photo_bytes(portrait_sheet(portrait, told)).pixels for told in (tones, None))
+    with_tones, without = (read_photo_bytes(contact_sheet(portrait, told)).pixels for told in (tones, None))
     assert with_tones.shape == without.shape and (with_tones != without).any()
-    more = painters().portray(portrait.shown, faces=5)
-    wider = read_photo_bytes(portrait_sheet(more)).pixels
+    more = painters().run(portrait.shown, faces=5)
+    wider = read_photo_bytes(contact_sheet(more)).pixels
     assert wider.shape[1] > without.shape[1] and wider.shape[0] == without.shape[0]
 
 
@@ -135,24 +135,24 @@ def folder_of_photos(place: Path) -> Path:
     return photos
 
 
-def work(photos: Path, sheets: SheetFolder) -> list[Made | LeftOut]:
+def work(photos: Path, sheets: SheetFolder) -> list[SheetRecord | SkippedPhoto]:
     """Everything that is left to do."""
-    left = sheets.left(pictures_in(photos))
-    found: list[Made | LeftOut] = []
-    for path, result in make_sheets(left, sheets.place, WANTED, painters(), blind, None, Silent()):
+    left = sheets.left(images_in(photos))
+    found: list[SheetRecord | SkippedPhoto] = []
+    for path, result in run_pipeline(left, sheets.place, WANTED, painters(), blind, None, Silent()):
         sheets.keep(path, result)
-        found += [result] if isinstance(result, LeftOut) else result
+        found += [result] if isinstance(result, SkippedPhoto) else result
     return found
 
 
 def test_a_folder_gives_a_sheet_for_every_face_and_a_reason_for_every_other_photo(tmp_path: Path) -> None:
     """Sheets lie as the photos do, so that no two names meet."""
     photos = folder_of_photos(tmp_path)
-    assert [path.name for path in pictures_in(photos)] == ["a.png", "broken.jpg", "empty.png", "a.png"]
+    assert [path.name for path in images_in(photos)] == ["a.png", "broken.jpg", "empty.png", "a.png"]
     out = tmp_path / "out"
     found = work(photos, SheetFolder(out, photos, {"seed": 0}))
-    made = [result for result in found if isinstance(result, Made)]
-    left_out = {Path(r.photo).name: r.reason for r in found if isinstance(r, LeftOut)}
+    made = [result for result in found if isinstance(result, SheetRecord)]
+    left_out = {Path(r.photo).name: r.reason for r in found if isinstance(r, SkippedPhoto)}
     places = sorted(result.sheet.relative_to(out).as_posix() for result in made)
     assert places == ["a.png.png", "deep/a.png.png"]
     assert all(is_sheet(result.sheet) for result in made)
@@ -198,12 +198,12 @@ def test_sheets_of_other_settings_are_never_mixed_and_photos_never_replaced(tmp_
 def test_sheets_among_the_photos_are_not_read_as_photos(tmp_path: Path) -> None:
     photos = folder_of_photos(tmp_path)
     work(photos, SheetFolder(photos / "sheets", photos, {"seed": 0}))
-    assert len(pictures_in(photos)) == 4
+    assert len(images_in(photos)) == 4
 
 
 def test_a_folder_without_a_picture_is_named(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(LibraryError, match=r"no picture in this folder \(1 other files\)"):
-        pictures_in(tmp_path)
+        images_in(tmp_path)
     with pytest.raises(LibraryError, match="there is no photo or folder"):
-        pictures_in(tmp_path / "nowhere")
+        images_in(tmp_path / "nowhere")

@@ -12,8 +12,8 @@ import pytest
 from fedface.audits.disaggregate import EMPTY, mean_interval, rate_interval
 from fedface.errors import RunError
 from fedface.reports import run
-from fedface.reports.quantities import Epsilon, Interval, NotMeasured, figure
-from fedface.reports.run import NoPromise, PictureRecord, RunRecord
+from fedface.reports.quantities import Epsilon, Interval, NotMeasured, measurement
+from fedface.reports.run import NoPrivacyRecord, PictureRecord, RunRecord
 
 
 def test_a_record_comes_back_equal_from_its_json(record: RunRecord) -> None:
@@ -23,7 +23,7 @@ def test_a_record_comes_back_equal_from_its_json(record: RunRecord) -> None:
 def test_a_record_without_promise_or_audits_comes_back_equal(record: RunRecord) -> None:
     bare = replace(
         record,
-        plan=NoPromise(no_promise="photos are drawn."),
+        plan=NoPrivacyRecord(no_privacy="photos are drawn."),
         bias_before=NotMeasured(not_measured="no probe"),
         rounds=(),
         attacks=(),
@@ -53,13 +53,13 @@ def test_nan_is_never_read(record: RunRecord, text: str) -> None:
 def test_an_interval_without_end_becomes_not_measured_with_the_reason() -> None:
     """One photo has an estimate and no spread; no photos have neither."""
     for found in (EMPTY, mean_interval([3.0], None)):  # type: ignore[arg-type]
-        value = figure(asdict(found), otherwise="fewer than two photos")
+        value = measurement(asdict(found), otherwise="fewer than two photos")
         assert value == NotMeasured(not_measured="fewer than two photos")
 
 
 def test_an_interval_of_an_audit_is_taken_over_as_it_is() -> None:
     found = rate_interval(3, 12)
-    assert figure(asdict(found), otherwise="") == Interval(**asdict(found))
+    assert measurement(asdict(found), otherwise="") == Interval(**asdict(found))
 
 
 def test_an_unknown_key_is_refused_with_its_place(record: RunRecord) -> None:

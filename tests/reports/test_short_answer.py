@@ -8,21 +8,21 @@ import pytest
 from made_up import around, own_figures, with_figures
 
 from fedface.reports import card, short_answer
-from fedface.reports.quantities import Figure, Interval
+from fedface.reports.quantities import Measurement, Interval
 from fedface.reports.run import BiasRecord, RunRecord
-from fedface.reports.tiles import tiles
+from fedface.reports.tiles import headline_numbers
 
 
 def scaled(audit: object, factor: float, groups: int = 6) -> BiasRecord:
     """The same audit with the skin's colour difference of the first groups, and of all, times a factor."""
     assert isinstance(audit, BiasRecord)
 
-    def times(figures: dict[str, Figure]) -> dict[str, Figure]:
+    def times(figures: dict[str, Measurement]) -> dict[str, Measurement]:
         value = figures["skin_difference"]
         assert isinstance(value, Interval)
         return {**figures, "skin_difference": around(value.estimate * factor, 0.1, value.count)}
 
-    changed = [replace(group, figures=times(group.figures)) for group in audit.groups[:groups]]
+    changed = [replace(group, figures=times(group.metrics)) for group in audit.groups[:groups]]
     kept = audit.groups[groups:]
     overall = times(audit.overall) if groups == len(audit.groups) else audit.overall
     return replace(audit, groups=(*changed, *kept), overall=overall)
@@ -31,7 +31,7 @@ def scaled(audit: object, factor: float, groups: int = 6) -> BiasRecord:
 def test_a_gap_that_closes_because_all_are_served_worse_is_no_success(record: RunRecord) -> None:
     """7.9 over all before, three times that after; the gap sentence comes second."""
     worse = replace(record, bias_after=scaled(record.bias_before, 3.0))
-    first = short_answer.answer(worse)[0]
+    first = short_answer.headline_summary(worse)[0]
     assert first.startswith(
         "Every group is served worse after the run: colour difference of the skin from 7.90 ["
     )
@@ -64,14 +64,14 @@ def test_a_distance_fell_only_if_its_intervals_are_apart(record: RunRecord, afte
     changed = replace(
         record, figures_before={"distance": around(3.05, 0.22, 512)}, rounds=(*record.rounds[:-1], last)
     )
-    (sentence,) = [text for text in short_answer.answer(changed) if text.startswith("The distance")]
+    (sentence,) = [text for text in short_answer.headline_summary(changed) if text.startswith("The distance")]
     assert said in sentence
     assert ("no change is shown" in sentence) == (after == 2.9)
 
 
 def test_one_round_and_one_device_are_no_plural(record: RunRecord) -> None:
     small = replace(record, rounds=record.rounds[-1:], devices=record.devices[:1])
-    assert any("in 1 round on 1 device" in text for text in short_answer.answer(small))
+    assert any("in 1 round on 1 device" in text for text in short_answer.headline_summary(small))
     assert "1 device, 1 round: 7 answers, 1 refusal, 0 dropped" in card.render(small)
 
 
@@ -80,19 +80,19 @@ def test_the_lead_says_whom_the_devices_own_photos_find_served_worse(record: Run
     clear = with_figures(record, own_figures("after", 2.5, (300, 60, 60), noise=0.1))
     assert any(
         text.startswith("By the devices' own photos, dark (Monk 7-10) is served worse than light (Monk 1-3)")
-        for text in short_answer.answer(clear)
+        for text in short_answer.headline_summary(clear)
     )
 
 
 def test_the_lead_says_that_noise_hides_who_is_served_worse(record: RunRecord) -> None:
     hidden = with_figures(record, own_figures("after", 1.0, (300, 300, 300)))
     assert any(
-        "nobody is shown to be served worse, but a gap" in text for text in short_answer.answer(hidden)
+        "nobody is shown to be served worse, but a gap" in text for text in short_answer.headline_summary(hidden)
     )
     few = with_figures(record, own_figures("after", 2.5, (60, 5, 5)))
-    assert any("whom it serves worse cannot be said" in text for text in short_answer.answer(few))
+    assert any("whom it serves worse cannot be said" in text for text in short_answer.headline_summary(few))
 
 
 def test_a_tile_says_how_many_groups_changed(record: RunRecord) -> None:
     worse = replace(record, bias_after=scaled(record.bias_before, 3.0))
-    assert "6 of 6 groups" in {tile["value"] for tile in tiles(worse)}
+    assert "6 of 6 groups" in {tile["value"] for tile in headline_numbers(worse)}

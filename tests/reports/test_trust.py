@@ -15,19 +15,19 @@ from fedface.cli.runs import command_of
 from fedface.privacy.plan import Schedule, make_plan
 from fedface.privacy.target import PrivacyTarget
 from fedface.reports import card, filling, page, standing, wording
-from fedface.reports.private_record import LeftRecord
+from fedface.reports.private_record import WithdrawalRecord
 from fedface.reports.quantities import Epsilon, NotMeasured, rounded_down, rounded_up
-from fedface.reports.run import NoPromise, PlanRecord, RunRecord
-from fedface.reports.tiles import tiles
+from fedface.reports.run import NoPrivacyRecord, PlanRecord, RunRecord
+from fedface.reports.tiles import headline_numbers
 
-SCHEDULE = Schedule(rounds=1, steps_per_round=3, sampling_rate=0.1, expected_batch=10, clip_norm=0.3)
+SCHEDULE = Schedule(rounds=1, steps_per_round=3, sampling_rate=0.1, expected_batch_size=10, clip_norm=0.3)
 
 
 @pytest.fixture(scope="module")
 def library(record: RunRecord) -> RunRecord:
     """A run whose server adds the noise."""
     target = PrivacyTarget(epsilon=8.0, delta=1e-4, unit="library", trust="server")
-    plan = filling.plan_record(make_plan(target, SCHEDULE, update_clip=0.07))
+    plan = filling.plan_record(make_plan(target, SCHEDULE, update_clip_norm=0.07))
     return replace(record, plan=plan)
 
 
@@ -49,24 +49,24 @@ def test_a_trusted_servers_card_names_its_clip_and_not_that_of_photos(library: R
 
 
 def test_a_single_update_of_a_trusted_servers_run_has_no_noise(library: RunRecord, folder: Path) -> None:
-    assert [attack.defence for attack in standing.attacks_of(library)] == ["no DP"]
+    assert [attack.defense for attack in standing.attacks_of(library)] == ["no DP"]
     for text in (page.render(library, folder), card.render(library)):
         assert "sigma" not in text.split("What an update gives away")[1].split("What this cannot show")[0]
         assert "so a single update has none" in text
     assert "no attack in this report tests the noise" in page.render(library, folder)
-    assert not any("→ DP" in tile["text"] for tile in tiles(library))
+    assert not any("→ DP" in tile["text"] for tile in headline_numbers(library))
 
 
 def test_a_run_without_noise_claims_no_defence_in_its_tile(record: RunRecord) -> None:
-    bare = replace(record, plan=NoPromise(no_promise="no noise."))
-    assert not any("DP sigma" in tile["text"] for tile in tiles(bare))
+    bare = replace(record, plan=NoPrivacyRecord(no_privacy="no noise."))
+    assert not any("DP sigma" in tile["text"] for tile in headline_numbers(bare))
     assert "what noise would have changed" in standing.attack_note(bare)
 
 
 def test_a_promise_names_epsilon_delta_and_unit() -> None:
     plan = filling.plan_record(make_plan(PrivacyTarget(epsilon=8.0, delta=1e-4, unit="occasion"), SCHEDULE))
     assert isinstance(plan, PlanRecord)
-    assert "in 1 round is worth at most epsilon 8 at delta 1e−4 per occasion" in plan.promise
+    assert "in 1 round is worth at most epsilon 8 at delta 1e−4 per occasion" in plan.guarantee
 
 
 def test_an_older_promise_without_its_delta_gets_it(record: RunRecord) -> None:
@@ -118,14 +118,14 @@ def test_a_hash_of_one_network_is_told_from_that_of_the_whole_model(record: RunR
 def test_what_cannot_be_undone_is_said_also_when_nobody_left(record: RunRecord, folder: Path) -> None:
     for text in (page.render(record, folder), card.render(record)):
         assert "What cannot be undone" in text and "Nobody left this run." in text
-    left = replace(record, left=(LeftRecord.of((3,), 1, epsilon_after(1)),))
-    said = standing.leaving(left)
+    left = replace(record, left=(WithdrawalRecord.of((3,), 1, epsilon_after(1)),))
+    said = standing.withdrawal_notes(left)
     assert "Nobody left this run." not in said
     assert "its update of round 3 was summed" in said[-1]
 
 
 def test_a_server_that_saw_bare_updates_cannot_unsee_them(library: RunRecord) -> None:
-    assert "what the server saw of its bare answers is not" in standing.leaving(library)[1]
+    assert "what the server saw of its bare answers is not" in standing.withdrawal_notes(library)[1]
 
 
 def test_a_record_from_before_a_field_is_still_read(record: RunRecord) -> None:

@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedface.photos.drawn import ToneMix, draw, sample_faces
+from fedface.photos.drawn import ToneMix, render, sample_faces
 from fedface.photos.pixels import write_png
-from fedface.privacy.journal import Journal
+from fedface.privacy.journal import TransmissionLog
 from fedface.privacy.ledger import Ledger
 from fedface.randomness import Streams
 
@@ -130,8 +130,8 @@ def draw_photos(folder: Path, count: int, light_share: float, name: str) -> None
     """Drawn faces of 128 px, saved as a camera would."""
     folder.mkdir()
     streams = Streams(3).child(name)
-    faces = sample_faces(count, ToneMix(light_share=light_share), streams.generator("faces"))
-    for i, face in enumerate(draw(faces, 128, noise=streams.generator("camera"))):
+    faces = sample_faces(count, ToneMix(light_fraction=light_share), streams.generator("faces"))
+    for i, face in enumerate(render(faces, 128, noise=streams.generator("camera"))):
         pixels = (face.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
         write_png(folder / f"{i:02d}.png", np.ascontiguousarray(pixels))
 
@@ -197,6 +197,6 @@ def test_three_devices_and_a_server_follow_the_readmes_to_a_report(homes: list[H
     for device in devices:
         ledger = Ledger.open(device.folder / "fedface-state" / "ledger.sqlite")
         assert 0 < ledger.spent(1e-6).upper <= 8.0
-        sent = [line.what for line in Journal.open(device.folder / "fedface-state" / "journal.sqlite").sent()]
+        sent = [line.kind for line in TransmissionLog.open(device.folder / "fedface-state" / "journal.sqlite").transmissions()]
         assert sent.count("update") == 2 and sent.count("figures") == 2
     assert [told["devices"] for told in record["private"]] == [3, 3]

@@ -14,18 +14,18 @@ import torch
 from tiny import begun, tiny_experiment
 
 from fedface.aggregation.protocol import Payload
-from fedface.audits.private_figures import FiguresConfig
+from fedface.audits.private_figures import LocalMetricsConfig
 from fedface.experiment import Experiment
-from fedface.federation.cohort import Cohort, Heard
-from fedface.federation.coordinator import coordinate
+from fedface.federation.cohort import Cohort, OnReply
+from fedface.federation.coordinator import run_experiment
 from fedface.federation.flower import in_process_cohort
 from fedface.federation.orders import devices_folder
-from fedface.federation.rounds import SilentWatcher
+from fedface.federation.rounds import SilentProgress
 from fedface.federation.simulated import simulated_device
-from fedface.federation.task import Fault, Message, Reply, RevealTask, Task
+from fedface.federation.task import Failure, Message, Reply, DecryptTask, Task
 from fedface.photos.tone import measure_tone
 from fedface.privacy.accounting import epsilon_of, event_from_json
-from fedface.privacy.journal import Journal
+from fedface.privacy.journal import TransmissionLog
 from fedface.privacy.ledger import Ledger
 
 KEYS = {
@@ -61,11 +61,11 @@ class Listening:
         """As they are."""
         return self.cohort.members(wanted)
 
-    def ask(self, task: Task, members: Sequence[int], heard: Heard) -> Mapping[int, Reply | Fault]:
+    def ask(self, task: Task, members: Sequence[int], heard: OnReply) -> Mapping[int, Reply | Failure]:
         """Pass the task on and keep what comes back."""
         answers = self.cohort.ask(task, members, heard)
         for member, answer in answers.items():
-            assert not isinstance(answer, Fault), answer
+            assert not isinstance(answer, Failure), answer
             self.heard.append(Overheard(task, member, answer.message()))
         return answers
 
@@ -76,7 +76,7 @@ def whole_run(folder: Path, photos_each: int) -> tuple[Experiment, Path, list[Ov
     experiment = tiny_experiment(folder / "recipe", {**CHANGES, "devices": devices})
     run = begun(experiment, folder / "run")
     listening = Listening(in_process_cohort(experiment, devices_folder(run)))
-    coordinate(experiment, listening, run, watcher=SilentWatcher())
+    run_experiment(experiment, listening, run, watcher=SilentProgress())
     return experiment, run, listening.heard
 
 
@@ -107,25 +107,25 @@ def test_every_payload_was_booked_with_noise_before_it_left(
     for number in range(2):
         ledger = Ledger.open(devices_folder(folder) / f"device-{number:02d}" / "ledger.sqlite")
         entries = {(entry.run, entry.round): entry for entry in ledger.entries()}
-        answered = {(o.task.book, o.task.round) for o in heard if o.member == number and not opened(o)}
+        answered = {(o.task.ledger_key, o.task.round) for o in heard if o.member == number and not opened(o)}
         assert answered == set(entries) and len(entries) == len(ledger.entries()) == 4
         for entry in entries.values():
             assert 0 < epsilon_of(event_from_json(entry.event), 1e-3).lower < 8
-            assert json.loads(entry.marks)["unit"] == "occasion"
+            assert json.loads(entry.metadata)["unit"] == "occasion"
         assert ledger.spent(1e-3, unit="occasion").upper <= 8.0
 
 
 def opened(overheard: Overheard) -> bool:
     """Whether the device opened a sum, in which its own part was booked before."""
-    return isinstance(overheard.task, RevealTask)
+    return isinstance(overheard.task, DecryptTask)
 
 
 def test_the_journal_has_every_message_that_left(run: tuple[Experiment, Path, list[Overheard]]) -> None:
     """As many lines as answers, with the number of bytes of each, and what paid for it."""
     _, folder, heard = run
     for number in range(2):
-        journal = Journal.open(devices_folder(folder) / f"device-{number:02d}" / "journal.sqlite")
-        sent = journal.sent()
+        journal = TransmissionLog.open(devices_folder(folder) / f"device-{number:02d}" / "journal.sqlite")
+        sent = journal.transmissions()
         answers = [o for o in heard if o.member == number]
         assert [line.bytes for line in sent] == [len(*o.reply.blobs.values()) for o in answers]
         assert [line.entry is None for line in sent] == [opened(o) for o in answers]
@@ -171,13 +171,13 @@ def test_messages_of_a_larger_library_have_the_same_form_and_size(
     assert form(few) == form(many)
 
 
-def true_rows(experiment: Experiment, folder: Path, config: FiguresConfig) -> np.ndarray:
+def true_rows(experiment: Experiment, folder: Path, config: LocalMetricsConfig) -> np.ndarray:
     """How many held-out occasions of both devices belong to each tone group, an occasion of two in part to each."""
-    edges = torch.tensor([last + 0.5 for last in config.last_tones[:-1]])
+    edges = torch.tensor([last + 0.5 for last in config.tone_upper_bounds[:-1]])
     rows = np.zeros(3)
     for number in range(2):
         own = simulated_device(experiment, number, devices_folder(folder)).photos(16)
-        _, asked = own.split(experiment.held_out, "occasion")
+        _, asked = own.split(experiment.holdout_fraction, "occasion")
         units = asked.units("occasion")
         tones = torch.bucketize(measure_tone(asked.images).monk, edges, right=True)
         for unit in units.unique():
@@ -192,14 +192,14 @@ def test_figures_that_leave_are_not_the_figures_that_were_measured(
 ) -> None:
     """The opened sums of figures are off from whole counts by as much as the noise of two devices says."""
     experiment, folder, heard = run
-    (terms,) = experiment.plan().beside
+    (terms,) = experiment.plan().additional_releases
     assert experiment.evaluation is not None
-    config = experiment.evaluation.figures
+    config = experiment.evaluation.metrics
     errors = []
     for overheard in heard:
-        if opened(overheard) and overheard.task.book.endswith("/figures"):
+        if opened(overheard) and overheard.task.ledger_key.endswith("/figures"):
             total = np.frombuffer(overheard.reply.blobs["total"], dtype="<f4").astype(np.float64)
-            counts = total[:9] * config.most_units / np.sqrt(config.shares.table)
+            counts = total[:9] * config.max_units / np.sqrt(config.shares.table)
             # Only sums over a row are known without the model: how many originals a tone group has.
             spread = terms.noise_multiplier * np.sqrt(2) * np.sqrt(3) / np.sqrt(config.shares.table)
             errors.append((counts.reshape(3, 3).sum(axis=1) - true_rows(experiment, folder, config)) / spread)

@@ -121,7 +121,7 @@ def test_a_run_that_was_cut_short_while_measuring_measures_only(
 
 def kept(folder: Path, name: str, round: int) -> bytes | None:
     """The reply to a round that a device still has."""
-    return Ledger.open(folder / "devices" / name / "ledger.sqlite").stored_reply(folder.name, round)
+    return Ledger.open(folder / "devices" / name / "ledger.sqlite").load_reply(folder.name, round)
 
 
 def asked_for(ledger: Path, round: int) -> bool:

@@ -16,13 +16,13 @@ from torch.nn import functional
 
 from fedface.aggregation.plain import PlainAggregation
 from fedface.aggregation.protocol import Payload
-from fedface.federation.device import serve
+from fedface.federation.device import handle_task
 from fedface.federation.flower import from_record, to_record
 from fedface.federation.reading import read_reply
-from fedface.federation.task import Trained
-from fedface.models.family import Gan
-from fedface.models.weights import fill, vector_of
-from fedface.photos.own import OwnFaces
+from fedface.federation.task import TrainResult
+from fedface.models.family import GanModel
+from fedface.models.weights import assign_parameters, flatten_parameters
+from fedface.photos.own import DeviceDataset
 from fedface.randomness import Streams
 from fedface.shapes import Images, Vector
 
@@ -42,28 +42,28 @@ def planted() -> Images:
     return torch.where((torch.arange(16)[:, None] + torch.arange(16)) % 2 == 0, photo, 1 - photo)
 
 
-def gradient_of(gan: Gan, photo: Images) -> Vector:
+def gradient_of(gan: GanModel, photo: Images) -> Vector:
     """What the critic learns from one photo, flat and in the order of the wire."""
-    loss = functional.softplus(-gan.critic(photo)).sum()
-    names = sorted(dict(gan.critic.named_parameters()))
-    weights = dict(gan.critic.named_parameters())
+    loss = functional.softplus(-gan.discriminator(photo)).sum()
+    names = sorted(dict(gan.discriminator.named_parameters()))
+    weights = dict(gan.discriminator.named_parameters())
     gradients = torch.autograd.grad(loss, [weights[name] for name in names])
     return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
-def sent(tmp_path: Path, gan: Gan, photos: Images, promise: dict[str, str]) -> tuple[Vector, bytes]:
+def sent(tmp_path: Path, gan: GanModel, photos: Images, promise: dict[str, str]) -> tuple[Vector, bytes]:
     """A device's update of the critic as the server reads it, and all bytes that crossed the wire."""
     experiment = tiny_experiment(tmp_path / "recipe", {**ALONE, **promise})
     device = replace(
-        first_device(experiment, tmp_path / "devices"), photos=lambda size: OwnFaces.strangers(photos)
+        first_device(experiment, tmp_path / "devices"), photos=lambda size: DeviceDataset.independent(photos)
     )
-    reply = serve(train_task(experiment, gan), device)
+    reply = handle_task(train_task(experiment, gan), device)
     crossed = from_record(to_record(reply.message()))
     wire = crossed.header.encode() + b"".join(crossed.blobs.values())
     read = read_reply(crossed)
-    assert isinstance(read, Trained)
-    update = PlainAggregation(most_devices=2).reveal(Payload.from_bytes(read.payload))
-    return update[len(vector_of(gan.generator)) :], wire
+    assert isinstance(read, TrainResult)
+    update = PlainAggregation(max_devices=2).reveal(Payload.from_bytes(read.payload))
+    return update[len(flatten_parameters(gan.generator)) :], wire
 
 
 def likeness(update: Vector, gradient: Vector) -> float:
@@ -84,7 +84,7 @@ def pixel_runs(photo: Images) -> list[bytes]:
     return [run.tobytes() for form in [*forms, interleaved] for run in form]
 
 
-def blind_critic(gan: Gan) -> Gan:
+def blind_critic(gan: GanModel) -> GanModel:
     """The same networks with the made half of the critic's loss silenced, so that the photo is all it learns."""
     # A generator whose pictures are all grey teaches the critic about grey alone; its weights stay as they are.
     with torch.no_grad():
@@ -94,11 +94,11 @@ def blind_critic(gan: Gan) -> Gan:
     return gan
 
 
-def about(gan: Gan, update: Vector, gradient: Vector) -> float:
+def about(gan: GanModel, update: Vector, gradient: Vector) -> float:
     """Likeness after the part that everybody can compute, the lesson of grey pictures, is taken out of both."""
     made = gan.generator.synthesize(gan.generator.map(torch.zeros(1, 64)))
-    loss = functional.softplus(gan.critic(made.detach())).sum()
-    weights = dict(gan.critic.named_parameters())
+    loss = functional.softplus(gan.discriminator(made.detach())).sum()
+    weights = dict(gan.discriminator.named_parameters())
     known = torch.cat(
         [g.reshape(-1) for g in torch.autograd.grad(loss, [weights[name] for name in sorted(weights)])]
     )
@@ -160,9 +160,9 @@ def test_in_a_crowd_the_photo_is_hidden_even_from_noise_free_eyes_only_by_the_pr
 def test_fill_and_vector_agree_on_where_the_critic_begins() -> None:
     """Otherwise the tests above would look at the wrong numbers."""
     gan = tiny_gan()
-    vector = vector_of(*gan.modules())
-    front = len(vector_of(gan.generator))
+    vector = flatten_parameters(*gan.modules())
+    front = len(flatten_parameters(gan.generator))
     vector[front:] = 0
-    fill(vector, *gan.modules())
-    assert all(float(weight.detach().abs().max()) == 0 for weight in gan.critic.parameters())
+    assign_parameters(vector, *gan.modules())
+    assert all(float(weight.detach().abs().max()) == 0 for weight in gan.discriminator.parameters())
     assert any(float(weight.detach().abs().max()) > 0 for weight in gan.generator.parameters())

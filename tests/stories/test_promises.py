@@ -20,18 +20,18 @@ from tiny import begun, first_device, tiny_experiment, tiny_gan, train_task
 
 from fedface.errors import LedgerError, PrivacyError
 from fedface.experiment import Experiment, read_experiment
-from fedface.federation.device import Device, serve
+from fedface.federation.device import Device, handle_task
 from fedface.federation.flower import in_process_cohort
 from fedface.federation.orders import devices_folder
 from fedface.federation.reading import read_task
-from fedface.federation.rounds import SilentWatcher, run_rounds
+from fedface.federation.rounds import SilentProgress, run_rounds
 from fedface.federation.simulated import simulated_device
-from fedface.federation.state import State
-from fedface.federation.task import Message, Refusal, Trained, TrainTask
-from fedface.photos.own import OwnFaces
+from fedface.federation.state import RunState
+from fedface.federation.task import Message, Refusal, TrainResult, TrainTask
+from fedface.photos.own import DeviceDataset
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Ledger
-from fedface.privacy.plan import Terms
+from fedface.privacy.plan import DPParameters
 
 DELTA = 1e-3  # of the tiny recipe
 
@@ -53,7 +53,7 @@ def ask(experiment: Experiment, run: str, round: int) -> TrainTask:
     return train_task(experiment, tiny_gan(), run=run, round=round)
 
 
-def unread(size: int) -> OwnFaces:
+def unread(size: int) -> DeviceDataset:
     """Photos that nobody may look at."""
     raise AssertionError("a photo was read")
 
@@ -74,7 +74,7 @@ def test_the_budget_runs_out_between_two_runs_and_the_second_goes_on_without_the
             shutil.rmtree(devices_folder(folder) / "device-00")
             shutil.copytree(kept, devices_folder(folder) / "device-00")
         cohort = in_process_cohort(recipe, devices_folder(folder))
-        states.append(run_rounds(recipe, recipe.plan(), cohort, State.read(folder), None, SilentWatcher()))
+        states.append(run_rounds(recipe, recipe.plan(), cohort, RunState.read(folder), None, SilentProgress()))
     first, second = states
     assert [len(record.answered) for record in first.rounds] == [2, 2]
     assert [record.answered for record in second.rounds] == [("device-01",), ("device-01",)]
@@ -119,7 +119,7 @@ def test_a_forged_plan_is_priced_by_what_it_would_do_and_refused(
 ) -> None:
     """No photo is read, nothing is booked, and the refusal says why."""
     strict = replace(device, photos=unread, policy=replace(device.policy, smallest_cohort=2))
-    reply = serve(forged(ask(experiment, "forged", 1), **changes), strict)
+    reply = handle_task(forged(ask(experiment, "forged", 1), **changes), strict)
     assert isinstance(reply, Refusal) and answer in reply.reason
     assert strict.ledger().entries() == []
 
@@ -137,7 +137,7 @@ def test_a_plan_whose_price_and_work_differ_is_no_plan(
     experiment: Experiment, device: Device, changes: dict[str, object]
 ) -> None:
     with pytest.raises(PrivacyError, match="differ; nothing was computed"):
-        serve(forged(ask(experiment, "forged", 1), **changes), replace(device, photos=unread))
+        handle_task(forged(ask(experiment, "forged", 1), **changes), replace(device, photos=unread))
     assert device.ledger().entries() == []
 
 
@@ -145,7 +145,7 @@ def test_an_owner_who_counts_occasions_refuses_a_promise_per_photo(
     experiment: Experiment, device: Device
 ) -> None:
     strict = replace(device, photos=unread, policy=replace(device.policy, unit="occasion"))
-    reply = serve(ask(experiment, "photos", 1), strict)
+    reply = handle_task(ask(experiment, "photos", 1), strict)
     assert isinstance(reply, Refusal) and "per photo" in reply.reason and "per occasion" in reply.reason
 
 
@@ -153,12 +153,12 @@ def test_a_run_of_the_same_name_with_a_cheaper_story_pays_for_itself(
     experiment: Experiment, device: Device
 ) -> None:
     """A round that was answered is not computed again for other terms under its old name."""
-    serve(ask(experiment, "run", 1), device)
+    handle_task(ask(experiment, "run", 1), device)
     rich = replace(device, policy=replace(device.policy, max_epsilon=1000.0))
-    louder = Terms(schedule=experiment.training.schedule(), noise_multiplier=50.0)
+    louder = DPParameters(schedule=experiment.training.schedule(), noise_multiplier=50.0)
     task = ask(experiment, "run", 1)
     with pytest.raises(LedgerError, match="different release"):
-        serve(replace(task, agreed=replace(task.agreed, terms=louder)), rich)
+        handle_task(replace(task, agreed=replace(task.config, terms=louder)), rich)
 
 
 # A ledger is put back.
@@ -168,26 +168,26 @@ def test_a_ledger_that_was_put_back_ends_the_devices_part(
     experiment: Experiment, device: Device, tmp_path: Path
 ) -> None:
     """An old copy of the file, or of the whole folder: the device computes nothing and sends nothing."""
-    serve(ask(experiment, "run", 1), device)
+    handle_task(ask(experiment, "run", 1), device)
     backup = shutil.copytree(device.state, tmp_path / "backup")
-    serve(ask(experiment, "run", 2), device)
+    handle_task(ask(experiment, "run", 2), device)
     later = shutil.copytree(device.state, tmp_path / "later")
 
     shutil.copy(backup / "ledger.sqlite", device.ledger_path)
     with pytest.raises(LedgerError, match="rolled back|put back|older|lacks"):
-        serve(ask(experiment, "another", 1), replace(device, photos=unread))
+        handle_task(ask(experiment, "another", 1), replace(device, photos=unread))
 
     shutil.rmtree(device.state)
     shutil.copytree(backup, device.state)
     with pytest.raises(LedgerError):
-        serve(ask(experiment, "another", 1), replace(device, photos=unread))
+        handle_task(ask(experiment, "another", 1), replace(device, photos=unread))
 
     shutil.rmtree(device.state)
     with pytest.raises(LedgerError):
-        serve(ask(experiment, "another", 1), replace(device, photos=unread))
+        handle_task(ask(experiment, "another", 1), replace(device, photos=unread))
 
     shutil.copytree(later, device.state, dirs_exist_ok=True)  # the newest copy is welcome
-    reply = serve(ask(experiment, "another", 1), replace(device, photos=unread))
+    reply = handle_task(ask(experiment, "another", 1), replace(device, photos=unread))
     assert isinstance(reply, Refusal) and "already spent" in reply.reason
 
 
@@ -198,8 +198,8 @@ def test_two_runs_at_once_cannot_overspend(experiment: Experiment, device: Devic
     """Eight servers ask the same device in threads; the ledger ends within the budget, and what left is booked."""
     tasks = [ask(experiment, f"run-{number}", round) for round in (1, 2) for number in range(4)]
     with ThreadPoolExecutor(4) as pool:
-        replies = list(pool.map(lambda task: serve(task, device), tasks))
-    sent = [reply for reply in replies if isinstance(reply, Trained)]
+        replies = list(pool.map(lambda task: handle_task(task, device), tasks))
+    sent = [reply for reply in replies if isinstance(reply, TrainResult)]
     ledger = device.ledger()
     assert ledger.spent(DELTA).upper <= device.policy.max_epsilon
     assert len(sent) == len(ledger.entries())
@@ -213,7 +213,7 @@ def _asks_in_a_process(recipe: Path, devices: Path, run: str, said: Path) -> Non
     experiment = read_experiment(recipe)
     device = simulated_device(experiment, 0, devices)
     for round in (1, 2):
-        reply = serve(ask(experiment, run, round), device)
+        reply = handle_task(ask(experiment, run, round), device)
         with said.open("a") as file:
             file.write(f"{type(reply).__name__}\n")
 
@@ -294,6 +294,6 @@ def test_the_power_goes_at_any_moment_and_nothing_that_left_is_unbooked(tmp_path
     experiment = tiny_experiment(recipe)
     device = first_device(experiment, devices)
     booked = {entry.run for entry in device.ledger().entries()}
-    noted = {line.run: line.digest_of_payload for line in device.journal().sent()}
+    noted = {line.run: line.digest_of_payload for line in device.journal().transmissions()}
     assert set(left) <= booked and left.items() <= noted.items()
     assert len(device.ledger().entries()) == len(booked)  # no round was paid for twice

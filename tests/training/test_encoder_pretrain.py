@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
-from fedface.models.encoder import Encoder, EncoderConfig
-from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
+from fedface.models.encoder import LatentEncoder, LatentEncoderConfig
+from fedface.models.stylegan2 import StyleGAN2Config, StyleGAN2
 from fedface.models.weights import weights_hash
 from fedface.photos.drawn import NORMALS, ToneMix, faces_from_normals
 from fedface.randomness import Streams
 from fedface.training.encoder_pretrain import (
     EncoderPretrainConfig,
-    make_tone_pool,
+    build_tone_pool,
     pretrain_encoder,
     tone_latents,
     wide_latents,
@@ -22,12 +22,12 @@ from fedface.training.encoder_pretrain import (
 from fedface.training.pretrain import pair_loss
 
 STREAMS = Streams(51)
-SMALL = EncoderConfig(size=16, latent_width=64, channel_base=128, channel_max=12)
+SMALL = LatentEncoderConfig(size=16, latent_width=64, channel_base=128, channel_max=12)
 
 
 def generator() -> StyleGAN2:
     """A generator of 16 px with random weights, always the same."""
-    shape = GeneratorConfig(
+    shape = StyleGAN2Config(
         size=16, channel_base=64, channel_max=8, latent_width=64, style_width=16, mapping_layers=2
     )
     return StyleGAN2(shape, STREAMS.generator("generator"))
@@ -39,10 +39,10 @@ def ignore(stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
 
 def test_half_of_the_drawn_lessons_are_dark_and_every_dark_tone_is_as_frequent() -> None:
     """20,000 latents: share 1/2, dark tones uniform on Monk 6 to 10, within five standard errors."""
-    config = EncoderPretrainConfig(light_share=0.85, dark_share=0.5)
+    config = EncoderPretrainConfig(light_fraction=0.85, dark_fraction=0.5)
     latents = tone_latents(20_000, config, STREAMS.generator("latents"))
     assert torch.allclose(latents.norm(dim=1), torch.full((20_000,), math.sqrt(64)), rtol=1e-4)
-    tones = faces_from_normals(latents[:, :NORMALS], ToneMix(light_share=0.85)).tone
+    tones = faces_from_normals(latents[:, :NORMALS], ToneMix(light_fraction=0.85)).tone
     dark = tones > 5.5
     assert abs(float(dark.float().mean()) - 0.5) < 5 * 0.5 / math.sqrt(20_000)
     assert abs(float((tones[dark] > 8).float().mean()) - 0.5) < 5 * 0.5 / math.sqrt(10_000) + 0.01
@@ -60,9 +60,9 @@ def test_lessons_teach_without_touching_the_generator() -> None:
     """After 60 steps the made pictures are nearer to what was shown than an untaught encoder's."""
     made_from = generator()
     before = weights_hash(made_from)
-    config = EncoderPretrainConfig(steps=60, batch=16, pool=0, encoder=SMALL, spread=0.0)
+    config = EncoderPretrainConfig(steps=60, batch=16, pool=0, encoder=SMALL, latent_std=0.0)
     taught = pretrain_encoder(made_from, config, ignore)
-    untaught = Encoder(SMALL, STREAMS.generator("untaught"))
+    untaught = LatentEncoder(SMALL, STREAMS.generator("untaught"))
     with torch.no_grad():
         shown = made_from.sample(64, STREAMS.generator("shown"))
         losses = [
@@ -75,8 +75,8 @@ def test_lessons_teach_without_touching_the_generator() -> None:
 
 def test_the_pool_pairs_each_latent_with_its_own_face() -> None:
     """Shown through a camera and clean: alike, not equal, and the same twice."""
-    config = EncoderPretrainConfig(pool=6, encoder=EncoderConfig(size=32))
-    one, two = make_tone_pool(config, ignore), make_tone_pool(config, ignore)
+    config = EncoderPretrainConfig(pool=6, encoder=LatentEncoderConfig(size=32))
+    one, two = build_tone_pool(config, ignore), build_tone_pool(config, ignore)
     assert torch.equal(one.clean, two.clean) and torch.equal(one.seen, two.seen)
     away = (one.clean.float() - one.seen.float()).abs().mean()
     assert 0 < float(away) < 10

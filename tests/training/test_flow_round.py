@@ -16,12 +16,12 @@ from torch.nn import functional
 from fedface.audits.bias import DARKER_FROM
 from fedface.audits.features import face_features, kernel_distance
 from fedface.errors import PrivacyError
-from fedface.models.adapters import Lora, attach, fill_trained, trained_vector
+from fedface.models.adapters import Lora, attach, assign_trainable, flatten_trainable
 from fedface.models.flow import FlowConfig, RectifiedFlow
-from fedface.models.weights import load_flow, vector_of, weights_hash
-from fedface.photos.drawn import ToneMix, draw, sample_faces
+from fedface.models.weights import load_flow, flatten_parameters, weights_hash
+from fedface.photos.drawn import ToneMix, render, sample_faces
 from fedface.photos.tone import measure_tone
-from fedface.privacy.plan import Terms
+from fedface.privacy.plan import DPParameters
 from fedface.randomness import SecretNoise, Streams
 from fedface.training.flow import (
     FlowTrainingConfig,
@@ -35,11 +35,11 @@ from fedface.training.flow import (
 from fedface.training.flow_pretrain import (
     FlowPretrainConfig,
     FlowPretraining,
-    draw_pool,
+    synthesize_pool,
     pretrain_flow,
-    sliced_times,
+    stratified_times,
 )
-from fedface.training.private_steps import per_photo_gradients
+from fedface.training.private_steps import per_example_gradients
 
 STREAMS = Streams(4)
 TINY = FlowConfig(size=16, width=8, multipliers=(1.0, 2.0), group=4, time_width=8, steps=4)
@@ -47,12 +47,12 @@ CONFIG = FlowTrainingConfig(
     rounds=2,
     steps_per_round=1,
     sampling_rate=1.0,
-    expected_batch=6,
+    expected_batch_size=6,
     clip_norm=0.5,
     noise_draws=3,
-    rate=0.2,
+    lr=0.2,
     preconditioner=0.0,
-    steady_noise=1000.0,
+    lr_noise_threshold=1000.0,
 )
 
 
@@ -70,14 +70,14 @@ def photos(count: int) -> Tensor:
     return torch.rand(count, 3, 16, 16, generator=STREAMS.generator("photos"))
 
 
-def terms(noise: float = 0.0, config: FlowTrainingConfig = CONFIG) -> Terms:
-    return Terms(schedule=config.schedule(), noise_multiplier=noise)
+def terms(noise: float = 0.0, config: FlowTrainingConfig = CONFIG) -> DPParameters:
+    return DPParameters(schedule=config.schedule(), noise_multiplier=noise)
 
 
 def drawn_faces(count: int, light_share: float, name: str) -> Tensor:
     """Faces through cameras, as the base saw them."""
     chance = STREAMS.generator(name)
-    return draw(sample_faces(count, ToneMix(light_share=light_share), chance), 32, noise=chance)
+    return render(sample_faces(count, ToneMix(light_fraction=light_share), chance), 32, noise=chance)
 
 
 def round_of(flow: RectifiedFlow, images: Tensor, **changes: Any) -> Tensor:
@@ -141,19 +141,19 @@ def test_draws_are_stratified_in_time_opposite_in_noise_and_standard_normal() ->
 def test_a_round_without_noise_and_with_a_huge_clip_norm_is_plain_gradient_descent() -> None:
     """Against autograd: with a field that reads no draw, the round is one step on the mean loss."""
     flow, images = tiny_flow(), photos(6)
-    before = vector_of(flow)
+    before = flatten_parameters(flow)
     config = FlowTrainingConfig(
         rounds=1,
         steps_per_round=1,
         sampling_rate=1.0,
-        expected_batch=6,
+        expected_batch_size=6,
         clip_norm=1e6,
         noise_draws=64,
-        rate=0.2,
+        lr=0.2,
         preconditioner=0.0,
     )
     change = round_of(flow, images, config=config, terms=terms(config=config))
-    assert torch.equal(vector_of(flow), before) and all(w.grad is None for w in flow.parameters())
+    assert torch.equal(flatten_parameters(flow), before) and all(w.grad is None for w in flow.parameters())
     draws = times_and_noises(6, 512, 16, 1.0, np.random.default_rng(5))
     weights = [weight for _, weight in sorted(flow.named_parameters())]
     plain = torch.autograd.grad(loss_over_draws(flow, images, draws).mean(), weights)
@@ -166,7 +166,7 @@ def test_a_round_without_noise_and_with_a_huge_clip_norm_is_plain_gradient_desce
 def test_one_photo_moves_a_round_by_at_most_the_clip_norm_times_the_rate_whatever_its_pixels() -> None:
     """An alien photo beside faces: the bound that the noise is scaled to."""
     flow, images = tiny_flow(), photos(1) * 1e4
-    bound = CONFIG.rate * CONFIG.clip_norm / CONFIG.expected_batch
+    bound = CONFIG.lr * CONFIG.clip_norm / CONFIG.expected_batch_size
     assert float(round_of(flow, images).norm()) == pytest.approx(bound, rel=1e-3)
 
 
@@ -174,7 +174,7 @@ def test_no_photos_are_still_a_round_whose_noise_has_the_promised_size() -> None
     """rate * sigma * clip / batch on every weight; the sum of squares is chi-square."""
     flow = tiny_flow()
     change = round_of(flow, photos(0), terms=terms(2.0), chance=SecretNoise())
-    scale = CONFIG.rate * 2.0 * CONFIG.clip_norm / CONFIG.expected_batch
+    scale = CONFIG.lr * 2.0 * CONFIG.clip_norm / CONFIG.expected_batch_size
     probability = stats.chi2.cdf(float((change.double() / scale).square().sum()), len(change))
     assert 1e-6 < probability < 1 - 1e-6
 
@@ -194,10 +194,10 @@ SCALED = replace(CONFIG, preconditioner=0.1)
 def public_gradients(flow: RectifiedFlow) -> list[Tensor]:
     """Each drawn face's own gradient, as the recipe of the scales says, (64, *weight.shape) per weight."""
     streams = Streams(0).child("public faces")
-    faces = sample_faces(64, ToneMix(light_share=0.5), streams.generator("faces"))
-    pictures = draw(faces, 16, noise=streams.generator("camera"))
+    faces = sample_faces(64, ToneMix(light_fraction=0.5), streams.generator("faces"))
+    pictures = render(faces, 16, noise=streams.generator("camera"))
     draws = times_and_noises(64, 1, 16, 1.0, streams.numpy("draws"))
-    return per_photo_gradients(flow, loss_over_draws, pictures, draws=draws)
+    return per_example_gradients(flow, loss_over_draws, pictures, draws=draws)
 
 
 def test_scales_even_out_public_gradients_and_keep_their_root_mean_square_length() -> None:
@@ -220,7 +220,7 @@ def test_a_scaled_round_is_descent_along_scaled_and_clipped_gradients() -> None:
     flow, one = tiny_flow(), photos(1)
     config = replace(SCALED, noise_draws=1, clip_norm=1e-3)
     moved = round_of(flow, one, config=config, terms=terms(config=config))
-    assert moved.norm().item() == pytest.approx(config.rate * 1e-3 / config.expected_batch, rel=1e-3)
+    assert moved.norm().item() == pytest.approx(config.lr * 1e-3 / config.expected_batch_size, rel=1e-3)
     plain = round_of(flow, one, config=replace(config, preconditioner=0.0), terms=terms(config=config))
     assert functional.cosine_similarity(moved, plain, dim=0) < 0.99
 
@@ -265,19 +265,19 @@ def test_with_adapters_a_round_changes_them_alone_and_lowers_the_loss() -> None:
     config = FlowTrainingConfig(
         steps_per_round=4,
         sampling_rate=1.0,
-        expected_batch=8,
+        expected_batch_size=8,
         clip_norm=10.0,
-        rate=0.05,
+        lr=0.05,
         preconditioner=0.0,
         adapt=Lora(rank=2),
     )
     change = round_of(flow, images, config=config, terms=terms(config=config))
-    assert change.shape == trained_vector(flow).shape == flow_ranges(flow, config).shape
-    assert len(change) < len(vector_of(flow)) / 2
+    assert change.shape == flatten_trainable(flow).shape == flow_ranges(flow, config).shape
+    assert len(change) < len(flatten_parameters(flow)) / 2
     draws = times_and_noises(8, 32, 16, 1.0, np.random.default_rng(6))
     with torch.no_grad():
         before = float(loss_over_draws(flow, images, draws).mean())
-        fill_trained(trained_vector(flow) + change, flow)
+        assign_trainable(flatten_trainable(flow) + change, flow)
         assert float(loss_over_draws(flow, images, draws).mean()) < before
 
 
@@ -285,7 +285,7 @@ def test_ranges_hold_what_a_round_can_do_without_noise() -> None:
     """No weight moves further than all photos pulling at it together."""
     flow = tiny_flow()
     ranges = flow_ranges(flow, CONFIG)
-    assert ranges.shape == vector_of(flow).shape
+    assert ranges.shape == flatten_parameters(flow).shape
     assert bool((round_of(flow, photos(6)).abs() <= ranges).all())
 
 
@@ -328,7 +328,7 @@ def silent(name: str, done: int, of: int, figures: dict[str, float]) -> None:
 
 def test_times_of_pretraining_are_logit_normal_one_from_each_slice() -> None:
     """The logits of 1000 sliced times are normal, and closer to it than chance would be."""
-    times = sliced_times(1000, STREAMS.generator("times"))
+    times = stratified_times(1000, STREAMS.generator("times"))
     sorted_places = torch.special.ndtr(torch.logit(times.double())).sort().values * 1000
     assert bool(((sorted_places.floor() - torch.arange(1000)).abs() <= 1).all())
 
@@ -340,9 +340,9 @@ def test_the_recipe_learns_and_says_how_it_was_made() -> None:
     torch.rand(3)
     assert weights_hash(flow.generator) == weights_hash(pretrain_flow(config, silent).generator)
     assert flow.notes["images_seen"] == 60 * 16 and flow.notes["recipe"]["seed"] == 7
-    images = draw_pool(config, silent).float() / 255.0
+    images = synthesize_pool(config, silent).float() / 255.0
     draws = times_and_noises(64, 4, 16, 1.0, np.random.default_rng(7))
-    untrained = FlowPretraining(config, draw_pool(config, silent)).flow
+    untrained = FlowPretraining(config, synthesize_pool(config, silent)).flow
     with torch.no_grad():
         start, end = (
             float(loss_over_draws(net, images, draws).mean()) for net in (untrained, flow.generator)

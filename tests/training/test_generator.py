@@ -10,17 +10,17 @@ from tiny import tiny_gan
 from torch.nn import functional
 
 from fedface.errors import PrivacyError
-from fedface.models.family import Gan, copy_model
-from fedface.models.weights import fill, vector_of, weights_hash
-from fedface.privacy.plan import Terms
+from fedface.models.family import GanModel, copy_model
+from fedface.models.weights import assign_parameters, flatten_parameters, weights_hash
+from fedface.privacy.plan import DPParameters
 from fedface.randomness import SecretNoise, Streams
 from fedface.shapes import Images, Vector
-from fedface.training.generator import GanTrainingConfig, ranges_of, train_round
+from fedface.training.generator import GanTrainingConfig, gan_ranges, train_gan_round
 
 STREAMS = Streams(11)
 ONE_STEP = GanTrainingConfig(
-    rounds=1, steps_per_round=1, sampling_rate=1.0, expected_batch=6, clip_norm=1e6, critic_rate=0.05,
-    generator_rate=1e-3, generator_steps=1, made_batch=4, r2_weight=0.5,
+    rounds=1, steps_per_round=1, sampling_rate=1.0, expected_batch_size=6, clip_norm=1e6, discriminator_lr=0.05,
+    generator_lr=1e-3, generator_steps=1, fake_batch_size=4, r2_weight=0.5,
 )  # fmt: skip
 
 
@@ -29,54 +29,54 @@ def photos(count: int = 6) -> Images:
     return torch.rand(count, 3, 16, 16, generator=STREAMS.generator("photos"))
 
 
-def terms(config: GanTrainingConfig, sigma: float = 0.0) -> Terms:
+def terms(config: GanTrainingConfig, sigma: float = 0.0) -> DPParameters:
     """What the schedule costs at a noise multiplier; 0 is no promise."""
-    return Terms(schedule=config.schedule(), noise_multiplier=sigma)
+    return DPParameters(schedule=config.schedule(), noise_multiplier=sigma)
 
 
-def one_round(gan: Gan, seen: Images, config: GanTrainingConfig, sigma: float = 0.0) -> Vector:
+def one_round(gan: GanModel, seen: Images, config: GanTrainingConfig, sigma: float = 0.0) -> Vector:
     """A round with the streams of this file."""
     chance = SecretNoise() if sigma else STREAMS.generator("coins")
-    return train_round(gan, seen, config, terms(config, sigma), chance=chance, streams=STREAMS)
+    return train_gan_round(gan, seen, config, terms(config, sigma), chance=chance, streams=STREAMS)
 
 
-def slow_twin(gan: Gan, seen: Images, config: GanTrainingConfig) -> Vector:
+def slow_twin(gan: GanModel, seen: Images, config: GanTrainingConfig) -> Vector:
     """One step without clipping or noise, written out: plain descent on the critic, then Adam by its formula."""
     twin = copy_model(gan)
     latents = STREAMS.generator("latents")
     torch.randn(2, twin.generator.latent_width, generator=latents)  # the check of per-photo gradients
 
-    made_from = torch.randn(config.made_batch, twin.generator.latent_width, generator=latents)
+    made_from = torch.randn(config.fake_batch_size, twin.generator.latent_width, generator=latents)
     made = twin.generator.synthesize(twin.generator.map(made_from)).detach().requires_grad_()
-    on_photos = functional.softplus(-twin.critic(seen)).sum() / config.expected_batch
-    on_made = functional.softplus(twin.critic(made)).mean()
-    (slope,) = torch.autograd.grad(twin.critic(made).sum(), made, create_graph=True)
+    on_photos = functional.softplus(-twin.discriminator(seen)).sum() / config.expected_batch_size
+    on_made = functional.softplus(twin.discriminator(made)).mean()
+    (slope,) = torch.autograd.grad(twin.discriminator(made).sum(), made, create_graph=True)
     penalty = config.r2_weight / 2 * slope.pow(2).flatten(1).sum(1).mean()
-    weights = list(twin.critic.parameters())
+    weights = list(twin.discriminator.parameters())
     gradients = torch.autograd.grad(on_photos + on_made + penalty, weights)
     with torch.no_grad():
         for weight, gradient in zip(weights, gradients, strict=True):
-            weight -= config.critic_rate * gradient
+            weight -= config.discriminator_lr * gradient
 
     weights = list(twin.generator.parameters())
     squares = [torch.zeros_like(weight) for weight in weights]
     for step in range(1, config.generator_steps + 1):
-        made_from = torch.randn(config.made_batch, twin.generator.latent_width, generator=latents)
+        made_from = torch.randn(config.fake_batch_size, twin.generator.latent_width, generator=latents)
         loss = functional.softplus(
-            -twin.critic(twin.generator.synthesize(twin.generator.map(made_from)))
+            -twin.discriminator(twin.generator.synthesize(twin.generator.map(made_from)))
         ).mean()
         gradients = torch.autograd.grad(loss, weights)
         with torch.no_grad():
             for weight, gradient, square in zip(weights, gradients, squares, strict=True):
                 # Adam without momentum: each gradient over the root of the running mean of its squares.
                 square.mul_(0.9).add_(0.1 * gradient.square())
-                weight -= config.generator_rate * gradient / ((square / (1 - 0.9**step)).sqrt() + 1e-8)
-    return vector_of(*twin.modules()) - vector_of(*gan.modules())
+                weight -= config.generator_lr * gradient / ((square / (1 - 0.9**step)).sqrt() + 1e-8)
+    return flatten_parameters(*twin.modules()) - flatten_parameters(*gan.modules())
 
 
-def generator_weights(gan: Gan) -> int:
+def generator_weights(gan: GanModel) -> int:
     """How many numbers at the front of a vector are the generator's."""
-    return len(vector_of(gan.generator))
+    return len(flatten_parameters(gan.generator))
 
 
 @pytest.mark.parametrize("generator_steps", [1, 3])
@@ -87,7 +87,7 @@ def test_one_step_without_a_promise_is_ordinary_adversarial_training(generator_s
     front = generator_weights(gan)
     assert float((ours[front:] - theirs[front:]).abs().max()) < 1e-5 * float(theirs[front:].abs().max())
     # Adam divides a gradient by its own length, so a weight whose gradient is rounding may go either way.
-    off = (ours[:front] - theirs[:front]).abs() > 1e-2 * ONE_STEP.generator_rate
+    off = (ours[:front] - theirs[:front]).abs() > 1e-2 * ONE_STEP.generator_lr
     assert float(off.float().mean()) < 0.01
     assert float(theirs[front:].abs().max()) > 1e-4 and float(theirs[:front].abs().max()) > 1e-4
 
@@ -114,9 +114,9 @@ def test_a_device_without_photos_sends_noise_of_the_usual_size() -> None:
     gan = tiny_gan()
     front = generator_weights(gan)
     sizes = [float(one_round(gan, photos(count), config, sigma=50.0)[front:].std()) for count in (0, 6)]
-    noise = 50.0 / config.expected_batch
+    noise = 50.0 / config.expected_batch_size
     for size in sizes:
-        assert size == pytest.approx(noise, rel=5 / (2 * (len(vector_of(gan.critic)) ** 0.5)) + 0.01)
+        assert size == pytest.approx(noise, rel=5 / (2 * (len(flatten_parameters(gan.discriminator)) ** 0.5)) + 0.01)
 
 
 def test_a_promised_round_is_never_the_same_twice() -> None:
@@ -130,7 +130,7 @@ def test_a_promised_round_is_never_the_same_twice() -> None:
 def test_a_promised_round_refuses_replayable_chance() -> None:
     """Noise from a seed protects nobody; nothing is computed."""
     with pytest.raises(PrivacyError, match="SecretNoise"):
-        train_round(
+        train_gan_round(
             tiny_gan(),
             photos(),
             ONE_STEP,
@@ -143,7 +143,7 @@ def test_a_promised_round_refuses_replayable_chance() -> None:
 def test_what_was_agreed_is_what_runs_not_what_the_recipe_says() -> None:
     """The terms' schedule decides: a recipe of 1 step under terms of 2 takes 2."""
     agreed = terms(replace(ONE_STEP, steps_per_round=2))
-    ours = train_round(
+    ours = train_gan_round(
         tiny_gan(), photos(), ONE_STEP, agreed, chance=STREAMS.generator("coins"), streams=STREAMS
     )
     theirs = one_round(tiny_gan(), photos(), replace(ONE_STEP, steps_per_round=2))
@@ -162,9 +162,9 @@ def test_the_public_ranges_hold_what_a_round_changes(generator_steps: int) -> No
         r2_weight=50.0,
     )
     gan = tiny_gan()
-    moved = one_round(gan, photos(), config) / ranges_of(gan, config)
+    moved = one_round(gan, photos(), config) / gan_ranges(gan, config)
     front = generator_weights(gan)
-    assert moved.shape == vector_of(*gan.modules()).shape
+    assert moved.shape == flatten_parameters(*gan.modules()).shape
     assert float(moved.abs().max()) <= 1.0
     assert float(moved[:front].abs().max()) > 0.2 and float(moved[front:].abs().max()) > 0.05
 
@@ -175,7 +175,7 @@ def test_one_photo_more_moves_the_critic_by_at_most_its_clipped_gradient() -> No
     gan = tiny_gan()
     front = generator_weights(gan)
     six, seven = (one_round(gan, photos(7)[:count], config)[front:] for count in (6, 7))
-    most = config.critic_rate * config.clip_norm / config.expected_batch
+    most = config.discriminator_lr * config.clip_norm / config.expected_batch_size
     assert 0.5 * most < float((six - seven).norm()) <= most * 1.001
 
 
@@ -199,7 +199,7 @@ def test_learning_pulls_samples_towards_the_photos() -> None:
     white = torch.ones(6, 3, 16, 16)
     before = gan.generator.sample(64, STREAMS.generator("look")).mean()
     after = copy_model(gan)
-    fill(vector_of(*gan.modules()) + one_round(gan, white, config), *after.modules())
+    assign_parameters(flatten_parameters(*gan.modules()) + one_round(gan, white, config), *after.modules())
     assert float(after.generator.sample(64, STREAMS.generator("look")).mean()) > float(before) + 0.05
 
 
@@ -225,4 +225,4 @@ def test_a_number_out_of_bounds_is_refused_by_name(change: dict[str, float], wor
 def test_a_round_that_would_take_years_is_no_recipe() -> None:
     """Each factor is allowed by itself; a stranger's task multiplies them."""
     with pytest.raises(ValueError, match="made pictures in a round, got 1,200,000"):
-        GanTrainingConfig(steps_per_round=100, generator_steps=999, made_batch=12)
+        GanTrainingConfig(steps_per_round=100, generator_steps=999, fake_batch_size=12)

@@ -16,26 +16,26 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedface.models.adapters import Full, Lora, attach
-from fedface.models.critic import Critic, CriticConfig
-from fedface.models.family import Resolved, ResolvedShape, Styled, StyledShape, build
+from fedface.models.critic import Discriminator, DiscriminatorConfig
+from fedface.models.family import SuperResolutionModel, SuperResolutionArchitecture, StyleEncoderModel, StyleEncoderArchitecture, build_model
 from fedface.models.flow import FlowConfig, RectifiedFlow
-from fedface.models.resolver import ResolverConfig
-from fedface.models.style_encoder import StyleEncoderConfig
-from fedface.models.stylegan2 import GeneratorConfig
+from fedface.models.resolver import SuperResolutionNetworkConfig
+from fedface.models.style_encoder import StyleEncoderNetworkConfig
+from fedface.models.stylegan2 import StyleGAN2Config
 from fedface.privacy.mechanism import GaussianSum
 from fedface.randomness import Streams
 from fedface.training.flow import loss_over_draws, times_and_noises
-from fedface.training.generator import loss_on_photos
+from fedface.training.generator import d_loss_real
 from fedface.training.per_photo import (
-    PerPhotoLoss,
+    PerExampleLoss,
     clipped_unit_sum,
-    gradients_of_each,
-    is_understood,
-    steady_microbatch,
-    trained,
+    compute_per_example_gradients,
+    is_supported_layerwise,
+    deterministic_microbatch,
+    trainable_parameters,
 )
 from fedface.training.unit_sums import clipped_sum
-from fedface.training.upsampler import lesson_of, mark_upsampler
+from fedface.training.upsampler import reconstruction_loss, mark_upsampler
 from fedface.upsampling.degrade import BicubicPulse
 
 STREAMS = Streams(8)
@@ -45,7 +45,7 @@ PHOTOS = 10
 @dataclass(frozen=True)
 class Case:
     module: nn.Module
-    loss: PerPhotoLoss
+    loss: PerExampleLoss
     photos: Tensor
     draws: Tensor | None = None
 
@@ -80,8 +80,8 @@ def pictures(side: int, count: int = PHOTOS) -> Tensor:
 
 
 def critic(architecture: str = "resnet") -> Case:
-    config = CriticConfig(size=16, channel_base=512, channel_max=24, architecture=architecture)  # type: ignore[arg-type]
-    return Case(moved(Critic(config, STREAMS.generator("critic")), "moved"), loss_on_photos, pictures(16))
+    config = DiscriminatorConfig(size=16, channel_base=512, channel_max=24, architecture=architecture)  # type: ignore[arg-type]
+    return Case(moved(Discriminator(config, STREAMS.generator("critic")), "moved"), d_loss_real, pictures(16))
 
 
 def flow(count: int, adapt: Full | Lora | None = None) -> Case:
@@ -92,25 +92,25 @@ def flow(count: int, adapt: Full | Lora | None = None) -> Case:
     return Case(moved(module, "moved"), loss_over_draws, pictures(16), draws)
 
 
-def upsampler(shape: StyledShape | ResolvedShape) -> Case:
-    model = build(shape, STREAMS.generator("upsampler"))
-    assert isinstance(model, Styled | Resolved)
+def upsampler(shape: StyleEncoderArchitecture | SuperResolutionArchitecture) -> Case:
+    model = build_model(shape, STREAMS.generator("upsampler"))
+    assert isinstance(model, StyleEncoderModel | SuperResolutionModel)
     mark_upsampler(model, Full(), STREAMS.generator("adapters"))
-    return Case(moved(model.upsampler, "moved"), lesson_of(BicubicPulse(2), 10.0), pictures(16))
+    return Case(moved(model.upsampler, "moved"), reconstruction_loss(BicubicPulse(2), 10.0), pictures(16))
 
 
-GENERATOR = GeneratorConfig(
+GENERATOR = StyleGAN2Config(
     size=16, channel_base=64, channel_max=8, latent_width=64, style_width=16, mapping_layers=2
 )
-STYLES = StyleEncoderConfig(side=8, style_inputs=6, style_width=16, width=20, blocks=1, hidden=16)
+STYLES = StyleEncoderNetworkConfig(side=8, style_inputs=6, style_width=16, width=20, blocks=1, hidden=16)
 CASES: dict[str, Callable[[], Case]] = {
     "critic": critic,
     "critic that adds colours": lambda: critic("skip"),
     "flow": lambda: flow(1),
     "flow with four draws": lambda: flow(4),
-    "style encoder": lambda: upsampler(StyledShape(generator=GENERATOR, encoder=STYLES)),
+    "style encoder": lambda: upsampler(StyleEncoderArchitecture(generator=GENERATOR, encoder=STYLES)),
     "resolver": lambda: upsampler(
-        ResolvedShape(resolver=ResolverConfig(side=8, factor=2, width=20, blocks=2))
+        SuperResolutionArchitecture(network=SuperResolutionNetworkConfig(side=8, factor=2, width=20, blocks=2))
     ),
 }
 each_case = pytest.mark.parametrize("name", CASES)
@@ -122,7 +122,7 @@ def length(parts: list[Tensor]) -> float:
 
 def slowly(case: Case, units: list[range], scales: list[Tensor] | None = None) -> list[list[Tensor]]:
     """The gradient of each unit's summed loss by a backward pass of its own, scaled."""
-    weights = list(trained(case.module).values())
+    weights = list(trainable_parameters(case.module).values())
     every = []
     for unit in units:
         loss = case.loss(case.module, *case.rows(slice(unit.start, unit.stop))).sum()
@@ -150,13 +150,13 @@ def cut(size: int) -> list[range]:
 def test_our_networks_are_understood_layer_by_layer(name: str) -> None:
     """Otherwise the tests below would test the slower way."""
     case = CASES[name]().at(torch.float64)
-    assert is_understood(case.module, case.loss, case.photos, draws=case.draws)
+    assert is_supported_layerwise(case.module, case.loss, case.photos, draws=case.draws)
 
 
 @each_case
 def test_each_photos_gradient_is_that_of_its_own_backward_pass(name: str) -> None:
     case = CASES[name]().at(torch.float64)
-    ours = gradients_of_each(case.module, case.loss, case.photos, draws=case.draws)
+    ours = compute_per_example_gradients(case.module, case.loss, case.photos, draws=case.draws)
     for photo, twin in enumerate(slowly(case, cut(1))):
         assert distance([part[photo] for part in ours], twin) < 1e-9
 
@@ -171,7 +171,7 @@ def test_the_sum_is_that_of_the_slow_twin_for_any_unit_and_microbatch(
     case = CASES[name]().at(torch.float64)
     chance = STREAMS.generator("scales")
     scales = [
-        0.5 + torch.rand(w.shape, generator=chance, dtype=w.dtype) for w in trained(case.module).values()
+        0.5 + torch.rand(w.shape, generator=chance, dtype=w.dtype) for w in trainable_parameters(case.module).values()
     ]
     every = slowly(case, cut(size), scales if scaled else None)
     clip_norm = sorted(length(parts) for parts in every)[len(every) // 2] * 0.99
@@ -223,7 +223,7 @@ def test_nothing_is_left_behind(name: str) -> None:
     clipped_unit_sum(case.module, case.loss, case.photos, clip_norm=1.0, draw=case.draw())
     assert all(torch.equal(a, b) for a, b in zip(before, case.module.parameters(), strict=True))
     assert all(weight.grad is None for weight in case.module.parameters())
-    assert [part.shape for part in none] == [weight.shape for weight in trained(case.module).values()]
+    assert [part.shape for part in none] == [weight.shape for weight in trainable_parameters(case.module).values()]
     assert not any(bool(part.any()) or part.requires_grad for part in none)
 
 
@@ -311,7 +311,7 @@ def gradient_penalty(network: Callable[[Tensor], Tensor], photos: Tensor) -> Ten
 def test_what_is_not_understood_is_differentiated_as_a_whole(kind: type[Small], understood: bool) -> None:
     """And is right either way."""
     case = Case(kind(), score, pictures(8)).at(torch.float64)
-    assert is_understood(case.module, case.loss, case.photos) == understood
+    assert is_supported_layerwise(case.module, case.loss, case.photos) == understood
     for size in (1, 3):
         ours = clipped_unit_sum(
             case.module, score, case.photos, clip_norm=0.05, units=torch.arange(PHOTOS) // size, microbatch=4
@@ -323,7 +323,7 @@ def test_what_is_not_understood_is_differentiated_as_a_whole(kind: type[Small], 
 def test_what_would_be_silently_wrong_is_not_understood(kind: type[Small]) -> None:
     """Detached weights must not hide what autograd would have seen."""
     case = Case(kind(), score, pictures(8)).at(torch.float64)
-    assert not is_understood(case.module, case.loss, case.photos)
+    assert not is_supported_layerwise(case.module, case.loss, case.photos)
 
 
 def test_a_loss_that_differentiates_the_network_is_right() -> None:
@@ -354,7 +354,7 @@ def test_one_photo_more_moves_the_sum_by_at_most_the_clip_norm() -> None:
     case = critic().at(torch.float64)
 
     def longer(network: Callable[[Tensor], Tensor], photos: Tensor) -> Tensor:
-        return loss_on_photos(network, photos) * (1.0 + 1e6 * (photos[:, 0, 0, 0] == 2.0))
+        return d_loss_real(network, photos) * (1.0 + 1e6 * (photos[:, 0, 0, 0] == 2.0))
 
     case.photos[-1, 0, 0, 0] = 2.0
     with_it, without = (
@@ -383,7 +383,7 @@ def test_a_photos_gradient_is_the_same_to_the_last_bit_whoever_else_joined(name:
         return torch.rand(count, *shape, generator=chance)
 
     asked = {} if shape is None else {"draw": draw}
-    assert steady_microbatch(case.module, case.loss, case.photos.shape[1:], 16, **asked) == 16
+    assert deterministic_microbatch(case.module, case.loss, case.photos.shape[1:], 16, **asked) == 16
 
 
 class Amplifier(nn.Module):

@@ -10,14 +10,14 @@ import torch
 from tiny import CRITIC, GENERATOR
 from torch import Tensor, nn
 
-from fedface.models.critic import Critic
+from fedface.models.critic import Discriminator
 from fedface.models.family import copy_model, new_gan
 from fedface.models.weights import weights_hash
 from fedface.photos.drawn import NORMALS
 from fedface.randomness import Streams
-from fedface.training.pretrain import PretrainConfig, Pretraining, make_pool, pair_loss, pretrain, r1_penalty
+from fedface.training.pretrain import GanPretrainConfig, GanPretraining, make_pool, pair_loss, pretrain_gan, r1_penalty
 
-SMALL = PretrainConfig(
+SMALL = GanPretrainConfig(
     seed=3, pool=64, paired_steps=40, adversarial_steps=9, batch=8, generator=GENERATOR, critic=CRITIC
 )
 
@@ -49,7 +49,7 @@ class Weighing(nn.Module):
 
 def test_r1_is_half_the_squared_slope() -> None:
     """A slope of 3 at each of 3 * 4 * 4 pixels: 9 * 48 / 2."""
-    assert float(r1_penalty(cast(Critic, Weighing()), torch.rand(5, 3, 4, 4))) == pytest.approx(216.0)
+    assert float(r1_penalty(cast(Discriminator, Weighing()), torch.rand(5, 3, 4, 4))) == pytest.approx(216.0)
 
 
 def test_a_pool_is_the_same_for_a_seed_and_another_for_another() -> None:
@@ -64,13 +64,13 @@ def test_a_pool_is_the_same_for_a_seed_and_another_for_another() -> None:
 
 def test_a_latents_own_numbers_are_its_face() -> None:
     """The length of a latent and what stands behind the face's parameters change nothing."""
-    from fedface.photos.drawn import ToneMix, draw, faces_from_normals
+    from fedface.photos.drawn import ToneMix, render, faces_from_normals
 
     config = SMALL
     pool = make_pool(config, silent)
     scaled = pool.latents * torch.rsqrt(pool.latents.square().mean(dim=1, keepdim=True) + 1e-8)
-    faces = faces_from_normals(scaled[:5, :NORMALS], ToneMix(light_share=config.light_share))
-    drawn = (draw(faces, 16).clamp(0, 1) * 255).round().to(torch.uint8)
+    faces = faces_from_normals(scaled[:5, :NORMALS], ToneMix(light_fraction=config.light_fraction))
+    drawn = (render(faces, 16).clamp(0, 1) * 255).round().to(torch.uint8)
     # 500 faces are drawn at once there and 5 here, so that a pixel may round the other way.
     assert int((drawn.int() - pool.clean[:5].int()).abs().max()) <= 1
 
@@ -87,7 +87,7 @@ def test_a_pair_is_a_latent_with_its_own_face() -> None:
 
 def test_the_first_stage_learns_the_pairs() -> None:
     """The averaged generator draws its latents' faces better than the untrained one."""
-    training = Pretraining(replace(SMALL, paired_steps=80), make_pool(SMALL, silent))
+    training = GanPretraining(replace(SMALL, paired_steps=80), make_pool(SMALL, silent))
     start = copy_model(training.gan).generator
     training.pairs(silent)
     latents, faces = training.pool.pairs(32, Streams(2).generator("look"))
@@ -107,12 +107,12 @@ def test_the_whole_recipe_gives_a_checkpoint_that_says_how_it_was_made() -> None
         heard.append(name)
 
     short = replace(SMALL, paired_steps=4, adversarial_steps=9)
-    gan = pretrain(short, report)
+    gan = pretrain_gan(short, report)
     torch.rand(3)
-    assert weights_hash(*gan.modules()) == weights_hash(*pretrain(short, silent).modules())
+    assert weights_hash(*gan.modules()) == weights_hash(*pretrain_gan(short, silent).modules())
     assert list(dict.fromkeys(heard)) == ["drawing", "pairs", "adversaries"]
     assert gan.notes["images_seen"] == (4 + 9) * 8 and gan.notes["recipe"]["seed"] == 3
     assert float(gan.generator.mapping.w_avg.abs().max()) > 0
     untrained = new_gan(GENERATOR, CRITIC, Streams(3).generator("weights"))
-    assert weights_hash(gan.critic) != weights_hash(untrained.critic)
+    assert weights_hash(gan.discriminator) != weights_hash(untrained.discriminator)
     assert all(bool(torch.isfinite(weight).all()) for weight in gan.generator.parameters())

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fedface.errors import PrivacyError
-from fedface.models.encoder import Encoder, EncoderConfig, on_sphere
-from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
+from fedface.models.encoder import LatentEncoder, LatentEncoderConfig, on_sphere
+from fedface.models.stylegan2 import StyleGAN2Config, StyleGAN2
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
-from fedface.privacy.plan import Terms
+from fedface.privacy.plan import DPParameters
 from fedface.randomness import SecretNoise, Streams
 from fedface.shapes import Images, Latents, Vector
 from fedface.training.prior import (
@@ -22,7 +22,7 @@ from fedface.training.prior import (
     PriorTrainingConfig,
     photo_vectors,
     prior_ranges,
-    refit,
+    fit_latent_prior,
     train_prior_round,
 )
 from fedface.training.private_steps import private_sum
@@ -34,23 +34,23 @@ SECONDS = ("none", "diagonal", "full")
 
 def config(second: str = "diagonal", **changes: float) -> PriorTrainingConfig:
     """The default recipe with other second moments."""
-    return replace(PriorTrainingConfig(second=second, expected_batch=10), **changes)  # type: ignore[arg-type]
+    return replace(PriorTrainingConfig(second_moments=second, expected_batch_size=10), **changes)  # type: ignore[arg-type]
 
 
-def terms(recipe: PriorTrainingConfig, sigma: float = 0.0) -> Terms:
+def terms(recipe: PriorTrainingConfig, sigma: float = 0.0) -> DPParameters:
     """What the recipe costs at a noise multiplier; 0 is no promise."""
-    return Terms(schedule=recipe.schedule(), noise_multiplier=sigma)
+    return DPParameters(schedule=recipe.schedule(), noise_multiplier=sigma)
 
 
-def encoder() -> Encoder:
+def encoder() -> LatentEncoder:
     """An encoder of 16 px with random weights, always the same."""
-    shape = EncoderConfig(size=16, latent_width=WIDTH, channel_base=64, channel_max=8)
-    return Encoder(shape, STREAMS.generator("encoder"))
+    shape = LatentEncoderConfig(size=16, latent_width=WIDTH, channel_base=64, channel_max=8)
+    return LatentEncoder(shape, STREAMS.generator("encoder"))
 
 
 def generator() -> StyleGAN2:
     """A generator of 16 px with random weights, always the same."""
-    shape = GeneratorConfig(
+    shape = StyleGAN2Config(
         size=16, channel_base=64, channel_max=6, latent_width=WIDTH, style_width=8, mapping_layers=2
     )
     return StyleGAN2(shape, STREAMS.generator("generator"))
@@ -78,16 +78,16 @@ def spread_latents(count: int) -> Latents:
 
 
 def fitted_moments(
-    total: Vector, devices: int, recipe: PriorTrainingConfig, agreed: Terms
+    total: Vector, devices: int, recipe: PriorTrainingConfig, agreed: DPParameters
 ) -> tuple[Tensor, Tensor]:
     """Mean and covariance of the prior that a total gives."""
-    mapping = refit(generator(), total, devices, recipe, agreed).mapping
+    mapping = fit_latent_prior(generator(), total, devices, recipe, agreed).mapping
     return mapping.prior_mean.double(), (mapping.prior_root @ mapping.prior_root.T).double()
 
 
 def clean_total(latents: Latents, recipe: PriorTrainingConfig) -> Vector:
     """What devices with these latents would send together without noise."""
-    return photo_vectors(latents, recipe).sum(0) / recipe.expected_batch
+    return photo_vectors(latents, recipe).sum(0) / recipe.expected_batch_size
 
 
 @pytest.mark.parametrize("second", SECONDS)
@@ -161,10 +161,10 @@ def test_one_photo_more_moves_the_sum_by_at_most_the_clip_norm(second: str) -> N
     assert 0.3 * 0.07 < float(moved.norm()) <= 0.07 * (1 + 1e-4)
 
 
-def cancelling() -> Encoder:
+def cancelling() -> LatentEncoder:
     """A hostile encoder: its last rows cancel on paper, so that rounding alone is left, which becomes a latent."""
     chance = STREAMS.generator("cancelling")
-    hostile = Encoder(EncoderConfig(), chance)
+    hostile = LatentEncoder(LatentEncoderConfig(), chance)
     order = torch.randperm(64, generator=chance)
     with torch.no_grad():
         weight, bias = hostile.fc.weight.clone(), hostile.fc.bias.clone()
@@ -192,7 +192,7 @@ def test_a_photos_latent_is_bit_for_bit_the_same_whoever_stands_beside_it() -> N
         rows[count] = torch.cat(seen)
     for count in range(1, 20):
         assert torch.equal(rows[count], rows[20][:count])
-        moved = (totals[count + 1] - totals[count]) * recipe.expected_batch
+        moved = (totals[count + 1] - totals[count]) * recipe.expected_batch_size
         assert float(moved.norm()) <= recipe.clip_norm * (1 + 1e-4)
 
 
@@ -253,7 +253,7 @@ def mapped_from(module: StyleGAN2, latents: Latents) -> Tensor:
 def test_the_refitted_generator_is_the_same_but_for_its_prior() -> None:
     """A latent of the fitted one gives the styles that the moved latent gave before; weights stay."""
     recipe, before = config("full"), generator()
-    after = refit(before, clean_total(spread_latents(20_000), recipe), 3, recipe, terms(recipe))
+    after = fit_latent_prior(before, clean_total(spread_latents(20_000), recipe), 3, recipe, terms(recipe))
     mean, root = after.mapping.prior_mean, after.mapping.prior_root
     latents = torch.randn(50, WIDTH, generator=STREAMS.generator("fresh"))
     assert after.config == replace(before.config, prior="fitted") and before.config.prior == "standard"
@@ -270,8 +270,8 @@ def test_what_the_encoder_misreads_does_not_move_the_prior() -> None:
     recipe, made_from = config(), generator()
     own = made_from.sample(1500, STREAMS.generator("own samples"))
     total = train_prior_round(encoder(), own, recipe, terms(recipe), chance=STREAMS.generator("coins"))
-    naive = refit(made_from, total, 1, recipe, terms(recipe)).mapping
-    aware = refit(made_from, total, 1, recipe, terms(recipe), encoder=encoder()).mapping
+    naive = fit_latent_prior(made_from, total, 1, recipe, terms(recipe)).mapping
+    aware = fit_latent_prior(made_from, total, 1, recipe, terms(recipe), encoder=encoder()).mapping
     assert float(naive.prior_mean.norm()) > 2.0
     # The garrote lets none of 16 numbers through but by rare chance.
     assert float(aware.prior_mean.norm()) < 0.15
@@ -282,8 +282,8 @@ def test_a_prior_may_be_refitted_again() -> None:
     """Latents are read before the prior, so a second fit replaces the first."""
     recipe = config()
     total = clean_total(spread_latents(20_000), recipe)
-    once = refit(generator(), total, 3, recipe, terms(recipe))
-    twice = refit(once, total, 3, recipe, terms(recipe))
+    once = fit_latent_prior(generator(), total, 3, recipe, terms(recipe))
+    twice = fit_latent_prior(once, total, 3, recipe, terms(recipe))
     assert torch.equal(once.mapping.prior_root, twice.mapping.prior_root)
 
 
@@ -327,4 +327,4 @@ def test_a_total_of_another_recipe_is_refused() -> None:
     """The numbers of products are not those of squares."""
     recipe = config("full")
     with pytest.raises(ValueError, match="moments are"):
-        refit(generator(), clean_total(spread_latents(10), config()), 1, recipe, terms(recipe))
+        fit_latent_prior(generator(), clean_total(spread_latents(10), config()), 1, recipe, terms(recipe))

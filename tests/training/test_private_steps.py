@@ -13,7 +13,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from fedface.errors import PrivacyError
-from fedface.models.critic import Critic, CriticConfig
+from fedface.models.critic import Discriminator, DiscriminatorConfig
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.randomness import SecretNoise, Streams
 from fedface.training.private_steps import (
@@ -22,11 +22,11 @@ from fedface.training.private_steps import (
     Network,
     OpacusLayers,
     WholeNetwork,
-    check_per_photo_gradients,
-    per_photo_gradients,
+    check_per_example_gradients,
+    per_example_gradients,
     private_gradient,
 )
-from fedface.training.unit_sums import Clipping, Found, clipped_sum, sampled_units
+from fedface.training.unit_sums import ClippedSumAccumulator, MicrobatchGradients, clipped_sum, poisson_sample_units
 
 STREAMS = Streams(3)
 
@@ -98,7 +98,7 @@ def length(gradient: list[Tensor]) -> float:
 @pytest.mark.parametrize("engine", [LayerByLayer(), WholeNetwork(), OpacusLayers()])
 def test_each_photos_gradient_is_that_of_its_own_backward_pass(engine: Engine) -> None:
     module, photos = SmallCritic(), faces(5)
-    ours = per_photo_gradients(module, loss, photos, engine=engine)
+    ours = per_example_gradients(module, loss, photos, engine=engine)
     for photo, twin in enumerate(one_at_a_time(module, photos)):
         for one, other in zip(ours, twin, strict=True):
             assert torch.allclose(one[photo], other, rtol=1e-4, atol=1e-7)
@@ -109,7 +109,7 @@ def test_each_photos_gradient_is_that_of_its_own_backward_pass(engine: Engine) -
 def test_without_noise_and_with_a_huge_clip_norm_it_is_the_plain_gradient() -> None:
     module, photos = SmallCritic(), faces(7)
     ours = private_gradient(
-        module, photos, loss, mechanism=ClippedSum(clip_norm=1e6), expected_batch=7, sampling_rate=1.0,
+        module, photos, loss, mechanism=ClippedSum(clip_norm=1e6), expected_batch_size=7, sampling_rate=1.0,
         chance=STREAMS.generator("coins"), microbatch=3,
     )  # fmt: skip
     plain = torch.autograd.grad(loss(module, photos).mean(), list(module.parameters()))
@@ -124,7 +124,7 @@ def test_the_clipped_sum_is_that_of_the_slow_twin_at_any_microbatch() -> None:
     expected = [torch.stack(parts).sum(0) / 4 for parts in zip(*scaled, strict=True)]
     for microbatch in (1, 4, 32):
         ours = private_gradient(
-            module, photos, loss, mechanism=ClippedSum(clip_norm=clip_norm), expected_batch=4,
+            module, photos, loss, mechanism=ClippedSum(clip_norm=clip_norm), expected_batch_size=4,
             sampling_rate=1.0, chance=STREAMS.generator("coins"), microbatch=microbatch,
         )  # fmt: skip
         assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(ours, expected, strict=True))
@@ -132,7 +132,7 @@ def test_the_clipped_sum_is_that_of_the_slow_twin_at_any_microbatch() -> None:
 
 def test_one_photo_more_moves_the_sum_by_at_most_the_clip_norm() -> None:
     """Even an outlier whose gradient is a million times longer."""
-    gradients = per_photo_gradients(SmallCritic(), loss, faces(6))
+    gradients = per_example_gradients(SmallCritic(), loss, faces(6))
     outlier = [g.index_fill(0, torch.tensor([5]), 1e6) for g in gradients]
     with_it, without = clipped_sum(outlier, 0.5), clipped_sum([g[:5] for g in outlier], 0.5)
     difference = length([a - b for a, b in zip(with_it, without, strict=True)])
@@ -154,9 +154,9 @@ def test_one_photo_more_moves_a_large_sum_by_no_more(microbatch: int | None) -> 
     def total(rows: torch.Tensor) -> torch.Tensor:
         if microbatch is None:
             return clipped_sum([rows], 1.0)[0].double()
-        clipping = Clipping([torch.zeros(width)], 1.0)
+        clipping = ClippedSumAccumulator([torch.zeros(width)], 1.0)
         for part in torch.split(rows, microbatch):
-            clipping.add(Found([part], []))
+            clipping.add(MicrobatchGradients([part], []))
         return clipping.totals()[0].double()
 
     moved = float((total(torch.cat([long[:1], without])) - total(without)).norm())
@@ -181,7 +181,7 @@ def test_a_broken_photo_does_not_break_the_step() -> None:
     photos = faces(3)
     photos[1, 0, 0, 0] = math.nan
     gradient = private_gradient(
-        SmallCritic(), photos, loss, mechanism=ClippedSum(clip_norm=1.0), expected_batch=3, sampling_rate=1.0,
+        SmallCritic(), photos, loss, mechanism=ClippedSum(clip_norm=1.0), expected_batch_size=3, sampling_rate=1.0,
         chance=STREAMS.generator("coins"),
     )  # fmt: skip
     assert all(bool(torch.isfinite(g).all()) for g in gradient)
@@ -195,7 +195,7 @@ def test_noise_is_added_once_with_standard_deviation_sigma_clip_over_batch() -> 
     for photos in (torch.zeros(0, 300), torch.zeros(40, 300)):
         released = private_gradient(
             module, photos, lambda network, x: 0.0 * network(x).sum(1), mechanism=mechanism,
-            expected_batch=16, sampling_rate=0.9, chance=SecretNoise(), microbatch=16,
+            expected_batch_size=16, sampling_rate=0.9, chance=SecretNoise(), microbatch=16,
         )  # fmt: skip
         flat = torch.cat([g.flatten() for g in released]).double() / scale
         probability = stats.chi2.cdf(float(flat.square().sum()), flat.numel())
@@ -206,7 +206,7 @@ def test_two_private_steps_on_the_same_photos_differ() -> None:
     module, photos = SmallCritic(), faces(4)
     first, second = (
         private_gradient(
-            module, photos, loss, mechanism=GaussianSum(clip_norm=1.0, sigma=1.0), expected_batch=4,
+            module, photos, loss, mechanism=GaussianSum(clip_norm=1.0, sigma=1.0), expected_batch_size=4,
             sampling_rate=1.0, chance=SecretNoise(),
         )
         for _ in range(2)
@@ -218,7 +218,7 @@ def test_a_step_without_a_promise_can_be_replayed() -> None:
     module, photos = SmallCritic(), faces(20)
     first, second = (
         private_gradient(
-            module, photos, loss, mechanism=ClippedSum(clip_norm=1.0), expected_batch=4, sampling_rate=0.3,
+            module, photos, loss, mechanism=ClippedSum(clip_norm=1.0), expected_batch_size=4, sampling_rate=0.3,
             chance=STREAMS.generator("coins"),
         )
         for _ in range(2)
@@ -229,7 +229,7 @@ def test_a_step_without_a_promise_can_be_replayed() -> None:
 def test_a_promised_step_refuses_chance_that_can_be_replayed() -> None:
     with pytest.raises(PrivacyError, match="SecretNoise"):
         private_gradient(
-            SmallCritic(), faces(2), loss, mechanism=GaussianSum(clip_norm=1.0, sigma=1.0), expected_batch=2,
+            SmallCritic(), faces(2), loss, mechanism=GaussianSum(clip_norm=1.0, sigma=1.0), expected_batch_size=2,
             sampling_rate=0.5, chance=STREAMS.generator("coins"),
         )  # fmt: skip
 
@@ -238,7 +238,7 @@ def test_a_promised_step_refuses_chance_that_can_be_replayed() -> None:
 def test_batch_sizes_are_binomial_and_every_photo_is_drawn_equally_often(
     chance: SecretNoise | torch.Generator,
 ) -> None:
-    draws = [sampled_units(50, 0.2, chance) for _ in range(4000)]
+    draws = [poisson_sample_units(50, 0.2, chance) for _ in range(4000)]
     sizes = torch.tensor([len(d) for d in draws]).bincount(minlength=51).double().numpy()
     expected = 4000 * stats.binom.pmf(range(51), 50, 0.2)
     middle = slice(4, 18)
@@ -250,53 +250,53 @@ def test_batch_sizes_are_binomial_and_every_photo_is_drawn_equally_often(
 
 
 def test_no_photos_and_everybody_are_samples_too() -> None:
-    assert sampled_units(0, 0.5, SecretNoise()).numel() == 0
-    assert sampled_units(5, 1.0, SecretNoise()).tolist() == [0, 1, 2, 3, 4]
+    assert poisson_sample_units(0, 0.5, SecretNoise()).numel() == 0
+    assert poisson_sample_units(5, 1.0, SecretNoise()).tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("engine", [LayerByLayer(), WholeNetwork(), OpacusLayers()])
 def test_the_check_passes_a_critic_at_equalised_learning_rate(engine: Engine) -> None:
-    check_per_photo_gradients(SmallCritic(), loss, faces(2), engine=engine)
+    check_per_example_gradients(SmallCritic(), loss, faces(2), engine=engine)
 
 
 def test_the_check_passes_the_critic_that_training_uses() -> None:
-    config = CriticConfig(size=16, channel_base=256, channel_max=16)
-    critic = Critic(config, chance=STREAMS.generator("critic"))
-    check_per_photo_gradients(critic, loss, faces(2, 16))
+    config = DiscriminatorConfig(size=16, channel_base=256, channel_max=16)
+    critic = Discriminator(config, chance=STREAMS.generator("critic"))
+    check_per_example_gradients(critic, loss, faces(2, 16))
 
 
 def test_whole_network_differentiation_is_right_where_a_weight_is_read_elsewhere() -> None:
-    check_per_photo_gradients(Demodulated(), loss, faces(2), engine=WholeNetwork())
-    check_per_photo_gradients(Demodulated(), loss, faces(2), engine=LayerByLayer())
+    check_per_example_gradients(Demodulated(), loss, faces(2), engine=WholeNetwork())
+    check_per_example_gradients(Demodulated(), loss, faces(2), engine=LayerByLayer())
 
 
 def test_the_check_refuses_layerwise_gradients_where_a_weight_is_read_elsewhere() -> None:
     with pytest.raises(PrivacyError):
-        check_per_photo_gradients(Demodulated(), loss, faces(2), engine=OpacusLayers())
+        check_per_example_gradients(Demodulated(), loss, faces(2), engine=OpacusLayers())
 
 
 def test_layerwise_gradients_of_a_critic_with_filters_are_refused_in_our_words() -> None:
-    critic = Critic(CriticConfig(size=8, channel_base=64), chance=STREAMS.generator("critic"))
+    critic = Discriminator(DiscriminatorConfig(size=8, channel_base=64), chance=STREAMS.generator("critic"))
     with pytest.raises(PrivacyError, match="layer by layer"):
-        check_per_photo_gradients(critic, loss, faces(2), engine=OpacusLayers())
+        check_per_example_gradients(critic, loss, faces(2), engine=OpacusLayers())
 
 
 def test_the_check_refuses_minibatch_statistics() -> None:
     with pytest.raises(PrivacyError):
-        check_per_photo_gradients(Coupled(), loss, faces(2), engine=OpacusLayers())
+        check_per_example_gradients(Coupled(), loss, faces(2), engine=OpacusLayers())
     with pytest.raises(PrivacyError, match="photo"):
-        check_per_photo_gradients(Coupled(), loss, faces(2), engine=LayerByLayer())
+        check_per_example_gradients(Coupled(), loss, faces(2), engine=LayerByLayer())
 
 
 def test_the_check_refuses_batch_normalisation() -> None:
     with pytest.raises(PrivacyError, match="mixes photos"):
-        check_per_photo_gradients(Statistics(), loss, faces(2))
+        check_per_example_gradients(Statistics(), loss, faces(2))
 
 
 def test_a_frozen_parameter_gets_no_gradient() -> None:
     module = SmallCritic()
     module.first.weight.requires_grad_(False)
-    shapes = [tuple(g.shape[1:]) for g in per_photo_gradients(module, loss, faces(3))]
+    shapes = [tuple(g.shape[1:]) for g in per_example_gradients(module, loss, faces(3))]
     assert shapes == [(4,), (1, 4, 3, 3), (1,)]
 
 
@@ -314,7 +314,7 @@ def test_scaled_gradients_are_clipped_after_they_are_scaled() -> None:
 
     def step(seen: Tensor) -> Tensor:
         parts = private_gradient(
-            module, seen, loss, mechanism=ClippedSum(clip_norm=0.5), expected_batch=1, sampling_rate=1.0,
+            module, seen, loss, mechanism=ClippedSum(clip_norm=0.5), expected_batch_size=1, sampling_rate=1.0,
             chance=torch.Generator(), scales=scales, microbatch=2,
         )  # fmt: skip
         return torch.cat([part.flatten() for part in parts])
@@ -344,7 +344,7 @@ def draw_by_draw(module: nn.Module, photos: Tensor, draws: Tensor) -> list[list[
 def test_draws_are_averaged_within_each_photo_like_the_slow_twin() -> None:
     """Three draws for each of four photos, every photo its own."""
     module, photos, draws = SmallCritic(), faces(4), drawn(4)
-    ours = per_photo_gradients(module, shifted_loss, photos, draws=draws)
+    ours = per_example_gradients(module, shifted_loss, photos, draws=draws)
     for photo, twin in enumerate(draw_by_draw(module, photos, draws)):
         for one, other in zip(ours, twin, strict=True):
             assert torch.allclose(one[photo], other, rtol=1e-4, atol=1e-7)
@@ -356,7 +356,7 @@ def test_clipping_comes_after_the_mean_over_draws() -> None:
     (twin,) = draw_by_draw(module, photos, draws)
     clip_norm = length(twin) / 3
     ours = private_gradient(
-        module, photos, shifted_loss, mechanism=ClippedSum(clip_norm=clip_norm), expected_batch=1,
+        module, photos, shifted_loss, mechanism=ClippedSum(clip_norm=clip_norm), expected_batch_size=1,
         sampling_rate=1.0, chance=STREAMS.generator("coins"), draw=lambda n: draws[:n], microbatch=1,
     )  # fmt: skip
     assert length(ours) == approx(clip_norm, rel=1e-4)
@@ -374,7 +374,7 @@ def test_every_microbatch_gets_as_many_rows_of_draws_as_it_has_pictures() -> Non
     for photos in (7, 0):
         gradient = private_gradient(
             SmallCritic(), faces(photos), shifted_loss, mechanism=GaussianSum(clip_norm=1.0, sigma=1.0),
-            expected_batch=4, sampling_rate=1.0, chance=SecretNoise(), draw=draw, microbatch=3,
+            expected_batch_size=4, sampling_rate=1.0, chance=SecretNoise(), draw=draw, microbatch=3,
         )  # fmt: skip
         assert all(float(part.abs().max()) > 0 for part in gradient)
     assert asked == [3, 3, 3, 3]
@@ -382,12 +382,12 @@ def test_every_microbatch_gets_as_many_rows_of_draws_as_it_has_pictures() -> Non
 
 def test_the_check_passes_a_loss_with_draws_and_refuses_a_network_that_mixes_photos() -> None:
     """The guard holds with draws as it does without."""
-    check_per_photo_gradients(SmallCritic(), shifted_loss, faces(2), draw=drawn)
+    check_per_example_gradients(SmallCritic(), shifted_loss, faces(2), draw=drawn)
     with pytest.raises(PrivacyError, match="mixes photos"):
-        check_per_photo_gradients(Statistics(), shifted_loss, faces(2), draw=drawn)
+        check_per_example_gradients(Statistics(), shifted_loss, faces(2), draw=drawn)
 
 
 def test_layerwise_gradients_refuse_draws() -> None:
     """Opacus cannot see which rows of a batch belong to one photo."""
     with pytest.raises(PrivacyError, match="WholeNetwork"):
-        per_photo_gradients(SmallCritic(), shifted_loss, faces(2), draws=drawn(2), engine=OpacusLayers())
+        per_example_gradients(SmallCritic(), shifted_loss, faces(2), draws=drawn(2), engine=OpacusLayers())

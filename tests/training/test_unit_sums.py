@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.randomness import SecretNoise, Streams
-from fedface.training.private_steps import per_photo_gradients, private_gradient, private_sum
-from fedface.training.unit_sums import MOST_OF_A_UNIT, joined_photos
+from fedface.training.private_steps import per_example_gradients, private_gradient, private_sum
+from fedface.training.unit_sums import MAX_PHOTOS_PER_UNIT, sample_photos
 
 CLIP = 0.5
 
@@ -46,7 +46,7 @@ def slow_sum(module: nn.Module, pictures: Tensor, units: Tensor) -> list[Tensor]
 def one_step(units: Tensor, microbatch: int, pictures: Tensor) -> list[Tensor]:
     """A step without noise, in which every unit takes part."""
     return private_gradient(
-        network(), pictures, loss, mechanism=ClippedSum(clip_norm=CLIP), expected_batch=1, sampling_rate=1.0,
+        network(), pictures, loss, mechanism=ClippedSum(clip_norm=CLIP), expected_batch_size=1, sampling_rate=1.0,
         chance=torch.Generator().manual_seed(1), units=units, microbatch=microbatch,
     )  # fmt: skip
 
@@ -86,7 +86,7 @@ def test_coins_are_tossed_for_units_and_not_for_photos() -> None:
     """A unit's photos join together, and a unit of one photo joins as often as one of five."""
     units = torch.tensor([0, 1, 1, 1, 1, 1])
     chance = torch.Generator().manual_seed(7)
-    joined = [set(joined_photos(units, 0.3, chance).tolist()) for _ in range(3000)]
+    joined = [set(sample_photos(units, 0.3, chance).tolist()) for _ in range(3000)]
     assert all(found & {1, 2, 3, 4, 5} in (set(), {1, 2, 3, 4, 5}) for found in joined)
     for photo in (0, 1):
         times = sum(photo in found for found in joined)
@@ -99,11 +99,11 @@ def test_of_a_huge_album_a_step_looks_at_sixteen_photos_of_equal_chance() -> Non
     chance = torch.Generator().manual_seed(3)
     seen = torch.zeros(100)
     for _ in range(1000):
-        drawn = joined_photos(units, 1.0, chance)
-        assert len(drawn) == MOST_OF_A_UNIT and len(set(drawn.tolist())) == MOST_OF_A_UNIT
+        drawn = sample_photos(units, 1.0, chance)
+        assert len(drawn) == MAX_PHOTOS_PER_UNIT and len(set(drawn.tolist())) == MAX_PHOTOS_PER_UNIT
         seen[drawn] += 1
-    expected = 1000 * MOST_OF_A_UNIT / 100
-    spread = float(((seen - expected) ** 2).sum() / (expected * (1 - MOST_OF_A_UNIT / 100)))
+    expected = 1000 * MAX_PHOTOS_PER_UNIT / 100
+    spread = float(((seen - expected) ** 2).sum() / (expected * (1 - MAX_PHOTOS_PER_UNIT / 100)))
     assert stats.chi2.cdf(spread, 99) < 0.9999
 
 
@@ -133,7 +133,7 @@ def test_units_that_do_not_fit_are_refused(units: Tensor) -> None:
 def test_without_units_each_photo_is_one() -> None:
     """The same as naming every photo its own unit."""
     pictures = photos(5)
-    gradients = per_photo_gradients(network(), loss, pictures)
+    gradients = per_example_gradients(network(), loss, pictures)
     lengths = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
     scale = (CLIP / lengths).clamp(max=1.0)
     wanted = [torch.einsum("n,n...->...", scale, g) for g in gradients]

@@ -12,21 +12,21 @@ from tiny import GENERATOR, RESOLVER, STYLES, tiny_way, train_task
 from torch import Tensor
 
 from fedface.errors import ConfigError, PrivacyError, WeightsError
-from fedface.federation.device import serve
+from fedface.federation.device import handle_task
 from fedface.federation.simulated import prepare, simulated_device
-from fedface.federation.task import Refusal, Trained
-from fedface.models.adapters import Full, Lora, trained_vector
-from fedface.models.family import Model, Resolved, ResolvedShape, Styled, StyledShape, build
-from fedface.models.resolver import ResolverConfig
-from fedface.models.weights import buffers_of, vector_of, weights_hash
-from fedface.photos.drawn import draw_people
+from fedface.federation.task import Refusal, TrainResult
+from fedface.models.adapters import Full, Lora, flatten_trainable
+from fedface.models.family import Model, SuperResolutionModel, SuperResolutionArchitecture, StyleEncoderModel, StyleEncoderArchitecture, build_model
+from fedface.models.resolver import SuperResolutionNetworkConfig
+from fedface.models.weights import flatten_buffers, flatten_parameters, weights_hash
+from fedface.photos.drawn import render_people
 from fedface.privacy.ledger import Ledger
-from fedface.privacy.plan import Terms
+from fedface.privacy.plan import DPParameters
 from fedface.randomness import SecretNoise, Streams
 from fedface.training.pretrain import pair_losses
 from fedface.training.upsampler import (
     UpsamplerTrainingConfig,
-    lesson_of,
+    reconstruction_loss,
     mark_upsampler,
     train_upsampler_round,
     upsampler_ranges,
@@ -36,29 +36,29 @@ from fedface.upsampling.contracts import squared_difference
 from fedface.upsampling.degrade import Area, BicubicPulse, Chain, Degradation, Noise, Pixelate
 
 STREAMS = Streams(11)
-PHOTOS = draw_people(6, 0.5, 16, STREAMS)
+PHOTOS = render_people(6, 0.5, 16, STREAMS)
 CONFIG = UpsamplerTrainingConfig(
-    rounds=1, steps_per_round=1, sampling_rate=1.0, expected_batch=4, clip_norm=0.5, rate=0.2, momentum=0.0
+    rounds=1, steps_per_round=1, sampling_rate=1.0, expected_batch_size=4, clip_norm=0.5, lr=0.2, momentum=0.0
 )
 SHAPES = {
-    "styles": StyledShape(generator=GENERATOR, encoder=STYLES),
-    "resolver": ResolvedShape(resolver=RESOLVER),
+    "styles": StyleEncoderArchitecture(generator=GENERATOR, encoder=STYLES),
+    "resolver": SuperResolutionArchitecture(network=RESOLVER),
 }
-LARGE = ResolverConfig(side=512, factor=2, width=16, blocks=64)  # 1.2 MB of weights, gigabytes of activations
+LARGE = SuperResolutionNetworkConfig(side=512, factor=2, width=16, blocks=64)  # 1.2 MB of weights, gigabytes of activations
 both = pytest.mark.parametrize("name", SHAPES)
 
 
-def marked(name: str) -> Styled | Resolved:
+def marked(name: str) -> StyleEncoderModel | SuperResolutionModel:
     """A model with what learns marked."""
-    model: Model = build(SHAPES[name], STREAMS.generator(name))
-    assert isinstance(model, Styled | Resolved)
+    model: Model = build_model(SHAPES[name], STREAMS.generator(name))
+    assert isinstance(model, StyleEncoderModel | SuperResolutionModel)
     mark_upsampler(model, Full(), STREAMS.generator("adapter"))
     return model
 
 
-def terms(noise: float = 0.0, config: UpsamplerTrainingConfig = CONFIG) -> Terms:
+def terms(noise: float = 0.0, config: UpsamplerTrainingConfig = CONFIG) -> DPParameters:
     """What was agreed: this schedule, with or without noise."""
-    return Terms(schedule=config.schedule(), noise_multiplier=noise)
+    return DPParameters(schedule=config.schedule(), noise_multiplier=noise)
 
 
 def replayable() -> torch.Generator:
@@ -110,17 +110,17 @@ def test_noise_has_the_agreed_size_also_without_a_photo(name: str) -> None:
 def test_devices_teach_the_encoder_and_never_the_generator() -> None:
     """What travels up has the encoder's length; the networks of the round stay as they were."""
     model = marked("styles")
-    assert isinstance(model, Styled)
-    before = vector_of(*model.modules())
+    assert isinstance(model, StyleEncoderModel)
+    before = flatten_parameters(*model.modules())
     update = train_upsampler_round(model, PHOTOS, CONFIG, terms(), chance=replayable())
-    assert len(update) == len(trained_vector(model.encoder)) == vector_of(model.encoder).numel()
-    assert torch.equal(vector_of(*model.modules()), before)
+    assert len(update) == len(flatten_trainable(model.encoder)) == flatten_parameters(model.encoder).numel()
+    assert torch.equal(flatten_parameters(*model.modules()), before)
 
 
 @both
 def test_ranges_hold_an_update_of_as_many_photos_as_expected(name: str) -> None:
     """Two steps with momentum 0.9 repeat a step 1 + 1.9 times; twice that is the range."""
-    config = UpsamplerTrainingConfig(steps_per_round=2, rate=0.2, clip_norm=0.5, momentum=0.9)
+    config = UpsamplerTrainingConfig(steps_per_round=2, lr=0.2, clip_norm=0.5, momentum=0.9)
     ranges = upsampler_ranges(marked(name), config)
     assert torch.allclose(ranges, torch.full_like(ranges, 2 * 2.9 * 0.2 * 0.5))
 
@@ -129,10 +129,10 @@ def test_ranges_hold_an_update_of_as_many_photos_as_expected(name: str) -> None:
 def test_several_steps_are_descent_with_heavy_balls_momentum(name: str) -> None:
     """A slow twin: v <- 0.5 v + mean gradient, w <- w - rate v, three times; and the answers come nearer."""
     config = UpsamplerTrainingConfig(
-        steps_per_round=3, sampling_rate=1.0, expected_batch=6, clip_norm=1e3, rate=0.02, momentum=0.5
+        steps_per_round=3, sampling_rate=1.0, expected_batch_size=6, clip_norm=1e3, lr=0.02, momentum=0.5
     )
     model = marked(name)
-    lesson, network = lesson_of(config.downscale, config.fit_weight), copy.deepcopy(model.upsampler)
+    lesson, network = reconstruction_loss(config.downscale, config.consistency_weight), copy.deepcopy(model.upsampler)
     weights = [w for _, w in sorted(network.named_parameters()) if w.requires_grad]
     start, pace = [w.detach().clone() for w in weights], [torch.zeros_like(w) for w in weights]
     losses = []
@@ -156,7 +156,7 @@ def test_the_lesson_asks_for_the_photo_and_for_its_pixels() -> None:
     def perfect(low: Tensor) -> Tensor:
         return PHOTOS
 
-    lesson = lesson_of(Area(4), 10.0)
+    lesson = reconstruction_loss(Area(4), 10.0)
     assert float(lesson(perfect, PHOTOS).abs().max()) < 1e-6
     brighter = lesson(lambda low: PHOTOS + 0.1, PHOTOS)
     torch.testing.assert_close(brighter, torch.full((6,), 0.3 + 10.0 * 0.01), atol=1e-5, rtol=0)
@@ -169,8 +169,8 @@ def test_a_device_whose_owner_allows_generators_alone_teaches_no_upsampler(tmp_p
     assert objective_of(experiment.training) == "upsampler"
     prepare(experiment, tmp_path / "allowed")
     task = train_task(experiment, experiment.start())
-    answered = serve(task, simulated_device(experiment, 0, tmp_path / "allowed"))
-    assert isinstance(answered, Trained)
+    answered = handle_task(task, simulated_device(experiment, 0, tmp_path / "allowed"))
+    assert isinstance(answered, TrainResult)
     strict = tiny_way(
         tmp_path,
         way,
@@ -179,22 +179,22 @@ def test_a_device_whose_owner_allows_generators_alone_teaches_no_upsampler(tmp_p
         },
     )
     prepare(strict, tmp_path / "strict")
-    refused = serve(task, simulated_device(strict, 0, tmp_path / "strict"))
+    refused = handle_task(task, simulated_device(strict, 0, tmp_path / "strict"))
     assert isinstance(refused, Refusal) and "upsampler" in refused.reason
 
 
 def test_the_recipe_and_the_network_must_agree_on_what_is_learned(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs a super-resolution network"):
-        check_fits(build(SHAPES["styles"]), UpsamplerTrainingConfig(learner="super-resolution"))
+        check_fits(build_model(SHAPES["styles"]), UpsamplerTrainingConfig(learner="super-resolution"))
     with pytest.raises(ConfigError, match="leaves faces at 16 pixels"):
-        check_fits(build(SHAPES["styles"]), UpsamplerTrainingConfig(downscale=BicubicPulse(1)))
+        check_fits(build_model(SHAPES["styles"]), UpsamplerTrainingConfig(downscale=BicubicPulse(1)))
     with pytest.raises(ConfigError, match="leaves faces at 16 pixels"):
         check_fits(
-            build(SHAPES["resolver"]),
+            build_model(SHAPES["resolver"]),
             UpsamplerTrainingConfig(learner="super-resolution", downscale=Pixelate(16)),
         )
     with pytest.raises(ConfigError, match="does not go with faces of 16 pixels"):
-        check_fits(build(SHAPES["styles"]), UpsamplerTrainingConfig(downscale=Area(5)))
+        check_fits(build_model(SHAPES["styles"]), UpsamplerTrainingConfig(downscale=Area(5)))
     with pytest.raises(ValueError, match="downscale must add no noise"):
         UpsamplerTrainingConfig(downscale=Chain((Area(4), Noise(0.1))))
     with pytest.raises(ConfigError, match="downscale.*must be the one that the network learns to undo"):
@@ -202,8 +202,8 @@ def test_the_recipe_and_the_network_must_agree_on_what_is_learned(tmp_path: Path
 
 
 def test_low_rank_changes_of_an_encoder_send_fewer_numbers() -> None:
-    full, lora = marked("styles"), build(SHAPES["styles"], STREAMS.generator("styles"))
-    assert isinstance(lora, Styled)
+    full, lora = marked("styles"), build_model(SHAPES["styles"], STREAMS.generator("styles"))
+    assert isinstance(lora, StyleEncoderModel)
     mark_upsampler(lora, Lora(rank=2), STREAMS.generator("adapter"))
     assert len(upsampler_ranges(lora, CONFIG)) < len(upsampler_ranges(full, CONFIG)) / 2
 
@@ -214,14 +214,14 @@ def test_low_rank_changes_of_an_encoder_send_fewer_numbers() -> None:
         (
             "resolver",
             {},
-            ResolvedShape(resolver=LARGE),
+            SuperResolutionArchitecture(network=LARGE),
             "numbers in memory",
         ),
         ("styles", {"downscale": Pixelate(16)}, SHAPES["styles"], "leaves faces at 16 pixels"),
     ],
 )
 def test_what_no_device_can_compute_is_refused_before_anything_is_booked(
-    tmp_path: Path, way: str, training: dict[str, Degradation], shape: StyledShape, said: str
+    tmp_path: Path, way: str, training: dict[str, Degradation], shape: StyleEncoderArchitecture, said: str
 ) -> None:
     """A hostile shape, or a downscale that leaves faces as they are: an error, no entry, and no photo read."""
     experiment = tiny_way(tmp_path, way)
@@ -232,13 +232,13 @@ def test_what_no_device_can_compute_is_refused_before_anything_is_booked(
     with pytest.raises((ConfigError, WeightsError, ValueError), match=said):
         wanted = replace(experiment.training, **training)
         if shape is not SHAPES["styles"]:
-            model = build(shape, STREAMS.generator("large"))
-        agreed = replace(task.agreed, training=wanted, shape=model.shape)
+            model = build_model(shape, STREAMS.generator("large"))
+        agreed = replace(task.config, training=wanted, shape=model.architecture)
         hostile = replace(
-            task, agreed=agreed, weights=vector_of(*model.modules()), buffers=buffers_of(*model.modules()),
+            task, agreed=agreed, weights=flatten_parameters(*model.modules()), buffers=flatten_buffers(*model.modules()),
             model=weights_hash(*model.modules()),
         )  # fmt: skip
-        serve(hostile, device)
+        handle_task(hostile, device)
     assert Ledger.open(device.ledger_path).entries() == []
 
 

@@ -11,13 +11,13 @@ from tiny import CRITIC, GENERATOR, WAYS, tiny_experiment, tiny_way
 
 from fedface.errors import ConfigError, PrivacyError
 from fedface.experiment import Experiment
-from fedface.models.adapters import Lora, attach, trained_vector
-from fedface.models.family import EncodedShape, GanShape, Model, Resolved, build
-from fedface.models.weights import vector_of, weights_hash
-from fedface.photos.drawn import ToneMix, draw, sample_faces
+from fedface.models.adapters import Lora, attach, flatten_trainable
+from fedface.models.family import EncoderArchitecture, GanArchitecture, Model, SuperResolutionModel, build_model
+from fedface.models.weights import flatten_parameters, weights_hash
+from fedface.photos.drawn import ToneMix, render, sample_faces
 from fedface.randomness import Streams
 from fedface.shapes import Images
-from fedface.training.ways import Round, begin_round, check_fits, common_streams, words_of
+from fedface.training.ways import TrainingRound, prepare_round, check_fits, common_streams, describe_method
 
 each_way = pytest.mark.parametrize("way", WAYS)
 COMMON = common_streams(3, 1)
@@ -25,16 +25,16 @@ COMMON = common_streams(3, 1)
 
 def photos(count: int, seed: int = 1) -> Images:
     """Drawn faces of 16 px."""
-    return draw(sample_faces(count, ToneMix(light_share=0.5), Streams(seed).generator("faces")), 16)
+    return render(sample_faces(count, ToneMix(light_fraction=0.5), Streams(seed).generator("faces")), 16)
 
 
-def begun(experiment: Experiment) -> tuple[Model, Round]:
+def begun(experiment: Experiment) -> tuple[Model, TrainingRound]:
     """The model before the round, and the round."""
     model = experiment.start()
-    return model, begin_round(model, experiment.training, experiment.plan().terms, COMMON)
+    return model, prepare_round(model, experiment.training, experiment.plan().dp_parameters, COMMON)
 
 
-def update_of(work: Round, seen: Images, name: str = "device") -> torch.Tensor:
+def update_of(work: TrainingRound, seen: Images, name: str = "device") -> torch.Tensor:
     """A replayable update, without a promise."""
     streams = Streams(7).child(name)
     return work.update(seen, chance=streams.generator("no promise"), streams=streams)
@@ -53,7 +53,7 @@ def test_an_update_has_a_range_for_each_number_and_leaves_the_model_alone(tmp_pa
     update = update_of(work, photos(8))
     assert update.shape == work.ranges().shape and update.isfinite().all() and (work.ranges() > 0).all()
     assert weights_hash(*model.modules()) == before
-    assert words_of(experiment.training)
+    assert describe_method(experiment.training)
 
 
 @each_way
@@ -86,10 +86,10 @@ def test_the_sum_of_two_updates_moves_the_weights_by_their_mean(tmp_path: Path, 
     """
     experiment = tiny_way(tmp_path, way, {"promise": "{kind: no-promise}"})
     model, work = begun(experiment)
-    start = vector_of(*model.modules())
+    start = flatten_parameters(*model.modules())
     one, two = update_of(work, photos(8), "one"), update_of(work, photos(8, 2), "two")
     moved = [
-        vector_of(*work.apply(total, devices, Streams(2).generator("m")).modules()) - start
+        flatten_parameters(*work.apply(total, devices, Streams(2).generator("m")).modules()) - start
         for total, devices in ((one, 1), (two, 1), (one + two, 2))
     ]
     assert torch.allclose((moved[0] + moved[1]) / 2, moved[2], atol=1e-4)
@@ -101,8 +101,8 @@ def test_an_update_of_nothing_leaves_the_weights_as_they_were(tmp_path: Path, wa
     """A zero sum: the same weights, and for the prior the standard one."""
     model, work = begun(tiny_way(tmp_path, way, {"promise": "{kind: no-promise}"}))
     after = work.apply(torch.zeros_like(work.ranges()), 2, Streams(2).generator("mean"))
-    assert torch.allclose(vector_of(*after.modules()), vector_of(*model.modules()), atol=1e-6)
-    if isinstance(model, Resolved) or isinstance(after, Resolved):
+    assert torch.allclose(flatten_parameters(*after.modules()), flatten_parameters(*model.modules()), atol=1e-6)
+    if isinstance(model, SuperResolutionModel) or isinstance(after, SuperResolutionModel):
         return  # it draws nobody
     latents = torch.randn(4, model.generator.latent_width, generator=Streams(1).generator("z"))
     assert torch.allclose(after.generator.map(latents), model.generator.map(latents), atol=1e-5)
@@ -112,7 +112,7 @@ def test_an_update_of_nothing_leaves_the_weights_as_they_were(tmp_path: Path, wa
 def test_what_one_photo_releases_is_its_update_undone(tmp_path: Path, way: str) -> None:
     """An audit attacks the vector that a step clips: the same for equal photos, another for another photo."""
     _, work = begun(tiny_way(tmp_path, way, {"promise": "{kind: no-promise}"}))
-    release = work.released(Streams(9))
+    release = work.per_example_release(Streams(9))
     one, other = photos(1), photos(1, 2)
     assert torch.equal(release(one), release(one)) and not torch.allclose(release(one), release(other))
     seen = one.clone().requires_grad_()
@@ -126,7 +126,7 @@ def test_a_gan_that_learns_in_one_step_releases_the_gradient_of_its_critic_loss(
     critic = model.modules()[1]
     loss = torch.nn.functional.softplus(-critic(photos(1))).mean()
     wanted = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(critic.parameters()))])
-    assert torch.allclose(work.released(Streams(9))(photos(1)), wanted, atol=1e-6)
+    assert torch.allclose(work.per_example_release(Streams(9))(photos(1)), wanted, atol=1e-6)
 
 
 @each_way
@@ -138,7 +138,7 @@ def test_a_promised_round_refuses_noise_that_can_be_replayed(tmp_path: Path, way
 
 @pytest.mark.parametrize(("way", "family"), [("full", "flow"), ("prior", "full"), ("flow", "prior")])
 def test_a_way_needs_a_model_of_its_family(tmp_path: Path, way: str, family: str) -> None:
-    model = build(WAYS[family][1])
+    model = build_model(WAYS[family][1])
     with pytest.raises(ConfigError, match="needs a"):
         check_fits(model, tiny_way(tmp_path, way).training)
 
@@ -148,30 +148,30 @@ def test_a_critic_that_looks_at_several_pictures_at_once_is_refused(
     tmp_path: Path, change: dict[str, int]
 ) -> None:
     """Minibatch statistics couple photos, and classes are labels that no device sends."""
-    shape = GanShape(generator=GENERATOR, critic=replace(CRITIC, **change))
+    shape = GanArchitecture(generator=GENERATOR, discriminator=replace(CRITIC, **change))
     with pytest.raises(ConfigError, match="several pictures at once"):
-        check_fits(build(shape), tiny_experiment(tmp_path).training)
+        check_fits(build_model(shape), tiny_experiment(tmp_path).training)
 
 
 @pytest.mark.parametrize("way", ["full", "lora", "prior"])
 def test_a_generator_that_wants_classes_is_refused(tmp_path: Path, way: str) -> None:
     """No device sends the classes of its photos; the same shape without them is taken."""
     shape = WAYS[way][1]
-    assert isinstance(shape, GanShape | EncodedShape)
+    assert isinstance(shape, GanArchitecture | EncoderArchitecture)
     training = tiny_way(tmp_path, way).training
-    check_fits(build(shape), training)
+    check_fits(build_model(shape), training)
     named = replace(shape, generator=replace(shape.generator, classes=3))
     with pytest.raises(ConfigError, match="no device sends the classes"):
-        check_fits(build(named), training)
+        check_fits(build_model(named), training)
 
 
 def test_low_rank_changes_send_fewer_numbers_and_the_prior_fewest(tmp_path: Path) -> None:
     """The counts that `fedface check` prints, against a count by hand."""
     counts = {way: len(begun(tiny_way(tmp_path / way, way))[1].ranges()) for way in WAYS}
-    assert counts["full"] == vector_of(*build(WAYS["full"][1]).modules()).numel()
-    by_hand = build(WAYS["lora"][1])
+    assert counts["full"] == flatten_parameters(*build_model(WAYS["full"][1]).modules()).numel()
+    by_hand = build_model(WAYS["lora"][1])
     for module in by_hand.modules():
         attach(module, Lora(rank=2), Streams(0).generator("a"))
-    assert counts["lora"] == trained_vector(*by_hand.modules()).numel() < counts["full"]
+    assert counts["lora"] == flatten_trainable(*by_hand.modules()).numel() < counts["full"]
     assert counts["prior"] == 1 + 2 * GENERATOR.latent_width < counts["lora"]
     assert counts["flow-lora"] < counts["flow"]

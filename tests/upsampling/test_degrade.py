@@ -24,8 +24,8 @@ from fedface.upsampling.degrade import (
     Noise,
     Pixelate,
     adjoint,
-    in_words,
-    measure,
+    format_degradation,
+    apply_degradation,
 )
 from fedface.upsampling.filters import bicubic_kernel
 from fedface.upsampling.jpeg import Jpeg
@@ -82,7 +82,7 @@ def test_pulse_bicubic_equals_antialiased_bicubic_inside_the_picture(factor: int
         Blur(3.0),
         STORED,
     ],
-    ids=in_words,
+    ids=format_degradation,
 )
 def test_a_picture_of_one_colour_keeps_it(degradation: Degradation) -> None:
     colour = torch.tensor([0.2, 0.5, 0.9]).view(1, 3, 1, 1)
@@ -110,7 +110,7 @@ def test_a_size_that_the_factor_does_not_divide_is_named(degradation: Degradatio
         degradation.apply(torch.zeros(1, 3, 10, 8))
 
 
-@pytest.mark.parametrize("degradation", LINEAR, ids=in_words)
+@pytest.mark.parametrize("degradation", LINEAR, ids=format_degradation)
 def test_the_adjoint_moves_a_linear_degradation_to_the_other_side_of_an_inner_product(
     degradation: Degradation,
 ) -> None:
@@ -126,7 +126,7 @@ def test_the_adjoint_moves_a_linear_degradation_to_the_other_side_of_an_inner_pr
     torch.testing.assert_close(degradation.apply(2 * x - other), 2 * measured - degradation.apply(other))
 
 
-@pytest.mark.parametrize("degradation", LINEAR, ids=in_words)
+@pytest.mark.parametrize("degradation", LINEAR, ids=format_degradation)
 def test_gradients_equal_finite_differences(degradation: Degradation) -> None:
     images = drawn(1, 3, 12, 12).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: degradation.apply(x).square(), images, fast_mode=True)
@@ -179,10 +179,10 @@ def test_measured_noise_has_its_standard_deviation_and_its_mean_is_what_apply_gi
     images = torch.full((1, 3, 120, 120), 0.5)
     degradation = Noise(0.05)
     assert torch.equal(degradation.apply(images), images) and degradation.spread == 0.05
-    left = measure(degradation, images, torch.Generator().manual_seed(1)) - images
+    left = apply_degradation(degradation, images, torch.Generator().manual_seed(1)) - images
     assert left.std().item() == pytest.approx(0.05, rel=0.02)
     assert left.mean().item() == pytest.approx(0, abs=0.05 / 60)
-    again = measure(degradation, images, torch.Generator().manual_seed(1)) - images
+    again = apply_degradation(degradation, images, torch.Generator().manual_seed(1)) - images
     assert torch.equal(left, again)
 
 
@@ -204,7 +204,7 @@ def test_the_spread_of_a_chain_is_what_is_left_of_its_noise(chain: Chain, spread
 def test_the_spread_of_a_chain_is_the_deviation_of_what_it_measures() -> None:
     chain = Chain((Noise(0.2), Blur(0.8), Bicubic(2)))
     images = torch.full((8, 3, 64, 64), 0.5)
-    measured = measure(chain, images, torch.Generator().manual_seed(1))[..., 4:-4, 4:-4]
+    measured = apply_degradation(chain, images, torch.Generator().manual_seed(1))[..., 4:-4, 4:-4]
     assert measured.std().item() == pytest.approx(chain.spread, rel=0.03)
 
 
@@ -224,7 +224,7 @@ def test_what_is_measured_is_clamped_and_what_is_applied_is_not() -> None:
     edge = torch.cat((torch.zeros(1, 3, 16, 8), torch.ones(1, 3, 16, 8)), dim=3)
     sharp = Bicubic(2)
     assert sharp.apply(edge).min() < -0.01 and sharp.apply(edge).max() > 1.01
-    measured = measure(sharp, edge, torch.Generator())
+    measured = apply_degradation(sharp, edge, torch.Generator())
     assert measured.min() == 0 and measured.max() == 1
 
 
@@ -239,13 +239,13 @@ def test_a_stored_photo_has_no_adjoint_and_its_gradient_goes_on() -> None:
 
 
 def test_degradations_are_said_in_words() -> None:
-    assert in_words(BicubicPulse(4)) == "bicubic (PULSE), 4 times smaller"
-    assert in_words(Chain((Blur(1.5), Area(8), Noise(0.02)))) == (
+    assert format_degradation(BicubicPulse(4)) == "bicubic (PULSE), 4 times smaller"
+    assert format_degradation(Chain((Blur(1.5), Area(8), Noise(0.02)))) == (
         "Gaussian blur of 1.5 pixels, then means of blocks, 8 times smaller, then noise of 0.02"
     )
 
 
-@pytest.mark.parametrize("degradation", [*LINEAR, Jpeg(75, "4:2:0"), STORED], ids=in_words)
+@pytest.mark.parametrize("degradation", [*LINEAR, Jpeg(75, "4:2:0"), STORED], ids=format_degradation)
 def test_every_degradation_is_read_from_yaml_as_it_was_written(degradation: Degradation) -> None:
     assert parse(dump(degradation), Degradation, name="d.yaml") == degradation  # type: ignore[arg-type,comparison-overlap]
 

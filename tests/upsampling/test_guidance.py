@@ -13,23 +13,23 @@ from torch import Tensor
 from fedface.config import dump, parse
 from fedface.models.flow import FlowConfig, RectifiedFlow
 from fedface.models.weights import load_flow
-from fedface.upsampling.contracts import Glimpse, squared_difference
+from fedface.upsampling.contracts import StepSnapshot, squared_difference
 from fedface.upsampling.degrade import Area, BicubicPulse, Chain, Degradation, Jpeg
-from fedface.upsampling.guidance import Guidance, GuidanceConfig, gram
+from fedface.upsampling.guidance import GuidedFlowUpsampler, GuidedFlowConfig, gram
 
 ALIKE = NormalFlow(torch.full((48,), 0.2))  # all directions alike: what "isotropic" takes for granted
 UNLIKE = NormalFlow(torch.logspace(-2, -0.5, 48))  # spreads from 0.01 to 0.3
-FINE = GuidanceConfig(steps=100, solves=12, data_spread=0.2, faces_at_once=2000)
-QUICK = GuidanceConfig(steps=3, solves=2)
+FINE = GuidedFlowConfig(steps=100, cg_steps=12, data_std=0.2, faces_at_once=2000)
+QUICK = GuidedFlowConfig(steps=3, cg_steps=2)
 
 
-def compared(flow: NormalFlow, config: GuidanceConfig, *, believed: float = 1.0) -> Agreement:
+def compared(flow: NormalFlow, config: GuidedFlowConfig, *, believed: float = 1.0) -> Agreement:
     """2,000 faces of one photo against the posterior for `believed` times the noise."""
-    prior, matrix, s = flow.prior(), measuring(), config.spread
+    prior, matrix, s = flow.prior(), measuring(), config.noise_std
     root = torch.linalg.cholesky(prior.covariance)
     face = prior.mean + root @ torch.randn(48, generator=STREAMS.generator("truth"))
     seen = matrix @ face + s * torch.randn(12, generator=STREAMS.generator("noise"))
-    found = Guidance(flow, HALVED, config, STREAMS).upsample(seen.view(1, 3, 2, 2), faces_per_photo=2000)
+    found = GuidedFlowUpsampler(flow, HALVED, config, STREAMS).upsample(seen.view(1, 3, 2, 2), faces_per_photo=2000)
     right: Normal = prior.given(matrix, believed * s, seen)
     return agreement(found.images[0].flatten(1), right)
 
@@ -84,11 +84,11 @@ def test_the_embedded_flows_faces_fit_their_photos_and_differ_as_truth_and_sampl
     seen_through: Degradation,
 ) -> None:
     """Given a photo, truth and two samples are exchangeable: all pairs are equally far apart."""
-    base, config = load_flow().generator, GuidanceConfig(steps=25)
+    base, config = load_flow().generator, GuidedFlowConfig(steps=25)
     truth = base.sample(10, STREAMS.generator("originals"))
     photos = seen_through.apply(truth)
-    photos = photos + config.spread * torch.randn(photos.shape, generator=STREAMS.generator("grain"))
-    found = Guidance(base, seen_through, config, STREAMS).upsample(photos, faces_per_photo=2)
+    photos = photos + config.noise_std * torch.randn(photos.shape, generator=STREAMS.generator("grain"))
+    found = GuidedFlowUpsampler(base, seen_through, config, STREAMS).upsample(photos, faces_per_photo=2)
     assert found.converged.double().mean() >= 0.9
     pair = squared_difference(found.images[:, 0], found.images[:, 1]).mean()
     apart = torch.stack([squared_difference(found.images[:, i], truth).mean() for i in (0, 1)]).mean()
@@ -97,19 +97,19 @@ def test_the_embedded_flows_faces_fit_their_photos_and_differ_as_truth_and_sampl
 
 def test_faces_do_not_depend_on_chunks_or_workers(flow: RectifiedFlow, low: Tensor) -> None:
     together, apart, threads = (
-        Guidance(flow, Area(4), replace(QUICK, **change), STREAMS).upsample(low, faces_per_photo=2)  # type: ignore[arg-type]
+        GuidedFlowUpsampler(flow, Area(4), replace(QUICK, **change), STREAMS).upsample(low, faces_per_photo=2)  # type: ignore[arg-type]
         for change in ({}, {"faces_at_once": 1}, {"workers": 2})
     )
     for other in (apart, threads):
         torch.testing.assert_close(other.images, together.images, atol=1e-3, rtol=0)
     assert (together.images[:, 0] - together.images[:, 1]).abs().amax(dim=(1, 2, 3)).min() > 1e-3
     again = squared_difference(Area(4).apply(together.images.flatten(0, 1)), low.repeat_interleave(2, dim=0))
-    torch.testing.assert_close(together.misfit.flatten(), again, atol=1e-7, rtol=1e-4)
+    torch.testing.assert_close(together.consistency_error.flatten(), again, atol=1e-7, rtol=1e-4)
 
 
 def test_equal_streams_give_equal_faces_and_other_streams_others(flow: RectifiedFlow, low: Tensor) -> None:
     first, second, other = (
-        Guidance(flow, Area(4), QUICK, streams).upsample(low, faces_per_photo=1).images
+        GuidedFlowUpsampler(flow, Area(4), QUICK, streams).upsample(low, faces_per_photo=1).images
         for streams in (STREAMS, STREAMS, STREAMS.child("other"))
     )
     assert torch.equal(first, second)
@@ -119,15 +119,15 @@ def test_equal_streams_give_equal_faces_and_other_streams_others(flow: Rectified
 def test_the_flow_is_left_as_it_was(flow: RectifiedFlow, low: Tensor) -> None:
     before = copy.deepcopy(flow.state_dict())
     with torch.no_grad():
-        Guidance(flow, Area(4), QUICK, STREAMS).upsample(low, faces_per_photo=1)
+        GuidedFlowUpsampler(flow, Area(4), QUICK, STREAMS).upsample(low, faces_per_photo=1)
     assert all(torch.equal(weight, before[name]) for name, weight in flow.state_dict().items())
     assert all(weight.requires_grad and weight.grad is None for weight in flow.parameters())
 
 
 def test_every_step_is_shown_and_counted(flow: RectifiedFlow, low: Tensor) -> None:
     heard: list[tuple[int, int]] = []
-    seen: list[Glimpse] = []
-    sampler = Guidance(
+    seen: list[StepSnapshot] = []
+    sampler = GuidedFlowUpsampler(
         flow,
         Area(4),
         replace(QUICK, faces_at_once=2),
@@ -147,27 +147,27 @@ def test_a_jpeg_is_followed_where_the_expected_face_is(low: Tensor) -> None:
     base, seen_through = load_flow().generator, Chain((Area(2), Jpeg(80)))
     photos = seen_through.apply(base.sample(4, STREAMS.generator("originals")))
     free, guided = (
-        Guidance(base, seen_through, GuidanceConfig(spread=spread, steps=12), STREAMS).upsample(
+        GuidedFlowUpsampler(base, seen_through, GuidedFlowConfig(noise_std=spread, steps=12), STREAMS).upsample(
             photos, faces_per_photo=1
         )
         for spread in (100.0, 0.03)
     )
-    assert guided.misfit.mean() < free.misfit.mean() / 10
+    assert guided.consistency_error.mean() < free.consistency_error.mean() / 10
 
 
 def test_no_photos_give_no_faces(flow: RectifiedFlow) -> None:
-    found = Guidance(flow, Area(4), QUICK, STREAMS).upsample(torch.zeros(0, 3, 4, 4), faces_per_photo=3)
-    assert found.images.shape == (0, 3, 3, 16, 16) and found.misfit.shape == (0, 3)
+    found = GuidedFlowUpsampler(flow, Area(4), QUICK, STREAMS).upsample(torch.zeros(0, 3, 4, 4), faces_per_photo=3)
+    assert found.images.shape == (0, 3, 3, 16, 16) and found.consistency_error.shape == (0, 3)
 
 
 def test_wrong_photos_and_settings_are_named(flow: RectifiedFlow) -> None:
-    sampler = Guidance(flow, Area(4), QUICK, STREAMS)
+    sampler = GuidedFlowUpsampler(flow, Area(4), QUICK, STREAMS)
     with pytest.raises(ValueError, match=r"\(n, 3, 4, 4\), got \(1, 3, 8, 8\)"):
         sampler.upsample(torch.zeros(1, 3, 8, 8), faces_per_photo=1)
     with pytest.raises(ValueError, match="finite"):
         sampler.upsample(torch.full((1, 3, 4, 4), float("nan")), faces_per_photo=1)
     with pytest.raises(ValueError, match="must divide"):
-        Guidance(flow, BicubicPulse(5), QUICK, STREAMS)
+        GuidedFlowUpsampler(flow, BicubicPulse(5), QUICK, STREAMS)
     for wrong, message in (
         ({"steps": 1}, "steps must be >= 2, got 1"),
         ({"data_spread": 0.0}, "data_spread must be finite and > 0, got 0"),
@@ -175,9 +175,9 @@ def test_wrong_photos_and_settings_are_named(flow: RectifiedFlow) -> None:
         ({"spread": float("nan")}, "spread must be finite and >= 0, got nan"),
     ):
         with pytest.raises(ValueError, match=message):
-            GuidanceConfig(**wrong)  # type: ignore[arg-type]
+            GuidedFlowConfig(**wrong)  # type: ignore[arg-type]
 
 
 def test_settings_are_read_back_from_a_recipe() -> None:
-    config = GuidanceConfig(churn=0.5)
-    assert parse(dump(config), GuidanceConfig, name="recipe", leave_out=["kind"]) == config
+    config = GuidedFlowConfig(churn=0.5)
+    assert parse(dump(config), GuidedFlowConfig, name="recipe", leave_out=["kind"]) == config

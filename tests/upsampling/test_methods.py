@@ -11,14 +11,14 @@ from fedface.config import parse, plain
 from fedface.errors import ConfigError
 from fedface.experiment import UpsamplingConfig
 from fedface.models.family import (
-    AloneShape,
-    FlowShape,
+    GeneratorArchitecture,
+    FlowArchitecture,
     Model,
-    Resolved,
-    ResolvedShape,
-    Styled,
-    StyledShape,
-    build,
+    SuperResolutionModel,
+    SuperResolutionArchitecture,
+    StyleEncoderModel,
+    StyleEncoderArchitecture,
+    build_model,
 )
 from fedface.randomness import Streams
 from fedface.upsampling.contracts import squared_difference
@@ -26,26 +26,26 @@ from fedface.upsampling.degrade import Area, BicubicPulse
 from fedface.upsampling.methods import (
     BASELINES,
     METHODS,
-    EncodeThenPulseConfig,
-    fitting_method,
-    goes_with,
-    has_one_answer,
+    PulseEncoderInitConfig,
+    default_method,
+    is_compatible,
+    is_deterministic,
     make_upsampler,
     name_of,
-    side_by_side,
+    with_workers,
     title_of,
-    with_models,
+    pair_with_models,
 )
-from fedface.upsampling.one_pass import BicubicConfig, EncodeConfig, NearestConfig, SuperResolutionConfig
+from fedface.upsampling.one_pass import BicubicConfig, StyleEncoderConfig, NearestConfig, SuperResolutionConfig
 from fedface.upsampling.pulse import PulseConfig
 
 STREAMS = Streams(2)
 LOW = torch.rand(3, 3, 4, 4, generator=STREAMS.generator("low"))
 MODELS: dict[str, Model] = {
-    "alone": build(AloneShape(generator=GENERATOR), STREAMS.generator("alone")),
-    "flow": build(FlowShape(flow=FLOW), STREAMS.generator("flow")),
-    "styled": build(StyledShape(generator=GENERATOR, encoder=STYLES), STREAMS.generator("styled")),
-    "resolved": build(ResolvedShape(resolver=RESOLVER), STREAMS.generator("resolved")),
+    "alone": build_model(GeneratorArchitecture(generator=GENERATOR), STREAMS.generator("alone")),
+    "flow": build_model(FlowArchitecture(flow=FLOW), STREAMS.generator("flow")),
+    "styled": build_model(StyleEncoderArchitecture(generator=GENERATOR, encoder=STYLES), STREAMS.generator("styled")),
+    "resolved": build_model(SuperResolutionArchitecture(network=RESOLVER), STREAMS.generator("resolved")),
 }
 
 
@@ -60,23 +60,23 @@ def test_squares_shrink_by_their_mean_to_the_photo_and_by_bicubic_do_not() -> No
     """Nearest undoes area exactly: its misfit is 0. After a bicubic downscale it does not fit."""
     exact = make_upsampler(NearestConfig(), None, Area(4), STREAMS, size=16)
     found = exact.upsample(LOW, faces_per_photo=1)
-    assert float(found.misfit.max()) < 1e-12 and found.converged.all()
+    assert float(found.consistency_error.max()) < 1e-12 and found.converged.all()
     other = make_upsampler(NearestConfig(), None, BicubicPulse(4), STREAMS, size=16)
     found = other.upsample(LOW, faces_per_photo=1)
     again = squared_difference(BicubicPulse(4).apply(found.images[:, 0]), LOW)
-    torch.testing.assert_close(found.misfit[:, 0], again)
-    assert float(found.misfit.min()) > 5e-4 and not found.converged.any()
+    torch.testing.assert_close(found.consistency_error[:, 0], again)
+    assert float(found.consistency_error.min()) > 5e-4 and not found.converged.any()
 
 
 @pytest.mark.parametrize(
-    ("method", "name"), [(EncodeConfig(), "styled"), (SuperResolutionConfig(), "resolved")]
+    ("method", "name"), [(StyleEncoderConfig(), "styled"), (SuperResolutionConfig(), "resolved")]
 )
 def test_a_network_answers_every_photo_once_however_many_faces_are_asked(
-    method: EncodeConfig, name: str
+    method: StyleEncoderConfig, name: str
 ) -> None:
     """The same as calling it, clamped; photos of two sizes are taken by one network."""
     model = MODELS[name]
-    assert isinstance(model, Styled | Resolved)
+    assert isinstance(model, StyleEncoderModel | SuperResolutionModel)
     for factor in (4, 2):
         low = torch.rand(2, 3, 16 // factor, 16 // factor, generator=STREAMS.generator("low"))
         upsampler = make_upsampler(method, model, BicubicPulse(factor), STREAMS, size=16)
@@ -84,14 +84,14 @@ def test_a_network_answers_every_photo_once_however_many_faces_are_asked(
         with torch.no_grad():
             assert torch.equal(found.images[:, 2], model.upsampler(low).clamp(0, 1))
         assert found.steps == 1 and upsampler.low_size == 16 // factor and upsampler.size == 16
-    assert has_one_answer(method)
+    assert is_deterministic(method)
 
 
 def test_a_search_can_start_from_the_encoders_answer() -> None:
     """Its first step shows the encoder's face, up to the noise maps that PULSE draws anew."""
     styled = MODELS["styled"]
-    assert isinstance(styled, Styled)
-    quick = EncodeThenPulseConfig(pulse=PulseConfig(steps=1, mapping_samples=500, trainable_noise=0))
+    assert isinstance(styled, StyleEncoderModel)
+    quick = PulseEncoderInitConfig(pulse=PulseConfig(steps=1, mapping_samples=500, trainable_noise=0))
     found = make_upsampler(quick, styled, BicubicPulse(4), STREAMS, size=16).upsample(LOW, faces_per_photo=1)
     with torch.no_grad():
         answer = styled.upsampler(LOW)
@@ -116,7 +116,7 @@ def test_a_method_says_which_network_it_needs(name: str) -> None:
     if method in BASELINES:
         return
     for model in MODELS.values():
-        if goes_with(method, model):
+        if is_compatible(method, model):
             assert make_upsampler(method, model, Area(4), STREAMS, size=16).low_size == 4
         else:
             with pytest.raises(ConfigError, match=f"the method {name} needs a .*, got a"):
@@ -127,7 +127,7 @@ def test_a_method_says_which_network_it_needs(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_each_family_has_a_method_that_goes_with_it(name: str) -> None:
-    assert goes_with(fitting_method(MODELS[name]), MODELS[name])
+    assert is_compatible(default_method(MODELS[name]), MODELS[name])
 
 
 def test_sizes_that_do_not_fit_are_named() -> None:
@@ -136,7 +136,7 @@ def test_sizes_that_do_not_fit_are_named() -> None:
     with pytest.raises(ConfigError, match="makes faces of 16 pixels, asked for 32"):
         make_upsampler(PulseConfig(), MODELS["alone"], Area(4), STREAMS, size=32)
     with pytest.raises(ConfigError, match="up to 8 x 8 pixels with faces of 16; asked for 16 to 16"):
-        make_upsampler(EncodeConfig(), MODELS["styled"], Area(1), STREAMS, size=16)
+        make_upsampler(StyleEncoderConfig(), MODELS["styled"], Area(1), STREAMS, size=16)
     with pytest.raises(ValueError, match="finite"):
         nearest = make_upsampler(NearestConfig(), None, Area(4), STREAMS, size=16)
         nearest.upsample(torch.full((1, 3, 4, 4), float("nan")), faces_per_photo=1)
@@ -147,20 +147,20 @@ def test_sizes_that_do_not_fit_are_named() -> None:
 def test_a_checkpoint_that_is_given_replaces_the_embedded_one_where_it_goes() -> None:
     """PULSE on a stranger's generator, nearest without any; and a network of no use is refused by name."""
     alone = MODELS["alone"]
-    size, pairs = with_models([PulseConfig(), NearestConfig()], alone)
+    size, pairs = pair_with_models([PulseConfig(), NearestConfig()], alone)
     assert size == 16 and pairs[0][1] is alone and pairs[1][1] is None
     with pytest.raises(
         ConfigError, match="a super-resolution network; it goes with the methods super-resolution"
     ):
-        with_models([PulseConfig()], MODELS["resolved"])
+        pair_with_models([PulseConfig()], MODELS["resolved"])
     with pytest.raises(ConfigError, match="faces of different sizes"):
-        with_models([PulseConfig(), SuperResolutionConfig()], alone)
-    assert with_models([BicubicConfig()], None)[0] == 32
+        pair_with_models([PulseConfig(), SuperResolutionConfig()], alone)
+    assert pair_with_models([BicubicConfig()], None)[0] == 32
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_workers_change_nothing_but_how_many_search_side_by_side(name: str) -> None:
     """One worker is the default; methods without steps have none."""
     method = METHODS[name]
-    assert side_by_side(method, 1) == method
-    assert (side_by_side(method, 2) == method) == has_one_answer(method)
+    assert with_workers(method, 1) == method
+    assert (with_workers(method, 2) == method) == is_deterministic(method)

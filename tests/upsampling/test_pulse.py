@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedface.models.frozen import FrozenStyleGAN2, frozen
-from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
-from fedface.models.weights import load_base
+from fedface.models.frozen import FastStyleGAN2, prepare_for_search
+from fedface.models.stylegan2 import StyleGAN2Config, StyleGAN2
+from fedface.models.weights import load_gan
 from fedface.randomness import Streams
 from fedface.upsampling import pulse
-from fedface.upsampling.contracts import Glimpse, Upsampled, squared_difference
-from fedface.upsampling.degrade import Area, Bicubic, BicubicPulse, Blur, Chain, Noise, measure
+from fedface.upsampling.contracts import StepSnapshot, Upsampled, squared_difference
+from fedface.upsampling.degrade import Area, Bicubic, BicubicPulse, Blur, Chain, Noise, apply_degradation
 from fedface.upsampling.jpeg import Jpeg
-from fedface.upsampling.pulse import Pulse, PulseConfig, geocross
+from fedface.upsampling.pulse import PulseUpsampler, PulseConfig, geocross
 from fedface.upsampling.spherical import SphericalAdam, one_cycle_drop
-from fedface.upsampling.style_fit import fit_styles
+from fedface.upsampling.style_fit import fit_style_gaussian
 
 STREAMS = Streams(7)
 QUICK = PulseConfig(steps=12, mapping_samples=500)
@@ -30,7 +30,7 @@ QUICK = PulseConfig(steps=12, mapping_samples=500)
 
 @pytest.fixture(scope="module")
 def generator() -> StyleGAN2:
-    config = GeneratorConfig(
+    config = StyleGAN2Config(
         size=16, latent_width=16, style_width=16, mapping_layers=2, channel_base=256, channel_max=16
     )
     return StyleGAN2(config, STREAMS.generator("weights"))
@@ -85,7 +85,7 @@ def test_the_style_fit_finds_the_normal_under_a_leaky_relu_of_any_gain() -> None
         def mapping(latents: Tensor, gain: float = gain) -> Tensor:
             return gain * torch.nn.functional.leaky_relu(latents * spread + centre, 0.2)[:, None]
 
-        fit = fit_styles(mapping, 3, samples=40_000, stream=STREAMS.generator("fit"))
+        fit = fit_style_gaussian(mapping, 3, samples=40_000, stream=STREAMS.generator("fit"))
         torch.testing.assert_close(fit.mean, gain * centre, atol=0.05, rtol=0)
         torch.testing.assert_close(fit.std, gain * spread, atol=0.05, rtol=0)
         latents = torch.randn(2, 4, 3, generator=STREAMS.generator("z"))
@@ -96,7 +96,7 @@ def test_the_style_fit_finds_the_normal_under_a_leaky_relu_of_any_gain() -> None
 def test_the_style_fit_of_a_linear_mapping_needs_no_leaky_relu_undone() -> None:
     """Slope 1: styles of a normal distribution are fitted as they are, negative ones too."""
     centre, spread = torch.tensor([-1.0, 0.2]), torch.tensor([0.5, 2.0])
-    fit = fit_styles(
+    fit = fit_style_gaussian(
         lambda latents: (latents * spread + centre)[:, None],
         2,
         samples=40_000,
@@ -122,7 +122,7 @@ def test_the_style_fit_equals_that_of_the_published_code(shared: Path) -> None:
             x = torch.nn.functional.leaky_relu(x @ weight.T * 2**0.5 / 8 + bias, 0.2)
         return x[:, None]
 
-    fit = fit_styles(mapping, 64, samples=20_000, stream=torch.Generator().manual_seed(0))
+    fit = fit_style_gaussian(mapping, 64, samples=20_000, stream=torch.Generator().manual_seed(0))
     np.testing.assert_allclose(fit.mean.numpy(), reference["out/gaussian_fit_mean_20000"], atol=1e-5)
     np.testing.assert_allclose(fit.std.numpy(), reference["out/gaussian_fit_std_20000"], atol=1e-5)
 
@@ -130,27 +130,27 @@ def test_the_style_fit_equals_that_of_the_published_code(shared: Path) -> None:
 def test_photos_that_the_generator_drew_are_matched(generator: StyleGAN2, low: Tensor) -> None:
     """Planted positive: a solution exists, so most searches find one; each success is checked again."""
     config = PulseConfig(steps=100, eps=4e-3, mapping_samples=2000)
-    found = Pulse(generator, BicubicPulse(4), config, STREAMS).upsample(low, faces_per_photo=2)
+    found = PulseUpsampler(generator, BicubicPulse(4), config, STREAMS).upsample(low, faces_per_photo=2)
     assert found.images.shape == (6, 2, 3, 16, 16)
     assert found.converged.float().mean() > 0.7
     again = BicubicPulse(4).apply(found.images.flatten(0, 1))
     misfit = squared_difference(again, low.repeat_interleave(2, dim=0)).view(6, 2)
-    torch.testing.assert_close(found.misfit, misfit, atol=1e-7, rtol=1e-4)
-    assert torch.equal(found.converged, found.misfit <= config.eps)
+    torch.testing.assert_close(found.consistency_error, misfit, atol=1e-7, rtol=1e-4)
+    assert torch.equal(found.converged, found.consistency_error <= config.eps)
     assert 0 <= found.images.min() and found.images.max() <= 1
 
 
 def test_the_measurement_of_a_search_is_the_one_that_is_tested(generator: StyleGAN2) -> None:
     """A chain of blur, downscale, noise and JPEG, searched through its mean and its straight-through gradient."""
     chain = Chain((Blur(0.8), Bicubic(2), Noise(0.01), Jpeg(90, "4:4:4")))
-    photos = measure(chain, generator.sample(3, STREAMS.generator("truth")), STREAMS.generator("noise"))
-    search = Pulse(generator, chain, replace(QUICK, eps=1e-9, steps=30), STREAMS)
+    photos = apply_degradation(chain, generator.sample(3, STREAMS.generator("truth")), STREAMS.generator("noise"))
+    search = PulseUpsampler(generator, chain, replace(QUICK, eps=1e-9, steps=30), STREAMS)
     assert (search.low_size, search.size) == (8, 16)
     found = search.upsample(photos, faces_per_photo=1)
-    first = Pulse(generator, chain, replace(QUICK, eps=1e-9, steps=1), STREAMS)
-    assert (found.misfit < 0.5 * first.upsample(photos, faces_per_photo=1).misfit).all()
+    first = PulseUpsampler(generator, chain, replace(QUICK, eps=1e-9, steps=1), STREAMS)
+    assert (found.consistency_error < 0.5 * first.upsample(photos, faces_per_photo=1).consistency_error).all()
     again = squared_difference(chain.apply(found.images[:, 0]), photos)
-    torch.testing.assert_close(found.misfit[:, 0], again, atol=1e-7, rtol=1e-4)
+    torch.testing.assert_close(found.consistency_error[:, 0], again, atol=1e-7, rtol=1e-4)
 
 
 def test_a_photo_that_no_face_can_match_is_a_value_and_does_not_disturb_the_others(
@@ -159,20 +159,20 @@ def test_a_photo_that_no_face_can_match_is_a_value_and_does_not_disturb_the_othe
     """Clean negative: a checkerboard fails while its neighbours find what they find without it."""
     checkers = (torch.arange(4)[:, None] + torch.arange(4)) % 2
     hard = torch.cat((low[:2], checkers.float().expand(1, 3, 4, 4)))
-    search = Pulse(generator, BicubicPulse(4), replace(QUICK, eps=2e-2), STREAMS)
+    search = PulseUpsampler(generator, BicubicPulse(4), replace(QUICK, eps=2e-2), STREAMS)
     found, without = (search.upsample(photos, faces_per_photo=1) for photos in (hard, low[:2]))
     assert not found.converged[2].any()
-    torch.testing.assert_close(found.misfit[:2], without.misfit, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(found.consistency_error[:2], without.consistency_error, atol=1e-5, rtol=1e-3)
 
 
 def test_a_batch_is_the_same_search_as_one_face_at_a_time(generator: StyleGAN2, low: Tensor) -> None:
     together, alone = (
-        Pulse(generator, BicubicPulse(4), replace(QUICK, faces_at_once=m), STREAMS).upsample(
+        PulseUpsampler(generator, BicubicPulse(4), replace(QUICK, faces_at_once=m), STREAMS).upsample(
             low[:3], faces_per_photo=2
         )
         for m in (64, 1)
     )
-    torch.testing.assert_close(together.misfit, alone.misfit, atol=1e-5, rtol=1e-2)
+    torch.testing.assert_close(together.consistency_error, alone.consistency_error, atol=1e-5, rtol=1e-2)
     torch.testing.assert_close(together.images, alone.images, atol=1e-2, rtol=0)
 
 
@@ -181,10 +181,10 @@ def test_the_best_face_is_kept_so_that_more_steps_of_one_schedule_never_fit_wors
 ) -> None:
     """A reckless rate makes the last face worse than the first; the answer must not follow."""
     config = replace(QUICK, eps=1e-9)
-    first = Pulse(generator, Area(4), replace(config, steps=1), STREAMS)
-    reckless = Pulse(generator, Area(4), replace(config, learning_rate=50.0), STREAMS)
-    start = first.upsample(low, faces_per_photo=1).misfit
-    assert (reckless.upsample(low, faces_per_photo=1).misfit <= start + 1e-6).all()
+    first = PulseUpsampler(generator, Area(4), replace(config, steps=1), STREAMS)
+    reckless = PulseUpsampler(generator, Area(4), replace(config, learning_rate=50.0), STREAMS)
+    start = first.upsample(low, faces_per_photo=1).consistency_error
+    assert (reckless.upsample(low, faces_per_photo=1).consistency_error <= start + 1e-6).all()
 
 
 def test_the_search_stops_when_every_face_fits_and_reports_progress(
@@ -196,7 +196,7 @@ def test_the_search_stops_when_every_face_fits_and_reports_progress(
     def listen(done: int, total: int) -> None:
         heard.append((done, total))
 
-    search = Pulse(generator, BicubicPulse(4), config, STREAMS, progress=listen)
+    search = PulseUpsampler(generator, BicubicPulse(4), config, STREAMS, progress=listen)
     found = search.upsample(low[:4], faces_per_photo=1)
     assert found.steps == 1 and found.converged.all()
     assert heard == [(1, 24), (13, 24)]
@@ -207,7 +207,7 @@ def test_the_generator_is_left_as_it_was(generator: StyleGAN2, low: Tensor) -> N
     before = {name: weight.clone() for name, weight in generator.state_dict().items()}
     asked = [weight.requires_grad for weight in generator.parameters()]
     with torch.no_grad():
-        Pulse(generator, Area(4), QUICK, STREAMS).upsample(low[:1], faces_per_photo=1)
+        PulseUpsampler(generator, Area(4), QUICK, STREAMS).upsample(low[:1], faces_per_photo=1)
     assert all(torch.equal(weight, before[name]) for name, weight in generator.state_dict().items())
     assert [weight.requires_grad for weight in generator.parameters()] == asked and generator.training
     assert all(weight.grad is None for weight in generator.parameters())
@@ -217,7 +217,7 @@ def test_equal_photos_and_streams_give_equal_faces_and_other_streams_give_others
     generator: StyleGAN2, low: Tensor
 ) -> None:
     first, second, other = (
-        Pulse(generator, Area(4), QUICK, streams).upsample(low[:2], faces_per_photo=2).images
+        PulseUpsampler(generator, Area(4), QUICK, streams).upsample(low[:2], faces_per_photo=2).images
         for streams in (STREAMS, STREAMS, STREAMS.child("other"))
     )
     assert torch.equal(first, second)
@@ -228,21 +228,21 @@ def test_equal_photos_and_streams_give_equal_faces_and_other_streams_give_others
 def test_tiled_latents_and_no_noise_are_searched_as_well(generator: StyleGAN2, low: Tensor) -> None:
     config = replace(QUICK, tile_latent=True, trainable_noise=0)
     start, found = (
-        Pulse(generator, Area(4), replace(config, steps=steps, eps=1e-9), STREAMS).upsample(
+        PulseUpsampler(generator, Area(4), replace(config, steps=steps, eps=1e-9), STREAMS).upsample(
             low, faces_per_photo=1
         )
         for steps in (1, 12)
     )
-    assert found.misfit.mean() < start.misfit.mean()
+    assert found.consistency_error.mean() < start.consistency_error.mean()
 
 
 def test_no_photos_give_no_faces(generator: StyleGAN2) -> None:
-    found = Pulse(generator, Area(4), QUICK, STREAMS).upsample(torch.zeros(0, 3, 4, 4), faces_per_photo=3)
-    assert found.images.shape == (0, 3, 3, 16, 16) and found.misfit.shape == (0, 3)
+    found = PulseUpsampler(generator, Area(4), QUICK, STREAMS).upsample(torch.zeros(0, 3, 4, 4), faces_per_photo=3)
+    assert found.images.shape == (0, 3, 3, 16, 16) and found.consistency_error.shape == (0, 3)
 
 
 def test_wrong_photos_and_settings_are_named(generator: StyleGAN2) -> None:
-    search = Pulse(generator, Area(4), QUICK, STREAMS)
+    search = PulseUpsampler(generator, Area(4), QUICK, STREAMS)
     with pytest.raises(ValueError, match=r"\(n, 3, 4, 4\), got \(1, 3, 8, 8\)"):
         search.upsample(torch.zeros(1, 3, 8, 8), faces_per_photo=1)
     with pytest.raises(ValueError, match="finite"):
@@ -252,13 +252,13 @@ def test_wrong_photos_and_settings_are_named(generator: StyleGAN2) -> None:
     with pytest.raises(ValueError, match="eps must be finite and > 0, got 0"):
         PulseConfig(eps=0)
     with pytest.raises(ValueError, match="factor must divide the size 16, got 5"):
-        Pulse(generator, Area(5), QUICK, STREAMS)
+        PulseUpsampler(generator, Area(5), QUICK, STREAMS)
 
 
 def test_the_best_face_of_a_photo_is_the_one_with_the_smallest_misfit() -> None:
     images = torch.arange(6.0).view(2, 3, 1, 1, 1).expand(2, 3, 3, 2, 2)
     misfit = torch.tensor([[0.3, 0.1, 0.2], [0.1, 0.2, float("inf")]])
-    found = Upsampled(images=images, misfit=misfit, converged=misfit < 0.15, steps=1)
+    found = Upsampled(images=images, consistency_error=misfit, converged=misfit < 0.15, steps=1)
     assert found.best()[:, 0, 0, 0].tolist() == [1.0, 3.0]
 
 
@@ -277,28 +277,28 @@ def test_no_figure_rests_on_the_precision_of_the_search(
 ) -> None:
     """Planted positive: a quick form that claims a perfect fit is found out by the float32 weights."""
     claim = low[:1].repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
-    honest = frozen(generator)
+    honest = prepare_for_search(generator)
 
-    def quick(weights: StyleGAN2, *, precision: str) -> FrozenStyleGAN2 | _Flatterer:
+    def quick(weights: StyleGAN2, *, precision: str) -> FastStyleGAN2 | _Flatterer:
         return honest if precision == "float32" else _Flatterer(weights, claim)
 
     monkeypatch.setattr(pulse, "frozen", quick)
     config = replace(QUICK, precision="bfloat16", eps=1e-3)
-    found = Pulse(generator, Area(4), config, STREAMS).upsample(low[:1], faces_per_photo=1)
+    found = PulseUpsampler(generator, Area(4), config, STREAMS).upsample(low[:1], faces_per_photo=1)
     assert squared_difference(Area(4).apply(claim), low[:1]).item() < 1e-12
-    assert found.misfit.item() == pytest.approx(
+    assert found.consistency_error.item() == pytest.approx(
         squared_difference(Area(4).apply(found.images[:, 0]), low[:1]).item(), rel=1e-4
     )
-    assert found.misfit.item() > config.eps
+    assert found.consistency_error.item() > config.eps
     assert not found.converged.any()
 
 
 def test_a_search_in_bfloat16_ends_where_one_in_float32_ends() -> None:
     """The base checkpoint, whose finest layers are rounded: as many faces fit, and as well."""
-    base = load_base().generator
+    base = load_gan().generator
     photos = BicubicPulse(4).apply(base.sample(6, STREAMS.generator("faces"))).clamp(0, 1)
     exact, rounded = (
-        Pulse(
+        PulseUpsampler(
             base, BicubicPulse(4), PulseConfig(steps=60, precision=precision, mapping_samples=2000), STREAMS
         ).upsample(photos, faces_per_photo=1)
         for precision in ("float32", "bfloat16")
@@ -306,13 +306,13 @@ def test_a_search_in_bfloat16_ends_where_one_in_float32_ends() -> None:
     assert torch.equal(rounded.converged, exact.converged)
     assert exact.converged.all()
     again = squared_difference(BicubicPulse(4).apply(rounded.images[:, 0]), photos)
-    torch.testing.assert_close(rounded.misfit[:, 0], again, atol=1e-7, rtol=1e-4)
+    torch.testing.assert_close(rounded.consistency_error[:, 0], again, atol=1e-7, rtol=1e-4)
 
 
 def test_the_weights_of_a_search_are_those_it_was_made_with(generator: StyleGAN2, low: Tensor) -> None:
     """Training on does not change a search that exists."""
     copied = copy.deepcopy(generator)
-    search = Pulse(copied, Area(4), QUICK, STREAMS)
+    search = PulseUpsampler(copied, Area(4), QUICK, STREAMS)
     before = search.upsample(low[:1], faces_per_photo=1)
     with torch.no_grad():
         for weight in copied.parameters():
@@ -325,12 +325,12 @@ def test_two_searches_of_one_generator_leave_its_weights_as_they_were(
 ) -> None:
     """The second begins while the first runs, and the first ends last: gradients are asked for as before."""
     copied = copy.deepcopy(generator)
-    begun: list[Pulse] = []
+    begun: list[PulseUpsampler] = []
 
-    def begin(glimpse: Glimpse) -> None:
+    def begin(glimpse: StepSnapshot) -> None:
         if not begun:
-            begun.append(Pulse(copied, Area(4), QUICK, STREAMS))
+            begun.append(PulseUpsampler(copied, Area(4), QUICK, STREAMS))
             assert not any(weight.requires_grad for weight in copied.parameters())
 
-    Pulse(copied, Area(4), QUICK, STREAMS, watch=begin).upsample(low[:1], faces_per_photo=1)
+    PulseUpsampler(copied, Area(4), QUICK, STREAMS, watch=begin).upsample(low[:1], faces_per_photo=1)
     assert begun and all(weight.requires_grad for weight in copied.parameters())

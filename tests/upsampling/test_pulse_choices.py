@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
+from fedface.models.stylegan2 import StyleGAN2Config, StyleGAN2
 from fedface.randomness import Streams
-from fedface.upsampling.contracts import Glimpse, Upsampled, squared_difference
+from fedface.upsampling.contracts import StepSnapshot, Upsampled, squared_difference
 from fedface.upsampling.degrade import Area, Bicubic, BicubicPulse, Degradation
-from fedface.upsampling.pulse import Pulse, PulseConfig
-from fedface.upsampling.style_fit import StyleFit, fit_styles
+from fedface.upsampling.pulse import PulseUpsampler, PulseConfig
+from fedface.upsampling.style_fit import StyleGaussian, fit_style_gaussian
 
 STREAMS = Streams(7)
 QUICK = PulseConfig(steps=12, mapping_samples=500)
@@ -28,7 +28,7 @@ FOUR = BicubicPulse(4)
 @pytest.fixture(scope="module")
 def generator() -> StyleGAN2:
     """Without noise, whose strengths begin at zero."""
-    config = GeneratorConfig(
+    config = StyleGAN2Config(
         size=16, latent_width=16, style_width=16, mapping_layers=2, channel_base=256, channel_max=16
     )
     return StyleGAN2(config, STREAMS.generator("weights"))
@@ -41,9 +41,9 @@ def low(generator: StyleGAN2) -> Tensor:
 
 def watched(
     generator: StyleGAN2, config: PulseConfig, photos: Tensor, faces: int
-) -> tuple[Upsampled, list[Glimpse]]:
-    seen: list[Glimpse] = []
-    search = Pulse(generator, FOUR, config, STREAMS, watch=seen.append)
+) -> tuple[Upsampled, list[StepSnapshot]]:
+    seen: list[StepSnapshot] = []
+    search = PulseUpsampler(generator, FOUR, config, STREAMS, watch=seen.append)
     return search.upsample(photos, faces_per_photo=faces), seen
 
 
@@ -57,7 +57,7 @@ def test_whoever_watches_sees_every_step_of_the_faces_that_are_still_searched(
     for glimpse in seen:
         assert not glimpse.images.requires_grad and 1 <= glimpse.step <= glimpse.steps == 12
         again = squared_difference(FOUR.apply(glimpse.images), targets[glimpse.faces])
-        torch.testing.assert_close(glimpse.misfit, again)
+        torch.testing.assert_close(glimpse.consistency_error, again)
         left -= set(glimpse.faces.tolist())
     assert not left
     for face, fits in enumerate(found.converged.flatten().tolist()):
@@ -71,14 +71,14 @@ def test_the_last_face_is_the_one_of_the_last_step(generator: StyleGAN2, low: Te
     found, seen = watched(generator, replace(ALL, keep="last"), low, 1)
     torch.testing.assert_close(found.images[:, 0], seen[-1].images.clamp(0, 1), atol=1e-5, rtol=0)
     misfit = squared_difference(FOUR.apply(found.images[:, 0]), low)
-    torch.testing.assert_close(found.misfit[:, 0], misfit, atol=1e-7, rtol=1e-4)
+    torch.testing.assert_close(found.consistency_error[:, 0], misfit, atol=1e-7, rtol=1e-4)
 
 
 def test_the_best_face_is_the_one_of_the_smallest_misfit(generator: StyleGAN2, low: Tensor) -> None:
     """Of the clamped pictures of all twelve steps."""
     found, seen = watched(generator, ALL, low, 1)
     misfits = [squared_difference(FOUR.apply(glimpse.images.clamp(0, 1)), low) for glimpse in seen]
-    torch.testing.assert_close(found.misfit[:, 0], torch.stack(misfits).amin(dim=0), atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(found.consistency_error[:, 0], torch.stack(misfits).amin(dim=0), atol=1e-6, rtol=1e-3)
 
 
 def test_a_search_until_its_end_goes_on_when_every_face_fits(generator: StyleGAN2, low: Tensor) -> None:
@@ -90,19 +90,19 @@ def test_a_search_until_its_end_goes_on_when_every_face_fits(generator: StyleGAN
 def test_a_last_face_that_left_when_it_fitted_fits(generator: StyleGAN2, low: Tensor) -> None:
     found = watched(generator, replace(QUICK, keep="last", eps=2e-2), low, 2)[0]
     assert found.converged.any()
-    assert torch.equal(found.converged, found.misfit <= 2e-2)
+    assert torch.equal(found.converged, found.consistency_error <= 2e-2)
 
 
 def test_the_paper_takes_all_steps_and_the_last_face() -> None:
     paper = PulseConfig.paper()
-    assert (paper.until, paper.keep, paper.steps, paper.learning_rate) == ("end", "last", 100, 0.4)
+    assert (paper.stop, paper.selection, paper.steps, paper.learning_rate) == ("end", "last", 100, 0.4)
     assert (paper.eps, paper.l2, paper.geocross, paper.trainable_noise) == (2e-3, 100.0, 0.05, 5)
-    assert (PulseConfig().until, PulseConfig().keep) == ("fit", "best")
+    assert (PulseConfig().stop, PulseConfig().selection) == ("fit", "best")
 
 
 def test_styles_lead_back_to_their_latents() -> None:
     """Negative ones too; a coordinate that never varies has latent 0."""
-    fit = StyleFit(torch.tensor([0.5, -1.0, 2.0]), torch.tensor([1.0, 0.3, 0.0]))
+    fit = StyleGaussian(torch.tensor([0.5, -1.0, 2.0]), torch.tensor([1.0, 0.3, 0.0]))
     latents = torch.randn(4, 2, 3, generator=STREAMS.generator("latents"))
     latents[..., 2] = 0
     torch.testing.assert_close(fit.latents(fit.styles(latents)), latents)
@@ -117,13 +117,13 @@ def test_a_search_that_starts_at_the_true_styles_fits_at_once(generator: StyleGA
         photos = FOUR.apply(generator.synthesize(styles).clamp(0, 1))
     config = PulseConfig(steps=15, mapping_samples=2000, tile_latent=tile, eps=1e-6, faces_at_once=3)
     near, anywhere = (
-        Pulse(generator, FOUR, config, STREAMS, start=start).upsample(photos, faces_per_photo=2)
+        PulseUpsampler(generator, FOUR, config, STREAMS, start=start).upsample(photos, faces_per_photo=2)
         for start in (lambda given: styles, None)
     )
     assert near.converged[:, 0].all() and not near.converged[:, 1].any()
-    assert near.misfit[:, 1].mean() < 0.8 * anywhere.misfit[:, 1].mean()
-    seen: list[Glimpse] = []
-    Pulse(generator, FOUR, config, STREAMS, start=lambda given: styles, watch=seen.append).upsample(
+    assert near.consistency_error[:, 1].mean() < 0.8 * anywhere.consistency_error[:, 1].mean()
+    seen: list[StepSnapshot] = []
+    PulseUpsampler(generator, FOUR, config, STREAMS, start=lambda given: styles, watch=seen.append).upsample(
         photos, faces_per_photo=1
     )
     assert [glimpse.step for glimpse in seen] == [1, 1, 1]
@@ -139,16 +139,16 @@ def test_starts_are_a_matter_of_the_photo_and_its_own_chance(generator: StyleGAN
         return styles
 
     one, many = (
-        Pulse(generator, FOUR, config, STREAMS, start=start).upsample(low, faces_per_photo=3)
+        PulseUpsampler(generator, FOUR, config, STREAMS, start=start).upsample(low, faces_per_photo=3)
         for config in (QUICK, replace(QUICK, faces_at_once=4, workers=2))
     )
     assert torch.equal(asked[0], low) and len(asked) == 2
-    torch.testing.assert_close(one.misfit, many.misfit, atol=1e-5, rtol=1e-2)
+    torch.testing.assert_close(one.consistency_error, many.consistency_error, atol=1e-5, rtol=1e-2)
 
 
 def test_wrong_starts_are_named(generator: StyleGAN2, low: Tensor) -> None:
     for wrong in (torch.zeros(6, 5, 16), torch.full((6, 6, 16), float("nan"))):
-        search = Pulse(generator, FOUR, QUICK, STREAMS, start=lambda photos, wrong=wrong: wrong)  # type: ignore[misc]
+        search = PulseUpsampler(generator, FOUR, QUICK, STREAMS, start=lambda photos, wrong=wrong: wrong)  # type: ignore[misc]
         with pytest.raises(ValueError, match=r"start must give finite styles of shape \(6, 6, 16\)"):
             search.upsample(low, faces_per_photo=1)
 
@@ -158,12 +158,12 @@ def test_workers_find_what_one_finds(generator: StyleGAN2, low: Tensor) -> None:
     heard: list[tuple[int, int]] = []
     threads = torch.get_num_threads()
     alone, shared = (
-        Pulse(
+        PulseUpsampler(
             generator, FOUR, replace(QUICK, workers=workers), STREAMS, progress=lambda *at: heard.append(at)
         ).upsample(low[:5], faces_per_photo=2)
         for workers in (1, 3)
     )
-    torch.testing.assert_close(shared.misfit, alone.misfit, atol=1e-5, rtol=1e-2)
+    torch.testing.assert_close(shared.consistency_error, alone.consistency_error, atol=1e-5, rtol=1e-2)
     torch.testing.assert_close(shared.images, alone.images, atol=1e-2, rtol=0)
     together = [done for done, of in heard if of == 3 * 12]
     assert len(together) > 12 and together == sorted(together) and together[-1] == 36
@@ -173,11 +173,11 @@ def test_workers_find_what_one_finds(generator: StyleGAN2, low: Tensor) -> None:
 
 
 def test_an_error_of_whoever_watches_ends_all_workers(generator: StyleGAN2, low: Tensor) -> None:
-    def refuse(glimpse: Glimpse) -> None:
+    def refuse(glimpse: StepSnapshot) -> None:
         raise InterruptedError("enough")
 
     config = replace(ALL, workers=2, faces_at_once=1)
-    search = Pulse(generator, FOUR, config, STREAMS, watch=refuse)
+    search = PulseUpsampler(generator, FOUR, config, STREAMS, watch=refuse)
     threads = torch.get_num_threads()
     with pytest.raises(InterruptedError, match="enough"):
         search.upsample(low, faces_per_photo=2)
@@ -222,18 +222,18 @@ def test_any_size_and_factor_can_be_searched(size: int, degradation: Degradation
     styles = torch.randn(3, 2, 6, generator=STREAMS.generator("patch"))
     photos = degradation.apply(generator.synthesize(styles))
     first, found = (
-        Pulse(generator, degradation, replace(QUICK, eps=1e-9, steps=steps), STREAMS).upsample(
+        PulseUpsampler(generator, degradation, replace(QUICK, eps=1e-9, steps=steps), STREAMS).upsample(
             photos, faces_per_photo=1
         )
         for steps in (1, 60)
     )
     assert found.images.shape == (3, 1, 3, size, size)
     assert photos.shape[2] == size // degradation.factor
-    assert found.misfit.mean() < 0.2 * first.misfit.mean()
+    assert found.consistency_error.mean() < 0.2 * first.consistency_error.mean()
 
 
 def test_the_style_fit_keeps_the_type_of_its_styles() -> None:
-    fit = fit_styles(
+    fit = fit_style_gaussian(
         lambda latents: latents.double()[:, None], 3, samples=100, stream=STREAMS.generator("fit")
     )
     assert fit.mean.dtype == fit.std.dtype == torch.float64

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fedface.models.contracts import Generator
 from fedface.models.stylegan1 import StyleGAN1, StyleGAN1Config
-from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
+from fedface.models.stylegan2 import StyleGAN2Config, StyleGAN2
 from fedface.randomness import Streams
-from fedface.upsampling.contracts import Glimpse, Upsampled
+from fedface.upsampling.contracts import StepSnapshot, Upsampled
 from fedface.upsampling.degrade import BicubicPulse
-from fedface.upsampling.pulse import Pulse, PulseConfig
+from fedface.upsampling.pulse import PulseUpsampler, PulseConfig
 
 STREAMS = Streams(7)
 DRAWS = 5000  # of the mapping, instead of a million
@@ -65,7 +65,7 @@ def published_weights(shared: Path) -> StyleGAN1:
 
 
 def stylegan2() -> StyleGAN2:
-    config = GeneratorConfig(
+    config = StyleGAN2Config(
         size=32, latent_width=32, style_width=32, mapping_layers=4, channel_base=512, channel_max=32
     )
     chance = STREAMS.generator("weights")
@@ -82,11 +82,11 @@ def photos_of(generator: StyleGAN1 | StyleGAN2, count: int) -> Tensor:
 
 def by_pulse(generator: Generator, photos: Tensor, config: PulseConfig) -> tuple[Upsampled, Trajectory]:
     """The answer, and what was seen on the way."""
-    seen: list[Glimpse] = []
-    search = Pulse(generator, BicubicPulse(4), config, STREAMS, watch=seen.append)
+    seen: list[StepSnapshot] = []
+    search = PulseUpsampler(generator, BicubicPulse(4), config, STREAMS, watch=seen.append)
     found = search.upsample(photos, faces_per_photo=1)
     assert [glimpse.step for glimpse in seen] == list(range(1, config.steps + 1))
-    return found, [(glimpse.images, glimpse.misfit) for glimpse in seen]
+    return found, [(glimpse.images, glimpse.consistency_error) for glimpse in seen]
 
 
 def by_twin(generator: Generator, photos: Tensor, config: PulseConfig) -> Trajectory:
