@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fedface.aggregation.encrypted import make_device, make_keys, make_server
-from fedface.aggregation.protocol import (
+from fedface.aggregation.homomorphic import make_device, make_keys, make_server
+from fedface.aggregation.payload import (
     Aggregation,
     AggregationConfig,
     AggregationParameters,
@@ -28,7 +28,7 @@ from fedface.aggregation.protocol import (
     Payload,
     PlainConfig,
 )
-from fedface.aggregation.quantise import Quantiser
+from fedface.aggregation.quantisation import Quantiser
 from fedface.randomness import Streams
 
 VALUE_RANGE = 0.1

@@ -15,8 +15,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 
-from fedface.reports.comparison_figures import COLOURS, png_on_white
-from fedface.reports.figures import GREY_ON_BOTH, INK, STYLE
+from fedface.reports.charts import GREY_ON_BOTH, INK, STYLE
+from fedface.reports.comparison_charts import COLOURS, png_on_white
 
 EPSILONS = (8.0, 3.0, 1.0, 0.5)  # from the highest curve to the lowest
 DASHES = ("-", "-", (0, (5, 2)), (0, (1.5, 1.5)))

@@ -8,7 +8,7 @@ memory is the table's (on a GPU, what was allocated there). Rows of one size tak
 on the same cores disturbs all of them. With one thread on a CPU, seconds are CPU seconds.
 
 plain: `StyleGAN2` with weights that ask for no gradient; in bfloat16 by torch.autocast.
-frozen: `fedface.models.frozen`.
+frozen: `fedface.models.fast_stylegan2`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from pathlib import Path
 
 import torch
 
-from fedface.models.contracts import Generator, draw_noise
-from fedface.models.frozen import Precision, prepare_for_search
-from fedface.models.stylegan2 import StyleGAN2Config, StyleGAN2
+from fedface.models.fast_stylegan2 import Precision, prepare_for_search
+from fedface.models.generator_protocol import Generator, draw_noise
+from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
 from fedface.randomness import Streams
 
 FORMS = ("plain", "frozen")
@@ -90,10 +90,10 @@ def measure(case: Case) -> Result:
     if case.form == "frozen":
         generator = prepare_for_search(whole, precision=case.precision)
         del whole
-    chance = Streams(1).generator("inputs")
-    latents = torch.randn(1, 512, generator=chance).to(case.device)
+    rng = Streams(1).generator("inputs")
+    latents = torch.randn(1, 512, generator=rng).to(case.device)
     styles = generator.map(latents).detach().clone()
-    noise = [plane.to(case.device) for plane in draw_noise(generator, 1, chance)]
+    noise = [plane.to(case.device) for plane in draw_noise(generator, 1, rng)]
     half = case.form == "plain" and case.precision == "bfloat16"
     with torch.autocast(case.device, dtype=torch.bfloat16, enabled=half):
         with torch.no_grad():

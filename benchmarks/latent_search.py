@@ -13,7 +13,7 @@ published widths), the same starts and the same photos, which the generator drew
 
 First every row is timed in turn, a few steps at once and `--rounds` rounds of it, so that another program on the same
 cores disturbs all rows. Then each row searches for `--steps` steps; the table has the median of all steps, and the
-loss is the mean over faces of the misfit of the last one. The tolerance is too small to be met, so that every row
+loss is the mean over faces of the consistency error of the last one. The tolerance is too small to be met, so that every row
 descends to its last step. Memory is the peak of a process of its own that does two steps. With one thread, seconds
 are CPU seconds. The second table, how faces per second grow with the batch and with a second core, is that of
 `side_by_side.py`.
@@ -39,12 +39,12 @@ from plain_stylegan2 import PlainGenerator, searched
 from side_by_side import scaling_table
 from torch import Tensor
 
-from fedface.models.contracts import sample
-from fedface.models.frozen import Precision, fast_precision
+from fedface.models.fast_stylegan2 import Precision, fast_precision
+from fedface.models.generator_protocol import sample
 from fedface.randomness import Streams
-from fedface.shapes import LowImages
-from fedface.upsampling.degrade import BicubicPulse
-from fedface.upsampling.pulse import PulseUpsampler, PulseConfig
+from fedface.tensor_types import LowImages
+from fedface.upsampling.degradation import BicubicPulse
+from fedface.upsampling.pulse import PulseConfig, PulseUpsampler
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "upsampling"))
 from published_loop import published_loop, starts  # the twin that the tests hold the search against
@@ -101,24 +101,26 @@ class Case:
         return BicubicPulse(self.size // self.low_size).apply(drawn).clamp(0, 1)
 
     def search(self, photos: LowImages, steps: int, hear: Callable[[Tensor], None]) -> None:
-        """Take all steps; `hear` is called with every face's misfit after each synthesis."""
+        """Take all steps; `hear` is called with every face's consistency error after each synthesis."""
         weights = searched(self.size, self.base).to(self.device).requires_grad_(False)
         degradation, streams = BicubicPulse(self.size // self.low_size), Streams(2)
         if self.row in LOOPS:
             generator = PlainGenerator(weights) if self.row == "published" else weights
             draws = torch.randn(DRAWS, weights.latent_width, generator=streams.generator("pulse/mapping"))
-            width, chance = weights.config.style_width, streams.generator("pulse/search")
-            latents, noise = starts(weights, len(photos), width, chance)
+            width, rng = weights.config.style_width, streams.generator("pulse/search")
+            latents, noise = starts(weights, len(photos), width, rng)
             factor = degradation.factor
-            for _, misfit in published_loop(
+            for _, consistency_error in published_loop(
                 generator, photos, draws, latents, noise, steps=steps, factor=factor, eps=NEVER
             ):
-                hear(misfit)
+                hear(consistency_error)
         else:
             precision: Precision = "bfloat16" if self.row == "bfloat16" else "float32"
             paper = replace(PulseConfig.paper(), eps=NEVER, mapping_samples=DRAWS)
             config = replace(paper, steps=steps, precision=precision)
-            search = PulseUpsampler(weights, degradation, config, streams, watch=lambda glimpse: hear(glimpse.consistency_error))
+            search = PulseUpsampler(
+                weights, degradation, config, streams, watch=lambda glimpse: hear(glimpse.consistency_error)
+            )
             search.upsample(photos, faces_per_photo=1)
 
     def now(self) -> float:
@@ -132,7 +134,7 @@ class Result:
 
     case: Case
     seconds: float  # of one step, median
-    losses: list[float]  # the misfit of each face in the last step
+    losses: list[float]  # the consistency error of each face in the last step
     steps: int  # that these took
     peak: float  # MiB
 
@@ -147,9 +149,9 @@ def timed(case: Case, photos: LowImages, steps: int) -> tuple[list[float], list[
     marks: list[float] = []
     last: list[float] = []
 
-    def hear(misfit: Tensor) -> None:
+    def hear(consistency_error: Tensor) -> None:
         marks.append(case.now())
-        last[:] = misfit.tolist()
+        last[:] = consistency_error.tolist()
 
     case.search(photos, steps, hear)
     return [after - before for before, after in zip(marks[1:], marks[2:], strict=False)], last

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedface.models.stylegan2 import Block, StyleGAN2Config, StyledConv, StyleGAN2, ToRGB
-from fedface.models.weights import load_gan
+from fedface.models.checkpoint import load_gan
+from fedface.models.stylegan2 import Block, StyledConv, StyleGAN2, StyleGAN2Config, ToRGB
 from fedface.randomness import Streams
-from fedface.shapes import Images, Latents, Styles
+from fedface.tensor_types import Images, Latents, Styles
 
 
 def zero_inserted(x: Tensor, kernel: Tensor, *, up: int, pad: tuple[int, int]) -> Tensor:
@@ -114,11 +114,11 @@ def searched(size: int, base: int) -> StyleGAN2:
         channel_base=base,
         channel_max=512,
     )
-    chance = Streams(0).generator(f"benchmark/{size}/{base}")
-    generator = StyleGAN2(config, chance)
+    rng = Streams(0).generator(f"benchmark/{size}/{base}")
+    generator = StyleGAN2(config, rng)
     with torch.no_grad():
         for layer in generator.synthesis.modules():
             if isinstance(layer, StyledConv):
                 layer.noise_strength.fill_(0.05)
-                layer.bias.copy_(0.1 * torch.randn(layer.bias.shape, generator=chance))
+                layer.bias.copy_(0.1 * torch.randn(layer.bias.shape, generator=rng))
     return generator

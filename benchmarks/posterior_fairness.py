@@ -8,7 +8,7 @@ as it came (PR), turn as many faces from light to dark as from dark to light (SP
 the original as two of its faces for one photo are from each other: given the photo, original and samples are
 exchangeable. Groups are the halves of the Monk scale, read from pixels. Photos are measured 4 times smaller (PULSE's
 bicubic, noise 0.02) and 16 times smaller (means of blocks, noise 0.1: 2 x 2 pixels, where tone is often open). PULSE
-stops at the misfit of that noise. Chains for 2 x 2 pixels are shorter than the default, which
+stops at the consistency error of that noise. Chains for 2 x 2 pixels are shorter than the default, which
 is made for 4 times smaller. With --mixing, chains of four photos are followed instead, for several lengths of a move
 and equal numbers of gradients.
 """
@@ -24,18 +24,18 @@ import torch
 from torch import Tensor
 
 from fedface.audits.bias import DARKER_FROM, HALVES, confusion, fairness_metrics
-from fedface.audits.disaggregate import mean_interval, rates_by_group
-from fedface.models.contracts import Generator, sample
-from fedface.models.frozen import prepare_for_search
-from fedface.models.weights import load_gan, load_flow
-from fedface.photos.tone import measure_tone
+from fedface.audits.group_metrics import mean_interval, rates_by_group
+from fedface.models.checkpoint import load_flow, load_gan
+from fedface.models.fast_stylegan2 import prepare_for_search
+from fedface.models.generator_protocol import Generator, sample
+from fedface.photos.skin_tone import measure_tone
 from fedface.randomness import Streams
-from fedface.shapes import Images, LowImages
-from fedface.upsampling.contracts import StepSnapshot, Upsampler, squared_difference
-from fedface.upsampling.degrade import Area, BicubicPulse, Degradation
-from fedface.upsampling.guidance import GuidedFlowUpsampler, GuidedFlowConfig
-from fedface.upsampling.langevin import HmcUpsampler, HmcConfig
-from fedface.upsampling.pulse import PulseUpsampler, PulseConfig
+from fedface.tensor_types import Images, LowImages
+from fedface.upsampling.degradation import Area, BicubicPulse, Degradation
+from fedface.upsampling.flow_posterior import GuidedFlowConfig, GuidedFlowUpsampler
+from fedface.upsampling.latent_hmc import HmcConfig, HmcUpsampler
+from fedface.upsampling.pulse import PulseConfig, PulseUpsampler
+from fedface.upsampling.upsampler import StepSnapshot, Upsampler, squared_difference
 
 HEADS = (
     "method",
@@ -53,7 +53,7 @@ MIXING = (
     "leaps a move",
     "directions of the metric",
     "accepted",
-    "misfit / noise^2 at the end",
+    "consistency error / noise^2 at the end",
     "R-hat of means of 8 x 8 pixels, median / largest",
     "R-hat of Monk tone, median / largest",
 )
@@ -75,7 +75,11 @@ class Measurement:
 
 MEASUREMENTS = {
     4: Measurement(BicubicPulse(4), 0.02, HmcConfig(noise_std=0.02)),
-    16: Measurement(Area(16), 0.1, HmcConfig(noise_std=0.1, noise_levels=6, transitions=2, final_transitions=8, leapfrog_steps=10)),
+    16: Measurement(
+        Area(16),
+        0.1,
+        HmcConfig(noise_std=0.1, noise_levels=6, transitions=2, final_transitions=8, leapfrog_steps=10),
+    ),
 }
 
 
@@ -94,7 +98,9 @@ def rows(workers: int) -> dict[str, Row]:
     drawn = prepare_for_search(base)
 
     def pulse(seen: Measurement, streams: Streams) -> Upsampler:
-        return PulseUpsampler(base, seen.degradation, PulseConfig(eps=seen.noise**2, workers=workers), streams)
+        return PulseUpsampler(
+            base, seen.degradation, PulseConfig(eps=seen.noise**2, workers=workers), streams
+        )
 
     def fitted(seen: Measurement, streams: Streams) -> Upsampler:
         # Far below the noise: close to the best fit, as published searches are.
@@ -177,24 +183,34 @@ def mixing(seen: Measurement, streams: Streams, *, leaps: int, rank: int) -> str
     drawn, photos, chains = prepare_for_search(load_gan().generator), 4, 4
     low = seen.photos(sample(drawn, photos, streams.generator("mixing")), streams.generator("mixing/noise"))
     config = HmcConfig(
-        noise_std=seen.noise, leapfrog_steps=leaps, rank=rank, transitions=48 // leaps, final_transitions=640 // leaps, noise_levels=12
+        noise_std=seen.noise,
+        leapfrog_steps=leaps,
+        rank=rank,
+        transitions=48 // leaps,
+        final_transitions=640 // leaps,
+        noise_levels=12,
     )
     colours: list[Tensor] = []
     monks: list[Tensor] = []
-    misfits: list[Tensor] = []
+    consistency_errors: list[Tensor] = []
 
     def look(glimpse: StepSnapshot) -> None:
         if glimpse.step > config.noise_levels * config.transitions:
             images = glimpse.images.clamp(0, 1)
             colours.append(torch.nn.functional.avg_pool2d(images, 8).flatten(1))
             monks.append(measure_tone(images).monk[:, None])
-            misfits.append(glimpse.consistency_error)
+            consistency_errors.append(glimpse.consistency_error)
 
     sampler = HmcUpsampler(load_gan().generator, seen.degradation, config, streams, watch=look)
     found = sampler.upsample(low, faces_per_photo=chains)
-    moved = torch.stack(misfits)
+    moved = torch.stack(consistency_errors)
     accepted = float((moved[1:] != moved[:-1]).double().mean())
-    told = [f"{leaps}", f"{rank}", f"{accepted:.2f}", f"{float(found.consistency_error.mean()) / seen.noise**2:.2f}"]
+    told = [
+        f"{leaps}",
+        f"{rank}",
+        f"{accepted:.2f}",
+        f"{float(found.consistency_error.mean()) / seen.noise**2:.2f}",
+    ]
     for trace in (colours, monks):
         apart = r_hat(torch.stack(trace).view(config.final_transitions, photos, chains, -1))
         told.append(f"{float(apart.median()):.2f} / {float(apart.max()):.2f}")

@@ -1,6 +1,6 @@
 """What a private step costs beside an ordinary one, for each of our networks that sees photos.
 
-    python benchmarks/private_step.py [--networks critic flow ...] [--batch 64] [--rounds 5] [--memory] [--json FILE]
+    python benchmarks/private_step.py [--networks discriminator flow ...] [--batch 64] [--rounds 5] [--memory] [--json FILE]
 
 The baseline is the non-private step: the mean gradient of the batch by one backward pass. Every other row gives the
 sum of clipped per-photo gradients plus noise, and takes turns with the baseline in one process of one thread; the
@@ -43,15 +43,15 @@ from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClippi
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from fedface.models.adapters import Full
-from fedface.models.weights import load_gan, load_flow, load_super_resolution, load_style_encoder
+from fedface.models.checkpoint import load_flow, load_gan, load_style_encoder, load_super_resolution
+from fedface.models.lora import Full
 from fedface.privacy.mechanism import GaussianSum
 from fedface.randomness import SecretNoise, Streams
 from fedface.training.flow import loss_over_draws, times_and_noises
-from fedface.training.generator import d_loss_real
-from fedface.training.per_photo import PerExampleLoss, clipped_unit_sum, trainable_parameters
-from fedface.training.upsampler import reconstruction_loss, mark_upsampler
-from fedface.upsampling.degrade import BicubicPulse
+from fedface.training.gan import d_loss_real
+from fedface.training.per_example_gradients import PerExampleLoss, clipped_unit_sum, trainable_parameters
+from fedface.training.upsampler import mark_upsampler, reconstruction_loss
+from fedface.upsampling.degradation import BicubicPulse
 
 STREAMS = Streams(1)
 MECHANISM = GaussianSum(clip_norm=0.1, sigma=1.0)
@@ -73,7 +73,7 @@ class Case:
         return (part,) if self.draws is None else (part, self.draws[start:end])
 
 
-def critic(photos: Tensor) -> Case:
+def discriminator(photos: Tensor) -> Case:
     return Case(load_gan().discriminator, d_loss_real, photos)
 
 
@@ -89,7 +89,7 @@ def upsampler(photos: Tensor, load: Callable) -> Case:
 
 
 NETWORKS: dict[str, Callable[[Tensor], Case]] = {
-    "critic": critic,
+    "discriminator": discriminator,
     "flow": lambda photos: flow(photos, 1),
     "flow, 4 draws": lambda photos: flow(photos, 4),
     "style encoder": lambda photos: upsampler(photos, load_style_encoder),

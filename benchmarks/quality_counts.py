@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedface.audits.feature_networks import ColourFeatures, open_features
-from fedface.audits.features import frechet_distance, frechet_interval, kernel_interval
-from fedface.audits.quality import manifold_metrics
-from fedface.photos.drawn import ToneMix, render, sample_faces
+from fedface.audits.feature_distances import frechet_distance, frechet_interval, kernel_interval
+from fedface.audits.feature_extractors import ColourFeatures, open_features
+from fedface.audits.sample_quality import manifold_metrics
 from fedface.randomness import Streams
+from fedface.synthetic.faces import ToneMix, render, sample_faces
 
 COUNTS = (40, 80, 160, 320, 640, 1280, 2560)
 HEAD = (
@@ -28,12 +28,12 @@ HEAD = (
 )  # fmt: skip
 
 
-def drawn_features(count: int, light_share: float, generator: torch.Generator) -> Tensor:
+def drawn_features(count: int, light_fraction: float, generator: torch.Generator) -> Tensor:
     """Colour features of drawn faces at 32 px, (count, 132)."""
     extractor = open_features(ColourFeatures())
     parts = []
     for start in range(0, count, 2000):
-        faces = sample_faces(min(2000, count - start), ToneMix(light_fraction=light_share), generator)
+        faces = sample_faces(min(2000, count - start), ToneMix(light_fraction=light_fraction), generator)
         parts.append(extractor.features(render(faces, 32)))
     return torch.cat(parts)
 

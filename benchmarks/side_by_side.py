@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 from plain_stylegan2 import searched
 
-from fedface.models.contracts import sample
+from fedface.models.generator_protocol import sample
 from fedface.models.stylegan2 import StyleGAN2
 from fedface.randomness import Streams
-from fedface.upsampling.contracts import StepSnapshot
-from fedface.upsampling.degrade import BicubicPulse
-from fedface.upsampling.pulse import PulseUpsampler, PulseConfig
+from fedface.upsampling.degradation import BicubicPulse
+from fedface.upsampling.pulse import PulseConfig, PulseUpsampler
+from fedface.upsampling.upsampler import StepSnapshot
 
 STEPS = {32: 20, 64: 3, 256: 3}
 WAYS = {"1 thread": (1, 1), "2 threads in an operation": (2, 1), "2 workers": (1, 2)}  # threads, workers

@@ -7,6 +7,6 @@ is no more to it on purpose. This file may come from a server; what enforces the
 from functools import partial
 from pathlib import Path
 
-from fedface.federation.flower import client_app, device_of
+from fedface.transport.flower import client_app, device_of
 
 app = client_app(partial(device_of, home=Path(__file__).resolve().parents[1]))

@@ -1,7 +1,7 @@
 """YAML -> frozen dataclasses, or one sentence that says where it is wrong and what would be right.
 
 Called by experiment.py, the device's policy and the command line. The only door to yaml. A choice between
-several dataclasses is made by the key `kind`: `kind: encrypted` picks `EncryptedConfig`.
+several dataclasses is made by the key `kind`: `kind: homomorphic` picks `HomomorphicConfig`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def read(
     Args:
         path: The file.
         wanted: A frozen dataclass; its fields' types say what is allowed, its `__post_init__` which ranges.
-        changes: Dotted keys with new values, such as {"promise.epsilon": "3"}, which win over the file.
+        changes: Dotted keys with new values, such as {"privacy.epsilon": "3"}, which win over the file.
         leave_out: Top-level keys that somebody else reads.
 
     Raises:
@@ -183,8 +183,10 @@ def dump(value: Any) -> str:
 
 
 def kind_of(choice: type) -> str:
-    """The word that picks a dataclass in YAML: `EncryptedConfig` -> "encrypted", `DrawnDevices` -> "drawn-devices"."""
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", choice.__name__.removesuffix("Config"))
+    """The word that picks a dataclass in YAML: `HomomorphicConfig` -> "homomorphic", `SyntheticDevices` -> "synthetic-devices"."""
+    words = re.sub(
+        r"(?<=[a-z0-9])(?=[A-Z])", "-", choice.__name__.removesuffix("Config").removesuffix("Architecture")
+    )
     return words.lower()
 
 

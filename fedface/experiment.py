@@ -13,22 +13,41 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, assert_never
 
-from fedface.aggregation.protocol import AggregationConfig, AggregationParameters, HomomorphicConfig, PlainConfig
-from fedface.audits.private_figures import LocalMetricsConfig
+from fedface.aggregation.payload import (
+    AggregationConfig,
+    AggregationParameters,
+    HomomorphicConfig,
+    PlainConfig,
+)
+from fedface.audits.dp_metrics import LocalMetricsConfig
 from fedface.config import plain, read, section
 from fedface.errors import ConfigError
-from fedface.models.family import EncoderModel, FlowModel, GanModel, Model, SuperResolutionModel, StyleEncoderModel
-from fedface.models.weights import load_as, load_gan, load_encoder, load_flow, load_super_resolution, load_style_encoder
-from fedface.photos.partition import ByGroup, Dirichlet, Even
-from fedface.privacy.plan import Plan, Schedule, DPParameters, make_plan
+from fedface.models.checkpoint import (
+    load_as,
+    load_encoder,
+    load_flow,
+    load_gan,
+    load_style_encoder,
+    load_super_resolution,
+)
+from fedface.models.model import (
+    EncoderModel,
+    FlowModel,
+    GanModel,
+    Model,
+    StyleEncoderModel,
+    SuperResolutionModel,
+)
+from fedface.photos.client_partition import ByGroup, Dirichlet, Even
+from fedface.privacy.plan import DPParameters, Plan, Schedule, make_plan
 from fedface.privacy.policy import DevicePolicy
-from fedface.privacy.target import NoPrivacy, PrivacyTarget, format_delta
+from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget, format_delta
 from fedface.training.flow import FlowTrainingConfig
-from fedface.training.generator import GanTrainingConfig
-from fedface.training.prior import PriorTrainingConfig
+from fedface.training.gan import GanTrainingConfig
+from fedface.training.latent_prior import PriorTrainingConfig
+from fedface.training.training_methods import Training, objective_of
 from fedface.training.upsampler import UpsamplerTrainingConfig
-from fedface.training.ways import Training, objective_of
-from fedface.upsampling.degrade import BicubicPulse, Degradation, format_degradation
+from fedface.upsampling.degradation import BicubicPulse, Degradation, format_degradation
 from fedface.upsampling.methods import Method, check_method, default_method
 
 NO_DP_LABEL = "∞"  # where others have an epsilon: a run without a promise
@@ -46,12 +65,12 @@ class SyntheticDevices:
 
     def __post_init__(self) -> None:
         if not self.light_fractions:
-            raise ValueError("light_shares must name at least one device, got none")
+            raise ValueError("light_fractions must name at least one device, got none")
         for share in self.light_fractions:
             if not 0 <= share <= 1:
-                raise ValueError(f"light_shares must lie in [0, 1], got {share}")
+                raise ValueError(f"light_fractions must lie in [0, 1], got {share}")
         if self.photos_per_device < 2:
-            raise ValueError(f"photos_each must be at least 2, got {self.photos_per_device}")
+            raise ValueError(f"photos_per_device must be at least 2, got {self.photos_per_device}")
         if self.photos_per_occasion < 1 or self.photos_per_device % self.photos_per_occasion:
             raise ValueError(
                 f"photos_per_occasion must divide the {self.photos_per_device} photos of a device, "
@@ -107,7 +126,7 @@ class SyntheticProbe:
         if self.per_group < 2:
             raise ValueError(f"each must be at least 2, got {self.per_group}")
         if self.light_fraction is not None and not 0 <= self.light_fraction <= 1:
-            raise ValueError(f"light_share must lie in [0, 1], got {self.light_fraction}")
+            raise ValueError(f"light_fraction must lie in [0, 1], got {self.light_fraction}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +185,7 @@ class EvaluationConfig:
     metrics: LocalMetricsConfig = field(default_factory=LocalMetricsConfig)
 
     def __post_init__(self) -> None:
-        for name in ("share", "held_out"):
+        for name in ("share", "holdout_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in (0, 1), got {getattr(self, name)}")
         if not 0 < self.sampling_rate <= 1:
@@ -223,12 +242,12 @@ class Experiment:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
         if not 1 <= self.min_responses <= self.devices.count:
             raise ValueError(
-                f"fewest_answers must lie between 1 and the {self.devices.count} devices, got {self.min_responses}"
+                f"min_responses must lie between 1 and the {self.devices.count} devices, got {self.min_responses}"
             )
         if isinstance(self.aggregation, HomomorphicConfig):
             if (fewest := self.aggregation.min_devices) > self.devices.count:
                 raise ValueError(
-                    f"aggregation: fewest_devices must be at most the {self.devices.count} devices, got {fewest}; "
+                    f"aggregation: min_devices must be at most the {self.devices.count} devices, got {fewest}; "
                     "nobody could open a sum"
                 )
         if isinstance(self.training, UpsamplerTrainingConfig):
@@ -239,7 +258,7 @@ class Experiment:
                     f"got {format_degradation(self.upsampling.downscale)}"
                 )
         if not 1e-6 <= self.update_clip_norm <= 1e6:
-            raise ValueError(f"update_clip must lie in [1e-6, 1e6], got {self.update_clip_norm}")
+            raise ValueError(f"update_clip_norm must lie in [1e-6, 1e6], got {self.update_clip_norm}")
         if isinstance(self.privacy, PrivacyTarget):
             self._check_promise(self.privacy)
         elif self.evaluation is not None:
@@ -279,7 +298,7 @@ class Experiment:
         if self.devices.count < (fewest := self.evaluation.metrics.min_group_size):
             raise ValueError(
                 "evaluation: with a promise per library a device counts as one, and figures of fewer than "
-                f"smallest_group = {fewest} are not told, so nothing would be; got {self.devices.count} devices. "
+                f"min_group_size = {fewest} are not told, so nothing would be; got {self.devices.count} devices. "
                 "Ask more devices, promise per photo or occasion, or leave the figures out"
             )
 
@@ -293,7 +312,12 @@ class Experiment:
         beside: list[DPParameters] = []
         if self.evaluation is not None and isinstance(self.privacy, PrivacyTarget):
             beside.append(self.evaluation.dp_parameters(self.privacy, EVALUATIONS))
-        return make_plan(self.privacy, self.training.schedule(), update_clip_norm=self.update_clip_norm, additional_releases=beside)
+        return make_plan(
+            self.privacy,
+            self.training.schedule(),
+            update_clip_norm=self.update_clip_norm,
+            additional_releases=beside,
+        )
 
     @property
     def holdout_fraction(self) -> float:
@@ -346,7 +370,9 @@ class Experiment:
             case UpsamplerTrainingConfig(learner="style-encoder"):
                 model = load_style_encoder() if self.base is None else load_as(self.base, StyleEncoderModel)
             case UpsamplerTrainingConfig():
-                model = load_super_resolution() if self.base is None else load_as(self.base, SuperResolutionModel)
+                model = (
+                    load_super_resolution() if self.base is None else load_as(self.base, SuperResolutionModel)
+                )
             case _:
                 assert_never(self.training)
         # What no audit could be made with must not be found out after the last round.

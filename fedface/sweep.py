@@ -1,6 +1,6 @@
 """Several runs of one question: every combination of what a file's `vary` lists.
 
-Called by `fedface compare`. An axis of `vary` is either a key with values, `promise.epsilon: [1, 3, 10]`, or a
+Called by `fedface compare`. An axis of `vary` is either a key with values, `privacy.epsilon: [1, 3, 10]`, or a
 name with named variants, each a set of keys with values:
 
     vary:
@@ -23,7 +23,7 @@ from typing import Any
 from fedface.config import section
 from fedface.errors import ConfigError
 from fedface.experiment import NO_DP_LABEL, VARY, Experiment, read_one
-from fedface.privacy.target import PrivacyTarget
+from fedface.privacy.privacy_target import PrivacyTarget
 
 MAX_RUNS = 1000
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedface.coordinator.model_ranking import load_candidates, run_ranking
+from fedface.coordinator.rounds import ProgressListener
+from fedface.coordinator.run import initialize_run, run_experiment
+from fedface.coordinator.run_folder import locked
 from fedface.experiment import RemoteDevices
-from fedface.federation.coordinator import initialize_run, run_experiment
-from fedface.federation.flower import GridCohort
-from fedface.federation.folders import locked
-from fedface.federation.orders import RunConfig, devices_folder, read_run_config
-from fedface.federation.rounds import ProgressListener
-from fedface.federation.simulated import prepare
-from fedface.federation.tournament import load_candidates, run_ranking
+from fedface.simulation.devices import prepare
+from fedface.transport.flower import GridCohort
+from fedface.transport.run_config import RunConfig, devices_folder, read_run_config
 
 HOME = Path(__file__).resolve().parents[1]
 
@@ -28,12 +28,12 @@ class LineWatcher:
 
     def stage(self, name: str, steps: int) -> None:
         """A stage begins."""
-        self.say(name)
+        self.message(name)
 
-    def step(self, done: int) -> None:
+    def advance(self, done: int) -> None:
         """Nothing: a log has no progress bar."""
 
-    def say(self, sentence: str) -> None:
+    def message(self, sentence: str) -> None:
         """One line."""
         print(sentence, flush=True)
 
@@ -56,7 +56,7 @@ def main(grid: Grid, context: Context) -> None:
             initialize_run(order.experiment, order.folder)
         prepare(order.experiment, devices_folder(order.folder))
         run_experiment(order.experiment, cohort, order.folder, watcher=watcher, command=command)
-    watcher.say(f"the report is in {order.folder / 'report.html'}")
+    watcher.message(f"the report is in {order.folder / 'report.html'}")
 
 
 def _tournament(order: RunConfig, cohort: GridCohort, watcher: ProgressListener, command: str) -> None:

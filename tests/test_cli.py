@@ -13,15 +13,15 @@ import torch
 from command_line import Said, caller
 from tiny import first_device, tiny_experiment, tiny_file, tiny_gan, train_task
 
-from fedface.cli import runs
+from fedface.cli import run
+from fedface.coordinator.run import initialize_run
+from fedface.coordinator.run_folder import locked
+from fedface.device.client import handle_task
 from fedface.errors import FedfaceError
-from fedface.federation.coordinator import initialize_run
-from fedface.federation.device import handle_task
-from fedface.federation.folders import locked
-from fedface.models.family import GeneratorModel
-from fedface.models.stylegan2 import StyleGAN2Config, StyleGAN2
-from fedface.models.weights import save_model, flatten_parameters
-from fedface.photos.pixels import write_png
+from fedface.models.checkpoint import flatten_parameters, save_model
+from fedface.models.model import GeneratorModel
+from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
+from fedface.photos.image_io import write_png
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
@@ -80,10 +80,10 @@ def test_an_unknown_command_or_option_is_code_2(fedface) -> None:  # type: ignor
 def test_check_says_what_travels_bare_to_a_trusted_server(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     told = {
         "promise": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, trust: server}",
-        "evaluation": "{figures: {smallest_group: 2}}",
+        "evaluation": "{figures: {min_group_size: 2}}",
     }
     changes = [part for key, value in told.items() for part in ("--set", f"{key}={value}")]
-    said = " ".join(fedface("check", str(tiny_file(tmp_path)), *changes).out.split())
+    said = " ".join(fedface("plan", str(tiny_file(tmp_path)), *changes).out.split())
     assert "bare until the server noises their sum" in said
     assert "what bare updates and figures let the server guess about them, nothing bounds" in said
 
@@ -91,17 +91,17 @@ def test_check_says_what_travels_bare_to_a_trusted_server(fedface, tmp_path: Pat
 def test_check_warns_of_noise_that_drowns_the_sum_of_few_devices(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Length sigma * sqrt(8,007) against two updates of length 1: some fifty times."""
     library = "promise={kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, trust: server}"
-    said = " ".join(fedface("check", str(tiny_file(tmp_path)), "--set", library).out.split())
+    said = " ".join(fedface("plan", str(tiny_file(tmp_path)), "--set", library).out.split())
     sigma = tiny_experiment(tmp_path, {"promise": library.partition("=")[2]}).plan().noise_multiplier
     assert f"about {sigma * 8007**0.5 / 2:,.0f} times as long as the sum of 2 devices' updates" in said
-    assert "warning" not in fedface("check", str(tiny_file(tmp_path))).out
+    assert "warning" not in fedface("plan", str(tiny_file(tmp_path))).out
 
 
 def test_check_does_not_fill_a_terminal_with_a_line_for_each_of_many_devices(  # type: ignore[no-untyped-def]
     fedface, tmp_path: Path
 ) -> None:
-    many = f"devices.light_shares=[{', '.join(['0.5'] * 30)}]"
-    said = fedface("check", str(tiny_file(tmp_path)), "--set", many).out
+    many = f"devices.light_fractions=[{', '.join(['0.5'] * 30)}]"
+    said = fedface("plan", str(tiny_file(tmp_path)), "--set", many).out
     assert said.count("drawn faces") == 12 and "and 18 more" in said and "devices: 30" in said
 
 
@@ -117,14 +117,14 @@ def test_a_wrong_key_is_said_with_its_line(fedface, tmp_path: Path, command: str
 def test_mistakes_in_options_are_sentences(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """A missing file, --set without a value, a value that is no YAML, --photos where none are wanted."""
     path = str(tiny_file(tmp_path))
-    assert 'no such file; did you mean "tiny.yaml"' in sentence(fedface("check", str(tmp_path / "tony.yaml")))
-    assert "--set wants KEY=VALUE" in sentence(fedface("check", path, "--set", "seed"))
-    assert "--set seed: not valid YAML" in sentence(fedface("check", path, "--set", "seed=["))
-    assert "seed: must be >= 0" in sentence(fedface("check", path, "--set", "seed=-1"))
-    assert "--photos goes with labelled" in sentence(fedface("check", path, "--photos", "."))
-    assert "no such checkpoint" in sentence(fedface("check", path, "--set", "base=none.safetensors"))
+    assert 'no such file; did you mean "tiny.yaml"' in sentence(fedface("plan", str(tmp_path / "tony.yaml")))
+    assert "--set wants KEY=VALUE" in sentence(fedface("plan", path, "--set", "seed"))
+    assert "--set seed: not valid YAML" in sentence(fedface("plan", path, "--set", "seed=["))
+    assert "seed: must be >= 0" in sentence(fedface("plan", path, "--set", "seed=-1"))
+    assert "--photos goes with labelled" in sentence(fedface("plan", path, "--photos", "."))
+    assert "no such checkpoint" in sentence(fedface("plan", path, "--set", "base=none.safetensors"))
     assert "does not go with faces of 16 pixels" in sentence(
-        fedface("check", path, "--set", "upsampling.downscale={kind: area, factor: 3}")
+        fedface("plan", path, "--set", "upsampling.downscale={kind: area, factor: 3}")
     )
     assert not Path("runs").exists()
 
@@ -134,7 +134,7 @@ def test_check_prints_the_plan(fedface, tmp_path: Path) -> None:  # type: ignore
     path = tiny_file(tmp_path)
     plan = tiny_experiment(tmp_path).plan()
     bounds = plan.epsilon()
-    said = fedface("check", str(path))
+    said = fedface("plan", str(path))
     assert said.code == 0 and bounds is not None
     for words in (
         "Does a small run end?",
@@ -152,7 +152,7 @@ def test_check_prints_the_plan(fedface, tmp_path: Path) -> None:  # type: ignore
 
 def test_check_as_json_says_the_same_in_numbers(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """And the bytes are those of a payload made for the purpose."""
-    told = json.loads(fedface("check", str(tiny_file(tmp_path)), "--json").out)
+    told = json.loads(fedface("plan", str(tiny_file(tmp_path)), "--json").out)
     plan = tiny_experiment(tmp_path).plan()
     assert told["noise_multiplier"] == plan.noise_multiplier
     assert told["schedule"]["sampling_rate"] == 0.5 and told["promise"]["delta"] == 1e-3
@@ -164,7 +164,7 @@ def test_check_as_json_says_the_same_in_numbers(fedface, tmp_path: Path) -> None
 
 def test_check_without_a_promise_says_so(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """In capitals, and as null."""
-    words = ("check", str(tiny_file(tmp_path)), "--set", "promise={kind: no-promise}")
+    words = ("plan", str(tiny_file(tmp_path)), "--set", "promise={kind: no-privacy}")
     assert "NO PROMISE" in fedface(*words).out
     assert json.loads(fedface(*words, "--json").out)["epsilon"] is None
 
@@ -210,7 +210,7 @@ def test_two_processes_do_not_work_on_one_run(fedface, tmp_path: Path) -> None: 
 def test_real_devices_are_not_waited_for_in_this_process(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """A sentence with the way to go."""
     said = sentence(
-        fedface("run", str(tiny_file(tmp_path)), "--set", "devices={kind: real-devices, count: 2}")
+        fedface("run", str(tiny_file(tmp_path)), "--set", "devices={kind: remote-devices, count: 2}")
     )
     assert "real devices" in said and "server/README.md" in said
     assert not Path("runs").exists()
@@ -228,13 +228,13 @@ def test_photos_and_reports_that_are_not_there_are_sentences(fedface, tmp_path: 
         said = fedface("upsample", photo)
         assert said.code == 2 and "fedface: " in said.err and "Traceback" not in said.err
     assert fedface("upsample", "words.jpg", "--factor", "0").code == 2
-    said = fedface("upsample", "words.jpg", "--generator", "words.jpg")
+    said = fedface("upsample", "words.jpg", "--checkpoint", "words.jpg")
     assert "not a readable safetensors file" in sentence(said)
     assert 'did you mean "pulse"?' in sentence(fedface("upsample", "words.jpg", "--method", "pulze"))
     assert "--factor must divide the 32 pixels" in sentence(fedface("upsample", "words.jpg", "--factor", "5"))
     assert "no picture in this folder" in sentence(fedface("upsample", "empty", "--method", "nearest"))
-    assert "no such folder of labelled photos" in sentence(fedface("methods", "--photos", "nowhere"))
-    said = fedface("methods", "--photos", "empty", "--light-share", "0.5")
+    assert "no such folder of labelled photos" in sentence(fedface("benchmark", "--photos", "nowhere"))
+    said = fedface("benchmark", "--photos", "empty", "--light-share", "0.5")
     assert "--light-share goes with drawn faces" in sentence(said)
 
 
@@ -267,9 +267,9 @@ def test_a_folder_of_small_faces_becomes_sheets_and_a_record(fedface, tmp_path: 
 
 def test_methods_are_compared_and_the_baselines_are_there(fedface) -> None:  # type: ignore[no-untyped-def]
     """One network beside nearest and bicubic; the table, the record and two pictures lie in the folder."""
-    said = fedface("methods", "--method", "super-resolution", "--each", "9", "--out", "compared", "--json")
+    said = fedface("benchmark", "--method", "super-resolution", "--each", "9", "--out", "compared", "--json")
     told = json.loads(said.out)
-    assert [each["method"] for each in told["methods"]] == ["super-resolution", "nearest", "bicubic"]
+    assert [each["method"] for each in told["benchmark"]] == ["super-resolution", "nearest", "bicubic"]
     names = ["by-group.png", "faces.png", "methods.json", "methods.md"]
     assert sorted(path.name for path in Path("compared").iterdir()) == names
 
@@ -277,13 +277,13 @@ def test_methods_are_compared_and_the_baselines_are_there(fedface) -> None:  # t
 def test_a_key_is_made_once_and_for_hidden_sums_only(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Mode 0600; never over another key; never where sums are open."""
     path = tiny_file(tmp_path)
-    assert "there is no key to share" in sentence(fedface("device", "key", "k", "--experiment", str(path)))
-    path.write_text(path.read_text().replace("{kind: plain}", "{kind: encrypted}"))
-    said = fedface("device", "key", "keys/sum.key", "--experiment", str(path))
+    assert "there is no key to share" in sentence(fedface("device", "keygen", "k", "--experiment", str(path)))
+    path.write_text(path.read_text().replace("{kind: plain}", "{kind: homomorphic}"))
+    said = fedface("device", "keygen", "keys/sum.key", "--experiment", str(path))
     assert said.code == 0 and "not to the server" in said.out
     assert Path("keys/sum.key").stat().st_mode & 0o777 == 0o600
     assert "never overwritten" in sentence(
-        fedface("device", "key", "keys/sum.key", "--experiment", str(path))
+        fedface("device", "keygen", "keys/sum.key", "--experiment", str(path))
     )
 
 
@@ -314,7 +314,7 @@ def test_a_checkpoint_is_shown_as_a_sheet(fedface, tmp_path: Path) -> None:  # t
     """A PNG of samples."""
     save_model(tmp_path / "gan.safetensors", tiny_gan())
     said = fedface(
-        "base", "sheet", str(tmp_path / "sheet.png"), "--generator", str(tmp_path / "gan.safetensors")
+        "base", "sheet", str(tmp_path / "sheet.png"), "--checkpoint", str(tmp_path / "gan.safetensors")
     )
     assert said.code == 0 and (tmp_path / "sheet.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -322,15 +322,15 @@ def test_a_checkpoint_is_shown_as_a_sheet(fedface, tmp_path: Path) -> None:  # t
 def test_a_file_that_cannot_be_written_is_a_sentence(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """In a folder that is not there, over a folder, among the parts of a file."""
     tiny = tiny_file(tmp_path)
-    assert "No such file" in sentence(fedface("photos", "draw", "none/sheet.png"))
-    assert "Is a directory" in sentence(fedface("photos", "draw", str(tmp_path)))
+    assert "No such file" in sentence(fedface("photos", "synthesize", "none/sheet.png"))
+    assert "Is a directory" in sentence(fedface("photos", "synthesize", str(tmp_path)))
     assert "Not a directory" in sentence(fedface("report", str(tiny)))
 
 
 def test_a_networks_settings_that_cannot_be_are_sentences(fedface) -> None:  # type: ignore[no-untyped-def]
     """With the option's name, for both kinds of networks."""
     for file in ("x.onnx", "x.pt"):
-        words = ("quality", "--network", file)
+        words = ("evaluate", "--network", file)
         said = sentence(fedface(*words, "--network-std", "0", "0", "0"))
         assert said.startswith("--network-std must be three numbers > 0")
         assert sentence(fedface(*words, "--network-size", "1")).startswith(
@@ -349,26 +349,28 @@ def test_training_does_not_begin_for_a_file_that_cannot_be_written(  # type: ign
         raise ZeroDivisionError
 
     for recipe in ("pretrain", "pretrain_flow", "pretrain_encoder"):
-        monkeypatch.setattr(sys.modules["fedface.cli.base"], recipe, begun)
+        monkeypatch.setattr(sys.modules["fedface.cli.pretrain"], recipe, begun)
     for command in ("train", "flow", "encoder"):
-        assert "is a folder" in sentence(fedface("base", command, "--out", "."))
+        assert "is a folder" in sentence(fedface("pretrain", command, "--out", "."))
         with pytest.raises(ZeroDivisionError):
-            fedface("base", command, "--out", "a.safetensors")
+            fedface("pretrain", command, "--out", "a.safetensors")
 
 
 def test_an_encoder_is_not_begun_for_a_generator_with_classes(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Such a generator needs a label beside the latent, which no encoder names."""
     config = StyleGAN2Config(size=8, latent_width=4, style_width=4, channel_base=32, channel_max=4, classes=2)
     save_model(tmp_path / "a.safetensors", GeneratorModel(StyleGAN2(config, torch.Generator()), {}))
-    said = sentence(fedface("base", "encoder", "--generator", "a.safetensors", "--shorten", "0.0001"))
+    said = sentence(
+        fedface("pretrain", "encoder", "--checkpoint", "a.safetensors", "--step-fraction", "0.0001")
+    )
     assert said.startswith("a.safetensors: its generator has 2 classes")
     assert not Path("encoder32.safetensors").exists()
 
 
 def test_escape_codes_do_not_reach_the_terminal_in_an_error(fedface) -> None:  # type: ignore[no-untyped-def]
     """Of our own errors and of the system's; brackets stay brackets."""
-    assert sentence(fedface("check", "[/red]\x1b[2J.yaml")) == "[/red]?[2J.yaml: no such file"
-    assert sentence(fedface("photos", "draw", "[/red]\x1b[2J/a.png")).startswith(
+    assert sentence(fedface("plan", "[/red]\x1b[2J.yaml")) == "[/red]?[2J.yaml: no such file"
+    assert sentence(fedface("photos", "synthesize", "[/red]\x1b[2J/a.png")).startswith(
         "[/red]?[2J/a.png: No such file"
     )
 
@@ -379,7 +381,7 @@ def test_an_interrupt_says_what_is_kept(fedface, monkeypatch: pytest.MonkeyPatch
     def interrupted(*words: object, **more: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "read_experiment", interrupted)
+    monkeypatch.setattr(run, "read_experiment", interrupted)
     said = fedface("run", "x.yaml")
     assert said.code == 130 and "continue a run with --resume" in said.err
 
@@ -390,7 +392,7 @@ def test_what_is_not_our_error_is_a_traceback(fedface, monkeypatch: pytest.Monke
     def broken(*words: object, **more: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(runs, "read_experiment", broken)
+    monkeypatch.setattr(run, "read_experiment", broken)
     with pytest.raises(ZeroDivisionError):
         fedface("run", "x.yaml")
     assert not issubclass(ZeroDivisionError, FedfaceError)

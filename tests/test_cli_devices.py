@@ -17,12 +17,12 @@ from command_line import caller
 from tiny import first_device, tiny_experiment, tiny_gan, train_task
 
 from fedface.cli import device_log
-from fedface.federation.belongings import device_state
-from fedface.federation.device import handle_task
-from fedface.federation.task import Refusal, TrainResult
+from fedface.device.client import handle_task
+from fedface.device.state import device_state
+from fedface.messages.messages import Refusal, TrainResult
 from fedface.privacy.accounting import compose, epsilon_of
+from fedface.privacy.budget import format_upper_bound
 from fedface.privacy.ledger import Ledger
-from fedface.privacy.limits import format_upper_bound
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 
 EVENT = GaussianSum(sigma=6.0, clip_norm=1.0).event()
@@ -36,7 +36,7 @@ policy:
   delta: 1e-3
   periods: [{days: 30, epsilon: 50}]
   protocols: [plain]
-  smallest_cohort: 1
+  min_cohort_size: 1
 """
 
 
@@ -258,7 +258,7 @@ def test_an_owner_who_thinks_again_changes_nothing(fedface, used: Path, at_a_ter
     """Having read what would happen and what could not be undone."""
     at_a_terminal(False)
     before = files_in(used)
-    said = fedface("device", "leave", "device.yaml", "--run", "faces")
+    said = fedface("device", "withdraw", "device.yaml", "--run", "faces")
     assert said.code == 1 and "What cannot be undone:" in said.out and "Nothing was done." in said.out
     said = fedface("device", "erase", "device.yaml", "--ledger", "--no-export")
     assert said.code == 1 and "LEDGER AND JOURNAL GO" in said.out
@@ -269,7 +269,7 @@ def test_leaving_says_what_happens_next_and_what_cannot_be_undone(fedface, used:
     """With the price of the run's bookings; a second time it says since when."""
     at_a_terminal(True)
     two = epsilon_of(compose([EVENT] * 2), 1e-3)
-    said = fedface("device", "leave", "device.yaml", "--run", "faces", "--why", "my own business")
+    said = fedface("device", "withdraw", "device.yaml", "--run", "faces", "--reason", "my own business")
     for words in (
         "answers faces with a refusal and nothing else, for good",
         "The server is told the next time it asks",
@@ -279,12 +279,13 @@ def test_leaving_says_what_happens_next_and_what_cannot_be_undone(fedface, used:
     ):
         assert words in said.out
     assert (
-        "You have left faces already, on " in fedface("device", "leave", "device.yaml", "--run", "faces").out
+        "You have left faces already, on "
+        in fedface("device", "withdraw", "device.yaml", "--run", "faces").out
     )
     assert "You left faces: my own business" in fedface("device", "log", "device.yaml").out
     assert (
         "it knows faces, others"
-        in fedface("device", "leave", "device.yaml", "--run", "fases", "--yes").sentence
+        in fedface("device", "withdraw", "device.yaml", "--run", "fases", "--yes").sentence
     )
 
 
@@ -364,7 +365,7 @@ def test_a_story_of_two_rounds_a_goodbye_and_a_refusal(fedface, home: Path) -> N
     assert [(line["what"], line["bytes"]) for line in lines] == [("update", len(payloads[0]))] * 2
     assert [line["digest_of_payload"] for line in lines] == [hashlib.sha256(p).hexdigest() for p in payloads]
     assert [line["price"]["upper"] for line in lines] == [price.upper] * 2
-    assert fedface("device", "leave", "device.yaml", "--run", "tiny", "--yes").code == 0
+    assert fedface("device", "withdraw", "device.yaml", "--run", "tiny", "--yes").code == 0
     answer = handle_task(replace(task, round=3), device)
     assert isinstance(answer, Refusal) and answer.withdrawn
     told = json.loads(fedface("device", "log", "device.yaml", "--json").out)
@@ -431,7 +432,10 @@ def test_an_overspent_device_says_that_nothing_is_left(fedface, used: Path) -> N
     said = fedface("device", "log", "device.yaml").out
     three = epsilon_of(compose([EVENT] * 3), 1e-3).upper
     where = "at delta 0.001 per photo."
-    assert f"Nothing is left: everything will be refused; over by {format_upper_bound(three - 0.1)} {where}" in said
+    assert (
+        f"Nothing is left: everything will be refused; over by {format_upper_bound(three - 0.1)} {where}"
+        in said
+    )
     assert f"older than that; over by {format_upper_bound(three - 0.05)} {where}" in said
 
 
@@ -467,7 +471,7 @@ def test_deltas_are_written_in_one_way(fedface, used: Path) -> None:  # type: ig
 
 def test_help_and_slips_are_written_plainly(fedface) -> None:  # type: ignore[no-untyped-def]
     """No backslash for a markup that nobody reads, and one suggestion."""
-    for words in (["device", "key"], ["policy", "check"], ["ledger", "show"], ["run"]):
+    for words in (["device", "keygen"], ["policy", "check"], ["ledger", "show"], ["run"]):
         said = fedface(*words, "--help")
         assert "[required]" in said.out and "\\" not in said.out
     assert fedface("polcy").err.count("Did you mean") == 1
@@ -476,7 +480,7 @@ def test_help_and_slips_are_written_plainly(fedface) -> None:  # type: ignore[no
 
 WAITING = """
 import time, typer
-from fedface.cli.terminal import call, progress_bars
+from fedface.cli.console import call, progress_bars
 app = typer.Typer(rich_markup_mode=None)
 @app.command()
 def wait():

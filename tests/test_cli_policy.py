@@ -10,10 +10,10 @@ import pytest
 from command_line import caller
 
 from fedface.experiment import Experiment, read_experiment
-from fedface.privacy.conditions import Power, SystemEnvironment
+from fedface.privacy.budget import format_upper_bound
 from fedface.privacy.ledger import Ledger
-from fedface.privacy.limits import format_upper_bound
 from fedface.privacy.mechanism import GaussianSum
+from fedface.privacy.participation_conditions import Power, SystemEnvironment
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "experiments" / "demo.yaml"
@@ -135,7 +135,9 @@ def test_a_ledger_that_has_gone_is_missed(  # type: ignore[no-untyped-def]
     device = device_file(tmp_path)
     device.write_text(f"witness: {tmp_path / 'disk'}\n{device.read_text()}")
     own = tmp_path / "state" / "ledger.sqlite"
-    Ledger.open(own, tmp_path / "disk").record(GaussianSum(sigma=6.0, clip_norm=1.0).event(), run="r", round=0)
+    Ledger.open(own, tmp_path / "disk").record(
+        GaussianSum(sigma=6.0, clip_norm=1.0).event(), run="r", round=0
+    )
     (witness,) = (tmp_path / "disk").iterdir()
     lost = {"ledger": [own], "ledger and head": [own, head_of(own)], "witness": [witness]}[gone]
     for path in lost:
@@ -209,23 +211,23 @@ def test_hours_and_power_are_said_but_are_no_refusal(  # type: ignore[no-untyped
 ) -> None:
     """What does not hold now may hold tonight."""
     monkeypatch.setattr(SystemEnvironment, "power", lambda _: Power(on_ac=False, battery=0.4))
-    willing.write_text(WILLING + "on_mains: true\n")
+    willing.write_text(WILLING + "require_ac_power: true\n")
     said = check(willing, "--experiment", DEMO)
     assert said.code == 0
     assert "this device takes part only on mains" in said.out
-    assert "not at this moment: mains is not connected; the policy asks for it (on_mains)" in said.out
+    assert "not at this moment: mains is not connected; the policy asks for it (require_ac_power)" in said.out
 
 
 def test_a_run_without_a_promise_has_no_finite_price(check, willing: Path) -> None:  # type: ignore[no-untyped-def]
     """JSON has no infinity."""
-    said = check(willing, "--experiment", DEMO, "--set", "promise={kind: no-promise}", "--json")
+    said = check(willing, "--experiment", DEMO, "--set", "promise={kind: no-privacy}", "--json")
     told = json.loads(said.out)
     assert said.code == 1
     assert told["asked"][0]["prices"] == []
     assert "epsilon infinite at every delta" in told["asked"][0]["refusal"]
-    willing.write_text(WILLING + "allow_unpromised: true\n")
+    willing.write_text(WILLING + "allow_no_dp: true\n")
     told = json.loads(
-        check(willing, "--experiment", DEMO, "--set", "promise={kind: no-promise}", "--json").out
+        check(willing, "--experiment", DEMO, "--set", "promise={kind: no-privacy}", "--json").out
     )
     assert told["would_take_part"] and told["asked"][0]["prices"][0]["asked"] is None
 
@@ -236,7 +238,7 @@ def test_a_run_without_a_promise_has_no_finite_price(check, willing: Path) -> No
         (("nowhere.yaml",), "no such file"),
         (("policy.yaml", "--experiment", "nowhere.yaml"), "no such file"),
         (("policy.yaml", "--ledger", "nowhere.sqlite"), "no ledger here"),
-        (("policy.yaml", "--set", "promise.epsilon=3"), "name one with --experiment"),
+        (("policy.yaml", "--set", "privacy.epsilon=3"), "name one with --experiment"),
         (
             ("policy.yaml", "--experiment", str(ROOT / "experiments" / "adaptation.yaml")),
             "describes several runs",
@@ -269,8 +271,11 @@ def test_mistakes_are_one_sentence_and_code_2(  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("never: [Privat]", "policy.never: there is no folder Privat in PHOTOS; did you mean Private?"),
-        ("never: [Gone]", "policy.never: there is no folder Gone in PHOTOS."),
+        (
+            "never: [Privat]",
+            "policy.exclude_folders: there is no folder Privat in PHOTOS; did you mean Private?",
+        ),
+        ("never: [Gone]", "policy.exclude_folders: there is no folder Gone in PHOTOS."),
         ("folders: [Private, Famly]", "policy.folders: there is no folder Famly in PHOTOS."),
     ],
 )
@@ -350,8 +355,6 @@ def test_an_overspent_ledger_leaves_nothing(check, willing: Path, tmp_path: Path
     own = spent_ledger(tmp_path / "ledger.sqlite", read_experiment(DEMO), rounds=2)
     said = check(willing, "--ledger", own)
     spent = Ledger.open(own).spent(1e-4).upper
-    sentence = (
-        f"nothing is left: everything will be refused; over by {format_upper_bound(spent - 0.5)} at delta 1e-4 per photo"
-    )
+    sentence = f"nothing is left: everything will be refused; over by {format_upper_bound(spent - 0.5)} at delta 1e-4 per photo"
     assert said.code == 0 and sentence in said.out.splitlines()
     assert json.loads(check(willing, "--ledger", own, "--json").out)["spent"][0]["nothing_left"] == sentence

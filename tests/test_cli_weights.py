@@ -18,9 +18,9 @@ from tiny import tiny_gan
 
 from fedface import cli
 from fedface.errors import WeightsError
-from fedface.models.family import GeneratorModel
-from fedface.models.stylegan2 import StyleGAN2Config, StyleGAN2
-from fedface.models.weights import load_model, save_model, weights_hash
+from fedface.models.checkpoint import load_model, save_model, weights_hash
+from fedface.models.model import GeneratorModel
+from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_an_imported_file_is_described_and_kept(weights, tmp_path: Path) -> None
         "mapping layers 2",
         "architecture skip",
         f"hash: {weights_hash(generator)}",
-        "critic: none in the file",
+        "discriminator: none in the file",
         "not taken: step",
         "does not say whether activations are clamped",
         "wrote new/a.safetensors",
@@ -86,7 +86,12 @@ def test_our_files_are_shown_hashed_and_sampled(weights, tmp_path: Path) -> None
     save_model(tmp_path / "a.safetensors", gan)
     wanted = weights_hash(*gan.modules())
     code, out, _ = weights("show", "a.safetensors")
-    assert code == 0 and f"hash: {wanted}" in out and "critic: Critic" in out and "16 x 16 pixels" in out
+    assert (
+        code == 0
+        and f"hash: {wanted}" in out
+        and "discriminator: Discriminator" in out
+        and "16 x 16 pixels" in out
+    )
     assert json.loads(weights("show", "a.safetensors", "--json")[1])["hash"] == wanted
     assert weights("hash", "a.safetensors")[1].strip() == wanted
     assert json.loads(weights("hash", "a.safetensors", "--json")[1])["hash"] == wanted

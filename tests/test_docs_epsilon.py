@@ -14,16 +14,16 @@ import pytest
 from fedface.config import parse
 from fedface.errors import PolicyRefusal
 from fedface.experiment import read_experiment
-from fedface.privacy.accounting import compose, within_budget, epsilon_of, reconstruction_success_bound
+from fedface.privacy.accounting import compose, epsilon_of, reconstruction_success_bound, within_budget
+from fedface.privacy.adjacency import convert_unit, replace_one_event
+from fedface.privacy.budget import Budget
 from fedface.privacy.ledger import Ledger
-from fedface.privacy.limits import BudgetStatus
 from fedface.privacy.mechanism import ClippedSum, Event
-from fedface.privacy.neighbours import replace_one_event, convert_unit
 from fedface.privacy.plan import Plan
 from fedface.privacy.policy import DevicePolicy, Period
-from fedface.privacy.target import PrivacyTarget
-from fedface.training.ways import objective_of
-from fedface.units import Unit
+from fedface.privacy.privacy_target import PrivacyTarget
+from fedface.privacy_units import Unit
+from fedface.training.training_methods import objective_of
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "epsilon.md").read_text(encoding="utf-8")
@@ -51,7 +51,7 @@ PAGE = flat(TEXT)
 @lru_cache
 def plan_of(epsilon: float, unit: Unit = "occasion") -> Plan:
     """The demo's recipe with another promise."""
-    changes = {"promise.epsilon": f"{epsilon}", "promise.delta": f"{DELTA}", "promise.unit": unit}
+    changes = {"privacy.epsilon": f"{epsilon}", "privacy.delta": f"{DELTA}", "privacy.unit": unit}
     return read_experiment(ROOT / "experiments" / "demo.yaml", changes=changes).plan()
 
 
@@ -102,7 +102,11 @@ def bets() -> list[str]:
         for epsilon in ROWS
     ]
     silent = ClippedSum(clip_norm=1.0).event()
-    lost = [epsilon_of(silent, DELTA).upper, reconstruction_success_bound(silent, 0.5), reconstruction_success_bound(silent, 0.01)]
+    lost = [
+        epsilon_of(silent, DELTA).upper,
+        reconstruction_success_bound(silent, 0.5),
+        reconstruction_success_bound(silent, 0.01),
+    ]
     assert lost == [math.inf, 1.0, 1.0]
     return [
         *rows,
@@ -205,7 +209,7 @@ def test_the_policy_on_the_page_is_one_and_says_what_the_page_says_of_it(tmp_pat
     policy = parse(SNIPPET, DevicePolicy, name="docs/epsilon.md")
     assert policy.unit == "occasion" and policy.exclude_folders == (Path("Private"),)
     assert policy.periods == (Period(days=30, epsilon=1.0),)
-    assert policy.budgets[0] == BudgetStatus(epsilon=3.0, delta=DELTA, unit="occasion")
+    assert policy.budgets[0] == Budget(epsilon=3.0, delta=DELTA, unit="occasion")
     book, recipe = (
         Ledger.open(tmp_path / "ledger.sqlite"),
         read_experiment(ROOT / "experiments" / "demo.yaml"),

@@ -10,22 +10,22 @@ import pytest
 from fedface.config import parse
 from fedface.errors import ConfigError
 from fedface.experiment import (
-    SyntheticDevices,
     Experiment,
     LabelledDevices,
     LabelledProbe,
     RemoteDevices,
+    SyntheticDevices,
     read_experiment,
 )
-from fedface.models.weights import load_gan, weights_hash
+from fedface.models.checkpoint import load_gan, weights_hash
 from fedface.privacy.policy import DevicePolicy
 
 TEXT = """
 question: Does it matter?
 name: small
-promise: {kind: privacy-target, epsilon: 4, delta: 1e-4}
-devices: {kind: drawn-devices, light_shares: [0.9, 0.1, 0.5], photos_each: 100}
-training: {kind: gan-training, rounds: 2, steps_per_round: 3, sampling_rate: 0.2, expected_batch: 20}
+privacy: {kind: privacy-target, epsilon: 4, delta: 1e-4}
+devices: {kind: synthetic-devices, light_fractions: [0.9, 0.1, 0.5], photos_per_device: 100}
+training: {kind: gan-training, rounds: 2, steps_per_round: 3, sampling_rate: 0.2, expected_batch_size: 20}
 """
 
 
@@ -43,18 +43,18 @@ def experiment(**changes: str) -> Experiment:
         ("name", "''", "e.yaml, as changed: name: must be letters"),
         ("name", "x" * 101, "e.yaml, as changed: name: must be"),
         ("seed", "-1", "seed: must be >= 0"),
-        ("fewest_answers", "4", "fewest_answers: must lie between 1 and the 3 devices, got 4"),
-        ("fewest_answers", "0", "fewest_answers: must lie between 1 and the 3 devices, got 0"),
-        ("promise.delta", "0.02", "delta must lie below 1 / photos of a device = 0.01, got 0.02"),
-        ("promise.epsilon", "0", "promise.epsilon: must be a finite number above 0"),
-        ("promise.unit", "birthday", "promise.unit: expected one of photo"),
-        ("devices.light_shares", "[]", "devices.light_shares: must name at least one device"),
-        ("devices.light_shares", "[1.5]", "devices.light_shares: must lie in [0, 1]"),
-        ("devices.photos_each", "1", "devices.photos_each: must be at least 2"),
-        ("probe", "{kind: drawn-probe, each: 1}", "probe.each: must be at least 2"),
-        ("probe", "{kind: labelled-probe, each: 1}", "probe.each: must be at least 2"),
+        ("min_responses", "4", "min_responses: must lie between 1 and the 3 devices, got 4"),
+        ("min_responses", "0", "min_responses: must lie between 1 and the 3 devices, got 0"),
+        ("privacy.delta", "0.02", "delta must lie below 1 / photos of a device = 0.01, got 0.02"),
+        ("privacy.epsilon", "0", "privacy.epsilon: must be a finite number above 0"),
+        ("privacy.unit", "birthday", "privacy.unit: expected one of photo"),
+        ("devices.light_fractions", "[]", "devices.light_fractions: must name at least one device"),
+        ("devices.light_fractions", "[1.5]", "devices.light_fractions: must lie in [0, 1]"),
+        ("devices.photos_per_device", "1", "devices.photos_per_device: must be at least 2"),
+        ("probe", "{kind: synthetic-probe, each: 1}", "probe.per_group: must be at least 2"),
+        ("probe", "{kind: labelled-probe, each: 1}", "probe.per_group: must be at least 2"),
         ("devices", "{kind: labelled-devices, count: 0}", "devices.count: must be at least 1"),
-        ("devices", "{kind: real-devices, count: 0}", "devices.count: must be at least 1"),
+        ("devices", "{kind: remote-devices, count: 0}", "devices.count: must be at least 1"),
         ("upsampling.faces_per_photo", "0", "upsampling.faces_per_photo: must be at least 1"),
         ("upsampling.downscale", "{kind: area, factor: 0}", "upsampling.downscale.factor: must be >= 1"),
         ("upsampling.method", "{kind: pulse, steps: 0}", "upsampling.method.steps: must be >= 1"),
@@ -62,7 +62,7 @@ def experiment(**changes: str) -> Experiment:
         ("training.rounds", "0", "training.rounds: must be at least 1"),
         ("training.clip_norm", "-1", "training.clip_norm: must be a finite number above 0"),
         ("aggregation.bits", "1", "aggregation"),
-        ("aggregation", "{kind: encrypted, bits: 1}", "aggregation.bits: must lie in 2..24"),
+        ("aggregation", "{kind: homomorphic, bits: 1}", "aggregation.bits: must lie in 2..24"),
         ("policy", "{max_epsilon: 0, delta: 1e-5}", "policy.max_epsilon: must be a finite number above 0"),
     ],
 )
@@ -103,7 +103,7 @@ def test_a_pretended_device_allows_exactly_its_run() -> None:
     policy = experiment().device_policy()
     assert (policy.max_epsilon, policy.delta, policy.protocols) == (4.0, 1e-4, ("encrypted",))
     assert not policy.allow_no_dp and policy.objectives == ("generator",)
-    assert experiment(promise="{kind: no-promise}").device_policy().allow_no_dp
+    assert experiment(promise="{kind: no-privacy}").device_policy().allow_no_dp
 
 
 def test_a_written_policy_wins() -> None:
@@ -115,10 +115,10 @@ def test_a_written_policy_wins() -> None:
 def test_sums_have_room_for_every_device() -> None:
     """And for two at least, so that a sum of one can be told from it."""
     assert experiment().agreement.max_devices == 3
-    alone = {"devices.light_shares": "[0.5]", "fewest_answers": "1"}
+    alone = {"devices.light_fractions": "[0.5]", "min_responses": "1"}
     assert experiment(**alone, aggregation="{kind: plain}").agreement.max_devices == 2
     with pytest.raises(ConfigError, match="nobody could open a sum"):
-        experiment(**alone, aggregation="{kind: encrypted}")
+        experiment(**alone, aggregation="{kind: homomorphic}")
 
 
 def test_the_start_is_the_embedded_checkpoint_unless_another_is_named(tmp_path: Path) -> None:
@@ -153,5 +153,5 @@ def test_photos_replace_the_folders_of_devices_and_probe(tmp_path: Path) -> None
 
 def test_real_devices_keep_their_photos_to_themselves() -> None:
     """Nothing in their config describes a photo."""
-    real = experiment(devices="{kind: real-devices, count: 2}")
+    real = experiment(devices="{kind: remote-devices, count: 2}")
     assert isinstance(real.devices, RemoteDevices) and real.agreement.max_devices == 2

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from fedface.federation.folders import locked
-from fedface.files import remove_drafts, replace_bytes, replace_text
+from fedface.atomic_io import remove_drafts, replace_bytes, replace_text
+from fedface.coordinator.run_folder import locked
 
 
 def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_folders_that_cannot_be_put_on_the_disk_are_let_be(
     def none(folder: Path) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr("fedface.files.sync_folder", none)
+    monkeypatch.setattr("fedface.atomic_io.sync_folder", none)
     replace_text(tmp_path / "kept", "new")
     assert (tmp_path / "kept").read_text() == "new"
 
@@ -91,7 +91,7 @@ def test_folders_that_cannot_be_put_on_the_disk_are_let_be(
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     """Killed between the draft and its name, which a signal that nothing can catch does."""
     script = (
-        "import os, signal, sys; from pathlib import Path; from fedface.files import replace_text\n"
+        "import os, signal, sys; from pathlib import Path; from fedface.atomic_io import replace_text\n"
         "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "replace_text(Path(sys.argv[1]) / 'state.json', 'device-00')"
     )

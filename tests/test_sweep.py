@@ -9,10 +9,10 @@ from tiny import RECIPE
 
 from fedface.errors import ConfigError
 from fedface.experiment import read_experiment
-from fedface.models.adapters import Full, Lora
-from fedface.privacy.target import NoPrivacy, PrivacyTarget
+from fedface.models.lora import Full, Lora
+from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget
 from fedface.sweep import read_sweep
-from fedface.training.generator import GanTrainingConfig
+from fedface.training.gan import GanTrainingConfig
 
 VARY = """
 vary:
@@ -21,7 +21,7 @@ vary:
     lora: {training.adapt: {kind: lora, rank: 2}}
   epsilon:
     "3": {promise.epsilon: 3}
-    infinity: {promise: {kind: no-promise}}
+    infinity: {privacy: {kind: no-privacy}}
   seed: [0, 1]
 """
 
@@ -66,7 +66,7 @@ def test_an_axis_can_be_narrowed_and_other_keys_changed_from_the_command_line(pa
 def test_a_rate_may_be_written_without_a_point(path: Path) -> None:
     """8e-4 is a number on an axis, as it is elsewhere in a file."""
     path.write_text(
-        path.read_text().replace("{kind: lora, rank: 2}}", "{kind: lora}, training.generator_rate: 8e-4}")
+        path.read_text().replace("{kind: lora, rank: 2}}", "{kind: lora}, training.generator_lr: 8e-4}")
     )
     training = read_sweep(path, changes={"vary.way": "[lora]"}).variants[0].experiment.training
     assert isinstance(training, GanTrainingConfig) and training.generator_lr == 8e-4
@@ -86,8 +86,8 @@ def test_a_file_without_vary_is_one_run(path: Path) -> None:
         ("lora: {", '"..": {', "names are letters"),
         ("lora: {", '"a b": {', "names are letters"),
         ("seed: [0, 1]", "seed: {a: {seed: 1}, b: {seed: 1}}", "could not tell them apart"),
-        ("seed: [0, 1]", "promise.delta: [1e-4, 1e-3]", "no-promise|unknown key|could not tell them apart"),
-        ("seed: [0, 1]", "devices.photos_each: [24, 30]", "devices must be the same"),
+        ("seed: [0, 1]", "privacy.delta: [1e-4, 1e-3]", "no-privacy|unknown key|could not tell them apart"),
+        ("seed: [0, 1]", "devices.photos_per_device: [24, 30]", "devices must be the same"),
         ("seed: [0, 1]", "seed: []", "vary.seed: expected a list of values"),
         ("seed: [0, 1]", "seed: 3", "vary.seed: expected a list of values"),
         ("seed: [0, 1]", "seed: {a: {seed: -1}}", "seed: must be >= 0"),

@@ -8,54 +8,54 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from fedface.coordinator.run import initialize_run
+from fedface.device.client import Device
 from fedface.experiment import Experiment, read_experiment
-from fedface.federation.coordinator import initialize_run
-from fedface.federation.device import Device
-from fedface.federation.orders import devices_folder
-from fedface.federation.simulated import prepare, simulated_device
-from fedface.federation.task import RoundConfig, TrainTask
-from fedface.models.critic import DiscriminatorConfig
-from fedface.models.encoder import LatentEncoderConfig
-from fedface.models.family import (
+from fedface.messages.messages import RoundConfig, TrainTask
+from fedface.models.checkpoint import flatten_buffers, flatten_parameters, save_model, weights_hash
+from fedface.models.discriminator import DiscriminatorConfig
+from fedface.models.latent_encoder import LatentEncoderConfig
+from fedface.models.model import (
+    Architecture,
     EncoderArchitecture,
     FlowArchitecture,
-    GanModel,
     GanArchitecture,
-    SuperResolutionArchitecture,
-    Architecture,
+    GanModel,
     StyleEncoderArchitecture,
+    SuperResolutionArchitecture,
     build_model,
     new_gan,
 )
-from fedface.models.flow import FlowConfig
-from fedface.models.resolver import SuperResolutionNetworkConfig
+from fedface.models.rectified_flow import FlowConfig
 from fedface.models.style_encoder import StyleEncoderNetworkConfig
 from fedface.models.stylegan2 import StyleGAN2Config
-from fedface.models.weights import flatten_buffers, save_model, flatten_parameters, weights_hash
+from fedface.models.super_resolution import SuperResolutionNetworkConfig
 from fedface.randomness import Streams
+from fedface.simulation.devices import prepare, simulated_device
+from fedface.transport.run_config import devices_folder
 
 GENERATOR = StyleGAN2Config(
     size=16, channel_base=64, channel_max=8, latent_width=64, style_width=16, mapping_layers=2
 )
-CRITIC = DiscriminatorConfig(size=16, channel_base=64, channel_max=8)
+DISCRIMINATOR = DiscriminatorConfig(size=16, channel_base=64, channel_max=8)
 
 PROMISE = "{kind: privacy-target, epsilon: 8, delta: 1e-3}"
-NO_PROMISE = "{kind: no-promise}"
+NO_PROMISE = "{kind: no-privacy}"
 
 RECIPE = """
 question: Does a small run end?
 name: tiny
-promise: {kind: privacy-target, epsilon: 8, delta: 1e-3}
-devices: {kind: drawn-devices, light_shares: [0.9, 0.1], photos_each: 24}
-probe: {kind: drawn-probe, each: 2}
+privacy: {kind: privacy-target, epsilon: 8, delta: 1e-3}
+devices: {kind: synthetic-devices, light_fractions: [0.9, 0.1], photos_per_device: 24}
+probe: {kind: synthetic-probe, per_group: 2}
 training:
   kind: gan-training
   rounds: 2
   steps_per_round: 2
   sampling_rate: 0.5
-  expected_batch: 8
-  made_batch: 4
-  critic_rate: 0.2
+  expected_batch_size: 8
+  fake_batch_size: 4
+  discriminator_lr: 0.2
 aggregation: {kind: plain}
 upsampling: {method: {kind: pulse, steps: 5, mapping_samples: 64}}
 attack: {photos: 2, iterations: 2, candidates: 10, trials: 2}
@@ -65,7 +65,7 @@ base: BASE
 
 def tiny_gan(name: str = "tiny") -> GanModel:
     """Networks of 16 px with random weights; equal names give equal weights."""
-    return new_gan(GENERATOR, CRITIC, Streams(5).generator(name))
+    return new_gan(GENERATOR, DISCRIMINATOR, Streams(5).generator(name))
 
 
 ENCODER = LatentEncoderConfig(size=16, channel_base=64, channel_max=8)
@@ -76,36 +76,36 @@ FLOW = FlowConfig(size=16, width=16, multipliers=(1.0,), time_width=16, steps=2)
 # A recipe's `training` for each way, with the shape of a model that can learn so.
 WAYS: Mapping[str, tuple[str, Architecture]] = {
     "full": (
-        "{kind: gan-training, rounds: 1, steps_per_round: 2, sampling_rate: 1, expected_batch: 8, made_batch: 4}",
-        GanArchitecture(generator=GENERATOR, discriminator=CRITIC),
+        "{kind: gan-training, rounds: 1, steps_per_round: 2, sampling_rate: 1, expected_batch_size: 8, fake_batch_size: 4}",
+        GanArchitecture(generator=GENERATOR, discriminator=DISCRIMINATOR),
     ),
     "lora": (
-        "{kind: gan-training, rounds: 1, steps_per_round: 2, sampling_rate: 1, expected_batch: 8, made_batch: 4, "
+        "{kind: gan-training, rounds: 1, steps_per_round: 2, sampling_rate: 1, expected_batch_size: 8, fake_batch_size: 4, "
         "adapt: {kind: lora, rank: 2}}",
-        GanArchitecture(generator=GENERATOR, discriminator=CRITIC),
+        GanArchitecture(generator=GENERATOR, discriminator=DISCRIMINATOR),
     ),
     "prior": (
-        "{kind: prior-training, expected_batch: 8}",
+        "{kind: prior-training, expected_batch_size: 8}",
         EncoderArchitecture(generator=GENERATOR, encoder=ENCODER),
     ),
     "flow": (
-        "{kind: flow-training, rounds: 1, sampling_rate: 1, expected_batch: 8}",
+        "{kind: flow-training, rounds: 1, sampling_rate: 1, expected_batch_size: 8}",
         FlowArchitecture(flow=FLOW),
     ),
     "flow-lora": (
-        "{kind: flow-training, rounds: 1, sampling_rate: 1, expected_batch: 8, adapt: {kind: lora, rank: 2}}",
+        "{kind: flow-training, rounds: 1, sampling_rate: 1, expected_batch_size: 8, adapt: {kind: lora, rank: 2}}",
         FlowArchitecture(flow=FLOW),
     ),
     "styles": (
-        "{kind: upsampler-training, rounds: 1, sampling_rate: 1, expected_batch: 8}",
+        "{kind: upsampler-training, rounds: 1, sampling_rate: 1, expected_batch_size: 8}",
         StyleEncoderArchitecture(generator=GENERATOR, encoder=STYLES),
     ),
     "styles-lora": (
-        "{kind: upsampler-training, rounds: 1, sampling_rate: 1, expected_batch: 8, adapt: {kind: lora, rank: 2}}",
+        "{kind: upsampler-training, rounds: 1, sampling_rate: 1, expected_batch_size: 8, adapt: {kind: lora, rank: 2}}",
         StyleEncoderArchitecture(generator=GENERATOR, encoder=STYLES),
     ),
     "resolver": (
-        "{kind: upsampler-training, rounds: 1, sampling_rate: 1, expected_batch: 8, learner: super-resolution}",
+        "{kind: upsampler-training, rounds: 1, sampling_rate: 1, expected_batch_size: 8, learner: super-resolution}",
         SuperResolutionArchitecture(network=RESOLVER),
     ),
 }  # fmt: skip

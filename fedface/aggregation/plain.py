@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fedface.aggregation.protocol import Payload, PlainConfig, same_shape
-from fedface.aggregation.quantise import finite_vector
+from fedface.aggregation.payload import Payload, PlainConfig, same_shape
+from fedface.aggregation.quantisation import finite_vector
 from fedface.errors import AggregationError
-from fedface.shapes import Vector
+from fedface.tensor_types import Vector
 
 KIND = PlainConfig().kind
 FORMAT = 1
@@ -53,14 +53,14 @@ class PlainAggregation:
     Guarantees:
         * The sum of n updates is their exact sum up to one float32 rounding of the result, as long as the
           values of a coordinate lie within a factor 2^29 / n of each other: float64 adds them exactly then.
-        * At most `most_devices` updates enter one sum, as under every other protocol.
+        * At most `max_devices` updates enter one sum, as under every other protocol.
     """
 
     max_devices: int  # >= 1
 
     def __post_init__(self) -> None:
         if self.max_devices < 1:
-            raise ValueError(f"most_devices must be >= 1, got {self.max_devices}")
+            raise ValueError(f"max_devices must be >= 1, got {self.max_devices}")
 
     def protect(self, update: Vector, round: int) -> Payload:
         """The update as little-endian float32; nothing hides it. Raises AggregationError if not finite."""

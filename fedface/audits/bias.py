@@ -20,18 +20,18 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedface.audits.disaggregate import (
+from fedface.audits.group_metrics import (
     Gap,
     Interval,
-    metrics_by_group,
     gap_between,
     mean_interval,
+    metrics_by_group,
     rate_interval,
     rates_by_group,
 )
-from fedface.photos.tone import TONE_BINS, ToneReading, delta_e, measure_tone, srgb_to_lab, tone_bin
-from fedface.shapes import Images
-from fedface.upsampling.contracts import Upsampled
+from fedface.photos.skin_tone import TONE_BINS, ToneReading, delta_e, measure_tone, srgb_to_lab, tone_bin
+from fedface.tensor_types import Images
+from fedface.upsampling.upsampler import Upsampled
 
 DARKER_FROM = 5.5  # continuous Monk value; the scale's ten swatches fall five and five
 HALVES = ("lighter", "darker")
@@ -68,7 +68,7 @@ class FairnessMetrics:
     pr_true: tuple[float, ...]  # P(true in i), one per column of the table
     pr_generated: tuple[float, ...]  # P(made in i)
     pr_total_variation: float  # half the summed difference of the two, 0 is fair
-    pr_chi2: float  # divergence of pr_made from uniform; says something on a balanced probe only
+    pr_chi2: float  # divergence of pr_generated from uniform; says something on a balanced probe only
     pr_chebyshev: float
     spe: float  # largest |P(true i, made j) - P(true j, made i)|, 0 is fair
     count: int  # faces
@@ -132,7 +132,7 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "misfit": Metric("misfit to the photo (mean squared difference)", "", "cost", 4),
+    "consistency_error": Metric("consistency error to the photo (mean squared difference)", "", "cost", 4),
     "converged": Metric("share of faces that fit the photo", "", "rate", 2),
     "skin_difference": Metric("colour difference of the skin", "dE00", "cost", 1),
     "face_difference": Metric("colour difference of the whole picture", "dE00", "cost", 1),
@@ -146,9 +146,11 @@ METRICS: dict[str, Metric] = {
 
 @dataclass(frozen=True, kw_only=True)
 class GroupMetrics:
-    """How one group is served, by every measure of `MEASURES`; a photo's faces are averaged first."""
+    """How one group is served, by every measure of `METRICS`; a photo's faces are averaged first."""
 
-    consistency_error: Interval  # mean squared difference after the downscale; a face that was not found counts as 1
+    consistency_error: (
+        Interval  # mean squared difference after the downscale; a face that was not found counts as 1
+    )
     converged: Interval  # share of faces within the search's tolerance
     skin_difference: Interval  # CIEDE2000 between the skin of the made face and of the original
     face_difference: Interval  # mean CIEDE2000 of 8 x 8 area means of the two faces
@@ -293,7 +295,9 @@ def measure_bias(
     true_halves, made_halves = _half(true), _half(made)
     coarse = delta_e(_coarse_lab(made_images), _coarse_lab(truth).repeat_interleave(f, dim=0)).mean(dim=1)
     values = {
-        "misfit": _per_photo(torch.nan_to_num(upsampled.consistency_error.double(), nan=1.0, posinf=1.0).flatten(), f),
+        "consistency_error": _per_photo(
+            torch.nan_to_num(upsampled.consistency_error.double(), nan=1.0, posinf=1.0).flatten(), f
+        ),
         "converged": _per_photo(upsampled.converged.flatten(), f),
         "skin_difference": _per_photo(delta_e(made.lab, true.lab), f),
         "face_difference": _per_photo(coarse, f),

@@ -19,18 +19,18 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import typer
 
-from fedface.cli.base import base
-from fedface.cli.comparisons import compare_runs
-from fedface.cli.devices import device, ledger
-from fedface.cli.faces import photos
-from fedface.cli.figures import quality
-from fedface.cli.methods import compare as compare_methods
-from fedface.cli.pages import page
-from fedface.cli.policies import policy
-from fedface.cli.runs import check, report, run_experiment
-from fedface.cli.terminal import call
-from fedface.cli.tournaments import tournament
-from fedface.cli.upsampling import upsample
+from fedface.cli.benchmark import benchmark
+from fedface.cli.compare import compare
+from fedface.cli.console import call
+from fedface.cli.ledger import device, ledger
+from fedface.cli.photos import photos
+from fedface.cli.policy import policy
+from fedface.cli.pretrain import pretrain
+from fedface.cli.quality import evaluate
+from fedface.cli.rank_models import rank_models
+from fedface.cli.run import plan, report, run
+from fedface.cli.upsample import upsample
+from fedface.cli.web import web
 from fedface.cli.weights import weights
 
 app = typer.Typer(
@@ -41,17 +41,17 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.suggest_commands = False  # click suggests too: "Did you mean" stood twice
-app.command("run")(run_experiment)
-app.command("compare")(compare_runs)
-app.command()(tournament)
-app.command()(check)
+app.command("run")(run)
+app.command("compare")(compare)
+app.command("rank-models")(rank_models)
+app.command()(plan)
 app.command()(report)
-app.command()(quality)
+app.command("evaluate")(evaluate)
 app.command()(upsample)
-app.command("methods")(compare_methods)
-app.command("page")(page)
+app.command("benchmark")(benchmark)
+app.command("web")(web)
 GROUPS = {
-    "photos": photos, "base": base, "weights": weights, "device": device, "ledger": ledger, "policy": policy,
+    "photos": photos, "pretrain": pretrain, "weights": weights, "device": device, "ledger": ledger, "policy": policy,
 }  # fmt: skip
 for name, part in GROUPS.items():
     app.add_typer(part, name=name)

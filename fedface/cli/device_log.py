@@ -1,6 +1,6 @@
 """Commands for the owner of a device about what left it: read the log, leave a run, erase what is kept.
 
-Registered by devices.py. Words and decisions are those of reports/device_log.py and federation/leaving.py.
+Registered by devices.py. Words and decisions are those of reports/device_log.py and device/withdrawal.py.
 """
 
 from __future__ import annotations
@@ -13,17 +13,24 @@ from typing import Annotated
 
 import typer
 
-from fedface.cli.terminal import JsonOption, cell, console, progress_bars, warn
+from fedface.cli.console import JsonOption, cell, console, progress_bars, warn
+from fedface.device.config import check_kind, is_accessible_to_others
+from fedface.device.state import DeviceState, device_state, export, verify, write_alone
+from fedface.device.withdrawal import (
+    FileToErase,
+    describe_erasure,
+    erase,
+    files_to_erase,
+    withdraw,
+    withdrawal_impact,
+)
 from fedface.errors import ConfigError, LedgerError
-from fedface.federation.belongings import DeviceState, device_state, export, verify, write_alone
-from fedface.federation.leaving import FileToErase, erase, describe_erasure, withdraw, withdrawal_impact, files_to_erase
-from fedface.federation.owner import check_kind, is_accessible_to_others
-from fedface.privacy.chain import utc_now
-from fedface.privacy.journal import Transmission
-from fedface.privacy.limits import overspending
-from fedface.reports import log_words, wording
+from fedface.privacy.budget import overspending
+from fedface.privacy.hash_chain import utc_now
+from fedface.privacy.transmission_log import Transmission
+from fedface.reports import device_log_text, formatting
 from fedface.reports.device_log import DeviceLog, LoggedTransmission, make_log, render
-from fedface.reports.log_words import moment
+from fedface.reports.device_log_text import moment
 
 DeviceArgument = Annotated[Path, typer.Argument(help="The device's file, such as device.yaml.")]
 YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
@@ -96,10 +103,12 @@ def _print_log(log: DeviceLog, *, unpromised: bool) -> None:
         _print_told(told)
     _say("")
     payloads = "1 payload" if len(log.sent) == 1 else f"{len(log.sent)} payloads"
-    _say(f"Together: {wording.size(log.bytes)} in {payloads}.".replace(wording.SPACE, " "))
+    _say(f"Together: {formatting.size(log.bytes)} in {payloads}.".replace(formatting.SPACE, " "))
     for budget in log.budgets:
         _say(budget.in_words() + (" (all runs together)" if log.run is not None else ""))
-        if (over := overspending(budget.spent.bounds.upper, budget.budget, unpromised=unpromised)) is not None:
+        if (
+            over := overspending(budget.spent.bounds.upper, budget.budget, unpromised=unpromised)
+        ) is not None:
             _say(f"{over[0].upper()}{over[1:]}.")
     if log.unsent:
         numbers = ", ".join(str(entry.number) for entry in log.unsent)
@@ -111,22 +120,22 @@ def _print_log(log: DeviceLog, *, unpromised: bool) -> None:
         _say(f"You left {name}: nothing but refusals leaves for it since {moment(when)}.")
     if log.sent:
         _say("Not covered by these numbers:")
-        _list(log_words.not_covered(log.bare))
+        _list(device_log_text.not_covered(log.bare))
 
 
 def _print_told(told: LoggedTransmission) -> None:
     line = told.line
     _say(f"{line.number:>4}  {', '.join(told.when())}  {told.what()}")
     if isinstance(line, Transmission):
-        size = wording.size(line.bytes).replace(wording.SPACE, " ")
+        size = formatting.size(line.bytes).replace(formatting.SPACE, " ")
         _say(f"      {size} to {line.receiver}; {line.protection}")
         _say(f"      cost: {told.cost()}")
 
 
-def device_leave(
+def device_withdraw(
     device: DeviceArgument,
     run: Annotated[str, typer.Option(help="The run to leave, by the name that `fedface device log` tells.")],
-    why: Annotated[str, typer.Option(help="Your reason; it stays on this device.")] = "",
+    reason: Annotated[str, typer.Option(help="Your reason; it stays on this device.")] = "",
     yes: YesOption = False,
 ) -> None:
     """Leave a run for good: nothing of it leaves this device from now on, and the server is told."""
@@ -138,7 +147,7 @@ def device_leave(
         _say("What cannot be undone:")
         _list(mine.lasting())
         _ask(f"Leave {run}", yes)
-    dropped = withdraw(kept, run, why)
+    dropped = withdraw(kept, run, reason)
     when = "now" if mine.transmissions is None else f"already, on {moment(mine.transmissions)}"
     _say(f"You have left {run} {when}; kept answers dropped: {dropped}.")
 

@@ -11,17 +11,17 @@ import torch
 import typer
 from torch.nn import functional
 
-from fedface.cli.terminal import JsonOption, console, progress_bars
+from fedface.cli.console import JsonOption, console, progress_bars
 from fedface.errors import ConfigError
-from fedface.models.contracts import Generator, sample
-from fedface.models.conversions import ImportedModel, import_file
-from fedface.models.described import ModelSummary, summarize, format_summary
-from fedface.models.family import as_generative
-from fedface.models.pickled import sanitize_text
+from fedface.importing.import_weights import ImportedModel, import_file
+from fedface.importing.safe_pickle import sanitize_text
+from fedface.models.checkpoint import check_place, load_model, save_model
+from fedface.models.generator_protocol import Generator, sample
+from fedface.models.model import as_generative
+from fedface.models.model_summary import ModelSummary, format_summary, summarize
 from fedface.models.stylegan2 import ClassConditioned, StyleGAN2
-from fedface.models.weights import check_place, load_model, save_model
-from fedface.reports.figures import face_grid
-from fedface.shapes import Images
+from fedface.reports.charts import face_grid
+from fedface.tensor_types import Images
 
 weights = typer.Typer(help="Files of weights.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -140,19 +140,19 @@ def sheet_of(generator: Any, *, count: int, psis: tuple[float, ...], seed: int, 
 
 def _faces(generator: Generator, count: int, psi: float, seed: int) -> Images:
     """Samples, made small one batch at a time; the same people for the same seed."""
-    chance = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     step = 64 if generator.size <= SHOWN else 2
     parts = []
     for first in range(0, count, step):
-        made = sample(generator, min(step, count - first), chance, psi=psi, batch=16)
+        made = sample(generator, min(step, count - first), rng, psi=psi, batch=16)
         parts.append(functional.avg_pool2d(made, max(1, generator.size // SHOWN)))
     return torch.cat(parts)
 
 
 def _lines(found: ImportedModel, facts: ModelSummary) -> list[str]:
     lines = [f"found: {found.kind}", *_described(facts)]
-    if found.critic is None:
-        lines.append("critic: none in the file")
+    if found.discriminator is None:
+        lines.append("discriminator: none in the file")
     if found.ignored:
         lines.append(f"not taken: {', '.join(found.ignored)}")
     remarks = found.notes.get("remarks")

@@ -1,1 +1,1 @@
-"""Networks: generator, critic, and how their weights become one vector or one file."""
+"""Networks: generator, discriminator, and how their weights become one vector or one file."""

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from fedface.errors import ConfigError
-from fedface.models.encoder import HalvingBlock
-from fedface.models.layers import Conv, Linear, resize_up
+from fedface.models.latent_encoder import HalvingBlock
 from fedface.models.stylegan2 import StyleGAN2
-from fedface.shapes import LowImages, Styles
+from fedface.models.stylegan_layers import Conv, Linear, resize_up
+from fedface.tensor_types import LowImages, Styles
 
 WIDEST = 2**12  # channels, and style inputs times style width, are bounded: a description may be a stranger's
 
@@ -49,10 +49,10 @@ class StyleEncoderNetworkConfig:
 class ResidualBlock(nn.Module):
     """Two 3 x 3 convolutions beside the identity; nothing mixes the pictures of a batch."""
 
-    def __init__(self, width: int, chance: torch.Generator | None) -> None:
+    def __init__(self, width: int, rng: torch.Generator | None) -> None:
         super().__init__()
-        self.conv0 = Conv(width, width, 3, chance=chance)
-        self.conv1 = Conv(width, width, 3, activate="linear", chance=chance)
+        self.conv0 = Conv(width, width, 3, rng=rng)
+        self.conv1 = Conv(width, width, 3, activate="linear", rng=rng)
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, width, h, w) -> the same shape, of about the same variance."""
@@ -65,18 +65,18 @@ class StyleEncoder(nn.Module):
 
     mean_style: Tensor
 
-    def __init__(self, config: StyleEncoderNetworkConfig, chance: torch.Generator | None = None) -> None:
+    def __init__(self, config: StyleEncoderNetworkConfig, rng: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
         self.register_buffer("mean_style", torch.zeros(config.style_width))
-        self.fromrgb = Conv(3, config.width, 3, chance=chance)
+        self.fromrgb = Conv(3, config.width, 3, rng=rng)
         for number in range(config.blocks):
-            self.add_module(f"r{number}", ResidualBlock(config.width, chance))
+            self.add_module(f"r{number}", ResidualBlock(config.width, rng))
         self.halvings = int(math.log2(config.side)) - 2
         for number in range(self.halvings):
-            self.add_module(f"h{number}", HalvingBlock(config.width, config.width, chance))
-        self.fc = Linear(config.width * 16, config.hidden, activate="lrelu", chance=chance)
-        self.out = Linear(config.hidden, config.style_inputs * config.style_width, chance=chance)
+            self.add_module(f"h{number}", HalvingBlock(config.width, config.width, rng))
+        self.fc = Linear(config.width * 16, config.hidden, activate="lrelu", rng=rng)
+        self.out = Linear(config.hidden, config.style_inputs * config.style_width, rng=rng)
 
     def forward(self, low: LowImages) -> Styles:
         """One style for each input of the generator, for each photo."""

@@ -1,6 +1,6 @@
 """The StyleGAN1 generator at any power-of-two size, as searched by the published PULSE, with the same three verbs.
 
-Called from models/family and models/conversions. Sources: Karras et al. 2019 (arXiv:1812.04948) for the network,
+Called from models/model and importing/import_weights. Sources: Karras et al. 2019 (arXiv:1812.04948) for the network,
 Karras et al. 2018 (arXiv:1710.10196) for equalised weights. Parameter names are those of the state dicts that
 PULSE reads, behind `mapping.` and `synthesis.`. Three things are not in such files: the blur's `kernel` there is
 no weight, and `mapping.w_avg` and each `noise.const` here are not stored there.
@@ -18,9 +18,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedface.errors import ConfigError
-from fedface.models.contracts import check_inputs, sample, truncated
-from fedface.models.layers import LRELU_GAIN, LRELU_SLOPE, Conv, Linear, check_widths, unit_mean_square
-from fedface.shapes import Images, Latents, Styles
+from fedface.models.generator_protocol import check_inputs, sample, truncated
+from fedface.models.stylegan_layers import (
+    LRELU_GAIN,
+    LRELU_SLOPE,
+    Conv,
+    Linear,
+    check_widths,
+    unit_mean_square,
+)
+from fedface.tensor_types import Images, Latents, Styles
 
 FUSED_FROM = 128  # from this side on, the published network doubles and convolves in one step
 
@@ -82,12 +89,12 @@ class Mapping(nn.Module):
 
     w_avg: Tensor
 
-    def __init__(self, config: StyleGAN1Config, chance: torch.Generator | None) -> None:
+    def __init__(self, config: StyleGAN1Config, rng: torch.Generator | None) -> None:
         super().__init__()
         self.layers = config.mapping_layers
         widths = [config.latent_width] + [config.style_width] * config.mapping_layers
         for i in range(config.mapping_layers):
-            layer = Linear(widths[i], widths[i + 1], gain=LRELU_GAIN, lr_multiplier=0.01, chance=chance)
+            layer = Linear(widths[i], widths[i + 1], gain=LRELU_GAIN, lr_multiplier=0.01, rng=rng)
             self.add_module(f"dense{i}", layer)
         self.register_buffer("w_avg", torch.zeros(config.style_width))
 
@@ -103,9 +110,9 @@ class Mapping(nn.Module):
 class DoublingConv(nn.Module):
     """Double the sides, convolve, soften, and only then add the bias."""
 
-    def __init__(self, inputs: int, outputs: int, side: int, chance: torch.Generator | None) -> None:
+    def __init__(self, inputs: int, outputs: int, side: int, rng: torch.Generator | None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(outputs, inputs, 3, 3, generator=chance))
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, 3, 3, generator=rng))
         self.bias = nn.Parameter(torch.zeros(outputs))
         self.weight_gain = LRELU_GAIN / math.sqrt(inputs * 9)
         self.fused = side >= FUSED_FROM
@@ -121,10 +128,10 @@ class Noise(nn.Module):
 
     const: Tensor
 
-    def __init__(self, channels: int, side: int, chance: torch.Generator | None) -> None:
+    def __init__(self, channels: int, side: int, rng: torch.Generator | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("const", torch.randn(side, side, generator=chance))
+        self.register_buffer("const", torch.randn(side, side, generator=rng))
 
     def forward(self, x: Tensor, noise: Tensor | None) -> Tensor:
         return x + self.weight[:, None, None] * (self.const if noise is None else noise)
@@ -133,9 +140,9 @@ class Noise(nn.Module):
 class StyleModulation(nn.Module):
     """A style -> one factor and one offset for each channel."""
 
-    def __init__(self, channels: int, config: StyleGAN1Config, chance: torch.Generator | None) -> None:
+    def __init__(self, channels: int, config: StyleGAN1Config, rng: torch.Generator | None) -> None:
         super().__init__()
-        self.lin = Linear(config.style_width, 2 * channels, chance=chance)
+        self.lin = Linear(config.style_width, 2 * channels, rng=rng)
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         factor, offset = self.lin(style)[:, :, None, None].chunk(2, dim=1)
@@ -146,11 +153,11 @@ class Epilogue(nn.Module):
     """What follows each convolution: noise, leaky ReLU, instance norm (epsilon 1e-5), style."""
 
     def __init__(
-        self, channels: int, side: int, config: StyleGAN1Config, chance: torch.Generator | None
+        self, channels: int, side: int, config: StyleGAN1Config, rng: torch.Generator | None
     ) -> None:
         super().__init__()
-        self.noise = Noise(channels, side, chance)
-        self.style_mod = StyleModulation(channels, config, chance)
+        self.noise = Noise(channels, side, rng)
+        self.style_mod = StyleModulation(channels, config, rng)
 
     def forward(self, x: Tensor, style: Tensor, noise: Tensor | None) -> Tensor:
         x = functional.leaky_relu(self.noise(x, noise), LRELU_SLOPE)
@@ -160,14 +167,14 @@ class Epilogue(nn.Module):
 class FirstBlock(nn.Module):
     """A learned picture of side 4 and one convolution."""
 
-    def __init__(self, config: StyleGAN1Config, chance: torch.Generator | None) -> None:
+    def __init__(self, config: StyleGAN1Config, rng: torch.Generator | None) -> None:
         super().__init__()
         channels = config.channels(4)
         self.const = nn.Parameter(torch.ones(1, channels, 4, 4))
         self.bias = nn.Parameter(torch.ones(channels))
-        self.epi1 = Epilogue(channels, 4, config, chance)
-        self.conv = Conv(channels, channels, 3, activate="linear", gain=LRELU_GAIN, chance=chance)
-        self.epi2 = Epilogue(channels, 4, config, chance)
+        self.epi1 = Epilogue(channels, 4, config, rng)
+        self.conv = Conv(channels, channels, 3, activate="linear", gain=LRELU_GAIN, rng=rng)
+        self.epi2 = Epilogue(channels, 4, config, rng)
 
     def forward(self, styles: Tensor, noise: Sequence[Tensor | None]) -> Tensor:
         """`styles` (n, 2, v) and two noise maps -> (n, c, 4, 4)."""
@@ -179,13 +186,13 @@ class FirstBlock(nn.Module):
 class Block(nn.Module):
     """The layers of one side above 4: a doubling convolution and one more."""
 
-    def __init__(self, side: int, config: StyleGAN1Config, chance: torch.Generator | None) -> None:
+    def __init__(self, side: int, config: StyleGAN1Config, rng: torch.Generator | None) -> None:
         super().__init__()
         channels = config.channels(side)
-        self.conv0_up = DoublingConv(config.channels(side // 2), channels, side, chance)
-        self.epi1 = Epilogue(channels, side, config, chance)
-        self.conv1 = Conv(channels, channels, 3, activate="linear", gain=LRELU_GAIN, chance=chance)
-        self.epi2 = Epilogue(channels, side, config, chance)
+        self.conv0_up = DoublingConv(config.channels(side // 2), channels, side, rng)
+        self.epi1 = Epilogue(channels, side, config, rng)
+        self.conv1 = Conv(channels, channels, 3, activate="linear", gain=LRELU_GAIN, rng=rng)
+        self.epi2 = Epilogue(channels, side, config, rng)
 
     def forward(self, x: Tensor, styles: Tensor, noise: Sequence[Tensor | None]) -> Tensor:
         """`styles` (n, 2, v) and two noise maps -> (n, c, side, side)."""
@@ -196,12 +203,12 @@ class Block(nn.Module):
 class Synthesis(nn.Module):
     """Styles -> a picture, nominally in [-1, 1], the published network's own range."""
 
-    def __init__(self, config: StyleGAN1Config, chance: torch.Generator | None) -> None:
+    def __init__(self, config: StyleGAN1Config, rng: torch.Generator | None) -> None:
         super().__init__()
-        first: dict[str, nn.Module] = {"4x4": FirstBlock(config, chance)}
-        others = {f"{side}x{side}": Block(side, config, chance) for side in config.sides[1:]}
+        first: dict[str, nn.Module] = {"4x4": FirstBlock(config, rng)}
+        others = {f"{side}x{side}": Block(side, config, rng) for side in config.sides[1:]}
         self.blocks = nn.ModuleDict(first | others)
-        self.torgb = Conv(config.channels(config.size), 3, 1, activate="linear", chance=chance)
+        self.torgb = Conv(config.channels(config.size), 3, 1, activate="linear", rng=rng)
 
     def forward(self, styles: Styles, noise: Sequence[Tensor | None]) -> Tensor:
         x = styles
@@ -214,11 +221,11 @@ class Synthesis(nn.Module):
 class StyleGAN1(nn.Module):
     """A generator with random weights; `models.conversions` fills it with the published ones."""
 
-    def __init__(self, config: StyleGAN1Config, chance: torch.Generator | None = None) -> None:
+    def __init__(self, config: StyleGAN1Config, rng: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
-        self.mapping = Mapping(config, chance)
-        self.synthesis = Synthesis(config, chance)
+        self.mapping = Mapping(config, rng)
+        self.synthesis = Synthesis(config, rng)
 
     @property
     def size(self) -> int:
@@ -273,6 +280,6 @@ class StyleGAN1(nn.Module):
         maps = [None] * len(self.noise_sides) if noise is None else list(noise)
         return (cast(Tensor, self.synthesis(styles, maps)) + 1.0) / 2.0
 
-    def sample(self, count: int, chance: torch.Generator, *, psi: float = 1.0, batch: int = 64) -> Images:
+    def sample(self, count: int, rng: torch.Generator, *, psi: float = 1.0, batch: int = 64) -> Images:
         """Draw `count` pictures without gradients, clamped to [0, 1], shape (count, 3, size, size)."""
-        return sample(self, count, chance, psi=psi, batch=batch)
+        return sample(self, count, rng, psi=psi, batch=batch)

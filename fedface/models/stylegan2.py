@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedface.errors import ConfigError
-from fedface.models.contracts import check_inputs, sample, truncated
-from fedface.models.layers import (
+from fedface.models.generator_protocol import check_inputs, sample, truncated
+from fedface.models.stylegan_layers import (
     LRELU_SLOPE,
     Linear,
     binomial_filter,
@@ -30,7 +30,7 @@ from fedface.models.layers import (
     unit_mean_square,
     upsample,
 )
-from fedface.shapes import Images, Latents, Styles
+from fedface.tensor_types import Images, Latents, Styles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,16 +82,16 @@ class Mapping(nn.Module):
     prior_mean: Tensor
     prior_root: Tensor
 
-    def __init__(self, config: StyleGAN2Config, chance: torch.Generator | None) -> None:
+    def __init__(self, config: StyleGAN2Config, rng: torch.Generator | None) -> None:
         super().__init__()
         self.layers, self.classes, self.prior = config.mapping_layers, config.classes, config.prior
         known = config.style_width if config.classes else 0
         widths = [config.latent_width + known] + [config.style_width] * config.mapping_layers
         for i in range(config.mapping_layers):
-            layer = Linear(widths[i], widths[i + 1], activate="lrelu", lr_multiplier=0.01, chance=chance)
+            layer = Linear(widths[i], widths[i + 1], activate="lrelu", lr_multiplier=0.01, rng=rng)
             self.add_module(f"fc{i}", layer)
         if config.classes:
-            self.embed = Linear(config.classes, config.style_width, chance=chance)
+            self.embed = Linear(config.classes, config.style_width, rng=rng)
         self.register_buffer("w_avg", torch.zeros(config.style_width))
         if config.prior == "fitted":
             self.register_buffer("prior_mean", torch.zeros(config.latent_width))
@@ -125,15 +125,15 @@ class StyledConv(nn.Module):
         side: int,
         up: int,
         config: StyleGAN2Config,
-        chance: torch.Generator | None,
+        rng: torch.Generator | None,
     ) -> None:
         super().__init__()
         self.up, self.side, self.clamp = up, side, config.clamp
-        self.affine = Linear(config.style_width, inputs, bias_start=1.0, chance=chance)
-        self.weight = nn.Parameter(torch.randn(outputs, inputs, 3, 3, generator=chance))
+        self.affine = Linear(config.style_width, inputs, bias_start=1.0, rng=rng)
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, 3, 3, generator=rng))
         self.noise_strength = nn.Parameter(torch.zeros([]))
         self.bias = nn.Parameter(torch.zeros(outputs))
-        self.register_buffer("noise_const", torch.randn(side, side, generator=chance))
+        self.register_buffer("noise_const", torch.randn(side, side, generator=rng))
         self.register_buffer("filter", binomial_filter(), persistent=False)
 
     def forward(self, x: Tensor, style: Tensor, noise: Tensor | None, gain: float = 1.0) -> Tensor:
@@ -147,11 +147,11 @@ class ToRGB(nn.Module):
 
     filter: Tensor
 
-    def __init__(self, inputs: int, config: StyleGAN2Config, chance: torch.Generator | None) -> None:
+    def __init__(self, inputs: int, config: StyleGAN2Config, rng: torch.Generator | None) -> None:
         super().__init__()
         self.clamp = config.clamp
-        self.affine = Linear(config.style_width, inputs, bias_start=1.0, chance=chance)
-        self.weight = nn.Parameter(torch.randn(3, inputs, 1, 1, generator=chance))
+        self.affine = Linear(config.style_width, inputs, bias_start=1.0, rng=rng)
+        self.weight = nn.Parameter(torch.randn(3, inputs, 1, 1, generator=rng))
         self.bias = nn.Parameter(torch.zeros(3))
         self.gain = 1.0 / math.sqrt(inputs)
         self.register_buffer("filter", binomial_filter(), persistent=False)
@@ -167,9 +167,9 @@ class Shortcut(nn.Module):
 
     filter: Tensor
 
-    def __init__(self, inputs: int, outputs: int, chance: torch.Generator | None) -> None:
+    def __init__(self, inputs: int, outputs: int, rng: torch.Generator | None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(outputs, inputs, 1, 1, generator=chance))
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, 1, 1, generator=rng))
         self.gain = 1.0 / math.sqrt(inputs)
         self.register_buffer("filter", binomial_filter(), persistent=False)
 
@@ -182,20 +182,20 @@ class Block(nn.Module):
 
     filter: Tensor
 
-    def __init__(self, side: int, config: StyleGAN2Config, chance: torch.Generator | None) -> None:
+    def __init__(self, side: int, config: StyleGAN2Config, rng: torch.Generator | None) -> None:
         super().__init__()
         channels = config.channels(side)
         if side == 4:
-            self.const = nn.Parameter(torch.randn(channels, 4, 4, generator=chance))
+            self.const = nn.Parameter(torch.randn(channels, 4, 4, generator=rng))
         else:
-            self.conv0 = StyledConv(config.channels(side // 2), channels, side, 2, config, chance)
-        self.conv1 = StyledConv(channels, channels, side, 1, config, chance)
+            self.conv0 = StyledConv(config.channels(side // 2), channels, side, 2, config, rng)
+        self.conv1 = StyledConv(channels, channels, side, 1, config, rng)
         self.shortcut = config.architecture == "resnet" and side != 4
         if self.shortcut:
-            self.skip = Shortcut(config.channels(side // 2), channels, chance)
+            self.skip = Shortcut(config.channels(side // 2), channels, rng)
         self.colours = config.architecture == "skip" or side == config.size
         if self.colours:
-            self.torgb = ToRGB(channels, config, chance)
+            self.torgb = ToRGB(channels, config, rng)
         self.first = side == 4
         self.register_buffer("filter", binomial_filter(), persistent=False)
 
@@ -223,11 +223,11 @@ class Block(nn.Module):
 class Synthesis(nn.Module):
     """Styles -> a picture in [-1, 1], the published network's own range."""
 
-    def __init__(self, config: StyleGAN2Config, chance: torch.Generator | None) -> None:
+    def __init__(self, config: StyleGAN2Config, rng: torch.Generator | None) -> None:
         super().__init__()
         self.sides = config.sides
         for side in config.sides:
-            self.add_module(f"b{side}", Block(side, config, chance))
+            self.add_module(f"b{side}", Block(side, config, rng))
 
     def forward(self, styles: Styles, noise: Sequence[Tensor] | None) -> Tensor:
         x: Tensor | None = None
@@ -244,13 +244,13 @@ class Synthesis(nn.Module):
 
 
 class StyleGAN2(nn.Module):
-    """A generator with random weights; fill it with `fedface.models.weights`."""
+    """A generator with random weights; fill it with `fedface.models.checkpoint`."""
 
-    def __init__(self, config: StyleGAN2Config, chance: torch.Generator | None = None) -> None:
+    def __init__(self, config: StyleGAN2Config, rng: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
-        self.mapping = Mapping(config, chance)
-        self.synthesis = Synthesis(config, chance)
+        self.mapping = Mapping(config, rng)
+        self.synthesis = Synthesis(config, rng)
 
     @property
     def size(self) -> int:
@@ -312,9 +312,9 @@ class StyleGAN2(nn.Module):
         check_inputs(self, styles, noise)
         return (cast(Tensor, self.synthesis(styles, noise)) + 1.0) / 2.0
 
-    def sample(self, count: int, chance: torch.Generator, *, psi: float = 1.0, batch: int = 64) -> Images:
+    def sample(self, count: int, rng: torch.Generator, *, psi: float = 1.0, batch: int = 64) -> Images:
         """Draw `count` pictures without gradients, clamped to [0, 1], shape (count, 3, size, size)."""
-        return sample(self, count, chance, psi=psi, batch=batch)
+        return sample(self, count, rng, psi=psi, batch=batch)
 
 
 class ClassConditioned(nn.Module):

@@ -1,6 +1,6 @@
 """A small U-Net with group normalisation: a picture and a time in, a picture out.
 
-Called from models/flow. Nothing in it mixes the pictures of a batch or draws a random number, so that
+Called from models/rectified_flow. Nothing in it mixes the pictures of a batch or draws a random number, so that
 `vmap(grad(...))` gives each photo's own gradient and clipping bounds what one photo can do: group instead of
 batch normalisation (Wu and He 2018, arXiv:1803.08494), no dropout.
 
@@ -139,7 +139,7 @@ class Attention(nn.Module):
 class UNet(nn.Module):
     """Pictures (n, 3, s, s) and times (n,) -> pictures (n, 3, s, s); the start is the zero map."""
 
-    def __init__(self, config: UNetConfig, chance: torch.Generator | None = None) -> None:
+    def __init__(self, config: UNetConfig, rng: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
         sides = config.channels
@@ -156,9 +156,9 @@ class UNet(nn.Module):
         self.middle = ResidualBlock(sides[-1], sides[-1], config)
         self.norm = nn.GroupNorm(sides[0] // config.group, sides[0])
         self.leave = nn.Conv2d(sides[0], 3 * config.patch**2, 3, padding=1)
-        self._draw(chance)
+        self._draw(rng)
 
-    def _draw(self, chance: torch.Generator | None) -> None:
+    def _draw(self, rng: torch.Generator | None) -> None:
         """Weights of variance 1 / inputs, biases 0; what ends a residual sum starts at 0."""
         last = {self.leave, self.attention.answer}
         last |= {module.conv1 for module in self.modules() if isinstance(module, ResidualBlock)}
@@ -166,7 +166,7 @@ class UNet(nn.Module):
             for module in self.modules():
                 if isinstance(module, nn.Conv2d | nn.Linear):
                     spread = 0.0 if module in last else 1.0 / math.sqrt(module.weight[0].numel())
-                    module.weight.normal_(0.0, 1.0, generator=chance).mul_(spread)
+                    module.weight.normal_(0.0, 1.0, generator=rng).mul_(spread)
                     cast(Tensor, module.bias).zero_()
 
     def forward(self, x: Tensor, times: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """How many faces a detector finds, group by group: the first place where a photo library becomes unfair.
 
-Called by the command line (`fedface photos detectors`) and benchmarks/detection.py.
+Called by the command line (`fedface photos audit-detectors`) and benchmarks/detection.py.
 Source of the interval: Wilson (1927), doi:10.1080/01621459.1927.10502953.
 """
 
@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from fedface.errors import LibraryError, PhotoError
-from fedface.photos.faces import Detector
-from fedface.photos.probe import labelled_sets
+from fedface.photos.face_alignment import Detector
+from fedface.photos.labelled_faces import labelled_sets
 
 GREY = 128
 ALL = "all"

@@ -18,8 +18,8 @@ import dlib
 import numpy as np
 
 from fedface.errors import LibraryError
-from fedface.photos.faces import Face, usable
-from fedface.photos.pixels import shrink
+from fedface.photos.face_alignment import Face, usable
+from fedface.photos.image_io import shrink
 
 HOG_SIDE = 800  # pixels; above it, faces smaller than about 1/20 of the photo are not looked for
 MMOD_SIDE = 480  # the network costs about 5 microseconds a pixel and core: this bounds it to a second

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from fedface.errors import LibraryError, PhotoError
-from fedface.photos.faces import align, alignment_side
-from fedface.photos.index import (
+from fedface.photos.face_alignment import align, alignment_side
+from fedface.photos.image_io import read_photo
+from fedface.photos.occasions import DEFAULT_RULE, Occasion, OccasionRule, PhotoSignature, group, occasion
+from fedface.photos.photo_index import (
     FileStamp,
     PhotoIndex,
     PhotoRecord,
@@ -32,10 +34,8 @@ from fedface.photos.index import (
     record_of,
     records,
 )
-from fedface.photos.occasions import DEFAULT_RULE, Occasion, OccasionRule, PhotoSignature, group, occasion
-from fedface.photos.pixels import read_photo
 from fedface.photos.scan import EmptyLibrary, checked_folder
-from fedface.shapes import Images, KeptImages, in_floats
+from fedface.tensor_types import Images, KeptImages, in_floats
 
 MAX_REASONS = 20
 
@@ -219,21 +219,21 @@ class PhotoLibrary:
             raise LibraryError(f"{self.folder} has lost photos since it was opened; open the library again")
         return own, paths, shots
 
-    def split(self, held_out: float, seed: int) -> tuple[PhotoLibrary, PhotoLibrary]:
+    def split(self, holdout_fraction: float, seed: int) -> tuple[PhotoLibrary, PhotoLibrary]:
         """Two libraries: to train on, and to hold out.
 
         A photo's side depends on the seed and its own path alone: photos that are added later move no other.
 
         Args:
-            held_out: The chance of each photo to be held out, in (0, 1).
+            holdout_fraction: The chance of each photo to be held out, in (0, 1).
             seed: >= 0.
         """
-        if not 0 < held_out < 1:
-            raise ValueError(f"held_out must lie in (0, 1), got {held_out}")
+        if not 0 < holdout_fraction < 1:
+            raise ValueError(f"holdout_fraction must lie in (0, 1), got {holdout_fraction}")
         with self._index.reading() as connection:
             paths = (record_of(connection, int(row)).path for row in self._rows)
             digests = [hashlib.sha256(b"%d/" % seed + os.fsencode(path)).digest()[:8] for path in paths]
-        held = np.array([int.from_bytes(digest, "big") < held_out * 2**64 for digest in digests])
+        held = np.array([int.from_bytes(digest, "big") < holdout_fraction * 2**64 for digest in digests])
         return self._part(self._rows[~held]), self._part(self._rows[held])
 
     def _part(self, rows: np.ndarray) -> PhotoLibrary:

@@ -38,16 +38,20 @@ class OccasionRule:
 
     gap_hours: float = 4.0  # linked if both are dated and no further apart than this ...
     radius_km: float = 5.0  # ... unless both are placed, and further apart than this
-    max_fingerprint_distance: int = 10  # linked whatever the date if no more of the 128 bits of their fingerprints differ
+    max_fingerprint_distance: int = (
+        10  # linked whatever the date if no more of the 128 bits of their fingerprints differ
+    )
     undated: Literal["by-folder", "alone"] = "by-folder"  # links all undated photos of one folder, or none
 
     def __post_init__(self) -> None:
         if not 0 < self.gap_hours <= 8760:
             raise ValueError(f"gap_hours must lie in (0, 8760], got {self.gap_hours}")
         if not self.radius_km > 0:
-            raise ValueError(f"reach_km must be > 0, got {self.radius_km}")
+            raise ValueError(f"radius_km must be > 0, got {self.radius_km}")
         if not 0 <= self.max_fingerprint_distance <= FINGERPRINT_BITS:
-            raise ValueError(f"alike must lie in [0, {FINGERPRINT_BITS}] bits, got {self.max_fingerprint_distance}")
+            raise ValueError(
+                f"alike must lie in [0, {FINGERPRINT_BITS}] bits, got {self.max_fingerprint_distance}"
+            )
         if self.undated not in ("by-folder", "alone"):
             raise ValueError(f'undated must be "by-folder" or "alone", got {self.undated!r}')
 
@@ -102,7 +106,10 @@ def fingerprint(pixels: np.ndarray) -> bytes | None:
     """
     light = pixels.astype(np.float32)
     steps = np.concatenate([np.diff(_means(light, 8, 9), axis=1), np.diff(_means(light, 9, 8), axis=0)])
-    if min(np.count_nonzero(steps > MIN_CONTRAST_BITS), np.count_nonzero(steps < -MIN_CONTRAST_BITS)) < LEAST_CLEAR:
+    if (
+        min(np.count_nonzero(steps > MIN_CONTRAST_BITS), np.count_nonzero(steps < -MIN_CONTRAST_BITS))
+        < LEAST_CLEAR
+    ):
         return None
     return np.packbits(steps > 0).tobytes()
 
@@ -221,10 +228,10 @@ def _point(place: tuple[float, float]) -> tuple[float, float, float]:
 
 
 def _link_neighbours(
-    groups: _Groups, number: np.ndarray, time: np.ndarray, gap: int, points: np.ndarray, reach_km: float
+    groups: _Groups, number: np.ndarray, time: np.ndarray, gap: int, points: np.ndarray, radius_km: float
 ) -> None:
     """Placed photos within the gap and within reach, the latter by the chord between points on the sphere."""
-    angle = reach_km / EARTH_KM
+    angle = radius_km / EARTH_KM
     chord = 2.0 * math.sin(angle / 2.0) if angle < math.pi else math.inf
     for rows, columns in _blocks(len(time), np.searchsorted(time, time + gap, side="right")):
         if groups.settled(number[rows], number[columns]):

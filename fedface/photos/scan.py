@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedface.errors import LibraryError, PhotoError
-from fedface.photos.faces import Detector
-from fedface.photos.index import FileStamp, PhotoIndex, PhotoRecord, ScanWriter, default_cache
-from fedface.photos.isolation import SandboxedDecoder, Limits
+from fedface.photos.face_alignment import Detector
+from fedface.photos.image_io import Photo, PhotoUnreadable, is_picture
 from fedface.photos.occasions import fingerprint
-from fedface.photos.pixels import Photo, PhotoUnreadable, is_picture
+from fedface.photos.photo_index import FileStamp, PhotoIndex, PhotoRecord, ScanWriter, default_cache
+from fedface.photos.sandboxed_decoder import Limits, SandboxedDecoder
 
 DETECTION_SIDE = 800  # pixels; no detector here looks at more
 SAVE_EVERY = 2.0  # seconds

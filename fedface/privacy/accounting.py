@@ -32,7 +32,7 @@ from dp_accounting.pld import privacy_loss_distribution as pld
 from scipy.optimize import brentq, minimize_scalar
 
 from fedface.errors import PrivacyError
-from fedface.privacy.target import PrivacyTarget, check_delta, format_delta
+from fedface.privacy.privacy_target import PrivacyTarget, check_delta, format_delta
 
 ADJACENCY = "add or remove one"  # ADD_OR_REMOVE_ONE: the neighbouring relation of every price here
 
@@ -45,7 +45,7 @@ MAX_GRID_STEP = 50.0  # what needs a wider grid (epsilon beyond 1e7) is priced a
 COARSE = 8  # how much coarser the grid is while bracketing the noise
 MIN_NOISE_SCALE = 1e-3  # less noise than this (epsilon beyond 1e5) is priced as no noise at all
 MAX_RELEASES = 10**9
-TOLERANCE = 1e-3  # `noise_for` ends this close below epsilon
+TOLERANCE = 1e-3  # `calibrate_noise_multiplier` ends this close below epsilon
 
 Kind = Literal[
     "gaussian", "laplace", "nonprivate", "swapped"
@@ -177,7 +177,9 @@ def flatten_event(event: DpEvent) -> Releases:
 
 
 def _is_private(leaves: Releases) -> bool:
-    return all(leaf.kind != "nonprivate" for leaf, _ in leaves) and _grid_step(_merged(leaves)) <= MAX_GRID_STEP
+    return (
+        all(leaf.kind != "nonprivate" for leaf, _ in leaves) and _grid_step(_merged(leaves)) <= MAX_GRID_STEP
+    )
 
 
 def _grid_step(leaves: Releases) -> float:
@@ -361,7 +363,9 @@ def reconstruction_success_bound(event: DpEvent, kappa: float) -> float:
 
 def event_to_json(event: DpEvent) -> str:
     """An event as canonical text for the ledger: its leaves and counts, sorted."""
-    rows = [{"kind": leaf.kind, "scale": leaf.scale, "q": leaf.q, "count": n} for leaf, n in flatten_event(event)]
+    rows = [
+        {"kind": leaf.kind, "scale": leaf.scale, "q": leaf.q, "count": n} for leaf, n in flatten_event(event)
+    ]
     return json.dumps(rows, sort_keys=True, separators=(",", ":"))
 
 

@@ -1,13 +1,13 @@
 """Ledger and journal beside each other: each notices by itself that it was put back, and here that the other was.
 
-Called from federation/device.py before anything is answered.
+Called from device/client.py before anything is answered.
 """
 
 from __future__ import annotations
 
 from fedface.errors import LedgerError
-from fedface.privacy.journal import TransmissionLog
 from fedface.privacy.ledger import Ledger
+from fedface.privacy.transmission_log import TransmissionLog
 
 
 def check_books(journal: TransmissionLog, ledger: Ledger) -> None:

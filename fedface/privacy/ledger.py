@@ -1,8 +1,8 @@
 """What this device's photos have paid so far: an append-only, hash-chained file on the device's own disk.
 
-Called from federation/device.py: a round is booked before it is computed, and its reply is kept, so that
+Called from device/client.py: a round is booked before it is computed, and its reply is kept, so that
 asking again gets the same bytes instead of a second release. What was booked and never answered never left, but
-whoever asks sees that no answer came: a booking pays for a few computations alone, see privacy/answers.py.
+whoever asks sees that no answer came: a booking pays for a few computations alone, see privacy/reply_cache.py.
 One ledger per library, for the library's whole life; every reading verifies the chain and fails closed.
 Source: SQLite with a rollback journal and synchronous=EXTRA (https://sqlite.org/pragma.html); the price
 composes all events at reading time, see privacy/accounting.py.
@@ -17,22 +17,24 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from fedface.errors import LedgerError, PolicyRefusal, PrivacyError
-from fedface.privacy import answers
+from fedface.privacy import reply_cache
 from fedface.privacy.accounting import (
     EpsilonBounds,
     compose,
-    within_budget,
     epsilon_of,
     event_from_json,
     event_to_json,
+    within_budget,
 )
-from fedface.privacy.chain import Chain, Clock, ChainSchema, Record, Transaction, in_utc, utc_now
-from fedface.privacy.limits import BudgetStatus, BudgetExceeded
+from fedface.privacy.adjacency import convert_unit
+from fedface.privacy.budget import Budget, BudgetExceeded
+from fedface.privacy.hash_chain import Chain, ChainSchema, Clock, Record, Transaction, in_utc, utc_now
 from fedface.privacy.mechanism import Event
-from fedface.privacy.neighbours import convert_unit
-from fedface.units import UNITS, Unit
+from fedface.privacy_units import UNITS, Unit
 
-MAX_RELEASE_KINDS = 500  # of releases, each with its own noise or rate: each makes pricing them together slower
+MAX_RELEASE_KINDS = (
+    500  # of releases, each with its own noise or rate: each makes pricing them together slower
+)
 PAYS_FOR = timedelta(days=1)  # how long a booking waits for its answer where limits count days
 MAX_PERIOD = 100 * 366.0  # days; a longer one counts as this, so that every period begins after year 1
 
@@ -44,8 +46,8 @@ FORM = ChainSchema(
         "event TEXT NOT NULL", "marks TEXT NOT NULL",
     ),
     rules=("UNIQUE (run, round, attempt)",),
-    beside=answers.TABLES,
-    counter_sql=answers.GROWS,
+    beside=reply_cache.TABLES,
+    counter_sql=reply_cache.GROWS,
 )  # fmt: skip
 
 
@@ -125,7 +127,7 @@ class Ledger:
     def unanswered(self, numbers: Iterable[int]) -> list[int]:
         """Those of some entries' numbers that were never booked here, or never answered as far as this ledger knows."""
         with self._chain.read_transaction() as page:
-            last = answers.answered_attempts(page)
+            last = reply_cache.answered_attempts(page)
             given = {e.number for e in _entries(page) if last.get((e.run, e.round), 0) >= e.attempt}
         return [number for number in numbers if number not in given]
 
@@ -155,7 +157,7 @@ class Ledger:
         before = _everything(self.entries(), unit, since)
         return epsilon_of(compose([before, convert_unit(event, source=told, target=unit)]), delta)
 
-    def check_budget(self, event: Event, limits: Sequence[BudgetStatus], *, told: Unit) -> BudgetExceeded | None:
+    def check_budget(self, event: Event, limits: Sequence[Budget], *, told: Unit) -> BudgetExceeded | None:
         """Whether everything booked and one more event stay within every limit.
 
         Args:
@@ -173,7 +175,7 @@ class Ledger:
         return self._shortfall(self.entries(), event, limits, told)
 
     def _shortfall(
-        self, entries: Sequence[Entry], event: Event, limits: Sequence[BudgetStatus], told: Unit
+        self, entries: Sequence[Entry], event: Event, limits: Sequence[Budget], told: Unit
     ) -> BudgetExceeded | None:
         if not limits:
             raise ValueError("a release needs at least one limit, got none")
@@ -223,7 +225,7 @@ class Ledger:
             return paid or _append(page, event, run, round, marks or {})
 
     def record_within_budget(
-        self, event: Event, limits: Sequence[BudgetStatus], *, run: str, round: int,
+        self, event: Event, limits: Sequence[Budget], *, run: str, round: int,
         marks: Mapping[str, str] | None = None,
     ) -> Entry:  # fmt: skip
         """Book a release if every limit then holds: price and booking in one transaction.
@@ -259,17 +261,19 @@ class Ledger:
                 )
             return _append(page, event, run, round, marks)
 
-    def _too_old(self, page: Transaction, paid: Entry, limits: Sequence[BudgetStatus]) -> bool:
+    def _too_old(self, page: Transaction, paid: Entry, limits: Sequence[Budget]) -> bool:
         """Whether a booking would leave a limit's period well before the release it pays for, still to come."""
-        if all(limit.days is None for limit in limits) or answers.load_reply(page, paid.run, paid.round):
+        if all(limit.days is None for limit in limits) or reply_cache.load_reply(page, paid.run, paid.round):
             return False
         return self._time() - paid.time > PAYS_FOR
 
-    def _paid(self, page: Transaction, event: Event, run: str, round: int, marks: Mapping[str, str]) -> Entry | None:
+    def _paid(
+        self, page: Transaction, event: Event, run: str, round: int, marks: Mapping[str, str]
+    ) -> Entry | None:
         """The entry that has paid for this release already, if any."""
         said, noted = event_to_json(event), _canonical(marks)
         same = _booked(page, run, round)
-        reply = answers.load_reply(page, run, round)
+        reply = reply_cache.load_reply(page, run, round)
         if reply is not None:
             kept = next((entry for entry in same if entry.attempt == reply[0]), None)
             if kept is None:
@@ -282,9 +286,9 @@ class Ledger:
         if not same or (same[-1].event, same[-1].metadata) != (said, noted):
             return None
         last = same[-1].attempt
-        used = answers.answered_attempt(page, run, round) == last
-        tried = answers.attempt_count(page, run, round, last)
-        return None if used or tried >= answers.FREE_ATTEMPTS else same[-1]
+        used = reply_cache.answered_attempt(page, run, round) == last
+        tried = reply_cache.attempt_count(page, run, round, last)
+        return None if used or tried >= reply_cache.FREE_ATTEMPTS else same[-1]
 
     def record_attempt(self, run: str, round: int, *, attempt: int) -> None:
         """Write down that a booked release is computed now; on disk when this returns, then open the photos.
@@ -300,7 +304,7 @@ class Ledger:
         with self._chain.write_transaction() as page:
             if not 1 <= attempt <= len(_booked(page, run, round)):
                 raise LedgerError(f"round {round} of {run} was never booked; no photo may be opened for it")
-            answers.record_attempt(page, run, round, attempt)
+            reply_cache.record_attempt(page, run, round, attempt)
 
     def store_reply(self, run: str, round: int, body: bytes, *, attempt: int | None = None) -> None:
         """Keep the bytes that answer a booked round; the run's reply before is dropped.
@@ -321,12 +325,12 @@ class Ledger:
             paid = booked if attempt is None else attempt
             if not 1 <= paid <= booked:
                 raise LedgerError(f"round {round} of {run} was never booked; nothing may be sent")
-            answers.store_reply(page, run, round, paid, body)
+            reply_cache.store_reply(page, run, round, paid, body)
 
     def load_reply(self, run: str, round: int) -> bytes | None:
         """The bytes that answered this round; None if it was never answered or they were dropped since."""
         with self._chain.read_transaction() as page:
-            reply = answers.load_reply(page, run, round)
+            reply = reply_cache.load_reply(page, run, round)
         return None if reply is None else reply[1]
 
     def delete_replies(self, run: str | None = None) -> int:
@@ -338,12 +342,12 @@ class Ledger:
             How many replies were dropped.
         """
         with self._chain.write_transaction() as page:
-            return answers.delete_replies(page, run)
+            return reply_cache.delete_replies(page, run)
 
 
 def _entries(page: Transaction) -> list[Entry]:
     entries = [Entry.of(line) for line in page.lines]
-    answers.check_attempts(page, {(entry.run, entry.round, entry.attempt) for entry in entries})
+    reply_cache.check_attempts(page, {(entry.run, entry.round, entry.attempt) for entry in entries})
     return entries
 
 

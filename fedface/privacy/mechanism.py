@@ -1,6 +1,6 @@
 """The Gaussian mechanism: clip vectors, add noise to their sum, and name what that costs.
 
-Called from training/private_steps.py (one vector per photo) and aggregation/ (one vector per device). One
+Called from training/dp_sgd.py (one vector per photo) and aggregation/ (one vector per device). One
 object, two readers: the numbers that clip and noise are the numbers that the accountant prices.
 Source: Dwork & Roth (2014), Theorem A.1; Balle & Wang (2018), arXiv:1805.06530; sampling as in Abadi et al.
 (2016), arXiv:1607.00133; on numbers that are no reals, Mironov (2012), CCS, and Haney et al. (2022), arXiv:2207.13793.
@@ -22,7 +22,7 @@ from dp_accounting import (
 from torch import Tensor
 
 from fedface.randomness import SecretNoise
-from fedface.shapes import Vector
+from fedface.tensor_types import Vector
 
 Event = DpEvent  # what was released; the name by which other rooms know dp_accounting's record
 

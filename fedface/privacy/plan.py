@@ -1,14 +1,14 @@
 """From a promise and a schedule to one mechanism and its price, once, before anything runs.
 
-Called from experiment.py and `fedface check` (make_plan), and on the device, which receives the terms, never
+Called from experiment.py and `fedface plan` (make_plan), and on the device, which receives the terms, never
 an epsilon, and prices them itself. The noise is set so that everything together keeps a unit's promise: all
 rounds, and what is released beside them, such as evaluation figures.
 
 Where noise is added follows from the unit. Photo and occasion: on the device, in every private step. Library: on
-the server, once to each round's sum of whole updates, each cut to `update_clip`; the server is trusted with the sum.
+the server, once to each round's sum of whole updates, each cut to `update_clip_norm`; the server is trusted with the sum.
 There is a third place, which nothing here claims yet: on the device, as a discrete share of the noise that only the
 sum completes (library without a trusted server, Kairouz et al. 2021, arXiv:2102.06387). It would be one more
-mechanism of `Terms.sum_mechanism`, with the same `clip`, `noise` and `event`.
+mechanism of `Terms.central_mechanism`, with the same `clip`, `noise` and `event`.
 
 Source: DP-SGD, Abadi et al. (2016), arXiv:1607.00133; Poisson sampling with a public rate and divisor.
 """
@@ -21,10 +21,16 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, assert_never
 
 from fedface.errors import PrivacyError
-from fedface.privacy.accounting import ADJACENCY, EpsilonBounds, compose, epsilon_of, calibrate_noise_multiplier
+from fedface.privacy.accounting import (
+    ADJACENCY,
+    EpsilonBounds,
+    calibrate_noise_multiplier,
+    compose,
+    epsilon_of,
+)
 from fedface.privacy.mechanism import ClippedSum, Event, GaussianSum, SampledGaussian, check_clip_norm
-from fedface.privacy.target import NoPrivacy, PrivacyTarget, PrivacyGuarantee, format_delta
-from fedface.units import UNITS, Unit, unit_in_words
+from fedface.privacy.privacy_target import NoPrivacy, PrivacyGuarantee, PrivacyTarget, format_delta
+from fedface.privacy_units import UNITS, Unit, unit_in_words
 
 MAX_STEPS = 2_000  # of a round: more would keep a device busy for days, however cheap the noise makes them
 MAX_EXPECTED_BATCH_SIZE = 10**9  # photos in a step
@@ -55,9 +61,11 @@ class Schedule:
         if not 0 < self.sampling_rate <= 1:
             raise ValueError(f"sampling_rate must lie in (0, 1], got {self.sampling_rate}")
         if self.expected_batch_size < 1:
-            raise ValueError(f"expected_batch must be at least 1, got {self.expected_batch_size}")
+            raise ValueError(f"expected_batch_size must be at least 1, got {self.expected_batch_size}")
         if self.expected_batch_size > MAX_EXPECTED_BATCH_SIZE:
-            raise ValueError(f"expected_batch must be at most {MAX_EXPECTED_BATCH_SIZE}, got {self.expected_batch_size}")
+            raise ValueError(
+                f"expected_batch_size must be at most {MAX_EXPECTED_BATCH_SIZE}, got {self.expected_batch_size}"
+            )
         check_clip_norm(self.clip_norm)
 
 
@@ -72,13 +80,15 @@ class DPParameters:
 
     def __post_init__(self) -> None:
         if not 0 <= self.noise_multiplier <= MAX_NOISE_MULTIPLIER:
-            raise ValueError(f"noise_multiplier must lie in [0, {MAX_NOISE_MULTIPLIER:g}], got {self.noise_multiplier}")
+            raise ValueError(
+                f"noise_multiplier must lie in [0, {MAX_NOISE_MULTIPLIER:g}], got {self.noise_multiplier}"
+            )
         if self.unit not in UNITS:
             raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
         try:
             check_clip_norm(self.update_clip_norm)
         except ValueError as error:
-            raise ValueError(str(error).replace("clip_norm", "update_clip")) from error
+            raise ValueError(str(error).replace("clip_norm", "update_clip_norm")) from error
 
     @property
     def is_private(self) -> bool:
@@ -132,7 +142,7 @@ class DPParameters:
             **asdict(self.schedule),
             "noise_multiplier": self.noise_multiplier,
             "unit": self.unit,
-            "update_clip": self.update_clip_norm,
+            "update_clip_norm": self.update_clip_norm,
         }
 
     def metadata(self) -> dict[str, str]:
@@ -142,7 +152,7 @@ class DPParameters:
             for key, value in self.to_record().items()
         }
         if self.unit != "library":
-            del asked["update_clip"]
+            del asked["update_clip_norm"]
         return {
             **asked,
             "neighbours": ADJACENCY,
@@ -157,7 +167,7 @@ class DPParameters:
         Raises:
             PrivacyError: A key is missing, unknown or out of bounds.
         """
-        wanted = {*(field.name for field in fields(Schedule)), "noise_multiplier", "unit", "update_clip"}
+        wanted = {*(field.name for field in fields(Schedule)), "noise_multiplier", "unit", "update_clip_norm"}
         if set(record) != wanted:
             raise PrivacyError(f"terms need exactly the keys {sorted(wanted)}, got {sorted(record)}")
         try:
@@ -165,14 +175,14 @@ class DPParameters:
                 rounds=int(record["rounds"]),
                 steps_per_round=int(record["steps_per_round"]),
                 sampling_rate=float(record["sampling_rate"]),
-                expected_batch_size=int(record["expected_batch"]),
+                expected_batch_size=int(record["expected_batch_size"]),
                 clip_norm=float(record["clip_norm"]),
             )
             return DPParameters(
                 schedule=schedule,
                 noise_multiplier=float(record["noise_multiplier"]),
                 unit=record["unit"],
-                update_clip_norm=float(record["update_clip"]),
+                update_clip_norm=float(record["update_clip_norm"]),
             )
         except (TypeError, ValueError, OverflowError) as error:
             raise PrivacyError(f"terms out of bounds: {error}") from error
@@ -186,7 +196,9 @@ class Plan:
     schedule: Schedule
     noise_multiplier: float  # sigma; 0.0 only for NoPromise
     update_clip_norm: float = 1.0  # see Terms
-    additional_releases: tuple[DPParameters, ...] = ()  # what else is released of the same units, such as evaluation figures
+    additional_releases: tuple[
+        DPParameters, ...
+    ] = ()  # what else is released of the same units, such as evaluation figures
 
     def __post_init__(self) -> None:
         if (self.noise_multiplier > 0) != isinstance(self.privacy, PrivacyTarget):
@@ -224,7 +236,7 @@ class Plan:
                 assert_never(self.promise)
 
     def describe(self) -> list[str]:
-        """The plan in words, one line each, for `fedface check` and the report."""
+        """The plan in words, one line each, for `fedface plan` and the report."""
         match self.privacy:
             case PrivacyTarget() as target:
                 bounds = epsilon_of(self.total_event(), target.delta)
@@ -276,14 +288,18 @@ class Plan:
 
 
 def make_plan(
-    privacy: PrivacyGuarantee, schedule: Schedule, *, update_clip_norm: float = 1.0, additional_releases: Sequence[DPParameters] = ()
+    privacy: PrivacyGuarantee,
+    schedule: Schedule,
+    *,
+    update_clip_norm: float = 1.0,
+    additional_releases: Sequence[DPParameters] = (),
 ) -> Plan:
     """Find the least noise with which a schedule keeps a promise.
 
     Args:
         promise: What a unit's owner gets over everything, or `NoPromise()`.
         schedule: How often units are looked at.
-        update_clip: Longest update of one device, in public ranges; counts for unit library alone.
+        update_clip_norm: Longest update of one device, in public ranges; counts for unit library alone.
         beside: What is released of the same units besides, its noise already chosen.
 
     Returns:
@@ -311,9 +327,13 @@ def make_plan(
     )
 
 
-def _terms(promise: PrivacyGuarantee, schedule: Schedule, sigma: float, update_clip: float) -> DPParameters:
+def _terms(
+    promise: PrivacyGuarantee, schedule: Schedule, sigma: float, update_clip_norm: float
+) -> DPParameters:
     unit: Unit = promise.unit if isinstance(promise, PrivacyTarget) else "photo"
-    return DPParameters(schedule=schedule, noise_multiplier=sigma, unit=unit, update_clip_norm=update_clip)
+    return DPParameters(
+        schedule=schedule, noise_multiplier=sigma, unit=unit, update_clip_norm=update_clip_norm
+    )
 
 
 def _counted(count: int, word: str) -> str:

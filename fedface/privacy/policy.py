@@ -1,6 +1,6 @@
 """The owner's policy: which runs may use this device's photos, when, and up to what price.
 
-Called from federation/device.py before a photo is read, and by `fedface policy check`. The policy is a YAML file that
+Called from device/client.py before a photo is read, and by `fedface policy check`. The policy is a YAML file that
 only the owner edits (see clients/policy.example.yaml and docs/policy.md). Everything is refused unless it is allowed,
 no word of a server's widens it, and the price is computed here, from the noise, the sampling rate and the steps: an
 epsilon that somebody tells is never believed.
@@ -15,12 +15,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedface.errors import PolicyRefusal
-from fedface.privacy.conditions import ParticipationConditions, Environment, SystemEnvironment, parse_expiry
+from fedface.privacy.budget import Budget, describe_briefly
 from fedface.privacy.ledger import Entry, Ledger
-from fedface.privacy.limits import BudgetStatus, describe_briefly
-from fedface.privacy.plan import Plan, DPParameters
-from fedface.privacy.target import check_delta, format_delta
-from fedface.units import UNITS, Unit, covers, unit_in_words
+from fedface.privacy.participation_conditions import (
+    Environment,
+    ParticipationConditions,
+    SystemEnvironment,
+    parse_expiry,
+)
+from fedface.privacy.plan import DPParameters, Plan
+from fedface.privacy.privacy_target import check_delta, format_delta
+from fedface.privacy_units import UNITS, Unit, covers, unit_in_words
 
 OBJECTIVES = ("generator", "upsampler")  # what can be trained, in the word of a policy
 EVALUATION = "evaluation"  # the objective of a task that only measures
@@ -43,7 +48,7 @@ class Period:
     epsilon: float  # > 0
 
     def __post_init__(self) -> None:
-        BudgetStatus(epsilon=self.epsilon, delta=0.5, days=self.days)  # the bounds of a limit
+        Budget(epsilon=self.epsilon, delta=0.5, days=self.days)  # the bounds of a limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +71,9 @@ class DevicePolicy:
     trust_server: bool = False  # may runs take part whose noise the server adds?
     allow_no_dp: bool = False  # may runs without noise use these photos?
     folders: tuple[Path, ...] = ()  # below the photos: only these may be used; none named: all
-    exclude_folders: tuple[Path, ...] = ()  # below the photos: these may not be used, also where `folders` holds them
+    exclude_folders: tuple[
+        Path, ...
+    ] = ()  # below the photos: these may not be used, also where `folders` holds them
     hours: tuple[str, ...] = ()  # such as "22:00-07:00", local time; none: at any time
     require_ac_power: bool = False  # only when plugged in?
     min_battery: float = 0.0  # off the mains only with this share of charge, 0 to 1
@@ -80,7 +87,7 @@ class DevicePolicy:
         if self.unit not in UNITS:
             raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
         if self.min_cohort_size < 1:
-            raise ValueError(f"smallest_cohort must be at least 1, got {self.min_cohort_size}")
+            raise ValueError(f"min_cohort_size must be at least 1, got {self.min_cohort_size}")
         for objective in self.objectives:
             if objective not in OBJECTIVES:
                 figures = "; figures are allowed by evaluation: true" if objective == EVALUATION else ""
@@ -105,12 +112,12 @@ class DevicePolicy:
         _ = self.conditions
 
     @property
-    def budgets(self) -> tuple[BudgetStatus, ...]:
+    def budgets(self) -> tuple[Budget, ...]:
         """The budget for life, then that of each period."""
         return (
-            BudgetStatus(epsilon=self.max_epsilon, delta=self.delta, unit=self.unit),
+            Budget(epsilon=self.max_epsilon, delta=self.delta, unit=self.unit),
             *(
-                BudgetStatus(epsilon=period.epsilon, delta=self.delta, unit=self.unit, days=period.days)
+                Budget(epsilon=period.epsilon, delta=self.delta, unit=self.unit, days=period.days)
                 for period in self.periods
             ),
         )
@@ -154,7 +161,7 @@ class DevicePolicy:
             surroundings: Says the time, the power and the load; this machine if None.
 
         Raises:
-            NotNow: The owner's conditions do not hold; the reason is in its `private`, for the owner's log alone.
+            ConditionsNotMet: The owner's conditions do not hold; the reason is in its `private`, for the owner's log alone.
             PolicyRefusal: With what was asked, what is spent and what is allowed.
             LedgerError: The ledger cannot be trusted, so nothing can be admitted.
         """
@@ -182,7 +189,7 @@ class DevicePolicy:
         self._admit_today(here)
         self._admit_purpose(cohort_size, protocol, objective)
         self._admit_promise(_terms(plan))
-        replace(self.conditions, most_load=None).check(here)  # what is kept costs no work
+        replace(self.conditions, max_load=None).check(here)  # what is kept costs no work
 
     def check_decryption(self, protocol: str, *, surroundings: Environment | None = None) -> None:
         """Return if this device may open a sum that it has a part in: what it does for others, not with photos.
@@ -293,7 +300,9 @@ class DevicePolicy:
         said = terms.metadata()
         noted = {**said, **(marks or {}), **{word: said[word] for word in OWN_WORDS}}
         if terms.is_private:
-            return ledger.record_within_budget(terms.event(1), self.budgets, run=run, round=round, marks=noted)
+            return ledger.record_within_budget(
+                terms.event(1), self.budgets, run=run, round=round, marks=noted
+            )
         return ledger.record(terms.event(1), run=run, round=round, marks=noted)
 
     def ended(self, surroundings: Environment) -> str | None:

@@ -1,6 +1,6 @@
 """What a device gave away, told to its owner: every payload, to whom, at what price, and how much is left.
 
-Called by `fedface device log`, `fedface ledger show` and federation/leaving.py with what privacy/journal.py and
+Called by `fedface device log`, `fedface ledger show` and device/withdrawal.py with what privacy/transmission_log.py and
 privacy/ledger.py have read and verified; nothing here writes to either. The page's layout is device_log.html beside
 this file: one file, no script, nothing from any network, and a content security policy that names its style by hash.
 """
@@ -22,15 +22,15 @@ from jinja2 import Environment, StrictUndefined
 
 from fedface.errors import LedgerError, PrivacyError
 from fedface.privacy.accounting import EpsilonBounds, compose, epsilon_of, event_from_json
-from fedface.privacy.journal import RESENT, OF_FIGURES, Transmission, Withdrawal
+from fedface.privacy.adjacency import convert_unit
+from fedface.privacy.budget import Budget
 from fedface.privacy.ledger import MAX_PERIOD, Entry
-from fedface.privacy.limits import BudgetStatus
-from fedface.privacy.neighbours import convert_unit
 from fedface.privacy.policy import DevicePolicy
-from fedface.privacy.target import format_delta
-from fedface.reports import log_words, wording
-from fedface.reports.log_words import moment, shown
-from fedface.units import UNITS, Unit, unit_in_words
+from fedface.privacy.privacy_target import format_delta
+from fedface.privacy.transmission_log import OF_FIGURES, RESENT, Transmission, Withdrawal
+from fedface.privacy_units import UNITS, Unit, unit_in_words
+from fedface.reports import device_log_text, formatting
+from fedface.reports.device_log_text import moment, shown
 
 TEMPLATE = Path(__file__).with_name("device_log.html")
 MOMENTS = 24  # how often a total is computed for a table or a curve; each takes about a second
@@ -108,7 +108,7 @@ class LoggedTransmission:
 class BudgetStatus:
     """One limit of the policy and what is spent of it now."""
 
-    budget: BudgetStatus
+    budget: Budget
     spent: TransmissionPrice
 
     @property
@@ -213,7 +213,7 @@ def make_log(
     withdrawn: dict[str, str] = {}
     for line in lines or ():
         if isinstance(line, Withdrawal) and run in (None, line.run):
-            withdrawn.setdefault(line.run, line.written)
+            withdrawn.setdefault(line.run, line.time_text)
     return DeviceLog(
         device=device,
         receiver=receiver,
@@ -221,7 +221,9 @@ def make_log(
         kept=lines is not None,
         told=tuple(told),
         entries=tuple(entries),
-        budgets=tuple(BudgetStatus(budget=limit, spent=_spent(entries, limit, now)) for limit in policy.budgets),
+        budgets=tuple(
+            BudgetStatus(budget=limit, spent=_spent(entries, limit, now)) for limit in policy.budgets
+        ),
         unsent=tuple(
             entry for entry in entries if entry.number not in numbers and (run is None or _asked(entry, run))
         ),
@@ -306,7 +308,7 @@ def promised(entry: Entry) -> Unit:
     raise LedgerError(f"entry {entry.number} of the ledger names an unknown unit {said!r}; update fedface")
 
 
-def spending_curve(entries: Sequence[Entry], limit: BudgetStatus, now: datetime) -> list[tuple[datetime, float]]:
+def spending_curve(entries: Sequence[Entry], limit: Budget, now: datetime) -> list[tuple[datetime, float]]:
     """When the upper bound that counts against a limit became what; ends now, has at most MOMENTS + 1 points."""
     times = [entry.time for entry in entries]
     if limit.days is not None:
@@ -326,7 +328,7 @@ def render(log: DeviceLog) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(
-        size=wording.size, shown=shown, whole=lambda words: re.sub(r"(?<=\de)-(?=\d)", MINUS, words)
+        size=formatting.size, shown=shown, whole=lambda words: re.sub(r"(?<=\de)-(?=\d)", MINUS, words)
     )
     life = log.budgets[0]
     return environment.from_string(source).render(
@@ -338,12 +340,12 @@ def render(log: DeviceLog) -> str:
         charts=[_chart(log.entries, budget, log.now) for budget in log.budgets] if log.entries else [],
         days=[told.when()[0] for told in log.told if isinstance(told.line, Transmission)],
         unit=unit_in_words(life.spent.unit),
-        sure=wording.percent(1 / (1 + math.exp(-life.spent.bounds.upper))),
-        one_in=wording.one_in(life.spent.delta),
-        kinds=log_words.kinds(log.sent),
-        what_left=log_words.what_left(log.sent, log.device),
-        never_left=log_words.never_left(log.sent, log.bare),
-        not_covered=log_words.not_covered(log.bare),
+        sure=formatting.percent(1 / (1 + math.exp(-life.spent.bounds.upper))),
+        one_in=formatting.one_in(life.spent.delta),
+        kinds=device_log_text.kinds(log.sent),
+        what_left=device_log_text.what_left(log.sent, log.device),
+        never_left=device_log_text.never_left(log.sent, log.bare),
+        not_covered=device_log_text.not_covered(log.bare),
         left_runs={run: moment(when) for run, when in log.withdrawn.items()},
     )
 
@@ -372,7 +374,7 @@ def _chart(entries: Sequence[Entry], budget: BudgetStatus, now: datetime) -> dic
     }
 
 
-def _spent(entries: Sequence[Entry], limit: BudgetStatus, now: datetime) -> TransmissionPrice:
+def _spent(entries: Sequence[Entry], limit: Budget, now: datetime) -> TransmissionPrice:
     """What counts against a limit now."""
     since = None if limit.days is None else now - timedelta(days=min(limit.days, MAX_PERIOD))
     counted = [entry for entry in entries if since is None or entry.time >= since]

@@ -1,9 +1,9 @@
 """One round of fine-tuning a rectified flow on one device's photos, every step of it private.
 
-Called from training/ways. A flow has one network and no critic: the loss of one photo is the regression of
+Called from training/training_methods. A flow has one network and no discriminator: the loss of one photo is the regression of
 Liu et al. 2022 (arXiv:2209.03003), equation 1, averaged over `noise_draws` draws of a time and a noise picture
 before its gradient is clipped (noise multiplicity, Dockhorn et al. 2022, arXiv:2210.09929, section 3.1): more
-draws make the gradient of one photo more telling and cost no privacy, see training/private_steps.
+draws make the gradient of one photo more telling and cost no privacy, see training/dp_sgd.
 
 Within one photo the draws are spread: times come one from each of equal slices, and noise pictures in pairs
 of opposite sign, whose parts that are odd in the noise cancel.
@@ -24,15 +24,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedface.models.adapters import Adaptation, Full, attach, flatten_trainable
-from fedface.models.flow import FlowConfig, RectifiedFlow
-from fedface.photos.drawn import render_people
-from fedface.privacy.plan import Schedule, DPParameters
+from fedface.models.lora import Adaptation, Full, attach, flatten_trainable
+from fedface.models.rectified_flow import FlowConfig, RectifiedFlow
+from fedface.privacy.plan import DPParameters, Schedule
 from fedface.randomness import SecretNoise, Streams
-from fedface.shapes import Images, KeptImages, Vector
-from fedface.training.per_photo import Draw, trainable_parameters
-from fedface.training.private_descent import check_descent, dp_sgd_steps, descent_ranges, scale_lr_for_noise
-from fedface.training.private_steps import Network, check_per_example_gradients, per_example_gradients
+from fedface.synthetic.faces import render_people
+from fedface.tensor_types import Images, KeptImages, Vector
+from fedface.training.dp_momentum_sgd import check_descent, descent_ranges, dp_sgd_steps, scale_lr_for_noise
+from fedface.training.dp_sgd import Network, check_per_example_gradients, per_example_gradients
+from fedface.training.per_example_gradients import Draw, trainable_parameters
 
 _PUBLIC = 64  # drawn faces that the scales are learned from
 _AT_ONCE = 32  # of them
@@ -124,9 +124,7 @@ def loss_over_draws(network: Network, photos: Images, draws: Tensor) -> Tensor:
     )
 
 
-def times_and_noises(
-    photos: int, count: int, side: int, max_time: float, chance: np.random.Generator
-) -> Tensor:
+def times_and_noises(photos: int, count: int, side: int, max_time: float, rng: np.random.Generator) -> Tensor:
     """Fresh draws for some photos, independent from photo to photo.
 
     Args:
@@ -134,29 +132,29 @@ def times_and_noises(
         count: K draws for each.
         side: s, of the noise pictures.
         latest: The end of the range of times, which starts at 0.
-        chance: Where they are drawn from.
+        rng: Where they are drawn from.
 
     Returns:
         (n, K, 1 + 3 s s) float32: times, one from each K-th of the range, and standard normal noise pictures,
         each second the negative of the one before.
     """
-    slices = chance.permuted(np.tile(np.arange(count), (photos, 1)), axis=1)
-    times = max_time * (slices + chance.random((photos, count))) / count
-    half = chance.standard_normal((photos, -(-count // 2), 3 * side * side), dtype=np.float32)
+    slices = rng.permuted(np.tile(np.arange(count), (photos, 1)), axis=1)
+    times = max_time * (slices + rng.random((photos, count))) / count
+    half = rng.standard_normal((photos, -(-count // 2), 3 * side * side), dtype=np.float32)
     noise = np.stack([half, -half], axis=2).reshape(photos, -1, 3 * side * side)[:, :count]
     return torch.from_numpy(np.concatenate([times[:, :, None].astype(np.float32), noise], axis=2))
 
 
-def _draw(flow: RectifiedFlow, config: FlowTrainingConfig, chance: SecretNoise | torch.Generator) -> Draw:
+def _draw(flow: RectifiedFlow, config: FlowTrainingConfig, rng: SecretNoise | torch.Generator) -> Draw:
     """Draws that nobody else can know where something is promised, replayable ones where nothing is."""
-    match chance:
+    match rng:
         case SecretNoise():
             # A fast stream under a secret key of 128 bits: these draws are hidden, not what hides the photos.
-            key = chance.words(2)
+            key = rng.words(2)
         case torch.Generator():
-            key = torch.randint(2**62, (2,), generator=chance).numpy().astype(np.uint64)
+            key = torch.randint(2**62, (2,), generator=rng).numpy().astype(np.uint64)
         case _:
-            assert_never(chance)
+            assert_never(rng)
     stream = np.random.Generator(np.random.Philox(key=key))
     return lambda photos: times_and_noises(photos, config.noise_draws, flow.size, config.max_time, stream)
 
@@ -167,7 +165,7 @@ def train_flow_round(
     config: FlowTrainingConfig,
     terms: DPParameters,
     *,
-    chance: SecretNoise | torch.Generator,
+    rng: SecretNoise | torch.Generator,
     streams: Streams,
     units: Tensor | None = None,
 ) -> Vector:
@@ -182,7 +180,7 @@ def train_flow_round(
         photos: All photos of the device, (n, 3, size, size), floats in [0, 1] or bytes, n >= 0.
         config: Rates and draws; its schedule is not used, the terms are.
         terms: What was agreed and booked.
-        chance: SecretNoise for a promise; a replayable stream only where nothing is promised.
+        rng: SecretNoise for a promise; a replayable stream only where nothing is promised.
         streams: Not used: a flow's draws are as secret as its coins. Every way of learning takes them.
         units: Which unit each photo belongs to, int64 (n,); None: each its own.
 
@@ -194,7 +192,7 @@ def train_flow_round(
     """
     mine = copy.deepcopy(flow)
     before = flatten_trainable(mine)
-    draw = _draw(mine, config, chance)
+    draw = _draw(mine, config, rng)
     _check(flow.config, config.adapt)
     dp_sgd_steps(
         mine,
@@ -203,7 +201,7 @@ def train_flow_round(
         terms,
         lr=scale_lr_for_noise(config.lr, config.lr_noise_threshold, terms),
         momentum=config.momentum,
-        chance=chance,
+        rng=rng,
         units=units,
         draw=draw,
         scales=public_scales(mine, config),
@@ -299,11 +297,11 @@ def _check(config: FlowConfig, adapt: Adaptation) -> None:
     streams = Streams(0)
     flow = RectifiedFlow(config, streams.generator("weights"))
     attach(flow, adapt, streams.generator("adapters"))
-    chance, draws = streams.generator("moved"), streams.numpy("draws")
+    rng, draws = streams.generator("moved"), streams.numpy("draws")
     with torch.no_grad():
         for weight in flow.parameters():
-            weight.add_(torch.randn(weight.shape, generator=chance), alpha=0.02)
-    pictures = torch.rand(2, 3, config.size, config.size, generator=chance)
+            weight.add_(torch.randn(weight.shape, generator=rng), alpha=0.02)
+    pictures = torch.rand(2, 3, config.size, config.size, generator=rng)
     check_per_example_gradients(
         flow, loss_over_draws, pictures, draw=lambda n: times_and_noises(n, 2, config.size, 1.0, draws)
     )

@@ -1,9 +1,9 @@
 """One round of teaching an upsampler on one device's photos, every step of it private.
 
-Called from training/ways for a style encoder (pSp, Richardson et al. 2021, arXiv:2008.00951) and for a
+Called from training/training_methods for a style encoder (pSp, Richardson et al. 2021, arXiv:2008.00951) and for a
 super-resolution network. The lesson of one photo: shrink it as the recipe says, answer with the network, and compare
 with the photo itself. Nothing else of the photo is used, so that the loss of photo i depends on photo i alone and
-each step is a Poisson-sampled Gaussian sum (Abadi et al. 2016, arXiv:1607.00133, Algorithm 1; training/private_steps).
+each step is a Poisson-sampled Gaussian sum (Abadi et al. 2016, arXiv:1607.00133, Algorithm 1; training/dp_sgd).
 
 Of the style encoder's two networks the generator stands still: devices teach only where to look in it.
 """
@@ -19,17 +19,23 @@ import torch
 from torch import Tensor, nn
 
 from fedface.errors import ConfigError
-from fedface.models.adapters import Adaptation, Full, attach, flatten_trainable
-from fedface.models.family import SuperResolutionModel, SuperResolutionArchitecture, StyleEncoderModel, StyleEncoderArchitecture, build_model
-from fedface.privacy.plan import Schedule, DPParameters
+from fedface.models.lora import Adaptation, Full, attach, flatten_trainable
+from fedface.models.model import (
+    StyleEncoderArchitecture,
+    StyleEncoderModel,
+    SuperResolutionArchitecture,
+    SuperResolutionModel,
+    build_model,
+)
+from fedface.privacy.plan import DPParameters, Schedule
 from fedface.randomness import SecretNoise, Streams
-from fedface.shapes import Images, KeptImages, Vector
-from fedface.training.per_photo import PerExampleLoss
-from fedface.training.pretrain import pair_losses
-from fedface.training.private_descent import check_descent, dp_sgd_steps, descent_ranges, scale_lr_for_noise
-from fedface.training.private_steps import Network, check_per_example_gradients
-from fedface.upsampling.contracts import squared_difference
-from fedface.upsampling.degrade import BicubicPulse, Degradation, format_degradation
+from fedface.tensor_types import Images, KeptImages, Vector
+from fedface.training.dp_momentum_sgd import check_descent, descent_ranges, dp_sgd_steps, scale_lr_for_noise
+from fedface.training.dp_sgd import Network, check_per_example_gradients
+from fedface.training.per_example_gradients import PerExampleLoss
+from fedface.training.pretrain_gan import pair_losses
+from fedface.upsampling.degradation import BicubicPulse, Degradation, format_degradation
+from fedface.upsampling.upsampler import squared_difference
 
 _AT_ONCE = 2**25  # numbers that the answers of one microbatch keep in memory
 _MOST_NUMBERS = 2**27  # of one photo: about half a gigabyte, and its gradient several times that
@@ -61,7 +67,7 @@ class UpsamplerTrainingConfig:
                 "noise belongs under upsampling, or into a method's spread"
             )
         if not 0 <= self.consistency_weight <= 1e4:
-            raise ValueError(f"fit_weight must lie in [0, 10000], got {self.consistency_weight}")
+            raise ValueError(f"consistency_weight must lie in [0, 10000], got {self.consistency_weight}")
         check_descent(
             lr=self.lr,
             lr_noise_threshold=self.lr_noise_threshold,
@@ -101,7 +107,7 @@ def train_upsampler_round(
     config: UpsamplerTrainingConfig,
     terms: DPParameters,
     *,
-    chance: SecretNoise | torch.Generator,
+    rng: SecretNoise | torch.Generator,
     units: Tensor | None = None,
 ) -> Vector:
     """The change of the network's trained weights that one round on these photos makes.
@@ -115,7 +121,7 @@ def train_upsampler_round(
         photos: All photos of the device, (n, 3, size, size), floats in [0, 1] or bytes, n >= 0.
         config: Rates; its schedule is not used, the terms are.
         terms: What was agreed and booked.
-        chance: SecretNoise for a promise; a replayable stream only where nothing is promised.
+        rng: SecretNoise for a promise; a replayable stream only where nothing is promised.
         units: Which unit each photo belongs to, int64 (n,); None: each its own.
 
     Returns:
@@ -134,14 +140,16 @@ def train_upsampler_round(
         terms,
         lr=scale_lr_for_noise(config.lr, config.lr_noise_threshold, terms),
         momentum=config.momentum,
-        chance=chance,
+        rng=rng,
         units=units,
         microbatch=max(1, min(16, _AT_ONCE // numbers)),
     )
     return flatten_trainable(network) - before
 
 
-def upsampler_ranges(model: StyleEncoderModel | SuperResolutionModel, config: UpsamplerTrainingConfig) -> Vector:
+def upsampler_ranges(
+    model: StyleEncoderModel | SuperResolutionModel, config: UpsamplerTrainingConfig
+) -> Vector:
     """Public bounds on how far each trained weight moves in one round, see `descent_ranges`, shape (d,)."""
     return descent_ranges(
         model.upsampler,
@@ -152,16 +160,20 @@ def upsampler_ranges(model: StyleEncoderModel | SuperResolutionModel, config: Up
     )
 
 
-def mark_upsampler(model: StyleEncoderModel | SuperResolutionModel, adapt: Adaptation, chance: torch.Generator) -> None:
+def mark_upsampler(
+    model: StyleEncoderModel | SuperResolutionModel, adapt: Adaptation, rng: torch.Generator
+) -> None:
     """Mark in place which weights learn: of the one network that answers photos, never of the generator."""
     for module in model.modules():
         module.requires_grad_(False)
     learner: nn.Module = model.encoder if isinstance(model, StyleEncoderModel) else model.network
-    attach(learner, adapt, chance)
+    attach(learner, adapt, rng)
 
 
 @lru_cache(maxsize=8)
-def check_trainable(shape: StyleEncoderArchitecture | SuperResolutionArchitecture, config: UpsamplerTrainingConfig) -> int:
+def check_trainable(
+    shape: StyleEncoderArchitecture | SuperResolutionArchitecture, config: UpsamplerTrainingConfig
+) -> int:
     """Refuse what no device should begin with, once per process; it hangs on the form alone and reads no photo.
 
     A device asks before it books: a network that mixes photos, a lesson that cannot be computed, and one that takes
@@ -206,16 +218,20 @@ def _numbers_kept(model: StyleEncoderModel | SuperResolutionModel) -> int:
     return max(1, total)
 
 
-def _check(shape: StyleEncoderArchitecture | SuperResolutionArchitecture, config: UpsamplerTrainingConfig) -> None:
+def _check(
+    shape: StyleEncoderArchitecture | SuperResolutionArchitecture, config: UpsamplerTrainingConfig
+) -> None:
     """Compare per-photo gradients with one-photo gradients on random pictures."""
     streams = Streams(0)
     model = build_model(shape, streams.generator("weights"))
     assert isinstance(model, StyleEncoderModel | SuperResolutionModel)
     mark_upsampler(model, config.adapt, streams.generator("adapters"))
-    chance = streams.generator("moved")
+    rng = streams.generator("moved")
     with torch.no_grad():
         for weight in model.upsampler.parameters():
             if weight.requires_grad:
-                weight.add_(torch.randn(weight.shape, generator=chance), alpha=0.02)
-    pictures = torch.rand(2, 3, model.size, model.size, generator=chance)
-    check_per_example_gradients(model.upsampler, reconstruction_loss(config.downscale, config.consistency_weight), pictures)
+                weight.add_(torch.randn(weight.shape, generator=rng), alpha=0.02)
+    pictures = torch.rand(2, 3, model.size, model.size, generator=rng)
+    check_per_example_gradients(
+        model.upsampler, reconstruction_loss(config.downscale, config.consistency_weight), pictures
+    )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedface.shapes import Images, LowImages
+from fedface.tensor_types import Images, LowImages
 
 LUMINANCE = (
     (16, 11, 10, 16, 24, 40, 51, 61),

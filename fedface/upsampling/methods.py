@@ -1,6 +1,6 @@
 """Every way from a low-resolution photo to faces, by name, and what each of them needs.
 
-Called from the command line, the local page and federation/findings. The closed choice is `Method`; a recipe picks one
+Called from the command line, the local page and coordinator/server_metrics. The closed choice is `Method`; a recipe picks one
 by its `kind`, and `METHODS` lists them with their default settings.
 """
 
@@ -13,25 +13,39 @@ from typing import TypeAlias, assert_never
 
 from fedface.config import kind_of
 from fedface.errors import ConfigError
-from fedface.models.family import GeneratorModel, EncoderModel, FlowModel, GanModel, Model, SuperResolutionModel, StyleEncoderModel
-from fedface.models.weights import load_gan, load_flow, load_super_resolution, load_style_encoder, describe_family
+from fedface.models.checkpoint import (
+    describe_family,
+    load_flow,
+    load_gan,
+    load_style_encoder,
+    load_super_resolution,
+)
+from fedface.models.model import (
+    EncoderModel,
+    FlowModel,
+    GanModel,
+    GeneratorModel,
+    Model,
+    StyleEncoderModel,
+    SuperResolutionModel,
+)
 from fedface.randomness import Streams
-from fedface.upsampling.contracts import Progress, Upsampler, StepCallback
-from fedface.upsampling.degrade import Degradation, format_degradation
-from fedface.upsampling.guidance import GuidedFlowUpsampler, GuidedFlowConfig
-from fedface.upsampling.langevin import HmcUpsampler, HmcConfig, measurement_noise
-from fedface.upsampling.one_pass import (
+from fedface.upsampling.degradation import Degradation, format_degradation
+from fedface.upsampling.feedforward import (
     BicubicConfig,
-    StyleEncoderConfig,
-    NearestConfig,
     FeedforwardUpsampler,
+    NearestConfig,
+    StyleEncoderConfig,
     SuperResolutionConfig,
-    from_network,
     bicubic,
+    from_network,
     nearest,
     styles_of,
 )
-from fedface.upsampling.pulse import PulseUpsampler, PulseConfig
+from fedface.upsampling.flow_posterior import GuidedFlowConfig, GuidedFlowUpsampler
+from fedface.upsampling.latent_hmc import HmcConfig, HmcUpsampler, measurement_noise
+from fedface.upsampling.pulse import PulseConfig, PulseUpsampler
+from fedface.upsampling.upsampler import Progress, StepCallback, Upsampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,7 +307,9 @@ def make_upsampler(
             SuperResolutionConfig(eps=eps),
             SuperResolutionModel() as known,
         ):
-            return FeedforwardUpsampler(from_network(known.upsampler), degradation, size=size, eps=eps, progress=progress)
+            return FeedforwardUpsampler(
+                from_network(known.upsampler), degradation, size=size, eps=eps, progress=progress
+            )
         case PulseEncoderInitConfig(pulse=config), StyleEncoderModel() as known:
             start = styles_of(known.upsampler)
             return PulseUpsampler(
@@ -301,9 +317,15 @@ def make_upsampler(
             )
         case GuidedFlowConfig() as config, FlowModel(generator=flow):
             return GuidedFlowUpsampler(flow, degradation, config, streams, progress=progress, watch=watch)
-        case PulseConfig() as config, (GanModel() | EncoderModel() | FlowModel() | GeneratorModel() | StyleEncoderModel()) as known:
-            return PulseUpsampler(known.generator, degradation, config, streams, progress=progress, watch=watch)
-        case HmcConfig() as config, (GanModel() | EncoderModel() | FlowModel() | GeneratorModel() | StyleEncoderModel()) as known:
+        case PulseConfig() as config, (
+            GanModel() | EncoderModel() | FlowModel() | GeneratorModel() | StyleEncoderModel()
+        ) as known:
+            return PulseUpsampler(
+                known.generator, degradation, config, streams, progress=progress, watch=watch
+            )
+        case HmcConfig() as config, (
+            GanModel() | EncoderModel() | FlowModel() | GeneratorModel() | StyleEncoderModel()
+        ) as known:
             return HmcUpsampler(known.generator, degradation, config, streams, progress=progress, watch=watch)
         case _:
             raise ConfigError(f"the method {name_of(method)} needs {_needs(method)}")

@@ -21,26 +21,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedface.models.contracts import Generator
-from fedface.models.frozen import prepare_for_search
+from fedface.models.fast_stylegan2 import prepare_for_search
+from fedface.models.generator_protocol import Generator
 from fedface.models.stylegan2 import ClassConditioned, StyleGAN2
 from fedface.randomness import Streams
-from fedface.shapes import LowImages, Styles
-from fedface.upsampling.contracts import (
-    StepSnapshot,
+from fedface.tensor_types import LowImages, Styles
+from fedface.upsampling.candidate_selection import Best, CandidateScorer, CandidateSelector, Last
+from fedface.upsampling.degradation import Degradation
+from fedface.upsampling.parallel import ProgressAggregator, map_in_threads, partition_batch
+from fedface.upsampling.spherical_adam import SphericalAdam, one_cycle_drop
+from fedface.upsampling.style_gaussian import fit_style_gaussian
+from fedface.upsampling.upsampler import (
     Progress,
-    Upsampled,
     StepCallback,
+    StepSnapshot,
+    Upsampled,
     by_photo,
     check_low,
     join,
     squared_difference,
 )
-from fedface.upsampling.degrade import Degradation
-from fedface.upsampling.keeping import Best, CandidateScorer, CandidateSelector, Last
-from fedface.upsampling.spherical import SphericalAdam, one_cycle_drop
-from fedface.upsampling.style_fit import fit_style_gaussian
-from fedface.upsampling.threads import ProgressAggregator, map_in_threads, partition_batch
 
 Start = Callable[[LowImages], Styles]  # photos (n, 3, lh, lw) -> styles (n, k, v) to begin with
 
@@ -88,7 +88,9 @@ class PulseConfig:
     @staticmethod
     def paper() -> PulseConfig:
         """The published code: 100 steps whatever happens, and the face of the last one."""
-        return PulseConfig(learning_rate=0.4, eps=2e-3, mapping_samples=1_000_000, stop="end", selection="last")
+        return PulseConfig(
+            learning_rate=0.4, eps=2e-3, mapping_samples=1_000_000, stop="end", selection="last"
+        )
 
 
 def geocross(styles: Styles) -> Tensor:
@@ -237,7 +239,7 @@ class PulseUpsampler:
 
         Guarantees:
             * Equal photos and streams give equal faces, whatever `faces_at_once` and `workers` are (up to rounding).
-            * `misfit` belongs to the returned image, made in float32 and clamped to [0, 1].
+            * `consistency error` belongs to the returned image, made in float32 and clamped to [0, 1].
             * The generator's weights, and whether they ask for gradients, are as before.
 
         Args:
@@ -245,7 +247,7 @@ class PulseUpsampler:
             faces_per_photo: Faces for each photo, each from a start of its own, >= 1.
 
         Returns:
-            (n, f) faces with their misfit; not converged where the misfit stayed above `eps`.
+            (n, f) faces with their consistency error; not converged where the consistency error stayed above `eps`.
 
         Raises:
             ValueError: The photos have another size or hold values that are not finite.
@@ -259,7 +261,9 @@ class PulseUpsampler:
             begun = self._begun(photos).repeat_interleave(faces_per_photo, dim=0)
             firsts = torch.arange(len(targets)) % faces_per_photo == 0
             chunks = self._chunks(places, targets, begun, firsts)
-            joined = join(map_in_threads(chunks, lambda chunk: self._search(chunk, tally), self.config.workers))
+            joined = join(
+                map_in_threads(chunks, lambda chunk: self._search(chunk, tally), self.config.workers)
+            )
         return by_photo(joined, faces_per_photo)
 
     def _begun(self, photos: LowImages) -> Tensor:

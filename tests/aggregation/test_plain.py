@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from fedface.aggregation.payload import Payload
 from fedface.aggregation.plain import PlainAggregation
-from fedface.aggregation.protocol import Payload
 from fedface.errors import AggregationError
 
 PLAIN = PlainAggregation(max_devices=4)

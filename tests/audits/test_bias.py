@@ -19,10 +19,10 @@ from fedface.audits.bias import (
     measure_bias,
     tone_histogram,
 )
-from fedface.photos.tone import ToneReading, lab_from_srgb, measure_tone, srgb_from_lab, srgb_from_monk
+from fedface.photos.skin_tone import ToneReading, lab_from_srgb, measure_tone, srgb_from_lab, srgb_from_monk
 from fedface.randomness import Streams
-from fedface.shapes import Images
-from fedface.upsampling.contracts import Upsampled
+from fedface.tensor_types import Images
+from fedface.upsampling.upsampler import Upsampled
 
 STREAMS = Streams(3)
 MONK = torch.tensor([2.0, 4.0, 6.0, 8.0]).repeat_interleave(20)
@@ -46,9 +46,9 @@ def answer(images: Images, converged: Tensor | None = None) -> Upsampled:
     """One made face per photo."""
     n = len(images)
     found = torch.ones(n, 1, dtype=torch.bool) if converged is None else converged[:, None]
-    spread = 1 + 0.1 * torch.rand(n, 1, generator=STREAMS.generator("misfit"))
-    misfit = torch.where(found, 1e-3, 1e-2) * spread
-    return Upsampled(images=images[:, None], consistency_error=misfit, converged=found, steps=1)
+    spread = 1 + 0.1 * torch.rand(n, 1, generator=STREAMS.generator("consistency_error"))
+    consistency_error = torch.where(found, 1e-3, 1e-2) * spread
+    return Upsampled(images=images[:, None], consistency_error=consistency_error, converged=found, steps=1)
 
 
 def audit(made: Upsampled) -> BiasReport:
@@ -66,7 +66,7 @@ def test_fairness_metrics_equal_the_worked_examples(shared: Path) -> None:
             "rdp_chi2": "RDP_chi2",
             "rdp_chebyshev": "RDP_cheb",
             "pr_true": "PR_source",
-            "pr_made": "PR_recon",
+            "pr_generated": "PR_recon",
             "pr_total_variation": "PR_TV",
             "pr_chi2": "PR_chi2_vs_uniform",
             "pr_chebyshev": "PR_cheb_vs_uniform",
@@ -143,7 +143,7 @@ def test_a_search_that_fails_for_one_group_is_named() -> None:
     report = audit(answer(plain_faces(MONK, "truth"), converged=MONK != 6))
     gap = report.gaps["converged"]
     assert gap.clear and gap.worst == "monk 6" and report.groups["monk 6"].converged.estimate == 0.0
-    assert report.gaps["misfit"].clear and report.gaps["misfit"].worst == "monk 6"
+    assert report.gaps["consistency_error"].clear and report.gaps["consistency_error"].worst == "monk 6"
     assert report.overall.converged.estimate == 0.75
 
 
@@ -156,8 +156,10 @@ def test_a_certain_gap_too_small_to_matter_is_measured_but_not_spoken_of() -> No
 
 def test_several_faces_of_a_photo_count_as_one_photo() -> None:
     made = plain_faces(MONK, "truth")[:, None].expand(-1, 5, -1, -1, -1)
-    misfit = torch.full((80, 5), 1e-3)
-    report = audit(Upsampled(images=made, consistency_error=misfit, converged=misfit > 0, steps=1))
+    consistency_error = torch.full((80, 5), 1e-3)
+    report = audit(
+        Upsampled(images=made, consistency_error=consistency_error, converged=consistency_error > 0, steps=1)
+    )
     assert report.faces_per_photo == 5 and report.overall.monk_shift.count == 80
     assert report.groups["monk 2"].converged.count == 20 and report.halves.count == 400
 
@@ -166,14 +168,16 @@ def test_small_and_empty_groups_are_listed_and_the_report_is_strict_json() -> No
     groups = ["one", "two", "two", *["many"] * 77]
     truth = plain_faces(MONK, "truth")
     made = answer(truth)
-    misfit = made.consistency_error.clone()
-    misfit[0] = float("inf")
-    made = Upsampled(images=made.images, consistency_error=misfit, converged=made.converged, steps=1)
+    consistency_error = made.consistency_error.clone()
+    consistency_error[0] = float("inf")
+    made = Upsampled(
+        images=made.images, consistency_error=consistency_error, converged=made.converged, steps=1
+    )
     report = measure_bias(truth, groups, made, STREAMS.numpy("few"), expected=["none", "many"])
     assert report.unmeasured == {"none": 0, "one": 1} and list(report.groups) == ["many", "two"]
     assert any("Too few photos to say much: two, none, one" in text for text in report.sentences())
     plain = json.loads(json.dumps(asdict(report), allow_nan=False))
-    assert plain["groups"]["two"]["misfit"]["count"] == 2
+    assert plain["groups"]["two"]["consistency_error"]["count"] == 2
 
 
 def test_a_known_tone_replaces_the_reading_of_the_original() -> None:

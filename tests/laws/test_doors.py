@@ -10,22 +10,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FLOWER = {"fedface/federation/flower.py", "clients/app.py", "server/app.py"}
+FLOWER = {"fedface/transport/flower.py", "clients/app.py", "server/app.py"}
 DOORS = {
-    "opacus": {"fedface/training/private_steps.py"},
-    "tenseal": {"fedface/aggregation/encrypted.py"},
+    "opacus": {"fedface/training/dp_sgd.py"},
+    "tenseal": {"fedface/aggregation/homomorphic.py"},
     "flwr": FLOWER,
     "dp_accounting": {"fedface/privacy/accounting.py", "fedface/privacy/mechanism.py"},
     "yaml": {"fedface/config.py"},
     "typer": {"fedface/cli/**"},
-    "safetensors": {"fedface/models/weights.py"},
-    "PIL": {"fedface/photos/pixels.py"},
-    "pillow_heif": {"fedface/photos/pixels.py"},
-    "cv2": {"fedface/photos/detectors.py", "fedface/audits/feature_networks.py"},
-    "fastapi": {"fedface/page/app.py", "fedface/page/serving.py"},
-    "starlette": {"fedface/page/app.py"},
-    "uvicorn": {"fedface/page/serving.py"},
-    "psutil": {"fedface/privacy/conditions.py"},
+    "safetensors": {"fedface/models/checkpoint.py"},
+    "PIL": {"fedface/photos/image_io.py"},
+    "pillow_heif": {"fedface/photos/image_io.py"},
+    "cv2": {"fedface/photos/detectors.py", "fedface/audits/feature_extractors.py"},
+    "fastapi": {"fedface/web/app.py", "fedface/web/server.py"},
+    "starlette": {"fedface/web/app.py"},
+    "uvicorn": {"fedface/web/server.py"},
+    "psutil": {"fedface/privacy/participation_conditions.py"},
     "dlib": {"fedface/photos/detectors.py"},
     "_dlib_pybind11": {"fedface/photos/detectors.py"},
     "face_recognition_models": {"fedface/photos/detectors.py"},

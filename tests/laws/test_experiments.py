@@ -9,10 +9,17 @@ import pytest
 
 from fedface.config import section
 from fedface.errors import ConfigError, LibraryError
-from fedface.experiment import VARY, Experiment, LabelledDevices, LabelledProbe, RemoteDevices, read_experiment
-from fedface.federation.simulated import describe_devices, public_faces
+from fedface.experiment import (
+    VARY,
+    Experiment,
+    LabelledDevices,
+    LabelledProbe,
+    RemoteDevices,
+    read_experiment,
+)
 from fedface.privacy.policy import DevicePolicy
-from fedface.privacy.target import PrivacyTarget
+from fedface.privacy.privacy_target import PrivacyTarget
+from fedface.simulation.devices import describe_devices, public_faces
 from fedface.sweep import read_sweep
 
 EVERY = sorted((Path(__file__).resolve().parents[2] / "experiments").glob("*.yaml"))

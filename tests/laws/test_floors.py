@@ -9,22 +9,29 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "fedface"
 FLOORS = {
-    "fedface": 0, "errors": 1, "shapes": 1, "randomness": 1, "config": 1, "units": 1, "files": 1,
-    "models": 2, "upsampling": 2,
-    "privacy": 3, "photos": 3,
+    "fedface": 0, "errors": 1, "tensor_types": 1, "randomness": 1, "config": 1, "privacy_units": 1, "atomic_io": 1,
+    "models": 2, "upsampling": 2, "importing": 2,
+    "privacy": 3, "photos": 3, "synthetic": 3,
     "aggregation": 4, "training": 4,
     "audits": 5,
-    "experiment": 6, "sweep": 6, "reports": 6,
-    "federation": 7, "page": 7,
-    "cli": 8,
+    "experiment": 6, "sweep": 6, "reports": 6, "messages": 6,
+    "inference": 7, "device": 7, "simulation": 8, "transport": 8, "coordinator": 8, "web": 8,
+    "cli": 9,
 }  # fmt: skip
 STRANGERS = [
     ("privacy", "photos"),
     ("aggregation", "training"),
     ("models", "photos"),
-    ("page", "federation"),
+    ("web", "coordinator"),
+    ("device", "coordinator"),
+    ("device", "simulation"),
 ]  # neither knows the other
-STANDS_ON = {("upsampling", "models"), ("sweep", "experiment")}  # the pairs on a floor with a direction
+STANDS_ON = {
+    ("upsampling", "models"),
+    ("sweep", "experiment"),
+    ("importing", "models"),
+    ("synthetic", "photos"),
+}  # the pairs on a floor with a direction
 
 
 def room(module: str) -> str:

@@ -12,30 +12,30 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedface.coordinator.cohort import Cohort
+from fedface.coordinator.rounds import SilentProgress, run_rounds
+from fedface.coordinator.run import initialize_run
+from fedface.coordinator.run_state import RunState, weights_path
+from fedface.coordinator.server_metrics import ReferenceSet
+from fedface.device.client import Device
 from fedface.experiment import Experiment, read_experiment
-from fedface.federation.cohort import Cohort
-from fedface.federation.coordinator import initialize_run
-from fedface.federation.device import Device
-from fedface.federation.findings import ReferenceSet
-from fedface.federation.flower import GridCohort, client_app, in_process_cohort
-from fedface.federation.orders import devices_folder
-from fedface.federation.rounds import SilentProgress, run_rounds
-from fedface.federation.simulated import device_faces, prepare, simulated_device
-from fedface.federation.state import RunState, weights_path
-from fedface.models.critic import DiscriminatorConfig
-from fedface.models.family import new_gan
+from fedface.models.checkpoint import flatten_parameters, load_model, save_model
+from fedface.models.discriminator import DiscriminatorConfig
+from fedface.models.model import new_gan
 from fedface.models.stylegan2 import StyleGAN2Config
-from fedface.models.weights import load_model, save_model, flatten_parameters
 from fedface.randomness import Streams
-from fedface.shapes import Vector
-from fedface.training.generator import gan_ranges
+from fedface.simulation.devices import device_faces, prepare, simulated_device
+from fedface.tensor_types import Vector
+from fedface.training.gan import gan_ranges
+from fedface.transport.flower import GridCohort, client_app, in_process_cohort
+from fedface.transport.run_config import devices_folder
 
 RECIPE = """
 question: does it matter where it runs?
 name: everywhere
-promise: {kind: no-promise}
-devices: {kind: drawn-devices, light_shares: [0.9, 0.5, 0.1], photos_each: 12}
-training: {kind: gan-training, rounds: 2, steps_per_round: 2, sampling_rate: 0.5, expected_batch: 4, made_batch: 4}
+privacy: {kind: no-privacy}
+devices: {kind: synthetic-devices, light_fractions: [0.9, 0.5, 0.1], photos_per_device: 12}
+training: {kind: gan-training, rounds: 2, steps_per_round: 2, sampling_rate: 0.5, expected_batch_size: 4, fake_batch_size: 4}
 aggregation: {kind: AGGREGATION}
 base: BASE
 """
@@ -49,7 +49,7 @@ def tiny(folder: Path, aggregation: str) -> Experiment:
         ),
         DiscriminatorConfig(size=16, channel_base=64, channel_max=8),
     )
-    save_model(folder / "base.safetensors", new_gan(*networks, Streams(1).generator("base")))
+    save_model(folder / "base.safetensors", new_gan(*networks, Streams(1).generator("pretrain")))
     recipe = RECIPE.replace("BASE", str(folder / "base.safetensors")).replace("AGGREGATION", aggregation)
     (folder / "everywhere.yaml").write_text(recipe)
     return read_experiment(folder / "everywhere.yaml")

@@ -39,7 +39,7 @@ def test_what_is_read_at_run_time_is_in_the_wheel() -> None:
         for path in package.rglob("*")
         if path.is_file() and path.suffix not in (".py", ".pyc") and "__pycache__" not in path.parts
     ]
-    assert "models/weights/base32.safetensors" in others
+    assert "models/weights/gan32.safetensors" in others
     left_out = [name for name in others if not any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
     assert left_out == []
 

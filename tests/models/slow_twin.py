@@ -1,7 +1,7 @@
 """The networks once more, in NumPy and float64, image by image and channel by channel: slow and obvious.
 
 Written from the equations (arXiv:1912.04958, 2006.06676, 1812.04948), reading a module's state dict by name. The
-resnet generator, the skip critic, classes and clamps have no reference vectors here, so this is what they are held to.
+resnet generator, the skip discriminator, classes and clamps have no reference vectors here, so this is what they are held to.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def synthesis(state: State, styles: Array, size: int, architecture: str, clamp: 
 
 
 def judged(x: Array, state: State, *, clamp: float | None, gain: float = 1.0, down: bool = False) -> Array:
-    """One ordinary convolution of the critic on one image."""
+    """One ordinary convolution of the discriminator on one image."""
     weight = state["weight"] / np.sqrt(state["weight"][0].size)
     if down:
         blurred = each(lambda channel: correlate2d(np.pad(channel, 2), FILTER, "valid"), x)
@@ -164,7 +164,7 @@ def spread(batch: list[Array], group: int, shares: int) -> list[Array]:
     return found
 
 
-def critic(
+def discriminator(
     state: State,
     pictures: Array,
     labels: Array | None,

@@ -1,4 +1,4 @@
-"""Every form of generator and critic gives the numbers of its slow twin, and lets each photo's gradient be taken."""
+"""Every form of generator and discriminator gives the numbers of its slow twin, and lets each photo's gradient be taken."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from fedface.errors import ConfigError
-from fedface.models.contracts import draw_noise, no_noise
-from fedface.models.critic import Discriminator, DiscriminatorConfig, minibatch_std
-from fedface.models.stylegan2 import StyleGAN2Config, StyleGAN2
+from fedface.models.discriminator import Discriminator, DiscriminatorConfig, minibatch_std
+from fedface.models.generator_protocol import draw_noise, no_noise
+from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
 
 CHANCE = torch.Generator()
 
@@ -36,9 +36,11 @@ def generator_of(**more: Any) -> StyleGAN2:
     return stirred(StyleGAN2(config, CHANCE))  # type: ignore[return-value]
 
 
-def critic_of(**more: Any) -> Discriminator:
+def discriminator_of(**more: Any) -> Discriminator:
     CHANCE.manual_seed(2)
-    return stirred(Discriminator(DiscriminatorConfig(size=16, channel_base=64, channel_max=8, **more), CHANCE))  # type: ignore[return-value]
+    return stirred(
+        Discriminator(DiscriminatorConfig(size=16, channel_base=64, channel_max=8, **more), CHANCE)
+    )  # type: ignore[return-value]
 
 
 def normal(*shape: int) -> Tensor:
@@ -62,12 +64,14 @@ def test_each_generator_equals_its_slow_twin(architecture: str, clamp: float | N
 
 @pytest.mark.parametrize("clamp", [None, 0.4])
 @pytest.mark.parametrize("architecture", ["resnet", "orig", "skip"])
-def test_each_critic_equals_its_slow_twin(architecture: str, clamp: float | None) -> None:
+def test_each_discriminator_equals_its_slow_twin(architecture: str, clamp: float | None) -> None:
     """With minibatch statistics in groups of four, two figures each."""
-    critic = critic_of(architecture=architecture, clamp=clamp, minibatch_group=4, minibatch_channels=2)
+    discriminator = discriminator_of(
+        architecture=architecture, clamp=clamp, minibatch_group=4, minibatch_channels=2
+    )
     pictures = normal(8, 3, 16, 16)
-    twin = slow_twin.critic(
-        slow_twin.state_of(critic),
+    twin = slow_twin.discriminator(
+        slow_twin.state_of(discriminator),
         pictures.numpy(),
         None,
         architecture=architecture,
@@ -75,7 +79,7 @@ def test_each_critic_equals_its_slow_twin(architecture: str, clamp: float | None
         group=4,
         shares=2,
     )
-    np.testing.assert_allclose(critic((pictures + 1) / 2).detach().numpy(), twin, atol=1e-9)
+    np.testing.assert_allclose(discriminator((pictures + 1) / 2).detach().numpy(), twin, atol=1e-9)
 
 
 @pytest.mark.parametrize(("count", "group"), [(1, 4), (3, 4), (4, 4), (8, 4), (6, 2), (5, 1), (7, 32)])
@@ -102,7 +106,7 @@ def test_one_picture_alone_and_equal_pictures_have_no_spread() -> None:
 def test_a_batch_that_cannot_be_split_in_groups_is_refused() -> None:
     """Six pictures make no groups of four."""
     with pytest.raises(ConfigError, match="at most 4 or a multiple of it, got 6"):
-        critic_of(minibatch_group=4)(normal(6, 3, 16, 16))
+        discriminator_of(minibatch_group=4)(normal(6, 3, 16, 16))
 
 
 def test_without_minibatch_statistics_no_picture_moves_another_and_with_them_it_does() -> None:
@@ -110,23 +114,23 @@ def test_without_minibatch_statistics_no_picture_moves_another_and_with_them_it_
     pictures, other = normal(4, 3, 16, 16), normal(1, 3, 16, 16)
     swapped = torch.cat([pictures[:3], other])
     for group, moved in ((0, False), (4, True)):
-        critic = critic_of(minibatch_group=group)
-        assert bool((critic(pictures) - critic(swapped))[:3].abs().max() > 1e-9) is moved
+        discriminator = discriminator_of(minibatch_group=group)
+        assert bool((discriminator(pictures) - discriminator(swapped))[:3].abs().max() > 1e-9) is moved
 
 
 @pytest.mark.parametrize("architecture", ["resnet", "orig", "skip"])
-def test_each_critics_gradients_per_photo_are_those_of_one_photo_at_a_time(architecture: str) -> None:
+def test_each_discriminators_gradients_per_photo_are_those_of_one_photo_at_a_time(architecture: str) -> None:
     """vmap(grad) against a plain loop."""
-    critic = critic_of(architecture=architecture)
+    discriminator = discriminator_of(architecture=architecture)
     pictures = normal(3, 3, 16, 16)
-    weights = dict(critic.named_parameters())
+    weights = dict(discriminator.named_parameters())
 
     def logit(values: dict[str, Tensor], picture: Tensor) -> Tensor:
-        return functional_call(critic, values, (picture[None],))[0]
+        return functional_call(discriminator, values, (picture[None],))[0]
 
     together = vmap(grad(logit), in_dims=(None, 0))(weights, pictures)
     for i, picture in enumerate(pictures):
-        alone = torch.autograd.grad(critic(picture[None])[0], list(weights.values()))
+        alone = torch.autograd.grad(discriminator(picture[None])[0], list(weights.values()))
         for name, gradient in zip(weights, alone, strict=True):
             torch.testing.assert_close(together[name][i], gradient, msg=name)
 
@@ -198,7 +202,7 @@ def test_a_wrong_number_of_styles_or_noise_maps_is_refused() -> None:
         ({"clamp": 0.0}, "clamp must be finite and above 0"),
     ],
 )
-def test_a_critics_shape_is_checked_at_the_door(wrong: dict[str, Any], said: str) -> None:
+def test_a_discriminators_shape_is_checked_at_the_door(wrong: dict[str, Any], said: str) -> None:
     """Name, bound and value."""
     with pytest.raises(ConfigError, match=said):
         DiscriminatorConfig(**wrong)

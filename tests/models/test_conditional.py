@@ -1,4 +1,4 @@
-"""Generators and critics of several classes, and generators whose latent prior was fitted."""
+"""Generators and discriminators of several classes, and generators whose latent prior was fitted."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from fedface.errors import ConfigError
-from fedface.models.contracts import Generator, sample
-from fedface.models.critic import Discriminator, DiscriminatorConfig
-from fedface.models.stylegan2 import StyleGAN2Config, ClassConditioned, StyleGAN2
+from fedface.models.discriminator import Discriminator, DiscriminatorConfig
+from fedface.models.generator_protocol import Generator, sample
+from fedface.models.stylegan2 import ClassConditioned, StyleGAN2, StyleGAN2Config
 from fedface.randomness import Streams
-from fedface.upsampling.degrade import BicubicPulse
-from fedface.upsampling.pulse import PulseUpsampler, PulseConfig
+from fedface.upsampling.degradation import BicubicPulse
+from fedface.upsampling.pulse import PulseConfig, PulseUpsampler
 
 SHAPE = StyleGAN2Config(
     size=8, latent_width=5, style_width=6, mapping_layers=3, channel_base=64, channel_max=8, classes=4
 )
-CRITIC = DiscriminatorConfig(size=8, channel_base=64, channel_max=8, mapping_layers=2, classes=4)
+DISCRIMINATOR = DiscriminatorConfig(size=8, channel_base=64, channel_max=8, mapping_layers=2, classes=4)
 ONE_HOT = torch.eye(4)
 
 
@@ -51,11 +51,13 @@ def test_styles_of_a_class_are_those_of_the_slow_twin() -> None:
 @pytest.mark.parametrize("group", [0, 4])
 def test_logits_of_a_class_are_those_of_the_slow_twin(group: int) -> None:
     """The last layer's product with the label's own direction, over the root of the width."""
-    critic = Discriminator(replace(CRITIC, minibatch_group=group), stream("critic")).double()
+    discriminator = Discriminator(
+        replace(DISCRIMINATOR, minibatch_group=group), stream("discriminator")
+    ).double()
     pictures = torch.randn(4, 3, 8, 8, generator=stream("pictures"), dtype=torch.float64)
     labels = ONE_HOT[[2, 0, 3, 1]].double()
-    twin = slow_twin.critic(
-        slow_twin.state_of(critic),
+    twin = slow_twin.discriminator(
+        slow_twin.state_of(discriminator),
         pictures.numpy(),
         labels.numpy(),
         architecture="resnet",
@@ -63,7 +65,7 @@ def test_logits_of_a_class_are_those_of_the_slow_twin(group: int) -> None:
         group=group,
         shares=1,
     )
-    found = critic((pictures + 1) / 2, labels.float())
+    found = discriminator((pictures + 1) / 2, labels.float())
     np.testing.assert_allclose(found.detach().numpy(), twin, atol=1e-6)
 
 
@@ -71,12 +73,12 @@ def test_names_of_conditional_weights_are_the_published_ones() -> None:
     """Embedding and label mapping, and nothing of them without classes."""
     extra = set(generator().state_dict()) - set(generator(classes=0).state_dict())
     assert extra == {"mapping.embed.weight", "mapping.embed.bias"}
-    plain = Discriminator(replace(CRITIC, classes=0)).state_dict()
-    extra = set(Discriminator(CRITIC).state_dict()) - set(plain)
+    plain = Discriminator(replace(DISCRIMINATOR, classes=0)).state_dict()
+    extra = set(Discriminator(DISCRIMINATOR).state_dict()) - set(plain)
     layers = ("embed", "fc0", "fc1")
     assert extra == {f"mapping.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
     assert plain["b4.out.weight"].shape == (1, 8)
-    assert Discriminator(CRITIC).state_dict()["b4.out.weight"].shape == (8, 8)
+    assert Discriminator(DISCRIMINATOR).state_dict()["b4.out.weight"].shape == (8, 8)
 
 
 def test_labels_may_be_whole_numbers() -> None:
@@ -89,11 +91,11 @@ def test_labels_may_be_whole_numbers() -> None:
     ("labels", "said"), [(None, "got no labels"), (torch.eye(3), "must have shape"), (torch.ones(4), "shape")]
 )
 def test_missing_or_misshapen_labels_are_refused(labels: Tensor | None, said: str) -> None:
-    """By generator and critic alike."""
+    """By generator and discriminator alike."""
     with pytest.raises(ConfigError, match=said):
         generator().map(torch.zeros(3, 5), labels)
     with pytest.raises(ConfigError, match=said):
-        Discriminator(CRITIC)(torch.zeros(3, 3, 8, 8), labels)
+        Discriminator(DISCRIMINATOR)(torch.zeros(3, 3, 8, 8), labels)
 
 
 def test_labels_for_networks_without_classes_are_refused() -> None:
@@ -101,7 +103,7 @@ def test_labels_for_networks_without_classes_are_refused() -> None:
     with pytest.raises(ConfigError, match="knows no classes"):
         generator(classes=0).map(torch.zeros(4, 5), ONE_HOT)
     with pytest.raises(ConfigError, match="knows no classes"):
-        Discriminator(replace(CRITIC, classes=0))(torch.zeros(4, 3, 8, 8), ONE_HOT)
+        Discriminator(replace(DISCRIMINATOR, classes=0))(torch.zeros(4, 3, 8, 8), ONE_HOT)
 
 
 def test_a_generator_held_to_a_class_is_that_class() -> None:

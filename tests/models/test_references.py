@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedface.models.contracts import no_noise
-from fedface.models.critic import Discriminator, DiscriminatorConfig
+from fedface.models.discriminator import Discriminator, DiscriminatorConfig
+from fedface.models.generator_protocol import no_noise
 from fedface.models.stylegan1 import StyleGAN1, StyleGAN1Config
-from fedface.models.stylegan2 import StyleGAN2Config, StyleGAN2
-from fedface.upsampling.style_fit import fit_style_gaussian
+from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
+from fedface.upsampling.style_gaussian import fit_style_gaussian
 
 EXACT = 1e-4
 
@@ -82,7 +82,7 @@ def generator_like(reference: Reference) -> StyleGAN2:
     )
 
 
-def critic_like(reference: Reference) -> Discriminator:
+def discriminator_like(reference: Reference) -> Discriminator:
     """Likewise."""
     built = reference.built
     head = built.get("epilogue_kwargs", {})
@@ -131,21 +131,21 @@ def test_generators_reproduce_the_published_styles_pictures_and_gradients(shared
         reference.agrees(gradient, "out/grad_wplus_of_mean_sq")
 
 
-def test_critics_reproduce_the_published_logits_and_gradients(shared: Path) -> None:
+def test_discriminators_reproduce_the_published_logits_and_gradients(shared: Path) -> None:
     """In every form, with and without minibatch statistics, eight pictures together and one alone."""
     for reference in references(shared, "stylegan2-ada D"):
-        critic = critic_like(reference)
-        reference.fill(critic)
-        count = sum(weight.numel() for weight in critic.parameters())
+        discriminator = discriminator_like(reference)
+        reference.fill(discriminator)
+        count = sum(weight.numel() for weight in discriminator.parameters())
         assert count == reference.described["n_params"], reference.name
         picture = ((reference["in/img"] + 1) / 2).requires_grad_()
         labels = reference.get("in/c")
-        logits = critic(picture, labels)
+        logits = discriminator(picture, labels)
         reference.agrees(logits[:, None], "out/logits")
         (gradient,) = torch.autograd.grad(logits.sum(), picture)
         reference.agrees(gradient / 2, "out/grad_img_of_sum")
         if "out/logits_first1" in reference.arrays:
-            first = critic(picture[:1], None if labels is None else labels[:1])
+            first = discriminator(picture[:1], None if labels is None else labels[:1])
             reference.agrees(first[:, None], "out/logits_first1")
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fedface.errors import ConfigError
-from fedface.models.critic import Discriminator, DiscriminatorConfig
+from fedface.models.discriminator import Discriminator, DiscriminatorConfig
 from fedface.models.stylegan1 import StyleGAN1, StyleGAN1Config
-from fedface.models.stylegan2 import StyleGAN2Config, StyleGAN2
+from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
 
 SIZES = [8, 16, 32, 64, 128, 256, 512, 1024]
 FULL = StyleGAN2Config(
@@ -21,34 +21,34 @@ FULL = StyleGAN2Config(
     channel_base=32768,
     channel_max=512,
 )
-FULL_CRITIC = DiscriminatorConfig(size=1024, channel_base=32768, channel_max=512, minibatch_group=4)
+FULL_DISCRIMINATOR = DiscriminatorConfig(size=1024, channel_base=32768, channel_max=512, minibatch_group=4)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_generator_makes_pictures_of_its_size_and_a_critic_judges_them(size: int) -> None:
+def test_a_generator_makes_pictures_of_its_size_and_a_discriminator_judges_them(size: int) -> None:
     """k = 2 log2(size) - 2 styles go in, one picture of `size` pixels comes out, one logit follows."""
-    chance = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     shape = {"size": size, "channel_base": 4 * size, "channel_max": 4}
-    generator = StyleGAN2(StyleGAN2Config(latent_width=8, style_width=8, mapping_layers=2, **shape), chance)
-    styles = generator.map(torch.randn(1, 8, generator=chance))
+    generator = StyleGAN2(StyleGAN2Config(latent_width=8, style_width=8, mapping_layers=2, **shape), rng)
+    styles = generator.map(torch.randn(1, 8, generator=rng))
     assert styles.shape == (1, 2 * (size.bit_length() - 1) - 2, 8)
     assert len(generator.noise_sides) == styles.shape[1] - 1
     with torch.no_grad():
         made = generator.synthesize(styles)
         assert made.shape == (1, 3, size, size)
-        assert Discriminator(DiscriminatorConfig(**shape), chance)(made).shape == (1,)
+        assert Discriminator(DiscriminatorConfig(**shape), rng)(made).shape == (1,)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_stylegan1_makes_pictures_of_its_size(size: int) -> None:
     """As many noise maps as styles, and finite numbers."""
-    chance = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     config = StyleGAN1Config(
         size=size, latent_width=8, style_width=8, mapping_layers=2, channel_base=4 * size, channel_max=4
     )
-    generator = StyleGAN1(config, chance)
+    generator = StyleGAN1(config, rng)
     assert generator.style_inputs == len(generator.noise_sides) == 2 * (size.bit_length() - 1) - 2
-    made = generator.sample(1, chance)
+    made = generator.sample(1, rng)
     assert made.shape == (1, 3, size, size) and bool(made.isfinite().all())
 
 
@@ -62,9 +62,9 @@ def test_a_size_that_is_no_power_of_two_in_range_is_refused(config: type, size: 
 
 def test_truncation_to_nothing_gives_everybody_the_mean_face() -> None:
     """psi = 0 is the mean style, whatever the latent."""
-    chance = torch.Generator().manual_seed(0)
-    generator = StyleGAN2(StyleGAN2Config(size=8, channel_max=4), chance)
-    styles = generator.truncate(generator.map(torch.randn(3, 64, generator=chance)), psi=0.0)
+    rng = torch.Generator().manual_seed(0)
+    generator = StyleGAN2(StyleGAN2Config(size=8, channel_max=4), rng)
+    styles = generator.truncate(generator.map(torch.randn(3, 64, generator=rng)), psi=0.0)
     assert torch.equal(styles, torch.zeros_like(styles) + generator.mapping.w_avg)
 
 
@@ -94,16 +94,16 @@ def test_the_full_size_generator_has_the_published_shape() -> None:
     assert counted(generator) == total
 
 
-def test_the_full_size_critic_has_the_published_shape() -> None:
+def test_the_full_size_discriminator_has_the_published_shape() -> None:
     """Two convolutions and a shortcut per side, then three layers; the spread of a group is one more channel."""
     with torch.device("meta"):
-        critic = Discriminator(FULL_CRITIC)
+        discriminator = Discriminator(FULL_DISCRIMINATOR)
     total = 3 * published_channels(1024) + published_channels(1024)
     for power in range(10, 2, -1):
         here, below = published_channels(2**power), published_channels(2 ** (power - 1))
         total += here * here * 9 + here + here * below * 9 + below + here * below
     total += 513 * 512 * 9 + 512 + 512 * 16 * 512 + 512 + 512 + 1
-    assert counted(critic) == total
+    assert counted(discriminator) == total
 
 
 def test_the_full_size_stylegan1_has_the_published_shape() -> None:

@@ -10,7 +10,7 @@ from scipy.signal import correlate2d
 from torch import Tensor
 from torch.func import grad, vmap
 
-from fedface.models.contracts import Generator
+from fedface.models.generator_protocol import Generator
 from fedface.models.stylegan1 import (
     FUSED_FROM,
     StyleGAN1,
@@ -20,8 +20,8 @@ from fedface.models.stylegan1 import (
     soften,
 )
 from fedface.randomness import Streams
-from fedface.upsampling.degrade import BicubicPulse
-from fedface.upsampling.pulse import PulseUpsampler, PulseConfig
+from fedface.upsampling.degradation import BicubicPulse
+from fedface.upsampling.pulse import PulseConfig, PulseUpsampler
 
 SMALL = StyleGAN1Config(
     size=16, latent_width=5, style_width=6, mapping_layers=2, channel_base=32, channel_max=4
@@ -35,12 +35,12 @@ def normal(*shape: int) -> Tensor:
 @pytest.fixture
 def generator() -> StyleGAN1:
     """With biases and noise strengths that are not zero, which would hide mistakes."""
-    chance = Streams(5).generator("weights")
-    made = StyleGAN1(SMALL, chance)
+    rng = Streams(5).generator("weights")
+    made = StyleGAN1(SMALL, rng)
     with torch.no_grad():
         for name, weight in made.named_parameters():
             if name.endswith(("bias", "noise.weight", "const")):
-                weight.add_(0.3 * torch.randn(weight.shape, generator=chance))
+                weight.add_(0.3 * torch.randn(weight.shape, generator=rng))
     return made.double()
 
 

@@ -10,16 +10,29 @@ from tiny import GENERATOR, RESOLVER, STYLES
 from torch.nn import functional
 
 from fedface.errors import ConfigError
-from fedface.models.family import SuperResolutionModel, SuperResolutionArchitecture, StyleEncoderModel, StyleEncoderArchitecture, build_model, as_generative
-from fedface.models.layers import resize_up
-from fedface.models.resolver import SuperResolutionNetwork, SuperResolutionNetworkConfig
+from fedface.models.checkpoint import (
+    load_model,
+    load_style_encoder,
+    load_super_resolution,
+    save_model,
+    weights_hash,
+)
+from fedface.models.model import (
+    StyleEncoderArchitecture,
+    StyleEncoderModel,
+    SuperResolutionArchitecture,
+    SuperResolutionModel,
+    as_generative,
+    build_model,
+)
 from fedface.models.style_encoder import StyleEncoder, StyleEncoderNetworkConfig, StyleUpsampler
 from fedface.models.stylegan2 import StyleGAN2
-from fedface.models.weights import load_model, load_super_resolution, load_style_encoder, save_model, weights_hash
+from fedface.models.stylegan_layers import resize_up
+from fedface.models.super_resolution import SuperResolutionNetwork, SuperResolutionNetworkConfig
 from fedface.randomness import Streams
-from fedface.training.private_steps import check_per_example_gradients
+from fedface.training.dp_sgd import check_per_example_gradients
 from fedface.training.upsampler import reconstruction_loss
-from fedface.upsampling.degrade import BicubicPulse
+from fedface.upsampling.degradation import BicubicPulse
 
 STREAMS = Streams(3)
 PHOTOS = torch.rand(3, 3, 4, 4, generator=STREAMS.generator("photos"))
@@ -58,9 +71,15 @@ def test_one_network_of_encoder_and_generator_is_one_after_the_other() -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [StyleEncoderArchitecture(generator=GENERATOR, encoder=STYLES), SuperResolutionArchitecture(network=RESOLVER)]
+    "shape",
+    [
+        StyleEncoderArchitecture(generator=GENERATOR, encoder=STYLES),
+        SuperResolutionArchitecture(network=RESOLVER),
+    ],
 )
-def test_the_answer_to_a_photo_hangs_on_that_photo_alone(shape: StyleEncoderArchitecture | SuperResolutionArchitecture) -> None:
+def test_the_answer_to_a_photo_hangs_on_that_photo_alone(
+    shape: StyleEncoderArchitecture | SuperResolutionArchitecture,
+) -> None:
     """Per-photo gradients equal one-photo gradients, and nobody's moves when another photo changes."""
     model = build_model(shape, STREAMS.generator("weights"))
     assert isinstance(model, StyleEncoderModel | SuperResolutionModel)
@@ -71,7 +90,10 @@ def test_the_answer_to_a_photo_hangs_on_that_photo_alone(shape: StyleEncoderArch
 @pytest.mark.parametrize("low", [1, 2, 4, 8])
 def test_photos_up_to_the_side_are_answered_with_faces_of_one_size(low: int) -> None:
     photos = torch.rand(1, 3, low, low, generator=STREAMS.generator("low"))
-    for shape in (StyleEncoderArchitecture(generator=GENERATOR, encoder=STYLES), SuperResolutionArchitecture(network=RESOLVER)):
+    for shape in (
+        StyleEncoderArchitecture(generator=GENERATOR, encoder=STYLES),
+        SuperResolutionArchitecture(network=RESOLVER),
+    ):
         model = build_model(shape, STREAMS.generator("weights"))
         assert isinstance(model, StyleEncoderModel | SuperResolutionModel)
         assert model.upsampler(photos).shape == (1, 3, 16, 16) and model.size == 16
@@ -79,7 +101,11 @@ def test_photos_up_to_the_side_are_answered_with_faces_of_one_size(low: int) -> 
 
 
 @pytest.mark.parametrize(
-    "shape", [StyleEncoderArchitecture(generator=GENERATOR, encoder=STYLES), SuperResolutionArchitecture(network=RESOLVER)]
+    "shape",
+    [
+        StyleEncoderArchitecture(generator=GENERATOR, encoder=STYLES),
+        SuperResolutionArchitecture(network=RESOLVER),
+    ],
 )
 def test_a_file_gives_back_the_networks_that_were_kept(
     tmp_path: Path, shape: StyleEncoderArchitecture | SuperResolutionArchitecture
@@ -95,7 +121,9 @@ def test_shapes_that_do_not_fit_together_are_named() -> None:
     with pytest.raises(ConfigError, match="must tell 6 styles of width 16.* got 8 of width 128"):
         StyleEncoderArchitecture(generator=GENERATOR, encoder=StyleEncoderNetworkConfig())
     with pytest.raises(ConfigError, match="side must be at most the generator's 16, got 32"):
-        StyleEncoderArchitecture(generator=GENERATOR, encoder=StyleEncoderNetworkConfig(side=32, style_inputs=6, style_width=16))
+        StyleEncoderArchitecture(
+            generator=GENERATOR, encoder=StyleEncoderNetworkConfig(side=32, style_inputs=6, style_width=16)
+        )
     with pytest.raises(ConfigError, match="factor must be a power of two from 1 to 64, got 3"):
         SuperResolutionNetworkConfig(factor=3)
     with pytest.raises(ConfigError, match="between 8 and 1024 pixels, got 2048"):
@@ -117,4 +145,4 @@ def test_the_embedded_upsamplers_read_sixteen_pixels_and_stand_on_the_embedded_g
     styled, resolved = load_style_encoder(), load_super_resolution()
     assert (styled.size, styled.max_input_size, resolved.size, resolved.max_input_size) == (32, 16, 32, 16)
     assert styled.notes["generator"] == weights_hash(styled.generator)
-    assert styled.notes["recipe"]["light_share"] == resolved.notes["recipe"]["light_share"] == 0.85
+    assert styled.notes["recipe"]["light_fraction"] == resolved.notes["recipe"]["light_fraction"] == 0.85

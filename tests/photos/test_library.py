@@ -19,11 +19,11 @@ from PIL import Image
 
 from fedface.errors import LibraryError
 from fedface.photos.detectors import YuNetDetector
-from fedface.photos.faces import Face
-from fedface.photos.index import PhotoIndex, all_read, default_cache
+from fedface.photos.face_alignment import Face
+from fedface.photos.image_io import jpeg_bytes, png_bytes
 from fedface.photos.library import PhotoLibrary, scan_table, summary
 from fedface.photos.occasions import OccasionRule
-from fedface.photos.pixels import jpeg_bytes, png_bytes
+from fedface.photos.photo_index import PhotoIndex, all_read, default_cache
 from fedface.photos.scan import ScanReport, scan_library
 
 SHAPE = np.array([[0.35, 0.4], [0.65, 0.4], [0.5, 0.55], [0.38, 0.75], [0.62, 0.75]])
@@ -155,7 +155,7 @@ def test_a_killed_scan_leaves_an_index_that_the_next_one_completes(tmp_path: Pat
     code = (
         "import os, sys; from pathlib import Path\n"
         "from fedface.photos import scan\n"
-        "from fedface.photos.faces import Face\n"
+        "from fedface.photos.face_alignment import Face\n"
         "scan.SAVE_EVERY = 0.0\n"
         "class Finder:\n"
         "    name = 'finder'\n"

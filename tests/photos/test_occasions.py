@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedface.photos.image_io import jpeg_round_trip, read_photo
 from fedface.photos.occasions import (
     DEFAULT_RULE,
     Occasion,
@@ -22,7 +23,6 @@ from fedface.photos.occasions import (
     numbered,
     occasion,
 )
-from fedface.photos.pixels import jpeg_round_trip, read_photo
 
 HERE = Path("here")
 NOON = datetime(2024, 6, 1, 12)
@@ -38,7 +38,9 @@ def linked(one: PhotoSignature, other: PhotoSignature, rule: OccasionRule) -> bo
     """The rule for two photos, word for word; the distance by the haversine formula."""
     if one.taken is not None and other.taken is not None:
         soon = abs(one.taken - other.taken) <= timedelta(hours=rule.gap_hours)
-        if soon and (one.place is None or other.place is None or km(one.place, other.place) <= rule.radius_km):
+        if soon and (
+            one.place is None or other.place is None or km(one.place, other.place) <= rule.radius_km
+        ):
             return True
     if one.fingerprint is not None and other.fingerprint is not None:
         both = int.from_bytes(one.fingerprint, "big") ^ int.from_bytes(other.fingerprint, "big")
@@ -87,7 +89,7 @@ SHOTS = st.builds(
 RULES = st.builds(
     OccasionRule,
     gap_hours=st.floats(0.5, 6),
-    reach_km=st.floats(0.1, 20),
+    radius_km=st.floats(0.1, 20),
     alike=st.integers(0, 12),
     undated=st.sampled_from(["by-folder", "alone"]),
 )
@@ -102,13 +104,13 @@ def test_the_occasions_are_those_of_the_slow_twin(shots: list[PhotoSignature], r
 
 def test_a_larger_library_than_one_block_of_comparisons_agrees_with_the_twin() -> None:
     """Seven hundred photos of every kind, so that links cross the borders of blocks."""
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     shots = [
         PhotoSignature(
-            folder=Path(str(chance.integers(300))),
-            taken=NOON + timedelta(hours=float(chance.uniform(0, 4000))) if chance.random() < 0.7 else None,
-            place=tuple(chance.uniform((48, 2), (48.5, 2.5))) if chance.random() < 0.5 else None,
-            fingerprint=flipped(chance.integers(0, 128, 9).tolist()) if chance.random() < 0.8 else None,
+            folder=Path(str(rng.integers(300))),
+            taken=NOON + timedelta(hours=float(rng.uniform(0, 4000))) if rng.random() < 0.7 else None,
+            place=tuple(rng.uniform((48, 2), (48.5, 2.5))) if rng.random() < 0.5 else None,
+            fingerprint=flipped(rng.integers(0, 128, 9).tolist()) if rng.random() < 0.8 else None,
         )
         for _ in range(700)
     ]
@@ -141,9 +143,11 @@ def test_one_photo_more_merges_occasions_and_parts_none(
 
 @settings(deadline=None, max_examples=100)
 @given(LIBRARIES, RULES, st.randoms(use_true_random=False))
-def test_the_order_of_the_photos_does_not_matter(shots: list[PhotoSignature], rule: OccasionRule, chance) -> None:
+def test_the_order_of_the_photos_does_not_matter(
+    shots: list[PhotoSignature], rule: OccasionRule, rng
+) -> None:
     order = list(range(len(shots)))
-    chance.shuffle(order)
+    rng.shuffle(order)
     shuffled = group([shots[number] for number in order], rule)
     assert numbered(group(shots, rule)[order]).tolist() == shuffled.tolist()
 
@@ -199,18 +203,18 @@ def test_photos_that_are_alike_are_one_occasion_whatever_their_dates() -> None:
 
 def test_many_photos_at_one_time_and_place_do_not_take_memory_by_the_square() -> None:
     """Six thousand photos, all linked: eighteen million links, kept two million at most."""
-    chance = np.random.default_rng(1)
-    party = [at(0, tuple(chance.normal(PARIS, 0.001))) for _ in range(6000)]
+    rng = np.random.default_rng(1)
+    party = [at(0, tuple(rng.normal(PARIS, 0.001))) for _ in range(6000)]
     assert set(group(party)) == {0}
 
 
 def blobs(seed: int, height: int = 300, width: int = 400) -> np.ndarray:
     """A picture with light and dark in it, float (h, w, 3) in 0..255."""
-    chance = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     down, across = np.mgrid[0:height, 0:width] / height
     light = np.zeros((height, width))
     for _ in range(12):
-        y, x, reach, strength = chance.uniform((0, 0, 0.05, -90), (1, width / height, 0.3, 90))
+        y, x, reach, strength = rng.uniform((0, 0, 0.05, -90), (1, width / height, 0.3, 90))
         light += strength * np.exp(-((down - y) ** 2 + (across - x) ** 2) / reach**2)
     return np.repeat((128 + light).clip(0, 255)[:, :, None], 3, axis=2)
 
@@ -227,13 +231,16 @@ def apart(one: bytes, other: bytes) -> int:
 
 def test_a_burst_without_dates_is_one_occasion_and_another_motif_is_not() -> None:
     """Five frames, each shifted by a pixel, with its own noise, light and JPEG; in five folders."""
-    chance = np.random.default_rng(2)
+    rng = np.random.default_rng(2)
     motif, frames = blobs(3, 310, 410), []
     for number in range(5):
         view = motif[number : number + 300, number : number + 400] * (0.9 + 0.05 * number)
-        noisy = (view + chance.normal(0, 5, view.shape)).clip(0, 255).round().astype(np.uint8)
+        noisy = (view + rng.normal(0, 5, view.shape)).clip(0, 255).round().astype(np.uint8)
         frames.append(jpeg_round_trip(noisy, 60 + 8 * number))
-    shots = [PhotoSignature(folder=Path(str(number)), fingerprint=fingerprint(f)) for number, f in enumerate(frames)]
+    shots = [
+        PhotoSignature(folder=Path(str(number)), fingerprint=fingerprint(f))
+        for number, f in enumerate(frames)
+    ]
     other = PhotoSignature(folder=HERE, fingerprint=print_of(blobs(4)))
     assert group([*shots, other]).tolist() == [0, 0, 0, 0, 0, 1]
 
@@ -255,13 +262,13 @@ def test_cells_share_the_pixels_that_they_cut() -> None:
 
 @pytest.mark.parametrize("what", ["black", "white", "wall", "sky", "noise in the dark", "one pixel"])
 def test_a_picture_that_shows_nothing_clear_has_no_fingerprint_and_glues_nothing(what: str) -> None:
-    chance = np.random.default_rng(6)
+    rng = np.random.default_rng(6)
     pixels = {
         "black": np.zeros((300, 400, 3)),
         "white": np.full((300, 400, 3), 255.0),
-        "wall": chance.normal(180, 4, (300, 400, 3)),
+        "wall": rng.normal(180, 4, (300, 400, 3)),
         "sky": np.broadcast_to(np.linspace(120, 220, 300)[:, None, None], (300, 400, 3)),
-        "noise in the dark": chance.uniform(0, 12, (300, 400, 3)),
+        "noise in the dark": rng.uniform(0, 12, (300, 400, 3)),
         "one pixel": np.full((1, 1, 3), 99.0),
     }[what]
     assert fingerprint(pixels.round().astype(np.uint8)) is None
@@ -330,7 +337,7 @@ def test_an_occasion_says_how_many_and_when() -> None:
     [
         ({"gap_hours": 0}, r"gap_hours must lie in \(0, 8760\], got 0"),
         ({"gap_hours": math.nan}, "gap_hours"),
-        ({"reach_km": -1.0}, "reach_km must be > 0, got -1.0"),
+        ({"radius_km": -1.0}, "radius_km must be > 0, got -1.0"),
         ({"alike": 129}, r"alike must lie in \[0, 128\] bits, got 129"),
         ({"undated": "together"}, "by-folder"),
     ],

@@ -16,15 +16,15 @@ from scipy.stats import laplace, norm
 
 from fedface.errors import PrivacyError
 from fedface.privacy.accounting import (
+    calibrate_noise_multiplier,
     compose,
-    within_budget,
     epsilon_of,
     event_from_json,
     event_to_json,
-    calibrate_noise_multiplier,
     reconstruction_success_bound,
+    within_budget,
 )
-from fedface.privacy.target import PrivacyTarget
+from fedface.privacy.privacy_target import PrivacyTarget
 
 
 @pytest.mark.parametrize(("sigma", "delta"), [(0.3, 1e-5), (1.0, 1e-3), (1.0, 1e-8), (100.0, 1e-5)])

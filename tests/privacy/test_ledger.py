@@ -13,8 +13,8 @@ from pytest import approx
 
 from fedface.errors import LedgerError
 from fedface.privacy.accounting import epsilon_of
+from fedface.privacy.budget import Budget
 from fedface.privacy.ledger import Ledger
-from fedface.privacy.limits import BudgetStatus
 
 DELTA = 1e-5
 EVENT = dp.GaussianDpEvent(4.0)
@@ -73,7 +73,9 @@ def test_a_round_that_was_never_answered_is_booked_once(ledger: Ledger) -> None:
     first = ledger.record(EVENT, run="r", round=0)
     assert ledger.record(EVENT, run="r", round=0) == first
     budget = epsilon_of(EVENT, DELTA).upper + 1e-6
-    assert ledger.record_within_budget(EVENT, [BudgetStatus(epsilon=budget, delta=DELTA)], run="r", round=0) == first
+    assert (
+        ledger.record_within_budget(EVENT, [Budget(epsilon=budget, delta=DELTA)], run="r", round=0) == first
+    )
     assert len(ledger.entries()) == 1
 
 
@@ -133,7 +135,10 @@ def test_only_the_last_reply_of_a_run_is_kept(ledger: Ledger) -> None:
 
 
 def test_an_unknown_unit_is_not_booked(ledger: Ledger) -> None:
-    for book in (ledger.record, lambda *a, **k: ledger.record_within_budget(a[0], [BudgetStatus(epsilon=9, delta=DELTA)], **k)):
+    for book in (
+        ledger.record,
+        lambda *a, **k: ledger.record_within_budget(a[0], [Budget(epsilon=9, delta=DELTA)], **k),
+    ):
         with pytest.raises(ValueError, match="unit must be one of"):
             book(EVENT, run="r", round=0, marks={"unit": "pixel"})
     assert ledger.entries() == []

@@ -18,21 +18,21 @@ import pytest
 
 from fedface.errors import LedgerError, PolicyRefusal
 from fedface.privacy.accounting import epsilon_of
-from fedface.privacy.chain import Chain
+from fedface.privacy.budget import Budget
+from fedface.privacy.hash_chain import Chain
 from fedface.privacy.ledger import FORM, Ledger
-from fedface.privacy.limits import BudgetStatus
 
 DELTA = 1e-5
 EVENT = dp.GaussianDpEvent(4.0)
 
 
-def budget_for(rounds: int, days: float | None = None) -> BudgetStatus:
+def budget_for(rounds: int, days: float | None = None) -> Budget:
     """Exactly so many rounds, with room for one rounding."""
     cost = epsilon_of(dp.SelfComposedDpEvent(EVENT, rounds), DELTA).upper
-    return BudgetStatus(epsilon=cost + 1e-6, delta=DELTA, days=days)
+    return Budget(epsilon=cost + 1e-6, delta=DELTA, days=days)
 
 
-def book_all(path: Path, witness: Path, run: str, limits: list[BudgetStatus], said: Connection) -> None:
+def book_all(path: Path, witness: Path, run: str, limits: list[Budget], said: Connection) -> None:
     """Book rounds until the budget is used up, and say each digest once it was returned."""
     ledger = Ledger.open(path, witness)
     for round in range(100_000):
@@ -45,7 +45,7 @@ def book_all(path: Path, witness: Path, run: str, limits: list[BudgetStatus], sa
     said.close()
 
 
-def booker(folder: Path, run: str, *limits: BudgetStatus) -> tuple[BaseProcess, Connection]:
+def booker(folder: Path, run: str, *limits: Budget) -> tuple[BaseProcess, Connection]:
     context = multiprocessing.get_context("fork")
     heard, said = context.Pipe(duplex=False)
     process = context.Process(
@@ -93,7 +93,7 @@ def test_kill_9_at_any_moment_loses_no_booking_that_was_returned(tmp_path: Path)
     moments = random.Random(7)
     returned: list[str] = []
     for life in range(12):
-        process, heard = booker(tmp_path, f"r{life}", BudgetStatus(epsilon=1e4, delta=DELTA))
+        process, heard = booker(tmp_path, f"r{life}", Budget(epsilon=1e4, delta=DELTA))
         said = [heard.recv() for _ in range(2)]
         time.sleep(moments.uniform(0.0, 0.03))
         process.kill()

@@ -8,8 +8,8 @@ from pytest import approx
 from fedface.errors import PrivacyError
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
-from fedface.privacy.plan import Plan, Schedule, DPParameters, make_plan
-from fedface.privacy.target import NoPrivacy, PrivacyTarget
+from fedface.privacy.plan import DPParameters, Plan, Schedule, make_plan
+from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget
 
 SCHEDULE = Schedule(rounds=10, steps_per_round=5, sampling_rate=0.1, expected_batch_size=8, clip_norm=0.5)
 TARGET = PrivacyTarget(epsilon=4.0, delta=1e-5)
@@ -59,8 +59,8 @@ def test_terms_survive_the_wire_and_hold_no_epsilon() -> None:
     [{"sampling_rate": 1.5}, {"rounds": 0}, {"steps_per_round": 10**6},
      {"noise_multiplier": -1.0}, {"noise_multiplier": float("nan")},
      {"clip_norm": float("inf")}, {"epsilon": 1.0}, {"rounds": float("inf")},
-     {"unit": "house"}, {"update_clip": 0.0},
-     {"clip_norm": 1e-30}, {"clip_norm": 1e30}, {"noise_multiplier": 1e200}, {"expected_batch": 10**30}],
+     {"unit": "house"}, {"update_clip_norm": 0.0},
+     {"clip_norm": 1e-30}, {"clip_norm": 1e30}, {"noise_multiplier": 1e200}, {"expected_batch_size": 10**30}],
 )  # fmt: skip
 def test_terms_out_of_bounds_are_refused(change: dict[str, float]) -> None:
     record = {**DPParameters(schedule=SCHEDULE, noise_multiplier=1.0).to_record(), **change}
@@ -71,7 +71,9 @@ def test_terms_out_of_bounds_are_refused(change: dict[str, float]) -> None:
 def test_half_of_the_rounds_cost_what_half_of_the_steps_cost() -> None:
     terms = DPParameters(schedule=SCHEDULE, noise_multiplier=1.0)
     half = DPParameters(
-        schedule=Schedule(rounds=5, steps_per_round=5, sampling_rate=0.1, expected_batch_size=8, clip_norm=0.5),
+        schedule=Schedule(
+            rounds=5, steps_per_round=5, sampling_rate=0.1, expected_batch_size=8, clip_norm=0.5
+        ),
         noise_multiplier=1.0,
     )
     assert epsilon_of(terms.event(5), 1e-5) == epsilon_of(half.event(), 1e-5)

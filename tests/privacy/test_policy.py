@@ -10,18 +10,18 @@ from typing import get_args
 
 import pytest
 
-from fedface.aggregation.protocol import AggregationConfig
+from fedface.aggregation.payload import AggregationConfig
 from fedface.config import dump, kind_of, parse, read
 from fedface.errors import ConfigError, PolicyRefusal
 from fedface.privacy.accounting import epsilon_of
-from fedface.privacy.conditions import NOT_NOW_MESSAGE, ConditionsNotMet, Power
+from fedface.privacy.adjacency import replace_one_event
+from fedface.privacy.budget import Budget, format_upper_bound, overspending
 from fedface.privacy.ledger import Ledger
-from fedface.privacy.limits import BudgetStatus, format_upper_bound, overspending
-from fedface.privacy.neighbours import replace_one_event
-from fedface.privacy.plan import Plan, Schedule, DPParameters, make_plan
+from fedface.privacy.participation_conditions import NOT_NOW_MESSAGE, ConditionsNotMet, Power
+from fedface.privacy.plan import DPParameters, Plan, Schedule, make_plan
 from fedface.privacy.policy import EVALUATION, PROTOCOLS, DevicePolicy, Period
-from fedface.privacy.target import NoPrivacy, PrivacyTarget, format_delta
-from fedface.units import Unit
+from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget, format_delta
+from fedface.privacy_units import Unit
 
 SCHEDULE = Schedule(rounds=4, steps_per_round=2, sampling_rate=0.2, expected_batch_size=8, clip_norm=1.0)
 TERMS = DPParameters(schedule=SCHEDULE, noise_multiplier=1.0)
@@ -68,7 +68,9 @@ def test_a_run_within_the_budget_is_admitted_to_its_last_round(ledger: Ledger) -
 
 def test_an_entry_says_what_was_asked_of_what_unit(ledger: Ledger) -> None:
     marks = json.loads(POLICY.record(TERMS, ledger, run="r", round=0, marks={"model": "abc"}).metadata)
-    assert marks["noise_multiplier"] == "1" and marks["clip_norm"] == "1" and marks["expected_batch"] == "8"
+    assert (
+        marks["noise_multiplier"] == "1" and marks["clip_norm"] == "1" and marks["expected_batch_size"] == "8"
+    )
     assert marks["unit"] == "photo" and marks["sampler"] == "poisson" and marks["model"] == "abc"
 
 
@@ -151,7 +153,7 @@ def test_the_examples_are_policies_and_show_every_key() -> None:
     [
         {"max_epsilon": 0.0},
         {"delta": 2.0},
-        {"smallest_cohort": 0},
+        {"min_cohort_size": 0},
         {"unit": "person"},
         {"objectives": ("faces",)},
         {"folders": (Path("/etc"),)},
@@ -159,8 +161,8 @@ def test_the_examples_are_policies_and_show_every_key() -> None:
         {"never": (Path("a/../../b"),)},
         {"never": (Path("~/Pictures"),)},
         {"hours": ("22-7",)},
-        {"least_battery": 30.0},
-        {"most_load": -1.0},
+        {"min_battery": 30.0},
+        {"max_load": -1.0},
         {"expires": "2027-02-30"},
     ],
 )
@@ -188,8 +190,8 @@ expires: 2027-01-31
 """
     policy = parse(text, DevicePolicy, name="p.yaml")
     assert policy.budgets == (
-        BudgetStatus(epsilon=8, delta=1e-6, unit="occasion"),
-        BudgetStatus(epsilon=1.5, delta=1e-6, unit="occasion", days=7),
+        Budget(epsilon=8, delta=1e-6, unit="occasion"),
+        Budget(epsilon=1.5, delta=1e-6, unit="occasion", days=7),
     )
     assert policy.exclude_folders == (Path("Private"), Path("Work/2024")) and policy.expires == "2027-01-31"
     assert parse(dump(policy), DevicePolicy, name="again.yaml") == policy  # as a run's record writes it
@@ -206,7 +208,7 @@ expires: 2027-01-31
         ("objectives: [faces]", r'p.yaml:3: objectives: must be among generator, upsampler, got "faces"'),
         ("objectives: [evaluation]", r"figures are allowed by evaluation: true"),
         ("unit: person", r"p.yaml:3: unit: expected one of photo, occasion, library"),
-        ("on_main: true", r'did you mean "on_mains"'),
+        ("on_main: true", r'did you mean "require_ac_power"'),
     ],
 )
 def test_a_slip_of_the_owner_is_shown_with_its_line(line: str, words: str) -> None:
@@ -310,7 +312,7 @@ def test_a_period_pauses_a_run_and_lets_it_go_on(tmp_path: Path) -> None:
 
 def test_what_a_server_hears_of_hours_and_power_is_one_sentence(ledger: Ledger) -> None:
     """The battery's charge and the hours stay on the device; the owner's log may have them."""
-    policy = replace(POLICY, hours=("22:00-07:00",), least_battery=0.5)
+    policy = replace(POLICY, hours=("22:00-07:00",), min_battery=0.5)
     heard = set()
     for held, private in ((policy, "it is 12:00"), (replace(policy, hours=()), "the battery is at 37%")):
         with pytest.raises(ConditionsNotMet) as refusal:
@@ -329,9 +331,9 @@ def test_reasons_come_in_an_order_that_tells_least(ledger: Ledger) -> None:
     steps = [
         ("has ended", strict),
         ("2 devices", replace(strict, expires=None)),
-        ("promises per photo", replace(strict, expires=None, smallest_cohort=2)),
-        ("conditions do not hold", replace(strict, expires=None, smallest_cohort=2, unit="photo")),
-        ("asks for epsilon", replace(strict, expires=None, smallest_cohort=2, unit="photo", hours=())),
+        ("promises per photo", replace(strict, expires=None, min_cohort_size=2)),
+        ("conditions do not hold", replace(strict, expires=None, min_cohort_size=2, unit="photo")),
+        ("asks for epsilon", replace(strict, expires=None, min_cohort_size=2, unit="photo", hours=())),
     ]
     for words, policy in steps:
         with pytest.raises(PolicyRefusal, match=words):
@@ -340,7 +342,7 @@ def test_reasons_come_in_an_order_that_tells_least(ledger: Ledger) -> None:
 
 def test_every_epsilon_of_a_policy_in_words_has_its_delta_unit_and_period() -> None:
     policy = replace(
-        POLICY, periods=(Period(days=7, epsilon=0.5),), allow_unpromised=True, never=(Path("Private"),)
+        POLICY, periods=(Period(days=7, epsilon=0.5),), allow_no_dp=True, exclude_folders=(Path("Private"),)
     )
     words = policy.describe()
     assert f"at most epsilon {policy.max_epsilon:g} at delta 1e-5 per photo for life" in words
@@ -360,7 +362,10 @@ def test_a_delta_is_written_in_one_way_and_is_read_back(delta: float, words: str
 
 def test_an_upper_bound_is_rounded_up() -> None:
     """ "At most 2.000" of 2.0004 would be a lie."""
-    assert format_upper_bound(2.0004) == "epsilon at most 2.001" and format_upper_bound(2.0) == "epsilon at most 2.000"
+    assert (
+        format_upper_bound(2.0004) == "epsilon at most 2.001"
+        and format_upper_bound(2.0) == "epsilon at most 2.000"
+    )
     assert format_upper_bound(float("inf")) == "epsilon infinite" and format_upper_bound(0) == "epsilon 0"
 
 
@@ -384,7 +389,7 @@ def test_a_policy_that_has_ended_says_when() -> None:
 
 def test_an_overspent_limit_says_by_how_much() -> None:
     """Nothing is left of what is used up to the last bit, too; a period comes back."""
-    life, week = BudgetStatus(epsilon=8, delta=1e-4), BudgetStatus(epsilon=1, delta=1e-4, days=7)
+    life, week = Budget(epsilon=8, delta=1e-4), Budget(epsilon=1, delta=1e-4, days=7)
     assert overspending(7.9, life, unpromised=False) is None
     assert overspending(10.0, life, unpromised=False) == (
         "nothing is left: everything will be refused; over by epsilon at most 2.000 at delta 1e-4 per photo"
@@ -394,7 +399,7 @@ def test_an_overspent_limit_says_by_how_much() -> None:
 
 
 def test_a_policy_is_said_in_grammatical_sentences() -> None:
-    words = replace(POLICY, hours=("22:00-07:00", "12:00-13:00"), on_mains=True).describe()
+    words = replace(POLICY, hours=("22:00-07:00", "12:00-13:00"), require_ac_power=True).describe()
     assert words[0] == "photos may help to train generators or upsamplers"
     assert (
         "this device takes part only from 22:00 to 07:00 or from 12:00 to 13:00, local time, on mains"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from made_up import made_up_run
 
-from fedface.reports.run import RunRecord
+from fedface.reports.run_record import RunRecord
 
 
 @pytest.fixture(scope="session")

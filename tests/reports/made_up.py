@@ -10,17 +10,15 @@ import numpy as np
 import torch
 
 from fedface.audits.bias import METRICS
-from fedface.audits.private_figures import LocalMetricsConfig, PhotoMetrics, metric_vectors
-from fedface.audits.private_reading import estimate_metrics
+from fedface.audits.dp_metric_estimates import estimate_metrics
+from fedface.audits.dp_metrics import LocalMetricsConfig, PhotoMetrics, metric_vectors
 from fedface.config import plain
 from fedface.experiment import EvaluationConfig
-from fedface.photos.drawn import render
-from fedface.photos.drawn_parameters import ToneMix, sample_faces
-from fedface.reports import figures
-from fedface.reports.filling import private_record
-from fedface.reports.private_record import DeviceMetricsRecord
-from fedface.reports.quantities import Epsilon, Measurement, Interval, NotMeasured
-from fedface.reports.run import (
+from fedface.reports import charts
+from fedface.reports.device_metrics_record import DeviceMetricsRecord
+from fedface.reports.measurements import Epsilon, Interval, Measurement, NotMeasured
+from fedface.reports.record_builders import private_record
+from fedface.reports.run_record import (
     AggregationRecord,
     AttackRecord,
     BiasRecord,
@@ -35,6 +33,8 @@ from fedface.reports.run import (
     RunRecord,
     ToneRecord,
 )
+from fedface.synthetic.faces import render
+from fedface.synthetic.parameters import ToneMix, sample_faces
 
 GROUPS = ("very light", "light", "intermediate", "tan", "brown", "dark")
 BASE, FINAL = "0a" * 32, "f1" * 32
@@ -48,7 +48,7 @@ COUNTS = {
 
 # Measure -> (typical value, spread) for the best served group; the worst is served twice as badly.
 TYPICAL = {
-    "misfit": (0.0011, 0.0002),
+    "consistency_error": (0.0011, 0.0002),
     "converged": (0.94, 0.03),
     "skin_difference": (6.2, 0.6),
     "face_difference": (9.1, 0.7),
@@ -77,7 +77,7 @@ def probe_after(share: float, rng: np.random.Generator) -> dict[str, Measurement
     return {
         "distance": around(3.1 - 1.5 * share + wobble, 0.22, 512),
         "monk": around(3.9 + 1.9 * share + wobble, 0.18, 512),
-        "dark_share": around(0.14 + 0.29 * share + wobble / 8, 0.035, 512),
+        "dark_fraction": around(0.14 + 0.29 * share + wobble / 8, 0.035, 512),
     }
 
 
@@ -116,7 +116,7 @@ def bias(worst: float, digest: str, rng: np.random.Generator) -> BiasRecord:
 def attacks() -> tuple[AttackRecord, ...]:
     """One attack without and one with noise."""
     shared = {
-        "threat": "The server sees one device's update and knows the critic.",
+        "threat": "The server sees one device's update and knows the discriminator.",
         "weights_hash": BASE,
         "attack": "Cosine distance with total variation, 250 steps, one photo per update.",
         "baseline_psnr": around(14.1, 1.3, 6),
@@ -254,7 +254,7 @@ def made_up_run(folder: Path) -> RunRecord:
             "attack": PictureRecord(
                 file="attack.png",
                 section="attacks",
-                caption="What came out of one update of the critic; every face is drawn.",
+                caption="What came out of one update of the discriminator; every face is drawn.",
                 alt="A grid of drawn faces beside what an attack recovered",
             ),
         },
@@ -266,21 +266,23 @@ def made_up_run(folder: Path) -> RunRecord:
     )
 
 
-def own_figures(when: str, worst: float, counts: tuple[int, int, int], noise: float = 1.0) -> DeviceMetricsRecord:
+def own_figures(
+    when: str, worst: float, counts: tuple[int, int, int], noise: float = 1.0
+) -> DeviceMetricsRecord:
     """What three devices might tell of light, medium and dark photos, the dark ones served `worst` times as badly."""
-    config, chance = LocalMetricsConfig(), torch.Generator().manual_seed(11)
+    config, rng = LocalMetricsConfig(), torch.Generator().manual_seed(11)
     group = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
     badly = 1.0 + (worst - 1.0) * group / 2
     photos = PhotoMetrics(
         group=group,
         output_group=group,
         consistency_error=0.0006 * badly,
-        skin_difference=5.0 * badly + torch.randn(len(group), generator=chance),
+        skin_difference=5.0 * badly + torch.randn(len(group), generator=rng),
         lightness_shift=1.5 * badly,
         detected=torch.ones(len(group), dtype=torch.bool),
     )
     total = metric_vectors(photos, config, clip_norm=1.0).sum(0)
-    total = total + noise * math.sqrt(3) * torch.randn(total.shape, generator=chance)
+    total = total + noise * math.sqrt(3) * torch.randn(total.shape, generator=rng)
     read = estimate_metrics(total, config=config, clip_norm=1.0, noise_multiplier=noise, devices=3)
     return private_record(
         read,
@@ -298,20 +300,20 @@ def own_figures(when: str, worst: float, counts: tuple[int, int, int], noise: fl
 def with_figures(record: RunRecord, *told: DeviceMetricsRecord) -> RunRecord:
     """The run with what devices told of their own photos."""
     return replace(
-        record, private=told, experiment={**record.experiment, "evaluation": plain(EvaluationConfig())}
+        record, device_metrics=told, experiment={**record.experiment, "evaluation": plain(EvaluationConfig())}
     )
 
 
 def draw_pictures(folder: Path) -> None:
     """The two grids of a made-up run, of drawn faces."""
-    chance = torch.Generator().manual_seed(3)
-    faces = torch.cat([render(sample_faces(1, ToneMix(light_fraction=1 - i / 5), chance), 64) for i in range(6)])
+    rng = torch.Generator().manual_seed(3)
+    faces = torch.cat([render(sample_faces(1, ToneMix(light_fraction=1 - i / 5), rng), 64) for i in range(6)])
     low = torch.nn.functional.avg_pool2d(faces, 8)
     soft = torch.nn.functional.interpolate(low, size=64, mode="bicubic")
     after = (soft + faces) / 2
     rows = [("truth", faces), ("input, 8 pixels", low), ("before", soft * 0.8 + 0.2), ("after", after)]
-    (folder / "faces.png").write_bytes(figures.face_grid(rows, GROUPS))
-    noise = torch.rand(faces.shape, generator=chance)
+    (folder / "faces.png").write_bytes(charts.face_grid(rows, GROUPS))
+    noise = torch.rand(faces.shape, generator=rng)
     mean = faces.mean(dim=0, keepdim=True).expand_as(faces)
     found = [("recovered,\nno DP", (faces + 0.1 * noise).clamp(0, 1)), ("recovered,\nDP sigma 1", noise)]
-    (folder / "attack.png").write_bytes(figures.attack_grid(faces, found, mean))
+    (folder / "attack.png").write_bytes(charts.attack_grid(faces, found, mean))

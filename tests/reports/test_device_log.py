@@ -16,14 +16,14 @@ import pytest
 
 from fedface.errors import LedgerError
 from fedface.privacy.accounting import epsilon_of
-from fedface.privacy.journal import TransmissionLog, Transmission, Withdrawal
+from fedface.privacy.adjacency import convert_unit
 from fedface.privacy.ledger import Entry, Ledger
 from fedface.privacy.mechanism import ClippedSum, Event, GaussianSum
-from fedface.privacy.neighbours import convert_unit
 from fedface.privacy.policy import DevicePolicy, Period
-from fedface.reports import device_log, log_words
-from fedface.reports.device_log import MOMENTS, DeviceLog, spending_curve, make_log, price_of, render, totals
-from fedface.reports.log_words import shown
+from fedface.privacy.transmission_log import Transmission, TransmissionLog, Withdrawal
+from fedface.reports import device_log, device_log_text
+from fedface.reports.device_log import MOMENTS, DeviceLog, make_log, price_of, render, spending_curve, totals
+from fedface.reports.device_log_text import shown
 
 START = datetime(2026, 3, 1, 21, 4, tzinfo=UTC)
 POLICY = DevicePolicy(max_epsilon=8, delta=1e-6, periods=(Period(days=30, epsilon=2),))
@@ -209,7 +209,7 @@ def test_withdrawals_stand_where_they_happened_and_keep_their_first_time(books: 
     books.journal.withdraw("r")
     log = books.log()
     assert [type(told.line) for told in log.told] == [Transmission, Withdrawal, Withdrawal]
-    assert log.told[1].what() == "You left r: I do not like it" and log.withdrawn == {"r": first.written}
+    assert log.told[1].what() == "You left r: I do not like it" and log.withdrawn == {"r": first.time_text}
 
 
 def test_json_knows_no_infinity(books: Books) -> None:
@@ -276,16 +276,18 @@ def test_what_the_server_saw_without_noise_is_said_first(books: Books) -> None:
     for _ in range(2):  # sent twice, seen once
         books.send(b"bare", entry)
     log = books.log(policy=replace(POLICY, unit="library"))
-    assert log.bare == 1 and log_words.kinds(log.sent) == ["1 update (1 sent again)"]
+    assert log.bare == 1 and device_log_text.kinds(log.sent) == ["1 update (1 sent again)"]
     text = render(log)
     assert "towards it there is no epsilon" in text and "else than the server" in text
-    assert log_words.not_covered(log.bare)[0].startswith("the server itself: it saw one of these payloads")
+    assert device_log_text.not_covered(log.bare)[0].startswith(
+        "the server itself: it saw one of these payloads"
+    )
     assert "how many photos" not in text.partition("What never left</h3>")[2].partition("</ul>")[0]
 
 
 def test_counts_are_not_said_to_have_stayed_when_figures_left(books: Books) -> None:
     books.send(b"x", books.book(noised(5.0)))
-    assert log_words.never_left(books.log().sent, 0)[1] == "how many photos or faces there are"
+    assert device_log_text.never_left(books.log().sent, 0)[1] == "how many photos or faces there are"
     entry = books.book(noised(6.0), run="r/figures")
     books.journal.record_transmission(
         b"y", run="r", round=1, what="figures", receiver="home", protection="noise", entry=entry.number

@@ -22,16 +22,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedface.photos.drawn import ToneMix, render, sample_faces
-from fedface.photos.pixels import write_png
-from fedface.privacy.journal import TransmissionLog
+from fedface.photos.image_io import write_png
 from fedface.privacy.ledger import Ledger
+from fedface.privacy.transmission_log import TransmissionLog
 from fedface.randomness import Streams
+from fedface.synthetic.faces import ToneMix, render, sample_faces
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALLER = {
-    "rounds: 6, steps_per_round: 4, sampling_rate: 0.064, expected_batch: 64": (
-        "rounds: 2, steps_per_round: 1, sampling_rate: 0.5, expected_batch: 4, made_batch: 4"
+    "rounds: 6, steps_per_round: 4, sampling_rate: 0.064, expected_batch_size: 64": (
+        "rounds: 2, steps_per_round: 1, sampling_rate: 0.5, expected_batch_size: 4, fake_batch_size: 4"
     ),
     "each: 12}": (
         "each: 8}\nupsampling: {method: {kind: pulse, steps: 2}}\n"
@@ -126,11 +126,11 @@ def homes(tmp_path: Path) -> Iterator[list[Home]]:
                 continue
 
 
-def draw_photos(folder: Path, count: int, light_share: float, name: str) -> None:
+def draw_photos(folder: Path, count: int, light_fraction: float, name: str) -> None:
     """Drawn faces of 128 px, saved as a camera would."""
     folder.mkdir()
     streams = Streams(3).child(name)
-    faces = sample_faces(count, ToneMix(light_fraction=light_share), streams.generator("faces"))
+    faces = sample_faces(count, ToneMix(light_fraction=light_fraction), streams.generator("faces"))
     for i, face in enumerate(render(faces, 128, noise=streams.generator("camera"))):
         pixels = (face.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
         write_png(folder / f"{i:02d}.png", np.ascontiguousarray(pixels))
@@ -166,7 +166,7 @@ def test_three_devices_and_a_server_follow_the_readmes_to_a_report(homes: list[H
     server.do(command("server", "3. Tell `flwr` where it is"))
     server.do(command("server", "5. The experiment"))
     family = server.folder / "fedface-server" / "family.yaml"
-    family.write_text(family.read_text() + "evaluation: {share: 0.2, held_out: 0.3}\n")
+    family.write_text(family.read_text() + "evaluation: {share: 0.2, holdout_fraction: 0.3}\n")
 
     for number, device in enumerate(devices):
         draw_photos(device.folder / "Pictures", 8, [0.9, 0.5, 0.1][number], device.folder.name)
@@ -197,6 +197,11 @@ def test_three_devices_and_a_server_follow_the_readmes_to_a_report(homes: list[H
     for device in devices:
         ledger = Ledger.open(device.folder / "fedface-state" / "ledger.sqlite")
         assert 0 < ledger.spent(1e-6).upper <= 8.0
-        sent = [line.kind for line in TransmissionLog.open(device.folder / "fedface-state" / "journal.sqlite").transmissions()]
+        sent = [
+            line.kind
+            for line in TransmissionLog.open(
+                device.folder / "fedface-state" / "journal.sqlite"
+            ).transmissions()
+        ]
         assert sent.count("update") == 2 and sent.count("figures") == 2
     assert [told["devices"] for told in record["private"]] == [3, 3]

@@ -13,20 +13,20 @@ import pytest
 import torch
 from tiny import begun, tiny_experiment
 
-from fedface.aggregation.protocol import Payload
-from fedface.audits.private_figures import LocalMetricsConfig
+from fedface.aggregation.payload import Payload
+from fedface.audits.dp_metrics import LocalMetricsConfig
+from fedface.coordinator.cohort import Cohort, OnReply
+from fedface.coordinator.rounds import SilentProgress
+from fedface.coordinator.run import run_experiment
 from fedface.experiment import Experiment
-from fedface.federation.cohort import Cohort, OnReply
-from fedface.federation.coordinator import run_experiment
-from fedface.federation.flower import in_process_cohort
-from fedface.federation.orders import devices_folder
-from fedface.federation.rounds import SilentProgress
-from fedface.federation.simulated import simulated_device
-from fedface.federation.task import Failure, Message, Reply, DecryptTask, Task
-from fedface.photos.tone import measure_tone
+from fedface.messages.messages import DecryptTask, Failure, Message, Reply, Task
+from fedface.photos.skin_tone import measure_tone
 from fedface.privacy.accounting import epsilon_of, event_from_json
-from fedface.privacy.journal import TransmissionLog
 from fedface.privacy.ledger import Ledger
+from fedface.privacy.transmission_log import TransmissionLog
+from fedface.simulation.devices import simulated_device
+from fedface.transport.flower import in_process_cohort
+from fedface.transport.run_config import devices_folder
 
 KEYS = {
     "trained": {"what", "version", "device", "seconds"},
@@ -36,8 +36,8 @@ KEYS = {
 }
 CHANGES = {
     "promise": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: occasion}",
-    "evaluation": "{share: 0.4, held_out: 0.4}",
-    "aggregation": "{kind: encrypted}",
+    "evaluation": "{share: 0.4, holdout_fraction: 0.4}",
+    "aggregation": "{kind: homomorphic}",
     "upsampling": "{method: {kind: pulse, steps: 2, mapping_samples: 64}}",
 }
 
@@ -70,9 +70,9 @@ class Listening:
         return answers
 
 
-def whole_run(folder: Path, photos_each: int) -> tuple[Experiment, Path, list[Overheard]]:
+def whole_run(folder: Path, photos_per_device: int) -> tuple[Experiment, Path, list[Overheard]]:
     """A run with updates and figures, on devices with so many photos in occasions of three."""
-    devices = f"{{kind: drawn-devices, light_shares: [0.9, 0.1], photos_each: {photos_each}, photos_per_occasion: 3}}"
+    devices = f"{{kind: synthetic-devices, light_fractions: [0.9, 0.1], photos_per_device: {photos_per_device}, photos_per_occasion: 3}}"
     experiment = tiny_experiment(folder / "recipe", {**CHANGES, "devices": devices})
     run = begun(experiment, folder / "run")
     listening = Listening(in_process_cohort(experiment, devices_folder(run)))

@@ -10,10 +10,10 @@ from tiny import tiny_way
 
 from fedface import cli
 from fedface.config import dump
-from fedface.models.weights import load_model, weights_hash
+from fedface.models.checkpoint import load_model, weights_hash
 from fedface.privacy.ledger import Ledger
-from fedface.reports import run
-from fedface.reports.quantities import Epsilon, Interval
+from fedface.reports import run_record
+from fedface.reports.measurements import Epsilon, Interval
 
 
 @pytest.mark.parametrize("way", ["lora", "prior", "flow", "styles", "resolver"])
@@ -22,7 +22,7 @@ def test_a_run_of_each_way_ends_with_a_report(
 ) -> None:
     """One round under a promise: booked once on each device, applied, attacked with its own update, drawn."""
     recipe = tmp_path / "way.yaml"
-    changes = {"aggregation": "{kind: encrypted}", "name": way}
+    changes = {"aggregation": "{kind: homomorphic}", "name": way}
     recipe.write_text(dump(tiny_way(tmp_path, way, changes)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["fedface", "run", str(recipe)])
@@ -30,7 +30,7 @@ def test_a_run_of_each_way_ends_with_a_report(
         cli.main()
     assert not end.value.code
     folder = tmp_path / "runs" / way
-    record = run.read(folder)
+    record = run_record.read(folder)
     assert record.rounds[0].answered == ("device-00", "device-01") and len(record.rounds) == 1
     spent = record.rounds[0].epsilon
     assert isinstance(spent, Epsilon) and 7 < spent.upper <= 8

@@ -16,9 +16,9 @@ import pytest
 from tiny import tiny_file
 
 from fedface import cli
-from fedface.models.weights import load_model, weights_hash
+from fedface.models.checkpoint import load_model, weights_hash
 from fedface.privacy.ledger import Ledger
-from fedface.reports import run
+from fedface.reports import run_record
 
 
 def fedface(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -45,13 +45,13 @@ def test_a_run_ends_with_a_record_a_page_and_a_card_that_agree(
     """One command; the record names the very weights on disk, the page is one file that calls nobody."""
     monkeypatch.chdir(tmp_path)
     recipe = tiny_file(tmp_path)
-    recipe.write_text(recipe.read_text().replace("{kind: plain}", "{kind: encrypted}"))
+    recipe.write_text(recipe.read_text().replace("{kind: plain}", "{kind: homomorphic}"))
     assert fedface(monkeypatch, "run", str(recipe)) == 0
     said = capsys.readouterr().out
     folder = Path("runs/tiny")
     assert str(folder / "report.html") in said
 
-    record = run.read(folder)
+    record = run_record.read(folder)
     assert record.name == "tiny" and record.question == "Does a small run end?"
     assert [round.answered for round in record.rounds] == [("device-00", "device-01")] * 2
     assert record.base_hash == weights_hash(*load_model(tmp_path / "base.safetensors").modules())
@@ -86,12 +86,12 @@ def test_a_finished_run_makes_room_for_the_next(
         "--set",
         "training.rounds=1",
         "--set",
-        "promise={kind: no-promise}",
+        "promise={kind: no-privacy}",
     ]
     assert fedface(monkeypatch, *words, "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["name"] == "tiny-2"
-    assert run.read(Path("runs/tiny-2")).final_hash == told["final_hash"]
+    assert run_record.read(Path("runs/tiny-2")).final_hash == told["final_hash"]
     assert list(Path("runs/tiny").iterdir()) == []
 
 
@@ -106,17 +106,19 @@ def test_a_run_that_was_cut_short_while_measuring_measures_only(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedface.federation.coordinator.attack_updates", killed)
+        patch.setattr("fedface.coordinator.run.audit_update_leakage", killed)
         assert fedface(monkeypatch, "run", str(recipe)) == 130
     folder = Path("runs/tiny")
     rounds = json.loads((folder / "state.json").read_text())["rounds"]
     before = attempts(folder)
-    assert len(rounds) == 2 and not (folder / "run.json").exists()
+    assert len(rounds) == 2 and not (folder / "run_record.json").exists()
     with monkeypatch.context() as patch:
-        patch.setattr("fedface.federation.device.begin_round", killed)
+        patch.setattr("fedface.device.client.prepare_round", killed)
         assert fedface(monkeypatch, "run", str(recipe), "--resume") == 0
     assert attempts(folder) == before
-    assert [round.weights_hash for round in run.read(folder).rounds] == [r["weights_hash"] for r in rounds]
+    assert [round.weights_hash for round in run_record.read(folder).rounds] == [
+        r["weights_hash"] for r in rounds
+    ]
 
 
 def kept(folder: Path, name: str, round: int) -> bytes | None:
@@ -147,7 +149,7 @@ def test_a_run_killed_in_the_middle_of_a_round_goes_on_and_repeats_nothing(
     monkeypatch.chdir(tmp_path)
     recipe = tiny_file(tmp_path)
     words = ["run", str(recipe), "--set", "training.rounds=2", "--set", "training.steps_per_round=8"]
-    words += ["--set", "devices.light_shares=[0.9, 0.5, 0.1]", "--set", "aggregation={kind: encrypted}"]
+    words += ["--set", "devices.light_fractions=[0.9, 0.5, 0.1]", "--set", "aggregation={kind: homomorphic}"]
     words += ["--set", "policy={max_epsilon: 30, delta: 1e-3, protocols: [encrypted]}"]
     folder = tmp_path / "runs" / "tiny"
     work = subprocess.Popen(
@@ -165,11 +167,11 @@ def test_a_run_killed_in_the_middle_of_a_round_goes_on_and_repeats_nothing(
         work.send_signal(signal.SIGKILL)
         work.wait()
     begun = json.loads((folder / "state.json").read_text())["rounds"]
-    assert len(begun) == 1 and not (folder / "run.json").exists()
+    assert len(begun) == 1 and not (folder / "run_record.json").exists()
     booked = attempts(folder)
 
     assert fedface(monkeypatch, *words, "--resume") == 0
-    record = run.read(folder)
+    record = run_record.read(folder)
     assert [round.weights_hash for round in record.rounds][: len(begun)] == [r["weights_hash"] for r in begun]
     assert [round.round for round in record.rounds] == [1, 2]
     after = attempts(folder)

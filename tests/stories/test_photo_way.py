@@ -14,23 +14,23 @@ import torch
 from tiny import NO_PROMISE, first_device, tiny_experiment, tiny_gan, train_task
 from torch.nn import functional
 
+from fedface.aggregation.payload import Payload
 from fedface.aggregation.plain import PlainAggregation
-from fedface.aggregation.protocol import Payload
-from fedface.federation.device import handle_task
-from fedface.federation.flower import from_record, to_record
-from fedface.federation.reading import read_reply
-from fedface.federation.task import TrainResult
-from fedface.models.family import GanModel
-from fedface.models.weights import assign_parameters, flatten_parameters
-from fedface.photos.own import DeviceDataset
+from fedface.device.client import handle_task
+from fedface.messages.messages import TrainResult
+from fedface.messages.parsing import read_reply
+from fedface.models.checkpoint import assign_parameters, flatten_parameters
+from fedface.models.model import GanModel
+from fedface.photos.device_dataset import DeviceDataset
 from fedface.randomness import Streams
-from fedface.shapes import Images, Vector
+from fedface.tensor_types import Images, Vector
+from fedface.transport.flower import from_record, to_record
 
 ALONE = {
     "training.rounds": "1",
     "training.steps_per_round": "1",
     "training.sampling_rate": "1",
-    "training.expected_batch": "1",
+    "training.expected_batch_size": "1",
     "training.clip_norm": "1",
     "training.r2_weight": "0",
 }
@@ -43,7 +43,7 @@ def planted() -> Images:
 
 
 def gradient_of(gan: GanModel, photo: Images) -> Vector:
-    """What the critic learns from one photo, flat and in the order of the wire."""
+    """What the discriminator learns from one photo, flat and in the order of the wire."""
     loss = functional.softplus(-gan.discriminator(photo)).sum()
     names = sorted(dict(gan.discriminator.named_parameters()))
     weights = dict(gan.discriminator.named_parameters())
@@ -52,7 +52,7 @@ def gradient_of(gan: GanModel, photo: Images) -> Vector:
 
 
 def sent(tmp_path: Path, gan: GanModel, photos: Images, promise: dict[str, str]) -> tuple[Vector, bytes]:
-    """A device's update of the critic as the server reads it, and all bytes that crossed the wire."""
+    """A device's update of the discriminator as the server reads it, and all bytes that crossed the wire."""
     experiment = tiny_experiment(tmp_path / "recipe", {**ALONE, **promise})
     device = replace(
         first_device(experiment, tmp_path / "devices"), photos=lambda size: DeviceDataset.independent(photos)
@@ -84,9 +84,9 @@ def pixel_runs(photo: Images) -> list[bytes]:
     return [run.tobytes() for form in [*forms, interleaved] for run in form]
 
 
-def blind_critic(gan: GanModel) -> GanModel:
-    """The same networks with the made half of the critic's loss silenced, so that the photo is all it learns."""
-    # A generator whose pictures are all grey teaches the critic about grey alone; its weights stay as they are.
+def blind_discriminator(gan: GanModel) -> GanModel:
+    """The same networks with the made half of the discriminator's loss silenced, so that the photo is all it learns."""
+    # A generator whose pictures are all grey teaches the discriminator about grey alone; its weights stay as they are.
     with torch.no_grad():
         for block in gan.generator.synthesis.children():
             block.torgb.weight.zero_()
@@ -109,7 +109,7 @@ def about(gan: GanModel, update: Vector, gradient: Vector) -> float:
 
 def test_without_a_promise_the_photos_gradient_is_on_the_wire(tmp_path: Path) -> None:
     """The planted positive: one photo, one step, no noise, in the open. The search finds it at once."""
-    gan = blind_critic(tiny_gan())
+    gan = blind_discriminator(tiny_gan())
     update, wire = sent(tmp_path, gan, planted(), {"promise": NO_PROMISE})
     assert about(gan, update, gradient_of(gan, planted())) > 0.99
     assert not any(run in wire for run in pixel_runs(planted()))
@@ -117,12 +117,12 @@ def test_without_a_promise_the_photos_gradient_is_on_the_wire(tmp_path: Path) ->
 
 def test_under_a_promise_neither_the_photo_nor_its_gradient_is_on_the_wire(tmp_path: Path) -> None:
     """The likeness is that of noise: a cosine of d numbers with noise of sigma has a known small size."""
-    gan = blind_critic(tiny_gan())
+    gan = blind_discriminator(tiny_gan())
     update, wire = sent(
         tmp_path, gan, planted(), {"promise": "{kind: privacy-target, epsilon: 1, delta: 1e-3}"}
     )
     gradient = gradient_of(gan, planted())
-    sigma = tiny_experiment(tmp_path / "again", {**ALONE, "promise.epsilon": "1"}).plan().noise_multiplier
+    sigma = tiny_experiment(tmp_path / "again", {**ALONE, "privacy.epsilon": "1"}).plan().noise_multiplier
     # Signal at most 1 (the clip norm) beside noise of length sigma * sqrt(d); five standard errors of 1 / sqrt(d).
     most = 1 / (sigma * len(update) ** 0.5) + 5 / len(update) ** 0.5
     assert most < 0.2
@@ -132,7 +132,7 @@ def test_under_a_promise_neither_the_photo_nor_its_gradient_is_on_the_wire(tmp_p
 
 def test_a_device_with_the_photo_cannot_be_told_from_one_without_it(tmp_path: Path) -> None:
     """The noise is the same and larger than the photo: likeness with it and without it overlap."""
-    gan = blind_critic(tiny_gan())
+    gan = blind_discriminator(tiny_gan())
     gradient = gradient_of(gan, planted())
     promise = {"promise": "{kind: privacy-target, epsilon: 0.5, delta: 1e-3}"}
     found = {
@@ -144,9 +144,9 @@ def test_a_device_with_the_photo_cannot_be_told_from_one_without_it(tmp_path: Pa
 
 def test_in_a_crowd_the_photo_is_hidden_even_from_noise_free_eyes_only_by_the_promise(tmp_path: Path) -> None:
     """Among 24 photos without noise its gradient still shows; with noise it does not. Averaging is no promise."""
-    gan = blind_critic(tiny_gan())
+    gan = blind_discriminator(tiny_gan())
     others = torch.rand(23, 3, 16, 16, generator=Streams(4).generator("crowd"))
-    crowd = {"training.expected_batch": "24"}
+    crowd = {"training.expected_batch_size": "24"}
     with_it, _ = sent(tmp_path / "a", gan, torch.cat([planted(), others]), {**crowd, "promise": NO_PROMISE})
     without, _ = sent(tmp_path / "b", gan, others, {**crowd, "promise": NO_PROMISE})
     # Who knows all other photos subtracts them: what is left is this photo's gradient, to rounding.
@@ -157,7 +157,7 @@ def test_in_a_crowd_the_photo_is_hidden_even_from_noise_free_eyes_only_by_the_pr
     assert abs(likeness(hidden - clean, gradient_of(gan, planted()))) < 0.2
 
 
-def test_fill_and_vector_agree_on_where_the_critic_begins() -> None:
+def test_fill_and_vector_agree_on_where_the_discriminator_begins() -> None:
     """Otherwise the tests above would look at the wrong numbers."""
     gan = tiny_gan()
     vector = flatten_parameters(*gan.modules())

@@ -18,20 +18,20 @@ from pathlib import Path
 import pytest
 from tiny import begun, first_device, tiny_experiment, tiny_gan, train_task
 
+from fedface.coordinator.rounds import SilentProgress, run_rounds
+from fedface.coordinator.run_state import RunState
+from fedface.device.client import Device, handle_task
 from fedface.errors import LedgerError, PrivacyError
 from fedface.experiment import Experiment, read_experiment
-from fedface.federation.device import Device, handle_task
-from fedface.federation.flower import in_process_cohort
-from fedface.federation.orders import devices_folder
-from fedface.federation.reading import read_task
-from fedface.federation.rounds import SilentProgress, run_rounds
-from fedface.federation.simulated import simulated_device
-from fedface.federation.state import RunState
-from fedface.federation.task import Message, Refusal, TrainResult, TrainTask
-from fedface.photos.own import DeviceDataset
+from fedface.messages.messages import Message, Refusal, TrainResult, TrainTask
+from fedface.messages.parsing import read_task
+from fedface.photos.device_dataset import DeviceDataset
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.plan import DPParameters
+from fedface.simulation.devices import simulated_device
+from fedface.transport.flower import in_process_cohort
+from fedface.transport.run_config import devices_folder
 
 DELTA = 1e-3  # of the tiny recipe
 
@@ -65,7 +65,7 @@ def test_the_budget_runs_out_between_two_runs_and_the_second_goes_on_without_the
     tmp_path: Path,
 ) -> None:
     """The poor device answers the first run to its end, refuses the second with three numbers, and others carry on."""
-    recipe = tiny_experiment(tmp_path / "recipe", {"fewest_answers": "1"})
+    recipe = tiny_experiment(tmp_path / "recipe", {"min_responses": "1"})
     states = []
     for name in ("first", "second"):
         folder = begun(recipe, tmp_path / name)
@@ -74,7 +74,9 @@ def test_the_budget_runs_out_between_two_runs_and_the_second_goes_on_without_the
             shutil.rmtree(devices_folder(folder) / "device-00")
             shutil.copytree(kept, devices_folder(folder) / "device-00")
         cohort = in_process_cohort(recipe, devices_folder(folder))
-        states.append(run_rounds(recipe, recipe.plan(), cohort, RunState.read(folder), None, SilentProgress()))
+        states.append(
+            run_rounds(recipe, recipe.plan(), cohort, RunState.read(folder), None, SilentProgress())
+        )
     first, second = states
     assert [len(record.answered) for record in first.rounds] == [2, 2]
     assert [record.answered for record in second.rounds] == [("device-01",), ("device-01",)]
@@ -118,7 +120,7 @@ def test_a_forged_plan_is_priced_by_what_it_would_do_and_refused(
     experiment: Experiment, device: Device, changes: dict[str, object], answer: str
 ) -> None:
     """No photo is read, nothing is booked, and the refusal says why."""
-    strict = replace(device, photos=unread, policy=replace(device.policy, smallest_cohort=2))
+    strict = replace(device, photos=unread, policy=replace(device.policy, min_cohort_size=2))
     reply = handle_task(forged(ask(experiment, "forged", 1), **changes), strict)
     assert isinstance(reply, Refusal) and answer in reply.reason
     assert strict.ledger().entries() == []
@@ -158,7 +160,7 @@ def test_a_run_of_the_same_name_with_a_cheaper_story_pays_for_itself(
     louder = DPParameters(schedule=experiment.training.schedule(), noise_multiplier=50.0)
     task = ask(experiment, "run", 1)
     with pytest.raises(LedgerError, match="different release"):
-        handle_task(replace(task, agreed=replace(task.config, terms=louder)), rich)
+        handle_task(replace(task, config=replace(task.config, dp=louder)), rich)
 
 
 # A ledger is put back.
@@ -254,8 +256,8 @@ from pathlib import Path
 from dataclasses import replace
 sys.path.insert(0, sys.argv[1])
 from tiny import first_device, tiny_experiment, tiny_gan, train_task
-from fedface.federation.device import serve
-from fedface.federation.task import Trained
+from fedface.device.client import serve
+from fedface.messages.messages import Trained
 import torch
 torch.set_num_threads(1)
 experiment = tiny_experiment(Path(sys.argv[2]))

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from fedface.models.flow import FlowConfig, RectifiedFlow
+from fedface.models.rectified_flow import FlowConfig, RectifiedFlow
 from fedface.randomness import Streams
 from fedface.training.flow import FlowTrainingConfig, public_scales
 
@@ -20,10 +20,10 @@ SCALED = FlowTrainingConfig(preconditioner=0.1)
 def tiny_flow() -> RectifiedFlow:
     """Weights moved off the start, where most gradients are zero."""
     flow = RectifiedFlow(TINY, STREAMS.generator("weights"))
-    chance = STREAMS.generator("moved")
+    rng = STREAMS.generator("moved")
     with torch.no_grad():
         for weight in flow.parameters():
-            weight.add_(torch.randn(weight.shape, generator=chance), alpha=0.1)
+            weight.add_(torch.randn(weight.shape, generator=rng), alpha=0.1)
     return flow
 
 
@@ -40,7 +40,7 @@ def test_remembered_scales_keep_no_flow_alive() -> None:
     """A device's copy goes when its round ends."""
     flow = tiny_flow()
     kept = weakref.ref(flow)
-    public_scales(flow, replace(SCALED, rate=0.123))
+    public_scales(flow, replace(SCALED, lr=0.123))
     del flow
     gc.collect()
     assert kept() is None

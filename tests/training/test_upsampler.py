@@ -11,29 +11,36 @@ import torch
 from tiny import GENERATOR, RESOLVER, STYLES, tiny_way, train_task
 from torch import Tensor
 
+from fedface.device.client import handle_task
 from fedface.errors import ConfigError, PrivacyError, WeightsError
-from fedface.federation.device import handle_task
-from fedface.federation.simulated import prepare, simulated_device
-from fedface.federation.task import Refusal, TrainResult
-from fedface.models.adapters import Full, Lora, flatten_trainable
-from fedface.models.family import Model, SuperResolutionModel, SuperResolutionArchitecture, StyleEncoderModel, StyleEncoderArchitecture, build_model
-from fedface.models.resolver import SuperResolutionNetworkConfig
-from fedface.models.weights import flatten_buffers, flatten_parameters, weights_hash
-from fedface.photos.drawn import render_people
+from fedface.messages.messages import Refusal, TrainResult
+from fedface.models.checkpoint import flatten_buffers, flatten_parameters, weights_hash
+from fedface.models.lora import Full, Lora, flatten_trainable
+from fedface.models.model import (
+    Model,
+    StyleEncoderArchitecture,
+    StyleEncoderModel,
+    SuperResolutionArchitecture,
+    SuperResolutionModel,
+    build_model,
+)
+from fedface.models.super_resolution import SuperResolutionNetworkConfig
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.plan import DPParameters
 from fedface.randomness import SecretNoise, Streams
-from fedface.training.pretrain import pair_losses
+from fedface.simulation.devices import prepare, simulated_device
+from fedface.synthetic.faces import render_people
+from fedface.training.pretrain_gan import pair_losses
+from fedface.training.training_methods import check_fits, objective_of
 from fedface.training.upsampler import (
     UpsamplerTrainingConfig,
-    reconstruction_loss,
     mark_upsampler,
+    reconstruction_loss,
     train_upsampler_round,
     upsampler_ranges,
 )
-from fedface.training.ways import check_fits, objective_of
-from fedface.upsampling.contracts import squared_difference
-from fedface.upsampling.degrade import Area, BicubicPulse, Chain, Degradation, Noise, Pixelate
+from fedface.upsampling.degradation import Area, BicubicPulse, Chain, Degradation, Noise, Pixelate
+from fedface.upsampling.upsampler import squared_difference
 
 STREAMS = Streams(11)
 PHOTOS = render_people(6, 0.5, 16, STREAMS)
@@ -44,7 +51,9 @@ SHAPES = {
     "styles": StyleEncoderArchitecture(generator=GENERATOR, encoder=STYLES),
     "resolver": SuperResolutionArchitecture(network=RESOLVER),
 }
-LARGE = SuperResolutionNetworkConfig(side=512, factor=2, width=16, blocks=64)  # 1.2 MB of weights, gigabytes of activations
+LARGE = SuperResolutionNetworkConfig(
+    side=512, factor=2, width=16, blocks=64
+)  # 1.2 MB of weights, gigabytes of activations
 both = pytest.mark.parametrize("name", SHAPES)
 
 
@@ -79,7 +88,7 @@ def test_one_step_is_the_clipped_mean_of_one_photo_gradients(name: str) -> None:
         loss = pair_losses(made, photo) + 10.0 * squared_difference(BicubicPulse(4).apply(made), low)
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss.sum(), weights)])
         total += gradient * min(1.0, 0.5 / float(gradient.norm()))
-    update = train_upsampler_round(model, PHOTOS, CONFIG, terms(), chance=replayable())
+    update = train_upsampler_round(model, PHOTOS, CONFIG, terms(), rng=replayable())
     torch.testing.assert_close(update, -0.2 * total / 4, atol=2e-6, rtol=1e-3)
 
 
@@ -89,7 +98,7 @@ def test_one_photo_more_moves_a_step_by_the_clip_norm_at_most(name: str) -> None
     model = marked(name)
     wild = torch.rand(1, 3, 16, 16, generator=STREAMS.generator("wild"))
     one, more = (
-        train_upsampler_round(model, seen, CONFIG, terms(), chance=replayable())
+        train_upsampler_round(model, seen, CONFIG, terms(), rng=replayable())
         for seen in (PHOTOS, torch.cat([PHOTOS, wild]))
     )
     moved = float((more - one).norm())
@@ -100,11 +109,11 @@ def test_one_photo_more_moves_a_step_by_the_clip_norm_at_most(name: str) -> None
 def test_noise_has_the_agreed_size_also_without_a_photo(name: str) -> None:
     """An empty library: each number is rate * sigma * clip / batch of noise, and a promise needs secret noise."""
     model = marked(name)
-    update = train_upsampler_round(model, PHOTOS[:0], CONFIG, terms(2.0), chance=SecretNoise())
+    update = train_upsampler_round(model, PHOTOS[:0], CONFIG, terms(2.0), rng=SecretNoise())
     # Beyond a noise of 0.5 the rate falls as 1 / noise: 0.2 * 0.5 / 2.
     assert float(update.std()) == pytest.approx(0.05 * 2.0 * 0.5 / 4, rel=0.1)
     with pytest.raises(PrivacyError, match="SecretNoise"):
-        train_upsampler_round(model, PHOTOS, CONFIG, terms(2.0), chance=replayable())
+        train_upsampler_round(model, PHOTOS, CONFIG, terms(2.0), rng=replayable())
 
 
 def test_devices_teach_the_encoder_and_never_the_generator() -> None:
@@ -112,7 +121,7 @@ def test_devices_teach_the_encoder_and_never_the_generator() -> None:
     model = marked("styles")
     assert isinstance(model, StyleEncoderModel)
     before = flatten_parameters(*model.modules())
-    update = train_upsampler_round(model, PHOTOS, CONFIG, terms(), chance=replayable())
+    update = train_upsampler_round(model, PHOTOS, CONFIG, terms(), rng=replayable())
     assert len(update) == len(flatten_trainable(model.encoder)) == flatten_parameters(model.encoder).numel()
     assert torch.equal(flatten_parameters(*model.modules()), before)
 
@@ -132,7 +141,10 @@ def test_several_steps_are_descent_with_heavy_balls_momentum(name: str) -> None:
         steps_per_round=3, sampling_rate=1.0, expected_batch_size=6, clip_norm=1e3, lr=0.02, momentum=0.5
     )
     model = marked(name)
-    lesson, network = reconstruction_loss(config.downscale, config.consistency_weight), copy.deepcopy(model.upsampler)
+    lesson, network = (
+        reconstruction_loss(config.downscale, config.consistency_weight),
+        copy.deepcopy(model.upsampler),
+    )
     weights = [w for _, w in sorted(network.named_parameters()) if w.requires_grad]
     start, pace = [w.detach().clone() for w in weights], [torch.zeros_like(w) for w in weights]
     losses = []
@@ -144,7 +156,7 @@ def test_several_steps_are_descent_with_heavy_balls_momentum(name: str) -> None:
             for weight, moved, gradient in zip(weights, pace, gradients, strict=True):
                 moved.mul_(0.5).add_(gradient)
                 weight -= 0.02 * moved
-    update = train_upsampler_round(model, PHOTOS, config, terms(config=config), chance=replayable())
+    update = train_upsampler_round(model, PHOTOS, config, terms(config=config), rng=replayable())
     wanted = torch.cat([(w.detach() - s).flatten() for w, s in zip(weights, start, strict=True)])
     torch.testing.assert_close(update, wanted, atol=2e-5, rtol=1e-3)
     assert losses[2] < losses[1] < losses[0]
@@ -175,7 +187,7 @@ def test_a_device_whose_owner_allows_generators_alone_teaches_no_upsampler(tmp_p
         tmp_path,
         way,
         {
-            "policy": "{max_epsilon: 8, delta: 1e-3, objectives: [generator], protocols: [plain], smallest_cohort: 1}"
+            "policy": "{max_epsilon: 8, delta: 1e-3, objectives: [generator], protocols: [plain], min_cohort_size: 1}"
         },
     )
     prepare(strict, tmp_path / "strict")
@@ -233,9 +245,9 @@ def test_what_no_device_can_compute_is_refused_before_anything_is_booked(
         wanted = replace(experiment.training, **training)
         if shape is not SHAPES["styles"]:
             model = build_model(shape, STREAMS.generator("large"))
-        agreed = replace(task.config, training=wanted, shape=model.architecture)
+        agreed = replace(task.config, training=wanted, architecture=model.architecture)
         hostile = replace(
-            task, agreed=agreed, weights=flatten_parameters(*model.modules()), buffers=flatten_buffers(*model.modules()),
+            task, config=agreed, weights=flatten_parameters(*model.modules()), buffers=flatten_buffers(*model.modules()),
             model=weights_hash(*model.modules()),
         )  # fmt: skip
         handle_task(hostile, device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedface.randomness import Streams
-from fedface.upsampling.degrade import Area
+from fedface.upsampling.degradation import Area
 
 STREAMS = Streams(23)
 HALVED = Area(2)  # 4 px -> 2 px: 12 measured values

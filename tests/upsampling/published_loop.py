@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedface.models.contracts import Generator
+from fedface.models.generator_protocol import Generator
 
 
 def cubic(distance: float) -> float:

@@ -18,10 +18,10 @@ Chroma = Literal["4:4:4", "4:2:0"]
 
 def soft_picture(height: int, width: int) -> np.ndarray:
     """Smooth colours, as photos have, with some noise in them; uint8."""
-    chance = np.random.default_rng(height * width)
-    coarse = chance.integers(0, 256, (3 + height // 6, 3 + width // 6, 3), dtype=np.uint8)
+    rng = np.random.default_rng(height * width)
+    coarse = rng.integers(0, 256, (3 + height // 6, 3 + width // 6, 3), dtype=np.uint8)
     picture = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
-    return (picture + chance.normal(0, 3, picture.shape)).clip(0, 255).astype(np.uint8)
+    return (picture + rng.normal(0, 3, picture.shape)).clip(0, 255).astype(np.uint8)
 
 
 def stored_by_pillow(picture: np.ndarray, jpeg: Jpeg) -> np.ndarray:
@@ -37,7 +37,7 @@ def as_images(picture: np.ndarray) -> Tensor:
 
 
 @pytest.mark.parametrize("chroma", ["4:4:4", "4:2:0"])
-@pytest.mark.parametrize("quality", [5, 30, 50, 75, 95, 100])
+@pytest.mark.parametrize("evaluate", [5, 30, 50, 75, 95, 100])
 def test_pixels_are_those_of_a_file_that_pillow_wrote(quality: int, chroma: Chroma) -> None:
     """To the last grey level with libjpeg-turbo, whose fixed-point numbers are ours; nearly so with others."""
     jpeg = Jpeg(quality, chroma)
@@ -117,8 +117,8 @@ def test_the_gradient_of_shared_chroma_equals_finite_differences_without_roundin
     height: int, width: int
 ) -> None:
     """The documented straight-through form, against a loop over pixels."""
-    chance = np.random.default_rng(3)
-    picture, weights = chance.uniform(size=(height, width, 3)), chance.normal(size=(height, width, 3))
+    rng = np.random.default_rng(3)
+    picture, weights = rng.uniform(size=(height, width, 3)), rng.normal(size=(height, width, 3))
     images = torch.tensor(picture).permute(2, 0, 1)[None].requires_grad_()
     read = Jpeg(60, "4:2:0").apply(images)
     (gradient,) = torch.autograd.grad((read[0].permute(1, 2, 0) * torch.tensor(weights)).sum(), images)

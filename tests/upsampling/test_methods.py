@@ -10,19 +10,24 @@ from torch.nn import functional
 from fedface.config import parse, plain
 from fedface.errors import ConfigError
 from fedface.experiment import UpsamplingConfig
-from fedface.models.family import (
-    GeneratorArchitecture,
+from fedface.models.model import (
     FlowArchitecture,
+    GeneratorArchitecture,
     Model,
-    SuperResolutionModel,
-    SuperResolutionArchitecture,
-    StyleEncoderModel,
     StyleEncoderArchitecture,
+    StyleEncoderModel,
+    SuperResolutionArchitecture,
+    SuperResolutionModel,
     build_model,
 )
 from fedface.randomness import Streams
-from fedface.upsampling.contracts import squared_difference
-from fedface.upsampling.degrade import Area, BicubicPulse
+from fedface.upsampling.degradation import Area, BicubicPulse
+from fedface.upsampling.feedforward import (
+    BicubicConfig,
+    NearestConfig,
+    StyleEncoderConfig,
+    SuperResolutionConfig,
+)
 from fedface.upsampling.methods import (
     BASELINES,
     METHODS,
@@ -32,19 +37,21 @@ from fedface.upsampling.methods import (
     is_deterministic,
     make_upsampler,
     name_of,
-    with_workers,
-    title_of,
     pair_with_models,
+    title_of,
+    with_workers,
 )
-from fedface.upsampling.one_pass import BicubicConfig, StyleEncoderConfig, NearestConfig, SuperResolutionConfig
 from fedface.upsampling.pulse import PulseConfig
+from fedface.upsampling.upsampler import squared_difference
 
 STREAMS = Streams(2)
 LOW = torch.rand(3, 3, 4, 4, generator=STREAMS.generator("low"))
 MODELS: dict[str, Model] = {
     "alone": build_model(GeneratorArchitecture(generator=GENERATOR), STREAMS.generator("alone")),
     "flow": build_model(FlowArchitecture(flow=FLOW), STREAMS.generator("flow")),
-    "styled": build_model(StyleEncoderArchitecture(generator=GENERATOR, encoder=STYLES), STREAMS.generator("styled")),
+    "styled": build_model(
+        StyleEncoderArchitecture(generator=GENERATOR, encoder=STYLES), STREAMS.generator("styled")
+    ),
     "resolved": build_model(SuperResolutionArchitecture(network=RESOLVER), STREAMS.generator("resolved")),
 }
 
@@ -57,7 +64,7 @@ def test_nearest_and_bicubic_are_torchs_own() -> None:
 
 
 def test_squares_shrink_by_their_mean_to_the_photo_and_by_bicubic_do_not() -> None:
-    """Nearest undoes area exactly: its misfit is 0. After a bicubic downscale it does not fit."""
+    """Nearest undoes area exactly: its consistency error is 0. After a bicubic downscale it does not fit."""
     exact = make_upsampler(NearestConfig(), None, Area(4), STREAMS, size=16)
     found = exact.upsample(LOW, faces_per_photo=1)
     assert float(found.consistency_error.max()) < 1e-12 and found.converged.all()

@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedface.models.frozen import FastStyleGAN2, prepare_for_search
-from fedface.models.stylegan2 import StyleGAN2Config, StyleGAN2
-from fedface.models.weights import load_gan
+from fedface.models.checkpoint import load_gan
+from fedface.models.fast_stylegan2 import FastStyleGAN2, prepare_for_search
+from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
 from fedface.randomness import Streams
 from fedface.upsampling import pulse
-from fedface.upsampling.contracts import StepSnapshot, Upsampled, squared_difference
-from fedface.upsampling.degrade import Area, Bicubic, BicubicPulse, Blur, Chain, Noise, apply_degradation
+from fedface.upsampling.degradation import Area, Bicubic, BicubicPulse, Blur, Chain, Noise, apply_degradation
 from fedface.upsampling.jpeg import Jpeg
-from fedface.upsampling.pulse import PulseUpsampler, PulseConfig, geocross
-from fedface.upsampling.spherical import SphericalAdam, one_cycle_drop
-from fedface.upsampling.style_fit import fit_style_gaussian
+from fedface.upsampling.pulse import PulseConfig, PulseUpsampler, geocross
+from fedface.upsampling.spherical_adam import SphericalAdam, one_cycle_drop
+from fedface.upsampling.style_gaussian import fit_style_gaussian
+from fedface.upsampling.upsampler import StepSnapshot, Upsampled, squared_difference
 
 STREAMS = Streams(7)
 QUICK = PulseConfig(steps=12, mapping_samples=500)
@@ -134,8 +134,8 @@ def test_photos_that_the_generator_drew_are_matched(generator: StyleGAN2, low: T
     assert found.images.shape == (6, 2, 3, 16, 16)
     assert found.converged.float().mean() > 0.7
     again = BicubicPulse(4).apply(found.images.flatten(0, 1))
-    misfit = squared_difference(again, low.repeat_interleave(2, dim=0)).view(6, 2)
-    torch.testing.assert_close(found.consistency_error, misfit, atol=1e-7, rtol=1e-4)
+    consistency_error = squared_difference(again, low.repeat_interleave(2, dim=0)).view(6, 2)
+    torch.testing.assert_close(found.consistency_error, consistency_error, atol=1e-7, rtol=1e-4)
     assert torch.equal(found.converged, found.consistency_error <= config.eps)
     assert 0 <= found.images.min() and found.images.max() <= 1
 
@@ -143,7 +143,9 @@ def test_photos_that_the_generator_drew_are_matched(generator: StyleGAN2, low: T
 def test_the_measurement_of_a_search_is_the_one_that_is_tested(generator: StyleGAN2) -> None:
     """A chain of blur, downscale, noise and JPEG, searched through its mean and its straight-through gradient."""
     chain = Chain((Blur(0.8), Bicubic(2), Noise(0.01), Jpeg(90, "4:4:4")))
-    photos = apply_degradation(chain, generator.sample(3, STREAMS.generator("truth")), STREAMS.generator("noise"))
+    photos = apply_degradation(
+        chain, generator.sample(3, STREAMS.generator("truth")), STREAMS.generator("noise")
+    )
     search = PulseUpsampler(generator, chain, replace(QUICK, eps=1e-9, steps=30), STREAMS)
     assert (search.low_size, search.size) == (8, 16)
     found = search.upsample(photos, faces_per_photo=1)
@@ -237,7 +239,9 @@ def test_tiled_latents_and_no_noise_are_searched_as_well(generator: StyleGAN2, l
 
 
 def test_no_photos_give_no_faces(generator: StyleGAN2) -> None:
-    found = PulseUpsampler(generator, Area(4), QUICK, STREAMS).upsample(torch.zeros(0, 3, 4, 4), faces_per_photo=3)
+    found = PulseUpsampler(generator, Area(4), QUICK, STREAMS).upsample(
+        torch.zeros(0, 3, 4, 4), faces_per_photo=3
+    )
     assert found.images.shape == (0, 3, 3, 16, 16) and found.consistency_error.shape == (0, 3)
 
 
@@ -255,10 +259,12 @@ def test_wrong_photos_and_settings_are_named(generator: StyleGAN2) -> None:
         PulseUpsampler(generator, Area(5), QUICK, STREAMS)
 
 
-def test_the_best_face_of_a_photo_is_the_one_with_the_smallest_misfit() -> None:
+def test_the_best_face_of_a_photo_is_the_one_with_the_smallest_consistency_error() -> None:
     images = torch.arange(6.0).view(2, 3, 1, 1, 1).expand(2, 3, 3, 2, 2)
-    misfit = torch.tensor([[0.3, 0.1, 0.2], [0.1, 0.2, float("inf")]])
-    found = Upsampled(images=images, consistency_error=misfit, converged=misfit < 0.15, steps=1)
+    consistency_error = torch.tensor([[0.3, 0.1, 0.2], [0.1, 0.2, float("inf")]])
+    found = Upsampled(
+        images=images, consistency_error=consistency_error, converged=consistency_error < 0.15, steps=1
+    )
     assert found.best()[:, 0, 0, 0].tolist() == [1.0, 3.0]
 
 

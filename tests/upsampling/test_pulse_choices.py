@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedface.models.stylegan2 import StyleGAN2Config, StyleGAN2
+from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
 from fedface.randomness import Streams
-from fedface.upsampling.contracts import StepSnapshot, Upsampled, squared_difference
-from fedface.upsampling.degrade import Area, Bicubic, BicubicPulse, Degradation
-from fedface.upsampling.pulse import PulseUpsampler, PulseConfig
-from fedface.upsampling.style_fit import StyleGaussian, fit_style_gaussian
+from fedface.upsampling.degradation import Area, Bicubic, BicubicPulse, Degradation
+from fedface.upsampling.pulse import PulseConfig, PulseUpsampler
+from fedface.upsampling.style_gaussian import StyleGaussian, fit_style_gaussian
+from fedface.upsampling.upsampler import StepSnapshot, Upsampled, squared_difference
 
 STREAMS = Streams(7)
 QUICK = PulseConfig(steps=12, mapping_samples=500)
-ALL = replace(QUICK, until="end", eps=2e-2)
+ALL = replace(QUICK, stop="end", eps=2e-2)
 FOUR = BicubicPulse(4)
 
 
@@ -68,17 +68,21 @@ def test_whoever_watches_sees_every_step_of_the_faces_that_are_still_searched(
 
 
 def test_the_last_face_is_the_one_of_the_last_step(generator: StyleGAN2, low: Tensor) -> None:
-    found, seen = watched(generator, replace(ALL, keep="last"), low, 1)
+    found, seen = watched(generator, replace(ALL, selection="last"), low, 1)
     torch.testing.assert_close(found.images[:, 0], seen[-1].images.clamp(0, 1), atol=1e-5, rtol=0)
-    misfit = squared_difference(FOUR.apply(found.images[:, 0]), low)
-    torch.testing.assert_close(found.consistency_error[:, 0], misfit, atol=1e-7, rtol=1e-4)
+    consistency_error = squared_difference(FOUR.apply(found.images[:, 0]), low)
+    torch.testing.assert_close(found.consistency_error[:, 0], consistency_error, atol=1e-7, rtol=1e-4)
 
 
-def test_the_best_face_is_the_one_of_the_smallest_misfit(generator: StyleGAN2, low: Tensor) -> None:
+def test_the_best_face_is_the_one_of_the_smallest_consistency_error(
+    generator: StyleGAN2, low: Tensor
+) -> None:
     """Of the clamped pictures of all twelve steps."""
     found, seen = watched(generator, ALL, low, 1)
-    misfits = [squared_difference(FOUR.apply(glimpse.images.clamp(0, 1)), low) for glimpse in seen]
-    torch.testing.assert_close(found.consistency_error[:, 0], torch.stack(misfits).amin(dim=0), atol=1e-6, rtol=1e-3)
+    consistency_errors = [squared_difference(FOUR.apply(glimpse.images.clamp(0, 1)), low) for glimpse in seen]
+    torch.testing.assert_close(
+        found.consistency_error[:, 0], torch.stack(consistency_errors).amin(dim=0), atol=1e-6, rtol=1e-3
+    )
 
 
 def test_a_search_until_its_end_goes_on_when_every_face_fits(generator: StyleGAN2, low: Tensor) -> None:
@@ -88,7 +92,7 @@ def test_a_search_until_its_end_goes_on_when_every_face_fits(generator: StyleGAN
 
 
 def test_a_last_face_that_left_when_it_fitted_fits(generator: StyleGAN2, low: Tensor) -> None:
-    found = watched(generator, replace(QUICK, keep="last", eps=2e-2), low, 2)[0]
+    found = watched(generator, replace(QUICK, selection="last", eps=2e-2), low, 2)[0]
     assert found.converged.any()
     assert torch.equal(found.converged, found.consistency_error <= 2e-2)
 
@@ -242,22 +246,22 @@ def test_the_style_fit_keeps_the_type_of_its_styles() -> None:
 FULL_SIZE = """
 import torch
 from pathlib import Path
-from fedface.models.stylegan2 import GeneratorConfig, StyleGAN2
+from fedface.models.stylegan2 import StyleGAN2Config, StyleGAN2
 from fedface.randomness import Streams
-from fedface.upsampling.degrade import BicubicPulse
+from fedface.upsampling.degradation import BicubicPulse
 from fedface.upsampling.pulse import Pulse, PulseConfig
 
 torch.set_num_threads(1)
-config = GeneratorConfig(size=1024, channel_base=32768, channel_max=512, mapping_layers=8)
+config = StyleGAN2Config(size=1024, channel_base=32768, channel_max=512, mapping_layers=8)
 generator = StyleGAN2(config, Streams(1).generator("weights"))
 config = PulseConfig(steps=4, eps=1e-9, mapping_samples=200, learning_rate=4.0)
 misfits = []
 search = Pulse(
-    generator, BicubicPulse(64), config, Streams(2), watch=lambda glimpse: misfits.append(glimpse.misfit.item())
+    generator, BicubicPulse(64), config, Streams(2), watch=lambda glimpse: misfits.append(glimpse.consistency_error.item())
 )
 found = search.upsample(torch.full((1, 3, 16, 16), 0.5), faces_per_photo=1)
 assert found.images.shape == (1, 1, 3, 1024, 1024)
-print(misfits[0], found.misfit.item())
+print(misfits[0], found.consistency_error.item())
 print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20)
 """
 
@@ -265,9 +269,9 @@ print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) /
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
 def test_sixteen_pixels_are_searched_at_1024_with_the_published_widths() -> None:
-    """In a process of its own: the misfit falls, and the peak of memory stays below 2.5 GiB."""
+    """In a process of its own: the consistency error falls, and the peak of memory stays below 2.5 GiB."""
     told = subprocess.run([sys.executable, "-c", FULL_SIZE], capture_output=True, text=True, check=True)
-    misfits, peak = told.stdout.splitlines()
-    first, best = map(float, misfits.split())
+    consistency_errors, peak = told.stdout.splitlines()
+    first, best = map(float, consistency_errors.split())
     assert best < first
     assert float(peak) < 2.5

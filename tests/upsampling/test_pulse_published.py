@@ -12,19 +12,19 @@ import torch
 from published_loop import downscale, published_loop, starts
 from torch import Tensor
 
-from fedface.models.contracts import Generator
+from fedface.models.generator_protocol import Generator
 from fedface.models.stylegan1 import StyleGAN1, StyleGAN1Config
-from fedface.models.stylegan2 import StyleGAN2Config, StyleGAN2
+from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
 from fedface.randomness import Streams
-from fedface.upsampling.contracts import StepSnapshot, Upsampled
-from fedface.upsampling.degrade import BicubicPulse
-from fedface.upsampling.pulse import PulseUpsampler, PulseConfig
+from fedface.upsampling.degradation import BicubicPulse
+from fedface.upsampling.pulse import PulseConfig, PulseUpsampler
+from fedface.upsampling.upsampler import StepSnapshot, Upsampled
 
 STREAMS = Streams(7)
 DRAWS = 5000  # of the mapping, instead of a million
 PAPER = replace(PulseConfig.paper(), mapping_samples=DRAWS)
 
-Trajectory = list[tuple[Tensor, Tensor]]  # images and misfits of every step
+Trajectory = list[tuple[Tensor, Tensor]]  # images and consistency errors of every step
 
 
 class InFloat64:
@@ -68,8 +68,8 @@ def stylegan2() -> StyleGAN2:
     config = StyleGAN2Config(
         size=32, latent_width=32, style_width=32, mapping_layers=4, channel_base=512, channel_max=32
     )
-    chance = STREAMS.generator("weights")
-    generator = StyleGAN2(config, chance).requires_grad_(False)
+    rng = STREAMS.generator("weights")
+    generator = StyleGAN2(config, rng).requires_grad_(False)
     for name, weight in generator.named_parameters():
         if name.endswith("noise_strength"):
             weight.fill_(0.1)
@@ -107,7 +107,7 @@ def by_twin(generator: Generator, photos: Tensor, config: PulseConfig) -> Trajec
 
 
 def furthest(one: Trajectory, other: Trajectory) -> np.ndarray:
-    """Per step, the largest distance of a misfit, as a share of it."""
+    """Per step, the largest distance of a consistency error, as a share of it."""
     pairs = zip(one, other, strict=True)
     return np.array([float(((a[1] - b[1]).abs() / b[1]).max()) for a, b in pairs])
 
@@ -117,8 +117,8 @@ def assert_equal_in_float64(generator: StyleGAN1 | StyleGAN2, config: PulseConfi
     exact = InFloat64(generator)
     found, seen = by_pulse(exact, photos, config)
     twin = by_twin(exact, photos, config)
-    for (images, misfit), (same_images, same_misfit) in zip(seen, twin, strict=True):
-        torch.testing.assert_close(misfit, same_misfit, rtol=1e-10, atol=0)
+    for (images, consistency_error), (same_images, same_consistency_error) in zip(seen, twin, strict=True):
+        torch.testing.assert_close(consistency_error, same_consistency_error, rtol=1e-10, atol=0)
         torch.testing.assert_close(images, same_images, rtol=0, atol=1e-10)
     torch.testing.assert_close(found.images[:, 0], twin[-1][0].clamp(0, 1), rtol=0, atol=1e-10)
     return twin
@@ -129,7 +129,9 @@ def test_every_step_is_that_of_the_published_loop(shared: Path, eps: float) -> N
     """Published weights in float64, 25 steps: equal to 1e-10, below eps as well, where only geocross pulls."""
     config = replace(PAPER, steps=25, eps=eps)
     twin = assert_equal_in_float64(published_weights(shared), config)
-    assert bool((torch.stack([misfit for _, misfit in twin]) < eps).any()) == (eps == 0.1)
+    assert bool((torch.stack([consistency_error for _, consistency_error in twin]) < eps).any()) == (
+        eps == 0.1
+    )
 
 
 @pytest.mark.slow

@@ -1,0 +1,265 @@
+"""What a device sends when updates are summed, and the three verbs every way of summing has.
+
+Called by the devices (`protect`), the server (`combine`) and whoever holds the key (`reveal`). Below: the
+payload with its one form on the wire, the numbers that all sides agree on in public, and the closed choice
+of protocols. A payload is read from strangers, so `Payload.from_bytes` believes nothing: every length is
+bounded and exact, the header is flat JSON, and whatever does not fit is an AggregationError.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn, Protocol, TypeAlias
+
+from fedface.errors import AggregationError
+from fedface.tensor_types import Vector
+
+PlainValue: TypeAlias = int | float | str
+
+MAGIC = b"FFP1"
+MAX_HEADER_BYTES = 4096
+MAX_HEADER_KEYS = 64
+MAX_PARTS = 1 << 16
+MAX_BYTES = 1 << 31  # Flower carries at most 2 GiB in one message
+MAX_WEIGHTS = 1 << 30
+_FRONT = struct.Struct(">4s32sII")  # magic, SHA-256 of all that follows the digest, header bytes, parts
+_LENGTH = struct.Struct(">I")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AggregationParameters:
+    """The public numbers that every device and the server of one run share.
+
+    None of them may be computed from photos: the range is derived from the run's constants, for example the
+    clip norm, or learning rate times steps.
+    """
+
+    value_range: float  # R, weight units, > 0; a coordinate outside [-R, R] is clamped on the device
+    max_devices: int  # 1..2^20; how many updates may be in one sum
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.value_range) and self.value_range > 0):
+            raise ValueError(f"value_range must be finite and > 0, got {self.value_range}")
+        if not 1 <= self.max_devices <= 1 << 20:
+            raise ValueError(f"max_devices must lie in 1..{1 << 20}, got {self.max_devices}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainConfig:
+    """Send float32 as it is: the server sees every update."""
+
+    @property
+    def kind(self) -> str:
+        """The name on the wire and in reports."""
+        return "plain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HomomorphicConfig:
+    """Send whole numbers under BFV with a key that the devices share and the server never has."""
+
+    bits: int = 16  # 2..24 bits for one value of one device
+    min_devices: int = 2  # >= 1; the holder of the key declines to open a sum of fewer updates
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 24:
+            raise ValueError(f"bits must lie in 2..24, got {self.bits}")
+        if self.min_devices < 1:
+            raise ValueError(f"min_devices must be >= 1, got {self.min_devices}")
+
+    @property
+    def kind(self) -> str:
+        """The name on the wire and in reports."""
+        return "encrypted"
+
+
+AggregationConfig: TypeAlias = PlainConfig | HomomorphicConfig
+
+
+def _refuse(problem: str) -> NoReturn:
+    raise AggregationError(f"this is not a payload we can read: {problem}. Ask its sender for a new one.")
+
+
+def _is_plain(value: object) -> bool:
+    # A bool is an int to Python, and NaN is not equal to itself: neither has business in a header.
+    if type(value) is int:
+        return -(1 << 63) <= value < 1 << 63
+    return type(value) is str or (type(value) is float and math.isfinite(value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Payload:
+    """Exactly what the wire carries: a flat public header and opaque parts.
+
+    Every header has `length` (d, the number of weights), `count` (how many updates are summed in it) and
+    `round`; the protocol named by `kind` adds its own. The header is public and unsigned: it is there to
+    refuse mistakes by name, and no secret may depend on it.
+    """
+
+    kind: str  # "plain" or "encrypted", as the config's `kind` says
+    header: Mapping[str, PlainValue]  # flat; 64-bit whole numbers, finite floats, strings
+    parts: tuple[bytes, ...] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "header", dict(self.header))
+        if type(self.kind) is not str or not 1 <= len(self.kind) <= 32:
+            _refuse("its kind is not a short string")
+        if len(self.header) > MAX_HEADER_KEYS:
+            _refuse(f"its header has {len(self.header)} keys, more than {MAX_HEADER_KEYS}")
+        for name, value in self.header.items():
+            if type(name) is not str or not _is_plain(value):
+                _refuse(f"its header entry {name!r} is not a 64-bit whole number, a finite float or a string")
+        if len(self.parts) > MAX_PARTS:
+            _refuse(f"it has {len(self.parts)} parts, more than {MAX_PARTS}")
+
+    def whole(self, name: str, *, least: int, most: int) -> int:
+        """The header's whole number `name`, checked to lie in least..most. Raises AggregationError."""
+        value = self.header.get(name)
+        if type(value) is not int:
+            raise AggregationError(f"the payload's header wants a whole number {name!r}, got {value!r}")
+        if not least <= value <= most:
+            raise AggregationError(f"the payload's {name} must lie in {least}..{most}, got {value}")
+        return value
+
+    @property
+    def length(self) -> int:
+        """d, the number of weights, 1..2^30. Raises AggregationError if the header does not say."""
+        return self.whole("length", least=1, most=MAX_WEIGHTS)
+
+    @property
+    def count(self) -> int:
+        """How many updates the header says are summed here, >= 1."""
+        return self.whole("count", least=1, most=1 << 20)
+
+    @property
+    def round(self) -> int:
+        """The round this belongs to, >= 0."""
+        return self.whole("round", least=0, most=(1 << 31) - 1)
+
+    def _header_bytes(self) -> bytes:
+        flat = {"kind": self.kind, "header": dict(self.header)}
+        return json.dumps(flat, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+    @property
+    def nbytes(self) -> int:
+        """The length of `to_bytes()`, in bytes, without building it."""
+        return _FRONT.size + len(self._header_bytes()) + sum(_LENGTH.size + len(part) for part in self.parts)
+
+    def to_bytes(self) -> bytes:
+        """The wire form: magic, SHA-256, lengths, JSON header, then each part behind its length.
+
+        The digest finds damage, not malice: whoever can change a payload can change the digest.
+        """
+        header = self._header_bytes()
+        if len(header) > MAX_HEADER_BYTES:
+            _refuse(f"its header takes {len(header)} bytes, more than {MAX_HEADER_BYTES}")
+        if self.nbytes > MAX_BYTES:
+            _refuse(f"it takes {self.nbytes} bytes, more than {MAX_BYTES}")
+        pieces = [header]
+        for part in self.parts:
+            pieces += [_LENGTH.pack(len(part)), part]
+        body = b"".join(pieces)
+        lengths = struct.pack(">II", len(header), len(self.parts))
+        return _FRONT.pack(MAGIC, _digest(lengths, body), len(header), len(self.parts)) + body
+
+    @staticmethod
+    def from_bytes(wire: bytes) -> Payload:
+        """Read a payload that a stranger wrote. Nothing in it is run.
+
+        Raises:
+            AggregationError: truncated, longer than it says, damaged, or with a header we do not accept.
+        """
+        if not _FRONT.size <= len(wire) <= MAX_BYTES:
+            _refuse(f"{len(wire)} bytes, want {_FRONT.size}..{MAX_BYTES}")
+        magic, digest, header_bytes, parts_count = _FRONT.unpack_from(wire)
+        if magic != MAGIC:
+            _refuse(f"it starts with {magic!r}, want {MAGIC!r}")
+        if header_bytes > MAX_HEADER_BYTES or parts_count > MAX_PARTS:
+            _refuse(f"it announces {header_bytes} bytes of header and {parts_count} parts")
+        body = memoryview(wire)[_FRONT.size :]
+        if _digest(bytes(wire[_FRONT.size - 8 : _FRONT.size]), body) != digest:
+            _refuse("its bytes are damaged or cut off")
+        kind, header = _read_header(bytes(body[:header_bytes]), header_bytes)
+        parts, at = [], header_bytes
+        for _ in range(parts_count):
+            if at + _LENGTH.size > len(body):
+                _refuse("it ends before its last part")
+            (size,) = _LENGTH.unpack_from(body, at)
+            at += _LENGTH.size
+            if at + size > len(body):
+                _refuse("it ends inside a part")
+            parts.append(bytes(body[at : at + size]))
+            at += size
+        if at != len(body):
+            _refuse(f"{len(body) - at} bytes follow its last part")
+        return Payload(kind=kind, header=header, parts=tuple(parts))
+
+
+def _digest(lengths: bytes, body: bytes | memoryview) -> bytes:
+    digest = hashlib.sha256(lengths)
+    digest.update(body)
+    return digest.digest()
+
+
+def _pairs_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len({name for name, _ in pairs}) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return dict(pairs)
+
+
+def _read_header(text: bytes, announced: int) -> tuple[str, dict[str, PlainValue]]:
+    if len(text) != announced:
+        _refuse("it ends inside its header")
+    try:
+        flat = json.loads(text.decode("utf-8"), object_pairs_hook=_pairs_once)
+    except (ValueError, RecursionError):
+        _refuse("its header is not JSON")
+    if type(flat) is not dict or set(flat) != {"kind", "header"} or type(flat["header"]) is not dict:
+        _refuse("its header is not of the form {kind, header}")
+    return flat["kind"], flat["header"]  # Payload checks each entry
+
+
+class Aggregation(Protocol):
+    """One way of summing updates. Equal inputs give equal sums under all of them, up to quantisation."""
+
+    def protect(self, update: Vector, round: int) -> Payload:
+        """On the device: one update, shape (d,), weight units, as a payload with count 1.
+
+        Raises AggregationError before anything leaves if the update is not finite or not a vector.
+        """
+        ...
+
+    def combine(self, payloads: Sequence[Payload]) -> Payload:
+        """On the server: the payload of the sum. Takes nothing but payloads; needs no key.
+
+        Raises AggregationError if they cannot be summed: none, other lengths, rounds or parameters, too many.
+        """
+        ...
+
+    def reveal(self, total: Payload) -> Vector:
+        """Where the key is: the SUM (not the mean) of the updates, float32, shape (d,), weight units."""
+        ...
+
+
+def same_shape(payloads: Sequence[Payload], kind: str) -> tuple[int, int, int]:
+    """Check that payloads of one kind belong to one sum; returns (length d, round, summed count).
+
+    Raises AggregationError: no payloads, another kind, or other lengths or rounds among them.
+    """
+    if not payloads:
+        raise AggregationError("there is nothing to sum: no payload came. Wait for at least one device.")
+    for payload in payloads:
+        if payload.kind != kind:
+            raise AggregationError(f"this run sums {kind!r} payloads, got {payload.kind!r}")
+    lengths = sorted({payload.length for payload in payloads})
+    rounds = sorted({payload.round for payload in payloads})
+    if len(lengths) != 1:
+        raise AggregationError(f"payloads of one sum must have one length, got {lengths}")
+    if len(rounds) != 1:
+        raise AggregationError(f"payloads of one sum must be of one round, got {rounds}")
+    return lengths[0], rounds[0], sum(payload.count for payload in payloads)

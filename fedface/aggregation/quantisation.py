@@ -1,0 +1,183 @@
+"""Weights as whole numbers on a public grid, so that sums are exact.
+
+Called by aggregation/homomorphic on the device (`quantise`, `pack`) and where the key is (`unpack`,
+`dequantise_sum`). The grid has 2M + 1 points, M = 2^(bits - 1) - 1, from -R to R with 0 among them: an
+unchanged weight stays unchanged.
+Rounding is to the nearest point, ties to even, so that the same update always gives the same integers.
+Privacy noise is added before this; clamping and rounding afterwards cost nothing (post-processing).
+Packing lays several integers side by side in one slot, each with room for the sum: one addition adds all.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from numpy import ndarray
+
+from fedface.errors import AggregationError
+from fedface.tensor_types import Vector
+
+Integers = Int64[ndarray, "d"]
+
+
+def finite_vector(update: Vector) -> Vector:
+    """The update itself, on the CPU and detached, if it is a non-empty finite float vector (d,).
+
+    Raises AggregationError otherwise, naming how many values are broken and not which: nothing has left yet.
+    """
+    if update.ndim != 1 or update.numel() == 0 or not update.is_floating_point():
+        raise AggregationError(
+            f"an update must be a non-empty float vector (d,), got {tuple(update.shape)} of {update.dtype}"
+        )
+    broken = int((~torch.isfinite(update)).sum())
+    if broken:
+        raise AggregationError(
+            f"{broken} of {update.numel()} values of this update are not finite; nothing was sent. "
+            "Lower the learning rate or leave this round out."
+        )
+    return update.detach().cpu()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantised:
+    """One update on the grid, and how much of it did not fit.
+
+    The share clamped depends on the photos: it is for the device's own eyes and must not travel for free.
+    """
+
+    integers: Integers  # shape (d,), each in 0..2M: the grid point plus M
+    clamped: int  # how many of the d coordinates lay outside [-R, R], 0..d
+
+    @property
+    def clamped_share(self) -> float:
+        """The share of coordinates that were clamped, 0..1."""
+        return self.clamped / len(self.integers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantiser:
+    """A public grid of 2^bits - 1 points on [-R, R].
+
+    Guarantees:
+        * For values inside [-R, R], the de-quantised sum of n updates differs from their sum by at most
+          n * step / 2 in each coordinate, up to one float32 rounding of the result.
+        * Zero maps to zero exactly, and negating an update negates its grid points.
+    """
+
+    value_range: float  # R, weight units, > 0, public
+    bits: int  # 2..24
+    max_devices: int  # >= 1; the headroom
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.value_range) and self.value_range > 0):
+            raise ValueError(f"value_range must be finite and > 0, got {self.value_range}")
+        if not 2 <= self.bits <= 24:
+            raise ValueError(f"bits must lie in 2..24, got {self.bits}")
+        if self.max_devices < 1:
+            raise ValueError(f"max_devices must be >= 1, got {self.max_devices}")
+
+    @property
+    def half(self) -> int:
+        """M, the number of grid points on each side of zero: 2^(bits - 1) - 1."""
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def step(self) -> float:
+        """The distance between grid points, R / M, in weight units."""
+        return self.value_range / self.half
+
+    @property
+    def largest_sum(self) -> int:
+        """The largest integer that a coordinate of a full sum can reach: max_devices * 2M."""
+        return self.max_devices * 2 * self.half
+
+    @property
+    def sum_bits(self) -> int:
+        """Bits that hold any coordinate of a full sum: about bits + log2(max_devices)."""
+        return self.largest_sum.bit_length()
+
+    def quantise(self, update: Vector) -> Quantised:
+        """Move an update (d,), weight units, to the nearest grid points; outside [-R, R] is clamped.
+
+        Raises AggregationError if it is not a non-empty finite float vector.
+        """
+        values = finite_vector(update).double().numpy()
+        clamped = int((np.abs(values) > self.value_range).sum())
+        points = np.rint(np.clip(values, -self.value_range, self.value_range) / self.step)
+        return Quantised(integers=points.astype(np.int64) + self.half, clamped=clamped)
+
+    def dequantise_sum(self, integers: Integers, count: int) -> Vector:
+        """The sum in weight units, float32, shape (d,), of `count` quantised updates summed as integers.
+
+        Args:
+            integers: Sums of `Quantised.integers`, shape (d,), each in 0..count * 2M.
+            count: How many updates are in the sum, 1..max_devices.
+
+        Raises AggregationError if an integer cannot be such a sum: somebody sent what is no update.
+        """
+        if not 1 <= count <= self.max_devices:
+            raise AggregationError(f"a sum must hold 1..{self.max_devices} updates, got {count}")
+        if integers.ndim != 1 or integers.dtype != np.int64 or len(integers) == 0:
+            raise AggregationError(
+                f"a sum of integers must be int64 (d,), got {integers.shape} {integers.dtype}"
+            )
+        lowest, highest = int(integers.min()), int(integers.max())
+        if lowest < 0 or highest > count * 2 * self.half:
+            raise AggregationError(
+                f"a sum of {count} updates of {self.bits} bits must lie in 0..{count * 2 * self.half}, got "
+                f"{lowest}..{highest}: a device sent something that is not a quantised update"
+            )
+        total = (integers - count * self.half).astype(np.float64) * self.step
+        return torch.from_numpy(total.astype(np.float32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """Several integers side by side in one slot, and a 1 in front of every update that counts the devices.
+
+    Guarantees:
+        * The slot-wise sum of packed updates unpacks to the sum of their integers and to their number, as
+          long as every sum stays below 2^width: no carry crosses from one integer into its neighbour.
+    """
+
+    width: int  # bits for one integer of a full sum, >= 1
+    per_slot: int  # integers in one slot, >= 1; per_slot * width <= 62
+    slots: int  # slots in one part, >= 1
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.per_slot, self.slots) < 1 or self.per_slot * self.width > 62:
+            raise ValueError(f"a slot must hold 1..62 bits, got {self.per_slot} x {self.width}")
+
+    def parts_for(self, length: int) -> int:
+        """How many parts carry `length` integers and the count in front of them."""
+        return -(-(length + 1) // (self.slots * self.per_slot))
+
+    def _places(self) -> np.ndarray:
+        places: np.ndarray = np.arange(self.per_slot, dtype=np.int64)[:, None] * self.width
+        return places
+
+    def pack(self, integers: Integers) -> np.ndarray:
+        """One update's integers, int64 (d,), each in 0..2^width - 1, as slots, int64 (parts, slots)."""
+        parts = self.parts_for(len(integers))
+        fields = np.zeros(parts * self.per_slot * self.slots, dtype=np.int64)
+        fields[0] = 1
+        fields[1 : 1 + len(integers)] = integers
+        packed: np.ndarray = (fields.reshape(parts, self.per_slot, self.slots) << self._places()).sum(axis=1)
+        return packed
+
+    def unpack(self, slots: np.ndarray, length: int) -> tuple[Integers, int]:
+        """Sums of packed updates, int64 (parts, slots), as (integers int64 (d,), how many updates).
+
+        Raises AggregationError if the slots hold what no sum of packed updates can.
+        """
+        spread: np.ndarray = slots[:, None, :] >> self._places()
+        if int((spread[:, -1] >> self.width).max()) > 0:
+            raise AggregationError("a slot holds more than a sum of updates can: it is not a sum of updates")
+        fields = (spread & ((1 << self.width) - 1)).reshape(-1)
+        if fields[1 + length :].any():
+            raise AggregationError("the padding behind the sum is not zero: it is not a sum of updates")
+        return fields[1 : 1 + length], int(fields[0])

@@ -1,0 +1,363 @@
+"""From the noised total of all devices to figures by tone group, whose intervals include the noise.
+
+Called by the server with the sum of what `private_figures` made on the devices; models are ranked by what it
+returns in audits/dp_model_ranking. Post-processing of a release: nothing here costs anything, and equal totals give
+equal figures, without chance. Intervals are those of audits/dp_ratio_estimates.
+
+Sources: Dwork & Roth (2014), Proposition 2.1 (post-processing); Agresti & Caffo (2000) for one success and one
+failure more; Bonferroni's inequality for several intervals at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy import stats
+
+from fedface.audits.dp_metrics import RANGED_METRICS, DecodedSums, LocalMetricsConfig, decode_sums
+from fedface.audits.dp_ratio_estimates import (
+    DP_METRICS,
+    LEVEL,
+    DPRatioEstimate,
+    cost,
+    describe,
+    difference_between,
+    level_for,
+)
+from fedface.audits.group_metrics import Gap, Interval
+from fedface.errors import AggregationError
+from fedface.tensor_types import Vector
+
+IMPOSSIBLE = 6.0  # standard deviations of noise; two totals of a billion lie further out
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupEstimates:
+    """How one tone group is served; counts are of units, noised."""
+
+    count: Interval  # units that took part, by noise alone
+    means: dict[str, DPRatioEstimate]  # by measure of FIGURES
+
+    def estimate(self, measure: str) -> Interval:
+        """A measure's mean with its 95 % interval."""
+        return self.means[measure].interval()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToneShares:
+    """How frequent a tone group is among the originals and among the made faces."""
+
+    original: Interval
+    made: Interval
+    change: Interval  # made minus original; below 0 a group is drawn less often than it is photographed
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPMetricEstimates:
+    """What devices' own photos say of one model. Groups that are not told from small ones are not reported."""
+
+    devices: int
+    min_count: float  # a group with a smaller noised count is not reported
+    overall: GroupEstimates | None  # all units, those of groups not reported among them; None below min_count
+    groups: dict[str, GroupEstimates]  # lightest first
+    suppressed: tuple[str, ...]
+    shares: dict[str, ToneShares]  # of the groups that are reported
+    gaps: dict[str, Gap]  # by measure; empty where fewer than two groups are reported
+    hidden: dict[str, tuple[float, float]]  # by measure: smaller gaps do not show; nor with endless photos
+
+    def sentences(self) -> list[str]:
+        """The findings in words, the clear gaps first; always ends with what these figures cannot show."""
+        clear = [name for name, gap in self.gaps.items() if gap.clear and self._shows(name)]
+        texts = [self._gap_sentence(name) for name in clear]
+        if not self.gaps:
+            texts.append("No two groups have enough units to be compared under this noise.")
+        elif not clear:
+            texts.append(f"No measure sets the {len(self.groups)} groups apart.")
+        if hidden := [self._hidden_sentence(name) for name in self.gaps if name not in clear]:
+            texts.append(
+                f"With this noise a difference between groups could not be seen below: {'; '.join(hidden)}."
+            )
+        for name, shares in self.shares.items():
+            if not shares.change.covers_zero:
+                more = "more" if shares.change.estimate > 0 else "fewer"
+                texts.append(
+                    f"There are {more} faces read as {name} among the made ones than among the originals: share "
+                    f"{shares.change.estimate:+.2f} [{shares.change.low:+.2f}, {shares.change.high:+.2f}]."
+                )
+        if self.suppressed:
+            texts.append(
+                f"Not reported: {', '.join(self.suppressed)}. Fewer than {math.ceil(self.min_count)} units each, "
+                "as far as the noise lets one count."
+            )
+        texts.append(
+            f"From {self.devices} devices; every unit weighs about one, however many photos it has; intervals "
+            "include the noise and the choice of photos. Tone is read from pixels and moves with light and camera. "
+            "Values outside the public ranges were cut to them."
+        )
+        return texts
+
+    def _gap_sentence(self, name: str) -> str:
+        gap, kind = self.gaps[name], DP_METRICS[name].kind
+        worst, best = (self.groups[group].estimate(name) for group in (gap.worst, gap.best))
+        direction = ""
+        if kind == "shift":
+            direction = f", {'lighter' if worst.estimate > 0 else 'darker'} than the originals"
+        return (
+            f"{gap.worst} is served worse: {DP_METRICS[name].title} {describe(worst, name)} (about {worst.count} units)"
+            f"{direction}, against {describe(best, name)} for {gap.best} (about {best.count} units); "
+            f"gap {describe(gap.difference, name)}."
+        )
+
+    def _hidden_sentence(self, name: str) -> str:
+        if DP_METRICS[name].kind == "rate" and self.hidden[name][0] >= 1:
+            return f"{DP_METRICS[name].title}, any difference at all"
+        whole, noise = (f"{width:.{DP_METRICS[name].digits}f}" for width in self.hidden[name])
+        unit = f" {DP_METRICS[name].unit}".rstrip()
+        return f"{DP_METRICS[name].title}, {whole}{unit} ({noise} by noise alone)"
+
+    def _shows(self, name: str) -> bool:
+        return round(abs(self.gaps[name].difference.estimate), DP_METRICS[name].digits) > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Noise:
+    """Standard deviations of the noise in the total, in photos; and the room beyond it that a grid may need."""
+
+    config: LocalMetricsConfig
+    total: float  # of every number of the total, in clip norms
+    room: float
+    most: float = math.inf  # units that there can be, where that is public
+
+    def of(self, part: str) -> float:
+        return self.total / math.sqrt(getattr(self.config.shares, part))
+
+    @property
+    def of_group(self) -> float:
+        """Of a group's count, a row of the table."""
+        return self.of("table") * math.sqrt(len(self.config.tone_upper_bounds))
+
+    @property
+    def min_count(self) -> float:
+        return max(
+            self.config.min_group_size, 1.0 + float(stats.norm.ppf((1.0 + LEVEL) / 2.0)) * self.of_group
+        )
+
+
+def estimate_metrics(
+    total: Vector,
+    *,
+    config: LocalMetricsConfig,
+    clip_norm: float,
+    noise_multiplier: float,
+    devices: int,
+    noises: int | None = None,
+) -> DPMetricEstimates:
+    """The figures in a total, by tone group and over all.
+
+    Guarantees:
+        * Deterministic: equal totals give equal figures.
+        * A group whose noised count is below `min_group_size`, or whose count's 95 % interval reaches below 1, is
+          not reported: neither its count, nor its measures, nor its shares.
+        * Without noise, means and counts are those of the units, cut to the public ranges.
+
+    Args:
+        total: The sum over devices of their noised, undivided sums of `metric_vectors`, (d,).
+        config: As on the devices.
+        clip_norm: As on the devices.
+        noise_multiplier: sigma; each noise has standard deviation sigma * clip_norm on every number.
+        devices: How many devices are in the sum, >= 1.
+        noises: How many noises are in the sum: None for one of each device, 1 where the server adds it. Then a
+            device is one unit, so that no more than `devices` are counted, and fewer than `min_group_size` tell
+            nothing.
+
+    Raises:
+        AggregationError: No sum of figures with this noise looks like this total.
+    """
+    if devices < 1 or not noise_multiplier >= 0:
+        raise ValueError(f"devices must be >= 1 and noise_multiplier >= 0, got {devices}, {noise_multiplier}")
+    if total.shape != (config.width,):
+        raise AggregationError(f"these figures are {config.width} numbers, got shape {tuple(total.shape)}")
+    if not bool(torch.isfinite(total).all()):
+        raise AggregationError("a total of figures must be finite: a device sent something that is none")
+    noise = _Noise(
+        config=config,
+        total=noise_multiplier * math.sqrt(devices if noises is None else noises),
+        room=1e-3 * devices * config.max_units,
+        most=math.inf if noises is None else devices,
+    )
+    sums = decode_sums(total, config, clip_norm=clip_norm)
+    _check_possible(sums, noise)
+    rows = {name: [i] for i, name in enumerate(config.groups)}
+    known = noises is None or devices >= config.min_group_size
+    reported = {
+        name: _group_figures(sums, members, noise)
+        for name, members in rows.items()
+        if known and _count(sums, members, noise).estimate >= noise.min_count
+    }
+    everybody = list(range(len(rows)))
+    whole = _count(sums, everybody, noise)
+    enough = known and whole.low >= 1 and whole.estimate >= config.min_group_size
+    shares = {name: _tone_shares(sums, rows[name][0], noise) for name in reported} if enough else {}
+    gaps = {name: _gap(reported, name) for name in DP_METRICS} if len(reported) >= 2 else {}
+    return DPMetricEstimates(
+        devices=devices,
+        min_count=noise.min_count,
+        overall=_group_figures(sums, everybody, noise) if enough else None,
+        groups=reported,
+        suppressed=tuple(name for name in rows if name not in reported),
+        shares=shares,
+        gaps=gaps,
+        hidden={name: _hidden(reported, gap, name) for name, gap in gaps.items()},
+    )
+
+
+def _check_possible(sums: DecodedSums, noise: _Noise) -> None:
+    """Refuse a total that no noise explains. A device that lies within what is possible is not found out."""
+    far = IMPOSSIBLE * noise.of("table") + noise.room
+    counts = sums.table.sum(1)
+    faults = []
+    if bool((sums.table < -far).any()):
+        faults.append("a count is far below zero")
+    for name, first in sums.first.items():
+        off = IMPOSSIBLE * math.hypot(noise.of(name), noise.of_group) + noise.room / math.sqrt(
+            getattr(noise.config.shares, name)
+        )
+        if bool((first.abs() > counts.clamp(min=0.0) + off).any()):
+            faults.append(f"a mean of {name} lies outside its range")
+        free = sums.free.get(name, torch.zeros_like(first))
+        if bool(((free < -off) | (free > counts.clamp(min=0.0) + off)).any()):
+            faults.append(f"a spread of {name} is impossible")
+    if faults:
+        raise AggregationError(
+            f"this total is no sum of figures with the noise agreed: {'; '.join(faults)}. A device sent something "
+            "else, or the numbers that devices and server agreed on differ"
+        )
+
+
+def _count(sums: DecodedSums, rows: Sequence[int], noise: _Noise) -> Interval:
+    """How many units' originals are in some groups, by noise alone."""
+    estimate = float(sums.table[list(rows)].sum())
+    half = float(stats.norm.ppf((1.0 + LEVEL) / 2.0)) * noise.of_group * math.sqrt(len(rows))
+    estimate, low, high = (min(max(x, 0.0), noise.most) for x in (estimate, estimate - half, estimate + half))
+    return Interval(estimate, low, high, round(estimate))
+
+
+def _group_figures(sums: DecodedSums, rows: Sequence[int], noise: _Noise) -> GroupEstimates:
+    """All measures of the units whose originals are in some groups, of which there are more than none."""
+    at = list(rows)
+    count = float(sums.table[at].sum())
+    count_noise = len(at) * noise.of_group**2
+    means = {}
+    for name, first in sums.first.items():
+        above = float(first[at].sum())
+        # A unit's own mean varies less than its photos do: for units of many photos this is a little too wide.
+        photos = (count, 0.0, -count)
+        if name in sums.free:
+            m = min(max(above / count, -1.0), 1.0)
+            spread = 1.0 - float(sums.free[name][at].sum()) / count - m * m
+            photos = (count * min(max(spread, 0.0), 1.0 - m * m), 0.0, 0.0)
+        low, high = noise.config.range_of(name)
+        means[name] = DPRatioEstimate(
+            above=above,
+            below=count,
+            noise=(len(at) * noise.of(name) ** 2, 0.0, count_noise),
+            photos=photos,
+            ends=(-1.0, 1.0),
+            unit=(high - low) / 2.0,
+            zero=(high + low) / 2.0,
+        )
+    kept = sums.table.diagonal()[at]
+    means["same_group"] = _share(float(kept.sum()), len(at), count, count_noise, noise)
+    return GroupEstimates(count=_count(sums, rows, noise), means=means)
+
+
+def _share(part: float, cells: int, count: float, count_noise: float, noise: _Noise) -> DPRatioEstimate:
+    """What share a part of the table, so many cells of it, has of a larger part that contains it."""
+    cell = noise.of("table") ** 2
+    return DPRatioEstimate(
+        above=part,
+        below=count,
+        noise=(cells * cell, -2.0 * cells * cell, count_noise),
+        photos=(0.0, count, -count),
+        ends=(0.0, 1.0),
+        unit=1.0,
+        zero=0.0,
+    )
+
+
+def _tone_shares(sums: DecodedSums, row: int, noise: _Noise) -> ToneShares:
+    table, groups = sums.table, len(sums.table)
+    count, count_noise = float(table.sum()), groups * noise.of_group**2
+    true, made, kept = float(table[row].sum()), float(table[:, row].sum()), float(table[row, row])
+    change = (made - true) / count
+    moved = min(max((true + made - 2.0 * kept + 2.0) / (count + 2.0), abs(change)), 1.0)
+    # The cells that changes are summed from stand as often with a plus as with a minus, so that their noise and
+    # that of the count are independent.
+    changed = DPRatioEstimate(
+        above=made - true,
+        below=count,
+        noise=(2.0 * (groups - 1) * noise.of("table") ** 2, 0.0, count_noise),
+        photos=(count * moved, 0.0, -count),
+        ends=(-1.0, 1.0),
+        unit=1.0,
+        zero=0.0,
+    )
+    return ToneShares(
+        original=_share(true, groups, count, count_noise, noise).interval(),
+        made=_share(made, groups, count, count_noise, noise).interval(),
+        change=changed.interval(),
+    )
+
+
+def _pairs(groups: int) -> int:
+    return groups * (groups - 1) // 2
+
+
+def _gap(reported: Mapping[str, GroupEstimates], measure: str) -> Gap:
+    """The worst against the best served group, with an interval that holds for all pairs of groups at once."""
+    level = level_for(_pairs(len(reported)))
+    served = {name: group.means[measure].interval(level) for name, group in reported.items()}
+    order = sorted(served, key=lambda name: cost(served[name], measure).estimate)
+    worst, best = order[-1], order[0]
+    return Gap(worst=worst, best=best, difference=difference_between(served[worst], served[best]))
+
+
+def _hidden(reported: Mapping[str, GroupEstimates], gap: Gap, measure: str) -> tuple[float, float]:
+    """Half the width of a gap's interval, and what would be left of it with endless photos."""
+    level = level_for(_pairs(len(reported)))
+    worst, best = (reported[name].means[measure].noise_alone(level) for name in (gap.worst, gap.best))
+    noise = difference_between(worst, best)
+    return (gap.difference.high - gap.difference.low) / 2.0, (noise.high - noise.low) / 2.0
+
+
+def minimum_detectable_gap(
+    config: LocalMetricsConfig, *, noise_multiplier: float, devices: int, noises: int | None = None
+) -> dict[str, float]:
+    """What noise will hide, before anything is asked and paid for: the gap between two groups of equal size that
+    would not show, by measure, if every device has `expected_units` units; infinite where no group will be reported.
+
+    Args:
+        config: The public recipe.
+        noise_multiplier: As for `estimate_metrics`, like the rest.
+    """
+    if noises is not None and devices < config.min_group_size:
+        return dict.fromkeys(DP_METRICS, math.inf)
+    groups = len(config.groups)
+    noise = _Noise(
+        config=config, total=noise_multiplier * math.sqrt(devices if noises is None else noises), room=0.0
+    )
+    count = config.expected_units * devices / groups
+    z = float(stats.norm.ppf((1.0 + level_for(_pairs(groups))) / 2.0))
+    # At the end of a range the count's noise counts in full; in the middle it does not count.
+    halves = {
+        name: (high - low) / 2.0
+        for name in (*RANGED_METRICS, "detected")
+        for low, high in [config.range_of(name)]
+    }
+    errors = {name: half * math.hypot(noise.of(name), noise.of_group) for name, half in halves.items()}
+    errors["same_group"] = noise.of_group
+    seen = count >= noise.min_count
+    return {name: z * math.sqrt(2.0) * error / count if seen else math.inf for name, error in errors.items()}

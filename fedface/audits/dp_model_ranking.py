@@ -1,0 +1,157 @@
+"""Which of several models serves devices' own photos better, and which cannot be told apart.
+
+Called by the server after it has read the figures of each model. The models were asked the same photos, each with
+noise of its own. Differences are taken as if the photos had been drawn anew for each model: where a photo that is
+hard for one model is hard for the others too, which is the rule, the intervals are wider than they need be.
+
+Sources: Zou & Donner (2008), Stat. Med. 27, for differences from two intervals; Bonferroni's inequality for all
+pairs at once, and for the worst of several groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Literal
+
+from fedface.audits.dp_metric_estimates import DPMetricEstimates
+from fedface.audits.dp_ratio_estimates import DP_METRICS, cost, describe, difference_between, level_for
+from fedface.audits.group_metrics import Interval
+from fedface.errors import FederationError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairwiseComparison:
+    """Two models side by side."""
+
+    better: str
+    worse: str
+    difference: Interval  # badness of the worse minus that of the better, for all pairs at once
+
+    @property
+    def apart(self) -> bool:
+        """Whether noise and choice of photos leave no doubt which is better."""
+        return self.difference.low > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """Models in order, best first, by one measure."""
+
+    measure: str
+    by: Literal["overall", "worst group"]
+    order: tuple[str, ...]
+    costs: dict[
+        str, Interval
+    ]  # larger is worse: a cost, a rate's negative, a shift's size; 95 % for each model
+    comparisons: tuple[PairwiseComparison, ...]  # all pairs
+
+    @property
+    def ties(self) -> tuple[tuple[str, str], ...]:
+        """The pairs that cannot be told apart, the one that looks better first."""
+        return tuple((duel.better, duel.worse) for duel in self.comparisons if not duel.apart)
+
+    def sentences(self) -> list[str]:
+        """The order in words, with what cannot be told apart."""
+        title = DP_METRICS[self.measure].title
+        whom = "over all units" if self.by == "overall" else "for the group that each serves worst"
+        texts = [f"By {title}, {whom}, best first: {', '.join(self.order)}."]
+        for duel in self.comparisons:
+            gap = describe(duel.difference, self.measure)
+            if duel.apart:
+                texts.append(f"{duel.better} is better than {duel.worse} by {gap}.")
+            else:
+                texts.append(f"{duel.better} and {duel.worse} cannot be told apart: {gap}.")
+        texts.append("The intervals include the noise and hold for all pairs at once.")
+        return texts
+
+
+def rank_overall(figures: Mapping[str, DPMetricEstimates], measure: str) -> Ranking:
+    """Order models by how they serve all units together.
+
+    Args:
+        figures: What was read of each model, by its name; two at least, of the same photos.
+        measure: One of FIGURES.
+
+    Raises:
+        FederationError: A model's total had too few units for any figure.
+    """
+    _check(figures, measure)
+    if missing := [name for name, found in figures.items() if found.overall is None]:
+        raise FederationError(f"too few units for a figure of {', '.join(missing)}; ask more devices")
+
+    def served(model: str, level: float) -> Interval:
+        overall = figures[model].overall
+        assert overall is not None
+        return cost(overall.means[measure].interval(level), measure)
+
+    pairs = _pairs(len(figures))
+    return _ranked(
+        {model: served(model, level_for(1)) for model in figures},
+        {model: served(model, level_for(pairs)) for model in figures},
+        measure,
+        "overall",
+    )
+
+
+def rank_worst_group(figures: Mapping[str, DPMetricEstimates], measure: str) -> Ranking:
+    """Order models by how they serve the group that each serves worst, among the groups reported of all.
+
+    The worst of several noised figures looks worse than any is; the intervals allow for that.
+
+    Args:
+        figures: As for `rank_overall`.
+        measure: One of FIGURES.
+
+    Raises:
+        FederationError: No group is reported of all models.
+    """
+    _check(figures, measure)
+    groups = [
+        name
+        for name in next(iter(figures.values())).groups
+        if all(name in f.groups for f in figures.values())
+    ]
+    if not groups:
+        raise FederationError("no tone group has enough units in the figures of all models; ask more devices")
+
+    def served(model: str, level: float) -> Interval:
+        each = [cost(figures[model].groups[name].means[measure].interval(level), measure) for name in groups]
+        worst = max(each, key=lambda figure: figure.estimate)
+        return replace(worst, low=max(f.low for f in each), high=max(f.high for f in each))
+
+    pairs = _pairs(len(figures))
+    return _ranked(
+        {model: served(model, level_for(len(groups))) for model in figures},
+        {model: served(model, level_for(pairs * len(groups))) for model in figures},
+        measure,
+        "worst group",
+    )
+
+
+def _pairs(models: int) -> int:
+    return models * (models - 1) // 2
+
+
+def _check(figures: Mapping[str, DPMetricEstimates], measure: str) -> None:
+    if len(figures) < 2:
+        raise ValueError(f"a ranking needs two models, got {len(figures)}")
+    if measure not in DP_METRICS:
+        raise ValueError(f"measure must be one of {', '.join(DP_METRICS)}, got {measure!r}")
+
+
+def _ranked(
+    alone: Mapping[str, Interval],
+    compared: Mapping[str, Interval],
+    measure: str,
+    by: Literal["overall", "worst group"],
+) -> Ranking:
+    order = sorted(alone, key=lambda model: alone[model].estimate)
+    duels = tuple(
+        PairwiseComparison(
+            better=one, worse=other, difference=difference_between(compared[other], compared[one])
+        )
+        for one, other in combinations(order, 2)
+    )
+    return Ranking(measure=measure, by=by, order=tuple(order), costs=dict(alone), comparisons=duels)

@@ -1,0 +1,343 @@
+"""Gradient inversion: how much of a photo comes back out of one device's update.
+
+Called by audits.suite and by experiments that attack their own discriminator. The attacker knows the network and
+one update, the worst case of a server that sees single updates. Two searches: cosine distance with total
+variation and signed Adam (Geiping et al. 2020, arXiv:2003.14053, section 4), and L-BFGS on the squared
+distance (Zhu et al. 2019, arXiv:1906.08935). Beside them stand what guessing achieves without any update, and
+the gallery question, which still gets answers where inversion shows noise: which of N candidates was in the
+update? Its ceiling is reconstruction robustness (Hayes et al. 2023, arXiv:2302.07225).
+
+A failed attack proves nothing. The words are "no attack in this list exceeded X", never "safe".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import assert_never
+
+import numpy as np
+import torch
+from skimage.metrics import structural_similarity
+from torch import Tensor, nn
+
+from fedface.audits.group_metrics import Interval, mean_interval, rate_interval
+from fedface.privacy.mechanism import ClippedSum, GaussianSum
+from fedface.tensor_types import Images, Vector
+from fedface.training.gan import d_loss_real
+from fedface.training.training_methods import gradient_of
+
+GradientOf = Callable[[Images], Vector]
+
+# Published step sizes and weights assume images normalised to about zero mean and unit variance, so the
+# search moves in units of a quarter of the pixel range: image = 1/2 + search / 4.
+CENTRE, UNIT = 0.5, 0.25
+PSNR_CEILING = 100.0  # dB; equal images have no finite PSNR
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineSearch:
+    """Cosine distance plus total variation, signed Adam with step decay, inside the box of real images."""
+
+    iterations: int = 200
+    step: float = 0.1  # in units of a quarter of the pixel range
+    total_variation: float = 1e-2
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise ValueError(f"iterations must be >= 1, got {self.iterations}")
+        if not self.step > 0:
+            raise ValueError(f"step must be > 0, got {self.step}")
+        if not self.total_variation >= 0:
+            raise ValueError(f"total_variation must be >= 0, got {self.total_variation}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquaredSearch:
+    """Squared distance of gradients, L-BFGS with a strong Wolfe line search."""
+
+    evaluations: int = 200  # of the gradient, at most about this many
+
+    def __post_init__(self) -> None:
+        if self.evaluations < 1:
+            raise ValueError(f"evaluations must be >= 1, got {self.evaluations}")
+
+
+Search = CosineSearch | SquaredSearch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inversion:
+    """What a search found."""
+
+    images: Images  # (n, 3, h, w), inside [0, 1]
+    distance: float  # between its gradient and the target, in the search's own measure, without variation
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoDefense:
+    """The gradient leaves as it is."""
+
+
+Defense = NoDefense | ClippedSum | GaussianSum
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackResult:
+    """One attack on several photos, each in an update of its own."""
+
+    defense: Defense
+    search: Search  # the one that scored best on average, an attacker's luck granted
+    truth: Images
+    recovered: Images
+    guess: Images  # the mean public face, once per photo
+    psnr: Interval  # dB
+    ssim: Interval
+    baseline_psnr: Interval  # of the guess
+    baseline_ssim: Interval
+    gain: Interval  # dB: recovered minus guess, photo by photo
+
+
+def discriminator_gradient(discriminator: nn.Module) -> GradientOf:
+    """The gradient of a discriminator's loss on real photos, softplus(-logit), averaged over them.
+
+    Args:
+        discriminator: Images (n, 3, s, s) -> logits (n,). Only its parameters that require gradients count.
+
+    Returns:
+        A function of images, differentiable in them, with the parameters in the module's own order.
+    """
+    return gradient_of(discriminator, lambda photos: d_loss_real(discriminator, photos).mean())
+
+
+def apply_defense(gradient: Vector, defence: Defense, generator: torch.Generator) -> Vector:
+    """What leaves the device for one photo, shape (d,).
+
+    The noise has the mechanism's distribution but can be replayed: this is an audit, not a promise. Division
+    by the expected batch is left out: it is a public constant, and the attacker multiplies it back.
+    """
+    match defence:
+        case NoDefense():
+            return gradient
+        case ClippedSum():
+            return defence.clip(gradient)
+        case GaussianSum(clip_norm=clip_norm, sigma=sigma):
+            noise = torch.randn(gradient.shape, generator=generator)
+            return defence.clip(gradient) + sigma * clip_norm * noise
+        case _:
+            assert_never(defence)
+
+
+def invert(
+    gradient_of: GradientOf,
+    target: Vector,
+    shape: tuple[int, int, int, int],
+    search: Search,
+    generator: torch.Generator,
+) -> Inversion:
+    """Search for images whose gradient is the target.
+
+    Args:
+        gradient_of: Images (n, 3, h, w) in [0, 1] -> gradient (d,), differentiable in the images.
+        target: The released gradient, shape (d,).
+        shape: (n, 3, h, w) of the images to find; the attacker is granted the number of photos.
+        generator: Where the search starts.
+    """
+    target = target.detach()
+    start = torch.randn(shape, generator=generator)
+    match search:
+        case CosineSearch():
+            return _by_cosine(gradient_of, target, start, search)
+        case SquaredSearch():
+            return _by_squares(gradient_of, target, start, search)
+        case _:
+            assert_never(search)
+
+
+def attack_update(
+    gradient_of: GradientOf,
+    photos: Images,
+    defence: Defense,
+    public_faces: Images,
+    *,
+    searches: Sequence[Search] = (CosineSearch(),),
+    generator: torch.Generator,
+) -> AttackResult:
+    """Invert the update on each photo alone, and compare with guessing.
+
+    Args:
+        gradient_of: What one photo would release, clipping and noise apart; `discriminator_gradient` of a discriminator.
+        photos: (n, 3, s, s) in [0, 1]; four to eight give an interval worth printing. One update each.
+        public_faces: (m, 3, s, s), known to everybody; their mean is the guess without the update.
+        searches: All are run; the one with the best mean PSNR is reported.
+
+    Raises:
+        ValueError: Fewer than two photos, which have no interval, or no search.
+    """
+    if len(photos) < 2:
+        raise ValueError(f"photos must be at least 2 to have an interval, got {len(photos)}")
+    if not searches:
+        raise ValueError("searches must name at least one search, got none")
+    truth = photos.detach().clamp(0.0, 1.0)
+    guess = public_faces.detach().clamp(0.0, 1.0).mean(dim=0, keepdim=True).expand_as(truth).clone()
+    updates = [apply_defense(gradient_of(photo[None]).detach(), defence, generator) for photo in truth]
+    shown = _as_attacker_sees(gradient_of, defence)
+    shape = (1, int(truth.shape[1]), int(truth.shape[2]), int(truth.shape[3]))
+    scored = []
+    for search in searches:
+        found = [invert(shown, update, shape, search, generator).images for update in updates]
+        recovered = torch.cat(found)
+        scored.append((float(psnr(recovered, truth).mean()), search, recovered))
+    _, search, recovered = max(scored, key=lambda entry: entry[0])
+    rng = np.random.Generator(np.random.PCG64(int(torch.randint(2**62, (1,), generator=generator))))
+
+    def mean(scores: Tensor) -> Interval:
+        return mean_interval(scores.numpy(), rng)
+
+    scores, guesses = psnr(recovered, truth), psnr(guess, truth)
+    return AttackResult(
+        defense=defence,
+        search=search,
+        truth=truth,
+        recovered=recovered,
+        guess=guess,
+        psnr=mean(scores),
+        ssim=mean(ssim(recovered, truth)),
+        baseline_psnr=mean(guesses),
+        baseline_ssim=mean(ssim(guess, truth)),
+        gain=mean(scores - guesses),
+    )
+
+
+def candidate_identification(
+    gradient_of: GradientOf,
+    candidates: Images,
+    defence: Defense,
+    *,
+    trials: int,
+    generator: torch.Generator,
+) -> Interval:
+    """How often an attacker names the photo that was in an update, among N candidates.
+
+    Each trial puts one candidate, drawn evenly, into an update of its own; the attacker, who knows all
+    candidates, names the one whose gradient, clipped as the device clips, lies nearest. That is the likeliest
+    one under Gaussian noise. Chance is 1 / N, and
+    `privacy.accounting.reconstruction_success_bound(defence.event(), 1 / N)` is what no attack can beat.
+
+    Returns:
+        The share of trials that named the right one, with Wilson's 95 % interval over trials.
+    """
+    if trials < 1:
+        raise ValueError(f"trials must be >= 1, got {trials}")
+    shown = _as_attacker_sees(gradient_of, defence)
+    known = torch.stack([shown(photo[None]).detach() for photo in candidates])
+    lengths = known.square().sum(dim=1)
+    right = 0
+    for _ in range(trials):
+        member = int(torch.randint(len(candidates), (1,), generator=generator))
+        update = apply_defense(known[member], defence, generator)  # clipping twice is clipping once
+        right += int((lengths - 2.0 * known @ update).argmin()) == member
+    return rate_interval(right, trials)
+
+
+def psnr(images: Images, truth: Images) -> Tensor:
+    """Peak signal to noise ratio per image in dB, shape (n,), of images clamped to [0, 1]; at most 100."""
+    error = (images.clamp(0.0, 1.0) - truth.clamp(0.0, 1.0)).square().flatten(1).mean(dim=1)
+    return (-10.0 * error.log10()).clamp(max=PSNR_CEILING)
+
+
+def ssim(images: Images, truth: Images) -> Tensor:
+    """Structural similarity per image, shape (n,), at most 1; Gaussian window, sigma 1.5 (Wang et al. 2004).
+
+    Raises:
+        ValueError: Images smaller than the window of 11 pixels.
+    """
+    if min(images.shape[-2:]) < 11:
+        raise ValueError(f"images must be at least 11 pixels wide and high, got {tuple(images.shape[-2:])}")
+    measure: Callable[..., float] = structural_similarity
+    pairs = zip(images.clamp(0.0, 1.0), truth.clamp(0.0, 1.0), strict=True)
+    scores = [
+        measure(
+            image.numpy(),
+            true.numpy(),
+            channel_axis=0,
+            data_range=1.0,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+        for image, true in pairs
+    ]
+    return torch.tensor(scores, dtype=torch.float32)
+
+
+def _as_attacker_sees(gradient_of: GradientOf, defence: Defense) -> GradientOf:
+    """The gradient that a candidate photo would release, noise apart: the attacker knows the clip norm."""
+    match defence:
+        case NoDefense():
+            return gradient_of
+        case ClippedSum() | GaussianSum():
+            return lambda images: defence.clip(gradient_of(images))
+        case _:
+            assert_never(defence)
+
+
+def _by_cosine(gradient_of: GradientOf, target: Vector, start: Tensor, search: CosineSearch) -> Inversion:
+    x = start.clone().requires_grad_(True)
+    optimiser = torch.optim.Adam([x], lr=search.step)
+    decay = torch.optim.lr_scheduler.MultiStepLR(
+        optimiser, [search.iterations * eighths // 8 for eighths in (3, 5, 7)], gamma=0.1
+    )
+    low, high = -CENTRE / UNIT, (1.0 - CENTRE) / UNIT
+    best, least, distance = start, math.inf, math.inf
+    for _ in range(search.iterations):
+        gap = 1.0 - torch.nn.functional.cosine_similarity(gradient_of(CENTRE + UNIT * x), target, dim=0)
+        loss = gap + search.total_variation * _total_variation(x)
+        if loss.item() < least:
+            best, least, distance = x.detach().clone(), loss.item(), gap.item()
+        (slope,) = torch.autograd.grad(loss, [x])
+        x.grad = slope.sign()
+        optimiser.step()
+        decay.step()
+        with torch.no_grad():
+            x.clamp_(low, high)
+    return Inversion(images=_image(best), distance=distance)
+
+
+def _by_squares(gradient_of: GradientOf, target: Vector, start: Tensor, search: SquaredSearch) -> Inversion:
+    # A start of full contrast saturates small networks; half of it does not.
+    x = (0.5 * start).requires_grad_(True)
+    scale = target.square().sum().clamp(min=1e-24)
+    optimiser = torch.optim.LBFGS(
+        [x],
+        lr=1.0,
+        max_iter=search.evaluations,
+        max_eval=search.evaluations,
+        history_size=100,
+        tolerance_grad=1e-12,
+        tolerance_change=1e-14,
+        line_search_fn="strong_wolfe",
+    )
+    best, least = start, math.inf
+
+    def closure() -> Tensor:
+        nonlocal best, least
+        loss = (gradient_of(CENTRE + UNIT * x) - target).square().sum() / scale
+        if loss.item() < least:
+            best, least = x.detach().clone(), loss.item()
+        (x.grad,) = torch.autograd.grad(loss, [x])
+        return loss.detach()
+
+    optimiser.step(closure)  # type: ignore[no-untyped-call]
+    return Inversion(images=_image(best), distance=least)
+
+
+def _image(x: Tensor) -> Images:
+    return (CENTRE + UNIT * x).clamp(0.0, 1.0)
+
+
+def _total_variation(x: Tensor) -> Tensor:
+    across = (x[:, :, :, :-1] - x[:, :, :, 1:]).abs().mean()
+    down = (x[:, :, :-1, :] - x[:, :, 1:, :]).abs().mean()
+    return across + down

@@ -1,0 +1,259 @@
+"""Commands for the owner of a device: its key, and what its ledger has booked. See device_log.py for what left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from fedface.aggregation.homomorphic import make_keys
+from fedface.cli.console import JsonOption, cell, console, progress_bars
+from fedface.cli.device_log import device_erase, device_log, device_withdraw, owned, warn_of_open
+from fedface.device.config import is_accessible_to_others
+from fedface.device.state import ChainFiles, export, verify, write_alone
+from fedface.errors import ConfigError
+from fedface.experiment import read_experiment
+from fedface.privacy.hash_chain import utc_now
+from fedface.privacy.ledger import FORM as LEDGER
+from fedface.privacy.ledger import Entry
+from fedface.privacy.policy import EVALUATION
+from fedface.privacy.privacy_target import format_delta
+from fedface.privacy.transmission_log import FORM as JOURNAL
+from fedface.privacy_units import UNITS, Unit
+from fedface.reports.device_log import MOMENTS, TransmissionPrice, price_of, promised, totals
+from fedface.reports.device_log_text import shown
+
+device = typer.Typer(help="For the owner of a device.", no_args_is_help=True, rich_markup_mode=None)
+ledger = typer.Typer(help="What a device has spent.", no_args_is_help=True, rich_markup_mode=None)
+device.command("log")(device_log)
+device.command("withdraw")(device_withdraw)
+device.command("erase")(device_erase)
+
+BARE_DELTA = "1e-5"  # an entry notes its unit, but no delta: a price is read at any
+LedgerArgument = Annotated[Path, typer.Argument(help="A device's file (.yaml), or its ledger.sqlite.")]
+DeltaOption = Annotated[
+    float | None,
+    typer.Option(
+        min=1e-10, max=0.5, help=f"Where epsilon is read; the policy's, or {BARE_DELTA} for a bare ledger."
+    ),
+]
+UnitOption = Annotated[
+    str | None,
+    typer.Option(help=f"Whose price: {', '.join(UNITS)}; the policy's, or the entries' for a bare ledger."),
+]
+
+
+@device.command("keygen")
+def device_keygen(
+    out: Annotated[Path, typer.Argument(help="Where the key goes; readable by you alone.")],
+    experiment: Annotated[Path, typer.Option(help="The experiment whose sums it protects.")],
+) -> None:
+    """Make the secret key that the devices of a run share. Never give it to the server."""
+    recipe = read_experiment(experiment)
+    keys = make_keys(recipe.aggregation, recipe.agreement)
+    if keys is None:
+        raise ConfigError(f"{experiment}: sums travel in the open, so there is no key to share")
+    out.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    keys.save(out)
+    console.print(
+        f"wrote {out} (key {keys.name}); copy it to each device, not to the server", highlight=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """Which books, and how they are priced."""
+
+    ledger: ChainFiles
+    journal: ChainFiles
+    delta: float
+    unit: Unit | None  # None: as the entries promise
+
+    def unit_of(self, entries: Sequence[Entry]) -> Unit:
+        """Whose price is told.
+
+        Raises:
+            ConfigError: Nobody named a unit, and the entries promise for several.
+        """
+        if self.unit is not None:
+            return self.unit
+        units = [unit for unit in UNITS if any(promised(entry) == unit for entry in entries)]
+        if len(units) > 1:
+            raise ConfigError(
+                f"{self.ledger.path}: its entries promise for several units ({', '.join(units)}); say whose price is "
+                f"wanted, such as: fedface ledger show {self.ledger.path} --unit {units[0]}"
+            )
+        return units[0] if units else "photo"
+
+
+def _asked(path: Path, delta: float | None = None, unit: str | None = None) -> _Asked:
+    """The books of a device's file, or a ledger and the journal beside it."""
+    chosen = next((known for known in UNITS if known == unit), None)
+    if unit is not None and chosen is None:
+        raise ConfigError(f"--unit must be one of {', '.join(UNITS)}, got {unit!r}")
+    if path.suffix in (".yaml", ".yml"):
+        kept = owned(path)
+        policy = kept.device.policy
+        return _Asked(
+            ledger=kept.ledger,
+            journal=kept.journal,
+            delta=policy.delta if delta is None else delta,
+            unit=chosen or policy.unit,
+        )
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder; wanted a device's file or a ledger.sqlite")
+    journal = path.with_name("journal.sqlite")
+    if is_accessible_to_others(path) or journal.exists():  # a copy for its owner alone may lie in any folder
+        warn_of_open(path.parent)
+    return _Asked(
+        ledger=ChainFiles.at(path, LEDGER, None),
+        journal=ChainFiles.at(journal, JOURNAL, None),
+        delta=float(BARE_DELTA) if delta is None else delta,
+        unit=chosen,
+    )
+
+
+@ledger.command("show")
+def ledger_show(
+    path: LedgerArgument,
+    delta: DeltaOption = None,
+    unit: UnitOption = None,
+    all_totals: Annotated[
+        bool, typer.Option("--all-totals", help=f"Price every total, not {MOMENTS} of them: a second each.")
+    ] = False,
+    json_out: JsonOption = False,
+) -> None:
+    """Print what a device has booked, what each entry costs alone, and what all cost together."""
+    asked = _asked(path, delta, unit)
+    entries = verify(asked.ledger, asked.journal).entries
+    whose = asked.unit_of(entries)
+    with progress_bars() as bars:
+        bars.stage("pricing", len(entries))
+        most = None if all_totals else MOMENTS
+        so_far = totals(entries, delta=asked.delta, unit=whose, most=most)
+        alone = {entry.number: price_of([entry], delta=asked.delta, unit=whose) for entry in entries}
+        spent = price_of(entries, delta=asked.delta, unit=whose)
+    if json_out:
+        rows = [
+            {
+                **asdict(entry),
+                "what": _released(entry),
+                "alone": alone[entry.number].record(),
+                "total": so_far[entry.number].record() if entry.number in so_far else None,
+            }
+            for entry in entries
+        ]
+        told = {"entries": rows, "delta": asked.delta, "unit": whose, "spent": spent.record()}
+        print(json.dumps(told, indent=2))
+        return
+    console.print(
+        f"every epsilon at delta {format_delta(asked.delta)}, per {whose}, its bounds in brackets; per: what the "
+        "run promises for; noise: the multiplier",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(_table(entries, alone, so_far))
+    if len(so_far) < len(entries):
+        console.print(f"totals of {len(so_far)} of {len(entries)} entries; --all-totals prices them all")
+    own = "a run's own promise may name another delta or unit"
+    if asked.unit is None:
+        own += f"; for another price: fedface ledger show {cell(path)} --delta 1e-6"
+        own += "" if whose == "photo" else " --unit photo"
+    console.print(f"spent: {spent.in_words()} ({own})", highlight=False, soft_wrap=True)
+
+
+def _table(
+    entries: list[Entry], alone: dict[int, TransmissionPrice], so_far: dict[int, TransmissionPrice]
+) -> Table:
+    table = Table(box=None)
+    for heading in (
+        "no.",
+        "written (UTC)",
+        "run",
+        "round",
+        "what",
+        "per",
+        "noise",
+        "this alone",
+        "all so far",
+    ):
+        table.add_column(heading)
+    for entry in entries:
+        marks = json.loads(entry.metadata)
+        again = f" (attempt {entry.attempt})" if entry.attempt > 1 else ""
+        words = (
+            entry.number, entry.written[:16].replace("T", " "), entry.run,
+            f"{entry.round}{again}", _released(entry), promised(entry), _noise(marks.get("noise_multiplier")),
+            _bounds(alone[entry.number]), _bounds(so_far[entry.number]) if entry.number in so_far else "",
+        )  # fmt: skip
+        table.add_row(*(cell(word) for word in words))
+    return table
+
+
+def _noise(noted: str | None) -> str:
+    return "not noted" if noted is None else f"{float(noted):.4g}"
+
+
+def _bounds(price: TransmissionPrice) -> str:
+    low, estimate, high = (
+        shown(value) for value in (price.bounds.lower, price.bounds.estimate, price.bounds.upper)
+    )
+    return estimate if low == high else f"{estimate} ({low} to {high})"
+
+
+def _released(entry: Entry) -> str:
+    """What an entry was booked for: figures, or an update of what."""
+    objective = json.loads(entry.metadata).get("objective")
+    if objective is None:
+        return "not noted"
+    return "figures" if objective == EVALUATION else f"update ({objective})"
+
+
+@ledger.command("verify")
+def ledger_verify(path: LedgerArgument, json_out: JsonOption = False) -> None:
+    """Check every line of a ledger and of the journal beside it; damage is one sentence and exit code 2."""
+    asked = _asked(path)
+    books = verify(asked.ledger, asked.journal)
+    if json_out:
+        told = [{**asdict(book), "path": str(book.path), "witness": None if book.witness is None else
+                 str(book.witness), "ok": True} for book in books.verified]  # fmt: skip
+        print(json.dumps(told, indent=2))
+        return
+    for book in books.verified:
+        one, several = ("entry", "entries") if book.noun == "ledger" else ("line", "lines")
+        count = f"{book.count} {one if book.count == 1 else several}"
+        seen = f"the witness {book.witness} agrees" if book.witness else "no witness was begun"
+        console.print(
+            f"{book.noun} {cell(book.path)}: ok, {count}, head {book.head}; {cell(seen)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if books.lines is None:
+        console.print("journal: there is none beside it, so nothing was sent since devices keep one")
+    else:
+        console.print("together: ok, every update and every figure that left was paid for", highlight=False)
+
+
+@ledger.command("export")
+def ledger_export(
+    path: LedgerArgument,
+    out: Annotated[
+        Path | None, typer.Option(help="A new file, readable by you alone; otherwise it is printed.")
+    ] = None,
+    delta: DeltaOption = None,
+    unit: UnitOption = None,
+) -> None:
+    """Write a ledger and the journal beside it as JSON: every line, the heads, and what everything costs."""
+    asked = _asked(path, delta, unit)
+    books = verify(asked.ledger, asked.journal)
+    text = export(books, delta=asked.delta, unit=asked.unit_of(books.entries), now=utc_now())
+    if out is None:
+        print(text, end="")
+        return
+    write_alone(out, text)
+    console.print(f"wrote {out}", highlight=False, soft_wrap=True)

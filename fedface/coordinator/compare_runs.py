@@ -1,0 +1,316 @@
+"""A comparison: every run of a sweep, its rounds alone, and what the samples of each look like side by side.
+
+Called by `fedface compare`. Each run lies in a folder of its own and is finished once its figures are there, so
+that a comparison that was cut short continues where it stopped, also in the middle of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import assert_never
+
+import torch
+
+from fedface.atomic_io import replace_text
+from fedface.audits.bias import DARKER_FROM, tone_histogram
+from fedface.audits.feature_extractors import ColourFeatures, open_features
+from fedface.audits.group_metrics import rate_interval
+from fedface.audits.sample_quality import TONE_GROUPS, GroupQuality, InsufficientSamples, quality, tone_groups
+from fedface.audits.tone_distance import tone_distance
+from fedface.coordinator.cohort import Cohort
+from fedface.coordinator.rounds import ProgressListener, run_rounds, spent
+from fedface.coordinator.run import check_same, initialize_run
+from fedface.coordinator.run_state import RunState, weights_path
+from fedface.coordinator.server_metrics import upsample_with
+from fedface.errors import ConfigError
+from fedface.experiment import Experiment, SyntheticDevices
+from fedface.models.checkpoint import load_model, weights_hash
+from fedface.models.model import Model, StyleEncoderModel, SuperResolutionModel
+from fedface.photos.skin_tone import measure_tone
+from fedface.randomness import Streams
+from fedface.reports import comparison_charts, comparison_report, strict
+from fedface.reports.comparison_report import (
+    UNTRAINED,
+    ComparedRun,
+    ComparisonRecord,
+    GroupQualityRecord,
+    ModelQualityRecord,
+)
+from fedface.reports.measurements import Measurement, NotMeasured
+from fedface.reports.record_builders import machine_record, measured, version_record
+from fedface.simulation.devices import describe_devices, device_faces, prepare
+from fedface.sweep import Sweep, Variant, level_of
+from fedface.tensor_types import Images
+from fedface.training.training_methods import check_fits, common_streams, prepare_round
+
+MEASURED_ON = 1  # raised whenever the same samples would give other figures
+FACES = 600  # samples of each model, and faces on either side of the reference
+QUALITY = ("kernel", "coverage", "precision", "recall")
+SHOWN = 12  # samples in a row of the picture
+
+CohortOf = Callable[[Experiment, Path], Cohort]  # an experiment and the folder of its devices' states
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Faces like the devices', in three sets."""
+
+    faces: Images  # to compare with
+    second: Images  # to show what a perfect score is
+    asked: Images  # what upsamplers are shown, shrunken
+
+
+def compare_runs(
+    sweep: Sweep,
+    folder: Path,
+    cohort_of: CohortOf,
+    *,
+    watcher: ProgressListener,
+    command: str = "",
+    faces: int = FACES,
+) -> ComparisonRecord:
+    """Run what is not finished, measure every model alike, and write tables and pictures.
+
+    Args:
+        sweep: The runs.
+        folder: Where they lie, each in `runs/NAME`; begun before or not.
+        cohort_of: Makes the devices of one run.
+        watcher: Who is told about progress.
+        command: What a reader types to make it again.
+        faces: Samples of each model, and faces on either side of the reference, >= 40.
+
+    Returns:
+        The record; `comparison_report.json`, `comparison_report.md` and the pictures lie in the folder.
+
+    Raises:
+        RunError: The folder holds runs of another recipe.
+        ConfigError: Nothing is known of the devices' faces, so that there is nothing to compare with.
+    """
+    for variant in sweep.variants:
+        # A checkpoint that is missing or of another family is better known now than after hours.
+        check_fits(variant.experiment.start(), variant.experiment.training)
+    runs: list[ComparedRun] = []
+    for number, variant in enumerate(sweep.variants, 1):
+        watcher.message(
+            f"run {number} of {len(sweep.variants)}: {', '.join(variant.names) or variant.method}"
+        )
+        place = folder / "runs" / variant.folder
+        runs += [_base(variant, folder, faces, watcher), _one(variant, place, cohort_of, faces, watcher)]
+    first = sweep.variants[0].experiment
+    truth = _reference(first, first.start().size, faces)
+    record = ComparisonRecord(
+        name=sweep.name,
+        question=sweep.question,
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+        versions=dict(version_record()),
+        machine=machine_record(),
+        devices=_devices(first),
+        features=f"Distances, precision and recall rest on {open_features(ColourFeatures()).identity.name}: they "
+        "cannot be compared with published FID or KID, only with each other.",
+        reference=_figures(truth.second, "reference", truth, first.seed),
+        runs=tuple(_without_twins(runs)),
+    )
+    watcher.stage("pictures", 1)
+    comparison_report.write(record, folder)
+    _draw(record, sweep, folder, truth)
+    watcher.advance(1)
+    return record
+
+
+def _without_twins(runs: list[ComparedRun]) -> list[ComparedRun]:
+    """Each (way, level, seed) once: the untouched model stands before every promise of its way."""
+    return list({(run.method, run.level, run.seed): run for run in runs}.values())
+
+
+def _one(
+    variant: Variant, place: Path, cohort_of: CohortOf, faces: int, watcher: ProgressListener
+) -> ComparedRun:
+    """One run to its end, or its figures from the disk."""
+    experiment, kept = variant.experiment, place / f"figures-{_measure_name(faces)}.json"
+    if not (place / "state.json").exists():
+        initialize_run(experiment, place)
+    check_same(experiment, place)
+    if kept.exists():
+        return strict.loads(ComparedRun, kept.read_text(encoding="utf-8"))
+    plan = experiment.plan()
+    states = place / "devices"
+    prepare(experiment, states)
+    state = run_rounds(experiment, plan, cohort_of(experiment, states), RunState.read(place), None, watcher)
+    final = load_model(weights_path(place, experiment.rounds))
+    work = prepare_round(final, experiment.training, plan.dp_parameters, common_streams(experiment.seed, 0))
+    figures = ComparedRun(
+        method=variant.method,
+        level=level_of(experiment),
+        epsilon=spent(plan, experiment.rounds),
+        seed=experiment.seed,
+        noise_multiplier=plan.noise_multiplier,
+        numbers_up=len(work.ranges()),
+        bytes_up=sum(record.bytes_up for record in state.rounds),
+        seconds=sum(record.seconds for record in state.rounds),
+        model=_measure(final, experiment, faces, watcher),
+    )
+    replace_text(kept, strict.dumps(figures))
+    return figures
+
+
+def _base(variant: Variant, folder: Path, faces: int, watcher: ProgressListener) -> ComparedRun:
+    """The figures of a way's public model before any round, measured once."""
+    experiment = variant.experiment
+    base = experiment.start()
+    kept = folder / "bases" / f"{weights_hash(*base.modules())}-{experiment.seed}-{_measure_name(faces)}.json"
+    if kept.exists():
+        model = strict.loads(ModelQualityRecord, kept.read_text(encoding="utf-8"))
+    else:
+        model = _measure(base, experiment, faces, watcher)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(kept, strict.dumps(model))
+    return ComparedRun(
+        method=variant.method,
+        level=UNTRAINED,
+        epsilon=NotMeasured(not_measured="no photo was used"),
+        seed=experiment.seed,
+        noise_multiplier=0.0,
+        numbers_up=0,
+        bytes_up=0,
+        seconds=0.0,
+        model=model,
+    )
+
+
+def _measure_name(faces: int) -> str:
+    """What figures depend on beside the model: of how many faces, measured how."""
+    return f"{faces}-{MEASURED_ON}"
+
+
+def _measure(
+    model: Model, experiment: Experiment, faces: int, watcher: ProgressListener
+) -> ModelQualityRecord:
+    watcher.stage("samples", 1)
+    made = _sampled(model, experiment, faces)
+    truth = _reference(experiment, model.size, faces)
+    return _figures(made, weights_hash(*model.modules()), truth, experiment.seed)
+
+
+def _sampled(model: Model, experiment: Experiment, count: int) -> Images:
+    """What it makes, in two halves side by side; the same for equal weights and seeds."""
+    halves = [count // 2, count - count // 2]
+    streams = Streams(experiment.seed).child("compared samples")
+
+    def draw(number: int) -> Images:
+        rng = streams.generator(str(number))
+        if isinstance(model, StyleEncoderModel | SuperResolutionModel):
+            asked = _reference(experiment, model.size, count).asked[number * halves[0] :]
+            return upsample_with(model, asked[: halves[number]], experiment.upsampling.downscale)
+        return model.generator.sample(halves[number], rng)
+
+    with ThreadPoolExecutor(2) as pool:
+        return torch.cat(list(pool.map(draw, range(2))))
+
+
+def _figures(made: Images, name: str, truth: _Reference, seed: int) -> ModelQualityRecord:
+    streams = Streams(seed).child("compared figures")
+    readings, true = measure_tone(made).monk.double(), measure_tone(truth.faces).monk.double()
+    found = quality(
+        truth.faces,
+        tone_groups(truth.faces),
+        made,
+        tone_groups(made),
+        ColourFeatures(),
+        streams.numpy("quality"),
+    )
+    darker = int((readings >= DARKER_FROM).sum())
+    return ModelQualityRecord(
+        weights_hash=name,
+        tones=tone_histogram(made).counts,
+        figures={
+            "tone_distance": measured(tone_distance(readings.numpy(), true.numpy(), streams.numpy("tones"))),
+            "darker": measured(rate_interval(darker, len(readings))),
+            **_quality_figures(found.overall),
+        },
+        groups=tuple(_group(group, found.groups.get(group)) for group in TONE_GROUPS),
+    )
+
+
+def _group(name: str, found: GroupQuality | InsufficientSamples | None) -> GroupQualityRecord:
+    match found:
+        case GroupQuality(real=real, made=made):
+            return GroupQualityRecord(group=name, real=real, made=made, figures=_quality_figures(found))
+        case InsufficientSamples(real=real, made=made, fewest=fewest):
+            why = NotMeasured(
+                not_measured=f"wants {fewest} faces on each side, got {real} real and {made} made"
+            )
+            return GroupQualityRecord(group=name, real=real, made=made, figures={m: why for m in QUALITY})
+        case None:
+            why = NotMeasured(not_measured="no faces of this group on either side")
+            return GroupQualityRecord(group=name, real=0, made=0, figures={m: why for m in QUALITY})
+        case _:
+            assert_never(found)
+
+
+def _quality_figures(found: GroupQuality) -> dict[str, Measurement]:
+    return {
+        "kernel": measured(found.kernel),
+        "coverage": measured(found.neighbours.coverage),
+        "precision": measured(found.neighbours.precision),
+        "recall": measured(found.neighbours.recall),
+    }
+
+
+@lru_cache(maxsize=4)
+def _reference(experiment: Experiment, size: int, faces: int) -> _Reference:
+    everyone, asked = device_faces(experiment, 2 * faces, size), device_faces(experiment, faces, size, part=2)
+    if everyone is None or asked is None:
+        raise ConfigError(
+            "devices: nothing is known of real devices' photos; compare with drawn or labelled ones"
+        )
+    half = len(everyone) // 2
+    return _Reference(everyone[:half], everyone[half : 2 * half], asked)
+
+
+def _devices(experiment: Experiment) -> str:
+    everyone = describe_devices(experiment)
+    photos = sorted({count for _, _, count in everyone if count is not None})
+    each = f"{photos[0]} to {photos[-1]}" if len(photos) > 1 else f"{photos[0]}"
+    start = f"{len(everyone)} devices with {each} photos each"
+    match experiment.devices:
+        case SyntheticDevices(light_fractions=shares):
+            return (
+                f"{start}: drawn faces, of which {sum(shares) / len(shares):.0%} have light skin (Monk 1-5), from "
+                f"{max(shares):.0%} on the lightest device to {min(shares):.0%} on the darkest. Tone is read from "
+                "pixels, so light and camera are mixed into every figure."
+            )
+        case _:
+            return f"{start}: {'; '.join(dict.fromkeys(words for _, words, _ in everyone))}."
+
+
+def _draw(record: ComparisonRecord, sweep: Sweep, folder: Path, truth: _Reference) -> None:
+    pictures = {
+        "against-epsilon": comparison_charts.against_epsilon(record),
+        "tones": comparison_charts.tone_histograms(record),
+        "by-group": comparison_charts.by_group(record),
+        "samples": comparison_charts.samples(_rows(record, sweep, folder), truth.second[:SHOWN]),
+    }
+    for name, png in pictures.items():
+        (folder / f"{name}.png").write_bytes(png)
+
+
+def _rows(record: ComparisonRecord, sweep: Sweep, folder: Path) -> dict[str, Images]:
+    """A row of samples for each way and epsilon, of the first seed, from the same latents within a family."""
+    rows: dict[str, Images] = {}
+    for way in record.ways():
+        mine = [variant for variant in sweep.variants if variant.method == way]
+        seed = mine[0].experiment.seed
+        rows[f"{way}, epsilon 0"] = _sampled(mine[0].experiment.start(), mine[0].experiment, SHOWN)
+        by_level = {level_of(v.experiment): v for v in mine if v.experiment.seed == seed}
+        for level in record.levels():
+            if level in by_level:
+                variant = by_level[level]
+                path = weights_path(folder / "runs" / variant.folder, variant.experiment.rounds)
+                rows[f"{way}, epsilon {level}"] = _sampled(load_model(path), variant.experiment, SHOWN)
+    return rows

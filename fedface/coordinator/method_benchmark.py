@@ -1,0 +1,127 @@
+"""Every upsampling method on one public probe: shrink, answer, compare group by group; nearest and bicubic beside them.
+
+Called by `fedface benchmark`. No device takes part: the probe is drawn or labelled and public.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import torch
+
+from fedface.audits.bias import DARKER_FROM
+from fedface.audits.feature_distances import compare_faces
+from fedface.audits.group_metrics import mean_interval, rate_interval
+from fedface.config import plain
+from fedface.coordinator.rounds import ProgressListener
+from fedface.coordinator.server_metrics import MIN_FACES, MethodEvaluation, evaluate_on_probe, examples
+from fedface.experiment import UpsamplingConfig
+from fedface.models.model import Model
+from fedface.photos.skin_tone import measure_tone
+from fedface.randomness import Streams
+from fedface.reports import method_report
+from fedface.reports.measurements import Measurement, NotMeasured
+from fedface.reports.method_report import BenchmarkRecord, MethodMetrics
+from fedface.reports.record_builders import machine_record, measured, version_record
+from fedface.simulation.devices import PublicProbe
+from fedface.upsampling.degradation import Degradation, format_degradation
+from fedface.upsampling.methods import BASELINES, Method, is_deterministic, name_of, title_of
+from fedface.upsampling.upsampler import pixel_std
+
+
+def with_baselines(methods: Sequence[Method]) -> list[Method]:
+    """The methods, with nearest and bicubic behind them where they were not named."""
+    return [*methods, *(each for each in BASELINES if name_of(each) not in map(name_of, methods))]
+
+
+def benchmark_methods(
+    pairs: Sequence[tuple[Method, Model | None]],
+    probe: PublicProbe,
+    downscale: Degradation,
+    *,
+    faces_per_photo: int,
+    seed: int,
+    watcher: ProgressListener,
+    command: str,
+) -> tuple[BenchmarkRecord, dict[str, bytes]]:
+    """Ask every method for the same photos.
+
+    Args:
+        pairs: Each method with its checkpoint.
+        probe: At least two public faces with their groups.
+        downscale: What shrinks them, and what every search works against.
+        faces_per_photo: How many faces, >= 1; methods with one answer give one.
+        seed: Of starts, draws and resamples.
+        watcher: Who is told about progress.
+        command: What a reader types to make it again.
+
+    Returns:
+        The record, and pictures by name, PNG.
+
+    Raises:
+        ConfigError: A method does not go with its checkpoint or the downscale.
+    """
+    found: list[MethodMetrics] = []
+    chosen = examples(probe)
+    rows = [("original", probe.images[chosen])]
+    for number, (method, model) in enumerate(pairs):
+        watcher.stage(f"{title_of(method)} on {len(probe.images)} faces", 1000)
+        faces = 1 if is_deterministic(method) else faces_per_photo
+        config = UpsamplingConfig(downscale=downscale, method=method, faces_per_photo=faces)
+        served = evaluate_on_probe(
+            model,
+            probe,
+            config,
+            method,
+            seed,
+            lambda done, of: watcher.advance(round(1000 * done / max(1, of))),
+        )
+        found.append(_figures(served, probe, served.seconds / (len(probe.images) * faces), seed))
+        if number == 0:
+            side = served.low.shape[-1]
+            rows.append((f"shown,\n{side} x {side}", served.low[chosen].clamp(0, 1)))
+        rows.append((title_of(method).replace(" from ", "\nfrom "), served.upsampled.images[chosen, 0]))
+    record = BenchmarkRecord(
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+        versions=dict(version_record()),
+        machine=machine_record(),
+        probe=probe.description,
+        downscale=format_degradation(downscale),
+        photos=len(probe.images),
+        seed=seed,
+        methods=tuple(found),
+    )
+    pictures = {
+        "faces": method_report.faces(rows, [probe.groups[i] for i in chosen]),
+        "by-group": method_report.by_group(record),
+    }
+    return record, pictures
+
+
+def _figures(served: MethodEvaluation, probe: PublicProbe, seconds: float, seed: int) -> MethodMetrics:
+    streams = Streams(seed).child("methods")
+    made = served.upsampled.images
+    first = made[:, 0]
+    distance: Measurement = NotMeasured(not_measured=f"wants {MIN_FACES} faces to compare with")
+    if len(first) >= MIN_FACES:
+        distance = measured(compare_faces(probe.images, first, streams.numpy("blocks")).kernel)
+    spread: Measurement = NotMeasured(not_measured="it was asked for one face of each photo")
+    if made.shape[1] > 1:
+        each = torch.stack([pixel_std(faces).mean() for faces in made])
+        spread = measured(mean_interval(each.double().numpy(), streams.numpy("spread")))
+    true, dark = probe.tone.monk >= DARKER_FROM, measure_tone(first).monk >= DARKER_FROM
+    return MethodMetrics(
+        method=name_of(served.method),
+        title=title_of(served.method),
+        settings=plain(served.method),
+        weights_hash=served.weights_hash,
+        bias=served.record,
+        distance=distance,
+        spread=spread,
+        darker_true=measured(rate_interval(int(true.sum()), len(true))),
+        darker_made=measured(rate_interval(int(dark.sum()), len(dark))),
+        darker_change=measured(served.report.darker_change),
+        seconds_per_face=seconds,
+    )

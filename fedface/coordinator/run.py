@@ -1,0 +1,364 @@
+"""The main job from recipe to report: rounds, audits before and after, pictures, the record and its pages.
+
+Called by the command line (in this process) and server/app.py (Ray, or real devices). The server sees
+payloads and public pictures only. Each part that is finished is on disk; a run that was cut short continues
+where it stopped.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import assert_never
+
+from fedface.aggregation.payload import HomomorphicConfig
+from fedface.atomic_io import replace_text
+from fedface.config import dump, plain
+from fedface.coordinator.cohort import Cohort
+from fedface.coordinator.device_evaluation import evaluate_on_devices
+from fedface.coordinator.rounds import ProgressListener, run_rounds
+from fedface.coordinator.run_state import RunState, weights_path
+from fedface.coordinator.server_metrics import (
+    LeakageFinding,
+    MethodEvaluation,
+    aggregation_costs,
+    audit_update_leakage,
+    evaluate_on_probe,
+    examples,
+    make_reference_set,
+    sample_metrics,
+    tone_record,
+)
+from fedface.errors import ConfigError, RunError
+from fedface.experiment import Experiment, LabelledDevices, RemoteDevices, SyntheticDevices
+from fedface.models.checkpoint import load_model, save_model, weights_hash
+from fedface.models.model import Model, StyleEncoderModel, SuperResolutionModel
+from fedface.privacy.plan import Plan
+from fedface.privacy.privacy_target import PrivacyTarget
+from fedface.privacy_units import PLURALS, unit_in_words
+from fedface.randomness import Streams
+from fedface.reports import charts, html_report, model_card, run_record
+from fedface.reports.measurements import NotMeasured
+from fedface.reports.record_builders import machine_record, plan_record, version_record
+from fedface.reports.run_record import DeviceRecord, PictureRecord, RunRecord, ToneRecord
+from fedface.simulation.devices import PublicProbe, describe_devices, device_faces, public_faces
+from fedface.synthetic.faces import render_people
+from fedface.tensor_types import Images
+from fedface.training.training_methods import common_streams, noise_source, prepare_round
+from fedface.upsampling.methods import BASELINES, is_deterministic, title_of
+
+MIN_FACES = 40  # on each side of a comparison of samples with faces
+TONE_SAMPLES = 512  # samples whose tones are counted
+
+
+def initialize_run(experiment: Experiment, folder: Path) -> None:
+    """Make a run's folder: the recipe, the base weights, an empty state.
+
+    Raises:
+        RunError: There is a run in this folder already.
+    """
+    if (folder / "state.json").exists():
+        raise RunError(f"{folder}: a run was begun here; continue it with --resume, or choose another folder")
+    (folder / "rounds").mkdir(parents=True, exist_ok=True)
+    save_model(weights_path(folder, 0), experiment.start())
+    replace_text(folder / "experiment.yaml", dump(experiment))
+    replace_text(folder / "digest", experiment.digest())
+    RunState(folder, datetime.now(UTC).isoformat(timespec="seconds"), ()).save()
+
+
+def check_same(experiment: Experiment, folder: Path) -> None:
+    """Raises RunError unless the run in this folder was begun with this very recipe."""
+    begun = (folder / "digest").read_text(encoding="utf-8") if (folder / "digest").exists() else ""
+    if begun != experiment.digest():
+        raise RunError(
+            f"{folder}: this run was begun with another recipe (see experiment.yaml there); "
+            "resume with the same file and options, or start a new run"
+        )
+
+
+def run_experiment(
+    experiment: Experiment, cohort: Cohort, folder: Path, *, watcher: ProgressListener, command: str = ""
+) -> RunRecord:
+    """Run an experiment to its end in a folder that `begin` made, from wherever it stands.
+
+    Args:
+        experiment: The recipe; the same as in the folder.
+        cohort: Who is asked.
+        folder: The run's folder; its name is the run's name.
+        watcher: Who is told about progress.
+        command: What a reader types to run it again.
+
+    Returns:
+        The record; `run_record.json`, `report.html`, `model-model_card.md` and the pictures lie in the folder.
+    """
+    check_same(experiment, folder)
+    plan = experiment.plan()
+    base = load_model(weights_path(folder, 0))
+    size = base.size
+    watcher.stage("public faces", 1)
+    probe = public_faces(experiment.probe, experiment.seed, size)
+    yardstick = make_reference_set(experiment, probe, size)
+    if len(yardstick.faces) < MIN_FACES:
+        raise ConfigError(
+            f"probe: {len(yardstick.faces)} public faces are too few to compare samples with; "
+            f"raise probe.each so that there are at least {MIN_FACES}"
+        )
+    state = RunState.read(folder)
+    away: set[int] = set()  # members whose owners have left
+    state = evaluate_on_devices(experiment, plan, cohort, folder, [("before", base)], state, watcher, away)
+    state = run_rounds(experiment, plan, cohort, state, yardstick, watcher, away)
+    final = load_model(weights_path(folder, experiment.rounds))
+    state = evaluate_on_devices(
+        experiment, plan, cohort, folder, [("before", base), ("after", final)], state, watcher, away
+    )
+    before, after = _serve(experiment, base, final, probe, watcher)
+    beside = [
+        evaluate_on_probe(base, probe, experiment.upsampling, method, experiment.seed, lambda done, of: None)
+        for method in BASELINES
+    ]
+    watcher.stage("attacks on one update", 1)
+    work = prepare_round(final, experiment.training, plan.dp_parameters, common_streams(experiment.seed, 0))
+    attacked = audit_update_leakage(
+        work, probe, _candidates(experiment, size), plan, experiment.attack, experiment.seed
+    )
+    watcher.advance(1)
+    watcher.stage("cost of encryption", 1)
+    # What one device of public faces would send: the sizes and errors are those of a real update.
+    streams = Streams(experiment.seed).child("cost")
+    update = (
+        work.update(probe.images, rng=noise_source(plan.dp_parameters, streams), streams=streams)
+        / work.ranges()
+    )
+    costs = aggregation_costs(update.clamp(-1, 1), experiment.aggregation, experiment.agreement)
+    watcher.advance(1)
+    rng = Streams(experiment.seed)
+    samples = {
+        when: yardstick.pictures(model, TONE_SAMPLES, rng.generator("report samples"))
+        for when, model in (("before", base), ("after", final))
+    }
+    like_devices = None if isinstance(experiment.devices, RemoteDevices) else yardstick.faces
+    parts = _Parts(base, final, probe, like_devices, before, after, beside, samples)
+    record = RunRecord(
+        name=folder.name,
+        question=experiment.question,
+        started=state.started,
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command or shlex.join(["fedface", "run", str(folder / "experiment.yaml")]),
+        versions=dict(version_record()),
+        machine=machine_record(),
+        experiment=plain(experiment),
+        plan=plan_record(plan),
+        base_hash=weights_hash(*base.modules()),
+        final_hash=weights_hash(*final.modules()),
+        devices=tuple(
+            DeviceRecord(
+                id=name,
+                description=words,
+                photos=NotMeasured(not_measured="private to its owner") if count is None else count,
+            )
+            for name, words, count in describe_devices(experiment)
+        ),
+        metrics_before=sample_metrics(base, yardstick, experiment.seed),
+        rounds=state.rounds,
+        bias_before=before.record,
+        bias_after=after.record,
+        withdrawals=state.withdrawals,
+        device_metrics=state.device_metrics,
+        reference={title_of(served.method): served.record for served in beside},
+        tones=_tones(parts),
+        attacks=tuple(attack.record for attack in attacked),
+        aggregation=tuple(costs),
+        pictures=_pictures(folder, parts, attacked),
+        notes=_notes(experiment, plan, base),
+    )
+    run_record.write(record, folder)
+    model_card.write(record, folder)
+    html_report.write(record, folder)
+    return record
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What the pictures are made of."""
+
+    base: Model
+    final: Model
+    probe: PublicProbe
+    like_devices: Images | None
+    before: MethodEvaluation
+    after: MethodEvaluation
+    beside: list[MethodEvaluation]  # nearest and bicubic
+    samples: dict[str, Images]
+
+
+def _serve(
+    experiment: Experiment, base: Model, final: Model, probe: PublicProbe, watcher: ProgressListener
+) -> tuple[MethodEvaluation, MethodEvaluation]:
+    """The probe upsampled with both sets of weights, side by side."""
+    faces = len(probe.images) * experiment.upsampling.faces_per_photo
+    method = experiment.method_for(base)
+    watcher.stage(f"{title_of(method)} on {len(probe.images)} probe faces, before and after", 2 * faces)
+    done = {"before": 0, "after": 0}
+
+    def progress(when: str) -> Callable[[int, int], None]:
+        def note(so_far: int, of: int) -> None:
+            done[when] = round(faces * so_far / max(1, of))
+            watcher.advance(sum(done.values()))
+
+        return note
+
+    with ThreadPoolExecutor(2) as pool:
+        searches = [
+            pool.submit(
+                evaluate_on_probe,
+                model,
+                probe,
+                experiment.upsampling,
+                method,
+                experiment.seed,
+                progress(when),
+            )
+            for model, when in ((base, "before"), (final, "after"))
+        ]
+        before, after = (search.result() for search in searches)
+    return before, after
+
+
+def _candidates(experiment: Experiment, size: int) -> Images:
+    """Faces that everybody may know: the gallery of the attack, and what a guess averages."""
+    count = experiment.attack.candidates
+    found = device_faces(experiment, count, size) if isinstance(experiment.devices, LabelledDevices) else None
+    if found is not None:
+        return found
+    streams = Streams(experiment.seed).child("candidates")
+    return render_people(count, 0.5, size, streams)
+
+
+def _tones(parts: _Parts) -> tuple[ToneRecord, ...]:
+    made = (
+        tone_record("before", "samples before", parts.samples["before"]),
+        tone_record("after", "samples after", parts.samples["after"]),
+    )
+    if parts.like_devices is None:
+        return made
+    return (tone_record("devices", "faces mixed like the devices'", parts.like_devices), *made)
+
+
+def _pictures(folder: Path, parts: _Parts, attacked: list[LeakageFinding]) -> dict[str, PictureRecord]:
+    chosen = examples(parts.probe)
+    low = parts.before.low[chosen].clamp(0, 1)
+    side = low.shape[-1]
+    title = title_of(parts.before.method)
+    shown = "What the generator draws before and after, from the same latents."
+    if isinstance(parts.base, StyleEncoderModel | SuperResolutionModel):
+        shown = "What the network answers before and after, to the same faces, mixed like the devices'."
+    drawn = {
+        "faces": charts.face_grid(
+            [
+                ("truth", parts.probe.images[chosen]),
+                (f"input,\n{side} x {side}", low),
+                *((title_of(served.method), served.upsampled.best()[chosen]) for served in parts.beside),
+                (f"{title},\nbefore", parts.before.upsampled.best()[chosen]),
+                (f"{title},\nafter", parts.after.upsampled.best()[chosen]),
+            ],
+            [parts.probe.groups[i] for i in chosen],
+        ),
+        "samples": charts.face_grid(
+            [
+                *(
+                    (f"before {row + 1}", parts.samples["before"][row * 10 : row * 10 + 10])
+                    for row in range(2)
+                ),
+                *((f"after {row + 1}", parts.samples["after"][row * 10 : row * 10 + 10]) for row in range(2)),
+            ],
+            [str(i + 1) for i in range(10)],
+        ),
+        "attack": charts.attack_grid(
+            attacked[0].result.truth,
+            [(attack.record.defense, attack.result.recovered) for attack in attacked],
+            attacked[0].result.guess,
+        ),
+    }
+    for name, png in drawn.items():
+        (folder / f"{name}.png").write_bytes(png)
+    return {
+        "faces": PictureRecord(
+            file="faces.png",
+            section="faces",
+            caption=f"People of the probe, what each method was shown, and what it made of it; of {title}, the face "
+            "that fits best before and after the run. The made people do not exist.",
+            alt=f"Grid of faces: truth, low-resolution input, nearest, bicubic, {title} before and after the run",
+        ),
+        "samples": PictureRecord(
+            file="samples.png",
+            section="more",
+            caption=shown,
+            alt="Two rows of made faces before and two after the run",
+        ),
+        "attack": PictureRecord(
+            file="attack.png",
+            section="attacks",
+            caption="One photo in one update: the truth, what the attack recovered, and a guess.",
+            alt=f"Grid of faces: truth, recovered with {' and with '.join(a.record.defense for a in attacked)}, "
+            "and the mean face",
+        ),
+    }
+
+
+def _notes(experiment: Experiment, plan: Plan, base: Model) -> tuple[str, ...]:
+    notes = [
+        "Tone is read from pixels, so light and camera are mixed into every tone figure.",
+        "One run with one seed: another seed would give other figures within, and sometimes beyond, the intervals.",
+        "The distance uses features that need no download; it cannot be compared with published FID figures.",
+    ]
+    if isinstance(base, StyleEncoderModel | SuperResolutionModel):
+        notes.append(
+            "An upsampler draws nobody by itself: samples are here its answers to shrunken faces mixed like the "
+            "devices', and no person of a private photo was asked."
+        )
+    if is_deterministic(experiment.method_for(base)):
+        notes.append(
+            f"The {title_of(experiment.method_for(base))} has one answer for a photo that fits many faces; what it "
+            "leaves out does not show in a picture of one face."
+        )
+    match experiment.devices:
+        case SyntheticDevices():
+            notes.append(
+                "Devices are pretended and faces are drawn: people vary in ways that drawings do not."
+            )
+        case LabelledDevices():
+            notes.append(
+                "Devices are pretended. Group labels are other people's judgement, not what the people said. What this "
+                "report compares with the devices' faces is read from their photos themselves, which are public here; "
+                "of private ones nobody could."
+            )
+        case RemoteDevices():
+            notes.append(
+                "Of the photos on the devices nothing is published but what the devices told, with noise."
+                if experiment.evaluation is not None
+                else "Nothing is known about the photos on the devices, so no figure describes them."
+            )
+        case _:
+            assert_never(experiment.devices)
+    if experiment.base is None:
+        notes.append("The base generator was made from drawn faces of which 85 in 100 have light skin.")
+    if isinstance(plan.privacy, PrivacyTarget):
+        notes.append(
+            f"The promise covers {unit_in_words(plan.privacy.unit)}. Somebody in many {PLURALS[plan.privacy.unit]} is "
+            "protected less: the losses of all that show them add up."
+        )
+    if isinstance(experiment.aggregation, HomomorphicConfig):
+        notes.append(
+            "All devices share one key for encrypted sums: a device that sees another's upload can read it."
+        )
+    if plan.dp_parameters.is_private and plan.dp_parameters.noise_at == "server":
+        bare = "bare update" if experiment.evaluation is None else "bare update and bare figures"
+        notes.append(
+            f"The server is trusted: it reads each device's {bare} and could keep it; no figure here says what it "
+            "could learn by that."
+        )
+    return tuple(notes)

@@ -1,0 +1,109 @@
+"""Where a run lies, and that one process at a time works on it.
+
+Called by the command line and server/app.py.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedface.atomic_io import remove_drafts
+from fedface.errors import RunError
+
+RUNS = Path("runs")  # in the folder where the command was given
+
+
+def new_folder(name: str, out: Path | None) -> Path:
+    """The folder for a new run: `out`, or the first of runs/NAME, runs/NAME-2, ... that does not exist."""
+    if out is not None:
+        return _named(out)
+    folder, number = RUNS / name, 1
+    while folder.exists():
+        number += 1
+        folder = RUNS / f"{name}-{number}"
+    return folder
+
+
+def resume_ranking(name: str, out: Path | None) -> Path:
+    """The folder of the tournament to continue: `out`, or the latest unfinished one of this name.
+
+    Raises:
+        RunError: There is none.
+    """
+    return _unfinished(name, out, "answers.json", "tournament.json")
+
+
+def resume_run(name: str, out: Path | None) -> Path:
+    """The folder of the run to continue: `out`, or the latest unfinished one of this name.
+
+    Raises:
+        RunError: There is none.
+    """
+    if out is not None and (out / "state.json").exists() and (out / "run.json").exists():
+        raise RunError(f"{out}: this run is finished; `fedface report {out}` writes its pages anew")
+    return _unfinished(name, out, "state.json", "run.json")
+
+
+def _unfinished(name: str, out: Path | None, begun_file: str, done_file: str) -> Path:
+    if out is not None:
+        if not (out / begun_file).exists():
+            raise RunError(f"{out}: no run was begun here, so there is nothing to resume")
+        if (out / done_file).exists():
+            raise RunError(f"{out}: this one is finished; there is nothing to resume")
+        return _named(out)
+    mine = re.compile(re.escape(name) + r"(-\d+)?")
+    begun = sorted(
+        (path.parent for path in RUNS.glob(f"*/{begun_file}") if mine.fullmatch(path.parent.name)),
+        key=lambda path: path.stat().st_mtime,
+    )
+    unfinished = [path for path in begun if not (path / done_file).exists()]
+    if not unfinished:
+        raise RunError(f"no unfinished run of {name} in {RUNS}; leave --resume out to begin one")
+    return unfinished[-1]
+
+
+def resume_comparison(name: str, out: Path | None) -> Path:
+    """The folder of the comparison to continue: `out`, or the latest of this name.
+
+    Raises:
+        RunError: There is none.
+    """
+    if out is not None:
+        if not (out / "runs").is_dir():
+            raise RunError(f"{out}: no comparison was begun here, so there is nothing to resume")
+        return _named(out)
+    mine = re.compile(re.escape(name) + r"(-\d+)?")
+    begun = [path.parent for path in RUNS.glob("*/runs") if mine.fullmatch(path.parent.name)]
+    if not begun:
+        raise RunError(f"no comparison of {name} in {RUNS}; leave --resume out to begin one")
+    return max(begun, key=lambda path: path.stat().st_mtime)
+
+
+def _named(folder: Path) -> Path:
+    """The folder's name is the run's name, and "." has none."""
+    return folder if folder.name not in ("", "..") else folder.resolve()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Only one process at a time works in a run's folder.
+
+    Raises:
+        RunError: Another process does, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be the folder of a run ({error.strerror})") from error
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(f"{folder}: another process is working on this run") from error
+        for place in (folder, folder / "rounds"):
+            remove_drafts(place)
+        yield

@@ -1,0 +1,100 @@
+"""What of a run is on disk, so that a kill at any moment loses at most the round that was being asked.
+
+Called by rounds.py, evaluation.py and coordinator.py. Written in one step and on the disk before it counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedface.atomic_io import replace_text
+from fedface.errors import RunError
+from fedface.reports import strict
+from fedface.reports.device_metrics_record import DeviceMetricsRecord, WithdrawalRecord
+from fedface.reports.measurements import Epsilon, Measurement, NotMeasured
+from fedface.reports.run_record import RoundRecord
+
+
+def weights_path(folder: Path, round: int) -> Path:
+    """The checkpoint after a round; round 0 is the base."""
+    return folder / "rounds" / f"{round:03d}.safetensors"
+
+
+_PARTS: dict[str, type[Any]] = {
+    "rounds": RoundRecord,
+    "left": WithdrawalRecord,
+    "private": DeviceMetricsRecord,
+}
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What of a run is on disk."""
+
+    folder: Path
+    started: str  # ISO 8601, UTC
+    rounds: tuple[RoundRecord, ...]
+    withdrawals: tuple[WithdrawalRecord, ...] = ()  # devices whose owners left, without their names
+    device_metrics: tuple[
+        DeviceMetricsRecord, ...
+    ] = ()  # figures that devices computed on their own photos, by question
+
+    def save(self) -> None:
+        """In one step, so that a reader never sees half of it, and on the disk before it returns."""
+        kept = {name: [json.loads(strict.dumps(record)) for record in getattr(self, name)] for name in _PARTS}
+        replace_text(self.folder / "state.json", json.dumps({"started": self.started, **kept}))
+
+    def with_round(self, record: RoundRecord) -> RunState:
+        """With one more round, saved."""
+        return self._saved(replace(self, rounds=(*self.rounds, record)))
+
+    def with_initial_metrics(self, figures: dict[str, Measurement]) -> RunState:
+        """With the figures of the last round, saved."""
+        *before, last = self.rounds
+        return self._saved(replace(self, rounds=(*before, replace(last, metrics=figures))))
+
+    def with_device_metrics(self, record: DeviceMetricsRecord) -> RunState:
+        """With one more answer of the devices about a model, saved."""
+        return self._saved(replace(self, device_metrics=(*self.device_metrics, record)))
+
+    def without(self, name: str, price: Callable[[int, int], Epsilon | NotMeasured]) -> RunState:
+        """Forget a device whose owner has left: its name goes, and what cannot be undone is said; saved.
+
+        Args:
+            name: The name that the device went by.
+            price: How many rounds and sets of figures it answered -> what these may have told about one unit.
+        """
+        rounds = tuple(record.round for record in self.rounds if name in record.answered)
+        records = tuple(record.without(name) for record in self.rounds)
+        questions = sum(name in record.answered for record in self.device_metrics)
+        private = tuple(record.without(name) for record in self.device_metrics)
+        left = self.withdrawals
+        if rounds or questions:
+            left = (*left, WithdrawalRecord.of(rounds, questions, price(len(rounds), questions)))
+        return self._saved(replace(self, rounds=records, device_metrics=private, withdrawals=left))
+
+    def _saved(self, state: RunState) -> RunState:
+        state.save()
+        return state
+
+    @staticmethod
+    def read(folder: Path) -> RunState:
+        """Raises RunError if there is no run here, or its state is damaged."""
+        path = folder / "state.json"
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(kept, dict):
+                raise TypeError("expected keys and values")
+            parts = {
+                name: tuple(strict.loads(kind, json.dumps(record)) for record in kept.get(name, ()))
+                for name, kind in _PARTS.items()
+            }
+            return RunState(folder, str(kept["started"]), **parts)
+        except FileNotFoundError as error:
+            raise RunError(f"{folder}: no run was begun here, so there is nothing to resume") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path}: damaged ({error}); start a new run") from error

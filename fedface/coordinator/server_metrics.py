@@ -1,0 +1,280 @@
+"""What the server measures of a model, as records: samples after each round, bias, leakage, cost of encryption.
+
+Called by coordinator.py. Everything here looks at public pictures only: the probe, drawn faces, and what the
+generator makes. An audit attacks updates computed from probe pictures, never a device's own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from fedface.aggregation.homomorphic import make_device, make_keys, make_server
+from fedface.aggregation.payload import (
+    AggregationConfig,
+    AggregationParameters,
+    HomomorphicConfig,
+    PlainConfig,
+)
+from fedface.audits.bias import DARKER_FROM, BiasReport, measure_bias, tone_histogram
+from fedface.audits.feature_distances import compare_faces
+from fedface.audits.gradient_inversion import (
+    AttackResult,
+    CosineSearch,
+    NoDefense,
+    attack_update,
+    candidate_identification,
+)
+from fedface.audits.group_metrics import mean_interval, rate_interval
+from fedface.experiment import AttackConfig, Experiment, UpsamplingConfig
+from fedface.models.checkpoint import weights_hash
+from fedface.models.model import Model, StyleEncoderModel, SuperResolutionModel
+from fedface.photos.skin_tone import measure_tone
+from fedface.privacy.mechanism import GaussianSum
+from fedface.privacy.plan import Plan
+from fedface.randomness import Streams
+from fedface.reports.measurements import Measurement, NotMeasured
+from fedface.reports.record_builders import attack_record, bias_record, defence_words, measured
+from fedface.reports.run_record import AggregationRecord, AttackRecord, BiasRecord, ToneRecord
+from fedface.simulation.devices import PublicProbe, device_faces
+from fedface.tensor_types import Images, LowImages, Vector
+from fedface.training.training_methods import TrainingRound
+from fedface.upsampling.degradation import Degradation, apply_degradation
+from fedface.upsampling.methods import BASELINES, Method, default_method, make_upsampler
+from fedface.upsampling.upsampler import Upsampled
+
+MIN_FACES = 40  # that a distance can be measured from
+SAMPLES = 256  # faces drawn from the generator for every figure of a round
+MONK_NAMES = tuple(f"Monk {step}" for step in range(1, 11))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceSet:
+    """What every model of a run is measured by."""
+
+    faces: Images  # like the devices'
+    asked: Images  # others of the kind, which an upsampler is shown shrunken
+    downscale: Degradation
+
+    def pictures(self, model: Model, count: int, rng: torch.Generator) -> Images:
+        """What a model makes, clamped to [0, 1]: a generator's samples, an upsampler's answers to shrunken faces.
+
+        Args:
+            model: Any family.
+            count: How many; an upsampler makes at most one of each face that it is asked.
+            rng: Where a generator's latents are drawn from.
+        """
+        if isinstance(model, StyleEncoderModel | SuperResolutionModel):
+            return upsample_with(model, self.asked[:count], self.downscale)
+        return model.generator.sample(count, rng)
+
+
+def upsample_with(
+    model: StyleEncoderModel | SuperResolutionModel, faces: Images, downscale: Degradation
+) -> Images:
+    """What an upsampler makes of faces (n, 3, s, s) that it is shown shrunken, clamped to [0, 1]."""
+    low = downscale.apply(faces).clamp(0.0, 1.0)
+    upsampler = make_upsampler(default_method(model), model, downscale, Streams(0), size=model.size)
+    return upsampler.upsample(low, faces_per_photo=1).images[:, 0]
+
+
+def make_reference_set(experiment: Experiment, probe: PublicProbe, size: int) -> ReferenceSet:
+    """Public faces like the devices'; the probe where nothing is known of them."""
+    parts = [device_faces(experiment, SAMPLES, size, part=part) for part in range(2)]
+    faces, asked = (probe.images if part is None or not len(part) else part for part in parts)
+    return ReferenceSet(faces=faces, asked=asked, downscale=experiment.upsampling.downscale)
+
+
+def sample_metrics(model: Model, yardstick: ReferenceSet, seed: int) -> dict[str, Measurement]:
+    """Distance of what it makes to faces like the devices', their mean Monk tone, and the share of darker ones."""
+    streams = Streams(seed).child("samples")
+    like_devices = yardstick.faces
+    made = yardstick.pictures(model, SAMPLES, streams.generator("latents"))
+    monk = measure_tone(made).monk.double().numpy()
+    distance: Measurement = NotMeasured(not_measured=f"wants {MIN_FACES} faces to compare with")
+    if len(like_devices) >= MIN_FACES:
+        distance = measured(compare_faces(like_devices, made, streams.numpy("blocks")).kernel)
+    tones = {
+        "monk": mean_interval(monk, streams.numpy("resamples")),
+        "dark_fraction": rate_interval(int((monk >= DARKER_FROM).sum()), len(monk)),
+    }
+    return {"distance": distance, **{name: measured(value) for name, value in tones.items()}}
+
+
+def tone_record(source: str, label: str, images: Images) -> ToneRecord:
+    """The Monk histogram of some faces, by pixels."""
+    counts = tone_histogram(images).counts
+    return ToneRecord(source=source, label=label, groups=MONK_NAMES, counts=counts)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodEvaluation:
+    """What a method made of the probe with one set of weights."""
+
+    method: Method
+    weights_hash: str  # of the networks that were asked; a hash of nothing where none was
+    report: BiasReport
+    record: BiasRecord
+    low: LowImages
+    upsampled: Upsampled
+    seconds: float  # of the search alone, wall time
+
+
+def evaluate_on_probe(
+    model: Model | None,
+    probe: PublicProbe,
+    config: UpsamplingConfig,
+    method: Method,
+    seed: int,
+    progress: Callable[[int, int], None],
+) -> MethodEvaluation:
+    """Shrink the probe, make it large again, and compare group by group; None goes with methods without a network."""
+    streams = Streams(seed).child("upsampling")
+    low = apply_degradation(config.downscale, probe.images, streams.generator("camera"))
+    size = probe.images.shape[-1]
+    search = make_upsampler(method, model, config.downscale, streams, size=size, progress=progress)
+    started = time.perf_counter()
+    found = search.upsample(low, faces_per_photo=config.faces_per_photo)
+    seconds = time.perf_counter() - started
+    report = measure_bias(
+        probe.images,
+        probe.groups,
+        found,
+        streams.numpy("bootstrap"),
+        true_tone=probe.tone,
+        expected=probe.expected,
+    )
+    name = weights_hash(*_asked(method, model))
+    record = bias_record(report, weights_hash=name, probe=probe.description)
+    order = {name: place for place, name in enumerate(probe.expected)}
+    groups = sorted(record.groups, key=lambda group: order.get(group.group, len(order)))
+    return MethodEvaluation(
+        method=method,
+        weights_hash=name,
+        report=report,
+        record=replace(record, groups=tuple(groups)),
+        low=low,
+        upsampled=found,
+        seconds=seconds,
+    )
+
+
+def _asked(method: Method, model: Model | None) -> tuple[nn.Module, ...]:
+    """The networks whose weights a method looks at."""
+    if model is None or method in BASELINES:
+        return ()
+    return (
+        (model.upsampler,)
+        if isinstance(model, StyleEncoderModel | SuperResolutionModel)
+        else (model.generator,)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeakageFinding:
+    """One attack with its pictures."""
+
+    record: AttackRecord
+    result: AttackResult
+
+
+def audit_update_leakage(
+    work: TrainingRound, probe: PublicProbe, candidates: Images, plan: Plan, config: AttackConfig, seed: int
+) -> list[LeakageFinding]:
+    """Invert one step on one picture, as it is and as the plan's mechanism releases it.
+
+    Where the server adds the noise, it does so to the sum: of a single update there is no other form than the bare one.
+    """
+    mechanism = plan.mechanism()
+    # A run without a promise still asks what noise would have done: one unit of it.
+    noised = mechanism if isinstance(mechanism, GaussianSum) else GaussianSum(
+        clip_norm=mechanism.clip_norm, sigma=1.0
+    )  # fmt: skip
+    spread = torch.linspace(0, len(probe.images) - 1, config.photos).round().long()
+    known = candidates[: config.candidates]
+
+    def attack(defence: NoDefense | GaussianSum) -> LeakageFinding:
+        streams = Streams(seed).child(f"attack/{defence_words(defence)}")
+        result = attack_update(
+            work.per_example_release(Streams(seed).child("attack")),
+            probe.images[spread],
+            defence,
+            candidates,
+            searches=(CosineSearch(iterations=config.iterations),),
+            generator=streams.generator("search"),
+        )
+        gallery = candidate_identification(
+            work.per_example_release(Streams(seed).child("attack")),
+            known,
+            defence,
+            trials=config.trials,
+            generator=streams.generator("gallery"),
+        )
+        record = attack_record(
+            result,
+            gallery,
+            gallery_size=len(known),
+            weights_hash=weights_hash(*work.model.modules()),
+            pictures=("attack",),
+        )
+        return LeakageFinding(record=record, result=result)
+
+    with ThreadPoolExecutor(2) as pool:
+        bare = plan.dp_parameters.is_private and plan.dp_parameters.noise_at == "server"
+        return list(pool.map(attack, (NoDefense(),) if bare else (NoDefense(), noised)))
+
+
+def aggregation_costs(
+    update: Vector, config: AggregationConfig, agreement: AggregationParameters
+) -> list[AggregationRecord]:
+    """Sum this update with itself under both protocols, for as many devices as the run has."""
+    encrypted = config if isinstance(config, HomomorphicConfig) else HomomorphicConfig()
+    truth = update * agreement.max_devices
+    return [
+        _cost(PlainConfig(), "the server reads every update", update, truth, agreement),
+        _cost(
+            encrypted,
+            "any device with the shared key; the server reads only the sum",
+            update,
+            truth,
+            agreement,
+        ),
+    ]
+
+
+def _cost(
+    config: AggregationConfig, sees: str, update: Vector, truth: Vector, agreement: AggregationParameters
+) -> AggregationRecord:
+    device = make_device(config, agreement, make_keys(config, agreement))
+    server = make_server(config, agreement)
+    started = time.perf_counter()
+    payloads = [device.protect(update, 1) for _ in range(agreement.max_devices)]
+    protected = time.perf_counter()
+    total = server.combine(payloads)
+    combined = time.perf_counter()
+    opened = device.reveal(total)
+    revealed = time.perf_counter()
+    return AggregationRecord(
+        protocol=config.kind,
+        sees=sees,
+        bytes_per_device=payloads[0].nbytes,
+        seconds_protect=(protected - started) / agreement.max_devices,
+        seconds_combine=combined - protected,
+        seconds_reveal=revealed - combined,
+        max_error=float((opened - truth).abs().max()),
+        count=agreement.max_devices,
+    )
+
+
+def examples(probe: PublicProbe) -> list[int]:
+    """One or two pictures of each group, ten at most, for the picture of faces before and after."""
+    per_group = 2 if len(probe.expected) <= 5 else 1
+    chosen: list[int] = []
+    for name in probe.expected:
+        chosen += [i for i, group in enumerate(probe.groups) if group == name][:per_group]
+    return chosen[:10]

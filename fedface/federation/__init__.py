@@ -1,1 +1,0 @@
-"""What crosses between server and devices, who answers, and how rounds run."""

@@ -1,0 +1,361 @@
+"""Weights of other programs -> our networks: what a file holds, with the shape read from the numbers themselves.
+
+Called from the command line (`fedface weights import`). `models.foreign` reads the file without running anything,
+`models.renamings` gives our names; here a network of that shape is described, compared name by name and shape by
+shape, and only then made and filled. Anything that does not fit exactly is refused, because a network that is
+nearly the published one gives pictures that are nearly right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fedface.errors import ConfigError, WeightsError
+from fedface.importing.foreign_checkpoint import ForeignFile, ForeignNetwork, is_safetensors, read_foreign
+from fedface.importing.infer_config import (
+    channels_of,
+    check_fields,
+    check_fit,
+    clamp_of,
+    count_of,
+    floats_of,
+    group_of,
+    sides_of,
+    width_of,
+)
+from fedface.importing.key_maps import (
+    pulse_generator,
+    rosinality_discriminator,
+    rosinality_generator,
+    without_filters,
+)
+from fedface.importing.safe_pickle import sanitize_text
+from fedface.models.checkpoint import load_model
+from fedface.models.discriminator import Discriminator, DiscriminatorConfig
+from fedface.models.model import GanModel, GeneratorModel
+from fedface.models.stylegan1 import StyleGAN1, StyleGAN1Config
+from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
+
+FIXED_SEED: Final = (
+    20  # of what a file leaves open: noise maps, and the draws that the mean style is taken from
+)
+MEAN_DRAWS: Final = 10_000
+FILTER: Final = (1.0, 3.0, 3.0, 1.0)
+
+Kind = Literal[
+    "stylegan2-ada of NVIDIA",
+    "stylegan2-ada state dict",
+    "stylegan2 of rosinality",
+    "stylegan1 as PULSE reads it",
+    "fedface",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportedModel:
+    """What a file turned out to hold."""
+
+    kind: Kind
+    generator: StyleGAN2 | StyleGAN1 | None
+    discriminator: Discriminator | None
+    notes: Mapping[str, Any]  # the file's name and hash, and remarks, for the model's own notes
+    ignored: tuple[str, ...]  # names of what was in the file and is not taken
+
+    def model(self) -> GanModel | GeneratorModel:
+        """A model that can be kept: with its discriminator where one was found, and alone otherwise.
+
+        Raises:
+            WeightsError: There is no generator, or the discriminator is of another size.
+        """
+        if self.generator is None:
+            raise WeightsError(
+                f"{self.notes['file']}: holds a discriminator alone; a model needs a generator"
+            )
+        if self.discriminator is None:
+            return GeneratorModel(self.generator, self.notes)
+        if isinstance(self.generator, StyleGAN1) or self.generator.size != self.discriminator.config.size:
+            raise WeightsError(
+                f"{self.notes['file']}: its generator makes {self.generator.size} px and its discriminator judges "
+                f"{self.discriminator.config.size} px; they do not belong together"
+            )
+        return GanModel(self.generator, self.discriminator, self.notes)
+
+
+def import_file(path: Path, mapping: Path | None = None) -> ImportedModel:
+    """Read a file of another program, or of ours, told apart by content.
+
+    Args:
+        path: NVIDIA's .pkl, rosinality's .pt, a StyleGAN1 or stylegan2-ada state dict, or our safetensors.
+        mapping: The second file of a StyleGAN1 that is kept in two, as PULSE does.
+
+    Raises:
+        WeightsError: The file cannot be read safely, is of no kind we know, or does not fit our networks exactly.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file")
+    notes = {"file": path.name, "sha256": _digest(path)}
+    try:
+        if is_safetensors(path):
+            if mapping is not None:
+                raise WeightsError("--mapping goes with a StyleGAN1 in two files, not with safetensors")
+            return _ours(path, notes)
+        content = read_foreign(path)
+        if mapping is not None:
+            notes |= {"mapping_file": mapping.name, "mapping_sha256": _digest(mapping)}
+            return _pulse([content, read_foreign(mapping)], notes)
+        return _converted(content, notes)
+    except (WeightsError, ConfigError) as error:
+        raise WeightsError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    except MemoryError as error:
+        raise WeightsError(f"{path}: takes more memory to convert than this machine has") from error
+
+
+def _digest(path: Path) -> str:
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _ours(path: Path, notes: dict[str, Any]) -> ImportedModel:
+    model = load_model(path)
+    if not isinstance(model, GanModel | GeneratorModel):
+        raise WeightsError("is a model of fedface already; use it as it is")
+    discriminator = model.discriminator if isinstance(model, GanModel) else None
+    return ImportedModel(
+        kind="fedface",
+        generator=model.generator,
+        discriminator=discriminator,
+        notes={**model.notes, **notes},
+        ignored=(),
+    )
+
+
+def _converted(content: ForeignFile, notes: dict[str, Any]) -> ImportedModel:
+    """Which program wrote these networks, by the names of their weights."""
+    names = {name for network in content.networks.values() for name in network.tensors}
+    if "synthesis.b4.const" in names or "b4.out.weight" in names:
+        return _ada(content, notes)
+    if "input.input" in names or "final_linear.1.weight" in names:
+        return _rosinality(content, notes)
+    if any(name.endswith(("blocks.4x4.const", "dense0.weight")) for name in names):
+        return _pulse([content], notes)
+    classes = sorted({network.class_name for network in content.networks.values() if network.class_name})
+    seen = ", ".join(sanitize_text(name, 40) for name in sorted(names)[:3]) or "no weights"
+    raise WeightsError(
+        f"holds {' and '.join(classes) or 'networks'} that we do not know ({seen}); what can be read are StyleGAN2 of "
+        "NVIDIA's stylegan2-ada-pytorch and of rosinality, and StyleGAN1 as PULSE reads it"
+    )
+
+
+def _ada(content: ForeignFile, notes: dict[str, Any]) -> ImportedModel:
+    remarks: list[str] = []
+    chosen = _first_of(content, ("G_ema", "G", ""), "synthesis.b4.const")
+    judge = _first_of(content, ("D", ""), "b4.out.weight")
+    generator = None if chosen is None else _ada_generator(content.networks[chosen], remarks)
+    discriminator = None if judge is None else _ada_discriminator(content.networks[judge])
+    if content.kind == "torch-checkpoint":
+        remarks.append("the file does not say whether activations are clamped; they are not")
+    if chosen == "G":
+        remarks.append("there is no averaged generator (G_ema); G was taken")
+    return ImportedModel(
+        kind="stylegan2-ada of NVIDIA" if content.kind == "nvidia-pickle" else "stylegan2-ada state dict",
+        generator=generator,
+        discriminator=discriminator,
+        notes=_with(notes, remarks),
+        ignored=_ignored(content, {chosen, judge}),
+    )
+
+
+def _rosinality(content: ForeignFile, notes: dict[str, Any]) -> ImportedModel:
+    remarks: list[str] = []
+    chosen = _first_of(content, ("g_ema", "g", ""), "input.input")
+    judge = _first_of(content, ("d", ""), "final_linear.1.weight")
+    generator = discriminator = None
+    used: set[str | None] = {chosen, judge}
+    if chosen is not None:
+        tensors = rosinality_generator(content.networks[chosen].tensors)
+        if "latent_avg" in content.tensors:
+            tensors["mapping.w_avg"] = content.tensors["latent_avg"].reshape(-1)
+            used.add("latent_avg")
+        generator = _ada_generator(ForeignNetwork(class_name="", tensors=tensors, fields={}), remarks)
+        if chosen == "g":
+            remarks.append("there is no averaged generator (g_ema); g was taken")
+    if judge is not None:
+        tensors = rosinality_discriminator(content.networks[judge].tensors)
+        discriminator = _ada_discriminator(ForeignNetwork(class_name="", tensors=tensors, fields={}))
+    return ImportedModel(
+        kind="stylegan2 of rosinality",
+        generator=generator,
+        discriminator=discriminator,
+        notes=_with(notes, remarks),
+        ignored=_ignored(content, used),
+    )
+
+
+def _pulse(files: list[ForeignFile], notes: dict[str, Any]) -> ImportedModel:
+    tensors: dict[str, Tensor] = {}
+    ignored: list[str] = []
+    for content in files:
+        for network in content.networks.values():
+            renamed = pulse_generator(network.tensors)
+            if twice := sorted(set(renamed) & set(tensors)):
+                raise WeightsError(f"both files hold {sanitize_text(twice[0])}; give one of each kind")
+            tensors |= renamed
+        ignored += _ignored(content, set(content.networks))
+    halves = {name.split(".")[0] for name in tensors}
+    if halves != {"mapping", "synthesis"}:
+        missing = "mapping" if "mapping" not in halves else "synthesis"
+        raise WeightsError(
+            f"holds a StyleGAN1 without its {missing}; give both: fedface weights import SYNTHESIS --mapping MAPPING"
+        )
+    remarks = ["noise maps are not in such files; fixed ones were drawn"]
+    generator = _filled_stylegan1(tensors, remarks)
+    return ImportedModel(
+        kind="stylegan1 as PULSE reads it",
+        generator=generator,
+        discriminator=None,
+        notes=_with(notes, remarks),
+        ignored=tuple(ignored),
+    )
+
+
+def _first_of(content: ForeignFile, names: Iterable[str], has: str) -> str | None:
+    """The first of these networks that is there and has this weight."""
+    return next((name for name in names if has in getattr(content.networks.get(name), "tensors", {})), None)
+
+
+def _ignored(content: ForeignFile, used: Collection[str | None]) -> tuple[str, ...]:
+    """Names of what is not taken, fit for a terminal."""
+    left = sorted({*content.networks, *content.tensors}.difference(used))
+    return (*(sanitize_text(name, 40) for name in left), *content.ignored)
+
+
+def _with(notes: dict[str, Any], remarks: list[str]) -> dict[str, Any]:
+    return {**notes, "remarks": list(dict.fromkeys(remarks))} if remarks else notes
+
+
+def _ada_generator(network: ForeignNetwork, remarks: list[str]) -> StyleGAN2:
+    """A generator with stylegan2-ada's names, described by its shapes and filled."""
+    tensors = without_filters(network.tensors, ".resample_filter", FILTER)
+    sides = sides_of(tensors, r"synthesis\.b([0-9]{1,6})\.conv1\.weight")
+    check_fields(network, ("mapping.fc", 0.01))
+    style = width_of(tensors, "synthesis.b4.conv1.affine.weight", 1)
+    classes = width_of(tensors, "mapping.embed.weight", 1) if "mapping.embed.weight" in tensors else 0
+    if any(name.endswith(".skip.weight") for name in tensors):
+        architecture: Literal["skip", "orig", "resnet"] = "resnet"
+    else:
+        architecture = "skip" if "synthesis.b4.torgb.weight" in tensors else "orig"
+    table = {side: width_of(tensors, f"synthesis.b{side}.conv1.weight", 0) for side in sides}
+    base, most = channels_of(table)
+    config = StyleGAN2Config(
+        size=max(sides),
+        latent_width=width_of(tensors, "mapping.fc0.weight", 1) - (style if classes else 0),
+        style_width=style,
+        mapping_layers=count_of(tensors, r"mapping\.fc[0-9]+\.weight"),
+        architecture=architecture,
+        clamp=clamp_of(network),
+        classes=classes,
+        channel_base=base,
+        channel_max=most,
+    )
+    rng = torch.Generator().manual_seed(FIXED_SEED)
+    if not any(name.endswith(".noise_const") for name in tensors):
+        remarks.append("noise maps are not in the file; fixed ones were drawn")
+        tensors |= {
+            f"synthesis.b{side}.{conv}.noise_const": torch.randn(side, side, generator=rng)
+            for side in sides
+            for conv in (("conv1",) if side == 4 else ("conv0", "conv1"))
+        }
+    mean_known = "mapping.w_avg" in tensors
+    if not mean_known:
+        tensors["mapping.w_avg"] = torch.zeros(style)
+    check_fit(lambda: StyleGAN2(config), tensors)
+    generator = StyleGAN2(config, rng)
+    generator.load_state_dict(floats_of(tensors))
+    if not mean_known:
+        _find_mean(generator, remarks, rng)
+    return generator
+
+
+def _ada_discriminator(network: ForeignNetwork) -> Discriminator:
+    """A discriminator with stylegan2-ada's names, described by its shapes and filled."""
+    tensors = without_filters(network.tensors, ".resample_filter", FILTER)
+    sides = sides_of({**tensors, "b4.conv0.weight": torch.empty(0)}, r"b([0-9]{1,6})\.conv0\.weight")
+    check_fields(network, ("mapping.fc", 0.01))
+    table = {side: width_of(tensors, f"b{side}.conv0.weight", 1) for side in sides if side > 4}
+    table[4] = width_of(tensors, "b4.conv.weight", 0)
+    if any(name.endswith(".skip.weight") for name in tensors):
+        architecture: Literal["resnet", "orig", "skip"] = "resnet"
+    else:
+        architecture = "skip" if "b4.fromrgb.weight" in tensors else "orig"
+    spread = width_of(tensors, "b4.conv.weight", 1) - table[4]
+    base, most = channels_of(table)
+    config = DiscriminatorConfig(
+        size=max(sides),
+        architecture=architecture,
+        clamp=clamp_of(network),
+        minibatch_group=group_of(network) if spread else 0,
+        minibatch_channels=max(1, spread),
+        channel_base=base,
+        channel_max=most,
+    )
+    if "mapping.embed.weight" in tensors:
+        layers = count_of(tensors, r"mapping\.fc[0-9]+\.weight")
+        config = replace(config, classes=width_of(tensors, "mapping.embed.weight", 1), mapping_layers=layers)
+    check_fit(lambda: Discriminator(config), tensors)
+    discriminator = Discriminator(config, torch.Generator())
+    discriminator.load_state_dict(floats_of(tensors))
+    return discriminator
+
+
+def _filled_stylegan1(tensors: dict[str, Tensor], remarks: list[str]) -> StyleGAN1:
+    sides = sides_of(tensors, r"synthesis\.blocks\.([0-9]{1,6})x\1\.epi1\.noise\.weight")
+    table = {
+        side: width_of(tensors, f"synthesis.blocks.{side}x{side}.epi1.noise.weight", 0) for side in sides
+    }
+    base, most = channels_of(table)
+    config = StyleGAN1Config(
+        size=max(sides),
+        latent_width=width_of(tensors, "mapping.dense0.weight", 1),
+        style_width=width_of(tensors, "synthesis.blocks.4x4.epi1.style_mod.lin.weight", 1),
+        mapping_layers=count_of(tensors, r"mapping\.dense[0-9]+\.weight"),
+        channel_base=base,
+        channel_max=most,
+    )
+    rng = torch.Generator().manual_seed(FIXED_SEED)
+    left_open = {"mapping.w_avg": torch.zeros(config.style_width)} | {
+        f"synthesis.blocks.{side}x{side}.epi{place}.noise.const": torch.randn(side, side, generator=rng)
+        for side in sides
+        for place in (1, 2)
+    }
+    check_fit(lambda: StyleGAN1(config), {**left_open, **tensors})
+    generator = StyleGAN1(config, rng)
+    generator.load_state_dict(floats_of({**left_open, **tensors}))
+    if "mapping.w_avg" not in tensors:
+        _find_mean(generator, remarks, rng)
+    return generator
+
+
+def _find_mean(generator: StyleGAN2 | StyleGAN1, remarks: list[str], rng: torch.Generator) -> None:
+    """The mean style of fresh latents, where a file does not say it; with classes, of all classes alike."""
+    remarks.append(f"the mean style is not in the file; it was taken from {MEAN_DRAWS:,} draws")
+    classes = generator.config.classes if isinstance(generator, StyleGAN2) else 0
+    total = torch.zeros_like(generator.mapping.w_avg)
+    with torch.no_grad():
+        for first in range(0, MEAN_DRAWS, 500):
+            latents = torch.randn(500, generator.latent_width, generator=rng)
+            if classes:
+                labels = functional.one_hot(torch.arange(first, first + 500) % classes, classes).float()
+                total += generator.mapping(latents, labels).sum(dim=0)
+            else:
+                total += generator.mapping(latents).sum(dim=0)
+        generator.mapping.w_avg.copy_(total / MEAN_DRAWS)

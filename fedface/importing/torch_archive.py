@@ -1,0 +1,172 @@
+"""The two formats of torch.save, read as words and rows of numbers.
+
+Called from importing/foreign_checkpoint. The newer format is a zip file with one pickle and one uncompressed entry per row of
+numbers; the older one is a pickle with the rows behind it. In both, the pickle names a row by a persistent id.
+"""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from fedface.importing.safe_pickle import (
+    MAX_STEPS,
+    PickledGlobal,
+    PickleRefused,
+    pickle_stream,
+    read_pickle,
+    sanitize_text,
+)
+
+TORCH_MAGIC: Final = 0x1950A86A20F9469CFC6C  # the first value of the older format
+LARGEST: Final = 4 * 2**30  # bytes of a file; the largest published training checkpoint has about one
+FEW_STEPS: Final = 10_000  # instructions that describe one row of numbers; a dozen do
+_MOST_LISTED: Final = 4 * 2**20  # bytes of a zip file's list of entries
+_DTYPES: Final[Mapping[str, torch.dtype]] = {
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+}
+
+
+@dataclass(slots=True, eq=False)
+class Storage:
+    """Numbers in a row, of which tensors are windows."""
+
+    dtype: torch.dtype
+    numel: int
+    values: Tensor | None = None  # known when the bytes behind the pickle are read
+
+    def fill(self, content: bytes) -> None:
+        """Take the numbers from their bytes; raises PickleRefused if there are more or fewer than were announced."""
+        wanted = self.numel * self.dtype.itemsize
+        if len(content) != wanted:
+            raise PickleRefused(f"is damaged: a row of numbers has {len(content)} bytes and not {wanted}")
+        self.values = torch.frombuffer(bytearray(content), dtype=self.dtype) if wanted else torch.empty(0)
+
+
+def read_rows(stream: Any, *, most_steps: int = MAX_STEPS) -> Any:
+    """The older format of torch.save behind its magic number: a pickle, then the rows of numbers it names.
+
+    Raises:
+        PickleRefused: As `read_pickle`, or a row is missing, cut short or described in two ways.
+    """
+    storages: dict[str, Storage] = {}
+    if read_pickle(stream, most_steps=FEW_STEPS) != 1001:
+        raise PickleRefused("is of a version of torch.save that nobody uses")
+    system = read_pickle(stream, most_steps=FEW_STEPS)
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise PickleRefused("was written on a machine with another order of bytes")
+    value = read_pickle(stream, persistent=lambda key: _named_storage(key, storages), most_steps=most_steps)
+    keys = read_pickle(stream, most_steps=most_steps)
+    if not isinstance(keys, list) or not all(isinstance(key, str) and key in storages for key in keys):
+        raise PickleRefused("is damaged: its list of rows of numbers is none")
+    for key in dict.fromkeys(keys):
+        storage = storages[key]
+        (numel,) = struct.unpack("<q", _exactly(stream, 8))
+        if numel != storage.numel:
+            raise PickleRefused(f"is damaged: a row of {storage.numel} numbers says that it has {numel}")
+        storage.fill(_exactly(stream, numel * storage.dtype.itemsize))
+    return value
+
+
+def _exactly(stream: Any, count: int) -> bytes:
+    content: bytes = stream.read(count)
+    if len(content) != count:
+        raise PickleRefused(f"is cut short: {count} bytes were to come, {len(content)} came")
+    return content
+
+
+def _named_storage(key: Any, storages: dict[str, Storage]) -> Storage:
+    """What torch.save's persistent ids stand for: ("storage", type, key, device, count[, view])."""
+    if not (
+        isinstance(key, tuple)
+        and len(key) in (5, 6)
+        and key[0] == "storage"
+        and isinstance(key[1], PickledGlobal)
+    ):
+        raise PickleRefused("has a persistent id that is no row of numbers")
+    kind, name, count = key[1], key[2], key[4]
+    dtype = _DTYPES.get(str(kind))
+    if dtype is None or not isinstance(name, str) or not isinstance(count, int) or not 0 <= count < LARGEST:
+        raise PickleRefused("has a persistent id that is no row of numbers")
+    if key[5:] not in ((), (None,)):
+        raise PickleRefused("has rows of numbers that are views of others, a format that nobody uses")
+    storage = storages.setdefault(name, Storage(dtype, count))
+    if (storage.dtype, storage.numel) != (dtype, count):
+        raise PickleRefused(f"describes one row of numbers in two ways ({sanitize_text(name)})")
+    return storage
+
+
+def read_zip(file: Any, size: int) -> Any:
+    """The newer format of torch.save: a zip file with data.pkl and one uncompressed entry per row of numbers.
+
+    Args:
+        file: Open for reading bytes.
+        size: Its length in bytes.
+
+    Raises:
+        PickleRefused: As `read_pickle`, or the zip file is damaged, compressed, or larger inside than outside.
+    """
+    _check_directory(file, size)
+    storages: dict[str, Storage] = {}
+    try:
+        with zipfile.ZipFile(file) as archive:
+            folder = _checked_folder(archive, size)
+            value = read_pickle(
+                pickle_stream(archive.read(f"{folder}data.pkl")),
+                persistent=lambda key: _named_storage(key, storages),
+            )
+            for name, storage in storages.items():
+                storage.fill(archive.read(f"{folder}data/{name}"))
+    except (zipfile.BadZipFile, KeyError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise PickleRefused(f"is a damaged zip file ({sanitize_text(str(error))})") from error
+    return value
+
+
+def _checked_folder(archive: zipfile.ZipFile, size: int) -> str:
+    """The folder within the zip file that torch.save wrote, after looking at every entry."""
+    entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise PickleRefused("is a compressed zip file, and torch.save does not compress")
+    if sum(max(entry.file_size, entry.compress_size) for entry in entries) > size:
+        raise PickleRefused("is a zip file whose parts are together larger than itself")
+    names = {entry.filename for entry in entries}
+    main = [name for name in names if name.endswith("data.pkl")]
+    if len(main) != 1 or len(names) != len(entries):
+        raise PickleRefused("is a zip file, but not one that torch.save wrote")
+    folder = main[0].removesuffix("data.pkl")
+    order = f"{folder}byteorder"
+    if order in names and archive.read(order) != b"little":
+        raise PickleRefused("was written on a machine with another order of bytes")
+    return folder
+
+
+def _check_directory(file: Any, size: int) -> None:
+    """Refuse a zip file whose list of entries would fill memory: `zipfile` reads it whole."""
+    file.seek(max(0, size - 2**16 - 128))
+    tail = file.read()
+    place = tail.rfind(b"PK\x05\x06")
+    if place < 0 or place + 22 > len(tail):
+        raise PickleRefused("is cut short: a zip file ends with a list of its parts")
+    listed = int.from_bytes(tail[place + 12 : place + 16], "little")
+    wide = tail.rfind(b"PK\x06\x06", 0, place)
+    if wide >= 0:
+        long = int.from_bytes(tail[wide + 40 : wide + 48], "little")
+        listed = long if listed == 0xFFFFFFFF else max(long, listed)
+    if listed > _MOST_LISTED:
+        raise PickleRefused("is a zip file with more parts than any network has")
+    file.seek(0)

@@ -1,0 +1,282 @@
+"""One photo -> one picture that shows how little a pixelated face says: several faces, all equally right.
+
+Called by `fedface upsample` and the local page. `MethodRunner` asks each method for faces; `contact_sheet` lays them out:
+what was shown, the faces with what they shrink to, how far they differ pixel by pixel, and beside them the skin tones
+that the generator has learned to draw, because what it never saw it cannot answer.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure as Canvas
+from torch import Tensor
+from torch.nn import functional
+
+from fedface.audits.bias import ToneHistogram
+from fedface.models.model import Model
+from fedface.photos.face_crops import FaceCrop
+from fedface.photos.skin_tone import MONK_SWATCHES, measure_tone
+from fedface.randomness import Streams
+from fedface.reports.charts import STYLE, pixels_of
+from fedface.tensor_types import Images, LowImages
+from fedface.upsampling.degradation import Degradation, apply_degradation, format_degradation
+from fedface.upsampling.methods import Method, is_deterministic, make_upsampler, title_of
+from fedface.upsampling.upsampler import Progress, Upsampled, Upsampler, pixel_std
+
+NO_FACE = "The made people do not exist; the pixels do not say which face is right."
+NEAREST = "No method made a face that fits: what is shown is the nearest that each knows."
+
+_MARK = "fedface sheet of faces"  # in the PNG, so that no other file is ever replaced
+_SIDE, _SMALL, _GAP, _LEFT = 124, 44, 10, 164  # pixels of the sheet
+_CELL, _ROW = _SIDE + _GAP, _SIDE + _SMALL + 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class DegradedFace:
+    """A face and what of it is shown to the methods."""
+
+    subject: FaceCrop
+    truth: Images  # (1, 3, size, size): the aligned face, or a small picture enlarged
+    low: LowImages  # (1, 3, side, side) in [0, 1]
+    degradation: Degradation
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOutput:
+    """What one method made of it."""
+
+    method: Method
+    made: Upsampled  # of one photo
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContactSheet:
+    """A face, what was shown, and every method's answer."""
+
+    shown: DegradedFace
+    answers: tuple[MethodOutput, ...]
+
+
+def show(subject: FaceCrop, degradation: Degradation, *, size: int, seed: int = 0) -> DegradedFace:
+    """Shrink a face as a camera would; a picture that is as small as that already is taken as it is.
+
+    Raises:
+        ValueError: The degradation does not go with faces of `size` pixels.
+    """
+    crop = torch.from_numpy(subject.crop.copy()).permute(2, 0, 1)[None].float() / 255.0
+    own, low_side = crop.shape[-1], degradation.low_side(size)
+    truth = crop
+    if own != size:
+        truth = functional.interpolate(crop, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
+    if subject.already_small and own == low_side:
+        low = crop
+    else:
+        low = apply_degradation(degradation, truth, Streams(seed).generator("camera"))
+    return DegradedFace(subject=subject, truth=truth, low=low, degradation=degradation)
+
+
+class MethodRunner:
+    """Methods with their weights, prepared once for many photos; equal photos get equal answers, in any order."""
+
+    def __init__(
+        self,
+        methods: Sequence[tuple[Method, Model | None]],
+        degradation: Degradation,
+        *,
+        size: int,
+        seed: int,
+        progress: Progress | None = None,
+    ) -> None:
+        """Prepare every method.
+
+        Args:
+            methods: Each with the checkpoint that it needs, see `upsampling.methods.pair_with_models`.
+            degradation: What the photos have gone through.
+            size: Side of the faces in pixels.
+            seed: Of starts and draws.
+            progress: Called with steps done and steps in all of one photo, a thousand for each method.
+
+        Raises:
+            ConfigError: A method does not go with its checkpoint or with this downscale.
+        """
+        self._prepared: list[tuple[Method, Upsampler]] = []
+        for number, (method, model) in enumerate(methods):
+
+            def tell(done: int, of: int, number: int = number) -> None:
+                if progress is not None:
+                    progress(1000 * number + round(1000 * done / max(1, of)), 1000 * len(methods))
+
+            upsampler = make_upsampler(method, model, degradation, Streams(seed), size=size, progress=tell)
+            self._prepared.append((method, upsampler))
+
+    def run(self, shown: DegradedFace, *, faces: int) -> ContactSheet:
+        """Ask every method, those that have more than one answer for `faces` (>= 1) of them."""
+        answers = []
+        for method, upsampler in self._prepared:
+            started = time.perf_counter()
+            made = upsampler.upsample(shown.low, faces_per_photo=1 if is_deterministic(method) else faces)
+            answers.append(MethodOutput(method=method, made=made, seconds=time.perf_counter() - started))
+        return ContactSheet(shown=shown, answers=tuple(answers))
+
+
+def describe_output(answer: MethodOutput) -> str:
+    """One line about a method's answer: how many faces fit, and how well."""
+    consistency_error, fits = answer.made.consistency_error[0], answer.made.converged[0]
+    best = f"smallest consistency error {float(consistency_error.min()):.5f}"
+    if is_deterministic(answer.method):
+        return f"{title_of(answer.method)}: one answer, {'fits' if bool(fits[0]) else 'does not fit'}, {best}"
+    return f"{title_of(answer.method)}: {int(fits.sum())} of {len(fits)} faces fit, {best}"
+
+
+def is_sheet(path: Path) -> bool:
+    """Whether a file is a sheet that `contact_sheet` made, so that a new one may take its place."""
+    with path.open("rb") as file:
+        return _MARK.encode() in file.read(2000)
+
+
+def contact_sheet(portrait: ContactSheet, tones: ToneHistogram | None = None, *, source: str = "") -> bytes:
+    """The picture of a portrait, PNG on white.
+
+    Args:
+        portrait: At least one answer.
+        tones: Skin tones of what the generator draws; left out where no generator was asked.
+        source: Where the photo comes from, for the last line.
+    """
+    shown = portrait.shown
+    several = [answer for answer in portrait.answers if not is_deterministic(answer.method)]
+    single = [answer for answer in portrait.answers if is_deterministic(answer.method)]
+    columns = max(5, len(single), *(answer.made.faces_per_photo + 1 for answer in several), 0)
+    width, top = _LEFT + columns * _CELL + 16, 46 + _SIDE + 54
+    height = top + (len(several) + bool(single)) * _ROW + 16 * bool(single) + 64
+    with matplotlib.rc_context({**STYLE, "font.size": 9.0}):
+        sheet = _Sheet(width, height)
+        side, own = shown.low.shape[-1], measure_tone(shown.truth)
+        sheet.words(
+            _LEFT,
+            10,
+            f"the photo's face\nMonk {float(own.monk[0]):.1f}",
+        )
+        sheet.picture(_LEFT, 46, _SIDE, shown.truth[0])
+        words = "\n".join(textwrap.wrap(format_degradation(shown.degradation), 24))
+        sheet.words(_LEFT + _CELL, 10, f"what is shown:\n{side} x {side} pixels")
+        sheet.picture(_LEFT + _CELL, 46, _SIDE, shown.low[0])
+        sheet.words(_LEFT + _CELL, 46 + _SIDE + 6, words, small=True)
+        if tones is not None:
+            made = torch.cat([measure_tone(answer.made.images[0]).monk for answer in portrait.answers])
+            sheet.tones(_LEFT + 2 * _CELL + 56, 46, width - 24, _SIDE, tones, own.monk, made)
+        for number, answer in enumerate(several):
+            _row(sheet, top + number * _ROW, answer, shown.degradation)
+        if single:
+            _single_row(sheet, top + len(several) * _ROW, single, shown.degradation)
+        fits = any(bool(answer.made.converged.any()) for answer in portrait.answers)
+        sheet.words(16, height - 44, NO_FACE if fits else f"{NEAREST} {NO_FACE}", bold=True)
+        if source:
+            sheet.words(16, height - 22, source, small=True)
+        return sheet.png()
+
+
+def _row(sheet: _Sheet, y: int, answer: MethodOutput, degradation: Degradation) -> None:
+    """One method: its faces, what each shrinks to, and how far they differ."""
+    made = answer.made
+    title, _, rest = title_of(answer.method).partition(" from ")
+    lines = [f"from {rest}"] if rest else []
+    lines += [f"{int(made.converged[0].sum())} of {made.faces_per_photo} fit", f"{answer.seconds:.2g} s"]
+    sheet.words(16, y + 8, title, bold=True)
+    sheet.words(16, y + 28, "\n".join(lines), small=True)
+    for number in range(made.faces_per_photo):
+        _face(sheet, _LEFT + number * _CELL, y, answer, number, degradation)
+    x, spread = _LEFT + made.faces_per_photo * _CELL, pixel_std(made.images[0])
+    sheet.heat(x, y, _SIDE, spread)
+    mean, most = 100 * float(spread.mean()), 100 * float(spread.max())
+    words = f"where they differ: {mean:.0f} %\non average, bright: {most:.0f} %"
+    sheet.words(x, y + _SIDE + 8, words, small=True)
+
+
+def _single_row(sheet: _Sheet, y: int, answers: Sequence[MethodOutput], degradation: Degradation) -> None:
+    """Methods that have one answer, side by side."""
+    sheet.words(16, y + 24, "one answer each,", bold=True)
+    sheet.words(16, y + 44, "although many faces\nwould fit", small=True)
+    for number, answer in enumerate(answers):
+        sheet.words(_LEFT + number * _CELL, y, title_of(answer.method), bold=True)
+        _face(sheet, _LEFT + number * _CELL, y + 18, answer, 0, degradation)
+
+
+def _face(sheet: _Sheet, x: int, y: int, answer: MethodOutput, number: int, degradation: Degradation) -> None:
+    """One face, what it shrinks to, and whether that is the photo."""
+    face, consistency_error = answer.made.images[0, number], float(answer.made.consistency_error[0, number])
+    sheet.picture(x, y, _SIDE, face)
+    sheet.picture(x, y + _SIDE + 4, _SMALL, degradation.apply(face[None])[0].clamp(0, 1))
+    verdict = "fits" if bool(answer.made.converged[0, number]) else "no fit"
+    sheet.words(x + _SMALL + 6, y + _SIDE + 8, f"{verdict}\nmisfit {consistency_error:.5f}", small=True)
+
+
+class _Sheet:
+    """A white picture of so many pixels; y grows downwards."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self.width, self.height = width, height
+        self._canvas = Canvas(figsize=(width / 100, height / 100), dpi=100, facecolor="white")
+
+    def _axes(self, x: float, y: float, width: float, height: float) -> Any:
+        box = (x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height)
+        return self._canvas.add_axes(box)
+
+    def picture(self, x: int, y: int, side: int, face: Tensor) -> None:
+        axes = self._axes(x, y, side, side)
+        axes.imshow(pixels_of(face), interpolation="nearest", aspect="auto")
+        axes.set_axis_off()
+
+    def heat(self, x: int, y: int, side: int, spread: Tensor) -> None:
+        axes = self._axes(x, y, side, side)
+        most = max(0.01, float(spread.max()))
+        axes.imshow(spread.numpy(), cmap="magma", vmin=0.0, vmax=most, interpolation="nearest", aspect="auto")
+        axes.set_axis_off()
+
+    def words(self, x: float, y: float, text: str, *, small: bool = False, bold: bool = False) -> None:
+        self._canvas.text(
+            x / self.width,
+            1 - y / self.height,
+            text,
+            va="top",
+            fontsize=8.0 if small else 9.5,
+            fontweight="bold" if bold else "normal",
+            linespacing=1.3,
+        )
+
+    def tones(
+        self, left: int, y: int, right: int, height: int, tones: ToneHistogram, own: Tensor, made: Tensor
+    ) -> None:
+        """What the generator draws, tone by tone, with the photo's own and the answers' readings above."""
+        axes = self._axes(left, y, right - left, height)
+        steps = np.arange(1, 11)
+        shares = 100.0 * np.asarray(tones.counts) / tones.count
+        axes.bar(steps, shares, 0.86, color=MONK_SWATCHES.numpy(), edgecolor="#3b3f46", linewidth=0.6)
+        most = 1.5 * max(shares)
+        axes.set_ylim(0, most)
+        axes.plot(made, np.full(len(made), 0.80 * most), "|", color="#0072b2", markersize=9)
+        axes.plot(own, [0.93 * most], "v", color="#d55e00", markersize=7)
+        axes.set_xticks(steps)
+        axes.set_xlim(0.4, 10.6)
+        axes.set_xlabel("Monk scale, read from pixels")
+        axes.set_ylabel("share, %")
+        axes.grid(axis="x", visible=False)
+        self.words(left - 36, y - 36, f"skin tones that the generator draws (n = {tones.count});")
+        self.words(left - 36, y - 20, "above: of the photo (orange), of the answers (blue)", small=True)
+
+    def png(self) -> bytes:
+        target = io.BytesIO()
+        FigureCanvasAgg(self._canvas)
+        self._canvas.savefig(target, format="png", metadata={"Software": _MARK})
+        return target.getvalue()

@@ -1,0 +1,281 @@
+"""A file or a folder of photos -> a sheet for every face, with a record of what was done and of who was left out.
+
+Called by `fedface upsample`. Photos are decoded in a child process with limits, as in a scan, and never written. A
+folder's work can be interrupted: sheets that lie there already are not made again, and those of other settings are
+never mixed with them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from fedface.atomic_io import replace_bytes, replace_text
+from fedface.audits.bias import ToneHistogram
+from fedface.errors import ConfigError, LibraryError, PhotoError
+from fedface.inference.contact_sheet import ContactSheet, MethodRunner, contact_sheet, is_sheet, show
+from fedface.photos.face_alignment import Detector
+from fedface.photos.face_crops import LONGEST_SIDE, FaceCrop, face_crops, whole_image
+from fedface.photos.image_io import Photo, is_picture
+from fedface.photos.sandboxed_decoder import SandboxedDecoder
+from fedface.upsampling.degradation import Degradation
+from fedface.upsampling.methods import name_of
+
+RECORD = "faces.json"
+
+
+class SheetProgress(Protocol):
+    """Who is told how far it is."""
+
+    def stage(self, name: str, steps: int) -> None:
+        """A photo begins that takes `steps` steps."""
+        ...
+
+    def message(self, sentence: str) -> None:
+        """Something worth a line."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SheetSettings:
+    """What is asked of every photo."""
+
+    degradation: Degradation
+    size: int  # of the faces in pixels
+    faces: int  # for each method that has more than one answer
+    max_faces: int  # faces of one photo, the largest first
+    detect: Literal["for faces", "at the whole"] = (
+        "for faces"  # whole: the picture is an aligned face as it is
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SheetRecord:
+    """One sheet."""
+
+    photo: str
+    person: int  # from 1, the largest face first
+    people: int  # faces in the photo; 0: the picture was taken as a face
+    turned: int  # degrees counterclockwise by which the photo had to be turned
+    side: float  # of the face's crop in pixels of the photo
+    sheet: Path
+    portrait: ContactSheet
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON: what was found, and each method's misfits."""
+        answers = [
+            {
+                "method": name_of(answer.method),
+                # A face that a network did not make has no consistency error.
+                "consistency_error": [
+                    round(value, 7) if value < math.inf else None
+                    for value in answer.made.consistency_error[0].tolist()
+                ],
+                "fits": answer.made.converged[0].tolist(),
+                "seconds": round(answer.seconds, 3),
+            }
+            for answer in self.portrait.answers
+        ]
+        return {
+            "person": self.person, "people": self.people, "turned": self.turned,
+            "crop_pixels": round(self.side, 1), "sheet": self.sheet.name, "answers": answers,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkippedPhoto:
+    """A photo without a sheet, and why."""
+
+    photo: str
+    reason: str
+
+
+def images_in(folder: Path) -> list[Path]:
+    """Every picture below a folder by name; hidden files and folders of sheets are left out.
+
+    Raises:
+        LibraryError: There is no such folder, or no picture in it.
+    """
+    if not folder.is_dir():
+        raise LibraryError(f"there is no photo or folder {folder}")
+    found = []
+    for place, folders, files in os.walk(folder):
+        if RECORD in files and Path(place) != folder:
+            folders.clear()
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(place) / name for name in sorted(files) if not name.startswith(".")]
+    pictures = [path for path in found if is_picture(path)]
+    if not pictures:
+        raise LibraryError(f"{folder}: no picture in this folder ({len(found)} other files)")
+    return pictures
+
+
+def check_sheet(path: Path, photos: Path) -> None:
+    """Raises ConfigError unless a sheet may be written there: as a PNG, and never over anything but a sheet."""
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"{path}: sheets are PNG files; name one that ends in .png")
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder; name the PNG to write")
+    if path.exists() and (path.resolve() == photos.resolve() or not is_sheet(path)):
+        raise ConfigError(
+            f"{path}: is no sheet of faces and will not be replaced; name another file with --out"
+        )
+
+
+def run_pipeline(
+    photos: Sequence[Path],
+    place: Callable[[Path, int], Path],
+    wanted: SheetSettings,
+    painters: MethodRunner,
+    detector: Callable[[], Detector],
+    tones: ToneHistogram | None,
+    watcher: SheetProgress,
+) -> Iterator[tuple[Path, tuple[SheetRecord, ...] | SkippedPhoto]]:
+    """Each photo with its sheets, one for every face, or why there is none; written before the next one is begun.
+
+    Args:
+        photos: Files.
+        place: Where the sheet of a photo and of the person of this number goes.
+        wanted: What is asked of each.
+        painters: The methods.
+        detector: Makes the detector when it is first needed.
+        tones: Of what the generator draws; None leaves them out.
+        watcher: Who is told about each photo.
+    """
+    smallest = wanted.degradation.low_side(wanted.size)
+    with SandboxedDecoder(longest_side=LONGEST_SIDE) as reader:
+        for path, photo in reader.read_all(photos):
+            watcher.stage(path.name, 1000)
+            try:
+                people = _people(path, photo, detector, wanted, smallest)
+            except (PhotoError, LibraryError) as error:
+                yield path, SkippedPhoto(photo=str(path), reason=str(error).removeprefix(f"{path}: "))
+                continue
+            made = []
+            for subject in people[: wanted.max_faces]:
+                shown = show(subject, wanted.degradation, size=wanted.size)
+                portrait = painters.run(shown, faces=wanted.faces)
+                sheet = place(path, subject.number)
+                check_sheet(sheet, path)
+                sheet.parent.mkdir(parents=True, exist_ok=True)
+                replace_bytes(sheet, contact_sheet(portrait, tones))
+                made.append(SheetRecord(
+                    photo=str(path), person=subject.number, people=subject.people, turned=subject.rotation,
+                    side=subject.side, sheet=sheet, portrait=portrait,
+                ))  # fmt: skip
+            yield path, tuple(made)
+
+
+def _people(
+    path: Path,
+    photo: Photo | PhotoError,
+    detector: Callable[[], Detector],
+    wanted: SheetSettings,
+    smallest: int,
+) -> tuple[FaceCrop, ...]:
+    if isinstance(photo, PhotoError):
+        raise photo
+    if wanted.detect == "at the whole":
+        return (whole_image(photo, wanted.size, name=str(path)),)
+    return face_crops(photo, detector, wanted.size, smallest=smallest, name=str(path))
+
+
+class SheetFolder:
+    """A folder of sheets with the record of what was asked and found, so that work goes on where it ended.
+
+    A photo is known by its place below its folder, its size and when it was changed: a photo that was replaced is
+    looked at again, one that is gone is forgotten.
+    """
+
+    def __init__(self, folder: Path, photos: Path, settings: Mapping[str, Any]) -> None:
+        """Open or begin one.
+
+        Raises:
+            ConfigError: It is the photos' own folder, holds sheets of other photos or settings, or a record that
+                cannot be read.
+        """
+        if folder.resolve() == photos.resolve():
+            raise ConfigError(f"{folder}: holds the photos; name another folder for the sheets with --out")
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{folder}: is a file; name a folder for the sheets")
+        self.folder, self._photos = folder, photos
+        self._asked = json.loads(json.dumps({"photos": str(photos.resolve()), **settings}))
+        self._found: dict[str, dict[str, Any]] = {}
+        if (folder / RECORD).exists():
+            self._found = self._read(folder / RECORD)
+
+    def _read(self, path: Path) -> dict[str, dict[str, Any]]:
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            asked, found = (
+                dict(kept["asked"]),
+                {str(name): dict(entry) for name, entry in kept["found"].items()},
+            )
+            for entry in found.values():
+                list(entry["stamp"]), [str(sheet["sheet"]) for sheet in entry.get("sheets", ())]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path}: damaged ({error!r}); choose another folder with --out") from error
+        if asked != self._asked:
+            raise ConfigError(
+                f"{self.folder}: holds sheets of other photos or settings (see {RECORD} there); "
+                "choose another folder with --out"
+            )
+        return found
+
+    @property
+    def found(self) -> tuple[dict[str, Any], ...]:
+        """What came of every photo: its sheets, or why it was left out."""
+        return tuple({"photo": name, **entry} for name, entry in self._found.items())
+
+    def left(self, photos: Sequence[Path]) -> list[Path]:
+        """The photos whose sheets are not all there, and that have no reason why not."""
+        known = {self._name(path): self._stamp(path) for path in photos}
+        self._found = {
+            name: entry for name, entry in self._found.items()
+            if known.get(name) == list(entry["stamp"])
+            and all((self.folder / sheet["sheet"]).exists() for sheet in entry.get("sheets", ()))
+        }  # fmt: skip
+        return [path for path in photos if self._name(path) not in self._found]
+
+    def place(self, path: Path, person: int) -> Path:
+        """Where a sheet goes: the photo's own place below its folder."""
+        inner = path.relative_to(self._photos)
+        name = inner.name
+        if len(os.fsencode(name)) > 200:
+            name = f"{name[:40]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}"
+        return self.folder / inner.parent / f"{name}{'' if person == 1 else f'-{person}'}.png"
+
+    def keep(self, path: Path, result: tuple[SheetRecord, ...] | SkippedPhoto) -> None:
+        """Remember all that came of one photo, on the disk on return."""
+        entry: dict[str, Any] = {"stamp": self._stamp(path)}
+        match result:
+            case SkippedPhoto(reason=reason):
+                entry["left_out"] = reason
+            case _:
+                entry["sheets"] = [
+                    made.plain() | {"sheet": made.sheet.relative_to(self.folder).as_posix()}
+                    for made in result
+                ]
+        self._found[self._name(path)] = entry
+        record = self.folder / RECORD
+        self.folder.mkdir(parents=True, exist_ok=True)
+        told = {"asked": self._asked, "found": self._found}
+        replace_text(record, json.dumps(told, indent=1))
+
+    def _name(self, path: Path) -> str:
+        return os.fsencode(path.relative_to(self._photos)).decode("utf-8", "backslashreplace")
+
+    @staticmethod
+    def _stamp(path: Path) -> list[int]:
+        try:
+            state = path.stat()
+        except OSError:
+            return []
+        return [state.st_size, state.st_mtime_ns]

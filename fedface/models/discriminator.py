@@ -1,0 +1,209 @@
+"""The StyleGAN2 discriminator: a picture -> one number, large for photos and small for pictures of the generator.
+
+Called from training/ (the one network that sees photos) and audits/gradient_inversion. Sources: Karras et al. 2020
+(arXiv:1912.04958, arXiv:2006.06676); parameter names as there. Minibatch statistics (Karras et al. 2018,
+arXiv:1710.10196, section 3) are off unless asked for: they couple photos, so that a photo's clipped gradient
+would depend on its neighbours, which voids the promise. They are here for discriminators that were published with them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from fedface.errors import ConfigError
+from fedface.models.stylegan_layers import (
+    Conv,
+    Linear,
+    binomial_filter,
+    check_widths,
+    checked_labels,
+    downsample,
+    unit_mean_square,
+)
+from fedface.tensor_types import Images
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorConfig:
+    """The shape of a discriminator; equal configs have weights that can be summed."""
+
+    size: int = 32  # height and width of images in pixels, a power of two from 8 to 1024
+    channel_base: int = 1024  # channels at side r are min(channel_base / r, channel_max)
+    channel_max: int = 64
+    architecture: Literal["resnet", "orig", "skip"] = "resnet"
+    clamp: float | None = None  # activations are kept within +- this, > 0; published for half precision: 256
+    minibatch_group: int = 0  # pictures whose spread is told to each of them; 0 is off, published 4
+    minibatch_channels: int = 1  # how many such figures, where on
+    classes: int = 0  # how many kinds of pictures are judged; 0 for one kind
+    mapping_layers: int = 8  # fully connected layers for the label, where there are classes
+
+    def __post_init__(self) -> None:
+        if self.size not in [2**p for p in range(3, 11)]:
+            raise ConfigError(f"size must be a power of two from 8 to 1024, got {self.size}")
+        for name in ("channel_base", "channel_max", "minibatch_channels", "mapping_layers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("minibatch_group", "classes"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        check_widths(self)
+        if self.clamp is not None and not 0 < self.clamp < math.inf:
+            raise ConfigError(f"clamp must be finite and above 0, got {self.clamp}")
+        if self.minibatch_group and self.channels(4) % self.minibatch_channels:
+            raise ConfigError(
+                f"minibatch_channels must divide the {self.channels(4)} channels at side 4, "
+                f"got {self.minibatch_channels}"
+            )
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Sides of the blocks from large to small, size ... 8; the last layers work at 4."""
+        return tuple(2**p for p in range(int(math.log2(self.size)), 2, -1))
+
+    def channels(self, side: int) -> int:
+        """Channels entering the block of this side."""
+        return max(1, min(self.channel_base // side, self.channel_max))
+
+
+def minibatch_std(x: Tensor, group: int, channels: int) -> Tensor:
+    """How much pictures differ within their group: the mean deviation of a share of the channels.
+
+    Picture i is in group i mod (n / group), as published. Source: Karras et al. 2018 (arXiv:1710.10196), section 3.
+
+    Args:
+        x: Activations (n, c, h, w).
+        group: Pictures in a group, >= 1; a smaller batch is one group.
+        channels: How many shares f the c channels are cut into, each giving one figure; divides c.
+
+    Returns:
+        (n, f, h, w), one figure per picture and share, equal within a group and at every pixel.
+
+    Raises:
+        ConfigError: n is above `group` and not a multiple of it.
+    """
+    n, c, h, w = x.shape
+    members = min(group, n)
+    if n % members:
+        raise ConfigError(
+            f"a discriminator with minibatch_group {group} judges batches of at most {group} or a multiple of it, got {n}"
+        )
+    y = x.reshape(members, n // members, channels, c // channels, h, w)
+    variance = (y - y.mean(dim=0)).square().mean(dim=0)
+    spread = torch.sqrt(variance + 1e-8).mean(dim=(2, 3, 4))
+    return spread.repeat(members, 1)[:, :, None, None].expand(-1, -1, h, w)
+
+
+class DiscriminatorBlock(nn.Module):
+    """Two convolutions that halve the sides: alone (orig), with a shortcut (resnet), or fed with colours (skip)."""
+
+    filter: Tensor
+
+    def __init__(self, side: int, config: DiscriminatorConfig, rng: torch.Generator | None) -> None:
+        super().__init__()
+        inputs, outputs = config.channels(side), config.channels(side // 2)
+        self.colours = side == config.size or config.architecture == "skip"
+        if self.colours:
+            self.fromrgb = Conv(3, inputs, 1, clamp=config.clamp, rng=rng)
+        self.conv0 = Conv(inputs, inputs, 3, clamp=config.clamp, rng=rng)
+        self.conv1 = Conv(inputs, outputs, 3, down=2, clamp=config.clamp, rng=rng)
+        if config.architecture == "resnet":
+            self.skip = Conv(inputs, outputs, 1, activate="linear", down=2, bias=False, rng=rng)
+        self.shortcut, self.halved = config.architecture == "resnet", config.architecture == "skip"
+        self.register_buffer("filter", binomial_filter(), persistent=False)
+
+    def forward(self, x: Tensor | None, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Activations and the picture at this side -> both at half of it; only "skip" halves the picture."""
+        if self.colours:
+            seen = self.fromrgb(images)
+            x = seen if x is None else x + seen
+        if self.halved:
+            images = downsample(images, self.filter)
+        if self.shortcut:
+            half = math.sqrt(0.5)
+            return self.skip(x, half) + self.conv1(self.conv0(x), half), images
+        return self.conv1(self.conv0(x)), images
+
+
+class DiscriminatorEpilogue(nn.Module):
+    """The last convolution and two fully connected layers, at side 4."""
+
+    def __init__(self, config: DiscriminatorConfig, rng: torch.Generator | None) -> None:
+        super().__init__()
+        channels = config.channels(4)
+        self.group, self.shares = config.minibatch_group, config.minibatch_channels
+        self.conv = Conv(
+            channels + (self.shares if self.group else 0), channels, 3, clamp=config.clamp, rng=rng
+        )
+        self.fc = Linear(channels * 16, channels, activate="lrelu", rng=rng)
+        self.out = Linear(channels, channels if config.classes else 1, rng=rng)
+        self.colours = config.architecture == "skip"
+        if self.colours:
+            self.fromrgb = Conv(3, channels, 1, rng=rng)  # published without a clamp
+
+    def forward(self, x: Tensor, images: Tensor) -> Tensor:
+        """(n, c, 4, 4) -> (n, 1), or (n, c) where there are classes."""
+        if self.colours:
+            x = x + self.fromrgb(images)
+        if self.group:
+            x = torch.cat([x, minibatch_std(x, self.group, self.shares)], dim=1)
+        return cast(Tensor, self.out(self.fc(self.conv(x).flatten(1))))
+
+
+class LabelMapping(nn.Module):
+    """Labels -> directions in which pictures of that class are looked for."""
+
+    def __init__(self, config: DiscriminatorConfig, rng: torch.Generator | None) -> None:
+        super().__init__()
+        self.classes, self.layers = config.classes, config.mapping_layers
+        width = config.channels(4)
+        self.embed = Linear(config.classes, width, rng=rng)
+        for i in range(config.mapping_layers):
+            layer = Linear(width, width, activate="lrelu", lr_multiplier=0.01, rng=rng)
+            self.add_module(f"fc{i}", layer)
+
+    def forward(self, labels: Tensor | None) -> Tensor:
+        """(n, classes) -> (n, c)."""
+        known = checked_labels(labels, self.classes).to(self.embed.weight.dtype)
+        x = unit_mean_square(self.embed(known))
+        for i in range(self.layers):
+            x = self.get_submodule(f"fc{i}")(x)
+        return x
+
+
+class Discriminator(nn.Module):
+    """Images (n, 3, size, size) in [0, 1] -> logits (n,)."""
+
+    def __init__(self, config: DiscriminatorConfig, rng: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        for side in config.sides:
+            self.add_module(f"b{side}", DiscriminatorBlock(side, config, rng))
+        if config.classes:
+            self.mapping = LabelMapping(config, rng)
+        self.b4 = DiscriminatorEpilogue(config, rng)
+
+    def forward(self, images: Images, labels: Tensor | None = None) -> Tensor:
+        """One logit per image, shape (n,); positive means "looks like a photo", of its class where there are classes.
+
+        Args:
+            images: (n, 3, size, size) in [0, 1].
+            labels: (n, classes), usually one-hot, for a discriminator with classes; None for one without.
+
+        Raises:
+            ConfigError: Labels are missing, unwanted or of another width, or the batch cannot be split in groups.
+        """
+        if labels is not None and not self.config.classes:
+            raise ConfigError("this discriminator knows no classes, got labels; pass images alone")
+        x, seen = None, images * 2.0 - 1.0
+        for side in self.config.sides:
+            x, seen = self.get_submodule(f"b{side}")(x, seen)
+        found = cast(Tensor, self.b4(x, seen))
+        if not self.config.classes:
+            return found[:, 0]
+        wanted = cast(Tensor, self.mapping(labels))
+        return (found * wanted).sum(dim=1) / math.sqrt(wanted.shape[1])

@@ -1,0 +1,197 @@
+"""A StyleGAN2 whose weights are constants, prepared once so that searching its inputs is fast.
+
+Called from upsampling/ and audits/, wherever styles or noise maps move and weights do not. What is prepared:
+equalised gains are folded into the weights, the energies of demodulation are summed once, weights lie
+channels-last and, when asked for, are rounded to bfloat16, which some machines multiply in hardware. The layers
+themselves are in models/fast_stylegan2_blocks; docs/speed.md has the measurements behind each choice.
+
+Source: Karras et al. 2020 (arXiv:1912.04958).
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, assert_never, cast
+
+import torch
+from torch import Tensor
+
+from fedface.models.fast_stylegan2_blocks import FrozenBlock, freeze_block, run_blocks
+from fedface.models.generator_protocol import check_inputs
+from fedface.models.stylegan2 import Block, StyleGAN2
+from fedface.tensor_types import Images, Latents, Styles
+
+Precision = Literal["float32", "bfloat16"]
+
+# On a CPU, activations of one layer beyond this leave the caches, and the allocator asks the system for new pages
+# at every call: larger batches are then cut, which costs nothing because the weights of such layers are small.
+BYTES_AT_ONCE = 8 * 2**20
+
+# Up to this side everything stays float32: a tenth of the work at 256 px, but most of what rounding does to the
+# gradients, and all noise maps that PULSE moves.
+COARSE_SIDE = 16
+
+
+def fast_precision(device: torch.device) -> Precision:
+    """bfloat16 where this device multiplies matrices in it, float32 elsewhere.
+
+    A fact about the hardware, not a measurement, so that two runs on one machine choose alike.
+    """
+    match device.type:
+        case "cuda":
+            known = torch.cuda.get_device_capability(device) >= (8, 0)
+        case "cpu" if hasattr(torch.cpu, "get_capabilities"):
+            capabilities = torch.cpu.get_capabilities()
+            known = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
+        case _:
+            known = False
+    return "bfloat16" if known else "float32"
+
+
+def prepare_for_search(
+    generator: StyleGAN2,
+    *,
+    precision: Precision | Literal["auto"] = "float32",
+    device: torch.device | None = None,
+) -> FastStyleGAN2:
+    """Prepare a generator for many syntheses with gradients of styles and noise.
+
+    Guarantees:
+        * Later changes of the generator do not reach the result, and it is never changed.
+        * In float32, images and gradients equal those of the generator up to rounding (1e-4 relative).
+        * Gradients are of first order.
+
+    Args:
+        generator: Any StyleGAN2; classes and a fitted prior come along.
+        precision: Of activations and weights of the convolutions above 16 px. All below, styles, demodulation
+            and the sum of colours are float32 always. "auto" asks `fast_precision`.
+        device: Where the weights lie; None leaves them where they are.
+    """
+    place = generator.mapping.w_avg.device if device is None else device
+    chosen = fast_precision(place) if precision == "auto" else precision
+    match chosen:
+        case "float32":
+            low = torch.float32
+        case "bfloat16":
+            low = torch.bfloat16
+        case _:
+            assert_never(chosen)
+    with torch.no_grad():
+        copied = copy.deepcopy(generator).requires_grad_(False).eval().to(place)
+        blocks = tuple(
+            freeze_block(
+                cast(Block, copied.synthesis.get_submodule(f"b{side}")),
+                torch.float32 if side <= COARSE_SIDE else low,
+            )
+            for side in copied.config.sides
+        )
+    del copied.synthesis  # its weights are in the blocks
+    return FastStyleGAN2(copied, blocks, chosen, place)
+
+
+class FastStyleGAN2:
+    """A generator of constants; make one with `frozen`.
+
+    Styles and noise maps may lie on any device: they are brought to the weights, and images come back to where
+    the styles were.
+    """
+
+    def __init__(
+        self, mapping: StyleGAN2, blocks: tuple[FrozenBlock, ...], precision: Precision, device: torch.device
+    ) -> None:
+        self._mapping = mapping
+        self._blocks = blocks
+        self.precision = precision
+        self.device = device
+        self.config = mapping.config
+
+    @property
+    def size(self) -> int:
+        """Height and width of the images in pixels."""
+        return self.config.size
+
+    @property
+    def latent_width(self) -> int:
+        """Width of a latent."""
+        return self.config.latent_width
+
+    @property
+    def style_inputs(self) -> int:
+        """2 * log2(size) - 2."""
+        return self._mapping.style_inputs
+
+    @property
+    def noise_sides(self) -> tuple[int, ...]:
+        """4, 8, 8, 16, 16, ..., one per styled convolution."""
+        return self._mapping.noise_sides
+
+    @property
+    def style_slope(self) -> float:
+        """As the generator's."""
+        return self._mapping.style_slope
+
+    def map(self, latents: Latents, labels: Tensor | None = None) -> Styles:
+        """As the generator's: latents (n, z) -> styles (n, k, v), in float32."""
+        labels = None if labels is None else labels.to(self.device)
+        return self._mapping.map(latents.to(self.device), labels).to(latents.device)
+
+    def truncate(self, styles: Styles, psi: float, cutoff: int | None = None) -> Styles:
+        """As the generator's: psi = 1 leaves styles, psi = 0 gives their mean."""
+        return self._mapping.truncate(styles.to(self.device), psi, cutoff).to(styles.device)
+
+    def synthesize(self, styles: Styles, noise: Sequence[Tensor] | None = None) -> Images:
+        """Styles (n, k, v) -> images (n, 3, size, size), nominally in [0, 1], not clamped.
+
+        Args:
+            styles: One style per input.
+            noise: One map (n or 1, 1, side, side) per entry of `noise_sides`; None takes the fixed maps.
+
+        Raises:
+            ValueError: There are more or fewer styles or maps than the network has inputs for.
+        """
+        check_inputs(self, styles, noise)
+        count = styles.shape[0]
+        inputs = list(self._inputs(styles.to(self.device), noise))
+        # A finer block never has less than half a coarser one's channels, so that the blocks that fit come first.
+        whole = sum(count * block.image_bytes() <= self._at_once() for block in self._blocks)
+        x = picture = None
+        if whole:
+            x, picture = run_blocks(self._blocks[:whole], inputs[:whole], None, None)
+        if rest := self._blocks[whole:]:
+            cut = max(1, self._at_once() // max(block.image_bytes() for block in rest))
+            parts = []
+            for start in range(0, count, cut):
+                part = slice(start, min(start + cut, count))
+                own = [[_part(tensor, part, count) for tensor in block] for block in inputs[whole:]]
+                parts.append(run_blocks(rest, own, _part(x, part, count), _part(picture, part, count))[1])
+            picture = torch.cat([cast(Tensor, part) for part in parts])
+        return ((cast(Tensor, picture) + 1.0) / 2.0).contiguous().to(styles.device)
+
+    def _at_once(self) -> int:
+        return BYTES_AT_ONCE if self.device.type == "cpu" else sys.maxsize
+
+    def _inputs(self, styles: Styles, noise: Sequence[Tensor] | None) -> Iterator[list[Tensor | None]]:
+        """Per block, what `run_blocks` takes; small, float32, and left to autograd."""
+        used = 0
+        for block in self._blocks:
+            given: list[Tensor | None] = []
+            for conv in block.convs:
+                style = conv.affine(styles[:, used])
+                demod = torch.rsqrt(style.square() @ conv.energy + 1e-8) * conv.gain
+                plane = conv.noise if noise is None else noise[used].to(self.device)
+                moves = noise is not None and plane.requires_grad
+                if noise is not None:
+                    plane = plane * conv.strength
+                given += [style, demod, plane if conv.strength or moves else None]
+                used += 1
+            if block.colours is not None:
+                # The colours share their style with the next block's first convolution.
+                given.append(block.colours.affine(styles[:, used]))
+            yield given
+
+
+def _part(tensor: Tensor | None, part: slice, count: int) -> Any:
+    """Some images of a batch; what all share stays whole."""
+    return tensor if tensor is None or tensor.shape[0] != count else tensor[part]

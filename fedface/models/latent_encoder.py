@@ -1,0 +1,99 @@
+"""The encoder: a photo -> the latent whose picture comes nearest to it, in one forward pass.
+
+Called from training/latent_prior (a device reads its photos' latents) and training/pretrain_encoder (which teaches it,
+from made and drawn pictures alone). The trunk is the discriminator's: residual blocks that halve the sides, Karras
+et al. 2020 (arXiv:1912.04958); an image's latent depends on that image alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fedface.errors import ConfigError
+from fedface.models.stylegan_layers import Conv, Linear, check_widths, unit_mean_square
+from fedface.tensor_types import Images, Latents
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentEncoderConfig:
+    """The shape of an encoder; equal configs have weights that can be summed."""
+
+    size: int = 32  # height and width of images in pixels, a power of two from 8 to 1024
+    latent_width: int = 64  # width of z, as in the generator it belongs to
+    channel_base: int = 1024  # channels at side r are min(channel_base / r, channel_max)
+    channel_max: int = 64
+
+    def __post_init__(self) -> None:
+        if self.size not in [2**p for p in range(3, 11)]:
+            raise ConfigError(f"size must be a power of two from 8 to 1024, got {self.size}")
+        for name in ("latent_width", "channel_base", "channel_max"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_widths(self)
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Sides of the blocks from large to small, size ... 8; the last layers work at 4."""
+        return tuple(2**p for p in range(int(math.log2(self.size)), 2, -1))
+
+    def channels(self, side: int) -> int:
+        """Channels entering the block of this side."""
+        return max(1, min(self.channel_base // side, self.channel_max))
+
+
+class HalvingBlock(nn.Module):
+    """Two convolutions that halve the sides, beside a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, rng: torch.Generator | None) -> None:
+        super().__init__()
+        self.conv0 = Conv(inputs, inputs, 3, rng=rng)
+        self.conv1 = Conv(inputs, outputs, 3, down=2, rng=rng)
+        self.skip = Conv(inputs, outputs, 1, activate="linear", down=2, bias=False, rng=rng)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, inputs, h, w) -> (n, outputs, h/2, w/2)."""
+        half = math.sqrt(0.5)
+        return cast(Tensor, self.skip(x, half) + self.conv1(self.conv0(x), half))
+
+
+class LatentEncoder(nn.Module):
+    """Images (n, 3, size, size) in [0, 1] -> latents (n, z) of length sqrt(z)."""
+
+    def __init__(self, config: LatentEncoderConfig, rng: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.fromrgb = Conv(3, config.channels(config.size), 1, rng=rng)
+        for side in config.sides:
+            block = HalvingBlock(config.channels(side), config.channels(side // 2), rng)
+            self.add_module(f"b{side}", block)
+        channels = config.channels(4)
+        self.conv = Conv(channels, channels, 3, rng=rng)
+        self.fc = Linear(channels * 16, channels, activate="lrelu", rng=rng)
+        self.out = Linear(channels, config.latent_width, rng=rng)
+
+    @property
+    def size(self) -> int:
+        """Height and width of the images in pixels."""
+        return self.config.size
+
+    @property
+    def latent_width(self) -> int:
+        """Width of a latent."""
+        return self.config.latent_width
+
+    def forward(self, images: Images) -> Latents:
+        """One latent per image, on the sphere of radius sqrt(z), where the mapping network sees all latents."""
+        x = self.fromrgb(images * 2.0 - 1.0)
+        for side in self.config.sides:
+            x = self.get_submodule(f"b{side}")(x)
+        return on_sphere(self.out(self.fc(self.conv(x).flatten(1))))
+
+
+def on_sphere(latents: Tensor) -> Latents:
+    """Bring latents (n, z) to unit mean square, length sqrt(z), as the mapping network does."""
+    return unit_mean_square(latents)

@@ -1,0 +1,188 @@
+"""Which weights learn: all of them, or low-rank changes of the layers that shape a picture.
+
+Called from training/training_methods (the same on the device and on the server). Source: FFA-LoRA, Sun et al. 2024
+(arXiv:2403.12313): a weight W (o, i) becomes W + s B A, where A (r, i) is random, public and frozen, and only
+B (o, r), which starts at zero, is trained. Then the mean of the devices' updates is the update of the mean
+(averaging A and B separately is not), and noise enters linearly. LoRA itself: Hu et al. 2021, arXiv:2106.09685.
+
+The rows of A are orthonormal and s = sqrt(i / r). Over the choice of A the mean of s^2 A^T A is the identity,
+so that, with the same rate and clip norm as for all weights:
+
+* one step of plain descent moves W, in the mean over A, as a step of all weights would;
+* the gradient of B is in the root mean square as long as the gradient of W, hence clipped alike;
+* noise on B becomes noise of the same total length on W, and so does a step of Adam, whose every number moves
+  by about the rate.
+
+At r = i the steps of plain descent are the same as those of all weights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import assert_never
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fedface.errors import WeightsError
+from fedface.tensor_types import Vector
+
+MAX_RANK = 4096
+
+
+@dataclass(frozen=True)
+class Full:
+    """All weights learn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Only low-rank changes of convolutions, style affines and fully connected layers learn; no bias does."""
+
+    rank: int = 4  # r, from 1 to 4096; a layer with fewer inputs than this gets as many as it has inputs
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rank <= MAX_RANK:
+            raise ValueError(f"rank must lie in [1, {MAX_RANK}], got {self.rank}")
+
+
+Adaptation = Full | Lora
+
+
+class LoraParametrization(nn.Module):
+    """W -> W + s (B A), reshaped like W; B is the one trained parameter, A a buffer that no file holds."""
+
+    down: Tensor
+
+    def __init__(self, weight: Tensor, rank: int, rng: torch.Generator) -> None:
+        super().__init__()
+        outputs, inputs = weight.shape[0], weight[0].numel()
+        rank = min(rank, inputs)
+        # In float64, so that another machine's rounding does not reach the float32 rows.
+        drawn = torch.randn(inputs, rank, generator=rng, dtype=torch.float64)
+        rows = torch.linalg.qr(drawn).Q.T
+        self.scale = math.sqrt(inputs / rank)
+        self.up = nn.Parameter(torch.zeros(outputs, rank, dtype=weight.dtype, device=weight.device))
+        self.register_buffer("down", rows.to(weight).contiguous(), persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The changed weight, of the same shape."""
+        return weight + self.scale * (self.up @ self.down).reshape(weight.shape)
+
+
+def attach(module: nn.Module, adapt: Adaptation, rng: torch.Generator) -> None:
+    """Mark in place which weights of a network learn; what it computes stays the same until they do.
+
+    For `Lora` these are the changes of every weight of at least two dimensions outside a mapping network: the
+    convolutions and style affines of a generator, the convolutions and fully connected layers of a discriminator, a
+    U-Net or an encoder. Everything else is frozen.
+
+    Guarantees:
+        * Equal networks, equal `adapt` and equally seeded `rng` give equal adapters, wherever they are made.
+        * The network can still be copied, made float64, and differentiated per photo with torch.func.
+
+    Args:
+        module: A network without adapters.
+        adapt: All weights, or low-rank changes.
+        rng: Public draws of the frozen halves, in the order of the layers' names. Not used by `Full`.
+
+    Raises:
+        WeightsError: The network has adapters already; `merge` them first.
+    """
+    if any(isinstance(part, LoraParametrization) for part in module.modules()):
+        raise WeightsError("this network has adapters already; merge them before new ones are attached")
+    match adapt:
+        case Full():
+            module.requires_grad_(True)
+        case Lora(rank=rank):
+            module.requires_grad_(False)
+            for layer in _adaptable(module):
+                parametrize.register_parametrization(
+                    layer, "weight", LoraParametrization(_weight(layer), rank, rng)
+                )
+        case _:
+            assert_never(adapt)
+
+
+def merge(module: nn.Module) -> None:
+    """Add the low-rank changes to the weights in place and let every weight learn again.
+
+    The state dict has the same names as before `attach`. A network without adapters only asks for gradients.
+    """
+    for layer in list(module.modules()):
+        if _changed(layer):
+            _part_from_copies(layer)
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+    module.requires_grad_(True)
+
+
+def flatten_trainable(*modules: nn.Module) -> Vector:
+    """The weights that learn, in the order of their names, network by network, as one float32 vector (d,)."""
+    return torch.cat([weight.detach().float().reshape(-1) for weight in _trained(modules)])
+
+
+def assign_trainable(vector: Vector, *modules: nn.Module) -> None:
+    """Write a flat vector back into the weights that learn.
+
+    Raises:
+        WeightsError: The vector has another length than `flatten_trainable` of these networks.
+    """
+    weights = _trained(modules)
+    wanted = sum(weight.numel() for weight in weights)
+    if vector.shape != (wanted,):
+        raise WeightsError(
+            f"in these networks {wanted} weights learn, got a vector of shape {tuple(vector.shape)}; "
+            "device and server must attach the same adapters"
+        )
+    done = 0
+    with torch.no_grad():
+        for weight in weights:
+            weight.copy_(vector[done : done + weight.numel()].reshape(weight.shape))
+            done += weight.numel()
+
+
+def _trained(modules: tuple[nn.Module, ...]) -> list[nn.Parameter]:
+    return [
+        weight
+        for module in modules
+        for _, weight in sorted(module.named_parameters(), key=lambda item: item[0])
+        if weight.requires_grad
+    ]
+
+
+def _adaptable(module: nn.Module) -> list[nn.Module]:
+    """The layers with a weight to adapt, in the order of their names."""
+    found = []
+    for name, layer in sorted(module.named_modules(), key=lambda item: item[0]):
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.ndim >= 2 and "mapping" not in name.split("."):
+            found.append(layer)
+    return found
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight = layer.weight
+    if not isinstance(weight, Tensor):
+        raise WeightsError(f"{type(layer).__name__} has no weight to adapt")
+    return weight
+
+
+def _changed(layer: nn.Module) -> bool:
+    """Whether a layer's own weight has an adapter."""
+    return parametrize.is_parametrized(layer, "weight") and any(
+        isinstance(part, LoraParametrization)
+        for part in layer.get_submodule("parametrizations.weight").children()
+    )
+
+
+def _part_from_copies(layer: nn.Module) -> None:
+    """Give a layer a class of its own, like the one it has.
+
+    Copies share the class that torch made when the adapter was attached, and removing an adapter deletes the
+    property `weight` from that class: the copies would lose theirs.
+    """
+    shared = type(layer)
+    body = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
+    layer.__class__ = type(shared.__name__, shared.__bases__, body)

@@ -1,0 +1,68 @@
+"""Which two libraries must look alike, and what an event priced for one such pair costs for another.
+
+Called from privacy/ledger.py, where runs of several units meet in one book. Every event here is priced for
+neighbours that differ by adding or removing one unit. Two further questions have safe answers.
+
+**Replace one**: a unit stays and its content changes, so that its clipped vector is a before and b after, anywhere in
+the ball of radius clip_norm.
+
+* A sum in which every unit takes part: |a - b| <= 2 * clip_norm, hence the price of half the noise (Dwork and Roth
+  2014, Theorem A.1, and 3.6, with twice the sensitivity).
+* A Poisson-sampled Gaussian sum, in units of clip_norm, given all other units: P = (1-q) N(0) + q N(a) beside
+  Q = (1-q) N(0) + q N(b), all with variance sigma^2. Nothing is further apart than a = 1 and b = -1 on a line. For
+  P(T) - g Q(T) = (1-q)(1-g) m + q (N(a)(T) - g N(b)(T)), where m = N(0)(T), and of all tests T that fire with
+  probability m at N(0) none fires more often at N(a), none more rarely at N(b), than m' = Phi(Phi^-1(m) +- 1/sigma)
+  allows (the Neyman-Pearson lemma); a half line reaches both bounds at once. So the supremum over T is that of the
+  pair on the line, for every g >= 0, which is what composes (Zhu, Dong and Wang 2022, arXiv:2106.08567, Theorem 10).
+  Koskela et al. (2020), arXiv:1906.03049, call this pair the substitute relation.
+* A sampled Laplace sum: half the noise, and nothing is claimed from sampling (joint convexity, Balle et al. 2018,
+  arXiv:1807.01647).
+
+**A photo in a run that promises per occasion** is priced as replacing one occasion: that covers every change of the
+photos of one occasion, also adding or removing all of them (b = 0). It does not cover a photo that alone holds
+several occasions together: without it they are two or more units, each with a coin and a vector of its own. **A photo
+or an occasion in a run that promises per library** is a change of one library's content, whatever it is. A run that
+promises per photo says nothing about an occasion of unknown size: its price is infinite.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fedface.privacy.accounting import Release, ReplaceOneDpEvent, event_from_releases, flatten_event
+from fedface.privacy.mechanism import Event
+from fedface.privacy_units import Unit, covers
+
+Adjacency = Literal["add or remove one", "replace one"]
+
+
+def replace_one_event(event: Event) -> Event:
+    """What an event releases about the content of a unit that stays: its price is that of replace-one neighbours.
+
+    Guarantees:
+        * It costs at least as much as the event: adding or removing a unit is replacing it by zero.
+
+    Raises:
+        PrivacyError: The event holds something that cannot be priced.
+    """
+    return event_from_releases(flatten_event(ReplaceOneDpEvent(event)))
+
+
+def convert_unit(event: Event, *, source: Unit, target: Unit) -> Event:
+    """What an event of a run that promises per `told` releases about one `wanted`.
+
+    Args:
+        event: Priced for adding or removing one `told`.
+        told: The unit whose vectors the run clips.
+        wanted: The unit that an owner counts in.
+
+    Returns:
+        The event itself; the same with its content replaced; or, for a `told` finer than `wanted`, no promise.
+    """
+    if source == target:
+        return event
+    if covers(source, target):
+        return replace_one_event(event)
+    return event_from_releases(
+        tuple((Release("nonprivate", 0.0, 1.0), count) for _, count in flatten_event(event))
+    )

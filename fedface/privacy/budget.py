@@ -1,0 +1,95 @@
+"""A budget: how much privacy loss of one kind of unit is allowed, for life or within the last days.
+
+Called from privacy/policy.py (the owner's words), which hands limits to privacy/ledger.py (the check, in one
+transaction with the booking).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fedface.privacy.privacy_target import check_delta, format_delta
+from fedface.privacy_units import UNITS, Unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """At most epsilon at delta for one unit, over everything booked for life, or within the last `days` days.
+
+    Raises:
+        ValueError: A number outside its bounds.
+    """
+
+    epsilon: float  # > 0, finite
+    delta: float  # 1e-10 <= delta < 1; fixed for life
+    unit: Unit = "photo"
+    days: float | None = None  # the period that counts back from now; None for life
+
+    def __post_init__(self) -> None:
+        if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
+            raise ValueError(f"epsilon must be a finite number above 0, got {self.epsilon}")
+        check_delta(self.delta)
+        if self.unit not in UNITS:
+            raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
+        if self.days is not None and not (self.days > 0 and math.isfinite(self.days)):
+            raise ValueError(f"days must be a finite number above 0, got {self.days}")
+
+    @property
+    def period(self) -> str:
+        """Over which time it counts, in words."""
+        return "for life" if self.days is None else f"in any {self.days:g} days"
+
+    def __str__(self) -> str:
+        """Its epsilon with its delta, unit and period."""
+        return f"epsilon {self.epsilon:g} at delta {format_delta(self.delta)} per {self.unit} {self.period}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetExceeded:
+    """The first limit that a release would break, and by how much; every number is an upper bound."""
+
+    budget: Budget  # what is allowed, at which delta, of which unit and period
+    asked: float  # what the release alone costs
+    spent: float  # what is booked in the limit's period
+    together: float  # what both cost together, composed: less than their sum
+
+    def describe(self) -> str:
+        """All numbers in one phrase that can follow "asks for"."""
+        limit = self.budget
+        return (
+            f"epsilon {self.asked:.3f}; {self.spent:.3f} of {limit.epsilon:g} is already spent "
+            f"(together {self.together:.3f}, delta {format_delta(limit.delta)}, per {limit.unit} {limit.period})"
+        )
+
+
+def describe_briefly(short: BudgetExceeded) -> str:
+    """What does not fit, as a phrase that can follow "asks for"; every epsilon is an upper bound and says so."""
+    limit = short.budget
+    return (
+        f"{format_upper_bound(short.asked)}; {format_upper_bound(short.spent)} of {limit.epsilon:g} is already spent (together "
+        f"{format_upper_bound(short.together)}; every epsilon here at delta {format_delta(limit.delta)}, "
+        f"per {limit.unit} {limit.period})"
+    )
+
+
+def overspending(spent: float, limit: Budget, *, unpromised: bool) -> str | None:
+    """That nothing of a limit is left, as a sentence without full stop; None as long as something is.
+
+    `spent` is the upper bound of what is spent in the limit's period; runs without noise, if allowed, know no budget.
+    """
+    over = spent - limit.epsilon
+    if over < 0:
+        return None
+    until = "" if limit.days is None else " until enough of it is older than that"
+    what = "everything that promises something" if unpromised else "everything"
+    much = "without a bound" if math.isinf(over) else f"by {format_upper_bound(over)}"
+    where = f"at delta {format_delta(limit.delta)} per {limit.unit}"
+    return f"nothing is left: {what} will be refused{until}; over {much} {where}"
+
+
+def format_upper_bound(epsilon: float) -> str:
+    """An upper bound of an epsilon, as such, rounded up."""
+    if math.isinf(epsilon):
+        return "epsilon infinite"
+    return "epsilon 0" if epsilon == 0 else f"epsilon at most {math.ceil(1000 * epsilon) / 1000:.3f}"

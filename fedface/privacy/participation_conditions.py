@@ -1,0 +1,237 @@
+"""When a device may work for others: the hours, the power and the load that its owner's policy asks for.
+
+Called from privacy/policy.py before any price is computed. What the machine says is read behind `Environment`, so
+that tests can say it instead. Whatever the owner's words need and the machine cannot say counts as "no". The server
+is told `NOT_NOW_MESSAGE` and no more: when somebody sleeps or how full a battery is stays on the device.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass
+from datetime import date, datetime, time
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+
+from fedface.errors import PolicyRefusal
+
+NOT_NOW_MESSAGE = "this device does not take part now (its owner's conditions do not hold)"
+POWER_SUPPLIES = Path("/sys/class/power_supply")  # where Linux lists batteries
+HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-(?:([01]\d|2[0-3]):([0-5]\d)|24:00)")
+A_DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
+MIDNIGHT = 24 * 60  # minutes
+
+
+class ConditionsNotMet(PolicyRefusal):
+    """A "no" that may be a "yes" later; its text is all that the server may be told."""
+
+    def __init__(self, private: str) -> None:
+        super().__init__(NOT_NOW_MESSAGE)
+        self.private = private  # the reason in full, for the owner's log alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Power:
+    """What feeds a machine. None stands for what cannot be read."""
+
+    on_ac: bool | None  # plugged in, or without a battery
+    battery: float | None  # of the battery's charge, 0 to 1; None also where there is no battery
+
+
+UNKNOWN_POWER = Power(on_ac=None, battery=None)
+
+
+class Environment(Protocol):
+    """What a machine says of itself."""
+
+    def now(self) -> datetime:
+        """The owner's local time."""
+
+    def power(self) -> Power:
+        """Mains and battery."""
+
+    def load(self) -> float | None:
+        """The load average of the last minute per core, >= 0; None if it cannot be read."""
+
+
+class SystemEnvironment:
+    """What the machine says on which this runs."""
+
+    def now(self) -> datetime:
+        """The clock and the time zone of the system."""
+        return datetime.now().astimezone()
+
+    def power(self) -> Power:
+        """The machine's own battery, and whether it is plugged in; a machine without a battery is on mains."""
+        supplies = _supplies()
+        if supplies is None:
+            return UNKNOWN_POWER
+        if sys.platform == "linux" and not any(supply.feeds_machine for supply in supplies):
+            return Power(on_ac=True, battery=None)
+        try:
+            battery = psutil.sensors_battery()
+        except (AttributeError, OSError, RuntimeError, ValueError):
+            return UNKNOWN_POWER
+        if battery is None:
+            # On a Mac this means that there is none, elsewhere also that it does not answer.
+            return Power(on_ac=True, battery=None) if sys.platform == "darwin" else UNKNOWN_POWER
+        plugged = battery.power_plugged
+        if plugged is None and any(supply.is_online for supply in supplies):
+            plugged = True
+        share = battery.percent / 100.0
+        return Power(on_ac=plugged, battery=share if share >= 0 else None)
+
+    def load(self) -> float | None:
+        """The system's load average over the number of cores."""
+        try:
+            return os.getloadavg()[0] / (os.cpu_count() or 1)
+        except (AttributeError, OSError):
+            return None
+
+
+@dataclass(frozen=True)
+class _Supply:
+    """One folder of /sys/class/power_supply: its files of these names."""
+
+    type: str  # "Battery", "Mains", "USB"
+    scope: str  # "Device" for the battery of a mouse or a headset
+    online: str  # "1" where a plug gives power
+
+    @property
+    def feeds_machine(self) -> bool:
+        return self.type == "Battery" and self.scope != "Device"
+
+    @property
+    def is_online(self) -> bool:
+        return self.type != "Battery" and self.scope != "Device" and self.online == "1"
+
+
+def _supplies() -> list[_Supply] | None:
+    """What Linux lists, nothing on other systems or where it knows no supplies; None if it cannot be read."""
+    try:
+        folders = sorted(POWER_SUPPLIES.iterdir()) if POWER_SUPPLIES.exists() else []
+        return [
+            _Supply(*(_word(folder / name) for name in ("type", "scope", "online"))) for folder in folders
+        ]
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _word(path: Path) -> str:
+    return path.read_text().strip() if path.exists() else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParticipationConditions:
+    """When a device may work; with no field given, always.
+
+    Raises:
+        ValueError: An hour, a share or a load that cannot be.
+    """
+
+    hours: tuple[str, ...] = ()  # such as "22:00-07:00", local time, the end excluded; none: at any time
+    require_ac_power: bool = False  # only when plugged in
+    min_battery: float = 0.0  # share of the charge, 0 to 1; counts off the mains alone
+    max_load: float | None = None  # load average of the last minute per core, > 0
+
+    def __post_init__(self) -> None:
+        for words in self.hours:
+            start, end = _minutes(words)
+            if start == end:
+                raise ValueError(f'hours must differ, got "{words}"; for any time leave hours out')
+        if not 0 <= self.min_battery <= 1:
+            raise ValueError(f"min_battery must be a share between 0 and 1, got {self.min_battery}")
+        if self.max_load is not None and not (self.max_load > 0 and math.isfinite(self.max_load)):
+            raise ValueError(f"max_load must be a finite number above 0, got {self.max_load}")
+
+    def check(self, surroundings: Environment) -> None:
+        """Return if every condition holds now.
+
+        Raises:
+            ConditionsNotMet: One does not, or cannot be read; only its `private` says which.
+        """
+        for private in (self._hour(surroundings), self._power(surroundings), self._load(surroundings)):
+            if private is not None:
+                raise ConditionsNotMet(private)
+
+    def describe(self) -> list[str]:
+        """Each condition as a phrase that can follow "takes part only"."""
+        words = []
+        if self.hours:
+            words.append(f"between {' or '.join(self.hours)}, local time")
+        if self.require_ac_power:
+            words.append("on mains")
+        elif self.min_battery > 0:
+            words.append(f"on mains, or with the battery at {self.min_battery:.0%} or more")
+        if self.max_load is not None:
+            words.append(f"while the load per core is {self.max_load:g} or less")
+        return words
+
+    def _hour(self, surroundings: Environment) -> str | None:
+        if not self.hours:
+            return None
+        now = surroundings.now()
+        if any(_holds(words, now.time()) for words in self.hours):
+            return None
+        return f"it is {now:%H:%M}; the policy's hours are {', '.join(self.hours)}"
+
+    def _power(self, surroundings: Environment) -> str | None:
+        if not self.require_ac_power and self.min_battery == 0:
+            return None
+        power = surroundings.power()
+        if power.on_ac:
+            return None
+        if self.require_ac_power:
+            how = "cannot be told" if power.on_ac is None else "is not connected"
+            return f"mains {how}; the policy asks for it (require_ac_power)"
+        if power.battery is None:
+            return "neither mains nor the battery's charge can be read; the policy asks for it (min_battery)"
+        if power.battery >= self.min_battery:
+            return None
+        return (
+            f"the battery is at {power.battery:.0%}; the policy asks for {self.min_battery:.0%} (min_battery)"
+        )
+
+    def _load(self, surroundings: Environment) -> str | None:
+        if self.max_load is None:
+            return None
+        load = surroundings.load()
+        if load is None or not load >= 0:
+            return "the load cannot be read; the policy limits it (max_load)"
+        if load <= self.max_load:
+            return None
+        return f"the load per core is {load:.2f}; the policy allows {self.max_load:g} (max_load)"
+
+
+def parse_expiry(words: str) -> date:
+    """A day such as "2027-01-31".
+
+    Raises:
+        ValueError: These words are no day of the calendar.
+    """
+    try:
+        if A_DAY.fullmatch(words) is None:
+            raise ValueError("year-month-day was expected")
+        return date.fromisoformat(words)
+    except ValueError as error:
+        raise ValueError(f'must be a day such as 2027-01-31, got "{words:.40}" ({error})') from error
+
+
+def _minutes(words: str) -> tuple[int, int]:
+    """Start and end in minutes after midnight; an end of 24:00 is 1440."""
+    found = HOURS.fullmatch(words)
+    if found is None:
+        raise ValueError(f'hours must be written like "22:00-07:00", got "{words:.40}"')
+    start = 60 * int(found[1]) + int(found[2])
+    return start, MIDNIGHT if found[3] is None else 60 * int(found[3]) + int(found[4])
+
+
+def _holds(words: str, now: time) -> bool:
+    start, end = _minutes(words)
+    minute = 60 * now.hour + now.minute
+    return start <= minute < end if start < end else minute >= start or minute < end

@@ -1,0 +1,75 @@
+"""The promise that the owner of a photo gets, as a value that is checked once.
+
+Called from experiment.py (the recipe), privacy/plan.py and clients. A promise is either a target (epsilon,
+delta, unit) or, chosen by name and never by default, no promise at all: a baseline that shows what it costs.
+Source: Dwork & Roth (2014), "The Algorithmic Foundations of Differential Privacy", Definition 2.4.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from fedface.privacy_units import UNITS, Unit
+
+MIN_DELTA = 1e-10  # below this the accountant's floating-point slack would matter
+
+
+def check_delta(delta: float) -> None:
+    """Raise ValueError unless delta is a number that the accountant can price."""
+    if not MIN_DELTA <= delta < 1:
+        raise ValueError(f"delta must lie in [{MIN_DELTA:g}, 1), got {delta}")
+
+
+def format_delta(delta: float) -> str:
+    """A delta in the one way in which it is written: 0.001, 1e-4, 2.5e-6."""
+    if float(f"{delta:.6g}") >= 1e-3:
+        return f"{delta:g}"
+    digits, _, power = f"{delta:.5e}".partition("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyTarget:
+    """At most epsilon of privacy loss for one unit over the whole run, except with probability about delta.
+
+    Two data sets are neighbours if one has one unit more than the other (add or remove one).
+
+    Raises:
+        ValueError: A number outside its bounds, or a unit that no mechanism here covers.
+    """
+
+    epsilon: float  # upper bound on privacy loss, > 0, finite; what is not bounded is called NoPromise
+    delta: float  # 1e-10 <= delta < 1; choose well below 1 / number of units
+    unit: Unit = "photo"  # what one promise covers
+    trust: Literal["nobody", "server"] = (
+        "nobody"  # who is trusted with what the promise hides, see `DPParameters`
+    )
+
+    def __post_init__(self) -> None:
+        if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
+            raise ValueError(
+                f"epsilon must be a finite number above 0, got {self.epsilon}; "
+                "without a bound the promise is of kind no-privacy"
+            )
+        check_delta(self.delta)
+        if self.unit not in UNITS:
+            raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
+        if self.unit == "library" and self.trust != "server":
+            raise ValueError(
+                'trust must be "server" with unit library: the server adds the noise to the sum of whole updates. '
+                "Noise in shares that only the sum completes, which needs no trust, does not exist here yet"
+            )
+        if self.unit != "library" and self.trust != "nobody":
+            raise ValueError(
+                f'trust must be "nobody" with unit {self.unit}: devices add their own noise, got "{self.trust}"'
+            )
+
+
+@dataclass(frozen=True)
+class NoPrivacy:
+    """Epsilon is infinite. For baselines on photos whose owners know; devices refuse it by default."""
+
+
+PrivacyGuarantee = PrivacyTarget | NoPrivacy

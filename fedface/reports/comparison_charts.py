@@ -1,0 +1,134 @@
+"""The pictures of a comparison: each measure against epsilon, tone histograms, quality by group, and samples.
+
+Called by coordinator/compare_runs.py. PNG on white, so that they can be shown anywhere. Colours are the
+colour-blind-safe set of Okabe and Ito (2008); each way also has a marker of its own.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure as Canvas
+
+from fedface.experiment import NO_DP_LABEL
+from fedface.reports.charts import FAINT, INK, STYLE, face_grid
+from fedface.reports.comparison_report import TITLES, UNTRAINED, ComparisonRecord
+from fedface.reports.measurements import Interval
+from fedface.tensor_types import Images
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a8f98")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+PANELS = ("tone_distance", "darker", "kernel")
+
+
+def against_epsilon(record: ComparisonRecord) -> bytes:
+    """Distance in tone, share of darker samples and kernel distance against epsilon, one line per way; PNG.
+
+    The dashed line is what a second set of the devices' own faces scores.
+    """
+    with matplotlib.rc_context(STYLE):
+        canvas = Canvas(figsize=(10.2, 3.3), layout="constrained", dpi=110)
+        row = canvas.subplots(1, len(PANELS))
+        for axes, measure in zip(row, PANELS, strict=True):
+            _panel(axes, record, measure, None)
+            known = record.reference.figures.get(measure)
+            if isinstance(known, Interval):
+                axes.axhline(known.estimate, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
+            axes.set_title(TITLES[measure], loc="left", fontsize=9)
+        row[0].set_ylim(bottom=0)
+        row[1].set_ylim(0, 1)
+        handles, labels = row[0].get_legend_handles_labels()
+        canvas.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)))
+        return png_on_white(canvas)
+
+
+def by_group(record: ComparisonRecord, measure: str = "kernel") -> bytes:
+    """One measure against epsilon, one panel per tone group from light to dark; PNG."""
+    groups = [group.group for group in record.reference.groups]
+    with matplotlib.rc_context(STYLE):
+        canvas = Canvas(figsize=(2.15 * len(groups), 2.9), layout="constrained", dpi=110)
+        row = canvas.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+        for axes, group in zip(row, groups, strict=True):
+            _panel(axes, record, measure, group)
+            axes.set_title(group, loc="left", fontsize=9)
+        row[0].set_ylabel(TITLES[measure])
+        handles, labels = row[0].get_legend_handles_labels()
+        canvas.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)))
+        return png_on_white(canvas)
+
+
+def tone_histograms(record: ComparisonRecord) -> bytes:
+    """Monk tone of samples at every epsilon, one panel per way, beside the devices' own mix; PNG."""
+    ways, levels = record.ways(), record.levels()
+    true = np.array(record.reference.tones) / max(1, sum(record.reference.tones))
+    steps = np.arange(1, 11)
+    with matplotlib.rc_context(STYLE):
+        canvas = Canvas(figsize=(max(6.2, 2.7 * len(ways)), 2.9), layout="constrained", dpi=110)
+        row = canvas.subplots(1, len(ways), sharey=True, squeeze=False)[0]
+        for axes, way in zip(row, ways, strict=True):
+            axes.bar(steps, 100 * true, color=FAINT, width=0.9, label="devices' faces")
+            for index, level in enumerate(levels):
+                runs = record.chosen(way, level)
+                if not runs:
+                    continue
+                counts = np.sum([run.model.tones for run in runs], axis=0)
+                shade = matplotlib.colormaps["viridis"](index / max(1, len(levels) - 1))
+                dash = (0, (2, 1.5)) if level == UNTRAINED else "-"
+                axes.plot(
+                    steps, 100 * counts / max(1, counts.sum()), color=shade, linewidth=1.6, linestyle=dash,
+                    label=f"epsilon {level}",
+                )  # fmt: skip
+            axes.set_title(way, loc="left", fontsize=9)
+            axes.set_xlabel("Monk tone, light to dark")
+            axes.set_xticks([1, 4, 7, 10])
+        row[0].set_ylabel("share of faces, %")
+        handles, labels = row[0].get_legend_handles_labels()
+        canvas.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        return png_on_white(canvas)
+
+
+def samples(rows: Mapping[str, Images], truth: Images) -> bytes:
+    """Samples row by row, the devices' own faces first; PNG.
+
+    Args:
+        rows: Way and epsilon -> images (n, 3, s, s), n as in `truth`.
+        truth: (n, 3, s, s), faces like the devices'.
+    """
+    grid = [("devices' faces", truth), *rows.items()]
+    return face_grid(grid, [str(i + 1) for i in range(len(truth))], side=64)
+
+
+def _panel(axes: Axes, record: ComparisonRecord, measure: str, group: str | None) -> None:
+    levels = record.levels()
+    for index, way in enumerate(record.ways()):
+        places, estimates, below, above = [], [], [], []
+        for place, level in enumerate(levels):
+            found = record.over_seeds(way, level, measure, group)
+            if record.chosen(way, level) and isinstance(found, Interval):
+                places.append(place + 0.07 * (index - (len(record.ways()) - 1) / 2))
+                estimates.append(found.estimate)
+                below.append(max(0.0, found.estimate - found.low))
+                above.append(max(0.0, found.high - found.estimate))
+        axes.errorbar(
+            places, estimates, yerr=[below, above], label=way, color=COLOURS[index % len(COLOURS)],
+            marker=MARKERS[index % len(MARKERS)], markersize=4.5, linewidth=1.4, elinewidth=1.0, capsize=2,
+        )  # fmt: skip
+    axes.set_xticks(range(len(levels)), [_name(level) for level in levels])
+    axes.set_xlabel("epsilon")
+
+
+def _name(level: str) -> str:
+    return {UNTRAINED: "0\n(base)", NO_DP_LABEL: "∞"}.get(level, level)
+
+
+def png_on_white(canvas: Canvas) -> bytes:
+    """A drawn canvas as PNG, its ground white so that it can be shown anywhere."""
+    target = io.BytesIO()
+    FigureCanvasAgg(canvas)
+    canvas.savefig(target, format="png", facecolor="white", metadata={"Software": None})
+    return target.getvalue()

@@ -1,0 +1,216 @@
+"""The record of a comparison of several runs, and its table: which way, at what epsilon, serves whom how well.
+
+Filled by coordinator/compare_runs.py, drawn by reports/comparison_charts.py. Each way is compared with its own
+unmodified public model, the row "0": it beats many private rows, and a table without it hides that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedface.atomic_io import replace_text
+from fedface.audits.group_metrics import mean_interval
+from fedface.errors import RunError
+from fedface.experiment import NO_DP_LABEL
+from fedface.privacy.privacy_target import format_delta
+from fedface.reports import strict
+from fedface.reports.measurements import Epsilon, Interval, Measurement, NotMeasured
+from fedface.reports.run_record import MachineRecord
+
+FILE = "comparison.json"
+UNTRAINED = "0"  # the level of the unmodified public model
+METRICS = ("tone_distance", "darker", "kernel", "coverage", "precision", "recall")
+BY_GROUP = ("kernel", "coverage", "precision")
+TITLES = {
+    "tone_distance": "distance in tone, Monk steps",
+    "darker": "share of darker samples",
+    "kernel": "kernel distance",
+    "coverage": "coverage",
+    "precision": "precision",
+    "recall": "recall",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupQualityRecord:
+    """How good the samples of one tone group are."""
+
+    group: str
+    real: int  # faces of the reference in this group
+    made: int  # samples in this group
+    figures: dict[str, Measurement]  # kernel, coverage, precision, recall
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelQualityRecord:
+    """What the samples of one set of weights look like beside the devices' faces."""
+
+    weights_hash: str
+    tones: tuple[int, ...]  # samples with Monk 1 to 10
+    figures: dict[str, Measurement]  # by measure
+    groups: tuple[GroupQualityRecord, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedRun:
+    """One run of a comparison."""
+
+    method: str
+    level: str  # "0" before training, the promised epsilon, or "∞" where nothing is promised
+    epsilon: Epsilon | NotMeasured
+    seed: int
+    noise_multiplier: float  # 0 without a promise
+    numbers_up: int  # numbers that a device sends in a round
+    bytes_up: int  # of all devices in all rounds
+    seconds: float  # of all rounds together
+    model: ModelQualityRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonRecord:
+    """Several runs of one question."""
+
+    name: str
+    question: str
+    finished: str  # ISO 8601, UTC
+    command: str
+    versions: dict[str, str]
+    machine: MachineRecord
+    devices: str  # in words
+    features: str  # on which distances rest, in words
+    reference: (
+        ModelQualityRecord  # a second set of the devices' own faces: what a perfect generator would score
+    )
+    runs: tuple[ComparedRun, ...]
+
+    def ways(self) -> tuple[str, ...]:
+        """The ways in the order in which they were run."""
+        return tuple(dict.fromkeys(run.method for run in self.runs))
+
+    def levels(self) -> tuple[str, ...]:
+        """ "0" first, promises ascending, "∞" last."""
+        return tuple(sorted({run.level for run in self.runs}, key=_level))
+
+    def chosen(self, way: str, level: str) -> tuple[ComparedRun, ...]:
+        """The runs of one way at one level, one per seed."""
+        return tuple(run for run in self.runs if (run.method, run.level) == (way, level))
+
+    def over_seeds(self, way: str, level: str, measure: str, group: str | None = None) -> Measurement:
+        """One measure of one way at one level, over its seeds; see `over_seeds`."""
+        found: list[Measurement] = []
+        for run in self.chosen(way, level):
+            if group is None:
+                found.append(run.model.figures[measure])
+            else:
+                found += [g.figures[measure] for g in run.model.groups if g.group == group]
+        return over_seeds(found)
+
+
+def _level(level: str) -> float:
+    return float("inf") if level == NO_DP_LABEL else float(level)
+
+
+def over_seeds(figures: Sequence[Measurement]) -> Measurement:
+    """The mean over runs that differ in their seed alone.
+
+    The interval is Student's over three runs or more, so that it holds what another seed would change; below
+    that it reaches from the lowest to the highest end of the runs' own intervals. Never narrower than the
+    mean of the runs' own.
+    """
+    measured = [figure for figure in figures if isinstance(figure, Interval)]
+    reasons = [figure.not_measured for figure in figures if isinstance(figure, NotMeasured)]
+    if reasons or not measured:
+        # The runs in which it could be measured are not any runs: they made more faces of the group.
+        part = f"in {len(measured)} of {len(figures)} runs only: " if measured else ""
+        return NotMeasured(not_measured=part + (reasons[0] if reasons else "no run"))
+    estimates = np.array([figure.estimate for figure in measured])
+    mean, count = float(estimates.mean()), sum(figure.count for figure in measured)
+    if len(measured) < 3:
+        low, high = min(f.low for f in measured), max(f.high for f in measured)
+        return Interval(estimate=mean, low=low, high=high, count=count)
+    spread = mean_interval(estimates, np.random.Generator(np.random.PCG64(0)))
+    below = float(np.mean([figure.estimate - figure.low for figure in measured])) / len(measured) ** 0.5
+    above = float(np.mean([figure.high - figure.estimate for figure in measured])) / len(measured) ** 0.5
+    return Interval(
+        estimate=mean, low=min(spread.low, mean - below), high=max(spread.high, mean + above), count=count
+    )
+
+
+def write(record: ComparisonRecord, folder: Path) -> None:
+    """`comparison.json` and `comparison.md` in a folder."""
+    replace_text(folder / FILE, strict.dumps(record))
+    replace_text(folder / "comparison.md", markdown(record))
+
+
+def read(folder: Path) -> ComparisonRecord:
+    """The record in a folder; raises RunError where there is none, or it is damaged."""
+    path = folder / FILE
+    if not path.is_file():
+        raise RunError(f"{folder}: holds no finished comparison; `fedface compare` makes one")
+    return strict.loads(ComparisonRecord, path.read_text(encoding="utf-8"))
+
+
+def markdown(record: ComparisonRecord) -> str:
+    """The comparison as tables: all faces first, then by tone group."""
+    lines = [f"# {record.question}", "", record.devices, "", record.features, ""]
+    lines += [
+        "Each cell: the mean over the runs' seeds and its 95 % interval. Epsilon 0 is the public model, untouched; "
+        f"∞ is training with clipping and without noise. {_promise(record)}",
+        "",
+        _reference(record),
+        "",
+    ]
+    heads = ["way", "epsilon", "sigma", "numbers up", "runs", *(TITLES[m] for m in METRICS), "seconds"]
+    lines += [_row(heads), _row(["---"] * len(heads))]
+    for way in record.ways():
+        for level in record.levels():
+            runs = record.chosen(way, level)
+            if not runs:
+                continue
+            figures = [_cell(record.over_seeds(way, level, measure)) for measure in METRICS]
+            seconds = f"{np.mean([run.seconds for run in runs]):.0f}"
+            sigma = f"{runs[0].noise_multiplier:.3g}" if runs[0].noise_multiplier else "-"
+            up = f"{runs[0].numbers_up:,}" if level != UNTRAINED else "-"
+            lines.append(_row([way, level, sigma, up, str(len(runs)), *figures, seconds]))
+    lines += ["", "## By tone group", ""]
+    groups = [group.group for group in record.reference.groups]
+    for measure in BY_GROUP:
+        lines += [f"### {TITLES[measure]}", "", _row(["way", "epsilon", *groups])]
+        lines.append(_row(["---"] * (2 + len(groups))))
+        for way in record.ways():
+            for level in record.levels():
+                if record.chosen(way, level):
+                    cells = [_cell(record.over_seeds(way, level, measure, group)) for group in groups]
+                    lines.append(_row([way, level, *cells]))
+        lines.append("")
+    return "\n".join(lines) + "\n"
+
+
+def _promise(record: ComparisonRecord) -> str:
+    known = [run.epsilon for run in record.runs if isinstance(run.epsilon, Epsilon)]
+    if not known:
+        return "No run promises anything."
+    deltas = sorted({epsilon.delta for epsilon in known})
+    words = ", ".join(format_delta(delta) for delta in deltas)
+    return f"A promised epsilon is an upper bound over all rounds at delta {words}, per {known[0].unit}."
+
+
+def _reference(record: ComparisonRecord) -> str:
+    figures = record.reference.figures
+    said = [f"{TITLES[m]} {_cell(figures[m])}" for m in METRICS if m in figures]
+    return f"What a second set of the devices' own faces scores: {'; '.join(said)}."
+
+
+def _cell(figure: Measurement) -> str:
+    if isinstance(figure, NotMeasured):
+        return "not measured"
+    digits = 3 if max(abs(figure.low), abs(figure.high)) < 1 else 2
+    return f"{figure.estimate:.{digits}f} [{figure.low:.{digits}f}, {figure.high:.{digits}f}]"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,177 @@
+"""The record of every upsampling method on one probe, with its tables and pictures: is it the algorithm?
+
+Filled by coordinator/method_benchmark.py, printed by `fedface benchmark`. Each figure carries its count and interval; each method
+carries the hash of the weights that it asked.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure as Canvas
+
+from fedface.atomic_io import replace_text
+from fedface.reports import formatting, strict
+from fedface.reports.charts import INK, STYLE, face_grid
+from fedface.reports.comparison_charts import COLOURS, MARKERS, png_on_white
+from fedface.reports.measurements import Interval, Measurement, NotMeasured
+from fedface.reports.run_record import BiasRecord, MachineRecord
+from fedface.tensor_types import Images
+
+FILE = "methods.json"
+OVERALL = (
+    "consistency_error",
+    "converged",
+    "skin_difference",
+    "face_difference",
+    "lightness_shift",
+    "same_half",
+)
+BY_GROUP = ("lightness_shift", "skin_difference", "same_half")
+LIMITS = (
+    "Tone is read from pixels, so light and camera are mixed into every figure of tone.",
+    "Whether a face fits is each method's own word: PULSE and the one-pass methods compare the consistency error with a fixed "
+    "tolerance, posterior samplers with what the noise of the measurement would leave.",
+    "A face that is near in colour is not the person: none of these figures says whether anybody is recognised.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodMetrics:
+    """One method."""
+
+    method: str  # its name on the command line
+    title: str
+    settings: dict[str, Any]
+    weights_hash: str  # of the networks that were asked; empty for nearest and bicubic
+    bias: BiasRecord  # overall and by group
+    distance: Measurement  # kernel distance of its faces to the faces of the probe: do they look like faces?
+    spread: Measurement  # standard deviation of a photo's faces at a pixel, of 1: does it show that many fit?
+    darker_true: Measurement  # share of darker originals
+    darker_made: Measurement  # share of darker faces among the made ones
+    darker_change: Measurement  # the difference, photo by photo; its size is the SPE of the halves
+    seconds_per_face: float  # wall time of the search alone, on cores shared with whatever ran beside it
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkRecord:
+    """All methods on one probe."""
+
+    finished: str  # ISO 8601, UTC
+    command: str
+    versions: dict[str, str]
+    machine: MachineRecord
+    probe: str  # in words
+    downscale: str  # in words
+    photos: int
+    seed: int
+    methods: tuple[MethodMetrics, ...]
+
+
+def write(record: BenchmarkRecord, pictures: Mapping[str, bytes], folder: Path) -> Path:
+    """Write record, table and pictures into a folder; returns the table's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / FILE, strict.dumps(record))
+    for name, png in pictures.items():
+        (folder / f"{name}.png").write_bytes(png)
+    path = folder / "methods.md"
+    replace_text(path, markdown(record))
+    return path
+
+
+def markdown(record: BenchmarkRecord) -> str:
+    """The tables, with what they cannot show."""
+    heads = [formatting.title_of(name) for name in OVERALL]
+    lines = [
+        "# Every method on one probe",
+        "",
+        f"{record.probe}. Shrunk by {record.downscale}. Estimates over photos with 95 % intervals.",
+        "",
+        f"| method | {' | '.join(heads)} | kernel distance to the originals | spread of a photo's faces | s per face |",
+        "|" + "---|" * (len(heads) + 4),
+    ]
+    for each in record.methods:
+        cells = [_cell(each.bias.overall[name]) for name in OVERALL]
+        cells += [_cell(each.distance), _cell(each.spread), f"{each.seconds_per_face:.2g}"]
+        lines.append(f"| {each.title} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "## Whom each method changes",
+        "",
+        "Share of faces in the darker half of the Monk scale.",
+        "",
+    ]
+    lines += ["| method | originals | made | change |", "|---|---|---|---|"]
+    for each in record.methods:
+        figures = (each.darker_true, each.darker_made, each.darker_change)
+        lines.append(f"| {each.title} | {' | '.join(_cell(figure) for figure in figures)} |")
+    groups = [group.group for group in record.methods[0].bias.groups]
+    for measure in BY_GROUP:
+        lines += ["", f"## By group: {formatting.with_unit(formatting.title_of(measure), measure)}", ""]
+        lines += [f"| method | {' | '.join(groups)} |", "|" + "---|" * (len(groups) + 1)]
+        for each in record.methods:
+            found = _by_group(each, measure)
+            lines.append(f"| {each.title} | {' | '.join(_cell(found[name]) for name in groups)} |")
+    lines += ["", "## In words", ""]
+    for each in record.methods:
+        lines += [f"- **{each.title}**: {' '.join(each.bias.sentences[:-1])}"]
+    lines += ["", "## What this cannot show", "", *(f"- {limit}" for limit in LIMITS), ""]
+    lines += ["Run it again:", "", f"    {record.command}", ""]
+    return "\n".join(lines)
+
+
+def by_group(record: BenchmarkRecord) -> bytes:
+    """Lightness added, colour difference and half kept, by group, one colour per method; PNG on white."""
+    groups = [group.group for group in record.methods[0].bias.groups]
+    with matplotlib.rc_context(STYLE):
+        canvas = Canvas(figsize=(11.0, 3.4), layout="constrained", dpi=110)
+        row = canvas.subplots(1, len(BY_GROUP))
+        for axes, measure in zip(row, BY_GROUP, strict=True):
+            for index, each in enumerate(record.methods):
+                found = _by_group(each, measure)
+                drawn = [(i, found[name]) for i, name in enumerate(groups)]
+                points = [(i, figure) for i, figure in drawn if isinstance(figure, Interval)]
+                if not points:
+                    continue
+                at = np.array([i for i, _ in points]) + 0.09 * (index - (len(record.methods) - 1) / 2)
+                middle = np.array([figure.estimate for _, figure in points])
+                ends = np.array([[f.estimate - f.low, f.high - f.estimate] for _, f in points]).T.clip(min=0)
+                axes.errorbar(
+                    at, middle, yerr=ends, label=each.title, color=COLOURS[index % len(COLOURS)],
+                    marker=MARKERS[index % len(MARKERS)], markersize=4, linewidth=0, elinewidth=1.0, capsize=0,
+                )  # fmt: skip
+            if measure == "lightness_shift":
+                axes.axhline(0.0, color=INK, linewidth=0.8)
+            axes.set_xticks(range(len(groups)), [name.replace(" ", "\n", 1) for name in groups])
+            title = formatting.with_unit(formatting.title_of(measure), measure)
+            axes.set_title("\n".join(textwrap.wrap(title, 44)), loc="left", fontsize=9)
+            axes.grid(axis="x", visible=False)
+        handles, labels = row[0].get_legend_handles_labels()
+        canvas.legend(handles, labels, loc="outside lower center", ncols=min(8, len(labels)))
+        return png_on_white(canvas)
+
+
+def _by_group(each: MethodMetrics, measure: str) -> dict[str, Measurement]:
+    """One measure of every group; a group of fewer than two faces has none."""
+    absent = NotMeasured(not_measured="fewer than two faces of this group")
+    return {group.group: group.metrics.get(measure, absent) for group in each.bias.groups}
+
+
+def faces(rows: Sequence[tuple[str, Images]], groups: Sequence[str]) -> bytes:
+    """Originals, what was shown, and one face of each method, one person a column; PNG."""
+    return face_grid(rows, groups, side=96)
+
+
+def _cell(figure: Measurement) -> str:
+    match figure:
+        case Interval(estimate=estimate, low=low, high=high, count=count):
+            numbers = f"{formatting.number(estimate)} [{formatting.number(low)}, {formatting.number(high)}]"
+            return f"{numbers} (n = {count})"
+        case NotMeasured(not_measured=reason):
+            return f"not measured: {reason}"

@@ -1,0 +1,398 @@
+"""One round that leaves the generator as it is and refits the distribution that its latents are drawn from.
+
+Called from training/training_methods. Each device reads the latents of its photos with a public encoder and sends, once, the
+sum over its photos of a count, the latents and their squares (or products), clipped and with Gaussian noise. The
+server refits the latent prior N(mean, covariance) from the total: post-processing (Dwork and Roth 2014,
+Proposition 2.1), which costs nothing. Sampling and latent search then start from the fitted prior.
+
+An encoded latent e has length sqrt(z), so every part of a photo's vector has a length that is known before:
+
+    v = clip_norm * (sqrt(a0), sqrt(a1) e / sqrt(z), sqrt(a2) (e^2 - 1) / R),   a0 + a1 + a2 = 1
+
+with R = 1.5 sqrt(2 z), one and a half times the usual length of e^2 - 1, to which the rare longer ones are cut;
+for products, the upper triangle of e e' - I (off the diagonal times sqrt 2) with its exact length sqrt(z^2 - z).
+So |v| <= clip_norm by construction, and clipping, which the promise rests on, changes nothing. Noise of the total
+lands on the mean of e times sqrt(z / a1), on the mean of e^2 times R / sqrt(a2), and on the count, as a relative
+error, times 1 / sqrt(a0). A sum of squared errors c_i / a_i is least at a_i proportional to sqrt(c_i): with an
+error of the variance counting half (it is twice that of the spread), first and second moments deserve almost
+equal shares, and the count, whose error multiplies only the size of the shift, little.
+
+The count is noised because the number of photos is private as well. The squares are centred on the standard
+prior: a device without photos, and noise that hides everything, leave the prior as it was.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, assert_never
+
+import torch
+from torch import Tensor
+
+from fedface.models.latent_encoder import LatentEncoder
+from fedface.models.stylegan2 import StyleGAN2
+from fedface.privacy.plan import MAX_EXPECTED_BATCH_SIZE, DPParameters, Schedule
+from fedface.randomness import SecretNoise, Streams
+from fedface.tensor_types import KeptImages, Latents, Vector, in_floats
+from fedface.training.dp_sgd import private_sum
+
+Second = Literal["none", "diagonal", "full"]
+
+VARIANCES = (0.05, 4.0)  # of the fitted prior, in variances of the standard one
+_REACH = 1.5  # longest e^2 - 1 that is not cut, in its usual lengths
+_SAMPLES = 1024  # of the generator, from which the encoder's reading of a prior is learned
+_AT_ONCE = 128  # of them; photos are encoded one by one
+_PASSES = 2  # steps of the prior towards what the devices read
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorTrainingConfig:
+    """How devices describe their photos' latents; every number is public and the same on all devices."""
+
+    second_moments: Second = "diagonal"  # second moments: none, one per number of the latent, or all products
+    expected_batch_size: int = 200  # public divisor of each device's sum, about the photos of a device, >= 1
+    max_photos: int = 2000  # public bound for quantisation: the sums of more photos are cut, >= 1
+    clip_norm: float = 1.0  # length of one photo's vector, > 0; only its ratio to the noise matters
+    count_fraction: float = 0.05  # a0: part of the squared length that counts the photo, in (0, 1)
+    second_moment_fraction: float = (
+        0.5  # a2 / (a1 + a2): part of the rest that goes to second moments, in (0, 1)
+    )
+
+    def __post_init__(self) -> None:
+        self.schedule()
+        if not 1 <= self.max_photos <= MAX_EXPECTED_BATCH_SIZE:
+            raise ValueError(f"max_photos must lie in [1, {MAX_EXPECTED_BATCH_SIZE}], got {self.max_photos}")
+        for name in ("count_fraction", "second_moment_fraction"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in (0, 1), got {getattr(self, name)}")
+
+    def schedule(self) -> Schedule:
+        """One look at every photo: nothing is claimed from sampling."""
+        return Schedule(
+            rounds=1,
+            steps_per_round=1,
+            sampling_rate=1.0,
+            expected_batch_size=self.expected_batch_size,
+            clip_norm=self.clip_norm,
+        )
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What one number of each part of a photo's vector is multiplied with, and how many there are."""
+
+    width: int
+    second: Second
+    count: float
+    first: float
+    squares: float  # 0 where there are none
+
+    @property
+    def pairs(self) -> int:
+        match self.second:
+            case "none":
+                return 0
+            case "diagonal":
+                return self.width
+            case "full":
+                return self.width * (self.width + 1) // 2
+            case _:
+                assert_never(self.second)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [1, self.width, self.pairs]
+
+
+def _layout(width: int, config: PriorTrainingConfig) -> _Layout:
+    moments = 1.0 - config.count_fraction
+    seconds = 0.0 if config.second_moments == "none" else moments * config.second_moment_fraction
+    length = (
+        math.sqrt(width * width - width)
+        if config.second_moments == "full"
+        else _REACH * math.sqrt(2.0 * width)
+    )
+    return _Layout(
+        width=width,
+        second=config.second_moments,
+        count=config.clip_norm * math.sqrt(config.count_fraction),
+        first=config.clip_norm * math.sqrt((moments - seconds) / width),
+        squares=config.clip_norm * math.sqrt(seconds) / max(length, 1.0),
+    )
+
+
+def photo_vectors(latents: Latents, config: PriorTrainingConfig) -> Tensor:
+    """What each photo adds to the sum, before clipping.
+
+    Args:
+        latents: (n, z), of length sqrt(z) each, as an encoder names them.
+        config: The public recipe.
+
+    Returns:
+        (n, 1 + z + p) with p = 0, z or z (z + 1) / 2 by `config.second`; each row's length is at most
+        `config.clip_norm`, up to float32 rounding.
+    """
+    layout = _layout(latents.shape[1], config)
+    ones = torch.ones(len(latents), 1)
+    parts = [ones * layout.count, latents * layout.first]
+    match config.second_moments:
+        case "none":
+            pass
+        case "diagonal":
+            squares = latents.square() - 1.0
+            reach = _REACH * math.sqrt(2.0 * layout.width)
+            cut = (reach / squares.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
+            parts.append(squares * cut * layout.squares)
+        case "full":
+            products = latents[:, :, None] * latents[:, None, :] - torch.eye(layout.width)
+            parts.append(_packed(products) * layout.squares)
+        case _:
+            assert_never(config.second)
+    return torch.cat(parts, dim=1)
+
+
+def _packed(matrices: Tensor) -> Tensor:
+    """Symmetric (n, z, z) -> (n, z (z + 1) / 2) of the same length: off the diagonal times sqrt 2."""
+    width = matrices.shape[-1]
+    rows, columns = torch.triu_indices(width, width)
+    weight = torch.where(rows == columns, 1.0, math.sqrt(2.0))
+    return matrices[:, rows, columns] * weight
+
+
+def _unpacked(packed: Vector, width: int) -> Tensor:
+    """The inverse of `_packed` for one matrix."""
+    rows, columns = torch.triu_indices(width, width)
+    values = packed / torch.where(rows == columns, 1.0, math.sqrt(2.0)).to(packed)
+    matrix = packed.new_zeros(width, width)
+    matrix[rows, columns] = values
+    matrix[columns, rows] = values
+    return matrix
+
+
+def train_prior_round(
+    encoder: LatentEncoder,
+    photos: KeptImages,
+    config: PriorTrainingConfig,
+    terms: DPParameters,
+    *,
+    rng: SecretNoise | torch.Generator,
+    units: Tensor | None = None,
+) -> Vector:
+    """What a device sends: the noised sum of its photos' vectors over the public divisor.
+
+    Guarantees:
+        * Photos enter only through `private_sum`, once, and each is encoded by itself: a row depends on its photo
+          alone, to the last bit. In a batch the size decides which kernels run, whose roundings differ, and an
+          encoder whose rows cancel would make that difference as long as a latent.
+        * Without photos the result is noise alone.
+
+    Args:
+        encoder: The public encoder; it stays as it is.
+        photos: All photos of the device, (n, 3, size, size), floats in [0, 1] or bytes, n >= 0.
+        config: What is counted; its schedule is not used, the terms are.
+        terms: What was agreed and booked.
+        rng: SecretNoise for a promise; a replayable stream only where nothing is promised.
+        units: Which unit each photo belongs to, int64 (n,); None: each its own. An occasion adds the sum of its
+            photos' vectors, cut to one photo's length: it weighs as one photo.
+
+    Returns:
+        Shape (1 + z + p,), see `photo_vectors`.
+
+    Raises:
+        PrivacyError: A promised round was given replayable chance.
+    """
+    agreed = replace(config, clip_norm=terms.schedule.clip_norm)
+    with torch.no_grad():
+        # Each in memory of its own: kernels may look at the alignment of what they read.
+        parts = [photo_vectors(encoder(in_floats(photo).clone()), agreed) for photo in torch.split(photos, 1)]
+    total = private_sum(
+        torch.cat(parts) if len(photos) else torch.zeros(0, sum(_layout(encoder.latent_width, agreed).sizes)),
+        mechanism=terms.mechanism(),
+        sampling_rate=terms.schedule.sampling_rate,
+        rng=rng,
+        units=units,
+    )
+    return total / terms.schedule.expected_batch_size
+
+
+def prior_ranges(encoder: LatentEncoder, config: PriorTrainingConfig) -> Vector:
+    """Public bounds of what a device sends, for quantisation, shape (1 + z + p,), all > 0.
+
+    The sums of `max_photos` photos whose mean latent lies within three units of the standard one, and whose
+    mean squares and products within nine. What noise or more photos add beyond is clamped.
+    """
+    layout = _layout(encoder.latent_width, config)
+    most = config.max_photos / config.expected_batch_size
+    bounds = [layout.count, 3.0 * layout.first, 9.0 * layout.squares]
+    return torch.cat(
+        [torch.full((size,), most * bound) for size, bound in zip(layout.sizes, bounds, strict=True)]
+    )
+
+
+def fit_latent_prior(
+    generator: StyleGAN2,
+    total: Vector,
+    devices: int,
+    config: PriorTrainingConfig,
+    terms: DPParameters,
+    *,
+    encoder: LatentEncoder | None = None,
+) -> StyleGAN2:
+    """The same generator with the latent prior that the devices' photos suggest.
+
+    An encoder misreads, and what it misreads is not what the photos have in common. So the prior is moved until
+    the encoder reads the same moments from the generator's own samples as the devices read from their photos
+    (indirect inference, Gourieroux, Monfort and Renault 1993). Each step is shrunk by what is known of its
+    error, the noise that was added and the chance of a finite number of photos: x becomes
+    x * max(0, 1 - caution * variance / x^2), the non-negative garrote (Breiman 1995; Gao 1998 for its
+    threshold), a Wiener filter that may say "nothing". For products the eigenvalues of their matrix are shrunk
+    instead, against the largest that noise alone has.
+
+    Guarantees:
+        * Without noise, with many photos and without an encoder, the moments are those of the latents sent.
+        * Where the count cannot be told from noise (below three standard deviations) the prior stays standard.
+        * Variances lie within `VARIANCES`. Nothing here is left to chance: equal totals give equal priors.
+
+    Args:
+        generator: Stays as it is; a prior that was fitted before is replaced.
+        total: The sum of `train_prior_round` over the devices, (1 + z + p,).
+        devices: How many devices are in the sum, >= 1.
+        config: As on the devices.
+        terms: As on the devices: they tell how much noise is in the sum.
+        encoder: The one the devices used; None takes what they sent for the latents themselves.
+
+    Returns:
+        A generator whose config says `prior="fitted"`.
+
+    Raises:
+        ValueError: The total has another length than these moments.
+    """
+    agreed = replace(config, clip_norm=terms.schedule.clip_norm)
+    layout = _layout(generator.latent_width, agreed)
+    wanted = _wanted(total, devices, layout, terms, 0.0 if encoder is None else 1.0 / _SAMPLES)
+    fitted = StyleGAN2(replace(generator.config, prior="fitted"), torch.Generator())
+    missing = fitted.load_state_dict(generator.state_dict(), strict=False).missing_keys
+    if unknown := [name for name in missing if not name.startswith("mapping.prior_")]:
+        raise ValueError(f"the generator lacks {unknown[0]}")
+    _set_prior(fitted, *_standard(layout.width))
+    if wanted is None:
+        return fitted
+    mean, covariance = _standard(layout.width)
+    for _ in range(1 if encoder is None else _PASSES):
+        seen = (mean, covariance)
+        if encoder is not None:
+            _set_prior(fitted, mean, covariance)
+            seen = _moments(photo_vectors(_read_samples(fitted, encoder), agreed).double().mean(0), layout)
+        mean = mean + _shrunk(wanted.mean - seen[0], wanted.mean_error, _caution(layout.width))
+        covariance = _moved(covariance, wanted, seen[1], layout)
+    _set_prior(fitted, mean, covariance)
+    return fitted
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The moments that the devices' photos have, and the variance of each number's error."""
+
+    mean: Tensor  # (z,)
+    mean_error: float
+    covariance: Tensor  # (z, z)
+    covariance_error: float
+
+
+def _standard(width: int) -> tuple[Tensor, Tensor]:
+    return torch.zeros(width, dtype=torch.float64), torch.eye(width, dtype=torch.float64)
+
+
+def _set_prior(generator: StyleGAN2, mean: Tensor, covariance: Tensor) -> None:
+    values, vectors = torch.linalg.eigh(covariance)
+    root = (vectors * values.clamp(min=0.0).sqrt()) @ vectors.T
+    generator.mapping.prior_mean.copy_(mean)
+    generator.mapping.prior_root.copy_(root)
+
+
+def _wanted(
+    total: Vector, devices: int, layout: _Layout, terms: DPParameters, compared: float
+) -> _Wanted | None:
+    """What the total says about the photos' latents; None where the count is lost in the noise.
+
+    `compared` is the variance of what it will be compared with, in variances of one latent's number.
+    """
+    if total.shape != (sum(layout.sizes),):
+        raise ValueError(f"these moments are {sum(layout.sizes)} numbers, got shape {tuple(total.shape)}")
+    if devices < 1:
+        raise ValueError(f"devices must be at least 1, got {devices}")
+    sums = total.double() * terms.schedule.expected_batch_size
+    noise = terms.noise_multiplier * terms.schedule.clip_norm * math.sqrt(devices)
+    photos = float(sums[0]) / layout.count
+    if not photos > max(1.0, 3.0 * noise / layout.count):
+        return None
+    mean, covariance = _moments(sums / photos, layout)
+    few = 1.0 / photos + compared
+    mean_error = (noise / (layout.first * photos)) ** 2 + few
+    if layout.second == "none":
+        return _Wanted(mean, mean_error, covariance, 0.0)
+    error = (noise / (layout.squares * photos)) ** 2
+    if layout.second == "diagonal":
+        return _Wanted(mean, mean_error, covariance, error + 2.0 * few)
+    # Each of the two equal entries off the diagonal carries 1 / sqrt 2 of the packed noise.
+    return _Wanted(mean, mean_error, covariance, error / 2.0 + few)
+
+
+def _moments(vector: Vector, layout: _Layout) -> tuple[Tensor, Tensor]:
+    """Mean (z,) and covariance (z, z) from the mean of photos' vectors; what was not sent is standard."""
+    _, first, second = torch.split(vector, layout.sizes)
+    mean = first / layout.first
+    identity = torch.eye(layout.width, dtype=vector.dtype)
+    match layout.second:
+        case "none":
+            return mean, identity
+        case "diagonal":
+            return mean, identity + torch.diag(second / layout.squares - mean.square())
+        case "full":
+            excess = _unpacked(second, layout.width) / layout.squares
+            return mean, identity + excess - torch.outer(mean, mean)
+        case _:
+            assert_never(layout.second)
+
+
+def _moved(covariance: Tensor, wanted: _Wanted, seen: Tensor, layout: _Layout) -> Tensor:
+    """One shrunk step of the prior's covariance towards the wanted one, within `VARIANCES`."""
+    away = wanted.covariance - seen
+    match layout.second:
+        case "none":
+            return covariance
+        case "diagonal":
+            step = _shrunk(away.diagonal(), wanted.covariance_error, _caution(layout.width))
+            return torch.diag((covariance.diagonal() + step).clamp(*VARIANCES))
+        case "full":
+            values, vectors = torch.linalg.eigh(away)
+            # The largest eigenvalue of noise of width z is about twice an entry's deviation times sqrt z.
+            step = _shrunk(values, wanted.covariance_error, 4.0 * layout.width)
+            values, vectors = torch.linalg.eigh(covariance + (vectors * step) @ vectors.T)
+            bounded: Tensor = (vectors * values.clamp(*VARIANCES)) @ vectors.T
+            return bounded
+        case _:
+            assert_never(layout.second)
+
+
+def _read_samples(generator: StyleGAN2, encoder: LatentEncoder) -> Latents:
+    """What an encoder reads from a generator's own samples; the same draws each time, and their opposites."""
+    half = torch.randn(_SAMPLES // 2, generator.latent_width, generator=Streams(0).generator("refit"))
+    latents = torch.cat([half, -half])
+    with torch.no_grad():
+        parts = [
+            encoder(generator.synthesize(generator.map(part)).clamp(0.0, 1.0))
+            for part in torch.split(latents, _AT_ONCE)
+        ]
+    return torch.cat(parts)
+
+
+def _caution(width: int) -> float:
+    """The universal threshold, squared: none of `width` normal numbers is likely to exceed it."""
+    return 2.0 * math.log(max(width, 2))
+
+
+def _shrunk(x: Tensor, error: float, caution: float) -> Tensor:
+    """x * max(0, 1 - caution * error / x^2)."""
+    return x * (1.0 - caution * error / x.square().clamp(min=1e-30)).clamp(min=0.0)

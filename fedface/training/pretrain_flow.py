@@ -1,0 +1,126 @@
+"""The recipe of the flow's base checkpoint: a rectified flow that learns from drawn faces alone.
+
+Called from `fedface pretrain flow`. No photo is involved: the faces come from the same renderer, tone mix and
+cameras as those of training/pretrain_gan, so that both families start from equal knowledge. The loss is the
+regression of Liu et al. 2022 (arXiv:2209.03003), equation 1, with times drawn from the logit-normal
+distribution of Esser et al. 2024 (arXiv:2403.03206), section 3.1, one from each of equally likely slices.
+Averaged weights are kept with a warm-up (facts: without one they keep the start).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+from torch.optim import Adam
+
+from fedface.models.model import FlowModel
+from fedface.models.rectified_flow import FlowConfig, RectifiedFlow
+from fedface.randomness import Streams
+from fedface.tensor_types import Images
+from fedface.training.flow import flow_loss
+from fedface.training.pretrain_gan import Progress, render_faces, update_ema
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowPretrainConfig:
+    """How the flow's base checkpoint is made; the defaults are the shipped one."""
+
+    seed: int = 7  # >= 0
+    light_fraction: float = 0.85  # share of faces with light skin, Monk 1 to 5
+    pool: int = 40_000  # drawn faces, made once and learned from many times, mirrored half of the time
+    steps: int = 9000  # >= 1
+    batch: int = 64  # >= 2
+    learning_rate: float = 2e-3  # Adam's, after a warm-up of 200 steps; falls along a cosine
+    averaging: float = 0.9995  # how much of the averaged weights a late step keeps, in [0, 1)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+
+    def __post_init__(self) -> None:
+        for name, least in (("pool", 1), ("steps", 1), ("batch", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.light_fraction <= 1:
+            raise ValueError(f"light_fraction must lie in [0, 1], got {self.light_fraction}")
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"learning_rate must lie in (0, 1), got {self.learning_rate}")
+        if not 0 <= self.averaging < 1:
+            raise ValueError(f"averaging must lie in [0, 1), got {self.averaging}")
+
+
+def synthesize_pool(config: FlowPretrainConfig, report: Progress) -> Tensor:
+    """Drawn faces seen through their cameras, (pool, 3, s, s) uint8."""
+    return render_faces(config.pool, config.light_fraction, config.flow.size, Streams(config.seed), report)
+
+
+def stratified_times(count: int, rng: torch.Generator) -> Tensor:
+    """Logit-normal times in (0, 1), one from each of `count` equally likely slices, in random order, (count,)."""
+    place = (torch.randperm(count, generator=rng) + torch.rand(count, generator=rng)) / count
+    return torch.sigmoid(torch.special.ndtri(place.clamp(1e-6, 1.0 - 1e-6)))
+
+
+class FlowPretraining:
+    """The state of one pretraining; `finish` gives the averaged network at any moment."""
+
+    def __init__(self, config: FlowPretrainConfig, pool: Tensor) -> None:
+        self.config = config
+        self.pool = pool
+        self.streams = Streams(config.seed)
+        self.flow = RectifiedFlow(config.flow, self.streams.generator("weights"))
+        self.averaged = RectifiedFlow(config.flow)
+        self.averaged.load_state_dict(self.flow.state_dict())
+        self.rng = self.streams.generator("faces")
+        self.steps_done = 0
+        self.started = time.monotonic()
+
+    def images(self) -> Images:
+        """A batch from the pool, half of it mirrored."""
+        chosen = torch.randint(len(self.pool), (self.config.batch,), generator=self.rng)
+        images = self.pool[chosen].float() / 255.0
+        half = self.config.batch // 2
+        return torch.cat([images[:half], images[half:].flip(-1)])
+
+    def learn(self, report: Progress) -> None:
+        """All steps."""
+        optimiser = Adam(self.flow.parameters(), self.config.learning_rate, betas=(0.9, 0.99))
+        for step in range(self.config.steps):
+            for group in optimiser.param_groups:
+                group["lr"] = self.config.learning_rate * _slowing(step, self.config.steps)
+            images = self.images()
+            noise = torch.randn(images.shape, generator=self.rng)
+            times = stratified_times(len(images), self.rng)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = flow_loss(self.flow, images, noise, times).mean()
+            optimiser.zero_grad()
+            torch.autograd.backward(loss)
+            optimiser.step()
+            update_ema(self.averaged, self.flow, step, self.config.averaging)
+            self.steps_done += 1
+            if step % 100 == 0:
+                report("flow", step, self.config.steps, {"loss": loss.item()})
+
+    def finish(self) -> FlowModel:
+        """The averaged network, with notes on how it was made."""
+        notes = {
+            "made_by": "fedface pretrain flow",
+            "recipe": asdict(self.config),
+            "images_seen": self.steps_done * self.config.batch,
+            "seconds": round(time.monotonic() - self.started),
+            "threads": torch.get_num_threads(),
+        }
+        return FlowModel(self.averaged, notes)
+
+
+def _slowing(step: int, steps: int) -> float:
+    """The learning rate's multiplier: up to 1 within 200 steps or a tenth, then down to 0.01 along a cosine."""
+    warm = min(1.0, (step + 1) / max(1, min(200, steps // 10)))
+    return warm * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * step / steps)))
+
+
+def pretrain_flow(config: FlowPretrainConfig, report: Progress) -> FlowModel:
+    """Draw the pool, learn from it, keep the averaged weights."""
+    training = FlowPretraining(config, synthesize_pool(config, report))
+    training.learn(report)
+    return training.finish()

@@ -1,0 +1,262 @@
+"""The recipe of the base checkpoint: a generator that learns from drawn faces alone, no photo involved.
+
+Called from `fedface pretrain gan`. Two stages, both public:
+
+1. Paired: a latent's own numbers are read as the parameters of a drawn face (normals -> quantiles), so every
+   latent has a known picture and the generator learns by regression (L1 on pixels at three scales).
+2. Adversarial: the non-saturating loss with R1 (Mescheder et al. 2018, arXiv:1801.04406; Karras et al. 2020,
+   arXiv:1912.04958) against drawn faces seen through cameras, with the pairs kept at a small weight. The
+   discriminator that devices fine-tune comes from here.
+
+The renderer's tone quantile decides how many faces are light: 85 in 100 by default, like the photo
+collections of the debate. Averaged weights are kept with a warm-up (facts: without one they keep the start).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Adam
+
+from fedface.models.checkpoint import estimate_mean_style
+from fedface.models.discriminator import Discriminator, DiscriminatorConfig
+from fedface.models.model import GanModel, copy_model, new_gan
+from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
+from fedface.randomness import Streams
+from fedface.synthetic.faces import NORMALS, ToneMix, faces_from_normals, render, sample_faces
+from fedface.tensor_types import Images, Latents
+
+
+@dataclass(frozen=True, kw_only=True)
+class GanPretrainConfig:
+    """How the base checkpoint is made; the defaults are the shipped one."""
+
+    seed: int = 7
+    light_fraction: float = 0.85  # share of faces with light skin, Monk 1 to 5
+    pool: int = 40_000  # drawn faces, made once and learned from many times
+    paired_steps: int = 4500
+    adversarial_steps: int = 1500
+    batch: int = 32
+    learning_rate: float = 6e-3
+    mapping_speed: float = 50.0  # learning rate of the mapping in the first stage, in learning rates
+    r1_weight: float = 1.0  # times |gradient|^2 / 2 on drawn faces
+    pair_weight: float = 2.0  # weight of the pairs in the second stage
+    generator: StyleGAN2Config = field(default_factory=lambda: StyleGAN2Config(style_width=128))
+    discriminator: DiscriminatorConfig = field(default_factory=lambda: DiscriminatorConfig(channel_max=48))
+
+
+Progress = Callable[[str, int, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class SyntheticPool:
+    """Latents with the faces that belong to them, kept as bytes because there are many."""
+
+    latents: Tensor  # (n, z) float32
+    clean: Tensor  # (n, 3, s, s) uint8, the picture without a camera's noise
+    seen: Tensor  # (n, 3, s, s) uint8, the same face seen through its camera
+
+    def pairs(self, batch: int, rng: torch.Generator) -> tuple[Latents, Images]:
+        """Some latents with their clean pictures."""
+        chosen = torch.randint(len(self.latents), (batch,), generator=rng)
+        return self.latents[chosen], self.clean[chosen].float() / 255.0
+
+    def photos(self, batch: int, rng: torch.Generator) -> Images:
+        """Some pictures through cameras."""
+        chosen = torch.randint(len(self.latents), (batch,), generator=rng)
+        return self.seen[chosen].float() / 255.0
+
+
+def make_pool(config: GanPretrainConfig, report: Progress) -> SyntheticPool:
+    """Draw the faces that belong to random latents.
+
+    The first `NORMALS` numbers of a latent, brought to unit mean square like the mapping network does, are
+    the normals of the face's parameters.
+    """
+    streams = Streams(config.seed)
+    tones = ToneMix(light_fraction=config.light_fraction)
+    latents = torch.randn(config.pool, config.generator.latent_width, generator=streams.generator("pool"))
+    camera = streams.generator("camera")
+    scaled = latents * torch.rsqrt(latents.square().mean(dim=1, keepdim=True) + 1e-8)
+    clean, seen = [], []
+    for done in range(0, config.pool, 500):
+        faces = faces_from_normals(scaled[done : done + 500, :NORMALS], tones)
+        clean.append(_bytes(render(faces, config.generator.size)))
+        seen.append(_bytes(render(faces, config.generator.size, noise=camera)))
+        report("drawing", done, config.pool, {})
+    return SyntheticPool(latents, torch.cat(clean), torch.cat(seen))
+
+
+def _bytes(images: Images) -> Tensor:
+    return (images.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
+
+
+def render_faces(count: int, light_fraction: float, size: int, streams: Streams, report: Progress) -> Tensor:
+    """Drawn faces seen through their cameras, (count, 3, size, size) uint8."""
+    tones = ToneMix(light_fraction=light_fraction)
+    rng, camera = streams.generator("pool"), streams.generator("camera")
+    parts = []
+    for done in range(0, count, 500):
+        faces = sample_faces(min(500, count - done), tones, rng)
+        parts.append(_bytes(render(faces, size, noise=camera)))
+        report("drawing", done, count, {})
+    return torch.cat(parts)
+
+
+def update_ema(averaged: nn.Module, fresh: nn.Module, step: int, keep: float) -> None:
+    """Move averaged weights towards fresh ones; `keep` of them stays in late steps, less in the first."""
+    share = min(keep, (step + 1) / (step + 10))
+    with torch.no_grad():
+        for mine, theirs in zip(averaged.parameters(), fresh.parameters(), strict=True):
+            mine.lerp_(theirs, 1.0 - share)
+
+
+def warmup_cosine(step: int, steps: int) -> float:
+    """The learning rate's multiplier: up over a hundred steps, then down along a cosine to a fiftieth."""
+    fall = 0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+    return min(1.0, (step + 1) / 100) * fall
+
+
+def pair_losses(generated: Images, target: Images) -> Tensor:
+    """L1 on pixels plus L1 on differences of neighbouring pixels, at full, half and quarter size, per picture: (n,)."""
+    loss = generated.new_zeros(len(generated))
+    for _ in range(3):
+        loss = loss + (generated - target).abs().mean(dim=(1, 2, 3))
+        for axis in (2, 3):
+            loss = loss + (generated.diff(dim=axis) - target.diff(dim=axis)).abs().mean(dim=(1, 2, 3))
+        generated, target = functional.avg_pool2d(generated, 2), functional.avg_pool2d(target, 2)
+    return loss
+
+
+def pair_loss(generated: Images, target: Images) -> Tensor:
+    """The mean of `pair_losses`, a scalar."""
+    return pair_losses(generated, target).mean()
+
+
+def r1_penalty(discriminator: Discriminator, photos: Images) -> Tensor:
+    """Mean squared length of the logit's gradient at the photos, halved."""
+    photos = photos.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(discriminator(photos).sum(), photos, create_graph=True)
+    return gradient.square().sum(dim=(1, 2, 3)).mean() / 2.0
+
+
+class GanPretraining:
+    """The state of one pretraining; `finish` gives the averaged networks at any moment."""
+
+    def __init__(self, config: GanPretrainConfig, pool: SyntheticPool) -> None:
+        self.config = config
+        self.pool = pool
+        self.streams = Streams(config.seed)
+        self.gan = new_gan(config.generator, config.discriminator, self.streams.generator("weights"))
+        self.averaged = copy_model(self.gan)
+        self.rng = self.streams.generator("faces")
+        self.images = 0
+        self.started = time.monotonic()
+
+    def _latents(self) -> Tensor:
+        return torch.randn(self.config.batch, self.config.generator.latent_width, generator=self.rng)
+
+    def _average(self, step: int) -> None:
+        update_ema(self.averaged.generator, self.gan.generator, step, 0.999)
+
+    def _grow(self, generator: StyleGAN2, latents: Latents) -> Images:
+        with torch.autocast("cpu", torch.bfloat16):
+            made = generator.synthesize(generator.map(latents))
+        return made.float()
+
+    def pairs(self, report: Progress) -> None:
+        """Stage 1: regression on pairs, cosine learning rate."""
+        generator, steps = self.gan.generator, self.config.paired_steps
+        rate = self.config.learning_rate
+        # The mapping's stored weights are a hundred times too large for Adam's steps; pairs teach it directly.
+        optimiser = Adam(
+            [
+                {"params": list(generator.mapping.parameters()), "scale": self.config.mapping_speed},
+                {"params": list(generator.synthesis.parameters()), "scale": 1.0},
+            ],
+            rate,
+            (0.9, 0.99),
+        )
+        for step in range(steps):
+            _cosine(optimiser, rate, step, steps)
+            latents, faces = self.pool.pairs(self.config.batch, self.rng)
+            loss = pair_loss(self._grow(generator, latents), faces)
+            optimiser.zero_grad()
+            torch.autograd.backward(loss)
+            optimiser.step()
+            self._average(step)
+            self.images += self.config.batch
+            if step % 50 == 0:
+                report("pairs", step, steps, {"l1": loss.item()})
+
+    def adversaries(self, report: Progress) -> None:
+        """Stage 2: discriminator and generator against each other, R1 at every eighth step."""
+        config, generator, discriminator = self.config, self.gan.generator, self.gan.discriminator
+        generator.load_state_dict(self.averaged.generator.state_dict())
+        rate = config.learning_rate / 6
+        mine = Adam(generator.parameters(), rate, (0.0, 0.99))
+        theirs = Adam(discriminator.parameters(), rate, (0.0, 0.99))
+        for step in range(config.adversarial_steps):
+            _cosine(mine, rate, step, config.adversarial_steps)
+            photos = self.pool.photos(config.batch, self.rng)
+            with torch.no_grad():
+                fakes = self._grow(generator, self._latents())
+            loss = (
+                functional.softplus(-discriminator(photos)).mean()
+                + functional.softplus(discriminator(fakes)).mean()
+            )
+            if step % 8 == 0:
+                loss = loss + 8 * config.r1_weight * r1_penalty(discriminator, photos)
+            theirs.zero_grad()
+            torch.autograd.backward(loss)
+            theirs.step()
+            latents, faces = self.pool.pairs(config.batch, self.rng)
+            made = self._grow(generator, latents)
+            pairs = pair_loss(made, faces)
+            total = functional.softplus(-discriminator(made)).mean() + config.pair_weight * pairs
+            mine.zero_grad()
+            torch.autograd.backward(total)
+            mine.step()
+            # The first steps leave the discriminator time to wake up before the average follows.
+            self._average(self.config.paired_steps + step)
+            self.images += config.batch
+            if step % 50 == 0:
+                report(
+                    "adversaries",
+                    step,
+                    config.adversarial_steps,
+                    {"discriminator": loss.item(), "l1": pairs.item()},
+                )
+
+    def finish(self) -> GanModel:
+        """The averaged generator and the discriminator, with notes on how they were made."""
+        self.averaged.discriminator.load_state_dict(self.gan.discriminator.state_dict())
+        estimate_mean_style(self.averaged.generator, self.streams.generator("mean style"))
+        notes: dict[str, Any] = {
+            "made_by": "fedface pretrain gan",
+            "recipe": asdict(self.config),
+            "images_seen": self.images,
+            "seconds": round(time.monotonic() - self.started),
+            "threads": torch.get_num_threads(),
+        }
+        return GanModel(self.averaged.generator, self.averaged.discriminator, notes)
+
+
+def _cosine(optimiser: Adam, rate: float, step: int, steps: int) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = rate * warmup_cosine(step, steps) * group.get("scale", 1.0)
+
+
+def pretrain_gan(config: GanPretrainConfig, report: Progress) -> GanModel:
+    """Both stages, one after the other."""
+    training = GanPretraining(config, make_pool(config, report))
+    training.pairs(report)
+    training.adversaries(report)
+    return training.finish()

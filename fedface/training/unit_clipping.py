@@ -1,0 +1,242 @@
+"""Which photos a private step looks at, and the sum of units' clipped gradients in bounded memory.
+
+Called from private_steps.py. A unit is what one promise covers: a photo, or all photos of an occasion. Units join a
+step by one secret coin each; the gradients of a unit's photos are summed, and their sum is clipped, so that one unit
+more or less moves the total by at most the clip norm (Abadi et al. 2016, arXiv:1607.00133, Algorithm 1, with units
+in place of examples; "user-level sampling" of Charles et al. 2024, arXiv:2407.07737).
+
+Of an occasion with many photos a step looks at `MAX_PHOTOS_PER_UNIT` at most, drawn by secret chance. Given the draw the
+step is the same Poisson-sampled Gaussian sum over units, and a mixture over draws that do not hang on the other
+units is no further apart than its parts (joint convexity, Balle et al. 2018, arXiv:1807.01647): it costs nothing,
+and an album of a thousand photos cannot make a device work for hours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import assert_never
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedface.privacy.mechanism import MAX_NORM
+from fedface.randomness import SecretNoise
+
+NoiseSource = SecretNoise | torch.Generator  # secret for a promise, replayable only where nothing is promised
+
+_PART, _ROUNDED_UP = 1024, (1.0 + 4e-6) ** 2
+_ROWS = 64  # gradients that are turned into float64 together
+MAX_HALF_NORM = 1e15  # of an outer product that is not multiplied out
+MAX_PHOTOS_PER_UNIT = 16  # photos of one unit that a step looks at
+
+
+def unit_members(photos: Tensor, units: Tensor | None) -> Tensor:
+    """Which unit each photo belongs to, int64 (n,), checked."""
+    if units is None:
+        return torch.arange(len(photos))
+    if units.shape != (len(photos),) or units.dtype != torch.int64:
+        raise ValueError(
+            f"units must be int64 of shape ({len(photos)},), got {units.dtype} {tuple(units.shape)}"
+        )
+    if len(units) and not torch.equal(torch.unique(units), torch.arange(int(units.max()) + 1)):
+        raise ValueError("units must be numbered from 0 without gaps")
+    return units
+
+
+def poisson_sample_units(count: int, sampling_rate: float, rng: NoiseSource) -> Tensor:
+    """Toss one coin per unit and return the numbers of those that join, int64, ascending; may be empty.
+
+    Args:
+        count: How many units there are.
+        sampling_rate: Probability q of each coin, 0 < q <= 1, a public constant.
+        rng: Secret for a promised run.
+    """
+    return torch.from_numpy(np.flatnonzero(_tosses(count, rng) < sampling_rate))
+
+
+def sample_photos(units: Tensor, sampling_rate: float, rng: NoiseSource) -> Tensor:
+    """The positions of the photos that a step looks at, photos of one unit side by side, int64; may be empty.
+
+    Args:
+        units: Which unit each photo belongs to, int64 (n,), numbered from 0 without gaps.
+        sampling_rate: As for `poisson_sample_units`.
+        rng: As for `poisson_sample_units`.
+    """
+    count = int(units.max()) + 1 if len(units) else 0
+    joined = poisson_sample_units(count, sampling_rate, rng)
+    if count == len(units):  # every photo by itself
+        return torch.argsort(units)[joined]
+    order = torch.from_numpy(np.argsort(_tosses(len(units), rng), kind="stable"))
+    order = order[torch.argsort(units[order], stable=True)]  # by unit, shuffled within
+    sorted_units = units[order]
+    first = torch.searchsorted(sorted_units, sorted_units)
+    place = torch.arange(len(units)) - first  # among the photos of the unit
+    looked_at = torch.isin(sorted_units, joined) & (place < MAX_PHOTOS_PER_UNIT)
+    return order[looked_at]
+
+
+def _tosses(count: int, rng: NoiseSource) -> np.ndarray:
+    """Uniform numbers in [0, 1), float64, (count,)."""
+    match rng:
+        case SecretNoise():
+            return rng.uniforms(count)
+        case torch.Generator():
+            tosses: np.ndarray = torch.rand(count, generator=rng, dtype=torch.float64).numpy()
+            return tosses
+        case _:
+            assert_never(rng)
+
+
+def clipped_sum(gradients: list[Tensor], clip_norm: float) -> list[Tensor]:
+    """The sum over photos of their gradients, each first scaled down to length `clip_norm` over all weights.
+
+    Guarantees:
+        * One photo more or less moves the sum by at most `clip_norm`, up to one float32 rounding of the whole sum,
+          which is n / 2^24 clip norms at most: it is added up in float64.
+        * A photo with a non-finite gradient adds nothing.
+
+    Args:
+        gradients: One tensor (n, *weight.shape) per parameter.
+        clip_norm: Longest gradient of one photo, > 0.
+
+    Returns:
+        One tensor (*weight.shape) per parameter.
+    """
+    clipping = ClippedSumAccumulator(
+        [gradient[0] if len(gradient) else gradient.sum(0) for gradient in gradients], clip_norm
+    )
+    for start in range(0, max(map(len, gradients), default=0), _ROWS):
+        clipping.add(
+            MicrobatchGradients([gradient[start : start + _ROWS].double() for gradient in gradients], [])
+        )
+    return clipping.totals()
+
+
+@dataclass(frozen=True)
+class OuterProduct:
+    """One outer product per photo, out (n, o) times seen (n, i), kept as its two halves."""
+
+    weight: int  # position among the trained parameters
+    factor: float
+    out: Tensor
+    seen: Tensor
+
+
+@dataclass(frozen=True)
+class MicrobatchGradients:
+    """The gradients of a microbatch: numbers of each photo, and outer products that are not multiplied out.
+
+    `each` is (n, *weight.shape) per parameter, and has no numbers at all, (n, 0), where `outers` has them.
+    """
+
+    each: list[Tensor]
+    outers: list[OuterProduct]
+
+
+class ClippedSumAccumulator:
+    """A running sum of clipped gradients, and the sum of the one unit that may go on in the next microbatch.
+
+    Added up in float64: in float32 many small gradients vanish beside a large sum on one side of a power of two and
+    round up on the other, so that one photo more, which decides the side, could move the sum by many clip norms.
+    """
+
+    def __init__(
+        self, weights: Sequence[Tensor], clip_norm: float, scales: Sequence[Tensor] | None = None
+    ) -> None:
+        """For sums of these shapes; `scales` are public factors of every number."""
+        self._like = [weight.dtype for weight in weights]
+        self._totals = [
+            torch.zeros_like(weight, requires_grad=False, dtype=torch.float64) for weight in weights
+        ]
+        self._clip_norm, self._scales = clip_norm, scales
+        self._unit: int | None = None
+        self._begun: list[Tensor] = []
+
+    def add(self, found: MicrobatchGradients) -> None:
+        """Clip every row and add it."""
+        rows = self._scaled(found.each)
+        square = _squares(rows)
+        fits = torch.ones(len(square), dtype=torch.bool)
+        for outer in found.outers:
+            out, seen = _length(outer.out), _length(outer.seen)
+            # A product of a tiny and a huge half is left out whole: rounding its scaled halves could make it longer.
+            fits &= (out <= MAX_HALF_NORM) & (seen <= MAX_HALF_NORM)
+            square = square + (out * seen * outer.factor).square()
+        length = square.sqrt()
+        usable = (length <= MAX_NORM) & fits  # not so for what is not a number
+        scale = torch.where(usable, (self._clip_norm / length).clamp(max=1.0), 0.0).to(rows[0].dtype)
+        outers = [(outer, outer.out, outer.seen) for outer in found.outers]
+        if not bool(usable.all()):
+            # Nothing times infinity is not nothing: rows without a length are left out, not multiplied by zero.
+            scale, rows = scale[usable], [row[usable] for row in rows]
+            outers = [(outer, out[usable], seen[usable]) for outer, out, seen in outers]
+        for total, row in zip(self._totals, rows, strict=True):
+            if row.shape[1:] == total.shape:
+                total += (scale[None] @ _flat(row)).view_as(total)
+        for outer, out, seen in outers:
+            self._totals[outer.weight] += (out * (scale * outer.factor)[:, None]).t() @ seen
+
+    def add_units(self, each: list[Tensor], units: Tensor) -> None:
+        """Sum rows unit by unit; every unit but the last is complete."""
+        names, where = torch.unique_consecutive(units, return_inverse=True)
+        sums = [row.new_zeros(len(names), *row.shape[1:]) for row in each]
+        if self._unit is not None and self._unit == int(names[0]):
+            for total, begun in zip(sums, self._begun, strict=True):
+                total[0] = begun
+        else:
+            self.end_unit()
+        # Photo after photo, wherever microbatches cut: gradients that cancel must not round by who else is there.
+        for total, row in zip(sums, each, strict=True):
+            total.index_add_(0, where, row)
+        self.add(MicrobatchGradients([total[:-1] for total in sums], []))
+        self._unit, self._begun = int(names[-1]), [total[-1].clone() for total in sums]
+
+    def end_unit(self) -> None:
+        """Add the unit that was begun, if one was."""
+        if self._unit is not None:
+            self.add(MicrobatchGradients([begun[None] for begun in self._begun], []))
+        self._unit, self._begun = None, []
+
+    def totals(self) -> list[Tensor]:
+        """The sums, rounded once to the numbers that the weights have."""
+        return [total.to(dtype) for total, dtype in zip(self._totals, self._like, strict=True)]
+
+    def _scaled(self, rows: list[Tensor]) -> list[Tensor]:
+        if self._scales is None:
+            return rows
+        return [row * scale for row, scale in zip(rows, self._scales, strict=True)]
+
+
+def _square(rows: Tensor) -> Tensor:
+    """The squared length of each row, (n, ...) -> (n,) float64, never too short.
+
+    Added up in float64 over parts of a thousand numbers: over a whole row a lane of float32 squares loses small ones
+    beside a large one, and the length comes out too short. Within a part that is below four in a million, which is
+    added.
+    """
+    flat = _flat(rows)
+    if flat.dtype == torch.float64:
+        whole: Tensor = torch.linalg.vector_norm(flat, dim=1)
+        return whole.square()
+    cut = flat.shape[1] // _PART * _PART
+    parts = torch.linalg.vector_norm(flat[:, :cut].reshape(len(flat), cut // _PART, _PART), dim=2)
+    rest = torch.linalg.vector_norm(flat[:, cut:], dim=1)
+    square: Tensor = parts.double().square().sum(1) + rest.double().square()
+    return square * _ROUNDED_UP
+
+
+def _length(rows: Tensor) -> Tensor:
+    """The length of each row in float64, (n, ...) -> (n,): in float32 the squares of a tiny half vanish."""
+    length: Tensor = torch.linalg.vector_norm(_flat(rows), dim=1, dtype=torch.float64)
+    return length
+
+
+def _flat(rows: Tensor) -> Tensor:
+    """(n, ...) -> (n, d), for scalars too."""
+    return rows.flatten(1) if rows.ndim > 1 else rows[:, None]
+
+
+def _squares(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack([_square(part) for part in parts]).sum(0)

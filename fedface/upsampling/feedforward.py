@@ -1,0 +1,157 @@
+"""Methods that answer in one pass and have one answer: nearest, bicubic, a super-resolution network, a style encoder.
+
+Called from upsampling/methods. What they have in common is what they lack: a photo of few pixels fits many faces, and
+these return one. Nearest and bicubic stand beside every comparison, because a method that does not beat them has
+added nothing but confidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedface.models.style_encoder import StyleUpsampler
+from fedface.tensor_types import Images, LowImages
+from fedface.upsampling.degradation import Degradation
+from fedface.upsampling.upsampler import Progress, Upsampled, check_low, clamp_and_score
+
+EPS = 5e-4  # the tolerance of every method: a face fits when its mean squared difference is at most this
+
+
+def check_eps(eps: float) -> None:
+    """Raises ValueError unless a tolerance is finite and above 0."""
+    if not 0 < eps < float("inf"):
+        raise ValueError(f"eps must be finite and > 0, got {eps}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearestConfig:
+    """Every pixel becomes a square: what pixelation looks like."""
+
+    eps: float = EPS
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BicubicConfig:
+    """The smooth enlargement of every picture viewer."""
+
+    eps: float = EPS
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperResolutionConfig:
+    """A feed-forward network trained to undo the downscale: the mean of the faces that fit, hence blurred."""
+
+    eps: float = EPS
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StyleEncoderConfig:
+    """A style encoder and its generator: one face out of those that the generator knows."""
+
+    eps: float = EPS
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps)
+
+
+class FeedforwardUpsampler:
+    """An `Upsampler` that asks a function once; every face of a photo is the same."""
+
+    def __init__(
+        self,
+        answer: Callable[[LowImages], Images],
+        degradation: Degradation,
+        *,
+        size: int,
+        eps: float = EPS,
+        at_once: int = 64,
+        progress: Progress | None = None,
+    ) -> None:
+        """Wrap a function of photos.
+
+        Args:
+            answer: Photos (n, 3, low, low) -> pictures (n, 3, size, size); nobody's gradient is asked for.
+            degradation: What made the photos.
+            size: Height and width of the pictures in pixels.
+            eps: A picture fits when its mean squared difference after the downscale is at most this, > 0.
+            at_once: Photos in memory together, >= 1.
+            progress: Called with photos done and photos in all.
+        """
+        check_eps(eps)
+        self._answer, self._degradation, self._size = answer, degradation, size
+        self._eps, self._at_once, self._progress = eps, at_once, progress
+
+    @property
+    def size(self) -> int:
+        """Height and width of the faces that it makes."""
+        return self._size
+
+    @property
+    def low_size(self) -> int:
+        """Height and width of the photos that it takes."""
+        return self._degradation.low_side(self._size)
+
+    @torch.no_grad()
+    def upsample(self, low: LowImages, *, faces_per_photo: int) -> Upsampled:
+        """One answer for each photo, as often as faces are asked for; arguments as in `Upsampler.upsample`."""
+        check_low(low, self.low_size, faces_per_photo)
+        made = []
+        for start in range(0, len(low), self._at_once):
+            made.append(self._answer(low[start : start + self._at_once].float()))
+            if self._progress is not None:
+                self._progress(min(start + self._at_once, len(low)), len(low))
+        images = torch.cat(made) if made else torch.zeros(0, 3, self._size, self._size)
+        consistency_error = torch.zeros(0)
+        if made:
+            images, consistency_error = clamp_and_score(images, low, self._degradation.apply)
+        return Upsampled(
+            images=images[:, None].expand(-1, faces_per_photo, -1, -1, -1),
+            consistency_error=consistency_error[:, None].expand(-1, faces_per_photo),
+            converged=(consistency_error <= self._eps)[:, None].expand(-1, faces_per_photo),
+            steps=1,
+        )
+
+
+def nearest(size: int) -> Callable[[LowImages], Images]:
+    """Photos -> the same pixels as squares, (n, 3, size, size)."""
+    return lambda low: functional.interpolate(low, size=(size, size), mode="nearest")
+
+
+def bicubic(size: int) -> Callable[[LowImages], Images]:
+    """Photos -> bicubic enlargement, (n, 3, size, size), not clamped."""
+    return lambda low: functional.interpolate(low, size=(size, size), mode="bicubic", align_corners=False)
+
+
+def from_network(network: nn.Module) -> Callable[[LowImages], Images]:
+    """A network's answer with its weights as they are now, in evaluation mode."""
+
+    def answer(low: LowImages) -> Tensor:
+        made: Tensor = network.eval()(low)
+        return made
+
+    return answer
+
+
+def styles_of(upsampler: StyleUpsampler) -> Callable[[LowImages], Tensor]:
+    """Photos (n, 3, l, l) -> the encoder's styles (n, k, v), without gradients: where a search may start."""
+
+    def styles(low: LowImages) -> Tensor:
+        with torch.no_grad():
+            told: Tensor = upsampler.encoder(low)
+        return told
+
+    return styles

@@ -1,0 +1,160 @@
+"""What every upsampler promises: plausible faces for a low-resolution photo, and how well each one fits it.
+
+Called from audits/ and reports/; implemented by `upsampling.pulse` and its neighbours. A face that could not
+be found is a value, not an error and not a print: `converged` is False where it happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fedface.tensor_types import Images, LowImages
+
+# Called with (steps done, steps at most) over all photos; faces that are done early let it jump ahead.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSnapshot:
+    """How a search stands after one of its steps, for whoever wants to see faces appear."""
+
+    step: int  # steps taken by the faces shown, from 1
+    steps: int  # steps at most
+    faces: Tensor  # (m,) int64: which of the n * f faces these are, photo by photo
+    images: Tensor  # (m, 3, s, s) sRGB, detached, not clamped: the faces of this step, not the best so far
+    consistency_error: Tensor  # (m,) mean squared difference of the downscaled face, as made, and the photo
+
+
+StepCallback = Callable[[StepSnapshot], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upsampled:
+    """Several faces for each of n low-resolution photos.
+
+    None of them is the person: each is a face that would look like the photo after the downscale.
+    """
+
+    images: Tensor  # (n, f, 3, s, s) sRGB in [0, 1]
+    consistency_error: (
+        Tensor  # (n, f) mean squared difference of the downscaled face and the photo; inf: no face
+    )
+    converged: Tensor  # (n, f) bool, the consistency error is within the tolerance of the search
+    steps: int  # the most steps that any face took; 1 for a method that does not search
+
+    def __post_init__(self) -> None:
+        if self.images.ndim != 5 or self.images.shape[2] != 3:
+            raise ValueError(f"images must have shape (n, f, 3, s, s), got {tuple(self.images.shape)}")
+        for name, field in (("consistency_error", self.consistency_error), ("converged", self.converged)):
+            if field.shape != self.images.shape[:2]:
+                wanted = tuple(self.images.shape[:2])
+                raise ValueError(f"{name} must have shape {wanted}, got {tuple(field.shape)}")
+        if self.converged.dtype != torch.bool:
+            raise ValueError(f"converged must be boolean, got {self.converged.dtype}")
+
+    @property
+    def photos(self) -> int:
+        """How many photos, n."""
+        return self.images.shape[0]
+
+    @property
+    def faces_per_photo(self) -> int:
+        """How many faces for each photo, f."""
+        return self.images.shape[1]
+
+    def best(self) -> Images:
+        """The face with the smallest consistency error of each photo, (n, 3, s, s)."""
+        return self.images[torch.arange(self.photos), self.consistency_error.argmin(dim=1)]
+
+
+class Upsampler(Protocol):
+    """Low-resolution photos -> faces that would look like them."""
+
+    @property
+    def low_size(self) -> int:
+        """Height and width of the photos that it takes."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Height and width of the faces that it makes."""
+        ...
+
+    def upsample(self, low: LowImages, *, faces_per_photo: int) -> Upsampled:
+        """Find `faces_per_photo` faces for each photo.
+
+        Args:
+            low: (n, 3, lh, lw) sRGB in [0, 1].
+            faces_per_photo: How many faces to return for each, >= 1. A method that has one answer repeats it.
+
+        Returns:
+            Faces in the order of the photos, each with its consistency error and whether the search converged.
+
+        Raises:
+            ValueError: The photos have another size or hold values that are not finite.
+        """
+        ...
+
+
+def join(parts: Sequence[Upsampled]) -> Upsampled:
+    """The answers for several groups of photos as one answer, in their order; needs equal faces per photo."""
+    if not parts:
+        raise ValueError("join needs at least one part")
+    return Upsampled(
+        images=torch.cat([part.images for part in parts]),
+        consistency_error=torch.cat([part.consistency_error for part in parts]),
+        converged=torch.cat([part.converged for part in parts]),
+        steps=max(part.steps for part in parts),
+    )
+
+
+def by_photo(found: Upsampled, faces_per_photo: int) -> Upsampled:
+    """Answers for n * f single faces, (n * f, 1, ...), as those of n photos with f faces each."""
+    shape = (found.photos // faces_per_photo, faces_per_photo)
+    return Upsampled(
+        images=found.images.view(*shape, *found.images.shape[2:]),
+        consistency_error=found.consistency_error.view(shape),
+        converged=found.converged.view(shape),
+        steps=found.steps,
+    )
+
+
+def check_low(low: LowImages, side: int, faces_per_photo: int) -> None:
+    """Raises ValueError unless photos are finite, (n, 3, side, side), and a face of each is asked for."""
+    if faces_per_photo < 1:
+        raise ValueError(f"faces_per_photo must be >= 1, got {faces_per_photo}")
+    if low.ndim != 4 or low.shape[1:] != (3, side, side):
+        raise ValueError(f"photos must have shape (n, 3, {side}, {side}), got {tuple(low.shape)}")
+    if not low.isfinite().all():
+        raise ValueError("photos must be finite, got NaN or infinity")
+
+
+def clamp_and_score(
+    images: Images, low: LowImages, apply: Callable[[Images], LowImages]
+) -> tuple[Images, Tensor]:
+    """Images clamped to [0, 1] with their consistency error (n,): infinity where a network broke and made no face.
+
+    A picture with numbers that are not finite becomes black; it must not pass for a face that fits a dark photo.
+    """
+    whole = images.isfinite().flatten(1).all(dim=1)
+    shown = images.clamp(0.0, 1.0).nan_to_num(0.0)
+    consistency_error = squared_difference(apply(shown), low)
+    return shown, consistency_error.masked_fill(~whole, float("inf"))
+
+
+def pixel_std(faces: Images) -> Tensor:
+    """How far f faces (f, 3, s, s) differ at each pixel, (s, s) in [0, 0.5].
+
+    The standard deviation over the faces, as the root mean square of the three colours; zero where they are equal.
+    """
+    return faces.clamp(0, 1).std(dim=0, correction=0).square().mean(dim=0).sqrt()
+
+
+def squared_difference(low: LowImages, target: LowImages) -> Tensor:
+    """The mean over colours and pixels of the squared difference, (n,)."""
+    return (low - target).square().flatten(1).mean(dim=1)

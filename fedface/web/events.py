@@ -1,0 +1,167 @@
+"""What the page is told about a search: faces that changed, and what came out in the end.
+
+Called from `app`, in threads, as making the pictures takes time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from fedface.photos.skin_tone import measure_tone
+from fedface.reports.charts import face_grid, pixels_of
+from fedface.tensor_types import Images
+from fedface.upsampling.degradation import BicubicPulse
+from fedface.upsampling.upsampler import pixel_std
+from fedface.web.background_job import BackgroundSearch, Failed, Finished, Stopped
+from fedface.web.image_encoding import data_uri, shown, spread_of
+
+TONE = (
+    "Tone is skin tone read from the picture, on the Monk scale from 1 (light) to 10 (dark); light and camera are "
+    "mixed into it."
+)
+MISFIT = "Misfit is the mean squared difference of the shrunken face and the pixels given."
+NOT_REAL = "These people do not exist; the pixels do not say which face is right."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What was asked, as far as it changes what can be said of the answer."""
+
+    several: bool  # the method has more than one answer
+    face: bool  # what was searched is a face, so that it has a skin tone
+
+
+def progress_event(search: BackgroundSearch) -> dict[str, Any] | None:
+    """The faces that changed since the last telling; None where nothing did."""
+    news = search.progress()
+    if not news.faces and not news.share:
+        return None
+    return {
+        "share": news.share,
+        "step": news.step,
+        "steps": news.steps,
+        "faces": [
+            {
+                "number": face.number,
+                "picture": data_uri(pixels_of(face.picture)),
+                "consistency_error": _finite(face.consistency_error),
+            }
+            for face in news.faces
+        ],
+    }
+
+
+def final_event(search: BackgroundSearch, asked: Asked) -> tuple[str, dict[str, Any]]:
+    """The name of the last event, and what it says."""
+    match search.outcome:
+        case Finished() as finished:
+            return "end", _told(search, finished, asked)
+        case Failed(sentence):
+            return "failed", {"error": sentence}
+        case Stopped() | None:
+            return "stopped", {}
+
+
+def sheet_of(search: BackgroundSearch) -> bytes | None:
+    """The faces of a finished search as one PNG; None where it is not finished."""
+    if not isinstance(search.outcome, Finished):
+        return None
+    made = search.outcome.made
+    faces, side = made.images[0].clamp(0, 1), search.low.shape[-1]
+    size = (faces.shape[-1], faces.shape[-1])
+    given = F.interpolate(search.low, size=size, mode="nearest")
+    columns = ["photo", f"{side} x {side}\ngiven"]
+    for number, (consistency_error, fits) in enumerate(
+        zip(made.consistency_error[0].tolist(), made.converged[0].tolist(), strict=True)
+    ):
+        columns.append(f"face {number + 1}{'' if fits else ', no fit'}\nmisfit {consistency_error:.4f}")
+    shrink = BicubicPulse(size[0] // side).apply
+    above = [search.truth, given, faces]
+    below = [shrink(search.truth), search.low, shrink(faces)]
+    if len(faces) > 1:
+        columns.append("where they\ndiffer")
+        apart = pixel_std(faces)
+        brightest = float(apart.max()) or 1.0
+        above.append(apart.expand(1, 3, *size) / brightest)
+        below.append(pixel_std(below[2]).expand(1, 3, side, side) / brightest)
+    rows = [("photo and\nfaces found", torch.cat(above)), (f"shrunk to\n{side} x {side}", torch.cat(below))]
+    return face_grid(rows, columns)
+
+
+def _told(search: BackgroundSearch, finished: Finished, asked: Asked) -> dict[str, Any]:
+    made = finished.made
+    images = made.images[0].clamp(0, 1)
+    side = search.low.shape[-1]
+    shrunk = BicubicPulse(images.shape[-1] // side).apply(images)
+    tones = measure_tone(images).monk.tolist()
+    consistency_errors, fits = made.consistency_error[0].tolist(), made.converged[0].tolist()
+    faces = [
+        {
+            "number": number,
+            "picture": data_uri(pixels_of(picture)),
+            "shrunk": data_uri(pixels_of(shrunk[number])),
+            "consistency_error": _finite(consistency_errors[number]),
+            "fits": fits[number],
+            "tone": round(tones[number], 1) if asked.face else None,
+        }
+        for number, picture in enumerate(shown(images))
+    ]
+    return {
+        "faces": faces,
+        "spread": _told_spread(images) if asked.several and len(images) > 1 else None,
+        "tone": round(float(measure_tone(search.truth).monk[0]), 1) if asked.face else None,
+        "seconds": round(finished.seconds, 1),
+        "steps": made.steps,
+        "sentences": _sentences(asked, side, images.shape[-1], fits),
+    }
+
+
+def _told_spread(images: Images) -> dict[str, Any]:
+    spread = spread_of(images)
+    return {"picture": data_uri(spread.picture), "most": round(spread.most), "mean": round(spread.mean, 1)}
+
+
+def _sentences(asked: Asked, side: int, size: int, fits: list[bool]) -> list[str]:
+    """What came out, in plain words; the first one is the one to remember."""
+    numbers = f"{side} × {side} pixels are {3 * side * side} numbers; a face here has {3 * size * size}"
+    terms = [TONE, MISFIT] if asked.face else [MISFIT]
+    if not asked.several:
+        agrees = (
+            "It shrinks to the same pixels, as many other faces would."
+            if fits[0]
+            else "It does not even shrink to the same pixels."
+        )
+        return [
+            NOT_REAL,
+            f"This method gives one answer, and hides that there are others. {agrees}",
+            f"{numbers}. The rest is a guess from the pictures that the method has learned from, if from any.",
+            " ".join(terms),
+        ]
+    fitting = sum(fits)
+    if fitting == len(fits) > 1:
+        found = (
+            f"All {fitting} faces shrink to the same pixels, so that nothing in the photo tells them apart."
+        )
+    elif fitting:
+        found = f"{fitting} of {len(fits)} faces shrink to the same pixels; the others came near."
+    else:
+        found = (
+            "No face shrinks to quite the same pixels: this generator cannot make one, and shows the nearest "
+            "that it knows."
+        )
+    return [
+        NOT_REAL,
+        found,
+        f"{numbers}. The rest is filled in from the faces that the generator has learned from, and looks like them: "
+        "that is how a photo of a dark-skinned person can come back light-skinned.",
+        " ".join(terms),
+    ]
+
+
+def _finite(consistency_error: float) -> float | None:
+    return consistency_error if math.isfinite(consistency_error) else None

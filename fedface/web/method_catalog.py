@@ -1,0 +1,60 @@
+"""What the page offers, and all that it knows of upsampling: a `MethodProvider`.
+
+Called from `app`; implemented by `searcher` for the methods that fedface has, and by tests for their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fedface.upsampling.upsampler import Progress, StepCallback, Upsampler
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodInfo:
+    """One method as the page lists it."""
+
+    name: str  # as the command line knows it
+    title: str
+    words: str  # what it does, for laypeople
+    several: bool  # whether it has more than one answer for the same pixels
+
+
+class MethodProvider(Protocol):
+    """Makes upsamplers for one size of face."""
+
+    @property
+    def size(self) -> int:
+        """Height and width of the faces in pixels."""
+        ...
+
+    @property
+    def offers(self) -> Sequence[MethodInfo]:
+        """The methods to choose from, at least one; the first is preselected."""
+        ...
+
+    def learned(self, method: str) -> str:
+        """Whose faces a method's network has learned from, in a sentence; empty where nothing is known."""
+        ...
+
+    def make(
+        self, method: str, *, side: int, seed: int, progress: Progress | None, watch: StepCallback | None
+    ) -> Upsampler:
+        """An upsampler from `side` pixels to `size`.
+
+        Raises:
+            ConfigError: The method cannot do this; the text says why.
+        """
+        ...
+
+
+def learned_from(notes: Mapping[str, Any]) -> str:
+    """A checkpoint's notes as a sentence on whose faces it has learned; empty where they do not say."""
+    for told in (notes, notes.get("generator_notes")):
+        recipe = told.get("recipe") if isinstance(told, Mapping) else None
+        share = recipe.get("light_fraction") if isinstance(recipe, Mapping) else None
+        if isinstance(share, int | float) and not isinstance(share, bool) and 0 <= share <= 1:
+            return f"Its network has learned from drawn faces: {100 * share:.0f} in 100 had light skin."
+    return ""

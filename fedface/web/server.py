@@ -1,0 +1,64 @@
+"""Listens on this computer alone and serves the page until it is told to end. The only door to uvicorn.
+
+Called from the command line (`fedface web`) and from tests.
+"""
+
+from __future__ import annotations
+
+import socket
+
+import uvicorn
+from fastapi import FastAPI
+
+from fedface.errors import ConfigError
+
+LOOPBACK = "127.0.0.1"
+PATIENCE = 1  # seconds that open streams are given when the server ends
+
+
+def listen(port: int) -> socket.socket:
+    """A socket that hears this computer alone; port 0 takes one that is free.
+
+    Raises:
+        ConfigError: The port is taken, or not ours to take.
+    """
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((LOOPBACK, port))
+        listening.listen(64)
+    except OSError as error:
+        listening.close()
+        raise ConfigError(
+            f"port {port} cannot be used ({error.strerror}); another one can, and --port 0 finds one"
+        ) from error
+    return listening
+
+
+def port_of(listening: socket.socket) -> int:
+    """The port at which a socket listens."""
+    return int(listening.getsockname()[1])
+
+
+def server_of(app: FastAPI) -> uvicorn.Server:
+    """A server for the application; `run(sockets=[...])` serves until `should_exit` or Ctrl-C."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            ws="none",
+            lifespan="on",
+            timeout_graceful_shutdown=PATIENCE,
+        )
+    )
+
+
+def serve(app: FastAPI, listening: socket.socket) -> None:
+    """Serve until Ctrl-C."""
+    try:
+        server_of(app).run(sockets=[listening])
+    except KeyboardInterrupt:
+        return

@@ -1,0 +1,187 @@
+"""A photo that somebody dropped on the page: the faces in it, cut out and aligned, and nothing else of it.
+
+Called from `app`. The photo's bytes never touch the disk: a child process decodes them under limits, from a file
+in memory where the system has such files (Linux), and this process does where it has none.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+from torch.nn import functional as F
+
+from fedface.errors import LibraryError, PhotoError
+from fedface.photos.face_alignment import Detector, Face
+from fedface.photos.face_crops import LONGEST_SIDE, face_crops
+from fedface.photos.image_io import Photo, cut_square, read_photo_bytes
+from fedface.photos.sandboxed_decoder import SandboxedDecoder
+from fedface.randomness import Streams
+from fedface.reports.charts import pixels_of
+from fedface.synthetic.faces import render_people
+from fedface.tensor_types import Images, LowImages
+from fedface.upsampling.degradation import BicubicPulse
+from fedface.web.image_encoding import SHOWN, eight_bits, images_of
+
+FACES_SHOWN = 30  # of one photo, the largest
+LEAST = 2  # pixels a side, of the coarsest pixelation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crop:
+    """One face, or one square that is taken for a face."""
+
+    truth: Images  # (1, 3, size, size) in [0, 1], as the generator would make it
+    preview: np.ndarray  # uint8, shape (h, h, 3): the same, large enough to look at
+    width: int  # pixels of the photo that the crop is wide
+    small: Images | None = None  # (1, 3, h, h), the whole picture where it was a shrunken face already
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The pixelations that this crop can have, coarsest first: sides that divide the generator's size."""
+        size = self.truth.shape[-1]
+        most = size // 2 if self.small is None else min(size // 2, self.small.shape[-1])
+        return tuple(side for side in range(LEAST, most + 1) if size % side == 0)
+
+    def low(self, side: int) -> LowImages:
+        """The crop in `side` x `side` pixels of eight bits, (1, 3, side, side): what is shown and searched.
+
+        Raises:
+            PhotoError: The crop does not have this pixelation.
+        """
+        if side not in self.sides:
+            words = ", ".join(map(str, self.sides))
+            raise PhotoError(f"This face can be shown in {words} pixels a side, not in {side}.")
+        if self.small is not None and self.small.shape[-1] == side:
+            return self.small
+        return eight_bits(BicubicPulse(self.truth.shape[-1] // side).apply(self.truth))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """What one dropped photo left behind: aligned crops. The photo itself is gone."""
+
+    crops: tuple[Crop, ...]  # largest face first; one middle square where there is no face
+    found: int  # faces in the photo; 0 where none was found or the picture was taken as a face
+    looked: bool  # whether faces were looked for
+    key: str = field(default_factory=lambda: secrets.token_urlsafe(16))  # who knows it may use the sitting
+
+
+class Reader:
+    """Turns the bytes of a photo into a sitting, one at a time; `close` ends its child process."""
+
+    def __init__(self, size: int, detector: Callable[[], Detector]) -> None:
+        """Faces are cut out at the generator's `size`; the detector is made when the first photo needs one."""
+        self.size = size
+        self._make_detector = cache(detector)
+        self._lock = Lock()
+
+    @cached_property
+    def _child(self) -> SandboxedDecoder:
+        return SandboxedDecoder(longest_side=LONGEST_SIDE)
+
+    def read(self, content: bytes) -> Upload:
+        """Find the faces of a photo, largest first.
+
+        Raises:
+            PhotoError: The bytes are no picture that can be read, or one of a single pixel; one sentence.
+            LibraryError: The detector or the decoder does not start.
+        """
+        with self._lock:
+            photo = self._decoded(content)
+            height, width = photo.pixels.shape[:2]
+            if min(height, width) < LEAST:
+                raise PhotoError(f"This picture has {width} x {height} pixels: too few for any face.")
+            looking = _Looking(self._make_detector)
+            try:
+                faces = face_crops(
+                    photo, lambda: looking, max(SHOWN, self.size), smallest=LEAST, name="this photo"
+                )
+            except LibraryError:
+                if not looking.done:
+                    raise
+                return Upload(crops=(self._middle(photo.pixels),), found=0, looked=True)
+        crops = tuple(
+            self._crop(face.crop, round(face.side), small=face.already_small) for face in faces[:FACES_SHOWN]
+        )
+        return Upload(crops=crops, found=faces[0].people, looked=not faces[0].already_small)
+
+    def draw(self, seed: int) -> Upload:
+        """A drawn face, for whoever has no photo at hand; equal seeds give equal faces."""
+        drawn = render_people(1, 0.5, max(16, self.size), Streams(seed))
+        large = render_people(1, 0.5, SHOWN, Streams(seed))
+        crop = Crop(truth=eight_bits(drawn), preview=pixels_of(large[0]), width=self.size)
+        return Upload(crops=(crop,), found=1, looked=False)
+
+    @property
+    def child(self) -> int | None:
+        """The number of the process that decodes, if one is running."""
+        return self._child.process if "_child" in vars(self) else None
+
+    def close(self) -> None:
+        """End the child process that decodes, if one was started."""
+        if "_child" in vars(self):
+            self._child.__exit__()
+
+    def _decoded(self, content: bytes) -> Photo:
+        try:
+            return self._isolated(content) if hasattr(os, "memfd_create") else _here(content)
+        except PhotoError as error:
+            raise PhotoError(
+                f"This file cannot be used ({error}); JPEG, PNG, WebP and HEIC pictures can."
+            ) from error
+
+    def _isolated(self, content: bytes) -> Photo:
+        descriptor = os.memfd_create("photo", os.MFD_CLOEXEC)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            photo = self._child.read(Path(f"/proc/{os.getpid()}/fd/{descriptor}"))
+        if isinstance(photo, PhotoError):
+            raise photo
+        return photo
+
+    def _crop(self, pixels: np.ndarray, width: int, *, small: bool) -> Crop:
+        picture = images_of(pixels)
+        side = (self.size, self.size)
+        truth = F.interpolate(picture, size=side, mode="bicubic", antialias=True).clamp(0, 1)
+        return Crop(truth=truth, preview=pixels, width=width, small=picture if small else None)
+
+    def _middle(self, pixels: np.ndarray) -> Crop:
+        """The largest square in the middle of a picture."""
+        height, width = pixels.shape[:2]
+        side = min(height, width)
+        left, top = (width - side) / 2 - 0.5, (height - side) / 2 - 0.5
+        corners = np.array(
+            [[left, top], [left, top + side], [left + side, top + side], [left + side, top]], dtype=np.float64
+        )
+        return self._crop(cut_square(pixels, corners, max(SHOWN, self.size)), side, small=False)
+
+
+class _Looking:
+    """A detector, made when it is first needed, that remembers whether it has looked at a photo at all."""
+
+    def __init__(self, detector: Callable[[], Detector]) -> None:
+        self._detector = detector
+        self.done = False
+
+    @property
+    def name(self) -> str:
+        return self._detector().name
+
+    def find(self, pixels: np.ndarray) -> list[Face]:
+        found = self._detector().find(pixels)
+        self.done = True
+        return found
+
+
+def _here(content: bytes) -> Photo:
+    if not content:
+        raise PhotoError("empty file")
+    return read_photo_bytes(content, longest_side=LONGEST_SIDE)

@@ -1,0 +1,125 @@
+"""Intervals: known formulas, coverage on data whose truth is known, and gaps that do not see ghosts."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from fedface.audits.group_metrics import (
+    EMPTY,
+    Interval,
+    gap_between,
+    mean_interval,
+    metrics_by_group,
+    rate_interval,
+    rates_by_group,
+)
+from fedface.randomness import Streams
+
+STREAMS = Streams(11)
+
+
+def test_wilsons_interval_has_its_textbook_values() -> None:
+    """0 of 10 gives [0, z^2 / (n + z^2)]; 81 of 263 is Newcombe's (1998) example."""
+    z2 = 1.959964**2
+    none = rate_interval(0, 10)
+    assert (none.low, none.high) == (0.0, pytest.approx(z2 / (10 + z2), rel=1e-5))
+    newcombe = rate_interval(81, 263)
+    assert (newcombe.low, newcombe.high) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    whole = rate_interval(10, 10)
+    assert (whole.low, whole.high) == (pytest.approx(10 / (10 + z2), rel=1e-5), 1.0)
+
+
+def test_a_mean_below_ten_photos_gets_students_interval() -> None:
+    """1, 2, 3: mean 2, half width 4.302653 / sqrt 3."""
+    interval = mean_interval([1, 2, 3], STREAMS.numpy("t"))
+    assert interval.high - 2 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
+    assert interval.is_small
+
+
+@pytest.mark.parametrize("count", [5, 20, 60])
+def test_intervals_of_a_mean_cover_the_truth_about_as_often_as_they_say(count: int) -> None:
+    """300 skewed samples of a gamma distribution with mean 1; skewness costs a little coverage."""
+    rng = STREAMS.numpy(f"coverage {count}")
+    intervals = [mean_interval(rng.gamma(4, 0.25, size=count), rng, resamples=500) for _ in range(300)]
+    coverage = np.mean([i.low <= 1 <= i.high for i in intervals])
+    assert 0.89 <= coverage <= 0.985
+
+
+def test_bca_leans_towards_the_long_tail() -> None:
+    rng = STREAMS.numpy("skew")
+    interval = mean_interval(rng.exponential(size=40), rng)
+    assert interval.high - interval.estimate > interval.estimate - interval.low > 0
+
+
+def test_equal_streams_give_equal_intervals() -> None:
+    values = STREAMS.numpy("values").normal(size=30)
+    first, second = (mean_interval(values, STREAMS.numpy("bootstrap")) for _ in range(2))
+    assert first == second
+
+
+def test_groups_keep_their_order_and_empty_ones_are_explicit() -> None:
+    table = metrics_by_group([1.0, 3.0, 5.0], ["b", "b", "c"], STREAMS.numpy("g"), expected=["a", "b"])
+    assert list(table) == ["a", "b", "c"]
+    assert table["a"] is EMPTY and table["a"].count == 0
+    assert table["b"].estimate == 2.0 and table["b"].count == 2 and table["b"].is_small
+    assert table["c"].count == 1 and math.isnan(table["c"].low) and table["c"].covers_zero
+    assert rates_by_group([1, 0, 1], ["b", "b", "c"])["b"].estimate == 0.5
+
+
+def test_gaps_of_equal_groups_cover_zero_although_the_extremes_were_picked() -> None:
+    """Clean negative: seven equal groups, 200 probes, at most about 5 % false alarms."""
+    rng = STREAMS.numpy("ghosts")
+    groups = [name for name in "abcdefg" for _ in range(20)]
+    alarms = 0
+    for _ in range(200):
+        values = rng.normal(size=140)
+        means = {name: values[[g == name for g in groups]].mean() for name in "abcdefg"}
+        gap = gap_between(values, groups, means, rng, rate=False, draws=2000)
+        assert gap is not None
+        alarms += gap.clear
+    assert alarms <= 20
+
+
+def test_a_planted_gap_is_found_with_its_group_sign_and_size() -> None:
+    rng = STREAMS.numpy("planted")
+    groups = ["a"] * 30 + ["b"] * 30 + ["c"] * 30
+    values = rng.normal(size=90) + 3.0 * np.array([group == "b" for group in groups])
+    badness = {name: interval.estimate for name, interval in metrics_by_group(values, groups, rng).items()}
+    gap = gap_between(values, groups, badness, rng, rate=False)
+    assert gap is not None and gap.worst == "b" and gap.clear
+    assert gap.difference.low < 3.0 < gap.difference.high and gap.difference.count == 60
+
+
+def test_groups_without_a_single_failure_are_not_certain_to_have_none() -> None:
+    """12 of 12 against 11 of 12 proves nothing; 60 of 60 against 30 of 60 does."""
+    rng = STREAMS.numpy("rates")
+    for count, hits, clear in ((12, 11, False), (60, 30, True)):
+        values = [1.0] * count + [1.0] * hits + [0.0] * (count - hits)
+        groups = ["a"] * count + ["b"] * count
+        gap = gap_between(values, groups, {"a": -1.0, "b": -hits / count}, rng, rate=True)
+        assert gap is not None and (gap.worst, gap.best, gap.clear) == ("b", "a", clear)
+
+
+def test_small_groups_are_left_out_of_a_gap_where_larger_ones_exist() -> None:
+    rng = STREAMS.numpy("small")
+    values = [*rng.normal(size=40), 50.0, 51.0]
+    groups = ["a"] * 20 + ["b"] * 20 + ["c"] * 2
+    gap = gap_between(values, groups, {"a": 0.0, "b": 0.1, "c": 50.0}, rng, rate=False)
+    assert gap is not None and gap.worst == "b"
+    assert gap_between(values[:21], groups[:21], {"a": 0.0, "b": 1.0}, rng, rate=False) is None
+
+
+def test_an_interval_is_plain_json() -> None:
+    assert json.loads(json.dumps(asdict(Interval(1.0, 0.5, 2.0, 12)), allow_nan=False))["count"] == 12
+
+
+def test_values_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(ValueError, match="finite"):
+        mean_interval([1.0, math.inf], STREAMS.numpy("x"))
+    with pytest.raises(ValueError, match=r"successes must lie in \[0, 3\], got 4"):
+        rate_interval(4, 3)

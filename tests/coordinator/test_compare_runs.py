@@ -1,0 +1,121 @@
+"""A comparison runs every combination once, goes on where it stopped, and sees that a model has changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import WAYS, tiny_file
+
+from fedface.coordinator.compare_runs import compare_runs
+from fedface.coordinator.rounds import SilentProgress
+from fedface.errors import RunError
+from fedface.experiment import NO_DP_LABEL
+from fedface.models.checkpoint import save_model
+from fedface.models.model import build_model
+from fedface.randomness import Streams
+from fedface.reports import comparison_report
+from fedface.reports.comparison_report import METRICS, UNTRAINED, ComparisonRecord
+from fedface.reports.measurements import Epsilon, Interval, NotMeasured
+from fedface.sweep import Sweep, read_sweep
+from fedface.transport.flower import in_process_cohort
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny file that varies way and promise, with a checkpoint for each family."""
+    folder = tmp_path_factory.mktemp("comparison")
+    file = tiny_file(folder)
+    axes = ["vary:", "  way:"]
+    for way in ("full", "flow"):
+        training, shape = WAYS[way]
+        save_model(folder / f"{way}.safetensors", build_model(shape, Streams(5).generator(way)))
+        axes.append(f"    {way}: {{training: {training}, base: {folder / way}.safetensors}}")
+    axes += ["  epsilon:", '    "8": {promise.epsilon: 8}', "    infinity: {promise: {kind: no-privacy}}"]
+    file.write_text(file.read_text() + "\n".join(axes) + "\n")
+    return folder
+
+
+def run(sweep: Sweep, folder: Path) -> ComparisonRecord:
+    """The whole comparison, with few faces."""
+    return compare_runs(sweep, folder, in_process_cohort, watcher=SilentProgress(), faces=48)
+
+
+@pytest.fixture(scope="module")
+def finished(home: Path) -> ComparisonRecord:
+    """Two ways at two levels, and the two untouched models."""
+    return run(read_sweep(home / "tiny.yaml"), home / "out")
+
+
+def test_each_way_stands_at_each_level_and_untouched(finished: ComparisonRecord) -> None:
+    assert finished.ways() == ("full", "flow") and finished.levels() == (UNTRAINED, "8", NO_DP_LABEL)
+    assert all(
+        len(finished.chosen(way, level)) == 1 for way in finished.ways() for level in finished.levels()
+    )
+
+
+def test_a_promise_has_its_price_and_the_others_say_why_not(finished: ComparisonRecord) -> None:
+    """At most the promised 8, with delta and unit; no number where none was promised."""
+    for run_ in finished.runs:
+        if run_.level == "8":
+            assert isinstance(run_.epsilon, Epsilon) and 7 < run_.epsilon.upper <= 8
+            assert (run_.epsilon.delta, run_.epsilon.unit) == (1e-3, "photo") and run_.noise_multiplier > 0
+        else:
+            assert isinstance(run_.epsilon, NotMeasured) and run_.noise_multiplier == 0
+
+
+def test_training_changes_the_weights_and_untouched_means_untouched(finished: ComparisonRecord) -> None:
+    for way in finished.ways():
+        hashes = {finished.chosen(way, level)[0].model.weights_hash for level in finished.levels()}
+        assert len(hashes) == 3
+
+
+def test_the_devices_own_faces_score_better_than_models_with_random_weights(
+    finished: ComparisonRecord,
+) -> None:
+    """The planted good set lies near, every untrained model far."""
+    good = finished.reference.figures["kernel"]
+    assert isinstance(good, Interval)
+    for run_ in finished.runs:
+        bad = run_.model.figures["kernel"]
+        assert isinstance(bad, Interval) and bad.low > good.high
+
+
+def test_the_record_comes_back_from_its_file_and_its_table_has_a_row_for_each(
+    home: Path, finished: ComparisonRecord
+) -> None:
+    assert comparison_report.read(home / "out") == finished
+    table = (home / "out" / "comparison_report.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith("| full |") or line.startswith("| flow |")]
+    assert len(rows) == 6 * (1 + 3)  # all faces, then three measures by group
+    for picture in ("against-epsilon", "tones", "by-group", "samples"):
+        assert (home / "out" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    assert set(METRICS) <= set(finished.runs[0].model.figures)
+
+
+def test_a_finished_comparison_asks_no_device_again(home: Path, finished: ComparisonRecord) -> None:
+    """Resuming reads figures from the disk: a cohort that cannot answer is never asked."""
+
+    def nobody(*_: object) -> object:
+        raise AssertionError("a device was asked")
+
+    again = compare_runs(
+        read_sweep(home / "tiny.yaml"),
+        home / "out",
+        nobody,
+        watcher=SilentProgress(),
+        faces=48,  # type: ignore[arg-type]
+    )
+    assert again.runs == finished.runs
+
+
+def test_a_folder_of_another_recipe_is_refused(home: Path, finished: ComparisonRecord) -> None:
+    """A changed rate is another experiment; its figures must not stand beside the old ones."""
+    other = read_sweep(home / "tiny.yaml", changes={"vary.way": "[full]", "training.clip_norm": "2"})
+    with pytest.raises(RunError, match="another recipe"):
+        run(other, home / "out")
+
+
+def test_a_folder_without_a_comparison_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="fedface compare"):
+        comparison_report.read(tmp_path)

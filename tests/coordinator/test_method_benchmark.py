@@ -1,0 +1,134 @@
+"""Every method on one probe: nearest and bicubic are always there; who lightens everybody is found out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import GENERATOR, RESOLVER
+
+from fedface.coordinator.method_benchmark import benchmark_methods, with_baselines
+from fedface.coordinator.rounds import SilentProgress
+from fedface.experiment import SyntheticProbe
+from fedface.models.model import (
+    GeneratorArchitecture,
+    SuperResolutionArchitecture,
+    SuperResolutionModel,
+    build_model,
+)
+from fedface.randomness import Streams
+from fedface.reports import method_report, strict
+from fedface.reports.measurements import Interval, NotMeasured
+from fedface.reports.method_report import BenchmarkRecord, MethodMetrics
+from fedface.simulation.devices import public_faces
+from fedface.upsampling.degradation import Area
+from fedface.upsampling.feedforward import BicubicConfig, NearestConfig, SuperResolutionConfig
+from fedface.upsampling.methods import METHODS, name_of
+from fedface.upsampling.pulse import PulseConfig
+
+STREAMS = Streams(6)
+
+
+def whitening() -> SuperResolutionModel:
+    """A network that answers every photo with white: the planted fault."""
+    model = build_model(SuperResolutionArchitecture(network=RESOLVER), STREAMS.generator("white"))
+    assert isinstance(model, SuperResolutionModel)
+    with torch.no_grad():
+        model.network.tail.weight.zero_()
+        assert model.network.tail.bias is not None
+        model.network.tail.bias.fill_(1.0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def compared() -> tuple[BenchmarkRecord, dict[str, bytes]]:
+    """A short search, the planted fault, and the baselines, on ten drawn faces."""
+    pairs = [
+        (
+            PulseConfig(steps=2, mapping_samples=100),
+            build_model(GeneratorArchitecture(generator=GENERATOR), STREAMS.generator("g")),
+        ),
+        (SuperResolutionConfig(), whitening()),
+        (NearestConfig(), None),
+        (BicubicConfig(), None),
+    ]
+    return benchmark_methods(
+        pairs,
+        public_faces(SyntheticProbe(per_group=9), 1, 16),
+        Area(2),
+        faces_per_photo=2,
+        seed=1,
+        watcher=SilentProgress(),
+        command="fedface benchmark",
+    )
+
+
+def of(record: BenchmarkRecord, name: str) -> MethodMetrics:
+    """The figures of one method."""
+    return next(each for each in record.methods if each.method == name)
+
+
+def test_the_baselines_stand_beside_every_comparison() -> None:
+    assert with_baselines([METHODS["pulse"]]) == [METHODS["pulse"], NearestConfig(), BicubicConfig()]
+    named = [METHODS["bicubic"], METHODS["pulse"]]
+    assert list(map(name_of, with_baselines(named))) == ["bicubic", "pulse", "nearest"]
+
+
+def test_squares_fit_exactly_and_keep_everybodys_tone(
+    compared: tuple[BenchmarkRecord, dict[str, bytes]],
+) -> None:
+    """Clean negative: the mean of a square is the pixel, so that nearest misfits by nothing and lightens nobody."""
+    nearest = of(compared[0], "nearest")
+    consistency_error, fits, change = (
+        nearest.bias.overall["consistency_error"], nearest.bias.overall["converged"], nearest.darker_change,
+    )  # fmt: skip
+    assert isinstance(consistency_error, Interval) and consistency_error.estimate < 1e-12
+    assert isinstance(fits, Interval) and fits.estimate == 1.0
+    assert isinstance(change, Interval) and change.low <= 0 <= change.high
+    assert isinstance(nearest.spread, NotMeasured)
+
+
+def test_a_method_that_lightens_everybody_is_found_out(
+    compared: tuple[BenchmarkRecord, dict[str, bytes]],
+) -> None:
+    """Planted positive: nobody is dark any more, and the darkest group is moved furthest."""
+    white = of(compared[0], "super-resolution")
+    assert isinstance(white.darker_made, Interval) and white.darker_made.estimate == 0.0
+    assert isinstance(white.darker_true, Interval) and white.darker_true.estimate > 0.3
+    assert isinstance(white.darker_change, Interval) and white.darker_change.high < 0
+    shifts = [group.metrics["lightness_shift"] for group in white.bias.groups]
+    assert [group.group for group in white.bias.groups][-1] == "Monk 9-10"
+    assert isinstance(shifts[0], Interval) and isinstance(shifts[-1], Interval)
+    assert shifts[-1].low > shifts[0].high > 0
+
+
+def test_searches_show_how_far_their_faces_differ(compared: tuple[BenchmarkRecord, dict[str, bytes]]) -> None:
+    pulse = of(compared[0], "pulse")
+    assert isinstance(pulse.spread, Interval) and pulse.spread.estimate > 0
+    assert pulse.bias.faces_per_photo == 2 and of(compared[0], "nearest").bias.faces_per_photo == 1
+
+
+def test_the_record_comes_back_and_the_table_names_every_method(
+    compared: tuple[BenchmarkRecord, dict[str, bytes]], tmp_path: Path
+) -> None:
+    record, pictures = compared
+    path = method_report.write(record, pictures, tmp_path / "out")
+    assert strict.loads(BenchmarkRecord, (tmp_path / "out" / "methods.json").read_text()) == record
+    table = path.read_text()
+    for each in record.methods:
+        assert table.count(f"| {each.title} |") == 2 + len(method_report.BY_GROUP)
+    assert "What this cannot show" in table
+    assert all((tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in pictures)
+
+
+def test_a_population_is_drawn_as_it_is_and_a_balanced_probe_has_as_many_of_each() -> None:
+    """85 in 100 light: about that many of 200; balanced: four of each group."""
+    balanced, people = (
+        public_faces(probe, 3, 16)
+        for probe in (SyntheticProbe(per_group=4), SyntheticProbe(per_group=40, light_fraction=0.85))
+    )
+    assert [balanced.groups.count(name) for name in balanced.expected] == [4] * 5
+    light = sum(people.groups.count(name) for name in people.expected[:2])
+    assert len(people.groups) == 200 and 110 < light < 190
+    assert "85% of them light" in people.description

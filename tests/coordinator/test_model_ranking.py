@@ -1,0 +1,201 @@
+"""A tournament: models travel, scores come back noised, and it goes on where it was cut short."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from pytest import approx
+from tiny import tiny_file, tiny_gan
+from typer.testing import CliRunner
+
+from fedface.audits.dp_metrics import LocalMetricsConfig
+from fedface.cli import app
+from fedface.coordinator.cohort import Cohort, OnReply
+from fedface.coordinator.model_ranking import load_candidates, ranking_parameters, run_ranking
+from fedface.coordinator.rounds import SilentProgress
+from fedface.errors import ConfigError, FederationError, FedfaceError, RunError
+from fedface.experiment import Experiment, for_ranking, read_experiment
+from fedface.messages.messages import EvaluateTask, Failure, Reply, Task
+from fedface.models.checkpoint import save_model
+from fedface.privacy.accounting import epsilon_of
+from fedface.privacy.ledger import Ledger
+from fedface.privacy.mechanism import GaussianSum
+from fedface.randomness import SecretNoise
+from fedface.reports import strict
+from fedface.reports.measurements import Epsilon
+from fedface.reports.model_ranking_report import RankingReport
+from fedface.simulation.devices import prepare
+from fedface.transport.flower import in_process_cohort
+from fedface.transport.run_config import devices_folder
+
+CHANGES = {
+    "promise": "{kind: privacy-target, epsilon: 60, delta: 1e-3}",
+    "devices": "{kind: synthetic-devices, light_fractions: [0.5, 0.5], photos_per_device: 14}",
+    "evaluation": "{figures: {tone_upper_bounds: [10], min_group_size: 5}}",
+    "upsampling": "{method: {kind: pulse, steps: 1, mapping_samples: 64}}",
+}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Experiment:
+    """Two devices of fourteen photos, and hardly any noise."""
+    save_model(tmp_path / "other.safetensors", tiny_gan("other"))
+    return for_ranking(read_experiment(tiny_file(tmp_path), changes=CHANGES))
+
+
+class Counting:
+    """A cohort that counts questions and breaks when it is told to."""
+
+    def __init__(self, cohort: Cohort, breaks_at: int = 99) -> None:
+        self.cohort, self.breaks_at = cohort, breaks_at
+        self.asked: list[EvaluateTask] = []
+
+    def members(self, wanted: int) -> Sequence[int]:
+        """As they are."""
+        return self.cohort.members(wanted)
+
+    def ask(self, task: Task, members: Sequence[int], heard: OnReply) -> Mapping[int, Reply | Failure]:
+        """Pass on, up to the question that breaks."""
+        assert isinstance(task, EvaluateTask)
+        self.asked.append(task)
+        if len(self.asked) == self.breaks_at:
+            raise FederationError("the line is cut")
+        return self.cohort.ask(task, members, heard)
+
+
+def ready(recipe: Experiment, folder: Path) -> Cohort:
+    """The devices of a tournament in this folder."""
+    folder.mkdir(exist_ok=True)
+    prepare(recipe, devices_folder(folder))
+    return in_process_cohort(recipe, devices_folder(folder))
+
+
+def test_a_tournament_that_was_cut_short_asks_only_what_was_not_answered(
+    recipe: Experiment, tmp_path: Path
+) -> None:
+    """One question each, also over two sittings; both devices pay the promise together and not more."""
+    models = load_candidates(["pretrain", str(tmp_path / "other.safetensors")], recipe)
+    folder = tmp_path / "games"
+    first = Counting(ready(recipe, folder), breaks_at=2)
+    with pytest.raises(FederationError, match="line is cut"):
+        run_ranking(recipe, models, first, folder, watcher=SilentProgress())
+    second = Counting(ready(recipe, folder))
+    record = run_ranking(recipe, models, second, folder, watcher=SilentProgress())
+    assert len(first.asked) == 2 and len(second.asked) == 1
+    assert [told.when for told in record.candidates] == ["pretrain", "other"]
+    assert {told.weights_hash for told in record.candidates} == {first.asked[0].model, second.asked[0].model}
+    for name in ("tournament.json", "tournament.md", "tournament.png", "answers.json"):
+        assert (folder / name).stat().st_size > 0
+    assert strict.loads(RankingReport, (folder / "tournament.json").read_text()) == record
+    for number in range(2):
+        ledger = Ledger.open(devices_folder(folder) / f"device-{number:02d}" / "ledger.sqlite")
+        assert len(ledger.entries()) == 2
+        assert ledger.spent(1e-3).upper == approx(60.0, abs=2e-3)
+
+
+def test_per_library_the_server_noises_each_answer_and_readers_are_told_that_it_saw_them_bare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two candidates, two noises of sigma times one device's length; the promise is of what is published."""
+    save_model(tmp_path / "other.safetensors", tiny_gan("other"))
+    told = {
+        **CHANGES,
+        "promise": "{kind: privacy-target, epsilon: 300, delta: 1e-3, unit: library, trust: server}",
+        "evaluation": "{figures: {tone_upper_bounds: [10], min_group_size: 1}}",
+    }
+    recipe = for_ranking(read_experiment(tiny_file(tmp_path), changes=told))
+    models = load_candidates(["pretrain", str(tmp_path / "other.safetensors")], recipe)
+    noised, noise = [], GaussianSum.noise
+
+    def noted(self: GaussianSum, total: torch.Tensor, secret: SecretNoise) -> torch.Tensor:
+        noised.append(self)
+        return noise(self, total, secret)
+
+    monkeypatch.setattr(GaussianSum, "noise", noted)
+    folder = tmp_path / "games"
+    record = run_ranking(recipe, models, ready(recipe, folder), folder, watcher=SilentProgress())
+    terms = ranking_parameters(recipe, 2)
+    assert noised == [GaussianSum(clip_norm=1.0, sigma=terms.noise_multiplier)] * 2
+    assert "trusted server publishes" in record.price_sentence()
+    page = (folder / "tournament.md").read_text()
+    assert "each device's bare figures" in page and "The server is trusted" in page
+    assert isinstance(record.together, Epsilon) and record.together.upper == approx(300.0, abs=0.1)
+
+
+def test_devices_are_told_weights_without_a_name(recipe: Experiment, tmp_path: Path) -> None:
+    """The task carries no candidate's name, and the order is drawn anew for each tournament."""
+    save_model(tmp_path / "quokka.safetensors", tiny_gan("quokka"))
+    models = load_candidates(
+        [str(tmp_path / "other.safetensors"), str(tmp_path / "quokka.safetensors")], recipe
+    )
+    orders = set()
+    for number in range(12):
+        folder = tmp_path / f"games-{number}"
+        cohort = Counting(ready(recipe, folder), breaks_at=1)
+        with pytest.raises(FederationError):
+            run_ranking(recipe, models, cohort, folder, watcher=SilentProgress())
+        (task,) = cohort.asked
+        assert "quokka" not in task.message().header
+        orders.add(task.model)
+    assert len(orders) == 2  # fails once in 2,000
+
+
+def test_the_whole_promise_pays_for_all_candidates(recipe: Experiment) -> None:
+    for count in (2, 5):
+        event = ranking_parameters(recipe, count).event()
+        assert epsilon_of(event, 1e-3).upper == approx(60.0, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["pretrain"], "at least two"),
+        (["pretrain", "base"], "called base"),
+        (["pretrain", "nowhere.safetensors"], "nowhere"),
+    ],
+)
+def test_candidates_that_make_no_tournament_are_refused(
+    recipe: Experiment, words: list[str], said: str
+) -> None:
+    with pytest.raises(FedfaceError, match=said):
+        load_candidates(words, recipe)
+
+
+def test_a_folder_of_another_tournament_is_left_alone(recipe: Experiment, tmp_path: Path) -> None:
+    models = load_candidates(["pretrain", str(tmp_path / "other.safetensors")], recipe)
+    folder = tmp_path / "games"
+    cohort = Counting(ready(recipe, folder), breaks_at=1)
+    with pytest.raises(FederationError):
+        run_ranking(recipe, models, cohort, folder, watcher=SilentProgress())
+    renamed = {"base": models["pretrain"], "another": models["other"]}
+    with pytest.raises(RunError, match="other candidates"):
+        run_ranking(recipe, renamed, cohort, folder, watcher=SilentProgress())
+
+
+def test_a_recipe_without_a_promise_holds_no_tournament(tmp_path: Path) -> None:
+    recipe = read_experiment(tiny_file(tmp_path), changes={"promise": "{kind: no-privacy}"})
+    with pytest.raises(ConfigError, match="always noised"):
+        for_ranking(recipe)
+
+
+def test_the_command_prints_who_cannot_be_told_apart(recipe: Experiment, tmp_path: Path) -> None:
+    """The table of orders, the price with delta and unit, and where the picture is; --json is the record."""
+    sets = [word for key, value in CHANGES.items() for word in ("--set", f"{key}={value}")]
+    asked = ["rank-models", str(tmp_path / "tiny.yaml"), "base", str(tmp_path / "other.safetensors"), *sets]
+    result = CliRunner().invoke(app, [*asked, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    for words in ("Best first", "at delta 0.001 per photo", "tournament.png"):
+        assert words in result.output
+    again = CliRunner().invoke(app, [*asked, "--out", str(tmp_path / "out")])
+    assert isinstance(again.exception, RunError)
+    record = json.loads((tmp_path / "out" / "tournament.json").read_text())
+    assert len(record["candidates"]) == 2 and record["command"].startswith("fedface rank-models")
+
+
+def test_figures_of_one_group_have_eight_numbers() -> None:
+    """One table cell, three pairs of ranged measures, and detection."""
+    assert LocalMetricsConfig(tone_upper_bounds=(10,)).width == 8

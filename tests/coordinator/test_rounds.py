@@ -1,0 +1,345 @@
+"""Rounds among honest and dishonest devices: what is applied, who is named, what is kept, what it cost."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import NO_PROMISE, PROMISE, begun, tiny_experiment, tiny_gan
+
+from fedface.aggregation.homomorphic import make_device, make_keys
+from fedface.aggregation.payload import Payload
+from fedface.aggregation.plain import PlainAggregation
+from fedface.coordinator.cohort import OnReply
+from fedface.coordinator.rounds import SilentProgress, run_rounds
+from fedface.coordinator.run_state import RunState, weights_path
+from fedface.coordinator.server_metrics import ReferenceSet, sample_metrics
+from fedface.device.client import handle_task
+from fedface.errors import FederationError, RunError
+from fedface.experiment import Experiment
+from fedface.messages.messages import DecryptResult, Failure, Refusal, Reply, Task, TrainResult, TrainTask
+from fedface.messages.parsing import read_reply, read_task
+from fedface.models.checkpoint import flatten_buffers, flatten_parameters, load_model, weights_hash
+from fedface.privacy.accounting import epsilon_of
+from fedface.privacy.ledger import Ledger
+from fedface.reports.measurements import Epsilon, Interval, NotMeasured
+from fedface.simulation.devices import device_faces, simulated_device
+from fedface.tensor_types import Vector
+from fedface.training.gan import gan_ranges
+from fedface.transport.run_config import devices_folder
+from fedface.upsampling.degradation import Area
+
+Tamper = Callable[[int, Task, Reply], Reply | Failure]
+THREE = {"devices.light_fractions": "[0.9, 0.5, 0.1]"}
+
+
+def honest(member: int, task: Task, reply: Reply) -> Reply | Failure:
+    """Nothing is changed."""
+    return reply
+
+
+class LocalCohort:
+    """Pretended devices that answer through bytes, with somebody on the wire who may change replies."""
+
+    def __init__(self, experiment: Experiment, folder: Path, tamper: Tamper = honest, more: int = 0) -> None:
+        self.experiment, self.folder, self.tamper = experiment, folder, tamper
+        self.count = experiment.devices.count + more
+        self.asked: list[tuple[str, int, tuple[int, ...]]] = []
+        self.replies: dict[tuple[str, int, int], Reply] = {}
+
+    def members(self, wanted: int) -> Sequence[int]:
+        return range(self.count)
+
+    def ask(self, task: Task, members: Sequence[int], heard: OnReply) -> Mapping[int, Reply | Failure]:
+        self.asked.append((type(task).__name__, task.round, tuple(members)))
+        answers: dict[int, Reply | Failure] = {}
+        for member in members:
+            device = simulated_device(self.experiment, member, devices_folder(self.folder))
+            reply = read_reply(handle_task(read_task(task.message()), device).message())
+            self.replies[type(task).__name__, task.round, member] = reply
+            answers[member] = self.tamper(member, task, reply)
+        return answers
+
+
+def rounds(experiment: Experiment, cohort: LocalCohort) -> RunState:
+    """All rounds that are not on disk yet."""
+    faces = device_faces(experiment, 48, 16)
+    assert faces is not None
+    like = ReferenceSet(faces=faces, asked=faces, downscale=experiment.upsampling.downscale)
+    return run_rounds(
+        experiment, experiment.plan(), cohort, RunState.read(cohort.folder), like, SilentProgress()
+    )
+
+
+def cohort_of(
+    tmp_path: Path, changes: Mapping[str, str], tamper: Tamper = honest, more: int = 0
+) -> LocalCohort:
+    """A begun run of one round with its devices, without a promise unless the changes make one."""
+    experiment = tiny_experiment(tmp_path, {"training.rounds": "1", "promise": NO_PROMISE, **changes})
+    return LocalCohort(experiment, begun(experiment, tmp_path / "runs" / "tiny"), tamper, more)
+
+
+def weights_after(folder: Path, round: int) -> Vector:
+    """The global model after a round."""
+    return flatten_parameters(*load_model(weights_path(folder, round)).modules())
+
+
+def update_of(reply: Reply | Failure) -> Vector:
+    """The numbers of a plain update."""
+    assert isinstance(reply, TrainResult)
+    return PlainAggregation(max_devices=9).reveal(Payload.from_bytes(reply.payload))
+
+
+def plain_bytes(values: Vector, round: int = 1) -> bytes:
+    """Somebody's numbers as a plain payload."""
+    return PlainAggregation(max_devices=9).protect(values, round).to_bytes()
+
+
+@pytest.mark.parametrize("server_lr", [1.0, 0.5])
+def test_a_round_applies_the_mean_of_the_updates(tmp_path: Path, server_lr: float) -> None:
+    """weights + rate * mean(update) * range, coordinate by coordinate."""
+    cohort = cohort_of(tmp_path, {**THREE, "training.server_lr": str(server_lr)})
+    state = rounds(cohort.experiment, cohort)
+    updates = [update_of(cohort.replies["TrainTask", 1, member]) for member in range(3)]
+    start = flatten_parameters(*tiny_gan().modules())
+    wanted = start + server_lr * torch.stack(updates).mean(0) * gan_ranges(
+        tiny_gan(), cohort.experiment.training
+    )
+    assert torch.allclose(weights_after(cohort.folder, 1), wanted, atol=1e-6)
+    assert not torch.allclose(wanted, start, atol=1e-4)
+    assert state.rounds[0].answered == ("device-00", "device-01", "device-02")
+    assert state.rounds[0].weights_hash == weights_hash(*load_model(weights_path(cohort.folder, 1)).modules())
+
+
+def spoilt(kind: str, reply: TrainResult) -> Reply | Failure:
+    """What a broken or hostile device sends instead of its update."""
+    good = update_of(reply)
+    match kind:
+        case "noise":
+            return replace(reply, payload=random.Random(1).randbytes(500))
+        case "empty":
+            return replace(reply, payload=b"")
+        case "cut":
+            return replace(reply, payload=reply.payload[:-1])
+        case "shorter":
+            return replace(reply, payload=plain_bytes(good[:-1]))
+        case "yesterday":
+            return replace(reply, payload=plain_bytes(good, round=7))
+        case "nan":
+            values = plain_bytes(good)
+            body = Payload.from_bytes(values)
+            part = b"\x00\x00\xc0\x7f" + body.parts[0][4:]
+            return replace(reply, payload=replace(body, parts=(part,)).to_bytes())
+        case "sum":
+            pair = [Payload.from_bytes(reply.payload)] * 2
+            return replace(reply, payload=PlainAggregation(max_devices=9).combine(pair).to_bytes())
+        case "gone":
+            return Failure("no answer within 1 s")
+        case "refuses":
+            return Refusal(device=reply.device, reason="not today")
+        case _:
+            return DecryptResult(device=reply.device, total=good)
+
+
+@pytest.mark.parametrize(
+    ("kind", "named", "words"),
+    [
+        ("noise", "device-01", "not a payload"),
+        ("empty", "device-01", "not a payload"),
+        ("cut", "device-01", "damaged or cut off"),
+        ("shorter", "device-01", "weights, got 1 of round 1"),
+        ("yesterday", "device-01", "of round 7"),
+        ("nan", "device-01", "not finite"),
+        ("sum", "device-01", "got 2 of round"),
+        ("gone", "device 1", "no answer within"),
+        ("refuses", "device-01", "not today"),
+        ("opened", "device 1", "answered another question"),
+    ],
+)
+def test_one_broken_device_is_named_and_the_round_goes_on_without_it(
+    tmp_path: Path, kind: str, named: str, words: str
+) -> None:
+    """The result is the mean of the two others, as if it had not been there."""
+
+    def tamper(member: int, task: Task, reply: Reply) -> Reply | Failure:
+        return spoilt(kind, reply) if member == 1 and isinstance(reply, TrainResult) else reply
+
+    cohort = cohort_of(tmp_path, THREE, tamper)
+    (record,) = rounds(cohort.experiment, cohort).rounds
+    assert record.answered == ("device-00", "device-02")
+    away = record.refusals if kind == "refuses" else record.dropped
+    assert len(record.refusals) + len(record.dropped) == 1
+    assert away[0].device == named and words in away[0].reason
+    others = torch.stack([update_of(cohort.replies["TrainTask", 1, member]) for member in (0, 2)]).mean(0)
+    wanted = flatten_parameters(*tiny_gan().modules()) + others * gan_ranges(
+        tiny_gan(), cohort.experiment.training
+    )
+    assert torch.allclose(weights_after(cohort.folder, 1), wanted, atol=1e-6)
+
+
+def test_too_few_answers_apply_nothing_and_the_run_can_be_resumed(tmp_path: Path) -> None:
+    """Two are needed and one came: no checkpoint, a sentence with names; the second try costs nobody more."""
+
+    def tamper(member: int, task: Task, reply: Reply) -> Reply | Failure:
+        return Failure("its network is down") if member == 1 else reply
+
+    cohort = cohort_of(tmp_path, {}, tamper)
+    with pytest.raises(
+        FederationError, match=r"1 of 2 devices .* 2 are needed \(device 1: its network is down\)"
+    ):
+        rounds(cohort.experiment, cohort)
+    assert not weights_path(cohort.folder, 1).exists() and RunState.read(cohort.folder).rounds == ()
+    lost = dict(cohort.replies)
+    cohort.tamper = honest
+    (record,) = rounds(cohort.experiment, cohort).rounds
+    assert record.answered == ("device-00", "device-01")
+    assert {
+        key: reply.payload for key, reply in cohort.replies.items() if isinstance(reply, TrainResult)
+    } == {key: reply.payload for key, reply in lost.items() if isinstance(reply, TrainResult)}
+    for member in range(2):
+        device = simulated_device(cohort.experiment, member, devices_folder(cohort.folder))
+        assert [(e.round, e.attempt) for e in Ledger.open(device.ledger_path).entries()] == [(1, 1)]
+
+
+def test_a_run_goes_on_after_its_last_round_on_disk(tmp_path: Path) -> None:
+    """Killed between a checkpoint and its line in the state: the round is asked again, and the same bytes come."""
+    cohort = cohort_of(tmp_path, {"training.rounds": "2"})
+    first = rounds(cohort.experiment, cohort)
+    hashes = [weights_hash(*load_model(weights_path(cohort.folder, number)).modules()) for number in (1, 2)]
+    RunState(cohort.folder, first.started, first.rounds[:1]).save()
+    cohort.asked.clear()
+    again = rounds(cohort.experiment, cohort)
+    assert cohort.asked == [("TrainTask", 2, (0, 1))]
+    assert [record.weights_hash for record in again.rounds] == hashes
+    assert again.rounds[0] == first.rounds[0]
+    cohort.asked.clear()
+    assert rounds(cohort.experiment, cohort) == again and cohort.asked == []
+
+
+def test_bytes_and_epsilon_are_recorded_as_they_were(tmp_path: Path) -> None:
+    """Up: the payloads. Down: four bytes a weight or buffer and device. Epsilon: the plan's, growing."""
+    cohort = cohort_of(tmp_path, {"training.rounds": "2", "promise": PROMISE})
+    experiment = cohort.experiment
+    records = rounds(experiment, cohort).rounds
+    modules = tiny_gan().modules()
+    length = len(flatten_parameters(*modules)) + len(flatten_buffers(*modules))
+    for number, record in enumerate(records, start=1):
+        sent = [cohort.replies["TrainTask", number, member] for member in range(2)]
+        assert record.bytes_up == sum(len(reply.payload) for reply in sent if isinstance(reply, TrainResult))
+        assert record.bytes_down == 2 * 4 * length
+        assert record.bytes_reveal == 0
+        price = epsilon_of(experiment.plan().event(number), 1e-3)
+        assert isinstance(record.epsilon, Epsilon)
+        assert (record.epsilon.lower, record.epsilon.upper) == (price.lower, price.upper)
+        assert (record.epsilon.delta, record.epsilon.unit) == (1e-3, "photo")
+        assert set(record.metrics) == {"distance", "monk", "dark_fraction"}
+    spent = [record.epsilon.upper for record in records if isinstance(record.epsilon, Epsilon)]
+    assert 0 < spent[0] < spent[1] <= 8.0
+
+
+def test_a_run_without_a_promise_says_that_there_is_no_bound(tmp_path: Path) -> None:
+    """Not zero, not a large number."""
+    cohort = cohort_of(tmp_path, {})
+    assert isinstance(rounds(cohort.experiment, cohort).rounds[0].epsilon, NotMeasured)
+
+
+def test_plain_and_encrypted_sums_give_the_same_model_up_to_half_a_step(tmp_path: Path) -> None:
+    """The mean of n rounded updates is within half a grid step, range / (2^15 - 1) / 2, and float32's rounding."""
+    changes = {"training.r2_weight": "0", "training.expected_batch_size": "24"}
+    ends = {}
+    for kind in ("plain", "encrypted"):
+        cohort = cohort_of(tmp_path / kind, {**changes, "aggregation": f"{{kind: {kind}}}"})
+        (record,) = rounds(cohort.experiment, cohort).rounds
+        ends[kind] = weights_after(cohort.folder, 1)
+        expected = [("TrainTask", 1, (0, 1))] + ([("DecryptTask", 1, (0,))] if kind == "encrypted" else [])
+        assert cohort.asked == expected
+        assert record.answered == ("device-00", "device-01")
+    ranges = gan_ranges(tiny_gan(), cohort.experiment.training)
+    rounding = torch.finfo(torch.float32).eps * ends["plain"].abs()
+    apart = (ends["plain"] - ends["encrypted"]).abs()
+    assert bool((apart <= 0.5001 * ranges / (2**15 - 1) + rounding).all())
+    assert 0 < float(apart.max())
+
+
+def test_more_devices_than_the_recipe_names_are_not_asked(tmp_path: Path) -> None:
+    """A sum has no room for them: whoever came first takes part, and the round succeeds."""
+    cohort = cohort_of(tmp_path, {}, more=3)
+    (record,) = rounds(cohort.experiment, cohort).rounds
+    assert cohort.asked == [("TrainTask", 1, (0, 1))] and len(record.answered) == 2
+
+
+def test_a_device_with_another_key_is_named_and_the_round_goes_on(tmp_path: Path) -> None:
+    """The key that most devices hold is the run's."""
+    cohort = cohort_of(tmp_path, {**THREE, "aggregation": "{kind: homomorphic}"})
+    experiment = cohort.experiment
+    keys = make_keys(experiment.aggregation, experiment.agreement)
+    stranger = make_device(experiment.aggregation, experiment.agreement, keys)
+
+    def tamper(member: int, task: Task, reply: Reply) -> Reply | Failure:
+        if member == 0 and isinstance(reply, TrainResult) and isinstance(task, TrainTask):
+            return replace(reply, payload=stranger.protect(torch.zeros(len(task.weights)), 1).to_bytes())
+        return reply
+
+    cohort.tamper = tamper
+    (record,) = rounds(experiment, cohort).rounds
+    assert record.answered == ("device-01", "device-02")
+    assert record.dropped[0].device == "device-00" and "another key" in record.dropped[0].reason
+
+
+@pytest.mark.parametrize("liars", [1, 2])
+def test_a_sum_that_one_device_does_not_open_is_opened_by_the_next(tmp_path: Path, liars: int) -> None:
+    """Wrong length, then nobody left: a sentence, and no checkpoint."""
+
+    def tamper(member: int, task: Task, reply: Reply) -> Reply | Failure:
+        if isinstance(reply, DecryptResult) and member < liars:
+            return DecryptResult(device=reply.device, total=reply.total[:-1])
+        return reply
+
+    cohort = cohort_of(tmp_path, {"aggregation": "{kind: homomorphic}"}, tamper)
+    if liars == 1:
+        assert len(rounds(cohort.experiment, cohort).rounds) == 1
+    else:
+        with pytest.raises(FederationError, match="no device opened the sum .*opened something else"):
+            rounds(cohort.experiment, cohort)
+        assert not weights_path(cohort.folder, 1).exists()
+    assert cohort.asked[1:] == [("DecryptTask", 1, (member,)) for member in range(2)]
+
+
+def test_updates_whose_sum_overflows_leave_no_broken_checkpoint(tmp_path: Path) -> None:
+    """Two times 3e38 is no float32: nothing is written that could not be read again."""
+
+    def tamper(member: int, task: Task, reply: Reply) -> Reply | Failure:
+        if not isinstance(reply, TrainResult):
+            return reply
+        return replace(reply, payload=plain_bytes(torch.full_like(update_of(reply), 3e38)))
+
+    cohort = cohort_of(tmp_path, {}, tamper)
+    with pytest.warns(RuntimeWarning, match="overflow"), pytest.raises(FederationError, match="not finite"):
+        rounds(cohort.experiment, cohort)
+    assert not weights_path(cohort.folder, 1).exists()
+
+
+def test_a_damaged_or_missing_state_is_said(tmp_path: Path) -> None:
+    """In words, with the file."""
+    with pytest.raises(RunError, match="nothing to resume"):
+        RunState.read(tmp_path)
+    for text in ("", "{", "{}", '{"started": "x", "rounds": [{}]}', '{"started": "x", "rounds": 3}', "[]"):
+        (tmp_path / "state.json").write_text(text)
+        with pytest.raises(RunError, match="state.json|missing"):
+            RunState.read(tmp_path)
+
+
+def test_a_distance_needs_forty_faces_and_says_so(tmp_path: Path) -> None:
+    """Real devices are compared with the probe, which may be small: that is no reason to stop a run."""
+    faces = torch.rand(48, 3, 16, 16)
+    few, enough = (
+        sample_metrics(tiny_gan(), ReferenceSet(faces=faces[:n], asked=faces, downscale=Area(4)), 0)[
+            "distance"
+        ]
+        for n in (39, 40)
+    )
+    assert isinstance(few, NotMeasured) and isinstance(enough, Interval)

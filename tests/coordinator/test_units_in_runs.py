@@ -1,0 +1,440 @@
+"""Runs that promise per occasion and per library, figures that devices tell, and a device that leaves."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from pytest import approx
+from tiny import begun, first_device, tiny_experiment, tiny_gan, train_task
+
+from fedface.aggregation.homomorphic import HomomorphicConfig
+from fedface.aggregation.payload import Payload
+from fedface.aggregation.plain import PlainAggregation
+from fedface.audits.dp_metrics import LocalMetricsConfig, PhotoMetrics, decode_sums, metric_vectors
+from fedface.coordinator.device_evaluation import decode_total
+from fedface.coordinator.rounds import SilentProgress, run_rounds
+from fedface.coordinator.run import run_experiment
+from fedface.coordinator.run_state import RunState, weights_path
+from fedface.coordinator.server_metrics import ReferenceSet
+from fedface.device.client import handle_task
+from fedface.errors import ConfigError, FederationError, PrivacyError
+from fedface.messages.messages import EvaluateTask, EvaluationRequest, Refusal, TrainResult, TrainTask
+from fedface.models.checkpoint import flatten_parameters, load_model
+from fedface.photos.device_dataset import DeviceDataset
+from fedface.privacy.accounting import epsilon_of
+from fedface.privacy.ledger import Ledger
+from fedface.privacy.mechanism import GaussianSum
+from fedface.privacy.plan import Schedule, make_plan
+from fedface.privacy.privacy_target import PrivacyTarget
+from fedface.privacy.transmission_log import TransmissionLog
+from fedface.randomness import Streams
+from fedface.reports import html_report
+from fedface.reports.device_metrics_record import WithdrawalRecord
+from fedface.reports.measurements import Epsilon, Interval, NotMeasured
+from fedface.reports.run_record import WITHDRAWN
+from fedface.synthetic.faces import render_people
+from fedface.transport.flower import in_process_cohort
+from fedface.transport.run_config import devices_folder
+from fedface.upsampling.pulse import PulseConfig
+
+LIBRARY = {
+    "promise": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, trust: server}",
+    "update_clip_norm": "2.0",
+}
+FEW = "{share: 0.5, holdout_fraction: 0.5, figures: {min_group_size: 2}}"
+OCCASION = {
+    "promise": "{kind: privacy-target, epsilon: 8, delta: 1e-2, unit: occasion}",
+    "devices": "{kind: synthetic-devices, light_fractions: [0.9, 0.1], photos_per_device: 24, photos_per_occasion: 4}",
+}
+
+
+Noised = list[tuple[GaussianSum, torch.Tensor]]
+
+
+@pytest.fixture
+def noised(monkeypatch: pytest.MonkeyPatch) -> Noised:
+    """Every sum that is to be noised, with its mechanism; the sums stay as they are."""
+    seen: Noised = []
+
+    def noise(self: GaussianSum, total: torch.Tensor, secret: object) -> torch.Tensor:
+        seen.append((self, total.clone()))
+        return total
+
+    monkeypatch.setattr(GaussianSum, "noise", noise)
+    return seen
+
+
+def sent_vector(reply: object) -> torch.Tensor:
+    """What a plain answer holds, in public ranges."""
+    assert isinstance(reply, TrainResult), reply
+    return PlainAggregation(max_devices=2).reveal(Payload.from_bytes(reply.payload))
+
+
+# Per library.
+
+
+def test_a_promise_per_library_costs_one_gaussian_a_round() -> None:
+    """Two rounds at sigma s cost what one costs at s / sqrt 2, whatever happens in the steps on a device."""
+    schedule = Schedule(rounds=2, steps_per_round=9, sampling_rate=0.3, expected_batch_size=8, clip_norm=1.0)
+    target = PrivacyTarget(epsilon=3.0, delta=1e-5, unit="library", trust="server")
+    plan = make_plan(target, schedule, update_clip_norm=2.0)
+    one = GaussianSum(clip_norm=1.0, sigma=plan.noise_multiplier / 2**0.5).event()
+    assert epsilon_of(plan.event(), 1e-5).upper == approx(epsilon_of(one, 1e-5).upper, rel=1e-6)
+    assert plan.dp_parameters.central_mechanism() == GaussianSum(clip_norm=2.0, sigma=plan.noise_multiplier)
+    assert not isinstance(plan.mechanism(), GaussianSum)  # the device itself adds none
+    assert "trusted" in " ".join(plan.describe())
+
+
+def test_a_device_cuts_its_whole_update_and_an_empty_library_sends_nothing(tmp_path: Path) -> None:
+    """The longest vector that may leave has the length of the clip; without photos it is zero."""
+    experiment = tiny_experiment(tmp_path / "recipe", {**LIBRARY, "update_clip_norm": "0.01"})
+    device = first_device(experiment, tmp_path / "devices")
+    whole = sent_vector(handle_task(train_task(experiment, tiny_gan()), device))
+    assert float(whole.norm()) == approx(0.01, rel=1e-3)
+    (entry,) = device.ledger().entries()
+    marks = json.loads(entry.metadata)
+    assert (marks["unit"], marks["noise_at"], marks["update_clip_norm"]) == ("library", "server", "0.01")
+    empty = replace(
+        first_device(experiment, tmp_path / "others"),
+        photos=lambda size: DeviceDataset.independent(torch.zeros(0, 3, size, size)),
+    )
+    nothing = sent_vector(handle_task(train_task(experiment, tiny_gan()), empty))
+    assert not nothing.any()
+
+
+def test_the_server_noises_each_sum_once(tmp_path: Path, noised: Noised) -> None:
+    """With updates cut to nothing, what is applied is the server's noise: deviation sigma * clip in public ranges."""
+    experiment = tiny_experiment(tmp_path / "recipe", {**LIBRARY, "training.rounds": "1"})
+    folder = begun(experiment, tmp_path / "run")
+    plan = experiment.plan()
+    cohort = in_process_cohort(experiment, devices_folder(folder))
+    run_rounds(experiment, plan, cohort, RunState.read(folder), None, SilentProgress())
+    ((mechanism, total),) = noised  # not on the two devices, and once on the server
+    assert mechanism == GaussianSum(clip_norm=2.0, sigma=plan.noise_multiplier)
+    assert float(total.norm()) <= 2 * 2.0 * (1 + 1e-3)
+
+
+def test_noise_of_the_server_is_in_the_weights(tmp_path: Path) -> None:
+    """The same run with no room for updates moves the weights by noise alone, several times the updates' length."""
+    quiet = {**LIBRARY, "update_clip_norm": "1e-6", "training.rounds": "1"}
+    loud = {**LIBRARY, "training.rounds": "1"}
+    moves = []
+    for name, changes in (("quiet", quiet), ("loud", loud)):
+        experiment = tiny_experiment(tmp_path / name / "recipe", changes)
+        folder = begun(experiment, tmp_path / name / "run")
+        cohort = in_process_cohort(experiment, devices_folder(folder))
+        run_rounds(experiment, experiment.plan(), cohort, RunState.read(folder), None, SilentProgress())
+        before, after = (flatten_parameters(*load_model(weights_path(folder, n)).modules()) for n in (0, 1))
+        moves.append(float((after - before).norm()))
+    assert moves[1] > 1000 * moves[0]
+
+
+def test_a_device_that_trusts_no_server_stays_out_of_library_runs(tmp_path: Path) -> None:
+    experiment = tiny_experiment(tmp_path / "recipe", LIBRARY)
+    device = first_device(experiment, tmp_path / "devices")
+    reply = handle_task(
+        train_task(experiment, tiny_gan()),
+        replace(device, policy=replace(device.policy, trust_server=False)),
+    )
+    assert isinstance(reply, Refusal) and "trust" in reply.reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"aggregation": "{kind: homomorphic}"}, "cannot add it to what it cannot read"),
+        ({"evaluation": "{sampling_rate: 0.5}"}, "sampling_rate must be 1"),
+        ({"evaluation": "{}"}, "fewer than min_group_size = 20 are not told"),
+        ({"promise": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library}"}, "trust must be"),
+        (
+            {"promise": "{kind: privacy-target, epsilon: 8, delta: 1e-3, trust: server}"},
+            "devices add their own noise",
+        ),
+    ],
+)
+def test_promises_that_nobody_could_keep_are_refused_in_the_recipe(
+    tmp_path: Path, changes: dict[str, str], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        tiny_experiment(tmp_path, {**LIBRARY, **changes})
+
+
+def test_figures_per_library_are_noised_once_by_the_server(tmp_path: Path, noised: Noised) -> None:
+    """Two devices, two questions, one round: three noises on three sums, each device's part of length 1 at most."""
+    told = {**LIBRARY, "training.rounds": "1", "evaluation": FEW}
+    experiment = tiny_experiment(tmp_path / "recipe", told)
+    plan = experiment.plan()
+    (terms,) = plan.additional_releases
+    assert epsilon_of(terms.event(), 1e-3).upper == approx(4.0, abs=2e-3)
+    assert plan.epsilon().upper == approx(8.0, abs=2e-3)  # type: ignore[union-attr]
+    folder = begun(experiment, tmp_path / "run")
+    cohort = in_process_cohort(experiment, devices_folder(folder))
+    record = run_experiment(experiment, cohort, folder, watcher=SilentProgress())
+    questions = [total for mechanism, total in noised if mechanism == terms.central_mechanism()]
+    assert len(noised) == 3 and len(questions) == 2
+    config = experiment.evaluation.metrics  # type: ignore[union-attr]
+    for total in questions:
+        # The counts of two libraries: each is one, shared out over its photos' groups.
+        assert float(decode_sums(total, config, clip_norm=1.0).table.sum()) == approx(2.0, abs=1e-5)
+    assert [told.epsilon.unit for told in record.device_metrics if isinstance(told.epsilon, Epsilon)] == [
+        "library"
+    ] * 2
+    text = html_report.render(record, folder)
+    assert "libraries, noised" in text and "one mean over photos" in text and "before anybody saw" not in text
+    ledger = Ledger.open(devices_folder(folder) / "device-00" / "ledger.sqlite")
+    assert ledger.spent(1e-3, unit="library").upper <= 8.0
+
+
+def test_who_leaves_a_library_run_is_told_that_the_server_saw_its_answers() -> None:
+    """Its own noise bounds nothing, since it added none."""
+    price = Epsilon(lower=0.9, estimate=1.0, upper=1.0, delta=1e-3, unit="library")
+    said = WithdrawalRecord.of((1,), 0, price).sentence
+    assert "the server saw them bare" in said and "published" in said
+    assert "bare" not in WithdrawalRecord.of((1,), 0, replace(price, unit="photo")).sentence
+
+
+def test_figures_per_library_are_read_with_one_noise(tmp_path: Path) -> None:
+    """The interval of all libraries' count is that of one noise, not one of each device."""
+    told = {**LIBRARY, "evaluation": FEW}
+    (terms,) = tiny_experiment(tmp_path / "recipe", told).plan().additional_releases
+    config = LocalMetricsConfig(tone_upper_bounds=(10,))
+    row = metric_vectors(
+        PhotoMetrics(
+            group=torch.zeros(1, dtype=torch.int64),
+            output_group=torch.zeros(1, dtype=torch.int64),
+            consistency_error=torch.zeros(1),
+            skin_difference=torch.zeros(1),
+            lightness_shift=torch.zeros(1),
+            detected=torch.ones(1, dtype=torch.bool),
+        ),
+        config,
+        clip_norm=1.0,
+    )
+    units = decode_total(400 * row[0], terms, config, 400).overall.count  # type: ignore[union-attr]
+    half = 1.959964 * terms.noise_multiplier / config.shares.table**0.5
+    assert (units.estimate, units.low, units.high) == approx((400, 400 - half, 400))  # there are no more
+    few = decode_total(30 * row[0], terms, config, 19)  # noise may make a few devices look like more
+    assert few.overall is None and not few.groups and few.suppressed == config.groups
+
+
+def test_one_sum_is_never_on_the_disk_under_two_noises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut short before its checkpoint, a round is asked again; cut short after it, it is over, and only measured."""
+    experiment = tiny_experiment(tmp_path / "recipe", {**LIBRARY, "training.rounds": "1"})
+    folder = begun(experiment, tmp_path / "run")
+    plan, cohort = experiment.plan(), in_process_cohort(experiment, devices_folder(folder))
+    faces = render_people(48, 0.5, 16, Streams(1))
+    like = ReferenceSet(faces=faces, asked=faces, downscale=experiment.upsampling.downscale)
+    kept = weights_path(folder, 1)
+
+    def run(*, cut_short_in: str) -> None:
+        def stop(*asked: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(f"fedface.coordinator.rounds.{cut_short_in}", stop)
+            run_rounds(experiment, plan, cohort, RunState.read(folder), like, SilentProgress())
+
+    run(cut_short_in="save_model")
+    assert not kept.exists()
+    run(cut_short_in="sample_metrics")
+    noised = kept.read_bytes()
+    assert RunState.read(folder).rounds[0].metrics == {}
+    ended = run_rounds(experiment, plan, cohort, RunState.read(folder), like, SilentProgress())
+    assert kept.read_bytes() == noised and "distance" in ended.rounds[0].metrics
+    assert len(ended.rounds) == 1 and RunState.read(folder) == ended
+    ledger = Ledger.open(devices_folder(folder) / "device-00" / "ledger.sqlite")
+    assert len(ledger.entries()) == 1
+
+
+@pytest.mark.parametrize("asked", ["training", "figures"])
+def test_a_device_refuses_sums_that_cannot_keep_a_promise_per_library(tmp_path: Path, asked: str) -> None:
+    """A server that asks for encrypted sums all the same: nothing is booked, and no photo is read."""
+    told = {**LIBRARY, "evaluation": FEW}
+    experiment = tiny_experiment(tmp_path / "recipe", told)
+    device = first_device(experiment, tmp_path / "devices")
+    task = train_task(experiment, tiny_gan())
+    agreed = replace(task.config, aggregation=HomomorphicConfig())
+    (terms,) = experiment.plan().additional_releases
+    question = EvaluationRequest(
+        dp=terms,
+        architecture=agreed.architecture,
+        method=PulseConfig(steps=3, mapping_samples=64),
+        downscale=experiment.upsampling.downscale,
+        metrics=LocalMetricsConfig(),
+        aggregation=HomomorphicConfig(),
+        agreement=experiment.agreement,
+        holdout_fraction=0.5,
+    )
+    wrong: TrainTask | EvaluateTask = replace(task, config=agreed)
+    if asked == "figures":
+        wrong = EvaluateTask(
+            run="run",
+            round=1,
+            cohort=2,
+            seed=3,
+            request=question,
+            weights=task.weights,
+            buffers=task.buffers,
+            model=task.model,
+        )
+    with pytest.raises(PrivacyError, match="plain sums"):
+        handle_task(wrong, replace(device, photos=lambda size: pytest.fail("a photo was read")))
+    assert not device.ledger().entries()
+
+
+# Per occasion.
+
+
+def test_a_round_per_occasion_hardly_moves_for_one_birthday(tmp_path: Path) -> None:
+    """All 24 photos as one occasion: with noise set aside, the discriminator's photos' part is one clipped vector a step."""
+    told = {
+        **OCCASION,
+        "training.steps_per_round": "1",
+        "training.rounds": "1",
+        "training.sampling_rate": "1",
+    }
+    experiment = tiny_experiment(tmp_path / "recipe", told)
+    plan = experiment.plan()
+    assert plan.dp_parameters.unit == "occasion"
+    device = first_device(experiment, tmp_path / "devices")
+    handle_task(train_task(experiment, tiny_gan()), device)
+    (entry,) = device.ledger().entries()
+    assert json.loads(entry.metadata)["unit"] == "occasion"
+    assert device.ledger().spent(1e-2, unit="occasion").upper == approx(8.0, abs=2e-3)
+    # An owner who counts photos pays for a changed occasion; one who counts libraries has no promise.
+    assert device.ledger().spent(1e-2, unit="photo").upper > 8.0
+    assert device.ledger().spent(1e-2, unit="library").upper == float("inf")
+
+
+def test_held_out_units_are_not_trained_on(tmp_path: Path) -> None:
+    """What is asked and what is trained on share no occasion, and together they are everything."""
+    experiment = tiny_experiment(tmp_path / "recipe", {**OCCASION, "evaluation": "{holdout_fraction: 0.4}"})
+    own = first_device(experiment, tmp_path / "devices").photos(16)
+    mine, asked = own.split(experiment.holdout_fraction, "occasion")
+    assert len(mine) + len(asked) == 24 and len(asked) > 0
+    assert not set(mine.occasions.tolist()) & set(asked.occasions.tolist())
+    task = train_task(experiment, tiny_gan())
+    assert task.config.holdout_fraction == 0.0  # the helper of these tests; the run itself says 0.4
+
+
+# Figures, and leaving.
+
+
+def test_a_run_with_figures_prices_all_together_and_reports_them_with_their_noise(tmp_path: Path) -> None:
+    """Two sets of figures and two rounds cost the promise; the record's groups have intervals or a reason."""
+    told = {**OCCASION, "evaluation": "{share: 0.5, holdout_fraction: 0.5}"}
+    experiment = tiny_experiment(tmp_path / "recipe", told)
+    plan = experiment.plan()
+    (terms,) = plan.additional_releases
+    alone = epsilon_of(terms.event(), 1e-2).upper
+    assert alone == approx(4.0, abs=2e-3)
+    price = plan.epsilon()
+    assert price is not None and price.upper == approx(8.0, abs=2e-3)
+    folder = begun(experiment, tmp_path / "run")
+    record = run_experiment(
+        experiment, in_process_cohort(experiment, devices_folder(folder)), folder, watcher=SilentProgress()
+    )
+    assert [told.when for told in record.device_metrics] == ["before", "after"]
+    for told in record.device_metrics:
+        assert told.devices == 2 and isinstance(told.epsilon, Epsilon) and told.epsilon.unit == "occasion"
+        for group in (told.overall, *told.groups):
+            assert isinstance(group.units, Interval | NotMeasured)
+            assert bool(group.figures) == isinstance(group.units, Interval)
+    assert isinstance(record.rounds[-1].epsilon, Epsilon) and record.rounds[-1].epsilon.upper <= 8.0
+    text = html_report.render(record, folder)
+    assert "What devices say of their own photos" in text and "forty photos of one birthday" in text
+    for number in range(2):
+        ledger = Ledger.open(devices_folder(folder) / f"device-{number:02d}" / "ledger.sqlite")
+        assert sorted({entry.run for entry in ledger.entries()}) == ["run", "run/figures"]
+        assert ledger.spent(1e-2, unit="occasion").upper <= 8.0
+
+
+def test_a_device_that_does_not_answer_questions_still_trains(tmp_path: Path) -> None:
+    """Figures refused by all: the run says so and can be resumed; updates are another matter."""
+    policy = "{max_epsilon: 8, delta: 1e-2, unit: occasion, protocols: [plain], min_cohort_size: 1}"
+    experiment = tiny_experiment(tmp_path / "recipe", {**OCCASION, "policy": policy})
+    device = first_device(experiment, tmp_path / "devices")
+    assert isinstance(handle_task(train_task(experiment, tiny_gan()), device), TrainResult)
+
+
+def test_a_device_that_leaves_is_asked_no_more_and_its_name_is_gone(tmp_path: Path) -> None:
+    """After round 1 its owner leaves: round 2 goes on with the other, and the record says what cannot be undone."""
+    experiment = tiny_experiment(tmp_path / "recipe", {"min_responses": "1", "training.rounds": "3"})
+    folder = begun(experiment, tmp_path / "run")
+    state = devices_folder(folder) / "device-00"
+
+    class Watcher(SilentProgress):
+        def message(self, sentence: str) -> None:
+            if sentence.startswith("round 1"):
+                TransmissionLog.open(state / "journal.sqlite").withdraw("run", "changed my mind")
+
+    cohort = in_process_cohort(experiment, devices_folder(folder))
+    ended = run_rounds(experiment, experiment.plan(), cohort, RunState.read(folder), None, Watcher())
+    assert [record.answered for record in ended.rounds] == [
+        (WITHDRAWN, "device-01"),
+        ("device-01",),
+        ("device-01",),
+    ]
+    assert [len(record.refusals) for record in ended.rounds] == [0, 1, 0]
+    (left,) = ended.withdrawals
+    assert left.rounds == (1,) and "cannot be undone" in left.sentence and "at most" in left.sentence
+    assert isinstance(left.epsilon, Epsilon)
+    assert left.epsilon.upper == approx(epsilon_of(experiment.plan().event(1), 1e-3).upper)
+    kept = (folder / "state.json").read_text()
+    assert "device-00" not in kept and "changed my mind" not in kept
+    assert RunState.read(folder) == ended
+    assert len(Ledger.open(state / "ledger.sqlite").entries()) == 1
+
+
+def test_a_device_that_leaves_after_its_figures_is_priced_for_them_and_asked_no_more(tmp_path: Path) -> None:
+    """It answered one set of figures and no round: the record says so, with the price of that, without its name."""
+    told = {**OCCASION, "evaluation": "{share: 0.5, holdout_fraction: 0.5}", "min_responses": "1"}
+    experiment = tiny_experiment(tmp_path / "recipe", told)
+    folder = begun(experiment, tmp_path / "run")
+    state = devices_folder(folder) / "device-00"
+
+    class Watcher(SilentProgress):
+        def stage(self, name: str, steps: int) -> None:
+            if name.startswith("round 1"):
+                TransmissionLog.open(state / "journal.sqlite").withdraw("run")
+
+    record = run_experiment(
+        experiment, in_process_cohort(experiment, devices_folder(folder)), folder, watcher=Watcher()
+    )
+    (left,) = record.withdrawals
+    assert (left.rounds, left.questions) == ((), 1) and "one set of figures" in left.sentence
+    (terms,) = experiment.plan().additional_releases
+    assert isinstance(left.epsilon, Epsilon)
+    assert left.epsilon.upper == approx(epsilon_of(terms.event(1), 1e-2).upper)
+    assert [told.answered for told in record.device_metrics] == [(WITHDRAWN, "device-01"), ("device-01",)]
+    refused = [
+        line
+        for line in TransmissionLog.open(state / "journal.sqlite").transmissions()
+        if line.kind == "refusal"
+    ]
+    assert len(refused) == 1  # told once, by the first round, and asked no more
+
+
+def test_who_leaves_is_forgotten_even_if_the_round_fails_for_want_of_answers(tmp_path: Path) -> None:
+    """Two are needed and one has left after round 1: every resume fails alike, and its name is gone all the same."""
+    experiment = tiny_experiment(tmp_path / "recipe", {"min_responses": "2"})
+    folder = begun(experiment, tmp_path / "run")
+    state = devices_folder(folder) / "device-00"
+
+    class Watcher(SilentProgress):
+        def message(self, sentence: str) -> None:
+            if sentence.startswith("round 1"):
+                TransmissionLog.open(state / "journal.sqlite").withdraw("run")
+
+    cohort = in_process_cohort(experiment, devices_folder(folder))
+    with pytest.raises(FederationError, match="2 are needed"):
+        run_rounds(experiment, experiment.plan(), cohort, RunState.read(folder), None, Watcher())
+    kept = RunState.read(folder)
+    assert "device-00" not in (folder / "state.json").read_text()
+    assert kept.rounds[0].answered == (WITHDRAWN, "device-01") and kept.withdrawals[0].rounds == (1,)

@@ -1,0 +1,470 @@
+"""One device: asks its policy, books, reads a photo, keeps its answer; in this order or not at all."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import NO_PROMISE, first_device, tiny_experiment, tiny_gan, train_task
+
+from fedface.aggregation.homomorphic import make_device, make_server
+from fedface.aggregation.payload import HomomorphicConfig, Payload
+from fedface.device.client import Device, handle_task
+from fedface.errors import AggregationError, FederationError, LedgerError, PrivacyError, WeightsError
+from fedface.experiment import Experiment
+from fedface.messages.messages import DecryptResult, DecryptTask, Refusal, TrainResult, TrainTask
+from fedface.messages.parsing import read_task
+from fedface.models.checkpoint import flatten_buffers, flatten_parameters, weights_hash
+from fedface.models.discriminator import DiscriminatorConfig
+from fedface.models.model import GanArchitecture
+from fedface.models.stylegan2 import StyleGAN2Config
+from fedface.photos.device_dataset import DeviceDataset
+from fedface.privacy.accounting import epsilon_of
+from fedface.privacy.ledger import Ledger
+from fedface.privacy.participation_conditions import ConditionsNotMet
+from fedface.tensor_types import Images, Vector
+from fedface.training.training_methods import TrainingRound
+
+
+class Disturbed(Exception):
+    """A device that fails while it reads photos."""
+
+
+class Killed(BaseException):
+    """A device that is switched off while it reads photos."""
+
+
+def unreadable(size: int) -> Images:
+    """Photos on a disk that has just died."""
+    raise Disturbed
+
+
+def switched_off(size: int) -> Images:
+    """The end of the process, which nothing catches."""
+    raise Killed
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """Two rounds under epsilon 8."""
+    return tiny_experiment(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture
+def device(experiment: Experiment, tmp_path: Path) -> Device:
+    """Its first device, with a fresh ledger."""
+    return first_device(experiment, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def task(experiment: Experiment) -> TrainTask:
+    """Its first round."""
+    return train_task(experiment, tiny_gan())
+
+
+def booked(device: Device) -> list[tuple[str, int, int]]:
+    """Run, round and attempt of each entry."""
+    return [(entry.run, entry.round, entry.attempt) for entry in Ledger.open(device.ledger_path).entries()]
+
+
+def test_an_answer_is_one_update_booked_at_the_devices_own_price(
+    device: Device, task: TrainTask, experiment: Experiment
+) -> None:
+    """One entry; its price is that of one round of the plan; the payload has the model's length."""
+    reply = handle_task(task, device)
+    assert isinstance(reply, TrainResult) and reply.device == "device-00"
+    payload = Payload.from_bytes(reply.payload)
+    assert (payload.kind, payload.round, payload.count) == ("plain", 1, 1)
+    assert payload.length == len(task.weights)
+    assert booked(device) == [("tiny", 1, 1)]
+    spent = Ledger.open(device.ledger_path).spent(1e-3)
+    assert spent == epsilon_of(experiment.plan().event(1), 1e-3)
+
+
+def test_asked_again_it_sends_the_same_bytes_and_pays_nothing_more(device: Device, task: TrainTask) -> None:
+    """A second computation would be a second release; photos are not even read."""
+    first = handle_task(task, device)
+    second = handle_task(task, replace(device, photos=unreadable))
+    assert isinstance(first, TrainResult) and isinstance(second, TrainResult)
+    assert second.payload == first.payload
+    assert booked(device) == [("tiny", 1, 1)]
+
+
+def test_a_kept_answer_is_not_sent_for_other_weights(device: Device, task: TrainTask) -> None:
+    """A new run under an old run's name: yesterday's update does not belong to today's model."""
+    handle_task(task, device)
+    other = tiny_gan("other")
+    again = replace(task, weights=flatten_parameters(*other.modules()), model="another")
+    with pytest.raises(LedgerError, match="answered already, for a different release"):
+        handle_task(again, device)
+    assert booked(device) == [("tiny", 1, 1)]
+
+
+def test_the_booking_is_on_disk_before_a_photo_is_read(device: Device, task: TrainTask) -> None:
+    """A crash while reading leaves the booking, which pays for the attempt that follows: nothing had left."""
+    seen = []
+
+    def look(size: int) -> Images:
+        seen.append(booked(device))
+        raise Killed
+
+    with pytest.raises(Killed):
+        handle_task(task, replace(device, photos=look))
+    assert seen == [[("tiny", 1, 1)]]
+    assert isinstance(handle_task(task, device), TrainResult)
+    assert booked(device) == [("tiny", 1, 1)]
+
+
+def test_a_spent_budget_is_a_refusal_with_three_numbers(device: Device, task: TrainTask) -> None:
+    """Asked, spent, allowed; nothing is booked and no photo is read."""
+    poor = replace(device, photos=unreadable, policy=replace(device.policy, max_epsilon=0.5))
+    answer = handle_task(task, poor)
+    assert isinstance(answer, Refusal) and answer.device == "device-00"
+    assert "asks for epsilon" in answer.reason and "of 0.5 is already spent" in answer.reason
+    assert booked(device) == []
+
+
+def test_a_round_that_broke_while_it_was_computed_is_closed(
+    device: Device, task: TrainTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That it broke may tell something of the photos: it is not tried again, and not for free."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise Disturbed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedface.training.training_methods.train_gan_round", broken)
+        with pytest.raises(Disturbed):
+            handle_task(task, device)
+    again = handle_task(task, device)
+    assert isinstance(again, Refusal) and "closed" in again.reason
+    assert booked(device) == [("tiny", 1, 1)]
+
+
+def test_a_round_whose_photos_could_not_be_read_is_answered_with_noise_alone(
+    device: Device, task: TrainTask
+) -> None:
+    """Whether they can be read may hang on what they show: the server learns nothing of it, and the round is paid."""
+    reply = handle_task(task, replace(device, photos=unreadable))
+    assert isinstance(reply, TrainResult)
+    assert handle_task(task, device) == replace(reply, seconds_protect=0.0)
+    assert booked(device) == [("tiny", 1, 1)]
+    assert isinstance(handle_task(replace(task, round=2), device), TrainResult)
+
+
+def test_a_computation_that_fails_on_one_photo_alone_looks_like_any_other(
+    device: Device, task: TrainTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hostile network that breaks on somebody's face asks a question; the answer is noise, and paid for."""
+    real = TrainingRound.update
+
+    def breaks(self: TrainingRound, photos: Images, **more: object) -> Vector:
+        if len(photos):
+            raise Disturbed
+        return real(self, photos, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TrainingRound, "update", breaks)
+    reply = handle_task(task, device)
+    assert isinstance(reply, TrainResult)
+    assert Payload.from_bytes(reply.payload).length == len(task.weights)
+    assert booked(device) == [("tiny", 1, 1)]
+
+
+def test_photos_are_let_go_before_the_answer_without_them(
+    device: Device, task: TrainTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails for want of memory must not fail again because the photos are still held."""
+    held: list[weakref.ref[DeviceDataset]] = []
+    alive = []
+    real = TrainingRound.update
+
+    def breaks(self: TrainingRound, photos: Images, **more: object) -> Vector:
+        if len(photos):
+            raise MemoryError
+        gc.collect()
+        alive.append(held[0]() is not None)
+        return real(self, photos, **more)  # type: ignore[arg-type]
+
+    def photos(size: int) -> DeviceDataset:
+        own = device.photos(size)
+        held.append(weakref.ref(own))
+        return own
+
+    monkeypatch.setattr(TrainingRound, "update", breaks)
+    assert isinstance(handle_task(task, replace(device, photos=photos)), TrainResult)
+    assert alive == [False]
+
+
+def test_three_killed_computations_are_free_and_a_fourth_is_paid_for(device: Device, task: TrainTask) -> None:
+    """Power goes, so crashes are free; but a network that kills a device by what it sees must not ask for nothing."""
+    rich = replace(device, policy=replace(device.policy, max_epsilon=100.0))
+    for _ in range(4):
+        with pytest.raises(Killed):
+            handle_task(task, replace(rich, photos=switched_off))
+    assert booked(device) == [("tiny", 1, 1), ("tiny", 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("stricter", "words"),
+    [
+        ({"protocols": ("encrypted",)}, "send updates"),
+        ({"objectives": ()}, "to train"),
+        ({"min_cohort_size": 5}, "only among 5"),
+        ({"expires": "2020-01-01"}, "ended"),
+    ],
+)
+def test_a_stricter_policy_holds_for_kept_answers_too(
+    device: Device, task: TrainTask, stricter: dict[str, object], words: str
+) -> None:
+    """Bytes that were computed under yesterday's policy are not sent against today's."""
+    handle_task(task, device)
+    reply = handle_task(task, replace(device, policy=replace(device.policy, **stricter)))  # type: ignore[arg-type]
+    assert isinstance(reply, Refusal) and words in reply.reason
+
+
+def test_sums_are_opened_only_while_the_policy_holds(device: Device, task: TrainTask) -> None:
+    """From the day after the last one everything is refused."""
+    handle_task(task, device)
+    ended = replace(device, policy=replace(device.policy, expires="2020-01-01"))
+    asked = DecryptTask(
+        run="tiny", round=1, aggregation=task.config.aggregation, agreement=task.config.agreement, total=b""
+    )
+    reply = handle_task(asked, ended)
+    assert isinstance(reply, Refusal) and "ended" in reply.reason
+
+
+def test_a_ledger_put_back_without_its_journal_is_noticed(
+    device: Device, task: TrainTask, tmp_path: Path
+) -> None:
+    """File and head together look whole; the journal remembers what they forgot."""
+    handle_task(task, device)
+    kept = [(path, path.read_bytes()) for path in sorted(device.state.glob("ledger.sqlite*"))]
+    handle_task(replace(task, round=2), device)
+    for path, content in kept:
+        path.write_bytes(content)
+    with pytest.raises(LedgerError, match="journal names bookings"):
+        handle_task(replace(task, round=3), replace(device, photos=unreadable))
+
+
+def test_weights_under_a_false_name_are_found_out_before_the_booking(device: Device, task: TrainTask) -> None:
+    """The hash in the task is the server's word; the ledger remembers the device's own."""
+    other = replace(task, weights=flatten_parameters(*tiny_gan("other").modules()))
+    with pytest.raises(WeightsError, match=f"says that its weights are {task.model}"):
+        handle_task(other, replace(device, photos=unreadable))
+    assert booked(device) == []
+
+
+def test_a_booked_round_without_an_answer_is_free_for_the_same_recipe_only(
+    device: Device, task: TrainTask
+) -> None:
+    """Another rate at the same price, or other weights: a second booking. What was first asked: none."""
+    other = tiny_gan("other")
+    weights = replace(
+        task,
+        weights=flatten_parameters(*other.modules()),
+        buffers=flatten_buffers(*other.modules()),
+        model=weights_hash(*other.modules()),
+    )
+    training = replace(task.config.training, discriminator_lr=1e-5)  # type: ignore[call-arg]
+    recipe = replace(task, config=replace(task.config, training=training))
+    rich = replace(device, photos=switched_off, policy=replace(device.policy, max_epsilon=100.0))
+    for asked, attempts in ((task, 1), (task, 1), (weights, 2), (recipe, 3), (recipe, 3)):
+        with pytest.raises(Killed):
+            handle_task(asked, rich)
+        assert booked(device) == [("tiny", 1, attempt + 1) for attempt in range(attempts)]
+
+
+def test_huge_networks_are_refused_before_memory_is_asked_for(device: Device, task: TrainTask) -> None:
+    """A terabyte of weights in a header, beside the vector of a tiny model; also through the wire."""
+    shape = GanArchitecture(
+        generator=StyleGAN2Config(size=1024, channel_base=2**24, channel_max=2**14),
+        discriminator=DiscriminatorConfig(size=1024, channel_base=2**24, channel_max=2**14),
+    )
+    huge = read_task(replace(task, config=replace(task.config, architecture=shape)).message())
+    with pytest.raises(WeightsError, match="got a vector of shape"):
+        handle_task(huge, replace(device, photos=unreadable))
+    assert booked(device) == []
+
+
+def test_the_last_affordable_round_is_answered_and_the_next_is_not(
+    device: Device, task: TrainTask, experiment: Experiment
+) -> None:
+    """Two rounds are promised; a crash in each costs nothing more, and a third round is too much."""
+    crashed = replace(device, photos=switched_off)
+    for number in (1, 2):
+        with pytest.raises(Killed):
+            handle_task(replace(task, round=number), crashed)
+        assert isinstance(handle_task(replace(task, round=number), device), TrainResult)
+    answer = handle_task(replace(task, round=3), device)
+    assert isinstance(answer, Refusal) and "asks for epsilon" in answer.reason
+    assert booked(device) == [("tiny", 1, 1), ("tiny", 2, 1)]
+    spent = Ledger.open(device.ledger_path).spent(1e-3).upper
+    assert spent <= device.policy.max_epsilon
+
+
+@pytest.mark.parametrize(
+    ("policy", "cohort", "words"),
+    [
+        ({"protocols": ("encrypted",)}, 2, 'asks to send updates "plain"; this device allows encrypted'),
+        ({"min_cohort_size": 3}, 2, "sums 2 devices; this device takes part only among 3 or more"),
+        ({"objectives": ("upsampler",)}, 2, 'asks to train "generator"; this device allows upsampler'),
+    ],
+)
+def test_what_the_owner_did_not_allow_is_refused(
+    device: Device, task: TrainTask, policy: dict[str, object], cohort: int, words: str
+) -> None:
+    """A value, in words, with nothing read and nothing booked."""
+    strict = replace(device, photos=unreadable, policy=replace(device.policy, **policy))  # type: ignore[arg-type]
+    answer = handle_task(replace(task, cohort=cohort), strict)
+    assert isinstance(answer, Refusal) and words in answer.reason
+    assert booked(device) == []
+
+
+def test_a_run_without_a_promise_is_refused_unless_allowed(tmp_path: Path, device: Device) -> None:
+    """Epsilon infinite, and the owner's limit."""
+    unpromised = tiny_experiment(tmp_path / "recipe", {"promise": NO_PROMISE})
+    answer = handle_task(train_task(unpromised, tiny_gan()), replace(device, photos=unreadable))
+    assert isinstance(answer, Refusal) and "asks for epsilon inf" in answer.reason
+    assert booked(device) == []
+
+
+@pytest.mark.parametrize(
+    "change", [{"steps_per_round": 9}, {"sampling_rate": 1.0}, {"clip_norm": 1e6}, {"rounds": 1}]
+)
+def test_forged_terms_are_not_computed(device: Device, task: TrainTask, change: dict[str, float]) -> None:
+    """Terms that would be priced low and a training that would run high: nothing happens at all."""
+    training = replace(task.config.training, **change)  # type: ignore[arg-type]
+    forged = replace(task, config=replace(task.config, training=training))
+    with pytest.raises(PrivacyError, match="differ"):
+        handle_task(forged, replace(device, photos=unreadable))
+    assert booked(device) == []
+
+
+def test_a_tiny_noise_is_priced_as_what_it_is(device: Device, task: TrainTask) -> None:
+    """A server that asks with a thousandth of the noise pays for it, not for what it says."""
+    quiet = replace(task.config.dp, noise_multiplier=task.config.dp.noise_multiplier / 1000)
+    answer = handle_task(
+        replace(task, config=replace(task.config, dp=quiet)), replace(device, photos=unreadable)
+    )
+    assert isinstance(answer, Refusal)
+
+
+def test_weights_that_do_not_fit_cost_nothing(device: Device, task: TrainTask) -> None:
+    """A wrong vector is found before the booking."""
+    with pytest.raises(WeightsError, match="weights, got a vector"):
+        handle_task(replace(task, weights=torch.zeros(3)), replace(device, photos=unreadable))
+    assert booked(device) == []
+
+
+def test_a_missing_key_costs_nothing(device: Device, task: TrainTask) -> None:
+    """An encrypted run on a device that was not given its key."""
+    hidden = replace(task, config=replace(task.config, aggregation=HomomorphicConfig()))
+    open_minded = replace(device, photos=unreadable, policy=replace(device.policy, protocols=("encrypted",)))
+    with pytest.raises(AggregationError, match="cannot read this key file"):
+        handle_task(hidden, open_minded)
+    assert booked(device) == []
+
+
+def test_the_update_does_not_depend_on_the_global_seed(tmp_path: Path) -> None:
+    """Without a promise everything is replayable: two devices of one name send the same bytes."""
+    experiment = tiny_experiment(tmp_path / "recipe", {"promise": NO_PROMISE})
+    sent = []
+    for place in ("a", "b"):
+        torch.rand(3)
+        reply = handle_task(train_task(experiment, tiny_gan()), first_device(experiment, tmp_path / place))
+        assert isinstance(reply, TrainResult)
+        sent.append(reply.payload)
+    assert sent[0] == sent[1]
+
+
+def hidden_round(tmp_path: Path) -> tuple[Experiment, Device, TrainTask]:
+    """A device of an encrypted run."""
+    experiment = tiny_experiment(tmp_path / "recipe", {"aggregation": "{kind: homomorphic}"})
+    return experiment, first_device(experiment, tmp_path / "states"), train_task(experiment, tiny_gan())
+
+
+def reveal_task(experiment: Experiment, payload: Payload, round: int = 1) -> DecryptTask:
+    """Please open this."""
+    return DecryptTask(
+        run="tiny",
+        round=round,
+        aggregation=experiment.aggregation,
+        agreement=experiment.agreement,
+        total=payload.to_bytes(),
+    )
+
+
+def test_a_device_opens_the_sum_of_a_round_it_has_a_part_in(tmp_path: Path) -> None:
+    """Of two updates: its own and one of ones, whose sum is known to the grid."""
+    experiment, device, task = hidden_round(tmp_path)
+    reply = handle_task(task, device)
+    assert isinstance(reply, TrainResult)
+    from fedface.aggregation.homomorphic import HomomorphicKeys
+
+    other = make_device(experiment.aggregation, experiment.agreement, HomomorphicKeys.load(device.key_path))
+    ones = other.protect(torch.ones(len(task.weights)), 1)
+    server = make_server(experiment.aggregation, experiment.agreement)
+    total = server.combine([Payload.from_bytes(reply.payload), ones])
+    opened = handle_task(reveal_task(experiment, total), device)
+    assert isinstance(opened, DecryptResult) and opened.total.shape == task.weights.shape
+    assert float(opened.total.min()) >= -1e-3 and float(opened.total.max()) <= 2 + 1e-3
+
+    elsewhere = handle_task(replace(reveal_task(experiment, total), run="another"), device)
+    assert isinstance(elsewhere, Refusal) and "no part in round 1 of another" in elsewhere.reason
+    with pytest.raises(AggregationError, match="at least 2 updates"):
+        handle_task(reveal_task(experiment, server.combine([ones])), device)
+
+    # The owner's smallest cohort holds, whatever the server's task says.
+    careful = replace(device, policy=replace(device.policy, min_cohort_size=3))
+    asked = replace(reveal_task(experiment, total), aggregation=HomomorphicConfig(min_devices=1))
+    with pytest.raises(AggregationError, match="at least 3 updates"):
+        handle_task(asked, careful)
+
+
+def test_a_device_does_not_open_the_sum_of_another_round(tmp_path: Path) -> None:
+    """A payload that says round 1 in a task that says round 2, which it also answered."""
+    experiment, device, task = hidden_round(tmp_path)
+    first = handle_task(task, device)
+    assert isinstance(first, TrainResult) and isinstance(
+        handle_task(replace(task, round=2), device), TrainResult
+    )
+    with pytest.raises(FederationError, match="wanted the sum of round 2, got one of round 1"):
+        handle_task(reveal_task(experiment, Payload.from_bytes(first.payload), round=2), device)
+
+
+def test_a_ledger_put_back_to_before_an_answer_is_noticed_by_the_journal(
+    device: Device, task: TrainTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ledger and head copied between booking and answer, and put back: the same booking would pay for two answers."""
+    copies: dict[Path, bytes] = {}
+    begin = Ledger.record_attempt
+
+    def copied(self: Ledger, run: str, round: int, *, attempt: int) -> None:
+        for file in (device.ledger_path, device.ledger_path.with_name("ledger.sqlite.head")):
+            copies[file] = file.read_bytes()
+        begin(self, run, round, attempt=attempt)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "begin", copied)
+        assert isinstance(handle_task(task, device), TrainResult)
+    for file, content in copies.items():
+        file.write_bytes(content)
+    with pytest.raises(LedgerError, match="answers that the ledger does not know"):
+        handle_task(task, device)
+
+
+def test_a_round_while_photos_cannot_be_read_is_put_off_and_not_paid_for(
+    device: Device, task: TrainTask
+) -> None:
+    def scanning() -> None:
+        raise ConditionsNotMet("the photos are being scanned")
+
+    reply = handle_task(task, replace(device, ready=scanning))
+    assert (
+        isinstance(reply, Refusal) and "scanned" not in reply.reason and "not take part now" in reply.reason
+    )
+    assert not device.ledger().entries()

@@ -1,0 +1,174 @@
+"""What a device computes of its own photos: one photo at a time, whatever else there is, and within bounds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import tiny_experiment, tiny_gan
+
+from fedface.audits.dp_metrics import LocalMetricsConfig
+from fedface.device import local_metrics
+from fedface.device.local_metrics import check_request, compute_local_metrics
+from fedface.errors import ConfigError
+from fedface.messages.messages import EvaluationRequest
+from fedface.models.model import GanModel
+from fedface.photos.device_dataset import DeviceDataset
+from fedface.privacy.plan import DPParameters, Schedule
+from fedface.randomness import Streams
+from fedface.synthetic.faces import render_people
+from fedface.upsampling.degradation import Bicubic, BicubicPulse, Chain, Noise
+from fedface.upsampling.flow_posterior import GuidedFlowConfig
+from fedface.upsampling.latent_hmc import HmcConfig
+from fedface.upsampling.methods import Method, PulseEncoderInitConfig, evaluation_count
+from fedface.upsampling.pulse import PulseConfig, PulseUpsampler
+from fedface.upsampling.upsampler import Upsampled
+
+ONCE = Schedule(rounds=1, steps_per_round=1, sampling_rate=1.0, expected_batch_size=1, clip_norm=1.0)
+
+
+@pytest.fixture(scope="module")
+def gan() -> GanModel:
+    """Networks of 16 px."""
+    return tiny_gan()
+
+
+@pytest.fixture(scope="module")
+def question(gan: GanModel, tmp_path_factory: pytest.TempPathFactory) -> EvaluationRequest:
+    """A short search, without noise, so that sums can be compared."""
+    experiment = tiny_experiment(tmp_path_factory.mktemp("recipe"))
+    return EvaluationRequest(
+        dp=DPParameters(schedule=ONCE, noise_multiplier=0.0),
+        architecture=gan.architecture,
+        method=PulseConfig(steps=3, mapping_samples=64),
+        downscale=BicubicPulse(4),
+        metrics=LocalMetricsConfig(tone_upper_bounds=(5, 10)),
+        aggregation=experiment.aggregation,
+        agreement=experiment.agreement,
+    )
+
+
+def sums(gan: GanModel, own: DeviceDataset, question: EvaluationRequest) -> torch.Tensor:
+    """The sum over units, without noise."""
+    return compute_local_metrics(gan, own, question, seed=7, rng=torch.Generator().manual_seed(1))
+
+
+def faces(count: int) -> torch.Tensor:
+    """Drawn people."""
+    return render_people(count, 0.5, 16, Streams(2))
+
+
+def test_a_photo_adds_the_same_whatever_else_is_there(gan: GanModel, question: EvaluationRequest) -> None:
+    """The sum over three photos is that of each alone, to the last bits: searches start alike for every photo."""
+    pictures = faces(3)
+    together = sums(gan, DeviceDataset.independent(pictures), question)
+    alone = [sums(gan, DeviceDataset.independent(pictures[i : i + 1]), question) for i in range(3)]
+    assert torch.allclose(together, torch.stack(alone).sum(0), atol=1e-6)
+    assert all(float(one.norm()) <= 1 + 1e-6 for one in alone)
+
+
+def test_forty_photos_of_one_birthday_add_as_much_as_one(gan: GanModel, question: EvaluationRequest) -> None:
+    """An occasion adds the mean of its photos' figures, here forty times the same."""
+    terms = replace(question.dp, unit="occasion")
+    birthday = DeviceDataset.by_occasion(faces(1).repeat(40, 1, 1, 1), 40)
+    once = sums(gan, DeviceDataset.independent(faces(1)), question)
+    assert torch.allclose(sums(gan, birthday, replace(question, dp=terms)), once, atol=1e-6)
+
+
+def test_a_library_adds_the_mean_of_its_photos_and_no_noise(
+    gan: GanModel, question: EvaluationRequest
+) -> None:
+    """Three photos of three days, with the server's noise agreed: the device itself adds none."""
+    terms = replace(question.dp, unit="library", noise_multiplier=3.0)
+    pictures = faces(3)
+    alone = [sums(gan, DeviceDataset.independent(pictures[i : i + 1]), question) for i in range(3)]
+    whole = sums(gan, DeviceDataset.independent(pictures), replace(question, dp=terms))
+    assert torch.allclose(whole, torch.stack(alone).mean(0), atol=1e-6)
+
+
+def test_without_photos_the_sum_is_zero_before_noise(gan: GanModel, question: EvaluationRequest) -> None:
+    assert not sums(gan, DeviceDataset.independent(torch.zeros(0, 3, 16, 16)), question).any()
+
+
+@pytest.mark.parametrize(
+    ("method", "work"),
+    [
+        (PulseConfig(steps=70), 70),
+        (PulseEncoderInitConfig(pulse=PulseConfig(steps=70)), 71),
+        (HmcConfig(noise_levels=2, transitions=3, final_transitions=4, leapfrog_steps=5, rank=6), 56),
+    ],
+)
+def test_the_work_of_a_method_is_known_before_it_begins(method: Method, work: int) -> None:
+    assert evaluation_count(method) == work
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": PulseConfig(steps=10**9)}, "may run a network"),
+        ({"method": PulseConfig(mapping_samples=10**12)}, "may draw"),
+        ({"method": PulseEncoderInitConfig(pulse=PulseConfig(mapping_samples=10**12))}, "may draw"),
+        ({"downscale": Chain(parts=(BicubicPulse(4), Noise(0.1)))}, "no noise"),
+        (
+            {"terms": DPParameters(schedule=replace(ONCE, steps_per_round=2), noise_multiplier=1.0)},
+            "one release",
+        ),
+    ],
+)
+def test_questions_that_no_device_should_begin_with_are_refused(
+    gan: GanModel, question: EvaluationRequest, changes: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_request(replace(question, **changes), gan)  # type: ignore[arg-type]
+
+
+def test_a_matrix_that_would_fill_the_memory_is_refused_before_anything_is_booked(
+    gan: GanModel, question: EvaluationRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3 * 16 * 16 measured numbers, here with room for 700."""
+    monkeypatch.setattr(local_metrics, "MAX_LINEAR_SIZE", 700)
+    whole = replace(question, method=GuidedFlowConfig(covariance="isotropic"), downscale=Bicubic(1))
+    with pytest.raises(ConfigError, match="matrix of 768 rows"):
+        check_request(whole, gan)
+
+
+def test_a_method_that_does_not_go_with_the_model_is_found_out_before_a_photo_is_read(
+    gan: GanModel, question: EvaluationRequest
+) -> None:
+    with pytest.raises(ConfigError, match="style encoder"):
+        check_request(replace(question, method=PulseEncoderInitConfig()), gan)
+
+
+def test_a_photo_on_which_a_network_breaks_adds_nothing(
+    gan: GanModel, question: EvaluationRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No error leaves, and the other photos add what they add: a crash is no predicate of a face."""
+    pictures = faces(3)
+    real = PulseUpsampler.upsample
+
+    def breaks(self: PulseUpsampler, low: torch.Tensor, *, faces_per_photo: int) -> Upsampled:
+        if torch.equal(low, question.downscale.apply(pictures[1:2]).clamp(0, 1)):
+            raise ValueError("styles must be finite")
+        return real(self, low, faces_per_photo=faces_per_photo)
+
+    whole = sums(gan, DeviceDataset.independent(pictures[[0, 2]]), question)
+    monkeypatch.setattr(PulseUpsampler, "upsample", breaks)
+    assert torch.allclose(sums(gan, DeviceDataset.independent(pictures), question), whole, atol=1e-6)
+
+
+def test_a_search_takes_all_its_steps_however_soon_a_face_fits(
+    gan: GanModel, question: EvaluationRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Time must not tell whether a photo fits: the device searches to the end, in one thread."""
+    made = []
+    real = local_metrics.make_upsampler
+
+    def make(method: Method, *more: object, **named: object) -> object:
+        made.append(method)
+        return real(method, *more, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(local_metrics, "make_upsampler", make)
+    hasty = PulseConfig(steps=3, mapping_samples=64, stop="fit", eps=100.0, workers=30_000)
+    sums(gan, DeviceDataset.independent(faces(1)), replace(question, method=hasty))
+    assert made == [replace(hasty, stop="end", workers=1)]

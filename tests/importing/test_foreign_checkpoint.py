@@ -1,0 +1,409 @@
+"""Files of strangers are read and never obeyed: a hostile one is refused by name, and nothing of it runs."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import random
+import struct
+import tracemalloc
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from foreign_files import Persistent, nvidia_bytes, stand_ins, torch_bytes
+
+from fedface.errors import WeightsError
+from fedface.importing import foreign_checkpoint
+from fedface.importing.foreign_checkpoint import read_foreign
+from fedface.importing.safe_pickle import MAX_STEPS, PickleRefused, pickle_stream, read_pickle
+
+
+class Call:
+    """Reduces to a call, as a gadget in a hostile file does."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.function, self.args = function, args
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.function, self.args
+
+
+def refused(path: Path, content: bytes) -> str:
+    """The one sentence with which a file of these bytes is refused."""
+    path.write_bytes(content)
+    with pytest.raises(WeightsError) as caught:
+        read_foreign(path)
+    sentence = str(caught.value)
+    assert sentence.startswith(str(path)) and "\n" not in sentence and sentence.isprintable()
+    return sentence.removeprefix(f"{path}: ")
+
+
+def touching(folder: Path) -> tuple[Path, str]:
+    """A file that is not there, and the command that would make it."""
+    return folder / "owned", f"touch {folder / 'owned'}"
+
+
+def small(seed: int = 1) -> dict[str, torch.Tensor]:
+    """Some weights."""
+    rng = torch.Generator().manual_seed(seed)
+    return {f"layer{i}.weight": torch.randn(3, 4, generator=rng) for i in range(3)}
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
+def test_a_call_is_named_and_not_made(tmp_path: Path, protocol: int) -> None:
+    """os.system, eval, exec, import_module, torch.load, partial: wherever they stand, at every protocol."""
+    import functools
+    import importlib
+    import subprocess
+
+    owned, command = touching(tmp_path)
+    code = f"open({str(owned)!r}, 'w')"
+    for function, args, name in (
+        (os.system, (command,), "posix.system"),
+        (eval, (code,), "builtin"),
+        (exec, (code,), "builtin"),
+        (importlib.import_module, ("this",), "importlib.import_module"),
+        (torch.load, (str(owned),), "torch.serialization.load"),
+        (subprocess.Popen, (["touch", str(owned)],), ".Popen"),
+        (getattr, (os, "system"), "builtin"),
+        (functools.partial, (os.system, command), "functools.partial"),
+        (torch.hub.load, ("a/b", "c"), "torch.hub.load"),
+    ):
+        if function is getattr:
+            function, args = getattr, ("", "upper")
+        sentence = refused(tmp_path / "a.pkl", pickle.dumps({"G_ema": Call(function, *args)}, protocol))
+        assert (
+            name in sentence and "no weights need" in sentence and "nothing of the file was run" in sentence
+        )
+        assert not owned.exists()
+    # The same bytes do run where they are obeyed: the gadget is a real one.
+    pickle.loads(pickle.dumps(Call(os.system, command), protocol))  # noqa: S301
+    assert owned.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (b"cos\nsystem\n(S'COMMAND'\ntR.", "os.system"),
+        (b"(S'COMMAND'\nios\nsystem\n.", "os.system"),
+        (b"(cos\nsystem\nS'COMMAND'\no.", "os.system"),
+        (b"\x80\x04\x8c\x02os\x8c\x06system\x93(\x8c\x01xtR.", "os.system"),
+        (b"\x80\x04\x8c\x0bcollections\x8c\x20OrderedDict.__init__.__globals__\x93.", "OrderedDict.__init__.__gl"),
+        (b"\x80\x04\x8c\x0bcollections\x8c\x16OrderedDict.__reduce__\x93.", "OrderedDict.__reduce__"),
+        (b"\x80\x02ctorch\nload\nU\x01x\x85R.", "torch.load"),
+        (b"\x80\x02ctorch.serialization\nload\nU\x01x\x85R.", "torch.serialization.load"),
+        (b"\x80\x02cbuiltins\ngetattr\n.", "builtins.getattr"),
+        (b"\x80\x02c__builtin__\neval\n.", "__builtin__.eval"),
+        (b"\x80\x02cnumpy.testing._private.utils\nrunstring\n.", "runstring"),
+        (b"\x80\x02\x82\x01.", "EXT1"),
+        (b"\x80\x02\x83\x01\x01.", "EXT2"),
+        (b"\x80\x02\x84\x01\x01\x01\x01.", "EXT4"),
+        (b"\x80\x04ccollections\nOrderedDict\n)}\x92.", "NEWOBJ_EX"),
+        (b"(ccollections\nOrderedDict\no.", "OBJ"),
+        (b"(icollections\nOrderedDict\n.", "collections.OrderedDict"),
+        (b"\x80\x05\x97.", "NEXT_BUFFER"),
+        (b"\x80\x02P0\n.", "persistent id"),
+        (b"\x80\x02U\x010Q.", "persistent id"),
+        (b"\x80\x02ccollections\nOrderedDict\n}U\x08__call__K\x01sb.", "sets attributes of collections.OrderedDict"),
+        (b"\x80\x02]}U\x01aK\x01sb.", "sets attributes of a list"),
+        (b"\x80\x02}(K\x01K\x02K\x03u.", "damaged"),
+        (b"\x80\x02}}K\x01s.", "as a key"),
+        (b"\x80\x02}]K\x01s.", "as a key"),
+        (b"\x80\x02}K\x01\x85K\x01s.", "as a key"),
+        (b"\x80\x02K\x01)R.", "calls a int"),
+        (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nK\x01R.", "where a list of arguments belongs"),
+        (b"\x80\x02cnumpy\ndtype\nU\x02O8\x89\x88\x87R.", "numpy.dtype('O8')"),
+        (b"\x80\x02cnumpy\ndtype\nU\x04V100\x85R.", "numpy.dtype('V100')"),
+        (b"\x80\x02c_codecs\nencode\nU\x01aU\x03hex\x86R.", "_codecs.encode"),
+        (b"\x80\x02\x8b\xff\xff\xff\x7f" + bytes(20) + b".", "damaged"),
+        (b"\x80\x02h\x07." + bytes(20), "damaged"),
+        (b"\x80\x02c\x1b[31mos\nsystem\n." + bytes(9), "?[31mos.system"),
+    ],
+)  # fmt: skip
+def test_every_instruction_that_could_call_is_refused(tmp_path: Path, content: bytes, name: str) -> None:
+    """By hand, one instruction each: the name or the instruction is in the sentence."""
+    owned, command = touching(tmp_path)
+    padded = content.replace(b"COMMAND", command.encode()) + b" " * 16
+    assert name in refused(tmp_path / "a.pkl", padded)
+    assert not owned.exists()
+
+
+def test_a_hostile_pickle_within_a_tensor_is_refused(tmp_path: Path) -> None:
+    """torch.storage._load_from_bytes is given bytes that are a pickle; here one that calls."""
+    owned, command = touching(tmp_path)
+    for inner in (
+        pickle.dumps(Call(os.system, command)),
+        pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2)
+        + pickle.dumps({"little_endian": True}, 2) + pickle.dumps(Call(os.system, command), 2),
+        pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(Call(os.system, command), 2),
+    ):  # fmt: skip
+        content = pickle.dumps({"augment_pipe": Call(torch.storage._load_from_bytes, inner)}, 3)
+        assert "posix.system" in refused(tmp_path / "a.pkl", content)
+    for inner in (b"", b"PK\x03\x04", torch_bytes([1, 2], zipped=False), torch_bytes(torch.zeros(2))):
+        content = pickle.dumps({"G_ema": Call(torch.storage._load_from_bytes, inner)}, 3)
+        refused(tmp_path / "a.pkl", content)
+    assert not owned.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_hostile_torch_file_is_refused(tmp_path: Path, zipped: bool) -> None:
+    """Both formats of torch.save hold a pickle."""
+    owned, command = touching(tmp_path)
+    content = torch_bytes({"g_ema": small(), "args": Call(os.system, command)}, zipped=zipped)
+    assert "posix.system" in refused(tmp_path / "a.pt", content)
+    assert not owned.exists()
+
+
+def test_objects_in_numpy_arrays_are_refused(tmp_path: Path) -> None:
+    """An array of objects is filled by unpickling; a plain number is read."""
+    owned, command = touching(tmp_path)
+    for value in (np.array([Call(os.system, command)], dtype=object), np.array(["a"], dtype=object)):
+        sentence = refused(tmp_path / "a.pkl", pickle.dumps({"G_ema": value}, 3))
+        assert "numpy.dtype('O8')" in sentence or "posix.system" in sentence
+    with stand_ins():
+        fields = {"_parameters": {}, "gain": np.float64(1.5), "size": np.int64(7), "on": np.bool_(True)}
+        content = pickle.dumps({"G_ema": Persistent("Generator", fields)}, 2)
+    (tmp_path / "b.pkl").write_bytes(content)
+    read = read_foreign(tmp_path / "b.pkl").networks["G_ema"].fields
+    assert (read["gain"], read["size"], read["on"]) == (1.5, 7, True)
+    assert not owned.exists()
+
+
+def rebuilt(shape: Any, strides: Any, offset: Any = 0, numel: int = 12) -> bytes:
+    """A file with one tensor that says this of its twelve numbers."""
+    storage = torch.arange(numel, dtype=torch.float32).untyped_storage()
+    typed = torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float32, _internal=True)
+    call = Call(torch._utils._rebuild_tensor_v2, typed, offset, shape, strides, False, OrderedDict())
+    return pickle.dumps({"latent_avg": call}, 3)
+
+
+def test_a_tensor_never_reaches_outside_its_numbers(tmp_path: Path) -> None:
+    """Shape, strides and offset are the file's word; the memory behind the numbers is ours."""
+    (tmp_path / "a.pkl").write_bytes(rebuilt((2, 3), (4, 1), 5))
+    found = read_foreign(tmp_path / "a.pkl").tensors["latent_avg"]
+    assert torch.equal(found, torch.tensor([[5.0, 6, 7], [9, 10, 11]]))
+    for shape, strides, offset in (
+        ((2, 3), (4, 1), 6),
+        ((13,), (1,), 0),
+        ((2,), (2**40,), 0),
+        ((2,), (1,), 2**62),
+        ((1,), (1,), 12),
+        ((2,), (1,), -1),
+        ((2,), (-1,), 5),
+        ((-1,), (1,), 0),
+        ((13,), (0,), 0),
+        ((2**20, 2**20), (0, 0), 0),
+        ((2,), (1, 1), 0),
+        ((2.0,), (1,), 0),
+        ((True,), (1,), 0),
+        ([2], [1], 0),
+        ((1,) * 9, (1,) * 9, 0),
+    ):
+        assert "_rebuild_tensor_v2 with" in refused(tmp_path / "a.pkl", rebuilt(shape, strides, offset))
+
+
+def test_tensors_together_are_not_larger_than_their_file(tmp_path: Path) -> None:
+    """A thousand names for the same megabyte are a thousand megabytes where each is copied."""
+    once = torch.zeros(2**18)
+    (tmp_path / "a.pt").write_bytes(torch_bytes({"g_ema": {"a": once, "b": once}}))
+    assert len(read_foreign(tmp_path / "a.pt").networks["g_ema"].tensors) == 2
+    views = {f"a{i}": once.view(512, 512) for i in range(100)}
+    sentence = refused(tmp_path / "a.pt", torch_bytes({"g_ema": views}))
+    assert "together much larger than itself" in sentence
+
+
+def test_a_pickle_that_never_ends_is_ended(tmp_path: Path) -> None:
+    """Instructions are counted, so is what copies without being long; and nothing is walked that nests without end."""
+    assert f"more than {MAX_STEPS:,} instructions" in refused(
+        tmp_path / "a.pkl", b"\x80\x02" + b"]0" * MAX_STEPS + b"N."
+    )
+    assert "no networks by name" in refused(
+        tmp_path / "a.pkl", b"\x80\x02N" + b"\x85" * (MAX_STEPS - 9) + b"."
+    )
+    # Forty lists, each ten times the one before: 10^40 leaves, forty lists in memory.
+    laughs = b"\x80\x04]\x94" + b"".join(
+        b"](" + b"h" + bytes([i]) + (b"h" + bytes([i])) * 9 + b"e\x94" for i in range(40)
+    )
+    assert "no networks by name" in refused(tmp_path / "a.pkl", laughs + b".")
+    copied = (
+        b"\x80\x02]("
+        + b"]K\x01aK\x01a" * 1000
+        + b"eq\x00"
+        + b"ccollections\nOrderedDict\nh\x00\x85R0" * 100_000
+    )
+    assert "more than" in refused(tmp_path / "a.pkl", copied + b".")
+
+
+def test_networks_within_networks_end(tmp_path: Path) -> None:
+    """A module that is its own part, and one that holds another twice, and that one another twice, and so on."""
+    with stand_ins():
+        fields: dict[str, Any] = {"_parameters": {}, "_modules": {}}
+        inner = Persistent("Generator", fields)
+        fields["_modules"]["a"] = Persistent("Part", {"_parameters": {}, "_modules": {"b": inner}})
+        for _ in range(40):
+            inner = Persistent("Part", {"_modules": {"a": inner, "b": inner}})
+        deep = pickle.dumps({"G_ema": inner}, 3)
+        for _ in range(25):
+            inner = Persistent("Part", {"_modules": {}})
+            for _ in range(20):
+                inner = Persistent("Part", {"_modules": {"a": inner, "b": inner}})
+        wide = pickle.dumps({"G_ema": inner}, 3)
+    assert "deep" in refused(tmp_path / "a.pkl", deep)
+    assert "more than 200,000 parts" in refused(tmp_path / "a.pkl", wide)
+
+
+def test_networks_of_the_tensorflow_release_are_told_the_way(tmp_path: Path) -> None:
+    """Their pickles hold source text that loading runs."""
+    content = b"\x80\x03(cdnnlib.tflib.network\nNetwork\nq\x00)\x81q\x01t." + b" " * 16
+    sentence = refused(tmp_path / "karras2019stylegan-ffhq-1024x1024.pkl", content)
+    assert "dnnlib.tflib.network.Network" in sentence and "legacy.py" in sentence
+
+
+def archive(parts: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+    """A zip file of these parts."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as made:
+        for name, content in parts.items():
+            made.writestr(name, content)
+    return file.getvalue()
+
+
+def test_zip_files_that_torch_did_not_write_are_refused(tmp_path: Path) -> None:
+    """Compressed, overlapping, without a pickle, with two, with an enormous list, with parts missing, cut short."""
+    path = tmp_path / "a.pt"
+    assert "compressed" in refused(path, archive({"x/data.pkl": bytes(10**6)}, zipfile.ZIP_DEFLATED))
+    assert "not one that torch.save wrote" in refused(path, archive({"word/document.xml": b"x"}))
+    assert "not one that torch.save wrote" in refused(
+        path, archive({"x/data.pkl": b"N.", "y/data.pkl": b"N."})
+    )
+    assert "another order of bytes" in refused(path, archive({"x/data.pkl": b"N.", "x/byteorder": b"big"}))
+    good = torch_bytes({"g_ema": small()})
+    with zipfile.ZipFile(io.BytesIO(good)) as read:
+        parts = {name: read.read(name) for name in read.namelist()}
+    lacking = {name: content for name, content in parts.items() if not name.endswith("data/1")}
+    assert "damaged zip file" in refused(path, archive(lacking))
+    short = {name: content[:-4] if name.endswith("data/1") else content for name, content in parts.items()}
+    assert "has 44 bytes and not 48" in refused(path, archive(short))
+    # Entries that share their bytes: a list that names one part a thousand times.
+    once = archive({"x/data.pkl": bytes(5000)})
+    start = once.index(b"PK\x01\x02")
+    end = once.index(b"PK\x05\x06")
+    listed = b"".join(once[start:end].replace(b"x/data.pkl", b"x/dat%03d.p" % i) for i in range(500))
+    tail = b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, 500, 500, len(listed), start, 0)
+    refused(path, once[:start] + listed + tail)
+    huge = (
+        once[:start]
+        + bytes(5 * 2**20)
+        + b"PK\x05\x06"
+        + struct.pack("<HHHHIIH", 0, 0, 9, 9, 5 * 2**20, start, 0)
+    )
+    assert "more parts than any network" in refused(path, huge)
+    for cut in range(20, len(good), 97):
+        refused(path, good[:cut])
+
+
+def test_what_is_no_file_of_weights_is_said(tmp_path: Path) -> None:
+    """Missing, empty, a folder, words, a picture, noise."""
+    with pytest.raises(WeightsError, match="no such file"):
+        read_foreign(tmp_path / "none.pkl")
+    with pytest.raises(WeightsError, match="no such file"):
+        read_foreign(tmp_path)
+    assert "bytes" in refused(tmp_path / "a.pkl", b"")
+    refused(tmp_path / "a.pkl", b"once upon a time there was a network " * 9)
+    refused(tmp_path / "a.pkl", b"\x89PNG\r\n\x1a\n" + bytes(100))
+    assert "holds no networks by name" in refused(tmp_path / "a.pkl", pickle.dumps("a" * 100))
+    rng = random.Random(4)
+    for _ in range(300):
+        refused(tmp_path / "a.pkl", rng.randbytes(rng.randint(16, 400)))
+
+
+def test_a_file_that_is_cut_or_changed_gives_a_sentence_or_weights(tmp_path: Path) -> None:
+    """Whatever byte is changed: never another error, never a crash."""
+    rng = random.Random(5)
+    files = [
+        nvidia_bytes({"G_ema": small()}),
+        nvidia_bytes({"G_ema": small()}, protocol=4),
+        torch_bytes({"g_ema": small()}),
+        torch_bytes({"g_ema": small()}, zipped=False),
+    ]
+    path = tmp_path / "a.pkl"
+    for content in files:
+        path.write_bytes(content)
+        assert read_foreign(path).networks
+        for cut in sorted(rng.sample(range(16, len(content) - 1), 40)):
+            if content[:2] != b"PK" and content[cut - 1 : cut] != b".":
+                refused(path, content[:cut])
+        for _ in range(100):
+            changed = bytearray(content)
+            for _ in range(rng.randint(1, 3)):
+                changed[rng.randrange(len(changed))] = rng.randrange(256)
+            path.write_bytes(changed)
+            try:
+                read_foreign(path)
+            except WeightsError as error:
+                assert str(error).isprintable()
+
+
+def test_the_reader_makes_plain_values_as_pickle_does() -> None:
+    """Numbers, words, lists, dictionaries, shared and circular ones, at every protocol."""
+    shared = [1, 2.5, "a\nb", b"\x00\xff", None, True, -(10**18), 10**9]
+    value = {
+        "a": shared,
+        "b": [shared, (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), ()],
+        "c": {},
+        "": {"x": {"y": []}},
+    }
+    for protocol in range(6):
+        assert read_pickle(pickle_stream(pickle.dumps(value, protocol))) == value
+    circle: list[Any] = []
+    circle.append(circle)
+    read = read_pickle(pickle_stream(pickle.dumps(circle, 2)))
+    assert read[0] is read
+    with pytest.raises(PickleRefused):
+        read_pickle(pickle_stream(b""))
+
+
+def nested(name: str, parts: int) -> bytes:
+    """A network with one module of this name, which has so many fields."""
+    with stand_ins():
+        fields = {f"field{i}": i for i in range(parts)}
+        inner = Persistent("Part", {"_parameters": {}, "_modules": {}, **fields})
+        return pickle.dumps({"G_ema": Persistent("Generator", {"_modules": {name: inner}})}, 3)
+
+
+def test_a_long_name_is_refused_and_not_copied_for_every_part(tmp_path: Path) -> None:
+    """A megabyte of name before each of 500 fields would be half a gigabyte; the limit is for the dotted name."""
+    tracemalloc.start()
+    sentence = refused(tmp_path / "a.pkl", nested("k" * 10**6, 500))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "has a name of 1,000,000 characters" in sentence and len(sentence) < 200
+    assert most < 20 * 10**6
+    fits = "k" * (200 - len(".field0"))
+    (tmp_path / "b.pkl").write_bytes(nested(fits, 1))
+    assert read_foreign(tmp_path / "b.pkl").networks["G_ema"].fields == {f"{fits}.field0": 0}
+    assert "has a name of 201 characters" in refused(tmp_path / "a.pkl", nested(f"{fits}k", 1))
+    for content in (
+        {"n" * 201: small()},
+        {"n" * 201: torch.zeros(2)},
+        {"g": {"n" * 201: torch.zeros(2)} | small()},
+    ):
+        assert "has a name of 201 characters" in refused(tmp_path / "a.pt", torch_bytes(content))
+
+
+def test_a_file_that_needs_more_memory_than_there_is_gives_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the machine refuses is said of the file."""
+
+    def full(*words: object, **more: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(foreign_checkpoint, "read_pickle", full)
+    assert "more memory to read than this machine has" in refused(tmp_path / "a.pkl", pickle.dumps("a" * 100))

@@ -1,0 +1,216 @@
+"""One photo, several faces that shrink to it, by every method; and folders of photos, that can be interrupted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import GENERATOR, STYLES
+
+from fedface.audits.bias import tone_histogram
+from fedface.errors import ConfigError, LibraryError
+from fedface.inference.contact_sheet import MethodRunner, contact_sheet, describe_output, is_sheet, show
+from fedface.inference.pipeline import (
+    SheetFolder,
+    SheetRecord,
+    SheetSettings,
+    SkippedPhoto,
+    check_sheet,
+    images_in,
+    run_pipeline,
+)
+from fedface.models.model import GeneratorArchitecture, Model, StyleEncoderArchitecture, build_model
+from fedface.photos.face_alignment import Detector, Face
+from fedface.photos.face_crops import FaceCrop
+from fedface.photos.image_io import read_photo_bytes, write_png
+from fedface.randomness import Streams
+from fedface.upsampling.degradation import Area, Chain, Degradation, Noise
+from fedface.upsampling.feedforward import NearestConfig, StyleEncoderConfig
+from fedface.upsampling.methods import Method
+from fedface.upsampling.pulse import PulseConfig
+from fedface.upsampling.upsampler import pixel_std, squared_difference
+
+STREAMS = Streams(4)
+PULSE = PulseConfig(steps=3, mapping_samples=200)
+METHODS: list[tuple[Method, Model | None]] = [
+    (PULSE, build_model(GeneratorArchitecture(generator=GENERATOR), STREAMS.generator("alone"))),
+    (
+        StyleEncoderConfig(),
+        build_model(
+            StyleEncoderArchitecture(generator=GENERATOR, encoder=STYLES), STREAMS.generator("styled")
+        ),
+    ),
+    (NearestConfig(), None),
+]
+WANTED = SheetSettings(degradation=Area(4), size=16, faces=2, max_faces=1)
+
+
+class Blind:
+    """A detector that finds nothing."""
+
+    name = "blind"
+
+    def find(self, pixels: np.ndarray) -> list[Face]:
+        """Nobody."""
+        return []
+
+
+def blind() -> Detector:
+    """Made only when it is needed."""
+    return Blind()
+
+
+class Silent:
+    """Nobody watches."""
+
+    def stage(self, name: str, steps: int) -> None:
+        """Nothing."""
+
+    def message(self, sentence: str) -> None:
+        """Nothing."""
+
+
+def painters(degradation: Degradation = WANTED.degradation) -> MethodRunner:
+    """PULSE, an encoder and nearest at 16 px."""
+    return MethodRunner(METHODS, degradation, size=16, seed=0)
+
+
+def subject(side: int, *, people: int = 0) -> FaceCrop:
+    """A face of random pixels."""
+    pixels = (torch.rand(side, side, 3, generator=STREAMS.generator("pixels")) * 255).byte().numpy()
+    return FaceCrop(crop=pixels, number=1, people=people, rotation=0, side=float(side))
+
+
+def test_a_picture_as_small_as_the_measurement_is_the_measurement() -> None:
+    """Four by four pixels of a picture that is a face already, factor 4, 16 px: nothing is shrunk."""
+    small = subject(4)
+    shown = show(small, Area(4), size=16)
+    wanted = torch.from_numpy(small.crop).permute(2, 0, 1)[None].float() / 255
+    assert torch.equal(shown.low, wanted) and shown.truth.shape == (1, 3, 16, 16)
+
+
+def test_a_face_is_shrunk_by_the_degradation_that_the_methods_search_with() -> None:
+    face = subject(16, people=1)
+    shown = show(face, Area(4), size=16)
+    assert torch.allclose(shown.low, Area(4).apply(shown.truth))
+    noisy = Chain((Area(4), Noise(0.1)))
+    once, again = (show(face, noisy, size=16, seed=seed).low for seed in (1, 1))
+    assert torch.equal(once, again) and not torch.equal(once, shown.low)
+
+
+def test_every_method_answers_and_its_consistency_error_is_that_of_its_faces() -> None:
+    portrait = painters().run(show(subject(16, people=1), Area(4), size=16), faces=2)
+    assert [answer.made.faces_per_photo for answer in portrait.answers] == [2, 1, 1]
+    for answer in portrait.answers:
+        again = squared_difference(Area(4).apply(answer.made.images[0]), portrait.shown.low)
+        torch.testing.assert_close(answer.made.consistency_error[0], again, atol=1e-6, rtol=1e-3)
+    assert "of 2 faces fit" in describe_output(portrait.answers[0])
+    assert describe_output(portrait.answers[2]).startswith(
+        "nearest: one answer, fits, smallest consistency error 0.00000"
+    )
+
+
+def test_the_spread_of_two_faces_is_half_their_distance_and_of_equal_ones_nothing() -> None:
+    """Standard deviation of two values, dividing by their number."""
+    faces = torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), 0.6)])
+    torch.testing.assert_close(pixel_std(faces), torch.full((4, 4), 0.3))
+    assert float(pixel_std(faces[:1].expand(3, 3, 4, 4)).max()) == 0.0
+
+
+def test_the_sheet_is_a_picture_that_grows_with_methods_and_faces() -> None:
+    portrait = painters().run(show(subject(16, people=1), Area(4), size=16), faces=2)
+    tones = tone_histogram(torch.rand(20, 3, 16, 16, generator=STREAMS.generator("tones")))
+    with_tones, without = (read_photo_bytes(contact_sheet(portrait, told)).pixels for told in (tones, None))
+    assert with_tones.shape == without.shape and (with_tones != without).any()
+    more = painters().run(portrait.shown, faces=5)
+    wider = read_photo_bytes(contact_sheet(more)).pixels
+    assert wider.shape[1] > without.shape[1] and wider.shape[0] == without.shape[0]
+
+
+def folder_of_photos(place: Path) -> Path:
+    """Two small faces, one photo without a face, one broken file, one that is no picture."""
+    photos = place / "photos"
+    (photos / "deep").mkdir(parents=True)
+    write_png(photos / "a.png", subject(16).crop)
+    write_png(photos / "deep" / "a.png", subject(8).crop)
+    write_png(photos / "empty.png", np.full((90, 120, 3), 128, dtype=np.uint8))
+    (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 broken")
+    (photos / "notes.txt").write_text("no picture")
+    return photos
+
+
+def work(photos: Path, sheets: SheetFolder) -> list[SheetRecord | SkippedPhoto]:
+    """Everything that is left to do."""
+    left = sheets.left(images_in(photos))
+    found: list[SheetRecord | SkippedPhoto] = []
+    for path, result in run_pipeline(left, sheets.place, WANTED, painters(), blind, None, Silent()):
+        sheets.keep(path, result)
+        found += [result] if isinstance(result, SkippedPhoto) else result
+    return found
+
+
+def test_a_folder_gives_a_sheet_for_every_face_and_a_reason_for_every_other_photo(tmp_path: Path) -> None:
+    """Sheets lie as the photos do, so that no two names meet."""
+    photos = folder_of_photos(tmp_path)
+    assert [path.name for path in images_in(photos)] == ["a.png", "broken.jpg", "empty.png", "a.png"]
+    out = tmp_path / "out"
+    found = work(photos, SheetFolder(out, photos, {"seed": 0}))
+    made = [result for result in found if isinstance(result, SheetRecord)]
+    left_out = {Path(r.photo).name: r.reason for r in found if isinstance(r, SkippedPhoto)}
+    places = sorted(result.sheet.relative_to(out).as_posix() for result in made)
+    assert places == ["a.png.png", "deep/a.png.png"]
+    assert all(is_sheet(result.sheet) for result in made)
+    assert set(left_out) == {"broken.jpg", "empty.png"} and "no face found" in left_out["empty.png"]
+    kept = json.loads((out / "faces.json").read_text())
+    assert len(kept["found"]) == 4 and kept["asked"]["seed"] == 0
+
+
+def test_work_that_was_cut_short_goes_on_where_it_ended(tmp_path: Path) -> None:
+    """A second start does nothing; what was deleted or replaced is made again, no more."""
+    photos, out = folder_of_photos(tmp_path), tmp_path / "out"
+    work(photos, SheetFolder(out, photos, {"seed": 0}))
+    assert work(photos, SheetFolder(out, photos, {"seed": 0})) == []
+    (out / "a.png.png").unlink()
+    (photos / "broken.jpg").unlink()
+    write_png(photos / "empty.png", subject(8).crop)
+    again = work(photos, SheetFolder(out, photos, {"seed": 0}))
+    assert [Path(result.photo).name for result in again] == [
+        "a.png",
+        "empty.png",
+    ]
+    assert set(json.loads((out / "faces.json").read_text())["found"]) == {"a.png", "deep/a.png", "empty.png"}
+
+
+def test_sheets_of_other_settings_are_never_mixed_and_photos_never_replaced(tmp_path: Path) -> None:
+    photos, out = folder_of_photos(tmp_path), tmp_path / "out"
+    work(photos, SheetFolder(out, photos, {"seed": 0}))
+    with pytest.raises(ConfigError, match="holds sheets of other photos or settings"):
+        SheetFolder(out, photos, {"seed": 1})
+    for broken in ("{", '{"asked": {}, "found": {"a": {}}}', '{"asked": {}, "found": [1]}'):
+        (out / "faces.json").write_text(broken)
+        with pytest.raises(ConfigError, match=r"faces\.json: damaged"):
+            SheetFolder(out, photos, {"seed": 0})
+    with pytest.raises(ConfigError, match="holds the photos"):
+        SheetFolder(photos, photos / "deep" / "..", {"seed": 0})
+    for path in (photos / "a.png", photos / "empty.png"):
+        with pytest.raises(ConfigError, match="is no sheet of faces and will not be replaced"):
+            check_sheet(path, photos / "a.png")
+    with pytest.raises(ConfigError, match="name one that ends in .png"):
+        check_sheet(tmp_path / "new.jpg", photos / "a.png")
+
+
+def test_sheets_among_the_photos_are_not_read_as_photos(tmp_path: Path) -> None:
+    photos = folder_of_photos(tmp_path)
+    work(photos, SheetFolder(photos / "sheets", photos, {"seed": 0}))
+    assert len(images_in(photos)) == 4
+
+
+def test_a_folder_without_a_picture_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(LibraryError, match=r"no picture in this folder \(1 other files\)"):
+        images_in(tmp_path)
+    with pytest.raises(LibraryError, match="there is no photo or folder"):
+        images_in(tmp_path / "nowhere")

@@ -1,0 +1,265 @@
+"""What crosses: messages come out as they went in, and nothing a stranger writes gets further than a sentence."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_experiment, tiny_gan, train_task
+
+from fedface.aggregation.payload import AggregationParameters, HomomorphicConfig
+from fedface.audits.dp_metrics import LocalMetricsConfig
+from fedface.errors import FederationError
+from fedface.experiment import metrics_dp_parameters
+from fedface.messages.messages import (
+    DecryptResult,
+    DecryptTask,
+    EvaluateResult,
+    EvaluateTask,
+    EvaluationRequest,
+    Message,
+    Refusal,
+    Task,
+    TrainResult,
+    TrainTask,
+    vector_bytes,
+    vector_from,
+)
+from fedface.messages.parsing import read_reply, read_task
+from fedface.privacy.privacy_target import PrivacyTarget
+from fedface.upsampling.degradation import BicubicPulse
+from fedface.upsampling.pulse import PulseConfig
+
+REVEAL = DecryptTask(
+    run="r",
+    round=2,
+    aggregation=HomomorphicConfig(bits=12),
+    agreement=AggregationParameters(value_range=0.5, max_devices=3),
+    total=b"sum",
+)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> TrainTask:
+    """A task under a promise."""
+    return train_task(tiny_experiment(tmp_path_factory.mktemp("task")), tiny_gan())
+
+
+@pytest.fixture(scope="module")
+def question(task: TrainTask) -> EvaluateTask:
+    """The same weights, to be scored."""
+    asked = EvaluationRequest(
+        dp=metrics_dp_parameters(PrivacyTarget(epsilon=2.0, delta=1e-3, unit="occasion"), 3, 0.5),
+        architecture=task.config.architecture,
+        method=PulseConfig(steps=5),
+        downscale=BicubicPulse(4),
+        metrics=LocalMetricsConfig(tone_upper_bounds=(5, 10)),
+        aggregation=HomomorphicConfig(bits=12),
+        agreement=task.config.agreement,
+        holdout_fraction=0.25,
+    )
+    return EvaluateTask(
+        run="r",
+        round=2,
+        cohort=4,
+        seed=3,
+        request=asked,
+        weights=task.weights,
+        buffers=task.buffers,
+        model="m",
+    )
+
+
+def same(one: Task, other: Task) -> bool:
+    """Equal in every field; vectors number by number."""
+    pairs = [(getattr(one, field.name), getattr(other, field.name)) for field in fields(one)]
+    return type(one) is type(other) and all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs
+    )
+
+
+def test_a_task_comes_out_as_it_went_in(task: TrainTask, question: EvaluateTask) -> None:
+    """All three kinds, with every number of the terms to the last bit."""
+    assert same(read_task(task.message()), task)
+    assert same(read_task(question.message()), question)
+    assert same(read_task(REVEAL.message()), REVEAL)
+
+
+def test_a_reply_comes_out_as_it_went_in() -> None:
+    """All four kinds, and a refusal of an owner who has left."""
+    trained = TrainResult(device="d", payload=b"\x00\xff", seconds_protect=0.25)
+    scored = EvaluateResult(device="d", payload=b"\x00\xff", seconds_protect=0.25)
+    left = Refusal(device="d", reason="gone", withdrawn=True)
+    assert read_reply(scored.message()) == scored and read_reply(left.message()) == left
+    revealed = DecryptResult(device="d", total=torch.tensor([1.0, -2.5]))
+    refusal = Refusal(device="d", reason="not today")
+    assert read_reply(trained.message()) == trained and read_reply(refusal.message()) == refusal
+    opened = read_reply(revealed.message())
+    assert isinstance(opened, DecryptResult) and torch.equal(opened.total, revealed.total)
+
+
+def test_no_epsilon_and_no_photo_count_is_in_a_task(task: TrainTask) -> None:
+    """A device believes no price that it is told, so none is told."""
+    words = set(json.dumps(json.loads(task.message().header)).replace('"', " ").replace(":", " ").split())
+    assert not words & {"epsilon", "delta", "promise", "photos", "photos_per_device"}
+
+
+def spoiled(message: Message, key: str, value: Any) -> Message:
+    """The message with one header entry replaced, or removed if the value is ..."""
+    header = json.loads(message.header)
+    place = header
+    *path, last = key.split(".")
+    for part in path:
+        place = place[part]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return Message(json.dumps(header), message.blobs)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("what", "train"), ("method", None), ("method.kind", "magic"), ("method.steps", -1), ("downscale", 4),
+        ("downscale.factor", 0), ("figures", None), ("figures.tone_upper_bounds", [3, 2, 10]), ("figures.max_units", 0),
+        ("figures.shares.table", 0.9), ("holdout_fraction", 1.0), ("holdout_fraction", True), ("holdout_fraction", ...), ("round", 0),
+        ("terms.unit", "street"), ("terms.update_clip_norm", float("inf")), ("seed", -1),
+    ],
+)  # fmt: skip
+def test_a_spoiled_question_is_refused_in_one_sentence(question: EvaluateTask, key: str, value: Any) -> None:
+    with pytest.raises(FederationError):
+        read_task(spoiled(question.message(), key, value))
+
+
+def test_a_run_whose_name_could_be_anothers_book_is_refused(task: TrainTask) -> None:
+    """ "r/figures" is where the figures of "r" are booked."""
+    with pytest.raises(FederationError, match="without a slash"):
+        read_task(spoiled(task.message(), "run", "r/figures"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("what", "teach"), ("what", ...), ("version", 1), ("version", ...),
+        ("run", ""), ("run", 3), ("run", "a\nb"), ("run", "x" * 201), ("run", "\ud800"), ("run", ...),
+        ("round", 0), ("round", True), ("round", 1.5), ("round", 2**63), ("cohort", 0), ("seed", -1),
+        ("terms", None), ("terms", "terms"), ("terms", [1]), ("terms.noise_multiplier", -1.0),
+        ("terms.noise_multiplier", float("nan")), ("terms.sampling_rate", 2), ("terms.rounds", 0),
+        ("terms.rounds", float("inf")), ("terms.epsilon", 1), ("terms.clip_norm", ...),
+        ("training.discriminator_lr", -1), ("training.more", 1), ("training.rounds", "many"), ("training", []),
+        ("shape.generator.size", 17), ("shape.generator.size", 32), ("shape.generator.mapping_layers", 10**9),
+        ("shape.discriminator.channel_max", 0), ("shape.kind", "cat-shape"), ("shape", None), ("training.kind", ...),
+        ("aggregation.kind", "threshold"), ("aggregation", 3), ("agreement.max_devices", 0),
+        ("agreement.value_range", "wide"), ("model", None),
+    ],
+)  # fmt: skip
+def test_a_spoiled_task_is_refused_in_one_sentence(task: TrainTask, key: str, value: Any) -> None:
+    """Missing, wrong type, out of bounds, unknown: a FederationError each time."""
+    with pytest.raises(FederationError):
+        read_task(spoiled(task.message(), key, value))
+
+
+@pytest.mark.parametrize("error", [OverflowError, MemoryError])
+def test_a_task_that_a_machine_cannot_hold_is_refused_in_one_sentence(
+    task: TrainTask, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted where its header is read."""
+
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fedface.messages.parsing.parse", full)
+    with pytest.raises(FederationError, match="this task cannot be read"):
+        read_task(task.message())
+
+
+@pytest.mark.parametrize(
+    "weights", [b"", b"123", b"\x00\x00\xc0\x7f", vector_bytes(torch.tensor([1.0, float("inf")]))]
+)
+def test_weights_that_are_no_finite_numbers_are_refused(task: TrainTask, weights: bytes) -> None:
+    """None, cut off, NaN, infinite."""
+    with pytest.raises(FederationError, match="cannot be read"):
+        read_task(Message(task.message().header, {"weights": weights}))
+    with pytest.raises(FederationError, match="missing"):
+        read_task(Message(task.message().header, {}))
+
+
+TRAINED = TrainResult(device="d", payload=b"p", seconds_protect=0.5).message()
+REFUSAL = Refusal(device="d", reason="no").message()
+
+
+@pytest.mark.parametrize(
+    ("message", "key", "value"),
+    [
+        (TRAINED, "what", "train"),
+        (TRAINED, "device", ...),
+        (TRAINED, "device", ["d"]),
+        (TRAINED, "device", "a\x1b[31mb"),
+        (TRAINED, "seconds", "soon"),
+        (TRAINED, "seconds", float("nan")),
+        (TRAINED, "seconds", float("inf")),
+        (TRAINED, "seconds", -1),
+        (TRAINED, "seconds", 10**400),
+        (TRAINED, "seconds", {}),
+        (REFUSAL, "reason", ...),
+    ],
+)
+def test_a_spoiled_reply_is_refused_in_one_sentence(message: Message, key: str, value: Any) -> None:
+    """No number of a device may stop the run that records it."""
+    with pytest.raises(FederationError):
+        read_reply(spoiled(message, key, value))
+
+
+@pytest.mark.parametrize("header", ["", "{", "[]", "3", "[" * 200_000, '{"version": ' + "9" * 9000 + "}"])
+def test_a_header_that_is_no_header_is_refused(header: str) -> None:
+    """Nesting and digits without end as well."""
+    for reader in (read_task, read_reply):
+        with pytest.raises(FederationError):
+            reader(Message(header, {}))
+
+
+def test_a_refusals_words_are_made_safe_for_a_report() -> None:
+    """Shortened, without control characters or halves of surrogate pairs: they are printed and kept."""
+    hostile = spoiled(REFUSAL, "reason", "no\x1b[2J\n\ud800" + "x" * 5000)
+    reply = read_reply(hostile)
+    assert isinstance(reply, Refusal)
+    assert reply.reason.isprintable() and len(reply.reason) == 1000 and reply.reason.startswith("no ")
+    reply.reason.encode("utf-8")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1))
+def test_a_vector_is_its_little_endian_bytes(numbers: list[float]) -> None:
+    """Four bytes a number, and back without loss."""
+    vector = torch.tensor(numbers, dtype=torch.float32)
+    assert vector_bytes(vector) == np.array(numbers, dtype="<f4").tobytes()
+    assert torch.equal(vector_from(vector_bytes(vector)), vector)
+
+
+ATOMS = st.none() | st.booleans() | st.integers() | st.text()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.recursive(ATOMS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+def test_any_json_is_a_message_or_a_federation_error(value: Any) -> None:
+    """Nothing else is raised, whatever stands in the header."""
+    for what in ("train", "reveal", "trained", "revealed", "refusal"):
+        header = {**value, "version": 1, "what": what} if isinstance(value, dict) else value
+        for reader in (read_task, read_reply):
+            try:
+                assert is_dataclass(reader(Message(json.dumps(header), {})))
+            except FederationError:
+                continue
+
+
+def test_nothing_of_a_machine_is_in_a_task(task: TrainTask, tmp_path: Path) -> None:
+    """No path of the server's travels, not even of the base checkpoint."""
+    assert str(tmp_path.parent.parent) not in task.message().header

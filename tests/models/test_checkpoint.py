@@ -1,0 +1,400 @@
+"""Weights as a vector and as a file: nothing is lost, nothing that does not fit is taken, no code is run."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import DISCRIMINATOR, GENERATOR, tiny_gan
+from torch import Tensor
+
+from fedface.config import plain
+from fedface.errors import ConfigError, WeightsError
+from fedface.models.checkpoint import (
+    FORMAT,
+    OLD_FORMAT,
+    assign_buffers,
+    assign_parameters,
+    estimate_mean_style,
+    flatten_buffers,
+    flatten_parameters,
+    load_as,
+    load_gan,
+    load_model,
+    model_from_vectors,
+    save_model,
+    weights_hash,
+)
+from fedface.models.discriminator import DiscriminatorConfig
+from fedface.models.latent_encoder import LatentEncoderConfig
+from fedface.models.model import (
+    Architecture,
+    EncoderArchitecture,
+    FlowArchitecture,
+    GanArchitecture,
+    GanModel,
+    GeneratorArchitecture,
+    build_model,
+    copy_model,
+    new_gan,
+)
+from fedface.models.rectified_flow import FlowConfig
+from fedface.models.stylegan1 import StyleGAN1Config
+from fedface.randomness import Streams
+
+
+def test_a_vector_goes_back_where_it_came_from() -> None:
+    """fill(v) then flatten_parameters gives v, and every weight of another network is replaced."""
+    source, target = tiny_gan("a"), tiny_gan("b")
+    vector = flatten_parameters(*source.modules())
+    assert not torch.equal(flatten_parameters(*target.modules()), vector)
+    assign_parameters(vector, *target.modules())
+    assert torch.equal(flatten_parameters(*target.modules()), vector)
+    latents = torch.randn(2, 64, generator=Streams(1).generator("z"))
+    theirs = target.discriminator(source.generator.synthesize(source.generator.map(latents)))
+    assert torch.equal(
+        source.discriminator(source.generator.synthesize(source.generator.map(latents))), theirs
+    )
+
+
+def test_a_vector_holds_the_generator_first_then_the_discriminator_each_by_name() -> None:
+    """Device and server must agree on the order without a word."""
+    gan = tiny_gan()
+    by_hand = [
+        dict(module.named_parameters())[name].reshape(-1)
+        for module in (gan.generator, gan.discriminator)
+        for name in sorted(dict(module.named_parameters()))
+    ]
+    assert torch.equal(flatten_parameters(*gan.modules()), torch.cat(by_hand))
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_vector_of_another_length_is_refused(change: int) -> None:
+    """And nothing is written."""
+    gan = tiny_gan()
+    before = flatten_parameters(*gan.modules())
+    with pytest.raises(WeightsError, match=f"{len(before)} weights, got a vector"):
+        assign_parameters(torch.zeros(len(before) + change), *gan.modules())
+    assert torch.equal(flatten_parameters(*gan.modules()), before)
+
+
+def test_a_copy_shares_no_memory() -> None:
+    """Training a copy leaves the original."""
+    gan = tiny_gan()
+    before = weights_hash(*gan.modules())
+    twin = copy_model(gan)
+    assert weights_hash(*twin.modules()) == before
+    assign_parameters(torch.zeros_like(flatten_parameters(*twin.modules())), *twin.modules())
+    assert weights_hash(*gan.modules()) == before
+
+
+def test_the_hash_tells_one_changed_weight_or_buffer() -> None:
+    """A report names exactly the weights it measured."""
+    gan, twin = tiny_gan(), tiny_gan()
+    assert weights_hash(*gan.modules()) == weights_hash(*twin.modules())
+    vector = flatten_parameters(*twin.modules())
+    vector[-1] = torch.nextafter(vector[-1], torch.tensor(9.0))
+    assign_parameters(vector, *twin.modules())
+    assert weights_hash(*gan.modules()) != weights_hash(*twin.modules())
+    mean = tiny_gan()
+    estimate_mean_style(mean.generator, Streams(1).generator("mean"), draws=8)
+    assert weights_hash(*gan.modules()) != weights_hash(*mean.modules())
+
+
+def test_a_file_gives_the_same_networks_back(tmp_path: Path) -> None:
+    """Weights, buffers, shapes and notes."""
+    gan = GanModel(*tiny_gan().modules(), {"made_by": "a test", "steps": [1, 2]})  # type: ignore[arg-type]
+    estimate_mean_style(gan.generator, Streams(1).generator("mean"), draws=8)
+    save_model(tmp_path / "deep" / "gan.safetensors", gan)
+    again = load_model(tmp_path / "deep" / "gan.safetensors")
+    assert weights_hash(*again.modules()) == weights_hash(*gan.modules())
+    assert (again.generator.config, again.discriminator.config, again.notes) == (
+        GENERATOR,
+        DISCRIMINATOR,
+        gan.notes,
+    )
+
+
+def test_the_embedded_base_is_whole() -> None:
+    """It is read, draws faces within [0, 1] nearly everywhere, and says how it was made."""
+    gan = load_gan()
+    made = gan.generator.synthesize(
+        gan.generator.map(torch.randn(4, 64, generator=Streams(1).generator("z")))
+    )
+    assert made.shape == (4, 3, 32, 32)
+    assert float(((made > -0.2) & (made < 1.2)).float().mean()) > 0.95
+    assert gan.notes["made_by"] == "fedface pretrain gan"
+
+
+def test_saving_leaves_the_old_file_until_the_new_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash while writing, planted at fsync: the old networks are still there."""
+    path = tmp_path / "gan.safetensors"
+    save_model(path, tiny_gan("old"))
+
+    def crash(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", crash)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(path, tiny_gan("new"))
+    assert weights_hash(*load_model(path).modules()) == weights_hash(*tiny_gan("old").modules())
+
+
+def test_networks_of_two_sizes_do_not_go_together() -> None:
+    """A discriminator of 32 px cannot judge pictures of 16."""
+    with pytest.raises(ConfigError, match="must have one size, got 16 and 32"):
+        new_gan(GENERATOR, DiscriminatorConfig(size=32), Streams(1).generator("x"))
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
+    """A good checkpoint's path, tensors and description, to be spoiled one by one."""
+    path = tmp_path / "gan.safetensors"
+    save_model(path, tiny_gan())
+    header = {
+        "format": FORMAT,
+        "shape": json.dumps(plain(GanArchitecture(generator=GENERATOR, discriminator=DISCRIMINATOR))),
+        "notes": "{}",
+    }
+    return path, load_file(path), header
+
+
+def described(**changes: object) -> str:
+    """The description of a good GAN but for its generator."""
+    return json.dumps(
+        {
+            "kind": "gan-shape",
+            "generator": {**asdict(GENERATOR), **changes},
+            "discriminator": asdict(DISCRIMINATOR),
+        }
+    )
+
+
+Parts = tuple[Path, dict[str, Tensor], dict[str, str]]
+BIAS = "discriminator.b4.out.bias"
+
+
+def refused(parts: Parts) -> str:
+    """What is said of spoiled parts; always with the file's name."""
+    path, tensors, header = parts
+    save_file(tensors, path, header)
+    with pytest.raises(WeightsError) as error:
+        load_model(path)
+    assert str(path) in str(error.value)
+    return str(error.value)
+
+
+def test_the_parts_are_good_before_they_are_spoiled(parts: Parts) -> None:
+    """Otherwise the tests below would pass for another reason."""
+    path, tensors, header = parts
+    save_file(tensors, path, header)
+    assert weights_hash(*load_model(path).modules()) == weights_hash(*tiny_gan().modules())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(parts: Parts, value: float) -> None:
+    """One is enough."""
+    parts[1][BIAS][0] = value
+    said = refused(parts)
+    assert BIAS in said and "not finite" in said
+
+
+def test_a_weight_of_another_shape_is_named(parts: Parts) -> None:
+    """With both shapes."""
+    parts[1][BIAS] = torch.zeros(2)
+    assert f"{BIAS} should have shape (1,), got (2,)" in refused(parts)
+
+
+def test_a_weight_of_another_type_is_named(parts: Parts) -> None:
+    """Whole numbers are no weights."""
+    parts[1][BIAS] = torch.zeros(1, dtype=torch.int64)
+    assert f"{BIAS} should hold float32" in refused(parts)
+
+
+def test_a_missing_weight_is_named(parts: Parts) -> None:
+    """The first of them."""
+    del parts[1][BIAS]
+    assert f"lacks 1 weights, the first is {BIAS}" in refused(parts)
+
+
+@pytest.mark.parametrize("name", ["discriminator.more", "elsewhere"])
+def test_a_weight_too_many_is_named(parts: Parts, name: str) -> None:
+    """Also one that belongs to neither network."""
+    parts[1][name] = torch.zeros(1)
+    assert f"1 weights that do not belong, the first is {name}" in refused(parts)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("shape", "{"),
+        ("shape", "[]"),
+        ("shape", "null"),
+        ("shape", '{"kind": "cat-shape"}'),
+        ("shape", described(size=17)),
+        ("shape", described(deep=1)),
+        ("shape", described(channel_max=0)),
+        ("shape", described(mapping_layers=10**9)),
+        ("shape", "[" * 100_000),
+        (
+            "shape",
+            json.dumps({"kind": "gan-shape", "discriminator": {**asdict(DISCRIMINATOR), "channel_base": -1}}),
+        ),
+        ("notes", "3"),
+    ],
+)
+def test_a_damaged_description_is_refused(parts: Parts, key: str, value: str) -> None:
+    """The words are a stranger's; none of them is a traceback."""
+    parts[2][key] = value
+    assert "damaged" in refused(parts)
+
+
+@pytest.mark.parametrize(
+    ("channels", "base", "said"),
+    [
+        (2**16, 2**24, "should have shape"),
+        (2**17, 2**24, "damaged"),
+        (2**29, 2**40, "damaged"),
+        (2**16, 2**40, "damaged"),
+    ],
+)
+def test_a_description_of_huge_networks_takes_no_memory(
+    parts: Parts, channels: int, base: int, said: str
+) -> None:
+    """A layer of 150 GB is compared with the file before it is made; one beyond any use is refused as such."""
+    parts[2]["shape"] = described(channel_max=channels, channel_base=base)
+    assert said in refused(parts)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"multipliers": [1e308]},
+        {"multipliers": [1024.0, 1.0]},
+        {"multipliers": [1.0] * 9},
+        {"multipliers": [-1.0]},
+        {"blocks": 65},
+        {"blocks": 10**40},
+        {"width": 10**40},
+        {"time_width": 2**40},
+    ],
+)
+def test_a_description_of_a_huge_flow_is_refused(parts: Parts, change: dict[str, object]) -> None:
+    """Before a number of it is multiplied."""
+    parts[2]["shape"] = json.dumps({"kind": "flow-shape", "flow": {"width": 128, **change}})
+    assert "damaged" in refused(parts)
+
+
+@pytest.mark.parametrize("error", [OverflowError, MemoryError])
+def test_what_a_machine_cannot_hold_is_a_sentence(
+    parts: Parts, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted while the networks are made."""
+
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fedface.models.checkpoint.build", full)
+    assert "damaged" in refused(parts)
+    with pytest.raises(WeightsError, match="cannot be made on this machine"):
+        model_from_vectors(
+            GanArchitecture(generator=GENERATOR, discriminator=DISCRIMINATOR), torch.zeros(1), torch.zeros(1)
+        )
+
+
+def test_numbers_fill_networks_of_their_shape_and_no_others() -> None:
+    """Weights and buffers of a model give it back; one number more of either is refused."""
+    model = tiny_gan()
+    estimate_mean_style(model.generator, Streams(1).generator("mean"), draws=8)
+    weights, buffers = flatten_parameters(*model.modules()), flatten_buffers(*model.modules())
+    again = model_from_vectors(model.architecture, weights, buffers)
+    assert weights_hash(*again.modules()) == weights_hash(*model.modules())
+    for more in ((torch.zeros(1 + len(weights)), buffers), (weights, torch.zeros(1 + len(buffers)))):
+        with pytest.raises(WeightsError, match="got a vector of shape"):
+            model_from_vectors(model.architecture, *more)
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, -1])
+def test_a_truncated_file_is_refused(tmp_path: Path, length: int) -> None:
+    """At any length, in one sentence that names it."""
+    path = tmp_path / "gan.safetensors"
+    save_model(path, tiny_gan())
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(WeightsError, match="gan.safetensors: not a readable safetensors file"):
+        load_model(path)
+
+
+def test_a_pickle_a_folder_and_nothing_are_refused(tmp_path: Path) -> None:
+    """A pickle that would run code is bytes like any other here."""
+    import pickle
+
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    (tmp_path / "bomb.pt").write_bytes(pickle.dumps(Bomb()))
+    for path in (tmp_path / "bomb.pt", tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(WeightsError, match="not a readable|no such checkpoint"):
+            load_model(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_another_kind_of_safetensors_file_is_said_to_be_one(tmp_path: Path) -> None:
+    """Not "damaged": it is somebody's good file."""
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(WeightsError, match="wanted a model of fedface.*weights import"):
+        load_model(tmp_path / "other.safetensors")
+
+
+def test_a_file_from_before_the_families_is_read(parts: Parts) -> None:
+    """The embedded base is one: generator and discriminator each with a description of their own."""
+    path, tensors, _ = parts
+    old = {
+        "format": OLD_FORMAT,
+        "generator": json.dumps(asdict(GENERATOR)),
+        "discriminator": json.dumps(asdict(DISCRIMINATOR)),
+    }
+    save_file(tensors, path, {**old, "notes": "{}"})
+    assert weights_hash(*load_model(path).modules()) == weights_hash(*tiny_gan().modules())
+
+
+SHAPES = (
+    GanArchitecture(generator=GENERATOR, discriminator=DISCRIMINATOR),
+    EncoderArchitecture(
+        generator=GENERATOR, encoder=LatentEncoderConfig(size=16, channel_base=64, channel_max=8)
+    ),
+    FlowArchitecture(flow=FlowConfig(width=16)),
+    GeneratorArchitecture(generator=GENERATOR),
+    GeneratorArchitecture(generator=StyleGAN1Config(size=16, latent_width=16)),
+)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=[type(shape).__name__ for shape in SHAPES])
+def test_every_family_comes_back_from_its_file_and_from_its_flat_vector(
+    tmp_path: Path, shape: Architecture
+) -> None:
+    """Shape, weights, buffers and notes; and a twin built from the shape takes the flat numbers."""
+    model = build_model(shape, Streams(4).generator("weights"), {"made_by": "a test"})
+    save_model(tmp_path / "model.safetensors", model)
+    again = load_model(tmp_path / "model.safetensors")
+    assert again.architecture == model.architecture == shape and again.notes == {"made_by": "a test"}
+    assert weights_hash(*again.modules()) == weights_hash(*model.modules())
+    twin = build_model(shape)
+    assign_parameters(flatten_parameters(*model.modules()), *twin.modules())
+    assign_buffers(flatten_buffers(*model.modules()), *twin.modules())
+    assert weights_hash(*twin.modules()) == weights_hash(*model.modules())
+    assert weights_hash(*copy_model(model).modules()) == weights_hash(*model.modules())
+
+
+def test_a_model_of_another_family_is_refused_by_name(tmp_path: Path) -> None:
+    """A flow where a GAN is wanted."""
+    save_model(tmp_path / "flow.safetensors", build_model(FlowArchitecture(flow=FlowConfig(width=16))))
+    with pytest.raises(WeightsError, match="wanted a generator with its discriminator, got a rectified flow"):
+        load_as(tmp_path / "flow.safetensors", GanModel)

@@ -1,0 +1,81 @@
+"""The encoder: one photo, one latent on the sphere, whatever stands beside it in the batch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fedface.errors import ConfigError
+from fedface.models.checkpoint import load_encoder, weights_hash
+from fedface.models.latent_encoder import LatentEncoder, LatentEncoderConfig, on_sphere
+from fedface.photos.skin_tone import measure_tone
+from fedface.randomness import Streams
+from fedface.synthetic.faces import ToneMix, render, sample_faces
+from fedface.tensor_types import Images
+
+STREAMS = Streams(41)
+SMALL = LatentEncoderConfig(size=16, latent_width=12, channel_base=64, channel_max=8)
+
+
+def pictures(count: int) -> Images:
+    """Pictures of noise."""
+    return torch.rand(count, 3, 16, 16, generator=STREAMS.generator("pictures"))
+
+
+def test_every_latent_lies_on_the_sphere_of_the_mapping_network() -> None:
+    """Length sqrt(z), also for black, white and strange pictures."""
+    encoder = LatentEncoder(SMALL, STREAMS.generator("weights"))
+    strange = torch.cat([pictures(4), torch.zeros(1, 3, 16, 16), torch.ones(1, 3, 16, 16) * 5])
+    lengths = encoder(strange).norm(dim=1)
+    assert torch.allclose(lengths, torch.full((6,), math.sqrt(12)), rtol=1e-4)
+    assert torch.allclose(on_sphere(torch.full((1, 4), 0.5)), torch.ones(1, 4), atol=1e-6)
+
+
+def test_a_latent_depends_on_its_own_picture_alone() -> None:
+    """A neighbour that is not finite does not reach it."""
+    encoder = LatentEncoder(SMALL, STREAMS.generator("weights"))
+    spoiled = pictures(3)
+    spoiled[1] = float("nan")
+    together, alone = encoder(spoiled), encoder(pictures(3)[[0, 2]])
+    assert torch.allclose(together[[0, 2]], alone, atol=1e-5)
+    assert not bool(torch.isfinite(together[1]).any())
+
+
+def test_equal_streams_give_equal_encoders() -> None:
+    """And the description says what the weights fit."""
+    one, two = (LatentEncoder(SMALL, STREAMS.generator("weights")) for _ in range(2))
+    assert weights_hash(one) == weights_hash(two)
+    assert (one.size, one.latent_width) == (16, 12)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"size": 20}, "size must be a power of two"),
+        ({"latent_width": 0}, "latent_width must be at least 1, got 0"),
+        ({"channel_max": 0}, "channel_max must be at least 1, got 0"),
+    ],
+)
+def test_a_shape_out_of_bounds_is_refused_by_name(change: dict[str, int], words: str) -> None:
+    """At the door."""
+    with pytest.raises(ConfigError, match=words):
+        LatentEncoderConfig(**change)
+
+
+@pytest.mark.parametrize("light_fraction", [0.0, 1.0])
+def test_the_shipped_encoder_reads_light_and_dark_faces(light_fraction: float) -> None:
+    """The face made from what it reads is nearer to the photo in lightness than that of another of its group.
+
+    Fresh drawn faces through cameras, 48 dark and 48 light ones. The error of a stranger of the same group is
+    what reading the group alone would leave; the encoder must leave less than two thirds of it.
+    """
+    model = load_encoder()
+    faces = sample_faces(48, ToneMix(light_fraction=light_fraction), STREAMS.generator("faces"))
+    photos = render(faces, 32, noise=STREAMS.generator("camera"))
+    with torch.no_grad():
+        made = model.generator.synthesize(model.generator.map(model.encoder(photos))).clamp(0, 1)
+    true, read = measure_tone(photos).lab[:, 0], measure_tone(made).lab[:, 0]
+    assert float((read - true).abs().mean()) < 0.67 * float((read.roll(1) - true).abs().mean())
+    assert torch.isfinite(made).all()

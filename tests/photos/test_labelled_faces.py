@@ -1,0 +1,152 @@
+"""Labelled faces: read, aligned, grouped, and honest about the faces that are left out."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedface.errors import LibraryError
+from fedface.photos.image_io import png_bytes
+from fedface.photos.labelled_faces import COORDINATES, labelled_sets, read_face_folder
+
+POINTS = np.array([[20.0, 24.0], [44.0, 24.0], [32.0, 34.0], [22.0, 46.0], [42.0, 46.0]])
+
+
+def picture() -> bytes:
+    """A grey square with red where the eyes are and blue where the mouth is."""
+    pixels = np.full((64, 64, 3), 90, dtype=np.uint8)
+    colours = ((250, 0, 0), (250, 0, 0), (0, 0, 250), (0, 0, 250))
+    for (x, y), colour in zip(POINTS[[0, 1, 3, 4]].astype(int), colours, strict=True):
+        pixels[y - 2 : y + 3, x - 2 : x + 3] = colour
+    return png_bytes(pixels)
+
+
+def make_set(root: Path, name: str, rows: list[tuple[str, str, str]], *, packed: bool) -> Path:
+    """A set of (file, group, kind); kind is "whole", "undetected" (no landmarks) or "broken" (no picture)."""
+    lines = [",".join(["file", "race", "gender", *COORDINATES])]
+    files: dict[str, bytes] = {}
+    for file, group, kind in rows:
+        numbers = ["" if kind == "undetected" else f"{number:.1f}" for number in POINTS.reshape(-1)]
+        lines.append(",".join([file, group, "Female", *numbers]))
+        files[file] = b"broken" if kind == "broken" else picture()
+    (root / f"{name}.csv").write_text("\n".join(lines) + "\n")
+    if packed:
+        with zipfile.ZipFile(root / f"{name}.zip", "w") as archive:
+            for file, content in files.items():
+                archive.writestr(file, content)
+        return root / f"{name}.zip"
+    (root / name).mkdir()
+    for file, content in files.items():
+        (root / name / file).write_bytes(content)
+    return root / name
+
+
+ROWS = [
+    ("1.png", "x", "whole"),
+    ("2.png", "y", "whole"),
+    ("3.png", "y", "undetected"),
+    ("4.png", "x", "broken"),
+    ("5.png", "y", "whole"),
+]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_faces_are_read_aligned_and_counted_by_group(tmp_path: Path, packed: bool) -> None:
+    probe = read_face_folder(make_set(tmp_path, "s", ROWS, packed=packed), size=64)
+    assert probe.groups == ("x", "y", "y") and probe.files == ("s/1.png", "s/2.png", "s/5.png")
+    assert (probe.missed, probe.unreadable) == ({"y": 1}, {"x": 1})
+    assert probe.images.shape == (3, 3, 64, 64) and probe.images.dtype == torch.float32
+    assert 0 <= probe.images.min() and probe.images.max() <= 1
+    for point, channel in zip((0, 1, 3, 4), (0, 0, 2, 2), strict=True):
+        x, y = probe.landmarks[0, point].round().int().tolist()
+        assert probe.images[0, channel, y, x] > 0.6 > 0.4 > probe.images[0, 1, y, x]
+
+
+def test_the_eyes_are_level_in_every_crop_and_the_mouth_is_below(tmp_path: Path) -> None:
+    landmarks = read_face_folder(make_set(tmp_path, "s", ROWS, packed=False), size=64).landmarks
+    assert torch.allclose(landmarks[:, 0, 1], landmarks[:, 1, 1], atol=1e-4)
+    assert bool((landmarks[:, 3, 1] > landmarks[:, 0, 1] + 10).all())
+
+
+def test_a_folder_of_sets_a_set_its_zip_and_its_csv_all_say_what_they_mean(tmp_path: Path) -> None:
+    one = make_set(tmp_path, "one", ROWS, packed=False)
+    two = make_set(tmp_path, "two", ROWS, packed=True)
+    assert [faces.name for faces in labelled_sets(tmp_path)] == ["one", "two"]
+    for path in (one, one.with_name("one.csv")):
+        assert [faces.name for faces in labelled_sets(path)] == ["one"]
+    for path in (two, two.with_suffix(".csv")):
+        assert [faces.name for faces in labelled_sets(path)] == ["two"]
+    both = read_face_folder(tmp_path, size=16)
+    assert len(both) == 6 and both.missed == {"y": 2}
+
+
+def test_a_plain_folder_has_no_labelled_sets(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "accounts.csv").write_text("no,faces\n1,2\n")
+    assert labelled_sets(tmp_path) == []
+    with pytest.raises(LibraryError, match="no labelled faces"):
+        read_face_folder(tmp_path, size=16)
+
+
+def test_per_group_counts_the_undetected_too(tmp_path: Path) -> None:
+    """Otherwise a detector's favourites would fill the places of those it misses."""
+    probe = read_face_folder(make_set(tmp_path, "s", ROWS, packed=False), size=16, per_group=2)
+    assert probe.groups == ("x", "y") and probe.missed == {"y": 1}
+
+
+def test_a_selection_keeps_images_groups_and_files_together(tmp_path: Path) -> None:
+    probe = read_face_folder(make_set(tmp_path, "s", ROWS, packed=False), size=16)
+    part = probe.select([2, 0])
+    assert (part.groups, part.files) == (("y", "x"), ("s/5.png", "s/1.png"))
+    assert torch.equal(part.images, probe.images[[2, 0]]) and part.missed == probe.missed
+
+
+def test_another_label_regroups_the_same_faces(tmp_path: Path) -> None:
+    probe = read_face_folder(make_set(tmp_path, "s", ROWS, packed=False), size=16).by("gender")
+    assert probe.groups == ("Female",) * 3 and probe.missed == {"unknown": 1}
+    with pytest.raises(LibraryError, match="no.* label 'mood'|every face"):
+        probe.by("mood")
+
+
+def test_what_is_wrong_with_a_set_is_said(tmp_path: Path) -> None:
+    good = make_set(tmp_path, "s", ROWS, packed=False)
+    with pytest.raises(LibraryError, match="'mood'.*gender, race"):
+        read_face_folder(good, size=16, label="mood")
+    with pytest.raises(LibraryError, match="there is no"):
+        labelled_sets(tmp_path / "absent")
+    table = tmp_path / "s.csv"
+    whole = table.read_text()
+    for text, message in {
+        whole.replace("1.png", "../1.png"): "s.csv:2: file must be a plain name",
+        whole.replace("20.0", "left", 1): "s.csv:2: landmarks must be numbers",
+        whole.replace("20.0", "nan", 1): "s.csv:2: landmarks must be finite",
+        whole.replace("re_x", "eye", 1): "lacks the column 're_x'",
+        whole.split("\n")[0] + "\n": "has no rows",
+    }.items():
+        table.write_text(text)
+        with pytest.raises(LibraryError, match=message):
+            labelled_sets(good)
+
+
+def test_a_zip_without_labels_is_explained(tmp_path: Path) -> None:
+    packed = make_set(tmp_path, "s", ROWS, packed=True)
+    (tmp_path / "s.csv").unlink()
+    with pytest.raises(LibraryError, match="has no labels"):
+        labelled_sets(packed)
+
+
+def test_the_public_sets_are_read_with_their_undetected_faces_counted(shared: Path) -> None:
+    faces = shared / "data" / "faces"
+    assert [one.name for one in labelled_sets(faces)] == ["fairface_eval128", "fairface_train64", "london256"]
+    rows = {one.name: len(one.rows) for one in labelled_sets(faces)}
+    assert rows == {"fairface_eval128": 1400, "fairface_train64": 4200, "london256": 204}
+    undetected = {one.name: sum(row.landmarks is None for row in one.rows) for one in labelled_sets(faces)}
+    assert undetected == {"fairface_eval128": 3, "fairface_train64": 21, "london256": 0}
+    probe = read_face_folder(faces / "fairface_train64.zip", size=32, per_group=40)
+    assert len(probe) + sum(probe.missed.values()) == 7 * 40 and not probe.unreadable
+    london = read_face_folder(faces / "london256", size=64, label="ethnicity", per_group=3)
+    assert "black" in london.groups

@@ -1,0 +1,388 @@
+"""A chain notices what was put back, with its head, its folder or its witness; and survives what power cuts leave."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import sqlite3
+import stat
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from fedface.errors import LedgerError
+from fedface.privacy.hash_chain import Chain, ChainSchema
+
+FORM = ChainSchema(noun="notebook", table="notes", columns=("word TEXT NOT NULL", "count INTEGER NOT NULL"))
+
+
+class Home:
+    """A chain in a folder of its own, a witness elsewhere, and backups of either."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.state = folder / "state"
+        self.witness = folder / "disk"
+        self.path = self.state / "notes.db"
+        self.head = self.state / "notes.db.head"
+
+    def open(self) -> Chain:
+        """As its owner opens it, with the witness."""
+        return Chain.open(self.path, FORM, witness=self.witness)
+
+    def note(self, *words: str) -> None:
+        """Add a line for each word."""
+        for word in words:
+            with self.open().write_transaction() as page:
+                page.append(word, 1)
+
+    def words(self) -> list[str]:
+        """What the chain says."""
+        with self.open().read_transaction() as page:
+            return [str(line.values[0]) for line in page.lines]
+
+    def back_up(self, folder: Path) -> Path:
+        """Copy a folder."""
+        copy = self.folder / f"backup of {folder.name}"
+        shutil.copytree(folder, copy)
+        return copy
+
+    def put_back(self, folder: Path) -> None:
+        """Replace a folder by its copy."""
+        shutil.rmtree(folder)
+        shutil.copytree(self.folder / f"backup of {folder.name}", folder)
+
+    def witness_file(self) -> Path:
+        """The one file in the witness folder."""
+        (file,) = self.witness.iterdir()
+        return file
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path)
+
+
+def test_lines_are_numbered_and_each_names_the_one_before(home: Home) -> None:
+    home.note("a", "b", "c")
+    with home.open().read_transaction() as page:
+        assert [line.number for line in page.lines] == [1, 2, 3]
+        assert [line.parent for line in page.lines] == [
+            FORM.genesis,
+            *(line.digest for line in page.lines[:-1]),
+        ]
+
+
+def test_an_exception_in_the_block_writes_nothing(home: Home) -> None:
+    home.note("a")
+    with pytest.raises(KeyError), home.open().write_transaction() as page:
+        page.append("b", 1)
+        raise KeyError
+    assert home.words() == ["a"]
+
+
+def test_the_whole_folder_put_back_is_noticed_by_the_witness(home: Home) -> None:
+    home.note("a")
+    home.back_up(home.state)
+    home.note("b")
+    home.put_back(home.state)
+    with pytest.raises(LedgerError, match="rolled back"):
+        home.open()
+
+
+def test_the_folder_put_back_is_noticed_even_by_who_does_not_name_the_witness(home: Home) -> None:
+    """The head names it."""
+    home.note("a")
+    home.back_up(home.state)
+    home.note("b")
+    home.put_back(home.state)
+    with pytest.raises(LedgerError, match="rolled back"):
+        Chain.open(home.path, FORM)
+
+
+def test_a_folder_put_back_to_before_the_witness_is_noticed_by_who_names_it(home: Home) -> None:
+    with Chain.open(home.path, FORM).write_transaction() as page:
+        page.append("a", 1)
+    home.back_up(home.state)
+    home.note("b")
+    home.put_back(home.state)
+    with pytest.raises(LedgerError, match="rolled back"):
+        home.open()
+
+
+def test_without_a_witness_file_and_head_put_back_together_are_not_noticed(home: Home) -> None:
+    """The limit of what one folder can know about itself."""
+    for word in ("a", "b"):
+        with Chain.open(home.path, FORM).write_transaction() as page:
+            page.append(word, 1)
+        if word == "a":
+            home.back_up(home.state)
+    home.put_back(home.state)
+    with Chain.open(home.path, FORM).read_transaction() as page:
+        assert [line.values[0] for line in page.lines] == ["a"]
+
+
+def test_everything_put_back_to_one_moment_is_not_noticed(home: Home) -> None:
+    """The limit of a witness: it must lie where no backup puts it back together with the chain."""
+    home.note("a")
+    home.back_up(home.state)
+    home.back_up(home.witness)
+    home.note("b")
+    home.put_back(home.state)
+    home.put_back(home.witness)
+    assert home.words() == ["a"]
+
+
+def test_an_older_witness_is_brought_up_to_date(home: Home) -> None:
+    """A crash before the witness was written, or its disk put back: the chain holds all that it knows."""
+    home.note("a")
+    home.back_up(home.witness)
+    home.note("b")
+    home.put_back(home.witness)
+    home.open()
+    assert home.witness_file().read_text() == home.head.read_text()
+
+
+def test_a_folder_that_has_gone_does_not_begin_anew_beside_its_witness(home: Home) -> None:
+    home.note("a")
+    shutil.rmtree(home.state)
+    with pytest.raises(LedgerError, match="has gone"):
+        home.open()
+    assert not home.path.exists()
+
+
+def test_a_folder_that_has_gone_before_anything_was_written_begins_anew(home: Home) -> None:
+    home.open()
+    shutil.rmtree(home.state)
+    home.note("a")
+    assert home.words() == ["a"]
+
+
+def test_a_file_emptied_beside_its_witness_is_noticed(home: Home) -> None:
+    home.note("a")
+    home.head.unlink()
+    home.path.write_bytes(b"")
+    with pytest.raises(LedgerError, match="emptied"):
+        home.open()
+
+
+def test_a_missing_witness_stops_everything_and_says_what_to_do(home: Home) -> None:
+    home.note("a")
+    chain = home.open()
+    shutil.rmtree(home.witness)
+    for attempt in (
+        lambda: home.open(),
+        lambda: Chain.open(home.path, FORM),
+        lambda: chain.read_transaction().__enter__(),
+    ):
+        with pytest.raises(LedgerError, match="Connect its disk"):
+            attempt()
+    assert not home.witness.exists()
+
+
+def test_a_witness_lost_for_good_is_begun_anew_as_the_error_says(home: Home) -> None:
+    home.note("a")
+    shutil.rmtree(home.witness)
+    home.head.write_text(home.head.read_text().splitlines()[0] + "\n")
+    home.note("b")
+    assert home.words() == ["a", "b"] and home.witness_file().read_text() == home.head.read_text()
+
+
+def test_another_witness_folder_is_taken_only_with_the_old_file(home: Home) -> None:
+    home.note("a")
+    with pytest.raises(LedgerError, match="Connect its disk"):
+        Chain.open(home.path, FORM, witness=home.folder / "other")
+    shutil.copytree(home.witness, home.folder / "other")
+    Chain.open(home.path, FORM, witness=home.folder / "other")
+    shutil.rmtree(home.witness)
+    Chain.open(home.path, FORM)
+
+
+def test_an_old_chain_begins_a_witness_when_it_is_opened_with_one(home: Home) -> None:
+    with Chain.open(home.path, FORM).write_transaction() as page:
+        page.append("a", 1)
+    assert not home.witness.exists()
+    assert home.words() == ["a"] and home.witness_file().read_text() == home.head.read_text()
+
+
+def test_a_rolled_back_chain_does_not_begin_a_witness(home: Home) -> None:
+    """Otherwise the witness would swear to the older state."""
+    for word in ("a", "b"):
+        with Chain.open(home.path, FORM).write_transaction() as page:
+            page.append(word, 1)
+        if word == "a":
+            older = home.path.read_bytes()
+    home.path.write_bytes(older)
+    with pytest.raises(LedgerError, match="rolled back"):
+        home.open()
+    assert not home.witness.exists()
+
+
+def test_chains_share_a_witness_folder(home: Home) -> None:
+    home.note("a")
+    other = Chain.open(home.folder / "other" / "notes.db", FORM, witness=home.witness)
+    with other.write_transaction() as page:
+        page.append("z", 1)
+    home.note("b")
+    assert home.words() == ["a", "b"] and len(list(home.witness.iterdir())) == 2
+
+
+def test_a_copy_of_the_folder_has_no_witness_of_its_own(home: Home) -> None:
+    """Two copies of one book would sell the same photos twice."""
+    home.note("a")
+    copy = home.back_up(home.state)
+    for witness in (home.witness, None):
+        with pytest.raises(LedgerError, match="Connect its disk"):
+            Chain.open(copy / "notes.db", FORM, witness=witness)
+
+
+def test_a_witness_in_the_chains_own_folder_is_refused(home: Home) -> None:
+    with pytest.raises(LedgerError, match="another folder"):
+        Chain.open(home.path, FORM, witness=home.state / "witness")
+
+
+@pytest.mark.parametrize("content", ["", "\n", "3f9a", "0" * 64, '{"grown": 0}'])
+def test_an_empty_torn_or_foreign_head_is_not_trusted(home: Home, content: str) -> None:
+    home.note("a")
+    for place in (home.head, home.witness_file()):
+        whole = place.read_text()
+        place.write_text(content)
+        with pytest.raises(LedgerError):
+            home.open()
+        place.write_text(whole)
+    assert home.words() == ["a"]
+
+
+def test_a_head_torn_at_any_byte_never_opens_an_older_file(home: Home) -> None:
+    """Cut within its first line it is damaged; cut later it still holds the newest digest."""
+    home.note("a")
+    older = home.path.read_bytes()
+    home.note("b")
+    newest = home.path.read_bytes()
+    whole = home.head.read_text()
+    for cut in range(0, len(whole), 3):
+        for content in (newest, older):
+            home.path.write_bytes(content)
+            home.head.write_text(whole[:cut])
+            if content == older or cut < 64:
+                with pytest.raises(LedgerError):
+                    home.open()
+
+
+def test_a_draft_that_a_crash_left_is_no_head(home: Home) -> None:
+    home.note("a")
+    for place in (home.head, home.witness_file()):
+        place.with_name(f"{place.name}.draft").write_text("tor")
+    home.note("b")
+    assert home.words() == ["a", "b"]
+
+
+def test_a_head_is_on_disk_before_it_gets_its_name_and_its_folder_after(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a power cut could leave a name without a content, or the old name."""
+    home.note("a")
+    done: list[str] = []
+    sync, replace = os.fsync, os.replace
+
+    def noted_sync(handle: int) -> None:
+        done.append("sync folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "sync file")
+        sync(handle)
+
+    def noted_replace(source: Path, target: Path) -> None:
+        done.append(f"name {Path(target).parent.name}")
+        replace(source, target)
+
+    chain = home.open()
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    with chain.write_transaction() as page:
+        page.append("b", 1)
+        assert done == []
+    each = [["sync file", f"name {place}", "sync folder"] for place in ("disk", "state")]
+    assert done == [*each[0], *each[1]]
+
+
+def test_a_line_whose_witness_cannot_be_written_is_not_reported_as_written(home: Home) -> None:
+    """A full or unplugged disk: the line may be in the chain, but its writer is told that it is not safe."""
+    home.note("a")
+    draft = home.witness_file().with_name(f"{home.witness_file().name}.draft")
+    draft.mkdir()
+    with pytest.raises(LedgerError):
+        home.note("b")
+    draft.rmdir()
+    assert home.words()[0] == "a"
+
+
+def crash_while_writing(path: Path) -> None:
+    """Die in the middle of a transaction whose pages have reached the file already."""
+    sql = sqlite3.connect(path, isolation_level=None)
+    sql.execute("PRAGMA journal_mode = DELETE")
+    sql.execute("PRAGMA cache_size = 1")
+    sql.execute("PRAGMA cache_spill = 1")
+    sql.execute("BEGIN IMMEDIATE")
+    for number in range(2, 400):
+        sql.execute("INSERT INTO notes VALUES (?, 'now', ?, 1, 'x', ?)", (number, "w" * 3000, str(number)))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_transaction_cut_short_by_a_crash_is_rolled_back(home: Home) -> None:
+    home.note("a")
+    size = home.path.stat().st_size
+    process = multiprocessing.get_context("fork").Process(target=crash_while_writing, args=(home.path,))
+    process.start()
+    process.join(timeout=30)
+    hot = home.path.with_name("notes.db-journal")
+    assert process.exitcode == -signal.SIGKILL and hot.stat().st_size > 0 and home.path.stat().st_size > size
+    assert home.words() == ["a"]
+    assert not hot.exists()
+    home.note("b")
+    assert home.words() == ["a", "b"]
+
+
+def test_a_crash_whose_rollback_file_was_lost_is_noticed(home: Home) -> None:
+    """What remains is half a transaction, which is no chain."""
+    home.note("a")
+    process = multiprocessing.get_context("fork").Process(target=crash_while_writing, args=(home.path,))
+    process.start()
+    process.join(timeout=30)
+    home.path.with_name("notes.db-journal").unlink()
+    with pytest.raises(LedgerError):
+        home.open()
+
+
+def test_a_clock_put_back_does_not_date_a_line_before_the_one_above(tmp_path: Path) -> None:
+    times = [datetime(2031, 5, 1, 12, tzinfo=UTC) + timedelta(days=days) for days in (0, 3, -200, 2, 4)]
+    for time in times:
+        with Chain.open(tmp_path / "notes.db", FORM, now=lambda time=time: time).write_transaction() as page:
+            page.append("a", 1)
+    with Chain.open(tmp_path / "notes.db", FORM).read_transaction() as page:
+        assert [line.time.day for line in page.lines] == [1, 4, 4, 4, 5]
+
+
+def test_a_clock_without_a_zone_is_refused(tmp_path: Path) -> None:
+    chain = Chain.open(tmp_path / "notes.db", FORM, now=lambda: datetime(2031, 5, 1))
+    with pytest.raises(ValueError, match="zone"), chain.write_transaction() as page:
+        page.append("a", 1)
+
+
+def test_a_value_of_another_kind_is_an_alteration(home: Home) -> None:
+    home.note("a")
+    sql = sqlite3.connect(home.path)
+    sql.execute("DROP TRIGGER notes_stay")
+    sql.execute("UPDATE notes SET word = x'00ff'")
+    sql.commit()
+    sql.close()
+    with pytest.raises(LedgerError, match="altered"):
+        home.open()
+
+
+def test_all_files_are_for_their_owner_alone(home: Home) -> None:
+    home.note("a")
+    for file in (home.path, home.head, home.witness_file()):
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    for folder in (home.state, home.witness):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700

@@ -1,0 +1,174 @@
+"""Limits hold for life and in any period, per unit, whatever the clock does."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import dp_accounting as dp
+import pytest
+from pytest import approx
+
+from fedface.errors import PolicyRefusal
+from fedface.privacy.accounting import epsilon_of
+from fedface.privacy.adjacency import replace_one_event
+from fedface.privacy.budget import Budget
+from fedface.privacy.ledger import Ledger
+from fedface.privacy.privacy_target import format_delta
+
+DELTA = 1e-5
+EVENT = dp.GaussianDpEvent(4.0)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger.open(tmp_path / "ledger.db")
+
+
+def test_a_budget_holds_and_the_refusal_says_asked_spent_and_allowed(ledger: Ledger) -> None:
+    budget = epsilon_of(dp.GaussianDpEvent(2.0), DELTA).upper + 1e-6
+    for round in range(4):
+        ledger.record_within_budget(EVENT, [Budget(epsilon=budget, delta=DELTA)], run="r", round=round)
+    with pytest.raises(PolicyRefusal) as refusal:
+        ledger.record_within_budget(EVENT, [Budget(epsilon=budget, delta=DELTA)], run="r", round=4)
+    asked = epsilon_of(EVENT, DELTA).upper
+    for figure in (f"asks for epsilon {asked:.3f}", f"{budget:.3f} of", f"of {budget:g}"):
+        assert figure in str(refusal.value)
+    assert len(ledger.entries()) == 4
+
+
+class Calendar:
+    """A clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.today = datetime(2031, 5, 1, 12, 0, 0, 700_000, tzinfo=UTC)
+
+    def __call__(self) -> datetime:
+        return self.today
+
+
+def rounds_until_refused(ledger: Ledger, run: str, *limits: Budget) -> int:
+    """How many rounds are booked before one is refused."""
+    for round in range(100):
+        try:
+            entry = ledger.record_within_budget(EVENT, limits, run=run, round=round)
+        except PolicyRefusal:
+            return round
+        ledger.store_reply(run, round, b"payload", attempt=entry.attempt)
+    raise AssertionError("no limit held")
+
+
+def cost_of(rounds: int) -> float:
+    """What that many rounds cost, with room for one rounding."""
+    return epsilon_of(dp.SelfComposedDpEvent(EVENT, rounds), DELTA).upper + 1e-6
+
+
+def test_a_limit_of_thirty_days_frees_up_and_the_one_for_life_does_not(tmp_path: Path) -> None:
+    """Three rounds in any 30 days, seven for life: 3 in the first month, 3 in the next, then 1, then none."""
+    clock = Calendar()
+    ledger = Ledger.open(tmp_path / "ledger.db", now=clock)
+    monthly = Budget(epsilon=cost_of(3), delta=DELTA, days=30)
+    lifelong = Budget(epsilon=cost_of(7), delta=DELTA)
+    booked = []
+    for days in (0, 29, 31, 31, 365):
+        clock.today += timedelta(days=days)
+        booked.append(rounds_until_refused(ledger, str(clock.today), lifelong, monthly))
+    assert booked == [3, 0, 3, 1, 0]
+    shortfall = ledger.check_budget(EVENT, [monthly, lifelong], told="photo")
+    assert shortfall is not None and shortfall.budget == lifelong
+    assert f"delta {format_delta(DELTA)}, per photo for life" in shortfall.describe()
+
+
+def test_a_period_ends_to_the_second(tmp_path: Path) -> None:
+    """An entry counts while it is at most 30 days old, by the seconds that it is dated in."""
+    clock = Calendar()
+    ledger = Ledger.open(tmp_path / "ledger.db", now=clock)
+    monthly = Budget(epsilon=cost_of(1), delta=DELTA, days=30)
+    ledger.record_within_budget(EVENT, [monthly], run="r", round=0)
+    start = clock.today
+    clock.today = start + timedelta(days=30)
+    shortfall = ledger.check_budget(EVENT, [monthly], told="photo")
+    assert shortfall is not None and "per photo in any 30 days" in shortfall.describe()
+    clock.today = start + timedelta(days=30, seconds=1)
+    assert ledger.check_budget(EVENT, [monthly], told="photo") is None
+    assert ledger.spent(DELTA, since=start - timedelta(seconds=1)).upper > 0.0
+    assert ledger.spent(DELTA, since=start + timedelta(seconds=1)).upper == 0.0
+
+
+def test_a_clock_put_back_frees_nothing(tmp_path: Path) -> None:
+    """What is booked late stays late: otherwise a year back and forth would empty every period."""
+    clock = Calendar()
+    ledger = Ledger.open(tmp_path / "ledger.db", now=clock)
+    monthly = Budget(epsilon=cost_of(2), delta=DELTA, days=30)
+    start = clock.today
+    ledger.record_within_budget(EVENT, [monthly], run="a", round=0)
+    clock.today = start - timedelta(days=400)
+    assert rounds_until_refused(ledger, "b", monthly) == 1
+    clock.today = start + timedelta(days=1)
+    assert rounds_until_refused(ledger, "c", monthly) == 0
+
+
+def test_a_booking_left_unanswered_for_days_does_not_pay_in_a_later_period(tmp_path: Path) -> None:
+    """It would leave the period while the release that it paid for is still in it."""
+    clock = Calendar()
+    ledger = Ledger.open(tmp_path / "ledger.db", now=clock)
+    monthly = Budget(epsilon=cost_of(1), delta=DELTA, days=30)
+    first = ledger.record_within_budget(EVENT, [monthly], run="r", round=0)
+    clock.today += timedelta(hours=20)
+    assert ledger.record_within_budget(EVENT, [monthly], run="r", round=0) == first
+    clock.today += timedelta(days=20)
+    with pytest.raises(PolicyRefusal):
+        ledger.record_within_budget(EVENT, [monthly], run="r", round=0)
+    clock.today += timedelta(days=20)
+    assert ledger.record_within_budget(EVENT, [monthly], run="r", round=0).attempt == 2
+    lifelong = Budget(epsilon=cost_of(2), delta=DELTA)
+    clock.today += timedelta(days=20)
+    assert ledger.record_within_budget(EVENT, [lifelong], run="r", round=0).attempt == 2
+
+
+def test_nothing_is_released_without_a_limit(ledger: Ledger) -> None:
+    with pytest.raises(ValueError, match="at least one limit"):
+        ledger.record_within_budget(EVENT, [], run="r", round=0)
+    with pytest.raises(ValueError, match="at least one limit"):
+        ledger.check_budget(EVENT, [], told="photo")
+    assert ledger.entries() == []
+
+
+def test_a_run_per_occasion_costs_a_photo_as_much_as_half_the_noise(ledger: Ledger) -> None:
+    """A photo more or less changes its occasion's content: replace one, at most twice as far."""
+    ledger.record(EVENT, run="r", round=0, marks={"unit": "occasion"})
+    half = epsilon_of(dp.GaussianDpEvent(2.0), DELTA)
+    assert ledger.spent(DELTA) == half == epsilon_of(replace_one_event(EVENT), DELTA)
+    assert ledger.spent(DELTA, unit="occasion") == epsilon_of(EVENT, DELTA)
+    assert ledger.would_spend(EVENT, DELTA, told="occasion").upper == approx(
+        epsilon_of(dp.GaussianDpEvent(2.0**0.5), DELTA).upper, abs=1e-9
+    )
+
+
+def test_a_run_per_photo_uses_up_every_budget_per_occasion(ledger: Ledger) -> None:
+    """Nothing is known of how many photos an occasion has."""
+    per_occasion = Budget(epsilon=1e6, delta=DELTA, unit="occasion")
+    shortfall = ledger.check_budget(EVENT, [per_occasion], told="photo")
+    assert shortfall is not None and shortfall.asked == shortfall.together == float("inf")
+    with pytest.raises(PolicyRefusal, match="asks for epsilon inf.*per occasion for life"):
+        ledger.record_within_budget(EVENT, [per_occasion], run="r", round=0)
+    assert ledger.check_budget(EVENT, [per_occasion], told="occasion") is None
+
+
+def test_nearly_free_releases_do_not_fill_the_disk_nor_slow_a_device_down_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new run each time: the last sixteen answers are kept, and after so many kinds of noise it says no."""
+    monkeypatch.setattr("fedface.privacy.ledger.MAX_RELEASE_KINDS", 20)
+    ledger = Ledger.open(tmp_path / "ledger.db")
+    limit = Budget(epsilon=1.0, delta=DELTA)
+    for number in range(20):
+        event = dp.GaussianDpEvent(1e6 + number)
+        for again in range(2):
+            entry = ledger.record_within_budget(event, [limit], run=f"run-{number}-{again}", round=1)
+            ledger.store_reply(entry.run, 1, b"x" * 1000, attempt=entry.attempt)
+    kept = [entry.run for entry in ledger.entries() if ledger.load_reply(entry.run, 1) is not None]
+    assert kept == [f"run-{number}-{again}" for number in range(12, 20) for again in range(2)]
+    assert not ledger.unanswered(range(1, 41))
+    with pytest.raises(PolicyRefusal, match="20 kinds of releases"):
+        ledger.record_within_budget(dp.GaussianDpEvent(5e5), [limit], run="one more", round=1)

@@ -1,0 +1,141 @@
+"""Who is trusted, what an epsilon covers, what cannot be undone: the same in the page and in the card."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from made_up import epsilon_after
+from markdown_it import MarkdownIt
+
+from fedface.cli.run import command_of
+from fedface.privacy.plan import Schedule, make_plan
+from fedface.privacy.privacy_target import PrivacyTarget
+from fedface.reports import disclosures, formatting, html_report, model_card, record_builders
+from fedface.reports.device_metrics_record import WithdrawalRecord
+from fedface.reports.headline_numbers import headline_numbers
+from fedface.reports.measurements import Epsilon, NotMeasured, rounded_down, rounded_up
+from fedface.reports.run_record import NoPrivacyRecord, PlanRecord, RunRecord
+
+SCHEDULE = Schedule(rounds=1, steps_per_round=3, sampling_rate=0.1, expected_batch_size=10, clip_norm=0.3)
+
+
+@pytest.fixture(scope="module")
+def library(record: RunRecord) -> RunRecord:
+    """A run whose server adds the noise."""
+    target = PrivacyTarget(epsilon=8.0, delta=1e-4, unit="library", trust="server")
+    plan = record_builders.plan_record(make_plan(target, SCHEDULE, update_clip_norm=0.07))
+    return replace(record, plan=plan)
+
+
+def test_a_trusted_servers_promise_is_about_what_it_publishes(library: RunRecord, folder: Path) -> None:
+    for text in (html_report.render(library, folder), model_card.render(library)):
+        plain = text.replace("&#39;", "'")
+        assert (
+            "What the trusted server publishes of 1 round is worth at most epsilon 8 at delta 1e−4" in plain
+        )
+        assert "the server itself sees all that each device sends, bare" in plain
+        assert "All that leaves a device" not in plain and "everything that ever leaves a device" not in plain
+
+
+def test_a_trusted_servers_card_names_its_clip_and_not_that_of_photos(library: RunRecord) -> None:
+    text = model_card.render(library)
+    assert "Who is trusted: the server" in text
+    assert "each device's whole update is cut to length 0.07" in text
+    assert "clip norm" not in text and "0.3," not in text
+
+
+def test_a_single_update_of_a_trusted_servers_run_has_no_noise(library: RunRecord, folder: Path) -> None:
+    assert [attack.defense for attack in disclosures.attacks_of(library)] == ["no DP"]
+    for text in (html_report.render(library, folder), model_card.render(library)):
+        assert "sigma" not in text.split("What an update gives away")[1].split("What this cannot show")[0]
+        assert "so a single update has none" in text
+    assert "no attack in this report tests the noise" in html_report.render(library, folder)
+    assert not any("→ DP" in tile["text"] for tile in headline_numbers(library))
+
+
+def test_a_run_without_noise_claims_no_defence_in_its_tile(record: RunRecord) -> None:
+    bare = replace(record, plan=NoPrivacyRecord(no_privacy="no noise."))
+    assert not any("DP sigma" in tile["text"] for tile in headline_numbers(bare))
+    assert "what noise would have changed" in disclosures.attack_note(bare)
+
+
+def test_a_promise_names_epsilon_delta_and_unit() -> None:
+    plan = record_builders.plan_record(
+        make_plan(PrivacyTarget(epsilon=8.0, delta=1e-4, unit="occasion"), SCHEDULE)
+    )
+    assert isinstance(plan, PlanRecord)
+    assert "in 1 round is worth at most epsilon 8 at delta 1e−4 per occasion" in plan.guarantee
+
+
+def test_an_older_promise_without_its_delta_gets_it(record: RunRecord) -> None:
+    assert isinstance(record.plan, PlanRecord)
+    old = replace(record.plan, guarantee="All is worth at most epsilon 8.")
+    assert "at delta 1e−5 per photo" in formatting.promise(old)
+
+
+def test_bounds_are_rounded_outwards() -> None:
+    """7.99823 lies between 7.998 and 7.999; a whole number stays itself."""
+    assert (rounded_down(7.99823), rounded_up(7.99823)) == ("7.998", "7.999")
+    assert (rounded_down(8.0), rounded_up(8.0)) == ("8.000", "8.000")
+    assert (rounded_down(0.000123456), rounded_up(0.000123456)) == ("0.0001234", "0.0001235")
+    value = Epsilon(lower=7.99823, estimate=7.9991, upper=7.99998, delta=1e-4, unit="photo")
+    assert formatting.epsilon(value).startswith(
+        "epsilon 7.999 (between 7.998 and 8.000) at delta 1e−4 per photo"
+    )
+    for exact in (7.99823, 123.456, 1 / 3, math.pi * 1e-3):
+        assert float(rounded_down(exact)) <= exact <= float(rounded_up(exact))
+
+
+def test_a_command_comes_back_from_a_shell_word_by_word() -> None:
+    changes = {"promise": "{kind: privacy-target, epsilon: 8}"}
+    line = command_of("run", Path("my recipes/a.yaml"), None, changes)
+    assert shlex.split(line) == [
+        "fedface",
+        "run",
+        "my recipes/a.yaml",
+        "--set",
+        f"promise={changes['promise']}",
+    ]
+
+
+@pytest.mark.parametrize("command", ["fedface run a_b.yaml --set 'x={a: [1]}'", "echo ``` '<b>' ````"])
+def test_the_card_holds_the_command_as_it_is_typed(record: RunRecord, command: str) -> None:
+    """In the words of a Markdown reader: the last block of code is the command, whatever fences are in it."""
+    tokens = MarkdownIt().parse(model_card.render(replace(record, command=command)))
+    assert [token.content for token in tokens if token.type == "fence"][-1] == f"{command}\n"
+
+
+def test_a_hash_of_one_network_is_told_from_that_of_the_whole_model(record: RunRecord, folder: Path) -> None:
+    assert disclosures.hash_note(record) == ""
+    assert not isinstance(record.bias_after, NotMeasured)
+    part = replace(record, bias_after=replace(record.bias_after, weights_hash="cd" * 32))
+    note = "cover only the network that was asked about the photos (cdcdcdcdcdcd after the run)"
+    assert note in html_report.render(part, folder) and note in model_card.render(part).replace("\\", "")
+
+
+def test_what_cannot_be_undone_is_said_also_when_nobody_left(record: RunRecord, folder: Path) -> None:
+    for text in (html_report.render(record, folder), model_card.render(record)):
+        assert "What cannot be undone" in text and "Nobody left this run." in text
+    left = replace(record, withdrawals=(WithdrawalRecord.of((3,), 1, epsilon_after(1)),))
+    said = disclosures.withdrawal_notes(left)
+    assert "Nobody left this run." not in said
+    assert "its update of round 3 was summed" in said[-1]
+
+
+def test_a_server_that_saw_bare_updates_cannot_unsee_them(library: RunRecord) -> None:
+    assert "what the server saw of its bare answers is not" in disclosures.withdrawal_notes(library)[1]
+
+
+def test_a_record_from_before_a_field_is_still_read(record: RunRecord) -> None:
+    """A plan without what it covers and who adds the noise is a plan, not an error."""
+    text = record.to_json()
+    for key in ("covers", "noise_at", "update_clip_norm", "metrics_noise_multiplier"):
+        start = text.index(f'"{key}"')
+        end = text.index("\n", start)
+        text = text[:start].rstrip().rstrip(",") + ("," if text[start:end].endswith(",") else "") + text[end:]
+    assert '"covers"' not in text
+    assert RunRecord.from_json(text).plan == record.plan

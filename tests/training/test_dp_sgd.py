@@ -1,0 +1,400 @@
+"""Private steps against slow obvious twins: one photo at a time, by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from pytest import approx
+from scipy import stats
+from torch import Tensor, nn
+
+from fedface.errors import PrivacyError
+from fedface.models.discriminator import Discriminator, DiscriminatorConfig
+from fedface.privacy.mechanism import ClippedSum, GaussianSum
+from fedface.randomness import SecretNoise, Streams
+from fedface.training.dp_sgd import (
+    Engine,
+    LayerByLayer,
+    Network,
+    OpacusLayers,
+    WholeNetwork,
+    check_per_example_gradients,
+    per_example_gradients,
+    private_gradient,
+)
+from fedface.training.unit_clipping import (
+    ClippedSumAccumulator,
+    MicrobatchGradients,
+    clipped_sum,
+    poisson_sample_units,
+)
+
+STREAMS = Streams(3)
+
+
+class Scaled(nn.Module):
+    """A convolution at equalised learning rate: its weight is multiplied by a gain in forward."""
+
+    def __init__(self, inputs: int, outputs: int, rng: torch.Generator) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, 3, 3, generator=rng))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.gain = 1.0 / math.sqrt(9 * inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(F.conv2d(x, self.weight * self.gain, self.bias, padding=1), 0.2)
+
+
+class SmallCritic(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        rng = STREAMS.generator("weights")
+        self.first, self.second = Scaled(3, 4, rng), Scaled(4, 1, rng)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.avg_pool2d(self.first(x), 2)).mean(dim=(1, 2, 3))
+
+
+class Demodulated(SmallCritic):
+    """Reads a layer's weight outside that layer's forward, as demodulation does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.first.weight.square().sum().rsqrt()
+
+
+class Coupled(SmallCritic):
+    """Minibatch statistics: every photo's score depends on the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(dim=0, keepdim=True) / 2)
+
+
+class Statistics(SmallCritic):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x))
+
+
+def loss(network: Network, photos: Tensor) -> Tensor:
+    return F.softplus(-network(photos)).reshape(len(photos))
+
+
+def faces(count: int, side: int = 8) -> Tensor:
+    return torch.rand(count, 3, side, side, generator=STREAMS.generator("faces"))
+
+
+def one_at_a_time(module: nn.Module, photos: Tensor) -> list[list[Tensor]]:
+    """The slow twin: an ordinary backward pass per photo."""
+    weights = list(module.parameters())
+    return [list(torch.autograd.grad(loss(module, photo[None]).sum(), weights)) for photo in photos]
+
+
+def length(gradient: list[Tensor]) -> float:
+    return math.sqrt(sum(float(g.double().square().sum()) for g in gradient))
+
+
+@pytest.mark.parametrize("engine", [LayerByLayer(), WholeNetwork(), OpacusLayers()])
+def test_each_photos_gradient_is_that_of_its_own_backward_pass(engine: Engine) -> None:
+    module, photos = SmallCritic(), faces(5)
+    ours = per_example_gradients(module, loss, photos, engine=engine)
+    for photo, twin in enumerate(one_at_a_time(module, photos)):
+        for one, other in zip(ours, twin, strict=True):
+            assert torch.allclose(one[photo], other, rtol=1e-4, atol=1e-7)
+    assert all(weight.grad is None for weight in module.parameters())
+    assert not any(hasattr(weight, "grad_sample") for weight in module.parameters())
+
+
+def test_without_noise_and_with_a_huge_clip_norm_it_is_the_plain_gradient() -> None:
+    module, photos = SmallCritic(), faces(7)
+    ours = private_gradient(
+        module, photos, loss, mechanism=ClippedSum(clip_norm=1e6), expected_batch_size=7, sampling_rate=1.0,
+        rng=STREAMS.generator("coins"), microbatch=3,
+    )  # fmt: skip
+    plain = torch.autograd.grad(loss(module, photos).mean(), list(module.parameters()))
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(ours, plain, strict=True))
+
+
+def test_the_clipped_sum_is_that_of_the_slow_twin_at_any_microbatch() -> None:
+    module, photos = SmallCritic(), faces(9)
+    twins = one_at_a_time(module, photos)
+    clip_norm = sorted(length(twin) for twin in twins)[4]
+    scaled = [[g * min(1.0, clip_norm / length(twin)) for g in twin] for twin in twins]
+    expected = [torch.stack(parts).sum(0) / 4 for parts in zip(*scaled, strict=True)]
+    for microbatch in (1, 4, 32):
+        ours = private_gradient(
+            module, photos, loss, mechanism=ClippedSum(clip_norm=clip_norm), expected_batch_size=4,
+            sampling_rate=1.0, rng=STREAMS.generator("coins"), microbatch=microbatch,
+        )  # fmt: skip
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(ours, expected, strict=True))
+
+
+def test_one_photo_more_moves_the_sum_by_at_most_the_clip_norm() -> None:
+    """Even an outlier whose gradient is a million times longer."""
+    gradients = per_example_gradients(SmallCritic(), loss, faces(6))
+    outlier = [g.index_fill(0, torch.tensor([5]), 1e6) for g in gradients]
+    with_it, without = clipped_sum(outlier, 0.5), clipped_sum([g[:5] for g in outlier], 0.5)
+    difference = length([a - b for a, b in zip(with_it, without, strict=True)])
+    assert difference <= 0.5 * (1 + 1e-5)
+    assert difference == approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("microbatch", [None, 16])
+def test_one_photo_more_moves_a_large_sum_by_no_more(microbatch: int | None) -> None:
+    """Sums at a power of two, and as many tiny vectors behind, which float32 swallows on one side and not on the other.
+
+    Added up in float32, 65,536 photos moved by 65 clip norms, and by 5 in microbatches.
+    """
+    count, width = 2**15, 16
+    long = torch.full((count, width), width**-0.5)
+    tiny = torch.full((count, width), -(width**-0.5) * 2.0**-9 * 0.99 / (microbatch or 1))
+    without = torch.cat([long, tiny])
+
+    def total(rows: torch.Tensor) -> torch.Tensor:
+        if microbatch is None:
+            return clipped_sum([rows], 1.0)[0].double()
+        clipping = ClippedSumAccumulator([torch.zeros(width)], 1.0)
+        for part in torch.split(rows, microbatch):
+            clipping.add(MicrobatchGradients([part], []))
+        return clipping.totals()[0].double()
+
+    moved = float((total(torch.cat([long[:1], without])) - total(without)).norm())
+    assert moved == approx(1.0, abs=2 * len(without) / 2**24)
+    # The planted positive: one number of each vector, added up one after the other in float32.
+    once, twice = (
+        np.cumsum(rows[:, 0].numpy(), dtype=np.float32)[-1]
+        for rows in (without, torch.cat([long[:1], without]))
+    )
+    assert microbatch is not None or abs(float(twice) - float(once)) * width**0.5 > 2.0
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, 3e38])
+def test_a_photo_whose_gradient_is_not_finite_adds_nothing(broken: float) -> None:
+    gradients = [torch.ones(2, 3), torch.ones(2, 2)]
+    gradients[0][1, 1] = broken
+    total = clipped_sum(gradients, 100.0)
+    assert torch.equal(total[0], torch.ones(3)) and torch.equal(total[1], torch.ones(2))
+
+
+def test_a_broken_photo_does_not_break_the_step() -> None:
+    photos = faces(3)
+    photos[1, 0, 0, 0] = math.nan
+    gradient = private_gradient(
+        SmallCritic(), photos, loss, mechanism=ClippedSum(clip_norm=1.0), expected_batch_size=3, sampling_rate=1.0,
+        rng=STREAMS.generator("coins"),
+    )  # fmt: skip
+    assert all(bool(torch.isfinite(g).all()) for g in gradient)
+
+
+def test_noise_is_added_once_with_standard_deviation_sigma_clip_over_batch() -> None:
+    """Without photos only noise remains; its sum of squares is chi-square. Three microbatches add no more."""
+    module = nn.Linear(300, 300)
+    mechanism = GaussianSum(clip_norm=0.1, sigma=2.0)
+    scale = 2.0 * 0.1 / 16
+    for photos in (torch.zeros(0, 300), torch.zeros(40, 300)):
+        released = private_gradient(
+            module, photos, lambda network, x: 0.0 * network(x).sum(1), mechanism=mechanism,
+            expected_batch_size=16, sampling_rate=0.9, rng=SecretNoise(), microbatch=16,
+        )  # fmt: skip
+        flat = torch.cat([g.flatten() for g in released]).double() / scale
+        probability = stats.chi2.cdf(float(flat.square().sum()), flat.numel())
+        assert 1e-6 < probability < 1 - 1e-6
+
+
+def test_two_private_steps_on_the_same_photos_differ() -> None:
+    module, photos = SmallCritic(), faces(4)
+    first, second = (
+        private_gradient(
+            module, photos, loss, mechanism=GaussianSum(clip_norm=1.0, sigma=1.0), expected_batch_size=4,
+            sampling_rate=1.0, rng=SecretNoise(),
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_step_without_a_promise_can_be_replayed() -> None:
+    module, photos = SmallCritic(), faces(20)
+    first, second = (
+        private_gradient(
+            module, photos, loss, mechanism=ClippedSum(clip_norm=1.0), expected_batch_size=4, sampling_rate=0.3,
+            rng=STREAMS.generator("coins"),
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_promised_step_refuses_chance_that_can_be_replayed() -> None:
+    with pytest.raises(PrivacyError, match="SecretNoise"):
+        private_gradient(
+            SmallCritic(), faces(2), loss, mechanism=GaussianSum(clip_norm=1.0, sigma=1.0), expected_batch_size=2,
+            sampling_rate=0.5, rng=STREAMS.generator("coins"),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("chance", [SecretNoise(), STREAMS.generator("coins")])
+def test_batch_sizes_are_binomial_and_every_photo_is_drawn_equally_often(
+    rng: SecretNoise | torch.Generator,
+) -> None:
+    draws = [poisson_sample_units(50, 0.2, rng) for _ in range(4000)]
+    sizes = torch.tensor([len(d) for d in draws]).bincount(minlength=51).double().numpy()
+    expected = 4000 * stats.binom.pmf(range(51), 50, 0.2)
+    middle = slice(4, 18)
+    observed = [*sizes[middle], sizes[:4].sum() + sizes[18:].sum()]
+    wanted = [*expected[middle], expected[:4].sum() + expected[18:].sum()]
+    assert stats.chisquare(observed, wanted).pvalue > 1e-6
+    per_photo = torch.cat(draws).bincount(minlength=50).double().numpy()
+    assert (abs(per_photo - 800) < 6 * math.sqrt(4000 * 0.2 * 0.8)).all()
+
+
+def test_no_photos_and_everybody_are_samples_too() -> None:
+    assert poisson_sample_units(0, 0.5, SecretNoise()).numel() == 0
+    assert poisson_sample_units(5, 1.0, SecretNoise()).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("engine", [LayerByLayer(), WholeNetwork(), OpacusLayers()])
+def test_the_check_passes_a_discriminator_at_equalised_learning_rate(engine: Engine) -> None:
+    check_per_example_gradients(SmallCritic(), loss, faces(2), engine=engine)
+
+
+def test_the_check_passes_the_discriminator_that_training_uses() -> None:
+    config = DiscriminatorConfig(size=16, channel_base=256, channel_max=16)
+    discriminator = Discriminator(config, rng=STREAMS.generator("discriminator"))
+    check_per_example_gradients(discriminator, loss, faces(2, 16))
+
+
+def test_whole_network_differentiation_is_right_where_a_weight_is_read_elsewhere() -> None:
+    check_per_example_gradients(Demodulated(), loss, faces(2), engine=WholeNetwork())
+    check_per_example_gradients(Demodulated(), loss, faces(2), engine=LayerByLayer())
+
+
+def test_the_check_refuses_layerwise_gradients_where_a_weight_is_read_elsewhere() -> None:
+    with pytest.raises(PrivacyError):
+        check_per_example_gradients(Demodulated(), loss, faces(2), engine=OpacusLayers())
+
+
+def test_layerwise_gradients_of_a_discriminator_with_filters_are_refused_in_our_words() -> None:
+    discriminator = Discriminator(
+        DiscriminatorConfig(size=8, channel_base=64), rng=STREAMS.generator("discriminator")
+    )
+    with pytest.raises(PrivacyError, match="layer by layer"):
+        check_per_example_gradients(discriminator, loss, faces(2), engine=OpacusLayers())
+
+
+def test_the_check_refuses_minibatch_statistics() -> None:
+    with pytest.raises(PrivacyError):
+        check_per_example_gradients(Coupled(), loss, faces(2), engine=OpacusLayers())
+    with pytest.raises(PrivacyError, match="photo"):
+        check_per_example_gradients(Coupled(), loss, faces(2), engine=LayerByLayer())
+
+
+def test_the_check_refuses_batch_normalisation() -> None:
+    with pytest.raises(PrivacyError, match="mixes photos"):
+        check_per_example_gradients(Statistics(), loss, faces(2))
+
+
+def test_a_frozen_parameter_gets_no_gradient() -> None:
+    module = SmallCritic()
+    module.first.weight.requires_grad_(False)
+    shapes = [tuple(g.shape[1:]) for g in per_example_gradients(module, loss, faces(3))]
+    assert shapes == [(4,), (1, 4, 3, 3), (1,)]
+
+
+def shifted_loss(network: Network, photos: Tensor, draws: Tensor) -> Tensor:
+    """The mean over K draws (n, K, ...) of the loss at photo + draw, one per photo."""
+    count = draws.shape[1]
+    shown = photos.repeat_interleave(count, dim=0) + draws.flatten(0, 1)
+    return loss(network, shown).view(-1, count).mean(dim=1)
+
+
+def test_scaled_gradients_are_clipped_after_they_are_scaled() -> None:
+    """A slow twin; and one photo more still moves the sum by at most the clip norm, however large the scales."""
+    module, photos = SmallCritic(), faces(5)
+    scales = [torch.rand(weight.shape) * 100 for weight in module.parameters()]
+
+    def step(seen: Tensor) -> Tensor:
+        parts = private_gradient(
+            module, seen, loss, mechanism=ClippedSum(clip_norm=0.5), expected_batch_size=1, sampling_rate=1.0,
+            rng=torch.Generator(), scales=scales, microbatch=2,
+        )  # fmt: skip
+        return torch.cat([part.flatten() for part in parts])
+
+    wanted = torch.zeros(())
+    for gradient in one_at_a_time(module, photos):
+        long = torch.cat([(g * scale).flatten() for g, scale in zip(gradient, scales, strict=True)])
+        wanted = wanted + long * min(1.0, 0.5 / float(long.norm()))
+    assert torch.allclose(step(photos), wanted, atol=1e-5)
+    assert float((step(photos) - step(photos[:4])).norm()) <= 0.5 * (1 + 1e-5)
+
+
+def drawn(photos: int, count: int = 3) -> Tensor:
+    return torch.randn(photos, count, 3, 8, 8, generator=STREAMS.generator("draws"))
+
+
+def draw_by_draw(module: nn.Module, photos: Tensor, draws: Tensor) -> list[list[Tensor]]:
+    """The slow twin: one backward pass per photo and draw, then the mean over a photo's draws."""
+    weights = list(module.parameters())
+    every = [
+        [torch.autograd.grad(loss(module, (photo + one)[None]).sum(), weights) for one in row]
+        for photo, row in zip(photos, draws, strict=True)
+    ]
+    return [[torch.stack(parts).mean(0) for parts in zip(*photo, strict=True)] for photo in every]
+
+
+def test_draws_are_averaged_within_each_photo_like_the_slow_twin() -> None:
+    """Three draws for each of four photos, every photo its own."""
+    module, photos, draws = SmallCritic(), faces(4), drawn(4)
+    ours = per_example_gradients(module, shifted_loss, photos, draws=draws)
+    for photo, twin in enumerate(draw_by_draw(module, photos, draws)):
+        for one, other in zip(ours, twin, strict=True):
+            assert torch.allclose(one[photo], other, rtol=1e-4, atol=1e-7)
+
+
+def test_clipping_comes_after_the_mean_over_draws() -> None:
+    """One photo with many draws adds a vector of length clip_norm and no more, in the twin's direction."""
+    module, photos, draws = SmallCritic(), faces(1), drawn(1, 16)
+    (twin,) = draw_by_draw(module, photos, draws)
+    clip_norm = length(twin) / 3
+    ours = private_gradient(
+        module, photos, shifted_loss, mechanism=ClippedSum(clip_norm=clip_norm), expected_batch_size=1,
+        sampling_rate=1.0, rng=STREAMS.generator("coins"), draw=lambda n: draws[:n], microbatch=1,
+    )  # fmt: skip
+    assert length(ours) == approx(clip_norm, rel=1e-4)
+    assert all(torch.allclose(a, b / 3, rtol=1e-3, atol=1e-7) for a, b in zip(ours, twin, strict=True))
+
+
+def test_every_microbatch_gets_as_many_rows_of_draws_as_it_has_pictures() -> None:
+    """Seven photos in threes ask for 3, 3 and 3, since grey ones fill up; no photos ask for one microbatch."""
+    asked: list[int] = []
+
+    def draw(photos: int) -> Tensor:
+        asked.append(photos)
+        return drawn(photos)
+
+    for photos in (7, 0):
+        gradient = private_gradient(
+            SmallCritic(), faces(photos), shifted_loss, mechanism=GaussianSum(clip_norm=1.0, sigma=1.0),
+            expected_batch_size=4, sampling_rate=1.0, rng=SecretNoise(), draw=draw, microbatch=3,
+        )  # fmt: skip
+        assert all(float(part.abs().max()) > 0 for part in gradient)
+    assert asked == [3, 3, 3, 3]
+
+
+def test_the_check_passes_a_loss_with_draws_and_refuses_a_network_that_mixes_photos() -> None:
+    """The guard holds with draws as it does without."""
+    check_per_example_gradients(SmallCritic(), shifted_loss, faces(2), draw=drawn)
+    with pytest.raises(PrivacyError, match="mixes photos"):
+        check_per_example_gradients(Statistics(), shifted_loss, faces(2), draw=drawn)
+
+
+def test_layerwise_gradients_refuse_draws() -> None:
+    """Opacus cannot see which rows of a batch belong to one photo."""
+    with pytest.raises(PrivacyError, match="WholeNetwork"):
+        per_example_gradients(SmallCritic(), shifted_loss, faces(2), draws=drawn(2), engine=OpacusLayers())

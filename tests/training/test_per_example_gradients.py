@@ -1,0 +1,498 @@
+"""Clipped sums of per-unit gradients against the slow twin: one ordinary backward pass for each unit.
+
+Most in float64: in float32 two right answers differ by 1e-4 when rounding puts one activation or difference on the
+other side of a kink, as it does for one photo in a few dozen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedface.models.discriminator import Discriminator, DiscriminatorConfig
+from fedface.models.lora import Full, Lora, attach
+from fedface.models.model import (
+    StyleEncoderArchitecture,
+    StyleEncoderModel,
+    SuperResolutionArchitecture,
+    SuperResolutionModel,
+    build_model,
+)
+from fedface.models.rectified_flow import FlowConfig, RectifiedFlow
+from fedface.models.style_encoder import StyleEncoderNetworkConfig
+from fedface.models.stylegan2 import StyleGAN2Config
+from fedface.models.super_resolution import SuperResolutionNetworkConfig
+from fedface.privacy.mechanism import GaussianSum
+from fedface.randomness import Streams
+from fedface.training.flow import loss_over_draws, times_and_noises
+from fedface.training.gan import d_loss_real
+from fedface.training.per_example_gradients import (
+    PerExampleLoss,
+    clipped_unit_sum,
+    compute_per_example_gradients,
+    deterministic_microbatch,
+    is_supported_layerwise,
+    trainable_parameters,
+)
+from fedface.training.unit_clipping import clipped_sum
+from fedface.training.upsampler import mark_upsampler, reconstruction_loss
+from fedface.upsampling.degradation import BicubicPulse
+
+STREAMS = Streams(8)
+PHOTOS = 10
+
+
+@dataclass(frozen=True)
+class Case:
+    module: nn.Module
+    loss: PerExampleLoss
+    photos: Tensor
+    draws: Tensor | None = None
+
+    def at(self, precision: torch.dtype) -> Case:
+        """The same numbers in another precision."""
+        draws = None if self.draws is None else self.draws.to(precision)
+        return Case(self.module.to(precision), self.loss, self.photos.to(precision), draws)
+
+    def rows(self, part: slice) -> tuple[Tensor, ...]:
+        return (self.photos[part],) if self.draws is None else (self.photos[part], self.draws[part])
+
+    def draw(self) -> Callable[[int], Tensor] | None:
+        """Hands out the fixed draws in the order of the photos."""
+        if self.draws is None:
+            return None
+        left = iter(self.draws)
+        # Beyond the photos stand grey pictures, whose draws count for nothing.
+        return lambda count: torch.stack([next(left, torch.zeros_like(self.draws[0])) for _ in range(count)])
+
+
+def moved(module: nn.Module, name: str) -> nn.Module:
+    """Off the start, where many gradients are zero."""
+    rng = STREAMS.generator(name)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.add_(torch.randn(weight.shape, generator=rng), alpha=0.1)
+    return module
+
+
+def pictures(side: int, count: int = PHOTOS) -> Tensor:
+    return torch.rand(count, 3, side, side, generator=STREAMS.generator("pictures"))
+
+
+def discriminator(architecture: str = "resnet") -> Case:
+    config = DiscriminatorConfig(size=16, channel_base=512, channel_max=24, architecture=architecture)  # type: ignore[arg-type]
+    return Case(
+        moved(Discriminator(config, STREAMS.generator("discriminator")), "moved"), d_loss_real, pictures(16)
+    )
+
+
+def flow(count: int, adapt: Full | Lora | None = None) -> Case:
+    config = FlowConfig(size=16, width=16, multipliers=(1.0, 1.5), time_width=16)
+    module = RectifiedFlow(config, STREAMS.generator("flow"))
+    attach(module, adapt or Full(), STREAMS.generator("adapters"))
+    draws = times_and_noises(PHOTOS, count, 16, 1.0, STREAMS.numpy("draws"))
+    return Case(moved(module, "moved"), loss_over_draws, pictures(16), draws)
+
+
+def upsampler(shape: StyleEncoderArchitecture | SuperResolutionArchitecture) -> Case:
+    model = build_model(shape, STREAMS.generator("upsampler"))
+    assert isinstance(model, StyleEncoderModel | SuperResolutionModel)
+    mark_upsampler(model, Full(), STREAMS.generator("adapters"))
+    return Case(moved(model.upsampler, "moved"), reconstruction_loss(BicubicPulse(2), 10.0), pictures(16))
+
+
+GENERATOR = StyleGAN2Config(
+    size=16, channel_base=64, channel_max=8, latent_width=64, style_width=16, mapping_layers=2
+)
+STYLES = StyleEncoderNetworkConfig(side=8, style_inputs=6, style_width=16, width=20, blocks=1, hidden=16)
+CASES: dict[str, Callable[[], Case]] = {
+    "discriminator": discriminator,
+    "discriminator that adds colours": lambda: discriminator("skip"),
+    "flow": lambda: flow(1),
+    "flow with four draws": lambda: flow(4),
+    "style encoder": lambda: upsampler(StyleEncoderArchitecture(generator=GENERATOR, encoder=STYLES)),
+    "resolver": lambda: upsampler(
+        SuperResolutionArchitecture(
+            network=SuperResolutionNetworkConfig(side=8, factor=2, width=20, blocks=2)
+        )
+    ),
+}
+each_case = pytest.mark.parametrize("name", CASES)
+
+
+def length(parts: list[Tensor]) -> float:
+    return math.sqrt(sum(float(part.double().square().sum()) for part in parts))
+
+
+def slowly(case: Case, units: list[range], scales: list[Tensor] | None = None) -> list[list[Tensor]]:
+    """The gradient of each unit's summed loss by a backward pass of its own, scaled."""
+    weights = list(trainable_parameters(case.module).values())
+    every = []
+    for unit in units:
+        loss = case.loss(case.module, *case.rows(slice(unit.start, unit.stop))).sum()
+        parts = torch.autograd.grad(loss, weights, materialize_grads=True)
+        factors = [torch.ones(())] * len(parts) if scales is None else scales
+        every.append([part * factor for part, factor in zip(parts, factors, strict=True)])
+    return every
+
+
+def summed(every: list[list[Tensor]], clip_norm: float) -> list[Tensor]:
+    clipped = [[part * min(1.0, clip_norm / length(parts)) for part in parts] for parts in every]
+    return [torch.stack(parts).sum(0) for parts in zip(*clipped, strict=True)]
+
+
+def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """In lengths of theirs."""
+    return length([a - b for a, b in zip(ours, theirs, strict=True)]) / length(theirs)
+
+
+def cut(size: int) -> list[range]:
+    return [range(start, min(start + size, PHOTOS)) for start in range(0, PHOTOS, size)]
+
+
+@each_case
+def test_our_networks_are_understood_layer_by_layer(name: str) -> None:
+    """Otherwise the tests below would test the slower way."""
+    case = CASES[name]().at(torch.float64)
+    assert is_supported_layerwise(case.module, case.loss, case.photos, draws=case.draws)
+
+
+@each_case
+def test_each_photos_gradient_is_that_of_its_own_backward_pass(name: str) -> None:
+    case = CASES[name]().at(torch.float64)
+    ours = compute_per_example_gradients(case.module, case.loss, case.photos, draws=case.draws)
+    for photo, twin in enumerate(slowly(case, cut(1))):
+        assert distance([part[photo] for part in ours], twin) < 1e-9
+
+
+@each_case
+@pytest.mark.parametrize("size", [1, 3, 7])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_sum_is_that_of_the_slow_twin_for_any_unit_and_microbatch(
+    name: str, size: int, scaled: bool
+) -> None:
+    """Half of the units are clipped; units straddle microbatches."""
+    case = CASES[name]().at(torch.float64)
+    rng = STREAMS.generator("scales")
+    scales = [
+        0.5 + torch.rand(w.shape, generator=rng, dtype=w.dtype)
+        for w in trainable_parameters(case.module).values()
+    ]
+    every = slowly(case, cut(size), scales if scaled else None)
+    clip_norm = sorted(length(parts) for parts in every)[len(every) // 2] * 0.99
+    units = torch.arange(PHOTOS) // size
+    for microbatch in (1, 5, 64):
+        ours = clipped_unit_sum(
+            case.module, case.loss, case.photos, clip_norm=clip_norm, units=units, draw=case.draw(),
+            scales=scales if scaled else None, microbatch=microbatch,
+        )  # fmt: skip
+        assert distance(ours, summed(every, clip_norm)) < 1e-9
+
+
+@pytest.mark.parametrize("size", [1, 7])
+@pytest.mark.parametrize("count", [1, 4])
+def test_in_single_precision_it_is_right_to_five_digits(size: int, count: int) -> None:
+    """On a network without kinks."""
+    case = flow(count)
+    every = slowly(case, cut(size))
+    clip_norm = sorted(length(parts) for parts in every)[len(every) // 2] * 0.99
+    for microbatch in (1, 5, 64):
+        ours = clipped_unit_sum(
+            case.module, case.loss, case.photos, clip_norm=clip_norm, units=torch.arange(PHOTOS) // size,
+            draw=case.draw(), microbatch=microbatch,
+        )  # fmt: skip
+        assert distance(ours, summed(every, clip_norm)) < 1e-5
+
+
+@each_case
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_unit_with_a_broken_photo_adds_nothing(name: str, size: int) -> None:
+    case = CASES[name]().at(torch.float64)
+    every = slowly(case, cut(size))
+    del every[4 // size]
+    case.photos[4, 0, 3, 3] = math.nan
+    for microbatch in (1, 5):
+        ours = clipped_unit_sum(
+            case.module, case.loss, case.photos, clip_norm=0.1, units=torch.arange(PHOTOS) // size,
+            draw=case.draw(), microbatch=microbatch,
+        )  # fmt: skip
+        assert distance(ours, summed(every, 0.1)) < 1e-9
+
+
+@each_case
+def test_nothing_is_left_behind(name: str) -> None:
+    """No `.grad`, no changed weight, and no photos give zeros of the weights' shapes."""
+    case = CASES[name]().at(torch.float64)
+    before = [weight.detach().clone() for weight in case.module.parameters()]
+    none = clipped_unit_sum(case.module, case.loss, case.photos[:0], clip_norm=1.0, draw=case.draw())
+    clipped_unit_sum(case.module, case.loss, case.photos, clip_norm=1.0, draw=case.draw())
+    assert all(torch.equal(a, b) for a, b in zip(before, case.module.parameters(), strict=True))
+    assert all(weight.grad is None for weight in case.module.parameters())
+    assert [part.shape for part in none] == [
+        weight.shape for weight in trainable_parameters(case.module).values()
+    ]
+    assert not any(bool(part.any()) or part.requires_grad for part in none)
+
+
+class Small(nn.Module):
+    """Two convolutions and a fully connected layer, with which other uses of a weight are planted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rng = STREAMS.generator("small")
+        self.first, self.second, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 8)
+        with torch.no_grad():
+            for weight in self.parameters():
+                weight.normal_(0.0, 0.3, generator=rng)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.silu(self.second(functional.silu(self.first(x))))
+        return self.last(x.mean(dim=(2, 3))).sum(1)
+
+
+class Demodulated(Small):
+    """Reads a weight outside its own layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.first.weight.square().sum().rsqrt()
+
+
+class Twice(Small):
+    """Uses two layers twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(functional.silu(self.second(functional.silu(self.first(x)))))
+        return self.last(functional.silu(self.last(x.mean(dim=(2, 3))))).sum(1)
+
+
+class Scalar(Small):
+    """Has a parameter of no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gain
+
+
+class Overwritten(Small):
+    """Writes into what a layer has answered."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x).mul_(2.0))
+        return self.last(x.mean(dim=(2, 3))).sum(1)
+
+
+class Reused(Small):
+    """Writes into what a layer has read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.silu(self.first(x))
+        y = self.second(x)
+        x.zero_()
+        return self.last(y.mean(dim=(2, 3))).sum(1)
+
+
+class Folded(Small):
+    """A weight folded from the photo's own features reaches the loss past its layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.first.weight * x.mean()
+        return super().forward(x) + functional.conv2d(x, own).mean(dim=(1, 2, 3))
+
+
+def score(network: Callable[[Tensor], Tensor], photos: Tensor) -> Tensor:
+    return functional.softplus(-network(photos))
+
+
+def gradient_penalty(network: Callable[[Tensor], Tensor], photos: Tensor) -> Tensor:
+    """Differentiates the network within the loss."""
+    slope = torch.func.grad(lambda seen: network(seen).sum())(photos)
+    return slope.square().sum(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "understood"), [(Small, True), (Twice, True), (Demodulated, False), (Scalar, False), (Overwritten, False)]
+)  # fmt: skip
+def test_what_is_not_understood_is_differentiated_as_a_whole(kind: type[Small], understood: bool) -> None:
+    """And is right either way."""
+    case = Case(kind(), score, pictures(8)).at(torch.float64)
+    assert is_supported_layerwise(case.module, case.loss, case.photos) == understood
+    for size in (1, 3):
+        ours = clipped_unit_sum(
+            case.module, score, case.photos, clip_norm=0.05, units=torch.arange(PHOTOS) // size, microbatch=4
+        )
+        assert distance(ours, summed(slowly(case, cut(size)), 0.05)) < 1e-9
+
+
+@pytest.mark.parametrize("kind", [Reused, Folded])
+def test_what_would_be_silently_wrong_is_not_understood(kind: type[Small]) -> None:
+    """Detached weights must not hide what autograd would have seen."""
+    case = Case(kind(), score, pictures(8)).at(torch.float64)
+    assert not is_supported_layerwise(case.module, case.loss, case.photos)
+
+
+def test_a_loss_that_differentiates_the_network_is_right() -> None:
+    case = Case(Small(), gradient_penalty, pictures(8)).at(torch.float64)
+    ours = clipped_unit_sum(case.module, gradient_penalty, case.photos, clip_norm=0.05, microbatch=4)
+    assert distance(ours, summed(slowly(case, cut(1)), 0.05)) < 1e-9
+
+
+def test_low_rank_changes_are_right() -> None:
+    case = flow(2, Lora(rank=2)).at(torch.float64)
+    every = slowly(case, cut(1))
+    ours = clipped_unit_sum(
+        case.module, case.loss, case.photos, clip_norm=0.1, draw=case.draw(), microbatch=4
+    )
+    assert distance(ours, summed(every, 0.1)) < 1e-9
+
+
+def test_frozen_weights_get_nothing() -> None:
+    case = discriminator().at(torch.float64)
+    for name, weight in case.module.named_parameters():
+        weight.requires_grad_("conv0" in name)
+    ours = clipped_unit_sum(case.module, case.loss, case.photos, clip_norm=0.1)
+    assert distance(ours, summed(slowly(case, cut(1)), 0.1)) < 1e-9
+
+
+def test_one_photo_more_moves_the_sum_by_at_most_the_clip_norm() -> None:
+    """Also for one whose gradient is a million times longer."""
+    case = discriminator().at(torch.float64)
+
+    def longer(network: Callable[[Tensor], Tensor], photos: Tensor) -> Tensor:
+        return d_loss_real(network, photos) * (1.0 + 1e6 * (photos[:, 0, 0, 0] == 2.0))
+
+    case.photos[-1, 0, 0, 0] = 2.0
+    with_it, without = (
+        clipped_unit_sum(case.module, longer, case.photos[:count], clip_norm=0.5)
+        for count in (PHOTOS, PHOTOS - 1)
+    )
+    moved_by = length([a - b for a, b in zip(with_it, without, strict=True)])
+    assert moved_by == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("units", [[1, 0, 1], [0, 1]])
+def test_the_photos_of_a_unit_must_stand_side_by_side(units: list[int]) -> None:
+    with pytest.raises(ValueError, match="units"):
+        clipped_unit_sum(Small(), score, pictures(8, 3), clip_norm=1.0, units=torch.tensor(units))
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_a_photos_gradient_is_the_same_to_the_last_bit_whoever_else_joined(name: str) -> None:
+    """At every place of a filled microbatch, next to others or to grey pictures; so no microbatch is given up."""
+    case = CASES[name]().at(torch.float32)
+    shape = None if case.draws is None else case.draws.shape[1:]
+    rng = STREAMS.generator("draws of places")
+
+    def draw(count: int) -> Tensor:
+        assert shape is not None
+        return torch.rand(count, *shape, generator=rng)
+
+    asked = {} if shape is None else {"draw": draw}
+    assert deterministic_microbatch(case.module, case.loss, case.photos.shape[1:], 16, **asked) == 16
+
+
+class Amplifier(nn.Module):
+    """A hostile discriminator: roundings of a product that cancels, blown up into gradients as long as you like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rng = STREAMS.generator("hostile")
+        self.first = nn.Linear(48, 64)
+        self.last = nn.Linear(64, 1)
+        with torch.no_grad():
+            self.first.weight.copy_(torch.randn(64, 48, generator=rng))
+            self.last.weight.copy_(torch.randn(1, 64, generator=rng) * 1e9)
+
+    def forward(self, photos: Tensor) -> Tensor:
+        seen = self.first(photos.flatten(1))
+        logit = self.last(seen)
+        return (logit - logit.detach().round(decimals=-4)).squeeze(1)
+
+
+def test_one_photo_more_changes_no_bit_of_what_the_others_add() -> None:
+    """Also for a network that blows roundings up: all sums of 1 to 20 photos are sums of the same vectors."""
+    module = Amplifier()
+    photos = torch.rand(20, 3, 4, 4, generator=STREAMS.generator("known"))
+
+    def loss(network: Callable[..., Tensor], shown: Tensor) -> Tensor:
+        return functional.softplus(-network(shown))
+
+    def flat(count: int) -> Tensor:
+        parts = clipped_unit_sum(module, loss, photos[:count], clip_norm=1.0, microbatch=8)
+        return torch.cat([part.flatten() for part in parts])
+
+    sums = [flat(count) for count in range(21)]
+    for before, after in zip(sums[:-1], sums[1:], strict=True):
+        assert float((after - before).norm()) <= 1.0 + 1e-4
+
+
+def test_a_tiny_half_beside_a_huge_one_is_no_way_round_the_clip() -> None:
+    """|out| = 1e-23 and |seen| = 1e19: the square of the first vanishes in float32, the product is 1e-4."""
+
+    class Lopsided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4, bias=False)
+
+        def forward(self, photos: Tensor) -> Tensor:
+            return (self.layer(photos.flatten(1)[:, :4] * 1e19) * 1e-23).sum(1)
+
+    for clip_norm in (1e-6, 1e-3, 1.0):
+        sums = clipped_unit_sum(
+            Lopsided(), lambda network, shown: network(shown), torch.ones(20, 3, 2, 2), clip_norm=clip_norm
+        )
+        assert float(sums[0].norm()) <= 20 * clip_norm * (1 + 1e-5)
+
+
+def test_a_units_sum_does_not_round_by_where_microbatches_cut() -> None:
+    """Photos of one unit that cancel: the same to the last bit wherever another unit pushes them."""
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(48))
+
+        def forward(self, photos: Tensor) -> Tensor:
+            return photos.flatten(1) @ self.weight
+
+    big = torch.rand(3, 3, 4, 4, generator=STREAMS.generator("big")) * 1e8
+    unit = torch.cat([big, -big.flip(0), torch.rand(2, 3, 4, 4, generator=STREAMS.generator("small"))])
+    found = []
+    for before in range(8):
+        photos = torch.cat([torch.zeros(before, 3, 4, 4), unit])
+        units = torch.cat([torch.arange(before), torch.full((len(unit),), before)])
+        found.append(
+            clipped_unit_sum(
+                Plain(),
+                lambda network, shown: network(shown),
+                photos,
+                clip_norm=1e6,
+                units=units,
+                microbatch=3,
+            )[0]
+        )
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+def test_small_numbers_beside_large_ones_count_in_a_length() -> None:
+    """Two million of 2.4e-4 beside eight ones: in float32 their squares vanish, and the vector is 0.8 % too long."""
+    row = torch.full((1, 2_359_296), 2.4e-4)
+    row[0, :8] = 1.0
+    (total,) = clipped_sum([row], 1.0)
+    assert float(total.double().norm()) <= 1.0 + 1e-6
+    whole = GaussianSum(clip_norm=1.0, sigma=1.0).clip(row[0])
+    assert float(whole.double().norm()) <= 1.0 + 1e-6
+
+
+def test_a_gradient_longer_than_float32_can_scale_adds_nothing() -> None:
+    (total,) = clipped_sum([torch.tensor([[1e30, 0.0], [0.0, 0.5]])], 1.0)
+    assert total.tolist() == [0.0, 0.5]
+    assert not GaussianSum(clip_norm=1.0, sigma=1.0).clip(torch.tensor([1e30, 1.0])).any()

@@ -1,0 +1,340 @@
+"""Flower's door: what crosses it arrives unchanged, what is hostile is refused, both apps run without a port."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, MetricRecord, RecordDict
+from flwr.app import Message as FlowerMessage
+from flwr.clientapp import ClientApp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedface.aggregation.payload import AggregationParameters, PlainConfig
+from fedface.coordinator.run import initialize_run
+from fedface.device.client import Device
+from fedface.errors import ConfigError, FederationError, LibraryError
+from fedface.experiment import read_experiment
+from fedface.messages.messages import DecryptResult, DecryptTask, Failure, Message, Refusal, TrainResult
+from fedface.models.checkpoint import save_model
+from fedface.models.discriminator import DiscriminatorConfig
+from fedface.models.model import new_gan
+from fedface.models.stylegan2 import StyleGAN2Config
+from fedface.privacy.policy import DevicePolicy
+from fedface.randomness import Streams
+from fedface.transport.flower import (
+    GridCohort,
+    InProcessGrid,
+    client_app,
+    device_of,
+    from_record,
+    in_process_cohort,
+    to_record,
+)
+from fedface.transport.run_config import devices_folder, read_run_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+RECIPE = """
+question: does it run?
+name: tiny
+privacy: {kind: no-privacy}
+devices: {kind: synthetic-devices, light_fractions: [0.9, 0.1], photos_per_device: 12}
+probe: {kind: synthetic-probe, per_group: 2}
+training: {kind: gan-training, rounds: 1, steps_per_round: 1, sampling_rate: 0.5, expected_batch_size: 4, fake_batch_size: 4}
+aggregation: {kind: homomorphic}
+upsampling: {method: {kind: pulse, steps: 2}}
+attack: {photos: 2, iterations: 1, candidates: 2, trials: 2}
+base: base.safetensors
+"""
+
+REVEAL = DecryptTask(
+    run="r",
+    round=1,
+    aggregation=PlainConfig(),
+    agreement=AggregationParameters(value_range=1.0, max_devices=2),
+    total=b"sum",
+)
+OPENED = DecryptResult(device="d", total=torch.ones(3))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A YAML file of two devices with networks of some thousand weights."""
+    networks = (
+        StyleGAN2Config(
+            size=16, latent_width=8, style_width=8, mapping_layers=1, channel_base=64, channel_max=8
+        ),
+        DiscriminatorConfig(size=16, channel_base=64, channel_max=8),
+    )
+    save_model(tmp_path / "base.safetensors", new_gan(*networks, Streams(1).generator("pretrain")))
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE.replace("base.safetensors", str(tmp_path / "base.safetensors")))
+    return path
+
+
+def context(node: dict[str, str | int | float | bool], run: dict[str, str | int | float | bool]) -> Context:
+    """What Flower tells a ClientApp."""
+    return Context(1, 2, node, RecordDict(), run)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.text(max_size=200),
+    st.dictionaries(st.text(min_size=1, max_size=9), st.binary(max_size=300), max_size=3),
+)
+def test_a_message_comes_out_of_its_record_as_it_went_in(header: str, blobs: dict[str, bytes]) -> None:
+    """from_record after to_record is the identity."""
+    assert from_record(to_record(Message(header, blobs))) == Message(header, blobs)
+
+
+GOOD = to_record(Message("{}", {"a": b"1"}))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        RecordDict(),
+        RecordDict({"fedface": GOOD["fedface"]}),
+        RecordDict({"fedface": GOOD["blobs"], "blobs": GOOD["fedface"]}),
+        RecordDict({**GOOD, "more": MetricRecord({"a": 1})}),
+        RecordDict({**GOOD, "fedface": ConfigRecord({"header": b"{}"})}),
+        RecordDict({**GOOD, "fedface": ConfigRecord({"header": "{}", "more": 1})}),
+        RecordDict({**GOOD, "fedface": ConfigRecord({"header": "x" * (1 << 20) + "x"})}),
+        RecordDict({**GOOD, "blobs": ArrayRecord({"a": Array("float32", (1,), "numpy.ndarray", b"1234")})}),
+        RecordDict({**GOOD, "blobs": ArrayRecord({"a": Array("uint8", (9,), "fedface.bytes", b"1")})}),
+    ],
+)
+def test_a_record_of_another_kind_is_refused(record: RecordDict) -> None:
+    """Nothing is unpacked that `to_record` did not make."""
+    with pytest.raises(FederationError, match="wanted"):
+        from_record(record)
+
+
+def test_devices_in_one_process_share_no_object() -> None:
+    """What the first device does to its message, the second does not see."""
+    app, seen = ClientApp(), []
+
+    @app.query("reveal")
+    def reveal(message: FlowerMessage, _: Context) -> FlowerMessage:
+        seen.append(message.content["blobs"]["total"].data)
+        message.content["blobs"]["total"].data = b"spoiled"
+        return FlowerMessage(to_record(OPENED.message()), reply_to=message)
+
+    cohort = GridCohort(InProcessGrid(app, 2, {}))
+    answers = cohort.ask(REVEAL, cohort.members(2), lambda number: None)
+    assert seen == [b"sum", b"sum"]
+    assert all(isinstance(answer, DecryptResult) for answer in answers.values())
+
+
+def broken(error: Exception) -> GridCohort:
+    """A cohort of one device that fails in a given way."""
+
+    def device_for(_: Context) -> Device:
+        raise error
+
+    return GridCohort(InProcessGrid(client_app(device_for), 1, {}))
+
+
+def test_an_error_about_the_task_travels_in_its_own_words() -> None:
+    """The coordinator can name the cause."""
+    cohort = broken(FederationError("wanted an apple, got a pear"))
+    answers = cohort.ask(REVEAL, cohort.members(1), lambda number: None)
+    assert answers == {0: Failure("wanted an apple, got a pear")}
+
+
+@pytest.mark.parametrize("error", [LibraryError("/home/me/beach.jpg has changed"), ValueError("beach.jpg")])
+def test_an_error_about_the_owners_photos_keeps_its_words_at_home(error: Exception) -> None:
+    """The name of a photo is the owner's business."""
+    cohort = broken(error)
+    fault = cohort.ask(REVEAL, cohort.members(1), lambda number: None)[0]
+    assert isinstance(fault, Failure)
+    assert type(error).__name__ in fault.reason and "beach" not in fault.reason
+
+
+class ScriptedGrid(InProcessGrid):
+    """A grid whose replies and nodes are given."""
+
+    def __init__(self, nodes: list[int], script: Iterator[list[tuple[int, int, RecordDict | Error]]]) -> None:
+        super().__init__(ClientApp(), 0, {})
+        self.nodes, self.script, self.pushed = nodes, script, []  # type: ignore[var-annotated]
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self.nodes
+
+    def push_messages(self, messages: Iterable[FlowerMessage]) -> Iterable[str]:
+        names = []
+        for message in messages:
+            if message.metadata.dst_node_id >= 0:
+                message.metadata.__dict__["_message_id"] = f"m{message.metadata.dst_node_id}"
+                self.pushed.append(message)
+                names.append(message.metadata.message_id)
+        return names
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[FlowerMessage]:
+        replies = []
+        for asked, sender, said in next(self.script, []):
+            reply = FlowerMessage(said, reply_to=self.pushed[asked])
+            reply.metadata.__dict__["_src_node_id"] = sender
+            replies.append(reply)
+        return replies
+
+
+def test_duplicates_and_strangers_change_nothing() -> None:
+    """One answer per member, the first from the node that was asked."""
+    mine, late = (to_record(Refusal(device=name, reason="no").message()) for name in ("mine", "late"))
+    script = iter([[(0, 99, late), (0, 7, mine), (0, 7, late)], [(1, 8, Error(5, "gone"))]])
+    cohort, heard = GridCohort(ScriptedGrid([8, 7], script)), []
+    answers = cohort.ask(REVEAL, cohort.members(2), heard.append)
+    assert answers == {0: Refusal(device="mine", reason="no"), 1: Failure("gone")}
+    assert heard == [0, 1]
+
+
+def test_every_member_has_an_entry_also_when_nothing_usable_came() -> None:
+    """Late, unreachable, answering another question, unreadable: each is a fault with its reason."""
+    trained = to_record(TrainResult(device="d", payload=b"p", seconds_protect=0.0).message())
+    script = iter([[(0, 1, trained), (1, 2, RecordDict())]])
+    cohort = GridCohort(ScriptedGrid([-1, 1, 2, 3], script), answer_within=0.2)
+    answers = cohort.ask(REVEAL, cohort.members(4), lambda number: None)
+    reasons = [answer.reason for _, answer in sorted(answers.items()) if isinstance(answer, Failure)]
+    words = (
+        "no longer connected",
+        "wanted the answer revealed, got trained",
+        "wanted the records",
+        "no answer within",
+    )
+    assert len(reasons) == 4
+    assert all(word in reason for word, reason in zip(words, reasons, strict=True))
+
+
+def test_too_few_devices_is_said_with_both_numbers() -> None:
+    """Waiting ends."""
+    with pytest.raises(FederationError, match="wanted 3 devices, 2 came within"):
+        GridCohort(ScriptedGrid([1, 2], iter([])), come_within=0.1).members(3)
+
+
+def test_a_device_keeps_its_number_while_others_come_and_go() -> None:
+    """Reports name devices by number."""
+    grid = ScriptedGrid([50, 60], iter([]))
+    cohort = GridCohort(grid)
+    assert cohort.members(2) == [0, 1]
+    grid.nodes = [10, 60]
+    assert cohort.members(2) == [1, 2]
+
+
+def test_the_owners_file_wins_over_whatever_the_run_says(tmp_path: Path) -> None:
+    """A server can neither rename a real device nor point it at other photos."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "device.yaml").write_text(
+        "name: kitchen\nphotos: photos\nstate: state\npolicy: {max_epsilon: 1, delta: 1e-6}\n"
+    )
+    asked = context(
+        {"device": str(tmp_path / "device.yaml"), "partition-id": 0},
+        {"experiment": "/elsewhere.yaml", "device": "/elsewhere.yaml", "folder": "/elsewhere"},
+    )
+    device = device_of(asked, home=tmp_path)
+    assert device.name == "kitchen" and device.policy == DevicePolicy(max_epsilon=1, delta=1e-6)
+    assert device.state == tmp_path / "state"
+
+
+def test_a_node_that_says_nothing_of_itself_stands_for_nobody(tmp_path: Path) -> None:
+    """A SuperNode started without a device file answers no task."""
+    with pytest.raises(FederationError, match="--node-config"):
+        device_of(context({}, {"experiment": "tiny.yaml"}), home=tmp_path)
+
+
+def test_a_run_config_is_read_like_the_command_line(recipe: Path, tmp_path: Path) -> None:
+    """Experiments lie in the app; changes win; a finished run makes room for the next."""
+    config = {
+        "experiment": "tiny.yaml",
+        "folder": str(tmp_path / "runs"),
+        "changes": '{"training.rounds": 3}',
+    }
+    order = read_run_config(config, recipe.parent)
+    assert order.experiment == read_experiment(recipe, changes={"training.rounds": "3"})
+    assert order.folder == tmp_path / "runs" / "tiny"
+    order.folder.mkdir(parents=True)
+    assert read_run_config(config, recipe.parent).folder == order.folder
+    (order.folder / "run.json").write_text("{}")
+    assert read_run_config(config, recipe.parent).folder == tmp_path / "runs" / "tiny-2"
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({}, "experiment: wanted the path"),
+        ({"experiment": 3}, "experiment: wanted a text"),
+        ({"experiment": "tiny.yaml", "folder": "runs"}, "folder: wanted an absolute path"),
+        ({"experiment": "tiny.yaml", "photos": "../photos"}, "photos: wanted an absolute path"),
+        ({"experiment": "tiny.yaml", "changes": "{"}, "changes: not valid JSON"),
+        ({"experiment": "tiny.yaml", "changes": "[1]"}, "changes: wanted keys and values"),
+    ],
+)
+def test_a_wrong_run_config_is_said_by_key(
+    recipe: Path, config: dict[str, str | int | float | bool], words: str
+) -> None:
+    """Each error names the entry."""
+    with pytest.raises(ConfigError, match=words):
+        read_run_config(config, recipe.parent)
+
+
+def test_each_pretended_device_answers_under_its_own_name(recipe: Path, tmp_path: Path) -> None:
+    """Partition i of a simulation is pretended device i, with the ledger of that name."""
+    config: dict[str, str | int | float | bool] = {
+        "experiment": str(recipe),
+        "folder": str(tmp_path / "runs"),
+    }
+    for number in range(2):
+        device = device_of(context({"partition-id": number}, config), home=tmp_path)
+        assert device.name == f"device-{number:02d}"
+        assert device.state == devices_folder(tmp_path / "runs" / "tiny") / device.name
+
+
+def test_an_experiment_for_real_devices_does_not_run_in_one_process(recipe: Path, tmp_path: Path) -> None:
+    """Nobody is there to wait for."""
+    real = read_experiment(recipe, changes={"devices": "{kind: remote-devices, count: 2}"})
+    with pytest.raises(FederationError, match="real devices"):
+        in_process_cohort(real, tmp_path)
+
+
+def test_both_apps_run_an_experiment_to_its_report(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The very files that Flower loads, with everything but its network; sums are encrypted."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from clients.app import app as clients_app
+    from server.app import app as server_app
+
+    config: dict[str, str | int | float | bool] = {
+        "experiment": str(recipe),
+        "folder": str(tmp_path / "runs"),
+    }
+    server_app(InProcessGrid(clients_app, 2, config), context({}, config))
+    record = json.loads((tmp_path / "runs" / "tiny" / "run.json").read_text())
+    assert record["rounds"][0]["answered"] == ["device-00", "device-01"]
+    assert record["base_hash"] != record["final_hash"]
+    assert (tmp_path / "runs" / "tiny" / "report.html").stat().st_size > 1000
+
+
+def test_a_run_that_was_cut_short_goes_on(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A started folder without a report is continued, not begun anew."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from clients.app import app as clients_app
+    from server.app import main as serve_run
+
+    config: dict[str, str | int | float | bool] = {
+        "experiment": str(recipe),
+        "folder": str(tmp_path / "runs"),
+    }
+    order = read_run_config(config, tmp_path)
+    initialize_run(order.experiment, order.folder)
+    begun = json.loads((order.folder / "state.json").read_text())
+    serve_run(InProcessGrid(clients_app, 2, config), context({}, config))
+    after = json.loads((order.folder / "state.json").read_text())
+    assert after["started"] == begun["started"] and len(after["rounds"]) == 1

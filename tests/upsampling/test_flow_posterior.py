@@ -1,0 +1,187 @@
+"""Guidance: samples of exact flows against posteriors known in closed form, and what a caller may rely on."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from posteriors import HALVED, STREAMS, Agreement, Normal, NormalFlow, agreement, measuring
+from torch import Tensor
+
+from fedface.config import dump, parse
+from fedface.models.checkpoint import load_flow
+from fedface.models.rectified_flow import FlowConfig, RectifiedFlow
+from fedface.upsampling.degradation import Area, BicubicPulse, Chain, Degradation, Jpeg
+from fedface.upsampling.flow_posterior import GuidedFlowConfig, GuidedFlowUpsampler, gram
+from fedface.upsampling.upsampler import StepSnapshot, squared_difference
+
+ALIKE = NormalFlow(torch.full((48,), 0.2))  # all directions alike: what "isotropic" takes for granted
+UNLIKE = NormalFlow(torch.logspace(-2, -0.5, 48))  # spreads from 0.01 to 0.3
+FINE = GuidedFlowConfig(steps=100, cg_steps=12, data_std=0.2, faces_at_once=2000)
+QUICK = GuidedFlowConfig(steps=3, cg_steps=2)
+
+
+def compared(flow: NormalFlow, config: GuidedFlowConfig, *, believed: float = 1.0) -> Agreement:
+    """2,000 faces of one photo against the posterior for `believed` times the noise."""
+    prior, matrix, s = flow.prior(), measuring(), config.noise_std
+    root = torch.linalg.cholesky(prior.covariance)
+    face = prior.mean + root @ torch.randn(48, generator=STREAMS.generator("truth"))
+    seen = matrix @ face + s * torch.randn(12, generator=STREAMS.generator("noise"))
+    found = GuidedFlowUpsampler(flow, HALVED, config, STREAMS).upsample(
+        seen.view(1, 3, 2, 2), faces_per_photo=2000
+    )
+    right: Normal = prior.given(matrix, believed * s, seen)
+    return agreement(found.images[0].flatten(1), right)
+
+
+@pytest.fixture(scope="module")
+def flow() -> RectifiedFlow:
+    return RectifiedFlow(
+        FlowConfig(size=16, width=8, multipliers=(1.0, 2.0), time_width=8), STREAMS.generator("weights")
+    )
+
+
+@pytest.fixture(scope="module")
+def low(flow: RectifiedFlow) -> Tensor:
+    return Area(4).apply(flow.sample(3, STREAMS.generator("faces")))
+
+
+@pytest.mark.parametrize("covariance", ["isotropic", "moments"])
+@pytest.mark.parametrize("churn", [0.0, 1.0])
+def test_faces_of_an_isotropic_normal_flow_have_the_posteriors_mean_and_covariance(
+    covariance: str, churn: float
+) -> None:
+    """Both ways are exact there, up to the 100 steps."""
+    assert compared(ALIKE, replace(FINE, covariance=covariance, churn=churn)).holds  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("churn", [0.0, 1.0])
+def test_moments_are_right_where_directions_differ_thirtyfold(churn: float) -> None:
+    """Means as exact as chance; covariances to twice that, because 100 steps make them a few per cent wrong."""
+    found = compared(UNLIKE, replace(FINE, churn=churn))
+    assert found.mean <= 1 and found.covariance <= 2
+
+
+def test_the_check_finds_out_a_wrong_prior_and_a_wrong_noise() -> None:
+    """Planted positives: one spread for all directions where they differ, and a posterior for half the noise."""
+    assert compared(UNLIKE, replace(FINE, covariance="isotropic")).mean > 2
+    assert not compared(ALIKE, FINE, believed=0.5).holds
+
+
+def test_the_gram_matrix_is_that_of_the_written_out_degradation() -> None:
+    matrix = measuring()
+    torch.testing.assert_close(gram(HALVED, 4), matrix @ matrix.T)
+
+
+def test_the_gram_matrix_of_a_jpeg_is_the_diagonal_of_its_slope() -> None:
+    """As published for degradations that are not linear; every value depends on itself."""
+    found = gram(Chain((Area(2), Jpeg(90))), 32)
+    assert torch.equal(found, found.diagonal().diag()) and (found.diagonal() > 0).all()
+
+
+@pytest.mark.parametrize("seen_through", [BicubicPulse(4), Area(8)])
+def test_the_embedded_flows_faces_fit_their_photos_and_differ_as_truth_and_sample_do(
+    seen_through: Degradation,
+) -> None:
+    """Given a photo, truth and two samples are exchangeable: all pairs are equally far apart."""
+    base, config = load_flow().generator, GuidedFlowConfig(steps=25)
+    truth = base.sample(10, STREAMS.generator("originals"))
+    photos = seen_through.apply(truth)
+    photos = photos + config.noise_std * torch.randn(photos.shape, generator=STREAMS.generator("grain"))
+    found = GuidedFlowUpsampler(base, seen_through, config, STREAMS).upsample(photos, faces_per_photo=2)
+    assert found.converged.double().mean() >= 0.9
+    pair = squared_difference(found.images[:, 0], found.images[:, 1]).mean()
+    apart = torch.stack([squared_difference(found.images[:, i], truth).mean() for i in (0, 1)]).mean()
+    assert 0.5 < float(pair / apart) < 2
+
+
+def test_faces_do_not_depend_on_chunks_or_workers(flow: RectifiedFlow, low: Tensor) -> None:
+    together, apart, threads = (
+        GuidedFlowUpsampler(flow, Area(4), replace(QUICK, **change), STREAMS).upsample(low, faces_per_photo=2)  # type: ignore[arg-type]
+        for change in ({}, {"faces_at_once": 1}, {"workers": 2})
+    )
+    for other in (apart, threads):
+        torch.testing.assert_close(other.images, together.images, atol=1e-3, rtol=0)
+    assert (together.images[:, 0] - together.images[:, 1]).abs().amax(dim=(1, 2, 3)).min() > 1e-3
+    again = squared_difference(Area(4).apply(together.images.flatten(0, 1)), low.repeat_interleave(2, dim=0))
+    torch.testing.assert_close(together.consistency_error.flatten(), again, atol=1e-7, rtol=1e-4)
+
+
+def test_equal_streams_give_equal_faces_and_other_streams_others(flow: RectifiedFlow, low: Tensor) -> None:
+    first, second, other = (
+        GuidedFlowUpsampler(flow, Area(4), QUICK, streams).upsample(low, faces_per_photo=1).images
+        for streams in (STREAMS, STREAMS, STREAMS.child("other"))
+    )
+    assert torch.equal(first, second)
+    assert (first - other).abs().max() > 1e-3
+
+
+def test_the_flow_is_left_as_it_was(flow: RectifiedFlow, low: Tensor) -> None:
+    before = copy.deepcopy(flow.state_dict())
+    with torch.no_grad():
+        GuidedFlowUpsampler(flow, Area(4), QUICK, STREAMS).upsample(low, faces_per_photo=1)
+    assert all(torch.equal(weight, before[name]) for name, weight in flow.state_dict().items())
+    assert all(weight.requires_grad and weight.grad is None for weight in flow.parameters())
+
+
+def test_every_step_is_shown_and_counted(flow: RectifiedFlow, low: Tensor) -> None:
+    heard: list[tuple[int, int]] = []
+    seen: list[StepSnapshot] = []
+    sampler = GuidedFlowUpsampler(
+        flow,
+        Area(4),
+        replace(QUICK, faces_at_once=2),
+        STREAMS,
+        progress=lambda done, total: heard.append((done, total)),
+        watch=seen.append,
+    )
+    found = sampler.upsample(low, faces_per_photo=1)
+    assert heard == [(step, 6) for step in range(1, 7)]
+    assert [glimpse.step for glimpse in seen] == [1, 2, 3] * 2
+    # The last step goes where the face is expected.
+    torch.testing.assert_close(seen[-1].images.clamp(0, 1), found.images[2])
+    assert found.steps == 3
+
+
+def test_a_jpeg_is_followed_where_the_expected_face_is(low: Tensor) -> None:
+    base, seen_through = load_flow().generator, Chain((Area(2), Jpeg(80)))
+    photos = seen_through.apply(base.sample(4, STREAMS.generator("originals")))
+    free, guided = (
+        GuidedFlowUpsampler(
+            base, seen_through, GuidedFlowConfig(noise_std=spread, steps=12), STREAMS
+        ).upsample(photos, faces_per_photo=1)
+        for spread in (100.0, 0.03)
+    )
+    assert guided.consistency_error.mean() < free.consistency_error.mean() / 10
+
+
+def test_no_photos_give_no_faces(flow: RectifiedFlow) -> None:
+    found = GuidedFlowUpsampler(flow, Area(4), QUICK, STREAMS).upsample(
+        torch.zeros(0, 3, 4, 4), faces_per_photo=3
+    )
+    assert found.images.shape == (0, 3, 3, 16, 16) and found.consistency_error.shape == (0, 3)
+
+
+def test_wrong_photos_and_settings_are_named(flow: RectifiedFlow) -> None:
+    sampler = GuidedFlowUpsampler(flow, Area(4), QUICK, STREAMS)
+    with pytest.raises(ValueError, match=r"\(n, 3, 4, 4\), got \(1, 3, 8, 8\)"):
+        sampler.upsample(torch.zeros(1, 3, 8, 8), faces_per_photo=1)
+    with pytest.raises(ValueError, match="finite"):
+        sampler.upsample(torch.full((1, 3, 4, 4), float("nan")), faces_per_photo=1)
+    with pytest.raises(ValueError, match="must divide"):
+        GuidedFlowUpsampler(flow, BicubicPulse(5), QUICK, STREAMS)
+    for wrong, message in (
+        ({"steps": 1}, "steps must be >= 2, got 1"),
+        ({"data_std": 0.0}, "data_std must be finite and > 0, got 0"),
+        ({"churn": 1.5}, r"churn must lie in \[0, 1\], got 1.5"),
+        ({"spread": float("nan")}, "spread must be finite and >= 0, got nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GuidedFlowConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_settings_are_read_back_from_a_recipe() -> None:
+    config = GuidedFlowConfig(churn=0.5)
+    assert parse(dump(config), GuidedFlowConfig, name="recipe", leave_out=["kind"]) == config

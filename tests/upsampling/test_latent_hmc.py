@@ -1,0 +1,311 @@
+"""Langevin: samples against posteriors known in closed form and by rejection, and what a caller may rely on."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from posteriors import (
+    HALVED,
+    STREAMS,
+    LinearGenerator,
+    Normal,
+    agreement,
+    directions,
+    measuring,
+)
+from torch import Tensor
+
+from fedface.config import dump, parse
+from fedface.models.checkpoint import load_gan
+from fedface.models.fast_stylegan2 import prepare_for_search
+from fedface.models.generator_protocol import Generator, sample
+from fedface.models.stylegan2 import ClassConditioned, StyleGAN2, StyleGAN2Config
+from fedface.photos.skin_tone import measure_tone
+from fedface.upsampling.degradation import Area, BicubicPulse, Chain, Noise
+from fedface.upsampling.latent_hmc import HmcConfig, HmcUpsampler, consistency_bound, measurement_noise
+from fedface.upsampling.upsampler import StepSnapshot, Upsampled, squared_difference
+
+# Posterior spreads about 0.06, 0.5 and 1: the photo fixes one direction and leaves one free.
+POOR = torch.tensor([0.3, 0.03, 0.003])
+SHORT = HmcConfig(
+    noise_std=0.005, noise_levels=6, transitions=2, final_transitions=6, leapfrog_steps=8, faces_at_once=2000
+)
+CHAINS = 2000
+QUICK = HmcConfig(noise_levels=3, transitions=1, final_transitions=1, leapfrog_steps=2, rank=4)
+
+
+def photo_of(generator: LinearGenerator, s: float) -> Tensor:
+    """A photo of the model: a drawn face, halved, with noise."""
+    latent = torch.randn(1, generator.columns.shape[1], generator=STREAMS.generator("truth"))
+    face = (0.5 + latent @ generator.columns.T).view(1, 3, 4, 4)
+    return HALVED.apply(face) + s * torch.randn(1, 3, 2, 2, generator=STREAMS.generator("noise"))
+
+
+def known(generator: LinearGenerator, s: float, photo: Tensor) -> Normal:
+    matrix = measuring()
+    seen = photo.flatten() - matrix @ torch.full((48,), 0.5)
+    return generator.prior().given(matrix @ generator.columns, s, seen)
+
+
+def drawn(generator: LinearGenerator, config: HmcConfig, photo: Tensor) -> Upsampled:
+    return HmcUpsampler(generator, HALVED, config, STREAMS).upsample(photo, faces_per_photo=CHAINS)
+
+
+@pytest.fixture(scope="module")
+def generator() -> StyleGAN2:
+    config = StyleGAN2Config(
+        size=16, latent_width=16, style_width=16, mapping_layers=2, channel_base=256, channel_max=16
+    )
+    return StyleGAN2(config, STREAMS.generator("weights"))
+
+
+@pytest.fixture(scope="module")
+def low(generator: StyleGAN2) -> Tensor:
+    return Area(4).apply(sample(generator, 3, STREAMS.generator("faces")))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SHORT,
+        replace(SHORT, rank=0, leapfrog_steps=30, noise_levels=8, transitions=3, final_transitions=10),
+        replace(SHORT, leapfrog_steps=1, noise_levels=10, transitions=6, final_transitions=60),
+    ],
+    ids=["metric", "no metric", "single leaps"],
+)
+def test_samples_of_a_linear_generator_have_the_mean_and_covariance_of_its_posterior(
+    config: HmcConfig,
+) -> None:
+    """Poorly conditioned: spreads from 0.06 to 1. Whitened samples must have mean 0 and covariance I."""
+    linear = LinearGenerator(directions(3) * POOR)
+    photo = photo_of(linear, config.noise_std)
+    found = drawn(linear, config, photo)
+    assert agreement(linear.inputs_of(found.images[0]), known(linear, config.noise_std, photo)).holds
+    assert found.converged.all()
+
+
+def test_the_check_finds_out_the_best_fit_and_a_wrong_noise() -> None:
+    """Planted positives: the one most likely face, and the same chains held to another noise of the photo."""
+    linear = LinearGenerator(directions(3) * POOR)
+    photo = photo_of(linear, SHORT.noise_std)
+    right = known(linear, SHORT.noise_std, photo)
+    found = linear.inputs_of(drawn(linear, SHORT, photo).images[0])
+    assert not agreement(right.mean + 1e-6 * found, right).holds
+    assert not agreement(found, known(linear, 1.3 * SHORT.noise_std, photo)).holds
+
+
+def test_sampled_noise_maps_follow_their_posterior_too() -> None:
+    """3 latents and a map of 16; the 12 measured values pull at no more than 12 directions of these 19."""
+    columns = torch.cat([directions(3) * POOR, 0.03 * directions(19)[:, 3:]], dim=1)
+    linear = LinearGenerator(columns, maps=1)
+    photo = photo_of(linear, SHORT.noise_std)
+    found = drawn(linear, replace(SHORT, noise="sampled", rank=12), photo)
+    assert agreement(linear.inputs_of(found.images[0]), known(linear, SHORT.noise_std, photo)).holds
+
+
+def test_the_published_steps_come_close_where_the_posterior_is_round() -> None:
+    """Unadjusted: their bias, of order step^2 / 4 per narrowest variance, is below what 2000 chains show."""
+    linear = LinearGenerator(directions(3) * torch.tensor([0.1, 0.07, 0.05]))
+    config = replace(
+        HmcConfig.paper(),
+        noise="fixed",
+        start_std=0.04,
+        noise_levels=3,
+        transitions=150,
+        step=0.15,
+        faces_at_once=2000,
+    )
+    photo = photo_of(linear, config.noise_std)
+    found = drawn(linear, config, photo)
+    assert agreement(linear.inputs_of(found.images[0]), known(linear, config.noise_std, photo)).holds
+
+
+def test_a_published_step_is_the_written_formula_of_the_paper() -> None:
+    """One level: x + noise of variance 2 eta, minus eta times the gradient, eta = 5e-6."""
+    config = replace(HmcConfig.paper(), noise="fixed", noise_levels=1, transitions=1)
+    linear = LinearGenerator(directions(3) * POOR)
+    photo, s, eta = photo_of(linear, 0.02), 0.02, 5e-6
+    rng = STREAMS.generator("langevin/0")
+    x, xi = torch.randn(3, generator=rng).double(), torch.randn(3, generator=rng).double()
+    pulled = (measuring() @ linear.columns).double()
+    residual = pulled @ x - (photo.flatten() - 0.5).double()
+    wanted = x - eta * (pulled.T @ residual / s**2 + x) + math.sqrt(2 * eta) * xi
+    found = HmcUpsampler(linear, HALVED, config, STREAMS).upsample(photo, faces_per_photo=1)
+    torch.testing.assert_close(linear.inputs_of(found.images[0])[0], wanted, atol=1e-4, rtol=0)
+
+
+def dark(images: Tensor) -> Tensor:
+    return (measure_tone(images).monk >= 5.5).double()
+
+
+class Rejection:
+    """Exact group shares of the posterior: draws of the prior, each accepted as often as it explains the photo."""
+
+    def __init__(self, generator: Generator, s: float, count: int) -> None:
+        faces = sample(prepare_for_search(generator), count, STREAMS.generator("prior"))  # type: ignore[arg-type]
+        self.s, self.low, self.dark = s, Area(16).apply(faces), dark(faces)
+
+    def share(self, photo: Tensor) -> tuple[float, float]:
+        """P(dark | photo) and its standard error; acceptance is weighted with its probability."""
+        accepted = (-photo.numel() / (2 * self.s**2) * squared_difference(self.low, photo)).double().exp()
+        share = float((accepted * self.dark).sum() / accepted.sum())
+        error = float((accepted * (self.dark - share)).square().sum().sqrt() / accepted.sum())
+        return share, error
+
+
+def check_against_rejection(*, draws: int, photos: int, faces: int, config: HmcConfig) -> None:
+    """The most ambiguous and some clear photos of 2 x 2 pixels, noise 0.1, of the base checkpoint's own faces."""
+    base = load_gan().generator
+    rejection = Rejection(base, config.noise_std, draws)
+    truth = Area(16).apply(sample(prepare_for_search(base), 30, STREAMS.generator("originals")))  # type: ignore[arg-type]
+    seen = truth + config.noise_std * torch.randn(truth.shape, generator=STREAMS.generator("grain"))
+    shares = [rejection.share(photo[None]) for photo in seen]
+    order = sorted(range(len(shares)), key=lambda i: abs(shares[i][0] - 0.5))
+    chosen = [*order[: photos - 1], order[len(order) // 2]]
+    assert 0.25 < shares[chosen[0]][0] < 0.75
+    found = HmcUpsampler(base, Area(16), config, STREAMS).upsample(seen[chosen], faces_per_photo=faces)
+    for at, images in zip(chosen, found.images, strict=True):
+        share, error = shares[at]
+        made = float(dark(images).mean())
+        spread = math.hypot(error, math.sqrt(max(share * (1 - share), 0.02) / faces))
+        assert abs(made - share) < 3 * spread, (share, error, made)
+    assert found.converged.double().mean() > 0.95
+
+
+def test_tone_shares_of_drawn_faces_equal_those_of_rejection_sampling() -> None:
+    """Two photos, 16 chains each: a share of 0.5 is checked to 0.4, see the slow twin for more."""
+    config = HmcConfig(noise_std=0.1, noise_levels=5, transitions=2, final_transitions=4, leapfrog_steps=7)
+    check_against_rejection(draws=1500, photos=2, faces=16, config=config)
+
+
+@pytest.mark.slow
+def test_tone_shares_of_drawn_faces_equal_those_of_rejection_sampling_for_many_photos() -> None:
+    """Five photos, 60 chains each: a share of 0.5 is checked to 0.2."""
+    config = HmcConfig(noise_std=0.1, noise_levels=6, transitions=2, final_transitions=8, leapfrog_steps=8)
+    check_against_rejection(draws=15_000, photos=5, faces=60, config=config)
+
+
+def test_consistency_errors_of_posterior_samples_follow_the_chi_squared_law_of_the_noise() -> None:
+    """Over photos of the model, a sample is as far from the photo as the truth is: mean m, variance 2 m."""
+    linear, s = LinearGenerator(directions(3) * POOR), SHORT.noise_std
+    latents = torch.randn(CHAINS, 3, generator=STREAMS.generator("truths"))
+    faces = (0.5 + latents @ linear.columns.T).view(-1, 3, 4, 4)
+    photos = HALVED.apply(faces) + s * torch.randn(CHAINS, 3, 2, 2, generator=STREAMS.generator("grains"))
+    found = HmcUpsampler(linear, HALVED, SHORT, STREAMS).upsample(photos, faces_per_photo=1)
+    chi = (found.consistency_error * 12 / s**2).double()
+    assert chi.mean().item() == pytest.approx(12, abs=4 * math.sqrt(24 / CHAINS))
+    assert chi.var().item() == pytest.approx(24, rel=0.2)
+    assert 0.995 < found.converged.double().mean() < 1
+
+
+def test_the_bound_is_a_quantile_of_the_chi_squared_law() -> None:
+    """Two degrees of freedom: an exponential law, whose quantile is known."""
+    assert consistency_bound(0.1, 2) == pytest.approx(-2 * math.log(0.001) * 0.01 / 2)
+
+
+def test_noise_of_the_degradation_and_of_the_model_add_up() -> None:
+    assert measurement_noise(Chain((Area(2), Noise(0.03))), 0.04) == pytest.approx(0.05)
+    with pytest.raises(ValueError, match="spread must be > 0"):
+        measurement_noise(Area(2), 0.0)
+
+
+def test_a_photo_that_no_face_can_match_has_not_converged(generator: StyleGAN2, low: Tensor) -> None:
+    """Clean negative: a checkerboard; its neighbours find what they find without it."""
+    checkers = ((torch.arange(4)[:, None] + torch.arange(4)) % 2).float().expand(1, 3, 4, 4)
+    sampler = HmcUpsampler(generator, Area(4), QUICK, STREAMS)
+    together = sampler.upsample(torch.cat([low[:2], checkers]), faces_per_photo=1)
+    assert not together.converged[2].any()
+    alone = sampler.upsample(low[:2], faces_per_photo=1)
+    torch.testing.assert_close(together.consistency_error[:2], alone.consistency_error, atol=1e-6, rtol=1e-3)
+
+
+def test_chains_do_not_depend_on_chunks_or_workers(generator: StyleGAN2, low: Tensor) -> None:
+    together, apart, threads = (
+        HmcUpsampler(generator, Area(4), replace(QUICK, **change), STREAMS).upsample(low, faces_per_photo=2)  # type: ignore[arg-type]
+        for change in ({}, {"faces_at_once": 1}, {"workers": 2})
+    )
+    for other in (apart, threads):
+        torch.testing.assert_close(other.images, together.images, atol=1e-3, rtol=0)
+    assert (together.images[:, 0] - together.images[:, 1]).abs().amax(dim=(1, 2, 3)).min() > 1e-3
+    again = squared_difference(Area(4).apply(together.images.flatten(0, 1)), low.repeat_interleave(2, dim=0))
+    torch.testing.assert_close(together.consistency_error.flatten(), again, atol=1e-7, rtol=1e-4)
+
+
+def test_equal_streams_give_equal_faces_and_other_streams_others(generator: StyleGAN2, low: Tensor) -> None:
+    first, second, other = (
+        HmcUpsampler(generator, Area(4), QUICK, streams).upsample(low, faces_per_photo=1).images
+        for streams in (STREAMS, STREAMS, STREAMS.child("other"))
+    )
+    assert torch.equal(first, second)
+    assert (first - other).abs().max() > 1e-3
+
+
+def test_the_generator_is_left_as_it_was(generator: StyleGAN2, low: Tensor) -> None:
+    before = copy.deepcopy(generator.state_dict())
+    with torch.no_grad():
+        HmcUpsampler(generator, Area(4), replace(QUICK, noise="sampled"), STREAMS).upsample(
+            low, faces_per_photo=1
+        )
+    assert all(torch.equal(weight, before[name]) for name, weight in generator.state_dict().items())
+    assert all(weight.requires_grad and weight.grad is None for weight in generator.parameters())
+
+
+def test_one_class_of_a_generator_with_classes_is_sampled(low: Tensor) -> None:
+    config = StyleGAN2Config(
+        size=16, latent_width=8, style_width=8, mapping_layers=1, channel_base=64, channel_max=8, classes=2
+    )
+    held = ClassConditioned(StyleGAN2(config, STREAMS.generator("classes")), 1)
+    found = HmcUpsampler(held, Area(4), QUICK, STREAMS).upsample(low, faces_per_photo=1)
+    assert found.images.shape == (3, 1, 3, 16, 16)
+
+
+def test_every_move_is_shown_and_counted(generator: StyleGAN2, low: Tensor) -> None:
+    heard: list[tuple[int, int]] = []
+    seen: list[StepSnapshot] = []
+    sampler = HmcUpsampler(
+        generator,
+        Area(4),
+        replace(QUICK, faces_at_once=2),
+        STREAMS,
+        progress=lambda done, total: heard.append((done, total)),
+        watch=seen.append,
+    )
+    found = sampler.upsample(low, faces_per_photo=1)
+    assert heard == [(step, 8) for step in range(1, 9)]
+    assert [glimpse.step for glimpse in seen] == [1, 2, 3, 4] * 2
+    assert [glimpse.faces.tolist() for glimpse in seen[3:5]] == [[0, 1], [2]]
+    assert torch.equal(seen[-1].images[0], found.images[2, 0]) and found.steps == QUICK.steps == 4
+
+
+def test_no_photos_give_no_faces(generator: StyleGAN2) -> None:
+    found = HmcUpsampler(generator, Area(4), QUICK, STREAMS).upsample(
+        torch.zeros(0, 3, 4, 4), faces_per_photo=3
+    )
+    assert found.images.shape == (0, 3, 3, 16, 16) and found.consistency_error.shape == (0, 3)
+
+
+def test_wrong_photos_and_settings_are_named(generator: StyleGAN2) -> None:
+    sampler = HmcUpsampler(generator, Area(4), QUICK, STREAMS)
+    with pytest.raises(ValueError, match=r"\(n, 3, 4, 4\), got \(1, 3, 8, 8\)"):
+        sampler.upsample(torch.zeros(1, 3, 8, 8), faces_per_photo=1)
+    with pytest.raises(ValueError, match="finite"):
+        sampler.upsample(torch.full((1, 3, 4, 4), float("nan")), faces_per_photo=1)
+    with pytest.raises(ValueError, match="must divide"):
+        HmcUpsampler(generator, BicubicPulse(5), QUICK, STREAMS)
+    for wrong, message in (
+        ({"levels": 0}, "levels must be >= 1, got 0"),
+        ({"step": 0.0}, "step must be finite and > 0, got 0"),
+        ({"spread": -1.0}, "spread must be finite and >= 0, got -1"),
+        ({"correction": "none"}, "goes with leaps 1, rank 0 and final 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            HmcConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_settings_are_read_back_from_a_recipe() -> None:
+    for config in (HmcConfig(), HmcConfig.paper()):
+        assert parse(dump(config), HmcConfig, name="recipe", leave_out=["kind"]) == config

@@ -1,0 +1,127 @@
+"""The page as a real server: who can reach it, and what ends what."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from fading import SIZE, FadingSearcher, Known
+from speaking import Run, Running, photo_bytes
+from typer.main import get_command
+
+from fedface.cli import app
+from fedface.errors import ConfigError, FedfaceError
+from fedface.web.server import listen, port_of
+from fedface.web.upload import Reader
+
+SEARCH = "fedface web search"  # the name of the thread
+
+
+def wish(photo: str) -> dict[str, object]:
+    """A search of three faces."""
+    return {"photo": photo, "face": 0, "side": 8, "method": "fading", "faces": 3, "seed": 0}
+
+
+def test_a_port_that_is_taken_is_a_sentence() -> None:
+    """And port 0 finds another one."""
+    with listen(0) as first, listen(0) as second:
+        assert port_of(first) != port_of(second)
+        with pytest.raises(ConfigError, match=f"port {port_of(first)} cannot be used"):
+            listen(port_of(first))
+
+
+def test_the_socket_hears_the_loopback_alone() -> None:
+    """Every other address of this machine is refused."""
+    with listen(0) as listening:
+        assert listening.getsockname()[0] == "127.0.0.1"
+        assert listening.family == socket.AF_INET
+        socket.create_connection(("127.0.0.1", port_of(listening)), 5).close()
+        with pytest.raises(OSError):
+            socket.create_connection(("127.0.0.2", port_of(listening)), 5)
+
+
+def test_a_closed_page_ends_its_search(run_page: Run) -> None:
+    """Eight steps of half a second are given up soon after the reader has gone."""
+    running = run_page(FadingSearcher(pause=0.5), Reader(SIZE, lambda: Known(1)))
+    with running.client() as client:
+        photo = client.post("/photo", content=photo_bytes()).json()["photo"]
+        with client.stream("POST", "/search", json=wish(photo)) as stream:
+            next(stream.iter_lines())
+            assert SEARCH in threads()
+        closed = time.monotonic()
+        while SEARCH in threads():
+            assert time.monotonic() - closed < 2
+            time.sleep(0.05)
+
+
+def threads() -> set[str]:
+    """The names of what runs in this process."""
+    return {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs files in memory, which Linux has")
+def test_a_decoder_that_dies_is_a_sentence_and_the_next_photo_is_read() -> None:
+    """Photos are decoded in another process, so that a hostile one ends that one alone."""
+    reader = Reader(SIZE, lambda: Known(1))
+    try:
+        reader.read(photo_bytes())
+        assert reader.child is not None
+        os.kill(reader.child, signal.SIGKILL)
+        time.sleep(0.1)
+        assert reader.read(photo_bytes()).found == 1
+    finally:
+        reader.close()
+    assert reader.child is None
+
+
+def test_the_command_listens_on_a_free_port_of_this_computer_and_ends_with_ctrl_c() -> None:
+    """It prints the address, answers there, and says that it forgot everything."""
+    command = [sys.executable, "-m", "fedface.cli", "page"]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert started.stdout is not None
+        found = re.fullmatch(r"open http://127\.0\.0\.1:(\d+)/\n", started.stdout.readline())
+        assert found is not None
+        running = Running(int(found[1]))
+        with running.client() as client:
+            assert client.get("/about").json()["size"] == 32
+            assert client.get("/", headers={"host": "evil.example"}).status_code == 403
+        assert listening_at(running.port) == {"0100007F"}
+        started.send_signal(signal.SIGINT)
+        rest, errors = started.communicate(timeout=30)
+        assert started.returncode == 0 and errors == ""
+        assert rest.endswith("ended; photos and faces are forgotten\n")
+    finally:
+        started.kill()
+        started.wait()
+
+
+def listening_at(port: int) -> set[str]:
+    """The IPv4 addresses, in the kernel's hexadecimal, at which something listens at a port; none over IPv6."""
+    if not os.path.exists("/proc/net/tcp"):
+        return {"0100007F"}
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        if os.path.exists(table):
+            rows = [line.split() for line in open(table, encoding="ascii").readlines()[1:]]
+            found |= {
+                row[1].split(":")[0] for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")
+            }
+    return found
+
+
+@pytest.mark.parametrize("option", ["--checkpoint", "--detector"])
+def test_a_file_that_is_not_there_ends_the_command_before_the_page_is_served(
+    option: str, tmp_path: Path
+) -> None:
+    """Its name is in the sentence."""
+    with pytest.raises(FedfaceError, match="nowhere"):
+        get_command(app)(["web", option, str(tmp_path / "nowhere")], standalone_mode=False)
