@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from metrics_drawn import CLIP, CONFIG, DARK, LIGHT, drawn, even, members, read, total_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from metrics_drawn import CLIP, CONFIG, DARK, LIGHT, drawn, even, members, read, total_of
 from torch import Tensor
 
 from fedface.audits.dp_metrics import (
