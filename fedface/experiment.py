@@ -124,7 +124,7 @@ class SyntheticProbe:
 
     def __post_init__(self) -> None:
         if self.per_group < 2:
-            raise ValueError(f"each must be at least 2, got {self.per_group}")
+            raise ValueError(f"per_group must be at least 2, got {self.per_group}")
         if self.light_fraction is not None and not 0 <= self.light_fraction <= 1:
             raise ValueError(f"light_fraction must lie in [0, 1], got {self.light_fraction}")
 
@@ -141,7 +141,7 @@ class LabelledProbe:
 
     def __post_init__(self) -> None:
         if self.per_group < 2:
-            raise ValueError(f"each must be at least 2, got {self.per_group}")
+            raise ValueError(f"per_group must be at least 2, got {self.per_group}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +185,7 @@ class EvaluationConfig:
     metrics: LocalMetricsConfig = field(default_factory=LocalMetricsConfig)
 
     def __post_init__(self) -> None:
-        for name in ("share", "holdout_fraction"):
+        for name in ("epsilon_fraction", "holdout_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in (0, 1), got {getattr(self, name)}")
         if not 0 < self.sampling_rate <= 1:
@@ -270,7 +270,7 @@ class Experiment:
             most = each / self.devices.photos_per_device
             if promise.delta >= most:
                 raise ValueError(
-                    f"promise: delta must lie below 1 / {promise.unit}s of a device = {most:g}, "
+                    f"privacy: delta must lie below 1 / {promise.unit}s of a device = {most:g}, "
                     f"got {format_delta(promise.delta)}"
                 )
         if promise.unit == "library":

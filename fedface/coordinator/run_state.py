@@ -26,8 +26,8 @@ def weights_path(folder: Path, round: int) -> Path:
 
 _PARTS: dict[str, type[Any]] = {
     "rounds": RoundRecord,
-    "left": WithdrawalRecord,
-    "private": DeviceMetricsRecord,
+    "withdrawals": WithdrawalRecord,
+    "device_metrics": DeviceMetricsRecord,
 }
 
 

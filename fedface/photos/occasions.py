@@ -50,7 +50,7 @@ class OccasionRule:
             raise ValueError(f"radius_km must be > 0, got {self.radius_km}")
         if not 0 <= self.max_fingerprint_distance <= FINGERPRINT_BITS:
             raise ValueError(
-                f"alike must lie in [0, {FINGERPRINT_BITS}] bits, got {self.max_fingerprint_distance}"
+                f"max_fingerprint_distance must lie in [0, {FINGERPRINT_BITS}] bits, got {self.max_fingerprint_distance}"
             )
         if self.undated not in ("by-folder", "alone"):
             raise ValueError(f'undated must be "by-folder" or "alone", got {self.undated!r}')

@@ -97,7 +97,7 @@ class TransmissionLog:
             ValueError: An update or figures without the entry that paid.
         """
         if what not in get_args(TransmissionKind):
-            raise ValueError(f"what must be one of {', '.join(get_args(TransmissionKind))}, got {what!r}")
+            raise ValueError(f"kind must be one of {', '.join(get_args(TransmissionKind))}, got {what!r}")
         if round < 0:
             raise ValueError(f"round must be >= 0, got {round}")
         if entry is None and what in ("update", "figures"):

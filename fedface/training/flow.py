@@ -68,7 +68,7 @@ class FlowTrainingConfig:
         if not 1 <= self.noise_draws <= _EVALUATIONS_AT_ONCE:
             raise ValueError(f"noise_draws must lie in [1, {_EVALUATIONS_AT_ONCE}], got {self.noise_draws}")
         if not 0 < self.max_time <= 1:
-            raise ValueError(f"latest must lie in (0, 1], got {self.max_time}")
+            raise ValueError(f"max_time must lie in (0, 1], got {self.max_time}")
         check_descent(
             lr=self.lr,
             lr_noise_threshold=self.lr_noise_threshold,

@@ -54,7 +54,7 @@ class EncoderPretrainConfig:
         for name in ("light_fraction", "dark_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in (0, 1), got {getattr(self, name)}")
-        for name in ("spread", "latent_weight"):
+        for name in ("latent_std", "latent_weight"):
             if not 0 <= getattr(self, name) <= 10:
                 raise ValueError(f"{name} must lie in [0, 10], got {getattr(self, name)}")
         if not 0 < self.learning_rate < 1:

@@ -85,11 +85,11 @@ class GuidedFlowConfig:
     workers: int = 1  # >= 1, threads, each with faces of its own
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 2), ("solves", 1), ("faces_at_once", 1), ("workers", 1)):
+        for name, least in (("steps", 2), ("cg_steps", 1), ("faces_at_once", 1), ("workers", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
         if not 0 <= self.noise_std < math.inf:
-            raise ValueError(f"spread must be finite and >= 0, got {self.noise_std}")
+            raise ValueError(f"noise_std must be finite and >= 0, got {self.noise_std}")
         if not 0 < self.data_std < math.inf:
             raise ValueError(f"data_std must be finite and > 0, got {self.data_std}")
         if not 0 <= self.churn <= 1:

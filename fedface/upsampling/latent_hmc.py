@@ -87,22 +87,29 @@ class HmcConfig:
     workers: int = 1  # >= 1, threads, each with chains of its own
 
     def __post_init__(self) -> None:
-        counts = (("levels", 1), ("moves", 1), ("final", 0), ("leaps", 1), ("rank", 0))
+        counts = (
+            ("noise_levels", 1),
+            ("transitions", 1),
+            ("final_transitions", 0),
+            ("leapfrog_steps", 1),
+            ("rank", 0),
+        )
         for name, least in (*counts, ("faces_at_once", 1), ("workers", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
-        for name in ("start", "step"):
+        for name in ("start_std", "step"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and > 0, got {getattr(self, name)}")
         if not 0 <= self.noise_std < math.inf:
-            raise ValueError(f"spread must be finite and >= 0, got {self.noise_std}")
+            raise ValueError(f"noise_std must be finite and >= 0, got {self.noise_std}")
         if self.correction == "none" and (self.leapfrog_steps, self.rank, self.final_transitions) != (
             1,
             0,
             0,
         ):
             raise ValueError(
-                f"correction none goes with leaps 1, rank 0 and final 0, got {self.leapfrog_steps}, {self.rank}, {self.final_transitions}"
+                f"correction none needs leapfrog_steps 1, rank 0 and final_transitions 0, got "
+                f"{self.leapfrog_steps}, {self.rank}, {self.final_transitions}"
             )
 
     @property
