@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 import tomllib
 from pathlib import Path
 
@@ -63,12 +64,11 @@ def test_the_servers_bundle_does_not_carry_the_code_that_guards_a_device() -> No
 
 def test_every_foreign_library_is_declared() -> None:
     """What fedface imports is what its project depends on."""
+    project = PROJECT["project"]
+    extras = (project["optional-dependencies"][extra] for extra in ("reports", "web", "yunet"))
     declared = {
-        name.split("[")[0].split("=")[0].split(">")[0].split("<")[0].strip().lower().replace("-", "_")
-        for name in [
-            *PROJECT["project"]["dependencies"],
-            *PROJECT["project"]["optional-dependencies"]["yunet"],
-        ]
+        re.split(r"[\[=<>]", name)[0].strip().lower().replace("-", "_")
+        for name in [*project["dependencies"], *(name for extra in extras for name in extra)]
     }
     for wanted in (
         "cryptography", "dlib_bin", "dp_accounting", "fastapi", "flwr", "jaxtyping", "jinja2", "matplotlib", "numpy",
