@@ -23,10 +23,9 @@ from fedface.privacy.ledger import FORM as LEDGER
 from fedface.privacy.ledger import Entry
 from fedface.privacy.policy import EVALUATION
 from fedface.privacy.privacy_target import format_delta
+from fedface.privacy.spending import MOMENTS, TransmissionPrice, format_epsilon, price_of, totals, unit_of
 from fedface.privacy.transmission_log import FORM as JOURNAL
 from fedface.privacy_units import UNITS, Unit
-from fedface.reports.device_log import MOMENTS, TransmissionPrice, price_of, promised, totals
-from fedface.reports.device_log_text import shown
 
 device = typer.Typer(help="For the owner of a device.", no_args_is_help=True, rich_markup_mode=None)
 ledger = typer.Typer(help="What a device has spent.", no_args_is_help=True, rich_markup_mode=None)
@@ -82,7 +81,7 @@ class _Asked:
         """
         if self.unit is not None:
             return self.unit
-        units = [unit for unit in UNITS if any(promised(entry) == unit for entry in entries)]
+        units = [unit for unit in UNITS if any(unit_of(entry) == unit for entry in entries)]
         if len(units) > 1:
             raise ConfigError(
                 f"{self.ledger.path}: its entries promise for several units ({', '.join(units)}); say whose price is "
@@ -188,7 +187,7 @@ def _table(
         again = f" (attempt {entry.attempt})" if entry.attempt > 1 else ""
         words = (
             entry.number, entry.written[:16].replace("T", " "), entry.run,
-            f"{entry.round}{again}", _released(entry), promised(entry), _noise(marks.get("noise_multiplier")),
+            f"{entry.round}{again}", _released(entry), unit_of(entry), _noise(marks.get("noise_multiplier")),
             _bounds(alone[entry.number]), _bounds(so_far[entry.number]) if entry.number in so_far else "",
         )  # fmt: skip
         table.add_row(*(cell(word) for word in words))
@@ -201,7 +200,7 @@ def _noise(noted: str | None) -> str:
 
 def _bounds(price: TransmissionPrice) -> str:
     low, estimate, high = (
-        shown(value) for value in (price.bounds.lower, price.bounds.estimate, price.bounds.upper)
+        format_epsilon(value) for value in (price.bounds.lower, price.bounds.estimate, price.bounds.upper)
     )
     return estimate if low == high else f"{estimate} ({low} to {high})"
 

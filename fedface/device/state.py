@@ -25,9 +25,9 @@ from fedface.photos.photo_index import default_cache
 from fedface.privacy import ledger, transmission_log
 from fedface.privacy.hash_chain import ChainSchema, Head
 from fedface.privacy.ledger import Entry, Ledger
+from fedface.privacy.spending import line_record, payments, price_of
 from fedface.privacy.transmission_log import Transmission, TransmissionLog, Withdrawal
 from fedface.privacy_units import Unit
-from fedface.reports.device_log import line_record, payments, price_of
 
 Store = TypeVar("Store", Ledger, TransmissionLog)
 Line = TypeVar("Line")

@@ -16,8 +16,8 @@ from fedface.device.state import DeviceState
 from fedface.errors import ConfigError, LedgerError
 from fedface.messages.messages import metrics_ledger_key
 from fedface.privacy.ledger import Entry, Ledger
+from fedface.privacy.spending import TransmissionPrice, price_of
 from fedface.privacy.transmission_log import Withdrawal
-from fedface.reports.device_log import TransmissionPrice, price_of
 
 NOT_FOUND = "not found (was the device run as another user?)"
 

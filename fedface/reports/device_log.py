@@ -20,47 +20,29 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from fedface.errors import LedgerError, PrivacyError
-from fedface.privacy.accounting import EpsilonBounds, compose, epsilon_of, event_from_json
-from fedface.privacy.adjacency import convert_unit
 from fedface.privacy.budget import Budget
-from fedface.privacy.ledger import MAX_PERIOD, Entry
+from fedface.privacy.ledger import Entry
 from fedface.privacy.policy import DevicePolicy
-from fedface.privacy.privacy_target import format_delta
+from fedface.privacy.spending import (
+    TransmissionPrice,
+    at_delta_and_unit,
+    belongs_to,
+    format_epsilon,
+    line_record,
+    payments,
+    price_of,
+    spending_curve,
+    spent_against,
+)
 from fedface.privacy.transmission_log import OF_FIGURES, RESENT, Transmission, Withdrawal
-from fedface.privacy_units import UNITS, Unit, unit_in_words
+from fedface.privacy_units import unit_in_words
 from fedface.reports import device_log_text, formatting
-from fedface.reports.device_log_text import moment, shown
+from fedface.reports.device_log_text import moment
 
 TEMPLATE = Path(__file__).with_name("device_log.html")
 MOMENTS = 24  # how often a total is computed for a table or a curve; each takes about a second
 MINUS = "\N{MINUS SIGN}"  # a line does not break after it
 WIDE, HIGH = 344.0, 120.0  # of the plot, in units of the page's SVG
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransmissionPrice:
-    """An epsilon with what it needs to mean something."""
-
-    bounds: EpsilonBounds
-    delta: float
-    unit: Unit
-
-    def in_words(self) -> str:
-        """The estimate, its bounds, delta and unit, as one phrase."""
-        where = _where(self.delta, self.unit)
-        if math.isinf(self.bounds.upper):
-            return f"epsilon infinite: nothing bounds it {where}"
-        if self.bounds.upper == 0:
-            return f"epsilon 0 {where}"
-        low, estimate, high = (shown(end) for end in asdict(self.bounds).values())
-        return f"epsilon {estimate} (between {low} and {high}) {where}"
-
-    def record(self) -> dict[str, float | str]:
-        """For JSON, which knows no infinity: "infinite" stands for it."""
-        ends = asdict(self.bounds).items()
-        numbers = {key: "infinite" if math.isinf(value) else value for key, value in ends}
-        return {**numbers, "delta": self.delta, "unit": self.unit}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,13 +101,13 @@ class BudgetStatus:
     @property
     def at(self) -> str:
         """At which delta and of which unit it counts."""
-        return _where(self.budget.delta, self.budget.unit)
+        return at_delta_and_unit(self.budget.delta, self.budget.unit)
 
     def in_words(self) -> str:
         """Spent, allowed and left, in two sentences."""
         return (
             f"Spent {'so far' if self.budget.days is None else f'in the last {self.budget.days:g} days'}: "
-            f"{self.spent.in_words()}. Allowed {self.budget.period}: {self.budget.epsilon:g}; left: {shown(self.left)}."
+            f"{self.spent.in_words()}. Allowed {self.budget.period}: {self.budget.epsilon:g}; left: {format_epsilon(self.left)}."
         )
 
 
@@ -222,10 +204,12 @@ def make_log(
         told=tuple(told),
         entries=tuple(entries),
         budgets=tuple(
-            BudgetStatus(budget=limit, spent=_spent(entries, limit, now)) for limit in policy.budgets
+            BudgetStatus(budget=limit, spent=spent_against(entries, limit, now)) for limit in policy.budgets
         ),
         unsent=tuple(
-            entry for entry in entries if entry.number not in numbers and (run is None or _asked(entry, run))
+            entry
+            for entry in entries
+            if entry.number not in numbers and (run is None or belongs_to(entry, run))
         ),
         withdrawn=withdrawn,
         bare=sum(_is_bare(each.line, paid) for each in told),
@@ -239,87 +223,6 @@ def _is_bare(line: Transmission | Withdrawal, paid: Mapping[int, Entry]) -> bool
     return bool(json.loads(paid[line.number].metadata).get("noise_at") == "server")
 
 
-def line_record(line: Transmission | Withdrawal) -> dict[str, Any]:
-    """A line of the journal for JSON; "line" says which kind it is."""
-    return {"line": "sent" if isinstance(line, Transmission) else "withdrawn", **asdict(line)}
-
-
-def payments(lines: Sequence[Transmission | Withdrawal], entries: Sequence[Entry]) -> dict[int, Entry]:
-    """The entry that paid for each line of the journal that names one, by the line's number.
-
-    Raises:
-        LedgerError: The ledger has no such entry, or it is of another run or round, or it paid for two answers.
-    """
-    by_number = {entry.number: entry for entry in entries}
-    paid = {}
-    answers: dict[int, str] = {}
-    for line in lines:
-        if not isinstance(line, Transmission) or line.entry is None:
-            continue
-        entry = by_number.get(line.entry)
-        if entry is None or entry.round != line.round or not _asked(entry, line.run):
-            raise LedgerError(
-                f"line {line.number} of the journal says that entry {line.entry} paid for round {line.round} of "
-                f"{line.run}; the ledger has no such entry. Restore both files from one moment"
-            )
-        if answers.setdefault(line.entry, line.digest_of_payload) != line.digest_of_payload:
-            raise LedgerError(
-                f"entry {line.entry} of the ledger pays for one answer, and the journal knows two different ones (the "
-                f"second in line {line.number}): the ledger was put back in between. Treat these photos as spent more "
-                "than it says"
-            )
-        paid[line.number] = entry
-    return paid
-
-
-def price_of(entries: Sequence[Entry], *, delta: float, unit: Unit) -> TransmissionPrice:
-    """What some entries cost together for one unit.
-
-    Raises:
-        LedgerError: One cannot be priced.
-    """
-    seen: dict[tuple[str, Unit], Any] = {}
-    try:
-        for entry in entries:
-            if (key := (entry.event, promised(entry))) not in seen:
-                seen[key] = convert_unit(event_from_json(entry.event), source=key[1], target=unit)
-        together = compose([seen[entry.event, promised(entry)] for entry in entries])
-        return TransmissionPrice(bounds=epsilon_of(together, delta), delta=delta, unit=unit)
-    except PrivacyError as error:
-        raise LedgerError(f"the ledger holds an event that cannot be priced: {error}") from error
-
-
-def totals(
-    entries: Sequence[Entry], *, delta: float, unit: Unit, most: int | None = MOMENTS
-) -> dict[int, TransmissionPrice]:
-    """What the first entries cost together, by the number of the last of them; at `most` of them, always the last."""
-    return {
-        entries[i].number: price_of(entries[: i + 1], delta=delta, unit=unit)
-        for i in _spread(len(entries), most)
-    }
-
-
-def promised(entry: Entry) -> Unit:
-    """What the entry's run promises for; entries from before there was a choice mean one photo."""
-    said = json.loads(entry.metadata).get("unit", "photo")
-    for unit in UNITS:
-        if unit == said:
-            return unit
-    raise LedgerError(f"entry {entry.number} of the ledger names an unknown unit {said!r}; update fedface")
-
-
-def spending_curve(entries: Sequence[Entry], limit: Budget, now: datetime) -> list[tuple[datetime, float]]:
-    """When the upper bound that counts against a limit became what; ends now, has at most MOMENTS + 1 points."""
-    times = [entry.time for entry in entries]
-    if limit.days is not None:
-        # An entry that is as old as the period still counts; a second later it does not.
-        over = timedelta(days=min(limit.days, MAX_PERIOD), seconds=1)
-        times = sorted([*times, *(time + over for time in times if time + over < now)])
-    chosen = [times[i] for i in _spread(len(times), MOMENTS)]
-    then = [(at, [entry for entry in entries if entry.time <= at]) for at in chosen]
-    return [(at, _spent(known, limit, at).bounds.upper) for at, known in [*then, (now, entries)]]
-
-
 def render(log: DeviceLog) -> str:
     """The page as HTML text; takes about a second for each point of its curves."""
     source = TEMPLATE.read_text(encoding="utf-8")
@@ -328,7 +231,9 @@ def render(log: DeviceLog) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(
-        size=formatting.size, shown=shown, whole=lambda words: re.sub(r"(?<=\de)-(?=\d)", MINUS, words)
+        size=formatting.size,
+        shown=format_epsilon,
+        whole=lambda words: re.sub(r"(?<=\de)-(?=\d)", MINUS, words),
     )
     life = log.budgets[0]
     return environment.from_string(source).render(
@@ -372,26 +277,3 @@ def _chart(entries: Sequence[Entry], budget: BudgetStatus, now: datetime) -> dic
         "from": f"{first.day} {first:%B} {first.strftime(detail)}",
         "to": f"{last.day} {last:%B} {last.strftime(detail)}",
     }
-
-
-def _spent(entries: Sequence[Entry], limit: Budget, now: datetime) -> TransmissionPrice:
-    """What counts against a limit now."""
-    since = None if limit.days is None else now - timedelta(days=min(limit.days, MAX_PERIOD))
-    counted = [entry for entry in entries if since is None or entry.time >= since]
-    return price_of(counted, delta=limit.delta, unit=limit.unit)
-
-
-def _where(delta: float, unit: Unit) -> str:
-    return f"at delta {format_delta(delta)}, per {unit}"
-
-
-def _spread(count: int, most: int | None) -> list[int]:
-    """At most so many of `count` positions, evenly, the first and the last among them."""
-    if most is None or count <= most:
-        return list(range(count))
-    return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
-
-
-def _asked(entry: Entry, run: str) -> bool:
-    """Whether a run asked for an entry: what it asks beside its updates is booked under its name and a slash."""
-    return entry.run == run or entry.run.startswith(f"{run}/")

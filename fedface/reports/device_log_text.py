@@ -5,7 +5,6 @@ Called from reports/device_log.py (the page) and cli/device_log.py (the terminal
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
@@ -86,14 +85,6 @@ def not_covered(bare: int) -> list[str]:
         "the report later, if the server added the noise and forgot what it was sent"
     )
     return [*([server] if bare else []), *_NOT_COVERED]
-
-
-def shown(value: float) -> str:
-    """An epsilon to read: three places, more where it is small."""
-    if value in (0, math.inf):
-        return "no bound" if value else "0"
-    places = 3 if value >= 0.1 else min(9, 2 - math.floor(math.log10(value)))
-    return f"{value:,.{places}f}"
 
 
 def moment(written: str) -> str:

@@ -20,10 +20,10 @@ from fedface.privacy.adjacency import convert_unit
 from fedface.privacy.ledger import Entry, Ledger
 from fedface.privacy.mechanism import ClippedSum, Event, GaussianSum
 from fedface.privacy.policy import DevicePolicy, Period
+from fedface.privacy.spending import MOMENTS, format_epsilon, price_of, spending_curve, totals
 from fedface.privacy.transmission_log import Transmission, TransmissionLog, Withdrawal
 from fedface.reports import device_log, device_log_text
-from fedface.reports.device_log import MOMENTS, DeviceLog, make_log, price_of, render, spending_curve, totals
-from fedface.reports.device_log_text import shown
+from fedface.reports.device_log import DeviceLog, make_log, render
 
 START = datetime(2026, 3, 1, 21, 4, tzinfo=UTC)
 POLICY = DevicePolicy(max_epsilon=8, delta=1e-6, periods=(Period(days=30, epsilon=2),))
@@ -224,7 +224,7 @@ def test_json_knows_no_infinity(books: Books) -> None:
     ("value", "words"), [(0, "0"), (9.27812, "9.278"), (0.000421333, "0.000421"), (math.inf, "no bound")]
 )
 def test_an_epsilon_is_written_with_places_enough(value: float, words: str) -> None:
-    assert shown(value) == words
+    assert format_epsilon(value) == words
 
 
 def busy(books: Books) -> DeviceLog:
