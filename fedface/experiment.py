@@ -31,12 +31,12 @@ from fedface.models.checkpoint import (
     load_super_resolution,
 )
 from fedface.models.model import (
-    EncoderModel,
-    FlowModel,
-    GanModel,
+    EncoderArchitecture,
+    FlowArchitecture,
+    GanArchitecture,
     Model,
-    StyleEncoderModel,
-    SuperResolutionModel,
+    StyleEncoderArchitecture,
+    SuperResolutionArchitecture,
 )
 from fedface.photos.client_partition import ByGroup, Dirichlet, Even
 from fedface.privacy.plan import DPParameters, Plan, Schedule, make_plan
@@ -352,26 +352,31 @@ class Experiment:
         """How probes are made large again with this model."""
         return default_method(model) if self.upsampling.method is None else self.upsampling.method
 
-    def start(self) -> GanModel | EncoderModel | FlowModel | StyleEncoderModel | SuperResolutionModel:
+    def start(self) -> Model:
         """The model before the first round, of the family that this way of training needs.
 
         Raises:
             WeightsError: The checkpoint cannot be read, or is of another family.
             ConfigError: Its pictures cannot be shrunk as `upsampling` says.
         """
-        model: GanModel | EncoderModel | FlowModel | StyleEncoderModel | SuperResolutionModel
         match self.training:
             case GanTrainingConfig():
-                model = load_gan() if self.base is None else load_as(self.base, GanModel)
+                model = load_gan() if self.base is None else load_as(self.base, GanArchitecture)
             case PriorTrainingConfig():
-                model = load_encoder() if self.base is None else load_as(self.base, EncoderModel)
+                model = load_encoder() if self.base is None else load_as(self.base, EncoderArchitecture)
             case FlowTrainingConfig():
-                model = load_flow() if self.base is None else load_as(self.base, FlowModel)
+                model = load_flow() if self.base is None else load_as(self.base, FlowArchitecture)
             case UpsamplerTrainingConfig(learner="style-encoder"):
-                model = load_style_encoder() if self.base is None else load_as(self.base, StyleEncoderModel)
+                model = (
+                    load_style_encoder()
+                    if self.base is None
+                    else load_as(self.base, StyleEncoderArchitecture)
+                )
             case UpsamplerTrainingConfig():
                 model = (
-                    load_super_resolution() if self.base is None else load_as(self.base, SuperResolutionModel)
+                    load_super_resolution()
+                    if self.base is None
+                    else load_as(self.base, SuperResolutionArchitecture)
                 )
             case _:
                 assert_never(self.training)

@@ -19,8 +19,8 @@ from fedface.coordinator.run_folder import locked
 from fedface.device.client import handle_task
 from fedface.errors import FedfaceError
 from fedface.models.checkpoint import flatten_parameters, save_model
-from fedface.models.model import GeneratorModel
-from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
+from fedface.models.model import GeneratorArchitecture, build_model
+from fedface.models.stylegan2 import StyleGAN2Config
 from fedface.photos.image_io import write_png
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
@@ -359,7 +359,9 @@ def test_training_does_not_begin_for_a_file_that_cannot_be_written(  # type: ign
 def test_an_encoder_is_not_begun_for_a_generator_with_classes(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Such a generator needs a label beside the latent, which no encoder names."""
     config = StyleGAN2Config(size=8, latent_width=4, style_width=4, channel_base=32, channel_max=4, classes=2)
-    save_model(tmp_path / "a.safetensors", GeneratorModel(StyleGAN2(config, torch.Generator()), {}))
+    save_model(
+        tmp_path / "a.safetensors", build_model(GeneratorArchitecture(generator=config), torch.Generator())
+    )
     said = sentence(
         fedface("pretrain", "encoder", "--checkpoint", "a.safetensors", "--step-fraction", "0.0001")
     )

@@ -19,7 +19,7 @@ from tiny import tiny_gan
 from fedface import cli
 from fedface.errors import WeightsError
 from fedface.models.checkpoint import load_model, save_model, weights_hash
-from fedface.models.model import GeneratorModel
+from fedface.models.model import GeneratorArchitecture, build_model
 from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
 
 
@@ -73,7 +73,9 @@ def test_an_imported_file_is_described_and_kept(weights, tmp_path: Path) -> None
         assert words in out, words
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     kept = load_model(tmp_path / "new/a.safetensors")
-    assert isinstance(kept, GeneratorModel) and weights_hash(*kept.modules()) == weights_hash(generator)
+    assert isinstance(kept.architecture, GeneratorArchitecture) and weights_hash(
+        *kept.modules()
+    ) == weights_hash(generator)
     assert kept.notes["file"] == "a.pt" and len(kept.notes["sha256"]) == 64
     told = json.loads(weights("import", "a.pt", "--out", "b.safetensors", "--json")[1])
     assert told["hash"] == weights_hash(generator) and told["ignored"] == ["step"]
@@ -110,7 +112,9 @@ def test_a_generator_with_classes_draws_each(weights, tmp_path: Path) -> None:  
     config = StyleGAN2Config(
         size=8, latent_width=4, style_width=4, mapping_layers=1, channel_base=32, channel_max=4, classes=2
     )
-    save_model(tmp_path / "a.safetensors", GeneratorModel(StyleGAN2(config, torch.Generator()), {}))
+    save_model(
+        tmp_path / "a.safetensors", build_model(GeneratorArchitecture(generator=config), torch.Generator())
+    )
     words = ("sample", "a.safetensors", "--out", "a.png", "--count", "1")
     assert weights(*words)[0] == 0 and weights(*words, "--label", "1")[0] == 0
     code, out, err = weights(*words, "--label", "2")

@@ -20,11 +20,10 @@ from fedface.models.model import (
     EncoderArchitecture,
     FlowArchitecture,
     GanArchitecture,
-    GanModel,
+    Model,
     StyleEncoderArchitecture,
     SuperResolutionArchitecture,
     build_model,
-    new_gan,
 )
 from fedface.models.rectified_flow import FlowConfig
 from fedface.models.style_encoder import StyleEncoderNetworkConfig
@@ -63,9 +62,10 @@ base: BASE
 """
 
 
-def tiny_gan(name: str = "tiny") -> GanModel:
+def tiny_gan(name: str = "tiny") -> Model:
     """Networks of 16 px with random weights; equal names give equal weights."""
-    return new_gan(GENERATOR, DISCRIMINATOR, Streams(5).generator(name))
+    architecture = GanArchitecture(generator=GENERATOR, discriminator=DISCRIMINATOR)
+    return build_model(architecture, Streams(5).generator(name))
 
 
 ENCODER = LatentEncoderConfig(size=16, channel_base=64, channel_max=8)
@@ -144,7 +144,7 @@ def begun(experiment: Experiment, folder: Path) -> Path:
 
 
 def train_task(
-    experiment: Experiment, gan: GanModel, *, run: str = "tiny", round: int = 1, cohort: int = 2
+    experiment: Experiment, gan: Model, *, run: str = "tiny", round: int = 1, cohort: int = 2
 ) -> TrainTask:
     """What a coordinator asks in one round."""
     return TrainTask(

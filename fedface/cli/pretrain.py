@@ -18,21 +18,12 @@ from fedface.config import plain
 from fedface.errors import ConfigError
 from fedface.models.checkpoint import (
     check_place,
-    describe_family,
     load_gan,
     load_model,
     save_model,
     weights_hash,
 )
-from fedface.models.model import (
-    EncoderModel,
-    FlowModel,
-    GanModel,
-    GenerativeModel,
-    StyleEncoderModel,
-    SuperResolutionModel,
-    as_generative,
-)
+from fedface.models.model import EncoderArchitecture, Model
 from fedface.models.style_encoder import StyleEncoderNetworkConfig
 from fedface.models.stylegan2 import StyleGAN2
 from fedface.models.super_resolution import SuperResolutionNetworkConfig
@@ -115,9 +106,9 @@ def pretrain_encoder_command(
     """Train the encoder that finds a photo's latent, from a generator's own pictures; `prior-training` needs one."""
     check_place(out)
     full = EncoderPretrainConfig()
-    model: GenerativeModel = load_gan() if checkpoint is None else as_generative(load_model(checkpoint))
+    model = load_gan() if checkpoint is None else load_model(checkpoint)
     if not isinstance(model.generator, StyleGAN2):
-        raise ConfigError(f"{checkpoint}: wanted a StyleGAN2 generator, got {describe_family(model)}")
+        raise ConfigError(f"{checkpoint}: wanted a StyleGAN2 generator, got {model.architecture.description}")
     made = model.generator
     if made.config.classes:
         raise ConfigError(
@@ -142,7 +133,8 @@ def pretrain_encoder_command(
         "seconds": round(time.monotonic() - started),
         "threads": torch.get_num_threads(),
     }
-    _keep(out, EncoderModel(made, encoder, notes))
+    architecture = EncoderArchitecture(generator=made.config, encoder=encoder.config)
+    _keep(out, Model(architecture, {"generator": made, "encoder": encoder}, notes))
 
 
 @pretrain.command("style-encoder")
@@ -158,11 +150,11 @@ def pretrain_style_encoder_command(
 ) -> None:
     """Train the style encoder from drawn faces: a photo of few pixels to a face of a generator, in one pass."""
     check_place(out)
-    model: GenerativeModel = load_gan() if checkpoint is None else as_generative(load_model(checkpoint))
+    model = load_gan() if checkpoint is None else load_model(checkpoint)
     made = model.generator
     if not isinstance(made, StyleGAN2) or made.config.classes:
         raise ConfigError(
-            f"{checkpoint}: wanted a StyleGAN2 generator without classes, got {describe_family(model)}"
+            f"{checkpoint}: wanted a StyleGAN2 generator without classes, got {model.architecture.description}"
         )
     shape = StyleEncoderNetworkConfig(
         side=made.size // 2, style_inputs=made.style_inputs, style_width=made.config.style_width
@@ -216,9 +208,7 @@ def _report() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
         yield progress
 
 
-def _keep(
-    out: Path, model: GanModel | FlowModel | EncoderModel | StyleEncoderModel | SuperResolutionModel
-) -> None:
+def _keep(out: Path, model: Model) -> None:
     save_model(out, model)
     console.print(f"wrote {out} ({model.notes['seconds']} s)", highlight=False)
 
@@ -230,7 +220,7 @@ def base_sheet(
     seed: Annotated[int, typer.Option(min=0)] = 1,
 ) -> None:
     """Draw a sheet of samples of a checkpoint, and count their skin tones."""
-    model: GenerativeModel = load_gan() if generator is None else as_generative(load_model(generator))
+    model = load_gan() if generator is None else load_model(generator)
     tones = tone_histogram(model.generator.sample(1000, torch.Generator().manual_seed(seed + 1)))
     for step, (count, share) in enumerate(zip(tones.counts, tones.shares, strict=True), start=1):
         bar = "#" * round(100 * share.estimate)

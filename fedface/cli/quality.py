@@ -21,7 +21,6 @@ from fedface.audits.sample_quality import quality as measure_quality
 from fedface.cli.console import JsonOption, console, progress_bars
 from fedface.errors import ConfigError
 from fedface.models.checkpoint import load_gan, load_model, weights_hash
-from fedface.models.model import GenerativeModel, as_generative
 from fedface.photos.labelled_faces import read_face_folder
 from fedface.randomness import Streams
 from fedface.synthetic.faces import render_people
@@ -51,18 +50,19 @@ def evaluate(
     json_out: JsonOption = False,
 ) -> None:
     """Measure a checkpoint's samples: kernel and Frechet distance, precision, recall, by tone group."""
-    model: GenerativeModel = load_gan() if checkpoint is None else as_generative(load_model(checkpoint))
+    model = load_gan() if checkpoint is None else load_model(checkpoint)
+    generator = model.generator
     streams = Streams(seed).child("quality")
     source = _source(network, network_size, network_mean, network_std)
     with progress_bars() as bars:
         bars.stage("faces", 3)
-        real = render_people(count, light_fraction, model.generator.size, streams) if reference is None else read_face_folder(
-            reference, size=model.generator.size
+        real = render_people(count, light_fraction, model.size, streams) if reference is None else read_face_folder(
+            reference, size=model.size
         ).images  # fmt: skip
         if len(real) < 40:
             raise ConfigError(f"{reference}: wanted at least 40 faces to compare with, got {len(real)}")
         bars.advance(1)
-        made = model.generator.sample(count, streams.generator("samples"))
+        made = generator.sample(count, streams.generator("samples"))
         bars.advance(2)
         found = measure_quality(
             real, tone_groups(real), made, tone_groups(made), source, streams.numpy("quality")

@@ -35,7 +35,7 @@ from fedface.inference.pipeline import (
 )
 from fedface.models.checkpoint import load_model, weights_hash
 from fedface.models.generator_protocol import sample
-from fedface.models.model import FlowModel, Model, SuperResolutionModel
+from fedface.models.model import FlowArchitecture, Model, SuperResolutionArchitecture
 from fedface.photos.face_alignment import Detector
 from fedface.upsampling.degradation import Area, Bicubic, BicubicPulse, Degradation
 from fedface.upsampling.methods import METHODS, Method, default_method, pair_with_models, with_workers
@@ -152,10 +152,8 @@ def _hash(model: Model | None) -> str:
 def _tones(pairs: Sequence[tuple[Method, Model | None]]) -> ToneHistogram | None:
     """Of the first generator that is asked: what it never drew it cannot answer."""
     for _, model in pairs:
-        if (
-            model is not None
-            and not isinstance(model, SuperResolutionModel)
-            and not isinstance(model, FlowModel)
+        if model is not None and not isinstance(
+            model.architecture, SuperResolutionArchitecture | FlowArchitecture
         ):
             rng = torch.Generator().manual_seed(1)
             return tone_histogram(sample(model.generator, TONES if model.size <= 64 else 16, rng, batch=32))

@@ -17,7 +17,6 @@ from fedface.importing.import_weights import ImportedModel, import_file
 from fedface.importing.safe_pickle import sanitize_text
 from fedface.models.checkpoint import check_place, load_model, save_model
 from fedface.models.generator_protocol import Generator, sample
-from fedface.models.model import as_generative
 from fedface.models.model_summary import ModelSummary, format_summary, summarize
 from fedface.models.stylegan2 import ClassConditioned, StyleGAN2
 from fedface.reports.charts import face_grid
@@ -111,7 +110,7 @@ def weights_sample(
     psis = tuple(psi or (0.7, 1.0))
     with progress_bars() as bars:
         bars.stage("drawing samples", 0)
-        picture = sheet_of(as_generative(model).generator, count=count, psis=psis, seed=seed, label=label)
+        picture = sheet_of(model.generator, count=count, psis=psis, seed=seed, label=label)
     out.write_bytes(picture)
     if json_out:
         told = {"hash": summarize(model).hash, "count": count, "psi": psis, "seed": seed, "label": label}

@@ -30,7 +30,7 @@ from fedface.coordinator.server_metrics import upsample_with
 from fedface.errors import ConfigError
 from fedface.experiment import Experiment, SyntheticDevices
 from fedface.models.checkpoint import load_model, weights_hash
-from fedface.models.model import Model, StyleEncoderModel, SuperResolutionModel
+from fedface.models.model import Model
 from fedface.photos.skin_tone import measure_tone
 from fedface.randomness import Streams
 from fedface.reports import comparison_charts, comparison_report, strict
@@ -204,7 +204,7 @@ def _sampled(model: Model, experiment: Experiment, count: int) -> Images:
 
     def draw(number: int) -> Images:
         rng = streams.generator(str(number))
-        if isinstance(model, StyleEncoderModel | SuperResolutionModel):
+        if model.is_upsampler:
             asked = _reference(experiment, model.size, count).asked[number * halves[0] :]
             return upsample_with(model, asked[: halves[number]], experiment.upsampling.downscale)
         return model.generator.sample(halves[number], rng)

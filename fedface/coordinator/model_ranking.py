@@ -28,14 +28,7 @@ from fedface.coordinator.rounds import ProgressListener
 from fedface.errors import ConfigError, FederationError, RunError
 from fedface.experiment import Experiment, metrics_dp_parameters
 from fedface.models.checkpoint import load_model, weights_hash
-from fedface.models.model import (
-    EncoderModel,
-    FlowModel,
-    GanModel,
-    Model,
-    StyleEncoderModel,
-    SuperResolutionModel,
-)
+from fedface.models.model import GeneratorArchitecture, Model
 from fedface.privacy.plan import DPParameters
 from fedface.privacy.privacy_target import PrivacyTarget
 from fedface.randomness import SecretNoise
@@ -62,9 +55,7 @@ def load_candidates(words: Sequence[str], experiment: Experiment) -> dict[str, M
         name = word if word == BASE else _name_of(Path(word))
         if name in models:
             raise ConfigError(f"two candidates are called {name}; rename one of the files")
-        if not isinstance(
-            model, GanModel | EncoderModel | FlowModel | StyleEncoderModel | SuperResolutionModel
-        ):
+        if isinstance(model.architecture, GeneratorArchitecture):
             raise ConfigError(
                 f"{word}: devices score models of families that they could also train, see docs"
             )

@@ -36,7 +36,7 @@ from fedface.coordinator.server_metrics import (
 from fedface.errors import ConfigError, RunError
 from fedface.experiment import Experiment, LabelledDevices, RemoteDevices, SyntheticDevices
 from fedface.models.checkpoint import load_model, save_model, weights_hash
-from fedface.models.model import Model, StyleEncoderModel, SuperResolutionModel
+from fedface.models.model import Model
 from fedface.privacy.plan import Plan
 from fedface.privacy.privacy_target import PrivacyTarget
 from fedface.privacy_units import PLURALS, unit_in_words
@@ -254,7 +254,7 @@ def _pictures(folder: Path, parts: _Parts, attacked: list[LeakageFinding]) -> di
     side = low.shape[-1]
     title = title_of(parts.before.method)
     shown = "What the generator draws before and after, from the same latents."
-    if isinstance(parts.base, StyleEncoderModel | SuperResolutionModel):
+    if parts.base.is_upsampler:
         shown = "What the network answers before and after, to the same faces, mixed like the devices'."
     drawn = {
         "faces": charts.face_grid(
@@ -315,7 +315,7 @@ def _notes(experiment: Experiment, plan: Plan, base: Model) -> tuple[str, ...]:
         "One run with one seed: another seed would give other figures within, and sometimes beyond, the intervals.",
         "The distance uses features that need no download; it cannot be compared with published FID figures.",
     ]
-    if isinstance(base, StyleEncoderModel | SuperResolutionModel):
+    if base.is_upsampler:
         notes.append(
             "An upsampler draws nobody by itself: samples are here its answers to shrunken faces mixed like the "
             "devices', and no person of a private photo was asked."

@@ -33,7 +33,7 @@ from fedface.audits.gradient_inversion import (
 from fedface.audits.group_metrics import mean_interval, rate_interval
 from fedface.experiment import AttackConfig, Experiment, UpsamplingConfig
 from fedface.models.checkpoint import weights_hash
-from fedface.models.model import Model, StyleEncoderModel, SuperResolutionModel
+from fedface.models.model import Model
 from fedface.photos.skin_tone import measure_tone
 from fedface.privacy.mechanism import GaussianSum
 from fedface.privacy.plan import Plan
@@ -69,14 +69,12 @@ class ReferenceSet:
             count: How many; an upsampler makes at most one of each face that it is asked.
             rng: Where a generator's latents are drawn from.
         """
-        if isinstance(model, StyleEncoderModel | SuperResolutionModel):
+        if model.is_upsampler:
             return upsample_with(model, self.asked[:count], self.downscale)
         return model.generator.sample(count, rng)
 
 
-def upsample_with(
-    model: StyleEncoderModel | SuperResolutionModel, faces: Images, downscale: Degradation
-) -> Images:
+def upsample_with(model: Model, faces: Images, downscale: Degradation) -> Images:
     """What an upsampler makes of faces (n, 3, s, s) that it is shown shrunken, clamped to [0, 1]."""
     low = downscale.apply(faces).clamp(0.0, 1.0)
     upsampler = make_upsampler(default_method(model), model, downscale, Streams(0), size=model.size)
@@ -168,11 +166,7 @@ def _asked(method: Method, model: Model | None) -> tuple[nn.Module, ...]:
     """The networks whose weights a method looks at."""
     if model is None or method in BASELINES:
         return ()
-    return (
-        (model.upsampler,)
-        if isinstance(model, StyleEncoderModel | SuperResolutionModel)
-        else (model.generator,)
-    )
+    return (model.upsampler if model.is_upsampler else model.generator,)
 
 
 @dataclass(frozen=True, kw_only=True)

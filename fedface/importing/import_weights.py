@@ -40,7 +40,8 @@ from fedface.importing.key_maps import (
 from fedface.importing.safe_pickle import sanitize_text
 from fedface.models.checkpoint import load_model
 from fedface.models.discriminator import Discriminator, DiscriminatorConfig
-from fedface.models.model import GanModel, GeneratorModel
+from fedface.models.model import GanArchitecture, GeneratorArchitecture, Model
+from fedface.models.rectified_flow import RectifiedFlow
 from fedface.models.stylegan1 import StyleGAN1, StyleGAN1Config
 from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
 
@@ -69,7 +70,7 @@ class ImportedModel:
     notes: Mapping[str, Any]  # the file's name and hash, and remarks, for the model's own notes
     ignored: tuple[str, ...]  # names of what was in the file and is not taken
 
-    def model(self) -> GanModel | GeneratorModel:
+    def model(self) -> Model:
         """A model that can be kept: with its discriminator where one was found, and alone otherwise.
 
         Raises:
@@ -80,13 +81,18 @@ class ImportedModel:
                 f"{self.notes['file']}: holds a discriminator alone; a model needs a generator"
             )
         if self.discriminator is None:
-            return GeneratorModel(self.generator, self.notes)
+            alone = GeneratorArchitecture(generator=self.generator.config)
+            return Model(alone, {"generator": self.generator}, self.notes)
         if isinstance(self.generator, StyleGAN1) or self.generator.size != self.discriminator.config.size:
             raise WeightsError(
                 f"{self.notes['file']}: its generator makes {self.generator.size} px and its discriminator judges "
                 f"{self.discriminator.config.size} px; they do not belong together"
             )
-        return GanModel(self.generator, self.discriminator, self.notes)
+        architecture = GanArchitecture(
+            generator=self.generator.config, discriminator=self.discriminator.config
+        )
+        networks = {"generator": self.generator, "discriminator": self.discriminator}
+        return Model(architecture, networks, self.notes)
 
 
 def import_file(path: Path, mapping: Path | None = None) -> ImportedModel:
@@ -127,13 +133,14 @@ def _digest(path: Path) -> str:
 
 def _ours(path: Path, notes: dict[str, Any]) -> ImportedModel:
     model = load_model(path)
-    if not isinstance(model, GanModel | GeneratorModel):
+    known = isinstance(model.architecture, GanArchitecture | GeneratorArchitecture)
+    generator = model.generator if known else None
+    if generator is None or isinstance(generator, RectifiedFlow):
         raise WeightsError("is a model of fedface already; use it as it is")
-    discriminator = model.discriminator if isinstance(model, GanModel) else None
     return ImportedModel(
         kind="fedface",
-        generator=model.generator,
-        discriminator=discriminator,
+        generator=generator,
+        discriminator=model.discriminator if isinstance(model.architecture, GanArchitecture) else None,
         notes={**model.notes, **notes},
         ignored=(),
     )

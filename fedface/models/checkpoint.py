@@ -10,7 +10,6 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,13 +22,12 @@ from fedface.errors import ConfigError, WeightsError
 from fedface.importing.safe_pickle import sanitize_text
 from fedface.models.model import (
     Architecture,
-    EncoderModel,
-    FlowModel,
-    GanModel,
-    GeneratorModel,
+    EncoderArchitecture,
+    FlowArchitecture,
+    GanArchitecture,
     Model,
-    StyleEncoderModel,
-    SuperResolutionModel,
+    StyleEncoderArchitecture,
+    SuperResolutionArchitecture,
     build_model,
 )
 from fedface.models.stylegan2 import StyleGAN2
@@ -141,7 +139,7 @@ def estimate_mean_style(generator: StyleGAN2, rng: torch.Generator, *, draws: in
 def model_bytes(model: Model) -> bytes:
     """The safetensors bytes of a model's networks, their shape and notes."""
     tensors: dict[str, Tensor] = {}
-    for prefix, module in model.named_modules().items():
+    for prefix, module in model.networks.items():
         for name, value in module.state_dict().items():
             tensors[f"{prefix}.{name}"] = value.detach().contiguous().float()
     header = {
@@ -208,7 +206,7 @@ def load_model(path: Path) -> Model:
         KeyError, TypeError, ValueError, ConfigError, RuntimeError, OverflowError, MemoryError
     ) as error:  # fmt: skip
         raise WeightsError(f"{path}: its description of the networks is damaged ({error})") from error
-    for prefix, module in model.named_modules().items():
+    for prefix, module in model.networks.items():
         module.load_state_dict({name: tensors[f"{prefix}.{name}"] for name in module.state_dict()})
     return model
 
@@ -223,7 +221,7 @@ def _check(path: Path, model: Model, tensors: dict[str, Tensor]) -> None:
     """Raise WeightsError unless a file has exactly these networks' weights; the networks may lie on no device."""
     wanted = {
         f"{prefix}.{name}": value
-        for prefix, module in model.named_modules().items()
+        for prefix, module in model.networks.items()
         for name, value in module.state_dict().items()
     }
     if missing := sorted(set(wanted) - set(tensors)):
@@ -243,56 +241,40 @@ def _check(path: Path, model: Model, tensors: dict[str, Tensor]) -> None:
             raise WeightsError(f"{path}: {name} holds numbers that are not finite")
 
 
-M = TypeVar("M", GanModel, EncoderModel, FlowModel, StyleEncoderModel, SuperResolutionModel)
-
-
-def load_as(path: Path, wanted: type[M]) -> M:
-    """Read a model that must be of one family.
+def load_as(path: Path, architecture: type[Architecture]) -> Model:
+    """Read a model that must have this architecture.
 
     Raises:
-        WeightsError: As `load_model`, or the model is of another family.
+        WeightsError: As `load_model`, or the model has another architecture.
     """
     model = load_model(path)
-    if not isinstance(model, wanted):
-        raise WeightsError(f"{path}: wanted {_WORDS[wanted]}, got {describe_family(model)}")
+    if not isinstance(model.architecture, architecture):
+        raise WeightsError(
+            f"{path}: expected {architecture.description}, got {model.architecture.description}"
+        )
     return model
 
 
-def describe_family(model: Model) -> str:
-    """A model's family in words, such as "a rectified flow"."""
-    return _WORDS[type(model)]
+def load_gan() -> Model:
+    """The bundled default: faces of 32 px, trained on synthetic faces of which 85 in 100 have light skin."""
+    return load_as(GAN_PATH, GanArchitecture)
 
 
-_WORDS: dict[type[Any], str] = {
-    GanModel: "a generator with its discriminator",
-    EncoderModel: "a generator with an encoder",
-    FlowModel: "a rectified flow",
-    GeneratorModel: "a generator alone",
-    StyleEncoderModel: "a generator with a style encoder",
-    SuperResolutionModel: "a super-resolution network",
-}
+def load_flow() -> Model:
+    """The bundled rectified flow, trained on the same synthetic faces as `load_gan`."""
+    return load_as(FLOW_PATH, FlowArchitecture)
 
 
-def load_gan() -> GanModel:
-    """The embedded default: faces of 32 px, trained on drawn faces of which 85 in 100 have light skin."""
-    return load_as(GAN_PATH, GanModel)
+def load_encoder() -> Model:
+    """The bundled generator with the encoder that was trained for it."""
+    return load_as(ENCODER_PATH, EncoderArchitecture)
 
 
-def load_flow() -> FlowModel:
-    """The embedded rectified flow, trained on the same drawn faces as `load_gan`."""
-    return load_as(FLOW_PATH, FlowModel)
+def load_style_encoder() -> Model:
+    """The bundled generator with the encoder that estimates the styles of a photo of 8 px."""
+    return load_as(STYLE_ENCODER_PATH, StyleEncoderArchitecture)
 
 
-def load_encoder() -> EncoderModel:
-    """The embedded generator with the encoder that was trained for it."""
-    return load_as(ENCODER_PATH, EncoderModel)
-
-
-def load_style_encoder() -> StyleEncoderModel:
-    """The embedded generator with the encoder that finds the styles of a photo of 8 px."""
-    return load_as(STYLE_ENCODER_PATH, StyleEncoderModel)
-
-
-def load_super_resolution() -> SuperResolutionModel:
-    """The embedded super-resolution network, 8 to 32 px, trained on the same drawn faces."""
-    return load_as(SUPER_RESOLUTION_PATH, SuperResolutionModel)
+def load_super_resolution() -> Model:
+    """The bundled super-resolution network, 8 to 32 px, trained on the same synthetic faces."""
+    return load_as(SUPER_RESOLUTION_PATH, SuperResolutionArchitecture)

@@ -1,15 +1,14 @@
-"""The families of models behind one door: what a checkpoint holds, and how to build it from its shape alone.
+"""A model: networks by name, the architecture that builds them, and notes on how they were trained.
 
-Called from models/checkpoint (files), training/training_methods (which knows how each learns) and federation/ (which carries
-them). All families but one have a generator with the three verbs of `models.contracts`, and differ in what stands
-beside it; a super-resolution network draws nobody by itself.
+The architecture is a closed choice of six; it is what a checkpoint or a task describes, and enough to build the
+networks. All models but a super-resolution network contain a generator (`models.generator_protocol`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, assert_never
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -23,11 +22,15 @@ from fedface.models.stylegan1 import StyleGAN1, StyleGAN1Config
 from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
 from fedface.models.super_resolution import SuperResolutionNetwork, SuperResolutionNetworkConfig
 
+N = TypeVar("N", bound=nn.Module)
+Networks = dict[str, nn.Module]  # in the order in which their weights are flattened
+
 
 @dataclass(frozen=True, kw_only=True)
 class GanArchitecture:
-    """A StyleGAN2 generator and the discriminator it learns from."""
+    """A StyleGAN2 generator and its discriminator."""
 
+    description: ClassVar[str] = "a generator with its discriminator"
     generator: StyleGAN2Config = field(default_factory=StyleGAN2Config)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 
@@ -37,309 +40,195 @@ class GanArchitecture:
                 f"generator and discriminator must have one size, got {self.generator.size} and {self.discriminator.size}"
             )
 
+    @property
+    def size(self) -> int:
+        return self.generator.size
+
+    def build(self, rng: torch.Generator | None) -> Networks:
+        generator = StyleGAN2(self.generator, rng)
+        return {"generator": generator, "discriminator": Discriminator(self.discriminator, rng)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderArchitecture:
-    """A StyleGAN2 generator and the encoder that finds a photo's latent."""
+    """A StyleGAN2 generator and the encoder that estimates a photo's latent."""
 
+    description: ClassVar[str] = "a generator with an encoder"
     generator: StyleGAN2Config = field(default_factory=StyleGAN2Config)
     encoder: LatentEncoderConfig = field(default_factory=LatentEncoderConfig)
 
     def __post_init__(self) -> None:
         for name in ("size", "latent_width"):
-            made, read = getattr(self.generator, name), getattr(self.encoder, name)
-            if made != read:
-                raise ConfigError(f"generator and encoder must have one {name}, got {made} and {read}")
+            generator, encoder = getattr(self.generator, name), getattr(self.encoder, name)
+            if generator != encoder:
+                raise ConfigError(
+                    f"generator and encoder must have one {name}, got {generator} and {encoder}"
+                )
+
+    @property
+    def size(self) -> int:
+        return self.generator.size
+
+    def build(self, rng: torch.Generator | None) -> Networks:
+        generator = StyleGAN2(self.generator, rng)
+        return {"generator": generator, "encoder": LatentEncoder(self.encoder, rng)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowArchitecture:
-    """A rectified flow; it needs nobody beside it."""
+    """A rectified flow alone."""
 
+    description: ClassVar[str] = "a rectified flow"
     flow: FlowConfig = field(default_factory=FlowConfig)
+
+    @property
+    def size(self) -> int:
+        return self.flow.size
+
+    def build(self, rng: torch.Generator | None) -> Networks:
+        return {"flow": RectifiedFlow(self.flow, rng)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorArchitecture:
-    """A generator without its discriminator, as a stranger's file may hold it: for sampling and searching."""
+    """A generator without a discriminator, such as an imported one: for sampling and searching, not for training."""
 
+    description: ClassVar[str] = "a generator alone"
     generator: StyleGAN2Config | StyleGAN1Config = field(default_factory=StyleGAN2Config)
+
+    @property
+    def size(self) -> int:
+        return self.generator.size
+
+    def build(self, rng: torch.Generator | None) -> Networks:
+        if isinstance(self.generator, StyleGAN1Config):
+            return {"generator": StyleGAN1(self.generator, rng)}
+        return {"generator": StyleGAN2(self.generator, rng)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class StyleEncoderArchitecture:
-    """A StyleGAN2 generator and the encoder that finds the styles of a low-resolution photo."""
+    """A StyleGAN2 generator and the encoder that estimates the styles of a low-resolution photo."""
 
+    description: ClassVar[str] = "a generator with a style encoder"
     generator: StyleGAN2Config = field(default_factory=StyleGAN2Config)
     encoder: StyleEncoderNetworkConfig = field(default_factory=StyleEncoderNetworkConfig)
 
     def __post_init__(self) -> None:
-        wanted = (2 * len(self.generator.sides), self.generator.style_width)
-        told = (self.encoder.style_inputs, self.encoder.style_width)
-        if told != wanted:
+        expected = (2 * len(self.generator.sides), self.generator.style_width)
+        actual = (self.encoder.style_inputs, self.encoder.style_width)
+        if actual != expected:
             raise ConfigError(
-                f"the encoder must tell {wanted[0]} styles of width {wanted[1]}, as the generator takes them, "
-                f"got {told[0]} of width {told[1]}"
+                f"the encoder must output {expected[0]} styles of width {expected[1]}, as the generator takes them, "
+                f"got {actual[0]} of width {actual[1]}"
             )
         if self.generator.size < self.encoder.side:
             raise ConfigError(
                 f"side must be at most the generator's {self.generator.size}, got {self.encoder.side}"
             )
 
+    @property
+    def size(self) -> int:
+        return self.generator.size
+
+    @property
+    def max_input_size(self) -> int:
+        """Height and width in pixels of the largest photos that the encoder reads."""
+        return self.encoder.side
+
+    def build(self, rng: torch.Generator | None) -> Networks:
+        generator = StyleGAN2(self.generator, rng)
+        return {"generator": generator, "encoder": StyleEncoder(self.encoder, rng)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class SuperResolutionArchitecture:
-    """A super-resolution network; it needs nobody beside it."""
+    """A super-resolution network alone: it enlarges photos and has no generator."""
 
+    description: ClassVar[str] = "a super-resolution network"
     network: SuperResolutionNetworkConfig = field(default_factory=SuperResolutionNetworkConfig)
 
+    @property
+    def size(self) -> int:
+        return self.network.size
 
+    @property
+    def max_input_size(self) -> int:
+        """Height and width in pixels of the largest photos that the network reads."""
+        return self.network.side
+
+    def build(self, rng: torch.Generator | None) -> Networks:
+        return {"network": SuperResolutionNetwork(self.network, rng)}
+
+
+UpsamplerArchitecture = StyleEncoderArchitecture | SuperResolutionArchitecture
 Architecture = (
-    GanArchitecture
-    | EncoderArchitecture
-    | FlowArchitecture
-    | GeneratorArchitecture
-    | StyleEncoderArchitecture
-    | SuperResolutionArchitecture
+    GanArchitecture | EncoderArchitecture | FlowArchitecture | GeneratorArchitecture | UpsamplerArchitecture
 )
 
 
 @dataclass(frozen=True)
-class GanModel:
-    """A generator and the discriminator it was trained against, with what is known about their making."""
+class Model:
+    """Networks of an architecture, with weights."""
 
-    generator: StyleGAN2
-    discriminator: Discriminator
-    notes: Mapping[str, Any]
-
-    @property
-    def architecture(self) -> GanArchitecture:
-        """What `build` needs to make networks of the same form."""
-        return GanArchitecture(generator=self.generator.config, discriminator=self.discriminator.config)
-
-    def named_modules(self) -> dict[str, nn.Module]:
-        """The networks by name, in the order in which their weights are flattened."""
-        return {"generator": self.generator, "discriminator": self.discriminator}
+    architecture: Architecture
+    networks: Mapping[str, nn.Module]  # by name, in the order in which their weights are flattened
+    notes: Mapping[str, Any] = field(default_factory=dict)  # how it was trained or where it came from
 
     def modules(self) -> tuple[nn.Module, ...]:
-        """Both networks in the order in which their weights are flattened."""
-        return self.generator, self.discriminator
+        """The networks in the order in which their weights are flattened."""
+        return tuple(self.networks.values())
+
+    def network(self, kind: type[N]) -> N:
+        """The network of this class, of which a model has at most one; raises ConfigError where it has none."""
+        for network in self.networks.values():
+            if isinstance(network, kind):
+                return network
+        raise ConfigError(
+            f"expected a model with a {kind.__name__}, got {self.architecture.description}; name another checkpoint"
+        )
 
     @property
     def size(self) -> int:
-        """Height and width of the faces in pixels."""
-        return self.generator.size
-
-
-@dataclass(frozen=True)
-class EncoderModel:
-    """A generator and the encoder that finds a photo's latent."""
-
-    generator: StyleGAN2
-    encoder: LatentEncoder
-    notes: Mapping[str, Any]
+        """Height and width of its images in pixels."""
+        return self.architecture.size
 
     @property
-    def architecture(self) -> EncoderArchitecture:
-        """What `build` needs to make networks of the same form."""
-        return EncoderArchitecture(generator=self.generator.config, encoder=self.encoder.config)
-
-    def named_modules(self) -> dict[str, nn.Module]:
-        """The networks by name, in the order in which their weights are flattened."""
-        return {"generator": self.generator, "encoder": self.encoder}
-
-    def modules(self) -> tuple[nn.Module, ...]:
-        """Both networks in the order in which their weights are flattened."""
-        return self.generator, self.encoder
+    def generator(self) -> StyleGAN2 | StyleGAN1 | RectifiedFlow:
+        """The network that maps latents to images; raises ConfigError for a super-resolution network."""
+        for network in self.networks.values():
+            if isinstance(network, StyleGAN2 | StyleGAN1 | RectifiedFlow):
+                return network
+        raise ConfigError(
+            "a super-resolution network cannot generate faces without a photo; name a checkpoint with a generator"
+        )
 
     @property
-    def size(self) -> int:
-        """Height and width of the faces in pixels."""
-        return self.generator.size
-
-
-@dataclass(frozen=True)
-class FlowModel:
-    """A rectified flow: photo to latent and back."""
-
-    generator: RectifiedFlow
-    notes: Mapping[str, Any]
+    def discriminator(self) -> Discriminator:
+        """The network that scores images; raises ConfigError where there is none."""
+        return self.network(Discriminator)
 
     @property
-    def architecture(self) -> FlowArchitecture:
-        """What `build` needs to make a network of the same form."""
-        return FlowArchitecture(flow=self.generator.config)
-
-    def named_modules(self) -> dict[str, nn.Module]:
-        """The network by name."""
-        return {"flow": self.generator}
-
-    def modules(self) -> tuple[nn.Module, ...]:
-        """The one network."""
-        return (self.generator,)
+    def is_upsampler(self) -> bool:
+        """Whether one of its networks maps photos to larger photos."""
+        return isinstance(self.architecture, UpsamplerArchitecture)
 
     @property
-    def size(self) -> int:
-        """Height and width of the faces in pixels."""
-        return self.generator.size
-
-
-@dataclass(frozen=True)
-class GeneratorModel:
-    """A generator without its discriminator."""
-
-    generator: StyleGAN2 | StyleGAN1
-    notes: Mapping[str, Any]
-
-    @property
-    def architecture(self) -> GeneratorArchitecture:
-        """What `build` needs to make a network of the same form."""
-        return GeneratorArchitecture(generator=self.generator.config)
-
-    def named_modules(self) -> dict[str, nn.Module]:
-        """The network by name."""
-        return {"generator": self.generator}
-
-    def modules(self) -> tuple[nn.Module, ...]:
-        """The one network."""
-        return (self.generator,)
-
-    @property
-    def size(self) -> int:
-        """Height and width of the faces in pixels."""
-        return self.generator.size
-
-
-@dataclass(frozen=True)
-class StyleEncoderModel:
-    """A generator and the encoder that finds the styles of a low-resolution photo."""
-
-    generator: StyleGAN2
-    encoder: StyleEncoder
-    notes: Mapping[str, Any]
-
-    @property
-    def architecture(self) -> StyleEncoderArchitecture:
-        """What `build` needs to make networks of the same form."""
-        return StyleEncoderArchitecture(generator=self.generator.config, encoder=self.encoder.config)
-
-    def named_modules(self) -> dict[str, nn.Module]:
-        """The networks by name, in the order in which their weights are flattened."""
-        return {"generator": self.generator, "encoder": self.encoder}
-
-    def modules(self) -> tuple[nn.Module, ...]:
-        """Both networks in the order in which their weights are flattened."""
-        return self.generator, self.encoder
-
-    @property
-    def upsampler(self) -> StyleUpsampler:
-        """Both as one network from photos to faces; it shares their weights."""
-        return StyleUpsampler(self.generator, self.encoder)
-
-    @property
-    def max_input_size(self) -> int:
-        """Height and width in pixels of the largest photos that it reads."""
-        return self.encoder.config.side
-
-    @property
-    def size(self) -> int:
-        """Height and width of the faces in pixels."""
-        return self.generator.size
-
-
-@dataclass(frozen=True)
-class SuperResolutionModel:
-    """A super-resolution network: photo to picture, no generator."""
-
-    network: SuperResolutionNetwork
-    notes: Mapping[str, Any]
-
-    @property
-    def architecture(self) -> SuperResolutionArchitecture:
-        """What `build` needs to make a network of the same form."""
-        return SuperResolutionArchitecture(network=self.network.config)
-
-    def named_modules(self) -> dict[str, nn.Module]:
-        """The network by name."""
-        return {"network": self.network}
-
-    def modules(self) -> tuple[nn.Module, ...]:
-        """The one network."""
-        return (self.network,)
-
-    @property
-    def upsampler(self) -> SuperResolutionNetwork:
-        """The network itself."""
-        return self.network
-
-    @property
-    def max_input_size(self) -> int:
-        """Height and width in pixels of the largest photos that it reads."""
-        return self.network.config.side
-
-    @property
-    def size(self) -> int:
-        """Height and width of the pictures in pixels."""
-        return self.network.size
-
-
-GenerativeModel = (
-    GanModel | EncoderModel | FlowModel | GeneratorModel | StyleEncoderModel
-)  # families that draw faces by themselves
-Model = GenerativeModel | SuperResolutionModel
+    def upsampler(self) -> StyleUpsampler | SuperResolutionNetwork:
+        """The network from photos to larger photos, which shares the model's weights; raises ConfigError without one."""
+        if isinstance(self.architecture, StyleEncoderArchitecture):
+            return StyleUpsampler(self.network(StyleGAN2), self.network(StyleEncoder))
+        return self.network(SuperResolutionNetwork)
 
 
 def build_model(
-    shape: Architecture, rng: torch.Generator | None = None, notes: Mapping[str, Any] | None = None
+    architecture: Architecture, rng: torch.Generator | None = None, notes: Mapping[str, Any] | None = None
 ) -> Model:
-    """Networks of a shape with random weights.
+    """A model with random weights.
 
     Args:
-        shape: Which family, and how large.
-        rng: Where the weights are drawn from; torch's own stream if None, for weights that are filled next.
-        notes: What is known about their making.
+        architecture: Which networks, and how large.
+        rng: Where the weights are drawn from; torch's own stream if None, for weights that are assigned next.
+        notes: How it was trained or where it came from.
     """
-    known = dict(notes or {})
-    match shape:
-        case GanArchitecture():
-            return GanModel(StyleGAN2(shape.generator, rng), Discriminator(shape.discriminator, rng), known)
-        case EncoderArchitecture():
-            return EncoderModel(StyleGAN2(shape.generator, rng), LatentEncoder(shape.encoder, rng), known)
-        case FlowArchitecture():
-            return FlowModel(RectifiedFlow(shape.flow, rng), known)
-        case GeneratorArchitecture(generator=config):
-            if isinstance(config, StyleGAN1Config):
-                return GeneratorModel(StyleGAN1(config, rng), known)
-            return GeneratorModel(StyleGAN2(config, rng), known)
-        case StyleEncoderArchitecture():
-            return StyleEncoderModel(StyleGAN2(shape.generator, rng), StyleEncoder(shape.encoder, rng), known)
-        case SuperResolutionArchitecture():
-            return SuperResolutionModel(SuperResolutionNetwork(shape.network, rng), known)
-        case _:
-            assert_never(shape)
-
-
-def as_generative(model: Model) -> GenerativeModel:
-    """The model itself, if it draws faces by itself; raises ConfigError for one that only answers photos."""
-    if isinstance(model, SuperResolutionModel):
-        raise ConfigError(
-            "a super-resolution network draws nobody by itself; name a checkpoint with a generator"
-        )
-    return model
-
-
-M = TypeVar("M", GanModel, EncoderModel, FlowModel, GeneratorModel, StyleEncoderModel, SuperResolutionModel)
-
-
-def copy_model(model: M) -> M:
-    """The same weights in new memory."""
-    twin = build_model(model.architecture, notes=model.notes)
-    for mine, theirs in zip(twin.modules(), model.modules(), strict=True):
-        mine.load_state_dict(theirs.state_dict())
-    return twin  # type: ignore[return-value]
-
-
-def new_gan(generator: StyleGAN2Config, discriminator: DiscriminatorConfig, rng: torch.Generator) -> GanModel:
-    """A generator and a discriminator with random weights; raises ConfigError unless their sizes agree."""
-    shape = GanArchitecture(generator=generator, discriminator=discriminator)
-    return GanModel(StyleGAN2(shape.generator, rng), Discriminator(shape.discriminator, rng), {})
+    return Model(architecture, architecture.build(rng), dict(notes or {}))

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from fedface.config import plain
-from fedface.models.checkpoint import describe_family, weights_hash
+from fedface.models.checkpoint import weights_hash
 from fedface.models.model import Model
 
 
@@ -39,9 +39,9 @@ class ModelSummary:
 def summarize(model: Model) -> ModelSummary:
     """What a model holds, from the networks themselves."""
     return ModelSummary(
-        family=describe_family(model),
+        family=model.architecture.description,
         size=model.size,
-        networks=tuple(_facts(name, module) for name, module in model.named_modules().items()),
+        networks=tuple(_facts(name, module) for name, module in model.networks.items()),
         hash=weights_hash(*model.modules()),
     )
 

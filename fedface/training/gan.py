@@ -25,7 +25,8 @@ from torch.optim import Adam
 
 from fedface.models.discriminator import Discriminator
 from fedface.models.lora import Adaptation, Full, flatten_trainable
-from fedface.models.model import GanModel
+from fedface.models.model import Model
+from fedface.models.stylegan2 import StyleGAN2
 from fedface.privacy.plan import DPParameters, Schedule
 from fedface.randomness import SecretNoise, Streams
 from fedface.tensor_types import Images, KeptImages, Latents, Vector
@@ -103,7 +104,7 @@ class GanTrainingConfig:
         )
 
 
-def gan_ranges(gan: GanModel, config: GanTrainingConfig) -> Vector:
+def gan_ranges(gan: Model, config: GanTrainingConfig) -> Vector:
     """The public range of every trained weight of these networks, in the order of the flat vector, shape (d,)."""
     counts = [sum(p.numel() for p in trainable_parameters(module).values()) for module in gan.modules()]
     return config.ranges(counts[0], counts[1])
@@ -126,7 +127,7 @@ def d_loss_fake(network: Network, made: Images) -> Tensor:
 
 
 def train_gan_round(
-    gan: GanModel,
+    gan: Model,
     photos: KeptImages,
     config: GanTrainingConfig,
     terms: DPParameters,
@@ -156,17 +157,18 @@ def train_gan_round(
     Raises:
         PrivacyError: The discriminator mixes photos, or a promised round was given replayable chance.
     """
-    mine = GanModel(copy.deepcopy(gan.generator), copy.deepcopy(gan.discriminator), gan.notes)
+    mine = copy.deepcopy(gan)
+    generator, discriminator = mine.network(StyleGAN2), mine.discriminator
     before = flatten_trainable(*mine.modules())
     schedule, mechanism = terms.schedule, terms.mechanism()
     latents = streams.generator("latents")
     # The check needs two pictures and must not read private ones: made pictures have the right shape.
-    check_per_example_gradients(mine.discriminator, d_loss_real, _make(mine, _draw(mine, 2, latents)))
-    microbatch = deterministic_microbatch(mine.discriminator, d_loss_real, photos.shape[1:], _PHOTOS_AT_ONCE)
-    optimiser = Adam(trainable_parameters(mine.generator).values(), config.generator_lr, betas=(0.0, 0.9))
+    check_per_example_gradients(discriminator, d_loss_real, _make(generator, _draw(generator, 2, latents)))
+    microbatch = deterministic_microbatch(discriminator, d_loss_real, photos.shape[1:], _PHOTOS_AT_ONCE)
+    optimiser = Adam(trainable_parameters(generator).values(), config.generator_lr, betas=(0.0, 0.9))
     for _ in range(schedule.steps_per_round):
         on_photos = private_gradient(
-            mine.discriminator,
+            discriminator,
             photos,
             d_loss_real,
             mechanism=mechanism,
@@ -176,33 +178,31 @@ def train_gan_round(
             units=units,
             microbatch=microbatch,
         )
-        made = _make(mine, _draw(mine, config.fake_batch_size, latents))
-        on_made = clipped_sum(
-            per_example_gradients(mine.discriminator, d_loss_fake, made), schedule.clip_norm
-        )
-        gentle = _r2_gradient(mine.discriminator, made, config.r2_weight)
+        made = _make(generator, _draw(generator, config.fake_batch_size, latents))
+        on_made = clipped_sum(per_example_gradients(discriminator, d_loss_fake, made), schedule.clip_norm)
+        gentle = _r2_gradient(discriminator, made, config.r2_weight)
         gentle = clipped_sum([part[None] for part in gentle], schedule.clip_norm)
         _descend(
-            mine.discriminator,
+            discriminator,
             [p + m / config.fake_batch_size + g for p, m, g in zip(on_photos, on_made, gentle, strict=True)],
             config.discriminator_lr,
         )
         for _ in range(config.generator_steps):
-            styles = mine.generator.map(_draw(mine, config.fake_batch_size, latents))
-            loss = functional.softplus(-mine.discriminator(mine.generator.synthesize(styles))).mean()
+            styles = generator.map(_draw(generator, config.fake_batch_size, latents))
+            loss = functional.softplus(-discriminator(generator.synthesize(styles))).mean()
             optimiser.zero_grad()
             torch.autograd.backward(loss)
             optimiser.step()
     return flatten_trainable(*mine.modules()) - before
 
 
-def _draw(gan: GanModel, count: int, latents: torch.Generator) -> Latents:
-    return torch.randn(count, gan.generator.latent_width, generator=latents)
+def _draw(generator: StyleGAN2, count: int, latents: torch.Generator) -> Latents:
+    return torch.randn(count, generator.latent_width, generator=latents)
 
 
-def _make(gan: GanModel, latents: Latents) -> Images:
+def _make(generator: StyleGAN2, latents: Latents) -> Images:
     with torch.no_grad():
-        return gan.generator.synthesize(gan.generator.map(latents))
+        return generator.synthesize(generator.map(latents))
 
 
 def _r2_gradient(discriminator: Discriminator, made: Images, weight: float) -> list[Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from fedface.models.model import FlowModel
+from fedface.models.model import FlowArchitecture, Model
 from fedface.models.rectified_flow import FlowConfig, RectifiedFlow
 from fedface.randomness import Streams
 from fedface.tensor_types import Images
@@ -101,7 +101,7 @@ class FlowPretraining:
             if step % 100 == 0:
                 report("flow", step, self.config.steps, {"loss": loss.item()})
 
-    def finish(self) -> FlowModel:
+    def finish(self) -> Model:
         """The averaged network, with notes on how it was made."""
         notes = {
             "made_by": "fedface pretrain flow",
@@ -110,7 +110,7 @@ class FlowPretraining:
             "seconds": round(time.monotonic() - self.started),
             "threads": torch.get_num_threads(),
         }
-        return FlowModel(self.averaged, notes)
+        return Model(FlowArchitecture(flow=self.config.flow), {"flow": self.averaged}, notes)
 
 
 def _slowing(step: int, steps: int) -> float:
@@ -119,7 +119,7 @@ def _slowing(step: int, steps: int) -> float:
     return warm * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * step / steps)))
 
 
-def pretrain_flow(config: FlowPretrainConfig, report: Progress) -> FlowModel:
+def pretrain_flow(config: FlowPretrainConfig, report: Progress) -> Model:
     """Draw the pool, learn from it, keep the averaged weights."""
     training = FlowPretraining(config, synthesize_pool(config, report))
     training.learn(report)

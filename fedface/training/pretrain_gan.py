@@ -14,10 +14,11 @@ collections of the debate. Averaged weights are kept with a warm-up (facts: with
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torch.optim import Adam
 
 from fedface.models.checkpoint import estimate_mean_style
 from fedface.models.discriminator import Discriminator, DiscriminatorConfig
-from fedface.models.model import GanModel, copy_model, new_gan
+from fedface.models.model import GanArchitecture, Model, build_model
 from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
 from fedface.randomness import Streams
 from fedface.synthetic.faces import NORMALS, ToneMix, faces_from_normals, render, sample_faces
@@ -154,8 +155,9 @@ class GanPretraining:
         self.config = config
         self.pool = pool
         self.streams = Streams(config.seed)
-        self.gan = new_gan(config.generator, config.discriminator, self.streams.generator("weights"))
-        self.averaged = copy_model(self.gan)
+        architecture = GanArchitecture(generator=config.generator, discriminator=config.discriminator)
+        self.gan = build_model(architecture, self.streams.generator("weights"))
+        self.averaged = copy.deepcopy(self.gan)
         self.rng = self.streams.generator("faces")
         self.images = 0
         self.started = time.monotonic()
@@ -173,7 +175,7 @@ class GanPretraining:
 
     def pairs(self, report: Progress) -> None:
         """Stage 1: regression on pairs, cosine learning rate."""
-        generator, steps = self.gan.generator, self.config.paired_steps
+        generator, steps = self.gan.network(StyleGAN2), self.config.paired_steps
         rate = self.config.learning_rate
         # The mapping's stored weights are a hundred times too large for Adam's steps; pairs teach it directly.
         optimiser = Adam(
@@ -198,7 +200,7 @@ class GanPretraining:
 
     def adversaries(self, report: Progress) -> None:
         """Stage 2: discriminator and generator against each other, R1 at every eighth step."""
-        config, generator, discriminator = self.config, self.gan.generator, self.gan.discriminator
+        config, generator, discriminator = self.config, self.gan.network(StyleGAN2), self.gan.discriminator
         generator.load_state_dict(self.averaged.generator.state_dict())
         rate = config.learning_rate / 6
         mine = Adam(generator.parameters(), rate, (0.0, 0.99))
@@ -235,10 +237,10 @@ class GanPretraining:
                     {"discriminator": loss.item(), "l1": pairs.item()},
                 )
 
-    def finish(self) -> GanModel:
+    def finish(self) -> Model:
         """The averaged generator and the discriminator, with notes on how they were made."""
         self.averaged.discriminator.load_state_dict(self.gan.discriminator.state_dict())
-        estimate_mean_style(self.averaged.generator, self.streams.generator("mean style"))
+        estimate_mean_style(self.averaged.network(StyleGAN2), self.streams.generator("mean style"))
         notes: dict[str, Any] = {
             "made_by": "fedface pretrain gan",
             "recipe": asdict(self.config),
@@ -246,7 +248,7 @@ class GanPretraining:
             "seconds": round(time.monotonic() - self.started),
             "threads": torch.get_num_threads(),
         }
-        return GanModel(self.averaged.generator, self.averaged.discriminator, notes)
+        return replace(self.averaged, notes=notes)
 
 
 def _cosine(optimiser: Adam, rate: float, step: int, steps: int) -> None:
@@ -254,7 +256,7 @@ def _cosine(optimiser: Adam, rate: float, step: int, steps: int) -> None:
         group["lr"] = rate * warmup_cosine(step, steps) * group.get("scale", 1.0)
 
 
-def pretrain_gan(config: GanPretrainConfig, report: Progress) -> GanModel:
+def pretrain_gan(config: GanPretrainConfig, report: Progress) -> Model:
     """Both stages, one after the other."""
     training = GanPretraining(config, make_pool(config, report))
     training.pairs(report)

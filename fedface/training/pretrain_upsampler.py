@@ -18,7 +18,7 @@ from torch.optim import Adam
 
 from fedface.config import plain
 from fedface.models.checkpoint import weights_hash
-from fedface.models.model import StyleEncoderModel, SuperResolutionModel
+from fedface.models.model import Model, StyleEncoderArchitecture, SuperResolutionArchitecture
 from fedface.models.style_encoder import StyleEncoder, StyleEncoderNetworkConfig
 from fedface.models.stylegan2 import StyleGAN2
 from fedface.models.super_resolution import SuperResolutionNetwork, SuperResolutionNetworkConfig
@@ -62,7 +62,7 @@ class UpsamplerPretrainConfig:
 
 def pretrain_style_encoder(
     generator: StyleGAN2, config: UpsamplerPretrainConfig, shape: StyleEncoderNetworkConfig, report: Progress
-) -> StyleEncoderModel:
+) -> Model:
     """Teach a style encoder for a generator that stands still.
 
     Args:
@@ -88,17 +88,19 @@ def pretrain_style_encoder(
 
     averaged, notes = _learn(encoder, network, generator.size, config, streams, report)
     told = {"made_by": "fedface pretrain style-encoder", "generator": weights_hash(generator), **notes}
-    return StyleEncoderModel(generator, averaged, told)
+    architecture = StyleEncoderArchitecture(generator=generator.config, encoder=shape)
+    return Model(architecture, {"generator": generator, "encoder": averaged}, told)
 
 
 def pretrain_super_resolution(
     config: UpsamplerPretrainConfig, shape: SuperResolutionNetworkConfig, report: Progress
-) -> SuperResolutionModel:
+) -> Model:
     """Teach a super-resolution network; arguments and result as for `pretrain_style_encoder`."""
     streams = Streams(config.seed).child("resolver")
     resolver = SuperResolutionNetwork(shape, streams.generator("weights"))
     averaged, notes = _learn(resolver, resolver, shape.size, config, streams, report)
-    return SuperResolutionModel(averaged, {"made_by": "fedface pretrain super-resolution", **notes})
+    notes = {"made_by": "fedface pretrain super-resolution", **notes}
+    return Model(SuperResolutionArchitecture(network=shape), {"network": averaged}, notes)
 
 
 def _learn(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 import torch
@@ -22,15 +22,20 @@ from torch import Tensor, nn
 
 from fedface.errors import ConfigError
 from fedface.models.checkpoint import estimate_mean_style
+from fedface.models.latent_encoder import LatentEncoder
 from fedface.models.lora import Lora, assign_trainable, attach, flatten_trainable, merge
 from fedface.models.model import (
-    EncoderModel,
-    FlowModel,
-    GanModel,
+    Architecture,
+    EncoderArchitecture,
+    FlowArchitecture,
+    GanArchitecture,
     Model,
-    StyleEncoderModel,
-    SuperResolutionModel,
+    StyleEncoderArchitecture,
+    SuperResolutionArchitecture,
+    UpsamplerArchitecture,
 )
+from fedface.models.rectified_flow import RectifiedFlow
+from fedface.models.stylegan2 import StyleGAN2
 from fedface.privacy.plan import DPParameters
 from fedface.randomness import SecretNoise, Streams
 from fedface.tensor_types import Images, KeptImages, Vector
@@ -65,39 +70,28 @@ PerExampleRelease = Callable[[Images], Vector]
 
 def check_fits(model: Model, training: Training) -> None:
     """Raises ConfigError unless a model can learn in this way."""
-    match training:
-        case GanTrainingConfig():
-            fits, wanted = isinstance(model, GanModel), "a generator with its discriminator"
-        case FlowTrainingConfig():
-            fits, wanted = isinstance(model, FlowModel), "a rectified flow"
-        case PriorTrainingConfig():
-            fits, wanted = isinstance(model, EncoderModel), "a generator with an encoder"
-        case UpsamplerTrainingConfig():
-            fits = isinstance(
-                model, StyleEncoderModel if training.learner == "style-encoder" else SuperResolutionModel
-            )
-            wanted = f"a {training.learner} network".replace(
-                "style-encoder network", "generator with a style encoder"
-            )
-        case _:
-            assert_never(training)
-    if isinstance(model, GanModel) and (
-        model.discriminator.config.minibatch_group or model.discriminator.config.classes
+    expected = _architecture_for(training)
+    architecture = model.architecture
+    if isinstance(architecture, GanArchitecture) and (
+        architecture.discriminator.minibatch_group or architecture.discriminator.classes
     ):
         raise ConfigError(
             "training: this discriminator looks at several pictures at once or wants their classes; devices train discriminators "
             "without minibatch statistics and classes only, so that each photo's influence is its own"
         )
-    if isinstance(model, GanModel | EncoderModel | StyleEncoderModel) and model.generator.config.classes:
+    if (
+        isinstance(architecture, GanArchitecture | EncoderArchitecture | StyleEncoderArchitecture)
+        and architecture.generator.classes
+    ):
         raise ConfigError(
             "training: this generator makes pictures of a class that is named, and no device sends the classes of its "
             "photos; name a checkpoint whose generator has no classes as base"
         )
-    if not fits:
-        raise ConfigError(f"training: this way of learning needs {wanted}; name such a checkpoint as base")
-    if isinstance(training, UpsamplerTrainingConfig) and isinstance(
-        model, StyleEncoderModel | SuperResolutionModel
-    ):
+    if not isinstance(architecture, expected):
+        raise ConfigError(
+            f"training: this way of learning needs {expected.description}; name such a checkpoint as base"
+        )
+    if isinstance(training, UpsamplerTrainingConfig) and isinstance(architecture, UpsamplerArchitecture):
         try:
             low = training.downscale.low_side(model.size)
         except ValueError as error:
@@ -108,11 +102,27 @@ def check_fits(model: Model, training: Training) -> None:
             raise ConfigError(
                 f"training.downscale leaves faces at {low} pixels: an upsampler learns from photos that are smaller"
             )
-        if low > model.max_input_size:
+        if low > architecture.max_input_size:
             raise ConfigError(
                 f"training.downscale makes photos of {low} pixels from faces of {model.size}, and this network reads "
-                f"photos of {model.max_input_size} at most; name another downscale or another base"
+                f"photos of {architecture.max_input_size} at most; name another downscale or another base"
             )
+
+
+def _architecture_for(training: Training) -> type[Architecture]:
+    match training:
+        case GanTrainingConfig():
+            return GanArchitecture
+        case FlowTrainingConfig():
+            return FlowArchitecture
+        case PriorTrainingConfig():
+            return EncoderArchitecture
+        case UpsamplerTrainingConfig(learner="style-encoder"):
+            return StyleEncoderArchitecture
+        case UpsamplerTrainingConfig():
+            return SuperResolutionArchitecture
+        case _:
+            assert_never(training)
 
 
 def prepare_round(model: Model, training: Training, dp: DPParameters, common: Streams) -> TrainingRound:
@@ -133,7 +143,7 @@ def prepare_round(model: Model, training: Training, dp: DPParameters, common: St
     marked = copy.deepcopy(model)
     rng = common.generator("adapter")
     if isinstance(training, UpsamplerTrainingConfig) and isinstance(
-        marked, StyleEncoderModel | SuperResolutionModel
+        marked.architecture, UpsamplerArchitecture
     ):
         check_trainable(marked.architecture, training)
         mark_upsampler(marked, training.adapt, rng)
@@ -201,31 +211,35 @@ class TrainingRound:
         """
         if self.dp.unit != "occasion":
             units = None  # each photo by itself; per library the whole update is one vector, whatever the steps are
-        match self.training, self.model:
-            case GanTrainingConfig() as config, GanModel() as gan:
-                return train_gan_round(gan, photos, config, self.dp, rng=rng, streams=streams, units=units)
-            case FlowTrainingConfig() as config, FlowModel(generator=flow):
+        match self.training:
+            case GanTrainingConfig() as gan:
+                return train_gan_round(
+                    self.model, photos, gan, self.dp, rng=rng, streams=streams, units=units
+                )
+            case FlowTrainingConfig() as config:
+                flow = self.model.network(RectifiedFlow)
                 return train_flow_round(flow, photos, config, self.dp, rng=rng, streams=streams, units=units)
-            case PriorTrainingConfig() as config, EncoderModel(encoder=encoder):
-                return train_prior_round(encoder, photos, config, self.dp, rng=rng, units=units)
-            case UpsamplerTrainingConfig() as config, (StyleEncoderModel() | SuperResolutionModel()) as model:
-                return train_upsampler_round(model, photos, config, self.dp, rng=rng, units=units)
+            case PriorTrainingConfig() as prior:
+                encoder = self.model.network(LatentEncoder)
+                return train_prior_round(encoder, photos, prior, self.dp, rng=rng, units=units)
+            case UpsamplerTrainingConfig() as upsampler:
+                return train_upsampler_round(self.model, photos, upsampler, self.dp, rng=rng, units=units)
             case _:
-                raise ConfigError("training: this way of learning does not go with this model")
+                assert_never(self.training)
 
     def ranges(self) -> Vector:
         """Public bounds of the numbers that `update` sends, shape (d,), all > 0; beyond them they are clamped."""
-        match self.training, self.model:
-            case GanTrainingConfig() as config, GanModel() as gan:
-                return gan_ranges(gan, config)
-            case FlowTrainingConfig() as config, FlowModel(generator=flow):
-                return flow_ranges(flow, config)
-            case PriorTrainingConfig() as config, EncoderModel(encoder=encoder):
-                return prior_ranges(encoder, config)
-            case UpsamplerTrainingConfig() as config, (StyleEncoderModel() | SuperResolutionModel()) as model:
-                return upsampler_ranges(model, config)
+        match self.training:
+            case GanTrainingConfig() as config:
+                return gan_ranges(self.model, config)
+            case FlowTrainingConfig() as flow:
+                return flow_ranges(self.model.network(RectifiedFlow), flow)
+            case PriorTrainingConfig() as prior:
+                return prior_ranges(self.model.network(LatentEncoder), prior)
+            case UpsamplerTrainingConfig() as upsampler:
+                return upsampler_ranges(self.model, upsampler)
             case _:
-                raise ConfigError("training: this way of learning does not go with this model")
+                assert_never(self.training)
 
     def per_example_release(self, streams: Streams) -> PerExampleRelease:
         """What one step releases of one photo, before clipping and noise, differentiable in the photo; for audits.
@@ -236,10 +250,12 @@ class TrainingRound:
         Args:
             streams: Where those draws come from.
         """
-        match self.training, self.model:
-            case GanTrainingConfig(), GanModel(discriminator=discriminator):
+        match self.training:
+            case GanTrainingConfig():
+                discriminator = self.model.discriminator
                 return gradient_of(discriminator, lambda photos: d_loss_real(discriminator, photos).mean())
-            case FlowTrainingConfig() as config, FlowModel(generator=flow):
+            case FlowTrainingConfig() as config:
+                flow = self.model.network(RectifiedFlow)
                 rows = times_and_noises(
                     1, config.noise_draws, flow.size, config.max_time, streams.numpy("draws of one photo")
                 )
@@ -247,16 +263,15 @@ class TrainingRound:
                     flow,
                     lambda photos: loss_over_draws(flow, photos, rows.expand(len(photos), -1, -1)).mean(),
                 )
-            case PriorTrainingConfig() as prior, EncoderModel(encoder=encoder):
+            case PriorTrainingConfig() as prior:
+                encoder = self.model.network(LatentEncoder)
                 return lambda photos: photo_vectors(encoder(photos), prior).mean(dim=0)
-            case UpsamplerTrainingConfig() as config, (StyleEncoderModel() | SuperResolutionModel()) as model:
-                network, lesson = (
-                    model.upsampler,
-                    reconstruction_loss(config.downscale, config.consistency_weight),
-                )
-                return gradient_of(network, lambda photos: lesson(network, photos).mean())
+            case UpsamplerTrainingConfig() as upsampler:
+                network = self.model.upsampler
+                loss = reconstruction_loss(upsampler.downscale, upsampler.consistency_weight)
+                return gradient_of(network, lambda photos: loss(network, photos).mean())
             case _:
-                raise ConfigError("training: this way of learning does not go with this model")
+                assert_never(self.training)
 
     def apply(self, total: Vector, devices: int, rng: torch.Generator) -> Model:
         """The model after this round, from the sum of the devices' updates. Post-processing: costs nothing.
@@ -266,27 +281,19 @@ class TrainingRound:
             devices: How many answered, >= 1.
             rng: Replayable draws for the mean style.
         """
-        match self.training, self.model:
-            case PriorTrainingConfig() as config, EncoderModel() as encoded:
-                fresh = fit_latent_prior(
-                    encoded.generator, total, devices, config, self.dp, encoder=encoded.encoder
-                )
-                estimate_mean_style(fresh, rng)
-                return EncoderModel(fresh, encoded.encoder, encoded.notes)
-            case (
-                (GanTrainingConfig() | FlowTrainingConfig() | UpsamplerTrainingConfig()) as config,
-                (GanModel() | FlowModel() | StyleEncoderModel() | SuperResolutionModel()) as model,
-            ):
-                moved = copy.deepcopy(model)
-                start = flatten_trainable(*moved.modules())
-                assign_trainable(start + config.server_lr * total / devices, *moved.modules())
-                for module in moved.modules():
-                    merge(module)
-                if isinstance(moved, GanModel):
-                    estimate_mean_style(moved.generator, rng)
-                return moved
-            case _:
-                raise ConfigError("training: this way of learning does not go with this model")
+        if isinstance(self.training, PriorTrainingConfig):
+            generator, encoder = self.model.network(StyleGAN2), self.model.network(LatentEncoder)
+            refitted = fit_latent_prior(generator, total, devices, self.training, self.dp, encoder=encoder)
+            estimate_mean_style(refitted, rng)
+            return replace(self.model, networks={"generator": refitted, "encoder": encoder})
+        after = copy.deepcopy(self.model)
+        start = flatten_trainable(*after.modules())
+        assign_trainable(start + self.training.server_lr * total / devices, *after.modules())
+        for module in after.modules():
+            merge(module)
+        if isinstance(self.training, GanTrainingConfig):
+            estimate_mean_style(after.network(StyleGAN2), rng)
+        return after
 
 
 def gradient_of(module: nn.Module, loss: Callable[[Images], Tensor]) -> PerExampleRelease:

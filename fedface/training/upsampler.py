@@ -20,13 +20,7 @@ from torch import Tensor, nn
 
 from fedface.errors import ConfigError
 from fedface.models.lora import Adaptation, Full, attach, flatten_trainable
-from fedface.models.model import (
-    StyleEncoderArchitecture,
-    StyleEncoderModel,
-    SuperResolutionArchitecture,
-    SuperResolutionModel,
-    build_model,
-)
+from fedface.models.model import Model, UpsamplerArchitecture, build_model
 from fedface.privacy.plan import DPParameters, Schedule
 from fedface.randomness import SecretNoise, Streams
 from fedface.tensor_types import Images, KeptImages, Vector
@@ -102,7 +96,7 @@ def reconstruction_loss(downscale: Degradation, consistency_weight: float) -> Pe
 
 
 def train_upsampler_round(
-    model: StyleEncoderModel | SuperResolutionModel,
+    model: Model,
     photos: KeptImages,
     config: UpsamplerTrainingConfig,
     terms: DPParameters,
@@ -147,9 +141,7 @@ def train_upsampler_round(
     return flatten_trainable(network) - before
 
 
-def upsampler_ranges(
-    model: StyleEncoderModel | SuperResolutionModel, config: UpsamplerTrainingConfig
-) -> Vector:
+def upsampler_ranges(model: Model, config: UpsamplerTrainingConfig) -> Vector:
     """Public bounds on how far each trained weight moves in one round, see `descent_ranges`, shape (d,)."""
     return descent_ranges(
         model.upsampler,
@@ -160,20 +152,15 @@ def upsampler_ranges(
     )
 
 
-def mark_upsampler(
-    model: StyleEncoderModel | SuperResolutionModel, adapt: Adaptation, rng: torch.Generator
-) -> None:
+def mark_upsampler(model: Model, adapt: Adaptation, rng: torch.Generator) -> None:
     """Mark in place which weights learn: of the one network that answers photos, never of the generator."""
     for module in model.modules():
         module.requires_grad_(False)
-    learner: nn.Module = model.encoder if isinstance(model, StyleEncoderModel) else model.network
-    attach(learner, adapt, rng)
+    attach(model.modules()[-1], adapt, rng)  # the style encoder, or the only network
 
 
 @lru_cache(maxsize=8)
-def check_trainable(
-    shape: StyleEncoderArchitecture | SuperResolutionArchitecture, config: UpsamplerTrainingConfig
-) -> int:
+def check_trainable(shape: UpsamplerArchitecture, config: UpsamplerTrainingConfig) -> int:
     """Refuse what no device should begin with, once per process; it hangs on the form alone and reads no photo.
 
     A device asks before it books: a network that mixes photos, a lesson that cannot be computed, and one that takes
@@ -188,8 +175,7 @@ def check_trainable(
     """
     with torch.device("meta"):
         planned = build_model(shape)
-        assert isinstance(planned, StyleEncoderModel | SuperResolutionModel)
-        numbers = _numbers_kept(planned)
+        numbers = _numbers_kept(planned.upsampler, shape.max_input_size)
     if numbers > _MOST_NUMBERS:
         raise ConfigError(
             f"training: one photo would keep {numbers:,} numbers in memory, devices allow {_MOST_NUMBERS:,}; "
@@ -202,7 +188,7 @@ def check_trainable(
     return numbers
 
 
-def _numbers_kept(model: StyleEncoderModel | SuperResolutionModel) -> int:
+def _numbers_kept(network: nn.Module, side: int) -> int:
     """Outputs of all layers for one photo, counted without memory."""
     total = 0
 
@@ -210,21 +196,17 @@ def _numbers_kept(model: StyleEncoderModel | SuperResolutionModel) -> int:
         nonlocal total
         total += output.numel() if isinstance(output, Tensor) else 0
 
-    network = model.upsampler
     hooks = [module.register_forward_hook(count) for module in network.modules()]
-    network(torch.zeros(1, 3, model.max_input_size, model.max_input_size, device="meta"))
+    network(torch.zeros(1, 3, side, side, device="meta"))
     for hook in hooks:
         hook.remove()
     return max(1, total)
 
 
-def _check(
-    shape: StyleEncoderArchitecture | SuperResolutionArchitecture, config: UpsamplerTrainingConfig
-) -> None:
+def _check(shape: UpsamplerArchitecture, config: UpsamplerTrainingConfig) -> None:
     """Compare per-photo gradients with one-photo gradients on random pictures."""
     streams = Streams(0)
     model = build_model(shape, streams.generator("weights"))
-    assert isinstance(model, StyleEncoderModel | SuperResolutionModel)
     mark_upsampler(model, config.adapt, streams.generator("adapters"))
     rng = streams.generator("moved")
     with torch.no_grad():

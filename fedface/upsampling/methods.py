@@ -14,21 +14,21 @@ from typing import TypeAlias, assert_never
 from fedface.config import kind_of
 from fedface.errors import ConfigError
 from fedface.models.checkpoint import (
-    describe_family,
     load_flow,
     load_gan,
     load_style_encoder,
     load_super_resolution,
 )
 from fedface.models.model import (
-    EncoderModel,
-    FlowModel,
-    GanModel,
-    GeneratorModel,
+    FlowArchitecture,
     Model,
-    StyleEncoderModel,
-    SuperResolutionModel,
+    StyleEncoderArchitecture,
+    SuperResolutionArchitecture,
+    UpsamplerArchitecture,
 )
+from fedface.models.rectified_flow import RectifiedFlow
+from fedface.models.style_encoder import StyleEncoder, StyleUpsampler
+from fedface.models.stylegan2 import StyleGAN2
 from fedface.randomness import Streams
 from fedface.upsampling.degradation import Degradation, format_degradation
 from fedface.upsampling.feedforward import (
@@ -147,12 +147,12 @@ def with_workers(method: Method, workers: int) -> Method:
 
 def default_method(model: Model) -> Method:
     """The method that goes with a model where none is named."""
-    match model:
-        case StyleEncoderModel():
+    match model.architecture:
+        case StyleEncoderArchitecture():
             return StyleEncoderConfig()
-        case SuperResolutionModel():
+        case SuperResolutionArchitecture():
             return SuperResolutionConfig()
-        case FlowModel():
+        case FlowArchitecture():
             return GuidedFlowConfig()
         case _:
             return PulseConfig()
@@ -190,13 +190,13 @@ def is_compatible(method: Method, model: Model) -> bool:
     """Whether a method can use a model of this family."""
     match method:
         case PulseConfig() | HmcConfig():
-            return not isinstance(model, SuperResolutionModel)
+            return not isinstance(model.architecture, SuperResolutionArchitecture)
         case GuidedFlowConfig():
-            return isinstance(model, FlowModel)
+            return isinstance(model.architecture, FlowArchitecture)
         case StyleEncoderConfig() | PulseEncoderInitConfig():
-            return isinstance(model, StyleEncoderModel)
+            return isinstance(model.architecture, StyleEncoderArchitecture)
         case SuperResolutionConfig():
-            return isinstance(model, SuperResolutionModel)
+            return isinstance(model.architecture, SuperResolutionArchitecture)
         case BicubicConfig() | NearestConfig():
             return False
         case _:
@@ -224,7 +224,9 @@ def pair_with_models(
     )
     if given is not None and not any(model is given for _, model in pairs):
         names = ", ".join(name for name, method in METHODS.items() if is_compatible(method, given))
-        raise ConfigError(f"this checkpoint is {describe_family(given)}; it goes with the methods {names}")
+        raise ConfigError(
+            f"this checkpoint is {given.architecture.description}; it goes with the methods {names}"
+        )
     sizes = {model.size: name_of(method) for method, model in pairs if model is not None}
     if len(sizes) > 1:
         told = ", ".join(f"{name} {size} px" for size, name in sizes.items())
@@ -247,16 +249,21 @@ def check_method(method: Method, model: Model | None, degradation: Degradation, 
     if isinstance(method, BicubicConfig | NearestConfig):
         return
     if model is None or not is_compatible(method, model):
-        got = "none" if model is None else describe_family(model)
+        got = "none" if model is None else model.architecture.description
         raise ConfigError(
             f"the method {name_of(method)} needs {_needs(method)}, got {got}; name such a checkpoint"
         )
     if model.size != size:
         raise ConfigError(f"this checkpoint makes faces of {model.size} pixels, asked for {size}")
     if isinstance(method, StyleEncoderConfig | PulseEncoderInitConfig | SuperResolutionConfig):
-        if isinstance(model, StyleEncoderModel | SuperResolutionModel) and low > model.max_input_size:
+        largest = (
+            model.architecture.max_input_size
+            if isinstance(model.architecture, UpsamplerArchitecture)
+            else low
+        )
+        if low > largest:
             raise ConfigError(
-                f"this network answers photos of up to {model.max_input_size} x {model.max_input_size} pixels with faces "
+                f"this network enlarges photos of up to {largest} x {largest} pixels to faces "
                 f"of {model.size}; asked for {low} to {size}. Choose fewer pixels, or a method that searches"
             )
 
@@ -298,34 +305,30 @@ def make_upsampler(
         ConfigError: The method needs another kind of model, or the model other sizes.
     """
     check_method(method, model, degradation, size=size)
-    match method, model:
-        case BicubicConfig(eps=eps), _:
-            return FeedforwardUpsampler(bicubic(size), degradation, size=size, eps=eps, progress=progress)
-        case NearestConfig(eps=eps), _:
-            return FeedforwardUpsampler(nearest(size), degradation, size=size, eps=eps, progress=progress)
-        case (StyleEncoderConfig(eps=eps), StyleEncoderModel() as known) | (
-            SuperResolutionConfig(eps=eps),
-            SuperResolutionModel() as known,
-        ):
-            return FeedforwardUpsampler(
-                from_network(known.upsampler), degradation, size=size, eps=eps, progress=progress
-            )
-        case PulseEncoderInitConfig(pulse=config), StyleEncoderModel() as known:
-            start = styles_of(known.upsampler)
+    if isinstance(method, BicubicConfig):
+        return FeedforwardUpsampler(bicubic(size), degradation, size=size, eps=method.eps, progress=progress)
+    if isinstance(method, NearestConfig):
+        return FeedforwardUpsampler(nearest(size), degradation, size=size, eps=method.eps, progress=progress)
+    if model is None:
+        raise ConfigError(f"the method {name_of(method)} needs {_needs(method)}")
+    match method:
+        case StyleEncoderConfig(eps=eps) | SuperResolutionConfig(eps=eps):
+            network = from_network(model.upsampler)
+            return FeedforwardUpsampler(network, degradation, size=size, eps=eps, progress=progress)
+        case PulseEncoderInitConfig(pulse=config):
+            generator = model.network(StyleGAN2)
+            start = styles_of(StyleUpsampler(generator, model.network(StyleEncoder)))
             return PulseUpsampler(
-                known.generator, degradation, config, streams, start=start, progress=progress, watch=watch
+                generator, degradation, config, streams, start=start, progress=progress, watch=watch
             )
-        case GuidedFlowConfig() as config, FlowModel(generator=flow):
-            return GuidedFlowUpsampler(flow, degradation, config, streams, progress=progress, watch=watch)
-        case PulseConfig() as config, (
-            GanModel() | EncoderModel() | FlowModel() | GeneratorModel() | StyleEncoderModel()
-        ) as known:
+        case GuidedFlowConfig():
+            flow = model.network(RectifiedFlow)
+            return GuidedFlowUpsampler(flow, degradation, method, streams, progress=progress, watch=watch)
+        case PulseConfig():
             return PulseUpsampler(
-                known.generator, degradation, config, streams, progress=progress, watch=watch
+                model.generator, degradation, method, streams, progress=progress, watch=watch
             )
-        case HmcConfig() as config, (
-            GanModel() | EncoderModel() | FlowModel() | GeneratorModel() | StyleEncoderModel()
-        ) as known:
-            return HmcUpsampler(known.generator, degradation, config, streams, progress=progress, watch=watch)
+        case HmcConfig():
+            return HmcUpsampler(model.generator, degradation, method, streams, progress=progress, watch=watch)
         case _:
-            raise ConfigError(f"the method {name_of(method)} needs {_needs(method)}")
+            assert_never(method)

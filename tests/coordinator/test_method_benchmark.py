@@ -11,12 +11,7 @@ from tiny import GENERATOR, RESOLVER
 from fedface.coordinator.method_benchmark import benchmark_methods, with_baselines
 from fedface.coordinator.rounds import SilentProgress
 from fedface.experiment import SyntheticProbe
-from fedface.models.model import (
-    GeneratorArchitecture,
-    SuperResolutionArchitecture,
-    SuperResolutionModel,
-    build_model,
-)
+from fedface.models.model import GeneratorArchitecture, Model, SuperResolutionArchitecture, build_model
 from fedface.randomness import Streams
 from fedface.reports import method_report, strict
 from fedface.reports.measurements import Interval, NotMeasured
@@ -30,14 +25,14 @@ from fedface.upsampling.pulse import PulseConfig
 STREAMS = Streams(6)
 
 
-def whitening() -> SuperResolutionModel:
+def whitening() -> Model:
     """A network that answers every photo with white: the planted fault."""
     model = build_model(SuperResolutionArchitecture(network=RESOLVER), STREAMS.generator("white"))
-    assert isinstance(model, SuperResolutionModel)
+    assert isinstance(model.architecture, SuperResolutionArchitecture)
     with torch.no_grad():
-        model.network.tail.weight.zero_()
-        assert model.network.tail.bias is not None
-        model.network.tail.bias.fill_(1.0)
+        model.upsampler.tail.weight.zero_()
+        assert model.upsampler.tail.bias is not None
+        model.upsampler.tail.bias.fill_(1.0)
     return model
 
 

@@ -13,7 +13,7 @@ from fedface.device import local_metrics
 from fedface.device.local_metrics import check_request, compute_local_metrics
 from fedface.errors import ConfigError
 from fedface.messages.messages import EvaluationRequest
-from fedface.models.model import GanModel
+from fedface.models.model import Model
 from fedface.photos.device_dataset import DeviceDataset
 from fedface.privacy.plan import DPParameters, Schedule
 from fedface.randomness import Streams
@@ -29,13 +29,13 @@ ONCE = Schedule(rounds=1, steps_per_round=1, sampling_rate=1.0, expected_batch_s
 
 
 @pytest.fixture(scope="module")
-def gan() -> GanModel:
+def gan() -> Model:
     """Networks of 16 px."""
     return tiny_gan()
 
 
 @pytest.fixture(scope="module")
-def question(gan: GanModel, tmp_path_factory: pytest.TempPathFactory) -> EvaluationRequest:
+def question(gan: Model, tmp_path_factory: pytest.TempPathFactory) -> EvaluationRequest:
     """A short search, without noise, so that sums can be compared."""
     experiment = tiny_experiment(tmp_path_factory.mktemp("recipe"))
     return EvaluationRequest(
@@ -49,7 +49,7 @@ def question(gan: GanModel, tmp_path_factory: pytest.TempPathFactory) -> Evaluat
     )
 
 
-def sums(gan: GanModel, own: DeviceDataset, question: EvaluationRequest) -> torch.Tensor:
+def sums(gan: Model, own: DeviceDataset, question: EvaluationRequest) -> torch.Tensor:
     """The sum over units, without noise."""
     return compute_local_metrics(gan, own, question, seed=7, rng=torch.Generator().manual_seed(1))
 
@@ -59,7 +59,7 @@ def faces(count: int) -> torch.Tensor:
     return render_people(count, 0.5, 16, Streams(2))
 
 
-def test_a_photo_adds_the_same_whatever_else_is_there(gan: GanModel, question: EvaluationRequest) -> None:
+def test_a_photo_adds_the_same_whatever_else_is_there(gan: Model, question: EvaluationRequest) -> None:
     """The sum over three photos is that of each alone, to the last bits: searches start alike for every photo."""
     pictures = faces(3)
     together = sums(gan, DeviceDataset.independent(pictures), question)
@@ -68,7 +68,7 @@ def test_a_photo_adds_the_same_whatever_else_is_there(gan: GanModel, question: E
     assert all(float(one.norm()) <= 1 + 1e-6 for one in alone)
 
 
-def test_forty_photos_of_one_birthday_add_as_much_as_one(gan: GanModel, question: EvaluationRequest) -> None:
+def test_forty_photos_of_one_birthday_add_as_much_as_one(gan: Model, question: EvaluationRequest) -> None:
     """An occasion adds the mean of its photos' figures, here forty times the same."""
     terms = replace(question.dp, unit="occasion")
     birthday = DeviceDataset.by_occasion(faces(1).repeat(40, 1, 1, 1), 40)
@@ -76,9 +76,7 @@ def test_forty_photos_of_one_birthday_add_as_much_as_one(gan: GanModel, question
     assert torch.allclose(sums(gan, birthday, replace(question, dp=terms)), once, atol=1e-6)
 
 
-def test_a_library_adds_the_mean_of_its_photos_and_no_noise(
-    gan: GanModel, question: EvaluationRequest
-) -> None:
+def test_a_library_adds_the_mean_of_its_photos_and_no_noise(gan: Model, question: EvaluationRequest) -> None:
     """Three photos of three days, with the server's noise agreed: the device itself adds none."""
     terms = replace(question.dp, unit="library", noise_multiplier=3.0)
     pictures = faces(3)
@@ -87,7 +85,7 @@ def test_a_library_adds_the_mean_of_its_photos_and_no_noise(
     assert torch.allclose(whole, torch.stack(alone).mean(0), atol=1e-6)
 
 
-def test_without_photos_the_sum_is_zero_before_noise(gan: GanModel, question: EvaluationRequest) -> None:
+def test_without_photos_the_sum_is_zero_before_noise(gan: Model, question: EvaluationRequest) -> None:
     assert not sums(gan, DeviceDataset.independent(torch.zeros(0, 3, 16, 16)), question).any()
 
 
@@ -117,14 +115,14 @@ def test_the_work_of_a_method_is_known_before_it_begins(method: Method, work: in
     ],
 )
 def test_questions_that_no_device_should_begin_with_are_refused(
-    gan: GanModel, question: EvaluationRequest, changes: dict[str, object], words: str
+    gan: Model, question: EvaluationRequest, changes: dict[str, object], words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         check_request(replace(question, **changes), gan)  # type: ignore[arg-type]
 
 
 def test_a_matrix_that_would_fill_the_memory_is_refused_before_anything_is_booked(
-    gan: GanModel, question: EvaluationRequest, monkeypatch: pytest.MonkeyPatch
+    gan: Model, question: EvaluationRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """3 * 16 * 16 measured numbers, here with room for 700."""
     monkeypatch.setattr(local_metrics, "MAX_LINEAR_SIZE", 700)
@@ -134,14 +132,14 @@ def test_a_matrix_that_would_fill_the_memory_is_refused_before_anything_is_booke
 
 
 def test_a_method_that_does_not_go_with_the_model_is_found_out_before_a_photo_is_read(
-    gan: GanModel, question: EvaluationRequest
+    gan: Model, question: EvaluationRequest
 ) -> None:
     with pytest.raises(ConfigError, match="style encoder"):
         check_request(replace(question, method=PulseEncoderInitConfig()), gan)
 
 
 def test_a_photo_on_which_a_network_breaks_adds_nothing(
-    gan: GanModel, question: EvaluationRequest, monkeypatch: pytest.MonkeyPatch
+    gan: Model, question: EvaluationRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No error leaves, and the other photos add what they add: a crash is no predicate of a face."""
     pictures = faces(3)
@@ -158,7 +156,7 @@ def test_a_photo_on_which_a_network_breaks_adds_nothing(
 
 
 def test_a_search_takes_all_its_steps_however_soon_a_face_fits(
-    gan: GanModel, question: EvaluationRequest, monkeypatch: pytest.MonkeyPatch
+    gan: Model, question: EvaluationRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Time must not tell whether a photo fits: the device searches to the end, in one thread."""
     made = []

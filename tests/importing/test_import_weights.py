@@ -16,7 +16,7 @@ from fedface.importing import import_weights
 from fedface.importing.import_weights import ImportedModel, import_file
 from fedface.models.checkpoint import load_model, save_model, weights_hash
 from fedface.models.discriminator import Discriminator, DiscriminatorConfig
-from fedface.models.model import GanModel, GeneratorModel
+from fedface.models.model import GanArchitecture, GeneratorArchitecture
 from fedface.models.stylegan1 import StyleGAN1
 from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
 
@@ -81,7 +81,9 @@ def test_nvidias_generators_come_out_of_their_pickles(
     found = imported(tmp_path, nvidia_bytes({"G_ema": state(arrays)}, protocol=protocol))
     generator = found.generator
     assert isinstance(generator, StyleGAN2) and found.discriminator is None
-    assert found.kind == "stylegan2-ada of NVIDIA" and isinstance(found.model(), GeneratorModel)
+    assert found.kind == "stylegan2-ada of NVIDIA" and isinstance(
+        found.model().architecture, GeneratorArchitecture
+    )
     styles = generator.truncate(generator.map(arrays["in/z"]), 0.7)
     assert furthest(2 * generator.synthesize(styles) - 1, arrays["out/img_psi0.7_const"]) < 1e-4
     wplus = arrays["in/wplus"].requires_grad_()
@@ -121,7 +123,7 @@ def test_rosinalitys_networks_give_their_pictures_and_logits(
     }
     found = imported(tmp_path, torch_bytes(content, zipped=zipped))
     generator, discriminator = found.generator, found.discriminator
-    assert found.kind == "stylegan2 of rosinality" and isinstance(found.model(), GanModel)
+    assert found.kind == "stylegan2 of rosinality" and isinstance(found.model().architecture, GanArchitecture)
     assert isinstance(generator, StyleGAN2) and discriminator is not None
     assert found.ignored == ("g", "g_optim", "args") and "remarks" not in found.notes
     styles = generator.map(arrays["in/z"])
@@ -149,7 +151,9 @@ def test_pulses_two_files_give_one_stylegan1(shared: Path, tmp_path: Path) -> No
         imported(tmp_path, torch_bytes(joined)),
     ):
         generator = found.generator
-        assert isinstance(generator, StyleGAN1) and isinstance(found.model(), GeneratorModel)
+        assert isinstance(generator, StyleGAN1) and isinstance(
+            found.model().architecture, GeneratorArchitecture
+        )
         noise = [drawn[f"in/noise{place}"] for place in range(10)]
         styles = drawn["in/w"].clone().requires_grad_()
         picture = 2 * generator.synthesize(styles, noise) - 1
@@ -230,7 +234,7 @@ def test_a_generator_with_its_discriminator_is_kept_and_read_again(tmp_path: Pat
     assert found.ignored == ("G", "augment_pipe")
     save_model(tmp_path / "kept.safetensors", found.model())
     again = load_model(tmp_path / "kept.safetensors")
-    assert isinstance(again, GanModel)
+    assert isinstance(again.architecture, GanArchitecture)
     assert weights_hash(*again.modules()) == weights_hash(averaged, discriminator)
     assert import_file(tmp_path / "kept.safetensors").kind == "fedface"
     del networks["G_ema"]

@@ -21,7 +21,7 @@ from fedface.device.client import Device
 from fedface.experiment import Experiment, read_experiment
 from fedface.models.checkpoint import flatten_parameters, load_model, save_model
 from fedface.models.discriminator import DiscriminatorConfig
-from fedface.models.model import new_gan
+from fedface.models.model import GanArchitecture, build_model
 from fedface.models.stylegan2 import StyleGAN2Config
 from fedface.randomness import Streams
 from fedface.simulation.devices import device_faces, prepare, simulated_device
@@ -43,13 +43,13 @@ base: BASE
 
 def tiny(folder: Path, aggregation: str) -> Experiment:
     """Three devices, two rounds, networks of some thousand weights."""
-    networks = (
-        StyleGAN2Config(
+    architecture = GanArchitecture(
+        generator=StyleGAN2Config(
             size=16, latent_width=8, style_width=8, mapping_layers=1, channel_base=64, channel_max=8
         ),
-        DiscriminatorConfig(size=16, channel_base=64, channel_max=8),
+        discriminator=DiscriminatorConfig(size=16, channel_base=64, channel_max=8),
     )
-    save_model(folder / "base.safetensors", new_gan(*networks, Streams(1).generator("pretrain")))
+    save_model(folder / "base.safetensors", build_model(architecture, Streams(1).generator("pretrain")))
     recipe = RECIPE.replace("BASE", str(folder / "base.safetensors")).replace("AGGREGATION", aggregation)
     (folder / "everywhere.yaml").write_text(recipe)
     return read_experiment(folder / "everywhere.yaml")

@@ -75,7 +75,7 @@ def test_the_shipped_encoder_reads_light_and_dark_faces(light_fraction: float) -
     faces = sample_faces(48, ToneMix(light_fraction=light_fraction), STREAMS.generator("faces"))
     photos = render(faces, 32, noise=STREAMS.generator("camera"))
     with torch.no_grad():
-        made = model.generator.synthesize(model.generator.map(model.encoder(photos))).clamp(0, 1)
+        made = model.generator.synthesize(model.generator.map(model.networks["encoder"](photos))).clamp(0, 1)
     true, read = measure_tone(photos).lab[:, 0], measure_tone(made).lab[:, 0]
     assert float((read - true).abs().mean()) < 0.67 * float((read.roll(1) - true).abs().mean())
     assert torch.isfinite(made).all()

@@ -17,14 +17,7 @@ from fedface.models.checkpoint import (
     save_model,
     weights_hash,
 )
-from fedface.models.model import (
-    StyleEncoderArchitecture,
-    StyleEncoderModel,
-    SuperResolutionArchitecture,
-    SuperResolutionModel,
-    as_generative,
-    build_model,
-)
+from fedface.models.model import StyleEncoderArchitecture, SuperResolutionArchitecture, build_model
 from fedface.models.style_encoder import StyleEncoder, StyleEncoderNetworkConfig, StyleUpsampler
 from fedface.models.stylegan2 import StyleGAN2
 from fedface.models.stylegan_layers import resize_up
@@ -82,7 +75,7 @@ def test_the_answer_to_a_photo_hangs_on_that_photo_alone(
 ) -> None:
     """Per-photo gradients equal one-photo gradients, and nobody's moves when another photo changes."""
     model = build_model(shape, STREAMS.generator("weights"))
-    assert isinstance(model, StyleEncoderModel | SuperResolutionModel)
+    assert model.is_upsampler
     faces = torch.rand(2, 3, 16, 16, generator=STREAMS.generator("faces"))
     check_per_example_gradients(model.upsampler, reconstruction_loss(BicubicPulse(4), 10.0), faces)
 
@@ -95,9 +88,9 @@ def test_photos_up_to_the_side_are_answered_with_faces_of_one_size(low: int) -> 
         SuperResolutionArchitecture(network=RESOLVER),
     ):
         model = build_model(shape, STREAMS.generator("weights"))
-        assert isinstance(model, StyleEncoderModel | SuperResolutionModel)
+        assert model.is_upsampler
         assert model.upsampler(photos).shape == (1, 3, 16, 16) and model.size == 16
-        assert model.max_input_size == 8
+        assert model.architecture.max_input_size == 8
 
 
 @pytest.mark.parametrize(
@@ -134,15 +127,16 @@ def test_shapes_that_do_not_fit_together_are_named() -> None:
 
 def test_a_super_resolution_network_draws_nobody() -> None:
     """Commands that draw samples say so; a style encoder's generator draws."""
-    with pytest.raises(ConfigError, match="draws nobody by itself"):
-        as_generative(build_model(SuperResolutionArchitecture(network=RESOLVER)))
+    with pytest.raises(ConfigError, match="cannot generate faces without a photo"):
+        _ = build_model(SuperResolutionArchitecture(network=RESOLVER)).generator
     styled = build_model(StyleEncoderArchitecture(generator=GENERATOR, encoder=STYLES))
-    assert as_generative(styled) is styled
+    assert styled.generator is styled.networks["generator"]
 
 
 def test_the_embedded_upsamplers_read_sixteen_pixels_and_stand_on_the_embedded_generator() -> None:
     """Made from the same drawn faces; the encoder's generator is the base checkpoint's."""
     styled, resolved = load_style_encoder(), load_super_resolution()
-    assert (styled.size, styled.max_input_size, resolved.size, resolved.max_input_size) == (32, 16, 32, 16)
+    assert (styled.size, resolved.size) == (32, 32)
+    assert (styled.architecture.max_input_size, resolved.architecture.max_input_size) == (16, 16)
     assert styled.notes["generator"] == weights_hash(styled.generator)
     assert styled.notes["recipe"]["light_fraction"] == resolved.notes["recipe"]["light_fraction"] == 0.85

@@ -20,7 +20,7 @@ from fedface.device.client import handle_task
 from fedface.messages.messages import TrainResult
 from fedface.messages.parsing import read_reply
 from fedface.models.checkpoint import assign_parameters, flatten_parameters
-from fedface.models.model import GanModel
+from fedface.models.model import Model
 from fedface.photos.device_dataset import DeviceDataset
 from fedface.randomness import Streams
 from fedface.tensor_types import Images, Vector
@@ -42,7 +42,7 @@ def planted() -> Images:
     return torch.where((torch.arange(16)[:, None] + torch.arange(16)) % 2 == 0, photo, 1 - photo)
 
 
-def gradient_of(gan: GanModel, photo: Images) -> Vector:
+def gradient_of(gan: Model, photo: Images) -> Vector:
     """What the discriminator learns from one photo, flat and in the order of the wire."""
     loss = functional.softplus(-gan.discriminator(photo)).sum()
     names = sorted(dict(gan.discriminator.named_parameters()))
@@ -51,7 +51,7 @@ def gradient_of(gan: GanModel, photo: Images) -> Vector:
     return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
-def sent(tmp_path: Path, gan: GanModel, photos: Images, promise: dict[str, str]) -> tuple[Vector, bytes]:
+def sent(tmp_path: Path, gan: Model, photos: Images, promise: dict[str, str]) -> tuple[Vector, bytes]:
     """A device's update of the discriminator as the server reads it, and all bytes that crossed the wire."""
     experiment = tiny_experiment(tmp_path / "recipe", {**ALONE, **promise})
     device = replace(
@@ -84,7 +84,7 @@ def pixel_runs(photo: Images) -> list[bytes]:
     return [run.tobytes() for form in [*forms, interleaved] for run in form]
 
 
-def blind_discriminator(gan: GanModel) -> GanModel:
+def blind_discriminator(gan: Model) -> Model:
     """The same networks with the made half of the discriminator's loss silenced, so that the photo is all it learns."""
     # A generator whose pictures are all grey teaches the discriminator about grey alone; its weights stay as they are.
     with torch.no_grad():
@@ -94,7 +94,7 @@ def blind_discriminator(gan: GanModel) -> GanModel:
     return gan
 
 
-def about(gan: GanModel, update: Vector, gradient: Vector) -> float:
+def about(gan: Model, update: Vector, gradient: Vector) -> float:
     """Likeness after the part that everybody can compute, the lesson of grey pictures, is taken out of both."""
     made = gan.generator.synthesize(gan.generator.map(torch.zeros(1, 64)))
     loss = functional.softplus(gan.discriminator(made.detach())).sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import functional
 
 from fedface.errors import PrivacyError
 from fedface.models.checkpoint import assign_parameters, flatten_parameters, weights_hash
-from fedface.models.model import GanModel, copy_model
+from fedface.models.model import Model
 from fedface.privacy.plan import DPParameters
 from fedface.randomness import SecretNoise, Streams
 from fedface.tensor_types import Images, Vector
@@ -34,15 +35,15 @@ def terms(config: GanTrainingConfig, sigma: float = 0.0) -> DPParameters:
     return DPParameters(schedule=config.schedule(), noise_multiplier=sigma)
 
 
-def one_round(gan: GanModel, seen: Images, config: GanTrainingConfig, sigma: float = 0.0) -> Vector:
+def one_round(gan: Model, seen: Images, config: GanTrainingConfig, sigma: float = 0.0) -> Vector:
     """A round with the streams of this file."""
     rng = SecretNoise() if sigma else STREAMS.generator("coins")
     return train_gan_round(gan, seen, config, terms(config, sigma), rng=rng, streams=STREAMS)
 
 
-def slow_twin(gan: GanModel, seen: Images, config: GanTrainingConfig) -> Vector:
+def slow_twin(gan: Model, seen: Images, config: GanTrainingConfig) -> Vector:
     """One step without clipping or noise, written out: plain descent on the discriminator, then Adam by its formula."""
-    twin = copy_model(gan)
+    twin = copy.deepcopy(gan)
     latents = STREAMS.generator("latents")
     torch.randn(2, twin.generator.latent_width, generator=latents)  # the check of per-photo gradients
 
@@ -74,7 +75,7 @@ def slow_twin(gan: GanModel, seen: Images, config: GanTrainingConfig) -> Vector:
     return flatten_parameters(*twin.modules()) - flatten_parameters(*gan.modules())
 
 
-def generator_weights(gan: GanModel) -> int:
+def generator_weights(gan: Model) -> int:
     """How many numbers at the front of a vector are the generator's."""
     return len(flatten_parameters(gan.generator))
 
@@ -205,7 +206,7 @@ def test_learning_pulls_samples_towards_the_photos() -> None:
     )
     white = torch.ones(6, 3, 16, 16)
     before = gan.generator.sample(64, STREAMS.generator("look")).mean()
-    after = copy_model(gan)
+    after = copy.deepcopy(gan)
     assign_parameters(flatten_parameters(*gan.modules()) + one_round(gan, white, config), *after.modules())
     assert float(after.generator.sample(64, STREAMS.generator("look")).mean()) > float(before) + 0.05
 

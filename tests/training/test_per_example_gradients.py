@@ -17,13 +17,7 @@ from torch.nn import functional
 
 from fedface.models.discriminator import Discriminator, DiscriminatorConfig
 from fedface.models.lora import Full, Lora, attach
-from fedface.models.model import (
-    StyleEncoderArchitecture,
-    StyleEncoderModel,
-    SuperResolutionArchitecture,
-    SuperResolutionModel,
-    build_model,
-)
+from fedface.models.model import StyleEncoderArchitecture, SuperResolutionArchitecture, build_model
 from fedface.models.rectified_flow import FlowConfig, RectifiedFlow
 from fedface.models.style_encoder import StyleEncoderNetworkConfig
 from fedface.models.stylegan2 import StyleGAN2Config
@@ -102,7 +96,7 @@ def flow(count: int, adapt: Full | Lora | None = None) -> Case:
 
 def upsampler(shape: StyleEncoderArchitecture | SuperResolutionArchitecture) -> Case:
     model = build_model(shape, STREAMS.generator("upsampler"))
-    assert isinstance(model, StyleEncoderModel | SuperResolutionModel)
+    assert model.is_upsampler
     mark_upsampler(model, Full(), STREAMS.generator("adapters"))
     return Case(moved(model.upsampler, "moved"), reconstruction_loss(BicubicPulse(2), 10.0), pictures(16))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import cast
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from fedface.models.checkpoint import weights_hash
 from fedface.models.discriminator import Discriminator
-from fedface.models.model import copy_model, new_gan
+from fedface.models.model import GanArchitecture, build_model
 from fedface.randomness import Streams
 from fedface.synthetic.faces import NORMALS
 from fedface.training.pretrain_gan import (
@@ -101,7 +102,7 @@ def test_a_pair_is_a_latent_with_its_own_face() -> None:
 def test_the_first_stage_learns_the_pairs() -> None:
     """The averaged generator draws its latents' faces better than the untrained one."""
     training = GanPretraining(replace(SMALL, paired_steps=80), make_pool(SMALL, silent))
-    start = copy_model(training.gan).generator
+    start = copy.deepcopy(training.gan).generator
     training.pairs(silent)
     latents, faces = training.pool.pairs(32, Streams(2).generator("look"))
     with torch.no_grad():
@@ -126,6 +127,7 @@ def test_the_whole_recipe_gives_a_checkpoint_that_says_how_it_was_made() -> None
     assert list(dict.fromkeys(heard)) == ["drawing", "pairs", "adversaries"]
     assert gan.notes["images_seen"] == (4 + 9) * 8 and gan.notes["recipe"]["seed"] == 3
     assert float(gan.generator.mapping.w_avg.abs().max()) > 0
-    untrained = new_gan(GENERATOR, DISCRIMINATOR, Streams(3).generator("weights"))
+    architecture = GanArchitecture(generator=GENERATOR, discriminator=DISCRIMINATOR)
+    untrained = build_model(architecture, Streams(3).generator("weights"))
     assert weights_hash(gan.discriminator) != weights_hash(untrained.discriminator)
     assert all(bool(torch.isfinite(weight).all()) for weight in gan.generator.parameters())

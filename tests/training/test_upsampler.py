@@ -16,14 +16,7 @@ from fedface.errors import ConfigError, PrivacyError, WeightsError
 from fedface.messages.messages import Refusal, TrainResult
 from fedface.models.checkpoint import flatten_buffers, flatten_parameters, weights_hash
 from fedface.models.lora import Full, Lora, flatten_trainable
-from fedface.models.model import (
-    Model,
-    StyleEncoderArchitecture,
-    StyleEncoderModel,
-    SuperResolutionArchitecture,
-    SuperResolutionModel,
-    build_model,
-)
+from fedface.models.model import Model, StyleEncoderArchitecture, SuperResolutionArchitecture, build_model
 from fedface.models.super_resolution import SuperResolutionNetworkConfig
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.plan import DPParameters
@@ -57,10 +50,10 @@ LARGE = SuperResolutionNetworkConfig(
 both = pytest.mark.parametrize("name", SHAPES)
 
 
-def marked(name: str) -> StyleEncoderModel | SuperResolutionModel:
+def marked(name: str) -> Model:
     """A model with what learns marked."""
     model: Model = build_model(SHAPES[name], STREAMS.generator(name))
-    assert isinstance(model, StyleEncoderModel | SuperResolutionModel)
+    assert model.is_upsampler
     mark_upsampler(model, Full(), STREAMS.generator("adapter"))
     return model
 
@@ -119,10 +112,14 @@ def test_noise_has_the_agreed_size_also_without_a_photo(name: str) -> None:
 def test_devices_teach_the_encoder_and_never_the_generator() -> None:
     """What travels up has the encoder's length; the networks of the round stay as they were."""
     model = marked("styles")
-    assert isinstance(model, StyleEncoderModel)
+    assert isinstance(model.architecture, StyleEncoderArchitecture)
     before = flatten_parameters(*model.modules())
     update = train_upsampler_round(model, PHOTOS, CONFIG, terms(), rng=replayable())
-    assert len(update) == len(flatten_trainable(model.encoder)) == flatten_parameters(model.encoder).numel()
+    assert (
+        len(update)
+        == len(flatten_trainable(model.networks["encoder"]))
+        == flatten_parameters(model.networks["encoder"]).numel()
+    )
     assert torch.equal(flatten_parameters(*model.modules()), before)
 
 
@@ -215,7 +212,7 @@ def test_the_recipe_and_the_network_must_agree_on_what_is_learned(tmp_path: Path
 
 def test_low_rank_changes_of_an_encoder_send_fewer_numbers() -> None:
     full, lora = marked("styles"), build_model(SHAPES["styles"], STREAMS.generator("styles"))
-    assert isinstance(lora, StyleEncoderModel)
+    assert isinstance(lora.architecture, StyleEncoderArchitecture)
     mark_upsampler(lora, Lora(rank=2), STREAMS.generator("adapter"))
     assert len(upsampler_ranges(lora, CONFIG)) < len(upsampler_ranges(full, CONFIG)) / 2
 

@@ -22,7 +22,7 @@ from fedface.experiment import read_experiment
 from fedface.messages.messages import DecryptResult, DecryptTask, Failure, Message, Refusal, TrainResult
 from fedface.models.checkpoint import save_model
 from fedface.models.discriminator import DiscriminatorConfig
-from fedface.models.model import new_gan
+from fedface.models.model import GanArchitecture, build_model
 from fedface.models.stylegan2 import StyleGAN2Config
 from fedface.privacy.policy import DevicePolicy
 from fedface.randomness import Streams
@@ -65,13 +65,13 @@ OPENED = DecryptResult(device="d", total=torch.ones(3))
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     """A YAML file of two devices with networks of some thousand weights."""
-    networks = (
-        StyleGAN2Config(
+    architecture = GanArchitecture(
+        generator=StyleGAN2Config(
             size=16, latent_width=8, style_width=8, mapping_layers=1, channel_base=64, channel_max=8
         ),
-        DiscriminatorConfig(size=16, channel_base=64, channel_max=8),
+        discriminator=DiscriminatorConfig(size=16, channel_base=64, channel_max=8),
     )
-    save_model(tmp_path / "base.safetensors", new_gan(*networks, Streams(1).generator("pretrain")))
+    save_model(tmp_path / "base.safetensors", build_model(architecture, Streams(1).generator("pretrain")))
     path = tmp_path / "tiny.yaml"
     path.write_text(RECIPE.replace("base.safetensors", str(tmp_path / "base.safetensors")))
     return path
