@@ -239,7 +239,7 @@ def test_a_promised_step_refuses_chance_that_can_be_replayed() -> None:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("chance", [SecretNoise(), STREAMS.generator("coins")])
+@pytest.mark.parametrize("rng", [SecretNoise(), STREAMS.generator("coins")])
 def test_batch_sizes_are_binomial_and_every_photo_is_drawn_equally_often(
     rng: SecretNoise | torch.Generator,
 ) -> None:
