@@ -18,7 +18,6 @@ from fedface.config import plain
 from fedface.errors import ConfigError, WeightsError
 from fedface.models.checkpoint import (
     FORMAT,
-    OLD_FORMAT,
     assign_buffers,
     assign_parameters,
     estimate_mean_style,
@@ -158,7 +157,7 @@ def parts(tmp_path: Path) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
     save_model(path, tiny_gan())
     header = {
         "format": FORMAT,
-        "shape": json.dumps(plain(GanArchitecture(generator=GENERATOR, discriminator=DISCRIMINATOR))),
+        "architecture": json.dumps(plain(GanArchitecture(generator=GENERATOR, discriminator=DISCRIMINATOR))),
         "notes": "{}",
     }
     return path, load_file(path), header
@@ -168,7 +167,7 @@ def described(**changes: object) -> str:
     """The description of a good GAN but for its generator."""
     return json.dumps(
         {
-            "kind": "gan-shape",
+            "kind": "gan",
             "generator": {**asdict(GENERATOR), **changes},
             "discriminator": asdict(DISCRIMINATOR),
         }
@@ -232,18 +231,18 @@ def test_a_weight_too_many_is_named(parts: Parts, name: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("shape", "{"),
-        ("shape", "[]"),
-        ("shape", "null"),
-        ("shape", '{"kind": "cat-shape"}'),
-        ("shape", described(size=17)),
-        ("shape", described(deep=1)),
-        ("shape", described(channel_max=0)),
-        ("shape", described(mapping_layers=10**9)),
-        ("shape", "[" * 100_000),
+        ("architecture", "{"),
+        ("architecture", "[]"),
+        ("architecture", "null"),
+        ("architecture", '{"kind": "cat"}'),
+        ("architecture", described(size=17)),
+        ("architecture", described(deep=1)),
+        ("architecture", described(channel_max=0)),
+        ("architecture", described(mapping_layers=10**9)),
+        ("architecture", "[" * 100_000),
         (
-            "shape",
-            json.dumps({"kind": "gan-shape", "discriminator": {**asdict(DISCRIMINATOR), "channel_base": -1}}),
+            "architecture",
+            json.dumps({"kind": "gan", "discriminator": {**asdict(DISCRIMINATOR), "channel_base": -1}}),
         ),
         ("notes", "3"),
     ],
@@ -267,7 +266,7 @@ def test_a_description_of_huge_networks_takes_no_memory(
     parts: Parts, channels: int, base: int, said: str
 ) -> None:
     """A layer of 150 GB is compared with the file before it is made; one beyond any use is refused as such."""
-    parts[2]["shape"] = described(channel_max=channels, channel_base=base)
+    parts[2]["architecture"] = described(channel_max=channels, channel_base=base)
     assert said in refused(parts)
 
 
@@ -286,7 +285,7 @@ def test_a_description_of_huge_networks_takes_no_memory(
 )
 def test_a_description_of_a_huge_flow_is_refused(parts: Parts, change: dict[str, object]) -> None:
     """Before a number of it is multiplied."""
-    parts[2]["shape"] = json.dumps({"kind": "flow-shape", "flow": {"width": 128, **change}})
+    parts[2]["architecture"] = json.dumps({"kind": "flow", "flow": {"width": 128, **change}})
     assert "damaged" in refused(parts)
 
 
@@ -299,7 +298,7 @@ def test_what_a_machine_cannot_hold_is_a_sentence(
     def full(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("fedface.models.checkpoint.build", full)
+    monkeypatch.setattr("fedface.models.checkpoint.build_model", full)
     assert "damaged" in refused(parts)
     with pytest.raises(WeightsError, match="cannot be made on this machine"):
         model_from_vectors(
@@ -351,18 +350,6 @@ def test_another_kind_of_safetensors_file_is_said_to_be_one(tmp_path: Path) -> N
         load_model(tmp_path / "other.safetensors")
 
 
-def test_a_file_from_before_the_families_is_read(parts: Parts) -> None:
-    """The embedded base is one: generator and discriminator each with a description of their own."""
-    path, tensors, _ = parts
-    old = {
-        "format": OLD_FORMAT,
-        "generator": json.dumps(asdict(GENERATOR)),
-        "discriminator": json.dumps(asdict(DISCRIMINATOR)),
-    }
-    save_file(tensors, path, {**old, "notes": "{}"})
-    assert weights_hash(*load_model(path).modules()) == weights_hash(*tiny_gan().modules())
-
-
 SHAPES = (
     GanArchitecture(generator=GENERATOR, discriminator=DISCRIMINATOR),
     EncoderArchitecture(
@@ -374,7 +361,7 @@ SHAPES = (
 )
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=[type(shape).__name__ for shape in SHAPES])
+@pytest.mark.parametrize("architecture", SHAPES, ids=[type(shape).__name__ for shape in SHAPES])
 def test_every_family_comes_back_from_its_file_and_from_its_flat_vector(
     tmp_path: Path, shape: Architecture
 ) -> None:

@@ -81,7 +81,7 @@ def drawn_faces(count: int, light_fraction: float, name: str) -> Tensor:
 
 
 def round_of(flow: RectifiedFlow, images: Tensor, **changes: Any) -> Tensor:
-    given: dict[str, Any] = {"chance": STREAMS.generator("coins"), "streams": STREAMS, **changes}
+    given: dict[str, Any] = {"rng": STREAMS.generator("coins"), "streams": STREAMS, **changes}
     return train_flow_round(flow, images, given.pop("config", CONFIG), given.pop("terms", terms()), **given)
 
 

@@ -59,7 +59,7 @@ def state_of(model: Model) -> torch.Tensor:
 
 @each_way
 def test_an_update_has_a_range_for_each_number_and_leaves_the_model_alone(tmp_path: Path, way: str) -> None:
-    experiment = tiny_way(tmp_path, way, {"promise": "{kind: no-privacy}"})
+    experiment = tiny_way(tmp_path, way, {"privacy": "{kind: no-privacy}"})
     model, work = begun(experiment)
     before = weights_hash(*model.modules())
     update = update_of(work, photos(8))
@@ -72,14 +72,14 @@ def test_an_update_has_a_range_for_each_number_and_leaves_the_model_alone(tmp_pa
 def test_faces_that_a_device_keeps_as_bytes_teach_the_same_to_the_last_bit(tmp_path: Path, way: str) -> None:
     """A whole library of floats would not fit: bytes become floats where they are looked at."""
     kept = (photos(8) * 255.0).round().to(torch.uint8)
-    _, work = begun(tiny_way(tmp_path, way, {"promise": "{kind: no-privacy}"}))
+    _, work = begun(tiny_way(tmp_path, way, {"privacy": "{kind: no-privacy}"}))
     assert torch.equal(update_of(work, kept), update_of(work, kept.float() / 255.0))
 
 
 @each_way
 def test_device_and_server_begin_the_same_round_from_the_task_alone(tmp_path: Path, way: str) -> None:
     """Two beginnings from equal weights and seeds apply one update to equal models: adapters are derived, not sent."""
-    experiment = tiny_way(tmp_path, way, {"promise": "{kind: no-privacy}"})
+    experiment = tiny_way(tmp_path, way, {"privacy": "{kind: no-privacy}"})
     _, device = begun(experiment)
     _, server = begun(experiment)
     update = update_of(device, photos(8))
@@ -96,7 +96,7 @@ def test_the_sum_of_two_updates_moves_the_weights_by_their_mean(tmp_path: Path, 
 
     The mapping's stored weights are of size 100, where neighbouring float32 numbers are 8e-6 apart.
     """
-    experiment = tiny_way(tmp_path, way, {"promise": "{kind: no-privacy}"})
+    experiment = tiny_way(tmp_path, way, {"privacy": "{kind: no-privacy}"})
     model, work = begun(experiment)
     start = flatten_parameters(*model.modules())
     one, two = update_of(work, photos(8), "one"), update_of(work, photos(8, 2), "two")
@@ -111,7 +111,7 @@ def test_the_sum_of_two_updates_moves_the_weights_by_their_mean(tmp_path: Path, 
 @each_way
 def test_an_update_of_nothing_leaves_the_weights_as_they_were(tmp_path: Path, way: str) -> None:
     """A zero sum: the same weights, and for the prior the standard one."""
-    model, work = begun(tiny_way(tmp_path, way, {"promise": "{kind: no-privacy}"}))
+    model, work = begun(tiny_way(tmp_path, way, {"privacy": "{kind: no-privacy}"}))
     after = work.apply(torch.zeros_like(work.ranges()), 2, Streams(2).generator("mean"))
     assert torch.allclose(
         flatten_parameters(*after.modules()), flatten_parameters(*model.modules()), atol=1e-6
@@ -127,7 +127,7 @@ def test_an_update_of_nothing_leaves_the_weights_as_they_were(tmp_path: Path, wa
 @each_way
 def test_what_one_photo_releases_is_its_update_undone(tmp_path: Path, way: str) -> None:
     """An audit attacks the vector that a step clips: the same for equal photos, another for another photo."""
-    _, work = begun(tiny_way(tmp_path, way, {"promise": "{kind: no-privacy}"}))
+    _, work = begun(tiny_way(tmp_path, way, {"privacy": "{kind: no-privacy}"}))
     release = work.per_example_release(Streams(9))
     one, other = photos(1), photos(1, 2)
     assert torch.equal(release(one), release(one)) and not torch.allclose(release(one), release(other))
@@ -140,7 +140,7 @@ def test_a_gan_that_learns_in_one_step_releases_the_gradient_of_its_discriminato
     tmp_path: Path,
 ) -> None:
     """A slow twin: softplus of minus the logit, differentiated by hand."""
-    model, work = begun(tiny_way(tmp_path, "full", {"promise": "{kind: no-privacy}"}))
+    model, work = begun(tiny_way(tmp_path, "full", {"privacy": "{kind: no-privacy}"}))
     discriminator = model.modules()[1]
     loss = torch.nn.functional.softplus(-discriminator(photos(1))).mean()
     wanted = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(discriminator.parameters()))])
