@@ -29,7 +29,7 @@ from fedface.training.unit_clipping import NoiseSource
 def check_descent(*, lr: float, lr_noise_threshold: float, momentum: float, server_lr: float) -> None:
     """Raises ValueError with name, bound and value unless the settings of a descent lie within their bounds."""
     if not 0 < lr < 1000:
-        raise ValueError(f"rate must lie in (0, 1000), got {lr}")
+        raise ValueError(f"lr must lie in (0, 1000), got {lr}")
     if not 0 < lr_noise_threshold <= 1000:
         raise ValueError(f"lr_noise_threshold must lie in (0, 1000], got {lr_noise_threshold}")
     if not 0 <= momentum < 1:

@@ -350,7 +350,7 @@ def test_another_kind_of_safetensors_file_is_said_to_be_one(tmp_path: Path) -> N
         load_model(tmp_path / "other.safetensors")
 
 
-SHAPES = (
+ARCHITECTURES = (
     GanArchitecture(generator=GENERATOR, discriminator=DISCRIMINATOR),
     EncoderArchitecture(
         generator=GENERATOR, encoder=LatentEncoderConfig(size=16, channel_base=64, channel_max=8)
@@ -361,17 +361,19 @@ SHAPES = (
 )
 
 
-@pytest.mark.parametrize("architecture", SHAPES, ids=[type(shape).__name__ for shape in SHAPES])
+@pytest.mark.parametrize(
+    "architecture", ARCHITECTURES, ids=[type(architecture).__name__ for architecture in ARCHITECTURES]
+)
 def test_every_family_comes_back_from_its_file_and_from_its_flat_vector(
-    tmp_path: Path, shape: Architecture
+    tmp_path: Path, architecture: Architecture
 ) -> None:
-    """Shape, weights, buffers and notes; and a twin built from the shape takes the flat numbers."""
-    model = build_model(shape, Streams(4).generator("weights"), {"made_by": "a test"})
+    """Shape, weights, buffers and notes; and a twin built from the architecture takes the flat numbers."""
+    model = build_model(architecture, Streams(4).generator("weights"), {"made_by": "a test"})
     save_model(tmp_path / "model.safetensors", model)
     again = load_model(tmp_path / "model.safetensors")
-    assert again.architecture == model.architecture == shape and again.notes == {"made_by": "a test"}
+    assert again.architecture == model.architecture == architecture and again.notes == {"made_by": "a test"}
     assert weights_hash(*again.modules()) == weights_hash(*model.modules())
-    twin = build_model(shape)
+    twin = build_model(architecture)
     assign_parameters(flatten_parameters(*model.modules()), *twin.modules())
     assign_buffers(flatten_buffers(*model.modules()), *twin.modules())
     assert weights_hash(*twin.modules()) == weights_hash(*model.modules())

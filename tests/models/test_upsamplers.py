@@ -111,7 +111,7 @@ def test_a_file_gives_back_the_networks_that_were_kept(
 
 
 def test_shapes_that_do_not_fit_together_are_named() -> None:
-    with pytest.raises(ConfigError, match="must tell 6 styles of width 16.* got 8 of width 128"):
+    with pytest.raises(ConfigError, match="must output 6 styles of width 16.* got 8 of width 128"):
         StyleEncoderArchitecture(generator=GENERATOR, encoder=StyleEncoderNetworkConfig())
     with pytest.raises(ConfigError, match="side must be at most the generator's 16, got 32"):
         StyleEncoderArchitecture(

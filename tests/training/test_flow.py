@@ -294,9 +294,9 @@ def test_ranges_hold_what_a_round_can_do_without_noise() -> None:
     [
         ("noise_draws", 0),
         ("noise_draws", 65),
-        ("latest", 0.0),
-        ("latest", 1.1),
-        ("rate", 0.0),
+        ("max_time", 0.0),
+        ("max_time", 1.1),
+        ("lr", 0.0),
         ("server_lr", 5.0),
         ("rounds", 0),
     ],

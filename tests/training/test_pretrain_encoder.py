@@ -93,7 +93,7 @@ def test_an_encoder_of_another_size_is_refused() -> None:
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"dark_fraction": 1.0}, "dark_fraction must lie in"),
-        ({"spread": -1.0}, "spread must lie in"),
+        ({"latent_std": -1.0}, "latent_std must lie in"),
         ({"learning_rate": 0.0}, "learning_rate must lie in"),
     ],
 )
