@@ -175,6 +175,11 @@ class Model:
     networks: Mapping[str, nn.Module]  # by name, in the order in which their weights are flattened
     notes: Mapping[str, Any] = field(default_factory=dict)  # how it was trained or where it came from
 
+    def __post_init__(self) -> None:
+        configs = {name: network.config for name, network in self.networks.items()}
+        if configs != dict(vars(self.architecture)):
+            raise ValueError(f"expected the networks of {self.architecture}, got {configs}")
+
     def modules(self) -> tuple[nn.Module, ...]:
         """The networks in the order in which their weights are flattened."""
         return tuple(self.networks.values())

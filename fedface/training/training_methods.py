@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import assert_never
 
 import torch
@@ -285,7 +285,8 @@ class TrainingRound:
             generator, encoder = self.model.network(StyleGAN2), self.model.network(LatentEncoder)
             refitted = fit_latent_prior(generator, total, devices, self.training, self.dp, encoder=encoder)
             estimate_mean_style(refitted, rng)
-            return replace(self.model, networks={"generator": refitted, "encoder": encoder})
+            architecture = EncoderArchitecture(generator=refitted.config, encoder=encoder.config)
+            return Model(architecture, {"generator": refitted, "encoder": encoder}, self.model.notes)
         after = copy.deepcopy(self.model)
         start = flatten_trainable(*after.modules())
         assign_trainable(start + self.training.server_lr * total / devices, *after.modules())
