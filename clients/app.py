@@ -1,12 +1,28 @@
-"""The Flower ClientApp: asks which device it stands for and lets the installed fedface answer.
+"""The Flower ClientApp: answers for the device whose file the owner named, or for a simulated one.
 
-Called by Flower: in a simulation, or on a SuperNode started with a device file (see clients/README.md). There
-is no more to it on purpose. This file may come from a server; what enforces the owner's policy may not.
+A SuperNode started with a device file (see clients/README.md) is that device, whatever a run's config says. This file
+may come from a server; the code that enforces the owner's policy is the installed fedface.
 """
 
-from functools import partial
 from pathlib import Path
 
-from fedface.transport.flower import client_app, device_of
+from flwr.app import Context
 
-app = client_app(partial(device_of, home=Path(__file__).resolve().parents[1]))
+from fedface.device.client import Device
+from fedface.transport.client import client_app, configured_device
+
+HOME = Path(__file__).resolve().parents[1]  # where relative paths of experiments start
+
+
+def device_of(context: Context) -> Device:
+    """The device that a message is for."""
+    partition = context.node_config.get("partition-id")
+    if "device" not in context.node_config and isinstance(partition, int):
+        # A real device does not import what only a simulation needs.
+        from fedface.simulation.devices import device_of_partition  # noqa: PLC0415
+
+        return device_of_partition(partition, context.run_config, HOME)
+    return configured_device(context.node_config)
+
+
+app = client_app(device_of)

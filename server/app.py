@@ -15,8 +15,8 @@ from fedface.coordinator.run import initialize_run, run_experiment
 from fedface.coordinator.run_folder import locked
 from fedface.experiment import RemoteDevices
 from fedface.simulation.devices import prepare
-from fedface.transport.flower import GridCohort
 from fedface.transport.run_config import RunConfig, devices_folder, read_run_config
+from fedface.transport.server import GridCohort
 
 HOME = Path(__file__).resolve().parents[1]
 

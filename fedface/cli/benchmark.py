@@ -25,10 +25,10 @@ from fedface.coordinator.method_benchmark import benchmark_methods, with_baselin
 from fedface.errors import ConfigError
 from fedface.experiment import LabelledProbe, SyntheticProbe
 from fedface.models.checkpoint import load_model
+from fedface.public_data.probe import public_faces
 from fedface.reports import formatting, method_report, strict
 from fedface.reports.measurements import Interval, Measurement
 from fedface.reports.method_report import BenchmarkRecord
-from fedface.simulation.devices import public_faces
 from fedface.upsampling.methods import METHODS, pair_with_models, with_workers
 
 SHOWN = ("consistency_error", "skin_difference", "lightness_shift", "same_half")

@@ -15,12 +15,12 @@ from fedface.coordinator.compare_runs import compare_runs
 from fedface.coordinator.run_folder import locked, new_folder, resume_comparison
 from fedface.errors import ConfigError
 from fedface.experiment import RemoteDevices
+from fedface.public_data.labelled_sets import check_sources
 from fedface.reports import strict
 from fedface.reports.comparison_report import METRICS, TITLES, ComparisonRecord
 from fedface.reports.measurements import Interval, Measurement
-from fedface.simulation.devices import check_sources
+from fedface.simulation.in_process import in_process_cohort
 from fedface.sweep import read_sweep
-from fedface.transport.flower import in_process_cohort
 
 
 def compare(

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedface.errors import FedfaceError
-from fedface.importing.safe_pickle import sanitize_text
+from fedface.text import sanitize_text
 
 # A pipe has no width of its own; eighty columns would fold every table.
 # Names of files, photos and weights may be a stranger's: brackets and colons in them are words, not markup.

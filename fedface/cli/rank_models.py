@@ -16,10 +16,10 @@ from fedface.coordinator.run_folder import locked, new_folder, resume_ranking
 from fedface.errors import ConfigError, RunError
 from fedface.experiment import RemoteDevices, for_ranking, read_experiment
 from fedface.privacy.privacy_target import PrivacyTarget, format_delta
+from fedface.public_data.labelled_sets import check_sources
 from fedface.reports import device_metrics_section, strict
 from fedface.reports.model_ranking_report import RankingReport
-from fedface.simulation.devices import check_sources, prepare
-from fedface.transport.flower import in_process_cohort
+from fedface.simulation.in_process import in_process_cohort
 from fedface.transport.run_config import devices_folder
 
 
@@ -64,12 +64,10 @@ def rank_models(
         raise RunError(f"{folder}: holds a tournament; continue it with --resume, or choose another folder")
     check_sources(recipe)
     with locked(folder), progress_bars() as bars:
-        state = devices_folder(folder)
-        prepare(recipe, state)
         record = run_ranking(
             recipe,
             models,
-            in_process_cohort(recipe, state),
+            in_process_cohort(recipe, devices_folder(folder)),
             folder,
             watcher=bars,
             command=command_of("tournament", experiment, photos, changes, candidates),

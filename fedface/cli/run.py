@@ -26,14 +26,15 @@ from fedface.experiment import EVALUATIONS, Experiment, RemoteDevices, Synthetic
 from fedface.models.checkpoint import flatten_parameters
 from fedface.privacy.plan import Plan
 from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget
+from fedface.public_data.device_photos import describe_devices
+from fedface.public_data.labelled_sets import check_sources
 from fedface.reports import formatting, headline_summary, html_report, model_card, run_record
 from fedface.reports.measurements import Interval
 from fedface.reports.run_record import BiasRecord, RunRecord
-from fedface.simulation.devices import check_sources, describe_devices, prepare
+from fedface.simulation.in_process import in_process_cohort
 from fedface.tensor_types import Vector
 from fedface.training.latent_prior import PriorTrainingConfig
 from fedface.training.training_methods import common_streams, describe_method, prepare_round
-from fedface.transport.flower import in_process_cohort
 from fedface.transport.run_config import devices_folder
 
 PhotosOption = Annotated[
@@ -70,11 +71,9 @@ def run(
     with locked(folder), progress_bars() as bars:
         if not resume:
             initialize_run(recipe, folder)
-        state = devices_folder(folder)
-        prepare(recipe, state)
         record = run_experiment(
             recipe,
-            in_process_cohort(recipe, state),
+            in_process_cohort(recipe, devices_folder(folder)),
             folder,
             watcher=bars,
             command=command_of("run", experiment, photos, changes),

@@ -22,7 +22,6 @@ from fedface.cli.console import LONGEST, DetectorOption, JsonOption, ProgressBar
 from fedface.cli.photos import chosen_detector
 from fedface.config import plain
 from fedface.errors import ConfigError, LibraryError
-from fedface.importing.safe_pickle import sanitize_text
 from fedface.inference.contact_sheet import NEAREST, NO_FACE, MethodRunner, describe_output
 from fedface.inference.pipeline import (
     SheetFolder,
@@ -37,6 +36,7 @@ from fedface.models.checkpoint import load_model, weights_hash
 from fedface.models.generator_protocol import sample
 from fedface.models.model import FlowArchitecture, Model, SuperResolutionArchitecture
 from fedface.photos.face_alignment import Detector
+from fedface.text import sanitize_text
 from fedface.upsampling.degradation import Area, Bicubic, BicubicPulse, Degradation
 from fedface.upsampling.methods import METHODS, Method, default_method, pair_with_models, with_workers
 from fedface.upsampling.pulse import PulseConfig

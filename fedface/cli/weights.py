@@ -14,13 +14,13 @@ from torch.nn import functional
 from fedface.cli.console import JsonOption, console, progress_bars
 from fedface.errors import ConfigError
 from fedface.importing.import_weights import ImportedModel, import_file
-from fedface.importing.safe_pickle import sanitize_text
 from fedface.models.checkpoint import check_place, load_model, save_model
 from fedface.models.generator_protocol import Generator, sample
 from fedface.models.model_summary import ModelSummary, format_summary, summarize
 from fedface.models.stylegan2 import ClassConditioned, StyleGAN2
 from fedface.reports.charts import face_grid
 from fedface.tensor_types import Images
+from fedface.text import sanitize_text
 
 weights = typer.Typer(help="Files of weights.", no_args_is_help=True, rich_markup_mode=None)
 

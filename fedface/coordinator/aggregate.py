@@ -16,9 +16,9 @@ import torch
 
 from fedface.aggregation.homomorphic import make_server
 from fedface.aggregation.payload import Aggregation, Payload, PlainConfig
-from fedface.coordinator.cohort import Cohort
 from fedface.errors import AggregationError, FederationError
 from fedface.experiment import Experiment
+from fedface.messages.cohort import Cohort
 from fedface.messages.messages import (
     DecryptResult,
     DecryptTask,

@@ -22,16 +22,17 @@ from fedface.audits.feature_extractors import ColourFeatures, open_features
 from fedface.audits.group_metrics import rate_interval
 from fedface.audits.sample_quality import TONE_GROUPS, GroupQuality, InsufficientSamples, quality, tone_groups
 from fedface.audits.tone_distance import tone_distance
-from fedface.coordinator.cohort import Cohort
 from fedface.coordinator.rounds import ProgressListener, run_rounds, spent
 from fedface.coordinator.run import check_same, initialize_run
 from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import upsample_with
 from fedface.errors import ConfigError
 from fedface.experiment import Experiment, SyntheticDevices
+from fedface.messages.cohort import Cohort
 from fedface.models.checkpoint import load_model, weights_hash
 from fedface.models.model import Model
 from fedface.photos.skin_tone import measure_tone
+from fedface.public_data.device_photos import describe_devices, device_faces
 from fedface.randomness import Streams
 from fedface.reports import comparison_charts, comparison_report, strict
 from fedface.reports.comparison_report import (
@@ -43,7 +44,6 @@ from fedface.reports.comparison_report import (
 )
 from fedface.reports.measurements import Measurement, NotMeasured
 from fedface.reports.record_builders import machine_record, measured, version_record
-from fedface.simulation.devices import describe_devices, device_faces, prepare
 from fedface.sweep import Sweep, Variant, level_of
 from fedface.tensor_types import Images
 from fedface.training.training_methods import check_fits, common_streams, prepare_round
@@ -139,9 +139,8 @@ def _one(
     if kept.exists():
         return strict.loads(ComparedRun, kept.read_text(encoding="utf-8"))
     plan = experiment.plan()
-    states = place / "devices"
-    prepare(experiment, states)
-    state = run_rounds(experiment, plan, cohort_of(experiment, states), RunState.read(place), None, watcher)
+    cohort = cohort_of(experiment, place / "devices")
+    state = run_rounds(experiment, plan, cohort, RunState.read(place), None, watcher)
     final = load_model(weights_path(place, experiment.rounds))
     work = prepare_round(final, experiment.training, plan.dp_parameters, common_streams(experiment.seed, 0))
     figures = ComparedRun(

@@ -14,11 +14,10 @@ from pathlib import Path
 from fedface.audits.dp_metric_estimates import DPMetricEstimates, estimate_metrics
 from fedface.audits.dp_metrics import LocalMetricsConfig
 from fedface.coordinator.aggregate import RoundSum, collect_and_sum, noised_sum
-from fedface.coordinator.cohort import Cohort
 from fedface.coordinator.rounds import ProgressListener, WithdrawalHandler
 from fedface.coordinator.run_state import RunState
-from fedface.device.local_metrics import metric_ranges
 from fedface.experiment import Experiment
+from fedface.messages.cohort import Cohort
 from fedface.messages.messages import EvaluateTask, EvaluationRequest
 from fedface.models.checkpoint import flatten_buffers, flatten_parameters, weights_hash
 from fedface.models.model import Model
@@ -97,7 +96,7 @@ def request_metrics(
         buffers=flatten_buffers(*model.modules()),
         model=weights_hash(*model.modules()),
     )
-    ranges = metric_ranges(question)
+    ranges = question.ranges()
     gathered = collect_and_sum(experiment, cohort, members, task, len(ranges), watcher.advance, gone)
     total = noised_sum(gathered.total, terms) * ranges
     read = decode_total(total, terms, figures, gathered.count)

@@ -19,12 +19,12 @@ from fedface.coordinator.server_metrics import MIN_FACES, MethodEvaluation, eval
 from fedface.experiment import UpsamplingConfig
 from fedface.models.model import Model
 from fedface.photos.skin_tone import measure_tone
+from fedface.public_data.probe import PublicProbe
 from fedface.randomness import Streams
 from fedface.reports import method_report
 from fedface.reports.measurements import Measurement, NotMeasured
 from fedface.reports.method_report import BenchmarkRecord, MethodMetrics
 from fedface.reports.record_builders import machine_record, measured, version_record
-from fedface.simulation.devices import PublicProbe
 from fedface.upsampling.degradation import Degradation, format_degradation
 from fedface.upsampling.methods import BASELINES, Method, is_deterministic, name_of, title_of
 from fedface.upsampling.upsampler import pixel_std

@@ -22,11 +22,11 @@ from fedface.audits.dp_metric_estimates import DPMetricEstimates
 from fedface.audits.dp_model_ranking import Ranking, rank_overall, rank_worst_group
 from fedface.audits.dp_ratio_estimates import DP_METRICS
 from fedface.config import plain
-from fedface.coordinator.cohort import Cohort
 from fedface.coordinator.device_evaluation import decode_total, request_metrics
 from fedface.coordinator.rounds import ProgressListener
 from fedface.errors import ConfigError, FederationError, RunError
 from fedface.experiment import Experiment, metrics_dp_parameters
+from fedface.messages.cohort import Cohort
 from fedface.models.checkpoint import load_model, weights_hash
 from fedface.models.model import GeneratorArchitecture, Model
 from fedface.privacy.plan import DPParameters

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Protocol
 
 from fedface.coordinator.aggregate import collect_and_sum, noised_sum
-from fedface.coordinator.cohort import Cohort
 from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import ReferenceSet, sample_metrics
 from fedface.experiment import Experiment
+from fedface.messages.cohort import Cohort
 from fedface.messages.messages import RoundConfig, TrainTask
 from fedface.models.checkpoint import (
     flatten_buffers,

@@ -18,7 +18,6 @@ from typing import assert_never
 from fedface.aggregation.payload import HomomorphicConfig
 from fedface.atomic_io import replace_text
 from fedface.config import dump, plain
-from fedface.coordinator.cohort import Cohort
 from fedface.coordinator.device_evaluation import evaluate_on_devices
 from fedface.coordinator.rounds import ProgressListener, run_rounds
 from fedface.coordinator.run_state import RunState, weights_path
@@ -35,17 +34,19 @@ from fedface.coordinator.server_metrics import (
 )
 from fedface.errors import ConfigError, RunError
 from fedface.experiment import Experiment, LabelledDevices, RemoteDevices, SyntheticDevices
+from fedface.messages.cohort import Cohort
 from fedface.models.checkpoint import load_model, save_model, weights_hash
 from fedface.models.model import Model
 from fedface.privacy.plan import Plan
 from fedface.privacy.privacy_target import PrivacyTarget
 from fedface.privacy_units import PLURALS, unit_in_words
+from fedface.public_data.device_photos import describe_devices, device_faces
+from fedface.public_data.probe import PublicProbe, public_faces
 from fedface.randomness import Streams
 from fedface.reports import charts, html_report, model_card, run_record
 from fedface.reports.measurements import NotMeasured
 from fedface.reports.record_builders import machine_record, plan_record, version_record
 from fedface.reports.run_record import DeviceRecord, PictureRecord, RunRecord, ToneRecord
-from fedface.simulation.devices import PublicProbe, describe_devices, device_faces, public_faces
 from fedface.synthetic.faces import render_people
 from fedface.tensor_types import Images
 from fedface.training.training_methods import common_streams, noise_source, prepare_round

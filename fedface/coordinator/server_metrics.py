@@ -37,11 +37,12 @@ from fedface.models.model import Model
 from fedface.photos.skin_tone import measure_tone
 from fedface.privacy.mechanism import GaussianSum
 from fedface.privacy.plan import Plan
+from fedface.public_data.device_photos import device_faces
+from fedface.public_data.probe import PublicProbe
 from fedface.randomness import Streams
 from fedface.reports.measurements import Measurement, NotMeasured
 from fedface.reports.record_builders import attack_record, bias_record, defence_words, measured
 from fedface.reports.run_record import AggregationRecord, AttackRecord, BiasRecord, ToneRecord
-from fedface.simulation.devices import PublicProbe, device_faces
 from fedface.tensor_types import Images, LowImages, Vector
 from fedface.training.training_methods import TrainingRound
 from fedface.upsampling.degradation import Degradation, apply_degradation

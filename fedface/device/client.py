@@ -28,7 +28,7 @@ from fedface.aggregation.payload import (
     PlainConfig,
 )
 from fedface.config import kind_of, plain
-from fedface.device.local_metrics import check_request, compute_local_metrics, metric_ranges
+from fedface.device.local_metrics import check_request, compute_local_metrics
 from fedface.errors import FederationError, PolicyRefusal, PrivacyError, WeightsError
 from fedface.messages.messages import (
     DecryptResult,
@@ -236,7 +236,7 @@ def _evaluate(task: EvaluateTask, device: Device, ledger: Ledger) -> tuple[Reply
         return kept
     model = _asked_model(task, asked.architecture)
     check_request(asked, model)
-    ranges = metric_ranges(asked)
+    ranges = asked.ranges()
 
     def compute(own: DeviceDataset) -> Vector:
         mine = own.split(asked.holdout_fraction, asked.dp.unit)[1] if asked.holdout_fraction > 0 else own

@@ -27,7 +27,6 @@ from fedface.audits.dp_metrics import (
     average_within_unit,
     measure_photos,
     metric_vectors,
-    ranges,
 )
 from fedface.errors import ConfigError
 from fedface.messages.messages import EvaluationRequest
@@ -101,11 +100,6 @@ def check_request(question: EvaluationRequest, model: Model) -> None:
         raise ConfigError(
             f"this question cannot be answered, not even about a grey picture: {error}"
         ) from error
-
-
-def metric_ranges(question: EvaluationRequest) -> Vector:
-    """Public bounds of the numbers that a device sends, shape (d,), all > 0."""
-    return ranges(question.metrics, clip_norm=question.dp.schedule.clip_norm)
 
 
 def compute_local_metrics(

@@ -25,9 +25,9 @@ from fedface.importing.safe_pickle import (
     PickleRefused,
     pickle_stream,
     read_pickle,
-    sanitize_text,
 )
 from fedface.importing.torch_archive import FEW_STEPS, LARGEST, TORCH_MAGIC, Storage, read_rows, read_zip
+from fedface.text import sanitize_text
 
 _DEEPEST: Final = 32  # networks within networks
 _MOST_PARTS: Final = 200_000  # entries of modules; a published checkpoint has about ten thousand

@@ -37,13 +37,13 @@ from fedface.importing.key_maps import (
     rosinality_generator,
     without_filters,
 )
-from fedface.importing.safe_pickle import sanitize_text
 from fedface.models.checkpoint import load_model
 from fedface.models.discriminator import Discriminator, DiscriminatorConfig
 from fedface.models.model import GanArchitecture, GeneratorArchitecture, Model
 from fedface.models.rectified_flow import RectifiedFlow
 from fedface.models.stylegan1 import StyleGAN1, StyleGAN1Config
 from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
+from fedface.text import sanitize_text
 
 FIXED_SEED: Final = (
     20  # of what a file leaves open: noise maps, and the draws that the mean style is taken from

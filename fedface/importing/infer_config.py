@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fedface.errors import WeightsError
 from fedface.importing.foreign_checkpoint import ForeignNetwork
-from fedface.importing.safe_pickle import sanitize_text
 from fedface.models.stylegan_layers import MAX_WIDTH
+from fedface.text import sanitize_text
 
 
 def sides_of(tensors: Mapping[str, Tensor], pattern: str) -> tuple[int, ...]:

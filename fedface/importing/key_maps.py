@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedface.errors import WeightsError
-from fedface.importing.safe_pickle import sanitize_text
+from fedface.text import sanitize_text
 
 Tensors = Mapping[str, Tensor]
 

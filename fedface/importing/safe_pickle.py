@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 from fedface.errors import WeightsError
+from fedface.text import sanitize_text
 
 MAX_STEPS: Final = (
     300_000  # instructions of one pickle; a 1024 px generator twice and its discriminator take a tenth
@@ -70,12 +71,6 @@ class _Mark:
 
 
 _MARK: Final = _Mark()
-
-
-def sanitize_text(words: str, most: int = 100) -> str:
-    """A stranger's words for a terminal: one line, no control characters, not long."""
-    shown = "".join(letter if letter.isprintable() else "?" for letter in words[:most])
-    return shown if len(words) <= most else f"{shown}..."
 
 
 def _is_key(key: Any) -> bool:

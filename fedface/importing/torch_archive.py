@@ -21,8 +21,8 @@ from fedface.importing.safe_pickle import (
     PickleRefused,
     pickle_stream,
     read_pickle,
-    sanitize_text,
 )
+from fedface.text import sanitize_text
 
 TORCH_MAGIC: Final = 0x1950A86A20F9469CFC6C  # the first value of the older format
 LARGEST: Final = 4 * 2**30  # bytes of a file; the largest published training checkpoint has about one

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fedface.aggregation.payload import AggregationConfig, AggregationParameters, HomomorphicConfig
-from fedface.audits.dp_metrics import LocalMetricsConfig
+from fedface.audits.dp_metrics import LocalMetricsConfig, ranges
 from fedface.config import plain
 from fedface.models.model import Architecture
 from fedface.privacy.plan import DPParameters
@@ -67,6 +67,10 @@ class EvaluationRequest:
 
     def __post_init__(self) -> None:
         _check_share(self.holdout_fraction)
+
+    def ranges(self) -> Vector:
+        """Public bounds of the numbers that a device sends, shape (d,), all > 0."""
+        return ranges(self.metrics, clip_norm=self.dp.schedule.clip_norm)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from fedface.atomic_io import replace_bytes
 from fedface.config import parse, plain
 from fedface.errors import ConfigError, WeightsError
-from fedface.importing.safe_pickle import sanitize_text
 from fedface.models.model import (
     Architecture,
     EncoderArchitecture,
@@ -32,6 +31,7 @@ from fedface.models.model import (
 )
 from fedface.models.stylegan2 import StyleGAN2
 from fedface.tensor_types import Vector
+from fedface.text import sanitize_text
 
 BUNDLED = Path(__file__).parent / "weights"
 GAN_PATH = BUNDLED / "gan32.safetensors"

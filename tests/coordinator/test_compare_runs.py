@@ -17,8 +17,8 @@ from fedface.randomness import Streams
 from fedface.reports import comparison_report
 from fedface.reports.comparison_report import METRICS, UNTRAINED, ComparisonRecord
 from fedface.reports.measurements import Epsilon, Interval, NotMeasured
+from fedface.simulation.in_process import in_process_cohort
 from fedface.sweep import Sweep, read_sweep
-from fedface.transport.flower import in_process_cohort
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 from fedface.audits.dp_metrics import LocalMetricsConfig
 from fedface.cli import app
-from fedface.coordinator.cohort import Cohort, OnReply
 from fedface.coordinator.model_ranking import load_candidates, ranking_parameters, run_ranking
 from fedface.coordinator.rounds import SilentProgress
 from fedface.errors import ConfigError, FederationError, FedfaceError, RunError
 from fedface.experiment import Experiment, for_ranking, read_experiment
+from fedface.messages.cohort import Cohort, OnReply
 from fedface.messages.messages import EvaluateTask, Failure, Reply, Task
 from fedface.models.checkpoint import save_model
 from fedface.privacy.accounting import epsilon_of
@@ -29,7 +29,7 @@ from fedface.reports import strict
 from fedface.reports.measurements import Epsilon
 from fedface.reports.model_ranking_report import RankingReport
 from fedface.simulation.devices import prepare
-from fedface.transport.flower import in_process_cohort
+from fedface.simulation.in_process import in_process_cohort
 from fedface.transport.run_config import devices_folder
 
 CHANGES = {

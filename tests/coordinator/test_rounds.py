@@ -14,20 +14,21 @@ from tiny import NO_PROMISE, PROMISE, begun, tiny_experiment, tiny_gan
 from fedface.aggregation.homomorphic import make_device, make_keys
 from fedface.aggregation.payload import Payload
 from fedface.aggregation.plain import PlainAggregation
-from fedface.coordinator.cohort import OnReply
 from fedface.coordinator.rounds import SilentProgress, run_rounds
 from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import ReferenceSet, sample_metrics
 from fedface.device.client import handle_task
 from fedface.errors import FederationError, RunError
 from fedface.experiment import Experiment
+from fedface.messages.cohort import OnReply
 from fedface.messages.messages import DecryptResult, Failure, Refusal, Reply, Task, TrainResult, TrainTask
 from fedface.messages.parsing import read_reply, read_task
 from fedface.models.checkpoint import flatten_buffers, flatten_parameters, load_model, weights_hash
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Ledger
+from fedface.public_data.device_photos import device_faces
 from fedface.reports.measurements import Epsilon, Interval, NotMeasured
-from fedface.simulation.devices import device_faces, simulated_device
+from fedface.simulation.devices import simulated_device
 from fedface.tensor_types import Vector
 from fedface.training.gan import gan_ranges
 from fedface.transport.run_config import devices_folder

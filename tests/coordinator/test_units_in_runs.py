@@ -36,8 +36,8 @@ from fedface.reports import html_report
 from fedface.reports.device_metrics_record import WithdrawalRecord
 from fedface.reports.measurements import Epsilon, Interval, NotMeasured
 from fedface.reports.run_record import WITHDRAWN
+from fedface.simulation.in_process import in_process_cohort
 from fedface.synthetic.faces import render_people
-from fedface.transport.flower import in_process_cohort
 from fedface.transport.run_config import devices_folder
 from fedface.upsampling.pulse import PulseConfig
 

@@ -19,7 +19,8 @@ from fedface.experiment import (
 )
 from fedface.privacy.policy import DevicePolicy
 from fedface.privacy.privacy_target import PrivacyTarget
-from fedface.simulation.devices import describe_devices, public_faces
+from fedface.public_data.device_photos import describe_devices
+from fedface.public_data.probe import public_faces
 from fedface.sweep import read_sweep
 
 EVERY = sorted((Path(__file__).resolve().parents[2] / "experiments").glob("*.yaml"))

@@ -1,42 +1,60 @@
-"""Imports go down the floors of the house, never up, never in a circle, never relative, never hidden."""
+"""Imports go down the layers of docs/architecture.md: never up, never in a cycle, never relative, never hidden."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "fedface"
-FLOORS = {
-    "fedface": 0, "errors": 1, "tensor_types": 1, "randomness": 1, "config": 1, "codec": 1, "validation": 1,
-    "privacy_units": 1, "atomic_io": 1,
+LAYERS = {
+    "fedface": 0,
+    "errors": 1, "tensor_types": 1, "randomness": 1, "config": 1, "codec": 1, "validation": 1, "privacy_units": 1,
+    "atomic_io": 1, "text": 1,
     "models": 2, "upsampling": 2, "importing": 2,
     "privacy": 3, "photos": 3, "synthetic": 3,
     "aggregation": 4, "training": 4,
     "audits": 5,
-    "experiment": 6, "sweep": 6, "reports": 6, "messages": 6,
-    "inference": 7, "device": 7, "simulation": 8, "transport": 8, "coordinator": 8, "web": 8,
-    "cli": 9,
+    "messages": 6, "experiment": 6, "sweep": 6, "reports": 6,
+    "device": 7, "inference": 7, "public_data": 7,
+    "transport": 8, "coordinator": 8, "web": 8,
+    "simulation": 9,
+    "cli": 10,
 }  # fmt: skip
-STRANGERS = [
+WITHIN_A_LAYER = {
+    ("upsampling", "models"),
+    ("importing", "models"),
+    ("synthetic", "photos"),
+    ("sweep", "experiment"),
+    ("reports", "experiment"),
+}  # the only imports between packages of one layer
+INDEPENDENT = [
     ("privacy", "photos"),
     ("aggregation", "training"),
     ("models", "photos"),
+    ("messages", "reports"),
+    ("device", "reports"),
+    ("device", "experiment"),
+    ("coordinator", "device"),
+    ("coordinator", "transport"),
+    ("coordinator", "simulation"),
     ("web", "coordinator"),
-    ("device", "coordinator"),
-    ("device", "simulation"),
-]  # neither knows the other
-STANDS_ON = {
-    ("upsampling", "models"),
-    ("sweep", "experiment"),
-    ("importing", "models"),
-    ("synthetic", "photos"),
-}  # the pairs on a floor with a direction
+    ("web", "device"),
+    ("inference", "device"),
+]  # pairs that do not import each other, in either direction
+DEVICE_ROOTS = ("fedface.device.client", "fedface.device.config", "fedface.transport.client")
+NOT_ON_A_DEVICE = {
+    "experiment", "sweep", "reports", "inference", "web", "public_data", "coordinator", "simulation", "cli", "importing",
+}  # fmt: skip
+FOREIGN_NOT_ON_A_DEVICE = {"ray", "matplotlib", "fastapi", "starlette", "uvicorn", "jinja2"}
 
 
 def room(module: str) -> str:
-    """`fedface.photos.scan` -> "photos"."""
+    """The package, or module of the root: `fedface.photos.scan` -> "photos"."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else parts[0]
 
@@ -70,45 +88,77 @@ def read_house() -> tuple[dict[str, ast.Module], dict[str, set[str]]]:
 TREES, IMPORTS = read_house()
 
 
-def test_every_room_has_a_floor() -> None:
-    """A new room is a decision: give it a place in FLOORS and in docs."""
-    assert {room(module) for module in TREES} <= set(FLOORS)
-    assert len(TREES) > 40
+def test_every_package_has_a_layer() -> None:
+    """A new package needs a place in LAYERS and in docs/architecture.md."""
+    assert {room(module) for module in TREES} <= set(LAYERS)
 
 
 def test_imports_go_down() -> None:
-    """A room imports lower floors, itself, and on its own floor only what it stands on."""
+    """A package imports lower layers and itself; within its own layer only what WITHIN_A_LAYER names."""
     wrong = [
         f"{module} imports {other}"
         for module, others in IMPORTS.items()
         for other in others
-        if room(module) != room(other)
-        and FLOORS[room(other)] >= FLOORS[room(module)]
-        and FLOORS[room(module)] > 1
-        and (room(module), room(other)) not in STANDS_ON
-        and not {room(module), room(other)} <= {"experiment", "reports"}
+        if (own := room(module)) != (its := room(other))
+        and LAYERS[its] >= LAYERS[own]
+        and LAYERS[own] > 1
+        and (own, its) not in WITHIN_A_LAYER
     ]
     assert wrong == []
 
 
-def test_the_ground_floor_stands_on_itself_alone() -> None:
-    """errors, shapes, randomness and config know no other room."""
+def test_every_import_within_a_layer_is_used() -> None:
+    """An exception that nobody needs any more is removed."""
+    used = {(room(module), room(other)) for module, others in IMPORTS.items() for other in others}
+    assert set(WITHIN_A_LAYER) <= used
+
+
+def test_the_lowest_layer_imports_itself_alone() -> None:
+    """errors, tensor_types, randomness, config and the like import no package."""
     for module, others in IMPORTS.items():
-        if FLOORS[room(module)] <= 1:
-            assert {FLOORS[room(other)] for other in others} <= {1}, module
+        if LAYERS[room(module)] <= 1:
+            assert {LAYERS[room(other)] for other in others} <= {1}, module
 
 
-def test_strangers_do_not_know_each_other() -> None:
-    """Photos know no models and no privacy; training knows no aggregation, and the other way round."""
-    for one, other in STRANGERS:
-        for module, others in IMPORTS.items():
-            known = {room(name) for name in others}
-            assert not (room(module) == one and other in known), module
-            assert not (room(module) == other and one in known), module
+@pytest.mark.parametrize(("one", "other"), INDEPENDENT)
+def test_independent_packages_do_not_import_each_other(one: str, other: str) -> None:
+    """In particular, device and coordinator share only messages."""
+    arrows = {
+        f"{module} imports {name}"
+        for module, others in IMPORTS.items()
+        for name in others
+        if {room(module), room(name)} == {one, other}
+    }
+    assert arrows == set()
 
 
-def circle(graph: dict[str, set[str]]) -> list[str]:
-    """One circle in a graph, or nothing."""
+def reached(roots: Iterable[str]) -> set[str]:
+    """Every module of ours that these import, directly or through others, themselves included."""
+    found: set[str] = set()
+    left = list(roots)
+    while left:
+        if (module := left.pop()) not in found:
+            found.add(module)
+            left += IMPORTS.get(module, set())
+    return found
+
+
+def test_a_device_imports_nothing_of_the_server() -> None:
+    """Read from the source, function-level imports included."""
+    assert {room(module) for module in reached(DEVICE_ROOTS)} & NOT_ON_A_DEVICE == set()
+
+
+def test_a_device_process_loads_nothing_of_the_server() -> None:
+    """Measured in a fresh interpreter: no package of the server, and no Ray, web server or plotting library."""
+    program = f"import sys\nfor name in {DEVICE_ROOTS!r}: __import__(name)\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    assert {room(name) for name in loaded if name.startswith("fedface.")} & NOT_ON_A_DEVICE == set()
+    assert {name.split(".")[0] for name in loaded} & FOREIGN_NOT_ON_A_DEVICE == set()
+
+
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    """One cycle in a graph, or nothing."""
     done: set[str] = set()
 
     def walk(node: str, path: list[str]) -> list[str]:
@@ -125,10 +175,10 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
     return next((found for node in sorted(graph) if (found := walk(node, []))), [])
 
 
-def test_no_import_goes_in_a_circle() -> None:
-    """Between files, not only between rooms; and the search finds a planted circle."""
-    assert circle(IMPORTS) == []
-    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c"]
+def test_no_import_goes_in_a_cycle() -> None:
+    """Between files, not only between packages; and the search finds a planted cycle."""
+    assert cycle(IMPORTS) == []
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c"]
 
 
 def test_no_import_is_relative_or_hidden() -> None:
@@ -149,11 +199,11 @@ def test_nothing_private_crosses_between_files() -> None:
 
 
 @pytest.mark.parametrize("word", ["utils", "helpers", "common", "manager", "misc"])
-def test_no_room_has_a_name_that_says_nothing(word: str) -> None:
+def test_no_package_has_a_name_that_says_nothing(word: str) -> None:
     """Names are nouns of the domain."""
     assert not [module for module in TREES if word in module.split(".")]
 
 
 def test_the_whole_library_says_what_each_file_is_for() -> None:
-    """A file opens with a docstring."""
-    assert not [module for module, tree in TREES.items() if not ast.get_docstring(tree)]
+    """A file that defines something opens with a docstring."""
+    assert not [module for module, tree in TREES.items() if tree.body and not ast.get_docstring(tree)]

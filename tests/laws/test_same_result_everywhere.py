@@ -12,23 +12,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedface.coordinator.cohort import Cohort
 from fedface.coordinator.rounds import SilentProgress, run_rounds
 from fedface.coordinator.run import initialize_run
 from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import ReferenceSet
 from fedface.device.client import Device
 from fedface.experiment import Experiment, read_experiment
+from fedface.messages.cohort import Cohort
 from fedface.models.checkpoint import flatten_parameters, load_model, save_model
 from fedface.models.discriminator import DiscriminatorConfig
 from fedface.models.model import GanArchitecture, build_model
 from fedface.models.stylegan2 import StyleGAN2Config
+from fedface.public_data.device_photos import device_faces
 from fedface.randomness import Streams
-from fedface.simulation.devices import device_faces, prepare, simulated_device
+from fedface.simulation.devices import prepare, simulated_device
+from fedface.simulation.in_process import in_process_cohort
 from fedface.tensor_types import Vector
 from fedface.training.gan import gan_ranges
-from fedface.transport.flower import GridCohort, client_app, in_process_cohort
+from fedface.transport.client import client_app
 from fedface.transport.run_config import devices_folder
+from fedface.transport.server import GridCohort
 
 RECIPE = """
 question: does it matter where it runs?

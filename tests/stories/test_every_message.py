@@ -15,17 +15,17 @@ from tiny import begun, tiny_experiment
 
 from fedface.aggregation.payload import Payload
 from fedface.audits.dp_metrics import LocalMetricsConfig
-from fedface.coordinator.cohort import Cohort, OnReply
 from fedface.coordinator.rounds import SilentProgress
 from fedface.coordinator.run import run_experiment
 from fedface.experiment import Experiment
+from fedface.messages.cohort import Cohort, OnReply
 from fedface.messages.messages import DecryptTask, Failure, Message, Reply, Task
 from fedface.photos.skin_tone import measure_tone
 from fedface.privacy.accounting import epsilon_of, event_from_json
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.transmission_log import TransmissionLog
 from fedface.simulation.devices import simulated_device
-from fedface.transport.flower import in_process_cohort
+from fedface.simulation.in_process import in_process_cohort
 from fedface.transport.run_config import devices_folder
 
 KEYS = {

@@ -24,7 +24,7 @@ from fedface.models.model import Model
 from fedface.photos.device_dataset import DeviceDataset
 from fedface.randomness import Streams
 from fedface.tensor_types import Images, Vector
-from fedface.transport.flower import from_record, to_record
+from fedface.transport.wire import from_record, to_record
 
 ALONE = {
     "training.rounds": "1",

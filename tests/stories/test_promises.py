@@ -30,7 +30,7 @@ from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.plan import DPParameters
 from fedface.simulation.devices import simulated_device
-from fedface.transport.flower import in_process_cohort
+from fedface.simulation.in_process import in_process_cohort
 from fedface.transport.run_config import devices_folder
 
 DELTA = 1e-3  # of the tiny recipe

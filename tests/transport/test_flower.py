@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clients.app import device_of
 from fedface.aggregation.payload import AggregationParameters, PlainConfig
 from fedface.coordinator.run import initialize_run
 from fedface.device.client import Device
@@ -26,16 +27,11 @@ from fedface.models.model import GanArchitecture, build_model
 from fedface.models.stylegan2 import StyleGAN2Config
 from fedface.privacy.policy import DevicePolicy
 from fedface.randomness import Streams
-from fedface.transport.flower import (
-    GridCohort,
-    InProcessGrid,
-    client_app,
-    device_of,
-    from_record,
-    in_process_cohort,
-    to_record,
-)
+from fedface.simulation.in_process import InProcessGrid, in_process_cohort
+from fedface.transport.client import client_app
 from fedface.transport.run_config import devices_folder, read_run_config
+from fedface.transport.server import GridCohort
+from fedface.transport.wire import from_record, to_record
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -111,7 +107,7 @@ GOOD = to_record(Message("{}", {"a": b"1"}))
 )
 def test_a_record_of_another_kind_is_refused(record: RecordDict) -> None:
     """Nothing is unpacked that `to_record` did not make."""
-    with pytest.raises(FederationError, match="wanted"):
+    with pytest.raises(FederationError, match="expected"):
         from_record(record)
 
 
@@ -119,8 +115,8 @@ def test_devices_in_one_process_share_no_object() -> None:
     """What the first device does to its message, the second does not see."""
     app, seen = ClientApp(), []
 
-    @app.query("reveal")
-    def reveal(message: FlowerMessage, _: Context) -> FlowerMessage:
+    @app.query("decrypt")
+    def decrypt(message: FlowerMessage, _: Context) -> FlowerMessage:
         seen.append(message.content["blobs"]["total"].data)
         message.content["blobs"]["total"].data = b"spoiled"
         return FlowerMessage(to_record(OPENED.message()), reply_to=message)
@@ -203,8 +199,8 @@ def test_every_member_has_an_entry_also_when_nothing_usable_came() -> None:
     reasons = [answer.reason for _, answer in sorted(answers.items()) if isinstance(answer, Failure)]
     words = (
         "no longer connected",
-        "wanted the answer revealed, got trained",
-        "wanted the records",
+        "expected a DecryptResult, got a TrainResult",
+        "expected the records",
         "no answer within",
     )
     assert len(reasons) == 4
@@ -236,7 +232,7 @@ def test_the_owners_file_wins_over_whatever_the_run_says(tmp_path: Path) -> None
         {"device": str(tmp_path / "device.yaml"), "partition-id": 0},
         {"experiment": "/elsewhere.yaml", "device": "/elsewhere.yaml", "folder": "/elsewhere"},
     )
-    device = device_of(asked, home=tmp_path)
+    device = device_of(asked)
     assert device.name == "kitchen" and device.policy == DevicePolicy(max_epsilon=1, delta=1e-6)
     assert device.state == tmp_path / "state"
 
@@ -244,7 +240,7 @@ def test_the_owners_file_wins_over_whatever_the_run_says(tmp_path: Path) -> None
 def test_a_node_that_says_nothing_of_itself_stands_for_nobody(tmp_path: Path) -> None:
     """A SuperNode started without a device file answers no task."""
     with pytest.raises(FederationError, match="--node-config"):
-        device_of(context({}, {"experiment": "tiny.yaml"}), home=tmp_path)
+        device_of(context({}, {"experiment": "tiny.yaml"}))
 
 
 def test_a_run_config_is_read_like_the_command_line(recipe: Path, tmp_path: Path) -> None:
@@ -289,7 +285,7 @@ def test_each_pretended_device_answers_under_its_own_name(recipe: Path, tmp_path
         "folder": str(tmp_path / "runs"),
     }
     for number in range(2):
-        device = device_of(context({"partition-id": number}, config), home=tmp_path)
+        device = device_of(context({"partition-id": number}, config))
         assert device.name == f"device-{number:02d}"
         assert device.state == devices_folder(tmp_path / "runs" / "tiny") / device.name
 

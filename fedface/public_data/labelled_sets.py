@@ -1,0 +1,66 @@
+"""Labelled public photos: where a set lies, which faces look at the camera, and the first of each group."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from fedface.errors import LibraryError
+from fedface.experiment import Experiment, LabelledDevices, LabelledProbe
+from fedface.photos.labelled_faces import LabelledFaces, labelled_sets
+
+
+def check_sources(experiment: Experiment) -> None:
+    """Look whether labelled photos are where the experiment says, before a run is begun.
+
+    Raises:
+        LibraryError: A folder is missing or holds no labelled photos.
+    """
+    for part in (experiment.devices, experiment.probe):
+        if isinstance(part, LabelledDevices | LabelledProbe):
+            find_labelled_set(part.folder, part.set)
+
+
+def find_labelled_set(folder: Path, name: str) -> tuple[Path, bool]:
+    """Where a labelled set lies, and whether devices and probe must share it because there is only one."""
+    if not folder.exists():
+        raise LibraryError(
+            f"{folder}: no such folder of labelled photos; say where it is with --photos FOLDER"
+        )
+    table = folder / f"{name}.csv"
+    if name and folder.is_dir() and table.is_file():
+        return table, False
+    if not labelled_sets(folder):
+        raise LibraryError(
+            f"{folder}: wanted labelled photos, pictures beside a CSV of labels and landmarks, got none"
+        )
+    return folder, True
+
+
+def facing_camera(faces: LabelledFaces, turned: str) -> tuple[LabelledFaces, Counter[str]]:
+    """The faces that look towards the camera, and how many of each group do not.
+
+    FFHQ's crop of a profile in a tight photo is mostly mirrored border, and a generator of frontal faces has
+    no answer to it. A face counts as turned when its eyes are closer than 0.18 of the crop (0.26 is frontal),
+    or its nose lies outside the middle 60 % between them.
+    """
+    if turned == "keep":
+        return faces, Counter()
+    left, right, nose = (faces.landmarks[:, point, 0] for point in range(3))
+    apart = right - left
+    place = (nose - left) / apart.clamp(min=1e-6)
+    facing = (apart >= 0.18 * faces.images.shape[-1]) & (place > 0.2) & (place < 0.8)
+    away = Counter(group for group, looks in zip(faces.groups, facing.tolist(), strict=True) if not looks)
+    return faces.select(torch.nonzero(facing)[:, 0].tolist()), away
+
+
+def first_per_group(groups: tuple[str, ...], each: int) -> list[int]:
+    seen: dict[str, int] = {}
+    kept = []
+    for i, group in enumerate(groups):
+        seen[group] = seen.get(group, 0) + 1
+        if seen[group] <= each:
+            kept.append(i)
+    return kept

@@ -1,0 +1,133 @@
+"""A simulation in one process: Flower's ClientApp answers for every simulated device, without Flower's server."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from uuid import uuid4
+
+from flwr.app import Context, Error, RecordDict, UserConfig
+from flwr.app import Message as FlowerMessage
+from flwr.clientapp import ClientApp
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Message as WireMessage
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedface.device.client import Device
+from fedface.errors import FederationError
+from fedface.experiment import Experiment, RemoteDevices
+from fedface.simulation.devices import prepare, simulated_device
+from fedface.transport.client import client_app
+from fedface.transport.server import GridCohort
+from fedface.transport.wire import DEVICE_ERROR
+
+SERVER_NODE = 1  # Flower's name for the server's end of a message
+RUN = 1  # a grid in one process has one run
+
+
+class InProcessGrid(Grid):
+    """A Grid without Flower's server: the ClientApp answers in this process, one device to a core.
+
+    One thread for each device beats two threads in each convolution: small networks leave a second idle.
+    Every message and reply is turned into bytes and back, so that no two devices ever share an object.
+    """
+
+    def __init__(self, app: ClientApp, count: int, config: UserConfig) -> None:
+        """Nodes 1 to `count`, whose partitions count from 0; `config` is the run's."""
+        self._app = app
+        self._run = Run.create_empty(RUN)
+        self._waiting: dict[str, FlowerMessage] = {}
+        self._cores = (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )
+        self._contexts = {
+            node: Context(
+                RUN, node, {"partition-id": node - 1, "num-partitions": count}, RecordDict(), config
+            )
+            for node in range(1, count + 1)
+        }
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN, SERVER_NODE, 1
+
+    def set_run(self, run: Run) -> None:
+        """The run that messages belong to."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run that messages belong to."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> FlowerMessage:
+        """A message from the server."""
+        return FlowerMessage(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The nodes, which are always there."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[FlowerMessage]) -> Iterable[str]:
+        """Keep messages until their replies are asked for; messages to nobody get no name and are lost."""
+        names = []
+        for message in messages:
+            if message.metadata.dst_node_id in self._contexts:
+                message.metadata.__dict__["_message_id"] = name = str(uuid4())
+                self._waiting[name] = message
+                names.append(name)
+        return names
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[FlowerMessage]:
+        """Let as many devices answer side by side as there are cores, those that were asked first."""
+        wanted = set(message_ids)
+        turn = [name for name in self._waiting if name in wanted][: self._cores]
+        asked = [self._waiting.pop(name) for name in turn]
+        with ThreadPoolExecutor(self._cores) as pool:
+            return list(pool.map(self._answered, asked))
+
+    def send_and_receive(
+        self, messages: Iterable[FlowerMessage], *, timeout: float | None = None
+    ) -> Iterable[FlowerMessage]:
+        """Every reply, in the order of the messages."""
+        return [reply for name in self.push_messages(messages) for reply in self.pull_messages([name])]
+
+    def _answered(self, message: FlowerMessage) -> FlowerMessage:
+        asked = _through_bytes(message)
+        try:
+            reply = self._app(asked, self._contexts[asked.metadata.dst_node_id])
+        except Exception as error:  # as Flower's own runtimes do
+            reply = FlowerMessage(Error(DEVICE_ERROR, f"{type(error).__name__}: {error}"), reply_to=asked)
+        return _through_bytes(reply)
+
+
+def _through_bytes(message: FlowerMessage) -> FlowerMessage:
+    return message_from_proto(WireMessage.FromString(message_to_proto(message).SerializeToString()))
+
+
+def in_process_cohort(experiment: Experiment, folder: Path) -> GridCohort:
+    """All simulated devices of an experiment in this process, prepared in `folder`.
+
+    Raises:
+        FederationError: The experiment waits for real devices.
+    """
+    if isinstance(experiment.devices, RemoteDevices):
+        raise FederationError(
+            "this experiment waits for real devices; start a SuperLink and `flwr run` it (server/README.md)"
+        )
+    prepare(experiment, folder)
+
+    def device_for(context: Context) -> Device:
+        return simulated_device(experiment, int(context.node_config["partition-id"]), folder)
+
+    grid = InProcessGrid(client_app(device_for), experiment.devices.count, {})
+    return GridCohort(grid, answer_within=math.inf)

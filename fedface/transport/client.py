@@ -1,0 +1,77 @@
+"""The device's end of Flower: a ClientApp that answers for a device.
+
+The same ClientApp runs in one process (simulation/in_process.py), in Ray's actors, and on a SuperNode.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from flwr.app import Context, Error
+from flwr.app import Message as FlowerMessage
+from flwr.clientapp import ClientApp
+
+from fedface.device.client import Device, handle_task
+from fedface.device.config import load_device
+from fedface.errors import FederationError, FedfaceError, WeightsError
+from fedface.messages.parsing import read_task
+from fedface.transport.wire import DEVICE_ERROR, MAX_REASON, from_record, to_record
+
+log = logging.getLogger("fedface.device")
+
+
+def client_app(device_for: Callable[[Context], Device]) -> ClientApp:
+    """The app that answers for one device or many; `device_for` says for which one a message is."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: FlowerMessage, context: Context) -> FlowerMessage:
+        return _answer(message, context, device_for)
+
+    @app.evaluate()
+    def evaluate(message: FlowerMessage, context: Context) -> FlowerMessage:
+        return _answer(message, context, device_for)
+
+    @app.query("decrypt")
+    def decrypt(message: FlowerMessage, context: Context) -> FlowerMessage:
+        return _answer(message, context, device_for)
+
+    return app
+
+
+def _answer(
+    message: FlowerMessage, context: Context, device_for: Callable[[Context], Device]
+) -> FlowerMessage:
+    try:
+        task = read_task(from_record(message.content))
+        reply = handle_task(task, device_for(context))
+        return FlowerMessage(to_record(reply.message()), reply_to=message)
+    except (FederationError, WeightsError) as error:
+        log.warning("%s", error)
+        return FlowerMessage(Error(DEVICE_ERROR, str(error)[:MAX_REASON]), reply_to=message)
+    except Exception as error:
+        # Caught broadly on purpose: Flower would send the text of any other error to the server.
+        if isinstance(error, FedfaceError):
+            log.warning("this device could not answer: %s", error)
+        else:
+            log.exception("this device could not answer")
+        reason = f"the device stopped with {type(error).__name__}; its own log says why"
+        return FlowerMessage(Error(DEVICE_ERROR, reason), reply_to=message)
+
+
+def configured_device(node_config: Mapping[str, object]) -> Device:
+    """The device whose file the owner named to this node.
+
+    Raises:
+        ConfigError: The device file cannot be read.
+        FederationError: The node names no device file.
+    """
+    path = node_config.get("device")
+    if path is None:
+        raise FederationError(
+            "this node was started without a device file; start it with "
+            "--node-config \"device='/path/to/device.yaml'\""
+        )
+    return load_device(Path(str(path)))

@@ -1,0 +1,124 @@
+"""The server's end of Flower: the devices behind a Grid, as a cohort that can be asked."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+
+from flwr.app import Message as FlowerMessage
+from flwr.serverapp import Grid
+
+from fedface.errors import FederationError
+from fedface.messages.cohort import OnReply
+from fedface.messages.messages import (
+    DecryptResult,
+    DecryptTask,
+    EvaluateResult,
+    EvaluateTask,
+    Failure,
+    Refusal,
+    Reply,
+    Task,
+    TrainResult,
+    TrainTask,
+)
+from fedface.messages.parsing import read_reply
+from fedface.transport.wire import DECRYPT, EVALUATE, MAX_REASON, TRAIN, from_record, to_record
+
+
+class GridCohort:
+    """Devices behind a Grid; implements `cohort.Cohort`. Numbers count from 0 in the order of coming."""
+
+    def __init__(self, grid: Grid, *, come_within: float = 600.0, answer_within: float = 3600.0) -> None:
+        """How long to wait, in seconds, for devices to come and for one round's answers."""
+        self._grid = grid
+        self._come_within = come_within
+        self._answer_within = answer_within
+        self._nodes: list[int] = []  # number -> Flower's name of the node
+
+    def members(self, wanted: int) -> Sequence[int]:
+        """The numbers of the devices that are there, ascending; waits until there are `wanted`.
+
+        Raises:
+            FederationError: They did not come in time.
+        """
+        wait = _Wait(self._come_within)
+        while len(there := sorted(self._grid.get_node_ids())) < wanted:
+            if wait.over():
+                raise FederationError(
+                    f"wanted {wanted} devices, {len(there)} came within {self._come_within:.0f} s; start the "
+                    f"others, or give a simulation as many: --federation-config 'num-supernodes={wanted}'"
+                )
+        self._nodes += [node for node in there if node not in self._nodes]
+        return sorted(self._nodes.index(node) for node in there)
+
+    def ask(self, task: Task, members: Sequence[int], heard: OnReply) -> Mapping[int, Reply | Failure]:
+        """Send one task to some devices and gather what comes back; one entry per member, none missing."""
+        kind, _ = _expected(task)
+        record = to_record(task.message())
+        answers: dict[int, Reply | Failure] = {}
+        waiting: dict[str, int] = {}
+        for number in members:
+            ttl = None if math.isinf(self._answer_within) else self._answer_within
+            message = FlowerMessage(record, self._nodes[number], kind, ttl=ttl, group_id=str(task.round))
+            # One at a time: Flower leaves a message that it could not deliver out of its answer, unnamed.
+            names = [name for name in self._grid.push_messages([message]) if name]
+            if names:
+                waiting[names[0]] = number
+            else:
+                answers[number] = Failure("the device is no longer connected")
+        wait = _Wait(self._answer_within)
+        while waiting:
+            replies = list(self._grid.pull_messages(list(waiting)))
+            for reply in replies:
+                number = waiting.get(reply.metadata.reply_to_message_id, -1)
+                stranger = reply.has_content() and reply.metadata.src_node_id != self._nodes[number]
+                if number < 0 or stranger:
+                    continue
+                del waiting[reply.metadata.reply_to_message_id]
+                answers[number] = _read(reply, task)
+                heard(number)
+            if not replies and wait.over():
+                break
+        late = Failure(f"no answer within {self._answer_within:.0f} s")
+        return {number: answers.get(number, late) for number in members}
+
+
+class _Wait:
+    """Sleeps between two looks, longer and longer up to two seconds, until the time is over."""
+
+    def __init__(self, seconds: float) -> None:
+        self._until = time.monotonic() + seconds
+        self._pause = 0.05
+
+    def over(self) -> bool:
+        left = self._until - time.monotonic()
+        time.sleep(max(0.0, min(self._pause, left)))
+        self._pause = min(1.5 * self._pause, 2.0)
+        return left <= 0
+
+
+def _expected(task: Task) -> tuple[str, type[TrainResult] | type[EvaluateResult] | type[DecryptResult]]:
+    """Flower's kind of message for a task, and our kind of answer to it."""
+    match task:
+        case TrainTask():
+            return TRAIN, TrainResult
+        case EvaluateTask():
+            return EVALUATE, EvaluateResult
+        case DecryptTask():
+            return DECRYPT, DecryptResult
+
+
+def _read(reply: FlowerMessage, task: Task) -> Reply | Failure:
+    if reply.has_error():
+        reason = reply.error.reason or f"Flower's error {reply.error.code}"
+        return Failure("".join(letter if letter.isprintable() else " " for letter in reason[:MAX_REASON]))
+    try:
+        answer = read_reply(from_record(reply.content))
+    except FederationError as error:
+        return Failure(str(error))
+    _, wanted = _expected(task)
+    if isinstance(answer, (wanted, Refusal)):
+        return answer
+    return Failure(f"expected a {wanted.__name__}, got a {type(answer).__name__}")
