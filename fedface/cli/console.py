@@ -1,6 +1,6 @@
-"""What every command shares: where it prints, its bars, its common options, and how an error ends.
+"""Output of every command: tables, progress bars, warnings, and how an error or Ctrl-C ends the process.
 
-Called from the other files of fedface/cli. Results go to standard output, stages and errors to standard error.
+Results go to standard output; progress and errors go to standard error.
 """
 
 from __future__ import annotations
@@ -14,31 +14,37 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import NoReturn
 
 import typer
 import typer.core
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from fedface.errors import FedfaceError
 from fedface.text import sanitize_text
 
-# A pipe has no width of its own; eighty columns would fold every table.
-# Names of files, photos and weights may be a stranger's: brackets and colons in them are words, not markup.
+# A pipe has no width; rich's default of 80 columns would fold every table.
+# Names of files, photos and weights may come from others: brackets and colons in them are text, not markup.
 console = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False)
 notes = Console(stderr=True, markup=False, emoji=False)
 LONGEST = 4000  # characters of an error, or of one cell, that reach a terminal
-IN_ONE_GO = 2.0  # seconds within which several Ctrl-C are one
-# Without markup, typer still escapes "[required]" for it where it finds rich, and prints a backslash.
+INTERRUPT_WINDOW = 2.0  # seconds within which several Ctrl-C count as one
+EXTRAS = {"matplotlib": "reports", "fastapi": "web", "uvicorn": "web", "ray": "simulation", "cv2": "yunet"}
+# Without markup, typer still escapes "[required]" for rich where rich is installed, and prints a backslash.
 typer.core.HAS_RICH = False
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-DetectorOption = Annotated[
-    Path | None, typer.Option(help="A YuNet .onnx file; the embedded detector otherwise.")
-]
+
+def say(text: str | Table, style: str | None = None) -> None:
+    """Print a table, or text on one line however long it is."""
+    console.print(text, style=style, highlight=False, soft_wrap=isinstance(text, str))
+
+
+def table_of(*headings: str, title: str | None = None) -> Table:
+    """An empty table without a frame."""
+    return Table(*headings, box=None, title=title, title_justify="left")
 
 
 class ProgressBars:
@@ -50,20 +56,20 @@ class ProgressBars:
         self._live = progress.console.is_terminal
 
     def stage(self, name: str, steps: int) -> None:
-        """A stage begins."""
+        """Start the next stage; 0 steps: its length is unknown."""
         self._finish()
-        name = sanitize_text(name, LONGEST)  # a photo's name is a stranger's
+        name = sanitize_text(name, LONGEST)  # it may hold the name of somebody else's photo
         if not self._live:
             self._progress.console.print(f"{name} ...", highlight=False)
         self._task = int(self._progress.add_task(name, total=steps))
 
     def advance(self, done: int) -> None:
-        """A stage moves."""
+        """Set how many steps of the stage are done."""
         if self._task is not None:
             self._progress.update(self._task, completed=done)  # type: ignore[arg-type]
 
     def message(self, sentence: str) -> None:
-        """A line that stays."""
+        """Print a line above the bar."""
         self._progress.console.print(sentence, highlight=False)
 
     def _finish(self) -> None:
@@ -74,17 +80,17 @@ class ProgressBars:
 
 @contextmanager
 def progress_bars() -> Iterator[ProgressBars]:
-    """Bars on standard error, gone when the command is done."""
+    """Bars on standard error, removed at the end of the command."""
     described = TextColumn("{task.description}", markup=False)
     columns = (described, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # Results that somebody keeps in a file must not follow the bars to standard error.
-    aloud = sys.stdout.isatty()
-    with Progress(*columns, console=notes, transient=True, redirect_stdout=aloud) as progress:
+    # Results that are redirected to a file must not follow the bars to standard error.
+    on_terminal = sys.stdout.isatty()
+    with Progress(*columns, console=notes, transient=True, redirect_stdout=on_terminal) as progress:
         yield ProgressBars(progress)
 
 
 def cell(value: object) -> str:
-    """A value as the text of one cell of a table."""
+    """A value as the text of a table cell."""
     if value is None:
         return ""
     if isinstance(value, dict):
@@ -94,18 +100,18 @@ def cell(value: object) -> str:
     return sanitize_text(str(value), LONGEST)
 
 
-def one_line(words: str) -> str:
-    """Words that a terminal can show: line breaks become spaces, what else is not printable a question mark."""
-    return sanitize_text(re.sub(r"\s*[\r\n]\s*", " ", words).strip(), LONGEST)
+def one_line(text: str) -> str:
+    """Text without line breaks; other characters that a terminal cannot print become question marks."""
+    return sanitize_text(re.sub(r"\s*[\r\n]\s*", " ", text).strip(), LONGEST)
 
 
-def warn(words: str) -> None:
-    """One line on standard error, beside a result."""
-    notes.print(f"fedface: warning: {one_line(words)}", highlight=False, soft_wrap=True)
+def warn(text: str) -> None:
+    """One line on standard error."""
+    notes.print(f"fedface: warning: {one_line(text)}", highlight=False, soft_wrap=True)
 
 
 def call(app: typer.Typer) -> None:
-    """Run a command line; our own errors become one sentence and exit code 2."""
+    """Run a command line; a FedfaceError is printed as one sentence, with exit code 2."""
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     with _one_interrupt():
         _call(app)
@@ -113,24 +119,24 @@ def call(app: typer.Typer) -> None:
 
 @contextmanager
 def _one_interrupt() -> Iterator[None]:
-    """Several Ctrl-C in quick succession are one: the second would break into what ends the command after the first."""
+    """Treat several Ctrl-C in quick succession as one: a second one would interrupt the cleanup after the first."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     first = 0.0
-    patience = threading.Timer(IN_ONE_GO, _say_stopping)
-    patience.daemon = True
+    notice = threading.Timer(INTERRUPT_WINDOW, _say_stopping)
+    notice.daemon = True
 
     def interrupted(number: int, frame: FrameType | None) -> None:
         nonlocal first
         if not first:
             first = time.monotonic()
-            patience.start()
+            notice.start()
             raise KeyboardInterrupt
         ending(number, frame)
 
     def ending(number: int, frame: FrameType | None) -> None:
-        if time.monotonic() - first > IN_ONE_GO:
+        if time.monotonic() - first > INTERRUPT_WINDOW:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
 
@@ -138,7 +144,7 @@ def _one_interrupt() -> Iterator[None]:
     try:
         yield
     finally:
-        patience.cancel()
+        notice.cancel()
         # From here to the end of the process a late Ctrl-C ends it at once, without a traceback.
         signal.signal(signal.SIGINT, ending if first else before)
 
@@ -147,29 +153,36 @@ def _call(app: typer.Typer) -> None:
     try:
         app()
     except FedfaceError as error:
-        notes.print(f"fedface: {one_line(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        _fail(f"this command needs {error.name}; install it with: pip install 'fedface[{extra}]'")
     except OSError as error:
-        # A disk that is full or a path that cannot be: what has no file to name may be a bug, and stays one.
+        # A full disk or an impossible path. An OSError that names no file may be a bug, and keeps its traceback.
         if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        reason = f"{error.filename or 'the disk'}: {error.strerror}"
-        notes.print(f"fedface: {one_line(reason)}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _fail(f"{error.filename or 'the disk'}: {error.strerror}")
     except KeyboardInterrupt:
         _say_interrupted()
         sys.exit(130)
     except SystemExit as end:
-        # Typer turns an interrupt into this code, without a word.
+        # Typer turns an interrupt into this exit code and prints nothing.
         if end.code == 130:
             _say_interrupted()
         raise
 
 
+def _fail(reason: str) -> NoReturn:
+    notes.print(f"fedface: {one_line(reason)}", highlight=False, soft_wrap=True)
+    sys.exit(2)
+
+
 def _say_stopping() -> None:
     notes.print(
-        "stopping: what is being computed ends first, which can take a minute; Ctrl-C again ends it at once, and loses "
-        "nothing that was finished",
+        "stopping after the current computation, which can take a minute; press Ctrl-C again to stop at once. "
+        "Finished work is kept either way.",
         highlight=False,
         soft_wrap=True,
     )
@@ -177,8 +190,8 @@ def _say_stopping() -> None:
 
 def _say_interrupted() -> None:
     notes.print(
-        "interrupted; what was finished is kept: continue a run with --resume and the same options as before, photos "
-        "by the same command with the same options",
+        "interrupted; finished work is kept. Continue a run with --resume and the same options; repeat a command on "
+        "photos with the same options.",
         highlight=False,
         soft_wrap=True,
     )

@@ -13,7 +13,8 @@ from typing import Annotated
 
 import typer
 
-from fedface.cli.console import JsonOption, cell, console, progress_bars, warn
+from fedface.cli.console import cell, console, progress_bars, warn
+from fedface.cli.options import JsonOption
 from fedface.device.config import check_kind, is_accessible_to_others
 from fedface.device.state import DeviceState, device_state, export, verify, write_alone
 from fedface.device.withdrawal import (

@@ -12,8 +12,9 @@ import typer
 from rich.table import Table
 
 from fedface.aggregation.homomorphic import make_keys
-from fedface.cli.console import JsonOption, cell, console, progress_bars
+from fedface.cli.console import cell, console, progress_bars
 from fedface.cli.device_log import device_erase, device_log, device_withdraw, owned, warn_of_open
+from fedface.cli.options import JsonOption
 from fedface.device.config import is_accessible_to_others
 from fedface.device.state import ChainFiles, export, verify, write_alone
 from fedface.errors import ConfigError

@@ -1,4 +1,4 @@
-"""Commands about photos and faces: scan a library, draw a sheet, measure detectors."""
+"""Commands about photos: scan a library, render synthetic faces, measure face detectors by group."""
 
 from __future__ import annotations
 
@@ -7,35 +7,32 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from rich.table import Table
 
-from fedface.cli.console import DetectorOption, JsonOption, cell, console, progress_bars
-from fedface.photos.detection_rates import measure_detection
-from fedface.photos.detectors import EmbeddedDetector, HogDetector, YuNetDetector
-from fedface.photos.face_alignment import Detector
-from fedface.photos.library import scan_table, summary
-from fedface.photos.scan import ScanReport, scan_library
-from fedface.reports.charts import face_grid
-from fedface.synthetic.faces import ToneMix, sample_faces
-from fedface.synthetic.faces import render as draw_faces
+from fedface.cli.console import cell, progress_bars, say, table_of
+from fedface.cli.options import DetectorOption, JsonOption, SeedOption, example
 
-photos = typer.Typer(help="Read a photo library.", no_args_is_help=True, rich_markup_mode=None)
+photos = typer.Typer(
+    help="Photo libraries, synthetic faces, face detectors.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
-@photos.command()
+@photos.command(epilog=example("fedface photos scan ~/Pictures"))
 def scan(
-    folder: Annotated[Path, typer.Argument(help="A photo library; it is read, never written.")],
+    folder: Annotated[Path, typer.Argument(help="A photo library; fedface never writes to it.")],
     detector: DetectorOption = None,
     cache: Annotated[
-        Path | None, typer.Option(help="The index file; in the user's state folder otherwise.")
+        Path | None, typer.Option(help="The index file; default: in the user's state folder.")
     ] = None,
-    rows: Annotated[int, typer.Option(min=0, help="How many lines to print.")] = 40,
+    rows: Annotated[int, typer.Option(min=0, help="How many rows to print.")] = 40,
     json_out: JsonOption = False,
 ) -> None:
-    """Read a folder of photos: what is there, where faces are, and what cannot be read and why."""
-    finder = chosen_detector(detector)
+    """Scan a folder of photos: which files, how many faces, and why a file cannot be read."""
+    from fedface.photos.detectors import load_detector
+    from fedface.photos.library import scan_table, summary
+    from fedface.photos.scan import ScanReport, scan_library
+
+    finder = load_detector(detector)
     with progress_bars() as bars:
         bars.stage("files read", 0)
 
@@ -44,54 +41,60 @@ def scan(
 
         done = scan_library(folder, detector=finder, cache=cache, progress=progress)
     found = summary(folder, cache=cache, detector=finder.name)
-    lines = scan_table(folder, cache=cache, detector=finder.name)
+    lines = list(scan_table(folder, cache=cache, detector=finder.name))
     if json_out:
-        told = {"scan": asdict(done), "summary": asdict(found), "files": [asdict(row) for row in lines]}
-        print(json.dumps(told, indent=2, default=str))
+        record = {"scan": asdict(done), "summary": asdict(found), "files": [asdict(row) for row in lines]}
+        print(json.dumps(record, indent=2, default=str))
         return
-    table = Table(box=None)
+    table = table_of()
     for heading in ("file", "kind", "pixels", "taken", "place", "faces", "why not"):
         table.add_column(heading, overflow="ellipsis", no_wrap=heading != "why not", max_width=44)
-    left = 0
-    for number, row in enumerate(lines):
-        if number >= rows:
-            left += 1
-            continue
-        values = asdict(row)
-        table.add_row(*(cell(value) for value in values.values()))
-    console.print(table)
-    if left:
-        console.print(f"... and {left} more (--rows {rows + left}, or --json)", highlight=False)
+    for row in lines[:rows]:
+        table.add_row(*map(cell, asdict(row).values()))
+    say(table)
+    if len(lines) > rows:
+        say(f"... and {len(lines) - rows} more (--rows {len(lines)}, or --json)")
     for key, value in asdict(found).items():
-        console.print(f"{key.replace('_', ' ')}: {cell(value)}", highlight=False)
+        say(f"{key.replace('_', ' ')}: {cell(value)}")
 
 
-@photos.command()
+@photos.command(epilog=example("fedface photos synthesize faces.png --size 64"))
 def synthesize(
     out: Annotated[Path, typer.Argument(help="The PNG to write.")],
     size: Annotated[int, typer.Option(min=16, max=256, help="Pixels a side.")] = 64,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: SeedOption = 0,
 ) -> None:
-    """Draw a sheet of faces with known tone, light and camera; tone rises from left to right."""
+    """Render a sheet of synthetic faces with known skin tone, light and camera; skin gets darker from left to right."""
+    import torch
+
+    from fedface.reports.charts import face_grid
+    from fedface.synthetic.faces import ToneMix, render, sample_faces
+
     rng = torch.Generator().manual_seed(seed)
     everyone = sample_faces(60, ToneMix(light_fraction=0.5), rng)
     by_tone = everyone[everyone.tone.argsort().reshape(10, 6).T.reshape(-1)]
-    made = draw_faces(by_tone, size, noise=rng)
+    images = render(by_tone, size, noise=rng)
     tones = by_tone.tone.reshape(6, 10)
     columns = [f"Monk {low:.1f}-{high:.1f}" for low, high in zip(tones.amin(0), tones.amax(0), strict=True)]
-    rows = [("", made[10 * row : 10 * row + 10]) for row in range(6)]
+    rows = [("", images[10 * row : 10 * row + 10]) for row in range(6)]
     out.write_bytes(face_grid(rows, columns))
-    console.print(f"open {out}", highlight=False, soft_wrap=True)
+    say(f"open {out}")
 
 
-@photos.command("audit-detectors")
+@photos.command(
+    "audit-detectors", epilog=example("fedface photos audit-detectors --faces fairface --per-cell 20")
+)
 def audit_detectors(
-    faces: Annotated[Path, typer.Option(help="A labelled set of faces.")],
-    yunet: Annotated[Path | None, typer.Option(help="A YuNet .onnx file, to measure it as well.")] = None,
-    per_cell: Annotated[int, typer.Option(min=1, help="Photos of each race and gender.")] = 10,
+    faces: Annotated[Path, typer.Option(help="A folder of labelled faces (docs/detection.md).")],
+    yunet: Annotated[Path | None, typer.Option(help="A YuNet .onnx file to measure as well.")] = None,
+    per_cell: Annotated[int, typer.Option(min=1, help="Photos per race and gender.")] = 10,
     json_out: JsonOption = False,
 ) -> None:
-    """Measure in whose photos each face detector finds a face."""
+    """Measure how often each face detector finds a face, by group."""
+    from fedface.photos.detection_rates import measure_detection
+    from fedface.photos.detectors import EmbeddedDetector, HogDetector, YuNetDetector
+    from fedface.photos.face_alignment import Detector
+
     finders: list[Detector] = [HogDetector(), EmbeddedDetector(), *([YuNetDetector(yunet)] if yunet else [])]
     rates = []
     with progress_bars() as bars:
@@ -102,15 +105,9 @@ def audit_detectors(
     if json_out:
         print(json.dumps([{**asdict(rate), "interval": rate.interval} for rate in rates], indent=2))
         return
-    table = Table(box=None)
-    for heading in ("group", "photos", *(finder.name for finder in finders)):
-        table.add_column(heading)
+    table = table_of("group", "photos", *(finder.name for finder in finders))
     for group in dict.fromkeys(rate.group for rate in rates):
         row = {rate.detector: rate for rate in rates if rate.group == group}
         cells = [f"{r.rate:.0%} [{r.interval[0]:.0%}, {r.interval[1]:.0%}]" for r in row.values()]
         table.add_row(group, str(next(iter(row.values())).count), *cells)
-    console.print(table)
-
-
-def chosen_detector(path: Path | None) -> Detector:
-    return EmbeddedDetector() if path is None else YuNetDetector(path)
+    say(table)

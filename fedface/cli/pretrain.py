@@ -1,4 +1,4 @@
-"""Commands about the embedded models: train them, draw a sheet of one."""
+"""The commands `fedface pretrain ...`: train the bundled checkpoints from synthetic faces."""
 
 from __future__ import annotations
 
@@ -7,51 +7,39 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
-import torch
 import typer
 
-from fedface.audits.bias import tone_histogram
-from fedface.cli.console import console, progress_bars
-from fedface.config import plain
+from fedface.cli.console import progress_bars, say
+from fedface.cli.options import CheckpointOption, SeedOption, example
 from fedface.errors import ConfigError
-from fedface.models.checkpoint import (
-    check_place,
-    load_gan,
-    load_model,
-    save_model,
-    weights_hash,
-)
-from fedface.models.model import EncoderArchitecture, Model
-from fedface.models.style_encoder import StyleEncoderNetworkConfig
-from fedface.models.stylegan2 import StyleGAN2
-from fedface.models.super_resolution import SuperResolutionNetworkConfig
-from fedface.reports.charts import face_grid
-from fedface.training.pretrain_encoder import EncoderPretrainConfig, pretrain_encoder
-from fedface.training.pretrain_flow import FlowPretrainConfig, pretrain_flow
-from fedface.training.pretrain_gan import GanPretrainConfig, pretrain_gan
-from fedface.training.pretrain_upsampler import (
-    UpsamplerPretrainConfig,
-    pretrain_style_encoder,
-    pretrain_super_resolution,
-)
 
-StepFractionOption = Annotated[
-    float, typer.Option(min=0.0001, max=1, help="Take this share of all steps, to try it.")
+SEED, LIGHT_FRACTION, SIZE = 7, 0.85, 32  # of the bundled checkpoints
+LightFractionOption = Annotated[
+    float, typer.Option(min=0, max=1, help="Fraction of training faces with light skin.")
 ]
+StepFractionOption = Annotated[
+    float, typer.Option(min=0.0001, max=1, help="Run only this fraction of all steps, to try it out.")
+]
+OutOption = Annotated[Path, typer.Option(help="The checkpoint to write.")]
 
-pretrain = typer.Typer(help="The embedded models.", no_args_is_help=True, rich_markup_mode=None)
+pretrain = typer.Typer(
+    help="Train the bundled checkpoints from synthetic faces.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
-@pretrain.command("gan")
+@pretrain.command("gan", epilog=example("fedface pretrain gan --out gan32.safetensors --step-fraction 0.01"))
 def pretrain_gan_command(
-    out: Annotated[Path, typer.Option(help="Where the checkpoint goes.")] = Path("gan32.safetensors"),
-    seed: Annotated[int, typer.Option(min=0)] = GanPretrainConfig().seed,
-    light_fraction: Annotated[float, typer.Option(min=0, max=1)] = GanPretrainConfig().light_fraction,
+    out: OutOption = Path("gan32.safetensors"),
+    seed: SeedOption = SEED,
+    light_fraction: LightFractionOption = LIGHT_FRACTION,
     step_fraction: StepFractionOption = 1.0,
 ) -> None:
-    """Train the base checkpoint from drawn faces; the defaults make the shipped one."""
+    """Train the StyleGAN2 generator and discriminator; the defaults reproduce the bundled checkpoint."""
+    from fedface.models.checkpoint import check_place
+    from fedface.training.pretrain_gan import GanPretrainConfig, pretrain_gan
+
     check_place(out)
     full = GanPretrainConfig()
     config = GanPretrainConfig(
@@ -63,18 +51,21 @@ def pretrain_gan_command(
     )
     with _report() as report:
         gan = pretrain_gan(config, report)
-    _keep(out, gan)
+    _write(out, gan)
 
 
-@pretrain.command("flow")
+@pretrain.command("flow", epilog=example("fedface pretrain flow --size 32 --step-fraction 0.01"))
 def pretrain_flow_command(
-    out: Annotated[Path, typer.Option(help="Where the checkpoint goes.")] = Path("flow32.safetensors"),
-    seed: Annotated[int, typer.Option(min=0)] = FlowPretrainConfig().seed,
-    light_fraction: Annotated[float, typer.Option(min=0, max=1)] = FlowPretrainConfig().light_fraction,
-    size: Annotated[int, typer.Option(help="Pixels a side: 16, 32 or 64.")] = FlowPretrainConfig().flow.size,
+    out: OutOption = Path("flow32.safetensors"),
+    seed: SeedOption = SEED,
+    light_fraction: LightFractionOption = LIGHT_FRACTION,
+    size: Annotated[int, typer.Option(help="Pixels a side: 16, 32 or 64.")] = SIZE,
     step_fraction: StepFractionOption = 1.0,
 ) -> None:
-    """Train the base checkpoint of the rectified flow from drawn faces; the defaults make the shipped one."""
+    """Train the rectified flow; the defaults reproduce the bundled checkpoint."""
+    from fedface.models.checkpoint import check_place
+    from fedface.training.pretrain_flow import FlowPretrainConfig, pretrain_flow
+
     full = FlowPretrainConfig()
     if size not in (16, 32, 64):
         raise ConfigError(f"--size must be 16, 32 or 64, got {size}")
@@ -89,144 +80,143 @@ def pretrain_flow_command(
     )
     with _report() as report:
         flow = pretrain_flow(config, report)
-    _keep(out, flow)
+    _write(out, flow)
 
 
-@pretrain.command("encoder")
+@pretrain.command("encoder", epilog=example("fedface pretrain encoder --step-fraction 0.01"))
 def pretrain_encoder_command(
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="A checkpoint with a StyleGAN2 generator; the embedded one otherwise.")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Where generator and encoder go.")] = Path(
-        "encoder32.safetensors"
-    ),
-    seed: Annotated[int, typer.Option(min=0)] = EncoderPretrainConfig().seed,
+    checkpoint: CheckpointOption = None,
+    out: OutOption = Path("encoder32.safetensors"),
+    seed: SeedOption = SEED,
     step_fraction: StepFractionOption = 1.0,
 ) -> None:
-    """Train the encoder that finds a photo's latent, from a generator's own pictures; `prior-training` needs one."""
+    """Train the encoder from photos to latents on a generator's own samples; `prior-training` needs one."""
+    import torch
+
+    from fedface.config import plain
+    from fedface.models.checkpoint import check_place, load_gan, load_model, weights_hash
+    from fedface.models.model import EncoderArchitecture, Model
+    from fedface.models.stylegan2 import StyleGAN2
+    from fedface.training.pretrain_encoder import EncoderPretrainConfig, pretrain_encoder
+
     check_place(out)
     full = EncoderPretrainConfig()
     model = load_gan() if checkpoint is None else load_model(checkpoint)
     if not isinstance(model.generator, StyleGAN2):
-        raise ConfigError(f"{checkpoint}: wanted a StyleGAN2 generator, got {model.architecture.description}")
-    made = model.generator
-    if made.config.classes:
         raise ConfigError(
-            f"{checkpoint}: its generator has {made.config.classes} classes, and an encoder finds latents alone; "
-            "wanted a generator without classes"
+            f"{checkpoint}: expected a StyleGAN2 generator, got {model.architecture.description}"
+        )
+    generator = model.generator
+    if generator.config.classes:
+        raise ConfigError(
+            f"{checkpoint}: expected a generator without classes, got one with {generator.config.classes}; "
+            "an encoder outputs latents only"
         )
     config = replace(
         full,
         seed=seed,
-        # Only the embedded base reads a latent's numbers as the parameters of a drawn face.
+        # Only the bundled generator's latents are the parameters of synthetic faces.
         pool=max(64, round(full.pool * step_fraction)) if checkpoint is None else 0,
         steps=max(1, round(full.steps * step_fraction)),
-        encoder=replace(full.encoder, size=made.size, latent_width=made.latent_width),
+        encoder=replace(full.encoder, size=generator.size, latent_width=generator.latent_width),
     )
     started = time.monotonic()
     with _report() as report:
-        encoder = pretrain_encoder(made, config, report)
+        encoder = pretrain_encoder(generator, config, report)
     notes = {
         "made_by": "fedface pretrain encoder",
         "recipe": plain(config),
-        "generator": weights_hash(made),
+        "generator": weights_hash(generator),
         "seconds": round(time.monotonic() - started),
         "threads": torch.get_num_threads(),
     }
-    architecture = EncoderArchitecture(generator=made.config, encoder=encoder.config)
-    _keep(out, Model(architecture, {"generator": made, "encoder": encoder}, notes))
+    architecture = EncoderArchitecture(generator=generator.config, encoder=encoder.config)
+    _write(out, Model(architecture, {"generator": generator, "encoder": encoder}, notes))
 
 
-@pretrain.command("style-encoder")
+@pretrain.command("style-encoder", epilog=example("fedface pretrain style-encoder --step-fraction 0.01"))
 def pretrain_style_encoder_command(
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="A checkpoint with a StyleGAN2 generator; the embedded one otherwise.")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Where generator and encoder go.")] = Path(
-        "style-encoder32.safetensors"
-    ),
-    seed: Annotated[int, typer.Option(min=0)] = UpsamplerPretrainConfig().seed,
+    checkpoint: CheckpointOption = None,
+    out: OutOption = Path("style-encoder32.safetensors"),
+    seed: SeedOption = SEED,
     step_fraction: StepFractionOption = 1.0,
 ) -> None:
-    """Train the style encoder from drawn faces: a photo of few pixels to a face of a generator, in one pass."""
+    """Train the style encoder: a low-resolution photo to the styles of a generator, in one forward pass."""
+    from fedface.models.checkpoint import check_place, load_gan, load_model
+    from fedface.models.style_encoder import StyleEncoderNetworkConfig
+    from fedface.models.stylegan2 import StyleGAN2
+    from fedface.training.pretrain_upsampler import UpsamplerPretrainConfig, pretrain_style_encoder
+
     check_place(out)
     model = load_gan() if checkpoint is None else load_model(checkpoint)
-    made = model.generator
-    if not isinstance(made, StyleGAN2) or made.config.classes:
+    generator = model.generator
+    if not isinstance(generator, StyleGAN2) or generator.config.classes:
         raise ConfigError(
-            f"{checkpoint}: wanted a StyleGAN2 generator without classes, got {model.architecture.description}"
+            f"{checkpoint}: expected a StyleGAN2 generator without classes, got {model.architecture.description}"
         )
     shape = StyleEncoderNetworkConfig(
-        side=made.size // 2, style_inputs=made.style_inputs, style_width=made.config.style_width
+        side=generator.size // 2,
+        style_inputs=generator.style_inputs,
+        style_width=generator.config.style_width,
     )
     with _report() as report:
         styled = pretrain_style_encoder(
-            made, _shortened(UpsamplerPretrainConfig(seed=seed), step_fraction), shape, report
+            generator, _scaled_steps(UpsamplerPretrainConfig(seed=seed), step_fraction), shape, report
         )
-    _keep(out, styled)
+    _write(out, styled)
 
 
-@pretrain.command("super-resolution")
+@pretrain.command(
+    "super-resolution", epilog=example("fedface pretrain super-resolution --step-fraction 0.01")
+)
 def pretrain_super_resolution_command(
-    out: Annotated[Path, typer.Option(help="Where the network goes.")] = Path(
-        "super-resolution32.safetensors"
-    ),
-    size: Annotated[int, typer.Option(help="Pixels a side of the faces, a power of two.")] = 32,
-    seed: Annotated[int, typer.Option(min=0)] = UpsamplerPretrainConfig().seed,
+    out: OutOption = Path("super-resolution32.safetensors"),
+    size: Annotated[int, typer.Option(help="Pixels a side of the faces, a power of two.")] = SIZE,
+    seed: SeedOption = SEED,
     step_fraction: StepFractionOption = 1.0,
 ) -> None:
-    """Train the super-resolution network from drawn faces, the baseline that most products ship."""
+    """Train the super-resolution network, a feed-forward baseline that outputs one face."""
+    from fedface.models.checkpoint import check_place
+    from fedface.models.super_resolution import SuperResolutionNetworkConfig
+    from fedface.training.pretrain_upsampler import UpsamplerPretrainConfig, pretrain_super_resolution
+
     check_place(out)
     if size not in (16, 32, 64, 128, 256):
         raise ConfigError(f"--size must be a power of two from 16 to 256, got {size}")
-    config = _shortened(UpsamplerPretrainConfig(seed=seed), step_fraction)
+    config = _scaled_steps(UpsamplerPretrainConfig(seed=seed), step_fraction)
     with _report() as report:
         resolved = pretrain_super_resolution(config, SuperResolutionNetworkConfig(side=size // 2), report)
-    _keep(out, resolved)
+    _write(out, resolved)
 
 
-def _shortened(full: UpsamplerPretrainConfig, share: float) -> UpsamplerPretrainConfig:
-    return replace(full, pool=max(64, round(full.pool * share)), steps=max(1, round(full.steps * share)))
+def _scaled_steps(full: Any, fraction: float) -> Any:
+    """A pretraining configuration with this fraction of its steps and of its pool of faces."""
+    return replace(
+        full, pool=max(64, round(full.pool * fraction)), steps=max(1, round(full.steps * fraction))
+    )
 
 
 @contextmanager
 def _report() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
-    """What a training calls with (stage, step, steps, figures)."""
+    """The progress callback of a pretraining: (stage, step, steps, metrics)."""
     with progress_bars() as bars:
         stage = ""
 
-        def progress(name: str, done: int, of: int, figures: dict[str, float]) -> None:
+        def progress(name: str, done: int, of: int, metrics: dict[str, float]) -> None:
             nonlocal stage
             if name != stage:
                 stage = name
                 bars.stage(name, of)
             bars.advance(done)
-            if figures and done % 500 == 0:
-                told = ", ".join(f"{key} {value:.3f}" for key, value in figures.items())
-                bars.message(f"{name} {done}: {told}")
+            if metrics and done % 500 == 0:
+                values = ", ".join(f"{key} {value:.3f}" for key, value in metrics.items())
+                bars.message(f"{name} {done}: {values}")
 
         yield progress
 
 
-def _keep(out: Path, model: Model) -> None:
+def _write(out: Path, model: Any) -> None:
+    from fedface.models.checkpoint import save_model
+
     save_model(out, model)
-    console.print(f"wrote {out} ({model.notes['seconds']} s)", highlight=False)
-
-
-@pretrain.command("sheet")
-def base_sheet(
-    out: Annotated[Path, typer.Argument(help="The PNG to write.")],
-    generator: Annotated[Path | None, typer.Option(help="A checkpoint; the embedded one otherwise.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 1,
-) -> None:
-    """Draw a sheet of samples of a checkpoint, and count their skin tones."""
-    model = load_gan() if generator is None else load_model(generator)
-    tones = tone_histogram(model.generator.sample(1000, torch.Generator().manual_seed(seed + 1)))
-    for step, (count, share) in enumerate(zip(tones.counts, tones.shares, strict=True), start=1):
-        bar = "#" * round(100 * share.estimate)
-        console.print(f"Monk {step:2}: {count:4} {bar}", highlight=False)
-    console.print(f"darker half of the Monk scale, by pixels: {tones.darker}", highlight=False)
-    made = model.generator.sample(60, torch.Generator().manual_seed(seed))
-    rows = [(f"{10 * row + 1}-{10 * row + 10}", made[10 * row : 10 * row + 10]) for row in range(6)]
-    out.write_bytes(face_grid(rows, [""] * 10, side=96))
-    console.print(f"open {out}", highlight=False, soft_wrap=True)
+    say(f"wrote {out} ({model.notes['seconds']} s)")

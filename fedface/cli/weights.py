@@ -1,41 +1,40 @@
-"""Commands about files of weights: import another program's, show, hash and sample our own."""
+"""The commands `fedface weights ...`: import, show, hash and sample checkpoints."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
-from torch.nn import functional
 
-from fedface.cli.console import JsonOption, console, progress_bars
+from fedface.cli.console import progress_bars, say
+from fedface.cli.options import JsonOption, SeedOption, example
 from fedface.errors import ConfigError
-from fedface.importing.import_weights import ImportedModel, import_file
-from fedface.models.checkpoint import check_place, load_model, save_model
-from fedface.models.generator_protocol import Generator, sample
-from fedface.models.model_summary import ModelSummary, format_summary, summarize
-from fedface.models.stylegan2 import ClassConditioned, StyleGAN2
-from fedface.reports.charts import face_grid
-from fedface.tensor_types import Images
-from fedface.text import sanitize_text
 
-weights = typer.Typer(help="Files of weights.", no_args_is_help=True, rich_markup_mode=None)
+weights = typer.Typer(
+    help="Checkpoints: import, show, hash, sample.", no_args_is_help=True, rich_markup_mode=None
+)
 
-FileArgument = Annotated[Path, typer.Argument(help="A .safetensors file that fedface wrote.")]
+FileArgument = Annotated[Path, typer.Argument(help="A checkpoint (.safetensors) written by fedface.")]
 LabelOption = Annotated[
-    int | None, typer.Option(min=0, help="Which class to draw, for a generator that has classes.")
+    int | None, typer.Option(min=0, help="Class to sample, for a class-conditional generator.")
 ]
 PsiOption = Annotated[
     list[float] | None,
-    typer.Option(min=0, max=1, help="Truncation, one row each: 0 is the mean face, 1 the full variety."),
+    typer.Option(
+        min=0, max=1, help="Truncation, one row each: 0 is the mean face, 1 is no truncation; repeatable."
+    ),
 ]
-SHOWN = 256  # pixels a side of one face on a sheet, at most
+
+TONE_SAMPLES = 1000
 
 
-@weights.command("import")
+@weights.command(
+    "import",
+    epilog=example("fedface weights import stylegan2-ffhq.pkl --out ffhq.safetensors --sheet ffhq.png"),
+)
 def weights_import(
     file: Annotated[
         Path,
@@ -43,14 +42,19 @@ def weights_import(
     ],
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
     mapping: Annotated[
-        Path | None, typer.Option(help="StyleGAN1's mapping.pt, where it is kept apart.")
+        Path | None, typer.Option(help="StyleGAN1's mapping.pt, if it is a separate file.")
     ] = None,
     sheet: Annotated[Path | None, typer.Option(help="A PNG of samples to write.")] = None,
     json_out: JsonOption = False,
 ) -> None:
-    """Convert weights of another program, without running anything that their file carries."""
+    """Convert a StyleGAN checkpoint of another program, without executing any code in the file."""
+    from fedface.cli.weights_sheet import MAX_SIDE, describe_import, sheet_of
+    from fedface.importing.import_weights import import_file
+    from fedface.models.checkpoint import check_place, save_model
+    from fedface.models.model_summary import summarize
+
     if out.resolve() in {path.resolve() for path in (file, mapping) if path is not None}:
-        raise ConfigError(f"{out}: is the file to import; name another to write")
+        raise ConfigError(f"{out}: is the file to import; choose another name to write")
     check_place(out)
     with progress_bars() as bars:
         bars.stage("reading", 0)
@@ -59,111 +63,86 @@ def weights_import(
         facts = summarize(model)
         save_model(out, model)
         if sheet is not None:
-            bars.stage("drawing samples", 0)
-            count = 8 if facts.size <= SHOWN else 4
+            bars.stage("sampling", 0)
+            count = 8 if facts.size <= MAX_SIDE else 4
             sheet.write_bytes(sheet_of(model.generator, count=count, psis=(0.7, 1.0), seed=1, label=None))
     if json_out:
-        told = {"found": found.kind, "ignored": found.ignored, "notes": dict(found.notes), **asdict(facts)}
-        print(json.dumps(told | {"out": str(out)}, indent=2))
+        record = {"found": found.kind, "ignored": found.ignored, "notes": dict(found.notes), **asdict(facts)}
+        print(json.dumps(record | {"out": str(out)}, indent=2))
         return
-    for line in _lines(found, facts):
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+    for line in describe_import(found, facts):
+        say(line)
+    say(f"wrote {out}")
     if sheet is not None:
-        console.print(f"open {sheet}", highlight=False, soft_wrap=True)
+        say(f"open {sheet}")
 
 
-@weights.command()
+@weights.command(epilog=example("fedface weights show gan32.safetensors"))
 def show(file: FileArgument, json_out: JsonOption = False) -> None:
-    """Print what a file of ours holds: family, size, weights, shape, notes, hash."""
+    """Print family, size, networks, notes and hash of a checkpoint."""
+    from fedface.cli.weights_sheet import describe_model, shorten
+    from fedface.models.checkpoint import load_model
+    from fedface.models.model_summary import summarize
+    from fedface.text import sanitize_text
+
     model = load_model(file)
     facts = summarize(model)
     if json_out:
         print(json.dumps({**asdict(facts), "notes": dict(model.notes)}, indent=2))
         return
-    for line in _described(facts):
-        console.print(line, highlight=False, soft_wrap=True)
+    for line in describe_model(facts):
+        say(line)
     for key, value in model.notes.items():
-        words = f"{sanitize_text(key.replace('_', ' '))}: {_short(value)}"
-        console.print(words, highlight=False, soft_wrap=True)
+        words = f"{sanitize_text(key.replace('_', ' '))}: {shorten(value)}"
+        say(words)
 
 
-@weights.command("hash")
+@weights.command("hash", epilog=example("fedface weights hash gan32.safetensors"))
 def weights_hash_of(file: FileArgument, json_out: JsonOption = False) -> None:
-    """Print the hash of the weights in a file, the one that reports carry; the file's own bytes do not count."""
+    """Print the hash of a checkpoint's weights, as in reports; it does not depend on the file's other bytes."""
+    from fedface.models.checkpoint import load_model
+    from fedface.models.model_summary import summarize
+
     facts = summarize(load_model(file))
     print(json.dumps({"file": str(file), "hash": facts.hash}) if json_out else facts.hash)
 
 
-@weights.command("sample")
+@weights.command(
+    "sample", epilog=example("fedface weights sample gan32.safetensors --out samples.png --psi 0.7 --tones")
+)
 def weights_sample(
-    file: FileArgument,
-    out: Annotated[Path, typer.Option(help="The PNG to write.")],
-    count: Annotated[int, typer.Option(min=1, max=64, help="How many people, one column each.")] = 8,
+    file: Annotated[
+        Path | None, typer.Argument(help="A checkpoint (.safetensors); default: the bundled generator.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("samples.png"),
+    count: Annotated[int, typer.Option(min=1, max=64, help="Samples, one column each.")] = 8,
     psi: PsiOption = None,
-    seed: Annotated[int, typer.Option(min=0)] = 1,
+    seed: SeedOption = 1,
     label: LabelOption = None,
+    tones: Annotated[
+        bool, typer.Option("--tones", help=f"Also count the skin tones of {TONE_SAMPLES} samples.")
+    ] = False,
     json_out: JsonOption = False,
 ) -> None:
-    """Draw a sheet of samples; the rows show the same people at each truncation."""
-    model = load_model(file)
+    """Write a sheet of samples; each row shows the same latents at one truncation."""
+    from fedface.cli.weights_sheet import count_tones, sheet_of
+    from fedface.models.checkpoint import load_gan, load_model
+    from fedface.models.model_summary import summarize
+
+    model = load_gan() if file is None else load_model(file)
     psis = tuple(psi or (0.7, 1.0))
     with progress_bars() as bars:
-        bars.stage("drawing samples", 0)
+        bars.stage("sampling", 0)
         picture = sheet_of(model.generator, count=count, psis=psis, seed=seed, label=label)
+        histogram = count_tones(model.generator, TONE_SAMPLES, seed + 1) if tones else None
     out.write_bytes(picture)
     if json_out:
-        told = {"hash": summarize(model).hash, "count": count, "psi": psis, "seed": seed, "label": label}
-        print(json.dumps(told | {"out": str(out)}, indent=2))
+        record = {"hash": summarize(model).hash, "count": count, "psi": psis, "seed": seed, "label": label}
+        shares = {} if histogram is None else {"monk_counts": list(histogram.counts)}
+        print(json.dumps({**record, **shares, "out": str(out)}, indent=2))
         return
-    console.print(f"open {out}", highlight=False, soft_wrap=True)
-
-
-def sheet_of(generator: Any, *, count: int, psis: tuple[float, ...], seed: int, label: int | None) -> bytes:
-    """A PNG with one row for each truncation and one column for each person.
-
-    Raises:
-        ConfigError: A label was given to a generator without classes, or one that it does not have.
-    """
-    classes = generator.config.classes if isinstance(generator, StyleGAN2) else 0
-    if label is not None and not classes:
-        raise ConfigError("this generator has no classes; leave --label out")
-    rows = []
-    for shown in range(min(classes, 3)) if classes and label is None else (label,):
-        of: Generator = generator if shown is None else ClassConditioned(generator, shown)
-        for psi in psis:
-            named = f"psi {psi:g}" if shown is None else f"class {shown}, psi {psi:g}"
-            rows.append((named, _faces(of, count, psi, seed)))
-    return face_grid(rows, [""] * count, side=max(96, min(SHOWN, generator.size)))
-
-
-def _faces(generator: Generator, count: int, psi: float, seed: int) -> Images:
-    """Samples, made small one batch at a time; the same people for the same seed."""
-    rng = torch.Generator().manual_seed(seed)
-    step = 64 if generator.size <= SHOWN else 2
-    parts = []
-    for first in range(0, count, step):
-        made = sample(generator, min(step, count - first), rng, psi=psi, batch=16)
-        parts.append(functional.avg_pool2d(made, max(1, generator.size // SHOWN)))
-    return torch.cat(parts)
-
-
-def _lines(found: ImportedModel, facts: ModelSummary) -> list[str]:
-    lines = [f"found: {found.kind}", *_described(facts)]
-    if found.discriminator is None:
-        lines.append("discriminator: none in the file")
-    if found.ignored:
-        lines.append(f"not taken: {', '.join(found.ignored)}")
-    remarks = found.notes.get("remarks")
-    # A file of ours may come from a stranger, who wrote its notes.
-    return lines + [f"note: {_short(remark)}" for remark in (remarks if isinstance(remarks, list) else ())]
-
-
-def _described(facts: ModelSummary) -> list[str]:
-    size = f"{facts.size} x {facts.size} pixels"
-    return [f"{facts.family}, {size}", *map(format_summary, facts.networks), f"hash: {facts.hash}"]
-
-
-def _short(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return sanitize_text(text, 200) + (" (--json shows all)" if len(text) > 200 else "")
+    if histogram is not None:
+        for step, (number, share) in enumerate(zip(histogram.counts, histogram.shares, strict=True), start=1):
+            say(f"Monk {step:2}: {number:4} {'#' * round(100 * share.estimate)}")
+        say(f"darker half of the Monk scale, by pixels: {histogram.darker}")
+    say(f"open {out}")

@@ -189,3 +189,8 @@ def _opencv() -> ModuleType:
     # Errors only: each network would otherwise announce a target that it does not use.
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
     return cv2
+
+
+def load_detector(path: Path | None) -> EmbeddedDetector | YuNetDetector:
+    """YuNet from an .onnx file, or the built-in detector."""
+    return EmbeddedDetector() if path is None else YuNetDetector(path)

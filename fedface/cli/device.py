@@ -1,0 +1,135 @@
+"""The commands `fedface device ...` and `fedface ledger ...`, for the owner of a device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedface.cli.options import JsonOption, example
+from fedface.privacy_units import UNITS
+
+device = typer.Typer(
+    help="For the owner of a device: key, log, withdrawal, erasure.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+ledger = typer.Typer(
+    help="What a device has spent of its privacy budget.", no_args_is_help=True, rich_markup_mode=None
+)
+
+DeviceArgument = Annotated[Path, typer.Argument(help="The device file, such as device.yaml.")]
+LedgerArgument = Annotated[Path, typer.Argument(help="A device file (.yaml), or a ledger.sqlite.")]
+YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")]
+DeltaOption = Annotated[
+    float | None,
+    typer.Option(
+        min=1e-10, max=0.5, help="Delta of every epsilon; default: the policy's, or 1e-5 for a ledger."
+    ),
+]
+UnitOption = Annotated[
+    str | None,
+    typer.Option(help=f"Privacy unit: {', '.join(UNITS)}; default: the policy's, or the entries'."),
+]
+
+
+@device.command(
+    "keygen", epilog=example("fedface device keygen ~/fedface-state/sum.key --experiment family.yaml")
+)
+def keygen(
+    out: Annotated[Path, typer.Argument(help="The key file to write, readable only by you.")],
+    experiment: Annotated[Path, typer.Option(help="The experiment whose encrypted sums it decrypts.")],
+) -> None:
+    """Generate the secret key that the devices of a run share. Never give it to the server."""
+    from fedface.cli.ledger import device_keygen
+
+    device_keygen(out, experiment)
+
+
+@device.command("log", epilog=example("fedface device log device.yaml --page log.html"))
+def log(
+    device: DeviceArgument,
+    run: Annotated[str | None, typer.Option(help="Only what this run received.")] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(help="Also write an HTML page, readable only by you; replaces an older one."),
+    ] = None,
+    json_out: JsonOption = False,
+) -> None:
+    """List everything that ever left a device: when, to whom, size, protection, privacy cost."""
+    from fedface.cli.device_log import device_log
+
+    device_log(device, run, page, json_out)
+
+
+@device.command("withdraw", epilog=example("fedface device withdraw device.yaml --run family"))
+def withdraw(
+    device: DeviceArgument,
+    run: Annotated[str, typer.Option(help="The run to leave, by its name in `fedface device log`.")],
+    reason: Annotated[str, typer.Option(help="Your reason; it stays on this device.")] = "",
+    yes: YesOption = False,
+) -> None:
+    """Withdraw from a run for good: the device sends it nothing more, and the server is notified."""
+    from fedface.cli.device_log import device_withdraw
+
+    device_withdraw(device, run, reason, yes)
+
+
+@device.command("erase", epilog=example("fedface device erase device.yaml"))
+def erase(
+    device: DeviceArgument,
+    ledger: Annotated[
+        bool,
+        typer.Option("--ledger", help="Erase the ledger too: spent budget is no longer known afterwards."),
+    ] = False,
+    export_to: Annotated[
+        Path | None, typer.Option("--export", help="With --ledger: first export it to this new file.")
+    ] = None,
+    no_export: Annotated[bool, typer.Option("--no-export", help="With --ledger: keep no copy.")] = False,
+    yes: YesOption = False,
+) -> None:
+    """Erase what this device stores: cached replies, key, index of photos. Photos are never touched."""
+    from fedface.cli.device_log import device_erase
+
+    device_erase(device, ledger, export_to, no_export, yes)
+
+
+@ledger.command("show", epilog=example("fedface ledger show device.yaml --delta 1e-6"))
+def show(
+    path: LedgerArgument,
+    delta: DeltaOption = None,
+    unit: UnitOption = None,
+    all_totals: Annotated[
+        bool,
+        typer.Option("--all-totals", help="Compute the running total of every entry: about a second each."),
+    ] = False,
+    json_out: JsonOption = False,
+) -> None:
+    """Print each recorded release with its epsilon, and the epsilon of all together."""
+    from fedface.cli.ledger import ledger_show
+
+    ledger_show(path, delta, unit, all_totals, json_out)
+
+
+@ledger.command("verify", epilog=example("fedface ledger verify device.yaml"))
+def verify(path: LedgerArgument, json_out: JsonOption = False) -> None:
+    """Verify every record of a device's ledger; damage is reported in one sentence with exit code 2."""
+    from fedface.cli.ledger import ledger_verify
+
+    ledger_verify(path, json_out)
+
+
+@ledger.command("export", epilog=example("fedface ledger export device.yaml --out ledger.json"))
+def export(
+    path: LedgerArgument,
+    out: Annotated[
+        Path | None, typer.Option(help="A new file, readable only by you; default: standard output.")
+    ] = None,
+    delta: DeltaOption = None,
+    unit: UnitOption = None,
+) -> None:
+    """Write a device's ledger as JSON: every record, the chain heads, and the total epsilon."""
+    from fedface.cli.ledger import ledger_export
+
+    ledger_export(path, out, delta, unit)

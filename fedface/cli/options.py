@@ -1,0 +1,71 @@
+"""Options and small parsers that several commands share. Nothing here imports torch: `--help` must be quick."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from fedface.errors import ConfigError
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything random except privacy noise.")]
+DetectorOption = Annotated[
+    Path | None, typer.Option(help="A YuNet .onnx face detector; default: the built-in one.")
+]
+PhotosOption = Annotated[
+    Path | None, typer.Option(help="Folder of labelled photos, for experiments that use one.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Change one key, such as privacy.epsilon=3; repeatable.")
+]
+CheckpointOption = Annotated[
+    Path | None, typer.Option(help="A checkpoint (.safetensors); default: the bundled one.")
+]
+METHOD_NAMES = (
+    "pulse", "pulse-encoder-init", "hmc", "guided-flow", "style-encoder", "super-resolution", "bicubic", "nearest",
+)  # fmt: skip
+MethodOption = Annotated[
+    list[str] | None, typer.Option(help=f"{', '.join(METHOD_NAMES)}, or all; repeatable.")
+]
+Downscale = Literal["bicubic-pulse", "bicubic", "area"]
+DownscaleOption = Annotated[Downscale, typer.Option(help="How the face is shrunk.")]
+FactorOption = Annotated[int, typer.Option(min=1, help="By how much the face is shrunk.")]
+
+
+def example(command: str) -> str:
+    """The epilog of a command's `--help`: one example, on lines of its own."""
+    return f"\b\nExample:\n  {command}"
+
+
+def parse_changes(settings: list[str] | None) -> dict[str, str]:
+    """The values of `--set` by key.
+
+    Raises:
+        ConfigError: A setting is not KEY=VALUE.
+    """
+    changes = {}
+    for setting in settings or []:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set expects KEY=VALUE such as privacy.epsilon=3, got {setting}")
+        changes[key] = value
+    return changes
+
+
+def command_line(
+    command: str,
+    experiment: Path,
+    photos: Path | None,
+    changes: dict[str, str],
+    arguments: Sequence[str] = (),
+) -> str:
+    """The shell command that repeats this call."""
+    words = ["fedface", command, str(experiment), *arguments]
+    words += ["--photos", str(photos)] if photos else []
+    for key, value in changes.items():
+        words += ["--set", f"{key}={value}"]
+    return shlex.join(words)

@@ -1,0 +1,187 @@
+"""What `fedface plan` prints: the privacy guarantee, the rounds, and what crosses the network, measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from fedface.aggregation.homomorphic import make_device, make_keys
+from fedface.aggregation.payload import PlainConfig
+from fedface.config import kind_of
+from fedface.experiment import (
+    EVALUATIONS,
+    Experiment,
+    LabelledDevices,
+    RemoteDevices,
+    SyntheticDevices,
+)
+from fedface.models.checkpoint import flatten_parameters
+from fedface.privacy.plan import Plan
+from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget
+from fedface.public_data.device_photos import describe_devices
+from fedface.reports import formatting
+from fedface.training.latent_prior import PriorTrainingConfig
+from fedface.training.training_methods import common_streams, describe_method, prepare_round
+
+MAX_LISTED = 12  # devices; the report lists all
+NOISE_WARNING = 3.0  # warn where the noise is this many times as long as the sum of updates can be
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """What one device sends and receives, in numbers and bytes."""
+
+    weights: int  # of the model
+    numbers_up: int  # in one update
+    bytes_up: int  # one protected update
+    bytes_decrypted: int  # one decrypted sum from one device; 0 where sums are plain
+    metric_bytes_up: int  # one protected set of evaluation metrics; 0 without evaluation
+
+    @property
+    def bytes_down(self) -> int:
+        """The weights in float32."""
+        return 4 * self.weights
+
+
+def measure_traffic(recipe: Experiment, plan: Plan) -> Traffic:
+    """Protect one zero update and one zero set of metrics, and count the bytes."""
+    model = recipe.start()
+    weights = flatten_parameters(*model.modules())
+    zeros = torch.zeros_like(
+        prepare_round(model, recipe.training, plan.dp_parameters, common_streams(0, 1)).ranges()
+    )
+    metrics = None if recipe.evaluation is None else torch.zeros(recipe.evaluation.metrics.width)
+    keys = make_keys(recipe.aggregation, recipe.agreement)
+    device = make_device(recipe.aggregation, recipe.agreement, keys)
+    return Traffic(
+        weights=len(weights),
+        numbers_up=len(zeros),
+        bytes_up=device.protect(zeros, 1).nbytes,
+        bytes_decrypted=0 if isinstance(recipe.aggregation, PlainConfig) else 4 * len(zeros),
+        metric_bytes_up=0 if metrics is None else device.protect(metrics, 1).nbytes,
+    )
+
+
+def plan_record(recipe: Experiment, plan: Plan, traffic: Traffic) -> dict[str, Any]:
+    """The plan for `--json`."""
+    epsilon = plan.epsilon()
+    evaluation = {} if recipe.evaluation is None else {
+        "metric_sets": EVALUATIONS,
+        "numbers_up_per_metric_set": recipe.evaluation.metrics.width,
+        "bytes_up_per_device_and_metric_set": traffic.metric_bytes_up,
+    }  # fmt: skip
+    return {
+        "question": recipe.question,
+        "noise_multiplier": plan.noise_multiplier,
+        "schedule": asdict(plan.schedule),
+        "epsilon": None if epsilon is None else asdict(epsilon),
+        "privacy": asdict(recipe.privacy),
+        "training": kind_of(type(recipe.training)),
+        "weights": traffic.weights,
+        "numbers_up": traffic.numbers_up,
+        "bytes_up_per_device_and_round": traffic.bytes_up,
+        "bytes_down_per_device_and_round": traffic.bytes_down,
+        "protocol": recipe.aggregation.kind,
+        "bytes_decrypted_per_round": traffic.bytes_decrypted,
+        **evaluation,
+    }
+
+
+def plan_lines(recipe: Experiment, plan: Plan, traffic: Traffic, *, list_devices: bool) -> Iterator[str]:
+    """The plan for people, one line each.
+
+    Args:
+        list_devices: Say what each simulated device holds.
+    """
+    yield from plan.describe()
+    if (warning := _noise_warning(plan, recipe.devices.count, traffic.numbers_up)) is not None:
+        yield f"warning: {warning}"
+    yield f"devices: {recipe.devices.count}; at least {recipe.min_responses} must answer"
+    if list_devices:
+        devices = describe_devices(recipe)
+        for name, mix, count in devices[:MAX_LISTED]:
+            yield f"  {name}: {mix}, {_holding(recipe, count)}"
+        if (more := len(devices) - MAX_LISTED) > 0:
+            yield f"  and {more} more"
+    yield (
+        f"upload: one vector of {traffic.numbers_up:,} {describe_method(recipe.training)} per device and round, "
+        f"{recipe.aggregation.kind}, {formatting.size(traffic.bytes_up)}"
+    )
+    if recipe.evaluation is not None:
+        protection = (
+            "clipped, without noise until the server adds noise to their sum"
+            if plan.dp_parameters.noise_at == "server"
+            else "clipped, noised and summed like updates"
+        )
+        yield (
+            f"  and metrics of held-out photos: {formatting.counted(EVALUATIONS, 'set')} of "
+            f"{recipe.evaluation.metrics.width:,} numbers per device over the run, {protection}, "
+            f"{formatting.size(traffic.metric_bytes_up)} each"
+        )
+    if traffic.bytes_decrypted:
+        yield (
+            "  and, from one device that holds the key: each decrypted sum, "
+            f"{formatting.size(traffic.bytes_decrypted)} per round"
+        )
+    yield f"stays on the device: {_stays(recipe)}"
+    yield f"download: the weights, {formatting.size(traffic.bytes_down)} per device and round"
+
+
+def can_list_devices(recipe: Experiment, *, photos_given: bool) -> bool:
+    """Whether the simulated devices are known before the run."""
+    match recipe.devices:
+        case SyntheticDevices():
+            return True
+        case LabelledDevices():
+            return photos_given
+        case RemoteDevices():
+            return False
+
+
+def _noise_warning(plan: Plan, devices: int, numbers: int) -> str | None:
+    """That the server's noise is much longer than the sum of updates can be."""
+    mechanism = plan.dp_parameters.central_mechanism()
+    ratio = 0.0 if mechanism is None else mechanism.sigma * math.sqrt(numbers) / devices
+    if ratio < NOISE_WARNING:
+        return None
+    return (
+        f"the noise has about {ratio:,.0f} times the largest possible L2 norm of the sum of {devices} devices' updates, so "
+        "this run will damage the model; use more devices, a larger epsilon, or train fewer numbers (training.adapt)"
+    )
+
+
+def _stays(recipe: Experiment) -> str:
+    if isinstance(recipe.training, PriorTrainingConfig):
+        stays = "every photo and every latent of a photo"
+        counts = "the number of units is part of the update, with noise like the rest"
+    elif recipe.evaluation is not None:
+        stays = "every photo and every gradient of a single photo"
+        counts = (
+            "shares of held-out photos by tone group are part of the metrics, without noise"
+            if isinstance(recipe.privacy, PrivacyTarget) and recipe.privacy.unit == "library"
+            else "counts of held-out units by tone group are part of the metrics, with noise"
+        )
+    else:
+        stays, counts = "every photo, every gradient of a single photo, and the number of photos", ""
+    match recipe.privacy:
+        case PrivacyTarget(unit="library"):
+            sent = "its update" if recipe.evaluation is None else "its updates and metrics"
+            bound = f"no guarantee limits what the server can infer from {sent}, which it sees without noise"
+        case PrivacyTarget(unit=unit):
+            bound = f"the privacy guarantee bounds what anyone can infer about one {unit}"
+        case NoPrivacy():
+            bound = "no privacy guarantee limits what can be inferred from the sums"
+    return "; ".join(part for part in (stays, counts, bound) if part)
+
+
+def _holding(recipe: Experiment, count: int | None) -> str:
+    """How many photos a simulated device holds, and how many occasions where those are the unit."""
+    photos = "unknown number of photos" if count is None else formatting.counted(count, "photo")
+    match recipe.privacy, recipe.devices:
+        case PrivacyTarget(unit="occasion"), SyntheticDevices(photos_per_occasion=size) if count is not None:
+            return f"{photos} in {formatting.counted(count // size, 'occasion')}"
+    return photos

@@ -1,0 +1,285 @@
+"""Whether an owner's policy admits a run, computed without writing: no ledger is created, nothing is recorded."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from fedface.cli.console import cell, say
+from fedface.cli.policy_report import CombinedVerdict, PolicyReport, Price, Verdict
+from fedface.config import plain, read, section
+from fedface.device.config import (
+    check_kind,
+    is_accessible_to_others,
+    missing_policy_folders,
+    read_device_config,
+)
+from fedface.device.state import ChainFiles, DeviceState, device_state
+from fedface.errors import ConfigError, PolicyRefusal
+from fedface.experiment import Experiment, read_experiment
+from fedface.privacy.accounting import epsilon_of
+from fedface.privacy.adjacency import convert_unit
+from fedface.privacy.budget import Budget, describe_briefly, format_upper_bound, overspending
+from fedface.privacy.ledger import FORM, MAX_PERIOD, Ledger
+from fedface.privacy.mechanism import Event
+from fedface.privacy.participation_conditions import ConditionsNotMet, SystemEnvironment
+from fedface.privacy.plan import DPParameters, Plan
+from fedface.privacy.policy import ADVICE, EVALUATION, DevicePolicy
+from fedface.privacy.privacy_target import NoPrivacy, format_delta
+from fedface.privacy_units import Unit
+from fedface.training.training_methods import objective_of
+
+DEVICE_KEYS = ("policy", "photos", "state")  # any of them at the top level makes a file a device file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owned:
+    """A policy, and the ledger that was named, or that its device keeps if the file is a device's."""
+
+    policy: DevicePolicy
+    ledger: Path | None  # None: there is none, nor a trace of one
+    book: Ledger | None  # the same, verified
+    doubts: Sequence[str]  # what is probably not meant, one sentence each
+
+
+def check_policy(
+    file: Path, experiment: Path | None, ledger: Path | None, changes: dict[str, str]
+) -> tuple[Owned, list[float], PolicyReport | None]:
+    """The policy of a file, the epsilon spent of each of its budgets, and the answer to an experiment."""
+    owned = _owned(file, ledger)
+    recipe = None if experiment is None else read_experiment(experiment, changes=changes)
+    with _book(owned) as book:
+        answer = (
+            None if experiment is None or recipe is None else _answer(experiment, recipe, owned.policy, book)
+        )
+        spent = [
+            book.spent(budget.delta, unit=budget.unit, since=_since(budget)).upper
+            for budget in owned.policy.budgets
+        ]
+    return owned, spent, answer
+
+
+def _owned(file: Path, ledger: Path | None) -> Owned:
+    """What a file says, and its ledger: looked for, never begun, and missed where its head or witness remembers it."""
+    doubts: list[str] = []
+    if all(section(file, key) is None for key in DEVICE_KEYS):
+        check_kind(file, "policy")
+        allowed, own = read(file, DevicePolicy), None
+    else:
+        kept = _working(file)
+        allowed, own = kept.device.policy, kept.ledger
+        doubts = [
+            f"others could read {book.path}; run chmod 600 on it"  # opening a ledger does it by itself
+            for book in (kept.ledger, kept.journal)
+            if is_accessible_to_others(book.path)
+        ]
+    doubts = [*allowed.warnings(), *doubts]
+    if ledger is None:
+        book = None if own is None else own.open_existing(Ledger.open)
+        path = None if own is None or book is None else own.path
+        return Owned(policy=allowed, ledger=path, book=book, doubts=doubts)
+    named = (
+        own
+        if own is not None and own.path.resolve() == ledger.resolve()
+        else ChainFiles.at(ledger, FORM, None)
+    )
+    book = named.open_existing(Ledger.open)
+    if book is None:
+        raise ConfigError(f"{ledger}: no ledger here")
+    return Owned(policy=allowed, ledger=ledger, book=book, doubts=doubts)
+
+
+def _working(file: Path) -> DeviceState:
+    """What the device of a file keeps, if it can work, and if every folder that its policy names is there."""
+    read_device_config(file)
+    kept = device_state(file)
+    lost = missing_policy_folders(kept.device.policy, kept.photos)
+    if lost:
+        raise ConfigError(f"{file}: policy.{lost[0].describe()}")
+    return kept
+
+
+@contextmanager
+def _book(owned: Owned) -> Iterator[Ledger]:
+    """The ledger that there is, or an empty one that nobody keeps."""
+    if owned.book is not None:
+        yield owned.book
+        return
+    with TemporaryDirectory() as folder:
+        yield Ledger.open(Path(folder) / "ledger.sqlite")
+
+
+def _answer(experiment: Path, recipe: Experiment, allowed: DevicePolicy, book: Ledger) -> PolicyReport:
+    plan = recipe.plan()
+    asked = [("training", objective_of(recipe.training), plan.dp_parameters)]
+    asked += [("evaluation", EVALUATION, terms) for terms in plan.additional_releases]
+    # Hours and power are another matter: the run may ask again later.
+    whenever = replace(allowed, hours=(), require_ac_power=False, min_battery=0.0, max_load=None)
+    verdicts = tuple(_verdict(what, word, terms, recipe, whenever, book) for what, word, terms in asked)
+    priced = plan.dp_parameters.is_private and all(verdict.prices for verdict in verdicts)
+    return PolicyReport(
+        experiment=experiment,
+        verdicts=verdicts,
+        together=_together(plan, whenever, book, verdicts) if priced and len(verdicts) > 1 else None,
+        privacy=_other_promise(plan, allowed) if any(verdict.prices for verdict in verdicts) else None,
+    )
+
+
+def _verdict(
+    what: str, objective: str, terms: DPParameters, recipe: Experiment, allowed: DevicePolicy, book: Ledger
+) -> Verdict:
+    refusal: str | None = None
+    prices: tuple[Price, ...] = ()
+    how = recipe.devices.count, recipe.aggregation.kind, objective
+    try:
+        allowed.check_static(terms, *how)
+        prices = tuple(
+            replace(
+                _price(terms.event(), terms.unit, limit, book),
+                rounds_that_fit=_rounds_that_fit(terms, limit, book),
+            )
+            for limit in allowed.budgets
+        )
+        allowed.admit(terms, *how, book)
+    except PolicyRefusal as reason:
+        refusal = str(reason).removesuffix(ADVICE).rstrip(" .")
+    return Verdict(
+        what=what, objective=objective, unit=terms.unit, rounds=terms.schedule.rounds, refusal=refusal, prices=prices
+    )  # fmt: skip
+
+
+def _price(event: Event, told: Unit, limit: Budget, book: Ledger) -> Price:
+    since = _since(limit)
+    return Price(
+        limit=limit,
+        asked=epsilon_of(convert_unit(event, source=told, target=limit.unit), limit.delta).upper,
+        spent=book.spent(limit.delta, unit=limit.unit, since=since).upper,
+        together=book.would_spend(event, limit.delta, told=told, unit=limit.unit, since=since).upper,
+        rounds_that_fit=None,
+    )
+
+
+def _together(
+    plan: Plan, allowed: DevicePolicy, book: Ledger, verdicts: Sequence[Verdict]
+) -> CombinedVerdict:
+    """What everything that a run asks costs for life; refused there only if each thing by itself is not."""
+    life, told = allowed.budgets[0], plan.dp_parameters.unit
+    short = book.check_budget(plan.total_event(), [life], told=told)
+    alone = any(verdict.refusal is not None for verdict in verdicts)
+    return CombinedVerdict(
+        fits=short is None,
+        refusal=None
+        if short is None or alone
+        else f"everything together asks for {describe_briefly(short)}, so it would refuse the last rounds",
+        price=_price(plan.total_event(), told, life, book),
+    )
+
+
+def _other_promise(plan: Plan, allowed: DevicePolicy) -> str | None:
+    """What a recipe promises, where it is read at another delta or for another unit than on this device."""
+    target = plan.privacy
+    if isinstance(target, NoPrivacy) or (target.delta, target.unit) == (allowed.delta, allowed.unit):
+        return None
+    return (
+        f"read at this device's delta {format_delta(allowed.delta)}, per {allowed.unit}; the recipe promises epsilon "
+        f"at most {target.epsilon:g} at delta {format_delta(target.delta)}, per {target.unit}, over everything"
+    )
+
+
+def _rounds_that_fit(terms: DPParameters, limit: Budget, book: Ledger) -> int:
+    """By halving: more rounds never cost less."""
+
+    def fits(rounds: int) -> bool:
+        event: Event = terms.event(rounds)
+        return book.check_budget(event, [limit], told=terms.unit) is None
+
+    fitting, too_many = 0, terms.schedule.rounds + 1
+    if fits(terms.schedule.rounds):
+        return terms.schedule.rounds
+    while too_many - fitting > 1:
+        middle = (fitting + too_many) // 2
+        fitting, too_many = (middle, too_many) if fits(middle) else (fitting, middle)
+    return fitting
+
+
+def _since(limit: Budget) -> datetime | None:
+    if limit.days is None:
+        return None
+    return datetime.now(UTC) - timedelta(days=min(limit.days, MAX_PERIOD))
+
+
+def _now(allowed: DevicePolicy) -> str | None:
+    """Why the owner's conditions do not hold at this moment, for the owner."""
+    try:
+        allowed.conditions.check(SystemEnvironment())
+    except ConditionsNotMet as reason:
+        return reason.private
+    return None
+
+
+def _left(owned: Owned, spent: Sequence[float]) -> list[str]:
+    """What is spent of each limit, and where nothing is left."""
+    if owned.ledger is None:
+        return ["no ledger: nothing is spent"]
+    said = []
+    for epsilon, limit in zip(spent, owned.policy.budgets, strict=True):
+        said.append(f"spent so far, as {owned.ledger} says: {format_upper_bound(epsilon)}; allowed: {limit}")
+        over = overspending(epsilon, limit, unpromised=owned.policy.allow_no_dp)
+        said += [] if over is None else [over]
+    return said
+
+
+def print_answer(file: Path, owned: Owned, spent: Sequence[float], answer: PolicyReport | None) -> None:
+    ended = owned.policy.ended(SystemEnvironment())
+    lines = [
+        *([] if answer is None else answer.in_words()),
+        *([] if ended is None else [ended]),
+        f"{file} allows:",
+        *(f"  {line}" for line in owned.policy.describe()),
+        *_left(owned, spent),
+        *(f"warning: {doubt}" for doubt in owned.doubts),
+    ]
+    if (reason := _now(owned.policy)) is not None:
+        lines.append(f"not at this moment: {reason}")
+    for line in lines:
+        say(cell(line))
+
+
+def print_json(owned: Owned, spent: Sequence[float], answer: PolicyReport | None) -> None:
+    told = {
+        "policy": plain(owned.policy),
+        "ledger": None if owned.ledger is None else str(owned.ledger),
+        "spent": [
+            {
+                **asdict(limit),
+                "spent": epsilon,
+                "nothing_left": overspending(epsilon, limit, unpromised=owned.policy.allow_no_dp),
+            }
+            for epsilon, limit in zip(spent, owned.policy.budgets, strict=True)
+        ],
+        "asked": [] if answer is None else [asdict(verdict) for verdict in answer.verdicts],
+        "together": None if answer is None or answer.together is None else asdict(answer.together),
+        "promise": None if answer is None else answer.privacy,
+        "would_take_part": None if answer is None else answer.refusal is None,
+        "refusal": None if answer is None else answer.refusal,
+        "ended": owned.policy.ended(SystemEnvironment()),
+        "warnings": list(owned.doubts),
+        "not_at_this_moment": _now(owned.policy),
+    }
+    print(json.dumps(_finite(told), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: an epsilon without a bound is null."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and math.isinf(value) else value

@@ -1,0 +1,155 @@
+"""Records as tables on the terminal: a run, a comparison, a benchmark, a ranking, a sample quality."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+
+from fedface.audits.sample_quality import GroupQuality, InsufficientSamples, Quality
+from fedface.cli.console import say, table_of
+from fedface.reports import (
+    device_metrics_section,
+    formatting,
+    headline_summary,
+    html_report,
+    model_card,
+    run_record,
+)
+from fedface.reports.comparison_report import METRICS, TITLES, ComparisonRecord
+from fedface.reports.measurements import Interval
+from fedface.reports.method_report import BenchmarkRecord
+from fedface.reports.model_ranking_report import RankingReport
+from fedface.reports.run_record import BiasRecord, RunRecord
+
+BENCHMARK_METRICS = ("consistency_error", "skin_difference", "lightness_shift", "same_half")
+
+
+def print_run(record: RunRecord, folder: Path) -> None:
+    """The headline summary and the metrics of each group, before and after."""
+    for sentence in headline_summary.headline_summary(record):
+        say(sentence)
+    metrics = ("consistency_error", "skin_difference")
+    table = table_of(
+        "group", "photos", "consistency error before", "after", "colour difference before", "after",
+        title="Metrics by group",
+    )  # fmt: skip
+    before, after = record.bias_before, record.bias_after
+    if isinstance(before, BiasRecord) and isinstance(after, BiasRecord):
+        for old, new in zip(before.groups, after.groups, strict=True):
+            cells = [_interval(group.metrics[name]) for name in metrics for group in (old, new)]
+            table.add_row(old.group, str(old.count), *cells)
+    say(table)
+    say(f"open {folder / html_report.FILE}")
+    say(f"also {folder / run_record.FILE} and {folder / model_card.FILE}")
+
+
+def print_comparison(record: ComparisonRecord, folder: Path) -> None:
+    """One row per training method and epsilon."""
+    say(record.question, style="bold")
+    table = table_of("method", "epsilon", "runs", *(TITLES[metric] for metric in METRICS))
+    for way in record.ways():
+        for level in record.levels():
+            if runs := record.chosen(way, level):
+                cells = [_interval(record.over_seeds(way, level, metric), ".3f") for metric in METRICS]
+                table.add_row(way, level, str(len(runs)), *cells)
+    say(table)
+    say(
+        "epsilon 0: the public model, not trained; ∞: trained without noise; every other epsilon is an upper bound, per "
+        "unit, at the delta in the table's file"
+    )
+    say(f"open {folder / 'comparison.md'}")
+
+
+def print_benchmark(record: BenchmarkRecord, path: Path) -> None:
+    """One row per upsampling method."""
+    say(f"{record.probe}; {record.downscale}")
+    titles = map(formatting.title_of, BENCHMARK_METRICS)
+    table = table_of("method", *titles, "darker faces generated", "s per face")
+    for method in record.methods:
+        cells = [_interval(method.bias.overall[name]) for name in BENCHMARK_METRICS]
+        table.add_row(method.title, *cells, _interval(method.darker_made), f"{method.seconds_per_face:.2g}")
+    say(table)
+    say(
+        f"share of darker originals: {_interval(record.methods[0].darker_true)}; 95 % intervals over "
+        f"{record.photos} photos"
+    )
+    say(f"open {path}")
+    say(f"also {path.with_name('faces.png')} and {path.with_name('by-group.png')}")
+
+
+def print_ranking(record: RankingReport, folder: Path) -> None:
+    """The candidates' metrics, then the order that they allow."""
+    say(record.title(), style="bold")
+    metrics = device_metrics_section.measures_of(record.candidates)
+    table = table_of(
+        "candidate", "units", *map(device_metrics_section.title, metrics), title="All units together"
+    )
+    for candidate in record.candidates:
+        table.add_row(candidate.when, *device_metrics_section.texts(candidate.overall, metrics))
+    say(table)
+    for sentence in device_metrics_section.end_sentence(record.candidates):
+        say(sentence)
+    if record.undecided():
+        say(f"Best first: {record.verdicts()[0]}")
+    else:
+        say(_orders(record))
+    for candidate in record.candidates[:1]:
+        say(f"each candidate: {device_metrics_section.spent_words(candidate)}")
+    say(record.price_sentence())
+    say(record.asked)
+    say(f"open {folder / 'tournament.png'}")
+    say(f"also {folder / 'tournament.md'}")
+
+
+def _orders(record: RankingReport) -> Table:
+    table = table_of("metric", "for", "order", "not distinguishable", title="Best first")
+    for ranking in record.rankings:
+        ties = "; ".join(" and ".join(pair) for pair in ranking.ties) or "none"
+        order = ", ".join(ranking.order)
+        if ranking.all_tied(len(record.candidates)):
+            order, ties = "none", "all candidates"
+        table.add_row(device_metrics_section.title(ranking.measure), ranking.by, order, ties)
+    return table
+
+
+def print_quality(found: Quality, weights: str) -> None:
+    """One row for all samples and one per tone group."""
+    table = table_of(
+        "group", "real", "generated", "kernel distance", "Fréchet", "floor", "precision", "recall", "coverage"
+    )
+    for group, metrics in {"all": found.overall, **found.groups}.items():
+        if isinstance(metrics, InsufficientSamples):
+            table.add_row(group, str(metrics.real), str(metrics.made), str(metrics))
+        else:
+            table.add_row(group, *_quality_cells(metrics))
+    say(table)
+    say(f"features: {found.identity}")
+    say(
+        "These values cannot be compared with FID and KID computed on other features, such as published ones."
+    )
+    say(f"weights {weights}; 95 % intervals; floor: the distance between two halves of the real faces")
+
+
+def _quality_cells(metrics: GroupQuality) -> list[str]:
+    near, kernel = metrics.neighbours, metrics.kernel
+    return [
+        str(metrics.real),
+        str(metrics.made),
+        f"{kernel.estimate:.4f} [{kernel.low:.4f}, {kernel.high:.4f}]",
+        f"{metrics.frechet.plain:.3f}",
+        f"{metrics.frechet.floor:.3f}",
+        *(
+            f"{share.estimate:.2f} [{share.low:.2f}, {share.high:.2f}]"
+            for share in (near.precision, near.recall, near.coverage)
+        ),
+    ]
+
+
+def _interval(value: object, form: str | None = None) -> str:
+    """`0.05 [0.04, 0.06]`, with three significant digits unless a format is given."""
+    if not isinstance(value, Interval):
+        return "not measured"
+    ends = (value.estimate, value.low, value.high)
+    estimate, low, high = (formatting.number(end) if form is None else format(end, form) for end in ends)
+    return f"{estimate} [{low}, {high}]"
