@@ -79,7 +79,7 @@ def test_an_unknown_command_or_option_is_code_2(fedface) -> None:  # type: ignor
 
 def test_check_says_what_travels_bare_to_a_trusted_server(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     told = {
-        "promise": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, trust: server}",
+        "privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, trust: server}",
         "evaluation": "{figures: {min_group_size: 2}}",
     }
     changes = [part for key, value in told.items() for part in ("--set", f"{key}={value}")]
@@ -90,7 +90,7 @@ def test_check_says_what_travels_bare_to_a_trusted_server(fedface, tmp_path: Pat
 
 def test_check_warns_of_noise_that_drowns_the_sum_of_few_devices(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Length sigma * sqrt(8,007) against two updates of length 1: some fifty times."""
-    library = "promise={kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, trust: server}"
+    library = "privacy={kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, trust: server}"
     said = " ".join(fedface("plan", str(tiny_file(tmp_path)), "--set", library).out.split())
     sigma = tiny_experiment(tmp_path, {"promise": library.partition("=")[2]}).plan().noise_multiplier
     assert f"about {sigma * 8007**0.5 / 2:,.0f} times as long as the sum of 2 devices' updates" in said
@@ -111,7 +111,7 @@ def test_a_wrong_key_is_said_with_its_line(fedface, tmp_path: Path, command: str
     path = tiny_file(tmp_path)
     path.write_text(path.read_text().replace("epsilon:", "epsilom:"))
     said = sentence(fedface(command, str(path)))
-    assert said.startswith(f'{path}:4: promise.epsilom: unknown key; did you mean "epsilon"?')
+    assert said.startswith(f'{path}:4: privacy.epsilom: unknown key; did you mean "epsilon"?')
 
 
 def test_mistakes_in_options_are_sentences(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -155,7 +155,7 @@ def test_check_as_json_says_the_same_in_numbers(fedface, tmp_path: Path) -> None
     told = json.loads(fedface("plan", str(tiny_file(tmp_path)), "--json").out)
     plan = tiny_experiment(tmp_path).plan()
     assert told["noise_multiplier"] == plan.noise_multiplier
-    assert told["schedule"]["sampling_rate"] == 0.5 and told["promise"]["delta"] == 1e-3
+    assert told["schedule"]["sampling_rate"] == 0.5 and told["privacy"]["delta"] == 1e-3
     assert told["epsilon"]["upper"] <= 8
     assert told["weights"] == len(flatten_parameters(*tiny_gan().modules()))
     assert told["bytes_down_per_device_and_round"] == 4 * told["weights"]
@@ -164,7 +164,7 @@ def test_check_as_json_says_the_same_in_numbers(fedface, tmp_path: Path) -> None
 
 def test_check_without_a_promise_says_so(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """In capitals, and as null."""
-    words = ("plan", str(tiny_file(tmp_path)), "--set", "promise={kind: no-privacy}")
+    words = ("plan", str(tiny_file(tmp_path)), "--set", "privacy={kind: no-privacy}")
     assert "NO PROMISE" in fedface(*words).out
     assert json.loads(fedface(*words, "--json").out)["epsilon"] is None
 

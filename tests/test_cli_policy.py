@@ -87,7 +87,7 @@ def test_a_device_would_take_part_in_what_fits(check, willing: Path, tmp_path: P
     [
         (("max_epsilon: 8", "max_epsilon: 4"), "is already spent"),
         (("[generator]", "[upsampler]"), 'this device allows upsampler'),
-        (("[encrypted]", "[plain]"), 'send updates "encrypted"; this device allows plain'),
+        (("[homomorphic]", "[plain]"), 'send updates "homomorphic"; this device allows plain'),
         (("[encrypted]", "[encrypted]\nsmallest_cohort: 50"), "only among 50 or more"),
         (("[encrypted]", "[encrypted]\nunit: occasion"), "promises per photo; the owner of this device counts"),
         (("[encrypted]", "[encrypted]\nexpires: 2020-01-01"), "has ended (2020-01-01)"),
@@ -220,14 +220,14 @@ def test_hours_and_power_are_said_but_are_no_refusal(  # type: ignore[no-untyped
 
 def test_a_run_without_a_promise_has_no_finite_price(check, willing: Path) -> None:  # type: ignore[no-untyped-def]
     """JSON has no infinity."""
-    said = check(willing, "--experiment", DEMO, "--set", "promise={kind: no-privacy}", "--json")
+    said = check(willing, "--experiment", DEMO, "--set", "privacy={kind: no-privacy}", "--json")
     told = json.loads(said.out)
     assert said.code == 1
     assert told["asked"][0]["prices"] == []
     assert "epsilon infinite at every delta" in told["asked"][0]["refusal"]
     willing.write_text(WILLING + "allow_no_dp: true\n")
     told = json.loads(
-        check(willing, "--experiment", DEMO, "--set", "promise={kind: no-privacy}", "--json").out
+        check(willing, "--experiment", DEMO, "--set", "privacy={kind: no-privacy}", "--json").out
     )
     assert told["would_take_part"] and told["asked"][0]["prices"][0]["asked"] is None
 

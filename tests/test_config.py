@@ -260,7 +260,7 @@ def test_what_is_dumped_is_read_back(
 
 def test_an_experiments_own_record_is_read_back_as_the_same_experiment() -> None:
     """A run's experiment.yaml starts the same run again."""
-    promise = "promise: {kind: privacy-target, epsilon: 2, delta: 1e-5}"
+    promise = "privacy: {kind: privacy-target, epsilon: 2, delta: 1e-5}"
     text = f"question: q?\nname: n\n{promise}\ndevices: {{kind: synthetic-devices}}"
     first = parse(text, Experiment, name="e.yaml")
     again = parse(dump(first), Experiment, name="e.yaml")

@@ -51,8 +51,8 @@ def experiment(**changes: str) -> Experiment:
         ("devices.light_fractions", "[]", "devices.light_fractions: must name at least one device"),
         ("devices.light_fractions", "[1.5]", "devices.light_fractions: must lie in [0, 1]"),
         ("devices.photos_per_device", "1", "devices.photos_per_device: must be at least 2"),
-        ("probe", "{kind: synthetic-probe, each: 1}", "probe.per_group: must be at least 2"),
-        ("probe", "{kind: labelled-probe, each: 1}", "probe.per_group: must be at least 2"),
+        ("probe", "{kind: synthetic-probe, per_group: 1}", "probe.per_group: must be at least 2"),
+        ("probe", "{kind: labelled-probe, per_group: 1}", "probe.per_group: must be at least 2"),
         ("devices", "{kind: labelled-devices, count: 0}", "devices.count: must be at least 1"),
         ("devices", "{kind: remote-devices, count: 0}", "devices.count: must be at least 1"),
         ("upsampling.faces_per_photo", "0", "upsampling.faces_per_photo: must be at least 1"),
@@ -101,9 +101,9 @@ def test_the_plan_keeps_the_promise() -> None:
 def test_a_pretended_device_allows_exactly_its_run() -> None:
     """The promise's own epsilon and delta, the run's own protocol; nothing unpromised."""
     policy = experiment().device_policy()
-    assert (policy.max_epsilon, policy.delta, policy.protocols) == (4.0, 1e-4, ("encrypted",))
+    assert (policy.max_epsilon, policy.delta, policy.protocols) == (4.0, 1e-4, ("homomorphic",))
     assert not policy.allow_no_dp and policy.objectives == ("generator",)
-    assert experiment(promise="{kind: no-privacy}").device_policy().allow_no_dp
+    assert experiment(privacy="{kind: no-privacy}").device_policy().allow_no_dp
 
 
 def test_a_written_policy_wins() -> None:

@@ -20,7 +20,7 @@ vary:
     full: {training.adapt: {kind: full}}
     lora: {training.adapt: {kind: lora, rank: 2}}
   epsilon:
-    "3": {promise.epsilon: 3}
+    "3": {privacy.epsilon: 3}
     infinity: {privacy: {kind: no-privacy}}
   seed: [0, 1]
 """

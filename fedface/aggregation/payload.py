@@ -75,7 +75,7 @@ class HomomorphicConfig:
     @property
     def kind(self) -> str:
         """The name on the wire and in reports."""
-        return "encrypted"
+        return "homomorphic"
 
 
 AggregationConfig: TypeAlias = PlainConfig | HomomorphicConfig
@@ -101,7 +101,7 @@ class Payload:
     refuse mistakes by name, and no secret may depend on it.
     """
 
-    kind: str  # "plain" or "encrypted", as the config's `kind` says
+    kind: str  # "plain" or "homomorphic", as the config's `kind` says
     header: Mapping[str, PlainValue]  # flat; 64-bit whole numbers, finite floats, strings
     parts: tuple[bytes, ...] = field(repr=False)
 

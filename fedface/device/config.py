@@ -119,7 +119,7 @@ def read_device_config(path: Path) -> DeviceConfig:
     if is_accessible_to_others(state):
         raise ConfigError(f"{path}: state: others may look into {state}; run chmod 700 on it")
     lost = missing_policy_folders(config.policy, folder)
-    mistyped = next((one for one in lost if one.key == "never" and one.near is not None), None)
+    mistyped = next((one for one in lost if one.key == "exclude_folders" and one.near is not None), None)
     only = [one for one in lost if one.key == "folders"]
     if mistyped is not None:
         raise ConfigError(
@@ -139,7 +139,7 @@ def is_accessible_to_others(place: Path) -> bool:
 class MissingFolder:
     """A folder that a policy names and that is not among the photos."""
 
-    key: Literal["folders", "never"]
+    key: Literal["folders", "exclude_folders"]
     folder: Path
     photos: Path
     near: Path | None  # the folder that may have been meant
@@ -152,9 +152,9 @@ class MissingFolder:
 
 def missing_policy_folders(policy: DevicePolicy, photos: Path) -> list[MissingFolder]:
     """The folders that a policy names and that are not there, compared as the library compares them."""
-    named: list[tuple[Literal["folders", "never"], Path]] = [
+    named: list[tuple[Literal["folders", "exclude_folders"], Path]] = [
         *(("folders", folder) for folder in policy.folders),
-        *(("never", folder) for folder in policy.exclude_folders),
+        *(("exclude_folders", folder) for folder in policy.exclude_folders),
     ]
     lost = []
     for key, folder in named:

@@ -95,8 +95,8 @@ class TrainTask:
         """For the wire."""
         header = {
             "what": "train", "version": VERSION, "run": self.run, "round": self.round, "cohort": self.cohort,
-            "seed": self.seed, "model": self.model, "terms": self.config.dp.to_record(),
-            "training": plain(self.config.training), "shape": plain(self.config.architecture),
+            "seed": self.seed, "model": self.model, "dp": self.config.dp.to_record(),
+            "training": plain(self.config.training), "architecture": plain(self.config.architecture),
             "aggregation": plain(self.config.aggregation), "agreement": plain(self.config.agreement),
             "holdout_fraction": self.config.holdout_fraction,
         }  # fmt: skip
@@ -128,8 +128,8 @@ class EvaluateTask:
         asked = self.request
         header = {
             "what": "evaluate", "version": VERSION, "run": self.run, "round": self.round, "cohort": self.cohort,
-            "seed": self.seed, "model": self.model, "terms": asked.dp.to_record(), "shape": plain(asked.architecture),
-            "method": plain(asked.method), "downscale": plain(asked.downscale), "figures": plain(asked.metrics),
+            "seed": self.seed, "model": self.model, "dp": asked.dp.to_record(), "architecture": plain(asked.architecture),
+            "method": plain(asked.method), "downscale": plain(asked.downscale), "metrics": plain(asked.metrics),
             "aggregation": plain(asked.aggregation), "agreement": plain(asked.agreement),
             "holdout_fraction": asked.holdout_fraction,
         }  # fmt: skip

@@ -59,7 +59,7 @@ def read_task(message: Message) -> Task:
                 request=EvaluationRequest(
                     method=_choice(header, "method"),
                     downscale=_choice(header, "downscale"),
-                    metrics=_part(header, "figures", LocalMetricsConfig),
+                    metrics=_part(header, "metrics", LocalMetricsConfig),
                     **_agreed(header),
                 ),
                 **_about(header, message),
@@ -99,8 +99,8 @@ def _about(header: dict[str, Any], message: Message) -> dict[str, Any]:
 def _agreed(header: dict[str, Any]) -> dict[str, Any]:
     """What every task that releases something agrees on."""
     return {
-        "terms": DPParameters.from_record(header["terms"]),
-        "shape": _choice(header, "shape"),
+        "dp": DPParameters.from_record(header["dp"]),
+        "architecture": _choice(header, "architecture"),
         "aggregation": _choice(header, "aggregation"),
         "agreement": _part(header, "agreement", AggregationParameters),
         "holdout_fraction": _number(header["holdout_fraction"]),
@@ -153,7 +153,7 @@ def _part(header: dict[str, Any], key: str, wanted: type[Any]) -> Any:
 class _Choices:
     aggregation: AggregationConfig | None = None
     training: Training | None = None
-    shape: Architecture | None = None
+    architecture: Architecture | None = None
     method: Method | None = None
     downscale: Degradation | None = None
 

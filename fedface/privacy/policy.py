@@ -32,7 +32,7 @@ EVALUATION = "evaluation"  # the objective of a task that only measures
 LARGE_DELTA = 1e-2  # above it, "with this chance the bound need not hold" is no small print any more
 # What a server can do about a budget that is too small.
 ADVICE = "Lower the rounds, raise the noise, or ask the owner of this device for a larger budget."
-PROTOCOLS = ("encrypted", "plain")  # the kinds of aggregation that there are
+PROTOCOLS = ("homomorphic", "plain")  # the kinds of aggregation that there are
 OWN_WORDS = ("unit", "neighbours", "sampler", "noise_at")  # marks that follow from the terms alone
 
 
@@ -66,7 +66,7 @@ class DevicePolicy:
     periods: tuple[Period, ...] = ()  # further budgets, for any so many days
     objectives: tuple[str, ...] = OBJECTIVES  # what photos may help to train
     evaluation: bool = False  # may this device answer questions about its photos, with noise?
-    protocols: tuple[str, ...] = ("encrypted",)  # how updates may travel
+    protocols: tuple[str, ...] = ("homomorphic",)  # how updates may travel
     min_cohort_size: int = 2  # fewest devices whose updates are summed, >= 1
     trust_server: bool = False  # may runs take part whose noise the server adds?
     allow_no_dp: bool = False  # may runs without noise use these photos?
@@ -101,7 +101,7 @@ class DevicePolicy:
                 raise ValueError(
                     f'protocols must be among {", ".join(PROTOCOLS)}, got "{protocol:.40}"{meant}'
                 )
-        for key, folders in (("folders", self.folders), ("never", self.exclude_folders)):
+        for key, folders in (("folders", self.folders), ("exclude_folders", self.exclude_folders)):
             for folder in folders:
                 _check_folder(key, folder)
         if self.expires is not None:
@@ -153,7 +153,7 @@ class DevicePolicy:
         Args:
             plan: What the run asks: only its schedule and noise are read, never its epsilon.
             cohort_size: How many devices' updates are summed.
-            protocol: How updates travel, such as "plain" or "encrypted".
+            protocol: How updates travel, such as "plain" or "homomorphic".
             objective: What is trained, such as "generator", or "evaluation".
             ledger: What these photos have paid so far.
             run: The run's name, if it has begun: its booked rounds are then not asked for again.

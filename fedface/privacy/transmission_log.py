@@ -115,15 +115,15 @@ class TransmissionLog:
             ):
                 words = f"{RESENT}: {words}" if words else RESENT
             said: Mapping[str, object] = {
-                "run": run, "round": round, "what": what, "receiver": receiver, "bytes": len(payload),
-                "protection": protection, "digest_of_payload": digest, "entry": entry, "words": words,
+                "run": run, "round": round, "kind": what, "receiver": receiver, "bytes": len(payload),
+                "protection": protection, "digest_of_payload": digest, "entry": entry, "reason": words,
             }  # fmt: skip
             return cast(Transmission, _line(page.append("sent", _canonical(said))))
 
     def withdraw(self, run: str, why: str = "") -> Withdrawal:
         """Leave a run for good; once this has returned, nothing of it is noted, hence nothing leaves."""
         with self._chain.write_transaction() as page:
-            said = {"run": run, "why": why}
+            said = {"run": run, "reason": why}
             return cast(Withdrawal, _line(page.append("withdrawn", _canonical(said))))
 
     def records(self) -> list[Transmission | Withdrawal]:

@@ -136,7 +136,7 @@ def test_payloads_of_one_sum_share_kind_length_and_round() -> None:
     two = Payload(kind="plain", header={**HEADER, "count": 2}, parts=())
     assert same_shape([one, two], "plain") == (3, 0, 3)
     for other in (
-        Payload(kind="encrypted", header=HEADER, parts=()),
+        Payload(kind="homomorphic", header=HEADER, parts=()),
         Payload(kind="plain", header={**HEADER, "length": 4}, parts=()),
         Payload(kind="plain", header={**HEADER, "round": 1}, parts=()),
     ):
@@ -156,4 +156,4 @@ def test_settings_are_checked_at_the_door() -> None:
             HomomorphicConfig(bits=bits)
     with pytest.raises(ValueError, match="min_devices"):
         HomomorphicConfig(min_devices=0)
-    assert (PlainConfig().kind, HomomorphicConfig().kind) == ("plain", "encrypted")
+    assert (PlainConfig().kind, HomomorphicConfig().kind) == ("plain", "homomorphic")

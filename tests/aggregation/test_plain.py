@@ -61,7 +61,7 @@ def test_payloads_that_do_not_fit_are_refused() -> None:
         Payload(kind="plain", header={**good.header, "format": 2}, parts=good.parts),
         Payload(kind="plain", header={**good.header, "count": 4}, parts=good.parts),
         Payload(kind="plain", header={**good.header, "count": 0}, parts=good.parts),
-        Payload(kind="encrypted", header=good.header, parts=good.parts),
+        Payload(kind="homomorphic", header=good.header, parts=good.parts),
     ):
         with pytest.raises(AggregationError):
             PLAIN.combine([good, hostile])

@@ -31,7 +31,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         training, shape = WAYS[way]
         save_model(folder / f"{way}.safetensors", build_model(shape, Streams(5).generator(way)))
         axes.append(f"    {way}: {{training: {training}, base: {folder / way}.safetensors}}")
-    axes += ["  epsilon:", '    "8": {promise.epsilon: 8}', "    infinity: {promise: {kind: no-privacy}}"]
+    axes += ["  epsilon:", '    "8": {privacy.epsilon: 8}', "    infinity: {privacy: {kind: no-privacy}}"]
     file.write_text(file.read_text() + "\n".join(axes) + "\n")
     return folder
 

@@ -33,7 +33,7 @@ from fedface.simulation.in_process import in_process_cohort
 from fedface.transport.run_config import devices_folder
 
 CHANGES = {
-    "promise": "{kind: privacy-target, epsilon: 60, delta: 1e-3}",
+    "privacy": "{kind: privacy-target, epsilon: 60, delta: 1e-3}",
     "devices": "{kind: synthetic-devices, light_fractions: [0.5, 0.5], photos_per_device: 14}",
     "evaluation": "{figures: {tone_upper_bounds: [10], min_group_size: 5}}",
     "upsampling": "{method: {kind: pulse, steps: 1, mapping_samples: 64}}",
@@ -104,7 +104,7 @@ def test_per_library_the_server_noises_each_answer_and_readers_are_told_that_it_
     save_model(tmp_path / "other.safetensors", tiny_gan("other"))
     told = {
         **CHANGES,
-        "promise": "{kind: privacy-target, epsilon: 300, delta: 1e-3, unit: library, trust: server}",
+        "privacy": "{kind: privacy-target, epsilon: 300, delta: 1e-3, unit: library, trust: server}",
         "evaluation": "{figures: {tone_upper_bounds: [10], min_group_size: 1}}",
     }
     recipe = for_ranking(read_experiment(tiny_file(tmp_path), changes=told))
@@ -177,7 +177,7 @@ def test_a_folder_of_another_tournament_is_left_alone(recipe: Experiment, tmp_pa
 
 
 def test_a_recipe_without_a_promise_holds_no_tournament(tmp_path: Path) -> None:
-    recipe = read_experiment(tiny_file(tmp_path), changes={"promise": "{kind: no-privacy}"})
+    recipe = read_experiment(tiny_file(tmp_path), changes={"privacy": "{kind: no-privacy}"})
     with pytest.raises(ConfigError, match="always noised"):
         for_ranking(recipe)
 

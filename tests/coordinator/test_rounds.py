@@ -80,7 +80,7 @@ def cohort_of(
     tmp_path: Path, changes: Mapping[str, str], tamper: Tamper = honest, more: int = 0
 ) -> LocalCohort:
     """A begun run of one round with its devices, without a promise unless the changes make one."""
-    experiment = tiny_experiment(tmp_path, {"training.rounds": "1", "promise": NO_PROMISE, **changes})
+    experiment = tiny_experiment(tmp_path, {"training.rounds": "1", "privacy": NO_PROMISE, **changes})
     return LocalCohort(experiment, begun(experiment, tmp_path / "runs" / "tiny"), tamper, more)
 
 
@@ -223,7 +223,7 @@ def test_a_run_goes_on_after_its_last_round_on_disk(tmp_path: Path) -> None:
 
 def test_bytes_and_epsilon_are_recorded_as_they_were(tmp_path: Path) -> None:
     """Up: the payloads. Down: four bytes a weight or buffer and device. Epsilon: the plan's, growing."""
-    cohort = cohort_of(tmp_path, {"training.rounds": "2", "promise": PROMISE})
+    cohort = cohort_of(tmp_path, {"training.rounds": "2", "privacy": PROMISE})
     experiment = cohort.experiment
     records = rounds(experiment, cohort).rounds
     modules = tiny_gan().modules()
@@ -252,16 +252,16 @@ def test_plain_and_encrypted_sums_give_the_same_model_up_to_half_a_step(tmp_path
     """The mean of n rounded updates is within half a grid step, range / (2^15 - 1) / 2, and float32's rounding."""
     changes = {"training.r2_weight": "0", "training.expected_batch_size": "24"}
     ends = {}
-    for kind in ("plain", "encrypted"):
+    for kind in ("plain", "homomorphic"):
         cohort = cohort_of(tmp_path / kind, {**changes, "aggregation": f"{{kind: {kind}}}"})
         (record,) = rounds(cohort.experiment, cohort).rounds
         ends[kind] = weights_after(cohort.folder, 1)
-        expected = [("TrainTask", 1, (0, 1))] + ([("DecryptTask", 1, (0,))] if kind == "encrypted" else [])
+        expected = [("TrainTask", 1, (0, 1))] + ([("DecryptTask", 1, (0,))] if kind == "homomorphic" else [])
         assert cohort.asked == expected
         assert record.answered == ("device-00", "device-01")
     ranges = gan_ranges(tiny_gan(), cohort.experiment.training)
     rounding = torch.finfo(torch.float32).eps * ends["plain"].abs()
-    apart = (ends["plain"] - ends["encrypted"]).abs()
+    apart = (ends["plain"] - ends["homomorphic"]).abs()
     assert bool((apart <= 0.5001 * ranges / (2**15 - 1) + rounding).all())
     assert 0 < float(apart.max())
 

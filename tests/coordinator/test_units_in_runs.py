@@ -42,12 +42,12 @@ from fedface.transport.run_config import devices_folder
 from fedface.upsampling.pulse import PulseConfig
 
 LIBRARY = {
-    "promise": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, trust: server}",
+    "privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, trust: server}",
     "update_clip_norm": "2.0",
 }
 FEW = "{share: 0.5, holdout_fraction: 0.5, figures: {min_group_size: 2}}"
 OCCASION = {
-    "promise": "{kind: privacy-target, epsilon: 8, delta: 1e-2, unit: occasion}",
+    "privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-2, unit: occasion}",
     "devices": "{kind: synthetic-devices, light_fractions: [0.9, 0.1], photos_per_device: 24, photos_per_occasion: 4}",
 }
 
@@ -149,9 +149,9 @@ def test_a_device_that_trusts_no_server_stays_out_of_library_runs(tmp_path: Path
         ({"aggregation": "{kind: homomorphic}"}, "cannot add it to what it cannot read"),
         ({"evaluation": "{sampling_rate: 0.5}"}, "sampling_rate must be 1"),
         ({"evaluation": "{}"}, "fewer than min_group_size = 20 are not told"),
-        ({"promise": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library}"}, "trust must be"),
+        ({"privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library}"}, "trust must be"),
         (
-            {"promise": "{kind: privacy-target, epsilon: 8, delta: 1e-3, trust: server}"},
+            {"privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, trust: server}"},
             "devices add their own noise",
         ),
     ],

@@ -211,7 +211,7 @@ def test_three_killed_computations_are_free_and_a_fourth_is_paid_for(device: Dev
 @pytest.mark.parametrize(
     ("stricter", "words"),
     [
-        ({"protocols": ("encrypted",)}, "send updates"),
+        ({"protocols": ("homomorphic",)}, "send updates"),
         ({"objectives": ()}, "to train"),
         ({"min_cohort_size": 5}, "only among 5"),
         ({"expires": "2020-01-01"}, "ended"),
@@ -309,7 +309,7 @@ def test_the_last_affordable_round_is_answered_and_the_next_is_not(
 @pytest.mark.parametrize(
     ("policy", "cohort", "words"),
     [
-        ({"protocols": ("encrypted",)}, 2, 'asks to send updates "plain"; this device allows encrypted'),
+        ({"protocols": ("homomorphic",)}, 2, 'asks to send updates "plain"; this device allows homomorphic'),
         ({"min_cohort_size": 3}, 2, "sums 2 devices; this device takes part only among 3 or more"),
         ({"objectives": ("upsampler",)}, 2, 'asks to train "generator"; this device allows upsampler'),
     ],
@@ -326,7 +326,7 @@ def test_what_the_owner_did_not_allow_is_refused(
 
 def test_a_run_without_a_promise_is_refused_unless_allowed(tmp_path: Path, device: Device) -> None:
     """Epsilon infinite, and the owner's limit."""
-    unpromised = tiny_experiment(tmp_path / "recipe", {"promise": NO_PROMISE})
+    unpromised = tiny_experiment(tmp_path / "recipe", {"privacy": NO_PROMISE})
     answer = handle_task(train_task(unpromised, tiny_gan()), replace(device, photos=unreadable))
     assert isinstance(answer, Refusal) and "asks for epsilon inf" in answer.reason
     assert booked(device) == []
@@ -363,7 +363,7 @@ def test_weights_that_do_not_fit_cost_nothing(device: Device, task: TrainTask) -
 def test_a_missing_key_costs_nothing(device: Device, task: TrainTask) -> None:
     """An encrypted run on a device that was not given its key."""
     hidden = replace(task, config=replace(task.config, aggregation=HomomorphicConfig()))
-    open_minded = replace(device, photos=unreadable, policy=replace(device.policy, protocols=("encrypted",)))
+    open_minded = replace(device, photos=unreadable, policy=replace(device.policy, protocols=("homomorphic",)))
     with pytest.raises(AggregationError, match="cannot read this key file"):
         handle_task(hidden, open_minded)
     assert booked(device) == []
@@ -371,7 +371,7 @@ def test_a_missing_key_costs_nothing(device: Device, task: TrainTask) -> None:
 
 def test_the_update_does_not_depend_on_the_global_seed(tmp_path: Path) -> None:
     """Without a promise everything is replayable: two devices of one name send the same bytes."""
-    experiment = tiny_experiment(tmp_path / "recipe", {"promise": NO_PROMISE})
+    experiment = tiny_experiment(tmp_path / "recipe", {"privacy": NO_PROMISE})
     sent = []
     for place in ("a", "b"):
         torch.rand(3)
@@ -449,7 +449,7 @@ def test_a_ledger_put_back_to_before_an_answer_is_noticed_by_the_journal(
         begin(self, run, round, attempt=attempt)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "begin", copied)
+        patch.setattr(Ledger, "record_attempt", copied)
         assert isinstance(handle_task(task, device), TrainResult)
     for file, content in copies.items():
         file.write_bytes(content)

@@ -166,7 +166,7 @@ def test_checking_a_device_makes_nothing(home: Path) -> None:
         (POLICY, "device", "this is a policy file; a device file has name, photos, state and policy"),
         (FILE, "policy", "this is a device file; a policy file has max_epsilon and delta"),
         (FILE, "experiment", "this is a device file; an experiment file has question and promise"),
-        ("question: q\nname: n\npromise: {}", "policy", "this is an experiment file; a policy file has"),
+        ("question: q\nname: n\nprivacy: {}", "policy", "this is an experiment file; a policy file has"),
     ],
 )
 def test_a_file_of_another_kind_is_called_by_its_name(

@@ -109,7 +109,7 @@ def test_the_work_of_a_method_is_known_before_it_begins(method: Method, work: in
         ({"method": PulseEncoderInitConfig(pulse=PulseConfig(mapping_samples=10**12))}, "may draw"),
         ({"downscale": Chain(parts=(BicubicPulse(4), Noise(0.1)))}, "no noise"),
         (
-            {"terms": DPParameters(schedule=replace(ONCE, steps_per_round=2), noise_multiplier=1.0)},
+            {"dp": DPParameters(schedule=replace(ONCE, steps_per_round=2), noise_multiplier=1.0)},
             "one release",
         ),
     ],

@@ -126,7 +126,7 @@ def test_two_runs_in_this_process_give_the_same_bits(tmp_path: Path) -> None:
 
 def test_encrypted_sums_give_the_same_model_up_to_quantisation(tmp_path: Path) -> None:
     """What hides the updates changes none of them by more than a step of the quantiser."""
-    plain, hidden = (tiny(tmp_path, kind) for kind in ("plain", "encrypted"))
+    plain, hidden = (tiny(tmp_path, kind) for kind in ("plain", "homomorphic"))
     ours = in_this_process(plain, tmp_path / "plain" / "everywhere")
     theirs = in_this_process(hidden, tmp_path / "hidden" / "everywhere")
     step = float(gan_ranges(plain.start(), plain.training).max()) / 2**15

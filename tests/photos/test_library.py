@@ -467,7 +467,7 @@ def test_the_owner_says_which_folders_may_be_used_and_which_never(day: Path, cac
     scan_library(day, detector=FillsThePhoto(), cache=cache)
 
     def kept(*, folders: tuple[str, ...] = (), never: tuple[str, ...] = ()) -> list[str]:
-        chosen = {"folders": [Path(name) for name in folders], "never": [Path(name) for name in never]}
+        chosen = {"folders": [Path(name) for name in folders], "exclude_folders": [Path(name) for name in never]}
         return names_of(PhotoLibrary(day, cache=cache, **chosen))
 
     assert kept(folders=("a",)) == ["a/noon.jpg", "a/undated.jpg", "a/unknown.jpg"]
@@ -475,11 +475,11 @@ def test_the_owner_says_which_folders_may_be_used_and_which_never(day: Path, cac
     assert kept(folders=("a/", "./b"), never=("b",)) == kept(folders=("a",))
     assert kept(folders=(".",), never=("B", "Anna")) == kept(folders=("a",))
     assert kept(folders=("a",), never=("a/noon.jpg",)) == ["a/undated.jpg", "a/unknown.jpg"]
-    for wrong in ({"folders": ("A",)}, {"never": (".",)}, {"folders": ("a",), "never": ("a",)}):
+    for wrong in ({"folders": ("A",)}, {"exclude_folders": (".",)}, {"folders": ("a",), "exclude_folders": ("a",)}):
         with pytest.raises(LibraryError, match="that may be used"):
             kept(**wrong)
     for outside in ("/etc", "..", "a/../../b", "~/Pictures"):
-        for side in ({"folders": (outside,)}, {"never": (outside,)}):
+        for side in ({"folders": (outside,)}, {"exclude_folders": (outside,)}):
             with pytest.raises(LibraryError, match="a folder inside the library"):
                 kept(**side)
 

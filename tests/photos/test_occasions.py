@@ -90,7 +90,7 @@ RULES = st.builds(
     OccasionRule,
     gap_hours=st.floats(0.5, 6),
     radius_km=st.floats(0.1, 20),
-    alike=st.integers(0, 12),
+    max_fingerprint_distance=st.integers(0, 12),
     undated=st.sampled_from(["by-folder", "alone"]),
 )
 LIBRARIES = st.lists(SHOTS, max_size=14)
@@ -338,7 +338,7 @@ def test_an_occasion_says_how_many_and_when() -> None:
         ({"gap_hours": 0}, r"gap_hours must lie in \(0, 8760\], got 0"),
         ({"gap_hours": math.nan}, "gap_hours"),
         ({"radius_km": -1.0}, "radius_km must be > 0, got -1.0"),
-        ({"alike": 129}, r"alike must lie in \[0, 128\] bits, got 129"),
+        ({"max_fingerprint_distance": 129}, r"max_fingerprint_distance must lie in \[0, 128\] bits, got 129"),
         ({"undated": "together"}, "by-folder"),
     ],
 )

@@ -91,14 +91,14 @@ def test_bounds_are_rounded_outwards() -> None:
 
 
 def test_a_command_comes_back_from_a_shell_word_by_word() -> None:
-    changes = {"promise": "{kind: privacy-target, epsilon: 8}"}
+    changes = {"privacy": "{kind: privacy-target, epsilon: 8}"}
     line = command_of("run", Path("my recipes/a.yaml"), None, changes)
     assert shlex.split(line) == [
         "fedface",
         "run",
         "my recipes/a.yaml",
         "--set",
-        f"promise={changes['promise']}",
+        f"privacy={changes['privacy']}",
     ]
 
 

@@ -57,7 +57,7 @@ def test_a_run_ends_with_a_record_a_page_and_a_card_that_agree(
     assert record.base_hash == weights_hash(*load_model(tmp_path / "base.safetensors").modules())
     assert record.final_hash == weights_hash(*load_model(folder / "rounds" / "002.safetensors").modules())
     assert record.final_hash == record.rounds[-1].weights_hash != record.base_hash
-    assert {entry.protocol for entry in record.aggregation} == {"plain", "encrypted"}
+    assert {entry.protocol for entry in record.aggregation} == {"plain", "homomorphic"}
     assert len(record.attacks) == 2
     assert f"fedface run {recipe}" in record.command
     assert attempts(folder) == {f"device-0{i}": [(1, 1), (2, 1)] for i in range(2)}
@@ -86,7 +86,7 @@ def test_a_finished_run_makes_room_for_the_next(
         "--set",
         "training.rounds=1",
         "--set",
-        "promise={kind: no-privacy}",
+        "privacy={kind: no-privacy}",
     ]
     assert fedface(monkeypatch, *words, "--json") == 0
     told = json.loads(capsys.readouterr().out)

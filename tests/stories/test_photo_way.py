@@ -110,7 +110,7 @@ def about(gan: Model, update: Vector, gradient: Vector) -> float:
 def test_without_a_promise_the_photos_gradient_is_on_the_wire(tmp_path: Path) -> None:
     """The planted positive: one photo, one step, no noise, in the open. The search finds it at once."""
     gan = blind_discriminator(tiny_gan())
-    update, wire = sent(tmp_path, gan, planted(), {"promise": NO_PROMISE})
+    update, wire = sent(tmp_path, gan, planted(), {"privacy": NO_PROMISE})
     assert about(gan, update, gradient_of(gan, planted())) > 0.99
     assert not any(run in wire for run in pixel_runs(planted()))
 
@@ -119,7 +119,7 @@ def test_under_a_promise_neither_the_photo_nor_its_gradient_is_on_the_wire(tmp_p
     """The likeness is that of noise: a cosine of d numbers with noise of sigma has a known small size."""
     gan = blind_discriminator(tiny_gan())
     update, wire = sent(
-        tmp_path, gan, planted(), {"promise": "{kind: privacy-target, epsilon: 1, delta: 1e-3}"}
+        tmp_path, gan, planted(), {"privacy": "{kind: privacy-target, epsilon: 1, delta: 1e-3}"}
     )
     gradient = gradient_of(gan, planted())
     sigma = tiny_experiment(tmp_path / "again", {**ALONE, "privacy.epsilon": "1"}).plan().noise_multiplier
@@ -134,7 +134,7 @@ def test_a_device_with_the_photo_cannot_be_told_from_one_without_it(tmp_path: Pa
     """The noise is the same and larger than the photo: likeness with it and without it overlap."""
     gan = blind_discriminator(tiny_gan())
     gradient = gradient_of(gan, planted())
-    promise = {"promise": "{kind: privacy-target, epsilon: 0.5, delta: 1e-3}"}
+    promise = {"privacy": "{kind: privacy-target, epsilon: 0.5, delta: 1e-3}"}
     found = {
         name: [about(gan, sent(tmp_path / f"{name}{i}", gan, seen, promise)[0], gradient) for i in range(8)]
         for name, seen in (("with", planted()), ("without", planted()[:0]))
@@ -147,11 +147,11 @@ def test_in_a_crowd_the_photo_is_hidden_even_from_noise_free_eyes_only_by_the_pr
     gan = blind_discriminator(tiny_gan())
     others = torch.rand(23, 3, 16, 16, generator=Streams(4).generator("crowd"))
     crowd = {"training.expected_batch_size": "24"}
-    with_it, _ = sent(tmp_path / "a", gan, torch.cat([planted(), others]), {**crowd, "promise": NO_PROMISE})
-    without, _ = sent(tmp_path / "b", gan, others, {**crowd, "promise": NO_PROMISE})
+    with_it, _ = sent(tmp_path / "a", gan, torch.cat([planted(), others]), {**crowd, "privacy": NO_PROMISE})
+    without, _ = sent(tmp_path / "b", gan, others, {**crowd, "privacy": NO_PROMISE})
     # Who knows all other photos subtracts them: what is left is this photo's gradient, to rounding.
     assert likeness(with_it - without, gradient_of(gan, planted())) > 0.99
-    promise = {**crowd, "promise": "{kind: privacy-target, epsilon: 1, delta: 1e-3}"}
+    promise = {**crowd, "privacy": "{kind: privacy-target, epsilon: 1, delta: 1e-3}"}
     hidden, _ = sent(tmp_path / "c", gan, torch.cat([planted(), others]), promise)
     clean, _ = sent(tmp_path / "d", gan, others, promise)
     assert abs(likeness(hidden - clean, gradient_of(gan, planted()))) < 0.2

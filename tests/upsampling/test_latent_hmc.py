@@ -299,7 +299,7 @@ def test_wrong_photos_and_settings_are_named(generator: StyleGAN2) -> None:
     for wrong, message in (
         ({"levels": 0}, "levels must be >= 1, got 0"),
         ({"step": 0.0}, "step must be finite and > 0, got 0"),
-        ({"spread": -1.0}, "spread must be finite and >= 0, got -1"),
+        ({"noise_std": -1.0}, "noise_std must be finite and >= 0, got -1"),
         ({"correction": "none"}, "goes with leaps 1, rank 0 and final 0"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -288,7 +288,7 @@ def test_no_figure_rests_on_the_precision_of_the_search(
     def quick(weights: StyleGAN2, *, precision: str) -> FastStyleGAN2 | _Flatterer:
         return honest if precision == "float32" else _Flatterer(weights, claim)
 
-    monkeypatch.setattr(pulse, "frozen", quick)
+    monkeypatch.setattr(pulse, "prepare_for_search", quick)
     config = replace(QUICK, precision="bfloat16", eps=1e-3)
     found = PulseUpsampler(generator, Area(4), config, STREAMS).upsample(low[:1], faces_per_photo=1)
     assert squared_difference(Area(4).apply(claim), low[:1]).item() < 1e-12
