@@ -341,7 +341,7 @@ class Experiment:
                     protocols=(self.aggregation.kind,), allow_no_dp=True,
                 )  # fmt: skip
             case _:
-                assert_never(self.promise)
+                assert_never(self.privacy)
 
     @property
     def rounds(self) -> int:

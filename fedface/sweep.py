@@ -201,4 +201,4 @@ def _picked(path: Path, axis: str, steps: list[_Step], names: list[str]) -> list
 
 
 def _is_promise(steps: list[_Step]) -> bool:
-    return all(key.split(".")[0] == "promise" for step in steps for key in step.changes)
+    return all(key.split(".")[0] == "privacy" for step in steps for key in step.changes)

@@ -272,10 +272,10 @@ def test_mistakes_are_one_sentence_and_code_2(  # type: ignore[no-untyped-def]
     ("line", "words"),
     [
         (
-            "never: [Privat]",
+            "exclude_folders: [Privat]",
             "policy.exclude_folders: there is no folder Privat in PHOTOS; did you mean Private?",
         ),
-        ("never: [Gone]", "policy.exclude_folders: there is no folder Gone in PHOTOS."),
+        ("exclude_folders: [Gone]", "policy.exclude_folders: there is no folder Gone in PHOTOS."),
         ("folders: [Private, Famly]", "policy.folders: there is no folder Famly in PHOTOS."),
     ],
 )

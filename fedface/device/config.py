@@ -104,7 +104,7 @@ def load_device(path: Path) -> Device:
 def read_device_config(path: Path) -> DeviceConfig:
     """What a device file says, if its device can work; nothing is made, and no photo is opened.
 
-    A folder that `never` names and that is not there may have been deleted, and bars nothing by it. But if a folder
+    A folder that `exclude_folders` names and that is not there may have been deleted, and bars nothing by it. But if a folder
     of nearly that name is there, its photos were hardly meant to be used: then nothing is answered.
 
     Raises:
@@ -145,7 +145,7 @@ class MissingFolder:
     near: Path | None  # the folder that may have been meant
 
     def describe(self) -> str:
-        """`never: there is no folder Privat in ...; did you mean Private?`"""
+        """`exclude_folders: there is no folder Privat in ...; did you mean Private?`"""
         meant = "." if self.near is None else f"; did you mean {self.near.as_posix()}?"
         return f"{self.key}: there is no folder {self.folder.as_posix()} in {self.photos}{meant}"
 
@@ -233,7 +233,10 @@ def _faces(folder: Path, detector: Path | None, config: DeviceConfig, size: int)
     try:
         scan_library(folder, detector=finder)
         library = PhotoLibrary(
-            folder, detector=finder.name, folders=config.policy.folders, never=config.policy.exclude_folders
+            folder,
+            detector=finder.name,
+            folders=config.policy.folders,
+            exclude_folders=config.policy.exclude_folders,
         )
     except EmptyLibrary as error:
         log.warning("%s; this round is answered with noise alone", error)

@@ -243,7 +243,7 @@ def export(books: VerifiedState, *, delta: float, unit: Unit, now: datetime) -> 
         "made": now.isoformat(timespec="seconds"),
         "entries": [asdict(entry) for entry in books.entries],  # as they are chained
         "decoded": [
-            {"number": entry.number, "event": json.loads(entry.event), "marks": json.loads(entry.metadata)}
+            {"number": entry.number, "event": json.loads(entry.event), "metadata": json.loads(entry.metadata)}
             for entry in books.entries
         ],
         "head": heads["ledger"],

@@ -85,7 +85,7 @@ class PhotoLibrary:
         detector: str | None = None,
         smallest: float = 32.0,
         folders: Sequence[Path] = (),
-        never: Sequence[Path] = (),
+        exclude_folders: Sequence[Path] = (),
     ) -> None:
         """Open the index that `scan_library` wrote.
 
@@ -95,13 +95,13 @@ class PhotoLibrary:
             detector: The name of the detector whose faces to use; by default the latest scan's.
             smallest: Leave out photos whose largest face gives a crop of fewer pixels a side than this.
             folders: Only what lies in or below these, relative to `folder`; none named: everything.
-            never: Nothing that lies in or below these, whatever `folders` says; capitals do not matter.
+            exclude_folders: Nothing that lies in or below these, whatever `folders` says; capitals do not matter.
 
         Raises:
             EmptyLibrary: It holds no face.
             LibraryError: The folder is missing or was not scanned, or a folder named is not one inside it.
         """
-        only, barred = [_inner(name) for name in folders], [_folded(_inner(name)) for name in never]
+        only, barred = [_inner(name) for name in folders], [_folded(_inner(name)) for name in exclude_folders]
         self.folder = checked_folder(folder)
         self._index = PhotoIndex(cache or default_cache(self.folder))
         self._crops: dict[int, tuple[Tensor, Tensor]] = {}

@@ -233,7 +233,7 @@ class Plan:
             case NoPrivacy():
                 return None
             case _:
-                assert_never(self.promise)
+                assert_never(self.privacy)
 
     def describe(self) -> list[str]:
         """The plan in words, one line each, for `fedface plan` and the report."""
@@ -260,7 +260,7 @@ class Plan:
                     "NO PROMISE: no noise, epsilon is infinite; devices refuse this by default",
                 ]
             case _:
-                assert_never(self.promise)
+                assert_never(self.privacy)
 
     def _steps(self, unit: Unit) -> list[str]:
         s = self.schedule

@@ -207,8 +207,8 @@ def test_a_total_that_no_photos_and_no_noise_explain_is_refused() -> None:
     with pytest.raises(AggregationError, match="a count is far below zero"):
         read(negative, sigma=1.0)
     for at, fault in (
-        (9, "a mean of consistency error"),
-        (12, "a spread of consistency error"),
+        (9, "a mean of consistency_error"),
+        (12, "a spread of consistency_error"),
         (29, "a mean of detected"),
     ):
         outside = honest.clone()
@@ -271,7 +271,7 @@ def test_rankings_that_rest_on_nothing_are_refused() -> None:
     full, empty = read(total_of(even())), read(torch.zeros(CONFIG.width))
     with pytest.raises(ValueError, match="two models, got 1"):
         rank_overall({"one": full}, "consistency_error")
-    with pytest.raises(ValueError, match="measure must be one of consistency error"):
+    with pytest.raises(ValueError, match="measure must be one of consistency_error"):
         rank_overall({"one": full, "two": full}, "beauty")
     with pytest.raises(FederationError, match="too few units for a figure of two"):
         rank_overall({"one": full, "two": empty}, "consistency_error")

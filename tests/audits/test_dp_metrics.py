@@ -193,7 +193,7 @@ def test_groups_have_names_and_the_recipe_survives_yaml() -> None:
     [
         ({"tone_upper_bounds": (3, 6)}, "tone_upper_bounds must be Monk tones 1 to 10"),
         ({"tone_upper_bounds": (6, 3, 10)}, "rising"),
-        ({"consistency_error": (0.1, 0.1)}, "consistency error must be two rising finite numbers"),
+        ({"consistency_error": (0.1, 0.1)}, "consistency_error must be two rising finite numbers"),
         ({"lightness_shift": (0.0, math.inf)}, "lightness_shift must be two"),
         ({"min_group_size": 0}, r"min_group_size must lie in \[1"),
         ({"max_units": 0}, "max_units"),
@@ -207,7 +207,7 @@ def test_recipes_outside_their_bounds_are_refused(wrong: dict[str, object], mess
 def test_shares_and_shapes_that_do_not_agree_are_refused() -> None:
     with pytest.raises(ValueError, match="shares must be 1 together, got 1.1"):
         BudgetShares(table=0.5)
-    with pytest.raises(ValueError, match=r"consistency error must lie in \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"consistency_error must lie in \(0, 1\)"):
         BudgetShares(consistency_error=0.0)
     with pytest.raises(ValueError, match=r"detected must have shape \(300,\), got \(1,\)"):
         replace(even(), detected=torch.ones(1, dtype=torch.bool))

@@ -363,7 +363,9 @@ def test_weights_that_do_not_fit_cost_nothing(device: Device, task: TrainTask) -
 def test_a_missing_key_costs_nothing(device: Device, task: TrainTask) -> None:
     """An encrypted run on a device that was not given its key."""
     hidden = replace(task, config=replace(task.config, aggregation=HomomorphicConfig()))
-    open_minded = replace(device, photos=unreadable, policy=replace(device.policy, protocols=("homomorphic",)))
+    open_minded = replace(
+        device, photos=unreadable, policy=replace(device.policy, protocols=("homomorphic",))
+    )
     with pytest.raises(AggregationError, match="cannot read this key file"):
         handle_task(hidden, open_minded)
     assert booked(device) == []

@@ -43,7 +43,7 @@ policy:
   delta: 1e-6
 """
 
-POLICY = "max_epsilon: 2\ndelta: 1e-6\nnever: [Private]\n"
+POLICY = "max_epsilon: 2\ndelta: 1e-6\nexclude_folders: [Private]\n"
 
 
 def draw_photos(folder: Path, count: int, name: str) -> None:
@@ -107,11 +107,11 @@ def test_the_state_folder_is_the_owners_alone(home: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "lost"),
     [
-        ("never: [private, work/Documents]", []),  # capitals do not matter to what is barred
-        ("never: [Privat]", ["never: there is no folder Privat in PHOTOS; did you mean Private?"]),
-        ("never: [Work/Docments]", ["never: there is no folder Work/Docments in PHOTOS; did you mean Work/Documents?"]),
-        ("never: [Deleted, 2018]", ["never: there is no folder Deleted in PHOTOS.",
-                                    "never: there is no folder 2018 in PHOTOS."]),
+        ("exclude_folders: [private, work/Documents]", []),  # capitals do not matter to what is barred
+        ("exclude_folders: [Privat]", ["exclude_folders: there is no folder Privat in PHOTOS; did you mean Private?"]),
+        ("exclude_folders: [Work/Docments]", ["exclude_folders: there is no folder Work/Docments in PHOTOS; did you mean Work/Documents?"]),
+        ("exclude_folders: [Deleted, 2018]", ["exclude_folders: there is no folder Deleted in PHOTOS.",
+                                    "exclude_folders: there is no folder 2018 in PHOTOS."]),
         ("folders: [Work, 2019]", []),
         ("folders: [work]", ["folders: there is no folder work in PHOTOS; did you mean Work?"]),
     ],
@@ -132,7 +132,7 @@ def test_nothing_is_answered_while_a_barred_folder_seems_mistyped(
     home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What has gone bars nothing and is noted; what nearly names a folder that is there was meant to bar it."""
-    (home / "device.yaml").write_text(FILE + "  never: [Private]\n")
+    (home / "device.yaml").write_text(FILE + "  exclude_folders: [Private]\n")
     assert load_device(home / "device.yaml").name == "kitchen"
     assert "policy.exclude_folders: there is no folder Private in" in caplog.text
     (home / "photos" / "Privat").mkdir()

@@ -146,7 +146,7 @@ def test_an_export_holds_every_line_the_heads_and_the_price(home: Path) -> None:
     for entry, plain in zip(told["entries"], told["decoded"], strict=True):
         assert (
             plain["number"] == entry["number"]
-            and json.dumps(plain["marks"], separators=(",", ":")) == entry["marks"]
+            and json.dumps(plain["metadata"], separators=(",", ":")) == entry["metadata"]
         )
     bounds = epsilon_of(compose([EVENT] * 4), 1e-6)
     assert told["spent"] == {

@@ -129,8 +129,8 @@ def spoiled(message: Message, key: str, value: Any) -> Message:
     ("key", "value"),
     [
         ("what", "train"), ("method", None), ("method.kind", "magic"), ("method.steps", -1), ("downscale", 4),
-        ("downscale.factor", 0), ("figures", None), ("figures.tone_upper_bounds", [3, 2, 10]), ("figures.max_units", 0),
-        ("figures.shares.table", 0.9), ("holdout_fraction", 1.0), ("holdout_fraction", True), ("holdout_fraction", ...), ("round", 0),
+        ("downscale.factor", 0), ("metrics", None), ("metrics.tone_upper_bounds", [3, 2, 10]), ("metrics.max_units", 0),
+        ("metrics.shares.table", 0.9), ("holdout_fraction", 1.0), ("holdout_fraction", True), ("holdout_fraction", ...), ("round", 0),
         ("dp.unit", "street"), ("dp.update_clip_norm", float("inf")), ("seed", -1),
     ],
 )  # fmt: skip

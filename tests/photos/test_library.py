@@ -466,16 +466,23 @@ def test_the_owner_says_which_folders_may_be_used_and_which_never(day: Path, cac
     """By whole names: `a` is no beginning of `anna`."""
     scan_library(day, detector=FillsThePhoto(), cache=cache)
 
-    def kept(*, folders: tuple[str, ...] = (), never: tuple[str, ...] = ()) -> list[str]:
-        chosen = {"folders": [Path(name) for name in folders], "exclude_folders": [Path(name) for name in never]}
+    def kept(*, folders: tuple[str, ...] = (), exclude_folders: tuple[str, ...] = ()) -> list[str]:
+        chosen = {
+            "folders": [Path(name) for name in folders],
+            "exclude_folders": [Path(name) for name in exclude_folders],
+        }
         return names_of(PhotoLibrary(day, cache=cache, **chosen))
 
     assert kept(folders=("a",)) == ["a/noon.jpg", "a/undated.jpg", "a/unknown.jpg"]
-    assert kept(never=("a",)) == ["anna/undated.jpg", "b/midnight.jpg", "b/six.jpg"]
-    assert kept(folders=("a/", "./b"), never=("b",)) == kept(folders=("a",))
-    assert kept(folders=(".",), never=("B", "Anna")) == kept(folders=("a",))
-    assert kept(folders=("a",), never=("a/noon.jpg",)) == ["a/undated.jpg", "a/unknown.jpg"]
-    for wrong in ({"folders": ("A",)}, {"exclude_folders": (".",)}, {"folders": ("a",), "exclude_folders": ("a",)}):
+    assert kept(exclude_folders=("a",)) == ["anna/undated.jpg", "b/midnight.jpg", "b/six.jpg"]
+    assert kept(folders=("a/", "./b"), exclude_folders=("b",)) == kept(folders=("a",))
+    assert kept(folders=(".",), exclude_folders=("B", "Anna")) == kept(folders=("a",))
+    assert kept(folders=("a",), exclude_folders=("a/noon.jpg",)) == ["a/undated.jpg", "a/unknown.jpg"]
+    for wrong in (
+        {"folders": ("A",)},
+        {"exclude_folders": (".",)},
+        {"folders": ("a",), "exclude_folders": ("a",)},
+    ):
         with pytest.raises(LibraryError, match="that may be used"):
             kept(**wrong)
     for outside in ("/etc", "..", "a/../../b", "~/Pictures"):
@@ -491,7 +498,7 @@ def test_what_lies_where_it_must_never_be_used_still_joins_what_was_taken_togeth
     (day / "private").mkdir()
     (day / "a" / "three.jpg").rename(day / "private" / "three.jpg")
     scan_library(day, detector=FillsThePhoto(), cache=cache)
-    library = PhotoLibrary(day, cache=cache, never=[Path("private")])
+    library = PhotoLibrary(day, cache=cache, exclude_folders=[Path("private")])
     assert len(library.occasions()) == 4
 
 
@@ -502,7 +509,7 @@ def test_an_accent_may_be_written_in_one_sign_or_two(tmp_path: Path, cache: Path
     dated(root / "y.jpg", 100)
     scan_library(root, detector=FillsThePhoto(), cache=cache)
     typed = Path(unicodedata.normalize("NFC", "Müller"))
-    assert names_of(PhotoLibrary(root, cache=cache, never=[typed])) == ["y.jpg"]
+    assert names_of(PhotoLibrary(root, cache=cache, exclude_folders=[typed])) == ["y.jpg"]
     assert len(PhotoLibrary(root, cache=cache, folders=[typed])) == 1
 
 

@@ -320,7 +320,9 @@ def test_what_a_server_hears_of_hours_and_power_is_one_sentence(ledger: Ledger) 
         assert private in refusal.value.private
         heard.add(str(refusal.value))
     assert heard == {NOT_NOW_MESSAGE}
-    replace(policy, hours=()).admit(TERMS, 3, "homomorphic", "generator", ledger, surroundings=Noon(mains=True))
+    replace(policy, hours=()).admit(
+        TERMS, 3, "homomorphic", "generator", ledger, surroundings=Noon(mains=True)
+    )
 
 
 def test_reasons_come_in_an_order_that_tells_least(ledger: Ledger) -> None:
@@ -414,9 +416,9 @@ def test_ways_to_travel_are_those_that_there_are() -> None:
     kinds = {kind_of(kind) for kind in get_args(AggregationConfig)}
     assert set(PROTOCOLS) == kinds
     with pytest.raises(
-        ValueError, match='protocols must be among homomorphic, plain, got "encripted"; did you mean'
+        ValueError, match='protocols must be among homomorphic, plain, got "homomorfic"; did you mean'
     ):
-        DevicePolicy(max_epsilon=1, delta=1e-6, protocols=("encripted",))
+        DevicePolicy(max_epsilon=1, delta=1e-6, protocols=("homomorfic",))
     none = DevicePolicy(max_epsilon=1, delta=1e-6, protocols=(), objectives=())
     assert "updates may not travel at all: every run is refused" in none.describe()
     assert sum("is an empty list" in doubt for doubt in none.warnings()) == 2

@@ -37,7 +37,7 @@ def as_images(picture: np.ndarray) -> Tensor:
 
 
 @pytest.mark.parametrize("chroma", ["4:4:4", "4:2:0"])
-@pytest.mark.parametrize("evaluate", [5, 30, 50, 75, 95, 100])
+@pytest.mark.parametrize("quality", [5, 30, 50, 75, 95, 100])
 def test_pixels_are_those_of_a_file_that_pillow_wrote(quality: int, chroma: Chroma) -> None:
     """To the last grey level with libjpeg-turbo, whose fixed-point numbers are ours; nearly so with others."""
     jpeg = Jpeg(quality, chroma)
