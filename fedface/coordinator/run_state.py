@@ -13,9 +13,9 @@ from typing import Any
 
 from fedface.atomic_io import replace_text
 from fedface.errors import RunError
+from fedface.measurements import Epsilon, Measurement, NotMeasured
 from fedface.reports import strict
 from fedface.reports.device_metrics_record import DeviceMetricsRecord, WithdrawalRecord
-from fedface.reports.measurements import Epsilon, Measurement, NotMeasured
 from fedface.reports.run_record import RoundRecord
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedface.errors import PolicyRefusal
+from fedface.number_format import format_delta
 from fedface.privacy.budget import Budget, describe_briefly
 from fedface.privacy.ledger import Entry, Ledger
 from fedface.privacy.participation_conditions import (
@@ -24,7 +25,7 @@ from fedface.privacy.participation_conditions import (
     parse_expiry,
 )
 from fedface.privacy.plan import DPParameters, Plan
-from fedface.privacy.privacy_target import check_delta, format_delta
+from fedface.privacy.privacy_target import check_delta
 from fedface.privacy_units import UNITS, Unit, covers, unit_in_words
 
 OBJECTIVES = ("generator", "upsampler")  # what can be trained, in the word of a policy

@@ -16,9 +16,9 @@ from fedface.atomic_io import replace_text
 from fedface.audits.group_metrics import mean_interval
 from fedface.errors import RunError
 from fedface.experiment import NO_DP_LABEL
-from fedface.privacy.privacy_target import format_delta
+from fedface.measurements import Epsilon, Interval, Measurement, NotMeasured
+from fedface.number_format import format_delta
 from fedface.reports import strict
-from fedface.reports.measurements import Epsilon, Interval, Measurement, NotMeasured
 from fedface.reports.run_record import MachineRecord
 
 FILE = "comparison.json"

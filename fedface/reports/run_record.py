@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 from fedface.atomic_io import replace_text
 from fedface.errors import RunError
+from fedface.measurements import Epsilon, Measurement, NotMeasured
 from fedface.reports import strict
 from fedface.reports.device_metrics_record import WITHDRAWN, DeviceMetricsRecord, WithdrawalRecord
-from fedface.reports.measurements import Epsilon, Measurement, NotMeasured
 
 VERSION = 1
 FILE = "run.json"
