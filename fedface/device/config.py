@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from fedface.atomic_io import replace_text
@@ -28,6 +29,7 @@ from fedface.photos.library import PhotoLibrary
 from fedface.photos.occasions import OccasionRule
 from fedface.photos.photo_index import PhotoIndex, default_cache
 from fedface.photos.scan import EmptyLibrary, scan_library
+from fedface.photos.training_crops import PhotoSelection
 from fedface.privacy.participation_conditions import ConditionsNotMet
 from fedface.privacy.policy import DevicePolicy
 
@@ -230,36 +232,27 @@ def _faces(folder: Path, detector: Path | None, config: DeviceConfig, size: int)
     instead would tell the server by it, without noise, that the folder is empty or that a photo changed.
     """
     finder = EmbeddedDetector() if detector is None else YuNetDetector(detector)
+    policy = config.policy
+    selection = PhotoSelection(folders=tuple(policy.folders), exclude_folders=tuple(policy.exclude_folders))
     try:
-        scan_library(folder, detector=finder)
-        library = PhotoLibrary(
-            folder,
-            detector=finder.name,
-            folders=config.policy.folders,
-            exclude_folders=config.policy.exclude_folders,
-        )
+        scan_library(folder, detector=finder, crop_size=size, selection=selection)
+        library = PhotoLibrary(folder, detector=finder.name, selection=selection)
     except EmptyLibrary as error:
         log.warning("%s; this round is answered with noise alone", error)
         return DeviceDataset.independent(torch.zeros(0, 3, size, size))
-    whole = [number for number in range(len(library)) if _can_be_cut_out(library, number, size)]
+    images = torch.empty((len(library), 3, size, size), dtype=torch.uint8)
+    usable = []
+    for number, crop in enumerate(library.crops(size)):
+        if isinstance(crop, LibraryError):
+            log.warning("%s; it is left out of this round", crop)
+        else:
+            images[number] = torch.from_numpy(np.array(crop)).permute(2, 0, 1)
+            usable.append(number)
     return DeviceDataset(
-        images=library.kept_images(whole, size),
-        photos=torch.from_numpy(library.photo_labels())[whole],
-        occasions=torch.from_numpy(library.occasion_labels(config.occasions))[whole],
+        images=images if len(usable) == len(library) else images[usable],
+        photos=torch.from_numpy(library.photo_labels())[usable],
+        occasions=torch.from_numpy(library.occasion_labels(config.occasions))[usable],
     )
-
-
-def _can_be_cut_out(library: PhotoLibrary, number: int, size: int) -> bool:
-    try:
-        library.kept_images(number, size)
-    except LibraryError as error:
-        log.warning("%s; it is left out of this round", error)
-        return False
-    except Exception:
-        # One broad net: whatever one photo breaks must cost that photo, not silence the others.
-        log.exception("a photo could not be cut out; it is left out of this round")
-        return False
-    return True
 
 
 def register_index(state: Path, index: Path) -> None:

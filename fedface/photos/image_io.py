@@ -1,8 +1,8 @@
 """One photo file in, upright sRGB pixels out, or the reason why not; and the few pictures that we write.
 
-The only door to Pillow. Called by `isolation` (scanning, in a child process), `library` (crops for training),
-`probe` (labelled faces) and by whoever writes a PNG. A file is judged by its first bytes, its size in the
-header is checked before anything is decoded, and a file that is cut short is refused, never half used.
+The only door to Pillow. A device decodes photos in the child process of `sandboxed_decoder` alone. A file's kind is
+known by its first bytes, its size in the header is checked before anything is decoded, and a file that is cut short is
+refused, never half used.
 Sources: magic numbers from the formats' specifications; alignment resampling as in FFHQ (Karras et al. 2019).
 """
 
@@ -126,6 +126,8 @@ def read_photo(path: Path, *, longest_side: int | None = None) -> Photo:
 
 def read_photo_bytes(content: bytes, *, longest_side: int | None = None) -> Photo:
     """Decode a photo from memory (a member of an archive), under the same rules as `read_photo`."""
+    if not content:
+        raise PhotoError("empty file")
     kind = _checked_kind(Path("photo"), content[:32])
     return _decode(io.BytesIO(content), kind, longest_side)
 

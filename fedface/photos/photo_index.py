@@ -1,8 +1,9 @@
-"""What a scan found, in an SQLite file outside the photo folder, so that no photo is read twice for nothing.
+"""The index of a photo library: what a scan found, in an SQLite file outside the photo folder.
 
-Called by `scan` (writes) and `library` (reads). One row a file and detector, keyed by relative path; a row
-holds while the file's size and time of change hold. The file tells where and when its owner was, so only the
-owner may read it. Paths are kept as bytes: a name need not be UTF-8.
+One row a file and detector, keyed by relative path, and valid while the file's size and time of change stay. A row may
+have one crop for training, so that no photo is decoded again for each round; it is deleted with its row, and
+overwritten. The index holds faces, places and dates of its owner, so only the owner may read it (mode 0600). Paths are
+stored as bytes: a name need not be UTF-8.
 """
 
 from __future__ import annotations
@@ -26,16 +27,19 @@ from fedface.photos.face_alignment import Face, alignment_side
 from fedface.photos.occasions import PhotoSignature
 
 Status = Literal["read", "refused", "other"]
-VERSION = 2  # raise it when reading or detection changes, and every file is read again
-MAX_FACES = 100  # kept for one photo, the largest
+VERSION = 3  # raise it when decoding or detection changes, and every file is read again
+MAX_FACES = 100  # stored for one photo, the largest
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS photo (
+    number INTEGER PRIMARY KEY,
     path BLOB NOT NULL, detector TEXT NOT NULL, bytes INTEGER NOT NULL, changed INTEGER NOT NULL,
     scan INTEGER NOT NULL, status TEXT NOT NULL, reason TEXT NOT NULL, kind TEXT, width INTEGER,
     height INTEGER, taken TEXT, latitude REAL, longitude REAL, camera TEXT, fingerprint BLOB,
     face_count INTEGER NOT NULL, face_side REAL NOT NULL, faces TEXT NOT NULL,
-    PRIMARY KEY (path, detector));
+    UNIQUE (path, detector));
+CREATE TABLE IF NOT EXISTS crop (
+    photo INTEGER PRIMARY KEY REFERENCES photo ON DELETE CASCADE, size INTEGER NOT NULL, pixels BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS scan (
     number INTEGER PRIMARY KEY, detector TEXT NOT NULL, finished INTEGER NOT NULL);
 """
@@ -53,12 +57,13 @@ _FIELDS = (
 _WRITE = (
     f"INSERT INTO photo ({', '.join(_FIELDS)}) VALUES ({', '.join('?' * len(_FIELDS))})"
     f" ON CONFLICT DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in _FIELDS[2:])}"
+    " RETURNING number"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileStamp:
-    """What tells a file from its earlier self without reading it."""
+    """Size and time of change: a file whose stamp is the same counts as unchanged."""
 
     bytes: int
     changed: int  # nanoseconds since 1970
@@ -88,7 +93,7 @@ class PhotoRecord:
 
 
 def default_cache(folder: Path) -> Path:
-    """Where the index of a folder lives unless told otherwise: the platform's place for a program's state."""
+    """Where the index of a folder lies by default: in the platform's folder for the state of programs."""
     home = Path.home()
     if sys.platform == "darwin":
         state = home / "Library" / "Application Support"
@@ -99,46 +104,52 @@ def default_cache(folder: Path) -> Path:
 
 
 class PhotoIndex:
-    """One index file. Reading opens and closes it each time; a scan holds it open in `writing`."""
+    """One index file, opened for each reading and for each scan."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def is_busy(self, patience: float = 10.0) -> bool:
-        """Whether a scan is writing it, and goes on for so many seconds."""
+    def is_busy(self, timeout: float = 10.0) -> bool:
+        """Whether a scan is writing it, and still is after `timeout` seconds."""
         if not self.path.is_file():
             return False
         try:
             place = f"{self.path.resolve().as_uri()}?mode=rw"
             with closing(
-                sqlite3.connect(place, uri=True, timeout=patience, isolation_level=None)
+                sqlite3.connect(place, uri=True, timeout=timeout, isolation_level=None)
             ) as connection:
                 connection.execute("BEGIN IMMEDIATE")
                 connection.execute("ROLLBACK")
         except sqlite3.OperationalError as error:
             return "locked" in str(error)
         except sqlite3.Error:
-            return False  # no index at all, which reading says better
+            return False  # no index at all, which `reading` explains
         return False
 
     @contextmanager
     def writing(self, detector: str) -> Iterator[ScanWriter]:
-        """A scan's book, committed on the way out, however the scan ends.
+        """The writer of one scan; what it recorded is committed however the scan ends.
 
         Raises:
             LibraryError: The file is no index, or another scan is writing it.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+            os.fchmod(descriptor, 0o600)
+            os.close(descriptor)
         except OSError as cause:
             raise LibraryError(
                 f"the index {self.path} cannot be written: {cause.strerror or cause}"
             ) from cause
         with self._explained(), closing(sqlite3.connect(self.path, timeout=10.0)) as connection:
+            connection.execute("PRAGMA secure_delete = ON")  # a deleted photo's crop is overwritten
+            connection.execute("PRAGMA foreign_keys = ON")
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version != VERSION:
-                connection.executescript("DROP TABLE IF EXISTS photo; DROP TABLE IF EXISTS scan;")
+                connection.executescript(
+                    "DROP TABLE IF EXISTS crop; DROP TABLE IF EXISTS photo; DROP TABLE IF EXISTS scan;"
+                )
                 connection.execute(f"PRAGMA user_version = {VERSION}")
             connection.executescript(_TABLES)
             try:
@@ -184,7 +195,7 @@ class ScanWriter:
         connection.commit()
 
     def still_holds(self, path: Path, state: FileStamp) -> bool:
-        """Whether the file was read before and has not changed since; notes that it still exists."""
+        """Whether the file was read before and has not changed since; if so, its row stays."""
         change = self._connection.execute(
             "UPDATE photo SET scan = ? WHERE path = ? AND detector = ? AND bytes = ? AND changed = ?",
             (self._scan, os.fsencode(path), self._detector, state.bytes, state.changed),
@@ -192,11 +203,11 @@ class ScanWriter:
         return change.rowcount == 1
 
     def record(self, photo: PhotoRecord) -> None:
-        """Write or replace what is known of a file."""
+        """Write or replace a file's row; its crop, which belongs to the earlier file, is deleted."""
         latitude, longitude = photo.place or (None, None)
         faces = photo.faces[:MAX_FACES]
         numbers = [[*face.box, *face.landmarks.reshape(-1), face.score] for face in faces]
-        self._connection.execute(
+        written = self._connection.execute(
             _WRITE,
             (
                 os.fsencode(photo.path), self._detector, photo.state.bytes, photo.state.changed, self._scan,
@@ -206,13 +217,37 @@ class ScanWriter:
                 json.dumps(numbers),
             ),
         )  # fmt: skip
+        self._connection.execute("DELETE FROM crop WHERE photo = ?", written.fetchone())
+
+    def without_crop(self, path: Path, size: int, min_face_side: float) -> PhotoRecord | None:
+        """The record of a photo whose largest face is large enough, if no crop of that size is stored for it."""
+        row = self._connection.execute(
+            f"SELECT {_COLUMNS} FROM photo WHERE path = ? AND detector = ? AND face_count > 0 AND face_side >= ?"
+            " AND NOT EXISTS (SELECT * FROM crop WHERE crop.photo = photo.number AND crop.size = ?)",
+            (os.fsencode(path), self._detector, min_face_side, size),
+        ).fetchone()
+        return None if row is None else _record(row)
+
+    def store_crop(self, path: Path, crop: np.ndarray) -> None:
+        """Store the crop of a recorded photo, uint8 (s, s, 3), in place of any other of it."""
+        self._connection.execute(
+            "INSERT OR REPLACE INTO crop SELECT number, ?, ? FROM photo WHERE path = ? AND detector = ?",
+            (len(crop), crop.tobytes(), os.fsencode(path), self._detector),
+        )
+
+    def delete_crop(self, path: Path) -> None:
+        """Delete the crop of a photo, if there is one."""
+        self._connection.execute(
+            "DELETE FROM crop WHERE photo IN (SELECT number FROM photo WHERE path = ? AND detector = ?)",
+            (os.fsencode(path), self._detector),
+        )
 
     def save(self) -> None:
-        """Make what was recorded so far survive an interruption."""
+        """Commit what was recorded so far."""
         self._connection.commit()
 
     def finish(self) -> int:
-        """Forget the files that this scan did not meet; returns how many."""
+        """Delete the rows of files that this scan did not meet; returns how many."""
         key = (self._detector, self._scan)
         gone = self._connection.execute("DELETE FROM photo WHERE detector = ? AND scan <> ?", key).rowcount
         self._connection.execute("DELETE FROM scan WHERE detector = ? AND number <> ?", key)
@@ -237,15 +272,15 @@ def records(connection: sqlite3.Connection, detector: str) -> Iterator[PhotoReco
 def all_read(
     connection: sqlite3.Connection, detector: str
 ) -> tuple[np.ndarray, list[Path], list[PhotoSignature]]:
-    """All photos that could be read, with a face or without, by path: row number, path, what groups them."""
+    """All photos that could be decoded, with a face or without, by path: row number, path, signature."""
     query = (
-        "SELECT rowid, path, taken, latitude, longitude, fingerprint FROM photo"
+        "SELECT number, path, taken, latitude, longitude, fingerprint FROM photo"
         " WHERE detector = ? AND status = 'read' ORDER BY path"
     )
-    rows, paths, shots = [], [], []
+    rows, paths, signatures = [], [], []
     for row, name, taken, latitude, longitude, fingerprint in connection.execute(query, (detector,)):
         path = Path(os.fsdecode(name))
-        shot = PhotoSignature(
+        signature = PhotoSignature(
             folder=path.parent,
             taken=datetime.fromisoformat(taken) if taken else None,
             place=None if latitude is None else (latitude, longitude),
@@ -253,16 +288,23 @@ def all_read(
         )
         rows.append(row)
         paths.append(path)
-        shots.append(shot)
-    return np.array(rows, dtype=np.int64), paths, shots
+        signatures.append(signature)
+    return np.array(rows, dtype=np.int64), paths, signatures
 
 
 def record_of(connection: sqlite3.Connection, row_number: int) -> PhotoRecord:
     """One file by its row number."""
-    row = connection.execute(f"SELECT {_COLUMNS} FROM photo WHERE rowid = ?", (row_number,)).fetchone()
+    row = connection.execute(f"SELECT {_COLUMNS} FROM photo WHERE number = ?", (row_number,)).fetchone()
     if row is None:
         raise LibraryError("a photo has left the library since it was opened; open the library again")
     return _record(row)
+
+
+def stored_crop(connection: sqlite3.Connection, row_number: int, size: int) -> np.ndarray | None:
+    """The stored crop of a photo, uint8 (size, size, 3); None if there is none of that size."""
+    query = "SELECT pixels FROM crop WHERE photo = ? AND size = ?"
+    row = connection.execute(query, (row_number, size)).fetchone()
+    return None if row is None else np.frombuffer(row[0], dtype=np.uint8).reshape(size, size, 3)
 
 
 def _record(row: tuple) -> PhotoRecord:

@@ -1,14 +1,16 @@
 """Decodes photos in a child process, so that a hostile file can hang or crash the child and nothing else.
 
-Called by `scan`. The child runs `fedface.photos.image_io` under limits on memory, processor time and files;
-when it dies or dawdles it is replaced, and the file that it was reading is refused with that reason. Requests
-are lines of JSON, answers a length-prefixed line of JSON and the raw pixels: no pickles cross the pipe.
-One file is read ahead, so that decoding and face detection overlap.
+Pixels, EXIF and colour profiles of a stranger's file are parsed in the child alone, under limits on memory, processor
+time and files. A child that dies or takes too long is replaced, and the file that it was reading is refused with that
+reason. Requests are lines of JSON, followed by the bytes of a photo that is no file; replies are a length-prefixed
+JSON object of bounded numbers and short texts, and the raw pixels, all checked by the parent.
+One file is decoded ahead, so that decoding and face detection overlap.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import select
@@ -20,44 +22,51 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 
 import fedface
 from fedface.errors import LibraryError, PhotoError
-from fedface.photos.image_io import Photo, PhotoUnreadable, read_photo
+from fedface.photos.exif import MAX_TEXT_LENGTH
+from fedface.photos.image_io import (
+    MAX_BYTES,
+    MAX_PIXELS,
+    READ_KINDS,
+    Photo,
+    PhotoUnreadable,
+    read_photo,
+    read_photo_bytes,
+)
+from fedface.validation import Above, AtLeast, checked
 
 HEADER = struct.Struct("<IQ")  # bytes of JSON, bytes of pixels
+MAX_JSON = 4096  # bytes of JSON in a reply
+MAX_REASON = 200  # characters of a refusal
 START_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class Limits:
     """What one photo may cost the child process."""
 
-    seconds: float = 30.0  # per file, on the clock and on the processor, > 0
-    memory: int = 4 << 30  # address space of the child in bytes
-
-    def __post_init__(self) -> None:
-        if not self.seconds > 0:
-            raise ValueError(f"seconds must be > 0, got {self.seconds}")
-        if self.memory < 1 << 28:
-            raise ValueError(f"memory must be at least 256 MiB, got {self.memory} bytes")
+    seconds: Annotated[float, Above(0)] = 30.0  # per file, on the clock and on the processor
+    memory: Annotated[int, AtLeast(256 << 20)] = 4 << 30  # address space of the child in bytes
 
 
-class _ReaderDied(Exception):
-    """The child ended before it answered."""
+class _DecoderFailed(Exception):
+    """The child ended, or sent what no decoder sends."""
 
 
-class _ReaderDawdled(Exception):
-    """The child had to be ended before it answered."""
+class _DecoderTimeout(Exception):
+    """The child did not reply in time."""
 
 
 class SandboxedDecoder:
     """Reads photos through one child process; a context manager that ends the child on leaving."""
 
-    def __init__(self, *, longest_side: int | None, limits: Limits | None = None) -> None:
+    def __init__(self, *, longest_side: int | None = None, limits: Limits | None = None) -> None:
         self._longest_side = longest_side
         self._limits = limits or Limits()
         self._child: subprocess.Popen[bytes] | None = None
@@ -74,9 +83,17 @@ class SandboxedDecoder:
         """The number of the child process, if one is running."""
         return self._child.pid if self._child is not None else None
 
-    def read(self, path: Path) -> Photo | PhotoError:
-        """Decode one photo; a refusal is a value, as it is expected."""
-        return next(self.read_all([path]))[1]
+    def read(self, path: Path, *, longest_side: int | None = None) -> Photo | PhotoError:
+        """Decode one photo, shrunk to `longest_side` if it is given; a refusal is a value, as it is expected."""
+        self._send(path, longest_side or self._longest_side)
+        return self._reply()
+
+    def read_bytes(self, content: bytes) -> Photo | PhotoError:
+        """Decode a photo that is in memory."""
+        if len(content) > MAX_BYTES:
+            return PhotoError(f"larger than {MAX_BYTES // 1_000_000} MB")
+        self._send(content, self._longest_side)
+        return self._reply()
 
     def read_all(self, paths: Iterable[Path]) -> Iterator[tuple[Path, Photo | PhotoError]]:
         """Decode photos one after the other; the next one is decoded while the caller uses this one."""
@@ -84,55 +101,49 @@ class SandboxedDecoder:
         for path in paths:
             if waiting is None:
                 waiting = path
-                self._ask(path)
+                self._send(path, self._longest_side)
                 continue
-            photo = self._answer_about(waiting)
-            self._ask(path)
+            photo = self._reply()
+            self._send(path, self._longest_side)
             yield waiting, photo
             waiting = path
         if waiting is not None:
-            yield waiting, self._answer_about(waiting)
+            yield waiting, self._reply()
 
-    def _ask(self, path: Path) -> None:
+    def _send(self, photo: Path | bytes, longest_side: int | None) -> None:
         if self._child is None or self._child.poll() is not None:
             self._start()
         assert self._child is not None and self._child.stdin is not None
+        request: dict[str, Any] = {"longest_side": longest_side}
+        if isinstance(photo, bytes):
+            request["bytes"], content = len(photo), photo
+        else:
+            request["path"], content = os.fsencode(photo).hex(), b""
         try:
-            self._child.stdin.write(json.dumps(os.fsencode(path).hex()).encode() + b"\n")
+            self._child.stdin.write(json.dumps(request).encode() + b"\n" + content)
             self._child.stdin.flush()
         except BrokenPipeError:
-            pass  # the child is gone: the answer will say so
+            pass  # the child is gone, which reading its reply reports
 
-    def _answer_about(self, path: Path) -> Photo | PhotoError:
+    def _reply(self) -> Photo | PhotoError:
+        deadline = time.monotonic() + self._limits.seconds
         try:
-            return self._answer()
-        except _ReaderDied as death:
+            text_length, pixel_length = HEADER.unpack(self._receive(HEADER.size, deadline))
+            if text_length > MAX_JSON or pixel_length > 3 * MAX_PIXELS:
+                raise _DecoderFailed("made the decoder send a reply that is too long")
+            text, pixels = self._receive(text_length, deadline), self._receive(pixel_length, deadline)
+            try:
+                return parse_reply(json.loads(text), pixels)
+            except (ValueError, TypeError, LookupError, RecursionError) as cause:
+                raise _DecoderFailed("made the decoder send an invalid reply") from cause
+        except _DecoderFailed as failure:
             self._end()
             self.restarts += 1
-            return PhotoError(str(death))
-        except _ReaderDawdled as delay:
+            return PhotoError(str(failure))
+        except _DecoderTimeout as delay:
             self._end()
             self.restarts += 1
             return PhotoUnreadable(str(delay))
-
-    def _answer(self) -> Photo | PhotoError:
-        deadline = time.monotonic() + self._limits.seconds
-        text_length, pixel_length = HEADER.unpack(self._receive(HEADER.size, deadline))
-        answer = json.loads(self._receive(text_length, deadline))
-        if "unavailable" in answer:
-            return PhotoUnreadable(answer["unavailable"])
-        if "refused" in answer:
-            return PhotoError(answer["refused"])
-        pixels = np.frombuffer(self._receive(pixel_length, deadline), dtype=np.uint8)
-        return Photo(
-            pixels=pixels.reshape(answer["shape"]),
-            width=answer["width"],
-            height=answer["height"],
-            kind=answer["kind"],
-            taken=datetime.fromisoformat(answer["taken"]) if answer["taken"] else None,
-            place=tuple(answer["place"]) if answer["place"] else None,
-            camera=answer["camera"],
-        )
 
     def _receive(self, count: int, deadline: float) -> bytearray:
         """Exactly `count` bytes from the child, or the reason why they did not come."""
@@ -142,17 +153,17 @@ class SandboxedDecoder:
         while len(received) < count:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([descriptor], [], [], left)[0]:
-                raise _ReaderDawdled(f"took longer than {self._limits.seconds:g} s to decode")
+                raise _DecoderTimeout(f"took longer than {self._limits.seconds:g} s to decode")
             chunk = os.read(descriptor, min(count - len(received), 1 << 20))
             if not chunk:
-                raise _ReaderDied(f"stopped the decoder ({_ending(self._child)})")
+                raise _DecoderFailed(f"stopped the decoder ({_ending(self._child)})")
             received += chunk
         return received
 
     def _start(self) -> None:
         # -P keeps the current folder, which may be the photo folder, out of the child's module search path.
         code = [sys.executable, "-P", "-m", "fedface.photos.sandboxed_decoder"]
-        arguments = [str(self._longest_side or 0), str(self._limits.seconds), str(self._limits.memory)]
+        arguments = [str(self._limits.seconds), str(self._limits.memory)]
         home = str(Path(fedface.__file__).resolve().parents[1])
         one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self._child = subprocess.Popen(
@@ -165,7 +176,7 @@ class SandboxedDecoder:
         )
         try:
             self._receive(HEADER.size, time.monotonic() + START_SECONDS)
-        except (_ReaderDied, _ReaderDawdled) as cause:
+        except (_DecoderFailed, _DecoderTimeout) as cause:
             self._end()
             raise LibraryError(f"the process that decodes photos does not start: it {cause}") from cause
 
@@ -191,25 +202,71 @@ def _ending(child: subprocess.Popen[bytes]) -> str:
     return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def decode_requests(
-    requests: BinaryIO, answers: BinaryIO, *, longest_side: int | None, limits: Limits
-) -> None:
-    """The child's loop: an empty answer when ready, then one for each request, until the requests end."""
-    answers.write(HEADER.pack(0, 0))
-    answers.flush()
+def parse_reply(reply: Any, pixels: bytearray) -> Photo | PhotoError:
+    """The photo in a reply of the child, which a hostile file may have taken over: every field is checked.
+
+    Raises:
+        ValueError, TypeError, LookupError: A field is missing, of another type or out of its range.
+    """
+    for key, refusal in (("unavailable", PhotoUnreadable), ("refused", PhotoError)):
+        if key in reply:
+            return refusal(_short_text(reply[key], MAX_REASON))
+    height, width, channels = (_whole(length, MAX_PIXELS) for length in reply["shape"])
+    if channels != 3 or len(pixels) != height * width * 3:
+        raise ValueError(f"{len(pixels)} bytes are no picture of {height} x {width} x {channels}")
+    if reply["kind"] not in READ_KINDS:
+        raise ValueError("unknown kind")
+    taken, place, camera = reply["taken"], reply["place"], reply["camera"]
+    if place is not None:
+        latitude, longitude = map(float, place)
+        if not (math.isfinite(latitude + longitude) and abs(latitude) <= 90 and abs(longitude) <= 180):
+            raise ValueError("the place lies outside the globe")
+        place = latitude, longitude
+    return Photo(
+        pixels=np.frombuffer(pixels, dtype=np.uint8).reshape(height, width, 3),
+        width=_whole(reply["width"], MAX_PIXELS),
+        height=_whole(reply["height"], MAX_PIXELS),
+        kind=reply["kind"],
+        taken=None if taken is None else datetime.fromisoformat(_short_text(taken, MAX_TEXT_LENGTH)),
+        place=place,
+        camera=None if camera is None else _short_text(camera, MAX_TEXT_LENGTH),
+    )
+
+
+def _whole(value: Any, maximum: int) -> int:
+    if type(value) is not int or not 1 <= value <= maximum:
+        raise ValueError(f"expected a whole number in 1..{maximum}")
+    return value
+
+
+def _short_text(value: Any, maximum: int) -> str:
+    if not isinstance(value, str) or len(value) > maximum or not value.isprintable():
+        raise ValueError(f"expected at most {maximum} printable characters")
+    return value
+
+
+def decode_requests(requests: BinaryIO, replies: BinaryIO, *, limits: Limits) -> None:
+    """The child's loop: an empty reply when ready, then one for each request, until the requests end."""
+    replies.write(HEADER.pack(0, 0))
+    replies.flush()
     for line in requests:
-        path = Path(os.fsdecode(bytes.fromhex(json.loads(line))))
+        request = json.loads(line)
+        content = requests.read(request["bytes"]) if "bytes" in request else None
         _allow_processor_time(limits.seconds)
         pixels = b""
         try:
-            photo = read_photo(path, longest_side=longest_side)
+            if content is None:
+                path = Path(os.fsdecode(bytes.fromhex(request["path"])))
+                photo = read_photo(path, longest_side=request["longest_side"])
+            else:
+                photo = read_photo_bytes(content, longest_side=request["longest_side"])
         except PhotoUnreadable as refusal:
-            answer: dict[str, object] = {"unavailable": str(refusal)}
+            reply: dict[str, object] = {"unavailable": _one_line(refusal)}
         except PhotoError as refusal:
-            answer = {"refused": str(refusal)}
+            reply = {"refused": _one_line(refusal)}
         else:
             pixels = photo.pixels.tobytes()
-            answer = {
+            reply = {
                 "shape": photo.pixels.shape,
                 "width": photo.width,
                 "height": photo.height,
@@ -218,10 +275,15 @@ def decode_requests(
                 "place": photo.place,
                 "camera": photo.camera,
             }
-        text = json.dumps(answer).encode()
-        answers.write(HEADER.pack(len(text), len(pixels)) + text)
-        answers.write(pixels)
-        answers.flush()
+        text = json.dumps(reply).encode()
+        replies.write(HEADER.pack(len(text), len(pixels)) + text)
+        replies.write(pixels)
+        replies.flush()
+
+
+def _one_line(refusal: PhotoError) -> str:
+    """The reason without control characters, which a file's own bytes may have put there."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(refusal))[:MAX_REASON]
 
 
 def _allow_processor_time(seconds: float) -> None:
@@ -230,23 +292,23 @@ def _allow_processor_time(seconds: float) -> None:
     _limit(resource.RLIMIT_CPU, int(usage.ru_utime + usage.ru_stime + seconds) + 1)
 
 
-def _limit(what: int, wanted: int) -> None:
+def _limit(resource_kind: int, amount: int) -> None:
     """Set a soft limit, as far as the hard limit that this process was given allows."""
-    hard = resource.getrlimit(what)[1]
-    soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    resource.setrlimit(what, (soft, hard))
+    hard = resource.getrlimit(resource_kind)[1]
+    soft = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
+    resource.setrlimit(resource_kind, (soft, hard))
 
 
 def main(arguments: list[str]) -> None:
-    """Become the child: tighten the limits, keep the pipe to ourselves, and serve."""
-    limits = Limits(seconds=float(arguments[1]), memory=int(arguments[2]))
+    """Run the child: tighten the limits, reserve the output for replies, and decode until the requests end."""
+    limits = Limits(seconds=float(arguments[0]), memory=int(arguments[1]))
     if sys.platform == "linux":  # macOS refuses to lower the address space
         _limit(resource.RLIMIT_AS, limits.memory)
     _limit(resource.RLIMIT_FSIZE, 0)
     _limit(resource.RLIMIT_CORE, 0)
-    answers = os.fdopen(os.dup(1), "wb")
+    replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a decoder prints must not end up among the pixels
-    decode_requests(sys.stdin.buffer, answers, longest_side=int(arguments[0]) or None, limits=limits)
+    decode_requests(sys.stdin.buffer, replies, limits=limits)
 
 
 if __name__ == "__main__":

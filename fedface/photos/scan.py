@@ -1,12 +1,13 @@
-"""Walks a folder of photos, reads what is new or changed, finds the faces, and writes the index.
+"""Walks a folder of photos, decodes what is new or changed, finds the faces, and writes the index.
 
-Called by the command line and by a device at start-up. Nothing in the folder is changed, links are not
-followed, what is no regular file is not opened, and memory does not grow with the number of files. An
-interrupted scan loses nothing that was read; a killed one at most two seconds.
+Nothing in the folder is changed, links are not followed, only regular files are opened, and memory does not grow with
+the number of files. An interrupted scan loses nothing that was read; a killed one at most two seconds. A device also
+has the crops for training cut here, from the same decoded pixels.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 import time
@@ -16,14 +17,18 @@ from pathlib import Path
 
 from fedface.errors import LibraryError, PhotoError
 from fedface.photos.face_alignment import Detector
-from fedface.photos.image_io import Photo, PhotoUnreadable, is_picture
+from fedface.photos.image_io import Photo, PhotoUnreadable, is_picture, shrink
 from fedface.photos.occasions import fingerprint
 from fedface.photos.photo_index import FileStamp, PhotoIndex, PhotoRecord, ScanWriter, default_cache
-from fedface.photos.sandboxed_decoder import Limits, SandboxedDecoder
+from fedface.photos.sandboxed_decoder import SandboxedDecoder
+from fedface.photos.training_crops import MAX_STORED_SIDE, PhotoSelection, decode_side, training_crop
 
+log = logging.getLogger("fedface.photos")
+
+DECODED_SIDE = 1600  # pixels at which photos are decoded: enough for the crops of most faces
 DETECTION_SIDE = 800  # pixels; no detector here looks at more
 SAVE_EVERY = 2.0  # seconds
-DEEPEST = 100  # folders in folders
+MAX_DEPTH = 100  # folders in folders
 NO_STATE = FileStamp(bytes=0, changed=0)
 
 
@@ -52,7 +57,8 @@ def scan_library(
     detector: Detector,
     cache: Path | None = None,
     progress: Callable[[ScanReport], None] | None = None,
-    limits: Limits | None = None,
+    crop_size: int | None = None,
+    selection: PhotoSelection | None = None,
 ) -> ScanReport:
     """Bring the index of a folder up to date.
 
@@ -61,7 +67,10 @@ def scan_library(
         detector: Finds the faces; its name is part of the index's key.
         cache: The index file, outside the folder; by default `default_cache(folder)`.
         progress: Called after each file with the counts so far.
-        limits: What one photo may cost the child process that decodes it.
+        crop_size: Store the largest face's crop of this side for each photo that `selection` allows, in place of
+            crops of other sizes, and delete those of other photos. None, or a size above MAX_STORED_SIDE, stores and
+            deletes none.
+        selection: Which photos get a crop; by default all of them.
 
     Raises:
         EmptyLibrary: The folder holds no files.
@@ -71,14 +80,22 @@ def scan_library(
     index = PhotoIndex(cache or default_cache(root))
     if index.path.resolve().is_relative_to(root):
         raise LibraryError(f"the index {index.path} would lie among the photos; put it outside {folder}")
-    child = SandboxedDecoder(longest_side=DETECTION_SIDE, limits=limits)
-    with index.writing(detector.name) as book, child as reader:
-        scan = _Scan(root, detector, book, progress)
-        for path, photo in reader.read_all(scan.unread()):
-            scan.note(path, photo)
+    if crop_size is not None and crop_size > MAX_STORED_SIDE:
+        crop_size = None
+    with (
+        index.writing(detector.name) as writer,
+        SandboxedDecoder(longest_side=DECODED_SIDE) as decoder,
+        SandboxedDecoder() as second_decoder,  # its child starts when a crop needs more than DECODED_SIDE
+    ):
+        cropper = None
+        if crop_size is not None:
+            cropper = _Cropper(root, writer, second_decoder, crop_size, selection or PhotoSelection())
+        scan = _Scan(root, detector, writer, cropper, progress)
+        for path, photo in decoder.read_all(scan.to_decode()):
+            scan.record(path, photo)
         if scan.files == 0:
             raise EmptyLibrary(f"no files in {folder}; give the folder that holds the photos")
-        return scan.report(gone=book.finish())
+        return scan.report(gone=writer.finish())
 
 
 def checked_folder(folder: Path) -> Path:
@@ -103,8 +120,8 @@ class _Found:
 
 def _walk(folder: Path, depth: int = 0) -> Iterator[_Found]:
     """Regular files below a folder, depth first; open folders are the only thing kept in memory."""
-    if depth > DEEPEST:
-        yield _Found(folder, NO_STATE, f"nested deeper than {DEEPEST} folders")
+    if depth > MAX_DEPTH:
+        yield _Found(folder, NO_STATE, f"nested deeper than {MAX_DEPTH} folders")
         return
     try:
         entries = os.scandir(folder)
@@ -127,70 +144,128 @@ def _walk(folder: Path, depth: int = 0) -> Iterator[_Found]:
                 yield _Found(path, FileStamp.of(status))
 
 
+@dataclass(frozen=True)
+class _Cropper:
+    """Cuts and stores the crops of a scan."""
+
+    root: Path
+    writer: ScanWriter
+    second_decoder: SandboxedDecoder
+    size: int
+    selection: PhotoSelection
+
+    def missing(self, name: Path) -> PhotoRecord | None:
+        """The record of an unchanged photo that may be used and has no crop; deletes a crop that may not be used."""
+        if self.selection.allows(name):
+            return self.writer.without_crop(name, self.size, self.selection.min_face_side)
+        self.writer.delete_crop(name)
+        return None
+
+    def store(self, record: PhotoRecord, photo: Photo) -> None:
+        """Cut and store the crop of a photo whose record was just written, if it may be used."""
+        if self.missing(record.path) is None:
+            return
+        side = decode_side(record, self.size)
+        if side > DECODED_SIDE:
+            closer = self.second_decoder.read(self.root / record.path, longest_side=side)
+            if isinstance(closer, PhotoError):
+                return
+            photo = closer
+        try:
+            crop = training_crop(record, photo, self.size)
+        except Exception as error:
+            # One broad net: a face that cannot be cut out must not end the scan. Training leaves it out, too.
+            log.warning("%s: no crop can be cut out (%r)", record.path, error)
+            return
+        self.writer.store_crop(record.path, crop)
+
+
 class _Scan:
     """The counts of a running scan, and the state of the one or two files that are being decoded."""
 
     def __init__(
-        self, root: Path, detector: Detector, book: ScanWriter, progress: Callable[[ScanReport], None] | None
+        self,
+        root: Path,
+        detector: Detector,
+        writer: ScanWriter,
+        cropper: _Cropper | None,
+        progress: Callable[[ScanReport], None] | None,
     ) -> None:
-        self._root, self._detector, self._book, self._progress = root, detector, book, progress
-        self._states: dict[Path, FileStamp] = {}
+        self._root, self._detector, self._writer, self._progress = root, detector, writer, progress
+        self._cropper = cropper
+        self._stamps: dict[Path, FileStamp] = {}
+        self._uncropped: dict[Path, PhotoRecord] = {}
         self._started = self._saved = time.monotonic()
         self.files = self._reused = self._read = self._refused = self._other = self._faces = 0
 
-    def unread(self) -> Iterator[Path]:
-        """The files that have to be decoded; all others are dealt with on the way."""
+    def to_decode(self) -> Iterator[Path]:
+        """The files that have to be decoded; all others are recorded on the way."""
         for found in _walk(self._root):
             self.files += 1
             name = found.path.relative_to(self._root)
             if found.reason:
                 self._refused += 1
                 self._write(PhotoRecord(path=name, state=found.state, status="refused", reason=found.reason))
-            elif self._book.still_holds(name, found.state):
+            elif self._writer.still_holds(name, found.state):
                 self._reused += 1
-                self._tell(name)
+                known = None if self._cropper is None else self._cropper.missing(name)
+                if known is None:
+                    self._report(name)
+                else:
+                    self._uncropped[found.path] = known
+                    yield found.path
             elif is_picture(found.path):
-                self._states[found.path] = found.state
+                self._stamps[found.path] = found.state
                 yield found.path
             else:
                 self._other += 1
                 self._write(PhotoRecord(path=name, state=found.state, status="other"))
 
-    def note(self, path: Path, photo: Photo | PhotoError) -> None:
+    def record(self, path: Path, photo: Photo | PhotoError) -> None:
         """Find the faces of a decoded photo and record it, or record why it was refused."""
-        name, state = path.relative_to(self._root), self._states.pop(path)
+        if (known := self._uncropped.pop(path, None)) is not None:
+            if self._cropper is not None and isinstance(photo, Photo):
+                self._cropper.store(known, photo)
+            self._save()
+            self._report(known.path)
+            return
+        name, state = path.relative_to(self._root), self._stamps.pop(path)
         if isinstance(photo, PhotoError):
             self._refused += 1
-            # Without its state the file counts as changed, and the next scan tries it again.
+            # Without its stamp the file counts as changed, and the next scan tries it again.
             state = NO_STATE if isinstance(photo, PhotoUnreadable) else state
             self._write(PhotoRecord(path=name, state=state, status="refused", reason=str(photo)))
             return
+        pixels = shrink(photo.pixels, DETECTION_SIDE)
         try:
-            found = self._detector.find(photo.pixels)
+            found = self._detector.find(pixels)
         except Exception as error:
-            # One broad net: a picture on which a detector breaks must not end the scan of all others.
+            # One broad net: a picture on which a detector fails must not end the scan of all others.
             self._refused += 1
-            reason = f"the face detector broke on it ({type(error).__name__})"
+            reason = f"the face detector failed on it ({type(error).__name__})"
             self._write(PhotoRecord(path=name, state=state, status="refused", reason=reason))
             return
-        faces = tuple(face.scaled(photo.width / photo.pixels.shape[1]) for face in found)
+        faces = tuple(face.scaled(photo.width / pixels.shape[1]) for face in found)
         self._read += 1
         self._faces += len(faces)
-        self._write(
-            PhotoRecord(
-                path=name,
-                state=state,
-                status="read",
-                kind=photo.kind,
-                width=photo.width,
-                height=photo.height,
-                taken=photo.taken,
-                place=photo.place,
-                camera=photo.camera,
-                fingerprint=fingerprint(photo.pixels),
-                faces=faces,
-            )
+        record = PhotoRecord(
+            path=name,
+            state=state,
+            status="read",
+            kind=photo.kind,
+            width=photo.width,
+            height=photo.height,
+            taken=photo.taken,
+            place=photo.place,
+            camera=photo.camera,
+            fingerprint=fingerprint(pixels),
+            faces=faces,
         )
+        self._writer.record(record)
+        if self._cropper is not None:
+            self._cropper.store(record, photo)
+        self._save()
+        self._report(name)
 
     def report(self, *, gone: int = 0, latest: Path | None = None) -> ScanReport:
         return ScanReport(
@@ -206,13 +281,16 @@ class _Scan:
         )
 
     def _write(self, record: PhotoRecord) -> None:
-        self._book.record(record)
+        self._writer.record(record)
+        self._save()
+        self._report(record.path)
+
+    def _save(self) -> None:
         now = time.monotonic()
         if now - self._saved > SAVE_EVERY:
-            self._book.save()
+            self._writer.save()
             self._saved = now
-        self._tell(record.path)
 
-    def _tell(self, name: Path) -> None:
+    def _report(self, name: Path) -> None:
         if self._progress is not None:
             self._progress(self.report(latest=name))

@@ -1,17 +1,14 @@
 """A photo that somebody dropped on the page: the faces in it, cut out and aligned, and nothing else of it.
 
-Called from `app`. The photo's bytes never touch the disk: a child process decodes them under limits, from a file
-in memory where the system has such files (Linux), and this process does where it has none.
+The photo's bytes never touch the disk: they reach a child process through a pipe, which decodes them under limits.
 """
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from pathlib import Path
 from threading import Lock
 
 import numpy as np
@@ -20,7 +17,7 @@ from torch.nn import functional as F
 from fedface.errors import LibraryError, PhotoError
 from fedface.photos.face_alignment import Detector, Face
 from fedface.photos.face_crops import LONGEST_SIDE, face_crops
-from fedface.photos.image_io import Photo, cut_square, read_photo_bytes
+from fedface.photos.image_io import Photo, cut_square
 from fedface.photos.sandboxed_decoder import SandboxedDecoder
 from fedface.randomness import Streams
 from fedface.reports.charts import pixels_of
@@ -131,20 +128,13 @@ class Reader:
 
     def _decoded(self, content: bytes) -> Photo:
         try:
-            return self._isolated(content) if hasattr(os, "memfd_create") else _here(content)
+            photo = self._child.read_bytes(content)
+            if isinstance(photo, PhotoError):
+                raise photo
         except PhotoError as error:
             raise PhotoError(
                 f"This file cannot be used ({error}); JPEG, PNG, WebP and HEIC pictures can."
             ) from error
-
-    def _isolated(self, content: bytes) -> Photo:
-        descriptor = os.memfd_create("photo", os.MFD_CLOEXEC)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            photo = self._child.read(Path(f"/proc/{os.getpid()}/fd/{descriptor}"))
-        if isinstance(photo, PhotoError):
-            raise photo
         return photo
 
     def _crop(self, pixels: np.ndarray, width: int, *, small: bool) -> Crop:
@@ -179,9 +169,3 @@ class _Looking:
         found = self._detector().find(pixels)
         self.done = True
         return found
-
-
-def _here(content: bytes) -> Photo:
-    if not content:
-        raise PhotoError("empty file")
-    return read_photo_bytes(content, longest_side=LONGEST_SIDE)

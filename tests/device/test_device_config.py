@@ -246,7 +246,7 @@ def test_a_scan_by_hand_puts_rounds_off_until_it_ends(home: Path, monkeypatch: p
     device.ready()
     assert len(device.photos(16)) == 3
     index = PhotoIndex(default_cache(home / "photos"))
-    monkeypatch.setattr(PhotoIndex, "is_busy", partialmethod(_is_busy, patience=0.05))
+    monkeypatch.setattr(PhotoIndex, "is_busy", partialmethod(_is_busy, timeout=0.05))
     with index.writing("another"):
         scanning = sqlite3.connect(index.path, isolation_level=None)
         scanning.execute("BEGIN IMMEDIATE")

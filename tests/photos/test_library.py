@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from fedface.errors import LibraryError
@@ -25,6 +24,7 @@ from fedface.photos.library import PhotoLibrary, scan_table, summary
 from fedface.photos.occasions import OccasionRule
 from fedface.photos.photo_index import PhotoIndex, all_read, default_cache
 from fedface.photos.scan import ScanReport, scan_library
+from fedface.photos.training_crops import PhotoSelection
 
 SHAPE = np.array([[0.35, 0.4], [0.65, 0.4], [0.5, 0.55], [0.38, 0.75], [0.62, 0.75]])
 
@@ -41,6 +41,16 @@ class FillsThePhoto:
         height, width = pixels.shape[:2]
         landmarks = SHAPE * np.array([width, height])
         return [Face((0.0, 0.0, width - 1.0, height - 1.0), landmarks, 1.0)] if pixels.any() else []
+
+
+def crops_of(library: PhotoLibrary, size: int) -> np.ndarray:
+    """All crops, uint8 (n, size, size, 3); raises what is wrong with the first that cannot be used."""
+    found = []
+    for crop in library.crops(size):
+        if isinstance(crop, LibraryError):
+            raise crop
+        found.append(crop)
+    return np.stack(found)
 
 
 def shade(value: int, side: int = 40) -> bytes:
@@ -77,13 +87,13 @@ def test_a_scan_counts_everything_and_the_library_holds_the_faces(folder: Path, 
         "2024/summer/c.jpg",
         "a.png",
     ]
-    images = library.images([2, 0], 16)
-    assert images.shape == (2, 3, 16, 16) and images.dtype == torch.float32
-    assert images[0].mean() == pytest.approx(100 / 255, abs=0.01)
-    assert images[1].mean() == pytest.approx(150 / 255, abs=0.01)
-    told = library.summary()
-    assert (told.photos, told.with_face, told.without_face, told.other) == (4, 3, 1, 1)
-    assert list(told.refused.values()) == [1] and next(iter(told.refused)).startswith("broken JPEG")
+    images = crops_of(library, 16)
+    assert images.shape == (3, 16, 16, 3) and images.dtype == np.uint8
+    assert images[2].mean() == pytest.approx(100, abs=2.5)
+    assert images[0].mean() == pytest.approx(150, abs=2.5)
+    found = summary(folder, cache=cache)
+    assert (found.photos, found.with_face, found.without_face, found.other) == (4, 3, 1, 1)
+    assert list(found.refused.values()) == [1] and next(iter(found.refused)).startswith("broken JPEG")
 
 
 def test_a_second_scan_reads_only_what_is_new_or_changed(folder: Path, cache: Path) -> None:
@@ -146,7 +156,7 @@ def test_an_interrupted_scan_of_many_files_resumes_in_bounded_memory(tmp_path: P
     assert (report.files, report.reused, report.read + report.refused) == (5000, 2000, 3000)
     assert detector.calls == 4900  # no photo was looked at twice, and the 100 broken ones never
     assert len(held) >= 10 and max(held) < 1_000_000
-    assert len(PhotoLibrary(root, cache=cache, smallest=0)) == 4900
+    assert len(PhotoLibrary(root, cache=cache, selection=PhotoSelection(min_face_side=0))) == 4900
     assert sum(summary(root, cache=cache).refused.values()) == 100
 
 
@@ -182,7 +192,7 @@ def test_nothing_in_the_folder_changes(folder: Path, cache: Path) -> None:
 
     before = state()
     scan_library(folder, detector=FillsThePhoto(), cache=cache)
-    PhotoLibrary(folder, cache=cache).images([0, 1, 2], 16)
+    crops_of(PhotoLibrary(folder, cache=cache), 16)
     assert state() == before
     with pytest.raises(LibraryError, match="among the photos"):
         scan_library(folder, detector=FillsThePhoto(), cache=folder / "index.sqlite")
@@ -212,7 +222,7 @@ def test_names_that_are_no_text_are_read_and_printed_harmlessly(tmp_path: Path, 
         with open(os.path.join(os.fsencode(root), name), "wb") as file:
             file.write(shade(100))
     assert scan_library(root, detector=FillsThePhoto(), cache=cache).read == 3
-    assert PhotoLibrary(root, cache=cache).images([0, 1, 2], 8).shape == (3, 3, 8, 8)
+    assert crops_of(PhotoLibrary(root, cache=cache), 8).shape == (3, 8, 8, 3)
     names = [row.file for row in scan_table(root, cache=cache)]
     assert sorted(names) == sorted(["??.png", "snö 雪.png", "new?line?[2J.png"])
 
@@ -239,44 +249,22 @@ def test_a_changed_or_removed_photo_is_not_served_from_the_old_scan(folder: Path
     library = PhotoLibrary(folder, cache=cache)
     (folder / "a.png").write_bytes(shade(9, side=60))
     with pytest.raises(LibraryError, match="changed since the scan"):
-        library.images(2, 16)
+        crops_of(library, 16)
     (folder / "a.png").unlink()
     with pytest.raises(LibraryError, match="cannot be read any more"):
-        library.images(2, 16)
-
-
-def test_crops_are_cut_once(folder: Path, cache: Path) -> None:
-    scan_library(folder, detector=FillsThePhoto(), cache=cache)
-    library = PhotoLibrary(folder, cache=cache)
-    first = library.images([0, 1, 2], 16)
-    for path in folder.rglob("*.png"):
-        path.unlink()
-    assert torch.equal(library.images(torch.tensor([0, 1, 2]), 16), first)
-
-
-def test_a_split_is_disjoint_covers_all_and_survives_new_photos(tmp_path: Path, cache: Path) -> None:
-    root = many(tmp_path / "photos", 200)
-
-    def names(library: PhotoLibrary) -> set[str]:
-        return {str(library.record(index).path) for index in range(len(library))}
-
-    scan_library(root, detector=FillsThePhoto(), cache=cache)
-    kept, held = PhotoLibrary(root, cache=cache, smallest=0).split(0.25, seed=7)
-    assert not names(kept) & names(held) and len(kept) + len(held) == 196
-    assert 25 <= len(held) <= 75  # 49 expected, standard deviation 6
-    many(root, 300)
-    scan_library(root, detector=FillsThePhoto(), cache=cache)
-    more_kept, more_held = PhotoLibrary(root, cache=cache, smallest=0).split(0.25, seed=7)
-    assert names(kept) <= names(more_kept) and names(held) <= names(more_held)
-    assert names(PhotoLibrary(root, cache=cache, smallest=0).split(0.25, seed=8)[1]) != names(more_held)
+        crops_of(library, 16)
+    first, second, third = library.crops(16)
+    assert (
+        isinstance(first, np.ndarray) and isinstance(second, np.ndarray) and isinstance(third, LibraryError)
+    )
 
 
 def test_faces_too_small_to_learn_from_are_left_out(folder: Path, cache: Path) -> None:
     """A face that fills a photo of 40 pixels gives a crop of about 50 pixels a side."""
     scan_library(folder, detector=FillsThePhoto(), cache=cache)
-    assert len(PhotoLibrary(folder, cache=cache, smallest=30)) == 3
+    assert len(PhotoLibrary(folder, cache=cache, selection=PhotoSelection(min_face_side=30))) == 3
     with pytest.raises(LibraryError, match="no face"):
-        PhotoLibrary(folder, cache=cache, smallest=200)
+        PhotoLibrary(folder, cache=cache, selection=PhotoSelection(min_face_side=200))
 
 
 def test_missing_empty_unscanned_and_faceless_folders_are_explained(tmp_path: Path, cache: Path) -> None:
@@ -363,7 +351,7 @@ def test_occasions_go_by_the_whole_folder_and_list_the_faces(day: Path, cache: P
         ({"anna/undated.jpg"}, "1 photo without a date"),
         ({"b/midnight.jpg"}, "1 photo, 2024-06-01 00:00"),
     ]
-    assert library.summary().occasions == summary(day, cache=cache).occasions == 4
+    assert summary(day, cache=cache).occasions == 4
     assert len(library.occasions(OccasionRule(undated="alone"))) == 5
     (day / "a" / "three.jpg").unlink()
     scan_library(day, detector=FillsThePhoto(), cache=cache)
@@ -389,7 +377,7 @@ def test_labels_last_and_an_occasion_has_the_smallest_of_its_photos(day: Path, c
     (day / "b" / "midnight.jpg").unlink()
     dated(day / "0.jpg", 99, "06:00")
     scan_library(day, detector=FillsThePhoto("other"), cache=cache)
-    later = PhotoLibrary(day, cache=cache, smallest=0)
+    later = PhotoLibrary(day, cache=cache, selection=PhotoSelection(min_face_side=0))
     still = [name for name in names_of(later) if name in names]
     assert len(still) == 5
     for name in still:
@@ -400,12 +388,12 @@ def test_labels_last_and_an_occasion_has_the_smallest_of_its_photos(day: Path, c
         )
 
 
-def test_two_parts_of_a_library_know_the_same_occasions(day: Path, cache: Path) -> None:
-    """Which photos a library holds does not change what hangs together."""
+def test_a_part_of_a_library_has_the_occasions_of_the_whole(day: Path, cache: Path) -> None:
     scan_library(day, detector=FillsThePhoto(), cache=cache)
     whole = PhotoLibrary(day, cache=cache)
     known = dict(zip(names_of(whole), whole.occasion_labels(), strict=True))
-    for part in (*whole.split(0.5, seed=3), PhotoLibrary(day, cache=cache, folders=[Path("b")])):
+    for folder in ("a", "b", "anna"):
+        part = PhotoLibrary(day, cache=cache, selection=PhotoSelection(folders=(Path(folder),)))
         assert dict(zip(names_of(part), part.occasion_labels(), strict=True)).items() <= known.items()
 
 
@@ -467,11 +455,8 @@ def test_the_owner_says_which_folders_may_be_used_and_which_never(day: Path, cac
     scan_library(day, detector=FillsThePhoto(), cache=cache)
 
     def kept(*, folders: tuple[str, ...] = (), exclude_folders: tuple[str, ...] = ()) -> list[str]:
-        chosen = {
-            "folders": [Path(name) for name in folders],
-            "exclude_folders": [Path(name) for name in exclude_folders],
-        }
-        return names_of(PhotoLibrary(day, cache=cache, **chosen))
+        selection = PhotoSelection(folders=tuple(map(Path, folders)), exclude_folders=tuple(map(Path, exclude_folders)))
+        return names_of(PhotoLibrary(day, cache=cache, selection=selection))
 
     assert kept(folders=("a",)) == ["a/noon.jpg", "a/undated.jpg", "a/unknown.jpg"]
     assert kept(exclude_folders=("a",)) == ["anna/undated.jpg", "b/midnight.jpg", "b/six.jpg"]
@@ -498,7 +483,7 @@ def test_what_lies_where_it_must_never_be_used_still_joins_what_was_taken_togeth
     (day / "private").mkdir()
     (day / "a" / "three.jpg").rename(day / "private" / "three.jpg")
     scan_library(day, detector=FillsThePhoto(), cache=cache)
-    library = PhotoLibrary(day, cache=cache, exclude_folders=[Path("private")])
+    library = PhotoLibrary(day, cache=cache, selection=PhotoSelection(exclude_folders=(Path("private"),)))
     assert len(library.occasions()) == 4
 
 
@@ -509,8 +494,10 @@ def test_an_accent_may_be_written_in_one_sign_or_two(tmp_path: Path, cache: Path
     dated(root / "y.jpg", 100)
     scan_library(root, detector=FillsThePhoto(), cache=cache)
     typed = Path(unicodedata.normalize("NFC", "Müller"))
-    assert names_of(PhotoLibrary(root, cache=cache, exclude_folders=[typed])) == ["y.jpg"]
-    assert len(PhotoLibrary(root, cache=cache, folders=[typed])) == 1
+    assert names_of(PhotoLibrary(root, cache=cache, selection=PhotoSelection(exclude_folders=(typed,)))) == [
+        "y.jpg"
+    ]
+    assert len(PhotoLibrary(root, cache=cache, selection=PhotoSelection(folders=(typed,)))) == 1
 
 
 def test_the_sample_library_scans_to_the_known_portraits(shared: Path, cache: Path) -> None:
@@ -523,4 +510,4 @@ def test_the_sample_library_scans_to_the_known_portraits(shared: Path, cache: Pa
     assert len(library) == 14
     counts = {row.file: row.faces for row in scan_table(root, cache=cache)}
     assert (counts["obama.jpg"], counts["two_people.jpg"], counts["no_face.jpg"]) == (1, 2, 0)
-    assert library.images(range(14), 32).shape == (14, 3, 32, 32)
+    assert crops_of(library, 32).shape == (14, 32, 32, 3)

@@ -67,7 +67,6 @@ def threads() -> set[str]:
     return {thread.name for thread in threading.enumerate()}
 
 
-@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs files in memory, which Linux has")
 def test_a_decoder_that_dies_is_a_sentence_and_the_next_photo_is_read() -> None:
     """Photos are decoded in another process, so that a hostile one ends that one alone."""
     reader = Reader(SIZE, lambda: Known(1))
