@@ -136,7 +136,7 @@ def describe_erasure(*, books: bool) -> list[str]:
         "Your photos are not touched.",
         "Kept answers go: a round that is asked once more is computed and paid for anew.",
         "The shared key goes: runs with encrypted sums need a copy of it again.",
-        "The index of your photos goes (dates, places, where faces are): the next scan reads them anew.",
+        "The index of your photos goes (dates, places, faces cut out for training): the next scan reads them anew.",
         "Files are deleted, not overwritten: disks without moving parts, snapshots and backups may hold them still.",
     ]
     if not books:

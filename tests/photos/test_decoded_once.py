@@ -217,7 +217,7 @@ def test_a_small_face_in_a_large_photo_is_decoded_a_second_time_in_the_sandbox(
     root = tmp_path / "photos"
     root.mkdir()
     noise = np.random.default_rng(3).integers(0, 256, (50, 50, 3), dtype=np.uint8)
-    large = noise.repeat(40, axis=0).repeat(40, axis=1)  # 2000 pixels
+    large = noise.repeat(40, axis=0).repeat(40, axis=1)  # 2000 pixels a side
     (root / "large.png").write_bytes(png_bytes(large))
     scan_library(root, detector=FixedFace(0.05), cache=cache, crop_size=64)
     (crop,) = PhotoLibrary(root, cache=cache).crops(64)
