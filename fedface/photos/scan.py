@@ -25,7 +25,7 @@ from fedface.photos.training_crops import MAX_STORED_SIDE, PhotoSelection, decod
 
 log = logging.getLogger("fedface.photos")
 
-DECODED_SIDE = 1000  # pixels at which photos are decoded: a quarter of a 12-megapixel JPEG, which decodes fast
+DECODED_SIDE = 1000  # pixels at which photos are decoded: a 12-megapixel JPEG decodes fast at a quarter
 DETECTION_SIDE = 800  # pixels; no detector here looks at more
 SAVE_EVERY = 2.0  # seconds
 MAX_DEPTH = 100  # folders in folders

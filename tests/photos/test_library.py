@@ -455,7 +455,9 @@ def test_the_owner_says_which_folders_may_be_used_and_which_never(day: Path, cac
     scan_library(day, detector=FillsThePhoto(), cache=cache)
 
     def kept(*, folders: tuple[str, ...] = (), exclude_folders: tuple[str, ...] = ()) -> list[str]:
-        selection = PhotoSelection(folders=tuple(map(Path, folders)), exclude_folders=tuple(map(Path, exclude_folders)))
+        selection = PhotoSelection(
+            folders=tuple(map(Path, folders)), exclude_folders=tuple(map(Path, exclude_folders))
+        )
         return names_of(PhotoLibrary(day, cache=cache, selection=selection))
 
     assert kept(folders=("a",)) == ["a/noon.jpg", "a/undated.jpg", "a/unknown.jpg"]
