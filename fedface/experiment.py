@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, assert_never
+from typing import ClassVar, Literal, assert_never
 
 from fedface.aggregation.payload import (
     AggregationConfig,
@@ -20,7 +20,8 @@ from fedface.aggregation.payload import (
     PlainConfig,
 )
 from fedface.audits.dp_metrics import LocalMetricsConfig
-from fedface.config import plain, read, section
+from fedface.codec import encode
+from fedface.config import read, section
 from fedface.errors import ConfigError
 from fedface.models.checkpoint import (
     load_as,
@@ -38,11 +39,10 @@ from fedface.models.model import (
     StyleEncoderArchitecture,
     SuperResolutionArchitecture,
 )
-from fedface.number_format import format_delta
 from fedface.photos.client_partition import ByGroup, Dirichlet, Even
 from fedface.privacy.plan import DPParameters, Plan, Schedule, make_plan
 from fedface.privacy.policy import DevicePolicy
-from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget
+from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget, format_delta
 from fedface.training.flow import FlowTrainingConfig
 from fedface.training.gan import GanTrainingConfig
 from fedface.training.latent_prior import PriorTrainingConfig
@@ -59,6 +59,8 @@ VARY = "vary"  # the key of a file that describes several runs
 @dataclass(frozen=True, kw_only=True)
 class SyntheticDevices:
     """Pretended devices, each with drawn faces in a mix of its own."""
+
+    kind: ClassVar[str] = "synthetic-devices"
 
     light_fractions: tuple[float, ...] = (0.9, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # one per device
     photos_per_device: int = 400
@@ -88,6 +90,8 @@ class SyntheticDevices:
 class LabelledDevices:
     """Pretended devices that share out one public folder of labelled photos."""
 
+    kind: ClassVar[str] = "labelled-devices"
+
     folder: Path = Path("photos")  # replaced by --photos
     set: str = ""  # which set of the folder, where it holds several
     label: str = "race"  # which column tells the groups
@@ -104,6 +108,8 @@ class LabelledDevices:
 class RemoteDevices:
     """Devices of real people, that connect by themselves; the server learns nothing of their photos."""
 
+    kind: ClassVar[str] = "remote-devices"
+
     count: int = 3  # wait for this many devices before the first round
 
     def __post_init__(self) -> None:
@@ -117,6 +123,8 @@ Devices = SyntheticDevices | LabelledDevices | RemoteDevices
 @dataclass(frozen=True, kw_only=True)
 class SyntheticProbe:
     """Public probe: freshly drawn faces in plain light and through cameras, by default as many of each tone group."""
+
+    kind: ClassVar[str] = "synthetic-probe"
 
     per_group: int = 12  # faces per tone group, >= 2
     light_fraction: float | None = (
@@ -133,6 +141,8 @@ class SyntheticProbe:
 @dataclass(frozen=True, kw_only=True)
 class LabelledProbe:
     """Public probe: labelled photos that no device holds, equally many in each group."""
+
+    kind: ClassVar[str] = "labelled-probe"
 
     folder: Path = Path("photos")  # replaced by --photos
     set: str = ""
@@ -390,7 +400,7 @@ class Experiment:
 
     def digest(self) -> str:
         """SHA-256 of the whole recipe, the first 16 hex digits."""
-        return hashlib.sha256(json.dumps(plain(self), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(encode(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def for_ranking(experiment: Experiment) -> Experiment:

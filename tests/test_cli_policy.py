@@ -22,7 +22,7 @@ WILLING = """
 max_epsilon: 8
 delta: 1e-4
 objectives: [generator]
-protocols: [encrypted]
+protocols: [homomorphic]
 """
 
 

@@ -81,7 +81,7 @@ def test_a_file_without_vary_is_one_run(path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("seed: [0, 1]", "seed: [2026-01-01]", "expected plain values"),
+        ("seed: [0, 1]", "seed: [2026-01-01]", "seed: expected a whole number"),
         ("seed: [0, 1]", "day: 2026-01-01", "expected a list of values"),
         ("lora: {", '"..": {', "names are letters"),
         ("lora: {", '"a b": {', "names are letters"),

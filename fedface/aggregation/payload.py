@@ -14,7 +14,7 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn, Protocol, TypeAlias
+from typing import ClassVar, NoReturn, Protocol, TypeAlias
 
 from fedface.errors import AggregationError
 from fedface.tensor_types import Vector
@@ -53,15 +53,14 @@ class AggregationParameters:
 class PlainConfig:
     """Send float32 as it is: the server sees every update."""
 
-    @property
-    def kind(self) -> str:
-        """The name on the wire and in reports."""
-        return "plain"
+    kind: ClassVar[str] = "plain"
 
 
 @dataclass(frozen=True, kw_only=True)
 class HomomorphicConfig:
     """Send whole numbers under BFV with a key that the devices share and the server never has."""
+
+    kind: ClassVar[str] = "homomorphic"
 
     bits: int = 16  # 2..24 bits for one value of one device
     min_devices: int = 2  # >= 1; the holder of the key declines to open a sum of fewer updates
@@ -71,11 +70,6 @@ class HomomorphicConfig:
             raise ValueError(f"bits must lie in 2..24, got {self.bits}")
         if self.min_devices < 1:
             raise ValueError(f"min_devices must be >= 1, got {self.min_devices}")
-
-    @property
-    def kind(self) -> str:
-        """The name on the wire and in reports."""
-        return "homomorphic"
 
 
 AggregationConfig: TypeAlias = PlainConfig | HomomorphicConfig

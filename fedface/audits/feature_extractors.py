@@ -25,7 +25,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, assert_never
+from typing import ClassVar, Protocol, assert_never
 
 import numpy as np
 import torch
@@ -45,6 +45,8 @@ _COLOUR_BATCH = 512  # faces at once: bounds the memory of the colour features
 @dataclass(frozen=True, kw_only=True)
 class ColourFeatures:
     """The 132 CIELAB cosines and Haar contrasts of audits.features: no file, no download, the same everywhere."""
+
+    kind: ClassVar[str] = "colour-features"
 
 
 def _check_network(
@@ -66,6 +68,8 @@ def _check_network(
 class OnnxFeatures:
     """A network in ONNX, run by OpenCV. It receives (image - mean) / std of sRGB in [0, 1], RGB, (batch, 3, s, s)."""
 
+    kind: ClassVar[str] = "onnx-features"
+
     path: Path
     size: int  # pixels: the side that the network expects
     mean: tuple[
@@ -83,6 +87,8 @@ class OnnxFeatures:
 @dataclass(frozen=True, kw_only=True)
 class TorchScriptFeatures:
     """A network in TorchScript: a program, see above. It receives what an ONNX network would."""
+
+    kind: ClassVar[str] = "torchscript-features"
 
     path: Path
     size: int  # pixels: the side that the network expects

@@ -48,11 +48,12 @@ def benchmark(
 
     from fedface.cli.tables import print_benchmark
     from fedface.cli.upsample_job import available_cores, choose_methods, make_degradation
+    from fedface.codec import dumps
     from fedface.coordinator.method_benchmark import benchmark_methods, with_baselines
     from fedface.experiment import LabelledProbe, SyntheticProbe
     from fedface.models.checkpoint import load_model
     from fedface.public_data.probe import public_faces
-    from fedface.reports import method_report, strict
+    from fedface.reports import method_report
     from fedface.upsampling.methods import METHODS, pair_with_models, with_workers
 
     given = None if checkpoint is None else load_model(checkpoint)
@@ -96,6 +97,6 @@ def benchmark(
         )
     path = method_report.write(record, pictures, out)
     if json_out:
-        print(strict.dumps(record))
+        print(dumps(record))
         return
     print_benchmark(record, path)

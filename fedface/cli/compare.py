@@ -28,11 +28,11 @@ def compare(
     import torch
 
     from fedface.cli.tables import print_comparison
+    from fedface.codec import dumps
     from fedface.coordinator.compare_runs import compare_runs
     from fedface.coordinator.run_folder import locked, new_folder, resume_comparison
     from fedface.experiment import RemoteDevices
     from fedface.public_data.labelled_sets import check_sources
-    from fedface.reports import strict
     from fedface.simulation.in_process import in_process_cohort
     from fedface.sweep import read_sweep
 
@@ -60,6 +60,6 @@ def compare(
             command=command_line("compare", experiment, photos, changes),
         )
     if json_out:
-        print(strict.dumps(record))
+        print(dumps(record))
         return
     print_comparison(record, folder)

@@ -14,7 +14,8 @@ from typing import Any
 
 from fedface.cli.console import cell, say
 from fedface.cli.policy_report import CombinedVerdict, PolicyReport, Price, Verdict
-from fedface.config import plain, read, section
+from fedface.codec import encode
+from fedface.config import read, section
 from fedface.device.config import (
     check_kind,
     is_accessible_to_others,
@@ -24,7 +25,6 @@ from fedface.device.config import (
 from fedface.device.state import ChainFiles, DeviceState, device_state
 from fedface.errors import ConfigError, PolicyRefusal
 from fedface.experiment import Experiment, read_experiment
-from fedface.number_format import format_delta
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.adjacency import convert_unit
 from fedface.privacy.budget import Budget, describe_briefly, format_upper_bound, overspending
@@ -33,7 +33,7 @@ from fedface.privacy.mechanism import Event
 from fedface.privacy.participation_conditions import ConditionsNotMet, SystemEnvironment
 from fedface.privacy.plan import DPParameters, Plan
 from fedface.privacy.policy import ADVICE, EVALUATION, DevicePolicy
-from fedface.privacy.privacy_target import NoPrivacy
+from fedface.privacy.privacy_target import NoPrivacy, format_delta
 from fedface.privacy_units import Unit
 from fedface.training.training_methods import objective_of
 
@@ -255,7 +255,7 @@ def print_answer(file: Path, owned: Owned, spent: Sequence[float], answer: Polic
 
 def print_json(owned: Owned, spent: Sequence[float], answer: PolicyReport | None) -> None:
     told = {
-        "policy": plain(owned.policy),
+        "policy": encode(owned.policy),
         "ledger": None if owned.ledger is None else str(owned.ledger),
         "spent": [
             {

@@ -93,7 +93,7 @@ def pretrain_encoder_command(
     """Train the encoder from photos to latents on a generator's own samples; `prior-training` needs one."""
     import torch
 
-    from fedface.config import plain
+    from fedface.codec import encode
     from fedface.models.checkpoint import check_place, load_gan, load_model, weights_hash
     from fedface.models.model import EncoderArchitecture, Model
     from fedface.models.stylegan2 import StyleGAN2
@@ -125,7 +125,7 @@ def pretrain_encoder_command(
         encoder = pretrain_encoder(generator, config, report)
     notes = {
         "made_by": "fedface pretrain encoder",
-        "recipe": plain(config),
+        "recipe": encode(config),
         "generator": weights_hash(generator),
         "seconds": round(time.monotonic() - started),
         "threads": torch.get_num_threads(),

@@ -34,13 +34,12 @@ def rank_models(
     import torch
 
     from fedface.cli.tables import print_ranking
+    from fedface.codec import dumps
     from fedface.coordinator.model_ranking import load_candidates, ranking_parameters, run_ranking
     from fedface.coordinator.run_folder import locked, new_folder, resume_ranking
     from fedface.experiment import RemoteDevices, for_ranking, read_experiment
-    from fedface.number_format import format_delta
-    from fedface.privacy.privacy_target import PrivacyTarget
+    from fedface.privacy.privacy_target import PrivacyTarget, format_delta
     from fedface.public_data.labelled_sets import check_sources
-    from fedface.reports import strict
     from fedface.simulation.in_process import in_process_cohort
     from fedface.transport.run_config import devices_folder
 
@@ -77,6 +76,6 @@ def rank_models(
             command=command_line("rank-models", experiment, photos, changes, candidates),
         )
     if json_out:
-        print(strict.dumps(record))
+        print(dumps(record))
         return
     print_ranking(record, folder)

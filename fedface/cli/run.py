@@ -30,6 +30,7 @@ def run(
     import torch
 
     from fedface.cli.tables import print_run
+    from fedface.codec import dumps
     from fedface.coordinator.run import initialize_run, run_experiment
     from fedface.coordinator.run_folder import locked, new_folder, resume_run
     from fedface.coordinator.run_state import weights_path
@@ -59,7 +60,7 @@ def run(
             command=command_line("run", experiment, photos, changes),
         )
     if json_out:
-        print(record.to_json())
+        print(dumps(record))
         return
     print_run(record, folder)
     say(f"the trained model: {weights_path(folder, recipe.rounds)}")

@@ -58,7 +58,7 @@ def upsample(
         upsample_folder,
         upsample_photo,
     )
-    from fedface.config import plain
+    from fedface.codec import encode
     from fedface.inference.contact_sheet import NO_FACE, MethodRunner
     from fedface.inference.pipeline import SheetSettings
     from fedface.models.checkpoint import load_model, weights_hash
@@ -72,9 +72,9 @@ def upsample(
     size, pairs = pair_with_models([with_workers(each, available_cores()) for each in methods], given)
     degradation = make_degradation(downscale, factor, size)
     settings = {
-        "methods": [plain(each) for each in methods],
+        "methods": [encode(each) for each in methods],
         "weights": ["" if model is None else weights_hash(*model.modules()) for _, model in pairs],
-        "downscale": plain(degradation), "faces": faces, "max_faces": max_faces, "no_detect": no_detect,
+        "downscale": encode(degradation), "faces": faces, "max_faces": max_faces, "no_detect": no_detect,
         "seed": seed, "detector": str(detector or ""),
     }  # fmt: skip
     with progress_bars() as bars:

@@ -203,7 +203,7 @@ def _open_sum(
             )
         return opened
     reveal = DecryptTask(
-        count="updates" if isinstance(task, TrainTask) else "figures",
+        sum_of="updates" if isinstance(task, TrainTask) else "metrics",
         run=task.run,
         round=task.round,
         aggregation=experiment.aggregation,

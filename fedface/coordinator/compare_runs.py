@@ -22,20 +22,20 @@ from fedface.audits.feature_extractors import ColourFeatures, open_features
 from fedface.audits.group_metrics import rate_interval
 from fedface.audits.sample_quality import TONE_GROUPS, GroupQuality, InsufficientSamples, quality, tone_groups
 from fedface.audits.tone_distance import tone_distance
+from fedface.codec import dumps, load
 from fedface.coordinator.rounds import ProgressListener, run_rounds, spent
 from fedface.coordinator.run import check_same, initialize_run
 from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import upsample_with
 from fedface.errors import ConfigError
 from fedface.experiment import Experiment, SyntheticDevices
-from fedface.measurements import Measurement, NotMeasured
 from fedface.messages.cohort import Cohort
 from fedface.models.checkpoint import load_model, weights_hash
 from fedface.models.model import Model
 from fedface.photos.skin_tone import measure_tone
 from fedface.public_data.device_photos import describe_devices, device_faces
 from fedface.randomness import Streams
-from fedface.reports import comparison_charts, comparison_report, strict
+from fedface.reports import comparison_charts, comparison_report
 from fedface.reports.comparison_report import (
     UNTRAINED,
     ComparedRun,
@@ -43,7 +43,8 @@ from fedface.reports.comparison_report import (
     GroupQualityRecord,
     ModelQualityRecord,
 )
-from fedface.reports.record_builders import machine_record, version_record
+from fedface.reports.measurements import Measurement, NotMeasured
+from fedface.reports.record_builders import machine_record, measured, version_record
 from fedface.sweep import Sweep, Variant, level_of
 from fedface.tensor_types import Images
 from fedface.training.training_methods import check_fits, common_streams, prepare_round
@@ -85,7 +86,7 @@ def compare_runs(
         faces: Samples of each model, and faces on either side of the reference, >= 40.
 
     Returns:
-        The record; `comparison.json`, `comparison.md` and the pictures lie in the folder.
+        The record; `comparison_report.json`, `comparison_report.md` and the pictures lie in the folder.
 
     Raises:
         RunError: The folder holds runs of another recipe.
@@ -137,7 +138,7 @@ def _one(
         initialize_run(experiment, place)
     check_same(experiment, place)
     if kept.exists():
-        return strict.loads(ComparedRun, kept.read_text(encoding="utf-8"))
+        return load(ComparedRun, kept)
     plan = experiment.plan()
     cohort = cohort_of(experiment, place / "devices")
     state = run_rounds(experiment, plan, cohort, RunState.read(place), None, watcher)
@@ -154,7 +155,7 @@ def _one(
         seconds=sum(record.seconds for record in state.rounds),
         model=_measure(final, experiment, faces, watcher),
     )
-    replace_text(kept, strict.dumps(figures))
+    replace_text(kept, dumps(figures))
     return figures
 
 
@@ -164,11 +165,11 @@ def _base(variant: Variant, folder: Path, faces: int, watcher: ProgressListener)
     base = experiment.start()
     kept = folder / "bases" / f"{weights_hash(*base.modules())}-{experiment.seed}-{_measure_name(faces)}.json"
     if kept.exists():
-        model = strict.loads(ModelQualityRecord, kept.read_text(encoding="utf-8"))
+        model = load(ModelQualityRecord, kept)
     else:
         model = _measure(base, experiment, faces, watcher)
         kept.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(kept, strict.dumps(model))
+        replace_text(kept, dumps(model))
     return ComparedRun(
         method=variant.method,
         level=UNTRAINED,
@@ -228,8 +229,8 @@ def _figures(made: Images, name: str, truth: _Reference, seed: int) -> ModelQual
         weights_hash=name,
         tones=tone_histogram(made).counts,
         figures={
-            "tone_distance": tone_distance(readings.numpy(), true.numpy(), streams.numpy("tones")),
-            "darker": rate_interval(darker, len(readings)),
+            "tone_distance": measured(tone_distance(readings.numpy(), true.numpy(), streams.numpy("tones"))),
+            "darker": measured(rate_interval(darker, len(readings))),
             **_quality_figures(found.overall),
         },
         groups=tuple(_group(group, found.groups.get(group)) for group in TONE_GROUPS),
@@ -254,10 +255,10 @@ def _group(name: str, found: GroupQuality | InsufficientSamples | None) -> Group
 
 def _quality_figures(found: GroupQuality) -> dict[str, Measurement]:
     return {
-        "kernel": found.kernel,
-        "coverage": found.neighbours.coverage,
-        "precision": found.neighbours.precision,
-        "recall": found.neighbours.recall,
+        "kernel": measured(found.kernel),
+        "coverage": measured(found.neighbours.coverage),
+        "precision": measured(found.neighbours.precision),
+        "recall": measured(found.neighbours.recall),
     }
 
 

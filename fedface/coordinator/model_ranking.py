@@ -9,11 +9,11 @@ Each answer is on disk before the next question.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -21,7 +21,7 @@ from fedface.atomic_io import replace_text
 from fedface.audits.dp_metric_estimates import DPMetricEstimates
 from fedface.audits.dp_model_ranking import Ranking, rank_overall, rank_worst_group
 from fedface.audits.dp_ratio_estimates import DP_METRICS
-from fedface.config import plain
+from fedface.codec import dumps, encode, load
 from fedface.coordinator.device_evaluation import decode_total, request_metrics
 from fedface.coordinator.rounds import ProgressListener
 from fedface.errors import ConfigError, FederationError, RunError
@@ -32,7 +32,7 @@ from fedface.models.model import GeneratorArchitecture, Model
 from fedface.privacy.plan import DPParameters
 from fedface.privacy.privacy_target import PrivacyTarget
 from fedface.randomness import SecretNoise
-from fedface.reports import model_ranking_report, strict
+from fedface.reports import model_ranking_report
 from fedface.reports.device_metrics_record import DeviceMetricsRecord
 from fedface.reports.model_ranking_report import RankingRecord, RankingReport
 from fedface.upsampling.methods import check_method
@@ -114,11 +114,11 @@ def run_ranking(
     if config is None:
         raise ConfigError("a tournament needs an evaluation; see experiment.for_ranking")
     terms = ranking_parameters(experiment, len(models))
-    book = _Book.opened(folder, experiment, models)
+    state = RankingState.opened(folder, experiment, models)
     members = cohort.members(experiment.devices.count)[: experiment.devices.count]
     away: set[int] = set()  # members whose owners have left
-    for number, name in enumerate(book.order, start=1):
-        if name in book.totals:
+    for number, name in enumerate(state.order, start=1):
+        if name in state.totals:
             continue
         watcher.stage(f"devices score candidate {number} of {len(models)}", len(members))
         scores = request_metrics(
@@ -128,19 +128,19 @@ def run_ranking(
         )  # fmt: skip
         # Who answered is nobody's business here, and so there is no name to forget when somebody leaves.
         nameless = replace(scores.record, answered=())
-        book = book.then(name, scores.total, scores.gathered.count, nameless)
+        state = state.with_answer(name, scores.total, scores.gathered.count, nameless)
     trusted = (
         "The server is trusted: it reads each device's bare figures, adds the noise to their sum, and could keep them; "
         "the promise bounds what is published, not what the server could learn.",
     )
-    figures = {name: _read(book, name, experiment, terms) for name in models}
+    figures = {name: _read(state, name, experiment, terms) for name in models}
     record = RankingReport(
         name=folder.name,
         question=experiment.question,
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
-        experiment=plain(experiment),
-        candidates=tuple(book.records[name] for name in models),
+        experiment=encode(experiment),
+        candidates=tuple(state.records[name] for name in models),
         rankings=tuple(_rankings(figures)),
         notes=(
             "All candidates were asked about the same photos, each with noise of its own.",
@@ -155,8 +155,10 @@ def run_ranking(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Book:
-    """What of a tournament is on disk: the order of the questions, and the noised total of each answer."""
+class RankingState:
+    """What of a ranking is on disk: the order of the evaluations, and the noised total of each answer."""
+
+    version: ClassVar[int] = 2
 
     path: Path
     digest: str  # of recipe and candidates
@@ -166,54 +168,45 @@ class _Book:
     records: dict[str, DeviceMetricsRecord]
 
     @staticmethod
-    def opened(folder: Path, experiment: Experiment, models: Mapping[str, Model]) -> _Book:
+    def opened(folder: Path, experiment: Experiment, models: Mapping[str, Model]) -> RankingState:
+        """The state in a folder, or a new one with a secret order."""
         names = list(models)
-        said = [f"{name} {weights_hash(*models[name].modules())}" for name in sorted(names)]
-        path, digest = folder / "answers.json", f"{experiment.digest()} {', '.join(said)}"
+        hashes = [f"{name} {weights_hash(*models[name].modules())}" for name in sorted(names)]
+        path, digest = folder / "answers.json", f"{experiment.digest()} {', '.join(hashes)}"
         if not path.exists():
             order = tuple(names[i] for i in SecretNoise().permutation(len(names)).tolist())
-            book = _Book(path=path, digest=digest, order=order, totals={}, counts={}, records={})
-            book.save()
-            return book
+            return RankingState(
+                path=path, digest=digest, order=order, totals={}, counts={}, records={}
+            ).saved()
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            records = {
-                name: strict.loads(DeviceMetricsRecord, json.dumps(told))
-                for name, told in kept["records"].items()
-            }
-            found = _Book(
-                path=path, digest=kept["digest"], order=tuple(kept["order"]), totals=kept["totals"],
-                counts=kept["counts"], records=records,
-            )  # fmt: skip
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RunError(f"{path}: damaged ({error}); hold a new tournament") from error
+            found = load(RankingState, path, given={"path": path})
+        except RunError as error:
+            raise RunError(f"{error}; the answers are damaged, start a new ranking") from error
         if found.digest != digest:
-            raise RunError(f"{folder}: holds a tournament of other candidates or another recipe")
+            raise RunError(f"{folder}: holds a ranking of other candidates or of another recipe")
         return found
 
-    def then(self, name: str, total: torch.Tensor, count: int, record: DeviceMetricsRecord) -> _Book:
-        book = replace(
+    def with_answer(
+        self, name: str, total: torch.Tensor, count: int, record: DeviceMetricsRecord
+    ) -> RankingState:
+        """With the answer about one more candidate, saved."""
+        return replace(
             self,
             totals={**self.totals, name: total.tolist()},
             counts={**self.counts, name: count},
             records={**self.records, name: record},
-        )
-        book.save()
-        return book
+        ).saved()
 
-    def save(self) -> None:
-        records = {name: json.loads(strict.dumps(record)) for name, record in self.records.items()}
-        kept = {
-            "digest": self.digest, "order": self.order, "totals": self.totals, "counts": self.counts,
-            "records": records,
-        }  # fmt: skip
-        replace_text(self.path, json.dumps(kept))
+    def saved(self) -> RankingState:
+        """Itself, on the disk before it returns."""
+        replace_text(self.path, dumps(self, leave_out=("path",)))
+        return self
 
 
-def _read(book: _Book, name: str, experiment: Experiment, terms: DPParameters) -> DPMetricEstimates:
+def _read(state: RankingState, name: str, experiment: Experiment, terms: DPParameters) -> DPMetricEstimates:
     assert experiment.evaluation is not None
-    told = torch.tensor(book.totals[name])
-    return decode_total(told, terms, experiment.evaluation.metrics, book.counts[name])
+    told = torch.tensor(state.totals[name])
+    return decode_total(told, terms, experiment.evaluation.metrics, state.counts[name])
 
 
 def _rankings(figures: Mapping[str, DPMetricEstimates]) -> list[RankingRecord]:

@@ -17,7 +17,8 @@ from typing import assert_never
 
 from fedface.aggregation.payload import HomomorphicConfig
 from fedface.atomic_io import replace_text
-from fedface.config import dump, plain
+from fedface.codec import encode
+from fedface.config import dump
 from fedface.coordinator.device_evaluation import evaluate_on_devices
 from fedface.coordinator.rounds import ProgressListener, run_rounds
 from fedface.coordinator.run_state import RunState, weights_path
@@ -34,7 +35,6 @@ from fedface.coordinator.server_metrics import (
 )
 from fedface.errors import ConfigError, RunError
 from fedface.experiment import Experiment, LabelledDevices, RemoteDevices, SyntheticDevices
-from fedface.measurements import NotMeasured
 from fedface.messages.cohort import Cohort
 from fedface.models.checkpoint import load_model, save_model, weights_hash
 from fedface.models.model import Model
@@ -45,6 +45,7 @@ from fedface.public_data.device_photos import describe_devices, device_faces
 from fedface.public_data.probe import PublicProbe, public_faces
 from fedface.randomness import Streams
 from fedface.reports import charts, html_report, model_card, run_record
+from fedface.reports.measurements import NotMeasured
 from fedface.reports.record_builders import machine_record, plan_record, version_record
 from fedface.reports.run_record import DeviceRecord, PictureRecord, RunRecord, ToneRecord
 from fedface.synthetic.faces import render_people
@@ -151,7 +152,7 @@ def run_experiment(
         command=command or shlex.join(["fedface", "run", str(folder / "experiment.yaml")]),
         versions=dict(version_record()),
         machine=machine_record(),
-        experiment=plain(experiment),
+        experiment=encode(experiment),
         plan=plan_record(plan),
         base_hash=weights_hash(*base.modules()),
         final_hash=weights_hash(*final.modules()),

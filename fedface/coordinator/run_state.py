@@ -1,21 +1,17 @@
-"""What of a run is on disk, so that a kill at any moment loses at most the round that was being asked.
-
-Called by rounds.py, evaluation.py and coordinator.py. Written in one step and on the disk before it counts.
-"""
+"""What of a run is on disk: written in one step, so that a kill at any moment loses at most the round in progress."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 from fedface.atomic_io import replace_text
+from fedface.codec import dumps, load
 from fedface.errors import RunError
-from fedface.measurements import Epsilon, Measurement, NotMeasured
-from fedface.reports import strict
 from fedface.reports.device_metrics_record import DeviceMetricsRecord, WithdrawalRecord
+from fedface.reports.measurements import Epsilon, Measurement, NotMeasured
 from fedface.reports.run_record import RoundRecord
 
 
@@ -24,29 +20,21 @@ def weights_path(folder: Path, round: int) -> Path:
     return folder / "rounds" / f"{round:03d}.safetensors"
 
 
-_PARTS: dict[str, type[Any]] = {
-    "rounds": RoundRecord,
-    "withdrawals": WithdrawalRecord,
-    "device_metrics": DeviceMetricsRecord,
-}
-
-
 @dataclass(frozen=True)
 class RunState:
     """What of a run is on disk."""
+
+    version: ClassVar[int] = 2
 
     folder: Path
     started: str  # ISO 8601, UTC
     rounds: tuple[RoundRecord, ...]
     withdrawals: tuple[WithdrawalRecord, ...] = ()  # devices whose owners left, without their names
-    device_metrics: tuple[
-        DeviceMetricsRecord, ...
-    ] = ()  # figures that devices computed on their own photos, by question
+    device_metrics: tuple[DeviceMetricsRecord, ...] = ()  # computed on the devices' own photos, by evaluation
 
     def save(self) -> None:
         """In one step, so that a reader never sees half of it, and on the disk before it returns."""
-        kept = {name: [json.loads(strict.dumps(record)) for record in getattr(self, name)] for name in _PARTS}
-        replace_text(self.folder / "state.json", json.dumps({"started": self.started, **kept}))
+        replace_text(self.folder / "state.json", dumps(self, leave_out=("folder",)))
 
     def with_round(self, record: RoundRecord) -> RunState:
         """With one more round, saved."""
@@ -86,15 +74,8 @@ class RunState:
         """Raises RunError if there is no run here, or its state is damaged."""
         path = folder / "state.json"
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(kept, dict):
-                raise TypeError("expected keys and values")
-            parts = {
-                name: tuple(strict.loads(kind, json.dumps(record)) for record in kept.get(name, ()))
-                for name, kind in _PARTS.items()
-            }
-            return RunState(folder, str(kept["started"]), **parts)
+            return load(RunState, path, given={"folder": folder})
         except FileNotFoundError as error:
             raise RunError(f"{folder}: no run was begun here, so there is nothing to resume") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{path}: damaged ({error}); start a new run") from error
+        except RunError as error:
+            raise RunError(f"{error}; the state of this run is damaged, start a new one") from error

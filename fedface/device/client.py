@@ -27,7 +27,7 @@ from fedface.aggregation.payload import (
     Payload,
     PlainConfig,
 )
-from fedface.config import kind_of, plain
+from fedface.codec import encode
 from fedface.device.local_metrics import check_request, compute_local_metrics
 from fedface.errors import FederationError, PolicyRefusal, PrivacyError, WeightsError
 from fedface.messages.messages import (
@@ -156,7 +156,7 @@ def _noted(reply: Reply, task: Task, device: Device, journal: TransmissionLog, e
         case Refusal(reason=reason):
             what, sent, protection = "refusal", reason.encode(), "nothing of a photo is in it"
     words = reply.reason if isinstance(reply, Refusal) else ""
-    if isinstance(task, DecryptTask) and task.count == "figures" and not words:
+    if isinstance(task, DecryptTask) and task.sum_of == "metrics" and not words:
         words = OF_FIGURES
     journal.record_transmission(
         sent,
@@ -184,8 +184,8 @@ def _train(task: TrainTask, device: Device, ledger: Ledger) -> tuple[Reply, Entr
         agreement=agreed.agreement,
         objective=objective_of(agreed.training),
         marks={
-            "training": kind_of(type(agreed.training)),
-            "recipe": _recipe(plain(agreed.training), plain(agreed.architecture), agreed.holdout_fraction),
+            "training": agreed.training.kind,
+            "recipe": _recipe(encode(agreed.training), encode(agreed.architecture), agreed.holdout_fraction),
         },
     )
     if (kept := work.kept()) is not None:
@@ -222,12 +222,12 @@ def _evaluate(task: EvaluateTask, device: Device, ledger: Ledger) -> tuple[Reply
         agreement=asked.agreement,
         objective=EVALUATION,
         marks={
-            "method": kind_of(type(asked.method)),
+            "method": asked.method.kind,
             "recipe": _recipe(
-                plain(asked.method),
-                plain(asked.downscale),
-                plain(asked.metrics),
-                plain(asked.architecture),
+                encode(asked.method),
+                encode(asked.downscale),
+                encode(asked.metrics),
+                encode(asked.architecture),
                 asked.holdout_fraction,
             ),
         },
@@ -372,7 +372,7 @@ def _recipe(*parts: object) -> str:
 
 def _reveal(task: DecryptTask, device: Device, ledger: Ledger) -> Reply:
     device.policy.check_decryption(task.aggregation.kind)
-    if not ledger.is_recorded(task.book, task.round):
+    if not ledger.is_recorded(task.ledger_key, task.round):
         return Refusal(
             device=device.name,
             reason=f"this device has no part in round {task.round} of {task.run}, so it opens no sum of it",

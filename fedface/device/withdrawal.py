@@ -14,10 +14,9 @@ from pathlib import Path
 from fedface.device.config import INDEX_REGISTRY
 from fedface.device.state import DeviceState
 from fedface.errors import ConfigError, LedgerError
-from fedface.measurements import Epsilon
 from fedface.messages.messages import metrics_ledger_key
 from fedface.privacy.ledger import Entry, Ledger
-from fedface.privacy.spending import price_of
+from fedface.privacy.spending import TransmissionPrice, price_of
 from fedface.privacy.transmission_log import Withdrawal
 
 NOT_FOUND = "not found (was the device run as another user?)"
@@ -31,7 +30,7 @@ class WithdrawalImpact:
     transmissions: str | None  # when its owner left it first, UTC; None: not yet
     rounds: tuple[int, ...]  # whose updates were booked
     evaluations: tuple[int, ...]  # whose figures were booked
-    price: Epsilon  # of everything booked for it, together
+    price: TransmissionPrice  # of everything booked for it, together
 
     def ahead(self) -> list[str]:
         """What leaving it does, one sentence each."""
@@ -59,7 +58,7 @@ class WithdrawalImpact:
         return [
             f"Booked for this run: {' and '.join(booked)}. What of it was summed with others' is part of the network "
             "since, and of every copy of it.",
-            f"What it may have told, all of it together: {self.price}.",
+            f"What it may have told, all of it together: {self.price.in_words()}.",
         ]
 
 

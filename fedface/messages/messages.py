@@ -1,72 +1,90 @@
-"""What crosses between server and device: tasks going out, replies coming back, each a header and some bytes.
+"""Messages between server and device: tasks, and replies to them. On the wire each is a JSON header and named blobs.
 
-Called by device/client.py (answers), coordinator.py (asks) and flower.py (carries). Nothing here is
-executable and nothing is trusted: whoever reads a message checks it again.
+Nothing here is executable and nothing is trusted: the receiver checks every part again (messages/parsing.py).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 
 from fedface.aggregation.payload import AggregationConfig, AggregationParameters, HomomorphicConfig
 from fedface.audits.dp_metrics import LocalMetricsConfig, ranges
-from fedface.config import plain
+from fedface.codec import encode
 from fedface.models.model import Architecture
 from fedface.privacy.plan import DPParameters
 from fedface.tensor_types import Vector
 from fedface.training.training_methods import Training
 from fedface.upsampling.degradation import Degradation
 from fedface.upsampling.methods import Method
+from fedface.validation import AtLeast, In, checked
 
-VERSION = 3  # 3: units of a promise, and figures from devices
+VERSION = 4  # the one version of the wire format
 
 
 @dataclass(frozen=True)
 class Message:
-    """The neutral form of every task and reply: a JSON header, and named blobs."""
+    """The form of every task and reply on the wire."""
 
     header: str  # JSON text
     blobs: Mapping[str, bytes]
 
 
+class _ShortText:
+    """1 to 200 printable characters."""
+
+    def problem(self, value: str) -> str:
+        """Empty for such a text."""
+        fits = 0 < len(value) <= 200 and value.isprintable()
+        return "" if fits else "must be 1 to 200 printable characters"
+
+
+class _NoSlash:
+    """No slash, which separates a run's name from a suffix in the ledger."""
+
+    def problem(self, value: str) -> str:
+        """Empty for a text without a slash."""
+        return "must be a name without a slash" if "/" in value else ""
+
+
+Name = Annotated[str, _ShortText()]
+RunName = Annotated[str, _ShortText(), _NoSlash()]
+Count = Annotated[int, AtLeast(1)]
+Seed = Annotated[int, AtLeast(0)]
+
+
 @dataclass(frozen=True, kw_only=True)
+@checked
 class RoundConfig:
-    """Everything public that a device must know to compute one update; carries no epsilon on purpose."""
+    """Everything public that a device needs to compute one update. There is no epsilon: devices compute their own."""
 
     dp: DPParameters
     training: Training
-    architecture: Architecture  # of the model: which family, and how large
+    architecture: Architecture
     aggregation: AggregationConfig
     agreement: AggregationParameters
-    holdout_fraction: float = 0.0  # share of the units that no update is computed from, in [0, 1)
-
-    def __post_init__(self) -> None:
-        _check_share(self.holdout_fraction)
+    holdout_fraction: Annotated[float, In("[0, 1)")] = 0.0  # share of the units that is not trained on
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class EvaluationRequest:
-    """Everything public that a device must know to score one model on its own photos; no epsilon here either."""
+    """Everything public that a device needs to evaluate one model on its own photos; no epsilon here either."""
 
     dp: DPParameters
     architecture: Architecture
-    method: Method  # how photos that were shrunk are made large again
+    method: Method  # how degraded photos are upsampled
     downscale: Degradation
     metrics: LocalMetricsConfig
     aggregation: AggregationConfig
     agreement: AggregationParameters
-    holdout_fraction: float = (
-        0.0  # share of the units that are asked; 0: all, since nothing was trained on them
-    )
-
-    def __post_init__(self) -> None:
-        _check_share(self.holdout_fraction)
+    # Share of the units that is evaluated; 0 means all of them, because nothing was trained on them.
+    holdout_fraction: Annotated[float, In("[0, 1)")] = 0.0
 
     def ranges(self) -> Vector:
         """Public bounds of the numbers that a device sends, shape (d,), all > 0."""
@@ -74,165 +92,122 @@ class EvaluationRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class TrainTask:
-    """Fine-tune these weights for one round and send the protected change."""
+    """Fine-tune these weights for one round and send the protected update."""
 
-    run: str  # name of the run, the same in every round
-    round: int  # from 1
-    cohort: int  # how many devices are asked, as the server says
-    seed: int  # of replayable streams: latents of made pictures, directions of low-rank changes
+    kind: ClassVar[str] = "train"
+
+    run: RunName  # the same in every round
+    round: Count  # from 1
+    cohort: Count  # how many devices are asked, as the server says
+    seed: Seed  # of replayable streams: latents of generated images, directions of low-rank changes
     config: RoundConfig
     weights: Vector  # of all networks of the model, flat (d,)
-    buffers: Vector  # noise maps and mean style, flat; a flow has none
-    model: str  # hash of the weights, for the ledger
+    buffers: Vector  # noise maps and mean style, flat; empty for a flow
+    model: Name  # hash of the weights, for the ledger
 
     @property
     def ledger_key(self) -> str:
-        """Under which name the ledger books it."""
+        """The name under which the ledger records it."""
         return self.run
-
-    def message(self) -> Message:
-        """For the wire."""
-        header = {
-            "what": "train", "version": VERSION, "run": self.run, "round": self.round, "cohort": self.cohort,
-            "seed": self.seed, "model": self.model, "dp": self.config.dp.to_record(),
-            "training": plain(self.config.training), "architecture": plain(self.config.architecture),
-            "aggregation": plain(self.config.aggregation), "agreement": plain(self.config.agreement),
-            "holdout_fraction": self.config.holdout_fraction,
-        }  # fmt: skip
-        return Message(
-            json.dumps(header), {"weights": vector_bytes(self.weights), "buffers": vector_bytes(self.buffers)}
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class EvaluateTask:
-    """Score this model on photos of your own and send the protected sums of figures."""
+    """Evaluate this model on photos of your own and send the protected sums of metrics."""
 
-    run: str
-    round: int  # which question of the run, from 1
-    cohort: int
-    seed: int  # where searches start; the same for every photo
+    kind: ClassVar[str] = "evaluate"
+
+    run: RunName
+    round: Count  # which evaluation of the run, from 1
+    cohort: Count
+    seed: Seed  # where searches start; the same for every photo
     request: EvaluationRequest
     weights: Vector
     buffers: Vector
-    model: str  # hash of the weights, for the ledger
+    model: Name  # hash of the weights, for the ledger
 
     @property
     def ledger_key(self) -> str:
-        """Under which name the ledger books it: a run's figures are releases beside its updates."""
+        """The name under which the ledger records it: a run's metrics are releases beside its updates."""
         return metrics_ledger_key(self.run)
-
-    def message(self) -> Message:
-        """For the wire."""
-        asked = self.request
-        header = {
-            "what": "evaluate", "version": VERSION, "run": self.run, "round": self.round, "cohort": self.cohort,
-            "seed": self.seed, "model": self.model, "dp": asked.dp.to_record(), "architecture": plain(asked.architecture),
-            "method": plain(asked.method), "downscale": plain(asked.downscale), "metrics": plain(asked.metrics),
-            "aggregation": plain(asked.aggregation), "agreement": plain(asked.agreement),
-            "holdout_fraction": asked.holdout_fraction,
-        }  # fmt: skip
-        return Message(
-            json.dumps(header), {"weights": vector_bytes(self.weights), "buffers": vector_bytes(self.buffers)}
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class DecryptTask:
-    """Open this sum: only a device that holds the key can. The sum is public once opened."""
+    """Decrypt this sum: only a device that holds the key can. The sum is public once decrypted."""
 
-    run: str
-    round: int
+    kind: ClassVar[str] = "decrypt"
+
+    run: RunName
+    round: Count
     aggregation: AggregationConfig
     agreement: AggregationParameters
     total: bytes  # a payload
-    count: Literal["updates", "figures"] = "updates"
+    sum_of: Literal["updates", "metrics"] = "updates"
 
     @property
-    def book(self) -> str:
-        """Under which name the ledger booked this device's part in the sum."""
-        return self.run if self.count == "updates" else metrics_ledger_key(self.run)
-
-    def message(self) -> Message:
-        """For the wire."""
-        header = {
-            "what": "reveal", "version": VERSION, "run": self.run, "round": self.round, "of": self.count,
-            "aggregation": plain(self.aggregation), "agreement": plain(self.agreement),
-        }  # fmt: skip
-        return Message(json.dumps(header), {"total": self.total})
+    def ledger_key(self) -> str:
+        """The name under which the ledger recorded this device's part of the sum."""
+        return self.run if self.sum_of == "updates" else metrics_ledger_key(self.run)
 
 
 Task = TrainTask | EvaluateTask | DecryptTask
 
 
 def metrics_ledger_key(run: str) -> str:
-    """The ledger's name for what a run asked beside its updates."""
-    return f"{run}/figures"
+    """The ledger's name for what a run evaluates beside its updates."""
+    return f"{run}/metrics"
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class TrainResult:
     """A protected update."""
 
-    device: str  # the name under which the device wants to be listed
-    payload: bytes
-    seconds_protect: float
+    kind: ClassVar[str] = "train-result"
 
-    def message(self) -> Message:
-        """For the wire."""
-        header = {
-            "what": "trained",
-            "version": VERSION,
-            "device": self.device,
-            "seconds": self.seconds_protect,
-        }
-        return Message(json.dumps(header), {"payload": self.payload})
+    device: Name  # the name under which the device is listed
+    payload: bytes
+    seconds_protect: Annotated[float, In("[0, 1e9)")]
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class EvaluateResult:
-    """Protected sums of figures."""
+    """Protected sums of metrics."""
 
-    device: str
+    kind: ClassVar[str] = "evaluate-result"
+
+    device: Name
     payload: bytes
-    seconds_protect: float
-
-    def message(self) -> Message:
-        """For the wire."""
-        header = {
-            "what": "scored",
-            "version": VERSION,
-            "device": self.device,
-            "seconds": self.seconds_protect,
-        }
-        return Message(json.dumps(header), {"payload": self.payload})
+    seconds_protect: Annotated[float, In("[0, 1e9)")]
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class DecryptResult:
-    """An opened sum."""
+    """A decrypted sum."""
 
-    device: str
+    kind: ClassVar[str] = "decrypt-result"
+
+    device: Name
     total: Vector
 
-    def message(self) -> Message:
-        """For the wire."""
-        header = {"what": "revealed", "version": VERSION, "device": self.device}
-        return Message(json.dumps(header), {"total": vector_bytes(self.total)})
-
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class Refusal:
     """A device's "no", a normal reply."""
 
-    device: str
+    kind: ClassVar[str] = "refusal"
+
+    device: Name
     reason: str
     withdrawn: bool = False  # the owner has left this run, and the server is to forget the device
-
-    def message(self) -> Message:
-        """For the wire."""
-        return Message(json.dumps({"what": "refusal", "version": VERSION, **asdict(self)}), {})
 
 
 Reply = TrainResult | EvaluateResult | DecryptResult | Refusal
@@ -245,23 +220,31 @@ class Failure:
     reason: str
 
 
+def to_message(content: Task | Reply) -> Message:
+    """A task or a reply for the wire: bytes and vectors as blobs, everything else in the header."""
+    blobs: dict[str, bytes] = {}
+    for field in fields(content):
+        match getattr(content, field.name):
+            case bytes() as written:
+                blobs[field.name] = written
+            case torch.Tensor() as vector:
+                blobs[field.name] = vector_bytes(vector)
+    return Message(json.dumps({"version": VERSION} | encode(content, leave_out=blobs)), blobs)
+
+
 def protection_of(task: Task) -> str:
-    """How what leaves is protected, in words for the owner."""
+    """How what leaves the device is protected, in words for its owner."""
     match task:
-        case TrainTask(config=agreed):
-            terms, aggregation = agreed.dp, agreed.aggregation
-        case EvaluateTask(request=question):
-            terms, aggregation = question.dp, question.aggregation
+        case TrainTask(config=config) | EvaluateTask(request=config):
+            dp, aggregation = config.dp, config.aggregation
         case DecryptTask():
             return ""
-    if not terms.is_private:
+    if not dp.is_private:
         noise = "NO noise"
-    elif terms.noise_at == "server":
-        noise = (
-            f"cut to a bounded length; the server adds the noise (multiplier {terms.noise_multiplier:.3g})"
-        )
+    elif dp.noise_at == "server":
+        noise = f"cut to a bounded length; the server adds the noise (multiplier {dp.noise_multiplier:.3g})"
     else:
-        noise = f"noise added here (multiplier {terms.noise_multiplier:.3g}), a promise per {terms.unit}"
+        noise = f"noise added here (multiplier {dp.noise_multiplier:.3g}), a promise per {dp.unit}"
     hidden = isinstance(aggregation, HomomorphicConfig)
     return f"{noise}; " + (
         "encrypted, only the sum over devices is opened" if hidden else "not encrypted: the server sees it"
@@ -281,8 +264,3 @@ def vector_from(written: bytes) -> Vector:
     if not torch.isfinite(vector).all():
         raise ValueError("a vector holds numbers that are not finite")
     return vector
-
-
-def _check_share(holdout_fraction: float) -> None:
-    if not 0 <= holdout_fraction < 1:
-        raise ValueError(f"holdout_fraction must lie in [0, 1), got {holdout_fraction}")

@@ -1,15 +1,15 @@
 """Weights as one flat vector (for aggregation) or one safetensors file (for keeping), and their hash.
 
-Called from training/, federation/, the command line. safetensors is a list of numbers with names and cannot
+safetensors is a list of numbers with names and cannot
 carry code, so a file from a stranger is at worst wrong. Shapes and names are checked before anything is used.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fedface.atomic_io import replace_bytes
-from fedface.config import parse, plain
+from fedface.codec import dumps, loads
 from fedface.errors import ConfigError, WeightsError
 from fedface.models.model import (
     Architecture,
@@ -39,7 +39,7 @@ FLOW_PATH = BUNDLED / "flow32.safetensors"
 ENCODER_PATH = BUNDLED / "encoder32.safetensors"
 STYLE_ENCODER_PATH = BUNDLED / "style-encoder32.safetensors"
 SUPER_RESOLUTION_PATH = BUNDLED / "super-resolution32.safetensors"
-FORMAT = "fedface-model-3"
+HEADER = "fedface"  # the key of the metadata under which our header stands
 
 
 def flatten_parameters(*modules: nn.Module) -> Vector:
@@ -142,12 +142,7 @@ def model_bytes(model: Model) -> bytes:
     for prefix, module in model.networks.items():
         for name, value in module.state_dict().items():
             tensors[f"{prefix}.{name}"] = value.detach().contiguous().float()
-    header = {
-        "format": FORMAT,
-        "architecture": json.dumps(plain(model.architecture)),
-        "notes": json.dumps(dict(model.notes)),
-    }
-    return save(tensors, header)
+    return save(tensors, {HEADER: dumps(CheckpointHeader(model.architecture, dict(model.notes)))})
 
 
 def check_place(path: Path) -> None:
@@ -171,8 +166,13 @@ def save_model(path: Path, model: Model) -> None:
 
 
 @dataclass(frozen=True)
-class _Header:
+class CheckpointHeader:
+    """What a file says of its networks, beside their weights."""
+
+    version: ClassVar[int] = 4
+
     architecture: Architecture
+    notes: dict[str, Any]
 
 
 def load_model(path: Path) -> Model:
@@ -190,31 +190,22 @@ def load_model(path: Path) -> Model:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, RuntimeError) as error:
         raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
-    if header.get("format") != FORMAT:
+    if HEADER not in header:
         raise WeightsError(
-            f"{path}: wanted a model of fedface ({FORMAT}), got {header.get('format', 'another kind')}; "
+            f"{path}: expected a model of fedface, got a safetensors file of another kind; "
             "`fedface weights import` reads files of other programs"
         )
     try:
-        architecture = _architecture(header)
-        notes = dict(json.loads(header["notes"]))
-        # Without memory first: the description is a stranger's, and may be of networks that fill this machine.
+        described = loads(CheckpointHeader, header[HEADER])
+        # Without memory first: the description comes from outside, and may be of networks that fill this machine.
         with torch.device("meta"):
-            _check(path, build_model(architecture), tensors)
-        model = build_model(architecture, torch.Generator(), notes)
-    except (
-        KeyError, TypeError, ValueError, ConfigError, RuntimeError, OverflowError, MemoryError
-    ) as error:  # fmt: skip
-        raise WeightsError(f"{path}: its description of the networks is damaged ({error})") from error
+            _check(path, build_model(described.architecture), tensors)
+        model = build_model(described.architecture, torch.Generator(), described.notes)
+    except (TypeError, ValueError, ConfigError, RuntimeError, OverflowError, MemoryError) as error:
+        raise WeightsError(f"{path}: its description of the networks cannot be read ({error})") from error
     for prefix, module in model.networks.items():
         module.load_state_dict({name: tensors[f"{prefix}.{name}"] for name in module.state_dict()})
     return model
-
-
-def _architecture(header: dict[str, str]) -> Architecture:
-    described = json.dumps({"architecture": json.loads(header["architecture"])})
-    read: _Header = parse(described, _Header, name="header")
-    return read.architecture
 
 
 def _check(path: Path, model: Model, tensors: dict[str, Tensor]) -> None:

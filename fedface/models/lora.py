@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import assert_never
+from typing import ClassVar, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +36,14 @@ MAX_RANK = 4096
 class Full:
     """All weights learn."""
 
+    kind: ClassVar[str] = "full"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
     """Only low-rank changes of convolutions, style affines and fully connected layers learn; no bias does."""
+
+    kind: ClassVar[str] = "lora"
 
     rank: int = 4  # r, from 1 to 4096; a layer with fewer inputs than this gets as many as it has inputs
 

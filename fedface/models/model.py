@@ -30,6 +30,7 @@ Networks = dict[str, nn.Module]  # in the order in which their weights are flatt
 class GanArchitecture:
     """A StyleGAN2 generator and its discriminator."""
 
+    kind: ClassVar[str] = "gan"
     description: ClassVar[str] = "a generator with its discriminator"
     generator: StyleGAN2Config = field(default_factory=StyleGAN2Config)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
@@ -53,6 +54,7 @@ class GanArchitecture:
 class EncoderArchitecture:
     """A StyleGAN2 generator and the encoder that estimates a photo's latent."""
 
+    kind: ClassVar[str] = "encoder"
     description: ClassVar[str] = "a generator with an encoder"
     generator: StyleGAN2Config = field(default_factory=StyleGAN2Config)
     encoder: LatentEncoderConfig = field(default_factory=LatentEncoderConfig)
@@ -78,6 +80,7 @@ class EncoderArchitecture:
 class FlowArchitecture:
     """A rectified flow alone."""
 
+    kind: ClassVar[str] = "flow"
     description: ClassVar[str] = "a rectified flow"
     flow: FlowConfig = field(default_factory=FlowConfig)
 
@@ -93,6 +96,7 @@ class FlowArchitecture:
 class GeneratorArchitecture:
     """A generator without a discriminator, such as an imported one: for sampling and searching, not for training."""
 
+    kind: ClassVar[str] = "generator"
     description: ClassVar[str] = "a generator alone"
     generator: StyleGAN2Config | StyleGAN1Config = field(default_factory=StyleGAN2Config)
 
@@ -110,6 +114,7 @@ class GeneratorArchitecture:
 class StyleEncoderArchitecture:
     """A StyleGAN2 generator and the encoder that estimates the styles of a low-resolution photo."""
 
+    kind: ClassVar[str] = "style-encoder"
     description: ClassVar[str] = "a generator with a style encoder"
     generator: StyleGAN2Config = field(default_factory=StyleGAN2Config)
     encoder: StyleEncoderNetworkConfig = field(default_factory=StyleEncoderNetworkConfig)
@@ -145,6 +150,7 @@ class StyleEncoderArchitecture:
 class SuperResolutionArchitecture:
     """A super-resolution network alone: it enlarges photos and has no generator."""
 
+    kind: ClassVar[str] = "super-resolution"
     description: ClassVar[str] = "a super-resolution network"
     network: SuperResolutionNetworkConfig = field(default_factory=SuperResolutionNetworkConfig)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fedface.config import plain
+from fedface.codec import encode
 from fedface.models.checkpoint import weights_hash
 from fedface.models.model import Model
 
@@ -66,5 +66,5 @@ def _facts(name: str, module: nn.Module) -> NetworkSummary:
         network=type(module).__name__,
         weights=weights,
         fixed=kept - weights,
-        config=dict(plain(module.config)),
+        config=dict(encode(module.config)),
     )

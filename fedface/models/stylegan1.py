@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ FUSED_FROM = 128  # from this side on, the published network doubles and convolv
 @dataclass(frozen=True, kw_only=True)
 class StyleGAN1Config:
     """The shape of a StyleGAN1 generator; the defaults are the published network for 1024 px faces."""
+
+    kind: ClassVar[str] = "stylegan1"
 
     size: int = 1024  # height and width of images in pixels, a power of two from 8 to 1024
     latent_width: int = 512  # width of z

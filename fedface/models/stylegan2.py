@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ from fedface.tensor_types import Images, Latents, Styles
 @dataclass(frozen=True, kw_only=True)
 class StyleGAN2Config:
     """The shape of a generator; equal configs have weights that can be summed."""
+
+    kind: ClassVar[str] = "stylegan2"
 
     size: int = 32  # height and width of images in pixels, a power of two from 8 to 1024
     latent_width: int = 64  # width of z

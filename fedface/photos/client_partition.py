@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import assert_never
+from typing import ClassVar, assert_never
 
 import numpy as np
 
@@ -16,6 +16,8 @@ import numpy as np
 @dataclass(frozen=True)
 class Even:
     """Every device gets a random sample of everything: the control."""
+
+    kind: ClassVar[str] = "even"
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,14 @@ class ByGroup:
     Devices are dealt to groups by size. With fewer devices than groups, whole groups share a device.
     """
 
+    kind: ClassVar[str] = "by-group"
+
 
 @dataclass(frozen=True)
 class Dirichlet:
     """Each group is dealt out in Dirichlet(alpha) proportions: small alpha is unequal, large is even."""
+
+    kind: ClassVar[str] = "dirichlet"
 
     alpha: float  # > 0
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fedface.privacy_units import UNITS, Unit
 
@@ -22,6 +22,14 @@ def check_delta(delta: float) -> None:
         raise ValueError(f"delta must lie in [{MIN_DELTA:g}, 1), got {delta}")
 
 
+def format_delta(delta: float) -> str:
+    """A delta in the one way in which it is written: 0.001, 1e-4, 2.5e-6."""
+    if float(f"{delta:.6g}") >= 1e-3:
+        return f"{delta:g}"
+    digits, _, power = f"{delta:.5e}".partition("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrivacyTarget:
     """At most epsilon of privacy loss for one unit over the whole run, except with probability about delta.
@@ -31,6 +39,8 @@ class PrivacyTarget:
     Raises:
         ValueError: A number outside its bounds, or a unit that no mechanism here covers.
     """
+
+    kind: ClassVar[str] = "privacy-target"
 
     epsilon: float  # upper bound on privacy loss, > 0, finite; what is not bounded is called NoPromise
     delta: float  # 1e-10 <= delta < 1; choose well below 1 / number of units
@@ -62,6 +72,8 @@ class PrivacyTarget:
 @dataclass(frozen=True)
 class NoPrivacy:
     """Epsilon is infinite. For baselines on photos whose owners know; devices refuse it by default."""
+
+    kind: ClassVar[str] = "no-privacy"
 
 
 PrivacyGuarantee = PrivacyTarget | NoPrivacy

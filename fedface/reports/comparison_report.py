@@ -14,11 +14,11 @@ import numpy as np
 
 from fedface.atomic_io import replace_text
 from fedface.audits.group_metrics import mean_interval
+from fedface.codec import dumps, load
 from fedface.errors import RunError
 from fedface.experiment import NO_DP_LABEL
-from fedface.measurements import Epsilon, Interval, Measurement, NotMeasured
-from fedface.number_format import format_delta
-from fedface.reports import strict
+from fedface.privacy.privacy_target import format_delta
+from fedface.reports.measurements import Epsilon, Interval, Measurement, NotMeasured
 from fedface.reports.run_record import MachineRecord
 
 FILE = "comparison.json"
@@ -142,7 +142,7 @@ def over_seeds(figures: Sequence[Measurement]) -> Measurement:
 
 def write(record: ComparisonRecord, folder: Path) -> None:
     """`comparison.json` and `comparison.md` in a folder."""
-    replace_text(folder / FILE, strict.dumps(record))
+    replace_text(folder / FILE, dumps(record))
     replace_text(folder / "comparison.md", markdown(record))
 
 
@@ -151,7 +151,7 @@ def read(folder: Path) -> ComparisonRecord:
     path = folder / FILE
     if not path.is_file():
         raise RunError(f"{folder}: holds no finished comparison; `fedface compare` makes one")
-    return strict.loads(ComparisonRecord, path.read_text(encoding="utf-8"))
+    return load(ComparisonRecord, path)
 
 
 def markdown(record: ComparisonRecord) -> str:

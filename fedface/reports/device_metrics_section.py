@@ -6,20 +6,17 @@ intervals include it, and a group that cannot be told from a small one has none.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fedface import number_format
 from fedface.audits.dp_metric_estimates import minimum_detectable_gap
 from fedface.audits.dp_metrics import LocalMetricsConfig
 from fedface.audits.dp_ratio_estimates import DP_METRICS
-from fedface.config import parse
-from fedface.errors import ConfigError
-from fedface.measurements import Interval, Measurement, NotMeasured
-from fedface.reports import charts
+from fedface.codec import CodecError, decode
+from fedface.reports import charts, formatting
 from fedface.reports.device_metrics_record import DeviceMetricsGroup, DeviceMetricsRecord
+from fedface.reports.measurements import Interval, Measurement, NotMeasured
 from fedface.reports.record_builders import light_to_dark
 from fedface.reports.run_record import PlanRecord, RunRecord
 
@@ -130,7 +127,7 @@ def _cell(value: Measurement, *, whole: bool = False) -> tuple[str, str]:
         case Interval(estimate=estimate, low=low, high=high):
             if whole:
                 return f"about {estimate:,.0f}", f"[{max(low, 0):,.0f}, {high:,.0f}]"
-            return value.texts()
+            return formatting.interval(value)
         case NotMeasured(not_measured=reason):
             return "not told", reason
 
@@ -194,8 +191,8 @@ def figures_config(experiment: dict[str, object]) -> LocalMetricsConfig | None:
     if not isinstance(evaluation, dict) or not isinstance(told := evaluation.get("metrics"), dict):
         return None
     try:
-        return parse(json.dumps(told), LocalMetricsConfig, name="figures")  # JSON is YAML
-    except ConfigError:
+        return decode(LocalMetricsConfig, told, complete=True)
+    except CodecError:
         return None
 
 
@@ -206,4 +203,4 @@ def spent_sentence(record: DeviceMetricsRecord) -> str:
 
 def spent_words(record: DeviceMetricsRecord) -> str:
     """How many answered, at what price for one unit."""
-    return f"{number_format.counted(record.devices, 'device')} answered, at {str(record.epsilon)}"
+    return f"{formatting.counted(record.devices, 'device')} answered, at {formatting.epsilon(record.epsilon)}"

@@ -12,15 +12,14 @@ import re
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fedface.atomic_io import replace_text
+from fedface.codec import dumps, load
 from fedface.errors import RunError
-from fedface.measurements import Epsilon, Measurement, NotMeasured
-from fedface.reports import strict
 from fedface.reports.device_metrics_record import WITHDRAWN, DeviceMetricsRecord, WithdrawalRecord
+from fedface.reports.measurements import Epsilon, Measurement, NotMeasured
 
-VERSION = 1
 FILE = "run.json"
 HASH = re.compile(r"[0-9a-f]{8,64}")
 
@@ -28,6 +27,8 @@ HASH = re.compile(r"[0-9a-f]{8,64}")
 @dataclass(frozen=True, kw_only=True)
 class PlanRecord:
     """The promise made before the run, and the mechanism that keeps it."""
+
+    kind: ClassVar[str] = "plan"
 
     guarantee: str  # in words
     unit: str
@@ -52,6 +53,8 @@ class PlanRecord:
 @dataclass(frozen=True, kw_only=True)
 class NoPrivacyRecord:
     """A run without a privacy promise, and why."""
+
+    kind: ClassVar[str] = "no-privacy"
 
     no_privacy: str
 
@@ -134,6 +137,8 @@ class GapRecord:
 @dataclass(frozen=True, kw_only=True)
 class BiasRecord:
     """Whom one set of weights serves worse, on which probe."""
+
+    kind: ClassVar[str] = "bias"
 
     weights_hash: str
     probe: str  # which photos, in words
@@ -219,8 +224,10 @@ class RunRecord:
     """A finished run.
 
     Raises:
-        ValueError: Another version, times without UTC, or an attack that names a picture that is not there.
+        ValueError: Times without UTC, or an attack that names a picture that is not there.
     """
+
+    version: ClassVar[int] = 2
 
     name: str
     question: str
@@ -252,11 +259,8 @@ class RunRecord:
     reference: dict[str, BiasRecord] = field(
         default_factory=dict
     )  # simple methods on the same probe, by title
-    version: int = field(default=VERSION)
 
     def __post_init__(self) -> None:
-        if self.version != VERSION:
-            raise ValueError(f"version must be {VERSION}, got {self.version}; use the fedface that wrote it")
         for name in ("started", "finished"):
             moment = datetime.fromisoformat(getattr(self, name))
             if moment.utcoffset() != timedelta(0):
@@ -268,28 +272,11 @@ class RunRecord:
                 if picture not in self.pictures:
                     raise ValueError(f"attacks name the picture {picture!r}, which is not among the pictures")
 
-    def to_json(self) -> str:
-        """The record as JSON text; what `from_json` reads back as an equal record.
-
-        Raises:
-            ValueError: A number is NaN or infinite; the text names which.
-        """
-        return strict.dumps(self)
-
-    @staticmethod
-    def from_json(text: str) -> RunRecord:
-        """The record in JSON text.
-
-        Raises:
-            RunError: A key is unknown, missing or twice, or a value is of the wrong type or out of bounds.
-        """
-        return strict.loads(RunRecord, text)
-
 
 def write(record: RunRecord, folder: Path) -> Path:
     """Write `run.json` into a run's folder in one step, so that a reader never sees half of it."""
     path = folder / FILE
-    replace_text(path, record.to_json())
+    replace_text(path, dumps(record))
     return path
 
 
@@ -301,13 +288,9 @@ def read(folder: Path) -> RunRecord:
     """
     path = folder / FILE
     try:
-        return RunRecord.from_json(path.read_text(encoding="utf-8"))
+        return load(RunRecord, path)
     except FileNotFoundError as error:
         raise RunError(f"{path}: no record of a run here; expected the folder of a finished run") from error
-    except UnicodeDecodeError as error:
-        raise RunError(f"{path}: expected UTF-8 text, got other bytes") from error
-    except RunError as error:
-        raise RunError(f"{path}: {error}") from error
 
 
 def _check_hash(digest: str) -> None:

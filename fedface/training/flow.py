@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from threading import Lock
-from typing import assert_never
+from typing import ClassVar, assert_never
 
 import numpy as np
 import torch
@@ -43,6 +43,8 @@ _EVALUATIONS_AT_ONCE = 64  # photos times draws whose activations are in memory 
 @dataclass(frozen=True, kw_only=True)
 class FlowTrainingConfig:
     """How devices fine-tune a flow; every number is public and the same on all devices."""
+
+    kind: ClassVar[str] = "flow-training"
 
     rounds: int = 5  # rounds of the run, >= 1
     steps_per_round: int = 8  # private steps a device takes in one round, >= 1

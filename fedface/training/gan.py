@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ MAX_FAKES_PER_ROUND = 1_000_000  # a stranger's task must not keep a device busy
 @dataclass(frozen=True, kw_only=True)
 class GanTrainingConfig:
     """How devices fine-tune generator and discriminator; every number is public and the same on all devices."""
+
+    kind: ClassVar[str] = "gan-training"
 
     rounds: int = 6  # rounds of the run, >= 1
     steps_per_round: int = 4  # discriminator steps a device takes in one round, >= 1

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, assert_never
+from typing import ClassVar, Literal, assert_never
 
 import torch
 from torch import Tensor
@@ -49,6 +49,8 @@ _PASSES = 2  # steps of the prior towards what the devices read
 @dataclass(frozen=True, kw_only=True)
 class PriorTrainingConfig:
     """How devices describe their photos' latents; every number is public and the same on all devices."""
+
+    kind: ClassVar[str] = "prior-training"
 
     second_moments: Second = "diagonal"  # second moments: none, one per number of the latent, or all products
     expected_batch_size: int = 200  # public divisor of each device's sum, about the photos of a device, >= 1

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from fedface.config import plain
+from fedface.codec import encode
 from fedface.models.checkpoint import weights_hash
 from fedface.models.model import Model, StyleEncoderArchitecture, SuperResolutionArchitecture
 from fedface.models.style_encoder import StyleEncoder, StyleEncoderNetworkConfig
@@ -133,7 +133,7 @@ def _learn(
         if step % 50 == 0:
             report("upsampler", step, config.steps, {"loss": loss.item()})
     return averaged, {
-        "recipe": plain(config),
+        "recipe": encode(config),
         "images_seen": config.steps * config.batch,
         "seconds": round(time.monotonic() - started),
         "threads": torch.get_num_threads(),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ _MOST_NUMBERS = 2**27  # of one photo: about half a gigabyte, and its gradient s
 @dataclass(frozen=True, kw_only=True)
 class UpsamplerTrainingConfig:
     """How devices teach an upsampler; every number is public and the same on all devices."""
+
+    kind: ClassVar[str] = "upsampler-training"
 
     rounds: int = 5  # rounds of the run, >= 1
     steps_per_round: int = 8  # private steps a device takes in one round, >= 1

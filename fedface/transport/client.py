@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 from fedface.device.client import Device, handle_task
 from fedface.device.config import load_device
 from fedface.errors import FederationError, FedfaceError, WeightsError
+from fedface.messages.messages import to_message
 from fedface.messages.parsing import read_task
 from fedface.transport.wire import DEVICE_ERROR, MAX_REASON, from_record, to_record
 
@@ -47,7 +48,7 @@ def _answer(
     try:
         task = read_task(from_record(message.content))
         reply = handle_task(task, device_for(context))
-        return FlowerMessage(to_record(reply.message()), reply_to=message)
+        return FlowerMessage(to_record(to_message(reply)), reply_to=message)
     except (FederationError, WeightsError) as error:
         log.warning("%s", error)
         return FlowerMessage(Error(DEVICE_ERROR, str(error)[:MAX_REASON]), reply_to=message)

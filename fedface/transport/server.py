@@ -22,6 +22,7 @@ from fedface.messages.messages import (
     Task,
     TrainResult,
     TrainTask,
+    to_message,
 )
 from fedface.messages.parsing import read_reply
 from fedface.transport.wire import DECRYPT, EVALUATE, MAX_REASON, TRAIN, from_record, to_record
@@ -56,7 +57,7 @@ class GridCohort:
     def ask(self, task: Task, members: Sequence[int], heard: OnReply) -> Mapping[int, Reply | Failure]:
         """Send one task to some devices and gather what comes back; one entry per member, none missing."""
         kind, _ = _expected(task)
-        record = to_record(task.message())
+        record = to_record(to_message(task))
         answers: dict[int, Reply | Failure] = {}
         waiting: dict[str, int] = {}
         for number in members:

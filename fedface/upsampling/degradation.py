@@ -38,6 +38,8 @@ class BicubicPulse:
     differs. Odd factors shift by half a pixel, as in the published code: factor 1 is not the identity.
     """
 
+    kind: ClassVar[str] = "bicubic-pulse"
+
     factor: int  # >= 1
 
     spread: ClassVar[float] = 0.0
@@ -62,6 +64,8 @@ class BicubicPulse:
 @dataclass(frozen=True)
 class Bicubic:
     """The antialiased bicubic of torch and PIL (a = -0.5), borders included; factor 1 is the identity."""
+
+    kind: ClassVar[str] = "bicubic"
 
     factor: int  # >= 1
 
@@ -88,6 +92,8 @@ class Bicubic:
 class Area:
     """The mean of each block of factor x factor pixels: what binned sensors do."""
 
+    kind: ClassVar[str] = "area"
+
     factor: int  # >= 1; 1 is the identity
 
     spread: ClassVar[float] = 0.0
@@ -112,6 +118,8 @@ class Area:
 @dataclass(frozen=True)
 class Pixelate:
     """A mosaic: every block of block x block pixels shows its mean; the size stays."""
+
+    kind: ClassVar[str] = "pixelate"
 
     block: int  # >= 1; 1 is the identity
 
@@ -141,6 +149,8 @@ class Pixelate:
 class Blur:
     """A Gaussian, cut off at four sigma and normalised; reflected borders do not repeat the edge; the size stays."""
 
+    kind: ClassVar[str] = "blur"
+
     sigma: float  # in (0, 1024], in pixels
 
     factor: ClassVar[int] = 1
@@ -163,6 +173,8 @@ class Blur:
 @dataclass(frozen=True)
 class Noise:
     """Independent normal noise on every value. `apply` gives its mean, the picture itself; `measure` draws it."""
+
+    kind: ClassVar[str] = "noise"
 
     std: float  # >= 0, in units of sRGB in [0, 1]
 
@@ -193,6 +205,8 @@ DegradationStep: TypeAlias = BicubicPulse | Bicubic | Area | Pixelate | Blur | N
 @dataclass(frozen=True)
 class Chain:
     """Several degradations, one after the other."""
+
+    kind: ClassVar[str] = "chain"
 
     parts: tuple[DegradationStep, ...]  # at least one, and no chain among them
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,8 @@ def check_eps(eps: float) -> None:
 class NearestConfig:
     """Every pixel becomes a square: what pixelation looks like."""
 
+    kind: ClassVar[str] = "nearest"
+
     eps: float = EPS
 
     def __post_init__(self) -> None:
@@ -41,6 +44,8 @@ class NearestConfig:
 @dataclass(frozen=True, kw_only=True)
 class BicubicConfig:
     """The smooth enlargement of every picture viewer."""
+
+    kind: ClassVar[str] = "bicubic"
 
     eps: float = EPS
 
@@ -52,6 +57,8 @@ class BicubicConfig:
 class SuperResolutionConfig:
     """A feed-forward network trained to undo the downscale: the mean of the faces that fit, hence blurred."""
 
+    kind: ClassVar[str] = "super-resolution"
+
     eps: float = EPS
 
     def __post_init__(self) -> None:
@@ -61,6 +68,8 @@ class SuperResolutionConfig:
 @dataclass(frozen=True, kw_only=True)
 class StyleEncoderConfig:
     """A style encoder and its generator: one face out of those that the generator knows."""
+
+    kind: ClassVar[str] = "style-encoder"
 
     eps: float = EPS
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, assert_never
+from typing import ClassVar, Literal, Protocol, assert_never
 
 import torch
 from torch import Tensor
@@ -66,6 +66,8 @@ class Flow(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class GuidedFlowConfig:
     """Settings of the guided path."""
+
+    kind: ClassVar[str] = "guided-flow"
 
     noise_std: float = (
         0.02  # >= 0, std of what separates photos from the model; the noise is hypot(this, degradation's)

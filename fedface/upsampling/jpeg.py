@@ -56,6 +56,8 @@ class Jpeg:
     of sharing chroma among four pixels and enlarging it again.
     """
 
+    kind: ClassVar[str] = "jpeg"
+
     quality: int  # 1 to 100, as libjpeg counts
     chroma: Literal["4:4:4", "4:2:0"] = "4:2:0"  # full size, or half of it along both sides
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from scipy import stats
@@ -68,6 +68,8 @@ class HmcConfig:
     The metric comes from the prior, and step lengths adapt during the annealing alone. The `final` moves are those of
     one fixed Markov chain whose stationary distribution is the posterior itself.
     """
+
+    kind: ClassVar[str] = "hmc"
 
     noise_std: float = (
         0.02  # >= 0, std of what separates photos from the model; the noise is hypot(this, degradation's)

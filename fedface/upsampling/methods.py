@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TypeAlias, assert_never
+from typing import ClassVar, TypeAlias, assert_never
 
-from fedface.config import kind_of
 from fedface.errors import ConfigError
 from fedface.models.checkpoint import (
     load_flow,
@@ -52,6 +51,8 @@ from fedface.upsampling.upsampler import Progress, StepCallback, Upsampler
 class PulseEncoderInitConfig:
     """PULSE, started from what a style encoder answers instead of from anywhere."""
 
+    kind: ClassVar[str] = "pulse-encoder-init"
+
     pulse: PulseConfig = field(default_factory=PulseConfig)
 
 
@@ -67,7 +68,7 @@ Method: TypeAlias = (
 )
 
 METHODS: Mapping[str, Method] = {
-    kind_of(type(method)): method
+    method.kind: method
     for method in (
         PulseConfig(),
         PulseEncoderInitConfig(),
@@ -84,7 +85,7 @@ BASELINES: tuple[Method, ...] = (NearestConfig(), BicubicConfig())  # beside eve
 
 def name_of(method: Method) -> str:
     """A method's name on the command line and in a recipe, such as "pulse"."""
-    return kind_of(type(method))
+    return method.kind
 
 
 def title_of(method: Method) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
-from typing import Literal, assert_never
+from typing import ClassVar, Literal, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,8 @@ class PulseConfig:
     The tolerance is tighter than the paper's. A fixed tolerance in sRGB is a larger share of a dark face than
     of a light one, so that a loose one lets dark skin stray further towards the mean of the generator.
     """
+
+    kind: ClassVar[str] = "pulse"
 
     steps: int = 100  # >= 1
     learning_rate: float = 0.8  # > 0, the peak of the schedule

@@ -22,7 +22,6 @@ from fedface.audits.feature_extractors import (
     TorchScriptFeatures,
     open_features,
 )
-from fedface.config import kind_of
 from fedface.errors import ConfigError, WeightsError
 from fedface.randomness import Streams
 
@@ -105,7 +104,7 @@ def script_file(path: Path, network: torch.nn.Module) -> Path:
 
 def test_the_kinds_of_features_have_words_of_their_own() -> None:
     """What `kind:` says in a YAML file."""
-    kinds = [kind_of(kind) for kind in (ColourFeatures, OnnxFeatures, TorchScriptFeatures)]
+    kinds = [source.kind for source in (ColourFeatures, OnnxFeatures, TorchScriptFeatures)]
     assert kinds == ["colour-features", "onnx-features", "torch-script-features"]
 
 

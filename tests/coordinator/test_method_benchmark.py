@@ -8,14 +8,15 @@ import pytest
 import torch
 from tiny import GENERATOR, RESOLVER
 
+from fedface.codec import loads
 from fedface.coordinator.method_benchmark import benchmark_methods, with_baselines
 from fedface.coordinator.rounds import SilentProgress
 from fedface.experiment import SyntheticProbe
-from fedface.measurements import Interval, NotMeasured
 from fedface.models.model import GeneratorArchitecture, Model, SuperResolutionArchitecture, build_model
 from fedface.public_data.probe import public_faces
 from fedface.randomness import Streams
-from fedface.reports import method_report, strict
+from fedface.reports import method_report
+from fedface.reports.measurements import Interval, NotMeasured
 from fedface.reports.method_report import BenchmarkRecord, MethodMetrics
 from fedface.upsampling.degradation import Area
 from fedface.upsampling.feedforward import BicubicConfig, NearestConfig, SuperResolutionConfig
@@ -109,7 +110,7 @@ def test_the_record_comes_back_and_the_table_names_every_method(
 ) -> None:
     record, pictures = compared
     path = method_report.write(record, pictures, tmp_path / "out")
-    assert strict.loads(BenchmarkRecord, (tmp_path / "out" / "methods.json").read_text()) == record
+    assert loads(BenchmarkRecord, (tmp_path / "out" / "methods.json").read_text()) == record
     table = path.read_text()
     for each in record.methods:
         assert table.count(f"| {each.title} |") == 2 + len(method_report.BY_GROUP)

@@ -14,19 +14,19 @@ from typer.testing import CliRunner
 
 from fedface.audits.dp_metrics import LocalMetricsConfig
 from fedface.cli import app
+from fedface.codec import loads
 from fedface.coordinator.model_ranking import load_candidates, ranking_parameters, run_ranking
 from fedface.coordinator.rounds import SilentProgress
 from fedface.errors import ConfigError, FederationError, FedfaceError, RunError
 from fedface.experiment import Experiment, for_ranking, read_experiment
-from fedface.measurements import Epsilon
 from fedface.messages.cohort import Cohort, OnReply
-from fedface.messages.messages import EvaluateTask, Failure, Reply, Task
+from fedface.messages.messages import EvaluateTask, Failure, Reply, Task, to_message
 from fedface.models.checkpoint import save_model
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.mechanism import GaussianSum
 from fedface.randomness import SecretNoise
-from fedface.reports import strict
+from fedface.reports.measurements import Epsilon
 from fedface.reports.model_ranking_report import RankingReport
 from fedface.simulation.devices import prepare
 from fedface.simulation.in_process import in_process_cohort
@@ -90,7 +90,7 @@ def test_a_tournament_that_was_cut_short_asks_only_what_was_not_answered(
     assert {told.weights_hash for told in record.candidates} == {first.asked[0].model, second.asked[0].model}
     for name in ("tournament.json", "tournament.md", "tournament.png", "answers.json"):
         assert (folder / name).stat().st_size > 0
-    assert strict.loads(RankingReport, (folder / "tournament.json").read_text()) == record
+    assert loads(RankingReport, (folder / "tournament.json").read_text()) == record
     for number in range(2):
         ledger = Ledger.open(devices_folder(folder) / f"device-{number:02d}" / "ledger.sqlite")
         assert len(ledger.entries()) == 2
@@ -139,7 +139,7 @@ def test_devices_are_told_weights_without_a_name(recipe: Experiment, tmp_path: P
         with pytest.raises(FederationError):
             run_ranking(recipe, models, cohort, folder, watcher=SilentProgress())
         (task,) = cohort.asked
-        assert "quokka" not in task.message().header
+        assert "quokka" not in to_message(task).header
         orders.add(task.model)
     assert len(orders) == 2  # fails once in 2,000
 

@@ -20,14 +20,23 @@ from fedface.coordinator.server_metrics import ReferenceSet, sample_metrics
 from fedface.device.client import handle_task
 from fedface.errors import FederationError, RunError
 from fedface.experiment import Experiment
-from fedface.measurements import Epsilon, Interval, NotMeasured
 from fedface.messages.cohort import OnReply
-from fedface.messages.messages import DecryptResult, Failure, Refusal, Reply, Task, TrainResult, TrainTask
+from fedface.messages.messages import (
+    DecryptResult,
+    Failure,
+    Refusal,
+    Reply,
+    Task,
+    TrainResult,
+    TrainTask,
+    to_message,
+)
 from fedface.messages.parsing import read_reply, read_task
 from fedface.models.checkpoint import flatten_buffers, flatten_parameters, load_model, weights_hash
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Ledger
 from fedface.public_data.device_photos import device_faces
+from fedface.reports.measurements import Epsilon, Interval, NotMeasured
 from fedface.simulation.devices import simulated_device
 from fedface.tensor_types import Vector
 from fedface.training.gan import gan_ranges
@@ -60,7 +69,7 @@ class LocalCohort:
         answers: dict[int, Reply | Failure] = {}
         for member in members:
             device = simulated_device(self.experiment, member, devices_folder(self.folder))
-            reply = read_reply(handle_task(read_task(task.message()), device).message())
+            reply = read_reply(to_message(handle_task(read_task(to_message(task)), device)))
             self.replies[type(task).__name__, task.round, member] = reply
             answers[member] = self.tamper(member, task, reply)
         return answers

@@ -22,7 +22,6 @@ from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import ReferenceSet
 from fedface.device.client import handle_task
 from fedface.errors import ConfigError, FederationError, PrivacyError
-from fedface.measurements import Epsilon, Interval, NotMeasured
 from fedface.messages.messages import EvaluateTask, EvaluationRequest, Refusal, TrainResult, TrainTask
 from fedface.models.checkpoint import flatten_parameters, load_model
 from fedface.photos.device_dataset import DeviceDataset
@@ -35,6 +34,7 @@ from fedface.privacy.transmission_log import TransmissionLog
 from fedface.randomness import Streams
 from fedface.reports import html_report
 from fedface.reports.device_metrics_record import WithdrawalRecord
+from fedface.reports.measurements import Epsilon, Interval, NotMeasured
 from fedface.reports.run_record import WITHDRAWN
 from fedface.simulation.in_process import in_process_cohort
 from fedface.synthetic.faces import render_people
@@ -351,7 +351,7 @@ def test_a_run_with_figures_prices_all_together_and_reports_them_with_their_nois
     assert "What devices say of their own photos" in text and "forty photos of one birthday" in text
     for number in range(2):
         ledger = Ledger.open(devices_folder(folder) / f"device-{number:02d}" / "ledger.sqlite")
-        assert sorted({entry.run for entry in ledger.entries()}) == ["run", "run/figures"]
+        assert sorted({entry.run for entry in ledger.entries()}) == ["run", "run/metrics"]
         assert ledger.spent(1e-2, unit="occasion").upper <= 8.0
 
 

@@ -16,7 +16,7 @@ from fedface.aggregation.payload import HomomorphicConfig, Payload
 from fedface.device.client import Device, handle_task
 from fedface.errors import AggregationError, FederationError, LedgerError, PrivacyError, WeightsError
 from fedface.experiment import Experiment
-from fedface.messages.messages import DecryptResult, DecryptTask, Refusal, TrainResult, TrainTask
+from fedface.messages.messages import DecryptResult, DecryptTask, Refusal, TrainResult, TrainTask, to_message
 from fedface.messages.parsing import read_task
 from fedface.models.checkpoint import flatten_buffers, flatten_parameters, weights_hash
 from fedface.models.discriminator import DiscriminatorConfig
@@ -284,7 +284,7 @@ def test_huge_networks_are_refused_before_memory_is_asked_for(device: Device, ta
         generator=StyleGAN2Config(size=1024, channel_base=2**24, channel_max=2**14),
         discriminator=DiscriminatorConfig(size=1024, channel_base=2**24, channel_max=2**14),
     )
-    huge = read_task(replace(task, config=replace(task.config, architecture=shape)).message())
+    huge = read_task(to_message(replace(task, config=replace(task.config, architecture=shape))))
     with pytest.raises(WeightsError, match="got a vector of shape"):
         handle_task(huge, replace(device, photos=unreadable))
     assert booked(device) == []

@@ -62,7 +62,7 @@ def used(home: Path, *, witness: Path | None = None) -> DeviceState:
         payload = f"{run} {round}".encode()
         ledger.store_reply(run, round, payload)
         journal.record_transmission(
-            payload, run=run.removesuffix("/figures"), round=round, what="update", receiver="home",
+            payload, run=run.removesuffix("/metrics"), round=round, what="update", receiver="home",
             protection="noise", entry=entry.number,
         )  # fmt: skip
     device.key_path.write_bytes(b"a key")
@@ -165,9 +165,9 @@ def test_a_file_for_its_owner_alone_is_never_written_over_another(tmp_path: Path
 def test_a_stake_is_what_was_booked_for_the_run_and_its_questions(home: Path) -> None:
     mine = withdrawal_impact(used(home), "faces")
     assert (mine.rounds, mine.evaluations, mine.transmissions) == ((1, 2), (1,), None)
-    assert mine.price == epsilon_of(compose([EVENT] * 3), 1e-6)
+    assert mine.price.bounds == epsilon_of(compose([EVENT] * 3), 1e-6)
     assert "updates of rounds 1, 2 and figures of question 1" in mine.lasting()[0]
-    assert str(mine.price) in mine.lasting()[1]
+    assert mine.price.in_words() in mine.lasting()[1]
 
 
 def test_leaving_drops_the_runs_own_answers_and_no_booking(home: Path) -> None:
@@ -175,7 +175,7 @@ def test_leaving_drops_the_runs_own_answers_and_no_booking(home: Path) -> None:
     kept = used(home)
     assert withdraw(kept, "faces", "my reason") == 2
     ledger = kept.device.ledger()
-    assert ledger.load_reply("faces", 2) is None and ledger.load_reply("faces/figures", 1) is None
+    assert ledger.load_reply("faces", 2) is None and ledger.load_reply("faces/metrics", 1) is None
     assert ledger.load_reply("others", 1) == b"others 1"
     assert len(ledger.entries()) == 4
     last = kept.device.journal().records()[-1]
@@ -244,7 +244,7 @@ def test_a_device_that_answered_two_rounds_refuses_the_third_once_its_owner_has_
             isinstance(told.line, Transmission) and told.line.bytes == len(payload) and told.price is not None
         )
         assert told.line.digest_of_payload == hashlib.sha256(payload).hexdigest()
-        assert told.price == epsilon_of(experiment.plan().event(1), device.policy.delta)
+        assert told.price.bounds == epsilon_of(experiment.plan().event(1), device.policy.delta)
     assert isinstance(left.line, Withdrawal) and left.line.reason == "enough"
     assert isinstance(refused.line, Transmission) and (refused.line.kind, refused.line.round) == (
         "refusal",

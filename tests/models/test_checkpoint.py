@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from tiny import DISCRIMINATOR, GENERATOR, tiny_gan
 from torch import Tensor
 
-from fedface.config import plain
+from fedface.codec import encode
 from fedface.errors import ConfigError, WeightsError
 from fedface.models.checkpoint import (
-    FORMAT,
+    HEADER,
     assign_buffers,
     assign_parameters,
     estimate_mean_style,
@@ -155,11 +155,8 @@ def parts(tmp_path: Path) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
     """A good checkpoint's path, tensors and description, to be spoiled one by one."""
     path = tmp_path / "gan.safetensors"
     save_model(path, tiny_gan())
-    header = {
-        "format": FORMAT,
-        "architecture": json.dumps(plain(GanArchitecture(generator=GENERATOR, discriminator=DISCRIMINATOR))),
-        "notes": "{}",
-    }
+    architecture = GanArchitecture(generator=GENERATOR, discriminator=DISCRIMINATOR)
+    header = {"version": "4", "architecture": json.dumps(encode(architecture)), "notes": "{}"}
     return path, load_file(path), header
 
 
@@ -178,10 +175,17 @@ Parts = tuple[Path, dict[str, Tensor], dict[str, str]]
 BIAS = "discriminator.b4.out.bias"
 
 
+def write(parts: Parts) -> None:
+    """A checkpoint of these parts; the values of its header are JSON."""
+    path, tensors, header = parts
+    text = ", ".join(f"{json.dumps(key)}: {value}" for key, value in header.items())
+    save_file(tensors, path, {HEADER: f"{{{text}}}"})
+
+
 def refused(parts: Parts) -> str:
     """What is said of spoiled parts; always with the file's name."""
-    path, tensors, header = parts
-    save_file(tensors, path, header)
+    write(parts)
+    path = parts[0]
     with pytest.raises(WeightsError) as error:
         load_model(path)
     assert str(path) in str(error.value)
@@ -190,8 +194,8 @@ def refused(parts: Parts) -> str:
 
 def test_the_parts_are_good_before_they_are_spoiled(parts: Parts) -> None:
     """Otherwise the tests below would pass for another reason."""
-    path, tensors, header = parts
-    save_file(tensors, path, header)
+    write(parts)
+    path = parts[0]
     assert weights_hash(*load_model(path).modules()) == weights_hash(*tiny_gan().modules())
 
 
@@ -245,21 +249,22 @@ def test_a_weight_too_many_is_named(parts: Parts, name: str) -> None:
             json.dumps({"kind": "gan", "discriminator": {**asdict(DISCRIMINATOR), "channel_base": -1}}),
         ),
         ("notes", "3"),
+        ("version", "3"),
     ],
 )
 def test_a_damaged_description_is_refused(parts: Parts, key: str, value: str) -> None:
     """The words are a stranger's; none of them is a traceback."""
     parts[2][key] = value
-    assert "damaged" in refused(parts)
+    assert "cannot be read" in refused(parts)
 
 
 @pytest.mark.parametrize(
     ("channels", "base", "said"),
     [
         (2**16, 2**24, "should have shape"),
-        (2**17, 2**24, "damaged"),
-        (2**29, 2**40, "damaged"),
-        (2**16, 2**40, "damaged"),
+        (2**17, 2**24, "cannot be read"),
+        (2**29, 2**40, "cannot be read"),
+        (2**16, 2**40, "cannot be read"),
     ],
 )
 def test_a_description_of_huge_networks_takes_no_memory(
@@ -286,7 +291,7 @@ def test_a_description_of_huge_networks_takes_no_memory(
 def test_a_description_of_a_huge_flow_is_refused(parts: Parts, change: dict[str, object]) -> None:
     """Before a number of it is multiplied."""
     parts[2]["architecture"] = json.dumps({"kind": "flow", "flow": {"width": 128, **change}})
-    assert "damaged" in refused(parts)
+    assert "cannot be read" in refused(parts)
 
 
 @pytest.mark.parametrize("error", [OverflowError, MemoryError])
@@ -299,7 +304,7 @@ def test_what_a_machine_cannot_hold_is_a_sentence(
         raise error
 
     monkeypatch.setattr("fedface.models.checkpoint.build_model", full)
-    assert "damaged" in refused(parts)
+    assert "cannot be read" in refused(parts)
     with pytest.raises(WeightsError, match="cannot be made on this machine"):
         model_from_vectors(
             GanArchitecture(generator=GENERATOR, discriminator=DISCRIMINATOR), torch.zeros(1), torch.zeros(1)
@@ -344,9 +349,9 @@ def test_a_pickle_a_folder_and_nothing_are_refused(tmp_path: Path) -> None:
 
 
 def test_another_kind_of_safetensors_file_is_said_to_be_one(tmp_path: Path) -> None:
-    """Not "damaged": it is somebody's good file."""
+    """Not "cannot be read": it is somebody's good file."""
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(WeightsError, match="wanted a model of fedface.*weights import"):
+    with pytest.raises(WeightsError, match="expected a model of fedface.*weights import"):
         load_model(tmp_path / "other.safetensors")
 
 

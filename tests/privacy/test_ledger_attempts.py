@@ -117,7 +117,7 @@ def test_a_new_booking_has_computations_of_its_own_and_one_answer(ledger: Ledger
 
 
 def test_rounds_and_runs_are_counted_apart(ledger: Ledger) -> None:
-    for run, round in (("r", 0), ("r", 1), ("s", 0), ("r/figures", 0)):
+    for run, round in (("r", 0), ("r", 1), ("s", 0), ("r/metrics", 0)):
         for _ in range(3):
             entry = ledger.record_within_budget(EVENT, [ROOM], run=run, round=round)
             ledger.record_attempt(run, round, attempt=entry.attempt)

@@ -11,9 +11,8 @@ from typing import get_args
 import pytest
 
 from fedface.aggregation.payload import AggregationConfig
-from fedface.config import dump, kind_of, parse, read
+from fedface.config import dump, parse, read
 from fedface.errors import ConfigError, PolicyRefusal
-from fedface.number_format import format_delta
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.adjacency import replace_one_event
 from fedface.privacy.budget import Budget, format_upper_bound, overspending
@@ -21,7 +20,7 @@ from fedface.privacy.ledger import Ledger
 from fedface.privacy.participation_conditions import NOT_NOW_MESSAGE, ConditionsNotMet, Power
 from fedface.privacy.plan import DPParameters, Plan, Schedule, make_plan
 from fedface.privacy.policy import EVALUATION, PROTOCOLS, DevicePolicy, Period
-from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget
+from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget, format_delta
 from fedface.privacy_units import Unit
 
 SCHEDULE = Schedule(rounds=4, steps_per_round=2, sampling_rate=0.2, expected_batch_size=8, clip_norm=1.0)
@@ -414,7 +413,7 @@ def test_a_policy_is_said_in_grammatical_sentences() -> None:
 
 def test_ways_to_travel_are_those_that_there_are() -> None:
     """A typo would refuse every run for ever, silently."""
-    kinds = {kind_of(kind) for kind in get_args(AggregationConfig)}
+    kinds = {config.kind for config in get_args(AggregationConfig)}
     assert set(PROTOCOLS) == kinds
     with pytest.raises(
         ValueError, match='protocols must be among homomorphic, plain, got "homomorfic"; did you mean'

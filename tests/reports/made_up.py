@@ -12,11 +12,11 @@ import torch
 from fedface.audits.bias import METRICS
 from fedface.audits.dp_metric_estimates import estimate_metrics
 from fedface.audits.dp_metrics import LocalMetricsConfig, PhotoMetrics, metric_vectors
-from fedface.config import plain
+from fedface.codec import encode
 from fedface.experiment import EvaluationConfig
-from fedface.measurements import Epsilon, Interval, Measurement, NotMeasured
 from fedface.reports import charts
 from fedface.reports.device_metrics_record import DeviceMetricsRecord
+from fedface.reports.measurements import Epsilon, Interval, Measurement, NotMeasured
 from fedface.reports.record_builders import private_record
 from fedface.reports.run_record import (
     AggregationRecord,
@@ -300,7 +300,9 @@ def own_figures(
 def with_figures(record: RunRecord, *told: DeviceMetricsRecord) -> RunRecord:
     """The run with what devices told of their own photos."""
     return replace(
-        record, device_metrics=told, experiment={**record.experiment, "evaluation": plain(EvaluationConfig())}
+        record,
+        device_metrics=told,
+        experiment={**record.experiment, "evaluation": encode(EvaluationConfig())},
     )
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from made_up import own_figures, with_figures
 
-from fedface.measurements import Epsilon, Interval
-from fedface.reports import device_metrics_section, html_report, model_card, strict
+from fedface.codec import dumps, loads
+from fedface.reports import device_metrics_section, formatting, html_report, model_card
 from fedface.reports.device_metrics_record import DeviceMetricsRecord
+from fedface.reports.measurements import Epsilon, Interval
 from fedface.reports.model_ranking_report import ALL_ASKED, RankingRecord, RankingReport, markdown
 from fedface.reports.record_builders import light_to_dark
 from fedface.reports.run_record import RunRecord
@@ -60,7 +61,7 @@ def test_a_figure_at_the_end_of_its_range_is_marked_and_no_perfect_zero() -> Non
 
 def test_a_small_consistency_error_is_not_written_as_zero() -> None:
     """Two digits of a half width of 0.1 would leave nothing of 0.0012."""
-    estimate, _ = Interval(estimate=0.0012, low=0.0, high=0.2, count=30).texts()
+    estimate, _ = formatting.interval(Interval(estimate=0.0012, low=0.0, high=0.2, count=30))
     assert estimate == "0.001"
 
 
@@ -81,7 +82,7 @@ def test_nothing_to_compare_says_what_noise_would_have_hidden(record: RunRecord)
 
 def test_what_was_told_before_a_field_existed_is_still_read() -> None:
     told = own_figures("after", 1.0, (300, 5, 60))
-    assert strict.loads(DeviceMetricsRecord, strict.dumps(told)) == told
+    assert loads(DeviceMetricsRecord, dumps(told)) == told
 
 
 def test_a_tournament_prices_all_answers_together() -> None:
@@ -92,7 +93,7 @@ def test_a_tournament_prices_all_answers_together() -> None:
     assert games(ties=True).price_sentence().startswith("Both answers of a device together: epsilon ")
     assert "forty photos of one birthday count once" in games(ties=True).price_sentence()
     assert "not measured" in games(ties=True, evaluation=False).price_sentence()
-    assert strict.loads(RankingReport, strict.dumps(games(ties=True))) == games(ties=True)
+    assert loads(RankingReport, dumps(games(ties=True))) == games(ties=True)
 
 
 def test_a_tournament_without_a_winner_gives_no_order() -> None:

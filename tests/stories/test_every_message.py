@@ -19,7 +19,7 @@ from fedface.coordinator.rounds import SilentProgress
 from fedface.coordinator.run import run_experiment
 from fedface.experiment import Experiment
 from fedface.messages.cohort import Cohort, OnReply
-from fedface.messages.messages import DecryptTask, Failure, Message, Reply, Task
+from fedface.messages.messages import DecryptTask, Failure, Message, Reply, Task, to_message
 from fedface.photos.skin_tone import measure_tone
 from fedface.privacy.accounting import epsilon_of, event_from_json
 from fedface.privacy.ledger import Ledger
@@ -29,10 +29,10 @@ from fedface.simulation.in_process import in_process_cohort
 from fedface.transport.run_config import devices_folder
 
 KEYS = {
-    "trained": {"what", "version", "device", "seconds"},
-    "scored": {"what", "version", "device", "seconds"},
-    "revealed": {"what", "version", "device"},
-    "refusal": {"what", "version", "device", "reason", "withdrawn"},
+    "train-result": {"kind", "version", "device", "seconds_protect"},
+    "evaluate-result": {"kind", "version", "device", "seconds_protect"},
+    "decrypt-result": {"kind", "version", "device"},
+    "refusal": {"kind", "version", "device", "reason", "withdrawn"},
 }
 CHANGES = {
     "privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: occasion}",
@@ -66,7 +66,7 @@ class Listening:
         answers = self.cohort.ask(task, members, heard)
         for member, answer in answers.items():
             assert not isinstance(answer, Failure), answer
-            self.heard.append(Overheard(task, member, answer.message()))
+            self.heard.append(Overheard(task, member, to_message(answer)))
         return answers
 
 
@@ -92,11 +92,13 @@ def test_headers_hold_names_and_times_and_nothing_else(run: tuple[Experiment, Pa
     kinds = set()
     for overheard in heard:
         header = json.loads(overheard.reply.header)
-        kinds.add(header["what"])
-        assert set(header) == KEYS[header["what"]]
+        kinds.add(header["kind"])
+        assert set(header) == KEYS[header["kind"]]
         assert re.fullmatch(r"device-0[01]", header["device"])
-        assert set(overheard.reply.blobs) == ({"total"} if header["what"] == "revealed" else {"payload"})
-    assert kinds == {"trained", "scored", "revealed"}
+        assert set(overheard.reply.blobs) == (
+            {"total"} if header["kind"] == "decrypt-result" else {"payload"}
+        )
+    assert kinds == {"train-result", "evaluate-result", "decrypt-result"}
 
 
 def test_every_payload_was_booked_with_noise_before_it_left(
@@ -144,7 +146,7 @@ def test_no_photo_no_name_and_no_count_is_in_any_message(
             assert row.numpy().tobytes() not in everything
             assert (row * 255).round().to(torch.uint8).numpy().tobytes() not in everything
     assert str(folder).encode() not in everything
-    headers = [re.sub(r'"seconds": [0-9.e-]+', "", o.reply.header) for o in heard]
+    headers = [re.sub(r'"seconds_protect": [0-9.e-]+', "", o.reply.header) for o in heard]
     assert not any(
         re.search(r"\b(39|13)\b", header) for header in headers
     )  # photos and occasions of a device
@@ -158,7 +160,7 @@ def test_messages_of_a_larger_library_have_the_same_form_and_size(
     _, _, many = whole_run(tmp_path, 69)
 
     def form(heard: list[Overheard]) -> list[object]:
-        return [(o.member, json.loads(o.reply.header)["what"], _parts(o.reply)) for o in heard]
+        return [(o.member, json.loads(o.reply.header)["kind"], _parts(o.reply)) for o in heard]
 
     def _parts(reply: Message) -> object:
         (blob,) = reply.blobs.values()
@@ -197,7 +199,7 @@ def test_figures_that_leave_are_not_the_figures_that_were_measured(
     config = experiment.evaluation.metrics
     errors = []
     for overheard in heard:
-        if opened(overheard) and overheard.task.ledger_key.endswith("/figures"):
+        if opened(overheard) and overheard.task.ledger_key.endswith("/metrics"):
             total = np.frombuffer(overheard.reply.blobs["total"], dtype="<f4").astype(np.float64)
             counts = total[:9] * config.max_units / np.sqrt(config.shares.table)
             # Only sums over a row are known without the model: how many originals a tone group has.

@@ -111,7 +111,7 @@ def test_a_run_that_was_cut_short_while_measuring_measures_only(
     folder = Path("runs/tiny")
     rounds = json.loads((folder / "state.json").read_text())["rounds"]
     before = attempts(folder)
-    assert len(rounds) == 2 and not (folder / "run.json").exists()
+    assert len(rounds) == 2 and not (folder / "run_record.json").exists()
     with monkeypatch.context() as patch:
         patch.setattr("fedface.device.client.prepare_round", killed)
         assert fedface(monkeypatch, "run", str(recipe), "--resume") == 0
@@ -150,7 +150,7 @@ def test_a_run_killed_in_the_middle_of_a_round_goes_on_and_repeats_nothing(
     recipe = tiny_file(tmp_path)
     words = ["run", str(recipe), "--set", "training.rounds=2", "--set", "training.steps_per_round=8"]
     words += ["--set", "devices.light_fractions=[0.9, 0.5, 0.1]", "--set", "aggregation={kind: homomorphic}"]
-    words += ["--set", "policy={max_epsilon: 30, delta: 1e-3, protocols: [encrypted]}"]
+    words += ["--set", "policy={max_epsilon: 30, delta: 1e-3, protocols: [homomorphic]}"]
     folder = tmp_path / "runs" / "tiny"
     work = subprocess.Popen(
         [sys.executable, "-c", "from fedface.cli import main; main()", *words],
@@ -167,7 +167,7 @@ def test_a_run_killed_in_the_middle_of_a_round_goes_on_and_repeats_nothing(
         work.send_signal(signal.SIGKILL)
         work.wait()
     begun = json.loads((folder / "state.json").read_text())["rounds"]
-    assert len(begun) == 1 and not (folder / "run.json").exists()
+    assert len(begun) == 1 and not (folder / "run_record.json").exists()
     booked = attempts(folder)
 
     assert fedface(monkeypatch, *words, "--resume") == 0

@@ -17,7 +17,7 @@ from torch.nn import functional
 from fedface.aggregation.payload import Payload
 from fedface.aggregation.plain import PlainAggregation
 from fedface.device.client import handle_task
-from fedface.messages.messages import TrainResult
+from fedface.messages.messages import TrainResult, to_message
 from fedface.messages.parsing import read_reply
 from fedface.models.checkpoint import assign_parameters, flatten_parameters
 from fedface.models.model import Model
@@ -58,7 +58,7 @@ def sent(tmp_path: Path, gan: Model, photos: Images, promise: dict[str, str]) ->
         first_device(experiment, tmp_path / "devices"), photos=lambda size: DeviceDataset.independent(photos)
     )
     reply = handle_task(train_task(experiment, gan), device)
-    crossed = from_record(to_record(reply.message()))
+    crossed = from_record(to_record(to_message(reply)))
     wire = crossed.header.encode() + b"".join(crossed.blobs.values())
     read = read_reply(crossed)
     assert isinstance(read, TrainResult)

@@ -23,7 +23,7 @@ from fedface.coordinator.run_state import RunState
 from fedface.device.client import Device, handle_task
 from fedface.errors import LedgerError, PrivacyError
 from fedface.experiment import Experiment, read_experiment
-from fedface.messages.messages import Message, Refusal, TrainResult, TrainTask
+from fedface.messages.messages import Message, Refusal, TrainResult, TrainTask, to_message
 from fedface.messages.parsing import read_task
 from fedface.photos.device_dataset import DeviceDataset
 from fedface.privacy.accounting import epsilon_of
@@ -93,7 +93,7 @@ def test_the_budget_runs_out_between_two_runs_and_the_second_goes_on_without_the
 
 def forged(task: TrainTask, **changes: object) -> TrainTask:
     """The task as a server might rewrite it on the wire."""
-    message = task.message()
+    message = to_message(task)
     header = json.loads(message.header)
     for key, value in changes.items():
         place = header

@@ -20,7 +20,15 @@ from fedface.coordinator.run import initialize_run
 from fedface.device.client import Device
 from fedface.errors import ConfigError, FederationError, LibraryError
 from fedface.experiment import read_experiment
-from fedface.messages.messages import DecryptResult, DecryptTask, Failure, Message, Refusal, TrainResult
+from fedface.messages.messages import (
+    DecryptResult,
+    DecryptTask,
+    Failure,
+    Message,
+    Refusal,
+    TrainResult,
+    to_message,
+)
 from fedface.models.checkpoint import save_model
 from fedface.models.discriminator import DiscriminatorConfig
 from fedface.models.model import GanArchitecture, build_model
@@ -119,7 +127,7 @@ def test_devices_in_one_process_share_no_object() -> None:
     def decrypt(message: FlowerMessage, _: Context) -> FlowerMessage:
         seen.append(message.content["blobs"]["total"].data)
         message.content["blobs"]["total"].data = b"spoiled"
-        return FlowerMessage(to_record(OPENED.message()), reply_to=message)
+        return FlowerMessage(to_record(to_message(OPENED)), reply_to=message)
 
     cohort = GridCohort(InProcessGrid(app, 2, {}))
     answers = cohort.ask(REVEAL, cohort.members(2), lambda number: None)
@@ -182,7 +190,7 @@ class ScriptedGrid(InProcessGrid):
 
 def test_duplicates_and_strangers_change_nothing() -> None:
     """One answer per member, the first from the node that was asked."""
-    mine, late = (to_record(Refusal(device=name, reason="no").message()) for name in ("mine", "late"))
+    mine, late = (to_record(to_message(Refusal(device=name, reason="no"))) for name in ("mine", "late"))
     script = iter([[(0, 99, late), (0, 7, mine), (0, 7, late)], [(1, 8, Error(5, "gone"))]])
     cohort, heard = GridCohort(ScriptedGrid([8, 7], script)), []
     answers = cohort.ask(REVEAL, cohort.members(2), heard.append)
@@ -192,7 +200,7 @@ def test_duplicates_and_strangers_change_nothing() -> None:
 
 def test_every_member_has_an_entry_also_when_nothing_usable_came() -> None:
     """Late, unreachable, answering another question, unreadable: each is a fault with its reason."""
-    trained = to_record(TrainResult(device="d", payload=b"p", seconds_protect=0.0).message())
+    trained = to_record(to_message(TrainResult(device="d", payload=b"p", seconds_protect=0.0)))
     script = iter([[(0, 1, trained), (1, 2, RecordDict())]])
     cohort = GridCohort(ScriptedGrid([-1, 1, 2, 3], script), answer_within=0.2)
     answers = cohort.ask(REVEAL, cohort.members(4), lambda number: None)

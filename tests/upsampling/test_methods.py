@@ -7,7 +7,8 @@ import torch
 from tiny import FLOW, GENERATOR, RESOLVER, STYLES
 from torch.nn import functional
 
-from fedface.config import parse, plain
+from fedface.codec import encode
+from fedface.config import parse
 from fedface.errors import ConfigError
 from fedface.experiment import UpsamplingConfig
 from fedface.models.model import (
@@ -110,7 +111,7 @@ def test_every_method_has_a_name_a_title_and_a_place_in_recipes() -> None:
     for name, method in METHODS.items():
         assert name_of(method) == name and title_of(method)
         read = parse(f"method: {{kind: {name}}}", UpsamplingConfig, name="recipe")
-        assert read.method == method and plain(read)["method"]["kind"] == name
+        assert read.method == method and encode(read)["method"]["kind"] == name
     assert len(METHODS) == 8 and {name_of(method) for method in BASELINES} == {"nearest", "bicubic"}
 
 
