@@ -39,10 +39,11 @@ from fedface.models.model import (
     StyleEncoderArchitecture,
     SuperResolutionArchitecture,
 )
+from fedface.number_format import format_delta
 from fedface.photos.client_partition import ByGroup, Dirichlet, Even
 from fedface.privacy.plan import DPParameters, Plan, Schedule, make_plan
 from fedface.privacy.policy import DevicePolicy
-from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget, format_delta
+from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget
 from fedface.training.flow import FlowTrainingConfig
 from fedface.training.gan import GanTrainingConfig
 from fedface.training.latent_prior import PriorTrainingConfig

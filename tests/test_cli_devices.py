@@ -106,7 +106,7 @@ def test_a_ledger_is_shown_at_the_policys_delta_and_unit(fedface, used: Path) ->
     for words in ("update (generator)", "figures", "faces/metrics", f"{alone.estimate:.3f}"):
         assert words in said.out
     assert f"epsilon {three.estimate:.3f} (between {three.lower:.3f} and {three.upper:.3f})" in said.out
-    assert "at delta 0.001, per photo" in said.out.splitlines()[-1]
+    assert "at delta 0.001 per photo" in said.out.splitlines()[-1]
 
 
 def test_delta_and_unit_can_be_named_and_a_bare_ledger_has_its_own(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
@@ -207,7 +207,7 @@ def test_a_log_before_anything_was_sent_says_so(fedface, home: Path) -> None:  #
     said = fedface("device", "log", "device.yaml", "--page", "log.html")
     assert said.code == 0 and "Nothing was sent since this device keeps a journal" in said.out
     assert "Not covered" not in said.out
-    assert "epsilon 0 at delta 0.001, per photo. Allowed for life: 100; left: 100.000." in said.out
+    assert "epsilon 0 at delta 0.001 per photo. Allowed for life: 100; left: 100.000." in said.out
     assert set(files_in(home)) - set(before) == {home / "log.html"}
     assert json.loads(fedface("device", "log", "device.yaml", "--json").out)["journal"] is False
 
@@ -233,10 +233,10 @@ def test_a_release_without_noise_is_said_to_be_unbounded(fedface, used: Path) ->
     """In every place where a price stands."""
     device = device_state(used / "device.yaml").device
     device.ledger().record(ClippedSum(clip_norm=1.0).event(), run="bare", round=1)
-    assert "epsilon infinite: nothing bounds it" in fedface("ledger", "show", "device.yaml").out
+    assert "epsilon infinite at delta" in fedface("ledger", "show", "device.yaml").out
     said = fedface("device", "log", "device.yaml").out
     assert (
-        "epsilon infinite: nothing bounds it at delta 0.001, per photo. Allowed for life: 100; left: 0."
+        "epsilon infinite at delta 0.001 per photo (no privacy guarantee). Allowed for life: 100; left: 0."
         in said
     )
 
@@ -274,7 +274,7 @@ def test_leaving_says_what_happens_next_and_what_cannot_be_undone(fedface, used:
         "answers faces with a refusal and nothing else, for good",
         "The server is told the next time it asks",
         "updates of round 1 and figures of question 1",
-        f"epsilon {two.estimate:.3f} (between {two.lower:.3f} and {two.upper:.3f}) at delta 0.001, per photo",
+        str(two),
         "You have left faces now; kept answers dropped: 1.",
     ):
         assert words in said.out

@@ -22,13 +22,13 @@ from torch.nn import functional as F
 
 from fedface.audits.group_metrics import (
     Gap,
-    Interval,
     gap_between,
     mean_interval,
     metrics_by_group,
     rate_interval,
     rates_by_group,
 )
+from fedface.measurements import Interval
 from fedface.photos.skin_tone import TONE_BINS, ToneReading, delta_e, measure_tone, srgb_to_lab, tone_bin
 from fedface.tensor_types import Images
 from fedface.upsampling.upsampler import Upsampled
@@ -335,9 +335,9 @@ def measure_bias(
 def _disaggregated(
     values: np.ndarray, groups: Sequence[str], measure: str, rng: np.random.Generator
 ) -> dict[str, Interval]:
-    if METRICS[measure].kind == "rate":
-        return rates_by_group(values, groups)
-    return metrics_by_group(values, groups, rng)
+    rate = METRICS[measure].kind == "rate"
+    found = rates_by_group(values, groups) if rate else metrics_by_group(values, groups, rng)
+    return {name: value for name, value in found.items() if isinstance(value, Interval)}
 
 
 def _badness(estimate: float, measure: str) -> float:

@@ -27,8 +27,9 @@ from fedface.audits.dp_ratio_estimates import (
     difference_between,
     level_for,
 )
-from fedface.audits.group_metrics import Gap, Interval
+from fedface.audits.group_metrics import Gap
 from fedface.errors import AggregationError
+from fedface.measurements import Interval
 from fedface.tensor_types import Vector
 
 IMPOSSIBLE = 6.0  # standard deviations of noise; two totals of a billion lie further out
@@ -195,11 +196,11 @@ def estimate_metrics(
     reported = {
         name: _group_figures(sums, members, noise)
         for name, members in rows.items()
-        if known and _count(sums, members, noise).estimate >= noise.min_count
+        if known and _count(sums, members, noise)[0] >= noise.min_count
     }
     everybody = list(range(len(rows)))
-    whole = _count(sums, everybody, noise)
-    enough = known and whole.low >= 1 and whole.estimate >= config.min_group_size
+    estimate, low, _ = _count(sums, everybody, noise)
+    enough = known and low >= 1 and estimate >= config.min_group_size
     shares = {name: _tone_shares(sums, rows[name][0], noise) for name in reported} if enough else {}
     gaps = {name: _gap(reported, name) for name in DP_METRICS} if len(reported) >= 2 else {}
     return DPMetricEstimates(
@@ -237,12 +238,12 @@ def _check_possible(sums: DecodedSums, noise: _Noise) -> None:
         )
 
 
-def _count(sums: DecodedSums, rows: Sequence[int], noise: _Noise) -> Interval:
-    """How many units' originals are in some groups, by noise alone."""
+def _count(sums: DecodedSums, rows: Sequence[int], noise: _Noise) -> tuple[float, float, float]:
+    """How many units' originals are in some groups, with its 95 % interval by noise alone; may be 0."""
     estimate = float(sums.table[list(rows)].sum())
     half = float(stats.norm.ppf((1.0 + LEVEL) / 2.0)) * noise.of_group * math.sqrt(len(rows))
     estimate, low, high = (min(max(x, 0.0), noise.most) for x in (estimate, estimate - half, estimate + half))
-    return Interval(estimate, low, high, round(estimate))
+    return estimate, low, high
 
 
 def _group_figures(sums: DecodedSums, rows: Sequence[int], noise: _Noise) -> GroupEstimates:
@@ -271,7 +272,8 @@ def _group_figures(sums: DecodedSums, rows: Sequence[int], noise: _Noise) -> Gro
         )
     kept = sums.table.diagonal()[at]
     means["same_group"] = _share(float(kept.sum()), len(at), count, count_noise, noise)
-    return GroupEstimates(count=_count(sums, rows, noise), means=means)
+    units = _count(sums, rows, noise)
+    return GroupEstimates(count=Interval(*units, round(units[0])), means=means)
 
 
 def _share(part: float, cells: int, count: float, count_noise: float, noise: _Noise) -> DPRatioEstimate:

@@ -17,8 +17,8 @@ from typing import Literal
 
 from fedface.audits.dp_metric_estimates import DPMetricEstimates
 from fedface.audits.dp_ratio_estimates import DP_METRICS, cost, describe, difference_between, level_for
-from fedface.audits.group_metrics import Interval
 from fedface.errors import FederationError
+from fedface.measurements import Interval
 
 
 @dataclass(frozen=True, kw_only=True)

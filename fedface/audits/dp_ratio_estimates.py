@@ -24,7 +24,7 @@ from scipy import stats
 
 from fedface.audits.bias import METRICS, Metric
 from fedface.audits.dp_metrics import RANGED_METRICS
-from fedface.audits.group_metrics import Interval
+from fedface.measurements import Interval
 
 DP_METRICS: dict[str, Metric] = {
     **{name: METRICS[name] for name in RANGED_METRICS},

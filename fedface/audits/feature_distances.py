@@ -31,7 +31,7 @@ from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedface.audits.group_metrics import Interval
+from fedface.measurements import Interval
 from fedface.photos.skin_tone import srgb_to_lab
 from fedface.tensor_types import Images
 

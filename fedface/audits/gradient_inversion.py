@@ -22,7 +22,8 @@ import torch
 from skimage.metrics import structural_similarity
 from torch import Tensor, nn
 
-from fedface.audits.group_metrics import Interval, mean_interval, rate_interval
+from fedface.audits.group_metrics import mean_interval, rate_interval
+from fedface.measurements import Interval
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.tensor_types import Images, Vector
 from fedface.training.gan import d_loss_real

@@ -1,8 +1,7 @@
-"""A figure for each group, never alone: estimate, interval and count; and the gap between two groups.
+"""A metric of each group with its confidence interval and count, and the gap between two groups.
 
-Called by every audit and by the reports. Resampling is over photos, the unit that was drawn; several faces
-for one photo are averaged first. The interval tells how much the figure would move with other photos from the
-same source, not whether the source is the right one.
+Resampling is over photos, the sampled unit; several faces of one photo are averaged first. The interval covers the
+choice of photos from the same source, not whether that source is representative.
 
 Sources: Efron (1987) for BCa intervals; Wilson (1927) for rates; Games & Howell (1976) for gaps.
 """
@@ -18,38 +17,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from fedface.measurements import SMALL_COUNT, Interval, Measurement, NotMeasured
+
 Group = TypeVar("Group", bound=Hashable)
-
-SMALL_COUNT = 10  # a group with fewer photos is flagged, and left out of gaps where larger groups exist
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate, where it may lie (95 % unless said otherwise), and from how many photos it comes."""
-
-    estimate: float
-    low: float  # NaN below two photos: nothing is known about the spread
-    high: float
-    count: int  # photos, >= 0
-
-    @property
-    def is_small(self) -> bool:
-        """Whether fewer than ten photos stand behind the estimate."""
-        return self.count < SMALL_COUNT
-
-    @property
-    def covers_zero(self) -> bool:
-        """Whether no difference at all is compatible with the photos; True where nothing is known."""
-        return not (self.low > 0 or self.high < 0)
-
-    def __str__(self) -> str:
-        if self.count == 0:
-            return "no photos"
-        flag = ", few" if self.is_small else ""
-        return f"{self.estimate:.3g} [{self.low:.3g}, {self.high:.3g}] (n = {self.count}{flag})"
-
-
-EMPTY = Interval(math.nan, math.nan, math.nan, 0)  # what an expected group without photos gets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +51,13 @@ def mean_interval(
     """The mean with its BCa bootstrap interval; Student's interval below ten photos, where resampling fails.
 
     Args:
-        values: One finite number per photo, (n,).
-        rng: Where the resamples are drawn from.
+        values: One finite number per photo, (n,), n >= 2.
+        rng: Draws the resamples.
         level: Coverage, inside (0, 1).
         resamples: How many, >= 100.
 
-    Returns:
-        The interval; NaN ends for one photo, `EMPTY` for none.
+    Raises:
+        ValueError: Fewer than two values, which have no interval, or a value that is not finite.
     """
     if not 0 < level < 1:
         raise ValueError(f"level must lie in (0, 1), got {level}")
@@ -95,11 +65,9 @@ def mean_interval(
         raise ValueError(f"resamples must be >= 100, got {resamples}")
     x = _as_vector(values)
     n = len(x)
-    if n == 0:
-        return EMPTY
+    if n < 2:
+        raise ValueError(f"an interval needs at least two values, got {n}")
     mean = float(x.mean())
-    if n == 1:
-        return Interval(mean, math.nan, math.nan, 1)
     if np.ptp(x) == 0:
         return Interval(mean, mean, mean, n)
     if n < SMALL_COUNT:
@@ -121,15 +89,15 @@ def rate_interval(successes: float, count: int, *, level: float = 0.95) -> Inter
     Args:
         successes: How many photos, 0 <= successes <= count. Shares of several faces of one photo may be
             summed; the interval is then a little too wide, never too narrow.
-        count: Photos; 0 gives `EMPTY`.
+        count: Photos, >= 1.
         level: Coverage, inside (0, 1).
     """
     if not 0 < level < 1:
         raise ValueError(f"level must lie in (0, 1), got {level}")
+    if count < 1:
+        raise ValueError(f"count must be >= 1, got {count}")
     if not 0 <= successes <= count:
         raise ValueError(f"successes must lie in [0, {count}], got {successes}")
-    if count == 0:
-        return EMPTY
     p, z2 = successes / count, float(stats.norm.ppf((1 + level) / 2)) ** 2
     centre = (p + z2 / (2 * count)) / (1 + z2 / count)
     half = math.sqrt(z2 * p * (1 - p) / count + z2**2 / (4 * count**2)) / (1 + z2 / count)
@@ -146,27 +114,35 @@ def _split(values: ArrayLike, groups: Sequence[Group], expected: Sequence[Group]
 
 def metrics_by_group(
     values: ArrayLike, groups: Sequence[Group], rng: np.random.Generator, *, expected: Sequence[Group] = ()
-) -> dict[Group, Interval]:
+) -> dict[Group, Measurement]:
     """The mean of each group with its interval.
 
     Args:
         values: One finite number per photo, (n,).
         groups: Each photo's group, n names.
-        rng: Where the resamples are drawn from.
+        rng: Draws the resamples.
         expected: Groups that must appear, in this order, even without a photo; others follow as they come.
 
     Returns:
-        One interval per group; `EMPTY` for an expected group without photos.
+        One interval per group; `NotMeasured` for a group of fewer than two photos.
     """
-    return {name: mean_interval(part, rng) for name, part in _split(values, groups, expected).items()}
+    split = _split(values, groups, expected).items()
+    return {name: mean_interval(part, rng) if len(part) > 1 else _too_few(len(part)) for name, part in split}
 
 
 def rates_by_group(
     shares: ArrayLike, groups: Sequence[Group], *, expected: Sequence[Group] = ()
-) -> dict[Group, Interval]:
-    """The rate of each group with Wilson's interval: one share in [0, 1] per photo, else as `by_group`."""
-    split = _split(shares, groups, expected)
-    return {name: rate_interval(float(part.sum()), len(part)) for name, part in split.items()}
+) -> dict[Group, Measurement]:
+    """The rate of each group with Wilson's interval, from one share in [0, 1] per photo; see `metrics_by_group`."""
+    split = _split(shares, groups, expected).items()
+    return {
+        name: rate_interval(float(part.sum()), len(part)) if len(part) else _too_few(0)
+        for name, part in split
+    }
+
+
+def _too_few(photos: int) -> NotMeasured:
+    return NotMeasured(not_measured=f"only {photos} photo, so no interval" if photos else "no photos")
 
 
 def gap_between(
@@ -178,9 +154,9 @@ def gap_between(
     rate: bool,
     draws: int = 20_000,
 ) -> Gap | None:
-    """The gap between the worst and the best served group, honest about having looked for it.
+    """The gap between the worst and the best served group, corrected for having selected both.
 
-    Picking the two most extreme of several groups makes a gap out of chance alone. The interval therefore
+    Selecting the two most extreme of several groups produces a gap by chance alone. The interval therefore
     holds for all pairs of groups at once: its half width is the 95 % quantile of the largest studentised
     difference between any two of equal groups (Games & Howell 1976; the quantile is simulated).
 
@@ -190,8 +166,8 @@ def gap_between(
     Args:
         values: One finite number per photo, (n,).
         groups: Each photo's group, n names.
-        badness: How badly each group is served; larger is worse. Groups that it does not name are left out.
-        rng: Where the simulation draws from.
+        cost: How badly each group is served; larger is worse. Groups that it does not name are left out.
+        rng: Of the simulation.
         rate: Whether the values are shares in [0, 1]; their spread is then taken with one success and one
             failure added (Agresti & Caffo 2000): a group without a failure is not certain to have none.
         draws: Simulated probes.

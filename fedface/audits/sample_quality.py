@@ -37,7 +37,8 @@ from fedface.audits.feature_distances import (
     rows_at_once,
 )
 from fedface.audits.feature_extractors import Extractor, FeatureIdentity, FeatureSource, open_features
-from fedface.audits.group_metrics import Interval, rate_interval
+from fedface.audits.group_metrics import rate_interval
+from fedface.measurements import Interval
 from fedface.photos.skin_tone import measure_tone
 from fedface.tensor_types import Images
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from fedface.audits.group_metrics import Interval
+from fedface.measurements import Interval
 
 
 def tone_distance(

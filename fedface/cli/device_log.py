@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from fedface import number_format
 from fedface.cli.console import cell, console, progress_bars, warn
 from fedface.cli.options import JsonOption
 from fedface.device.config import check_kind, is_accessible_to_others
@@ -29,7 +30,7 @@ from fedface.errors import ConfigError, LedgerError
 from fedface.privacy.budget import overspending
 from fedface.privacy.hash_chain import utc_now
 from fedface.privacy.transmission_log import Transmission
-from fedface.reports import device_log_text, formatting
+from fedface.reports import device_log_text
 from fedface.reports.device_log import DeviceLog, LoggedTransmission, make_log, render
 from fedface.reports.device_log_text import moment
 
@@ -104,12 +105,10 @@ def _print_log(log: DeviceLog, *, unpromised: bool) -> None:
         _print_told(told)
     _say("")
     payloads = "1 payload" if len(log.sent) == 1 else f"{len(log.sent)} payloads"
-    _say(f"Together: {formatting.size(log.bytes)} in {payloads}.".replace(formatting.SPACE, " "))
+    _say(f"Together: {number_format.size(log.bytes)} in {payloads}.".replace(number_format.SPACE, " "))
     for budget in log.budgets:
         _say(budget.in_words() + (" (all runs together)" if log.run is not None else ""))
-        if (
-            over := overspending(budget.spent.bounds.upper, budget.budget, unpromised=unpromised)
-        ) is not None:
+        if (over := overspending(budget.spent.upper, budget.budget, unpromised=unpromised)) is not None:
             _say(f"{over[0].upper()}{over[1:]}.")
     if log.unsent:
         numbers = ", ".join(str(entry.number) for entry in log.unsent)
@@ -128,7 +127,7 @@ def _print_told(told: LoggedTransmission) -> None:
     line = told.line
     _say(f"{line.number:>4}  {', '.join(told.when())}  {told.what()}")
     if isinstance(line, Transmission):
-        size = formatting.size(line.bytes).replace(formatting.SPACE, " ")
+        size = number_format.size(line.bytes).replace(number_format.SPACE, " ")
         _say(f"      {size} to {line.receiver}; {line.protection}")
         _say(f"      cost: {told.cost()}")
 

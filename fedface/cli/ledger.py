@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from fedface import number_format
 from fedface.aggregation.homomorphic import make_keys
 from fedface.cli.console import cell, console, progress_bars
 from fedface.cli.device_log import device_erase, device_log, device_withdraw, owned, warn_of_open
@@ -19,12 +20,13 @@ from fedface.device.config import is_accessible_to_others
 from fedface.device.state import ChainFiles, export, verify, write_alone
 from fedface.errors import ConfigError
 from fedface.experiment import read_experiment
+from fedface.measurements import Epsilon
+from fedface.number_format import format_delta
 from fedface.privacy.hash_chain import utc_now
 from fedface.privacy.ledger import FORM as LEDGER
 from fedface.privacy.ledger import Entry
 from fedface.privacy.policy import EVALUATION
-from fedface.privacy.privacy_target import format_delta
-from fedface.privacy.spending import MOMENTS, TransmissionPrice, format_epsilon, price_of, totals, unit_of
+from fedface.privacy.spending import MOMENTS, price_of, totals, unit_of
 from fedface.privacy.transmission_log import FORM as JOURNAL
 from fedface.privacy_units import UNITS, Unit
 
@@ -143,12 +145,12 @@ def ledger_show(
             {
                 **asdict(entry),
                 "what": _released(entry),
-                "alone": alone[entry.number].record(),
-                "total": so_far[entry.number].record() if entry.number in so_far else None,
+                "alone": alone[entry.number].to_record(),
+                "total": so_far[entry.number].to_record() if entry.number in so_far else None,
             }
             for entry in entries
         ]
-        told = {"entries": rows, "delta": asked.delta, "unit": whose, "spent": spent.record()}
+        told = {"entries": rows, "delta": asked.delta, "unit": whose, "spent": spent.to_record()}
         print(json.dumps(told, indent=2))
         return
     console.print(
@@ -164,12 +166,10 @@ def ledger_show(
     if asked.unit is None:
         own += f"; for another price: fedface ledger show {cell(path)} --delta 1e-6"
         own += "" if whose == "photo" else " --unit photo"
-    console.print(f"spent: {spent.in_words()} ({own})", highlight=False, soft_wrap=True)
+    console.print(f"spent: {spent} ({own})", highlight=False, soft_wrap=True)
 
 
-def _table(
-    entries: list[Entry], alone: dict[int, TransmissionPrice], so_far: dict[int, TransmissionPrice]
-) -> Table:
+def _table(entries: list[Entry], alone: dict[int, Epsilon], so_far: dict[int, Epsilon]) -> Table:
     table = Table(box=None)
     for heading in (
         "no.",
@@ -199,9 +199,9 @@ def _noise(noted: str | None) -> str:
     return "not noted" if noted is None else f"{float(noted):.4g}"
 
 
-def _bounds(price: TransmissionPrice) -> str:
+def _bounds(price: Epsilon) -> str:
     low, estimate, high = (
-        format_epsilon(value) for value in (price.bounds.lower, price.bounds.estimate, price.bounds.upper)
+        number_format.format_epsilon(value) for value in (price.lower, price.estimate, price.upper)
     )
     return estimate if low == high else f"{estimate} ({low} to {high})"
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fedface import number_format
 from fedface.aggregation.homomorphic import make_device, make_keys
 from fedface.aggregation.payload import PlainConfig
 from fedface.experiment import (
@@ -22,7 +23,6 @@ from fedface.models.checkpoint import flatten_parameters
 from fedface.privacy.plan import Plan
 from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget
 from fedface.public_data.device_photos import describe_devices
-from fedface.reports import formatting
 from fedface.training.latent_prior import PriorTrainingConfig
 from fedface.training.training_methods import common_streams, describe_method, prepare_round
 
@@ -108,7 +108,7 @@ def plan_lines(recipe: Experiment, plan: Plan, traffic: Traffic, *, list_devices
             yield f"  and {more} more"
     yield (
         f"upload: one vector of {traffic.numbers_up:,} {describe_method(recipe.training)} per device and round, "
-        f"{recipe.aggregation.kind}, {formatting.size(traffic.bytes_up)}"
+        f"{recipe.aggregation.kind}, {number_format.size(traffic.bytes_up)}"
     )
     if recipe.evaluation is not None:
         protection = (
@@ -117,17 +117,17 @@ def plan_lines(recipe: Experiment, plan: Plan, traffic: Traffic, *, list_devices
             else "clipped, noised and summed like updates"
         )
         yield (
-            f"  and metrics of held-out photos: {formatting.counted(EVALUATIONS, 'set')} of "
+            f"  and metrics of held-out photos: {number_format.counted(EVALUATIONS, 'set')} of "
             f"{recipe.evaluation.metrics.width:,} numbers per device over the run, {protection}, "
-            f"{formatting.size(traffic.metric_bytes_up)} each"
+            f"{number_format.size(traffic.metric_bytes_up)} each"
         )
     if traffic.bytes_decrypted:
         yield (
             "  and, from one device that holds the key: each decrypted sum, "
-            f"{formatting.size(traffic.bytes_decrypted)} per round"
+            f"{number_format.size(traffic.bytes_decrypted)} per round"
         )
     yield f"stays on the device: {_stays(recipe)}"
-    yield f"download: the weights, {formatting.size(traffic.bytes_down)} per device and round"
+    yield f"download: the weights, {number_format.size(traffic.bytes_down)} per device and round"
 
 
 def can_list_devices(recipe: Experiment, *, photos_given: bool) -> bool:
@@ -179,8 +179,8 @@ def _stays(recipe: Experiment) -> str:
 
 def _holding(recipe: Experiment, count: int | None) -> str:
     """How many photos a simulated device holds, and how many occasions where those are the unit."""
-    photos = "unknown number of photos" if count is None else formatting.counted(count, "photo")
+    photos = "unknown number of photos" if count is None else number_format.counted(count, "photo")
     match recipe.privacy, recipe.devices:
         case PrivacyTarget(unit="occasion"), SyntheticDevices(photos_per_occasion=size) if count is not None:
-            return f"{photos} in {formatting.counted(count // size, 'occasion')}"
+            return f"{photos} in {number_format.counted(count // size, 'occasion')}"
     return photos

@@ -25,6 +25,7 @@ from fedface.device.config import (
 from fedface.device.state import ChainFiles, DeviceState, device_state
 from fedface.errors import ConfigError, PolicyRefusal
 from fedface.experiment import Experiment, read_experiment
+from fedface.number_format import format_delta
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.adjacency import convert_unit
 from fedface.privacy.budget import Budget, describe_briefly, format_upper_bound, overspending
@@ -33,7 +34,7 @@ from fedface.privacy.mechanism import Event
 from fedface.privacy.participation_conditions import ConditionsNotMet, SystemEnvironment
 from fedface.privacy.plan import DPParameters, Plan
 from fedface.privacy.policy import ADVICE, EVALUATION, DevicePolicy
-from fedface.privacy.privacy_target import NoPrivacy, format_delta
+from fedface.privacy.privacy_target import NoPrivacy
 from fedface.privacy_units import Unit
 from fedface.training.training_methods import objective_of
 

@@ -38,7 +38,8 @@ def rank_models(
     from fedface.coordinator.model_ranking import load_candidates, ranking_parameters, run_ranking
     from fedface.coordinator.run_folder import locked, new_folder, resume_ranking
     from fedface.experiment import RemoteDevices, for_ranking, read_experiment
-    from fedface.privacy.privacy_target import PrivacyTarget, format_delta
+    from fedface.number_format import format_delta
+    from fedface.privacy.privacy_target import PrivacyTarget
     from fedface.public_data.labelled_sets import check_sources
     from fedface.simulation.in_process import in_process_cohort
     from fedface.transport.run_config import devices_folder

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from rich.table import Table
 
+from fedface import number_format
 from fedface.audits.sample_quality import GroupQuality, InsufficientSamples, Quality
 from fedface.cli.console import say, table_of
+from fedface.measurements import Interval
 from fedface.reports import (
     device_metrics_section,
     formatting,
@@ -17,7 +19,6 @@ from fedface.reports import (
     run_record,
 )
 from fedface.reports.comparison_report import METRICS, TITLES, ComparisonRecord
-from fedface.reports.measurements import Interval
 from fedface.reports.method_report import BenchmarkRecord
 from fedface.reports.model_ranking_report import RankingReport
 from fedface.reports.run_record import BiasRecord, RunRecord
@@ -151,5 +152,5 @@ def _interval(value: object, form: str | None = None) -> str:
     if not isinstance(value, Interval):
         return "not measured"
     ends = (value.estimate, value.low, value.high)
-    estimate, low, high = (formatting.number(end) if form is None else format(end, form) for end in ends)
+    estimate, low, high = (number_format.number(end) if form is None else format(end, form) for end in ends)
     return f"{estimate} [{low}, {high}]"

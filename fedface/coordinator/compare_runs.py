@@ -29,6 +29,7 @@ from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import upsample_with
 from fedface.errors import ConfigError
 from fedface.experiment import Experiment, SyntheticDevices
+from fedface.measurements import Measurement, NotMeasured
 from fedface.messages.cohort import Cohort
 from fedface.models.checkpoint import load_model, weights_hash
 from fedface.models.model import Model
@@ -43,8 +44,7 @@ from fedface.reports.comparison_report import (
     GroupQualityRecord,
     ModelQualityRecord,
 )
-from fedface.reports.measurements import Measurement, NotMeasured
-from fedface.reports.record_builders import machine_record, measured, version_record
+from fedface.reports.record_builders import machine_record, version_record
 from fedface.sweep import Sweep, Variant, level_of
 from fedface.tensor_types import Images
 from fedface.training.training_methods import check_fits, common_streams, prepare_round
@@ -86,7 +86,7 @@ def compare_runs(
         faces: Samples of each model, and faces on either side of the reference, >= 40.
 
     Returns:
-        The record; `comparison_report.json`, `comparison_report.md` and the pictures lie in the folder.
+        The record; `comparison.json`, `comparison.md` and the pictures lie in the folder.
 
     Raises:
         RunError: The folder holds runs of another recipe.
@@ -229,8 +229,8 @@ def _figures(made: Images, name: str, truth: _Reference, seed: int) -> ModelQual
         weights_hash=name,
         tones=tone_histogram(made).counts,
         figures={
-            "tone_distance": measured(tone_distance(readings.numpy(), true.numpy(), streams.numpy("tones"))),
-            "darker": measured(rate_interval(darker, len(readings))),
+            "tone_distance": tone_distance(readings.numpy(), true.numpy(), streams.numpy("tones")),
+            "darker": rate_interval(darker, len(readings)),
             **_quality_figures(found.overall),
         },
         groups=tuple(_group(group, found.groups.get(group)) for group in TONE_GROUPS),
@@ -255,10 +255,10 @@ def _group(name: str, found: GroupQuality | InsufficientSamples | None) -> Group
 
 def _quality_figures(found: GroupQuality) -> dict[str, Measurement]:
     return {
-        "kernel": measured(found.kernel),
-        "coverage": measured(found.neighbours.coverage),
-        "precision": measured(found.neighbours.precision),
-        "recall": measured(found.neighbours.recall),
+        "kernel": found.kernel,
+        "coverage": found.neighbours.coverage,
+        "precision": found.neighbours.precision,
+        "recall": found.neighbours.recall,
     }
 
 

@@ -17,6 +17,7 @@ from fedface.coordinator.aggregate import RoundSum, collect_and_sum, noised_sum
 from fedface.coordinator.rounds import ProgressListener, WithdrawalHandler
 from fedface.coordinator.run_state import RunState
 from fedface.experiment import Experiment
+from fedface.measurements import Epsilon, NotMeasured
 from fedface.messages.cohort import Cohort
 from fedface.messages.messages import EvaluateTask, EvaluationRequest
 from fedface.models.checkpoint import flatten_buffers, flatten_parameters, weights_hash
@@ -26,8 +27,7 @@ from fedface.privacy.plan import DPParameters, Plan
 from fedface.privacy.privacy_target import PrivacyTarget
 from fedface.randomness import Streams
 from fedface.reports.device_metrics_record import DeviceMetricsRecord
-from fedface.reports.measurements import Epsilon, NotMeasured
-from fedface.reports.record_builders import epsilon_record, private_record
+from fedface.reports.record_builders import private_record
 from fedface.tensor_types import Vector
 from fedface.upsampling.methods import title_of
 
@@ -142,7 +142,7 @@ def _price(experiment: Experiment, terms: DPParameters) -> Epsilon | NotMeasured
     """What one question costs one unit."""
     if isinstance(experiment.privacy, PrivacyTarget):
         delta = experiment.privacy.delta
-        return epsilon_record(epsilon_of(terms.event(1), delta), delta=delta, unit=terms.unit)
+        return epsilon_of(terms.event(1), delta, unit=terms.unit).measured()
     return NotMeasured(not_measured="the run adds no noise, so there is no bound")
 
 

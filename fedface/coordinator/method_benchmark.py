@@ -17,14 +17,14 @@ from fedface.codec import encode
 from fedface.coordinator.rounds import ProgressListener
 from fedface.coordinator.server_metrics import MIN_FACES, MethodEvaluation, evaluate_on_probe, examples
 from fedface.experiment import UpsamplingConfig
+from fedface.measurements import Measurement, NotMeasured
 from fedface.models.model import Model
 from fedface.photos.skin_tone import measure_tone
 from fedface.public_data.probe import PublicProbe
 from fedface.randomness import Streams
 from fedface.reports import method_report
-from fedface.reports.measurements import Measurement, NotMeasured
 from fedface.reports.method_report import BenchmarkRecord, MethodMetrics
-from fedface.reports.record_builders import machine_record, measured, version_record
+from fedface.reports.record_builders import machine_record, version_record
 from fedface.upsampling.degradation import Degradation, format_degradation
 from fedface.upsampling.methods import BASELINES, Method, is_deterministic, name_of, title_of
 from fedface.upsampling.upsampler import pixel_std
@@ -106,11 +106,11 @@ def _figures(served: MethodEvaluation, probe: PublicProbe, seconds: float, seed:
     first = made[:, 0]
     distance: Measurement = NotMeasured(not_measured=f"wants {MIN_FACES} faces to compare with")
     if len(first) >= MIN_FACES:
-        distance = measured(compare_faces(probe.images, first, streams.numpy("blocks")).kernel)
+        distance = compare_faces(probe.images, first, streams.numpy("blocks")).kernel
     spread: Measurement = NotMeasured(not_measured="it was asked for one face of each photo")
     if made.shape[1] > 1:
         each = torch.stack([pixel_std(faces).mean() for faces in made])
-        spread = measured(mean_interval(each.double().numpy(), streams.numpy("spread")))
+        spread = mean_interval(each.double().numpy(), streams.numpy("spread"))
     true, dark = probe.tone.monk >= DARKER_FROM, measure_tone(first).monk >= DARKER_FROM
     return MethodMetrics(
         method=name_of(served.method),
@@ -120,8 +120,8 @@ def _figures(served: MethodEvaluation, probe: PublicProbe, seconds: float, seed:
         bias=served.record,
         distance=distance,
         spread=spread,
-        darker_true=measured(rate_interval(int(true.sum()), len(true))),
-        darker_made=measured(rate_interval(int(dark.sum()), len(dark))),
-        darker_change=measured(served.report.darker_change),
+        darker_true=rate_interval(int(true.sum()), len(true)),
+        darker_made=rate_interval(int(dark.sum()), len(dark)),
+        darker_change=served.report.darker_change,
         seconds_per_face=seconds,
     )

@@ -18,6 +18,7 @@ from fedface.coordinator.aggregate import collect_and_sum, noised_sum
 from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import ReferenceSet, sample_metrics
 from fedface.experiment import Experiment
+from fedface.measurements import Epsilon, NotMeasured
 from fedface.messages.cohort import Cohort
 from fedface.messages.messages import RoundConfig, TrainTask
 from fedface.models.checkpoint import (
@@ -28,12 +29,11 @@ from fedface.models.checkpoint import (
     weights_hash,
 )
 from fedface.models.model import Model
+from fedface.number_format import format_delta
 from fedface.privacy.accounting import compose, epsilon_of
 from fedface.privacy.plan import Plan
-from fedface.privacy.privacy_target import PrivacyTarget, format_delta
+from fedface.privacy.privacy_target import PrivacyTarget
 from fedface.randomness import Streams
-from fedface.reports.measurements import Epsilon, NotMeasured
-from fedface.reports.record_builders import epsilon_record
 from fedface.reports.run_record import RoundRecord
 from fedface.training.training_methods import common_streams, prepare_round
 
@@ -204,7 +204,7 @@ def spent(plan: Plan, rounds: int) -> Epsilon | NotMeasured:
     match plan.privacy:
         case PrivacyTarget(delta=delta, unit=unit):
             told = compose([plan.event(rounds), *(terms.event() for terms in plan.additional_releases)])
-            return epsilon_record(epsilon_of(told, delta), delta=delta, unit=unit)
+            return epsilon_of(told, delta, unit=unit).measured()
         case _:
             return NotMeasured(not_measured="the run adds no noise, so there is no bound")
 
@@ -215,7 +215,7 @@ def evaluations_price(plan: Plan, rounds: int, questions: int) -> Epsilon | NotM
         case PrivacyTarget(delta=delta, unit=unit):
             parts = [plan.event(rounds)] if rounds else []
             parts += [terms.event(questions) for terms in plan.additional_releases if questions]
-            return epsilon_record(epsilon_of(compose(parts), delta), delta=delta, unit=unit)
+            return epsilon_of(compose(parts), delta, unit=unit).measured()
         case _:
             return NotMeasured(not_measured="the run adds no noise, so there is no bound")
 

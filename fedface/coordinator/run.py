@@ -35,6 +35,7 @@ from fedface.coordinator.server_metrics import (
 )
 from fedface.errors import ConfigError, RunError
 from fedface.experiment import Experiment, LabelledDevices, RemoteDevices, SyntheticDevices
+from fedface.measurements import NotMeasured
 from fedface.messages.cohort import Cohort
 from fedface.models.checkpoint import load_model, save_model, weights_hash
 from fedface.models.model import Model
@@ -45,7 +46,6 @@ from fedface.public_data.device_photos import describe_devices, device_faces
 from fedface.public_data.probe import PublicProbe, public_faces
 from fedface.randomness import Streams
 from fedface.reports import charts, html_report, model_card, run_record
-from fedface.reports.measurements import NotMeasured
 from fedface.reports.record_builders import machine_record, plan_record, version_record
 from fedface.reports.run_record import DeviceRecord, PictureRecord, RunRecord, ToneRecord
 from fedface.synthetic.faces import render_people

@@ -10,8 +10,8 @@ from typing import ClassVar
 from fedface.atomic_io import replace_text
 from fedface.codec import dumps, load
 from fedface.errors import RunError
+from fedface.measurements import Epsilon, Measurement, NotMeasured
 from fedface.reports.device_metrics_record import DeviceMetricsRecord, WithdrawalRecord
-from fedface.reports.measurements import Epsilon, Measurement, NotMeasured
 from fedface.reports.run_record import RoundRecord
 
 

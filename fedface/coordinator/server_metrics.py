@@ -32,6 +32,7 @@ from fedface.audits.gradient_inversion import (
 )
 from fedface.audits.group_metrics import mean_interval, rate_interval
 from fedface.experiment import AttackConfig, Experiment, UpsamplingConfig
+from fedface.measurements import Measurement, NotMeasured
 from fedface.models.checkpoint import weights_hash
 from fedface.models.model import Model
 from fedface.photos.skin_tone import measure_tone
@@ -40,8 +41,7 @@ from fedface.privacy.plan import Plan
 from fedface.public_data.device_photos import device_faces
 from fedface.public_data.probe import PublicProbe
 from fedface.randomness import Streams
-from fedface.reports.measurements import Measurement, NotMeasured
-from fedface.reports.record_builders import attack_record, bias_record, defence_words, measured
+from fedface.reports.record_builders import attack_record, bias_record, defence_words
 from fedface.reports.run_record import AggregationRecord, AttackRecord, BiasRecord, ToneRecord
 from fedface.tensor_types import Images, LowImages, Vector
 from fedface.training.training_methods import TrainingRound
@@ -97,12 +97,12 @@ def sample_metrics(model: Model, yardstick: ReferenceSet, seed: int) -> dict[str
     monk = measure_tone(made).monk.double().numpy()
     distance: Measurement = NotMeasured(not_measured=f"wants {MIN_FACES} faces to compare with")
     if len(like_devices) >= MIN_FACES:
-        distance = measured(compare_faces(like_devices, made, streams.numpy("blocks")).kernel)
+        distance = compare_faces(like_devices, made, streams.numpy("blocks")).kernel
     tones = {
         "monk": mean_interval(monk, streams.numpy("resamples")),
         "dark_fraction": rate_interval(int((monk >= DARKER_FROM).sum()), len(monk)),
     }
-    return {"distance": distance, **{name: measured(value) for name, value in tones.items()}}
+    return {"distance": distance, **tones}
 
 
 def tone_record(source: str, label: str, images: Images) -> ToneRecord:

@@ -247,7 +247,7 @@ def export(books: VerifiedState, *, delta: float, unit: Unit, now: datetime) -> 
             for entry in books.entries
         ],
         "head": heads["ledger"],
-        "spent": price_of(books.entries, delta=delta, unit=unit).record(),
+        "spent": price_of(books.entries, delta=delta, unit=unit).to_record(),
         "journal": None if lines is None else {"lines": lines, "head": heads["journal"]},
     }
     return json.dumps(told, indent=1, ensure_ascii=False) + "\n"

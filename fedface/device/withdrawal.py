@@ -14,9 +14,10 @@ from pathlib import Path
 from fedface.device.config import INDEX_REGISTRY
 from fedface.device.state import DeviceState
 from fedface.errors import ConfigError, LedgerError
+from fedface.measurements import Epsilon
 from fedface.messages.messages import metrics_ledger_key
 from fedface.privacy.ledger import Entry, Ledger
-from fedface.privacy.spending import TransmissionPrice, price_of
+from fedface.privacy.spending import price_of
 from fedface.privacy.transmission_log import Withdrawal
 
 NOT_FOUND = "not found (was the device run as another user?)"
@@ -30,7 +31,7 @@ class WithdrawalImpact:
     transmissions: str | None  # when its owner left it first, UTC; None: not yet
     rounds: tuple[int, ...]  # whose updates were booked
     evaluations: tuple[int, ...]  # whose figures were booked
-    price: TransmissionPrice  # of everything booked for it, together
+    price: Epsilon  # of everything booked for it, together
 
     def ahead(self) -> list[str]:
         """What leaving it does, one sentence each."""
@@ -58,7 +59,7 @@ class WithdrawalImpact:
         return [
             f"Booked for this run: {' and '.join(booked)}. What of it was summed with others' is part of the network "
             "since, and of every copy of it.",
-            f"What it may have told, all of it together: {self.price.in_words()}.",
+            f"What it may have told, all of it together: {self.price}.",
         ]
 
 

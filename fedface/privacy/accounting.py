@@ -32,7 +32,10 @@ from dp_accounting.pld import privacy_loss_distribution as pld
 from scipy.optimize import brentq, minimize_scalar
 
 from fedface.errors import PrivacyError
-from fedface.privacy.privacy_target import PrivacyTarget, check_delta, format_delta
+from fedface.measurements import Epsilon
+from fedface.number_format import format_delta
+from fedface.privacy.privacy_target import PrivacyTarget, check_delta
+from fedface.privacy_units import Unit
 
 ADJACENCY = "add or remove one"  # ADD_OR_REMOVE_ONE: the neighbouring relation of every price here
 
@@ -87,22 +90,6 @@ class ReplaceOneDpEvent(DpEvent):  # type: ignore[misc]
     """What an event releases about a unit that stays while its content changes; why it costs that: neighbours.py."""
 
     event: DpEvent
-
-
-@dataclass(frozen=True)
-class EpsilonBounds:
-    """Epsilon at some delta: `lower <= truth <= upper`; quote `upper` as the promise."""
-
-    lower: float
-    estimate: float
-    upper: float
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.lower <= self.estimate <= self.upper:
-            raise ValueError(f"bounds must be ordered, got {self.lower}, {self.estimate}, {self.upper}")
-
-    def __str__(self) -> str:
-        return f"{self.estimate:.3f} (from {self.lower:.3f} to {self.upper:.3f})"
 
 
 def compose(events: Iterable[DpEvent]) -> DpEvent:
@@ -234,26 +221,27 @@ def _upper(leaves: Releases, delta: float, coarser: int) -> float:
 
 
 @lru_cache(maxsize=4096)
-def _bounds(leaves: Releases, delta: float) -> EpsilonBounds:
+def _bounds(leaves: Releases, delta: float) -> tuple[float, float, float]:
     if not leaves:
-        return EpsilonBounds(0.0, 0.0, 0.0)
+        return 0.0, 0.0, 0.0
     if not _is_private(leaves):
-        return EpsilonBounds(math.inf, math.inf, math.inf)
+        return math.inf, math.inf, math.inf
     merged = _merged(leaves)
     upper = _upper(leaves, delta, 1)
     down = _distribution(merged, _grid_step(merged), "down")
     lower = min(float(down.get_epsilon_for_delta(delta + SLACK)), upper)
     excess = (_upper(leaves, delta, 2) - upper) / 3.0  # connect-the-dots errs by the square of the grid step
     estimate = min(max(upper - excess, lower), upper) if math.isfinite(excess) else upper
-    return EpsilonBounds(lower, estimate, upper)
+    return lower, estimate, upper
 
 
-def epsilon_of(event: DpEvent, delta: float) -> EpsilonBounds:
+def epsilon_of(event: DpEvent, delta: float, *, unit: Unit = "photo") -> Epsilon:
     """What an event costs at `delta`, for neighbours that differ by one unit.
 
     Args:
         event: Gaussian, Laplace, their Poisson-sampled forms, and compositions of these.
         delta: 1e-10 <= delta < 1.
+        unit: By which neighbours differ; it is stated in the result and changes no number.
 
     Returns:
         Bounds on epsilon; all infinite if any part makes no promise, all zero if nothing was released.
@@ -263,7 +251,8 @@ def epsilon_of(event: DpEvent, delta: float) -> EpsilonBounds:
         ValueError: Delta out of bounds.
     """
     check_delta(delta)
-    return _bounds(flatten_event(event), delta)
+    lower, estimate, upper = _bounds(flatten_event(event), delta)
+    return Epsilon(lower=lower, estimate=estimate, upper=upper, delta=delta, unit=unit)
 
 
 def within_budget(event: DpEvent, budget: float, delta: float) -> bool:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fedface.privacy.privacy_target import check_delta, format_delta
+from fedface.number_format import format_delta
+from fedface.privacy.privacy_target import check_delta
 from fedface.privacy_units import UNITS, Unit
 
 

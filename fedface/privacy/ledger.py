@@ -17,9 +17,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from fedface.errors import LedgerError, PolicyRefusal, PrivacyError
+from fedface.measurements import Epsilon
 from fedface.privacy import reply_cache
 from fedface.privacy.accounting import (
-    EpsilonBounds,
     compose,
     epsilon_of,
     event_from_json,
@@ -139,7 +139,7 @@ class Ledger:
         """How many different rounds of a run have been booked."""
         return len({entry.round for entry in self.entries() if entry.run == run})
 
-    def spent(self, delta: float, *, unit: Unit = "photo", since: datetime | None = None) -> EpsilonBounds:
+    def spent(self, delta: float, *, unit: Unit = "photo", since: datetime | None = None) -> Epsilon:
         """What everything booked costs together for one unit, composed anew.
 
         Args:
@@ -147,15 +147,15 @@ class Ledger:
             unit: Whose price; entries of runs that promise for another unit are converted, see neighbours.py.
             since: Only entries written at or after this time count; all if None.
         """
-        return epsilon_of(_everything(self.entries(), unit, since), delta)
+        return epsilon_of(_everything(self.entries(), unit, since), delta, unit=unit)
 
     def would_spend(
         self, event: Event, delta: float, *, told: Unit = "photo", unit: Unit = "photo",
         since: datetime | None = None,
-    ) -> EpsilonBounds:  # fmt: skip
+    ) -> Epsilon:  # fmt: skip
         """What everything booked and one more event, of a run that promises per `told`, would cost together."""
         before = _everything(self.entries(), unit, since)
-        return epsilon_of(compose([before, convert_unit(event, source=told, target=unit)]), delta)
+        return epsilon_of(compose([before, convert_unit(event, source=told, target=unit)]), delta, unit=unit)
 
     def check_budget(self, event: Event, limits: Sequence[Budget], *, told: Unit) -> BudgetExceeded | None:
         """Whether everything booked and one more event stay within every limit.

@@ -15,21 +15,21 @@ Source: DP-SGD, Abadi et al. (2016), arXiv:1607.00133; Poisson sampling with a p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, assert_never
 
 from fedface.errors import PrivacyError
+from fedface.measurements import Epsilon
+from fedface.number_format import format_delta
 from fedface.privacy.accounting import (
     ADJACENCY,
-    EpsilonBounds,
     calibrate_noise_multiplier,
     compose,
     epsilon_of,
 )
 from fedface.privacy.mechanism import ClippedSum, Event, GaussianSum, SampledGaussian, check_clip_norm
-from fedface.privacy.privacy_target import NoPrivacy, PrivacyGuarantee, PrivacyTarget, format_delta
+from fedface.privacy.privacy_target import NoPrivacy, PrivacyGuarantee, PrivacyTarget
 from fedface.privacy_units import UNITS, Unit, unit_in_words
 
 MAX_STEPS = 2_000  # of a round: more would keep a device busy for days, however cheap the noise makes them
@@ -225,11 +225,11 @@ class Plan:
         """What everything releases about one unit: all rounds, and what is released beside them."""
         return compose([self.event(), *(terms.event() for terms in self.additional_releases)])
 
-    def epsilon(self) -> EpsilonBounds | None:
+    def epsilon(self) -> Epsilon | None:
         """The price of everything at the promise's delta; None where nothing is promised."""
         match self.privacy:
-            case PrivacyTarget(delta=delta):
-                return epsilon_of(self.total_event(), delta)
+            case PrivacyTarget(delta=delta, unit=unit):
+                return epsilon_of(self.total_event(), delta, unit=unit)
             case NoPrivacy():
                 return None
             case _:
@@ -239,7 +239,7 @@ class Plan:
         """The plan in words, one line each, for `fedface plan` and the report."""
         match self.privacy:
             case PrivacyTarget() as target:
-                bounds = epsilon_of(self.total_event(), target.delta)
+                price = epsilon_of(self.total_event(), target.delta, unit=target.unit)
                 return [
                     *self._steps(target.unit),
                     *self._noise(target.unit),
@@ -251,8 +251,7 @@ class Plan:
                     f"promise: epsilon at most {target.epsilon:g} at delta {format_delta(target.delta)} "
                     f"per {target.unit}, over everything; neighbours: {ADJACENCY}",
                     f"the promise covers {unit_in_words(target.unit)}",
-                    f"price: epsilon {bounds.estimate:.3f}, certainly between "
-                    f"{math.floor(bounds.lower * 1000) / 1000:.3f} and {math.ceil(bounds.upper * 1000) / 1000:.3f}",
+                    f"price: {price}",
                 ]
             case NoPrivacy():
                 return [

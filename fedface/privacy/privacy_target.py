@@ -22,14 +22,6 @@ def check_delta(delta: float) -> None:
         raise ValueError(f"delta must lie in [{MIN_DELTA:g}, 1), got {delta}")
 
 
-def format_delta(delta: float) -> str:
-    """A delta in the one way in which it is written: 0.001, 1e-4, 2.5e-6."""
-    if float(f"{delta:.6g}") >= 1e-3:
-        return f"{delta:g}"
-    digits, _, power = f"{delta:.5e}".partition("e")
-    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
-
-
 @dataclass(frozen=True, kw_only=True)
 class PrivacyTarget:
     """At most epsilon of privacy loss for one unit over the whole run, except with probability about delta.

@@ -6,47 +6,21 @@ Nothing here writes; callers pass what privacy/ledger.py and privacy/transmissio
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from typing import Any
 
 from fedface.errors import LedgerError, PrivacyError
-from fedface.privacy.accounting import EpsilonBounds, compose, epsilon_of, event_from_json
+from fedface.measurements import Epsilon
+from fedface.privacy.accounting import compose, epsilon_of, event_from_json
 from fedface.privacy.adjacency import convert_unit
 from fedface.privacy.budget import Budget
 from fedface.privacy.ledger import MAX_PERIOD, Entry
-from fedface.privacy.privacy_target import format_delta
 from fedface.privacy.transmission_log import Transmission, Withdrawal
 from fedface.privacy_units import UNITS, Unit
 
 MOMENTS = 24  # how often a total is computed for a table or a curve; each takes about a second
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransmissionPrice:
-    """An epsilon with what it needs to mean something."""
-
-    bounds: EpsilonBounds
-    delta: float
-    unit: Unit
-
-    def in_words(self) -> str:
-        """The estimate, its bounds, delta and unit, as one phrase."""
-        where = at_delta_and_unit(self.delta, self.unit)
-        if math.isinf(self.bounds.upper):
-            return f"epsilon infinite: nothing bounds it {where}"
-        if self.bounds.upper == 0:
-            return f"epsilon 0 {where}"
-        low, estimate, high = (format_epsilon(end) for end in asdict(self.bounds).values())
-        return f"epsilon {estimate} (between {low} and {high}) {where}"
-
-    def record(self) -> dict[str, float | str]:
-        """For JSON, which knows no infinity: "infinite" stands for it."""
-        ends = asdict(self.bounds).items()
-        numbers = {key: "infinite" if math.isinf(value) else value for key, value in ends}
-        return {**numbers, "delta": self.delta, "unit": self.unit}
 
 
 def line_record(line: Transmission | Withdrawal) -> dict[str, Any]:
@@ -82,7 +56,7 @@ def payments(lines: Sequence[Transmission | Withdrawal], entries: Sequence[Entry
     return paid
 
 
-def price_of(entries: Sequence[Entry], *, delta: float, unit: Unit) -> TransmissionPrice:
+def price_of(entries: Sequence[Entry], *, delta: float, unit: Unit) -> Epsilon:
     """What some entries cost together for one unit.
 
     Raises:
@@ -94,14 +68,14 @@ def price_of(entries: Sequence[Entry], *, delta: float, unit: Unit) -> Transmiss
             if (key := (entry.event, unit_of(entry))) not in seen:
                 seen[key] = convert_unit(event_from_json(entry.event), source=key[1], target=unit)
         together = compose([seen[entry.event, unit_of(entry)] for entry in entries])
-        return TransmissionPrice(bounds=epsilon_of(together, delta), delta=delta, unit=unit)
+        return epsilon_of(together, delta, unit=unit)
     except PrivacyError as error:
         raise LedgerError(f"the ledger holds an event that cannot be priced: {error}") from error
 
 
 def totals(
     entries: Sequence[Entry], *, delta: float, unit: Unit, most: int | None = MOMENTS
-) -> dict[int, TransmissionPrice]:
+) -> dict[int, Epsilon]:
     """What the first entries cost together, by the number of the last of them; at `most` of them, always the last."""
     return {
         entries[i].number: price_of(entries[: i + 1], delta=delta, unit=unit)
@@ -127,26 +101,14 @@ def spending_curve(entries: Sequence[Entry], limit: Budget, now: datetime) -> li
         times = sorted([*times, *(time + over for time in times if time + over < now)])
     chosen = [times[i] for i in _spread(len(times), MOMENTS)]
     then = [(at, [entry for entry in entries if entry.time <= at]) for at in chosen]
-    return [(at, spent_against(known, limit, at).bounds.upper) for at, known in [*then, (now, entries)]]
+    return [(at, spent_against(known, limit, at).upper) for at, known in [*then, (now, entries)]]
 
 
-def spent_against(entries: Sequence[Entry], limit: Budget, now: datetime) -> TransmissionPrice:
+def spent_against(entries: Sequence[Entry], limit: Budget, now: datetime) -> Epsilon:
     """What counts against a limit now."""
     since = None if limit.days is None else now - timedelta(days=min(limit.days, MAX_PERIOD))
     counted = [entry for entry in entries if since is None or entry.time >= since]
     return price_of(counted, delta=limit.delta, unit=limit.unit)
-
-
-def format_epsilon(value: float) -> str:
-    """An epsilon to read: three places, more where it is small."""
-    if value in (0, math.inf):
-        return "no bound" if value else "0"
-    places = 3 if value >= 0.1 else min(9, 2 - math.floor(math.log10(value)))
-    return f"{value:,.{places}f}"
-
-
-def at_delta_and_unit(delta: float, unit: Unit) -> str:
-    return f"at delta {format_delta(delta)}, per {unit}"
 
 
 def _spread(count: int, most: int | None) -> list[int]:

@@ -16,9 +16,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 
 from fedface.experiment import NO_DP_LABEL
+from fedface.measurements import Interval
 from fedface.reports.charts import FAINT, INK, STYLE, face_grid
 from fedface.reports.comparison_report import TITLES, UNTRAINED, ComparisonRecord
-from fedface.reports.measurements import Interval
 from fedface.tensor_types import Images
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a8f98")

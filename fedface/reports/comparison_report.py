@@ -17,8 +17,8 @@ from fedface.audits.group_metrics import mean_interval
 from fedface.codec import dumps, load
 from fedface.errors import RunError
 from fedface.experiment import NO_DP_LABEL
-from fedface.privacy.privacy_target import format_delta
-from fedface.reports.measurements import Epsilon, Interval, Measurement, NotMeasured
+from fedface.measurements import Epsilon, Interval, Measurement, NotMeasured
+from fedface.number_format import format_delta
 from fedface.reports.run_record import MachineRecord
 
 FILE = "comparison.json"

@@ -20,14 +20,13 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from fedface import number_format
+from fedface.measurements import Epsilon
 from fedface.privacy.budget import Budget
 from fedface.privacy.ledger import Entry
 from fedface.privacy.policy import DevicePolicy
 from fedface.privacy.spending import (
-    TransmissionPrice,
-    at_delta_and_unit,
     belongs_to,
-    format_epsilon,
     line_record,
     payments,
     price_of,
@@ -36,7 +35,7 @@ from fedface.privacy.spending import (
 )
 from fedface.privacy.transmission_log import OF_FIGURES, RESENT, Transmission, Withdrawal
 from fedface.privacy_units import unit_in_words
-from fedface.reports import device_log_text, formatting
+from fedface.reports import device_log_text
 from fedface.reports.device_log_text import moment
 
 TEMPLATE = Path(__file__).with_name("device_log.html")
@@ -50,7 +49,7 @@ class LoggedTransmission:
     """One line of the journal, and what it cost."""
 
     line: Transmission | Withdrawal
-    price: TransmissionPrice | None  # of the entry that paid, alone; None where nothing was paid
+    price: Epsilon | None  # of the entry that paid, alone; None where nothing was paid
 
     def what(self) -> str:
         """What left, for which run."""
@@ -72,7 +71,7 @@ class LoggedTransmission:
         """What it cost, in words."""
         match self.line:
             case Transmission(entry=entry) if self.price is not None:
-                return f"{self.price.in_words()}, for this alone (entry {entry})"
+                return f"{self.price}, for this alone (entry {entry})"
             case Transmission(kind="opened sum"):
                 return "nothing more: each device's part in the sum is paid for"
             case Transmission(entry=int() as entry):
@@ -91,23 +90,23 @@ class BudgetStatus:
     """One limit of the policy and what is spent of it now."""
 
     budget: Budget
-    spent: TransmissionPrice
+    spent: Epsilon
 
     @property
     def left(self) -> float:
         """What the upper bound leaves, >= 0."""
-        return max(0.0, self.budget.epsilon - self.spent.bounds.upper)
+        return max(0.0, self.budget.epsilon - self.spent.upper)
 
     @property
     def at(self) -> str:
         """At which delta and of which unit it counts."""
-        return at_delta_and_unit(self.budget.delta, self.budget.unit)
+        return f"at delta {number_format.format_delta(self.budget.delta)} per {self.budget.unit}"
 
     def in_words(self) -> str:
         """Spent, allowed and left, in two sentences."""
         return (
             f"Spent {'so far' if self.budget.days is None else f'in the last {self.budget.days:g} days'}: "
-            f"{self.spent.in_words()}. Allowed {self.budget.period}: {self.budget.epsilon:g}; left: {format_epsilon(self.left)}."
+            f"{self.spent}. Allowed {self.budget.period}: {self.budget.epsilon:g}; left: {number_format.format_epsilon(self.left)}."
         )
 
 
@@ -142,13 +141,13 @@ class DeviceLog:
         return {
             "device": self.device, "run": self.run, "journal": self.kept, "made": self.now.isoformat(),
             "lines": [
-                {**line_record(told.line), "price": None if told.price is None else told.price.record()}
+                {**line_record(told.line), "price": None if told.price is None else told.price.to_record()}
                 for told in self.told
             ],
             "bytes": self.bytes,
             "seen_by_the_server_without_noise": self.bare,
             "budgets": [
-                {"allowed": asdict(budget.budget), "spent": budget.spent.record(), "left": budget.left}
+                {"allowed": asdict(budget.budget), "spent": budget.spent.to_record(), "left": budget.left}
                 for budget in self.budgets
             ],
             "withdrawn": dict(self.withdrawn),
@@ -231,8 +230,8 @@ def render(log: DeviceLog) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(
-        size=formatting.size,
-        shown=format_epsilon,
+        size=number_format.size,
+        shown=number_format.format_epsilon,
         whole=lambda words: re.sub(r"(?<=\de)-(?=\d)", MINUS, words),
     )
     life = log.budgets[0]
@@ -245,8 +244,8 @@ def render(log: DeviceLog) -> str:
         charts=[_chart(log.entries, budget, log.now) for budget in log.budgets] if log.entries else [],
         days=[told.when()[0] for told in log.told if isinstance(told.line, Transmission)],
         unit=unit_in_words(life.spent.unit),
-        sure=formatting.percent(1 / (1 + math.exp(-life.spent.bounds.upper))),
-        one_in=formatting.one_in(life.spent.delta),
+        sure=number_format.percent(1 / (1 + math.exp(-life.spent.upper))),
+        one_in=number_format.one_in(life.spent.delta),
         kinds=device_log_text.kinds(log.sent),
         what_left=device_log_text.what_left(log.sent, log.device),
         never_left=device_log_text.never_left(log.sent, log.bare),

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from fedface.privacy.privacy_target import format_delta
-from fedface.reports.measurements import Epsilon, Measurement, NotMeasured, rounded_down, rounded_up
+from fedface.measurements import Epsilon, Measurement, NotMeasured
+from fedface.number_format import format_delta, rounded_down, rounded_up
 
 WITHDRAWN = "a device that left"  # in place of the name of a device whose owner left the run
 

@@ -10,13 +10,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from fedface import number_format
 from fedface.audits.dp_metric_estimates import minimum_detectable_gap
 from fedface.audits.dp_metrics import LocalMetricsConfig
 from fedface.audits.dp_ratio_estimates import DP_METRICS
 from fedface.codec import CodecError, decode
-from fedface.reports import charts, formatting
+from fedface.measurements import Interval, Measurement, NotMeasured
+from fedface.reports import charts
 from fedface.reports.device_metrics_record import DeviceMetricsGroup, DeviceMetricsRecord
-from fedface.reports.measurements import Interval, Measurement, NotMeasured
 from fedface.reports.record_builders import light_to_dark
 from fedface.reports.run_record import PlanRecord, RunRecord
 
@@ -127,7 +128,7 @@ def _cell(value: Measurement, *, whole: bool = False) -> tuple[str, str]:
         case Interval(estimate=estimate, low=low, high=high):
             if whole:
                 return f"about {estimate:,.0f}", f"[{max(low, 0):,.0f}, {high:,.0f}]"
-            return formatting.interval(value)
+            return value.texts()
         case NotMeasured(not_measured=reason):
             return "not told", reason
 
@@ -203,4 +204,4 @@ def spent_sentence(record: DeviceMetricsRecord) -> str:
 
 def spent_words(record: DeviceMetricsRecord) -> str:
     """How many answered, at what price for one unit."""
-    return f"{formatting.counted(record.devices, 'device')} answered, at {formatting.epsilon(record.epsilon)}"
+    return f"{number_format.counted(record.devices, 'device')} answered, at {str(record.epsilon)}"

@@ -5,8 +5,10 @@ Called by reports.page. A defence that the run did not use has no place here.
 
 from __future__ import annotations
 
+from fedface import number_format
+from fedface.measurements import Epsilon, Interval, NotMeasured
+from fedface.number_format import rounded_up
 from fedface.reports import disclosures, formatting, headline_summary
-from fedface.reports.measurements import Epsilon, Interval, NotMeasured, rounded_up
 from fedface.reports.run_record import NoPrivacyRecord, RunRecord
 
 
@@ -15,7 +17,7 @@ def headline_numbers(record: RunRecord) -> list[dict[str, str]]:
     shown = []
     cost = formatting.spent(record)
     if isinstance(cost, Epsilon):
-        text = f"epsilon at most, at delta {formatting.delta_words(cost.delta)}, per {cost.unit}"
+        text = f"epsilon at most, at delta {number_format.format_delta(cost.delta)}, per {cost.unit}"
         shown.append({"value": rounded_up(cost.upper), "text": text})
     else:
         shown.append({"value": "no bound", "text": "on what a photo's owner loses"})
@@ -28,12 +30,14 @@ def headline_numbers(record: RunRecord) -> list[dict[str, str]]:
         if isinstance(before.difference, Interval) and isinstance(after.difference, Interval):
             was, now = abs(before.difference.estimate), abs(after.difference.estimate)
             text = f"gap between groups, {_head(measure)}"
-            shown.append({"value": f"{formatting.number(was)} → {formatting.number(now)}", "text": text})
+            shown.append(
+                {"value": f"{number_format.number(was)} → {number_format.number(now)}", "text": text}
+            )
     if record.rounds:
         answered = sum(len(entry.answered) for entry in record.rounds)
         sent = sum(entry.bytes_up for entry in record.rounds)
         if answered:
-            value = formatting.size(sent / answered)
+            value = number_format.size(sent / answered)
             shown.append({"value": value, "text": "sent by one device in one round"})
     used = disclosures.attacks_of(record)
     if isinstance(record.plan, NoPrivacyRecord):  # what noise would have done is no part of what the run did
@@ -42,7 +46,7 @@ def headline_numbers(record: RunRecord) -> list[dict[str, str]]:
         (attack.gallery.estimate, attack.defense) for attack in used if isinstance(attack.gallery, Interval)
     ]
     if named:
-        value = " → ".join(formatting.share(rate) for rate, _ in named)
+        value = " → ".join(number_format.percent(rate) for rate, _ in named)
         defences = " → ".join(defence for _, defence in named)
         text = f"of updates give away whose photo was in them, of {used[0].gallery_size}: {defences}"
         shown.append({"value": value, "text": text})

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from fedface import number_format
 from fedface.audits.bias import METRICS
+from fedface.measurements import Interval, NotMeasured
+from fedface.number_format import rounded_up
 from fedface.reports import formatting
-from fedface.reports.measurements import Interval, NotMeasured, rounded_up
 from fedface.reports.run_record import BiasRecord, GapRecord, NoPrivacyRecord, RunRecord
 
 LEADING = ("skin_difference", "same_half", "same_tone_bin", "monk_shift", "ita_shift", "consistency_error")
@@ -71,9 +73,9 @@ def service_change(record: RunRecord) -> MetricChange | None:
         return None
     was, now = before.overall.get(measure), after.overall.get(measure)
     if isinstance(was, Interval) and isinstance(now, Interval) and _apart(was, now):
-        change = f"from {formatting.number(was.estimate)} to {formatting.number(now.estimate)}"
-        told = f"from {' '.join(formatting.interval(was))} to {' '.join(formatting.interval(now))}"
-        where = f"{formatting.with_unit(told, measure)} over all {formatting.counted(was.count, 'photo')}"
+        change = f"from {number_format.number(was.estimate)} to {number_format.number(now.estimate)}"
+        told = f"from {' '.join(was.texts())} to {' '.join(now.texts())}"
+        where = f"{formatting.with_unit(told, measure)} over all {number_format.counted(was.count, 'photo')}"
     else:
         spans = [_span([pair[when].estimate for pair in pairs.values()]) for when in (0, 1)]
         change = f"from {spans[0]} to {spans[1]}"
@@ -120,7 +122,7 @@ def _apart(one: Interval, other: Interval) -> bool:
 
 
 def _span(values: Sequence[float]) -> str:
-    low, high = formatting.number(min(values)), formatting.number(max(values))
+    low, high = number_format.number(min(values)), number_format.number(max(values))
     return low if low == high else f"{low}–{high}"
 
 
@@ -151,7 +153,7 @@ def _gap_answer(record: RunRecord) -> str:
             old, new = _upward(old), _upward(new)
             was, now = old.estimate, new.estimate
             change = formatting.with_unit(
-                f"from {formatting.number(was)} to {formatting.number(now)}", measure
+                f"from {number_format.number(was)} to {number_format.number(now)}", measure
             )
             start = f"The gap between the worst and the best served group in {title}"
             if _apart(old, new):
@@ -176,8 +178,8 @@ def _quality_answer(record: RunRecord) -> list[str]:
         return []
     apart = _apart(before, after)
     verb = "went" if not apart else "fell" if after.estimate < before.estimate else "rose"
-    change = f"{verb} from {formatting.number(before.estimate)} to {formatting.number(after.estimate)}"
-    where = f"in {formatting.counted(len(record.rounds), 'round')} on {formatting.counted(len(record.devices), 'device')}"
+    change = f"{verb} from {number_format.number(before.estimate)} to {number_format.number(after.estimate)}"
+    where = f"in {number_format.counted(len(record.rounds), 'round')} on {number_format.counted(len(record.devices), 'device')}"
     doubt = "" if apart else ", but the intervals overlap: no change is shown"
     return [f"The distance of samples to faces like the devices' {change} {where}{doubt}."]
 
@@ -189,6 +191,6 @@ def _cost_answer(record: RunRecord) -> str:
     if isinstance(cost, NotMeasured):
         return f"What it cost in privacy was not measured: {cost.not_measured}."
     return (
-        f"It cost each {cost.unit} at most epsilon {rounded_up(cost.upper)} at delta {formatting.delta_words(cost.delta)} "
-        f"({formatting.bounds(cost)}), of {formatting.constant(record.plan.target_epsilon)} promised."
+        f"It cost each {cost.unit} at most epsilon {rounded_up(cost.upper)} at delta {number_format.format_delta(cost.delta)} "
+        f"({cost.bounds()}), of {number_format.constant(record.plan.target_epsilon)} promised."
     )

@@ -17,12 +17,13 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from fedface import number_format
 from fedface.atomic_io import replace_text
 from fedface.errors import RunError
+from fedface.measurements import Epsilon, Interval, Measurement, NotMeasured
 from fedface.privacy_units import PLURALS
 from fedface.reports import charts, device_metrics_section, disclosures, formatting, headline_summary
 from fedface.reports.headline_numbers import headline_numbers
-from fedface.reports.measurements import Epsilon, Interval, Measurement, NotMeasured
 from fedface.reports.run_record import AttackRecord, BiasRecord, PlanRecord, RunRecord
 
 FILE = "report.html"
@@ -62,15 +63,13 @@ def render(record: RunRecord, folder: Path) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(
-        figure=formatting.figure,
-        epsilon=formatting.epsilon,
-        number=formatting.number,
-        constant=formatting.constant,
-        delta=formatting.delta_words,
-        size=formatting.size,
-        seconds=formatting.seconds,
-        percent=formatting.percent,
-        counted=formatting.counted,
+        number=number_format.number,
+        constant=number_format.constant,
+        delta=number_format.format_delta,
+        size=number_format.size,
+        seconds=number_format.seconds,
+        percent=number_format.percent,
+        counted=number_format.counted,
     )
     attacks = disclosures.attacks_of(record)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
@@ -82,7 +81,7 @@ def render(record: RunRecord, folder: Path) -> str:
         plan=record.plan if isinstance(record.plan, PlanRecord) else None,
         promise=formatting.promise(record.plan),
         meaning=_meaning(record),
-        spent=formatting.epsilon(formatting.spent(record)),
+        spent=str(formatting.spent(record)),
         turnout=_turnout(record),
         refusals=_refusals(record),
         curves=_curves(record),
@@ -139,7 +138,7 @@ def themed(svg: bytes, name: str, alt: str) -> Markup:
 def _when(record: RunRecord) -> str:
     started = datetime.fromisoformat(record.started)
     lasted = (datetime.fromisoformat(record.finished) - started).total_seconds()
-    return f"{started.day} {started:%B %Y, %H:%M} UTC, {formatting.seconds(max(lasted, 0.0))}"
+    return f"{started.day} {started:%B %Y, %H:%M} UTC, {number_format.seconds(max(lasted, 0.0))}"
 
 
 def _meaning(record: RunRecord) -> str:
@@ -206,7 +205,7 @@ def _curves(record: RunRecord) -> list[dict[str, Markup | str]]:
             reasons = [value.not_measured for _, value in points if isinstance(value, NotMeasured)]
             panels.append({"title": title, "unit": unit, "svg": f"not measured: {reasons[-1]}"})
             continue
-        first, last = formatting.number(line.estimate[0]), formatting.number(line.estimate[-1])
+        first, last = number_format.number(line.estimate[0]), number_format.number(line.estimate[-1])
         alt = f"{title} by round: from {first} to {last}"
         svg = themed(charts.curve([line], from_zero=from_zero), f"curve{index}", alt)
         panels.append({"title": title, "unit": unit, "svg": svg})
@@ -218,7 +217,7 @@ def _epsilon_curve(record: RunRecord) -> dict[str, Markup | str]:
     title = "Privacy spent"
     known = [(entry.round, entry.epsilon) for entry in record.rounds if isinstance(entry.epsilon, Epsilon)]
     if not known:
-        return {"title": title, "unit": "", "svg": formatting.epsilon(formatting.spent(record))}
+        return {"title": title, "unit": "", "svg": str(formatting.spent(record))}
     line = charts.Series(
         label=title,
         color=charts.AFTER,
@@ -229,8 +228,8 @@ def _epsilon_curve(record: RunRecord) -> dict[str, Markup | str]:
     )
     limit = record.plan.target_epsilon if isinstance(record.plan, PlanRecord) else None
     last = known[-1][1]
-    alt = f"Epsilon by round, to {formatting.epsilon(last)}"
-    unit = f"epsilon at delta {formatting.delta_words(last.delta)} per {last.unit}"
+    alt = f"Epsilon by round, to {str(last)}"
+    unit = f"epsilon at delta {number_format.format_delta(last.delta)} per {last.unit}"
     if limit is not None:
         unit += "; dashed: the promise"
     svg = themed(charts.curve([line], limit=limit, from_zero=True), "epsilon", alt)
@@ -321,8 +320,11 @@ def _cell(value: Measurement, count: int) -> tuple[str, str]:
     """A number and its interval; n only where it is not the group's own count."""
     match value:
         case Interval(count=n):
-            estimate, ends = formatting.interval(value)
-            return estimate, ends if n == count else f"{ends}, n{formatting.SPACE}={formatting.SPACE}{n:,}"
+            estimate, ends = value.texts()
+            return (
+                estimate,
+                ends if n == count else f"{ends}, n{number_format.SPACE}={number_format.SPACE}{n:,}",
+            )
         case NotMeasured(not_measured=reason):
             return "not measured", reason
 
@@ -332,7 +334,7 @@ def _attacks(attacks: Sequence[AttackRecord]) -> list[dict[str, object]]:
     for attack in attacks:
         values = (attack.psnr, attack.baseline_psnr, attack.ssim, attack.baseline_ssim, attack.gallery)
         cells = [_cell(value, 0) for value in values]
-        rng = f"{formatting.percent(1 / attack.gallery_size)} · {formatting.percent(attack.gallery_ceiling)}"
+        rng = f"{number_format.percent(1 / attack.gallery_size)} · {number_format.percent(attack.gallery_ceiling)}"
         rows.append({"defence": attack.defense, "cells": cells, "chance": rng})
     return rows
 
@@ -345,7 +347,7 @@ def _held_out(record: RunRecord) -> str:
         return ""
     unit = record.plan.unit if isinstance(record.plan, PlanRecord) else "photo"
     whole = "photos" if unit == "photo" else "occasions"  # also of a library: it is split by occasions
-    return f"About {formatting.percent(share)} of each device's {whole} were held out: asked about, not trained on."
+    return f"About {number_format.percent(share)} of each device's {whole} were held out: asked about, not trained on."
 
 
 def _private(record: RunRecord) -> dict[str, object]:

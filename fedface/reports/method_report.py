@@ -16,12 +16,13 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 
+from fedface import number_format
 from fedface.atomic_io import replace_text
 from fedface.codec import dumps
+from fedface.measurements import Interval, Measurement, NotMeasured
 from fedface.reports import formatting
 from fedface.reports.charts import INK, STYLE, face_grid
 from fedface.reports.comparison_charts import COLOURS, MARKERS, png_on_white
-from fedface.reports.measurements import Interval, Measurement, NotMeasured
 from fedface.reports.run_record import BiasRecord, MachineRecord
 from fedface.tensor_types import Images
 
@@ -172,7 +173,7 @@ def faces(rows: Sequence[tuple[str, Images]], groups: Sequence[str]) -> bytes:
 def _cell(figure: Measurement) -> str:
     match figure:
         case Interval(estimate=estimate, low=low, high=high, count=count):
-            numbers = f"{formatting.number(estimate)} [{formatting.number(low)}, {formatting.number(high)}]"
+            numbers = f"{number_format.number(estimate)} [{number_format.number(low)}, {number_format.number(high)}]"
             return f"{numbers} (n = {count})"
         case NotMeasured(not_measured=reason):
             return f"not measured: {reason}"

@@ -11,9 +11,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedface import number_format
 from fedface.atomic_io import replace_text
+from fedface.measurements import NotMeasured
 from fedface.reports import device_metrics_section, disclosures, formatting, headline_summary
-from fedface.reports.measurements import NotMeasured
 from fedface.reports.run_record import BiasRecord, PlanRecord, RunRecord
 
 FILE = "model-card.md"
@@ -88,8 +89,8 @@ def _training(record: RunRecord) -> list[str]:
     answers = sum(len(entry.answered) for entry in record.rounds)
     refused = sum(len(entry.refusals) for entry in record.rounds)
     dropped = sum(len(entry.dropped) for entry in record.rounds)
-    replies = f"{formatting.counted(answers, 'answer')}, {formatting.counted(refused, 'refusal')}, {dropped} dropped"
-    size = f"{formatting.counted(len(record.devices), 'device')}, {formatting.counted(rounds, 'round')}"
+    replies = f"{number_format.counted(answers, 'answer')}, {number_format.counted(refused, 'refusal')}, {dropped} dropped"
+    size = f"{number_format.counted(len(record.devices), 'device')}, {number_format.counted(rounds, 'round')}"
     lines = ["## Training", "", f"{size}: {replies}.", ""]
     known = [[device.id, device.description] for device in record.devices]
     lines += table(["Device", "Publicly known"], known)
@@ -106,26 +107,26 @@ def _privacy(record: RunRecord) -> list[str]:
     lines = ["## Privacy", "", plain(formatting.promise(record.plan))]
     if isinstance(record.plan, PlanRecord):
         plan = record.plan
-        steps = f"{formatting.counted(plan.rounds, 'round')} of {formatting.counted(plan.steps_per_round, 'step')}"
+        steps = f"{number_format.counted(plan.rounds, 'round')} of {number_format.counted(plan.steps_per_round, 'step')}"
         neighbours = f"neighbours: {plain(plan.adjacency)}"
         if plan.noise_at == "server":
             kept = [
                 "- Who is trusted: the server. It sees all that each device sends, bare, and adds the noise.",
-                f"- Noise multiplier {formatting.constant(plan.noise_multiplier)}; each device's whole update is cut to "
-                f"length {formatting.constant(plan.update_clip_norm)}; {steps}, every device in each round; {neighbours}",
+                f"- Noise multiplier {number_format.constant(plan.noise_multiplier)}; each device's whole update is cut to "
+                f"length {number_format.constant(plan.update_clip_norm)}; {steps}, every device in each round; {neighbours}",
             ]
         else:
             kept = [
                 "- Who is trusted: nobody but the device itself, which cuts gradients and adds the noise.",
-                f"- Noise multiplier {formatting.constant(plan.noise_multiplier)}, clip norm "
-                f"{formatting.constant(plan.clip_norm)}, sampling rate {formatting.constant(plan.sampling_rate)}, "
+                f"- Noise multiplier {number_format.constant(plan.noise_multiplier)}, clip norm "
+                f"{number_format.constant(plan.clip_norm)}, sampling rate {number_format.constant(plan.sampling_rate)}, "
                 f"{steps}; {neighbours}",
             ]
         lines += [
             "",
             *([f"- It covers {plain(plan.covers)}"] if plan.covers else []),
-            f"- Planned: {plain(formatting.epsilon(plan.epsilon))}",
-            f"- Spent: {plain(formatting.epsilon(formatting.spent(record)))}",
+            f"- Planned: {plain(str(plan.epsilon))}",
+            f"- Spent: {plain(str(formatting.spent(record)))}",
             *kept,
         ]
     return lines
@@ -138,12 +139,12 @@ def _bias(record: RunRecord) -> list[str]:
             return [*lines, f"Not measured: {plain(reason)}"]
         case BiasRecord() as audit:
             lines += [f"- {plain(sentence)}" for sentence in audit.sentences]
-            counts = f"{formatting.counted(audit.photos, 'photo')}, {formatting.counted(audit.faces_per_photo, 'face')} each"
+            counts = f"{number_format.counted(audit.photos, 'photo')}, {number_format.counted(audit.faces_per_photo, 'face')} each"
             lines += ["", f"Probe: {plain(audit.probe)}, {counts}."]
             measures = list(dict.fromkeys(name for group in audit.groups for name in group.metrics))
             absent = NotMeasured(not_measured="too few photos of this group")
             rows = [
-                [group.group, *(formatting.figure(group.metrics.get(name, absent)) for name in measures)]
+                [group.group, *(str(group.metrics.get(name, absent)) for name in measures)]
                 for group in audit.groups
             ]
             units = [

@@ -14,18 +14,18 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure as Canvas
 
+from fedface import number_format
 from fedface.atomic_io import replace_text
 from fedface.codec import dumps
+from fedface.measurements import Epsilon, Interval, NotMeasured
 from fedface.privacy.accounting import compose, epsilon_of
 from fedface.privacy.mechanism import GaussianSum, SampledGaussian
 from fedface.privacy_units import UNITS, unit_in_words
-from fedface.reports import device_metrics_section, formatting
+from fedface.reports import device_metrics_section
 from fedface.reports.charts import STYLE
 from fedface.reports.comparison_charts import COLOURS, MARKERS, png_on_white
 from fedface.reports.device_metrics_record import DeviceMetricsRecord
-from fedface.reports.measurements import Epsilon, Interval, NotMeasured
 from fedface.reports.model_card import code_block
-from fedface.reports.record_builders import epsilon_record
 
 FILE = "tournament.json"
 NOT_PRICED = NotMeasured(not_measured="its record does not hold the recipe's sampling rate")
@@ -78,7 +78,7 @@ class RankingReport:
             whose = (
                 f"What the trusted server publishes of {answers[0].lower()}{answers[1:]} of a device together"
             )
-        sentence = f"{whose}: {formatting.epsilon(self.together)}."
+        sentence = f"{whose}: {str(self.together)}."
         match self.together:
             case Epsilon(unit=unit) if unit in UNITS:
                 return f"{sentence} The price is for {unit_in_words(unit)}."  # type: ignore[arg-type]
@@ -106,7 +106,7 @@ class RankingReport:
     def title(self) -> str:
         """What a page of it is called."""
         count = len(self.candidates)
-        return f"Which model serves the devices' own photos best: tournament of {formatting.counted(count, 'model')}"
+        return f"Which model serves the devices' own photos best: tournament of {number_format.counted(count, 'model')}"
 
 
 def _together(candidates: Sequence[DeviceMetricsRecord], experiment: dict[str, Any]) -> Epsilon | NotMeasured:
@@ -123,7 +123,7 @@ def _together(candidates: Sequence[DeviceMetricsRecord], experiment: dict[str, A
         for told in candidates
     ]
     delta, unit = prices[0].delta, prices[0].unit
-    return epsilon_record(epsilon_of(compose(events), delta), delta=delta, unit=unit)
+    return epsilon_of(compose(events), delta, unit=unit).measured()
 
 
 def write(record: RankingReport, folder: Path) -> None:
@@ -211,7 +211,7 @@ def markdown(record: RankingReport) -> str:
     for told in record.candidates:
         lines.append(
             f"- {_plain(told.when)}: weights `{told.weights_hash[:12]}`, {told.method}, "
-            f"{formatting.counted(told.devices, 'device')}, {formatting.epsilon(told.epsilon)}."
+            f"{number_format.counted(told.devices, 'device')}, {str(told.epsilon)}."
         )
     notes = [record.asked, *record.notes]
     lines += ["", *(f"- {_plain(note)}" for note in notes), "", "Again:", "", *code_block(record.command), ""]

@@ -11,11 +11,11 @@ import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import assert_never
 
-from fedface.audits.bias import BiasReport, GroupMetrics
+from fedface import number_format
+from fedface.audits.bias import BiasReport
 from fedface.audits.dp_metric_estimates import DPMetricEstimates, GroupEstimates
 from fedface.audits.dp_ratio_estimates import DP_METRICS, DPRatioEstimate, describe
 from fedface.audits.gradient_inversion import (
@@ -26,8 +26,8 @@ from fedface.audits.gradient_inversion import (
     Search,
     SquaredSearch,
 )
-from fedface.audits.group_metrics import Interval as Measured
-from fedface.privacy.accounting import ADJACENCY, EpsilonBounds, reconstruction_success_bound
+from fedface.measurements import Epsilon, Interval, NotMeasured
+from fedface.privacy.accounting import ADJACENCY, reconstruction_success_bound
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.privacy.plan import Plan
 from fedface.privacy.privacy_target import NoPrivacy as NoTarget
@@ -35,7 +35,6 @@ from fedface.privacy.privacy_target import PrivacyTarget
 from fedface.privacy_units import Unit, unit_in_words
 from fedface.reports import formatting
 from fedface.reports.device_metrics_record import DeviceMetricsGroup, DeviceMetricsRecord
-from fedface.reports.measurements import Epsilon, Measurement, NotMeasured, measurement
 from fedface.reports.run_record import (
     AttackRecord,
     BiasRecord,
@@ -56,19 +55,6 @@ NOT_TESTED = (
 )
 
 
-def measured(value: Measured) -> Measurement:
-    """An audit's interval, or why there is none."""
-    reason = "no photos" if value.count == 0 else f"only {value.count} photo, so no interval"
-    return measurement(asdict(value), otherwise=reason)
-
-
-def epsilon_record(bounds: EpsilonBounds, *, delta: float, unit: str) -> Epsilon | NotMeasured:
-    """A price with its delta and unit; an infinite one is no bound at all."""
-    if not math.isfinite(bounds.upper):
-        return NotMeasured(not_measured="epsilon is infinite, because no noise was added")
-    return Epsilon(lower=bounds.lower, estimate=bounds.estimate, upper=bounds.upper, delta=delta, unit=unit)
-
-
 def plan_record(plan: Plan) -> PlanRecord | NoPrivacyRecord:
     """A plan as the page prints it.
 
@@ -80,9 +66,7 @@ def plan_record(plan: Plan) -> PlanRecord | NoPrivacyRecord:
             return NoPrivacyRecord(no_privacy="no noise is added, so epsilon is infinite.")
         case PrivacyTarget(epsilon=target, delta=delta, unit=unit):
             bounds = plan.epsilon()
-            price = (
-                epsilon_record(bounds, delta=delta, unit=unit) if bounds else NotMeasured(not_measured="none")
-            )
+            price = bounds.measured() if bounds else NotMeasured(not_measured="none")
             if isinstance(price, NotMeasured):
                 raise ValueError(f"a promise needs a finite price, got {bounds}")
             return PlanRecord(
@@ -133,7 +117,7 @@ def bias_record(report: BiasReport, *, weights_hash: str, probe: str) -> BiasRec
         probe: Which photos, in words.
     """
     groups = [
-        GroupRecord(group=name, count=service.consistency_error.count, metrics=_service(service))
+        GroupRecord(group=name, count=service.consistency_error.count, metrics=dict(vars(service)))
         for name, service in report.groups.items()
     ]
     groups += [GroupRecord(group=name, count=count, metrics={}) for name, count in report.unmeasured.items()]
@@ -142,10 +126,10 @@ def bias_record(report: BiasReport, *, weights_hash: str, probe: str) -> BiasRec
         probe=probe,
         photos=report.photos,
         faces_per_photo=report.faces_per_photo,
-        overall=_service(report.overall),
+        overall=dict(vars(report.overall)),
         groups=tuple(groups),
         gaps={
-            name: GapRecord(worst=gap.worst, best=gap.best, difference=measured(gap.difference))
+            name: GapRecord(worst=gap.worst, best=gap.best, difference=gap.difference)
             for name, gap in report.gaps.items()
         },
         sentences=tuple(report.sentences()),
@@ -207,8 +191,8 @@ def private_record(
 def _private_group(name: str, group: GroupEstimates) -> DeviceMetricsGroup:
     return DeviceMetricsGroup(
         group=name,
-        units=measured(group.count),
-        figures={measure: measured(group.estimate(measure)) for measure in group.means},
+        units=group.count,
+        figures={measure: group.estimate(measure) for measure in group.means},
         at_end=tuple(name for name, mean in group.means.items() if _at_end(mean)),
     )
 
@@ -256,7 +240,7 @@ def _lead(figures: DPMetricEstimates) -> str:
 
 def attack_record(
     result: AttackResult,
-    gallery: Measured,
+    gallery: Interval,
     *,
     gallery_size: int,
     weights_hash: str,
@@ -279,12 +263,12 @@ def attack_record(
         defense=defence_words(result.defense),
         weights_hash=weights_hash,
         attack=f"{_search_words(result.search)}; one photo per update.",
-        psnr=measured(result.psnr),
-        ssim=measured(result.ssim),
-        baseline_psnr=measured(result.baseline_psnr),
-        baseline_ssim=measured(result.baseline_ssim),
-        gain=measured(result.gain),
-        gallery=measured(gallery),
+        psnr=result.psnr,
+        ssim=result.ssim,
+        baseline_psnr=result.baseline_psnr,
+        baseline_ssim=result.baseline_ssim,
+        gain=result.gain,
+        gallery=gallery,
         gallery_size=gallery_size,
         gallery_ceiling=ceiling,
         pictures=tuple(pictures),
@@ -299,7 +283,7 @@ def defence_words(defence: Defense) -> str:
         case NoDefense():
             return "no DP"
         case ClippedSum(clip_norm=clip_norm):
-            return f"clipping at {formatting.constant(clip_norm)} alone"
+            return f"clipping at {number_format.constant(clip_norm)} alone"
         case GaussianSum(sigma=sigma):
             return f"DP sigma={sigma:.3g}"
         case _:
@@ -323,10 +307,6 @@ def version_record(packages: Sequence[str] = PACKAGES) -> Mapping[str, str]:
     return found
 
 
-def _service(service: GroupMetrics) -> dict[str, Measurement]:
-    return {name: measurement(values, otherwise="too few photos") for name, values in asdict(service).items()}
-
-
 def _ceiling(defence: Defense, gallery_size: int) -> float:
     match defence:
         case NoDefense() | ClippedSum():
@@ -340,7 +320,7 @@ def _ceiling(defence: Defense, gallery_size: int) -> float:
 def _search_words(search: Search) -> str:
     match search:
         case CosineSearch(iterations=iterations, total_variation=weight):
-            start = f"Cosine distance with total variation {formatting.constant(weight)}"
+            start = f"Cosine distance with total variation {number_format.constant(weight)}"
             return f"{start}, {iterations} steps of signed Adam"
         case SquaredSearch(evaluations=evaluations):
             return f"Squared distance, {evaluations} evaluations of L-BFGS"
@@ -348,7 +328,7 @@ def _search_words(search: Search) -> str:
             assert_never(search)
 
 
-def _gain_words(gain: Measured) -> str:
+def _gain_words(gain: Interval) -> str:
     if gain.low > 0:
         return "Pictures came back closer to the photos than a guess that does without the update."
     return (
@@ -357,9 +337,9 @@ def _gain_words(gain: Measured) -> str:
     )
 
 
-def _gallery_words(gallery: Measured, gallery_size: int) -> str:
-    named = formatting.percent(gallery.estimate) if gallery.estimate else f"0{formatting.SPACE}%"
-    rng = formatting.percent(1 / gallery_size)
+def _gallery_words(gallery: Interval, gallery_size: int) -> str:
+    named = number_format.percent(gallery.estimate) if gallery.estimate else f"0{number_format.SPACE}%"
+    rng = number_format.percent(1 / gallery_size)
     verdict = "more often than chance" if gallery.low > 1 / gallery_size else "which chance alone explains"
     start = f"Among {gallery_size} candidates the right photo was named in {named} of updates"
     return f"{start} (chance {rng}), {verdict}."

@@ -17,8 +17,8 @@ from typing import Any, ClassVar, Literal
 from fedface.atomic_io import replace_text
 from fedface.codec import dumps, load
 from fedface.errors import RunError
+from fedface.measurements import Epsilon, Measurement, NotMeasured
 from fedface.reports.device_metrics_record import WITHDRAWN, DeviceMetricsRecord, WithdrawalRecord
-from fedface.reports.measurements import Epsilon, Measurement, NotMeasured
 
 FILE = "run.json"
 HASH = re.compile(r"[0-9a-f]{8,64}")

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 
 from fedface.audits.group_metrics import (
-    EMPTY,
-    Interval,
     gap_between,
     mean_interval,
     metrics_by_group,
     rate_interval,
     rates_by_group,
 )
+from fedface.measurements import Interval, NotMeasured
 from fedface.randomness import Streams
 
 STREAMS = Streams(11)
@@ -65,10 +64,12 @@ def test_equal_streams_give_equal_intervals() -> None:
 def test_groups_keep_their_order_and_empty_ones_are_explicit() -> None:
     table = metrics_by_group([1.0, 3.0, 5.0], ["b", "b", "c"], STREAMS.numpy("g"), expected=["a", "b"])
     assert list(table) == ["a", "b", "c"]
-    assert table["a"] is EMPTY and table["a"].count == 0
-    assert table["b"].estimate == 2.0 and table["b"].count == 2 and table["b"].is_small
-    assert table["c"].count == 1 and math.isnan(table["c"].low) and table["c"].covers_zero
-    assert rates_by_group([1, 0, 1], ["b", "b", "c"])["b"].estimate == 0.5
+    assert table["a"] == NotMeasured(not_measured="no photos")
+    pair = table["b"]
+    assert isinstance(pair, Interval) and pair.estimate == 2.0 and pair.count == 2 and pair.is_small
+    assert table["c"] == NotMeasured(not_measured="only 1 photo, so no interval")
+    rates = rates_by_group([1, 0, 1], ["b", "b", "c"], expected=["a"])
+    assert rates["b"].estimate == 0.5 and isinstance(rates["a"], NotMeasured)
 
 
 def test_gaps_of_equal_groups_cover_zero_although_the_extremes_were_picked() -> None:
@@ -121,5 +122,9 @@ def test_an_interval_is_plain_json() -> None:
 def test_values_that_are_not_finite_are_refused() -> None:
     with pytest.raises(ValueError, match="finite"):
         mean_interval([1.0, math.inf], STREAMS.numpy("x"))
+    with pytest.raises(ValueError, match="at least two values, got 1"):
+        mean_interval([3.0], STREAMS.numpy("x"))
+    with pytest.raises(ValueError, match="count must be >= 1, got 0"):
+        rate_interval(0, 0)
     with pytest.raises(ValueError, match=r"successes must lie in \[0, 3\], got 4"):
         rate_interval(4, 3)

@@ -17,7 +17,6 @@ from fedface.audits.feature_extractors import (
     TorchScriptFeatures,
     open_features,
 )
-from fedface.audits.group_metrics import Interval
 from fedface.audits.sample_quality import (
     TONE_GROUPS,
     GroupedFeatures,
@@ -33,6 +32,7 @@ from fedface.audits.sample_quality import (
     quality,
     tone_groups,
 )
+from fedface.measurements import Interval
 from fedface.photos.labelled_faces import read_face_folder
 from fedface.photos.skin_tone import srgb_from_monk
 from fedface.randomness import Streams

@@ -11,12 +11,12 @@ from fedface.coordinator.compare_runs import compare_runs
 from fedface.coordinator.rounds import SilentProgress
 from fedface.errors import RunError
 from fedface.experiment import NO_DP_LABEL
+from fedface.measurements import Epsilon, Interval, NotMeasured
 from fedface.models.checkpoint import save_model
 from fedface.models.model import build_model
 from fedface.randomness import Streams
 from fedface.reports import comparison_report
 from fedface.reports.comparison_report import METRICS, UNTRAINED, ComparisonRecord
-from fedface.reports.measurements import Epsilon, Interval, NotMeasured
 from fedface.simulation.in_process import in_process_cohort
 from fedface.sweep import Sweep, read_sweep
 
@@ -85,7 +85,7 @@ def test_the_record_comes_back_from_its_file_and_its_table_has_a_row_for_each(
     home: Path, finished: ComparisonRecord
 ) -> None:
     assert comparison_report.read(home / "out") == finished
-    table = (home / "out" / "comparison_report.md").read_text()
+    table = (home / "out" / "comparison.md").read_text()
     rows = [line for line in table.splitlines() if line.startswith("| full |") or line.startswith("| flow |")]
     assert len(rows) == 6 * (1 + 3)  # all faces, then three measures by group
     for picture in ("against-epsilon", "tones", "by-group", "samples"):

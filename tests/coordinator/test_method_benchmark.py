@@ -12,11 +12,11 @@ from fedface.codec import loads
 from fedface.coordinator.method_benchmark import benchmark_methods, with_baselines
 from fedface.coordinator.rounds import SilentProgress
 from fedface.experiment import SyntheticProbe
+from fedface.measurements import Interval, NotMeasured
 from fedface.models.model import GeneratorArchitecture, Model, SuperResolutionArchitecture, build_model
 from fedface.public_data.probe import public_faces
 from fedface.randomness import Streams
 from fedface.reports import method_report
-from fedface.reports.measurements import Interval, NotMeasured
 from fedface.reports.method_report import BenchmarkRecord, MethodMetrics
 from fedface.upsampling.degradation import Area
 from fedface.upsampling.feedforward import BicubicConfig, NearestConfig, SuperResolutionConfig

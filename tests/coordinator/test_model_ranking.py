@@ -19,6 +19,7 @@ from fedface.coordinator.model_ranking import load_candidates, ranking_parameter
 from fedface.coordinator.rounds import SilentProgress
 from fedface.errors import ConfigError, FederationError, FedfaceError, RunError
 from fedface.experiment import Experiment, for_ranking, read_experiment
+from fedface.measurements import Epsilon
 from fedface.messages.cohort import Cohort, OnReply
 from fedface.messages.messages import EvaluateTask, Failure, Reply, Task, to_message
 from fedface.models.checkpoint import save_model
@@ -26,7 +27,6 @@ from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.mechanism import GaussianSum
 from fedface.randomness import SecretNoise
-from fedface.reports.measurements import Epsilon
 from fedface.reports.model_ranking_report import RankingReport
 from fedface.simulation.devices import prepare
 from fedface.simulation.in_process import in_process_cohort

@@ -20,6 +20,7 @@ from fedface.coordinator.server_metrics import ReferenceSet, sample_metrics
 from fedface.device.client import handle_task
 from fedface.errors import FederationError, RunError
 from fedface.experiment import Experiment
+from fedface.measurements import Epsilon, Interval, NotMeasured
 from fedface.messages.cohort import OnReply
 from fedface.messages.messages import (
     DecryptResult,
@@ -36,7 +37,6 @@ from fedface.models.checkpoint import flatten_buffers, flatten_parameters, load_
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Ledger
 from fedface.public_data.device_photos import device_faces
-from fedface.reports.measurements import Epsilon, Interval, NotMeasured
 from fedface.simulation.devices import simulated_device
 from fedface.tensor_types import Vector
 from fedface.training.gan import gan_ranges

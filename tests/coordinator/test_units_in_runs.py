@@ -22,6 +22,7 @@ from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import ReferenceSet
 from fedface.device.client import handle_task
 from fedface.errors import ConfigError, FederationError, PrivacyError
+from fedface.measurements import Epsilon, Interval, NotMeasured
 from fedface.messages.messages import EvaluateTask, EvaluationRequest, Refusal, TrainResult, TrainTask
 from fedface.models.checkpoint import flatten_parameters, load_model
 from fedface.photos.device_dataset import DeviceDataset
@@ -34,7 +35,6 @@ from fedface.privacy.transmission_log import TransmissionLog
 from fedface.randomness import Streams
 from fedface.reports import html_report
 from fedface.reports.device_metrics_record import WithdrawalRecord
-from fedface.reports.measurements import Epsilon, Interval, NotMeasured
 from fedface.reports.run_record import WITHDRAWN
 from fedface.simulation.in_process import in_process_cohort
 from fedface.synthetic.faces import render_people

@@ -165,9 +165,9 @@ def test_a_file_for_its_owner_alone_is_never_written_over_another(tmp_path: Path
 def test_a_stake_is_what_was_booked_for_the_run_and_its_questions(home: Path) -> None:
     mine = withdrawal_impact(used(home), "faces")
     assert (mine.rounds, mine.evaluations, mine.transmissions) == ((1, 2), (1,), None)
-    assert mine.price.bounds == epsilon_of(compose([EVENT] * 3), 1e-6)
+    assert mine.price == epsilon_of(compose([EVENT] * 3), 1e-6)
     assert "updates of rounds 1, 2 and figures of question 1" in mine.lasting()[0]
-    assert mine.price.in_words() in mine.lasting()[1]
+    assert str(mine.price) in mine.lasting()[1]
 
 
 def test_leaving_drops_the_runs_own_answers_and_no_booking(home: Path) -> None:
@@ -244,7 +244,7 @@ def test_a_device_that_answered_two_rounds_refuses_the_third_once_its_owner_has_
             isinstance(told.line, Transmission) and told.line.bytes == len(payload) and told.price is not None
         )
         assert told.line.digest_of_payload == hashlib.sha256(payload).hexdigest()
-        assert told.price.bounds == epsilon_of(experiment.plan().event(1), device.policy.delta)
+        assert told.price == epsilon_of(experiment.plan().event(1), device.policy.delta)
     assert isinstance(left.line, Withdrawal) and left.line.reason == "enough"
     assert isinstance(refused.line, Transmission) and (refused.line.kind, refused.line.round) == (
         "refusal",

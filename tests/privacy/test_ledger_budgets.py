@@ -10,11 +10,11 @@ import pytest
 from pytest import approx
 
 from fedface.errors import PolicyRefusal
+from fedface.number_format import format_delta
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.adjacency import replace_one_event
 from fedface.privacy.budget import Budget
 from fedface.privacy.ledger import Ledger
-from fedface.privacy.privacy_target import format_delta
 
 DELTA = 1e-5
 EVENT = dp.GaussianDpEvent(4.0)
@@ -139,7 +139,7 @@ def test_a_run_per_occasion_costs_a_photo_as_much_as_half_the_noise(ledger: Ledg
     ledger.record(EVENT, run="r", round=0, marks={"unit": "occasion"})
     half = epsilon_of(dp.GaussianDpEvent(2.0), DELTA)
     assert ledger.spent(DELTA) == half == epsilon_of(replace_one_event(EVENT), DELTA)
-    assert ledger.spent(DELTA, unit="occasion") == epsilon_of(EVENT, DELTA)
+    assert ledger.spent(DELTA, unit="occasion") == epsilon_of(EVENT, DELTA, unit="occasion")
     assert ledger.would_spend(EVENT, DELTA, told="occasion").upper == approx(
         epsilon_of(dp.GaussianDpEvent(2.0**0.5), DELTA).upper, abs=1e-9
     )

@@ -13,6 +13,7 @@ import pytest
 from fedface.aggregation.payload import AggregationConfig
 from fedface.config import dump, parse, read
 from fedface.errors import ConfigError, PolicyRefusal
+from fedface.number_format import format_delta
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.adjacency import replace_one_event
 from fedface.privacy.budget import Budget, format_upper_bound, overspending
@@ -20,7 +21,7 @@ from fedface.privacy.ledger import Ledger
 from fedface.privacy.participation_conditions import NOT_NOW_MESSAGE, ConditionsNotMet, Power
 from fedface.privacy.plan import DPParameters, Plan, Schedule, make_plan
 from fedface.privacy.policy import EVALUATION, PROTOCOLS, DevicePolicy, Period
-from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget, format_delta
+from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget
 from fedface.privacy_units import Unit
 
 SCHEDULE = Schedule(rounds=4, steps_per_round=2, sampling_rate=0.2, expected_batch_size=8, clip_norm=1.0)

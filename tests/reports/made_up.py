@@ -14,9 +14,9 @@ from fedface.audits.dp_metric_estimates import estimate_metrics
 from fedface.audits.dp_metrics import LocalMetricsConfig, PhotoMetrics, metric_vectors
 from fedface.codec import encode
 from fedface.experiment import EvaluationConfig
+from fedface.measurements import Epsilon, Interval, Measurement, NotMeasured
 from fedface.reports import charts
 from fedface.reports.device_metrics_record import DeviceMetricsRecord
-from fedface.reports.measurements import Epsilon, Interval, Measurement, NotMeasured
 from fedface.reports.record_builders import private_record
 from fedface.reports.run_record import (
     AggregationRecord,

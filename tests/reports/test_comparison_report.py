@@ -6,8 +6,8 @@ import math
 
 import pytest
 
+from fedface.measurements import Interval, NotMeasured
 from fedface.reports.comparison_report import over_seeds
-from fedface.reports.measurements import Interval, NotMeasured
 
 NOTHING = NotMeasured(not_measured="wants 40 faces")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from made_up import own_figures, with_figures
 
 from fedface.codec import dumps, loads
-from fedface.reports import device_metrics_section, formatting, html_report, model_card
+from fedface.measurements import Epsilon, Interval
+from fedface.reports import device_metrics_section, html_report, model_card
 from fedface.reports.device_metrics_record import DeviceMetricsRecord
-from fedface.reports.measurements import Epsilon, Interval
 from fedface.reports.model_ranking_report import ALL_ASKED, RankingRecord, RankingReport, markdown
 from fedface.reports.record_builders import light_to_dark
 from fedface.reports.run_record import RunRecord
@@ -61,7 +61,7 @@ def test_a_figure_at_the_end_of_its_range_is_marked_and_no_perfect_zero() -> Non
 
 def test_a_small_consistency_error_is_not_written_as_zero() -> None:
     """Two digits of a half width of 0.1 would leave nothing of 0.0012."""
-    estimate, _ = formatting.interval(Interval(estimate=0.0012, low=0.0, high=0.2, count=30))
+    estimate, _ = Interval(estimate=0.0012, low=0.0, high=0.2, count=30).texts()
     assert estimate == "0.001"
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from made_up import around, own_figures, with_figures
 
+from fedface.measurements import Interval, Measurement
 from fedface.reports import headline_summary, model_card
 from fedface.reports.headline_numbers import headline_numbers
-from fedface.reports.measurements import Interval, Measurement
 from fedface.reports.run_record import BiasRecord, RunRecord
 
 

@@ -14,8 +14,8 @@ import pytest
 from markdown_it import MarkdownIt
 from skimage.io import imread
 
+from fedface.measurements import Interval, NotMeasured
 from fedface.reports import headline_summary, html_report, model_card
-from fedface.reports.measurements import Interval, NotMeasured
 from fedface.reports.run_record import BiasRecord, NoPrivacyRecord, RunRecord
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>$x_{1}$&amp;{{ 7 * 7 }}"
@@ -80,7 +80,7 @@ def test_the_headline_is_the_question_and_the_answer_comes_from_the_numbers(html
     text = read(html).text
     assert "Do eight phones of mostly darker faces mend" in text
     assert "shrank from 5.28 to 1.44 dE00" in text
-    assert "at most epsilon 7.920 at delta 1e−5 (between 7.880 and 7.920), of 8 promised" in text
+    assert "at most epsilon 7.920 at delta 1e-5 (between 7.880 and 7.920), of 8 promised" in text
 
 
 def test_a_gap_that_only_changed_its_sign_did_not_change_its_size(record: RunRecord) -> None:

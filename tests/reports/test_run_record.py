@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fedface.audits.group_metrics import EMPTY, mean_interval, rate_interval
 from fedface.codec import CodecError, dumps, loads
 from fedface.errors import RunError
+from fedface.measurements import Epsilon, Interval, NotMeasured
 from fedface.reports import run_record
-from fedface.reports.measurements import Epsilon, Interval, NotMeasured, measurement
 from fedface.reports.run_record import NoPrivacyRecord, PictureRecord, RunRecord
 
 
@@ -51,16 +50,12 @@ def test_nan_is_never_read(record: RunRecord, text: str) -> None:
         loads(RunRecord, changed)
 
 
-def test_an_interval_without_end_becomes_not_measured_with_the_reason() -> None:
-    """One photo has an estimate and no spread; no photos have neither."""
-    for found in (EMPTY, mean_interval([3.0], None)):  # type: ignore[arg-type]
-        value = measurement(asdict(found), otherwise="fewer than two photos")
-        assert value == NotMeasured(not_measured="fewer than two photos")
-
-
-def test_an_interval_of_an_audit_is_taken_over_as_it_is() -> None:
-    found = rate_interval(3, 12)
-    assert measurement(asdict(found), otherwise="") == Interval(**asdict(found))
+@pytest.mark.parametrize(
+    "values", [(1.0, math.nan, 2.0, 3), (math.inf, 1.0, 2.0, 3), (1.0, 2.0, 1.0, 3), (1.0, 1.0, 1.0, 0)]
+)
+def test_an_interval_is_finite_ordered_and_counted(values: tuple[float, float, float, int]) -> None:
+    with pytest.raises(ValueError, match=r"finite|low must be at most high|count must be >= 1"):
+        Interval(*values)
 
 
 def test_an_unknown_key_is_refused_with_its_place(record: RunRecord) -> None:
@@ -106,7 +101,7 @@ def test_an_epsilon_above_its_upper_bound_is_refused() -> None:
         Epsilon(lower=1.0, estimate=3.0, upper=2.0, delta=1e-5, unit="photo")
 
 
-@pytest.mark.parametrize("file", ["../secret.png", "/etc/hosts.png", "run_record.json", ".png"])
+@pytest.mark.parametrize("file", ["../secret.png", "/etc/hosts.png", "run.json", ".png"])
 def test_a_picture_outside_the_folder_is_refused(file: str) -> None:
     with pytest.raises(ValueError, match="file must be a plain name"):
         PictureRecord(file=file, section="more", caption="", alt="")

@@ -10,10 +10,10 @@ from tiny import tiny_way
 
 from fedface import cli
 from fedface.config import dump
+from fedface.measurements import Epsilon, Interval
 from fedface.models.checkpoint import load_model, weights_hash
 from fedface.privacy.ledger import Ledger
 from fedface.reports import run_record
-from fedface.reports.measurements import Epsilon, Interval
 
 
 @pytest.mark.parametrize("way", ["lora", "prior", "flow", "styles", "resolver"])

@@ -111,7 +111,7 @@ def test_a_run_that_was_cut_short_while_measuring_measures_only(
     folder = Path("runs/tiny")
     rounds = json.loads((folder / "state.json").read_text())["rounds"]
     before = attempts(folder)
-    assert len(rounds) == 2 and not (folder / "run_record.json").exists()
+    assert len(rounds) == 2 and not (folder / "run.json").exists()
     with monkeypatch.context() as patch:
         patch.setattr("fedface.device.client.prepare_round", killed)
         assert fedface(monkeypatch, "run", str(recipe), "--resume") == 0
@@ -167,7 +167,7 @@ def test_a_run_killed_in_the_middle_of_a_round_goes_on_and_repeats_nothing(
         work.send_signal(signal.SIGKILL)
         work.wait()
     begun = json.loads((folder / "state.json").read_text())["rounds"]
-    assert len(begun) == 1 and not (folder / "run_record.json").exists()
+    assert len(begun) == 1 and not (folder / "run.json").exists()
     booked = attempts(folder)
 
     assert fedface(monkeypatch, *words, "--resume") == 0
