@@ -11,8 +11,7 @@ import pytest
 from made_up import epsilon_after
 from markdown_it import MarkdownIt
 
-from fedface.cli.run import command_of
-from fedface.codec import dumps, loads
+from fedface.cli.options import command_line
 from fedface.measurements import Epsilon, NotMeasured
 from fedface.number_format import rounded_down, rounded_up
 from fedface.privacy.plan import Schedule, make_plan
@@ -92,7 +91,7 @@ def test_bounds_are_rounded_outwards() -> None:
 
 def test_a_command_comes_back_from_a_shell_word_by_word() -> None:
     changes = {"privacy": "{kind: privacy-target, epsilon: 8}"}
-    line = command_of("run", Path("my recipes/a.yaml"), None, changes)
+    line = command_line("run", Path("my recipes/a.yaml"), None, changes)
     assert shlex.split(line) == [
         "fedface",
         "run",
@@ -128,14 +127,3 @@ def test_what_cannot_be_undone_is_said_also_when_nobody_left(record: RunRecord, 
 
 def test_a_server_that_saw_bare_updates_cannot_unsee_them(library: RunRecord) -> None:
     assert "what the server saw of its bare answers is not" in disclosures.withdrawal_notes(library)[1]
-
-
-def test_a_record_from_before_a_field_is_still_read(record: RunRecord) -> None:
-    """A plan without what it covers and who adds the noise is a plan, not an error."""
-    text = dumps(record)
-    for key in ("covers", "noise_at", "update_clip_norm", "metrics_noise_multiplier"):
-        start = text.index(f'"{key}"')
-        end = text.index("\n", start)
-        text = text[:start].rstrip().rstrip(",") + ("," if text[start:end].endswith(",") else "") + text[end:]
-    assert '"covers"' not in text
-    assert loads(RunRecord, text).plan == record.plan
