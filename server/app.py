@@ -1,7 +1,7 @@
-"""The Flower ServerApp: reads which experiment is asked for and lets the installed fedface coordinate it.
+"""The Flower ServerApp: reads which experiment the run config names and lets the installed fedface coordinate it.
 
-Called by Flower, in a simulation or on a SuperLink (see server/README.md). A run that was cut short goes on
-where it stopped when it is started again with the same experiment and folder.
+It runs in a simulation or on a SuperLink (see server/README.md). An interrupted run continues when it is started again
+with the same experiment and folder.
 """
 
 from pathlib import Path
@@ -10,12 +10,11 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedface.coordinator.model_ranking import load_candidates, run_ranking
-from fedface.coordinator.rounds import ProgressListener
 from fedface.coordinator.run import initialize_run, run_experiment
 from fedface.coordinator.run_folder import locked
 from fedface.experiment import RemoteDevices
 from fedface.simulation.devices import prepare
-from fedface.transport.run_config import RunConfig, devices_folder, read_run_config
+from fedface.transport.run_config import devices_folder, read_run_config
 from fedface.transport.server import GridCohort
 
 HOME = Path(__file__).resolve().parents[1]
@@ -23,15 +22,15 @@ HOME = Path(__file__).resolve().parents[1]
 app = ServerApp()
 
 
-class LineWatcher:
-    """Prints a line for each stage: Flower shows them with `flwr run --stream` and keeps them in its log."""
+class PrintedProgress:
+    """A ProgressListener that prints a line for each stage; `flwr run --stream` shows them, and Flower logs them."""
 
     def stage(self, name: str, steps: int) -> None:
         """A stage begins."""
         self.message(name)
 
     def advance(self, done: int) -> None:
-        """Nothing: a log has no progress bar."""
+        """Not printed: a log has no progress bar."""
 
     def message(self, sentence: str) -> None:
         """One line."""
@@ -40,28 +39,21 @@ class LineWatcher:
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the experiment of the run config to its report."""
-    order = read_run_config(context.run_config, HOME)
-    real = isinstance(order.experiment.devices, RemoteDevices)
-    cohort = GridCohort(grid, come_within=600 if real else 60)
-    watcher: ProgressListener = LineWatcher()
+    """Run the experiment of the run config to its report, or rank the candidates that it names."""
+    config = read_run_config(context.run_config, HOME)
+    experiment, folder = config.experiment, config.folder
+    cohort = GridCohort(grid, come_within=600 if isinstance(experiment.devices, RemoteDevices) else 60)
+    progress = PrintedProgress()
     command = f"flwr run . --run-config \"experiment='{context.run_config['experiment']}'\""
-    if order.candidates:
-        _tournament(
-            order, cohort, watcher, f"{command} --run-config \"candidates='{';'.join(order.candidates)}'\""
-        )
-        return
-    with locked(order.folder):
-        if not (order.folder / "state.json").exists():
-            initialize_run(order.experiment, order.folder)
-        prepare(order.experiment, devices_folder(order.folder))
-        run_experiment(order.experiment, cohort, order.folder, watcher=watcher, command=command)
-    watcher.message(f"the report is in {order.folder / 'report.html'}")
-
-
-def _tournament(order: RunConfig, cohort: GridCohort, watcher: ProgressListener, command: str) -> None:
-    models = load_candidates(order.candidates, order.experiment)
-    with locked(order.folder):
-        prepare(order.experiment, devices_folder(order.folder))
-        run_ranking(order.experiment, models, cohort, order.folder, watcher=watcher, command=command)
-    watcher.message(f"the picture is {order.folder / 'tournament.png'}")
+    models = load_candidates(config.candidates, experiment) if config.candidates else {}
+    with locked(folder):
+        prepare(experiment, devices_folder(folder))
+        if models:
+            command += f" --run-config \"candidates='{';'.join(config.candidates)}'\""
+            run_ranking(experiment, models, cohort, folder, watcher=progress, command=command)
+            progress.message(f"the chart is {folder / 'tournament.png'}")
+            return
+        if not (folder / "state.json").exists():
+            initialize_run(experiment, folder)
+        run_experiment(experiment, cohort, folder, watcher=progress, command=command)
+        progress.message(f"the report is {folder / 'report.html'}")

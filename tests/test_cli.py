@@ -144,7 +144,7 @@ def test_check_prints_the_plan(fedface, tmp_path: Path) -> None:  # type: ignore
         "epsilon at most 8 at delta 0.001 per photo",
         f"certainly between {bounds.lower:.3f} and {bounds.upper:.3f}",
         "devices: 2",
-        "device-01: drawn faces, 10% light skin",
+        "device-01: synthetic faces, 10% light skin",
         "8,007 weight changes per device and round, plain",
     ):
         assert words in said.out

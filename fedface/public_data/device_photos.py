@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import lru_cache
 from typing import assert_never
 
@@ -28,21 +29,30 @@ def describe_devices(experiment: Experiment) -> list[tuple[str, str, int | None]
     match devices:
         case SyntheticDevices():
             return [
-                (device_name(i), f"drawn faces, {share:.0%} light skin (Monk 1-5)", devices.photos_per_device)
-                for i, share in enumerate(devices.light_fractions)
+                (
+                    device_name(i),
+                    f"synthetic faces, {light:.0%} light skin (Monk 1-5)",
+                    devices.photos_per_device,
+                )
+                for i, light in enumerate(devices.light_fractions)
             ]
         case LabelledDevices():
-            parts = _partition(experiment)
-            return [(device_name(i), _mix(experiment, part), len(part)) for i, part in enumerate(parts)]
+            _, groups = _labelled_faces(devices, experiment.probe, experiment.start().size)
+            return [
+                (device_name(i), _group_shares([groups[photo] for photo in photos]), len(photos))
+                for i, photos in enumerate(_partition(experiment, devices))
+            ]
         case RemoteDevices():
-            return [(f"real device {i + 1}", "photos of its owner; nothing else is known", None)
-                    for i in range(devices.count)]  # fmt: skip
+            return [
+                (f"real device {i + 1}", "photos of its owner; nothing else is known", None)
+                for i in range(devices.count)
+            ]
         case _:
             assert_never(devices)
 
 
 def device_faces(experiment: Experiment, count: int, size: int, *, part: int = 0) -> Images | None:
-    """About `count` public faces mixed like all devices together; None where devices are real.
+    """About `count` public faces distributed like those of all devices together; None for remote devices.
 
     Parts with different numbers share no face, as long as there are so many.
     """
@@ -51,12 +61,12 @@ def device_faces(experiment: Experiment, count: int, size: int, *, part: int = 0
         case SyntheticDevices():
             streams = Streams(experiment.seed).child("like the devices" + f"/{part}" * bool(part))
             each = -(-count // devices.count)
-            return torch.cat(
-                [
-                    render_people(each, share, size, streams.child(str(i)))
-                    for i, share in enumerate(devices.light_fractions)
-                ]
-            )[torch.randperm(each * devices.count, generator=streams.generator("order"))[:count]]
+            faces = [
+                render_people(each, light, size, streams.child(str(i)))
+                for i, light in enumerate(devices.light_fractions)
+            ]
+            order = torch.randperm(each * devices.count, generator=streams.generator("order"))
+            return torch.cat(faces)[order[:count]]
         case LabelledDevices():
             everyone = torch.cat([device_photos(experiment, i, size) for i in range(devices.count)])
             rng = Streams(experiment.seed).generator("like the devices")
@@ -69,6 +79,7 @@ def device_faces(experiment: Experiment, count: int, size: int, *, part: int = 0
 
 @lru_cache(maxsize=64)
 def device_photos(experiment: Experiment, number: int, size: int) -> Images:
+    """The photos of one device, (n, 3, size, size), rendered or read. Raises FederationError for remote devices."""
     devices = experiment.devices
     match devices:
         case SyntheticDevices():
@@ -78,42 +89,33 @@ def device_photos(experiment: Experiment, number: int, size: int) -> Images:
                 devices.photos_per_device // each, each, devices.light_fractions[number], size, streams
             )
         case LabelledDevices():
-            images, _ = _labelled(experiment, size)
-            return images[_partition(experiment)[number]]
+            images, _ = _labelled_faces(devices, experiment.probe, size)
+            return images[_partition(experiment, devices)[number]]
         case RemoteDevices():
-            raise FederationError("a real device's photos are not here")
+            raise FederationError("the photos of a remote device stay on it")
         case _:
             assert_never(devices)
 
 
 @lru_cache(maxsize=2)
-def _labelled(experiment: Experiment, size: int) -> tuple[Images, tuple[str, ...]]:
-    """All photos that pretended devices share out, and their groups."""
-    devices = experiment.devices
-    if not isinstance(devices, LabelledDevices):
-        raise FederationError("only labelled devices share out a folder")
+def _labelled_faces(devices: LabelledDevices, probe: object, size: int) -> tuple[Images, tuple[str, ...]]:
+    """All photos that labelled devices share out, and their groups."""
     path, shared = find_labelled_set(devices.folder, devices.set)
     faces, _ = facing_camera(read_face_folder(path, size=size, label=devices.label), devices.profile_faces)
-    if shared and isinstance(experiment.probe, LabelledProbe):
-        holdout_fraction = set(first_per_group(faces.groups, experiment.probe.per_group))
-        faces = faces.select([i for i in range(len(faces)) if i not in holdout_fraction])
+    if shared and isinstance(probe, LabelledProbe):
+        in_probe = set(first_per_group(faces.groups, probe.per_group))
+        faces = faces.select([i for i in range(len(faces)) if i not in in_probe])
     return faces.images, faces.groups
 
 
 @lru_cache(maxsize=2)
-def _partition(experiment: Experiment) -> list[list[int]]:
-    devices = experiment.devices
-    if not isinstance(devices, LabelledDevices):
-        raise FederationError("only labelled devices share out a folder")
-    _, groups = _labelled(experiment, experiment.start().size)
+def _partition(experiment: Experiment, devices: LabelledDevices) -> list[list[int]]:
+    """Which of the labelled photos each device holds."""
+    _, groups = _labelled_faces(devices, experiment.probe, experiment.start().size)
     rng = Streams(experiment.seed).numpy("partition")
     return [part.tolist() for part in partition(groups, devices.count, devices.split, rng)]
 
 
-def _mix(experiment: Experiment, part: list[int]) -> str:
-    _, groups = _labelled(experiment, experiment.start().size)
-    counts: dict[str, int] = {}
-    for i in part:
-        counts[groups[i]] = counts.get(groups[i], 0) + 1
-    top = sorted(counts.items(), key=lambda item: -item[1])[:3]
-    return "public photos: " + ", ".join(f"{count / len(part):.0%} {name}" for name, count in top)
+def _group_shares(groups: list[str]) -> str:
+    top = Counter(groups).most_common(3)
+    return "public photos: " + ", ".join(f"{count / len(groups):.0%} {name}" for name, count in top)

@@ -13,7 +13,7 @@ from fedface.photos.labelled_faces import LabelledFaces, labelled_sets
 
 
 def check_sources(experiment: Experiment) -> None:
-    """Look whether labelled photos are where the experiment says, before a run is begun.
+    """Check that labelled photos are where the experiment says, before a run starts.
 
     Raises:
         LibraryError: A folder is missing or holds no labelled photos.
@@ -24,7 +24,7 @@ def check_sources(experiment: Experiment) -> None:
 
 
 def find_labelled_set(folder: Path, name: str) -> tuple[Path, bool]:
-    """Where a labelled set lies, and whether devices and probe must share it because there is only one."""
+    """Where a labelled set is, and whether devices and probe must share it because there is only one."""
     if not folder.exists():
         raise LibraryError(
             f"{folder}: no such folder of labelled photos; say where it is with --photos FOLDER"
@@ -34,16 +34,16 @@ def find_labelled_set(folder: Path, name: str) -> tuple[Path, bool]:
         return table, False
     if not labelled_sets(folder):
         raise LibraryError(
-            f"{folder}: wanted labelled photos, pictures beside a CSV of labels and landmarks, got none"
+            f"{folder}: expected labelled photos, images beside a CSV of labels and landmarks, got none"
         )
     return folder, True
 
 
 def facing_camera(faces: LabelledFaces, turned: str) -> tuple[LabelledFaces, Counter[str]]:
-    """The faces that look towards the camera, and how many of each group do not.
+    """The faces that look towards the camera, and how many of each group are turned away.
 
-    FFHQ's crop of a profile in a tight photo is mostly mirrored border, and a generator of frontal faces has
-    no answer to it. A face counts as turned when its eyes are closer than 0.18 of the crop (0.26 is frontal),
+    FFHQ's crop of a profile in a tight photo is mostly mirrored border, which a generator of frontal faces cannot
+    reproduce. A face counts as turned when its eyes are closer than 0.18 of the crop (0.26 is frontal),
     or its nose lies outside the middle 60 % between them.
     """
     if turned == "keep":
@@ -56,11 +56,12 @@ def facing_camera(faces: LabelledFaces, turned: str) -> tuple[LabelledFaces, Cou
     return faces.select(torch.nonzero(facing)[:, 0].tolist()), away
 
 
-def first_per_group(groups: tuple[str, ...], each: int) -> list[int]:
-    seen: dict[str, int] = {}
-    kept = []
+def first_per_group(groups: tuple[str, ...], count: int) -> list[int]:
+    """The positions of the first `count` members of each group, in order."""
+    seen: Counter[str] = Counter()
+    first = []
     for i, group in enumerate(groups):
-        seen[group] = seen.get(group, 0) + 1
-        if seen[group] <= each:
-            kept.append(i)
-    return kept
+        seen[group] += 1
+        if seen[group] <= count:
+            first.append(i)
+    return first

@@ -25,33 +25,33 @@ class PublicProbe:
     images: Images  # (n, 3, size, size)
     groups: tuple[str, ...]  # n of them
     expected: tuple[str, ...]  # every group, light to dark where that is known
-    tone: ToneReading  # read under neutral light for drawn faces, from the photo itself otherwise
-    description: str  # which faces, in words, with what was left out
+    tone: ToneReading  # measured on the images
+    description: str  # which faces, and how many were left out
 
 
 def public_faces(probe: SyntheticProbe | LabelledProbe, seed: int, size: int) -> PublicProbe:
-    """The faces of a probe, the same in every call."""
+    """The faces of a probe; deterministic in the seed."""
     match probe:
         case SyntheticProbe():
-            return _drawn_probe(probe, size, Streams(seed).child("probe"))
+            return _synthetic_probe(probe, size, Streams(seed).child("probe"))
         case LabelledProbe():
             return _labelled_probe(probe, size)
         case _:
             assert_never(probe)
 
 
-def _drawn_probe(probe: SyntheticProbe, size: int, streams: Streams) -> PublicProbe:
+def _synthetic_probe(probe: SyntheticProbe, size: int, streams: Streams) -> PublicProbe:
     rng, each = streams.generator("faces"), probe.per_group
-    count, share = each * 200, 0.5
+    count, light = each * 200, 0.5
     if probe.light_fraction is not None:
-        count, share = each * len(TONE_GROUPS), probe.light_fraction
-    everyone = sample_faces(count, ToneMix(light_fraction=share), rng)
+        count, light = each * len(TONE_GROUPS), probe.light_fraction
+    everyone = sample_faces(count, ToneMix(light_fraction=light), rng)
     group = ((everyone.tone - 0.5) / 2).floor().clamp(0, 4).long()
     chosen = torch.cat([torch.nonzero(group == g)[:each, 0] for g in range(5)])
-    words = f"{len(chosen)} freshly drawn faces, {each} in each group of true Monk tone, through cameras"
+    description = f"{len(chosen)} synthetic faces, {each} in each group of true Monk tone, with camera noise"
     if probe.light_fraction is not None:
         chosen = torch.arange(count)
-        words = f"{count} freshly drawn faces, {share:.0%} of them light (Monk 1-5), through cameras"
+        description = f"{count} synthetic faces, {light:.0%} of them light (Monk 1-5), with camera noise"
     faces = everyone[chosen]
     images = render(faces, size, noise=streams.generator("camera"))
     return PublicProbe(
@@ -59,7 +59,7 @@ def _drawn_probe(probe: SyntheticProbe, size: int, streams: Streams) -> PublicPr
         groups=tuple(TONE_GROUPS[g] for g in group[chosen].tolist()),
         expected=TONE_GROUPS,
         tone=measure_tone(images),
-        description=words,
+        description=description,
     )
 
 

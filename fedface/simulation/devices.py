@@ -22,19 +22,15 @@ def prepare(experiment: Experiment, folder: Path) -> None:
     """
     if isinstance(experiment.devices, RemoteDevices):
         return
-    names = [device_name(number) for number in range(experiment.devices.count)]
-    states = [folder / name for name in names]
+    states = [folder / device_name(number) for number in range(experiment.devices.count)]
     for state in states:
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
     missing = [state for state in states if not (state / "sum.key").exists()]
-    if not missing:
-        return
-    if len(missing) < len(states):
+    if 0 < len(missing) < len(states):
         raise FederationError(
-            f"{missing[0]}: its key is gone while other devices still have theirs; start a new run"
+            f"{missing[0]}: its key is missing while other devices still have theirs; start a new run"
         )
-    keys = make_keys(experiment.aggregation, experiment.agreement)
-    if keys is not None:
+    if missing and (keys := make_keys(experiment.aggregation, experiment.agreement)) is not None:
         for state in missing:
             keys.save(state / "sum.key")
 
@@ -52,10 +48,10 @@ def simulated_device(experiment: Experiment, number: int, folder: Path) -> Devic
         )
 
     devices = experiment.devices
-    together = devices.photos_per_occasion if isinstance(devices, SyntheticDevices) else 1
+    per_occasion = devices.photos_per_occasion if isinstance(devices, SyntheticDevices) else 1
 
     def photos(size: int) -> DeviceDataset:
-        return DeviceDataset.by_occasion(device_photos(experiment, number, size), together)
+        return DeviceDataset.by_occasion(device_photos(experiment, number, size), per_occasion)
 
     return Device(
         name=device_name(number),

@@ -31,10 +31,10 @@ RUN = 1  # a grid in one process has one run
 
 
 class InProcessGrid(Grid):
-    """A Grid without Flower's server: the ClientApp answers in this process, one device to a core.
+    """A Grid without Flower's server: the ClientApp answers in this process, one device per core.
 
-    One thread for each device beats two threads in each convolution: small networks leave a second idle.
-    Every message and reply is turned into bytes and back, so that no two devices ever share an object.
+    One thread per device is faster than two per convolution, since small networks leave the second idle. Every message
+    and reply is serialised and parsed, so that no two devices ever share an object.
     """
 
     def __init__(self, app: ClientApp, count: int, config: UserConfig) -> None:
@@ -74,11 +74,11 @@ class InProcessGrid(Grid):
         return FlowerMessage(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """The nodes, which are always there."""
+        """The nodes, which are always connected."""
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[FlowerMessage]) -> Iterable[str]:
-        """Keep messages until their replies are asked for; messages to nobody get no name and are lost."""
+        """Store messages until their replies are pulled; a message to an unknown node gets no id and is lost."""
         names = []
         for message in messages:
             if message.metadata.dst_node_id in self._contexts:
@@ -88,12 +88,12 @@ class InProcessGrid(Grid):
         return names
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[FlowerMessage]:
-        """Let as many devices answer side by side as there are cores, those that were asked first."""
-        wanted = set(message_ids)
-        turn = [name for name in self._waiting if name in wanted][: self._cores]
+        """Let the devices that were asked first answer, as many in parallel as there are cores."""
+        ids = set(message_ids)
+        turn = [name for name in self._waiting if name in ids][: self._cores]
         asked = [self._waiting.pop(name) for name in turn]
         with ThreadPoolExecutor(self._cores) as pool:
-            return list(pool.map(self._answered, asked))
+            return list(pool.map(self._reply_to, asked))
 
     def send_and_receive(
         self, messages: Iterable[FlowerMessage], *, timeout: float | None = None
@@ -101,16 +101,16 @@ class InProcessGrid(Grid):
         """Every reply, in the order of the messages."""
         return [reply for name in self.push_messages(messages) for reply in self.pull_messages([name])]
 
-    def _answered(self, message: FlowerMessage) -> FlowerMessage:
-        asked = _through_bytes(message)
+    def _reply_to(self, message: FlowerMessage) -> FlowerMessage:
+        asked = _through_wire(message)
         try:
             reply = self._app(asked, self._contexts[asked.metadata.dst_node_id])
         except Exception as error:  # as Flower's own runtimes do
             reply = FlowerMessage(Error(DEVICE_ERROR, f"{type(error).__name__}: {error}"), reply_to=asked)
-        return _through_bytes(reply)
+        return _through_wire(reply)
 
 
-def _through_bytes(message: FlowerMessage) -> FlowerMessage:
+def _through_wire(message: FlowerMessage) -> FlowerMessage:
     return message_from_proto(WireMessage.FromString(message_to_proto(message).SerializeToString()))
 
 

@@ -29,33 +29,33 @@ from fedface.transport.wire import DECRYPT, EVALUATE, MAX_REASON, TRAIN, from_re
 
 
 class GridCohort:
-    """Devices behind a Grid; implements `cohort.Cohort`. Numbers count from 0 in the order of coming."""
+    """The devices behind a Grid, a `Cohort`. They are numbered from 0 in the order in which they connected."""
 
     def __init__(self, grid: Grid, *, come_within: float = 600.0, answer_within: float = 3600.0) -> None:
-        """How long to wait, in seconds, for devices to come and for one round's answers."""
+        """How long to wait, in seconds, for devices to connect and for the replies of one round."""
         self._grid = grid
         self._come_within = come_within
         self._answer_within = answer_within
-        self._nodes: list[int] = []  # number -> Flower's name of the node
+        self._nodes: list[int] = []  # number -> Flower's id of the node
 
     def members(self, wanted: int) -> Sequence[int]:
-        """The numbers of the devices that are there, ascending; waits until there are `wanted`.
+        """The numbers of the connected devices, ascending; waits until `wanted` of them are connected.
 
         Raises:
-            FederationError: They did not come in time.
+            FederationError: They did not connect in time.
         """
         wait = _Wait(self._come_within)
-        while len(there := sorted(self._grid.get_node_ids())) < wanted:
+        while len(nodes := sorted(self._grid.get_node_ids())) < wanted:
             if wait.over():
                 raise FederationError(
-                    f"wanted {wanted} devices, {len(there)} came within {self._come_within:.0f} s; start the "
-                    f"others, or give a simulation as many: --federation-config 'num-supernodes={wanted}'"
+                    f"expected {wanted} devices, {len(nodes)} connected within {self._come_within:.0f} s; start the "
+                    f"others, or give a simulation that many: --federation-config 'num-supernodes={wanted}'"
                 )
-        self._nodes += [node for node in there if node not in self._nodes]
-        return sorted(self._nodes.index(node) for node in there)
+        self._nodes += [node for node in nodes if node not in self._nodes]
+        return sorted(self._nodes.index(node) for node in nodes)
 
-    def ask(self, task: Task, members: Sequence[int], heard: OnReply) -> Mapping[int, Reply | Failure]:
-        """Send one task to some devices and gather what comes back; one entry per member, none missing."""
+    def ask(self, task: Task, members: Sequence[int], on_reply: OnReply) -> Mapping[int, Reply | Failure]:
+        """Send one task to some devices and collect their replies: one entry per member, none missing."""
         kind, _ = _expected(task)
         record = to_record(to_message(task))
         answers: dict[int, Reply | Failure] = {}
@@ -63,7 +63,7 @@ class GridCohort:
         for number in members:
             ttl = None if math.isinf(self._answer_within) else self._answer_within
             message = FlowerMessage(record, self._nodes[number], kind, ttl=ttl, group_id=str(task.round))
-            # One at a time: Flower leaves a message that it could not deliver out of its answer, unnamed.
+            # One at a time: Flower leaves a message that it could not deliver out of its answer.
             names = [name for name in self._grid.push_messages([message]) if name]
             if names:
                 waiting[names[0]] = number
@@ -74,12 +74,12 @@ class GridCohort:
             replies = list(self._grid.pull_messages(list(waiting)))
             for reply in replies:
                 number = waiting.get(reply.metadata.reply_to_message_id, -1)
-                stranger = reply.has_content() and reply.metadata.src_node_id != self._nodes[number]
-                if number < 0 or stranger:
+                from_another = reply.has_content() and reply.metadata.src_node_id != self._nodes[number]
+                if number < 0 or from_another:
                     continue
                 del waiting[reply.metadata.reply_to_message_id]
                 answers[number] = _read(reply, task)
-                heard(number)
+                on_reply(number)
             if not replies and wait.over():
                 break
         late = Failure(f"no answer within {self._answer_within:.0f} s")
@@ -87,7 +87,7 @@ class GridCohort:
 
 
 class _Wait:
-    """Sleeps between two looks, longer and longer up to two seconds, until the time is over."""
+    """Sleeps between two polls, longer and longer up to two seconds, until the time is over."""
 
     def __init__(self, seconds: float) -> None:
         self._until = time.monotonic() + seconds
@@ -101,7 +101,7 @@ class _Wait:
 
 
 def _expected(task: Task) -> tuple[str, type[TrainResult] | type[EvaluateResult] | type[DecryptResult]]:
-    """Flower's kind of message for a task, and our kind of answer to it."""
+    """Flower's message type for a task, and the type of its result."""
     match task:
         case TrainTask():
             return TRAIN, TrainResult
@@ -119,7 +119,7 @@ def _read(reply: FlowerMessage, task: Task) -> Reply | Failure:
         answer = read_reply(from_record(reply.content))
     except FederationError as error:
         return Failure(str(error))
-    _, wanted = _expected(task)
-    if isinstance(answer, (wanted, Refusal)):
+    _, expected = _expected(task)
+    if isinstance(answer, (expected, Refusal)):
         return answer
-    return Failure(f"expected a {wanted.__name__}, got a {type(answer).__name__}")
+    return Failure(f"expected a {expected.__name__}, got a {type(answer).__name__}")

@@ -109,7 +109,7 @@ def test_missing_photos_are_one_sentence(path: Path, tmp_path: Path) -> None:
         return
     empty = tmp_path / "empty"
     empty.mkdir()
-    for folder, words in ((tmp_path / "nowhere", "--photos FOLDER"), (empty, "wanted labelled photos")):
+    for folder, words in ((tmp_path / "nowhere", "--photos FOLDER"), (empty, "expected labelled photos")):
         lost = without_photos(experiment, folder)
         with pytest.raises(LibraryError, match=words):
             public_faces(lost.probe, 0, 32)

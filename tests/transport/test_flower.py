@@ -217,7 +217,7 @@ def test_every_member_has_an_entry_also_when_nothing_usable_came() -> None:
 
 def test_too_few_devices_is_said_with_both_numbers() -> None:
     """Waiting ends."""
-    with pytest.raises(FederationError, match="wanted 3 devices, 2 came within"):
+    with pytest.raises(FederationError, match="expected 3 devices, 2 connected within"):
         GridCohort(ScriptedGrid([1, 2], iter([])), come_within=0.1).members(3)
 
 
@@ -270,12 +270,12 @@ def test_a_run_config_is_read_like_the_command_line(recipe: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({}, "experiment: wanted the path"),
-        ({"experiment": 3}, "experiment: wanted a text"),
-        ({"experiment": "tiny.yaml", "folder": "runs"}, "folder: wanted an absolute path"),
-        ({"experiment": "tiny.yaml", "photos": "../photos"}, "photos: wanted an absolute path"),
+        ({}, "experiment: expected the path"),
+        ({"experiment": 3}, "experiment: expected a text"),
+        ({"experiment": "tiny.yaml", "folder": "runs"}, "folder: expected an absolute path"),
+        ({"experiment": "tiny.yaml", "photos": "../photos"}, "photos: expected an absolute path"),
         ({"experiment": "tiny.yaml", "changes": "{"}, "changes: not valid JSON"),
-        ({"experiment": "tiny.yaml", "changes": "[1]"}, "changes: wanted keys and values"),
+        ({"experiment": "tiny.yaml", "changes": "[1]"}, "changes: expected keys and values"),
     ],
 )
 def test_a_wrong_run_config_is_said_by_key(
