@@ -8,7 +8,7 @@ table has the median over rounds of the ratio to the baseline of the same round.
 those of the checkpoints that the library ships.
 
 * non-private, 32 at once: the same mean in parts, as far as the size of the batch alone explains a ratio below 1;
-* ours: `per_photo.clipped_unit_sum` at several microbatches, with the noise of `GaussianSum`;
+* ours: `clipped_unit_sum` at several microbatches, with the noise of `GaussianSum`;
 * vmap: torch.func.vmap over torch.func.grad on the whole network, what devices ran before, with the same noise;
 * opacus: hooks, functorch, expanded weights and ghost clipping as Opacus ships them, with its own (insecure) noise;
 * loop: one backward pass for each photo.
@@ -49,7 +49,12 @@ from fedface.privacy.mechanism import GaussianSum
 from fedface.randomness import SecretNoise, Streams
 from fedface.training.flow import loss_over_draws, times_and_noises
 from fedface.training.gan import d_loss_real
-from fedface.training.per_example_gradients import PerExampleLoss, clipped_unit_sum, trainable_parameters
+from fedface.training.per_example_gradients import (
+    PerExampleLoss,
+    PerExampleProblem,
+    clipped_unit_sum,
+    trainable_parameters,
+)
 from fedface.training.upsampler import mark_upsampler, reconstruction_loss
 from fedface.upsampling.degradation import BicubicPulse
 
@@ -144,14 +149,9 @@ def noised(totals: list[Tensor]) -> list[Tensor]:
 def ours(case: Case, microbatch: int) -> Step:
     def step() -> list[Tensor]:
         left = iter([] if case.draws is None else torch.split(case.draws, microbatch))
-        return clipped_unit_sum(
-            case.module,
-            case.loss,
-            case.photos,
-            clip_norm=MECHANISM.clip_norm,
-            draw=None if case.draws is None else lambda _: next(left),
-            microbatch=microbatch,
-        )
+        draw = None if case.draws is None else lambda _: next(left)
+        problem = PerExampleProblem(case.module, case.loss, draw, microbatch=microbatch)
+        return clipped_unit_sum(problem, case.photos, clip_norm=MECHANISM.clip_norm)
 
     return step
 

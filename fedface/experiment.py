@@ -47,7 +47,7 @@ from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget
 from fedface.training.flow import FlowTrainingConfig
 from fedface.training.gan import GanTrainingConfig
 from fedface.training.latent_prior import PriorTrainingConfig
-from fedface.training.training_methods import Training, objective_of
+from fedface.training.training_methods import Training
 from fedface.training.upsampler import UpsamplerTrainingConfig
 from fedface.upsampling.degradation import BicubicPulse, Degradation, format_degradation
 from fedface.upsampling.methods import Method, check_method, default_method
@@ -343,13 +343,13 @@ class Experiment:
         match self.privacy:
             case PrivacyTarget(epsilon=epsilon, delta=delta, unit=unit, trust=trust):
                 return DevicePolicy(
-                    max_epsilon=epsilon, delta=delta, objectives=(objective_of(self.training),), min_cohort_size=1,
+                    max_epsilon=epsilon, delta=delta, objectives=(self.training.objective,), min_cohort_size=1,
                     protocols=(self.aggregation.kind,), unit=unit, trust_server=trust == "server",
                     evaluation=self.evaluation is not None,
                 )  # fmt: skip
             case NoPrivacy():
                 return DevicePolicy(
-                    max_epsilon=1.0, delta=1e-5, objectives=(objective_of(self.training),), min_cohort_size=1,
+                    max_epsilon=1.0, delta=1e-5, objectives=(self.training.objective,), min_cohort_size=1,
                     protocols=(self.aggregation.kind,), allow_no_dp=True,
                 )  # fmt: skip
             case _:

@@ -23,7 +23,6 @@ from fedface.privacy.plan import Plan
 from fedface.privacy.policy import DevicePolicy, Period
 from fedface.privacy.privacy_target import PrivacyTarget
 from fedface.privacy_units import Unit
-from fedface.training.training_methods import objective_of
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "epsilon.md").read_text(encoding="utf-8")
@@ -217,9 +216,7 @@ def test_the_policy_on_the_page_is_one_and_says_what_the_page_says_of_it(tmp_pat
 
     def ask(plan: Plan) -> str:
         try:
-            policy.admit(
-                plan, recipe.devices.count, recipe.aggregation.kind, objective_of(recipe.training), book
-            )
+            policy.admit(plan, recipe.devices.count, recipe.aggregation.kind, recipe.training.objective, book)
         except PolicyRefusal as refusal:
             return str(refusal)
         return "admitted"

@@ -27,7 +27,7 @@ from fedface.measurements import Interval
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.tensor_types import Images, Vector
 from fedface.training.gan import d_loss_real
-from fedface.training.training_methods import gradient_of
+from fedface.training.per_example_gradients import differentiable_gradient
 
 GradientOf = Callable[[Images], Vector]
 
@@ -109,7 +109,7 @@ def discriminator_gradient(discriminator: nn.Module) -> GradientOf:
     Returns:
         A function of images, differentiable in them, with the parameters in the module's own order.
     """
-    return gradient_of(discriminator, lambda photos: d_loss_real(discriminator, photos).mean())
+    return differentiable_gradient(discriminator, lambda photos: d_loss_real(discriminator, photos).mean())
 
 
 def apply_defense(gradient: Vector, defence: Defense, generator: torch.Generator) -> Vector:

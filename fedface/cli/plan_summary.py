@@ -24,7 +24,7 @@ from fedface.privacy.plan import Plan
 from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget
 from fedface.public_data.device_photos import describe_devices
 from fedface.training.latent_prior import PriorTrainingConfig
-from fedface.training.training_methods import common_streams, describe_method, prepare_round
+from fedface.training.training_methods import common_streams, prepare_round
 
 MAX_LISTED = 12  # devices; the report lists all
 NOISE_WARNING = 3.0  # warn where the noise is this many times as long as the sum of updates can be
@@ -107,7 +107,7 @@ def plan_lines(recipe: Experiment, plan: Plan, traffic: Traffic, *, list_devices
         if (more := len(devices) - MAX_LISTED) > 0:
             yield f"  and {more} more"
     yield (
-        f"upload: one vector of {traffic.numbers_up:,} {describe_method(recipe.training)} per device and round, "
+        f"upload: one vector of {traffic.numbers_up:,} {recipe.training.describe_update()} per device and round, "
         f"{recipe.aggregation.kind}, {number_format.size(traffic.bytes_up)}"
     )
     if recipe.evaluation is not None:

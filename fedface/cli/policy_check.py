@@ -36,7 +36,6 @@ from fedface.privacy.plan import DPParameters, Plan
 from fedface.privacy.policy import ADVICE, EVALUATION, DevicePolicy
 from fedface.privacy.privacy_target import NoPrivacy
 from fedface.privacy_units import Unit
-from fedface.training.training_methods import objective_of
 
 DEVICE_KEYS = ("policy", "photos", "state")  # any of them at the top level makes a file a device file
 
@@ -120,7 +119,7 @@ def _book(owned: Owned) -> Iterator[Ledger]:
 
 def _answer(experiment: Path, recipe: Experiment, allowed: DevicePolicy, book: Ledger) -> PolicyReport:
     plan = recipe.plan()
-    asked = [("training", objective_of(recipe.training), plan.dp_parameters)]
+    asked: list[tuple[str, str, DPParameters]] = [("training", recipe.training.objective, plan.dp_parameters)]
     asked += [("evaluation", EVALUATION, terms) for terms in plan.additional_releases]
     # Hours and power are another matter: the run may ask again later.
     whenever = replace(allowed, hours=(), require_ac_power=False, min_battery=0.0, max_load=None)

@@ -47,7 +47,7 @@ from fedface.reports.comparison_report import (
 from fedface.reports.record_builders import machine_record, version_record
 from fedface.sweep import Sweep, Variant, level_of
 from fedface.tensor_types import Images
-from fedface.training.training_methods import check_fits, common_streams, prepare_round
+from fedface.training.training_methods import common_streams, prepare_round
 
 MEASURED_ON = 1  # raised whenever the same samples would give other figures
 FACES = 600  # samples of each model, and faces on either side of the reference
@@ -94,7 +94,7 @@ def compare_runs(
     """
     for variant in sweep.variants:
         # A checkpoint that is missing or of another family is better known now than after hours.
-        check_fits(variant.experiment.start(), variant.experiment.training)
+        variant.experiment.training.check(variant.experiment.start().architecture)
     runs: list[ComparedRun] = []
     for number, variant in enumerate(sweep.variants, 1):
         watcher.message(

@@ -44,7 +44,7 @@ from fedface.randomness import Streams
 from fedface.reports.record_builders import attack_record, bias_record, defence_words
 from fedface.reports.run_record import AggregationRecord, AttackRecord, BiasRecord, ToneRecord
 from fedface.tensor_types import Images, LowImages, Vector
-from fedface.training.training_methods import TrainingRound
+from fedface.training.training_round import TrainingRound
 from fedface.upsampling.degradation import Degradation, apply_degradation
 from fedface.upsampling.methods import BASELINES, Method, default_method, make_upsampler
 from fedface.upsampling.upsampler import Upsampled

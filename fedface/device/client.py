@@ -54,7 +54,7 @@ from fedface.privacy.policy import EVALUATION, DevicePolicy
 from fedface.privacy.transmission_log import OF_FIGURES, TransmissionKind, TransmissionLog
 from fedface.randomness import Streams
 from fedface.tensor_types import Vector
-from fedface.training.training_methods import common_streams, noise_source, objective_of, prepare_round
+from fedface.training.training_methods import common_streams, noise_source, prepare_round
 
 log = logging.getLogger("fedface.device")
 
@@ -182,7 +182,7 @@ def _train(task: TrainTask, device: Device, ledger: Ledger) -> tuple[Reply, Entr
         terms=agreed.dp,
         aggregation=agreed.aggregation,
         agreement=agreed.agreement,
-        objective=objective_of(agreed.training),
+        objective=agreed.training.objective,
         marks={
             "training": agreed.training.kind,
             "recipe": _recipe(encode(agreed.training), encode(agreed.architecture), agreed.holdout_fraction),

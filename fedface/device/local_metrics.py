@@ -35,7 +35,7 @@ from fedface.photos.detectors import NetworkDetector
 from fedface.photos.device_dataset import DeviceDataset
 from fedface.randomness import Streams
 from fedface.tensor_types import Images, Vector, in_floats
-from fedface.training.dp_sgd import private_sum_of
+from fedface.training.dp_sgd import SampledMechanism, private_sum_of
 from fedface.training.unit_clipping import NoiseSource
 from fedface.upsampling.flow_posterior import GuidedFlowConfig
 from fedface.upsampling.methods import (
@@ -129,14 +129,7 @@ def compute_local_metrics(
         ]
         return average_within_unit(torch.cat(parts), units[positions])
 
-    return private_sum_of(
-        rows,
-        config.width,
-        units,
-        mechanism=terms.mechanism(),
-        sampling_rate=terms.schedule.sampling_rate,
-        rng=rng,
-    )
+    return private_sum_of(rows, config.width, units, SampledMechanism.of(terms, rng))
 
 
 Answerer = Callable[[Images], Tensor]  # one photo (1, 3, s, s) -> its vector (1, d)

@@ -1,12 +1,12 @@
 """One round of fine-tuning a rectified flow on one device's photos, every step of it private.
 
-Called from training/training_methods. A flow has one network and no discriminator: the loss of one photo is the regression of
-Liu et al. 2022 (arXiv:2209.03003), equation 1, averaged over `noise_draws` draws of a time and a noise picture
-before its gradient is clipped (noise multiplicity, Dockhorn et al. 2022, arXiv:2210.09929, section 3.1): more
-draws make the gradient of one photo more telling and cost no privacy, see training/dp_sgd.
+A flow has one network and no discriminator: the loss of one photo is the regression of Liu et al. 2022
+(arXiv:2209.03003), equation 1, averaged over `noise_draws` draws of a time and a noise image before its gradient is
+clipped (noise multiplicity, Dockhorn et al. 2022, arXiv:2210.09929, section 3.1): more draws reduce the variance of
+one photo's gradient and cost no privacy, see training/dp_sgd.
 
-Within one photo the draws are spread: times come one from each of equal slices, and noise pictures in pairs
-of opposite sign, whose parts that are odd in the noise cancel.
+The draws of one photo are stratified: times come one from each of equal intervals, and noise images in pairs of
+opposite sign, whose contributions that are odd in the noise cancel.
 """
 
 from __future__ import annotations
@@ -18,70 +18,82 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from threading import Lock
-from typing import ClassVar, assert_never
+from typing import Annotated, ClassVar, assert_never
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedface.models.lora import Adaptation, Full, attach, flatten_trainable
+from fedface.models.model import Architecture, FlowArchitecture, Model
 from fedface.models.rectified_flow import FlowConfig, RectifiedFlow
 from fedface.privacy.plan import DPParameters, Schedule
 from fedface.randomness import SecretNoise, Streams
 from fedface.synthetic.faces import render_people
 from fedface.tensor_types import Images, KeptImages, Vector
-from fedface.training.dp_momentum_sgd import check_descent, descent_ranges, dp_sgd_steps, scale_lr_for_noise
-from fedface.training.dp_sgd import Network, check_per_example_gradients, per_example_gradients
-from fedface.training.per_example_gradients import Draw, trainable_parameters
+from fedface.training.dp_momentum_sgd import descent_ranges, dp_sgd_steps, scale_lr_for_noise
+from fedface.training.dp_sgd import check_per_example_gradients
+from fedface.training.per_example_gradients import (
+    Draw,
+    Network,
+    PerExampleProblem,
+    differentiable_gradient,
+    per_example_gradients,
+    trainable_parameters,
+)
+from fedface.training.training_round import (
+    Objective,
+    PerExampleRelease,
+    apply_mean_update,
+    check_architecture,
+    describe_weight_update,
+    guaranteed_units,
+    mark_trainable,
+)
+from fedface.training.unit_clipping import NoiseSource
+from fedface.validation import In, checked
 
-_PUBLIC = 64  # drawn faces that the scales are learned from
-_AT_ONCE = 32  # of them
-_PHOTOS_AT_ONCE = 16  # whose gradients are in memory together: what is fastest, see docs/speed.md
+_PUBLIC_FACES = 64  # synthetic faces from which the scales are estimated
+_FACES_AT_ONCE = 32
+_PHOTOS_AT_ONCE = 16  # whose gradients are in memory together: the fastest, see docs/speed.md
 _EVALUATIONS_AT_ONCE = 64  # photos times draws whose activations are in memory together
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class FlowTrainingConfig:
     """How devices fine-tune a flow; every number is public and the same on all devices."""
 
     kind: ClassVar[str] = "flow-training"
+    objective: ClassVar[Objective] = "generator"
 
     rounds: int = 5  # rounds of the run, >= 1
     steps_per_round: int = 8  # private steps a device takes in one round, >= 1
-    sampling_rate: float = 0.05  # q: chance of a photo to join a step, in (0, 1]
+    sampling_rate: float = 0.05  # q: probability of a photo to join a step, in (0, 1]
     expected_batch_size: int = 10  # public divisor of each step's sum, >= 1
-    clip_norm: float = 0.1  # longest gradient one photo can have, > 0
-    noise_draws: int = 1  # K: draws of time and noise for each photo and step, from 1 to 64
-    max_time: float = (
-        1.0  # times are drawn from 0 (noise) to this, in (0, 1]; what a face looks like is decided early
+    clip_norm: float = 0.1  # largest L2 norm of one photo's gradient, > 0
+    noise_draws: Annotated[int, In(f"[1, {_EVALUATIONS_AT_ONCE}]")] = (
+        1  # K: of time and noise, per photo and step
     )
-    lr: float = 0.1  # step of gradient descent, > 0
-    lr_noise_threshold: float = 0.5  # noise multiplier beyond which the rate falls as 1 / noise
-    momentum: float = (
-        0.9  # share of the last step that a device repeats in the next of the same round, in [0, 1)
+    max_time: Annotated[float, In("(0, 1]")] = (
+        1.0  # times run from 0 (noise); early ones decide what a face looks like
     )
-    preconditioner: float = 0.0  # flattest gradient that is scaled up in full, in public ones; 0: no scales
-    server_lr: float = 1.0  # how much of the mean update the server applies, in (0, 4]
-    adapt: Adaptation = field(default_factory=Full)  # which weights learn: all, or low-rank changes
+    lr: Annotated[float, In("(0, 1000)")] = 0.1  # of gradient descent
+    lr_noise_threshold: Annotated[float, In("(0, 1000]")] = (
+        0.5  # noise multiplier above which lr falls as 1 / noise
+    )
+    momentum: Annotated[float, In("[0, 1)")] = (
+        0.9  # fraction of the last step repeated in the next of the same round
+    )
+    preconditioner: Annotated[float, In("[0, 100]")] = 0.0  # damping of the public scales; 0: no scales
+    server_lr: Annotated[float, In("(0, 4]")] = 1.0  # times the mean update, on the server
+    adapt: Adaptation = field(default_factory=Full)  # which weights are trained: all, or low-rank changes
 
     def __post_init__(self) -> None:
         self.schedule()
-        # One photo's draws are in memory together.
-        if not 1 <= self.noise_draws <= _EVALUATIONS_AT_ONCE:
-            raise ValueError(f"noise_draws must lie in [1, {_EVALUATIONS_AT_ONCE}], got {self.noise_draws}")
-        if not 0 < self.max_time <= 1:
-            raise ValueError(f"max_time must lie in (0, 1], got {self.max_time}")
-        check_descent(
-            lr=self.lr,
-            lr_noise_threshold=self.lr_noise_threshold,
-            momentum=self.momentum,
-            server_lr=self.server_lr,
-        )
-        if not 0 <= self.preconditioner <= 100:
-            raise ValueError(f"preconditioner must lie in [0, 100], got {self.preconditioner}")
 
     def schedule(self) -> Schedule:
-        """What of this costs privacy."""
+        """What of this determines the privacy loss."""
         return Schedule(
             rounds=self.rounds,
             steps_per_round=self.steps_per_round,
@@ -90,9 +102,21 @@ class FlowTrainingConfig:
             clip_norm=self.clip_norm,
         )
 
+    def describe_update(self) -> str:
+        """What a device sends, in words that follow a number."""
+        return describe_weight_update(self.adapt)
+
+    def check(self, architecture: Architecture) -> None:
+        """Raises ConfigError unless a model of this architecture can be trained this way."""
+        check_architecture(architecture, FlowArchitecture)
+
+    def prepare(self, model: Model, dp: DPParameters, rng: torch.Generator) -> FlowRound:
+        """A round on a copy of the model; `rng` draws the public directions of low-rank changes."""
+        return FlowRound(mark_trainable(model, self.adapt, rng), self, dp)
+
 
 def flow_loss(network: Network, images: Images, noise: Tensor, times: Tensor) -> Tensor:
-    """The squared error of the velocity, its mean over colours and pixels, one per image.
+    """The squared error of the velocity, averaged over channels and pixels, one per image.
 
     Args:
         network: (points (n, 3, s, s), times (n,)) -> velocities (n, 3, s, s).
@@ -103,9 +127,9 @@ def flow_loss(network: Network, images: Images, noise: Tensor, times: Tensor) ->
     Returns:
         (n,).
     """
-    pictures, at = 2.0 * images - 1.0, times[:, None, None, None]
-    velocity = network(noise + at * (pictures - noise), times)
-    return (velocity.to(noise.dtype) - (pictures - noise)).square().mean(dim=(1, 2, 3))
+    x1, t = 2.0 * images - 1.0, times[:, None, None, None]
+    velocity = network(noise + t * (x1 - noise), times)
+    return (velocity.to(noise.dtype) - (x1 - noise)).square().mean(dim=(1, 2, 3))
 
 
 def loss_over_draws(network: Network, photos: Images, draws: Tensor) -> Tensor:
@@ -114,7 +138,7 @@ def loss_over_draws(network: Network, photos: Images, draws: Tensor) -> Tensor:
     Args:
         network: As for `flow_loss`.
         photos: (n, 3, s, s) in [0, 1].
-        draws: (n, K, 1 + 3 s s): for each photo and draw a time, then a noise picture.
+        draws: (n, K, 1 + 3 s s): for each photo and draw a time, then a noise image.
 
     Returns:
         (n,).
@@ -132,26 +156,26 @@ def times_and_noises(photos: int, count: int, side: int, max_time: float, rng: n
     Args:
         photos: n.
         count: K draws for each.
-        side: s, of the noise pictures.
-        latest: The end of the range of times, which starts at 0.
+        side: s, of the noise images.
+        max_time: The end of the range of times, which starts at 0.
         rng: Where they are drawn from.
 
     Returns:
-        (n, K, 1 + 3 s s) float32: times, one from each K-th of the range, and standard normal noise pictures,
-        each second the negative of the one before.
+        (n, K, 1 + 3 s s) float32: times, one from each K-th of the range, and standard normal noise images, each
+        second one the negative of the one before.
     """
-    slices = rng.permuted(np.tile(np.arange(count), (photos, 1)), axis=1)
-    times = max_time * (slices + rng.random((photos, count))) / count
+    intervals = rng.permuted(np.tile(np.arange(count), (photos, 1)), axis=1)
+    times = max_time * (intervals + rng.random((photos, count))) / count
     half = rng.standard_normal((photos, -(-count // 2), 3 * side * side), dtype=np.float32)
     noise = np.stack([half, -half], axis=2).reshape(photos, -1, 3 * side * side)[:, :count]
     return torch.from_numpy(np.concatenate([times[:, :, None].astype(np.float32), noise], axis=2))
 
 
-def _draw(flow: RectifiedFlow, config: FlowTrainingConfig, rng: SecretNoise | torch.Generator) -> Draw:
-    """Draws that nobody else can know where something is promised, replayable ones where nothing is."""
+def _draw(flow: RectifiedFlow, config: FlowTrainingConfig, rng: NoiseSource) -> Draw:
+    """Secret draws under a guarantee, replayable ones without."""
     match rng:
         case SecretNoise():
-            # A fast stream under a secret key of 128 bits: these draws are hidden, not what hides the photos.
+            # A fast stream under a secret key of 128 bits: these draws must be secret, but they are not the noise.
             key = rng.words(2)
         case torch.Generator():
             key = torch.randint(2**62, (2,), generator=rng).numpy().astype(np.uint64)
@@ -161,64 +185,76 @@ def _draw(flow: RectifiedFlow, config: FlowTrainingConfig, rng: SecretNoise | to
     return lambda photos: times_and_noises(photos, config.noise_draws, flow.size, config.max_time, stream)
 
 
-def train_flow_round(
-    flow: RectifiedFlow,
-    photos: KeptImages,
-    config: FlowTrainingConfig,
-    terms: DPParameters,
-    *,
-    rng: SecretNoise | torch.Generator,
-    streams: Streams,
-    units: Tensor | None = None,
-) -> Vector:
-    """The change of the flow's trained weights that one round on these photos makes.
+@dataclass(frozen=True)
+class FlowRound:
+    """One round of training a rectified flow, see `TrainingRound`."""
 
-    Guarantees:
-        * Photos enter only through `private_gradient`, `terms.schedule.steps_per_round` times.
-        * `flow` itself stays as it is.
+    model: Model
+    config: FlowTrainingConfig
+    dp: DPParameters
 
-    Args:
-        flow: The round's weights, with adapters attached where they are what learns.
-        photos: All photos of the device, (n, 3, size, size), floats in [0, 1] or bytes, n >= 0.
-        config: Rates and draws; its schedule is not used, the terms are.
-        terms: What was agreed and booked.
-        rng: SecretNoise for a promise; a replayable stream only where nothing is promised.
-        streams: Not used: a flow's draws are as secret as its coins. Every way of learning takes them.
-        units: Which unit each photo belongs to, int64 (n,); None: each its own.
+    def update(
+        self, photos: KeptImages, *, rng: NoiseSource, streams: Streams, units: Tensor | None = None
+    ) -> Vector:
+        """Trained weights after minus before, in the order of their names, shape (d,); see `TrainingRound`.
 
-    Returns:
-        Weights after minus weights before, in the order of their names, shape (d,).
+        `streams` is not used: a flow's draws are as secret as its coins.
+        """
+        flow, config = copy.deepcopy(self.model.network(RectifiedFlow)), self.config
+        before = flatten_trainable(flow)
+        draw = _draw(flow, config, rng)
+        _check(flow.config, config.adapt)
+        problem = PerExampleProblem(
+            flow,
+            loss_over_draws,
+            draw,
+            public_scales(flow, config),
+            microbatch=min(_PHOTOS_AT_ONCE, max(1, _EVALUATIONS_AT_ONCE // config.noise_draws)),
+        )
+        dp_sgd_steps(
+            problem,
+            photos,
+            self.dp,
+            lr=scale_lr_for_noise(config.lr, config.lr_noise_threshold, self.dp),
+            momentum=config.momentum,
+            rng=rng,
+            units=guaranteed_units(self.dp, units),
+        )
+        return flatten_trainable(flow) - before
 
-    Raises:
-        PrivacyError: The network mixes photos, or a promised round was given replayable chance.
-    """
-    mine = copy.deepcopy(flow)
-    before = flatten_trainable(mine)
-    draw = _draw(mine, config, rng)
-    _check(flow.config, config.adapt)
-    dp_sgd_steps(
-        mine,
-        photos,
-        loss_over_draws,
-        terms,
-        lr=scale_lr_for_noise(config.lr, config.lr_noise_threshold, terms),
-        momentum=config.momentum,
-        rng=rng,
-        units=units,
-        draw=draw,
-        scales=public_scales(mine, config),
-        microbatch=min(_PHOTOS_AT_ONCE, max(1, _EVALUATIONS_AT_ONCE // config.noise_draws)),
-    )
-    return flatten_trainable(mine) - before
+    def ranges(self) -> Vector:
+        """Public bounds on how far each trained weight moves in one round, see `descent_ranges`, shape (d,)."""
+        config = self.config
+        return descent_ranges(
+            self.model.network(RectifiedFlow),
+            steps=config.steps_per_round,
+            lr=config.lr,
+            momentum=config.momentum,
+            clip_norm=config.clip_norm,
+        )
+
+    def per_example_release(self, streams: Streams) -> PerExampleRelease:
+        """The gradient of a photo's loss at draws that the attacker knows, the same for every photo."""
+        flow, config = self.model.network(RectifiedFlow), self.config
+        rows = times_and_noises(
+            1, config.noise_draws, flow.size, config.max_time, streams.numpy("draws of one photo")
+        )
+        return differentiable_gradient(
+            flow, lambda photos: loss_over_draws(flow, photos, rows.expand(len(photos), -1, -1)).mean()
+        )
+
+    def apply(self, total: Vector, devices: int, rng: torch.Generator) -> Model:
+        """The mean update applied."""
+        return apply_mean_update(self.model, total, devices, self.config.server_lr)
 
 
 def public_scales(flow: RectifiedFlow, config: FlowTrainingConfig) -> list[Tensor] | None:
-    """Factors that make the numbers of a gradient alike in size, learned from drawn faces; None where not asked for.
+    """Factors that equalise the gradient across weights, estimated from synthetic faces; None for preconditioner 0.
 
-    AdaDPS (Li et al. 2022, arXiv:2202.05963): noise has one size for all weights, gradients do not, and Adam, which
-    evens them out, drowns when it looks at noised gradients. Here the sizes come from public pictures, so that
-    they cost nothing: 1 / (r_i + preconditioner * r), with r_i the root mean square of weight i's gradient over
-    drawn faces and r that of all weights, all times one factor that keeps a gradient's usual length.
+    AdaDPS (Li et al. 2022, arXiv:2202.05963): noise has one scale for all weights, gradients do not, and Adam, which
+    equalises them, fails on noised gradients. Here the scales come from public images, so that they cost no privacy:
+    1 / (r_i + preconditioner * r), with r_i the root mean square of weight i's gradient over synthetic faces and r
+    that of all weights, all times one factor that preserves a gradient's usual norm.
 
     Returns:
         One tensor (*weight.shape) per trained parameter, in the order of `flow.parameters()`, all > 0.
@@ -226,53 +262,56 @@ def public_scales(flow: RectifiedFlow, config: FlowTrainingConfig) -> list[Tenso
     if config.preconditioner == 0:
         return None
     digest = hashlib.sha256()
-    for numbers in (*flow.parameters(), *flow.buffers()):
-        digest.update(numbers.detach().numpy().tobytes())
-    return _KNOWN.scales((digest.hexdigest(), flow.config, config), lambda: _public_scales(flow, config))
+    for tensor in (*flow.parameters(), *flow.buffers()):
+        digest.update(tensor.detach().numpy().tobytes())
+    return _CACHE.scales((digest.hexdigest(), flow.config, config), lambda: _public_scales(flow, config))
 
 
 _Key = tuple[str, FlowConfig, FlowTrainingConfig]
 
 
-class _Known:
-    """The scales asked for last, by a flow's numbers, shape and recipe.
+class _ScaleCache:
+    """The most recent scales, by a flow's weights, architecture and configuration.
 
-    So devices pretended in one process share the work. What is kept are scales, which are public, and never a flow:
-    a device's copy is trained on after it has asked.
+    So that simulated devices in one process share the work. It holds scales, which are public, and never a flow: a
+    device's copy is trained on after it has asked.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, size: int) -> None:
+        self._size = size
         self._lock = Lock()
         self._scales: dict[_Key, list[Tensor]] = {}
 
     def scales(self, key: _Key, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """The scales of this key; who comes while they are computed waits for them."""
+        """The scales of this key; concurrent callers wait while they are computed."""
         with self._lock:
-            found = self._scales.pop(key) if key in self._scales else compute()
-            self._scales[key] = found
-            while len(self._scales) > self._most:
+            scales = self._scales.pop(key) if key in self._scales else compute()
+            self._scales[key] = scales
+            while len(self._scales) > self._size:
                 del self._scales[next(iter(self._scales))]
-            return found
+            return scales
 
 
-_KNOWN = _Known(most=2)
+_CACHE = _ScaleCache(size=2)
 
 
 def _public_scales(flow: RectifiedFlow, config: FlowTrainingConfig) -> list[Tensor]:
     streams = Streams(0).child("public faces")
-    pictures = render_people(_PUBLIC, 0.5, flow.size, streams)
-    draws = times_and_noises(_PUBLIC, 1, flow.size, config.max_time, streams.numpy("draws"))
+    faces = render_people(_PUBLIC_FACES, 0.5, flow.size, streams)
+    draws = times_and_noises(_PUBLIC_FACES, 1, flow.size, config.max_time, streams.numpy("draws"))
     squares = [torch.zeros_like(weight) for weight in trainable_parameters(flow).values()]
-    for part, rows in zip(torch.split(pictures, _AT_ONCE), torch.split(draws, _AT_ONCE), strict=True):
-        gradients = per_example_gradients(flow, loss_over_draws, part, draws=rows)
+    problem = PerExampleProblem(flow, loss_over_draws)
+    for part, rows in zip(
+        torch.split(faces, _FACES_AT_ONCE), torch.split(draws, _FACES_AT_ONCE), strict=True
+    ):
+        gradients = per_example_gradients(problem, part, rows)
         squares = [
             total + gradient.square().sum(dim=0) for total, gradient in zip(squares, gradients, strict=True)
         ]
-    return _evened(squares, config.preconditioner)
+    return _equalising_scales(squares, config.preconditioner)
 
 
-def _evened(squares: list[Tensor], preconditioner: float) -> list[Tensor]:
+def _equalising_scales(squares: list[Tensor], preconditioner: float) -> list[Tensor]:
     """Scales from each weight's summed squared gradients; ones where float32 cannot hold them all, each > 0."""
     ones = [torch.ones_like(square) for square in squares]
     energy = sum(float(square.sum()) for square in squares)
@@ -292,9 +331,9 @@ def _evened(squares: list[Tensor], preconditioner: float) -> list[Tensor]:
 
 @lru_cache(maxsize=8)
 def _check(config: FlowConfig, adapt: Adaptation) -> None:
-    """Refuse a kind of network that mixes photos, once per process: whether it does hangs on its form alone.
+    """Refuse a network that mixes photos, once per process: whether it does depends on its architecture alone.
 
-    Two draws each show it as well as many. The weights are moved off the start, where most gradients are zero.
+    Two draws each are enough. The weights are moved off their initial values, where most gradients are zero.
     """
     streams = Streams(0)
     flow = RectifiedFlow(config, streams.generator("weights"))
@@ -303,18 +342,8 @@ def _check(config: FlowConfig, adapt: Adaptation) -> None:
     with torch.no_grad():
         for weight in flow.parameters():
             weight.add_(torch.randn(weight.shape, generator=rng), alpha=0.02)
-    pictures = torch.rand(2, 3, config.size, config.size, generator=rng)
-    check_per_example_gradients(
-        flow, loss_over_draws, pictures, draw=lambda n: times_and_noises(n, 2, config.size, 1.0, draws)
+    images = torch.rand(2, 3, config.size, config.size, generator=rng)
+    problem = PerExampleProblem(
+        flow, loss_over_draws, draw=lambda count: times_and_noises(count, 2, config.size, 1.0, draws)
     )
-
-
-def flow_ranges(flow: RectifiedFlow, config: FlowTrainingConfig) -> Vector:
-    """Public bounds on how far each trained weight moves in one round, see `descent_ranges`, shape (d,)."""
-    return descent_ranges(
-        flow,
-        steps=config.steps_per_round,
-        lr=config.lr,
-        momentum=config.momentum,
-        clip_norm=config.clip_norm,
-    )
+    check_per_example_gradients(problem, images)

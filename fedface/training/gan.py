@@ -1,14 +1,13 @@
-"""One round of adversarial fine-tuning on one device's photos, private where it touches them.
+"""One round of adversarial fine-tuning on one device's photos, private where it reads them.
 
-Called from device/client.py. The discriminator is the only network that sees photos, so its real half is the
-private step (DP-SGD, Theorem: Abadi et al. 2016, arXiv:1607.00133, with the Poisson-sampled Gaussian priced
-by the plan). Its fake half and the generator's steps touch photos only through the noised discriminator: they are
-post-processing (Dwork and Roth 2014, Proposition 2.1) and cost nothing.
+The discriminator is the only network that sees photos, so its real half is the private step (DP-SGD: Abadi et al.
+2016, arXiv:1607.00133). Its fake half and the generator's steps depend on photos only through the noised
+discriminator: they are post-processing (Dwork and Roth 2014, Proposition 2.1) and cost no privacy.
 
-Both halves of the discriminator's gradient are clipped alike. If only the real half were, the balance between
-"photo" and "made" would tilt with the clip norm, and the discriminator would learn the tilt instead of the faces.
-R1 on photos and adaptive augmentation read photos outside the promise and are left out; the penalty on made
-pictures (R2 of Mescheder et al. 2018, arXiv:1801.04406) needs no photo and takes their place.
+Both halves of the discriminator's gradient are clipped alike. If only the real half were, the balance between real
+and fake would shift with the clip norm, and the discriminator would learn the shift instead of the faces.
+R1 on photos and adaptive augmentation read photos outside the guarantee and are left out; the penalty on generated
+images (R2 of Mescheder et al. 2018, arXiv:1801.04406) needs no photo and takes their place.
 """
 
 from __future__ import annotations
@@ -16,71 +15,79 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Adam
 
+from fedface.errors import ConfigError
+from fedface.models.checkpoint import estimate_mean_style
 from fedface.models.discriminator import Discriminator
 from fedface.models.lora import Adaptation, Full, flatten_trainable
-from fedface.models.model import Model
+from fedface.models.model import Architecture, GanArchitecture, Model
 from fedface.models.stylegan2 import StyleGAN2
 from fedface.privacy.plan import DPParameters, Schedule
-from fedface.randomness import SecretNoise, Streams
+from fedface.randomness import Streams
 from fedface.tensor_types import Images, KeptImages, Latents, Vector
-from fedface.training.dp_sgd import check_per_example_gradients, per_example_gradients, private_gradient
-from fedface.training.per_example_gradients import deterministic_microbatch, trainable_parameters
-from fedface.training.unit_clipping import clipped_sum
+from fedface.training.dp_sgd import SampledMechanism, check_per_example_gradients, private_gradient
+from fedface.training.per_example_gradients import (
+    Network,
+    PerExampleProblem,
+    differentiable_gradient,
+    per_example_gradients,
+    trainable_parameters,
+    with_deterministic_microbatch,
+)
+from fedface.training.training_round import (
+    Objective,
+    PerExampleRelease,
+    apply_mean_update,
+    check_architecture,
+    describe_weight_update,
+    guaranteed_units,
+    mark_trainable,
+)
+from fedface.training.unit_clipping import NoiseSource, clipped_sum
+from fedface.validation import In, checked
 
-_PHOTOS_AT_ONCE = 16  # whose gradients are in memory together
-MAX_FAKES = 4096  # made pictures in a step, and generator steps after each of the discriminator's
-MAX_FAKES_PER_ROUND = 1_000_000  # a stranger's task must not keep a device busy for days
+MAX_FAKES = 4096  # generated images in a step, and generator steps after each of the discriminator's
+MAX_FAKES_PER_ROUND = 1_000_000  # a hostile task must not keep a device busy for days
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class GanTrainingConfig:
     """How devices fine-tune generator and discriminator; every number is public and the same on all devices."""
 
     kind: ClassVar[str] = "gan-training"
+    objective: ClassVar[Objective] = "generator"
 
     rounds: int = 6  # rounds of the run, >= 1
     steps_per_round: int = 4  # discriminator steps a device takes in one round, >= 1
-    sampling_rate: float = 0.1  # q: chance of a photo to join a step, in (0, 1]
+    sampling_rate: float = 0.1  # q: probability of a photo to join a step, in (0, 1]
     expected_batch_size: int = 40  # public divisor of each step's sum, >= 1
-    clip_norm: float = 1.0  # longest gradient one picture can have, > 0
-    discriminator_lr: float = 3.0  # step of plain gradient descent on the discriminator, > 0
-    generator_lr: float = 4e-4  # Adam's step on the generator, > 0
-    generator_steps: int = 1  # generator steps after each discriminator step, >= 1
-    fake_batch_size: int = 32  # made pictures in a step, >= 2
-    r2_weight: float = 0.5  # times |gradient of the logit at made pictures|^2 / 2, >= 0
-    server_lr: float = 1.0  # how much of the mean update the server applies, in (0, 4]
-    adapt: Adaptation = field(default_factory=Full)  # which weights learn: all, or low-rank changes
+    clip_norm: float = 1.0  # largest L2 norm of one image's gradient, > 0
+    discriminator_lr: Annotated[float, In("(0, 100)")] = 3.0  # of plain gradient descent on the discriminator
+    generator_lr: Annotated[float, In("(0, 100)")] = 4e-4  # of Adam on the generator
+    generator_steps: Annotated[int, In(f"[1, {MAX_FAKES}]")] = 1  # after each discriminator step
+    fake_batch_size: Annotated[int, In(f"[2, {MAX_FAKES}]")] = 32  # generated images in a step
+    r2_weight: Annotated[float, In("[0, 10000)")] = 0.5  # times |gradient of the logit at fakes|^2 / 2
+    server_lr: Annotated[float, In("(0, 4]")] = 1.0  # times the mean update, on the server
+    adapt: Adaptation = field(default_factory=Full)  # which weights are trained: all, or low-rank changes
 
     def __post_init__(self) -> None:
         self.schedule()
-        for name, least in (("generator_steps", 1), ("fake_batch_size", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-            if getattr(self, name) > MAX_FAKES:
-                raise ValueError(f"{name} must be at most {MAX_FAKES}, got {getattr(self, name)}")
-        made = self.steps_per_round * (self.generator_steps + 1) * self.fake_batch_size
-        if made > MAX_FAKES_PER_ROUND:
+        fakes = self.steps_per_round * (self.generator_steps + 1) * self.fake_batch_size
+        if fakes > MAX_FAKES_PER_ROUND:
             raise ValueError(
-                f"steps_per_round * (generator_steps + 1) * fake_batch_size must be at most {MAX_FAKES_PER_ROUND:,} made "
-                f"pictures in a round, got {made:,}"
+                "steps_per_round * (generator_steps + 1) * fake_batch_size must be at most "
+                f"{MAX_FAKES_PER_ROUND:,} generated images in a round, got {fakes:,}"
             )
-        for name in ("discriminator_lr", "generator_lr"):
-            if not 0 < getattr(self, name) < 100:
-                raise ValueError(f"{name} must lie in (0, 100), got {getattr(self, name)}")
-        if not 0 <= self.r2_weight < 1e4:
-            raise ValueError(f"r2_weight must lie in [0, 10000), got {self.r2_weight}")
-        if not 0 < self.server_lr <= 4:
-            raise ValueError(f"server_lr must lie in (0, 4], got {self.server_lr}")
 
     def schedule(self) -> Schedule:
-        """What of this costs privacy."""
+        """What of this determines the privacy loss."""
         return Schedule(
             rounds=self.rounds,
             steps_per_round=self.steps_per_round,
@@ -89,137 +96,145 @@ class GanTrainingConfig:
             clip_norm=self.clip_norm,
         )
 
-    def ranges(self, generator_weights: int, discriminator_weights: int) -> Vector:
-        """Public bounds on how far each weight moves in one round, for quantisation, shape (d,), all > 0.
+    def describe_update(self) -> str:
+        """What a device sends, in words that follow a number."""
+        return describe_weight_update(self.adapt)
 
-        Updates are divided by these before they are summed and multiplied after, so that the small steps of
-        the generator are not lost beside the large ones of the discriminator. A weight that moves further, as rare
-        noise may make it, is clamped.
+    def check(self, architecture: Architecture) -> None:
+        """Raises ConfigError unless a model of this architecture can be trained this way."""
+        check_architecture(architecture, GanArchitecture)
+        if isinstance(architecture, GanArchitecture) and (
+            architecture.discriminator.minibatch_group or architecture.discriminator.classes
+        ):
+            raise ConfigError(
+                "training: this discriminator looks at several images at once or needs their classes; devices train "
+                "discriminators without minibatch statistics and classes, so that each photo's influence is separate"
+            )
 
-        Adam without momentum moves a weight by at most rate / sqrt(1 - 0.9) a step; the three clipped parts
-        of the discriminator's gradient (photos, made pictures, R2) by at most three times rate * clip norm.
-        """
-        made = self.steps_per_round * self.generator_steps * self.generator_lr * math.sqrt(10.0)
-        judged = self.steps_per_round * self.discriminator_lr * 3.0 * self.clip_norm
-        return torch.cat(
-            [torch.full((generator_weights,), made), torch.full((discriminator_weights,), judged)]
-        )
-
-
-def gan_ranges(gan: Model, config: GanTrainingConfig) -> Vector:
-    """The public range of every trained weight of these networks, in the order of the flat vector, shape (d,)."""
-    counts = [sum(p.numel() for p in trainable_parameters(module).values()) for module in gan.modules()]
-    return config.ranges(counts[0], counts[1])
-
-
-class Network(Protocol):
-    """What a loss calls: pictures (n, 3, s, s) -> logits (n,)."""
-
-    def __call__(self, images: Tensor, /) -> Tensor: ...
+    def prepare(self, model: Model, dp: DPParameters, rng: torch.Generator) -> GanRound:
+        """A round on a copy of the model; `rng` draws the public directions of low-rank changes."""
+        return GanRound(mark_trainable(model, self.adapt, rng), self, dp)
 
 
 def d_loss_real(network: Network, photos: Images) -> Tensor:
-    """Non-saturating discriminator loss of real pictures, one per photo: softplus(-logit), shape (n,)."""
+    """Non-saturating discriminator loss of real images, one per photo: softplus(-logit), shape (n,)."""
     return functional.softplus(-network(photos))
 
 
-def d_loss_fake(network: Network, made: Images) -> Tensor:
-    """Non-saturating discriminator loss of made pictures, one each: softplus(logit), shape (n,)."""
-    return functional.softplus(network(made))
+def d_loss_fake(network: Network, fakes: Images) -> Tensor:
+    """Non-saturating discriminator loss of generated images, one each: softplus(logit), shape (n,)."""
+    return functional.softplus(network(fakes))
 
 
-def train_gan_round(
-    gan: Model,
-    photos: KeptImages,
-    config: GanTrainingConfig,
-    terms: DPParameters,
-    *,
-    rng: SecretNoise | torch.Generator,
-    streams: Streams,
-    units: Tensor | None = None,
-) -> Vector:
-    """The change of all trained weights that one round on these photos makes.
+@dataclass(frozen=True)
+class GanRound:
+    """One round of adversarial training, see `TrainingRound`."""
 
-    Guarantees:
-        * Photos enter only through `private_gradient`, `terms.schedule.steps_per_round` times.
-        * `gan` itself stays as it is.
+    model: Model
+    config: GanTrainingConfig
+    dp: DPParameters
 
-    Args:
-        gan: The round's weights, with adapters attached where they are what learns.
-        photos: All photos of the device, (n, 3, size, size), floats in [0, 1] or bytes, n >= 0.
-        config: Rates and batches; its schedule is not used, the terms are.
-        terms: What was agreed and booked.
-        rng: SecretNoise for a promise; a replayable stream only where nothing is promised.
-        streams: Latents of made pictures, replayable.
-        units: Which unit each photo belongs to, int64 (n,); None: each its own.
+    def update(
+        self, photos: KeptImages, *, rng: NoiseSource, streams: Streams, units: Tensor | None = None
+    ) -> Vector:
+        """Trained weights after minus before, generator then discriminator, shape (d,); see `TrainingRound`."""
+        model, config = copy.deepcopy(self.model), self.config
+        generator, discriminator = model.network(StyleGAN2), model.discriminator
+        before = flatten_trainable(*model.modules())
+        schedule, sampled = self.dp.schedule, SampledMechanism.of(self.dp, rng)
+        latents = streams.generator("latents")
+        real = PerExampleProblem(discriminator, d_loss_real)
+        # The check needs two images and must not read private ones: generated ones have the right shape.
+        check_per_example_gradients(real, _generate(generator, _draw(generator, 2, latents)))
+        real = with_deterministic_microbatch(real, photos.shape[1:])
+        optimiser = Adam(trainable_parameters(generator).values(), config.generator_lr, betas=(0.0, 0.9))
+        for _ in range(schedule.steps_per_round):
+            real_gradient = private_gradient(
+                real,
+                photos,
+                sampled,
+                expected_batch_size=schedule.expected_batch_size,
+                units=guaranteed_units(self.dp, units),
+            )
+            fakes = _generate(generator, _draw(generator, config.fake_batch_size, latents))
+            fake_gradient = clipped_sum(
+                per_example_gradients(PerExampleProblem(discriminator, d_loss_fake), fakes),
+                schedule.clip_norm,
+            )
+            penalty = _r2_gradient(discriminator, fakes, config.r2_weight)
+            penalty = clipped_sum([part[None] for part in penalty], schedule.clip_norm)
+            _descend(
+                discriminator,
+                [
+                    r + f / config.fake_batch_size + p
+                    for r, f, p in zip(real_gradient, fake_gradient, penalty, strict=True)
+                ],
+                config.discriminator_lr,
+            )
+            for _ in range(config.generator_steps):
+                styles = generator.map(_draw(generator, config.fake_batch_size, latents))
+                loss = functional.softplus(-discriminator(generator.synthesize(styles))).mean()
+                optimiser.zero_grad()
+                torch.autograd.backward(loss)
+                optimiser.step()
+        return flatten_trainable(*model.modules()) - before
 
-    Returns:
-        Weights after minus weights before, generator then discriminator, shape (d,).
+    def ranges(self) -> Vector:
+        """Public bounds on how far each weight moves in one round, shape (d,), all > 0.
 
-    Raises:
-        PrivacyError: The discriminator mixes photos, or a promised round was given replayable chance.
-    """
-    mine = copy.deepcopy(gan)
-    generator, discriminator = mine.network(StyleGAN2), mine.discriminator
-    before = flatten_trainable(*mine.modules())
-    schedule, mechanism = terms.schedule, terms.mechanism()
-    latents = streams.generator("latents")
-    # The check needs two pictures and must not read private ones: made pictures have the right shape.
-    check_per_example_gradients(discriminator, d_loss_real, _make(generator, _draw(generator, 2, latents)))
-    microbatch = deterministic_microbatch(discriminator, d_loss_real, photos.shape[1:], _PHOTOS_AT_ONCE)
-    optimiser = Adam(trainable_parameters(generator).values(), config.generator_lr, betas=(0.0, 0.9))
-    for _ in range(schedule.steps_per_round):
-        on_photos = private_gradient(
-            discriminator,
-            photos,
-            d_loss_real,
-            mechanism=mechanism,
-            expected_batch_size=schedule.expected_batch_size,
-            sampling_rate=schedule.sampling_rate,
-            rng=rng,
-            units=units,
-            microbatch=microbatch,
+        Updates are divided by these before they are summed and multiplied after, so that the small steps of the
+        generator are not lost beside the large ones of the discriminator. A weight that moves further, as rare noise
+        may make it, is clamped.
+
+        Adam without momentum moves a weight by at most lr / sqrt(1 - 0.9) a step; the three clipped parts of the
+        discriminator's gradient (photos, fakes, R2) by at most three times lr * clip norm.
+        """
+        config, (generator, discriminator) = self.config, self.model.modules()
+        g_range = config.steps_per_round * config.generator_steps * config.generator_lr * math.sqrt(10.0)
+        d_range = config.steps_per_round * config.discriminator_lr * 3.0 * config.clip_norm
+        return torch.cat(
+            [
+                torch.full_like(flatten_trainable(generator), g_range),
+                torch.full_like(flatten_trainable(discriminator), d_range),
+            ]
         )
-        made = _make(generator, _draw(generator, config.fake_batch_size, latents))
-        on_made = clipped_sum(per_example_gradients(discriminator, d_loss_fake, made), schedule.clip_norm)
-        gentle = _r2_gradient(discriminator, made, config.r2_weight)
-        gentle = clipped_sum([part[None] for part in gentle], schedule.clip_norm)
-        _descend(
-            discriminator,
-            [p + m / config.fake_batch_size + g for p, m, g in zip(on_photos, on_made, gentle, strict=True)],
-            config.discriminator_lr,
+
+    def per_example_release(self, streams: Streams) -> PerExampleRelease:
+        """The gradient of the discriminator's loss of a real photo."""
+        discriminator = self.model.discriminator
+        return differentiable_gradient(
+            discriminator, lambda photos: d_loss_real(discriminator, photos).mean()
         )
-        for _ in range(config.generator_steps):
-            styles = generator.map(_draw(generator, config.fake_batch_size, latents))
-            loss = functional.softplus(-discriminator(generator.synthesize(styles))).mean()
-            optimiser.zero_grad()
-            torch.autograd.backward(loss)
-            optimiser.step()
-    return flatten_trainable(*mine.modules()) - before
+
+    def apply(self, total: Vector, devices: int, rng: torch.Generator) -> Model:
+        """The mean update applied, and the mean style estimated anew."""
+        after = apply_mean_update(self.model, total, devices, self.config.server_lr)
+        estimate_mean_style(after.network(StyleGAN2), rng)
+        return after
 
 
-def _draw(generator: StyleGAN2, count: int, latents: torch.Generator) -> Latents:
-    return torch.randn(count, generator.latent_width, generator=latents)
+def _draw(generator: StyleGAN2, count: int, rng: torch.Generator) -> Latents:
+    return torch.randn(count, generator.latent_width, generator=rng)
 
 
-def _make(generator: StyleGAN2, latents: Latents) -> Images:
+def _generate(generator: StyleGAN2, latents: Latents) -> Images:
     with torch.no_grad():
         return generator.synthesize(generator.map(latents))
 
 
-def _r2_gradient(discriminator: Discriminator, made: Images, weight: float) -> list[Tensor]:
-    """The gradient of weight / 2 times the mean squared length of the logit's gradient at made pictures."""
+def _r2_gradient(discriminator: Discriminator, fakes: Images, weight: float) -> list[Tensor]:
+    """The gradient of weight / 2 times the mean squared norm of the logit's gradient at generated images."""
     weights = list(trainable_parameters(discriminator).values())
     if weight == 0:
         return [torch.zeros_like(w) for w in weights]
-    seen = made.detach().requires_grad_()
-    (slope,) = torch.autograd.grad(discriminator(seen).sum(), seen, create_graph=True)
+    fakes = fakes.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(discriminator(fakes).sum(), fakes, create_graph=True)
     penalty = slope.square().sum(dim=(1, 2, 3)).mean() * (weight / 2.0)
     gradients = torch.autograd.grad(penalty, weights, allow_unused=True)
     return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
 
 
-def _descend(module: nn.Module, gradients: list[Tensor], rate: float) -> None:
+def _descend(module: nn.Module, gradients: list[Tensor], lr: float) -> None:
     with torch.no_grad():
         for weight, gradient in zip(trainable_parameters(module).values(), gradients, strict=True):
-            weight.sub_(gradient, alpha=rate)
+            weight.sub_(gradient, alpha=lr)

@@ -1,21 +1,21 @@
 """One round that leaves the generator as it is and refits the distribution that its latents are drawn from.
 
-Called from training/training_methods. Each device reads the latents of its photos with a public encoder and sends, once, the
-sum over its photos of a count, the latents and their squares (or products), clipped and with Gaussian noise. The
-server refits the latent prior N(mean, covariance) from the total: post-processing (Dwork and Roth 2014,
-Proposition 2.1), which costs nothing. Sampling and latent search then start from the fitted prior.
+Each device estimates the latents of its photos with a public encoder and sends, once, the sum over its photos of a
+count, the latents and their squares (or products), clipped and with Gaussian noise. The server refits the latent
+prior N(mean, covariance) from the total: post-processing (Dwork and Roth 2014, Proposition 2.1), without privacy cost.
+Sampling and latent search then start from the fitted prior.
 
-An encoded latent e has length sqrt(z), so every part of a photo's vector has a length that is known before:
+An encoded latent e has L2 norm sqrt(z), so the norm of every part of a photo's vector is known in advance:
 
     v = clip_norm * (sqrt(a0), sqrt(a1) e / sqrt(z), sqrt(a2) (e^2 - 1) / R),   a0 + a1 + a2 = 1
 
-with R = 1.5 sqrt(2 z), one and a half times the usual length of e^2 - 1, to which the rare longer ones are cut;
-for products, the upper triangle of e e' - I (off the diagonal times sqrt 2) with its exact length sqrt(z^2 - z).
-So |v| <= clip_norm by construction, and clipping, which the promise rests on, changes nothing. Noise of the total
-lands on the mean of e times sqrt(z / a1), on the mean of e^2 times R / sqrt(a2), and on the count, as a relative
-error, times 1 / sqrt(a0). A sum of squared errors c_i / a_i is least at a_i proportional to sqrt(c_i): with an
-error of the variance counting half (it is twice that of the spread), first and second moments deserve almost
-equal shares, and the count, whose error multiplies only the size of the shift, little.
+with R = 1.5 sqrt(2 z), one and a half times the usual norm of e^2 - 1, to which the rare larger ones are clipped;
+for products, the upper triangle of e e' - I (off the diagonal times sqrt 2) with its exact norm sqrt(z^2 - z).
+So |v| <= clip_norm by construction, and clipping, on which the guarantee rests, changes nothing. Noise of the total
+reaches the mean of e times sqrt(z / a1), the mean of e^2 times R / sqrt(a2), and the count, as a relative error,
+times 1 / sqrt(a0). A sum of squared errors c_i / a_i is least at a_i proportional to sqrt(c_i): with an error of the
+variance counting half (it is twice that of the standard deviation), first and second moments should have almost equal
+shares, and the count, whose error only multiplies the size of the shift, a small one.
 
 The count is noised because the number of photos is private as well. The squares are centred on the standard
 prior: a device without photos, and noise that hides everything, leave the prior as it was.
@@ -25,17 +25,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, assert_never
+from typing import Annotated, ClassVar, Literal, assert_never
 
 import torch
 from torch import Tensor
 
+from fedface.models.checkpoint import estimate_mean_style
 from fedface.models.latent_encoder import LatentEncoder
+from fedface.models.model import Architecture, EncoderArchitecture, Model
 from fedface.models.stylegan2 import StyleGAN2
 from fedface.privacy.plan import MAX_EXPECTED_BATCH_SIZE, DPParameters, Schedule
-from fedface.randomness import SecretNoise, Streams
+from fedface.randomness import Streams
 from fedface.tensor_types import KeptImages, Latents, Vector, in_floats
-from fedface.training.dp_sgd import private_sum
+from fedface.training.dp_sgd import SampledMechanism, private_sum
+from fedface.training.training_round import (
+    Objective,
+    PerExampleRelease,
+    check_architecture,
+    guaranteed_units,
+)
+from fedface.training.unit_clipping import NoiseSource
+from fedface.validation import In, checked
 
 Second = Literal["none", "diagonal", "full"]
 
@@ -47,30 +57,31 @@ _PASSES = 2  # steps of the prior towards what the devices read
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class PriorTrainingConfig:
-    """How devices describe their photos' latents; every number is public and the same on all devices."""
+    """How devices summarise their photos' latents; every number is public and the same on all devices."""
 
     kind: ClassVar[str] = "prior-training"
+    objective: ClassVar[Objective] = "generator"
 
-    second_moments: Second = "diagonal"  # second moments: none, one per number of the latent, or all products
+    second_moments: Second = "diagonal"  # none, one per coordinate of the latent, or all products
     expected_batch_size: int = 200  # public divisor of each device's sum, about the photos of a device, >= 1
-    max_photos: int = 2000  # public bound for quantisation: the sums of more photos are cut, >= 1
-    clip_norm: float = 1.0  # length of one photo's vector, > 0; only its ratio to the noise matters
-    count_fraction: float = 0.05  # a0: part of the squared length that counts the photo, in (0, 1)
-    second_moment_fraction: float = (
-        0.5  # a2 / (a1 + a2): part of the rest that goes to second moments, in (0, 1)
+    max_photos: Annotated[int, In(f"[1, {MAX_EXPECTED_BATCH_SIZE}]")] = (
+        2000  # for quantisation: larger sums are clamped
+    )
+    clip_norm: float = 1.0  # L2 norm of one photo's vector, > 0; only its ratio to the noise matters
+    count_fraction: Annotated[float, In("(0, 1)")] = (
+        0.05  # a0: share of the squared norm that counts the photo
+    )
+    second_moment_fraction: Annotated[float, In("(0, 1)")] = (
+        0.5  # a2 / (a1 + a2): share of second moments in the rest
     )
 
     def __post_init__(self) -> None:
         self.schedule()
-        if not 1 <= self.max_photos <= MAX_EXPECTED_BATCH_SIZE:
-            raise ValueError(f"max_photos must lie in [1, {MAX_EXPECTED_BATCH_SIZE}], got {self.max_photos}")
-        for name in ("count_fraction", "second_moment_fraction"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in (0, 1), got {getattr(self, name)}")
 
     def schedule(self) -> Schedule:
-        """One look at every photo: nothing is claimed from sampling."""
+        """One sum over every photo: nothing is gained from sampling."""
         return Schedule(
             rounds=1,
             steps_per_round=1,
@@ -79,10 +90,87 @@ class PriorTrainingConfig:
             clip_norm=self.clip_norm,
         )
 
+    def describe_update(self) -> str:
+        """What a device sends, in words that follow a number."""
+        return "sums over photos (a count, and moments of latents)"
+
+    def check(self, architecture: Architecture) -> None:
+        """Raises ConfigError unless a model of this architecture can be trained this way."""
+        check_architecture(architecture, EncoderArchitecture)
+
+    def prepare(self, model: Model, dp: DPParameters, rng: torch.Generator) -> PriorRound:
+        """A round; it changes no network, so that nothing is copied."""
+        return PriorRound(model, self, dp)
+
+
+@dataclass(frozen=True)
+class PriorRound:
+    """The one round of fitting a latent prior, see `TrainingRound`."""
+
+    model: Model
+    config: PriorTrainingConfig
+    dp: DPParameters
+
+    def update(
+        self, photos: KeptImages, *, rng: NoiseSource, streams: Streams, units: Tensor | None = None
+    ) -> Vector:
+        """The noised sum of the photos' vectors over the public divisor, (1 + z + p,), see `photo_vectors`.
+
+        Guarantees:
+            * Photos enter only through `private_sum`, once, and each is encoded by itself: a row depends on its photo
+              alone, to the last bit. In a batch the size decides which kernels run, whose roundings differ, and an
+              encoder whose rows cancel would make that difference as large as a latent.
+            * Without photos the result is noise alone.
+
+        An occasion adds the sum of its photos' vectors, clipped to one photo's norm: it weighs as one photo.
+        """
+        encoder, schedule = self.model.network(LatentEncoder), self.dp.schedule
+        config = replace(self.config, clip_norm=schedule.clip_norm)
+        width = sum(_layout(encoder.latent_width, config).sizes)
+        with torch.no_grad():
+            # Each in memory of its own: kernels may depend on the alignment of what they read.
+            rows = [
+                photo_vectors(encoder(in_floats(photo).clone()), config) for photo in torch.split(photos, 1)
+            ]
+        total = private_sum(
+            torch.cat(rows) if len(photos) else torch.zeros(0, width),
+            SampledMechanism.of(self.dp, rng),
+            units=guaranteed_units(self.dp, units),
+        )
+        return total / schedule.expected_batch_size
+
+    def ranges(self) -> Vector:
+        """Public bounds of what a device sends, for quantisation, shape (1 + z + p,), all > 0.
+
+        The sums of `max_photos` photos whose mean latent lies within three units of the standard one, and whose
+        mean squares and products within nine. What noise or more photos add beyond is clamped.
+        """
+        layout = _layout(self.model.network(LatentEncoder).latent_width, self.config)
+        photos = self.config.max_photos / self.config.expected_batch_size
+        bounds = [layout.count, 3.0 * layout.first, 9.0 * layout.squares]
+        return torch.cat(
+            [torch.full((size,), photos * bound) for size, bound in zip(layout.sizes, bounds, strict=True)]
+        )
+
+    def per_example_release(self, streams: Streams) -> PerExampleRelease:
+        """The vector of a photo."""
+        encoder = self.model.network(LatentEncoder)
+        return lambda photos: photo_vectors(encoder(photos), self.config).mean(dim=0)
+
+    def apply(self, total: Vector, devices: int, rng: torch.Generator) -> Model:
+        """The generator with a refitted prior, and its mean style estimated anew."""
+        encoder = self.model.network(LatentEncoder)
+        generator = fit_latent_prior(
+            self.model.network(StyleGAN2), total, devices, self.config, self.dp, encoder=encoder
+        )
+        estimate_mean_style(generator, rng)
+        architecture = EncoderArchitecture(generator=generator.config, encoder=encoder.config)
+        return Model(architecture, {"generator": generator, "encoder": encoder}, self.model.notes)
+
 
 @dataclass(frozen=True)
 class _Layout:
-    """What one number of each part of a photo's vector is multiplied with, and how many there are."""
+    """The factor of each part of a photo's vector, and how many numbers the part has."""
 
     width: int
     second: Second
@@ -170,66 +258,6 @@ def _unpacked(packed: Vector, width: int) -> Tensor:
     matrix[rows, columns] = values
     matrix[columns, rows] = values
     return matrix
-
-
-def train_prior_round(
-    encoder: LatentEncoder,
-    photos: KeptImages,
-    config: PriorTrainingConfig,
-    terms: DPParameters,
-    *,
-    rng: SecretNoise | torch.Generator,
-    units: Tensor | None = None,
-) -> Vector:
-    """What a device sends: the noised sum of its photos' vectors over the public divisor.
-
-    Guarantees:
-        * Photos enter only through `private_sum`, once, and each is encoded by itself: a row depends on its photo
-          alone, to the last bit. In a batch the size decides which kernels run, whose roundings differ, and an
-          encoder whose rows cancel would make that difference as long as a latent.
-        * Without photos the result is noise alone.
-
-    Args:
-        encoder: The public encoder; it stays as it is.
-        photos: All photos of the device, (n, 3, size, size), floats in [0, 1] or bytes, n >= 0.
-        config: What is counted; its schedule is not used, the terms are.
-        terms: What was agreed and booked.
-        rng: SecretNoise for a promise; a replayable stream only where nothing is promised.
-        units: Which unit each photo belongs to, int64 (n,); None: each its own. An occasion adds the sum of its
-            photos' vectors, cut to one photo's length: it weighs as one photo.
-
-    Returns:
-        Shape (1 + z + p,), see `photo_vectors`.
-
-    Raises:
-        PrivacyError: A promised round was given replayable chance.
-    """
-    agreed = replace(config, clip_norm=terms.schedule.clip_norm)
-    with torch.no_grad():
-        # Each in memory of its own: kernels may look at the alignment of what they read.
-        parts = [photo_vectors(encoder(in_floats(photo).clone()), agreed) for photo in torch.split(photos, 1)]
-    total = private_sum(
-        torch.cat(parts) if len(photos) else torch.zeros(0, sum(_layout(encoder.latent_width, agreed).sizes)),
-        mechanism=terms.mechanism(),
-        sampling_rate=terms.schedule.sampling_rate,
-        rng=rng,
-        units=units,
-    )
-    return total / terms.schedule.expected_batch_size
-
-
-def prior_ranges(encoder: LatentEncoder, config: PriorTrainingConfig) -> Vector:
-    """Public bounds of what a device sends, for quantisation, shape (1 + z + p,), all > 0.
-
-    The sums of `max_photos` photos whose mean latent lies within three units of the standard one, and whose
-    mean squares and products within nine. What noise or more photos add beyond is clamped.
-    """
-    layout = _layout(encoder.latent_width, config)
-    most = config.max_photos / config.expected_batch_size
-    bounds = [layout.count, 3.0 * layout.first, 9.0 * layout.squares]
-    return torch.cat(
-        [torch.full((size,), most * bound) for size, bound in zip(layout.sizes, bounds, strict=True)]
-    )
 
 
 def fit_latent_prior(

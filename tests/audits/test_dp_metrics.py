@@ -28,7 +28,7 @@ from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.randomness import SecretNoise, Streams
 from fedface.synthetic.faces import render_people
 from fedface.tensor_types import Images, Vector
-from fedface.training.dp_sgd import private_sum, private_sum_of
+from fedface.training.dp_sgd import SampledMechanism, private_sum, private_sum_of
 
 STREAMS = Streams(11)
 
@@ -101,9 +101,7 @@ def sent(rows: Tensor, units: Tensor, *, share: bool) -> Vector:
         drawn_rows,
         rows.shape[1],
         units,
-        mechanism=ClippedSum(clip_norm=CLIP),
-        sampling_rate=1.0,
-        rng=STREAMS.generator("coins"),
+        SampledMechanism(ClippedSum(clip_norm=CLIP), 1.0, STREAMS.generator("coins")),
     )
 
 
@@ -157,8 +155,7 @@ def test_drawn_people_on_three_devices_who_come_back_lighter_by_a_known_amount()
     rows = metric_vectors(photos, config, clip_norm=CLIP)
     mechanism = GaussianSum(clip_norm=CLIP, sigma=0.5)
     parts = [
-        private_sum(rows[device::3], mechanism=mechanism, sampling_rate=1.0, rng=SecretNoise())
-        for device in range(3)
+        private_sum(rows[device::3], SampledMechanism(mechanism, 1.0, SecretNoise())) for device in range(3)
     ]
     assert all((part.abs() <= ranges(config, clip_norm=CLIP)).all() for part in parts)
     report = read(torch.stack(parts).sum(0), sigma=0.5, devices=3, config=config)

@@ -39,12 +39,17 @@ from fedface.privacy.ledger import Ledger
 from fedface.public_data.device_photos import device_faces
 from fedface.simulation.devices import simulated_device
 from fedface.tensor_types import Vector
-from fedface.training.gan import gan_ranges
+from fedface.training.gan import GanRound
 from fedface.transport.run_config import devices_folder
 from fedface.upsampling.degradation import Area
 
 Tamper = Callable[[int, Task, Reply], Reply | Failure]
 THREE = {"devices.light_fractions": "[0.9, 0.5, 0.1]"}
+
+
+def ranges_of(experiment: Experiment) -> Vector:
+    """The public ranges of the tiny GAN's weights."""
+    return GanRound(tiny_gan(), experiment.training, experiment.plan().dp_parameters).ranges()
 
 
 def honest(member: int, task: Task, reply: Reply) -> Reply | Failure:
@@ -116,9 +121,7 @@ def test_a_round_applies_the_mean_of_the_updates(tmp_path: Path, server_lr: floa
     state = rounds(cohort.experiment, cohort)
     updates = [update_of(cohort.replies["TrainTask", 1, member]) for member in range(3)]
     start = flatten_parameters(*tiny_gan().modules())
-    wanted = start + server_lr * torch.stack(updates).mean(0) * gan_ranges(
-        tiny_gan(), cohort.experiment.training
-    )
+    wanted = start + server_lr * torch.stack(updates).mean(0) * ranges_of(cohort.experiment)
     assert torch.allclose(weights_after(cohort.folder, 1), wanted, atol=1e-6)
     assert not torch.allclose(wanted, start, atol=1e-4)
     assert state.rounds[0].answered == ("device-00", "device-01", "device-02")
@@ -185,9 +188,7 @@ def test_one_broken_device_is_named_and_the_round_goes_on_without_it(
     assert len(record.refusals) + len(record.dropped) == 1
     assert away[0].device == named and words in away[0].reason
     others = torch.stack([update_of(cohort.replies["TrainTask", 1, member]) for member in (0, 2)]).mean(0)
-    wanted = flatten_parameters(*tiny_gan().modules()) + others * gan_ranges(
-        tiny_gan(), cohort.experiment.training
-    )
+    wanted = flatten_parameters(*tiny_gan().modules()) + others * ranges_of(cohort.experiment)
     assert torch.allclose(weights_after(cohort.folder, 1), wanted, atol=1e-6)
 
 
@@ -268,7 +269,7 @@ def test_plain_and_encrypted_sums_give_the_same_model_up_to_half_a_step(tmp_path
         expected = [("TrainTask", 1, (0, 1))] + ([("DecryptTask", 1, (0,))] if kind == "homomorphic" else [])
         assert cohort.asked == expected
         assert record.answered == ("device-00", "device-01")
-    ranges = gan_ranges(tiny_gan(), cohort.experiment.training)
+    ranges = ranges_of(cohort.experiment)
     rounding = torch.finfo(torch.float32).eps * ends["plain"].abs()
     apart = (ends["plain"] - ends["homomorphic"]).abs()
     assert bool((apart <= 0.5001 * ranges / (2**15 - 1) + rounding).all())

@@ -27,7 +27,7 @@ from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.participation_conditions import ConditionsNotMet
 from fedface.tensor_types import Images, Vector
-from fedface.training.training_methods import TrainingRound
+from fedface.training.gan import GanRound
 
 
 class Disturbed(Exception):
@@ -137,7 +137,7 @@ def test_a_round_that_broke_while_it_was_computed_is_closed(
         raise Disturbed
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedface.training.training_methods.train_gan_round", broken)
+        patch.setattr(GanRound, "update", broken)
         with pytest.raises(Disturbed):
             handle_task(task, device)
     again = handle_task(task, device)
@@ -160,14 +160,14 @@ def test_a_computation_that_fails_on_one_photo_alone_looks_like_any_other(
     device: Device, task: TrainTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A hostile network that breaks on somebody's face asks a question; the answer is noise, and paid for."""
-    real = TrainingRound.update
+    real = GanRound.update
 
-    def breaks(self: TrainingRound, photos: Images, **more: object) -> Vector:
+    def breaks(self: GanRound, photos: Images, **more: object) -> Vector:
         if len(photos):
             raise Disturbed
         return real(self, photos, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(TrainingRound, "update", breaks)
+    monkeypatch.setattr(GanRound, "update", breaks)
     reply = handle_task(task, device)
     assert isinstance(reply, TrainResult)
     assert Payload.from_bytes(reply.payload).length == len(task.weights)
@@ -180,9 +180,9 @@ def test_photos_are_let_go_before_the_answer_without_them(
     """What fails for want of memory must not fail again because the photos are still held."""
     held: list[weakref.ref[DeviceDataset]] = []
     alive = []
-    real = TrainingRound.update
+    real = GanRound.update
 
-    def breaks(self: TrainingRound, photos: Images, **more: object) -> Vector:
+    def breaks(self: GanRound, photos: Images, **more: object) -> Vector:
         if len(photos):
             raise MemoryError
         gc.collect()
@@ -194,7 +194,7 @@ def test_photos_are_let_go_before_the_answer_without_them(
         held.append(weakref.ref(own))
         return own
 
-    monkeypatch.setattr(TrainingRound, "update", breaks)
+    monkeypatch.setattr(GanRound, "update", breaks)
     assert isinstance(handle_task(task, replace(device, photos=photos)), TrainResult)
     assert alive == [False]
 

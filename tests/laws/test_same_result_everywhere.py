@@ -28,7 +28,7 @@ from fedface.randomness import Streams
 from fedface.simulation.devices import prepare, simulated_device
 from fedface.simulation.in_process import in_process_cohort
 from fedface.tensor_types import Vector
-from fedface.training.gan import gan_ranges
+from fedface.training.gan import GanRound
 from fedface.transport.client import client_app
 from fedface.transport.run_config import devices_folder
 from fedface.transport.server import GridCohort
@@ -129,7 +129,7 @@ def test_encrypted_sums_give_the_same_model_up_to_quantisation(tmp_path: Path) -
     plain, hidden = (tiny(tmp_path, kind) for kind in ("plain", "homomorphic"))
     ours = in_this_process(plain, tmp_path / "plain" / "everywhere")
     theirs = in_this_process(hidden, tmp_path / "hidden" / "everywhere")
-    step = float(gan_ranges(plain.start(), plain.training).max()) / 2**15
+    step = float(GanRound(plain.start(), plain.training, plain.plan().dp_parameters).ranges().max()) / 2**15
     assert 0 < furthest(ours[:1], theirs[:1]) < step
 
 

@@ -17,8 +17,12 @@ from fedface.models.lora import Adaptation, Full, Lora, assign_trainable, attach
 from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
 from fedface.randomness import Streams
 from fedface.tensor_types import Images
-from fedface.training.dp_sgd import check_per_example_gradients, per_example_gradients
-from fedface.training.per_example_gradients import trainable_parameters
+from fedface.training.dp_sgd import check_per_example_gradients
+from fedface.training.per_example_gradients import (
+    PerExampleProblem,
+    per_example_gradients,
+    trainable_parameters,
+)
 from fedface.training.unit_clipping import clipped_sum
 
 STREAMS = Streams(21)
@@ -163,8 +167,8 @@ def test_a_step_is_in_the_mean_the_step_of_all_weights() -> None:
 def test_per_photo_gradients_reach_through_an_adapter() -> None:
     """torch.func differentiates each photo alone; only the low-rank halves have gradients."""
     low = moved(adapted(discriminator()), "learning")
-    check_per_example_gradients(low, loss, pictures())
-    gradients = per_example_gradients(low, loss, pictures())
+    check_per_example_gradients(PerExampleProblem(low, loss), pictures())
+    gradients = per_example_gradients(PerExampleProblem(low, loss), pictures())
     assert [g.shape[1:] for g in gradients] == [w.shape for w in trainable_parameters(low).values()]
     assert all(name.endswith("up") for name in trainable_parameters(low))
     one = clipped_sum(gradients, 0.5)

@@ -24,6 +24,7 @@ from fedface.models.stylegan_layers import resize_up
 from fedface.models.super_resolution import SuperResolutionNetwork, SuperResolutionNetworkConfig
 from fedface.randomness import Streams
 from fedface.training.dp_sgd import check_per_example_gradients
+from fedface.training.per_example_gradients import PerExampleProblem
 from fedface.training.upsampler import reconstruction_loss
 from fedface.upsampling.degradation import BicubicPulse
 
@@ -77,7 +78,8 @@ def test_the_answer_to_a_photo_hangs_on_that_photo_alone(
     model = build_model(shape, STREAMS.generator("weights"))
     assert model.is_upsampler
     faces = torch.rand(2, 3, 16, 16, generator=STREAMS.generator("faces"))
-    check_per_example_gradients(model.upsampler, reconstruction_loss(BicubicPulse(4), 10.0), faces)
+    problem = PerExampleProblem(model.upsampler, reconstruction_loss(BicubicPulse(4), 10.0))
+    check_per_example_gradients(problem, faces)
 
 
 @pytest.mark.parametrize("low", [1, 2, 4, 8])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from opacus.grad_sample import GradSampleModule
 from pytest import approx
 from scipy import stats
 from torch import Tensor, nn
@@ -16,15 +18,12 @@ from fedface.errors import PrivacyError
 from fedface.models.discriminator import Discriminator, DiscriminatorConfig
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.randomness import SecretNoise, Streams
-from fedface.training.dp_sgd import (
-    Engine,
-    LayerByLayer,
+from fedface.training.dp_sgd import SampledMechanism, check_per_example_gradients, private_gradient
+from fedface.training.per_example_gradients import (
     Network,
-    OpacusLayers,
-    WholeNetwork,
-    check_per_example_gradients,
+    PerExampleProblem,
     per_example_gradients,
-    private_gradient,
+    vmap_gradients,
 )
 from fedface.training.unit_clipping import (
     ClippedSumAccumulator,
@@ -100,10 +99,26 @@ def length(gradient: list[Tensor]) -> float:
     return math.sqrt(sum(float(g.double().square().sum()) for g in gradient))
 
 
-@pytest.mark.parametrize("engine", [LayerByLayer(), WholeNetwork(), OpacusLayers()])
-def test_each_photos_gradient_is_that_of_its_own_backward_pass(engine: Engine) -> None:
+def by_opacus(problem: PerExampleProblem, photos: Tensor) -> list[Tensor]:
+    """Opacus's own per-sample gradients, as an independent reference."""
+    wrapped = GradSampleModule(problem.network, loss_reduction="sum", force_functorch=True)
+    torch.autograd.backward(problem.loss(wrapped, photos).sum())
+    gradients = [weight.grad_sample for weight in problem.weights()]  # type: ignore[attr-defined]
+    wrapped.to_standard_module()
+    problem.network.zero_grad()
+    return gradients
+
+
+def by_vmap(problem: PerExampleProblem, photos: Tensor) -> list[Tensor]:
+    return vmap_gradients(problem, (photos,))
+
+
+@pytest.mark.parametrize("engine", [per_example_gradients, by_vmap, by_opacus])
+def test_each_photos_gradient_is_that_of_its_own_backward_pass(
+    engine: Callable[[PerExampleProblem, Tensor], list[Tensor]],
+) -> None:
     module, photos = SmallCritic(), faces(5)
-    ours = per_example_gradients(module, loss, photos, engine=engine)
+    ours = engine(PerExampleProblem(module, loss), photos)
     for photo, twin in enumerate(one_at_a_time(module, photos)):
         for one, other in zip(ours, twin, strict=True):
             assert torch.allclose(one[photo], other, rtol=1e-4, atol=1e-7)
@@ -114,9 +129,11 @@ def test_each_photos_gradient_is_that_of_its_own_backward_pass(engine: Engine) -
 def test_without_noise_and_with_a_huge_clip_norm_it_is_the_plain_gradient() -> None:
     module, photos = SmallCritic(), faces(7)
     ours = private_gradient(
-        module, photos, loss, mechanism=ClippedSum(clip_norm=1e6), expected_batch_size=7, sampling_rate=1.0,
-        rng=STREAMS.generator("coins"), microbatch=3,
-    )  # fmt: skip
+        PerExampleProblem(module, loss, microbatch=3),
+        photos,
+        SampledMechanism(ClippedSum(clip_norm=1e6), 1.0, STREAMS.generator("coins")),
+        expected_batch_size=7,
+    )
     plain = torch.autograd.grad(loss(module, photos).mean(), list(module.parameters()))
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(ours, plain, strict=True))
 
@@ -129,15 +146,17 @@ def test_the_clipped_sum_is_that_of_the_slow_twin_at_any_microbatch() -> None:
     expected = [torch.stack(parts).sum(0) / 4 for parts in zip(*scaled, strict=True)]
     for microbatch in (1, 4, 32):
         ours = private_gradient(
-            module, photos, loss, mechanism=ClippedSum(clip_norm=clip_norm), expected_batch_size=4,
-            sampling_rate=1.0, rng=STREAMS.generator("coins"), microbatch=microbatch,
-        )  # fmt: skip
+            PerExampleProblem(module, loss, microbatch=microbatch),
+            photos,
+            SampledMechanism(ClippedSum(clip_norm=clip_norm), 1.0, STREAMS.generator("coins")),
+            expected_batch_size=4,
+        )
         assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(ours, expected, strict=True))
 
 
 def test_one_photo_more_moves_the_sum_by_at_most_the_clip_norm() -> None:
     """Even an outlier whose gradient is a million times longer."""
-    gradients = per_example_gradients(SmallCritic(), loss, faces(6))
+    gradients = per_example_gradients(PerExampleProblem(SmallCritic(), loss), faces(6))
     outlier = [g.index_fill(0, torch.tensor([5]), 1e6) for g in gradients]
     with_it, without = clipped_sum(outlier, 0.5), clipped_sum([g[:5] for g in outlier], 0.5)
     difference = length([a - b for a, b in zip(with_it, without, strict=True)])
@@ -186,22 +205,30 @@ def test_a_broken_photo_does_not_break_the_step() -> None:
     photos = faces(3)
     photos[1, 0, 0, 0] = math.nan
     gradient = private_gradient(
-        SmallCritic(), photos, loss, mechanism=ClippedSum(clip_norm=1.0), expected_batch_size=3, sampling_rate=1.0,
-        rng=STREAMS.generator("coins"),
-    )  # fmt: skip
+        PerExampleProblem(SmallCritic(), loss),
+        photos,
+        SampledMechanism(ClippedSum(clip_norm=1.0), 1.0, STREAMS.generator("coins")),
+        expected_batch_size=3,
+    )
     assert all(bool(torch.isfinite(g).all()) for g in gradient)
 
 
 def test_noise_is_added_once_with_standard_deviation_sigma_clip_over_batch() -> None:
     """Without photos only noise remains; its sum of squares is chi-square. Three microbatches add no more."""
     module = nn.Linear(300, 300)
+
+    def flat_loss(network: Network, x: Tensor) -> Tensor:
+        return 0.0 * network(x).sum(1)
+
     mechanism = GaussianSum(clip_norm=0.1, sigma=2.0)
     scale = 2.0 * 0.1 / 16
     for photos in (torch.zeros(0, 300), torch.zeros(40, 300)):
         released = private_gradient(
-            module, photos, lambda network, x: 0.0 * network(x).sum(1), mechanism=mechanism,
-            expected_batch_size=16, sampling_rate=0.9, rng=SecretNoise(), microbatch=16,
-        )  # fmt: skip
+            PerExampleProblem(module, flat_loss, microbatch=16),
+            photos,
+            SampledMechanism(mechanism, 0.9, SecretNoise()),
+            expected_batch_size=16,
+        )
         flat = torch.cat([g.flatten() for g in released]).double() / scale
         probability = stats.chi2.cdf(float(flat.square().sum()), flat.numel())
         assert 1e-6 < probability < 1 - 1e-6
@@ -211,11 +238,13 @@ def test_two_private_steps_on_the_same_photos_differ() -> None:
     module, photos = SmallCritic(), faces(4)
     first, second = (
         private_gradient(
-            module, photos, loss, mechanism=GaussianSum(clip_norm=1.0, sigma=1.0), expected_batch_size=4,
-            sampling_rate=1.0, rng=SecretNoise(),
+            PerExampleProblem(module, loss),
+            photos,
+            SampledMechanism(GaussianSum(clip_norm=1.0, sigma=1.0), 1.0, SecretNoise()),
+            expected_batch_size=4,
         )
         for _ in range(2)
-    )  # fmt: skip
+    )
     assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -223,20 +252,24 @@ def test_a_step_without_a_promise_can_be_replayed() -> None:
     module, photos = SmallCritic(), faces(20)
     first, second = (
         private_gradient(
-            module, photos, loss, mechanism=ClippedSum(clip_norm=1.0), expected_batch_size=4, sampling_rate=0.3,
-            rng=STREAMS.generator("coins"),
+            PerExampleProblem(module, loss),
+            photos,
+            SampledMechanism(ClippedSum(clip_norm=1.0), 0.3, STREAMS.generator("coins")),
+            expected_batch_size=4,
         )
         for _ in range(2)
-    )  # fmt: skip
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_a_promised_step_refuses_chance_that_can_be_replayed() -> None:
     with pytest.raises(PrivacyError, match="SecretNoise"):
         private_gradient(
-            SmallCritic(), faces(2), loss, mechanism=GaussianSum(clip_norm=1.0, sigma=1.0), expected_batch_size=2,
-            sampling_rate=0.5, rng=STREAMS.generator("coins"),
-        )  # fmt: skip
+            PerExampleProblem(SmallCritic(), loss),
+            faces(2),
+            SampledMechanism(GaussianSum(clip_norm=1.0, sigma=1.0), 0.5, STREAMS.generator("coins")),
+            expected_batch_size=2,
+        )
 
 
 @pytest.mark.parametrize("rng", [SecretNoise(), STREAMS.generator("coins")])
@@ -259,51 +292,38 @@ def test_no_photos_and_everybody_are_samples_too() -> None:
     assert poisson_sample_units(5, 1.0, SecretNoise()).tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("engine", [LayerByLayer(), WholeNetwork(), OpacusLayers()])
-def test_the_check_passes_a_discriminator_at_equalised_learning_rate(engine: Engine) -> None:
-    check_per_example_gradients(SmallCritic(), loss, faces(2), engine=engine)
+def check(module: nn.Module, size: int = 8) -> None:
+    check_per_example_gradients(PerExampleProblem(module, loss), faces(2, size))
+
+
+def test_the_check_passes_a_discriminator_at_equalised_learning_rate() -> None:
+    check(SmallCritic())
 
 
 def test_the_check_passes_the_discriminator_that_training_uses() -> None:
     config = DiscriminatorConfig(size=16, channel_base=256, channel_max=16)
     discriminator = Discriminator(config, rng=STREAMS.generator("discriminator"))
-    check_per_example_gradients(discriminator, loss, faces(2, 16))
+    check(discriminator, 16)
 
 
-def test_whole_network_differentiation_is_right_where_a_weight_is_read_elsewhere() -> None:
-    check_per_example_gradients(Demodulated(), loss, faces(2), engine=WholeNetwork())
-    check_per_example_gradients(Demodulated(), loss, faces(2), engine=LayerByLayer())
-
-
-def test_the_check_refuses_layerwise_gradients_where_a_weight_is_read_elsewhere() -> None:
-    with pytest.raises(PrivacyError):
-        check_per_example_gradients(Demodulated(), loss, faces(2), engine=OpacusLayers())
-
-
-def test_layerwise_gradients_of_a_discriminator_with_filters_are_refused_in_our_words() -> None:
-    discriminator = Discriminator(
-        DiscriminatorConfig(size=8, channel_base=64), rng=STREAMS.generator("discriminator")
-    )
-    with pytest.raises(PrivacyError, match="layer by layer"):
-        check_per_example_gradients(discriminator, loss, faces(2), engine=OpacusLayers())
+def test_the_check_passes_a_network_that_reads_a_weight_outside_its_layer() -> None:
+    check(Demodulated())
 
 
 def test_the_check_refuses_minibatch_statistics() -> None:
-    with pytest.raises(PrivacyError):
-        check_per_example_gradients(Coupled(), loss, faces(2), engine=OpacusLayers())
     with pytest.raises(PrivacyError, match="photo"):
-        check_per_example_gradients(Coupled(), loss, faces(2), engine=LayerByLayer())
+        check(Coupled())
 
 
 def test_the_check_refuses_batch_normalisation() -> None:
     with pytest.raises(PrivacyError, match="mixes photos"):
-        check_per_example_gradients(Statistics(), loss, faces(2))
+        check(Statistics())
 
 
 def test_a_frozen_parameter_gets_no_gradient() -> None:
     module = SmallCritic()
     module.first.weight.requires_grad_(False)
-    shapes = [tuple(g.shape[1:]) for g in per_example_gradients(module, loss, faces(3))]
+    shapes = [tuple(g.shape[1:]) for g in per_example_gradients(PerExampleProblem(module, loss), faces(3))]
     assert shapes == [(4,), (1, 4, 3, 3), (1,)]
 
 
@@ -321,9 +341,11 @@ def test_scaled_gradients_are_clipped_after_they_are_scaled() -> None:
 
     def step(seen: Tensor) -> Tensor:
         parts = private_gradient(
-            module, seen, loss, mechanism=ClippedSum(clip_norm=0.5), expected_batch_size=1, sampling_rate=1.0,
-            rng=torch.Generator(), scales=scales, microbatch=2,
-        )  # fmt: skip
+            PerExampleProblem(module, loss, scales=scales, microbatch=2),
+            seen,
+            SampledMechanism(ClippedSum(clip_norm=0.5), 1.0, torch.Generator()),
+            expected_batch_size=1,
+        )
         return torch.cat([part.flatten() for part in parts])
 
     wanted = torch.zeros(())
@@ -351,7 +373,7 @@ def draw_by_draw(module: nn.Module, photos: Tensor, draws: Tensor) -> list[list[
 def test_draws_are_averaged_within_each_photo_like_the_slow_twin() -> None:
     """Three draws for each of four photos, every photo its own."""
     module, photos, draws = SmallCritic(), faces(4), drawn(4)
-    ours = per_example_gradients(module, shifted_loss, photos, draws=draws)
+    ours = per_example_gradients(PerExampleProblem(module, shifted_loss), photos, draws)
     for photo, twin in enumerate(draw_by_draw(module, photos, draws)):
         for one, other in zip(ours, twin, strict=True):
             assert torch.allclose(one[photo], other, rtol=1e-4, atol=1e-7)
@@ -362,10 +384,16 @@ def test_clipping_comes_after_the_mean_over_draws() -> None:
     module, photos, draws = SmallCritic(), faces(1), drawn(1, 16)
     (twin,) = draw_by_draw(module, photos, draws)
     clip_norm = length(twin) / 3
+
+    def fixed_draws(count: int) -> Tensor:
+        return draws[:count]
+
     ours = private_gradient(
-        module, photos, shifted_loss, mechanism=ClippedSum(clip_norm=clip_norm), expected_batch_size=1,
-        sampling_rate=1.0, rng=STREAMS.generator("coins"), draw=lambda n: draws[:n], microbatch=1,
-    )  # fmt: skip
+        PerExampleProblem(module, shifted_loss, draw=fixed_draws, microbatch=1),
+        photos,
+        SampledMechanism(ClippedSum(clip_norm=clip_norm), 1.0, STREAMS.generator("coins")),
+        expected_batch_size=1,
+    )
     assert length(ours) == approx(clip_norm, rel=1e-4)
     assert all(torch.allclose(a, b / 3, rtol=1e-3, atol=1e-7) for a, b in zip(ours, twin, strict=True))
 
@@ -380,21 +408,17 @@ def test_every_microbatch_gets_as_many_rows_of_draws_as_it_has_pictures() -> Non
 
     for photos in (7, 0):
         gradient = private_gradient(
-            SmallCritic(), faces(photos), shifted_loss, mechanism=GaussianSum(clip_norm=1.0, sigma=1.0),
-            expected_batch_size=4, sampling_rate=1.0, rng=SecretNoise(), draw=draw, microbatch=3,
-        )  # fmt: skip
+            PerExampleProblem(SmallCritic(), shifted_loss, draw=draw, microbatch=3),
+            faces(photos),
+            SampledMechanism(GaussianSum(clip_norm=1.0, sigma=1.0), 1.0, SecretNoise()),
+            expected_batch_size=4,
+        )
         assert all(float(part.abs().max()) > 0 for part in gradient)
     assert asked == [3, 3, 3, 3]
 
 
 def test_the_check_passes_a_loss_with_draws_and_refuses_a_network_that_mixes_photos() -> None:
     """The guard holds with draws as it does without."""
-    check_per_example_gradients(SmallCritic(), shifted_loss, faces(2), draw=drawn)
+    check_per_example_gradients(PerExampleProblem(SmallCritic(), shifted_loss, drawn), faces(2))
     with pytest.raises(PrivacyError, match="mixes photos"):
-        check_per_example_gradients(Statistics(), shifted_loss, faces(2), draw=drawn)
-
-
-def test_layerwise_gradients_refuse_draws() -> None:
-    """Opacus cannot see which rows of a batch belong to one photo."""
-    with pytest.raises(PrivacyError, match="WholeNetwork"):
-        per_example_gradients(SmallCritic(), shifted_loss, faces(2), draws=drawn(2), engine=OpacusLayers())
+        check_per_example_gradients(PerExampleProblem(Statistics(), shifted_loss, drawn), faces(2))

@@ -18,21 +18,21 @@ from fedface.audits.feature_distances import face_features, kernel_distance
 from fedface.errors import PrivacyError
 from fedface.models.checkpoint import flatten_parameters, load_flow, weights_hash
 from fedface.models.lora import Lora, assign_trainable, attach, flatten_trainable
+from fedface.models.model import FlowArchitecture, Model
 from fedface.models.rectified_flow import FlowConfig, RectifiedFlow
 from fedface.photos.skin_tone import measure_tone
 from fedface.privacy.plan import DPParameters
 from fedface.randomness import SecretNoise, Streams
 from fedface.synthetic.faces import ToneMix, render, sample_faces
-from fedface.training.dp_sgd import per_example_gradients
 from fedface.training.flow import (
+    FlowRound,
     FlowTrainingConfig,
     flow_loss,
-    flow_ranges,
     loss_over_draws,
     public_scales,
     times_and_noises,
-    train_flow_round,
 )
+from fedface.training.per_example_gradients import PerExampleProblem, per_example_gradients
 from fedface.training.pretrain_flow import (
     FlowPretrainConfig,
     FlowPretraining,
@@ -82,7 +82,12 @@ def drawn_faces(count: int, light_fraction: float, name: str) -> Tensor:
 
 def round_of(flow: RectifiedFlow, images: Tensor, **changes: Any) -> Tensor:
     given: dict[str, Any] = {"rng": STREAMS.generator("coins"), "streams": STREAMS, **changes}
-    return train_flow_round(flow, images, given.pop("config", CONFIG), given.pop("terms", terms()), **given)
+    return flow_round(flow, given.pop("config", CONFIG), given.pop("terms", terms())).update(images, **given)
+
+
+def flow_round(flow: RectifiedFlow, config: FlowTrainingConfig, dp: DPParameters | None = None) -> FlowRound:
+    model = Model(FlowArchitecture(flow=flow.config), {"flow": flow})
+    return FlowRound(model, config, terms(config=config) if dp is None else dp)
 
 
 def test_the_true_velocity_has_no_loss_and_no_velocity_has_the_squared_distance() -> None:
@@ -197,7 +202,7 @@ def public_gradients(flow: RectifiedFlow) -> list[Tensor]:
     faces = sample_faces(64, ToneMix(light_fraction=0.5), streams.generator("faces"))
     pictures = render(faces, 16, noise=streams.generator("camera"))
     draws = times_and_noises(64, 1, 16, 1.0, streams.numpy("draws"))
-    return per_example_gradients(flow, loss_over_draws, pictures, draws=draws)
+    return per_example_gradients(PerExampleProblem(flow, loss_over_draws), pictures, draws)
 
 
 def test_scales_even_out_public_gradients_and_keep_their_root_mean_square_length() -> None:
@@ -272,7 +277,7 @@ def test_with_adapters_a_round_changes_them_alone_and_lowers_the_loss() -> None:
         adapt=Lora(rank=2),
     )
     change = round_of(flow, images, config=config, terms=terms(config=config))
-    assert change.shape == flatten_trainable(flow).shape == flow_ranges(flow, config).shape
+    assert change.shape == flatten_trainable(flow).shape == flow_round(flow, config).ranges().shape
     assert len(change) < len(flatten_parameters(flow)) / 2
     draws = times_and_noises(8, 32, 16, 1.0, np.random.default_rng(6))
     with torch.no_grad():
@@ -284,7 +289,7 @@ def test_with_adapters_a_round_changes_them_alone_and_lowers_the_loss() -> None:
 def test_ranges_hold_what_a_round_can_do_without_noise() -> None:
     """No weight moves further than all photos pulling at it together."""
     flow = tiny_flow()
-    ranges = flow_ranges(flow, CONFIG)
+    ranges = flow_round(flow, CONFIG).ranges()
     assert ranges.shape == flatten_parameters(flow).shape
     assert bool((round_of(flow, photos(6)).abs() <= ranges).all())
 

@@ -16,7 +16,7 @@ from fedface.models.model import Model
 from fedface.privacy.plan import DPParameters
 from fedface.randomness import SecretNoise, Streams
 from fedface.tensor_types import Images, Vector
-from fedface.training.gan import GanTrainingConfig, gan_ranges, train_gan_round
+from fedface.training.gan import GanRound, GanTrainingConfig
 
 STREAMS = Streams(11)
 ONE_STEP = GanTrainingConfig(
@@ -38,7 +38,7 @@ def terms(config: GanTrainingConfig, sigma: float = 0.0) -> DPParameters:
 def one_round(gan: Model, seen: Images, config: GanTrainingConfig, sigma: float = 0.0) -> Vector:
     """A round with the streams of this file."""
     rng = SecretNoise() if sigma else STREAMS.generator("coins")
-    return train_gan_round(gan, seen, config, terms(config, sigma), rng=rng, streams=STREAMS)
+    return GanRound(gan, config, terms(config, sigma)).update(seen, rng=rng, streams=STREAMS)
 
 
 def slow_twin(gan: Model, seen: Images, config: GanTrainingConfig) -> Vector:
@@ -133,21 +133,16 @@ def test_a_promised_round_is_never_the_same_twice() -> None:
 def test_a_promised_round_refuses_replayable_chance() -> None:
     """Noise from a seed protects nobody; nothing is computed."""
     with pytest.raises(PrivacyError, match="SecretNoise"):
-        train_gan_round(
-            tiny_gan(),
-            photos(),
-            ONE_STEP,
-            terms(ONE_STEP, 1.0),
-            rng=STREAMS.generator("x"),
-            streams=STREAMS,
+        GanRound(tiny_gan(), ONE_STEP, terms(ONE_STEP, 1.0)).update(
+            photos(), rng=STREAMS.generator("x"), streams=STREAMS
         )
 
 
 def test_what_was_agreed_is_what_runs_not_what_the_recipe_says() -> None:
     """The terms' schedule decides: a recipe of 1 step under terms of 2 takes 2."""
     agreed = terms(replace(ONE_STEP, steps_per_round=2))
-    ours = train_gan_round(
-        tiny_gan(), photos(), ONE_STEP, agreed, rng=STREAMS.generator("coins"), streams=STREAMS
+    ours = GanRound(tiny_gan(), ONE_STEP, agreed).update(
+        photos(), rng=STREAMS.generator("coins"), streams=STREAMS
     )
     theirs = one_round(tiny_gan(), photos(), replace(ONE_STEP, steps_per_round=2))
     assert torch.equal(ours, theirs)
@@ -165,7 +160,7 @@ def test_the_public_ranges_hold_what_a_round_changes(generator_steps: int) -> No
         r2_weight=50.0,
     )
     gan = tiny_gan()
-    moved = one_round(gan, photos(), config) / gan_ranges(gan, config)
+    moved = one_round(gan, photos(), config) / GanRound(gan, config, terms(config)).ranges()
     front = generator_weights(gan)
     assert moved.shape == flatten_parameters(*gan.modules()).shape
     assert float(moved.abs().max()) <= 1.0
@@ -214,8 +209,8 @@ def test_learning_pulls_samples_towards_the_photos() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"fake_batch_size": 1}, "fake_batch_size must be at least 2, got 1"),
-        ({"generator_steps": 0}, "generator_steps must be at least 1, got 0"),
+        ({"fake_batch_size": 1}, "fake_batch_size must lie in .2, 4096., got 1"),
+        ({"generator_steps": 0}, "generator_steps must lie in .1, 4096., got 0"),
         ({"discriminator_lr": 0.0}, "discriminator_lr must lie in"),
         ({"generator_lr": float("nan")}, "generator_lr must lie in"),
         ({"r2_weight": -1.0}, "r2_weight must lie in"),
@@ -232,5 +227,5 @@ def test_a_number_out_of_bounds_is_refused_by_name(change: dict[str, float], wor
 
 def test_a_round_that_would_take_years_is_no_recipe() -> None:
     """Each factor is allowed by itself; a stranger's task multiplies them."""
-    with pytest.raises(ValueError, match="made pictures in a round, got 1,200,000"):
+    with pytest.raises(ValueError, match="generated images in a round, got 1,200,000"):
         GanTrainingConfig(steps_per_round=100, generator_steps=999, fake_batch_size=12)

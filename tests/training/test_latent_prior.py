@@ -11,20 +11,20 @@ from torch import Tensor
 
 from fedface.errors import PrivacyError
 from fedface.models.latent_encoder import LatentEncoder, LatentEncoderConfig, on_sphere
+from fedface.models.model import EncoderArchitecture, build_model
 from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.privacy.plan import DPParameters
 from fedface.randomness import SecretNoise, Streams
 from fedface.tensor_types import Images, Latents, Vector
-from fedface.training.dp_sgd import private_sum
+from fedface.training.dp_sgd import SampledMechanism, private_sum
 from fedface.training.latent_prior import (
     VARIANCES,
+    PriorRound,
     PriorTrainingConfig,
     fit_latent_prior,
     photo_vectors,
-    prior_ranges,
-    train_prior_round,
 )
 
 STREAMS = Streams(31)
@@ -65,7 +65,32 @@ def photos(count: int) -> Images:
 def one_round(seen: Images, recipe: PriorTrainingConfig, sigma: float = 0.0) -> Vector:
     """What a device with these photos sends."""
     rng = SecretNoise() if sigma else STREAMS.generator("coins")
-    return train_prior_round(encoder(), seen, recipe, terms(recipe, sigma), rng=rng)
+    return sent(encoder(), seen, recipe, terms(recipe, sigma), rng)
+
+
+def prior_round(reader: LatentEncoder, recipe: PriorTrainingConfig, dp: DPParameters) -> PriorRound:
+    """A round with this encoder; the generator beside it is not used on devices."""
+    shape = StyleGAN2Config(
+        size=reader.config.size,
+        latent_width=reader.config.latent_width,
+        style_width=8,
+        mapping_layers=1,
+        channel_base=64,
+        channel_max=4,
+    )
+    model = build_model(EncoderArchitecture(generator=shape, encoder=reader.config), torch.Generator())
+    return PriorRound(replace(model, networks={**model.networks, "encoder": reader}), recipe, dp)
+
+
+def sent(
+    reader: LatentEncoder,
+    seen: Images,
+    recipe: PriorTrainingConfig,
+    dp: DPParameters,
+    rng: SecretNoise | torch.Generator,
+) -> Vector:
+    """What a device with this encoder and these photos sends."""
+    return prior_round(reader, recipe, dp).update(seen, rng=rng, streams=STREAMS)
 
 
 def spread_latents(count: int) -> Latents:
@@ -186,9 +211,7 @@ def test_a_photos_latent_is_bit_for_bit_the_same_whoever_stands_beside_it() -> N
     rows, totals = {}, {}
     for count in range(1, 21):
         seen.clear()
-        totals[count] = train_prior_round(
-            hostile, many[:count], recipe, terms(recipe), rng=STREAMS.generator("coins")
-        )
+        totals[count] = sent(hostile, many[:count], recipe, terms(recipe), STREAMS.generator("coins"))
         rows[count] = torch.cat(seen)
     for count in range(1, 20):
         assert torch.equal(rows[count], rows[20][:count])
@@ -221,9 +244,7 @@ def test_a_private_sum_is_a_slow_loop() -> None:
         length = float(row.norm())
         if math.isfinite(length):
             slow += row * min(1.0, 1.5 / length)
-    fast = private_sum(
-        vectors, mechanism=ClippedSum(clip_norm=1.5), sampling_rate=1.0, rng=STREAMS.generator("coins")
-    )
+    fast = private_sum(vectors, SampledMechanism(ClippedSum(clip_norm=1.5), 1.0, STREAMS.generator("coins")))
     assert torch.allclose(fast, slow, atol=1e-6)
 
 
@@ -239,9 +260,7 @@ def test_a_promised_round_refuses_replayable_chance() -> None:
     """Noise from a seed protects nobody."""
     recipe = config()
     with pytest.raises(PrivacyError, match="SecretNoise"):
-        train_prior_round(
-            encoder(), photos(3), recipe, terms(recipe, 1.0), rng=STREAMS.generator("replayable")
-        )
+        sent(encoder(), photos(3), recipe, terms(recipe, 1.0), STREAMS.generator("replayable"))
 
 
 def mapped_from(module: StyleGAN2, latents: Latents) -> Tensor:
@@ -269,7 +288,7 @@ def test_what_the_encoder_misreads_does_not_move_the_prior() -> None:
     """Devices with the generator's own samples: an encoder with random weights is wrong about all of them."""
     recipe, made_from = config(), generator()
     own = made_from.sample(1500, STREAMS.generator("own samples"))
-    total = train_prior_round(encoder(), own, recipe, terms(recipe), rng=STREAMS.generator("coins"))
+    total = sent(encoder(), own, recipe, terms(recipe), STREAMS.generator("coins"))
     naive = fit_latent_prior(made_from, total, 1, recipe, terms(recipe)).mapping
     aware = fit_latent_prior(made_from, total, 1, recipe, terms(recipe), encoder=encoder()).mapping
     assert float(naive.prior_mean.norm()) > 2.0
@@ -301,7 +320,7 @@ def test_variances_stay_within_their_bounds() -> None:
 def test_the_public_ranges_hold_what_devices_send(second: str) -> None:
     """As many photos as the recipe expects at most stay within them without noise."""
     recipe = config(second, max_photos=60)
-    ranges = prior_ranges(encoder(), recipe)
+    ranges = prior_round(encoder(), recipe, terms(recipe)).ranges()
     sent = one_round(photos(60), recipe)
     assert sent.shape == ranges.shape and float(ranges.min()) > 0
     assert float((sent / ranges).abs().max()) <= 1.0 + 1e-5

@@ -28,11 +28,12 @@ from fedface.training.flow import loss_over_draws, times_and_noises
 from fedface.training.gan import d_loss_real
 from fedface.training.per_example_gradients import (
     PerExampleLoss,
+    PerExampleProblem,
     clipped_unit_sum,
-    compute_per_example_gradients,
-    deterministic_microbatch,
     is_supported_layerwise,
+    per_example_gradients,
     trainable_parameters,
+    with_deterministic_microbatch,
 )
 from fedface.training.unit_clipping import clipped_sum
 from fedface.training.upsampler import mark_upsampler, reconstruction_loss
@@ -56,6 +57,9 @@ class Case:
 
     def rows(self, part: slice) -> tuple[Tensor, ...]:
         return (self.photos[part],) if self.draws is None else (self.photos[part], self.draws[part])
+
+    def problem(self, scales: list[Tensor] | None = None, microbatch: int = 32) -> PerExampleProblem:
+        return PerExampleProblem(self.module, self.loss, self.draw(), scales, microbatch)
 
     def draw(self) -> Callable[[int], Tensor] | None:
         """Hands out the fixed draws in the order of the photos."""
@@ -154,13 +158,13 @@ def cut(size: int) -> list[range]:
 def test_our_networks_are_understood_layer_by_layer(name: str) -> None:
     """Otherwise the tests below would test the slower way."""
     case = CASES[name]().at(torch.float64)
-    assert is_supported_layerwise(case.module, case.loss, case.photos, draws=case.draws)
+    assert is_supported_layerwise(case.problem(), case.photos, case.draws)
 
 
 @each_case
 def test_each_photos_gradient_is_that_of_its_own_backward_pass(name: str) -> None:
     case = CASES[name]().at(torch.float64)
-    ours = compute_per_example_gradients(case.module, case.loss, case.photos, draws=case.draws)
+    ours = per_example_gradients(case.problem(), case.photos, case.draws)
     for photo, twin in enumerate(slowly(case, cut(1))):
         assert distance([part[photo] for part in ours], twin) < 1e-9
 
@@ -183,9 +187,11 @@ def test_the_sum_is_that_of_the_slow_twin_for_any_unit_and_microbatch(
     units = torch.arange(PHOTOS) // size
     for microbatch in (1, 5, 64):
         ours = clipped_unit_sum(
-            case.module, case.loss, case.photos, clip_norm=clip_norm, units=units, draw=case.draw(),
-            scales=scales if scaled else None, microbatch=microbatch,
-        )  # fmt: skip
+            case.problem(scales=scales if scaled else None, microbatch=microbatch),
+            case.photos,
+            clip_norm=clip_norm,
+            units=units,
+        )
         assert distance(ours, summed(every, clip_norm)) < 1e-9
 
 
@@ -198,9 +204,11 @@ def test_in_single_precision_it_is_right_to_five_digits(size: int, count: int) -
     clip_norm = sorted(length(parts) for parts in every)[len(every) // 2] * 0.99
     for microbatch in (1, 5, 64):
         ours = clipped_unit_sum(
-            case.module, case.loss, case.photos, clip_norm=clip_norm, units=torch.arange(PHOTOS) // size,
-            draw=case.draw(), microbatch=microbatch,
-        )  # fmt: skip
+            case.problem(microbatch=microbatch),
+            case.photos,
+            clip_norm=clip_norm,
+            units=torch.arange(PHOTOS) // size,
+        )
         assert distance(ours, summed(every, clip_norm)) < 1e-5
 
 
@@ -213,9 +221,11 @@ def test_a_unit_with_a_broken_photo_adds_nothing(name: str, size: int) -> None:
     case.photos[4, 0, 3, 3] = math.nan
     for microbatch in (1, 5):
         ours = clipped_unit_sum(
-            case.module, case.loss, case.photos, clip_norm=0.1, units=torch.arange(PHOTOS) // size,
-            draw=case.draw(), microbatch=microbatch,
-        )  # fmt: skip
+            case.problem(microbatch=microbatch),
+            case.photos,
+            clip_norm=0.1,
+            units=torch.arange(PHOTOS) // size,
+        )
         assert distance(ours, summed(every, 0.1)) < 1e-9
 
 
@@ -224,8 +234,8 @@ def test_nothing_is_left_behind(name: str) -> None:
     """No `.grad`, no changed weight, and no photos give zeros of the weights' shapes."""
     case = CASES[name]().at(torch.float64)
     before = [weight.detach().clone() for weight in case.module.parameters()]
-    none = clipped_unit_sum(case.module, case.loss, case.photos[:0], clip_norm=1.0, draw=case.draw())
-    clipped_unit_sum(case.module, case.loss, case.photos, clip_norm=1.0, draw=case.draw())
+    none = clipped_unit_sum(case.problem(), case.photos[:0], clip_norm=1.0)
+    clipped_unit_sum(case.problem(), case.photos, clip_norm=1.0)
     assert all(torch.equal(a, b) for a, b in zip(before, case.module.parameters(), strict=True))
     assert all(weight.grad is None for weight in case.module.parameters())
     assert [part.shape for part in none] == [
@@ -306,6 +316,10 @@ def score(network: Callable[[Tensor], Tensor], photos: Tensor) -> Tensor:
     return functional.softplus(-network(photos))
 
 
+def output(network: Callable[[Tensor], Tensor], photos: Tensor) -> Tensor:
+    return network(photos)
+
+
 def gradient_penalty(network: Callable[[Tensor], Tensor], photos: Tensor) -> Tensor:
     """Differentiates the network within the loss."""
     slope = torch.func.grad(lambda seen: network(seen).sum())(photos)
@@ -313,15 +327,19 @@ def gradient_penalty(network: Callable[[Tensor], Tensor], photos: Tensor) -> Ten
 
 
 @pytest.mark.parametrize(
-    ("kind", "understood"), [(Small, True), (Twice, True), (Demodulated, False), (Scalar, False), (Overwritten, False)]
-)  # fmt: skip
+    ("kind", "understood"),
+    [(Small, True), (Twice, True), (Demodulated, False), (Scalar, False), (Overwritten, False)],
+)
 def test_what_is_not_understood_is_differentiated_as_a_whole(kind: type[Small], understood: bool) -> None:
     """And is right either way."""
     case = Case(kind(), score, pictures(8)).at(torch.float64)
-    assert is_supported_layerwise(case.module, case.loss, case.photos) == understood
+    assert is_supported_layerwise(case.problem(), case.photos) == understood
     for size in (1, 3):
         ours = clipped_unit_sum(
-            case.module, score, case.photos, clip_norm=0.05, units=torch.arange(PHOTOS) // size, microbatch=4
+            PerExampleProblem(case.module, score, microbatch=4),
+            case.photos,
+            clip_norm=0.05,
+            units=torch.arange(PHOTOS) // size,
         )
         assert distance(ours, summed(slowly(case, cut(size)), 0.05)) < 1e-9
 
@@ -330,21 +348,21 @@ def test_what_is_not_understood_is_differentiated_as_a_whole(kind: type[Small], 
 def test_what_would_be_silently_wrong_is_not_understood(kind: type[Small]) -> None:
     """Detached weights must not hide what autograd would have seen."""
     case = Case(kind(), score, pictures(8)).at(torch.float64)
-    assert not is_supported_layerwise(case.module, case.loss, case.photos)
+    assert not is_supported_layerwise(case.problem(), case.photos)
 
 
 def test_a_loss_that_differentiates_the_network_is_right() -> None:
     case = Case(Small(), gradient_penalty, pictures(8)).at(torch.float64)
-    ours = clipped_unit_sum(case.module, gradient_penalty, case.photos, clip_norm=0.05, microbatch=4)
+    ours = clipped_unit_sum(
+        PerExampleProblem(case.module, gradient_penalty, microbatch=4), case.photos, clip_norm=0.05
+    )
     assert distance(ours, summed(slowly(case, cut(1)), 0.05)) < 1e-9
 
 
 def test_low_rank_changes_are_right() -> None:
     case = flow(2, Lora(rank=2)).at(torch.float64)
     every = slowly(case, cut(1))
-    ours = clipped_unit_sum(
-        case.module, case.loss, case.photos, clip_norm=0.1, draw=case.draw(), microbatch=4
-    )
+    ours = clipped_unit_sum(case.problem(microbatch=4), case.photos, clip_norm=0.1)
     assert distance(ours, summed(every, 0.1)) < 1e-9
 
 
@@ -352,7 +370,7 @@ def test_frozen_weights_get_nothing() -> None:
     case = discriminator().at(torch.float64)
     for name, weight in case.module.named_parameters():
         weight.requires_grad_("conv0" in name)
-    ours = clipped_unit_sum(case.module, case.loss, case.photos, clip_norm=0.1)
+    ours = clipped_unit_sum(case.problem(), case.photos, clip_norm=0.1)
     assert distance(ours, summed(slowly(case, cut(1)), 0.1)) < 1e-9
 
 
@@ -365,7 +383,7 @@ def test_one_photo_more_moves_the_sum_by_at_most_the_clip_norm() -> None:
 
     case.photos[-1, 0, 0, 0] = 2.0
     with_it, without = (
-        clipped_unit_sum(case.module, longer, case.photos[:count], clip_norm=0.5)
+        clipped_unit_sum(PerExampleProblem(case.module, longer), case.photos[:count], clip_norm=0.5)
         for count in (PHOTOS, PHOTOS - 1)
     )
     moved_by = length([a - b for a, b in zip(with_it, without, strict=True)])
@@ -375,7 +393,9 @@ def test_one_photo_more_moves_the_sum_by_at_most_the_clip_norm() -> None:
 @pytest.mark.parametrize("units", [[1, 0, 1], [0, 1]])
 def test_the_photos_of_a_unit_must_stand_side_by_side(units: list[int]) -> None:
     with pytest.raises(ValueError, match="units"):
-        clipped_unit_sum(Small(), score, pictures(8, 3), clip_norm=1.0, units=torch.tensor(units))
+        clipped_unit_sum(
+            PerExampleProblem(Small(), score), pictures(8, 3), clip_norm=1.0, units=torch.tensor(units)
+        )
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -389,8 +409,8 @@ def test_a_photos_gradient_is_the_same_to_the_last_bit_whoever_else_joined(name:
         assert shape is not None
         return torch.rand(count, *shape, generator=rng)
 
-    asked = {} if shape is None else {"draw": draw}
-    assert deterministic_microbatch(case.module, case.loss, case.photos.shape[1:], 16, **asked) == 16
+    problem = PerExampleProblem(case.module, case.loss, None if shape is None else draw, microbatch=16)
+    assert with_deterministic_microbatch(problem, case.photos.shape[1:]) is problem
 
 
 class Amplifier(nn.Module):
@@ -420,7 +440,7 @@ def test_one_photo_more_changes_no_bit_of_what_the_others_add() -> None:
         return functional.softplus(-network(shown))
 
     def flat(count: int) -> Tensor:
-        parts = clipped_unit_sum(module, loss, photos[:count], clip_norm=1.0, microbatch=8)
+        parts = clipped_unit_sum(PerExampleProblem(module, loss, microbatch=8), photos[:count], clip_norm=1.0)
         return torch.cat([part.flatten() for part in parts])
 
     sums = [flat(count) for count in range(21)]
@@ -441,7 +461,7 @@ def test_a_tiny_half_beside_a_huge_one_is_no_way_round_the_clip() -> None:
 
     for clip_norm in (1e-6, 1e-3, 1.0):
         sums = clipped_unit_sum(
-            Lopsided(), lambda network, shown: network(shown), torch.ones(20, 3, 2, 2), clip_norm=clip_norm
+            PerExampleProblem(Lopsided(), output), torch.ones(20, 3, 2, 2), clip_norm=clip_norm
         )
         assert float(sums[0].norm()) <= 20 * clip_norm * (1 + 1e-5)
 
@@ -465,12 +485,7 @@ def test_a_units_sum_does_not_round_by_where_microbatches_cut() -> None:
         units = torch.cat([torch.arange(before), torch.full((len(unit),), before)])
         found.append(
             clipped_unit_sum(
-                Plain(),
-                lambda network, shown: network(shown),
-                photos,
-                clip_norm=1e6,
-                units=units,
-                microbatch=3,
+                PerExampleProblem(Plain(), output, microbatch=3), photos, clip_norm=1e6, units=units
             )[0]
         )
     assert all(torch.equal(found[0], other) for other in found)

@@ -24,12 +24,10 @@ from fedface.randomness import Streams
 from fedface.synthetic.faces import ToneMix, render, sample_faces
 from fedface.tensor_types import Images
 from fedface.training.training_methods import (
-    TrainingRound,
-    check_fits,
     common_streams,
-    describe_method,
     prepare_round,
 )
+from fedface.training.training_round import TrainingRound
 
 each_way = pytest.mark.parametrize("way", WAYS)
 COMMON = common_streams(3, 1)
@@ -65,7 +63,7 @@ def test_an_update_has_a_range_for_each_number_and_leaves_the_model_alone(tmp_pa
     update = update_of(work, photos(8))
     assert update.shape == work.ranges().shape and update.isfinite().all() and (work.ranges() > 0).all()
     assert weights_hash(*model.modules()) == before
-    assert describe_method(experiment.training)
+    assert experiment.training.describe_update()
 
 
 @each_way
@@ -158,7 +156,7 @@ def test_a_promised_round_refuses_noise_that_can_be_replayed(tmp_path: Path, way
 def test_a_way_needs_a_model_of_its_family(tmp_path: Path, way: str, family: str) -> None:
     model = build_model(WAYS[family][1])
     with pytest.raises(ConfigError, match="needs a"):
-        check_fits(model, tiny_way(tmp_path, way).training)
+        tiny_way(tmp_path, way).training.check(model.architecture)
 
 
 @pytest.mark.parametrize("change", [{"minibatch_group": 4}, {"classes": 2}])
@@ -166,9 +164,9 @@ def test_a_discriminator_that_looks_at_several_pictures_at_once_is_refused(
     tmp_path: Path, change: dict[str, int]
 ) -> None:
     """Minibatch statistics couple photos, and classes are labels that no device sends."""
-    shape = GanArchitecture(generator=GENERATOR, discriminator=replace(DISCRIMINATOR, **change))
-    with pytest.raises(ConfigError, match="several pictures at once"):
-        check_fits(build_model(shape), tiny_experiment(tmp_path).training)
+    architecture = GanArchitecture(generator=GENERATOR, discriminator=replace(DISCRIMINATOR, **change))
+    with pytest.raises(ConfigError, match="several images at once"):
+        tiny_experiment(tmp_path).training.check(architecture)
 
 
 @pytest.mark.parametrize("way", ["full", "lora", "prior"])
@@ -177,10 +175,10 @@ def test_a_generator_that_wants_classes_is_refused(tmp_path: Path, way: str) -> 
     shape = WAYS[way][1]
     assert isinstance(shape, GanArchitecture | EncoderArchitecture)
     training = tiny_way(tmp_path, way).training
-    check_fits(build_model(shape), training)
+    training.check(shape)
     named = replace(shape, generator=replace(shape.generator, classes=3))
-    with pytest.raises(ConfigError, match="no device sends the classes"):
-        check_fits(build_model(named), training)
+    with pytest.raises(ConfigError, match="devices do not send the classes"):
+        training.check(named)
 
 
 def test_low_rank_changes_send_fewer_numbers_and_the_prior_fewest(tmp_path: Path) -> None:

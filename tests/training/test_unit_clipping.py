@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.randomness import SecretNoise, Streams
-from fedface.training.dp_sgd import per_example_gradients, private_gradient, private_sum
+from fedface.training.dp_sgd import SampledMechanism, private_gradient, private_sum
+from fedface.training.per_example_gradients import PerExampleProblem, per_example_gradients
 from fedface.training.unit_clipping import MAX_PHOTOS_PER_UNIT, sample_photos
 
 CLIP = 0.5
@@ -45,10 +46,9 @@ def slow_sum(module: nn.Module, pictures: Tensor, units: Tensor) -> list[Tensor]
 
 def one_step(units: Tensor, microbatch: int, pictures: Tensor) -> list[Tensor]:
     """A step without noise, in which every unit takes part."""
-    return private_gradient(
-        network(), pictures, loss, mechanism=ClippedSum(clip_norm=CLIP), expected_batch_size=1, sampling_rate=1.0,
-        rng=torch.Generator().manual_seed(1), units=units, microbatch=microbatch,
-    )  # fmt: skip
+    sampled = SampledMechanism(ClippedSum(clip_norm=CLIP), 1.0, torch.Generator().manual_seed(1))
+    problem = PerExampleProblem(network(), loss, microbatch=microbatch)
+    return private_gradient(problem, pictures, sampled, expected_batch_size=1, units=units)
 
 
 @pytest.mark.parametrize("microbatch", [1, 2, 5, 64])
@@ -110,15 +110,11 @@ def test_of_a_huge_album_a_step_looks_at_sixteen_photos_of_equal_chance() -> Non
 def test_the_sum_of_vectors_clips_units_and_noises_once() -> None:
     """Two equal vectors of one unit count as one; noise has the mechanism's deviation, also without a unit."""
     vectors = torch.tensor([[3.0, 0.0], [3.0, 0.0], [0.0, 0.2]])
-    quiet = private_sum(
-        vectors, mechanism=ClippedSum(clip_norm=1.0), sampling_rate=1.0,
-        rng=torch.Generator().manual_seed(0), units=torch.tensor([0, 0, 1]),
-    )  # fmt: skip
+    sampled = SampledMechanism(ClippedSum(clip_norm=1.0), 1.0, torch.Generator().manual_seed(0))
+    quiet = private_sum(vectors, sampled, units=torch.tensor([0, 0, 1]))
     assert quiet.tolist() == approx([1.0, 0.2], rel=1e-5) and float(quiet[0]) <= 1.0
-    noised = private_sum(
-        torch.zeros(0, 20_000), mechanism=GaussianSum(clip_norm=2.0, sigma=1.5), sampling_rate=0.5,
-        rng=SecretNoise(), units=torch.zeros(0, dtype=torch.int64),
-    )  # fmt: skip
+    sampled = SampledMechanism(GaussianSum(clip_norm=2.0, sigma=1.5), 0.5, SecretNoise())
+    noised = private_sum(torch.zeros(0, 20_000), sampled, units=torch.zeros(0, dtype=torch.int64))
     assert float(noised.std()) == approx(3.0, rel=0.05)
 
 
@@ -133,7 +129,7 @@ def test_units_that_do_not_fit_are_refused(units: Tensor) -> None:
 def test_without_units_each_photo_is_one() -> None:
     """The same as naming every photo its own unit."""
     pictures = photos(5)
-    gradients = per_example_gradients(network(), loss, pictures)
+    gradients = per_example_gradients(PerExampleProblem(network(), loss), pictures)
     lengths = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
     scale = (CLIP / lengths).clamp(max=1.0)
     wanted = [torch.einsum("n,n...->...", scale, g) for g in gradients]

@@ -24,13 +24,11 @@ from fedface.randomness import SecretNoise, Streams
 from fedface.simulation.devices import prepare, simulated_device
 from fedface.synthetic.faces import render_people
 from fedface.training.pretrain_gan import pair_losses
-from fedface.training.training_methods import check_fits, objective_of
 from fedface.training.upsampler import (
+    UpsamplerRound,
     UpsamplerTrainingConfig,
     mark_upsampler,
     reconstruction_loss,
-    train_upsampler_round,
-    upsampler_ranges,
 )
 from fedface.upsampling.degradation import Area, BicubicPulse, Chain, Degradation, Noise, Pixelate
 from fedface.upsampling.upsampler import squared_difference
@@ -81,7 +79,7 @@ def test_one_step_is_the_clipped_mean_of_one_photo_gradients(name: str) -> None:
         loss = pair_losses(made, photo) + 10.0 * squared_difference(BicubicPulse(4).apply(made), low)
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss.sum(), weights)])
         total += gradient * min(1.0, 0.5 / float(gradient.norm()))
-    update = train_upsampler_round(model, PHOTOS, CONFIG, terms(), rng=replayable())
+    update = UpsamplerRound(model, CONFIG, terms()).update(PHOTOS, rng=replayable(), streams=STREAMS)
     torch.testing.assert_close(update, -0.2 * total / 4, atol=2e-6, rtol=1e-3)
 
 
@@ -91,7 +89,7 @@ def test_one_photo_more_moves_a_step_by_the_clip_norm_at_most(name: str) -> None
     model = marked(name)
     wild = torch.rand(1, 3, 16, 16, generator=STREAMS.generator("wild"))
     one, more = (
-        train_upsampler_round(model, seen, CONFIG, terms(), rng=replayable())
+        UpsamplerRound(model, CONFIG, terms()).update(seen, rng=replayable(), streams=STREAMS)
         for seen in (PHOTOS, torch.cat([PHOTOS, wild]))
     )
     moved = float((more - one).norm())
@@ -102,11 +100,11 @@ def test_one_photo_more_moves_a_step_by_the_clip_norm_at_most(name: str) -> None
 def test_noise_has_the_agreed_size_also_without_a_photo(name: str) -> None:
     """An empty library: each number is rate * sigma * clip / batch of noise, and a promise needs secret noise."""
     model = marked(name)
-    update = train_upsampler_round(model, PHOTOS[:0], CONFIG, terms(2.0), rng=SecretNoise())
+    update = UpsamplerRound(model, CONFIG, terms(2.0)).update(PHOTOS[:0], rng=SecretNoise(), streams=STREAMS)
     # Beyond a noise of 0.5 the rate falls as 1 / noise: 0.2 * 0.5 / 2.
     assert float(update.std()) == pytest.approx(0.05 * 2.0 * 0.5 / 4, rel=0.1)
     with pytest.raises(PrivacyError, match="SecretNoise"):
-        train_upsampler_round(model, PHOTOS, CONFIG, terms(2.0), rng=replayable())
+        UpsamplerRound(model, CONFIG, terms(2.0)).update(PHOTOS, rng=replayable(), streams=STREAMS)
 
 
 def test_devices_teach_the_encoder_and_never_the_generator() -> None:
@@ -114,7 +112,7 @@ def test_devices_teach_the_encoder_and_never_the_generator() -> None:
     model = marked("styles")
     assert isinstance(model.architecture, StyleEncoderArchitecture)
     before = flatten_parameters(*model.modules())
-    update = train_upsampler_round(model, PHOTOS, CONFIG, terms(), rng=replayable())
+    update = UpsamplerRound(model, CONFIG, terms()).update(PHOTOS, rng=replayable(), streams=STREAMS)
     assert (
         len(update)
         == len(flatten_trainable(model.networks["encoder"]))
@@ -127,7 +125,7 @@ def test_devices_teach_the_encoder_and_never_the_generator() -> None:
 def test_ranges_hold_an_update_of_as_many_photos_as_expected(name: str) -> None:
     """Two steps with momentum 0.9 repeat a step 1 + 1.9 times; twice that is the range."""
     config = UpsamplerTrainingConfig(steps_per_round=2, lr=0.2, clip_norm=0.5, momentum=0.9)
-    ranges = upsampler_ranges(marked(name), config)
+    ranges = UpsamplerRound(marked(name), config, terms()).ranges()
     assert torch.allclose(ranges, torch.full_like(ranges, 2 * 2.9 * 0.2 * 0.5))
 
 
@@ -153,7 +151,9 @@ def test_several_steps_are_descent_with_heavy_balls_momentum(name: str) -> None:
             for weight, moved, gradient in zip(weights, pace, gradients, strict=True):
                 moved.mul_(0.5).add_(gradient)
                 weight -= 0.02 * moved
-    update = train_upsampler_round(model, PHOTOS, config, terms(config=config), rng=replayable())
+    update = UpsamplerRound(model, config, terms(config=config)).update(
+        PHOTOS, rng=replayable(), streams=STREAMS
+    )
     wanted = torch.cat([(w.detach() - s).flatten() for w, s in zip(weights, start, strict=True)])
     torch.testing.assert_close(update, wanted, atol=2e-5, rtol=1e-3)
     assert losses[2] < losses[1] < losses[0]
@@ -175,7 +175,7 @@ def test_the_lesson_asks_for_the_photo_and_for_its_pixels() -> None:
 def test_a_device_whose_owner_allows_generators_alone_teaches_no_upsampler(tmp_path: Path, way: str) -> None:
     """The objective is derived from the training itself, on the device; allowed, the same task is answered."""
     experiment = tiny_way(tmp_path, way)
-    assert objective_of(experiment.training) == "upsampler"
+    assert experiment.training.objective == "upsampler"
     prepare(experiment, tmp_path / "allowed")
     task = train_task(experiment, experiment.start())
     answered = handle_task(task, simulated_device(experiment, 0, tmp_path / "allowed"))
@@ -194,16 +194,13 @@ def test_a_device_whose_owner_allows_generators_alone_teaches_no_upsampler(tmp_p
 
 def test_the_recipe_and_the_network_must_agree_on_what_is_learned(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs a super-resolution network"):
-        check_fits(build_model(SHAPES["styles"]), UpsamplerTrainingConfig(learner="super-resolution"))
+        UpsamplerTrainingConfig(learner="super-resolution").check(SHAPES["styles"])
     with pytest.raises(ConfigError, match="leaves faces at 16 pixels"):
-        check_fits(build_model(SHAPES["styles"]), UpsamplerTrainingConfig(downscale=BicubicPulse(1)))
+        UpsamplerTrainingConfig(downscale=BicubicPulse(1)).check(SHAPES["styles"])
     with pytest.raises(ConfigError, match="leaves faces at 16 pixels"):
-        check_fits(
-            build_model(SHAPES["resolver"]),
-            UpsamplerTrainingConfig(learner="super-resolution", downscale=Pixelate(16)),
-        )
+        UpsamplerTrainingConfig(learner="super-resolution", downscale=Pixelate(16)).check(SHAPES["resolver"])
     with pytest.raises(ConfigError, match="does not go with faces of 16 pixels"):
-        check_fits(build_model(SHAPES["styles"]), UpsamplerTrainingConfig(downscale=Area(5)))
+        UpsamplerTrainingConfig(downscale=Area(5)).check(SHAPES["styles"])
     with pytest.raises(ValueError, match="downscale must add no noise"):
         UpsamplerTrainingConfig(downscale=Chain((Area(4), Noise(0.1))))
     with pytest.raises(ConfigError, match="downscale.*must be the one that the network learns to undo"):
@@ -214,7 +211,8 @@ def test_low_rank_changes_of_an_encoder_send_fewer_numbers() -> None:
     full, lora = marked("styles"), build_model(SHAPES["styles"], STREAMS.generator("styles"))
     assert isinstance(lora.architecture, StyleEncoderArchitecture)
     mark_upsampler(lora, Lora(rank=2), STREAMS.generator("adapter"))
-    assert len(upsampler_ranges(lora, CONFIG)) < len(upsampler_ranges(full, CONFIG)) / 2
+    counts = [len(UpsamplerRound(model, CONFIG, terms()).ranges()) for model in (lora, full)]
+    assert counts[0] < counts[1] / 2
 
 
 @pytest.mark.parametrize(
