@@ -13,7 +13,6 @@ import torch
 from command_line import Said, caller
 from tiny import first_device, tiny_experiment, tiny_file, tiny_gan, train_task
 
-from fedface.cli import run
 from fedface.coordinator.run import initialize_run
 from fedface.coordinator.run_folder import locked
 from fedface.device.client import handle_task
@@ -57,13 +56,13 @@ def test_help_names_every_command(fedface) -> None:  # type: ignore[no-untyped-d
     assert said.code == 0
     for command in (
         "run",
-        "check",
+        "plan",
         "report",
         "upsample",
-        "methods",
-        "page",
+        "benchmark",
+        "web",
         "photos",
-        "base",
+        "pretrain",
         "device",
         "ledger",
     ):
@@ -80,20 +79,23 @@ def test_an_unknown_command_or_option_is_code_2(fedface) -> None:  # type: ignor
 def test_check_says_what_travels_bare_to_a_trusted_server(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     told = {
         "privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, trust: server}",
-        "evaluation": "{figures: {min_group_size: 2}}",
+        "evaluation": "{metrics: {min_group_size: 2}}",
     }
     changes = [part for key, value in told.items() for part in ("--set", f"{key}={value}")]
     said = " ".join(fedface("plan", str(tiny_file(tmp_path)), *changes).out.split())
-    assert "bare until the server noises their sum" in said
-    assert "what bare updates and figures let the server guess about them, nothing bounds" in said
+    assert "without noise until the server adds noise to their sum" in said
+    assert (
+        "no guarantee limits what the server can infer from its updates and metrics, which it sees without noise"
+        in said
+    )
 
 
 def test_check_warns_of_noise_that_drowns_the_sum_of_few_devices(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Length sigma * sqrt(8,007) against two updates of length 1: some fifty times."""
     library = "privacy={kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, trust: server}"
     said = " ".join(fedface("plan", str(tiny_file(tmp_path)), "--set", library).out.split())
-    sigma = tiny_experiment(tmp_path, {"promise": library.partition("=")[2]}).plan().noise_multiplier
-    assert f"about {sigma * 8007**0.5 / 2:,.0f} times as long as the sum of 2 devices' updates" in said
+    sigma = tiny_experiment(tmp_path, {"privacy": library.partition("=")[2]}).plan().noise_multiplier
+    assert f"the noise has about {sigma * 8007**0.5 / 2:,.0f} times the largest possible L2 norm" in said
     assert "warning" not in fedface("plan", str(tiny_file(tmp_path))).out
 
 
@@ -105,7 +107,7 @@ def test_check_does_not_fill_a_terminal_with_a_line_for_each_of_many_devices(  #
     assert said.count("drawn faces") == 12 and "and 18 more" in said and "devices: 30" in said
 
 
-@pytest.mark.parametrize("command", ["run", "check"])
+@pytest.mark.parametrize("command", ["run", "plan"])
 def test_a_wrong_key_is_said_with_its_line(fedface, tmp_path: Path, command: str) -> None:  # type: ignore[no-untyped-def]
     """File, line, key, neighbour."""
     path = tiny_file(tmp_path)
@@ -118,7 +120,7 @@ def test_mistakes_in_options_are_sentences(fedface, tmp_path: Path) -> None:  # 
     """A missing file, --set without a value, a value that is no YAML, --photos where none are wanted."""
     path = str(tiny_file(tmp_path))
     assert 'no such file; did you mean "tiny.yaml"' in sentence(fedface("plan", str(tmp_path / "tony.yaml")))
-    assert "--set wants KEY=VALUE" in sentence(fedface("plan", path, "--set", "seed"))
+    assert "--set expects KEY=VALUE" in sentence(fedface("plan", path, "--set", "seed"))
     assert "--set seed: not valid YAML" in sentence(fedface("plan", path, "--set", "seed=["))
     assert "seed: must be >= 0" in sentence(fedface("plan", path, "--set", "seed=-1"))
     assert "--photos goes with labelled" in sentence(fedface("plan", path, "--photos", "."))
@@ -142,7 +144,7 @@ def test_check_prints_the_plan(fedface, tmp_path: Path) -> None:  # type: ignore
         "probability 0.5",
         f"noise multiplier {plan.noise_multiplier:.4f}",
         "epsilon at most 8 at delta 0.001 per photo",
-        f"certainly between {bounds.lower:.3f} and {bounds.upper:.3f}",
+        f"(between {bounds.lower:.3f} and {bounds.upper:.3f})",
         "devices: 2",
         "device-01: synthetic faces, 10% light skin",
         "8,007 weight changes per device and round, plain",
@@ -212,7 +214,7 @@ def test_real_devices_are_not_waited_for_in_this_process(fedface, tmp_path: Path
     said = sentence(
         fedface("run", str(tiny_file(tmp_path)), "--set", "devices={kind: remote-devices, count: 2}")
     )
-    assert "real devices" in said and "server/README.md" in said
+    assert "remote devices" in said and "server/README.md" in said
     assert not Path("runs").exists()
 
 
@@ -234,8 +236,8 @@ def test_photos_and_reports_that_are_not_there_are_sentences(fedface, tmp_path: 
     assert "--factor must divide the 32 pixels" in sentence(fedface("upsample", "words.jpg", "--factor", "5"))
     assert "no picture in this folder" in sentence(fedface("upsample", "empty", "--method", "nearest"))
     assert "no such folder of labelled photos" in sentence(fedface("benchmark", "--photos", "nowhere"))
-    said = fedface("benchmark", "--photos", "empty", "--light-share", "0.5")
-    assert "--light-share goes with drawn faces" in sentence(said)
+    said = fedface("benchmark", "--photos", "empty", "--light-fraction", "0.5")
+    assert "--light-fraction applies to synthetic faces" in sentence(said)
 
 
 def test_a_folder_of_small_faces_becomes_sheets_and_a_record(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -267,9 +269,11 @@ def test_a_folder_of_small_faces_becomes_sheets_and_a_record(fedface, tmp_path: 
 
 def test_methods_are_compared_and_the_baselines_are_there(fedface) -> None:  # type: ignore[no-untyped-def]
     """One network beside nearest and bicubic; the table, the record and two pictures lie in the folder."""
-    said = fedface("benchmark", "--method", "super-resolution", "--each", "9", "--out", "compared", "--json")
+    said = fedface(
+        "benchmark", "--method", "super-resolution", "--per-group", "9", "--out", "compared", "--json"
+    )
     told = json.loads(said.out)
-    assert [each["method"] for each in told["benchmark"]] == ["super-resolution", "nearest", "bicubic"]
+    assert [each["method"] for each in told["methods"]] == ["super-resolution", "nearest", "bicubic"]
     names = ["by-group.png", "faces.png", "methods.json", "methods.md"]
     assert sorted(path.name for path in Path("compared").iterdir()) == names
 
@@ -314,7 +318,7 @@ def test_a_checkpoint_is_shown_as_a_sheet(fedface, tmp_path: Path) -> None:  # t
     """A PNG of samples."""
     save_model(tmp_path / "gan.safetensors", tiny_gan())
     said = fedface(
-        "base", "sheet", str(tmp_path / "sheet.png"), "--checkpoint", str(tmp_path / "gan.safetensors")
+        "weights", "sample", str(tmp_path / "gan.safetensors"), "--out", str(tmp_path / "sheet.png")
     )
     assert said.code == 0 and (tmp_path / "sheet.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -348,9 +352,8 @@ def test_training_does_not_begin_for_a_file_that_cannot_be_written(  # type: ign
     def begun(*words: object, **more: object) -> None:
         raise ZeroDivisionError
 
-    for recipe in ("pretrain", "pretrain_flow", "pretrain_encoder"):
-        monkeypatch.setattr(sys.modules["fedface.cli.pretrain"], recipe, begun)
-    for command in ("train", "flow", "encoder"):
+    for command in ("gan", "flow", "encoder"):
+        monkeypatch.setattr(f"fedface.training.pretrain_{command}.pretrain_{command}", begun)
         assert "is a folder" in sentence(fedface("pretrain", command, "--out", "."))
         with pytest.raises(ZeroDivisionError):
             fedface("pretrain", command, "--out", "a.safetensors")
@@ -365,7 +368,7 @@ def test_an_encoder_is_not_begun_for_a_generator_with_classes(fedface, tmp_path:
     said = sentence(
         fedface("pretrain", "encoder", "--checkpoint", "a.safetensors", "--step-fraction", "0.0001")
     )
-    assert said.startswith("a.safetensors: its generator has 2 classes")
+    assert said.startswith("a.safetensors: expected a generator without classes, got one with 2")
     assert not Path("encoder32.safetensors").exists()
 
 
@@ -383,9 +386,9 @@ def test_an_interrupt_says_what_is_kept(fedface, monkeypatch: pytest.MonkeyPatch
     def interrupted(*words: object, **more: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "read_experiment", interrupted)
+    monkeypatch.setattr("fedface.experiment.read_experiment", interrupted)
     said = fedface("run", "x.yaml")
-    assert said.code == 130 and "continue a run with --resume" in said.err
+    assert said.code == 130 and "Continue a run with --resume" in said.err
 
 
 def test_what_is_not_our_error_is_a_traceback(fedface, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
@@ -394,7 +397,7 @@ def test_what_is_not_our_error_is_a_traceback(fedface, monkeypatch: pytest.Monke
     def broken(*words: object, **more: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(run, "read_experiment", broken)
+    monkeypatch.setattr("fedface.experiment.read_experiment", broken)
     with pytest.raises(ZeroDivisionError):
         fedface("run", "x.yaml")
     assert not issubclass(ZeroDivisionError, FedfaceError)
@@ -403,7 +406,7 @@ def test_what_is_not_our_error_is_a_traceback(fedface, monkeypatch: pytest.Monke
 def test_the_installed_command_ends_with_code_2_and_one_line(tmp_path: Path) -> None:
     """The same through a process of its own: nothing else is printed while importing."""
     done = subprocess.run(
-        [sys.executable, "-c", "from fedface.cli import main; main()", "check", str(tmp_path / "none.yaml")],
+        [sys.executable, "-c", "from fedface.cli import main; main()", "plan", str(tmp_path / "none.yaml")],
         capture_output=True,
         text=True,
         timeout=120,

@@ -245,7 +245,7 @@ def test_without_a_terminal_nothing_is_given_up_unless_told(fedface, used: Path)
     """A script that forgot --yes changes nothing."""
     before = files_in(used)
     for words, plan in (
-        (["leave", "device.yaml", "--run", "faces"], "What cannot be undone:"),
+        (["withdraw", "device.yaml", "--run", "faces"], "What cannot be undone:"),
         (["erase", "device.yaml"], "sum.key: the shared key"),
     ):
         said = fedface("device", *words)

@@ -64,7 +64,7 @@ def test_a_policy_is_said_in_sentences(check, willing: Path, tmp_path: Path) -> 
     said = check(willing)
     assert (said.code, said.err) == (0, "")
     assert "at most epsilon 8 at delta 1e-4 per photo for life" in said.out
-    assert "updates may travel encrypted, where 2 devices or more are summed" in said.out
+    assert "updates may travel homomorphic, where 2 devices or more are summed" in said.out
     assert "no ledger: nothing is spent" in said.out
     device = check(device_file(tmp_path))
     assert device.code == 0
@@ -88,9 +88,9 @@ def test_a_device_would_take_part_in_what_fits(check, willing: Path, tmp_path: P
         (("max_epsilon: 8", "max_epsilon: 4"), "is already spent"),
         (("[generator]", "[upsampler]"), 'this device allows upsampler'),
         (("[homomorphic]", "[plain]"), 'send updates "homomorphic"; this device allows plain'),
-        (("[encrypted]", "[encrypted]\nsmallest_cohort: 50"), "only among 50 or more"),
-        (("[encrypted]", "[encrypted]\nunit: occasion"), "promises per photo; the owner of this device counts"),
-        (("[encrypted]", "[encrypted]\nexpires: 2020-01-01"), "has ended (2020-01-01)"),
+        (("[homomorphic]", "[homomorphic]\nmin_cohort_size: 50"), "only among 50 or more"),
+        (("[homomorphic]", "[homomorphic]\nunit: occasion"), "promises per photo; the owner of this device counts"),
+        (("[homomorphic]", "[homomorphic]\nexpires: 2020-01-01"), "has ended (2020-01-01)"),
     ],
 )  # fmt: skip
 def test_a_device_would_refuse_with_the_reason(  # type: ignore[no-untyped-def]

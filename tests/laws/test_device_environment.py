@@ -11,6 +11,8 @@ from pathlib import Path
 
 from tiny import tiny_experiment, tiny_gan, train_task
 
+from fedface.messages.messages import to_message
+
 ROOT = Path(__file__).resolve().parents[2]
 REFUSED = ("ray", "matplotlib", "fastapi", "starlette", "uvicorn", "cv2")
 ANSWER = """
@@ -47,7 +49,7 @@ def test_a_device_answers_a_task_without_the_optional_packages(tmp_path: Path) -
     """The installed ClientApp is imported and trains, in a process that cannot import any of them."""
     (tmp_path / "device.yaml").write_text(DEVICE)
     (tmp_path / "photos").mkdir()
-    message = train_task(tiny_experiment(tmp_path / "run"), tiny_gan()).message()
+    message = to_message(train_task(tiny_experiment(tmp_path / "run"), tiny_gan()))
     (tmp_path / "task.json").write_text(json.dumps([message.header, *message.blobs]))
     for name, blob in message.blobs.items():
         (tmp_path / name).write_bytes(blob)

@@ -19,7 +19,7 @@ PAGES = [
 ]
 
 
-@pytest.mark.parametrize("web", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_and_picture_of_a_page_leads_somewhere(page: Path) -> None:
     """Relative links name files of the repository."""
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
@@ -27,7 +27,7 @@ def test_every_link_and_picture_of_a_page_leads_somewhere(page: Path) -> None:
     assert missing == []
 
 
-@pytest.mark.parametrize("web", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_that_a_page_shows_exists(page: Path) -> None:
     """`fedface WORD [WORD]` in code is a command with that name."""
     commands = get_command(app)
@@ -36,7 +36,7 @@ def test_every_command_that_a_page_shows_exists(page: Path) -> None:
         r"^(?:    |\$ |\.venv/bin/)?(fedface .*)$", text, re.M
     )
     for line in code:
-        for words in re.findall(r"(?:^|/)fedface ([a-z]+(?: [a-z]+)?)", line):
+        for words in re.findall(r"(?:^|/)fedface ([a-z][a-z-]*(?: [a-z][a-z-]*)?)", line):
             group, _, command = words.partition(" ")
             inner = commands.commands.get(group)  # type: ignore[attr-defined]
             assert inner is not None, f"fedface {group}"

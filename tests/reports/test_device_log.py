@@ -16,6 +16,7 @@ import pytest
 
 from fedface import number_format
 from fedface.errors import LedgerError
+from fedface.number_format import rounded_down, rounded_up
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.adjacency import convert_unit
 from fedface.privacy.ledger import Entry, Ledger
@@ -241,7 +242,10 @@ def test_the_page_tells_every_line_and_every_limit(books: Books) -> None:
     text = render(busy(books))
     assert text.count('<td class="number">') == 6 and text.count("<svg") == 2
     spent = books.ledger.spent(1e-6)
-    assert f"{spent.estimate:.3f} (between {spent.lower:.3f} and {spent.upper:.3f}) at delta 1e" in text
+    assert (
+        f"{spent.estimate:.3f} (between {rounded_down(spent.lower)} and {rounded_up(spent.upper)}) at delta 1e"
+        in text
+    )
     assert f"{8 - spent.upper:.3f} left" in text and "allowed: 2</text>" in text
     for words in (
         "What these numbers mean",
