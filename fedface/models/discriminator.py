@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fedface.errors import ConfigError
 from fedface.models.stylegan_layers import (
     Conv,
+    ConvOptions,
     Linear,
     binomial_filter,
     check_widths,
@@ -108,11 +109,11 @@ class DiscriminatorBlock(nn.Module):
         inputs, outputs = config.channels(side), config.channels(side // 2)
         self.colours = side == config.size or config.architecture == "skip"
         if self.colours:
-            self.fromrgb = Conv(3, inputs, 1, clamp=config.clamp, rng=rng)
-        self.conv0 = Conv(inputs, inputs, 3, clamp=config.clamp, rng=rng)
-        self.conv1 = Conv(inputs, outputs, 3, down=2, clamp=config.clamp, rng=rng)
+            self.fromrgb = Conv(3, inputs, 1, ConvOptions(clamp=config.clamp), rng=rng)
+        self.conv0 = Conv(inputs, inputs, 3, ConvOptions(clamp=config.clamp), rng=rng)
+        self.conv1 = Conv(inputs, outputs, 3, ConvOptions(down=2, clamp=config.clamp), rng=rng)
         if config.architecture == "resnet":
-            self.skip = Conv(inputs, outputs, 1, activate="linear", down=2, bias=False, rng=rng)
+            self.skip = Conv(inputs, outputs, 1, ConvOptions(activate="linear", down=2, bias=False), rng=rng)
         self.shortcut, self.halved = config.architecture == "resnet", config.architecture == "skip"
         self.register_buffer("filter", binomial_filter(), persistent=False)
 
@@ -137,7 +138,11 @@ class DiscriminatorEpilogue(nn.Module):
         channels = config.channels(4)
         self.group, self.shares = config.minibatch_group, config.minibatch_channels
         self.conv = Conv(
-            channels + (self.shares if self.group else 0), channels, 3, clamp=config.clamp, rng=rng
+            channels + (self.shares if self.group else 0),
+            channels,
+            3,
+            ConvOptions(clamp=config.clamp),
+            rng=rng,
         )
         self.fc = Linear(channels * 16, channels, activate="lrelu", rng=rng)
         self.out = Linear(channels, channels if config.classes else 1, rng=rng)

@@ -97,11 +97,6 @@ def draw_noise(generator: Generator, count: int, rng: torch.Generator) -> list[T
     ]
 
 
-def no_noise(generator: Generator) -> list[Tensor]:
-    """Noise maps of zeros, each (1, 1, side, side), for `synthesize` of a batch of any size."""
-    return [torch.zeros(1, 1, side, side) for side in generator.noise_sides]
-
-
 def check_inputs(generator: Generator, styles: Styles, noise: Sequence[Tensor] | None) -> None:
     """Raises ValueError unless there are as many styles, and noise maps if any, as the generator takes."""
     if styles.shape[1] != generator.style_inputs:

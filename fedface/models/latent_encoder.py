@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedface.errors import ConfigError
-from fedface.models.stylegan_layers import Conv, Linear, check_widths, unit_mean_square
+from fedface.models.stylegan_layers import Conv, ConvOptions, Linear, check_widths, unit_mean_square
 from fedface.tensor_types import Images, Latents
 
 
@@ -52,8 +52,8 @@ class HalvingBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, rng: torch.Generator | None) -> None:
         super().__init__()
         self.conv0 = Conv(inputs, inputs, 3, rng=rng)
-        self.conv1 = Conv(inputs, outputs, 3, down=2, rng=rng)
-        self.skip = Conv(inputs, outputs, 1, activate="linear", down=2, bias=False, rng=rng)
+        self.conv1 = Conv(inputs, outputs, 3, ConvOptions(down=2), rng=rng)
+        self.skip = Conv(inputs, outputs, 1, ConvOptions(activate="linear", down=2, bias=False), rng=rng)
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, inputs, h, w) -> (n, outputs, h/2, w/2)."""

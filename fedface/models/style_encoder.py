@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fedface.errors import ConfigError
 from fedface.models.latent_encoder import HalvingBlock
 from fedface.models.stylegan2 import StyleGAN2
-from fedface.models.stylegan_layers import Conv, Linear, resize_up
+from fedface.models.stylegan_layers import Conv, ConvOptions, Linear, resize_up
 from fedface.tensor_types import LowImages, Styles
 
 WIDEST = 2**12  # channels, and style inputs times style width, are bounded: a description may be a stranger's
@@ -52,7 +52,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, width: int, rng: torch.Generator | None) -> None:
         super().__init__()
         self.conv0 = Conv(width, width, 3, rng=rng)
-        self.conv1 = Conv(width, width, 3, activate="linear", rng=rng)
+        self.conv1 = Conv(width, width, 3, ConvOptions(activate="linear"), rng=rng)
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, width, h, w) -> the same shape, of about the same variance."""

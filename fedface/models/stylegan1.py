@@ -23,6 +23,7 @@ from fedface.models.stylegan_layers import (
     LRELU_GAIN,
     LRELU_SLOPE,
     Conv,
+    ConvOptions,
     Linear,
     check_widths,
     unit_mean_square,
@@ -175,7 +176,7 @@ class FirstBlock(nn.Module):
         self.const = nn.Parameter(torch.ones(1, channels, 4, 4))
         self.bias = nn.Parameter(torch.ones(channels))
         self.epi1 = Epilogue(channels, 4, config, rng)
-        self.conv = Conv(channels, channels, 3, activate="linear", gain=LRELU_GAIN, rng=rng)
+        self.conv = Conv(channels, channels, 3, ConvOptions(activate="linear", gain=LRELU_GAIN), rng=rng)
         self.epi2 = Epilogue(channels, 4, config, rng)
 
     def forward(self, styles: Tensor, noise: Sequence[Tensor | None]) -> Tensor:
@@ -193,7 +194,7 @@ class Block(nn.Module):
         channels = config.channels(side)
         self.conv0_up = DoublingConv(config.channels(side // 2), channels, side, rng)
         self.epi1 = Epilogue(channels, side, config, rng)
-        self.conv1 = Conv(channels, channels, 3, activate="linear", gain=LRELU_GAIN, rng=rng)
+        self.conv1 = Conv(channels, channels, 3, ConvOptions(activate="linear", gain=LRELU_GAIN), rng=rng)
         self.epi2 = Epilogue(channels, side, config, rng)
 
     def forward(self, x: Tensor, styles: Tensor, noise: Sequence[Tensor | None]) -> Tensor:
@@ -210,7 +211,7 @@ class Synthesis(nn.Module):
         first: dict[str, nn.Module] = {"4x4": FirstBlock(config, rng)}
         others = {f"{side}x{side}": Block(side, config, rng) for side in config.sides[1:]}
         self.blocks = nn.ModuleDict(first | others)
-        self.torgb = Conv(config.channels(config.size), 3, 1, activate="linear", rng=rng)
+        self.torgb = Conv(config.channels(config.size), 3, 1, ConvOptions(activate="linear"), rng=rng)
 
     def forward(self, styles: Styles, noise: Sequence[Tensor | None]) -> Tensor:
         x = styles

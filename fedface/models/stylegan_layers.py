@@ -9,7 +9,9 @@ that `torch.func.vmap(grad)` gives per-photo gradients.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -142,8 +144,19 @@ class Linear(nn.Module):
         return lrelu(y) if self.activate == "lrelu" else y
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConvOptions:
+    """What a convolution does beside convolving."""
+
+    activate: Literal["lrelu", "linear"] = "lrelu"
+    gain: float = 1.0  # of the weight when it is used, beside that of the equalised learning rate
+    down: Literal[1, 2] = 1  # 2: halve the sides after the binomial blur
+    bias: bool = True
+    clamp: float | None = None  # largest absolute output, times the gain of `forward`
+
+
 class Conv(nn.Module):
-    """A k x k convolution with equalised learning rate, optionally halving the sides after the binomial blur."""
+    """A k x k convolution with equalised learning rate."""
 
     filter: Tensor
 
@@ -152,20 +165,17 @@ class Conv(nn.Module):
         inputs: int,
         outputs: int,
         kernel: int,
+        options: ConvOptions | None = None,
         *,
-        activate: str = "lrelu",
-        gain: float = 1.0,
-        down: int = 1,
-        bias: bool = True,
-        clamp: float | None = None,
         rng: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        options = options or ConvOptions()
         self.weight = nn.Parameter(torch.randn(outputs, inputs, kernel, kernel, generator=rng))
-        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
-        self.activate, self.down, self.clamp = activate, down, clamp
+        self.bias = nn.Parameter(torch.zeros(outputs)) if options.bias else None
+        self.activate, self.down, self.clamp = options.activate, options.down, options.clamp
         self.padding = kernel // 2
-        self.weight_gain = gain / math.sqrt(inputs * kernel * kernel)
+        self.weight_gain = options.gain / math.sqrt(inputs * kernel * kernel)
         self.register_buffer("filter", binomial_filter(), persistent=False)
 
     def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from fedface.errors import ConfigError
 from fedface.models.style_encoder import ResidualBlock
-from fedface.models.stylegan_layers import Conv, resize_up
+from fedface.models.stylegan_layers import Conv, ConvOptions, resize_up
 from fedface.tensor_types import Images, LowImages
 
 WIDEST = 2**12
@@ -61,7 +61,7 @@ class SuperResolutionNetwork(nn.Module):
         self.doublings = int(math.log2(config.factor))
         for number in range(self.doublings):
             self.add_module(f"up{number}", Conv(width, 4 * width, 3, rng=rng))
-        self.tail = Conv(width, 3, 3, activate="linear", gain=0.1, rng=rng)
+        self.tail = Conv(width, 3, 3, ConvOptions(activate="linear", gain=0.1), rng=rng)
 
     @property
     def size(self) -> int:

@@ -19,18 +19,6 @@ from fedface.training.per_example_gradients import PerExampleProblem, with_deter
 from fedface.training.unit_clipping import NoiseSource
 
 
-def check_descent(*, lr: float, lr_noise_threshold: float, momentum: float, server_lr: float) -> None:
-    """Raises ValueError with name, bound and value unless the settings of a descent lie within their bounds."""
-    if not 0 < lr < 1000:
-        raise ValueError(f"lr must lie in (0, 1000), got {lr}")
-    if not 0 < lr_noise_threshold <= 1000:
-        raise ValueError(f"lr_noise_threshold must lie in (0, 1000], got {lr_noise_threshold}")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
-    if not 0 < server_lr <= 4:
-        raise ValueError(f"server_lr must lie in (0, 4], got {server_lr}")
-
-
 def dp_sgd_steps(
     problem: PerExampleProblem,
     photos: KeptImages,

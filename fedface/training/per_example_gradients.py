@@ -199,12 +199,6 @@ def differentiable_gradient(
     return gradient
 
 
-def is_supported_layerwise(problem: PerExampleProblem, photos: Images, draws: Tensor | None = None) -> bool:
-    """Whether this network's gradients are taken layer by layer; the whole network is differentiated otherwise."""
-    rows = (photos.detach(),) if draws is None else (photos.detach(), draws)
-    return _layer_by_layer(problem, rows, False) is not None
-
-
 def vmap_gradients(problem: PerExampleProblem, rows: Rows) -> list[Tensor]:
     """The gradient of each photo's own loss by vmap(grad): one tensor (n, *weight.shape) per trained parameter."""
     weights = {name: weight.detach() for name, weight in trainable_parameters(problem.network).items()}

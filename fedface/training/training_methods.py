@@ -18,14 +18,14 @@ from fedface.randomness import SecretNoise, Streams
 from fedface.training.flow import FlowTrainingConfig
 from fedface.training.gan import GanTrainingConfig
 from fedface.training.latent_prior import PriorTrainingConfig
-from fedface.training.training_round import TrainingRound
+from fedface.training.training_round import TrainingMethod, TrainingRound
 from fedface.training.unit_clipping import NoiseSource
 from fedface.training.upsampler import UpsamplerTrainingConfig
 
 Training = GanTrainingConfig | FlowTrainingConfig | PriorTrainingConfig | UpsamplerTrainingConfig
 
 
-def prepare_round(model: Model, training: Training, dp: DPParameters, common: Streams) -> TrainingRound:
+def prepare_round(model: Model, training: TrainingMethod, dp: DPParameters, common: Streams) -> TrainingRound:
     """One round of a method on a copy of a model, of which what is trained is marked.
 
     Args:

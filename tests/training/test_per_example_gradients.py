@@ -29,8 +29,8 @@ from fedface.training.gan import d_loss_real
 from fedface.training.per_example_gradients import (
     PerExampleLoss,
     PerExampleProblem,
+    _layer_by_layer,
     clipped_unit_sum,
-    is_supported_layerwise,
     per_example_gradients,
     trainable_parameters,
     with_deterministic_microbatch,
@@ -68,6 +68,10 @@ class Case:
         left = iter(self.draws)
         # Beyond the photos stand grey pictures, whose draws count for nothing.
         return lambda count: torch.stack([next(left, torch.zeros_like(self.draws[0])) for _ in range(count)])
+
+
+def is_supported_layerwise(case: Case) -> bool:
+    return _layer_by_layer(case.problem(), case.rows(slice(None)), False) is not None
 
 
 def moved(module: nn.Module, name: str) -> nn.Module:
@@ -158,7 +162,7 @@ def cut(size: int) -> list[range]:
 def test_our_networks_are_understood_layer_by_layer(name: str) -> None:
     """Otherwise the tests below would test the slower way."""
     case = CASES[name]().at(torch.float64)
-    assert is_supported_layerwise(case.problem(), case.photos, case.draws)
+    assert is_supported_layerwise(case)
 
 
 @each_case
@@ -333,7 +337,7 @@ def gradient_penalty(network: Callable[[Tensor], Tensor], photos: Tensor) -> Ten
 def test_what_is_not_understood_is_differentiated_as_a_whole(kind: type[Small], understood: bool) -> None:
     """And is right either way."""
     case = Case(kind(), score, pictures(8)).at(torch.float64)
-    assert is_supported_layerwise(case.problem(), case.photos) == understood
+    assert is_supported_layerwise(case) == understood
     for size in (1, 3):
         ours = clipped_unit_sum(
             PerExampleProblem(case.module, score, microbatch=4),
@@ -348,7 +352,7 @@ def test_what_is_not_understood_is_differentiated_as_a_whole(kind: type[Small], 
 def test_what_would_be_silently_wrong_is_not_understood(kind: type[Small]) -> None:
     """Detached weights must not hide what autograd would have seen."""
     case = Case(kind(), score, pictures(8)).at(torch.float64)
-    assert not is_supported_layerwise(case.problem(), case.photos)
+    assert not is_supported_layerwise(case)
 
 
 def test_a_loss_that_differentiates_the_network_is_right() -> None:
