@@ -35,7 +35,7 @@ from fedface.transport.run_config import devices_folder
 CHANGES = {
     "privacy": "{kind: privacy-target, epsilon: 60, delta: 1e-3}",
     "devices": "{kind: synthetic-devices, light_fractions: [0.5, 0.5], photos_per_device: 14}",
-    "evaluation": "{figures: {tone_upper_bounds: [10], min_group_size: 5}}",
+    "evaluation": "{metrics: {tone_upper_bounds: [10], min_group_size: 5}}",
     "upsampling": "{method: {kind: pulse, steps: 1, mapping_samples: 64}}",
 }
 
@@ -105,7 +105,7 @@ def test_per_library_the_server_noises_each_answer_and_readers_are_told_that_it_
     told = {
         **CHANGES,
         "privacy": "{kind: privacy-target, epsilon: 300, delta: 1e-3, unit: library, trust: server}",
-        "evaluation": "{figures: {tone_upper_bounds: [10], min_group_size: 1}}",
+        "evaluation": "{metrics: {tone_upper_bounds: [10], min_group_size: 1}}",
     }
     recipe = for_ranking(read_experiment(tiny_file(tmp_path), changes=told))
     models = load_candidates(["pretrain", str(tmp_path / "other.safetensors")], recipe)

@@ -36,7 +36,7 @@ KEYS = {
 }
 CHANGES = {
     "privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: occasion}",
-    "evaluation": "{share: 0.4, holdout_fraction: 0.4}",
+    "evaluation": "{epsilon_fraction: 0.4, holdout_fraction: 0.4}",
     "aggregation": "{kind: homomorphic}",
     "upsampling": "{method: {kind: pulse, steps: 2, mapping_samples: 64}}",
 }
