@@ -2,6 +2,7 @@
 
 FedfaceError                 a mistake that its reader can mend; the command line ends with code 2
 ├── ConfigError              a YAML file or an option says something we cannot do
+│   └── RangeError           a field has a value outside its range; also a ValueError
 ├── PhotoError               one photo file cannot be read; the reason is its text
 ├── LibraryError             a folder of photos cannot be scanned or has too few faces
 ├── WeightsError             a checkpoint does not fit, or is not what it says it is
@@ -24,6 +25,10 @@ class FedfaceError(Exception):
 
 class ConfigError(FedfaceError):
     """A YAML file or an option says something we cannot do."""
+
+
+class RangeError(ConfigError, ValueError):
+    """A field has a value outside the range that is declared for it."""
 
 
 class PhotoError(FedfaceError):

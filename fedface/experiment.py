@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Literal, assert_never
+from typing import Annotated, ClassVar, Literal, assert_never
 
 from fedface.aggregation.payload import (
     AggregationConfig,
@@ -51,30 +51,28 @@ from fedface.training.training_methods import Training
 from fedface.training.upsampler import UpsamplerTrainingConfig
 from fedface.upsampling.degradation import BicubicPulse, Degradation, format_degradation
 from fedface.upsampling.methods import Method, check_method, default_method
+from fedface.validation import AtLeast, In, checked
 
 NO_DP_LABEL = "∞"  # where others have an epsilon: a run without a promise
 EVALUATIONS = 2  # of a run: the model before and after
+Fraction = Annotated[float, In("[0, 1]")]
 VARY = "vary"  # the key of a file that describes several runs
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class SyntheticDevices:
     """Pretended devices, each with drawn faces in a mix of its own."""
 
     kind: ClassVar[str] = "synthetic-devices"
 
-    light_fractions: tuple[float, ...] = (0.9, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # one per device
-    photos_per_device: int = 400
-    photos_per_occasion: int = 1  # of one person, in one light, side by side
+    light_fractions: tuple[Fraction, ...] = (0.9, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # one per device
+    photos_per_device: Annotated[int, AtLeast(2)] = 400
+    photos_per_occasion: Annotated[int, AtLeast(1)] = 1  # of one person, in one light, side by side
 
     def __post_init__(self) -> None:
         if not self.light_fractions:
             raise ValueError("light_fractions must name at least one device, got none")
-        for share in self.light_fractions:
-            if not 0 <= share <= 1:
-                raise ValueError(f"light_fractions must lie in [0, 1], got {share}")
-        if self.photos_per_device < 2:
-            raise ValueError(f"photos_per_device must be at least 2, got {self.photos_per_device}")
         if self.photos_per_occasion < 1 or self.photos_per_device % self.photos_per_occasion:
             raise ValueError(
                 f"photos_per_occasion must divide the {self.photos_per_device} photos of a device, "
@@ -88,6 +86,7 @@ class SyntheticDevices:
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class LabelledDevices:
     """Pretended devices that share out one public folder of labelled photos."""
 
@@ -97,49 +96,37 @@ class LabelledDevices:
     set: str = ""  # which set of the folder, where it holds several
     label: str = "race"  # which column tells the groups
     profile_faces: Literal["leave-out", "keep"] = "leave-out"  # faces turned far from the camera
-    count: int = 7
+    count: Annotated[int, AtLeast(1)] = 7
     split: ByGroup | Dirichlet | Even = field(default_factory=ByGroup)
-
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ValueError(f"count must be at least 1, got {self.count}")
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class RemoteDevices:
     """Devices of real people, that connect by themselves; the server learns nothing of their photos."""
 
     kind: ClassVar[str] = "remote-devices"
 
-    count: int = 3  # wait for this many devices before the first round
-
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ValueError(f"count must be at least 1, got {self.count}")
+    count: Annotated[int, AtLeast(1)] = 3  # wait for this many devices before the first round
 
 
 Devices = SyntheticDevices | LabelledDevices | RemoteDevices
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class SyntheticProbe:
     """Public probe: freshly drawn faces in plain light and through cameras, by default as many of each tone group."""
 
     kind: ClassVar[str] = "synthetic-probe"
 
-    per_group: int = 12  # faces per tone group, >= 2
-    light_fraction: float | None = (
-        None  # instead five times as many of a population with this share of light skin
-    )
-
-    def __post_init__(self) -> None:
-        if self.per_group < 2:
-            raise ValueError(f"per_group must be at least 2, got {self.per_group}")
-        if self.light_fraction is not None and not 0 <= self.light_fraction <= 1:
-            raise ValueError(f"light_fraction must lie in [0, 1], got {self.light_fraction}")
+    per_group: Annotated[int, AtLeast(2)] = 12  # faces per tone group
+    # Instead five times as many of a population with this share of light skin.
+    light_fraction: Fraction | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class LabelledProbe:
     """Public probe: labelled photos that no device holds, equally many in each group."""
 
@@ -149,59 +136,45 @@ class LabelledProbe:
     set: str = ""
     label: str = "race"
     profile_faces: Literal["leave-out", "keep"] = "leave-out"  # faces turned far from the camera
-    per_group: int = 12
-
-    def __post_init__(self) -> None:
-        if self.per_group < 2:
-            raise ValueError(f"per_group must be at least 2, got {self.per_group}")
+    per_group: Annotated[int, AtLeast(2)] = 12
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class UpsamplingConfig:
     """How probes are shrunk and made large again."""
 
     downscale: Degradation = field(default_factory=lambda: BicubicPulse(4))
     method: Method | None = None  # None is the one that goes with the model: PULSE for a GAN
-    faces_per_photo: int = 1
-
-    def __post_init__(self) -> None:
-        if self.faces_per_photo < 1:
-            raise ValueError(f"faces_per_photo must be at least 1, got {self.faces_per_photo}")
+    faces_per_photo: Annotated[int, AtLeast(1)] = 1
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class AttackConfig:
     """The inversion attack on one update."""
 
-    photos: int = 4  # updates attacked, one photo each, >= 2
-    iterations: int = 300
-    candidates: int = 100  # of the gallery question, >= 2
-    trials: int = 50
-
-    def __post_init__(self) -> None:
-        for name, least in (("photos", 2), ("iterations", 1), ("candidates", 2), ("trials", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+    photos: Annotated[int, AtLeast(2)] = 4  # updates attacked, one photo each
+    iterations: Annotated[int, AtLeast(1)] = 300
+    candidates: Annotated[int, AtLeast(2)] = 100  # of the gallery question
+    trials: Annotated[int, AtLeast(1)] = 50
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class EvaluationConfig:
     """What devices tell of how a model serves their own photos, before the run and after it.
 
     A part of the promised epsilon pays for it; the photos that are asked are held out of training.
     """
 
-    epsilon_fraction: float = 0.25  # of the promised epsilon, in (0, 1); the rest is for training
-    holdout_fraction: float = 0.2  # share of the units that is asked and not trained on, in (0, 1)
-    sampling_rate: float = 1.0  # q: the probability with which a held-out unit joins a question, in (0, 1]
+    # Of the promised epsilon; the rest is for training.
+    epsilon_fraction: Annotated[float, In("(0, 1)")] = 0.25
+    # Share of the units that is asked and not trained on.
+    holdout_fraction: Annotated[float, In("(0, 1)")] = 0.2
+    # q, the probability with which a held-out unit joins an evaluation.
+    sampling_rate: Annotated[float, In("(0, 1]")] = 1.0
     metrics: LocalMetricsConfig = field(default_factory=LocalMetricsConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("epsilon_fraction", "holdout_fraction"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in (0, 1), got {getattr(self, name)}")
-        if not 0 < self.sampling_rate <= 1:
-            raise ValueError(f"sampling_rate must lie in (0, 1], got {self.sampling_rate}")
 
     def dp_parameters(self, promise: PrivacyTarget, questions: int) -> DPParameters:
         """The least noise with which so many questions cost their share of a promise."""
@@ -223,6 +196,7 @@ def metrics_dp_parameters(promise: PrivacyTarget, questions: int, sampling_rate:
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class Experiment:
     """One question and everything its answer depends on."""
 
@@ -231,7 +205,7 @@ class Experiment:
     privacy: PrivacyTarget | NoPrivacy
     devices: Devices
     probe: SyntheticProbe | LabelledProbe = field(default_factory=SyntheticProbe)
-    seed: int = 0
+    seed: Annotated[int, AtLeast(0)] = 0
     base: Path | None = None  # a checkpoint; None is the embedded one of the family that `training` needs
     training: Training = field(default_factory=GanTrainingConfig)
     aggregation: AggregationConfig = field(default_factory=HomomorphicConfig)
@@ -239,7 +213,8 @@ class Experiment:
     min_responses: int = 2  # a round with fewer answers is not applied
     upsampling: UpsamplingConfig = field(default_factory=UpsamplingConfig)
     evaluation: EvaluationConfig | None = None  # what devices tell of their own photos; None: nothing
-    update_clip_norm: float = 1.0  # promise per library: longest update of one device, in public ranges, > 0
+    # For privacy per library: the largest L2 norm of one device's update, in public ranges.
+    update_clip_norm: Annotated[float, In("[1e-6, 1e6]")] = 1.0
     attack: AttackConfig = field(default_factory=AttackConfig)
 
     def __post_init__(self) -> None:
@@ -250,8 +225,6 @@ class Experiment:
             raise ValueError(
                 f"name must be letters, digits, '-', '_' and '.', 100 at most, got {self.name!r:.120}"
             )
-        if self.seed < 0:
-            raise ValueError(f"seed must be >= 0, got {self.seed}")
         if not 1 <= self.min_responses <= self.devices.count:
             raise ValueError(
                 f"min_responses must lie between 1 and the {self.devices.count} devices, got {self.min_responses}"
@@ -269,8 +242,6 @@ class Experiment:
                     f"{format_degradation(self.training.downscale)} (training.downscale), "
                     f"got {format_degradation(self.upsampling.downscale)}"
                 )
-        if not 1e-6 <= self.update_clip_norm <= 1e6:
-            raise ValueError(f"update_clip_norm must lie in [1e-6, 1e6], got {self.update_clip_norm}")
         if isinstance(self.privacy, PrivacyTarget):
             self._check_promise(self.privacy)
         elif self.evaluation is not None:

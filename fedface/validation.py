@@ -7,7 +7,7 @@
         delta: Annotated[float, In("(0, 1)")]
         unit: Literal["photo", "device"]
 
-`PrivacyTarget(epsilon=1, delta=1.5, unit="photo")` raises `ValueError("delta must lie in (0, 1), got 1.5")`. The
+`PrivacyTarget(epsilon=1, delta=1.5, unit="photo")` raises `RangeError("delta must lie in (0, 1), got 1.5")`. The
 codec adds the file and the line. Conditions between fields stay in `__post_init__`, which runs after the ranges.
 """
 
@@ -21,6 +21,8 @@ import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
+
+from fedface.errors import RangeError
 
 T = TypeVar("T")
 
@@ -95,7 +97,7 @@ def checked(cls: type[T]) -> type[T]:
         for name, hint in _constrained_fields(cls):  # type: ignore[arg-type]  # every class is hashable
             value = getattr(self, name)
             if problem := next(_problems(hint, value), ""):
-                raise ValueError(f"{name} {problem}")
+                raise RangeError(f"{name} {problem}")
         if after is not None:
             after(self)
 

@@ -122,7 +122,7 @@ def test_mistakes_in_options_are_sentences(fedface, tmp_path: Path) -> None:  # 
     assert 'no such file; did you mean "tiny.yaml"' in sentence(fedface("plan", str(tmp_path / "tony.yaml")))
     assert "--set expects KEY=VALUE" in sentence(fedface("plan", path, "--set", "seed"))
     assert "--set seed: not valid YAML" in sentence(fedface("plan", path, "--set", "seed=["))
-    assert "seed: must be >= 0" in sentence(fedface("plan", path, "--set", "seed=-1"))
+    assert "seed: must be at least 0" in sentence(fedface("plan", path, "--set", "seed=-1"))
     assert "--photos goes with labelled" in sentence(fedface("plan", path, "--photos", "."))
     assert "no such checkpoint" in sentence(fedface("plan", path, "--set", "base=none.safetensors"))
     assert "does not go with faces of 16 pixels" in sentence(

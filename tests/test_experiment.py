@@ -42,7 +42,7 @@ def experiment(**changes: str) -> Experiment:
         ("name", "..", "e.yaml, as changed: name: must be letters"),
         ("name", "''", "e.yaml, as changed: name: must be letters"),
         ("name", "x" * 101, "e.yaml, as changed: name: must be"),
-        ("seed", "-1", "seed: must be >= 0"),
+        ("seed", "-1", "seed: must be at least 0"),
         ("min_responses", "4", "min_responses: must lie between 1 and the 3 devices, got 4"),
         ("min_responses", "0", "min_responses: must lie between 1 and the 3 devices, got 0"),
         ("privacy.delta", "0.02", "delta must lie below 1 / photos of a device = 0.01, got 0.02"),
@@ -62,7 +62,7 @@ def experiment(**changes: str) -> Experiment:
         ("training.rounds", "0", "training.rounds: must be at least 1"),
         ("training.clip_norm", "-1", "training.clip_norm: must be a finite number above 0"),
         ("aggregation.bits", "1", "aggregation"),
-        ("aggregation", "{kind: homomorphic, bits: 1}", "aggregation.bits: must lie in 2..24"),
+        ("aggregation", "{kind: homomorphic, bits: 1}", "aggregation.bits: must lie in [2, 24]"),
         ("policy", "{max_epsilon: 0, delta: 1e-5}", "policy.max_epsilon: must be a finite number above 0"),
     ],
 )

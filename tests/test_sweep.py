@@ -90,7 +90,7 @@ def test_a_file_without_vary_is_one_run(path: Path) -> None:
         ("seed: [0, 1]", "devices.photos_per_device: [24, 30]", "devices must be the same"),
         ("seed: [0, 1]", "seed: []", "vary.seed: expected a list of values"),
         ("seed: [0, 1]", "seed: 3", "vary.seed: expected a list of values"),
-        ("seed: [0, 1]", "seed: {a: {seed: -1}}", "seed: must be >= 0"),
+        ("seed: [0, 1]", "seed: {a: {seed: -1}}", "seed: must be at least 0"),
         ("full: {training.adapt: {kind: full}}", "full: 3", "vary.way.full: expected keys with values"),
         ("{kind: lora, rank: 2}", "{kind: lora, rank: 0}", "rank: must lie in"),
         ("seed: [0, 1]", "sed: [0, 1]", "unknown key"),

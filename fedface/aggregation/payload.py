@@ -14,10 +14,11 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NoReturn, Protocol, TypeAlias
+from typing import Annotated, ClassVar, NoReturn, Protocol, TypeAlias
 
 from fedface.errors import AggregationError
 from fedface.tensor_types import Vector
+from fedface.validation import Above, AtLeast, In, checked
 
 PlainValue: TypeAlias = int | float | str
 
@@ -32,6 +33,7 @@ _LENGTH = struct.Struct(">I")
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class AggregationParameters:
     """The public numbers that every device and the server of one run share.
 
@@ -39,14 +41,9 @@ class AggregationParameters:
     clip norm, or learning rate times steps.
     """
 
-    value_range: float  # R, weight units, > 0; a coordinate outside [-R, R] is clamped on the device
-    max_devices: int  # 1..2^20; how many updates may be in one sum
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.value_range) and self.value_range > 0):
-            raise ValueError(f"value_range must be finite and > 0, got {self.value_range}")
-        if not 1 <= self.max_devices <= 1 << 20:
-            raise ValueError(f"max_devices must lie in 1..{1 << 20}, got {self.max_devices}")
+    # R, weight units; a coordinate outside [-R, R] is clamped on the device.
+    value_range: Annotated[float, Above(0)]
+    max_devices: Annotated[int, In(f"[1, {1 << 20}]")]  # how many updates may be in one sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,19 +54,15 @@ class PlainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class HomomorphicConfig:
     """Send whole numbers under BFV with a key that the devices share and the server never has."""
 
     kind: ClassVar[str] = "homomorphic"
 
-    bits: int = 16  # 2..24 bits for one value of one device
-    min_devices: int = 2  # >= 1; the holder of the key declines to open a sum of fewer updates
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 24:
-            raise ValueError(f"bits must lie in 2..24, got {self.bits}")
-        if self.min_devices < 1:
-            raise ValueError(f"min_devices must be >= 1, got {self.min_devices}")
+    bits: Annotated[int, In("[2, 24]")] = 16  # for one value of one device
+    # The holder of the key declines to open a sum of fewer updates.
+    min_devices: Annotated[int, AtLeast(1)] = 2
 
 
 AggregationConfig: TypeAlias = PlainConfig | HomomorphicConfig

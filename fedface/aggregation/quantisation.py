@@ -10,8 +10,8 @@ Packing lays several integers side by side in one slot, each with room for the s
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from numpy import ndarray
 
 from fedface.errors import AggregationError
 from fedface.tensor_types import Vector
+from fedface.validation import Above, AtLeast, In, checked
 
 Integers = Int64[ndarray, "d"]
 
@@ -59,6 +60,7 @@ class Quantised:
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class Quantiser:
     """A public grid of 2^bits - 1 points on [-R, R].
 
@@ -68,17 +70,9 @@ class Quantiser:
         * Zero maps to zero exactly, and negating an update negates its grid points.
     """
 
-    value_range: float  # R, weight units, > 0, public
-    bits: int  # 2..24
-    max_devices: int  # >= 1; the headroom
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.value_range) and self.value_range > 0):
-            raise ValueError(f"value_range must be finite and > 0, got {self.value_range}")
-        if not 2 <= self.bits <= 24:
-            raise ValueError(f"bits must lie in 2..24, got {self.bits}")
-        if self.max_devices < 1:
-            raise ValueError(f"max_devices must be >= 1, got {self.max_devices}")
+    value_range: Annotated[float, Above(0)]  # R, weight units, public
+    bits: Annotated[int, In("[2, 24]")]
+    max_devices: Annotated[int, AtLeast(1)]  # the headroom
 
     @property
     def half(self) -> int:

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ from fedface.privacy.mechanism import check_clip_norm
 from fedface.privacy.plan import MAX_EXPECTED_BATCH_SIZE
 from fedface.privacy_units import Unit
 from fedface.tensor_types import Images, Vector
+from fedface.validation import In, checked
 
 RANGED_METRICS = (
     "consistency_error",
@@ -49,6 +50,7 @@ _WORDS = {2: ("lighter", "darker"), 3: ("light", "medium", "dark")}
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class BudgetShares:
     """How the squared length of a photo's vector is divided; each in (0, 1), 1 together.
 
@@ -56,22 +58,20 @@ class BudgetShares:
     whose counts stand below every mean.
     """
 
-    table: float = 0.4  # counts of originals by made faces
-    consistency_error: float = 0.15
-    skin_difference: float = 0.15
-    lightness_shift: float = 0.15
-    detected: float = 0.15
+    table: Annotated[float, In("(0, 1)")] = 0.4  # counts of originals by made faces
+    consistency_error: Annotated[float, In("(0, 1)")] = 0.15
+    skin_difference: Annotated[float, In("(0, 1)")] = 0.15
+    lightness_shift: Annotated[float, In("(0, 1)")] = 0.15
+    detected: Annotated[float, In("(0, 1)")] = 0.15
 
     def __post_init__(self) -> None:
         parts = {part.name: getattr(self, part.name) for part in fields(self)}
-        for name, share in parts.items():
-            if not 0 < share < 1:
-                raise ValueError(f"{name} must lie in (0, 1), got {share}")
         if not abs(sum(parts.values()) - 1.0) <= 1e-9:
             raise ValueError(f"shares must be 1 together, got {sum(parts.values()):.9g}")
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class LocalMetricsConfig:
     """What devices measure and how it is put into numbers; every number is public and the same on all devices.
 
@@ -88,9 +88,12 @@ class LocalMetricsConfig:
     skin_difference: tuple[float, float] = (0.0, 25.0)  # dE00 between the skin of made face and original
     lightness_shift: tuple[float, float] = (-25.0, 25.0)  # made minus original, L*; positive is lighter
     shares: BudgetShares = field(default_factory=BudgetShares)
-    min_group_size: int = 20  # the least noised count of units that is reported, >= 1
-    max_units: int = 2000  # of one device, public: the sums of more are cut by quantisation, >= 1
-    expected_units: int = 200  # of one device, public: for foreseeing what noise will hide, >= 1
+    # The least noised count of units that is reported.
+    min_group_size: Annotated[int, In(f"[1, {MAX_EXPECTED_BATCH_SIZE}]")] = 20
+    # Of one device, public: the sums of more are cut by quantisation.
+    max_units: Annotated[int, In(f"[1, {MAX_EXPECTED_BATCH_SIZE}]")] = 2000
+    # Of one device, public: for foreseeing what noise will hide.
+    expected_units: Annotated[int, In(f"[1, {MAX_EXPECTED_BATCH_SIZE}]")] = 200
 
     def __post_init__(self) -> None:
         tones = self.tone_upper_bounds
@@ -102,11 +105,6 @@ class LocalMetricsConfig:
             ends = getattr(self, name)
             if len(ends) != 2 or not all(map(math.isfinite, ends)) or not ends[0] < ends[1]:
                 raise ValueError(f"{name} must be two rising finite numbers, got {list(ends)}")
-        for name in ("min_group_size", "max_units", "expected_units"):
-            if not 1 <= getattr(self, name) <= MAX_EXPECTED_BATCH_SIZE:
-                raise ValueError(
-                    f"{name} must lie in [1, {MAX_EXPECTED_BATCH_SIZE}], got {getattr(self, name)}"
-                )
 
     def for_unit(self, unit: Unit) -> LocalMetricsConfig:
         """The same where a promise covers this: of libraries a device has exactly one."""

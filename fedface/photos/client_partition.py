@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, assert_never
+from typing import Annotated, ClassVar, assert_never
 
 import numpy as np
+
+from fedface.validation import Above, checked
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,13 @@ class ByGroup:
 
 
 @dataclass(frozen=True)
+@checked
 class Dirichlet:
     """Each group is dealt out in Dirichlet(alpha) proportions: small alpha is unequal, large is even."""
 
     kind: ClassVar[str] = "dirichlet"
 
-    alpha: float  # > 0
-
-    def __post_init__(self) -> None:
-        if not self.alpha > 0:
-            raise ValueError(f"alpha must be > 0, got {self.alpha}")
+    alpha: Annotated[float, Above(0)]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -28,37 +29,29 @@ from fedface.randomness import Streams
 from fedface.synthetic.faces import NORMALS, ToneMix, faces_from_normals, render
 from fedface.tensor_types import Images, Latents
 from fedface.training.pretrain_gan import Progress, SyntheticPool, pair_loss, update_ema, warmup_cosine
+from fedface.validation import AtLeast, In, checked
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class EncoderPretrainConfig:
     """How an encoder is made; the defaults are the shipped one's, for the embedded base."""
 
     seed: int = 7
-    steps: int = 4000
-    batch: int = 32
-    learning_rate: float = 4e-3
-    pool: int = 12_000  # drawn faces; 0 for a generator whose latents are not the normals of drawn faces
-    light_fraction: float = (
-        0.85  # of the generator's own training: where on the tone's number the dark begins
-    )
-    dark_fraction: float = 0.5  # share of dark faces that the encoder sees among drawn ones
-    latent_std: float = 0.5  # made faces: each number of a latent is scaled by exp(spread * normal)
-    latent_weight: float = 0.1  # of the distance of latents, at the end; ten times that at the start
+    steps: Annotated[int, AtLeast(1)] = 4000
+    batch: Annotated[int, AtLeast(2)] = 32
+    learning_rate: Annotated[float, In("(0, 1)")] = 4e-3
+    # Drawn faces; 0 for a generator whose latents are not the normals of drawn faces.
+    pool: Annotated[int, AtLeast(0)] = 12_000
+    # Of the generator's own training: where on the tone's number the dark begins.
+    light_fraction: Annotated[float, In("(0, 1)")] = 0.85
+    # Share of dark faces that the encoder sees among drawn ones.
+    dark_fraction: Annotated[float, In("(0, 1)")] = 0.5
+    # Made faces: each number of a latent is scaled by exp(spread * normal).
+    latent_std: Annotated[float, In("[0, 10]")] = 0.5
+    # Of the distance of latents, at the end; ten times that at the start.
+    latent_weight: Annotated[float, In("[0, 10]")] = 0.1
     encoder: LatentEncoderConfig = field(default_factory=LatentEncoderConfig)
-
-    def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch", 2), ("pool", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("light_fraction", "dark_fraction"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in (0, 1), got {getattr(self, name)}")
-        for name in ("latent_std", "latent_weight"):
-            if not 0 <= getattr(self, name) <= 10:
-                raise ValueError(f"{name} must lie in [0, 10], got {getattr(self, name)}")
-        if not 0 < self.learning_rate < 1:
-            raise ValueError(f"learning_rate must lie in (0, 1), got {self.learning_rate}")
 
 
 def wide_latents(count: int, width: int, spread: float, rng: torch.Generator) -> Latents:

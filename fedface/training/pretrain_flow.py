@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -23,31 +24,24 @@ from fedface.randomness import Streams
 from fedface.tensor_types import Images
 from fedface.training.flow import flow_loss
 from fedface.training.pretrain_gan import Progress, render_faces, update_ema
+from fedface.validation import AtLeast, In, checked
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class FlowPretrainConfig:
     """How the flow's base checkpoint is made; the defaults are the shipped one."""
 
     seed: int = 7  # >= 0
-    light_fraction: float = 0.85  # share of faces with light skin, Monk 1 to 5
-    pool: int = 40_000  # drawn faces, made once and learned from many times, mirrored half of the time
-    steps: int = 9000  # >= 1
-    batch: int = 64  # >= 2
-    learning_rate: float = 2e-3  # Adam's, after a warm-up of 200 steps; falls along a cosine
-    averaging: float = 0.9995  # how much of the averaged weights a late step keeps, in [0, 1)
+    light_fraction: Annotated[float, In("[0, 1]")] = 0.85  # share of faces with light skin, Monk 1 to 5
+    # Drawn faces, made once and learned from many times, mirrored half of the time.
+    pool: Annotated[int, AtLeast(1)] = 40_000
+    steps: Annotated[int, AtLeast(1)] = 9000
+    batch: Annotated[int, AtLeast(2)] = 64
+    # Adam's, after a warm-up of 200 steps; falls along a cosine.
+    learning_rate: Annotated[float, In("(0, 1)")] = 2e-3
+    averaging: Annotated[float, In("[0, 1)")] = 0.9995  # how much of the averaged weights a late step keeps
     flow: FlowConfig = field(default_factory=FlowConfig)
-
-    def __post_init__(self) -> None:
-        for name, least in (("pool", 1), ("steps", 1), ("batch", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not 0 <= self.light_fraction <= 1:
-            raise ValueError(f"light_fraction must lie in [0, 1], got {self.light_fraction}")
-        if not 0 < self.learning_rate < 1:
-            raise ValueError(f"learning_rate must lie in (0, 1), got {self.learning_rate}")
-        if not 0 <= self.averaging < 1:
-            raise ValueError(f"averaging must lie in [0, 1), got {self.averaging}")
 
 
 def synthesize_pool(config: FlowPretrainConfig, report: Progress) -> Tensor:

@@ -10,7 +10,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from fedface.randomness import Streams
 from fedface.training.pretrain_gan import Progress, render_faces, update_ema, warmup_cosine
 from fedface.training.upsampler import reconstruction_loss
 from fedface.upsampling.degradation import Area, BicubicPulse, Degradation
+from fedface.validation import AtLeast, In, checked
 
 L = TypeVar("L", StyleEncoder, SuperResolutionNetwork)
 
@@ -33,15 +34,17 @@ EMA_DECAY = 0.998  # how much of the averaged weights a late step keeps
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class UpsamplerPretrainConfig:
     """How an upsampler is made; the defaults are the shipped ones'."""
 
     seed: int = 7
-    steps: int = 4000
-    batch: int = 32
-    learning_rate: float = 3e-3
-    pool: int = 20_000  # drawn faces, made once and learned from many times, mirrored half of the time
-    light_fraction: float = 0.85  # share of faces with light skin, Monk 1 to 5
+    steps: Annotated[int, AtLeast(1)] = 4000
+    batch: Annotated[int, AtLeast(2)] = 32
+    learning_rate: Annotated[float, In("(0, 1)")] = 3e-3
+    # Drawn faces, made once and learned from many times, mirrored half of the time.
+    pool: Annotated[int, AtLeast(2)] = 20_000
+    light_fraction: Annotated[float, In("[0, 1]")] = 0.85  # share of faces with light skin, Monk 1 to 5
     # What it learns to undo, one of them in each step.
     downscales: tuple[Degradation, ...] = (
         BicubicPulse(2), BicubicPulse(4), BicubicPulse(8), Area(2), Area(4), Area(8),
@@ -49,15 +52,8 @@ class UpsamplerPretrainConfig:
     consistency_weight: float = 10.0  # see training/upsampler
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch", 2), ("pool", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not self.downscales:
             raise ValueError("downscales must name at least one, got none")
-        if not 0 <= self.light_fraction <= 1:
-            raise ValueError(f"light_fraction must lie in [0, 1], got {self.light_fraction}")
-        if not 0 < self.learning_rate < 1:
-            raise ValueError(f"learning_rate must lie in (0, 1), got {self.learning_rate}")
 
 
 def pretrain_style_encoder(

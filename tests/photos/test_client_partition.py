@@ -87,7 +87,7 @@ def test_what_cannot_be_dealt_is_explained(how: Partition, devices: int, message
 
 
 def test_weights_and_alpha_must_be_sensible() -> None:
-    with pytest.raises(ValueError, match="alpha must be > 0"):
+    with pytest.raises(ValueError, match="alpha must be a finite number above 0"):
         Dirichlet(alpha=0)
     with pytest.raises(ValueError, match="weights must be finite"):
         GroupMixes(weights=({"a": float("nan")},))
