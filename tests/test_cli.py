@@ -13,6 +13,7 @@ import torch
 from command_line import Said, caller
 from tiny import first_device, tiny_experiment, tiny_file, tiny_gan, train_task
 
+from fedface.cli.options import METHOD_NAMES
 from fedface.coordinator.run import initialize_run
 from fedface.coordinator.run_folder import locked
 from fedface.device.client import handle_task
@@ -21,6 +22,11 @@ from fedface.models.checkpoint import flatten_parameters, save_model
 from fedface.models.model import GeneratorArchitecture, build_model
 from fedface.models.stylegan2 import StyleGAN2Config
 from fedface.photos.image_io import write_png
+from fedface.training.pretrain_encoder import EncoderPretrainConfig
+from fedface.training.pretrain_flow import FlowPretrainConfig
+from fedface.training.pretrain_gan import GanPretrainConfig
+from fedface.training.pretrain_upsampler import UpsamplerPretrainConfig
+from fedface.upsampling.methods import METHODS
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
@@ -55,17 +61,9 @@ def test_help_names_every_command(fedface) -> None:  # type: ignore[no-untyped-d
     said = fedface("--help")
     assert said.code == 0
     for command in (
-        "run",
-        "plan",
-        "report",
-        "upsample",
-        "benchmark",
-        "web",
-        "photos",
-        "pretrain",
-        "device",
-        "ledger",
-    ):
+        "run", "plan", "report", "compare", "rank-models", "evaluate", "upsample", "benchmark", "web", "photos",
+        "pretrain", "weights", "device", "ledger", "policy",
+    ):  # fmt: skip
         assert command in said.out
 
 
@@ -95,7 +93,10 @@ def test_check_warns_of_noise_that_drowns_the_sum_of_few_devices(fedface, tmp_pa
     library = "privacy={kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, trust: server}"
     said = " ".join(fedface("plan", str(tiny_file(tmp_path)), "--set", library).out.split())
     sigma = tiny_experiment(tmp_path, {"privacy": library.partition("=")[2]}).plan().noise_multiplier
-    assert f"the noise has about {sigma * 8007**0.5 / 2:,.0f} times the largest possible L2 norm" in said
+    assert (
+        f"about {sigma * 8007**0.5 / 2:,.0f} times the largest possible L2 norm of the sum of 2 devices' updates"
+        in said
+    )
     assert "warning" not in fedface("plan", str(tiny_file(tmp_path))).out
 
 
@@ -104,7 +105,7 @@ def test_check_does_not_fill_a_terminal_with_a_line_for_each_of_many_devices(  #
 ) -> None:
     many = f"devices.light_fractions=[{', '.join(['0.5'] * 30)}]"
     said = fedface("plan", str(tiny_file(tmp_path)), "--set", many).out
-    assert said.count("drawn faces") == 12 and "and 18 more" in said and "devices: 30" in said
+    assert said.count("synthetic faces") == 12 and "and 18 more" in said and "devices: 30" in said
 
 
 @pytest.mark.parametrize("command", ["run", "plan"])
@@ -318,9 +319,10 @@ def test_a_checkpoint_is_shown_as_a_sheet(fedface, tmp_path: Path) -> None:  # t
     """A PNG of samples."""
     save_model(tmp_path / "gan.safetensors", tiny_gan())
     said = fedface(
-        "weights", "sample", str(tmp_path / "gan.safetensors"), "--out", str(tmp_path / "sheet.png")
+        "weights", "sample", tmp_path / "gan.safetensors", "--out", tmp_path / "sheet.png", "--tones"
     )
-    assert said.code == 0 and (tmp_path / "sheet.png").read_bytes()[:4] == b"\x89PNG"
+    assert said.code == 0 and "Monk 10:" in said.out and "darker half of the Monk scale" in said.out
+    assert (tmp_path / "sheet.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_file_that_cannot_be_written_is_a_sentence(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -414,3 +416,13 @@ def test_the_installed_command_ends_with_code_2_and_one_line(tmp_path: Path) -> 
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.strip().splitlines() == [f"fedface: {tmp_path / 'none.yaml'}: no such file"]
+
+
+def test_the_declared_defaults_and_names_are_the_librarys() -> None:
+    """Options are declared without importing torch, so what they repeat is compared here."""
+    assert METHOD_NAMES == tuple(METHODS)
+    pretrain = sys.modules["fedface.cli.pretrain"]
+    for config in (GanPretrainConfig(), FlowPretrainConfig()):
+        assert (config.seed, config.light_fraction) == (pretrain.SEED, pretrain.LIGHT_FRACTION)
+    assert EncoderPretrainConfig().seed == UpsamplerPretrainConfig().seed == pretrain.SEED
+    assert FlowPretrainConfig().flow.size == pretrain.SIZE

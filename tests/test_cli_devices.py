@@ -516,7 +516,7 @@ def test_an_interrupt_that_takes_long_says_so_and_another_ends_it_at_once() -> N
         assert stuck.stdout is not None and stuck.stdout.readline() == "ready\n"
         stuck.send_signal(signal.SIGINT)
         assert stuck.stderr is not None and stuck.stderr.readline() == "waiting ...\n"
-        assert "stopping: what is being computed ends first" in stuck.stderr.readline()
+        assert "stopping after the current computation" in stuck.stderr.readline()
         assert stuck.poll() is None
         time.sleep(0.5)
         stuck.send_signal(signal.SIGINT)
@@ -534,5 +534,5 @@ def test_several_interrupts_in_quick_succession_are_one() -> None:
             time.sleep(0.01)
         out, err = waiting.communicate(timeout=60)
     assert waiting.returncode == 130 and out == "kept\n"
-    assert "Traceback" not in err and err.count("interrupted; what was finished is kept") == 1
+    assert "Traceback" not in err and err.count("interrupted; finished work is kept") == 1
     assert "--resume and the same options" in err

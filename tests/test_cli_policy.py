@@ -65,7 +65,7 @@ def test_a_policy_is_said_in_sentences(check, willing: Path, tmp_path: Path) -> 
     assert (said.code, said.err) == (0, "")
     assert "at most epsilon 8 at delta 1e-4 per photo for life" in said.out
     assert "updates may travel homomorphic, where 2 devices or more are summed" in said.out
-    assert "no ledger: nothing is spent" in said.out
+    assert "no ledger yet: nothing is spent" in said.out
     device = check(device_file(tmp_path))
     assert device.code == 0
     assert device.out.splitlines()[1:] == said.out.splitlines()[1:]
@@ -76,7 +76,7 @@ def test_a_device_would_take_part_in_what_fits(check, willing: Path, tmp_path: P
     said = check(willing, "--experiment", DEMO)
     assert said.code == 0
     assert 'training ("generator", 6 rounds, per photo): would take part' in said.out
-    assert "room for 6 of its rounds" in said.out
+    assert "enough for 6 of its rounds" in said.out
     assert said.out.splitlines()[0] == f"this device would take part in {DEMO}"
     assert "the recipe promises" not in said.out  # at the same delta, for the same unit
     assert sorted(tmp_path.rglob("*")) == before  # no ledger was begun, no folder made
@@ -103,7 +103,7 @@ def test_a_device_would_refuse_with_the_reason(  # type: ignore[no-untyped-def]
     first, training, *_ = said.out.splitlines()
     assert first.startswith(f"this device would refuse {DEMO}: ") and words in first
     assert training == '  training ("generator", 6 rounds, per photo): would refuse'
-    priced = "asks for epsilon at most" in said.out.partition(training)[2]
+    priced = "requests epsilon at most" in said.out.partition(training)[2]
     assert priced == ("already spent" in words)  # what is refused whatever it costs has no price
 
 
@@ -169,7 +169,7 @@ def test_a_witness_that_was_not_begun_yet_is_not_begun_by_a_check(check, tmp_pat
     spent_ledger(tmp_path / "state" / "ledger.sqlite", read_experiment(DEMO), rounds=1)
     device.write_text(f"witness: {tmp_path / 'disk'}\n{device.read_text()}")
     said = check(device)
-    assert said.code == 0 and "spent so far" in said.out and not (tmp_path / "disk").exists()
+    assert said.code == 0 and "spent according to" in said.out and not (tmp_path / "disk").exists()
 
 
 def test_a_period_says_how_far_a_run_would_get(check, willing: Path) -> None:  # type: ignore[no-untyped-def]
@@ -202,7 +202,7 @@ def test_evaluation_has_an_answer_of_its_own(check, willing: Path) -> None:  # t
     said = check(willing, *asks)
     assert said.code == 1
     first = said.out.splitlines()[0]
-    assert said.out.count("would take part") == 2 and "everything together asks for epsilon at most" in first
+    assert said.out.count("would take part") == 2 and "all requests together need epsilon at most" in first
     assert "training and evaluation together: would refuse" in said.out
 
 
@@ -215,7 +215,7 @@ def test_hours_and_power_are_said_but_are_no_refusal(  # type: ignore[no-untyped
     said = check(willing, "--experiment", DEMO)
     assert said.code == 0
     assert "this device takes part only on mains" in said.out
-    assert "not at this moment: mains is not connected; the policy asks for it (require_ac_power)" in said.out
+    assert "not now: mains is not connected; the policy asks for it (require_ac_power)" in said.out
 
 
 def test_a_run_without_a_promise_has_no_finite_price(check, willing: Path) -> None:  # type: ignore[no-untyped-def]
@@ -346,7 +346,7 @@ def test_another_delta_than_the_recipes_is_said(check, willing: Path) -> None:  
     ) in said.out
     for line in said.out.splitlines():
         if "epsilon" in line and "allows" not in line:
-            assert "at most" in line and "delta" in line
+            assert "delta" in line and ("at most" in line or "max_epsilon" in line)
 
 
 def test_an_overspent_ledger_leaves_nothing(check, willing: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -68,7 +68,7 @@ def check_policy(
 
 
 def _owned(file: Path, ledger: Path | None) -> Owned:
-    """What a file says, and its ledger: looked for, never begun, and missed where its head or witness remembers it."""
+    """The policy of a file and its ledger; a missing ledger is an error where its head or witness exists."""
     doubts: list[str] = []
     if all(section(file, key) is None for key in DEVICE_KEYS):
         check_kind(file, "policy")
@@ -98,7 +98,7 @@ def _owned(file: Path, ledger: Path | None) -> Owned:
 
 
 def _working(file: Path) -> DeviceState:
-    """What the device of a file keeps, if it can work, and if every folder that its policy names is there."""
+    """The state of a device file, after checking that the device could work and that its policy's folders exist."""
     read_device_config(file)
     kept = device_state(file)
     lost = missing_policy_folders(kept.device.policy, kept.photos)
@@ -109,7 +109,7 @@ def _working(file: Path) -> DeviceState:
 
 @contextmanager
 def _book(owned: Owned) -> Iterator[Ledger]:
-    """The ledger that there is, or an empty one that nobody keeps."""
+    """The existing ledger, or an empty temporary one."""
     if owned.book is not None:
         yield owned.book
         return
@@ -170,7 +170,7 @@ def _price(event: Event, told: Unit, limit: Budget, book: Ledger) -> Price:
 def _together(
     plan: Plan, allowed: DevicePolicy, book: Ledger, verdicts: Sequence[Verdict]
 ) -> CombinedVerdict:
-    """What everything that a run asks costs for life; refused there only if each thing by itself is not."""
+    """All requests of a run against the lifetime budget; a refusal of one request alone is not repeated here."""
     life, told = allowed.budgets[0], plan.dp_parameters.unit
     short = book.check_budget(plan.total_event(), [life], told=told)
     alone = any(verdict.refusal is not None for verdict in verdicts)
@@ -178,13 +178,13 @@ def _together(
         fits=short is None,
         refusal=None
         if short is None or alone
-        else f"everything together asks for {describe_briefly(short)}, so it would refuse the last rounds",
+        else f"all requests together need {describe_briefly(short)}, so the last rounds would be refused",
         price=_price(plan.total_event(), told, life, book),
     )
 
 
 def _other_promise(plan: Plan, allowed: DevicePolicy) -> str | None:
-    """What a recipe promises, where it is read at another delta or for another unit than on this device."""
+    """The recipe's own guarantee, where its delta or unit differs from this device's."""
     target = plan.privacy
     if isinstance(target, NoPrivacy) or (target.delta, target.unit) == (allowed.delta, allowed.unit):
         return None
@@ -195,7 +195,7 @@ def _other_promise(plan: Plan, allowed: DevicePolicy) -> str | None:
 
 
 def _rounds_that_fit(terms: DPParameters, limit: Budget, book: Ledger) -> int:
-    """By halving: more rounds never cost less."""
+    """The largest number of rounds within a budget, by bisection: more rounds never cost less."""
 
     def fits(rounds: int) -> bool:
         event: Event = terms.event(rounds)
@@ -217,7 +217,7 @@ def _since(limit: Budget) -> datetime | None:
 
 
 def _now(allowed: DevicePolicy) -> str | None:
-    """Why the owner's conditions do not hold at this moment, for the owner."""
+    """Why the owner's conditions do not hold now."""
     try:
         allowed.conditions.check(SystemEnvironment())
     except ConditionsNotMet as reason:
@@ -226,12 +226,12 @@ def _now(allowed: DevicePolicy) -> str | None:
 
 
 def _left(owned: Owned, spent: Sequence[float]) -> list[str]:
-    """What is spent of each limit, and where nothing is left."""
+    """What is spent of each budget, and where nothing is left."""
     if owned.ledger is None:
-        return ["no ledger: nothing is spent"]
+        return ["no ledger yet: nothing is spent"]
     said = []
     for epsilon, limit in zip(spent, owned.policy.budgets, strict=True):
-        said.append(f"spent so far, as {owned.ledger} says: {format_upper_bound(epsilon)}; allowed: {limit}")
+        said.append(f"spent according to {owned.ledger}: {format_upper_bound(epsilon)}; allowed: {limit}")
         over = overspending(epsilon, limit, unpromised=owned.policy.allow_no_dp)
         said += [] if over is None else [over]
     return said
@@ -248,7 +248,7 @@ def print_answer(file: Path, owned: Owned, spent: Sequence[float], answer: Polic
         *(f"warning: {doubt}" for doubt in owned.doubts),
     ]
     if (reason := _now(owned.policy)) is not None:
-        lines.append(f"not at this moment: {reason}")
+        lines.append(f"not now: {reason}")
     for line in lines:
         say(cell(line))
 
@@ -267,7 +267,7 @@ def print_json(owned: Owned, spent: Sequence[float], answer: PolicyReport | None
         ],
         "asked": [] if answer is None else [asdict(verdict) for verdict in answer.verdicts],
         "together": None if answer is None or answer.together is None else asdict(answer.together),
-        "promise": None if answer is None else answer.privacy,
+        "privacy": None if answer is None else answer.privacy,
         "would_take_part": None if answer is None else answer.refusal is None,
         "refusal": None if answer is None else answer.refusal,
         "ended": owned.policy.ended(SystemEnvironment()),
@@ -278,7 +278,7 @@ def print_json(owned: Owned, spent: Sequence[float], answer: PolicyReport | None
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: an epsilon without a bound is null."""
+    """Infinite numbers as null, which JSON has."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,7 +1,4 @@
-"""What a device would answer to a run, in sentences: each thing asked, its price, and what would be enough.
-
-Called from cli/policy.py, which computes what stands here.
-"""
+"""A device's answer to a run in sentences: each request, its privacy cost, and the budget that would allow it."""
 
 from __future__ import annotations
 
@@ -15,36 +12,36 @@ from fedface.privacy_units import Unit
 
 @dataclass(frozen=True, kw_only=True)
 class Price:
-    """What is asked beside what is spent, by one limit; every epsilon is an upper bound."""
+    """The cost of a request against one budget; every epsilon is an upper bound."""
 
     limit: Budget
     asked: float
     spent: float
     together: float
-    rounds_that_fit: int | None  # of the run's rounds; None: its parts differ in rounds
+    rounds_that_fit: int | None  # of the run's rounds; None where the requests differ in rounds
 
     def in_words(self) -> str:
-        """Asked, spent and allowed."""
-        room = "" if self.rounds_that_fit is None else f"; room for {self.rounds_that_fit} of its rounds"
+        """Requested, spent and allowed, in one line."""
+        room = "" if self.rounds_that_fit is None else f"; enough for {self.rounds_that_fit} of its rounds"
         return (
-            f"asks for {format_upper_bound(self.asked)}; with what is spent ({format_upper_bound(self.spent)}): {format_upper_bound(self.together)}; "
-            f"allowed: {self.limit}{room}"
+            f"requests {format_upper_bound(self.asked)}; with the {format_upper_bound(self.spent)} already spent: "
+            f"{format_upper_bound(self.together)}; allowed: {self.limit}{room}"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What this device would answer to one thing that a run asks."""
+    """The answer to one request of a run."""
 
     what: str  # "training", "evaluation"
-    objective: str  # in the policy's word
-    unit: Unit  # whom the run promises to
+    objective: str  # as the policy names it
+    unit: Unit  # privacy unit of the run
     rounds: int
     refusal: str | None  # None: it would take part
-    prices: tuple[Price, ...]  # none where it is refused whatever it costs
+    prices: tuple[Price, ...]  # empty where it is refused regardless of its cost
 
     def in_words(self, said: str | None) -> list[str]:
-        """A sentence, without the reason if it was said above, then a line for each limit."""
+        """A sentence, without the reason if that is `said` already, then one line per budget."""
         answer = "would take part" if self.refusal is None else _refused(self.refusal, said)
         rounds = "1 round" if self.rounds == 1 else f"{self.rounds} rounds"
         return [
@@ -55,28 +52,26 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class CombinedVerdict:
-    """What a device would answer to everything that a run asks, which it must be able to pay for life."""
+    """The answer to all requests together, which the lifetime budget must cover."""
 
     fits: bool
-    refusal: str | None  # None also where a part does not fit by itself, which is said there
+    refusal: str | None  # None also where one request alone does not fit: its own verdict says so
     price: Price
 
     def in_words(self, said: str | None) -> list[str]:
-        """Like a verdict."""
+        """As `Verdict.in_words`."""
         answer = "fits" if self.fits else _refused(self.refusal, said)
         return [f"training and evaluation together: {answer}", f"  {self.price.in_words()}"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyReport:
-    """What a device would answer to a run."""
+    """The answer to a run."""
 
     experiment: Path
     verdicts: tuple[Verdict, ...]
-    together: (
-        CombinedVerdict | None
-    )  # None: the run asks for one thing, or something is refused whatever it costs
-    privacy: str | None  # what the recipe promises, where that reads otherwise than this device's prices
+    together: CombinedVerdict | None  # None: one request, or one that is refused regardless of its cost
+    privacy: str | None  # the recipe's guarantee, where its delta or unit differs from this device's
 
     @property
     def refusal(self) -> str | None:
@@ -86,7 +81,7 @@ class PolicyReport:
         return next((reason for reason in reasons if reason is not None), None)
 
     def in_words(self) -> list[str]:
-        """The answer, then what it rests on."""
+        """The answer, then the costs behind it."""
         return [
             f"this device would take part in {self.experiment}"
             if self.refusal is None
@@ -101,15 +96,13 @@ class PolicyReport:
             *(
                 []
                 if (enough := self.sufficient_budget) is None
-                else [
-                    f"  all of it would fit with max_epsilon: {enough:g}, an epsilon of at most that at the same delta"
-                ]
+                else [f"  Setting max_epsilon to {enough:g} (same delta) would allow this run."]
             ),
         ]
 
     @property
     def sufficient_budget(self) -> float | None:
-        """The budget for life that would be enough, rounded up; None where that is not what is missing."""
+        """The lifetime epsilon that would allow this run, rounded up; None where the budget is not the obstacle."""
         priced = [verdict.prices[0] for verdict in self.verdicts if verdict.prices]
         if self.together is not None:
             priced = [self.together.price]

@@ -60,7 +60,7 @@ def describe_import(found: ImportedModel, facts: ModelSummary) -> list[str]:
     if found.discriminator is None:
         lines.append("discriminator: none in the file")
     if found.ignored:
-        lines.append(f"not imported: {', '.join(found.ignored)}")
+        lines.append(f"ignored: {', '.join(found.ignored)}")
     remarks = found.notes.get("remarks")
     # Notes may be written by somebody else.
     return lines + [f"note: {shorten(remark)}" for remark in (remarks if isinstance(remarks, list) else ())]

@@ -83,7 +83,7 @@ def test_a_decoder_that_dies_is_a_sentence_and_the_next_photo_is_read() -> None:
 
 def test_the_command_listens_on_a_free_port_of_this_computer_and_ends_with_ctrl_c() -> None:
     """It prints the address, answers there, and says that it forgot everything."""
-    command = [sys.executable, "-m", "fedface.cli", "page"]
+    command = [sys.executable, "-m", "fedface.cli", "web"]
     started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert started.stdout is not None
@@ -97,7 +97,7 @@ def test_the_command_listens_on_a_free_port_of_this_computer_and_ends_with_ctrl_
         started.send_signal(signal.SIGINT)
         rest, errors = started.communicate(timeout=30)
         assert started.returncode == 0 and errors == ""
-        assert rest.endswith("ended; photos and faces are forgotten\n")
+        assert rest.endswith("stopped; photos and generated faces were kept in memory only\n")
     finally:
         started.kill()
         started.wait()
