@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import click
 import pytest
 from typer.main import get_command
 
@@ -27,22 +31,96 @@ def test_every_link_and_picture_of_a_page_leads_somewhere(page: Path) -> None:
     assert missing == []
 
 
+def shown_commands(text: str) -> list[str]:
+    """Every `fedface ...` line of code: inline code, and lines of code blocks with continued lines joined."""
+    text = text.replace("\\\n", " ")
+    inline = re.findall(r"`(?:\.venv/bin/)?(fedface [^`\n]+)`", text)
+    blocks = re.findall(r"^(?:    |\$ )?(?:\.venv/bin/)?(fedface .*)$", text, re.M)
+    return [line for line in inline + blocks if not line.startswith("fedface: ")]
+
+
+def check_command(line: str) -> None:
+    """Raises unless a command line names a command and only options of it, each value aside."""
+    words = shlex.split(line, comments=True)[1:]
+    command: click.Command = get_command(app)
+    while isinstance(command, click.Group) and words and words[0].islower() and words[0][0] != "-":
+        assert words[0] in command.commands, line
+        command = command.commands[words.pop(0)]
+    options = {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)} | {
+        "--help"
+    }
+    unknown = [word for word in words if word.startswith("--") and word.partition("=")[0] not in options]
+    assert unknown == [], line
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_that_a_page_shows_exists(page: Path) -> None:
-    """`fedface WORD [WORD]` in code is a command with that name."""
-    commands = get_command(app)
-    text = page.read_text(encoding="utf-8")
-    code = re.findall(r"`([^`\n]+)`", text) + re.findall(
-        r"^(?:    |\$ |\.venv/bin/)?(fedface .*)$", text, re.M
+    """With each of its options."""
+    for line in shown_commands(page.read_text(encoding="utf-8")):
+        check_command(line)
+
+
+def all_commands() -> dict[str, click.Command]:
+    """Every command of the command line by its words."""
+    found: dict[str, click.Command] = {}
+
+    def walk(group: click.Group, words: tuple[str, ...]) -> None:
+        for name, command in group.commands.items():
+            if isinstance(command, click.Group):
+                walk(command, (*words, name))
+            else:
+                found[" ".join((*words, name))] = command
+
+    root = get_command(app)
+    assert isinstance(root, click.Group)
+    walk(root, ())
+    return found
+
+
+@pytest.mark.parametrize("name", all_commands())
+def test_every_command_shows_one_example_in_its_help(name: str) -> None:
+    """The example is a command line of that command; every argument and option is explained."""
+    command = all_commands()[name]
+    assert command.epilog is not None and command.epilog.count("fedface ") == 1
+    example = command.epilog.splitlines()[-1].strip()
+    assert example.startswith(f"fedface {name}")
+    check_command(example)
+    assert command.help and not [param.name for param in command.params if not getattr(param, "help", None)]
+
+
+def test_help_loads_no_large_library() -> None:
+    """Declaring all commands and printing each one's help imports neither torch nor what builds on it."""
+    script = """
+import sys
+import click
+from typer.main import get_command
+from fedface.cli import app
+
+def walk(command, context):
+    command.get_help(context)
+    for inner in getattr(command, "commands", {}).values():
+        walk(inner, click.Context(inner, parent=context))
+
+command = get_command(app)
+walk(command, click.Context(command))
+print(*{name.split(".")[0] for name in sys.modules})
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )
-    for line in code:
-        for words in re.findall(r"(?:^|/)fedface ([a-z][a-z-]*(?: [a-z][a-z-]*)?)", line):
-            group, _, command = words.partition(" ")
-            inner = commands.commands.get(group)  # type: ignore[attr-defined]
-            assert inner is not None, f"fedface {group}"
-            assert not command or not hasattr(inner, "commands") or command in inner.commands, (
-                f"fedface {words}"
-            )
+    heavy = {
+        "torch",
+        "flwr",
+        "opacus",
+        "numpy",
+        "scipy",
+        "matplotlib",
+        "fastapi",
+        "tenseal",
+        "dp_accounting",
+        "PIL",
+    }
+    assert not heavy & set(run.stdout.split())
 
 
 def test_the_architecture_page_names_every_room() -> None:
