@@ -13,6 +13,14 @@ UNITS: tuple[Unit, ...] = ("photo", "occasion", "library")  # from the finest to
 PLURALS: dict[str, str] = {"photo": "photos", "occasion": "occasions", "library": "libraries"}
 
 
+def unit_named(name: str) -> Unit:
+    """The unit of that name. Raises ValueError if there is none."""
+    for unit in UNITS:
+        if unit == name:
+            return unit
+    raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {name!r}")
+
+
 def unit_in_words(unit: Unit) -> str:
     """What one promise covers, a phrase that can follow "the promise covers"."""
     match unit:

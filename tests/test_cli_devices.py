@@ -23,6 +23,7 @@ from fedface.messages.messages import Refusal, TrainResult
 from fedface.privacy.accounting import compose, epsilon_of
 from fedface.privacy.budget import format_upper_bound
 from fedface.privacy.ledger import Ledger
+from fedface.privacy.ledger_records import TransmissionInfo
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 
 EVENT = GaussianSum(sigma=6.0, clip_norm=1.0).event()
@@ -63,21 +64,22 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def used(home: Path) -> Path:
     """The same after a round of "faces" that was answered twice, figures of it, and a booking of "others"."""
     device = device_state(home / "device.yaml").device
-    ledger, journal = device.ledger(), device.journal()
-    marks = {"unit": "photo", "objective": "generator", "noise_multiplier": "6"}
-    update = ledger.record(EVENT, run="faces", round=1, marks=marks)
+    ledger = device.ledger()
+    metadata = {"unit": "photo", "objective": "generator", "noise_multiplier": "6"}
+    update = ledger.record(EVENT, run="faces", round=1, metadata=metadata)
     ledger.store_reply("faces", 1, b"update")
-    told = {
-        "run": "faces",
-        "round": 1,
-        "receiver": "fedface.example.org:8000",
-        "protection": "noise added here",
-    }
+    info = TransmissionInfo(
+        run="faces", round=1, kind="update", receiver="fedface.example.org:8000", protection="noise added here",
+        entry=update.number,
+    )  # fmt: skip
     for _ in range(2):
-        journal.record_transmission(b"update", **told, what="update", entry=update.number)  # type: ignore[arg-type]
-    figures = ledger.record(EVENT, run="faces/metrics", round=1, marks={**marks, "objective": "evaluation"})
-    journal.record_transmission(b"figures", **told, what="figures", entry=figures.number)  # type: ignore[arg-type]
-    ledger.record(EVENT, run="others", round=1, marks=marks)
+        ledger.record_transmission(b"update", info)
+    metrics = ledger.record(
+        EVENT, run="faces/metrics", round=1, metadata={**metadata, "objective": "evaluation"}
+    )
+    ledger.store_reply("faces/metrics", 1, b"figures")
+    ledger.record_transmission(b"figures", replace(info, kind="metrics", entry=metrics.number))
+    ledger.record(EVENT, run="others", round=1, metadata=metadata)
     device.key_path.write_bytes(b"a key")
     return home
 
@@ -105,7 +107,7 @@ def test_a_ledger_is_shown_at_the_policys_delta_and_unit(fedface, used: Path) ->
     assert said.code == 0 and "every epsilon at delta 0.001, per photo" in said.out
     for words in ("update (generator)", "figures", "faces/metrics", f"{alone.estimate:.3f}"):
         assert words in said.out
-    assert f"epsilon {three.estimate:.3f} (between {three.lower:.3f} and {three.upper:.3f})" in said.out
+    assert str(three) in said.out
     assert "at delta 0.001 per photo" in said.out.splitlines()[-1]
 
 
@@ -136,38 +138,43 @@ def test_no_ledger_is_begun_by_looking_for_one(fedface, home: Path, command: str
     assert files_in(home) == before and not (home / "state").exists()
 
 
-def test_verify_says_count_and_head_and_is_code_2_on_damage(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
-    """One sentence, whichever of the two was altered."""
+def test_verify_says_counts_and_head_and_is_code_2_on_damage(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """One sentence, whichever record was altered."""
+    path = used / "state" / "ledger.sqlite"
+    head = Ledger.open(path).read().head
     said = fedface("ledger", "verify", "device.yaml")
-    entries = Ledger.open(used / "state" / "ledger.sqlite").entries()
-    assert said.code == 0 and "ok, 3 entries" in said.out and "ok, 3 lines" in said.out
-    assert f"head {entries[-1].digest}; no witness was begun" in said.out and "together: ok" in said.out
-    told = json.loads(fedface("ledger", "verify", "state/ledger.sqlite", "--json").out)
-    assert [(book["noun"], book["count"], book["ok"]) for book in told] == [
-        ("ledger", 3, True),
-        ("journal", 3, True),
-    ]
-    for name, table in (("journal", "lines"), ("ledger", "entries")):
-        book = sqlite3.connect(used / "state" / f"{name}.sqlite")
-        book.execute(f"DROP TRIGGER {table}_stay")
-        book.execute(f"UPDATE {table} SET written = '2020-01-01T00:00:00+00:00' WHERE number = 2")
+    assert said.code == 0
+    assert "ok, 8 records, 3 releases booked, 3 transmissions, " in said.out
+    assert f"head {head}; it has no witness" in said.out
+    found = json.loads(fedface("ledger", "verify", "state/ledger.sqlite", "--json").out)
+    assert found == {
+        "path": "state/ledger.sqlite",
+        "ok": True,
+        "records": 8,
+        "entries": 3,
+        "transmissions": 3,
+        "head": head,
+        "witness": None,
+    }
+    whole = path.read_bytes()
+    for number in (1, 3):  # a booking, and what left
+        book = sqlite3.connect(path)
+        book.execute("DROP TRIGGER records_no_update")
+        book.execute("UPDATE records SET written = '2020-01-01T00:00:00+00:00' WHERE number = ?", (number,))
         book.commit()
         book.close()
-        assert f"the {name} " in fedface("ledger", "verify", "device.yaml").sentence
-        book = sqlite3.connect(used / "state" / f"{name}.sqlite")
-        book.execute(f"DELETE FROM {table} WHERE 0")
-        book.close()
-        if name == "journal":
-            (used / "state" / "journal.sqlite").unlink()
-            (used / "state" / "journal.sqlite.head").unlink()
+        assert (
+            f"altered: record {number} does not add up" in fedface("ledger", "verify", "device.yaml").sentence
+        )
+        path.write_bytes(whole)
 
 
-def test_verify_notices_an_entry_that_the_journal_names_and_the_ledger_lacks(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
-    """A ledger that was replaced together with its head, while the journal stayed."""
-    for name in ("ledger.sqlite", "ledger.sqlite.head"):
-        (used / "state" / name).unlink()
-    Ledger.open(used / "state" / "ledger.sqlite").record(EVENT, run="faces", round=1)
-    assert "entry 2 paid for round 1 of faces" in fedface("ledger", "verify", "device.yaml").sentence
+def test_verify_notices_a_ledger_that_was_begun_anew_under_an_old_head(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """A ledger that was replaced, while the head stayed."""
+    (used / "state" / "ledger.sqlite").unlink()
+    Ledger.open(used / "other" / "ledger.sqlite").record(EVENT, run="faces", round=1)
+    (used / "other" / "ledger.sqlite").rename(used / "state" / "ledger.sqlite")
+    assert "was rolled back or replaced" in fedface("ledger", "verify", "device.yaml").sentence
 
 
 def test_an_export_is_a_new_file_for_its_owner_alone(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
@@ -175,10 +182,11 @@ def test_an_export_is_a_new_file_for_its_owner_alone(fedface, used: Path) -> Non
     said = fedface("ledger", "export", "device.yaml", "--out", "copy.json")
     assert said.code == 0 and (used / "copy.json").stat().st_mode & 0o777 == 0o600
     told = json.loads((used / "copy.json").read_text())
-    assert len(told["entries"]) == 3 and told["spent"]["delta"] == 1e-3
+    assert [record["kind"] for record in told["records"]].count("release") == 3
+    assert told["spent"]["delta"] == 1e-3
     assert "not overwritten" in fedface("ledger", "export", "device.yaml", "--out", "copy.json").sentence
     printed = json.loads(fedface("ledger", "export", "device.yaml").out)
-    assert {**printed, "made": ""} == {**told, "made": ""}
+    assert {**printed, "created": ""} == {**told, "created": ""}
 
 
 def test_a_log_is_told_in_plain_words(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
@@ -188,14 +196,13 @@ def test_a_log_is_told_in_plain_words(fedface, used: Path) -> None:  # type: ign
     for words in (
         "An update of a network's weights, for faces, round 1",
         "6 bytes to fedface.example.org:8000; noise added here",
-        f"cost: epsilon {alone.estimate:.3f} (between {alone.lower:.3f} and {alone.upper:.3f}) at delta 0.001, "
-        "per photo",
+        f"cost: {alone}",
         "nothing more: the same bytes as before, paid by entry 1",
-        "Figures about how well a model serves these photos, for faces, question 1",
+        "Metrics of how well a model serves these photos, for faces, evaluation 1",
         "Together: 19 bytes in 3 payloads.",
         f"Allowed for life: 100; left: {100 - three.upper:.3f}.",
         f"Allowed in any 30 days: 50; left: {50 - three.upper:.3f}.",
-        "Booked without a line above: entries 3.",
+        "Booked and not sent: entries 8.",
     ):
         assert words in said.out
     assert "Not covered by these numbers:\n  - that this device took part" in said.out
@@ -205,17 +212,17 @@ def test_a_log_before_anything_was_sent_says_so(fedface, home: Path) -> None:  #
     """And makes nothing but the page that was asked for."""
     before = files_in(home)
     said = fedface("device", "log", "device.yaml", "--page", "log.html")
-    assert said.code == 0 and "Nothing was sent since this device keeps a journal" in said.out
+    assert said.code == 0 and "Nothing was sent." in said.out
     assert "Not covered" not in said.out
     assert "epsilon 0 at delta 0.001 per photo. Allowed for life: 100; left: 100.000." in said.out
     assert set(files_in(home)) - set(before) == {home / "log.html"}
-    assert json.loads(fedface("device", "log", "device.yaml", "--json").out)["journal"] is False
+    assert json.loads(fedface("device", "log", "device.yaml", "--json").out)["records"] == []
 
 
 def test_a_log_can_be_of_one_run(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
     """A name that nobody knows is a sentence with those that are known."""
     told = json.loads(fedface("device", "log", "device.yaml", "--run", "others", "--json").out)
-    assert told["lines"] == [] and told["booked_without_a_line"] == [3] and told["bytes"] == 0
+    assert told["records"] == [] and told["booked_and_not_sent"] == [8] and told["bytes"] == 0
     said = fedface("device", "log", "device.yaml", "--run", "fases").sentence
     assert said == "this device knows no run 'fases'; it knows faces, others"
 
@@ -261,7 +268,7 @@ def test_an_owner_who_thinks_again_changes_nothing(fedface, used: Path, at_a_ter
     said = fedface("device", "withdraw", "device.yaml", "--run", "faces")
     assert said.code == 1 and "What cannot be undone:" in said.out and "Nothing was done." in said.out
     said = fedface("device", "erase", "device.yaml", "--ledger", "--no-export")
-    assert said.code == 1 and "LEDGER AND JOURNAL GO" in said.out
+    assert said.code == 1 and "THE LEDGER GOES" in said.out
     assert files_in(used) == before
 
 
@@ -275,7 +282,7 @@ def test_leaving_says_what_happens_next_and_what_cannot_be_undone(fedface, used:
         "The server is told the next time it asks",
         "updates of round 1 and figures of question 1",
         str(two),
-        "You have left faces now; kept answers dropped: 1.",
+        "You have left faces now; stored replies deleted: 2.",
     ):
         assert words in said.out
     assert (
@@ -290,19 +297,19 @@ def test_leaving_says_what_happens_next_and_what_cannot_be_undone(fedface, used:
 
 
 def test_erasing_says_what_goes_and_that_photos_stay(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
-    """The key and the kept answer go, the ledger and the journal stay."""
+    """The key and the stored replies go, the ledger stays."""
     said = fedface("device", "erase", "device.yaml", "--yes")
     for words in (
         "Your photos are not touched.",
         "deleted, not overwritten",
-        "Ledger and journal stay",
+        "The ledger stays",
         "sum.key",
     ):
         assert words in said.out
-    assert "Kept answers dropped from the ledger: 1." in said.out
+    assert "Stored replies deleted from the ledger: 2." in said.out
     assert not (used / "state" / "sum.key").exists()
     assert (used / "photos" / "me.jpg").read_bytes() == b"a photo"
-    assert "3 entries" in fedface("ledger", "verify", "device.yaml").out
+    assert "3 releases booked" in fedface("ledger", "verify", "device.yaml").out
 
 
 def test_erasing_says_which_file_is_what_and_which_is_not_found(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
@@ -343,7 +350,7 @@ def test_the_ledger_goes_only_with_a_copy_or_a_word_that_none_is_wanted(fedface,
     said = fedface("device", "erase", "device.yaml", "--yes", "--ledger", "--export", "copy.json")
     assert said.code == 0 and "Treat these photos as spent" in said.out
     told = json.loads((used / "copy.json").read_text())
-    assert len(told["entries"]) == 3 and len(told["journal"]["lines"]) == 3
+    assert len(told["records"]) == 8
     assert files_in(used / "state") == {} and (used / "photos" / "me.jpg").exists()
 
 
@@ -361,21 +368,21 @@ def test_a_story_of_two_rounds_a_goodbye_and_a_refusal(fedface, home: Path) -> N
         payloads.append(reply.payload)
     price = epsilon_of(experiment.plan().event(1), 1e-3)
 
-    lines = json.loads(fedface("device", "log", "device.yaml", "--json").out)["lines"]
-    assert [(line["what"], line["bytes"]) for line in lines] == [("update", len(payloads[0]))] * 2
-    assert [line["digest_of_payload"] for line in lines] == [hashlib.sha256(p).hexdigest() for p in payloads]
+    lines = json.loads(fedface("device", "log", "device.yaml", "--json").out)["records"]
+    assert [(line["kind"], line["bytes"]) for line in lines] == [("update", len(payloads[0]))] * 2
+    assert [line["payload_digest"] for line in lines] == [hashlib.sha256(p).hexdigest() for p in payloads]
     assert [line["price"]["upper"] for line in lines] == [price.upper] * 2
     assert fedface("device", "withdraw", "device.yaml", "--run", "tiny", "--yes").code == 0
     answer = handle_task(replace(task, round=3), device)
     assert isinstance(answer, Refusal) and answer.withdrawn
     told = json.loads(fedface("device", "log", "device.yaml", "--json").out)
-    assert [line.get("what", line["line"]) for line in told["lines"]] == [
+    assert [line.get("kind", line["record"]) for line in told["records"]] == [
         "update",
         "update",
-        "withdrawn",
+        "withdrawal",
         "refusal",
     ]
-    assert list(told["withdrawn"]) == ["tiny"] and told["lines"][3]["price"] is None
+    assert list(told["withdrawn"]) == ["tiny"] and told["records"][3]["price"] is None
     spent = epsilon_of(experiment.plan().event(2), 1e-3)
     assert [budget["spent"]["upper"] for budget in told["budgets"]] == [spent.upper] * 2
     assert [budget["left"] for budget in told["budgets"]] == [100 - spent.upper, 50 - spent.upper]
@@ -385,13 +392,13 @@ def test_a_bare_ledger_is_priced_for_whom_its_entries_promise(fedface, home: Pat
     """Never per photo for occasions; where entries differ the line to type is said; noise has four figures."""
     path = home / "bare.sqlite"
     ledger = Ledger.open(path)
-    marks = {"unit": "occasion", "noise_multiplier": "6.123456789"}
-    ledger.record(EVENT, run="faces", round=1, marks=marks)
+    metadata = {"unit": "occasion", "noise_multiplier": "6.123456789"}
+    ledger.record(EVENT, run="faces", round=1, metadata=metadata)
     said = fedface("ledger", "show", "bare.sqlite")
     assert "every epsilon at delta 1e-5, per occasion" in said.out and "6.123 " in said.out
     assert "fedface ledger show bare.sqlite --delta 1e-6 --unit photo" in said.out
     assert json.loads(fedface("ledger", "export", "bare.sqlite").out)["spent"]["unit"] == "occasion"
-    ledger.record(EVENT, run="others", round=1, marks={**marks, "unit": "photo"})
+    ledger.record(EVENT, run="others", round=1, metadata={**metadata, "unit": "photo"})
     told = fedface("ledger", "show", "bare.sqlite").sentence
     assert "several units (photo, occasion)" in told
     assert told.endswith("fedface ledger show bare.sqlite --unit photo")
@@ -453,7 +460,7 @@ def test_an_erasure_that_was_cut_short_after_its_copy_is_ended_by_the_same_comma
     (used / "copy.json").write_text(copy)
     ledger = (used / "state" / "ledger.sqlite").read_bytes()
     said = fedface(*command)
-    assert said.code == 0 and "holds a copy of ledger and journal as they are" in said.out
+    assert said.code == 0 and "is an export of the ledger as it is" in said.out
     assert (used / "copy.json").read_text() == copy and not (used / "state" / "ledger.sqlite").exists()
     (used / "state" / "ledger.sqlite").write_bytes(ledger[:-1])
     (used / "state" / "ledger.sqlite.head").write_text("f" * 64)

@@ -55,7 +55,7 @@ def spent_ledger(path: Path, recipe: Experiment, rounds: int) -> Path:
     plan = recipe.plan()
     book = Ledger.open(path)
     for round in range(rounds):
-        book.record(plan.event(1), run="earlier", round=round, marks=plan.metadata())
+        book.record(plan.event(1), run="earlier", round=round, metadata=plan.metadata())
     return path
 
 

@@ -1,7 +1,4 @@
-"""Commands for the owner of a device about what left it: read the log, leave a run, erase what is kept.
-
-Registered by devices.py. Words and decisions are those of reports/device_log.py and device/withdrawal.py.
-"""
+"""Commands for the owner of a device about what left it: read the log, withdraw from a run, erase what is stored."""
 
 from __future__ import annotations
 
@@ -17,9 +14,8 @@ from fedface import number_format
 from fedface.cli.console import cell, console, progress_bars, warn
 from fedface.cli.options import JsonOption
 from fedface.device.config import check_kind, is_accessible_to_others
-from fedface.device.state import DeviceState, device_state, export, verify, write_alone
+from fedface.device.state import DeviceState, device_state, export, known_runs, write_new
 from fedface.device.withdrawal import (
-    FileToErase,
     describe_erasure,
     erase,
     files_to_erase,
@@ -29,9 +25,9 @@ from fedface.device.withdrawal import (
 from fedface.errors import ConfigError, LedgerError
 from fedface.privacy.budget import overspending
 from fedface.privacy.hash_chain import utc_now
-from fedface.privacy.transmission_log import Transmission
+from fedface.privacy.ledger_records import Transmission
 from fedface.reports import device_log_text
-from fedface.reports.device_log import DeviceLog, LoggedTransmission, make_log, render
+from fedface.reports.device_log import DeviceLog, LoggedRecord, make_log, render
 from fedface.reports.device_log_text import moment
 
 DeviceArgument = Annotated[Path, typer.Argument(help="The device's file, such as device.yaml.")]
@@ -46,29 +42,27 @@ def device_log(
     ] = None,
     json_out: JsonOption = False,
 ) -> None:
-    """Say everything that ever left a device: when, to whom, how large, how protected, at what cost."""
+    """List everything that ever left a device: when, where to, how large, how protected, at what cost."""
     if page is not None and page.suffix != ".html":
         raise ConfigError(f"--page {page}: wanted a name that ends in .html")
     kept = owned(device)
-    lines = kept.transmissions()
-    entries = kept.entries()
-    if run is not None and run not in (known := kept.runs()):
+    snapshot = kept.ledger.read()
+    if run is not None and run not in (known := known_runs(snapshot)):
         raise ConfigError(f"this device knows no run {run!r}; it knows {', '.join(known) or 'none'}")
     log = make_log(
         kept.device.name,
         kept.device.policy,
-        entries,
-        lines,
+        snapshot,
         receiver=kept.device.server,
         now=utc_now(),
         run=run,
     )
     if page is not None:
         with progress_bars() as bars:
-            bars.stage("pricing", len(entries))
+            bars.stage("pricing", len(log.entries))
             text = render(log)
         page.unlink(missing_ok=True)
-        write_alone(page, text)
+        write_new(page, text)
     if json_out:
         print(json.dumps(log.record(), indent=2))
         return
@@ -97,14 +91,12 @@ def warn_of_open(state: Path) -> None:
 
 def _print_log(log: DeviceLog, *, unpromised: bool) -> None:
     _say(f"What left {log.device}{'' if log.run is None else f' for {log.run}'}, newest last")
-    if not log.kept:
-        _say("Nothing was sent since this device keeps a journal: there is none yet.")
-    elif not log.told:
+    if not log.records:
         _say("Nothing was sent.")
-    for told in log.told:
-        _print_told(told)
+    for logged in log.records:
+        _print_record(logged)
     _say("")
-    payloads = "1 payload" if len(log.sent) == 1 else f"{len(log.sent)} payloads"
+    payloads = "1 payload" if len(log.transmissions) == 1 else f"{len(log.transmissions)} payloads"
     _say(f"Together: {number_format.size(log.bytes)} in {payloads}.".replace(number_format.SPACE, " "))
     for budget in log.budgets:
         _say(budget.in_words() + (" (all runs together)" if log.run is not None else ""))
@@ -112,58 +104,53 @@ def _print_log(log: DeviceLog, *, unpromised: bool) -> None:
             _say(f"{over[0].upper()}{over[1:]}.")
     if log.unsent:
         numbers = ", ".join(str(entry.number) for entry in log.unsent)
-        _say(
-            f"Booked without a line above: entries {numbers}. Nothing of them was sent, or it was before this device "
-            "kept a journal; they count as spent."
-        )
+        _say(f"Booked and not sent: entries {numbers}. They count as spent.")
     for name, when in log.withdrawn.items():
         _say(f"You left {name}: nothing but refusals leaves for it since {moment(when)}.")
-    if log.sent:
+    if log.transmissions:
         _say("Not covered by these numbers:")
-        _list(device_log_text.not_covered(log.bare))
+        _list(device_log_text.not_covered(log.without_noise))
 
 
-def _print_told(told: LoggedTransmission) -> None:
-    line = told.line
-    _say(f"{line.number:>4}  {', '.join(told.when())}  {told.what()}")
-    if isinstance(line, Transmission):
-        size = number_format.size(line.bytes).replace(number_format.SPACE, " ")
-        _say(f"      {size} to {line.receiver}; {line.protection}")
-        _say(f"      cost: {told.cost()}")
+def _print_record(logged: LoggedRecord) -> None:
+    record = logged.record
+    _say(f"{record.number:>4}  {', '.join(logged.when())}  {logged.what()}")
+    if isinstance(record, Transmission):
+        size = number_format.size(record.bytes).replace(number_format.SPACE, " ")
+        _say(f"      {size} to {record.receiver}; {record.protection}")
+        _say(f"      cost: {logged.cost()}")
 
 
 def device_withdraw(
     device: DeviceArgument,
-    run: Annotated[str, typer.Option(help="The run to leave, by the name that `fedface device log` tells.")],
+    run: Annotated[str, typer.Option(help="The run to leave, by its name in `fedface device log`.")],
     reason: Annotated[str, typer.Option(help="Your reason; it stays on this device.")] = "",
     yes: YesOption = False,
 ) -> None:
     """Leave a run for good: nothing of it leaves this device from now on, and the server is told."""
     kept = owned(device)
     mine = withdrawal_impact(kept, run)
-    if mine.transmissions is None:
+    if mine.withdrawn is None:
         _say(f"Leaving {run}:")
         _list(mine.ahead())
         _say("What cannot be undone:")
         _list(mine.lasting())
         _ask(f"Leave {run}", yes)
-    dropped = withdraw(kept, run, reason)
-    when = "now" if mine.transmissions is None else f"already, on {moment(mine.transmissions)}"
-    _say(f"You have left {run} {when}; kept answers dropped: {dropped}.")
+    deleted = withdraw(kept, run, reason)
+    when = "now" if mine.withdrawn is None else f"already, on {moment(mine.withdrawn)}"
+    _say(f"You have left {run} {when}; stored replies deleted: {deleted}.")
 
 
 def device_erase(
     device: DeviceArgument,
-    ledger: Annotated[
-        bool, typer.Option("--ledger", help="Erase the ledger and the journal too; think twice.")
-    ] = False,
+    ledger: Annotated[bool, typer.Option("--ledger", help="Erase the ledger too; think twice.")] = False,
     export_to: Annotated[
-        Path | None, typer.Option("--export", help="With --ledger: write both to this new file first.")
+        Path | None, typer.Option("--export", help="With --ledger: export it to this new file first.")
     ] = None,
     no_export: Annotated[bool, typer.Option("--no-export", help="With --ledger: keep no copy.")] = False,
     yes: YesOption = False,
 ) -> None:
-    """Erase what this device keeps: answers, key, index of photos. Photos are never touched."""
+    """Erase what this device stores: replies, key, index of photos. Photos are never touched."""
     if not ledger and (export_to is not None or no_export):
         raise ConfigError(
             "--export and --no-export go with --ledger; `fedface ledger export` copies at any time"
@@ -175,49 +162,33 @@ def device_erase(
         # Written by this very command before it was cut short, or something else that must not be lost.
         if not _is_copy(export_to, kept):
             raise ConfigError(f"{export_to}: is there already, and is not overwritten; name another file")
-        _say(f"{export_to} holds a copy of ledger and journal as they are.")
+        _say(f"{export_to} is an export of the ledger as it is.")
         export_to = None
-    plan = files_to_erase(kept, books=ledger)
-    _say(f"Erasing what {kept.device.name} keeps:")
+    plan = files_to_erase(kept, ledger=ledger)
+    _say(f"Erasing what {kept.device.name} stores:")
     _list([str(one) for one in plan if one.found] or ["no file of it is there"])
     for one in plan:
         if not one.found:
             _say(f"{one}.")
     _say("What it means:")
     _list(["Stop the device first: while it works, it may write anew what is deleted here."])
-    _list(_meaning(kept, plan, books=ledger))
+    _list(describe_erasure(kept, ledger=ledger))
     _ask("Erase it", yes)
     if export_to is not None:
-        write_alone(export_to, _copy(kept))
+        write_new(export_to, _copy(kept))
         _say(f"Wrote {export_to}.")
-    for sentence in erase(kept, books=ledger).describe():
+    for sentence in erase(kept, ledger=ledger).describe():
         _say(sentence)
 
 
-def _meaning(kept: DeviceState, plan: Sequence[FileToErase], *, books: bool) -> list[str]:
-    """What erasing means for this device, without what it does to files that are not there."""
-    found = [one.file for one in plan if one.found]
-    there = {
-        "Kept answers go": kept.ledger.path.is_file(),
-        "The shared key goes": kept.device.key_path in found,
-        "The index of your photos goes": kept.index in found,
-        "Files are deleted": bool(found),
-    }
-    return [
-        sentence
-        for sentence in describe_erasure(books=books)
-        if all(is_there or not sentence.startswith(words) for words, is_there in there.items())
-    ]
-
-
 def _is_copy(file: Path, kept: DeviceState) -> bool:
-    """Whether a file is an export of ledger and journal as they are now.
+    """Whether a file is an export of the ledger as it is now.
 
     Raises:
-        ConfigError: They cannot be read any more.
+        ConfigError: The ledger cannot be read any more.
     """
     try:
-        told, now = json.loads(file.read_text(encoding="utf-8")), json.loads(_copy(kept))
+        exported, now = json.loads(file.read_text(encoding="utf-8")), json.loads(_copy(kept))
     except LedgerError as error:
         raise ConfigError(
             f"{error}. {file} is there already: if it is the copy of an erasure that was cut short, --no-export in "
@@ -225,13 +196,12 @@ def _is_copy(file: Path, kept: DeviceState) -> bool:
         ) from error
     except (OSError, ValueError):
         return False
-    return isinstance(told, dict) and {**told, "made": now["made"]} == now
+    return isinstance(exported, dict) and {**exported, "created": now["created"]} == now
 
 
 def _copy(kept: DeviceState) -> str:
     policy = kept.device.policy
-    books = verify(kept.ledger, kept.journal)
-    return export(books, delta=policy.delta, unit=policy.unit, now=utc_now())
+    return export(kept.ledger.verify(), delta=policy.delta, unit=policy.unit, now=utc_now())
 
 
 def _ask(question: str, yes: bool) -> None:

@@ -1,4 +1,4 @@
-"""Commands for the owner of a device: its key, and what its ledger has booked. See device_log.py for what left."""
+"""Commands for the owner of a device: its key, and what its ledger has booked."""
 
 from __future__ import annotations
 
@@ -17,17 +17,15 @@ from fedface.cli.console import cell, console, progress_bars
 from fedface.cli.device_log import device_erase, device_log, device_withdraw, owned, warn_of_open
 from fedface.cli.options import JsonOption
 from fedface.device.config import is_accessible_to_others
-from fedface.device.state import ChainFiles, export, verify, write_alone
+from fedface.device.state import LedgerFiles, export, write_new
 from fedface.errors import ConfigError
 from fedface.experiment import read_experiment
 from fedface.measurements import Epsilon
 from fedface.number_format import format_delta
 from fedface.privacy.hash_chain import utc_now
-from fedface.privacy.ledger import FORM as LEDGER
-from fedface.privacy.ledger import Entry
+from fedface.privacy.ledger_records import LedgerEntry
 from fedface.privacy.policy import EVALUATION
-from fedface.privacy.spending import MOMENTS, price_of, totals, unit_of
-from fedface.privacy.transmission_log import FORM as JOURNAL
+from fedface.privacy.spending import MOMENTS, price_of, totals
 from fedface.privacy_units import UNITS, Unit
 
 device = typer.Typer(help="For the owner of a device.", no_args_is_help=True, rich_markup_mode=None)
@@ -69,14 +67,13 @@ def device_keygen(
 
 @dataclass(frozen=True, kw_only=True)
 class _Asked:
-    """Which books, and how they are priced."""
+    """Which ledger, and how it is priced."""
 
-    ledger: ChainFiles
-    journal: ChainFiles
+    ledger: LedgerFiles
     delta: float
     unit: Unit | None  # None: as the entries promise
 
-    def unit_of(self, entries: Sequence[Entry]) -> Unit:
+    def unit_of(self, entries: Sequence[LedgerEntry]) -> Unit:
         """Whose price is told.
 
         Raises:
@@ -84,7 +81,7 @@ class _Asked:
         """
         if self.unit is not None:
             return self.unit
-        units = [unit for unit in UNITS if any(unit_of(entry) == unit for entry in entries)]
+        units = [unit for unit in UNITS if any(entry.unit == unit for entry in entries)]
         if len(units) > 1:
             raise ConfigError(
                 f"{self.ledger.path}: its entries promise for several units ({', '.join(units)}); say whose price is "
@@ -94,7 +91,7 @@ class _Asked:
 
 
 def _asked(path: Path, delta: float | None = None, unit: str | None = None) -> _Asked:
-    """The books of a device's file, or a ledger and the journal beside it."""
+    """The ledger of a device's file, or of a path."""
     chosen = next((known for known in UNITS if known == unit), None)
     if unit is not None and chosen is None:
         raise ConfigError(f"--unit must be one of {', '.join(UNITS)}, got {unit!r}")
@@ -103,18 +100,15 @@ def _asked(path: Path, delta: float | None = None, unit: str | None = None) -> _
         policy = kept.device.policy
         return _Asked(
             ledger=kept.ledger,
-            journal=kept.journal,
             delta=policy.delta if delta is None else delta,
             unit=chosen or policy.unit,
         )
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder; wanted a device's file or a ledger.sqlite")
-    journal = path.with_name("journal.sqlite")
-    if is_accessible_to_others(path) or journal.exists():  # a copy for its owner alone may lie in any folder
+    if is_accessible_to_others(path) or LedgerFiles.at(path).head.exists():  # an export may lie in any folder
         warn_of_open(path.parent)
     return _Asked(
-        ledger=ChainFiles.at(path, LEDGER, None),
-        journal=ChainFiles.at(journal, JOURNAL, None),
+        ledger=LedgerFiles.at(path),
         delta=float(BARE_DELTA) if delta is None else delta,
         unit=chosen,
     )
@@ -132,7 +126,7 @@ def ledger_show(
 ) -> None:
     """Print what a device has booked, what each entry costs alone, and what all cost together."""
     asked = _asked(path, delta, unit)
-    entries = verify(asked.ledger, asked.journal).entries
+    entries = asked.ledger.verify().entries
     whose = asked.unit_of(entries)
     with progress_bars() as bars:
         bars.stage("pricing", len(entries))
@@ -169,7 +163,7 @@ def ledger_show(
     console.print(f"spent: {spent} ({own})", highlight=False, soft_wrap=True)
 
 
-def _table(entries: list[Entry], alone: dict[int, Epsilon], so_far: dict[int, Epsilon]) -> Table:
+def _table(entries: list[LedgerEntry], alone: dict[int, Epsilon], so_far: dict[int, Epsilon]) -> Table:
     table = Table(box=None)
     for heading in (
         "no.",
@@ -184,11 +178,10 @@ def _table(entries: list[Entry], alone: dict[int, Epsilon], so_far: dict[int, Ep
     ):
         table.add_column(heading)
     for entry in entries:
-        marks = json.loads(entry.metadata)
         again = f" (attempt {entry.attempt})" if entry.attempt > 1 else ""
         words = (
             entry.number, entry.written[:16].replace("T", " "), entry.run,
-            f"{entry.round}{again}", _released(entry), unit_of(entry), _noise(marks.get("noise_multiplier")),
+            f"{entry.round}{again}", _released(entry), entry.unit, _noise(entry.metadata.get("noise_multiplier")),
             _bounds(alone[entry.number]), _bounds(so_far[entry.number]) if entry.number in so_far else "",
         )  # fmt: skip
         table.add_row(*(cell(word) for word in words))
@@ -206,9 +199,9 @@ def _bounds(price: Epsilon) -> str:
     return estimate if low == high else f"{estimate} ({low} to {high})"
 
 
-def _released(entry: Entry) -> str:
+def _released(entry: LedgerEntry) -> str:
     """What an entry was booked for: figures, or an update of what."""
-    objective = json.loads(entry.metadata).get("objective")
+    objective = entry.metadata.get("objective")
     if objective is None:
         return "not noted"
     return "figures" if objective == EVALUATION else f"update ({objective})"
@@ -216,27 +209,36 @@ def _released(entry: Entry) -> str:
 
 @ledger.command("verify")
 def ledger_verify(path: LedgerArgument, json_out: JsonOption = False) -> None:
-    """Check every line of a ledger and of the journal beside it; damage is one sentence and exit code 2."""
-    asked = _asked(path)
-    books = verify(asked.ledger, asked.journal)
+    """Check every record of a ledger, its head and its witness; damage is one sentence and exit code 2."""
+    files = _asked(path).ledger
+    snapshot = files.verify()
+    witness = files.witness_file if files.witnessed else None
     if json_out:
-        told = [{**asdict(book), "path": str(book.path), "witness": None if book.witness is None else
-                 str(book.witness), "ok": True} for book in books.verified]  # fmt: skip
-        print(json.dumps(told, indent=2))
+        found = {
+            "path": str(files.path),
+            "ok": True,
+            "records": len(snapshot.records),
+            "entries": len(snapshot.entries),
+            "transmissions": len(snapshot.transmissions),
+            "head": snapshot.head,
+            "witness": None if witness is None else str(witness),
+        }
+        print(json.dumps(found, indent=2))
         return
-    for book in books.verified:
-        one, several = ("entry", "entries") if book.noun == "ledger" else ("line", "lines")
-        count = f"{book.count} {one if book.count == 1 else several}"
-        seen = f"the witness {book.witness} agrees" if book.witness else "no witness was begun"
-        console.print(
-            f"{book.noun} {cell(book.path)}: ok, {count}, head {book.head}; {cell(seen)}",
-            highlight=False,
-            soft_wrap=True,
+    counts = ", ".join(
+        f"{count} {one if count == 1 else several}"
+        for count, one, several in (
+            (len(snapshot.records), "record", "records"),
+            (len(snapshot.entries), "release booked", "releases booked"),
+            (len(snapshot.transmissions), "transmission", "transmissions"),
         )
-    if books.lines is None:
-        console.print("journal: there is none beside it, so nothing was sent since devices keep one")
-    else:
-        console.print("together: ok, every update and every figure that left was paid for", highlight=False)
+    )
+    seen = f"the witness {witness} agrees" if witness else "it has no witness"
+    console.print(
+        f"ledger {cell(files.path)}: ok, {counts}, head {snapshot.head}; {cell(seen)}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @ledger.command("export")
@@ -248,12 +250,12 @@ def ledger_export(
     delta: DeltaOption = None,
     unit: UnitOption = None,
 ) -> None:
-    """Write a ledger and the journal beside it as JSON: every line, the heads, and what everything costs."""
+    """Write a ledger as JSON: every record, the head, and what everything costs."""
     asked = _asked(path, delta, unit)
-    books = verify(asked.ledger, asked.journal)
-    text = export(books, delta=asked.delta, unit=asked.unit_of(books.entries), now=utc_now())
+    snapshot = asked.ledger.verify()
+    text = export(snapshot, delta=asked.delta, unit=asked.unit_of(snapshot.entries), now=utc_now())
     if out is None:
         print(text, end="")
         return
-    write_alone(out, text)
+    write_new(out, text)
     console.print(f"wrote {out}", highlight=False, soft_wrap=True)

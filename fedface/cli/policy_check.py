@@ -22,19 +22,20 @@ from fedface.device.config import (
     missing_policy_folders,
     read_device_config,
 )
-from fedface.device.state import ChainFiles, DeviceState, device_state
+from fedface.device.state import DeviceState, LedgerFiles, device_state
 from fedface.errors import ConfigError, PolicyRefusal
 from fedface.experiment import Experiment, read_experiment
 from fedface.number_format import format_delta
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.adjacency import convert_unit
 from fedface.privacy.budget import Budget, describe_briefly, format_upper_bound, overspending
-from fedface.privacy.ledger import FORM, MAX_PERIOD, Ledger
+from fedface.privacy.ledger import Ledger
 from fedface.privacy.mechanism import Event
 from fedface.privacy.participation_conditions import ConditionsNotMet, SystemEnvironment
 from fedface.privacy.plan import DPParameters, Plan
 from fedface.privacy.policy import ADVICE, EVALUATION, DevicePolicy
 from fedface.privacy.privacy_target import NoPrivacy
+from fedface.privacy.spending import MAX_PERIOD
 from fedface.privacy_units import Unit
 
 DEVICE_KEYS = ("policy", "photos", "state")  # any of them at the top level makes a file a device file
@@ -76,22 +77,15 @@ def _owned(file: Path, ledger: Path | None) -> Owned:
     else:
         kept = _working(file)
         allowed, own = kept.device.policy, kept.ledger
-        doubts = [
-            f"others could read {book.path}; run chmod 600 on it"  # opening a ledger does it by itself
-            for book in (kept.ledger, kept.journal)
-            if is_accessible_to_others(book.path)
-        ]
+        if is_accessible_to_others(own.path):  # opening a ledger does it by itself
+            doubts = [f"others could read {own.path}; run chmod 600 on it"]
     doubts = [*allowed.warnings(), *doubts]
     if ledger is None:
-        book = None if own is None else own.open_existing(Ledger.open)
+        book = None if own is None else own.open_existing()
         path = None if own is None or book is None else own.path
         return Owned(policy=allowed, ledger=path, book=book, doubts=doubts)
-    named = (
-        own
-        if own is not None and own.path.resolve() == ledger.resolve()
-        else ChainFiles.at(ledger, FORM, None)
-    )
-    book = named.open_existing(Ledger.open)
+    named = own if own is not None and own.path.resolve() == ledger.resolve() else LedgerFiles.at(ledger)
+    book = named.open_existing()
     if book is None:
         raise ConfigError(f"{ledger}: no ledger here")
     return Owned(policy=allowed, ledger=ledger, book=book, doubts=doubts)
@@ -162,7 +156,7 @@ def _price(event: Event, told: Unit, limit: Budget, book: Ledger) -> Price:
         limit=limit,
         asked=epsilon_of(convert_unit(event, source=told, target=limit.unit), limit.delta).upper,
         spent=book.spent(limit.delta, unit=limit.unit, since=since).upper,
-        together=book.would_spend(event, limit.delta, told=told, unit=limit.unit, since=since).upper,
+        together=book.would_spend(event, limit.delta, run_unit=told, unit=limit.unit, since=since).upper,
         rounds_that_fit=None,
     )
 
@@ -172,7 +166,7 @@ def _together(
 ) -> CombinedVerdict:
     """All requests of a run against the lifetime budget; a refusal of one request alone is not repeated here."""
     life, told = allowed.budgets[0], plan.dp_parameters.unit
-    short = book.check_budget(plan.total_event(), [life], told=told)
+    short = book.check_budget(plan.total_event(), [life], run_unit=told)
     alone = any(verdict.refusal is not None for verdict in verdicts)
     return CombinedVerdict(
         fits=short is None,
@@ -199,7 +193,7 @@ def _rounds_that_fit(terms: DPParameters, limit: Budget, book: Ledger) -> int:
 
     def fits(rounds: int) -> bool:
         event: Event = terms.event(rounds)
-        return book.check_budget(event, [limit], told=terms.unit) is None
+        return book.check_budget(event, [limit], run_unit=terms.unit) is None
 
     fitting, too_many = 0, terms.schedule.rounds + 1
     if fits(terms.schedule.rounds):

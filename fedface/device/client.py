@@ -46,12 +46,11 @@ from fedface.messages.messages import (
 from fedface.models.checkpoint import model_from_vectors, weights_hash
 from fedface.models.model import Architecture, Model
 from fedface.photos.device_dataset import DeviceDataset
-from fedface.privacy.books import check_books
-from fedface.privacy.ledger import Entry, Ledger
+from fedface.privacy.ledger import Ledger
+from fedface.privacy.ledger_records import LedgerEntry, TransmissionInfo, TransmissionKind
 from fedface.privacy.participation_conditions import ConditionsNotMet
 from fedface.privacy.plan import DPParameters
 from fedface.privacy.policy import EVALUATION, DevicePolicy
-from fedface.privacy.transmission_log import OF_FIGURES, TransmissionKind, TransmissionLog
 from fedface.randomness import Streams
 from fedface.tensor_types import Vector
 from fedface.training.training_methods import common_streams, noise_source, prepare_round
@@ -68,22 +67,17 @@ class Device:
     name: str  # the public name in logs and reports
     photos: Callable[[int], DeviceDataset]  # size in pixels -> all aligned faces, and which belong together
     policy: DevicePolicy
-    state: Path  # folder of the ledger, the journal and the shared key, readable by the owner alone
+    state: Path  # folder of the ledger and the shared key, readable by the owner alone
     ready: Callable[[], None] = lambda: (
         None
     )  # raises ConditionsNotMet, before a booking, while photos cannot be read
     server: str = "the coordinator"  # to whom replies go, in the owner's words
-    witness: Path | None = None  # folder elsewhere that remembers the heads of ledger and journal
+    witness: Path | None = None  # folder elsewhere that stores the head of the ledger
 
     @property
     def ledger_path(self) -> Path:
-        """The ledger of this library, for all runs."""
+        """What these photos have paid, what left, and what its owner decided, for all runs."""
         return self.state / "ledger.sqlite"
-
-    @property
-    def journal_path(self) -> Path:
-        """What left this device, and what its owner decided."""
-        return self.state / "journal.sqlite"
 
     @property
     def key_path(self) -> Path:
@@ -91,30 +85,29 @@ class Device:
         return self.state / "sum.key"
 
     def ledger(self) -> Ledger:
-        """The ledger, verified. Raises LedgerError."""
+        """A session on the ledger, verified. Raises LedgerError."""
         return Ledger.open(self.ledger_path, witness=self.witness)
-
-    def journal(self) -> TransmissionLog:
-        """The journal, verified. Raises LedgerError."""
-        return TransmissionLog.open(self.journal_path, witness=self.witness)
 
 
 def handle_task(task: Task, device: Device) -> Reply:
-    """Answer one task, or say no; what is answered is in the journal when this returns.
+    """Answer one task, or refuse it; the answer is recorded in the ledger when this returns.
 
     Raises:
         WeightsError: The weights do not fit the networks of the task, or are not those that it names.
         AggregationError: The shared key is missing, or a sum is not of this run's kind.
         FederationError: The sum of another round was to be opened.
-        PrivacyError: Ledger or journal cannot be trusted, the task contradicts itself, or this round of this run was
+        PrivacyError: The ledger cannot be trusted, the task contradicts itself, or this round of this run was
             answered for other weights or terms. Nothing is sent.
     """
-    journal, ledger = device.journal(), device.ledger()
-    check_books(journal, ledger)
-    if journal.has_withdrawn(task.run):
-        return _noted(_left(device), task, device, journal, entry=None)
+    with device.ledger() as ledger:
+        return _handle(task, device, ledger)
+
+
+def _handle(task: Task, device: Device, ledger: Ledger) -> Reply:
+    if ledger.has_withdrawn(task.run):
+        return _recorded(_withdrawn(device), task, device, ledger, entry=None)
     reply: Reply
-    entry: Entry | None = None
+    entry: LedgerEntry | None = None
     try:
         match task:
             case TrainTask():
@@ -128,50 +121,46 @@ def handle_task(task: Task, device: Device) -> Reply:
             log.warning("%s", refusal.private)  # what the owner may know, and the server need not
         reply = Refusal(device=device.name, reason=str(refusal))
     try:
-        return _noted(reply, task, device, journal, entry)
-    except PolicyRefusal:  # its owner left while it was computed: what was kept is dropped with the rest
+        return _recorded(reply, task, device, ledger, entry)
+    except PolicyRefusal:  # its owner withdrew while it was computed: the stored reply is deleted as well
         if not isinstance(task, DecryptTask):
             ledger.delete_replies(task.ledger_key)
-        return _noted(_left(device), task, device, journal, entry=None)
+        return _recorded(_withdrawn(device), task, device, ledger, entry=None)
 
 
-def _left(device: Device) -> Refusal:
+def _withdrawn(device: Device) -> Refusal:
     return Refusal(device=device.name, reason="its owner has left this run", withdrawn=True)
 
 
-def _noted(reply: Reply, task: Task, device: Device, journal: TransmissionLog, entry: Entry | None) -> Reply:
-    """The reply, once the journal has it on disk."""
-    what: TransmissionKind
+def _recorded(reply: Reply, task: Task, device: Device, ledger: Ledger, entry: LedgerEntry | None) -> Reply:
+    """The reply, once the ledger has its transmission on disk."""
+    kind: TransmissionKind
     match reply:
         case TrainResult(payload=payload):
-            what, sent, protection = "update", payload, protection_of(task)
+            kind, protection = "update", protection_of(task)
         case EvaluateResult(payload=payload):
-            what, sent, protection = "figures", payload, protection_of(task)
+            kind, protection = "metrics", protection_of(task)
         case DecryptResult(total=total):
-            what, sent, protection = (
-                "opened sum",
-                vector_bytes(total),
-                "the sum over several devices, not one of them",
-            )
+            payload = vector_bytes(total)
+            of_metrics = isinstance(task, DecryptTask) and task.sum_of == "metrics"
+            kind = "metrics sum" if of_metrics else "update sum"
+            protection = "the sum over several devices, not one of them"
         case Refusal(reason=reason):
-            what, sent, protection = "refusal", reason.encode(), "nothing of a photo is in it"
-    words = reply.reason if isinstance(reply, Refusal) else ""
-    if isinstance(task, DecryptTask) and task.sum_of == "metrics" and not words:
-        words = OF_FIGURES
-    journal.record_transmission(
-        sent,
+            kind, payload, protection = "refusal", reason.encode(), "nothing of a photo is in it"
+    info = TransmissionInfo(
         run=task.run,
         round=task.round,
-        what=what,
+        kind=kind,
         receiver=device.server,
         protection=protection,
         entry=None if entry is None else entry.number,
-        words=words,
+        reason=reply.reason if isinstance(reply, Refusal) else "",
     )
+    ledger.record_transmission(payload, info)
     return reply
 
 
-def _train(task: TrainTask, device: Device, ledger: Ledger) -> tuple[Reply, Entry | None]:
+def _train(task: TrainTask, device: Device, ledger: Ledger) -> tuple[Reply, LedgerEntry | None]:
     agreed = task.config
     if agreed.training.schedule() != agreed.dp.schedule:
         raise PrivacyError("the task's training schedule and its privacy terms differ; nothing was computed")
@@ -183,7 +172,7 @@ def _train(task: TrainTask, device: Device, ledger: Ledger) -> tuple[Reply, Entr
         aggregation=agreed.aggregation,
         agreement=agreed.agreement,
         objective=agreed.training.objective,
-        marks={
+        metadata={
             "training": agreed.training.kind,
             "recipe": _recipe(encode(agreed.training), encode(agreed.architecture), agreed.holdout_fraction),
         },
@@ -211,7 +200,7 @@ def _train(task: TrainTask, device: Device, ledger: Ledger) -> tuple[Reply, Entr
     return TrainResult(device=device.name, payload=payload, seconds_protect=seconds), entry
 
 
-def _evaluate(task: EvaluateTask, device: Device, ledger: Ledger) -> tuple[Reply, Entry | None]:
+def _evaluate(task: EvaluateTask, device: Device, ledger: Ledger) -> tuple[Reply, LedgerEntry | None]:
     asked = task.request
     work = _ReleaseTransaction(
         task=task,
@@ -221,7 +210,7 @@ def _evaluate(task: EvaluateTask, device: Device, ledger: Ledger) -> tuple[Reply
         aggregation=asked.aggregation,
         agreement=asked.agreement,
         objective=EVALUATION,
-        marks={
+        metadata={
             "method": asked.method.kind,
             "recipe": _recipe(
                 encode(asked.method),
@@ -259,17 +248,17 @@ class _ReleaseTransaction:
     aggregation: AggregationConfig
     agreement: AggregationParameters
     objective: str
-    marks: dict[str, str]
+    metadata: dict[str, str]
 
-    def _all_marks(self) -> dict[str, str]:
+    def _all_metadata(self) -> dict[str, str]:
         return {
             "model": self.task.model,
             "protocol": self.aggregation.kind,
             "objective": self.objective,
-            **self.marks,
+            **self.metadata,
         }
 
-    def kept(self) -> tuple[Reply, Entry | None] | None:
+    def kept(self) -> tuple[Reply, LedgerEntry | None] | None:
         """The answer that was given before, byte by byte; otherwise None, and the policy has admitted the work.
 
         Raises:
@@ -289,7 +278,7 @@ class _ReleaseTransaction:
         if kept is not None:
             # Books nothing, and fails if the kept bytes answer another release.
             entry = device.policy.record(
-                self.terms, ledger, run=task.ledger_key, round=task.round, marks=self._all_marks()
+                self.terms, ledger, run=task.ledger_key, round=task.round, metadata=self._all_metadata()
             )
             if kept == FAILED:
                 closed = "this round failed on this device and is closed"
@@ -308,7 +297,9 @@ class _ReleaseTransaction:
         device.ready()
         return None
 
-    def release(self, compute: Callable[[DeviceDataset], Vector], size: int) -> tuple[bytes, float, Entry]:
+    def release(
+        self, compute: Callable[[DeviceDataset], Vector], size: int
+    ) -> tuple[bytes, float, LedgerEntry]:
         """Book, compute and keep: the payload, the seconds that protecting it took, and what paid for it.
 
         Whatever goes wrong once photos are opened, the answer is that of a device without photos: noise alone. An
@@ -324,7 +315,7 @@ class _ReleaseTransaction:
         sums = make_device(self.aggregation, self.agreement, _key(self.aggregation, device))
         # Book before reading a photo: a crash from here on may waste budget, never overspend it.
         entry = device.policy.record(
-            self.terms, ledger, run=task.ledger_key, round=task.round, marks=self._all_marks()
+            self.terms, ledger, run=task.ledger_key, round=task.round, metadata=self._all_metadata()
         )
         ledger.record_attempt(task.ledger_key, task.round, attempt=entry.attempt)
         try:

@@ -1,8 +1,7 @@
-"""How the owner of a device leaves a run, or has what the device keeps erased, and what neither can undo.
+"""How the owner of a device withdraws from a run, or erases what the device stores, and what neither can undo.
 
-Called by `fedface device withdraw` and `fedface device erase`. Leaving is written down before anything is dropped, and
-the device then refuses by itself (device/client.py); that the server forgets the device is up to rounds.py.
-Photos are not touched by anything here.
+A withdrawal is recorded before anything is deleted, and the device then refuses by itself (device/client.py); the
+server learns of it when it asks next. Photos are not touched by anything here.
 """
 
 from __future__ import annotations
@@ -12,13 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedface.device.config import INDEX_REGISTRY
-from fedface.device.state import DeviceState
+from fedface.device.state import DeviceState, known_runs
 from fedface.errors import ConfigError, LedgerError
 from fedface.measurements import Epsilon
 from fedface.messages.messages import metrics_ledger_key
-from fedface.privacy.ledger import Entry, Ledger
+from fedface.privacy.ledger_records import LedgerEntry
 from fedface.privacy.spending import price_of
-from fedface.privacy.transmission_log import Withdrawal
 
 NOT_FOUND = "not found (was the device run as another user?)"
 
@@ -28,7 +26,7 @@ class WithdrawalImpact:
     """What a device has in a run: what leaving it cannot undo."""
 
     run: str
-    transmissions: str | None  # when its owner left it first, UTC; None: not yet
+    withdrawn: str | None  # when its owner withdrew first, UTC; None: not yet
     rounds: tuple[int, ...]  # whose updates were booked
     evaluations: tuple[int, ...]  # whose figures were booked
     price: Epsilon  # of everything booked for it, together
@@ -67,86 +65,69 @@ def withdrawal_impact(kept: DeviceState, run: str) -> WithdrawalImpact:
     """What a device has in a run.
 
     Raises:
-        ConfigError: Neither ledger nor journal knows the run.
+        ConfigError: The ledger knows no such run.
     """
-    entries, lines = kept.entries(), kept.transmissions() or []
-    known = kept.runs()
+    snapshot = kept.ledger.read()
+    known = known_runs(snapshot)
     if run not in known:
         told = (
             f"it knows {', '.join(known)}" if known else "it knows none: nothing was booked and nothing sent"
         )
         raise ConfigError(f"this device knows no run {run!r}; {told}")
-    left = next((line.time_text for line in lines if isinstance(line, Withdrawal) and line.run == run), None)
     policy = kept.device.policy
-    mine = [entry for entry in entries if entry.run in (run, metrics_ledger_key(run))]
+    mine = [entry for entry in snapshot.entries if entry.run in (run, metrics_ledger_key(run))]
     return WithdrawalImpact(
         run=run,
-        transmissions=left,
+        withdrawn=snapshot.withdrawals.get(run),
         rounds=_rounds(mine, run),
         evaluations=_rounds(mine, metrics_ledger_key(run)),
         price=price_of(mine, delta=policy.delta, unit=policy.unit),
     )
 
 
-def _rounds(entries: Sequence[Entry], book: str) -> tuple[int, ...]:
+def _rounds(entries: Sequence[LedgerEntry], book: str) -> tuple[int, ...]:
     return tuple(sorted({entry.round for entry in entries if entry.run == book}))
 
 
-def withdraw(kept: DeviceState, run: str, why: str = "") -> int:
-    """Leave a run for good, and drop the answers that were kept for it; twice is as once.
+def withdraw(kept: DeviceState, run: str, reason: str = "") -> int:
+    """Withdraw from a run for good, and delete the replies that are stored for it; twice is as once.
 
     Returns:
-        How many kept answers were dropped.
+        How many replies were deleted.
 
     Raises:
-        ConfigError: Neither ledger nor journal knows the run.
-        LedgerError: One of them cannot be trusted or written.
+        ConfigError: The ledger knows no such run.
+        LedgerError: It cannot be trusted or written.
     """
-    if withdrawal_impact(kept, run).transmissions is None:
-        kept.device.journal().withdraw(run, why)
-    book = kept.ledger.open_existing(Ledger.open)
-    return 0 if book is None else sum(book.delete_replies(name) for name in (run, metrics_ledger_key(run)))
+    withdrawn = withdrawal_impact(kept, run).withdrawn
+    with kept.device.ledger() as ledger:
+        if withdrawn is None:
+            ledger.withdraw(run, reason)
+        return ledger.delete_replies(run, metrics_ledger_key(run))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Erased:
     """What was erased, and what still remembers."""
 
-    replies: int  # kept answers that were dropped from a ledger that stays
+    replies: int  # that were deleted from a ledger that stays
     files: tuple[Path, ...]  # that are gone
-    witnesses: tuple[Path, ...]  # that remember a ledger or a journal that is gone
+    witness: Path | None  # the file that remembers a ledger that is gone
 
     def describe(self) -> list[str]:
         """One sentence each."""
-        said = [f"Deleted: {', '.join(str(file) for file in self.files) or 'nothing, nothing was there'}."]
+        sentences = [
+            f"Deleted: {', '.join(str(file) for file in self.files) or 'nothing, nothing was there'}."
+        ]
         if self.replies:
-            said.append(f"Kept answers dropped from the ledger: {self.replies}.")
-        if self.witnesses:
-            said.append(
+            sentences.append(f"Stored replies deleted from the ledger: {self.replies}.")
+        if self.witness is not None:
+            sentences.append(
                 "A witness still remembers, on purpose: while your device file names its folder, this device refuses "
                 "to begin anew, since these photos were used. If you begin with other photos, or accept that what was "
-                f"spent counts no longer, delete {' and '.join(str(place) for place in self.witnesses)} too."
+                f"spent counts no longer, delete {self.witness} too."
             )
-        return said
-
-
-def describe_erasure(*, books: bool) -> list[str]:
-    """What erasing means, one sentence each."""
-    said = [
-        "Your photos are not touched.",
-        "Kept answers go: a round that is asked once more is computed and paid for anew.",
-        "The shared key goes: runs with encrypted sums need a copy of it again.",
-        "The index of your photos goes (dates, places, faces cut out for training): the next scan reads them anew.",
-        "Files are deleted, not overwritten: disks without moving parts, snapshots and backups may hold them still.",
-    ]
-    if not books:
-        return [*said, "Ledger and journal stay: they say what was given away, and which runs you have left."]
-    return [
-        *said,
-        "LEDGER AND JOURNAL GO. What was given away stays given away; this device only forgets it, and counts from 0.",
-        "It also forgets which runs you have left, and would answer them if your policy allows it.",
-        "Treat these photos as spent: stop the device, or give it other photos.",
-    ]
+        return sentences
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,11 +143,50 @@ class FileToErase:
         return f"{self.file}: {self.what}{'' if self.found else f' - {NOT_FOUND}'}"
 
 
-def files_to_erase(kept: DeviceState, *, books: bool) -> list[FileToErase]:
-    """The files that `erase` would delete, of those that there are; with `books`, ledger and journal too.
+def describe_erasure(kept: DeviceState, *, ledger: bool) -> list[str]:
+    """What erasing means for this device, one sentence each; silent about files that are not there."""
+    found = {one.file for one in files_to_erase(kept, ledger=ledger) if one.found}
+    effects = (
+        (True, "Your photos are not touched."),
+        (
+            kept.ledger.path.is_file(),
+            "Stored replies go: a round that is asked once more is computed and paid for anew.",
+        ),
+        (
+            kept.device.key_path in found,
+            "The shared key goes: runs with encrypted sums need a copy of it again.",
+        ),
+        (
+            kept.index in found,
+            "The index of your photos goes (dates, places, faces cut out for training): the next scan reads them anew.",
+        ),
+        (
+            bool(found),
+            "Files are deleted, not overwritten: disks without moving parts, snapshots and backups may hold them "
+            "still.",
+        ),
+        (
+            not ledger,
+            "The ledger stays: it says what was given away, and which runs you have left.",
+        ),
+        (
+            ledger,
+            "THE LEDGER GOES. What was given away stays given away; this device only forgets it, and counts from 0.",
+        ),
+        (
+            ledger,
+            "It also forgets which runs you have left, and would answer them if your policy allows it.",
+        ),
+        (ledger, "Treat these photos as spent: stop the device, or give it other photos."),
+    )
+    return [sentence for holds, sentence in effects if holds]
+
+
+def files_to_erase(kept: DeviceState, *, ledger: bool) -> list[FileToErase]:
+    """The files that `erase` would delete, of those that there are; with `ledger`, the ledger too.
 
     The index is named also where there is none: it lies in the state folder of whoever scanned the photos, which
-    need not be that of whoever erases. The books' heads come last: until they are gone, the device refuses to begin
+    need not be that of whoever erases. The ledger's head comes last: until it is gone, the device refuses to begin
     anew.
 
     Raises:
@@ -183,16 +203,13 @@ def files_to_erase(kept: DeviceState, *, books: bool) -> list[FileToErase]:
     going.append(
         FileToErase(file=kept.device.state / INDEX_REGISTRY, what="the note of where such indexes lie")
     )
-    if books:
-        both = (kept.journal, kept.ledger)
-        for book in both:
-            going += [
-                FileToErase(file=file, what=f"the {book.form.noun}") for file in _with_side_files(book.path)
-            ]
-        for book in both:
-            head = f"what remembers how far the {book.form.noun} had come"
-            draft = book.head.with_name(f"{book.head.name}.draft")
-            going += [FileToErase(file=file, what=head) for file in (draft, book.head)]
+    if ledger:
+        head = kept.ledger.head
+        going += [FileToErase(file=file, what="the ledger") for file in _with_side_files(kept.ledger.path)]
+        going += [
+            FileToErase(file=file, what="the head of the ledger")
+            for file in (head.with_name(f"{head.name}.draft"), head)
+        ]
     for one in going:
         if one.file.is_symlink():
             raise ConfigError(
@@ -208,28 +225,29 @@ def _with_side_files(database: Path) -> list[Path]:
     return [database, *(database.with_name(database.name + end) for end in ("-journal", "-wal", "-shm"))]
 
 
-def erase(kept: DeviceState, *, books: bool) -> Erased:
-    """Delete what a device keeps: its answers, its key, the index of its photos; with `books`, ledger and journal.
+def erase(kept: DeviceState, *, ledger: bool) -> Erased:
+    """Delete what a device stores: its replies, its key, the index of its photos; with `ledger`, the ledger.
 
-    Kept answers are overwritten in the ledger, also in one that is about to go. Files are deleted, not overwritten.
+    Replies are overwritten in the ledger, also in one that is about to go. Files are deleted, not overwritten.
 
     Raises:
         ConfigError: One of the files is a link; then nothing was deleted.
         LedgerError: The ledger is to stay and cannot be trusted; then nothing was deleted.
     """
-    files_to_erase(kept, books=books)  # a link is found before an answer is dropped
+    files_to_erase(kept, ledger=ledger)  # a link is found before a reply is deleted
     replies = 0
     try:
-        book = kept.ledger.open_existing(Ledger.open)
-        dropped = 0 if book is None else book.delete_replies()
-        replies = 0 if books else dropped  # a ledger that goes takes them along
+        if (session := kept.ledger.open_existing()) is not None:
+            with session:
+                replies = session.delete_replies()
     except (LedgerError, ConfigError):
-        if not books:  # what is about to go need not be readable
+        if not ledger:  # what is about to go need not be readable
             raise
-    files = [one.file for one in files_to_erase(kept, books=books) if one.found]
+    files = [one.file for one in files_to_erase(kept, ledger=ledger) if one.found]
     for file in files:
         file.unlink()
-    remembering = [book.seen_by for book in (kept.ledger, kept.journal) if books and book.witnessed]
     return Erased(
-        replies=replies, files=tuple(files), witnesses=tuple(place for place in remembering if place)
+        replies=0 if ledger else replies,  # a ledger that goes takes them along
+        files=tuple(files),
+        witness=kept.ledger.witness_file if ledger and kept.ledger.witnessed else None,
     )

@@ -1,15 +1,18 @@
-"""An append-only, hash-chained table on disk, whose head is remembered beside it and, if wanted, far from it.
+"""An append-only, hash-chained table in one SQLite file, whose newest digest is also stored beside it and elsewhere.
 
-Called from privacy/ledger.py (what was paid) and privacy/transmission_log.py (what left). Each line holds the digest of
-the line before; the newest digest, the head, is written beside the file after each line, and once more into the
-folder of a witness: another disk, or the home's own state folder. Every reading checks the chain and all heads.
+Each record holds the digest of the one before. The newest digest, the head, is written to a file beside the
+database after each record, and to the folder of a witness if there is one: another disk, or the user's state folder.
 
-Noticed: a line changed, removed, added past us or put elsewhere; the file emptied, gone, or put back from a copy
-while its head stays. With a witness also: file and head put back together, the whole folder put back or gone,
-and a copy of the folder at another place (a witness knows its chain by its path).
-Not noticed: file and head put back together, if there is no witness; file, head and witness all put back to one
-moment; file and head put back to before the witness was begun, if the witness is gone as well. The digests have
-no key: whoever may write file, head and witness can also write a history that never was.
+A `Chain` is one session: one connection, and one pass over all digests. Each transaction then checks that the file at
+the path is still the same, that no other connection has committed since (otherwise all digests are checked again), and
+that the chain contains what both heads name.
+
+Detects modified, deleted, inserted or reordered records; the file emptied, missing, or rolled back to a copy
+while its head remains. With a witness also: file and head rolled back together, the whole folder rolled back or
+missing, and a copy of the folder used at another path (the witness knows a chain by its path).
+Not detected: file and head rolled back together, without a witness; file, head and witness all rolled back to one
+moment; file and head rolled back to before the witness existed, if the witness is missing as well. The digests have
+no key: whoever may write file, head and witness can also forge a history.
 
 Source: SQLite with a rollback journal and synchronous=EXTRA (https://sqlite.org/pragma.html); chained entries:
 Schneier and Kelsey (1999), Secure audit logs to support computer forensics.
@@ -22,23 +25,37 @@ import json
 import os
 import re
 import sqlite3
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from fedface.atomic_io import sync_folder
 from fedface.errors import LedgerError
 
 LOCK_TIMEOUT = 60.0  # seconds to wait for another process that is writing
+APPLICATION_ID = 0x46466C67  # "FFlg", in the header of the SQLite file
+FORMAT = 1  # version of the file's tables and of what its records contain
+GENESIS = hashlib.sha256(f"fedface ledger {FORMAT}".encode()).hexdigest()  # parent of the first record
+
+_APPEND_ONLY = "BEGIN SELECT RAISE(ABORT, 'append only'); END"
+_SCHEMA = (
+    f"PRAGMA application_id = {APPLICATION_ID}",
+    f"PRAGMA user_version = {FORMAT}",
+    "CREATE TABLE records (number INTEGER PRIMARY KEY AUTOINCREMENT, written TEXT NOT NULL, kind TEXT NOT NULL, "
+    "entry INTEGER, content TEXT NOT NULL, parent TEXT NOT NULL, digest TEXT NOT NULL UNIQUE)",
+    f"CREATE TRIGGER records_no_update BEFORE UPDATE ON records {_APPEND_ONLY}",
+    f"CREATE TRIGGER records_no_delete BEFORE DELETE ON records {_APPEND_ONLY}",
+)
 
 Clock = Callable[[], datetime]
 
 
 def utc_now() -> datetime:
-    """The owner's own clock."""
+    """The device's own clock."""
     return datetime.now(UTC)
 
 
@@ -49,53 +66,23 @@ def in_utc(time: datetime) -> datetime:
     return time.astimezone(UTC)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChainSchema:
-    """What a chain is called, and what its lines say."""
-
-    noun: str  # in errors: "ledger"
-    table: str  # the table of its lines
-    columns: tuple[str, ...]  # SQL definitions of what a line says, between its time and its parent
-    rules: tuple[str, ...] = ()  # further SQL constraints on a line
-    beside: tuple[str, ...] = ()  # SQL of tables that are kept in the same file, unchained
-    counter_sql: str = "SELECT 0"  # SQL: a whole number that never falls while those tables are used rightly
-
-    @property
-    def genesis(self) -> str:
-        """The parent of the first line."""
-        return hashlib.sha256(f"fedface {self.noun} 1".encode()).hexdigest()
-
-    def schema(self) -> list[str]:
-        """The statements that begin a file."""
-        table = self.table
-        columns = (
-            "number INTEGER PRIMARY KEY AUTOINCREMENT", "written TEXT NOT NULL", *self.columns,
-            "parent TEXT NOT NULL", "digest TEXT NOT NULL UNIQUE", *self.rules,
-        )  # fmt: skip
-        stop = "BEGIN SELECT RAISE(ABORT, 'append only'); END"
-        return [
-            f"CREATE TABLE {table} ({', '.join(columns)})",
-            f"CREATE TRIGGER {table}_stay BEFORE UPDATE ON {table} {stop}",
-            f"CREATE TRIGGER {table}_remain BEFORE DELETE ON {table} {stop}",
-            *self.beside,
-        ]
-
-
-@dataclass(frozen=True)
-class Record:
-    """One line of a chain."""
+class Record(NamedTuple):
+    """One record of a chain."""
 
     number: int  # 1, 2, 3, ...
-    written: str  # UTC, ISO 8601; never before the line above
-    values: tuple[str | int, ...]  # what the chain's form has columns for
-    parent: str  # digest of the line before
+    written: str  # UTC, ISO 8601; never before the record above
+    kind: str  # which type `content` describes
+    entry: int | None  # number of the record that this one belongs to
+    content: str  # JSON, hence without a control character
+    parent: str  # digest of the record before
     digest: str  # SHA-256 of all of the above
 
     @staticmethod
-    def chained(number: int, written: str, said: tuple[str | int, ...], parent: str) -> Record:
-        """A line whose digest is computed from what it says."""
-        text = json.dumps([number, written, *said, parent], separators=(",", ":"))
-        return Record(number, written, said, parent, hashlib.sha256(text.encode()).hexdigest())
+    def digest_of(number: int, written: str, kind: str, entry: int | None, content: str, parent: str) -> str:
+        """The digest of a record with these values."""
+        return hashlib.sha256(
+            f"{number}\0{written}\0{kind}\0{entry}\0{content}\0{parent}".encode()
+        ).hexdigest()
 
     @property
     def time(self) -> datetime:
@@ -103,42 +90,36 @@ class Record:
         try:
             return in_utc(datetime.fromisoformat(self.written))
         except ValueError as error:
-            raise LedgerError(f"line {self.number} has no date: {error}") from error
+            raise LedgerError(f"record {self.number} has no date: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """What a chain's head file or its witness remembers: one line, and a second since there are witnesses."""
+    """The content of a head file or of a witness file."""
 
-    digest: str  # of the newest line
-    counter: int = 0  # see Form.grows
-    witness: str | None = None  # the folder of the witness, once one was begun
+    digest: str  # of the newest record
+    witness: str | None = None  # the folder of the witness, once there is one
 
     def to_text(self) -> str:
         """The file's content."""
-        return f"{self.digest}\n{json.dumps({'grown': self.counter, 'witness': self.witness})}\n"
+        return f"{self.digest}\n{json.dumps({'witness': self.witness})}\n"
 
     @staticmethod
     def of_file(path: Path) -> Head | None:
-        """What a file remembers; None if there is no file.
+        """What a file contains; None if there is no file.
 
         Raises:
-            LedgerError: The file is empty, torn or no head at all.
+            LedgerError: The file is empty, torn or not a head.
         """
         if not path.exists():
             return None
         first, _, second = path.read_text(encoding="ascii", errors="replace").strip().partition("\n")
         try:
-            more = json.loads(second) if second else {}
-            head = Head(digest=first, counter=more.get("grown", 0), witness=more.get("witness"))
+            head = Head(digest=first, witness=json.loads(second).get("witness") if second else None)
         except (ValueError, AttributeError) as error:
             raise LedgerError(f"{path} is damaged; restore it from a backup") from error
-        if not (
-            re.fullmatch("[0-9a-f]{64}", head.digest)
-            and isinstance(head.counter, int)
-            and isinstance(head.witness, str | None)
-        ):
-            raise LedgerError(f"{path} is damaged: it holds no digest; restore it from a backup")
+        if not re.fullmatch("[0-9a-f]{64}", head.digest) or not isinstance(head.witness, str | None):
+            raise LedgerError(f"{path} is damaged: it contains no digest; restore it from a backup")
         return head
 
     def write(self, path: Path) -> None:
@@ -153,121 +134,155 @@ class Head:
         sync_folder(path.parent)
 
 
-class Transaction:
-    """A chain while it is locked: its verified lines, and room for the next."""
+def head_path(path: Path) -> Path:
+    """The file beside a chain that stores its head."""
+    return path.with_name(f"{path.name}.head")
 
-    def __init__(self, form: ChainSchema, sql: sqlite3.Connection, lines: list[Record], now: Clock) -> None:
+
+def witness_path(path: Path, folder: Path) -> Path:
+    """The file in a witness's folder that stores the head of the chain at `path`."""
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
+    return folder.resolve() / f"ledger-{name:.32}.head"
+
+
+class Transaction:
+    """A locked chain: its verified records, and `append` for the next."""
+
+    def __init__(self, sql: sqlite3.Connection, records: list[Record], now: Clock) -> None:
         self.sql = sql  # for the tables beside the chain
-        self.lines = lines  # oldest first
-        self._form = form
+        self.records = records  # oldest first
         self._now = now
 
-    def append(self, *said: str | int) -> Record:
-        """Add a line, dated now, or as the line above if the clock was put back since."""
-        written = in_utc(self._now()).replace(microsecond=0)
-        parent = self._form.genesis
-        if self.lines:
-            written, parent = max(written, self.lines[-1].time), self.lines[-1].digest
-        line = Record.chained(len(self.lines) + 1, written.isoformat(timespec="seconds"), said, parent)
-        row = (line.number, line.written, *line.values, line.parent, line.digest)
-        self.sql.execute(f"INSERT INTO {self._form.table} VALUES ({', '.join('?' * len(row))})", row)
-        self.lines.append(line)
-        return line
+    def append(self, kind: str, content: object, *, entry: int | None = None) -> Record:
+        """Add a record, dated now, or as the one above if the clock went back since."""
+        written, parent = in_utc(self._now()).replace(microsecond=0), GENESIS
+        if self.records:
+            written, parent = max(written, self.records[-1].time), self.records[-1].digest
+        values = (
+            len(self.records) + 1,
+            written.isoformat(timespec="seconds"),
+            kind,
+            entry,
+            json.dumps(content, sort_keys=True, separators=(",", ":")),
+            parent,
+        )
+        record = Record(*values, Record.digest_of(*values))
+        self.sql.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?)", record)
+        self.records.append(record)
+        return record
 
 
 class Chain:
-    """One such table. Safe to use from several threads and processes at once; fails closed."""
+    """One session on the chain at a path. Safe to use from several threads and processes at once; fails closed."""
 
-    def __init__(self, path: Path, form: ChainSchema, witness: Path | None, now: Clock) -> None:
+    def __init__(self, path: Path, witness: Path | None, now: Clock) -> None:
         self.path = path
-        self._form = form
-        self._head_path = path.with_name(path.name + ".head")
+        self._head_path = head_path(path)
         self._witness = None if witness is None else witness.resolve()
         self._now = now
+        self._lock = threading.RLock()
+        self._sql: sqlite3.Connection | None = None
+        self._inode: tuple[int, int] | None = None  # of the file that is connected to
+        self._data_version: int | None = None  # SQLite's, when the records were verified; None: they were not
+        self._records: list[Record] = []
+        self._digests: set[str] = set()
 
     @staticmethod
-    def open(path: Path, form: ChainSchema, *, witness: Path | None = None, now: Clock = utc_now) -> Chain:
-        """Open the chain at `path`, or begin one where there is neither a chain nor a trace of one.
+    def open(
+        path: Path, *, witness: Path | None = None, now: Clock = utc_now, tables: Sequence[str] = ()
+    ) -> Chain:
+        """Open and verify the chain at `path`, or create one where there is neither a chain nor a trace of one.
 
-        Once a witness was begun, the head names its folder, and the chain is not used without it, whoever opens
-        it: named anew or not, it must be there and agree. It is begun only where the head names none yet. To
+        Once a witness exists, the head names its folder, and the chain is not used without it, whoever opens
+        it: named again or not, it must be there and agree. It is created only where the head names none yet. To
         move a witness, copy its file; to give one up, remove the second line of the head.
 
         Args:
-            path: The file; it and its head become readable by their owner alone, as does a folder made for them.
-            form: What its lines say.
+            path: The file; it and its head become readable by their owner alone, as does a folder created for them.
             witness: A folder outside the chain's own, which several chains may share; None for the one that the
                 head names, if it names one.
             now: The clock.
+            tables: SQL of tables in the same file, unchained, for a new file.
 
         Raises:
-            LedgerError: The chain is damaged, was rolled back or replaced, or is missing while a head remains;
-                its witness is missing; or the witness would lie in the chain's own folder.
+            LedgerError: The chain is damaged, of another format, was rolled back or replaced, or is missing while a
+                head remains; its witness is missing; or the witness would lie in the chain's own folder.
         """
-        chain = Chain(path, form, witness, now)
+        chain = Chain(path, witness, now)
         if chain._witness is not None and chain._witness.is_relative_to(path.resolve().parent):
             raise LedgerError(
-                f"a witness in {witness} would go back together with {path}; name another folder"
+                f"a witness in {witness} would be rolled back together with {path}; name another folder"
             )
         try:
-            chain._begin()
+            chain._open(tables)
         except OSError as error:
-            raise LedgerError(f"cannot open the {form.noun} {path}: {error}") from error
+            raise LedgerError(f"cannot open the ledger {path}: {error}") from error
         return chain
+
+    def close(self) -> None:
+        """End the session; a later transaction begins another."""
+        with self._lock:
+            if self._sql is not None:
+                self._sql.close()
+            self._sql = self._data_version = None
+
+    def __del__(self) -> None:
+        if self._sql is not None:
+            self._sql.close()
 
     @contextmanager
     def read_transaction(self) -> Iterator[Transaction]:
         """The verified chain, locked until the block ends."""
-        with self._transaction() as sql:
-            yield Transaction(self._form, sql, self._read(sql), self._now)
+        with self._transaction() as transaction:
+            yield transaction
 
     @contextmanager
     def write_transaction(self) -> Iterator[Transaction]:
         """The same, to be written; on disk with its heads once the block has ended without an exception."""
-        with self.read_transaction() as page:
-            yield page
-        self._remember()
+        with self._lock:
+            with self._transaction() as transaction:
+                yield transaction
+            self._write_heads()
 
-    def _begin(self) -> None:
+    def _open(self, tables: Sequence[str]) -> None:
         witness = self._witness_path()
         places = [self._head_path] if witness is None else [self._head_path, witness]
         heads = {place: head for place in places if (head := Head.of_file(place)) is not None}
-        what = f"the {self._form.noun} {self.path}"
-        used = [place for place, head in heads.items() if head.digest != self._form.genesis]
+        used = [place for place, head in heads.items() if head.digest != GENESIS]
         if not self.path.exists() and used:
             names = " and ".join(str(place) for place in used)
             raise LedgerError(
-                f"{what} has gone but {names} remembers it; restore it, or treat these photos as spent"
+                f"the ledger {self.path} has gone but {names} remembers it; restore it, or treat these photos as spent"
             )
         _make_folder(self.path.parent)
-        with self._transaction("rwc") as sql:
+        with self._locked("rwc") as sql:
             os.chmod(self.path, 0o600)  # never open the file here: closing it would drop other threads' locks
             if sql.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
                 if used:
-                    raise LedgerError(f"{what} was emptied; restore it from a backup")
-                for statement in self._form.schema():
+                    raise LedgerError(f"the ledger {self.path} was emptied; restore it from a backup")
+                for statement in (*_SCHEMA, *tables):
                     sql.execute(statement)
-        if self._witness is not None and witness is not None:
-            self._begin_witness(witness)
-        self._remember()
+            self._verify_records(sql)
+            self._compare(self._head_path)
+            if witness is not None and witness.exists():
+                self._compare(witness)
+            elif witness is not None:
+                self._begin_witness(witness)
+        self._write_heads()
 
     def _begin_witness(self, witness: Path) -> None:
-        with self._transaction() as sql:
-            if witness.exists():
-                return
-            lines = self._lines(sql)
-            self._compare(sql, lines, self._head_path)
-            before = Head.of_file(self._head_path)
-            if before is not None and before.witness is not None:
-                raise LedgerError(self._no_witness(witness, before.witness))
-            _make_folder(witness.parent)
-            self._head_of(sql, lines).write(witness)
+        head = Head.of_file(self._head_path)
+        named = None if head is None else head.witness
+        if named is not None:
+            raise LedgerError(self._no_witness(witness, named))
+        _make_folder(witness.parent)
+        self._head().write(witness)
 
     def _no_witness(self, missing: Path, named: str) -> str:
         return (
-            f"the {self._form.noun} {self.path} has a witness in {named}, but {missing} is missing. Connect its "
+            f"the ledger {self.path} has a witness in {named}, but {missing} is missing. Connect its "
             "disk, or restore the file from where it was. If it is lost for good, see first that no booking is "
-            f"missing, then remove the second line of {self._head_path} and name a witness anew"
+            f"missing, then remove the second line of {self._head_path} and name a witness again"
         )
 
     def _witness_path(self) -> Path | None:
@@ -278,112 +293,148 @@ class Chain:
             if head is None or head.witness is None:
                 return None
             folder = Path(head.witness)
-        name = hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()
-        return folder / f"{self._form.noun}-{name:.32}.head"
+        return witness_path(self.path, folder)
 
-    @contextmanager
-    def _transaction(self, mode: Literal["rw", "rwc"] = "rw") -> Iterator[sqlite3.Connection]:
-        """One writer at a time; committed and on disk when the block ends without an exception."""
-        what = f"the {self._form.noun} {self.path}"
-        try:
-            sql = sqlite3.connect(
-                f"{self.path.absolute().as_uri()}?mode={mode}",
-                uri=True,
-                timeout=LOCK_TIMEOUT,
-                isolation_level=None,
-            )
-        except sqlite3.Error as error:
-            raise LedgerError(f"cannot open {what}: {error}") from error
+    def _connect(self, mode: Literal["rw", "rwc"]) -> sqlite3.Connection:
+        """The session's connection; another one, with nothing verified yet, if another file lies at the path."""
+        inode = None
+        if self.path.exists():
+            status = os.stat(self.path)
+            inode = status.st_dev, status.st_ino
+        if self._sql is not None and inode == self._inode:
+            return self._sql
+        self.close()
+        sql = sqlite3.connect(
+            f"{self.path.absolute().as_uri()}?mode={mode}",
+            uri=True,
+            timeout=LOCK_TIMEOUT,
+            isolation_level=None,
+            check_same_thread=False,
+        )
         try:
             sql.execute("PRAGMA journal_mode = DELETE")
             sql.execute("PRAGMA synchronous = EXTRA")
             sql.execute("PRAGMA fullfsync = 1")
-            sql.execute("PRAGMA secure_delete = 1")  # a reply that is dropped is overwritten
-            sql.execute("BEGIN IMMEDIATE")
-            try:
-                yield sql
-            except BaseException:
-                if sql.in_transaction:
-                    sql.execute("ROLLBACK")
-                raise
-            sql.execute("COMMIT")
-        except (sqlite3.Error, OSError) as error:
-            raise LedgerError(f"{what} is damaged or locked: {error}") from error
-        finally:
+            sql.execute("PRAGMA secure_delete = 1")  # a reply that is deleted is overwritten
+            status = os.stat(self.path)
+        except BaseException:
             sql.close()
+            raise
+        self._sql, self._inode = sql, (status.st_dev, status.st_ino)
+        return sql
 
-    def _remember(self) -> None:
-        """Keep the head beside the file and at the witness, so that an older copy of the file is noticed.
+    @contextmanager
+    def _locked(self, mode: Literal["rw", "rwc"] = "rw") -> Iterator[sqlite3.Connection]:
+        """One writer at a time; committed and on disk when the block ends without an exception."""
+        with self._lock:
+            try:
+                sql = self._connect(mode)
+                sql.execute("BEGIN IMMEDIATE")
+                try:
+                    yield sql
+                    version, self._data_version = self._data_version, None  # cut short here: verify anew
+                    sql.execute("COMMIT")
+                    self._data_version = version
+                except BaseException:
+                    if sql.in_transaction:
+                        sql.execute("ROLLBACK")
+                    raise
+            except (sqlite3.Error, OSError) as error:
+                self._data_version = None
+                raise LedgerError(f"the ledger {self.path} is damaged or locked: {error}") from error
 
-        Written after the line is on disk: a crash between leaves an older head, which the chain contains; a head
-        that the chain lacks can only mean that the chain was put back.
-        """
-        with self._transaction() as sql:  # holds the lock, so that the newest head is the one that stays
-            lines = self._read(sql)
-            head, witness = self._head_of(sql, lines), self._witness_path()
-            if witness is not None:
-                head.write(witness)
-            head.write(self._head_path)
+    @contextmanager
+    def _transaction(self) -> Iterator[Transaction]:
+        with self._locked() as sql:
+            self._verify(sql)
+            before = len(self._records)
+            try:
+                yield Transaction(sql, self._records, self._now)
+            except BaseException:
+                del self._records[before:]
+                raise
+            self._digests.update(record.digest for record in self._records[before:])
 
-    def _head_of(self, sql: sqlite3.Connection, lines: list[Record]) -> Head:
-        witness = self._witness_path()
-        return Head(
-            digest=lines[-1].digest if lines else self._form.genesis,
-            counter=self._grown(sql),
-            witness=None if witness is None else str(witness.parent),
-        )
-
-    def _grown(self, sql: sqlite3.Connection) -> int:
-        return int(sql.execute(self._form.counter_sql).fetchone()[0])
-
-    def _read(self, sql: sqlite3.Connection) -> list[Record]:
-        """All lines, checked against each other and against every head."""
-        lines = self._lines(sql)
-        self._compare(sql, lines, self._head_path)
+    def _verify(self, sql: sqlite3.Connection) -> None:
+        """Check the records, unless no other connection has written since they were checked; then both heads."""
+        if sql.execute("PRAGMA data_version").fetchone()[0] != self._data_version:
+            self._verify_records(sql)
+        self._compare(self._head_path)
         witness = self._witness_path()
         if witness is not None:
             if not witness.exists():
                 raise LedgerError(self._no_witness(witness, str(witness.parent)))
-            self._compare(sql, lines, witness)
-        return lines
+            self._compare(witness)
 
-    def _lines(self, sql: sqlite3.Connection) -> list[Record]:
-        """All lines, oldest first, each checked against its own digest and its parent's."""
-        what, table = f"the {self._form.noun} {self.path}", self._form.table
-        columns = ", ".join(column.split()[0] for column in self._form.columns)
-        rows = sql.execute(f"SELECT number, written, {columns}, parent, digest FROM {table} ORDER BY number")
-        lines, parent = [], self._form.genesis
-        for position, (number, written, *said, before, digest) in enumerate(rows, start=1):
-            try:
-                line = Record.chained(number, written, tuple(said), before)
-            except TypeError as error:  # a blob
-                raise LedgerError(f"{what} was altered: entry {position} holds no text") from error
-            if line.digest != digest or before != parent or number != position:
-                raise LedgerError(f"{what} was altered: entry {position} does not add up")
-            lines.append(line)
-            parent = digest
-        last = sql.execute("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,)).fetchone()
-        if (last[0] if last else 0) != len(lines):
-            raise LedgerError(f"{what} has lost entries; {len(lines)} remain")
-        return lines
-
-    def _compare(self, sql: sqlite3.Connection, lines: list[Record], place: Path) -> None:
-        """Check that the chain holds what a head file knows of it."""
-        what, head = f"the {self._form.noun} {self.path}", Head.of_file(place)
-        if head is None:
-            if lines:
-                raise LedgerError(f"{what} has lost {place.name}; restore both files")
-            return
-        known = {self._form.genesis, *(line.digest for line in lines)}
-        if head.digest not in known or head.counter > self._grown(sql):
+    def _verify_records(self, sql: sqlite3.Connection) -> None:
+        """Read all records, and check the format, and each record against its own digest and its parent's."""
+        self._data_version = None
+        found = tuple(
+            sql.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
+        )
+        if found != (APPLICATION_ID, FORMAT):
+            version = f"has format {found[1]}" if found[0] == APPLICATION_ID else "is another kind of file"
             raise LedgerError(
-                f"{what} was rolled back or replaced: it lacks what {place} remembers of it. "
+                f"the ledger {self.path} {version}; this version of fedface reads ledgers of format {FORMAT} alone. "
+                "Use the version that wrote it, or treat these photos as spent"
+            )
+        records: list[Record] = []
+        parent = GENESIS
+        columns = ", ".join(Record._fields)
+        for row in sql.execute(f"SELECT {columns} FROM records ORDER BY number"):
+            record = Record._make(row)
+            if (
+                record.parent != parent
+                or record.number != len(records) + 1
+                or record.digest != Record.digest_of(*record[:-1])
+            ):
+                raise LedgerError(
+                    f"the ledger {self.path} was altered: record {len(records) + 1} does not add up"
+                )
+            records.append(record)
+            parent = record.digest
+        last = sql.execute("SELECT seq FROM sqlite_sequence WHERE name = 'records'").fetchone()
+        if (last[0] if last else 0) != len(records):
+            raise LedgerError(f"the ledger {self.path} has lost records; {len(records)} remain")
+        self._records = records
+        self._digests = {GENESIS, *(record.digest for record in records)}
+        self._data_version = sql.execute("PRAGMA data_version").fetchone()[0]
+
+    def _compare(self, place: Path) -> None:
+        """Check that the chain contains what a head file names."""
+        head = Head.of_file(place)
+        if head is None:
+            if self._records:
+                raise LedgerError(f"the ledger {self.path} has lost {place.name}; restore both files")
+        elif head.digest not in self._digests:
+            raise LedgerError(
+                f"the ledger {self.path} was rolled back or replaced: it lacks what {place} remembers of it. "
                 "Restore the newest copy, or treat these photos as spent"
             )
 
+    def _write_heads(self) -> None:
+        """Store the head beside the file and at the witness, so that an older copy of the file is detected.
+
+        Written after the record is on disk: a crash between leaves an older head, which the chain contains; a head
+        that the chain lacks can only mean that the chain was rolled back.
+        """
+        with self._locked() as sql:  # holds the lock, so that the newest head is the one that stays
+            self._verify(sql)
+            head, witness = self._head(), self._witness_path()
+            for place in (witness, self._head_path):
+                if place is not None and Head.of_file(place) != head:
+                    head.write(place)
+
+    def _head(self) -> Head:
+        witness = self._witness_path()
+        return Head(
+            digest=self._records[-1].digest if self._records else GENESIS,
+            witness=None if witness is None else str(witness.parent),
+        )
+
 
 def _make_folder(folder: Path) -> None:
-    """Make a folder and those above it, for their owner alone, on disk when this returns."""
+    """Create a folder and those above it, for their owner alone, on disk when this returns."""
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     for place in reversed(missing):
         place.mkdir(exist_ok=True, mode=0o700)

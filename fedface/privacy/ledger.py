@@ -1,138 +1,156 @@
-"""What this device's photos have paid so far: an append-only, hash-chained file on the device's own disk.
+"""The record of one device: what its photos have paid, what was computed and answered, what left, what was withdrawn.
 
-Called from device/client.py: a round is booked before it is computed, and its reply is kept, so that
-asking again gets the same bytes instead of a second release. What was booked and never answered never left, but
-whoever asks sees that no answer came: a booking pays for a few computations alone, see privacy/reply_cache.py.
-One ledger per library, for the library's whole life; every reading verifies the chain and fails closed.
-Source: SQLite with a rollback journal and synchronous=EXTRA (https://sqlite.org/pragma.html); the price
-composes all events at reading time, see privacy/accounting.py.
+One append-only, hash-chained file on the device's own disk, for the whole life of one photo library. A release is
+booked before it is computed, its reply is stored before it is sent, and each payload is recorded before it leaves.
+Asking again gets the same bytes instead of a second release. What was booked and never answered never left, but whoever
+asks sees that no answer came: a computation that was killed may have been killed by what the photos show (a picture
+that fills the memory). Power goes too, so `FREE_ATTEMPTS` computations may begin on one booking; the next is booked
+anew.
+
+Source: the price composes all events at reading time, see privacy/accounting.py.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import TypeVar
 
-from fedface.errors import LedgerError, PolicyRefusal, PrivacyError
+from fedface.errors import LedgerError, PolicyRefusal
 from fedface.measurements import Epsilon
-from fedface.privacy import reply_cache
-from fedface.privacy.accounting import (
-    compose,
-    epsilon_of,
-    event_from_json,
-    event_to_json,
-    within_budget,
-)
+from fedface.privacy.accounting import compose, epsilon_of, event_to_json
 from fedface.privacy.adjacency import convert_unit
 from fedface.privacy.budget import Budget, BudgetExceeded
-from fedface.privacy.hash_chain import Chain, ChainSchema, Clock, Record, Transaction, in_utc, utc_now
-from fedface.privacy.mechanism import Event
-from fedface.privacy_units import UNITS, Unit
-
-MAX_RELEASE_KINDS = (
-    500  # of releases, each with its own noise or rate: each makes pricing them together slower
+from fedface.privacy.hash_chain import GENESIS, Chain, Clock, Record, Transaction, in_utc, utc_now
+from fedface.privacy.ledger_records import (
+    Answer,
+    Attempt,
+    LedgerEntry,
+    LedgerRecord,
+    Transmission,
+    TransmissionInfo,
+    Withdrawal,
+    decode,
 )
-PAYS_FOR = timedelta(days=1)  # how long a booking waits for its answer where limits count days
-MAX_PERIOD = 100 * 366.0  # days; a longer one counts as this, so that every period begins after year 1
+from fedface.privacy.mechanism import Event
+from fedface.privacy.spending import budget_exceeded, total_event
+from fedface.privacy_units import Unit, unit_named
 
-FORM = ChainSchema(
-    noun="ledger",
-    table="entries",
-    columns=(
-        "run TEXT NOT NULL", "round INTEGER NOT NULL", "attempt INTEGER NOT NULL",
-        "event TEXT NOT NULL", "marks TEXT NOT NULL",
-    ),
-    rules=("UNIQUE (run, round, attempt)",),
-    beside=reply_cache.TABLES,
-    counter_sql=reply_cache.GROWS,
-)  # fmt: skip
+BOOKING_LIFETIME = timedelta(days=1)  # how long a booking waits for its answer where budgets count days
+CACHED_REPLIES = 16  # of the latest runs; bytes of older ones are deleted
+FREE_ATTEMPTS = 3  # computations that may begin on one booking before one is answered
+
+_REPLIES = "CREATE TABLE replies (answer INTEGER PRIMARY KEY, run TEXT NOT NULL, body BLOB NOT NULL)"
+
+Wanted = TypeVar("Wanted", LedgerEntry, Answer, Transmission, Withdrawal)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One booked release."""
+class LedgerSnapshot:
+    """A verified ledger at one moment."""
 
-    number: int  # 1, 2, 3, ...
-    written: str  # UTC, ISO 8601
-    run: str  # which run asked
-    round: int  # which of its rounds, >= 0
-    attempt: int  # 1, or more if the round was answered before and is computed anew
-    event: str  # what was released, see accounting.event_to_json
-    metadata: str  # canonical JSON: whatever identifies the release (model hash, clip norm, unit)
-    parent: str  # digest of the entry before
-    digest: str  # SHA-256 of all of the above
-
-    @staticmethod
-    def of(line: Record) -> Entry:
-        """The entry that a line of the chain holds."""
-        run, round, attempt, event, marks = line.values
-        return Entry(
-            number=line.number, written=line.written, run=str(run), round=int(round), attempt=int(attempt),
-            event=str(event), metadata=str(marks), parent=line.parent, digest=line.digest,
-        )  # fmt: skip
+    chain: tuple[Record, ...] = ()  # oldest first
+    records: tuple[LedgerRecord, ...] = ()  # what each says
 
     @property
-    def time(self) -> datetime:
-        """When it was written."""
-        return in_utc(datetime.fromisoformat(self.written))
+    def head(self) -> str:
+        """Digest of the newest record."""
+        return self.chain[-1].digest if self.chain else GENESIS
+
+    @property
+    def entries(self) -> list[LedgerEntry]:
+        """Every booked release."""
+        return [record for record in self.records if isinstance(record, LedgerEntry)]
+
+    @property
+    def transmissions(self) -> list[Transmission]:
+        """Everything that left."""
+        return [record for record in self.records if isinstance(record, Transmission)]
+
+    @property
+    def log(self) -> list[Transmission | Withdrawal]:
+        """What left, and the owner's withdrawals, in order."""
+        return [record for record in self.records if isinstance(record, Transmission | Withdrawal)]
+
+    @property
+    def withdrawals(self) -> dict[str, str]:
+        """The runs that the owner has withdrawn from, and when first, UTC, ISO 8601."""
+        when: dict[str, str] = {}
+        for record in self.records:
+            if isinstance(record, Withdrawal):
+                when.setdefault(record.run, record.written)
+        return when
+
+    def export(self) -> list[dict[str, object]]:
+        """All records as they are chained, their content as JSON values; hash_chain.Record says what is digested."""
+        return [{**record._asdict(), "content": json.loads(record.content)} for record in self.chain]
 
 
 class Ledger:
-    """The book of one library. Safe to use from several threads and processes at once.
+    """One session on the ledger of one photo library. Safe to use from several threads and processes at once.
 
-    Times are the owner's own clock, which is trusted: put forward, it lets entries leave a limit's period early,
-    as if the days had passed. Put back, it frees nothing: no entry is dated before the one above it, and a period
+    Times are the device's own clock, which is trusted: set forward, it lets entries leave a budget's period early,
+    as if the days had passed. Set back, it frees nothing: no record is dated before the one above it, and a period
     that counts back from an earlier now holds more entries, not fewer.
     """
 
     def __init__(self, chain: Chain, now: Clock) -> None:
         self._chain = chain
         self._now = now
+        self._decoded: dict[str, LedgerRecord] = {}  # by digest, hence never stale
 
     @staticmethod
     def open(path: Path | str, witness: Path | None = None, *, now: Clock = utc_now) -> Ledger:
-        """Open the ledger at `path`, or begin one where there is neither a ledger nor a trace of one.
+        """Open and verify the ledger at `path`, or create one where there is neither a ledger nor a trace of one.
 
         Args:
-            path: The file; readable by its owner alone, as is its folder if this call made it.
+            path: The file; readable by its owner alone, as is its folder if this call created it.
             witness: A folder elsewhere for a second copy of the chain's head, see `Chain.open`.
             now: The clock, which must know its time zone.
 
         Raises:
-            LedgerError: The file is damaged, was rolled back or replaced, or has gone while its head remains; or
-                its witness is missing.
+            LedgerError: The file is damaged, of another format, was rolled back or replaced, or has gone while its head
+                remains; or its witness is missing.
         """
-        return Ledger(Chain.open(Path(path), FORM, witness=witness, now=now), now)
+        return Ledger(Chain.open(Path(path), witness=witness, now=now, tables=[_REPLIES]), now)
 
-    def verify(self) -> None:
-        """Check every entry, the chain and the head.
+    def close(self) -> None:
+        """End the session and close the file."""
+        self._chain.close()
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def read(self) -> LedgerSnapshot:
+        """Everything, verified.
 
         Raises:
             LedgerError: The file was altered, shortened, rolled back or damaged.
         """
-        self.entries()
+        with self._chain.read_transaction() as page:
+            return LedgerSnapshot(
+                chain=tuple(page.records), records=tuple(self._decode(record) for record in page.records)
+            )
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[LedgerEntry]:
         """Everything ever booked, oldest first, verified."""
         with self._chain.read_transaction() as page:
-            return _entries(page)
+            return self._all(page, LedgerEntry)
 
-    def export(self) -> list[dict[str, str | int]]:
-        """The entries as plain dicts, for the owner to read or keep."""
-        return [asdict(entry) for entry in self.entries()]
-
-    def unanswered(self, numbers: Iterable[int]) -> list[int]:
-        """Those of some entries' numbers that were never booked here, or never answered as far as this ledger knows."""
+    def has_withdrawn(self, run: str) -> bool:
+        """Whether the owner has withdrawn from a run."""
         with self._chain.read_transaction() as page:
-            last = reply_cache.answered_attempts(page)
-            given = {e.number for e in _entries(page) if last.get((e.run, e.round), 0) >= e.attempt}
-        return [number for number in numbers if number not in given]
+            return self._withdrawn(page, run)
 
     def is_recorded(self, run: str, round: int) -> bool:
-        """Whether a round has been booked, whether or not its reply was kept."""
+        """Whether a round has been booked, whether or not its reply was stored."""
         return any(entry.run == run and entry.round == round for entry in self.entries())
 
     def rounds_recorded(self, run: str) -> int:
@@ -144,250 +162,332 @@ class Ledger:
 
         Args:
             delta: Where epsilon is read.
-            unit: Whose price; entries of runs that promise for another unit are converted, see neighbours.py.
+            unit: The privacy unit; entries of runs with another one are converted, see adjacency.py.
             since: Only entries written at or after this time count; all if None.
         """
-        return epsilon_of(_everything(self.entries(), unit, since), delta, unit=unit)
+        return epsilon_of(self._total(unit, since), delta, unit=unit)
 
     def would_spend(
-        self, event: Event, delta: float, *, told: Unit = "photo", unit: Unit = "photo",
+        self, event: Event, delta: float, *, run_unit: Unit = "photo", unit: Unit = "photo",
         since: datetime | None = None,
     ) -> Epsilon:  # fmt: skip
-        """What everything booked and one more event, of a run that promises per `told`, would cost together."""
-        before = _everything(self.entries(), unit, since)
-        return epsilon_of(compose([before, convert_unit(event, source=told, target=unit)]), delta, unit=unit)
+        """What everything booked and one more event, of a run with `run_unit`, would cost together."""
+        asked = convert_unit(event, source=run_unit, target=unit)
+        return epsilon_of(compose([self._total(unit, since), asked]), delta, unit=unit)
 
-    def check_budget(self, event: Event, limits: Sequence[Budget], *, told: Unit) -> BudgetExceeded | None:
-        """Whether everything booked and one more event stay within every limit.
+    def _total(self, unit: Unit, since: datetime | None) -> Event:
+        start = None if since is None else in_utc(since)
+        return total_event([e for e in self.entries() if start is None or e.time >= start], unit)
+
+    def check_budget(
+        self, event: Event, budgets: Sequence[Budget], *, run_unit: Unit
+    ) -> BudgetExceeded | None:
+        """Whether everything booked and one more event stay within every budget.
 
         Args:
             event: What would be released.
-            limits: What the owner allows, at least one.
-            told: The unit that the event's run promises for.
+            budgets: What the owner allows, at least one.
+            run_unit: The privacy unit of the event's run.
 
         Returns:
-            None if every limit holds; otherwise the first that does not.
+            None if every budget holds; otherwise the first that does not.
 
         Raises:
             PolicyRefusal: It is one kind of release too many to be priced.
-            ValueError: No limit at all was given.
+            ValueError: No budget at all was given.
         """
-        return self._shortfall(self.entries(), event, limits, told)
-
-    def _shortfall(
-        self, entries: Sequence[Entry], event: Event, limits: Sequence[Budget], told: Unit
-    ) -> BudgetExceeded | None:
-        if not limits:
-            raise ValueError("a release needs at least one limit, got none")
-        kinds = {(entry.event, _unit(json.loads(entry.metadata))) for entry in entries} | {
-            (event_to_json(event), told)
-        }
-        if len(kinds) > MAX_RELEASE_KINDS:
-            raise PolicyRefusal(
-                f"this device has answered {MAX_RELEASE_KINDS} kinds of releases, each with a noise or a rate of its own, and "
-                "takes no more: pricing them together would take minutes, however little each costs"
-            )
-        now = self._time()
-        for limit in limits:
-            since = None if limit.days is None else now - timedelta(days=min(limit.days, MAX_PERIOD))
-            before = _everything(entries, limit.unit, since)
-            asked = convert_unit(event, source=told, target=limit.unit)
-            both = compose([before, asked])
-            if not within_budget(both, limit.epsilon, limit.delta):
-                alone, spent, together = (epsilon_of(e, limit.delta).upper for e in (asked, before, both))
-                return BudgetExceeded(budget=limit, asked=alone, spent=spent, together=together)
-        return None
+        return budget_exceeded(self.entries(), event, budgets, run_unit=run_unit, now=self._time())
 
     def _time(self) -> datetime:
-        """Now, in whole seconds, as entries are dated."""
+        """Now, in whole seconds, as records are dated."""
         return in_utc(self._now()).replace(microsecond=0)
 
-    def record(self, event: Event, *, run: str, round: int, marks: Mapping[str, str] | None = None) -> Entry:
-        """Write down a release before it is computed; on disk when this returns.
+    def record(
+        self, event: Event, *, run: str, round: int, metadata: Mapping[str, str] | None = None
+    ) -> LedgerEntry:
+        """Book a release before it is computed; on disk when this returns.
 
-        A round whose reply has been kept is not booked again: its bytes are resent. A round that was booked
+        A round whose reply is stored is not booked again: its bytes are resent. A round that was booked
         but never answered is not booked again either, until `FREE_ATTEMPTS` of its computations were begun: a
-        reply is kept before it is sent, so no answer has left the device, but that it broke may have been seen.
-        A round that was answered and whose bytes were dropped since is booked once more: fresh noise on the
+        reply is stored before it is sent, so no answer has left the device, but that it broke may have been seen.
+        A round that was answered and whose bytes were deleted since is booked once more: fresh noise on the
         same photos is a second release.
 
         Args:
             event: What will be released.
             run: Which run asks. A round that releases two things needs two names: "r7", "r7/evaluation".
             round: Which round, >= 0.
-            marks: What identifies the release, such as the model's hash.
+            metadata: What identifies the release, such as the model's hash; "unit" is the privacy unit of its run,
+                a photo if there is none.
 
         Raises:
-            LedgerError: The ledger is damaged, or this round was answered for a different event or marks.
+            LedgerError: The ledger is damaged, or this round was answered for a different event or metadata.
+            ValueError: The round is negative, or the unit unknown.
         """
         with self._chain.write_transaction() as page:
-            paid = self._paid(page, event, run, round, marks or {})
-            return paid or _append(page, event, run, round, marks or {})
+            paid = self._paid(page, event, run, round, metadata or {})
+            return paid or self._book(page, event, run, round, metadata or {})
 
     def record_within_budget(
-        self, event: Event, limits: Sequence[Budget], *, run: str, round: int,
-        marks: Mapping[str, str] | None = None,
-    ) -> Entry:  # fmt: skip
-        """Book a release if every limit then holds: price and booking in one transaction.
+        self, event: Event, budgets: Sequence[Budget], *, run: str, round: int,
+        metadata: Mapping[str, str] | None = None,
+    ) -> LedgerEntry:  # fmt: skip
+        """Book a release if every budget then holds: price and booking in one transaction.
 
-        As `book`, but where a limit counts days, a booking that is not answered within a day pays no longer: the
-        release would outlast its booking in that limit's period.
+        As `record`, but where a budget counts days, a booking that is not answered within a day pays no longer: the
+        release would outlast its booking in that budget's period.
 
         Args:
             event: What will be released.
-            limits: What the owner allows, at least one.
+            budgets: What the owner allows, at least one.
             run: Which run asks.
             round: Which round, >= 0.
-            marks: What identifies the release; "unit" says what its run promises for, a photo if it is silent.
+            metadata: As for `record`.
 
         Raises:
-            PolicyRefusal: The upper bound on everything together would exceed a limit.
-            LedgerError: As for `book`.
-            ValueError: No limit at all was given, or the marks name no unit that we know.
+            PolicyRefusal: The upper bound on everything together would exceed a budget.
+            LedgerError: As for `record`.
+            ValueError: No budget at all was given, the round is negative, or the unit unknown.
         """
-        marks = marks or {}
-        told = _unit(marks)
-        if not limits:
+        metadata = metadata or {}
+        run_unit = unit_named(metadata.get("unit", "photo"))
+        if not budgets:
             raise ValueError("a release needs at least one limit, got none")
         with self._chain.write_transaction() as page:
-            paid = self._paid(page, event, run, round, marks)
-            if paid is not None and not self._too_old(page, paid, limits):
+            paid = self._paid(page, event, run, round, metadata)
+            if paid is not None and not self._too_old(page, paid, budgets):
                 return paid
-            shortfall = self._shortfall(_entries(page), event, limits, told)
+            booked = self._all(page, LedgerEntry)
+            shortfall = budget_exceeded(booked, event, budgets, run_unit=run_unit, now=self._time())
             if shortfall is not None:
                 raise PolicyRefusal(
                     f"round {round} of {run} asks for {shortfall.describe()}. "
                     "Ask the owner of this device for a larger budget, or stop here."
                 )
-            return _append(page, event, run, round, marks)
+            return self._book(page, event, run, round, metadata)
 
-    def _too_old(self, page: Transaction, paid: Entry, limits: Sequence[Budget]) -> bool:
-        """Whether a booking would leave a limit's period well before the release it pays for, still to come."""
-        if all(limit.days is None for limit in limits) or reply_cache.load_reply(page, paid.run, paid.round):
+    def _too_old(self, page: Transaction, paid: LedgerEntry, budgets: Sequence[Budget]) -> bool:
+        """Whether a booking would leave a budget's period well before the release it pays for, still to come."""
+        if all(budget.days is None for budget in budgets) or self._reply(page, paid.run, paid.round):
             return False
-        return self._time() - paid.time > PAYS_FOR
+        return self._time() - paid.time > BOOKING_LIFETIME
 
     def _paid(
-        self, page: Transaction, event: Event, run: str, round: int, marks: Mapping[str, str]
-    ) -> Entry | None:
+        self, page: Transaction, event: Event, run: str, round: int, metadata: Mapping[str, str]
+    ) -> LedgerEntry | None:
         """The entry that has paid for this release already, if any."""
-        said, noted = event_to_json(event), _canonical(marks)
-        same = _booked(page, run, round)
-        reply = reply_cache.load_reply(page, run, round)
-        if reply is not None:
-            kept = next((entry for entry in same if entry.attempt == reply[0]), None)
-            if kept is None:
-                raise LedgerError(
-                    f"the ledger {self._chain.path} keeps a reply to round {round}, never booked"
-                )
-            if (kept.event, kept.metadata) != (said, noted):
+        booked = self._booked(page, run, round)
+        same = (event_to_json(event), dict(metadata))
+        if (reply := self._reply(page, run, round)) is not None:
+            if (reply[0].event, reply[0].metadata) != same:
                 raise LedgerError(f"round {round} of {run} was answered already, for a different release")
-            return kept
-        if not same or (same[-1].event, same[-1].metadata) != (said, noted):
+            return reply[0]
+        if not booked or (booked[-1].event, booked[-1].metadata) != same:
             return None
-        last = same[-1].attempt
-        used = reply_cache.answered_attempt(page, run, round) == last
-        tried = reply_cache.attempt_count(page, run, round, last)
-        return None if used or tried >= reply_cache.FREE_ATTEMPTS else same[-1]
+        last = booked[-1]
+        used = self._answer(page, [last]) is not None or _attempts(page, last) >= FREE_ATTEMPTS
+        return None if used else last
+
+    def _book(
+        self, page: Transaction, event: Event, run: str, round: int, metadata: Mapping[str, str]
+    ) -> LedgerEntry:
+        if round < 0:
+            raise ValueError(f"round must be >= 0, got {round}")
+        unit_named(metadata.get("unit", "photo"))  # what cannot be priced later is not booked
+        content = {
+            "run": run,
+            "round": round,
+            "attempt": len(self._booked(page, run, round)) + 1,
+            "event": event_to_json(event),
+            "metadata": dict(metadata),
+        }
+        entry = self._decode(page.append(LedgerEntry.KIND, content))
+        assert isinstance(entry, LedgerEntry)
+        return entry
 
     def record_attempt(self, run: str, round: int, *, attempt: int) -> None:
-        """Write down that a booked release is computed now; on disk when this returns, then open the photos.
+        """Record that a booked release is computed now; on disk when this returns, then open the photos.
 
         Args:
             run: Which run asked.
             round: Which round.
-            attempt: The booking that pays for it, as `book` returned it.
+            attempt: The booking that pays for it, as `record` returned it.
 
         Raises:
             LedgerError: There is no such booking, it has its answer, or its computations are used up.
         """
         with self._chain.write_transaction() as page:
-            if not 1 <= attempt <= len(_booked(page, run, round)):
+            booked = self._booked(page, run, round)
+            if not 1 <= attempt <= len(booked):
                 raise LedgerError(f"round {round} of {run} was never booked; no photo may be opened for it")
-            reply_cache.record_attempt(page, run, round, attempt)
+            if self._answer(page, booked[attempt - 1 :]) is not None:
+                raise LedgerError(f"round {round} of {run} was answered already; send the stored reply")
+            if _attempts(page, booked[attempt - 1]) >= FREE_ATTEMPTS:
+                raise LedgerError(
+                    f"round {round} of {run} was begun {FREE_ATTEMPTS} times and never answered; "
+                    "ask once more, and it is booked anew"
+                )
+            page.append(Attempt.KIND, {}, entry=booked[attempt - 1].number)
 
     def store_reply(self, run: str, round: int, body: bytes, *, attempt: int | None = None) -> None:
-        """Keep the bytes that answer a booked round; the run's reply before is dropped.
+        """Store the bytes that answer a booked round; the run's reply before is deleted.
 
-        Each booking pays for one answer: of two computations that ran side by side, only the first is kept.
+        Each booking pays for one answer: of two computations that ran side by side, only the first is stored.
 
         Args:
             run: Which run asked.
             round: Which round.
             body: What may be sent once this returns.
-            attempt: The booking that paid for it, as `book` returned it; the latest if None.
+            attempt: The booking that paid for it, as `record` returned it; the latest if None.
 
         Raises:
-            LedgerError: The round was never booked, or that booking has a different answer already.
+            LedgerError: The round was never booked, or that booking, or a later one of the round, has a different
+                answer already.
         """
         with self._chain.write_transaction() as page:
-            booked = len(_booked(page, run, round))
-            paid = booked if attempt is None else attempt
-            if not 1 <= paid <= booked:
+            booked = self._booked(page, run, round)
+            paid = len(booked) if attempt is None else attempt
+            if not 1 <= paid <= len(booked):
                 raise LedgerError(f"round {round} of {run} was never booked; nothing may be sent")
-            reply_cache.store_reply(page, run, round, paid, body)
+            if self._answer(page, booked[paid - 1 :]) is not None:
+                stored = self._reply(page, run, round)
+                if stored is None or stored[1] != body:
+                    raise LedgerError(f"round {round} of {run} was answered already; send the stored reply")
+                return
+            answer = page.append(
+                Answer.KIND, {"payload_digest": _sha256(body)}, entry=booked[paid - 1].number
+            )
+            page.sql.execute("DELETE FROM replies WHERE run = ?", (run,))
+            page.sql.execute("INSERT INTO replies VALUES (?, ?, ?)", (answer.number, run, body))
+            # Whoever names a new run each time must not fill the disk. A round whose bytes went is booked anew.
+            page.sql.execute(
+                "DELETE FROM replies WHERE answer NOT IN (SELECT answer FROM replies ORDER BY answer DESC LIMIT ?)",
+                (CACHED_REPLIES,),
+            )
 
     def load_reply(self, run: str, round: int) -> bytes | None:
-        """The bytes that answered this round; None if it was never answered or they were dropped since."""
+        """The bytes that answered this round; None if it was never answered or they were deleted since."""
         with self._chain.read_transaction() as page:
-            reply = reply_cache.load_reply(page, run, round)
+            reply = self._reply(page, run, round)
         return None if reply is None else reply[1]
 
-    def delete_replies(self, run: str | None = None) -> int:
-        """Drop the kept bytes of one run, or of all, and overwrite them on disk; bookings stay.
+    def delete_replies(self, *runs: str) -> int:
+        """Delete the stored bytes of some runs, or of all, and overwrite them on disk; bookings stay.
 
-        A round whose bytes were dropped is booked anew if it is asked once more.
+        A round whose bytes were deleted is booked anew if it is asked once more.
 
         Returns:
-            How many replies were dropped.
+            How many replies were deleted.
         """
         with self._chain.write_transaction() as page:
-            return reply_cache.delete_replies(page, run)
+            where = f" WHERE run IN ({', '.join('?' * len(runs))})" if runs else ""
+            return page.sql.execute(f"DELETE FROM replies{where}", runs).rowcount
+
+    def record_transmission(self, payload: bytes, info: TransmissionInfo) -> Transmission:
+        """Record what is about to leave; send it once this has returned, and only then.
+
+        Args:
+            payload: Exactly what will be sent.
+            info: For which round, where to, how protected, and which entry paid.
+
+        Returns:
+            The record. The same bytes for the same round are a record again, which says that they were resent.
+
+        Raises:
+            PolicyRefusal: The owner has withdrawn from this run meanwhile, and this is no refusal; nothing may be sent.
+            LedgerError: The ledger cannot be trusted or written, or the entry did not pay for this; nothing may be
+                sent.
+        """
+        digest = _sha256(payload)
+        with self._chain.write_transaction() as page:
+            if info.kind != "refusal" and self._withdrawn(page, info.run):
+                raise PolicyRefusal(f"the owner of this device has left {info.run}; nothing of it is sent")
+            if info.entry is not None:
+                self._check_paid(page, info, digest)
+            content = {
+                **{key: value for key, value in asdict(info).items() if key != "entry"},
+                "bytes": len(payload),
+                "payload_digest": digest,
+                "resent": self._was_sent(page, info, digest),
+            }
+            sent = self._decode(page.append(Transmission.KIND, content, entry=info.entry))
+            assert isinstance(sent, Transmission)
+            return sent
+
+    def _was_sent(self, page: Transaction, info: TransmissionInfo, digest: str) -> bool:
+        """Whether the same bytes left for the same round before."""
+        same = (self._decode(record) for record in page.records if digest in record.content)
+        return any(
+            isinstance(sent, Transmission)
+            and (sent.run, sent.round, sent.kind) == (info.run, info.round, info.kind)
+            for sent in same
+        )
+
+    def _check_paid(self, page: Transaction, info: TransmissionInfo, digest: str) -> None:
+        """Raises LedgerError unless the entry was booked for this round and answered with this payload alone."""
+        number = info.entry or 0
+        entry = self._decode(page.records[number - 1]) if 1 <= number <= len(page.records) else None
+        if not isinstance(entry, LedgerEntry) or entry.round != info.round or not entry.is_of(info.run):
+            raise LedgerError(
+                f"entry {info.entry} of the ledger did not pay for round {info.round} of {info.run}"
+            )
+        answer = self._answer(page, [entry])
+        if answer is None or answer.payload_digest != digest:
+            raise LedgerError(f"entry {info.entry} of the ledger was not answered with this payload")
+
+    def withdraw(self, run: str, reason: str = "") -> Withdrawal:
+        """Leave a run for good; once this has returned, nothing but refusals is recorded for it, hence sent."""
+        with self._chain.write_transaction() as page:
+            withdrawal = self._decode(page.append(Withdrawal.KIND, {"run": run, "reason": reason}))
+            assert isinstance(withdrawal, Withdrawal)
+            return withdrawal
+
+    def _decode(self, record: Record) -> LedgerRecord:
+        if record.digest not in self._decoded:
+            self._decoded[record.digest] = decode(record)
+        return self._decoded[record.digest]
+
+    def _all(self, page: Transaction, kind: type[Wanted]) -> list[Wanted]:
+        """Every record of one kind, oldest first."""
+        found = (self._decode(record) for record in page.records if record.kind == kind.KIND)
+        return [record for record in found if isinstance(record, kind)]
+
+    def _withdrawn(self, page: Transaction, run: str) -> bool:
+        return any(withdrawal.run == run for withdrawal in self._all(page, Withdrawal))
+
+    def _booked(self, page: Transaction, run: str, round: int) -> list[LedgerEntry]:
+        """Every attempt at a round, oldest first."""
+        return [e for e in self._all(page, LedgerEntry) if e.run == run and e.round == round]
+
+    def _answer(self, page: Transaction, entries: Sequence[LedgerEntry]) -> Answer | None:
+        """The latest answer that some entries paid for."""
+        numbers = {entry.number for entry in entries}
+        for record in reversed(page.records):
+            if record.kind == Answer.KIND and record.entry in numbers:
+                answer = self._decode(record)
+                return answer if isinstance(answer, Answer) else None
+        return None
+
+    def _reply(self, page: Transaction, run: str, round: int) -> tuple[LedgerEntry, bytes] | None:
+        """The entry that paid for the latest answer to a round, and its bytes; None if there are none."""
+        booked = self._booked(page, run, round)
+        answer = self._answer(page, booked)
+        if answer is None:
+            return None
+        row = page.sql.execute("SELECT body FROM replies WHERE answer = ?", (answer.number,)).fetchone()
+        if row is None:
+            return None
+        if _sha256(row[0]) != answer.payload_digest:
+            raise LedgerError(
+                f"the ledger {self._chain.path} was altered: the reply to round {round} of {run} is another"
+            )
+        return next(entry for entry in booked if entry.number == answer.entry), bytes(row[0])
 
 
-def _entries(page: Transaction) -> list[Entry]:
-    entries = [Entry.of(line) for line in page.lines]
-    reply_cache.check_attempts(page, {(entry.run, entry.round, entry.attempt) for entry in entries})
-    return entries
+def _attempts(page: Transaction, entry: LedgerEntry) -> int:
+    """How many computations were begun on one booking."""
+    return sum(record.kind == Attempt.KIND and record.entry == entry.number for record in page.records)
 
 
-def _booked(page: Transaction, run: str, round: int) -> list[Entry]:
-    """Every attempt at a round, oldest first."""
-    return [entry for entry in _entries(page) if entry.run == run and entry.round == round]
-
-
-def _append(page: Transaction, event: Event, run: str, round: int, marks: Mapping[str, str]) -> Entry:
-    if round < 0:
-        raise ValueError(f"round must be >= 0, got {round}")
-    _unit(marks)  # what cannot be priced later is not booked
-    attempt = len(_booked(page, run, round)) + 1
-    return Entry.of(page.append(run, round, attempt, event_to_json(event), _canonical(marks)))
-
-
-def _canonical(marks: Mapping[str, str]) -> str:
-    return json.dumps(dict(marks), sort_keys=True, separators=(",", ":"))
-
-
-def _unit(marks: Mapping[str, str]) -> Unit:
-    """What the run of a release promises for; entries from before there was a choice mean one photo."""
-    for unit in UNITS:
-        if marks.get("unit", "photo") == unit:
-            return unit
-    raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {marks['unit']!r}")
-
-
-def _everything(entries: Sequence[Entry], unit: Unit, since: datetime | None) -> Event:
-    """All entries written at or after `since` as one event, as one `unit` sees it."""
-    start = None if since is None else in_utc(since)
-    seen: dict[tuple[str, Unit], Event] = {}
-    released = []
-    try:
-        for entry in entries:
-            if start is None or entry.time >= start:
-                which = entry.event, _unit(json.loads(entry.metadata))
-                if which not in seen:
-                    seen[which] = convert_unit(event_from_json(entry.event), source=which[1], target=unit)
-                released.append(seen[which])
-    except (PrivacyError, ValueError) as error:
-        raise LedgerError(f"the ledger holds an event that cannot be priced: {error}") from error
-    return compose(released)
+def _sha256(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()

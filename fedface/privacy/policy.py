@@ -17,7 +17,8 @@ from pathlib import Path
 from fedface.errors import PolicyRefusal
 from fedface.number_format import format_delta
 from fedface.privacy.budget import Budget, describe_briefly
-from fedface.privacy.ledger import Entry, Ledger
+from fedface.privacy.ledger import Ledger
+from fedface.privacy.ledger_records import LedgerEntry
 from fedface.privacy.participation_conditions import (
     Environment,
     ParticipationConditions,
@@ -252,14 +253,14 @@ class DevicePolicy:
         if rounds == 0:
             return
         life, *periods = self.budgets
-        short = ledger.check_budget(terms.event(rounds), [life], told=terms.unit)
+        short = ledger.check_budget(terms.event(rounds), [life], run_unit=terms.unit)
         if short is not None:
             raise PolicyRefusal(
                 f"over {rounds} round{'' if rounds == 1 else 's'} this run asks for {describe_briefly(short)}. {ADVICE}"
             )
         if booked or not periods:
             return
-        short = ledger.check_budget(terms.event(1), periods, told=terms.unit)
+        short = ledger.check_budget(terms.event(1), periods, run_unit=terms.unit)
         if short is not None:
             later = (
                 "That is more than this period ever allows."
@@ -275,9 +276,9 @@ class DevicePolicy:
         *,
         run: str,
         round: int,
-        marks: Mapping[str, str] | None = None,
+        metadata: Mapping[str, str] | None = None,
         surroundings: Environment | None = None,
-    ) -> Entry:
+    ) -> LedgerEntry:
         """Book one round within this policy's budgets, on disk when this returns; then compute it.
 
         What `admit` said is checked again where it may have changed since: the last day, the unit, who is trusted,
@@ -288,7 +289,7 @@ class DevicePolicy:
             ledger: What these photos have paid so far.
             run: The run's name.
             round: Which round, >= 0.
-            marks: What else identifies the release, such as the model's hash. They cannot change `OWN_WORDS`.
+            metadata: What else identifies the release, such as the model's hash. They cannot change `OWN_WORDS`.
             surroundings: Says the day; this machine if None.
 
         Raises:
@@ -299,12 +300,12 @@ class DevicePolicy:
         self._admit_today(surroundings or SystemEnvironment())
         self._admit_promise(terms)
         said = terms.metadata()
-        noted = {**said, **(marks or {}), **{word: said[word] for word in OWN_WORDS}}
+        noted = {**said, **(metadata or {}), **{word: said[word] for word in OWN_WORDS}}
         if terms.is_private:
             return ledger.record_within_budget(
-                terms.event(1), self.budgets, run=run, round=round, marks=noted
+                terms.event(1), self.budgets, run=run, round=round, metadata=noted
             )
-        return ledger.record(terms.event(1), run=run, round=round, marks=noted)
+        return ledger.record(terms.event(1), run=run, round=round, metadata=noted)
 
     def ended(self, surroundings: Environment) -> str | None:
         """That the last day is over, as a sentence without full stop; None as long as it is not."""

@@ -1,80 +1,104 @@
-"""What a device has spent: the price of ledger entries together, over time, and of each payload that left.
-
-Nothing here writes; callers pass what privacy/ledger.py and privacy/transmission_log.py have read and verified.
-"""
+"""What booked releases cost together, against a budget, and over time; nothing here writes."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import datetime, timedelta
-from typing import Any
 
-from fedface.errors import LedgerError, PrivacyError
+from fedface.errors import LedgerError, PolicyRefusal, PrivacyError
 from fedface.measurements import Epsilon
-from fedface.privacy.accounting import compose, epsilon_of, event_from_json
+from fedface.privacy.accounting import (
+    compose,
+    epsilon_of,
+    event_from_json,
+    event_to_json,
+    within_budget,
+)
 from fedface.privacy.adjacency import convert_unit
-from fedface.privacy.budget import Budget
-from fedface.privacy.ledger import MAX_PERIOD, Entry
-from fedface.privacy.transmission_log import Transmission, Withdrawal
-from fedface.privacy_units import UNITS, Unit
+from fedface.privacy.budget import Budget, BudgetExceeded
+from fedface.privacy.ledger_records import LedgerEntry
+from fedface.privacy.mechanism import Event
+from fedface.privacy_units import Unit
 
+MAX_RELEASE_KINDS = 500  # each with its own noise or sampling rate: each makes pricing them together slower
+MAX_PERIOD = 100 * 366.0  # days; a longer one counts as this, so that every period begins after year 1
 MOMENTS = 24  # how often a total is computed for a table or a curve; each takes about a second
 
 
-def line_record(line: Transmission | Withdrawal) -> dict[str, Any]:
-    """A line of the journal for JSON; "line" says which kind it is."""
-    return {"line": "sent" if isinstance(line, Transmission) else "withdrawn", **asdict(line)}
-
-
-def payments(lines: Sequence[Transmission | Withdrawal], entries: Sequence[Entry]) -> dict[int, Entry]:
-    """The entry that paid for each line of the journal that names one, by the line's number.
+def total_event(entries: Sequence[LedgerEntry], unit: Unit) -> Event:
+    """All entries as one event, as one `unit` sees it.
 
     Raises:
-        LedgerError: The ledger has no such entry, or it is of another run or round, or it paid for two answers.
+        LedgerError: One of them cannot be priced.
     """
-    by_number = {entry.number: entry for entry in entries}
-    paid = {}
-    answers: dict[int, str] = {}
-    for line in lines:
-        if not isinstance(line, Transmission) or line.entry is None:
-            continue
-        entry = by_number.get(line.entry)
-        if entry is None or entry.round != line.round or not belongs_to(entry, line.run):
-            raise LedgerError(
-                f"line {line.number} of the journal says that entry {line.entry} paid for round {line.round} of "
-                f"{line.run}; the ledger has no such entry. Restore both files from one moment"
-            )
-        if answers.setdefault(line.entry, line.digest_of_payload) != line.digest_of_payload:
-            raise LedgerError(
-                f"entry {line.entry} of the ledger pays for one answer, and the journal knows two different ones (the "
-                f"second in line {line.number}): the ledger was put back in between. Treat these photos as spent more "
-                "than it says"
-            )
-        paid[line.number] = entry
-    return paid
-
-
-def price_of(entries: Sequence[Entry], *, delta: float, unit: Unit) -> Epsilon:
-    """What some entries cost together for one unit.
-
-    Raises:
-        LedgerError: One cannot be priced.
-    """
-    seen: dict[tuple[str, Unit], Any] = {}
+    seen: dict[tuple[str, Unit], Event] = {}
+    released = []
     try:
         for entry in entries:
-            if (key := (entry.event, unit_of(entry))) not in seen:
+            key = entry.event, entry.unit
+            if key not in seen:
                 seen[key] = convert_unit(event_from_json(entry.event), source=key[1], target=unit)
-        together = compose([seen[entry.event, unit_of(entry)] for entry in entries])
-        return epsilon_of(together, delta, unit=unit)
-    except PrivacyError as error:
+            released.append(seen[key])
+    except (PrivacyError, ValueError) as error:
         raise LedgerError(f"the ledger holds an event that cannot be priced: {error}") from error
+    return compose(released)
+
+
+def counted_entries(entries: Sequence[LedgerEntry], budget: Budget, now: datetime) -> Sequence[LedgerEntry]:
+    """The entries that count against a budget now: those of its period."""
+    if budget.days is None:
+        return entries
+    since = now - timedelta(days=min(budget.days, MAX_PERIOD))
+    return [entry for entry in entries if entry.time >= since]
+
+
+def budget_exceeded(
+    entries: Sequence[LedgerEntry], event: Event, budgets: Sequence[Budget], *, run_unit: Unit, now: datetime
+) -> BudgetExceeded | None:
+    """The first budget that one more event would exceed; None if every budget holds.
+
+    Args:
+        entries: Everything booked.
+        event: What would be released.
+        budgets: What the owner allows, at least one.
+        run_unit: The privacy unit of the event's run.
+        now: Where periods end.
+
+    Raises:
+        PolicyRefusal: It is one kind of release too many to be priced.
+        LedgerError: An entry cannot be priced.
+        ValueError: No budget at all was given.
+    """
+    if not budgets:
+        raise ValueError("a release needs at least one limit, got none")
+    kinds = {(entry.event, entry.unit) for entry in entries} | {(event_to_json(event), run_unit)}
+    if len(kinds) > MAX_RELEASE_KINDS:
+        raise PolicyRefusal(
+            f"this device has answered {MAX_RELEASE_KINDS} kinds of releases, each with a noise or a rate of its own, "
+            "and takes no more: pricing them together would take minutes, however little each costs"
+        )
+    for budget in budgets:
+        before = total_event(counted_entries(entries, budget, now), budget.unit)
+        asked = convert_unit(event, source=run_unit, target=budget.unit)
+        both = compose([before, asked])
+        if not within_budget(both, budget.epsilon, budget.delta):
+            alone, spent, together = (epsilon_of(e, budget.delta).upper for e in (asked, before, both))
+            return BudgetExceeded(budget=budget, asked=alone, spent=spent, together=together)
+    return None
+
+
+def price_of(entries: Sequence[LedgerEntry], *, delta: float, unit: Unit) -> Epsilon:
+    """What some entries cost together for one unit. Raises LedgerError if one cannot be priced."""
+    return epsilon_of(total_event(entries, unit), delta, unit=unit)
+
+
+def spent_against(entries: Sequence[LedgerEntry], budget: Budget, now: datetime) -> Epsilon:
+    """What counts against a budget now."""
+    return price_of(counted_entries(entries, budget, now), delta=budget.delta, unit=budget.unit)
 
 
 def totals(
-    entries: Sequence[Entry], *, delta: float, unit: Unit, most: int | None = MOMENTS
+    entries: Sequence[LedgerEntry], *, delta: float, unit: Unit, most: int | None = MOMENTS
 ) -> dict[int, Epsilon]:
     """What the first entries cost together, by the number of the last of them; at `most` of them, always the last."""
     return {
@@ -83,32 +107,18 @@ def totals(
     }
 
 
-def unit_of(entry: Entry) -> Unit:
-    """The privacy unit that an entry's release was noised for. Raises LedgerError for an unknown one."""
-    name = json.loads(entry.metadata).get("unit", "photo")
-    for unit in UNITS:
-        if unit == name:
-            return unit
-    raise LedgerError(f"entry {entry.number} of the ledger names an unknown unit {name!r}; update fedface")
-
-
-def spending_curve(entries: Sequence[Entry], limit: Budget, now: datetime) -> list[tuple[datetime, float]]:
-    """When the upper bound that counts against a limit became what; ends now, has at most MOMENTS + 1 points."""
+def spending_curve(
+    entries: Sequence[LedgerEntry], budget: Budget, now: datetime
+) -> list[tuple[datetime, float]]:
+    """When the upper bound that counts against a budget became what; ends now, has at most MOMENTS + 1 points."""
     times = [entry.time for entry in entries]
-    if limit.days is not None:
+    if budget.days is not None:
         # An entry that is as old as the period still counts; a second later it does not.
-        over = timedelta(days=min(limit.days, MAX_PERIOD), seconds=1)
+        over = timedelta(days=min(budget.days, MAX_PERIOD), seconds=1)
         times = sorted([*times, *(time + over for time in times if time + over < now)])
     chosen = [times[i] for i in _spread(len(times), MOMENTS)]
     then = [(at, [entry for entry in entries if entry.time <= at]) for at in chosen]
-    return [(at, spent_against(known, limit, at).upper) for at, known in [*then, (now, entries)]]
-
-
-def spent_against(entries: Sequence[Entry], limit: Budget, now: datetime) -> Epsilon:
-    """What counts against a limit now."""
-    since = None if limit.days is None else now - timedelta(days=min(limit.days, MAX_PERIOD))
-    counted = [entry for entry in entries if since is None or entry.time >= since]
-    return price_of(counted, delta=limit.delta, unit=limit.unit)
+    return [(at, spent_against(known, budget, at).upper) for at, known in [*then, (now, entries)]]
 
 
 def _spread(count: int, most: int | None) -> list[int]:
@@ -116,8 +126,3 @@ def _spread(count: int, most: int | None) -> list[int]:
     if most is None or count <= most:
         return list(range(count))
     return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
-
-
-def belongs_to(entry: Entry, run: str) -> bool:
-    """Whether a run asked for an entry: what it asks beside its updates is booked under its name and a slash."""
-    return entry.run == run or entry.run.startswith(f"{run}/")

@@ -1,15 +1,13 @@
-"""What a device gave away, told to its owner: every payload, to whom, at what price, and how much is left.
+"""The log for a device's owner: every payload that left, where to, at what price, and what is left of each budget.
 
-Called by `fedface device log`, `fedface ledger show` and device/withdrawal.py with what privacy/transmission_log.py and
-privacy/ledger.py have read and verified; nothing here writes to either. The page's layout is device_log.html beside
-this file: one file, no script, nothing from any network, and a content security policy that names its style by hash.
+The page's layout is device_log.html beside this file: one file, no script, nothing from any network, and a content
+security policy that names its style by hash.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -23,56 +21,53 @@ from jinja2 import Environment, StrictUndefined
 from fedface import number_format
 from fedface.measurements import Epsilon
 from fedface.privacy.budget import Budget
-from fedface.privacy.ledger import Entry
+from fedface.privacy.ledger import LedgerSnapshot
+from fedface.privacy.ledger_records import LedgerEntry, Transmission, Withdrawal
 from fedface.privacy.policy import DevicePolicy
 from fedface.privacy.spending import (
-    belongs_to,
-    line_record,
-    payments,
     price_of,
     spending_curve,
     spent_against,
 )
-from fedface.privacy.transmission_log import OF_FIGURES, RESENT, Transmission, Withdrawal
 from fedface.privacy_units import unit_in_words
 from fedface.reports import device_log_text
 from fedface.reports.device_log_text import moment
 
 TEMPLATE = Path(__file__).with_name("device_log.html")
-MOMENTS = 24  # how often a total is computed for a table or a curve; each takes about a second
 MINUS = "\N{MINUS SIGN}"  # a line does not break after it
 WIDE, HIGH = 344.0, 120.0  # of the plot, in units of the page's SVG
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoggedTransmission:
-    """One line of the journal, and what it cost."""
+class LoggedRecord:
+    """One transmission or withdrawal, and what it cost."""
 
-    line: Transmission | Withdrawal
-    price: Epsilon | None  # of the entry that paid, alone; None where nothing was paid
+    record: Transmission | Withdrawal
+    price: Epsilon | None  # of the entry that paid, alone; None where nothing was paid, or paid before
+    without_noise: bool = False  # whether the server saw it without noise, because it adds the noise itself
 
     def what(self) -> str:
         """What left, for which run."""
-        match self.line:
+        match self.record:
+            case Withdrawal(run=run, reason=reason):
+                return f"You left {run}" + (f": {reason}" if reason else "")
             case Transmission(kind="update", run=run, round=round):
                 return f"An update of a network's weights, for {run}, round {round}"
-            case Transmission(kind="figures", run=run, round=round):
-                return f"Figures about how well a model serves these photos, for {run}, question {round}"
-            case Transmission(kind="opened sum", run=run, round=round, reason=words) if OF_FIGURES in words:
-                return f"The opened sum of several devices' figures, for {run}, question {round}"
-            case Transmission(kind="opened sum", run=run, round=round):
-                return f"The opened sum of several devices, for {run}, round {round}"
-            case Transmission(run=run, round=round, reason=words):
-                return f"A refusal, to {run}, round {round}: {words.removeprefix(RESENT).removeprefix(': ')}"
-            case Withdrawal(run=run, reason=why):
-                return f"You left {run}" + (f": {why}" if why else "")
+            case Transmission(kind="metrics", run=run, round=round):
+                return f"Metrics of how well a model serves these photos, for {run}, evaluation {round}"
+            case Transmission(kind="metrics sum", run=run, round=round):
+                return f"The decrypted sum of several devices' metrics, for {run}, evaluation {round}"
+            case Transmission(kind="update sum", run=run, round=round):
+                return f"The decrypted sum of several devices' updates, for {run}, round {round}"
+            case Transmission(run=run, round=round, reason=reason):
+                return f"A refusal, to {run}, round {round}: {reason}"
 
     def cost(self) -> str:
         """What it cost, in words."""
-        match self.line:
+        match self.record:
             case Transmission(entry=entry) if self.price is not None:
                 return f"{self.price}, for this alone (entry {entry})"
-            case Transmission(kind="opened sum"):
+            case Transmission(kind="update sum" | "metrics sum"):
                 return "nothing more: each device's part in the sum is paid for"
             case Transmission(entry=int() as entry):
                 return f"nothing more: the same bytes as before, paid by entry {entry}"
@@ -81,7 +76,7 @@ class LoggedTransmission:
 
     def when(self) -> tuple[str, str]:
         """The day and the time of day, UTC."""
-        day, _, hour = moment(self.line.time_text).partition(", ")
+        day, _, hour = moment(self.record.written).partition(", ")
         return day, hour
 
 
@@ -106,60 +101,70 @@ class BudgetStatus:
         """Spent, allowed and left, in two sentences."""
         return (
             f"Spent {'so far' if self.budget.days is None else f'in the last {self.budget.days:g} days'}: "
-            f"{self.spent}. Allowed {self.budget.period}: {self.budget.epsilon:g}; left: {number_format.format_epsilon(self.left)}."
+            f"{self.spent}. Allowed {self.budget.period}: {self.budget.epsilon:g}; "
+            f"left: {number_format.format_epsilon(self.left)}."
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceLog:
-    """Everything that an owner may want to know of what left, verified and priced."""
+    """What left a device, what it cost and what is left of each budget, for its owner."""
 
     device: str  # its public name
-    receiver: str  # whom it is connected to now
-    run: str | None  # only the lines of this run; None: of all
-    kept: bool  # whether there is a journal; without one nothing was sent since journals are kept
-    told: tuple[LoggedTransmission, ...]  # oldest first
-    entries: tuple[Entry, ...]  # of the whole ledger
+    receiver: str  # where it is connected to now
+    run: str | None  # only the records of this run; None: of all
+    records: tuple[LoggedRecord, ...]  # oldest first
+    entries: tuple[LedgerEntry, ...]  # of the whole ledger
     budgets: tuple[BudgetStatus, ...]  # of the policy, for all runs together; the first counts for life
-    unsent: tuple[Entry, ...]  # booked, without a line in the journal
-    withdrawn: Mapping[str, str]  # runs that the owner has left, and when
-    bare: int  # payloads that the server saw without noise, because it adds the noise itself
+    unsent: tuple[LedgerEntry, ...]  # booked, without a transmission
+    withdrawn: Mapping[str, str]  # runs that the owner has left, and when first, UTC, ISO 8601
+    head: str  # digest of the ledger's newest record
     now: datetime
 
     @property
-    def sent(self) -> tuple[Transmission, ...]:
+    def transmissions(self) -> tuple[Transmission, ...]:
         """What left, oldest first."""
-        return tuple(told.line for told in self.told if isinstance(told.line, Transmission))
+        return tuple(each.record for each in self.records if isinstance(each.record, Transmission))
 
     @property
     def bytes(self) -> int:
         """All payloads together."""
-        return sum(line.bytes for line in self.sent)
+        return sum(sent.bytes for sent in self.transmissions)
+
+    @property
+    def without_noise(self) -> int:
+        """Payloads that the server saw without noise, because it adds the noise itself."""
+        return sum(each.without_noise for each in self.records)
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
         return {
-            "device": self.device, "run": self.run, "journal": self.kept, "made": self.now.isoformat(),
-            "lines": [
-                {**line_record(told.line), "price": None if told.price is None else told.price.to_record()}
-                for told in self.told
+            "device": self.device,
+            "run": self.run,
+            "created": self.now.isoformat(),
+            "records": [
+                {
+                    "record": each.record.KIND,
+                    **asdict(each.record),
+                    "price": None if each.price is None else each.price.to_record(),
+                }
+                for each in self.records
             ],
             "bytes": self.bytes,
-            "seen_by_the_server_without_noise": self.bare,
+            "seen_by_the_server_without_noise": self.without_noise,
             "budgets": [
                 {"allowed": asdict(budget.budget), "spent": budget.spent.to_record(), "left": budget.left}
                 for budget in self.budgets
             ],
             "withdrawn": dict(self.withdrawn),
-            "booked_without_a_line": [entry.number for entry in self.unsent],
-        }  # fmt: skip
+            "booked_and_not_sent": [entry.number for entry in self.unsent],
+        }
 
 
 def make_log(
     device: str,
     policy: DevicePolicy,
-    entries: Sequence[Entry],
-    lines: Sequence[Transmission | Withdrawal] | None,
+    snapshot: LedgerSnapshot,
     *,
     receiver: str,
     now: datetime,
@@ -169,57 +174,43 @@ def make_log(
 
     Args:
         device: Its public name.
-        policy: Says at which delta, of which unit and against which limits prices are told.
-        entries: The whole ledger; empty if there is none.
-        lines: The whole journal, read before the ledger; None if there is none.
-        receiver: Whom the device is connected to.
+        policy: Says at which delta, of which unit and against which budgets prices are given.
+        snapshot: The whole ledger.
+        receiver: Where the device is connected to.
         now: Where periods end.
-        run: Tell only what this run asked; budgets are for all runs all the same.
+        run: Only what this run asked; budgets are for all runs all the same.
 
     Raises:
-        LedgerError: Journal and ledger contradict each other, or an entry cannot be priced.
+        LedgerError: An entry cannot be priced.
     """
-    paid = payments(lines or (), entries)
-    told = [
-        LoggedTransmission(
-            line=line,
-            price=price_of([paid[line.number]], delta=policy.delta, unit=policy.unit)
-            if isinstance(line, Transmission) and line.number in paid and not line.reason.startswith(RESENT)
-            else None,
+    entries = snapshot.entries
+    by_number = {entry.number: entry for entry in entries}
+
+    def logged(record: Transmission | Withdrawal) -> LoggedRecord:
+        if isinstance(record, Withdrawal) or record.entry is None or record.resent:
+            return LoggedRecord(record=record, price=None)
+        paid = by_number[record.entry]
+        return LoggedRecord(
+            record=record,
+            price=price_of([paid], delta=policy.delta, unit=policy.unit),
+            without_noise=paid.metadata.get("noise_at") == "server",
         )
-        for line in lines or ()
-        if run is None or line.run == run
-    ]
-    numbers = {entry.number for entry in paid.values()}
-    withdrawn: dict[str, str] = {}
-    for line in lines or ():
-        if isinstance(line, Withdrawal) and run in (None, line.run):
-            withdrawn.setdefault(line.run, line.time_text)
+
+    sent = {record.entry for record in snapshot.transmissions}
     return DeviceLog(
         device=device,
         receiver=receiver,
         run=run,
-        kept=lines is not None,
-        told=tuple(told),
+        records=tuple(logged(record) for record in snapshot.log if run in (None, record.run)),
         entries=tuple(entries),
         budgets=tuple(
             BudgetStatus(budget=limit, spent=spent_against(entries, limit, now)) for limit in policy.budgets
         ),
-        unsent=tuple(
-            entry
-            for entry in entries
-            if entry.number not in numbers and (run is None or belongs_to(entry, run))
-        ),
-        withdrawn=withdrawn,
-        bare=sum(_is_bare(each.line, paid) for each in told),
+        unsent=tuple(e for e in entries if e.number not in sent and (run is None or e.is_of(run))),
+        withdrawn={name: when for name, when in snapshot.withdrawals.items() if run in (None, name)},
+        head=snapshot.head,
         now=now,
     )
-
-
-def _is_bare(line: Transmission | Withdrawal, paid: Mapping[int, Entry]) -> bool:
-    if not isinstance(line, Transmission) or line.number not in paid or line.reason.startswith(RESENT):
-        return False
-    return bool(json.loads(paid[line.number].metadata).get("noise_at") == "server")
 
 
 def render(log: DeviceLog) -> str:
@@ -242,19 +233,19 @@ def render(log: DeviceLog) -> str:
         life=life,
         unbounded=math.inf,
         charts=[_chart(log.entries, budget, log.now) for budget in log.budgets] if log.entries else [],
-        days=[told.when()[0] for told in log.told if isinstance(told.line, Transmission)],
+        days=[each.when()[0] for each in log.records if isinstance(each.record, Transmission)],
         unit=unit_in_words(life.spent.unit),
         sure=number_format.percent(1 / (1 + math.exp(-life.spent.upper))),
         one_in=number_format.one_in(life.spent.delta),
-        kinds=device_log_text.kinds(log.sent),
-        what_left=device_log_text.what_left(log.sent, log.device),
-        never_left=device_log_text.never_left(log.sent, log.bare),
-        not_covered=device_log_text.not_covered(log.bare),
+        kinds=device_log_text.kinds(log.transmissions),
+        what_left=device_log_text.what_left(log.transmissions, log.device),
+        never_left=device_log_text.never_left(log.transmissions, log.without_noise),
+        not_covered=device_log_text.not_covered(log.without_noise),
         left_runs={run: moment(when) for run, when in log.withdrawn.items()},
     )
 
 
-def _chart(entries: Sequence[Entry], budget: BudgetStatus, now: datetime) -> dict[str, Any]:
+def _chart(entries: Sequence[LedgerEntry], budget: BudgetStatus, now: datetime) -> dict[str, Any]:
     """A stair of what is spent, in units of the template's SVG."""
     points = spending_curve(entries, budget.budget, now)
     first, last = points[0][0], points[-1][0]

@@ -1,7 +1,4 @@
-"""What the log of a device says of kinds of payloads: what left, what never left, and what no price covers.
-
-Called from reports/device_log.py (the page) and cli/device_log.py (the terminal), so that both say the same.
-"""
+"""What the device log says of kinds of payloads: what left, what never left, and what no price covers."""
 
 from __future__ import annotations
 
@@ -9,28 +6,29 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 
-from fedface.privacy.transmission_log import RESENT, Transmission
+from fedface.privacy.ledger_records import Transmission
 
 _KINDS = {
     "update": ("update", "updates"),
-    "figures": ("set of figures", "sets of figures"),
-    "opened sum": ("opened sum", "opened sums"),
+    "metrics": ("set of metrics", "sets of metrics"),
+    "update sum": ("decrypted sum of updates", "decrypted sums of updates"),
+    "metrics sum": ("decrypted sum of metrics", "decrypted sums of metrics"),
     "refusal": ("refusal", "refusals"),
 }
 _NOT_COVERED = (
     "that this device took part, when it answered and how long that took: the server knows it, and nothing of it "
     "is counted",
-    "refusals: they hold nothing of a photo, but may tell how much is spent and allowed",
+    "refusals: they hold nothing of a photo, but may reveal how much is spent and allowed",
     "messages that a task failed: they name the kind of error and are not listed here",
     "what is true of people in general: somebody may learn it from others' photos, with yours or without",
-    "what left before this device kept a journal, and photos that you shared in other ways",
+    "photos that you shared in other ways",
     "programs: the server may send code of its own unless you forbid it (clients/README.md)",
 )
 
 
 def kinds(sent: Sequence[Transmission]) -> list[str]:
     """How many payloads of each kind left, each counted once however often it was sent: "2 updates"."""
-    again: Counter[str] = Counter(line.kind for line in sent if line.reason.startswith(RESENT))
+    again: Counter[str] = Counter(line.kind for line in sent if line.resent)
     said = []
     for what, (one, many) in _KINDS.items():
         count = sum(line.kind == what for line in sent) - again[what]
@@ -46,9 +44,10 @@ def what_left(sent: Sequence[Transmission], device: str) -> list[str]:
     said = {
         "update": "updates: how a network's weights would change, computed from your photos and protected as each line "
         "says",
-        "figures": "figures: how well a model serves your photos, and how many of them (or of your occasions) have "
+        "metrics": "metrics: how well a model serves your photos, and how many of them (or of your occasions) have "
         "which skin tones, as sums that are protected as each line says",
-        "opened sum": "opened sums: of several devices together",
+        "update sum": "decrypted sums of updates: of several devices together",
+        "metrics sum": "decrypted sums of metrics: of several devices together",
         "refusal": "refusals, each a sentence that says why",
     }
     return [
@@ -57,14 +56,14 @@ def what_left(sent: Sequence[Transmission], device: str) -> list[str]:
     ]
 
 
-def never_left(sent: Sequence[Transmission], bare: int) -> list[str]:
+def never_left(sent: Sequence[Transmission], without_noise: int) -> list[str]:
     """What was in no payload; counts are left out where something of them was."""
-    figures = any(line.kind == "figures" for line in sent)
-    if bare:
+    metrics = any(line.kind == "metrics" for line in sent)
+    if without_noise:
         counts = []  # nothing hides from the server what an update without noise lets it guess
-    elif figures:
+    elif metrics:
         counts = [
-            "how many photos or faces there are, but for the counts among the figures, which have noise"
+            "how many photos or faces there are, but for the counts among the metrics, which have noise"
         ]
     else:
         counts = ["how many photos or faces there are"]
@@ -76,15 +75,15 @@ def never_left(sent: Sequence[Transmission], bare: int) -> list[str]:
     ]
 
 
-def not_covered(bare: int) -> list[str]:
+def not_covered(without_noise: int) -> list[str]:
     """What no epsilon of a device says; first, if there was any, what the server saw without noise."""
     server = (
         "the server itself: it saw "
-        + ("one of these payloads" if bare == 1 else f"{bare} of these payloads")
-        + " without noise, and towards it there is no epsilon. The figures here hold for those who get the network or "
+        + ("one of these payloads" if without_noise == 1 else f"{without_noise} of these payloads")
+        + " without noise, and towards it there is no epsilon. The numbers here hold for those who get the network or "
         "the report later, if the server added the noise and forgot what it was sent"
     )
-    return [*([server] if bare else []), *_NOT_COVERED]
+    return [*([server] if without_noise else []), *_NOT_COVERED]
 
 
 def moment(written: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +30,6 @@ from fedface.privacy.ledger import Ledger
 from fedface.privacy.mechanism import GaussianSum
 from fedface.privacy.plan import Schedule, make_plan
 from fedface.privacy.privacy_target import PrivacyTarget
-from fedface.privacy.transmission_log import TransmissionLog
 from fedface.randomness import Streams
 from fedface.reports import html_report
 from fedface.reports.device_metrics_record import WithdrawalRecord
@@ -96,7 +94,7 @@ def test_a_device_cuts_its_whole_update_and_an_empty_library_sends_nothing(tmp_p
     whole = sent_vector(handle_task(train_task(experiment, tiny_gan()), device))
     assert float(whole.norm()) == approx(0.01, rel=1e-3)
     (entry,) = device.ledger().entries()
-    marks = json.loads(entry.metadata)
+    marks = entry.metadata
     assert (marks["unit"], marks["noise_at"], marks["update_clip_norm"]) == ("library", "server", "0.01")
     empty = replace(
         first_device(experiment, tmp_path / "others"),
@@ -305,7 +303,7 @@ def test_a_round_per_occasion_hardly_moves_for_one_birthday(tmp_path: Path) -> N
     device = first_device(experiment, tmp_path / "devices")
     handle_task(train_task(experiment, tiny_gan()), device)
     (entry,) = device.ledger().entries()
-    assert json.loads(entry.metadata)["unit"] == "occasion"
+    assert entry.metadata["unit"] == "occasion"
     assert device.ledger().spent(1e-2, unit="occasion").upper == approx(8.0, abs=2e-3)
     # An owner who counts photos pays for a changed occasion; one who counts libraries has no promise.
     assert device.ledger().spent(1e-2, unit="photo").upper > 8.0
@@ -372,7 +370,7 @@ def test_a_device_that_leaves_is_asked_no_more_and_its_name_is_gone(tmp_path: Pa
     class Watcher(SilentProgress):
         def message(self, sentence: str) -> None:
             if sentence.startswith("round 1"):
-                TransmissionLog.open(state / "journal.sqlite").withdraw("run", "changed my mind")
+                Ledger.open(state / "ledger.sqlite").withdraw("run", "changed my mind")
 
     cohort = in_process_cohort(experiment, devices_folder(folder))
     ended = run_rounds(experiment, experiment.plan(), cohort, RunState.read(folder), None, Watcher())
@@ -402,7 +400,7 @@ def test_a_device_that_leaves_after_its_figures_is_priced_for_them_and_asked_no_
     class Watcher(SilentProgress):
         def stage(self, name: str, steps: int) -> None:
             if name.startswith("round 1"):
-                TransmissionLog.open(state / "journal.sqlite").withdraw("run")
+                Ledger.open(state / "ledger.sqlite").withdraw("run")
 
     record = run_experiment(
         experiment, in_process_cohort(experiment, devices_folder(folder)), folder, watcher=Watcher()
@@ -414,9 +412,7 @@ def test_a_device_that_leaves_after_its_figures_is_priced_for_them_and_asked_no_
     assert left.epsilon.upper == approx(epsilon_of(terms.event(1), 1e-2).upper)
     assert [told.answered for told in record.device_metrics] == [(WITHDRAWN, "device-01"), ("device-01",)]
     refused = [
-        line
-        for line in TransmissionLog.open(state / "journal.sqlite").transmissions()
-        if line.kind == "refusal"
+        line for line in Ledger.open(state / "ledger.sqlite").read().transmissions if line.kind == "refusal"
     ]
     assert len(refused) == 1  # told once, by the first round, and asked no more
 
@@ -430,7 +426,7 @@ def test_who_leaves_is_forgotten_even_if_the_round_fails_for_want_of_answers(tmp
     class Watcher(SilentProgress):
         def message(self, sentence: str) -> None:
             if sentence.startswith("round 1"):
-                TransmissionLog.open(state / "journal.sqlite").withdraw("run")
+                Ledger.open(state / "ledger.sqlite").withdraw("run")
 
     cohort = in_process_cohort(experiment, devices_folder(folder))
     with pytest.raises(FederationError, match="2 are needed"):

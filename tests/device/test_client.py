@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sqlite3
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from fedface.models.model import GanArchitecture
 from fedface.models.stylegan2 import StyleGAN2Config
 from fedface.photos.device_dataset import DeviceDataset
 from fedface.privacy.accounting import epsilon_of
+from fedface.privacy.hash_chain import Chain
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.participation_conditions import ConditionsNotMet
 from fedface.tensor_types import Images, Vector
@@ -237,17 +239,18 @@ def test_sums_are_opened_only_while_the_policy_holds(device: Device, task: Train
     assert isinstance(reply, Refusal) and "ended" in reply.reason
 
 
-def test_a_ledger_put_back_without_its_journal_is_noticed(
+def test_a_ledger_rolled_back_is_noticed_by_its_head_or_with_it_by_its_witness(
     device: Device, task: TrainTask, tmp_path: Path
 ) -> None:
-    """File and head together look whole; the journal remembers what they forgot."""
+    """File and head together look whole; the witness remembers what they forgot."""
+    device = replace(device, witness=tmp_path / "disk")
     handle_task(task, device)
     kept = [(path, path.read_bytes()) for path in sorted(device.state.glob("ledger.sqlite*"))]
     handle_task(replace(task, round=2), device)
     for path, content in kept:
         path.write_bytes(content)
-    with pytest.raises(LedgerError, match="journal names bookings"):
-        handle_task(replace(task, round=3), replace(device, photos=unreadable))
+        with pytest.raises(LedgerError, match="rolled back"):
+            handle_task(replace(task, round=3), replace(device, photos=unreadable))
 
 
 def test_weights_under_a_false_name_are_found_out_before_the_booking(device: Device, task: TrainTask) -> None:
@@ -438,10 +441,11 @@ def test_a_device_does_not_open_the_sum_of_another_round(tmp_path: Path) -> None
         handle_task(reveal_task(experiment, Payload.from_bytes(first.payload), round=2), device)
 
 
-def test_a_ledger_put_back_to_before_an_answer_is_noticed_by_the_journal(
-    device: Device, task: TrainTask, monkeypatch: pytest.MonkeyPatch
+def test_a_ledger_rolled_back_to_before_an_answer_is_noticed(
+    device: Device, task: TrainTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ledger and head copied between booking and answer, and put back: the same booking would pay for two answers."""
+    """Copied between booking and answer, and copied back: the same booking would pay for two answers."""
+    device = replace(device, witness=tmp_path / "disk")
     copies: dict[Path, bytes] = {}
     begin = Ledger.record_attempt
 
@@ -453,10 +457,33 @@ def test_a_ledger_put_back_to_before_an_answer_is_noticed_by_the_journal(
     with monkeypatch.context() as patch:
         patch.setattr(Ledger, "record_attempt", copied)
         assert isinstance(handle_task(task, device), TrainResult)
+    assert len(copies) == 2
     for file, content in copies.items():
         file.write_bytes(content)
-    with pytest.raises(LedgerError, match="answers that the ledger does not know"):
-        handle_task(task, device)
+        with pytest.raises(LedgerError, match="rolled back"):
+            handle_task(task, device)
+
+
+def test_one_task_opens_and_verifies_the_ledger_once(
+    device: Device, task: TrainTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Policy, booking, attempt, reply and transmission share one connection and one pass over all records."""
+    handle_task(task, device)
+    connections, passes = [], []
+    connect, verify = sqlite3.connect, Chain._verify_records
+
+    def connecting(*args: object, **more: object) -> sqlite3.Connection:
+        connections.append(args)
+        return connect(*args, **more)  # type: ignore[call-overload, no-any-return]
+
+    def verifying(self: Chain, sql: sqlite3.Connection) -> None:
+        verify(self, sql)
+        passes.append(len(self._records))
+
+    monkeypatch.setattr(sqlite3, "connect", connecting)
+    monkeypatch.setattr(Chain, "_verify_records", verifying)
+    assert isinstance(handle_task(replace(task, round=2), device), TrainResult)
+    assert len(connections) == 1 and passes == [4]  # release, attempt, answer and transmission of round 1
 
 
 def test_a_round_while_photos_cannot_be_read_is_put_off_and_not_paid_for(

@@ -14,9 +14,7 @@ from pathlib import Path
 import pytest
 
 from fedface.errors import LedgerError
-from fedface.privacy.hash_chain import Chain, ChainSchema
-
-FORM = ChainSchema(noun="notebook", table="notes", columns=("word TEXT NOT NULL", "count INTEGER NOT NULL"))
+from fedface.privacy.hash_chain import GENESIS, Chain
 
 
 class Home:
@@ -31,18 +29,18 @@ class Home:
 
     def open(self) -> Chain:
         """As its owner opens it, with the witness."""
-        return Chain.open(self.path, FORM, witness=self.witness)
+        return Chain.open(self.path, witness=self.witness)
 
     def note(self, *words: str) -> None:
         """Add a line for each word."""
         for word in words:
             with self.open().write_transaction() as page:
-                page.append(word, 1)
+                page.append(word, {})
 
     def words(self) -> list[str]:
         """What the chain says."""
         with self.open().read_transaction() as page:
-            return [str(line.values[0]) for line in page.lines]
+            return [line.kind for line in page.records]
 
     def back_up(self, folder: Path) -> Path:
         """Copy a folder."""
@@ -69,17 +67,17 @@ def home(tmp_path: Path) -> Home:
 def test_lines_are_numbered_and_each_names_the_one_before(home: Home) -> None:
     home.note("a", "b", "c")
     with home.open().read_transaction() as page:
-        assert [line.number for line in page.lines] == [1, 2, 3]
-        assert [line.parent for line in page.lines] == [
-            FORM.genesis,
-            *(line.digest for line in page.lines[:-1]),
+        assert [line.number for line in page.records] == [1, 2, 3]
+        assert [line.parent for line in page.records] == [
+            GENESIS,
+            *(line.digest for line in page.records[:-1]),
         ]
 
 
 def test_an_exception_in_the_block_writes_nothing(home: Home) -> None:
     home.note("a")
     with pytest.raises(KeyError), home.open().write_transaction() as page:
-        page.append("b", 1)
+        page.append("b", {})
         raise KeyError
     assert home.words() == ["a"]
 
@@ -100,12 +98,12 @@ def test_the_folder_put_back_is_noticed_even_by_who_does_not_name_the_witness(ho
     home.note("b")
     home.put_back(home.state)
     with pytest.raises(LedgerError, match="rolled back"):
-        Chain.open(home.path, FORM)
+        Chain.open(home.path)
 
 
 def test_a_folder_put_back_to_before_the_witness_is_noticed_by_who_names_it(home: Home) -> None:
-    with Chain.open(home.path, FORM).write_transaction() as page:
-        page.append("a", 1)
+    with Chain.open(home.path).write_transaction() as page:
+        page.append("a", {})
     home.back_up(home.state)
     home.note("b")
     home.put_back(home.state)
@@ -116,13 +114,13 @@ def test_a_folder_put_back_to_before_the_witness_is_noticed_by_who_names_it(home
 def test_without_a_witness_file_and_head_put_back_together_are_not_noticed(home: Home) -> None:
     """The limit of what one folder can know about itself."""
     for word in ("a", "b"):
-        with Chain.open(home.path, FORM).write_transaction() as page:
-            page.append(word, 1)
+        with Chain.open(home.path).write_transaction() as page:
+            page.append(word, {})
         if word == "a":
             home.back_up(home.state)
     home.put_back(home.state)
-    with Chain.open(home.path, FORM).read_transaction() as page:
-        assert [line.values[0] for line in page.lines] == ["a"]
+    with Chain.open(home.path).read_transaction() as page:
+        assert [line.kind for line in page.records] == ["a"]
 
 
 def test_everything_put_back_to_one_moment_is_not_noticed(home: Home) -> None:
@@ -175,7 +173,7 @@ def test_a_missing_witness_stops_everything_and_says_what_to_do(home: Home) -> N
     shutil.rmtree(home.witness)
     for attempt in (
         lambda: home.open(),
-        lambda: Chain.open(home.path, FORM),
+        lambda: Chain.open(home.path),
         lambda: chain.read_transaction().__enter__(),
     ):
         with pytest.raises(LedgerError, match="Connect its disk"):
@@ -194,16 +192,16 @@ def test_a_witness_lost_for_good_is_begun_anew_as_the_error_says(home: Home) -> 
 def test_another_witness_folder_is_taken_only_with_the_old_file(home: Home) -> None:
     home.note("a")
     with pytest.raises(LedgerError, match="Connect its disk"):
-        Chain.open(home.path, FORM, witness=home.folder / "other")
+        Chain.open(home.path, witness=home.folder / "other")
     shutil.copytree(home.witness, home.folder / "other")
-    Chain.open(home.path, FORM, witness=home.folder / "other")
+    Chain.open(home.path, witness=home.folder / "other")
     shutil.rmtree(home.witness)
-    Chain.open(home.path, FORM)
+    Chain.open(home.path)
 
 
 def test_an_old_chain_begins_a_witness_when_it_is_opened_with_one(home: Home) -> None:
-    with Chain.open(home.path, FORM).write_transaction() as page:
-        page.append("a", 1)
+    with Chain.open(home.path).write_transaction() as page:
+        page.append("a", {})
     assert not home.witness.exists()
     assert home.words() == ["a"] and home.witness_file().read_text() == home.head.read_text()
 
@@ -211,8 +209,8 @@ def test_an_old_chain_begins_a_witness_when_it_is_opened_with_one(home: Home) ->
 def test_a_rolled_back_chain_does_not_begin_a_witness(home: Home) -> None:
     """Otherwise the witness would swear to the older state."""
     for word in ("a", "b"):
-        with Chain.open(home.path, FORM).write_transaction() as page:
-            page.append(word, 1)
+        with Chain.open(home.path).write_transaction() as page:
+            page.append(word, {})
         if word == "a":
             older = home.path.read_bytes()
     home.path.write_bytes(older)
@@ -223,9 +221,9 @@ def test_a_rolled_back_chain_does_not_begin_a_witness(home: Home) -> None:
 
 def test_chains_share_a_witness_folder(home: Home) -> None:
     home.note("a")
-    other = Chain.open(home.folder / "other" / "notes.db", FORM, witness=home.witness)
+    other = Chain.open(home.folder / "other" / "notes.db", witness=home.witness)
     with other.write_transaction() as page:
-        page.append("z", 1)
+        page.append("z", {})
     home.note("b")
     assert home.words() == ["a", "b"] and len(list(home.witness.iterdir())) == 2
 
@@ -236,15 +234,15 @@ def test_a_copy_of_the_folder_has_no_witness_of_its_own(home: Home) -> None:
     copy = home.back_up(home.state)
     for witness in (home.witness, None):
         with pytest.raises(LedgerError, match="Connect its disk"):
-            Chain.open(copy / "notes.db", FORM, witness=witness)
+            Chain.open(copy / "notes.db", witness=witness)
 
 
 def test_a_witness_in_the_chains_own_folder_is_refused(home: Home) -> None:
     with pytest.raises(LedgerError, match="another folder"):
-        Chain.open(home.path, FORM, witness=home.state / "witness")
+        Chain.open(home.path, witness=home.state / "witness")
 
 
-@pytest.mark.parametrize("content", ["", "\n", "3f9a", "0" * 64, '{"grown": 0}'])
+@pytest.mark.parametrize("content", ["", "\n", "3f9a", "0" * 64, '{"witness": null}'])
 def test_an_empty_torn_or_foreign_head_is_not_trusted(home: Home, content: str) -> None:
     home.note("a")
     for place in (home.head, home.witness_file()):
@@ -300,7 +298,7 @@ def test_a_head_is_on_disk_before_it_gets_its_name_and_its_folder_after(
     monkeypatch.setattr(os, "fsync", noted_sync)
     monkeypatch.setattr(os, "replace", noted_replace)
     with chain.write_transaction() as page:
-        page.append("b", 1)
+        page.append("b", {})
         assert done == []
     each = [["sync file", f"name {place}", "sync folder"] for place in ("disk", "state")]
     assert done == [*each[0], *each[1]]
@@ -325,7 +323,9 @@ def crash_while_writing(path: Path) -> None:
     sql.execute("PRAGMA cache_spill = 1")
     sql.execute("BEGIN IMMEDIATE")
     for number in range(2, 400):
-        sql.execute("INSERT INTO notes VALUES (?, 'now', ?, 1, 'x', ?)", (number, "w" * 3000, str(number)))
+        sql.execute(
+            "INSERT INTO records VALUES (?, 'now', ?, 1, '{}', 'x', ?)", (number, "w" * 3000, str(number))
+        )
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -357,23 +357,23 @@ def test_a_crash_whose_rollback_file_was_lost_is_noticed(home: Home) -> None:
 def test_a_clock_put_back_does_not_date_a_line_before_the_one_above(tmp_path: Path) -> None:
     times = [datetime(2031, 5, 1, 12, tzinfo=UTC) + timedelta(days=days) for days in (0, 3, -200, 2, 4)]
     for time in times:
-        with Chain.open(tmp_path / "notes.db", FORM, now=lambda time=time: time).write_transaction() as page:
-            page.append("a", 1)
-    with Chain.open(tmp_path / "notes.db", FORM).read_transaction() as page:
-        assert [line.time.day for line in page.lines] == [1, 4, 4, 4, 5]
+        with Chain.open(tmp_path / "notes.db", now=lambda time=time: time).write_transaction() as page:
+            page.append("a", {})
+    with Chain.open(tmp_path / "notes.db").read_transaction() as page:
+        assert [line.time.day for line in page.records] == [1, 4, 4, 4, 5]
 
 
 def test_a_clock_without_a_zone_is_refused(tmp_path: Path) -> None:
-    chain = Chain.open(tmp_path / "notes.db", FORM, now=lambda: datetime(2031, 5, 1))
+    chain = Chain.open(tmp_path / "notes.db", now=lambda: datetime(2031, 5, 1))
     with pytest.raises(ValueError, match="zone"), chain.write_transaction() as page:
-        page.append("a", 1)
+        page.append("a", {})
 
 
 def test_a_value_of_another_kind_is_an_alteration(home: Home) -> None:
     home.note("a")
     sql = sqlite3.connect(home.path)
-    sql.execute("DROP TRIGGER notes_stay")
-    sql.execute("UPDATE notes SET word = x'00ff'")
+    sql.execute("DROP TRIGGER records_no_update")
+    sql.execute("UPDATE records SET content = x'00ff'")
     sql.commit()
     sql.close()
     with pytest.raises(LedgerError, match="altered"):

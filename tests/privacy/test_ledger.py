@@ -32,8 +32,8 @@ def file_of(tmp_path: Path) -> Path:
 def tamper(path: Path, *statements: str) -> None:
     """Change the file as its owner could, past the triggers."""
     book = sqlite3.connect(path)
-    book.execute("DROP TRIGGER entries_stay")
-    book.execute("DROP TRIGGER entries_remain")
+    book.execute("DROP TRIGGER records_no_update")
+    book.execute("DROP TRIGGER records_no_delete")
     for statement in statements:
         book.execute(statement)
     book.commit()
@@ -49,11 +49,11 @@ def test_four_booked_rounds_cost_as_much_as_one_with_half_the_noise(ledger: Ledg
         ledger.record(EVENT, run="r", round=round)
     assert ledger.spent(DELTA).upper == approx(epsilon_of(dp.GaussianDpEvent(2.0), DELTA).upper, abs=1e-9)
     assert ledger.would_spend(EVENT, DELTA).upper > ledger.spent(DELTA).upper
-    assert ledger.rounds_recorded("r") == 4 and len(ledger.export()) == 4
+    assert ledger.rounds_recorded("r") == 4 and len(ledger.read().export()) == 4
 
 
 def test_a_booking_survives_closing_and_opening(ledger: Ledger, tmp_path: Path) -> None:
-    entry = ledger.record(EVENT, run="r", round=0, marks={"model": "abc"})
+    entry = ledger.record(EVENT, run="r", round=0, metadata={"model": "abc"})
     again = Ledger.open(file_of(tmp_path))
     assert again.entries() == [entry]
     assert again.is_recorded("r", 0) and not again.is_recorded("r", 1) and not again.is_recorded("s", 0)
@@ -81,8 +81,8 @@ def test_a_round_that_was_never_answered_is_booked_once(ledger: Ledger) -> None:
 
 def test_a_round_that_was_never_answered_is_booked_anew_for_another_release(ledger: Ledger) -> None:
     """The booking of one model does not pay for another."""
-    ledger.record(EVENT, run="r", round=0, marks={"model": "abc"})
-    second = ledger.record(EVENT, run="r", round=0, marks={"model": "xyz"})
+    ledger.record(EVENT, run="r", round=0, metadata={"model": "abc"})
+    second = ledger.record(EVENT, run="r", round=0, metadata={"model": "xyz"})
     assert second.attempt == 2 and len(ledger.entries()) == 2
 
 
@@ -104,7 +104,7 @@ def test_one_booking_pays_for_one_answer_of_two_computed_side_by_side(ledger: Le
     ledger.store_reply("r", 7, b"first", attempt=dear.attempt)
     ledger.record(EVENT, run="r", round=8)
     ledger.store_reply("r", 8, b"next")
-    assert ledger.record(EVENT, run="r", round=7, marks={"model": "xyz"}).attempt == 2
+    assert ledger.record(EVENT, run="r", round=7, metadata={"model": "xyz"}).attempt == 2
     with pytest.raises(LedgerError, match="answered already"):
         ledger.store_reply("r", 7, b"second", attempt=dear.attempt)
     ledger.store_reply("r", 7, b"paid", attempt=2)
@@ -112,12 +112,12 @@ def test_one_booking_pays_for_one_answer_of_two_computed_side_by_side(ledger: Le
 
 
 def test_an_answered_round_cannot_be_asked_for_something_else(ledger: Ledger) -> None:
-    ledger.record(EVENT, run="r", round=0, marks={"model": "abc"})
+    ledger.record(EVENT, run="r", round=0, metadata={"model": "abc"})
     ledger.store_reply("r", 0, b"payload")
     with pytest.raises(LedgerError, match="different release"):
-        ledger.record(dp.GaussianDpEvent(1.0), run="r", round=0, marks={"model": "abc"})
+        ledger.record(dp.GaussianDpEvent(1.0), run="r", round=0, metadata={"model": "abc"})
     with pytest.raises(LedgerError, match="different release"):
-        ledger.record(EVENT, run="r", round=0, marks={"model": "xyz"})
+        ledger.record(EVENT, run="r", round=0, metadata={"model": "xyz"})
     with pytest.raises(LedgerError, match="answered already"):
         ledger.store_reply("r", 0, b"another payload")
 
@@ -140,7 +140,7 @@ def test_an_unknown_unit_is_not_booked(ledger: Ledger) -> None:
         lambda *a, **k: ledger.record_within_budget(a[0], [Budget(epsilon=9, delta=DELTA)], **k),
     ):
         with pytest.raises(ValueError, match="unit must be one of"):
-            book(EVENT, run="r", round=0, marks={"unit": "pixel"})
+            book(EVENT, run="r", round=0, metadata={"unit": "pixel"})
     assert ledger.entries() == []
 
 
@@ -169,58 +169,34 @@ def test_a_file_put_back_to_between_a_booking_and_its_answer_is_noticed(
         Ledger.open(file_of(tmp_path))
 
 
-OLD = """
-CREATE TABLE entries (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    written TEXT NOT NULL, run TEXT NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL,
-    event TEXT NOT NULL, marks TEXT NOT NULL, parent TEXT NOT NULL, digest TEXT NOT NULL UNIQUE,
-    UNIQUE (run, round, attempt)
-);
-CREATE TABLE replies (
-    run TEXT NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL, body BLOB, PRIMARY KEY (run, round)
-);
-CREATE TRIGGER entries_stay BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'append only'); END;
-CREATE TRIGGER entries_remain BEFORE DELETE ON entries BEGIN SELECT RAISE(ABORT, 'append only'); END;
-INSERT INTO entries VALUES (
-    1, '2026-11-26T03:55:43+00:00', 'r', 0, 1, '[{"count":1,"kind":"gaussian","q":1.0,"scale":4.0}]',
-    '{"model":"abc","unit":"photo"}', 'edc958680e2d06ca754cade36a0c7ac0766f7ff39539c63f1012f0f13d9d9f1b',
-    '023215c20092ea0965b401facd7fc45314736b509da78e83bfabf0e2a661ece4'
-);
-INSERT INTO entries VALUES (
-    2, '2026-11-26T03:55:43+00:00', 'résumé', 3, 1, '[{"count":1,"kind":"gaussian","q":1.0,"scale":4.0}]',
-    '{}', '023215c20092ea0965b401facd7fc45314736b509da78e83bfabf0e2a661ece4',
-    '36b63bcb736f54cdb200284bbebc1863d67dc0c5f75a0f730bf5ea9818ab81a1'
-);
-INSERT INTO replies VALUES ('r', 0, 1, x'6F6C64207265706C79');
-"""  # what the ledger wrote before heads had a second line, entries a unit, and chains a file of their own
-
-
-@pytest.mark.parametrize("witness", [None, "disk"])
-def test_a_ledger_from_before_is_read_and_goes_on(tmp_path: Path, witness: str | None) -> None:
-    """The budget of a library does not begin anew with a new version."""
-    path = tmp_path / "state" / "ledger.db"
-    path.parent.mkdir()
-    book = sqlite3.connect(path)
-    book.executescript(OLD)
+def test_a_file_of_another_format_is_refused_in_one_sentence(ledger: Ledger, tmp_path: Path) -> None:
+    """Also by a session that was open when the file was replaced."""
+    ledger.record(EVENT, run="r", round=0)
+    book = sqlite3.connect(file_of(tmp_path))
+    book.execute("PRAGMA user_version = 2")
+    book.commit()
     book.close()
-    path.with_name("ledger.db.head").write_text(
-        "36b63bcb736f54cdb200284bbebc1863d67dc0c5f75a0f730bf5ea9818ab81a1\n"
-    )
-    ledger = Ledger.open(path, None if witness is None else tmp_path / witness)
-    assert [entry.run for entry in ledger.entries()] == ["r", "résumé"]
-    assert ledger.spent(DELTA).upper == approx(
-        epsilon_of(dp.GaussianDpEvent(8.0**0.5), DELTA).upper, abs=1e-9
-    )
-    assert ledger.load_reply("r", 0) == b"old reply"
-    assert ledger.record(EVENT, run="r", round=0, marks={"model": "abc", "unit": "photo"}).number == 1
-    assert ledger.record(EVENT, run="r", round=1).number == 3
-    assert len(Ledger.open(path).entries()) == 3
+    for attempt in (lambda: Ledger.open(file_of(tmp_path)), ledger.entries):
+        with pytest.raises(
+            LedgerError, match="has format 2; this version of fedface reads ledgers of format 1 alone"
+        ):
+            attempt()
+
+
+def test_a_database_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "index.sqlite"
+    book = sqlite3.connect(path)
+    book.execute("CREATE TABLE entries (number INTEGER PRIMARY KEY)")
+    book.commit()
+    book.close()
+    with pytest.raises(LedgerError, match="is another kind of file"):
+        Ledger.open(path)
 
 
 def test_rows_cannot_be_changed_or_removed_by_sql(ledger: Ledger, tmp_path: Path) -> None:
     ledger.record(EVENT, run="r", round=0)
     book = sqlite3.connect(file_of(tmp_path))
-    for statement in ("UPDATE entries SET event = '[]'", "DELETE FROM entries"):
+    for statement in ("UPDATE records SET content = '{}'", "DELETE FROM records"):
         with pytest.raises(sqlite3.IntegrityError, match="append only"):
             book.execute(statement)
     book.close()
@@ -229,12 +205,12 @@ def test_rows_cannot_be_changed_or_removed_by_sql(ledger: Ledger, tmp_path: Path
 @pytest.mark.parametrize(
     "statement",
     [
-        "UPDATE entries SET event = '[]' WHERE number = 2",
-        "UPDATE entries SET written = 'yesterday' WHERE number = 1",
-        "UPDATE entries SET round = 7 WHERE number = 3",
-        "DELETE FROM entries WHERE number = 1",
-        "DELETE FROM entries WHERE number = 3",
-        "DELETE FROM entries",
+        "UPDATE records SET content = '{}' WHERE number = 2",
+        "UPDATE records SET written = 'yesterday' WHERE number = 1",
+        "UPDATE records SET kind = 'other' WHERE number = 3",
+        "DELETE FROM records WHERE number = 1",
+        "DELETE FROM records WHERE number = 3",
+        "DELETE FROM records",
     ],
 )
 def test_an_altered_file_is_not_opened(ledger: Ledger, tmp_path: Path, statement: str) -> None:

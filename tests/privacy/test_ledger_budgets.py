@@ -15,6 +15,7 @@ from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.adjacency import replace_one_event
 from fedface.privacy.budget import Budget
 from fedface.privacy.ledger import Ledger
+from fedface.privacy.ledger_records import Answer
 
 DELTA = 1e-5
 EVENT = dp.GaussianDpEvent(4.0)
@@ -74,7 +75,7 @@ def test_a_limit_of_thirty_days_frees_up_and_the_one_for_life_does_not(tmp_path:
         clock.today += timedelta(days=days)
         booked.append(rounds_until_refused(ledger, str(clock.today), lifelong, monthly))
     assert booked == [3, 0, 3, 1, 0]
-    shortfall = ledger.check_budget(EVENT, [monthly, lifelong], told="photo")
+    shortfall = ledger.check_budget(EVENT, [monthly, lifelong], run_unit="photo")
     assert shortfall is not None and shortfall.budget == lifelong
     assert f"delta {format_delta(DELTA)}, per photo for life" in shortfall.describe()
 
@@ -87,10 +88,10 @@ def test_a_period_ends_to_the_second(tmp_path: Path) -> None:
     ledger.record_within_budget(EVENT, [monthly], run="r", round=0)
     start = clock.today
     clock.today = start + timedelta(days=30)
-    shortfall = ledger.check_budget(EVENT, [monthly], told="photo")
+    shortfall = ledger.check_budget(EVENT, [monthly], run_unit="photo")
     assert shortfall is not None and "per photo in any 30 days" in shortfall.describe()
     clock.today = start + timedelta(days=30, seconds=1)
-    assert ledger.check_budget(EVENT, [monthly], told="photo") is None
+    assert ledger.check_budget(EVENT, [monthly], run_unit="photo") is None
     assert ledger.spent(DELTA, since=start - timedelta(seconds=1)).upper > 0.0
     assert ledger.spent(DELTA, since=start + timedelta(seconds=1)).upper == 0.0
 
@@ -130,17 +131,17 @@ def test_nothing_is_released_without_a_limit(ledger: Ledger) -> None:
     with pytest.raises(ValueError, match="at least one limit"):
         ledger.record_within_budget(EVENT, [], run="r", round=0)
     with pytest.raises(ValueError, match="at least one limit"):
-        ledger.check_budget(EVENT, [], told="photo")
+        ledger.check_budget(EVENT, [], run_unit="photo")
     assert ledger.entries() == []
 
 
 def test_a_run_per_occasion_costs_a_photo_as_much_as_half_the_noise(ledger: Ledger) -> None:
     """A photo more or less changes its occasion's content: replace one, at most twice as far."""
-    ledger.record(EVENT, run="r", round=0, marks={"unit": "occasion"})
+    ledger.record(EVENT, run="r", round=0, metadata={"unit": "occasion"})
     half = epsilon_of(dp.GaussianDpEvent(2.0), DELTA)
     assert ledger.spent(DELTA) == half == epsilon_of(replace_one_event(EVENT), DELTA)
     assert ledger.spent(DELTA, unit="occasion") == epsilon_of(EVENT, DELTA, unit="occasion")
-    assert ledger.would_spend(EVENT, DELTA, told="occasion").upper == approx(
+    assert ledger.would_spend(EVENT, DELTA, run_unit="occasion").upper == approx(
         epsilon_of(dp.GaussianDpEvent(2.0**0.5), DELTA).upper, abs=1e-9
     )
 
@@ -148,18 +149,18 @@ def test_a_run_per_occasion_costs_a_photo_as_much_as_half_the_noise(ledger: Ledg
 def test_a_run_per_photo_uses_up_every_budget_per_occasion(ledger: Ledger) -> None:
     """Nothing is known of how many photos an occasion has."""
     per_occasion = Budget(epsilon=1e6, delta=DELTA, unit="occasion")
-    shortfall = ledger.check_budget(EVENT, [per_occasion], told="photo")
+    shortfall = ledger.check_budget(EVENT, [per_occasion], run_unit="photo")
     assert shortfall is not None and shortfall.asked == shortfall.together == float("inf")
     with pytest.raises(PolicyRefusal, match="asks for epsilon inf.*per occasion for life"):
         ledger.record_within_budget(EVENT, [per_occasion], run="r", round=0)
-    assert ledger.check_budget(EVENT, [per_occasion], told="occasion") is None
+    assert ledger.check_budget(EVENT, [per_occasion], run_unit="occasion") is None
 
 
 def test_nearly_free_releases_do_not_fill_the_disk_nor_slow_a_device_down_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A new run each time: the last sixteen answers are kept, and after so many kinds of noise it says no."""
-    monkeypatch.setattr("fedface.privacy.ledger.MAX_RELEASE_KINDS", 20)
+    monkeypatch.setattr("fedface.privacy.spending.MAX_RELEASE_KINDS", 20)
     ledger = Ledger.open(tmp_path / "ledger.db")
     limit = Budget(epsilon=1.0, delta=DELTA)
     for number in range(20):
@@ -169,6 +170,9 @@ def test_nearly_free_releases_do_not_fill_the_disk_nor_slow_a_device_down_for_ev
             ledger.store_reply(entry.run, 1, b"x" * 1000, attempt=entry.attempt)
     kept = [entry.run for entry in ledger.entries() if ledger.load_reply(entry.run, 1) is not None]
     assert kept == [f"run-{number}-{again}" for number in range(12, 20) for again in range(2)]
-    assert not ledger.unanswered(range(1, 41))
+    assert {record.entry for record in ledger.read().records if isinstance(record, Answer)} == {
+        entry.number for entry in ledger.entries()
+    }
+    assert len(ledger.entries()) == 40
     with pytest.raises(PolicyRefusal, match="20 kinds of releases"):
         ledger.record_within_budget(dp.GaussianDpEvent(5e5), [limit], run="one more", round=1)

@@ -20,7 +20,7 @@ from fedface.errors import LedgerError, PolicyRefusal
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.budget import Budget
 from fedface.privacy.hash_chain import Chain
-from fedface.privacy.ledger import FORM, Ledger
+from fedface.privacy.ledger import Ledger
 
 DELTA = 1e-5
 EVENT = dp.GaussianDpEvent(4.0)
@@ -134,7 +134,7 @@ def test_opening_in_one_thread_keeps_the_lock_that_another_holds(tmp_path: Path)
     """Closing a file drops every lock that its process has on it (POSIX), so nobody but SQLite may open it."""
     path = tmp_path / "ledger.db"
     Ledger.open(path)
-    with Chain.open(path, FORM).write_transaction():
+    with Chain.open(path).write_transaction():
         opener = threading.Thread(target=Ledger.open, args=(path,))
         opener.start()
         time.sleep(0.3)

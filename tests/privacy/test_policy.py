@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -68,11 +67,13 @@ def test_a_run_within_the_budget_is_admitted_to_its_last_round(ledger: Ledger) -
 
 
 def test_an_entry_says_what_was_asked_of_what_unit(ledger: Ledger) -> None:
-    marks = json.loads(POLICY.record(TERMS, ledger, run="r", round=0, marks={"model": "abc"}).metadata)
+    metadata = POLICY.record(TERMS, ledger, run="r", round=0, metadata={"model": "abc"}).metadata
     assert (
-        marks["noise_multiplier"] == "1" and marks["clip_norm"] == "1" and marks["expected_batch_size"] == "8"
+        metadata["noise_multiplier"] == "1"
+        and metadata["clip_norm"] == "1"
+        and metadata["expected_batch_size"] == "8"
     )
-    assert marks["unit"] == "photo" and marks["sampler"] == "poisson" and marks["model"] == "abc"
+    assert metadata["unit"] == "photo" and metadata["sampler"] == "poisson" and metadata["model"] == "abc"
 
 
 def test_the_same_run_under_another_name_is_refused_with_asked_spent_and_allowed(ledger: Ledger) -> None:
@@ -256,13 +257,12 @@ def test_an_owner_who_counts_photos_pays_more_for_a_promise_per_occasion(ledger:
 
 
 def test_a_caller_cannot_book_a_run_under_another_unit(ledger: Ledger) -> None:
-    """The terms say what is promised to whom; marks that say otherwise are overruled."""
+    """The terms say what is promised to whom; metadata that say otherwise are overruled."""
     policy = replace(POLICY, max_epsilon=50.0)
     entry = policy.record(
-        per("occasion"), ledger, run="r", round=0, marks={"unit": "photo", "noise_at": "moon"}
+        per("occasion"), ledger, run="r", round=0, metadata={"unit": "photo", "noise_at": "moon"}
     )
-    marks = json.loads(entry.metadata)
-    assert (marks["unit"], marks["noise_at"]) == ("occasion", "device")
+    assert (entry.metadata["unit"], entry.metadata["noise_at"]) == ("occasion", "device")
 
 
 def test_a_server_that_adds_the_noise_needs_trust(ledger: Ledger) -> None:

@@ -15,15 +15,20 @@ from pathlib import Path
 import pytest
 
 from fedface import number_format
-from fedface.errors import LedgerError
 from fedface.number_format import rounded_down, rounded_up
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.adjacency import convert_unit
-from fedface.privacy.ledger import Entry, Ledger
+from fedface.privacy.ledger import Ledger, LedgerSnapshot
+from fedface.privacy.ledger_records import (
+    LedgerEntry,
+    Transmission,
+    TransmissionInfo,
+    TransmissionKind,
+    Withdrawal,
+)
 from fedface.privacy.mechanism import ClippedSum, Event, GaussianSum
 from fedface.privacy.policy import DevicePolicy, Period
 from fedface.privacy.spending import MOMENTS, price_of, spending_curve, totals
-from fedface.privacy.transmission_log import Transmission, TransmissionLog, Withdrawal
 from fedface.reports import device_log, device_log_text
 from fedface.reports.device_log import DeviceLog, make_log, render
 
@@ -39,30 +44,36 @@ def noised(sigma: float) -> Event:
 
 
 class Books:
-    """A ledger and a journal whose clock is ours."""
+    """A ledger whose clock is ours."""
 
     def __init__(self, folder: Path) -> None:
         self.now = START
         self.ledger = Ledger.open(folder / "ledger.sqlite", now=lambda: self.now)
-        self.journal = TransmissionLog.open(folder / "journal.sqlite", now=lambda: self.now)
 
     def pass_days(self, days: float) -> None:
         self.now += timedelta(days=days)
 
-    def book(self, event: Event, *, run: str = "r", round: int = 1, unit: str = "photo") -> Entry:
-        return self.ledger.record(event, run=run, round=round, marks={"unit": unit, "objective": "generator"})
+    def book(self, event: Event, *, run: str = "r", round: int = 1, unit: str = "photo") -> LedgerEntry:
+        metadata = {"unit": unit, "objective": "generator"}
+        return self.ledger.record(event, run=run, round=round, metadata=metadata)
 
-    def send(self, payload: bytes, entry: Entry, *, run: str = "r", why: str = "") -> Transmission:
-        return self.journal.record_transmission(
-            payload, run=run, round=entry.round, what="update", receiver="home:8000", protection="noise",
-            entry=entry.number, words=why,
-        )  # fmt: skip
+    def send(
+        self, payload: bytes, entry: LedgerEntry, *, run: str = "r", kind: TransmissionKind = "update"
+    ) -> Transmission:
+        if self.ledger.load_reply(entry.run, entry.round) is None:
+            self.ledger.store_reply(entry.run, entry.round, payload)
+        info = TransmissionInfo(
+            run=run,
+            round=entry.round,
+            kind=kind,
+            receiver="home:8000",
+            protection="noise",
+            entry=entry.number,
+        )
+        return self.ledger.record_transmission(payload, info)
 
     def log(self, *, run: str | None = None, policy: DevicePolicy = POLICY) -> DeviceLog:
-        return make_log(
-            "kitchen", policy, self.ledger.entries(), self.journal.records(), receiver="home:8000", now=self.now,
-            run=run,
-        )  # fmt: skip
+        return make_log("kitchen", policy, self.ledger.read(), receiver="home:8000", now=self.now, run=run)
 
 
 @pytest.fixture
@@ -73,36 +84,41 @@ def books(tmp_path: Path) -> Books:
 def test_each_payload_has_the_price_of_the_entry_that_paid_alone(books: Books) -> None:
     for number, sigma in enumerate((5.0, 9.0), start=1):
         books.send(b"x" * number, books.book(noised(sigma), round=number))
-    told = books.log().told
+    told = books.log().records
     prices = [line.price for line in told]
     assert [price for price in prices if price] == [epsilon_of(noised(sigma), 1e-6) for sigma in (5.0, 9.0)]
     assert all(price is not None and (price.delta, price.unit) == (1e-6, "photo") for price in prices)
-    assert "at delta 1e-6 per photo, for this alone (entry 2)" in told[1].cost()
+    assert "at delta 1e-6 per photo, for this alone (entry 4)" in told[1].cost()
 
 
 def test_bytes_are_those_of_the_payloads_and_the_digest_is_theirs(books: Books) -> None:
     books.send(b"payload", books.book(noised(5)))
     log = books.log()
-    assert log.bytes == 7 and log.sent[0].digest_of_payload == hashlib.sha256(b"payload").hexdigest()
+    assert log.bytes == 7 and log.transmissions[0].payload_digest == hashlib.sha256(b"payload").hexdigest()
 
 
 def test_an_answer_that_is_sent_again_costs_nothing_more(books: Books) -> None:
     entry = books.book(noised(5))
     for _ in range(2):
         books.send(b"payload", entry)
-    first, second = books.log().told
+    first, second = books.log().records
     assert first.price is not None and second.price is None
     assert second.cost() == "nothing more: the same bytes as before, paid by entry 1"
 
 
 def test_refusals_and_opened_sums_cost_nothing(books: Books) -> None:
-    for what in ("refusal", "opened sum"):
-        books.journal.record_transmission(
-            b"no", run="r", round=1, what=what, receiver="home", protection="", entry=None, words="not today"
-        )  # type: ignore[call-overload]
-    refusal, opened = books.log().told
+    kinds: tuple[TransmissionKind, ...] = ("refusal", "update sum", "metrics sum")
+    for kind in kinds:
+        info = TransmissionInfo(
+            run="r", round=1, kind=kind, receiver="home", protection="", reason="not today"
+        )
+        books.ledger.record_transmission(b"no", info)
+    refusal, opened, metrics = books.log().records
     assert refusal.what() == "A refusal, to r, round 1: not today" and refusal.cost() == "nothing"
-    assert opened.cost().startswith("nothing more") and opened.price is None
+    for each in (opened, metrics):
+        assert each.cost().startswith("nothing more") and each.price is None
+    assert opened.what() == "The decrypted sum of several devices' updates, for r, round 1"
+    assert metrics.what() == "The decrypted sum of several devices' metrics, for r, evaluation 1"
 
 
 def test_entries_together_cost_what_the_ledger_says(books: Books) -> None:
@@ -115,7 +131,7 @@ def test_entries_together_cost_what_the_ledger_says(books: Books) -> None:
 
 def test_an_entry_of_a_coarser_promise_is_told_at_the_owners_unit(books: Books) -> None:
     books.send(b"x", books.book(noised(5), unit="library"))
-    (line,) = books.log().told
+    (line,) = books.log().records
     event = convert_unit(noised(5), source="library", target="photo")
     assert line.price is not None and line.price == epsilon_of(event, 1e-6)
 
@@ -172,7 +188,7 @@ def test_a_booking_that_never_left_is_named_and_counts(books: Books) -> None:
     books.send(b"x", books.book(noised(5)))
     books.book(noised(5), round=2)
     log = books.log()
-    assert [entry.number for entry in log.unsent] == [2]
+    assert [entry.round for entry in log.unsent] == [2]
     assert log.budgets[0].spent == books.ledger.spent(1e-6)
 
 
@@ -181,39 +197,29 @@ def test_the_log_of_one_run_leaves_out_others_and_still_tells_all_that_is_spent(
     for run in ("r", "s", "s/metrics"):
         books.book(noised(9), run=run)
     books.send(b"abc", books.ledger.entries()[1], run="s")
-    books.journal.withdraw("r", "why")
+    books.ledger.withdraw("r", "why")
     log = books.log(run="s")
-    assert [line.line.run for line in log.told] == ["s"] and log.bytes == 3 and log.withdrawn == {}
+    assert [logged.record.run for logged in log.records] == ["s"] and log.bytes == 3 and log.withdrawn == {}
     assert [entry.run for entry in log.unsent] == ["s/metrics"]
     assert log.budgets[0].spent == books.ledger.spent(1e-6)
 
 
-@pytest.mark.parametrize("change", [{"entry": 7}, {"round": 2}, {"run": "s"}])
-def test_a_journal_that_contradicts_its_ledger_is_not_told(books: Books, change: dict[str, object]) -> None:
-    """A line whose entry is missing, or is of another round or run."""
-    line = books.send(b"x", books.book(noised(5)))
-    with pytest.raises(LedgerError, match="the ledger has no such entry"):
-        make_log(
-            "kitchen", POLICY, books.ledger.entries(), [replace(line, **change)], receiver="", now=books.now  # type: ignore[arg-type]
-        )  # fmt: skip
-
-
 def test_withdrawals_stand_where_they_happened_and_keep_their_first_time(books: Books) -> None:
     books.send(b"x", books.book(noised(5)))
-    first = books.journal.withdraw("r", "I do not like it")
+    first = books.ledger.withdraw("r", "I do not like it")
     books.pass_days(1)
-    books.journal.withdraw("r")
+    books.ledger.withdraw("r")
     log = books.log()
-    assert [type(told.line) for told in log.told] == [Transmission, Withdrawal, Withdrawal]
-    assert log.told[1].what() == "You left r: I do not like it" and log.withdrawn == {"r": first.time_text}
+    assert [type(logged.record) for logged in log.records] == [Transmission, Withdrawal, Withdrawal]
+    assert log.records[1].what() == "You left r: I do not like it" and log.withdrawn == {"r": first.written}
 
 
 def test_json_knows_no_infinity(books: Books) -> None:
     """A release without noise; strict JSON all the same."""
     books.send(b"x", books.book(ClippedSum(clip_norm=1.0).event()))
     told = json.loads(json.dumps(books.log().record(), allow_nan=False))
-    assert told["lines"][0]["price"]["upper"] == "infinite" and told["budgets"][0]["left"] == 0
-    assert told["lines"][0]["line"] == "sent" and told["bytes"] == 1
+    assert told["records"][0]["price"]["upper"] == "infinite" and told["budgets"][0]["left"] == 0
+    assert told["records"][0]["record"] == "transmission" and told["bytes"] == 1
 
 
 @pytest.mark.parametrize(
@@ -230,11 +236,11 @@ def busy(books: Books) -> DeviceLog:
         books.send(b"x" * 40_000, entry, run=HOSTILE)
         books.pass_days(9)
     books.send(b"x" * 40_000, entry, run=HOSTILE)
-    books.journal.record_transmission(
-        b"no", run=HOSTILE, round=4, what="refusal", receiver=HOSTILE, protection="nothing", entry=None,
-        words=HOSTILE,
-    )  # fmt: skip
-    books.journal.withdraw(HOSTILE, HOSTILE)
+    refusal = TransmissionInfo(
+        run=HOSTILE, round=4, kind="refusal", receiver=HOSTILE, protection="nothing", reason=HOSTILE
+    )
+    books.ledger.record_transmission(b"no", refusal)
+    books.ledger.withdraw(HOSTILE, HOSTILE)
     return replace(books.log(), device=HOSTILE)
 
 
@@ -270,36 +276,33 @@ def test_nothing_hostile_becomes_markup_and_nothing_is_loaded(books: Books) -> N
 
 def test_what_the_server_saw_without_noise_is_said_first(books: Books) -> None:
     """A promise per library is one to others; a promise per photo is one to the server too."""
-    marks = {"unit": "library", "noise_at": "server"}
-    entry = books.ledger.record(noised(5.0), run="r", round=1, marks=marks)
+    metadata = {"unit": "library", "noise_at": "server"}
+    entry = books.ledger.record(noised(5.0), run="r", round=1, metadata=metadata)
     for _ in range(2):  # sent twice, seen once
         books.send(b"bare", entry)
     log = books.log(policy=replace(POLICY, unit="library"))
-    assert log.bare == 1 and device_log_text.kinds(log.sent) == ["1 update (1 sent again)"]
+    assert log.without_noise == 1 and device_log_text.kinds(log.transmissions) == ["1 update (1 sent again)"]
     text = render(log)
     assert "towards it there is no epsilon" in text and "else than the server" in text
-    assert device_log_text.not_covered(log.bare)[0].startswith(
+    assert device_log_text.not_covered(log.without_noise)[0].startswith(
         "the server itself: it saw one of these payloads"
     )
     assert "how many photos" not in text.partition("What never left</h3>")[2].partition("</ul>")[0]
 
 
-def test_counts_are_not_said_to_have_stayed_when_figures_left(books: Books) -> None:
+def test_counts_are_not_said_to_have_stayed_when_metrics_left(books: Books) -> None:
     books.send(b"x", books.book(noised(5.0)))
-    assert device_log_text.never_left(books.log().sent, 0)[1] == "how many photos or faces there are"
+    assert device_log_text.never_left(books.log().transmissions, 0)[1] == "how many photos or faces there are"
     entry = books.book(noised(6.0), run="r/metrics")
-    books.journal.record_transmission(
-        b"y", run="r", round=1, what="figures", receiver="home", protection="noise", entry=entry.number
-    )  # fmt: skip
+    books.send(b"y", entry, kind="metrics")
     text = render(books.log())
-    assert "but for the counts among the figures" in text and "1 update, 1 set of figures" in text
+    assert "but for the counts among the metrics" in text and "1 update, 1 set of metrics" in text
     assert "have which skin tones" in text
 
 
-def test_a_page_without_a_journal_says_so(tmp_path: Path) -> None:
-    log = make_log("kitchen", POLICY, [], None, receiver="home", now=START)
-    text = render(log)
-    assert "Nothing was sent since this device keeps a journal: there is none yet." in text
+def test_a_page_without_a_ledger_says_that_nothing_left(tmp_path: Path) -> None:
+    text = render(make_log("kitchen", POLICY, LedgerSnapshot(), receiver="home", now=START))
+    assert "Nothing was sent." in text and "Nothing left, so nothing is listed." in text
     assert "Nothing was booked, so nothing is spent." in text and "<svg" not in text
 
 

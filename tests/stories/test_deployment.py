@@ -24,7 +24,6 @@ import pytest
 
 from fedface.photos.image_io import write_png
 from fedface.privacy.ledger import Ledger
-from fedface.privacy.transmission_log import TransmissionLog
 from fedface.randomness import Streams
 from fedface.synthetic.faces import ToneMix, render, sample_faces
 
@@ -197,11 +196,6 @@ def test_three_devices_and_a_server_follow_the_readmes_to_a_report(homes: list[H
     for device in devices:
         ledger = Ledger.open(device.folder / "fedface-state" / "ledger.sqlite")
         assert 0 < ledger.spent(1e-6).upper <= 8.0
-        sent = [
-            line.kind
-            for line in TransmissionLog.open(
-                device.folder / "fedface-state" / "journal.sqlite"
-            ).transmissions()
-        ]
-        assert sent.count("update") == 2 and sent.count("figures") == 2
+        sent = [transmission.kind for transmission in ledger.read().transmissions]
+        assert sent.count("update") == 2 and sent.count("metrics") == 2
     assert [told["devices"] for told in record["private"]] == [3, 3]

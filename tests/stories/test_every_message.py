@@ -23,7 +23,6 @@ from fedface.messages.messages import DecryptTask, Failure, Message, Reply, Task
 from fedface.photos.skin_tone import measure_tone
 from fedface.privacy.accounting import epsilon_of, event_from_json
 from fedface.privacy.ledger import Ledger
-from fedface.privacy.transmission_log import TransmissionLog
 from fedface.simulation.devices import simulated_device
 from fedface.simulation.in_process import in_process_cohort
 from fedface.transport.run_config import devices_folder
@@ -113,7 +112,7 @@ def test_every_payload_was_booked_with_noise_before_it_left(
         assert answered == set(entries) and len(entries) == len(ledger.entries()) == 4
         for entry in entries.values():
             assert 0 < epsilon_of(event_from_json(entry.event), 1e-3).lower < 8
-            assert json.loads(entry.metadata)["unit"] == "occasion"
+            assert entry.metadata["unit"] == "occasion"
         assert ledger.spent(1e-3, unit="occasion").upper <= 8.0
 
 
@@ -122,12 +121,12 @@ def opened(overheard: Overheard) -> bool:
     return isinstance(overheard.task, DecryptTask)
 
 
-def test_the_journal_has_every_message_that_left(run: tuple[Experiment, Path, list[Overheard]]) -> None:
-    """As many lines as answers, with the number of bytes of each, and what paid for it."""
+def test_the_ledger_has_every_message_that_left(run: tuple[Experiment, Path, list[Overheard]]) -> None:
+    """As many transmissions as answers, with the number of bytes of each, and what paid for it."""
     _, folder, heard = run
     for number in range(2):
-        journal = TransmissionLog.open(devices_folder(folder) / f"device-{number:02d}" / "journal.sqlite")
-        sent = journal.transmissions()
+        ledger = Ledger.open(devices_folder(folder) / f"device-{number:02d}" / "ledger.sqlite")
+        sent = ledger.read().transmissions
         answers = [o for o in heard if o.member == number]
         assert [line.bytes for line in sent] == [len(*o.reply.blobs.values()) for o in answers]
         assert [line.entry is None for line in sent] == [opened(o) for o in answers]

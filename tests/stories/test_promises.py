@@ -273,7 +273,7 @@ for number in range(1000):
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals that nothing can catch")
 def test_the_power_goes_at_any_moment_and_nothing_that_left_is_unbooked(tmp_path: Path) -> None:
-    """Killed three times while it answers: ledger and journal open, hold all that left, and resend the same bytes."""
+    """Killed three times while it answers: the ledger opens, holds all that left, and resends the same bytes."""
     tests = Path(__file__).resolve().parents[1]
     recipe, devices = tmp_path / "recipe", tmp_path / "devices"
     left: dict[str, str] = {}
@@ -296,6 +296,6 @@ def test_the_power_goes_at_any_moment_and_nothing_that_left_is_unbooked(tmp_path
     experiment = tiny_experiment(recipe)
     device = first_device(experiment, devices)
     booked = {entry.run for entry in device.ledger().entries()}
-    noted = {line.run: line.digest_of_payload for line in device.journal().transmissions()}
+    noted = {sent.run: sent.payload_digest for sent in device.ledger().read().transmissions}
     assert set(left) <= booked and left.items() <= noted.items()
     assert len(device.ledger().entries()) == len(booked)  # no round was paid for twice
