@@ -382,7 +382,9 @@ def for_ranking(experiment: Experiment) -> Experiment:
         ConfigError: It promises nothing.
     """
     if not isinstance(experiment.privacy, PrivacyTarget):
-        raise ConfigError("a tournament needs a promise: what devices tell of their photos is always noised")
+        raise ConfigError(
+            "a ranking needs a privacy target: metrics of devices' own photos are always noised"
+        )
     try:
         return replace(experiment, evaluation=experiment.evaluation or EvaluationConfig())
     except ValueError as error:

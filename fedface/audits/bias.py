@@ -160,20 +160,31 @@ class GroupMetrics:
     same_tone_bin: Interval  # share of faces in the tone bin of the original
     same_half: Interval  # share of faces on the original's side of the middle of the Monk scale
 
+    def __getitem__(self, metric: str) -> Interval:
+        value: Interval = getattr(self, metric)
+        return value
+
 
 @dataclass(frozen=True, kw_only=True)
 class BiasReport:
-    """What `measure_bias` found; `dataclasses.asdict` makes it plain, finite JSON."""
+    """The result of `measure_bias`; plain and finite, so that reports write it to JSON as it is."""
 
     photos: int
     faces_per_photo: int
     overall: GroupMetrics
     groups: dict[str, GroupMetrics]  # groups of at least two photos
-    unmeasured: dict[str, int]  # groups of fewer than two photos, with their counts
+    counts: dict[str, int]  # photos of every group, in the order of the probe
     gaps: dict[str, Gap]  # by measure; empty where no two groups can be compared
     tone_bins: FairnessMetrics  # over the bins of TONE_BINS, original against made
     halves: FairnessMetrics  # over the two halves of the Monk scale
-    darker_change: Interval  # share of darker faces, made minus original; its size is the SPE of the halves
+    darker_change: (
+        Interval  # share of darker faces, generated minus original; its size is the SPE of the halves
+    )
+
+    @property
+    def unmeasured(self) -> dict[str, int]:
+        """Groups of fewer than two photos, with their counts."""
+        return {name: count for name, count in self.counts.items() if name not in self.groups}
 
     def sentences(self) -> list[str]:
         """The findings in words, the clear gaps first; always ends with what the probe cannot show.
@@ -210,8 +221,7 @@ class BiasReport:
 
     def _gap_sentence(self, name: str) -> str:
         gap, measure = self.gaps[name], METRICS[name]
-        worst = getattr(self.groups[gap.worst], name)
-        best = getattr(self.groups[gap.best], name)
+        worst, best = self.groups[gap.worst][name], self.groups[gap.best][name]
         direction = ""
         if measure.kind == "shift":
             lighter = (worst.estimate > 0) != (name == "monk_shift")
@@ -324,7 +334,7 @@ def measure_bias(
         faces_per_photo=f,
         overall=GroupMetrics(**everyone),
         groups={name: GroupMetrics(**{m: tables[m][name] for m in METRICS}) for name in measured},
-        unmeasured={name: size for name, size in sizes.items() if size < 2},
+        counts=sizes,
         gaps=gaps,
         tone_bins=fairness_metrics(confusion(true_bins, made_bins, BINS), BINS),
         halves=fairness_metrics(confusion(true_halves, made_halves, HALVES), HALVES),

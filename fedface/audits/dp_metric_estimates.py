@@ -1,11 +1,10 @@
-"""From the noised total of all devices to figures by tone group, whose intervals include the noise.
+"""Metrics by tone group from the noised total of all devices, with intervals that include the noise.
 
-Called by the server with the sum of what `private_figures` made on the devices; models are ranked by what it
-returns in audits/dp_model_ranking. Post-processing of a release: nothing here costs anything, and equal totals give
-equal figures, without chance. Intervals are those of audits/dp_ratio_estimates.
+Post-processing of a release, deterministic and without privacy cost (Dwork & Roth 2014, Proposition 2.1). Intervals
+are those of audits/dp_ratio_estimates; audits/dp_model_ranking compares models by these estimates.
 
-Sources: Dwork & Roth (2014), Proposition 2.1 (post-processing); Agresti & Caffo (2000) for one success and one
-failure more; Bonferroni's inequality for several intervals at once.
+Sources: Agresti & Caffo (2000) for one success and one failure more; Bonferroni's inequality for simultaneous
+intervals.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from scipy import stats
@@ -29,80 +29,121 @@ from fedface.audits.dp_ratio_estimates import (
 )
 from fedface.audits.group_metrics import Gap
 from fedface.errors import AggregationError
-from fedface.measurements import Interval
+from fedface.measurements import Interval, NotMeasured
 from fedface.tensor_types import Vector
 
-IMPOSSIBLE = 6.0  # standard deviations of noise; two totals of a billion lie further out
+IMPOSSIBLE = 6.0  # standard deviations of noise; two totals in a billion lie further out
+HEADLINE_METRICS = ("skin_difference", "same_group", "consistency_error")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupEstimates:
-    """How one tone group is served; counts are of units, noised."""
+    """How one tone group is served; counts are noised counts of units."""
 
-    count: Interval  # units that took part, by noise alone
-    means: dict[str, DPRatioEstimate]  # by measure of FIGURES
+    kind: ClassVar[str] = "group-estimates"
 
-    def estimate(self, measure: str) -> Interval:
-        """A measure's mean with its 95 % interval."""
-        return self.means[measure].interval()
+    count: Interval  # units that took part; the interval covers the noise alone
+    means: dict[str, DPRatioEstimate]  # by metric of DP_METRICS
+
+    def estimate(self, metric: str) -> Interval:
+        """A metric's mean with its 95 % interval."""
+        return self.means[metric].interval()
+
+    def at_range_limit(self, metric: str) -> bool:
+        """Whether noise or clipping moved the mean to an end of its public range."""
+        mean = self.means[metric]
+        return not mean.ends[0] < mean.above / mean.below < mean.ends[1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToneShares:
-    """How frequent a tone group is among the originals and among the made faces."""
+    """How frequent a tone group is among the originals and among the generated faces."""
 
     original: Interval
-    made: Interval
-    change: Interval  # made minus original; below 0 a group is drawn less often than it is photographed
+    generated: Interval
+    change: Interval  # generated minus original
 
 
 @dataclass(frozen=True, kw_only=True)
 class DPMetricEstimates:
-    """What devices' own photos say of one model. Groups that are not told from small ones are not reported."""
+    """Metrics of one model on the devices' own photos. Groups that may be small are suppressed."""
 
     devices: int
-    min_count: float  # a group with a smaller noised count is not reported
-    overall: GroupEstimates | None  # all units, those of groups not reported among them; None below min_count
-    groups: dict[str, GroupEstimates]  # lightest first
-    suppressed: tuple[str, ...]
-    shares: dict[str, ToneShares]  # of the groups that are reported
-    gaps: dict[str, Gap]  # by measure; empty where fewer than two groups are reported
-    hidden: dict[str, tuple[float, float]]  # by measure: smaller gaps do not show; nor with endless photos
+    min_count: float  # a group with a smaller noised count is suppressed
+    overall: GroupEstimates | NotMeasured  # all units, including those of suppressed groups
+    groups: dict[str, GroupEstimates | NotMeasured]  # lightest first
+    shares: dict[str, ToneShares]  # of the reported groups
+    gaps: dict[str, Gap]  # by metric; empty where fewer than two groups are reported
+    hidden: dict[
+        str, tuple[float, float]
+    ]  # by metric: the smallest visible gap; what the noise alone hides of it
+
+    @property
+    def reported(self) -> dict[str, GroupEstimates]:
+        return {name: group for name, group in self.groups.items() if isinstance(group, GroupEstimates)}
+
+    @property
+    def suppressed(self) -> tuple[str, ...]:
+        return tuple(name for name, group in self.groups.items() if isinstance(group, NotMeasured))
+
+    def headline(self) -> str:
+        """One sentence: the first clear gap in a fixed order of metrics, or what the noise hides."""
+        start = "On the devices' own photos"
+        reported = self.reported
+        for metric in (*HEADLINE_METRICS, *self.gaps):
+            gap = self.gaps.get(metric)
+            if gap is not None and gap.clear and self._shows(metric):
+                worst, best = (reported[name].estimate(metric) for name in (gap.worst, gap.best))
+                return (
+                    f"{start}, {gap.worst} is served worse than {gap.best}: {DP_METRICS[metric].title} "
+                    f"{describe(worst, metric)} against {describe(best, metric)}, including the noise."
+                )
+        for metric in HEADLINE_METRICS:
+            if metric in self.hidden:
+                width = f"{self.hidden[metric][0]:.{DP_METRICS[metric].digits}f} {DP_METRICS[metric].unit}".rstrip()
+                return (
+                    f"{start}, no group is shown to be served worse; a gap in {DP_METRICS[metric].title} below {width} "
+                    "would be hidden by the noise and the number of photos."
+                )
+        return (
+            f"{start}, no groups could be compared: under this noise fewer than two groups have at least "
+            f"{math.ceil(self.min_count)} units."
+        )
 
     def sentences(self) -> list[str]:
-        """The findings in words, the clear gaps first; always ends with what these figures cannot show."""
+        """The findings in words, clear gaps first; always ends with the limits of these metrics."""
         clear = [name for name, gap in self.gaps.items() if gap.clear and self._shows(name)]
         texts = [self._gap_sentence(name) for name in clear]
         if not self.gaps:
             texts.append("No two groups have enough units to be compared under this noise.")
         elif not clear:
-            texts.append(f"No measure sets the {len(self.groups)} groups apart.")
+            texts.append(f"No metric differs clearly between the {len(self.reported)} reported groups.")
         if hidden := [self._hidden_sentence(name) for name in self.gaps if name not in clear]:
             texts.append(
-                f"With this noise a difference between groups could not be seen below: {'; '.join(hidden)}."
+                f"With this noise, smaller differences between groups would not show: {'; '.join(hidden)}."
             )
         for name, shares in self.shares.items():
             if not shares.change.covers_zero:
                 more = "more" if shares.change.estimate > 0 else "fewer"
                 texts.append(
-                    f"There are {more} faces read as {name} among the made ones than among the originals: share "
+                    f"There are {more} faces measured as {name} among the generated than among the originals: share "
                     f"{shares.change.estimate:+.2f} [{shares.change.low:+.2f}, {shares.change.high:+.2f}]."
                 )
         if self.suppressed:
             texts.append(
-                f"Not reported: {', '.join(self.suppressed)}. Fewer than {math.ceil(self.min_count)} units each, "
-                "as far as the noise lets one count."
+                f"Suppressed: {', '.join(self.suppressed)}; their noised counts are below "
+                f"{math.ceil(self.min_count)} units."
             )
         texts.append(
-            f"From {self.devices} devices; every unit weighs about one, however many photos it has; intervals "
-            "include the noise and the choice of photos. Tone is read from pixels and moves with light and camera. "
-            "Values outside the public ranges were cut to them."
+            f"From {self.devices} devices; every unit has about the same weight, however many photos it has; intervals "
+            "include the noise and the choice of photos. Tone is measured from pixels and depends on light and camera. "
+            "Values outside the public ranges were clipped to them."
         )
         return texts
 
     def _gap_sentence(self, name: str) -> str:
         gap, kind = self.gaps[name], DP_METRICS[name].kind
-        worst, best = (self.groups[group].estimate(name) for group in (gap.worst, gap.best))
+        worst, best = (self.reported[group].estimate(name) for group in (gap.worst, gap.best))
         direction = ""
         if kind == "shift":
             direction = f", {'lighter' if worst.estimate > 0 else 'darker'} than the originals"
@@ -114,10 +155,10 @@ class DPMetricEstimates:
 
     def _hidden_sentence(self, name: str) -> str:
         if DP_METRICS[name].kind == "rate" and self.hidden[name][0] >= 1:
-            return f"{DP_METRICS[name].title}, any difference at all"
+            return f"{DP_METRICS[name].title}, any difference"
         whole, noise = (f"{width:.{DP_METRICS[name].digits}f}" for width in self.hidden[name])
         unit = f" {DP_METRICS[name].unit}".rstrip()
-        return f"{DP_METRICS[name].title}, {whole}{unit} ({noise} by noise alone)"
+        return f"{DP_METRICS[name].title}, {whole}{unit} ({noise} due to the noise alone)"
 
     def _shows(self, name: str) -> bool:
         return round(abs(self.gaps[name].difference.estimate), DP_METRICS[name].digits) > 0
@@ -156,13 +197,13 @@ def estimate_metrics(
     devices: int,
     noises: int | None = None,
 ) -> DPMetricEstimates:
-    """The figures in a total, by tone group and over all.
+    """The metrics in a total, by tone group and overall.
 
     Guarantees:
-        * Deterministic: equal totals give equal figures.
+        * Deterministic: equal totals give equal metrics.
         * A group whose noised count is below `min_group_size`, or whose count's 95 % interval reaches below 1, is
-          not reported: neither its count, nor its measures, nor its shares.
-        * Without noise, means and counts are those of the units, cut to the public ranges.
+          suppressed: neither its count, nor its metrics, nor its shares are reported.
+        * Without noise, means and counts are those of the units, clipped to the public ranges.
 
     Args:
         total: The sum over devices of their noised, undivided sums of `metric_vectors`, (d,).
@@ -171,18 +212,17 @@ def estimate_metrics(
         noise_multiplier: sigma; each noise has standard deviation sigma * clip_norm on every number.
         devices: How many devices are in the sum, >= 1.
         noises: How many noises are in the sum: None for one of each device, 1 where the server adds it. Then a
-            device is one unit, so that no more than `devices` are counted, and fewer than `min_group_size` tell
-            nothing.
+            device is one unit, so that at most `devices` are counted, and fewer than `min_group_size` report nothing.
 
     Raises:
-        AggregationError: No sum of figures with this noise looks like this total.
+        AggregationError: The total is implausible for a sum of metrics with this noise.
     """
     if devices < 1 or not noise_multiplier >= 0:
         raise ValueError(f"devices must be >= 1 and noise_multiplier >= 0, got {devices}, {noise_multiplier}")
     if total.shape != (config.width,):
-        raise AggregationError(f"these figures are {config.width} numbers, got shape {tuple(total.shape)}")
+        raise AggregationError(f"the metrics are {config.width} numbers, got shape {tuple(total.shape)}")
     if not bool(torch.isfinite(total).all()):
-        raise AggregationError("a total of figures must be finite: a device sent something that is none")
+        raise AggregationError("a total of metrics must be finite: a device sent values that are not")
     noise = _Noise(
         config=config,
         total=noise_multiplier * math.sqrt(devices if noises is None else noises),
@@ -192,9 +232,10 @@ def estimate_metrics(
     sums = decode_sums(total, config, clip_norm=clip_norm)
     _check_possible(sums, noise)
     rows = {name: [i] for i, name in enumerate(config.groups)}
+    few = NotMeasured(not_measured=f"below {noise.min_count:.0f} units, noise included")
     known = noises is None or devices >= config.min_group_size
     reported = {
-        name: _group_figures(sums, members, noise)
+        name: _group_metrics(sums, members, noise)
         for name, members in rows.items()
         if known and _count(sums, members, noise)[0] >= noise.min_count
     }
@@ -206,9 +247,8 @@ def estimate_metrics(
     return DPMetricEstimates(
         devices=devices,
         min_count=noise.min_count,
-        overall=_group_figures(sums, everybody, noise) if enough else None,
-        groups=reported,
-        suppressed=tuple(name for name in rows if name not in reported),
+        overall=_group_metrics(sums, everybody, noise) if enough else few,
+        groups={name: reported.get(name, few) for name in rows},
         shares=shares,
         gaps=gaps,
         hidden={name: _hidden(reported, gap, name) for name, gap in gaps.items()},
@@ -216,7 +256,7 @@ def estimate_metrics(
 
 
 def _check_possible(sums: DecodedSums, noise: _Noise) -> None:
-    """Refuse a total that no noise explains. A device that lies within what is possible is not found out."""
+    """Refuse a total that the noise cannot explain. A device that sends plausible but false values is not detected."""
     far = IMPOSSIBLE * noise.of("table") + noise.room
     counts = sums.table.sum(1)
     faults = []
@@ -233,8 +273,8 @@ def _check_possible(sums: DecodedSums, noise: _Noise) -> None:
             faults.append(f"a spread of {name} is impossible")
     if faults:
         raise AggregationError(
-            f"this total is no sum of figures with the noise agreed: {'; '.join(faults)}. A device sent something "
-            "else, or the numbers that devices and server agreed on differ"
+            f"this total cannot be a sum of metrics with the agreed noise: {'; '.join(faults)}. A device sent invalid "
+            "values, or devices and server use different parameters"
         )
 
 
@@ -246,7 +286,7 @@ def _count(sums: DecodedSums, rows: Sequence[int], noise: _Noise) -> tuple[float
     return estimate, low, high
 
 
-def _group_figures(sums: DecodedSums, rows: Sequence[int], noise: _Noise) -> GroupEstimates:
+def _group_metrics(sums: DecodedSums, rows: Sequence[int], noise: _Noise) -> GroupEstimates:
     """All measures of the units whose originals are in some groups, of which there are more than none."""
     at = list(rows)
     count = float(sums.table[at].sum())
@@ -270,8 +310,8 @@ def _group_figures(sums: DecodedSums, rows: Sequence[int], noise: _Noise) -> Gro
             unit=(high - low) / 2.0,
             zero=(high + low) / 2.0,
         )
-    kept = sums.table.diagonal()[at]
-    means["same_group"] = _share(float(kept.sum()), len(at), count, count_noise, noise)
+    same = sums.table.diagonal()[at]
+    means["same_group"] = _share(float(same.sum()), len(at), count, count_noise, noise)
     units = _count(sums, rows, noise)
     return GroupEstimates(count=Interval(*units, round(units[0])), means=means)
 
@@ -293,13 +333,13 @@ def _share(part: float, cells: int, count: float, count_noise: float, noise: _No
 def _tone_shares(sums: DecodedSums, row: int, noise: _Noise) -> ToneShares:
     table, groups = sums.table, len(sums.table)
     count, count_noise = float(table.sum()), groups * noise.of_group**2
-    true, made, kept = float(table[row].sum()), float(table[:, row].sum()), float(table[row, row])
-    change = (made - true) / count
-    moved = min(max((true + made - 2.0 * kept + 2.0) / (count + 2.0), abs(change)), 1.0)
+    true, generated, same = float(table[row].sum()), float(table[:, row].sum()), float(table[row, row])
+    change = (generated - true) / count
+    moved = min(max((true + generated - 2.0 * same + 2.0) / (count + 2.0), abs(change)), 1.0)
     # The cells that changes are summed from stand as often with a plus as with a minus, so that their noise and
     # that of the count are independent.
     changed = DPRatioEstimate(
-        above=made - true,
+        above=generated - true,
         below=count,
         noise=(2.0 * (groups - 1) * noise.of("table") ** 2, 0.0, count_noise),
         photos=(count * moved, 0.0, -count),
@@ -309,7 +349,7 @@ def _tone_shares(sums: DecodedSums, row: int, noise: _Noise) -> ToneShares:
     )
     return ToneShares(
         original=_share(true, groups, count, count_noise, noise).interval(),
-        made=_share(made, groups, count, count_noise, noise).interval(),
+        generated=_share(generated, groups, count, count_noise, noise).interval(),
         change=changed.interval(),
     )
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
-from fedface.audits.dp_metric_estimates import DPMetricEstimates
+from fedface.audits.dp_metric_estimates import DPMetricEstimates, GroupEstimates
 from fedface.audits.dp_ratio_estimates import DP_METRICS, cost, describe, difference_between, level_for
 from fedface.errors import FederationError
-from fedface.measurements import Interval
+from fedface.measurements import Interval, NotMeasured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +48,22 @@ class Ranking:
     comparisons: tuple[PairwiseComparison, ...]  # all pairs
 
     @property
+    def all_tied(self) -> bool:
+        """Whether no two models can be told apart, so that the order carries no information."""
+        return not any(pair.apart for pair in self.comparisons)
+
+    @property
     def ties(self) -> tuple[tuple[str, str], ...]:
         """The pairs that cannot be told apart, the one that looks better first."""
         return tuple((duel.better, duel.worse) for duel in self.comparisons if not duel.apart)
 
+    def scope(self) -> str:
+        return "over all units" if self.by == "overall" else "for the group that each serves worst"
+
     def sentences(self) -> list[str]:
         """The order in words, with what cannot be told apart."""
         title = DP_METRICS[self.measure].title
-        whom = "over all units" if self.by == "overall" else "for the group that each serves worst"
-        texts = [f"By {title}, {whom}, best first: {', '.join(self.order)}."]
+        texts = [f"By {title}, {self.scope()}, best first: {', '.join(self.order)}."]
         for duel in self.comparisons:
             gap = describe(duel.difference, self.measure)
             if duel.apart:
@@ -78,12 +85,12 @@ def rank_overall(figures: Mapping[str, DPMetricEstimates], measure: str) -> Rank
         FederationError: A model's total had too few units for any figure.
     """
     _check(figures, measure)
-    if missing := [name for name, found in figures.items() if found.overall is None]:
+    if missing := [name for name, found in figures.items() if isinstance(found.overall, NotMeasured)]:
         raise FederationError(f"too few units for a figure of {', '.join(missing)}; ask more devices")
 
     def served(model: str, level: float) -> Interval:
         overall = figures[model].overall
-        assert overall is not None
+        assert isinstance(overall, GroupEstimates)
         return cost(overall.means[measure].interval(level), measure)
 
     pairs = _pairs(len(figures))
@@ -110,14 +117,16 @@ def rank_worst_group(figures: Mapping[str, DPMetricEstimates], measure: str) -> 
     _check(figures, measure)
     groups = [
         name
-        for name in next(iter(figures.values())).groups
-        if all(name in f.groups for f in figures.values())
+        for name in next(iter(figures.values())).reported
+        if all(name in f.reported for f in figures.values())
     ]
     if not groups:
         raise FederationError("no tone group has enough units in the figures of all models; ask more devices")
 
     def served(model: str, level: float) -> Interval:
-        each = [cost(figures[model].groups[name].means[measure].interval(level), measure) for name in groups]
+        each = [
+            cost(figures[model].reported[name].means[measure].interval(level), measure) for name in groups
+        ]
         worst = max(each, key=lambda figure: figure.estimate)
         return replace(worst, low=max(f.low for f in each), high=max(f.high for f in each))
 

@@ -1,13 +1,12 @@
-"""Gradient inversion: how much of a photo comes back out of one device's update.
+"""Gradient inversion: how much of a photo an attacker recovers from one device's update.
 
-Called by audits.suite and by experiments that attack their own discriminator. The attacker knows the network and
-one update, the worst case of a server that sees single updates. Two searches: cosine distance with total
-variation and signed Adam (Geiping et al. 2020, arXiv:2003.14053, section 4), and L-BFGS on the squared
-distance (Zhu et al. 2019, arXiv:1906.08935). Beside them stand what guessing achieves without any update, and
-the gallery question, which still gets answers where inversion shows noise: which of N candidates was in the
-update? Its ceiling is reconstruction robustness (Hayes et al. 2023, arXiv:2302.07225).
+The threat model is the worst case of a server that sees single updates: the attacker knows the network and one
+update. Two searches: cosine distance with total variation and signed Adam (Geiping et al. 2020, arXiv:2003.14053,
+section 4), and L-BFGS on the squared distance (Zhu et al. 2019, arXiv:1906.08935); each is compared with guessing
+without any update. Candidate identification asks which of N known photos was in the update and detects leakage
+where inversion shows only noise; its upper bound is reconstruction robustness (Hayes et al. 2023, arXiv:2302.07225).
 
-A failed attack proves nothing. The words are "no attack in this list exceeded X", never "safe".
+A failed attack proves nothing about the next one.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import assert_never
+from typing import ClassVar, assert_never
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from fedface.audits.group_metrics import mean_interval, rate_interval
 from fedface.measurements import Interval
+from fedface.privacy.accounting import reconstruction_success_bound
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.tensor_types import Images, Vector
 from fedface.training.gan import d_loss_real
@@ -41,6 +41,8 @@ PSNR_CEILING = 100.0  # dB; equal images have no finite PSNR
 class CosineSearch:
     """Cosine distance plus total variation, signed Adam with step decay, inside the box of real images."""
 
+    kind: ClassVar[str] = "cosine-search"
+
     iterations: int = 200
     step: float = 0.1  # in units of a quarter of the pixel range
     total_variation: float = 1e-2
@@ -57,6 +59,8 @@ class CosineSearch:
 @dataclass(frozen=True, kw_only=True)
 class SquaredSearch:
     """Squared distance of gradients, L-BFGS with a strong Wolfe line search."""
+
+    kind: ClassVar[str] = "squared-search"
 
     evaluations: int = 200  # of the gradient, at most about this many
 
@@ -80,24 +84,49 @@ class Inversion:
 class NoDefense:
     """The gradient leaves as it is."""
 
+    kind: ClassVar[str] = "no-defense"
+
 
 Defense = NoDefense | ClippedSum | GaussianSum
+
+THREAT_MODEL = "The attacker sees one device's update by itself and knows the network: a server without secure aggregation."
+NOT_TESTED = (
+    "a face generator as the attacker's prior",
+    "several updates of one device combined",
+    "a server that modifies the network to increase leakage",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackScores:
+    """How close an inversion attack came to the photos, each in an update of its own, beside a guess without them."""
+
+    defense: Defense
+    search: Search  # the one with the best mean PSNR, chosen in the attacker's favour
+    psnr: Interval  # dB
+    ssim: Interval
+    baseline_psnr: Interval  # of the mean public face
+    baseline_ssim: Interval
+    gain: Interval  # dB: recovered minus guess, photo by photo
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttackResult:
-    """One attack on several photos, each in an update of its own."""
+    """The scores of an inversion attack, and its images."""
 
-    defense: Defense
-    search: Search  # the one that scored best on average, an attacker's luck granted
+    scores: AttackScores
     truth: Images
     recovered: Images
     guess: Images  # the mean public face, once per photo
-    psnr: Interval  # dB
-    ssim: Interval
-    baseline_psnr: Interval  # of the guess
-    baseline_ssim: Interval
-    gain: Interval  # dB: recovered minus guess, photo by photo
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidateIdentification:
+    """How often an attacker names the photo in an update among N candidates."""
+
+    rate: Interval  # share of trials in which the right one was named
+    candidates: int  # N; guessing succeeds with probability 1 / N
+    bound: float  # on the success of any attack, from the mechanism's privacy loss; 1 without noise
 
 
 def discriminator_gradient(discriminator: nn.Module) -> GradientOf:
@@ -112,22 +141,22 @@ def discriminator_gradient(discriminator: nn.Module) -> GradientOf:
     return differentiable_gradient(discriminator, lambda photos: d_loss_real(discriminator, photos).mean())
 
 
-def apply_defense(gradient: Vector, defence: Defense, generator: torch.Generator) -> Vector:
+def apply_defense(gradient: Vector, defense: Defense, generator: torch.Generator) -> Vector:
     """What leaves the device for one photo, shape (d,).
 
     The noise has the mechanism's distribution but can be replayed: this is an audit, not a promise. Division
     by the expected batch is left out: it is a public constant, and the attacker multiplies it back.
     """
-    match defence:
+    match defense:
         case NoDefense():
             return gradient
         case ClippedSum():
-            return defence.clip(gradient)
+            return defense.clip(gradient)
         case GaussianSum(clip_norm=clip_norm, sigma=sigma):
             noise = torch.randn(gradient.shape, generator=generator)
-            return defence.clip(gradient) + sigma * clip_norm * noise
+            return defense.clip(gradient) + sigma * clip_norm * noise
         case _:
-            assert_never(defence)
+            assert_never(defense)
 
 
 def invert(
@@ -159,7 +188,7 @@ def invert(
 def attack_update(
     gradient_of: GradientOf,
     photos: Images,
-    defence: Defense,
+    defense: Defense,
     public_faces: Images,
     *,
     searches: Sequence[Search] = (CosineSearch(),),
@@ -182,8 +211,8 @@ def attack_update(
         raise ValueError("searches must name at least one search, got none")
     truth = photos.detach().clamp(0.0, 1.0)
     guess = public_faces.detach().clamp(0.0, 1.0).mean(dim=0, keepdim=True).expand_as(truth).clone()
-    updates = [apply_defense(gradient_of(photo[None]).detach(), defence, generator) for photo in truth]
-    shown = _as_attacker_sees(gradient_of, defence)
+    updates = [apply_defense(gradient_of(photo[None]).detach(), defense, generator) for photo in truth]
+    shown = _as_attacker_sees(gradient_of, defense)
     shape = (1, int(truth.shape[1]), int(truth.shape[2]), int(truth.shape[3]))
     scored = []
     for search in searches:
@@ -198,48 +227,52 @@ def attack_update(
 
     scores, guesses = psnr(recovered, truth), psnr(guess, truth)
     return AttackResult(
-        defense=defence,
-        search=search,
+        scores=AttackScores(
+            defense=defense,
+            search=search,
+            psnr=mean(scores),
+            ssim=mean(ssim(recovered, truth)),
+            baseline_psnr=mean(guesses),
+            baseline_ssim=mean(ssim(guess, truth)),
+            gain=mean(scores - guesses),
+        ),
         truth=truth,
         recovered=recovered,
         guess=guess,
-        psnr=mean(scores),
-        ssim=mean(ssim(recovered, truth)),
-        baseline_psnr=mean(guesses),
-        baseline_ssim=mean(ssim(guess, truth)),
-        gain=mean(scores - guesses),
     )
 
 
 def candidate_identification(
     gradient_of: GradientOf,
     candidates: Images,
-    defence: Defense,
+    defense: Defense,
     *,
     trials: int,
     generator: torch.Generator,
-) -> Interval:
+) -> CandidateIdentification:
     """How often an attacker names the photo that was in an update, among N candidates.
 
-    Each trial puts one candidate, drawn evenly, into an update of its own; the attacker, who knows all
-    candidates, names the one whose gradient, clipped as the device clips, lies nearest. That is the likeliest
-    one under Gaussian noise. Chance is 1 / N, and
-    `privacy.accounting.reconstruction_success_bound(defence.event(), 1 / N)` is what no attack can beat.
+    Each trial puts one candidate, drawn uniformly, into an update of its own; the attacker, who knows all
+    candidates, names the one whose gradient, clipped as the device clips, lies nearest: the maximum-likelihood
+    choice under Gaussian noise.
 
     Returns:
         The share of trials that named the right one, with Wilson's 95 % interval over trials.
     """
     if trials < 1:
         raise ValueError(f"trials must be >= 1, got {trials}")
-    shown = _as_attacker_sees(gradient_of, defence)
+    shown = _as_attacker_sees(gradient_of, defense)
     known = torch.stack([shown(photo[None]).detach() for photo in candidates])
     lengths = known.square().sum(dim=1)
     right = 0
     for _ in range(trials):
         member = int(torch.randint(len(candidates), (1,), generator=generator))
-        update = apply_defense(known[member], defence, generator)  # clipping twice is clipping once
+        update = apply_defense(known[member], defense, generator)  # clipping twice is clipping once
         right += int((lengths - 2.0 * known @ update).argmin()) == member
-    return rate_interval(right, trials)
+    bound = 1.0
+    if isinstance(defense, GaussianSum):
+        bound = reconstruction_success_bound(defense.event(), 1 / len(candidates))
+    return CandidateIdentification(rate=rate_interval(right, trials), candidates=len(candidates), bound=bound)
 
 
 def psnr(images: Images, truth: Images) -> Tensor:
@@ -273,15 +306,15 @@ def ssim(images: Images, truth: Images) -> Tensor:
     return torch.tensor(scores, dtype=torch.float32)
 
 
-def _as_attacker_sees(gradient_of: GradientOf, defence: Defense) -> GradientOf:
+def _as_attacker_sees(gradient_of: GradientOf, defense: Defense) -> GradientOf:
     """The gradient that a candidate photo would release, noise apart: the attacker knows the clip norm."""
-    match defence:
+    match defense:
         case NoDefense():
             return gradient_of
         case ClippedSum() | GaussianSum():
-            return lambda images: defence.clip(gradient_of(images))
+            return lambda images: defense.clip(gradient_of(images))
         case _:
-            assert_never(defence)
+            assert_never(defense)
 
 
 def _by_cosine(gradient_of: GradientOf, target: Vector, start: Tensor, search: CosineSearch) -> Inversion:

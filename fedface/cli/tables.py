@@ -6,16 +6,17 @@ from pathlib import Path
 
 from rich.table import Table
 
-from fedface import number_format
+from fedface.audits.dp_ratio_estimates import DP_METRICS
 from fedface.audits.sample_quality import GroupQuality, InsufficientSamples, Quality
 from fedface.cli.console import say, table_of
-from fedface.measurements import Interval
+from fedface.measurements import table_cell
 from fedface.reports import (
     device_metrics_section,
     formatting,
     headline_summary,
     html_report,
     model_card,
+    model_ranking_report,
     run_record,
 )
 from fedface.reports.comparison_report import METRICS, TITLES, ComparisonRecord
@@ -37,9 +38,10 @@ def print_run(record: RunRecord, folder: Path) -> None:
     )  # fmt: skip
     before, after = record.bias_before, record.bias_after
     if isinstance(before, BiasRecord) and isinstance(after, BiasRecord):
-        for old, new in zip(before.groups, after.groups, strict=True):
-            cells = [_interval(group.metrics[name]) for name in metrics for group in (old, new)]
-            table.add_row(old.group, str(old.count), *cells)
+        for group, count in before.report.counts.items():
+            served = [audit.report.groups.get(group) for audit in (before, after)]
+            cells = [table_cell(one[name]) if one else "not measured" for name in metrics for one in served]
+            table.add_row(group, str(count), *cells)
     say(table)
     say(f"open {folder / html_report.FILE}")
     say(f"also {folder / run_record.FILE} and {folder / model_card.FILE}")
@@ -52,7 +54,7 @@ def print_comparison(record: ComparisonRecord, folder: Path) -> None:
     for way in record.ways():
         for level in record.levels():
             if runs := record.chosen(way, level):
-                cells = [_interval(record.over_seeds(way, level, metric), ".3f") for metric in METRICS]
+                cells = [table_cell(record.over_seeds(way, level, metric)) for metric in METRICS]
                 table.add_row(way, level, str(len(runs)), *cells)
     say(table)
     say(
@@ -68,11 +70,13 @@ def print_benchmark(record: BenchmarkRecord, path: Path) -> None:
     titles = map(formatting.title_of, BENCHMARK_METRICS)
     table = table_of("method", *titles, "darker faces generated", "s per face")
     for method in record.methods:
-        cells = [_interval(method.bias.overall[name]) for name in BENCHMARK_METRICS]
-        table.add_row(method.title, *cells, _interval(method.darker_made), f"{method.seconds_per_face:.2g}")
+        cells = [table_cell(method.bias.report.overall[name]) for name in BENCHMARK_METRICS]
+        table.add_row(
+            method.title, *cells, table_cell(method.darker_generated), f"{method.seconds_per_face:.2g}"
+        )
     say(table)
     say(
-        f"share of darker originals: {_interval(record.methods[0].darker_true)}; 95 % intervals over "
+        f"share of darker originals: {table_cell(record.methods[0].darker_true)}; 95 % intervals over "
         f"{record.photos} photos"
     )
     say(f"open {path}")
@@ -82,25 +86,23 @@ def print_benchmark(record: BenchmarkRecord, path: Path) -> None:
 def print_ranking(record: RankingReport, folder: Path) -> None:
     """The candidates' metrics, then the order that they allow."""
     say(record.title(), style="bold")
-    metrics = device_metrics_section.measures_of(record.candidates)
-    table = table_of(
-        "candidate", "units", *map(device_metrics_section.title, metrics), title="All units together"
-    )
+    titles = map(device_metrics_section.title, DP_METRICS)
+    table = table_of("candidate", "units", *titles, title="All units together")
     for candidate in record.candidates:
-        table.add_row(candidate.when, *device_metrics_section.texts(candidate.overall, metrics))
+        table.add_row(candidate.when, *device_metrics_section.texts(candidate.estimates.overall))
     say(table)
-    for sentence in device_metrics_section.end_sentence(record.candidates):
+    for sentence in device_metrics_section.range_limit_note(record.candidates):
         say(sentence)
     if record.undecided():
         say(f"Best first: {record.verdicts()[0]}")
     else:
         say(_orders(record))
     for candidate in record.candidates[:1]:
-        say(f"each candidate: {device_metrics_section.spent_words(candidate)}")
-    say(record.price_sentence())
-    say(record.asked)
-    say(f"open {folder / 'tournament.png'}")
-    say(f"also {folder / 'tournament.md'}")
+        say(f"each candidate: {device_metrics_section.cost(candidate)}")
+    say(record.privacy_sentence())
+    say(model_ranking_report.ALL_PHOTOS)
+    say(f"open {folder / model_ranking_report.CHART}")
+    say(f"also {folder / model_ranking_report.PAGE}")
 
 
 def _orders(record: RankingReport) -> Table:
@@ -108,7 +110,7 @@ def _orders(record: RankingReport) -> Table:
     for ranking in record.rankings:
         ties = "; ".join(" and ".join(pair) for pair in ranking.ties) or "none"
         order = ", ".join(ranking.order)
-        if ranking.all_tied(len(record.candidates)):
+        if ranking.all_tied:
             order, ties = "none", "all candidates"
         table.add_row(device_metrics_section.title(ranking.measure), ranking.by, order, ties)
     return table
@@ -145,12 +147,3 @@ def _quality_cells(metrics: GroupQuality) -> list[str]:
             for share in (near.precision, near.recall, near.coverage)
         ),
     ]
-
-
-def _interval(value: object, form: str | None = None) -> str:
-    """`0.05 [0.04, 0.06]`, with three significant digits unless a format is given."""
-    if not isinstance(value, Interval):
-        return "not measured"
-    ends = (value.estimate, value.low, value.high)
-    estimate, low, high = (number_format.number(end) if form is None else format(end, form) for end in ends)
-    return f"{estimate} [{low}, {high}]"

@@ -44,7 +44,7 @@ from fedface.reports.comparison_report import (
     GroupQualityRecord,
     ModelQualityRecord,
 )
-from fedface.reports.record_builders import machine_record, version_record
+from fedface.reports.run_record import MachineRecord, installed_versions
 from fedface.sweep import Sweep, Variant, level_of
 from fedface.tensor_types import Images
 from fedface.training.training_methods import common_streams, prepare_round
@@ -109,8 +109,8 @@ def compare_runs(
         question=sweep.question,
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
-        versions=dict(version_record()),
-        machine=machine_record(),
+        versions=installed_versions(),
+        machine=MachineRecord.here(),
         devices=_devices(first),
         features=f"Distances, precision and recall rest on {open_features(ColourFeatures()).identity.name}: they "
         "cannot be compared with published FID or KID, only with each other.",

@@ -27,7 +27,6 @@ from fedface.privacy.plan import DPParameters, Plan
 from fedface.privacy.privacy_target import PrivacyTarget
 from fedface.randomness import Streams
 from fedface.reports.device_metrics_record import DeviceMetricsRecord
-from fedface.reports.record_builders import private_record
 from fedface.tensor_types import Vector
 from fedface.upsampling.methods import title_of
 
@@ -99,17 +98,15 @@ def request_metrics(
     ranges = question.ranges()
     gathered = collect_and_sum(experiment, cohort, members, task, len(ranges), watcher.advance, gone)
     total = noised_sum(gathered.total, terms) * ranges
-    read = decode_total(total, terms, figures, gathered.count)
-    record = private_record(
-        read,
+    record = DeviceMetricsRecord(
         when=name,
         weights_hash=task.model,
         method=title_of(question.method),
-        devices=gathered.count,
         answered=gathered.devices,
         refusals=tuple(r.reason for r in (*gathered.refusals, *gathered.dropped)),
         epsilon=_price(experiment, terms),
         noise_multiplier=terms.noise_multiplier,
+        estimates=decode_total(total, terms, figures, gathered.count),
     )
     return Scores(total=total, record=record, gathered=gathered)
 

@@ -24,7 +24,7 @@ from fedface.public_data.probe import PublicProbe
 from fedface.randomness import Streams
 from fedface.reports import method_report
 from fedface.reports.method_report import BenchmarkRecord, MethodMetrics
-from fedface.reports.record_builders import machine_record, version_record
+from fedface.reports.run_record import MachineRecord, installed_versions
 from fedface.upsampling.degradation import Degradation, format_degradation
 from fedface.upsampling.methods import BASELINES, Method, is_deterministic, name_of, title_of
 from fedface.upsampling.upsampler import pixel_std
@@ -85,8 +85,8 @@ def benchmark_methods(
     record = BenchmarkRecord(
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
-        versions=dict(version_record()),
-        machine=machine_record(),
+        versions=installed_versions(),
+        machine=MachineRecord.here(),
         probe=probe.description,
         downscale=format_degradation(downscale),
         photos=len(probe.images),
@@ -116,12 +116,11 @@ def _figures(served: MethodEvaluation, probe: PublicProbe, seconds: float, seed:
         method=name_of(served.method),
         title=title_of(served.method),
         settings=encode(served.method),
-        weights_hash=served.weights_hash,
-        bias=served.record,
+        weights_hash=served.bias.weights_hash,
+        bias=served.bias,
         distance=distance,
         spread=spread,
         darker_true=rate_interval(int(true.sum()), len(true)),
-        darker_made=rate_interval(int(dark.sum()), len(dark)),
-        darker_change=served.report.darker_change,
+        darker_generated=rate_interval(int(dark.sum()), len(dark)),
         seconds_per_face=seconds,
     )

@@ -1,10 +1,9 @@
-"""Which of several models serves people's own photos best: the models travel, private scores come back.
+"""Rank several models by the devices' own photos.
 
-Called by `fedface rank-models` and server/app.py. Every device scores every candidate on all its photos; each answer
-is clipped, noised, booked and summed like any other figure, and the whole promise of the recipe pays for all answers
-together. Blind both ways: devices see weights without a name, in an order drawn by secret chance, and the server sees
-one noised sum over all devices for each candidate (per library it is trusted: it sees bare means and adds the noise).
-Each answer is on disk before the next question.
+Every device evaluates every candidate on all its photos; each answer is clipped, noised, recorded and summed like any
+other metric, and the privacy guarantee of the recipe covers all answers together. Devices see weights without a name,
+in a secret random order; the server sees one noised sum over all devices for each candidate (unit library: the trusted
+server receives means without noise and adds it). Each answer is on disk before the next evaluation.
 """
 
 from __future__ import annotations
@@ -15,26 +14,25 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar
 
-import torch
-
 from fedface.atomic_io import replace_text
 from fedface.audits.dp_metric_estimates import DPMetricEstimates
 from fedface.audits.dp_model_ranking import Ranking, rank_overall, rank_worst_group
 from fedface.audits.dp_ratio_estimates import DP_METRICS
 from fedface.codec import dumps, encode, load
-from fedface.coordinator.device_evaluation import decode_total, request_metrics
+from fedface.coordinator.device_evaluation import request_metrics
 from fedface.coordinator.rounds import ProgressListener
 from fedface.errors import ConfigError, FederationError, RunError
 from fedface.experiment import Experiment, metrics_dp_parameters
 from fedface.messages.cohort import Cohort
 from fedface.models.checkpoint import load_model, weights_hash
 from fedface.models.model import GeneratorArchitecture, Model
+from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.plan import DPParameters
 from fedface.privacy.privacy_target import PrivacyTarget
 from fedface.randomness import SecretNoise
 from fedface.reports import model_ranking_report
 from fedface.reports.device_metrics_record import DeviceMetricsRecord
-from fedface.reports.model_ranking_report import RankingRecord, RankingReport
+from fedface.reports.model_ranking_report import RankingReport
 from fedface.upsampling.methods import check_method
 
 BASE = "base"  # the word for the model that the recipe itself starts from
@@ -48,7 +46,7 @@ def load_candidates(words: Sequence[str], experiment: Experiment) -> dict[str, M
         WeightsError: A file cannot be read.
     """
     if len(words) < 2:
-        raise ConfigError(f"a tournament needs at least two candidates, got {len(words)}")
+        raise ConfigError(f"a ranking needs at least two candidates, got {len(words)}")
     models: dict[str, Model] = {}
     for word in words:
         model = experiment.start() if word == BASE else load_model(Path(word))
@@ -83,7 +81,7 @@ def ranking_parameters(experiment: Experiment, count: int) -> DPParameters:
     """
     config, promise = experiment.evaluation, experiment.privacy
     if config is None or not isinstance(promise, PrivacyTarget):
-        raise ConfigError("a tournament needs a promise and an evaluation; see experiment.for_ranking")
+        raise ConfigError("a ranking needs a privacy target and an evaluation; see experiment.for_ranking")
     return metrics_dp_parameters(promise, count, config.sampling_rate)
 
 
@@ -102,23 +100,24 @@ def run_ranking(
         experiment: Of `experiment.for_ranking`.
         models: Of `load_candidates`.
         cohort: Who is asked.
-        folder: Of the tournament; what is finished in it stays.
+        folder: Of the ranking; finished evaluations in it are kept.
         watcher: Told how far it is.
         command: What a reader types to do it again.
 
     Raises:
-        FederationError: Too few usable answers; the tournament can be resumed.
-        RunError: The folder holds another tournament.
+        FederationError: Too few usable answers; the ranking can be resumed.
+        RunError: The folder holds another ranking.
     """
-    config = experiment.evaluation
-    if config is None:
-        raise ConfigError("a tournament needs an evaluation; see experiment.for_ranking")
+    config, target = experiment.evaluation, experiment.privacy
+    if config is None or not isinstance(target, PrivacyTarget):
+        raise ConfigError("a ranking needs a privacy target and an evaluation; see experiment.for_ranking")
     terms = ranking_parameters(experiment, len(models))
-    state = RankingState.opened(folder, experiment, models)
+    path = folder / "answers.json"
+    state = RankingState.opened(path, experiment, models)
     members = cohort.members(experiment.devices.count)[: experiment.devices.count]
     away: set[int] = set()  # members whose owners have left
     for number, name in enumerate(state.order, start=1):
-        if name in state.totals:
+        if name in state.records:
             continue
         watcher.stage(f"devices score candidate {number} of {len(models)}", len(members))
         scores = request_metrics(
@@ -126,14 +125,15 @@ def run_ranking(
             models[name], run=folder.name, number=number, name=name, holdout_fraction=0.0, watcher=watcher,
             gone=away.update,
         )  # fmt: skip
-        # Who answered is nobody's business here, and so there is no name to forget when somebody leaves.
+        # A ranking keeps no names of devices, so that a withdrawal has none to remove.
         nameless = replace(scores.record, answered=())
-        state = state.with_answer(name, scores.total, scores.gathered.count, nameless)
+        state = replace(state, records={**state.records, name: nameless})
+        replace_text(path, dumps(state))
     trusted = (
-        "The server is trusted: it reads each device's bare figures, adds the noise to their sum, and could keep them; "
-        "the promise bounds what is published, not what the server could learn.",
+        "The server is trusted: it receives each device's metrics without noise, adds the noise to their sum, and could "
+        "keep them; the privacy guarantee bounds what is published, not what the server could learn.",
     )
-    figures = {name: _read(state, name, experiment, terms) for name in models}
+    estimates = {name: state.records[name].estimates for name in models}
     record = RankingReport(
         name=folder.name,
         question=experiment.question,
@@ -141,13 +141,14 @@ def run_ranking(
         command=command,
         experiment=encode(experiment),
         candidates=tuple(state.records[name] for name in models),
-        rankings=tuple(_rankings(figures)),
+        rankings=tuple(_rankings(estimates)),
+        epsilon=epsilon_of(terms.event(), target.delta, unit=terms.unit),
         notes=(
-            "All candidates were asked about the same photos, each with noise of its own.",
-            "The promise of the recipe covers all answers of a device together.",
+            "All candidates were evaluated on the same photos, each with independent noise.",
+            "The privacy guarantee of the recipe covers all answers of a device together.",
             *(trusted if terms.noise_at == "server" else ()),
-            "Tone is read from pixels, so light and camera are mixed into every group.",
-            "Devices whose owners refuse are missing, and nothing here says how their photos are served.",
+            "Skin tone is measured from pixels, so light and camera affect every group.",
+            "Devices whose owners refuse are missing; this ranking says nothing about their photos.",
         ),
     )
     model_ranking_report.write(record, folder)
@@ -156,81 +157,50 @@ def run_ranking(
 
 @dataclass(frozen=True, kw_only=True)
 class RankingState:
-    """What of a ranking is on disk: the order of the evaluations, and the noised total of each answer."""
+    """What of a ranking is on disk: the order of the evaluations, and the record of each finished one."""
 
     version: ClassVar[int] = 2
 
-    path: Path
     digest: str  # of recipe and candidates
     order: tuple[str, ...]
-    totals: dict[str, list[float]]
-    counts: dict[str, int]
     records: dict[str, DeviceMetricsRecord]
 
     @staticmethod
-    def opened(folder: Path, experiment: Experiment, models: Mapping[str, Model]) -> RankingState:
-        """The state in a folder, or a new one with a secret order."""
+    def opened(path: Path, experiment: Experiment, models: Mapping[str, Model]) -> RankingState:
+        """The state in a file, or a new one with a secret random order.
+
+        Raises:
+            RunError: The file is damaged, or of other candidates or another recipe.
+        """
         names = list(models)
         hashes = [f"{name} {weights_hash(*models[name].modules())}" for name in sorted(names)]
-        path, digest = folder / "answers.json", f"{experiment.digest()} {', '.join(hashes)}"
+        digest = f"{experiment.digest()} {', '.join(hashes)}"
         if not path.exists():
             order = tuple(names[i] for i in SecretNoise().permutation(len(names)).tolist())
-            return RankingState(
-                path=path, digest=digest, order=order, totals={}, counts={}, records={}
-            ).saved()
+            state = RankingState(digest=digest, order=order, records={})
+            replace_text(path, dumps(state))
+            return state
         try:
-            found = load(RankingState, path, given={"path": path})
+            state = load(RankingState, path)
         except RunError as error:
             raise RunError(f"{error}; the answers are damaged, start a new ranking") from error
-        if found.digest != digest:
-            raise RunError(f"{folder}: holds a ranking of other candidates or of another recipe")
-        return found
-
-    def with_answer(
-        self, name: str, total: torch.Tensor, count: int, record: DeviceMetricsRecord
-    ) -> RankingState:
-        """With the answer about one more candidate, saved."""
-        return replace(
-            self,
-            totals={**self.totals, name: total.tolist()},
-            counts={**self.counts, name: count},
-            records={**self.records, name: record},
-        ).saved()
-
-    def saved(self) -> RankingState:
-        """Itself, on the disk before it returns."""
-        replace_text(self.path, dumps(self, leave_out=("path",)))
-        return self
+        if state.digest != digest:
+            raise RunError(f"{path.parent}: holds a ranking of other candidates or of another recipe")
+        return state
 
 
-def _read(state: RankingState, name: str, experiment: Experiment, terms: DPParameters) -> DPMetricEstimates:
-    assert experiment.evaluation is not None
-    told = torch.tensor(state.totals[name])
-    return decode_total(told, terms, experiment.evaluation.metrics, state.counts[name])
-
-
-def _rankings(figures: Mapping[str, DPMetricEstimates]) -> list[RankingRecord]:
+def _rankings(estimates: Mapping[str, DPMetricEstimates]) -> list[Ranking]:
     """Every measure over all units and for the worst served group; those without enough units are left out."""
     found = []
     for measure in DP_METRICS:
         for rank in (rank_overall, rank_worst_group):
             try:
-                found.append(_ranking_record(rank(figures, measure)))
+                found.append(rank(estimates, measure))
             except FederationError:
                 continue
     if not found:
         raise FederationError(
-            "the devices hold too few photos for any figure under this noise; ask more devices, fewer candidates, "
-            "or promise a larger epsilon"
+            "the devices hold too few photos for any metric under this noise; ask more devices, rank fewer candidates, "
+            "or allow a larger epsilon"
         )
     return found
-
-
-def _ranking_record(ranking: Ranking) -> RankingRecord:
-    return RankingRecord(
-        measure=ranking.measure,
-        by=ranking.by,
-        order=ranking.order,
-        ties=ranking.ties,
-        sentences=tuple(ranking.sentences()),
-    )

@@ -209,6 +209,11 @@ def spent(plan: Plan, rounds: int) -> Epsilon | NotMeasured:
             return NotMeasured(not_measured="the run adds no noise, so there is no bound")
 
 
+def planned_epsilon(plan: Plan) -> Epsilon | NotMeasured:
+    """The privacy loss of everything that a plan releases, or why there is no bound."""
+    return spent(plan, plan.schedule.rounds)
+
+
 def evaluations_price(plan: Plan, rounds: int, questions: int) -> Epsilon | NotMeasured:
     """The price of what one device answered: so many rounds, so many sets of figures."""
     match plan.privacy:

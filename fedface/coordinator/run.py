@@ -17,10 +17,11 @@ from typing import assert_never
 
 from fedface.aggregation.payload import HomomorphicConfig
 from fedface.atomic_io import replace_text
+from fedface.audits.bias import tone_histogram
 from fedface.codec import encode
 from fedface.config import dump
 from fedface.coordinator.device_evaluation import evaluate_on_devices
-from fedface.coordinator.rounds import ProgressListener, run_rounds
+from fedface.coordinator.rounds import ProgressListener, planned_epsilon, run_rounds
 from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import (
     LeakageFinding,
@@ -31,7 +32,6 @@ from fedface.coordinator.server_metrics import (
     examples,
     make_reference_set,
     sample_metrics,
-    tone_record,
 )
 from fedface.errors import ConfigError, RunError
 from fedface.experiment import Experiment, LabelledDevices, RemoteDevices, SyntheticDevices
@@ -46,8 +46,8 @@ from fedface.public_data.device_photos import describe_devices, device_faces
 from fedface.public_data.probe import PublicProbe, public_faces
 from fedface.randomness import Streams
 from fedface.reports import charts, html_report, model_card, run_record
-from fedface.reports.record_builders import machine_record, plan_record, version_record
-from fedface.reports.run_record import DeviceRecord, PictureRecord, RunRecord, ToneRecord
+from fedface.reports.formatting import defense_label
+from fedface.reports.run_record import DeviceRecord, MachineRecord, PictureRecord, RunRecord, ToneRecord
 from fedface.synthetic.faces import render_people
 from fedface.tensor_types import Images
 from fedface.training.training_methods import common_streams, noise_source, prepare_round
@@ -95,7 +95,7 @@ def run_experiment(
         command: What a reader types to run it again.
 
     Returns:
-        The record; `run_record.json`, `report.html`, `model-model_card.md` and the pictures lie in the folder.
+        The record; `run.json`, `report.html`, `model-card.md` and the pictures lie in the folder.
     """
     check_same(experiment, folder)
     plan = experiment.plan()
@@ -150,10 +150,11 @@ def run_experiment(
         started=state.started,
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command or shlex.join(["fedface", "run", str(folder / "experiment.yaml")]),
-        versions=dict(version_record()),
-        machine=machine_record(),
+        versions=run_record.installed_versions(),
+        machine=MachineRecord.here(),
         experiment=encode(experiment),
-        plan=plan_record(plan),
+        plan=plan,
+        planned_epsilon=planned_epsilon(plan),
         base_hash=weights_hash(*base.modules()),
         final_hash=weights_hash(*final.modules()),
         devices=tuple(
@@ -166,11 +167,11 @@ def run_experiment(
         ),
         metrics_before=sample_metrics(base, yardstick, experiment.seed),
         rounds=state.rounds,
-        bias_before=before.record,
-        bias_after=after.record,
+        bias_before=before.bias,
+        bias_after=after.bias,
         withdrawals=state.withdrawals,
         device_metrics=state.device_metrics,
-        reference={title_of(served.method): served.record for served in beside},
+        reference={title_of(served.method): served.bias for served in beside},
         tones=_tones(parts),
         attacks=tuple(attack.record for attack in attacked),
         aggregation=tuple(costs),
@@ -241,13 +242,13 @@ def _candidates(experiment: Experiment, size: int) -> Images:
 
 
 def _tones(parts: _Parts) -> tuple[ToneRecord, ...]:
-    made = (
-        tone_record("before", "samples before", parts.samples["before"]),
-        tone_record("after", "samples after", parts.samples["after"]),
+    generated = (
+        ToneRecord(source="before", histogram=tone_histogram(parts.samples["before"])),
+        ToneRecord(source="after", histogram=tone_histogram(parts.samples["after"])),
     )
     if parts.like_devices is None:
-        return made
-    return (tone_record("devices", "faces mixed like the devices'", parts.like_devices), *made)
+        return generated
+    return (ToneRecord(source="devices", histogram=tone_histogram(parts.like_devices)), *generated)
 
 
 def _pictures(folder: Path, parts: _Parts, attacked: list[LeakageFinding]) -> dict[str, PictureRecord]:
@@ -281,7 +282,7 @@ def _pictures(folder: Path, parts: _Parts, attacked: list[LeakageFinding]) -> di
         ),
         "attack": charts.attack_grid(
             attacked[0].result.truth,
-            [(attack.record.defense, attack.result.recovered) for attack in attacked],
+            [(defense_label(attack.record.scores.defense), attack.result.recovered) for attack in attacked],
             attacked[0].result.guess,
         ),
     }
@@ -305,7 +306,7 @@ def _pictures(folder: Path, parts: _Parts, attacked: list[LeakageFinding]) -> di
             file="attack.png",
             section="attacks",
             caption="One photo in one update: the truth, what the attack recovered, and a guess.",
-            alt=f"Grid of faces: truth, recovered with {' and with '.join(a.record.defense for a in attacked)}, "
+            alt=f"Grid of faces: truth, recovered with {' and with '.join(defense_label(a.record.scores.defense) for a in attacked)}, "
             "and the mean face",
         ),
     }

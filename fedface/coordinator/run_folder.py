@@ -29,12 +29,12 @@ def new_folder(name: str, out: Path | None) -> Path:
 
 
 def resume_ranking(name: str, out: Path | None) -> Path:
-    """The folder of the tournament to continue: `out`, or the latest unfinished one of this name.
+    """The folder of the ranking to continue: `out`, or the latest unfinished one of this name.
 
     Raises:
         RunError: There is none.
     """
-    return _unfinished(name, out, "answers.json", "tournament.json")
+    return _unfinished(name, out, "answers.json", "ranking.json")
 
 
 def resume_run(name: str, out: Path | None) -> Path:

@@ -62,7 +62,10 @@ class RunState:
         private = tuple(record.without(name) for record in self.device_metrics)
         left = self.withdrawals
         if rounds or questions:
-            left = (*left, WithdrawalRecord.of(rounds, questions, price(len(rounds), questions)))
+            left = (
+                *left,
+                WithdrawalRecord(rounds=rounds, evaluations=questions, epsilon=price(len(rounds), questions)),
+            )
         return self._saved(replace(self, rounds=records, device_metrics=private, withdrawals=left))
 
     def _saved(self, state: RunState) -> RunState:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from fedface.aggregation.payload import (
     HomomorphicConfig,
     PlainConfig,
 )
-from fedface.audits.bias import DARKER_FROM, BiasReport, measure_bias, tone_histogram
+from fedface.audits.bias import DARKER_FROM, measure_bias
 from fedface.audits.feature_distances import compare_faces
 from fedface.audits.gradient_inversion import (
     AttackResult,
@@ -41,8 +41,8 @@ from fedface.privacy.plan import Plan
 from fedface.public_data.device_photos import device_faces
 from fedface.public_data.probe import PublicProbe
 from fedface.randomness import Streams
-from fedface.reports.record_builders import attack_record, bias_record, defence_words
-from fedface.reports.run_record import AggregationRecord, AttackRecord, BiasRecord, ToneRecord
+from fedface.reports.formatting import defense_label
+from fedface.reports.run_record import AggregationRecord, AttackRecord, BiasRecord
 from fedface.tensor_types import Images, LowImages, Vector
 from fedface.training.training_round import TrainingRound
 from fedface.upsampling.degradation import Degradation, apply_degradation
@@ -51,7 +51,6 @@ from fedface.upsampling.upsampler import Upsampled
 
 MIN_FACES = 40  # that a distance can be measured from
 SAMPLES = 256  # faces drawn from the generator for every figure of a round
-MONK_NAMES = tuple(f"Monk {step}" for step in range(1, 11))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,20 +104,12 @@ def sample_metrics(model: Model, yardstick: ReferenceSet, seed: int) -> dict[str
     return {"distance": distance, **tones}
 
 
-def tone_record(source: str, label: str, images: Images) -> ToneRecord:
-    """The Monk histogram of some faces, by pixels."""
-    counts = tone_histogram(images).counts
-    return ToneRecord(source=source, label=label, groups=MONK_NAMES, counts=counts)  # type: ignore[arg-type]
-
-
 @dataclass(frozen=True, kw_only=True)
 class MethodEvaluation:
     """What a method made of the probe with one set of weights."""
 
     method: Method
-    weights_hash: str  # of the networks that were asked; a hash of nothing where none was
-    report: BiasReport
-    record: BiasRecord
+    bias: BiasRecord  # its hash is of the networks that were asked; a hash of nothing where none was
     low: LowImages
     upsampled: Upsampled
     seconds: float  # of the search alone, wall time
@@ -148,15 +139,11 @@ def evaluate_on_probe(
         true_tone=probe.tone,
         expected=probe.expected,
     )
-    name = weights_hash(*_asked(method, model))
-    record = bias_record(report, weights_hash=name, probe=probe.description)
-    order = {name: place for place, name in enumerate(probe.expected)}
-    groups = sorted(record.groups, key=lambda group: order.get(group.group, len(order)))
     return MethodEvaluation(
         method=method,
-        weights_hash=name,
-        report=report,
-        record=replace(record, groups=tuple(groups)),
+        bias=BiasRecord(
+            weights_hash=weights_hash(*_asked(method, model)), probe=probe.description, report=report
+        ),
         low=low,
         upsampled=found,
         seconds=seconds,
@@ -193,28 +180,27 @@ def audit_update_leakage(
     spread = torch.linspace(0, len(probe.images) - 1, config.photos).round().long()
     known = candidates[: config.candidates]
 
-    def attack(defence: NoDefense | GaussianSum) -> LeakageFinding:
-        streams = Streams(seed).child(f"attack/{defence_words(defence)}")
+    def attack(defense: NoDefense | GaussianSum) -> LeakageFinding:
+        streams = Streams(seed).child(f"attack/{defense_label(defense)}")
         result = attack_update(
             work.per_example_release(Streams(seed).child("attack")),
             probe.images[spread],
-            defence,
+            defense,
             candidates,
             searches=(CosineSearch(iterations=config.iterations),),
             generator=streams.generator("search"),
         )
-        gallery = candidate_identification(
+        identification = candidate_identification(
             work.per_example_release(Streams(seed).child("attack")),
             known,
-            defence,
+            defense,
             trials=config.trials,
             generator=streams.generator("gallery"),
         )
-        record = attack_record(
-            result,
-            gallery,
-            gallery_size=len(known),
+        record = AttackRecord(
             weights_hash=weights_hash(*work.model.modules()),
+            scores=result.scores,
+            identification=identification,
             pictures=("attack",),
         )
         return LeakageFinding(record=record, result=result)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from dp_accounting import (
@@ -78,6 +79,8 @@ def clip_l2(update: Vector, clip_norm: float) -> Vector:
 class GaussianSum:
     """A sum of clipped vectors plus normal noise of standard deviation `sigma * clip_norm` per coordinate."""
 
+    kind: ClassVar[str] = "gaussian-sum"
+
     clip_norm: float  # longest one unit's vector can be, > 0, in weight units
     sigma: float  # noise multiplier: noise standard deviation / clip norm, > 0
 
@@ -120,6 +123,8 @@ class GaussianSum:
 @dataclass(frozen=True, kw_only=True)
 class ClippedSum:
     """A sum of clipped vectors without noise: nothing is promised. The mechanism of `NoPromise`."""
+
+    kind: ClassVar[str] = "clipped-sum"
 
     clip_norm: float  # longest one unit's vector can be, > 0, in weight units
 

@@ -1,8 +1,7 @@
-"""The pictures of a report: curves, histograms and intervals as SVG, grids of faces as PNG.
+"""The charts of a report: curves, histograms and intervals as SVG, grids of faces as PNG.
 
-Called by reports.page with numbers from the record, and by whoever has faces at hand. Colours are the
-colour-blind-safe set of Okabe and Ito (2008). Text in an SVG stays text, and its ink is a stand-in colour
-that `page` swaps for the page's own, so that a chart follows light and dark. No pyplot, no global state.
+Colours are the colour-blind-safe set of Okabe and Ito (2008). Text in an SVG stays text, and its colour is a
+placeholder that html_report replaces by a CSS variable, so that a chart follows light and dark. No pyplot.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from fedface.measurements import Interval
 from fedface.tensor_types import Images
 
 INK, FAINT = "#3b3f46", "#c9ccd1"  # text and axes; grid lines
@@ -61,6 +61,18 @@ class Series:
     low: tuple[float, ...]
     high: tuple[float, ...]
 
+    @staticmethod
+    def of(points: Sequence[tuple[float, Interval]], *, label: str, color: str) -> Series:
+        """A series of intervals at positions."""
+        return Series(
+            label=label,
+            color=color,
+            at=tuple(at for at, _ in points),
+            estimate=tuple(value.estimate for _, value in points),
+            low=tuple(value.low for _, value in points),
+            high=tuple(value.high for _, value in points),
+        )
+
     def __post_init__(self) -> None:
         lengths = {len(self.at), len(self.estimate), len(self.low), len(self.high)}
         if len(lengths) != 1:
@@ -68,7 +80,7 @@ class Series:
 
 
 def curve(series: Sequence[Series], *, limit: float | None = None, from_zero: bool) -> bytes:
-    """One measure by round, with bands of 95 % intervals; SVG.
+    """One metric by round, with bands of 95 % intervals; SVG.
 
     Args:
         series: `Series.at` holds rounds; round 0 is before the run.
@@ -114,7 +126,7 @@ def tone_bars(groups: Sequence[str], bars: Sequence[tuple[str, Sequence[float]]]
 
 
 def group_dots(groups: Sequence[str], series: Sequence[Series], *, unit: str) -> bytes:
-    """One measure per group as dots with whiskers, before above after; SVG.
+    """One metric per group as dots with whiskers, before above after; SVG.
 
     Args:
         groups: Names, drawn from top to bottom.

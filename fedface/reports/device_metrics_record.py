@@ -1,50 +1,35 @@
-"""What devices themselves told, and who left: figures from private photos with their noise, and withdrawals.
+"""Records of what devices measured on their own photos, and of devices that withdrew.
 
-Part of reports/run_record.py's record. Each figure was clipped and noised on the device (per library: noised by the server,
-which is trusted), booked in its ledger, and summed with those of other devices; intervals include that noise.
+Metrics are clipped and noised on the device (unit library: noised by the trusted server), recorded in its ledger, and
+summed with those of other devices; intervals include the noise.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from fedface.measurements import Epsilon, Measurement, NotMeasured
-from fedface.number_format import format_delta, rounded_down, rounded_up
+from fedface import number_format
+from fedface.audits.dp_metric_estimates import DPMetricEstimates
+from fedface.measurements import Epsilon, NotMeasured
 
-WITHDRAWN = "a device that left"  # in place of the name of a device whose owner left the run
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeviceMetricsGroup:
-    """How one tone group of the devices' own photos is served."""
-
-    group: str
-    units: (
-        Measurement  # how many units (photos, occasions, libraries) were asked; noised, or why it is not told
-    )
-    figures: dict[str, Measurement]  # by measure
-    at_end: tuple[str, ...] = field(default_factory=tuple)  # measures at an end of their range
+WITHDRAWN = "a withdrawn device"  # replaces the name of a device that withdrew
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceMetricsRecord:
-    """One model, scored by the devices on their own photos."""
+    """One model, evaluated by the devices on their own photos."""
 
     when: str  # "before", "after", or a candidate's name
     weights_hash: str
-    method: str  # how photos were made large again, in words
-    devices: int  # that answered
-    refusals: tuple[str, ...]  # reasons of those that did not, without names
-    epsilon: Epsilon | NotMeasured  # what this question cost one unit
+    method: str  # title of the upsampling method
+    answered: tuple[str, ...]  # names of the devices in the sum; empty where they are not kept
+    refusals: tuple[str, ...]  # reasons of the devices that did not answer, without names
+    epsilon: Epsilon | NotMeasured  # privacy loss of this evaluation for one unit
     noise_multiplier: float
-    overall: DeviceMetricsGroup
-    groups: tuple[DeviceMetricsGroup, ...]
-    sentences: tuple[str, ...]
-    lead: str = field(default_factory=str)  # the one sentence of a short answer
-    answered: tuple[str, ...] = field(default_factory=tuple)  # names of the devices in the sum
+    estimates: DPMetricEstimates
 
     def without(self, name: str) -> DeviceMetricsRecord:
-        """The same without a device's name: its owner has left the run."""
+        """The same with a withdrawn device's name removed."""
         return replace(
             self, answered=tuple(WITHDRAWN if device == name else device for device in self.answered)
         )
@@ -52,50 +37,39 @@ class DeviceMetricsRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class WithdrawalRecord:
-    """A device whose owner left the run, without its name: what was forgotten, and what cannot be."""
+    """A device that withdrew from the run, without its name: what was deleted, and what cannot be undone."""
 
     rounds: tuple[int, ...]  # that it took part in
-    epsilon: Epsilon | NotMeasured  # what its answers may have told about one unit
-    sentence: str
-    questions: int = field(default_factory=int)  # sets of figures that it answered
+    evaluations: int  # sets of metrics that it answered
+    epsilon: Epsilon | NotMeasured  # privacy loss of all its answers for one unit
 
-    @staticmethod
-    def of(rounds: tuple[int, ...], questions: int, epsilon: Epsilon | NotMeasured) -> WithdrawalRecord:
-        """The record of a device that took part in these rounds and answered so many sets of figures."""
-        if isinstance(epsilon, Epsilon):
-            bound = "its noise bounds what they can tell"
-            if epsilon.unit == "library":  # the server adds the noise
-                bound = "the server saw them bare; its noise bounds what the published ones can tell"
-            told = (
-                f"{bound}: epsilon at most {rounded_up(epsilon.upper)} (at least "
-                f"{rounded_down(epsilon.lower)}) at delta {format_delta(epsilon.delta)}, per {epsilon.unit}"
-            )
-        else:
-            told = f"nothing bounds what they can tell: {epsilon.not_measured}"
-        done = []
-        if rounds:
-            numbers = ", ".join(str(number) for number in rounds)
-            what = (
+    def sentence(self) -> str:
+        match self.epsilon:
+            case Epsilon(unit="library"):
+                bound = (
+                    "the server saw them without noise; the noise bounds what the published sums reveal: "
+                    f"{self.epsilon.at_most()}"
+                )
+            case Epsilon():
+                bound = f"the noise bounds what they reveal: {self.epsilon.at_most()}"
+            case NotMeasured(not_measured=reason):
+                bound = f"nothing bounds what they reveal: {reason}"
+        permanent = []
+        if self.rounds:
+            numbers = ", ".join(str(number) for number in self.rounds)
+            which = (
                 f"its updates of rounds {numbers} were"
-                if len(rounds) > 1
+                if len(self.rounds) > 1
                 else f"its update of round {numbers} was"
             )
-            done.append(
-                f"{what} summed with those of others, and the sums are part of the weights since then and of every "
-                "copy of them"
+            permanent.append(
+                f"{which} summed with those of other devices, and the sums are part of the weights since then and of "
+                "every copy of them"
             )
-        if questions:
-            done.append(f"its answers to {_counted_sets(questions)} are part of the figures of this report")
-        return WithdrawalRecord(
-            rounds=rounds,
-            questions=questions,
-            epsilon=epsilon,
-            sentence=(
-                "One device left the run. None of its answers was kept by itself, and its name is gone from this run's "
-                f"files. What cannot be undone: {'; '.join(done)}; {told}."
-            ),
+        if self.evaluations:
+            sets = number_format.counted(self.evaluations, "set")
+            permanent.append(f"its answers to {sets} of metrics are part of the metrics in this report")
+        return (
+            "One device withdrew from the run. Its individual answers were deleted and its name was removed from the "
+            f"run's files. What cannot be undone: {'; '.join(permanent)}; {bound}."
         )
-
-
-def _counted_sets(count: int) -> str:
-    return "one set of figures" if count == 1 else f"{count} sets of figures"

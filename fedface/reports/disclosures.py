@@ -1,75 +1,72 @@
-"""What every report says whether or not something happened: who can leave, which hash covers what, what was attacked.
-
-Called by reports.page and reports.card, so that both say the same.
-"""
+"""Statements that every report makes: who can withdraw, which hash covers which networks, which attacks apply."""
 
 from __future__ import annotations
 
-from fedface.reports import formatting
-from fedface.reports.run_record import AttackRecord, BiasRecord, NoPrivacyRecord, PlanRecord, RunRecord
+from fedface.audits.gradient_inversion import NoDefense
+from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget
+from fedface.reports.run_record import AttackRecord, BiasRecord, RunRecord
 
 
 def withdrawal_notes(record: RunRecord) -> list[str]:
-    """What happens when a device leaves a run, and what cannot be undone; said whether or not somebody left."""
-    gone = (
-        "The owner of a device can leave a run at any time (fedface device withdraw): it is not asked again, its "
-        "answers are not kept by themselves, and its name goes from the run's files."
+    """What happens when a device withdraws, and what cannot be undone; stated whether or not a device has withdrawn."""
+    withdrawing = (
+        "The owner of a device can withdraw at any time (fedface device withdraw): the device is not asked again, its "
+        "individual answers are deleted, and its name is removed from the run's files."
     )
-    match record.plan:
-        case PlanRecord(unit=unit, noise_at="server"):
+    match record.plan.privacy:
+        case PrivacyTarget(unit=unit) if record.plan.dp_parameters.noise_at == "server":
             bound = (
-                f"what the published weights and figures tell about one {unit} stays bounded by the promise; what the "
-                "server saw of its bare answers is not"
+                f"the privacy guarantee still bounds what the published weights and metrics reveal about one {unit}, "
+                "but not what the server saw before it added the noise"
             )
-        case PlanRecord(unit=unit):
-            bound = f"what they tell about one {unit} stays bounded by the promise"
-        case NoPrivacyRecord():
-            bound = "nothing bounds what they tell"
-    kept = (
-        "What cannot be undone: what it has sent was summed with what others sent, is part of the weights and figures "
-        f"since then, and of every copy of them; {bound}."
+        case PrivacyTarget(unit=unit):
+            bound = f"the privacy guarantee still bounds what they reveal about one {unit}"
+        case _:
+            bound = "without a privacy guarantee, nothing bounds what they reveal"
+    permanent = (
+        "What cannot be undone: its earlier answers were summed with those of other devices and are part of the "
+        f"weights and metrics since then, and of every copy of them; {bound}."
     )
-    if record.withdrawals:
-        return [gone, kept, *(left.sentence for left in record.withdrawals)]
-    return [gone, kept, "Nobody left this run."]
+    withdrawals = [left.sentence() for left in record.withdrawals]
+    return [withdrawing, permanent, *(withdrawals or ["No device has withdrawn from this run."])]
 
 
 def hash_note(record: RunRecord) -> str:
-    """Which weights an audit's hash covers, where it is not that of the whole model."""
+    """Which weights an audit's hash covers; empty where it is that of the whole model."""
     pairs = (
         ("before", record.bias_before, record.base_hash),
         ("after", record.bias_after, record.final_hash),
     )
-    said = [
+    differing = [
         f"{audit.weights_hash[:12]} {when} the run"
         for when, audit, whole in pairs
         if isinstance(audit, BiasRecord) and audit.weights_hash != whole
     ]
-    if not said:
+    if not differing:
         return ""
     return (
-        "Two kinds of hash: the weights before and after are of the whole model, all its networks; those of the audit "
-        f"cover only the network that was asked about the photos ({', '.join(said)})."
+        "The hashes of the weights before and after cover all networks of the model; those of the bias audit cover only "
+        f"the network that upsampled the probe ({', '.join(differing)})."
     )
 
 
-def attacks_of(record: RunRecord) -> tuple[AttackRecord, ...]:
+def applicable_attacks(record: RunRecord) -> tuple[AttackRecord, ...]:
     """The attacks on updates as this run sends them: where the server adds the noise, a single update has none."""
-    if isinstance(record.plan, PlanRecord) and record.plan.noise_at == "server":
-        return tuple(attack for attack in record.attacks if attack.defense == formatting.NO_DEFENCE)
+    if isinstance(record.plan.privacy, PrivacyTarget) and record.plan.dp_parameters.noise_at == "server":
+        return tuple(attack for attack in record.attacks if isinstance(attack.scores.defense, NoDefense))
     return record.attacks
 
 
 def attack_note(record: RunRecord) -> str:
-    """What the defences in the table have to do with this run; empty where they are the run's own."""
+    """How the attacked defenses relate to this run; empty where they are the run's own."""
     if not record.attacks:
         return ""
-    match record.plan:
-        case PlanRecord(noise_at="server"):
+    match record.plan.privacy:
+        case NoPrivacy() if len(record.attacks) > 1:
+            return "This run adds no noise: the attack against DP shows what noise would have changed."
+        case PrivacyTarget() if record.plan.dp_parameters.noise_at == "server":
             return (
-                "This run adds noise to the sum of all updates, on the server, so a single update has none: whoever "
-                "sees one, such as the server, sees what is attacked here."
+                "In this run the server adds noise to the sum of all updates, so a single update has none: an attacker "
+                "who sees one, such as the server, sees what is attacked here."
             )
-        case NoPrivacyRecord() if len(record.attacks) > 1:
-            return "This run adds no noise: the attack against DP says what noise would have changed."
     return ""

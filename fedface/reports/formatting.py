@@ -1,20 +1,30 @@
-"""Numbers into words: how a report writes an interval, an epsilon, a size, a promise.
-
-Called by reports.page and reports.card, so that both say the same. Nothing here computes a result.
-"""
+"""The sentences that the HTML report, the model card and the console share."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, assert_never
 
 from fedface import number_format
 from fedface.audits.bias import METRICS
-from fedface.measurements import Epsilon, Interval, NotMeasured
-from fedface.reports.run_record import AttackRecord, GapRecord, NoPrivacyRecord, PlanRecord, RunRecord
+from fedface.audits.gradient_inversion import (
+    AttackScores,
+    CandidateIdentification,
+    CosineSearch,
+    Defense,
+    NoDefense,
+    SquaredSearch,
+)
+from fedface.audits.group_metrics import Gap
+from fedface.measurements import Epsilon, NotMeasured
+from fedface.privacy.mechanism import ClippedSum, GaussianSum
+from fedface.privacy.plan import Plan
+from fedface.privacy.privacy_target import PrivacyTarget
+from fedface.privacy_units import Unit
+from fedface.reports.run_record import AttackRecord, RunRecord
 
-# What the probe says after each round: name -> (title, unit, whether zero belongs on the axis).
-PROBE_FIGURES = {
+# The server's metrics after each round: name -> (title, unit, whether zero belongs on the axis).
+SAMPLE_METRICS = {
     "distance": (
         "Distance to faces like the devices'",
         "kernel distance (squared MMD), lower is closer",
@@ -23,70 +33,74 @@ PROBE_FIGURES = {
     "monk": ("Skin tone of samples", "mean Monk step, 1 light to 10 dark", False),
     "dark_fraction": ("Share of darker samples", "share of samples", True),
 }
-NO_DEFENCE = "no DP"  # in the words of filling.defence_words
 
 
-def title_of(measure: str) -> str:
-    """The title of a measure of bias, in the words of the audit."""
-    return METRICS[measure].title if measure in METRICS else measure.replace("_", " ")
+def title_of(metric: str) -> str:
+    """The title of a bias metric."""
+    return METRICS[metric].title
 
 
-def unit_of(measure: str) -> str:
-    """The unit of a measure of bias; empty for a share."""
-    return METRICS[measure].unit.strip() if measure in METRICS else ""
+def unit_of(metric: str) -> str:
+    """The unit of a bias metric; empty for a share."""
+    return METRICS[metric].unit.strip()
 
 
-def with_unit(text: str, measure: str) -> str:
-    """A number and the unit of its measure, where it has one."""
-    return f"{text} {unit_of(measure)}".rstrip()
+def with_unit(text: str, metric: str) -> str:
+    """A number and the unit of its metric, where it has one."""
+    return f"{text} {unit_of(metric)}".rstrip()
 
 
-def promise_words(*, unit: str, target: float, delta: float, rounds: int, noise_at: str) -> str:
-    """The promise in one sentence, from its numbers."""
-    price = f"is worth at most epsilon {number_format.constant(target)} at delta {number_format.format_delta(delta)} per {unit}"
-    whom = f"to anybody who wants to know about one {unit}"
-    if noise_at == "server":
+def privacy_guarantee(plan: Plan) -> str:
+    """The privacy guarantee of a plan in one or two sentences."""
+    match plan.privacy:
+        case PrivacyTarget() as target:
+            rounds = number_format.counted(plan.schedule.rounds, "round")
+            bound = (
+                f"at most epsilon {number_format.constant(target.epsilon)} at delta "
+                f"{number_format.format_delta(target.delta)} per {target.unit}"
+            )
+            if plan.dp_parameters.noise_at == "server":
+                return (
+                    f"What the trusted server publishes about {rounds} satisfies differential privacy with {bound}. "
+                    "The server itself receives every update without noise."
+                )
+            return f"Everything that leaves a device in {rounds} satisfies differential privacy with {bound}."
+        case _:
+            return "No privacy guarantee: no noise is added, so epsilon is infinite."
+
+
+def adjacency(unit: Unit) -> str:
+    """Which two runs the guarantee compares."""
+    if unit == "library":
         return (
-            f"What the trusted server publishes of {number_format.counted(rounds, 'round')} {price} {whom}; "
-            "the server itself sees all that each device sends, bare."
+            "The guarantee compares a run with one in which a device's library is empty: both give any model with "
+            "nearly the same probability. The server, which adds the noise, is trusted and sees each device's update."
         )
-    return f"All that leaves a device in {number_format.counted(rounds, 'round')} {price} {whom}."
+    return (
+        f"The guarantee compares a device's library with the same library without one {unit}: "
+        "both give any update with nearly the same probability."
+    )
 
 
 def meaning(value: Epsilon, *, noise_at: Literal["device", "server"] = "device") -> str:
-    """What an epsilon promises, as a bet about one unit: from one half to e^epsilon / (1 + e^epsilon)."""
-    sure = 1.0 / (1.0 + math.exp(-value.upper))
+    """What an epsilon bounds: the posterior probability e^epsilon / (1 + e^epsilon) from a prior of one half."""
+    posterior = 1.0 / (1.0 + math.exp(-value.upper))
     seen = "leaves a device" if noise_at == "device" else "is published by the server, which adds the noise"
     sentence = (
-        f"Somebody who sees everything that ever {seen}, and who holds it for an even bet that one "
-        f"{value.unit} was among those used, can afterwards be at most {number_format.at_most_percent(sure)} sure; besides, "
-        f"the promise allows for exceptions that weigh {number_format.one_in(value.delta)} together."
+        f"Someone with a prior of 50{number_format.SPACE}% that a given {value.unit} was used, who sees everything that "
+        f"{seen}, can afterwards be at most {number_format.at_most_percent(posterior)} sure; the bound may fail with a "
+        f"probability of {number_format.one_in(value.delta)}."
     )
     if noise_at == "server":
-        sentence += " It says nothing about the server, which sees all that each device sends, bare."
-    if sure > 0.9:
+        sentence += " It does not bound what the server learns, which receives every update without noise."
+    if posterior > 0.9:
         tested = (
-            "the attacks in this report test" if noise_at == "device" else "no attack in this report tests"
+            "the attacks in this report test the noise"
+            if noise_at == "device"
+            else "no attack in this report tests the noise"
         )
-        sentence += f" Taken alone that is a weak bound; {tested} the noise behind it."
+        sentence += f" By itself this is a weak bound; {tested}."
     return sentence
-
-
-def promise(plan: PlanRecord | NoPrivacyRecord) -> str:
-    """The promise in one sentence; older records have one without its delta."""
-    match plan:
-        case PlanRecord(guarantee=words) if "delta" in words:
-            return words
-        case PlanRecord():
-            return promise_words(
-                unit=plan.unit,
-                target=plan.target_epsilon,
-                delta=plan.epsilon.delta,
-                rounds=plan.rounds,
-                noise_at=plan.noise_at,
-            )
-        case NoPrivacyRecord(no_privacy=reason):
-            return f"No promise: {reason}"
 
 
 def spent(record: RunRecord) -> Epsilon | NotMeasured:
@@ -96,42 +110,74 @@ def spent(record: RunRecord) -> Epsilon | NotMeasured:
     return record.rounds[-1].epsilon
 
 
-def gap_sentence(gap: GapRecord, measure: str) -> str:
-    """Who is served worse than whom by one measure."""
-    title = title_of(measure)
-    match gap.difference:
-        case Interval(low=low, high=high) if low <= 0 <= high:
-            return f"By {title}, no gap between groups is clear: {gap.difference}."
-        case Interval():
-            unit = f", in {unit_of(measure)}" if unit_of(measure) else ""
-            return f"Served worse by {title}: {gap.worst} than {gap.best}; gap {gap.difference}{unit}."
-        case NotMeasured(not_measured=reason):
-            return f"By {title}, the gap between groups was not measured: {reason}."
+def gap_sentence(gap: Gap, metric: str) -> str:
+    """Who is served worse than whom by one metric."""
+    title = title_of(metric)
+    if not gap.clear:
+        return f"By {title}, no gap between groups is clear: {gap.difference}."
+    unit = f", in {unit_of(metric)}" if unit_of(metric) else ""
+    return f"Served worse by {title}: {gap.worst} than {gap.best}; gap {gap.difference}{unit}."
 
 
-def named_sentence(attack: AttackRecord) -> str:
-    """How often an update gave away which photo was in it; inversion alone would give false comfort."""
-    match attack.gallery:
-        case Interval(estimate=rate, low=low, high=high, count=count):
-            rng = number_format.percent(1 / attack.gallery_size)
-            return (
-                f"With {attack.defense}, somebody with {attack.gallery_size} candidate photos named the one in the "
-                f"update in {number_format.percent(rate)} of cases [{number_format.percent(low)}, {number_format.percent(high)}] (n = {count}); chance is {rng}."
+def defense_label(defense: Defense) -> str:
+    """A defense as a table's row label."""
+    match defense:
+        case NoDefense():
+            return "no DP"
+        case ClippedSum(clip_norm=clip_norm):
+            return f"clipping to {number_format.constant(clip_norm)} only"
+        case GaussianSum(sigma=sigma):
+            return f"DP sigma={sigma:.3g}"
+        case _:
+            assert_never(defense)
+
+
+def attack_description(attack: AttackRecord) -> str:
+    """Which search was used, and what the scores show."""
+    match attack.scores.search:
+        case CosineSearch(iterations=iterations, total_variation=weight):
+            search = (
+                f"cosine distance with total variation {number_format.constant(weight)}, {iterations} steps of signed "
+                "Adam"
             )
-        case NotMeasured(not_measured=reason):
-            return f"With {attack.defense}, naming the photo in an update was not measured: {reason}."
+        case SquaredSearch(evaluations=evaluations):
+            search = f"squared distance, {evaluations} evaluations of L-BFGS"
+        case _:
+            assert_never(attack.scores.search)
+    result = (
+        "The reconstructions are closer to the photos than a guess without the update."
+        if attack.scores.gain.low > 0
+        else "The attack did not come closer to the photos than the mean public face; that does not prove that no "
+        "attack could."
+    )
+    return f"Attack: {search}; one photo per update. {result}"
 
 
-def attack_sentence(attack: AttackRecord) -> str:
-    """What one attack achieved beyond guessing."""
-    match attack.gain:
-        case Interval(low=low, high=high) as gain:
-            verdict = "more than" if low > 0 else "less than" if high < 0 else "about as much as"
-            start = f"With {attack.defense}, the attack recovered {verdict} a guess without the update"
-            return f"{start}: {_gain(gain)}."
-        case NotMeasured(not_measured=reason):
-            return f"With {attack.defense}, what the attack recovered was not measured: {reason}."
+def identification_sentence(found: CandidateIdentification, defense: Defense) -> str:
+    """How often an update revealed which candidate was in it."""
+    low, high = (number_format.percent(end) for end in (found.rate.low, found.rate.high))
+    chance = 1 / found.candidates
+    verdict = (
+        "more often than guessing"
+        if found.rate.low > chance
+        else "no more often than guessing would explain"
+        if found.rate.low <= chance <= found.rate.high
+        else "less often than guessing"
+    )
+    return (
+        f"With {defense_label(defense)}, an attacker with {found.candidates} candidate photos identified the one in the "
+        f"update in {number_format.percent(found.rate.estimate)} of cases [{low}, {high}] (n = {found.rate.count}), "
+        f"{verdict} ({number_format.percent(chance)})."
+    )
 
 
-def _gain(gain: Interval) -> str:
-    return f"{number_format.signed(gain.estimate)} dB [{number_format.signed(gain.low)}, {number_format.signed(gain.high)}] (n{number_format.SPACE}={number_format.SPACE}{gain.count})"
+def inversion_sentence(scores: AttackScores) -> str:
+    """What gradient inversion achieved beyond guessing."""
+    gain = scores.gain
+    verdict = "more than" if gain.low > 0 else "less than" if gain.high < 0 else "about as much as"
+    low, high = number_format.signed(gain.low), number_format.signed(gain.high)
+    return (
+        f"With {defense_label(scores.defense)}, gradient inversion recovered {verdict} a guess without the update: "
+        f"{number_format.signed(gain.estimate)} dB [{low}, {high}] "
+        f"(n{number_format.SPACE}={number_format.SPACE}{gain.count})."
+    )

@@ -1,8 +1,7 @@
-"""One self-contained HTML page about a run, for a person: no network, light or dark, phone or paper.
+"""One self-contained HTML page about a run: no network, light or dark, phone or print.
 
-Called by the coordinator at the end of a run and by `fedface report`. The words come from reports.wording,
-the charts from reports.figures, the layout from page.html beside this file. Everything that a device or a
-YAML file wrote is escaped by the template; only our own charts enter as markup.
+The layout is page.html beside this file. Everything that a device or a YAML file wrote is escaped by the template;
+only our own charts enter as markup.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -19,12 +18,23 @@ from markupsafe import Markup
 
 from fedface import number_format
 from fedface.atomic_io import replace_text
-from fedface.errors import RunError
-from fedface.measurements import Epsilon, Interval, Measurement, NotMeasured
-from fedface.privacy_units import PLURALS
-from fedface.reports import charts, device_metrics_section, disclosures, formatting, headline_summary
+from fedface.audits.bias import METRICS
+from fedface.audits.dp_ratio_estimates import DP_METRICS
+from fedface.audits.gradient_inversion import NOT_TESTED, THREAT_MODEL
+from fedface.measurements import Epsilon, Interval, NotMeasured
+from fedface.privacy.accounting import ADJACENCY
+from fedface.privacy.privacy_target import PrivacyTarget
+from fedface.privacy_units import PLURALS, unit_in_words
+from fedface.reports import (
+    charts,
+    device_metrics_section,
+    disclosures,
+    formatting,
+    headline_summary,
+    model_card,
+)
 from fedface.reports.headline_numbers import headline_numbers
-from fedface.reports.run_record import AttackRecord, BiasRecord, PlanRecord, RunRecord
+from fedface.reports.run_record import AttackRecord, BiasRecord, RunRecord
 
 FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -39,6 +49,7 @@ TONE_COLORS = {
     "brown": "#825c43",
     "dark": "#3a312a",
 }
+SOURCE_LABELS = {"devices": "faces like the devices'", "before": "samples before", "after": "samples after"}
 SOURCE_COLORS = {"devices": charts.DEVICES, "before": charts.BEFORE, "after": charts.AFTER}
 THEMED = {
     charts.INK: "var(--ink)",
@@ -57,7 +68,7 @@ def render(record: RunRecord, folder: Path) -> str:
 
     Args:
         record: What happened.
-        folder: Where the record's pictures lie; one that is missing is named, not hidden.
+        folder: Holds the record's pictures; one that is missing is named.
     """
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -71,37 +82,46 @@ def render(record: RunRecord, folder: Path) -> str:
         percent=number_format.percent,
         counted=number_format.counted,
     )
-    attacks = disclosures.attacks_of(record)
+    attacks = disclosures.applicable_attacks(record)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         record=record,
         answer=headline_summary.headline_summary(record),
         when=_when(record),
         tiles=headline_numbers(record),
-        plan=record.plan if isinstance(record.plan, PlanRecord) else None,
-        promise=formatting.promise(record.plan),
+        plan=record.plan,
+        dp=record.plan.dp_parameters,
+        is_private=isinstance(record.plan.privacy, PrivacyTarget),
+        guarantee=formatting.privacy_guarantee(record.plan),
+        adjacency=formatting.adjacency(record.plan.dp_parameters.unit),
+        covers=unit_in_words(record.plan.dp_parameters.unit),
         meaning=_meaning(record),
         spent=str(formatting.spent(record)),
         turnout=_turnout(record),
         refusals=_refusals(record),
         curves=_curves(record),
-        leaving=disclosures.withdrawal_notes(record),
+        withdrawal=disclosures.withdrawal_notes(record),
         hash_note=disclosures.hash_note(record),
-        private=_private(record),
-        holdout_fraction=_held_out(record),
+        device_metrics=_device_metrics(record),
+        holdout=_holdout(record),
         faces=_pictures(record, folder, "faces"),
         more=_pictures(record, folder, "more"),
         attack_pictures=_pictures(record, folder, "attacks"),
         bias=_bias(record),
         tones=_tones(record),
         attacks=_attacks(attacks),
-        attack_records=attacks,
         attack_sentences=[
             *([note] if (note := disclosures.attack_note(record)) else []),
-            *(formatting.named_sentence(attack) for attack in attacks),
-            *(formatting.attack_sentence(attack) for attack in attacks),
+            *(
+                formatting.identification_sentence(attack.identification, attack.scores.defense)
+                for attack in attacks
+            ),
+            *(formatting.inversion_sentence(attack.scores) for attack in attacks),
         ],
-        not_tested=list(dict.fromkeys(item for attack in attacks for item in attack.not_tested)),
+        no_limits=model_card.NO_LIMITS,
+        neighbours=ADJACENCY,
+        threat_model=THREAT_MODEL,
+        not_tested="; ".join(NOT_TESTED),
         experiment=json.dumps(record.experiment, indent=2, ensure_ascii=False),
     )
 
@@ -117,7 +137,7 @@ def themed(svg: bytes, name: str, alt: str) -> Markup:
     """One of our charts as inline markup: named for screen readers, in the page's font and colours.
 
     Args:
-        svg: From reports.figures.
+        svg: From reports.charts.
         name: Unique on the page; its ids get this prefix.
         alt: What the chart shows, escaped here.
     """
@@ -143,8 +163,8 @@ def _when(record: RunRecord) -> str:
 
 def _meaning(record: RunRecord) -> str:
     cost = formatting.spent(record)
-    if isinstance(record.plan, PlanRecord) and isinstance(cost, Epsilon):
-        return formatting.meaning(cost, noise_at=record.plan.noise_at)
+    if isinstance(cost, Epsilon):
+        return formatting.meaning(cost, noise_at=record.plan.dp_parameters.noise_at)
     return ""
 
 
@@ -157,7 +177,7 @@ def _turnout(record: RunRecord) -> list[dict[str, str]]:
             case int():
                 photos = f"{device.photos:,}"
             case NotMeasured(not_measured=reason):
-                photos = f"not told: {reason}"
+                photos = f"not known: {reason}"
         rounds = f"{answered} of {total}"
         rows.append({"id": device.id, "text": device.description, "photos": photos, "rounds": rounds})
     return rows
@@ -166,7 +186,7 @@ def _turnout(record: RunRecord) -> list[dict[str, str]]:
 def _refusals(record: RunRecord) -> list[str]:
     said: dict[tuple[str, str, str], list[int]] = {}
     for entry in record.rounds:
-        for kind, list_of in (("said no", entry.refusals), ("was dropped", entry.dropped)):
+        for kind, list_of in (("refused", entry.refusals), ("was dropped", entry.dropped)):
             for refusal in list_of:
                 said.setdefault((refusal.device, kind, refusal.reason), []).append(entry.round)
     return [f"{who} {kind} in {_span(rounds)}: {why}" for (who, kind, why), rounds in said.items()]
@@ -180,27 +200,16 @@ def _span(rounds: Sequence[int]) -> str:
     return f"rounds {', '.join(str(number) for number in rounds)}"
 
 
-def _series(points: Iterable[tuple[float, Measurement]], label: str, color: str) -> charts.Series:
-    known = [(at, value) for at, value in points if isinstance(value, Interval)]
-    return charts.Series(
-        label=label,
-        color=color,
-        at=tuple(at for at, _ in known),
-        estimate=tuple(value.estimate for _, value in known),
-        low=tuple(value.low for _, value in known),
-        high=tuple(value.high for _, value in known),
-    )
-
-
 def _curves(record: RunRecord) -> list[dict[str, Markup | str]]:
-    missing = NotMeasured(not_measured="the probe did not ask for it")
+    missing = NotMeasured(not_measured="not asked for")
     names = list(dict.fromkeys([*record.metrics_before, *(n for r in record.rounds for n in r.metrics)]))
     panels: list[dict[str, Markup | str]] = []
     for index, name in enumerate(names):
-        title, unit, from_zero = formatting.PROBE_FIGURES.get(name, (name.replace("_", " "), "", False))
+        title, unit, from_zero = formatting.SAMPLE_METRICS.get(name, (name.replace("_", " "), "", False))
         points = [(0.0, record.metrics_before.get(name, missing))]
         points += [(float(entry.round), entry.metrics.get(name, missing)) for entry in record.rounds]
-        line = _series(points, title, charts.AFTER)
+        known = [(at, value) for at, value in points if isinstance(value, Interval)]
+        line = charts.Series.of(known, label=title, color=charts.AFTER)
         if not line.at:
             reasons = [value.not_measured for _, value in points if isinstance(value, NotMeasured)]
             panels.append({"title": title, "unit": unit, "svg": f"not measured: {reasons[-1]}"})
@@ -226,12 +235,13 @@ def _epsilon_curve(record: RunRecord) -> dict[str, Markup | str]:
         low=(0.0, *(value.lower for _, value in known)),
         high=(0.0, *(value.upper for _, value in known)),
     )
-    limit = record.plan.target_epsilon if isinstance(record.plan, PlanRecord) else None
+    target = record.plan.privacy
+    limit = target.epsilon if isinstance(target, PrivacyTarget) else None
     last = known[-1][1]
     alt = f"Epsilon by round, to {str(last)}"
     unit = f"epsilon at delta {number_format.format_delta(last.delta)} per {last.unit}"
     if limit is not None:
-        unit += "; dashed: the promise"
+        unit += "; dashed: the guarantee"
     svg = themed(charts.curve([line], limit=limit, from_zero=True), "epsilon", alt)
     return {"title": title, "unit": unit, "svg": svg}
 
@@ -265,104 +275,107 @@ def _bias(record: RunRecord) -> dict[str, object]:
         for label, audit in (("Before", record.bias_before), ("After", record.bias_after))
         if isinstance(audit, NotMeasured)
     ]
+    if not audits:
+        return {"audits": [], "missing": missing}
     beside = [(title, audit, charts.INK) for title, audit in record.reference.items()]
-    groups = list(dict.fromkeys(group.group for _, audit, _ in audits for group in audit.groups))
-    measures = list(dict.fromkeys(name for _, audit, _ in audits for g in audit.groups for name in g.metrics))
-    main = [name for name in SHOWN if name in measures] or measures[:4]
-    rest = [name for name in measures if name not in main]
+    groups = list(dict.fromkeys(name for _, audit, _ in audits for name in audit.report.counts))
+    rest = [name for name in METRICS if name not in SHOWN]
     return {
         "audits": [{"label": label, "audit": audit} for label, audit, _ in audits],
         "missing": missing,
-        "charts": [_dots(audits, groups, name, f"dots{index}") for index, name in enumerate(main)],
+        "charts": [_dots(audits, groups, name, f"dots{index}") for index, name in enumerate(SHOWN)],
         "other_charts": [_dots(audits, groups, name, f"more{index}") for index, name in enumerate(rest)],
-        "main": _bias_table([*audits, *beside], groups, main[:3]),
-        "full": _bias_table([*audits, *beside], groups, measures),
+        "main": _bias_table([*audits, *beside], groups, SHOWN[:3]),
+        "full": _bias_table([*audits, *beside], groups, tuple(METRICS)),
         "beside": list(record.reference),
         "gaps": [
             {"label": label, "text": formatting.gap_sentence(gap, name)}
             for label, audit, _ in audits
-            for name, gap in audit.gaps.items()
+            for name, gap in audit.report.gaps.items()
         ],
     }
 
 
 def _dots(
-    audits: Sequence[tuple[str, BiasRecord, str]], groups: Sequence[str], measure: str, name: str
+    audits: Sequence[tuple[str, BiasRecord, str]], groups: Sequence[str], metric: str, name: str
 ) -> dict[str, Markup | str]:
-    series = []
-    for label, audit, color in audits:
-        served = [group for group in audit.groups if measure in group.metrics]
-        points = [(float(groups.index(group.group)), group.metrics[measure]) for group in served]
-        series.append(_series(points, label, color))
-    title = formatting.title_of(measure)
-    chart = charts.group_dots(groups, series, unit=formatting.unit_of(measure))
+    series = [
+        charts.Series.of(
+            [(float(groups.index(group)), found[metric]) for group, found in audit.report.groups.items()],
+            label=label,
+            color=color,
+        )
+        for label, audit, color in audits
+    ]
+    title = formatting.title_of(metric)
+    chart = charts.group_dots(groups, series, unit=formatting.unit_of(metric))
     return {"title": title, "svg": themed(chart, name, f"{title} by group")}
 
 
 def _bias_table(
-    audits: Sequence[tuple[str, BiasRecord, str]], groups: Sequence[str], measures: Sequence[str]
+    audits: Sequence[tuple[str, BiasRecord, str]], groups: Sequence[str], metrics: Sequence[str]
 ) -> dict[str, object]:
-    absent = NotMeasured(not_measured="too few photos of this group")
+    absent = ("not measured", "too few photos of this group")
     rows = []
     for name in groups:
         lines = []
         for label, audit, _ in audits:
-            found = next((group for group in audit.groups if group.group == name), None)
-            values = found.metrics if found else {}
-            cells = [_cell(values.get(measure, absent), found.count if found else 0) for measure in measures]
-            lines.append({"label": label, "count": found.count if found else 0, "cells": cells})
+            found = audit.report.groups.get(name)
+            cells = [found[metric].texts() if found else absent for metric in metrics]
+            lines.append({"label": label, "count": audit.report.counts.get(name, 0), "cells": cells})
         rows.append({"group": name, "color": TONE_COLORS.get(name, ""), "lines": lines})
-    heads = [(formatting.title_of(name), formatting.unit_of(name)) for name in measures]
+    heads = [(formatting.title_of(name), formatting.unit_of(name)) for name in metrics]
     return {"heads": heads, "rows": rows}
-
-
-def _cell(value: Measurement, count: int) -> tuple[str, str]:
-    """A number and its interval; n only where it is not the group's own count."""
-    match value:
-        case Interval(count=n):
-            estimate, ends = value.texts()
-            return (
-                estimate,
-                ends if n == count else f"{ends}, n{number_format.SPACE}={number_format.SPACE}{n:,}",
-            )
-        case NotMeasured(not_measured=reason):
-            return "not measured", reason
 
 
 def _attacks(attacks: Sequence[AttackRecord]) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for attack in attacks:
-        values = (attack.psnr, attack.baseline_psnr, attack.ssim, attack.baseline_ssim, attack.gallery)
-        cells = [_cell(value, 0) for value in values]
-        rng = f"{number_format.percent(1 / attack.gallery_size)} · {number_format.percent(attack.gallery_ceiling)}"
-        rows.append({"defence": attack.defense, "cells": cells, "chance": rng})
+        scores, found = attack.scores, attack.identification
+        values = (scores.psnr, scores.baseline_psnr, scores.ssim, scores.baseline_ssim, found.rate)
+        rows.append(
+            {
+                "defense": formatting.defense_label(scores.defense),
+                "cells": [_with_count(value) for value in values],
+                "bound": f"{number_format.percent(1 / found.candidates)} · {number_format.percent(found.bound)}",
+                "description": formatting.attack_description(attack),
+                "weights": attack.weights_hash[:12],
+            }
+        )
     return rows
 
 
-def _held_out(record: RunRecord) -> str:
-    """Which share of a device's photos was asked and not trained on, as a sentence; empty where none was."""
+def _with_count(value: Interval) -> tuple[str, str]:
+    estimate, ends = value.texts()
+    return estimate, f"{ends}, n{number_format.SPACE}={number_format.SPACE}{value.count:,}"
+
+
+def _holdout(record: RunRecord) -> str:
+    """Which share of a device's photos was held out, as a sentence; empty where none was."""
     evaluation = record.experiment.get("evaluation")
     share = evaluation.get("holdout_fraction") if isinstance(evaluation, dict) else None
     if not isinstance(share, int | float) or not 0 < share < 1:
         return ""
-    unit = record.plan.unit if isinstance(record.plan, PlanRecord) else "photo"
-    whole = "photos" if unit == "photo" else "occasions"  # also of a library: it is split by occasions
-    return f"About {number_format.percent(share)} of each device's {whole} were held out: asked about, not trained on."
+    # A library is split by occasions, too.
+    whole = "photos" if record.plan.dp_parameters.unit == "photo" else "occasions"
+    return (
+        f"About {number_format.percent(share)} of each device's {whole} were held out: used for evaluation, not for "
+        "training."
+    )
 
 
-def _private(record: RunRecord) -> dict[str, object]:
-    measures = device_metrics_section.measures_of(record.device_metrics)
+def _device_metrics(record: RunRecord) -> dict[str, object]:
     return {
         "sentences": device_metrics_section.sentences(record),
-        "units": PLURALS[record.plan.unit] if isinstance(record.plan, PlanRecord) else "units",
-        "costs": [device_metrics_section.spent_sentence(told) for told in record.device_metrics],
+        "units": PLURALS[record.plan.dp_parameters.unit],
+        "costs": [device_metrics_section.cost_sentence(one) for one in record.device_metrics],
         "heads": [
-            (device_metrics_section.title(name), device_metrics_section.unit(name)) for name in measures
+            (device_metrics_section.title(name), device_metrics_section.unit(name)) for name in DP_METRICS
         ],
-        "rows": device_metrics_section.rows(record.device_metrics),
+        "rows": device_metrics_section.rows(record.device_metrics) if record.device_metrics else [],
         "method": record.device_metrics[-1].method if record.device_metrics else "",
         "charts": [
-            {"title": title, "svg": themed(svg, f"own{index}", f"{title} by group, from the devices' photos")}
+            {"title": title, "svg": themed(svg, f"own{index}", f"{title} by group, on the devices' photos")}
             for index, (title, svg) in enumerate(device_metrics_section.metric_charts(record))
         ],
     }
@@ -371,16 +384,12 @@ def _private(record: RunRecord) -> dict[str, object]:
 def _tones(record: RunRecord) -> dict[str, object]:
     if not record.tones:
         return {"svg": "", "legend": []}
-    groups = record.tones[0].groups
-    for tone in record.tones:
-        if tone.groups != groups:
-            raise RunError(f"tones: expected the groups {list(groups)} everywhere, got {list(tone.groups)}")
     bars, legend = [], []
     for tone in record.tones:
-        total = sum(tone.counts)
-        count = f" (n = {total:,})" if total else ": not measured: no face was counted"
-        text = f"{tone.label}{count}"
-        legend.append({"color": THEMED[SOURCE_COLORS[tone.source]], "text": text})
-        bars.append((SOURCE_COLORS[tone.source], [count / max(1, total) for count in tone.counts]))
-    chart = charts.tone_bars(groups, bars)
-    return {"svg": themed(chart, "tones", "Skin tone of samples by tone group"), "legend": legend}
+        histogram, color = tone.histogram, SOURCE_COLORS[tone.source]
+        legend.append(
+            {"color": THEMED[color], "text": f"{SOURCE_LABELS[tone.source]} (n = {histogram.count:,})"}
+        )
+        bars.append((color, [count / histogram.count for count in histogram.counts]))
+    chart = charts.tone_bars([f"Monk {step}" for step in range(1, 11)], bars)
+    return {"svg": themed(chart, "tones", "Skin tone of samples by Monk step"), "legend": legend}

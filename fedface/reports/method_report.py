@@ -16,7 +16,6 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 
-from fedface import number_format
 from fedface.atomic_io import replace_text
 from fedface.codec import dumps
 from fedface.measurements import Interval, Measurement, NotMeasured
@@ -55,9 +54,8 @@ class MethodMetrics:
     bias: BiasRecord  # overall and by group
     distance: Measurement  # kernel distance of its faces to the faces of the probe: do they look like faces?
     spread: Measurement  # standard deviation of a photo's faces at a pixel, of 1: does it show that many fit?
-    darker_true: Measurement  # share of darker originals
-    darker_made: Measurement  # share of darker faces among the made ones
-    darker_change: Measurement  # the difference, photo by photo; its size is the SPE of the halves
+    darker_true: Interval  # share of darker originals
+    darker_generated: Interval  # share of darker generated faces
     seconds_per_face: float  # wall time of the search alone, on cores shared with whatever ran beside it
 
 
@@ -99,8 +97,8 @@ def markdown(record: BenchmarkRecord) -> str:
         "|" + "---|" * (len(heads) + 4),
     ]
     for each in record.methods:
-        cells = [_cell(each.bias.overall[name]) for name in OVERALL]
-        cells += [_cell(each.distance), _cell(each.spread), f"{each.seconds_per_face:.2g}"]
+        cells = [str(each.bias.report.overall[name]) for name in OVERALL]
+        cells += [str(each.distance), str(each.spread), f"{each.seconds_per_face:.2g}"]
         lines.append(f"| {each.title} | {' | '.join(cells)} |")
     lines += [
         "",
@@ -111,18 +109,18 @@ def markdown(record: BenchmarkRecord) -> str:
     ]
     lines += ["| method | originals | made | change |", "|---|---|---|---|"]
     for each in record.methods:
-        figures = (each.darker_true, each.darker_made, each.darker_change)
-        lines.append(f"| {each.title} | {' | '.join(_cell(figure) for figure in figures)} |")
-    groups = [group.group for group in record.methods[0].bias.groups]
+        shares = (each.darker_true, each.darker_generated, each.bias.report.darker_change)
+        lines.append(f"| {each.title} | {' | '.join(str(share) for share in shares)} |")
+    groups = list(record.methods[0].bias.report.counts)
     for measure in BY_GROUP:
         lines += ["", f"## By group: {formatting.with_unit(formatting.title_of(measure), measure)}", ""]
         lines += [f"| method | {' | '.join(groups)} |", "|" + "---|" * (len(groups) + 1)]
         for each in record.methods:
             found = _by_group(each, measure)
-            lines.append(f"| {each.title} | {' | '.join(_cell(found[name]) for name in groups)} |")
+            lines.append(f"| {each.title} | {' | '.join(str(found[name]) for name in groups)} |")
     lines += ["", "## In words", ""]
     for each in record.methods:
-        lines += [f"- **{each.title}**: {' '.join(each.bias.sentences[:-1])}"]
+        lines += [f"- **{each.title}**: {' '.join(each.bias.report.sentences()[:-1])}"]
     lines += ["", "## What this cannot show", "", *(f"- {limit}" for limit in LIMITS), ""]
     lines += ["Run it again:", "", f"    {record.command}", ""]
     return "\n".join(lines)
@@ -130,7 +128,7 @@ def markdown(record: BenchmarkRecord) -> str:
 
 def by_group(record: BenchmarkRecord) -> bytes:
     """Lightness added, colour difference and half kept, by group, one colour per method; PNG on white."""
-    groups = [group.group for group in record.methods[0].bias.groups]
+    groups = list(record.methods[0].bias.report.counts)
     with matplotlib.rc_context(STYLE):
         canvas = Canvas(figsize=(11.0, 3.4), layout="constrained", dpi=110)
         row = canvas.subplots(1, len(BY_GROUP))
@@ -162,18 +160,10 @@ def by_group(record: BenchmarkRecord) -> bytes:
 def _by_group(each: MethodMetrics, measure: str) -> dict[str, Measurement]:
     """One measure of every group; a group of fewer than two faces has none."""
     absent = NotMeasured(not_measured="fewer than two faces of this group")
-    return {group.group: group.metrics.get(measure, absent) for group in each.bias.groups}
+    report = each.bias.report
+    return {name: report.groups[name][measure] if name in report.groups else absent for name in report.counts}
 
 
 def faces(rows: Sequence[tuple[str, Images]], groups: Sequence[str]) -> bytes:
     """Originals, what was shown, and one face of each method, one person a column; PNG."""
     return face_grid(rows, groups, side=96)
-
-
-def _cell(figure: Measurement) -> str:
-    match figure:
-        case Interval(estimate=estimate, low=low, high=high, count=count):
-            numbers = f"{number_format.number(estimate)} [{number_format.number(low)}, {number_format.number(high)}]"
-            return f"{numbers} (n = {count})"
-        case NotMeasured(not_measured=reason):
-            return f"not measured: {reason}"

@@ -1,8 +1,7 @@
-"""The model card: what the weights are for, how they were made, whom they serve worse, what they leak.
+"""The model card of a run, in Markdown: intended use, training, privacy, metrics by group, leakage and limits.
 
-Called by the coordinator at the end of a run, beside the page. Markdown, so that it can travel with the
-weights. Source: Mitchell et al. 2019 (arXiv:1810.03993). Everything that a device or a YAML file wrote is
-escaped: Markdown lets HTML through.
+Source: Mitchell et al. 2019 (arXiv:1810.03993). Everything that a device or a YAML file wrote is escaped, because
+Markdown allows HTML.
 """
 
 from __future__ import annotations
@@ -13,11 +12,18 @@ from pathlib import Path
 
 from fedface import number_format
 from fedface.atomic_io import replace_text
+from fedface.audits.bias import METRICS
+from fedface.audits.dp_ratio_estimates import DP_METRICS
+from fedface.audits.gradient_inversion import NOT_TESTED, THREAT_MODEL
 from fedface.measurements import NotMeasured
+from fedface.privacy.accounting import ADJACENCY
+from fedface.privacy.privacy_target import PrivacyTarget
+from fedface.privacy_units import unit_in_words
 from fedface.reports import device_metrics_section, disclosures, formatting, headline_summary
-from fedface.reports.run_record import BiasRecord, PlanRecord, RunRecord
+from fedface.reports.run_record import BiasRecord, RunRecord
 
 FILE = "model-card.md"
+NO_LIMITS = "The limits of this run were not documented; interpret its numbers with care."
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|&!~])")
 
 
@@ -29,7 +35,7 @@ def render(record: RunRecord) -> str:
         _training(record),
         _privacy(record),
         _bias(record),
-        *([_private(record)] if record.device_metrics else []),
+        *([_device_metrics(record)] if record.device_metrics else []),
         _leakage(record),
         _limits(record),
         _provenance(record),
@@ -38,14 +44,14 @@ def render(record: RunRecord) -> str:
 
 
 def write(record: RunRecord, folder: Path) -> Path:
-    """Render the card into the run's folder and say where it lies."""
+    """Render the card into the run's folder and return its path."""
     path = folder / FILE
     replace_text(path, render(record))
     return path
 
 
 def plain(text: str) -> str:
-    """Text on one line in which neither Markdown nor HTML means anything."""
+    """Text on one line, with Markdown and HTML escaped."""
     return SPECIAL.sub(r"\\\1", " ".join(text.split())).replace("\\<", "&lt;").replace("\\>", "&gt;")
 
 
@@ -57,7 +63,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def code_block(text: str) -> list[str]:
-    """Text to copy as it stands: in a code block nothing is markup, and its fence is longer than any in the text."""
+    """Text verbatim in a code block whose fence is longer than any in the text."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return [fence, text, fence]
 
@@ -76,11 +82,11 @@ def _use(record: RunRecord) -> list[str]:
     return [
         "## Intended use",
         "",
-        "Research on improving face generators and upsamplers with photos that stay on their devices, and on",
-        "measuring what that costs and whom it serves. A face that these weights make from a low-resolution",
-        "photo is one of many that fit it, not the person in it.",
+        "Research on improving face generators and upsamplers with photos that stay on their devices, and on the",
+        "privacy loss, the cost and the effect on different groups. A face that these weights generate from a",
+        "low-resolution photo is one of many consistent with it, not the person in it.",
         "",
-        "Not for identifying anybody, not for evidence, not for deciding about people.",
+        "Not for identifying people, not as evidence, not for decisions about people.",
     ]
 
 
@@ -97,101 +103,99 @@ def _training(record: RunRecord) -> list[str]:
     return [
         *lines,
         "",
-        "### Leaving",
+        "### Withdrawal",
         "",
         *(f"- {plain(text)}" for text in disclosures.withdrawal_notes(record)),
     ]
 
 
 def _privacy(record: RunRecord) -> list[str]:
-    lines = ["## Privacy", "", plain(formatting.promise(record.plan))]
-    if isinstance(record.plan, PlanRecord):
-        plan = record.plan
-        steps = f"{number_format.counted(plan.rounds, 'round')} of {number_format.counted(plan.steps_per_round, 'step')}"
-        neighbours = f"neighbours: {plain(plan.adjacency)}"
-        if plan.noise_at == "server":
-            kept = [
-                "- Who is trusted: the server. It sees all that each device sends, bare, and adds the noise.",
-                f"- Noise multiplier {number_format.constant(plan.noise_multiplier)}; each device's whole update is cut to "
-                f"length {number_format.constant(plan.update_clip_norm)}; {steps}, every device in each round; {neighbours}",
-            ]
-        else:
-            kept = [
-                "- Who is trusted: nobody but the device itself, which cuts gradients and adds the noise.",
-                f"- Noise multiplier {number_format.constant(plan.noise_multiplier)}, clip norm "
-                f"{number_format.constant(plan.clip_norm)}, sampling rate {number_format.constant(plan.sampling_rate)}, "
-                f"{steps}; {neighbours}",
-            ]
-        lines += [
-            "",
-            *([f"- It covers {plain(plan.covers)}"] if plan.covers else []),
-            f"- Planned: {plain(str(plan.epsilon))}",
-            f"- Spent: {plain(str(formatting.spent(record)))}",
-            *kept,
+    plan, dp = record.plan, record.plan.dp_parameters
+    lines = ["## Privacy", "", plain(formatting.privacy_guarantee(plan))]
+    if not isinstance(plan.privacy, PrivacyTarget):
+        return lines
+    schedule = plan.schedule
+    steps = (
+        f"{number_format.counted(schedule.rounds, 'round')} of "
+        f"{number_format.counted(schedule.steps_per_round, 'step')}"
+    )
+    if dp.noise_at == "server":
+        mechanism = [
+            "- Trusted: the server. It receives each device's update without noise and adds the noise to the sum.",
+            f"- Noise multiplier {number_format.constant(plan.noise_multiplier)}; each device's update is clipped to L2 "
+            f"norm {number_format.constant(plan.update_clip_norm)}; {steps}, every device in each round; "
+            f"adjacency: {ADJACENCY}",
         ]
-    return lines
+    else:
+        mechanism = [
+            "- Trusted: only the device itself, which clips gradients and adds the noise.",
+            f"- Noise multiplier {number_format.constant(plan.noise_multiplier)}, clip norm "
+            f"{number_format.constant(schedule.clip_norm)}, sampling rate "
+            f"{number_format.constant(schedule.sampling_rate)}, {steps}; adjacency: {ADJACENCY}",
+        ]
+    return [
+        *lines,
+        "",
+        f"- Unit: {plain(unit_in_words(dp.unit))}",
+        f"- Planned: {plain(str(record.planned_epsilon))}",
+        f"- Spent: {plain(str(formatting.spent(record)))}",
+        *mechanism,
+    ]
 
 
 def _bias(record: RunRecord) -> list[str]:
-    lines = ["## Whom it serves worse", ""]
+    lines = ["## Metrics by group", ""]
     match record.bias_after:
         case NotMeasured(not_measured=reason):
             return [*lines, f"Not measured: {plain(reason)}"]
-        case BiasRecord() as audit:
-            lines += [f"- {plain(sentence)}" for sentence in audit.sentences]
-            counts = f"{number_format.counted(audit.photos, 'photo')}, {number_format.counted(audit.faces_per_photo, 'face')} each"
-            lines += ["", f"Probe: {plain(audit.probe)}, {counts}."]
-            measures = list(dict.fromkeys(name for group in audit.groups for name in group.metrics))
-            absent = NotMeasured(not_measured="too few photos of this group")
-            rows = [
-                [group.group, *(str(group.metrics.get(name, absent)) for name in measures)]
-                for group in audit.groups
-            ]
-            units = [
-                f" ({formatting.unit_of(name)})" if formatting.unit_of(name) else "" for name in measures
-            ]
-            titles = [formatting.title_of(name) + unit for name, unit in zip(measures, units, strict=True)]
-            heads = ["Group", *titles]
-            return [*lines, "", *table(heads, rows)]
+        case BiasRecord(report=report, probe=probe):
+            lines += [f"- {plain(sentence)}" for sentence in report.sentences()]
+            photos = number_format.counted(report.photos, "photo")
+            faces = number_format.counted(report.faces_per_photo, "face")
+            lines += ["", f"Probe: {plain(probe)}, {photos}, {faces} each."]
+            absent = ["not measured: too few photos of this group"] * len(METRICS)
+            rows = []
+            for name in report.counts:
+                found = report.groups.get(name)
+                rows.append([name, *([str(found[metric]) for metric in METRICS] if found else absent)])
+            heads = [
+                f"{formatting.title_of(name)} ({formatting.unit_of(name)})" if formatting.unit_of(name)
+                else formatting.title_of(name)
+                for name in METRICS
+            ]  # fmt: skip
+            return [*lines, "", *table(["Group", *heads], rows)]
 
 
-def _private(record: RunRecord) -> list[str]:
-    last, measures = record.device_metrics[-1], device_metrics_section.measures_of(record.device_metrics)
-    heads = ["Group", "Units", *(device_metrics_section.title(name) for name in measures)]
-    rows = [
-        [group.group, *device_metrics_section.texts(group, measures)]
-        for group in device_metrics_section.ordered(last)
-    ]
-    lines = ["## What devices say of their own photos", ""]
+def _device_metrics(record: RunRecord) -> list[str]:
+    heads = ["Group", "Units", *(device_metrics_section.title(name) for name in DP_METRICS)]
+    groups = device_metrics_section.groups_of(record.device_metrics[-1])
+    rows = [[name, *device_metrics_section.texts(group)] for name, group in groups.items()]
+    lines = ["## Metrics from the devices' own photos", ""]
     lines += [f"- {plain(text)}" for text in device_metrics_section.sentences(record)]
     lines += [
         "",
-        *(f"- {plain(device_metrics_section.spent_sentence(told))}" for told in record.device_metrics),
+        *(f"- {plain(device_metrics_section.cost_sentence(one))}" for one in record.device_metrics),
         "",
     ]
     return lines + table(heads, rows)
 
 
 def _leakage(record: RunRecord) -> list[str]:
-    lines = ["## What an update gives away", ""]
-    attacks = disclosures.attacks_of(record)
+    lines = ["## Leakage from an update", ""]
+    attacks = disclosures.applicable_attacks(record)
     if not attacks:
         return [*lines, "Not measured: no attack was run against these updates."]
     if note := disclosures.attack_note(record):
         lines += [plain(note), ""]
     for attack in attacks:
-        lines.append(
-            f"- {plain(formatting.named_sentence(attack))} {plain(formatting.attack_sentence(attack))}"
-        )
-    untested = list(dict.fromkeys(item for attack in attacks for item in attack.not_tested))
-    if untested:
-        lines += ["", f"Not tested: {plain('; '.join(untested))}."]
-    return lines
+        identified = formatting.identification_sentence(attack.identification, attack.scores.defense)
+        lines.append(f"- {plain(identified)} {plain(formatting.inversion_sentence(attack.scores))}")
+    return [*lines, "", plain(THREAT_MODEL), "", f"Not tested: {plain('; '.join(NOT_TESTED))}."]
 
 
 def _limits(record: RunRecord) -> list[str]:
-    notes = record.notes or ("Nobody wrote down the limits of this run; take its numbers with care.",)
-    return ["## What this cannot show", "", *(f"- {plain(note)}" for note in notes)]
+    notes = record.notes or (NO_LIMITS,)
+    return ["## Limitations", "", *(f"- {plain(note)}" for note in notes)]
 
 
 def _provenance(record: RunRecord) -> list[str]:

@@ -1,70 +1,63 @@
-"""The JSON record of a run: everything a reader needs to believe it, doubt it or repeat it.
+"""The JSON record of a run: everything that a reader needs to check, question or repeat it.
 
-Written by the coordinator, read by reports.page, reports.card and whoever compares runs. The fields are plain
-numbers and words, so that a record can be filled from `dataclasses.asdict` of what the audits return. Every
-number carries its count and interval, every epsilon its delta, unit and bounds, every measurement the hash of
-the weights it measured. What could not be measured is a `NotMeasured` with the reason, never NaN or null.
+The record holds the plan and the audits' own results. Every number carries its count and interval, every epsilon its
+delta, unit and bounds, every measurement the hash of the weights it measured. What could not be measured is a
+`NotMeasured` with the reason, never NaN or null.
 """
 
 from __future__ import annotations
 
+import os
+import platform
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from fedface.atomic_io import replace_text
+from fedface.audits.bias import BiasReport, ToneHistogram
+from fedface.audits.gradient_inversion import AttackScores, CandidateIdentification
 from fedface.codec import dumps, load
 from fedface.errors import RunError
 from fedface.measurements import Epsilon, Measurement, NotMeasured
+from fedface.privacy.plan import Plan
 from fedface.reports.device_metrics_record import WITHDRAWN, DeviceMetricsRecord, WithdrawalRecord
 
 FILE = "run.json"
+PACKAGES = ("fedface", "torch", "flwr", "opacus", "tenseal", "dp-accounting", "numpy", "scikit-image")
 HASH = re.compile(r"[0-9a-f]{8,64}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlanRecord:
-    """The promise made before the run, and the mechanism that keeps it."""
-
-    kind: ClassVar[str] = "plan"
-
-    guarantee: str  # in words
-    unit: str
-    target_epsilon: float
-    epsilon: Epsilon  # of the whole plan
-    noise_multiplier: float  # sigma, in units of the clip norm
-    sampling_rate: float  # q: the chance of a unit to be in one step
-    rounds: int
-    steps_per_round: int
-    clip_norm: float
-    expected_batch_size: float
-    adjacency: str  # such as "add or remove one"
-    adjacency_text: str  # a sentence: which two worlds nobody can tell apart
-    covers: str = field(default_factory=str)  # what one promise covers, in words
-    noise_at: Literal["device", "server"] = field(default_factory=lambda: "device")  # who adds the noise
-    update_clip_norm: float = field(default_factory=float)  # of whole updates; 0 where devices add the noise
-    metrics_noise_multiplier: tuple[float, ...] = field(
-        default_factory=tuple
-    )  # noise multipliers of what devices tell besides
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoPrivacyRecord:
-    """A run without a privacy promise, and why."""
-
-    kind: ClassVar[str] = "no-privacy"
-
-    no_privacy: str
+def check_hash(digest: str) -> None:
+    """Raises ValueError unless a hash is 8 to 64 hexadecimal digits."""
+    if not HASH.fullmatch(digest):
+        raise ValueError(f"weights_hash must be 8 to 64 hex digits, got {digest!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MachineRecord:
-    """The machine of the coordinator, no more than matters for speed."""
+    """The coordinator's machine, as far as it matters for speed."""
 
-    cores: int
+    cores: int  # that this process may use
     memory_gib: float
+
+    @staticmethod
+    def here() -> MachineRecord:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return MachineRecord(cores=len(os.sched_getaffinity(0)), memory_gib=round(memory / 2**30, 1))
+
+
+def installed_versions() -> dict[str, str]:
+    """The versions that the numbers depend on; a package that is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +97,7 @@ class RoundRecord:
     metrics: dict[str, Measurement]  # "distance", "monk", "dark_fraction", ...
 
     def __post_init__(self) -> None:
-        _check_hash(self.weights_hash)
+        check_hash(self.weights_hash)
 
     def without(self, name: str) -> RoundRecord:
         """The same round without a device's name: its owner has left the run."""
@@ -117,78 +110,38 @@ class RoundRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupRecord:
-    """How one group is served."""
-
-    group: str
-    count: int  # photos
-    metrics: dict[str, Measurement]  # by measure, named as in audits.bias.MEASURES
-
-
-@dataclass(frozen=True, kw_only=True)
-class GapRecord:
-    """How much worse the worst served group is than the best served one, by one measure."""
-
-    worst: str
-    best: str
-    difference: Measurement  # worst minus best, its interval good for all pairs of groups at once
-
-
-@dataclass(frozen=True, kw_only=True)
 class BiasRecord:
-    """Whom one set of weights serves worse, on which probe."""
+    """How one set of weights serves the groups of a probe."""
 
     kind: ClassVar[str] = "bias"
 
     weights_hash: str
     probe: str  # which photos, in words
-    photos: int
-    faces_per_photo: int
-    overall: dict[str, Measurement]  # by measure
-    groups: tuple[GroupRecord, ...]  # light to dark
-    gaps: dict[str, GapRecord]  # by measure
-    sentences: tuple[str, ...]
+    report: BiasReport
 
     def __post_init__(self) -> None:
-        _check_hash(self.weights_hash)
+        check_hash(self.weights_hash)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToneRecord:
-    """A histogram of skin tone: the devices' true mix, or of samples before and after."""
+    """The skin tones of some faces: like the devices', or generated before and after the run."""
 
     source: Literal["devices", "before", "after"]
-    label: str
-    groups: tuple[str, ...]  # light to dark
-    counts: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.groups) != len(self.counts):
-            raise ValueError(f"counts must match groups, got {len(self.counts)} for {len(self.groups)}")
+    histogram: ToneHistogram
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttackRecord:
-    """What one attack got out of a device's update, beside what guessing gets."""
+    """What an attacker recovered from a device's update, beside what guessing achieves."""
 
-    threat: str  # who sees what
-    defense: str  # "no DP" or "DP sigma=1.0"
     weights_hash: str  # of the network that was attacked
-    attack: str  # which attack and its budget
-    psnr: Measurement  # dB, recovered against true
-    ssim: Measurement
-    baseline_psnr: Measurement  # the best guess without the update
-    baseline_ssim: Measurement
-    gain: Measurement  # dB: recovered minus guess, photo by photo
-    gallery: Measurement  # share of updates whose photo was named among the candidates
-    gallery_size: int  # chance is 1 / gallery_size
-    gallery_ceiling: float  # what no attack can beat, from the mechanism's event; 1 without noise
+    scores: AttackScores
+    identification: CandidateIdentification
     pictures: tuple[str, ...]  # names in RunRecord.pictures
-    sentence: str
-    not_tested: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        _check_hash(self.weights_hash)
+        check_hash(self.weights_hash)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +190,8 @@ class RunRecord:
     versions: dict[str, str]
     machine: MachineRecord
     experiment: dict[str, Any]  # the whole YAML
-    plan: PlanRecord | NoPrivacyRecord
+    plan: Plan
+    planned_epsilon: Epsilon | NotMeasured  # of all rounds and everything released beside them
     base_hash: str  # of the weights before
     final_hash: str  # of the weights after
     devices: tuple[DeviceRecord, ...]
@@ -250,15 +204,9 @@ class RunRecord:
     aggregation: tuple[AggregationRecord, ...]
     pictures: dict[str, PictureRecord]
     notes: tuple[str, ...]  # what this run cannot show
-    withdrawals: tuple[WithdrawalRecord, ...] = field(
-        default_factory=tuple
-    )  # devices whose owners left, without their names
-    device_metrics: tuple[DeviceMetricsRecord, ...] = field(
-        default_factory=tuple
-    )  # figures from the devices' own photos
-    reference: dict[str, BiasRecord] = field(
-        default_factory=dict
-    )  # simple methods on the same probe, by title
+    withdrawals: tuple[WithdrawalRecord, ...]  # devices whose owners withdrew, without their names
+    device_metrics: tuple[DeviceMetricsRecord, ...]  # measured by the devices on their own photos
+    reference: dict[str, BiasRecord]  # baseline methods on the same probe, by title
 
     def __post_init__(self) -> None:
         for name in ("started", "finished"):
@@ -266,7 +214,7 @@ class RunRecord:
             if moment.utcoffset() != timedelta(0):
                 raise ValueError(f"{name} must be a time in UTC, got {getattr(self, name)!r}")
         for digest in (self.base_hash, self.final_hash):
-            _check_hash(digest)
+            check_hash(digest)
         for attack in self.attacks:
             for picture in attack.pictures:
                 if picture not in self.pictures:
@@ -291,8 +239,3 @@ def read(folder: Path) -> RunRecord:
         return load(RunRecord, path)
     except FileNotFoundError as error:
         raise RunError(f"{path}: no record of a run here; expected the folder of a finished run") from error
-
-
-def _check_hash(digest: str) -> None:
-    if not HASH.fullmatch(digest):
-        raise ValueError(f"weights_hash must be 8 to 64 hex digits, got {digest!r}")

@@ -50,7 +50,7 @@ def read_run_config(config: Mapping[str, object], home: Path) -> RunConfig:
     name, done = experiment.name, "run.json"
     if candidates:
         experiment = for_ranking(experiment)
-        name, done = f"{name}-tournament", "tournament.json"
+        name, done = f"{name}-ranking", "ranking.json"
     first = run = (Path(folder) if folder else DEFAULT_RUNS) / name
     number = 1
     while (run / done).exists():

@@ -191,12 +191,14 @@ def test_the_attack_beats_guessing_without_noise_and_not_with_it(discriminator: 
         searches=[search],
         generator=rng("dp"),
     )
-    assert open_.gain.low > 1.0
-    assert noised.gain.low < 0.0
-    assert noised.psnr.high < open_.psnr.low
-    assert open_.psnr.estimate - open_.baseline_psnr.estimate == pytest.approx(open_.gain.estimate, abs=1e-4)
-    assert open_.baseline_psnr == noised.baseline_psnr
-    assert open_.psnr.count == len(open_.recovered) == 4
+    assert open_.scores.gain.low > 1.0
+    assert noised.scores.gain.low < 0.0
+    assert noised.scores.psnr.high < open_.scores.psnr.low
+    assert open_.scores.psnr.estimate - open_.scores.baseline_psnr.estimate == pytest.approx(
+        open_.scores.gain.estimate, abs=1e-4
+    )
+    assert open_.scores.baseline_psnr == noised.scores.baseline_psnr
+    assert open_.scores.psnr.count == len(open_.recovered) == 4
 
 
 def test_found_images_lie_in_the_box_and_one_seed_finds_one_image(discriminator: Discriminator) -> None:
@@ -216,8 +218,8 @@ def test_without_noise_the_gallery_attack_names_every_photo(discriminator: Discr
         trials=40,
         generator=rng("t"),
     )
-    assert named.estimate == 1.0
-    assert named.count == 40
+    assert named.rate.estimate == 1.0 and named.bound == 1.0
+    assert named.rate.count == 40 and named.candidates == 30
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 50.0])
@@ -233,7 +235,7 @@ def test_the_gallery_attack_stays_below_the_theorems_ceiling(
         trials=300,
         generator=rng("t"),
     )
-    assert named.low < reconstruction_success_bound(defence.event(), 1 / 30)
+    assert named.rate.low < named.bound == reconstruction_success_bound(defence.event(), 1 / 30)
 
 
 def test_too_few_photos_or_no_search_are_refused(discriminator: Discriminator) -> None:

@@ -19,7 +19,6 @@ from fedface.coordinator.model_ranking import load_candidates, ranking_parameter
 from fedface.coordinator.rounds import SilentProgress
 from fedface.errors import ConfigError, FederationError, FedfaceError, RunError
 from fedface.experiment import Experiment, for_ranking, read_experiment
-from fedface.measurements import Epsilon
 from fedface.messages.cohort import Cohort, OnReply
 from fedface.messages.messages import EvaluateTask, Failure, Reply, Task, to_message
 from fedface.models.checkpoint import save_model
@@ -74,12 +73,12 @@ def ready(recipe: Experiment, folder: Path) -> Cohort:
     return in_process_cohort(recipe, devices_folder(folder))
 
 
-def test_a_tournament_that_was_cut_short_asks_only_what_was_not_answered(
+def test_a_ranking_that_was_cut_short_asks_only_what_was_not_answered(
     recipe: Experiment, tmp_path: Path
 ) -> None:
     """One question each, also over two sittings; both devices pay the promise together and not more."""
     models = load_candidates(["pretrain", str(tmp_path / "other.safetensors")], recipe)
-    folder = tmp_path / "games"
+    folder = tmp_path / "ranking"
     first = Counting(ready(recipe, folder), breaks_at=2)
     with pytest.raises(FederationError, match="line is cut"):
         run_ranking(recipe, models, first, folder, watcher=SilentProgress())
@@ -88,9 +87,9 @@ def test_a_tournament_that_was_cut_short_asks_only_what_was_not_answered(
     assert len(first.asked) == 2 and len(second.asked) == 1
     assert [told.when for told in record.candidates] == ["pretrain", "other"]
     assert {told.weights_hash for told in record.candidates} == {first.asked[0].model, second.asked[0].model}
-    for name in ("tournament.json", "tournament.md", "tournament.png", "answers.json"):
+    for name in ("ranking.json", "ranking.md", "ranking.png", "answers.json"):
         assert (folder / name).stat().st_size > 0
-    assert loads(RankingReport, (folder / "tournament.json").read_text()) == record
+    assert loads(RankingReport, (folder / "ranking.json").read_text()) == record
     for number in range(2):
         ledger = Ledger.open(devices_folder(folder) / f"device-{number:02d}" / "ledger.sqlite")
         assert len(ledger.entries()) == 2
@@ -116,25 +115,25 @@ def test_per_library_the_server_noises_each_answer_and_readers_are_told_that_it_
         return noise(self, total, secret)
 
     monkeypatch.setattr(GaussianSum, "noise", noted)
-    folder = tmp_path / "games"
+    folder = tmp_path / "ranking"
     record = run_ranking(recipe, models, ready(recipe, folder), folder, watcher=SilentProgress())
     terms = ranking_parameters(recipe, 2)
     assert noised == [GaussianSum(clip_norm=1.0, sigma=terms.noise_multiplier)] * 2
-    assert "trusted server publishes" in record.price_sentence()
-    page = (folder / "tournament.md").read_text()
-    assert "each device's bare figures" in page and "The server is trusted" in page
-    assert isinstance(record.together, Epsilon) and record.together.upper == approx(300.0, abs=0.1)
+    assert "trusted server publishes" in record.privacy_sentence()
+    page = (folder / "ranking.md").read_text()
+    assert "receives each device's metrics without noise" in page and "The server is trusted" in page
+    assert record.epsilon.upper == approx(300.0, abs=0.1)
 
 
 def test_devices_are_told_weights_without_a_name(recipe: Experiment, tmp_path: Path) -> None:
-    """The task carries no candidate's name, and the order is drawn anew for each tournament."""
+    """The task carries no candidate's name, and the order is drawn anew for each ranking."""
     save_model(tmp_path / "quokka.safetensors", tiny_gan("quokka"))
     models = load_candidates(
         [str(tmp_path / "other.safetensors"), str(tmp_path / "quokka.safetensors")], recipe
     )
     orders = set()
     for number in range(12):
-        folder = tmp_path / f"games-{number}"
+        folder = tmp_path / f"ranking-{number}"
         cohort = Counting(ready(recipe, folder), breaks_at=1)
         with pytest.raises(FederationError):
             run_ranking(recipe, models, cohort, folder, watcher=SilentProgress())
@@ -158,16 +157,14 @@ def test_the_whole_promise_pays_for_all_candidates(recipe: Experiment) -> None:
         (["pretrain", "nowhere.safetensors"], "nowhere"),
     ],
 )
-def test_candidates_that_make_no_tournament_are_refused(
-    recipe: Experiment, words: list[str], said: str
-) -> None:
+def test_candidates_that_make_no_ranking_are_refused(recipe: Experiment, words: list[str], said: str) -> None:
     with pytest.raises(FedfaceError, match=said):
         load_candidates(words, recipe)
 
 
-def test_a_folder_of_another_tournament_is_left_alone(recipe: Experiment, tmp_path: Path) -> None:
+def test_a_folder_of_another_ranking_is_left_alone(recipe: Experiment, tmp_path: Path) -> None:
     models = load_candidates(["pretrain", str(tmp_path / "other.safetensors")], recipe)
-    folder = tmp_path / "games"
+    folder = tmp_path / "ranking"
     cohort = Counting(ready(recipe, folder), breaks_at=1)
     with pytest.raises(FederationError):
         run_ranking(recipe, models, cohort, folder, watcher=SilentProgress())
@@ -176,7 +173,7 @@ def test_a_folder_of_another_tournament_is_left_alone(recipe: Experiment, tmp_pa
         run_ranking(recipe, renamed, cohort, folder, watcher=SilentProgress())
 
 
-def test_a_recipe_without_a_promise_holds_no_tournament(tmp_path: Path) -> None:
+def test_a_recipe_without_a_promise_has_no_ranking(tmp_path: Path) -> None:
     recipe = read_experiment(tiny_file(tmp_path), changes={"privacy": "{kind: no-privacy}"})
     with pytest.raises(ConfigError, match="always noised"):
         for_ranking(recipe)
@@ -188,11 +185,11 @@ def test_the_command_prints_who_cannot_be_told_apart(recipe: Experiment, tmp_pat
     asked = ["rank-models", str(tmp_path / "tiny.yaml"), "base", str(tmp_path / "other.safetensors"), *sets]
     result = CliRunner().invoke(app, [*asked, "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
-    for words in ("Best first", "at delta 0.001 per photo", "tournament.png"):
+    for words in ("Best first", "at delta 0.001 per photo", "ranking.png"):
         assert words in result.output
     again = CliRunner().invoke(app, [*asked, "--out", str(tmp_path / "out")])
     assert isinstance(again.exception, RunError)
-    record = json.loads((tmp_path / "out" / "tournament.json").read_text())
+    record = json.loads((tmp_path / "out" / "ranking.json").read_text())
     assert len(record["candidates"]) == 2 and record["command"].startswith("fedface rank-models")
 
 

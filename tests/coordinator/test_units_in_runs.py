@@ -13,6 +13,7 @@ from tiny import begun, first_device, tiny_experiment, tiny_gan, train_task
 from fedface.aggregation.homomorphic import HomomorphicConfig
 from fedface.aggregation.payload import Payload
 from fedface.aggregation.plain import PlainAggregation
+from fedface.audits.dp_metric_estimates import GroupEstimates
 from fedface.audits.dp_metrics import LocalMetricsConfig, PhotoMetrics, decode_sums, metric_vectors
 from fedface.coordinator.device_evaluation import decode_total
 from fedface.coordinator.rounds import SilentProgress, run_rounds
@@ -21,7 +22,7 @@ from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import ReferenceSet
 from fedface.device.client import handle_task
 from fedface.errors import ConfigError, FederationError, PrivacyError
-from fedface.measurements import Epsilon, Interval, NotMeasured
+from fedface.measurements import Epsilon, NotMeasured
 from fedface.messages.messages import EvaluateTask, EvaluationRequest, Refusal, TrainResult, TrainTask
 from fedface.models.checkpoint import flatten_parameters, load_model
 from fedface.photos.device_dataset import DeviceDataset
@@ -212,11 +213,11 @@ def test_figures_per_library_are_read_with_one_noise(tmp_path: Path) -> None:
         config,
         clip_norm=1.0,
     )
-    units = decode_total(400 * row[0], terms, config, 400).overall.count  # type: ignore[union-attr]
+    units = decode_total(400 * row[0], terms, config, 400).overall.count
     half = 1.959964 * terms.noise_multiplier / config.shares.table**0.5
     assert (units.estimate, units.low, units.high) == approx((400, 400 - half, 400))  # there are no more
     few = decode_total(30 * row[0], terms, config, 19)  # noise may make a few devices look like more
-    assert few.overall is None and not few.groups and few.suppressed == config.groups
+    assert isinstance(few.overall, NotMeasured) and not few.reported and few.suppressed == config.groups
 
 
 def test_one_sum_is_never_on_the_disk_under_two_noises(
@@ -340,13 +341,16 @@ def test_a_run_with_figures_prices_all_together_and_reports_them_with_their_nois
     )
     assert [told.when for told in record.device_metrics] == ["before", "after"]
     for told in record.device_metrics:
-        assert told.devices == 2 and isinstance(told.epsilon, Epsilon) and told.epsilon.unit == "occasion"
-        for group in (told.overall, *told.groups):
-            assert isinstance(group.units, Interval | NotMeasured)
-            assert bool(group.figures) == isinstance(group.units, Interval)
+        assert isinstance(told.epsilon, Epsilon) and told.epsilon.unit == "occasion"
+        assert told.estimates.devices == 2
+        for group in (told.estimates.overall, *told.estimates.groups.values()):
+            assert isinstance(group, GroupEstimates | NotMeasured)
     assert isinstance(record.rounds[-1].epsilon, Epsilon) and record.rounds[-1].epsilon.upper <= 8.0
     text = html_report.render(record, folder)
-    assert "What devices say of their own photos" in text and "forty photos of one birthday" in text
+    assert (
+        "the devices&#39; own photos" in text.replace("devices' own", "devices&#39; own")
+        and "forty photos of one birthday" in text
+    )
     for number in range(2):
         ledger = Ledger.open(devices_folder(folder) / f"device-{number:02d}" / "ledger.sqlite")
         assert sorted({entry.run for entry in ledger.entries()}) == ["run", "run/metrics"]
@@ -381,7 +385,7 @@ def test_a_device_that_leaves_is_asked_no_more_and_its_name_is_gone(tmp_path: Pa
     ]
     assert [len(record.refusals) for record in ended.rounds] == [0, 1, 0]
     (left,) = ended.withdrawals
-    assert left.rounds == (1,) and "cannot be undone" in left.sentence and "at most" in left.sentence
+    assert left.rounds == (1,) and "cannot be undone" in left.sentence() and "at most" in left.sentence()
     assert isinstance(left.epsilon, Epsilon)
     assert left.epsilon.upper == approx(epsilon_of(experiment.plan().event(1), 1e-3).upper)
     kept = (folder / "state.json").read_text()
@@ -406,7 +410,7 @@ def test_a_device_that_leaves_after_its_figures_is_priced_for_them_and_asked_no_
         experiment, in_process_cohort(experiment, devices_folder(folder)), folder, watcher=Watcher()
     )
     (left,) = record.withdrawals
-    assert (left.rounds, left.questions) == ((), 1) and "one set of figures" in left.sentence
+    assert (left.rounds, left.evaluations) == ((), 1) and "1 set of metrics" in left.sentence()
     (terms,) = experiment.plan().additional_releases
     assert isinstance(left.epsilon, Epsilon)
     assert left.epsilon.upper == approx(epsilon_of(terms.event(1), 1e-2).upper)

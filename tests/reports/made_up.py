@@ -9,25 +9,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedface.audits.bias import METRICS
+from fedface.audits.bias import HALVES, METRICS, BiasReport, GroupMetrics, ToneHistogram, fairness_metrics
 from fedface.audits.dp_metric_estimates import estimate_metrics
 from fedface.audits.dp_metrics import LocalMetricsConfig, PhotoMetrics, metric_vectors
+from fedface.audits.gradient_inversion import AttackScores, CandidateIdentification, CosineSearch, NoDefense
+from fedface.audits.group_metrics import Gap, rate_interval
 from fedface.codec import encode
 from fedface.experiment import EvaluationConfig
 from fedface.measurements import Epsilon, Interval, Measurement, NotMeasured
+from fedface.privacy.mechanism import GaussianSum
+from fedface.privacy.plan import Plan, Schedule
+from fedface.privacy.privacy_target import PrivacyTarget
 from fedface.reports import charts
 from fedface.reports.device_metrics_record import DeviceMetricsRecord
-from fedface.reports.record_builders import private_record
 from fedface.reports.run_record import (
     AggregationRecord,
     AttackRecord,
     BiasRecord,
     DeviceRecord,
-    GapRecord,
-    GroupRecord,
     MachineRecord,
     PictureRecord,
-    PlanRecord,
     RefusalRecord,
     RoundRecord,
     RunRecord,
@@ -41,9 +42,9 @@ BASE, FINAL = "0a" * 32, "f1" * 32
 ROUNDS = 8
 QUESTION = "Do eight phones of mostly darker faces mend a generator that was taught on lighter ones?"
 COUNTS = {
-    "devices": (310, 420, 640, 1130, 2700, 2800),
-    "before": (92, 140, 121, 87, 51, 21),
-    "after": (38, 61, 88, 106, 121, 98),
+    "devices": (110, 200, 220, 200, 640, 1130, 1300, 1400, 1500, 1300),
+    "before": (42, 50, 70, 70, 121, 87, 31, 20, 12, 9),
+    "after": (18, 20, 30, 31, 88, 106, 71, 50, 58, 40),
 }
 
 # Measure -> (typical value, spread) for the best served group; the worst is served twice as badly.
@@ -83,70 +84,79 @@ def probe_after(share: float, rng: np.random.Generator) -> dict[str, Measurement
 
 def bias(worst: float, digest: str, rng: np.random.Generator) -> BiasRecord:
     """An audit in which the darkest group is served `worst` times as badly as the lightest."""
-    groups = []
+    groups = {}
     for index, name in enumerate(GROUPS):
-        badness = 1 + (worst - 1) * index / (len(GROUPS) - 1)
-        values: dict[str, Measurement] = {}
-        for measure, (typical, spread) in TYPICAL.items():
-            rate = METRICS[measure].kind == "rate"
-            value = 1 - (1 - typical) * badness if rate else typical * badness
-            value += rng.normal(0, spread / 4)
-            values[measure] = around(value, spread, 40)
-        groups.append(GroupRecord(group=name, count=40, metrics=values))
-    gaps = {}
-    for measure, (_, spread) in TYPICAL.items():
-        difference = around(spread * 8 * (worst - 1), spread, 80)
-        gaps[measure] = GapRecord(worst="dark", best="very light", difference=difference)
+        cost = 1 + (worst - 1) * index / (len(GROUPS) - 1)
+        values = {}
+        for metric, (typical, spread) in TYPICAL.items():
+            rate = METRICS[metric].kind == "rate"
+            value = 1 - (1 - typical) * cost if rate else typical * cost
+            values[metric] = around(value + rng.normal(0, spread / 4), spread, 40)
+        groups[name] = GroupMetrics(**values)
+    gaps = {
+        metric: Gap(worst="dark", best="very light", difference=around(spread * 8 * (worst - 1), spread, 80))
+        for metric, (_, spread) in TYPICAL.items()
+    }
+    overall = {metric: around(typical, spread, 240) for metric, (typical, spread) in TYPICAL.items()}
+    even = fairness_metrics(np.eye(2), HALVES)
     return BiasRecord(
         weights_hash=digest,
-        probe="drawn faces in neutral light",
-        photos=240,
-        faces_per_photo=4,
-        overall={"skin_difference": around(7.9, 0.4, 240)},
-        groups=tuple(groups),
-        gaps=gaps,
-        sentences=(
-            "Served worse by colour difference of the skin: dark, 12.1 [11.5, 12.7] dE00 (n = 40), lighter "
-            "than the original, against 6.3 [5.7, 6.9] for very light (n = 40).",
-            "Tone is read from pixels and moves with light and camera; groups are those of the probe.",
+        probe="synthetic faces in neutral light",
+        report=BiasReport(
+            photos=240,
+            faces_per_photo=4,
+            overall=GroupMetrics(**{**overall, "skin_difference": around(7.9, 0.4, 240)}),
+            groups=groups,
+            counts=dict.fromkeys(GROUPS, 40),
+            gaps=gaps,
+            tone_bins=even,
+            halves=even,
+            darker_change=around(0.02, 0.05, 240),
         ),
     )
 
 
 def attacks() -> tuple[AttackRecord, ...]:
     """One attack without and one with noise."""
-    shared = {
-        "threat": "The server sees one device's update and knows the discriminator.",
-        "weights_hash": BASE,
-        "attack": "Cosine distance with total variation, 250 steps, one photo per update.",
-        "baseline_psnr": around(14.1, 1.3, 6),
-        "baseline_ssim": around(0.31, 0.08, 6),
-        "gallery_size": 100,
-        "pictures": ("attack",),
-        "not_tested": ("a face prior in place of total variation", "several updates of one device together"),
-    }
+    guess = {"baseline_psnr": around(14.1, 1.3, 6), "baseline_ssim": around(0.31, 0.08, 6)}
     return (
         AttackRecord(
-            **shared,  # type: ignore[arg-type]
-            defense="no DP",
-            psnr=around(22.4, 2.0, 6),
-            ssim=around(0.81, 0.07, 6),
-            gain=around(8.3, 1.9, 6),
-            gallery=Interval(estimate=1.0, low=0.98, high=1.0, count=200),
-            gallery_ceiling=1.0,
-            sentence="Faces come back well enough to recognise.",
+            weights_hash=BASE,
+            scores=AttackScores(
+                defense=NoDefense(), search=CosineSearch(), psnr=around(22.4, 2.0, 6), ssim=around(0.81, 0.07, 6),
+                gain=around(8.3, 1.9, 6), **guess,
+            ),
+            identification=CandidateIdentification(
+                rate=Interval(1.0, 0.98, 1.0, 200), candidates=100, bound=1.0
+            ),
+            pictures=("attack",),
         ),
         AttackRecord(
-            **shared,  # type: ignore[arg-type]
-            defense="DP sigma=1.0",
-            psnr=around(7.2, 0.4, 6),
-            ssim=around(0.02, 0.01, 6),
-            gain=around(-6.9, 1.2, 6),
-            gallery=Interval(estimate=0.025, low=0.011, high=0.057, count=200),
-            gallery_ceiling=0.092,
-            sentence="Only noise comes back.",
+            weights_hash=BASE,
+            scores=AttackScores(
+                defense=GaussianSum(clip_norm=1.0, sigma=1.0), search=CosineSearch(), psnr=around(7.2, 0.4, 6),
+                ssim=around(0.02, 0.01, 6), gain=around(-6.9, 1.2, 6), **guess,
+            ),
+            identification=CandidateIdentification(
+                rate=Interval(0.025, 0.011, 0.057, 200), candidates=100, bound=0.092
+            ),
+            pictures=("attack",),
         ),
+    )  # fmt: skip
+
+
+def tones(source: str) -> ToneRecord:
+    """A histogram of skin tone."""
+    counts, n = COUNTS[source], sum(COUNTS[source])
+    darker = sum(counts[5:])
+    histogram = ToneHistogram(
+        counts=counts,
+        shares=tuple(rate_interval(count, n) for count in counts),
+        lighter=rate_interval(n - darker, n),
+        darker=rate_interval(darker, n),
+        count=n,
     )
+    return ToneRecord(source=source, histogram=histogram)  # type: ignore[arg-type]
 
 
 def made_up_run(folder: Path) -> RunRecord:
@@ -187,21 +197,14 @@ def made_up_run(folder: Path) -> RunRecord:
         versions={"fedface": "0.1.0", "torch": "2.13.0", "opacus": "1.6.0", "tenseal": "0.3.18"},
         machine=MachineRecord(cores=2, memory_gib=15.6),
         experiment={"question": "FIXTURE", "privacy": {"epsilon": 8.0, "delta": 1e-5}, "rounds": ROUNDS},
-        plan=PlanRecord(
-            guarantee="No photo on any device changes what leaves it by more than epsilon 8 at delta 0.00001, "
-            "over all rounds.",
-            unit="photo",
-            target_epsilon=8.0,
-            epsilon=epsilon_after(ROUNDS),
+        plan=Plan(
+            privacy=PrivacyTarget(epsilon=8.0, delta=1e-5),
+            schedule=Schedule(
+                rounds=ROUNDS, steps_per_round=20, sampling_rate=0.064, expected_batch_size=64, clip_norm=1.0
+            ),
             noise_multiplier=0.874,
-            sampling_rate=0.064,
-            rounds=ROUNDS,
-            steps_per_round=20,
-            clip_norm=1.0,
-            expected_batch_size=64.0,
-            adjacency="add or remove one",
-            adjacency_text="Two libraries that differ in one photo give almost the same updates.",
         ),
+        planned_epsilon=epsilon_after(ROUNDS),
         base_hash=BASE,
         final_hash=FINAL,
         devices=tuple(
@@ -216,11 +219,7 @@ def made_up_run(folder: Path) -> RunRecord:
         rounds=rounds,
         bias_before=bias(2.1, BASE, rng),
         bias_after=bias(1.3, FINAL, rng),
-        tones=(
-            ToneRecord(source="devices", label="faces on devices", groups=GROUPS, counts=COUNTS["devices"]),
-            ToneRecord(source="before", label="samples before", groups=GROUPS, counts=COUNTS["before"]),
-            ToneRecord(source="after", label="samples after", groups=GROUPS, counts=COUNTS["after"]),
-        ),
+        tones=(tones("devices"), tones("before"), tones("after")),
         attacks=attacks(),
         aggregation=(
             AggregationRecord(
@@ -263,6 +262,9 @@ def made_up_run(folder: Path) -> RunRecord:
             "Drawn faces are not people. What holds for them need not hold for photos.",
             "Skin tone is read from pixels and moves with light; it is not ethnicity.",
         ),
+        withdrawals=(),
+        device_metrics=(),
+        reference={},
     )
 
 
@@ -284,16 +286,15 @@ def own_figures(
     total = metric_vectors(photos, config, clip_norm=1.0).sum(0)
     total = total + noise * math.sqrt(3) * torch.randn(total.shape, generator=rng)
     read = estimate_metrics(total, config=config, clip_norm=1.0, noise_multiplier=noise, devices=3)
-    return private_record(
-        read,
+    return DeviceMetricsRecord(
         when=when,
         weights_hash=FINAL if when == "after" else BASE,
         method="PULSE",
-        devices=3,
+        answered=("device-1", "device-2", "device-3"),
         refusals=(),
         epsilon=Epsilon(lower=3.99, estimate=4.0, upper=4.0, delta=1e-4, unit="occasion"),
         noise_multiplier=noise,
-        answered=("device-1", "device-2", "device-3"),
+        estimates=read,
     )
 
 

@@ -11,15 +11,16 @@ import pytest
 from made_up import epsilon_after
 from markdown_it import MarkdownIt
 
+from fedface.audits.gradient_inversion import NoDefense
 from fedface.cli.options import command_line
 from fedface.measurements import Epsilon, NotMeasured
 from fedface.number_format import rounded_down, rounded_up
 from fedface.privacy.plan import Schedule, make_plan
-from fedface.privacy.privacy_target import PrivacyTarget
-from fedface.reports import disclosures, formatting, html_report, model_card, record_builders
+from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget
+from fedface.reports import disclosures, formatting, html_report, model_card
 from fedface.reports.device_metrics_record import WithdrawalRecord
 from fedface.reports.headline_numbers import headline_numbers
-from fedface.reports.run_record import NoPrivacyRecord, PlanRecord, RunRecord
+from fedface.reports.run_record import RunRecord
 
 SCHEDULE = Schedule(rounds=1, steps_per_round=3, sampling_rate=0.1, expected_batch_size=10, clip_norm=0.3)
 
@@ -28,54 +29,51 @@ SCHEDULE = Schedule(rounds=1, steps_per_round=3, sampling_rate=0.1, expected_bat
 def library(record: RunRecord) -> RunRecord:
     """A run whose server adds the noise."""
     target = PrivacyTarget(epsilon=8.0, delta=1e-4, unit="library", trust="server")
-    plan = record_builders.plan_record(make_plan(target, SCHEDULE, update_clip_norm=0.07))
-    return replace(record, plan=plan)
+    return replace(record, plan=make_plan(target, SCHEDULE, update_clip_norm=0.07))
 
 
 def test_a_trusted_servers_promise_is_about_what_it_publishes(library: RunRecord, folder: Path) -> None:
     for text in (html_report.render(library, folder), model_card.render(library)):
         plain = text.replace("&#39;", "'")
         assert (
-            "What the trusted server publishes of 1 round is worth at most epsilon 8 at delta 1e-4" in plain
+            "What the trusted server publishes about 1 round satisfies differential privacy with at most epsilon 8 "
+            "at delta 1e-4 per library" in plain
         )
-        assert "the server itself sees all that each device sends, bare" in plain
-        assert "All that leaves a device" not in plain and "everything that ever leaves a device" not in plain
+        assert "The server itself receives every update without noise" in plain
+        assert (
+            "Everything that leaves a device" not in plain and "everything that leaves a device" not in plain
+        )
 
 
 def test_a_trusted_servers_card_names_its_clip_and_not_that_of_photos(library: RunRecord) -> None:
     text = model_card.render(library)
-    assert "Who is trusted: the server" in text
-    assert "each device's whole update is cut to length 0.07" in text
-    assert "clip norm" not in text and "0.3," not in text
+    assert "Trusted: the server" in text
+    assert "each device's update is clipped to L2 norm 0.07" in text
+    assert ", clip norm" not in text and "0.3," not in text
 
 
 def test_a_single_update_of_a_trusted_servers_run_has_no_noise(library: RunRecord, folder: Path) -> None:
-    assert [attack.defense for attack in disclosures.attacks_of(library)] == ["no DP"]
+    (attack,) = disclosures.applicable_attacks(library)
+    assert attack.scores.defense == NoDefense()
     for text in (html_report.render(library, folder), model_card.render(library)):
-        assert "sigma" not in text.split("What an update gives away")[1].split("What this cannot show")[0]
+        assert "sigma" not in text.split("Leakage from an update")[1].split("Limitations")[0]
         assert "so a single update has none" in text
     assert "no attack in this report tests the noise" in html_report.render(library, folder)
     assert not any("→ DP" in tile["text"] for tile in headline_numbers(library))
 
 
 def test_a_run_without_noise_claims_no_defence_in_its_tile(record: RunRecord) -> None:
-    bare = replace(record, plan=NoPrivacyRecord(no_privacy="no noise."))
+    bare = replace(record, plan=make_plan(NoPrivacy(), SCHEDULE))
     assert not any("DP sigma" in tile["text"] for tile in headline_numbers(bare))
     assert "what noise would have changed" in disclosures.attack_note(bare)
 
 
-def test_a_promise_names_epsilon_delta_and_unit() -> None:
-    plan = record_builders.plan_record(
-        make_plan(PrivacyTarget(epsilon=8.0, delta=1e-4, unit="occasion"), SCHEDULE)
+def test_a_guarantee_names_epsilon_delta_and_unit() -> None:
+    plan = make_plan(PrivacyTarget(epsilon=8.0, delta=1e-4, unit="occasion"), SCHEDULE)
+    assert (
+        "leaves a device in 1 round satisfies differential privacy with at most epsilon 8 at delta 1e-4 per occasion"
+        in formatting.privacy_guarantee(plan)
     )
-    assert isinstance(plan, PlanRecord)
-    assert "in 1 round is worth at most epsilon 8 at delta 1e-4 per occasion" in plan.guarantee
-
-
-def test_an_older_promise_without_its_delta_gets_it(record: RunRecord) -> None:
-    assert isinstance(record.plan, PlanRecord)
-    old = replace(record.plan, guarantee="All is worth at most epsilon 8.")
-    assert "at delta 1e-5 per photo" in formatting.promise(old)
 
 
 def test_bounds_are_rounded_outwards() -> None:
@@ -112,18 +110,20 @@ def test_a_hash_of_one_network_is_told_from_that_of_the_whole_model(record: RunR
     assert disclosures.hash_note(record) == ""
     assert not isinstance(record.bias_after, NotMeasured)
     part = replace(record, bias_after=replace(record.bias_after, weights_hash="cd" * 32))
-    note = "cover only the network that was asked about the photos (cdcdcdcdcdcd after the run)"
+    note = "cover only the network that upsampled the probe (cdcdcdcdcdcd after the run)"
     assert note in html_report.render(part, folder) and note in model_card.render(part).replace("\\", "")
 
 
 def test_what_cannot_be_undone_is_said_also_when_nobody_left(record: RunRecord, folder: Path) -> None:
     for text in (html_report.render(record, folder), model_card.render(record)):
-        assert "What cannot be undone" in text and "Nobody left this run." in text
-    left = replace(record, withdrawals=(WithdrawalRecord.of((3,), 1, epsilon_after(1)),))
+        assert "What cannot be undone" in text and "No device has withdrawn from this run." in text
+    left = replace(
+        record, withdrawals=(WithdrawalRecord(rounds=(3,), evaluations=1, epsilon=epsilon_after(1)),)
+    )
     said = disclosures.withdrawal_notes(left)
-    assert "Nobody left this run." not in said
+    assert "No device has withdrawn from this run." not in said
     assert "its update of round 3 was summed" in said[-1]
 
 
 def test_a_server_that_saw_bare_updates_cannot_unsee_them(library: RunRecord) -> None:
-    assert "what the server saw of its bare answers is not" in disclosures.withdrawal_notes(library)[1]
+    assert "but not what the server saw before it added the noise" in disclosures.withdrawal_notes(library)[1]

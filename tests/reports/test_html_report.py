@@ -15,8 +15,10 @@ from markdown_it import MarkdownIt
 from skimage.io import imread
 
 from fedface.measurements import Interval, NotMeasured
+from fedface.privacy.plan import make_plan
+from fedface.privacy.privacy_target import NoPrivacy
 from fedface.reports import headline_summary, html_report, model_card
-from fedface.reports.run_record import BiasRecord, NoPrivacyRecord, RunRecord
+from fedface.reports.run_record import BiasRecord, RunRecord
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>$x_{1}$&amp;{{ 7 * 7 }}"
 VOID = {"meta", "img", "link", "br", "hr", "path", "use", "rect"}
@@ -80,18 +82,17 @@ def test_the_headline_is_the_question_and_the_answer_comes_from_the_numbers(html
     text = read(html).text
     assert "Do eight phones of mostly darker faces mend" in text
     assert "shrank from 5.28 to 1.44 dE00" in text
-    assert "at most epsilon 7.920 at delta 1e-5 (between 7.880 and 7.920), of 8 promised" in text
+    assert "at most epsilon 7.920 at delta 1e-5 (between 7.880 and 7.920), within the guaranteed 8" in text
 
 
 def test_a_gap_that_only_changed_its_sign_did_not_change_its_size(record: RunRecord) -> None:
     """Worse may mean more or less of a measure; what the answer compares is how far apart the groups are."""
     before = record.bias_before
     assert isinstance(before, BiasRecord)
-    gap = before.gaps["skin_difference"]
+    gap = before.report.gaps["skin_difference"]
     mirrored = replace(gap, difference=Interval(estimate=-5.28, low=-5.88, high=-4.68, count=80))
-    swapped = replace(
-        record, bias_before=before, bias_after=replace(before, gaps={"skin_difference": mirrored})
-    )
+    after = replace(before, report=replace(before.report, gaps={"skin_difference": mirrored}))
+    swapped = replace(record, bias_before=before, bias_after=after)
     assert "no change is shown" in headline_summary.headline_summary(swapped)[0]
 
 
@@ -110,8 +111,8 @@ def test_ids_are_unique_so_that_charts_do_not_borrow_from_each_other(html: str) 
 def test_a_hostile_question_device_and_group_inject_nothing(record: RunRecord, folder: Path) -> None:
     bias = record.bias_after
     assert not isinstance(bias, NotMeasured)
-    groups = (replace(bias.groups[0], group=HOSTILE), *bias.groups[1:])
-    tones = tuple(replace(tone, groups=(HOSTILE, *tone.groups[1:]), label=HOSTILE) for tone in record.tones)
+    groups = {HOSTILE: bias.report.groups["very light"], **bias.report.groups}
+    counts = {HOSTILE: 40, **bias.report.counts}
     pictures = {name: replace(entry, caption=HOSTILE, alt=HOSTILE) for name, entry in record.pictures.items()}
     hostile = replace(
         record,
@@ -122,8 +123,7 @@ def test_a_hostile_question_device_and_group_inject_nothing(record: RunRecord, f
         notes=(HOSTILE,),
         versions={HOSTILE: HOSTILE},
         experiment={HOSTILE: HOSTILE},
-        bias_after=replace(bias, groups=groups, probe=HOSTILE, sentences=(HOSTILE,)),
-        tones=tones,
+        bias_after=replace(bias, probe=HOSTILE, report=replace(bias.report, groups=groups, counts=counts)),
         pictures=pictures,
     )
     reader = read(html_report.render(hostile, folder))
@@ -142,16 +142,15 @@ def test_what_is_missing_says_so_and_never_nan_or_none(record: RunRecord, folder
         replace(entry, epsilon=missing, metrics={name: missing for name in entry.metrics})
         for entry in record.rounds
     )
-    attacks = tuple(replace(attack, psnr=missing, gain=missing, gallery=missing) for attack in record.attacks)
     bare = replace(
         record,
-        plan=NoPrivacyRecord(no_privacy="the photos are drawn."),
+        plan=make_plan(NoPrivacy(), record.plan.schedule),
+        planned_epsilon=missing,
         metrics_before={"distance": missing},
         rounds=rounds,
         bias_before=missing,
         bias_after=missing,
         tones=(),
-        attacks=attacks,
         aggregation=(),
         notes=(),
     )

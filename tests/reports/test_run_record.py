@@ -12,8 +12,10 @@ import pytest
 from fedface.codec import CodecError, dumps, loads
 from fedface.errors import RunError
 from fedface.measurements import Epsilon, Interval, NotMeasured
+from fedface.privacy.plan import make_plan
+from fedface.privacy.privacy_target import NoPrivacy
 from fedface.reports import run_record
-from fedface.reports.run_record import NoPrivacyRecord, PictureRecord, RunRecord
+from fedface.reports.run_record import PictureRecord, RunRecord
 
 
 def test_a_record_comes_back_equal_from_its_json(record: RunRecord) -> None:
@@ -23,7 +25,8 @@ def test_a_record_comes_back_equal_from_its_json(record: RunRecord) -> None:
 def test_a_record_without_promise_or_audits_comes_back_equal(record: RunRecord) -> None:
     bare = replace(
         record,
-        plan=NoPrivacyRecord(no_privacy="photos are drawn."),
+        plan=make_plan(NoPrivacy(), record.plan.schedule),
+        planned_epsilon=NotMeasured(not_measured="no noise"),
         bias_before=NotMeasured(not_measured="no probe"),
         rounds=(),
         attacks=(),
@@ -67,7 +70,7 @@ def test_an_unknown_key_is_refused_with_its_place(record: RunRecord) -> None:
 
 def test_a_missing_key_is_refused_with_its_place(record: RunRecord) -> None:
     plain = json.loads(dumps(record))
-    del plain["plan"]["epsilon"]["delta"]
+    del plain["planned_epsilon"]["delta"]
     with pytest.raises(CodecError):
         loads(RunRecord, json.dumps(plain))
 
@@ -81,8 +84,8 @@ def test_text_where_a_number_belongs_is_refused_with_its_place(record: RunRecord
 
 def test_a_value_out_of_bounds_is_refused_with_its_place(record: RunRecord) -> None:
     plain = json.loads(dumps(record))
-    plain["plan"]["epsilon"]["delta"] = 1.5
-    with pytest.raises(CodecError, match=r"plan.epsilon.delta: must lie in \(0, 1\), got 1.5"):
+    plain["planned_epsilon"]["delta"] = 1.5
+    with pytest.raises(CodecError, match=r"planned_epsilon.delta: must lie in \(0, 1\), got 1.5"):
         loads(RunRecord, json.dumps(plain))
 
 

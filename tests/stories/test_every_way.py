@@ -10,7 +10,7 @@ from tiny import tiny_way
 
 from fedface import cli
 from fedface.config import dump
-from fedface.measurements import Epsilon, Interval
+from fedface.measurements import Epsilon
 from fedface.models.checkpoint import load_model, weights_hash
 from fedface.privacy.ledger import Ledger
 from fedface.reports import run_record
@@ -38,8 +38,7 @@ def test_a_run_of_each_way_ends_with_a_report(
         assert len(Ledger.open(state / "ledger.sqlite").entries()) == 1
     model = load_model(folder / "rounds" / "001.safetensors")
     assert record.final_hash == weights_hash(*model.modules()) != record.base_hash
-    unprotected, protected = (attack.gallery for attack in record.attacks)
-    assert isinstance(unprotected, Interval) and unprotected.estimate == 1.0
-    assert isinstance(protected, Interval) and record.attacks[1].gallery_ceiling < 1.0
+    unprotected, protected = (attack.identification for attack in record.attacks)
+    assert unprotected.rate.estimate == 1.0 and protected.bound < 1.0
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert record.final_hash in page
