@@ -267,7 +267,7 @@ class Experiment:
                     "training: sums of latents are noised on the device; promise per photo or occasion"
                 )
             self._check_figures_of_libraries()
-        if self.evaluation is not None and self.upsampling.downscale.spread > 0:
+        if self.evaluation is not None and self.upsampling.downscale.noise_std > 0:
             raise ValueError("evaluation needs a downscale without noise: a photo's figures must be its own")
 
     def _check_figures_of_libraries(self) -> None:

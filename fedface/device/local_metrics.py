@@ -67,7 +67,7 @@ def check_request(question: EvaluationRequest, model: Model) -> None:
         raise ConfigError(
             f"figures are one release a question, got {terms.schedule.steps_per_round} steps a round"
         )
-    if question.downscale.spread > 0:
+    if question.downscale.noise_std > 0:
         raise ConfigError(
             "the downscale of a question must add no noise: figures of one photo must be its own"
         )

@@ -91,7 +91,7 @@ class UpsamplerTrainingConfig:
 
     def __post_init__(self) -> None:
         self.schedule()
-        if self.downscale.spread > 0:
+        if self.downscale.noise_std > 0:
             raise ValueError(
                 f"downscale must add no noise in training, got {format_degradation(self.downscale)}; "
                 "noise belongs under upsampling, or into a method's noise_std"

@@ -1,10 +1,9 @@
 """The known degradations: what turned a face into the low-resolution photo that we are given.
 
-Called by the upsamplers, which search for a face whose degraded picture equals the photo, and by the audits,
-which make low-resolution probes. A degradation is a frozen value, so that a record can name it and a YAML file
-can choose it by its kind: bicubic-pulse, bicubic, area, pixelate, blur, noise, jpeg or chain.
+Upsamplers search for a face whose degraded picture equals the photo. A degradation is a frozen value, which a YAML file
+chooses by its kind: bicubic-pulse, bicubic, area, pixelate, blur, noise, jpeg or chain.
 
-Sources: Menon et al. 2020 (arXiv:2003.03808) for PULSE's downscale; see `filters` and `jpeg` for the others.
+Sources: Menon et al. 2020 (arXiv:2003.03808) for PULSE's downscale; see `resampling_matrices` and `jpeg` for the others.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, TypeAlias, assert_never
+from typing import Annotated, ClassVar, TypeAlias, assert_never
 
 import torch
 from torch import Tensor
@@ -23,14 +22,15 @@ from fedface.tensor_types import Images, LowImages
 from fedface.upsampling.jpeg import Jpeg
 from fedface.upsampling.resampling_matrices import (
     bicubic_rows,
-    check_positive_whole,
     gaussian_rows,
     mean_rows,
     pulse_rows,
 )
+from fedface.validation import AtLeast, In, checked
 
 
 @dataclass(frozen=True)
+@checked
 class BicubicPulse:
     """PULSE's downscale: a separable cubic of 4 * factor taps, reflected borders, stride `factor`.
 
@@ -40,13 +40,10 @@ class BicubicPulse:
 
     kind: ClassVar[str] = "bicubic-pulse"
 
-    factor: int  # >= 1
+    factor: Annotated[int, AtLeast(1)]
 
-    spread: ClassVar[float] = 0.0
+    noise_std: ClassVar[float] = 0.0
     linear: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_positive_whole("factor", self.factor)
 
     def low_side(self, size: int) -> int:
         """The measured side for an image side; raises ValueError where the factor does not divide it."""
@@ -62,18 +59,16 @@ class BicubicPulse:
 
 
 @dataclass(frozen=True)
+@checked
 class Bicubic:
     """The antialiased bicubic of torch and PIL (a = -0.5), borders included; factor 1 is the identity."""
 
     kind: ClassVar[str] = "bicubic"
 
-    factor: int  # >= 1
+    factor: Annotated[int, AtLeast(1)]
 
-    spread: ClassVar[float] = 0.0
+    noise_std: ClassVar[float] = 0.0
     linear: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_positive_whole("factor", self.factor)
 
     def low_side(self, size: int) -> int:
         """The measured side for an image side; raises ValueError where the factor does not divide it."""
@@ -89,18 +84,16 @@ class Bicubic:
 
 
 @dataclass(frozen=True)
+@checked
 class Area:
     """The mean of each block of factor x factor pixels: what binned sensors do."""
 
     kind: ClassVar[str] = "area"
 
-    factor: int  # >= 1; 1 is the identity
+    factor: Annotated[int, AtLeast(1)]  # 1 is the identity
 
-    spread: ClassVar[float] = 0.0
+    noise_std: ClassVar[float] = 0.0
     linear: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_positive_whole("factor", self.factor)
 
     def low_side(self, size: int) -> int:
         """The measured side for an image side; raises ValueError where the factor does not divide it."""
@@ -116,19 +109,17 @@ class Area:
 
 
 @dataclass(frozen=True)
+@checked
 class Pixelate:
     """A mosaic: every block of block x block pixels shows its mean; the size stays."""
 
     kind: ClassVar[str] = "pixelate"
 
-    block: int  # >= 1; 1 is the identity
+    block: Annotated[int, AtLeast(1)]  # 1 is the identity
 
     factor: ClassVar[int] = 1
-    spread: ClassVar[float] = 0.0
+    noise_std: ClassVar[float] = 0.0
     linear: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_positive_whole("block", self.block)
 
     def low_side(self, size: int) -> int:
         """The measured side: as before; raises ValueError where blocks do not fill it."""
@@ -146,20 +137,17 @@ class Pixelate:
 
 
 @dataclass(frozen=True)
+@checked
 class Blur:
     """A Gaussian, cut off at four sigma and normalised; reflected borders do not repeat the edge; the size stays."""
 
     kind: ClassVar[str] = "blur"
 
-    sigma: float  # in (0, 1024], in pixels
+    sigma: Annotated[float, In("(0, 1024]")]  # in pixels; a task's blur must not fill a device's memory
 
     factor: ClassVar[int] = 1
-    spread: ClassVar[float] = 0.0
+    noise_std: ClassVar[float] = 0.0
     linear: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if not 0 < self.sigma <= 1024:  # a task's blur must not fill a device's memory
-            raise ValueError(f"sigma must lie in (0, 1024], got {self.sigma}")
 
     def low_side(self, size: int) -> int:
         """The measured side: as before."""
@@ -171,22 +159,19 @@ class Blur:
 
 
 @dataclass(frozen=True)
+@checked
 class Noise:
-    """Independent normal noise on every value. `apply` gives its mean, the picture itself; `measure` draws it."""
+    """Independent normal noise on every value. `apply` gives the mean; `apply_degradation` samples the noise."""
 
     kind: ClassVar[str] = "noise"
 
-    std: float  # >= 0, in units of sRGB in [0, 1]
+    std: Annotated[float, AtLeast(0)]  # in units of sRGB in [0, 1]
 
     factor: ClassVar[int] = 1
     linear: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.std < math.inf:
-            raise ValueError(f"std must be finite and >= 0, got {self.std}")
-
     @property
-    def spread(self) -> float:
+    def noise_std(self) -> float:
         """Standard deviation of the noise of one value."""
         return self.std
 
@@ -225,17 +210,16 @@ class Chain:
         return math.prod(part.factor for part in self.parts)
 
     @property
-    def spread(self) -> float:
+    def noise_std(self) -> float:
         """Standard deviation of the noise of one measured value, away from the borders.
 
-        Noise that a later part averages counts as much as is left of it, and JPEG is taken to pass it on. Values
-        that share noise count as if they did not.
+        Later filters average noise; JPEG is taken to leave it as it is. Correlations between values are ignored.
         """
-        return _spread_left(self.parts)
+        return _remaining_noise_std(self.parts)
 
     @property
     def linear(self) -> bool:
-        """Whether `apply` is linear: nothing is stored as JPEG."""
+        """Whether `apply` is linear, as all parts but JPEG are."""
         return all(part.linear for part in self.parts)
 
     def low_side(self, size: int) -> int:
@@ -255,30 +239,30 @@ class Chain:
             if isinstance(part, Filter):
                 run = (*run, part)
             else:
-                images, run = part.apply(_in_a_row(run, images)), ()
-        return _in_a_row(run, images)
+                images, run = part.apply(_filter_all(run, images)), ()
+        return _filter_all(run, images)
 
 
 Filter: TypeAlias = BicubicPulse | Bicubic | Area | Pixelate | Blur
 Degradation: TypeAlias = DegradationStep | Chain
 
 
-def apply_degradation(degradation: Degradation, images: Images, stream: torch.Generator) -> LowImages:
-    """What a camera would deliver: degraded, with noise drawn where there is any, clamped to [0, 1].
+def apply_degradation(degradation: Degradation, images: Images, rng: torch.Generator) -> LowImages:
+    """Degrade as a camera does: noise is sampled, and values are clamped to [0, 1].
 
     Args:
-        degradation: What happens to the picture.
+        degradation: One of the kinds above.
         images: (n, 3, h, w).
-        stream: Where noise is drawn from; untouched where there is none.
+        rng: Of the noise; unused without noise.
 
     Raises:
         ValueError: Height or width does not fit.
     """
     for part in steps_of(degradation):
         images = part.apply(images)
-        if part.spread:
-            drawn = torch.randn(images.shape, generator=stream, device=stream.device)
-            images = images + part.spread * drawn.to(images)
+        if part.noise_std:
+            noise = torch.randn(images.shape, generator=rng, device=rng.device)
+            images = images + part.noise_std * noise.to(images)
     return images.clamp(0, 1)
 
 
@@ -294,7 +278,7 @@ def adjoint(degradation: Degradation, low: LowImages, side: int) -> Images:
         (n, 3, side, side).
 
     Raises:
-        ValueError: The degradation stores a JPEG, or pictures of this side are not measured with `low`'s.
+        ValueError: The degradation is not linear, or pictures of this side have measurements of another side.
     """
     if not degradation.linear:
         raise ValueError(f"only a linear degradation has an adjoint, got {format_degradation(degradation)}")
@@ -308,7 +292,7 @@ def adjoint(degradation: Degradation, low: LowImages, side: int) -> Images:
 
 
 def format_degradation(degradation: Degradation) -> str:
-    """For people: "bicubic (PULSE), 4 times smaller"."""
+    """As reports write it: "bicubic (PULSE), 4 times smaller"."""
     match degradation:
         case BicubicPulse(factor):
             return f"bicubic (PULSE), {factor} times smaller"
@@ -331,7 +315,7 @@ def format_degradation(degradation: Degradation) -> str:
 
 
 def steps_of(degradation: Degradation) -> tuple[DegradationStep, ...]:
-    """What happens one after the other; a degradation that is no chain is its own only part."""
+    """The parts of a chain; any other degradation is its only part."""
     return degradation.parts if isinstance(degradation, Chain) else (degradation,)
 
 
@@ -368,13 +352,13 @@ def _rows(part: Filter, side: int) -> Tensor:
 @lru_cache(maxsize=16)
 def _product(parts: tuple[Filter, ...], side: int) -> Tensor:
     """One axis of several filters as one matrix."""
-    rows, *more = _walked(parts, side)
+    rows, *more = _rows_of_each(parts, side)
     for following in more:
         rows = following @ rows
     return rows
 
 
-def _walked(parts: tuple[Filter, ...], side: int) -> Iterator[Tensor]:
+def _rows_of_each(parts: tuple[Filter, ...], side: int) -> Iterator[Tensor]:
     for part in parts:
         after = part.low_side(side)
         yield _rows(part, side)
@@ -387,7 +371,7 @@ def _filtered(parts: tuple[Filter, ...], images: Images) -> LowImages:
     return rows @ images @ columns.T
 
 
-def _in_a_row(filters: tuple[Filter, ...], images: Images) -> LowImages:
+def _filter_all(filters: tuple[Filter, ...], images: Images) -> LowImages:
     """Several filters as one matrix a side, which costs no more than the smallest picture among them."""
     if len(filters) > 1:
         return _filtered(filters, _checked(images, 1))
@@ -395,18 +379,18 @@ def _in_a_row(filters: tuple[Filter, ...], images: Images) -> LowImages:
 
 
 @lru_cache(maxsize=64)
-def _spread_left(parts: tuple[DegradationStep, ...]) -> float:
+def _remaining_noise_std(parts: tuple[DegradationStep, ...]) -> float:
     """Of the middle value of a small measurement; independent noise adds up by its variance."""
     total = 0.0
     for place, part in enumerate(parts):
-        if part.spread:
+        if part.noise_std:
             later = tuple(part for part in parts[place + 1 :] if isinstance(part, Filter))
-            total += (part.spread * _left_of_noise(later)) ** 2
+            total += (part.noise_std * _noise_gain(later)) ** 2
     return math.sqrt(total)
 
 
-def _left_of_noise(filters: tuple[Filter, ...]) -> float:
-    """What these filters leave of the standard deviation of independent noise, away from the borders."""
+def _noise_gain(filters: tuple[Filter, ...]) -> float:
+    """The factor by which these filters scale the std of independent noise, away from the borders."""
     if not filters:
         return 1.0
     blocks = math.lcm(*(part.block for part in filters if isinstance(part, Pixelate)))

@@ -143,7 +143,7 @@ def measurement_noise(degradation: Degradation, spread: float) -> float:
     Raises:
         ValueError: Both are 0: no sampler can meet a photo exactly.
     """
-    s = math.hypot(degradation.spread, spread)
+    s = math.hypot(degradation.noise_std, spread)
     if s == 0:
         raise ValueError("spread must be > 0 where the degradation adds no noise, got 0")
     return s

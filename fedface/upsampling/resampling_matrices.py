@@ -1,7 +1,6 @@
 """One axis of each linear downscale as a matrix, (side afterwards, side before), float64.
 
-Called from `upsampling.degrade`. A picture is filtered along its columns and its rows by two such matrices;
-borders are part of them. They are small, and are made once for each size.
+A picture is filtered along its columns and its rows by two such matrices, which include the treatment of the borders.
 
 Sources: Menon et al. 2020 (arXiv:2003.03808) for the filter of PULSE; Keys (1981) for the cubic.
 """
@@ -15,12 +14,6 @@ import torch
 from torch import Tensor
 
 
-def check_positive_whole(name: str, value: int) -> None:
-    """Raises ValueError unless the value of the field `name` is at least 1."""
-    if value < 1:
-        raise ValueError(f"{name} must be >= 1, got {value}")
-
-
 def _cubic(x: Tensor) -> Tensor:
     """Keys' cubic with a = -0.5, which is 0 from 2 on."""
     x = x.abs()
@@ -31,7 +24,6 @@ def _cubic(x: Tensor) -> Tensor:
 
 def bicubic_kernel(factor: int) -> Tensor:
     """The 4 * factor taps of the cubic filter stretched by `factor`, float64, summing to 1."""
-    check_positive_whole("factor", factor)
     taps = _cubic((torch.arange(4 * factor, dtype=torch.float64) - 2 * factor + 0.5) / factor)
     return taps / taps.sum()
 

@@ -22,7 +22,7 @@ DOORS = {
     "yaml": {"fedface/config.py"},
     "typer": {"fedface/cli/**"},
     "safetensors": {"fedface/models/checkpoint.py"},
-    "PIL": {"fedface/photos/image_io.py"},
+    "PIL": {"fedface/photos/image_io.py", "fedface/upsampling/jpeg.py"},
     "pillow_heif": {"fedface/photos/image_io.py"},
     "cv2": {"fedface/photos/detectors.py", "fedface/audits/feature_extractors.py"},
     "fastapi": {"fedface/web/app.py", "fedface/web/server.py"},
