@@ -79,7 +79,7 @@ class _StraightThrough(torch.autograd.Function):
     ) -> tuple[Tensor, int]:
         batch = images.movedim(in_dims[0], 0)
         read = _round_trip(batch.flatten(0, 1), quality, subsampling)
-        return read.unflatten(0, batch.shape[:2]), 0
+        return read.reshape(batch.shape), 0
 
 
 def _round_trip(images: Tensor, quality: int, subsampling: int) -> Tensor:
