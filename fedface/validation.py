@@ -44,7 +44,9 @@ class AtLeast:
 
     def problem(self, value: float) -> str:
         """Empty for a finite value >= low."""
-        return "" if self.low <= value < math.inf else f"must be at least {self.low}"
+        if not math.isfinite(value):
+            return "must be a finite number"
+        return "" if value >= self.low else f"must be at least {self.low}"
 
 
 @dataclass(frozen=True)

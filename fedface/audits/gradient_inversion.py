@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, assert_never
+from typing import Annotated, ClassVar, assert_never
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.tensor_types import Images, Vector
 from fedface.training.gan import d_loss_real
 from fedface.training.per_example_gradients import differentiable_gradient
+from fedface.validation import Above, AtLeast, checked
 
 GradientOf = Callable[[Images], Vector]
 
@@ -38,35 +39,25 @@ PSNR_CEILING = 100.0  # dB; equal images have no finite PSNR
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class CosineSearch:
     """Cosine distance plus total variation, signed Adam with step decay, inside the box of real images."""
 
     kind: ClassVar[str] = "cosine-search"
 
-    iterations: int = 200
-    step: float = 0.1  # in units of a quarter of the pixel range
-    total_variation: float = 1e-2
-
-    def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise ValueError(f"iterations must be >= 1, got {self.iterations}")
-        if not self.step > 0:
-            raise ValueError(f"step must be > 0, got {self.step}")
-        if not self.total_variation >= 0:
-            raise ValueError(f"total_variation must be >= 0, got {self.total_variation}")
+    iterations: Annotated[int, AtLeast(1)] = 200
+    step: Annotated[float, Above(0)] = 0.1  # in units of a quarter of the pixel range
+    total_variation: Annotated[float, AtLeast(0)] = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class SquaredSearch:
     """Squared distance of gradients, L-BFGS with a strong Wolfe line search."""
 
     kind: ClassVar[str] = "squared-search"
 
-    evaluations: int = 200  # of the gradient, at most about this many
-
-    def __post_init__(self) -> None:
-        if self.evaluations < 1:
-            raise ValueError(f"evaluations must be >= 1, got {self.evaluations}")
+    evaluations: Annotated[int, AtLeast(1)] = 200  # of the gradient, at most about this many
 
 
 Search = CosineSearch | SquaredSearch

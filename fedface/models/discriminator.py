@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Annotated, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,34 +27,31 @@ from fedface.models.stylegan_layers import (
     unit_mean_square,
 )
 from fedface.tensor_types import Images
+from fedface.validation import Above, AtLeast, PowerOfTwo, checked
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class DiscriminatorConfig:
     """The shape of a discriminator; equal configs have weights that can be summed."""
 
-    size: int = 32  # height and width of images in pixels, a power of two from 8 to 1024
-    channel_base: int = 1024  # channels at side r are min(channel_base / r, channel_max)
-    channel_max: int = 64
+    # Height and width of images in pixels.
+    size: Annotated[int, PowerOfTwo(8, 1024)] = 32
+    # Channels at side r are min(channel_base / r, channel_max).
+    channel_base: Annotated[int, AtLeast(1)] = 1024
+    channel_max: Annotated[int, AtLeast(1)] = 64
     architecture: Literal["resnet", "orig", "skip"] = "resnet"
-    clamp: float | None = None  # activations are kept within +- this, > 0; published for half precision: 256
-    minibatch_group: int = 0  # pictures whose spread is told to each of them; 0 is off, published 4
-    minibatch_channels: int = 1  # how many such figures, where on
-    classes: int = 0  # how many kinds of pictures are judged; 0 for one kind
-    mapping_layers: int = 8  # fully connected layers for the label, where there are classes
+    # Activations are kept within +- this; published for half precision: 256.
+    clamp: Annotated[float, Above(0)] | None = None
+    # Pictures whose spread is told to each of them; 0 is off, published 4.
+    minibatch_group: Annotated[int, AtLeast(0)] = 0
+    minibatch_channels: Annotated[int, AtLeast(1)] = 1  # how many such figures, where on
+    classes: Annotated[int, AtLeast(0)] = 0  # how many kinds of pictures are judged; 0 for one kind
+    # Fully connected layers for the label, where there are classes.
+    mapping_layers: Annotated[int, AtLeast(1)] = 8
 
     def __post_init__(self) -> None:
-        if self.size not in [2**p for p in range(3, 11)]:
-            raise ConfigError(f"size must be a power of two from 8 to 1024, got {self.size}")
-        for name in ("channel_base", "channel_max", "minibatch_channels", "mapping_layers"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("minibatch_group", "classes"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         check_widths(self)
-        if self.clamp is not None and not 0 < self.clamp < math.inf:
-            raise ConfigError(f"clamp must be finite and above 0, got {self.clamp}")
         if self.minibatch_group and self.channels(4) % self.minibatch_channels:
             raise ConfigError(
                 f"minibatch_channels must divide the {self.channels(4)} channels at side 4, "

@@ -9,31 +9,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import Annotated, cast
 
 import torch
 from torch import Tensor, nn
 
-from fedface.errors import ConfigError
 from fedface.models.stylegan_layers import Conv, ConvOptions, Linear, check_widths, unit_mean_square
 from fedface.tensor_types import Images, Latents
+from fedface.validation import AtLeast, PowerOfTwo, checked
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class LatentEncoderConfig:
     """The shape of an encoder; equal configs have weights that can be summed."""
 
-    size: int = 32  # height and width of images in pixels, a power of two from 8 to 1024
-    latent_width: int = 64  # width of z, as in the generator it belongs to
-    channel_base: int = 1024  # channels at side r are min(channel_base / r, channel_max)
-    channel_max: int = 64
+    # Height and width of images in pixels.
+    size: Annotated[int, PowerOfTwo(8, 1024)] = 32
+    latent_width: Annotated[int, AtLeast(1)] = 64  # width of z, as in the generator it belongs to
+    # Channels at side r are min(channel_base / r, channel_max).
+    channel_base: Annotated[int, AtLeast(1)] = 1024
+    channel_max: Annotated[int, AtLeast(1)] = 64
 
     def __post_init__(self) -> None:
-        if self.size not in [2**p for p in range(3, 11)]:
-            raise ConfigError(f"size must be a power of two from 8 to 1024, got {self.size}")
-        for name in ("latent_width", "channel_base", "channel_max"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         check_widths(self)
 
     @property

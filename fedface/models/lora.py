@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, assert_never
+from typing import Annotated, ClassVar, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from torch.nn.utils import parametrize
 
 from fedface.errors import WeightsError
 from fedface.tensor_types import Vector
+from fedface.validation import In, checked
 
 MAX_RANK = 4096
 
@@ -40,16 +41,14 @@ class Full:
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class Lora:
     """Only low-rank changes of convolutions, style affines and fully connected layers learn; no bias does."""
 
     kind: ClassVar[str] = "lora"
 
-    rank: int = 4  # r, from 1 to 4096; a layer with fewer inputs than this gets as many as it has inputs
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.rank <= MAX_RANK:
-            raise ValueError(f"rank must lie in [1, {MAX_RANK}], got {self.rank}")
+    # r; a layer with fewer inputs than this gets as many as it has inputs.
+    rank: Annotated[int, In(f"[1, {MAX_RANK}]")] = 4
 
 
 Adaptation = Full | Lora

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Annotated, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,11 @@ from fedface.errors import ConfigError
 from fedface.models.generator_protocol import sample
 from fedface.models.unet import UNet, UNetConfig
 from fedface.tensor_types import Images, Latents, Styles
+from fedface.validation import In, checked
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class FlowConfig:
     """The shape of a flow; equal configs have weights that can be summed."""
 
@@ -34,13 +36,10 @@ class FlowConfig:
     patch: int = 2  # pixels per side that are folded into channels first
     group: int = 8  # channels normalised together
     time_width: int = 64  # width of the time embedding
-    steps: int = 8  # midpoint steps from noise to picture; two evaluations of the network each
+    # Midpoint steps from noise to picture; two evaluations of the network each.
+    steps: Annotated[int, In("[1, 1000]")] = 8
 
     def __post_init__(self) -> None:
-        if self.size not in (16, 32, 64):
-            raise ConfigError(f"size must be 16, 32 or 64, got {self.size}")
-        if not 1 <= self.steps <= 1000:
-            raise ConfigError(f"steps must lie in [1, 1000], got {self.steps}")
         if self.size % self.unet.divisor:
             raise ConfigError(
                 f"size must be a multiple of patch times all halvings, {self.unet.divisor}, got {self.size}"

@@ -10,40 +10,32 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import Annotated, cast
 
 import torch
 from torch import Tensor, nn
 
-from fedface.errors import ConfigError
 from fedface.models.latent_encoder import HalvingBlock
 from fedface.models.stylegan2 import StyleGAN2
 from fedface.models.stylegan_layers import Conv, ConvOptions, Linear, resize_up
 from fedface.tensor_types import LowImages, Styles
+from fedface.validation import In, PowerOfTwo, checked
 
 WIDEST = 2**12  # channels, and style inputs times style width, are bounded: a description may be a stranger's
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class StyleEncoderNetworkConfig:
     """The shape of a style encoder; equal configs have weights that can be summed."""
 
-    side: int = 16  # photos of up to so many pixels a side are read, enlarged to it; a power of two, 4 to 256
-    style_inputs: int = 8  # k of the generator
-    style_width: int = 128  # v of the generator
-    width: int = 48  # channels of the trunk
-    blocks: int = 2  # residual blocks at the photo's side
-    hidden: int = 128  # width of the layer between trunk and styles
-
-    def __post_init__(self) -> None:
-        if self.side not in [2**p for p in range(2, 9)]:
-            raise ConfigError(f"side must be a power of two from 4 to 256, got {self.side}")
-        for name, least, most in (
-            ("style_inputs", 1, 64), ("style_width", 1, WIDEST), ("width", 1, WIDEST), ("blocks", 0, 64),
-            ("hidden", 1, WIDEST),
-        ):  # fmt: skip
-            if not least <= getattr(self, name) <= most:
-                raise ConfigError(f"{name} must lie in [{least}, {most}], got {getattr(self, name)}")
+    # Photos of up to so many pixels a side are read, enlarged to it.
+    side: Annotated[int, PowerOfTwo(4, 256)] = 16
+    style_inputs: Annotated[int, In("[1, 64]")] = 8  # k of the generator
+    style_width: Annotated[int, In(f"[1, {WIDEST}]")] = 128  # v of the generator
+    width: Annotated[int, In(f"[1, {WIDEST}]")] = 48  # channels of the trunk
+    blocks: Annotated[int, In("[0, 64]")] = 2  # residual blocks at the photo's side
+    hidden: Annotated[int, In(f"[1, {WIDEST}]")] = 128  # width of the layer between trunk and styles
 
 
 class ResidualBlock(nn.Module):

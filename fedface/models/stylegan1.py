@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Annotated, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedface.errors import ConfigError
 from fedface.models.generator_protocol import check_inputs, sample, truncated
 from fedface.models.stylegan_layers import (
     LRELU_GAIN,
@@ -29,29 +28,28 @@ from fedface.models.stylegan_layers import (
     unit_mean_square,
 )
 from fedface.tensor_types import Images, Latents, Styles
+from fedface.validation import AtLeast, PowerOfTwo, checked
 
 FUSED_FROM = 128  # from this side on, the published network doubles and convolves in one step
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class StyleGAN1Config:
     """The shape of a StyleGAN1 generator; the defaults are the published network for 1024 px faces."""
 
     kind: ClassVar[str] = "stylegan1"
 
-    size: int = 1024  # height and width of images in pixels, a power of two from 8 to 1024
-    latent_width: int = 512  # width of z
-    style_width: int = 512  # width of w
-    mapping_layers: int = 8  # fully connected layers from z to w
-    channel_base: int = 16384  # channels at side r are min(channel_base / r, channel_max); twice "fmap_base"
-    channel_max: int = 512
+    # Height and width of images in pixels.
+    size: Annotated[int, PowerOfTwo(8, 1024)] = 1024
+    latent_width: Annotated[int, AtLeast(1)] = 512  # width of z
+    style_width: Annotated[int, AtLeast(1)] = 512  # width of w
+    mapping_layers: Annotated[int, AtLeast(1)] = 8  # fully connected layers from z to w
+    # Channels at side r are min(channel_base / r, channel_max); twice "fmap_base".
+    channel_base: Annotated[int, AtLeast(1)] = 16384
+    channel_max: Annotated[int, AtLeast(1)] = 512
 
     def __post_init__(self) -> None:
-        if self.size not in [2**p for p in range(3, 11)]:
-            raise ConfigError(f"size must be a power of two from 8 to 1024, got {self.size}")
-        for name in ("latent_width", "style_width", "mapping_layers", "channel_base", "channel_max"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         check_widths(self)
 
     @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,36 +31,32 @@ from fedface.models.stylegan_layers import (
     upsample,
 )
 from fedface.tensor_types import Images, Latents, Styles
+from fedface.validation import Above, AtLeast, PowerOfTwo, checked
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class StyleGAN2Config:
     """The shape of a generator; equal configs have weights that can be summed."""
 
     kind: ClassVar[str] = "stylegan2"
 
-    size: int = 32  # height and width of images in pixels, a power of two from 8 to 1024
-    latent_width: int = 64  # width of z
-    style_width: int = 64  # width of w
-    mapping_layers: int = 4  # fully connected layers from z to w
-    channel_base: int = 2048  # channels at side r are min(channel_base / r, channel_max)
-    channel_max: int = 96
+    # Height and width of images in pixels.
+    size: Annotated[int, PowerOfTwo(8, 1024)] = 32
+    latent_width: Annotated[int, AtLeast(1)] = 64  # width of z
+    style_width: Annotated[int, AtLeast(1)] = 64  # width of w
+    mapping_layers: Annotated[int, AtLeast(1)] = 4  # fully connected layers from z to w
+    # Channels at side r are min(channel_base / r, channel_max).
+    channel_base: Annotated[int, AtLeast(1)] = 2048
+    channel_max: Annotated[int, AtLeast(1)] = 96
     architecture: Literal["skip", "orig", "resnet"] = "skip"
-    clamp: float | None = None  # activations are kept within +- this, > 0; published for half precision: 256
-    classes: int = 0  # how many kinds of pictures can be asked for; 0 for one kind
+    # Activations are kept within +- this; published for half precision: 256.
+    clamp: Annotated[float, Above(0)] | None = None
+    classes: Annotated[int, AtLeast(0)] = 0  # how many kinds of pictures can be asked for; 0 for one kind
     prior: Literal["standard", "fitted"] = "standard"  # fitted: latents pass an affine map that travels along
 
     def __post_init__(self) -> None:
-        if self.size not in [2**p for p in range(3, 11)]:
-            raise ConfigError(f"size must be a power of two from 8 to 1024, got {self.size}")
-        for name in ("latent_width", "style_width", "mapping_layers", "channel_base", "channel_max"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         check_widths(self)
-        if self.classes < 0:
-            raise ConfigError(f"classes must be at least 0, got {self.classes}")
-        if self.clamp is not None and not 0 < self.clamp < math.inf:
-            raise ConfigError(f"clamp must be finite and above 0, got {self.clamp}")
 
     @property
     def sides(self) -> tuple[int, ...]:

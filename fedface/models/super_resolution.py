@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import Annotated, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,25 +20,24 @@ from fedface.errors import ConfigError
 from fedface.models.style_encoder import ResidualBlock
 from fedface.models.stylegan_layers import Conv, ConvOptions, resize_up
 from fedface.tensor_types import Images, LowImages
+from fedface.validation import In, PowerOfTwo, checked
 
 WIDEST = 2**12
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class SuperResolutionNetworkConfig:
     """The shape of a super-resolution network; equal configs have weights that can be summed."""
 
-    side: int = 16  # photos of up to so many pixels a side are read, enlarged to it, from 1 to 512
-    factor: int = 2  # how much larger than that side pictures are, a power of two from 1 to 64
-    width: int = 32  # channels
-    blocks: int = 4  # residual blocks
+    # Photos of up to so many pixels a side are read, enlarged to it.
+    side: Annotated[int, In("[1, 512]")] = 16
+    # How much larger than that side pictures are.
+    factor: Annotated[int, PowerOfTwo(1, 64)] = 2
+    width: Annotated[int, In(f"[1, {WIDEST}]")] = 32  # channels
+    blocks: Annotated[int, In("[0, 64]")] = 4  # residual blocks
 
     def __post_init__(self) -> None:
-        if self.factor not in [2**p for p in range(7)]:
-            raise ConfigError(f"factor must be a power of two from 1 to 64, got {self.factor}")
-        for name, least, most in (("side", 1, 512), ("width", 1, WIDEST), ("blocks", 0, 64)):
-            if not least <= getattr(self, name) <= most:
-                raise ConfigError(f"{name} must lie in [{least}, {most}], got {getattr(self, name)}")
         if not 8 <= self.size <= 1024:
             raise ConfigError(f"factor times side must lie between 8 and 1024 pixels, got {self.size}")
 

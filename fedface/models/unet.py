@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import Annotated, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fedface.errors import ConfigError
+from fedface.validation import AtLeast, In, checked
 
 _FASTEST = 1000.0  # the highest frequency of the time embedding, in radians per unit of time
 _WIDEST = 2**16  # channels of a side, and numbers of the time embedding
@@ -28,24 +29,22 @@ _MOST_SIDES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class UNetConfig:
-    """The shape of a U-Net for pictures of any side that its patches and halvings divide."""
+    """The shape of a U-Net for images of any side that its patches and halvings divide.
 
-    width: int = 64  # channels at the finest side
-    multipliers: tuple[float, ...] = (1.0, 1.5)  # channels of each side, in widths, finest first
-    blocks: int = 1  # residual blocks at each side of each half, >= 1
-    patch: int = 2  # pixels per side that are folded into channels first
-    group: int = 8  # channels normalised together; divides every side's channels
-    time_width: int = 64  # width of the time embedding, even
+    A shape may come from outside: it is bounded before its numbers are multiplied or memory is allocated.
+    """
+
+    width: Annotated[int, In(f"[1, {_WIDEST}]")] = 64  # channels at the finest side
+    # Channels of each side, in widths, finest first.
+    multipliers: tuple[Annotated[float, In("(0, 1024]")], ...] = (1.0, 1.5)
+    blocks: Annotated[int, In("[1, 64]")] = 1  # residual blocks at each side of each half
+    patch: Annotated[int, AtLeast(1)] = 2  # pixels per side that are folded into channels first
+    group: Annotated[int, AtLeast(1)] = 8  # channels normalised together; divides every side's channels
+    time_width: Annotated[int, In(f"[1, {_WIDEST}]")] = 64  # width of the time embedding, even
 
     def __post_init__(self) -> None:
-        for name in ("width", "blocks", "patch", "group", "time_width"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        # A description may be a stranger's: bounded before a number of it is multiplied, or memory asked for.
-        for name, most in (("width", _WIDEST), ("time_width", _WIDEST), ("blocks", 64)):
-            if getattr(self, name) > most:
-                raise ConfigError(f"{name} must be at most {most}, got {getattr(self, name)}")
         if self.time_width % 2:
             raise ConfigError(f"time_width must be even, got {self.time_width}")
         if not self.multipliers:
@@ -54,9 +53,6 @@ class UNetConfig:
             raise ConfigError(
                 f"multipliers must name at most {_MOST_SIDES} sides, got {len(self.multipliers)}"
             )
-        for times in self.multipliers:
-            if not 0 < times <= 1024:
-                raise ConfigError(f"multipliers must lie in (0, 1024], got {times}")
         for channels in self.channels:
             if channels < self.group or channels % self.group:
                 raise ConfigError(

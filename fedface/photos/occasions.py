@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import cdist
+
+from fedface.validation import Above, In, checked
 
 FINGERPRINT_BITS = 128
 MIN_CONTRAST_BITS = 1.0  # grey levels of 255; a smaller step from cell to cell may be noise
@@ -33,27 +35,16 @@ BEGINNING = datetime(1970, 1, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class OccasionRule:
     """When two photos count as taken together. Every larger number merges more, and protects more."""
 
-    gap_hours: float = 4.0  # linked if both are dated and no further apart than this ...
-    radius_km: float = 5.0  # ... unless both are placed, and further apart than this
-    max_fingerprint_distance: int = (
-        10  # linked whatever the date if no more of the 128 bits of their fingerprints differ
-    )
+    # Linked if both are dated and no further apart than this ...
+    gap_hours: Annotated[float, In("(0, 8760]")] = 4.0
+    radius_km: Annotated[float, Above(0)] = 5.0  # ... unless both are placed, and further apart than this
+    # Linked whatever the date if no more of the 128 bits of their fingerprints differ.
+    max_fingerprint_distance: Annotated[int, In(f"[0, {FINGERPRINT_BITS}]")] = 10
     undated: Literal["by-folder", "alone"] = "by-folder"  # links all undated photos of one folder, or none
-
-    def __post_init__(self) -> None:
-        if not 0 < self.gap_hours <= 8760:
-            raise ValueError(f"gap_hours must lie in (0, 8760], got {self.gap_hours}")
-        if not self.radius_km > 0:
-            raise ValueError(f"radius_km must be > 0, got {self.radius_km}")
-        if not 0 <= self.max_fingerprint_distance <= FINGERPRINT_BITS:
-            raise ValueError(
-                f"max_fingerprint_distance must lie in [0, {FINGERPRINT_BITS}] bits, got {self.max_fingerprint_distance}"
-            )
-        if self.undated not in ("by-folder", "alone"):
-            raise ValueError(f'undated must be "by-folder" or "alone", got {self.undated!r}')
 
 
 DEFAULT_RULE = OccasionRule()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,62 +19,49 @@ from fedface.models.style_encoder import StyleUpsampler
 from fedface.tensor_types import Images, LowImages
 from fedface.upsampling.degradation import Degradation
 from fedface.upsampling.upsampler import Progress, Upsampled, check_low, clamp_and_score
+from fedface.validation import Above, checked
 
 EPS = 5e-4  # the tolerance of every method: a face fits when its mean squared difference is at most this
 
 
-def check_eps(eps: float) -> None:
-    """Raises ValueError unless a tolerance is finite and above 0."""
-    if not 0 < eps < float("inf"):
-        raise ValueError(f"eps must be finite and > 0, got {eps}")
-
-
 @dataclass(frozen=True, kw_only=True)
+@checked
 class NearestConfig:
     """Every pixel becomes a square: what pixelation looks like."""
 
     kind: ClassVar[str] = "nearest"
 
-    eps: float = EPS
-
-    def __post_init__(self) -> None:
-        check_eps(self.eps)
+    eps: Annotated[float, Above(0)] = EPS
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class BicubicConfig:
     """The smooth enlargement of every picture viewer."""
 
     kind: ClassVar[str] = "bicubic"
 
-    eps: float = EPS
-
-    def __post_init__(self) -> None:
-        check_eps(self.eps)
+    eps: Annotated[float, Above(0)] = EPS
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class SuperResolutionConfig:
     """A feed-forward network trained to undo the downscale: the mean of the faces that fit, hence blurred."""
 
     kind: ClassVar[str] = "super-resolution"
 
-    eps: float = EPS
-
-    def __post_init__(self) -> None:
-        check_eps(self.eps)
+    eps: Annotated[float, Above(0)] = EPS
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class StyleEncoderConfig:
     """A style encoder and its generator: one face out of those that the generator knows."""
 
     kind: ClassVar[str] = "style-encoder"
 
-    eps: float = EPS
-
-    def __post_init__(self) -> None:
-        check_eps(self.eps)
+    eps: Annotated[float, Above(0)] = EPS
 
 
 class FeedforwardUpsampler:
@@ -100,7 +87,8 @@ class FeedforwardUpsampler:
             at_once: Photos in memory together, >= 1.
             progress: Called with photos done and photos in all.
         """
-        check_eps(eps)
+        if not 0 < eps < float("inf"):
+            raise ValueError(f"eps must be a finite number above 0, got {eps}")
         self._answer, self._degradation, self._size = answer, degradation, size
         self._eps, self._at_once, self._progress = eps, at_once, progress
 

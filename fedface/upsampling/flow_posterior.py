@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, assert_never
+from typing import Annotated, ClassVar, Literal, Protocol, assert_never
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ from fedface.upsampling.upsampler import (
     join,
     squared_difference,
 )
+from fedface.validation import Above, AtLeast, In, checked
 
 ROWS_AT_ONCE = 64  # measured values whose row of A A' is computed together
 
@@ -64,38 +65,25 @@ class Flow(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class GuidedFlowConfig:
     """Settings of the guided path."""
 
     kind: ClassVar[str] = "guided-flow"
 
-    noise_std: float = (
-        0.02  # >= 0, std of what separates photos from the model; the noise is hypot(this, degradation's)
-    )
-    steps: int = 40  # >= 2, equal in time
+    # Std of what separates photos from the model; the noise is hypot(this, degradation's).
+    noise_std: Annotated[float, AtLeast(0)] = 0.02
+    steps: Annotated[int, AtLeast(2)] = 40  # equal in time
     covariance: Literal["isotropic", "moments"] = (
         "moments"  # what is taken for the uncertainty of a face on its way
     )
-    cg_steps: int = (
-        3  # >= 1, most conjugate gradients a step, for moments; more go astray, see docs/posterior.md
-    )
-    data_std: float = 0.4  # > 0, std of a pixel in [-1, 1], c; for isotropic
-    churn: float = (
-        1.0  # in [0, 1], share of the noise that is drawn anew on the way; 0 follows the path as it is
-    )
-    faces_at_once: int = 32  # >= 1, bounds the memory of one worker
-    workers: int = 1  # >= 1, threads, each with faces of its own
-
-    def __post_init__(self) -> None:
-        for name, least in (("steps", 2), ("cg_steps", 1), ("faces_at_once", 1), ("workers", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
-        if not 0 <= self.noise_std < math.inf:
-            raise ValueError(f"noise_std must be finite and >= 0, got {self.noise_std}")
-        if not 0 < self.data_std < math.inf:
-            raise ValueError(f"data_std must be finite and > 0, got {self.data_std}")
-        if not 0 <= self.churn <= 1:
-            raise ValueError(f"churn must lie in [0, 1], got {self.churn}")
+    # Most conjugate gradients a step, for moments; more go astray, see docs/posterior.md.
+    cg_steps: Annotated[int, AtLeast(1)] = 3
+    data_std: Annotated[float, Above(0)] = 0.4  # std of a pixel, c; for isotropic
+    # Share of the noise that is drawn anew on the way; 0 follows the path as it is.
+    churn: Annotated[float, In("[0, 1]")] = 1.0
+    faces_at_once: Annotated[int, AtLeast(1)] = 32  # bounds the memory of one worker
+    workers: Annotated[int, AtLeast(1)] = 1  # threads, each with faces of its own
 
 
 def gram(degradation: Degradation, size: int) -> Tensor:

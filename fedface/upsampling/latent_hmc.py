@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from scipy import stats
@@ -53,6 +53,7 @@ from fedface.upsampling.upsampler import (
     check_low,
     join,
 )
+from fedface.validation import Above, AtLeast, checked
 
 CONVERGED = 0.999  # a chain that misses the photo by more than this quantile of the noise has not arrived
 ACCEPT = 0.8  # the share of moves that the adaptation of step lengths aims at
@@ -62,6 +63,7 @@ JITTER = 0.3  # steps differ by up to this share between moves, so that no traje
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class HmcConfig:
     """Settings of the chains; none depends on the size of the generator.
 
@@ -71,39 +73,24 @@ class HmcConfig:
 
     kind: ClassVar[str] = "hmc"
 
-    noise_std: float = (
-        0.02  # >= 0, std of what separates photos from the model; the noise is hypot(this, degradation's)
-    )
-    start_std: float = 1.0  # > 0, noise of the first level
-    noise_levels: int = 12  # >= 1, from there down to the noise, geometrically
-    transitions: int = 3  # >= 1, at each level
-    final_transitions: int = 12  # >= 0, moves at the noise itself with everything fixed
-    leapfrog_steps: int = 16  # >= 1, gradients in one move; 1 is Langevin
-    step: float = 0.3  # > 0, length of the first leaps, in posterior standard deviations; then adapted
-    rank: int = 64  # >= 0, most directions of the metric, which is prepared once; 0 is none
+    # Std of what separates photos from the model; the noise is hypot(this, degradation's).
+    noise_std: Annotated[float, AtLeast(0)] = 0.02
+    start_std: Annotated[float, Above(0)] = 1.0  # noise of the first level
+    noise_levels: Annotated[int, AtLeast(1)] = 12  # from there down to the noise, geometrically
+    transitions: Annotated[int, AtLeast(1)] = 3  # at each level
+    final_transitions: Annotated[int, AtLeast(0)] = 12  # moves at the noise itself with everything fixed
+    leapfrog_steps: Annotated[int, AtLeast(1)] = 16  # gradients in one move; 1 is Langevin
+    # Length of the first leaps, in posterior standard deviations; then adapted.
+    step: Annotated[float, Above(0)] = 0.3
+    rank: Annotated[int, AtLeast(0)] = 64  # most directions of the metric, which is prepared once; 0 is none
     correction: Literal["metropolis", "none"] = (
         "metropolis"  # none: published steps, never refused or adapted
     )
     noise: Literal["fixed", "sampled"] = "fixed"  # the generator's own maps, or maps drawn with the latents
-    faces_at_once: int = 64  # >= 1, chains side by side, bounds the memory of one worker
-    workers: int = 1  # >= 1, threads, each with chains of its own
+    faces_at_once: Annotated[int, AtLeast(1)] = 64  # chains side by side, bounds the memory of one worker
+    workers: Annotated[int, AtLeast(1)] = 1  # threads, each with chains of its own
 
     def __post_init__(self) -> None:
-        counts = (
-            ("noise_levels", 1),
-            ("transitions", 1),
-            ("final_transitions", 0),
-            ("leapfrog_steps", 1),
-            ("rank", 0),
-        )
-        for name, least in (*counts, ("faces_at_once", 1), ("workers", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
-        for name in ("start_std", "step"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and > 0, got {getattr(self, name)}")
-        if not 0 <= self.noise_std < math.inf:
-            raise ValueError(f"noise_std must be finite and >= 0, got {self.noise_std}")
         if self.correction == "none" and (self.leapfrog_steps, self.rank, self.final_transitions) != (
             1,
             0,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
-from typing import ClassVar, Literal, assert_never
+from typing import Annotated, ClassVar, Literal, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -41,11 +41,13 @@ from fedface.upsampling.upsampler import (
     join,
     squared_difference,
 )
+from fedface.validation import Above, AtLeast, checked
 
 Start = Callable[[LowImages], Styles]  # photos (n, 3, lh, lw) -> styles (n, k, v) to begin with
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class PulseConfig:
     """Settings of the search; none depends on the size of the generator.
 
@@ -55,37 +57,21 @@ class PulseConfig:
 
     kind: ClassVar[str] = "pulse"
 
-    steps: int = 100  # >= 1
-    learning_rate: float = 0.8  # > 0, the peak of the schedule
-    eps: float = 5e-4  # > 0, a face fits when its mean squared difference (sRGB in [0, 1]) is at most this
-    l2: float = 100.0  # >= 0, weight of the difference
-    geocross: float = 0.05  # >= 0, weight of the spread of the styles of one face
+    steps: Annotated[int, AtLeast(1)] = 100
+    learning_rate: Annotated[float, Above(0)] = 0.8  # the peak of the schedule
+    # A face fits when its mean squared difference (sRGB) is at most this.
+    eps: Annotated[float, Above(0)] = 5e-4
+    l2: Annotated[float, AtLeast(0)] = 100.0  # weight of the difference
+    geocross: Annotated[float, AtLeast(0)] = 0.05  # weight of the spread of the styles of one face
     tile_latent: bool = False  # one latent for all style inputs; otherwise one for each
-    trainable_noise: int = 5  # >= 0, how many noise maps, coarsest first, are searched as well
-    mapping_samples: int = 20_000  # >= 2, latents drawn to fit the distribution of styles
+    # How many noise maps, coarsest first, are searched as well.
+    trainable_noise: Annotated[int, AtLeast(0)] = 5
+    mapping_samples: Annotated[int, AtLeast(2)] = 20_000  # latents drawn to fit the distribution of styles
     stop: Literal["fit", "end"] = "fit"  # when a search stops: its face fits, or all steps are taken
     selection: Literal["best", "last"] = "best"  # which face of a search is its answer
-    faces_at_once: int = 32  # >= 1, bounds the memory of one worker
-    workers: int = 1  # >= 1, threads that search side by side, each with faces of its own
+    faces_at_once: Annotated[int, AtLeast(1)] = 32  # bounds the memory of one worker
+    workers: Annotated[int, AtLeast(1)] = 1  # threads that search side by side, each with faces of its own
     precision: Literal["auto", "float32", "bfloat16"] = "float32"  # of the search; every figure is float32
-
-    def __post_init__(self) -> None:
-        counts = (
-            ("steps", 1),
-            ("trainable_noise", 0),
-            ("mapping_samples", 2),
-            ("faces_at_once", 1),
-            ("workers", 1),
-        )
-        for name, least in counts:
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
-        for name in ("learning_rate", "eps"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be finite and > 0, got {getattr(self, name)}")
-        for name in ("l2", "geocross"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
 
     @staticmethod
     def paper() -> PulseConfig:

@@ -127,7 +127,7 @@ def by_photo(found: Upsampled, faces_per_photo: int) -> Upsampled:
 def check_low(low: LowImages, side: int, faces_per_photo: int) -> None:
     """Raises ValueError unless photos are finite, (n, 3, side, side), and a face of each is asked for."""
     if faces_per_photo < 1:
-        raise ValueError(f"faces_per_photo must be >= 1, got {faces_per_photo}")
+        raise ValueError(f"faces_per_photo must be at least 1, got {faces_per_photo}")
     if low.ndim != 4 or low.shape[1:] != (3, side, side):
         raise ValueError(f"photos must have shape (n, 3, {side}, {side}), got {tuple(low.shape)}")
     if not low.isfinite().all():

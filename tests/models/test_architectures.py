@@ -203,7 +203,7 @@ def test_a_wrong_number_of_styles_or_noise_maps_is_refused() -> None:
         ({"minibatch_channels": 0}, "minibatch_channels must be at least 1"),
         ({"classes": -1}, "classes must be at least 0"),
         ({"mapping_layers": 65}, "at most 64"),
-        ({"clamp": 0.0}, "clamp must be finite and above 0"),
+        ({"clamp": 0.0}, "clamp must be a finite number above 0"),
     ],
 )
 def test_a_discriminators_shape_is_checked_at_the_door(wrong: dict[str, Any], said: str) -> None:
@@ -214,7 +214,10 @@ def test_a_discriminators_shape_is_checked_at_the_door(wrong: dict[str, Any], sa
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
-    [({"classes": -1}, "classes must be at least 0"), ({"clamp": -1.0}, "clamp must be finite and above 0")],
+    [
+        ({"classes": -1}, "classes must be at least 0"),
+        ({"clamp": -1.0}, "clamp must be a finite number above 0"),
+    ],
 )
 def test_a_generators_shape_is_checked_at_the_door(wrong: dict[str, Any], said: str) -> None:
     """Name, bound and value."""

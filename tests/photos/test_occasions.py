@@ -337,8 +337,8 @@ def test_an_occasion_says_how_many_and_when() -> None:
     [
         ({"gap_hours": 0}, r"gap_hours must lie in \(0, 8760\], got 0"),
         ({"gap_hours": math.nan}, "gap_hours"),
-        ({"radius_km": -1.0}, "radius_km must be > 0, got -1.0"),
-        ({"max_fingerprint_distance": 129}, r"max_fingerprint_distance must lie in \[0, 128\] bits, got 129"),
+        ({"radius_km": -1.0}, "radius_km must be a finite number above 0, got -1.0"),
+        ({"max_fingerprint_distance": 129}, r"max_fingerprint_distance must lie in \[0, 128\], got 129"),
         ({"undated": "together"}, "by-folder"),
     ],
 )

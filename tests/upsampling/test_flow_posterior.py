@@ -173,10 +173,10 @@ def test_wrong_photos_and_settings_are_named(flow: RectifiedFlow) -> None:
     with pytest.raises(ValueError, match="must divide"):
         GuidedFlowUpsampler(flow, BicubicPulse(5), QUICK, STREAMS)
     for wrong, message in (
-        ({"steps": 1}, "steps must be >= 2, got 1"),
-        ({"data_std": 0.0}, "data_std must be finite and > 0, got 0"),
+        ({"steps": 1}, "steps must be at least 2, got 1"),
+        ({"data_std": 0.0}, "data_std must be a finite number above 0, got 0"),
         ({"churn": 1.5}, r"churn must lie in \[0, 1\], got 1.5"),
-        ({"noise_std": float("nan")}, "noise_std must be finite and >= 0, got nan"),
+        ({"noise_std": float("nan")}, "noise_std must be a finite number, got nan"),
     ):
         with pytest.raises(ValueError, match=message):
             GuidedFlowConfig(**wrong)  # type: ignore[arg-type]

@@ -297,9 +297,9 @@ def test_wrong_photos_and_settings_are_named(generator: StyleGAN2) -> None:
     with pytest.raises(ValueError, match="must divide"):
         HmcUpsampler(generator, BicubicPulse(5), QUICK, STREAMS)
     for wrong, message in (
-        ({"noise_levels": 0}, "noise_levels must be >= 1, got 0"),
-        ({"step": 0.0}, "step must be finite and > 0, got 0"),
-        ({"noise_std": -1.0}, "noise_std must be finite and >= 0, got -1"),
+        ({"noise_levels": 0}, "noise_levels must be at least 1, got 0"),
+        ({"step": 0.0}, "step must be a finite number above 0, got 0"),
+        ({"noise_std": -1.0}, "noise_std must be at least 0, got -1"),
         ({"correction": "none"}, "needs leapfrog_steps 1, rank 0 and final_transitions 0"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -146,7 +146,7 @@ def test_sizes_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError, match="finite"):
         nearest = make_upsampler(NearestConfig(), None, Area(4), STREAMS, size=16)
         nearest.upsample(torch.full((1, 3, 4, 4), float("nan")), faces_per_photo=1)
-    with pytest.raises(ValueError, match="eps must be finite and > 0, got 0"):
+    with pytest.raises(ValueError, match="eps must be a finite number above 0, got 0"):
         NearestConfig(eps=0)
 
 

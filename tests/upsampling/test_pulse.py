@@ -251,9 +251,9 @@ def test_wrong_photos_and_settings_are_named(generator: StyleGAN2) -> None:
         search.upsample(torch.zeros(1, 3, 8, 8), faces_per_photo=1)
     with pytest.raises(ValueError, match="finite"):
         search.upsample(torch.full((1, 3, 4, 4), float("nan")), faces_per_photo=1)
-    with pytest.raises(ValueError, match="faces_per_photo must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="faces_per_photo must be at least 1, got 0"):
         search.upsample(torch.zeros(1, 3, 4, 4), faces_per_photo=0)
-    with pytest.raises(ValueError, match="eps must be finite and > 0, got 0"):
+    with pytest.raises(ValueError, match="eps must be a finite number above 0, got 0"):
         PulseConfig(eps=0)
     with pytest.raises(ValueError, match="factor must divide the size 16, got 5"):
         PulseUpsampler(generator, Area(5), QUICK, STREAMS)

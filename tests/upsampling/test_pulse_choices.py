@@ -172,7 +172,7 @@ def test_workers_find_what_one_finds(generator: StyleGAN2, low: Tensor) -> None:
     together = [done for done, of in heard if of == 3 * 12]
     assert len(together) > 12 and together == sorted(together) and together[-1] == 36
     assert torch.get_num_threads() == threads
-    with pytest.raises(ValueError, match="workers must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
         PulseConfig(workers=0)
 
 
