@@ -44,8 +44,8 @@ class AtLeast:
 
     def problem(self, value: float) -> str:
         """Empty for a finite value >= low."""
-        if not math.isfinite(value):
-            return "must be a finite number"
+        if value == math.inf:
+            return "must be finite"
         return "" if value >= self.low else f"must be at least {self.low}"
 
 

@@ -176,7 +176,7 @@ def test_wrong_photos_and_settings_are_named(flow: RectifiedFlow) -> None:
         ({"steps": 1}, "steps must be at least 2, got 1"),
         ({"data_std": 0.0}, "data_std must be a finite number above 0, got 0"),
         ({"churn": 1.5}, r"churn must lie in \[0, 1\], got 1.5"),
-        ({"noise_std": float("nan")}, "noise_std must be a finite number, got nan"),
+        ({"noise_std": float("nan")}, "noise_std must be at least 0, got nan"),
     ):
         with pytest.raises(ValueError, match=message):
             GuidedFlowConfig(**wrong)  # type: ignore[arg-type]
