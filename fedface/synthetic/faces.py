@@ -1,8 +1,7 @@
-"""Drawn faces: small portraits whose skin tone, light, camera and every other parameter are known.
+"""Synthetic faces: small rendered portraits whose skin tone, light, camera and every other parameter are known.
 
-Called by the training of the base generator (a public prior that no photo was needed for), by the audits
-(a probe whose truth is known) and by the examples. Nobody's face is drawn; the parameters are independent
-standard normals pushed through quantile functions, see photos.drawn_parameters.
+They train the bundled networks without any photo, and are a probe whose truth is known. No person is shown; the
+parameters are independent standard normals through quantile functions, see `parameters`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedface.randomness import Streams
-from fedface.synthetic.camera import through_camera, through_jpeg
+from fedface.synthetic.camera import through_camera
 from fedface.synthetic.parameters import (
     NORMALS,
     SyntheticFaces,
@@ -39,13 +38,12 @@ __all__ = [
     "sample_faces",
     "skin_mask",
     "through_camera",
-    "through_jpeg",
 ]
 
 # What differs from photo to photo of one person at one occasion.
 MOMENT = ("yaw", "pitch", "roll", "smile", "mouth_open", "brow_raise", "gaze")
 _PIXELS_AT_ONCE = 2**16  # keeps every intermediate tensor inside a core's cache
-_FINE = 64  # pictures smaller than this are drawn at twice their size and averaged in linear light
+_FINE = 64  # pictures smaller than this are rendered at twice their size and averaged in linear light
 
 
 def _chunks(faces: SyntheticFaces, size: int) -> list[SyntheticFaces]:
@@ -68,7 +66,7 @@ def _at_size(pictures: Tensor, size: int) -> Tensor:
 
 @torch.no_grad()
 def render(faces: SyntheticFaces, size: int, *, noise: torch.Generator | None = None) -> Images:
-    """Draw faces as a camera would see them.
+    """Render faces as a camera would see them.
 
     Args:
         faces: n faces.
@@ -76,7 +74,7 @@ def render(faces: SyntheticFaces, size: int, *, noise: torch.Generator | None = 
         noise: Source of the sensor noise; without it the picture is a function of the parameters alone.
 
     Returns:
-        (n, 3, size, size) sRGB in [0, 1]. JPEG's loss is separate: `through_jpeg`.
+        (n, 3, size, size) sRGB in [0, 1].
 
     Raises:
         ValueError: if the size is too small.
@@ -105,7 +103,7 @@ def render_people(count: int, light_fraction: float, size: int, streams: Streams
 
 
 def render_occasions(occasions: int, each: int, light_fraction: float, size: int, streams: Streams) -> Images:
-    """Drawn people with several photos of each, side by side: (occasions * each, 3, size, size).
+    """Synthetic people with several photos of each, side by side: (occasions * each, 3, size, size).
 
     Photos of one occasion show one person in one light, through one camera; pose and expression are fresh. With
     one photo each they are those of `render_people`.

@@ -1,21 +1,21 @@
-"""Everything that determines a drawn face, and the smooth map from standard normals to it.
-
-Called by photos.drawn (which draws), by the training of the base generator (which learns normals -> picture)
-and by the audits (which need the true skin tone, light and camera of each picture).
+"""The parameters of a synthetic face, and the smooth map from standard normals to them.
 
 Every parameter is a quantile function of its own standard normal (a Gaussian copula with the identity as its
 correlation), so tone is independent of everything else: hair and iris colour, light, camera and background
 say nothing about it. That is not how the world is; it is what makes an audit clean.
-Source of the tones: the Monk Skin Tone scale (Monk 2019), ten published sRGB swatches, see photos.tone.
+Source of the tones: the Monk Skin Tone scale (Monk 2019), ten published sRGB swatches, see photos/skin_tone.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
+
+from fedface.validation import In, checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,6 @@ class SyntheticFaces:
     dynamic_range: Tensor  # stops between white and the darkest level told from black
     sensor_noise: Tensor  # standard deviation at mid-grey, linear light
     gamma: Tensor  # exponent on top of sRGB's curve, 1 is none
-    jpeg_quality: Tensor  # 1..100, as in libjpeg
     # pose
     yaw: Tensor
     pitch: Tensor
@@ -83,10 +82,10 @@ class SyntheticFaces:
     def __post_init__(self) -> None:
         count = len(self.tone)
         for field in fields(self):
-            wanted = (count, 3) if field.name.endswith("_colour") else (count,)
-            got = tuple(getattr(self, field.name).shape)
-            if got != wanted:
-                raise ValueError(f"{field.name} must have shape {wanted}, got {got}")
+            expected = (count, 3) if field.name.endswith("_colour") else (count,)
+            shape = tuple(getattr(self, field.name).shape)
+            if shape != expected:
+                raise ValueError(f"{field.name} must have shape {expected}, got {shape}")
 
     def __len__(self) -> int:
         """How many faces."""
@@ -98,17 +97,14 @@ class SyntheticFaces:
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class ToneMix:
-    """How skin tones are spread: a share of light faces (Monk 1 to 5), the rest dark (6 to 10).
+    """The distribution of skin tones: a share of light faces (Monk 1 to 5), the rest dark (6 to 10).
 
     Uniform inside each range; the two are joined by a steep crossing that holds 2 % of the rarer range.
     """
 
-    light_fraction: float  # in [0, 1]
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.light_fraction <= 1:
-            raise ValueError(f"light_fraction must lie in [0, 1], got {self.light_fraction}")
+    light_fraction: Annotated[float, In("[0, 1]")]
 
     def tones(self, uniform: Tensor) -> Tensor:
         """The quantile function: any shape in [0, 1] -> Monk scale in [1, 10], increasing and continuous.
@@ -129,9 +125,9 @@ class ToneMix:
 Quantile = Callable[[Tensor], Tensor]
 
 
-def _bell(centre: float, spread: float, reach: float) -> Quantile:
+def _bell(centre: float, std: float, reach: float) -> Quantile:
     """Normal-like around `centre`, never further from it than `reach`."""
-    return lambda normal: centre + reach * torch.tanh(normal * (spread / reach))
+    return lambda normal: centre + reach * torch.tanh(normal * (std / reach))
 
 
 def _even(low: float, high: float) -> Quantile:
@@ -145,6 +141,9 @@ def _some(share: float, softness: float) -> Quantile:
     return lambda normal: torch.sigmoid((normal - threshold) / softness)
 
 
+UNUSED = (
+    "unused"  # a column of the normals that no parameter reads; without it every bundled network would change
+)
 _SCALARS: dict[str, Quantile] = {
     "azimuth": _bell(0.0, 0.75, 1.35),
     "elevation": _bell(0.4, 0.3, 0.75),
@@ -155,7 +154,7 @@ _SCALARS: dict[str, Quantile] = {
     "dynamic_range": _even(7.0, 13.0),
     "sensor_noise": _even(0.002, 0.02),
     "gamma": _bell(0.97, 0.05, 0.12),
-    "jpeg_quality": _even(50.0, 98.0),
+    UNUSED: _even(0.0, 1.0),
     "yaw": _bell(0.0, 0.18, 0.42),
     "pitch": _bell(0.0, 0.08, 0.2),
     "roll": _bell(0.0, 0.03, 0.08),
@@ -237,7 +236,7 @@ def faces_from_normals(normals: Tensor, tones: ToneMix) -> SyntheticFaces:
 
     Args:
         normals: (n, NORMALS) float32; column 0 is the tone, each other column feeds one parameter.
-        tones: How the tone's column is spread over the Monk scale.
+        tones: The distribution of the tone on the Monk scale.
 
     Returns:
         n faces.
@@ -249,7 +248,9 @@ def faces_from_normals(normals: Tensor, tones: ToneMix) -> SyntheticFaces:
         raise ValueError(f"normals must have shape (n, {NORMALS}), got {tuple(normals.shape)}")
     normals = normals.float()
     scalars = {
-        name: quantile(normals[:, 1 + place]) for place, (name, quantile) in enumerate(_SCALARS.items())
+        name: quantile(normals[:, 1 + place])
+        for place, (name, quantile) in enumerate(_SCALARS.items())
+        if name != UNUSED
     }
     iris, hair, wall, cloth = torch.split(normals[:, 1 + len(_SCALARS) :], [1, 3, 3, 3], dim=1)
     wall_light = 0.04 + 0.66 * torch.special.ndtr(wall[:, 0]) ** 1.3
@@ -264,16 +265,16 @@ def faces_from_normals(normals: Tensor, tones: ToneMix) -> SyntheticFaces:
     )
 
 
-def sample_faces(count: int, tones: ToneMix, generator: torch.Generator) -> SyntheticFaces:
-    """`count` independent faces; the same generator state gives the same faces."""
-    return faces_from_normals(torch.randn(count, NORMALS, generator=generator), tones)
+def sample_faces(count: int, tones: ToneMix, rng: torch.Generator) -> SyntheticFaces:
+    """`count` independent faces; the same state of the rng gives the same faces."""
+    return faces_from_normals(torch.randn(count, NORMALS, generator=rng), tones)
 
 
 def neutral_light(faces: SyntheticFaces) -> SyntheticFaces:
     """The same faces under frontal, matte (cross-polarised) daylight and a faultless camera.
 
-    Its strength is such that the cheeks and the forehead send out, on average, what skin of their
-    reflectance would under white light of strength 1: so tone can be told from light. Pose, expression,
+    Its strength is such that the cheeks and the forehead reflect, on average, what skin of their reflectance would
+    under white light of strength 1, so that tone can be read from brightness. Pose, expression,
     hair and glasses stay.
     """
     same = torch.zeros_like(faces.tone)
@@ -288,6 +289,5 @@ def neutral_light(faces: SyntheticFaces) -> SyntheticFaces:
         dynamic_range=same + 16,
         sensor_noise=same,
         gamma=same + 1,
-        jpeg_quality=same + 98,
         shine=same,
     )

@@ -8,7 +8,6 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from pytest import approx
-from scipy.fft import dctn, idctn
 
 from fedface.photos.skin_tone import linear_from_srgb
 from fedface.synthetic.faces import (
@@ -22,7 +21,6 @@ from fedface.synthetic.faces import (
     sample_faces,
     skin_mask,
     through_camera,
-    through_jpeg,
 )
 
 EVEN = ToneMix(light_fraction=0.5)
@@ -229,36 +227,6 @@ def test_a_short_dynamic_range_takes_more_from_dark_skin_than_from_light() -> No
     seen = linear_from_srgb(through_camera(radiance, faces)).mean((1, 2, 3))
     assert float(seen[0]) == approx(dark / 2, rel=0.01)
     assert float(seen[1]) == approx(light, rel=0.05)
-
-
-def test_one_jpeg_block_equals_scipys_cosine_transform_at_quality_50() -> None:
-    """At quality 50 libjpeg uses annex K's tables as they stand."""
-    table = [
-        int(v) for v in "16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56".split()
-    ]
-    table += [
-        int(v) for v in "14 17 22 29 51 87 80 62 18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92".split()
-    ]
-    table += [int(v) for v in "49 64 78 87 103 121 120 101 72 92 95 98 112 100 103 99".split()]
-    steps = torch.tensor(table, dtype=torch.float64).reshape(8, 8)
-    block = torch.rand(8, 8, generator=torch.Generator().manual_seed(5))
-    grey = block.expand(1, 3, 8, 8)
-    faces = replace(middling(1), jpeg_quality=torch.tensor([50.0]))
-    coded = torch.round(torch.tensor(dctn(block.double().numpy() * 255 - 128, norm="ortho")) / steps) * steps
-    twin = ((torch.tensor(idctn(coded.numpy(), norm="ortho")) + 128) / 255).clamp(0, 1)
-    assert torch.allclose(through_jpeg(grey, faces)[0, 1].double(), twin, atol=1e-4)
-
-
-def test_jpeg_loses_more_at_lower_quality_and_little_at_the_highest() -> None:
-    """Sizes that are no multiple of 8 keep their shape."""
-    faces = some(3)
-    pictures = render(faces, 36)
-    losses = []
-    for quality in (10, 50, 100):
-        seen = through_jpeg(pictures, replace(faces, jpeg_quality=faces.tone * 0 + quality))
-        assert seen.shape == pictures.shape
-        losses.append(float((seen - pictures).abs().mean()))
-    assert losses[0] > losses[1] > losses[2] and losses[2] < 0.5 / 255
 
 
 def test_sampled_faces_follow_the_light_share_and_the_generator() -> None:
