@@ -176,7 +176,7 @@ def test_there_is_nothing_to_resume_where_nothing_was_begun(fedface, tmp_path: P
     """Neither by name nor by folder; and a finished run is no unfinished one."""
     path = str(tiny_file(tmp_path))
     assert "no unfinished run of tiny in runs" in sentence(fedface("run", path, "--resume"))
-    assert "no run was begun here" in sentence(fedface("run", path, "--resume", "--out", "elsewhere"))
+    assert "no run was started here" in sentence(fedface("run", path, "--resume", "--out", "elsewhere"))
     initialize_run(tiny_experiment(tmp_path), Path("runs/tiny"))
     Path("runs/tiny/run.json").write_text("{}")
     assert "no unfinished run of tiny" in sentence(fedface("run", path, "--resume"))

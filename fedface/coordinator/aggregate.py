@@ -1,7 +1,7 @@
-"""What the server does with protected vectors, of whatever kind: ask, check each answer, name who gave none, sum, open.
+"""Secure aggregation at the server: ask devices for protected vectors, check each reply, sum them, decrypt the sum.
 
-Called by rounds.py (updates) and evaluation.py (figures). The server never looks into a single payload, keeps none
-once they are summed, and learns nothing of a device but its name, its "yes" or "no", and the time it took.
+The same for updates and metrics. The server stores no payload once they are summed, and learns nothing of a device but
+its name, its reply or refusal, and the time that it took; plain sums alone show it each payload.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -26,6 +25,7 @@ from fedface.messages.messages import (
     EvaluateTask,
     Failure,
     Refusal,
+    Reply,
     TrainResult,
     TrainTask,
 )
@@ -34,7 +34,7 @@ from fedface.randomness import SecretNoise
 from fedface.reports.run_record import RefusalRecord
 from fedface.tensor_types import Vector
 
-Answer = TrainResult | EvaluateResult
+Result = TrainResult | EvaluateResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,8 @@ class RoundSum:
     devices: tuple[str, ...]  # their names, in the same order
     refusals: tuple[RefusalRecord, ...]
     dropped: tuple[RefusalRecord, ...]
-    left: Mapping[int, str]  # members whose owners have left the run, and the names they go by
-    total: Vector  # opened, in public ranges, (d,)
+    withdrawn: Mapping[int, str]  # members whose owners have withdrawn, and their names
+    total: Vector  # decrypted, in public ranges, (d,)
     count: int  # how many vectors are in it
     bytes_up: int
     bytes_reveal: int
@@ -62,147 +62,151 @@ def collect_and_sum(
     members: Sequence[int],
     task: TrainTask | EvaluateTask,
     length: int,
-    step: Callable[[int], None],
-    gone: Callable[[Mapping[int, str]], None],
+    on_progress: Callable[[int], None],
+    on_withdrawal: Callable[[Mapping[int, str]], None],
 ) -> RoundSum:
-    """Ask every member, sum the usable answers, and have the sum opened.
+    """Ask every member, sum the usable replies, and have the sum decrypted.
 
     Args:
-        experiment: Says how sums are protected and how few answers are too few.
-        cohort: Who carries messages.
-        members: Whom to ask.
-        task: What.
-        length: d, how many numbers an answer holds.
-        step: Told how many have answered.
-        gone: Told which members' owners have left, and under which names, before anything else can fail.
+        experiment: Says how sums are protected, and min_responses.
+        cohort: The devices.
+        members: Which of them to ask.
+        task: What to ask.
+        length: d, how many numbers a reply holds.
+        on_progress: Called with how many have replied.
+        on_withdrawal: Called with the members whose owners have withdrawn, and their names, before anything can fail.
 
     Raises:
-        FederationError: Too few usable answers, or nobody could open the sum.
+        FederationError: Too few usable replies, or no device could decrypt the sum.
     """
     started = time.perf_counter()
-    heard: set[int] = set()
+    replied: set[int] = set()
 
-    def hear(member: int) -> None:
-        heard.add(member)
-        step(len(heard))
+    def on_reply(member: int) -> None:
+        replied.add(member)
+        on_progress(len(replied))
 
-    answers = cohort.ask(task, members, hear)
+    replies = cohort.ask(task, members, on_reply)
     server = make_server(experiment.aggregation, experiment.agreement)
-    wanted = TrainResult if isinstance(task, TrainTask) else EvaluateResult
-    left = {
-        member: answer.device
-        for member, answer in answers.items()
-        if isinstance(answer, Refusal) and answer.withdrawn
+    expected = TrainResult if isinstance(task, TrainTask) else EvaluateResult
+    withdrawn = {
+        member: reply.device
+        for member, reply in replies.items()
+        if isinstance(reply, Refusal) and reply.withdrawn
     }
-    if left:
-        gone(left)
-    usable, refusals, dropped = _sorted_answers(answers, server, task.round, length, wanted)
+    if withdrawn:
+        on_withdrawal(withdrawn)
+    usable, refusals, dropped = _sort_replies(replies, server, task.round, length, expected)
     if len(usable) < experiment.min_responses:
         reasons = "; ".join(f"{r.device}: {r.reason}" for r in (*refusals, *dropped))
         raise FederationError(
             f"round {task.round}: {len(usable)} of {len(members)} devices gave a usable answer, "
             f"{experiment.min_responses} are needed ({reasons or 'no reasons given'}). "
-            "Nothing was applied; mend the cause and resume the run."
+            "Nothing was applied; fix the cause and resume the run."
         )
     combining = time.perf_counter()
     total = server.combine([payload for _, payload in usable.values()])
     combined = time.perf_counter()
-    opened = _open_sum(experiment, cohort, server, total, list(usable), task)
-    revealed = time.perf_counter()
-    hidden = not isinstance(experiment.aggregation, PlainConfig)
+    decrypted = _decrypt(experiment, cohort, server, total, list(usable), task)
+    finished = time.perf_counter()
+    encrypted = not isinstance(experiment.aggregation, PlainConfig)
     return RoundSum(
         members=tuple(usable),
-        devices=tuple(answer.device for answer, _ in usable.values()),
+        devices=tuple(reply.device for reply, _ in usable.values()),
         refusals=tuple(refusals),
         dropped=tuple(dropped),
-        left=left,
-        total=opened,
+        withdrawn=withdrawn,
+        total=decrypted,
         count=total.count,
-        bytes_up=sum(len(answer.payload) for answer, _ in usable.values()),
-        bytes_reveal=total.nbytes + 4 * length if hidden else 0,
-        seconds=revealed - started,
-        seconds_protect=max(answer.seconds_protect for answer, _ in usable.values()),
+        bytes_up=sum(len(reply.payload) for reply, _ in usable.values()),
+        bytes_reveal=total.nbytes + 4 * length if encrypted else 0,
+        seconds=finished - started,
+        seconds_protect=max(reply.seconds_protect for reply, _ in usable.values()),
         seconds_combine=combined - combining,
-        seconds_reveal=revealed - combined,
+        seconds_reveal=finished - combined,
     )
 
 
-def noised_sum(total: Vector, terms: DPParameters) -> Vector:
-    """The sum of a round or a question, noised once where that is the server's part: the promise per library.
+def noised_sum(total: Vector, dp: DPParameters) -> Vector:
+    """A sum with the server's noise added once, where the privacy unit is a library; otherwise as it is.
 
-    The Gaussian mechanism on a sum of vectors that each device has cut to `terms.update_clip_norm` (McMahan et al. 2018,
-    arXiv:1710.06963); before anything is made of the sum.
+    The Gaussian mechanism on a sum of vectors that each device has clipped to `dp.update_clip_norm` (McMahan et al.
+    2018, arXiv:1710.06963), before anything is computed from the sum.
 
     Args:
         total: In public ranges, (d,).
-        terms: What was agreed.
+        dp: The round's parameters.
     """
-    at_server = terms.central_mechanism()
-    return total if at_server is None else at_server.noise(total, SecretNoise())
+    central = dp.central_mechanism()
+    return total if central is None else central.noise(total, SecretNoise())
 
 
-def _sorted_answers(
-    answers: Mapping[int, Any], server: Aggregation, number: int, length: int, wanted: type[Answer]
-) -> tuple[dict[int, tuple[Answer, Payload]], list[RefusalRecord], list[RefusalRecord]]:
-    """Usable answers by member, refusals, and what was dropped; every device is named."""
-    usable: dict[int, tuple[Answer, Payload]] = {}
+def _sort_replies(
+    replies: Mapping[int, Reply | Failure],
+    server: Aggregation,
+    number: int,
+    length: int,
+    expected: type[Result],
+) -> tuple[dict[int, tuple[Result, Payload]], list[RefusalRecord], list[RefusalRecord]]:
+    """Usable replies by member, refusals, and what was dropped; every device is named."""
+    usable: dict[int, tuple[Result, Payload]] = {}
     refusals, dropped = [], []
-    for member, answer in sorted(answers.items()):
+    for member, reply in sorted(replies.items()):
         name = f"device {member}"
-        match answer:
+        match reply:
             case Refusal(device=device, reason=reason):
                 refusals.append(RefusalRecord(device=device, reason=reason))
-            case TrainResult() | EvaluateResult() if isinstance(answer, wanted):
+            case TrainResult() | EvaluateResult() if isinstance(reply, expected):
                 try:
-                    usable[member] = (answer, _checked(answer.payload, server, number, length))
+                    usable[member] = (reply, _checked(reply.payload, server, number, length))
                 except AggregationError as error:
-                    dropped.append(RefusalRecord(device=answer.device, reason=str(error)))
+                    dropped.append(RefusalRecord(device=reply.device, reason=str(error)))
             case Failure(reason=reason):
                 dropped.append(RefusalRecord(device=name, reason=reason))
             case _:
                 dropped.append(RefusalRecord(device=name, reason="answered another question"))
-    strangers = _under_another_key(usable)
-    dropped += [
-        RefusalRecord(device=usable.pop(member)[0].device, reason=why) for member, why in strangers.items()
-    ]
+    for member, reason in _under_another_key(usable).items():
+        dropped.append(RefusalRecord(device=usable.pop(member)[0].device, reason=reason))
     return usable, refusals, dropped
 
 
-def _under_another_key(usable: Mapping[int, tuple[Answer, Payload]]) -> dict[int, str]:
-    """Members whose update cannot be added to the others', and why: the key that most devices hold decides."""
+def _under_another_key(usable: Mapping[int, tuple[Result, Payload]]) -> dict[int, str]:
+    """Members whose payload is under another key than that of most, and the reason to give."""
     keys = {member: str(payload.header.get("key", "")) for member, (_, payload) in usable.items()}
     if len(set(keys.values())) < 2:
         return {}
     most = Counter(keys.values()).most_common(1)[0][0]
-    why = f"its update is under another key than {most}, which most devices hold; give it a copy of that key"
-    return {member: why for member, key in keys.items() if key != most}
+    reason = (
+        f"its update is under another key than {most}, which most devices hold; give it a copy of that key"
+    )
+    return {member: reason for member, key in keys.items() if key != most}
 
 
 def _checked(written: bytes, server: Aggregation, number: int, length: int) -> Payload:
-    """One update of this round and size, that the server can add. Raises AggregationError."""
+    """The payload, if it is one vector of this round and length that the server can add. Raises AggregationError."""
     payload = Payload.from_bytes(written)
     if (payload.round, payload.length, payload.count) != (number, length, 1):
         raise AggregationError(
-            f"wanted one update of round {number} with {length} weights, got {payload.count} of round "
+            f"expected one update of round {number} with {length} weights, got {payload.count} of round "
             f"{payload.round} with {payload.length}"
         )
     server.combine([payload])
     return payload
 
 
-def _open_sum(
+def _decrypt(
     experiment: Experiment, cohort: Cohort, server: Aggregation, total: Payload, members: list[int],
     task: TrainTask | EvaluateTask,
 ) -> Vector:  # fmt: skip
-    """The sum, opened by the server if it was never hidden, otherwise by the first device that can."""
+    """The sum, read by the server if it was never encrypted, otherwise decrypted by the first device that can."""
     if isinstance(experiment.aggregation, PlainConfig):
-        opened = server.reveal(total)
-        if not bool(torch.isfinite(opened).all()):
+        plain = server.reveal(total)
+        if not bool(torch.isfinite(plain).all()):
             raise FederationError(
                 f"round {task.round}: the sum of the answers is not finite; nothing was applied"
             )
-        return opened
-    reveal = DecryptTask(
+        return plain
+    decrypt = DecryptTask(
         sum_of="updates" if isinstance(task, TrainTask) else "metrics",
         run=task.run,
         round=task.round,
@@ -212,8 +216,7 @@ def _open_sum(
     )
     reasons = []
     for member in members:
-        answer = cohort.ask(reveal, [member], lambda done: None)[member]
-        match answer:
+        match cohort.ask(decrypt, [member], lambda done: None)[member]:
             case DecryptResult(total=vector) if vector.shape == (total.length,) and bool(
                 torch.isfinite(vector).all()
             ):
@@ -221,7 +224,7 @@ def _open_sum(
             case Refusal(reason=reason) | Failure(reason=reason):
                 reasons.append(f"device {member}: {reason}")
             case _:
-                reasons.append(f"device {member}: opened something else")
+                reasons.append(f"device {member}: decrypted something else")
     raise FederationError(
-        f"round {task.round}: no device opened the sum ({'; '.join(reasons)}); resume to try again"
+        f"round {task.round}: no device decrypted the sum ({'; '.join(reasons)}); resume to try again"
     )

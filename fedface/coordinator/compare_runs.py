@@ -23,7 +23,7 @@ from fedface.audits.group_metrics import rate_interval
 from fedface.audits.sample_quality import TONE_GROUPS, GroupQuality, InsufficientSamples, quality, tone_groups
 from fedface.audits.tone_distance import tone_distance
 from fedface.codec import dumps, load
-from fedface.coordinator.rounds import ProgressListener, run_rounds, spent
+from fedface.coordinator.rounds import ProgressListener, epsilon_spent, run_rounds
 from fedface.coordinator.run import check_same, initialize_run
 from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import upsample_with
@@ -147,7 +147,7 @@ def _one(
     figures = ComparedRun(
         method=variant.method,
         level=level_of(experiment),
-        epsilon=spent(plan, experiment.rounds),
+        epsilon=epsilon_spent(plan, experiment.rounds),
         seed=experiment.seed,
         noise_multiplier=plan.noise_multiplier,
         numbers_up=len(work.ranges()),

@@ -1,19 +1,17 @@
-"""Devices score models on their own photos: asked, summed and opened like updates, read with the noise in mind.
+"""Models evaluated by the devices on their own photos: asked, summed and decrypted like updates.
 
-Called by coordinator.py (the model before and after a run) and tournament.py (many candidates). The server learns
-one noised sum over all devices for each question, and nothing else; but under a promise per library, where it is
-trusted, it sees each device's mean and adds the noise to their sum itself.
+The server learns one noised sum over all devices for each evaluation, and nothing else; but where the privacy unit is
+a library the server is trusted: it sees each device's mean and adds the noise to their sum itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from fedface.audits.dp_metric_estimates import DPMetricEstimates, estimate_metrics
+from fedface.audits.dp_metric_estimates import estimate_metrics
 from fedface.audits.dp_metrics import LocalMetricsConfig
-from fedface.coordinator.aggregate import RoundSum, collect_and_sum, noised_sum
+from fedface.coordinator.aggregate import collect_and_sum, noised_sum
 from fedface.coordinator.rounds import ProgressListener, WithdrawalHandler
 from fedface.coordinator.run_state import RunState
 from fedface.experiment import Experiment
@@ -27,147 +25,131 @@ from fedface.privacy.plan import DPParameters, Plan
 from fedface.privacy.privacy_target import PrivacyTarget
 from fedface.randomness import Streams
 from fedface.reports.device_metrics_record import DeviceMetricsRecord
-from fedface.tensor_types import Vector
 from fedface.upsampling.methods import title_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scores:
-    """What the devices told of one model."""
+class Evaluation:
+    """One evaluation of one model by the devices."""
 
-    total: Vector  # noised, (d,)
-    record: DeviceMetricsRecord
-    gathered: RoundSum
+    run: str
+    number: int  # which evaluation of the run, from 1
+    name: str  # what reports call the model; devices do not learn it
+    model: Model
+    dp: DPParameters  # of each evaluation; its schedule counts all evaluations of the run
+    config: LocalMetricsConfig  # which metrics
+    holdout_fraction: float  # share of each device's units that is evaluated; 0: all
+
+    def task(self, experiment: Experiment, cohort: int) -> EvaluateTask:
+        """What each of `cohort` devices is asked."""
+        return EvaluateTask(
+            run=self.run,
+            round=self.number,
+            cohort=cohort,
+            seed=Streams(experiment.seed).child("figures").seed,
+            request=EvaluationRequest(
+                dp=self.dp,
+                architecture=self.model.architecture,
+                method=experiment.method_for(self.model),
+                downscale=experiment.upsampling.downscale,
+                metrics=self.config.for_unit(self.dp.unit),
+                aggregation=experiment.aggregation,
+                agreement=experiment.agreement,
+                holdout_fraction=self.holdout_fraction,
+            ),
+            weights=flatten_parameters(*self.model.modules()),
+            buffers=flatten_buffers(*self.model.modules()),
+            model=weights_hash(*self.model.modules()),
+        )
 
 
 def request_metrics(
     experiment: Experiment,
-    terms: DPParameters,
-    figures: LocalMetricsConfig,
+    evaluation: Evaluation,
     cohort: Cohort,
     members: Sequence[int],
-    model: Model,
-    *,
-    run: str,
-    number: int,
-    name: str,
-    holdout_fraction: float,
-    watcher: ProgressListener,
-    gone: Callable[[Mapping[int, str]], None],
-) -> Scores:
-    """Have every member score a model on its own photos.
+    on_progress: Callable[[int], None],
+    on_withdrawal: Callable[[Mapping[int, str]], None],
+) -> DeviceMetricsRecord:
+    """Have every member evaluate a model on its own photos.
 
     Args:
-        experiment: The recipe: how photos are shrunk and made large again, how sums are protected.
-        terms: What each question releases; its schedule counts all questions of this run.
-        figures: What is measured.
-        cohort: Who carries messages.
-        members: Whom to ask.
-        model: The model in question.
-        run: The run's name.
-        number: Which question of the run, from 1.
-        name: What reports call the model; the devices are not told.
-        holdout_fraction: Which share of the units is asked; 0: all.
-        watcher: Told how many have answered.
-        gone: Told who has left.
+        experiment: Says how photos are degraded and upsampled, and how sums are protected.
+        evaluation: What is asked.
+        cohort: The devices.
+        members: Which of them to ask.
+        on_progress: Called with how many have replied.
+        on_withdrawal: Called with the members whose owners have withdrawn, and their names.
 
     Raises:
-        FederationError: Too few usable answers, or nobody could open the sum.
+        FederationError: Too few usable replies, or no device could decrypt the sum.
+        AggregationError: The sum cannot be one of these metrics with this noise.
     """
-    figures = figures.for_unit(terms.unit)
-    question = EvaluationRequest(
-        dp=terms,
-        architecture=model.architecture,
-        method=experiment.method_for(model),
-        downscale=experiment.upsampling.downscale,
-        metrics=figures,
-        aggregation=experiment.aggregation,
-        agreement=experiment.agreement,
-        holdout_fraction=holdout_fraction,
-    )
-    task = EvaluateTask(
-        run=run,
-        round=number,
-        cohort=len(members),
-        seed=Streams(experiment.seed).child("figures").seed,
-        request=question,
-        weights=flatten_parameters(*model.modules()),
-        buffers=flatten_buffers(*model.modules()),
-        model=weights_hash(*model.modules()),
-    )
-    ranges = question.ranges()
-    gathered = collect_and_sum(experiment, cohort, members, task, len(ranges), watcher.advance, gone)
-    total = noised_sum(gathered.total, terms) * ranges
-    record = DeviceMetricsRecord(
-        when=name,
+    dp, task = evaluation.dp, evaluation.task(experiment, len(members))
+    ranges = task.request.ranges()
+    round_sum = collect_and_sum(experiment, cohort, members, task, len(ranges), on_progress, on_withdrawal)
+    return DeviceMetricsRecord(
+        when=evaluation.name,
         weights_hash=task.model,
-        method=title_of(question.method),
-        answered=gathered.devices,
-        refusals=tuple(r.reason for r in (*gathered.refusals, *gathered.dropped)),
-        epsilon=_price(experiment, terms),
-        noise_multiplier=terms.noise_multiplier,
-        estimates=decode_total(total, terms, figures, gathered.count),
-    )
-    return Scores(total=total, record=record, gathered=gathered)
-
-
-def decode_total(
-    total: Vector, terms: DPParameters, figures: LocalMetricsConfig, devices: int
-) -> DPMetricEstimates:
-    """The figures in a noised total: it holds one noise of each device, or one of the server.
-
-    Args:
-        total: (d,), as kept.
-        terms: What the question released.
-        figures: What was measured, as the recipe says it.
-        devices: How many answers are in it.
-
-    Raises:
-        AggregationError: No sum of figures with this noise looks like this total.
-    """
-    return estimate_metrics(
-        total,
-        config=figures.for_unit(terms.unit),
-        clip_norm=terms.schedule.clip_norm,
-        noise_multiplier=terms.noise_multiplier,
-        devices=devices,
-        noises=1 if terms.noise_at == "server" else None,
+        method=title_of(task.request.method),
+        answered=round_sum.devices,
+        refusals=tuple(r.reason for r in (*round_sum.refusals, *round_sum.dropped)),
+        epsilon=_epsilon(experiment, dp),
+        noise_multiplier=dp.noise_multiplier,
+        estimates=estimate_metrics(
+            noised_sum(round_sum.total, dp) * ranges,
+            config=task.request.metrics,
+            clip_norm=dp.schedule.clip_norm,
+            noise_multiplier=dp.noise_multiplier,
+            devices=round_sum.count,
+            noises=1 if dp.noise_at == "server" else None,  # one noise draw of each device, or one of the server
+        ),
     )
 
 
-def _price(experiment: Experiment, terms: DPParameters) -> Epsilon | NotMeasured:
-    """What one question costs one unit."""
+def _epsilon(experiment: Experiment, dp: DPParameters) -> Epsilon | NotMeasured:
+    """What one evaluation costs one unit."""
     if isinstance(experiment.privacy, PrivacyTarget):
-        delta = experiment.privacy.delta
-        return epsilon_of(terms.event(1), delta, unit=terms.unit).measured()
+        return epsilon_of(dp.event(1), experiment.privacy.delta, unit=dp.unit).measured()
     return NotMeasured(not_measured="the run adds no noise, so there is no bound")
 
 
 def evaluate_on_devices(
-    experiment: Experiment, plan: Plan, cohort: Cohort, folder: Path, models: Sequence[tuple[str, Model]],
-    state: RunState, watcher: ProgressListener, away: set[int],
-) -> RunState:  # fmt: skip
-    """Ask about each model of a run that has not been asked about yet, such as ("before", base).
+    experiment: Experiment,
+    plan: Plan,
+    cohort: Cohort,
+    models: Sequence[tuple[str, Model]],
+    state: RunState,
+    progress: ProgressListener,
+    withdrawn: set[int],
+) -> RunState:
+    """Have the devices evaluate each model, such as ("before", base), that the run's state has no evaluation of.
 
-    Members in `away` have left and are not asked; those who leave now join it.
+    Members in `withdrawn` are not asked; those whose owners withdraw now are added to it.
 
     Raises:
-        FederationError: Too few usable answers; the run can be resumed.
+        FederationError: Too few usable replies; the run can be resumed.
     """
     config = experiment.evaluation
     if config is None:
         return state
-    (terms,) = plan.additional_releases
+    (dp,) = plan.additional_releases
     everybody = cohort.members(experiment.devices.count)[: experiment.devices.count]
     for number, (name, model) in enumerate(models, start=1):
         if any(record.when == name for record in state.device_metrics):
             continue
-        members = [member for member in everybody if member not in away]
-        watcher.stage(f"devices score the model {name} the run on their own photos", len(members))
-        forgetting = WithdrawalHandler(state, plan, away)
-        scores = request_metrics(
-            experiment, terms, config.metrics, cohort, members, model, run=folder.name, number=number,
-            name=name, holdout_fraction=config.holdout_fraction, watcher=watcher, gone=forgetting.drop,
-        )  # fmt: skip
-        state = forgetting.state.with_device_metrics(scores.record)
+        members = [member for member in everybody if member not in withdrawn]
+        progress.stage(f"devices evaluate the model {name} the run on their own photos", len(members))
+        evaluation = Evaluation(
+            run=state.folder.name,
+            number=number,
+            name=name,
+            model=model,
+            dp=dp,
+            config=config.metrics,
+            holdout_fraction=config.holdout_fraction,
+        )
+        handler = WithdrawalHandler(state, plan, withdrawn)
+        record = request_metrics(experiment, evaluation, cohort, members, progress.advance, handler.drop)
+        state = handler.state.with_device_metrics(record)
     return state

@@ -19,7 +19,7 @@ from fedface.audits.dp_metric_estimates import DPMetricEstimates
 from fedface.audits.dp_model_ranking import Ranking, rank_overall, rank_worst_group
 from fedface.audits.dp_ratio_estimates import DP_METRICS
 from fedface.codec import dumps, encode, load
-from fedface.coordinator.device_evaluation import request_metrics
+from fedface.coordinator.device_evaluation import Evaluation, request_metrics
 from fedface.coordinator.rounds import ProgressListener
 from fedface.errors import ConfigError, FederationError, RunError
 from fedface.experiment import Experiment, metrics_dp_parameters
@@ -115,19 +115,24 @@ def run_ranking(
     path = folder / "answers.json"
     state = RankingState.opened(path, experiment, models)
     members = cohort.members(experiment.devices.count)[: experiment.devices.count]
-    away: set[int] = set()  # members whose owners have left
+    withdrawn: set[int] = set()  # members whose owners have withdrawn
     for number, name in enumerate(state.order, start=1):
         if name in state.records:
             continue
         watcher.stage(f"devices score candidate {number} of {len(models)}", len(members))
-        scores = request_metrics(
-            experiment, terms, config.metrics, cohort, [member for member in members if member not in away],
-            models[name], run=folder.name, number=number, name=name, holdout_fraction=0.0, watcher=watcher,
-            gone=away.update,
-        )  # fmt: skip
+        evaluation = Evaluation(
+            run=folder.name,
+            number=number,
+            name=name,
+            model=models[name],
+            dp=terms,
+            config=config.metrics,
+            holdout_fraction=0.0,
+        )
+        asked = [member for member in members if member not in withdrawn]
+        answer = request_metrics(experiment, evaluation, cohort, asked, watcher.advance, withdrawn.update)
         # A ranking keeps no names of devices, so that a withdrawal has none to remove.
-        nameless = replace(scores.record, answered=())
-        state = replace(state, records={**state.records, name: nameless})
+        state = replace(state, records={**state.records, name: replace(answer, answered=())})
         replace_text(path, dumps(state))
     trusted = (
         "The server is trusted: it receives each device's metrics without noise, adds the noise to their sum, and could "

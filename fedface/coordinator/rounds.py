@@ -1,20 +1,19 @@
-"""The federated rounds: ask, check, sum, open, apply, measure, keep. Survives a kill at any moment.
+"""The federated rounds: ask, check, sum, decrypt, apply, measure, store. Survives a kill at any moment.
 
-Called by coordinator.py. A round counts once its line in `state.json` and its checkpoint are on disk; a round cut
-short is asked again, and devices that had answered send the bytes that they kept, at no further cost. Where the server
-adds the noise, such a round gets fresh noise, and no disk may ever hold one sum under two noises. So the checkpoint is
-written last: if it is there, so is its line, and the round is over.
+A round is complete once its record in `state.json` and its checkpoint are on disk; an interrupted round is asked again,
+and devices that had replied send the bytes that they stored, at no further privacy cost. Where the server adds the
+noise, such a round gets fresh noise, and the same sum must never be persisted with two different noise draws. So the
+checkpoint is written last: if it exists, so does the record, and the round is over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
-from fedface.coordinator.aggregate import collect_and_sum, noised_sum
+from fedface.coordinator.aggregate import RoundSum, collect_and_sum, noised_sum
 from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import ReferenceSet, sample_metrics
 from fedface.experiment import Experiment
@@ -39,7 +38,7 @@ from fedface.training.training_methods import common_streams, prepare_round
 
 
 class ProgressListener(Protocol):
-    """Who is told how far a run is."""
+    """Receives the progress of a run."""
 
     def stage(self, name: str, steps: int) -> None:
         """A stage begins that will take `steps` steps."""
@@ -55,7 +54,7 @@ class ProgressListener(Protocol):
 
 
 class SilentProgress:
-    """Tells nobody."""
+    """Shows nothing."""
 
     def stage(self, name: str, steps: int) -> None:
         """Nothing."""
@@ -72,45 +71,51 @@ def run_rounds(
     plan: Plan,
     cohort: Cohort,
     state: RunState,
-    yardstick: ReferenceSet | None,
-    watcher: ProgressListener,
-    away: set[int] | None = None,
+    reference: ReferenceSet | None,
+    progress: ProgressListener,
+    withdrawn: set[int] | None = None,
 ) -> RunState:
-    """Run the rounds that are not on disk yet; each round's model is measured by the yardstick, if any.
+    """Run the rounds that are not on disk yet, and measure each round's model against the reference set, if any.
 
-    Members whose owners leave are asked no more, and join `away`; a run that is resumed asks each once again.
+    Members whose owners withdraw are not asked again, and are added to `withdrawn`; a resumed run asks each once more.
 
     Raises:
-        FederationError: Too few usable answers in a round, or nobody could open the sum. The run can be
-            resumed.
+        FederationError: Too few usable replies in a round, or no device could decrypt the sum. The run can be resumed.
     """
     total = experiment.rounds
-    state = _measured(_whole(state, watcher), experiment, yardstick)
+    state = _with_metrics(_without_partial_round(state, progress), experiment, reference)
     if len(state.rounds) >= total:
         return state
-    # Those who came first: a sum has no room for more devices than the recipe names.
-    away = set() if away is None else away
-    everybody = cohort.members(experiment.devices.count)[: experiment.devices.count]
-    members = [member for member in everybody if member not in away]
+    withdrawn = set() if withdrawn is None else withdrawn
+    # The first that connected: a sum has no room for more devices than the experiment names.
+    members = cohort.members(experiment.devices.count)[: experiment.devices.count]
     for number in range(len(state.rounds) + 1, total + 1):
+        members = [member for member in members if member not in withdrawn]
         model = load_model(weights_path(state.folder, number - 1))
-        watcher.stage(f"round {number} of {total}: devices train", len(members))
-        forgetting = WithdrawalHandler(state, plan, away)
-        record, after, left = _one_round(
-            experiment, plan, cohort, members, model, number, state.folder, watcher, forgetting.drop
+        progress.stage(f"round {number} of {total}: devices train", len(members))
+        task = _train_task(experiment, plan, model, state.folder.name, number, len(members))
+        streams = common_streams(task.seed, number)
+        work = prepare_round(model, experiment.training, plan.dp_parameters, streams)
+        ranges = work.ranges()
+        handler = WithdrawalHandler(state, plan, withdrawn)
+        round_sum = collect_and_sum(
+            experiment, cohort, members, task, len(ranges), progress.advance, handler.drop
         )
-        for name in left.values():
+        update = noised_sum(round_sum.total, plan.dp_parameters) * ranges
+        after = work.apply(update, round_sum.count, Streams(experiment.seed).generator("mean style"))
+        after = replace(after, notes={"run": state.folder.name, "round": number})
+        record = _round_record(plan, task, round_sum, weights_hash(*after.modules()))
+        for name in round_sum.withdrawn.values():
             record = record.without(name)
-            watcher.message("a device has left the run; its name is gone from the run's files")
-        state = forgetting.state.with_round(record)
+            progress.message("a device has withdrawn from the run; its name is deleted from the run's files")
+        state = handler.state.with_round(record)
         save_model(weights_path(state.folder, number), after)
-        state = _measured(state, experiment, yardstick, after)
-        members = [member for member in members if member not in away]
-        watcher.message(_line(record, total, figures=bool(plan.additional_releases)))
+        state = _with_metrics(state, experiment, reference, after)
+        progress.message(_summary(record, total, with_metrics=bool(plan.additional_releases)))
     return state
 
 
-def _whole(state: RunState, watcher: ProgressListener) -> RunState:
+def _without_partial_round(state: RunState, progress: ProgressListener) -> RunState:
     """Without a last round whose checkpoint did not reach the disk."""
     if not state.rounds:
         return state
@@ -118,52 +123,46 @@ def _whole(state: RunState, watcher: ProgressListener) -> RunState:
     path = weights_path(state.folder, last.round)
     if path.exists() and weights_hash(*load_model(path).modules()) == last.weights_hash:
         return state
-    watcher.message(f"round {last.round} was cut short while it was kept, and is asked again")
+    progress.message(f"round {last.round} was interrupted before it was stored, and is asked again")
     return replace(state, rounds=state.rounds[:-1])
 
 
-def _measured(
-    state: RunState, experiment: Experiment, yardstick: ReferenceSet | None, model: Model | None = None
+def _with_metrics(
+    state: RunState, experiment: Experiment, reference: ReferenceSet | None, model: Model | None = None
 ) -> RunState:
-    """With the last round's figures: they are taken once it is kept, since measuring again is cheap.
+    """With the metrics of the last round's model, which is loaded if it is not given.
 
-    Its model is read from the disk if it is not at hand.
+    They are computed after the round is stored, since measuring again is cheap.
     """
-    if yardstick is None or not state.rounds or state.rounds[-1].metrics:
+    if reference is None or not state.rounds or state.rounds[-1].metrics:
         return state
     if model is None:
         model = load_model(weights_path(state.folder, state.rounds[-1].round))
-    return state.with_initial_metrics(sample_metrics(model, yardstick, experiment.seed))
+    return state.with_round_metrics(sample_metrics(model, reference, experiment.seed))
 
 
 class WithdrawalHandler:
-    """A run's state while answers come in: who leaves is forgotten on disk before anything else can fail."""
+    """A run's state while replies arrive: a withdrawal is on disk before anything else can fail."""
 
-    def __init__(self, state: RunState, plan: Plan, away: set[int]) -> None:
-        """Members who leave join `away`."""
-        self.state, self._plan, self._away = state, plan, away
+    def __init__(self, state: RunState, plan: Plan, withdrawn: set[int]) -> None:
+        """Members whose owners withdraw are added to `withdrawn`."""
+        self.state, self._plan, self._withdrawn = state, plan, withdrawn
 
-    def drop(self, left: Mapping[int, str]) -> None:
-        """These members have left, under these names."""
-        for member, name in left.items():
-            self._away.add(member)
-            self.state = self.state.without(name, partial(evaluations_price, self._plan))
+    def drop(self, names: Mapping[int, str]) -> None:
+        """Forget these members, under these names."""
+        for member, name in names.items():
+            self._withdrawn.add(member)
+            self.state = self.state.without(name, partial(epsilon_spent, self._plan))
 
 
-def _one_round(
-    experiment: Experiment, plan: Plan, cohort: Cohort, members: Sequence[int], model: Model, number: int,
-    folder: Path, watcher: ProgressListener, gone: Callable[[Mapping[int, str]], None],
-) -> tuple[RoundRecord, Model, Mapping[int, str]]:  # fmt: skip
-    """The round's record without figures, the model after it, and the members whose owners have left."""
-    weights = flatten_parameters(*model.modules())
-    seed = Streams(experiment.seed).child("training").seed
-    work = prepare_round(model, experiment.training, plan.dp_parameters, common_streams(seed, number))
-    ranges = work.ranges()
-    task = TrainTask(
-        run=folder.name,
+def _train_task(
+    experiment: Experiment, plan: Plan, model: Model, run: str, number: int, cohort: int
+) -> TrainTask:
+    return TrainTask(
+        run=run,
         round=number,
-        cohort=len(members),
-        seed=seed,
+        cohort=cohort,
+        seed=Streams(experiment.seed).child("training").seed,
         config=RoundConfig(
             dp=plan.dp_parameters,
             training=experiment.training,
@@ -172,67 +171,53 @@ def _one_round(
             agreement=experiment.agreement,
             holdout_fraction=experiment.holdout_fraction,
         ),
-        weights=weights,
+        weights=flatten_parameters(*model.modules()),
         buffers=flatten_buffers(*model.modules()),
         model=weights_hash(*model.modules()),
     )
-    gathered = collect_and_sum(experiment, cohort, members, task, len(ranges), watcher.advance, gone)
-    total = noised_sum(gathered.total, plan.dp_parameters)
-    after = work.apply(total * ranges, gathered.count, Streams(experiment.seed).generator("mean style"))
-    record = RoundRecord(
-        round=number,
-        answered=gathered.devices,
-        refusals=gathered.refusals,
-        dropped=gathered.dropped,
-        epsilon=spent(plan, number),
-        bytes_up=gathered.bytes_up,
-        bytes_down=4 * (len(weights) + len(task.buffers)) * len(members),
-        bytes_reveal=gathered.bytes_reveal,
-        seconds=gathered.seconds,
-        seconds_protect=gathered.seconds_protect,
-        seconds_combine=gathered.seconds_combine,
-        seconds_reveal=gathered.seconds_reveal,
-        weights_hash=weights_hash(*after.modules()),
+
+
+def _round_record(plan: Plan, task: TrainTask, round_sum: RoundSum, model: str) -> RoundRecord:
+    """The record without metrics; `model` is the hash of the weights after the round."""
+    return RoundRecord(
+        round=task.round,
+        answered=round_sum.devices,
+        refusals=round_sum.refusals,
+        dropped=round_sum.dropped,
+        epsilon=epsilon_spent(plan, task.round),
+        bytes_up=round_sum.bytes_up,
+        bytes_down=4 * (len(task.weights) + len(task.buffers)) * task.cohort,
+        bytes_reveal=round_sum.bytes_reveal,
+        seconds=round_sum.seconds,
+        seconds_protect=round_sum.seconds_protect,
+        seconds_combine=round_sum.seconds_combine,
+        seconds_reveal=round_sum.seconds_reveal,
+        weights_hash=model,
         metrics={},
     )
-    notes = {"run": folder.name, "round": number}
-    return record, replace(after, notes=notes), gathered.left
 
 
-def spent(plan: Plan, rounds: int) -> Epsilon | NotMeasured:
-    """The price of the first `rounds` rounds of a plan and of all that is asked beside them, or why there is none."""
+def epsilon_spent(plan: Plan, rounds: int, evaluations: int | None = None) -> Epsilon | NotMeasured:
+    """Epsilon of the first `rounds` rounds and of `evaluations` evaluations (None: all), or why there is no bound."""
     match plan.privacy:
         case PrivacyTarget(delta=delta, unit=unit):
-            told = compose([plan.event(rounds), *(terms.event() for terms in plan.additional_releases)])
-            return epsilon_of(told, delta, unit=unit).measured()
+            events = [plan.event(rounds)] if rounds else []
+            if evaluations != 0:
+                events += [dp.event(evaluations) for dp in plan.additional_releases]
+            return epsilon_of(compose(events), delta, unit=unit).measured()
         case _:
             return NotMeasured(not_measured="the run adds no noise, so there is no bound")
 
 
-def planned_epsilon(plan: Plan) -> Epsilon | NotMeasured:
-    """The privacy loss of everything that a plan releases, or why there is no bound."""
-    return spent(plan, plan.schedule.rounds)
-
-
-def evaluations_price(plan: Plan, rounds: int, questions: int) -> Epsilon | NotMeasured:
-    """The price of what one device answered: so many rounds, so many sets of figures."""
-    match plan.privacy:
-        case PrivacyTarget(delta=delta, unit=unit):
-            parts = [plan.event(rounds)] if rounds else []
-            parts += [terms.event(questions) for terms in plan.additional_releases if questions]
-            return epsilon_of(compose(parts), delta, unit=unit).measured()
-        case _:
-            return NotMeasured(not_measured="the run adds no noise, so there is no bound")
-
-
-def _line(record: RoundRecord, total: int, *, figures: bool) -> str:
-    away = len(record.refusals) + len(record.dropped)
-    said = f"round {record.round} of {total}: {len(record.answered)} devices answered"
-    said += f", {away} did not" if away else ""
-    if isinstance(record.epsilon, Epsilon):
-        spent = record.epsilon
-        said += (
-            f"; epsilon so far at most {spent.upper:.2f} (delta {format_delta(spent.delta)}, per {spent.unit}"
+def _summary(record: RoundRecord, total: int, *, with_metrics: bool) -> str:
+    missing = len(record.refusals) + len(record.dropped)
+    parts = [f"round {record.round} of {total}: {len(record.answered)} devices answered"]
+    if missing:
+        parts[0] += f", {missing} did not"
+    if isinstance(epsilon := record.epsilon, Epsilon):
+        covers = ", with all evaluations of this run" if with_metrics else ""
+        parts.append(
+            f"epsilon so far at most {epsilon.upper:.2f} "
+            f"(delta {format_delta(epsilon.delta)}, per {epsilon.unit}{covers})"
         )
-        said += ", with all figures that devices tell in this run)" if figures else ")"
-    return f"{said}; {record.seconds:.0f} s"
+    return "; ".join([*parts, f"{record.seconds:.0f} s"])

@@ -21,7 +21,7 @@ from fedface.audits.bias import tone_histogram
 from fedface.codec import encode
 from fedface.config import dump
 from fedface.coordinator.device_evaluation import evaluate_on_devices
-from fedface.coordinator.rounds import ProgressListener, planned_epsilon, run_rounds
+from fedface.coordinator.rounds import ProgressListener, epsilon_spent, run_rounds
 from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import (
     LeakageFinding,
@@ -111,11 +111,11 @@ def run_experiment(
         )
     state = RunState.read(folder)
     away: set[int] = set()  # members whose owners have left
-    state = evaluate_on_devices(experiment, plan, cohort, folder, [("before", base)], state, watcher, away)
+    state = evaluate_on_devices(experiment, plan, cohort, [("before", base)], state, watcher, away)
     state = run_rounds(experiment, plan, cohort, state, yardstick, watcher, away)
     final = load_model(weights_path(folder, experiment.rounds))
     state = evaluate_on_devices(
-        experiment, plan, cohort, folder, [("before", base), ("after", final)], state, watcher, away
+        experiment, plan, cohort, [("before", base), ("after", final)], state, watcher, away
     )
     before, after = _serve(experiment, base, final, probe, watcher)
     beside = [
@@ -154,7 +154,7 @@ def run_experiment(
         machine=MachineRecord.here(),
         experiment=encode(experiment),
         plan=plan,
-        planned_epsilon=planned_epsilon(plan),
+        planned_epsilon=epsilon_spent(plan, experiment.rounds),
         base_hash=weights_hash(*base.modules()),
         final_hash=weights_hash(*final.modules()),
         devices=tuple(

@@ -51,7 +51,7 @@ def resume_run(name: str, out: Path | None) -> Path:
 def _unfinished(name: str, out: Path | None, begun_file: str, done_file: str) -> Path:
     if out is not None:
         if not (out / begun_file).exists():
-            raise RunError(f"{out}: no run was begun here, so there is nothing to resume")
+            raise RunError(f"{out}: no run was started here, so there is nothing to resume")
         if (out / done_file).exists():
             raise RunError(f"{out}: this one is finished; there is nothing to resume")
         return _named(out)

@@ -29,32 +29,32 @@ class RunState:
     folder: Path
     started: str  # ISO 8601, UTC
     rounds: tuple[RoundRecord, ...]
-    withdrawals: tuple[WithdrawalRecord, ...] = ()  # devices whose owners left, without their names
+    withdrawals: tuple[WithdrawalRecord, ...] = ()  # devices whose owners withdrew, without their names
     device_metrics: tuple[DeviceMetricsRecord, ...] = ()  # computed on the devices' own photos, by evaluation
 
     def save(self) -> None:
-        """In one step, so that a reader never sees half of it, and on the disk before it returns."""
+        """Atomically, and on the disk before it returns."""
         replace_text(self.folder / "state.json", dumps(self, leave_out=("folder",)))
 
     def with_round(self, record: RoundRecord) -> RunState:
         """With one more round, saved."""
         return self._saved(replace(self, rounds=(*self.rounds, record)))
 
-    def with_initial_metrics(self, figures: dict[str, Measurement]) -> RunState:
-        """With the figures of the last round, saved."""
+    def with_round_metrics(self, metrics: dict[str, Measurement]) -> RunState:
+        """With the metrics of the last round's model, saved."""
         *before, last = self.rounds
-        return self._saved(replace(self, rounds=(*before, replace(last, metrics=figures))))
+        return self._saved(replace(self, rounds=(*before, replace(last, metrics=metrics))))
 
     def with_device_metrics(self, record: DeviceMetricsRecord) -> RunState:
-        """With one more answer of the devices about a model, saved."""
+        """With one more evaluation by the devices, saved."""
         return self._saved(replace(self, device_metrics=(*self.device_metrics, record)))
 
     def without(self, name: str, price: Callable[[int, int], Epsilon | NotMeasured]) -> RunState:
-        """Forget a device whose owner has left: its name goes, and what cannot be undone is said; saved.
+        """Without the name of a device whose owner has withdrawn, and with a record of what cannot be undone; saved.
 
         Args:
-            name: The name that the device went by.
-            price: How many rounds and sets of figures it answered -> what these may have told about one unit.
+            name: The device's name.
+            price: Rounds and evaluations that it answered -> the epsilon of one unit that these cost.
         """
         rounds = tuple(record.round for record in self.rounds if name in record.answered)
         records = tuple(record.without(name) for record in self.rounds)
@@ -79,6 +79,6 @@ class RunState:
         try:
             return load(RunState, path, given={"folder": folder})
         except FileNotFoundError as error:
-            raise RunError(f"{folder}: no run was begun here, so there is nothing to resume") from error
+            raise RunError(f"{folder}: no run was started here, so there is nothing to resume") from error
         except RunError as error:
             raise RunError(f"{error}; the state of this run is damaged, start a new one") from error

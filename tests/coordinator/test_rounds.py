@@ -314,7 +314,7 @@ def test_a_sum_that_one_device_does_not_open_is_opened_by_the_next(tmp_path: Pat
     if liars == 1:
         assert len(rounds(cohort.experiment, cohort).rounds) == 1
     else:
-        with pytest.raises(FederationError, match="no device opened the sum .*opened something else"):
+        with pytest.raises(FederationError, match="no device decrypted the sum .*decrypted something else"):
             rounds(cohort.experiment, cohort)
         assert not weights_path(cohort.folder, 1).exists()
     assert cohort.asked[1:] == [("DecryptTask", 1, (member,)) for member in range(2)]

@@ -44,7 +44,7 @@ LIBRARY = {
     "privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, trust: server}",
     "update_clip_norm": "2.0",
 }
-FEW = "{share: 0.5, holdout_fraction: 0.5, figures: {min_group_size: 2}}"
+FEW = "{epsilon_fraction: 0.5, holdout_fraction: 0.5, metrics: {min_group_size: 2}}"
 OCCASION = {
     "privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-2, unit: occasion}",
     "devices": "{kind: synthetic-devices, light_fractions: [0.9, 0.1], photos_per_device: 24, photos_per_occasion: 4}",
@@ -327,7 +327,7 @@ def test_held_out_units_are_not_trained_on(tmp_path: Path) -> None:
 
 def test_a_run_with_figures_prices_all_together_and_reports_them_with_their_noise(tmp_path: Path) -> None:
     """Two sets of figures and two rounds cost the promise; the record's groups have intervals or a reason."""
-    told = {**OCCASION, "evaluation": "{share: 0.5, holdout_fraction: 0.5}"}
+    told = {**OCCASION, "evaluation": "{epsilon_fraction: 0.5, holdout_fraction: 0.5}"}
     experiment = tiny_experiment(tmp_path / "recipe", told)
     plan = experiment.plan()
     (terms,) = plan.additional_releases
@@ -396,7 +396,7 @@ def test_a_device_that_leaves_is_asked_no_more_and_its_name_is_gone(tmp_path: Pa
 
 def test_a_device_that_leaves_after_its_figures_is_priced_for_them_and_asked_no_more(tmp_path: Path) -> None:
     """It answered one set of figures and no round: the record says so, with the price of that, without its name."""
-    told = {**OCCASION, "evaluation": "{share: 0.5, holdout_fraction: 0.5}", "min_responses": "1"}
+    told = {**OCCASION, "evaluation": "{epsilon_fraction: 0.5, holdout_fraction: 0.5}", "min_responses": "1"}
     experiment = tiny_experiment(tmp_path / "recipe", told)
     folder = begun(experiment, tmp_path / "run")
     state = devices_folder(folder) / "device-00"
