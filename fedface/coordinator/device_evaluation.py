@@ -102,7 +102,9 @@ def request_metrics(
             clip_norm=dp.schedule.clip_norm,
             noise_multiplier=dp.noise_multiplier,
             devices=round_sum.count,
-            noises=1 if dp.noise_at == "server" else None,  # one noise draw of each device, or one of the server
+            noises=1
+            if dp.noise_at == "server"
+            else None,  # one noise draw of each device, or one of the server
         ),
     )
 

@@ -77,7 +77,7 @@ def test_a_ranking_that_was_cut_short_asks_only_what_was_not_answered(
     recipe: Experiment, tmp_path: Path
 ) -> None:
     """One question each, also over two sittings; both devices pay the promise together and not more."""
-    models = load_candidates(["pretrain", str(tmp_path / "other.safetensors")], recipe)
+    models = load_candidates(["base", str(tmp_path / "other.safetensors")], recipe)
     folder = tmp_path / "ranking"
     first = Counting(ready(recipe, folder), breaks_at=2)
     with pytest.raises(FederationError, match="line is cut"):
@@ -85,7 +85,7 @@ def test_a_ranking_that_was_cut_short_asks_only_what_was_not_answered(
     second = Counting(ready(recipe, folder))
     record = run_ranking(recipe, models, second, folder, watcher=SilentProgress())
     assert len(first.asked) == 2 and len(second.asked) == 1
-    assert [told.when for told in record.candidates] == ["pretrain", "other"]
+    assert [told.when for told in record.candidates] == ["base", "other"]
     assert {told.weights_hash for told in record.candidates} == {first.asked[0].model, second.asked[0].model}
     for name in ("ranking.json", "ranking.md", "ranking.png", "answers.json"):
         assert (folder / name).stat().st_size > 0
@@ -107,7 +107,7 @@ def test_per_library_the_server_noises_each_answer_and_readers_are_told_that_it_
         "evaluation": "{metrics: {tone_upper_bounds: [10], min_group_size: 1}}",
     }
     recipe = for_ranking(read_experiment(tiny_file(tmp_path), changes=told))
-    models = load_candidates(["pretrain", str(tmp_path / "other.safetensors")], recipe)
+    models = load_candidates(["base", str(tmp_path / "other.safetensors")], recipe)
     noised, noise = [], GaussianSum.noise
 
     def noted(self: GaussianSum, total: torch.Tensor, secret: SecretNoise) -> torch.Tensor:
@@ -152,9 +152,9 @@ def test_the_whole_promise_pays_for_all_candidates(recipe: Experiment) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["pretrain"], "at least two"),
-        (["pretrain", "base"], "called base"),
-        (["pretrain", "nowhere.safetensors"], "nowhere"),
+        (["base"], "at least two"),
+        (["base", "base"], "called base"),
+        (["base", "nowhere.safetensors"], "nowhere"),
     ],
 )
 def test_candidates_that_make_no_ranking_are_refused(recipe: Experiment, words: list[str], said: str) -> None:
@@ -163,12 +163,12 @@ def test_candidates_that_make_no_ranking_are_refused(recipe: Experiment, words: 
 
 
 def test_a_folder_of_another_ranking_is_left_alone(recipe: Experiment, tmp_path: Path) -> None:
-    models = load_candidates(["pretrain", str(tmp_path / "other.safetensors")], recipe)
+    models = load_candidates(["base", str(tmp_path / "other.safetensors")], recipe)
     folder = tmp_path / "ranking"
     cohort = Counting(ready(recipe, folder), breaks_at=1)
     with pytest.raises(FederationError):
         run_ranking(recipe, models, cohort, folder, watcher=SilentProgress())
-    renamed = {"base": models["pretrain"], "another": models["other"]}
+    renamed = {"base": models["base"], "another": models["other"]}
     with pytest.raises(RunError, match="other candidates"):
         run_ranking(recipe, renamed, cohort, folder, watcher=SilentProgress())
 
