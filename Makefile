@@ -3,6 +3,11 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Processes of `make test`: 2, or 1 where there is one core. More cores: make test PYTEST_WORKERS=4
+PYTEST_WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1); \
+	[ $$cores -lt 2 ] && echo 0 || echo 2)
+# `worksteal` gives each process a contiguous half of the tests, so that module fixtures are built once.
+PYTEST := $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal
 
 .PHONY: demo test test-slow lint types bench clean
 
@@ -10,10 +15,10 @@ demo: $(STAMP)
 	$(BIN)/fedface run experiments/demo.yaml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,13 +1,15 @@
-"""Fixtures that every room may use."""
+"""Fixtures for all tests; one thread for each process, since the processes of a run share the cores."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
