@@ -86,7 +86,7 @@ def rank_overall(figures: Mapping[str, DPMetricEstimates], measure: str) -> Rank
     """
     _check(figures, measure)
     if missing := [name for name, found in figures.items() if isinstance(found.overall, NotMeasured)]:
-        raise FederationError(f"too few units for a figure of {', '.join(missing)}; ask more devices")
+        raise FederationError(f"too few units for a metric of {', '.join(missing)}; ask more devices")
 
     def served(model: str, level: float) -> Interval:
         overall = figures[model].overall
@@ -121,7 +121,7 @@ def rank_worst_group(figures: Mapping[str, DPMetricEstimates], measure: str) -> 
         if all(name in f.reported for f in figures.values())
     ]
     if not groups:
-        raise FederationError("no tone group has enough units in the figures of all models; ask more devices")
+        raise FederationError("no tone group has enough units for every model; ask more devices")
 
     def served(model: str, level: float) -> Interval:
         each = [

@@ -25,12 +25,13 @@ from metrics_drawn import (
     truths,
 )
 
-from fedface.audits.dp_metric_estimates import minimum_detectable_gap
+from fedface.audits.dp_metric_estimates import GroupEstimates, minimum_detectable_gap
 from fedface.audits.dp_metrics import RANGED_METRICS
 from fedface.audits.dp_model_ranking import Ranking, rank_overall, rank_worst_group
 from fedface.audits.dp_ratio_estimates import DP_METRICS, DPRatioEstimate, cost, difference_between
 from fedface.audits.group_metrics import rate_interval
 from fedface.errors import AggregationError, FederationError
+from fedface.measurements import NotMeasured
 from fedface.randomness import Streams
 
 STREAMS = Streams(11)
@@ -42,8 +43,8 @@ def test_without_noise_the_figures_are_plain_means_whatever_the_clip_norm() -> N
     assert list(found.groups) == list(CONFIG.groups) and found.suppressed == ()
     chosen = {name: photos.group == i for i, name in enumerate(CONFIG.groups)}
     chosen["all"] = torch.ones(3000, dtype=torch.bool)
-    assert found.overall is not None
-    for name, figures in {**found.groups, "all": found.overall}.items():
+    assert isinstance(found.overall, GroupEstimates)
+    for name, figures in {**found.reported, "all": found.overall}.items():
         part = members(photos, chosen[name])
         assert figures.count.estimate == pytest.approx(len(part.group), rel=1e-6)
         kept = (part.group == part.output_group).double()
@@ -56,7 +57,7 @@ def test_without_noise_the_figures_are_plain_means_whatever_the_clip_norm() -> N
         true, made = (float((which == i).double().mean()) for which in (photos.group, photos.output_group))
         shares = found.shares[name]
         assert shares.original.estimate == pytest.approx(true, abs=1e-6)
-        assert shares.made.estimate == pytest.approx(made, abs=1e-6)
+        assert shares.generated.estimate == pytest.approx(made, abs=1e-6)
         assert shares.change.estimate == pytest.approx(made - true, abs=1e-6)
 
 
@@ -90,7 +91,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(photos: int, sigma: floa
                 figure = figures.estimate(measure)
                 hits.setdefault((name, measure), []).append(figure.low <= known[name, measure] <= figure.high)
         for i, name in enumerate(found.groups):
-            count, change = found.groups[name].count, found.shares[name].change
+            count, change = found.reported[name].count, found.shares[name].change
             counted = int((drawn_now.group == i).sum())
             hits.setdefault((name, "count"), []).append(count.low <= counted <= count.high)
             moved = float((FREQUENT @ MADE)[i] - FREQUENT[i])
@@ -145,8 +146,8 @@ def test_equally_served_groups_are_rarely_set_apart() -> None:
         clear += release(again, 2.0, 1, rng).gaps["lightness_shift"].clear
     assert clear <= 24
     quiet = read(total_of(even()))
-    assert quiet.sentences()[0] == "No measure sets the 3 groups apart."
-    assert "could not be seen below: consistency error" in quiet.sentences()[1]
+    assert quiet.sentences()[0] == "No metric differs clearly between the 3 reported groups."
+    assert "would not show: consistency error" in quiet.sentences()[1]
 
 
 def test_what_the_noise_hides_is_said_and_foreseen() -> None:
@@ -172,11 +173,13 @@ def test_a_small_group_is_not_reported_and_nothing_of_it_is() -> None:
     photos = even()
     few = members(photos, (photos.group < 2) | (torch.arange(300) >= 285))
     found = read(total_of(few))
-    assert found.suppressed == (DARK,) and list(found.groups) == list(found.shares) == [LIGHT, MEDIUM]
-    assert found.min_count == 20 and found.overall is not None
+    assert found.suppressed == (DARK,) and list(found.reported) == list(found.shares) == [LIGHT, MEDIUM]
+    assert found.min_count == 20 and isinstance(found.overall, GroupEstimates)
     assert found.overall.count.estimate == pytest.approx(215, rel=1e-6)
-    assert any(f"Not reported: {DARK}. Fewer than 20 units" in text for text in found.sentences())
-    assert all(DARK not in text for text in found.sentences() if "Not reported" not in text)
+    assert any(
+        f"Suppressed: {DARK}; their noised counts are below 20 units" in text for text in found.sentences()
+    )
+    assert all(DARK not in text for text in found.sentences() if "Suppressed" not in text)
 
 
 def test_noise_raises_the_least_count_so_that_a_group_is_told_from_nobody() -> None:
@@ -186,17 +189,17 @@ def test_noise_raises_the_least_count_so_that_a_group_is_told_from_nobody() -> N
     for _ in range(300):
         noise = torch.from_numpy(3.0 * CLIP * 2.0 * rng.standard_normal(CONFIG.width))
         found = read(noise, sigma=3.0, devices=4, config=loose)
-        nobody += len(found.groups)
+        nobody += len(found.reported)
         assert found.min_count == pytest.approx(1 + 1.959964 * 6 * math.sqrt(3 / 0.4), rel=1e-5)
     assert nobody / 900 <= 0.04  # one side of 95 %
     empty = read(torch.zeros(CONFIG.width))
-    assert empty.overall is None and empty.groups == {} == empty.gaps
+    assert isinstance(empty.overall, NotMeasured) and empty.reported == {} == empty.gaps
     assert "No two groups have enough units" in empty.sentences()[0]
 
 
 def test_a_total_that_no_photos_and_no_noise_explain_is_refused() -> None:
     honest = total_of(even())
-    with pytest.raises(AggregationError, match=r"these figures are 30 numbers, got shape \(29,\)"):
+    with pytest.raises(AggregationError, match=r"the metrics are 30 numbers, got shape \(29,\)"):
         read(honest[1:])
     broken = honest.clone()
     broken[3] = float("nan")
@@ -258,7 +261,7 @@ def test_equal_models_are_rarely_told_apart(by_group: bool) -> None:
 
 
 def test_badness_turns_every_measure_so_that_larger_is_worse() -> None:
-    mean = read(total_of(even(lightness_shift=-4.0))).groups[DARK]
+    mean = read(total_of(even(lightness_shift=-4.0))).reported[DARK]
     assert cost(mean.estimate("lightness_shift"), "lightness_shift").estimate == pytest.approx(4.0, rel=1e-5)
     assert cost(mean.estimate("detected"), "detected").estimate == pytest.approx(-1.0)
     one, other = rate_interval(48, 50), rate_interval(40, 50)
@@ -273,7 +276,7 @@ def test_rankings_that_rest_on_nothing_are_refused() -> None:
         rank_overall({"one": full}, "consistency_error")
     with pytest.raises(ValueError, match="measure must be one of consistency_error"):
         rank_overall({"one": full, "two": full}, "beauty")
-    with pytest.raises(FederationError, match="too few units for a figure of two"):
+    with pytest.raises(FederationError, match="too few units for a metric of two"):
         rank_overall({"one": full, "two": empty}, "consistency_error")
     with pytest.raises(FederationError, match="no tone group"):
         rank_worst_group({"one": full, "two": empty}, "consistency_error")
