@@ -54,6 +54,7 @@ class Above:
     """A finite number greater than `low`."""
 
     low: float
+    hint: str = ""  # what to do instead, such as "; for any time leave hours out"
 
     def problem(self, value: float) -> str:
         """Empty for a finite value > low."""
@@ -97,14 +98,18 @@ def checked(cls: type[T]) -> type[T]:
 
     def __post_init__(self: T) -> None:
         for name, hint in _constrained_fields(cls):  # type: ignore[arg-type]  # every class is hashable
-            value = getattr(self, name)
-            if problem := next(_problems(hint, value), ""):
-                raise RangeError(f"{name} {problem}")
+            check(name, hint, getattr(self, name))
         if after is not None:
             after(self)
 
     cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
     return cls
+
+
+def check(name: str, hint: Any, value: Any) -> None:
+    """Raise RangeError unless a value satisfies the constraints of a type such as `Annotated[float, In("(0, 1)")]`."""
+    if problem := next(_problems(hint, value), ""):
+        raise RangeError(f"{name} {problem}")
 
 
 @functools.cache
@@ -128,7 +133,7 @@ def _problems(hint: Any, value: Any) -> Iterator[str]:
     if origin is typing.Annotated:
         for constraint in arguments[1:]:
             if hasattr(constraint, "problem") and (problem := constraint.problem(value)):
-                yield f"{problem}, got {value!r:.80}"
+                yield f"{problem}, got {value!r:.80}{getattr(constraint, 'hint', '')}"
         yield from _problems(arguments[0], value)
     elif origin is Literal and value not in arguments:
         yield f"must be one of {', '.join(map(str, arguments))}, got {value!r:.80}"

@@ -35,11 +35,11 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from fedface.photos.skin_tone import ToneReading, delta_e, measure_tone
-from fedface.privacy.mechanism import check_clip_norm
+from fedface.privacy.mechanism import ClipNorm
 from fedface.privacy.plan import MAX_EXPECTED_BATCH_SIZE
 from fedface.privacy_units import Unit
 from fedface.tensor_types import Images, Vector
-from fedface.validation import In, checked
+from fedface.validation import In, check, checked
 
 RANGED_METRICS = (
     "consistency_error",
@@ -213,7 +213,7 @@ def metric_vectors(photos: PhotoMetrics, config: LocalMetricsConfig, *, clip_nor
         (n, config.width): the table row by row, then for each of `RANGED_METRICS` its values and its free spreads by
         group, then detections by group.
     """
-    check_clip_norm(clip_norm)
+    check("clip_norm", ClipNorm, clip_norm)
     g, shares = len(config.tone_upper_bounds), config.shares
     here = one_hot(photos.group, g).double()
     cells = one_hot(photos.group * g + photos.output_group, g * g).double()
@@ -255,7 +255,7 @@ def ranges(config: LocalMetricsConfig, *, clip_norm: float) -> Vector:
     The sums of `max_units` units, of which at most two thirds can be used by the units themselves (with the
     default shares): the rest is room for noise. All are equal, so that a length in public ranges is a length.
     """
-    check_clip_norm(clip_norm)
+    check("clip_norm", ClipNorm, clip_norm)
     return torch.full((config.width,), clip_norm * config.max_units)
 
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 from fedface.number_format import format_delta
-from fedface.privacy.privacy_target import check_delta
-from fedface.privacy_units import UNITS, Unit
+from fedface.privacy.privacy_target import Delta
+from fedface.privacy_units import Unit
+from fedface.validation import Above, checked
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class Budget:
     """At most epsilon at delta for one unit, over everything booked for life, or within the last `days` days.
 
@@ -22,19 +25,10 @@ class Budget:
         ValueError: A number outside its bounds.
     """
 
-    epsilon: float  # > 0, finite
-    delta: float  # 1e-10 <= delta < 1; fixed for life
+    epsilon: Annotated[float, Above(0)]
+    delta: Delta  # fixed for life
     unit: Unit = "photo"
-    days: float | None = None  # the period that counts back from now; None for life
-
-    def __post_init__(self) -> None:
-        if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
-            raise ValueError(f"epsilon must be a finite number above 0, got {self.epsilon}")
-        check_delta(self.delta)
-        if self.unit not in UNITS:
-            raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
-        if self.days is not None and not (self.days > 0 and math.isfinite(self.days)):
-            raise ValueError(f"days must be a finite number above 0, got {self.days}")
+    days: Annotated[float, Above(0)] | None = None  # the period that counts back from now; None for life
 
     @property
     def period(self) -> str:

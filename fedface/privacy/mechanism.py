@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from dp_accounting import (
@@ -24,33 +24,21 @@ from torch import Tensor
 
 from fedface.randomness import SecretNoise
 from fedface.tensor_types import Vector
+from fedface.validation import Above, In, checked
 
 Event = DpEvent  # what was released; the name by which other rooms know dp_accounting's record
 
 
 # Far outside, float32 breaks the promise: squares of short gradients vanish, so that they are not clipped at
 # all, and noise vanishes beside its own rounding. A stranger's schedule must not reach there.
-CLIP_NORMS = (1e-6, 1e6)
+ClipNorm = Annotated[float, Above(0), In("[1e-6, 1e6]")]  # what float32 can clip to
+Sigma = Annotated[float, Above(0, "; without noise the kind is no-privacy")]
 
 
 _AT_ONCE = 2**20  # numbers that are noised together
 _GRID_BITS = 20  # a noised sum lies on a grid 2^20 to 2^21 times as fine as the noise's deviation
 
 MAX_NORM = 1e18  # longer vectors become zero: float32 could not scale them down without rounding them up
-
-
-def check_clip_norm(clip_norm: float) -> None:
-    """Raise ValueError unless a clip norm is one that float32 can clip to, 1e-6 to 1e6."""
-    if not (clip_norm > 0 and math.isfinite(clip_norm)):
-        raise ValueError(f"clip_norm must be a finite number above 0, got {clip_norm}")
-    if not CLIP_NORMS[0] <= clip_norm <= CLIP_NORMS[1]:
-        raise ValueError(f"clip_norm must lie in [{CLIP_NORMS[0]:g}, {CLIP_NORMS[1]:g}], got {clip_norm}")
-
-
-def check_sigma(sigma: float) -> None:
-    """Raise ValueError unless a noise multiplier is finite and above 0."""
-    if not (sigma > 0 and math.isfinite(sigma)):
-        raise ValueError(f"sigma must be a finite number above 0, got {sigma}; no noise is NoPromise")
 
 
 def clip_l2(update: Vector, clip_norm: float) -> Vector:
@@ -76,17 +64,14 @@ def clip_l2(update: Vector, clip_norm: float) -> Vector:
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class GaussianSum:
     """A sum of clipped vectors plus normal noise of standard deviation `sigma * clip_norm` per coordinate."""
 
     kind: ClassVar[str] = "gaussian-sum"
 
-    clip_norm: float  # longest one unit's vector can be, > 0, in weight units
-    sigma: float  # noise multiplier: noise standard deviation / clip norm, > 0
-
-    def __post_init__(self) -> None:
-        check_clip_norm(self.clip_norm)
-        check_sigma(self.sigma)
+    clip_norm: ClipNorm  # longest one unit's vector can be, in weight units
+    sigma: Sigma  # noise multiplier: noise standard deviation / clip norm
 
     def clip(self, update: Vector) -> Vector:
         """One unit's vector (d,), scaled down to length `clip_norm` at most; zero if not finite."""
@@ -121,15 +106,13 @@ class GaussianSum:
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class ClippedSum:
     """A sum of clipped vectors without noise: nothing is promised. The mechanism of `NoPromise`."""
 
     kind: ClassVar[str] = "clipped-sum"
 
-    clip_norm: float  # longest one unit's vector can be, > 0, in weight units
-
-    def __post_init__(self) -> None:
-        check_clip_norm(self.clip_norm)
+    clip_norm: ClipNorm  # longest one unit's vector can be, in weight units
 
     def clip(self, update: Vector) -> Vector:
         """One unit's vector (d,), scaled down to length `clip_norm` at most; zero if not finite."""

@@ -7,18 +7,18 @@ is told `NOT_NOW_MESSAGE` and no more: when somebody sleeps or how full a batter
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import sys
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import psutil
 
 from fedface.errors import PolicyRefusal
+from fedface.validation import Above, In, checked
 
 NOT_NOW_MESSAGE = "this device does not take part now (its owner's conditions do not hold)"
 POWER_SUPPLIES = Path("/sys/class/power_supply")  # where Linux lists batteries
@@ -127,6 +127,7 @@ def _word(path: Path) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class ParticipationConditions:
     """When a device may work; with no field given, always.
 
@@ -136,18 +137,15 @@ class ParticipationConditions:
 
     hours: tuple[str, ...] = ()  # such as "22:00-07:00", local time, the end excluded; none: at any time
     require_ac_power: bool = False  # only when plugged in
-    min_battery: float = 0.0  # share of the charge, 0 to 1; counts off the mains alone
-    max_load: float | None = None  # load average of the last minute per core, > 0
+    # Share of the charge, 0 to 1; counts off the mains alone.
+    min_battery: Annotated[float, In("[0, 1]")] = 0.0
+    max_load: Annotated[float, Above(0)] | None = None  # load average of the last minute per core
 
     def __post_init__(self) -> None:
         for words in self.hours:
             start, end = _minutes(words)
             if start == end:
                 raise ValueError(f'hours must differ, got "{words}"; for any time leave hours out')
-        if not 0 <= self.min_battery <= 1:
-            raise ValueError(f"min_battery must be a share between 0 and 1, got {self.min_battery}")
-        if self.max_load is not None and not (self.max_load > 0 and math.isfinite(self.max_load)):
-            raise ValueError(f"max_load must be a finite number above 0, got {self.max_load}")
 
     def check(self, surroundings: Environment) -> None:
         """Return if every condition holds now.

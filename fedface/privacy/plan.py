@@ -15,11 +15,10 @@ Source: DP-SGD, Abadi et al. (2016), arXiv:1607.00133; Poisson sampling with a p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, assert_never
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Literal, assert_never
 
-from fedface.errors import PrivacyError
 from fedface.measurements import Epsilon
 from fedface.number_format import format_delta
 from fedface.privacy.accounting import (
@@ -28,9 +27,10 @@ from fedface.privacy.accounting import (
     compose,
     epsilon_of,
 )
-from fedface.privacy.mechanism import ClippedSum, Event, GaussianSum, SampledGaussian, check_clip_norm
+from fedface.privacy.mechanism import ClipNorm, ClippedSum, Event, GaussianSum, SampledGaussian
 from fedface.privacy.privacy_target import NoPrivacy, PrivacyGuarantee, PrivacyTarget
-from fedface.privacy_units import UNITS, Unit, unit_in_words
+from fedface.privacy_units import Unit, unit_in_words
+from fedface.validation import AtLeast, In, checked
 
 MAX_STEPS = 2_000  # of a round: more would keep a device busy for days, however cheap the noise makes them
 MAX_EXPECTED_BATCH_SIZE = 10**9  # photos in a step
@@ -38,6 +38,7 @@ MAX_NOISE_MULTIPLIER = 1e7  # ten times what a plan may ask for; the noise itsel
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class Schedule:
     """How often a device looks at its units: photos, occasions or all it has. Every number is public and the same.
 
@@ -45,50 +46,25 @@ class Schedule:
     divisor that follows the library tells 40 photos from 41.
     """
 
-    rounds: int  # >= 1
-    steps_per_round: int  # private steps a device takes in one round, >= 1
-    sampling_rate: float  # q: the probability with which a unit joins a step, 0 < q <= 1
-    expected_batch_size: int  # what each step's sum is divided by, >= 1
-    clip_norm: float  # longest gradient one unit can have in a step, > 0
-
-    def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
-        if self.steps_per_round < 1:
-            raise ValueError(f"steps_per_round must be at least 1, got {self.steps_per_round}")
-        if self.steps_per_round > MAX_STEPS:
-            raise ValueError(f"steps_per_round must be at most {MAX_STEPS}, got {self.steps_per_round}")
-        if not 0 < self.sampling_rate <= 1:
-            raise ValueError(f"sampling_rate must lie in (0, 1], got {self.sampling_rate}")
-        if self.expected_batch_size < 1:
-            raise ValueError(f"expected_batch_size must be at least 1, got {self.expected_batch_size}")
-        if self.expected_batch_size > MAX_EXPECTED_BATCH_SIZE:
-            raise ValueError(
-                f"expected_batch_size must be at most {MAX_EXPECTED_BATCH_SIZE}, got {self.expected_batch_size}"
-            )
-        check_clip_norm(self.clip_norm)
+    rounds: Annotated[int, AtLeast(1)]
+    steps_per_round: Annotated[int, In(f"[1, {MAX_STEPS}]")]  # private steps a device takes in one round
+    # q, the probability with which a unit joins a step.
+    sampling_rate: Annotated[float, In("(0, 1]")]
+    # What each step's sum is divided by.
+    expected_batch_size: Annotated[int, In(f"[1, {MAX_EXPECTED_BATCH_SIZE}]")]
+    clip_norm: ClipNorm  # longest gradient one unit can have in a step
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class DPParameters:
     """What a run asks of a device: a schedule and a noise multiplier, which the device prices itself."""
 
     schedule: Schedule
-    noise_multiplier: float  # sigma >= 0; exactly 0 means that nothing is promised
+    # sigma; exactly 0 means no privacy guarantee.
+    noise_multiplier: Annotated[float, In(f"[0, {MAX_NOISE_MULTIPLIER:g}]")]
     unit: Unit = "photo"  # whose vector is clipped: what a promise covers
-    update_clip_norm: float = 1.0  # unit library: longest update of one device, in public ranges, > 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.noise_multiplier <= MAX_NOISE_MULTIPLIER:
-            raise ValueError(
-                f"noise_multiplier must lie in [0, {MAX_NOISE_MULTIPLIER:g}], got {self.noise_multiplier}"
-            )
-        if self.unit not in UNITS:
-            raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
-        try:
-            check_clip_norm(self.update_clip_norm)
-        except ValueError as error:
-            raise ValueError(str(error).replace("clip_norm", "update_clip_norm")) from error
+    update_clip_norm: ClipNorm = 1.0  # unit library: longest update of one device, in public ranges
 
     @property
     def is_private(self) -> bool:
@@ -136,56 +112,18 @@ class DPParameters:
             case _:
                 assert_never(mechanism)
 
-    def to_record(self) -> dict[str, int | float | str]:
-        """A flat dict of numbers and the unit's name, for a task on the wire."""
-        return {
-            **asdict(self.schedule),
-            "noise_multiplier": self.noise_multiplier,
-            "unit": self.unit,
-            "update_clip_norm": self.update_clip_norm,
-        }
-
     def metadata(self) -> dict[str, str]:
         """The terms in words, for a ledger entry: what was asked, of what unit, between which neighbours."""
-        asked = {
-            key: value if isinstance(value, str) else f"{value:.12g}"
-            for key, value in self.to_record().items()
-        }
-        if self.unit != "library":
-            del asked["update_clip_norm"]
+        numbers = {**asdict(self.schedule), "noise_multiplier": self.noise_multiplier}
+        asked = {**{name: f"{value:.12g}" for name, value in numbers.items()}, "unit": self.unit}
+        if self.unit == "library":
+            asked["update_clip_norm"] = f"{self.update_clip_norm:.12g}"
         return {
             **asked,
             "neighbours": ADJACENCY,
             "sampler": "everybody" if self.unit == "library" else "poisson",
             "noise_at": self.noise_at,
         }
-
-    @staticmethod
-    def from_record(record: Mapping[str, Any]) -> DPParameters:
-        """The terms that `to_record` wrote, checked anew: the sender is not trusted.
-
-        Raises:
-            PrivacyError: A key is missing, unknown or out of bounds.
-        """
-        wanted = {*(field.name for field in fields(Schedule)), "noise_multiplier", "unit", "update_clip_norm"}
-        if set(record) != wanted:
-            raise PrivacyError(f"terms need exactly the keys {sorted(wanted)}, got {sorted(record)}")
-        try:
-            schedule = Schedule(
-                rounds=int(record["rounds"]),
-                steps_per_round=int(record["steps_per_round"]),
-                sampling_rate=float(record["sampling_rate"]),
-                expected_batch_size=int(record["expected_batch_size"]),
-                clip_norm=float(record["clip_norm"]),
-            )
-            return DPParameters(
-                schedule=schedule,
-                noise_multiplier=float(record["noise_multiplier"]),
-                unit=record["unit"],
-                update_clip_norm=float(record["update_clip_norm"]),
-            )
-        except (TypeError, ValueError, OverflowError) as error:
-            raise PrivacyError(f"terms out of bounds: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,10 @@ epsilon that somebody tells is never believed.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 from fedface.errors import PolicyRefusal
 from fedface.number_format import format_delta
@@ -26,8 +26,9 @@ from fedface.privacy.participation_conditions import (
     parse_expiry,
 )
 from fedface.privacy.plan import DPParameters, Plan
-from fedface.privacy.privacy_target import check_delta
+from fedface.privacy.privacy_target import Delta
 from fedface.privacy_units import UNITS, Unit, covers, unit_in_words
+from fedface.validation import Above, AtLeast, checked
 
 OBJECTIVES = ("generator", "upsampler")  # what can be trained, in the word of a policy
 EVALUATION = "evaluation"  # the objective of a task that only measures
@@ -39,6 +40,7 @@ OWN_WORDS = ("unit", "neighbours", "sampler", "noise_at")  # marks that follow f
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class Period:
     """At most `epsilon` in any `days` days, besides what is allowed for life.
 
@@ -46,14 +48,12 @@ class Period:
         ValueError: A number outside its bounds.
     """
 
-    days: float  # > 0
-    epsilon: float  # > 0
-
-    def __post_init__(self) -> None:
-        Budget(epsilon=self.epsilon, delta=0.5, days=self.days)  # the bounds of a limit
+    days: Annotated[float, Above(0)]
+    epsilon: Annotated[float, Above(0)]
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class DevicePolicy:
     """What the owner of a device allows.
 
@@ -62,14 +62,14 @@ class DevicePolicy:
             the photos.
     """
 
-    max_epsilon: float  # for all runs together, for the life of the library, > 0
-    delta: float  # where every epsilon is read; fixed for the life of the library
+    max_epsilon: Annotated[float, Above(0)]  # for all runs together, for the life of the library
+    delta: Delta  # where every epsilon is read; fixed for the life of the library
     unit: Unit = "photo"  # of what budgets count the loss; fixed for the life of the library
     periods: tuple[Period, ...] = ()  # further budgets, for any so many days
     objectives: tuple[str, ...] = OBJECTIVES  # what photos may help to train
     evaluation: bool = False  # may this device answer questions about its photos, with noise?
     protocols: tuple[str, ...] = ("homomorphic",)  # how updates may travel
-    min_cohort_size: int = 2  # fewest devices whose updates are summed, >= 1
+    min_cohort_size: Annotated[int, AtLeast(1)] = 2  # fewest devices whose updates are summed
     trust_server: bool = False  # may runs take part whose noise the server adds?
     allow_no_dp: bool = False  # may runs without noise use these photos?
     folders: tuple[Path, ...] = ()  # below the photos: only these may be used; none named: all
@@ -83,13 +83,6 @@ class DevicePolicy:
     expires: str | None = None  # the last day, such as 2027-01-31; from the next on everything is refused
 
     def __post_init__(self) -> None:
-        if not (self.max_epsilon > 0 and math.isfinite(self.max_epsilon)):
-            raise ValueError(f"max_epsilon must be a finite number above 0, got {self.max_epsilon}")
-        check_delta(self.delta)
-        if self.unit not in UNITS:
-            raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
-        if self.min_cohort_size < 1:
-            raise ValueError(f"min_cohort_size must be at least 1, got {self.min_cohort_size}")
         for objective in self.objectives:
             if objective not in OBJECTIVES:
                 figures = "; figures are allowed by evaluation: true" if objective == EVALUATION else ""

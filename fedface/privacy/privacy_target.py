@@ -7,22 +7,23 @@ Source: Dwork & Roth (2014), "The Algorithmic Foundations of Differential Privac
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from fedface.privacy_units import UNITS, Unit
+from fedface.privacy_units import Unit
+from fedface.validation import Above, In, check, checked
 
-MIN_DELTA = 1e-10  # below this the accountant's floating-point slack would matter
+# Smaller deltas would meet the floating-point error of the accountant.
+Delta = Annotated[float, In("[1e-10, 1)")]
 
 
 def check_delta(delta: float) -> None:
-    """Raise ValueError unless delta is a number that the accountant can price."""
-    if not MIN_DELTA <= delta < 1:
-        raise ValueError(f"delta must lie in [{MIN_DELTA:g}, 1), got {delta}")
+    """Raise ValueError unless delta is a number that the accountant can compute with."""
+    check("delta", Delta, delta)
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class PrivacyTarget:
     """At most epsilon of privacy loss for one unit over the whole run, except with probability about delta.
 
@@ -34,22 +35,15 @@ class PrivacyTarget:
 
     kind: ClassVar[str] = "privacy-target"
 
-    epsilon: float  # upper bound on privacy loss, > 0, finite; what is not bounded is called NoPromise
-    delta: float  # 1e-10 <= delta < 1; choose well below 1 / number of units
+    # Upper bound on the privacy loss.
+    epsilon: Annotated[float, Above(0, "; without a bound on epsilon the kind is no-privacy")]
+    delta: Delta  # choose well below 1 / number of units
     unit: Unit = "photo"  # what one promise covers
     trust: Literal["nobody", "server"] = (
         "nobody"  # who is trusted with what the promise hides, see `DPParameters`
     )
 
     def __post_init__(self) -> None:
-        if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
-            raise ValueError(
-                f"epsilon must be a finite number above 0, got {self.epsilon}; "
-                "without a bound the promise is of kind no-privacy"
-            )
-        check_delta(self.delta)
-        if self.unit not in UNITS:
-            raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
         if self.unit == "library" and self.trust != "server":
             raise ValueError(
                 'trust must be "server" with unit library: the server adds the noise to the sum of whole updates. '

@@ -216,7 +216,7 @@ def test_learning_pulls_samples_towards_the_photos() -> None:
         ({"r2_weight": -1.0}, "r2_weight must lie in"),
         ({"server_lr": 5.0}, "server_lr must lie in"),
         ({"sampling_rate": 0.0}, "sampling_rate must lie in"),
-        ({"expected_batch_size": 0}, "expected_batch_size must be at least 1"),
+        ({"expected_batch_size": 0}, "expected_batch_size must lie in"),
     ],
 )
 def test_a_number_out_of_bounds_is_refused_by_name(change: dict[str, float], words: str) -> None:

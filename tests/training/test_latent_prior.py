@@ -329,7 +329,7 @@ def test_the_public_ranges_hold_what_devices_send(second: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"expected_batch_size": 0}, "expected_batch_size must be at least 1"),
+        ({"expected_batch_size": 0}, "expected_batch_size must lie in"),
         ({"max_photos": 0}, "max_photos must lie in"),
         ({"clip_norm": 0.0}, "clip_norm must be"),
         ({"count_fraction": 1.0}, "count_fraction must lie in"),
