@@ -169,7 +169,7 @@ def test_a_strangers_names_are_printed_as_words(weights, tmp_path: Path) -> None
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         save_file(tensors | {"\x1b[2J": torch.zeros(1)}, tmp_path / "x.safetensors", file.metadata())
     code, out, err = weights("show", "x.safetensors")
-    assert code == 2 and "do not belong, the first is ?[2J" in err and "\x1b" not in err
+    assert code == 2 and "are not expected, the first is ?[2J" in err and "\x1b" not in err
 
 
 def test_where_a_model_cannot_be_kept_is_said_before_it_is_read(weights, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

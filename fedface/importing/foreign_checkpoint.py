@@ -1,9 +1,8 @@
-"""Files of strangers: which kind they are, and the numbers in them, without running what they carry.
+"""Reads untrusted checkpoint files of other programs, without running any code in them.
 
-Called from importing/import_weights. Read here: NVIDIA's stylegan2-ada .pkl, and what torch.save writes in either of its
-two formats. Both are pickles; `models.pickled` reads those as words, and this file turns the words that stand
-for tensors into tensors, with bounds of its own: a tensor never reaches outside its numbers, and all tensors
-together never take much more memory than the file is large.
+Supported are NVIDIA's stylegan2-ada .pkl, and what torch.save writes in either of its two formats. Both are pickles;
+`safe_pickle` reads those as plain data, from which this module builds tensors within bounds: a tensor never reaches
+outside its storage, and all tensors together take little more memory than the size of the file.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ Kind = Literal["nvidia-pickle", "torch-checkpoint"]
 class ForeignNetwork:
     """One network of a file."""
 
-    class_name: str  # what its author called it; "" for a bare list of weights
+    class_name: str  # as named in the file; "" for a plain state dict
     tensors: Mapping[str, Tensor]  # by dotted name
     fields: Mapping[str, PlainValue]  # by dotted name, such as synthesis.img_resolution
 
@@ -55,7 +54,7 @@ class ForeignFile:
     networks: Mapping[
         str, ForeignNetwork
     ]  # by the file's own name, such as G_ema; "" if the file is one network
-    tensors: Mapping[str, Tensor]  # what lies beside the networks, such as latent_avg
+    tensors: Mapping[str, Tensor]  # outside the networks, such as latent_avg
     ignored: tuple[str, ...]  # names of everything else
 
 
@@ -67,7 +66,7 @@ def is_safetensors(path: Path) -> bool:
 
 
 def read_foreign(path: Path) -> ForeignFile:
-    """Read a file of NVIDIA's or of torch.save, told apart by content.
+    """Read a file of NVIDIA's or of torch.save, recognised by its content.
 
     Guarantees:
         * Nothing that the file names is imported or called.
@@ -75,7 +74,7 @@ def read_foreign(path: Path) -> ForeignFile:
 
     Raises:
         WeightsError: The file is missing, too large, of another kind or damaged, or it names something that no
-            weights need; the sentence says what.
+            weights need; the message says what.
     """
     if not path.is_file():
         raise WeightsError(f"{path}: no such file")
@@ -232,7 +231,7 @@ def _words_of(value: Any) -> dict[str, Any]:
 
 
 def _tensor(value: PickledCall, budget: _Budget) -> Tensor:
-    """A window on a row of numbers, which it never leaves."""
+    """A view of a storage, checked to stay within it."""
     for _ in range(2):
         if (
             value.name == "torch._utils._rebuild_parameter"

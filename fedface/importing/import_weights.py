@@ -1,9 +1,8 @@
-"""Weights of other programs -> our networks: what a file holds, with the shape read from the numbers themselves.
+"""Imports weights of other programs into our networks, whose configuration is inferred from the tensors.
 
-Called from the command line (`fedface weights import`). `models.foreign` reads the file without running anything,
-`models.renamings` gives our names; here a network of that shape is described, compared name by name and shape by
-shape, and only then made and filled. Anything that does not fit exactly is refused, because a network that is
-nearly the published one gives pictures that are nearly right.
+`foreign_checkpoint` reads the file without running anything, `key_maps` gives our names; here the configuration is
+inferred, compared name by name and shape by shape, and only then built and loaded. Anything that does not fit exactly
+is refused, because a network that is nearly the published one generates images that are nearly right.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
 from fedface.text import sanitize_text
 
 FIXED_SEED: Final = (
-    20  # of what a file leaves open: noise maps, and the draws that the mean style is taken from
+    20  # Of what a file does not store: noise maps, and the latents from which the mean style is estimated
 )
 MEAN_DRAWS: Final = 10_000
 FILTER: Final = (1.0, 3.0, 3.0, 1.0)
@@ -62,16 +61,16 @@ Kind = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class ImportedModel:
-    """What a file turned out to hold."""
+    """The contents of a file."""
 
     kind: Kind
     generator: StyleGAN2 | StyleGAN1 | None
     discriminator: Discriminator | None
-    notes: Mapping[str, Any]  # the file's name and hash, and remarks, for the model's own notes
-    ignored: tuple[str, ...]  # names of what was in the file and is not taken
+    notes: Mapping[str, Any]  # the file's name and hash, and remarks, for the model's notes
+    ignored: tuple[str, ...]  # names of what was in the file and is not used
 
     def model(self) -> Model:
-        """A model that can be kept: with its discriminator where one was found, and alone otherwise.
+        """A model: a GAN where the file has a discriminator, a generator alone otherwise.
 
         Raises:
             WeightsError: There is no generator, or the discriminator is of another size.
@@ -85,7 +84,7 @@ class ImportedModel:
             return Model(alone, {"generator": self.generator}, self.notes)
         if isinstance(self.generator, StyleGAN1) or self.generator.size != self.discriminator.config.size:
             raise WeightsError(
-                f"{self.notes['file']}: its generator makes {self.generator.size} px and its discriminator judges "
+                f"{self.notes['file']}: its generator has {self.generator.size} px and its discriminator "
                 f"{self.discriminator.config.size} px; they do not belong together"
             )
         architecture = GanArchitecture(
@@ -96,14 +95,14 @@ class ImportedModel:
 
 
 def import_file(path: Path, mapping: Path | None = None) -> ImportedModel:
-    """Read a file of another program, or of ours, told apart by content.
+    """Read a file of another program or of ours, recognised by its content.
 
     Args:
         path: NVIDIA's .pkl, rosinality's .pt, a StyleGAN1 or stylegan2-ada state dict, or our safetensors.
-        mapping: The second file of a StyleGAN1 that is kept in two, as PULSE does.
+        mapping: The second file of a StyleGAN1 that is stored in two, as PULSE does.
 
     Raises:
-        WeightsError: The file cannot be read safely, is of no kind we know, or does not fit our networks exactly.
+        WeightsError: The file cannot be read safely, is of an unknown kind, or does not fit our networks exactly.
     """
     if not path.is_file():
         raise WeightsError(f"{path}: no such file")
@@ -156,9 +155,9 @@ def _converted(content: ForeignFile, notes: dict[str, Any]) -> ImportedModel:
     if any(name.endswith(("blocks.4x4.const", "dense0.weight")) for name in names):
         return _pulse([content], notes)
     classes = sorted({network.class_name for network in content.networks.values() if network.class_name})
-    seen = ", ".join(sanitize_text(name, 40) for name in sorted(names)[:3]) or "no weights"
+    examples = ", ".join(sanitize_text(name, 40) for name in sorted(names)[:3]) or "no weights"
     raise WeightsError(
-        f"holds {' and '.join(classes) or 'networks'} that we do not know ({seen}); what can be read are StyleGAN2 of "
+        f"holds {' and '.join(classes) or 'networks'} of an unknown kind ({examples}); supported are StyleGAN2 of "
         "NVIDIA's stylegan2-ada-pytorch and of rosinality, and StyleGAN1 as PULSE reads it"
     )
 
@@ -166,9 +165,11 @@ def _converted(content: ForeignFile, notes: dict[str, Any]) -> ImportedModel:
 def _ada(content: ForeignFile, notes: dict[str, Any]) -> ImportedModel:
     remarks: list[str] = []
     chosen = _first_of(content, ("G_ema", "G", ""), "synthesis.b4.const")
-    judge = _first_of(content, ("D", ""), "b4.out.weight")
+    discriminator_name = _first_of(content, ("D", ""), "b4.out.weight")
     generator = None if chosen is None else _ada_generator(content.networks[chosen], remarks)
-    discriminator = None if judge is None else _ada_discriminator(content.networks[judge])
+    discriminator = (
+        None if discriminator_name is None else _ada_discriminator(content.networks[discriminator_name])
+    )
     if content.kind == "torch-checkpoint":
         remarks.append("the file does not say whether activations are clamped; they are not")
     if chosen == "G":
@@ -178,16 +179,16 @@ def _ada(content: ForeignFile, notes: dict[str, Any]) -> ImportedModel:
         generator=generator,
         discriminator=discriminator,
         notes=_with(notes, remarks),
-        ignored=_ignored(content, {chosen, judge}),
+        ignored=_ignored(content, {chosen, discriminator_name}),
     )
 
 
 def _rosinality(content: ForeignFile, notes: dict[str, Any]) -> ImportedModel:
     remarks: list[str] = []
     chosen = _first_of(content, ("g_ema", "g", ""), "input.input")
-    judge = _first_of(content, ("d", ""), "final_linear.1.weight")
+    discriminator_name = _first_of(content, ("d", ""), "final_linear.1.weight")
     generator = discriminator = None
-    used: set[str | None] = {chosen, judge}
+    used: set[str | None] = {chosen, discriminator_name}
     if chosen is not None:
         tensors = rosinality_generator(content.networks[chosen].tensors)
         if "latent_avg" in content.tensors:
@@ -196,8 +197,8 @@ def _rosinality(content: ForeignFile, notes: dict[str, Any]) -> ImportedModel:
         generator = _ada_generator(ForeignNetwork(class_name="", tensors=tensors, fields={}), remarks)
         if chosen == "g":
             remarks.append("there is no averaged generator (g_ema); g was taken")
-    if judge is not None:
-        tensors = rosinality_discriminator(content.networks[judge].tensors)
+    if discriminator_name is not None:
+        tensors = rosinality_discriminator(content.networks[discriminator_name].tensors)
         discriminator = _ada_discriminator(ForeignNetwork(class_name="", tensors=tensors, fields={}))
     return ImportedModel(
         kind="stylegan2 of rosinality",
@@ -225,7 +226,7 @@ def _pulse(files: list[ForeignFile], notes: dict[str, Any]) -> ImportedModel:
             f"holds a StyleGAN1 without its {missing}; give both: fedface weights import SYNTHESIS --mapping MAPPING"
         )
     remarks = ["noise maps are not in such files; fixed ones were drawn"]
-    generator = _filled_stylegan1(tensors, remarks)
+    generator = _stylegan1(tensors, remarks)
     return ImportedModel(
         kind="stylegan1 as PULSE reads it",
         generator=generator,
@@ -236,12 +237,12 @@ def _pulse(files: list[ForeignFile], notes: dict[str, Any]) -> ImportedModel:
 
 
 def _first_of(content: ForeignFile, names: Iterable[str], has: str) -> str | None:
-    """The first of these networks that is there and has this weight."""
+    """The first of these networks that exists and has this weight."""
     return next((name for name in names if has in getattr(content.networks.get(name), "tensors", {})), None)
 
 
 def _ignored(content: ForeignFile, used: Collection[str | None]) -> tuple[str, ...]:
-    """Names of what is not taken, fit for a terminal."""
+    """Names of what is not used, safe for a terminal."""
     left = sorted({*content.networks, *content.tensors}.difference(used))
     return (*(sanitize_text(name, 40) for name in left), *content.ignored)
 
@@ -251,7 +252,7 @@ def _with(notes: dict[str, Any], remarks: list[str]) -> dict[str, Any]:
 
 
 def _ada_generator(network: ForeignNetwork, remarks: list[str]) -> StyleGAN2:
-    """A generator with stylegan2-ada's names, described by its shapes and filled."""
+    """A generator with stylegan2-ada's names, configured from the shapes and loaded."""
     tensors = without_filters(network.tensors, ".resample_filter", FILTER)
     sides = sides_of(tensors, r"synthesis\.b([0-9]{1,6})\.conv1\.weight")
     check_fields(network, ("mapping.fc", 0.01))
@@ -289,12 +290,12 @@ def _ada_generator(network: ForeignNetwork, remarks: list[str]) -> StyleGAN2:
     generator = StyleGAN2(config, rng)
     generator.load_state_dict(floats_of(tensors))
     if not mean_known:
-        _find_mean(generator, remarks, rng)
+        _estimate_mean_style(generator, remarks, rng)
     return generator
 
 
 def _ada_discriminator(network: ForeignNetwork) -> Discriminator:
-    """A discriminator with stylegan2-ada's names, described by its shapes and filled."""
+    """A discriminator with stylegan2-ada's names, configured from the shapes and loaded."""
     tensors = without_filters(network.tensors, ".resample_filter", FILTER)
     sides = sides_of({**tensors, "b4.conv0.weight": torch.empty(0)}, r"b([0-9]{1,6})\.conv0\.weight")
     check_fields(network, ("mapping.fc", 0.01))
@@ -304,14 +305,14 @@ def _ada_discriminator(network: ForeignNetwork) -> Discriminator:
         architecture: Literal["resnet", "orig", "skip"] = "resnet"
     else:
         architecture = "skip" if "b4.fromrgb.weight" in tensors else "orig"
-    spread = width_of(tensors, "b4.conv.weight", 1) - table[4]
+    statistics = width_of(tensors, "b4.conv.weight", 1) - table[4]
     base, most = channels_of(table)
     config = DiscriminatorConfig(
         size=max(sides),
         architecture=architecture,
         clamp=clamp_of(network),
-        minibatch_group=group_of(network) if spread else 0,
-        minibatch_channels=max(1, spread),
+        minibatch_group=group_of(network) if statistics else 0,
+        minibatch_channels=max(1, statistics),
         channel_base=base,
         channel_max=most,
     )
@@ -324,7 +325,7 @@ def _ada_discriminator(network: ForeignNetwork) -> Discriminator:
     return discriminator
 
 
-def _filled_stylegan1(tensors: dict[str, Tensor], remarks: list[str]) -> StyleGAN1:
+def _stylegan1(tensors: dict[str, Tensor], remarks: list[str]) -> StyleGAN1:
     sides = sides_of(tensors, r"synthesis\.blocks\.([0-9]{1,6})x\1\.epi1\.noise\.weight")
     table = {
         side: width_of(tensors, f"synthesis.blocks.{side}x{side}.epi1.noise.weight", 0) for side in sides
@@ -339,22 +340,22 @@ def _filled_stylegan1(tensors: dict[str, Tensor], remarks: list[str]) -> StyleGA
         channel_max=most,
     )
     rng = torch.Generator().manual_seed(FIXED_SEED)
-    left_open = {"mapping.w_avg": torch.zeros(config.style_width)} | {
+    defaults = {"mapping.w_avg": torch.zeros(config.style_width)} | {
         f"synthesis.blocks.{side}x{side}.epi{place}.noise.const": torch.randn(side, side, generator=rng)
         for side in sides
         for place in (1, 2)
     }
-    check_fit(lambda: StyleGAN1(config), {**left_open, **tensors})
+    check_fit(lambda: StyleGAN1(config), {**defaults, **tensors})
     generator = StyleGAN1(config, rng)
-    generator.load_state_dict(floats_of({**left_open, **tensors}))
+    generator.load_state_dict(floats_of({**defaults, **tensors}))
     if "mapping.w_avg" not in tensors:
-        _find_mean(generator, remarks, rng)
+        _estimate_mean_style(generator, remarks, rng)
     return generator
 
 
-def _find_mean(generator: StyleGAN2 | StyleGAN1, remarks: list[str], rng: torch.Generator) -> None:
-    """The mean style of fresh latents, where a file does not say it; with classes, of all classes alike."""
-    remarks.append(f"the mean style is not in the file; it was taken from {MEAN_DRAWS:,} draws")
+def _estimate_mean_style(generator: StyleGAN2 | StyleGAN1, remarks: list[str], rng: torch.Generator) -> None:
+    """Set the mean style from fresh latents, where the file has none; with classes, of all classes equally."""
+    remarks.append(f"the mean style is not in the file; it was estimated from {MEAN_DRAWS:,} latents")
     classes = generator.config.classes if isinstance(generator, StyleGAN2) else 0
     total = torch.zeros_like(generator.mapping.w_avg)
     with torch.no_grad():

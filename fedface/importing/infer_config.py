@@ -1,7 +1,7 @@
-"""What a network's weights say about its shape, and whether they fit it exactly.
+"""Infers a network's configuration from its weights, and checks that they fit it exactly.
 
-Called from importing/import_weights. Sizes come from the shapes of weights; what shapes cannot tell, such as a bound on
-activations, comes from the fields that NVIDIA's files carry beside them.
+Sizes come from the shapes of weights; what shapes do not determine, such as a clamp on activations, comes from the
+fields that NVIDIA's files store beside them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from fedface.text import sanitize_text
 
 def sides_of(tensors: Mapping[str, Tensor], pattern: str) -> tuple[int, ...]:
     """The sides of the blocks, which must be 4, 8, ... without a gap."""
-    found = sorted(int(match[1]) for name in tensors if (match := re.fullmatch(pattern, name)))
-    if len(found) < 2 or found != [4 * 2**place for place in range(len(found))] or found[-1] > 1024:
-        raise WeightsError(f"has blocks of sides {found[:10]}; wanted 4, 8, and so on up to 1024 at most")
-    return tuple(found)
+    sides = sorted(int(match[1]) for name in tensors if (match := re.fullmatch(pattern, name)))
+    if len(sides) < 2 or sides != [4 * 2**place for place in range(len(sides))] or sides[-1] > 1024:
+        raise WeightsError(f"has blocks of sides {sides[:10]}; expected 4, 8, and so on up to 1024 at most")
+    return tuple(sides)
 
 
 def channels_of(table: Mapping[int, int]) -> tuple[int, int]:
@@ -44,7 +44,7 @@ def channels_of(table: Mapping[int, int]) -> tuple[int, int]:
 
 
 def clamp_of(network: ForeignNetwork) -> float | None:
-    """The one bound on activations that all layers share; the published shortcuts have none, nor have ours."""
+    """The clamp on activations that all layers share; the published shortcuts have none, nor have ours."""
     bounds = {
         value
         for name, value in network.fields.items()
@@ -53,29 +53,29 @@ def clamp_of(network: ForeignNetwork) -> float | None:
         and name != "b4.fromrgb.conv_clamp"
     }
     if not bounds:
-        return None  # a bare list of weights does not say
+        return None  # not stored with a plain state dict
     if len(bounds) > 1:
         raise WeightsError(
             "clamps some layers and not others, or by different bounds, which our networks do not"
         )
     (bound,) = bounds
     if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float)):
-        raise WeightsError("has a bound on activations that is no number")
+        raise WeightsError("has a clamp on activations that is not a number")
     return None if bound is None else float(bound)
 
 
 def group_of(network: ForeignNetwork) -> int:
-    """Pictures whose spread the discriminator is told: the file's figure, or the published 4."""
-    found = network.fields.get("b4.mbstd.group_size", 4)
-    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+    """The group size of minibatch statistics: the file's, or the published 4."""
+    group = network.fields.get("b4.mbstd.group_size", 4)
+    if isinstance(group, bool) or not isinstance(group, int) or group < 1:
         raise WeightsError(
             "takes its minibatch statistics over whole batches, which our discriminator does not"
         )
-    return found
+    return group
 
 
 def check_fields(network: ForeignNetwork, mapping: tuple[str, float]) -> None:
-    """Refuse what has the same weights and computes something else."""
+    """Refuse networks with the same weights that compute something else."""
     prefix, rate = mapping
     for name, value in network.fields.items():
         if name.endswith(".activation") and value not in ("lrelu", "linear"):
@@ -94,12 +94,12 @@ def check_fields(network: ForeignNetwork, mapping: tuple[str, float]) -> None:
 
 
 def width_of(tensors: Mapping[str, Tensor], name: str, dimension: int) -> int:
-    """One side of a weight; raises WeightsError if it is not there or has fewer."""
+    """One dimension of a weight's shape; raises WeightsError if it is missing."""
     if name not in tensors:
         raise WeightsError(f"lacks {name}")
     shape = tensors[name].shape
     if len(shape) <= dimension:
-        raise WeightsError(f"{name}: has shape {list(shape)}, which is none of this layer")
+        raise WeightsError(f"{name}: has shape {list(shape)}, which is not that of this layer")
     if not 1 <= shape[dimension] <= MAX_WIDTH:
         raise WeightsError(
             f"{name}: has shape {list(shape)}; layers have 1 to {MAX_WIDTH:,} inputs and outputs"
@@ -108,7 +108,7 @@ def width_of(tensors: Mapping[str, Tensor], name: str, dimension: int) -> int:
 
 
 def count_of(tensors: Mapping[str, Tensor], pattern: str) -> int:
-    """How many weights have such a name."""
+    """How many weights match a name."""
     return sum(1 for name in tensors if re.fullmatch(pattern, name))
 
 
@@ -117,29 +117,28 @@ def floats_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().to(torch.float32, copy=True).contiguous() for name, value in tensors.items()}
 
 
-def check_fit(make: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> None:
-    """Compare weights with those of the network that `make` would make; it is made without memory.
+def check_fit(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> None:
+    """Compare weights with those of the network that `build` returns; it is built without memory.
 
     Raises:
-        WeightsError: A weight is missing, does not belong, has another shape, is no floating point number or is
-            not finite.
+        WeightsError: A weight is missing, not expected, of another shape, not floating point or not finite.
     """
     try:
-        # A stranger's shapes may be of networks that fill this machine, or that no machine could hold.
+        # An untrusted file's shapes may be of networks larger than this machine, or than any.
         with torch.device("meta"):
-            wanted = make().state_dict()
+            expected = build().state_dict()
     except (RuntimeError, OverflowError) as error:
         raise WeightsError("has shapes of a network that no machine could hold") from error
-    if missing := sorted(set(wanted) - set(tensors)):
+    if missing := sorted(set(expected) - set(tensors)):
         raise WeightsError(f"lacks {len(missing)} weights, the first is {missing[0]}")
-    if extra := sorted(set(tensors) - set(wanted)):
+    if extra := sorted(set(tensors) - set(expected)):
         raise WeightsError(
-            f"has {len(extra)} weights that do not belong, the first is {sanitize_text(extra[0])}"
+            f"has {len(extra)} weights that are not expected, the first is {sanitize_text(extra[0])}"
         )
     for name, value in tensors.items():
-        if value.shape != wanted[name].shape:
+        if value.shape != expected[name].shape:
             raise WeightsError(
-                f"{name}: should have shape {list(wanted[name].shape)}, got {list(value.shape)}"
+                f"{name}: should have shape {list(expected[name].shape)}, got {list(value.shape)}"
             )
         if not value.is_floating_point():
             raise WeightsError(f"{name}: should hold floating point numbers, got {value.dtype}")

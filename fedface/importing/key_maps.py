@@ -1,8 +1,8 @@
-"""Other programs' names of weights -> ours, which are those of stylegan2-ada.
+"""Maps other programs' names of weights to ours, which are those of stylegan2-ada.
 
-Called from importing/import_weights. Pure functions from a list of named tensors to another; what has no counterpart is
-either a constant filter, which is compared with the one we compute, or refused by name later. Sources: Karras et
-al. 2020 (arXiv:1912.04958) for the layers, the state dicts of the two programs for the names.
+Pure functions from named tensors to named tensors; what has no counterpart is either a constant filter, which is
+compared with ours, or refused by name later. Sources: Karras et al. 2020 (arXiv:1912.04958) for the
+layers, the state dicts of the two programs for the names.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ def without_filters(tensors: Tensors, ends: str, taps: tuple[float, ...]) -> dic
         taps: One row of the filter that our networks compute, up to a factor.
 
     Raises:
-        WeightsError: A stored filter is another one, so that our network would not give the file's pictures.
+        WeightsError: A stored filter differs, so that our network would not compute the same images.
     """
     row = torch.tensor(taps)
-    wanted = torch.outer(row, row) / row.sum().square()
+    expected = torch.outer(row, row) / row.sum().square()
     for name, value in tensors.items():
         if name.endswith(ends):
-            fits = value.shape[-2:] == wanted.shape and value.numel() == wanted.numel()
-            found = value.float().reshape(wanted.shape) if fits else wanted
-            if not fits or not torch.allclose(found / found.sum(), wanted, atol=1e-5):
+            fits = value.shape[-2:] == expected.shape and value.numel() == expected.numel()
+            actual = value.float().reshape(expected.shape) if fits else expected
+            if not fits or not torch.allclose(actual / actual.sum(), expected, atol=1e-5):
                 raise WeightsError(
-                    f"{sanitize_text(name)}: is another filter than {list(taps)}, which is the one we compute"
+                    f"{sanitize_text(name)}: is another filter than {list(taps)}, which our networks use"
                 )
     return {name: value for name, value in tensors.items() if not name.endswith(ends)}
 

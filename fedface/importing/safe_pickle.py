@@ -1,9 +1,9 @@
-"""A pickle read as words: nothing that it names is imported, nothing that it asks for is called.
+"""Reads a pickle as plain data: nothing that it names is imported, nothing that it requests is called.
 
-A pickle is a program for a small stack machine, and Python's own machine obeys it: it imports what a file names
-and calls it. This one has no way to import or call. Whatever the program wants made stays a `Made`: the name,
-the arguments and the state, as values. Names outside a short list end the reading, so that a hostile file is
-refused by name rather than silently disarmed. Called from importing/foreign_checkpoint alone.
+A pickle is a program for a small stack machine, and Python's own machine imports what a file names and calls it. This
+one cannot import or call. Every requested call is returned as a `PickledCall`: the name, the arguments and the state,
+as values. Names outside a short list end the reading, so that a hostile file is refused by
+name rather than silently disarmed.
 
 The opcodes are those that Python documents in `pickletools`, whose `genops` splits the bytes.
 """
@@ -44,7 +44,7 @@ _SETS: Final = frozenset(name for name in ALLOWED_GLOBALS if name.endswith("set"
 
 @dataclass(frozen=True, slots=True)
 class PickledGlobal:
-    """A class or function that a pickle names; only ever a pair of words."""
+    """A class or function that a pickle names; only ever two strings."""
 
     module: str
     name: str
@@ -55,7 +55,7 @@ class PickledGlobal:
 
 @dataclass(slots=True, eq=False)
 class PickledCall:
-    """What a pickle wants made by calling `name`: never called, only written down."""
+    """A call of `name` that a pickle requests: never executed, only recorded."""
 
     name: str
     args: tuple[Any, ...]
@@ -63,7 +63,7 @@ class PickledCall:
 
 
 class PickleRefused(WeightsError):
-    """A pickle that is damaged, too large, or asks for what weights do not need; the text is the reason."""
+    """A pickle that is damaged, too large, or requests what weights do not need; the text is the reason."""
 
 
 class _Mark:
@@ -85,7 +85,7 @@ def read_pickle(
     nested: Callable[[bytes], Any] | None = None,
     most_steps: int = MAX_STEPS,
 ) -> Any:
-    """One pickle from a stream, as plain values with `Name` and `Made` where it wanted classes and calls.
+    """One pickle from a stream, as plain values, with `PickledGlobal` and `PickledCall` for classes and calls.
 
     Guarantees:
         * Nothing is imported, called or set on any object of the program, whatever the bytes are.
@@ -93,7 +93,7 @@ def read_pickle(
             and the instructions followed.
 
     Args:
-        stream: Has read, readline and tell over bytes in memory; left behind the pickle's last byte.
+        stream: Has read, readline and tell over bytes in memory; left after the pickle's last byte.
         persistent: What a persistent id stands for; a pickle with one is refused if None.
         nested: What stands for the bytes given to torch.storage._load_from_bytes, which are pickles of their own;
             a pickle with such a call is refused if None.
@@ -120,14 +120,14 @@ def read_pickle(
 
 
 def pickle_stream(content: bytes) -> io.BytesIO:
-    """A stream for `read_pickle`; reading more than there is returns what there is, without asking for memory."""
+    """A stream for `read_pickle`; reading past the end returns what there is, without allocating more."""
     return io.BytesIO(content)
 
 
 def _refuse_opcode(name: str, argument: Any) -> NoReturn:
     if name == "INST":
-        wanted = sanitize_text(str(argument).replace(" ", "."))
-        raise PickleRefused(f"asks for {wanted}, which no weights need; nothing of the file was run")
+        requested = sanitize_text(str(argument).replace(" ", "."))
+        raise PickleRefused(f"asks for {requested}, which no weights need; nothing of the file was run")
     raise PickleRefused(f"uses the instruction {name}, which no weights need")
 
 
@@ -190,16 +190,16 @@ class _Machine:
     def extend(self, values: list[Any]) -> None:
         target = self.top()
         if not isinstance(target, list):
-            raise PickleRefused(f"appends to {_words(target)}, which no weights need")
+            raise PickleRefused(f"appends to {_describe(target)}, which no weights need")
         target.extend(values)
 
     def set_items(self, values: list[Any]) -> None:
         target = self.top()
         if not isinstance(target, dict):
-            raise PickleRefused(f"sets items of {_words(target)}, which no weights need")
+            raise PickleRefused(f"sets items of {_describe(target)}, which no weights need")
         for key, value in zip(values[::2], values[1::2], strict=True):
             if not _is_key(key):
-                raise PickleRefused(f"has {_words(key)} as a key, where weights have words")
+                raise PickleRefused(f"has {_describe(key)} as a key, where weights have words")
             target[key] = value
 
     def new_dict(self, values: list[Any]) -> None:
@@ -216,9 +216,9 @@ class _Machine:
 
     def call(self, target: Any, args: Any) -> None:
         if not isinstance(target, PickledGlobal):
-            raise PickleRefused(f"calls {_words(target)}, which no weights need")
+            raise PickleRefused(f"calls {_describe(target)}, which no weights need")
         if not isinstance(args, tuple):
-            raise PickleRefused(f"calls {target} with {_words(args)} where a list of arguments belongs")
+            raise PickleRefused(f"calls {target} with {_describe(args)} where a list of arguments belongs")
         name = str(target)
         if name in _DICTS:
             self.new_dict([])
@@ -243,7 +243,7 @@ class _Machine:
         if isinstance(target, dict):
             return  # attributes of a dictionary, such as a state dict's `_metadata`
         if not isinstance(target, PickledCall):
-            raise PickleRefused(f"sets attributes of {_words(target)}, which no weights need")
+            raise PickleRefused(f"sets attributes of {_describe(target)}, which no weights need")
         if target.state is not None:
             raise PickleRefused(f"sets the attributes of one {target.name} twice")
         target.state = state
@@ -265,7 +265,7 @@ class _Machine:
         if not args:
             return []
         if len(args) != 1 or not isinstance(args[0], list):
-            raise PickleRefused(f"makes {name} of {_words(args[0])}")
+            raise PickleRefused(f"makes {name} of {_describe(args[0])}")
         self.spend(len(args[0]))  # one list may be named again and again
         pairs = [pair for pair in args[0] if isinstance(pair, list | tuple) and len(pair) == 2]
         if len(pairs) != len(args[0]):
@@ -287,8 +287,8 @@ def _check_dtype(args: tuple[Any, ...]) -> None:
         raise PickleRefused(f"asks for numpy.dtype({sanitize_text(code, 20)!r}), which is no kind of number")
 
 
-def _words(value: Any) -> str:
-    """What a value is, in two words; never its own text, which may be long."""
+def _describe(value: Any) -> str:
+    """The type of a value; never its own text, which may be long."""
     if isinstance(value, PickledGlobal):
         return str(value)
     if isinstance(value, PickledCall):

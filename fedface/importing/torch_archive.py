@@ -1,7 +1,7 @@
-"""The two formats of torch.save, read as words and rows of numbers.
+"""The two formats of torch.save, read without unpickling into classes.
 
-Called from importing/foreign_checkpoint. The newer format is a zip file with one pickle and one uncompressed entry per row of
-numbers; the older one is a pickle with the rows behind it. In both, the pickle names a row by a persistent id.
+The newer format is a zip file with one pickle and one uncompressed entry per row of numbers; the older one is a
+pickle with the rows behind it. In both, the pickle names a row by a persistent id.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Weights as one flat vector (for aggregation) or one safetensors file (for keeping), and their hash.
+"""Weights as one flat vector (for aggregation) or one safetensors file (for storage), and their hash.
 
-safetensors is a list of numbers with names and cannot
-carry code, so a file from a stranger is at worst wrong. Shapes and names are checked before anything is used.
+safetensors is a list of named tensors and cannot carry code, so an untrusted file is at worst wrong. Shapes and names
+are checked before anything is used.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FLOW_PATH = BUNDLED / "flow32.safetensors"
 ENCODER_PATH = BUNDLED / "encoder32.safetensors"
 STYLE_ENCODER_PATH = BUNDLED / "style-encoder32.safetensors"
 SUPER_RESOLUTION_PATH = BUNDLED / "super-resolution32.safetensors"
-HEADER = "fedface"  # the key of the metadata under which our header stands
+HEADER = "fedface"  # the metadata key of our header
 
 
 def flatten_parameters(*modules: nn.Module) -> Vector:
@@ -48,7 +48,7 @@ def flatten_parameters(*modules: nn.Module) -> Vector:
 
 
 def flatten_buffers(*modules: nn.Module) -> Vector:
-    """What belongs to the weights without being trained, noise maps and the mean style, flat like `flatten_parameters`."""
+    """What belongs to a model without being trained (noise maps, the mean style), flat like `flatten_parameters`."""
     parts = [b.detach().float().reshape(-1) for module in modules for b in _buffers(module)]
     return torch.cat(parts) if parts else torch.zeros(0)
 
@@ -59,50 +59,52 @@ def assign_parameters(vector: Vector, *modules: nn.Module) -> None:
     Raises:
         WeightsError: The vector has another length than the modules have weights.
     """
-    _fill(vector, [p for module in modules for _, p in _named(module)], "weights")
+    _assign(vector, [p for module in modules for _, p in _named(module)], "weights")
 
 
 def assign_buffers(vector: Vector, *modules: nn.Module) -> None:
     """Write what `flatten_buffers` read; raises WeightsError where the lengths differ."""
-    _fill(vector, [b for module in modules for b in _buffers(module)], "numbers in buffers")
+    _assign(vector, [b for module in modules for b in _buffers(module)], "numbers in buffers")
 
 
-def model_from_vectors(shape: Architecture, weights: Vector, buffers: Vector) -> Model:
-    """Networks of a shape with the numbers that `flatten_parameters` and `flatten_buffers` read from their like.
+def model_from_vectors(architecture: Architecture, weights: Vector, buffers: Vector) -> Model:
+    """A model of an architecture, with the vectors that `flatten_parameters` and `flatten_buffers` return.
 
     Guarantees:
-        * Memory is asked for only once the shape is known to have as many numbers as came.
+        * Memory is allocated only once the architecture is known to have as many numbers as the vectors.
 
     Args:
-        shape: Which family, and how large; it may be a stranger's.
+        architecture: It may be untrusted.
         weights: Of all networks, (d,).
-        buffers: What belongs to them without being trained, flat.
+        buffers: Of all networks, flat.
 
     Raises:
-        WeightsError: The shape has another count of weights or of numbers in buffers.
+        WeightsError: The architecture has another number of weights or of values in buffers.
     """
     try:
         with torch.device("meta"):
-            planned = build_model(shape).modules()
+            planned = build_model(architecture).modules()
         _check_count(buffers, [b for module in planned for b in _buffers(module)], "numbers in buffers")
         _check_count(weights, [p for module in planned for _, p in _named(module)], "weights")
-        model = build_model(shape, torch.Generator())
+        model = build_model(architecture, torch.Generator())
     except (RuntimeError, OverflowError, MemoryError) as error:
-        raise WeightsError(f"networks of this shape cannot be made on this machine ({error})") from error
+        raise WeightsError(
+            f"networks of this architecture cannot be built on this machine ({error})"
+        ) from error
     assign_buffers(buffers, *model.modules())
     assign_parameters(weights, *model.modules())
     return model
 
 
 def _check_count(vector: Vector, parts: list[Tensor], what: str) -> None:
-    wanted = sum(part.numel() for part in parts)
-    if vector.shape != (wanted,):
+    expected = sum(part.numel() for part in parts)
+    if vector.shape != (expected,):
         raise WeightsError(
-            f"these networks have {wanted} {what}, got a vector of shape {tuple(vector.shape)}"
+            f"these networks have {expected} {what}, got a vector of shape {tuple(vector.shape)}"
         )
 
 
-def _fill(vector: Vector, parts: list[Tensor], what: str) -> None:
+def _assign(vector: Vector, parts: list[Tensor], what: str) -> None:
     _check_count(vector, parts, what)
     with torch.no_grad():
         for part, values in zip(parts, vector.split([part.numel() for part in parts]), strict=True):  # type: ignore[no-untyped-call]
@@ -111,8 +113,8 @@ def _fill(vector: Vector, parts: list[Tensor], what: str) -> None:
 
 def _buffers(module: nn.Module) -> list[Tensor]:
     """The buffers that a state dict holds, in the order of their names."""
-    kept = module.state_dict(keep_vars=True)
-    return [kept[name] for name, _ in sorted(module.named_buffers()) if name in kept]
+    state = module.state_dict(keep_vars=True)
+    return [state[name] for name, _ in sorted(module.named_buffers()) if name in state]
 
 
 def _named(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -137,7 +139,7 @@ def estimate_mean_style(generator: StyleGAN2, rng: torch.Generator, *, draws: in
 
 
 def model_bytes(model: Model) -> bytes:
-    """The safetensors bytes of a model's networks, their shape and notes."""
+    """The safetensors bytes of a model's networks, architecture and notes."""
     tensors: dict[str, Tensor] = {}
     for prefix, module in model.networks.items():
         for name, value in module.state_dict().items():
@@ -146,7 +148,7 @@ def model_bytes(model: Model) -> bytes:
 
 
 def check_place(path: Path) -> None:
-    """Raise WeightsError unless a model could be kept there; asked before hours of training."""
+    """Raise WeightsError unless a model could be saved there; called before hours of training."""
     if not path.name or path.is_dir():
         raise WeightsError(f"{path}: is a folder; name the .safetensors file to write")
     home = next(folder for folder in path.absolute().parents if folder.exists())
@@ -167,7 +169,7 @@ def save_model(path: Path, model: Model) -> None:
 
 @dataclass(frozen=True)
 class CheckpointHeader:
-    """What a file says of its networks, beside their weights."""
+    """The metadata of a checkpoint file."""
 
     version: ClassVar[int] = 4
 
@@ -196,11 +198,11 @@ def load_model(path: Path) -> Model:
             "`fedface weights import` reads files of other programs"
         )
     try:
-        described = loads(CheckpointHeader, header[HEADER])
-        # Without memory first: the description comes from outside, and may be of networks that fill this machine.
+        header_read = loads(CheckpointHeader, header[HEADER])
+        # Without memory first: an untrusted architecture may be larger than this machine.
         with torch.device("meta"):
-            _check(path, build_model(described.architecture), tensors)
-        model = build_model(described.architecture, torch.Generator(), described.notes)
+            _check(path, build_model(header_read.architecture), tensors)
+        model = build_model(header_read.architecture, torch.Generator(), header_read.notes)
     except (TypeError, ValueError, ConfigError, RuntimeError, OverflowError, MemoryError) as error:
         raise WeightsError(f"{path}: its description of the networks cannot be read ({error})") from error
     for prefix, module in model.networks.items():
@@ -210,21 +212,21 @@ def load_model(path: Path) -> Model:
 
 def _check(path: Path, model: Model, tensors: dict[str, Tensor]) -> None:
     """Raise WeightsError unless a file has exactly these networks' weights; the networks may lie on no device."""
-    wanted = {
+    expected = {
         f"{prefix}.{name}": value
         for prefix, module in model.networks.items()
         for name, value in module.state_dict().items()
     }
-    if missing := sorted(set(wanted) - set(tensors)):
+    if missing := sorted(set(expected) - set(tensors)):
         raise WeightsError(f"{path}: lacks {len(missing)} weights, the first is {missing[0]}")
-    if extra := sorted(set(tensors) - set(wanted)):
+    if extra := sorted(set(tensors) - set(expected)):
         raise WeightsError(
-            f"{path}: has {len(extra)} weights that do not belong, the first is {sanitize_text(extra[0])}"
+            f"{path}: has {len(extra)} weights that are not expected, the first is {sanitize_text(extra[0])}"
         )
     for name, value in tensors.items():
-        if value.shape != wanted[name].shape:
+        if value.shape != expected[name].shape:
             raise WeightsError(
-                f"{path}: {name} should have shape {tuple(wanted[name].shape)}, got {tuple(value.shape)}"
+                f"{path}: {name} should have shape {tuple(expected[name].shape)}, got {tuple(value.shape)}"
             )
         if value.dtype != torch.float32:
             raise WeightsError(f"{path}: {name} should hold float32 numbers, got {value.dtype}")

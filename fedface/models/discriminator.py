@@ -1,9 +1,9 @@
-"""The StyleGAN2 discriminator: a picture -> one number, large for photos and small for pictures of the generator.
+"""The StyleGAN2 discriminator: an image -> one logit, large for photos and small for generated images.
 
-Called from training/ (the one network that sees photos) and audits/gradient_inversion. Sources: Karras et al. 2020
-(arXiv:1912.04958, arXiv:2006.06676); parameter names as there. Minibatch statistics (Karras et al. 2018,
-arXiv:1710.10196, section 3) are off unless asked for: they couple photos, so that a photo's clipped gradient
-would depend on its neighbours, which voids the promise. They are here for discriminators that were published with them.
+Sources: Karras et al. 2020 (arXiv:1912.04958, arXiv:2006.06676); parameter names as there. Minibatch statistics
+(Karras et al. 2018, arXiv:1710.10196, section 3) are off by default: they couple photos, so that a photo's
+clipped gradient would depend on the rest of the batch, which voids the privacy guarantee. They are supported for
+published discriminators that use them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fedface.validation import Above, AtLeast, PowerOfTwo, checked
 @dataclass(frozen=True, kw_only=True)
 @checked
 class DiscriminatorConfig:
-    """The shape of a discriminator; equal configs have weights that can be summed."""
+    """The architecture of a discriminator; equal configs have weights that can be summed."""
 
     # Height and width of images in pixels.
     size: Annotated[int, PowerOfTwo(8, 1024)] = 32
@@ -43,10 +43,10 @@ class DiscriminatorConfig:
     architecture: Literal["resnet", "orig", "skip"] = "resnet"
     # Activations are kept within +- this; published for half precision: 256.
     clamp: Annotated[float, Above(0)] | None = None
-    # Pictures whose spread is told to each of them; 0 is off, published 4.
+    # Images whose standard deviation is an input; 0 is off, published 4.
     minibatch_group: Annotated[int, AtLeast(0)] = 0
-    minibatch_channels: Annotated[int, AtLeast(1)] = 1  # how many such figures, where on
-    classes: Annotated[int, AtLeast(0)] = 0  # how many kinds of pictures are judged; 0 for one kind
+    minibatch_channels: Annotated[int, AtLeast(1)] = 1  # how many such statistics
+    classes: Annotated[int, AtLeast(0)] = 0  # of a class-conditional discriminator; 0 if unconditional
     # Fully connected layers for the label, where there are classes.
     mapping_layers: Annotated[int, AtLeast(1)] = 8
 
@@ -69,17 +69,17 @@ class DiscriminatorConfig:
 
 
 def minibatch_std(x: Tensor, group: int, channels: int) -> Tensor:
-    """How much pictures differ within their group: the mean deviation of a share of the channels.
+    """The standard deviation within a group of images, averaged over a part of the channels.
 
     Picture i is in group i mod (n / group), as published. Source: Karras et al. 2018 (arXiv:1710.10196), section 3.
 
     Args:
         x: Activations (n, c, h, w).
         group: Pictures in a group, >= 1; a smaller batch is one group.
-        channels: How many shares f the c channels are cut into, each giving one figure; divides c.
+        channels: How many parts f the c channels are split into, each giving one statistic; divides c.
 
     Returns:
-        (n, f, h, w), one figure per picture and share, equal within a group and at every pixel.
+        (n, f, h, w), one value per image and part, equal within a group and at every pixel.
 
     Raises:
         ConfigError: n is above `group` and not a multiple of it.
@@ -88,24 +88,24 @@ def minibatch_std(x: Tensor, group: int, channels: int) -> Tensor:
     members = min(group, n)
     if n % members:
         raise ConfigError(
-            f"a discriminator with minibatch_group {group} judges batches of at most {group} or a multiple of it, got {n}"
+            f"a discriminator with minibatch_group {group} scores batches of at most {group} or a multiple of it, got {n}"
         )
     y = x.reshape(members, n // members, channels, c // channels, h, w)
     variance = (y - y.mean(dim=0)).square().mean(dim=0)
-    spread = torch.sqrt(variance + 1e-8).mean(dim=(2, 3, 4))
-    return spread.repeat(members, 1)[:, :, None, None].expand(-1, -1, h, w)
+    deviation = torch.sqrt(variance + 1e-8).mean(dim=(2, 3, 4))
+    return deviation.repeat(members, 1)[:, :, None, None].expand(-1, -1, h, w)
 
 
 class DiscriminatorBlock(nn.Module):
-    """Two convolutions that halve the sides: alone (orig), with a shortcut (resnet), or fed with colours (skip)."""
+    """Two convolutions that halve the sides: alone (orig), with a shortcut (resnet), or with image inputs at every side (skip)."""
 
     filter: Tensor
 
     def __init__(self, side: int, config: DiscriminatorConfig, rng: torch.Generator | None) -> None:
         super().__init__()
         inputs, outputs = config.channels(side), config.channels(side // 2)
-        self.colours = side == config.size or config.architecture == "skip"
-        if self.colours:
+        self.has_fromrgb = side == config.size or config.architecture == "skip"
+        if self.has_fromrgb:
             self.fromrgb = Conv(3, inputs, 1, ConvOptions(clamp=config.clamp), rng=rng)
         self.conv0 = Conv(inputs, inputs, 3, ConvOptions(clamp=config.clamp), rng=rng)
         self.conv1 = Conv(inputs, outputs, 3, ConvOptions(down=2, clamp=config.clamp), rng=rng)
@@ -115,10 +115,10 @@ class DiscriminatorBlock(nn.Module):
         self.register_buffer("filter", binomial_filter(), persistent=False)
 
     def forward(self, x: Tensor | None, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Activations and the picture at this side -> both at half of it; only "skip" halves the picture."""
-        if self.colours:
-            seen = self.fromrgb(images)
-            x = seen if x is None else x + seen
+        """Activations and the image at this side -> both at half of it; only "skip" halves the image."""
+        if self.has_fromrgb:
+            features = self.fromrgb(images)
+            x = features if x is None else x + features
         if self.halved:
             images = downsample(images, self.filter)
         if self.shortcut:
@@ -143,13 +143,13 @@ class DiscriminatorEpilogue(nn.Module):
         )
         self.fc = Linear(channels * 16, channels, activate="lrelu", rng=rng)
         self.out = Linear(channels, channels if config.classes else 1, rng=rng)
-        self.colours = config.architecture == "skip"
-        if self.colours:
+        self.has_fromrgb = config.architecture == "skip"
+        if self.has_fromrgb:
             self.fromrgb = Conv(3, channels, 1, rng=rng)  # published without a clamp
 
     def forward(self, x: Tensor, images: Tensor) -> Tensor:
         """(n, c, 4, 4) -> (n, 1), or (n, c) where there are classes."""
-        if self.colours:
+        if self.has_fromrgb:
             x = x + self.fromrgb(images)
         if self.group:
             x = torch.cat([x, minibatch_std(x, self.group, self.shares)], dim=1)
@@ -157,7 +157,7 @@ class DiscriminatorEpilogue(nn.Module):
 
 
 class LabelMapping(nn.Module):
-    """Labels -> directions in which pictures of that class are looked for."""
+    """Labels -> projection vectors of their classes."""
 
     def __init__(self, config: DiscriminatorConfig, rng: torch.Generator | None) -> None:
         super().__init__()
@@ -170,8 +170,8 @@ class LabelMapping(nn.Module):
 
     def forward(self, labels: Tensor | None) -> Tensor:
         """(n, classes) -> (n, c)."""
-        known = checked_labels(labels, self.classes).to(self.embed.weight.dtype)
-        x = unit_mean_square(self.embed(known))
+        labels = checked_labels(labels, self.classes).to(self.embed.weight.dtype)
+        x = unit_mean_square(self.embed(labels))
         for i in range(self.layers):
             x = self.get_submodule(f"fc{i}")(x)
         return x
@@ -190,22 +190,22 @@ class Discriminator(nn.Module):
         self.b4 = DiscriminatorEpilogue(config, rng)
 
     def forward(self, images: Images, labels: Tensor | None = None) -> Tensor:
-        """One logit per image, shape (n,); positive means "looks like a photo", of its class where there are classes.
+        """One logit per image, shape (n,); positive means real, of its class where there are classes.
 
         Args:
             images: (n, 3, size, size) in [0, 1].
             labels: (n, classes), usually one-hot, for a discriminator with classes; None for one without.
 
         Raises:
-            ConfigError: Labels are missing, unwanted or of another width, or the batch cannot be split in groups.
+            ConfigError: Labels are missing, unexpected or of another width, or the batch cannot be split in groups.
         """
         if labels is not None and not self.config.classes:
-            raise ConfigError("this discriminator knows no classes, got labels; pass images alone")
-        x, seen = None, images * 2.0 - 1.0
+            raise ConfigError("this discriminator has no classes, got labels; pass images alone")
+        x, scaled = None, images * 2.0 - 1.0
         for side in self.config.sides:
-            x, seen = self.get_submodule(f"b{side}")(x, seen)
-        found = cast(Tensor, self.b4(x, seen))
+            x, scaled = self.get_submodule(f"b{side}")(x, scaled)
+        features = cast(Tensor, self.b4(x, scaled))
         if not self.config.classes:
-            return found[:, 0]
-        wanted = cast(Tensor, self.mapping(labels))
-        return (found * wanted).sum(dim=1) / math.sqrt(wanted.shape[1])
+            return features[:, 0]
+        projection = cast(Tensor, self.mapping(labels))
+        return (features * projection).sum(dim=1) / math.sqrt(projection.shape[1])

@@ -1,8 +1,7 @@
 """A StyleGAN2 whose weights are constants, prepared once so that searching its inputs is fast.
 
-Called from upsampling/ and audits/, wherever styles or noise maps move and weights do not. What is prepared:
-equalised gains are folded into the weights, the energies of demodulation are summed once, weights lie
-channels-last and, when asked for, are rounded to bfloat16, which some machines multiply in hardware. The layers
+What is prepared: equalised gains are folded into the weights, the energies of demodulation are summed once, weights
+lie channels-last and, when asked for, are rounded to bfloat16, which some machines multiply in hardware. The layers
 themselves are in models/fast_stylegan2_blocks; docs/speed.md has the measurements behind each choice.
 
 Source: Karras et al. 2020 (arXiv:1912.04958).
@@ -156,18 +155,18 @@ class FastStyleGAN2:
         inputs = list(self._inputs(styles.to(self.device), noise))
         # A finer block never has less than half a coarser one's channels, so that the blocks that fit come first.
         whole = sum(count * block.image_bytes() <= self._at_once() for block in self._blocks)
-        x = picture = None
+        x = image = None
         if whole:
-            x, picture = run_blocks(self._blocks[:whole], inputs[:whole], None, None)
+            x, image = run_blocks(self._blocks[:whole], inputs[:whole], None, None)
         if rest := self._blocks[whole:]:
             cut = max(1, self._at_once() // max(block.image_bytes() for block in rest))
             parts = []
             for start in range(0, count, cut):
                 part = slice(start, min(start + cut, count))
                 own = [[_part(tensor, part, count) for tensor in block] for block in inputs[whole:]]
-                parts.append(run_blocks(rest, own, _part(x, part, count), _part(picture, part, count))[1])
-            picture = torch.cat([cast(Tensor, part) for part in parts])
-        return ((cast(Tensor, picture) + 1.0) / 2.0).contiguous().to(styles.device)
+                parts.append(run_blocks(rest, own, _part(x, part, count), _part(image, part, count))[1])
+            image = torch.cat([cast(Tensor, part) for part in parts])
+        return ((cast(Tensor, image) + 1.0) / 2.0).contiguous().to(styles.device)
 
     def _at_once(self) -> int:
         return BYTES_AT_ONCE if self.device.type == "cpu" else sys.maxsize

@@ -1,10 +1,10 @@
 """The layers of a StyleGAN2 as constants, and their chain rule written out: what `models.frozen` runs.
 
-Called from models/fast_stylegan2. Each layer is one convolution and three or four passes over its activations in either
-direction, and no gradient of a weight is ever computed. Two identities spare passes. Leaky ReLU is homogeneous,
-so that the gradient times a layer's output equals, pixel by pixel, the gradient times the input of its leaky
-ReLU. And that input is noise and bias plus demodulation times a convolution, so that the gradient of the
-demodulation needs sums over pixels only, and the convolution's result need not be kept.
+Each layer is one convolution and three or four passes over its activations in either direction, and no gradient of a
+weight is ever computed. Two identities spare passes. Leaky ReLU is homogeneous, so that the gradient times a layer's
+output equals, pixel by pixel, the gradient times the input of its leaky ReLU. And that input is noise and bias plus
+demodulation times a convolution, so that the gradient of the demodulation needs sums over pixels only, and the
+convolution's result need not be kept.
 
 Source: Karras et al. 2020 (arXiv:1912.04958), section 2.2, for modulation; the rest is the chain rule.
 """
@@ -238,7 +238,7 @@ class _Blocks(torch.autograd.Function):
         ctx: Any,
         blocks: tuple[FrozenBlock, ...],
         x: Tensor | None,
-        picture: Tensor | None,
+        image: Tensor | None,
         *inputs: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         ctx.set_materialize_grads(False)
@@ -259,17 +259,17 @@ class _Blocks(torch.autograd.Function):
             if block.shortcut is not None:
                 x = upsample(functional.conv2d(before, block.shortcut), block.kernel) + x
                 made.append(x)
-            coloured.append(picture is not None)
-            if picture is not None:
-                picture = upsample(picture, block.kernel.float())
+            coloured.append(image is not None)
+            if image is not None:
+                image = upsample(image, block.kernel.float())
             if block.colours is not None:
                 rgb = bounded(_run_colours(block.colours, x, next(given)), 1.0, block.colours.clamp)
-                picture = rgb if picture is None else picture.add_(rgb)
+                image = rgb if image is None else image.add_(rgb)
             if keep:
                 kept.extend(made)
         ctx.blocks, ctx.coloured, ctx.kept = blocks, coloured, len(kept)
         ctx.save_for_backward(*kept, *inputs)
-        return x, picture
+        return x, image
 
     @staticmethod
     @once_differentiable
@@ -320,7 +320,7 @@ def run_blocks(
     blocks: tuple[FrozenBlock, ...],
     inputs: Sequence[Sequence[Tensor | None]],
     x: Tensor | None,
-    picture: Tensor | None,
+    image: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Run some blocks in a row; inputs may ask for gradients (of first order), weights never do.
 
@@ -329,10 +329,10 @@ def run_blocks(
         inputs: For each block, float32: style (n, i), demodulation times gain (n, o) and noise times strength
             (n or 1, 1, side, side) or None, for each convolution; then the style of the colours if it has any.
         x: Activations of the block before; None at the first block.
-        picture: Colours so far (n, 3, side / 2, side / 2), float32; None where there are none yet.
+        image: Colours so far (n, 3, side / 2, side / 2), float32; None where there are none yet.
 
     Returns:
         Activations, and colours or None.
     """
     flat = [tensor for block in inputs for tensor in block]
-    return cast(tuple[Tensor | None, Tensor | None], cast(Any, _Blocks).apply(blocks, x, picture, *flat))
+    return cast(tuple[Tensor | None, Tensor | None], cast(Any, _Blocks).apply(blocks, x, image, *flat))

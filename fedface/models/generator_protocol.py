@@ -1,8 +1,8 @@
 """What every generator family promises, so that upsamplers and audits need not know which one they search.
 
-Called from upsampling/, training/ and audits/. The three verbs are those of Karras et al. 2019
-(arXiv:1812.04948): a mapping to styles, truncation towards the mean style, and synthesis. What can be said with
-these verbs alone, drawing samples and noise maps, is said here for all families.
+The three verbs are those of Karras et al. 2019 (arXiv:1812.04948): a mapping to styles, truncation towards the mean
+style, and synthesis. What can be said with these verbs alone, drawing samples and noise maps, is said here for all
+families.
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ class Generator(Protocol):
 def sample(
     generator: Generator, count: int, rng: torch.Generator, *, psi: float = 1.0, batch: int = 64
 ) -> Images:
-    """Draw pictures without gradients, with the generator's fixed noise.
+    """Draw images without gradients, with the generator's fixed noise.
 
     Args:
         generator: Any family.
-        count: How many pictures, >= 0.
+        count: How many images, >= 0.
         rng: Where the latents are drawn from.
         psi: How far styles stay from their mean, see `Generator.truncate`.
         batch: Pictures at once, >= 1; bounds the memory and changes nothing else.
@@ -91,7 +91,7 @@ def sample(
 
 
 def draw_noise(generator: Generator, count: int, rng: torch.Generator) -> list[Tensor]:
-    """Fresh standard normal noise maps for `count` pictures, each (count, 1, side, side), for `synthesize`."""
+    """Fresh standard normal noise maps for `count` images, each (count, 1, side, side), for `synthesize`."""
     return [
         torch.randn(count, 1, side, side, generator=rng, device=rng.device) for side in generator.noise_sides
     ]

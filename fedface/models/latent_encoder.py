@@ -1,8 +1,7 @@
-"""The encoder: a photo -> the latent whose picture comes nearest to it, in one forward pass.
+"""The latent encoder: a photo -> the latent whose image is nearest to it, in one forward pass.
 
-Called from training/latent_prior (a device reads its photos' latents) and training/pretrain_encoder (which teaches it,
-from made and drawn pictures alone). The trunk is the discriminator's: residual blocks that halve the sides, Karras
-et al. 2020 (arXiv:1912.04958); an image's latent depends on that image alone.
+The trunk is the discriminator's: residual blocks that halve the sides, Karras et al. 2020 (arXiv:1912.04958); an
+image's latent depends on that image alone.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from fedface.validation import AtLeast, PowerOfTwo, checked
 @dataclass(frozen=True, kw_only=True)
 @checked
 class LatentEncoderConfig:
-    """The shape of an encoder; equal configs have weights that can be summed."""
+    """The architecture of an encoder; equal configs have weights that can be summed."""
 
     # Height and width of images in pixels.
     size: Annotated[int, PowerOfTwo(8, 1024)] = 32
@@ -60,7 +59,7 @@ class HalvingBlock(nn.Module):
 
 
 class LatentEncoder(nn.Module):
-    """Images (n, 3, size, size) in [0, 1] -> latents (n, z) of length sqrt(z)."""
+    """Images (n, 3, size, size) in [0, 1] -> latents (n, z) of L2 norm sqrt(z)."""
 
     def __init__(self, config: LatentEncoderConfig, rng: torch.Generator | None = None) -> None:
         super().__init__()
@@ -85,7 +84,7 @@ class LatentEncoder(nn.Module):
         return self.config.latent_width
 
     def forward(self, images: Images) -> Latents:
-        """One latent per image, on the sphere of radius sqrt(z), where the mapping network sees all latents."""
+        """One latent per image, on the sphere of radius sqrt(z), to which the mapping network normalises all latents."""
         x = self.fromrgb(images * 2.0 - 1.0)
         for side in self.config.sides:
             x = self.get_submodule(f"b{side}")(x)
@@ -93,5 +92,5 @@ class LatentEncoder(nn.Module):
 
 
 def on_sphere(latents: Tensor) -> Latents:
-    """Bring latents (n, z) to unit mean square, length sqrt(z), as the mapping network does."""
+    """Bring latents (n, z) to unit mean square, L2 norm sqrt(z), as the mapping network does."""
     return unit_mean_square(latents)

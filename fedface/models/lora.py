@@ -1,19 +1,19 @@
-"""Which weights learn: all of them, or low-rank changes of the layers that shape a picture.
+"""Which weights are trained: all, or low-rank changes of the layers that shape an image.
 
-Called from training/training_methods (the same on the device and on the server). Source: FFA-LoRA, Sun et al. 2024
-(arXiv:2403.12313): a weight W (o, i) becomes W + s B A, where A (r, i) is random, public and frozen, and only
-B (o, r), which starts at zero, is trained. Then the mean of the devices' updates is the update of the mean
-(averaging A and B separately is not), and noise enters linearly. LoRA itself: Hu et al. 2021, arXiv:2106.09685.
+Source: FFA-LoRA, Sun et al. 2024 (arXiv:2403.12313): a weight W (o, i) becomes W + s B A, where A (r, i) is random,
+public and frozen, and only B (o, r), which starts at zero, is trained. Then the mean of the devices' updates is the
+update of the mean (averaging A and B separately is not), and noise enters linearly. LoRA itself: Hu et al. 2021,
+arXiv:2106.09685.
 
 The rows of A are orthonormal and s = sqrt(i / r). Over the choice of A the mean of s^2 A^T A is the identity,
-so that, with the same rate and clip norm as for all weights:
+so that, with the same learning rate and clip norm as for all weights:
 
-* one step of plain descent moves W, in the mean over A, as a step of all weights would;
-* the gradient of B is in the root mean square as long as the gradient of W, hence clipped alike;
-* noise on B becomes noise of the same total length on W, and so does a step of Adam, whose every number moves
-  by about the rate.
+* one step of gradient descent moves W, in the mean over A, as a step of all weights would;
+* the gradient of B has in the root mean square the norm of the gradient of W, hence is clipped alike;
+* noise on B becomes noise of the same norm on W, and so does a step of Adam, which moves every coordinate by about
+  the learning rate.
 
-At r = i the steps of plain descent are the same as those of all weights.
+At r = i the steps of gradient descent are the same as those of all weights.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MAX_RANK = 4096
 
 @dataclass(frozen=True)
 class Full:
-    """All weights learn."""
+    """All weights are trained."""
 
     kind: ClassVar[str] = "full"
 
@@ -43,7 +43,7 @@ class Full:
 @dataclass(frozen=True, kw_only=True)
 @checked
 class Lora:
-    """Only low-rank changes of convolutions, style affines and fully connected layers learn; no bias does."""
+    """Only low-rank changes of convolutions, style affines and fully connected layers are trained; no bias is."""
 
     kind: ClassVar[str] = "lora"
 
@@ -64,8 +64,8 @@ class LoraParametrization(nn.Module):
         outputs, inputs = weight.shape[0], weight[0].numel()
         rank = min(rank, inputs)
         # In float64, so that another machine's rounding does not reach the float32 rows.
-        drawn = torch.randn(inputs, rank, generator=rng, dtype=torch.float64)
-        rows = torch.linalg.qr(drawn).Q.T
+        gaussian = torch.randn(inputs, rank, generator=rng, dtype=torch.float64)
+        rows = torch.linalg.qr(gaussian).Q.T
         self.scale = math.sqrt(inputs / rank)
         self.up = nn.Parameter(torch.zeros(outputs, rank, dtype=weight.dtype, device=weight.device))
         self.register_buffer("down", rows.to(weight).contiguous(), persistent=False)
@@ -76,20 +76,20 @@ class LoraParametrization(nn.Module):
 
 
 def attach(module: nn.Module, adapt: Adaptation, rng: torch.Generator) -> None:
-    """Mark in place which weights of a network learn; what it computes stays the same until they do.
+    """Mark in place which weights of a network are trained; its outputs do not change.
 
     For `Lora` these are the changes of every weight of at least two dimensions outside a mapping network: the
     convolutions and style affines of a generator, the convolutions and fully connected layers of a discriminator, a
     U-Net or an encoder. Everything else is frozen.
 
     Guarantees:
-        * Equal networks, equal `adapt` and equally seeded `rng` give equal adapters, wherever they are made.
+        * Equal networks, equal `adapt` and equally seeded `rng` give equal adapters, on any machine.
         * The network can still be copied, made float64, and differentiated per photo with torch.func.
 
     Args:
         module: A network without adapters.
         adapt: All weights, or low-rank changes.
-        rng: Public draws of the frozen halves, in the order of the layers' names. Not used by `Full`.
+        rng: Public random directions (A), drawn in the order of the layers' names. Not used by `Full`.
 
     Raises:
         WeightsError: The network has adapters already; `merge` them first.
@@ -110,40 +110,40 @@ def attach(module: nn.Module, adapt: Adaptation, rng: torch.Generator) -> None:
 
 
 def merge(module: nn.Module) -> None:
-    """Add the low-rank changes to the weights in place and let every weight learn again.
+    """Add the low-rank changes to the weights in place and mark every weight as trained again.
 
-    The state dict has the same names as before `attach`. A network without adapters only asks for gradients.
+    The state dict has the same names as before `attach`. A network without adapters is only marked.
     """
     for layer in list(module.modules()):
         if _changed(layer):
-            _part_from_copies(layer)
+            _unshare_class(layer)
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
     module.requires_grad_(True)
 
 
 def flatten_trainable(*modules: nn.Module) -> Vector:
-    """The weights that learn, in the order of their names, network by network, as one float32 vector (d,)."""
+    """The trained weights, in the order of their names, network by network, as one float32 vector (d,)."""
     return torch.cat([weight.detach().float().reshape(-1) for weight in _trained(modules)])
 
 
 def assign_trainable(vector: Vector, *modules: nn.Module) -> None:
-    """Write a flat vector back into the weights that learn.
+    """Write a flat vector back into the trained weights.
 
     Raises:
         WeightsError: The vector has another length than `flatten_trainable` of these networks.
     """
     weights = _trained(modules)
-    wanted = sum(weight.numel() for weight in weights)
-    if vector.shape != (wanted,):
+    expected = sum(weight.numel() for weight in weights)
+    if vector.shape != (expected,):
         raise WeightsError(
-            f"in these networks {wanted} weights learn, got a vector of shape {tuple(vector.shape)}; "
+            f"these networks have {expected} trained weights, got a vector of shape {tuple(vector.shape)}; "
             "device and server must attach the same adapters"
         )
-    done = 0
+    start = 0
     with torch.no_grad():
         for weight in weights:
-            weight.copy_(vector[done : done + weight.numel()].reshape(weight.shape))
-            done += weight.numel()
+            weight.copy_(vector[start : start + weight.numel()].reshape(weight.shape))
+            start += weight.numel()
 
 
 def _trained(modules: tuple[nn.Module, ...]) -> list[nn.Parameter]:
@@ -157,12 +157,12 @@ def _trained(modules: tuple[nn.Module, ...]) -> list[nn.Parameter]:
 
 def _adaptable(module: nn.Module) -> list[nn.Module]:
     """The layers with a weight to adapt, in the order of their names."""
-    found = []
+    layers = []
     for name, layer in sorted(module.named_modules(), key=lambda item: item[0]):
         weight = getattr(layer, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.ndim >= 2 and "mapping" not in name.split("."):
-            found.append(layer)
-    return found
+            layers.append(layer)
+    return layers
 
 
 def _weight(layer: nn.Module) -> Tensor:
@@ -180,7 +180,7 @@ def _changed(layer: nn.Module) -> bool:
     )
 
 
-def _part_from_copies(layer: nn.Module) -> None:
+def _unshare_class(layer: nn.Module) -> None:
     """Give a layer a class of its own, like the one it has.
 
     Copies share the class that torch made when the adapter was attached, and removing an adapter deletes the

@@ -1,7 +1,4 @@
-"""A model in words and numbers: what it is made of, how large, and the hash that names it.
-
-Called from the command line (`fedface weights show`, `fedface weights import`).
-"""
+"""A model's networks, sizes and hash, for display."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ class NetworkSummary:
     network: str  # its class
     weights: int  # numbers that training changes
     fixed: int  # numbers that belong to it and are not trained: noise maps, the mean style
-    config: dict[str, Any]  # its shape
+    config: dict[str, Any]  # its hyperparameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,40 +28,40 @@ class ModelSummary:
     """A model."""
 
     family: str  # in words
-    size: int  # height and width of its pictures in pixels
+    size: int  # height and width of its images in pixels
     networks: tuple[NetworkSummary, ...]
     hash: str  # of all weights, as in `weights_hash`
 
 
 def summarize(model: Model) -> ModelSummary:
-    """What a model holds, from the networks themselves."""
+
     return ModelSummary(
         family=model.architecture.description,
         size=model.size,
-        networks=tuple(_facts(name, module) for name, module in model.networks.items()),
+        networks=tuple(_summarize(name, module) for name, module in model.networks.items()),
         hash=weights_hash(*model.modules()),
     )
 
 
-def format_summary(facts: NetworkSummary) -> str:
-    """One line: class, weights, and every figure of its shape that is set."""
-    figures = ", ".join(
+def format_summary(summary: NetworkSummary) -> str:
+    """One line: class, number of weights, and every hyperparameter that is set."""
+    settings = ", ".join(
         f"{key.replace('_', ' ')} {value:g}"
         if isinstance(value, float)
         else f"{key.replace('_', ' ')} {value}"
-        for key, value in facts.config.items()
+        for key, value in summary.config.items()
         if key != "kind" and value is not None
     )
-    return f"{facts.name}: {facts.network}, {facts.weights:,} weights; {figures}"
+    return f"{summary.name}: {summary.network}, {summary.weights:,} weights; {settings}"
 
 
-def _facts(name: str, module: nn.Module) -> NetworkSummary:
+def _summarize(name: str, module: nn.Module) -> NetworkSummary:
     weights = sum(part.numel() for part in module.parameters())
-    kept = sum(value.numel() for value in module.state_dict().values())
+    total = sum(value.numel() for value in module.state_dict().values())
     return NetworkSummary(
         name=name,
         network=type(module).__name__,
         weights=weights,
-        fixed=kept - weights,
+        fixed=total - weights,
         config=dict(encode(module.config)),
     )

@@ -1,9 +1,8 @@
-"""The style encoder: a low-resolution photo -> the styles whose picture it may be, in one forward pass.
+"""The style encoder: a low-resolution photo -> the styles of a face that fits it, in one forward pass.
 
-Called from upsampling/methods (milliseconds a face, or a start for PULSE) and training/upsampler (devices teach it).
 Source: pSp, Richardson et al. 2021 (arXiv:2008.00951), section 3: one style for each input of a frozen generator,
-each told as a change of the mean style. Like theirs it reads photos of one side, to which smaller ones are enlarged;
-that side is small here, because a photo of few pixels holds nothing that a larger one could show.
+each as a difference from the mean style. Like theirs it reads photos of one size, to which smaller ones are enlarged;
+that size is small here, because enlarging a photo adds no information.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class StyleEncoderNetworkConfig:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions beside the identity; nothing mixes the pictures of a batch."""
+    """Two 3 x 3 convolutions with a skip connection; nothing mixes the images of a batch."""
 
     def __init__(self, width: int, rng: torch.Generator | None) -> None:
         super().__init__()
@@ -53,7 +52,7 @@ class ResidualBlock(nn.Module):
 
 
 class StyleEncoder(nn.Module):
-    """Photos (n, 3, l, l) in [0, 1], l <= side -> styles (n, k, v): the mean style, plus what the photo says."""
+    """Photos (n, 3, l, l) in [0, 1], l <= side -> styles (n, k, v): the mean style plus a difference."""
 
     mean_style: Tensor
 
@@ -77,13 +76,13 @@ class StyleEncoder(nn.Module):
             x = self.get_submodule(f"r{number}")(x)
         for number in range(self.halvings):
             x = self.get_submodule(f"h{number}")(x)
-        changes = self.out(self.fc(x.flatten(1)))
+        differences = self.out(self.fc(x.flatten(1)))
         shape = (-1, self.config.style_inputs, self.config.style_width)
-        return cast(Tensor, self.mean_style + changes.reshape(shape))
+        return cast(Tensor, self.mean_style + differences.reshape(shape))
 
 
 class StyleUpsampler(nn.Module):
-    """A style encoder before its generator, as one network: low-resolution photos -> faces, one each."""
+    """A style encoder and its generator as one network: low-resolution photos -> faces, one each."""
 
     def __init__(self, generator: StyleGAN2, encoder: StyleEncoder) -> None:
         super().__init__()

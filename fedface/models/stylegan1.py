@@ -1,9 +1,9 @@
 """The StyleGAN1 generator at any power-of-two size, as searched by the published PULSE, with the same three verbs.
 
-Called from models/model and importing/import_weights. Sources: Karras et al. 2019 (arXiv:1812.04948) for the network,
-Karras et al. 2018 (arXiv:1710.10196) for equalised weights. Parameter names are those of the state dicts that
-PULSE reads, behind `mapping.` and `synthesis.`. Three things are not in such files: the blur's `kernel` there is
-no weight, and `mapping.w_avg` and each `noise.const` here are not stored there.
+Sources: Karras et al. 2019 (arXiv:1812.04948) for the network, Karras et al. 2018 (arXiv:1710.10196) for equalised
+weights. Parameter names are those of the state dicts that PULSE reads, behind `mapping.` and `synthesis.`. Three
+things are not in such files: the blur's `kernel` there is no weight, and `mapping.w_avg` and each `noise.const` here
+are not stored there.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def double_then_convolve(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def double_and_convolve(x: Tensor, weight: Tensor) -> Tensor:
-    """The same in one transposed convolution, as published for large pictures.
+    """The same in one transposed convolution, as published for large images.
 
     A transposed convolution turns its kernel around, and the published network does not turn it back. So this
     equals `double_then_convolve` of the weight flipped along both sides; weights were trained for one form.
@@ -79,7 +79,7 @@ def double_and_convolve(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def soften(x: Tensor) -> Tensor:
-    """Filter each channel with the outer product of [1, 2, 1] / 4 with itself; zeros lie around the picture."""
+    """Filter each channel with the outer product of [1, 2, 1] / 4 with itself; zeros lie around the image."""
     row = torch.tensor([0.25, 0.5, 0.25], dtype=x.dtype, device=x.device)
     kernel = torch.outer(row, row).expand(x.shape[1], 1, 3, 3)
     return functional.conv2d(x, kernel, padding=1, groups=x.shape[1])
@@ -166,7 +166,7 @@ class Epilogue(nn.Module):
 
 
 class FirstBlock(nn.Module):
-    """A learned picture of side 4 and one convolution."""
+    """A learned image of side 4 and one convolution."""
 
     def __init__(self, config: StyleGAN1Config, rng: torch.Generator | None) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class Block(nn.Module):
 
 
 class Synthesis(nn.Module):
-    """Styles -> a picture, nominally in [-1, 1], the published network's own range."""
+    """Styles -> an image, nominally in [-1, 1], the published network's own range."""
 
     def __init__(self, config: StyleGAN1Config, rng: torch.Generator | None) -> None:
         super().__init__()
@@ -282,5 +282,5 @@ class StyleGAN1(nn.Module):
         return (cast(Tensor, self.synthesis(styles, maps)) + 1.0) / 2.0
 
     def sample(self, count: int, rng: torch.Generator, *, psi: float = 1.0, batch: int = 64) -> Images:
-        """Draw `count` pictures without gradients, clamped to [0, 1], shape (count, 3, size, size)."""
+        """Draw `count` images without gradients, clamped to [0, 1], shape (count, 3, size, size)."""
         return sample(self, count, rng, psi=psi, batch=batch)

@@ -1,8 +1,8 @@
 """The StyleGAN2 generator at any power-of-two size, with the three verbs map, truncate and synthesize.
 
-Called from training/, upsampling/, audits/. Sources: Karras et al. 2020 (arXiv:1912.04958) for the network,
-Karras et al. 2020 (arXiv:2006.06676) for gains and parameter names: a state dict of the published
-stylegan2-ada networks fits without renaming (their constant `resample_filter` entries are not weights).
+Sources: Karras et al. 2020 (arXiv:1912.04958) for the network, Karras et al. 2020 (arXiv:2006.06676) for gains and
+parameter names: a state dict of the published stylegan2-ada networks fits without renaming (their constant
+`resample_filter` entries are not weights).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class StyleGAN2Config:
     architecture: Literal["skip", "orig", "resnet"] = "skip"
     # Activations are kept within +- this; published for half precision: 256.
     clamp: Annotated[float, Above(0)] | None = None
-    classes: Annotated[int, AtLeast(0)] = 0  # how many kinds of pictures can be asked for; 0 for one kind
+    classes: Annotated[int, AtLeast(0)] = 0  # of a class-conditional generator; 0 if unconditional
     prior: Literal["standard", "fitted"] = "standard"  # fitted: latents pass an affine map that travels along
 
     def __post_init__(self) -> None:
@@ -104,7 +104,7 @@ class Mapping(nn.Module):
             known = checked_labels(labels, self.classes).to(x.dtype)
             x = torch.cat([x, unit_mean_square(self.embed(known))], dim=1)
         elif labels is not None:
-            raise ConfigError("this generator knows no classes, got labels; map latents alone")
+            raise ConfigError("this generator has no classes, got labels; map latents alone")
         for i in range(self.layers):
             x = self.get_submodule(f"fc{i}")(x)
         return x
@@ -176,7 +176,7 @@ class Shortcut(nn.Module):
 
 
 class Block(nn.Module):
-    """The layers of one side: double, convolve, convolve, and (skip) a colour picture."""
+    """The layers of one side: double, convolve, convolve, and (skip) a colour image."""
 
     filter: Tensor
 
@@ -198,7 +198,7 @@ class Block(nn.Module):
         self.register_buffer("filter", binomial_filter(), persistent=False)
 
     def forward(
-        self, x: Tensor | None, picture: Tensor | None, styles: Tensor, noise: Sequence[Tensor | None]
+        self, x: Tensor | None, image: Tensor | None, styles: Tensor, noise: Sequence[Tensor | None]
     ) -> tuple[Tensor, Tensor | None]:
         """`styles` (n, 2 or 3, v) and `noise` (1 or 2 maps) are this block's own."""
         if x is None:
@@ -210,16 +210,16 @@ class Block(nn.Module):
             x = around + self.conv1(self.conv0(x, styles[:, 0], noise[0]), styles[:, 1], noise[-1], half)
         else:
             x = self.conv1(self.conv0(x, styles[:, 0], noise[0]), styles[:, 1], noise[-1])
-        if picture is not None:
-            picture = upsample(picture, self.filter)
+        if image is not None:
+            image = upsample(image, self.filter)
         if self.colours:
             rgb = self.torgb(x, styles[:, 1 if self.first else 2])
-            picture = rgb if picture is None else picture + rgb
-        return x, picture
+            image = rgb if image is None else image + rgb
+        return x, image
 
 
 class Synthesis(nn.Module):
-    """Styles -> a picture in [-1, 1], the published network's own range."""
+    """Styles -> an image in [-1, 1], the published network's own range."""
 
     def __init__(self, config: StyleGAN2Config, rng: torch.Generator | None) -> None:
         super().__init__()
@@ -229,16 +229,16 @@ class Synthesis(nn.Module):
 
     def forward(self, styles: Styles, noise: Sequence[Tensor] | None) -> Tensor:
         x: Tensor | None = None
-        picture: Tensor | None = None
+        image: Tensor | None = None
         used = 0
         for side in self.sides:
             convs = 1 if side == 4 else 2
             maps = [None] * convs if noise is None else list(noise[used : used + convs])
             # The colour layer shares its style with the next block's first convolution.
             own = styles[:, used : used + convs + 1]
-            x, picture = self.get_submodule(f"b{side}")(x, picture, own, maps)
+            x, image = self.get_submodule(f"b{side}")(x, image, own, maps)
             used += convs
-        return cast(Tensor, picture)
+        return cast(Tensor, image)
 
 
 class StyleGAN2(nn.Module):
@@ -311,7 +311,7 @@ class StyleGAN2(nn.Module):
         return (cast(Tensor, self.synthesis(styles, noise)) + 1.0) / 2.0
 
     def sample(self, count: int, rng: torch.Generator, *, psi: float = 1.0, batch: int = 64) -> Images:
-        """Draw `count` pictures without gradients, clamped to [0, 1], shape (count, 3, size, size)."""
+        """Draw `count` images without gradients, clamped to [0, 1], shape (count, 3, size, size)."""
         return sample(self, count, rng, psi=psi, batch=batch)
 
 

@@ -1,9 +1,8 @@
 """The layers that the StyleGAN2 generator and discriminator share: equalised weights, filtered resampling.
 
-Called from models/stylegan2 and models/discriminator. Sources: Karras et al. 2018 (arXiv:1710.10196) for equalised
-learning rates, Karras et al. 2020 (arXiv:1912.04958) for modulation, Karras et al. 2020 (arXiv:2006.06676)
-for the exact gains. Every layer is a plain function of its weights and its input, one image at a time, so
-that `torch.func.vmap(grad)` gives per-photo gradients.
+Sources: Karras et al. 2018 (arXiv:1710.10196) for equalised learning rates, Karras et al. 2020 (arXiv:1912.04958) for
+modulation, Karras et al. 2020 (arXiv:2006.06676) for the exact gains. Every layer is a plain function of its weights
+and its input, one image at a time, so that `torch.func.vmap(grad)` gives per-photo gradients.
 """
 
 from __future__ import annotations
@@ -99,8 +98,8 @@ def checked_labels(labels: Tensor | None, classes: int) -> Tensor:
     """Labels (n, classes) as they are; raises ConfigError where they are missing or have another width."""
     if labels is None:
         raise ConfigError(
-            f"this network makes or judges pictures of {classes} classes and got no labels; "
-            f"pass labels of shape (n, {classes}), or hold a generator to one class with ClassConditioned"
+            f"this network is conditional on {classes} classes and got no labels; "
+            f"pass labels of shape (n, {classes}), or fix a generator's class with ClassConditioned"
         )
     if labels.ndim != 2 or labels.shape[1] != classes:
         raise ConfigError(f"labels must have shape (n, {classes}), got {tuple(labels.shape)}")

@@ -1,9 +1,8 @@
-"""A super-resolution network: a low-resolution photo -> one larger picture, as most products ship.
+"""A super-resolution network: a low-resolution photo -> one larger image, the baseline of most products.
 
-Called from upsampling/methods and training/upsampler. Small residual blocks without normalisation and a sub-pixel
-tail, as in EDSR (Lim et al. 2017, arXiv:1707.02921) and ESPCN (Shi et al. 2016, arXiv:1609.05158); the network adds
-to a bicubic enlargement. Trained by regression it answers with the mean of all faces that fit: no face in
-particular, and the more blurred the less the photo says.
+Small residual blocks without normalisation and a sub-pixel tail, as in EDSR (Lim et al. 2017, arXiv:1707.02921) and
+ESPCN (Shi et al. 2016, arXiv:1609.05158); the network adds to a bicubic enlargement. Trained by regression it returns
+the mean of all faces that fit the photo, the more blurred the less the photo determines.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ WIDEST = 2**12
 @dataclass(frozen=True, kw_only=True)
 @checked
 class SuperResolutionNetworkConfig:
-    """The shape of a super-resolution network; equal configs have weights that can be summed."""
+    """The architecture of a super-resolution network; equal configs have weights that can be summed."""
 
     # Photos of up to so many pixels a side are read, enlarged to it.
     side: Annotated[int, In("[1, 512]")] = 16
-    # How much larger than that side pictures are.
+    # How much larger than that side images are.
     factor: Annotated[int, PowerOfTwo(1, 64)] = 2
     width: Annotated[int, In(f"[1, {WIDEST}]")] = 32  # channels
     blocks: Annotated[int, In("[0, 64]")] = 4  # residual blocks
@@ -43,12 +42,12 @@ class SuperResolutionNetworkConfig:
 
     @property
     def size(self) -> int:
-        """Height and width of the pictures in pixels."""
+        """Height and width of the images in pixels."""
         return self.side * self.factor
 
 
 class SuperResolutionNetwork(nn.Module):
-    """Photos (n, 3, l, l) in [0, 1], l <= side -> pictures (n, 3, size, size), not clamped."""
+    """Photos (n, 3, l, l) in [0, 1], l <= side -> images (n, 3, size, size), not clamped."""
 
     def __init__(self, config: SuperResolutionNetworkConfig, rng: torch.Generator | None = None) -> None:
         super().__init__()
@@ -64,11 +63,11 @@ class SuperResolutionNetwork(nn.Module):
 
     @property
     def size(self) -> int:
-        """Height and width of the pictures in pixels."""
+        """Height and width of the images in pixels."""
         return self.config.size
 
     def forward(self, low: LowImages) -> Images:
-        """One picture for each photo."""
+        """One image for each photo."""
         x = self.head(resize_up(low, self.config.side) * 2.0 - 1.0)
         for number in range(self.config.blocks):
             x = self.get_submodule(f"r{number}")(x)

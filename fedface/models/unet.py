@@ -1,8 +1,8 @@
-"""A small U-Net with group normalisation: a picture and a time in, a picture out.
+"""A small U-Net with group normalisation: an image and a time in, an image out.
 
-Called from models/rectified_flow. Nothing in it mixes the pictures of a batch or draws a random number, so that
-`vmap(grad(...))` gives each photo's own gradient and clipping bounds what one photo can do: group instead of
-batch normalisation (Wu and He 2018, arXiv:1803.08494), no dropout.
+Nothing in it mixes the images of a batch or draws a random number, so that `vmap(grad(...))` gives each photo's own
+gradient and clipping bounds what one photo can do: group instead of batch normalisation (Wu and He 2018,
+arXiv:1803.08494), no dropout.
 
 The form is that of Ho et al. 2020 (arXiv:2006.11239): residual blocks, one attention at the coarsest side,
 time as sines and cosines, here scaling and shifting the normalised channels (Perez et al. 2018,
@@ -68,7 +68,7 @@ class UNetConfig:
 
     @property
     def divisor(self) -> int:
-        """What a picture's side must be a multiple of."""
+        """What an image's side must be a multiple of."""
         return int(self.patch * 2 ** (len(self.multipliers) - 1))
 
 
@@ -133,7 +133,7 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """Pictures (n, 3, s, s) and times (n,) -> pictures (n, 3, s, s); the start is the zero map."""
+    """Pictures (n, 3, s, s) and times (n,) -> images (n, 3, s, s); the start is the zero map."""
 
     def __init__(self, config: UNetConfig, rng: torch.Generator | None = None) -> None:
         super().__init__()

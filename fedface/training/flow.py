@@ -72,19 +72,15 @@ class FlowTrainingConfig:
     sampling_rate: float = 0.05  # q: probability of a photo to join a step, in (0, 1]
     expected_batch_size: int = 10  # public divisor of each step's sum, >= 1
     clip_norm: float = 0.1  # largest L2 norm of one photo's gradient, > 0
-    noise_draws: Annotated[int, In(f"[1, {_EVALUATIONS_AT_ONCE}]")] = (
-        1  # K: of time and noise, per photo and step
-    )
-    max_time: Annotated[float, In("(0, 1]")] = (
-        1.0  # times run from 0 (noise); early ones decide what a face looks like
-    )
+    # K: of time and noise, per photo and step
+    noise_draws: Annotated[int, In(f"[1, {_EVALUATIONS_AT_ONCE}]")] = 1
+    # Times run from 0 (noise); early ones decide what a face looks like
+    max_time: Annotated[float, In("(0, 1]")] = 1.0
     lr: Annotated[float, In("(0, 1000)")] = 0.1  # of gradient descent
-    lr_noise_threshold: Annotated[float, In("(0, 1000]")] = (
-        0.5  # noise multiplier above which lr falls as 1 / noise
-    )
-    momentum: Annotated[float, In("[0, 1)")] = (
-        0.9  # fraction of the last step repeated in the next of the same round
-    )
+    # Noise multiplier above which lr falls as 1 / noise
+    lr_noise_threshold: Annotated[float, In("(0, 1000]")] = 0.5
+    # Fraction of the last step repeated in the next of the same round
+    momentum: Annotated[float, In("[0, 1)")] = 0.9
     preconditioner: Annotated[float, In("[0, 100]")] = 0.0  # damping of the public scales; 0: no scales
     server_lr: Annotated[float, In("(0, 4]")] = 1.0  # times the mean update, on the server
     adapt: Adaptation = field(default_factory=Full)  # which weights are trained: all, or low-rank changes

@@ -50,10 +50,10 @@ from fedface.validation import In, checked
 Second = Literal["none", "diagonal", "full"]
 
 VARIANCES = (0.05, 4.0)  # of the fitted prior, in variances of the standard one
-_REACH = 1.5  # longest e^2 - 1 that is not cut, in its usual lengths
-_SAMPLES = 1024  # of the generator, from which the encoder's reading of a prior is learned
+_MAX_RELATIVE_NORM = 1.5  # largest norm of e^2 - 1 that is not clipped, in its usual norms
+_SAMPLES = 1024  # of the generator, from which the encoder's bias is estimated
 _AT_ONCE = 128  # of them; photos are encoded one by one
-_PASSES = 2  # steps of the prior towards what the devices read
+_PASSES = 2  # steps of the prior towards the devices' moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +66,13 @@ class PriorTrainingConfig:
 
     second_moments: Second = "diagonal"  # none, one per coordinate of the latent, or all products
     expected_batch_size: int = 200  # public divisor of each device's sum, about the photos of a device, >= 1
-    max_photos: Annotated[int, In(f"[1, {MAX_EXPECTED_BATCH_SIZE}]")] = (
-        2000  # for quantisation: larger sums are clamped
-    )
+    # For quantisation: larger sums are clamped
+    max_photos: Annotated[int, In(f"[1, {MAX_EXPECTED_BATCH_SIZE}]")] = 2000
     clip_norm: float = 1.0  # L2 norm of one photo's vector, > 0; only its ratio to the noise matters
-    count_fraction: Annotated[float, In("(0, 1)")] = (
-        0.05  # a0: share of the squared norm that counts the photo
-    )
-    second_moment_fraction: Annotated[float, In("(0, 1)")] = (
-        0.5  # a2 / (a1 + a2): share of second moments in the rest
-    )
+    # A0: share of the squared norm that counts the photo
+    count_fraction: Annotated[float, In("(0, 1)")] = 0.05
+    # A2 / (a1 + a2): share of second moments in the rest
+    second_moment_fraction: Annotated[float, In("(0, 1)")] = 0.5
 
     def __post_init__(self) -> None:
         self.schedule()
@@ -201,7 +198,7 @@ def _layout(width: int, config: PriorTrainingConfig) -> _Layout:
     length = (
         math.sqrt(width * width - width)
         if config.second_moments == "full"
-        else _REACH * math.sqrt(2.0 * width)
+        else _MAX_RELATIVE_NORM * math.sqrt(2.0 * width)
     )
     return _Layout(
         width=width,
@@ -216,11 +213,11 @@ def photo_vectors(latents: Latents, config: PriorTrainingConfig) -> Tensor:
     """What each photo adds to the sum, before clipping.
 
     Args:
-        latents: (n, z), of length sqrt(z) each, as an encoder names them.
-        config: The public recipe.
+        latents: (n, z), of L2 norm sqrt(z) each, as an encoder estimates them.
+        config: Public hyperparameters.
 
     Returns:
-        (n, 1 + z + p) with p = 0, z or z (z + 1) / 2 by `config.second`; each row's length is at most
+        (n, 1 + z + p) with p = 0, z or z (z + 1) / 2 by `config.second_moments`; each row's norm is at most
         `config.clip_norm`, up to float32 rounding.
     """
     layout = _layout(latents.shape[1], config)
@@ -231,19 +228,19 @@ def photo_vectors(latents: Latents, config: PriorTrainingConfig) -> Tensor:
             pass
         case "diagonal":
             squares = latents.square() - 1.0
-            reach = _REACH * math.sqrt(2.0 * layout.width)
-            cut = (reach / squares.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
-            parts.append(squares * cut * layout.squares)
+            max_norm = _MAX_RELATIVE_NORM * math.sqrt(2.0 * layout.width)
+            scale = (max_norm / squares.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
+            parts.append(squares * scale * layout.squares)
         case "full":
             products = latents[:, :, None] * latents[:, None, :] - torch.eye(layout.width)
             parts.append(_packed(products) * layout.squares)
         case _:
-            assert_never(config.second)
+            assert_never(config.second_moments)
     return torch.cat(parts, dim=1)
 
 
 def _packed(matrices: Tensor) -> Tensor:
-    """Symmetric (n, z, z) -> (n, z (z + 1) / 2) of the same length: off the diagonal times sqrt 2."""
+    """Symmetric (n, z, z) -> (n, z (z + 1) / 2) of the same norm: off the diagonal times sqrt 2."""
     width = matrices.shape[-1]
     rows, columns = torch.triu_indices(width, width)
     weight = torch.where(rows == columns, 1.0, math.sqrt(2.0))
@@ -265,32 +262,31 @@ def fit_latent_prior(
     total: Vector,
     devices: int,
     config: PriorTrainingConfig,
-    terms: DPParameters,
+    dp: DPParameters,
     *,
     encoder: LatentEncoder | None = None,
 ) -> StyleGAN2:
-    """The same generator with the latent prior that the devices' photos suggest.
+    """A copy of the generator with the latent prior estimated from the devices' photos.
 
-    An encoder misreads, and what it misreads is not what the photos have in common. So the prior is moved until
-    the encoder reads the same moments from the generator's own samples as the devices read from their photos
-    (indirect inference, Gourieroux, Monfort and Renault 1993). Each step is shrunk by what is known of its
-    error, the noise that was added and the chance of a finite number of photos: x becomes
-    x * max(0, 1 - caution * variance / x^2), the non-negative garrote (Breiman 1995; Gao 1998 for its
-    threshold), a Wiener filter that may say "nothing". For products the eigenvalues of their matrix are shrunk
-    instead, against the largest that noise alone has.
+    An encoder is biased. So the prior is moved until the encoder estimates the same moments from the generator's own
+    samples as the devices did from their photos (indirect inference, Gourieroux, Monfort and Renault 1993). Each step
+    is shrunk by its known error, from the noise that was added and from the finite number of photos: x becomes
+    x * max(0, 1 - threshold * variance / x^2), the non-negative garrote (Breiman 1995; Gao 1998 for its threshold), a
+    Wiener filter that may give zero. For products the eigenvalues of their matrix are shrunk instead, against the
+    largest that noise alone has.
 
     Guarantees:
         * Without noise, with many photos and without an encoder, the moments are those of the latents sent.
-        * Where the count cannot be told from noise (below three standard deviations) the prior stays standard.
-        * Variances lie within `VARIANCES`. Nothing here is left to chance: equal totals give equal priors.
+        * Where the count is indistinguishable from noise (below three standard deviations) the prior stays standard.
+        * Variances lie within `VARIANCES`. Deterministic: equal totals give equal priors.
 
     Args:
-        generator: Stays as it is; a prior that was fitted before is replaced.
-        total: The sum of `train_prior_round` over the devices, (1 + z + p,).
+        generator: Not changed; a prior that was fitted before is replaced in the copy.
+        total: The sum of `PriorRound.update` over the devices, (1 + z + p,).
         devices: How many devices are in the sum, >= 1.
         config: As on the devices.
-        terms: As on the devices: they tell how much noise is in the sum.
-        encoder: The one the devices used; None takes what they sent for the latents themselves.
+        dp: As on the devices; it determines the noise in the sum.
+        encoder: The one the devices used; None if they sent moments of the latents themselves.
 
     Returns:
         A generator whose config says `prior="fitted"`.
@@ -298,31 +294,32 @@ def fit_latent_prior(
     Raises:
         ValueError: The total has another length than these moments.
     """
-    agreed = replace(config, clip_norm=terms.schedule.clip_norm)
-    layout = _layout(generator.latent_width, agreed)
-    wanted = _wanted(total, devices, layout, terms, 0.0 if encoder is None else 1.0 / _SAMPLES)
+    config = replace(config, clip_norm=dp.schedule.clip_norm)
+    layout = _layout(generator.latent_width, config)
+    target = _estimate_moments(total, devices, layout, dp, 0.0 if encoder is None else 1.0 / _SAMPLES)
     fitted = StyleGAN2(replace(generator.config, prior="fitted"), torch.Generator())
     missing = fitted.load_state_dict(generator.state_dict(), strict=False).missing_keys
     if unknown := [name for name in missing if not name.startswith("mapping.prior_")]:
         raise ValueError(f"the generator lacks {unknown[0]}")
     _set_prior(fitted, *_standard(layout.width))
-    if wanted is None:
+    if target is None:
         return fitted
     mean, covariance = _standard(layout.width)
     for _ in range(1 if encoder is None else _PASSES):
-        seen = (mean, covariance)
+        current = (mean, covariance)
         if encoder is not None:
             _set_prior(fitted, mean, covariance)
-            seen = _moments(photo_vectors(_read_samples(fitted, encoder), agreed).double().mean(0), layout)
-        mean = mean + _shrunk(wanted.mean - seen[0], wanted.mean_error, _caution(layout.width))
-        covariance = _moved(covariance, wanted, seen[1], layout)
+            encoded = photo_vectors(_encode_samples(fitted, encoder), config)
+            current = _moments(encoded.double().mean(0), layout)
+        mean = mean + _shrunk(target.mean - current[0], target.mean_error, _threshold(layout.width))
+        covariance = _moved(covariance, target, current[1], layout)
     _set_prior(fitted, mean, covariance)
     return fitted
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """The moments that the devices' photos have, and the variance of each number's error."""
+class _Moments:
+    """The estimated moments of the latents of the devices' photos, and the variance of each number's error."""
 
     mean: Tensor  # (z,)
     mean_error: float
@@ -341,32 +338,32 @@ def _set_prior(generator: StyleGAN2, mean: Tensor, covariance: Tensor) -> None:
     generator.mapping.prior_root.copy_(root)
 
 
-def _wanted(
-    total: Vector, devices: int, layout: _Layout, terms: DPParameters, compared: float
-) -> _Wanted | None:
-    """What the total says about the photos' latents; None where the count is lost in the noise.
+def _estimate_moments(
+    total: Vector, devices: int, layout: _Layout, dp: DPParameters, extra_variance: float
+) -> _Moments | None:
+    """The moments of the photos' latents; None where the count is lost in the noise.
 
-    `compared` is the variance of what it will be compared with, in variances of one latent's number.
+    `extra_variance` is that of the moments they will be compared with, in variances of one latent coordinate.
     """
     if total.shape != (sum(layout.sizes),):
         raise ValueError(f"these moments are {sum(layout.sizes)} numbers, got shape {tuple(total.shape)}")
     if devices < 1:
         raise ValueError(f"devices must be at least 1, got {devices}")
-    sums = total.double() * terms.schedule.expected_batch_size
-    noise = terms.noise_multiplier * terms.schedule.clip_norm * math.sqrt(devices)
+    sums = total.double() * dp.schedule.expected_batch_size
+    noise = dp.noise_multiplier * dp.schedule.clip_norm * math.sqrt(devices)
     photos = float(sums[0]) / layout.count
     if not photos > max(1.0, 3.0 * noise / layout.count):
         return None
     mean, covariance = _moments(sums / photos, layout)
-    few = 1.0 / photos + compared
-    mean_error = (noise / (layout.first * photos)) ** 2 + few
+    sampling = 1.0 / photos + extra_variance
+    mean_error = (noise / (layout.first * photos)) ** 2 + sampling
     if layout.second == "none":
-        return _Wanted(mean, mean_error, covariance, 0.0)
+        return _Moments(mean, mean_error, covariance, 0.0)
     error = (noise / (layout.squares * photos)) ** 2
     if layout.second == "diagonal":
-        return _Wanted(mean, mean_error, covariance, error + 2.0 * few)
+        return _Moments(mean, mean_error, covariance, error + 2.0 * sampling)
     # Each of the two equal entries off the diagonal carries 1 / sqrt 2 of the packed noise.
-    return _Wanted(mean, mean_error, covariance, error / 2.0 + few)
+    return _Moments(mean, mean_error, covariance, error / 2.0 + sampling)
 
 
 def _moments(vector: Vector, layout: _Layout) -> tuple[Tensor, Tensor]:
@@ -386,19 +383,19 @@ def _moments(vector: Vector, layout: _Layout) -> tuple[Tensor, Tensor]:
             assert_never(layout.second)
 
 
-def _moved(covariance: Tensor, wanted: _Wanted, seen: Tensor, layout: _Layout) -> Tensor:
-    """One shrunk step of the prior's covariance towards the wanted one, within `VARIANCES`."""
-    away = wanted.covariance - seen
+def _moved(covariance: Tensor, target: _Moments, current: Tensor, layout: _Layout) -> Tensor:
+    """One shrunk step of the prior's covariance towards the target, within `VARIANCES`."""
+    difference = target.covariance - current
     match layout.second:
         case "none":
             return covariance
         case "diagonal":
-            step = _shrunk(away.diagonal(), wanted.covariance_error, _caution(layout.width))
+            step = _shrunk(difference.diagonal(), target.covariance_error, _threshold(layout.width))
             return torch.diag((covariance.diagonal() + step).clamp(*VARIANCES))
         case "full":
-            values, vectors = torch.linalg.eigh(away)
+            values, vectors = torch.linalg.eigh(difference)
             # The largest eigenvalue of noise of width z is about twice an entry's deviation times sqrt z.
-            step = _shrunk(values, wanted.covariance_error, 4.0 * layout.width)
+            step = _shrunk(values, target.covariance_error, 4.0 * layout.width)
             values, vectors = torch.linalg.eigh(covariance + (vectors * step) @ vectors.T)
             bounded: Tensor = (vectors * values.clamp(*VARIANCES)) @ vectors.T
             return bounded
@@ -406,8 +403,8 @@ def _moved(covariance: Tensor, wanted: _Wanted, seen: Tensor, layout: _Layout) -
             assert_never(layout.second)
 
 
-def _read_samples(generator: StyleGAN2, encoder: LatentEncoder) -> Latents:
-    """What an encoder reads from a generator's own samples; the same draws each time, and their opposites."""
+def _encode_samples(generator: StyleGAN2, encoder: LatentEncoder) -> Latents:
+    """An encoder's estimates for a generator's own samples; the same latents each time, and their negatives."""
     half = torch.randn(_SAMPLES // 2, generator.latent_width, generator=Streams(0).generator("refit"))
     latents = torch.cat([half, -half])
     with torch.no_grad():
@@ -418,11 +415,11 @@ def _read_samples(generator: StyleGAN2, encoder: LatentEncoder) -> Latents:
     return torch.cat(parts)
 
 
-def _caution(width: int) -> float:
+def _threshold(width: int) -> float:
     """The universal threshold, squared: none of `width` normal numbers is likely to exceed it."""
     return 2.0 * math.log(max(width, 2))
 
 
-def _shrunk(x: Tensor, error: float, caution: float) -> Tensor:
-    """x * max(0, 1 - caution * error / x^2)."""
-    return x * (1.0 - caution * error / x.square().clamp(min=1e-30)).clamp(min=0.0)
+def _shrunk(x: Tensor, error: float, threshold: float) -> Tensor:
+    """x * max(0, 1 - threshold * error / x^2)."""
+    return x * (1.0 - threshold * error / x.square().clamp(min=1e-30)).clamp(min=0.0)

@@ -1,9 +1,9 @@
-"""Which layers a loss calls, what they read, and each photo's gradient of their weights from their outputs' gradients.
+"""Records which layers a loss calls and what they read, and gives each photo's gradient of their weights.
 
-Called from training/per_example_gradients.py. While a loss is computed, `Watch` notes the calls of convolutions, fully connected
-layers and group normalisations with a trained weight; whatever else reaches a weight is found in autograd's record, not
-here. A photo's own gradient of a layer's weight is a contraction of what the layer read with its output's gradient
-(Goodfellow 2015, arXiv:1510.01799; Rochette et al. 2019, arXiv:1912.06015).
+While a loss is computed, `LayerRecorder` records the calls of convolutions, fully connected layers and group
+normalisations with a trained weight; whatever else reaches a weight shows in autograd's record, not here. A photo's
+own gradient of a layer's weight is a contraction of the layer's input with its output's gradient (Goodfellow 2015,
+arXiv:1510.01799; Rochette et al. 2019, arXiv:1912.06015).
 """
 
 from __future__ import annotations
@@ -35,51 +35,56 @@ class GradientSource:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedLayer:
-    """One call of a layer: what it read and what it answered."""
+    """One call of a layer: its input and its output."""
 
     weight: GradientSource | None
     bias: GradientSource | None
-    seen: Tensor
+    inputs: Tensor
     out: Tensor
-    node: Any  # autograd's record of this call
-    seen_node: Any  # and of what it read; None for what needs no gradient
-    versions: tuple[int, int]  # of `seen` and `out`
+    node: Any  # autograd's node of this call
+    input_node: Any  # and of its input; None where that needs no gradient
+    versions: tuple[int, int]  # of `inputs` and `out`
 
     def is_changed(self) -> bool:
-        """Whether somebody wrote into either since: then their contraction is no gradient any more."""
-        return self.versions != (self.seen._version, self.out._version)
+        """Whether either was written into since: then their contraction is not the gradient."""
+        return self.versions != (self.inputs._version, self.out._version)
 
     def sources(self) -> list[GradientSource]:
         return [source for source in (self.weight, self.bias) if source is not None]
 
-    def outer(self, slope: Tensor, photos: int) -> OuterProduct | None:
+    def outer(self, output_gradient: Tensor, photos: int) -> OuterProduct | None:
         """The gradient of the weight as one outer product per photo, where it is one."""
         return None
 
-    def gradients(self, slope: Tensor, photos: int) -> Iterator[tuple[GradientSource, Tensor]]:
+    def gradients(self, output_gradient: Tensor, photos: int) -> Iterator[tuple[GradientSource, Tensor]]:
         """The gradients of weight and bias, (n, ...) each, from that of the output."""
-        yield from self.bias_gradients(slope, photos)
+        yield from self.bias_gradients(output_gradient, photos)
         if self.weight is not None:
-            yield self.weight, self.weight_gradient(slope, photos)
+            yield self.weight, self.weight_gradient(output_gradient, photos)
 
-    def bias_gradients(self, slope: Tensor, photos: int) -> Iterator[tuple[GradientSource, Tensor]]:
+    def bias_gradients(self, output_gradient: Tensor, photos: int) -> Iterator[tuple[GradientSource, Tensor]]:
         if self.bias is not None:
-            yield self.bias, _by_photo(slope.flatten(2).sum(2) if slope.ndim > 2 else slope, photos)
+            yield (
+                self.bias,
+                _by_photo(
+                    output_gradient.flatten(2).sum(2) if output_gradient.ndim > 2 else output_gradient, photos
+                ),
+            )
 
-    def weight_gradient(self, slope: Tensor, photos: int) -> Tensor:
+    def weight_gradient(self, output_gradient: Tensor, photos: int) -> Tensor:
         raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Dense(RecordedLayer):
-    def outer(self, slope: Tensor, photos: int) -> OuterProduct | None:
-        if self.weight is None or len(slope) != photos:
+    def outer(self, output_gradient: Tensor, photos: int) -> OuterProduct | None:
+        if self.weight is None or len(output_gradient) != photos:
             return None
-        return OuterProduct(self.weight.weight, self.weight.factor, slope, self.seen)
+        return OuterProduct(self.weight.weight, self.weight.factor, output_gradient, self.inputs)
 
-    def weight_gradient(self, slope: Tensor, photos: int) -> Tensor:
-        out, seen = (part.reshape(photos, -1, part.shape[1]) for part in (slope, self.seen))
-        return out.transpose(1, 2) @ seen
+    def weight_gradient(self, output_gradient: Tensor, photos: int) -> Tensor:
+        out, inputs = (part.reshape(photos, -1, part.shape[1]) for part in (output_gradient, self.inputs))
+        return out.transpose(1, 2) @ inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,37 +93,41 @@ class _Convolution(RecordedLayer):
     stride: tuple[int, int]
     padding: tuple[int, int]
 
-    def weight_gradient(self, slope: Tensor, photos: int) -> Tensor:
-        inputs, (outputs, *sides) = self.seen.shape[1], slope.shape[1:]
-        few = math.prod(sides) <= _FEW_POSITIONS or min(inputs, outputs) <= _FEW_CHANNELS
-        if not (few and len(slope) == photos) and self.kernel != (1, 1):
-            gradient = self._grouped(slope, photos)
-        elif outputs < inputs and self.stride == (1, 1) and self.kernel != (1, 1):
-            return self._from_slopes(slope)
+    def weight_gradient(self, output_gradient: Tensor, photos: int) -> Tensor:
+        channels, (outputs, *sides) = self.inputs.shape[1], output_gradient.shape[1:]
+        few = math.prod(sides) <= _FEW_POSITIONS or min(channels, outputs) <= _FEW_CHANNELS
+        if not (few and len(output_gradient) == photos) and self.kernel != (1, 1):
+            gradient = self._grouped(output_gradient, photos)
+        elif outputs < channels and self.stride == (1, 1) and self.kernel != (1, 1):
+            return self._from_output_gradients(output_gradient)
         else:
-            read = _columns(self.seen, self.kernel, self.stride, self.padding, sides)
-            gradient = _by_photo(slope.flatten(2) @ read.transpose(1, 2), photos)
-        return gradient.reshape(photos, outputs, inputs, *self.kernel)
+            columns = _columns(self.inputs, self.kernel, self.stride, self.padding, sides)
+            gradient = _by_photo(output_gradient.flatten(2) @ columns.transpose(1, 2), photos)
+        return gradient.reshape(photos, outputs, channels, *self.kernel)
 
-    def _from_slopes(self, slope: Tensor) -> Tensor:
-        """As the columns of what was read times the slope, with the roles exchanged: less to copy for few outputs."""
+    def _from_output_gradients(self, output_gradient: Tensor) -> Tensor:
+        """As the columns of what was read times the output_gradient, with the roles exchanged: less to copy for few outputs."""
         down, across = self.kernel
         outside = (down - 1 - self.padding[0], across - 1 - self.padding[1])
-        given = _columns(slope, self.kernel, (1, 1), outside, self.seen.shape[2:])
-        turned = given @ self.seen.flatten(2).transpose(1, 2)
-        return turned.reshape(len(slope), -1, down, across, self.seen.shape[1]).flip(2, 3).movedim(4, 2)
-
-    def _grouped(self, slope: Tensor, photos: int) -> Tensor:
-        """One convolution whose groups are photos and whose batch is what belongs to one photo."""
-        out, seen = (
-            part.reshape(photos, -1, *part.shape[1:]).transpose(0, 1).flatten(1, 2)
-            for part in (slope, self.seen)
+        columns = _columns(output_gradient, self.kernel, (1, 1), outside, self.inputs.shape[2:])
+        product = columns @ self.inputs.flatten(2).transpose(1, 2)
+        return (
+            product.reshape(len(output_gradient), -1, down, across, self.inputs.shape[1])
+            .flip(2, 3)
+            .movedim(4, 2)
         )
-        inputs, outputs = self.seen.shape[1], slope.shape[1]
-        shape = seen.new_empty(1).expand(photos * outputs, inputs, *self.kernel)
+
+    def _grouped(self, output_gradient: Tensor, photos: int) -> Tensor:
+        """One convolution whose groups are photos and whose batch is what belongs to one photo."""
+        out, inputs = (
+            part.reshape(photos, -1, *part.shape[1:]).transpose(0, 1).flatten(1, 2)
+            for part in (output_gradient, self.inputs)
+        )
+        channels, outputs = self.inputs.shape[1], output_gradient.shape[1]
+        shape = inputs.new_empty(1).expand(photos * outputs, channels, *self.kernel)
         gradients = torch.ops.aten.convolution_backward(
             out,
-            seen,
+            inputs,
             shape,
             None,
             self.stride,
@@ -140,7 +149,7 @@ def _columns(
     padding: tuple[int, int],
     sides: Sequence[int],
 ) -> Tensor:
-    """What a kernel sees at each of `sides` positions, (n, c, h, w) -> (n, c * kernel, positions)."""
+    """The receptive field at each of `sides` positions, (n, c, h, w) -> (n, c * kernel, positions)."""
     down, across = padding
     x = functional.pad(x, (across, across, down, down)).contiguous()
     row, channel, line, pixel = x.stride()
@@ -153,9 +162,9 @@ class _GroupNorm(RecordedLayer):
     groups: int
     eps: float
 
-    def weight_gradient(self, slope: Tensor, photos: int) -> Tensor:
-        normal = functional.group_norm(self.seen, self.groups, None, None, self.eps)
-        return _by_photo((slope * normal).flatten(2).sum(2), photos)
+    def weight_gradient(self, output_gradient: Tensor, photos: int) -> Tensor:
+        normal = functional.group_norm(self.inputs, self.groups, None, None, self.eps)
+        return _by_photo((output_gradient * normal).flatten(2).sum(2), photos)
 
 
 def _by_photo(rows: Tensor, photos: int) -> Tensor:
@@ -164,62 +173,66 @@ def _by_photo(rows: Tensor, photos: int) -> Tensor:
 
 
 class LayerRecorder(TorchFunctionMode):
-    """While a loss is computed, notes the calls of layers that are understood and what they read."""
+    """While a loss is computed, records the calls of supported layers and their inputs."""
 
     def __init__(self, weights: Sequence[nn.Parameter], photos: int) -> None:
         super().__init__()
         self.layers: list[RecordedLayer] = []
         self._photos = photos
-        self._known = {id(weight): GradientSource(position, 1.0) for position, weight in enumerate(weights)}
-        self._kept: list[Tensor] = []  # alive, so that no other tensor gets their identity
+        self._sources_of = {
+            id(weight): GradientSource(position, 1.0) for position, weight in enumerate(weights)
+        }
+        self._alive: list[Tensor] = []  # so that no other tensor gets their identity
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        named = kwargs or {}
+        kwargs = kwargs or {}
         if func is functional.conv2d:
-            return self._convolve(*args, **named)
+            return self._convolve(*args, **kwargs)
         if func is functional.linear:
-            return self._connect(*args, **named)
+            return self._connect(*args, **kwargs)
         if func is functional.group_norm:
-            return self._normalise(*args, **named)
-        made = func(*args, **named)
-        if func in _PRODUCTS and len(args) == 2 and not named:
-            self._note_product(*args, made)
-        return made
+            return self._normalise(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func in _PRODUCTS and len(args) == 2 and not kwargs:
+            self._note_product(*args, result)
+        return result
 
-    def _note_product(self, one: Any, other: Any, made: Tensor) -> None:
+    def _note_product(self, one: Any, other: Any, product: Tensor) -> None:
         """A trained weight times a number is the weight of a layer at equalised learning rate."""
         weight, number = (other, one) if isinstance(one, int | float) else (one, other)
-        source = self._known.get(id(weight))
+        source = self._sources_of.get(id(weight))
         if source is not None and isinstance(number, int | float):
-            self._kept.append(made)
-            self._known[id(made)] = GradientSource(source.weight, source.factor * float(number))
+            self._alive.append(product)
+            self._sources_of[id(product)] = GradientSource(source.weight, source.factor * float(number))
 
-    def _sources(self, seen: Tensor, *weights: Tensor | None) -> list[GradientSource | None] | None:
-        """Where the weights of a call come from; None where that, or whose rows it reads, is not understood."""
-        found: list[GradientSource | None] = []
+    def _sources(self, inputs: Tensor, *weights: Tensor | None) -> list[GradientSource | None] | None:
+        """Where the weights of a call come from; None where that, or whose rows it reads, is not known."""
+        sources: list[GradientSource | None] = []
         for weight in weights:
-            learns = weight is not None and weight.requires_grad
-            found.append(self._known.get(id(weight)) if learns else None)
-            if learns and found[-1] is None:
+            trained = weight is not None and weight.requires_grad
+            sources.append(self._sources_of.get(id(weight)) if trained else None)
+            if trained and sources[-1] is None:
                 return None
-        # Within a transformation of torch.func a tensor is not what it seems.
-        whole = len(seen) > 0 and len(seen) % self._photos == 0 and not is_functorch_wrapped_tensor(seen)
-        return found if whole and any(source is not None for source in found) else None
+        # Within a transformation of torch.func a tensor is a wrapper.
+        whole = (
+            len(inputs) > 0 and len(inputs) % self._photos == 0 and not is_functorch_wrapped_tensor(inputs)
+        )
+        return sources if whole and any(source is not None for source in sources) else None
 
-    def _noted(self, seen: Tensor, out: Tensor) -> dict[str, Any]:
+    def _record(self, inputs: Tensor, out: Tensor) -> dict[str, Any]:
         return {
-            "seen": seen.detach(),
+            "inputs": inputs.detach(),
             "out": out,
             "node": out.grad_fn,
-            "seen_node": seen.grad_fn,
-            "versions": (seen._version, out._version),
+            "input_node": inputs.grad_fn,
+            "versions": (inputs._version, out._version),
         }
 
     def _convolve(
         self,
-        seen: Tensor,
+        inputs: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
         stride: int | tuple[int, int] = 1,
@@ -227,49 +240,51 @@ class LayerRecorder(TorchFunctionMode):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
     ) -> Tensor:
-        plain = groups == 1 and _pair(dilation) == (1, 1) and not isinstance(padding, str) and seen.ndim == 4
-        sources = self._sources(seen, weight, bias) if plain else None
+        plain = (
+            groups == 1 and _pair(dilation) == (1, 1) and not isinstance(padding, str) and inputs.ndim == 4
+        )
+        sources = self._sources(inputs, weight, bias) if plain else None
         if sources is None or isinstance(padding, str):
-            return functional.conv2d(seen, weight, bias, stride, padding, dilation, groups)
-        out = functional.conv2d(seen, weight, bias, stride, padding)
+            return functional.conv2d(inputs, weight, bias, stride, padding, dilation, groups)
+        out = functional.conv2d(inputs, weight, bias, stride, padding)
         layer = _Convolution(
             weight=sources[0],
             bias=sources[1],
             kernel=(weight.shape[2], weight.shape[3]),
             stride=_pair(stride),
             padding=_pair(padding),
-            **self._noted(seen, out),
+            **self._record(inputs, out),
         )
         self.layers.append(layer)
         return layer.out
 
-    def _connect(self, seen: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        sources = self._sources(seen, weight, bias) if seen.ndim == 2 else None
+    def _connect(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        sources = self._sources(inputs, weight, bias) if inputs.ndim == 2 else None
         if sources is None:
-            return functional.linear(seen, weight, bias)
-        out = functional.linear(seen, weight, bias)
-        layer = _Dense(weight=sources[0], bias=sources[1], **self._noted(seen, out))
+            return functional.linear(inputs, weight, bias)
+        out = functional.linear(inputs, weight, bias)
+        layer = _Dense(weight=sources[0], bias=sources[1], **self._record(inputs, out))
         self.layers.append(layer)
         return layer.out
 
     def _normalise(
         self,
-        seen: Tensor,
+        inputs: Tensor,
         num_groups: int,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> Tensor:
-        sources = self._sources(seen, weight, bias) if seen.ndim > 2 else None
+        sources = self._sources(inputs, weight, bias) if inputs.ndim > 2 else None
         if sources is None:
-            return functional.group_norm(seen, num_groups, weight, bias, eps)
-        out = functional.group_norm(seen, num_groups, weight, bias, eps)
+            return functional.group_norm(inputs, num_groups, weight, bias, eps)
+        out = functional.group_norm(inputs, num_groups, weight, bias, eps)
         layer = _GroupNorm(
             weight=sources[0],
             bias=sources[1],
             groups=num_groups,
             eps=eps,
-            **self._noted(seen, out),
+            **self._record(inputs, out),
         )
         self.layers.append(layer)
         return layer.out

@@ -124,10 +124,13 @@ def _padded(photos: Images, microbatch: int) -> Images:
     return torch.cat([photos, grey]) if len(grey) else photos
 
 
-def _first(found: MicrobatchGradients, count: int) -> MicrobatchGradients:
+def _first(gradients: MicrobatchGradients, count: int) -> MicrobatchGradients:
     """The gradients of the first photos, without those of the padding."""
-    outers = [replace(outer, out=outer.out[:count], seen=outer.seen[:count]) for outer in found.outers]
-    return MicrobatchGradients([part[:count] for part in found.each], outers)
+    outers = [
+        replace(outer, output_gradient=outer.output_gradient[:count], inputs=outer.inputs[:count])
+        for outer in gradients.outers
+    ]
+    return MicrobatchGradients([part[:count] for part in gradients.each], outers)
 
 
 def _check_adjacent(photos: Images, units: Tensor) -> None:
@@ -258,26 +261,26 @@ def _layer_by_layer(problem: PerExampleProblem, rows: Rows, keep_outer: bool) ->
 
 
 def _only_by(layers: Sequence[RecordedLayer], losses: Tensor, weights: Sequence[nn.Parameter]) -> bool:
-    """Whether every way from the losses to a trained weight ends at one of these layers, as its weight or bias.
+    """Whether every path from the losses to a trained weight ends at one of these layers, as its weight or bias.
 
-    Reads autograd's own record, in which nothing can hide: not a weight read outside its layer, nor an adapter, nor a
-    loss that differentiates the network, whose record leads to the weights by the second derivative of a layer.
+    Walks autograd's graph, which is complete: a weight read outside its layer, an adapter, and a loss that
+    differentiates the network, which reaches the weights through a layer's second derivative, all appear in it.
     """
-    learning = {id(weight) for weight in weights}
-    entered = {layer.node: layer.seen_node for layer in layers}
+    trained = {id(weight) for weight in weights}
+    inputs = {layer.node: layer.input_node for layer in layers}
     reached, waiting = set(), [losses.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in reached:
             continue
         reached.add(node)
-        if id(getattr(node, "variable", None)) in learning:
+        if id(getattr(node, "variable", None)) in trained:
             return False
         following = [edge for edge, _ in node.next_functions]
-        if node in entered:
-            seen = entered[node]
-            if seen is not None and seen not in following:
+        if node in inputs:
+            before = inputs[node]
+            if before is not None and before not in following:
                 return False
-            following = [seen]
+            following = [before]
         waiting.extend(following)
     return True

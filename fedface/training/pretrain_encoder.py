@@ -1,15 +1,15 @@
-"""How the shipped encoder learns: from a generator's own samples and from drawn faces, no photo involved.
+"""Pretraining of the bundled encoder, on a generator's own samples and on synthetic faces; no photo is used.
 
-Called from `fedface pretrain encoder`. The encoder sees a picture and names a latent; it is judged by
+The encoder estimates the latent of an image. Its loss is the sum of
 
-1. the latent that the picture was made from (their mean squared distance; a number that cannot be seen in the
-   picture costs one unit whatever is guessed, so this loss fades), and
-2. the picture that the frozen generator makes from the named latent (the same loss that taught the generator).
+1. the mean squared distance to the latent that the image was generated from (a coordinate that is not visible in the
+   image costs one unit whatever is estimated, so the weight of this loss decays), and
+2. the pairwise loss of the image that the frozen generator makes from the estimate.
 
-The generator's own latents hold few dark faces where it learned from few, and an encoder that learned from
-them alone would read dark faces worst: what it misreads, the prior refitted from it makes. So the number of the
-latent that is a drawn face's tone is drawn such that half of the faces are dark, with drawn faces as input,
-and all numbers of made faces are drawn wider than the generator's own.
+The generator's own latents contain few dark faces if its training data did, and an encoder trained on them alone
+would be least accurate on dark faces, which a prior refitted from it would inherit. So the latent coordinate that is
+a synthetic face's tone is sampled such that half of the synthetic faces are dark, and all coordinates of generated
+faces are sampled wider than the generator's own.
 """
 
 from __future__ import annotations
@@ -35,35 +35,34 @@ from fedface.validation import AtLeast, In, checked
 @dataclass(frozen=True, kw_only=True)
 @checked
 class EncoderPretrainConfig:
-    """How an encoder is made; the defaults are the shipped one's, for the embedded base."""
+    """Hyperparameters of pretraining; the defaults are those of the bundled encoder."""
 
     seed: int = 7
     steps: Annotated[int, AtLeast(1)] = 4000
     batch: Annotated[int, AtLeast(2)] = 32
     learning_rate: Annotated[float, In("(0, 1)")] = 4e-3
-    # Drawn faces; 0 for a generator whose latents are not the normals of drawn faces.
+    # Synthetic faces; 0 if latents are not the normals of synthetic faces
     pool: Annotated[int, AtLeast(0)] = 12_000
-    # Of the generator's own training: where on the tone's number the dark begins.
+    # Of the generator's training data: the tone's dark quantile
     light_fraction: Annotated[float, In("(0, 1)")] = 0.85
-    # Share of dark faces that the encoder sees among drawn ones.
-    dark_fraction: Annotated[float, In("(0, 1)")] = 0.5
-    # Made faces: each number of a latent is scaled by exp(spread * normal).
+    dark_fraction: Annotated[float, In("(0, 1)")] = 0.5  # fraction of dark faces among synthetic ones
+    # Generated faces: coordinates are scaled by exp(this * normal)
     latent_std: Annotated[float, In("[0, 10]")] = 0.5
-    # Of the distance of latents, at the end; ten times that at the start.
+    # Of the distance of latents at the end; ten times at the start
     latent_weight: Annotated[float, In("[0, 10]")] = 0.1
     encoder: LatentEncoderConfig = field(default_factory=LatentEncoderConfig)
 
 
 def wide_latents(count: int, width: int, spread: float, rng: torch.Generator) -> Latents:
-    """Latents (count, width) on the sphere whose single numbers stray further than a normal's."""
-    stretch = torch.exp(spread * torch.randn(count, width, generator=rng))
-    return on_sphere(torch.randn(count, width, generator=rng) * stretch)
+    """Latents (count, width) on the sphere whose coordinates have heavier tails than a normal's."""
+    scale = torch.exp(spread * torch.randn(count, width, generator=rng))
+    return on_sphere(torch.randn(count, width, generator=rng) * scale)
 
 
 def tone_latents(count: int, config: EncoderPretrainConfig, rng: torch.Generator) -> Latents:
-    """Latents (count, z) on the sphere, of whose first numbers `dark_fraction` mean dark skin.
+    """Latents (count, z) on the sphere, a fraction `dark_fraction` of them of dark faces.
 
-    The first number is a quantile of the tone: below `light_fraction` the faces are light. Uniform inside each
+    The first coordinate is a quantile of the tone: below `light_fraction` the faces are light. Uniform inside each
     range, so that the darkest skin is as frequent as any other.
     """
     dark = torch.rand(count, generator=rng) < config.dark_fraction
@@ -77,7 +76,7 @@ def tone_latents(count: int, config: EncoderPretrainConfig, rng: torch.Generator
 
 
 def build_tone_pool(config: EncoderPretrainConfig, report: Progress) -> SyntheticPool:
-    """Drawn faces with their latents, half of them dark whatever the generator's own training held."""
+    """Synthetic faces with their latents, `dark_fraction` of them dark."""
     streams = Streams(config.seed).child("encoder")
     tones = ToneMix(light_fraction=config.light_fraction)
     latents = tone_latents(config.pool, config, streams.generator("pool"))
@@ -92,21 +91,21 @@ def build_tone_pool(config: EncoderPretrainConfig, report: Progress) -> Syntheti
 
 
 @dataclass(frozen=True)
-class _Lesson:
-    """What the encoder sees, and what it should have named and had made."""
+class _Batch:
+    """The encoder's input, the target of the generated image, and the target of the latent."""
 
     photos: Images
-    wanted: Images
+    target: Images
     latents: Latents
 
 
 def pretrain_encoder(generator: StyleGAN2, config: EncoderPretrainConfig, report: Progress) -> LatentEncoder:
-    """Teach an encoder the latents of a generator's pictures.
+    """Train an encoder to estimate the latents of a generator's images.
 
     Args:
-        generator: Stays as it is. Any generator of the config's size and latent width; its latents must be the
-            normals of drawn faces (as the embedded base's are) unless `config.pool` is 0.
-        config: The recipe.
+        generator: Not changed. Any generator of the config's size and latent width; its latents must be the normals
+            of synthetic faces (as the bundled one's are) unless `config.pool` is 0.
+        config: Hyperparameters.
         report: Called with the stage, the step, the number of steps and the losses.
 
     Returns:
@@ -115,51 +114,51 @@ def pretrain_encoder(generator: StyleGAN2, config: EncoderPretrainConfig, report
     Raises:
         ValueError: Size or latent width of generator and encoder differ.
     """
-    shape = config.encoder
-    if (generator.size, generator.latent_width) != (shape.size, shape.latent_width):
+    architecture = config.encoder
+    if (generator.size, generator.latent_width) != (architecture.size, architecture.latent_width):
         raise ValueError(
-            f"the encoder is for {shape.size} px and {shape.latent_width} numbers, "
+            f"the encoder is for {architecture.size} px and {architecture.latent_width} coordinates, "
             f"the generator makes {generator.size} px from {generator.latent_width}"
         )
     streams = Streams(config.seed).child("encoder")
     frozen = copy.deepcopy(generator).requires_grad_(False)
     pool = build_tone_pool(config, report) if config.pool else None
-    encoder = LatentEncoder(shape, streams.generator("weights"))
+    encoder = LatentEncoder(architecture, streams.generator("weights"))
     averaged = copy.deepcopy(encoder)
     rng = streams.generator("faces")
     optimiser = Adam(encoder.parameters(), config.learning_rate, betas=(0.9, 0.99))
     for step in range(config.steps):
         for group in optimiser.param_groups:
             group["lr"] = config.learning_rate * warmup_cosine(step, config.steps)
-        lesson = _lesson(frozen, pool, config, rng)
-        named = encoder(lesson.photos)
+        batch = _sample_batch(frozen, pool, config, rng)
+        estimated = encoder(batch.photos)
         with torch.autocast("cpu", torch.bfloat16):
-            made = frozen.synthesize(frozen.map(named))
-        missed = functional.mse_loss(named, lesson.latents)
-        unlike = pair_loss(made.float(), lesson.wanted)
+            generated = frozen.synthesize(frozen.map(estimated))
+        latent_loss = functional.mse_loss(estimated, batch.latents)
+        image_loss = pair_loss(generated.float(), batch.target)
         weight = config.latent_weight * (1.0 + 9.0 * (1.0 - step / config.steps) ** 2)
         optimiser.zero_grad()
-        torch.autograd.backward(unlike + weight * missed)
+        torch.autograd.backward(image_loss + weight * latent_loss)
         optimiser.step()
         update_ema(averaged, encoder, step, 0.998)
         if step % 50 == 0:
-            report("encoder", step, config.steps, {"picture": unlike.item(), "latent": missed.item()})
+            report("encoder", step, config.steps, {"image": image_loss.item(), "latent": latent_loss.item()})
     return averaged
 
 
-def _lesson(
+def _sample_batch(
     generator: StyleGAN2, pool: SyntheticPool | None, config: EncoderPretrainConfig, rng: torch.Generator
-) -> _Lesson:
-    """Half a batch of drawn faces through cameras, the rest made by the generator."""
-    drawn = 0 if pool is None else config.batch // 2
-    latents = wide_latents(config.batch - drawn, generator.latent_width, config.latent_std, rng)
+) -> _Batch:
+    """Half a batch of synthetic faces with camera noise, the rest generated."""
+    synthetic = 0 if pool is None else config.batch // 2
+    latents = wide_latents(config.batch - synthetic, generator.latent_width, config.latent_std, rng)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        made: Tensor = generator.synthesize(generator.map(latents)).float().clamp(0.0, 1.0)
+        generated: Tensor = generator.synthesize(generator.map(latents)).float().clamp(0.0, 1.0)
     if pool is None:
-        return _Lesson(made, made, latents)
-    chosen = torch.randint(len(pool.latents), (drawn,), generator=rng)
-    return _Lesson(
-        photos=torch.cat([pool.seen[chosen].float() / 255.0, made]),
-        wanted=torch.cat([pool.clean[chosen].float() / 255.0, made]),
+        return _Batch(generated, generated, latents)
+    chosen = torch.randint(len(pool.latents), (synthetic,), generator=rng)
+    return _Batch(
+        photos=torch.cat([pool.seen[chosen].float() / 255.0, generated]),
+        target=torch.cat([pool.clean[chosen].float() / 255.0, generated]),
         latents=torch.cat([pool.latents[chosen], latents]),
     )

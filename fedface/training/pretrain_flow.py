@@ -1,10 +1,9 @@
-"""The recipe of the flow's base checkpoint: a rectified flow that learns from drawn faces alone.
+"""Pretraining of the bundled rectified flow on synthetic faces alone; no photo is used.
 
-Called from `fedface pretrain flow`. No photo is involved: the faces come from the same renderer, tone mix and
-cameras as those of training/pretrain_gan, so that both families start from equal knowledge. The loss is the
-regression of Liu et al. 2022 (arXiv:2209.03003), equation 1, with times drawn from the logit-normal
-distribution of Esser et al. 2024 (arXiv:2403.03206), section 3.1, one from each of equally likely slices.
-Averaged weights are kept with a warm-up (facts: without one they keep the start).
+The faces come from the same renderer, tone mix and cameras as those of training/pretrain_gan, so that both models
+start from equal data. The loss is the regression of Liu et al. 2022 (arXiv:2209.03003), equation 1, with times from
+the logit-normal distribution of Esser et al. 2024 (arXiv:2403.03206), section 3.1, stratified over the batch. The
+moving average of the weights has a warm-up, without which it would retain the initial weights.
 """
 
 from __future__ import annotations
@@ -30,27 +29,27 @@ from fedface.validation import AtLeast, In, checked
 @dataclass(frozen=True, kw_only=True)
 @checked
 class FlowPretrainConfig:
-    """How the flow's base checkpoint is made; the defaults are the shipped one."""
+    """Hyperparameters of pretraining; the defaults are those of the bundled checkpoint."""
 
     seed: int = 7  # >= 0
-    light_fraction: Annotated[float, In("[0, 1]")] = 0.85  # share of faces with light skin, Monk 1 to 5
-    # Drawn faces, made once and learned from many times, mirrored half of the time.
+    light_fraction: Annotated[float, In("[0, 1]")] = 0.85  # fraction of faces with light skin, Monk 1 to 5
+    # Synthetic faces, rendered once, used many times, half of them mirrored.
     pool: Annotated[int, AtLeast(1)] = 40_000
     steps: Annotated[int, AtLeast(1)] = 9000
     batch: Annotated[int, AtLeast(2)] = 64
     # Adam's, after a warm-up of 200 steps; falls along a cosine.
     learning_rate: Annotated[float, In("(0, 1)")] = 2e-3
-    averaging: Annotated[float, In("[0, 1)")] = 0.9995  # how much of the averaged weights a late step keeps
+    averaging: Annotated[float, In("[0, 1)")] = 0.9995  # decay of the moving average in late steps
     flow: FlowConfig = field(default_factory=FlowConfig)
 
 
 def synthesize_pool(config: FlowPretrainConfig, report: Progress) -> Tensor:
-    """Drawn faces seen through their cameras, (pool, 3, s, s) uint8."""
+    """Synthetic faces with camera noise, (pool, 3, s, s) uint8."""
     return render_faces(config.pool, config.light_fraction, config.flow.size, Streams(config.seed), report)
 
 
 def stratified_times(count: int, rng: torch.Generator) -> Tensor:
-    """Logit-normal times in (0, 1), one from each of `count` equally likely slices, in random order, (count,)."""
+    """Logit-normal times in (0, 1), one from each of `count` equally likely intervals, in random order, (count,)."""
     place = (torch.randperm(count, generator=rng) + torch.rand(count, generator=rng)) / count
     return torch.sigmoid(torch.special.ndtri(place.clamp(1e-6, 1.0 - 1e-6)))
 
@@ -77,11 +76,10 @@ class FlowPretraining:
         return torch.cat([images[:half], images[half:].flip(-1)])
 
     def learn(self, report: Progress) -> None:
-        """All steps."""
         optimiser = Adam(self.flow.parameters(), self.config.learning_rate, betas=(0.9, 0.99))
         for step in range(self.config.steps):
             for group in optimiser.param_groups:
-                group["lr"] = self.config.learning_rate * _slowing(step, self.config.steps)
+                group["lr"] = self.config.learning_rate * _lr_factor(step, self.config.steps)
             images = self.images()
             noise = torch.randn(images.shape, generator=self.rng)
             times = stratified_times(len(images), self.rng)
@@ -96,7 +94,7 @@ class FlowPretraining:
                 report("flow", step, self.config.steps, {"loss": loss.item()})
 
     def finish(self) -> Model:
-        """The averaged network, with notes on how it was made."""
+        """The averaged network, with notes on how it was trained."""
         notes = {
             "made_by": "fedface pretrain flow",
             "recipe": asdict(self.config),
@@ -107,14 +105,14 @@ class FlowPretraining:
         return Model(FlowArchitecture(flow=self.config.flow), {"flow": self.averaged}, notes)
 
 
-def _slowing(step: int, steps: int) -> float:
+def _lr_factor(step: int, steps: int) -> float:
     """The learning rate's multiplier: up to 1 within 200 steps or a tenth, then down to 0.01 along a cosine."""
     warm = min(1.0, (step + 1) / max(1, min(200, steps // 10)))
     return warm * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * step / steps)))
 
 
 def pretrain_flow(config: FlowPretrainConfig, report: Progress) -> Model:
-    """Draw the pool, learn from it, keep the averaged weights."""
+    """Render the pool and train on it."""
     training = FlowPretraining(config, synthesize_pool(config, report))
     training.learn(report)
     return training.finish()

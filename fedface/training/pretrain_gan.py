@@ -1,15 +1,15 @@
-"""The recipe of the base checkpoint: a generator that learns from drawn faces alone, no photo involved.
+"""Pretraining of the bundled GAN on synthetic faces alone; no photo is used.
 
-Called from `fedface pretrain gan`. Two stages, both public:
+Two stages, both public:
 
-1. Paired: a latent's own numbers are read as the parameters of a drawn face (normals -> quantiles), so every
-   latent has a known picture and the generator learns by regression (L1 on pixels at three scales).
+1. Paired: a latent's coordinates are read as the parameters of a synthetic face (normals -> quantiles), so that every
+   latent has a known image and the generator learns by regression (L1 on pixels at three scales).
 2. Adversarial: the non-saturating loss with R1 (Mescheder et al. 2018, arXiv:1801.04406; Karras et al. 2020,
-   arXiv:1912.04958) against drawn faces seen through cameras, with the pairs kept at a small weight. The
+   arXiv:1912.04958) against synthetic faces with camera noise, with the paired loss at a small weight. The
    discriminator that devices fine-tune comes from here.
 
-The renderer's tone quantile decides how many faces are light: 85 in 100 by default, like the photo
-collections of the debate. Averaged weights are kept with a warm-up (facts: without one they keep the start).
+The renderer's tone quantile decides how many faces are light: 85 in 100 by default, as in common photo collections.
+The moving average of the weights has a warm-up, without which it would retain the initial weights.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from fedface.tensor_types import Images, Latents
 
 @dataclass(frozen=True, kw_only=True)
 class GanPretrainConfig:
-    """How the base checkpoint is made; the defaults are the shipped one."""
+    """Hyperparameters of pretraining; the defaults are those of the bundled checkpoint."""
 
     seed: int = 7
     light_fraction: float = 0.85  # share of faces with light skin, Monk 1 to 5
-    pool: int = 40_000  # drawn faces, made once and learned from many times
+    pool: int = 40_000  # synthetic faces, rendered once and used many times
     paired_steps: int = 4500
     adversarial_steps: int = 1500
     batch: int = 32
     learning_rate: float = 6e-3
-    mapping_speed: float = 50.0  # learning rate of the mapping in the first stage, in learning rates
-    r1_weight: float = 1.0  # times |gradient|^2 / 2 on drawn faces
-    pair_weight: float = 2.0  # weight of the pairs in the second stage
+    mapping_speed: float = 50.0  # learning rate of the mapping in the first stage, times learning_rate
+    r1_weight: float = 1.0  # times |gradient|^2 / 2 on synthetic faces
+    pair_weight: float = 2.0  # of the paired loss in the second stage
     generator: StyleGAN2Config = field(default_factory=lambda: StyleGAN2Config(style_width=128))
     discriminator: DiscriminatorConfig = field(default_factory=lambda: DiscriminatorConfig(channel_max=48))
 
@@ -58,28 +58,28 @@ Progress = Callable[[str, int, int, dict[str, float]], None]
 
 @dataclass(frozen=True)
 class SyntheticPool:
-    """Latents with the faces that belong to them, kept as bytes because there are many."""
+    """Latents with their faces, stored as bytes to save memory."""
 
     latents: Tensor  # (n, z) float32
-    clean: Tensor  # (n, 3, s, s) uint8, the picture without a camera's noise
-    seen: Tensor  # (n, 3, s, s) uint8, the same face seen through its camera
+    clean: Tensor  # (n, 3, s, s) uint8, without camera noise
+    seen: Tensor  # (n, 3, s, s) uint8, the same faces with camera noise
 
     def pairs(self, batch: int, rng: torch.Generator) -> tuple[Latents, Images]:
-        """Some latents with their clean pictures."""
+        """A batch of latents with their clean images."""
         chosen = torch.randint(len(self.latents), (batch,), generator=rng)
         return self.latents[chosen], self.clean[chosen].float() / 255.0
 
     def photos(self, batch: int, rng: torch.Generator) -> Images:
-        """Some pictures through cameras."""
+        """A batch of images with camera noise."""
         chosen = torch.randint(len(self.latents), (batch,), generator=rng)
         return self.seen[chosen].float() / 255.0
 
 
 def make_pool(config: GanPretrainConfig, report: Progress) -> SyntheticPool:
-    """Draw the faces that belong to random latents.
+    """Render the faces of random latents.
 
-    The first `NORMALS` numbers of a latent, brought to unit mean square like the mapping network does, are
-    the normals of the face's parameters.
+    The first `NORMALS` coordinates of a latent, normalised to unit mean square as in the mapping network, are the
+    normals of the face's parameters.
     """
     streams = Streams(config.seed)
     tones = ToneMix(light_fraction=config.light_fraction)
@@ -100,7 +100,7 @@ def _bytes(images: Images) -> Tensor:
 
 
 def render_faces(count: int, light_fraction: float, size: int, streams: Streams, report: Progress) -> Tensor:
-    """Drawn faces seen through their cameras, (count, 3, size, size) uint8."""
+    """Synthetic faces with camera noise, (count, 3, size, size) uint8."""
     tones = ToneMix(light_fraction=light_fraction)
     rng, camera = streams.generator("pool"), streams.generator("camera")
     parts = []
@@ -111,22 +111,22 @@ def render_faces(count: int, light_fraction: float, size: int, streams: Streams,
     return torch.cat(parts)
 
 
-def update_ema(averaged: nn.Module, fresh: nn.Module, step: int, keep: float) -> None:
-    """Move averaged weights towards fresh ones; `keep` of them stays in late steps, less in the first."""
-    share = min(keep, (step + 1) / (step + 10))
+def update_ema(averaged: nn.Module, current: nn.Module, step: int, decay: float) -> None:
+    """Move averaged weights towards the current ones; the decay is lower in the first steps."""
+    decay = min(decay, (step + 1) / (step + 10))
     with torch.no_grad():
-        for mine, theirs in zip(averaged.parameters(), fresh.parameters(), strict=True):
-            mine.lerp_(theirs, 1.0 - share)
+        for average, weight in zip(averaged.parameters(), current.parameters(), strict=True):
+            average.lerp_(weight, 1.0 - decay)
 
 
 def warmup_cosine(step: int, steps: int) -> float:
-    """The learning rate's multiplier: up over a hundred steps, then down along a cosine to a fiftieth."""
-    fall = 0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * step / steps))
-    return min(1.0, (step + 1) / 100) * fall
+    """The learning rate's multiplier: a warm-up of a hundred steps, then a cosine decay to a fiftieth."""
+    decay = 0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+    return min(1.0, (step + 1) / 100) * decay
 
 
 def pair_losses(generated: Images, target: Images) -> Tensor:
-    """L1 on pixels plus L1 on differences of neighbouring pixels, at full, half and quarter size, per picture: (n,)."""
+    """L1 on pixels plus L1 on differences of neighbouring pixels, at full, half and quarter size, per image: (n,)."""
     loss = generated.new_zeros(len(generated))
     for _ in range(3):
         loss = loss + (generated - target).abs().mean(dim=(1, 2, 3))
@@ -142,7 +142,7 @@ def pair_loss(generated: Images, target: Images) -> Tensor:
 
 
 def r1_penalty(discriminator: Discriminator, photos: Images) -> Tensor:
-    """Mean squared length of the logit's gradient at the photos, halved."""
+    """Half the mean squared L2 norm of the logit's gradient at the photos."""
     photos = photos.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(discriminator(photos).sum(), photos, create_graph=True)
     return gradient.square().sum(dim=(1, 2, 3)).mean() / 2.0
@@ -168,16 +168,16 @@ class GanPretraining:
     def _average(self, step: int) -> None:
         update_ema(self.averaged.generator, self.gan.generator, step, 0.999)
 
-    def _grow(self, generator: StyleGAN2, latents: Latents) -> Images:
+    def _generate(self, generator: StyleGAN2, latents: Latents) -> Images:
         with torch.autocast("cpu", torch.bfloat16):
-            made = generator.synthesize(generator.map(latents))
-        return made.float()
+            generated = generator.synthesize(generator.map(latents))
+        return generated.float()
 
     def pairs(self, report: Progress) -> None:
         """Stage 1: regression on pairs, cosine learning rate."""
         generator, steps = self.gan.network(StyleGAN2), self.config.paired_steps
         rate = self.config.learning_rate
-        # The mapping's stored weights are a hundred times too large for Adam's steps; pairs teach it directly.
+        # The mapping's stored weights are a hundred times too large for Adam's steps.
         optimiser = Adam(
             [
                 {"params": list(generator.mapping.parameters()), "scale": self.config.mapping_speed},
@@ -189,7 +189,7 @@ class GanPretraining:
         for step in range(steps):
             _cosine(optimiser, rate, step, steps)
             latents, faces = self.pool.pairs(self.config.batch, self.rng)
-            loss = pair_loss(self._grow(generator, latents), faces)
+            loss = pair_loss(self._generate(generator, latents), faces)
             optimiser.zero_grad()
             torch.autograd.backward(loss)
             optimiser.step()
@@ -203,30 +203,30 @@ class GanPretraining:
         config, generator, discriminator = self.config, self.gan.network(StyleGAN2), self.gan.discriminator
         generator.load_state_dict(self.averaged.generator.state_dict())
         rate = config.learning_rate / 6
-        mine = Adam(generator.parameters(), rate, (0.0, 0.99))
-        theirs = Adam(discriminator.parameters(), rate, (0.0, 0.99))
+        g_optimiser = Adam(generator.parameters(), rate, (0.0, 0.99))
+        d_optimiser = Adam(discriminator.parameters(), rate, (0.0, 0.99))
         for step in range(config.adversarial_steps):
-            _cosine(mine, rate, step, config.adversarial_steps)
+            _cosine(g_optimiser, rate, step, config.adversarial_steps)
             photos = self.pool.photos(config.batch, self.rng)
             with torch.no_grad():
-                fakes = self._grow(generator, self._latents())
+                fakes = self._generate(generator, self._latents())
             loss = (
                 functional.softplus(-discriminator(photos)).mean()
                 + functional.softplus(discriminator(fakes)).mean()
             )
             if step % 8 == 0:
                 loss = loss + 8 * config.r1_weight * r1_penalty(discriminator, photos)
-            theirs.zero_grad()
+            d_optimiser.zero_grad()
             torch.autograd.backward(loss)
-            theirs.step()
+            d_optimiser.step()
             latents, faces = self.pool.pairs(config.batch, self.rng)
-            made = self._grow(generator, latents)
-            pairs = pair_loss(made, faces)
-            total = functional.softplus(-discriminator(made)).mean() + config.pair_weight * pairs
-            mine.zero_grad()
+            generated = self._generate(generator, latents)
+            pairs = pair_loss(generated, faces)
+            total = functional.softplus(-discriminator(generated)).mean() + config.pair_weight * pairs
+            g_optimiser.zero_grad()
             torch.autograd.backward(total)
-            mine.step()
-            # The first steps leave the discriminator time to wake up before the average follows.
+            g_optimiser.step()
+            # The average's decay continues from the first stage, so that it hardly follows while the discriminator is new.
             self._average(self.config.paired_steps + step)
             self.images += config.batch
             if step % 50 == 0:
@@ -238,7 +238,7 @@ class GanPretraining:
                 )
 
     def finish(self) -> Model:
-        """The averaged generator and the discriminator, with notes on how they were made."""
+        """The averaged generator and the discriminator, with notes on how they were trained."""
         self.averaged.discriminator.load_state_dict(self.gan.discriminator.state_dict())
         estimate_mean_style(self.averaged.network(StyleGAN2), self.streams.generator("mean style"))
         notes: dict[str, Any] = {

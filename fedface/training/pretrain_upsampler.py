@@ -1,7 +1,7 @@
-"""How the shipped upsamplers learn: from drawn faces that are shrunk and compared with themselves, no photo involved.
+"""Pretraining of the bundled upsamplers on synthetic faces, downscaled and compared with themselves; no photo is used.
 
-Called from `fedface pretrain style-encoder` and `fedface pretrain super-resolution`. The faces are those that the embedded generator learned
-from, 85 light ones in 100: what is missing in these photos is missing in the answers, which is what devices may mend.
+The faces have the tone mix of the bundled generator's training data, 85 light ones in 100: what is underrepresented
+in them is upsampled worse, which training on devices may correct.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from fedface.validation import AtLeast, In, checked
 
 L = TypeVar("L", StyleEncoder, SuperResolutionNetwork)
 
-EMA_DECAY = 0.998  # how much of the averaged weights a late step keeps
+EMA_DECAY = 0.998  # of the moving average of weights in late steps
 
 
 @dataclass(frozen=True, kw_only=True)
 @checked
 class UpsamplerPretrainConfig:
-    """How an upsampler is made; the defaults are the shipped ones'."""
+    """Hyperparameters of pretraining; the defaults are those of the bundled upsamplers."""
 
     seed: int = 7
     steps: Annotated[int, AtLeast(1)] = 4000
     batch: Annotated[int, AtLeast(2)] = 32
     learning_rate: Annotated[float, In("(0, 1)")] = 3e-3
-    # Drawn faces, made once and learned from many times, mirrored half of the time.
+    # Synthetic faces, rendered once, used many times, half of them mirrored.
     pool: Annotated[int, AtLeast(2)] = 20_000
-    light_fraction: Annotated[float, In("[0, 1]")] = 0.85  # share of faces with light skin, Monk 1 to 5
-    # What it learns to undo, one of them in each step.
+    light_fraction: Annotated[float, In("[0, 1]")] = 0.85  # fraction of faces with light skin, Monk 1 to 5
+    # What the network learns to invert, one of them in each step.
     downscales: tuple[Degradation, ...] = (
         BicubicPulse(2), BicubicPulse(4), BicubicPulse(8), Area(2), Area(4), Area(8),
     )  # fmt: skip
@@ -57,21 +57,24 @@ class UpsamplerPretrainConfig:
 
 
 def pretrain_style_encoder(
-    generator: StyleGAN2, config: UpsamplerPretrainConfig, shape: StyleEncoderNetworkConfig, report: Progress
+    generator: StyleGAN2,
+    config: UpsamplerPretrainConfig,
+    architecture: StyleEncoderNetworkConfig,
+    report: Progress,
 ) -> Model:
-    """Teach a style encoder for a generator that stands still.
+    """Train a style encoder for a frozen generator.
 
     Args:
-        generator: Stays as it is.
-        config: The recipe.
-        shape: Of the encoder; it must tell the generator's styles.
+        generator: Not changed.
+        config: Hyperparameters.
+        architecture: Of the encoder; it must output the generator's styles.
         report: Called with the stage, the step, the number of steps and the losses.
 
     Returns:
-        Generator and encoder, its weights averaged over the last steps.
+        Generator and encoder, whose weights are averaged over the last steps.
     """
     streams = Streams(config.seed).child("styles")
-    encoder = StyleEncoder(shape, streams.generator("weights"))
+    encoder = StyleEncoder(architecture, streams.generator("weights"))
     with torch.no_grad():
         encoder.mean_style.copy_(generator.mapping.w_avg)
         encoder.out.weight.mul_(0.1)  # start near the mean face
@@ -83,20 +86,20 @@ def pretrain_style_encoder(
             return frozen.synthesize(styles).float()
 
     averaged, notes = _learn(encoder, network, generator.size, config, streams, report)
-    told = {"made_by": "fedface pretrain style-encoder", "generator": weights_hash(generator), **notes}
-    architecture = StyleEncoderArchitecture(generator=generator.config, encoder=shape)
-    return Model(architecture, {"generator": generator, "encoder": averaged}, told)
+    notes = {"made_by": "fedface pretrain style-encoder", "generator": weights_hash(generator), **notes}
+    model_architecture = StyleEncoderArchitecture(generator=generator.config, encoder=architecture)
+    return Model(model_architecture, {"generator": generator, "encoder": averaged}, notes)
 
 
 def pretrain_super_resolution(
-    config: UpsamplerPretrainConfig, shape: SuperResolutionNetworkConfig, report: Progress
+    config: UpsamplerPretrainConfig, architecture: SuperResolutionNetworkConfig, report: Progress
 ) -> Model:
-    """Teach a super-resolution network; arguments and result as for `pretrain_style_encoder`."""
+    """Train a super-resolution network; arguments and result as for `pretrain_style_encoder`."""
     streams = Streams(config.seed).child("resolver")
-    resolver = SuperResolutionNetwork(shape, streams.generator("weights"))
-    averaged, notes = _learn(resolver, resolver, shape.size, config, streams, report)
+    network = SuperResolutionNetwork(architecture, streams.generator("weights"))
+    averaged, notes = _learn(network, network, architecture.size, config, streams, report)
     notes = {"made_by": "fedface pretrain super-resolution", **notes}
-    return Model(SuperResolutionArchitecture(network=shape), {"network": averaged}, notes)
+    return Model(SuperResolutionArchitecture(network=architecture), {"network": averaged}, notes)
 
 
 def _learn(
@@ -107,12 +110,12 @@ def _learn(
     streams: Streams,
     report: Progress,
 ) -> tuple[L, dict[str, Any]]:
-    """Regression by Adam; the averaged learner, and how it was made."""
+    """Regression with Adam; returns the averaged network and notes on how it was trained."""
     started = time.monotonic()
     pool = render_faces(config.pool, config.light_fraction, size, streams, report)
     rng = streams.generator("faces")
     averaged = copy.deepcopy(learner)
-    lessons = [reconstruction_loss(downscale, config.consistency_weight) for downscale in config.downscales]
+    losses = [reconstruction_loss(downscale, config.consistency_weight) for downscale in config.downscales]
     optimiser = Adam(learner.parameters(), config.learning_rate, betas=(0.9, 0.99))
     for step in range(config.steps):
         for group in optimiser.param_groups:
@@ -120,8 +123,8 @@ def _learn(
         chosen = torch.randint(len(pool), (config.batch,), generator=rng)
         photos = pool[chosen].float() / 255.0
         half = config.batch // 2
-        lesson = lessons[int(torch.randint(len(lessons), (), generator=rng))]
-        loss = lesson(network, torch.cat([photos[:half], photos[half:].flip(-1)])).mean()
+        loss_of = losses[int(torch.randint(len(losses), (), generator=rng))]
+        loss = loss_of(network, torch.cat([photos[:half], photos[half:].flip(-1)])).mean()
         optimiser.zero_grad()
         torch.autograd.backward(loss)
         optimiser.step()

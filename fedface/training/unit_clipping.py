@@ -1,14 +1,14 @@
-"""Which photos a private step looks at, and the sum of units' clipped gradients in bounded memory.
+"""Which photos a private step uses, and the sum of units' clipped gradients in bounded memory.
 
-Called from private_steps.py. A unit is what one promise covers: a photo, or all photos of an occasion. Units join a
-step by one secret coin each; the gradients of a unit's photos are summed, and their sum is clipped, so that one unit
-more or less moves the total by at most the clip norm (Abadi et al. 2016, arXiv:1607.00133, Algorithm 1, with units
-in place of examples; "user-level sampling" of Charles et al. 2024, arXiv:2407.07737).
+A unit is what the privacy guarantee protects: a photo, or all photos of an occasion. Units join a step by one secret
+coin each; the gradients of a unit's photos are summed, and their sum is clipped, so that one unit more or less moves
+the total by at most the clip norm (Abadi et al. 2016, arXiv:1607.00133, Algorithm 1, with units in place of examples;
+"user-level sampling" of Charles et al. 2024, arXiv:2407.07737).
 
-Of an occasion with many photos a step looks at `MAX_PHOTOS_PER_UNIT` at most, drawn by secret chance. Given the draw the
-step is the same Poisson-sampled Gaussian sum over units, and a mixture over draws that do not hang on the other
-units is no further apart than its parts (joint convexity, Balle et al. 2018, arXiv:1807.01647): it costs nothing,
-and an album of a thousand photos cannot make a device work for hours.
+Of an occasion with many photos a step uses `MAX_PHOTOS_PER_UNIT` at most, sampled secretly. Given the sample the step
+is the same Poisson-sampled Gaussian sum over units, and the divergence of a mixture over samples that are independent
+of the other units is at most that of its parts (joint convexity, Balle et al. 2018, arXiv:1807.01647): it has no
+privacy cost, and an album of a thousand photos cannot keep a device busy for hours.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from torch import Tensor
 from fedface.privacy.mechanism import MAX_NORM
 from fedface.randomness import SecretNoise
 
-NoiseSource = SecretNoise | torch.Generator  # secret for a promise, replayable only where nothing is promised
+NoiseSource = SecretNoise | torch.Generator  # secret under a guarantee; replayable only without one
 
 _PART, _ROUNDED_UP = 1024, (1.0 + 4e-6) ** 2
 _ROWS = 64  # gradients that are turned into float64 together
-MAX_HALF_NORM = 1e15  # of an outer product that is not multiplied out
-MAX_PHOTOS_PER_UNIT = 16  # photos of one unit that a step looks at
+MAX_FACTOR_NORM = 1e15  # of the factors of an outer product that is not multiplied out
+MAX_PHOTOS_PER_UNIT = 16  # photos of one unit that a step uses
 
 
 def unit_members(photos: Tensor, units: Tensor | None) -> Tensor:
@@ -46,18 +46,18 @@ def unit_members(photos: Tensor, units: Tensor | None) -> Tensor:
 
 
 def poisson_sample_units(count: int, sampling_rate: float, rng: NoiseSource) -> Tensor:
-    """Toss one coin per unit and return the numbers of those that join, int64, ascending; may be empty.
+    """The numbers of the units that join by one coin each, int64, ascending; may be empty.
 
     Args:
         count: How many units there are.
         sampling_rate: Probability q of each coin, 0 < q <= 1, a public constant.
-        rng: Secret for a promised run.
+        rng: Secret for a private run.
     """
     return torch.from_numpy(np.flatnonzero(_tosses(count, rng) < sampling_rate))
 
 
 def sample_photos(units: Tensor, sampling_rate: float, rng: NoiseSource) -> Tensor:
-    """The positions of the photos that a step looks at, photos of one unit side by side, int64; may be empty.
+    """The positions of the photos that a step uses, photos of one unit adjacent, int64; may be empty.
 
     Args:
         units: Which unit each photo belongs to, int64 (n,), numbered from 0 without gaps.
@@ -69,12 +69,12 @@ def sample_photos(units: Tensor, sampling_rate: float, rng: NoiseSource) -> Tens
     if count == len(units):  # every photo by itself
         return torch.argsort(units)[joined]
     order = torch.from_numpy(np.argsort(_tosses(len(units), rng), kind="stable"))
-    order = order[torch.argsort(units[order], stable=True)]  # by unit, shuffled within
+    order = order[torch.argsort(units[order], stable=True)]  # by unit, shuffled within each
     sorted_units = units[order]
     first = torch.searchsorted(sorted_units, sorted_units)
-    place = torch.arange(len(units)) - first  # among the photos of the unit
-    looked_at = torch.isin(sorted_units, joined) & (place < MAX_PHOTOS_PER_UNIT)
-    return order[looked_at]
+    place = torch.arange(len(units)) - first  # rank among the photos of the unit
+    used = torch.isin(sorted_units, joined) & (place < MAX_PHOTOS_PER_UNIT)
+    return order[used]
 
 
 def _tosses(count: int, rng: NoiseSource) -> np.ndarray:
@@ -90,7 +90,7 @@ def _tosses(count: int, rng: NoiseSource) -> np.ndarray:
 
 
 def clipped_sum(gradients: list[Tensor], clip_norm: float) -> list[Tensor]:
-    """The sum over photos of their gradients, each first scaled down to length `clip_norm` over all weights.
+    """The sum over photos of their gradients, each first clipped to L2 norm `clip_norm` over all weights.
 
     Guarantees:
         * One photo more or less moves the sum by at most `clip_norm`, up to one float32 rounding of the whole sum,
@@ -99,36 +99,36 @@ def clipped_sum(gradients: list[Tensor], clip_norm: float) -> list[Tensor]:
 
     Args:
         gradients: One tensor (n, *weight.shape) per parameter.
-        clip_norm: Longest gradient of one photo, > 0.
+        clip_norm: Largest L2 norm of one photo's gradient, > 0.
 
     Returns:
         One tensor (*weight.shape) per parameter.
     """
-    clipping = ClippedSumAccumulator(
+    accumulator = ClippedSumAccumulator(
         [gradient[0] if len(gradient) else gradient.sum(0) for gradient in gradients], clip_norm
     )
     for start in range(0, max(map(len, gradients), default=0), _ROWS):
-        clipping.add(
+        accumulator.add(
             MicrobatchGradients([gradient[start : start + _ROWS].double() for gradient in gradients], [])
         )
-    return clipping.totals()
+    return accumulator.totals()
 
 
 @dataclass(frozen=True)
 class OuterProduct:
-    """One outer product per photo, out (n, o) times seen (n, i), kept as its two halves."""
+    """One outer product per photo, output gradient (n, o) times input (n, i), kept as its two factors."""
 
     weight: int  # position among the trained parameters
     factor: float
-    out: Tensor
-    seen: Tensor
+    output_gradient: Tensor
+    inputs: Tensor
 
 
 @dataclass(frozen=True)
 class MicrobatchGradients:
-    """The gradients of a microbatch: numbers of each photo, and outer products that are not multiplied out.
+    """The gradients of a microbatch: one row per photo, and outer products that are not multiplied out.
 
-    `each` is (n, *weight.shape) per parameter, and has no numbers at all, (n, 0), where `outers` has them.
+    `each` is (n, *weight.shape) per parameter, and empty, (n, 0), for parameters in `outers`.
     """
 
     each: list[Tensor]
@@ -136,72 +136,72 @@ class MicrobatchGradients:
 
 
 class ClippedSumAccumulator:
-    """A running sum of clipped gradients, and the sum of the one unit that may go on in the next microbatch.
+    """A running sum of clipped gradients, and the sum of the one unit that may continue in the next microbatch.
 
-    Added up in float64: in float32 many small gradients vanish beside a large sum on one side of a power of two and
-    round up on the other, so that one photo more, which decides the side, could move the sum by many clip norms.
+    Summed in float64: in float32 many small gradients vanish beside a large sum below a power of two and round up
+    above it, so that one photo more, which decides the side, could move the sum by many clip norms.
     """
 
     def __init__(
         self, weights: Sequence[Tensor], clip_norm: float, scales: Sequence[Tensor] | None = None
     ) -> None:
         """For sums of these shapes; `scales` are public factors of every number."""
-        self._like = [weight.dtype for weight in weights]
+        self._dtypes = [weight.dtype for weight in weights]
         self._totals = [
             torch.zeros_like(weight, requires_grad=False, dtype=torch.float64) for weight in weights
         ]
         self._clip_norm, self._scales = clip_norm, scales
         self._unit: int | None = None
-        self._begun: list[Tensor] = []
+        self._partial: list[Tensor] = []
 
-    def add(self, found: MicrobatchGradients) -> None:
+    def add(self, gradients: MicrobatchGradients) -> None:
         """Clip every row and add it."""
-        rows = self._scaled(found.each)
+        rows = self._scaled(gradients.each)
         square = _squares(rows)
         fits = torch.ones(len(square), dtype=torch.bool)
-        for outer in found.outers:
-            out, seen = _length(outer.out), _length(outer.seen)
-            # A product of a tiny and a huge half is left out whole: rounding its scaled halves could make it longer.
-            fits &= (out <= MAX_HALF_NORM) & (seen <= MAX_HALF_NORM)
-            square = square + (out * seen * outer.factor).square()
-        length = square.sqrt()
-        usable = (length <= MAX_NORM) & fits  # not so for what is not a number
-        scale = torch.where(usable, (self._clip_norm / length).clamp(max=1.0), 0.0).to(rows[0].dtype)
-        outers = [(outer, outer.out, outer.seen) for outer in found.outers]
+        for outer in gradients.outers:
+            out, inputs = _norm(outer.output_gradient), _norm(outer.inputs)
+            # A product of a tiny and a huge factor is left out: rounding its scaled factors could increase its norm.
+            fits &= (out <= MAX_FACTOR_NORM) & (inputs <= MAX_FACTOR_NORM)
+            square = square + (out * inputs * outer.factor).square()
+        norm = square.sqrt()
+        usable = (norm <= MAX_NORM) & fits  # False for NaN
+        scale = torch.where(usable, (self._clip_norm / norm).clamp(max=1.0), 0.0).to(rows[0].dtype)
+        outers = [(outer, outer.output_gradient, outer.inputs) for outer in gradients.outers]
         if not bool(usable.all()):
-            # Nothing times infinity is not nothing: rows without a length are left out, not multiplied by zero.
+            # 0 * inf is not 0: rows without a finite norm are left out, not multiplied by zero.
             scale, rows = scale[usable], [row[usable] for row in rows]
-            outers = [(outer, out[usable], seen[usable]) for outer, out, seen in outers]
+            outers = [(outer, out[usable], inputs[usable]) for outer, out, inputs in outers]
         for total, row in zip(self._totals, rows, strict=True):
             if row.shape[1:] == total.shape:
                 total += (scale[None] @ _flat(row)).view_as(total)
-        for outer, out, seen in outers:
-            self._totals[outer.weight] += (out * (scale * outer.factor)[:, None]).t() @ seen
+        for outer, out, inputs in outers:
+            self._totals[outer.weight] += (out * (scale * outer.factor)[:, None]).t() @ inputs
 
     def add_units(self, each: list[Tensor], units: Tensor) -> None:
-        """Sum rows unit by unit; every unit but the last is complete."""
-        names, where = torch.unique_consecutive(units, return_inverse=True)
-        sums = [row.new_zeros(len(names), *row.shape[1:]) for row in each]
-        if self._unit is not None and self._unit == int(names[0]):
-            for total, begun in zip(sums, self._begun, strict=True):
-                total[0] = begun
+        """Sum rows unit by unit; every unit but the last is complete and added."""
+        numbers, where = torch.unique_consecutive(units, return_inverse=True)
+        sums = [row.new_zeros(len(numbers), *row.shape[1:]) for row in each]
+        if self._unit is not None and self._unit == int(numbers[0]):
+            for total, partial in zip(sums, self._partial, strict=True):
+                total[0] = partial
         else:
             self.end_unit()
-        # Photo after photo, wherever microbatches cut: gradients that cancel must not round by who else is there.
+        # Photo after photo, wherever microbatches end: how gradients that cancel round must not depend on the others.
         for total, row in zip(sums, each, strict=True):
             total.index_add_(0, where, row)
         self.add(MicrobatchGradients([total[:-1] for total in sums], []))
-        self._unit, self._begun = int(names[-1]), [total[-1].clone() for total in sums]
+        self._unit, self._partial = int(numbers[-1]), [total[-1].clone() for total in sums]
 
     def end_unit(self) -> None:
-        """Add the unit that was begun, if one was."""
+        """Add the unit of which photos are still held, if any."""
         if self._unit is not None:
-            self.add(MicrobatchGradients([begun[None] for begun in self._begun], []))
-        self._unit, self._begun = None, []
+            self.add(MicrobatchGradients([partial[None] for partial in self._partial], []))
+        self._unit, self._partial = None, []
 
     def totals(self) -> list[Tensor]:
-        """The sums, rounded once to the numbers that the weights have."""
-        return [total.to(dtype) for total, dtype in zip(self._totals, self._like, strict=True)]
+        """The sums, rounded once to the dtypes of the weights."""
+        return [total.to(dtype) for total, dtype in zip(self._totals, self._dtypes, strict=True)]
 
     def _scaled(self, rows: list[Tensor]) -> list[Tensor]:
         if self._scales is None:
@@ -210,10 +210,10 @@ class ClippedSumAccumulator:
 
 
 def _square(rows: Tensor) -> Tensor:
-    """The squared length of each row, (n, ...) -> (n,) float64, never too short.
+    """The squared L2 norm of each row, (n, ...) -> (n,) float64, never too small.
 
-    Added up in float64 over parts of a thousand numbers: over a whole row a lane of float32 squares loses small ones
-    beside a large one, and the length comes out too short. Within a part that is below four in a million, which is
+    Summed in float64 over parts of a thousand numbers: over a whole row a lane of float32 squares loses small ones
+    beside a large one, and the norm comes out too small. Within a part the error is below four in a million, which is
     added.
     """
     flat = _flat(rows)
@@ -227,10 +227,10 @@ def _square(rows: Tensor) -> Tensor:
     return square * _ROUNDED_UP
 
 
-def _length(rows: Tensor) -> Tensor:
-    """The length of each row in float64, (n, ...) -> (n,): in float32 the squares of a tiny half vanish."""
-    length: Tensor = torch.linalg.vector_norm(_flat(rows), dim=1, dtype=torch.float64)
-    return length
+def _norm(rows: Tensor) -> Tensor:
+    """The L2 norm of each row in float64, (n, ...) -> (n,): in float32 the squares of a tiny factor vanish."""
+    norm: Tensor = torch.linalg.vector_norm(_flat(rows), dim=1, dtype=torch.float64)
+    return norm
 
 
 def _flat(rows: Tensor) -> Tensor:

@@ -75,16 +75,13 @@ class UpsamplerTrainingConfig:
     downscale: Degradation = field(
         default_factory=lambda: BicubicPulse(4)
     )  # what the network learns to invert
-    consistency_weight: Annotated[float, In("[0, 10000]")] = (
-        10.0  # of the squared difference after the downscale
-    )
+    # Of the squared difference after the downscale
+    consistency_weight: Annotated[float, In("[0, 10000]")] = 10.0
     lr: Annotated[float, In("(0, 1000)")] = 1.0  # of gradient descent
-    lr_noise_threshold: Annotated[float, In("(0, 1000]")] = (
-        0.5  # noise multiplier above which lr falls as 1 / noise
-    )
-    momentum: Annotated[float, In("[0, 1)")] = (
-        0.9  # fraction of the last step repeated in the next of the same round
-    )
+    # Noise multiplier above which lr falls as 1 / noise
+    lr_noise_threshold: Annotated[float, In("(0, 1000]")] = 0.5
+    # Fraction of the last step repeated in the next of the same round
+    momentum: Annotated[float, In("[0, 1)")] = 0.9
     server_lr: Annotated[float, In("(0, 4]")] = 1.0  # times the mean update, on the server
     adapt: Adaptation = field(default_factory=Full)  # which weights are trained: all, or low-rank changes
     learner: Literal["style-encoder", "super-resolution"] = "style-encoder"  # which network is trained

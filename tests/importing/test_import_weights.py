@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,13 +183,13 @@ def test_pulses_two_files_give_one_stylegan1(shared: Path, tmp_path: Path) -> No
 )
 def test_any_shape_is_read_from_the_numbers(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Sizes, widths, layers, form, classes and clamp come back as they were, and so does every weight."""
-    config = StyleGAN2Config(**{**{k: getattr(TINY, k) for k in TINY.__dataclass_fields__}, **changes})
+    config = replace(TINY, **changes)
     generator = made(config)
     tensors = filters(generator.state_dict())
-    fields = {"G_ema": layer_fields(tensors, config.clamp)}
-    found = imported(tmp_path, nvidia_bytes({"G_ema": tensors}, fields=fields)).generator
+    layers = {"G_ema": layer_fields(tensors, config.clamp)}
+    found = imported(tmp_path, nvidia_bytes({"G_ema": tensors}, fields=layers)).generator
     assert isinstance(found, StyleGAN2)
-    same = [name for name in config.__dataclass_fields__ if name != "channel_base"]
+    same = [field.name for field in fields(config) if field.name != "channel_base"]
     assert {name: getattr(found.config, name) for name in same} == {
         name: getattr(config, name) for name in same
     }
@@ -209,17 +210,15 @@ def test_any_shape_is_read_from_the_numbers(tmp_path: Path, changes: dict[str, A
 )
 def test_any_discriminator_is_read_from_the_numbers(tmp_path: Path, changes: dict[str, Any]) -> None:
     """The same for discriminators; the size of a group is a field, all else is in the shapes."""
-    config = DiscriminatorConfig(
-        **{**{k: getattr(TINY_DISCRIMINATOR, k) for k in TINY_DISCRIMINATOR.__dataclass_fields__}, **changes}
-    )
+    config = replace(TINY_DISCRIMINATOR, **changes)
     discriminator = Discriminator(config, torch.Generator().manual_seed(3))
     tensors = filters(discriminator.state_dict())
-    fields = layer_fields(tensors, config.clamp)
+    layers = layer_fields(tensors, config.clamp)
     if config.minibatch_group:
-        fields["b4.mbstd.group_size"] = config.minibatch_group
-    found = imported(tmp_path, nvidia_bytes({"D": tensors}, fields={"D": fields})).discriminator
+        layers["b4.mbstd.group_size"] = config.minibatch_group
+    found = imported(tmp_path, nvidia_bytes({"D": tensors}, fields={"D": layers})).discriminator
     assert found is not None and weights_hash(found) == weights_hash(discriminator)
-    same = [name for name in config.__dataclass_fields__ if name != "channel_base"]
+    same = [field.name for field in fields(config) if field.name != "channel_base"]
     assert {name: getattr(found.config, name) for name in same} == {
         name: getattr(config, name) for name in same
     }
@@ -271,7 +270,7 @@ def test_old_files_without_noise_or_mean_are_completed_alike_each_time(shared: P
     found = [imported(tmp_path, torch_bytes({"g_ema": tensors})) for _ in range(2)]
     assert len({weights_hash(one.generator) for one in found if one.generator is not None}) == 1
     words = " ".join(found[0].notes["remarks"])
-    assert "noise maps are not in the file" in words and "10,000 draws" in words
+    assert "noise maps are not in the file" in words and "10,000 latents" in words
     generator = found[0].generator
     assert isinstance(generator, StyleGAN2)
     with torch.no_grad():
@@ -288,7 +287,7 @@ def test_old_files_without_noise_or_mean_are_completed_alike_each_time(shared: P
         ({"conv1.activate.bias": torch.zeros(64, dtype=torch.int32)}, "should hold floating point numbers"),
         ({"conv1.activate.bias": None}, "lacks 1 weights"),
         ({"input.input": torch.zeros(2, 64, 4, 4)}, "of which the first is 1"),
-        ({"conv9.weight": torch.zeros(1)}, "has 1 weights that do not belong, the first is conv9.weight"),
+        ({"conv9.weight": torch.zeros(1)}, "has 1 weights that are not expected, the first is conv9.weight"),
         ({"convs.0.conv.blur.kernel": torch.ones(4, 4)}, "is another filter"),
         ({"convs.0.conv.blur.kernel": torch.ones(3)}, "is another filter"),
         ({"convs.3.conv.weight": torch.zeros(1, 50, 64, 3, 3)}, "thinned layer by layer"),
@@ -296,7 +295,7 @@ def test_old_files_without_noise_or_mean_are_completed_alike_each_time(shared: P
         ({"convs.99.conv.weight": torch.zeros(1, 4, 4, 3, 3)}, "has blocks of sides"),
         ({"style.1.weight": torch.zeros(60, 64)}, "fc0.weight: should have shape [64, 64], got [60, 64]"),
         ({"style.1.weight": torch.zeros(0, 10**9)}, "layers have 1 to 65,536 inputs"),
-        ({"style.1.weight": torch.zeros(64)}, "which is none of this layer"),
+        ({"style.1.weight": torch.zeros(64)}, "which is not that of this layer"),
         ({"conv1.conv.modulation.weight": torch.zeros(64, 0)}, "layers have 1 to 65,536 inputs"),
     ],
 )  # fmt: skip
@@ -335,8 +334,8 @@ def test_other_programs_and_other_files_are_told_what_can_be_read(tmp_path: Path
     sentence = refused(tmp_path, torch_bytes({"state_dict": other}))
     assert "encoder.0.bias" in sentence and "StyleGAN2" in sentence
     sentence = refused(tmp_path, nvidia_bytes({"G_ema": {"synthesis.input.freqs": torch.zeros(2)}}))
-    assert "Generator" in sentence and "do not know" in sentence
-    assert "do not know" in refused(tmp_path, torch_bytes({"latent_avg": torch.zeros(3)}))
+    assert "Generator" in sentence and "unknown kind" in sentence
+    assert "unknown kind" in refused(tmp_path, torch_bytes({"latent_avg": torch.zeros(3)}))
     header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     assert "another kind" in refused(tmp_path, len(header).to_bytes(8, "little") + header + bytes(4))
     with pytest.raises(WeightsError, match="no such file"):

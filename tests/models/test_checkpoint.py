@@ -229,7 +229,7 @@ def test_a_missing_weight_is_named(parts: Parts) -> None:
 def test_a_weight_too_many_is_named(parts: Parts, name: str) -> None:
     """Also one that belongs to neither network."""
     parts[1][name] = torch.zeros(1)
-    assert f"1 weights that do not belong, the first is {name}" in refused(parts)
+    assert f"1 weights that are not expected, the first is {name}" in refused(parts)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_what_a_machine_cannot_hold_is_a_sentence(
 
     monkeypatch.setattr("fedface.models.checkpoint.build_model", full)
     assert "cannot be read" in refused(parts)
-    with pytest.raises(WeightsError, match="cannot be made on this machine"):
+    with pytest.raises(WeightsError, match="cannot be built on this machine"):
         model_from_vectors(
             GanArchitecture(generator=GENERATOR, discriminator=DISCRIMINATOR), torch.zeros(1), torch.zeros(1)
         )

@@ -100,9 +100,9 @@ def test_missing_or_misshapen_labels_are_refused(labels: Tensor | None, said: st
 
 def test_labels_for_networks_without_classes_are_refused() -> None:
     """Better than to ignore them."""
-    with pytest.raises(ConfigError, match="knows no classes"):
+    with pytest.raises(ConfigError, match="has no classes"):
         generator(classes=0).map(torch.zeros(4, 5), ONE_HOT)
-    with pytest.raises(ConfigError, match="knows no classes"):
+    with pytest.raises(ConfigError, match="has no classes"):
         Discriminator(replace(DISCRIMINATOR, classes=0))(torch.zeros(4, 3, 8, 8), ONE_HOT)
 
 

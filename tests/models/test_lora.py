@@ -229,7 +229,7 @@ def test_the_base_learns_as_many_numbers_as_its_layers_say() -> None:
 def test_a_vector_of_another_length_is_refused() -> None:
     """The sentence says how many weights learn."""
     low = adapted(discriminator())
-    with pytest.raises(WeightsError, match=f"{len(flatten_trainable(low))} weights learn"):
+    with pytest.raises(WeightsError, match=f"{len(flatten_trainable(low))} trained weights"):
         assign_trainable(torch.zeros(7), low)
 
 
