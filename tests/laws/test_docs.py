@@ -123,8 +123,8 @@ print(*{name.split(".")[0] for name in sys.modules})
     assert not heavy & set(run.stdout.split())
 
 
-def test_the_architecture_page_names_every_room() -> None:
-    """Each module of the library stands in the picture, by its file's name."""
+def test_the_architecture_page_names_every_module() -> None:
+    """Each by its file's name, in the table of layers."""
     picture = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     modules = [path for path in (ROOT / "fedface").rglob("*.py") if path.stem not in ("__init__", "__main__")]
     missing = [str(path.relative_to(ROOT)) for path in modules if not re.search(rf"\b{path.stem}\b", picture)]

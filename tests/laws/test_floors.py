@@ -149,6 +149,13 @@ def test_a_device_imports_nothing_of_the_server() -> None:
     assert {room(module) for module in reached(DEVICE_ROOTS)} & NOT_ON_A_DEVICE == set()
 
 
+def test_the_architecture_page_lists_what_a_device_imports() -> None:
+    """The packages, root modules aside, on one indented line."""
+    page = (PACKAGE.parent / "docs/architecture.md").read_text(encoding="utf-8")
+    packages = sorted({room(module) for module in reached(DEVICE_ROOTS) if LAYERS[room(module)] > 1})
+    assert f"\n    {' '.join(packages)}\n" in page
+
+
 def test_a_device_process_loads_nothing_of_the_server() -> None:
     """Measured in a fresh interpreter: no package of the server, and no Ray, web server or plotting library."""
     program = f"import sys\nfor name in {DEVICE_ROOTS!r}: __import__(name)\nprint(*sys.modules)"
