@@ -39,14 +39,14 @@ from fedface.errors import LedgerError
 LOCK_TIMEOUT = 60.0  # seconds to wait for another process that is writing
 APPLICATION_ID = 0x46466C67  # "FFlg", in the header of the SQLite file
 FORMAT = 1  # version of the file's tables and of what its records contain
-GENESIS = hashlib.sha256(f"fedface ledger {FORMAT}".encode()).hexdigest()  # parent of the first record
+GENESIS = hashlib.sha256(f"fedface ledger {FORMAT}".encode()).hexdigest()  # the parent of the first record
 
 _APPEND_ONLY = "BEGIN SELECT RAISE(ABORT, 'append only'); END"
 _SCHEMA = (
     f"PRAGMA application_id = {APPLICATION_ID}",
     f"PRAGMA user_version = {FORMAT}",
     "CREATE TABLE records (number INTEGER PRIMARY KEY AUTOINCREMENT, written TEXT NOT NULL, kind TEXT NOT NULL, "
-    "entry INTEGER, content TEXT NOT NULL, parent TEXT NOT NULL, digest TEXT NOT NULL UNIQUE)",
+    "entry INTEGER, content TEXT NOT NULL, digest TEXT NOT NULL UNIQUE)",
     f"CREATE TRIGGER records_no_update BEFORE UPDATE ON records {_APPEND_ONLY}",
     f"CREATE TRIGGER records_no_delete BEFORE DELETE ON records {_APPEND_ONLY}",
 )
@@ -74,12 +74,11 @@ class Record(NamedTuple):
     kind: str  # which type `content` describes
     entry: int | None  # number of the record that this one belongs to
     content: str  # JSON, hence without a control character
-    parent: str  # digest of the record before
-    digest: str  # SHA-256 of all of the above
+    digest: str  # SHA-256 of all of the above and of the digest of the record before
 
     @staticmethod
     def digest_of(number: int, written: str, kind: str, entry: int | None, content: str, parent: str) -> str:
-        """The digest of a record with these values."""
+        """The digest of a record with these values; `parent` is the digest of the record before."""
         return hashlib.sha256(
             f"{number}\0{written}\0{kind}\0{entry}\0{content}\0{parent}".encode()
         ).hexdigest()
@@ -164,10 +163,9 @@ class Transaction:
             kind,
             entry,
             json.dumps(content, sort_keys=True, separators=(",", ":")),
-            parent,
         )
-        record = Record(*values, Record.digest_of(*values))
-        self.sql.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?)", record)
+        record = Record(*values, Record.digest_of(*values, parent))
+        self.sql.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?)", record)
         self.records.append(record)
         return record
 
@@ -351,7 +349,9 @@ class Chain:
             try:
                 yield Transaction(sql, self._records, self._now)
             except BaseException:
-                del self._records[before:]
+                self._records = self._records[
+                    :before
+                ]  # another list: whoever indexed the old one starts anew
                 raise
             self._digests.update(record.digest for record in self._records[before:])
 
@@ -382,17 +382,14 @@ class Chain:
         parent = GENESIS
         columns = ", ".join(Record._fields)
         for row in sql.execute(f"SELECT {columns} FROM records ORDER BY number"):
-            record = Record._make(row)
-            if (
-                record.parent != parent
-                or record.number != len(records) + 1
-                or record.digest != Record.digest_of(*record[:-1])
-            ):
+            number, written, kind, entry, content, digest = row
+            expected = Record.digest_of(number, written, kind, entry, content, parent)
+            if number != len(records) + 1 or digest != expected:
                 raise LedgerError(
                     f"the ledger {self.path} was altered: record {len(records) + 1} does not add up"
                 )
-            records.append(record)
-            parent = record.digest
+            records.append(Record._make(row))
+            parent = digest
         last = sql.execute("SELECT seq FROM sqlite_sequence WHERE name = 'records'").fetchone()
         if (last[0] if last else 0) != len(records):
             raise LedgerError(f"the ledger {self.path} has lost records; {len(records)} remain")

@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TypeVar
 
 from fedface.errors import LedgerError, PolicyRefusal
 from fedface.measurements import Epsilon
@@ -45,8 +44,6 @@ CACHED_REPLIES = 16  # of the latest runs; bytes of older ones are deleted
 FREE_ATTEMPTS = 3  # computations that may begin on one booking before one is answered
 
 _REPLIES = "CREATE TABLE replies (answer INTEGER PRIMARY KEY, run TEXT NOT NULL, body BLOB NOT NULL)"
-
-Wanted = TypeVar("Wanted", LedgerEntry, Answer, Transmission, Withdrawal)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +99,11 @@ class Ledger:
         self._chain = chain
         self._now = now
         self._decoded: dict[str, LedgerRecord] = {}  # by digest, hence never stale
+        self._indexed: list[
+            Record
+        ] = []  # the chain's verified records, of which the first `_count` are in `_entries`
+        self._count = 0
+        self._entries: list[LedgerEntry] = []
 
     @staticmethod
     def open(path: Path | str, witness: Path | None = None, *, now: Clock = utc_now) -> Ledger:
@@ -142,7 +144,7 @@ class Ledger:
     def entries(self) -> list[LedgerEntry]:
         """Everything ever booked, oldest first, verified."""
         with self._chain.read_transaction() as page:
-            return self._all(page, LedgerEntry)
+            return list(self._booked_entries(page))
 
     def has_withdrawn(self, run: str) -> bool:
         """Whether the owner has withdrawn from a run."""
@@ -257,7 +259,7 @@ class Ledger:
             paid = self._paid(page, event, run, round, metadata)
             if paid is not None and not self._too_old(page, paid, budgets):
                 return paid
-            booked = self._all(page, LedgerEntry)
+            booked = self._booked_entries(page)
             shortfall = budget_exceeded(booked, event, budgets, run_unit=run_unit, now=self._time())
             if shortfall is not None:
                 raise PolicyRefusal(
@@ -447,22 +449,31 @@ class Ledger:
             self._decoded[record.digest] = decode(record)
         return self._decoded[record.digest]
 
-    def _all(self, page: Transaction, kind: type[Wanted]) -> list[Wanted]:
-        """Every record of one kind, oldest first."""
-        found = (self._decode(record) for record in page.records if record.kind == kind.KIND)
-        return [record for record in found if isinstance(record, kind)]
+    def _booked_entries(self, page: Transaction) -> list[LedgerEntry]:
+        """Every booked release, oldest first; those of records that were seen before are not decoded again."""
+        if self._indexed is not page.records:
+            self._indexed, self._count, self._entries = page.records, 0, []
+        for record in page.records[self._count :]:
+            if record.kind == LedgerEntry.KIND:
+                entry = self._decode(record)
+                assert isinstance(entry, LedgerEntry)
+                self._entries.append(entry)
+        self._count = len(page.records)
+        return self._entries
 
     def _withdrawn(self, page: Transaction, run: str) -> bool:
-        return any(withdrawal.run == run for withdrawal in self._all(page, Withdrawal))
+        found = (self._decode(record) for record in page.records if record.kind == Withdrawal.KIND)
+        return any(isinstance(record, Withdrawal) and record.run == run for record in found)
 
     def _booked(self, page: Transaction, run: str, round: int) -> list[LedgerEntry]:
         """Every attempt at a round, oldest first."""
-        return [e for e in self._all(page, LedgerEntry) if e.run == run and e.round == round]
+        return [e for e in self._booked_entries(page) if e.run == run and e.round == round]
 
     def _answer(self, page: Transaction, entries: Sequence[LedgerEntry]) -> Answer | None:
         """The latest answer that some entries paid for."""
         numbers = {entry.number for entry in entries}
-        for record in reversed(page.records):
+        first = min(numbers, default=len(page.records))
+        for record in reversed(page.records[first:]):
             if record.kind == Answer.KIND and record.entry in numbers:
                 answer = self._decode(record)
                 return answer if isinstance(answer, Answer) else None
@@ -486,7 +497,8 @@ class Ledger:
 
 def _attempts(page: Transaction, entry: LedgerEntry) -> int:
     """How many computations were begun on one booking."""
-    return sum(record.kind == Attempt.KIND and record.entry == entry.number for record in page.records)
+    later = page.records[entry.number :]
+    return sum(record.kind == Attempt.KIND and record.entry == entry.number for record in later)
 
 
 def _sha256(body: bytes) -> str:

@@ -131,6 +131,9 @@ LedgerRecord = LedgerEntry | Attempt | Answer | Transmission | Withdrawal
 _BELONGING = {kind.KIND: kind for kind in (Attempt, Answer, Transmission)}  # to an entry
 
 
+_parse = json.JSONDecoder().raw_decode  # less work than json.loads, for thousands of records
+
+
 def decode(record: Record) -> LedgerRecord:
     """What a record says.
 
@@ -138,7 +141,7 @@ def decode(record: Record) -> LedgerRecord:
         LedgerError: It is of an unknown kind, or lacks something.
     """
     try:
-        fields: dict[str, Any] = json.loads(record.content)
+        fields: dict[str, Any] = _parse(record.content)[0]
         if record.kind == LedgerEntry.KIND:
             return LedgerEntry(number=record.number, written=record.written, digest=record.digest, **fields)
         if record.kind == Withdrawal.KIND:

@@ -26,7 +26,7 @@ from fedface.errors import ConfigError, LedgerError
 from fedface.experiment import Experiment
 from fedface.messages.messages import Refusal, TrainResult, metrics_ledger_key
 from fedface.privacy.accounting import compose, epsilon_of
-from fedface.privacy.hash_chain import FORMAT, Record, utc_now
+from fedface.privacy.hash_chain import FORMAT, GENESIS, Record, utc_now
 from fedface.privacy.ledger_records import Transmission, TransmissionInfo, Withdrawal
 from fedface.privacy.mechanism import GaussianSum
 from fedface.reports.device_log import make_log
@@ -136,11 +136,13 @@ def test_an_export_holds_every_record_the_head_and_the_price(home: Path) -> None
     exported = json.loads(export(snapshot, delta=1e-6, unit="photo", now=utc_now()))
     assert exported["records"] == snapshot.export() and exported["head"] == snapshot.chain[-1].digest
     assert exported["format"] == FORMAT
+    parent = GENESIS
     for row in exported["records"]:
         content = json.dumps(row["content"], sort_keys=True, separators=(",", ":"))
         assert row["digest"] == Record.digest_of(
-            row["number"], row["written"], row["kind"], row["entry"], content, row["parent"]
+            row["number"], row["written"], row["kind"], row["entry"], content, parent
         )
+        parent = row["digest"]
     bounds = epsilon_of(compose([EVENT] * 4), 1e-6)
     assert exported["spent"] == {
         "lower": bounds.lower, "estimate": bounds.estimate, "upper": bounds.upper, "delta": 1e-6, "unit": "photo"

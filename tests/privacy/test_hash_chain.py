@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fedface.errors import LedgerError
-from fedface.privacy.hash_chain import GENESIS, Chain
+from fedface.privacy.hash_chain import GENESIS, Chain, Record
 
 
 class Home:
@@ -64,14 +64,13 @@ def home(tmp_path: Path) -> Home:
     return Home(tmp_path)
 
 
-def test_lines_are_numbered_and_each_names_the_one_before(home: Home) -> None:
+def test_records_are_numbered_and_each_digest_is_over_the_one_before(home: Home) -> None:
     home.note("a", "b", "c")
     with home.open().read_transaction() as page:
-        assert [line.number for line in page.records] == [1, 2, 3]
-        assert [line.parent for line in page.records] == [
-            GENESIS,
-            *(line.digest for line in page.records[:-1]),
-        ]
+        assert [record.number for record in page.records] == [1, 2, 3]
+        parents = [GENESIS, *(record.digest for record in page.records)]
+        for parent, record in zip(parents, page.records, strict=False):
+            assert record.digest == Record.digest_of(*record[:-1], parent)
 
 
 def test_an_exception_in_the_block_writes_nothing(home: Home) -> None:
@@ -323,9 +322,7 @@ def crash_while_writing(path: Path) -> None:
     sql.execute("PRAGMA cache_spill = 1")
     sql.execute("BEGIN IMMEDIATE")
     for number in range(2, 400):
-        sql.execute(
-            "INSERT INTO records VALUES (?, 'now', ?, 1, '{}', 'x', ?)", (number, "w" * 3000, str(number))
-        )
+        sql.execute("INSERT INTO records VALUES (?, 'now', ?, 1, '{}', ?)", (number, "w" * 3000, str(number)))
     os.kill(os.getpid(), signal.SIGKILL)
 
 
