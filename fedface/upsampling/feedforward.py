@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from fedface.models.style_encoder import StyleUpsampler
@@ -131,16 +131,6 @@ def nearest(size: int) -> Callable[[LowImages], Images]:
 def bicubic(size: int) -> Callable[[LowImages], Images]:
     """Photos -> bicubic enlargement, (n, 3, size, size), not clamped."""
     return lambda low: functional.interpolate(low, size=(size, size), mode="bicubic", align_corners=False)
-
-
-def from_network(network: nn.Module) -> Callable[[LowImages], Images]:
-    """A network's answer with its weights as they are now, in evaluation mode."""
-
-    def answer(low: LowImages) -> Tensor:
-        made: Tensor = network.eval()(low)
-        return made
-
-    return answer
 
 
 def styles_of(upsampler: StyleUpsampler) -> Callable[[LowImages], Tensor]:

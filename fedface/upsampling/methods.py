@@ -37,7 +37,6 @@ from fedface.upsampling.feedforward import (
     StyleEncoderConfig,
     SuperResolutionConfig,
     bicubic,
-    from_network,
     nearest,
     styles_of,
 )
@@ -314,8 +313,7 @@ def make_upsampler(
         raise ConfigError(f"the method {name_of(method)} needs {_needs(method)}")
     match method:
         case StyleEncoderConfig(eps=eps) | SuperResolutionConfig(eps=eps):
-            network = from_network(model.upsampler)
-            return FeedforwardUpsampler(network, degradation, size=size, eps=eps, progress=progress)
+            return FeedforwardUpsampler(model.upsampler, degradation, size=size, eps=eps, progress=progress)
         case PulseEncoderInitConfig(pulse=config):
             generator = model.network(StyleGAN2)
             start = styles_of(StyleUpsampler(generator, model.network(StyleEncoder)))

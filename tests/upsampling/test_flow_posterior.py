@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from posteriors import HALVED, STREAMS, Agreement, Normal, NormalFlow, agreement, measuring
 from torch import Tensor
 
-from fedface.config import dump, parse
 from fedface.models.checkpoint import load_flow
 from fedface.models.rectified_flow import FlowConfig, RectifiedFlow
 from fedface.upsampling.degradation import Area, BicubicPulse, Chain, Degradation, Jpeg
@@ -97,35 +95,6 @@ def test_the_embedded_flows_faces_fit_their_photos_and_differ_as_truth_and_sampl
     assert 0.5 < float(pair / apart) < 2
 
 
-def test_faces_do_not_depend_on_chunks_or_workers(flow: RectifiedFlow, low: Tensor) -> None:
-    together, apart, threads = (
-        GuidedFlowUpsampler(flow, Area(4), replace(QUICK, **change), STREAMS).upsample(low, faces_per_photo=2)  # type: ignore[arg-type]
-        for change in ({}, {"faces_at_once": 1}, {"workers": 2})
-    )
-    for other in (apart, threads):
-        torch.testing.assert_close(other.images, together.images, atol=1e-3, rtol=0)
-    assert (together.images[:, 0] - together.images[:, 1]).abs().amax(dim=(1, 2, 3)).min() > 1e-3
-    again = squared_difference(Area(4).apply(together.images.flatten(0, 1)), low.repeat_interleave(2, dim=0))
-    torch.testing.assert_close(together.consistency_error.flatten(), again, atol=1e-7, rtol=1e-4)
-
-
-def test_equal_streams_give_equal_faces_and_other_streams_others(flow: RectifiedFlow, low: Tensor) -> None:
-    first, second, other = (
-        GuidedFlowUpsampler(flow, Area(4), QUICK, streams).upsample(low, faces_per_photo=1).images
-        for streams in (STREAMS, STREAMS, STREAMS.child("other"))
-    )
-    assert torch.equal(first, second)
-    assert (first - other).abs().max() > 1e-3
-
-
-def test_the_flow_is_left_as_it_was(flow: RectifiedFlow, low: Tensor) -> None:
-    before = copy.deepcopy(flow.state_dict())
-    with torch.no_grad():
-        GuidedFlowUpsampler(flow, Area(4), QUICK, STREAMS).upsample(low, faces_per_photo=1)
-    assert all(torch.equal(weight, before[name]) for name, weight in flow.state_dict().items())
-    assert all(weight.requires_grad and weight.grad is None for weight in flow.parameters())
-
-
 def test_every_step_is_shown_and_counted(flow: RectifiedFlow, low: Tensor) -> None:
     heard: list[tuple[int, int]] = []
     seen: list[StepSnapshot] = []
@@ -157,19 +126,7 @@ def test_a_jpeg_is_followed_where_the_expected_face_is(low: Tensor) -> None:
     assert guided.consistency_error.mean() < free.consistency_error.mean() / 10
 
 
-def test_no_photos_give_no_faces(flow: RectifiedFlow) -> None:
-    found = GuidedFlowUpsampler(flow, Area(4), QUICK, STREAMS).upsample(
-        torch.zeros(0, 3, 4, 4), faces_per_photo=3
-    )
-    assert found.images.shape == (0, 3, 3, 16, 16) and found.consistency_error.shape == (0, 3)
-
-
-def test_wrong_photos_and_settings_are_named(flow: RectifiedFlow) -> None:
-    sampler = GuidedFlowUpsampler(flow, Area(4), QUICK, STREAMS)
-    with pytest.raises(ValueError, match=r"\(n, 3, 4, 4\), got \(1, 3, 8, 8\)"):
-        sampler.upsample(torch.zeros(1, 3, 8, 8), faces_per_photo=1)
-    with pytest.raises(ValueError, match="finite"):
-        sampler.upsample(torch.full((1, 3, 4, 4), float("nan")), faces_per_photo=1)
+def test_wrong_settings_are_named(flow: RectifiedFlow) -> None:
     with pytest.raises(ValueError, match="must divide"):
         GuidedFlowUpsampler(flow, BicubicPulse(5), QUICK, STREAMS)
     for wrong, message in (
@@ -180,8 +137,3 @@ def test_wrong_photos_and_settings_are_named(flow: RectifiedFlow) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             GuidedFlowConfig(**wrong)  # type: ignore[arg-type]
-
-
-def test_settings_are_read_back_from_a_recipe() -> None:
-    config = GuidedFlowConfig(churn=0.5)
-    assert parse(dump(config), GuidedFlowConfig, name="recipe", leave_out=["kind"]) == config

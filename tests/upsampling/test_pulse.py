@@ -204,29 +204,6 @@ def test_the_search_stops_when_every_face_fits_and_reports_progress(
     assert heard == [(1, 24), (13, 24)]
 
 
-def test_the_generator_is_left_as_it_was(generator: StyleGAN2, low: Tensor) -> None:
-    generator.train()
-    before = {name: weight.clone() for name, weight in generator.state_dict().items()}
-    asked = [weight.requires_grad for weight in generator.parameters()]
-    with torch.no_grad():
-        PulseUpsampler(generator, Area(4), QUICK, STREAMS).upsample(low[:1], faces_per_photo=1)
-    assert all(torch.equal(weight, before[name]) for name, weight in generator.state_dict().items())
-    assert [weight.requires_grad for weight in generator.parameters()] == asked and generator.training
-    assert all(weight.grad is None for weight in generator.parameters())
-
-
-def test_equal_photos_and_streams_give_equal_faces_and_other_streams_give_others(
-    generator: StyleGAN2, low: Tensor
-) -> None:
-    first, second, other = (
-        PulseUpsampler(generator, Area(4), QUICK, streams).upsample(low[:2], faces_per_photo=2).images
-        for streams in (STREAMS, STREAMS, STREAMS.child("other"))
-    )
-    assert torch.equal(first, second)
-    assert (first - other).abs().mean() > 0.01
-    assert (first[:, 0] - first[:, 1]).abs().mean() > 0.01
-
-
 def test_tiled_latents_and_no_noise_are_searched_as_well(generator: StyleGAN2, low: Tensor) -> None:
     config = replace(QUICK, tile_latent=True, trainable_noise=0)
     start, found = (
@@ -238,21 +215,7 @@ def test_tiled_latents_and_no_noise_are_searched_as_well(generator: StyleGAN2, l
     assert found.consistency_error.mean() < start.consistency_error.mean()
 
 
-def test_no_photos_give_no_faces(generator: StyleGAN2) -> None:
-    found = PulseUpsampler(generator, Area(4), QUICK, STREAMS).upsample(
-        torch.zeros(0, 3, 4, 4), faces_per_photo=3
-    )
-    assert found.images.shape == (0, 3, 3, 16, 16) and found.consistency_error.shape == (0, 3)
-
-
-def test_wrong_photos_and_settings_are_named(generator: StyleGAN2) -> None:
-    search = PulseUpsampler(generator, Area(4), QUICK, STREAMS)
-    with pytest.raises(ValueError, match=r"\(n, 3, 4, 4\), got \(1, 3, 8, 8\)"):
-        search.upsample(torch.zeros(1, 3, 8, 8), faces_per_photo=1)
-    with pytest.raises(ValueError, match="finite"):
-        search.upsample(torch.full((1, 3, 4, 4), float("nan")), faces_per_photo=1)
-    with pytest.raises(ValueError, match="faces_per_photo must be at least 1, got 0"):
-        search.upsample(torch.zeros(1, 3, 4, 4), faces_per_photo=0)
+def test_wrong_settings_are_named(generator: StyleGAN2) -> None:
     with pytest.raises(ValueError, match="eps must be a finite number above 0, got 0"):
         PulseConfig(eps=0)
     with pytest.raises(ValueError, match="factor must divide the size 16, got 5"):
