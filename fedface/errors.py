@@ -48,7 +48,11 @@ class PrivacyError(FedfaceError):
 
 
 class PolicyRefusal(PrivacyError):
-    """The owner's policy says no."""
+    """The owner's policy says no: why, and what the server can do about it."""
+
+    def __init__(self, reason: str, advice: str = "") -> None:
+        super().__init__(f"{reason}. {advice}" if advice else reason)
+        self.reason, self.advice = reason, advice
 
 
 class LedgerError(PrivacyError):

@@ -33,7 +33,7 @@ from fedface.privacy.ledger import Ledger
 from fedface.privacy.mechanism import Event
 from fedface.privacy.participation_conditions import ConditionsNotMet, SystemEnvironment
 from fedface.privacy.plan import DPParameters, Plan
-from fedface.privacy.policy import ADVICE, EVALUATION, DevicePolicy
+from fedface.privacy.policy import EVALUATION, DevicePolicy
 from fedface.privacy.privacy_target import NoPrivacy
 from fedface.privacy.spending import MAX_PERIOD
 from fedface.privacy_units import Unit
@@ -143,8 +143,8 @@ def _verdict(
             for limit in allowed.budgets
         )
         allowed.admit(terms, *how, book)
-    except PolicyRefusal as reason:
-        refusal = str(reason).removesuffix(ADVICE).rstrip(" .")
+    except PolicyRefusal as error:
+        refusal = error.reason
     return Verdict(
         what=what, objective=objective, unit=terms.unit, rounds=terms.schedule.rounds, refusal=refusal, prices=prices
     )  # fmt: skip

@@ -263,8 +263,8 @@ class Ledger:
             shortfall = budget_exceeded(booked, event, budgets, run_unit=run_unit, now=self._time())
             if shortfall is not None:
                 raise PolicyRefusal(
-                    f"round {round} of {run} asks for {shortfall.describe()}. "
-                    "Ask the owner of this device for a larger budget, or stop here."
+                    f"round {round} of {run} asks for {shortfall.describe()}",
+                    advice="Ask the owner of this device for a larger budget, or stop here.",
                 )
             return self._book(page, event, run, round, metadata)
 

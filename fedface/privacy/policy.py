@@ -33,8 +33,6 @@ from fedface.validation import Above, AtLeast, checked
 OBJECTIVES = ("generator", "upsampler")  # what can be trained, in the word of a policy
 EVALUATION = "evaluation"  # the objective of a task that only measures
 LARGE_DELTA = 1e-2  # above it, "with this chance the bound need not hold" is no small print any more
-# What a server can do about a budget that is too small.
-ADVICE = "Lower the rounds, raise the noise, or ask the owner of this device for a larger budget."
 PROTOCOLS = ("homomorphic", "plain")  # the kinds of aggregation that there are
 OWN_WORDS = ("unit", "neighbours", "sampler", "noise_at")  # marks that follow from the terms alone
 
@@ -227,7 +225,8 @@ class DevicePolicy:
             if not self.allow_no_dp:
                 raise PolicyRefusal(
                     "this run asks for epsilon infinite at every delta: it adds no noise; this device allows at most "
-                    f"{self.budgets[0]}. Give it a privacy target, or ask the owner to allow it."
+                    f"{self.budgets[0]}",
+                    advice="Give it a privacy target, or ask the owner to allow it.",
                 )
             return
         if not covers(terms.unit, self.unit):
@@ -249,7 +248,8 @@ class DevicePolicy:
         short = ledger.check_budget(terms.event(rounds), [life], run_unit=terms.unit)
         if short is not None:
             raise PolicyRefusal(
-                f"over {rounds} round{'' if rounds == 1 else 's'} this run asks for {describe_briefly(short)}. {ADVICE}"
+                f"over {rounds} round{'' if rounds == 1 else 's'} this run asks for {describe_briefly(short)}",
+                advice="Lower the rounds, raise the noise, or ask the owner of this device for a larger budget.",
             )
         if booked or not periods:
             return
@@ -260,7 +260,9 @@ class DevicePolicy:
                 if short.asked > short.budget.epsilon
                 else "Ask again later."
             )
-            raise PolicyRefusal(f"with one more round this run asks for {describe_briefly(short)}. {later}")
+            raise PolicyRefusal(
+                f"with one more round this run asks for {describe_briefly(short)}", advice=later
+            )
 
     def record(
         self,
