@@ -119,7 +119,7 @@ def bets() -> list[str]:
         f"Delta, here 1 in {1 / DELTA:,.0f}, is",
         "noised for each epsilon at delta 1e-5",
         "luck alone is right in 50 % and 1 %",
-        f"the promise of epsilon 3 alone would allow {percent(sure(3) + DELTA)} and "
+        f"the privacy guarantee of epsilon 3 alone would allow {percent(sure(3) + DELTA)} and "
         f"{percent(0.01 * math.exp(3) + DELTA)}",
         "So epsilon 1 says something by itself; 8 says next to nothing",
         f"If {percent(sure(3))} at the worst moment is too much for you, write 1.",
@@ -140,7 +140,7 @@ def birthday() -> list[str]:
         f"seen on ten occasions is ten units: the bound adds up to epsilon {10 * 3}, and as with photos it is empty "
         f"from {WORDS[empty]} on",
         f"Two of them: {2 * 3}.",
-        f"The promise allows {2 * 3} for that question, and the ledger finds {replaced:.1f} in the demo's run "
+        f"The privacy guarantee allows {2 * 3} for that question, and the ledger finds {replaced:.1f} in the demo's run "
         f"(an even bet: {100 * sure(replaced):.1f} %)",
         f"{group_delta(empty - 1):.3f} at k = {empty - 1}, above 1 at k = {empty}",
         f"from 1/2 to e^3 / (1 + e^3) = {sure(3):.3f}, from 1/100 to {sure(3, 0.01):.3f}.",
