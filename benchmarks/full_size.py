@@ -1,13 +1,13 @@
-"""What one synthesis and its way back to the styles cost at the published size of FFHQ's generator.
+"""The cost of one synthesis and its gradient of the styles at the published size of FFHQ's generator.
 
     python benchmarks/full_size.py [--sizes 256 512 1024] [--rounds 3] [--threads 1] [--device cpu] [--json FILE]
 
 Random weights at the widths of Karras et al. 2020 (arXiv:2006.06676): 32768 / side channels, at most 512, 8
 mapping layers, 30 million weights at 1024 px. Each row runs in a process of its own, whose peak of resident
-memory is the table's (on a GPU, what was allocated there). Rows of one size take turns, so that another program
+memory is the table's (on a GPU, what was allocated there). Rows of one size alternate, so that another program
 on the same cores disturbs all of them. With one thread on a CPU, seconds are CPU seconds.
 
-plain: `StyleGAN2` with weights that ask for no gradient; in bfloat16 by torch.autocast.
+plain: `StyleGAN2` with weights that require no gradient; in bfloat16 by torch.autocast.
 frozen: `fedface.models.fast_stylegan2`.
 """
 

@@ -1,20 +1,20 @@
-"""What a private step costs beside an ordinary one, for each of our networks that sees photos.
+"""The cost of a private step relative to an ordinary one, for each of our networks that reads photos.
 
-    python benchmarks/private_step.py [--networks discriminator flow ...] [--batch 64] [--rounds 5] [--memory] [--json FILE]
+    python benchmarks/private_step.py [--networks discriminator flow ...] [--batch 64] [--rounds 5] [--memory]
 
 The baseline is the non-private step: the mean gradient of the batch by one backward pass. Every other row gives the
-sum of clipped per-photo gradients plus noise, and takes turns with the baseline in one process of one thread; the
+sum of clipped per-example gradients plus noise, and alternates with the baseline in one process of one thread; the
 table has the median over rounds of the ratio to the baseline of the same round. Losses are those of training, weights
-those of the checkpoints that the library ships.
+those of the bundled checkpoints.
 
 * non-private, 32 at once: the same mean in parts, as far as the size of the batch alone explains a ratio below 1;
 * ours: `clipped_unit_sum` at several microbatches, with the noise of `GaussianSum`;
-* vmap: torch.func.vmap over torch.func.grad on the whole network, what devices ran before, with the same noise;
+* vmap: torch.func.vmap over torch.func.grad on the whole network, with the same noise;
 * opacus: hooks, functorch, expanded weights and ghost clipping as Opacus ships them, with its own (insecure) noise;
 * loop: one backward pass for each photo.
 
-What Opacus refuses is told with its reason; what it computes is compared with the loop, and where that differs by more
-than 1e-3 of the sum's length the row says how much. `--memory` runs every row once more in a process of its own and
+What Opacus refuses is reported with its reason; what it computes is compared with the loop, and where that differs by
+more than 1e-3 of the sum's L2 norm the row says by how much. `--memory` runs every row once more in a process of its own and
 adds the peak of resident memory.
 """
 
@@ -66,7 +66,7 @@ _WRAPPED = '[NotImplementedError("'  # before the words in which Opacus refuses
 
 @dataclass(frozen=True)
 class Case:
-    """A network with its lesson, a batch, and the loss's own draws."""
+    """A network with its loss, a batch, and the loss's own draws."""
 
     module: nn.Module
     loss: PerExampleLoss
@@ -109,7 +109,7 @@ def plain(case: Case) -> Step:
 
 
 def plain_in_parts(case: Case, microbatch: int) -> Step:
-    """The same mean with fewer photos at once, which a small cache may like better."""
+    """The same mean with fewer photos at once, which suits a small cache."""
     weights = list(trainable_parameters(case.module).values())
 
     def step() -> list[Tensor]:
@@ -222,17 +222,17 @@ class Opacus:
 
 
 def variants(case: Case) -> dict[str, Callable[[], Step]]:
-    """Everything that is measured, by name; made when called, for Opacus may refuse."""
-    found: dict[str, Callable[[], Step]] = {"non-private": lambda: plain(case)}
-    found["non-private, 32 at once"] = lambda: plain_in_parts(case, 32)
+    """Everything that is measured, by name; built when called, because Opacus may refuse."""
+    steps: dict[str, Callable[[], Step]] = {"non-private": lambda: plain(case)}
+    steps["non-private, 32 at once"] = lambda: plain_in_parts(case, 32)
     for microbatch in (16, 32, 64):
-        found[f"ours, {microbatch} at once"] = lambda m=microbatch: ours(case, m)  # type: ignore[misc]
+        steps[f"ours, {microbatch} at once"] = lambda m=microbatch: ours(case, m)  # type: ignore[misc]
     for microbatch in (16, 32, 64):
-        found[f"vmap, {microbatch} at once"] = lambda m=microbatch: whole(case, m)  # type: ignore[misc]
+        steps[f"vmap, {microbatch} at once"] = lambda m=microbatch: whole(case, m)  # type: ignore[misc]
     for mode in ("hooks", "functorch", "expanded weights", "ghost"):
-        found[f"opacus {mode}"] = lambda m=mode: Opacus(case, m)  # type: ignore[misc]
-    found["loop"] = lambda: loop(case)
-    return found
+        steps[f"opacus {mode}"] = lambda m=mode: Opacus(case, m)  # type: ignore[misc]
+    steps["loop"] = lambda: loop(case)
+    return steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,14 +247,14 @@ class Result:
     note: str = ""  # refused, or wrong
 
 
-def length(parts: list[Tensor]) -> float:
+def norm(parts: list[Tensor]) -> float:
     return float(torch.stack([part.double().norm() for part in parts]).norm())
 
 
 def fault(case: Case, step: Step, expected: list[Tensor]) -> str:
     """How a clipped sum differs from the loop's; nothing if it does not."""
     got = [part.clone() for part in step()]
-    off = length([a - b for a, b in zip(got, expected, strict=True)]) / length(expected)
+    off = norm([a - b for a, b in zip(got, expected, strict=True)]) / norm(expected)
     return "" if off < 1e-3 else f"wrong: off by {off:.1%} of the sum"
 
 
@@ -263,9 +263,9 @@ def measure(name: str, case: Case, rounds: int) -> list[Result]:
     expected = loop(case)()
     steps: dict[str, Step] = {}
     notes: dict[str, str] = {}
-    for variant, make in variants(case).items():
+    for variant, build in variants(case).items():
         try:
-            step = make()
+            step = build()
             notes[variant] = "" if variant.startswith("non-private") else fault(case, step, expected)
         except Exception as error:  # whatever a foreign library raises is its refusal
             notes[variant] = f"refused: {' '.join(str(error).split()).removeprefix(_WRAPPED)[:80]}"
@@ -278,9 +278,9 @@ def measure(name: str, case: Case, rounds: int) -> list[Result]:
     for number in range(rounds):
         for variant, step in steps.items():
             if variant != "loop" or number == 0:
-                begun = time.thread_time()
+                started = time.thread_time()
                 step()
-                seconds[variant].append(time.thread_time() - begun)
+                seconds[variant].append(time.thread_time() - started)
     first = seconds["non-private"]
     results = []
     for variant, note in notes.items():
@@ -303,8 +303,8 @@ def measure(name: str, case: Case, rounds: int) -> list[Result]:
 def peak_of(name: str, variant: str, batch: int) -> float:
     """MiB of a process of its own that takes two steps."""
     command = [sys.executable, __file__, "--networks", name, "--batch", str(batch), "--one", variant]
-    told = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(told.stdout.split()[-1])
+    completed = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(completed.stdout.split()[-1])
 
 
 def photos_of(batch: int) -> Tensor:
@@ -315,7 +315,7 @@ def step_table(names: list[str], batch: int, rounds: int, memory: bool) -> list[
     """Print ratios, network by network."""
     heads = ["network", "step", "ratio", *(["peak MiB"] if memory else []), ""]
     print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads), flush=True)
-    everything: list[dict[str, object]] = []
+    rows: list[dict[str, object]] = []
     for name in names:
         case = NETWORKS[name](photos_of(batch))
         for result in measure(name, case, rounds):
@@ -325,8 +325,8 @@ def step_table(names: list[str], batch: int, rounds: int, memory: bool) -> list[
                 row["peak"] = None if result.ratio is None else peak_of(name, result.variant, batch)
                 cells.append("" if row["peak"] is None else f"{row['peak']:.0f}")
             print("| " + " | ".join([*cells, result.note]) + " |", flush=True)
-            everything.append(row)
-    return everything
+            rows.append(row)
+    return rows
 
 
 def main() -> None:
@@ -351,9 +351,9 @@ def main() -> None:
         status = Path("/proc/self/status").read_text().split("VmHWM:")[1]
         print(int(status.split()[0]) / 1024)
         return
-    found = step_table(options.networks, options.batch, options.rounds, options.memory)
+    rows = step_table(options.networks, options.batch, options.rounds, options.memory)
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

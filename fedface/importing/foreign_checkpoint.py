@@ -25,7 +25,7 @@ from fedface.importing.safe_pickle import (
     pickle_stream,
     read_pickle,
 )
-from fedface.importing.torch_archive import FEW_STEPS, LARGEST, TORCH_MAGIC, Storage, read_rows, read_zip
+from fedface.importing.torch_archive import FEW_STEPS, LARGEST, TORCH_MAGIC, Storage, read_storages, read_zip
 from fedface.text import sanitize_text
 
 _DEEPEST: Final = 32  # networks within networks
@@ -89,7 +89,7 @@ def read_foreign(path: Path) -> ForeignFile:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 value = read_pickle(content, nested=lambda inner: _read_nested(inner, budget))
                 if value == TORCH_MAGIC:
-                    return _sorted("torch-checkpoint", read_rows(content), budget)
+                    return _sorted("torch-checkpoint", read_storages(content), budget)
                 return _sorted("nvidia-pickle", value, budget)
     except PickleRefused as error:
         raise WeightsError(f"{path}: {error}") from error
@@ -101,7 +101,7 @@ class _Budget:
     """How many more tensors, and bytes of them, a file may name."""
 
     def __init__(self, size: int) -> None:
-        self._bytes = 3 * size + 2**20  # once for the rows of numbers, twice for the windows on them
+        self._bytes = 3 * size + 2**20  # once for the storages, twice for the views of them
         self._parts = _MOST_PARTS
 
     def spend(self, size: int, parts: int = 1) -> None:
@@ -114,14 +114,14 @@ class _Budget:
 
 
 def _read_nested(content: bytes, budget: _Budget) -> Storage:
-    """What torch.storage._load_from_bytes is given: one row of numbers in the older format of torch.save."""
+    """What torch.storage._load_from_bytes is given: one storage in the older format of torch.save."""
     budget.spend(len(content))
     stream = pickle_stream(content)
     if read_pickle(stream, most_steps=FEW_STEPS) != TORCH_MAGIC:
-        raise PickleRefused("gives torch.storage._load_from_bytes something other than a row of numbers")
-    value = read_rows(stream, most_steps=FEW_STEPS)
+        raise PickleRefused("gives torch.storage._load_from_bytes something other than a storage")
+    value = read_storages(stream, most_steps=FEW_STEPS)
     if not isinstance(value, Storage):
-        raise PickleRefused("gives torch.storage._load_from_bytes something other than a row of numbers")
+        raise PickleRefused("gives torch.storage._load_from_bytes something other than a storage")
     return value
 
 
@@ -240,16 +240,16 @@ def _tensor(value: PickledCall, budget: _Budget) -> Tensor:
         ):
             value = value.args[0]
     if value.name not in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
-        raise PickleRefused(f"asks for {value.name} of something that is no tensor")
+        raise PickleRefused(f"asks for {value.name} of something that is not a tensor")
     if len(value.args) < 4:
         raise PickleRefused(f"asks for {value.name} without saying of what")
     storage, offset, shape, strides = value.args[:4]
     if not isinstance(storage, Storage) or storage.values is None:
-        raise PickleRefused(f"asks for {value.name} of something that is no row of numbers")
+        raise PickleRefused(f"asks for {value.name} of something that is not a storage")
     if not (
         _are_counts((offset,)) and _are_counts(shape) and _are_counts(strides) and len(shape) == len(strides)
     ):
-        raise PickleRefused(f"asks for {value.name} with a shape that is none")
+        raise PickleRefused(f"asks for {value.name} with an invalid shape")
     numel = math.prod(shape)
     last = offset + sum((side - 1) * stride for side, stride in zip(shape, strides, strict=True))
     if numel and (last >= storage.numel or numel > storage.numel):
@@ -283,7 +283,7 @@ def _plain(value: Any) -> PlainValue:
         return cast(PlainValue, value)
     kind, content = value.args if len(value.args) == 2 else (None, None)
     if not (isinstance(kind, PickledCall) and kind.name == "numpy.dtype" and isinstance(content, bytes)):
-        raise PickleRefused(f"asks for {value.name} of something that is no number")
+        raise PickleRefused(f"asks for {value.name} of something that is not a number")
     code = str(kind.args[0]).lstrip("<>=|")
     if len(content) != np.dtype(code).itemsize:
         raise PickleRefused(f"asks for {value.name} with {len(content)} bytes for a number of kind {code}")

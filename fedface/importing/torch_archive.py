@@ -1,7 +1,7 @@
 """The two formats of torch.save, read without unpickling into classes.
 
-The newer format is a zip file with one pickle and one uncompressed entry per row of numbers; the older one is a
-pickle with the rows behind it. In both, the pickle names a row by a persistent id.
+The newer format is a zip file with one pickle and one uncompressed entry per storage; the older one is a
+pickle followed by the storages. In both, the pickle refers to a storage by a persistent id.
 """
 
 from __future__ import annotations
@@ -44,25 +44,25 @@ _DTYPES: Final[Mapping[str, torch.dtype]] = {
 
 @dataclass(slots=True, eq=False)
 class Storage:
-    """Numbers in a row, of which tensors are windows."""
+    """The numbers of one or more tensors, which are views of it."""
 
     dtype: torch.dtype
     numel: int
-    values: Tensor | None = None  # known when the bytes behind the pickle are read
+    values: Tensor | None = None  # None until the bytes after the pickle are read
 
     def fill(self, content: bytes) -> None:
-        """Take the numbers from their bytes; raises PickleRefused if there are more or fewer than were announced."""
-        wanted = self.numel * self.dtype.itemsize
-        if len(content) != wanted:
-            raise PickleRefused(f"is damaged: a row of numbers has {len(content)} bytes and not {wanted}")
-        self.values = torch.frombuffer(bytearray(content), dtype=self.dtype) if wanted else torch.empty(0)
+        """Read the numbers from their bytes; raises PickleRefused if there are more or fewer than declared."""
+        expected = self.numel * self.dtype.itemsize
+        if len(content) != expected:
+            raise PickleRefused(f"is damaged: a storage has {len(content)} bytes and not {expected}")
+        self.values = torch.frombuffer(bytearray(content), dtype=self.dtype) if expected else torch.empty(0)
 
 
-def read_rows(stream: Any, *, most_steps: int = MAX_STEPS) -> Any:
-    """The older format of torch.save behind its magic number: a pickle, then the rows of numbers it names.
+def read_storages(stream: Any, *, most_steps: int = MAX_STEPS) -> Any:
+    """The older format of torch.save behind its magic number: a pickle, then the storages it refers to.
 
     Raises:
-        PickleRefused: As `read_pickle`, or a row is missing, cut short or described in two ways.
+        PickleRefused: As `read_pickle`, or a storage is missing, truncated or declared twice.
     """
     storages: dict[str, Storage] = {}
     if read_pickle(stream, most_steps=FEW_STEPS) != 1001:
@@ -73,12 +73,12 @@ def read_rows(stream: Any, *, most_steps: int = MAX_STEPS) -> Any:
     value = read_pickle(stream, persistent=lambda key: _named_storage(key, storages), most_steps=most_steps)
     keys = read_pickle(stream, most_steps=most_steps)
     if not isinstance(keys, list) or not all(isinstance(key, str) and key in storages for key in keys):
-        raise PickleRefused("is damaged: its list of rows of numbers is none")
+        raise PickleRefused("is damaged: its list of storages is not one")
     for key in dict.fromkeys(keys):
         storage = storages[key]
         (numel,) = struct.unpack("<q", _exactly(stream, 8))
         if numel != storage.numel:
-            raise PickleRefused(f"is damaged: a row of {storage.numel} numbers says that it has {numel}")
+            raise PickleRefused(f"is damaged: a storage of {storage.numel} numbers declares {numel}")
         storage.fill(_exactly(stream, numel * storage.dtype.itemsize))
     return value
 
@@ -86,7 +86,7 @@ def read_rows(stream: Any, *, most_steps: int = MAX_STEPS) -> Any:
 def _exactly(stream: Any, count: int) -> bytes:
     content: bytes = stream.read(count)
     if len(content) != count:
-        raise PickleRefused(f"is cut short: {count} bytes were to come, {len(content)} came")
+        raise PickleRefused(f"is cut short: expected {count} bytes, got {len(content)}")
     return content
 
 
@@ -98,21 +98,21 @@ def _named_storage(key: Any, storages: dict[str, Storage]) -> Storage:
         and key[0] == "storage"
         and isinstance(key[1], PickledGlobal)
     ):
-        raise PickleRefused("has a persistent id that is no row of numbers")
+        raise PickleRefused("has a persistent id that is not a storage")
     kind, name, count = key[1], key[2], key[4]
     dtype = _DTYPES.get(str(kind))
     if dtype is None or not isinstance(name, str) or not isinstance(count, int) or not 0 <= count < LARGEST:
-        raise PickleRefused("has a persistent id that is no row of numbers")
+        raise PickleRefused("has a persistent id that is not a storage")
     if key[5:] not in ((), (None,)):
-        raise PickleRefused("has rows of numbers that are views of others, a format that nobody uses")
+        raise PickleRefused("has storages that are views of others, an obsolete format")
     storage = storages.setdefault(name, Storage(dtype, count))
     if (storage.dtype, storage.numel) != (dtype, count):
-        raise PickleRefused(f"describes one row of numbers in two ways ({sanitize_text(name)})")
+        raise PickleRefused(f"declares one storage twice, differently ({sanitize_text(name)})")
     return storage
 
 
 def read_zip(file: Any, size: int) -> Any:
-    """The newer format of torch.save: a zip file with data.pkl and one uncompressed entry per row of numbers.
+    """The newer format of torch.save: a zip file with data.pkl and one uncompressed entry per storage.
 
     Args:
         file: Open for reading bytes.

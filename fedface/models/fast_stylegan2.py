@@ -1,6 +1,6 @@
-"""A StyleGAN2 whose weights are constants, prepared once so that searching its inputs is fast.
+"""A StyleGAN2 with constant weights, prepared once so that optimising its inputs is fast.
 
-What is prepared: equalised gains are folded into the weights, the energies of demodulation are summed once, weights
+Preparation: equalised gains are folded into the weights, the energies of demodulation are summed once, weights
 lie channels-last and, when asked for, are rounded to bfloat16, which some machines multiply in hardware. The layers
 themselves are in models/fast_stylegan2_blocks; docs/speed.md has the measurements behind each choice.
 
@@ -25,7 +25,7 @@ from fedface.tensor_types import Images, Latents, Styles
 Precision = Literal["float32", "bfloat16"]
 
 # On a CPU, activations of one layer beyond this leave the caches, and the allocator asks the system for new pages
-# at every call: larger batches are then cut, which costs nothing because the weights of such layers are small.
+# at every call: larger batches are then split, which costs nothing because the weights of such layers are small.
 BYTES_AT_ONCE = 8 * 2**20
 
 # Up to this side everything stays float32: a tenth of the work at 256 px, but most of what rounding does to the
@@ -36,17 +36,17 @@ COARSE_SIDE = 16
 def fast_precision(device: torch.device) -> Precision:
     """bfloat16 where this device multiplies matrices in it, float32 elsewhere.
 
-    A fact about the hardware, not a measurement, so that two runs on one machine choose alike.
+    Read from the hardware, not measured, so that two runs on one machine choose alike.
     """
     match device.type:
         case "cuda":
-            known = torch.cuda.get_device_capability(device) >= (8, 0)
+            supported = torch.cuda.get_device_capability(device) >= (8, 0)
         case "cpu" if hasattr(torch.cpu, "get_capabilities"):
             capabilities = torch.cpu.get_capabilities()
-            known = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
+            supported = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
         case _:
-            known = False
-    return "bfloat16" if known else "float32"
+            supported = False
+    return "bfloat16" if supported else "float32"
 
 
 def prepare_for_search(
@@ -58,14 +58,14 @@ def prepare_for_search(
     """Prepare a generator for many syntheses with gradients of styles and noise.
 
     Guarantees:
-        * Later changes of the generator do not reach the result, and it is never changed.
+        * A copy: later changes of the generator do not affect it, and the generator is not changed.
         * In float32, images and gradients equal those of the generator up to rounding (1e-4 relative).
         * Gradients are of first order.
 
     Args:
-        generator: Any StyleGAN2; classes and a fitted prior come along.
+        generator: Any StyleGAN2; classes and a fitted prior are included.
         precision: Of activations and weights of the convolutions above 16 px. All below, styles, demodulation
-            and the sum of colours are float32 always. "auto" asks `fast_precision`.
+            and the RGB sum are always float32. "auto" asks `fast_precision`.
         device: Where the weights lie; None leaves them where they are.
     """
     place = generator.mapping.w_avg.device if device is None else device
@@ -91,10 +91,10 @@ def prepare_for_search(
 
 
 class FastStyleGAN2:
-    """A generator of constants; make one with `frozen`.
+    """A generator with constant weights, from `prepare_for_search`.
 
-    Styles and noise maps may lie on any device: they are brought to the weights, and images come back to where
-    the styles were.
+    Styles and noise maps may lie on any device: they are moved to that of the weights, and images back to that of the
+    styles.
     """
 
     def __init__(
@@ -159,10 +159,10 @@ class FastStyleGAN2:
         if whole:
             x, image = run_blocks(self._blocks[:whole], inputs[:whole], None, None)
         if rest := self._blocks[whole:]:
-            cut = max(1, self._at_once() // max(block.image_bytes() for block in rest))
+            split = max(1, self._at_once() // max(block.image_bytes() for block in rest))
             parts = []
-            for start in range(0, count, cut):
-                part = slice(start, min(start + cut, count))
+            for start in range(0, count, split):
+                part = slice(start, min(start + split, count))
                 own = [[_part(tensor, part, count) for tensor in block] for block in inputs[whole:]]
                 parts.append(run_blocks(rest, own, _part(x, part, count), _part(image, part, count))[1])
             image = torch.cat([cast(Tensor, part) for part in parts])
@@ -175,7 +175,7 @@ class FastStyleGAN2:
         """Per block, what `run_blocks` takes; small, float32, and left to autograd."""
         used = 0
         for block in self._blocks:
-            given: list[Tensor | None] = []
+            tensors: list[Tensor | None] = []
             for conv in block.convs:
                 style = conv.affine(styles[:, used])
                 demod = torch.rsqrt(style.square() @ conv.energy + 1e-8) * conv.gain
@@ -183,14 +183,14 @@ class FastStyleGAN2:
                 moves = noise is not None and plane.requires_grad
                 if noise is not None:
                     plane = plane * conv.strength
-                given += [style, demod, plane if conv.strength or moves else None]
+                tensors += [style, demod, plane if conv.strength or moves else None]
                 used += 1
             if block.colours is not None:
-                # The colours share their style with the next block's first convolution.
-                given.append(block.colours.affine(styles[:, used]))
-            yield given
+                # The RGB layer shares its style with the next block's first convolution.
+                tensors.append(block.colours.affine(styles[:, used]))
+            yield tensors
 
 
 def _part(tensor: Tensor | None, part: slice, count: int) -> Any:
-    """Some images of a batch; what all share stays whole."""
+    """Some images of a batch; a tensor that all share is returned whole."""
     return tensor if tensor is None or tensor.shape[0] != count else tensor[part]

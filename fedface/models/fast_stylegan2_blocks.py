@@ -1,10 +1,10 @@
-"""The layers of a StyleGAN2 as constants, and their chain rule written out: what `models.frozen` runs.
+"""The layers of a StyleGAN2 with constant weights, and their chain rule written out; used by `fast_stylegan2`.
 
 Each layer is one convolution and three or four passes over its activations in either direction, and no gradient of a
-weight is ever computed. Two identities spare passes. Leaky ReLU is homogeneous, so that the gradient times a layer's
+weight is ever computed. Two identities save passes. Leaky ReLU is homogeneous, so that the gradient times a layer's
 output equals, pixel by pixel, the gradient times the input of its leaky ReLU. And that input is noise and bias plus
 demodulation times a convolution, so that the gradient of the demodulation needs sums over pixels only, and the
-convolution's result need not be kept.
+convolution's result need not be stored.
 
 Source: Karras et al. 2020 (arXiv:1912.04958), section 2.2, for modulation; the rest is the chain rule.
 """
@@ -56,8 +56,8 @@ class FrozenConv:
 
 
 @dataclass(frozen=True)
-class FrozenColours:
-    """The 1 x 1 convolution to three colours."""
+class FrozenToRGB:
+    """The 1 x 1 convolution to RGB."""
 
     affine: FrozenAffine
     weight: Tensor  # float32 (3, i)
@@ -72,7 +72,7 @@ class FrozenBlock:
     side: int
     const: Tensor | None  # low (1, c, 4, 4) in the first block
     convs: tuple[FrozenConv, ...]
-    colours: FrozenColours | None
+    colours: FrozenToRGB | None
     shortcut: Tensor | None  # low (o, i, 1, 1) in the resnet form
     kernel: Tensor  # low (4, 4)
 
@@ -109,8 +109,8 @@ def _conv(layer: StyledConv, gain: float, low: torch.dtype) -> FrozenConv:
     )
 
 
-def _colours(layer: ToRGB) -> FrozenColours:
-    return FrozenColours(_affine(layer.affine, layer.gain), layer.weight[:, :, 0, 0], layer.bias, layer.clamp)
+def _colours(layer: ToRGB) -> FrozenToRGB:
+    return FrozenToRGB(_affine(layer.affine, layer.gain), layer.weight[:, :, 0, 0], layer.bias, layer.clamp)
 
 
 def freeze_block(block: Block, low: torch.dtype) -> FrozenBlock:
@@ -172,7 +172,7 @@ class ConvGradients:
     plane: Tensor | None
 
 
-def _unrun_conv(
+def _conv_backward(
     conv: FrozenConv, x: Tensor, out: Tensor, gradient: Tensor, inputs: Sequence[Any], *, of_plane: bool
 ) -> ConvGradients:
     """The gradients of one layer from that of its output; `inputs` are style, demodulation and plane."""
@@ -205,33 +205,33 @@ def _unrun_conv(
     return ConvGradients(gradient.mul_(style.to(low)[:, :, None, None]), of_style, total / demod, found)
 
 
-def _colour_weight(colours: FrozenColours, style: Tensor) -> Tensor:
+def _to_rgb_weight(colours: FrozenToRGB, style: Tensor) -> Tensor:
     """One weight per image, float32 (n, 3, i)."""
     return colours.weight * style[:, None]
 
 
-def _run_colours(colours: FrozenColours, x: Tensor, style: Tensor) -> Tensor:
+def _run_to_rgb(colours: FrozenToRGB, x: Tensor, style: Tensor) -> Tensor:
     """x (n, i, h, w), style (n, i) -> colours before their clamp, float32 (n, 3, h, w), channels-last."""
-    weight = _colour_weight(colours, style).to(x.dtype)
+    weight = _to_rgb_weight(colours, style).to(x.dtype)
     rgb = torch.bmm(_rows(x), weight.transpose(1, 2)).float() + colours.bias
     return _pixels(rgb, x)
 
 
-def _unrun_colours(
-    colours: FrozenColours, x: Tensor, style: Tensor, of_picture: Tensor, of_x: Tensor | None
+def _to_rgb_backward(
+    colours: FrozenToRGB, x: Tensor, style: Tensor, of_image: Tensor, of_x: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the activations, those of later blocks added, and of the style."""
     if colours.clamp is not None:
-        of_picture = of_picture * (_run_colours(colours, x, style).abs() < colours.clamp)
-    given = _rows(of_picture).to(x.dtype)
+        of_image = of_image * (_run_to_rgb(colours, x, style).abs() < colours.clamp)
+    given = _rows(of_image).to(x.dtype)
     of_style = (torch.bmm(given.transpose(1, 2), _rows(x)).float() * colours.weight).sum(dim=1)
-    weight = _colour_weight(colours, style).to(x.dtype)
+    weight = _to_rgb_weight(colours, style).to(x.dtype)
     rows = torch.bmm(given, weight) if of_x is None else torch.baddbmm(_rows(of_x), given, weight)
     return _pixels(rows, x), of_style
 
 
 class _Blocks(torch.autograd.Function):
-    """What `run_blocks` does, with the inputs of all blocks in one row."""
+    """`run_blocks` with the inputs of all blocks in one sequence."""
 
     @staticmethod
     def forward(
@@ -242,74 +242,77 @@ class _Blocks(torch.autograd.Function):
         *inputs: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         ctx.set_materialize_grads(False)
-        given: Iterator[Any] = iter(inputs)
-        kept: list[Tensor] = []
-        coloured: list[bool] = []
-        keep = any(ctx.needs_input_grad)
+        remaining: Iterator[Any] = iter(inputs)
+        saved: list[Tensor] = []
+        had_image: list[bool] = []
+        save = any(ctx.needs_input_grad)
         ctx.dtype = None if x is None else x.dtype
         for block in blocks:
             if block.const is not None:
                 count = cast(Tensor, inputs[0]).shape[0]
                 x = block.const.expand(count, -1, -1, -1).contiguous(memory_format=torch.channels_last)
             before = x = cast(Tensor, x).to(block.dtype)
-            made = [x]
+            activations = [x]
             for conv in block.convs:
-                x = _run_conv(conv, x, next(given), next(given), next(given))
-                made.append(x)
+                x = _run_conv(conv, x, next(remaining), next(remaining), next(remaining))
+                activations.append(x)
             if block.shortcut is not None:
                 x = upsample(functional.conv2d(before, block.shortcut), block.kernel) + x
-                made.append(x)
-            coloured.append(image is not None)
+                activations.append(x)
+            had_image.append(image is not None)
             if image is not None:
                 image = upsample(image, block.kernel.float())
             if block.colours is not None:
-                rgb = bounded(_run_colours(block.colours, x, next(given)), 1.0, block.colours.clamp)
+                rgb = bounded(_run_to_rgb(block.colours, x, next(remaining)), 1.0, block.colours.clamp)
                 image = rgb if image is None else image.add_(rgb)
-            if keep:
-                kept.extend(made)
-        ctx.blocks, ctx.coloured, ctx.kept = blocks, coloured, len(kept)
-        ctx.save_for_backward(*kept, *inputs)
+            if save:
+                saved.extend(activations)
+        ctx.blocks, ctx.had_image, ctx.saved = blocks, had_image, len(saved)
+        ctx.save_for_backward(*saved, *inputs)
         return x, image
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        of_x, of_picture = (_channels_last(gradient) for gradient in gradients)
-        saved: Sequence[Any] = ctx.saved_tensors
-        kept, inputs = list(saved[: ctx.kept]), saved[ctx.kept :]
-        found: list[Tensor | None] = [None] * len(inputs)
+        of_x, of_image = (_channels_last(gradient) for gradient in gradients)
+        tensors: Sequence[Any] = ctx.saved_tensors
+        saved, inputs = list(tensors[: ctx.saved]), tensors[ctx.saved :]
+        input_gradients: list[Tensor | None] = [None] * len(inputs)
         at = len(inputs)
-        for block, coloured in zip(reversed(ctx.blocks), reversed(ctx.coloured), strict=True):
+        for block, had_image in zip(reversed(ctx.blocks), reversed(ctx.had_image), strict=True):
             of_x = None if of_x is None else of_x.to(block.dtype)
             if block.colours is not None:
                 at -= 1
-                if of_picture is not None:
-                    of_x, found[at] = _unrun_colours(block.colours, kept[-1], inputs[at], of_picture, of_x)
-            if of_picture is not None:
+                if of_image is not None:
+                    of_x, input_gradients[at] = _to_rgb_backward(
+                        block.colours, saved[-1], inputs[at], of_image, of_x
+                    )
+            if of_image is not None:
                 kernel = block.kernel.float()
-                of_picture = blur(of_picture, kernel, 1, gain=4.0, stride=2) if coloured else None
+                of_image = blur(of_image, kernel, 1, gain=4.0, stride=2) if had_image else None
             around = None
             if block.shortcut is not None:
-                kept.pop()
+                saved.pop()
                 around = blur(cast(Tensor, of_x), block.kernel, 1, gain=4.0, stride=2)
                 around = functional.conv_transpose2d(around, block.shortcut)
             for conv in reversed(block.convs):
                 at -= 3
-                out = kept.pop()
-                made = _unrun_conv(
+                out = saved.pop()
+                gradient = _conv_backward(
                     conv,
-                    kept[-1],
+                    saved[-1],
                     out,
                     cast(Tensor, of_x),
                     inputs[at : at + 3],
                     of_plane=ctx.needs_input_grad[at + 5],
                 )
-                of_x, found[at], found[at + 1], found[at + 2] = made.x, made.style, made.demod, made.plane
-            kept.pop()
+                of_x, input_gradients[at] = gradient.x, gradient.style
+                input_gradients[at + 1], input_gradients[at + 2] = gradient.demod, gradient.plane
+            saved.pop()
             if around is not None:
                 of_x = cast(Tensor, of_x) + around
         of_x = cast(Tensor, of_x).to(ctx.dtype) if ctx.needs_input_grad[1] else None
-        return None, of_x, of_picture, *found
+        return None, of_x, of_image, *input_gradients
 
 
 def _channels_last(x: Tensor | None) -> Tensor | None:
@@ -322,17 +325,17 @@ def run_blocks(
     x: Tensor | None,
     image: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Run some blocks in a row; inputs may ask for gradients (of first order), weights never do.
+    """Run consecutive blocks; inputs may require gradients (of first order), weights never do.
 
     Args:
         blocks: From `freeze_block`, in their order.
         inputs: For each block, float32: style (n, i), demodulation times gain (n, o) and noise times strength
-            (n or 1, 1, side, side) or None, for each convolution; then the style of the colours if it has any.
+            (n or 1, 1, side, side) or None, for each convolution; then the style of the RGB layer if it has one.
         x: Activations of the block before; None at the first block.
-        image: Colours so far (n, 3, side / 2, side / 2), float32; None where there are none yet.
+        image: RGB so far (n, 3, side / 2, side / 2), float32; None before the first RGB layer.
 
     Returns:
-        Activations, and colours or None.
+        Activations, and RGB or None.
     """
     flat = [tensor for block in inputs for tensor in block]
     return cast(tuple[Tensor | None, Tensor | None], cast(Any, _Blocks).apply(blocks, x, image, *flat))

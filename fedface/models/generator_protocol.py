@@ -1,8 +1,8 @@
-"""What every generator family promises, so that upsamplers and audits need not know which one they search.
+"""The interface of all generators, so that upsamplers and audits are independent of the architecture.
 
-The three verbs are those of Karras et al. 2019 (arXiv:1812.04948): a mapping to styles, truncation towards the mean
-style, and synthesis. What can be said with these verbs alone, drawing samples and noise maps, is said here for all
-families.
+The three methods are those of Karras et al. 2019 (arXiv:1812.04948): a mapping to styles, truncation towards the mean
+style, and synthesis. What needs these methods alone, such as sampling, is defined here for all
+generators.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fedface.tensor_types import Images, Latents, Styles
 
 
 class Generator(Protocol):
-    """Latents -> styles -> images. Implementations are torch modules; weights are frozen by the searcher."""
+    """Latents -> styles -> images. Implementations are torch modules; the caller freezes the weights."""
 
     @property
     def size(self) -> int:
@@ -69,14 +69,13 @@ class Generator(Protocol):
 def sample(
     generator: Generator, count: int, rng: torch.Generator, *, psi: float = 1.0, batch: int = 64
 ) -> Images:
-    """Draw images without gradients, with the generator's fixed noise.
+    """Sample images without gradients, with the generator's fixed noise.
 
     Args:
-        generator: Any family.
         count: How many images, >= 0.
         rng: Where the latents are drawn from.
         psi: How far styles stay from their mean, see `Generator.truncate`.
-        batch: Pictures at once, >= 1; bounds the memory and changes nothing else.
+        batch: Images at once, >= 1; bounds the memory, does not change the result.
 
     Returns:
         (count, 3, size, size), clamped to [0, 1].

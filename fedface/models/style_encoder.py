@@ -20,21 +20,23 @@ from fedface.models.stylegan_layers import Conv, ConvOptions, Linear, resize_up
 from fedface.tensor_types import LowImages, Styles
 from fedface.validation import In, PowerOfTwo, checked
 
-WIDEST = 2**12  # channels, and style inputs times style width, are bounded: a description may be a stranger's
+MAX_WIDTH = (
+    2**12
+)  # channels, and style inputs times style width, are bounded: a configuration may be untrusted
 
 
 @dataclass(frozen=True, kw_only=True)
 @checked
 class StyleEncoderNetworkConfig:
-    """The shape of a style encoder; equal configs have weights that can be summed."""
+    """The architecture of a style encoder; equal configs have weights that can be summed."""
 
     # Photos of up to so many pixels a side are read, enlarged to it.
     side: Annotated[int, PowerOfTwo(4, 256)] = 16
     style_inputs: Annotated[int, In("[1, 64]")] = 8  # k of the generator
-    style_width: Annotated[int, In(f"[1, {WIDEST}]")] = 128  # v of the generator
-    width: Annotated[int, In(f"[1, {WIDEST}]")] = 48  # channels of the trunk
+    style_width: Annotated[int, In(f"[1, {MAX_WIDTH}]")] = 128  # v of the generator
+    width: Annotated[int, In(f"[1, {MAX_WIDTH}]")] = 48  # channels of the trunk
     blocks: Annotated[int, In("[0, 64]")] = 2  # residual blocks at the photo's side
-    hidden: Annotated[int, In(f"[1, {WIDEST}]")] = 128  # width of the layer between trunk and styles
+    hidden: Annotated[int, In(f"[1, {MAX_WIDTH}]")] = 128  # width of the layer between trunk and styles
 
 
 class ResidualBlock(nn.Module):

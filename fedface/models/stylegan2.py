@@ -37,7 +37,7 @@ from fedface.validation import Above, AtLeast, PowerOfTwo, checked
 @dataclass(frozen=True, kw_only=True)
 @checked
 class StyleGAN2Config:
-    """The shape of a generator; equal configs have weights that can be summed."""
+    """The architecture of a generator; equal configs have weights that can be summed."""
 
     kind: ClassVar[str] = "stylegan2"
 
@@ -53,7 +53,7 @@ class StyleGAN2Config:
     # Activations are kept within +- this; published for half precision: 256.
     clamp: Annotated[float, Above(0)] | None = None
     classes: Annotated[int, AtLeast(0)] = 0  # of a class-conditional generator; 0 if unconditional
-    prior: Literal["standard", "fitted"] = "standard"  # fitted: latents pass an affine map that travels along
+    prior: Literal["standard", "fitted"] = "standard"  # fitted: latents pass a stored affine map
 
     def __post_init__(self) -> None:
         check_widths(self)
@@ -71,9 +71,9 @@ class StyleGAN2Config:
 class Mapping(nn.Module):
     """z -> w: normalise, then fully connected layers that learn a hundred times slower.
 
-    With classes, the label passes a layer of its own, is normalised as well, and stands behind z. With a fitted
-    prior, z is first replaced by `prior_mean + prior_root @ z`, the normal distribution that was found to give
-    the wanted mix of faces; it starts as the standard one.
+    With classes, the label is embedded, normalised as well, and appended to z. With a fitted prior, z is first replaced
+    by `prior_mean + prior_root @ z`, the normal distribution that was fitted to devices' photos; it starts as the
+    standard one.
     """
 
     w_avg: Tensor
@@ -83,8 +83,8 @@ class Mapping(nn.Module):
     def __init__(self, config: StyleGAN2Config, rng: torch.Generator | None) -> None:
         super().__init__()
         self.layers, self.classes, self.prior = config.mapping_layers, config.classes, config.prior
-        known = config.style_width if config.classes else 0
-        widths = [config.latent_width + known] + [config.style_width] * config.mapping_layers
+        embedded = config.style_width if config.classes else 0
+        widths = [config.latent_width + embedded] + [config.style_width] * config.mapping_layers
         for i in range(config.mapping_layers):
             layer = Linear(widths[i], widths[i + 1], activate="lrelu", lr_multiplier=0.01, rng=rng)
             self.add_module(f"fc{i}", layer)
@@ -101,8 +101,8 @@ class Mapping(nn.Module):
             latents = self.prior_mean + latents @ self.prior_root.t()
         x = unit_mean_square(latents)
         if self.classes:
-            known = checked_labels(labels, self.classes).to(x.dtype)
-            x = torch.cat([x, unit_mean_square(self.embed(known))], dim=1)
+            labels = checked_labels(labels, self.classes).to(x.dtype)
+            x = torch.cat([x, unit_mean_square(self.embed(labels))], dim=1)
         elif labels is not None:
             raise ConfigError("this generator has no classes, got labels; map latents alone")
         for i in range(self.layers):
@@ -316,9 +316,9 @@ class StyleGAN2(nn.Module):
 
 
 class ClassConditioned(nn.Module):
-    """A generator with classes, held to one of them: what searches and audits see is a generator without.
+    """A class-conditional generator, fixed to one class: an unconditional generator for searches and audits.
 
-    A module, so that whoever freezes or moves weights finds the generator's.
+    A module, so that freezing or moving it reaches the generator's weights.
     """
 
     label: Tensor
@@ -338,7 +338,7 @@ class ClassConditioned(nn.Module):
 
     @property
     def latent_width(self) -> int:
-        """Width of a latent, the label left out."""
+        """Width of a latent, without the label."""
         return self.generator.latent_width
 
     @property

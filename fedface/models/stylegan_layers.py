@@ -33,7 +33,7 @@ MAX_CHANNELS = {
 
 
 def check_widths(config: object) -> None:
-    """Raises ConfigError where a network's description, which may be a stranger's, goes beyond `MAX_CHANNELS`."""
+    """Raises ConfigError where an untrusted configuration exceeds `MAX_CHANNELS`."""
     for name, most in MAX_CHANNELS.items():
         if getattr(config, name, 0) > most:
             raise ConfigError(f"{name} must be at most {most}, got {getattr(config, name)}")
@@ -95,7 +95,7 @@ def unit_mean_square(x: Tensor) -> Tensor:
 
 
 def checked_labels(labels: Tensor | None, classes: int) -> Tensor:
-    """Labels (n, classes) as they are; raises ConfigError where they are missing or have another width."""
+    """Labels (n, classes), unchanged; raises ConfigError where they are missing or have another width."""
     if labels is None:
         raise ConfigError(
             f"this network is conditional on {classes} classes and got no labels; "
@@ -113,7 +113,7 @@ class Linear(nn.Module):
         inputs: Width of the input.
         outputs: Width of the output.
         activate: "lrelu" or "linear".
-        gain: Factor of the weight when it is used, beside that of the equalised learning rate.
+        gain: Factor of the weight when it is used, besides that of the equalised learning rate.
         lr_multiplier: Stored weights are this much larger, and learn this much slower.
         bias_start: Value of every bias at the start.
         rng: Where the weights are drawn from.
@@ -145,10 +145,10 @@ class Linear(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class ConvOptions:
-    """What a convolution does beside convolving."""
+    """What a convolution does besides convolving."""
 
     activate: Literal["lrelu", "linear"] = "lrelu"
-    gain: float = 1.0  # of the weight when it is used, beside that of the equalised learning rate
+    gain: float = 1.0  # of the weight when it is used, besides that of the equalised learning rate
     down: Literal[1, 2] = 1  # 2: halve the sides after the binomial blur
     bias: bool = True
     clamp: float | None = None  # largest absolute output, times the gain of `forward`

@@ -21,7 +21,7 @@ from fedface.models.stylegan_layers import Conv, ConvOptions, resize_up
 from fedface.tensor_types import Images, LowImages
 from fedface.validation import In, PowerOfTwo, checked
 
-WIDEST = 2**12
+MAX_WIDTH = 2**12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class SuperResolutionNetworkConfig:
     side: Annotated[int, In("[1, 512]")] = 16
     # How much larger than that side images are.
     factor: Annotated[int, PowerOfTwo(1, 64)] = 2
-    width: Annotated[int, In(f"[1, {WIDEST}]")] = 32  # channels
+    width: Annotated[int, In(f"[1, {MAX_WIDTH}]")] = 32  # channels
     blocks: Annotated[int, In("[0, 64]")] = 4  # residual blocks
 
     def __post_init__(self) -> None:

@@ -23,43 +23,43 @@ from torch.nn import functional
 from fedface.errors import ConfigError
 from fedface.validation import AtLeast, In, checked
 
-_FASTEST = 1000.0  # the highest frequency of the time embedding, in radians per unit of time
-_WIDEST = 2**16  # channels of a side, and numbers of the time embedding
-_MOST_SIDES = 8
+_MAX_FREQUENCY = 1000.0  # the highest frequency of the time embedding, in radians per unit of time
+_MAX_WIDTH = 2**16  # channels of a side, and numbers of the time embedding
+_MAX_SIDES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 @checked
 class UNetConfig:
-    """The shape of a U-Net for images of any side that its patches and halvings divide.
+    """The architecture of a U-Net for images of any side that its patches and halvings divide.
 
-    A shape may come from outside: it is bounded before its numbers are multiplied or memory is allocated.
+    It may be untrusted: it is bounded before its numbers are multiplied or memory is allocated.
     """
 
-    width: Annotated[int, In(f"[1, {_WIDEST}]")] = 64  # channels at the finest side
+    width: Annotated[int, In(f"[1, {_MAX_WIDTH}]")] = 64  # channels at the finest side
     # Channels of each side, in widths, finest first.
     multipliers: tuple[Annotated[float, In("(0, 1024]")], ...] = (1.0, 1.5)
     blocks: Annotated[int, In("[1, 64]")] = 1  # residual blocks at each side of each half
     patch: Annotated[int, AtLeast(1)] = 2  # pixels per side that are folded into channels first
     group: Annotated[int, AtLeast(1)] = 8  # channels normalised together; divides every side's channels
-    time_width: Annotated[int, In(f"[1, {_WIDEST}]")] = 64  # width of the time embedding, even
+    time_width: Annotated[int, In(f"[1, {_MAX_WIDTH}]")] = 64  # width of the time embedding, even
 
     def __post_init__(self) -> None:
         if self.time_width % 2:
             raise ConfigError(f"time_width must be even, got {self.time_width}")
         if not self.multipliers:
             raise ConfigError("multipliers must name at least one side, got none")
-        if len(self.multipliers) > _MOST_SIDES:
+        if len(self.multipliers) > _MAX_SIDES:
             raise ConfigError(
-                f"multipliers must name at most {_MOST_SIDES} sides, got {len(self.multipliers)}"
+                f"multipliers must name at most {_MAX_SIDES} sides, got {len(self.multipliers)}"
             )
         for channels in self.channels:
             if channels < self.group or channels % self.group:
                 raise ConfigError(
                     f"every side's channels must be a multiple of group {self.group}, got {channels}"
                 )
-            if channels > _WIDEST:
-                raise ConfigError(f"every side's channels must be at most {_WIDEST}, got {channels}")
+            if channels > _MAX_WIDTH:
+                raise ConfigError(f"every side's channels must be at most {_MAX_WIDTH}, got {channels}")
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -91,7 +91,7 @@ class TimeEmbedding(nn.Module):
 
 def _frequencies(count: int) -> Tensor:
     """Geometrically spaced from 1 to the fastest."""
-    return torch.exp(torch.linspace(0.0, math.log(_FASTEST), count))
+    return torch.exp(torch.linspace(0.0, math.log(_MAX_FREQUENCY), count))
 
 
 class ResidualBlock(nn.Module):
@@ -133,7 +133,7 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """Pictures (n, 3, s, s) and times (n,) -> images (n, 3, s, s); the start is the zero map."""
+    """Images (n, 3, s, s) and times (n,) -> images (n, 3, s, s); the start is the zero map."""
 
     def __init__(self, config: UNetConfig, rng: torch.Generator | None = None) -> None:
         super().__init__()
@@ -152,21 +152,21 @@ class UNet(nn.Module):
         self.middle = ResidualBlock(sides[-1], sides[-1], config)
         self.norm = nn.GroupNorm(sides[0] // config.group, sides[0])
         self.leave = nn.Conv2d(sides[0], 3 * config.patch**2, 3, padding=1)
-        self._draw(rng)
+        self._initialise(rng)
 
-    def _draw(self, rng: torch.Generator | None) -> None:
+    def _initialise(self, rng: torch.Generator | None) -> None:
         """Weights of variance 1 / inputs, biases 0; what ends a residual sum starts at 0."""
         last = {self.leave, self.attention.answer}
         last |= {module.conv1 for module in self.modules() if isinstance(module, ResidualBlock)}
         with torch.no_grad():
             for module in self.modules():
                 if isinstance(module, nn.Conv2d | nn.Linear):
-                    spread = 0.0 if module in last else 1.0 / math.sqrt(module.weight[0].numel())
-                    module.weight.normal_(0.0, 1.0, generator=rng).mul_(spread)
+                    std = 0.0 if module in last else 1.0 / math.sqrt(module.weight[0].numel())
+                    module.weight.normal_(0.0, 1.0, generator=rng).mul_(std)
                     cast(Tensor, module.bias).zero_()
 
     def forward(self, x: Tensor, times: Tensor) -> Tensor:
-        """Pictures (n, 3, s, s) and times (n,) in [0, 1] -> (n, 3, s, s)."""
+        """Images (n, 3, s, s) and times (n,) in [0, 1] -> (n, 3, s, s)."""
         time = self.time(times)
         x = self.enter(functional.pixel_unshuffle(x, self.config.patch))
         passed: list[Tensor] = []

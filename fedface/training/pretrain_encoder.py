@@ -53,9 +53,9 @@ class EncoderPretrainConfig:
     encoder: LatentEncoderConfig = field(default_factory=LatentEncoderConfig)
 
 
-def wide_latents(count: int, width: int, spread: float, rng: torch.Generator) -> Latents:
+def wide_latents(count: int, width: int, log_std: float, rng: torch.Generator) -> Latents:
     """Latents (count, width) on the sphere whose coordinates have heavier tails than a normal's."""
-    scale = torch.exp(spread * torch.randn(count, width, generator=rng))
+    scale = torch.exp(log_std * torch.randn(count, width, generator=rng))
     return on_sphere(torch.randn(count, width, generator=rng) * scale)
 
 

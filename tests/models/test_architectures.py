@@ -16,7 +16,7 @@ from fedface.models.discriminator import Discriminator, DiscriminatorConfig, min
 from fedface.models.generator_protocol import draw_noise
 from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
 
-CHANCE = torch.Generator()
+RNG = torch.Generator()
 
 
 def stirred(module: nn.Module) -> nn.Module:
@@ -24,27 +24,25 @@ def stirred(module: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, weight in module.named_parameters():
             if name.endswith(("bias", "noise_strength")):
-                weight.add_(0.3 * torch.randn(weight.shape, generator=CHANCE))
+                weight.add_(0.3 * torch.randn(weight.shape, generator=RNG))
     return module.double()
 
 
 def generator_of(**more: Any) -> StyleGAN2:
-    CHANCE.manual_seed(1)
+    RNG.manual_seed(1)
     config = StyleGAN2Config(
         size=16, latent_width=5, style_width=6, mapping_layers=2, channel_base=64, channel_max=7, **more
     )
-    return stirred(StyleGAN2(config, CHANCE))  # type: ignore[return-value]
+    return stirred(StyleGAN2(config, RNG))  # type: ignore[return-value]
 
 
 def discriminator_of(**more: Any) -> Discriminator:
-    CHANCE.manual_seed(2)
-    return stirred(
-        Discriminator(DiscriminatorConfig(size=16, channel_base=64, channel_max=8, **more), CHANCE)
-    )  # type: ignore[return-value]
+    RNG.manual_seed(2)
+    return stirred(Discriminator(DiscriminatorConfig(size=16, channel_base=64, channel_max=8, **more), RNG))  # type: ignore[return-value]
 
 
 def normal(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=CHANCE, dtype=torch.float64)
+    return torch.randn(*shape, generator=RNG, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("clamp", [None, 0.4])

@@ -68,7 +68,7 @@ def test_a_shape_out_of_bounds_is_refused_by_name(change: dict[str, int], words:
 def test_the_shipped_encoder_reads_light_and_dark_faces(light_fraction: float) -> None:
     """The face made from what it reads is nearer to the photo in lightness than that of another of its group.
 
-    Fresh drawn faces through cameras, 48 dark and 48 light ones. The error of a stranger of the same group is
+    Fresh synthetic faces through cameras, 48 dark and 48 light ones. The error of a stranger of the same group is
     what reading the group alone would leave; the encoder must leave less than two thirds of it.
     """
     model = load_encoder()

@@ -136,7 +136,7 @@ def test_a_super_resolution_network_draws_nobody() -> None:
 
 
 def test_the_embedded_upsamplers_read_sixteen_pixels_and_stand_on_the_embedded_generator() -> None:
-    """Made from the same drawn faces; the encoder's generator is the base checkpoint's."""
+    """Made from the same synthetic faces; the encoder's generator is the base checkpoint's."""
     styled, resolved = load_style_encoder(), load_super_resolution()
     assert (styled.size, resolved.size) == (32, 32)
     assert (styled.architecture.max_input_size, resolved.architecture.max_input_size) == (16, 16)

@@ -248,7 +248,7 @@ def test_two_private_steps_on_the_same_photos_differ() -> None:
     assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_a_step_without_a_promise_can_be_replayed() -> None:
+def test_a_step_without_privacy_can_be_replayed() -> None:
     module, photos = SmallCritic(), faces(20)
     first, second = (
         private_gradient(
@@ -262,7 +262,7 @@ def test_a_step_without_a_promise_can_be_replayed() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_a_promised_step_refuses_chance_that_can_be_replayed() -> None:
+def test_a_private_step_refuses_a_replayable_generator() -> None:
     with pytest.raises(PrivacyError, match="SecretNoise"):
         private_gradient(
             PerExampleProblem(SmallCritic(), loss),

@@ -70,7 +70,7 @@ def photos(count: int) -> Tensor:
     return torch.rand(count, 3, 16, 16, generator=STREAMS.generator("photos"))
 
 
-def terms(noise: float = 0.0, config: FlowTrainingConfig = CONFIG) -> DPParameters:
+def dp_parameters(noise: float = 0.0, config: FlowTrainingConfig = CONFIG) -> DPParameters:
     return DPParameters(schedule=config.schedule(), noise_multiplier=noise)
 
 
@@ -82,12 +82,14 @@ def drawn_faces(count: int, light_fraction: float, name: str) -> Tensor:
 
 def round_of(flow: RectifiedFlow, images: Tensor, **changes: Any) -> Tensor:
     given: dict[str, Any] = {"rng": STREAMS.generator("coins"), "streams": STREAMS, **changes}
-    return flow_round(flow, given.pop("config", CONFIG), given.pop("terms", terms())).update(images, **given)
+    return flow_round(flow, given.pop("config", CONFIG), given.pop("dp", dp_parameters())).update(
+        images, **given
+    )
 
 
 def flow_round(flow: RectifiedFlow, config: FlowTrainingConfig, dp: DPParameters | None = None) -> FlowRound:
     model = Model(FlowArchitecture(flow=flow.config), {"flow": flow})
-    return FlowRound(model, config, terms(config=config) if dp is None else dp)
+    return FlowRound(model, config, dp_parameters(config=config) if dp is None else dp)
 
 
 def test_the_true_velocity_has_no_loss_and_no_velocity_has_the_squared_distance() -> None:
@@ -157,7 +159,7 @@ def test_a_round_without_noise_and_with_a_huge_clip_norm_is_plain_gradient_desce
         lr=0.2,
         preconditioner=0.0,
     )
-    change = round_of(flow, images, config=config, terms=terms(config=config))
+    change = round_of(flow, images, config=config, dp=dp_parameters(config=config))
     assert torch.equal(flatten_parameters(flow), before) and all(w.grad is None for w in flow.parameters())
     draws = times_and_noises(6, 512, 16, 1.0, np.random.default_rng(5))
     weights = [weight for _, weight in sorted(flow.named_parameters())]
@@ -178,7 +180,7 @@ def test_one_photo_moves_a_round_by_at_most_the_clip_norm_times_the_rate_whateve
 def test_no_photos_are_still_a_round_whose_noise_has_the_promised_size() -> None:
     """rate * sigma * clip / batch on every weight; the sum of squares is chi-square."""
     flow = tiny_flow()
-    change = round_of(flow, photos(0), terms=terms(2.0), rng=SecretNoise())
+    change = round_of(flow, photos(0), dp=dp_parameters(2.0), rng=SecretNoise())
     scale = CONFIG.lr * 2.0 * CONFIG.clip_norm / CONFIG.expected_batch_size
     probability = stats.chi2.cdf(float((change.double() / scale).square().sum()), len(change))
     assert 1e-6 < probability < 1 - 1e-6
@@ -187,7 +189,7 @@ def test_no_photos_are_still_a_round_whose_noise_has_the_promised_size() -> None
 def test_momentum_repeats_a_share_of_each_step_in_the_next() -> None:
     """Of two steps of pure noise a, b the weights keep -rate * ((1 + m) a + b): a known variance."""
     config = replace(CONFIG, steps_per_round=2, expected_batch_size=6, clip_norm=0.5, lr=0.2, momentum=0.5)
-    change = round_of(tiny_flow(), photos(0), config=config, terms=terms(2.0, config), rng=SecretNoise())
+    change = round_of(tiny_flow(), photos(0), config=config, dp=dp_parameters(2.0, config), rng=SecretNoise())
     scale = 0.2 * 2.0 * 0.5 / 6 * math.sqrt(1.5**2 + 1.0)
     probability = stats.chi2.cdf(float((change.double() / scale).square().sum()), len(change))
     assert 1e-6 < probability < 1 - 1e-6
@@ -197,7 +199,7 @@ SCALED = replace(CONFIG, preconditioner=0.1)
 
 
 def public_gradients(flow: RectifiedFlow) -> list[Tensor]:
-    """Each drawn face's own gradient, as the recipe of the scales says, (64, *weight.shape) per weight."""
+    """Each synthetic face's own gradient, as the recipe of the scales says, (64, *weight.shape) per weight."""
     streams = Streams(0).child("public faces")
     faces = sample_faces(64, ToneMix(light_fraction=0.5), streams.generator("faces"))
     pictures = render(faces, 16, noise=streams.generator("camera"))
@@ -224,9 +226,9 @@ def test_a_scaled_round_is_descent_along_scaled_and_clipped_gradients() -> None:
     """A slow twin: one photo's gradient times the scales, cut to the clip norm, over the divisor, times the rate."""
     flow, one = tiny_flow(), photos(1)
     config = replace(SCALED, noise_draws=1, clip_norm=1e-3)
-    moved = round_of(flow, one, config=config, terms=terms(config=config))
+    moved = round_of(flow, one, config=config, dp=dp_parameters(config=config))
     assert moved.norm().item() == pytest.approx(config.lr * 1e-3 / config.expected_batch_size, rel=1e-3)
-    plain = round_of(flow, one, config=replace(config, preconditioner=0.0), terms=terms(config=config))
+    plain = round_of(flow, one, config=replace(config, preconditioner=0.0), dp=dp_parameters(config=config))
     assert functional.cosine_similarity(moved, plain, dim=0) < 0.99
 
 
@@ -234,7 +236,9 @@ def test_beyond_the_steady_noise_the_rate_falls_as_the_noise_grows() -> None:
     """No photos, so that noise is all there is: sigma 0.5 and sigma 5 move the weights equally far."""
     calm = replace(CONFIG, lr_noise_threshold=0.5)
     moved = [
-        float(round_of(tiny_flow(), photos(0), config=calm, terms=terms(noise), rng=SecretNoise()).norm())
+        float(
+            round_of(tiny_flow(), photos(0), config=calm, dp=dp_parameters(noise), rng=SecretNoise()).norm()
+        )
         for noise in (0.5, 5.0)
     ]
     assert moved[0] == pytest.approx(moved[1], rel=0.1)
@@ -252,13 +256,13 @@ def test_scales_are_shared_between_equal_flows_and_told_apart_for_others() -> No
 
 def test_a_promised_round_refuses_chance_that_can_be_replayed() -> None:
     with pytest.raises(PrivacyError, match="SecretNoise"):
-        round_of(tiny_flow(), photos(2), terms=terms(1.0))
+        round_of(tiny_flow(), photos(2), dp=dp_parameters(1.0))
 
 
 def test_a_round_without_a_promise_can_be_replayed_and_a_promised_one_cannot() -> None:
     flow, images = tiny_flow(), photos(4)
     assert torch.equal(round_of(flow, images), round_of(flow, images))
-    first, second = (round_of(flow, images, terms=terms(1e-6), rng=SecretNoise()) for _ in range(2))
+    first, second = (round_of(flow, images, dp=dp_parameters(1e-6), rng=SecretNoise()) for _ in range(2))
     # Hardly any noise: what differs are the times and noises, which are secret as well.
     assert float((first - second).norm()) > 0.01 * float(first.norm())
 
@@ -276,7 +280,7 @@ def test_with_adapters_a_round_changes_them_alone_and_lowers_the_loss() -> None:
         preconditioner=0.0,
         adapt=Lora(rank=2),
     )
-    change = round_of(flow, images, config=config, terms=terms(config=config))
+    change = round_of(flow, images, config=config, dp=dp_parameters(config=config))
     assert change.shape == flatten_trainable(flow).shape == flow_round(flow, config).ranges().shape
     assert len(change) < len(flatten_parameters(flow)) / 2
     draws = times_and_noises(8, 32, 16, 1.0, np.random.default_rng(6))
@@ -362,7 +366,7 @@ def made() -> Tensor:
 
 
 def test_the_shipped_base_makes_faces(made: Tensor) -> None:
-    """Nearer to drawn faces than blurred ones are, and than a mix of other tones is."""
+    """Nearer to synthetic faces than blurred ones are, and than a mix of other tones is."""
     real, again = drawn_faces(150, 0.85, "real"), drawn_faces(150, 0.85, "again")
     blurred = functional.interpolate(functional.avg_pool2d(again, 4), scale_factor=4.0, mode="bilinear")
     planted = (blurred, drawn_faces(150, 0.3, "others"))
@@ -372,7 +376,7 @@ def test_the_shipped_base_makes_faces(made: Tensor) -> None:
 
 
 def test_the_shipped_base_makes_mostly_light_faces_as_its_recipe_says(made: Tensor) -> None:
-    """Its share of darker faces is nearer to that of drawn faces at 85 % light than at 50 %."""
+    """Its share of darker faces is nearer to that of synthetic faces at 85 % light than at 50 %."""
     assert load_flow().notes["recipe"]["light_fraction"] == 0.85
     sets = (made, drawn_faces(300, 0.85, "real"), drawn_faces(300, 0.5, "mixed"))
     share, light, mixed = (float((measure_tone(faces).monk >= DARKER_FROM).float().mean()) for faces in sets)

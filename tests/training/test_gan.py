@@ -30,15 +30,15 @@ def photos(count: int = 6) -> Images:
     return torch.rand(count, 3, 16, 16, generator=STREAMS.generator("photos"))
 
 
-def terms(config: GanTrainingConfig, sigma: float = 0.0) -> DPParameters:
-    """What the schedule costs at a noise multiplier; 0 is no promise."""
+def dp_parameters(config: GanTrainingConfig, sigma: float = 0.0) -> DPParameters:
+    """The schedule with a noise multiplier; 0 is without privacy."""
     return DPParameters(schedule=config.schedule(), noise_multiplier=sigma)
 
 
 def one_round(gan: Model, seen: Images, config: GanTrainingConfig, sigma: float = 0.0) -> Vector:
     """A round with the streams of this file."""
     rng = SecretNoise() if sigma else STREAMS.generator("coins")
-    return GanRound(gan, config, terms(config, sigma)).update(seen, rng=rng, streams=STREAMS)
+    return GanRound(gan, config, dp_parameters(config, sigma)).update(seen, rng=rng, streams=STREAMS)
 
 
 def slow_twin(gan: Model, seen: Images, config: GanTrainingConfig) -> Vector:
@@ -122,7 +122,7 @@ def test_a_device_without_photos_sends_noise_of_the_usual_size() -> None:
         )
 
 
-def test_a_promised_round_is_never_the_same_twice() -> None:
+def test_a_private_round_is_never_the_same_twice() -> None:
     """Equal photos, equal streams, fresh noise on every weight of the discriminator."""
     gan = tiny_gan()
     front = generator_weights(gan)
@@ -130,17 +130,17 @@ def test_a_promised_round_is_never_the_same_twice() -> None:
     assert bool((first != second).float().mean() > 0.99)
 
 
-def test_a_promised_round_refuses_replayable_chance() -> None:
+def test_a_private_round_refuses_a_replayable_generator() -> None:
     """Noise from a seed protects nobody; nothing is computed."""
     with pytest.raises(PrivacyError, match="SecretNoise"):
-        GanRound(tiny_gan(), ONE_STEP, terms(ONE_STEP, 1.0)).update(
+        GanRound(tiny_gan(), ONE_STEP, dp_parameters(ONE_STEP, 1.0)).update(
             photos(), rng=STREAMS.generator("x"), streams=STREAMS
         )
 
 
-def test_what_was_agreed_is_what_runs_not_what_the_recipe_says() -> None:
-    """The terms' schedule decides: a recipe of 1 step under terms of 2 takes 2."""
-    agreed = terms(replace(ONE_STEP, steps_per_round=2))
+def test_the_agreed_schedule_runs_and_not_that_of_the_configuration() -> None:
+    """The agreed schedule decides: a configuration of 1 step under a schedule of 2 takes 2."""
+    agreed = dp_parameters(replace(ONE_STEP, steps_per_round=2))
     ours = GanRound(tiny_gan(), ONE_STEP, agreed).update(
         photos(), rng=STREAMS.generator("coins"), streams=STREAMS
     )
@@ -160,7 +160,7 @@ def test_the_public_ranges_hold_what_a_round_changes(generator_steps: int) -> No
         r2_weight=50.0,
     )
     gan = tiny_gan()
-    moved = one_round(gan, photos(), config) / GanRound(gan, config, terms(config)).ranges()
+    moved = one_round(gan, photos(), config) / GanRound(gan, config, dp_parameters(config)).ranges()
     front = generator_weights(gan)
     assert moved.shape == flatten_parameters(*gan.modules()).shape
     assert float(moved.abs().max()) <= 1.0
@@ -189,7 +189,7 @@ def test_a_photo_reaches_the_generator_through_the_noised_discriminator_alone() 
 
 
 def test_learning_pulls_samples_towards_the_photos() -> None:
-    """White photos, black start: forty steps without a promise make the samples lighter."""
+    """White photos, black start: forty steps without privacy make the samples lighter."""
     gan = tiny_gan()
     config = replace(
         ONE_STEP,

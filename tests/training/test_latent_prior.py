@@ -37,8 +37,8 @@ def config(second: str = "diagonal", **changes: float) -> PriorTrainingConfig:
     return replace(PriorTrainingConfig(second_moments=second, expected_batch_size=10), **changes)  # type: ignore[arg-type]
 
 
-def terms(recipe: PriorTrainingConfig, sigma: float = 0.0) -> DPParameters:
-    """What the recipe costs at a noise multiplier; 0 is no promise."""
+def dp_parameters(recipe: PriorTrainingConfig, sigma: float = 0.0) -> DPParameters:
+    """The schedule with a noise multiplier; 0 is without privacy."""
     return DPParameters(schedule=recipe.schedule(), noise_multiplier=sigma)
 
 
@@ -65,7 +65,7 @@ def photos(count: int) -> Images:
 def one_round(seen: Images, recipe: PriorTrainingConfig, sigma: float = 0.0) -> Vector:
     """What a device with these photos sends."""
     rng = SecretNoise() if sigma else STREAMS.generator("coins")
-    return sent(encoder(), seen, recipe, terms(recipe, sigma), rng)
+    return sent(encoder(), seen, recipe, dp_parameters(recipe, sigma), rng)
 
 
 def prior_round(reader: LatentEncoder, recipe: PriorTrainingConfig, dp: DPParameters) -> PriorRound:
@@ -132,7 +132,7 @@ def test_a_photos_vector_is_as_long_as_the_clip_norm_by_construction(second: str
 def test_without_noise_the_moments_of_the_photos_come_back(second: str) -> None:
     """A moment x is shrunk to x - min(|x|, c e / x), never by more than sqrt(c e), e its variance."""
     latents, recipe = spread_latents(40_000), config(second)
-    mean, covariance = fitted_moments(clean_total(latents, recipe), 3, recipe, terms(recipe))
+    mean, covariance = fitted_moments(clean_total(latents, recipe), 3, recipe, dp_parameters(recipe))
     true_mean = latents.double().mean(0)
     most = math.sqrt(2 * math.log(WIDTH) / len(latents))
     assert float((mean - true_mean).abs().max()) <= most * 1.01
@@ -163,10 +163,10 @@ def test_huge_noise_leaves_the_prior_standard(second: str) -> None:
     recipe = config(second)
     for _ in range(5):
         total = one_round(photos(20), recipe, sigma=1000.0)
-        mean, covariance = fitted_moments(total, 1, recipe, terms(recipe, 1000.0))
+        mean, covariance = fitted_moments(total, 1, recipe, dp_parameters(recipe, 1000.0))
         # The count passes for a large one by noise once in 740 times; then the moments are noise below theirs.
         assert float(mean.abs().max()) < 1.0 and float((covariance - torch.eye(WIDTH)).abs().max()) < 2.0
-    mean, covariance = fitted_moments(torch.zeros(len(total)), 1, recipe, terms(recipe, 1000.0))
+    mean, covariance = fitted_moments(torch.zeros(len(total)), 1, recipe, dp_parameters(recipe, 1000.0))
     assert float(mean.abs().max()) == 0.0 and torch.allclose(covariance, torch.eye(WIDTH).double(), atol=1e-5)
 
 
@@ -211,7 +211,7 @@ def test_a_photos_latent_is_bit_for_bit_the_same_whoever_stands_beside_it() -> N
     rows, totals = {}, {}
     for count in range(1, 21):
         seen.clear()
-        totals[count] = sent(hostile, many[:count], recipe, terms(recipe), STREAMS.generator("coins"))
+        totals[count] = sent(hostile, many[:count], recipe, dp_parameters(recipe), STREAMS.generator("coins"))
         rows[count] = torch.cat(seen)
     for count in range(1, 20):
         assert torch.equal(rows[count], rows[20][:count])
@@ -250,17 +250,17 @@ def test_a_private_sum_is_a_slow_loop() -> None:
 
 def test_every_photo_joins_and_nothing_is_claimed_from_sampling() -> None:
     """The price is that of one plain Gaussian sum."""
-    agreed = terms(config(), 1.3)
+    agreed = dp_parameters(config(), 1.3)
     plain = epsilon_of(GaussianSum(clip_norm=1.0, sigma=1.3).event(), 1e-5)
     assert epsilon_of(agreed.event(), 1e-5).estimate == pytest.approx(plain.estimate, rel=1e-3)
     assert agreed.schedule.rounds == agreed.schedule.steps_per_round == 1
 
 
-def test_a_promised_round_refuses_replayable_chance() -> None:
+def test_a_private_round_refuses_a_replayable_generator() -> None:
     """Noise from a seed protects nobody."""
     recipe = config()
     with pytest.raises(PrivacyError, match="SecretNoise"):
-        sent(encoder(), photos(3), recipe, terms(recipe, 1.0), STREAMS.generator("replayable"))
+        sent(encoder(), photos(3), recipe, dp_parameters(recipe, 1.0), STREAMS.generator("replayable"))
 
 
 def mapped_from(module: StyleGAN2, latents: Latents) -> Tensor:
@@ -272,7 +272,9 @@ def mapped_from(module: StyleGAN2, latents: Latents) -> Tensor:
 def test_the_refitted_generator_is_the_same_but_for_its_prior() -> None:
     """A latent of the fitted one gives the styles that the moved latent gave before; weights stay."""
     recipe, before = config("full"), generator()
-    after = fit_latent_prior(before, clean_total(spread_latents(20_000), recipe), 3, recipe, terms(recipe))
+    after = fit_latent_prior(
+        before, clean_total(spread_latents(20_000), recipe), 3, recipe, dp_parameters(recipe)
+    )
     mean, root = after.mapping.prior_mean, after.mapping.prior_root
     latents = torch.randn(50, WIDTH, generator=STREAMS.generator("fresh"))
     assert after.config == replace(before.config, prior="fitted") and before.config.prior == "standard"
@@ -288,9 +290,9 @@ def test_what_the_encoder_misreads_does_not_move_the_prior() -> None:
     """Devices with the generator's own samples: an encoder with random weights is wrong about all of them."""
     recipe, made_from = config(), generator()
     own = made_from.sample(1500, STREAMS.generator("own samples"))
-    total = sent(encoder(), own, recipe, terms(recipe), STREAMS.generator("coins"))
-    naive = fit_latent_prior(made_from, total, 1, recipe, terms(recipe)).mapping
-    aware = fit_latent_prior(made_from, total, 1, recipe, terms(recipe), encoder=encoder()).mapping
+    total = sent(encoder(), own, recipe, dp_parameters(recipe), STREAMS.generator("coins"))
+    naive = fit_latent_prior(made_from, total, 1, recipe, dp_parameters(recipe)).mapping
+    aware = fit_latent_prior(made_from, total, 1, recipe, dp_parameters(recipe), encoder=encoder()).mapping
     assert float(naive.prior_mean.norm()) > 2.0
     # The garrote lets none of 16 numbers through but by rare chance.
     assert float(aware.prior_mean.norm()) < 0.15
@@ -301,8 +303,8 @@ def test_a_prior_may_be_refitted_again() -> None:
     """Latents are read before the prior, so a second fit replaces the first."""
     recipe = config()
     total = clean_total(spread_latents(20_000), recipe)
-    once = fit_latent_prior(generator(), total, 3, recipe, terms(recipe))
-    twice = fit_latent_prior(once, total, 3, recipe, terms(recipe))
+    once = fit_latent_prior(generator(), total, 3, recipe, dp_parameters(recipe))
+    twice = fit_latent_prior(once, total, 3, recipe, dp_parameters(recipe))
     assert torch.equal(once.mapping.prior_root, twice.mapping.prior_root)
 
 
@@ -311,7 +313,7 @@ def test_variances_stay_within_their_bounds() -> None:
     same = on_sphere(torch.randn(1, WIDTH, generator=STREAMS.generator("one"))).expand(5000, -1)
     for second in ("diagonal", "full"):
         recipe = config(second)
-        _, covariance = fitted_moments(clean_total(same, recipe), 1, recipe, terms(recipe))
+        _, covariance = fitted_moments(clean_total(same, recipe), 1, recipe, dp_parameters(recipe))
         values = torch.linalg.eigvalsh(covariance)
         assert float(values.min()) >= VARIANCES[0] - 1e-5 and float(values.max()) <= VARIANCES[1] + 1e-5
 
@@ -320,7 +322,7 @@ def test_variances_stay_within_their_bounds() -> None:
 def test_the_public_ranges_hold_what_devices_send(second: str) -> None:
     """As many photos as the recipe expects at most stay within them without noise."""
     recipe = config(second, max_photos=60)
-    ranges = prior_round(encoder(), recipe, terms(recipe)).ranges()
+    ranges = prior_round(encoder(), recipe, dp_parameters(recipe)).ranges()
     sent = one_round(photos(60), recipe)
     assert sent.shape == ranges.shape and float(ranges.min()) > 0
     assert float((sent / ranges).abs().max()) <= 1.0 + 1e-5
@@ -346,4 +348,6 @@ def test_a_total_of_another_recipe_is_refused() -> None:
     """The numbers of products are not those of squares."""
     recipe = config("full")
     with pytest.raises(ValueError, match="moments are"):
-        fit_latent_prior(generator(), clean_total(spread_latents(10), config()), 1, recipe, terms(recipe))
+        fit_latent_prior(
+            generator(), clean_total(spread_latents(10), config()), 1, recipe, dp_parameters(recipe)
+        )

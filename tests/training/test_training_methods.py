@@ -45,7 +45,7 @@ def begun(experiment: Experiment) -> tuple[Model, TrainingRound]:
 
 
 def update_of(work: TrainingRound, seen: Images, name: str = "device") -> torch.Tensor:
-    """A replayable update, without a promise."""
+    """A replayable update, without privacy."""
     streams = Streams(7).child(name)
     return work.update(seen, rng=streams.generator("no promise"), streams=streams)
 
@@ -146,7 +146,7 @@ def test_a_gan_that_learns_in_one_step_releases_the_gradient_of_its_discriminato
 
 
 @each_way
-def test_a_promised_round_refuses_noise_that_can_be_replayed(tmp_path: Path, way: str) -> None:
+def test_a_private_round_refuses_a_replayable_generator(tmp_path: Path, way: str) -> None:
     _, work = begun(tiny_way(tmp_path, way))
     with pytest.raises(PrivacyError, match="SecretNoise"):
         update_of(work, photos(4))

@@ -56,13 +56,13 @@ def marked(name: str) -> Model:
     return model
 
 
-def terms(noise: float = 0.0, config: UpsamplerTrainingConfig = CONFIG) -> DPParameters:
-    """What was agreed: this schedule, with or without noise."""
+def dp_parameters(noise: float = 0.0, config: UpsamplerTrainingConfig = CONFIG) -> DPParameters:
+    """This schedule, with or without noise."""
     return DPParameters(schedule=config.schedule(), noise_multiplier=noise)
 
 
 def replayable() -> torch.Generator:
-    """Chance without a promise."""
+    """A replayable generator."""
     return STREAMS.generator("coins")
 
 
@@ -79,7 +79,7 @@ def test_one_step_is_the_clipped_mean_of_one_photo_gradients(name: str) -> None:
         loss = pair_losses(made, photo) + 10.0 * squared_difference(BicubicPulse(4).apply(made), low)
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss.sum(), weights)])
         total += gradient * min(1.0, 0.5 / float(gradient.norm()))
-    update = UpsamplerRound(model, CONFIG, terms()).update(PHOTOS, rng=replayable(), streams=STREAMS)
+    update = UpsamplerRound(model, CONFIG, dp_parameters()).update(PHOTOS, rng=replayable(), streams=STREAMS)
     torch.testing.assert_close(update, -0.2 * total / 4, atol=2e-6, rtol=1e-3)
 
 
@@ -89,7 +89,7 @@ def test_one_photo_more_moves_a_step_by_the_clip_norm_at_most(name: str) -> None
     model = marked(name)
     wild = torch.rand(1, 3, 16, 16, generator=STREAMS.generator("wild"))
     one, more = (
-        UpsamplerRound(model, CONFIG, terms()).update(seen, rng=replayable(), streams=STREAMS)
+        UpsamplerRound(model, CONFIG, dp_parameters()).update(seen, rng=replayable(), streams=STREAMS)
         for seen in (PHOTOS, torch.cat([PHOTOS, wild]))
     )
     moved = float((more - one).norm())
@@ -100,11 +100,13 @@ def test_one_photo_more_moves_a_step_by_the_clip_norm_at_most(name: str) -> None
 def test_noise_has_the_agreed_size_also_without_a_photo(name: str) -> None:
     """An empty library: each number is rate * sigma * clip / batch of noise, and a promise needs secret noise."""
     model = marked(name)
-    update = UpsamplerRound(model, CONFIG, terms(2.0)).update(PHOTOS[:0], rng=SecretNoise(), streams=STREAMS)
+    update = UpsamplerRound(model, CONFIG, dp_parameters(2.0)).update(
+        PHOTOS[:0], rng=SecretNoise(), streams=STREAMS
+    )
     # Beyond a noise of 0.5 the rate falls as 1 / noise: 0.2 * 0.5 / 2.
     assert float(update.std()) == pytest.approx(0.05 * 2.0 * 0.5 / 4, rel=0.1)
     with pytest.raises(PrivacyError, match="SecretNoise"):
-        UpsamplerRound(model, CONFIG, terms(2.0)).update(PHOTOS, rng=replayable(), streams=STREAMS)
+        UpsamplerRound(model, CONFIG, dp_parameters(2.0)).update(PHOTOS, rng=replayable(), streams=STREAMS)
 
 
 def test_devices_teach_the_encoder_and_never_the_generator() -> None:
@@ -112,7 +114,7 @@ def test_devices_teach_the_encoder_and_never_the_generator() -> None:
     model = marked("styles")
     assert isinstance(model.architecture, StyleEncoderArchitecture)
     before = flatten_parameters(*model.modules())
-    update = UpsamplerRound(model, CONFIG, terms()).update(PHOTOS, rng=replayable(), streams=STREAMS)
+    update = UpsamplerRound(model, CONFIG, dp_parameters()).update(PHOTOS, rng=replayable(), streams=STREAMS)
     assert (
         len(update)
         == len(flatten_trainable(model.networks["encoder"]))
@@ -125,7 +127,7 @@ def test_devices_teach_the_encoder_and_never_the_generator() -> None:
 def test_ranges_hold_an_update_of_as_many_photos_as_expected(name: str) -> None:
     """Two steps with momentum 0.9 repeat a step 1 + 1.9 times; twice that is the range."""
     config = UpsamplerTrainingConfig(steps_per_round=2, lr=0.2, clip_norm=0.5, momentum=0.9)
-    ranges = UpsamplerRound(marked(name), config, terms()).ranges()
+    ranges = UpsamplerRound(marked(name), config, dp_parameters()).ranges()
     assert torch.allclose(ranges, torch.full_like(ranges, 2 * 2.9 * 0.2 * 0.5))
 
 
@@ -151,7 +153,7 @@ def test_several_steps_are_descent_with_heavy_balls_momentum(name: str) -> None:
             for weight, moved, gradient in zip(weights, pace, gradients, strict=True):
                 moved.mul_(0.5).add_(gradient)
                 weight -= 0.02 * moved
-    update = UpsamplerRound(model, config, terms(config=config)).update(
+    update = UpsamplerRound(model, config, dp_parameters(config=config)).update(
         PHOTOS, rng=replayable(), streams=STREAMS
     )
     wanted = torch.cat([(w.detach() - s).flatten() for w, s in zip(weights, start, strict=True)])
@@ -211,7 +213,7 @@ def test_low_rank_changes_of_an_encoder_send_fewer_numbers() -> None:
     full, lora = marked("styles"), build_model(SHAPES["styles"], STREAMS.generator("styles"))
     assert isinstance(lora.architecture, StyleEncoderArchitecture)
     mark_upsampler(lora, Lora(rank=2), STREAMS.generator("adapter"))
-    counts = [len(UpsamplerRound(model, CONFIG, terms()).ranges()) for model in (lora, full)]
+    counts = [len(UpsamplerRound(model, CONFIG, dp_parameters()).ranges()) for model in (lora, full)]
     assert counts[0] < counts[1] / 2
 
 
