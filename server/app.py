@@ -50,10 +50,10 @@ def main(grid: Grid, context: Context) -> None:
         prepare(experiment, devices_folder(folder))
         if models:
             command += f" --run-config \"candidates='{';'.join(config.candidates)}'\""
-            run_ranking(experiment, models, cohort, folder, watcher=progress, command=command)
+            run_ranking(experiment, models, cohort, folder, progress=progress, command=command)
             progress.message(f"the chart is {folder / 'tournament.png'}")
             return
         if not (folder / "state.json").exists():
             initialize_run(experiment, folder)
-        run_experiment(experiment, cohort, folder, watcher=progress, command=command)
+        run_experiment(experiment, cohort, folder, progress=progress, command=command)
         progress.message(f"the report is {folder / 'report.html'}")

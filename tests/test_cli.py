@@ -189,14 +189,14 @@ def test_another_experiments_run_is_not_resumed(fedface, tmp_path: Path) -> None
     assert "no unfinished run of tiny" in sentence(fedface("run", path, "--resume"))
     initialize_run(tiny_experiment(tmp_path), Path("runs/tiny"))
     said = fedface("run", path, "--resume", "--set", "seed=3")
-    assert said.code == 2 and "begun with another recipe" in said.err and "Traceback" not in said.err
+    assert said.code == 2 and "started with another experiment" in said.err and "Traceback" not in said.err
 
 
 def test_a_begun_folder_is_not_begun_again(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Nor continued by mistake: that takes --resume. A file is no folder."""
     path = str(tiny_file(tmp_path))
     initialize_run(tiny_experiment(tmp_path), Path("mine"))
-    assert "a run was begun here; continue it with --resume" in sentence(
+    assert "a run was started here; continue it with --resume" in sentence(
         fedface("run", path, "--out", "mine")
     )
     Path("file").write_text("")

@@ -92,7 +92,7 @@ def benchmark(
             degradation,
             faces_per_photo=faces,
             seed=seed,
-            watcher=bars,
+            progress=bars,
             command=shlex.join(words),
         )
     path = method_report.write(record, pictures, out)

@@ -56,7 +56,7 @@ def compare(
             sweep,
             folder,
             in_process_cohort,
-            watcher=bars,
+            progress=bars,
             command=command_line("compare", experiment, photos, changes),
         )
     if json_out:

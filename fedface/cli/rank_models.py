@@ -73,7 +73,7 @@ def rank_models(
             models,
             in_process_cohort(recipe, devices_folder(folder)),
             folder,
-            watcher=bars,
+            progress=bars,
             command=command_line("rank-models", experiment, photos, changes, candidates),
         )
     if json_out:

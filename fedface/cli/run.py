@@ -56,7 +56,7 @@ def run(
             recipe,
             in_process_cohort(recipe, devices_folder(folder)),
             folder,
-            watcher=bars,
+            progress=bars,
             command=command_line("run", experiment, photos, changes),
         )
     if json_out:

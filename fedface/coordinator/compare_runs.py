@@ -1,7 +1,7 @@
 """A comparison: every run of a sweep, its rounds alone, and what the samples of each look like side by side.
 
-Called by `fedface compare`. Each run lies in a folder of its own and is finished once its figures are there, so
-that a comparison that was cut short continues where it stopped, also in the middle of a run.
+Each run has a folder of its own and is finished once its metrics are there, so that an interrupted comparison continues
+where it stopped, also in the middle of a run.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ from fedface.sweep import Sweep, Variant, level_of
 from fedface.tensor_types import Images
 from fedface.training.training_methods import common_streams, prepare_round
 
-MEASURED_ON = 1  # raised whenever the same samples would give other figures
+MEASURED_ON = 1  # raised whenever the same samples would give other metrics
 FACES = 600  # samples of each model, and faces on either side of the reference
 QUALITY = ("kernel", "coverage", "precision", "recall")
-SHOWN = 12  # samples in a row of the picture
+SHOWN = 12  # samples in a row of the image
 
 CohortOf = Callable[[Experiment, Path], Cohort]  # an experiment and the folder of its devices' states
 
@@ -63,7 +63,7 @@ class _Reference:
 
     faces: Images  # to compare with
     second: Images  # to show what a perfect score is
-    asked: Images  # what upsamplers are shown, shrunken
+    inputs: Images  # what upsamplers get, degraded
 
 
 def compare_runs(
@@ -71,25 +71,25 @@ def compare_runs(
     folder: Path,
     cohort_of: CohortOf,
     *,
-    watcher: ProgressListener,
+    progress: ProgressListener,
     command: str = "",
     faces: int = FACES,
 ) -> ComparisonRecord:
-    """Run what is not finished, measure every model alike, and write tables and pictures.
+    """Run what is not finished, measure every model alike, and write tables and charts.
 
     Args:
         sweep: The runs.
-        folder: Where they lie, each in `runs/NAME`; begun before or not.
+        folder: For all of them, each in `runs/NAME`; started before or not.
         cohort_of: Makes the devices of one run.
-        watcher: Who is told about progress.
-        command: What a reader types to make it again.
+        progress: Receives the progress.
+        command: The command that reproduces the comparison.
         faces: Samples of each model, and faces on either side of the reference, >= 40.
 
     Returns:
-        The record; `comparison.json`, `comparison.md` and the pictures lie in the folder.
+        The record; `comparison.json`, `comparison.md` and the charts are in the folder.
 
     Raises:
-        RunError: The folder holds runs of another recipe.
+        RunError: The folder holds runs of another experiment.
         ConfigError: Nothing is known of the devices' faces, so that there is nothing to compare with.
     """
     for variant in sweep.variants:
@@ -97,11 +97,11 @@ def compare_runs(
         variant.experiment.training.check(variant.experiment.start().architecture)
     runs: list[ComparedRun] = []
     for number, variant in enumerate(sweep.variants, 1):
-        watcher.message(
+        progress.message(
             f"run {number} of {len(sweep.variants)}: {', '.join(variant.names) or variant.method}"
         )
         place = folder / "runs" / variant.folder
-        runs += [_base(variant, folder, faces, watcher), _one(variant, place, cohort_of, faces, watcher)]
+        runs += [_base(variant, folder, faces, progress), _one(variant, place, cohort_of, faces, progress)]
     first = sweep.variants[0].experiment
     truth = _reference(first, first.start().size, faces)
     record = ComparisonRecord(
@@ -114,37 +114,37 @@ def compare_runs(
         devices=_devices(first),
         features=f"Distances, precision and recall rest on {open_features(ColourFeatures()).identity.name}: they "
         "cannot be compared with published FID or KID, only with each other.",
-        reference=_figures(truth.second, "reference", truth, first.seed),
+        reference=_metrics(truth.second, "reference", truth, first.seed),
         runs=tuple(_without_twins(runs)),
     )
-    watcher.stage("pictures", 1)
+    progress.stage("pictures", 1)
     comparison_report.write(record, folder)
     _draw(record, sweep, folder, truth)
-    watcher.advance(1)
+    progress.advance(1)
     return record
 
 
 def _without_twins(runs: list[ComparedRun]) -> list[ComparedRun]:
-    """Each (way, level, seed) once: the untouched model stands before every promise of its way."""
+    """Each (method, level, seed) once: the untrained model belongs to every epsilon of its method."""
     return list({(run.method, run.level, run.seed): run for run in runs}.values())
 
 
 def _one(
-    variant: Variant, place: Path, cohort_of: CohortOf, faces: int, watcher: ProgressListener
+    variant: Variant, place: Path, cohort_of: CohortOf, faces: int, progress: ProgressListener
 ) -> ComparedRun:
-    """One run to its end, or its figures from the disk."""
-    experiment, kept = variant.experiment, place / f"figures-{_measure_name(faces)}.json"
+    """One run to its end, or its metrics from the disk."""
+    experiment, stored = variant.experiment, place / f"metrics-{_measure_name(faces)}.json"
     if not (place / "state.json").exists():
         initialize_run(experiment, place)
     check_same(experiment, place)
-    if kept.exists():
-        return load(ComparedRun, kept)
+    if stored.exists():
+        return load(ComparedRun, stored)
     plan = experiment.plan()
     cohort = cohort_of(experiment, place / "devices")
-    state = run_rounds(experiment, plan, cohort, RunState.read(place), None, watcher)
+    state = run_rounds(experiment, plan, cohort, RunState.read(place), None, progress)
     final = load_model(weights_path(place, experiment.rounds))
     work = prepare_round(final, experiment.training, plan.dp_parameters, common_streams(experiment.seed, 0))
-    figures = ComparedRun(
+    run = ComparedRun(
         method=variant.method,
         level=level_of(experiment),
         epsilon=epsilon_spent(plan, experiment.rounds),
@@ -153,23 +153,25 @@ def _one(
         numbers_up=len(work.ranges()),
         bytes_up=sum(record.bytes_up for record in state.rounds),
         seconds=sum(record.seconds for record in state.rounds),
-        model=_measure(final, experiment, faces, watcher),
+        model=_measure(final, experiment, faces, progress),
     )
-    replace_text(kept, dumps(figures))
-    return figures
+    replace_text(stored, dumps(run))
+    return run
 
 
-def _base(variant: Variant, folder: Path, faces: int, watcher: ProgressListener) -> ComparedRun:
-    """The figures of a way's public model before any round, measured once."""
+def _base(variant: Variant, folder: Path, faces: int, progress: ProgressListener) -> ComparedRun:
+    """The metrics of a method's public model before any round, measured once."""
     experiment = variant.experiment
     base = experiment.start()
-    kept = folder / "bases" / f"{weights_hash(*base.modules())}-{experiment.seed}-{_measure_name(faces)}.json"
-    if kept.exists():
-        model = load(ModelQualityRecord, kept)
+    stored = (
+        folder / "bases" / f"{weights_hash(*base.modules())}-{experiment.seed}-{_measure_name(faces)}.json"
+    )
+    if stored.exists():
+        model = load(ModelQualityRecord, stored)
     else:
-        model = _measure(base, experiment, faces, watcher)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(kept, dumps(model))
+        model = _measure(base, experiment, faces, progress)
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(stored, dumps(model))
     return ComparedRun(
         method=variant.method,
         level=UNTRAINED,
@@ -184,17 +186,17 @@ def _base(variant: Variant, folder: Path, faces: int, watcher: ProgressListener)
 
 
 def _measure_name(faces: int) -> str:
-    """What figures depend on beside the model: of how many faces, measured how."""
+    """What metrics depend on besides the model: the number of faces, and the version of the measurement."""
     return f"{faces}-{MEASURED_ON}"
 
 
 def _measure(
-    model: Model, experiment: Experiment, faces: int, watcher: ProgressListener
+    model: Model, experiment: Experiment, faces: int, progress: ProgressListener
 ) -> ModelQualityRecord:
-    watcher.stage("samples", 1)
+    progress.stage("samples", 1)
     made = _sampled(model, experiment, faces)
     truth = _reference(experiment, model.size, faces)
-    return _figures(made, weights_hash(*model.modules()), truth, experiment.seed)
+    return _metrics(made, weights_hash(*model.modules()), truth, experiment.seed)
 
 
 def _sampled(model: Model, experiment: Experiment, count: int) -> Images:
@@ -205,15 +207,15 @@ def _sampled(model: Model, experiment: Experiment, count: int) -> Images:
     def draw(number: int) -> Images:
         rng = streams.generator(str(number))
         if model.is_upsampler:
-            asked = _reference(experiment, model.size, count).asked[number * halves[0] :]
-            return upsample_with(model, asked[: halves[number]], experiment.upsampling.downscale)
+            inputs = _reference(experiment, model.size, count).inputs[number * halves[0] :]
+            return upsample_with(model, inputs[: halves[number]], experiment.upsampling.downscale)
         return model.generator.sample(halves[number], rng)
 
     with ThreadPoolExecutor(2) as pool:
         return torch.cat(list(pool.map(draw, range(2))))
 
 
-def _figures(made: Images, name: str, truth: _Reference, seed: int) -> ModelQualityRecord:
+def _metrics(made: Images, name: str, truth: _Reference, seed: int) -> ModelQualityRecord:
     streams = Streams(seed).child("compared figures")
     readings, true = measure_tone(made).monk.double(), measure_tone(truth.faces).monk.double()
     found = quality(
@@ -264,13 +266,16 @@ def _quality_figures(found: GroupQuality) -> dict[str, Measurement]:
 
 @lru_cache(maxsize=4)
 def _reference(experiment: Experiment, size: int, faces: int) -> _Reference:
-    everyone, asked = device_faces(experiment, 2 * faces, size), device_faces(experiment, faces, size, part=2)
-    if everyone is None or asked is None:
+    everyone, inputs = (
+        device_faces(experiment, 2 * faces, size),
+        device_faces(experiment, faces, size, part=2),
+    )
+    if everyone is None or inputs is None:
         raise ConfigError(
-            "devices: nothing is known of real devices' photos; compare with drawn or labelled ones"
+            "devices: nothing is known of remote devices' photos; compare with synthetic or labelled ones"
         )
     half = len(everyone) // 2
-    return _Reference(everyone[:half], everyone[half : 2 * half], asked)
+    return _Reference(everyone[:half], everyone[half : 2 * half], inputs)
 
 
 def _devices(experiment: Experiment) -> str:
@@ -281,9 +286,9 @@ def _devices(experiment: Experiment) -> str:
     match experiment.devices:
         case SyntheticDevices(light_fractions=shares):
             return (
-                f"{start}: drawn faces, of which {sum(shares) / len(shares):.0%} have light skin (Monk 1-5), from "
+                f"{start}: synthetic faces, of which {sum(shares) / len(shares):.0%} have light skin (Monk 1-5), from "
                 f"{max(shares):.0%} on the lightest device to {min(shares):.0%} on the darkest. Tone is read from "
-                "pixels, so light and camera are mixed into every figure."
+                "pixels, so light and camera are mixed into every metric."
             )
         case _:
             return f"{start}: {'; '.join(dict.fromkeys(words for _, words, _ in everyone))}."
@@ -301,16 +306,16 @@ def _draw(record: ComparisonRecord, sweep: Sweep, folder: Path, truth: _Referenc
 
 
 def _rows(record: ComparisonRecord, sweep: Sweep, folder: Path) -> dict[str, Images]:
-    """A row of samples for each way and epsilon, of the first seed, from the same latents within a family."""
+    """A row of samples for each method and epsilon, of the first seed, from the same latents per architecture."""
     rows: dict[str, Images] = {}
-    for way in record.ways():
-        mine = [variant for variant in sweep.variants if variant.method == way]
+    for method in record.ways():
+        mine = [variant for variant in sweep.variants if variant.method == method]
         seed = mine[0].experiment.seed
-        rows[f"{way}, epsilon 0"] = _sampled(mine[0].experiment.start(), mine[0].experiment, SHOWN)
+        rows[f"{method}, epsilon 0"] = _sampled(mine[0].experiment.start(), mine[0].experiment, SHOWN)
         by_level = {level_of(v.experiment): v for v in mine if v.experiment.seed == seed}
         for level in record.levels():
             if level in by_level:
                 variant = by_level[level]
                 path = weights_path(folder / "runs" / variant.folder, variant.experiment.rounds)
-                rows[f"{way}, epsilon {level}"] = _sampled(load_model(path), variant.experiment, SHOWN)
+                rows[f"{method}, epsilon {level}"] = _sampled(load_model(path), variant.experiment, SHOWN)
     return rows

@@ -1,6 +1,6 @@
-"""Every upsampling method on one public probe: shrink, answer, compare group by group; nearest and bicubic beside them.
+"""Upsampling methods on one public probe: degrade, upsample, compare by group, with nearest and bicubic as baselines.
 
-Called by `fedface benchmark`. No device takes part: the probe is drawn or labelled and public.
+No device takes part.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def benchmark_methods(
     *,
     faces_per_photo: int,
     seed: int,
-    watcher: ProgressListener,
+    progress: ProgressListener,
     command: str,
 ) -> tuple[BenchmarkRecord, dict[str, bytes]]:
     """Ask every method for the same photos.
@@ -53,11 +53,11 @@ def benchmark_methods(
         downscale: What shrinks them, and what every search works against.
         faces_per_photo: How many faces, >= 1; methods with one answer give one.
         seed: Of starts, draws and resamples.
-        watcher: Who is told about progress.
-        command: What a reader types to make it again.
+        progress: Receives the progress.
+        command: The command that reproduces the benchmark.
 
     Returns:
-        The record, and pictures by name, PNG.
+        The record, and images by name, PNG.
 
     Raises:
         ConfigError: A method does not go with its checkpoint or the downscale.
@@ -66,7 +66,7 @@ def benchmark_methods(
     chosen = examples(probe)
     rows = [("original", probe.images[chosen])]
     for number, (method, model) in enumerate(pairs):
-        watcher.stage(f"{title_of(method)} on {len(probe.images)} faces", 1000)
+        progress.stage(f"{title_of(method)} on {len(probe.images)} faces", 1000)
         faces = 1 if is_deterministic(method) else faces_per_photo
         config = UpsamplingConfig(downscale=downscale, method=method, faces_per_photo=faces)
         served = evaluate_on_probe(
@@ -75,7 +75,7 @@ def benchmark_methods(
             config,
             method,
             seed,
-            lambda done, of: watcher.advance(round(1000 * done / max(1, of))),
+            lambda done, of: progress.advance(round(1000 * done / max(1, of))),
         )
         found.append(_figures(served, probe, served.seconds / (len(probe.images) * faces), seed))
         if number == 0:

@@ -1,7 +1,7 @@
 """Rank several models by the devices' own photos.
 
 Every device evaluates every candidate on all its photos; each answer is clipped, noised, recorded and summed like any
-other metric, and the privacy guarantee of the recipe covers all answers together. Devices see weights without a name,
+other metric, and the privacy guarantee of the experiment covers all answers together. Devices see weights without a name,
 in a secret random order; the server sees one noised sum over all devices for each candidate (unit library: the trusted
 server receives means without noise and adds it). Each answer is on disk before the next evaluation.
 """
@@ -35,14 +35,14 @@ from fedface.reports.device_metrics_record import DeviceMetricsRecord
 from fedface.reports.model_ranking_report import RankingReport
 from fedface.upsampling.methods import check_method
 
-BASE = "base"  # the word for the model that the recipe itself starts from
+BASE = "base"  # names the model that the experiment itself starts from
 
 
 def load_candidates(words: Sequence[str], experiment: Experiment) -> dict[str, Model]:
-    """The models by name: files of weights, or the word "base" for the recipe's own.
+    """The models by name: checkpoints, or "base" for the experiment's own.
 
     Raises:
-        ConfigError: Fewer than two, two of one name, or a model that the recipe's method cannot ask.
+        ConfigError: Fewer than two, two of one name, or a model that the experiment's method cannot use.
         WeightsError: A file cannot be read.
     """
     if len(words) < 2:
@@ -74,15 +74,15 @@ def _name_of(file: Path) -> str:
 
 
 def ranking_parameters(experiment: Experiment, count: int) -> DPParameters:
-    """What each question releases: the whole promise pays for `count` of them.
+    """The parameters with which `count` evaluations cost the whole privacy target.
 
     Raises:
-        PrivacyError: No amount of noise keeps the promise.
+        PrivacyError: No amount of noise meets the target.
     """
-    config, promise = experiment.evaluation, experiment.privacy
-    if config is None or not isinstance(promise, PrivacyTarget):
+    config, target = experiment.evaluation, experiment.privacy
+    if config is None or not isinstance(target, PrivacyTarget):
         raise ConfigError("a ranking needs a privacy target and an evaluation; see experiment.for_ranking")
-    return metrics_dp_parameters(promise, count, config.sampling_rate)
+    return metrics_dp_parameters(target, count, config.sampling_rate)
 
 
 def run_ranking(
@@ -91,17 +91,17 @@ def run_ranking(
     cohort: Cohort,
     folder: Path,
     *,
-    watcher: ProgressListener,
+    progress: ProgressListener,
     command: str = "",
 ) -> RankingReport:
-    """Ask about each model that has not been asked about yet, and rank them all.
+    """Have the devices evaluate each model that is not evaluated yet, and rank them all.
 
     Args:
         experiment: Of `experiment.for_ranking`.
         models: Of `load_candidates`.
-        cohort: Who is asked.
+        cohort: The devices.
         folder: Of the ranking; finished evaluations in it are kept.
-        watcher: Told how far it is.
+        progress: Receives the progress.
         command: What a reader types to do it again.
 
     Raises:
@@ -111,7 +111,7 @@ def run_ranking(
     config, target = experiment.evaluation, experiment.privacy
     if config is None or not isinstance(target, PrivacyTarget):
         raise ConfigError("a ranking needs a privacy target and an evaluation; see experiment.for_ranking")
-    terms = ranking_parameters(experiment, len(models))
+    dp = ranking_parameters(experiment, len(models))
     path = folder / "answers.json"
     state = RankingState.opened(path, experiment, models)
     members = cohort.members(experiment.devices.count)[: experiment.devices.count]
@@ -119,18 +119,18 @@ def run_ranking(
     for number, name in enumerate(state.order, start=1):
         if name in state.records:
             continue
-        watcher.stage(f"devices score candidate {number} of {len(models)}", len(members))
+        progress.stage(f"devices evaluate candidate {number} of {len(models)}", len(members))
         evaluation = Evaluation(
             run=folder.name,
             number=number,
             name=name,
             model=models[name],
-            dp=terms,
+            dp=dp,
             config=config.metrics,
             holdout_fraction=0.0,
         )
         asked = [member for member in members if member not in withdrawn]
-        answer = request_metrics(experiment, evaluation, cohort, asked, watcher.advance, withdrawn.update)
+        answer = request_metrics(experiment, evaluation, cohort, asked, progress.advance, withdrawn.update)
         # A ranking keeps no names of devices, so that a withdrawal has none to remove.
         state = replace(state, records={**state.records, name: replace(answer, answered=())})
         replace_text(path, dumps(state))
@@ -147,11 +147,11 @@ def run_ranking(
         experiment=encode(experiment),
         candidates=tuple(state.records[name] for name in models),
         rankings=tuple(_rankings(estimates)),
-        epsilon=epsilon_of(terms.event(), target.delta, unit=terms.unit),
+        epsilon=epsilon_of(dp.event(), target.delta, unit=dp.unit),
         notes=(
             "All candidates were evaluated on the same photos, each with independent noise.",
-            "The privacy guarantee of the recipe covers all answers of a device together.",
-            *(trusted if terms.noise_at == "server" else ()),
+            "The privacy guarantee of the experiment covers all answers of a device together.",
+            *(trusted if dp.noise_at == "server" else ()),
             "Skin tone is measured from pixels, so light and camera affect every group.",
             "Devices whose owners refuse are missing; this ranking says nothing about their photos.",
         ),
@@ -166,7 +166,7 @@ class RankingState:
 
     version: ClassVar[int] = 2
 
-    digest: str  # of recipe and candidates
+    digest: str  # of experiment and candidates
     order: tuple[str, ...]
     records: dict[str, DeviceMetricsRecord]
 
@@ -175,7 +175,7 @@ class RankingState:
         """The state in a file, or a new one with a secret random order.
 
         Raises:
-            RunError: The file is damaged, or of other candidates or another recipe.
+            RunError: The file is damaged, or of other candidates or another experiment.
         """
         names = list(models)
         hashes = [f"{name} {weights_hash(*models[name].modules())}" for name in sorted(names)]
@@ -190,7 +190,7 @@ class RankingState:
         except RunError as error:
             raise RunError(f"{error}; the answers are damaged, start a new ranking") from error
         if state.digest != digest:
-            raise RunError(f"{path.parent}: holds a ranking of other candidates or of another recipe")
+            raise RunError(f"{path.parent}: holds a ranking of other candidates or of another experiment")
         return state
 
 

@@ -1,8 +1,7 @@
-"""The main job from recipe to report: rounds, audits before and after, pictures, the record and its pages.
+"""A run from experiment to report: rounds, audits before and after, images, the record and its pages.
 
-Called by the command line (in this process) and server/app.py (Ray, or real devices). The server sees
-payloads and public pictures only. Each part that is finished is on disk; a run that was cut short continues
-where it stopped.
+The server sees payloads and public images only. Each finished part is on disk; an interrupted run continues where it
+stopped.
 """
 
 from __future__ import annotations
@@ -58,13 +57,15 @@ TONE_SAMPLES = 512  # samples whose tones are counted
 
 
 def initialize_run(experiment: Experiment, folder: Path) -> None:
-    """Make a run's folder: the recipe, the base weights, an empty state.
+    """Make a run's folder: the experiment, the base weights, an empty state.
 
     Raises:
         RunError: There is a run in this folder already.
     """
     if (folder / "state.json").exists():
-        raise RunError(f"{folder}: a run was begun here; continue it with --resume, or choose another folder")
+        raise RunError(
+            f"{folder}: a run was started here; continue it with --resume, or choose another folder"
+        )
     (folder / "rounds").mkdir(parents=True, exist_ok=True)
     save_model(weights_path(folder, 0), experiment.start())
     replace_text(folder / "experiment.yaml", dump(experiment))
@@ -73,62 +74,62 @@ def initialize_run(experiment: Experiment, folder: Path) -> None:
 
 
 def check_same(experiment: Experiment, folder: Path) -> None:
-    """Raises RunError unless the run in this folder was begun with this very recipe."""
-    begun = (folder / "digest").read_text(encoding="utf-8") if (folder / "digest").exists() else ""
-    if begun != experiment.digest():
+    """Raises RunError unless the run in this folder was started with this experiment."""
+    started_with = (folder / "digest").read_text(encoding="utf-8") if (folder / "digest").exists() else ""
+    if started_with != experiment.digest():
         raise RunError(
-            f"{folder}: this run was begun with another recipe (see experiment.yaml there); "
+            f"{folder}: this run was started with another experiment (see experiment.yaml there); "
             "resume with the same file and options, or start a new run"
         )
 
 
 def run_experiment(
-    experiment: Experiment, cohort: Cohort, folder: Path, *, watcher: ProgressListener, command: str = ""
+    experiment: Experiment, cohort: Cohort, folder: Path, *, progress: ProgressListener, command: str = ""
 ) -> RunRecord:
-    """Run an experiment to its end in a folder that `begin` made, from wherever it stands.
+    """Run an experiment to its end in a folder that `initialize_run` made, from where it stopped.
 
     Args:
-        experiment: The recipe; the same as in the folder.
-        cohort: Who is asked.
+        experiment: The same as in the folder.
+        cohort: The devices.
         folder: The run's folder; its name is the run's name.
-        watcher: Who is told about progress.
-        command: What a reader types to run it again.
+        progress: Receives the progress.
+        command: The command that reproduces the run.
 
     Returns:
-        The record; `run.json`, `report.html`, `model-card.md` and the pictures lie in the folder.
+        The record; `run.json`, `report.html`, `model-card.md` and the images are in the folder.
     """
     check_same(experiment, folder)
     plan = experiment.plan()
     base = load_model(weights_path(folder, 0))
     size = base.size
-    watcher.stage("public faces", 1)
+    progress.stage("public faces", 1)
     probe = public_faces(experiment.probe, experiment.seed, size)
-    yardstick = make_reference_set(experiment, probe, size)
-    if len(yardstick.faces) < MIN_FACES:
+    reference = make_reference_set(experiment, probe, size)
+    if len(reference.faces) < MIN_FACES:
         raise ConfigError(
-            f"probe: {len(yardstick.faces)} public faces are too few to compare samples with; "
-            f"raise probe.each so that there are at least {MIN_FACES}"
+            f"probe: {len(reference.faces)} public faces are too few to compare samples with; "
+            f"raise probe.per_group so that there are at least {MIN_FACES}"
         )
     state = RunState.read(folder)
-    away: set[int] = set()  # members whose owners have left
-    state = evaluate_on_devices(experiment, plan, cohort, [("before", base)], state, watcher, away)
-    state = run_rounds(experiment, plan, cohort, state, yardstick, watcher, away)
+    withdrawn: set[int] = set()  # members whose owners have withdrawn
+    state = evaluate_on_devices(experiment, plan, cohort, [("before", base)], state, progress, withdrawn)
+    state = run_rounds(experiment, plan, cohort, state, reference, progress, withdrawn)
     final = load_model(weights_path(folder, experiment.rounds))
     state = evaluate_on_devices(
-        experiment, plan, cohort, [("before", base), ("after", final)], state, watcher, away
+        experiment, plan, cohort, [("before", base), ("after", final)], state, progress, withdrawn
     )
-    before, after = _serve(experiment, base, final, probe, watcher)
-    beside = [
+    before, after = _evaluate_both(experiment, base, final, probe, progress)
+    baselines = [
         evaluate_on_probe(base, probe, experiment.upsampling, method, experiment.seed, lambda done, of: None)
         for method in BASELINES
     ]
-    watcher.stage("attacks on one update", 1)
+    progress.stage("attacks on one update", 1)
     work = prepare_round(final, experiment.training, plan.dp_parameters, common_streams(experiment.seed, 0))
     attacked = audit_update_leakage(
         work, probe, _candidates(experiment, size), plan, experiment.attack, experiment.seed
     )
-    watcher.advance(1)
-    watcher.stage("cost of encryption", 1)
+    progress.advance(1)
+    progress.stage("cost of encryption", 1)
     # What one device of public faces would send: the sizes and errors are those of a real update.
     streams = Streams(experiment.seed).child("cost")
     update = (
@@ -136,14 +137,14 @@ def run_experiment(
         / work.ranges()
     )
     costs = aggregation_costs(update.clamp(-1, 1), experiment.aggregation, experiment.agreement)
-    watcher.advance(1)
+    progress.advance(1)
     rng = Streams(experiment.seed)
     samples = {
-        when: yardstick.pictures(model, TONE_SAMPLES, rng.generator("report samples"))
+        when: reference.samples(model, TONE_SAMPLES, rng.generator("report samples"))
         for when, model in (("before", base), ("after", final))
     }
-    like_devices = None if isinstance(experiment.devices, RemoteDevices) else yardstick.faces
-    parts = _Parts(base, final, probe, like_devices, before, after, beside, samples)
+    like_devices = None if isinstance(experiment.devices, RemoteDevices) else reference.faces
+    parts = _Parts(base, final, probe, like_devices, before, after, baselines, samples)
     record = RunRecord(
         name=folder.name,
         question=experiment.question,
@@ -165,13 +166,13 @@ def run_experiment(
             )
             for name, words, count in describe_devices(experiment)
         ),
-        metrics_before=sample_metrics(base, yardstick, experiment.seed),
+        metrics_before=sample_metrics(base, reference, experiment.seed),
         rounds=state.rounds,
         bias_before=before.bias,
         bias_after=after.bias,
         withdrawals=state.withdrawals,
         device_metrics=state.device_metrics,
-        reference={title_of(served.method): served.bias for served in beside},
+        reference={title_of(served.method): served.bias for served in baselines},
         tones=_tones(parts),
         attacks=tuple(attack.record for attack in attacked),
         aggregation=tuple(costs),
@@ -186,7 +187,7 @@ def run_experiment(
 
 @dataclass(frozen=True)
 class _Parts:
-    """What the pictures are made of."""
+    """What the images show."""
 
     base: Model
     final: Model
@@ -194,23 +195,23 @@ class _Parts:
     like_devices: Images | None
     before: MethodEvaluation
     after: MethodEvaluation
-    beside: list[MethodEvaluation]  # nearest and bicubic
+    baselines: list[MethodEvaluation]  # nearest and bicubic
     samples: dict[str, Images]
 
 
-def _serve(
-    experiment: Experiment, base: Model, final: Model, probe: PublicProbe, watcher: ProgressListener
+def _evaluate_both(
+    experiment: Experiment, base: Model, final: Model, probe: PublicProbe, progress: ProgressListener
 ) -> tuple[MethodEvaluation, MethodEvaluation]:
-    """The probe upsampled with both sets of weights, side by side."""
+    """The probe upsampled with both sets of weights, in parallel."""
     faces = len(probe.images) * experiment.upsampling.faces_per_photo
     method = experiment.method_for(base)
-    watcher.stage(f"{title_of(method)} on {len(probe.images)} probe faces, before and after", 2 * faces)
+    progress.stage(f"{title_of(method)} on {len(probe.images)} probe faces, before and after", 2 * faces)
     done = {"before": 0, "after": 0}
 
-    def progress(when: str) -> Callable[[int, int], None]:
+    def count(when: str) -> Callable[[int, int], None]:
         def note(so_far: int, of: int) -> None:
             done[when] = round(faces * so_far / max(1, of))
-            watcher.advance(sum(done.values()))
+            progress.advance(sum(done.values()))
 
         return note
 
@@ -223,7 +224,7 @@ def _serve(
                 experiment.upsampling,
                 method,
                 experiment.seed,
-                progress(when),
+                count(when),
             )
             for model, when in ((base, "before"), (final, "after"))
         ]
@@ -232,7 +233,7 @@ def _serve(
 
 
 def _candidates(experiment: Experiment, size: int) -> Images:
-    """Faces that everybody may know: the gallery of the attack, and what a guess averages."""
+    """Public faces: the gallery of the attack, whose mean is the guess without the update."""
     count = experiment.attack.candidates
     found = device_faces(experiment, count, size) if isinstance(experiment.devices, LabelledDevices) else None
     if found is not None:
@@ -256,15 +257,15 @@ def _pictures(folder: Path, parts: _Parts, attacked: list[LeakageFinding]) -> di
     low = parts.before.low[chosen].clamp(0, 1)
     side = low.shape[-1]
     title = title_of(parts.before.method)
-    shown = "What the generator draws before and after, from the same latents."
+    shown = "Samples of the generator before and after, from the same latents."
     if parts.base.is_upsampler:
-        shown = "What the network answers before and after, to the same faces, mixed like the devices'."
-    drawn = {
+        shown = "The network's outputs before and after, for the same faces, distributed like the devices'."
+    images = {
         "faces": charts.face_grid(
             [
                 ("truth", parts.probe.images[chosen]),
                 (f"input,\n{side} x {side}", low),
-                *((title_of(served.method), served.upsampled.best()[chosen]) for served in parts.beside),
+                *((title_of(served.method), served.upsampled.best()[chosen]) for served in parts.baselines),
                 (f"{title},\nbefore", parts.before.upsampled.best()[chosen]),
                 (f"{title},\nafter", parts.after.upsampled.best()[chosen]),
             ],
@@ -286,21 +287,21 @@ def _pictures(folder: Path, parts: _Parts, attacked: list[LeakageFinding]) -> di
             attacked[0].result.guess,
         ),
     }
-    for name, png in drawn.items():
+    for name, png in images.items():
         (folder / f"{name}.png").write_bytes(png)
     return {
         "faces": PictureRecord(
             file="faces.png",
             section="faces",
-            caption=f"People of the probe, what each method was shown, and what it made of it; of {title}, the face "
-            "that fits best before and after the run. The made people do not exist.",
+            caption=f"Faces of the probe, the degraded input, and each method's output; of {title}, the face with the "
+            "lowest consistency error before and after the run. The generated people do not exist.",
             alt=f"Grid of faces: truth, low-resolution input, nearest, bicubic, {title} before and after the run",
         ),
         "samples": PictureRecord(
             file="samples.png",
             section="more",
             caption=shown,
-            alt="Two rows of made faces before and two after the run",
+            alt="Two rows of generated faces before and two after the run",
         ),
         "attack": PictureRecord(
             file="attack.png",
@@ -314,54 +315,53 @@ def _pictures(folder: Path, parts: _Parts, attacked: list[LeakageFinding]) -> di
 
 def _notes(experiment: Experiment, plan: Plan, base: Model) -> tuple[str, ...]:
     notes = [
-        "Tone is read from pixels, so light and camera are mixed into every tone figure.",
-        "One run with one seed: another seed would give other figures within, and sometimes beyond, the intervals.",
-        "The distance uses features that need no download; it cannot be compared with published FID figures.",
+        "Tone is read from pixels, so light and camera are mixed into every measure of tone.",
+        "One run with one seed: another seed would give other numbers within, and sometimes beyond, the intervals.",
+        "The distance uses features that need no download; it cannot be compared with published FID.",
     ]
     if base.is_upsampler:
         notes.append(
-            "An upsampler draws nobody by itself: samples are here its answers to shrunken faces mixed like the "
-            "devices', and no person of a private photo was asked."
+            "An upsampler does not sample by itself: its samples here are its outputs for degraded public faces, "
+            "distributed like the devices'. No private photo was used for them."
         )
     if is_deterministic(experiment.method_for(base)):
         notes.append(
-            f"The {title_of(experiment.method_for(base))} has one answer for a photo that fits many faces; what it "
-            "leaves out does not show in a picture of one face."
+            f"The {title_of(experiment.method_for(base))} is deterministic: it gives one face for a photo that "
+            "many faces fit, and the others are not shown."
         )
     match experiment.devices:
         case SyntheticDevices():
             notes.append(
-                "Devices are pretended and faces are drawn: people vary in ways that drawings do not."
+                "Devices are simulated and faces are synthetic: real people vary in ways that these do not."
             )
         case LabelledDevices():
             notes.append(
-                "Devices are pretended. Group labels are other people's judgement, not what the people said. What this "
-                "report compares with the devices' faces is read from their photos themselves, which are public here; "
-                "of private ones nobody could."
+                "Devices are simulated. Group labels are annotators' judgement, not self-reported. Comparisons with the "
+                "devices' faces use the photos themselves, which are public here; private photos cannot be used so."
             )
         case RemoteDevices():
             notes.append(
-                "Of the photos on the devices nothing is published but what the devices told, with noise."
+                "Nothing about the photos on the devices is published except the metrics that devices reported, with noise."
                 if experiment.evaluation is not None
-                else "Nothing is known about the photos on the devices, so no figure describes them."
+                else "Nothing is known about the photos on the devices, so no metric describes them."
             )
         case _:
             assert_never(experiment.devices)
     if experiment.base is None:
-        notes.append("The base generator was made from drawn faces of which 85 in 100 have light skin.")
+        notes.append("The base generator was trained on synthetic faces of which 85 in 100 have light skin.")
     if isinstance(plan.privacy, PrivacyTarget):
         notes.append(
-            f"The promise covers {unit_in_words(plan.privacy.unit)}. Somebody in many {PLURALS[plan.privacy.unit]} is "
-            "protected less: the losses of all that show them add up."
+            f"The privacy guarantee covers {unit_in_words(plan.privacy.unit)}. A person in many "
+            f"{PLURALS[plan.privacy.unit]} is protected less: the privacy losses of all that show them add up."
         )
     if isinstance(experiment.aggregation, HomomorphicConfig):
         notes.append(
             "All devices share one key for encrypted sums: a device that sees another's upload can read it."
         )
     if plan.dp_parameters.is_private and plan.dp_parameters.noise_at == "server":
-        bare = "bare update" if experiment.evaluation is None else "bare update and bare figures"
+        releases = "update" if experiment.evaluation is None else "update and metrics"
         notes.append(
-            f"The server is trusted: it reads each device's {bare} and could keep it; no figure here says what it "
-            "could learn by that."
+            f"The server is trusted: it receives each device's {releases} without noise and could keep them; no number "
+            "here says what it could learn from that."
         )
     return tuple(notes)

@@ -1,7 +1,4 @@
-"""Where a run lies, and that one process at a time works on it.
-
-Called by the command line and server/app.py.
-"""
+"""The folder of a run, and a lock: one process at a time works in it."""
 
 from __future__ import annotations
 
@@ -48,19 +45,19 @@ def resume_run(name: str, out: Path | None) -> Path:
     return _unfinished(name, out, "state.json", "run.json")
 
 
-def _unfinished(name: str, out: Path | None, begun_file: str, done_file: str) -> Path:
+def _unfinished(name: str, out: Path | None, started_file: str, done_file: str) -> Path:
     if out is not None:
-        if not (out / begun_file).exists():
+        if not (out / started_file).exists():
             raise RunError(f"{out}: no run was started here, so there is nothing to resume")
         if (out / done_file).exists():
             raise RunError(f"{out}: this one is finished; there is nothing to resume")
         return _named(out)
     mine = re.compile(re.escape(name) + r"(-\d+)?")
-    begun = sorted(
-        (path.parent for path in RUNS.glob(f"*/{begun_file}") if mine.fullmatch(path.parent.name)),
+    started = sorted(
+        (path.parent for path in RUNS.glob(f"*/{started_file}") if mine.fullmatch(path.parent.name)),
         key=lambda path: path.stat().st_mtime,
     )
-    unfinished = [path for path in begun if not (path / done_file).exists()]
+    unfinished = [path for path in started if not (path / done_file).exists()]
     if not unfinished:
         raise RunError(f"no unfinished run of {name} in {RUNS}; leave --resume out to begin one")
     return unfinished[-1]
@@ -74,13 +71,13 @@ def resume_comparison(name: str, out: Path | None) -> Path:
     """
     if out is not None:
         if not (out / "runs").is_dir():
-            raise RunError(f"{out}: no comparison was begun here, so there is nothing to resume")
+            raise RunError(f"{out}: no comparison was started here, so there is nothing to resume")
         return _named(out)
     mine = re.compile(re.escape(name) + r"(-\d+)?")
-    begun = [path.parent for path in RUNS.glob("*/runs") if mine.fullmatch(path.parent.name)]
-    if not begun:
+    started = [path.parent for path in RUNS.glob("*/runs") if mine.fullmatch(path.parent.name)]
+    if not started:
         raise RunError(f"no comparison of {name} in {RUNS}; leave --resume out to begin one")
-    return max(begun, key=lambda path: path.stat().st_mtime)
+    return max(started, key=lambda path: path.stat().st_mtime)
 
 
 def _named(folder: Path) -> Path:

@@ -1,7 +1,7 @@
 """What the server measures of a model, as records: samples after each round, bias, leakage, cost of encryption.
 
-Called by coordinator.py. Everything here looks at public pictures only: the probe, drawn faces, and what the
-generator makes. An audit attacks updates computed from probe pictures, never a device's own.
+Everything here uses public images only: the probe, synthetic faces, and generated faces. An audit attacks updates
+computed from images of the probe, never from a device's photos.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from fedface.upsampling.methods import BASELINES, Method, default_method, make_u
 from fedface.upsampling.upsampler import Upsampled
 
 MIN_FACES = 40  # that a distance can be measured from
-SAMPLES = 256  # faces drawn from the generator for every figure of a round
+SAMPLES = 256  # faces sampled from the generator for the metrics of a round
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,24 +58,24 @@ class ReferenceSet:
     """What every model of a run is measured by."""
 
     faces: Images  # like the devices'
-    asked: Images  # others of the kind, which an upsampler is shown shrunken
+    inputs: Images  # others of the same distribution, which an upsampler gets degraded
     downscale: Degradation
 
-    def pictures(self, model: Model, count: int, rng: torch.Generator) -> Images:
-        """What a model makes, clamped to [0, 1]: a generator's samples, an upsampler's answers to shrunken faces.
+    def samples(self, model: Model, count: int, rng: torch.Generator) -> Images:
+        """A generator's samples, or an upsampler's outputs for degraded faces, clamped to [0, 1].
 
         Args:
-            model: Any family.
-            count: How many; an upsampler makes at most one of each face that it is asked.
-            rng: Where a generator's latents are drawn from.
+            model: Of any architecture.
+            count: How many; an upsampler gives at most one for each face of `inputs`.
+            rng: For a generator's latents.
         """
         if model.is_upsampler:
-            return upsample_with(model, self.asked[:count], self.downscale)
+            return upsample_with(model, self.inputs[:count], self.downscale)
         return model.generator.sample(count, rng)
 
 
 def upsample_with(model: Model, faces: Images, downscale: Degradation) -> Images:
-    """What an upsampler makes of faces (n, 3, s, s) that it is shown shrunken, clamped to [0, 1]."""
+    """An upsampler's outputs for degraded faces (n, 3, s, s), clamped to [0, 1]."""
     low = downscale.apply(faces).clamp(0.0, 1.0)
     upsampler = make_upsampler(default_method(model), model, downscale, Streams(0), size=model.size)
     return upsampler.upsample(low, faces_per_photo=1).images[:, 0]
@@ -84,19 +84,19 @@ def upsample_with(model: Model, faces: Images, downscale: Degradation) -> Images
 def make_reference_set(experiment: Experiment, probe: PublicProbe, size: int) -> ReferenceSet:
     """Public faces like the devices'; the probe where nothing is known of them."""
     parts = [device_faces(experiment, SAMPLES, size, part=part) for part in range(2)]
-    faces, asked = (probe.images if part is None or not len(part) else part for part in parts)
-    return ReferenceSet(faces=faces, asked=asked, downscale=experiment.upsampling.downscale)
+    faces, inputs = (probe.images if part is None or not len(part) else part for part in parts)
+    return ReferenceSet(faces=faces, inputs=inputs, downscale=experiment.upsampling.downscale)
 
 
-def sample_metrics(model: Model, yardstick: ReferenceSet, seed: int) -> dict[str, Measurement]:
+def sample_metrics(model: Model, reference: ReferenceSet, seed: int) -> dict[str, Measurement]:
     """Distance of what it makes to faces like the devices', their mean Monk tone, and the share of darker ones."""
     streams = Streams(seed).child("samples")
-    like_devices = yardstick.faces
-    made = yardstick.pictures(model, SAMPLES, streams.generator("latents"))
-    monk = measure_tone(made).monk.double().numpy()
+    like_devices = reference.faces
+    generated = reference.samples(model, SAMPLES, streams.generator("latents"))
+    monk = measure_tone(generated).monk.double().numpy()
     distance: Measurement = NotMeasured(not_measured=f"wants {MIN_FACES} faces to compare with")
     if len(like_devices) >= MIN_FACES:
-        distance = compare_faces(like_devices, made, streams.numpy("blocks")).kernel
+        distance = compare_faces(like_devices, generated, streams.numpy("blocks")).kernel
     tones = {
         "monk": mean_interval(monk, streams.numpy("resamples")),
         "dark_fraction": rate_interval(int((monk >= DARKER_FROM).sum()), len(monk)),
@@ -106,10 +106,10 @@ def sample_metrics(model: Model, yardstick: ReferenceSet, seed: int) -> dict[str
 
 @dataclass(frozen=True, kw_only=True)
 class MethodEvaluation:
-    """What a method made of the probe with one set of weights."""
+    """A method's outputs for the probe with one set of weights."""
 
     method: Method
-    bias: BiasRecord  # its hash is of the networks that were asked; a hash of nothing where none was
+    bias: BiasRecord  # its hash is of the networks that the method uses, of nothing if it uses none
     low: LowImages
     upsampled: Upsampled
     seconds: float  # of the search alone, wall time
@@ -142,7 +142,7 @@ def evaluate_on_probe(
     return MethodEvaluation(
         method=method,
         bias=BiasRecord(
-            weights_hash=weights_hash(*_asked(method, model)), probe=probe.description, report=report
+            weights_hash=weights_hash(*_networks_of(method, model)), probe=probe.description, report=report
         ),
         low=low,
         upsampled=found,
@@ -150,7 +150,7 @@ def evaluate_on_probe(
     )
 
 
-def _asked(method: Method, model: Model | None) -> tuple[nn.Module, ...]:
+def _networks_of(method: Method, model: Model | None) -> tuple[nn.Module, ...]:
     """The networks whose weights a method looks at."""
     if model is None or method in BASELINES:
         return ()
@@ -159,7 +159,7 @@ def _asked(method: Method, model: Model | None) -> tuple[nn.Module, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class LeakageFinding:
-    """One attack with its pictures."""
+    """One attack with its images."""
 
     record: AttackRecord
     result: AttackResult
@@ -168,12 +168,12 @@ class LeakageFinding:
 def audit_update_leakage(
     work: TrainingRound, probe: PublicProbe, candidates: Images, plan: Plan, config: AttackConfig, seed: int
 ) -> list[LeakageFinding]:
-    """Invert one step on one picture, as it is and as the plan's mechanism releases it.
+    """Invert one step on one image, without noise and as the plan's mechanism releases it.
 
-    Where the server adds the noise, it does so to the sum: of a single update there is no other form than the bare one.
+    Where the server adds the noise, it adds it to the sum, so a single update exists without noise only.
     """
     mechanism = plan.mechanism()
-    # A run without a promise still asks what noise would have done: one unit of it.
+    # A run without DP still shows what noise would have done: multiplier 1.
     noised = mechanism if isinstance(mechanism, GaussianSum) else GaussianSum(
         clip_norm=mechanism.clip_norm, sigma=1.0
     )  # fmt: skip
@@ -206,8 +206,8 @@ def audit_update_leakage(
         return LeakageFinding(record=record, result=result)
 
     with ThreadPoolExecutor(2) as pool:
-        bare = plan.dp_parameters.is_private and plan.dp_parameters.noise_at == "server"
-        return list(pool.map(attack, (NoDefense(),) if bare else (NoDefense(), noised)))
+        noise_free = plan.dp_parameters.is_private and plan.dp_parameters.noise_at == "server"
+        return list(pool.map(attack, (NoDefense(),) if noise_free else (NoDefense(), noised)))
 
 
 def aggregation_costs(
@@ -253,7 +253,7 @@ def _cost(
 
 
 def examples(probe: PublicProbe) -> list[int]:
-    """One or two pictures of each group, ten at most, for the picture of faces before and after."""
+    """The positions of one or two faces of each group, ten at most, to show before and after."""
     per_group = 2 if len(probe.expected) <= 5 else 1
     chosen: list[int] = []
     for name in probe.expected:

@@ -244,7 +244,7 @@ def protection_of(task: Task) -> str:
     elif dp.noise_at == "server":
         noise = f"cut to a bounded length; the server adds the noise (multiplier {dp.noise_multiplier:.3g})"
     else:
-        noise = f"noise added here (multiplier {dp.noise_multiplier:.3g}), a promise per {dp.unit}"
+        noise = f"noise added here (multiplier {dp.noise_multiplier:.3g}), a privacy guarantee per {dp.unit}"
     hidden = isinstance(aggregation, HomomorphicConfig)
     return f"{noise}; " + (
         "encrypted, only the sum over devices is opened" if hidden else "not encrypted: the server sees it"

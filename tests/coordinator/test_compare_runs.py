@@ -38,7 +38,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(sweep: Sweep, folder: Path) -> ComparisonRecord:
     """The whole comparison, with few faces."""
-    return compare_runs(sweep, folder, in_process_cohort, watcher=SilentProgress(), faces=48)
+    return compare_runs(sweep, folder, in_process_cohort, progress=SilentProgress(), faces=48)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_a_finished_comparison_asks_no_device_again(home: Path, finished: Compar
         read_sweep(home / "tiny.yaml"),
         home / "out",
         nobody,
-        watcher=SilentProgress(),
+        progress=SilentProgress(),
         faces=48,  # type: ignore[arg-type]
     )
     assert again.runs == finished.runs
@@ -112,7 +112,7 @@ def test_a_finished_comparison_asks_no_device_again(home: Path, finished: Compar
 def test_a_folder_of_another_recipe_is_refused(home: Path, finished: ComparisonRecord) -> None:
     """A changed rate is another experiment; its figures must not stand beside the old ones."""
     other = read_sweep(home / "tiny.yaml", changes={"vary.way": "[full]", "training.clip_norm": "2"})
-    with pytest.raises(RunError, match="another recipe"):
+    with pytest.raises(RunError, match="another experiment"):
         run(other, home / "out")
 
 

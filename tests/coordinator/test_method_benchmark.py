@@ -55,7 +55,7 @@ def compared() -> tuple[BenchmarkRecord, dict[str, bytes]]:
         Area(2),
         faces_per_photo=2,
         seed=1,
-        watcher=SilentProgress(),
+        progress=SilentProgress(),
         command="fedface benchmark",
     )
 

@@ -81,9 +81,9 @@ def test_a_ranking_that_was_cut_short_asks_only_what_was_not_answered(
     folder = tmp_path / "ranking"
     first = Counting(ready(recipe, folder), breaks_at=2)
     with pytest.raises(FederationError, match="line is cut"):
-        run_ranking(recipe, models, first, folder, watcher=SilentProgress())
+        run_ranking(recipe, models, first, folder, progress=SilentProgress())
     second = Counting(ready(recipe, folder))
-    record = run_ranking(recipe, models, second, folder, watcher=SilentProgress())
+    record = run_ranking(recipe, models, second, folder, progress=SilentProgress())
     assert len(first.asked) == 2 and len(second.asked) == 1
     assert [told.when for told in record.candidates] == ["base", "other"]
     assert {told.weights_hash for told in record.candidates} == {first.asked[0].model, second.asked[0].model}
@@ -116,7 +116,7 @@ def test_per_library_the_server_noises_each_answer_and_readers_are_told_that_it_
 
     monkeypatch.setattr(GaussianSum, "noise", noted)
     folder = tmp_path / "ranking"
-    record = run_ranking(recipe, models, ready(recipe, folder), folder, watcher=SilentProgress())
+    record = run_ranking(recipe, models, ready(recipe, folder), folder, progress=SilentProgress())
     terms = ranking_parameters(recipe, 2)
     assert noised == [GaussianSum(clip_norm=1.0, sigma=terms.noise_multiplier)] * 2
     assert "trusted server publishes" in record.privacy_sentence()
@@ -136,7 +136,7 @@ def test_devices_are_told_weights_without_a_name(recipe: Experiment, tmp_path: P
         folder = tmp_path / f"ranking-{number}"
         cohort = Counting(ready(recipe, folder), breaks_at=1)
         with pytest.raises(FederationError):
-            run_ranking(recipe, models, cohort, folder, watcher=SilentProgress())
+            run_ranking(recipe, models, cohort, folder, progress=SilentProgress())
         (task,) = cohort.asked
         assert "quokka" not in to_message(task).header
         orders.add(task.model)
@@ -167,10 +167,10 @@ def test_a_folder_of_another_ranking_is_left_alone(recipe: Experiment, tmp_path:
     folder = tmp_path / "ranking"
     cohort = Counting(ready(recipe, folder), breaks_at=1)
     with pytest.raises(FederationError):
-        run_ranking(recipe, models, cohort, folder, watcher=SilentProgress())
+        run_ranking(recipe, models, cohort, folder, progress=SilentProgress())
     renamed = {"base": models["base"], "another": models["other"]}
     with pytest.raises(RunError, match="other candidates"):
-        run_ranking(recipe, renamed, cohort, folder, watcher=SilentProgress())
+        run_ranking(recipe, renamed, cohort, folder, progress=SilentProgress())
 
 
 def test_a_recipe_without_a_promise_has_no_ranking(tmp_path: Path) -> None:

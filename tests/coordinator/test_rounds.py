@@ -84,7 +84,7 @@ def rounds(experiment: Experiment, cohort: LocalCohort) -> RunState:
     """All rounds that are not on disk yet."""
     faces = device_faces(experiment, 48, 16)
     assert faces is not None
-    like = ReferenceSet(faces=faces, asked=faces, downscale=experiment.upsampling.downscale)
+    like = ReferenceSet(faces=faces, inputs=faces, downscale=experiment.upsampling.downscale)
     return run_rounds(
         experiment, experiment.plan(), cohort, RunState.read(cohort.folder), like, SilentProgress()
     )
@@ -348,7 +348,7 @@ def test_a_distance_needs_forty_faces_and_says_so(tmp_path: Path) -> None:
     """Real devices are compared with the probe, which may be small: that is no reason to stop a run."""
     faces = torch.rand(48, 3, 16, 16)
     few, enough = (
-        sample_metrics(tiny_gan(), ReferenceSet(faces=faces[:n], asked=faces, downscale=Area(4)), 0)[
+        sample_metrics(tiny_gan(), ReferenceSet(faces=faces[:n], inputs=faces, downscale=Area(4)), 0)[
             "distance"
         ]
         for n in (39, 40)

@@ -172,7 +172,7 @@ def test_figures_per_library_are_noised_once_by_the_server(tmp_path: Path, noise
     assert plan.epsilon().upper == approx(8.0, abs=2e-3)  # type: ignore[union-attr]
     folder = begun(experiment, tmp_path / "run")
     cohort = in_process_cohort(experiment, devices_folder(folder))
-    record = run_experiment(experiment, cohort, folder, watcher=SilentProgress())
+    record = run_experiment(experiment, cohort, folder, progress=SilentProgress())
     questions = [total for mechanism, total in noised if mechanism == terms.central_mechanism()]
     assert len(noised) == 3 and len(questions) == 2
     config = experiment.evaluation.metrics  # type: ignore[union-attr]
@@ -228,7 +228,7 @@ def test_one_sum_is_never_on_the_disk_under_two_noises(
     folder = begun(experiment, tmp_path / "run")
     plan, cohort = experiment.plan(), in_process_cohort(experiment, devices_folder(folder))
     faces = render_people(48, 0.5, 16, Streams(1))
-    like = ReferenceSet(faces=faces, asked=faces, downscale=experiment.upsampling.downscale)
+    like = ReferenceSet(faces=faces, inputs=faces, downscale=experiment.upsampling.downscale)
     kept = weights_path(folder, 1)
 
     def run(*, cut_short_in: str) -> None:
@@ -337,7 +337,7 @@ def test_a_run_with_figures_prices_all_together_and_reports_them_with_their_nois
     assert price is not None and price.upper == approx(8.0, abs=2e-3)
     folder = begun(experiment, tmp_path / "run")
     record = run_experiment(
-        experiment, in_process_cohort(experiment, devices_folder(folder)), folder, watcher=SilentProgress()
+        experiment, in_process_cohort(experiment, devices_folder(folder)), folder, progress=SilentProgress()
     )
     assert [told.when for told in record.device_metrics] == ["before", "after"]
     for told in record.device_metrics:
@@ -407,7 +407,7 @@ def test_a_device_that_leaves_after_its_figures_is_priced_for_them_and_asked_no_
                 Ledger.open(state / "ledger.sqlite").withdraw("run")
 
     record = run_experiment(
-        experiment, in_process_cohort(experiment, devices_folder(folder)), folder, watcher=Watcher()
+        experiment, in_process_cohort(experiment, devices_folder(folder)), folder, progress=Watcher()
     )
     (left,) = record.withdrawals
     assert (left.rounds, left.evaluations) == ((), 1) and "1 set of metrics" in left.sentence()

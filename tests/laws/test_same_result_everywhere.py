@@ -68,7 +68,7 @@ def models(experiment: Experiment, cohort: Cohort, folder: Path) -> Sequence[Vec
     """The global model after each round."""
     faces = device_faces(experiment, 48, 16)
     assert faces is not None
-    like = ReferenceSet(faces=faces, asked=faces, downscale=experiment.upsampling.downscale)
+    like = ReferenceSet(faces=faces, inputs=faces, downscale=experiment.upsampling.downscale)
     run_rounds(experiment, experiment.plan(), cohort, RunState.read(folder), like, SilentProgress())
     rounds = range(1, experiment.rounds + 1)
     return [flatten_parameters(*load_model(weights_path(folder, number)).modules()) for number in rounds]

@@ -75,7 +75,7 @@ def whole_run(folder: Path, photos_per_device: int) -> tuple[Experiment, Path, l
     experiment = tiny_experiment(folder / "recipe", {**CHANGES, "devices": devices})
     run = begun(experiment, folder / "run")
     listening = Listening(in_process_cohort(experiment, devices_folder(run)))
-    run_experiment(experiment, listening, run, watcher=SilentProgress())
+    run_experiment(experiment, listening, run, progress=SilentProgress())
     return experiment, run, listening.heard
 
 
