@@ -193,13 +193,21 @@ def _resolved(plain: Any) -> Any:
             return plain
 
 
-def _change(plain: Any, key: str, text: str, changed: set[tuple[Key, ...]]) -> None:
-    """Set a dotted key, with the sections on its way that the file lacks, and note what is no longer the file's."""
+def value_of(key: str, text: str) -> Any:
+    """What `--set KEY=TEXT` sets, as plain data whose unquoted scalars are still texts; raises ConfigError."""
     try:
-        node = _compose(text, f"--set {key}")
-        value = None if node is None else _plain(node, f"--set {key}")
+        node = _compose(text, key)
+        value = None if node is None else _plain(node, key)
     except ConfigError as error:
         raise ConfigError(f"--set {key}: not valid YAML: {text}") from error
+    if node is None:
+        raise ConfigError(f"--set {key}: needs a value after the equals sign")
+    return value
+
+
+def _change(plain: Any, key: str, text: str, changed: set[tuple[Key, ...]]) -> None:
+    """Set a dotted key, with the sections on its way that the file lacks, and note what is no longer the file's."""
+    value = value_of(key, text)
     *sections, last = parts = key.split(".")
     for depth, part in enumerate(sections):
         if not isinstance(plain, dict):
@@ -209,8 +217,6 @@ def _change(plain: Any, key: str, text: str, changed: set[tuple[Key, ...]]) -> N
         plain = plain.setdefault(part, {})
     if not isinstance(plain, dict):
         raise ConfigError(f"--set {key}: {'.'.join(sections)} has no parts")
-    if node is None:
-        raise ConfigError(f"--set {key}: needs a value after the equals sign")
     plain[last] = value
     changed.add(tuple(parts))
 

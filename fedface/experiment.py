@@ -1,8 +1,4 @@
-"""The whole recipe of a run as one frozen value, read from one YAML file; each part's config lives with its owner.
-
-Called by the command line and both Flower apps. An experiment is a question: `question` stands first, and
-everything that the answer depends on stands below it.
-"""
+"""An experiment: one question and everything its answer depends on, as one frozen value read from one YAML file."""
 
 from __future__ import annotations
 
@@ -24,14 +20,15 @@ from fedface.codec import encode
 from fedface.config import read, section
 from fedface.errors import ConfigError
 from fedface.models.checkpoint import (
+    ENCODER_PATH,
+    FLOW_PATH,
+    GAN_PATH,
+    STYLE_ENCODER_PATH,
+    SUPER_RESOLUTION_PATH,
     load_as,
-    load_encoder,
-    load_flow,
-    load_gan,
-    load_style_encoder,
-    load_super_resolution,
 )
 from fedface.models.model import (
+    Architecture,
     EncoderArchitecture,
     FlowArchitecture,
     GanArchitecture,
@@ -53,7 +50,7 @@ from fedface.upsampling.degradation import BicubicPulse, Degradation, format_deg
 from fedface.upsampling.methods import Method, check_method, default_method
 from fedface.validation import AtLeast, In, checked
 
-NO_DP_LABEL = "∞"  # where others have an epsilon: a run without a promise
+NO_DP_LABEL = "∞"  # the epsilon of a run without differential privacy
 EVALUATIONS = 2  # of a run: the model before and after
 Fraction = Annotated[float, In("[0, 1]")]
 VARY = "vary"  # the key of a file that describes several runs
@@ -62,7 +59,7 @@ VARY = "vary"  # the key of a file that describes several runs
 @dataclass(frozen=True, kw_only=True)
 @checked
 class SyntheticDevices:
-    """Pretended devices, each with drawn faces in a mix of its own."""
+    """Simulated devices with synthetic faces; each has its own share of light skin."""
 
     kind: ClassVar[str] = "synthetic-devices"
 
@@ -88,13 +85,13 @@ class SyntheticDevices:
 @dataclass(frozen=True, kw_only=True)
 @checked
 class LabelledDevices:
-    """Pretended devices that share out one public folder of labelled photos."""
+    """Simulated devices among which one public folder of labelled photos is divided."""
 
     kind: ClassVar[str] = "labelled-devices"
 
     folder: Path = Path("photos")  # replaced by --photos
     set: str = ""  # which set of the folder, where it holds several
-    label: str = "race"  # which column tells the groups
+    label: str = "race"  # the column with the groups
     profile_faces: Literal["leave-out", "keep"] = "leave-out"  # faces turned far from the camera
     count: Annotated[int, AtLeast(1)] = 7
     split: ByGroup | Dirichlet | Even = field(default_factory=ByGroup)
@@ -103,7 +100,7 @@ class LabelledDevices:
 @dataclass(frozen=True, kw_only=True)
 @checked
 class RemoteDevices:
-    """Devices of real people, that connect by themselves; the server learns nothing of their photos."""
+    """Devices of real people, which connect by themselves; the server never sees their photos."""
 
     kind: ClassVar[str] = "remote-devices"
 
@@ -116,19 +113,19 @@ Devices = SyntheticDevices | LabelledDevices | RemoteDevices
 @dataclass(frozen=True, kw_only=True)
 @checked
 class SyntheticProbe:
-    """Public probe: freshly drawn faces in plain light and through cameras, by default as many of each tone group."""
+    """Public probe: new synthetic faces, clean and as cameras record them, by default equally many per tone group."""
 
     kind: ClassVar[str] = "synthetic-probe"
 
     per_group: Annotated[int, AtLeast(2)] = 12  # faces per tone group
-    # Instead five times as many of a population with this share of light skin.
+    # If given: five times as many faces, from a population with this share of light skin.
     light_fraction: Fraction | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 @checked
 class LabelledProbe:
-    """Public probe: labelled photos that no device holds, equally many in each group."""
+    """Public probe: labelled photos that no device has, equally many in each group."""
 
     kind: ClassVar[str] = "labelled-probe"
 
@@ -142,57 +139,60 @@ class LabelledProbe:
 @dataclass(frozen=True, kw_only=True)
 @checked
 class UpsamplingConfig:
-    """How probes are shrunk and made large again."""
+    """How probes are degraded and upsampled."""
 
     downscale: Degradation = field(default_factory=lambda: BicubicPulse(4))
-    method: Method | None = None  # None is the one that goes with the model: PULSE for a GAN
+    method: Method | None = None  # None: the default for the model, such as PULSE for a GAN
     faces_per_photo: Annotated[int, AtLeast(1)] = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 @checked
 class AttackConfig:
-    """The inversion attack on one update."""
+    """The gradient inversion attack on single updates."""
 
     photos: Annotated[int, AtLeast(2)] = 4  # updates attacked, one photo each
     iterations: Annotated[int, AtLeast(1)] = 300
-    candidates: Annotated[int, AtLeast(2)] = 100  # of the gallery question
+    candidates: Annotated[int, AtLeast(2)] = 100  # of candidate identification
     trials: Annotated[int, AtLeast(1)] = 50
 
 
 @dataclass(frozen=True, kw_only=True)
 @checked
 class EvaluationConfig:
-    """What devices tell of how a model serves their own photos, before the run and after it.
+    """Metrics that devices compute on their own photos before and after the run.
 
-    A part of the promised epsilon pays for it; the photos that are asked are held out of training.
+    They are paid from a fraction of epsilon; the photos that they are computed on are held out of training.
     """
 
-    # Of the promised epsilon; the rest is for training.
+    # Fraction of the target epsilon; the rest is for training.
     epsilon_fraction: Annotated[float, In("(0, 1)")] = 0.25
-    # Share of the units that is asked and not trained on.
+    # Fraction of the units that is evaluated and not trained on.
     holdout_fraction: Annotated[float, In("(0, 1)")] = 0.2
     # q, the probability with which a held-out unit joins an evaluation.
     sampling_rate: Annotated[float, In("(0, 1]")] = 1.0
     metrics: LocalMetricsConfig = field(default_factory=LocalMetricsConfig)
 
-    def dp_parameters(self, promise: PrivacyTarget, questions: int) -> DPParameters:
-        """The least noise with which so many questions cost their share of a promise."""
-        return metrics_dp_parameters(
-            replace(promise, epsilon=self.epsilon_fraction * promise.epsilon), questions, self.sampling_rate
-        )
+    def dp_parameters(self, target: PrivacyTarget, evaluations: int) -> DPParameters:
+        """The least noise with which so many evaluations cost at most their fraction of epsilon."""
+        part = replace(target, epsilon=self.epsilon_fraction * target.epsilon)
+        return metrics_dp_parameters(part, evaluations, self.sampling_rate)
 
 
-def metrics_dp_parameters(promise: PrivacyTarget, questions: int, sampling_rate: float) -> DPParameters:
-    """The least noise with which so many questions keep a promise that is theirs alone.
+def metrics_dp_parameters(target: PrivacyTarget, evaluations: int, sampling_rate: float) -> DPParameters:
+    """The least noise with which so many evaluations, and nothing else, meet a privacy target.
 
     Raises:
         PrivacyError: No amount of noise does.
     """
     schedule = Schedule(
-        rounds=questions, steps_per_round=1, sampling_rate=sampling_rate, expected_batch_size=1, clip_norm=1.0
+        rounds=evaluations,
+        steps_per_round=1,
+        sampling_rate=sampling_rate,
+        expected_batch_size=1,
+        clip_norm=1.0,
     )
-    return make_plan(promise, schedule).dp_parameters
+    return make_plan(target, schedule).dp_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,20 +206,20 @@ class Experiment:
     devices: Devices
     probe: SyntheticProbe | LabelledProbe = field(default_factory=SyntheticProbe)
     seed: Annotated[int, AtLeast(0)] = 0
-    base: Path | None = None  # a checkpoint; None is the embedded one of the family that `training` needs
+    base: Path | None = None  # a checkpoint; None is the bundled one for this kind of training
     training: Training = field(default_factory=GanTrainingConfig)
     aggregation: AggregationConfig = field(default_factory=HomomorphicConfig)
-    policy: DevicePolicy | None = None  # of pretended devices; None allows exactly this run
+    policy: DevicePolicy | None = None  # of simulated devices; None allows exactly this run
     min_responses: int = 2  # a round with fewer answers is not applied
     upsampling: UpsamplingConfig = field(default_factory=UpsamplingConfig)
-    evaluation: EvaluationConfig | None = None  # what devices tell of their own photos; None: nothing
+    evaluation: EvaluationConfig | None = None  # metrics on the devices' own photos; None: none
     # For privacy per library: the largest L2 norm of one device's update, in public ranges.
     update_clip_norm: Annotated[float, In("[1e-6, 1e6]")] = 1.0
     attack: AttackConfig = field(default_factory=AttackConfig)
 
     def __post_init__(self) -> None:
         if not self.question.strip():
-            raise ValueError("question must not be empty: what does this run settle?")
+            raise ValueError("question must not be empty: state what this run is to answer")
         allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
         if not 0 < len(self.name) <= 100 or set(self.name) - allowed or self.name[0] in ".-":
             raise ValueError(
@@ -243,72 +243,75 @@ class Experiment:
                     f"got {format_degradation(self.upsampling.downscale)}"
                 )
         if isinstance(self.privacy, PrivacyTarget):
-            self._check_promise(self.privacy)
+            self._check_privacy(self.privacy)
         elif self.evaluation is not None:
-            raise ValueError("evaluation needs a promise: what devices tell of their photos is always noised")
+            raise ValueError(
+                "evaluation needs a privacy target: metrics on the devices' own photos always have noise"
+            )
 
-    def _check_promise(self, promise: PrivacyTarget) -> None:
-        if isinstance(self.devices, SyntheticDevices) and promise.unit != "library":
-            each = 1 if promise.unit == "photo" else self.devices.photos_per_occasion
-            most = each / self.devices.photos_per_device
-            if promise.delta >= most:
+    def _check_privacy(self, target: PrivacyTarget) -> None:
+        if isinstance(self.devices, SyntheticDevices) and target.unit != "library":
+            photos = 1 if target.unit == "photo" else self.devices.photos_per_occasion
+            bound = photos / self.devices.photos_per_device
+            if target.delta >= bound:
                 raise ValueError(
-                    f"privacy: delta must lie below 1 / {promise.unit}s of a device = {most:g}, "
-                    f"got {format_delta(promise.delta)}"
+                    f"privacy: delta must lie below 1 / {target.unit}s of a device = {bound:g}, "
+                    f"got {format_delta(target.delta)}"
                 )
-        if promise.unit == "library":
+        if target.unit == "library":
             if not isinstance(self.aggregation, PlainConfig):
                 raise ValueError(
-                    "aggregation must be plain with a promise per library: the server adds the noise to the sum, "
-                    f"and cannot add it to what it cannot read; got {self.aggregation.kind}"
+                    "aggregation must be plain with privacy per library, where the server adds the noise to the sum "
+                    f"and must be able to read it; got {self.aggregation.kind}"
                 )
             if isinstance(self.training, PriorTrainingConfig):
                 raise ValueError(
-                    "training: sums of latents are noised on the device; promise per photo or occasion"
+                    "training: noise is added to sums of latents on the device; use privacy per photo or occasion"
                 )
-            self._check_figures_of_libraries()
+            if self.evaluation is not None:
+                self._check_library_evaluation(self.evaluation)
         if self.evaluation is not None and self.upsampling.downscale.noise_std > 0:
-            raise ValueError("evaluation needs a downscale without noise: a photo's figures must be its own")
-
-    def _check_figures_of_libraries(self) -> None:
-        if self.evaluation is None:
-            return
-        if self.evaluation.sampling_rate != 1:
             raise ValueError(
-                "evaluation: sampling_rate must be 1 with a promise per library, since every device is asked, "
-                f"got {self.evaluation.sampling_rate:g}"
+                "evaluation needs a downscale without noise, so that metrics depend on the photo alone"
             )
-        if self.devices.count < (fewest := self.evaluation.metrics.min_group_size):
+
+    def _check_library_evaluation(self, evaluation: EvaluationConfig) -> None:
+        if evaluation.sampling_rate != 1:
             raise ValueError(
-                "evaluation: with a promise per library a device counts as one, and figures of fewer than "
-                f"min_group_size = {fewest} are not told, so nothing would be; got {self.devices.count} devices. "
-                "Ask more devices, promise per photo or occasion, or leave the figures out"
+                "evaluation: sampling_rate must be 1 with privacy per library, since every device takes part, "
+                f"got {evaluation.sampling_rate:g}"
+            )
+        if self.devices.count < (fewest := evaluation.metrics.min_group_size):
+            raise ValueError(
+                f"evaluation: groups smaller than min_group_size={fewest} are suppressed, and with privacy per library "
+                f"each device counts as one, so no metric would be reported; got {self.devices.count} devices. "
+                "Use more devices, privacy per photo or occasion, or no evaluation"
             )
 
     @property
     def agreement(self) -> AggregationParameters:
-        """What devices and server must share to sum updates, which are divided by their public ranges."""
+        """What devices and server share to sum updates, which are divided by their public ranges."""
         return AggregationParameters(value_range=1.0, max_devices=max(2, self.devices.count))
 
     def plan(self) -> Plan:
-        """The mechanism that keeps the promise; takes a second or two, once."""
-        beside: list[DPParameters] = []
+        """The mechanism that meets the privacy target; calibrating its noise takes a second or two."""
+        releases: list[DPParameters] = []
         if self.evaluation is not None and isinstance(self.privacy, PrivacyTarget):
-            beside.append(self.evaluation.dp_parameters(self.privacy, EVALUATIONS))
+            releases.append(self.evaluation.dp_parameters(self.privacy, EVALUATIONS))
         return make_plan(
             self.privacy,
             self.training.schedule(),
             update_clip_norm=self.update_clip_norm,
-            additional_releases=beside,
+            additional_releases=releases,
         )
 
     @property
     def holdout_fraction(self) -> float:
-        """The share of each device's units that no update is computed from."""
+        """The fraction of each device's units that no update is computed from."""
         return 0.0 if self.evaluation is None else self.evaluation.holdout_fraction
 
     def device_policy(self) -> DevicePolicy:
-        """What a pretended device allows: the written policy, or exactly this run."""
+        """What a simulated device allows: the given policy, or exactly this run."""
         if self.policy is not None:
             return self.policy
         match self.privacy:
@@ -332,38 +335,33 @@ class Experiment:
         return self.training.schedule().rounds
 
     def method_for(self, model: Model) -> Method:
-        """How probes are made large again with this model."""
+        """How probes are upsampled with this model."""
         return default_method(model) if self.upsampling.method is None else self.upsampling.method
 
     def start(self) -> Model:
-        """The model before the first round, of the family that this way of training needs.
+        """The model before the first round, of the architecture that this training needs.
 
         Raises:
-            WeightsError: The checkpoint cannot be read, or is of another family.
-            ConfigError: Its pictures cannot be shrunk as `upsampling` says.
+            WeightsError: The checkpoint cannot be read, or has another architecture.
+            ConfigError: The method or the downscale of `upsampling` does not suit it.
         """
+        bundled: Path
+        architecture: type[Architecture]
         match self.training:
             case GanTrainingConfig():
-                model = load_gan() if self.base is None else load_as(self.base, GanArchitecture)
+                bundled, architecture = GAN_PATH, GanArchitecture
             case PriorTrainingConfig():
-                model = load_encoder() if self.base is None else load_as(self.base, EncoderArchitecture)
+                bundled, architecture = ENCODER_PATH, EncoderArchitecture
             case FlowTrainingConfig():
-                model = load_flow() if self.base is None else load_as(self.base, FlowArchitecture)
+                bundled, architecture = FLOW_PATH, FlowArchitecture
             case UpsamplerTrainingConfig(learner="style-encoder"):
-                model = (
-                    load_style_encoder()
-                    if self.base is None
-                    else load_as(self.base, StyleEncoderArchitecture)
-                )
+                bundled, architecture = STYLE_ENCODER_PATH, StyleEncoderArchitecture
             case UpsamplerTrainingConfig():
-                model = (
-                    load_super_resolution()
-                    if self.base is None
-                    else load_as(self.base, SuperResolutionArchitecture)
-                )
+                bundled, architecture = SUPER_RESOLUTION_PATH, SuperResolutionArchitecture
             case _:
                 assert_never(self.training)
-        # What no audit could be made with must not be found out after the last round.
+        model = load_as(self.base or bundled, architecture)
+        # Checked before hours of training: otherwise the audits would fail after the last round.
         try:
             check_method(self.method_for(model), model, self.upsampling.downscale, size=model.size)
         except ConfigError as error:
@@ -371,15 +369,15 @@ class Experiment:
         return model
 
     def digest(self) -> str:
-        """SHA-256 of the whole recipe, the first 16 hex digits."""
+        """SHA-256 of the whole experiment, the first 16 hex digits."""
         return hashlib.sha256(json.dumps(encode(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def for_ranking(experiment: Experiment) -> Experiment:
-    """The recipe with an evaluation of all photos, which nothing is trained on.
+    """The experiment with an evaluation of all photos, since nothing is trained.
 
     Raises:
-        ConfigError: It promises nothing.
+        ConfigError: It has no privacy target.
     """
     if not isinstance(experiment.privacy, PrivacyTarget):
         raise ConfigError(
@@ -397,7 +395,7 @@ def read_experiment(
     """Read an experiment; `photos` replaces the folder of labelled devices and probe.
 
     Raises:
-        ConfigError: With file, line, key, what was expected and what came; or the file varies its recipe.
+        ConfigError: With file, line, key, what was expected and what came; or the file describes several runs.
     """
     if section(path, VARY) is not None:
         raise ConfigError(f"{path}: describes several runs (its key {VARY}); run them with `fedface compare`")
@@ -407,7 +405,7 @@ def read_experiment(
 def read_one(
     path: Path, *, photos: Path | None = None, changes: Mapping[str, str] | None = None
 ) -> Experiment:
-    """Like `read_experiment`, for one of the runs of a file that varies its recipe: `changes` say which."""
+    """Like `read_experiment`, for one of several runs that a file describes: `changes` say which."""
     merged = dict(changes or {})
     first = read(path, Experiment, changes=merged, leave_out=(VARY,))
     if photos is None:

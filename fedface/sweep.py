@@ -1,10 +1,10 @@
 """Several runs of one question: every combination of what a file's `vary` lists.
 
-Called by `fedface compare`. An axis of `vary` is either a key with values, `privacy.epsilon: [1, 3, 10]`, or a
+An axis of `vary` is either a key with values, `privacy.epsilon: [1, 3, 10]`, or a
 name with named variants, each a set of keys with values:
 
     vary:
-      way:
+      method:
         full: {training.adapt: {kind: full}}
         lora: {training.adapt: {kind: lora, rank: 4}}
       seed: [0, 1, 2]
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedface.config import section
+from fedface.config import section, value_of
 from fedface.errors import ConfigError
 from fedface.experiment import NO_DP_LABEL, VARY, Experiment, read_one
 from fedface.privacy.privacy_target import PrivacyTarget
@@ -32,7 +32,7 @@ MAX_RUNS = 1000
 class Variant:
     """One run of a sweep."""
 
-    method: str  # its names on the axes that are neither the promise nor the seed, joined by ", "
+    method: str  # its names on the axes that set neither privacy nor the seed, joined by ", "
     names: tuple[str, ...]  # its name on each axis
     experiment: Experiment
 
@@ -69,27 +69,27 @@ def read_sweep(path: Path, *, photos: Path | None = None, changes: Mapping[str, 
         changes: Dotted keys with YAML text. `vary.AXIS` replaces an axis: a list picks from its names.
 
     Raises:
-        ConfigError: An axis is no list and no mapping, has no value, or a run's recipe is wrong.
+        ConfigError: An axis is neither a list nor a mapping, has no value, or a run's experiment is wrong.
     """
     picks, rest = _picks(changes or {})
-    told = section(path, VARY)
-    if told is None:
-        told = {}
-    if not isinstance(told, dict):
-        raise ConfigError(f"{path}: {VARY}: expected axes, each with its values, got {_shown(told)}")
-    varied = [key for axis, values in told.items() for key in _keys_of(axis, values)]
+    given = section(path, VARY)
+    if given is None:
+        given = {}
+    if not isinstance(given, dict):
+        raise ConfigError(f"{path}: {VARY}: expected axes, each with its values, got {_shown(given)}")
+    varied = [key for axis, values in given.items() for key in _keys_of(axis, values)]
     for key in rest:
         if any(f"{inner}.".startswith(f"{key}.") for inner in varied):
             raise ConfigError(f"{path}: --set {key} would override what {VARY} sets; narrow the axis instead")
-    if unknown := sorted(set(picks) - {str(axis) for axis in told}):
-        raise ConfigError(f"{path}: {VARY}: has no axis {unknown[0]}; axes: {', '.join(map(str, told))}")
-    axes = {str(axis): _steps(path, str(axis), values) for axis, values in told.items()}
+    if unknown := sorted(set(picks) - set(given)):
+        raise ConfigError(f"{path}: {VARY}: has no axis {unknown[0]}; axes: {', '.join(given)}")
+    axes = {axis: _steps(path, axis, values) for axis, values in given.items()}
     for axis, names in picks.items():
         axes[axis] = _picked(path, axis, axes[axis], names)
     runs = list(itertools.product(*axes.values()))
     if len(runs) > MAX_RUNS:
         raise ConfigError(f"{path}: {VARY}: {len(runs)} combinations; at most {MAX_RUNS} are run")
-    ways = [axis for axis, steps in axes.items() if not _is_promise(steps) and axis != "seed"]
+    methods = [axis for axis, steps in axes.items() if not _is_privacy(steps) and axis != "seed"]
     variants = []
     for run in runs:
         merged: dict[str, str] = {}
@@ -97,8 +97,8 @@ def read_sweep(path: Path, *, photos: Path | None = None, changes: Mapping[str, 
             merged |= step.changes
         experiment = read_one(path, photos=photos, changes=merged | rest)
         named = dict(zip(axes, run, strict=True))
-        way = ", ".join(named[axis].name for axis in ways) or experiment.name
-        variants.append(Variant(way, tuple(step.name for step in run), experiment))
+        method = ", ".join(named[axis].name for axis in methods) or experiment.name
+        variants.append(Variant(method, tuple(step.name for step in run), experiment))
     _check_apart(path, variants)
     first = variants[0].experiment
     return Sweep(first.question, first.name, tuple(axes), tuple(variants))
@@ -114,8 +114,8 @@ def _steps(path: Path, axis: str, values: Any) -> list[_Step]:
                 raise ConfigError(
                     f"{path}: {VARY}.{axis}.{name}: expected keys with values, got {_shown(changes)}"
                 )
-            told = {str(key): _text(path, axis, value) for key, value in changes.items()}
-            steps.append(_Step(_name(path, axis, name), told))
+            texts = {key: _text(path, axis, value) for key, value in changes.items()}
+            steps.append(_Step(_name(path, axis, name), texts))
         return steps
     raise ConfigError(
         f"{path}: {VARY}.{axis}: expected a list of values or named variants, got {_shown(values)}"
@@ -162,14 +162,14 @@ def _check_apart(path: Path, variants: list[Variant]) -> None:
         key = (variant.method, level_of(variant.experiment), variant.experiment.seed)
         if key in seen:
             raise ConfigError(
-                f"{path}: {VARY}: the runs {', '.join(seen[key].names)} and {', '.join(variant.names)} have one way, "
+                f"{path}: {VARY}: the runs {', '.join(seen[key].names)} and {', '.join(variant.names)} have the same method, "
                 "epsilon and seed; a table could not tell them apart"
             )
         seen[key] = variant
 
 
 def level_of(experiment: Experiment) -> str:
-    """The promised epsilon as a short text, or "∞" where nothing is promised."""
+    """The target epsilon as a short text, or "∞" without differential privacy."""
     match experiment.privacy:
         case PrivacyTarget(epsilon=epsilon):
             return f"{epsilon:g}"
@@ -182,9 +182,9 @@ def _picks(changes: Mapping[str, str]) -> tuple[dict[str, list[str]], dict[str, 
     picks, rest = {}, {}
     for key, text in changes.items():
         if key.startswith(f"{VARY}."):
-            words = text.strip().removeprefix("[").removesuffix("]").split(",")
+            names = value_of(key, text)
             picks[key.removeprefix(f"{VARY}.")] = [
-                word.strip().strip("\"'") for word in words if word.strip()
+                str(name) for name in (names if isinstance(names, list) else [names])
             ]
         else:
             rest[key] = text
@@ -200,5 +200,5 @@ def _picked(path: Path, axis: str, steps: list[_Step], names: list[str]) -> list
     return [known[name] for name in names]
 
 
-def _is_promise(steps: list[_Step]) -> bool:
+def _is_privacy(steps: list[_Step]) -> bool:
     return all(key.split(".")[0] == "privacy" for step in steps for key in step.changes)
