@@ -71,7 +71,7 @@ def interval_texts(estimate: float, low: float, high: float) -> tuple[str, str]:
     places = max(0, 1 - math.floor(math.log10(half)))
     if estimate and abs(estimate) < 0.5 * 10.0**-places:  # a small number must not read as zero
         places = min(6, -math.floor(math.log10(abs(estimate))))
-    texts = [f"{end:,.{places}f}".replace("-", "−") for end in (estimate, low, high)]
+    texts = [f"{end:z,.{places}f}".replace("-", "−") for end in (estimate, low, high)]
     return texts[0], f"[{texts[1]}, {texts[2]}]"
 
 

@@ -1,8 +1,8 @@
-"""Whom does an upsampler serve worse, by what measure, by how much.
+"""Whom an upsampler serves worse, by which metric, and by how much.
 
-Called by the audit suite with a probe: public faces whose groups are known. Skin tone is read from pixels on
-both sides (`photos.tone`), so light and camera are mixed into every figure of tone; differences between a
-face and its own original suffer less from that than absolute values do.
+The input is a probe: public faces whose groups are known. Skin tone is measured from pixels on both sides
+(`photos.skin_tone`), so light and camera affect every tone metric; differences between a generated face and its own
+original are affected less than absolute values.
 
 Sources: Jalal et al. 2021 (arXiv:2106.12182) for RDP, PR and SPE; Laszkiewicz et al. 2024 (FAccT) for the
 divergences from uniform; Sharma, Wu & Dalal (2005) for dE00.
@@ -38,15 +38,15 @@ HALVES = ("lighter", "darker")
 BINS = tuple(name for name, _ in TONE_BINS)
 
 
-def confusion(true: Sequence[str], made: Sequence[str], names: Sequence[str]) -> list[list[int]]:
-    """Counts of pairs: row = group of the original, column = group of the made face, ordered as `names`."""
-    if len(true) != len(made):
-        raise ValueError(f"made must name {len(true)} groups, got {len(made)}")
+def confusion(true: Sequence[str], generated: Sequence[str], names: Sequence[str]) -> list[list[int]]:
+    """Counts of pairs: row = group of the original, column = group of the generated face, ordered as `names`."""
+    if len(true) != len(generated):
+        raise ValueError(f"generated must name {len(true)} groups, got {len(generated)}")
     at = {name: i for i, name in enumerate(names)}
-    if strange := sorted({*true, *made} - set(names)):
+    if strange := sorted({*true, *generated} - set(names)):
         raise ValueError(f"groups must be among {list(names)}, got {strange}")
     table = [[0] * len(names) for _ in names]
-    for row, column in zip(true, made, strict=True):
+    for row, column in zip(true, generated, strict=True):
         table[at[row]][at[column]] += 1
     return table
 
@@ -55,22 +55,22 @@ def confusion(true: Sequence[str], made: Sequence[str], names: Sequence[str]) ->
 class FairnessMetrics:
     """Three notions of fairness of a reconstruction, from a table of counts.
 
-    RDP: every group's faces come back as members of their group equally often. PR: each group is as frequent
-    among the made faces as among the originals. SPE: faces turn from group i to j as often as from j to i.
+    RDP: faces of every group stay in their group equally often. PR: each group is as frequent among the generated
+    faces as among the originals. SPE: faces change from group i to j as often as from j to i.
     """
 
     groups: tuple[str, ...]  # groups with originals; the rows of RDP
-    hit_rates: tuple[float, ...]  # P(made in i | true in i), one per group
+    hit_rates: tuple[float, ...]  # P(generated in i | true in i), one per group
     rdp_gap: float  # largest minus smallest hit rate, 0 is fair
     rdp_ratio: float  # smallest over largest hit rate, 1 is fair; 1 where no group is ever hit
     rdp_chi2: float  # divergence of the normalised hit rates from uniform, 0 is fair
     rdp_chebyshev: float
     pr_true: tuple[float, ...]  # P(true in i), one per column of the table
-    pr_generated: tuple[float, ...]  # P(made in i)
+    pr_generated: tuple[float, ...]  # P(generated in i)
     pr_total_variation: float  # half the summed difference of the two, 0 is fair
     pr_chi2: float  # divergence of pr_generated from uniform; says something on a balanced probe only
     pr_chebyshev: float
-    spe: float  # largest |P(true i, made j) - P(true j, made i)|, 0 is fair
+    spe: float  # largest |P(true i, generated j) - P(true j, generated i)|, 0 is fair
     count: int  # faces
 
 
@@ -87,7 +87,7 @@ def chebyshev_from_uniform(shares: ArrayLike) -> float:
 
 
 def fairness_metrics(table: ArrayLike, names: Sequence[str]) -> FairnessMetrics:
-    """RDP, PR and SPE of a table of counts or probabilities, rows for the originals, columns for the made.
+    """RDP, PR and SPE of a table of counts or probabilities, rows for the originals, columns for the generated.
 
     Args:
         table: (g, g), entries >= 0 and not all 0. A group without originals is left out of RDP.
@@ -146,17 +146,17 @@ METRICS: dict[str, Metric] = {
 
 @dataclass(frozen=True, kw_only=True)
 class GroupMetrics:
-    """How one group is served, by every measure of `METRICS`; a photo's faces are averaged first."""
+    """How one group is served, by every metric of `METRICS`; a photo's faces are averaged first."""
 
     consistency_error: (
         Interval  # mean squared difference after the downscale; a face that was not found counts as 1
     )
     converged: Interval  # share of faces within the search's tolerance
-    skin_difference: Interval  # CIEDE2000 between the skin of the made face and of the original
+    skin_difference: Interval  # CIEDE2000 between the skin of the generated face and of the original
     face_difference: Interval  # mean CIEDE2000 of 8 x 8 area means of the two faces
-    lightness_shift: Interval  # made minus original, L*; positive is lighter
-    ita_shift: Interval  # made minus original, degrees; positive is lighter
-    monk_shift: Interval  # made minus original, Monk steps; negative is lighter
+    lightness_shift: Interval  # generated minus original, L*; positive is lighter
+    ita_shift: Interval  # generated minus original, degrees; positive is lighter
+    monk_shift: Interval  # generated minus original, Monk steps; negative is lighter
     same_tone_bin: Interval  # share of faces in the tone bin of the original
     same_half: Interval  # share of faces on the original's side of the middle of the Monk scale
 
@@ -175,7 +175,7 @@ class BiasReport:
     groups: dict[str, GroupMetrics]  # groups of at least two photos
     counts: dict[str, int]  # photos of every group, in the order of the probe
     gaps: dict[str, Gap]  # by measure; empty where no two groups can be compared
-    tone_bins: FairnessMetrics  # over the bins of TONE_BINS, original against made
+    tone_bins: FairnessMetrics  # over the bins of TONE_BINS, original against generated
     halves: FairnessMetrics  # over the two halves of the Monk scale
     darker_change: (
         Interval  # share of darker faces, generated minus original; its size is the SPE of the halves
@@ -187,9 +187,9 @@ class BiasReport:
         return {name: count for name, count in self.counts.items() if name not in self.groups}
 
     def sentences(self) -> list[str]:
-        """The findings in words, the clear gaps first; always ends with what the probe cannot show.
+        """The findings in words, clear gaps first; always ends with the limits of the probe.
 
-        A gap that rounds to nothing at the digits shown is not spoken of, however certain it is.
+        A gap that rounds to zero at the digits shown is omitted, however certain it is.
         """
         clear = [name for name, gap in self.gaps.items() if gap.clear and self._shows(gap, name)]
         texts = [self._gap_sentence(name) for name in clear]
@@ -197,8 +197,8 @@ class BiasReport:
             texts.append("No two groups have enough photos to be compared.")
         elif not clear:
             texts.append(
-                f"No measure sets the {len(self.groups)} groups apart with {self.photos} photos. "
-                f"A gap in lightness below about {self._smallest_visible():.1f} L* would not have shown."
+                f"No metric differs clearly between the {len(self.groups)} groups with {self.photos} photos. "
+                f"A gap in lightness below about {self._smallest_visible():.1f} L* would not have been detected."
             )
         quiet = [METRICS[name].title for name in self.gaps if name not in clear]
         if clear and quiet:
@@ -206,16 +206,16 @@ class BiasReport:
         if not self.darker_change.covers_zero:
             more = "more" if self.darker_change.estimate > 0 else "fewer"
             texts.append(
-                f"There are {more} darker faces among the made ones than among the originals: "
+                f"There are {more} darker faces among the generated than among the originals: "
                 f"share {self.darker_change.estimate:+.2f} "
                 f"[{self.darker_change.low:+.2f}, {self.darker_change.high:+.2f}]."
             )
         few = [name for name, service in self.groups.items() if service.consistency_error.is_small]
         if few or self.unmeasured:
-            texts.append(f"Too few photos to say much: {', '.join([*few, *self.unmeasured])}.")
+            texts.append(f"Too few photos for a reliable result: {', '.join([*few, *self.unmeasured])}.")
         texts.append(
-            "Tone is read from pixels and moves with light and camera; groups are those of the probe. "
-            "Each gap's interval allows for the choice among groups, not for the number of measures."
+            "Skin tone is measured from pixels and depends on light and camera; groups are those of the probe. "
+            "Each gap's interval accounts for the choice among groups, not for the number of metrics."
         )
         return texts
 
@@ -256,7 +256,7 @@ def _coarse_lab(images: Images) -> Tensor:
 
 
 def _per_photo(values: Tensor | list[bool], faces: int) -> np.ndarray:
-    """Figures of n * f faces, averaged over each photo's faces: (n,)."""
+    """Values of n * f faces, averaged over each photo's faces: (n,)."""
     return torch.as_tensor(values).double().view(-1, faces).mean(dim=1).numpy()
 
 
@@ -269,16 +269,16 @@ def measure_bias(
     true_tone: ToneReading | None = None,
     expected: Sequence[str] = (),
 ) -> BiasReport:
-    """Compare what each group of a probe gets back with what it put in.
+    """Compare the upsampled faces of each group of a probe with the originals.
 
-    Faces whose search did not converge are included: to fail more often is to serve worse.
+    Faces whose search did not converge are included, because failing more often is serving worse.
 
     Args:
         truth: The originals, (n, 3, s, s) sRGB in [0, 1], aligned faces.
         groups: The group of each, n names.
-        upsampled: What the upsampler made of the originals' low-resolution versions, in the same order.
-        rng: Where resamples are drawn from.
-        true_tone: The originals' tone where it is known (drawn faces); otherwise it is read from `truth`.
+        upsampled: The upsampler's results for the originals' low-resolution versions, in the same order.
+        rng: Draws the resamples.
+        true_tone: The originals' tone where it is known (synthetic faces); otherwise it is measured from `truth`.
         expected: Groups that the report must mention even without a photo.
 
     Returns:
@@ -372,7 +372,7 @@ class ToneHistogram:
 
 
 def tone_histogram(images: Images) -> ToneHistogram:
-    """Read the Monk tone of aligned faces, (n, 3, h, w) in [0, 1], n >= 1; for what a generator draws."""
+    """Read the Monk tone of aligned faces, (n, 3, h, w) in [0, 1], n >= 1; for a generator's samples."""
     if len(images) < 1:
         raise ValueError("tone_histogram needs at least one image, got 0")
     monk = measure_tone(images).monk

@@ -1,16 +1,16 @@
 """How well a device's own photos are served, as one vector per photo whose length is bounded by construction.
 
 Called on the device by federation/, which books, sums the vectors and noises the sum (per library the server noises);
-audits/dp_metric_estimates turns the total of all devices into figures with intervals. No labels: groups are tones read
+audits/dp_metric_estimates turns the total of all devices into metrics with intervals. No labels: groups are tones read
 from pixels.
 
-A photo of tone group g whose made face reads as group h, and whose measure k lies at x_k after its public range
+A photo of tone group g whose generated face reads as group h, and whose measure k lies at x_k after its public range
 is mapped to [-1, 1], adds
 
     v = clip_norm * (sqrt(a_table) e_gh,  sqrt(a_k) x_k e_g,  sqrt(a_k) (1 - x_k^2) e_g for each k),  sum a = 1
 
-* The table of counts (rows: the original, columns: the made face) is one number more precious than two lists of
-  counts: its row sums count originals, its diagonal says who keeps their tone, and its columns count made faces.
+* The table of counts (rows: the original, columns: the generated face) is one number more precious than two lists of
+  counts: its row sums count originals, its diagonal says who keeps their tone, and its columns count generated faces.
 * x is centred, so that the error of a mean does not grow with the mean's distance from zero.
 * The spread of photos, which an interval must include, costs no noise: x^2 + (1 - x^2)^2 = 1 - x^2 (1 - x^2) <= 1,
   so the second number rides in the length that the first leaves. Without it a spread could only be bounded by the
@@ -20,7 +20,7 @@ is mapped to [-1, 1], adds
   clipping changes nothing, and almost none of the length that noise is paid for is wasted.
 
 Noise of standard deviation s lands on a mean of n photos as s / (n sqrt(a_k)) half ranges, and on a count of G
-groups as s sqrt(G / a_table). Few groups and narrow ranges are what makes figures sharp.
+groups as s sqrt(G / a_table). Few groups and narrow ranges are what makes metrics precise.
 Source: Dwork & Roth (2014), Theorem A.1 (Gaussian sums); Bhatia & Davis (2000), Am. Math. Monthly 107.
 """
 
@@ -58,7 +58,7 @@ class BudgetShares:
     whose counts stand below every mean.
     """
 
-    table: Annotated[float, In("(0, 1)")] = 0.4  # counts of originals by made faces
+    table: Annotated[float, In("(0, 1)")] = 0.4  # counts of originals by generated faces
     consistency_error: Annotated[float, In("(0, 1)")] = 0.15
     skin_difference: Annotated[float, In("(0, 1)")] = 0.15
     lightness_shift: Annotated[float, In("(0, 1)")] = 0.15
@@ -85,8 +85,8 @@ class LocalMetricsConfig:
         10,
     )  # the darkest Monk tone of each group, lightest group first
     consistency_error: tuple[float, float] = (0.0, 0.02)  # mean squared difference after the downscale
-    skin_difference: tuple[float, float] = (0.0, 25.0)  # dE00 between the skin of made face and original
-    lightness_shift: tuple[float, float] = (-25.0, 25.0)  # made minus original, L*; positive is lighter
+    skin_difference: tuple[float, float] = (0.0, 25.0)  # dE00 between the skin of generated face and original
+    lightness_shift: tuple[float, float] = (-25.0, 25.0)  # generated minus original, L*; positive is lighter
     shares: BudgetShares = field(default_factory=BudgetShares)
     # The least noised count of units that is reported.
     min_group_size: Annotated[int, In(f"[1, {MAX_EXPECTED_BATCH_SIZE}]")] = 20
@@ -138,7 +138,7 @@ class PhotoMetrics:
     """What a device knows of n photos and of the faces made of them; never sent. One number each, (n,)."""
 
     group: Tensor  # int64, which tone group the original reads as, from 0, lightest first
-    output_group: Tensor  # int64, likewise for the made face
+    output_group: Tensor  # int64, likewise for the generated face
     consistency_error: Tensor
     skin_difference: Tensor
     lightness_shift: Tensor

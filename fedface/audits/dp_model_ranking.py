@@ -1,8 +1,8 @@
-"""Which of several models serves devices' own photos better, and which cannot be told apart.
+"""Which of several models serves the devices' own photos better, and which cannot be told apart.
 
-Called by the server after it has read the figures of each model. The models were asked the same photos, each with
-noise of its own. Differences are taken as if the photos had been drawn anew for each model: where a photo that is
-hard for one model is hard for the others too, which is the rule, the intervals are wider than they need be.
+The models were evaluated on the same photos, each with independent noise. Differences are computed as if each model had
+been evaluated on different photos of the same kind: where a photo that is hard for one model is hard for the others
+too, which is usual, the intervals are wider than necessary.
 
 Sources: Zou & Donner (2008), Stat. Med. 27, for differences from two intervals; Bonferroni's inequality for all
 pairs at once, and for the worst of several groups.
@@ -27,7 +27,7 @@ class PairwiseComparison:
 
     better: str
     worse: str
-    difference: Interval  # badness of the worse minus that of the better, for all pairs at once
+    difference: Interval  # cost of the worse minus that of the better, for all pairs at once
 
     @property
     def apart(self) -> bool:
@@ -55,7 +55,7 @@ class Ranking:
     @property
     def ties(self) -> tuple[tuple[str, str], ...]:
         """The pairs that cannot be told apart, the one that looks better first."""
-        return tuple((duel.better, duel.worse) for duel in self.comparisons if not duel.apart)
+        return tuple((pair.better, pair.worse) for pair in self.comparisons if not pair.apart)
 
     def scope(self) -> str:
         return "over all units" if self.by == "overall" else "for the group that each serves worst"
@@ -64,76 +64,76 @@ class Ranking:
         """The order in words, with what cannot be told apart."""
         title = DP_METRICS[self.measure].title
         texts = [f"By {title}, {self.scope()}, best first: {', '.join(self.order)}."]
-        for duel in self.comparisons:
-            gap = describe(duel.difference, self.measure)
-            if duel.apart:
-                texts.append(f"{duel.better} is better than {duel.worse} by {gap}.")
+        for pair in self.comparisons:
+            gap = describe(pair.difference, self.measure)
+            if pair.apart:
+                texts.append(f"{pair.better} is better than {pair.worse} by {gap}.")
             else:
-                texts.append(f"{duel.better} and {duel.worse} cannot be told apart: {gap}.")
+                texts.append(f"{pair.better} and {pair.worse} cannot be told apart: {gap}.")
         texts.append("The intervals include the noise and hold for all pairs at once.")
         return texts
 
 
-def rank_overall(figures: Mapping[str, DPMetricEstimates], measure: str) -> Ranking:
+def rank_overall(estimates: Mapping[str, DPMetricEstimates], measure: str) -> Ranking:
     """Order models by how they serve all units together.
 
     Args:
-        figures: What was read of each model, by its name; two at least, of the same photos.
-        measure: One of FIGURES.
+        estimates: Estimates of each model, by its name; at least two, of the same photos.
+        measure: One of DP_METRICS.
 
     Raises:
         FederationError: A model's total had too few units for any figure.
     """
-    _check(figures, measure)
-    if missing := [name for name, found in figures.items() if isinstance(found.overall, NotMeasured)]:
+    _check(estimates, measure)
+    if missing := [name for name, found in estimates.items() if isinstance(found.overall, NotMeasured)]:
         raise FederationError(f"too few units for a metric of {', '.join(missing)}; ask more devices")
 
     def served(model: str, level: float) -> Interval:
-        overall = figures[model].overall
+        overall = estimates[model].overall
         assert isinstance(overall, GroupEstimates)
         return cost(overall.means[measure].interval(level), measure)
 
-    pairs = _pairs(len(figures))
+    pairs = _pairs(len(estimates))
     return _ranked(
-        {model: served(model, level_for(1)) for model in figures},
-        {model: served(model, level_for(pairs)) for model in figures},
+        {model: served(model, level_for(1)) for model in estimates},
+        {model: served(model, level_for(pairs)) for model in estimates},
         measure,
         "overall",
     )
 
 
-def rank_worst_group(figures: Mapping[str, DPMetricEstimates], measure: str) -> Ranking:
+def rank_worst_group(estimates: Mapping[str, DPMetricEstimates], measure: str) -> Ranking:
     """Order models by how they serve the group that each serves worst, among the groups reported of all.
 
-    The worst of several noised figures looks worse than any is; the intervals allow for that.
+    The worst of several noised metrics is biased towards worse; the intervals allow for that.
 
     Args:
-        figures: As for `rank_overall`.
-        measure: One of FIGURES.
+        estimates: As for `rank_overall`.
+        measure: One of DP_METRICS.
 
     Raises:
         FederationError: No group is reported of all models.
     """
-    _check(figures, measure)
+    _check(estimates, measure)
     groups = [
         name
-        for name in next(iter(figures.values())).reported
-        if all(name in f.reported for f in figures.values())
+        for name in next(iter(estimates.values())).reported
+        if all(name in f.reported for f in estimates.values())
     ]
     if not groups:
         raise FederationError("no tone group has enough units for every model; ask more devices")
 
     def served(model: str, level: float) -> Interval:
         each = [
-            cost(figures[model].reported[name].means[measure].interval(level), measure) for name in groups
+            cost(estimates[model].reported[name].means[measure].interval(level), measure) for name in groups
         ]
         worst = max(each, key=lambda figure: figure.estimate)
         return replace(worst, low=max(f.low for f in each), high=max(f.high for f in each))
 
-    pairs = _pairs(len(figures))
+    pairs = _pairs(len(estimates))
     return _ranked(
-        {model: served(model, level_for(len(groups))) for model in figures},
-        {model: served(model, level_for(pairs * len(groups))) for model in figures},
+        {model: served(model, level_for(len(groups))) for model in estimates},
+        {model: served(model, level_for(pairs * len(groups))) for model in estimates},
         measure,
         "worst group",
     )
@@ -143,9 +143,9 @@ def _pairs(models: int) -> int:
     return models * (models - 1) // 2
 
 
-def _check(figures: Mapping[str, DPMetricEstimates], measure: str) -> None:
-    if len(figures) < 2:
-        raise ValueError(f"a ranking needs two models, got {len(figures)}")
+def _check(estimates: Mapping[str, DPMetricEstimates], measure: str) -> None:
+    if len(estimates) < 2:
+        raise ValueError(f"a ranking needs two models, got {len(estimates)}")
     if measure not in DP_METRICS:
         raise ValueError(f"measure must be one of {', '.join(DP_METRICS)}, got {measure!r}")
 
@@ -157,10 +157,10 @@ def _ranked(
     by: Literal["overall", "worst group"],
 ) -> Ranking:
     order = sorted(alone, key=lambda model: alone[model].estimate)
-    duels = tuple(
+    comparisons = tuple(
         PairwiseComparison(
             better=one, worse=other, difference=difference_between(compared[other], compared[one])
         )
         for one, other in combinations(order, 2)
     )
-    return Ranking(measure=measure, by=by, order=tuple(order), costs=dict(alone), comparisons=duels)
+    return Ranking(measure=measure, by=by, order=tuple(order), costs=dict(alone), comparisons=comparisons)

@@ -1,7 +1,5 @@
 """A mean that two noised sums tell, its interval, and the difference of two such means.
 
-Called by audits/dp_metric_estimates (groups, gaps) and audits/dp_model_ranking (models).
-
 A mean is a ratio of two noised sums, m = S / N. Its interval is Fieller's (1954): all m for which S - m N is
 within z standard deviations of zero, whose variance is noise, a + b m + c m^2, plus what other photos of the same
 kind would have added. For a yes or no the latter is N m (1 - m), and without noise the interval is Wilson's; for
@@ -28,7 +26,7 @@ from fedface.measurements import Interval
 
 DP_METRICS: dict[str, Metric] = {
     **{name: METRICS[name] for name in RANGED_METRICS},
-    "detected": Metric("share of made faces that a detector finds", "", "rate", 2),
+    "detected": Metric("share of generated faces that a detector finds", "", "rate", 2),
     "same_group": Metric("share of faces that keep their tone group", "", "rate", 2),
 }
 LEVEL = 0.95

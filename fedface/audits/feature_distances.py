@@ -1,6 +1,6 @@
 """How far apart two sets of faces are, with features that need no download and no training.
 
-Called by the audit suite and by training to compare a generator's faces with a probe. Each face becomes 132
+Each face becomes 132
 numbers in units of ten CIELAB steps: where light and colour lie (the lowest cosine coefficients) and how much
 fine contrast there is (Haar wavelets at three scales). Everything is fixed mathematics, so the numbers are
 the same on every machine. The distances take features of any kind, see audits.feature_networks for others.

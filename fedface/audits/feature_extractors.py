@@ -1,9 +1,9 @@
 """Where the features come from that two sets of faces are compared by: fixed mathematics, or a network by path.
 
-Called by audits.quality. The choice is one of three frozen values: `ColourFeatures` needs no file and is the
+The choice is one of three frozen values: `ColourFeatures` needs no file and is the
 default; `OnnxFeatures` and `TorchScriptFeatures` name a file that the user brings, such as Inception's pool3,
 which published FID and KID use. Nothing is ever downloaded. Each result carries the identity of its features
-(the settings and the SHA-256 of the very bytes that ran), so that figures of different features are not put
+(the settings and the SHA-256 of the very bytes that ran), so that metrics of different features are not put
 side by side.
 
 What trusting a file means: a TorchScript file is a program. It cannot call Python, but it can do all that
@@ -199,7 +199,7 @@ class NetworkExtractor:
         answer = self._forward(_prepare(full, self._source))
         if answer.ndim < 2 or len(answer) != batch:
             raise WeightsError(
-                f"{name}: wanted one row for each of {batch} faces, got shape {tuple(answer.shape)}; give a batch "
+                f"{name}: expected one row for each of {batch} faces, got shape {tuple(answer.shape)}; give a batch "
                 "of 1 if the network was exported for one face, or choose another output"
             )
         rows = answer[:count].double().flatten(2).mean(dim=2) if answer.ndim > 2 else answer[:count].double()
@@ -220,7 +220,7 @@ def _read(source: OnnxFeatures | TorchScriptFeatures, kind: str) -> tuple[bytes,
     """The file's bytes, and who they are."""
     path = source.path
     if not path.is_file():
-        raise WeightsError(f"no feature network at {path}; wanted a file in {kind}")
+        raise WeightsError(f"no feature network at {path}; expected a file in {kind}")
     if path.stat().st_size > LARGEST_FILE:
         raise WeightsError(
             f"{path} has {path.stat().st_size} bytes; a feature network may have {LARGEST_FILE}"
@@ -228,7 +228,9 @@ def _read(source: OnnxFeatures | TorchScriptFeatures, kind: str) -> tuple[bytes,
     blob = path.read_bytes()
     digest = hashlib.sha256(blob).hexdigest()
     if source.sha256 and digest != source.sha256:
-        raise WeightsError(f"{path} is not the pinned file: its SHA-256 is {digest}, wanted {source.sha256}")
+        raise WeightsError(
+            f"{path} is not the pinned file: its SHA-256 is {digest}, expected {source.sha256}"
+        )
     mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (source.mean, source.std))
     settings = f"{source.size} px bicubic, mean ({mean}), std ({std}), output {source.output or 0}"
     return blob, FeatureIdentity(name=f"{kind} network, {settings}", sha256=digest)

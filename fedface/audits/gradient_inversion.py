@@ -80,7 +80,9 @@ class NoDefense:
 
 Defense = NoDefense | ClippedSum | GaussianSum
 
-THREAT_MODEL = "The attacker sees one device's update by itself and knows the network: a server without secure aggregation."
+THREAT_MODEL = (
+    "The attacker sees one device's update and knows the network: a server without secure aggregation."
+)
 NOT_TESTED = (
     "a face generator as the attacker's prior",
     "several updates of one device combined",
@@ -188,7 +190,7 @@ def attack_update(
     """Invert the update on each photo alone, and compare with guessing.
 
     Args:
-        gradient_of: What one photo would release, clipping and noise apart; `discriminator_gradient` of a discriminator.
+        gradient_of: What one photo would release before clipping and noise, such as `discriminator_gradient`.
         photos: (n, 3, s, s) in [0, 1]; four to eight give an interval worth printing. One update each.
         public_faces: (m, 3, s, s), known to everybody; their mean is the guess without the update.
         searches: All are run; the one with the best mean PSNR is reported.

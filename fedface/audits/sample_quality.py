@@ -1,10 +1,9 @@
-"""How good made faces are beside real ones, for all and for each group: distances, precision and recall.
+"""Quality of generated faces compared with real ones, overall and by group: distances, precision and recall.
 
-Called by the command line and by the comparison of generators. Four questions, one figure each: are the two
-sets spread alike (kernel and Frechet distance), do made faces look like real ones (precision, density), and can
-every real face be made (recall, coverage)? A group that the generator forgets lowers recall, not precision.
-Features come from audits.feature_networks and are named in the result; docs/quality.md says what each figure
-sees and does not.
+Four questions: are the two distributions alike (kernel and Frechet distance), do generated faces look like real
+ones (precision, density), and is every kind of real face generated (recall, coverage)? A group that the generator never
+produces lowers recall, not precision. Features come from audits.feature_extractors and are named in the result;
+docs/quality.md explains what each metric detects.
 
 Precision and recall depend on how many faces span the manifolds. All groups are therefore measured at one
 count, that of the smallest, over several disjoint draws where a group has more faces.
@@ -63,21 +62,23 @@ def tone_groups(images: Images) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class InsufficientSamples:
-    """A figure, or a whole group, that was not measured, and why."""
+    """A metric, or a whole group, that was not measured, and why."""
 
     real: int  # faces
     made: int
-    fewest: int  # wanted on each side
+    fewest: int  # needed on each side
 
     def __str__(self) -> str:
-        return f"not measured: wants {self.fewest} faces a side, has {self.real} real and {self.made} made"
+        return (
+            f"not measured: needs {self.fewest} faces a side, has {self.real} real and {self.made} generated"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Frechet:
     """The Frechet distance three times, because a few faces alone make it large. Squared units of the features."""
 
-    plain: float  # between half of the real faces and as many made ones; biased upwards
+    plain: float  # between half of the real faces and as many generated ones; biased upwards
     floor: float  # between the two halves of the real faces: what a perfect set scores at that count
     count: int  # faces on each side of both
     limit: Interval | InsufficientSamples  # extrapolated to infinitely many faces; may fall below 0
@@ -87,17 +88,19 @@ class Frechet:
 class ManifoldMetrics:
     """Whether each set lies within the other's manifold; 95 % intervals that are rather too wide."""
 
-    precision: Interval  # share of made faces within a ball of some real face
-    recall: Interval  # share of real faces within a ball of some made face
-    density: Interval  # mean number of real balls around a made face, over k; 1 is expected of equal sets
-    coverage: Interval  # share of real balls with a made face in them
+    precision: Interval  # share of generated faces within a ball of some real face
+    recall: Interval  # share of real faces within a ball of some generated face
+    density: (
+        Interval  # mean number of real balls around a generated face, over k; 1 is expected of equal sets
+    )
+    coverage: Interval  # share of real balls with a generated face in them
     coverage_of_equals: float  # what is expected of a perfect set; see `equal_coverage`
-    span: int  # faces a side in each draw: compare only figures of one span
+    span: int  # faces a side in each draw: compare only metrics of one span
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupQuality:
-    """All figures of one group, or of everybody."""
+    """All metrics of one group, or of everybody."""
 
     real: int  # faces
     made: int
@@ -110,7 +113,7 @@ class GroupQuality:
 class Quality:
     """Made faces beside real ones."""
 
-    identity: FeatureIdentity  # figures of other features must not be compared with these
+    identity: FeatureIdentity  # metrics of other features must not be compared with these
     k: int  # neighbours that a ball reaches to
     overall: GroupQuality
     groups: Mapping[str, GroupQuality | InsufficientSamples]  # by name, sorted
@@ -153,7 +156,7 @@ def quality(
     k: int = 3,
     fewest: int = MIN_SAMPLES,
 ) -> Quality:
-    """Measure made faces against real ones, for all and for each group.
+    """Measure generated faces against real ones, for all and for each group.
 
     Args:
         real: (n, 3, h, w), sRGB in [0, 1], n >= fewest.
@@ -199,7 +202,7 @@ def compare_quality(
     if not 1 <= k <= fewest // 4:
         raise ValueError(f"k must lie in [1, {fewest // 4}] for {fewest} faces, got {k}")
     if min(len(real.groups), len(made.groups)) < fewest:
-        counts = f"{len(real.groups)} real and {len(made.groups)} made"
+        counts = f"{len(real.groups)} real and {len(made.groups)} generated"
         raise ValueError(f"each set needs at least {fewest} faces, got {counts}")
     names = sorted({*real.groups, *made.groups})
     pairs = {name: (_shuffled(real.group(name), rng), _shuffled(made.group(name), rng)) for name in names}

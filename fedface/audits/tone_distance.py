@@ -1,9 +1,9 @@
-"""How far the tones of made faces lie from the tones of some people: the figure behind "is it the data?".
+"""The distance between the skin tones of generated faces and those of a set of people.
 
-Called by coordinator/compare_runs.py. The distance is Wasserstein's first: by how many steps of the Monk scale the
-faces must be moved, on average, until both sets show the same tones. Unlike a difference of means it sees a
-generator that answers a mixed neighbourhood with one middle tone; unlike a distance of histograms it knows
-that Monk 9 is nearer to 10 than to 1. Tone is read from pixels, so light and camera are mixed into both sides.
+Wasserstein-1 on the Monk scale: by how many steps faces must be moved, on average, until both sets have the same tones.
+Unlike a difference of means it detects a generator that collapses a mixed population to one middle tone; unlike a
+distance of histograms it knows that Monk 9 is nearer to 10 than to 1. Tone is measured from pixels, so light and camera
+affect both sides.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fedface.measurements import Interval
 
 
 def tone_distance(
-    made: ArrayLike, true: ArrayLike, rng: np.random.Generator, *, resamples: int = 400
+    generated: ArrayLike, true: ArrayLike, rng: np.random.Generator, *, resamples: int = 400
 ) -> Interval:
     """Wasserstein-1 between two sets of Monk readings, in Monk steps, with its basic bootstrap interval.
 
@@ -25,9 +25,9 @@ def tone_distance(
     estimate, and not the percentiles; near zero it is widened to hold the estimate.
 
     Args:
-        made: One continuous Monk reading per face, (n,), n >= 2.
+        generated: One continuous Monk reading per face, (n,), n >= 2.
         true: Likewise (m,), m >= 2.
-        rng: Where the resamples are drawn from.
+        rng: Draws the resamples.
         resamples: How many, >= 100.
 
     Returns:
@@ -36,8 +36,8 @@ def tone_distance(
     Raises:
         ValueError: Fewer than two readings on a side, a reading that is not finite, or too few resamples.
     """
-    a, b = np.asarray(made, dtype=np.float64), np.asarray(true, dtype=np.float64)
-    for name, readings in (("made", a), ("true", b)):
+    a, b = np.asarray(generated, dtype=np.float64), np.asarray(true, dtype=np.float64)
+    for name, readings in (("generated", a), ("true", b)):
         if readings.ndim != 1 or len(readings) < 2:
             raise ValueError(f"{name} must hold at least two readings, got shape {readings.shape}")
         if not np.isfinite(readings).all():

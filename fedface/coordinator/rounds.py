@@ -28,7 +28,7 @@ from fedface.models.checkpoint import (
     weights_hash,
 )
 from fedface.models.model import Model
-from fedface.number_format import format_delta
+from fedface.number_format import format_delta, rounded_up
 from fedface.privacy.accounting import compose, epsilon_of
 from fedface.privacy.plan import Plan
 from fedface.privacy.privacy_target import PrivacyTarget
@@ -217,7 +217,7 @@ def _summary(record: RoundRecord, total: int, *, with_metrics: bool) -> str:
     if isinstance(epsilon := record.epsilon, Epsilon):
         covers = ", with all evaluations of this run" if with_metrics else ""
         parts.append(
-            f"epsilon so far at most {epsilon.upper:.2f} "
+            f"epsilon so far at most {rounded_up(epsilon.upper)} "
             f"(delta {format_delta(epsilon.delta)}, per {epsilon.unit}{covers})"
         )
     return "; ".join([*parts, f"{record.seconds:.0f} s"])

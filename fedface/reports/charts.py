@@ -84,7 +84,7 @@ def curve(series: Sequence[Series], *, limit: float | None = None, from_zero: bo
 
     Args:
         series: `Series.at` holds rounds; round 0 is before the run.
-        limit: Where to draw a dashed line, such as at the promised epsilon; None for no line.
+        limit: Where to draw a dashed line, such as at the guaranteed epsilon; None for no line.
         from_zero: Whether zero belongs on the axis.
     """
     with matplotlib.rc_context(STYLE):
@@ -129,7 +129,7 @@ def group_dots(groups: Sequence[str], series: Sequence[Series], *, unit: str) ->
     """One metric per group as dots with whiskers, before above after; SVG.
 
     Args:
-        groups: Names, drawn from top to bottom.
+        groups: Names, from top to bottom.
         series: `Series.at` holds the index of the group.
         unit: What the x axis counts.
     """

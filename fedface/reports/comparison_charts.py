@@ -1,7 +1,7 @@
 """The pictures of a comparison: each measure against epsilon, tone histograms, quality by group, and samples.
 
-Called by coordinator/compare_runs.py. PNG on white, so that they can be shown anywhere. Colours are the
-colour-blind-safe set of Okabe and Ito (2008); each way also has a marker of its own.
+PNG on white, so that they can be shown anywhere. Colours are the
+colour-blind-safe set of Okabe and Ito (2008); each method also has its own marker.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PANELS = ("tone_distance", "darker", "kernel")
 
 
 def against_epsilon(record: ComparisonRecord) -> bytes:
-    """Distance in tone, share of darker samples and kernel distance against epsilon, one line per way; PNG.
+    """Distance in tone, share of darker samples and kernel distance against epsilon, one line per method; PNG.
 
     The dashed line is what a second set of the devices' own faces scores.
     """
@@ -63,7 +63,7 @@ def by_group(record: ComparisonRecord, measure: str = "kernel") -> bytes:
 
 
 def tone_histograms(record: ComparisonRecord) -> bytes:
-    """Monk tone of samples at every epsilon, one panel per way, beside the devices' own mix; PNG."""
+    """Monk tone of samples at every epsilon, one panel per method, beside the devices' own mix; PNG."""
     ways, levels = record.ways(), record.levels()
     true = np.array(record.reference.tones) / max(1, sum(record.reference.tones))
     steps = np.arange(1, 11)

@@ -1,7 +1,7 @@
-"""The record of a comparison of several runs, and its table: which way, at what epsilon, serves whom how well.
+"""The record of a comparison of several runs, and its tables: training methods by epsilon and by group.
 
-Filled by coordinator/compare_runs.py, drawn by reports/comparison_charts.py. Each way is compared with its own
-unmodified public model, the row "0": it beats many private rows, and a table without it hides that.
+Each method is compared with its own untrained public model, the row "0": it outperforms many private rows, and a table
+without it would hide that.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fedface.audits.group_metrics import mean_interval
 from fedface.codec import dumps, load
 from fedface.errors import RunError
 from fedface.experiment import NO_DP_LABEL
-from fedface.measurements import Epsilon, Interval, Measurement, NotMeasured
+from fedface.measurements import Epsilon, Interval, Measurement, NotMeasured, table_cell
 from fedface.number_format import format_delta
 from fedface.reports.run_record import MachineRecord
 
@@ -60,10 +60,10 @@ class ComparedRun:
     """One run of a comparison."""
 
     method: str
-    level: str  # "0" before training, the promised epsilon, or "∞" where nothing is promised
+    level: str  # "0" before training, the guaranteed epsilon, or "∞" without privacy
     epsilon: Epsilon | NotMeasured
     seed: int
-    noise_multiplier: float  # 0 without a promise
+    noise_multiplier: float  # 0 without privacy
     numbers_up: int  # numbers that a device sends in a round
     bytes_up: int  # of all devices in all rounds
     seconds: float  # of all rounds together
@@ -92,7 +92,7 @@ class ComparisonRecord:
         return tuple(dict.fromkeys(run.method for run in self.runs))
 
     def levels(self) -> tuple[str, ...]:
-        """ "0" first, promises ascending, "∞" last."""
+        """ "0" first, then ascending, "∞" last."""
         return tuple(sorted({run.level for run in self.runs}, key=_level))
 
     def chosen(self, way: str, level: str) -> tuple[ComparedRun, ...]:
@@ -124,7 +124,7 @@ def over_seeds(figures: Sequence[Measurement]) -> Measurement:
     measured = [figure for figure in figures if isinstance(figure, Interval)]
     reasons = [figure.not_measured for figure in figures if isinstance(figure, NotMeasured)]
     if reasons or not measured:
-        # The runs in which it could be measured are not any runs: they made more faces of the group.
+        # The runs in which it was measured are a biased selection: they generated more faces of the group.
         part = f"in {len(measured)} of {len(figures)} runs only: " if measured else ""
         return NotMeasured(not_measured=part + (reasons[0] if reasons else "no run"))
     estimates = np.array([figure.estimate for figure in measured])
@@ -158,20 +158,28 @@ def markdown(record: ComparisonRecord) -> str:
     """The comparison as tables: all faces first, then by tone group."""
     lines = [f"# {record.question}", "", record.devices, "", record.features, ""]
     lines += [
-        "Each cell: the mean over the runs' seeds and its 95 % interval. Epsilon 0 is the public model, untouched; "
-        f"∞ is training with clipping and without noise. {_promise(record)}",
+        "Each cell: the mean over the runs' seeds and its 95 % interval. Epsilon 0 is the public model, not trained; "
+        f"∞ is training with clipping and without noise. {_guarantee(record)}",
         "",
         _reference(record),
         "",
     ]
-    heads = ["way", "epsilon", "sigma", "numbers up", "runs", *(TITLES[m] for m in METRICS), "seconds"]
+    heads = [
+        "method",
+        "epsilon",
+        "noise multiplier",
+        "parameters up",
+        "runs",
+        *(TITLES[m] for m in METRICS),
+        "seconds",
+    ]
     lines += [_row(heads), _row(["---"] * len(heads))]
     for way in record.ways():
         for level in record.levels():
             runs = record.chosen(way, level)
             if not runs:
                 continue
-            figures = [_cell(record.over_seeds(way, level, measure)) for measure in METRICS]
+            figures = [table_cell(record.over_seeds(way, level, measure)) for measure in METRICS]
             seconds = f"{np.mean([run.seconds for run in runs]):.0f}"
             sigma = f"{runs[0].noise_multiplier:.3g}" if runs[0].noise_multiplier else "-"
             up = f"{runs[0].numbers_up:,}" if level != UNTRAINED else "-"
@@ -179,37 +187,30 @@ def markdown(record: ComparisonRecord) -> str:
     lines += ["", "## By tone group", ""]
     groups = [group.group for group in record.reference.groups]
     for measure in BY_GROUP:
-        lines += [f"### {TITLES[measure]}", "", _row(["way", "epsilon", *groups])]
+        lines += [f"### {TITLES[measure]}", "", _row(["method", "epsilon", *groups])]
         lines.append(_row(["---"] * (2 + len(groups))))
         for way in record.ways():
             for level in record.levels():
                 if record.chosen(way, level):
-                    cells = [_cell(record.over_seeds(way, level, measure, group)) for group in groups]
+                    cells = [table_cell(record.over_seeds(way, level, measure, group)) for group in groups]
                     lines.append(_row([way, level, *cells]))
         lines.append("")
     return "\n".join(lines) + "\n"
 
 
-def _promise(record: ComparisonRecord) -> str:
+def _guarantee(record: ComparisonRecord) -> str:
     known = [run.epsilon for run in record.runs if isinstance(run.epsilon, Epsilon)]
     if not known:
-        return "No run promises anything."
+        return "No run has a privacy guarantee."
     deltas = sorted({epsilon.delta for epsilon in known})
     words = ", ".join(format_delta(delta) for delta in deltas)
-    return f"A promised epsilon is an upper bound over all rounds at delta {words}, per {known[0].unit}."
+    return f"Every other epsilon is an upper bound over all rounds at delta {words}, per {known[0].unit}."
 
 
 def _reference(record: ComparisonRecord) -> str:
     figures = record.reference.figures
-    said = [f"{TITLES[m]} {_cell(figures[m])}" for m in METRICS if m in figures]
-    return f"What a second set of the devices' own faces scores: {'; '.join(said)}."
-
-
-def _cell(figure: Measurement) -> str:
-    if isinstance(figure, NotMeasured):
-        return "not measured"
-    digits = 3 if max(abs(figure.low), abs(figure.high)) < 1 else 2
-    return f"{figure.estimate:.{digits}f} [{figure.low:.{digits}f}, {figure.high:.{digits}f}]"
+    said = [f"{TITLES[m]} {table_cell(figures[m])}" for m in METRICS if m in figures]
+    return f"Metrics of a second set of faces like the devices': {'; '.join(said)}."
 
 
 def _row(cells: Sequence[str]) -> str:

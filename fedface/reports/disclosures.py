@@ -45,7 +45,8 @@ def hash_note(record: RunRecord) -> str:
     if not differing:
         return ""
     return (
-        "The hashes of the weights before and after cover all networks of the model; those of the bias audit cover only "
+        "The hashes of the weights before and after cover all networks of the model; those of the bias audit cover "
+        "only "
         f"the network that upsampled the probe ({', '.join(differing)})."
     )
 

@@ -87,7 +87,8 @@ def meaning(value: Epsilon, *, noise_at: Literal["device", "server"] = "device")
     posterior = 1.0 / (1.0 + math.exp(-value.upper))
     seen = "leaves a device" if noise_at == "device" else "is published by the server, which adds the noise"
     sentence = (
-        f"Someone with a prior of 50{number_format.SPACE}% that a given {value.unit} was used, who sees everything that "
+        f"Someone with a prior of 50{number_format.SPACE}% that a given {value.unit} was used, who sees everything "
+        f"that "
         f"{seen}, can afterwards be at most {number_format.at_most_percent(posterior)} sure; the bound may fail with a "
         f"probability of {number_format.one_in(value.delta)}."
     )
@@ -165,7 +166,8 @@ def identification_sentence(found: CandidateIdentification, defense: Defense) ->
         else "less often than guessing"
     )
     return (
-        f"With {defense_label(defense)}, an attacker with {found.candidates} candidate photos identified the one in the "
+        f"With {defense_label(defense)}, an attacker with {found.candidates} candidate photos identified the one in "
+        f"the "
         f"update in {number_format.percent(found.rate.estimate)} of cases [{low}, {high}] (n = {found.rate.count}), "
         f"{verdict} ({number_format.percent(chance)})."
     )

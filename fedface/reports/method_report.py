@@ -1,7 +1,6 @@
-"""The record of every upsampling method on one probe, with its tables and pictures: is it the algorithm?
+"""The record of a benchmark of upsampling methods on one probe, with its tables and charts.
 
-Filled by coordinator/method_benchmark.py, printed by `fedface benchmark`. Each figure carries its count and interval; each method
-carries the hash of the weights that it asked.
+Each metric carries its count and interval; each method the hash of the weights that it used.
 """
 
 from __future__ import annotations
@@ -36,10 +35,11 @@ OVERALL = (
 )
 BY_GROUP = ("lightness_shift", "skin_difference", "same_half")
 LIMITS = (
-    "Tone is read from pixels, so light and camera are mixed into every figure of tone.",
-    "Whether a face fits is each method's own word: PULSE and the one-pass methods compare the consistency error with a fixed "
+    "Skin tone is measured from pixels, so light and camera affect every tone metric.",
+    "Whether a face fits is each method's own word: PULSE and the one-pass methods compare the consistency error "
+    "with a fixed "
     "tolerance, posterior samplers with what the noise of the measurement would leave.",
-    "A face that is near in colour is not the person: none of these figures says whether anybody is recognised.",
+    "A face that is near in colour is not the person: none of these metrics says whether a person is recognised.",
 )
 
 
@@ -102,12 +102,12 @@ def markdown(record: BenchmarkRecord) -> str:
         lines.append(f"| {each.title} | {' | '.join(cells)} |")
     lines += [
         "",
-        "## Whom each method changes",
+        "## Skin tone by method",
         "",
         "Share of faces in the darker half of the Monk scale.",
         "",
     ]
-    lines += ["| method | originals | made | change |", "|---|---|---|---|"]
+    lines += ["| method | originals | generated | change |", "|---|---|---|---|"]
     for each in record.methods:
         shares = (each.darker_true, each.darker_generated, each.bias.report.darker_change)
         lines.append(f"| {each.title} | {' | '.join(str(share) for share in shares)} |")
@@ -121,7 +121,7 @@ def markdown(record: BenchmarkRecord) -> str:
     lines += ["", "## In words", ""]
     for each in record.methods:
         lines += [f"- **{each.title}**: {' '.join(each.bias.report.sentences()[:-1])}"]
-    lines += ["", "## What this cannot show", "", *(f"- {limit}" for limit in LIMITS), ""]
+    lines += ["", "## Limitations", "", *(f"- {limit}" for limit in LIMITS), ""]
     lines += ["Run it again:", "", f"    {record.command}", ""]
     return "\n".join(lines)
 

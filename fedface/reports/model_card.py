@@ -95,7 +95,8 @@ def _training(record: RunRecord) -> list[str]:
     answers = sum(len(entry.answered) for entry in record.rounds)
     refused = sum(len(entry.refusals) for entry in record.rounds)
     dropped = sum(len(entry.dropped) for entry in record.rounds)
-    replies = f"{number_format.counted(answers, 'answer')}, {number_format.counted(refused, 'refusal')}, {dropped} dropped"
+    counts = f"{number_format.counted(answers, 'answer')}, {number_format.counted(refused, 'refusal')}"
+    replies = f"{counts}, {dropped} dropped"
     size = f"{number_format.counted(len(record.devices), 'device')}, {number_format.counted(rounds, 'round')}"
     lines = ["## Training", "", f"{size}: {replies}.", ""]
     known = [[device.id, device.description] for device in record.devices]
@@ -122,7 +123,8 @@ def _privacy(record: RunRecord) -> list[str]:
     if dp.noise_at == "server":
         mechanism = [
             "- Trusted: the server. It receives each device's update without noise and adds the noise to the sum.",
-            f"- Noise multiplier {number_format.constant(plan.noise_multiplier)}; each device's update is clipped to L2 "
+            f"- Noise multiplier {number_format.constant(plan.noise_multiplier)}; each device's update is clipped to "
+            f"L2 "
             f"norm {number_format.constant(plan.update_clip_norm)}; {steps}, every device in each round; "
             f"adjacency: {ADJACENCY}",
         ]

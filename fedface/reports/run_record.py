@@ -65,8 +65,8 @@ class DeviceRecord:
     """One device: public facts only. How many photos a real device holds is private."""
 
     id: str
-    description: str  # such as "drawn faces, mostly dark"
-    photos: int | NotMeasured  # known for drawn libraries only
+    description: str  # such as "synthetic faces, mostly dark"
+    photos: int | NotMeasured  # known for simulated libraries only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ class AttackRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class AggregationRecord:
-    """What one way of summing updates costs."""
+    """The cost of one way of summing updates."""
 
     protocol: str
     sees: str  # who can read one device's update

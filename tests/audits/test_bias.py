@@ -102,7 +102,7 @@ def test_an_upsampler_that_returns_the_originals_harms_nobody() -> None:
     assert report.overall.skin_difference.estimate == pytest.approx(0, abs=1e-4)
     assert report.overall.same_tone_bin.estimate == 1.0 and report.halves.spe == 0
     assert report.darker_change.estimate == 0 and report.darker_change.covers_zero
-    assert "No measure sets the 4 groups apart" in report.sentences()[0]
+    assert "No metric differs clearly between the 4 groups" in report.sentences()[0]
 
 
 def test_an_upsampler_that_is_equally_noisy_for_all_shows_no_gap() -> None:
@@ -151,7 +151,7 @@ def test_a_certain_gap_too_small_to_matter_is_measured_but_not_spoken_of() -> No
     """0.01 L* for one group: clear in the figures, silent in the words."""
     report = audit(answer(lightened(plain_faces(MONK, "truth"), MONK == 8, 0.01)))
     assert report.gaps["lightness_shift"].clear
-    assert "No measure sets the 4 groups apart" in report.sentences()[0]
+    assert "No metric differs clearly between the 4 groups" in report.sentences()[0]
 
 
 def test_several_faces_of_a_photo_count_as_one_photo() -> None:
@@ -175,7 +175,7 @@ def test_small_and_empty_groups_are_listed_and_the_report_is_strict_json() -> No
     )
     report = measure_bias(truth, groups, made, STREAMS.numpy("few"), expected=["none", "many"])
     assert report.unmeasured == {"none": 0, "one": 1} and list(report.groups) == ["many", "two"]
-    assert any("Too few photos to say much: two, none, one" in text for text in report.sentences())
+    assert any("Too few photos for a reliable result: two, none, one" in text for text in report.sentences())
     plain = json.loads(json.dumps(asdict(report), allow_nan=False))
     assert plain["groups"]["two"]["consistency_error"]["count"] == 2
 

@@ -48,5 +48,5 @@ def test_the_interval_covers_the_truth_in_about_95_of_100_repetitions() -> None:
 
 @pytest.mark.parametrize("made", [[1.0], [1.0, np.nan], [[1.0, 2.0]]])
 def test_too_few_or_unreadable_readings_are_refused(made: list[float]) -> None:
-    with pytest.raises(ValueError, match="made"):
+    with pytest.raises(ValueError, match="generated"):
         tone_distance(made, [1.0, 2.0], RNG)
