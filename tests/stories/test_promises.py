@@ -244,7 +244,7 @@ def test_two_processes_at_once_cannot_overspend(tmp_path: Path) -> None:
     assert [worker.exitcode for worker in workers] == [0, 0]
     said = (tmp_path / "said").read_text().split()
     ledger = Ledger.open(tmp_path / "devices" / "device-00" / "ledger.sqlite")
-    assert len(said) == 4 and said.count("Trained") == len(ledger.entries()) >= 1
+    assert len(said) == 4 and said.count("TrainResult") == len(ledger.entries()) >= 1
     assert ledger.spent(DELTA).upper <= 8.0
 
 
@@ -256,8 +256,8 @@ from pathlib import Path
 from dataclasses import replace
 sys.path.insert(0, sys.argv[1])
 from tiny import first_device, tiny_experiment, tiny_gan, train_task
-from fedface.device.client import serve
-from fedface.messages.messages import Trained
+from fedface.device.client import handle_task
+from fedface.messages.messages import TrainResult
 import torch
 torch.set_num_threads(1)
 experiment = tiny_experiment(Path(sys.argv[2]))
@@ -265,8 +265,8 @@ device = first_device(experiment, Path(sys.argv[3]))
 device = replace(device, policy=replace(device.policy, max_epsilon=1e6))
 print("ready", flush=True)
 for number in range(1000):
-    reply = serve(train_task(experiment, tiny_gan(), run=f"run-{number}", round=1), device)
-    assert isinstance(reply, Trained)
+    reply = handle_task(train_task(experiment, tiny_gan(), run=f"run-{number}", round=1), device)
+    assert isinstance(reply, TrainResult)
     print(f"run-{number}", hashlib.sha256(reply.payload).hexdigest(), flush=True)
 """
 
