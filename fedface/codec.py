@@ -107,25 +107,27 @@ def dumps(value: Any, *, leave_out: Collection[str] = ()) -> str:
     )
 
 
-def loads(wanted: type[T], text: str) -> T:
+def loads(expected: type[T], text: str) -> T:
     """The dataclass that `dumps` wrote.
 
     Raises:
         CodecError: Not JSON, or a key is unknown, missing or twice, or a value does not fit.
     """
-    return decode(wanted, read_json(text), complete=True)
+    return decode(expected, read_json(text), complete=True)
 
 
-def load(wanted: type[T], path: Path, *, given: Mapping[str, Any] | None = None) -> T:
+def load(expected: type[T], path: Path, *, given: Mapping[str, Any] | None = None) -> T:
     """Like `loads`, from a file; `given` are values of fields that `dumps` left out.
 
     Raises:
         FileNotFoundError: There is none.
-        RunError: It cannot be read as `wanted`; the text names the file.
+        RunError: It cannot be read as `expected`; the text names the file.
     """
     try:
         plain = read_json(path.read_text(encoding="utf-8"))
-        return decode(wanted, plain | dict(given or {}) if isinstance(plain, dict) else plain, complete=True)
+        return decode(
+            expected, plain | dict(given or {}) if isinstance(plain, dict) else plain, complete=True
+        )
     except UnicodeDecodeError as error:
         raise RunError(f"{path}: expected UTF-8 text, got other bytes") from error
     except ValueError as error:
@@ -160,68 +162,68 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 @typing.overload
-def decode(wanted: type[T], value: Any, *, complete: bool = False) -> T: ...
+def decode(expected: type[T], value: Any, *, complete: bool = False) -> T: ...
 @typing.overload
-def decode(wanted: Any, value: Any, *, complete: bool = False) -> Any: ...
-def decode(wanted: Any, value: Any, *, complete: bool = False) -> Any:
-    """Plain data as `wanted`: a dataclass, a union of those, a tuple, a mapping, or a plain type.
+def decode(expected: Any, value: Any, *, complete: bool = False) -> Any: ...
+def decode(expected: Any, value: Any, *, complete: bool = False) -> Any:
+    """Plain data as `expected`: a dataclass, a union of those, a tuple, a mapping, or a plain type.
 
     Args:
-        wanted: What the data should be; `__post_init__` of its dataclasses says which ranges.
+        expected: What the data should be; `__post_init__` of its dataclasses says which ranges.
         value: Plain data; a value that already is of a field's type, such as bytes, is taken as it is.
         complete: Whether every key must be there, also where a field has a default.
 
     Raises:
         CodecError: A key is unknown or missing, or a value does not fit; with its path.
     """
-    return _Decoder(complete).decode(wanted, value, ())
+    return _Decoder(complete).decode(expected, value, ())
 
 
 @dataclasses.dataclass(frozen=True)
 class _Decoder:
     complete: bool
 
-    def decode(self, wanted: Any, value: Any, path: tuple[Key, ...]) -> Any:
-        if typing.get_origin(wanted) is typing.Annotated:
-            wanted = typing.get_args(wanted)[0]
-        origin = typing.get_origin(wanted)
+    def decode(self, expected: Any, value: Any, path: tuple[Key, ...]) -> Any:
+        if typing.get_origin(expected) is typing.Annotated:
+            expected = typing.get_args(expected)[0]
+        origin = typing.get_origin(expected)
         if origin in (typing.Union, types.UnionType):
-            return self._union(typing.get_args(wanted), value, path)
+            return self._union(typing.get_args(expected), value, path)
         if origin is Literal:
-            return _literal(typing.get_args(wanted), value, path)
+            return _literal(typing.get_args(expected), value, path)
         if origin in (tuple, list):
-            return self._sequence(wanted, value, path)
+            return self._sequence(expected, value, path)
         if origin is dict:
             if not isinstance(value, dict):
                 raise CodecError(path, f"expected keys and values, got {_shown(value)}")
-            item = typing.get_args(wanted)[1]
+            item = typing.get_args(expected)[1]
             return {str(key): self.decode(item, inner, (*path, key)) for key, inner in value.items()}
-        if dataclasses.is_dataclass(wanted):
-            return self._dataclass(wanted, value, path)
-        return _scalar(wanted, value, path)
+        if dataclasses.is_dataclass(expected):
+            return self._dataclass(expected, value, path)
+        return _scalar(expected, value, path)
 
-    def _dataclass(self, wanted: Any, value: Any, path: tuple[Key, ...]) -> Any:
-        fields = {field.name: field for field in dataclasses.fields(wanted) if field.init}
+    def _dataclass(self, expected: Any, value: Any, path: tuple[Key, ...]) -> Any:
+        fields = {field.name: field for field in dataclasses.fields(expected) if field.init}
         known = ", ".join(fields)
         if not isinstance(value, dict):
-            raise CodecError(path, f"expected {title_of(wanted)} with keys {known}, got {_shown(value)}")
-        if (version := version_of(wanted)) and str(value.get("version")) != str(version):
+            raise CodecError(path, f"expected {title_of(expected)} with keys {known}, got {_shown(value)}")
+        if (version := version_of(expected)) and str(value.get("version")) != str(version):
             came = _shown(value.get("version"))
             raise CodecError(path, f"expected version {version}, got {came}; use the fedface that wrote it")
-        heading = {key for key, entry in (("kind", kind_of(wanted)), ("version", version)) if entry}
-        hints, values = _hints(wanted), {}
+        heading = {key for key, entry in (("kind", kind_of(expected)), ("version", version)) if entry}
+        hints, values = _hints(expected), {}
         for key, inner in value.items():
             if key in fields:
                 values[key] = self.decode(hints[key], inner, (*path, key))
             elif key not in heading:
                 raise CodecError((*path, key), f"unknown key{did_you_mean(key, fields)}; known keys: {known}")
-            elif key == "kind" and inner != kind_of(wanted):
-                raise CodecError((*path, key), f'expected "{kind_of(wanted)}", got {_shown(inner)}')
+            elif key == "kind" and inner != kind_of(expected):
+                raise CodecError((*path, key), f'expected "{kind_of(expected)}", got {_shown(inner)}')
         for name, field in fields.items():
             required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
             if name not in values and (required or self.complete):
                 raise CodecError(path, f"the key {name} is missing ({title_of(hints[name])})")
-        return _construct(wanted, values, path)
+        return _construct(expected, values, path)
 
     def _union(self, options: tuple[Any, ...], value: Any, path: tuple[Key, ...]) -> Any:
         if value is None and type(None) in options:
@@ -246,6 +248,8 @@ class _Decoder:
         if len(classes) == 1:
             return self.decode(classes[0], value, path)
         kinds = {kind_of(option): option for option in classes}
+        if "" in kinds or len(kinds) < len(classes):
+            raise TypeError(f"each class of a union needs a kind of its own: {classes}")
         names = ", ".join(kinds)
         if not isinstance(value, dict):
             raise CodecError(path, f"expected keys with kind one of {names}, got {_shown(value)}")
@@ -257,24 +261,24 @@ class _Decoder:
             raise CodecError((*path, "kind"), f"expected one of {names}, got {_shown(word)}{near}")
         return self.decode(kinds[word], value, path)
 
-    def _sequence(self, wanted: Any, value: Any, path: tuple[Key, ...]) -> Any:
-        items = typing.get_args(wanted)
+    def _sequence(self, expected: Any, value: Any, path: tuple[Key, ...]) -> Any:
+        items = typing.get_args(expected)
         if not isinstance(value, list):
             raise CodecError(
                 path, f"expected a list in brackets, each {title_of(items[0])}, got {_shown(value)}"
             )
-        if typing.get_origin(wanted) is list or items[1:] == (...,):
+        if typing.get_origin(expected) is list or items[1:] == (...,):
             items = items[:1] * len(value)
         if len(items) != len(value):
             raise CodecError(path, f"expected {len(items)} values, got {len(value)}")
         parts = enumerate(zip(items, value, strict=True))
-        return typing.get_origin(wanted)(self.decode(item, part, (*path, i)) for i, (item, part) in parts)
+        return typing.get_origin(expected)(self.decode(item, part, (*path, i)) for i, (item, part) in parts)
 
 
-def _construct(wanted: Any, values: dict[str, Any], path: tuple[Key, ...]) -> Any:
+def _construct(expected: Any, values: dict[str, Any], path: tuple[Key, ...]) -> Any:
     """A dataclass; what its checks refuse is laid to the field that the complaint begins with."""
     try:
-        return wanted(**values)
+        return expected(**values)
     except (ValueError, OverflowError, ConfigError) as error:
         text = str(error)
         name = next((name for name in values if re.match(rf"{name}\b", text)), None)
@@ -295,21 +299,21 @@ def _literal(options: tuple[Any, ...], value: Any, path: tuple[Key, ...]) -> Any
     )
 
 
-def _scalar(wanted: Any, value: Any, path: tuple[Key, ...]) -> Any:
-    if wanted in (str, Path) and isinstance(value, str):
-        return Path(value) if wanted is Path else str(value)
-    if wanted is Any:
+def _scalar(expected: Any, value: Any, path: tuple[Key, ...]) -> Any:
+    if expected in (str, Path) and isinstance(value, str):
+        return Path(value) if expected is Path else str(value)
+    if expected is Any:
         return value
     plain: Any = value.resolved() if isinstance(value, Unquoted) else value
-    if wanted is float and type(plain) is int and abs(plain) < _MAX_WHOLE:
+    if expected is float and type(plain) is int and abs(plain) < _MAX_WHOLE:
         plain = float(plain)
-    if wanted in (int, float, bool):
-        too_large = wanted is int and type(plain) is int and abs(plain) >= _MAX_WHOLE
-        if type(plain) is wanted and not too_large and math.isfinite(plain):
+    if expected in (int, float, bool):
+        too_large = expected is int and type(plain) is int and abs(plain) >= _MAX_WHOLE
+        if type(plain) is expected and not too_large and math.isfinite(plain):
             return plain
-    elif isinstance(wanted, type) and isinstance(plain, wanted):
+    elif isinstance(expected, type) and isinstance(plain, expected):
         return plain
-    raise CodecError(path, f"expected {title_of(wanted)}, got {_shown(value)}")
+    raise CodecError(path, f"expected {title_of(expected)}, got {_shown(value)}")
 
 
 def _field_names(cls: Any) -> frozenset[str]:
@@ -321,17 +325,17 @@ def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
 
 
-def title_of(wanted: Any) -> str:
+def title_of(expected: Any) -> str:
     """A type in words for messages: "a whole number", "a synthetic-devices section"."""
-    if typing.get_origin(wanted) is typing.Annotated:
-        wanted = typing.get_args(wanted)[0]
+    if typing.get_origin(expected) is typing.Annotated:
+        expected = typing.get_args(expected)[0]
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Path: "a path"}
-    if wanted in names:
-        return names[wanted]
-    if dataclasses.is_dataclass(wanted):
-        name = getattr(wanted, "__name__", "").removesuffix("Config").removesuffix("Architecture")
-        return f"a {kind_of(wanted) or re.sub('(?<=[a-z0-9])(?=[A-Z])', '-', name).lower()} section"  # type: ignore[arg-type]
-    return str(wanted).replace("typing.", "")
+    if expected in names:
+        return names[expected]
+    if dataclasses.is_dataclass(expected):
+        name = getattr(expected, "__name__", "").removesuffix("Config").removesuffix("Architecture")
+        return f"a {kind_of(expected) or re.sub('(?<=[a-z0-9])(?=[A-Z])', '-', name).lower()} section"  # type: ignore[arg-type]
+    return str(expected).replace("typing.", "")
 
 
 def _shown(value: Any) -> str:

@@ -23,28 +23,28 @@ PLAIN_TAGS = ("null", "bool", "int", "float", "str", "timestamp", "seq", "map", 
 
 def read(
     path: Path,
-    wanted: type[T],
+    expected: type[T],
     *,
     changes: Mapping[str, str] | None = None,
     leave_out: Sequence[str] = (),
 ) -> T:
-    """Read a YAML file as the dataclass `wanted`.
+    """Read a YAML file as the dataclass `expected`.
 
     Args:
         path: The file.
-        wanted: A frozen dataclass; its fields' types and ranges say what is allowed.
+        expected: A frozen dataclass; its fields' types and ranges say what is allowed.
         changes: Dotted keys with new values, such as {"privacy.epsilon": "3"}, which win over the file.
         leave_out: Top-level keys that are read elsewhere.
 
     Raises:
-        ConfigError: The file is missing, is not YAML, or has something that `wanted` does not allow.
+        ConfigError: The file is missing, is not YAML, or has something that `expected` does not allow.
     """
-    return parse(text_of(path), wanted, name=str(path), changes=changes, leave_out=leave_out)
+    return parse(text_of(path), expected, name=str(path), changes=changes, leave_out=leave_out)
 
 
 def parse(
     text: str,
-    wanted: type[T],
+    expected: type[T],
     *,
     name: str,
     changes: Mapping[str, str] | None = None,
@@ -53,14 +53,14 @@ def parse(
     """Like `read`, from a text; `name` stands for the file in errors."""
     node = _compose(text, name)
     if node is None:
-        raise ConfigError(f"{name}:1: the file is empty; expected {title_of(wanted)}")
+        raise ConfigError(f"{name}:1: the file is empty; expected {title_of(expected)}")
     plain, changed = _plain(node, name), set[tuple[Key, ...]]()
     if isinstance(plain, dict):
         plain = {key: value for key, value in plain.items() if key not in leave_out}
     for key, value in (changes or {}).items():
         _change(plain, key, value, changed)
     try:
-        return decode(wanted, plain)
+        return decode(expected, plain)
     except CodecError as error:
         raise _located(error, node, name, changed) from error
 

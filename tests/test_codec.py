@@ -104,6 +104,12 @@ def test_only_complete_data_is_read_from_json() -> None:
         decode(Square, {}, complete=True)
 
 
+def test_a_union_of_classes_without_kinds_is_a_mistake_of_ours() -> None:
+    """Not of whoever wrote the file."""
+    with pytest.raises(TypeError, match="needs a kind of its own"):
+        decode(Square | Part, {"kind": "square"})
+
+
 def test_what_has_no_place_in_a_file_is_not_written() -> None:
     """With its path."""
     for value, message in (

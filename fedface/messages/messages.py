@@ -240,9 +240,11 @@ def protection_of(task: Task) -> str:
         case DecryptTask():
             return ""
     if not dp.is_private:
-        noise = "NO noise"
+        noise = "no noise"
     elif dp.noise_at == "server":
-        noise = f"cut to a bounded length; the server adds the noise (multiplier {dp.noise_multiplier:.3g})"
+        noise = (
+            f"clipped to a bounded L2 norm; the server adds the noise (multiplier {dp.noise_multiplier:.3g})"
+        )
     else:
         noise = f"noise added here (multiplier {dp.noise_multiplier:.3g}), a privacy guarantee per {dp.unit}"
     hidden = isinstance(aggregation, HomomorphicConfig)

@@ -33,20 +33,19 @@ def read_reply(message: Message) -> Reply:
 def _read(message: Message, classes: tuple[Any, ...], what: str) -> Any:
     header = _header(message)
     kinds = {cls.kind: cls for cls in classes}
-    wanted = kinds.get(str(header.get("kind")))
-    if wanted is None:
-        expected = ", ".join(kinds)
-        raise FederationError(f"expected a {what} ({expected}), got {header.get('kind')!r:.80}")
+    cls = kinds.get(str(header.get("kind")))
+    if cls is None:
+        raise FederationError(f"expected a {what} ({', '.join(kinds)}), got {header.get('kind')!r:.80}")
     if isinstance(reason := header.get("reason"), str):
         header["reason"] = "".join(letter if letter.isprintable() else " " for letter in reason[:1000])
-    types = {name: hint for name, hint in get_type_hints(wanted).items() if hint in (bytes, Vector)}
+    types = {name: hint for name, hint in get_type_hints(cls).items() if hint in (bytes, Vector)}
     try:
         blobs = {
             name: _blob(name, types[name], written)
             for name, written in message.blobs.items()
             if name in types
         }
-        return decode(wanted, header | blobs, complete=True)
+        return decode(cls, header | blobs, complete=True)
     except (ValueError, TypeError, OverflowError, MemoryError, FedfaceError) as error:
         raise FederationError(f"this {what} cannot be read: {error}") from error
 
@@ -61,7 +60,7 @@ def _header(message: Message) -> dict[str, Any]:
     return header
 
 
-def _blob(name: str, wanted: Any, written: bytes) -> bytes | Vector:
-    if wanted is bytes:
+def _blob(name: str, expected: Any, written: bytes) -> bytes | Vector:
+    if expected is bytes:
         return written
     return torch.zeros(0) if name == "buffers" and not written else vector_from(written)
