@@ -15,8 +15,9 @@ Sources: Kynkaanniemi et al. 2019 (arXiv:1904.06991) for precision and recall; N
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ from fedface.audits.feature_distances import (
 )
 from fedface.audits.feature_extractors import Extractor, FeatureIdentity, FeatureSource, open_features
 from fedface.audits.group_metrics import rate_interval
-from fedface.measurements import Interval
+from fedface.measurements import Interval, NotMeasured
 from fedface.photos.skin_tone import measure_tone
 from fedface.tensor_types import Images
 
@@ -64,14 +65,19 @@ def tone_groups(images: Images) -> tuple[str, ...]:
 class InsufficientSamples:
     """A metric, or a whole group, that was not measured, and why."""
 
+    kind: ClassVar[str] = "insufficient-samples"
+
     real: int  # faces
     made: int
     fewest: int  # needed on each side
 
-    def __str__(self) -> str:
-        return (
-            f"not measured: needs {self.fewest} faces a side, has {self.real} real and {self.made} generated"
+    def reason(self) -> NotMeasured:
+        return NotMeasured(
+            not_measured=f"needs {self.fewest} faces a side, has {self.real} real and {self.made} generated"
         )
+
+    def __str__(self) -> str:
+        return str(self.reason())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +106,9 @@ class ManifoldMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupQuality:
-    """All metrics of one group, or of everybody."""
+    """All metrics of one group, or of all faces."""
+
+    kind: ClassVar[str] = "group-quality"
 
     real: int  # faces
     made: int
@@ -111,12 +119,12 @@ class GroupQuality:
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """Made faces beside real ones."""
+    """Generated faces compared with real ones."""
 
     identity: FeatureIdentity  # metrics of other features must not be compared with these
     k: int  # neighbours that a ball reaches to
     overall: GroupQuality
-    groups: Mapping[str, GroupQuality | InsufficientSamples]  # by name, sorted
+    groups: dict[str, GroupQuality | InsufficientSamples]  # by name, sorted
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import assert_never
 
 import torch
 
 from fedface.atomic_io import replace_text
-from fedface.audits.bias import DARKER_FROM, tone_histogram
+from fedface.audits.bias import tone_histogram
 from fedface.audits.feature_extractors import ColourFeatures, open_features
-from fedface.audits.group_metrics import rate_interval
-from fedface.audits.sample_quality import TONE_GROUPS, GroupQuality, InsufficientSamples, quality, tone_groups
+from fedface.audits.sample_quality import quality, tone_groups
 from fedface.audits.tone_distance import tone_distance
 from fedface.codec import dumps, load
 from fedface.coordinator.rounds import ProgressListener, epsilon_spent, run_rounds
@@ -29,7 +27,7 @@ from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import upsample_with
 from fedface.errors import ConfigError
 from fedface.experiment import Experiment, SyntheticDevices
-from fedface.measurements import Measurement, NotMeasured
+from fedface.measurements import NotMeasured
 from fedface.messages.cohort import Cohort
 from fedface.models.checkpoint import load_model, weights_hash
 from fedface.models.model import Model
@@ -41,17 +39,15 @@ from fedface.reports.comparison_report import (
     UNTRAINED,
     ComparedRun,
     ComparisonRecord,
-    GroupQualityRecord,
-    ModelQualityRecord,
+    ModelQuality,
 )
 from fedface.reports.run_record import MachineRecord, installed_versions
 from fedface.sweep import Sweep, Variant, level_of
 from fedface.tensor_types import Images
 from fedface.training.training_methods import common_streams, prepare_round
 
-MEASURED_ON = 1  # raised whenever the same samples would give other metrics
+MEASURED_ON = 2  # raised whenever the same samples would give other metrics
 FACES = 600  # samples of each model, and faces on either side of the reference
-QUALITY = ("kernel", "coverage", "precision", "recall")
 SHOWN = 12  # samples in a row of the image
 
 CohortOf = Callable[[Experiment, Path], Cohort]  # an experiment and the folder of its devices' states
@@ -167,7 +163,7 @@ def _base(variant: Variant, folder: Path, faces: int, progress: ProgressListener
         folder / "bases" / f"{weights_hash(*base.modules())}-{experiment.seed}-{_measure_name(faces)}.json"
     )
     if stored.exists():
-        model = load(ModelQualityRecord, stored)
+        model = load(ModelQuality, stored)
     else:
         model = _measure(base, experiment, faces, progress)
         stored.parent.mkdir(parents=True, exist_ok=True)
@@ -190,9 +186,7 @@ def _measure_name(faces: int) -> str:
     return f"{faces}-{MEASURED_ON}"
 
 
-def _measure(
-    model: Model, experiment: Experiment, faces: int, progress: ProgressListener
-) -> ModelQualityRecord:
+def _measure(model: Model, experiment: Experiment, faces: int, progress: ProgressListener) -> ModelQuality:
     progress.stage("samples", 1)
     made = _sampled(model, experiment, faces)
     truth = _reference(experiment, model.size, faces)
@@ -215,7 +209,7 @@ def _sampled(model: Model, experiment: Experiment, count: int) -> Images:
         return torch.cat(list(pool.map(draw, range(2))))
 
 
-def _metrics(made: Images, name: str, truth: _Reference, seed: int) -> ModelQualityRecord:
+def _metrics(made: Images, name: str, truth: _Reference, seed: int) -> ModelQuality:
     streams = Streams(seed).child("compared figures")
     readings, true = measure_tone(made).monk.double(), measure_tone(truth.faces).monk.double()
     found = quality(
@@ -226,42 +220,12 @@ def _metrics(made: Images, name: str, truth: _Reference, seed: int) -> ModelQual
         ColourFeatures(),
         streams.numpy("quality"),
     )
-    darker = int((readings >= DARKER_FROM).sum())
-    return ModelQualityRecord(
+    return ModelQuality(
         weights_hash=name,
-        tones=tone_histogram(made).counts,
-        figures={
-            "tone_distance": tone_distance(readings.numpy(), true.numpy(), streams.numpy("tones")),
-            "darker": rate_interval(darker, len(readings)),
-            **_quality_figures(found.overall),
-        },
-        groups=tuple(_group(group, found.groups.get(group)) for group in TONE_GROUPS),
+        tones=tone_histogram(made),
+        tone_distance=tone_distance(readings.numpy(), true.numpy(), streams.numpy("tones")),
+        quality=found,
     )
-
-
-def _group(name: str, found: GroupQuality | InsufficientSamples | None) -> GroupQualityRecord:
-    match found:
-        case GroupQuality(real=real, made=made):
-            return GroupQualityRecord(group=name, real=real, made=made, figures=_quality_figures(found))
-        case InsufficientSamples(real=real, made=made, fewest=fewest):
-            why = NotMeasured(
-                not_measured=f"wants {fewest} faces on each side, got {real} real and {made} made"
-            )
-            return GroupQualityRecord(group=name, real=real, made=made, figures={m: why for m in QUALITY})
-        case None:
-            why = NotMeasured(not_measured="no faces of this group on either side")
-            return GroupQualityRecord(group=name, real=0, made=0, figures={m: why for m in QUALITY})
-        case _:
-            assert_never(found)
-
-
-def _quality_figures(found: GroupQuality) -> dict[str, Measurement]:
-    return {
-        "kernel": found.kernel,
-        "coverage": found.neighbours.coverage,
-        "precision": found.neighbours.precision,
-        "recall": found.neighbours.recall,
-    }
 
 
 @lru_cache(maxsize=4)

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 
+from fedface.audits.sample_quality import TONE_GROUPS
 from fedface.experiment import NO_DP_LABEL
 from fedface.measurements import Interval
 from fedface.reports.charts import FAINT, INK, STYLE, face_grid
@@ -36,7 +37,7 @@ def against_epsilon(record: ComparisonRecord) -> bytes:
         row = canvas.subplots(1, len(PANELS))
         for axes, measure in zip(row, PANELS, strict=True):
             _panel(axes, record, measure, None)
-            known = record.reference.figures.get(measure)
+            known = record.reference.metric(measure)
             if isinstance(known, Interval):
                 axes.axhline(known.estimate, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
             axes.set_title(TITLES[measure], loc="left", fontsize=9)
@@ -49,7 +50,7 @@ def against_epsilon(record: ComparisonRecord) -> bytes:
 
 def by_group(record: ComparisonRecord, measure: str = "kernel") -> bytes:
     """One measure against epsilon, one panel per tone group from light to dark; PNG."""
-    groups = [group.group for group in record.reference.groups]
+    groups = TONE_GROUPS
     with matplotlib.rc_context(STYLE):
         canvas = Canvas(figsize=(2.15 * len(groups), 2.9), layout="constrained", dpi=110)
         row = canvas.subplots(1, len(groups), sharey=True, squeeze=False)[0]
@@ -65,7 +66,7 @@ def by_group(record: ComparisonRecord, measure: str = "kernel") -> bytes:
 def tone_histograms(record: ComparisonRecord) -> bytes:
     """Monk tone of samples at every epsilon, one panel per method, beside the devices' own mix; PNG."""
     ways, levels = record.ways(), record.levels()
-    true = np.array(record.reference.tones) / max(1, sum(record.reference.tones))
+    true = np.array(record.reference.tones.counts) / record.reference.tones.count
     steps = np.arange(1, 11)
     with matplotlib.rc_context(STYLE):
         canvas = Canvas(figsize=(max(6.2, 2.7 * len(ways)), 2.9), layout="constrained", dpi=110)
@@ -76,7 +77,7 @@ def tone_histograms(record: ComparisonRecord) -> bytes:
                 runs = record.chosen(way, level)
                 if not runs:
                     continue
-                counts = np.sum([run.model.tones for run in runs], axis=0)
+                counts = np.sum([run.model.tones.counts for run in runs], axis=0)
                 shade = matplotlib.colormaps["viridis"](index / max(1, len(levels) - 1))
                 dash = (0, (2, 1.5)) if level == UNTRAINED else "-"
                 axes.plot(

@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from fedface.atomic_io import replace_text
+from fedface.audits.bias import ToneHistogram
 from fedface.audits.group_metrics import mean_interval
+from fedface.audits.sample_quality import TONE_GROUPS, GroupQuality, InsufficientSamples, Quality
 from fedface.codec import dumps, load
 from fedface.errors import RunError
 from fedface.experiment import NO_DP_LABEL
@@ -36,23 +38,28 @@ TITLES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupQualityRecord:
-    """How good the samples of one tone group are."""
-
-    group: str
-    real: int  # faces of the reference in this group
-    made: int  # samples in this group
-    figures: dict[str, Measurement]  # kernel, coverage, precision, recall
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelQualityRecord:
-    """What the samples of one set of weights look like beside the devices' faces."""
+class ModelQuality:
+    """The samples of one set of weights compared with faces like the devices'."""
 
     weights_hash: str
-    tones: tuple[int, ...]  # samples with Monk 1 to 10
-    figures: dict[str, Measurement]  # by measure
-    groups: tuple[GroupQualityRecord, ...]
+    tones: ToneHistogram
+    tone_distance: Interval  # in Monk steps
+    quality: Quality
+
+    def metric(self, name: str, group: str | None = None) -> Measurement:
+        """One of METRICS over all samples, or one of BY_GROUP in a tone group."""
+        if group is None and name == "tone_distance":
+            return self.tone_distance
+        if group is None and name == "darker":
+            return self.tones.darker
+        match self.quality.overall if group is None else self.quality.groups.get(group):
+            case GroupQuality() as found:
+                value: Interval = found.kernel if name == "kernel" else getattr(found.neighbours, name)
+                return value
+            case InsufficientSamples() as few:
+                return few.reason()
+            case None:
+                return NotMeasured(not_measured="no faces of this group on either side")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +74,7 @@ class ComparedRun:
     numbers_up: int  # numbers that a device sends in a round
     bytes_up: int  # of all devices in all rounds
     seconds: float  # of all rounds together
-    model: ModelQualityRecord
+    model: ModelQuality
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +89,7 @@ class ComparisonRecord:
     machine: MachineRecord
     devices: str  # in words
     features: str  # on which distances rest, in words
-    reference: (
-        ModelQualityRecord  # a second set of the devices' own faces: what a perfect generator would score
-    )
+    reference: ModelQuality  # of a second set of faces like the devices': the score of a perfect generator
     runs: tuple[ComparedRun, ...]
 
     def ways(self) -> tuple[str, ...]:
@@ -101,13 +106,7 @@ class ComparisonRecord:
 
     def over_seeds(self, way: str, level: str, measure: str, group: str | None = None) -> Measurement:
         """One measure of one way at one level, over its seeds; see `over_seeds`."""
-        found: list[Measurement] = []
-        for run in self.chosen(way, level):
-            if group is None:
-                found.append(run.model.figures[measure])
-            else:
-                found += [g.figures[measure] for g in run.model.groups if g.group == group]
-        return over_seeds(found)
+        return over_seeds([run.model.metric(measure, group) for run in self.chosen(way, level)])
 
 
 def _level(level: str) -> float:
@@ -185,14 +184,15 @@ def markdown(record: ComparisonRecord) -> str:
             up = f"{runs[0].numbers_up:,}" if level != UNTRAINED else "-"
             lines.append(_row([way, level, sigma, up, str(len(runs)), *figures, seconds]))
     lines += ["", "## By tone group", ""]
-    groups = [group.group for group in record.reference.groups]
     for measure in BY_GROUP:
-        lines += [f"### {TITLES[measure]}", "", _row(["method", "epsilon", *groups])]
-        lines.append(_row(["---"] * (2 + len(groups))))
+        lines += [f"### {TITLES[measure]}", "", _row(["method", "epsilon", *TONE_GROUPS])]
+        lines.append(_row(["---"] * (2 + len(TONE_GROUPS))))
         for way in record.ways():
             for level in record.levels():
                 if record.chosen(way, level):
-                    cells = [table_cell(record.over_seeds(way, level, measure, group)) for group in groups]
+                    cells = [
+                        table_cell(record.over_seeds(way, level, measure, group)) for group in TONE_GROUPS
+                    ]
                     lines.append(_row([way, level, *cells]))
         lines.append("")
     return "\n".join(lines) + "\n"
@@ -208,9 +208,8 @@ def _guarantee(record: ComparisonRecord) -> str:
 
 
 def _reference(record: ComparisonRecord) -> str:
-    figures = record.reference.figures
-    said = [f"{TITLES[m]} {table_cell(figures[m])}" for m in METRICS if m in figures]
-    return f"Metrics of a second set of faces like the devices': {'; '.join(said)}."
+    values = [f"{TITLES[metric]} {table_cell(record.reference.metric(metric))}" for metric in METRICS]
+    return f"Metrics of a second set of faces like the devices': {'; '.join(values)}."
 
 
 def _row(cells: Sequence[str]) -> str:

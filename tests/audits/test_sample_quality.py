@@ -226,7 +226,7 @@ def test_a_group_with_too_few_faces_is_a_value_that_says_what_it_wants() -> None
     groups = compare_quality(real, made, STREAMS.numpy("order")).groups
     assert list(groups) == ["a", "b", "c"] and isinstance(groups["a"], GroupQuality)
     assert groups["b"] == InsufficientSamples(real=12, made=0, fewest=40)
-    assert str(groups["c"]) == "not measured: wants 40 faces a side, has 0 real and 45 made"
+    assert str(groups["c"]) == "not measured: needs 40 faces a side, has 0 real and 45 generated"
 
 
 def test_equal_faces_of_one_source_pass_and_darkened_ones_do_not() -> None:
@@ -308,7 +308,7 @@ def test_features_of_different_networks_are_never_compared(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("count", "k", "fewest", "words"),
     [
-        (39, 3, 40, "at least 40 faces, got 39 real and 39 made"),
+        (39, 3, 40, "at least 40 faces, got 39 real and 39 generated"),
         (50, 0, 40, "k must lie in"),
         (50, 11, 40, "k must lie in"),
         (50, 3, 10, "fewest must be >= 40"),

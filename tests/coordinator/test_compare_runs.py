@@ -74,10 +74,10 @@ def test_the_devices_own_faces_score_better_than_models_with_random_weights(
     finished: ComparisonRecord,
 ) -> None:
     """The planted good set lies near, every untrained model far."""
-    good = finished.reference.figures["kernel"]
+    good = finished.reference.metric("kernel")
     assert isinstance(good, Interval)
     for run_ in finished.runs:
-        bad = run_.model.figures["kernel"]
+        bad = run_.model.metric("kernel")
         assert isinstance(bad, Interval) and bad.low > good.high
 
 
@@ -90,7 +90,7 @@ def test_the_record_comes_back_from_its_file_and_its_table_has_a_row_for_each(
     assert len(rows) == 6 * (1 + 3)  # all faces, then three measures by group
     for picture in ("against-epsilon", "tones", "by-group", "samples"):
         assert (home / "out" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
-    assert set(METRICS) <= set(finished.runs[0].model.figures)
+    assert all(isinstance(finished.runs[0].model.metric(name), Interval) for name in METRICS)
 
 
 def test_a_finished_comparison_asks_no_device_again(home: Path, finished: ComparisonRecord) -> None:
