@@ -1,8 +1,8 @@
-"""One photo -> one picture that shows how little a pixelated face says: several faces, all equally right.
+"""One photo -> one picture that shows how little a pixelated face determines: several faces, all equally consistent.
 
-Called by `fedface upsample` and the local page. `MethodRunner` asks each method for faces; `contact_sheet` lays them out:
-what was shown, the faces with what they shrink to, how far they differ pixel by pixel, and beside them the skin tones
-that the generator has learned to draw, because what it never saw it cannot answer.
+`MethodRunner` runs each method; `contact_sheet` lays out the low-resolution input, the faces with their downscaled
+versions, their standard deviation pixel by pixel, and the skin tones that the generator produces, because a method
+cannot find faces that its generator does not know.
 """
 
 from __future__ import annotations

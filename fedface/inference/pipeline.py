@@ -1,8 +1,7 @@
-"""A file or a folder of photos -> a sheet for every face, with a record of what was done and of who was left out.
+"""A file or a folder of photos -> a contact sheet for every face, with a record of what was done and what was skipped.
 
-Called by `fedface upsample`. Photos are decoded in a child process with limits, as in a scan, and never written. A
-folder's work can be interrupted: sheets that lie there already are not made again, and those of other settings are
-never mixed with them.
+Photos are decoded in the sandbox, as in a scan, and never written. An interrupted folder is resumed: existing sheets
+are not rendered again, and sheets of different settings are never mixed in one folder.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Photos: reading a library, finding faces, drawing faces whose truth is known. Knows no models."""
+"""Photos: reading a library, finding and aligning faces, skin tone, occasions."""

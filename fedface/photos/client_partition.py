@@ -1,6 +1,5 @@
-"""Deals labelled photos out to simulated devices, so that an experiment says how unequal its devices are.
+"""Partitions of labelled public photos among simulated devices, from even to very unequal ones.
 
-Called by `experiment` and `federation.cohort` when one folder of public photos plays many devices.
 Sources: label-Dirichlet partitions, Hsu, Qi, Brown (2019), arXiv:1909.06335.
 """
 

@@ -1,6 +1,5 @@
 """How many faces a detector finds, group by group: the first place where a photo library becomes unfair.
 
-Called by the command line (`fedface photos audit-detectors`) and benchmarks/detection.py.
 Source of the interval: Wilson (1927), doi:10.1080/01621459.1927.10502953.
 """
 

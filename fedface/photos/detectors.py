@@ -1,6 +1,6 @@
 """Face detectors: what comes with the packages we install, and a better one that the user supplies.
 
-Called by `scan` and by `detection_rates`. A detector that misses some people's faces is where bias enters a
+A detector that misses some people's faces is where bias enters a
 photo library first (docs/detection.md has the measured rates), so the default never uses the cheap detector
 alone. Sources: HOG (Dalal and Triggs 2005) and max-margin detection (King 2015, arXiv:1502.00046), both in
 dlib; 68 landmarks (Kazemi and Sullivan 2014); YuNet (Wu et al. 2023).

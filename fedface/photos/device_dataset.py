@@ -1,8 +1,7 @@
-"""The faces that one device trains with, and which of them a promise counts as one.
+"""The faces that one device trains with, and which of them are one privacy unit.
 
-Called by the device (from its `library`), by simulations (from public faces) and by training/, which clips what
-it sums for one unit. The labels are lasting names, so that a photo more or less changes no other's side of a
-split. Two photos of one person on two days are two units here: see docs/occasions.md.
+Labels are stable, so that one photo more or less changes no other photo's side of a split. Two photos of one person on
+two days are two units here: see docs/occasions.md.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ class DeviceDataset:
             raise ValueError(f"images must be float32 or uint8 (n, 3, s, s), got {self.images.dtype} {shape}")
         for name, labels in (("photos", self.photos), ("occasions", self.occasions)):
             if labels.dtype != torch.int64 or tuple(labels.shape) != shape[:1]:
-                wanted = f"{name} must be int64 ({shape[0]},), one label an image"
-                raise ValueError(f"{wanted}, got {labels.dtype} {tuple(labels.shape)}")
+                expected = f"{name} must be int64 ({shape[0]},), one label an image"
+                raise ValueError(f"{expected}, got {labels.dtype} {tuple(labels.shape)}")
         if len(torch.unique(self.photos)) != len(self.photos):
             raise ValueError("photos must be distinct: a photo that is here twice would count twice")
 
@@ -71,7 +70,7 @@ class DeviceDataset:
                 assert_never(unit)
 
     def select(self, index: Tensor) -> DeviceDataset:
-        """Some of them: by number, int64 (m,) without repeats, or by mask, bool (n,). All of them are not copied."""
+        """Some of the faces: by index, int64 (m,) without repeats, or by mask, bool (n,). All of them: no copy."""
         if index.dtype == torch.bool and bool(index.all()):
             return self
         return DeviceDataset(
@@ -79,24 +78,24 @@ class DeviceDataset:
         )
 
     def split(self, holdout_fraction: float, unit: Unit) -> tuple[DeviceDataset, DeviceDataset]:
-        """To train on, and held out: whole units, or whole occasions where one promise covers the library.
+        """The training set and the holdout set: whole units, or whole occasions where the unit is the library.
 
-        A unit's side depends on its own label alone: one more or less moves no other. So libraries that differ by
-        one photo or occasion differ by it on one side, and not at all on the other.
+        A unit's side depends on its own label alone. So libraries that differ by one photo or occasion differ by it in
+        one of the two sets, and not at all in the other.
 
         Args:
-            holdout_fraction: The chance of each unit to be held out, in [0, 1).
-            unit: What must not lie on both sides.
+            holdout_fraction: The probability of each unit to be held out, in [0, 1).
+            unit: What must not lie in both sets.
         """
         if not 0 <= holdout_fraction < 1:
             raise ValueError(f"holdout_fraction must lie in [0, 1), got {holdout_fraction}")
         labels = (self.photos if unit == "photo" else self.occasions).tolist()
-        rng = {label: _chance(label) for label in set(labels)}
-        held = torch.from_numpy(np.array([rng[label] < holdout_fraction for label in labels], dtype=bool))
+        uniform = {label: _uniform(label) for label in set(labels)}
+        held = torch.from_numpy(np.array([uniform[label] < holdout_fraction for label in labels], dtype=bool))
         return self.select(~held), self.select(held)
 
 
-def _chance(label: int) -> float:
-    """A number in [0, 1) that stays the same for a label on every machine, and tells nothing of other labels'."""
+def _uniform(label: int) -> float:
+    """A hash of the label as a number in [0, 1): the same on every machine."""
     digest = hashlib.sha256(SALT + label.to_bytes(8, "big", signed=True)).digest()
     return int.from_bytes(digest[:6], "big") / 2**48

@@ -1,7 +1,6 @@
-"""When, where and with what a photo was taken, out of EXIF tags that may be missing, broken or hostile.
+"""When, where and with which camera a photo was taken, from EXIF tags that may be missing, broken or hostile.
 
-Called by `pixels` (which hands over plain mappings of tag number to value) for each photo it decodes.
-A broken tag never costs a photo: what cannot be understood is missing, and the rest is kept.
+A tag that cannot be parsed counts as missing; the photo and its other tags are used.
 Source: CIPA DC-008 (Exif 2.32), tables 4 to 15.
 """
 
@@ -17,12 +16,12 @@ Tags = Mapping[int, object]
 MAKE, MODEL, CHANGED = 0x010F, 0x0110, 0x0132
 TAKEN, DIGITIZED = 0x9003, 0x9004
 LATITUDE_REF, LATITUDE, LONGITUDE_REF, LONGITUDE = 1, 2, 3, 4
-MAX_TEXT_LENGTH = 80  # characters of a camera's name that we keep
+MAX_TEXT_LENGTH = 80  # characters of a camera's name
 
 
 @dataclass(frozen=True)
 class ExifMetadata:
-    """What a photo says about itself; `None` where it says nothing that can be understood."""
+    """The metadata of a photo; `None` where it is missing or cannot be parsed."""
 
     taken: datetime | None = None  # local time of the camera, without a zone
     place: tuple[float, float] | None = None  # latitude and longitude in degrees, north and east positive
@@ -47,8 +46,8 @@ def _text(tag: object) -> str:
         tag = tag.decode("latin-1")
     if not isinstance(tag, str):
         return ""
-    kept = "".join(letter for letter in tag.split("\0")[0] if letter.isprintable())
-    return " ".join(kept.split())[:MAX_TEXT_LENGTH]
+    printable = "".join(letter for letter in tag.split("\0")[0] if letter.isprintable())
+    return " ".join(printable.split())[:MAX_TEXT_LENGTH]
 
 
 def _date(tag: object) -> datetime | None:
@@ -84,7 +83,7 @@ def _place(gps: Tags) -> tuple[float, float] | None:
 
 
 def _camera(main: Tags) -> str | None:
-    """Maker and model, without saying the maker twice."""
+    """Maker and model; the maker once."""
     make, model = _text(main.get(MAKE)), _text(main.get(MODEL))
     name = model if model.lower().startswith(make.lower()) else f"{make} {model}".strip()
     return name[:MAX_TEXT_LENGTH] or None

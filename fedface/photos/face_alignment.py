@@ -1,6 +1,5 @@
-"""A face in a photo, what finds one, and the crop that every network here is fed: FFHQ's.
+"""Faces, face detectors, and the aligned crop that every network here is trained on: FFHQ's.
 
-Called by `detectors` (which make faces), `library` and `probe` (which crop them) and `scan`.
 Source: the alignment of FFHQ (Karras, Laine, Aila 2019, arXiv:1812.04948), which PULSE uses too.
 """
 

@@ -1,7 +1,6 @@
-"""Whose face is in a photo, cut out and upright, or why there is none: for people who bring single photos.
+"""The faces of one photo, cut out and upright, or why there is none: for `fedface upsample` and the local page.
 
-Called by `fedface upsample` and the local page. A library is scanned by `scan`; here somebody waits for an answer
-about one photo, so that a face that no detector sees upright is looked for in the photo turned round as well.
+Unlike a scan, this takes the time to look for faces in all four quarter turns of the photo.
 """
 
 from __future__ import annotations
@@ -9,13 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from fedface.errors import LibraryError, PhotoError
+from fedface.errors import LibraryError
 from fedface.photos.face_alignment import Detector, Face, align, alignment_side, usable
-from fedface.photos.image_io import Photo, cut_square, read_photo
+from fedface.photos.image_io import Photo, cut_square
 
 LONGEST_SIDE = 1600  # pixels in which faces are looked for
 MIN_FACE_SIDE = 64  # a square picture of at most this side is taken as a face already, aligned and shrunken
@@ -39,32 +37,21 @@ class FaceCrop:
         return self.people == 0
 
 
-def find_face_crops(
-    path: Path, detector: Callable[[], Detector], size: int, *, smallest: int
+def face_crops(
+    photo: Photo, detector: Callable[[], Detector], size: int, *, smallest: int, name: str
 ) -> tuple[FaceCrop, ...]:
     """Every face of a photo, the largest first.
 
     Args:
-        path: The photo.
+        photo: Decoded at LONGEST_SIDE.
         detector: Makes the detector; not called for a picture that is small enough to be a face already.
         size: Side in pixels of the crops.
         smallest: A square picture of this side, up to 64 pixels, is taken as a face as it is.
+        name: Names the photo in errors.
 
     Raises:
-        PhotoError: The file cannot be read.
-        LibraryError: No face was found, however the photo is turned.
+        LibraryError: No face was found in any quarter turn, or the photo is too small.
     """
-    try:
-        photo = read_photo(path, longest_side=LONGEST_SIDE)
-    except PhotoError as error:
-        raise PhotoError(f"{path}: {error}") from error
-    return face_crops(photo, detector, size, smallest=smallest, name=str(path))
-
-
-def face_crops(
-    photo: Photo, detector: Callable[[], Detector], size: int, *, smallest: int, name: str
-) -> tuple[FaceCrop, ...]:
-    """As `find_face_crops`, of a photo that was read already; `name` stands for it in errors."""
     height, width = photo.pixels.shape[:2]
     if height == width and min(smallest, MIN_FACE_SIDE) <= height <= MIN_FACE_SIDE:
         return (FaceCrop(crop=photo.pixels, number=1, people=0, rotation=0, side=float(height)),)
@@ -83,7 +70,8 @@ def face_crops(
     if not seen[best]:
         raise LibraryError(
             f"{name}: no face found, nor in the photo turned round; give a photo with a face at least 32 pixels "
-            f"wide, a square picture of {min(smallest, MIN_FACE_SIDE)} to {MIN_FACE_SIDE} pixels that is a face already, or say --no-detect"
+            f"wide, a square picture of {min(smallest, MIN_FACE_SIDE)} to {MIN_FACE_SIDE} pixels that is a face "
+            "already, or use --no-detect"
         )
     return tuple(
         FaceCrop(

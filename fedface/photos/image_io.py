@@ -365,21 +365,6 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
     path.write_bytes(png_bytes(pixels))
 
 
-def jpeg_bytes(pixels: np.ndarray, *, quality: int) -> bytes:
-    """A JPEG file of uint8 pixels, shape (h, w, 3); quality 1 to 95."""
-    if not 1 <= quality <= 95:
-        raise ValueError(f"quality must lie in [1, 95], got {quality}")
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()
-
-
-def jpeg_round_trip(pixels: np.ndarray, quality: int) -> np.ndarray:
-    """What JPEG of the given quality (1 to 95) leaves of uint8 pixels, shape (h, w, 3)."""
-    with Image.open(io.BytesIO(jpeg_bytes(pixels, quality=quality)), formats=["JPEG"]) as image:
-        return np.array(image.convert("RGB"))
-
-
 def sheet(images: Sequence[np.ndarray] | np.ndarray, columns: int, *, gap: int = 2) -> np.ndarray:
     """Lay pictures of one size out in rows, on white.
 

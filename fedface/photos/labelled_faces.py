@@ -1,8 +1,8 @@
 """Public, labelled faces for audits and simulations: a folder or a zip of pictures, and a CSV of labels.
 
-Called by `audits`, `experiment`, `detection_rates` and the command line. A set is `NAME/` or `NAME.zip`
+A set is `NAME/` or `NAME.zip`
 beside `NAME.csv`, whose columns are `file`, labels, and five landmarks re_ le_ nose_ rm_ lm_ (x, y, pixels).
-Rows without landmarks are counted by group and reported: dropping them quietly would flatter every audit.
+Rows without landmarks are counted by group and reported: ignoring them would bias every audit.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from fedface.errors import LibraryError, PhotoError
-from fedface.photos.occasions import DEFAULT_RULE, Occasion, OccasionRule, PhotoSignature, group, occasion
+from fedface.photos.occasions import DEFAULT_RULE, OccasionRule, PhotoSignature, group
 from fedface.photos.photo_index import (
     FileStamp,
     PhotoIndex,
@@ -172,20 +172,6 @@ class PhotoLibrary:
         smallest = np.full(len(paths), np.iinfo(np.int64).max)
         np.minimum.at(smallest, groups, np.array([_label(path) for path in paths], dtype=np.int64))
         return np.asarray(smallest[groups[own]])
-
-    def occasions(self, rule: OccasionRule = DEFAULT_RULE) -> list[Occasion]:
-        """The occasions of the whole folder, each with the photos of it that are in this library.
-
-        Returns:
-            In the order of their first photo; every index is in exactly one. Dates are those of these photos.
-        """
-        own, _, signatures = self._all_read()
-        members: dict[int, list[int]] = {}
-        for index, number in enumerate(group(signatures, rule)[own].tolist()):
-            members.setdefault(number, []).append(index)
-        return [
-            occasion(indices, [signatures[own[index]] for index in indices]) for indices in members.values()
-        ]
 
     def _all_read(self) -> tuple[np.ndarray, list[Path], list[PhotoSignature]]:
         """Every photo of the folder that was read, by path; and where among them those of this library stand."""

@@ -1,9 +1,8 @@
-"""Which photos were taken together, so that one birthday does not count as forty strangers.
+"""Which photos were taken together: the privacy unit "occasion", so that one birthday counts once and not forty times.
 
-Called by `scan` (a fingerprint of each photo), `library` (the occasions of a folder) and `own`. Whether two
-photos are linked depends on these two alone; an occasion is what hangs together by links. Hence the theorem that
-a promise per occasion rests on: without all photos of one occasion, every other occasion is what it was. And a
-photo more can merge occasions, never part them. How well all this works on real photos: docs/occasions.md.
+Whether two photos are linked depends on these two alone; an occasion is a connected component of the links. Hence the
+property that privacy per occasion needs: without all photos of one occasion, every other occasion is unchanged. One
+photo more can merge occasions, never split them. How well this works on real photos: docs/occasions.md.
 Source of the fingerprint: N. Krawetz (2013), "Kind of like that": the difference hash, here in two directions.
 """
 
@@ -26,11 +25,12 @@ from fedface.validation import Above, In, checked
 
 FINGERPRINT_BITS = 128
 MIN_CONTRAST_BITS = 1.0  # grey levels of 255; a smaller step from cell to cell may be noise
-LEAST_CLEAR = 6  # rises and falls; above half of `alike`, so that two spots in the dark are not one picture
+# Rises and falls; above half of `max_fingerprint_distance`, so that two spots in the dark are not one picture.
+MIN_CLEAR_STEPS = 6
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # Rec. 601
 EARTH_KM = 6371.0
 ROWS, COLUMNS = 64, 8192  # pairs that are compared at once; the block stays in the processor's cache
-MAX_PENDING = 2_000_000  # links kept before they are merged, 16 bytes each
+MAX_PENDING = 2_000_000  # links in memory before they are merged, 16 bytes each
 BEGINNING = datetime(1970, 1, 1)
 
 
@@ -52,35 +52,12 @@ DEFAULT_RULE = OccasionRule()
 
 @dataclass(frozen=True, kw_only=True)
 class PhotoSignature:
-    """All that decides what a photo is linked to."""
+    """What links a photo to others."""
 
     folder: Path
     taken: datetime | None = None  # local time of the camera, without a zone
     place: tuple[float, float] | None = None  # latitude and longitude in degrees
     fingerprint: bytes | None = None  # of `fingerprint`
-
-
-@dataclass(frozen=True, kw_only=True)
-class Occasion:
-    """Photos that count as one."""
-
-    photos: tuple[int, ...]  # rising; what they number is the maker's to say
-    earliest: datetime | None  # None: none of them is dated
-    latest: datetime | None
-
-    def describe(self) -> str:
-        """One line for a log that stays on the device; names no file."""
-        count = f"{len(self.photos)} photo{'' if len(self.photos) == 1 else 's'}"
-        if self.earliest is None or self.latest is None:
-            return f"{count} without a date"
-        first, last = f"{self.earliest:%Y-%m-%d %H:%M}", f"{self.latest:%Y-%m-%d %H:%M}"
-        return f"{count}, {first}" if first == last else f"{count}, {first} to {last}"
-
-
-def occasion(photos: Sequence[int], shots: Sequence[PhotoSignature]) -> Occasion:
-    """The photos of one occasion, by number and by what is known of each, in the same order."""
-    dates = [shot.taken for shot in shots if shot.taken is not None]
-    return Occasion(photos=tuple(photos), earliest=min(dates, default=None), latest=max(dates, default=None))
 
 
 def fingerprint(pixels: np.ndarray) -> bytes | None:
@@ -99,7 +76,7 @@ def fingerprint(pixels: np.ndarray) -> bytes | None:
     steps = np.concatenate([np.diff(_means(light, 8, 9), axis=1), np.diff(_means(light, 9, 8), axis=0)])
     if (
         min(np.count_nonzero(steps > MIN_CONTRAST_BITS), np.count_nonzero(steps < -MIN_CONTRAST_BITS))
-        < LEAST_CLEAR
+        < MIN_CLEAR_STEPS
     ):
         return None
     return np.packbits(steps > 0).tobytes()
@@ -122,7 +99,7 @@ def _shares(pixels: int, cells: int) -> np.ndarray:
     return (covered.clip(min=0) * (cells / pixels)).astype(np.float32)
 
 
-def group(shots: Sequence[PhotoSignature], rule: OccasionRule = DEFAULT_RULE) -> np.ndarray:
+def group(signatures: Sequence[PhotoSignature], rule: OccasionRule = DEFAULT_RULE) -> np.ndarray:
     """Which occasion each photo belongs to.
 
     Guarantees:
@@ -130,17 +107,17 @@ def group(shots: Sequence[PhotoSignature], rule: OccasionRule = DEFAULT_RULE) ->
         * So: leave out a whole occasion, and the others stay as they were. Add photos, and occasions only merge.
 
     Args:
-        shots: The photos of one library, n of them, in any order.
+        signatures: The photos of one library, n of them, in any order.
         rule: When two of them are linked.
 
     Returns:
         int64, shape (n,): occasions are numbered from 0 in the order of their first photo.
     """
-    groups = _Groups(len(shots))
-    _link_by_time(groups, shots, rule)
-    _link_by_likeness(groups, shots, rule.max_fingerprint_distance)
+    groups = _Groups(len(signatures))
+    _link_by_time(groups, signatures, rule)
+    _link_by_likeness(groups, signatures, rule.max_fingerprint_distance)
     if rule.undated == "by-folder":
-        _link_undated_by_folder(groups, shots)
+        _link_undated_by_folder(groups, signatures)
     return numbered(groups.merged())
 
 
@@ -184,17 +161,23 @@ class _Groups:
         return self._of
 
 
-def _link_by_time(groups: _Groups, shots: Sequence[PhotoSignature], rule: OccasionRule) -> None:
-    """Both dated, at most the gap apart, and not known to be out of each other's reach."""
-    dated = [(shot.taken - BEGINNING, number) for number, shot in enumerate(shots) if shot.taken is not None]
+def _link_by_time(groups: _Groups, signatures: Sequence[PhotoSignature], rule: OccasionRule) -> None:
+    """Link photos that are both dated, at most the gap apart, and not known to be further apart than the radius."""
+    dated = [
+        (signature.taken - BEGINNING, number)
+        for number, signature in enumerate(signatures)
+        if signature.taken is not None
+    ]
     dated.sort()
     # Whole microseconds: where a sum of floats is rounded must not decide who is together.
     time = np.array([since // timedelta(microseconds=1) for since, _ in dated], dtype=np.int64)
     number = np.array([photo for _, photo in dated], dtype=np.int64)
     gap = round(rule.gap_hours * 3_600_000_000)
-    placed = np.array([shots[photo].place is not None for photo in number], dtype=bool)
+    placed = np.array([signatures[photo].place is not None for photo in number], dtype=bool)
     _link_windows(groups, number, time, gap, time[~placed])
-    points = np.array([_point(shots[photo].place or (0.0, 0.0)) for photo in number[placed]]).reshape(-1, 3)
+    points = np.array([_point(signatures[photo].place or (0.0, 0.0)) for photo in number[placed]]).reshape(
+        -1, 3
+    )
     _link_neighbours(groups, number[placed], time[placed], gap, points, rule.radius_km)
 
 
@@ -246,12 +229,14 @@ def _pairs(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.divmod(np.flatnonzero(block), block.shape[1])
 
 
-def _link_by_likeness(groups: _Groups, shots: Sequence[PhotoSignature], alike: int) -> None:
+def _link_by_likeness(groups: _Groups, signatures: Sequence[PhotoSignature], alike: int) -> None:
     """Fingerprints of which at most `alike` bits differ; every pair is compared."""
-    marked = [number for number, shot in enumerate(shots) if shot.fingerprint is not None]
+    marked = [number for number, signature in enumerate(signatures) if signature.fingerprint is not None]
     if not marked:
         return
-    bits = np.frombuffer(b"".join(shots[number].fingerprint or b"" for number in marked), dtype=np.uint64)
+    bits = np.frombuffer(
+        b"".join(signatures[number].fingerprint or b"" for number in marked), dtype=np.uint64
+    )
     distinct, first, which = np.unique(bits.reshape(-1, 2), axis=0, return_index=True, return_inverse=True)
     groups.link(np.array(marked), np.array(marked)[first[which.reshape(-1)]])
     number = np.array(marked)[first]
@@ -266,9 +251,9 @@ def _link_by_likeness(groups: _Groups, shots: Sequence[PhotoSignature], alike: i
         groups.link(number[left[close] + rows.start], number[right[close] + columns.start])
 
 
-def _link_undated_by_folder(groups: _Groups, shots: Sequence[PhotoSignature]) -> None:
+def _link_undated_by_folder(groups: _Groups, signatures: Sequence[PhotoSignature]) -> None:
     """Nothing tells the undated photos of a folder apart, so they count together."""
-    undated = [number for number, shot in enumerate(shots) if shot.taken is None]
+    undated = [number for number, signature in enumerate(signatures) if signature.taken is None]
     first: dict[Path, int] = {}
-    anchors = [first.setdefault(shots[number].folder, number) for number in undated]
+    anchors = [first.setdefault(signatures[number].folder, number) for number in undated]
     groups.link(np.array(undated, dtype=np.int64), np.array(anchors, dtype=np.int64))

@@ -1,8 +1,7 @@
 """Skin tone read from pixels: CIELAB, the individual typology angle (ITA), the Monk scale.
 
-Called by photos.drawn (swatches), by the audits (groups) and by the reports. ITA moves with illumination,
-exposure and white balance as well as with skin: a reading from an uncontrolled photo mixes all of them, and
-every figure that uses it must say so.
+ITA depends on illumination, exposure and white balance as well as on skin: a measurement from an uncontrolled photo
+mixes all of them, and every metric that uses it must say so.
 
 Sources: IEC 61966-2-1 (sRGB); CIE 15:2004 (CIELAB, D65); Chardon et al. (1991) and Del Bino & Bernerd (2013)
 for ITA and its edges; Monk (2019) for the swatches; Sharma, Wu & Dalal (2005) for CIEDE2000.

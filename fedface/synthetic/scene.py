@@ -1,6 +1,6 @@
-"""What surrounds a drawn face (background, clothes, neck, ears, hair, glasses) and the order of layers.
+"""What surrounds a synthetic face (background, clothes, neck, ears, hair, glasses) and the order of layers.
 
-Called by photos.drawn. Masks first (they also say which skin is visible), then light.
+Masks come first (skin that is visible is one of them), then light.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""How a drawn face is built: geometry, relief, reflectance, light; one pass without loops over faces.
+"""Rendering of a synthetic face: geometry, relief, reflectance, light; one pass without loops over faces.
 
-Called by photos.drawn_scene. The head is an ellipsoid with Gaussian relief (nose, sockets, cheeks, lips,
+The head is an ellipsoid with Gaussian relief (nose, sockets, cheeks, lips,
 chin) whose normals, from finite differences, carry wrapped Lambert shading and a soft specular lobe (Blinn
 1977). Masks have edges about one pixel soft.
 

@@ -1,7 +1,7 @@
 """Which face of a search is its answer: the best of all steps, or the last.
 
-Called from `upsampling.pulse`. A search may run in bfloat16, but no figure rests on that: what is returned is made
-again in float32, and its consistency error is that of the picture itself, clamped to [0, 1].
+A search may run in bfloat16, but no metric depends on that: the returned image is generated again in float32, and its
+consistency error is that of the image itself, clamped to [0, 1].
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Upsamplers search for a face whose degraded picture equals the photo. A degradation is a frozen value, which a YAML file
 chooses by its kind: bicubic-pulse, bicubic, area, pixelate, blur, noise, jpeg or chain.
 
-Sources: Menon et al. 2020 (arXiv:2003.03808) for PULSE's downscale; see `resampling_matrices` and `jpeg` for the others.
+Sources: Menon et al. 2020 (arXiv:2003.03808) for PULSE's downscale; for the others see `resampling_matrices`, `jpeg`.
 """
 
 from __future__ import annotations

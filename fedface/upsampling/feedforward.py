@@ -1,8 +1,7 @@
-"""Methods that answer in one pass and have one answer: nearest, bicubic, a super-resolution network, a style encoder.
+"""Feed-forward methods with one output per photo: nearest, bicubic, a super-resolution network, a style encoder.
 
-Called from upsampling/methods. What they have in common is what they lack: a photo of few pixels fits many faces, and
-these return one. Nearest and bicubic stand beside every comparison, because a method that does not beat them has
-added nothing but confidence.
+A photo of few pixels fits many faces, and these methods return one. Nearest and bicubic are the baselines of every
+comparison: a method that does not beat them adds nothing.
 """
 
 from __future__ import annotations

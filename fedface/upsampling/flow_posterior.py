@@ -1,22 +1,22 @@
 """Posterior sampling with a rectified flow: noise follows the velocity to a face, guided by the photo.
 
-Called from `upsampling.methods`, with a `models.flow.RectifiedFlow`. On the path x_t = (1 - t) noise + t face the
-velocity v names the face to expect, D = E[face | x_t] = x_t + (1 - t) v (Lipman et al. 2022, arXiv:2210.02747). A photo
+On the path x_t = (1 - t) noise + t face the
+velocity v gives the expected face, D = E[face | x_t] = x_t + (1 - t) v (Lipman et al. 2022, arXiv:2210.02747). A photo
 y = A face + noise of standard deviation s moves that expectation (Pokle et al. 2023, arXiv:2310.04432):
 
     D_y = D + (1 - t)^2 / t * gradient of log p(y | x_t),   p(y | x_t) ~ N(A D, s^2 I + A C A'),
 
-and the velocity to v_y = (D_y - x_t) / (1 - t) = v + (1 - t) / t * gradient. C is how uncertain the face is at time t:
+and the velocity to v_y = (D_y - x_t) / (1 - t) = v + (1 - t) / t * gradient. C is the covariance of the face at time t:
 
 * "isotropic": r_t^2 I with r_t^2 = (1 - t)^2 c^2 / ((1 - t)^2 + t^2 c^2) (PiGDM, Song et al. 2023), exact where pixels
   are independent normals of standard deviation c. Pixels of faces are not independent: their means over blocks are
   far more uncertain than this says.
-* "moments": (1 - t)^2 / t * dD/dx, the covariance that the flow itself knows by Tweedie's formula (Boys et al. 2023,
+* "moments": (1 - t)^2 / t * dD/dx, the covariance given by the flow itself through Tweedie's formula (Boys et al. 2023,
   arXiv:2310.06721), with (s^2 I + A C A')^-1 by conjugate gradients (Rozet et al. 2024, arXiv:2405.13712), each of
   which is one more gradient. Exact for every normal distribution of faces.
 
-Both remain approximations for other distributions, and more so where several kinds of face fit one photo: no step here
-is accepted or refused, unlike in `upsampling.langevin`.
+Both are approximations for other distributions, and worse where several kinds of face fit one photo: no step here is
+accepted or rejected, unlike in `latent_hmc`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """JPEG as a known degradation: pictures written to a JPEG file in memory and read again, with a gradient.
 
 The pixels are those of libjpeg. The gradient is the straight-through estimate of Bengio, Léonard and Courville 2013
-(arXiv:1308.3432): that of the identity. docs/upsampling.md has what it reaches beside the gradient of chroma subsampling.
+(arXiv:1308.3432): that of the identity. docs/upsampling.md compares it with the gradient of chroma subsampling.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Posterior sampling in a generator's latents: faces drawn as often as they are likely, given the photo.
+"""Posterior sampling in a generator's latents by Hamiltonian Monte Carlo.
 
-Called from `upsampling.methods`, with any `models.contracts.Generator`. Where PULSE looks for a face that fits, this
-draws from p(latents | photo): a face that is twice as likely is returned twice as often. That is what conditional
-proportional representation and symmetric pairwise errors ask for (Jalal et al. 2021, theorem 4.3), for every grouping
-at once and without knowing the groups, as far as the generator's own faces are distributed like people's.
+Where PULSE searches for a face that fits, this samples from p(latents | photo): a face that is twice as likely is
+returned twice as often. So it satisfies conditional proportional representation and symmetric pairwise error (Jalal et
+al. 2021, theorem 4.3), for every grouping at once and without knowing the groups, as far as the generator's own faces
+are distributed like people's.
 
 The target is exp(-|A G(z) - y|^2 / (2 s^2) - |z|^2 / 2): z standard normal, through the generator's own mapping (not
 the normal distribution that PULSE fits to styles, which is another prior); s the noise of the measurement; the sum
@@ -11,9 +11,9 @@ over all m measured values. Chains start from the prior and follow the noise lev
 
 Source: Jalal et al. 2021 (arXiv:2106.12182), section 5 and its appendix on experiments, which `HmcConfig.paper()`
 follows: unadjusted steps of 5e-6 (s_t / s)^2. The default instead runs Hamiltonian trajectories that are accepted or
-refused as a whole, so that no step size biases the answer, in a metric: the posterior of a face is some fifty times
-narrower along the latents that a photo fixes than along the others, and it is curved, so that single steps stay where
-they are. docs/posterior.md has what leaps and metric give for equal CPU time.
+rejected as a whole, so that no step size biases the samples, in a metric: the posterior of a face is some fifty times
+narrower along the latents that a photo determines than along the others, and it is curved, so that single steps hardly
+move. docs/posterior.md measures what leapfrog steps and metric give for equal CPU time.
 """
 
 from __future__ import annotations
@@ -139,9 +139,8 @@ def measurement_noise(degradation: Degradation, spread: float) -> float:
 def consistency_bound(s: float, values: int) -> float:
     """The consistency error that a posterior sample stays below in 999 of 1,000 photos.
 
-    The true face and a sample of the posterior are exchangeable given the photo, so that what separates the sample
-    from the photo is distributed like the noise: m * consistency error / s^2 follows the chi-squared law with m degrees of
-    freedom, over photos of the model.
+    The true face and a posterior sample are exchangeable given the photo, so the sample's residual is distributed like
+    the noise: m * consistency error / s^2 is chi-squared with m degrees of freedom, over photos of the model.
 
     Args:
         s: Standard deviation of the noise of a measured value, > 0.
@@ -218,8 +217,8 @@ class HmcUpsampler:
             faces_per_photo: Independent samples for each photo, >= 1.
 
         Returns:
-            (n, f) faces; not converged where the consistency error is beyond `consistency_bound`: such a chain has not arrived, or no
-            face of the generator fits.
+            (n, f) faces; not converged where the consistency error exceeds `consistency_bound`: the chain has not
+            converged, or no face of the generator fits.
 
         Raises:
             ValueError: The photos have another size or hold values that are not finite.

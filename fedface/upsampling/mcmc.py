@@ -1,9 +1,9 @@
-"""Markov chains, many at once, towards a posterior whose data term is a sum of squares.
+"""Markov chains, many at once, for a posterior whose data term is a sum of squares.
 
-Called by `upsampling.langevin`. The state of a chain is a vector x with a standard normal prior; the data term
-at noise s is E(x) / s^2 with E(x) = |A G(x) - y|^2 / 2, so that a point that is known at one noise is known at all.
+The state of a chain is a vector x with a standard normal prior; the data term at noise s is E(x) / s^2 with
+E(x) = |A G(x) - y|^2 / 2, so that E of one point serves every noise level.
 
-One move is a trajectory of the leapfrog rule, accepted or refused as a whole. With one leap it is the
+One transition is a leapfrog trajectory, accepted or rejected as a whole. With one leapfrog step it is the
 Metropolis-adjusted Langevin algorithm (Roberts & Tweedie 1996); with several it is Hamiltonian Monte Carlo (Neal
 2011, arXiv:1206.1901). A metric M = I + E[J'J] / s^2 turns directions that photos fix (posterior spread about s / |J|)
 and those they leave free (spread 1) into directions of about equal spread. It is the Gauss-Newton matrix of Girolami &

@@ -1,7 +1,6 @@
-"""Every way from a low-resolution photo to faces, by name, and what each of them needs.
+"""The upsampling methods by name, and what each of them needs.
 
-Called from the command line, the local page and coordinator/server_metrics. The closed choice is `Method`; a recipe picks one
-by its `kind`, and `METHODS` lists them with their default settings.
+`Method` is the closed choice; a recipe picks one by its `kind`, and `METHODS` lists them with their default settings.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Searching several chunks of faces side by side, each in a thread of its own.
+"""Chunks of faces processed in parallel threads.
 
-Called from `upsampling.pulse`, `langevin` and `guidance`. Torch releases Python's lock inside its kernels, so that
-threads which search different faces keep several cores busy; docs/speed.md has what that gives beside torch's own
-threads within one operation. Chunks are begun in their order, by one thread at a time, so that draws of chance do not
-depend on the number of threads.
+Torch releases Python's lock inside its kernels, so that threads which search different faces keep several cores busy;
+docs/speed.md compares this with torch's own threads within one operation. Chunks start in their order, one at a time,
+so that random numbers do not depend on the number of threads.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """PULSE: search a generator's latents for faces whose degraded picture is the given photo.
 
-Called by the audits, the page and the command line, with any `models.contracts.Generator` and any known
-degradation. Many faces are searched at once; because Adam works coordinate by coordinate, that is the same search
-as one after the other. A face leaves the batch as soon as it fits.
+It takes any generator and any known degradation. Many faces are searched at once; because Adam works coordinate by
+coordinate, that is the same search as one after the other. A face leaves the batch as soon as it fits.
 
 Source: Menon et al. 2020 (arXiv:2003.03808) and its published code, which `PulseConfig.paper()` follows step by
 step. Corrected otherwise: each face is compared with the tolerance on its own, a search ends when its face fits,

@@ -1,6 +1,6 @@
 """The optimiser of PULSE: Adam on spheres, with a learning rate that rises, falls and drops.
 
-Called from `upsampling.pulse`. A standard normal vector of many coordinates lies close to a sphere; a variable that
+A standard normal vector of many coordinates lies close to a sphere; a variable that
 stays on its own sphere therefore stays plausible.
 
 Sources: Menon et al. 2020 (arXiv:2003.03808) for the spheres and, in its published code, the schedule; Kingma and

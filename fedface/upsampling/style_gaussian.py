@@ -1,7 +1,7 @@
-"""Styles as a normal distribution under a leaky ReLU, so that a search may move them one by one.
+"""Styles as a normal distribution through a leaky ReLU, so that a search may move each style on its own.
 
-Called from `upsampling.pulse`. A mapping makes one style out of one latent; PULSE searches a style for each input
-of the generator, each as plausible as the mapping's own.
+A mapping network maps one latent to one style; PULSE searches one style for each input of the generator, each as
+plausible as the mapping's own.
 
 Source: Menon et al. 2020 (arXiv:2003.03808), section 3.2, and its published code for the leaky ReLU.
 """

@@ -1,7 +1,6 @@
-"""What every upsampler promises: plausible faces for a low-resolution photo, and how well each one fits it.
+"""The protocol of all upsamplers: plausible faces for a low-resolution photo, and how well each one fits it.
 
-Called from audits/ and reports/; implemented by `upsampling.pulse` and its neighbours. A face that could not
-be found is a value, not an error and not a print: `converged` is False where it happened.
+A search that found no face returns `converged` False; it raises nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class StepSnapshot:
-    """How a search stands after one of its steps, for whoever wants to see faces appear."""
+    """The state of a search after one of its steps, for callers that show faces as they appear."""
 
     step: int  # steps taken by the faces shown, from 1
     steps: int  # steps at most
@@ -52,8 +51,8 @@ class Upsampled:
             raise ValueError(f"images must have shape (n, f, 3, s, s), got {tuple(self.images.shape)}")
         for name, field in (("consistency_error", self.consistency_error), ("converged", self.converged)):
             if field.shape != self.images.shape[:2]:
-                wanted = tuple(self.images.shape[:2])
-                raise ValueError(f"{name} must have shape {wanted}, got {tuple(field.shape)}")
+                expected = tuple(self.images.shape[:2])
+                raise ValueError(f"{name} must have shape {expected}, got {tuple(field.shape)}")
         if self.converged.dtype != torch.bool:
             raise ValueError(f"converged must be boolean, got {self.converged.dtype}")
 
@@ -90,7 +89,7 @@ class Upsampler(Protocol):
 
         Args:
             low: (n, 3, lh, lw) sRGB in [0, 1].
-            faces_per_photo: How many faces to return for each, >= 1. A method that has one answer repeats it.
+            faces_per_photo: How many faces to return for each, >= 1. A deterministic method repeats its output.
 
         Returns:
             Faces in the order of the photos, each with its consistency error and whether the search converged.
@@ -102,7 +101,7 @@ class Upsampler(Protocol):
 
 
 def join(parts: Sequence[Upsampled]) -> Upsampled:
-    """The answers for several groups of photos as one answer, in their order; needs equal faces per photo."""
+    """Concatenate the results for several groups of photos with equally many faces per photo."""
     if not parts:
         raise ValueError("join needs at least one part")
     return Upsampled(
@@ -114,7 +113,7 @@ def join(parts: Sequence[Upsampled]) -> Upsampled:
 
 
 def by_photo(found: Upsampled, faces_per_photo: int) -> Upsampled:
-    """Answers for n * f single faces, (n * f, 1, ...), as those of n photos with f faces each."""
+    """Reshape results for n * f single faces, (n * f, 1, ...), to n photos with f faces each."""
     shape = (found.photos // faces_per_photo, faces_per_photo)
     return Upsampled(
         images=found.images.view(*shape, *found.images.shape[2:]),
@@ -137,9 +136,9 @@ def check_low(low: LowImages, side: int, faces_per_photo: int) -> None:
 def clamp_and_score(
     images: Images, low: LowImages, apply: Callable[[Images], LowImages]
 ) -> tuple[Images, Tensor]:
-    """Images clamped to [0, 1] with their consistency error (n,): infinity where a network broke and made no face.
+    """Images clamped to [0, 1] with their consistency error (n,): infinity where the output is not finite.
 
-    A picture with numbers that are not finite becomes black; it must not pass for a face that fits a dark photo.
+    An output that is not finite becomes black, which must not count as a face that fits a dark photo.
     """
     whole = images.isfinite().flatten(1).all(dim=1)
     shown = images.clamp(0.0, 1.0).nan_to_num(0.0)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pictures import jpeg_bytes
 from PIL import Image, ImageCms
 
 from fedface.device.config import load_device
@@ -21,7 +22,7 @@ from fedface.inference.contact_sheet import MethodRunner
 from fedface.inference.pipeline import SheetSettings, SkippedPhoto, run_pipeline
 from fedface.photos import image_io, sandboxed_decoder
 from fedface.photos.face_alignment import Face, align, alignment_side
-from fedface.photos.image_io import jpeg_bytes, png_bytes, read_photo
+from fedface.photos.image_io import png_bytes, read_photo
 from fedface.photos.library import PhotoLibrary
 from fedface.photos.photo_index import PhotoIndex, default_cache, records
 from fedface.photos.sandboxed_decoder import SandboxedDecoder, parse_reply

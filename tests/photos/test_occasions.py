@@ -11,17 +11,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pictures import jpeg_round_trip
 
-from fedface.photos.image_io import jpeg_round_trip, read_photo
+from fedface.photos.image_io import read_photo
 from fedface.photos.occasions import (
     DEFAULT_RULE,
-    Occasion,
     OccasionRule,
     PhotoSignature,
     fingerprint,
     group,
     numbered,
-    occasion,
 )
 
 HERE = Path("here")
@@ -320,16 +319,6 @@ def test_1400_portraits_of_strangers_are_1400_occasions(shared: Path) -> None:
     assert len(faces) == 1400 and None not in prints
     shots = [PhotoSignature(folder=HERE, fingerprint=one) for one in prints]
     assert group(shots, ALONE).tolist() == list(range(1400))
-
-
-def test_an_occasion_says_how_many_and_when() -> None:
-    party = occasion([2, 5], [at(1.5), PhotoSignature(folder=HERE)])
-    assert party == Occasion(
-        photos=(2, 5), earliest=NOON + timedelta(hours=1.5), latest=NOON + timedelta(hours=1.5)
-    )
-    assert party.describe() == "2 photos, 2024-06-01 13:30"
-    assert occasion([0], [PhotoSignature(folder=HERE)]).describe() == "1 photo without a date"
-    assert occasion([0, 1], [at(1), at(0)]).describe() == "2 photos, 2024-06-01 12:00 to 2024-06-01 13:00"
 
 
 @pytest.mark.parametrize(

@@ -249,19 +249,18 @@ from pathlib import Path
 from fedface.models.stylegan2 import StyleGAN2Config, StyleGAN2
 from fedface.randomness import Streams
 from fedface.upsampling.degradation import BicubicPulse
-from fedface.upsampling.pulse import Pulse, PulseConfig
+from fedface.upsampling.pulse import PulseConfig, PulseUpsampler
 
 torch.set_num_threads(1)
 config = StyleGAN2Config(size=1024, channel_base=32768, channel_max=512, mapping_layers=8)
 generator = StyleGAN2(config, Streams(1).generator("weights"))
 config = PulseConfig(steps=4, eps=1e-9, mapping_samples=200, learning_rate=4.0)
-misfits = []
-search = Pulse(
-    generator, BicubicPulse(64), config, Streams(2), watch=lambda glimpse: misfits.append(glimpse.consistency_error.item())
-)
+errors = []
+watch = lambda snapshot: errors.append(snapshot.consistency_error.item())
+search = PulseUpsampler(generator, BicubicPulse(64), config, Streams(2), watch=watch)
 found = search.upsample(torch.full((1, 3, 16, 16), 0.5), faces_per_photo=1)
 assert found.images.shape == (1, 1, 3, 1024, 1024)
-print(misfits[0], found.consistency_error.item())
+print(errors[0], found.consistency_error.item())
 print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20)
 """
 
