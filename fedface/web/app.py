@@ -1,7 +1,7 @@
-"""The web application: one page, and the few requests that it makes. The only door to FastAPI.
+"""The web application: one page, and the few requests that it makes. The only file that imports FastAPI.
 
-`serving` runs it on the loopback. Every mistake is answered with one sentence; a traceback in the terminal means a
-bug in fedface. Nothing is written to disk and nothing is loaded from elsewhere.
+Every mistake is answered with one sentence; a traceback in the terminal means a bug in fedface. Nothing is written to
+disk and nothing is loaded from elsewhere.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ class Named:
 
 
 class RequestHandlers:
-    """The answers to the page's requests, for one searcher, one reader and one desk."""
+    """The answers to the page's requests, for one provider, one reader and one session."""
 
-    def __init__(self, searcher: MethodProvider, reader: Reader, desk: Session) -> None:
-        self.searcher, self.reader, self.desk = searcher, reader, desk
+    def __init__(self, provider: MethodProvider, reader: Reader, session: Session) -> None:
+        self.provider, self.reader, self.session = provider, reader, session
         self.page = PAGE.read_text(encoding="utf-8")
         self.refused = lru_cache(maxsize=256)(self._refused)
 
@@ -82,12 +82,12 @@ class RequestHandlers:
 
     async def about(self) -> Response:
         """What there is to choose from."""
-        size = self.searcher.size
+        size = self.provider.size
         return JSONResponse(
             {
                 "size": size,
                 "side": max(8, size // 32) if size > 8 else size // 2,
-                "offers": [asdict(offer) for offer in self.searcher.offers],
+                "offers": [asdict(offer) for offer in self.provider.offers],
                 "most_faces": MAX_FACES,
                 "max_upload": MAX_UPLOAD,
             }
@@ -98,112 +98,112 @@ class RequestHandlers:
         content = bytearray()
         announced = request.headers.get("content-length", "")
         if announced.isdigit() and int(announced) > MAX_UPLOAD:
-            return _sorry(413, _too_large())
+            return _error_response(413, _too_large())
         async for part in request.stream():
             content += part
             if len(content) > MAX_UPLOAD:
-                return _sorry(413, _too_large())
-        sitting = await run_in_threadpool(self.reader.read, bytes(content))
+                return _error_response(413, _too_large())
+        upload = await run_in_threadpool(self.reader.read, bytes(content))
         if await request.is_disconnected():
             # Nobody is there to ask for it to be forgotten: it is forgotten now.
-            return _sorry(410, GONE)
-        self.desk.seat(sitting)
-        return JSONResponse(await run_in_threadpool(_told_sitting, sitting))
+            return _error_response(410, GONE)
+        self.session.seat(upload)
+        return JSONResponse(await run_in_threadpool(_upload_record, upload))
 
     async def drawn(self) -> Response:
         """Draw a face, as if somebody had dropped it."""
-        sitting = await run_in_threadpool(self.reader.draw, secrets.randbelow(2**31))
-        self.desk.seat(sitting)
-        return JSONResponse(await run_in_threadpool(_told_sitting, sitting))
+        upload = await run_in_threadpool(self.reader.draw, secrets.randbelow(2**31))
+        self.session.seat(upload)
+        return JSONResponse(await run_in_threadpool(_upload_record, upload))
 
     def pixels(self, photo: str, face: int, side: int) -> Response:
         """The pixels that would be searched."""
         crop = self._crop(photo, face)
         if crop is None:
-            return _sorry(410, GONE)
+            return _error_response(410, GONE)
         return JSONResponse({"picture": data_uri(pixels_of(crop.low(side)[0]))})
 
     def fits(self, method: str, side: int) -> Response:
         """Whether a method can do a pixelation (no sentence: it can), and whose faces it has learned from."""
         sentence = self.refused(method, side)
-        learned = "" if sentence else self.searcher.learned(method)
+        learned = "" if sentence else self.provider.learned(method)
         return JSONResponse({"sentence": sentence, "learned": learned})
 
-    async def search(self, wish: SearchRequest, request: Request) -> Response:
+    async def search(self, query: SearchRequest, request: Request) -> Response:
         """Start a search and tell how it goes, until it ends or the page is closed."""
-        offer = next((offer for offer in self.searcher.offers if offer.name == wish.method), None)
+        offer = next((offer for offer in self.provider.offers if offer.name == query.method), None)
         if offer is None:
-            raise ConfigError(f"There is no method named {wish.method!r}.")
-        if not 1 <= wish.faces <= MAX_FACES:
+            raise ConfigError(f"There is no method named {query.method!r}.")
+        if not 1 <= query.faces <= MAX_FACES:
             raise ConfigError(f"The number of faces must lie between 1 and {MAX_FACES}.")
-        if not 0 <= wish.seed <= MAX_SEED:
+        if not 0 <= query.seed <= MAX_SEED:
             raise ConfigError(f"The seed must be a whole number between 0 and {MAX_SEED}.")
-        sitting, crop = self.desk.sitting(wish.photo), self._crop(wish.photo, wish.face)
-        if sitting is None or crop is None:
-            return _sorry(410, GONE)
-        asked = Asked(several=offer.several, face=sitting.found > 0 or not sitting.looked)
-        low = crop.low(wish.side)
-        faces = wish.faces if offer.several else 1
+        upload, crop = self.session.upload(query.photo), self._crop(query.photo, query.face)
+        if upload is None or crop is None:
+            return _error_response(410, GONE)
+        asked = Asked(several=offer.several, face=upload.found > 0 or not upload.looked)
+        low = crop.low(query.side)
+        faces = query.faces if offer.several else 1
 
         def make(progress: Progress, watch: StepCallback) -> Upsampler:
-            return self.searcher.make(
-                wish.method, side=wish.side, seed=wish.seed, progress=progress, watch=watch
+            return self.provider.make(
+                query.method, side=query.side, seed=query.seed, progress=progress, watch=watch
             )
 
-        started = self.desk.begin(wish.photo, lambda: BackgroundSearch(make, low, faces, crop.truth))
+        started = self.session.begin(query.photo, lambda: BackgroundSearch(make, low, faces, crop.truth))
         if started is None:
-            return _sorry(409, BUSY)
-        return StreamingResponse(_telling(started, request, asked), media_type="text/event-stream")
+            return _error_response(409, BUSY)
+        return StreamingResponse(_event_stream(started, request, asked), media_type="text/event-stream")
 
     async def stop(self, named: Named) -> Response:
-        """Stop the search for a photo; the stream of the search tells when it has stopped."""
-        search = self.desk.search(named.photo)
+        """Stop the search for a photo; its event stream ends when it has stopped."""
+        search = self.session.search(named.photo)
         if search is not None:
             search.stop()
         return JSONResponse({"stopped": search is not None})
 
     async def forget(self, named: Named) -> Response:
-        """Forget a photo and everything that was made of it."""
-        self.desk.forget(named.photo)
+        """Forget a photo and everything computed from it."""
+        self.session.forget(named.photo)
         return JSONResponse({})
 
     def sheet(self, photo: str) -> Response:
         """The last search's faces as one PNG to keep."""
-        search = self.desk.search(photo)
+        search = self.session.search(photo)
         picture = sheet_of(search) if search is not None else None
         if picture is None:
-            return _sorry(410, "There are no faces to save yet.")
+            return _error_response(410, "There are no faces to save yet.")
         headers = {"content-disposition": 'attachment; filename="faces.png"'}
         return Response(picture, media_type="image/png", headers=headers)
 
     def _crop(self, key: str, face: int) -> Crop | None:
-        sitting = self.desk.sitting(key)
-        if sitting is None:
+        upload = self.session.upload(key)
+        if upload is None:
             return None
-        if not 0 <= face < len(sitting.crops):
+        if not 0 <= face < len(upload.crops):
             raise ConfigError(f"This photo has no face number {face}.")
-        return sitting.crops[face]
+        return upload.crops[face]
 
     def _refused(self, method: str, side: int) -> str:
         try:
-            self.searcher.make(method, side=side, seed=0, progress=None, watch=None)
+            self.provider.make(method, side=side, seed=0, progress=None, watch=None)
         except FedfaceError as error:
             return str(error)
         return ""
 
 
-def make_app(searcher: MethodProvider, reader: Reader, *, port: int) -> FastAPI:
+def make_app(provider: MethodProvider, reader: Reader, *, port: int) -> FastAPI:
     """The application, for a server that listens at 127.0.0.1:`port`."""
-    desk = Session()
+    session = Session()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await run_in_threadpool(desk.close)
+        await run_in_threadpool(session.close)
         reader.close()
 
     app = FastAPI(title="fedface", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    answers = RequestHandlers(searcher, reader, desk)
+    answers = RequestHandlers(provider, reader, session)
     asked: dict[str, Callable[..., Any]] = {"/": answers.show, "/about": answers.about, "/fits": answers.fits,
                                             "/pixels": answers.pixels, "/sheet": answers.sheet}  # fmt: skip
     for path, answer in asked.items():
@@ -213,27 +213,27 @@ def make_app(searcher: MethodProvider, reader: Reader, *, port: int) -> FastAPI:
                                               "/forget": answers.forget}  # fmt: skip
     for path, answer in ordered.items():
         app.add_api_route(path, answer, methods=["POST"], response_model=None)
-    app.add_exception_handler(FedfaceError, _mended)
-    app.add_exception_handler(RequestValidationError, _misread)
-    app.add_exception_handler(Exception, _broken)
+    app.add_exception_handler(FedfaceError, _on_fedface_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_request)
+    app.add_exception_handler(Exception, _on_bug)
     app.add_middleware(LocalOnlyMiddleware, port=port)
     return app
 
 
-async def _telling(search: BackgroundSearch, request: Request, asked: Asked) -> AsyncIterator[str]:
+async def _event_stream(search: BackgroundSearch, request: Request, asked: Asked) -> AsyncIterator[str]:
     """Server-sent events: `faces` while it runs, then one of `end`, `stopped` or `failed`."""
-    told = time.monotonic()
+    sent = time.monotonic()
     try:
         while search.outcome is None:
             await asyncio.sleep(LOOK)
-            silence = time.monotonic() - told
+            silence = time.monotonic() - sent
             if silence < TELL:
                 continue
             if await request.is_disconnected():
                 return
             event = await run_in_threadpool(progress_event, search)
             if event is not None or silence >= ALIVE:
-                told = time.monotonic()
+                sent = time.monotonic()
                 yield _event("faces", event) if event is not None else ": still here\n\n"
         name, last = await run_in_threadpool(final_event, search, asked)
         yield _event(name, last)
@@ -245,19 +245,19 @@ def _event(name: str, value: dict[str, Any]) -> str:
     return f"event: {name}\ndata: {json.dumps(value, allow_nan=False)}\n\n"
 
 
-def _told_sitting(sitting: Upload) -> dict[str, Any]:
+def _upload_record(upload: Upload) -> dict[str, Any]:
     return {
-        "photo": sitting.key,
-        "found": sitting.found,
-        "looked": sitting.looked,
+        "photo": upload.key,
+        "found": upload.found,
+        "looked": upload.looked,
         "faces": [
             {"picture": data_uri(crop.preview), "width": crop.width, "sides": crop.sides}
-            for crop in sitting.crops
+            for crop in upload.crops
         ],
     }
 
 
-def _sorry(status: int, sentence: str) -> Response:
+def _error_response(status: int, sentence: str) -> Response:
     return JSONResponse({"error": sentence}, status_code=status)
 
 
@@ -265,13 +265,15 @@ def _too_large() -> str:
     return f"This file is larger than {MAX_UPLOAD // 1_000_000} MB; a smaller copy of the photo will do."
 
 
-async def _mended(_: Request, error: Exception) -> Response:
-    return _sorry(400, str(error))
+async def _on_fedface_error(_: Request, error: Exception) -> Response:
+    return _error_response(400, str(error))
 
 
-async def _misread(_: Request, error: Exception) -> Response:
-    return _sorry(422, "The page asked for something that this program does not understand; reload it.")
+async def _on_invalid_request(_: Request, error: Exception) -> Response:
+    return _error_response(
+        422, "The page asked for something that this program does not understand; reload it."
+    )
 
 
-async def _broken(_: Request, error: Exception) -> Response:
-    return _sorry(500, "Something went wrong inside fedface; its terminal says what.")
+async def _on_bug(_: Request, error: Exception) -> Response:
+    return _error_response(500, "Something went wrong inside fedface; its terminal says what.")

@@ -1,7 +1,7 @@
-"""The search behind the page: it runs in a thread of its own, can be looked at while it runs, and can be stopped.
+"""One search in a background thread: its progress can be read while it runs, and it can be stopped.
 
-Called from `desk` and `app`. An upsampler tells how it stands by calling back after each step; the same call is
-where a stopped search breaks off, so that stopping takes one step and no upsampler need know of it.
+An upsampler calls back after each step; a stopped search is interrupted in that call, so stopping takes one step and
+upsamplers do not have to support it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What the page is told about a search: faces that changed, and what came out in the end.
+"""Events of a search for the page: faces that changed, and the result.
 
-Called from `app`, in threads, as making the pictures takes time.
+Encoding images takes time, so `app` calls these in threads.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def final_event(search: BackgroundSearch, asked: Asked) -> tuple[str, dict[str, 
     """The name of the last event, and what it says."""
     match search.outcome:
         case Finished() as finished:
-            return "end", _told(search, finished, asked)
+            return "end", _result_record(search, finished, asked)
         case Failed(sentence):
             return "failed", {"error": sentence}
         case Stopped() | None:
@@ -93,7 +93,7 @@ def sheet_of(search: BackgroundSearch) -> bytes | None:
     return face_grid(rows, columns)
 
 
-def _told(search: BackgroundSearch, finished: Finished, asked: Asked) -> dict[str, Any]:
+def _result_record(search: BackgroundSearch, finished: Finished, asked: Asked) -> dict[str, Any]:
     made = finished.made
     images = made.images[0].clamp(0, 1)
     side = search.low.shape[-1]
@@ -113,7 +113,7 @@ def _told(search: BackgroundSearch, finished: Finished, asked: Asked) -> dict[st
     ]
     return {
         "faces": faces,
-        "spread": _told_spread(images) if asked.several and len(images) > 1 else None,
+        "spread": _spread_record(images) if asked.several and len(images) > 1 else None,
         "tone": round(float(measure_tone(search.truth).monk[0]), 1) if asked.face else None,
         "seconds": round(finished.seconds, 1),
         "steps": made.steps,
@@ -121,7 +121,7 @@ def _told(search: BackgroundSearch, finished: Finished, asked: Asked) -> dict[st
     }
 
 
-def _told_spread(images: Images) -> dict[str, Any]:
+def _spread_record(images: Images) -> dict[str, Any]:
     spread = spread_of(images)
     return {"picture": data_uri(spread.picture), "most": round(spread.most), "mean": round(spread.mean, 1)}
 
@@ -139,14 +139,12 @@ def _sentences(asked: Asked, side: int, size: int, fits: list[bool]) -> list[str
         return [
             NOT_REAL,
             f"This method gives one answer, and hides that there are others. {agrees}",
-            f"{numbers}. The rest is a guess from the pictures that the method has learned from, if from any.",
+            f"{numbers}. The rest comes from the images that the method was trained on, if any.",
             " ".join(terms),
         ]
     fitting = sum(fits)
     if fitting == len(fits) > 1:
-        found = (
-            f"All {fitting} faces shrink to the same pixels, so that nothing in the photo tells them apart."
-        )
+        found = f"All {fitting} faces match the same pixels: nothing in the photo favours one of them."
     elif fitting:
         found = f"{fitting} of {len(fits)} faces shrink to the same pixels; the others came near."
     else:

@@ -1,7 +1,4 @@
-"""Tensors and pixels as the page shows them: data URIs, the spread between faces, and the sheet to save.
-
-Called from `sitting` (crops), `searches` (faces that appear) and `app`.
-"""
+"""Tensors and pixels as the page shows them: data URIs, the spread between faces, and the sheet to save."""
 
 from __future__ import annotations
 

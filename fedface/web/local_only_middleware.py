@@ -1,8 +1,7 @@
-"""Who may talk to the page: this computer's own browser, on a page that came from here.
+"""Middleware that accepts requests only from this computer's browser and from our own page.
 
-Wrapped around the whole application by `app`. A page elsewhere cannot reach in: neither by a name of its own that
-is pointed at this machine (DNS rebinding: the Host header tells), nor by sending forms (the Origin header tells),
-nor by putting our pictures into its own page (Sec-Fetch-Site tells).
+Other pages are refused: by the Host header (DNS rebinding), by the Origin header (forms), and by Sec-Fetch-Site
+(embedding our images).
 """
 
 from __future__ import annotations
@@ -64,16 +63,18 @@ class LocalOnlyMiddleware:
         await send_home({"type": "http.response.body", "body": json.dumps({"error": refusal}).encode()})
 
     def _refusal(self, scope: Message) -> str | None:
-        told = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
-        hosts = [value.lower() for name, value in told if name == "host"]
-        origins = [value.lower() for name, value in told if name == "origin"]
-        sites = [value.lower() for name, value in told if name == "sec-fetch-site"]
+        headers = [
+            (name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]
+        ]
+        hosts = [value.lower() for name, value in headers if name == "host"]
+        origins = [value.lower() for name, value in headers if name == "origin"]
+        sites = [value.lower() for name, value in headers if name == "sec-fetch-site"]
         if len(hosts) != 1 or hosts[0] not in self._hosts:
             return f"This page answers only at http://{self._hosts[0]}/."
         asks = scope["method"] in ("GET", "HEAD")
         if (origins or not asks) and (len(origins) != 1 or origins[0] not in self._origins):
             return "This page takes orders only from itself, not from other pages."
-        lengths = [value for name, value in told if name == "content-length"]
+        lengths = [value for name, value in headers if name == "content-length"]
         counted = len(lengths) == 1 and lengths[0].isdigit() and int(lengths[0]) <= LONGEST_ORDER
         if not asks and scope["path"] != "/photo" and not counted:
             return f"An order of this page has at most {LONGEST_ORDER} bytes, and says how many."

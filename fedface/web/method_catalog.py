@@ -1,6 +1,6 @@
-"""What the page offers, and all that it knows of upsampling: a `MethodProvider`.
+"""The methods that the page offers: the interface `MethodProvider`.
 
-Called from `app`; implemented by `searcher` for the methods that fedface has, and by tests for their own.
+`MethodCatalog` in method_provider.py implements it for the methods of fedface.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class MethodProvider(Protocol):
 
 def learned_from(notes: Mapping[str, Any]) -> str:
     """A checkpoint's notes as a sentence on whose faces it has learned; empty where they do not say."""
-    for told in (notes, notes.get("generator_notes")):
-        recipe = told.get("recipe") if isinstance(told, Mapping) else None
+    for part in (notes, notes.get("generator_notes")):
+        recipe = part.get("recipe") if isinstance(part, Mapping) else None
         share = recipe.get("light_fraction") if isinstance(recipe, Mapping) else None
         if isinstance(share, int | float) and not isinstance(share, bool) and 0 <= share <= 1:
-            return f"Its network has learned from drawn faces: {100 * share:.0f} in 100 had light skin."
+            return f"Its network was trained on synthetic faces: {100 * share:.0f} % had light skin."
     return ""

@@ -1,7 +1,4 @@
-"""The methods of fedface as the page offers them, with their shipped checkpoints or one that the user names.
-
-Called from the command line (`fedface web`).
-"""
+"""The methods of fedface as the page offers them, with their bundled checkpoints or one that the user chose."""
 
 from __future__ import annotations
 
@@ -114,18 +111,18 @@ def _words(method: Method) -> str:
         case PulseConfig():
             return "Starts from faces that the generator knows, and changes each until it shrinks to these pixels."
         case PulseEncoderInitConfig():
-            return "As PULSE, but starts from the face that a network guesses first."
+            return "As PULSE, but initialised by a style encoder."
         case HmcConfig():
             return "Wanders at random among the faces that fit; the likelier ones come up more often."
         case GuidedFlowConfig():
             return "Lets faces grow out of noise, and pulls each towards these pixels as it grows."
         case StyleEncoderConfig():
-            return "A network that has learned to guess a face from few pixels, in one go."
+            return "A network that generates a face from few pixels in one forward pass."
         case SuperResolutionConfig():
             return "A network that has learned to sharpen: one answer, near the mean of all faces that fit."
         case BicubicConfig():
-            return "Adds nothing: the same pixels, drawn smoothly."
+            return "Adds nothing: the same pixels, interpolated smoothly."
         case NearestConfig():
-            return "Adds nothing: the same pixels, drawn larger."
+            return "Adds nothing: the same pixels, enlarged."
         case _:
             assert_never(method)

@@ -1,7 +1,4 @@
-"""Listens on this computer alone and serves the page until it is told to end. The only door to uvicorn.
-
-Called from the command line (`fedface web`) and from tests.
-"""
+"""Serve the page on the loopback interface until it is stopped. The only file that imports uvicorn."""
 
 from __future__ import annotations
 

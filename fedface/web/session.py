@@ -1,6 +1,6 @@
-"""The one photo and the one search that the page has at a time, whichever window they came from.
+"""The one photo and the one search that exist at a time, whichever window they came from.
 
-Called from `app`, by several threads. A new photo takes the place of the old one, whose search ends with it.
+Thread-safe. A new photo replaces the old one and ends its search.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ class Session:
         self._sitting: Upload | None = None
         self._search: BackgroundSearch | None = None
 
-    def seat(self, sitting: Upload) -> None:
-        """Put a new photo on the desk; what lay there is forgotten."""
+    def seat(self, upload: Upload) -> None:
+        """Put a new photo on the session; what lay there is forgotten."""
         with self._lock:
             self._clear()
-            self._sitting = sitting
+            self._sitting = upload
 
-    def sitting(self, key: str) -> Upload | None:
-        """The photo on the desk, for who knows its key."""
+    def upload(self, key: str) -> Upload | None:
+        """The photo on the session, for who knows its key."""
         with self._lock:
-            sitting = self._sitting
-        return sitting if sitting is not None and sitting.key == key else None
+            upload = self._sitting
+        return upload if upload is not None and upload.key == key else None
 
     def search(self, key: str) -> BackgroundSearch | None:
         """The last search for the photo with this key."""

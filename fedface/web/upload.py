@@ -1,6 +1,6 @@
-"""A photo that somebody dropped on the page: the faces in it, cut out and aligned, and nothing else of it.
+"""An uploaded photo: its aligned face crops, and nothing else of it.
 
-The photo's bytes never touch the disk: they reach a child process through a pipe, which decodes them under limits.
+The photo's bytes never touch the disk: a sandboxed child process decodes them from a pipe.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ class Upload:
     crops: tuple[Crop, ...]  # largest face first; one middle square where there is no face
     found: int  # faces in the photo; 0 where none was found or the picture was taken as a face
     looked: bool  # whether faces were looked for
-    key: str = field(default_factory=lambda: secrets.token_urlsafe(16))  # who knows it may use the sitting
+    key: str = field(default_factory=lambda: secrets.token_urlsafe(16))  # who knows it may use the upload
 
 
 class Reader:
-    """Turns the bytes of a photo into a sitting, one at a time; `close` ends its child process."""
+    """Turns the bytes of a photo into a upload, one at a time; `close` ends its child process."""
 
     def __init__(self, size: int, detector: Callable[[], Detector]) -> None:
-        """Faces are cut out at the generator's `size`; the detector is made when the first photo needs one."""
+        """Faces are cut out at the generator's `size`; the detector is loaded with the first photo."""
         self.size = size
         self._make_detector = cache(detector)
         self._lock = Lock()
@@ -110,7 +110,7 @@ class Reader:
         return Upload(crops=crops, found=faces[0].people, looked=not faces[0].already_small)
 
     def draw(self, seed: int) -> Upload:
-        """A drawn face, for whoever has no photo at hand; equal seeds give equal faces."""
+        """A synthetic face, as an example; equal seeds give equal faces."""
         drawn = render_people(1, 0.5, max(16, self.size), Streams(seed))
         large = render_people(1, 0.5, SHOWN, Streams(seed))
         crop = Crop(truth=eight_bits(drawn), preview=pixels_of(large[0]), width=self.size)
@@ -155,7 +155,7 @@ class Reader:
 
 
 class _Looking:
-    """A detector, made when it is first needed, that remembers whether it has looked at a photo at all."""
+    """A detector that is loaded on first use and records whether it was used."""
 
     def __init__(self, detector: Callable[[], Detector]) -> None:
         self._detector = detector

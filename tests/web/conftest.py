@@ -37,9 +37,9 @@ def run_page() -> Iterator[Run]:
     """Starts servers on free ports, and ends them."""
     ends = []
 
-    def run_one(searcher: MethodProvider, reader: Reader) -> Running:
+    def run_one(provider: MethodProvider, reader: Reader) -> Running:
         listening = listen(0)
-        server = server_of(make_app(searcher, reader, port=port_of(listening)))
+        server = server_of(make_app(provider, reader, port=port_of(listening)))
         thread = Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         ends.append((server, thread))

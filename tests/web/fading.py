@@ -1,4 +1,4 @@
-"""A searcher whose faces are known beforehand: each fades in from black, over some steps.
+"""A provider whose faces are known beforehand: each fades in from black, over some steps.
 
 Used by the tests of the page. Face i of f is the photo's pixels enlarged, with (i + 1) / f of its blue left.
 """

@@ -27,7 +27,7 @@ def drop(client: TestClient, content: bytes | None = None) -> dict[str, Any]:
     return reply.json()
 
 
-def wish(told: dict[str, Any], **changes: Any) -> dict[str, Any]:
+def query(told: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """A search as the page asks for it."""
     return {
         "photo": told["photo"],
@@ -50,7 +50,7 @@ def searching(client: TestClient, told: dict[str, Any]) -> tuple[list[str], thre
     """A search in the background: the name of its last event, once the thread has ended."""
     ends: list[str] = []
     thread = threading.Thread(
-        target=lambda: ends.append(events_of(client.post("/search", json=wish(told)).text)[-1][0])
+        target=lambda: ends.append(events_of(client.post("/search", json=query(told)).text)[-1][0])
     )
     thread.start()
     return ends, thread
@@ -87,7 +87,7 @@ def test_a_small_picture_offers_no_pixelation_finer_than_itself(open_page: Open)
     client = open_page()
     told = drop(client, photo_bytes(4, 4))
     assert told["faces"][0]["sides"] == [2, 4]
-    reply = client.post("/search", json=wish(told))
+    reply = client.post("/search", json=query(told))
     assert reply.status_code == 400 and "2, 4 pixels" in reply.json()["error"]
 
 
@@ -128,7 +128,7 @@ def test_the_stream_ends_with_the_faces_that_the_search_returned(open_page: Open
     client = open_page()
     told = drop(client)
     low = images_of(low_pixels(client, told, 8))
-    name, end = events_of(client.post("/search", json=wish(told)).text)[-1]
+    name, end = events_of(client.post("/search", json=query(told)).text)[-1]
     assert name == "end" and end["steps"] == STEPS
     for shown, wanted in zip(end["faces"], faces_of(low, 3), strict=True):
         assert (pixels_in(shown["picture"]) == pixels_of(wanted)).all()
@@ -143,7 +143,7 @@ def test_the_stream_ends_with_the_faces_that_the_search_returned(open_page: Open
 def test_faces_are_seen_changing_while_the_search_runs(open_page: Open) -> None:
     """Each telling shows a later step, brighter faces and a larger share of the work."""
     client = open_page(pause=0.15)
-    events = events_of(client.post("/search", json=wish(drop(client))).text)
+    events = events_of(client.post("/search", json=query(drop(client))).text)
     seen = [event for name, event in events if name == "faces" and event["faces"]]
     assert len(seen) >= 3
     steps, shares = [event["step"] for event in seen], [event["share"] for event in seen]
@@ -156,7 +156,7 @@ def test_the_spread_is_the_deviation_between_the_faces(open_page: Open) -> None:
     """Blue is a third, two thirds and all of itself: its deviation is sqrt(2/27), over three colours."""
     client = open_page()
     told = drop(client, png_bytes(np.full((8, 8, 3), 255, dtype=np.uint8)))
-    _, end = events_of(client.post("/search", json=wish(told)).text)[-1]
+    _, end = events_of(client.post("/search", json=query(told)).text)[-1]
     deviation = 255 * (2 / 27 / 3) ** 0.5
     assert end["spread"]["most"] == round(deviation)
     assert end["spread"]["mean"] == pytest.approx(deviation, abs=0.06)
@@ -166,7 +166,7 @@ def test_the_spread_is_the_deviation_between_the_faces(open_page: Open) -> None:
 def test_one_answer_is_shown_once_and_has_no_spread(open_page: Open) -> None:
     """Three faces were asked for of a method that has one."""
     client = open_page()
-    _, end = events_of(client.post("/search", json=wish(drop(client), method="single")).text)[-1]
+    _, end = events_of(client.post("/search", json=query(drop(client), method="single")).text)[-1]
     assert len(end["faces"]) == 1 and end["spread"] is None
     assert "hides that there are others" in end["sentences"][1]
 
@@ -177,7 +177,9 @@ def test_a_method_says_why_it_cannot_do_a_pixelation(open_page: Open) -> None:
     fits = client.get("/fits", params={"method": "single", "side": 4}).json()
     assert "choose 8" in fits["sentence"]
     assert client.get("/fits", params={"method": "single", "side": 8}).json()["sentence"] == ""
-    name, event = events_of(client.post("/search", json=wish(drop(client), method="single", side=4)).text)[-1]
+    name, event = events_of(client.post("/search", json=query(drop(client), method="single", side=4)).text)[
+        -1
+    ]
     assert name == "failed" and "choose 8" in event["error"]
 
 
@@ -185,13 +187,13 @@ def test_a_method_says_why_it_cannot_do_a_pixelation(open_page: Open) -> None:
 def test_what_is_no_face_has_no_skin_tone(open_page: Open, faces: int, toned: bool) -> None:
     """The middle square of a photo without faces is searched, but its colour is nobody's skin."""
     client = open_page(faces=faces)
-    _, end = events_of(client.post("/search", json=wish(drop(client))).text)[-1]
+    _, end = events_of(client.post("/search", json=query(drop(client))).text)[-1]
     assert [end["tone"] is not None, end["faces"][0]["tone"] is not None] == [toned, toned]
     assert any("Monk scale" in sentence for sentence in end["sentences"]) == toned
 
 
 def test_the_page_is_told_whose_faces_a_method_has_learned_from(open_page: Open) -> None:
-    """In the searcher's words."""
+    """In the provider's words."""
     fits = open_page().get("/fits", params={"method": "fading", "side": 8}).json()
     assert fits["learned"] == "fading has learned from 85 light faces in 100."
 
@@ -201,9 +203,9 @@ def test_a_bug_in_a_search_ends_it_with_a_sentence_and_frees_the_desk(open_page:
     """The traceback goes to the terminal, not to the page."""
     client = open_page()
     told = drop(client)
-    name, event = events_of(client.post("/search", json=wish(told, method="broken")).text)[-1]
+    name, event = events_of(client.post("/search", json=query(told, method="broken")).text)[-1]
     assert name == "failed" and "bug" not in event["error"]
-    assert events_of(client.post("/search", json=wish(told)).text)[-1][0] == "end"
+    assert events_of(client.post("/search", json=query(told)).text)[-1][0] == "end"
 
 
 def test_a_stopped_search_ends_at_its_next_step(open_page: Open) -> None:
@@ -225,7 +227,7 @@ def test_a_second_search_is_refused_while_one_runs(open_page: Open) -> None:
     told = drop(client)
     ends, thread = searching(client, told)
     time.sleep(0.3)
-    reply = client.post("/search", json=wish(told))
+    reply = client.post("/search", json=query(told))
     assert reply.status_code == 409 and "running already" in reply.json()["error"]
     thread.join()
     assert ends == ["end"]
@@ -238,7 +240,7 @@ def test_a_photo_is_forgotten_when_another_takes_its_place(open_page: Open) -> N
     new = drop(client)
     for key in (old["photo"], "guessed"):
         assert client.get("/pixels", params={"photo": key, "face": 0, "side": 8}).status_code == 410
-        assert client.post("/search", json=wish({"photo": key})).status_code == 410
+        assert client.post("/search", json=query({"photo": key})).status_code == 410
     assert low_pixels(client, new, 8).shape == (8, 8, 3)
     client.post("/forget", json={"photo": new["photo"]})
     assert client.get("/pixels", params={"photo": new["photo"], "face": 0, "side": 8}).status_code == 410
@@ -260,7 +262,7 @@ def test_the_sheet_is_a_picture_to_keep(open_page: Open) -> None:
     client = open_page()
     told = drop(client)
     assert client.get("/sheet", params={"photo": told["photo"]}).status_code == 410
-    client.post("/search", json=wish(told))
+    client.post("/search", json=query(told))
     reply = client.get("/sheet", params={"photo": told["photo"]})
     assert reply.content.startswith(b"\x89PNG") and "faces.png" in reply.headers["content-disposition"]
 
@@ -272,7 +274,7 @@ def test_the_sheet_is_a_picture_to_keep(open_page: Open) -> None:
 def test_a_wish_that_cannot_be_granted_gets_one_sentence(open_page: Open, changes: dict[str, Any]) -> None:
     """Numbers out of range, faces and methods that are not there."""
     client = open_page()
-    reply = client.post("/search", json=wish(drop(client), **changes))
+    reply = client.post("/search", json=query(drop(client), **changes))
     assert reply.status_code in (400, 422)
     assert reply.json()["error"].endswith(".")
 

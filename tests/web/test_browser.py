@@ -115,7 +115,7 @@ def test_a_person_stops_a_search_and_tries_a_drawn_face(run_page: Run, window: P
     running = run_page(FadingSearcher(pause=0.5), Reader(SIZE, lambda: Known(0)))
     window.goto(running.address)
     window.click("#drawn")
-    expect(window.locator("#photoSays")).to_have_text("A drawn face; nobody looks like this.")
+    expect(window.locator("#photoSays")).to_have_text("A synthetic face; nobody looks like this.")
     window.click("#start")
     expect(window.locator("#card-0")).to_be_visible()
     window.click("#stop")

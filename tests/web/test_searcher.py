@@ -36,9 +36,9 @@ def test_a_method_with_one_answer_says_so() -> None:
 
 def test_the_shipped_generator_tells_whose_faces_it_has_learned_from() -> None:
     """85 in 100 had light skin; enlarging pixels has learned from nobody."""
-    searcher = MethodCatalog(None)
-    assert "85 in 100 had light skin" in searcher.learned("pulse")
-    assert searcher.learned("nearest") == ""
+    provider = MethodCatalog(None)
+    assert "85 in 100 had light skin" in provider.learned("pulse")
+    assert provider.learned("nearest") == ""
 
 
 @pytest.mark.parametrize(
@@ -66,13 +66,13 @@ def test_what_a_checkpoint_cannot_do_is_a_sentence(method: str, side: int, words
 
 def test_the_page_ends_with_the_faces_that_pulse_finds() -> None:
     """Equal pixels and seed give the faces, misfits and marks of a search without the page."""
-    searcher, reader = MethodCatalog(tiny_gan()), Reader(16, lambda: Known(0))
-    with TestClient(make_app(searcher, reader, port=PORT), base_url=HOME["origin"], headers=HOME) as client:
+    provider, reader = MethodCatalog(tiny_gan()), Reader(16, lambda: Known(0))
+    with TestClient(make_app(provider, reader, port=PORT), base_url=HOME["origin"], headers=HOME) as client:
         told = client.post("/photo", content=photo_bytes(16, 16)).json()
         asked = {"photo": told["photo"], "face": 0, "side": 4}
         low = images_of(pixels_in(client.get("/pixels", params=asked).json()["picture"]))
-        wish = {**asked, "method": "pulse", "faces": 2, "seed": 3}
-        events = events_of(client.post("/search", json=wish).text)
+        query = {**asked, "method": "pulse", "faces": 2, "seed": 3}
+        events = events_of(client.post("/search", json=query).text)
     assert events[-1][0] == "end"
     search = PulseUpsampler(tiny_gan().generator, BicubicPulse(4), PulseConfig(), Streams(3))
     made = search.upsample(low, faces_per_photo=2)

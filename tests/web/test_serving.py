@@ -25,7 +25,7 @@ from fedface.web.upload import Reader
 SEARCH = "fedface web search"  # the name of the thread
 
 
-def wish(photo: str) -> dict[str, object]:
+def query(photo: str) -> dict[str, object]:
     """A search of three faces."""
     return {"photo": photo, "face": 0, "side": 8, "method": "fading", "faces": 3, "seed": 0}
 
@@ -53,7 +53,7 @@ def test_a_closed_page_ends_its_search(run_page: Run) -> None:
     running = run_page(FadingSearcher(pause=0.5), Reader(SIZE, lambda: Known(1)))
     with running.client() as client:
         photo = client.post("/photo", content=photo_bytes()).json()["photo"]
-        with client.stream("POST", "/search", json=wish(photo)) as stream:
+        with client.stream("POST", "/search", json=query(photo)) as stream:
             next(stream.iter_lines())
             assert SEARCH in threads()
         closed = time.monotonic()
