@@ -1,6 +1,6 @@
 """Makes the key by which a server recognises a device, with nothing but what fedface installs.
 
-Called by hand: `python clients/node_key.py PATH`. Writes the private key to PATH, which never leaves the
+Usage: `python clients/node_key.py PATH`. Writes the private key to PATH, which never leaves the
 device, and the public one to PATH.pub, which the server's operator registers. This key opens no sums: those
 have a key of their own. The same as `ssh-keygen -t ecdsa -b 384 -N "" -f PATH`.
 """

@@ -1,8 +1,7 @@
 """Files that are replaced in one step: a reader, and a power cut, find the old bytes or the new, never half.
 
-Called by every room that keeps something that others read. Two processes may write one file at the same moment: the
-last one wins, and neither breaks the other. A process that is killed in the middle leaves a draft, which whoever works
-in that folder next removes.
+Two processes may write one file at the same moment: the last one wins, and neither breaks the other. A process that is
+killed in the middle leaves a draft, which the next process that works in that folder removes.
 """
 
 from __future__ import annotations

@@ -1,26 +1,26 @@
 """Every error that fedface raises on purpose, one tree.
 
-FedfaceError                 a mistake that its reader can mend; the command line ends with code 2
+FedfaceError                 a mistake that its reader can correct; the command line ends with code 2
 ├── ConfigError              a YAML file or an option says something we cannot do
 │   └── RangeError           a field has a value outside its range; also a ValueError
 ├── PhotoError               one photo file cannot be read; the reason is its text
 ├── LibraryError             a folder of photos cannot be scanned or has too few faces
 ├── WeightsError             a checkpoint does not fit, or is not what it says it is
-├── PrivacyError             a promise would not hold
+├── PrivacyError             a privacy guarantee would not hold
 │   ├── PolicyRefusal        the owner's policy says no: asked, spent, allowed
 │   └── LedgerError          the ledger is missing, damaged or locked
 ├── AggregationError         payloads that cannot be summed
 ├── FederationError          a cohort cannot run, or too few devices answered
 └── RunError                 a run folder that cannot be started, resumed or read
 
-Called from every floor. A device's "no" travels as a value (federation.task.Refusal), not as an exception.
+A device's refusal is a value (messages.messages.Refusal), not an exception.
 """
 
 from __future__ import annotations
 
 
 class FedfaceError(Exception):
-    """A mistake that its reader can mend: says what was wanted, what came, what to do."""
+    """A mistake that its reader can correct: says what was expected, what came, what to do."""
 
 
 class ConfigError(FedfaceError):

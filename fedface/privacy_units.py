@@ -1,8 +1,4 @@
-"""What one promise of privacy covers: a photo, an occasion, or everything that one device holds.
-
-Called by photos/ (which photos belong together), privacy/ (what a release costs), training/ (whose gradients are
-summed before they are clipped) and reports/ (the unit in words). Neighbouring libraries differ by one unit.
-"""
+"""The privacy unit: a photo, an occasion, or everything that one device holds. Neighbouring libraries differ by one unit."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Two kinds of chance that must never mix: replayable streams, and secret noise.
+"""Two kinds of randomness that must never mix: replayable streams, and secret noise.
 
-Called from every floor. A stream is derived from a run's seed and a name, so that adding one draw somewhere
-does not shift the draws elsewhere. Secret noise comes from the operating system and cannot be replayed: a
-privacy promise whose noise the server can recompute from a seed is no promise.
+A stream is derived from a run's seed and a name, so that adding one draw somewhere does not shift the draws elsewhere.
+Secret noise comes from the operating system and cannot be replayed: noise that a server can recompute from a seed gives
+no privacy.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def main(grid: Grid, context: Context) -> None:
         if models:
             command += f" --run-config \"candidates='{';'.join(config.candidates)}'\""
             run_ranking(experiment, models, cohort, folder, progress=progress, command=command)
-            progress.message(f"the chart is {folder / 'tournament.png'}")
+            progress.message(f"the chart is {folder / 'ranking.png'}")
             return
         if not (folder / "state.json").exists():
             initialize_run(experiment, folder)

@@ -1,6 +1,6 @@
 """Makes the certificates of a server, with nothing but what fedface installs.
 
-Called by hand: `python server/certificates.py FOLDER HOST [HOST ...]`. Writes an authority of your own
+Usage: `python server/certificates.py FOLDER HOST [HOST ...]`. Writes an authority of your own
 (`ca.crt`, `ca.key`) and a server certificate that it signed (`server.crt`, `server.key`) for the hosts named,
 `localhost` and `127.0.0.1`. Devices trust `ca.crt` alone. Nothing that exists is replaced.
 Source: RFC 5280 for what each certificate must say; the curve is NIST P-384.

@@ -1,9 +1,9 @@
-"""What a device sends when updates are summed, and the three verbs every way of summing has.
+"""What a device sends when updates are summed, and the three functions of every protocol.
 
-Called by the devices (`protect`), the server (`combine`) and whoever holds the key (`reveal`). Below: the
-payload with its one form on the wire, the numbers that all sides agree on in public, and the closed choice
-of protocols. A payload is read from strangers, so `Payload.from_bytes` believes nothing: every length is
-bounded and exact, the header is flat JSON, and whatever does not fit is an AggregationError.
+A device calls `protect`, the server `combine`, and a holder of the key `reveal`. Below: the payload with its wire
+form, the public parameters that all sides share, and the closed choice of protocols. A payload is untrusted, so
+`Payload.from_bytes` checks everything: every length is bounded and exact, the header is flat JSON, and whatever does
+not fit is an AggregationError.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Weights as whole numbers on a public grid, so that sums are exact.
 
-Called by aggregation/homomorphic on the device (`quantise`, `pack`) and where the key is (`unpack`,
-`dequantise_sum`). The grid has 2M + 1 points, M = 2^(bits - 1) - 1, from -R to R with 0 among them: an
+The grid has 2M + 1 points, M = 2^(bits - 1) - 1, from -R to R with 0 among them: an
 unchanged weight stays unchanged.
 Rounding is to the nearest point, ties to even, so that the same update always gives the same integers.
 Privacy noise is added before this; clamping and rounding afterwards cost nothing (post-processing).

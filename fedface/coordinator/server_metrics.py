@@ -123,7 +123,7 @@ def evaluate_on_probe(
     seed: int,
     progress: Callable[[int, int], None],
 ) -> MethodEvaluation:
-    """Shrink the probe, make it large again, and compare group by group; None goes with methods without a network."""
+    """Degrade the probe, upsample it, and compare by group; the model is None for methods without a network."""
     streams = Streams(seed).child("upsampling")
     low = apply_degradation(config.downscale, probe.images, streams.generator("camera"))
     size = probe.images.shape[-1]

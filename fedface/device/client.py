@@ -1,9 +1,8 @@
 """One device: its photos, its policy, its ledger, and how it answers a task.
 
-Called by transport/flower.py for every message that reaches a device. The order is the promise: the policy
-is asked, the release is booked on disk, only then is a photo read; what was computed is kept before it is
-sent, and sent again, never computed again, when the same round is asked once more. Before anything leaves, the
-device's journal says what, to whom, how large, how protected and at what price.
+The privacy guarantee depends on the order: the policy is asked, the release is recorded on disk, and only then is a
+photo read. The reply is stored before it is sent, and sent again, never computed again, when the same round is asked
+once more. Before anything leaves, the ledger records what, to whom, how large, how protected and at what price.
 """
 
 from __future__ import annotations
@@ -194,7 +193,7 @@ def _train(task: TrainTask, device: Device, ledger: Ledger) -> tuple[Reply, Ledg
             streams=streams,
             units=mine.units(agreed.dp.unit),
         )
-        return _cut(update / begun.ranges(), agreed.dp)
+        return _clip_for_library(update / begun.ranges(), agreed.dp)
 
     payload, seconds, entry = work.release(compute, model.size)
     return TrainResult(device=device.name, payload=payload, seconds_protect=seconds), entry
@@ -231,7 +230,7 @@ def _evaluate(task: EvaluateTask, device: Device, ledger: Ledger) -> tuple[Reply
         mine = own.split(asked.holdout_fraction, asked.dp.unit)[1] if asked.holdout_fraction > 0 else own
         rng = noise_source(asked.dp, Streams(task.seed).child(f"{device.name}/figures/{task.round}"))
         told = compute_local_metrics(model, mine, asked, seed=task.seed, rng=rng)
-        return _cut(told / ranges, asked.dp)
+        return _clip_for_library(told / ranges, asked.dp)
 
     payload, seconds, entry = work.release(compute, model.size)
     return EvaluateResult(device=device.name, payload=payload, seconds_protect=seconds), entry
@@ -269,8 +268,8 @@ class _ReleaseTransaction:
         task, device, ledger = self.task, self.device, self.ledger
         if self.terms.unit == "library" and not isinstance(self.aggregation, PlainConfig):
             raise PrivacyError(
-                "a promise per library goes with plain sums: rounding to a grid makes a cut vector longer, and nobody "
-                "could add noise to a sum that the server cannot read; nothing was computed"
+                "the privacy unit library needs plain sums: rounding to a grid makes a clipped vector longer, and the "
+                "server cannot add noise to a sum that it cannot read; nothing was computed"
             )
         # What the owner allows today holds for kept answers too, but for the price, which was paid.
         device.policy.check_static(self.terms, task.cohort, self.aggregation.kind, self.objective)
@@ -303,9 +302,9 @@ class _ReleaseTransaction:
         """Book, compute and keep: the payload, the seconds that protecting it took, and what paid for it.
 
         Whatever goes wrong once photos are opened, the answer is that of a device without photos: noise alone. An
-        error, its kind or a missing answer could hang on what a photo shows, and nobody would have paid for that.
-        What can go wrong with one photo alone is caught there (scan, owner.py, figures.py) and costs that photo; what
-        is left, such as memory, silences the whole device, and that switch is in no epsilon.
+        error, its kind or a missing reply could depend on what a photo shows, which no epsilon accounts for. An error on one
+        photo alone is caught there (scan, config, local_metrics) and costs that photo; what is left, such as memory,
+        silences the whole device, and that is in no epsilon.
 
         Args:
             compute: Own faces -> the vector (d,) that is summed, in public ranges.
@@ -349,8 +348,8 @@ def _asked_model(task: TrainTask | EvaluateTask, shape: Architecture) -> Model:
     return model
 
 
-def _cut(update: Vector, terms: DPParameters) -> Vector:
-    """All that one device says at once, at the length that a promise per library allows; otherwise untouched."""
+def _clip_for_library(update: Vector, terms: DPParameters) -> Vector:
+    """The update, clipped where the privacy unit is a library; otherwise as it is."""
     mechanism = terms.central_mechanism()
     return update if mechanism is None else mechanism.clip(update)
 

@@ -1,7 +1,6 @@
 """A real device: its owner's file says where the photos and the ledger are, and what is allowed.
 
-Called by flower.py for a node that was started with a device file. Nothing in this file ever comes from the
-server, and nothing of it is sent there but the device's chosen name.
+Nothing in this file ever comes from the server, and nothing of it is sent there but the device's chosen name.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
-"""What a device computes when it is asked how well a model serves its own photos.
+"""The metrics that a device computes of a model on its own photos.
 
-Called from device/client.py, after the policy has agreed and the ledger has booked. Each photo is shrunk, made
-large again by the model under question, and compared with itself; audits/dp_metrics.py turns that into a vector
-of bounded length. A unit's photos are averaged, units are summed and noised, per library by the server (Gaussian
+Each photo is degraded, upsampled by the model under evaluation, and compared with itself; audits/dp_metrics.py turns
+that into a vector of bounded L2 norm. A unit's photos are averaged, units are summed and noised, per library by the server (Gaussian
 mechanism over Poisson-sampled units: Balle and Wang 2018, arXiv:1805.06530, Theorem 8, and the sampled form that the
 ledger prices).
 
-Every photo is answered by itself, with the same public start of a search: in a batch, kernels round differently for
-batches of different sizes, and drawn starts would shift by one photo more. A photo on which a network breaks adds
-nothing, and each takes the same steps: neither an error nor the time of one photo is an answer that nobody paid for.
+Every photo is evaluated by itself, with the same public start of a search: kernels round differently for batches of
+different sizes, and one photo more would shift the starts of the others. A photo on which a network fails adds nothing,
+and each takes the same steps: errors and timing must not leak unaccounted information.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ log = logging.getLogger("fedface.device")
 MAX_EVALUATIONS = 2_000  # of a network for one face
 MAX_LINEAR_SIZE = 3_072  # numbers of a small photo of which a square matrix is made, 32 px a side
 MAX_SAMPLES = 1_000_000  # latents that the distribution of styles is read from
-DETECTION_SIDE = 96  # pixels at which a detector looks at a made face: smaller ones are enlarged
+DETECTION_SIDE = 96  # pixels at which a detector gets a generated face: smaller ones are enlarged
 
 
 def check_request(question: EvaluationRequest, model: Model) -> None:
@@ -163,7 +162,7 @@ def _answered(answer: Answerer, photo: Images, config: LocalMetricsConfig) -> Te
 
 
 def _to_the_end(method: Method) -> Method:
-    """A search that takes all its steps: when a face fits hangs on the photo, and the server sees the time."""
+    """A search that takes all its steps: when a face fits depends on the photo, and the server sees the time."""
     match method:
         case PulseConfig():
             return replace(method, stop="end")
@@ -174,7 +173,7 @@ def _to_the_end(method: Method) -> Method:
 
 
 def _as_picture(face: Tensor) -> np.ndarray:
-    """A made face (3, s, s) as a detector wants it: uint8 (side, side, 3), enlarged where it is small."""
+    """A generated face (3, s, s) as a detector expects it: uint8 (side, side, 3), enlarged where it is small."""
     side = max(DETECTION_SIDE, face.shape[-1])
     large = functional.interpolate(face[None].nan_to_num(0.0), size=side, mode="bicubic", antialias=True)[0]
     pixels: np.ndarray = (

@@ -1,7 +1,7 @@
-"""What events cost: privacy loss distributions, and the noise that keeps a promise.
+"""What events cost: privacy loss distributions, and the noise that meets a privacy target.
 
-Called from plan, ledger, policy, neighbours and audits. All prices are for neighbours that differ by adding or
-removing one unit; for others, neighbours.py finds the event to price. An event is first flattened to its leaves with
+All prices are for neighbours that differ by adding or removing one unit; for others, adjacency.py finds the event to
+price. An event is first flattened to its leaves with
 counts, so that a thousand equal rounds cost one self-composition. The upper bound uses connect-the-dots (Doroshenko
 et al. 2022, arXiv:2207.04380), which dominates the true distribution; the lower bound rounds every loss down (Koskela
 et al. 2020, arXiv:1906.03049). The ceiling on reconstruction is that of Hayes et al. (2023), arXiv:2302.07225.
@@ -263,21 +263,21 @@ def within_budget(event: DpEvent, budget: float, delta: float) -> bool:
 
 
 def calibrate_noise_multiplier(target: PrivacyTarget, event_of: Callable[[float], DpEvent]) -> float:
-    """The smallest noise multiplier whose event keeps a promise.
+    """The smallest noise multiplier whose event meets a privacy target.
 
     Guarantees:
-        * The upper bound on epsilon at sigma is at most the promised epsilon, and at least that minus 1e-3
+        * The upper bound on epsilon at sigma is at most the target epsilon, and at least that minus 1e-3
           (unless sigma is at its floor).
 
     Args:
-        target: The promise.
+        target: The privacy target.
         event_of: The whole run's event as a function of sigma; more noise must cost less.
 
     Returns:
         Sigma, between 0.01 and 1e6.
 
     Raises:
-        PrivacyError: No amount of noise in that range keeps the promise.
+        PrivacyError: No amount of noise in that range meets the target.
     """
     floor, roof = math.log(0.01), math.log(1e6)
 
@@ -321,11 +321,11 @@ def _polish(excess: Callable[[float], float], start: float, epsilon: float) -> f
 
 
 def reconstruction_success_bound(event: DpEvent, kappa: float) -> float:
-    """The best chance to name or rebuild one unit from everything released, by any attack whatever.
+    """The highest probability to name or rebuild one unit from everything released, by any attack whatever.
 
     Args:
         event: What was released.
-        kappa: The chance of success from prior knowledge alone, 0 < kappa < 1 (1/n for a gallery of n).
+        kappa: The probability of success from prior knowledge alone, 0 < kappa < 1 (1/n for a gallery of n).
 
     Returns:
         The smallest e^eps * kappa + delta(eps) over all eps, in [kappa, 1]. One Gaussian step has the closed

@@ -1,7 +1,7 @@
-"""Which two libraries must look alike, and what an event priced for one such pair costs for another.
+"""Adjacency: which two libraries are neighbours, and what an event priced for one relation costs under another.
 
-Called from privacy/ledger.py, where runs of several units meet in one book. Every event here is priced for
-neighbours that differ by adding or removing one unit. Two further questions have safe answers.
+Every event here is priced for neighbours that differ by adding or removing one unit. Two further relations have upper
+bounds.
 
 **Replace one**: a unit stays and its content changes, so that its clipped vector is a before and b after, anywhere in
 the ball of radius clip_norm.

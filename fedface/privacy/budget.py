@@ -1,8 +1,4 @@
-"""A budget: how much privacy loss of one kind of unit is allowed, for life or within the last days.
-
-Called from privacy/policy.py (the owner's words), which hands limits to privacy/ledger.py (the check, in one
-transaction with the booking).
-"""
+"""A budget: how much privacy loss of one kind of unit is allowed, for life or within the last days."""
 
 from __future__ import annotations
 

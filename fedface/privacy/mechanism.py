@@ -1,9 +1,8 @@
 """The Gaussian mechanism: clip vectors, add noise to their sum, and name what that costs.
 
-Called from training/dp_sgd.py (one vector per photo) and aggregation/ (one vector per device). One
-object, two readers: the numbers that clip and noise are the numbers that the accountant prices.
+One object for both uses: the numbers that clip and noise are the numbers that the accountant prices.
 Source: Dwork & Roth (2014), Theorem A.1; Balle & Wang (2018), arXiv:1805.06530; sampling as in Abadi et al.
-(2016), arXiv:1607.00133; on numbers that are no reals, Mironov (2012), CCS, and Haney et al. (2022), arXiv:2207.13793.
+(2016), arXiv:1607.00133; on floating-point numbers, Mironov (2012), CCS, and Haney et al. (2022), arXiv:2207.13793.
 """
 
 from __future__ import annotations

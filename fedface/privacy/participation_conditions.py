@@ -1,8 +1,8 @@
-"""When a device may work for others: the hours, the power and the load that its owner's policy asks for.
+"""When a device may take part: the hours, the power and the load that its owner's policy requires.
 
-Called from privacy/policy.py before any price is computed. What the machine says is read behind `Environment`, so
-that tests can say it instead. Whatever the owner's words need and the machine cannot say counts as "no". The server
-is told `NOT_NOW_MESSAGE` and no more: when somebody sleeps or how full a battery is stays on the device.
+The state of the machine is read behind `Environment`, so that tests can replace it. A condition that the machine cannot
+answer counts as not met. The server gets `NOT_NOW_MESSAGE` and no more: when the owner sleeps or how full a battery is
+stays on the device.
 """
 
 from __future__ import annotations

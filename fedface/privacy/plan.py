@@ -1,14 +1,13 @@
-"""From a promise and a schedule to one mechanism and its price, once, before anything runs.
+"""From a privacy target and a schedule to one mechanism and its price, once, before anything runs.
 
-Called from experiment.py and `fedface plan` (make_plan), and on the device, which receives the terms, never
-an epsilon, and prices them itself. The noise is set so that everything together keeps a unit's promise: all
-rounds, and what is released beside them, such as evaluation figures.
+A device receives the parameters, never an epsilon, and prices them itself. The noise is the least with which everything
+together meets the target: all rounds, and what is released beside them, such as evaluation metrics.
 
 Where noise is added follows from the unit. Photo and occasion: on the device, in every private step. Library: on
-the server, once to each round's sum of whole updates, each cut to `update_clip_norm`; the server is trusted with the sum.
-There is a third place, which nothing here claims yet: on the device, as a discrete share of the noise that only the
+the server, once to each round's sum of whole updates, each clipped to `update_clip_norm`; the server is trusted with the sum.
+A third place is not built: on the device, as a discrete share of the noise that only the
 sum completes (library without a trusted server, Kairouz et al. 2021, arXiv:2102.06387). It would be one more
-mechanism of `Terms.central_mechanism`, with the same `clip`, `noise` and `event`.
+mechanism of `DPParameters.central_mechanism`, with the same `clip`, `noise` and `event`.
 
 Source: DP-SGD, Abadi et al. (2016), arXiv:1607.00133; Poisson sampling with a public rate and divisor.
 """
@@ -207,14 +206,14 @@ class Plan:
             f"{_counted(s.rounds, 'round')} of {_counted(s.steps_per_round, kind.removesuffix('s'))} on each device",
             f"each {one} joins a step with probability {s.sampling_rate:g}; "
             f"every sum is divided by {s.expected_batch_size}",
-            f"one {one}'s gradient is cut to length {s.clip_norm:g}",
+            f"one {one}'s gradient is clipped to L2 norm {s.clip_norm:g}",
         ]
 
     def _noise(self, unit: Unit) -> list[str]:
         s, sigma = self.schedule, self.noise_multiplier
         if unit == "library":
             return [
-                f"one device's whole update is cut to length {self.update_clip_norm:g}, in public ranges",
+                f"one device's whole update is clipped to L2 norm {self.update_clip_norm:g}, in public ranges",
                 f"noise multiplier {sigma:.4f}: the server, which is trusted, adds standard deviation "
                 f"{sigma * self.update_clip_norm:.3g} to every number of each round's sum",
             ]
@@ -231,19 +230,19 @@ def make_plan(
     update_clip_norm: float = 1.0,
     additional_releases: Sequence[DPParameters] = (),
 ) -> Plan:
-    """Find the least noise with which a schedule keeps a promise.
+    """Find the least noise with which a schedule meets a privacy target.
 
     Args:
-        promise: What a unit's owner gets over everything, or `NoPromise()`.
+        privacy: The guarantee over everything, or `NoPrivacy()`.
         schedule: How often units are looked at.
         update_clip_norm: Longest update of one device, in public ranges; counts for unit library alone.
-        beside: What is released of the same units besides, its noise already chosen.
+        additional_releases: What else is released of the same units, with its noise already chosen.
 
     Returns:
-        A plan whose upper price, with everything beside it, is at most the promised epsilon.
+        A plan whose upper price, with all additional releases, is at most the target epsilon.
 
     Raises:
-        PrivacyError: No amount of noise keeps this promise.
+        PrivacyError: No amount of noise meets the target.
     """
     match privacy:
         case PrivacyTarget():

@@ -1,9 +1,8 @@
 """The owner's policy: which runs may use this device's photos, when, and up to what price.
 
-Called from device/client.py before a photo is read, and by `fedface policy check`. The policy is a YAML file that
-only the owner edits (see clients/policy.example.yaml and docs/policy.md). Everything is refused unless it is allowed,
-no word of a server's widens it, and the price is computed here, from the noise, the sampling rate and the steps: an
-epsilon that somebody tells is never believed.
+The policy is a YAML file that only the owner edits (see clients/policy.example.yaml and docs/policy.md). Everything is
+refused unless it is allowed, no message of a server widens it, and the price is computed here, from the noise, the
+sampling rate and the steps: an epsilon that a server reports is never used.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from fedface.validation import Above, AtLeast, checked
 
 OBJECTIVES = ("generator", "upsampler")  # what can be trained, in the word of a policy
 EVALUATION = "evaluation"  # the objective of a task that only measures
-LARGE_DELTA = 1e-2  # above it, "with this chance the bound need not hold" is no small print any more
+LARGE_DELTA = 1e-2  # above it, the probability that the bound does not hold must be stated
 PROTOCOLS = ("homomorphic", "plain")  # the kinds of aggregation that there are
 OWN_WORDS = ("unit", "neighbours", "sampler", "noise_at")  # marks that follow from the terms alone
 
@@ -310,7 +309,7 @@ class DevicePolicy:
 
     def warnings(self) -> list[str]:
         """What is allowed to be written and hardly meant, one sentence each, without full stops."""
-        large = f"delta {format_delta(self.delta)} is large: with about this chance the bound need not hold at all"
+        large = f"delta {format_delta(self.delta)} is large: with about this probability the bound need not hold at all"
         return [
             *([large] if self.delta > LARGE_DELTA else []),
             *(

@@ -1,7 +1,7 @@
-"""The promise that the owner of a photo gets, as a value that is checked once.
+"""The privacy guarantee that an experiment asks for, as a value that is checked once.
 
-Called from experiment.py (the recipe), privacy/plan.py and clients. A promise is either a target (epsilon,
-delta, unit) or, chosen by name and never by default, no promise at all: a baseline that shows what it costs.
+Either a target (epsilon, delta, unit) or, chosen by name and never by default, none: a baseline that shows what privacy
+costs.
 Source: Dwork & Roth (2014), "The Algorithmic Foundations of Differential Privacy", Definition 2.4.
 """
 
