@@ -120,7 +120,9 @@ def main() -> None:
         verify = fastest(verifying, path, chosen.repeats)
         one = fastest(in_one_session, path, chosen.repeats)
         each = fastest(verifying_each_time, other, chosen.repeats)
-    print(f"{chosen.entries} releases, {4 * chosen.entries} records; fastest of {chosen.repeats}: CPU time, time passed")
+    print(
+        f"{chosen.entries} releases, {4 * chosen.entries} records; fastest of {chosen.repeats}: CPU time, time passed"
+    )
     print("one pass over all records: {:.1f} ms, {:.1f} ms".format(*verify))
     print("one answer, one session: {:.1f} ms, {:.1f} ms".format(*one))
     print("one answer, verified at each access: {:.1f} ms, {:.1f} ms".format(*each))

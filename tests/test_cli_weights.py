@@ -65,7 +65,7 @@ def test_an_imported_file_is_described_and_kept(weights, tmp_path: Path) -> None
         "architecture skip",
         f"hash: {weights_hash(generator)}",
         "discriminator: none in the file",
-        "not imported: step",
+        "ignored: step",
         "does not say whether activations are clamped",
         "wrote new/a.safetensors",
         "open a.png",
@@ -158,7 +158,7 @@ def test_a_strangers_names_are_printed_as_words(weights, tmp_path: Path) -> None
     torch.save({"G_ema": state, "[/red]:smile:": 3, "\x1b[2J": torch.zeros(2)}, tmp_path / "[red].pt")
     code, out, _ = weights("import", "[red].pt", "--out", "[b]o.safetensors")
     assert code == 0 and "\x1b" not in out
-    assert "not imported: ?[2J, [/red]:smile:" in out and "wrote [b]o.safetensors" in out
+    assert "ignored: ?[2J, [/red]:smile:" in out and "wrote [b]o.safetensors" in out
     noted = {"said\x1b[2J": "[/red]\x1b]0;owned\x07", "remarks": "\x1b[2J", "long": "n" * 300}
     save_model(tmp_path / "n.safetensors", replace(tiny_gan(), notes=noted))
     code, out, _ = weights("show", "n.safetensors")

@@ -223,10 +223,14 @@ def _to_rgb_backward(
     """The gradients of the activations, those of later blocks added, and of the style."""
     if colours.clamp is not None:
         of_image = of_image * (_run_to_rgb(colours, x, style).abs() < colours.clamp)
-    given = _rows(of_image).to(x.dtype)
-    of_style = (torch.bmm(given.transpose(1, 2), _rows(x)).float() * colours.weight).sum(dim=1)
+    rows_of_image = _rows(of_image).to(x.dtype)
+    of_style = (torch.bmm(rows_of_image.transpose(1, 2), _rows(x)).float() * colours.weight).sum(dim=1)
     weight = _to_rgb_weight(colours, style).to(x.dtype)
-    rows = torch.bmm(given, weight) if of_x is None else torch.baddbmm(_rows(of_x), given, weight)
+    rows = (
+        torch.bmm(rows_of_image, weight)
+        if of_x is None
+        else torch.baddbmm(_rows(of_x), rows_of_image, weight)
+    )
     return _pixels(rows, x), of_style
 
 
