@@ -162,19 +162,17 @@ def quality(
     rng: np.random.Generator,
     *,
     k: int = 3,
-    fewest: int = MIN_SAMPLES,
 ) -> Quality:
-    """Measure generated faces against real ones, for all and for each group.
+    """Compare generated faces with real ones, overall and by group.
 
     Args:
-        real: (n, 3, h, w), sRGB in [0, 1], n >= fewest.
+        real: (n, 3, h, w), sRGB in [0, 1], n >= 40.
         real_groups: n names, of labels or from `tone_groups`.
-        made: (m, 3, h, w), m >= fewest; clamped to [0, 1].
-        made_groups: m names; pixels are all that can group them.
+        made: (m, 3, h, w), m >= 40; clamped to [0, 1].
+        made_groups: m names, from `tone_groups`: generated faces have no labels.
         source: Which features.
-        rng: Orders the faces, which makes blocks and draws.
-        k: Neighbours that a ball reaches to, 1 <= k <= fewest // 4.
-        fewest: Faces a side below which a group is not measured, >= 40.
+        rng: Orders the faces before they are split into blocks and draws.
+        k: Neighbours that a ball reaches to, 1 <= k <= 10.
 
     Raises:
         ValueError: an argument is out of bounds, or there are too few faces overall.
@@ -186,7 +184,6 @@ def quality(
         grouped_features(made, made_groups, extractor),
         rng,
         k=k,
-        fewest=fewest,
     )
 
 
@@ -198,7 +195,10 @@ def compare_quality(
     k: int = 3,
     fewest: int = MIN_SAMPLES,
 ) -> Quality:
-    """As `quality`, from features that were computed before.
+    """As `quality`, from precomputed features.
+
+    Args:
+        fewest: Faces a side below which a group is not measured, >= 40; k <= fewest // 4.
 
     Raises:
         ValueError: as in `quality`, or the two sets have features of different identity.
