@@ -21,7 +21,6 @@ from fedface.codec import dumps, loads
 from fedface.errors import ConfigError, WeightsError
 from fedface.models.model import (
     Architecture,
-    EncoderArchitecture,
     FlowArchitecture,
     GanArchitecture,
     Model,
@@ -256,11 +255,6 @@ def load_gan() -> Model:
 def load_flow() -> Model:
     """The bundled rectified flow, trained on the same synthetic faces as `load_gan`."""
     return load_as(FLOW_PATH, FlowArchitecture)
-
-
-def load_encoder() -> Model:
-    """The bundled generator with the encoder that was trained for it."""
-    return load_as(ENCODER_PATH, EncoderArchitecture)
 
 
 def load_style_encoder() -> Model:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedface.errors import ConfigError
-from fedface.models.checkpoint import load_encoder, weights_hash
+from fedface.models.checkpoint import ENCODER_PATH, load_model, weights_hash
 from fedface.models.latent_encoder import LatentEncoder, LatentEncoderConfig, on_sphere
 from fedface.photos.skin_tone import measure_tone
 from fedface.randomness import Streams
@@ -71,7 +71,7 @@ def test_the_shipped_encoder_reads_light_and_dark_faces(light_fraction: float) -
     Fresh synthetic faces through cameras, 48 dark and 48 light ones. The error of a stranger of the same group is
     what reading the group alone would leave; the encoder must leave less than two thirds of it.
     """
-    model = load_encoder()
+    model = load_model(ENCODER_PATH)
     faces = sample_faces(48, ToneMix(light_fraction=light_fraction), STREAMS.generator("faces"))
     photos = render(faces, 32, noise=STREAMS.generator("camera"))
     with torch.no_grad():
