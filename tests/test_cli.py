@@ -142,7 +142,7 @@ def test_check_prints_the_plan(fedface, tmp_path: Path) -> None:  # type: ignore
     for words in (
         "Does a small run end?",
         "2 rounds of 2 private steps",
-        "probability 0.5",
+        "sampling rate 0.5",
         f"noise multiplier {plan.noise_multiplier:.4f}",
         "epsilon at most 8 at delta 0.001 per photo",
         f"(between {bounds.lower:.3f} and {bounds.upper:.3f})",
@@ -168,7 +168,7 @@ def test_check_as_json_says_the_same_in_numbers(fedface, tmp_path: Path) -> None
 def test_check_without_a_promise_says_so(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """In capitals, and as null."""
     words = ("plan", str(tiny_file(tmp_path)), "--set", "privacy={kind: no-privacy}")
-    assert "NO PROMISE" in fedface(*words).out
+    assert "NO PRIVACY GUARANTEE" in fedface(*words).out
     assert json.loads(fedface(*words, "--json").out)["epsilon"] is None
 
 

@@ -181,19 +181,19 @@ class Plan:
                     *self._steps(target.unit),
                     *self._noise(target.unit),
                     *(
-                        f"beside it: {_counted(terms.schedule.rounds, 'set')} of figures, noise multiplier "
+                        f"evaluation: {_counted(terms.schedule.rounds, 'set')} of metrics, noise multiplier "
                         f"{terms.noise_multiplier:.4f}"
                         for terms in self.additional_releases
                     ),
-                    f"promise: epsilon at most {target.epsilon:g} at delta {format_delta(target.delta)} "
-                    f"per {target.unit}, over everything; neighbours: {ADJACENCY}",
-                    f"the promise covers {unit_in_words(target.unit)}",
-                    f"price: {price}",
+                    f"privacy guarantee: epsilon at most {target.epsilon:g} at delta {format_delta(target.delta)} "
+                    f"per {target.unit}, over the whole run; neighbouring libraries: {ADJACENCY}",
+                    f"privacy unit: {unit_in_words(target.unit)}",
+                    f"privacy cost: {price}",
                 ]
             case NoPrivacy():
                 return [
                     *self._steps("photo"),
-                    "NO PROMISE: no noise, epsilon is infinite; devices refuse this by default",
+                    "NO PRIVACY GUARANTEE: no noise, epsilon is infinite; devices refuse this by default",
                 ]
             case _:
                 assert_never(self.privacy)
@@ -204,21 +204,21 @@ class Plan:
         one = "photo" if unit == "library" else unit
         return [
             f"{_counted(s.rounds, 'round')} of {_counted(s.steps_per_round, kind.removesuffix('s'))} on each device",
-            f"each {one} joins a step with probability {s.sampling_rate:g}; "
-            f"every sum is divided by {s.expected_batch_size}",
-            f"one {one}'s gradient is clipped to L2 norm {s.clip_norm:g}",
+            f"sampling rate {s.sampling_rate:g}: the probability that a {one} is part of a step; "
+            f"each sum is divided by the expected batch size {s.expected_batch_size}",
+            f"each {one}'s gradient is clipped to L2 norm {s.clip_norm:g}",
         ]
 
     def _noise(self, unit: Unit) -> list[str]:
         s, sigma = self.schedule, self.noise_multiplier
         if unit == "library":
             return [
-                f"one device's whole update is clipped to L2 norm {self.update_clip_norm:g}, in public ranges",
-                f"noise multiplier {sigma:.4f}: the server, which is trusted, adds standard deviation "
+                f"each device's whole update is clipped to L2 norm {self.update_clip_norm:g}, in public ranges",
+                f"noise multiplier {sigma:.4f}: the trusted server adds Gaussian noise of standard deviation "
                 f"{sigma * self.update_clip_norm:.3g} to every number of each round's sum",
             ]
         return [
-            f"noise multiplier {sigma:.4f}: standard deviation "
+            f"noise multiplier {sigma:.4f}: Gaussian noise of standard deviation "
             f"{sigma * s.clip_norm / s.expected_batch_size:.3g} on every number and step",
         ]
 

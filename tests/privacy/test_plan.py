@@ -33,7 +33,7 @@ def test_no_promise_has_no_noise_and_an_infinite_price() -> None:
     assert plan.noise_multiplier == 0.0 and plan.epsilon() is None
     assert plan.mechanism() == ClippedSum(clip_norm=0.5)
     assert epsilon_of(plan.event(1), 1e-5).lower == float("inf")
-    assert "NO PROMISE" in plan.describe()[-1]
+    assert "NO PRIVACY GUARANTEE" in plan.describe()[-1]
 
 
 def test_a_promise_without_noise_cannot_be_written_down() -> None:
@@ -43,7 +43,7 @@ def test_a_promise_without_noise_cannot_be_written_down() -> None:
 
 def test_a_plan_in_words_names_unit_delta_neighbours_and_bounds() -> None:
     words = " ".join(make_plan(TARGET, SCHEDULE).describe())
-    for part in ("per photo", "delta 1e-5", "add or remove one", "(between ", "over everything"):
+    for part in ("per photo", "delta 1e-5", "add or remove one", "(between ", "over the whole run"):
         assert part in words
 
 
