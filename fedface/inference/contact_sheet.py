@@ -34,8 +34,8 @@ from fedface.upsampling.degradation import Degradation, apply_degradation, forma
 from fedface.upsampling.methods import Method, is_deterministic, make_upsampler, title_of
 from fedface.upsampling.upsampler import Progress, Upsampled, Upsampler, pixel_std
 
-NO_FACE = "The made people do not exist; the pixels do not say which face is right."
-NEAREST = "No method made a face that fits: what is shown is the nearest that each knows."
+NO_FACE = "The generated people do not exist; the pixels do not determine which face is right."
+NEAREST = "No method found a face that fits: the closest that each can generate is shown."
 
 _MARK = "fedface sheet of faces"  # in the PNG, so that no other file is ever replaced
 _SIDE, _SMALL, _GAP, _LEFT = 124, 44, 10, 164  # pixels of the sheet
@@ -54,7 +54,7 @@ class DegradedFace:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodOutput:
-    """What one method made of it."""
+    """The result of one method."""
 
     method: Method
     made: Upsampled  # of one photo
@@ -219,7 +219,7 @@ def _face(sheet: _Sheet, x: int, y: int, answer: MethodOutput, number: int, degr
     sheet.picture(x, y, _SIDE, face)
     sheet.picture(x, y + _SIDE + 4, _SMALL, degradation.apply(face[None])[0].clamp(0, 1))
     verdict = "fits" if bool(answer.made.converged[0, number]) else "no fit"
-    sheet.words(x + _SMALL + 6, y + _SIDE + 8, f"{verdict}\nmisfit {consistency_error:.5f}", small=True)
+    sheet.words(x + _SMALL + 6, y + _SIDE + 8, f"{verdict}\nerror {consistency_error:.5f}", small=True)
 
 
 class _Sheet:

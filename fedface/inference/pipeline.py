@@ -67,7 +67,7 @@ class SheetRecord:
     portrait: ContactSheet
 
     def plain(self) -> dict[str, Any]:
-        """For JSON: what was found, and each method's misfits."""
+        """For JSON: what was found, and each method's consistency errors."""
         answers = [
             {
                 "method": name_of(answer.method),

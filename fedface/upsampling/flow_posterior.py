@@ -170,7 +170,7 @@ class GuidedFlowUpsampler:
             faces_per_photo: Faces for each photo, >= 1.
 
         Returns:
-            (n, f) faces; not converged where the consistency error is beyond `langevin.consistency_bound`.
+            (n, f) faces; not converged where the consistency error is beyond `latent_hmc.consistency_bound`.
 
         Raises:
             ValueError: The photos have another size or hold values that are not finite.

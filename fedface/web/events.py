@@ -79,7 +79,7 @@ def sheet_of(search: BackgroundSearch) -> bytes | None:
     for number, (consistency_error, fits) in enumerate(
         zip(made.consistency_error[0].tolist(), made.converged[0].tolist(), strict=True)
     ):
-        columns.append(f"face {number + 1}{'' if fits else ', no fit'}\nmisfit {consistency_error:.4f}")
+        columns.append(f"face {number + 1}{'' if fits else ', no fit'}\nerror {consistency_error:.4f}")
     shrink = BicubicPulse(size[0] // side).apply
     above = [search.truth, given, faces]
     below = [shrink(search.truth), search.low, shrink(faces)]
