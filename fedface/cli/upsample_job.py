@@ -165,6 +165,6 @@ def _description(sheet: SheetRecord, settings: SheetSettings) -> list[str]:
             f"  the face is only {sheet.side:.0f} pixels wide, fewer than the {low_side} of the input shown"
         )
     lines += [f"  {describe_output(answer)}" for answer in sheet.portrait.answers]
-    if not any(bool(answer.made.converged.any()) for answer in sheet.portrait.answers):
+    if not any(bool(answer.upsampled.converged.any()) for answer in sheet.portrait.answers):
         lines.append(f"  {NEAREST}")
     return [*lines, f"  open {sheet.sheet}"]

@@ -57,7 +57,7 @@ class MethodOutput:
     """The result of one method."""
 
     method: Method
-    made: Upsampled  # of one photo
+    upsampled: Upsampled  # of one photo
     seconds: float
 
 
@@ -127,13 +127,13 @@ class MethodRunner:
         for method, upsampler in self._prepared:
             started = time.perf_counter()
             made = upsampler.upsample(shown.low, faces_per_photo=1 if is_deterministic(method) else faces)
-            answers.append(MethodOutput(method=method, made=made, seconds=time.perf_counter() - started))
+            answers.append(MethodOutput(method=method, upsampled=made, seconds=time.perf_counter() - started))
         return ContactSheet(shown=shown, answers=tuple(answers))
 
 
 def describe_output(answer: MethodOutput) -> str:
     """One line about a method's answer: how many faces fit, and how well."""
-    consistency_error, fits = answer.made.consistency_error[0], answer.made.converged[0]
+    consistency_error, fits = answer.upsampled.consistency_error[0], answer.upsampled.converged[0]
     best = f"smallest consistency error {float(consistency_error.min()):.5f}"
     if is_deterministic(answer.method):
         return f"{title_of(answer.method)}: one answer, {'fits' if bool(fits[0]) else 'does not fit'}, {best}"
@@ -157,7 +157,7 @@ def contact_sheet(portrait: ContactSheet, tones: ToneHistogram | None = None, *,
     shown = portrait.shown
     several = [answer for answer in portrait.answers if not is_deterministic(answer.method)]
     single = [answer for answer in portrait.answers if is_deterministic(answer.method)]
-    columns = max(5, len(single), *(answer.made.faces_per_photo + 1 for answer in several), 0)
+    columns = max(5, len(single), *(answer.upsampled.faces_per_photo + 1 for answer in several), 0)
     width, top = _LEFT + columns * _CELL + 16, 46 + _SIDE + 54
     height = top + (len(several) + bool(single)) * _ROW + 16 * bool(single) + 64
     with matplotlib.rc_context({**STYLE, "font.size": 9.0}):
@@ -174,13 +174,13 @@ def contact_sheet(portrait: ContactSheet, tones: ToneHistogram | None = None, *,
         sheet.picture(_LEFT + _CELL, 46, _SIDE, shown.low[0])
         sheet.words(_LEFT + _CELL, 46 + _SIDE + 6, words, small=True)
         if tones is not None:
-            made = torch.cat([measure_tone(answer.made.images[0]).monk for answer in portrait.answers])
+            made = torch.cat([measure_tone(answer.upsampled.images[0]).monk for answer in portrait.answers])
             sheet.tones(_LEFT + 2 * _CELL + 56, 46, width - 24, _SIDE, tones, own.monk, made)
         for number, answer in enumerate(several):
             _row(sheet, top + number * _ROW, answer, shown.degradation)
         if single:
             _single_row(sheet, top + len(several) * _ROW, single, shown.degradation)
-        fits = any(bool(answer.made.converged.any()) for answer in portrait.answers)
+        fits = any(bool(answer.upsampled.converged.any()) for answer in portrait.answers)
         sheet.words(16, height - 44, NO_FACE if fits else f"{NEAREST} {NO_FACE}", bold=True)
         if source:
             sheet.words(16, height - 22, source, small=True)
@@ -189,7 +189,7 @@ def contact_sheet(portrait: ContactSheet, tones: ToneHistogram | None = None, *,
 
 def _row(sheet: _Sheet, y: int, answer: MethodOutput, degradation: Degradation) -> None:
     """One method: its faces, what each shrinks to, and how far they differ."""
-    made = answer.made
+    made = answer.upsampled
     title, _, rest = title_of(answer.method).partition(" from ")
     lines = [f"from {rest}"] if rest else []
     lines += [f"{int(made.converged[0].sum())} of {made.faces_per_photo} fit", f"{answer.seconds:.2g} s"]
@@ -215,10 +215,13 @@ def _single_row(sheet: _Sheet, y: int, answers: Sequence[MethodOutput], degradat
 
 def _face(sheet: _Sheet, x: int, y: int, answer: MethodOutput, number: int, degradation: Degradation) -> None:
     """One face, what it shrinks to, and whether that is the photo."""
-    face, consistency_error = answer.made.images[0, number], float(answer.made.consistency_error[0, number])
+    face, consistency_error = (
+        answer.upsampled.images[0, number],
+        float(answer.upsampled.consistency_error[0, number]),
+    )
     sheet.picture(x, y, _SIDE, face)
     sheet.picture(x, y + _SIDE + 4, _SMALL, degradation.apply(face[None])[0].clamp(0, 1))
-    verdict = "fits" if bool(answer.made.converged[0, number]) else "no fit"
+    verdict = "fits" if bool(answer.upsampled.converged[0, number]) else "no fit"
     sheet.words(x + _SMALL + 6, y + _SIDE + 8, f"{verdict}\nerror {consistency_error:.5f}", small=True)
 
 

@@ -74,9 +74,9 @@ class SheetRecord:
                 # A face that a network did not make has no consistency error.
                 "consistency_error": [
                     round(value, 7) if value < math.inf else None
-                    for value in answer.made.consistency_error[0].tolist()
+                    for value in answer.upsampled.consistency_error[0].tolist()
                 ],
-                "fits": answer.made.converged[0].tolist(),
+                "fits": answer.upsampled.converged[0].tolist(),
                 "seconds": round(answer.seconds, 3),
             }
             for answer in self.portrait.answers

@@ -103,10 +103,10 @@ def test_a_face_is_shrunk_by_the_degradation_that_the_methods_search_with() -> N
 
 def test_every_method_answers_and_its_consistency_error_is_that_of_its_faces() -> None:
     portrait = painters().run(show(subject(16, people=1), Area(4), size=16), faces=2)
-    assert [answer.made.faces_per_photo for answer in portrait.answers] == [2, 1, 1]
+    assert [answer.upsampled.faces_per_photo for answer in portrait.answers] == [2, 1, 1]
     for answer in portrait.answers:
-        again = squared_difference(Area(4).apply(answer.made.images[0]), portrait.shown.low)
-        torch.testing.assert_close(answer.made.consistency_error[0], again, atol=1e-6, rtol=1e-3)
+        again = squared_difference(Area(4).apply(answer.upsampled.images[0]), portrait.shown.low)
+        torch.testing.assert_close(answer.upsampled.consistency_error[0], again, atol=1e-6, rtol=1e-3)
     assert "of 2 faces fit" in describe_output(portrait.answers[0])
     assert describe_output(portrait.answers[2]).startswith(
         "nearest: one answer, fits, smallest consistency error 0.00000"
