@@ -14,7 +14,7 @@ those of the bundled checkpoints.
 * loop: one backward pass for each photo.
 
 What Opacus refuses is reported with its reason; what it computes is compared with the loop, and where that differs by
-more than 1e-3 of the sum's L2 norm the row says by how much. `--memory` runs every row once more in a process of its own and
+more than 1e-3 of the sum's L2 norm the row says by how much. `--memory` runs every row once more in its own process and
 adds the peak of resident memory.
 """
 

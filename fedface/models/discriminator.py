@@ -88,7 +88,8 @@ def minibatch_std(x: Tensor, group: int, channels: int) -> Tensor:
     members = min(group, n)
     if n % members:
         raise ConfigError(
-            f"a discriminator with minibatch_group {group} scores batches of at most {group} or a multiple of it, got {n}"
+            f"a discriminator with minibatch_group {group} scores batches of at most {group} or a multiple of it, "
+            f"got {n}"
         )
     y = x.reshape(members, n // members, channels, c // channels, h, w)
     variance = (y - y.mean(dim=0)).square().mean(dim=0)
@@ -97,7 +98,7 @@ def minibatch_std(x: Tensor, group: int, channels: int) -> Tensor:
 
 
 class DiscriminatorBlock(nn.Module):
-    """Two convolutions that halve the sides: alone (orig), with a shortcut (resnet), or with image inputs at every side (skip)."""
+    """Two convolutions that halve the sides: orig, with a shortcut (resnet), or with image inputs (skip)."""
 
     filter: Tensor
 

@@ -84,7 +84,7 @@ class LatentEncoder(nn.Module):
         return self.config.latent_width
 
     def forward(self, images: Images) -> Latents:
-        """One latent per image, on the sphere of radius sqrt(z), to which the mapping network normalises all latents."""
+        """One latent per image, on the sphere of radius sqrt(z), to which the mapping network normalises latents."""
         x = self.fromrgb(images * 2.0 - 1.0)
         for side in self.config.sides:
             x = self.get_submodule(f"b{side}")(x)

@@ -38,7 +38,8 @@ class GanArchitecture:
     def __post_init__(self) -> None:
         if self.generator.size != self.discriminator.size:
             raise ConfigError(
-                f"generator and discriminator must have one size, got {self.generator.size} and {self.discriminator.size}"
+                f"generator and discriminator must have one size, got {self.generator.size} and "
+                f"{self.discriminator.size}"
             )
 
     @property
@@ -226,7 +227,7 @@ class Model:
 
     @property
     def upsampler(self) -> StyleUpsampler | SuperResolutionNetwork:
-        """The network from photos to larger photos, which shares the model's weights; raises ConfigError without one."""
+        """The network from photos to larger photos, sharing the model's weights; raises ConfigError without one."""
         if isinstance(self.architecture, StyleEncoderArchitecture):
             return StyleUpsampler(self.network(StyleGAN2), self.network(StyleEncoder))
         return self.network(SuperResolutionNetwork)

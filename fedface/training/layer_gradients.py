@@ -106,7 +106,7 @@ class _Convolution(RecordedLayer):
         return gradient.reshape(photos, outputs, channels, *self.kernel)
 
     def _from_output_gradients(self, output_gradient: Tensor) -> Tensor:
-        """As the columns of what was read times the output_gradient, with the roles exchanged: less to copy for few outputs."""
+        """With the roles of input and output gradient exchanged: less to copy for few outputs."""
         down, across = self.kernel
         outside = (down - 1 - self.padding[0], across - 1 - self.padding[1])
         columns = _columns(output_gradient, self.kernel, (1, 1), outside, self.inputs.shape[2:])

@@ -226,7 +226,7 @@ class GanPretraining:
             g_optimiser.zero_grad()
             torch.autograd.backward(total)
             g_optimiser.step()
-            # The average's decay continues from the first stage, so that it hardly follows while the discriminator is new.
+            # The average's decay continues from the first stage: it hardly follows while the discriminator is new.
             self._average(self.config.paired_steps + step)
             self.images += config.batch
             if step % 50 == 0:

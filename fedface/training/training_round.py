@@ -56,7 +56,7 @@ class TrainingRound(Protocol):
         """
 
     def ranges(self) -> Vector:
-        """Public bounds of the numbers of `update`, for quantisation, shape (d,), all > 0; beyond them they are clamped."""
+        """Public bounds of the numbers of `update`, for quantisation, shape (d,), all > 0; they are clamped to them."""
 
     def per_example_release(self, streams: Streams) -> PerExampleRelease:
         """What one step releases of one photo, before clipping and noise, differentiable in the photo; for audits.
@@ -95,7 +95,7 @@ class TrainingMethod(Protocol):
         """Raises ConfigError unless a model of this architecture can be trained this way."""
 
     def prepare(self, model: Model, dp: DPParameters, rng: torch.Generator) -> TrainingRound:
-        """A round on a copy of a model of a checked architecture; `rng` draws the public directions of low-rank changes."""
+        """A round on a copy of a checked model; `rng` draws the public directions of low-rank changes."""
 
 
 def check_architecture(actual: Architecture, expected: type[Architecture]) -> None:

@@ -1,7 +1,7 @@
 """The networks once more, in NumPy and float64, image by image and channel by channel: slow and obvious.
 
 Written from the equations (arXiv:1912.04958, 2006.06676, 1812.04948), reading a module's state dict by name. The
-resnet generator, the skip discriminator, classes and clamps have no reference vectors here, so this is what they are held to.
+resnet generator, the skip discriminator, classes and clamps have no reference vectors here: they are held to this.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every form of generator and discriminator gives the numbers of its slow twin, and lets each photo's gradient be taken."""
+"""Every form of generator and discriminator gives the numbers of its slow twin, and per-example gradients."""
 
 from __future__ import annotations
 

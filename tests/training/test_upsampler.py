@@ -244,7 +244,8 @@ def test_what_no_device_can_compute_is_refused_before_anything_is_booked(
             model = build_model(shape, STREAMS.generator("large"))
         agreed = replace(task.config, training=wanted, architecture=model.architecture)
         hostile = replace(
-            task, config=agreed, weights=flatten_parameters(*model.modules()), buffers=flatten_buffers(*model.modules()),
+            task, config=agreed, weights=flatten_parameters(*model.modules()),
+            buffers=flatten_buffers(*model.modules()),
             model=weights_hash(*model.modules()),
         )  # fmt: skip
         handle_task(hostile, device)
