@@ -56,7 +56,7 @@ from fedface.training.training_methods import common_streams, noise_source, prep
 
 log = logging.getLogger("fedface.device")
 
-FAILED = b"failed"  # kept in place of a payload for a round that broke
+FAILED = b"failed"  # stored in place of a payload for a round that broke
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,8 +176,8 @@ def _train(task: TrainTask, device: Device, ledger: Ledger) -> tuple[Reply, Ledg
             "recipe": _recipe(encode(agreed.training), encode(agreed.architecture), agreed.holdout_fraction),
         },
     )
-    if (kept := work.kept()) is not None:
-        return kept
+    if (stored := work.stored_reply()) is not None:
+        return stored
     model = _asked_model(task, agreed.architecture)
     begun = prepare_round(model, agreed.training, agreed.dp, common_streams(task.seed, task.round))
     streams = Streams(task.seed).child(f"{device.name}/{task.round}")
@@ -220,8 +220,8 @@ def _evaluate(task: EvaluateTask, device: Device, ledger: Ledger) -> tuple[Reply
             ),
         },
     )
-    if (kept := work.kept()) is not None:
-        return kept
+    if (stored := work.stored_reply()) is not None:
+        return stored
     model = _asked_model(task, asked.architecture)
     check_request(asked, model)
     ranges = asked.ranges()
@@ -257,7 +257,7 @@ class _ReleaseTransaction:
             **self.metadata,
         }
 
-    def kept(self) -> tuple[Reply, LedgerEntry | None] | None:
+    def stored_reply(self) -> tuple[Reply, LedgerEntry | None] | None:
         """The answer that was given before, byte by byte; otherwise None, and the policy has admitted the work.
 
         Raises:
@@ -271,19 +271,19 @@ class _ReleaseTransaction:
                 "the privacy unit library needs plain sums: rounding to a grid makes a clipped vector longer, and the "
                 "server cannot add noise to a sum that it cannot read; nothing was computed"
             )
-        # What the owner allows today holds for kept answers too, but for the price, which was paid.
+        # What the owner allows today holds for stored replies too, but for the price, which was paid.
         device.policy.check_static(self.terms, task.cohort, self.aggregation.kind, self.objective)
-        kept = ledger.load_reply(task.ledger_key, task.round)
-        if kept is not None:
-            # Books nothing, and fails if the kept bytes answer another release.
+        stored = ledger.load_reply(task.ledger_key, task.round)
+        if stored is not None:
+            # Books nothing, and fails if the stored reply answers another release.
             entry = device.policy.record(
                 self.terms, ledger, run=task.ledger_key, round=task.round, metadata=self._all_metadata()
             )
-            if kept == FAILED:
+            if stored == FAILED:
                 closed = "this round failed on this device and is closed"
                 return Refusal(device=device.name, reason=closed), None
             answer = TrainResult if isinstance(task, TrainTask) else EvaluateResult
-            return answer(device=device.name, payload=kept, seconds_protect=0.0), entry
+            return answer(device=device.name, payload=stored, seconds_protect=0.0), entry
         device.policy.admit(
             self.terms,
             task.cohort,
@@ -302,8 +302,8 @@ class _ReleaseTransaction:
         """Book, compute and keep: the payload, the seconds that protecting it took, and what paid for it.
 
         Whatever goes wrong once photos are opened, the answer is that of a device without photos: noise alone. An
-        error, its kind or a missing reply could depend on what a photo shows, which no epsilon accounts for. An error on one
-        photo alone is caught there (scan, config, local_metrics) and costs that photo; what is left, such as memory,
+        error, its kind or a missing reply could depend on what a photo shows, which no epsilon accounts for. An error
+        on one photo alone is caught where it is read or scored and costs that photo; what is left, such as memory,
         silences the whole device, and that is in no epsilon.
 
         Args:

@@ -105,8 +105,8 @@ def load_device(path: Path) -> Device:
 def read_device_config(path: Path) -> DeviceConfig:
     """What a device file says, if its device can work; nothing is made, and no photo is opened.
 
-    A folder that `exclude_folders` names and that is not there may have been deleted, and bars nothing by it. But if a folder
-    of nearly that name is there, its photos were hardly meant to be used: then nothing is answered.
+    A folder that `exclude_folders` names and that is not there may have been deleted, and excludes nothing. But if a
+    folder of nearly that name is there, its photos were hardly meant to be used: then nothing is answered.
 
     Raises:
         ConfigError: The file cannot be read, there is no folder of photos, others may look into the state, the

@@ -1,9 +1,9 @@
 """The metrics that a device computes of a model on its own photos.
 
 Each photo is degraded, upsampled by the model under evaluation, and compared with itself; audits/dp_metrics.py turns
-that into a vector of bounded L2 norm. A unit's photos are averaged, units are summed and noised, per library by the server (Gaussian
-mechanism over Poisson-sampled units: Balle and Wang 2018, arXiv:1805.06530, Theorem 8, and the sampled form that the
-ledger prices).
+that into a vector of bounded L2 norm. A unit's photos are averaged, units are summed and noised, per library by the
+server (Gaussian mechanism over Poisson-sampled units: Balle and Wang 2018, arXiv:1805.06530, Theorem 8, and the sampled
+form that the ledger prices).
 
 Every photo is evaluated by itself, with the same public start of a search: kernels round differently for batches of
 different sizes, and one photo more would shift the starts of the others. A photo on which a network fails adds nothing,

@@ -58,8 +58,8 @@ def describe_briefly(short: BudgetExceeded) -> str:
     """What does not fit, as a phrase that can follow "asks for"; every epsilon is an upper bound and says so."""
     limit = short.budget
     return (
-        f"{format_upper_bound(short.asked)}; {format_upper_bound(short.spent)} of {limit.epsilon:g} is already spent (together "
-        f"{format_upper_bound(short.together)}; every epsilon here at delta {format_delta(limit.delta)}, "
+        f"{format_upper_bound(short.asked)}; {format_upper_bound(short.spent)} of {limit.epsilon:g} is already spent "
+        f"(together {format_upper_bound(short.together)}; every epsilon here at delta {format_delta(limit.delta)}, "
         f"per {limit.unit} {limit.period})"
     )
 

@@ -153,7 +153,8 @@ class DevicePolicy:
             surroundings: Says the time, the power and the load; this machine if None.
 
         Raises:
-            ConditionsNotMet: The owner's conditions do not hold; the reason is in its `private`, for the owner's log alone.
+            ConditionsNotMet: The owner's conditions do not hold; the reason is in its `private`, for the owner's log
+                alone.
             PolicyRefusal: With what was asked, what is spent and what is allowed.
             LedgerError: The ledger cannot be trusted, so nothing can be admitted.
         """
