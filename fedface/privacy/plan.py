@@ -5,8 +5,9 @@ together meets the target: all rounds, and what is released beside them, such as
 
 Where noise is added follows from the unit. Photo and occasion: on the device, in every private step. Library: on
 the server, once to each round's sum of whole updates, each clipped to `update_clip_norm`; the server is trusted with
-the sum. A third place is not built: on the device, as a discrete share of the noise that only the sum completes (library without a trusted server, Kairouz et al. 2021, arXiv:2102.06387). It would be one more
-mechanism of `DPParameters.central_mechanism`, with the same `clip`, `noise` and `event`.
+the sum. A third place is not built: on the device, as a discrete share of the noise that only the sum completes
+(library without a trusted server, Kairouz et al. 2021, arXiv:2102.06387). It would be one more mechanism of
+`DPParameters.central_mechanism`, with the same `clip`, `noise` and `event`.
 
 Source: DP-SGD, Abadi et al. (2016), arXiv:1607.00133; Poisson sampling with a public rate and divisor.
 """
