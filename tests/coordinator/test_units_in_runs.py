@@ -13,9 +13,8 @@ from tiny import begun, first_device, tiny_experiment, tiny_gan, train_task
 from fedface.aggregation.homomorphic import HomomorphicConfig
 from fedface.aggregation.payload import Payload
 from fedface.aggregation.plain import PlainAggregation
-from fedface.audits.dp_metric_estimates import GroupEstimates
+from fedface.audits.dp_metric_estimates import DPMetricEstimates, GroupEstimates, estimate_metrics
 from fedface.audits.dp_metrics import LocalMetricsConfig, PhotoMetrics, decode_sums, metric_vectors
-from fedface.coordinator.device_evaluation import decode_total
 from fedface.coordinator.rounds import SilentProgress, run_rounds
 from fedface.coordinator.run import run_experiment
 from fedface.coordinator.run_state import RunState, weights_path
@@ -213,10 +212,21 @@ def test_figures_per_library_are_read_with_one_noise(tmp_path: Path) -> None:
         config,
         clip_norm=1.0,
     )
-    units = decode_total(400 * row[0], terms, config, 400).overall.count
+
+    def read(total: torch.Tensor, devices: int) -> DPMetricEstimates:
+        return estimate_metrics(
+            total,
+            config=config.for_unit(terms.unit),
+            clip_norm=terms.schedule.clip_norm,
+            noise_multiplier=terms.noise_multiplier,
+            devices=devices,
+            noises=1,
+        )
+
+    units = read(400 * row[0], 400).overall.count
     half = 1.959964 * terms.noise_multiplier / config.shares.table**0.5
     assert (units.estimate, units.low, units.high) == approx((400, 400 - half, 400))  # there are no more
-    few = decode_total(30 * row[0], terms, config, 19)  # noise may make a few devices look like more
+    few = read(30 * row[0], 19)  # noise may make a few devices look like more
     assert isinstance(few.overall, NotMeasured) and not few.reported and few.suppressed == config.groups
 
 

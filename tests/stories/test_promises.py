@@ -109,10 +109,10 @@ def forged(task: TrainTask, **changes: object) -> TrainTask:
 @pytest.mark.parametrize(
     ("changes", "answer"),
     [
-        ({"terms__noise_multiplier": 0.01}, "asks for epsilon"),  # a whisper of noise
-        ({"terms__noise_multiplier": 0.0}, "asks for epsilon inf"),
-        ({"terms__rounds": 100_000, "training__rounds": 100_000}, "asks for epsilon"),
-        ({"terms__unit": "library"}, "does not trust"),  # "the server adds the noise"
+        ({"config__dp__noise_multiplier": 0.01}, "asks for epsilon"),  # a whisper of noise
+        ({"config__dp__noise_multiplier": 0.0}, "asks for epsilon inf"),
+        ({"config__dp__schedule__rounds": 100_000, "config__training__rounds": 100_000}, "asks for epsilon"),
+        ({"config__dp__unit": "library"}, "does not trust"),  # "the server adds the noise"
         ({"cohort": 1}, "only among 2 or more"),
     ],
 )
@@ -129,10 +129,10 @@ def test_a_forged_plan_is_priced_by_what_it_would_do_and_refused(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"terms__sampling_rate": 0.001},  # cheap terms, dear training
-        {"training__sampling_rate": 1.0},
-        {"training__clip_norm": 100.0},
-        {"terms__steps_per_round": 1},
+        {"config__dp__schedule__sampling_rate": 0.001},  # a cheap schedule, costly training
+        {"config__training__sampling_rate": 1.0},
+        {"config__training__clip_norm": 100.0},
+        {"config__dp__schedule__steps_per_round": 1},
     ],
 )
 def test_a_plan_whose_price_and_work_differ_is_no_plan(
