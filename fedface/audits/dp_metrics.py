@@ -142,7 +142,7 @@ class PhotoMetrics:
     consistency_error: Tensor
     skin_difference: Tensor
     lightness_shift: Tensor
-    detected: Tensor  # bool, whether a detector finds a face in the made picture
+    detected: Tensor  # bool, whether a detector finds a face in the generated image
 
     def __post_init__(self) -> None:
         for part in fields(self):

@@ -328,7 +328,7 @@ class FaceComparison:
 
 
 def compare_faces(real: Images, made: Images, rng: np.random.Generator) -> FaceComparison:
-    """Compare made faces with real ones.
+    """Compare generated faces with real ones.
 
     The kernel distance is unbiased and has an interval. The other has none; read it against its floor. For
     other features, precision and recall, and groups, see audits.quality.

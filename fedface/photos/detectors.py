@@ -81,7 +81,7 @@ class HogDetector:
 class NetworkDetector:
     """dlib's network (MMOD) alone, at a picture of at most MMOD_SIDE pixels; one of at most half that is enlarged.
 
-    How long it takes hangs on the picture's size alone, not on what is seen: for figures that leave a device.
+    How long it takes depends on the picture's size alone, not on what is seen: for figures that leave a device.
     """
 
     def __init__(self) -> None:

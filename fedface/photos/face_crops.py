@@ -16,7 +16,9 @@ from fedface.photos.face_alignment import Detector, Face, align, alignment_side,
 from fedface.photos.image_io import Photo, cut_square
 
 LONGEST_SIDE = 1600  # pixels in which faces are looked for
-MIN_FACE_SIDE = 64  # a square picture of at most this side is taken as a face already, aligned and shrunken
+MIN_FACE_SIDE = (
+    64  # a square picture of at most this side is taken as a face already, aligned and low-resolution
+)
 _TURNS = (0, 90, 270, 180)  # degrees counterclockwise, the usual ones first
 _SURE = 1.0  # a face that scores less may be a face lying on its side: the photo is looked at in every turn
 
@@ -33,7 +35,7 @@ class FaceCrop:
 
     @property
     def already_small(self) -> bool:
-        """Whether the picture itself was taken as a shrunken face."""
+        """Whether the picture itself was taken as a low-resolution face."""
         return self.people == 0
 
 

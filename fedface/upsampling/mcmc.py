@@ -25,7 +25,7 @@ DIFFERENCE = 1e-2  # of the finite differences behind a metric, in prior standar
 
 
 class PerChainRng:
-    """One stream of chance for each chain, so that a chain does not depend on which others run beside it."""
+    """One random stream for each chain, so that a chain does not depend on which others run beside it."""
 
     def __init__(self, streams: Sequence[torch.Generator]) -> None:
         self._streams = streams

@@ -102,14 +102,14 @@ class ProgressAggregator:
         self._progress, self._watch = progress, watch
         self._lock = Lock()
 
-    def step(self, chunk: int, glimpse: StepSnapshot) -> None:
+    def step(self, chunk: int, snapshot: StepSnapshot) -> None:
         """The chunk with this number has taken a step."""
         with self._lock:
-            self._done[chunk] = glimpse.step
+            self._done[chunk] = snapshot.step
             if self._progress is not None:
                 self._progress(sum(self._done), len(self._done) * self._steps)
             if self._watch is not None:
-                self._watch(glimpse)
+                self._watch(snapshot)
 
     def end(self, chunk: int) -> None:
         """The chunk with this number needs no more steps."""

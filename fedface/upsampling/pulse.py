@@ -269,7 +269,7 @@ class PulseUpsampler:
     def _chunks(
         self, places: Sequence[Tensor], targets: LowImages, begun: Tensor, firsts: Tensor
     ) -> Iterator[_Chunk]:
-        """Where searches start, drawn face by face, whatever the chunks; at or near `begun` if there are any."""
+        """Where searches start, sampled face by face, whatever the chunks; at or near `begun` if there are any."""
         stream = self._streams.generator("pulse/search")
         rows = 1 if self.config.tile_latent else self.generator.style_inputs
         sides = self.generator.noise_sides
@@ -332,15 +332,15 @@ class PulseUpsampler:
                 difference = squared_difference(self.degradation.apply(made), target)
                 loss = self._loss(difference, styles).sum()
             step += 1
-            glimpse = StepSnapshot(
+            snapshot = StepSnapshot(
                 step=step,
                 steps=config.steps,
                 faces=chunk.faces[active],
                 images=made.detach(),
                 consistency_error=difference.detach(),
             )
-            kept.offer(active, glimpse.images, inputs)
-            tally.step(chunk.place, glimpse)
+            kept.offer(active, snapshot.images, inputs)
+            tally.step(chunk.place, snapshot)
             open_ = self._open(kept, active)
             if step == config.steps or not open_.any():
                 break

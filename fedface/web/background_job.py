@@ -122,13 +122,13 @@ class BackgroundSearch:
         self._break_if_stopped()
         self._share = min(1.0, done / max(1, of))
 
-    def _watch(self, glimpse: StepSnapshot) -> None:
+    def _watch(self, snapshot: StepSnapshot) -> None:
         self._break_if_stopped()
-        pictures = shown(glimpse.images)
+        pictures = shown(snapshot.images)
         with self._lock:
-            self._step, self._steps = glimpse.step, glimpse.steps
+            self._step, self._steps = snapshot.step, snapshot.steps
             for face, picture, consistency_error in zip(
-                glimpse.faces.tolist(), pictures, glimpse.consistency_error.tolist(), strict=True
+                snapshot.faces.tolist(), pictures, snapshot.consistency_error.tolist(), strict=True
             ):
                 self._fresh[face] = Seen(face, picture, consistency_error)
 

@@ -24,7 +24,7 @@ TONE = (
     "Tone is skin tone read from the picture, on the Monk scale from 1 (light) to 10 (dark); light and camera are "
     "mixed into it."
 )
-MISFIT = "Misfit is the mean squared difference of the shrunken face and the pixels given."
+CONSISTENCY_ERROR = "Error is the mean squared difference between the degraded face and the given pixels."
 NOT_REAL = "These people do not exist; the pixels do not say which face is right."
 
 
@@ -129,7 +129,7 @@ def _spread_record(images: Images) -> dict[str, Any]:
 def _sentences(asked: Asked, side: int, size: int, fits: list[bool]) -> list[str]:
     """What came out, in plain words; the first one is the one to remember."""
     numbers = f"{side} × {side} pixels are {3 * side * side} numbers; a face here has {3 * size * size}"
-    terms = [TONE, MISFIT] if asked.face else [MISFIT]
+    terms = [TONE, CONSISTENCY_ERROR] if asked.face else [CONSISTENCY_ERROR]
     if not asked.several:
         agrees = (
             "It shrinks to the same pixels, as many other faces would."

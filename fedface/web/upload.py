@@ -37,7 +37,7 @@ class Crop:
     truth: Images  # (1, 3, size, size) in [0, 1], as the generator would make it
     preview: np.ndarray  # uint8, shape (h, h, 3): the same, large enough to look at
     width: int  # pixels of the photo that the crop is wide
-    small: Images | None = None  # (1, 3, h, h), the whole picture where it was a shrunken face already
+    small: Images | None = None  # (1, 3, h, h), the whole picture where it was a low-resolution face already
 
     @property
     def sides(self) -> tuple[int, ...]:
