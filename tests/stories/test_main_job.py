@@ -18,6 +18,7 @@ from tiny import tiny_file
 from fedface import cli
 from fedface.models.checkpoint import load_model, weights_hash
 from fedface.privacy.ledger import Ledger
+from fedface.privacy.ledger_records import LedgerEntry
 from fedface.reports import run_record
 
 
@@ -132,7 +133,8 @@ def asked_for(ledger: Path, round: int) -> bool:
         return False
     book = sqlite3.connect(f"file:{ledger}?mode=ro", uri=True, timeout=0.2)
     try:
-        return bool(book.execute("SELECT count(*) FROM entries WHERE round = ?", (round,)).fetchone()[0])
+        count = "SELECT count(*) FROM records WHERE kind = ? AND json_extract(content, '$.round') = ?"
+        return bool(book.execute(count, (LedgerEntry.KIND, round)).fetchone()[0])
     except sqlite3.Error:
         return False
     finally:
