@@ -144,9 +144,9 @@ def test_a_device_that_trusts_no_server_stays_out_of_library_runs(tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"aggregation": "{kind: homomorphic}"}, "cannot add it to what it cannot read"),
+        ({"aggregation": "{kind: homomorphic}"}, "aggregation: must be plain with privacy per library"),
         ({"evaluation": "{sampling_rate: 0.5}"}, "sampling_rate must be 1"),
-        ({"evaluation": "{}"}, "fewer than min_group_size = 20 are not told"),
+        ({"evaluation": "{}"}, "groups smaller than min_group_size=20 are suppressed"),
         ({"privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library}"}, "trust must be"),
         (
             {"privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, trust: server}"},
@@ -190,9 +190,11 @@ def test_figures_per_library_are_noised_once_by_the_server(tmp_path: Path, noise
 def test_who_leaves_a_library_run_is_told_that_the_server_saw_its_answers() -> None:
     """Its own noise bounds nothing, since it added none."""
     price = Epsilon(lower=0.9, estimate=1.0, upper=1.0, delta=1e-3, unit="library")
-    said = WithdrawalRecord.of((1,), 0, price).sentence
-    assert "the server saw them bare" in said and "published" in said
-    assert "bare" not in WithdrawalRecord.of((1,), 0, replace(price, unit="photo")).sentence
+    record = WithdrawalRecord(rounds=(1,), evaluations=0, epsilon=price)
+    sentence = record.sentence()
+    assert "the server saw them without noise" in sentence and "published" in sentence
+    per_photo = replace(record, epsilon=replace(price, unit="photo"))
+    assert "without noise" not in per_photo.sentence()
 
 
 def test_figures_per_library_are_read_with_one_noise(tmp_path: Path) -> None:
