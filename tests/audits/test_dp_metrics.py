@@ -167,7 +167,7 @@ def test_drawn_people_on_three_devices_who_come_back_lighter_by_a_known_amount()
     lighter, darker = config.groups
     assert (lighter, darker) == ("lighter (Monk 1-5)", "darker (Monk 6-10)")
     assert report.shares[darker].change.high < 0
-    assert any(f"fewer faces read as {darker}" in text for text in report.sentences())
+    assert any(f"fewer faces measured as {darker}" in text for text in report.sentences())
 
 
 def test_groups_have_names_and_the_recipe_survives_yaml() -> None:

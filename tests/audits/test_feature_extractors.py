@@ -105,7 +105,7 @@ def script_file(path: Path, network: torch.nn.Module) -> Path:
 def test_the_kinds_of_features_have_words_of_their_own() -> None:
     """What `kind:` says in a YAML file."""
     kinds = [source.kind for source in (ColourFeatures, OnnxFeatures, TorchScriptFeatures)]
-    assert kinds == ["colour-features", "onnx-features", "torch-script-features"]
+    assert kinds == ["colour-features", "onnx-features", "torchscript-features"]
 
 
 def test_colour_features_in_batches_are_the_features_and_name_no_file() -> None:

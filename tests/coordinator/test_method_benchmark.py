@@ -113,7 +113,7 @@ def test_the_record_comes_back_and_the_table_names_every_method(
     table = path.read_text()
     for each in record.methods:
         assert table.count(f"| {each.title} |") == 2 + len(method_report.BY_GROUP)
-    assert "What this cannot show" in table
+    assert "## Limitations" in table
     assert all((tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in pictures)
 
 

@@ -271,7 +271,7 @@ def test_an_index_of_a_folder_that_was_moved_is_erased_too(home: Path) -> None:
     assert first.exists() and second.exists()
     kept = device_state(home / "device.yaml")
     assert set(kept.indexes) == {first, second}
-    erase(kept, books=False)
+    erase(kept, ledger=False)
     assert not first.exists() and not second.exists() and not (home / "state" / "indexes.json").exists()
 
 

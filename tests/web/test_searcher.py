@@ -35,9 +35,9 @@ def test_a_method_with_one_answer_says_so() -> None:
 
 
 def test_the_shipped_generator_tells_whose_faces_it_has_learned_from() -> None:
-    """85 in 100 had light skin; enlarging pixels has learned from nobody."""
+    """85 % had light skin; enlarging pixels has learned from nobody."""
     provider = MethodCatalog(None)
-    assert "85 in 100 had light skin" in provider.learned("pulse")
+    assert "85 % had light skin" in provider.learned("pulse")
     assert provider.learned("nearest") == ""
 
 
@@ -53,7 +53,7 @@ def test_notes_that_do_not_say_make_no_sentence(notes: dict[str, object]) -> Non
 def test_an_encoder_may_name_its_generators_recipe() -> None:
     """Its notes hold those of the generator that it was trained for."""
     notes = {"generator_notes": {"recipe": {"light_fraction": 0.25}}}
-    assert "25 in 100" in learned_from(notes)
+    assert "25 % had light skin" in learned_from(notes)
 
 
 @pytest.mark.parametrize(("method", "side", "words"), [
