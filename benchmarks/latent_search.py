@@ -13,9 +13,9 @@ published widths), the same starts and the same photos, which the generator drew
 
 First every row is timed in turn, a few steps at once and `--rounds` rounds of it, so that another program on the same
 cores disturbs all rows. Then each row searches for `--steps` steps; the table has the median of all steps, and the
-loss is the mean over faces of the consistency error of the last one. The tolerance is too small to be met, so that every row
-descends to its last step. Memory is the peak of a process of its own that does two steps. With one thread, seconds
-are CPU seconds. The second table, how faces per second grow with the batch and with a second core, is that of
+loss is the mean over faces of the consistency error of the last one. The tolerance is too small to be met, so that
+every row descends to its last step. Memory is the peak of a process of its own that does two steps. With one thread,
+seconds are CPU seconds. The second table, how faces per second grow with the batch and with a second core, is that of
 `side_by_side.py`.
 """
 

@@ -1,4 +1,4 @@
-"""The privacy unit: a photo, an occasion, or everything that one device holds. Neighbouring libraries differ by one unit."""
+"""The privacy unit: a photo, an occasion, or all that one device holds. Neighbouring libraries differ by one unit."""
 
 from __future__ import annotations
 

@@ -162,7 +162,8 @@ def _check_apart(path: Path, variants: list[Variant]) -> None:
         key = (variant.method, level_of(variant.experiment), variant.experiment.seed)
         if key in seen:
             raise ConfigError(
-                f"{path}: {VARY}: the runs {', '.join(seen[key].names)} and {', '.join(variant.names)} have the same method, "
+                f"{path}: {VARY}: the runs {', '.join(seen[key].names)} and "
+                f"{', '.join(variant.names)} have the same method, "
                 "epsilon and seed; a table could not tell them apart"
             )
         seen[key] = variant

@@ -355,6 +355,7 @@ def test_an_overspent_ledger_leaves_nothing(check, willing: Path, tmp_path: Path
     own = spent_ledger(tmp_path / "ledger.sqlite", read_experiment(DEMO), rounds=2)
     said = check(willing, "--ledger", own)
     spent = Ledger.open(own).spent(1e-4).upper
-    sentence = f"nothing is left: everything will be refused; over by {format_upper_bound(spent - 0.5)} at delta 1e-4 per photo"
+    over = format_upper_bound(spent - 0.5)
+    sentence = f"nothing is left: everything will be refused; over by {over} at delta 1e-4 per photo"
     assert said.code == 0 and sentence in said.out.splitlines()
     assert json.loads(check(willing, "--ledger", own, "--json").out)["spent"][0]["nothing_left"] == sentence

@@ -140,7 +140,8 @@ def birthday() -> list[str]:
         f"seen on ten occasions is ten units: the bound adds up to epsilon {10 * 3}, and as with photos it is empty "
         f"from {WORDS[empty]} on",
         f"Two of them: {2 * 3}.",
-        f"The privacy guarantee allows {2 * 3} for that question, and the ledger finds {replaced:.1f} in the demo's run "
+        f"The privacy guarantee allows {2 * 3} for that question, and the ledger finds {replaced:.1f} "
+        "in the demo's run "
         f"(an even bet: {100 * sure(replaced):.1f} %)",
         f"{group_delta(empty - 1):.3f} at k = {empty - 1}, above 1 at k = {empty}",
         f"from 1/2 to e^3 / (1 + e^3) = {sure(3):.3f}, from 1/100 to {sure(3, 0.01):.3f}.",

@@ -76,11 +76,13 @@ FLOW = FlowConfig(size=16, width=16, multipliers=(1.0,), time_width=16, steps=2)
 # A recipe's `training` for each way, with the shape of a model that can learn so.
 WAYS: Mapping[str, tuple[str, Architecture]] = {
     "full": (
-        "{kind: gan-training, rounds: 1, steps_per_round: 2, sampling_rate: 1, expected_batch_size: 8, fake_batch_size: 4}",
+        "{kind: gan-training, rounds: 1, steps_per_round: 2, sampling_rate: 1, expected_batch_size: 8, "
+        "fake_batch_size: 4}",
         GanArchitecture(generator=GENERATOR, discriminator=DISCRIMINATOR),
     ),
     "lora": (
-        "{kind: gan-training, rounds: 1, steps_per_round: 2, sampling_rate: 1, expected_batch_size: 8, fake_batch_size: 4, "
+        "{kind: gan-training, rounds: 1, steps_per_round: 2, sampling_rate: 1, expected_batch_size: 8, "
+        "fake_batch_size: 4, "
         "adapt: {kind: lora, rank: 2}}",
         GanArchitecture(generator=GENERATOR, discriminator=DISCRIMINATOR),
     ),

@@ -148,7 +148,8 @@ def _noise_warning(plan: Plan, devices: int, numbers: int) -> str | None:
     if ratio < NOISE_WARNING:
         return None
     return (
-        f"the noise has about {ratio:,.0f} times the largest possible L2 norm of the sum of {devices} devices' updates, so "
+        f"the noise has about {ratio:,.0f} times the largest possible L2 norm of the sum of {devices} "
+        "devices' updates, so "
         "this run will damage the model; use more devices, a larger epsilon, or train fewer numbers (training.adapt)"
     )
 

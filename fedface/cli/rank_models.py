@@ -55,7 +55,8 @@ def rank_models(
     dp = ranking_parameters(recipe, len(models))
     if not json_out and isinstance(recipe.privacy, PrivacyTarget):
         notes.print(
-            f"{len(models)} models, each evaluated on all photos of {recipe.devices.count} devices; together this costs "
+            f"{len(models)} models, each evaluated on all photos of {recipe.devices.count} devices; "
+            "together this costs "
             f"each {recipe.privacy.unit} epsilon {recipe.privacy.epsilon:g} at delta "
             f"{format_delta(recipe.privacy.delta)}, with noise multiplier {dp.noise_multiplier:.3g}",
             highlight=False,

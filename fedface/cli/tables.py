@@ -58,7 +58,8 @@ def print_comparison(record: ComparisonRecord, folder: Path) -> None:
                 table.add_row(way, level, str(len(runs)), *cells)
     say(table)
     say(
-        "epsilon 0: the public model, not trained; ∞: trained without noise; every other epsilon is an upper bound, per "
+        "epsilon 0: the public model, not trained; ∞: trained without noise; every other epsilon is "
+        "an upper bound, per "
         "unit, at the delta in the table's file"
     )
     say(f"open {folder / 'comparison.md'}")

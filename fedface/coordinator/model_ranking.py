@@ -1,9 +1,9 @@
 """Rank several models by the devices' own photos.
 
 Every device evaluates every candidate on all its photos; each answer is clipped, noised, recorded and summed like any
-other metric, and the privacy guarantee of the experiment covers all answers together. Devices see weights without a name,
-in a secret random order; the server sees one noised sum over all devices for each candidate (unit library: the trusted
-server receives means without noise and adds it). Each answer is on disk before the next evaluation.
+other metric, and the privacy guarantee of the experiment covers all answers together. Devices see weights without a
+name, in a secret random order; the server sees one noised sum over all devices for each candidate (unit library: the
+trusted server receives means without noise and adds it). Each answer is on disk before the next evaluation.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ def run_ranking(
         state = replace(state, records={**state.records, name: replace(answer, answered=())})
         replace_text(path, dumps(state))
     trusted = (
-        "The server is trusted: it receives each device's metrics without noise, adds the noise to their sum, and could "
+        "The server is trusted: it receives each device's metrics without noise, adds the noise to "
+        "their sum, and could "
         "keep them; the privacy guarantee bounds what is published, not what the server could learn.",
     )
     estimates = {name: state.records[name].estimates for name in models}

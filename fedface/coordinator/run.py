@@ -289,6 +289,7 @@ def _pictures(folder: Path, parts: _Parts, attacked: list[LeakageFinding]) -> di
     }
     for name, png in images.items():
         (folder / f"{name}.png").write_bytes(png)
+    defenses = " and with ".join(defense_label(a.record.scores.defense) for a in attacked)
     return {
         "faces": PictureRecord(
             file="faces.png",
@@ -307,8 +308,7 @@ def _pictures(folder: Path, parts: _Parts, attacked: list[LeakageFinding]) -> di
             file="attack.png",
             section="attacks",
             caption="One photo in one update: the truth, what the attack recovered, and a guess.",
-            alt=f"Grid of faces: truth, recovered with {' and with '.join(defense_label(a.record.scores.defense) for a in attacked)}, "
-            "and the mean face",
+            alt=f"Grid of faces: truth, recovered with {defenses}, and the mean face",
         ),
     }
 
@@ -336,12 +336,14 @@ def _notes(experiment: Experiment, plan: Plan, base: Model) -> tuple[str, ...]:
             )
         case LabelledDevices():
             notes.append(
-                "Devices are simulated. Group labels are annotators' judgement, not self-reported. Comparisons with the "
+                "Devices are simulated. Group labels are annotators' judgement, not self-reported. "
+                "Comparisons with the "
                 "devices' faces use the photos themselves, which are public here; private photos cannot be used so."
             )
         case RemoteDevices():
             notes.append(
-                "Nothing about the photos on the devices is published except the metrics that devices reported, with noise."
+                "Nothing about the photos on the devices is published except the metrics that "
+                "devices reported, with noise."
                 if experiment.evaluation is not None
                 else "Nothing is known about the photos on the devices, so no metric describes them."
             )

@@ -303,7 +303,7 @@ def test_a_device_refuses_sums_that_cannot_keep_a_promise_per_library(tmp_path: 
 
 
 def test_a_round_per_occasion_hardly_moves_for_one_birthday(tmp_path: Path) -> None:
-    """All 24 photos as one occasion: with noise set aside, the discriminator's photos' part is one clipped vector a step."""
+    """All 24 photos as one occasion: noise aside, the discriminator's photos' part is one clipped vector a step."""
     told = {
         **OCCASION,
         "training.steps_per_round": "1",

@@ -109,7 +109,8 @@ def test_the_state_folder_is_the_owners_alone(home: Path) -> None:
     [
         ("exclude_folders: [private, work/Documents]", []),  # capitals do not matter to what is barred
         ("exclude_folders: [Privat]", ["exclude_folders: there is no folder Privat in PHOTOS; did you mean Private?"]),
-        ("exclude_folders: [Work/Docments]", ["exclude_folders: there is no folder Work/Docments in PHOTOS; did you mean Work/Documents?"]),
+        ("exclude_folders: [Work/Docments]", ["exclude_folders: there is no folder "
+         "Work/Docments in PHOTOS; did you mean Work/Documents?"]),
         ("exclude_folders: [Deleted, 2018]", ["exclude_folders: there is no folder Deleted in PHOTOS.",
                                     "exclude_folders: there is no folder 2018 in PHOTOS."]),
         ("folders: [Work, 2019]", []),

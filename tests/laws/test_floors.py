@@ -49,7 +49,8 @@ INDEPENDENT = [
 ]  # pairs that do not import each other, in either direction
 DEVICE_ROOTS = ("fedface.device.client", "fedface.device.config", "fedface.transport.client")
 NOT_ON_A_DEVICE = {
-    "experiment", "sweep", "reports", "inference", "web", "public_data", "coordinator", "simulation", "cli", "importing",
+    "experiment", "sweep", "reports", "inference", "web", "public_data", "coordinator", "simulation",
+    "cli", "importing",
 }  # fmt: skip
 FOREIGN_NOT_ON_A_DEVICE = {"ray", "matplotlib", "fastapi", "starlette", "uvicorn", "jinja2"}
 

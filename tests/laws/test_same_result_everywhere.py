@@ -38,7 +38,8 @@ question: does it matter where it runs?
 name: everywhere
 privacy: {kind: no-privacy}
 devices: {kind: synthetic-devices, light_fractions: [0.9, 0.5, 0.1], photos_per_device: 12}
-training: {kind: gan-training, rounds: 2, steps_per_round: 2, sampling_rate: 0.5, expected_batch_size: 4, fake_batch_size: 4}
+training: {kind: gan-training, rounds: 2, steps_per_round: 2, sampling_rate: 0.5, expected_batch_size: 4,
+  fake_batch_size: 4}
 aggregation: {kind: AGGREGATION}
 base: BASE
 """

@@ -249,8 +249,8 @@ def test_the_page_tells_every_line_and_every_limit(books: Books) -> None:
     assert text.count('<td class="number">') == 6 and text.count("<svg") == 2
     spent = books.ledger.spent(1e-6)
     assert (
-        f"{number_format.number(spent.estimate, 4)} (between {rounded_down(spent.lower)} and {rounded_up(spent.upper)}) at delta 1e"
-        in text
+        f"{number_format.number(spent.estimate, 4)} (between {rounded_down(spent.lower)} and "
+        f"{rounded_up(spent.upper)}) at delta 1e" in text
     )
     assert f"{8 - spent.upper:.3f} left" in text and "allowed: 2</text>" in text
     for words in (

@@ -1,4 +1,4 @@
-"""Numbers and sentences of reports: bounds are rounded outwards, infinity is not a number, a failed attack proves nothing."""
+"""Numbers and sentences of reports: bounds are rounded outwards, and a failed attack proves nothing."""
 
 from __future__ import annotations
 

@@ -71,7 +71,10 @@ class Listening:
 
 def whole_run(folder: Path, photos_per_device: int) -> tuple[Experiment, Path, list[Overheard]]:
     """A run with updates and figures, on devices with so many photos in occasions of three."""
-    devices = f"{{kind: synthetic-devices, light_fractions: [0.9, 0.1], photos_per_device: {photos_per_device}, photos_per_occasion: 3}}"
+    devices = (
+        "{kind: synthetic-devices, light_fractions: [0.9, 0.1], "
+        f"photos_per_device: {photos_per_device}, photos_per_occasion: 3}}"
+    )
     experiment = tiny_experiment(folder / "recipe", {**CHANGES, "devices": devices})
     run = begun(experiment, folder / "run")
     listening = Listening(in_process_cohort(experiment, devices_folder(run)))

@@ -49,7 +49,8 @@ name: tiny
 privacy: {kind: no-privacy}
 devices: {kind: synthetic-devices, light_fractions: [0.9, 0.1], photos_per_device: 12}
 probe: {kind: synthetic-probe, per_group: 2}
-training: {kind: gan-training, rounds: 1, steps_per_round: 1, sampling_rate: 0.5, expected_batch_size: 4, fake_batch_size: 4}
+training: {kind: gan-training, rounds: 1, steps_per_round: 1, sampling_rate: 0.5, expected_batch_size: 4,
+  fake_batch_size: 4}
 aggregation: {kind: homomorphic}
 upsampling: {method: {kind: pulse, steps: 2}}
 attack: {photos: 2, iterations: 1, candidates: 2, trials: 2}
