@@ -1,4 +1,4 @@
-"""Commands for the owner of a device about what left it: read the log, withdraw from a run, erase what is stored."""
+"""The work of `fedface device log`, `withdraw` and `erase`; fedface/cli/device.py declares them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from fedface import number_format
 from fedface.cli.console import cell, console, progress_bars, warn
-from fedface.cli.options import JsonOption
 from fedface.device.config import check_kind, is_accessible_to_others
 from fedface.device.state import DeviceState, device_state, export, known_runs, write_new
 from fedface.device.withdrawal import (
@@ -30,30 +28,20 @@ from fedface.reports import device_log_text
 from fedface.reports.device_log import DeviceLog, LoggedRecord, make_log, render
 from fedface.reports.device_log_text import moment
 
-DeviceArgument = Annotated[Path, typer.Argument(help="The device's file, such as device.yaml.")]
-YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
-
-def device_log(
-    device: DeviceArgument,
-    run: Annotated[str | None, typer.Option(help="Only what this run asked.")] = None,
-    page: Annotated[
-        Path | None, typer.Option(help="Write one HTML page there, for you alone; an older one is replaced.")
-    ] = None,
-    json_out: JsonOption = False,
-) -> None:
-    """List everything that ever left a device: when, where to, how large, how protected, at what cost."""
+def device_log(device: Path, run: str | None, page: Path | None, json_out: bool) -> None:
+    """`fedface device log`."""
     if page is not None and page.suffix != ".html":
         raise ConfigError(f"--page {page}: wanted a name that ends in .html")
-    kept = owned(device)
-    snapshot = kept.ledger.read()
+    state = open_device(device)
+    snapshot = state.ledger.read()
     if run is not None and run not in (known := known_runs(snapshot)):
         raise ConfigError(f"this device knows no run {run!r}; it knows {', '.join(known) or 'none'}")
     log = make_log(
-        kept.device.name,
-        kept.device.policy,
+        state.device.name,
+        state.device.policy,
         snapshot,
-        receiver=kept.device.server,
+        receiver=state.device.server,
         now=utc_now(),
         run=run,
     )
@@ -66,24 +54,24 @@ def device_log(
     if json_out:
         print(json.dumps(log.record(), indent=2))
         return
-    _print_log(log, unpromised=kept.device.policy.allow_no_dp)
+    _print_log(log, unpromised=state.device.policy.allow_no_dp)
     if page is not None:
         console.print(f"wrote {page}", highlight=False, soft_wrap=True)
 
 
-def owned(path: Path) -> DeviceState:
+def open_device(path: Path) -> DeviceState:
     """What the device of an owner's file keeps; a warning where others may look into it.
 
     Raises:
         ConfigError: The file cannot be read, or is of another kind.
     """
     check_kind(path, "device")
-    kept = device_state(path)
-    warn_of_open(kept.device.state)
-    return kept
+    state = device_state(path)
+    warn_if_accessible(state.device.state)
+    return state
 
 
-def warn_of_open(state: Path) -> None:
+def warn_if_accessible(state: Path) -> None:
     """A folder that others may look into tells them which runs asked and what was booked."""
     if is_accessible_to_others(state):
         warn(f"others may look into {state}; run chmod 700 on it (the device refuses to work until then)")
@@ -121,74 +109,61 @@ def _print_record(logged: LoggedRecord) -> None:
         _say(f"      cost: {logged.cost()}")
 
 
-def device_withdraw(
-    device: DeviceArgument,
-    run: Annotated[str, typer.Option(help="The run to leave, by its name in `fedface device log`.")],
-    reason: Annotated[str, typer.Option(help="Your reason; it stays on this device.")] = "",
-    yes: YesOption = False,
-) -> None:
-    """Leave a run for good: nothing of it leaves this device from now on, and the server is told."""
-    kept = owned(device)
-    mine = withdrawal_impact(kept, run)
+def device_withdraw(device: Path, run: str, reason: str, yes: bool) -> None:
+    """`fedface device withdraw`."""
+    state = open_device(device)
+    mine = withdrawal_impact(state, run)
     if mine.withdrawn is None:
         _say(f"Leaving {run}:")
         _list(mine.ahead())
         _say("What cannot be undone:")
         _list(mine.lasting())
         _ask(f"Leave {run}", yes)
-    deleted = withdraw(kept, run, reason)
+    deleted = withdraw(state, run, reason)
     when = "now" if mine.withdrawn is None else f"already, on {moment(mine.withdrawn)}"
     _say(f"You have left {run} {when}; stored replies deleted: {deleted}.")
 
 
-def device_erase(
-    device: DeviceArgument,
-    ledger: Annotated[bool, typer.Option("--ledger", help="Erase the ledger too; think twice.")] = False,
-    export_to: Annotated[
-        Path | None, typer.Option("--export", help="With --ledger: export it to this new file first.")
-    ] = None,
-    no_export: Annotated[bool, typer.Option("--no-export", help="With --ledger: keep no copy.")] = False,
-    yes: YesOption = False,
-) -> None:
-    """Erase what this device stores: replies, key, index of photos. Photos are never touched."""
+def device_erase(device: Path, ledger: bool, export_to: Path | None, no_export: bool, yes: bool) -> None:
+    """`fedface device erase`."""
     if not ledger and (export_to is not None or no_export):
         raise ConfigError(
             "--export and --no-export go with --ledger; `fedface ledger export` copies at any time"
         )
     if ledger and (export_to is None) != no_export:
         raise ConfigError("--ledger wants either --export FILE, for a copy first, or --no-export")
-    kept = owned(device)
+    state = open_device(device)
     if export_to is not None and export_to.exists():
         # Written by this very command before it was cut short, or something else that must not be lost.
-        if not _is_copy(export_to, kept):
+        if not _is_copy(export_to, state):
             raise ConfigError(f"{export_to}: is there already, and is not overwritten; name another file")
         _say(f"{export_to} is an export of the ledger as it is.")
         export_to = None
-    plan = files_to_erase(kept, ledger=ledger)
-    _say(f"Erasing what {kept.device.name} stores:")
+    plan = files_to_erase(state, ledger=ledger)
+    _say(f"Erasing what {state.device.name} stores:")
     _list([str(one) for one in plan if one.found] or ["no file of it is there"])
     for one in plan:
         if not one.found:
             _say(f"{one}.")
     _say("What it means:")
     _list(["Stop the device first: while it works, it may write anew what is deleted here."])
-    _list(describe_erasure(kept, ledger=ledger))
+    _list(describe_erasure(state, ledger=ledger))
     _ask("Erase it", yes)
     if export_to is not None:
-        write_new(export_to, _copy(kept))
+        write_new(export_to, _copy(state))
         _say(f"Wrote {export_to}.")
-    for sentence in erase(kept, ledger=ledger).describe():
+    for sentence in erase(state, ledger=ledger).describe():
         _say(sentence)
 
 
-def _is_copy(file: Path, kept: DeviceState) -> bool:
+def _is_copy(file: Path, state: DeviceState) -> bool:
     """Whether a file is an export of the ledger as it is now.
 
     Raises:
         ConfigError: The ledger cannot be read any more.
     """
     try:
-        exported, now = json.loads(file.read_text(encoding="utf-8")), json.loads(_copy(kept))
+        exported, now = json.loads(file.read_text(encoding="utf-8")), json.loads(_copy(state))
     except LedgerError as error:
         raise ConfigError(
             f"{error}. {file} is there already: if it is the copy of an erasure that was cut short, --no-export in "
@@ -199,9 +174,9 @@ def _is_copy(file: Path, kept: DeviceState) -> bool:
     return isinstance(exported, dict) and {**exported, "created": now["created"]} == now
 
 
-def _copy(kept: DeviceState) -> str:
-    policy = kept.device.policy
-    return export(kept.ledger.verify(), delta=policy.delta, unit=policy.unit, now=utc_now())
+def _copy(state: DeviceState) -> str:
+    policy = state.device.policy
+    return export(state.ledger.verify(), delta=policy.delta, unit=policy.unit, now=utc_now())
 
 
 def _ask(question: str, yes: bool) -> None:

@@ -1,4 +1,4 @@
-"""Commands for the owner of a device: its key, and what its ledger has booked."""
+"""The work of `fedface device keygen` and `fedface ledger ...`; fedface/cli/device.py declares them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.table import Table
 
 from fedface import number_format
 from fedface.aggregation.homomorphic import make_keys
 from fedface.cli.console import cell, console, progress_bars
-from fedface.cli.device_log import device_erase, device_log, device_withdraw, owned, warn_of_open
-from fedface.cli.options import JsonOption
+from fedface.cli.device_log import open_device, warn_if_accessible
 from fedface.device.config import is_accessible_to_others
 from fedface.device.state import LedgerFiles, export, write_new
 from fedface.errors import ConfigError
@@ -28,32 +25,11 @@ from fedface.privacy.policy import EVALUATION
 from fedface.privacy.spending import MOMENTS, price_of, totals
 from fedface.privacy_units import UNITS, Unit
 
-device = typer.Typer(help="For the owner of a device.", no_args_is_help=True, rich_markup_mode=None)
-ledger = typer.Typer(help="What a device has spent.", no_args_is_help=True, rich_markup_mode=None)
-device.command("log")(device_log)
-device.command("withdraw")(device_withdraw)
-device.command("erase")(device_erase)
-
-BARE_DELTA = "1e-5"  # an entry notes its unit, but no delta: a price is read at any
-LedgerArgument = Annotated[Path, typer.Argument(help="A device's file (.yaml), or its ledger.sqlite.")]
-DeltaOption = Annotated[
-    float | None,
-    typer.Option(
-        min=1e-10, max=0.5, help=f"Where epsilon is read; the policy's, or {BARE_DELTA} for a bare ledger."
-    ),
-]
-UnitOption = Annotated[
-    str | None,
-    typer.Option(help=f"Whose price: {', '.join(UNITS)}; the policy's, or the entries' for a bare ledger."),
-]
+DEFAULT_DELTA = 1e-5  # of a ledger without a policy: an entry records its unit, but no delta
 
 
-@device.command("keygen")
-def device_keygen(
-    out: Annotated[Path, typer.Argument(help="Where the key goes; readable by you alone.")],
-    experiment: Annotated[Path, typer.Option(help="The experiment whose sums it protects.")],
-) -> None:
-    """Make the secret key that the devices of a run share. Never give it to the server."""
+def device_keygen(out: Path, experiment: Path) -> None:
+    """`fedface device keygen`."""
     recipe = read_experiment(experiment)
     keys = make_keys(recipe.aggregation, recipe.agreement)
     if keys is None:
@@ -96,35 +72,26 @@ def _asked(path: Path, delta: float | None = None, unit: str | None = None) -> _
     if unit is not None and chosen is None:
         raise ConfigError(f"--unit must be one of {', '.join(UNITS)}, got {unit!r}")
     if path.suffix in (".yaml", ".yml"):
-        kept = owned(path)
-        policy = kept.device.policy
+        state = open_device(path)
+        policy = state.device.policy
         return _Asked(
-            ledger=kept.ledger,
+            ledger=state.ledger,
             delta=policy.delta if delta is None else delta,
             unit=chosen or policy.unit,
         )
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder; wanted a device's file or a ledger.sqlite")
     if is_accessible_to_others(path) or LedgerFiles.at(path).head.exists():  # an export may lie in any folder
-        warn_of_open(path.parent)
+        warn_if_accessible(path.parent)
     return _Asked(
         ledger=LedgerFiles.at(path),
-        delta=float(BARE_DELTA) if delta is None else delta,
+        delta=DEFAULT_DELTA if delta is None else delta,
         unit=chosen,
     )
 
 
-@ledger.command("show")
-def ledger_show(
-    path: LedgerArgument,
-    delta: DeltaOption = None,
-    unit: UnitOption = None,
-    all_totals: Annotated[
-        bool, typer.Option("--all-totals", help=f"Price every total, not {MOMENTS} of them: a second each.")
-    ] = False,
-    json_out: JsonOption = False,
-) -> None:
-    """Print what a device has booked, what each entry costs alone, and what all cost together."""
+def ledger_show(path: Path, delta: float | None, unit: str | None, all_totals: bool, json_out: bool) -> None:
+    """`fedface ledger show`."""
     asked = _asked(path, delta, unit)
     entries = asked.ledger.verify().entries
     whose = asked.unit_of(entries)
@@ -207,9 +174,8 @@ def _released(entry: LedgerEntry) -> str:
     return "figures" if objective == EVALUATION else f"update ({objective})"
 
 
-@ledger.command("verify")
-def ledger_verify(path: LedgerArgument, json_out: JsonOption = False) -> None:
-    """Check every record of a ledger, its head and its witness; damage is one sentence and exit code 2."""
+def ledger_verify(path: Path, json_out: bool) -> None:
+    """`fedface ledger verify`."""
     files = _asked(path).ledger
     snapshot = files.verify()
     witness = files.witness_file if files.witnessed else None
@@ -241,16 +207,8 @@ def ledger_verify(path: LedgerArgument, json_out: JsonOption = False) -> None:
     )
 
 
-@ledger.command("export")
-def ledger_export(
-    path: LedgerArgument,
-    out: Annotated[
-        Path | None, typer.Option(help="A new file, readable by you alone; otherwise it is printed.")
-    ] = None,
-    delta: DeltaOption = None,
-    unit: UnitOption = None,
-) -> None:
-    """Write a ledger as JSON: every record, the head, and what everything costs."""
+def ledger_export(path: Path, out: Path | None, delta: float | None, unit: str | None) -> None:
+    """`fedface ledger export`."""
     asked = _asked(path, delta, unit)
     snapshot = asked.ledger.verify()
     text = export(snapshot, delta=asked.delta, unit=asked.unit_of(snapshot.entries), now=utc_now())
