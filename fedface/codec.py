@@ -207,9 +207,11 @@ class _Decoder:
         known = ", ".join(fields)
         if not isinstance(value, dict):
             raise CodecError(path, f"expected {title_of(expected)} with keys {known}, got {_shown(value)}")
-        if (version := version_of(expected)) and str(value.get("version")) != str(version):
-            came = _shown(value.get("version"))
-            raise CodecError(path, f"expected version {version}, got {came}; use the fedface that wrote it")
+        came = value.get("version")
+        if (version := version_of(expected)) and (type(came) is not int or came != version):
+            raise CodecError(
+                path, f"expected version {version}, got {_shown(came)}; use the fedface that wrote it"
+            )
         heading = {key for key, entry in (("kind", kind_of(expected)), ("version", version)) if entry}
         hints, values = _hints(expected), {}
         for key, inner in value.items():
@@ -223,6 +225,8 @@ class _Decoder:
             required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
             if name not in values and (required or self.complete):
                 raise CodecError(path, f"the key {name} is missing ({title_of(hints[name])})")
+        if self.complete and "kind" in heading and "kind" not in value:
+            raise CodecError(path, f"the key kind is missing ({kind_of(expected)})")
         return _construct(expected, values, path)
 
     def _union(self, options: tuple[Any, ...], value: Any, path: tuple[Key, ...]) -> Any:

@@ -73,6 +73,8 @@ def test_json_gives_back_what_was_written() -> None:
     [
         ('"version": 3', '"version": 2', "expected version 3, got 2; use the fedface that wrote it"),
         ('"version": 3,', "", "expected version 3, got nothing"),
+        ('"version": 3', '"version": "3"', 'expected version 3, got "3"'),
+        ('"version": 3', '"version": 3.0', "expected version 3, got 3.0"),
         (
             '"circle"',
             '"circel"',
@@ -132,3 +134,11 @@ def test_a_field_can_be_stored_elsewhere(tmp_path: Path) -> None:
     path.write_bytes(b"\xff")
     with pytest.raises(RunError, match="drawing.json: expected UTF-8 text, got other bytes"):
         load(Drawing, path)
+
+
+def test_a_class_that_stands_alone_still_says_its_kind_in_json() -> None:
+    """Machines write every key; a person may leave it out of YAML."""
+    assert loads(Circle, dumps(Circle(2.0))) == Circle(2.0)
+    with pytest.raises(CodecError, match=r"the key kind is missing \(circle\)"):
+        loads(Circle, '{"radius": 2.0}')
+    assert decode(Circle, {"radius": 2.0}) == Circle(2.0)

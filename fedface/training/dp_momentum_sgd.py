@@ -8,24 +8,37 @@ random direction on every weight.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
 from fedface.models.lora import flatten_trainable
-from fedface.privacy.plan import DPParameters
+from fedface.privacy.plan import DPParameters, Schedule
 from fedface.tensor_types import KeptImages, Vector
 from fedface.training.dp_sgd import SampledMechanism, private_gradient
 from fedface.training.per_example_gradients import PerExampleProblem, with_deterministic_microbatch
 from fedface.training.unit_clipping import NoiseSource
 
 
+class Descent(Protocol):
+    """The numbers of a training configuration that the descent reads; all public."""
+
+    def schedule(self) -> Schedule: ...
+    @property
+    def lr(self) -> float: ...  # learning rate, > 0
+    @property
+    def lr_noise_threshold(self) -> float: ...  # noise multiplier above which lr falls as 1 / noise
+    @property
+    def momentum(self) -> float: ...  # fraction of the last step that is repeated in the next, in [0, 1)
+
+
 def dp_sgd_steps(
     problem: PerExampleProblem,
     photos: KeptImages,
     dp: DPParameters,
+    config: Descent,
     *,
-    lr: float,
-    momentum: float,
     rng: NoiseSource,
     units: Tensor | None = None,
 ) -> None:
@@ -38,13 +51,13 @@ def dp_sgd_steps(
         problem: With the device's own copy of the network.
         photos: All photos of the device, (n, ...), n >= 0; bytes (uint8) become floats a microbatch at a time.
         dp: Schedule and noise, as recorded in the ledger.
-        lr: Learning rate, > 0, see `scale_lr_for_noise`.
-        momentum: Fraction of the last step that is repeated in the next, in [0, 1).
+        config: Learning rate, lowered for the noise, and momentum.
         rng: SecretNoise for a private round; a replayable stream only without privacy.
         units: Which unit each photo belongs to, int64 (n,); None: each its own.
     """
     sampled = SampledMechanism.of(dp, rng)
     problem = with_deterministic_microbatch(problem, photos.shape[1:])
+    lr = _scale_lr_for_noise(config, dp)
     weights = problem.weights()
     velocity = [torch.zeros_like(weight) for weight in weights]
     for _ in range(dp.schedule.steps_per_round):
@@ -53,21 +66,24 @@ def dp_sgd_steps(
         )
         with torch.no_grad():
             for weight, moving, gradient in zip(weights, velocity, gradients, strict=True):
-                weight.sub_(moving.mul_(momentum).add_(gradient), alpha=lr)
+                weight.sub_(moving.mul_(config.momentum).add_(gradient), alpha=lr)
 
 
-def scale_lr_for_noise(lr: float, lr_noise_threshold: float, dp: DPParameters) -> float:
+def _scale_lr_for_noise(config: Descent, dp: DPParameters) -> float:
     """The learning rate, lowered as 1 / noise where the device's noise multiplier is above the threshold."""
     noise = dp.noise_multiplier if dp.noise_at == "device" else 0.0
-    return lr * min(1.0, lr_noise_threshold / max(noise, 1e-9))
+    return config.lr * min(1.0, config.lr_noise_threshold / max(noise, 1e-9))
 
 
-def descent_ranges(network: nn.Module, *, steps: int, lr: float, momentum: float, clip_norm: float) -> Vector:
+def descent_ranges(network: nn.Module, config: Descent) -> Vector:
     """Public bounds on how far each trained weight moves in one round, for quantisation, shape (d,), all > 0.
 
     As many photos as expected, all pulling at one weight, move it by lr * clip norm in a step, which momentum
     repeats in the steps that follow; twice that leaves room for noise and for larger batches. A weight that moves
     further is clamped.
     """
-    repeated = sum((1.0 - momentum ** (step + 1)) / (1.0 - momentum) for step in range(steps))
-    return torch.full_like(flatten_trainable(network), 2.0 * repeated * lr * clip_norm)
+    momentum, schedule = config.momentum, config.schedule()
+    repeated = sum(
+        (1.0 - momentum ** (step + 1)) / (1.0 - momentum) for step in range(schedule.steps_per_round)
+    )
+    return torch.full_like(flatten_trainable(network), 2.0 * repeated * config.lr * schedule.clip_norm)

@@ -46,6 +46,7 @@ from fedface.training.training_round import (
     apply_mean_update,
     check_architecture,
     describe_weight_update,
+    dp_sgd_schedule,
     guaranteed_units,
     mark_trainable,
 )
@@ -88,13 +89,7 @@ class GanTrainingConfig:
 
     def schedule(self) -> Schedule:
         """What of this determines the privacy loss."""
-        return Schedule(
-            rounds=self.rounds,
-            steps_per_round=self.steps_per_round,
-            sampling_rate=self.sampling_rate,
-            expected_batch_size=self.expected_batch_size,
-            clip_norm=self.clip_norm,
-        )
+        return dp_sgd_schedule(self)
 
     def describe_update(self) -> str:
         """What a device sends, in words that follow a number."""

@@ -98,6 +98,32 @@ class TrainingMethod(Protocol):
         """A round on a copy of a checked model; `rng` draws the public directions of low-rank changes."""
 
 
+class _StepNumbers(Protocol):
+    """The numbers of DP-SGD that a training configuration holds beside its own."""
+
+    @property
+    def rounds(self) -> int: ...
+    @property
+    def steps_per_round(self) -> int: ...
+    @property
+    def sampling_rate(self) -> float: ...
+    @property
+    def expected_batch_size(self) -> int: ...
+    @property
+    def clip_norm(self) -> float: ...
+
+
+def dp_sgd_schedule(config: _StepNumbers) -> Schedule:
+    """The schedule of a method whose network reads photos by DP-SGD; raises ValueError for a number out of range."""
+    return Schedule(
+        rounds=config.rounds,
+        steps_per_round=config.steps_per_round,
+        sampling_rate=config.sampling_rate,
+        expected_batch_size=config.expected_batch_size,
+        clip_norm=config.clip_norm,
+    )
+
+
 def check_architecture(actual: Architecture, expected: type[Architecture]) -> None:
     """Raises ConfigError for another architecture, and for networks that need a class for each image."""
     if not isinstance(actual, expected):

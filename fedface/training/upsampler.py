@@ -31,7 +31,7 @@ from fedface.models.model import (
 from fedface.privacy.plan import DPParameters, Schedule
 from fedface.randomness import Streams
 from fedface.tensor_types import Images, KeptImages, Vector
-from fedface.training.dp_momentum_sgd import descent_ranges, dp_sgd_steps, scale_lr_for_noise
+from fedface.training.dp_momentum_sgd import descent_ranges, dp_sgd_steps
 from fedface.training.dp_sgd import check_per_example_gradients
 from fedface.training.per_example_gradients import (
     Network,
@@ -46,6 +46,7 @@ from fedface.training.training_round import (
     apply_mean_update,
     check_architecture,
     describe_weight_update,
+    dp_sgd_schedule,
     guaranteed_units,
 )
 from fedface.training.unit_clipping import NoiseSource
@@ -96,13 +97,7 @@ class UpsamplerTrainingConfig:
 
     def schedule(self) -> Schedule:
         """What of this determines the privacy loss."""
-        return Schedule(
-            rounds=self.rounds,
-            steps_per_round=self.steps_per_round,
-            sampling_rate=self.sampling_rate,
-            expected_batch_size=self.expected_batch_size,
-            clip_norm=self.clip_norm,
-        )
+        return dp_sgd_schedule(self)
 
     def describe_update(self) -> str:
         """What a device sends, in words that follow a number."""
@@ -183,8 +178,7 @@ class UpsamplerRound:
             problem,
             photos,
             self.dp,
-            lr=scale_lr_for_noise(config.lr, config.lr_noise_threshold, self.dp),
-            momentum=config.momentum,
+            config,
             rng=rng,
             units=guaranteed_units(self.dp, units),
         )
@@ -192,14 +186,7 @@ class UpsamplerRound:
 
     def ranges(self) -> Vector:
         """Public bounds on how far each trained weight moves in one round, see `descent_ranges`, shape (d,)."""
-        config = self.config
-        return descent_ranges(
-            self.model.upsampler,
-            steps=config.steps_per_round,
-            lr=config.lr,
-            momentum=config.momentum,
-            clip_norm=config.clip_norm,
-        )
+        return descent_ranges(self.model.upsampler, self.config)
 
     def per_example_release(self, streams: Streams) -> PerExampleRelease:
         """The gradient of a photo's loss."""

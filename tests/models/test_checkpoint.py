@@ -165,7 +165,7 @@ def described(**changes: object) -> str:
     return json.dumps(
         {
             "kind": "gan",
-            "generator": {**asdict(GENERATOR), **changes},
+            "generator": {"kind": "stylegan2", **asdict(GENERATOR), **changes},
             "discriminator": asdict(DISCRIMINATOR),
         }
     )
