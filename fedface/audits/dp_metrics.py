@@ -1,8 +1,8 @@
 """How well a device's own photos are served, as one vector per photo whose length is bounded by construction.
 
-Called on the device by federation/, which books, sums the vectors and noises the sum (per library the server noises);
-audits/dp_metric_estimates turns the total of all devices into metrics with intervals. No labels: groups are tones read
-from pixels.
+A device records the release, sums the vectors and adds noise to the sum (for the unit library the server does);
+audits/dp_metric_estimates turns the total of all devices into metrics with intervals. No labels: groups are skin tones
+measured from pixels.
 
 A photo of tone group g whose generated face reads as group h, and whose measure k lies at x_k after its public range
 is mapped to [-1, 1], adds

@@ -67,9 +67,8 @@ class Device:
     photos: Callable[[int], DeviceDataset]  # size in pixels -> all aligned faces, and which belong together
     policy: DevicePolicy
     state: Path  # folder of the ledger and the shared key, readable by the owner alone
-    ready: Callable[[], None] = lambda: (
-        None
-    )  # raises ConditionsNotMet, before a booking, while photos cannot be read
+    # Raises ConditionsNotMet, before a booking, while photos cannot be read.
+    ready: Callable[[], None] = lambda: None
     server: str = "the coordinator"  # to whom replies go, in the owner's words
     witness: Path | None = None  # folder elsewhere that stores the head of the ledger
 

@@ -45,7 +45,7 @@ class DeviceConfig:
     policy: DevicePolicy
     detector: Path | None = None  # a YuNet file; without one the embedded detector looks for faces
     occasions: OccasionRule = field(default_factory=OccasionRule)  # which photos count as taken together
-    server: str = "the coordinator"  # to whom this device is connected, in the owner's words, for the journal
+    server: str = "the coordinator"  # to whom this device is connected, in the owner's words, for the ledger
     witness: Path | None = (
         None  # folder on another disk that remembers the state, so that an old copy is noticed
     )

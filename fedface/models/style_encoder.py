@@ -20,9 +20,8 @@ from fedface.models.stylegan_layers import Conv, ConvOptions, Linear, resize_up
 from fedface.tensor_types import LowImages, Styles
 from fedface.validation import In, PowerOfTwo, checked
 
-MAX_WIDTH = (
-    2**12
-)  # channels, and style inputs times style width, are bounded: a configuration may be untrusted
+# Channels, and style inputs times style width, are bounded: a configuration may be untrusted
+MAX_WIDTH = 2**12
 
 
 @dataclass(frozen=True, kw_only=True)

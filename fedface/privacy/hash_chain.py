@@ -124,7 +124,8 @@ class Head:
     def write(self, path: Path) -> None:
         """Replace a file in one step; it and its name are on disk when this returns."""
         draft = path.with_name(f"{path.name}.draft")
-        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        draft.unlink(missing_ok=True)  # of a process that was killed: its rights are not taken over
+        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "w", encoding="ascii") as file:
             file.write(self.to_text())
             file.flush()

@@ -55,9 +55,8 @@ from fedface.upsampling.upsampler import squared_difference
 from fedface.validation import In, checked
 
 _MICROBATCH_VALUES = 2**25  # activations that one microbatch keeps in memory
-_MAX_VALUES_PER_PHOTO = (
-    2**27
-)  # activations of one photo: about half a gigabyte, and its gradient several times that
+# Activations of one photo: about half a gigabyte, and its gradient several times that
+_MAX_VALUES_PER_PHOTO = 2**27
 
 
 @dataclass(frozen=True, kw_only=True)

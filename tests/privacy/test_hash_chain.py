@@ -383,3 +383,12 @@ def test_all_files_are_for_their_owner_alone(home: Home) -> None:
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
     for folder in (home.state, home.witness):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_draft_that_a_killed_process_left_does_not_open_the_head_to_others(home: Home) -> None:
+    home.note("a")
+    draft = home.head.with_name(f"{home.head.name}.draft")
+    draft.write_text("half")
+    draft.chmod(0o666)
+    home.note("b")
+    assert stat.S_IMODE(home.head.stat().st_mode) == 0o600 and not draft.exists()
