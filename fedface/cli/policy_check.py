@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,8 +25,6 @@ from fedface.device.state import DeviceState, LedgerFiles, device_state
 from fedface.errors import ConfigError, PolicyRefusal
 from fedface.experiment import Experiment, read_experiment
 from fedface.number_format import format_delta
-from fedface.privacy.accounting import epsilon_of
-from fedface.privacy.adjacency import convert_unit
 from fedface.privacy.budget import Budget, describe_briefly, format_upper_bound, overspending
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.mechanism import Event
@@ -35,7 +32,6 @@ from fedface.privacy.participation_conditions import ConditionsNotMet, SystemEnv
 from fedface.privacy.plan import DPParameters, Plan
 from fedface.privacy.policy import EVALUATION, DevicePolicy
 from fedface.privacy.privacy_target import NoPrivacy
-from fedface.privacy.spending import MAX_PERIOD
 from fedface.privacy_units import Unit
 
 DEVICE_KEYS = ("policy", "photos", "state")  # any of them at the top level makes a file a device file
@@ -61,10 +57,7 @@ def check_policy(
         answer = (
             None if experiment is None or recipe is None else _answer(experiment, recipe, owned.policy, book)
         )
-        spent = [
-            book.spent(budget.delta, unit=budget.unit, since=_since(budget)).upper
-            for budget in owned.policy.budgets
-        ]
+        spent = [book.spent_against(budget).upper for budget in owned.policy.budgets]
     return owned, spent, answer
 
 
@@ -151,13 +144,9 @@ def _verdict(
 
 
 def _price(event: Event, told: Unit, limit: Budget, book: Ledger) -> Price:
-    since = _since(limit)
+    alone, so_far, together = book.price(event, limit, run_unit=told)
     return Price(
-        limit=limit,
-        asked=epsilon_of(convert_unit(event, source=told, target=limit.unit), limit.delta).upper,
-        spent=book.spent(limit.delta, unit=limit.unit, since=since).upper,
-        together=book.would_spend(event, limit.delta, run_unit=told, unit=limit.unit, since=since).upper,
-        rounds_that_fit=None,
+        limit=limit, asked=alone.upper, spent=so_far.upper, together=together.upper, rounds_that_fit=None
     )
 
 
@@ -202,12 +191,6 @@ def _rounds_that_fit(terms: DPParameters, limit: Budget, book: Ledger) -> int:
         middle = (fitting + too_many) // 2
         fitting, too_many = (middle, too_many) if fits(middle) else (fitting, middle)
     return fitting
-
-
-def _since(limit: Budget) -> datetime | None:
-    if limit.days is None:
-        return None
-    return datetime.now(UTC) - timedelta(days=min(limit.days, MAX_PERIOD))
 
 
 def _now(allowed: DevicePolicy) -> str | None:

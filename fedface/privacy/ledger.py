@@ -21,8 +21,7 @@ from pathlib import Path
 
 from fedface.errors import LedgerError, PolicyRefusal
 from fedface.measurements import Epsilon
-from fedface.privacy.accounting import compose, epsilon_of, event_to_json
-from fedface.privacy.adjacency import convert_unit
+from fedface.privacy.accounting import epsilon_of, event_to_json
 from fedface.privacy.budget import Budget, BudgetExceeded
 from fedface.privacy.hash_chain import GENESIS, Chain, Clock, Record, Transaction, in_utc, utc_now
 from fedface.privacy.ledger_records import (
@@ -36,7 +35,7 @@ from fedface.privacy.ledger_records import (
     decode,
 )
 from fedface.privacy.mechanism import Event
-from fedface.privacy.spending import budget_exceeded, total_event
+from fedface.privacy.spending import against_budget, budget_exceeded, price_of, spent_against
 from fedface.privacy_units import Unit, unit_named
 
 BOOKING_LIFETIME = timedelta(days=1)  # how long a booking waits for its answer where budgets count days
@@ -159,27 +158,24 @@ class Ledger:
         """How many different rounds of a run have been booked."""
         return len({entry.round for entry in self.entries() if entry.run == run})
 
-    def spent(self, delta: float, *, unit: Unit = "photo", since: datetime | None = None) -> Epsilon:
+    def spent(self, delta: float, *, unit: Unit = "photo") -> Epsilon:
         """What everything booked costs together for one unit, composed anew.
 
         Args:
             delta: Where epsilon is read.
             unit: The privacy unit; entries of runs with another one are converted, see adjacency.py.
-            since: Only entries written at or after this time count; all if None.
         """
-        return epsilon_of(self._total(unit, since), delta, unit=unit)
+        return price_of(self.entries(), delta=delta, unit=unit)
 
-    def would_spend(
-        self, event: Event, delta: float, *, run_unit: Unit = "photo", unit: Unit = "photo",
-        since: datetime | None = None,
-    ) -> Epsilon:  # fmt: skip
-        """What everything booked and one more event, of a run with `run_unit`, would cost together."""
-        asked = convert_unit(event, source=run_unit, target=unit)
-        return epsilon_of(compose([self._total(unit, since), asked]), delta, unit=unit)
+    def spent_against(self, budget: Budget) -> Epsilon:
+        """What counts against a budget now."""
+        return spent_against(self.entries(), budget, self._time())
 
-    def _total(self, unit: Unit, since: datetime | None) -> Event:
-        start = None if since is None else in_utc(since)
-        return total_event([e for e in self.entries() if start is None or e.time >= start], unit)
+    def price(self, event: Event, budget: Budget, *, run_unit: Unit) -> tuple[Epsilon, Epsilon, Epsilon]:
+        """What one more event, of a run with `run_unit`, would cost against a budget: alone, so far, and together."""
+        events = against_budget(self.entries(), event, budget, run_unit=run_unit, now=self._time())
+        alone, so_far, together = (epsilon_of(e, budget.delta, unit=budget.unit) for e in events)
+        return alone, so_far, together
 
     def check_budget(
         self, event: Event, budgets: Sequence[Budget], *, run_unit: Unit

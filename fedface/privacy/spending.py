@@ -52,6 +52,15 @@ def counted_entries(entries: Sequence[LedgerEntry], budget: Budget, now: datetim
     return [entry for entry in entries if entry.time >= since]
 
 
+def against_budget(
+    entries: Sequence[LedgerEntry], event: Event, budget: Budget, *, run_unit: Unit, now: datetime
+) -> tuple[Event, Event, Event]:
+    """One more event of a run with `run_unit`, what counts against a budget now, and both, in the budget's unit."""
+    asked = convert_unit(event, source=run_unit, target=budget.unit)
+    before = total_event(counted_entries(entries, budget, now), budget.unit)
+    return asked, before, compose([before, asked])
+
+
 def budget_exceeded(
     entries: Sequence[LedgerEntry], event: Event, budgets: Sequence[Budget], *, run_unit: Unit, now: datetime
 ) -> BudgetExceeded | None:
@@ -78,9 +87,7 @@ def budget_exceeded(
             "and takes no more: pricing them together would take minutes, however little each costs"
         )
     for budget in budgets:
-        before = total_event(counted_entries(entries, budget, now), budget.unit)
-        asked = convert_unit(event, source=run_unit, target=budget.unit)
-        both = compose([before, asked])
+        asked, before, both = against_budget(entries, event, budget, run_unit=run_unit, now=now)
         if not within_budget(both, budget.epsilon, budget.delta):
             alone, spent, together = (epsilon_of(e, budget.delta).upper for e in (asked, before, both))
             return BudgetExceeded(budget=budget, asked=alone, spent=spent, together=together)

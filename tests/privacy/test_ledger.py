@@ -48,7 +48,9 @@ def test_four_booked_rounds_cost_as_much_as_one_with_half_the_noise(ledger: Ledg
     for round in range(4):
         ledger.record(EVENT, run="r", round=round)
     assert ledger.spent(DELTA).upper == approx(epsilon_of(dp.GaussianDpEvent(2.0), DELTA).upper, abs=1e-9)
-    assert ledger.would_spend(EVENT, DELTA).upper > ledger.spent(DELTA).upper
+    alone, so_far, together = ledger.price(EVENT, Budget(epsilon=9, delta=DELTA), run_unit="photo")
+    assert alone == epsilon_of(EVENT, DELTA) and so_far == ledger.spent(DELTA)
+    assert together.upper > ledger.spent(DELTA).upper
     assert ledger.rounds_recorded("r") == 4 and len(ledger.read().export()) == 4
 
 
