@@ -46,8 +46,7 @@ def hash_note(record: RunRecord) -> str:
         return ""
     return (
         "The hashes of the weights before and after cover all networks of the model; those of the bias audit cover "
-        "only "
-        f"the network that upsampled the probe ({', '.join(differing)})."
+        f"only the network that upsampled the probe ({', '.join(differing)})."
     )
 
 

@@ -16,7 +16,7 @@ from fedface.audits.gradient_inversion import (
     SquaredSearch,
 )
 from fedface.audits.group_metrics import Gap
-from fedface.measurements import Epsilon, NotMeasured
+from fedface.measurements import Epsilon, Interval, NotMeasured
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.privacy.plan import Plan
 from fedface.privacy.privacy_target import PrivacyTarget
@@ -88,9 +88,8 @@ def meaning(value: Epsilon, *, noise_at: Literal["device", "server"] = "device")
     seen = "leaves a device" if noise_at == "device" else "is published by the server, which adds the noise"
     sentence = (
         f"Someone with a prior of 50{number_format.SPACE}% that a given {value.unit} was used, who sees everything "
-        f"that "
-        f"{seen}, can afterwards be at most {number_format.at_most_percent(posterior)} sure; the bound may fail with a "
-        f"probability of {number_format.one_in(value.delta)}."
+        f"that {seen}, can afterwards be at most {number_format.at_most_percent(posterior)} sure; the bound may fail "
+        f"with a probability of {number_format.one_in(value.delta)}."
     )
     if noise_at == "server":
         sentence += " It does not bound what the server learns, which receives every update without noise."
@@ -109,6 +108,17 @@ def spent(record: RunRecord) -> Epsilon | NotMeasured:
     if not record.rounds:
         return NotMeasured(not_measured="no round was run")
     return record.rounds[-1].epsilon
+
+
+def intervals(old: Interval, new: Interval) -> str:
+    """The 95 % intervals and counts of two estimates that a text compares, such as before and after."""
+    counts = " and ".join(dict.fromkeys(f"{each.count:,}" for each in (old, new)))
+    return f"95 % intervals {old.texts()[1]} and {new.texts()[1]}, n{number_format.SPACE}={number_format.SPACE}{counts}"
+
+
+def rate_interval(rate: Interval) -> str:
+    """The interval of a rate, in percent."""
+    return f"[{number_format.percent(rate.low)}, {number_format.percent(rate.high)}]"
 
 
 def gap_sentence(gap: Gap, metric: str) -> str:
@@ -156,7 +166,6 @@ def attack_description(attack: AttackRecord) -> str:
 
 def identification_sentence(found: CandidateIdentification, defense: Defense) -> str:
     """How often an update revealed which candidate was in it."""
-    low, high = (number_format.percent(end) for end in (found.rate.low, found.rate.high))
     chance = 1 / found.candidates
     verdict = (
         "more often than guessing"
@@ -167,9 +176,8 @@ def identification_sentence(found: CandidateIdentification, defense: Defense) ->
     )
     return (
         f"With {defense_label(defense)}, an attacker with {found.candidates} candidate photos identified the one in "
-        f"the "
-        f"update in {number_format.percent(found.rate.estimate)} of cases [{low}, {high}] (n = {found.rate.count}), "
-        f"{verdict} ({number_format.percent(chance)})."
+        f"the update in {number_format.percent(found.rate.estimate)} of cases {rate_interval(found.rate)} "
+        f"(n = {found.rate.count}), {verdict} ({number_format.percent(chance)})."
     )
 
 

@@ -25,9 +25,12 @@ def headline_numbers(record: RunRecord) -> list[dict[str, str]]:
     leading = headline_summary.leading_gap(record)
     if not isinstance(leading, NotMeasured):
         metric, before, after = leading
-        was, now = (number_format.number(abs(gap.difference.estimate)) for gap in (before, after))
+        gaps = [headline_summary.size_of(gap) for gap in (before, after)]
+        was, now = (number_format.number(gap.estimate) for gap in gaps)
         title = ", ".join(part for part in (formatting.title_of(metric), formatting.unit_of(metric)) if part)
-        shown.append({"value": f"{was} → {now}", "text": f"gap between groups, {title}"})
+        shown.append(
+            {"value": f"{was} → {now}", "text": f"gap between groups, {title}; {formatting.intervals(*gaps)}"}
+        )
     answered = sum(len(entry.answered) for entry in record.rounds)
     if answered:
         sent = sum(entry.bytes_up for entry in record.rounds)
@@ -40,6 +43,9 @@ def headline_numbers(record: RunRecord) -> list[dict[str, str]]:
     if attacks:
         value = " → ".join(number_format.percent(attack.identification.rate.estimate) for attack in attacks)
         defenses = " → ".join(formatting.defense_label(attack.scores.defense) for attack in attacks)
-        text = f"of updates reveal which of {attacks[0].identification.candidates} photos was in them: {defenses}"
+        rates = [attack.identification.rate for attack in attacks]
+        spans = " → ".join(formatting.rate_interval(rate) for rate in rates)
+        among = f"of updates reveal which of {attacks[0].identification.candidates} photos was in them"
+        text = f"{among}: {defenses}; {spans}, n = {rates[0].count}"
         shown.append({"value": value, "text": text})
     return shown

@@ -129,17 +129,19 @@ def leading_gap(record: RunRecord) -> tuple[str, Gap, Gap] | NotMeasured:
     return NotMeasured(not_measured="there was no audit")
 
 
+def size_of(gap: Gap) -> Interval:
+    """How far apart the worst and the best served group are, whichever sign worse has for this metric."""
+    return gap.difference if gap.difference.estimate >= 0 else gap.difference.mirrored()
+
+
 def _gap_answer(record: RunRecord) -> str:
     leading = leading_gap(record)
     if isinstance(leading, NotMeasured):
         return f"The gap between groups was not measured: {leading.not_measured}."
     metric, before, after = leading
-    old, new = (
-        gap.difference if gap.difference.estimate >= 0 else gap.difference.mirrored()
-        for gap in (before, after)
-    )
+    old, new = size_of(before), size_of(after)
     change = f"from {number_format.number(old.estimate)} to {number_format.number(new.estimate)}"
-    change = formatting.with_unit(change, metric)
+    change = f"{formatting.with_unit(change, metric)} ({formatting.intervals(old, new)})"
     start = f"The gap between the worst and the best served group in {formatting.title_of(metric)}"
     if not old.overlaps(new):
         return f"{start} {'shrank' if new.estimate < old.estimate else 'grew'} {change}."
@@ -154,6 +156,7 @@ def _quality_answer(record: RunRecord) -> list[str]:
     unclear = before.overlaps(after)
     verb = "went" if unclear else "fell" if after.estimate < before.estimate else "rose"
     change = f"{verb} from {number_format.number(before.estimate)} to {number_format.number(after.estimate)}"
+    change = f"{change} ({formatting.intervals(before, after)})"
     where = (
         f"in {number_format.counted(len(record.rounds), 'round')} on "
         f"{number_format.counted(len(record.devices), 'device')}"

@@ -37,8 +37,7 @@ BY_GROUP = ("lightness_shift", "skin_difference", "same_half")
 LIMITS = (
     "Skin tone is measured from pixels, so light and camera affect every tone metric.",
     "Whether a face fits is each method's own word: PULSE and the one-pass methods compare the consistency error "
-    "with a fixed "
-    "tolerance, posterior samplers with what the noise of the measurement would leave.",
+    "with a fixed tolerance, posterior samplers with what the noise of the measurement would leave.",
     "A face that is near in colour is not the person: none of these metrics says whether a person is recognised.",
 )
 

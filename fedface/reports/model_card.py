@@ -124,8 +124,7 @@ def _privacy(record: RunRecord) -> list[str]:
         mechanism = [
             "- Trusted: the server. It receives each device's update without noise and adds the noise to the sum.",
             f"- Noise multiplier {number_format.constant(plan.noise_multiplier)}; each device's update is clipped to "
-            f"L2 "
-            f"norm {number_format.constant(plan.update_clip_norm)}; {steps}, every device in each round; "
+            f"L2 norm {number_format.constant(plan.update_clip_norm)}; {steps}, every device in each round; "
             f"adjacency: {ADJACENCY}",
         ]
     else:

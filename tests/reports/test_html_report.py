@@ -82,6 +82,12 @@ def test_the_headline_is_the_question_and_the_answer_comes_from_the_numbers(html
     text = read(html).text
     assert "Do eight phones of mostly darker faces mend" in text
     assert "shrank from 5.28 to 1.44 dE00" in text
+    comparison = re.search(
+        r"5\.28 to 1\.44 dE00 \(95 % intervals (\[[^]]+\]) and (\[[^]]+\]), n\s=\s[\d,]+\)", text
+    )
+    assert (
+        comparison is not None and text.count(f"{comparison[1]} and {comparison[2]}") == 2
+    )  # answer and tile
     assert "at most epsilon 7.920 at delta 1e-5 (between 7.880 and 7.920), within the guaranteed 8" in text
 
 
