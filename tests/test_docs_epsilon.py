@@ -20,7 +20,7 @@ from fedface.privacy.budget import Budget
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.mechanism import ClippedSum, Event
 from fedface.privacy.plan import Plan
-from fedface.privacy.policy import DevicePolicy, Period
+from fedface.privacy.policy import DevicePolicy, Period, Purpose
 from fedface.privacy.privacy_target import PrivacyTarget
 from fedface.privacy_units import Unit
 
@@ -217,7 +217,9 @@ def test_the_policy_on_the_page_is_one_and_says_what_the_page_says_of_it(tmp_pat
 
     def ask(plan: Plan) -> str:
         try:
-            policy.admit(plan, recipe.devices.count, recipe.aggregation.kind, recipe.training.objective, book)
+            policy.admit(
+                plan, Purpose(recipe.devices.count, recipe.aggregation.kind, recipe.training.objective), book
+            )
         except PolicyRefusal as refusal:
             return str(refusal)
         return "admitted"

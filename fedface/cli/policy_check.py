@@ -30,7 +30,7 @@ from fedface.privacy.ledger import Ledger
 from fedface.privacy.mechanism import Event
 from fedface.privacy.participation_conditions import ConditionsNotMet, SystemEnvironment
 from fedface.privacy.plan import DPParameters, Plan
-from fedface.privacy.policy import EVALUATION, DevicePolicy
+from fedface.privacy.policy import EVALUATION, DevicePolicy, Purpose
 from fedface.privacy.privacy_target import NoPrivacy
 from fedface.privacy_units import Unit
 
@@ -125,9 +125,9 @@ def _verdict(
 ) -> Verdict:
     refusal: str | None = None
     prices: tuple[Price, ...] = ()
-    how = recipe.devices.count, recipe.aggregation.kind, objective
+    purpose = Purpose(recipe.devices.count, recipe.aggregation.kind, objective)
     try:
-        allowed.check_static(terms, *how)
+        allowed.check_static(terms, purpose)
         prices = tuple(
             replace(
                 _price(terms.event(), terms.unit, limit, book),
@@ -135,7 +135,7 @@ def _verdict(
             )
             for limit in allowed.budgets
         )
-        allowed.admit(terms, *how, book)
+        allowed.admit(terms, purpose, book)
     except PolicyRefusal as error:
         refusal = error.reason
     return Verdict(

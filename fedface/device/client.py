@@ -49,7 +49,7 @@ from fedface.privacy.ledger import Ledger
 from fedface.privacy.ledger_records import LedgerEntry, TransmissionInfo, TransmissionKind
 from fedface.privacy.participation_conditions import ConditionsNotMet
 from fedface.privacy.plan import DPParameters
-from fedface.privacy.policy import EVALUATION, DevicePolicy
+from fedface.privacy.policy import EVALUATION, DevicePolicy, Purpose
 from fedface.randomness import Streams
 from fedface.tensor_types import Vector
 from fedface.training.training_methods import common_streams, noise_source, prepare_round
@@ -271,7 +271,8 @@ class _ReleaseTransaction:
                 "server cannot add noise to a sum that it cannot read; nothing was computed"
             )
         # What the owner allows today holds for stored replies too, but for the price, which was paid.
-        device.policy.check_static(self.terms, task.cohort, self.aggregation.kind, self.objective)
+        purpose = Purpose(task.cohort, self.aggregation.kind, self.objective)
+        device.policy.check_static(self.terms, purpose)
         stored = ledger.load_reply(task.ledger_key, task.round)
         if stored is not None:
             # Books nothing, and fails if the stored reply answers another release.
@@ -283,15 +284,7 @@ class _ReleaseTransaction:
                 return Refusal(device=device.name, reason=closed), None
             answer = TrainResult if isinstance(task, TrainTask) else EvaluateResult
             return answer(device=device.name, payload=stored, seconds_protect=0.0), entry
-        device.policy.admit(
-            self.terms,
-            task.cohort,
-            self.aggregation.kind,
-            self.objective,
-            ledger,
-            run=task.ledger_key,
-            round=task.round,
-        )
+        device.policy.admit(self.terms, purpose, ledger, run=task.ledger_key, round=task.round)
         device.ready()
         return None
 

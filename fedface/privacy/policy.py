@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from fedface.errors import PolicyRefusal
 from fedface.number_format import format_delta
@@ -47,6 +47,14 @@ class Period:
 
     days: Annotated[float, Above(0)]
     epsilon: Annotated[float, Above(0)]
+
+
+class Purpose(NamedTuple):
+    """What a run asks photos for."""
+
+    cohort_size: int  # how many devices' updates are summed
+    protocol: str  # how updates travel: "plain" or "homomorphic"
+    objective: str  # what is trained, such as "generator", or "evaluation"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,9 +135,7 @@ class DevicePolicy:
     def admit(
         self,
         plan: Plan | DPParameters,
-        cohort_size: int,
-        protocol: str,
-        objective: str,
+        purpose: Purpose,
         ledger: Ledger,
         *,
         run: str | None = None,
@@ -144,9 +150,7 @@ class DevicePolicy:
 
         Args:
             plan: What the run asks: only its schedule and noise are read, never its epsilon.
-            cohort_size: How many devices' updates are summed.
-            protocol: How updates travel, such as "plain" or "homomorphic".
-            objective: What is trained, such as "generator", or "evaluation".
+            purpose: What is trained or evaluated, among how many devices, and how updates travel.
             ledger: What these photos have paid so far.
             run: The run's name, if it has begun: its booked rounds are then not asked for again.
             round: The round that is asked for; if it is booked already, `book` alone decides about it.
@@ -158,7 +162,7 @@ class DevicePolicy:
             PolicyRefusal: With what was asked, what is spent and what is allowed.
             LedgerError: The ledger cannot be trusted, so nothing can be admitted.
         """
-        self.check_static(plan, cohort_size, protocol, objective, surroundings=surroundings)
+        self.check_static(plan, purpose, surroundings=surroundings)
         self.conditions.check(surroundings or SystemEnvironment())
         terms = _terms(plan)
         if terms.is_private:
@@ -167,9 +171,7 @@ class DevicePolicy:
     def check_static(
         self,
         plan: Plan | DPParameters,
-        cohort_size: int,
-        protocol: str,
-        objective: str,
+        purpose: Purpose,
         *,
         surroundings: Environment | None = None,
     ) -> None:
@@ -180,7 +182,7 @@ class DevicePolicy:
         """
         here = surroundings or SystemEnvironment()
         self._admit_today(here)
-        self._admit_purpose(cohort_size, protocol, objective)
+        self._admit_purpose(purpose)
         self._admit_promise(_terms(plan))
         replace(self.conditions, max_load=None).check(here)  # what is kept costs no work
 
@@ -197,7 +199,8 @@ class DevicePolicy:
         if self.expires is not None and surroundings.now().date() > parse_expiry(self.expires):
             raise PolicyRefusal(f"what the owner of this device allowed has ended ({self.expires})")
 
-    def _admit_purpose(self, cohort_size: int, protocol: str, objective: str) -> None:
+    def _admit_purpose(self, purpose: Purpose) -> None:
+        objective = purpose.objective
         if objective == EVALUATION:
             if not self.evaluation:
                 raise PolicyRefusal("this run asks for evaluation figures; this device does not answer any")
@@ -206,10 +209,10 @@ class DevicePolicy:
                 f'this run asks to train "{objective}"; this device allows '
                 f"{', '.join(self.objectives) or 'nothing'}"
             )
-        self._admit_protocol(protocol)
-        if cohort_size < self.min_cohort_size:
+        self._admit_protocol(purpose.protocol)
+        if purpose.cohort_size < self.min_cohort_size:
             raise PolicyRefusal(
-                f"this run sums {cohort_size} devices; this device takes part only among "
+                f"this run sums {purpose.cohort_size} devices; this device takes part only among "
                 f"{self.min_cohort_size} or more"
             )
 

@@ -19,7 +19,7 @@ from fedface.privacy.budget import Budget, format_upper_bound, overspending
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.participation_conditions import NOT_NOW_MESSAGE, ConditionsNotMet, Power
 from fedface.privacy.plan import DPParameters, Plan, Schedule, make_plan
-from fedface.privacy.policy import EVALUATION, PROTOCOLS, DevicePolicy, Period
+from fedface.privacy.policy import EVALUATION, PROTOCOLS, DevicePolicy, Period, Purpose
 from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget
 from fedface.privacy_units import Unit
 
@@ -60,7 +60,7 @@ def ledger(tmp_path: Path) -> Ledger:
 
 def test_a_run_within_the_budget_is_admitted_to_its_last_round(ledger: Ledger) -> None:
     for round in range(4):
-        POLICY.admit(TERMS, 3, "homomorphic", "generator", ledger, run="r")
+        POLICY.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, run="r")
         POLICY.record(TERMS, ledger, run="r", round=round)
         ledger.store_reply("r", round, b"payload")
     assert ledger.spent(1e-5).upper <= POLICY.max_epsilon
@@ -80,7 +80,7 @@ def test_the_same_run_under_another_name_is_refused_with_asked_spent_and_allowed
     for round in range(2):
         POLICY.record(TERMS, ledger, run="r", round=round)
     with pytest.raises(PolicyRefusal) as refusal:
-        POLICY.admit(TERMS, 3, "homomorphic", "generator", ledger, run="s")
+        POLICY.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, run="s")
     spent = ledger.spent(1e-5).upper
     for figure in (
         f"asks for {format_upper_bound(COST)}; {format_upper_bound(spent)} of {POLICY.max_epsilon:g} is already spent",
@@ -91,7 +91,7 @@ def test_the_same_run_under_another_name_is_refused_with_asked_spent_and_allowed
 
 def test_booking_stops_at_the_budget_even_if_two_runs_were_admitted(ledger: Ledger) -> None:
     for run in ("a", "b"):
-        POLICY.admit(TERMS, 3, "homomorphic", "generator", ledger, run=run)
+        POLICY.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, run=run)
     with pytest.raises(PolicyRefusal):
         for round in range(4):
             for run in ("a", "b"):
@@ -103,7 +103,7 @@ def test_an_epsilon_that_is_told_is_not_believed(ledger: Ledger) -> None:
     """A plan that claims epsilon 0.001 with hardly any noise is priced by its noise."""
     liar = Plan(privacy=PrivacyTarget(epsilon=0.001, delta=1e-5), schedule=SCHEDULE, noise_multiplier=0.3)
     with pytest.raises(PolicyRefusal, match="asks for epsilon"):
-        POLICY.admit(liar, 3, "homomorphic", "generator", ledger)
+        POLICY.admit(liar, Purpose(3, "homomorphic", "generator"), ledger)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_purposes_are_refused_unless_allowed(
     ledger: Ledger, cohort: int, protocol: str, objective: str, reason: str
 ) -> None:
     with pytest.raises(PolicyRefusal, match=reason):
-        POLICY.admit(TERMS, cohort, protocol, objective, ledger)
+        POLICY.admit(TERMS, Purpose(cohort, protocol, objective), ledger)
 
 
 def test_a_run_without_a_promise_needs_the_owners_word(ledger: Ledger) -> None:
@@ -127,15 +127,15 @@ def test_a_run_without_a_promise_needs_the_owners_word(ledger: Ledger) -> None:
     with pytest.raises(
         PolicyRefusal, match=r"epsilon infinite.* at most epsilon [\d.]+ at delta 1e-5 per photo"
     ):
-        POLICY.admit(plan, 3, "homomorphic", "generator", ledger)
+        POLICY.admit(plan, Purpose(3, "homomorphic", "generator"), ledger)
     with pytest.raises(PolicyRefusal, match="no noise"):
         POLICY.record(plan, ledger, run="r", round=0)
     willing = DevicePolicy(max_epsilon=1.0, delta=1e-5, allow_no_dp=True)
-    willing.admit(plan, 3, "homomorphic", "generator", ledger)
+    willing.admit(plan, Purpose(3, "homomorphic", "generator"), ledger)
     willing.record(plan, ledger, run="r", round=0)
     assert ledger.spent(1e-5).lower == float("inf")
     with pytest.raises(PolicyRefusal, match="epsilon infinite of 1 is"):
-        willing.admit(TERMS, 3, "homomorphic", "generator", ledger)
+        willing.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger)
 
 
 def test_the_examples_are_policies_and_show_every_key() -> None:
@@ -221,11 +221,11 @@ def test_a_slip_of_the_owner_is_shown_with_its_line(line: str, words: str) -> No
 def test_from_the_day_after_the_last_nothing_is_allowed(ledger: Ledger) -> None:
     """Neither a new run nor one more round of an old one, nor a reply that is kept."""
     policy, here = replace(POLICY, expires="2027-01-31"), Noon()
-    policy.admit(TERMS, 3, "homomorphic", "generator", ledger, surroundings=here)
+    policy.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, surroundings=here)
     policy.record(TERMS, ledger, run="r", round=0, surroundings=here)
     here.day = "2027-02-01"
     with pytest.raises(PolicyRefusal, match="has ended"):
-        policy.admit(TERMS, 3, "homomorphic", "generator", ledger, surroundings=here)
+        policy.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, surroundings=here)
     for round in (0, 1):
         with pytest.raises(PolicyRefusal, match="has ended"):
             policy.record(TERMS, ledger, run="r", round=round, surroundings=here)
@@ -238,10 +238,10 @@ def test_a_finer_promise_is_refused_and_a_coarser_one_is_priced(ledger: Ledger) 
     with pytest.raises(
         PolicyRefusal, match="promises per photo; the owner of this device counts per occasion"
     ):
-        policy.admit(per("photo"), 3, "homomorphic", "generator", ledger)
+        policy.admit(per("photo"), Purpose(3, "homomorphic", "generator"), ledger)
     with pytest.raises(PolicyRefusal, match="counts per occasion"):
         policy.record(per("photo"), ledger, run="r", round=0)
-    policy.admit(per("occasion"), 3, "homomorphic", "generator", ledger)
+    policy.admit(per("occasion"), Purpose(3, "homomorphic", "generator"), ledger)
 
 
 def test_an_owner_who_counts_photos_pays_more_for_a_promise_per_occasion(ledger: Ledger) -> None:
@@ -249,9 +249,9 @@ def test_an_owner_who_counts_photos_pays_more_for_a_promise_per_occasion(ledger:
     dearer = epsilon_of(replace_one_event(per("occasion").event()), 1e-5).upper
     assert dearer > COST + 0.1
     with pytest.raises(PolicyRefusal, match=f"asks for {format_upper_bound(dearer)}"):
-        POLICY.admit(per("occasion"), 3, "homomorphic", "generator", ledger)
+        POLICY.admit(per("occasion"), Purpose(3, "homomorphic", "generator"), ledger)
     willing = replace(POLICY, max_epsilon=dearer + 1e-6)
-    willing.admit(per("occasion"), 3, "homomorphic", "generator", ledger)
+    willing.admit(per("occasion"), Purpose(3, "homomorphic", "generator"), ledger)
     willing.record(per("occasion"), ledger, run="r", round=0)
     assert ledger.spent(1e-5, unit="photo").upper > ledger.spent(1e-5, unit="occasion").upper
 
@@ -269,7 +269,7 @@ def test_a_server_that_adds_the_noise_needs_trust(ledger: Ledger) -> None:
     terms = per("library", noise=8.0)
     policy = replace(POLICY, max_epsilon=20.0)
     for ask in (
-        lambda: policy.admit(terms, 3, "homomorphic", "generator", ledger),
+        lambda: policy.admit(terms, Purpose(3, "homomorphic", "generator"), ledger),
         lambda: policy.record(terms, ledger, run="r", round=0),
     ):
         with pytest.raises(
@@ -277,19 +277,19 @@ def test_a_server_that_adds_the_noise_needs_trust(ledger: Ledger) -> None:
         ):
             ask()
     trusting = replace(policy, trust_server=True)
-    trusting.admit(terms, 3, "homomorphic", "generator", ledger)
+    trusting.admit(terms, Purpose(3, "homomorphic", "generator"), ledger)
     trusting.record(terms, ledger, run="r", round=0)
 
 
 def test_evaluation_is_asked_for_and_booked_like_training(ledger: Ledger) -> None:
     policy = replace(POLICY, evaluation=True, objectives=())
-    policy.admit(TERMS, 3, "homomorphic", EVALUATION, ledger)
+    policy.admit(TERMS, Purpose(3, "homomorphic", EVALUATION), ledger)
     with pytest.raises(PolicyRefusal, match="allows nothing"):
-        policy.admit(TERMS, 3, "homomorphic", "generator", ledger)
+        policy.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger)
     for round in range(4):
         policy.record(TERMS, ledger, run="r/evaluation", round=round)
     with pytest.raises(PolicyRefusal, match="is already spent"):
-        policy.admit(TERMS, 3, "homomorphic", EVALUATION, ledger)
+        policy.admit(TERMS, Purpose(3, "homomorphic", EVALUATION), ledger)
 
 
 def test_a_period_pauses_a_run_and_lets_it_go_on(tmp_path: Path) -> None:
@@ -298,13 +298,15 @@ def test_a_period_pauses_a_run_and_lets_it_go_on(tmp_path: Path) -> None:
     ledger = Ledger.open(tmp_path / "ledger.db", now=lambda: time)
     policy = replace(POLICY, periods=(Period(days=7, epsilon=ONE_ROUND + 1e-6),))
     for round in range(4):
-        policy.admit(TERMS, 3, "homomorphic", "generator", ledger, run="r", round=round)
+        policy.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, run="r", round=round)
         policy.record(TERMS, ledger, run="r", round=round)
-        policy.admit(TERMS, 3, "homomorphic", "generator", ledger, run="r", round=round)  # asked once more
+        policy.admit(
+            TERMS, Purpose(3, "homomorphic", "generator"), ledger, run="r", round=round
+        )  # asked once more
         if round == 3:
             break
         with pytest.raises(PolicyRefusal, match="in any 7 days.*Ask again later"):
-            policy.admit(TERMS, 3, "homomorphic", "generator", ledger, run="r", round=round + 1)
+            policy.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, run="r", round=round + 1)
         with pytest.raises(PolicyRefusal, match="in any 7 days"):
             policy.record(TERMS, ledger, run="r", round=round + 1)
         time += timedelta(days=7, seconds=1)
@@ -317,12 +319,12 @@ def test_what_a_server_hears_of_hours_and_power_is_one_sentence(ledger: Ledger) 
     heard = set()
     for held, private in ((policy, "it is 12:00"), (replace(policy, hours=()), "the battery is at 37%")):
         with pytest.raises(ConditionsNotMet) as refusal:
-            held.admit(TERMS, 3, "homomorphic", "generator", ledger, surroundings=Noon())
+            held.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, surroundings=Noon())
         assert private in refusal.value.private
         heard.add(str(refusal.value))
     assert heard == {NOT_NOW_MESSAGE}
     replace(policy, hours=()).admit(
-        TERMS, 3, "homomorphic", "generator", ledger, surroundings=Noon(mains=True)
+        TERMS, Purpose(3, "homomorphic", "generator"), ledger, surroundings=Noon(mains=True)
     )
 
 
@@ -340,7 +342,7 @@ def test_reasons_come_in_an_order_that_tells_least(ledger: Ledger) -> None:
     ]
     for words, policy in steps:
         with pytest.raises(PolicyRefusal, match=words):
-            policy.admit(TERMS, 2, "homomorphic", "generator", ledger, surroundings=Noon())
+            policy.admit(TERMS, Purpose(2, "homomorphic", "generator"), ledger, surroundings=Noon())
 
 
 def test_every_epsilon_of_a_policy_in_words_has_its_delta_unit_and_period() -> None:
