@@ -101,8 +101,8 @@ def main() -> None:
     agreement = AggregationParameters(value_range=VALUE_RANGE, max_devices=options.devices)
     configs: list[tuple[str, AggregationConfig]] = [
         ("plain", PlainConfig()),
-        ("encrypted, 16 bit", HomomorphicConfig(bits=16)),
-        ("encrypted, 11 bit", HomomorphicConfig(bits=11)),
+        ("homomorphic, 16 bit", HomomorphicConfig(bits=16)),
+        ("homomorphic, 11 bit", HomomorphicConfig(bits=11)),
     ]
     print(f"{options.devices} devices, values in [-{VALUE_RANGE}, {VALUE_RANGE}], {options.repeats} repeats;")
     print(f"{os.cpu_count()} cores of {platform.machine()}, one thread, Python {platform.python_version()}\n")

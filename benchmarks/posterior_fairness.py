@@ -40,7 +40,7 @@ from fedface.upsampling.upsampler import StepSnapshot, Upsampler, squared_differ
 HEADS = (
     "method",
     "dark, originals",
-    "dark, made",
+    "dark, generated",
     "made minus originals",
     "SPE",
     "light stays light",
@@ -50,7 +50,7 @@ HEADS = (
     "CPU s a face",
 )
 MIXING = (
-    "leaps a move",
+    "leapfrog steps per transition",
     "directions of the metric",
     "accepted",
     "consistency error / noise^2 at the end",
@@ -122,9 +122,9 @@ def rows(workers: int) -> dict[str, Row]:
     return {
         "pulse": Row("PULSE, stops at the noise", drawn, pulse),
         "fitted": Row("PULSE, fits the noise", drawn, fitted),
-        "langevin": Row("Langevin", drawn, langevin),
-        "guidance": Row("Guidance, moments", flow, guidance),
-        "isotropic": Row("Guidance, isotropic", flow, isotropic),
+        "langevin": Row("HMC", drawn, langevin),
+        "guidance": Row("Guided flow, moments", flow, guidance),
+        "isotropic": Row("Guided flow, isotropic", flow, isotropic),
     }
 
 

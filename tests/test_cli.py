@@ -275,7 +275,7 @@ def test_methods_are_compared_and_the_baselines_are_there(fedface) -> None:  # t
     )
     told = json.loads(said.out)
     assert [each["method"] for each in told["methods"]] == ["super-resolution", "nearest", "bicubic"]
-    names = ["by-group.png", "faces.png", "methods.json", "methods.md"]
+    names = ["benchmark.json", "benchmark.md", "by-group.png", "faces.png"]
     assert sorted(path.name for path in Path("compared").iterdir()) == names
 
 

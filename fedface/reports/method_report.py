@@ -24,7 +24,7 @@ from fedface.reports.comparison_charts import COLOURS, MARKERS, png_on_white
 from fedface.reports.run_record import BiasRecord, MachineRecord
 from fedface.tensor_types import Images
 
-FILE = "methods.json"
+FILE = "benchmark.json"
 OVERALL = (
     "consistency_error",
     "converged",
@@ -79,7 +79,7 @@ def write(record: BenchmarkRecord, pictures: Mapping[str, bytes], folder: Path) 
     replace_text(folder / FILE, dumps(record))
     for name, png in pictures.items():
         (folder / f"{name}.png").write_bytes(png)
-    path = folder / "methods.md"
+    path = folder / "benchmark.md"
     replace_text(path, markdown(record))
     return path
 

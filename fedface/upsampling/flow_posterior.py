@@ -131,7 +131,7 @@ class GuidedFlowUpsampler:
             degradation: What the photos went through.
             config: How to sample.
             streams: Where faces get their chance from, each a stream of its own.
-            progress: Told after every step how far all faces are.
+            progress: Called after every step with how far all faces are.
             watch: Shown the expected faces after every step.
 
         Raises:

@@ -153,8 +153,8 @@ class HmcUpsampler:
     """Annealed Markov chains over latents; an `Upsampler`.
 
     Noise maps are the generator's fixed ones unless the config says otherwise: they are part of its weights, and the
-    faces that `models.contracts.sample` draws, whose shares of groups the sampler should reproduce, have them too. A
-    StyleGAN2 is sampled as constants, see `models.frozen`: later changes of its synthesis do not reach the chains.
+    faces that `generator_protocol.sample` draws, whose shares of groups the sampler should reproduce, have them too. A
+    StyleGAN2 is sampled as constants (`models/fast_stylegan2`): later changes of its synthesis do not reach the chains.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class HmcUpsampler:
             degradation: What the photos went through.
             config: How to sample.
             streams: Where chains get their chance from, each a stream of its own.
-            progress: Told after every move how far all chains are.
+            progress: Called after every transition with how far all chains are.
             watch: Shown the faces after every move.
 
         Raises:

@@ -297,7 +297,7 @@ def make_upsampler(
         degradation: The known downscale.
         streams: Where searches start and samplers draw.
         size: Height and width of the faces in pixels.
-        progress: Told how far it is.
+        progress: Called with how far it is.
         watch: Shown the faces after each step, by methods that have steps.
 
     Raises:

@@ -161,7 +161,7 @@ class _Chunk:
 class PulseUpsampler:
     """Search by gradient descent over latents and coarse noise maps; an `Upsampler`.
 
-    A StyleGAN2 is searched as constants, see `models.frozen`, which are prepared here: later changes of its
+    A StyleGAN2 is searched as constants, see `models.fast_stylegan2`, which are prepared here: later changes of its
     weights do not reach the search.
     """
 
@@ -186,7 +186,7 @@ class PulseUpsampler:
             start: Styles for photos, such as an encoder's. The first face of each photo begins with them, the
                 others about 45 degrees aside, each in a direction of its own, which made them fit sooner than
                 starts from anywhere and differ as much. Latents keep the length that these styles ask for.
-            progress: Told after every step how far all searches are.
+            progress: Called after every step with how far all searches are.
             watch: Shown the faces of every step that are still searched.
 
         Raises:

@@ -109,7 +109,7 @@ def test_the_record_comes_back_and_the_table_names_every_method(
 ) -> None:
     record, pictures = compared
     path = method_report.write(record, pictures, tmp_path / "out")
-    assert loads(BenchmarkRecord, (tmp_path / "out" / "methods.json").read_text()) == record
+    assert loads(BenchmarkRecord, (tmp_path / "out" / "benchmark.json").read_text()) == record
     table = path.read_text()
     for each in record.methods:
         assert table.count(f"| {each.title} |") == 2 + len(method_report.BY_GROUP)
