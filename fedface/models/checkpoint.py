@@ -7,7 +7,9 @@ are checked before anything is used.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,29 +43,37 @@ SUPER_RESOLUTION_PATH = BUNDLED / "super-resolution32.safetensors"
 HEADER = "fedface"  # the metadata key of our header
 
 
+def flatten_tensors(tensors: Sequence[Tensor]) -> Vector:
+    """Tensors as one float32 vector (d,)."""
+    return torch.cat([t.detach().float().reshape(-1) for t in tensors]) if tensors else torch.zeros(0)
+
+
+def assign_tensors(vector: Vector, tensors: Sequence[Tensor], what: str) -> None:
+    """Write a flat vector into tensors; raises WeightsError where they have another number of `what`."""
+    _check_count(vector, tensors, what)
+    with torch.no_grad():
+        for part, values in zip(tensors, vector.split([t.numel() for t in tensors]), strict=True):  # type: ignore[no-untyped-call]
+            part.copy_(values.reshape(part.shape))
+
+
 def flatten_parameters(*modules: nn.Module) -> Vector:
     """All trainable weights of the modules, in the order of their names, as one float32 vector (d,)."""
-    return torch.cat([p.detach().float().reshape(-1) for module in modules for _, p in _named(module)])
+    return flatten_tensors(sorted_parameters(*modules))
 
 
 def flatten_buffers(*modules: nn.Module) -> Vector:
     """What belongs to a model without being trained (noise maps, the mean style), flat like `flatten_parameters`."""
-    parts = [b.detach().float().reshape(-1) for module in modules for b in _buffers(module)]
-    return torch.cat(parts) if parts else torch.zeros(0)
+    return flatten_tensors(_buffers(*modules))
 
 
 def assign_parameters(vector: Vector, *modules: nn.Module) -> None:
-    """Write a flat vector back into the weights it came from.
-
-    Raises:
-        WeightsError: The vector has another length than the modules have weights.
-    """
-    _assign(vector, [p for module in modules for _, p in _named(module)], "weights")
+    """Write what `flatten_parameters` returned; raises WeightsError where the lengths differ."""
+    assign_tensors(vector, sorted_parameters(*modules), "weights")
 
 
 def assign_buffers(vector: Vector, *modules: nn.Module) -> None:
-    """Write what `flatten_buffers` read; raises WeightsError where the lengths differ."""
-    _assign(vector, [b for module in modules for b in _buffers(module)], "numbers in buffers")
+    """Write what `flatten_buffers` returned; raises WeightsError where the lengths differ."""
+    assign_tensors(vector, _buffers(*modules), "numbers in buffers")
 
 
 def model_from_vectors(architecture: Architecture, weights: Vector, buffers: Vector) -> Model:
@@ -83,8 +93,8 @@ def model_from_vectors(architecture: Architecture, weights: Vector, buffers: Vec
     try:
         with torch.device("meta"):
             planned = build_model(architecture).modules()
-        _check_count(buffers, [b for module in planned for b in _buffers(module)], "numbers in buffers")
-        _check_count(weights, [p for module in planned for _, p in _named(module)], "weights")
+        _check_count(buffers, _buffers(*planned), "numbers in buffers")
+        _check_count(weights, sorted_parameters(*planned), "weights")
         model = build_model(architecture, torch.Generator())
     except (RuntimeError, OverflowError, MemoryError) as error:
         raise WeightsError(
@@ -95,7 +105,7 @@ def model_from_vectors(architecture: Architecture, weights: Vector, buffers: Vec
     return model
 
 
-def _check_count(vector: Vector, parts: list[Tensor], what: str) -> None:
+def _check_count(vector: Vector, parts: Sequence[Tensor], what: str) -> None:
     expected = sum(part.numel() for part in parts)
     if vector.shape != (expected,):
         raise WeightsError(
@@ -103,21 +113,15 @@ def _check_count(vector: Vector, parts: list[Tensor], what: str) -> None:
         )
 
 
-def _assign(vector: Vector, parts: list[Tensor], what: str) -> None:
-    _check_count(vector, parts, what)
-    with torch.no_grad():
-        for part, values in zip(parts, vector.split([part.numel() for part in parts]), strict=True):  # type: ignore[no-untyped-call]
-            part.copy_(values.reshape(part.shape))
+def _buffers(*modules: nn.Module) -> list[Tensor]:
+    """The buffers that a state dict holds, in the order of their names, network by network."""
+    states = [(module.state_dict(keep_vars=True), sorted(module.named_buffers())) for module in modules]
+    return [state[name] for state, buffers in states for name, _ in buffers if name in state]
 
 
-def _buffers(module: nn.Module) -> list[Tensor]:
-    """The buffers that a state dict holds, in the order of their names."""
-    state = module.state_dict(keep_vars=True)
-    return [state[name] for name, _ in sorted(module.named_buffers()) if name in state]
-
-
-def _named(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return sorted(module.named_parameters(), key=lambda item: item[0])
+def sorted_parameters(*modules: nn.Module) -> list[nn.Parameter]:
+    """All parameters in the order of their names, network by network."""
+    return [p for module in modules for _, p in sorted(module.named_parameters(), key=itemgetter(0))]
 
 
 def weights_hash(*modules: nn.Module) -> str:
@@ -234,11 +238,7 @@ def _check(path: Path, model: Model, tensors: dict[str, Tensor]) -> None:
 
 
 def load_as(path: Path, architecture: type[Architecture]) -> Model:
-    """Read a model that must have this architecture.
-
-    Raises:
-        WeightsError: As `load_model`, or the model has another architecture.
-    """
+    """Read a model that must have this architecture; raises WeightsError as `load_model` does, or for another one."""
     model = load_model(path)
     if not isinstance(model.architecture, architecture):
         raise WeightsError(

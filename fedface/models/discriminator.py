@@ -17,11 +17,14 @@ from torch import Tensor, nn
 
 from fedface.errors import ConfigError
 from fedface.models.stylegan_layers import (
+    ChannelBase,
+    Classes,
     Conv,
     ConvOptions,
+    Layers,
     Linear,
+    Width,
     binomial_filter,
-    check_widths,
     checked_labels,
     downsample,
     unit_mean_square,
@@ -35,23 +38,20 @@ from fedface.validation import Above, AtLeast, PowerOfTwo, checked
 class DiscriminatorConfig:
     """The architecture of a discriminator; equal configs have weights that can be summed."""
 
-    # Height and width of images in pixels.
-    size: Annotated[int, PowerOfTwo(8, 1024)] = 32
+    size: Annotated[int, PowerOfTwo(8, 1024)] = 32  # height and width of images in pixels
     # Channels at side r are min(channel_base / r, channel_max).
-    channel_base: Annotated[int, AtLeast(1)] = 1024
-    channel_max: Annotated[int, AtLeast(1)] = 64
+    channel_base: ChannelBase = 1024
+    channel_max: Width = 64
     architecture: Literal["resnet", "orig", "skip"] = "resnet"
     # Activations are kept within +- this; published for half precision: 256.
     clamp: Annotated[float, Above(0)] | None = None
     # Images whose standard deviation is an input; 0 is off, published 4.
     minibatch_group: Annotated[int, AtLeast(0)] = 0
-    minibatch_channels: Annotated[int, AtLeast(1)] = 1  # how many such statistics
-    classes: Annotated[int, AtLeast(0)] = 0  # of a class-conditional discriminator; 0 if unconditional
-    # Fully connected layers for the label, where there are classes.
-    mapping_layers: Annotated[int, AtLeast(1)] = 8
+    minibatch_channels: Width = 1  # how many such statistics
+    classes: Classes = 0  # of a class-conditional discriminator; 0 if unconditional
+    mapping_layers: Layers = 8  # fully connected layers for the label, where there are classes
 
     def __post_init__(self) -> None:
-        check_widths(self)
         if self.minibatch_group and self.channels(4) % self.minibatch_channels:
             raise ConfigError(
                 f"minibatch_channels must divide the {self.channels(4)} channels at side 4, "

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, assert_never, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -70,13 +70,7 @@ def prepare_for_search(
     """
     place = generator.mapping.w_avg.device if device is None else device
     chosen = fast_precision(place) if precision == "auto" else precision
-    match chosen:
-        case "float32":
-            low = torch.float32
-        case "bfloat16":
-            low = torch.bfloat16
-        case _:
-            assert_never(chosen)
+    low = torch.bfloat16 if chosen == "bfloat16" else torch.float32
     with torch.no_grad():
         copied = copy.deepcopy(generator).requires_grad_(False).eval().to(place)
         blocks = tuple(
@@ -100,66 +94,34 @@ class FastStyleGAN2:
     def __init__(
         self, mapping: StyleGAN2, blocks: tuple[FrozenBlock, ...], precision: Precision, device: torch.device
     ) -> None:
-        self._mapping = mapping
-        self._blocks = blocks
-        self.precision = precision
-        self.device = device
-        self.config = mapping.config
-
-    @property
-    def size(self) -> int:
-        """Height and width of the images in pixels."""
-        return self.config.size
-
-    @property
-    def latent_width(self) -> int:
-        """Width of a latent."""
-        return self.config.latent_width
-
-    @property
-    def style_inputs(self) -> int:
-        """2 * log2(size) - 2."""
-        return self._mapping.style_inputs
-
-    @property
-    def noise_sides(self) -> tuple[int, ...]:
-        """4, 8, 8, 16, 16, ..., one per styled convolution."""
-        return self._mapping.noise_sides
-
-    @property
-    def style_slope(self) -> float:
-        """As the generator's."""
-        return self._mapping.style_slope
+        self._mapping, self._blocks = mapping, blocks
+        self.precision, self.device = precision, device
+        self.size, self.latent_width, self.style_slope = (
+            mapping.size,
+            mapping.latent_width,
+            mapping.style_slope,
+        )
+        self.style_inputs, self.noise_sides = mapping.style_inputs, mapping.noise_sides
 
     def map(self, latents: Latents, labels: Tensor | None = None) -> Styles:
-        """As the generator's: latents (n, z) -> styles (n, k, v), in float32."""
         labels = None if labels is None else labels.to(self.device)
         return self._mapping.map(latents.to(self.device), labels).to(latents.device)
 
     def truncate(self, styles: Styles, psi: float, cutoff: int | None = None) -> Styles:
-        """As the generator's: psi = 1 leaves styles, psi = 0 gives their mean."""
         return self._mapping.truncate(styles.to(self.device), psi, cutoff).to(styles.device)
 
     def synthesize(self, styles: Styles, noise: Sequence[Tensor] | None = None) -> Images:
-        """Styles (n, k, v) -> images (n, 3, size, size), nominally in [0, 1], not clamped.
-
-        Args:
-            styles: One style per input.
-            noise: One map (n or 1, 1, side, side) per entry of `noise_sides`; None takes the fixed maps.
-
-        Raises:
-            ValueError: There are more or fewer styles or maps than the network has inputs for.
-        """
         check_inputs(self, styles, noise)
         count = styles.shape[0]
         inputs = list(self._inputs(styles.to(self.device), noise))
+        limit = BYTES_AT_ONCE if self.device.type == "cpu" else sys.maxsize
         # A finer block never has less than half a coarser one's channels, so that the blocks that fit come first.
-        whole = sum(count * block.image_bytes() <= self._at_once() for block in self._blocks)
+        whole = sum(count * block.image_bytes() <= limit for block in self._blocks)
         x = image = None
         if whole:
             x, image = run_blocks(self._blocks[:whole], inputs[:whole], None, None)
         if rest := self._blocks[whole:]:
-            split = max(1, self._at_once() // max(block.image_bytes() for block in rest))
+            split = max(1, limit // max(block.image_bytes() for block in rest))
             parts = []
             for start in range(0, count, split):
                 part = slice(start, min(start + split, count))
@@ -167,9 +129,6 @@ class FastStyleGAN2:
                 parts.append(run_blocks(rest, own, _part(x, part, count), _part(image, part, count))[1])
             image = torch.cat([cast(Tensor, part) for part in parts])
         return ((cast(Tensor, image) + 1.0) / 2.0).contiguous().to(styles.device)
-
-    def _at_once(self) -> int:
-        return BYTES_AT_ONCE if self.device.type == "cpu" else sys.maxsize
 
     def _inputs(self, styles: Styles, noise: Sequence[Tensor] | None) -> Iterator[list[Tensor | None]]:
         """Per block, what `run_blocks` takes; small, float32, and left to autograd."""

@@ -1,8 +1,6 @@
 """The interface of all generators, so that upsamplers and audits are independent of the architecture.
 
-The three methods are those of Karras et al. 2019 (arXiv:1812.04948): a mapping to styles, truncation towards the mean
-style, and synthesis. What needs these methods alone, such as sampling, is defined here for all
-generators.
+Mapping to styles, truncation towards the mean style and synthesis are those of Karras et al. 2019 (arXiv:1812.04948).
 """
 
 from __future__ import annotations
@@ -19,41 +17,19 @@ from fedface.tensor_types import Images, Latents, Styles
 class Generator(Protocol):
     """Latents -> styles -> images. Implementations are torch modules; the caller freezes the weights."""
 
-    @property
-    def size(self) -> int:
-        """Height and width of the images, a power of two."""
-        ...
-
-    @property
-    def latent_width(self) -> int:
-        """Width z of one latent; latents are standard normal."""
-        ...
-
-    @property
-    def style_inputs(self) -> int:
-        """How many styles one image takes, k = 2 * log2(size) - 2."""
-        ...
-
-    @property
-    def noise_sides(self) -> tuple[int, ...]:
-        """Side of each square noise map, in the order in which synthesis adds them."""
-        ...
-
-    @property
-    def style_slope(self) -> float:
-        """Slope below zero of the leaky ReLU that ends `map`, > 0: 0.2 for StyleGANs, 1 where none does.
-
-        A search that models styles as a normal distribution undoes it first (Menon et al. 2020, section 3.2).
-        """
-        ...
+    size: int  # height and width of the images, a power of two
+    latent_width: int  # z; latents are standard normal
+    style_inputs: int  # k, how many styles one image takes; 2 * log2(size) - 2 for StyleGANs
+    noise_sides: tuple[int, ...]  # side of each square noise map, in the order in which synthesis adds them
+    # Slope below zero of the leaky ReLU that ends `map`, > 0: 0.2 for StyleGANs, 1 where none does. A search that
+    # models styles as a normal distribution undoes it first (Menon et al. 2020, section 3.2).
+    style_slope: float
 
     def map(self, latents: Latents) -> Styles:
         """Standard normal latents (n, z) -> styles (n, k, v), the same style repeated k times."""
-        ...
 
     def truncate(self, styles: Styles, psi: float) -> Styles:
         """Pull styles towards their mean: psi = 1 leaves them, psi = 0 is the mean style."""
-        ...
 
     def synthesize(self, styles: Styles, noise: Sequence[Tensor] | None = None) -> Images:
         """Styles (n, k, v) -> images (n, 3, size, size), sRGB nominally in [0, 1], not clamped.
@@ -62,23 +38,22 @@ class Generator(Protocol):
             styles: One style per input; they may differ between inputs.
             noise: One map (n or 1, 1, side, side) per entry of `noise_sides`; None means the fixed maps that
                 belong to the weights.
+
+        Raises:
+            ValueError: There are more or fewer styles or maps than the network has inputs for.
         """
-        ...
 
 
 def sample(
     generator: Generator, count: int, rng: torch.Generator, *, psi: float = 1.0, batch: int = 64
 ) -> Images:
-    """Sample images without gradients, with the generator's fixed noise.
+    """Images without gradients, with the generator's fixed noise: (count, 3, size, size), clamped to [0, 1].
 
     Args:
-        count: How many images, >= 0.
+        count: How many, >= 0.
         rng: Where the latents are drawn from.
-        psi: How far styles stay from their mean, see `Generator.truncate`.
+        psi: See `Generator.truncate`.
         batch: Images at once, >= 1; bounds the memory, does not change the result.
-
-    Returns:
-        (count, 3, size, size), clamped to [0, 1].
     """
     latents = torch.randn(count, generator.latent_width, generator=rng, device=rng.device)
     with torch.no_grad():
@@ -107,6 +82,6 @@ def check_inputs(generator: Generator, styles: Styles, noise: Sequence[Tensor] |
 
 
 def truncated(styles: Styles, mean: Tensor, psi: float, cutoff: int | None) -> Styles:
-    """Styles (n, k, v) moved towards their mean (v,): the first `cutoff` inputs, or all where it is None."""
+    """Styles (n, k, v) moved towards their mean (v,): the first `cutoff` (coarse) inputs, or all where it is None."""
     moved = mean.lerp(styles, psi)
     return moved if cutoff is None else torch.cat([moved[:, :cutoff], styles[:, cutoff:]], dim=1)

@@ -13,9 +13,16 @@ from typing import Annotated, cast
 import torch
 from torch import Tensor, nn
 
-from fedface.models.stylegan_layers import Conv, ConvOptions, Linear, check_widths, unit_mean_square
+from fedface.models.stylegan_layers import (
+    ChannelBase,
+    Conv,
+    ConvOptions,
+    Linear,
+    Width,
+    unit_mean_square,
+)
 from fedface.tensor_types import Images, Latents
-from fedface.validation import AtLeast, PowerOfTwo, checked
+from fedface.validation import PowerOfTwo, checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +30,11 @@ from fedface.validation import AtLeast, PowerOfTwo, checked
 class LatentEncoderConfig:
     """The architecture of an encoder; equal configs have weights that can be summed."""
 
-    # Height and width of images in pixels.
-    size: Annotated[int, PowerOfTwo(8, 1024)] = 32
-    latent_width: Annotated[int, AtLeast(1)] = 64  # width of z, as in the generator it belongs to
+    size: Annotated[int, PowerOfTwo(8, 1024)] = 32  # height and width of images in pixels
+    latent_width: Width = 64  # width of z, as in the generator it belongs to
     # Channels at side r are min(channel_base / r, channel_max).
-    channel_base: Annotated[int, AtLeast(1)] = 1024
-    channel_max: Annotated[int, AtLeast(1)] = 64
-
-    def __post_init__(self) -> None:
-        check_widths(self)
+    channel_base: ChannelBase = 1024
+    channel_max: Width = 64
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -59,11 +62,12 @@ class HalvingBlock(nn.Module):
 
 
 class LatentEncoder(nn.Module):
-    """Images (n, 3, size, size) in [0, 1] -> latents (n, z) of L2 norm sqrt(z)."""
+    """Images (n, 3, size, size) in [0, 1] -> latents (n, z) of L2 norm sqrt(z), as the mapping normalises them."""
 
     def __init__(self, config: LatentEncoderConfig, rng: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
+        self.size, self.latent_width = config.size, config.latent_width
         self.fromrgb = Conv(3, config.channels(config.size), 1, rng=rng)
         for side in config.sides:
             block = HalvingBlock(config.channels(side), config.channels(side // 2), rng)
@@ -73,24 +77,8 @@ class LatentEncoder(nn.Module):
         self.fc = Linear(channels * 16, channels, activate="lrelu", rng=rng)
         self.out = Linear(channels, config.latent_width, rng=rng)
 
-    @property
-    def size(self) -> int:
-        """Height and width of the images in pixels."""
-        return self.config.size
-
-    @property
-    def latent_width(self) -> int:
-        """Width of a latent."""
-        return self.config.latent_width
-
     def forward(self, images: Images) -> Latents:
-        """One latent per image, on the sphere of radius sqrt(z), to which the mapping network normalises latents."""
         x = self.fromrgb(images * 2.0 - 1.0)
         for side in self.config.sides:
             x = self.get_submodule(f"b{side}")(x)
-        return on_sphere(self.out(self.fc(self.conv(x).flatten(1))))
-
-
-def on_sphere(latents: Tensor) -> Latents:
-    """Bring latents (n, z) to unit mean square, L2 norm sqrt(z), as the mapping network does."""
-    return unit_mean_square(latents)
+        return unit_mean_square(self.out(self.fc(self.conv(x).flatten(1))))

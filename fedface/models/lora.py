@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Annotated, ClassVar, assert_never
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fedface.errors import WeightsError
+from fedface.models.checkpoint import assign_tensors, flatten_tensors, sorted_parameters
 from fedface.tensor_types import Vector
 from fedface.validation import In, checked
 
@@ -101,10 +103,8 @@ def attach(module: nn.Module, adapt: Adaptation, rng: torch.Generator) -> None:
             module.requires_grad_(True)
         case Lora(rank=rank):
             module.requires_grad_(False)
-            for layer in _adaptable(module):
-                parametrize.register_parametrization(
-                    layer, "weight", LoraParametrization(_weight(layer), rank, rng)
-                )
+            for layer, weight in _adaptable(module):
+                parametrize.register_parametrization(layer, "weight", LoraParametrization(weight, rank, rng))
         case _:
             assert_never(adapt)
 
@@ -123,53 +123,31 @@ def merge(module: nn.Module) -> None:
 
 def flatten_trainable(*modules: nn.Module) -> Vector:
     """The trained weights, in the order of their names, network by network, as one float32 vector (d,)."""
-    return torch.cat([weight.detach().float().reshape(-1) for weight in _trained(modules)])
+    return flatten_tensors(_trained(modules))
 
 
 def assign_trainable(vector: Vector, *modules: nn.Module) -> None:
     """Write a flat vector back into the trained weights.
 
     Raises:
-        WeightsError: The vector has another length than `flatten_trainable` of these networks.
+        WeightsError: The vector has another length than `flatten_trainable` of these networks: device and server
+            must attach the same adapters.
     """
-    weights = _trained(modules)
-    expected = sum(weight.numel() for weight in weights)
-    if vector.shape != (expected,):
-        raise WeightsError(
-            f"these networks have {expected} trained weights, got a vector of shape {tuple(vector.shape)}; "
-            "device and server must attach the same adapters"
-        )
-    start = 0
-    with torch.no_grad():
-        for weight in weights:
-            weight.copy_(vector[start : start + weight.numel()].reshape(weight.shape))
-            start += weight.numel()
+    assign_tensors(vector, _trained(modules), "trained weights")
 
 
 def _trained(modules: tuple[nn.Module, ...]) -> list[nn.Parameter]:
-    return [
-        weight
-        for module in modules
-        for _, weight in sorted(module.named_parameters(), key=lambda item: item[0])
-        if weight.requires_grad
-    ]
+    return [weight for weight in sorted_parameters(*modules) if weight.requires_grad]
 
 
-def _adaptable(module: nn.Module) -> list[nn.Module]:
-    """The layers with a weight to adapt, in the order of their names."""
+def _adaptable(module: nn.Module) -> list[tuple[nn.Module, nn.Parameter]]:
+    """The layers with a weight to adapt, and it, in the order of their names."""
     layers = []
-    for name, layer in sorted(module.named_modules(), key=lambda item: item[0]):
+    for name, layer in sorted(module.named_modules(), key=itemgetter(0)):
         weight = getattr(layer, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.ndim >= 2 and "mapping" not in name.split("."):
-            layers.append(layer)
+            layers.append((layer, weight))
     return layers
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    weight = layer.weight
-    if not isinstance(weight, Tensor):
-        raise WeightsError(f"{type(layer).__name__} has no weight to adapt")
-    return weight
 
 
 def _changed(layer: nn.Module) -> bool:

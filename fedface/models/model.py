@@ -6,7 +6,7 @@ networks. All models but a super-resolution network contain a generator (`models
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -23,7 +23,16 @@ from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
 from fedface.models.super_resolution import SuperResolutionNetwork, SuperResolutionNetworkConfig
 
 N = TypeVar("N", bound=nn.Module)
-Networks = dict[str, nn.Module]  # in the order in which their weights are flattened
+
+NETWORKS: Mapping[type, Callable[[Any, torch.Generator | None], nn.Module]] = {
+    StyleGAN2Config: StyleGAN2,
+    StyleGAN1Config: StyleGAN1,
+    DiscriminatorConfig: Discriminator,
+    LatentEncoderConfig: LatentEncoder,
+    FlowConfig: RectifiedFlow,
+    StyleEncoderNetworkConfig: StyleEncoder,
+    SuperResolutionNetworkConfig: SuperResolutionNetwork,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +50,6 @@ class GanArchitecture:
                 f"generator and discriminator must have one size, got {self.generator.size} and "
                 f"{self.discriminator.size}"
             )
-
-    @property
-    def size(self) -> int:
-        return self.generator.size
-
-    def build(self, rng: torch.Generator | None) -> Networks:
-        generator = StyleGAN2(self.generator, rng)
-        return {"generator": generator, "discriminator": Discriminator(self.discriminator, rng)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +69,6 @@ class EncoderArchitecture:
                     f"generator and encoder must have one {name}, got {generator} and {encoder}"
                 )
 
-    @property
-    def size(self) -> int:
-        return self.generator.size
-
-    def build(self, rng: torch.Generator | None) -> Networks:
-        generator = StyleGAN2(self.generator, rng)
-        return {"generator": generator, "encoder": LatentEncoder(self.encoder, rng)}
-
 
 @dataclass(frozen=True, kw_only=True)
 class FlowArchitecture:
@@ -85,13 +78,6 @@ class FlowArchitecture:
     description: ClassVar[str] = "a rectified flow"
     flow: FlowConfig = field(default_factory=FlowConfig)
 
-    @property
-    def size(self) -> int:
-        return self.flow.size
-
-    def build(self, rng: torch.Generator | None) -> Networks:
-        return {"flow": RectifiedFlow(self.flow, rng)}
-
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorArchitecture:
@@ -100,15 +86,6 @@ class GeneratorArchitecture:
     kind: ClassVar[str] = "generator"
     description: ClassVar[str] = "a generator alone"
     generator: StyleGAN2Config | StyleGAN1Config = field(default_factory=StyleGAN2Config)
-
-    @property
-    def size(self) -> int:
-        return self.generator.size
-
-    def build(self, rng: torch.Generator | None) -> Networks:
-        if isinstance(self.generator, StyleGAN1Config):
-            return {"generator": StyleGAN1(self.generator, rng)}
-        return {"generator": StyleGAN2(self.generator, rng)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,17 +111,9 @@ class StyleEncoderArchitecture:
             )
 
     @property
-    def size(self) -> int:
-        return self.generator.size
-
-    @property
     def max_input_size(self) -> int:
         """Height and width in pixels of the largest photos that the encoder reads."""
         return self.encoder.side
-
-    def build(self, rng: torch.Generator | None) -> Networks:
-        generator = StyleGAN2(self.generator, rng)
-        return {"generator": generator, "encoder": StyleEncoder(self.encoder, rng)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,22 +125,21 @@ class SuperResolutionArchitecture:
     network: SuperResolutionNetworkConfig = field(default_factory=SuperResolutionNetworkConfig)
 
     @property
-    def size(self) -> int:
-        return self.network.size
-
-    @property
     def max_input_size(self) -> int:
         """Height and width in pixels of the largest photos that the network reads."""
         return self.network.side
-
-    def build(self, rng: torch.Generator | None) -> Networks:
-        return {"network": SuperResolutionNetwork(self.network, rng)}
 
 
 UpsamplerArchitecture = StyleEncoderArchitecture | SuperResolutionArchitecture
 Architecture = (
     GanArchitecture | EncoderArchitecture | FlowArchitecture | GeneratorArchitecture | UpsamplerArchitecture
 )
+
+
+def image_size(architecture: Architecture) -> int:
+    """Height and width in pixels of the images that its first network generates."""
+    first, *_ = vars(architecture).values()
+    return int(first.size)
 
 
 @dataclass(frozen=True)
@@ -203,7 +171,7 @@ class Model:
     @property
     def size(self) -> int:
         """Height and width of its images in pixels."""
-        return self.architecture.size
+        return image_size(self.architecture)
 
     @property
     def generator(self) -> StyleGAN2 | StyleGAN1 | RectifiedFlow:
@@ -243,4 +211,5 @@ def build_model(
         rng: Where the weights are drawn from; torch's own stream if None, for weights that are assigned next.
         notes: How it was trained or where it came from.
     """
-    return Model(architecture, architecture.build(rng), dict(notes or {}))
+    networks = {name: NETWORKS[type(config)](config, rng) for name, config in vars(architecture).items()}
+    return Model(architecture, networks, dict(notes or {}))

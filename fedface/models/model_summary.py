@@ -34,7 +34,6 @@ class ModelSummary:
 
 
 def summarize(model: Model) -> ModelSummary:
-
     return ModelSummary(
         family=model.architecture.description,
         size=model.size,

@@ -71,7 +71,6 @@ class StyleEncoder(nn.Module):
         self.out = Linear(config.hidden, config.style_inputs * config.style_width, rng=rng)
 
     def forward(self, low: LowImages) -> Styles:
-        """One style for each input of the generator, for each photo."""
         x = self.fromrgb(resize_up(low, self.config.side) * 2.0 - 1.0)
         for number in range(self.config.blocks):
             x = self.get_submodule(f"r{number}")(x)

@@ -1,9 +1,8 @@
-"""The StyleGAN1 generator at any power-of-two size, as searched by the published PULSE, with the same three verbs.
+"""The StyleGAN1 generator at any power-of-two size, as searched by the published PULSE.
 
 Sources: Karras et al. 2019 (arXiv:1812.04948) for the network, Karras et al. 2018 (arXiv:1710.10196) for equalised
-weights. Parameter names are those of the state dicts that PULSE reads, behind `mapping.` and `synthesis.`. Three
-things are not in such files: the blur's `kernel` there is no weight, and `mapping.w_avg` and each `noise.const` here
-are not stored there.
+weights. Parameter names are those of the state dicts that PULSE reads, behind `mapping.` and `synthesis.`; those
+files hold a blur `kernel`, which is not a weight, and neither `mapping.w_avg` nor any `noise.const`.
 """
 
 from __future__ import annotations
@@ -21,14 +20,16 @@ from fedface.models.generator_protocol import check_inputs, sample, truncated
 from fedface.models.stylegan_layers import (
     LRELU_GAIN,
     LRELU_SLOPE,
+    ChannelBase,
     Conv,
     ConvOptions,
+    Layers,
     Linear,
-    check_widths,
+    Width,
     unit_mean_square,
 )
 from fedface.tensor_types import Images, Latents, Styles
-from fedface.validation import AtLeast, PowerOfTwo, checked
+from fedface.validation import PowerOfTwo, checked
 
 FUSED_FROM = 128  # from this side on, the published network doubles and convolves in one step
 
@@ -40,17 +41,13 @@ class StyleGAN1Config:
 
     kind: ClassVar[str] = "stylegan1"
 
-    # Height and width of images in pixels.
-    size: Annotated[int, PowerOfTwo(8, 1024)] = 1024
-    latent_width: Annotated[int, AtLeast(1)] = 512  # width of z
-    style_width: Annotated[int, AtLeast(1)] = 512  # width of w
-    mapping_layers: Annotated[int, AtLeast(1)] = 8  # fully connected layers from z to w
+    size: Annotated[int, PowerOfTwo(8, 1024)] = 1024  # height and width of images in pixels
+    latent_width: Width = 512  # width of z
+    style_width: Width = 512  # width of w
+    mapping_layers: Layers = 8  # fully connected layers from z to w
     # Channels at side r are min(channel_base / r, channel_max); twice "fmap_base".
-    channel_base: Annotated[int, AtLeast(1)] = 16384
-    channel_max: Annotated[int, AtLeast(1)] = 512
-
-    def __post_init__(self) -> None:
-        check_widths(self)
+    channel_base: ChannelBase = 16384
+    channel_max: Width = 512
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -100,7 +97,6 @@ class Mapping(nn.Module):
         self.register_buffer("w_avg", torch.zeros(config.style_width))
 
     def forward(self, latents: Latents) -> Tensor:
-        """(n, z) -> (n, v)."""
         x = unit_mean_square(latents)
         for i in range(self.layers):
             # The gain stands at the weights, so that it does not reach the bias; StyleGAN2 moved it behind both.
@@ -220,67 +216,28 @@ class Synthesis(nn.Module):
 
 
 class StyleGAN1(nn.Module):
-    """A generator with random weights; `models.conversions` fills it with the published ones."""
+    """A `generator_protocol.Generator` with random weights; `importing` reads the published ones."""
 
     def __init__(self, config: StyleGAN1Config, rng: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
+        self.size, self.latent_width, self.style_slope = config.size, config.latent_width, LRELU_SLOPE
+        self.noise_sides = tuple(side for side in config.sides for _ in range(2))  # 4, 4, 8, 8, ...
+        self.style_inputs = len(self.noise_sides)
         self.mapping = Mapping(config, rng)
         self.synthesis = Synthesis(config, rng)
 
-    @property
-    def size(self) -> int:
-        """Height and width of the images in pixels."""
-        return self.config.size
-
-    @property
-    def latent_width(self) -> int:
-        """Width of a latent."""
-        return self.config.latent_width
-
-    @property
-    def style_inputs(self) -> int:
-        """2 * log2(size) - 2, two per block."""
-        return 2 * len(self.config.sides)
-
-    @property
-    def noise_sides(self) -> tuple[int, ...]:
-        """4, 4, 8, 8, 16, 16, ..., one per style input."""
-        return tuple(side for side in self.config.sides for _ in range(2))
-
-    @property
-    def style_slope(self) -> float:
-        """0.2: the last layer of the mapping ends with a leaky ReLU like all others."""
-        return LRELU_SLOPE
-
     def map(self, latents: Latents) -> Styles:
-        """Standard normal latents (n, z) -> styles (n, k, v), the same style k times."""
         return cast(Tensor, self.mapping(latents))[:, None].expand(-1, self.style_inputs, -1)
 
     def truncate(self, styles: Styles, psi: float, cutoff: int | None = None) -> Styles:
-        """Move styles towards the mean style: psi = 1 leaves them, psi = 0 gives the mean.
-
-        Args:
-            styles: (n, k, v).
-            psi: How much of the distance to the mean remains.
-            cutoff: Move the first `cutoff` style inputs (published: 8) and leave the rest; None moves all.
-        """
+        """See `generator_protocol.truncated`; published faces have a cutoff of 8."""
         return truncated(styles, self.mapping.w_avg, psi, cutoff)
 
     def synthesize(self, styles: Styles, noise: Sequence[Tensor] | None = None) -> Images:
-        """Styles (n, k, v) -> images (n, 3, size, size), nominally in [0, 1], not clamped.
-
-        Args:
-            styles: One style per input.
-            noise: One map (n or 1, 1, side, side) per entry of `noise_sides`; None takes the fixed maps.
-
-        Raises:
-            ValueError: There are more or fewer styles or maps than the network has inputs for.
-        """
         check_inputs(self, styles, noise)
         maps = [None] * len(self.noise_sides) if noise is None else list(noise)
         return (cast(Tensor, self.synthesis(styles, maps)) + 1.0) / 2.0
 
     def sample(self, count: int, rng: torch.Generator, *, psi: float = 1.0, batch: int = 64) -> Images:
-        """Draw `count` images without gradients, clamped to [0, 1], shape (count, 3, size, size)."""
         return sample(self, count, rng, psi=psi, batch=batch)

@@ -1,4 +1,4 @@
-"""The StyleGAN2 generator at any power-of-two size, with the three verbs map, truncate and synthesize.
+"""The StyleGAN2 generator at any power-of-two size.
 
 Sources: Karras et al. 2020 (arXiv:1912.04958) for the network, Karras et al. 2020 (arXiv:2006.06676) for gains and
 parameter names: a state dict of the published stylegan2-ada networks fits without renaming (their constant
@@ -20,10 +20,13 @@ from fedface.errors import ConfigError
 from fedface.models.generator_protocol import check_inputs, sample, truncated
 from fedface.models.stylegan_layers import (
     LRELU_SLOPE,
+    ChannelBase,
+    Classes,
+    Layers,
     Linear,
+    Width,
     binomial_filter,
     bounded,
-    check_widths,
     checked_labels,
     lrelu,
     modulated_conv,
@@ -31,7 +34,7 @@ from fedface.models.stylegan_layers import (
     upsample,
 )
 from fedface.tensor_types import Images, Latents, Styles
-from fedface.validation import Above, AtLeast, PowerOfTwo, checked
+from fedface.validation import Above, PowerOfTwo, checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,22 +44,18 @@ class StyleGAN2Config:
 
     kind: ClassVar[str] = "stylegan2"
 
-    # Height and width of images in pixels.
-    size: Annotated[int, PowerOfTwo(8, 1024)] = 32
-    latent_width: Annotated[int, AtLeast(1)] = 64  # width of z
-    style_width: Annotated[int, AtLeast(1)] = 64  # width of w
-    mapping_layers: Annotated[int, AtLeast(1)] = 4  # fully connected layers from z to w
+    size: Annotated[int, PowerOfTwo(8, 1024)] = 32  # height and width of images in pixels
+    latent_width: Width = 64  # width of z
+    style_width: Width = 64  # width of w
+    mapping_layers: Layers = 4  # fully connected layers from z to w
     # Channels at side r are min(channel_base / r, channel_max).
-    channel_base: Annotated[int, AtLeast(1)] = 2048
-    channel_max: Annotated[int, AtLeast(1)] = 96
+    channel_base: ChannelBase = 2048
+    channel_max: Width = 96
     architecture: Literal["skip", "orig", "resnet"] = "skip"
     # Activations are kept within +- this; published for half precision: 256.
     clamp: Annotated[float, Above(0)] | None = None
-    classes: Annotated[int, AtLeast(0)] = 0  # of a class-conditional generator; 0 if unconditional
+    classes: Classes = 0  # of a class-conditional generator; 0 if unconditional
     prior: Literal["standard", "fitted"] = "standard"  # fitted: latents pass a stored affine map
-
-    def __post_init__(self) -> None:
-        check_widths(self)
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -135,15 +134,14 @@ class StyledConv(nn.Module):
         self.register_buffer("filter", binomial_filter(), persistent=False)
 
     def forward(self, x: Tensor, style: Tensor, noise: Tensor | None, gain: float = 1.0) -> Tensor:
-        y = modulated_conv(x, self.weight, self.affine(style), kernel=self.filter, up=self.up)
+        kernel = self.filter if self.up == 2 else None
+        y = modulated_conv(x, self.weight, self.affine(style), up_kernel=kernel)
         y = y + (self.noise_const if noise is None else noise) * self.noise_strength
         return lrelu(y + self.bias[:, None, None], gain, self.clamp)
 
 
 class ToRGB(nn.Module):
-    """One modulated 1 x 1 convolution to three colours, without demodulation."""
-
-    filter: Tensor
+    """One modulated 1 x 1 convolution to RGB, without demodulation."""
 
     def __init__(self, inputs: int, config: StyleGAN2Config, rng: torch.Generator | None) -> None:
         super().__init__()
@@ -152,16 +150,14 @@ class ToRGB(nn.Module):
         self.weight = nn.Parameter(torch.randn(3, inputs, 1, 1, generator=rng))
         self.bias = nn.Parameter(torch.zeros(3))
         self.gain = 1.0 / math.sqrt(inputs)
-        self.register_buffer("filter", binomial_filter(), persistent=False)
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        styles = self.affine(style) * self.gain
-        y = modulated_conv(x, self.weight, styles, kernel=self.filter, demodulate=False)
+        y = modulated_conv(x, self.weight, self.affine(style) * self.gain, demodulate=False)
         return bounded(y + self.bias[:, None, None], 1.0, self.clamp)
 
 
 class Shortcut(nn.Module):
-    """The resnet form's way around a block: a 1 x 1 convolution without bias, and twice the sides."""
+    """The shortcut of a resnet block: a 1 x 1 convolution without bias, and twice the sides."""
 
     filter: Tensor
 
@@ -242,38 +238,16 @@ class Synthesis(nn.Module):
 
 
 class StyleGAN2(nn.Module):
-    """A generator with random weights; fill it with `fedface.models.checkpoint`."""
+    """A `generator_protocol.Generator` with random weights."""
 
     def __init__(self, config: StyleGAN2Config, rng: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
+        self.size, self.latent_width, self.style_slope = config.size, config.latent_width, LRELU_SLOPE
+        self.style_inputs = 2 * len(config.sides)
+        self.noise_sides = (4, *(side for side in config.sides[1:] for _ in range(2)))  # 4, 8, 8, 16, ...
         self.mapping = Mapping(config, rng)
         self.synthesis = Synthesis(config, rng)
-
-    @property
-    def size(self) -> int:
-        """Height and width of the images in pixels."""
-        return self.config.size
-
-    @property
-    def latent_width(self) -> int:
-        """Width of a latent."""
-        return self.config.latent_width
-
-    @property
-    def style_inputs(self) -> int:
-        """2 * log2(size) - 2."""
-        return 2 * len(self.config.sides)
-
-    @property
-    def noise_sides(self) -> tuple[int, ...]:
-        """4, 8, 8, 16, 16, ..., one per styled convolution."""
-        return tuple(side for side in self.config.sides for _ in range(1 if side == 4 else 2))
-
-    @property
-    def style_slope(self) -> float:
-        """0.2: the last layer of the mapping ends with a leaky ReLU like all others."""
-        return LRELU_SLOPE
 
     def map(self, latents: Latents, labels: Tensor | None = None) -> Styles:
         """Standard normal latents (n, z) -> styles (n, k, v), the same style k times.
@@ -288,30 +262,14 @@ class StyleGAN2(nn.Module):
         return cast(Tensor, self.mapping(latents, labels))[:, None].expand(-1, self.style_inputs, -1)
 
     def truncate(self, styles: Styles, psi: float, cutoff: int | None = None) -> Styles:
-        """Move styles towards the mean style: psi = 1 leaves them, psi = 0 gives the mean.
-
-        Args:
-            styles: (n, k, v).
-            psi: How much of the distance to the mean remains.
-            cutoff: Move the first `cutoff` style inputs, the coarse ones, and leave the rest; None moves all.
-        """
+        """See `generator_protocol.truncated`."""
         return truncated(styles, self.mapping.w_avg, psi, cutoff)
 
     def synthesize(self, styles: Styles, noise: Sequence[Tensor] | None = None) -> Images:
-        """Styles (n, k, v) -> images (n, 3, size, size), nominally in [0, 1], not clamped.
-
-        Args:
-            styles: One style per input.
-            noise: One map (n or 1, 1, side, side) per entry of `noise_sides`; None takes the fixed maps.
-
-        Raises:
-            ValueError: There are more or fewer styles or maps than the network has inputs for.
-        """
         check_inputs(self, styles, noise)
         return (cast(Tensor, self.synthesis(styles, noise)) + 1.0) / 2.0
 
     def sample(self, count: int, rng: torch.Generator, *, psi: float = 1.0, batch: int = 64) -> Images:
-        """Draw `count` images without gradients, clamped to [0, 1], shape (count, 3, size, size)."""
         return sample(self, count, rng, psi=psi, batch=batch)
 
 
@@ -329,35 +287,11 @@ class ClassConditioned(nn.Module):
         if not 0 <= label < classes:
             raise ConfigError(f"label must be one of the generator's {classes} classes, from 0, got {label}")
         self.generator = generator
+        self.size, self.latent_width, self.style_slope = generator.size, generator.latent_width, LRELU_SLOPE
+        self.style_inputs, self.noise_sides = generator.style_inputs, generator.noise_sides
         self.register_buffer("label", torch.eye(classes)[label], persistent=False)
 
-    @property
-    def size(self) -> int:
-        """Height and width of the images in pixels."""
-        return self.generator.size
-
-    @property
-    def latent_width(self) -> int:
-        """Width of a latent, without the label."""
-        return self.generator.latent_width
-
-    @property
-    def style_inputs(self) -> int:
-        """2 * log2(size) - 2."""
-        return self.generator.style_inputs
-
-    @property
-    def noise_sides(self) -> tuple[int, ...]:
-        """4, 8, 8, 16, 16, ..., one per styled convolution."""
-        return self.generator.noise_sides
-
-    @property
-    def style_slope(self) -> float:
-        """As the generator's."""
-        return self.generator.style_slope
-
     def map(self, latents: Latents) -> Styles:
-        """Standard normal latents (n, z) -> styles (n, k, v) of this class."""
         return self.generator.map(latents, self.label.expand(latents.shape[0], -1))
 
     def truncate(self, styles: Styles, psi: float) -> Styles:
@@ -365,5 +299,4 @@ class ClassConditioned(nn.Module):
         return self.generator.truncate(styles, psi)
 
     def synthesize(self, styles: Styles, noise: Sequence[Tensor] | None = None) -> Images:
-        """Styles (n, k, v) -> images (n, 3, size, size)."""
         return self.generator.synthesize(styles, noise)

@@ -10,33 +10,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fedface.errors import ConfigError
+from fedface.validation import In
 
 LRELU_SLOPE = 0.2
 LRELU_GAIN = math.sqrt(2.0)
 MAX_WIDTH = 2**16  # inputs or outputs of one layer; the published ones have 512
-MAX_CHANNELS = {
-    "latent_width": MAX_WIDTH,
-    "style_width": MAX_WIDTH,
-    "channel_max": MAX_WIDTH,
-    "channel_base": 2**24,
-    "classes": MAX_WIDTH,
-    "minibatch_channels": MAX_WIDTH,
-    "mapping_layers": 64,
-}
-
-
-def check_widths(config: object) -> None:
-    """Raises ConfigError where an untrusted configuration exceeds `MAX_CHANNELS`."""
-    for name, most in MAX_CHANNELS.items():
-        if getattr(config, name, 0) > most:
-            raise ConfigError(f"{name} must be at most {most}, got {getattr(config, name)}")
+# Bounds of what an untrusted configuration may ask for.
+Width = Annotated[int, In(f"[1, {MAX_WIDTH}]")]
+Classes = Annotated[int, In(f"[0, {MAX_WIDTH}]")]
+Layers = Annotated[int, In("[1, 64]")]
+ChannelBase = Annotated[int, In("[1, 16777216]")]
 
 
 def lrelu(x: Tensor, gain: float = 1.0, clamp: float | None = None) -> Tensor:
@@ -107,15 +97,15 @@ def checked_labels(labels: Tensor | None, classes: int) -> Tensor:
 
 
 class Linear(nn.Module):
-    """A fully connected layer with equalised learning rate; the gain is applied when the weight is used.
+    """A fully connected layer with equalised learning rate.
 
     Args:
         inputs: Width of the input.
         outputs: Width of the output.
         activate: "lrelu" or "linear".
         gain: Factor of the weight when it is used, besides that of the equalised learning rate.
-        lr_multiplier: Stored weights are this much larger, and learn this much slower.
-        bias_start: Value of every bias at the start.
+        lr_multiplier: Stored weights are divided by it, and learn slower by as much.
+        bias_start: Initial value of every bias.
         rng: Where the weights are drawn from.
     """
 
@@ -190,7 +180,7 @@ class Conv(nn.Module):
 
 
 def modulated_conv(
-    x: Tensor, weight: Tensor, styles: Tensor, *, kernel: Tensor, up: int = 1, demodulate: bool = True
+    x: Tensor, weight: Tensor, styles: Tensor, *, up_kernel: Tensor | None = None, demodulate: bool = True
 ) -> Tensor:
     """Scale input channels by a style, convolve, and scale outputs back to unit variance.
 
@@ -201,16 +191,15 @@ def modulated_conv(
         x: Activations (n, i, h, w).
         weight: (o, i, 3 or 1, same).
         styles: (n, i).
-        kernel: The binomial filter (4, 4), used when `up` is 2.
-        up: 1, or 2 to double the sides.
+        up_kernel: The binomial filter (4, 4), to double the sides; None leaves them.
         demodulate: Divide by the root of the summed squares of the modulated weight (epsilon 1e-8).
     """
     y = x * styles[:, :, None, None]
-    if up == 1:
+    if up_kernel is None:
         y = functional.conv2d(y, weight, padding=weight.shape[-1] // 2)
     else:
         y = functional.conv_transpose2d(y, weight.transpose(0, 1), stride=2)
-        y = blur(y, kernel, padding=1, gain=4.0)
+        y = blur(y, up_kernel, padding=1, gain=4.0)
     if not demodulate:
         return y
     energy = styles.square() @ weight.square().sum(dim=(2, 3)).t()

@@ -51,7 +51,7 @@ class SuperResolutionNetwork(nn.Module):
 
     def __init__(self, config: SuperResolutionNetworkConfig, rng: torch.Generator | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.size = config, config.size
         width = config.width
         self.head = Conv(3, width, 3, rng=rng)
         for number in range(config.blocks):
@@ -61,13 +61,7 @@ class SuperResolutionNetwork(nn.Module):
             self.add_module(f"up{number}", Conv(width, 4 * width, 3, rng=rng))
         self.tail = Conv(width, 3, 3, ConvOptions(activate="linear", gain=0.1), rng=rng)
 
-    @property
-    def size(self) -> int:
-        """Height and width of the images in pixels."""
-        return self.config.size
-
     def forward(self, low: LowImages) -> Images:
-        """One image for each photo."""
         x = self.head(resize_up(low, self.config.side) * 2.0 - 1.0)
         for number in range(self.config.blocks):
             x = self.get_submodule(f"r{number}")(x)

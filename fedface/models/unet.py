@@ -79,7 +79,9 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.register_buffer("frequencies", _frequencies(width // 2), persistent=False)
+        # Geometrically spaced from 1 to the highest.
+        frequencies = torch.exp(torch.linspace(0.0, math.log(_MAX_FREQUENCY), width // 2))
+        self.register_buffer("frequencies", frequencies, persistent=False)
         self.first = nn.Linear(width, width)
         self.second = nn.Linear(width, width)
 
@@ -87,11 +89,6 @@ class TimeEmbedding(nn.Module):
         angles = times[:, None] * self.frequencies.to(times.dtype)
         waves = torch.cat([angles.sin(), angles.cos()], dim=1)
         return functional.silu(self.second(functional.silu(self.first(waves))))
-
-
-def _frequencies(count: int) -> Tensor:
-    """Geometrically spaced from 1 to the fastest."""
-    return torch.exp(torch.linspace(0.0, math.log(_MAX_FREQUENCY), count))
 
 
 class ResidualBlock(nn.Module):
@@ -143,9 +140,9 @@ class UNet(nn.Module):
         self.enter = nn.Conv2d(3 * config.patch**2, sides[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for i, channels in enumerate(sides):
-            before, after = sides[max(0, i - 1)], sides[max(0, i - 1)]
-            inputs = [before] + [channels] * (config.blocks - 1)
-            outputs = [channels] * (config.blocks - 1) + [after]
+            finer = sides[max(0, i - 1)]
+            inputs = [finer] + [channels] * (config.blocks - 1)
+            outputs = [channels] * (config.blocks - 1) + [finer]
             self.down.append(nn.ModuleList(ResidualBlock(n, channels, config) for n in inputs))
             self.up.append(nn.ModuleList(ResidualBlock(channels, n, config) for n in outputs))
         self.attention = Attention(sides[-1], config)

@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim import Adam
 
-from fedface.models.latent_encoder import LatentEncoder, LatentEncoderConfig, on_sphere
+from fedface.models.latent_encoder import LatentEncoder, LatentEncoderConfig
 from fedface.models.stylegan2 import StyleGAN2
+from fedface.models.stylegan_layers import unit_mean_square
 from fedface.randomness import Streams
 from fedface.synthetic.faces import NORMALS, ToneMix, faces_from_normals, render
 from fedface.tensor_types import Images, Latents
@@ -56,7 +57,7 @@ class EncoderPretrainConfig:
 def wide_latents(count: int, width: int, log_std: float, rng: torch.Generator) -> Latents:
     """Latents (count, width) on the sphere whose coordinates have heavier tails than a normal's."""
     scale = torch.exp(log_std * torch.randn(count, width, generator=rng))
-    return on_sphere(torch.randn(count, width, generator=rng) * scale)
+    return unit_mean_square(torch.randn(count, width, generator=rng) * scale)
 
 
 def tone_latents(count: int, config: EncoderPretrainConfig, rng: torch.Generator) -> Latents:
@@ -70,7 +71,7 @@ def tone_latents(count: int, config: EncoderPretrainConfig, rng: torch.Generator
     share = config.light_fraction
     quantile = torch.where(dark, share + (1 - share) * place, share * place)
     tone = torch.special.ndtri(quantile)
-    others = on_sphere(torch.randn(count, config.encoder.latent_width - 1, generator=rng))
+    others = unit_mean_square(torch.randn(count, config.encoder.latent_width - 1, generator=rng))
     rest = (config.encoder.latent_width - tone.square()) / (config.encoder.latent_width - 1)
     return torch.cat([tone[:, None], others * rest.sqrt()[:, None]], dim=1)
 

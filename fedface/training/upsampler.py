@@ -27,6 +27,7 @@ from fedface.models.model import (
     SuperResolutionArchitecture,
     UpsamplerArchitecture,
     build_model,
+    image_size,
 )
 from fedface.privacy.plan import DPParameters, Schedule
 from fedface.randomness import Streams
@@ -108,7 +109,7 @@ class UpsamplerTrainingConfig:
         check_architecture(
             architecture, StyleEncoderArchitecture if style_encoder else SuperResolutionArchitecture
         )
-        size = architecture.size
+        size = image_size(architecture)
         try:
             low = self.downscale.low_side(size)
         except ValueError as error:

@@ -198,9 +198,9 @@ def test_a_wrong_number_of_styles_or_noise_maps_is_refused() -> None:
     [
         ({"minibatch_group": -1}, "minibatch_group must be at least 0"),
         ({"minibatch_group": 4, "minibatch_channels": 3}, "must divide the 64 channels"),
-        ({"minibatch_channels": 0}, "minibatch_channels must be at least 1"),
-        ({"classes": -1}, "classes must be at least 0"),
-        ({"mapping_layers": 65}, "at most 64"),
+        ({"minibatch_channels": 0}, r"minibatch_channels must lie in \[1, 65536\]"),
+        ({"classes": -1}, r"classes must lie in \[0, 65536\]"),
+        ({"mapping_layers": 65}, r"mapping_layers must lie in \[1, 64\]"),
         ({"clamp": 0.0}, "clamp must be a finite number above 0"),
     ],
 )
@@ -213,7 +213,7 @@ def test_a_discriminators_shape_is_checked_at_the_door(wrong: dict[str, Any], sa
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"classes": -1}, "classes must be at least 0"),
+        ({"classes": -1}, r"classes must lie in \[0, 65536\]"),
         ({"clamp": -1.0}, "clamp must be a finite number above 0"),
     ],
 )

@@ -9,7 +9,8 @@ import torch
 
 from fedface.errors import ConfigError
 from fedface.models.checkpoint import ENCODER_PATH, load_model, weights_hash
-from fedface.models.latent_encoder import LatentEncoder, LatentEncoderConfig, on_sphere
+from fedface.models.latent_encoder import LatentEncoder, LatentEncoderConfig
+from fedface.models.stylegan_layers import unit_mean_square
 from fedface.photos.skin_tone import measure_tone
 from fedface.randomness import Streams
 from fedface.synthetic.faces import ToneMix, render, sample_faces
@@ -30,7 +31,7 @@ def test_every_latent_lies_on_the_sphere_of_the_mapping_network() -> None:
     strange = torch.cat([pictures(4), torch.zeros(1, 3, 16, 16), torch.ones(1, 3, 16, 16) * 5])
     lengths = encoder(strange).norm(dim=1)
     assert torch.allclose(lengths, torch.full((6,), math.sqrt(12)), rtol=1e-4)
-    assert torch.allclose(on_sphere(torch.full((1, 4), 0.5)), torch.ones(1, 4), atol=1e-6)
+    assert torch.allclose(unit_mean_square(torch.full((1, 4), 0.5)), torch.ones(1, 4), atol=1e-6)
 
 
 def test_a_latent_depends_on_its_own_picture_alone() -> None:
@@ -54,8 +55,8 @@ def test_equal_streams_give_equal_encoders() -> None:
     ("change", "words"),
     [
         ({"size": 20}, "size must be a power of two"),
-        ({"latent_width": 0}, "latent_width must be at least 1, got 0"),
-        ({"channel_max": 0}, "channel_max must be at least 1, got 0"),
+        ({"latent_width": 0}, r"latent_width must lie in \[1, 65536\], got 0"),
+        ({"channel_max": 0}, r"channel_max must lie in \[1, 65536\], got 0"),
     ],
 )
 def test_a_shape_out_of_bounds_is_refused_by_name(change: dict[str, int], words: str) -> None:
