@@ -268,7 +268,7 @@ def test_an_owner_who_thinks_again_changes_nothing(fedface, used: Path, at_a_ter
     said = fedface("device", "withdraw", "device.yaml", "--run", "faces")
     assert said.code == 1 and "What cannot be undone:" in said.out and "Nothing was done." in said.out
     said = fedface("device", "erase", "device.yaml", "--ledger", "--no-export")
-    assert said.code == 1 and "THE LEDGER GOES" in said.out
+    assert said.code == 1 and "THE LEDGER IS DELETED" in said.out
     assert files_in(used) == before
 
 
@@ -278,9 +278,9 @@ def test_leaving_says_what_happens_next_and_what_cannot_be_undone(fedface, used:
     two = epsilon_of(compose([EVENT] * 2), 1e-3)
     said = fedface("device", "withdraw", "device.yaml", "--run", "faces", "--reason", "my own business")
     for words in (
-        "answers faces with a refusal and nothing else, for good",
-        "The server is told the next time it asks",
-        "updates of round 1 and figures of question 1",
+        "answers faces only with refusals. This cannot be revoked.",
+        "The server is informed at its next request.",
+        "updates of round 1 and metrics of evaluation 1",
         str(two),
         "You have left faces now; stored replies deleted: 2.",
     ):
@@ -291,7 +291,7 @@ def test_leaving_says_what_happens_next_and_what_cannot_be_undone(fedface, used:
     )
     assert "You left faces: my own business" in fedface("device", "log", "device.yaml").out
     assert (
-        "it knows faces, others"
+        "its ledger has faces, others"
         in fedface("device", "withdraw", "device.yaml", "--run", "fases", "--yes").sentence
     )
 
@@ -302,7 +302,7 @@ def test_erasing_says_what_goes_and_that_photos_stay(fedface, used: Path) -> Non
     for words in (
         "Your photos are not touched.",
         "deleted, not overwritten",
-        "The ledger stays",
+        "The ledger remains",
         "sum.key",
     ):
         assert words in said.out
@@ -318,8 +318,8 @@ def test_erasing_says_which_file_is_what_and_which_is_not_found(fedface, used: P
     index = device_state(used / "device.yaml").index
     assert f"{used / 'state' / 'sum.key'}: the shared key" in said.out
     assert f"\n{index}: the index of the photos in {used / 'photos'} - not found" in said.out
-    assert f"- {index}" not in said.out and "The index of your photos goes" not in said.out
-    assert "The shared key goes" in said.out and "Stop the device first" in said.out
+    assert f"- {index}" not in said.out and "The photo index" not in said.out
+    assert "The shared key is deleted" in said.out and "Stop the device first" in said.out
     assert "was the device run as another user?" in said.out
 
 

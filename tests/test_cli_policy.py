@@ -302,11 +302,11 @@ def test_what_the_device_itself_would_refuse_is_found(check, tmp_path: Path) -> 
     assert said.code == 0 and f"warning: {warning}" in said.out
     own.parent.chmod(0o755)
     said = check(device)
-    assert said.code == 2 and f"others may look into {own.parent}; run chmod 700 on it" in said.err
+    assert said.code == 2 and f"other users can read {own.parent}; run chmod 700 on it" in said.err
     own.parent.chmod(0o700)
     (tmp_path / "photos").rmdir()
     said = check(device)
-    assert said.code == 2 and "photos: wanted a folder, there is none at" in said.err
+    assert said.code == 2 and "photos: there is no folder" in said.err
 
 
 def test_what_is_hardly_meant_is_a_warning(check, willing: Path) -> None:  # type: ignore[no-untyped-def]

@@ -1,1 +1,1 @@
-"""Sums of updates: in the open or encrypted."""
+"""Sums of updates, plain or homomorphically encrypted."""

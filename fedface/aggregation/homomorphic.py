@@ -1,18 +1,18 @@
-"""Sums under encryption: the server adds integers that it cannot read; only a key holder opens the sum.
+"""Homomorphically encrypted sums: the server adds ciphertexts, and only a key holder decrypts the sum.
 
-The only door to TenSEAL. Called on the device (`HomomorphicDevice`), on the server (`HomomorphicServer`, built
-without a key), and by whoever sets a run up (`make_keys`, `make_device`, `make_server`: this, or sums in the
-open). The scheme is BFV (Brakerski 2012, ePrint 2012/078; Fan and Vercauteren 2012, ePrint 2012/144) in
-Microsoft SEAL: degree 4096, coefficient primes of 40 + 32 + 37 bits, which SEAL's own table accepts for
-128-bit security, seeded symmetric ciphertexts. Not CKKS: a decrypted CKKS sum carries the noise and gives the
-key away once it is published (Li and Micciancio 2021, ePrint 2020/1533); a BFV sum is an exact integer.
+The only module that imports TenSEAL. `make_keys`, `make_device` and `make_server` choose between this protocol and
+plain sums; `HomomorphicServer` is built without a key. The scheme is BFV (Brakerski 2012, ePrint 2012/078; Fan and
+Vercauteren 2012, ePrint 2012/144) in Microsoft SEAL: degree 4096, coefficient primes of 40 + 32 + 37 bits, which SEAL's
+own table accepts for 128-bit security, seeded symmetric ciphertexts. Not CKKS: a decrypted CKKS sum contains the
+encryption noise, from which the key can be recovered once it is published (Li and Micciancio 2021, ePrint 2020/1533); a
+BFV sum is an exact integer.
 
-What this does NOT protect against (docs/encryption.md says more):
-    * The devices share ONE secret key. Any device, or whoever steals the key from one, can read the upload
-      of every other device if it sees it. Uploads must go to the server over a channel of their own (TLS).
-    * A server that cheats. It can hand a key holder one device's upload, dressed up, as "the total"; counts
-      inside the ciphertext find mistakes, not malice. The server must be curious at most, and hold no key.
-    * What the sum itself says. The server learns it after `reveal`; encryption without noise is not privacy.
+What this does NOT protect against (see docs/encryption.md):
+    * The devices share ONE secret key. Any device, or anyone who steals the key from one, can decrypt every upload
+      that it sees. Uploads must go to the server over a separate encrypted channel (TLS).
+    * A malicious server. It can send a key holder one device's upload, altered to look like the sum; the count inside
+      the ciphertext detects mistakes, not attacks. The server must be at most honest-but-curious, and hold no key.
+    * What the sum reveals. The server learns it after `reveal`; encryption without noise is not privacy.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ FORMAT = 1
 SLOTS = 4096  # polynomial degree, and slots that one ciphertext adds at once
 PRIME_BITS = (40, 32, 37)  # the last prime is for keys only: ciphertexts live modulo the first two, 72 bits
 MAX_PLAIN_BITS = 60  # SEAL's bound on the plain modulus
-MAX_ERROR = 22  # SEAL draws fresh noise in -21..21; rounding q m / t adds at most 1/2
+MAX_ERROR = 22  # SEAL samples fresh noise in -21..21; rounding q m / t adds at most 1/2
 MAX_PART_BYTES = 2 * 2 * 8 * SLOTS + 1024  # two polynomials, two primes, 8 bytes a coefficient
 KEY_MAGIC = b"FFK1"
 MAX_KEY_BYTES = 1 << 20
@@ -60,9 +60,9 @@ MAX_KEY_BYTES = 1 << 20
 
 @contextmanager
 def _private_file() -> Iterator[tuple[int, str]]:
-    """A file that only we can open, as (descriptor, path), zeroed afterwards: SEAL's bindings want a path.
+    """A private file, as (descriptor, path), zeroed afterwards: SEAL's bindings require a path.
 
-    On Linux it lives in memory and has no name; elsewhere it is a temporary file of mode 0600.
+    On Linux it is an anonymous file in memory; elsewhere a temporary file of mode 0600.
     """
     nameless = hasattr(os, "memfd_create") and Path("/proc/self/fd").is_dir()
     if nameless:
@@ -88,7 +88,7 @@ def _saved(thing: Any) -> bytes:
 
 
 def _load(thing: Any, context: Any, written: bytes, name: str) -> Any:
-    """Let SEAL read and check bytes from a stranger. Raises AggregationError with SEAL's reason."""
+    """Parse untrusted bytes with SEAL, which checks them. Raises AggregationError with SEAL's reason."""
     with _private_file() as (descriptor, path):
         os.pwrite(descriptor, written, 0)
         try:
@@ -100,7 +100,7 @@ def _load(thing: Any, context: Any, written: bytes, name: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """Everything public about one run's encryption, derived from the config and the agreement.
+    """The public parameters of one run's encryption, derived from the config and the agreement.
 
     Guarantees:
         * SEAL itself accepts the parameters at 128-bit security; otherwise this raises AggregationError.
@@ -112,7 +112,7 @@ class Scheme:
     agreement: AggregationParameters
 
     def __post_init__(self) -> None:
-        _ = self.context  # fail where it is made, not where it is used
+        _ = self.context  # fail at construction, not at first use
 
     @cached_property
     def quantiser(self) -> Quantiser:
@@ -152,7 +152,7 @@ class Scheme:
 
     @cached_property
     def context(self) -> Any:
-        """SEAL's context. Raises AggregationError if SEAL's 128-bit check says no."""
+        """SEAL's context. Raises AggregationError if SEAL's check for 128-bit security fails."""
         parameters = sealapi.EncryptionParameters(sealapi.SCHEME_TYPE.BFV)
         parameters.set_poly_modulus_degree(SLOTS)
         parameters.set_coeff_modulus(self._coefficient_primes)
@@ -164,7 +164,7 @@ class Scheme:
 
     @cached_property
     def public(self) -> dict[str, PlainValue]:
-        """What every payload's header must repeat, name by name, for this run to accept it."""
+        """The header entries that every payload of this run must have."""
         named: dict[str, PlainValue] = {
             "format": FORMAT,
             "tenseal": tenseal.__version__,
@@ -178,7 +178,7 @@ class Scheme:
         return {**named, "parameters": hashlib.sha256(written).hexdigest()}
 
     def check(self, payload: Payload) -> None:
-        """Refuse by name a payload made under other parameters, or with the wrong number of parts."""
+        """Raises AggregationError for a payload of other parameters or with the wrong number of parts."""
         for name, ours in self.public.items():
             theirs = payload.header.get(name)
             if theirs != ours or type(theirs) is not type(ours):
@@ -196,7 +196,7 @@ class Scheme:
         return Payload(kind=KIND, header=header, parts=parts)
 
     def ciphertext(self, part: bytes) -> Any:
-        """Read one ciphertext from a stranger. Raises AggregationError unless it is a plain BFV pair."""
+        """Parse one untrusted ciphertext. Raises AggregationError unless it is an ordinary BFV pair."""
         if not 0 < len(part) <= MAX_PART_BYTES:
             raise AggregationError(f"a ciphertext takes 1..{MAX_PART_BYTES} bytes, got {len(part)}")
         ciphertext = _load(sealapi.Ciphertext(self.context), self.context, part, "ciphertext")
@@ -204,7 +204,7 @@ class Scheme:
         if ciphertext.size() != 2 or ciphertext.is_ntt_form() or another_level:
             raise AggregationError("a part is a ciphertext of another kind than this run uses")
         if ciphertext.is_transparent():
-            raise AggregationError("a part is not encrypted: anybody can read it. Leave that device out.")
+            raise AggregationError("a part is not encrypted; exclude that device")
         return ciphertext
 
 
@@ -212,8 +212,8 @@ class Scheme:
 class HomomorphicKeys:
     """The secret that the devices of one run share and the server must never see.
 
-    Made by one device or by the owner of all, and carried to the others over a channel that the server cannot
-    read. Printing it does not show the secret. Python cannot wipe memory: who reads a device's memory has it.
+    Generated by one device or by the owner of all, and transferred to the others over a channel that the server cannot
+    read. `repr` does not show the secret. Python cannot wipe memory: anyone who reads a device's memory has the key.
     """
 
     parameters: str  # the hash of the scheme it belongs to
@@ -221,7 +221,7 @@ class HomomorphicKeys:
 
     @staticmethod
     def make(config: HomomorphicConfig, agreement: AggregationParameters) -> HomomorphicKeys:
-        """A fresh secret key; SEAL seeds itself from the operating system."""
+        """A new secret key; SEAL takes its randomness from the operating system."""
         scheme = Scheme(config=config, agreement=agreement)
         secret_key = sealapi.KeyGenerator(scheme.context).secret_key()
         return HomomorphicKeys(parameters=str(scheme.public["parameters"]), secret=_saved(secret_key))
@@ -237,12 +237,12 @@ class HomomorphicKeys:
 
     @staticmethod
     def from_bytes(written: bytes) -> HomomorphicKeys:
-        """Read what `to_bytes` wrote. Raises AggregationError if it is damaged or no key."""
+        """Inverse of `to_bytes`. Raises AggregationError if the bytes are damaged or not a key."""
         if not 68 < len(written) <= MAX_KEY_BYTES or written[:4] != KEY_MAGIC:
-            raise AggregationError(f"this is not a fedface key: want {KEY_MAGIC!r} first")
+            raise AggregationError(f"this is not a fedface key: expected {KEY_MAGIC!r} first")
         parameters, digest, secret = written[4:36], written[36:68], written[68:]
         if hashlib.sha256(secret).digest() != digest:
-            raise AggregationError("this key is damaged or cut off; copy it again from where it was made")
+            raise AggregationError("this key is damaged or truncated; copy it again from the original")
         return HomomorphicKeys(parameters=parameters.hex(), secret=secret)
 
     def save(self, path: Path) -> None:
@@ -250,7 +250,9 @@ class HomomorphicKeys:
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError as reason:
-            raise AggregationError(f"{path} exists; keys are never overwritten, name another") from reason
+            raise AggregationError(
+                f"{path} exists; keys are never overwritten, choose another name"
+            ) from reason
         with os.fdopen(descriptor, "wb") as file:
             file.write(self.to_bytes())
 
@@ -269,7 +271,7 @@ class HomomorphicKeys:
 
 
 class HomomorphicServer:
-    """Adds ciphertexts. Holds no key, so it can neither protect nor reveal."""
+    """Adds ciphertexts. It has no key, so `protect` and `reveal` raise AggregationError."""
 
     def __init__(self, config: HomomorphicConfig, agreement: AggregationParameters) -> None:
         self.scheme = Scheme(config=config, agreement=agreement)
@@ -286,9 +288,9 @@ class HomomorphicServer:
             self.scheme.check(payload)
         keys = sorted({str(payload.header["key"]) for payload in payloads})
         if len(keys) != 1:
-            raise AggregationError(f"payloads of one sum must be under one key, got {keys}")
+            raise AggregationError(f"payloads of one sum must be encrypted with one key, got {keys}")
         if len({payload.parts[0] for payload in payloads}) != len(payloads):
-            raise AggregationError("the same payload came twice; sum each device once")
+            raise AggregationError("the same payload was given twice; sum each device once")
         if count > (most := self.scheme.agreement.max_devices):
             raise AggregationError(f"the packing has room for {most} updates in one sum, got {count}")
         parts = tuple(map(self._sum, zip(*(payload.parts for payload in payloads), strict=True)))
@@ -299,8 +301,8 @@ class HomomorphicServer:
         for part in parts[1:]:
             try:
                 self._evaluator.add_inplace(total, self.scheme.ciphertext(part))
-            except (RuntimeError, ValueError) as reason:  # two uploads that cancel to an open ciphertext
-                raise AggregationError(f"SEAL does not add these uploads: {reason}") from reason
+            except (RuntimeError, ValueError) as reason:  # two uploads whose sum is a transparent ciphertext
+                raise AggregationError(f"SEAL cannot add these uploads: {reason}") from reason
         return _saved(total)
 
     def reveal(self, total: Payload) -> Vector:
@@ -309,7 +311,7 @@ class HomomorphicServer:
 
 
 class HomomorphicDevice:
-    """Encrypts this device's updates and opens sums: also the key holder that the server asks to reveal."""
+    """Encrypts this device's updates, and decrypts sums when the server asks it to."""
 
     def __init__(
         self, config: HomomorphicConfig, agreement: AggregationParameters, keys: HomomorphicKeys
@@ -329,7 +331,7 @@ class HomomorphicDevice:
     def protect(self, update: Vector, round: int) -> Payload:
         """Quantise, pack and encrypt one update (d,), weight units; coordinates outside [-R, R] are clamped.
 
-        How many were clamped stays here: ask `scheme.quantiser.quantise(update)` on the device.
+        The number of clamped coordinates is not sent; `scheme.quantiser.quantise(update)` gives it on the device.
         """
         integers = self.scheme.quantiser.quantise(update).integers
         parts = tuple(self._encrypt(slots) for slots in self.scheme.packing.pack(integers))
@@ -345,21 +347,23 @@ class HomomorphicDevice:
         return self._server.combine(payloads)
 
     def reveal(self, total: Payload) -> Vector:
-        """Open a sum: float32, shape (d,), weight units, exact up to count * step / 2.
+        """Decrypt a sum: float32, shape (d,), weight units, exact up to count * step / 2.
 
-        Raises AggregationError: another key or other parameters, fewer updates than `min_devices`, no
-        noise budget left, a count inside that differs from the header's, integers that no sum can have.
+        Raises AggregationError: another key or other parameters, fewer updates than `min_devices`, no noise budget
+        left, an encrypted count that differs from the header's, integers that no sum can have.
         """
         length, _, count = same_shape([total], KIND)
         self.scheme.check(total)
         if total.header["key"] != self.key_name:
-            raise AggregationError(f"this sum is under key {total.header['key']}, we hold {self.key_name}")
+            raise AggregationError(
+                f"this sum is encrypted with key {total.header['key']}, this device has {self.key_name}"
+            )
         slots = [self._decrypt(part) for part in total.parts]
         integers, counted = self.scheme.packing.unpack(np.array(slots, dtype=np.int64), length)
         if counted != count:
-            raise AggregationError(f"the header speaks of {count} updates, the sum itself holds {counted}")
+            raise AggregationError(f"the header counts {count} updates, the sum itself {counted}")
         if counted < (fewest := self.scheme.config.min_devices):
-            raise AggregationError(f"we open sums of at least {fewest} updates, this one holds {counted}")
+            raise AggregationError(f"sums of at least {fewest} updates are decrypted, this one has {counted}")
         return self.scheme.quantiser.dequantise_sum(integers, counted)
 
     def _decrypt(self, part: bytes) -> list[int]:
@@ -372,7 +376,7 @@ class HomomorphicDevice:
 
 
 def make_keys(config: AggregationConfig, agreement: AggregationParameters) -> HomomorphicKeys | None:
-    """What the devices of a run must share before it starts, if anything. Not to be called on the server."""
+    """The key that the devices of a run share, if the protocol needs one. Never call this on the server."""
     match config:
         case PlainConfig():
             return None
@@ -383,7 +387,7 @@ def make_keys(config: AggregationConfig, agreement: AggregationParameters) -> Ho
 
 
 def make_server(config: AggregationConfig, agreement: AggregationParameters) -> Aggregation:
-    """The server's side, made without a key: it combines, and reveals only what was never hidden."""
+    """The server's side, built without a key: it sums, and can reveal only plain sums."""
     match config:
         case PlainConfig():
             return PlainAggregation(max_devices=agreement.max_devices)
@@ -396,13 +400,13 @@ def make_server(config: AggregationConfig, agreement: AggregationParameters) -> 
 def make_device(
     config: AggregationConfig, agreement: AggregationParameters, keys: HomomorphicKeys | None
 ) -> Aggregation:
-    """The device's side, which is also the key holder's. Raises AggregationError if a key is missing."""
+    """The side of a device and key holder. Raises AggregationError if a required key is missing."""
     match config:
         case PlainConfig():
             return PlainAggregation(max_devices=agreement.max_devices)
         case HomomorphicConfig():
             if keys is None:
-                raise AggregationError("encrypted sums need the devices' shared key; none was given")
+                raise AggregationError("encrypted sums need the devices' shared key, got none")
             return HomomorphicDevice(config, agreement, keys)
         case _:
             assert_never(config)

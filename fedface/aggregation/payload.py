@@ -1,9 +1,8 @@
-"""What a device sends when updates are summed, and the three functions of every protocol.
+"""The payload that a device sends to be summed, and the interface of every aggregation protocol.
 
-A device calls `protect`, the server `combine`, and a holder of the key `reveal`. Below: the payload with its wire
-form, the public parameters that all sides share, and the closed choice of protocols. A payload is untrusted, so
-`Payload.from_bytes` checks everything: every length is bounded and exact, the header is flat JSON, and whatever does
-not fit is an AggregationError.
+A device calls `protect`, the server `combine`, and a key holder `reveal`. A payload is untrusted, so
+`Payload.from_bytes` checks everything: every length is bounded and exact, the header is flat JSON, and any deviation is
+an AggregationError.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ MAX_HEADER_KEYS = 64
 MAX_PARTS = 1 << 16
 MAX_BYTES = 1 << 31  # Flower carries at most 2 GiB in one message
 MAX_WEIGHTS = 1 << 30
-_FRONT = struct.Struct(">4s32sII")  # magic, SHA-256 of all that follows the digest, header bytes, parts
+_FRONT = struct.Struct(">4s32sII")  # magic, SHA-256 of everything after the digest, header bytes, parts
 _LENGTH = struct.Struct(">I")
 
 
@@ -48,7 +47,7 @@ class AggregationParameters:
 
 @dataclass(frozen=True, kw_only=True)
 class PlainConfig:
-    """Send float32 as it is: the server sees every update."""
+    """Unencrypted float32: the server sees every update."""
 
     kind: ClassVar[str] = "plain"
 
@@ -56,12 +55,12 @@ class PlainConfig:
 @dataclass(frozen=True, kw_only=True)
 @checked
 class HomomorphicConfig:
-    """Send whole numbers under BFV with a key that the devices share and the server never has."""
+    """Integers under BFV encryption with a key that the devices share and the server never has."""
 
     kind: ClassVar[str] = "homomorphic"
 
     bits: Annotated[int, In("[2, 24]")] = 16  # for one value of one device
-    # The holder of the key declines to open a sum of fewer updates.
+    # The key holder refuses to decrypt a sum of fewer updates.
     min_devices: Annotated[int, AtLeast(1)] = 2
 
 
@@ -69,11 +68,11 @@ AggregationConfig: TypeAlias = PlainConfig | HomomorphicConfig
 
 
 def _refuse(problem: str) -> NoReturn:
-    raise AggregationError(f"this is not a payload we can read: {problem}. Ask its sender for a new one.")
+    raise AggregationError(f"this payload cannot be read: {problem}; ask its sender for a new one")
 
 
 def _is_plain(value: object) -> bool:
-    # A bool is an int to Python, and NaN is not equal to itself: neither has business in a header.
+    # A bool is an int in Python, and NaN is not equal to itself: neither is allowed in a header.
     if type(value) is int:
         return -(1 << 63) <= value < 1 << 63
     return type(value) is str or (type(value) is float and math.isfinite(value))
@@ -81,15 +80,15 @@ def _is_plain(value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Payload:
-    """Exactly what the wire carries: a flat public header and opaque parts.
+    """One message of the protocol: a flat public header and opaque parts.
 
     Every header has `length` (d, the number of weights), `count` (how many updates are summed in it) and
-    `round`; the protocol named by `kind` adds its own. The header is public and unsigned: it is there to
-    refuse mistakes by name, and no secret may depend on it.
+    `round`; the protocol named by `kind` adds its own entries. The header is public and unsigned: it detects mistakes,
+    and no secret may depend on it.
     """
 
-    kind: str  # "plain" or "homomorphic", as the config's `kind` says
-    header: Mapping[str, PlainValue]  # flat; 64-bit whole numbers, finite floats, strings
+    kind: str  # "plain" or "homomorphic", the config's `kind`
+    header: Mapping[str, PlainValue]  # flat; 64-bit integers, finite floats, strings
     parts: tuple[bytes, ...] = field(repr=False)
 
     def __post_init__(self) -> None:
@@ -100,27 +99,27 @@ class Payload:
             _refuse(f"its header has {len(self.header)} keys, more than {MAX_HEADER_KEYS}")
         for name, value in self.header.items():
             if type(name) is not str or not _is_plain(value):
-                _refuse(f"its header entry {name!r} is not a 64-bit whole number, a finite float or a string")
+                _refuse(f"its header entry {name!r} is not a 64-bit integer, a finite float or a string")
         if len(self.parts) > MAX_PARTS:
             _refuse(f"it has {len(self.parts)} parts, more than {MAX_PARTS}")
 
     def whole(self, name: str, *, least: int, most: int) -> int:
-        """The header's whole number `name`, checked to lie in least..most. Raises AggregationError."""
+        """The header's integer `name`, which must lie in least..most. Raises AggregationError."""
         value = self.header.get(name)
         if type(value) is not int:
-            raise AggregationError(f"the payload's header wants a whole number {name!r}, got {value!r}")
+            raise AggregationError(f"the payload's header needs an integer {name!r}, got {value!r}")
         if not least <= value <= most:
             raise AggregationError(f"the payload's {name} must lie in {least}..{most}, got {value}")
         return value
 
     @property
     def length(self) -> int:
-        """d, the number of weights, 1..2^30. Raises AggregationError if the header does not say."""
+        """d, the number of weights, 1..2^30. Raises AggregationError if it is missing."""
         return self.whole("length", least=1, most=MAX_WEIGHTS)
 
     @property
     def count(self) -> int:
-        """How many updates the header says are summed here, >= 1."""
+        """The number of summed updates according to the header, >= 1."""
         return self.whole("count", least=1, most=1 << 20)
 
     @property
@@ -140,7 +139,7 @@ class Payload:
     def to_bytes(self) -> bytes:
         """The wire form: magic, SHA-256, lengths, JSON header, then each part behind its length.
 
-        The digest finds damage, not malice: whoever can change a payload can change the digest.
+        The digest detects corruption, not tampering: anyone who can change a payload can change the digest.
         """
         header = self._header_bytes()
         if len(header) > MAX_HEADER_BYTES:
@@ -156,21 +155,21 @@ class Payload:
 
     @staticmethod
     def from_bytes(wire: bytes) -> Payload:
-        """Read a payload that a stranger wrote. Nothing in it is run.
+        """Parse an untrusted payload. Nothing in it is executed.
 
         Raises:
-            AggregationError: truncated, longer than it says, damaged, or with a header we do not accept.
+            AggregationError: Truncated, longer than announced, damaged, or with an invalid header.
         """
         if not _FRONT.size <= len(wire) <= MAX_BYTES:
-            _refuse(f"{len(wire)} bytes, want {_FRONT.size}..{MAX_BYTES}")
+            _refuse(f"expected {_FRONT.size}..{MAX_BYTES} bytes, got {len(wire)}")
         magic, digest, header_bytes, parts_count = _FRONT.unpack_from(wire)
         if magic != MAGIC:
-            _refuse(f"it starts with {magic!r}, want {MAGIC!r}")
+            _refuse(f"it starts with {magic!r} instead of {MAGIC!r}")
         if header_bytes > MAX_HEADER_BYTES or parts_count > MAX_PARTS:
             _refuse(f"it announces {header_bytes} bytes of header and {parts_count} parts")
         body = memoryview(wire)[_FRONT.size :]
         if _digest(bytes(wire[_FRONT.size - 8 : _FRONT.size]), body) != digest:
-            _refuse("its bytes are damaged or cut off")
+            _refuse("its bytes are damaged or truncated")
         kind, header = _read_header(bytes(body[:header_bytes]), header_bytes)
         parts, at = [], header_bytes
         for _ in range(parts_count):
@@ -212,7 +211,7 @@ def _read_header(text: bytes, announced: int) -> tuple[str, dict[str, PlainValue
 
 
 class Aggregation(Protocol):
-    """One way of summing updates. Equal inputs give equal sums under all of them, up to quantisation."""
+    """A protocol for sums of updates. Equal inputs give equal sums under each, up to quantisation."""
 
     def protect(self, update: Vector, round: int) -> Payload:
         """On the device: one update, shape (d,), weight units, as a payload with count 1.
@@ -222,14 +221,14 @@ class Aggregation(Protocol):
         ...
 
     def combine(self, payloads: Sequence[Payload]) -> Payload:
-        """On the server: the payload of the sum. Takes nothing but payloads; needs no key.
+        """On the server: the payload of the sum. Needs no key.
 
-        Raises AggregationError if they cannot be summed: none, other lengths, rounds or parameters, too many.
+        Raises AggregationError: no payloads, too many, or different lengths, rounds or parameters.
         """
         ...
 
     def reveal(self, total: Payload) -> Vector:
-        """Where the key is: the SUM (not the mean) of the updates, float32, shape (d,), weight units."""
+        """At a key holder: the SUM (not the mean) of the updates, float32, shape (d,), weight units."""
         ...
 
 
@@ -239,7 +238,7 @@ def same_shape(payloads: Sequence[Payload], kind: str) -> tuple[int, int, int]:
     Raises AggregationError: no payloads, another kind, or other lengths or rounds among them.
     """
     if not payloads:
-        raise AggregationError("there is nothing to sum: no payload came. Wait for at least one device.")
+        raise AggregationError("there are no payloads to sum; wait for at least one device")
     for payload in payloads:
         if payload.kind != kind:
             raise AggregationError(f"this run sums {kind!r} payloads, got {payload.kind!r}")

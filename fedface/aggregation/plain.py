@@ -1,8 +1,7 @@
-"""Sums in the open: each update travels as float32, and the server can read every one of them.
+"""Plain sums: each update is sent as float32, and the server can read it.
 
-The obvious baseline that encrypted sums are measured against and must agree with, up to quantisation. Use it
-where updates are already private before they leave (noise added on the device), or where devices and server
-have one owner. The key is nobody's, so everybody can `reveal`.
+The baseline for encrypted sums, which must agree with it up to quantisation. Use it where noise is added on the
+device, or where devices and server have one owner. There is no key, so anyone can `reveal`.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def _payload(values: np.ndarray, *, width: int, round: int, count: int) -> Paylo
 
 
 def _values(payload: Payload) -> np.ndarray:
-    """The numbers of a payload, float64, shape (d,). Raises AggregationError if they are not what it says."""
+    """The numbers of a payload, float64, shape (d,). Raises AggregationError if they do not fit its header."""
     payload.whole("format", least=FORMAT, most=FORMAT)
     width = payload.whole("width", least=4, most=8)
     if width not in _TYPES:
@@ -42,7 +41,7 @@ def _values(payload: Payload) -> np.ndarray:
         )
     values: np.ndarray = np.frombuffer(payload.parts[0], dtype=_TYPES[width]).astype(np.float64)
     if not np.isfinite(values).all():
-        raise AggregationError("a plain payload holds values that are not finite; leave that device out")
+        raise AggregationError("a plain payload has values that are not finite; exclude that device")
     return values
 
 
@@ -63,12 +62,12 @@ class PlainAggregation:
             raise ValueError(f"max_devices must be >= 1, got {self.max_devices}")
 
     def protect(self, update: Vector, round: int) -> Payload:
-        """The update as little-endian float32; nothing hides it. Raises AggregationError if not finite."""
+        """The update as little-endian float32, unencrypted. Raises AggregationError if not finite."""
         values = finite_vector(update.float()).numpy()
         return _payload(values, width=4, round=round, count=1)
 
     def combine(self, payloads: Sequence[Payload]) -> Payload:
-        """The sum in float64, so that sums of sums lose nothing. Raises AggregationError; see Aggregation."""
+        """The sum in float64, so that sums of sums lose no digits. Raises AggregationError; see Aggregation."""
         length, round, count = same_shape(payloads, KIND)
         if count > self.max_devices:
             raise AggregationError(f"at most {self.max_devices} updates may be in one sum, got {count}")
@@ -78,6 +77,6 @@ class PlainAggregation:
         return _payload(total, width=8, round=round, count=count)
 
     def reveal(self, total: Payload) -> Vector:
-        """The sum, float32, shape (d,). Raises AggregationError if the payload is not what it says."""
+        """The sum, float32, shape (d,). Raises AggregationError if the payload does not fit its header."""
         same_shape([total], KIND)
         return torch.from_numpy(_values(total).astype(np.float32))

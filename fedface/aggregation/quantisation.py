@@ -1,10 +1,9 @@
-"""Weights as whole numbers on a public grid, so that sums are exact.
+"""Updates quantised to integers on a public grid, so that sums are exact.
 
-The grid has 2M + 1 points, M = 2^(bits - 1) - 1, from -R to R with 0 among them: an
-unchanged weight stays unchanged.
-Rounding is to the nearest point, ties to even, so that the same update always gives the same integers.
-Privacy noise is added before this; clamping and rounding afterwards cost nothing (post-processing).
-Packing lays several integers side by side in one slot, each with room for the sum: one addition adds all.
+The grid has 2M + 1 points, M = 2^(bits - 1) - 1, from -R to R including 0, so that an unchanged weight remains
+unchanged. Values are rounded to the nearest point, ties to even, which is deterministic. Privacy noise is added before;
+clamping and rounding are post-processing without privacy cost. Packing puts several integers into one slot, each with
+headroom for the sum, so that one addition adds all.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ Integers = Int64[ndarray, "d"]
 def finite_vector(update: Vector) -> Vector:
     """The update itself, on the CPU and detached, if it is a non-empty finite float vector (d,).
 
-    Raises AggregationError otherwise, naming how many values are broken and not which: nothing has left yet.
+    Raises AggregationError otherwise, with the number of values that are not finite, before anything leaves.
     """
     if update.ndim != 1 or update.numel() == 0 or not update.is_floating_point():
         raise AggregationError(
@@ -37,16 +36,16 @@ def finite_vector(update: Vector) -> Vector:
     if broken:
         raise AggregationError(
             f"{broken} of {update.numel()} values of this update are not finite; nothing was sent. "
-            "Lower the learning rate or leave this round out."
+            "Lower the learning rate or skip this round."
         )
     return update.detach().cpu()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantised:
-    """One update on the grid, and how much of it did not fit.
+    """One quantised update, and how many of its values were clamped.
 
-    The share clamped depends on the photos: it is for the device's own eyes and must not travel for free.
+    The clamped share depends on the photos: it must not leave the device without accounting.
     """
 
     integers: Integers  # shape (d,), each in 0..2M: the grid point plus M
@@ -61,7 +60,7 @@ class Quantised:
 @dataclass(frozen=True, kw_only=True)
 @checked
 class Quantiser:
-    """A public grid of 2^bits - 1 points on [-R, R].
+    """A public uniform grid of 2^bits - 1 points on [-R, R].
 
     Guarantees:
         * For values inside [-R, R], the de-quantised sum of n updates differs from their sum by at most
@@ -94,7 +93,7 @@ class Quantiser:
         return self.largest_sum.bit_length()
 
     def quantise(self, update: Vector) -> Quantised:
-        """Move an update (d,), weight units, to the nearest grid points; outside [-R, R] is clamped.
+        """Round an update (d,), weight units, to the nearest grid points; values outside [-R, R] are clamped.
 
         Raises AggregationError if it is not a non-empty finite float vector.
         """
@@ -110,10 +109,10 @@ class Quantiser:
             integers: Sums of `Quantised.integers`, shape (d,), each in 0..count * 2M.
             count: How many updates are in the sum, 1..max_devices.
 
-        Raises AggregationError if an integer cannot be such a sum: somebody sent what is no update.
+        Raises AggregationError if an integer is not a possible sum: a device sent something other than an update.
         """
         if not 1 <= count <= self.max_devices:
-            raise AggregationError(f"a sum must hold 1..{self.max_devices} updates, got {count}")
+            raise AggregationError(f"a sum must contain 1..{self.max_devices} updates, got {count}")
         if integers.ndim != 1 or integers.dtype != np.int64 or len(integers) == 0:
             raise AggregationError(
                 f"a sum of integers must be int64 (d,), got {integers.shape} {integers.dtype}"
@@ -130,7 +129,7 @@ class Quantiser:
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """Several integers side by side in one slot, and a 1 in front of every update that counts the devices.
+    """Several integers per slot, and a leading 1 in every update, whose sum counts the devices.
 
     Guarantees:
         * The slot-wise sum of packed updates unpacks to the sum of their integers and to their number, as
@@ -165,12 +164,12 @@ class Packing:
     def unpack(self, slots: np.ndarray, length: int) -> tuple[Integers, int]:
         """Sums of packed updates, int64 (parts, slots), as (integers int64 (d,), how many updates).
 
-        Raises AggregationError if the slots hold what no sum of packed updates can.
+        Raises AggregationError if the slots are not a possible sum of packed updates.
         """
         spread: np.ndarray = slots[:, None, :] >> self._places()
         if int((spread[:, -1] >> self.width).max()) > 0:
-            raise AggregationError("a slot holds more than a sum of updates can: it is not a sum of updates")
+            raise AggregationError("a slot exceeds the largest possible sum: this is not a sum of updates")
         fields = (spread & ((1 << self.width) - 1)).reshape(-1)
         if fields[1 + length :].any():
-            raise AggregationError("the padding behind the sum is not zero: it is not a sum of updates")
+            raise AggregationError("the padding after the sum is not zero: this is not a sum of updates")
         return fields[1 : 1 + length], int(fields[0])

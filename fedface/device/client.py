@@ -1,8 +1,8 @@
-"""One device: its photos, its policy, its ledger, and how it answers a task.
+"""A device: its photos, policy and ledger, and how it answers a task.
 
-The privacy guarantee depends on the order: the policy is asked, the release is recorded on disk, and only then is a
-photo read. The reply is stored before it is sent, and sent again, never computed again, when the same round is asked
-once more. Before anything leaves, the ledger records what, to whom, how large, how protected and at what price.
+The privacy guarantee depends on the order: the policy decides, the release is recorded on disk, and only then is a
+photo read. The reply is stored before it is sent. If the same round is requested again, the stored reply is sent again
+and nothing is computed. Before anything leaves, the ledger records its content, receiver, size, protection and cost.
 """
 
 from __future__ import annotations
@@ -56,34 +56,34 @@ from fedface.training.training_methods import common_streams, noise_source, prep
 
 log = logging.getLogger("fedface.device")
 
-FAILED = b"failed"  # stored in place of a payload for a round that broke
+FAILED = b"failed"  # stored in place of a payload for a round that failed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """What a device is made of; the photos are read when a round needs them, not before."""
+    """A device's configuration; photos are read when a round needs them, not before."""
 
     name: str  # the public name in logs and reports
-    photos: Callable[[int], DeviceDataset]  # size in pixels -> all aligned faces, and which belong together
+    photos: Callable[[int], DeviceDataset]  # size in pixels -> all aligned faces with their privacy units
     policy: DevicePolicy
     state: Path  # folder of the ledger and the shared key, readable by the owner alone
-    # Raises ConditionsNotMet, before a booking, while photos cannot be read.
+    # Raises ConditionsNotMet while photos cannot be read; called before a release is recorded.
     ready: Callable[[], None] = lambda: None
-    server: str = "the coordinator"  # to whom replies go, in the owner's words
+    server: str = "the coordinator"  # the receiver of replies, as the owner calls it
     witness: Path | None = None  # folder elsewhere that stores the head of the ledger
 
     @property
     def ledger_path(self) -> Path:
-        """What these photos have paid, what left, and what its owner decided, for all runs."""
+        """The record of privacy losses, transmissions and withdrawals for all runs."""
         return self.state / "ledger.sqlite"
 
     @property
     def key_path(self) -> Path:
-        """The key that the devices of a run share, and the server does not have."""
+        """The key that the devices of a run share and the server does not have."""
         return self.state / "sum.key"
 
     def ledger(self) -> Ledger:
-        """A session on the ledger, verified. Raises LedgerError."""
+        """A verified session on the ledger. Raises LedgerError."""
         return Ledger.open(self.ledger_path, witness=self.witness)
 
 
@@ -93,7 +93,7 @@ def handle_task(task: Task, device: Device) -> Reply:
     Raises:
         WeightsError: The weights do not fit the networks of the task, or are not those that it names.
         AggregationError: The shared key is missing, or a sum is not of this run's kind.
-        FederationError: The sum of another round was to be opened.
+        FederationError: The sum to decrypt is of another round.
         PrivacyError: The ledger cannot be trusted, the task contradicts itself, or this round of this run was
             answered for other weights or terms. Nothing is sent.
     """
@@ -116,11 +116,13 @@ def _handle(task: Task, device: Device, ledger: Ledger) -> Reply:
                 reply = _reveal(task, device, ledger)
     except PolicyRefusal as refusal:
         if isinstance(refusal, ConditionsNotMet):
-            log.warning("%s", refusal.private)  # what the owner may know, and the server need not
+            log.warning(
+                "%s", refusal.private
+            )  # the owner's log has the full reason, the server's copy does not
         reply = Refusal(device=device.name, reason=str(refusal))
     try:
         return _recorded(reply, task, device, ledger, entry)
-    except PolicyRefusal:  # its owner withdrew while it was computed: the stored reply is deleted as well
+    except PolicyRefusal:  # the owner withdrew during the computation: delete the stored reply too
         if not isinstance(task, DecryptTask):
             ledger.delete_replies(task.ledger_key)
         return _recorded(_withdrawn(device), task, device, ledger, entry=None)
@@ -131,7 +133,7 @@ def _withdrawn(device: Device) -> Refusal:
 
 
 def _recorded(reply: Reply, task: Task, device: Device, ledger: Ledger, entry: LedgerEntry | None) -> Reply:
-    """The reply, once the ledger has its transmission on disk."""
+    """The reply, after its transmission was recorded on disk."""
     kind: TransmissionKind
     match reply:
         case TrainResult(payload=payload):
@@ -144,7 +146,7 @@ def _recorded(reply: Reply, task: Task, device: Device, ledger: Ledger, entry: L
             kind = "metrics sum" if of_metrics else "update sum"
             protection = "the sum over several devices, not one of them"
         case Refusal(reason=reason):
-            kind, payload, protection = "refusal", reason.encode(), "nothing of a photo is in it"
+            kind, payload, protection = "refusal", reason.encode(), "contains nothing about a photo"
     info = TransmissionInfo(
         run=task.run,
         round=task.round,
@@ -161,7 +163,9 @@ def _recorded(reply: Reply, task: Task, device: Device, ledger: Ledger, entry: L
 def _train(task: TrainTask, device: Device, ledger: Ledger) -> tuple[Reply, LedgerEntry | None]:
     agreed = task.config
     if agreed.training.schedule() != agreed.dp.schedule:
-        raise PrivacyError("the task's training schedule and its privacy terms differ; nothing was computed")
+        raise PrivacyError(
+            "the task's training schedule differs from its DP parameters; nothing was computed"
+        )
     work = _ReleaseTransaction(
         task=task,
         device=device,
@@ -184,7 +188,7 @@ def _train(task: TrainTask, device: Device, ledger: Ledger) -> tuple[Reply, Ledg
     def compute(own: DeviceDataset) -> Vector:
         mine, _ = own.split(agreed.holdout_fraction, agreed.dp.unit)
         if agreed.dp.unit == "library" and len(mine) == 0:
-            # The neighbour of a library is an empty one, and what an empty one adds to the sum is nothing.
+            # The neighbour of a library is an empty library, whose contribution to the sum is zero.
             return torch.zeros_like(begun.ranges())
         update = begun.update(
             mine.images,
@@ -228,8 +232,8 @@ def _evaluate(task: EvaluateTask, device: Device, ledger: Ledger) -> tuple[Reply
     def compute(own: DeviceDataset) -> Vector:
         mine = own.split(asked.holdout_fraction, asked.dp.unit)[1] if asked.holdout_fraction > 0 else own
         rng = noise_source(asked.dp, Streams(task.seed).child(f"{device.name}/figures/{task.round}"))
-        told = compute_local_metrics(model, mine, asked, seed=task.seed, rng=rng)
-        return _clip_for_library(told / ranges, asked.dp)
+        metrics = compute_local_metrics(model, mine, asked, seed=task.seed, rng=rng)
+        return _clip_for_library(metrics / ranges, asked.dp)
 
     payload, seconds, entry = work.release(compute, model.size)
     return EvaluateResult(device=device.name, payload=payload, seconds_protect=seconds), entry
@@ -237,7 +241,7 @@ def _evaluate(task: EvaluateTask, device: Device, ledger: Ledger) -> tuple[Reply
 
 @dataclass(frozen=True, kw_only=True)
 class _ReleaseTransaction:
-    """One release on its way: admitted, booked, computed, protected, kept."""
+    """One release: admitted by the policy, recorded, computed, protected, stored."""
 
     task: TrainTask | EvaluateTask
     device: Device
@@ -257,25 +261,25 @@ class _ReleaseTransaction:
         }
 
     def stored_reply(self) -> tuple[Reply, LedgerEntry | None] | None:
-        """The answer that was given before, byte by byte; otherwise None, and the policy has admitted the work.
+        """The stored reply of an earlier request; None if there is none and the policy admits the release.
 
         Raises:
-            PolicyRefusal: With what was asked, what is spent and what is allowed.
-            PrivacyError: A promise that this kind of sum cannot keep.
-            LedgerError: The kept bytes answer another release: a new run under an old name.
+            PolicyRefusal: With what is requested, spent and allowed.
+            PrivacyError: This kind of sum cannot give the guarantee.
+            LedgerError: The stored reply is of another release: a new run with an old name.
         """
         task, device, ledger = self.task, self.device, self.ledger
         if self.terms.unit == "library" and not isinstance(self.aggregation, PlainConfig):
             raise PrivacyError(
-                "the privacy unit library needs plain sums: rounding to a grid makes a clipped vector longer, and the "
-                "server cannot add noise to a sum that it cannot read; nothing was computed"
+                "the privacy unit library needs plain sums: rounding to a grid can increase the norm of a clipped "
+                "vector, and the server cannot add noise to an encrypted sum; nothing was computed"
             )
-        # What the owner allows today holds for stored replies too, but for the price, which was paid.
+        # Today's policy applies to stored replies too, except for the budgets, which were charged before.
         purpose = Purpose(task.cohort, self.aggregation.kind, self.objective)
         device.policy.check_static(self.terms, purpose)
         stored = ledger.load_reply(task.ledger_key, task.round)
         if stored is not None:
-            # Books nothing, and fails if the stored reply answers another release.
+            # Records nothing new, and fails if the stored reply is of another release.
             entry = device.policy.record(
                 self.terms, ledger, run=task.ledger_key, round=task.round, metadata=self._all_metadata()
             )
@@ -291,20 +295,20 @@ class _ReleaseTransaction:
     def release(
         self, compute: Callable[[DeviceDataset], Vector], size: int
     ) -> tuple[bytes, float, LedgerEntry]:
-        """Book, compute and keep: the payload, the seconds that protecting it took, and what paid for it.
+        """Record, compute and store; returns the payload, the seconds of `protect`, and the ledger entry.
 
-        Whatever goes wrong once photos are opened, the answer is that of a device without photos: noise alone. An
-        error, its kind or a missing reply could depend on what a photo shows, which no epsilon accounts for. An error
-        on one photo alone is caught where it is read or scored and costs that photo; what is left, such as memory,
-        silences the whole device, and that is in no epsilon.
+        After photos are opened, every error is answered as by a device without photos: with noise alone. An error, its
+        type or a missing reply could depend on a photo's content, which no epsilon accounts for. An error on a single
+        photo is caught where it is read or scored, and that photo is skipped. An error of the whole computation, such
+        as running out of memory, silences the whole device; that is in no epsilon.
 
         Args:
-            compute: Own faces -> the vector (d,) that is summed, in public ranges.
+            compute: The device's faces -> the vector (d,) to be summed, in public ranges.
             size: Side of the faces in pixels.
         """
         task, device, ledger = self.task, self.device, self.ledger
         sums = make_device(self.aggregation, self.agreement, _key(self.aggregation, device))
-        # Book before reading a photo: a crash from here on may waste budget, never overspend it.
+        # Record before reading a photo: a crash from here on may waste budget but never overspend it.
         entry = device.policy.record(
             self.terms, ledger, run=task.ledger_key, round=task.round, metadata=self._all_metadata()
         )
@@ -314,15 +318,15 @@ class _ReleaseTransaction:
             try:
                 vector = compute(device.photos(size))
             except Exception:
-                # As text: a kept traceback would hold on to the photos.
+                # As text: a stored traceback would keep the photos in memory.
                 log.error("this round is answered with noise alone\n%s", traceback.format_exc())
-            if vector is None:  # out of the handler, which holds on to the photos
+            if vector is None:  # outside the handler, which keeps the photos in memory
                 vector = compute(DeviceDataset.independent(torch.zeros(0, 3, size, size)))
             started = time.perf_counter()
             payload = sums.protect(vector, task.round).to_bytes()
             seconds = time.perf_counter() - started
         except Exception:
-            # Without photos it went wrong as well, so that this says nothing of them; it is not tried again.
+            # It also failed without photos, so the error reveals nothing about them; it is not retried.
             ledger.store_reply(task.ledger_key, task.round, FAILED, attempt=entry.attempt)
             raise
         ledger.store_reply(task.ledger_key, task.round, payload, attempt=entry.attempt)
@@ -330,26 +334,26 @@ class _ReleaseTransaction:
 
 
 def _asked_model(task: TrainTask | EvaluateTask, shape: Architecture) -> Model:
-    """The model that the task is about, if its weights are those that it names; raises WeightsError."""
+    """The task's model. Raises WeightsError if its weights do not have the hash that the task states."""
     model = model_from_vectors(shape, task.weights, task.buffers)
-    # The ledger remembers weights by their hash, which is the server's word until it is computed here.
+    # The ledger records the hash of the weights, which must not be trusted until it is computed here.
     if (found := weights_hash(*model.modules())) != task.model:
         raise WeightsError(
-            f"the task says that its weights are {task.model:.16}, they are {found}; nothing was booked or computed"
+            f"the task states weights {task.model:.16}, but they are {found}; nothing was recorded or computed"
         )
     return model
 
 
 def _clip_for_library(update: Vector, terms: DPParameters) -> Vector:
-    """The update, clipped where the privacy unit is a library; otherwise as it is."""
+    """The update, clipped if the privacy unit is a library."""
     mechanism = terms.central_mechanism()
     return update if mechanism is None else mechanism.clip(update)
 
 
 def _recipe(*parts: object) -> str:
-    """SHA-256 over every number that decides what is computed."""
-    said = json.dumps(parts, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(said.encode()).hexdigest()
+    """SHA-256 over all parameters that determine what is computed."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _reveal(task: DecryptTask, device: Device, ledger: Ledger) -> Reply:
@@ -357,17 +361,17 @@ def _reveal(task: DecryptTask, device: Device, ledger: Ledger) -> Reply:
     if not ledger.is_recorded(task.ledger_key, task.round):
         return Refusal(
             device=device.name,
-            reason=f"this device has no part in round {task.round} of {task.run}, so it opens no sum of it",
+            reason=f"this device did not take part in round {task.round} of {task.run}, so it does not decrypt its sum",
         )
     config = task.aggregation
     if isinstance(config, HomomorphicConfig):
-        # How few updates a sum may hold is the owner's word, whatever the server's task says.
+        # The owner's policy sets a lower bound on the updates in a sum, independent of the server's task.
         fewest = max(config.min_devices, device.policy.min_cohort_size)
         config = replace(config, min_devices=fewest)
     sums = make_device(config, task.agreement, _key(config, device))
     total = Payload.from_bytes(task.total)
     if total.round != task.round:
-        raise FederationError(f"wanted the sum of round {task.round}, got one of round {total.round}")
+        raise FederationError(f"expected the sum of round {task.round}, got that of round {total.round}")
     return DecryptResult(device=device.name, total=sums.reveal(total))
 
 

@@ -1,6 +1,6 @@
-"""A real device: its owner's file says where the photos and the ledger are, and what is allowed.
+"""A real device, described by its owner's file: photos, ledger and policy.
 
-Nothing in this file ever comes from the server, and nothing of it is sent there but the device's chosen name.
+The server never changes this file and sees nothing of it but the device's chosen name.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ log = logging.getLogger("fedface.device")
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceConfig:
-    """A device file, such as clients/device.example.yaml. Relative paths count from the file's own folder."""
+    """A device file, such as clients/device.example.yaml. Relative paths are relative to the file's folder."""
 
     name: str  # the name by which reports list this device; the server sees it
     photos: Path  # folder of the photos; read, never written
-    state: Path  # folder of the ledger and the shared key; nobody else may look into it
+    state: Path  # folder of the ledger and the shared key; must be private (mode 0700)
     policy: DevicePolicy
-    detector: Path | None = None  # a YuNet file; without one the embedded detector looks for faces
+    detector: Path | None = None  # a YuNet file; None: the bundled detector
     occasions: OccasionRule = field(default_factory=OccasionRule)  # which photos count as taken together
-    server: str = "the coordinator"  # to whom this device is connected, in the owner's words, for the ledger
+    server: str = "the coordinator"  # the receiver of replies as the owner calls it, for the ledger
     witness: Path | None = (
-        None  # folder on another disk that remembers the state, so that an old copy is noticed
+        None  # folder on another disk with the head of the ledger, to detect a rolled-back copy
     )
 
     def __post_init__(self) -> None:
@@ -56,10 +56,11 @@ class DeviceConfig:
 
 
 def load_device(path: Path) -> Device:
-    """The device that an owner's file describes, read afresh each time, so that a stricter policy holds at once.
+    """The device that an owner's file describes. The file is read for every task, so that a stricter policy applies at
+    once.
 
-    The photos are scanned whenever a round needs them; only what is new or changed since the last scan is
-    read. Scan a large folder by hand beforehand (`fedface photos scan`), with the same detector.
+    Photos are scanned when a round needs them; only new or changed files are read. Scan a large folder beforehand
+    (`fedface photos scan`), with the same detector.
 
     Raises:
         ConfigError: As for `read_device_config`.
@@ -71,8 +72,8 @@ def load_device(path: Path) -> Device:
         log.warning("%s: policy.%s", path, lost.describe())
     if not state.exists():
         log.warning(
-            "%s: a new state folder is made at %s; what these photos have spent before, if this file or its folder "
-            "was moved, is not known there",
+            "%s: creating a new state folder at %s; if this file or its folder was moved, earlier privacy losses of "
+            "these photos are not recorded there",
             path,
             state,
         )
@@ -84,7 +85,7 @@ def load_device(path: Path) -> Device:
     def ready() -> None:
         if index.is_busy():
             raise ConditionsNotMet(
-                f"the photos in {folder} are being scanned; a round would be paid for and see none of them"
+                f"the photos in {folder} are being scanned; a round now would cost epsilon and use none of them"
             )
 
     def photos(size: int) -> DeviceDataset:
@@ -103,28 +104,28 @@ def load_device(path: Path) -> Device:
 
 
 def read_device_config(path: Path) -> DeviceConfig:
-    """What a device file says, if its device can work; nothing is made, and no photo is opened.
+    """Read and validate a device file; nothing is created and no photo is opened.
 
-    A folder that `exclude_folders` names and that is not there may have been deleted, and excludes nothing. But if a
-    folder of nearly that name is there, its photos were hardly meant to be used: then nothing is answered.
+    A folder in `exclude_folders` that does not exist may have been deleted, and excludes nothing. But if a folder with
+    a similar name exists, its photos were probably meant to be excluded: this is an error.
 
     Raises:
-        ConfigError: The file cannot be read, there is no folder of photos, others may look into the state, the
-            policy's `folders` are none that there are, or it bars a folder whose name seems mistyped.
+        ConfigError: The file cannot be read, the photo folder does not exist, the state folder is not private, none of
+            the policy's `folders` exists, or an excluded folder's name seems mistyped.
     """
     config = read(path, DeviceConfig)
     home = path.resolve().parent
     folder, state = home / config.photos.expanduser(), home / config.state.expanduser()
     if not folder.is_dir():
-        raise ConfigError(f"{path}: photos: wanted a folder, there is none at {folder}")
+        raise ConfigError(f"{path}: photos: there is no folder {folder}")
     if is_accessible_to_others(state):
-        raise ConfigError(f"{path}: state: others may look into {state}; run chmod 700 on it")
+        raise ConfigError(f"{path}: state: other users can read {state}; run chmod 700 on it")
     lost = missing_policy_folders(config.policy, folder)
     mistyped = next((one for one in lost if one.key == "exclude_folders" and one.near is not None), None)
     only = [one for one in lost if one.key == "folders"]
     if mistyped is not None:
         raise ConfigError(
-            f"{path}: policy.{mistyped.describe()} Mend the line, or take it out if that folder has gone"
+            f"{path}: policy.{mistyped.describe()} Correct the line, or remove it if that folder was deleted"
         )
     if only and len(only) == len(config.policy.folders):
         raise ConfigError(f"{path}: policy.{only[0].describe()} No photo may be used")
@@ -132,13 +133,13 @@ def read_device_config(path: Path) -> DeviceConfig:
 
 
 def is_accessible_to_others(place: Path) -> bool:
-    """Whether others than its owner may read or write a file or a folder, as far as its mode says."""
+    """Whether the mode of a file or folder lets other users read or write it."""
     return os.name == "posix" and place.exists() and bool(place.stat().st_mode & 0o077)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MissingFolder:
-    """A folder that a policy names and that is not among the photos."""
+    """A folder in a policy that does not exist among the photos."""
 
     key: Literal["folders", "exclude_folders"]
     folder: Path
@@ -152,7 +153,7 @@ class MissingFolder:
 
 
 def missing_policy_folders(policy: DevicePolicy, photos: Path) -> list[MissingFolder]:
-    """The folders that a policy names and that are not there, compared as the library compares them."""
+    """The folders in a policy that do not exist, with names compared as by the library."""
     named: list[tuple[Literal["folders", "exclude_folders"], Path]] = [
         *(("folders", folder) for folder in policy.folders),
         *(("exclude_folders", folder) for folder in policy.exclude_folders),
@@ -162,7 +163,7 @@ def missing_policy_folders(policy: DevicePolicy, photos: Path) -> list[MissingFo
         places = [photos]
         for part in folder.parts:
             inside = [place for above in places for place in _inside(above)]
-            places = [place for place in inside if _alike(place.name, part, key)]
+            places = [place for place in inside if _same_name(place.name, part, key)]
             if not places:
                 near = _near(part, [place for place in inside if place.is_dir()])
                 lost.append(
@@ -177,58 +178,58 @@ def missing_policy_folders(policy: DevicePolicy, photos: Path) -> list[MissingFo
 def _inside(folder: Path) -> list[Path]:
     try:
         return sorted(folder.iterdir())
-    except OSError:  # a file, or a folder that cannot be read: nothing in it can be used
+    except OSError:  # a file, or an unreadable folder: its photos cannot be used
         return []
 
 
-def _alike(name: str, wanted: str, key: str) -> bool:
-    """As photos/library.py: accents in either writing; capitals matter in `folders` alone."""
-    one, other = (unicodedata.normalize("NFC", word) for word in (name, wanted))
+def _same_name(name: str, expected: str, key: str) -> bool:
+    """As in photos/library.py: Unicode is normalised; case matters in `folders` only."""
+    one, other = (unicodedata.normalize("NFC", word) for word in (name, expected))
     return one == other if key == "folders" else one.casefold() == other.casefold()
 
 
-def _near(wanted: str, folders: Sequence[Path]) -> Path | None:
-    """The folder whose name is a slip away. Another number is another folder: 2019 is no slip for 2018."""
+def _near(name: str, folders: Sequence[Path]) -> Path | None:
+    """The folder with the most similar name and the same digits: 2019 is not a typo of 2018."""
 
     def digits(word: str) -> str:
         return "".join(filter(str.isdigit, word))
 
-    names = {folder.name.casefold(): folder for folder in folders if digits(folder.name) == digits(wanted)}
-    found = difflib.get_close_matches(wanted.casefold(), names, n=1, cutoff=0.8)
+    names = {folder.name.casefold(): folder for folder in folders if digits(folder.name) == digits(name)}
+    found = difflib.get_close_matches(name.casefold(), names, n=1, cutoff=0.8)
     return names[found[0]] if found else None
 
 
-INDEX_REGISTRY = "indexes.json"  # in the state folder: where indexes of this device's photos lie
+INDEX_REGISTRY = "indexes.json"  # in the state folder: paths of the indexes of this device's photos
 KINDS = {
     "device": ("name", "photos", "state", "policy"),
     "policy": ("max_epsilon", "delta"),
-    "experiment": ("question", "promise"),
-}  # the keys by which an owner's files, and the recipes that owners look at, are told apart
+    "experiment": ("question", "privacy"),
+}  # keys that distinguish the kinds of files
 
 
-def check_kind(path: Path, wanted: Literal["device", "policy", "experiment"]) -> None:
-    """Return unless a file is plainly of another kind; what else may be wrong with it is said by who reads it.
+def check_kind(path: Path, expected: Literal["device", "policy", "experiment"]) -> None:
+    """Check that a file is not clearly of another kind; its reader reports all other errors.
 
     Raises:
-        ConfigError: It is a file of another kind, or no YAML.
+        ConfigError: It is a file of another kind, or not YAML.
     """
     keys = keys_of(path)
     held = {kind: sum(key in keys for key in own) / len(own) for kind, own in KINDS.items()}
     most = max(held, key=lambda kind: held[kind])
-    if most != wanted and held[wanted] < held[most] and held[most] >= 0.5:
-        *others, last = KINDS[wanted]
+    if most != expected and held[expected] < held[most] and held[most] >= 0.5:
+        *others, last = KINDS[expected]
         article = "an" if most == "experiment" else "a"
-        other = "an" if wanted == "experiment" else "a"
+        other = "an" if expected == "experiment" else "a"
         raise ConfigError(
-            f"{path}: this is {article} {most} file; {other} {wanted} file has {', '.join(others)} and {last}"
+            f"{path}: this is {article} {most} file; {other} {expected} file has {', '.join(others)} and {last}"
         )
 
 
 def _faces(folder: Path, detector: Path | None, config: DeviceConfig, size: int) -> DeviceDataset:
-    """All faces that can be cut out, none if there are none.
+    """All face crops of the photos; empty if there are none.
 
-    Without a face the answer is noise alone, and a photo that has just gone is left out: a device that failed
-    instead would tell the server by it, without noise, that the folder is empty or that a photo changed.
+    Without a face the reply is noise alone, and a photo that was just deleted is left out. An error instead would
+    reveal to the server, without noise, that the folder is empty or that a photo changed.
     """
     finder = EmbeddedDetector() if detector is None else YuNetDetector(detector)
     policy = config.policy
@@ -243,7 +244,7 @@ def _faces(folder: Path, detector: Path | None, config: DeviceConfig, size: int)
     usable = []
     for number, crop in enumerate(library.crops(size)):
         if isinstance(crop, LibraryError):
-            log.warning("%s; it is left out of this round", crop)
+            log.warning("%s; skipped in this round", crop)
         else:
             images[number] = torch.from_numpy(np.array(crop)).permute(2, 0, 1)
             usable.append(number)
@@ -255,14 +256,14 @@ def _faces(folder: Path, detector: Path | None, config: DeviceConfig, size: int)
 
 
 def register_index(state: Path, index: Path) -> None:
-    """Remember where an index of this device's photos lies: it is named by their folder, which may be moved."""
+    """Record the path of an index of this device's photos: it is named after their folder, which may be moved."""
     known = registered_indexes(state)
     if index not in known:
         replace_text(state / INDEX_REGISTRY, json.dumps([str(path) for path in (*known, index)]))
 
 
 def registered_indexes(state: Path) -> list[Path]:
-    """Every index that was remembered; none where the note cannot be read."""
+    """All recorded indexes; empty if the registry cannot be read."""
     try:
         told = json.loads((state / INDEX_REGISTRY).read_text(encoding="utf-8"))
         return [Path(path) for path in told if isinstance(path, str)] if isinstance(told, list) else []

@@ -5,9 +5,10 @@ that into a vector of bounded L2 norm. A unit's photos are averaged, units are s
 server (Gaussian mechanism over Poisson-sampled units: Balle and Wang 2018, arXiv:1805.06530, Theorem 8, and the sampled
 form that the ledger prices).
 
-Every photo is evaluated by itself, with the same public start of a search: kernels round differently for batches of
-different sizes, and one photo more would shift the starts of the others. A photo on which a network fails adds nothing,
-and each takes the same steps: errors and timing must not leak unaccounted information.
+Every photo is evaluated separately, with the same public starting point of a search: kernels round differently for
+batches of different sizes, and an additional photo would shift the starting points of the others. A photo on which a
+network fails contributes zeros, and all take the same number of steps: errors and timing must not leak unaccounted
+information.
 """
 
 from __future__ import annotations
@@ -49,77 +50,74 @@ from fedface.upsampling.pulse import PulseConfig
 
 log = logging.getLogger("fedface.device")
 
-MAX_EVALUATIONS = 2_000  # of a network for one face
-MAX_LINEAR_SIZE = 3_072  # numbers of a small photo of which a square matrix is made, 32 px a side
-MAX_SAMPLES = 1_000_000  # latents that the distribution of styles is read from
-DETECTION_SIDE = 96  # pixels at which a detector gets a generated face: smaller ones are enlarged
+MAX_EVALUATIONS = 2_000  # network evaluations for one face
+MAX_LINEAR_SIZE = 3_072  # values of a low-resolution photo, the side of a square matrix; 32 x 32 px
+MAX_SAMPLES = 1_000_000  # latents from which the distribution of styles is estimated
+DETECTION_SIDE = 96  # px; smaller generated faces are enlarged for the detector
 
 
-def check_request(question: EvaluationRequest, model: Model) -> None:
-    """Refuse what no device should begin with; reads no photo.
+def check_request(request: EvaluationRequest, model: Model) -> None:
+    """Check a request before any photo is read.
 
     Raises:
-        ConfigError: The terms are not those of figures, the downscale adds noise, or it keeps a device busy for days.
+        ConfigError: The DP parameters are not those of metrics, the downscale adds noise, or the request is too
+            expensive.
     """
-    terms = question.dp
+    terms = request.dp
     if terms.schedule.steps_per_round != 1:
+        raise ConfigError(f"metrics need 1 step per round, got {terms.schedule.steps_per_round}")
+    if request.downscale.noise_std > 0:
         raise ConfigError(
-            f"figures are one release a question, got {terms.schedule.steps_per_round} steps a round"
+            "the downscale of an evaluation must not add noise, which one photo's metrics would not depend on alone"
         )
-    if question.downscale.noise_std > 0:
+    # An untrusted request must not occupy a device for days, nor exhaust its memory.
+    if (asked := evaluation_count(request.method)) > MAX_EVALUATIONS:
         raise ConfigError(
-            "the downscale of a question must add no noise: figures of one photo must be its own"
+            f"at most {MAX_EVALUATIONS:,} network evaluations per face are allowed, got {asked:,}"
         )
-    # A stranger's question must not keep a device busy for days, nor fill its memory before a photo is looked at.
-    if (asked := evaluation_count(question.method)) > MAX_EVALUATIONS:
-        raise ConfigError(
-            f"a question may run a network {MAX_EVALUATIONS:,} times for a face, asked for {asked:,}"
-        )
-    match question.method:
+    match request.method:
         case GuidedFlowConfig(covariance="isotropic"):
-            measured = 3 * question.downscale.low_side(model.size) ** 2
+            measured = 3 * request.downscale.low_side(model.size) ** 2
             if measured > MAX_LINEAR_SIZE:
                 raise ConfigError(
-                    f"guidance with covariance isotropic takes apart a matrix of {measured:,} rows; a question may ask "
-                    f"for {MAX_LINEAR_SIZE:,}"
+                    f"guided-flow with covariance isotropic factorises a matrix of {measured:,} rows; at most "
+                    f"{MAX_LINEAR_SIZE:,} are allowed"
                 )
         case (
             PulseConfig(mapping_samples=samples)
             | PulseEncoderInitConfig(pulse=PulseConfig(mapping_samples=samples))
         ):
             if samples > MAX_SAMPLES:
-                raise ConfigError(f"a question may draw {MAX_SAMPLES:,} latents, asked for {samples:,}")
+                raise ConfigError(f"at most {MAX_SAMPLES:,} mapping_samples are allowed, got {samples:,}")
         case _:
             pass
-    check_method(question.method, model, question.downscale, size=model.size)
-    # Once on a grey picture: what fails there fails before anything is booked, and says nothing of a photo.
+    check_method(request.method, model, request.downscale, size=model.size)
+    # A test on a grey image: an error here occurs before anything is recorded and reveals nothing about a photo.
     try:
-        _answerer(model, question, seed=0)(torch.full((1, 3, model.size, model.size), 0.5))
+        _answerer(model, request, seed=0)(torch.full((1, 3, model.size, model.size), 0.5))
     except (RuntimeError, ValueError, MemoryError) as error:
-        raise ConfigError(
-            f"this question cannot be answered, not even about a grey picture: {error}"
-        ) from error
+        raise ConfigError(f"this evaluation fails already on a grey image: {error}") from error
 
 
 def compute_local_metrics(
-    model: Model, mine: DeviceDataset, question: EvaluationRequest, *, seed: int, rng: NoiseSource
+    model: Model, mine: DeviceDataset, request: EvaluationRequest, *, seed: int, rng: NoiseSource
 ) -> Vector:
-    """The sum over this device's units, noised where its steps add the noise, shape (d,).
+    """The sum over this device's units, with noise if the device adds it, shape (d,).
 
-    Per library it is the mean over the photos that were drawn, 16 at most: cut and noised as one vector, see device.py.
+    With the unit library it is the mean over at most 16 sampled photos, clipped and noised as one vector.
 
     Args:
-        model: The model under question.
-        mine: The photos that are asked.
-        question: What is asked.
-        seed: Of the searches, public and the same for every photo.
-        rng: SecretNoise where something is promised.
+        model: The model under request.
+        mine: The photos to evaluate it on.
+        request: The request.
+        seed: Public seed of the searches, the same for every photo.
+        rng: SecretNoise under a privacy guarantee.
 
     Raises:
-        ConfigError: The method does not go with the model.
+        ConfigError: The method does not support the model.
     """
-    terms, config = question.dp, question.metrics
-    answer = _answerer(model, question, seed)
+    terms, config = request.dp, request.metrics
+    answer = _answerer(model, request, seed)
     units = mine.units(terms.unit)
 
     def rows(positions: Tensor) -> Tensor:
@@ -134,35 +132,36 @@ def compute_local_metrics(
 Answerer = Callable[[Images], Tensor]  # one photo (1, 3, s, s) -> its vector (1, d)
 
 
-def _answerer(model: Model, question: EvaluationRequest, seed: int) -> Answerer:
-    """What turns a photo into its vector; how long it takes is decided by the question, not by the photo."""
-    method = _to_the_end(with_workers(question.method, 1))
+def _answerer(model: Model, request: EvaluationRequest, seed: int) -> Answerer:
+    """A function from a photo to its vector; its running time depends on the request, not on the photo."""
+    method = _to_the_end(with_workers(request.method, 1))
     streams = Streams(seed).child("figures")
-    upsampler = make_upsampler(method, model, question.downscale, streams, size=model.size)
+    upsampler = make_upsampler(method, model, request.downscale, streams, size=model.size)
     detector = NetworkDetector()
 
     def answer(photo: Images) -> Tensor:
-        low = question.downscale.apply(photo).clamp(0.0, 1.0)
+        low = request.downscale.apply(photo).clamp(0.0, 1.0)
         found = upsampler.upsample(low, faces_per_photo=1)
         made = found.images[:, 0]
         seen = torch.tensor([bool(detector.find(_as_picture(made[0])))])
-        measured = measure_photos(photo, made, found.consistency_error[:, 0], seen, question.metrics)
-        return metric_vectors(measured, question.metrics, clip_norm=question.dp.schedule.clip_norm)
+        measured = measure_photos(photo, made, found.consistency_error[:, 0], seen, request.metrics)
+        return metric_vectors(measured, request.metrics, clip_norm=request.dp.schedule.clip_norm)
 
     return answer
 
 
 def _answered(answer: Answerer, photo: Images, config: LocalMetricsConfig) -> Tensor:
-    """One photo's vector, (1, d); zeros where a network broke on it, since an error would be an answer of its own."""
+    """One photo's vector, (1, d); zeros if a network failed on it, because an error would reveal information."""
     try:
         return answer(photo)
     except Exception:
-        log.exception("a photo could not be scored; it adds nothing")
+        log.exception("a photo could not be evaluated; it contributes zeros")
         return torch.zeros(1, config.width)
 
 
 def _to_the_end(method: Method) -> Method:
-    """A search that takes all its steps: when a face fits depends on the photo, and the server sees the time."""
+    """The method without early stopping: the step at which a face fits depends on the photo, and the server sees the
+    time."""
     match method:
         case PulseConfig():
             return replace(method, stop="end")
@@ -173,7 +172,7 @@ def _to_the_end(method: Method) -> Method:
 
 
 def _as_picture(face: Tensor) -> np.ndarray:
-    """A generated face (3, s, s) as a detector expects it: uint8 (side, side, 3), enlarged where it is small."""
+    """A generated face (3, s, s) as input of a detector: uint8 (side, side, 3), enlarged if small."""
     side = max(DETECTION_SIDE, face.shape[-1])
     large = functional.interpolate(face[None].nan_to_num(0.0), size=side, mode="bicubic", antialias=True)[0]
     pixels: np.ndarray = (

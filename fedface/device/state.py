@@ -1,6 +1,6 @@
-"""What a device stores, where, and whether it is intact; reading never creates a ledger.
+"""The files of a device, and whether they are intact; reading never creates a ledger.
 
-A device that works opens, and creates, its ledger itself (device/client.py).
+A running device opens, and creates, its ledger itself (device/client.py).
 """
 
 from __future__ import annotations
@@ -23,48 +23,48 @@ from fedface.privacy.ledger import Ledger, LedgerSnapshot
 from fedface.privacy.spending import price_of
 from fedface.privacy_units import Unit
 
-MIN_SQLITE_BYTES = 512  # SQLite takes a smaller file for empty, and would create a ledger over it
+MIN_SQLITE_BYTES = 512  # SQLite treats a smaller file as empty and would overwrite it
 
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerFiles:
-    """The files of one ledger, and whether they are there."""
+    """The files of one ledger, and whether they exist."""
 
     path: Path
-    witness: Path | None  # the folder that its owner names or, failing that, its head
+    witness: Path | None  # the folder in the device file or, if none, in the ledger's head
 
     @staticmethod
     def at(path: Path, witness: Path | None = None) -> LedgerFiles:
-        """The ledger at a path; reads its head alone."""
+        """The ledger at a path; only its head is read."""
         if witness is None:
             try:
                 head = Head.of_file(head_path(path))
-            except LedgerError:  # an error for whoever reads the ledger, none for whoever erases it
+            except LedgerError:  # readers of the ledger report it; erasing must work regardless
                 head = None
             witness = None if head is None or head.witness is None else Path(head.witness)
         return LedgerFiles(path=path, witness=witness)
 
     @property
     def head(self) -> Path:
-        """The file beside it that stores the digest of its newest record."""
+        """The file with the digest of its newest record."""
         return head_path(self.path)
 
     @property
     def witness_file(self) -> Path | None:
-        """The file that its witness stores, if it has one."""
+        """The witness file, if there is a witness."""
         return None if self.witness is None else witness_path(self.path, self.witness)
 
     @property
     def witnessed(self) -> bool:
-        """Whether the witness's file is there."""
+        """Whether the witness file exists."""
         return self.witness_file is not None and self.witness_file.exists()
 
     def open_existing(self) -> Ledger | None:
-        """A session, verified; None where there is neither a ledger nor a trace of a used one.
+        """A verified session; None if there is no ledger and no trace of one.
 
         Raises:
-            LedgerError: It is damaged, was rolled back, or has gone while its head or its witness remembers it.
-            ConfigError: There is a file that is no ledger.
+            LedgerError: It is damaged or rolled back, or missing although its head or witness exists.
+            ConfigError: The file is not a ledger.
         """
         heads = [head for place in (self.head, self.witness_file) if place and (head := Head.of_file(place))]
         if not self.path.is_file():
@@ -72,12 +72,12 @@ class LedgerFiles:
                 return None
         elif self.path.stat().st_size < MIN_SQLITE_BYTES and not heads:
             raise ConfigError(f"{self.path}: no ledger here, only {self.path.stat().st_size} bytes")
-        # A ledger without a witness would begin one in a folder that is named to it; reading must not do that.
+        # Opening with a new witness folder would create a witness; reading must not.
         named = self.witnessed or any(head.witness for head in heads)
         return Ledger.open(self.path, self.witness if named else None)
 
     def read(self) -> LedgerSnapshot:
-        """Everything, verified; an empty snapshot where there is no ledger. Raises as `open_existing`."""
+        """All records, verified; an empty snapshot if there is no ledger. Raises like `open_existing`."""
         ledger = self.open_existing()
         if ledger is None:
             return LedgerSnapshot()
@@ -85,46 +85,46 @@ class LedgerFiles:
             return ledger.read()
 
     def verify(self) -> LedgerSnapshot:
-        """Everything, verified.
+        """All records, verified.
 
         Raises:
             ConfigError: There is no ledger.
-            LedgerError: It is damaged, was rolled back, or has gone.
+            LedgerError: It is damaged, rolled back or missing.
         """
         snapshot = self.read()
         if not self.path.is_file():
-            raise ConfigError(f"{self.path}: no ledger here; nothing was booked yet")
+            raise ConfigError(f"{self.path}: no ledger here; nothing was recorded yet")
         return snapshot
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceState:
-    """What one device stores; constructing it creates, opens and scans nothing."""
+    """The files of one device; constructing it creates, opens and scans nothing."""
 
-    device: Device  # to be asked for its files and its policy, not for photos
-    photos: Path  # the folder of photos, which may have gone
+    device: Device  # for its paths and policy; its photos cannot be read
+    photos: Path  # the folder of photos, which may not exist any more
     ledger: LedgerFiles
 
     @property
     def index(self) -> Path:
-        """What scans found in the photos: dates, places, faces' positions."""
+        """The photo index: dates, places, face positions, crops."""
         return default_cache(self.photos)
 
     @property
     def indexes(self) -> list[Path]:
-        """That index, and those of the folders where this device's photos lay before they were moved."""
+        """All indexes, including those of folders where the photos were before they were moved."""
         return list(dict.fromkeys([self.index, *registered_indexes(self.device.state)]))
 
 
 def known_runs(snapshot: LedgerSnapshot) -> list[str]:
-    """Every run that ever asked, by name."""
+    """The names of all runs that sent a task."""
     suffix = metrics_ledger_key("")
     booked = {entry.run.removesuffix(suffix) for entry in snapshot.entries}
     return sorted(booked | {record.run for record in snapshot.log})
 
 
 def device_state(path: Path) -> DeviceState:
-    """What the device of an owner's file stores. Raises ConfigError if the file cannot be read."""
+    """The state of the device in an owner's file. Raises ConfigError if the file cannot be read."""
     config = read(path, DeviceConfig)
     home = path.resolve().parent
     device = Device(
@@ -139,18 +139,18 @@ def device_state(path: Path) -> DeviceState:
 
 
 def state_of_device(device: Device, photos: Path) -> DeviceState:
-    """What a device stores whose photos lie in this folder."""
+    """The state of a device with photos in this folder."""
     return DeviceState(
         device=device, photos=photos, ledger=LedgerFiles.at(device.ledger_path, device.witness)
     )
 
 
 def _unread(size: int) -> DeviceDataset:
-    raise FederationError("whoever reads a device's ledger does not read its photos")
+    raise FederationError("reading a device's ledger does not read its photos")
 
 
 def export(snapshot: LedgerSnapshot, *, delta: float, unit: Unit, now: datetime) -> str:
-    """A ledger as JSON text, with its head and what everything costs together."""
+    """A ledger as JSON text, with its head and its total cost."""
     exported = {
         "created": now.isoformat(timespec="seconds"),
         "format": FORMAT,
@@ -162,15 +162,15 @@ def export(snapshot: LedgerSnapshot, *, delta: float, unit: Unit, now: datetime)
 
 
 def write_new(path: Path, text: str) -> None:
-    """Write a new file that its owner alone can read; on disk when this returns.
+    """Write a new private file; it is on disk when this returns.
 
     Raises:
-        ConfigError: There is a file already.
+        ConfigError: The file exists.
     """
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError as error:
-        raise ConfigError(f"{path}: is there already, and is not overwritten; name another file") from error
+        raise ConfigError(f"{path} exists and is not overwritten; choose another name") from error
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

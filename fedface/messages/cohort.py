@@ -1,4 +1,4 @@
-"""What a coordinator needs of its devices, whichever transport carries the messages."""
+"""The coordinator's interface to its devices, independent of the transport."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ OnReply = Callable[[int], None]  # called with a device's number when its reply 
 
 
 class Cohort(Protocol):
-    """Devices that can be asked, each under a number that stays the same during a run."""
+    """Devices that can be sent tasks, each under a number that is constant during a run."""
 
-    def members(self, wanted: int) -> Sequence[int]:
-        """The numbers of the connected devices, ascending; waits until `wanted` of them are connected.
+    def members(self, count: int) -> Sequence[int]:
+        """The numbers of the connected devices, ascending; waits until at least `count` are connected.
 
         Raises:
             FederationError: They did not connect in time.

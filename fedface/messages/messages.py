@@ -68,13 +68,13 @@ class RoundConfig:
     architecture: Architecture
     aggregation: AggregationConfig
     agreement: AggregationParameters
-    holdout_fraction: Annotated[float, In("[0, 1)")] = 0.0  # share of the units that is not trained on
+    holdout_fraction: Annotated[float, In("[0, 1)")] = 0.0  # fraction of the units that is not trained on
 
 
 @dataclass(frozen=True, kw_only=True)
 @checked
 class EvaluationRequest:
-    """Everything public that a device needs to evaluate one model on its own photos; no epsilon here either."""
+    """Everything public that a device needs to evaluate one model on its own photos."""
 
     dp: DPParameters
     architecture: Architecture
@@ -83,7 +83,7 @@ class EvaluationRequest:
     metrics: LocalMetricsConfig
     aggregation: AggregationConfig
     agreement: AggregationParameters
-    # Share of the units that is evaluated; 0 means all of them, because nothing was trained on them.
+    # Fraction of the units that is evaluated; 0 means all of them, because no unit was used for training.
     holdout_fraction: Annotated[float, In("[0, 1)")] = 0.0
 
     def ranges(self) -> Vector:
@@ -100,8 +100,8 @@ class TrainTask:
 
     run: RunName  # the same in every round
     round: Count  # from 1
-    cohort: Count  # how many devices are asked, as the server says
-    seed: Seed  # of replayable streams: latents of generated images, directions of low-rank changes
+    cohort: Count  # how many devices are asked, according to the server
+    seed: Seed  # of reproducible streams: latents of generated images, low-rank directions
     config: RoundConfig
     weights: Vector  # of all networks of the model, flat (d,)
     buffers: Vector  # noise maps and mean style, flat; empty for a flow
@@ -116,7 +116,7 @@ class TrainTask:
 @dataclass(frozen=True, kw_only=True)
 @checked
 class EvaluateTask:
-    """Evaluate this model on photos of your own and send the protected sums of metrics."""
+    """Evaluate this model on the device's own photos and send the protected sums of metrics."""
 
     kind: ClassVar[str] = "evaluate"
 
@@ -131,14 +131,14 @@ class EvaluateTask:
 
     @property
     def ledger_key(self) -> str:
-        """The name under which the ledger records it: a run's metrics are releases beside its updates."""
+        """The name under which the ledger records it; a run's metrics are separate releases."""
         return metrics_ledger_key(self.run)
 
 
 @dataclass(frozen=True, kw_only=True)
 @checked
 class DecryptTask:
-    """Decrypt this sum: only a device that holds the key can. The sum is public once decrypted."""
+    """Decrypt this sum, which needs the shared key. The sum is public once decrypted."""
 
     kind: ClassVar[str] = "decrypt"
 
@@ -159,7 +159,7 @@ Task = TrainTask | EvaluateTask | DecryptTask
 
 
 def metrics_ledger_key(run: str) -> str:
-    """The ledger's name for what a run evaluates beside its updates."""
+    """The ledger's name for the metrics of a run."""
     return f"{run}/metrics"
 
 
@@ -201,13 +201,13 @@ class DecryptResult:
 @dataclass(frozen=True, kw_only=True)
 @checked
 class Refusal:
-    """A device's "no", a normal reply."""
+    """A refusal by the device's policy, which is a normal reply."""
 
     kind: ClassVar[str] = "refusal"
 
     device: Name
     reason: str
-    withdrawn: bool = False  # the owner has left this run, and the server is to forget the device
+    withdrawn: bool = False  # the owner has left this run; the server must delete the device's name
 
 
 Reply = TrainResult | EvaluateResult | DecryptResult | Refusal
@@ -215,13 +215,13 @@ Reply = TrainResult | EvaluateResult | DecryptResult | Refusal
 
 @dataclass(frozen=True)
 class Failure:
-    """No usable reply from a device, and why: it is dropped for the round and named."""
+    """No usable reply from a device, with the reason; the device is left out of the round and named."""
 
     reason: str
 
 
 def to_message(content: Task | Reply) -> Message:
-    """A task or a reply for the wire: bytes and vectors as blobs, everything else in the header."""
+    """Encode a task or a reply: bytes and vectors as blobs, everything else in the header."""
     blobs: dict[str, bytes] = {}
     for field in fields(content):
         match getattr(content, field.name):
@@ -233,7 +233,7 @@ def to_message(content: Task | Reply) -> Message:
 
 
 def protection_of(task: Task) -> str:
-    """How what leaves the device is protected, in words for its owner."""
+    """How the reply to a task is protected, in words for the device's owner."""
     match task:
         case TrainTask(config=config) | EvaluateTask(request=config):
             dp, aggregation = config.dp, config.aggregation
@@ -249,7 +249,7 @@ def protection_of(task: Task) -> str:
         noise = f"noise added here (multiplier {dp.noise_multiplier:.3g}), a privacy guarantee per {dp.unit}"
     hidden = isinstance(aggregation, HomomorphicConfig)
     return f"{noise}; " + (
-        "encrypted, only the sum over devices is opened" if hidden else "not encrypted: the server sees it"
+        "encrypted, only the sum over devices is decrypted" if hidden else "not encrypted: the server sees it"
     )
 
 
@@ -259,10 +259,10 @@ def vector_bytes(vector: Vector) -> bytes:
 
 
 def vector_from(written: bytes) -> Vector:
-    """What `vector_bytes` wrote; ValueError where the length does not fit or a number is not finite."""
+    """Inverse of `vector_bytes`; ValueError if the length is wrong or a number is not finite."""
     if not written or len(written) % 4:
         raise ValueError(f"a vector needs 4 bytes for each number, got {len(written)} bytes")
     vector = torch.from_numpy(np.frombuffer(written, dtype="<f4").astype(np.float32))
     if not torch.isfinite(vector).all():
-        raise ValueError("a vector holds numbers that are not finite")
+        raise ValueError("a vector has numbers that are not finite")
     return vector

@@ -22,7 +22,7 @@ def read_task(message: Message) -> Task:
 
 
 def read_reply(message: Message) -> Reply:
-    """The reply in a message; the words of a refusal are cut to 1000 printable characters, since they are printed.
+    """The reply in a message; the reason of a refusal is truncated to 1000 printable characters.
 
     Raises:
         FederationError: It is not a reply of this version, or a part is missing or out of range.

@@ -44,7 +44,7 @@ def describe_devices(experiment: Experiment) -> list[tuple[str, str, int | None]
             ]
         case RemoteDevices():
             return [
-                (f"real device {i + 1}", "photos of its owner; nothing else is known", None)
+                (f"real device {i + 1}", "photos of its owner; not described", None)
                 for i in range(devices.count)
             ]
         case _:
@@ -54,7 +54,7 @@ def describe_devices(experiment: Experiment) -> list[tuple[str, str, int | None]
 def device_faces(experiment: Experiment, count: int, size: int, *, part: int = 0) -> Images | None:
     """About `count` public faces distributed like those of all devices together; None for remote devices.
 
-    Parts with different numbers share no face, as long as there are so many.
+    Parts with different numbers are disjoint if there are enough faces.
     """
     devices = experiment.devices
     match devices:
@@ -99,7 +99,7 @@ def device_photos(experiment: Experiment, number: int, size: int) -> Images:
 
 @lru_cache(maxsize=2)
 def _labelled_faces(devices: LabelledDevices, probe: object, size: int) -> tuple[Images, tuple[str, ...]]:
-    """All photos that labelled devices share out, and their groups."""
+    """All photos that are distributed among labelled devices, and their groups."""
     path, shared = find_labelled_set(devices.folder, devices.set)
     faces, _ = facing_camera(read_face_folder(path, size=size, label=devices.label), devices.profile_faces)
     if shared and isinstance(probe, LabelledProbe):

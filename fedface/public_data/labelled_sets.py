@@ -1,4 +1,4 @@
-"""Labelled public photos: where a set lies, which faces look at the camera, and the first of each group."""
+"""Labelled public photos: finding a set, selecting faces towards the camera, and the first of each group."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedface.photos.labelled_faces import LabelledFaces, labelled_sets
 
 
 def check_sources(experiment: Experiment) -> None:
-    """Check that labelled photos are where the experiment says, before a run starts.
+    """Check that the experiment's labelled photos exist, before a run starts.
 
     Raises:
         LibraryError: A folder is missing or holds no labelled photos.
@@ -24,11 +24,9 @@ def check_sources(experiment: Experiment) -> None:
 
 
 def find_labelled_set(folder: Path, name: str) -> tuple[Path, bool]:
-    """Where a labelled set is, and whether devices and probe must share it because there is only one."""
+    """The path of a labelled set, and whether devices and probe must share it because there is only one."""
     if not folder.exists():
-        raise LibraryError(
-            f"{folder}: no such folder of labelled photos; say where it is with --photos FOLDER"
-        )
+        raise LibraryError(f"{folder}: no such folder of labelled photos; give it with --photos FOLDER")
     table = folder / f"{name}.csv"
     if name and folder.is_dir() and table.is_file():
         return table, False
@@ -43,8 +41,8 @@ def facing_camera(faces: LabelledFaces, turned: str) -> tuple[LabelledFaces, Cou
     """The faces that look towards the camera, and how many of each group are turned away.
 
     FFHQ's crop of a profile in a tight photo is mostly mirrored border, which a generator of frontal faces cannot
-    reproduce. A face counts as turned when its eyes are closer than 0.18 of the crop (0.26 is frontal),
-    or its nose lies outside the middle 60 % between them.
+    reproduce. A face counts as turned if its eyes are closer than 0.18 of the crop (0.26 is frontal), or if its
+    nose is outside the middle 60 % between them.
     """
     if turned == "keep":
         return faces, Counter()

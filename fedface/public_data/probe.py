@@ -1,4 +1,4 @@
-"""The public probe: labelled faces that no device holds, on which methods and models are compared by group."""
+"""The public probe: labelled faces that no device has, for comparing methods and models by group."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedface.tensor_types import Images
 
 @dataclass(frozen=True, kw_only=True)
 class PublicProbe:
-    """Labelled faces that no device holds."""
+    """Labelled faces that no device has."""
 
     images: Images  # (n, 3, size, size)
     groups: tuple[str, ...]  # n of them

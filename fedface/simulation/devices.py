@@ -15,10 +15,10 @@ from fedface.transport.run_config import devices_folder, read_run_config
 
 
 def prepare(experiment: Experiment, folder: Path) -> None:
-    """Make each simulated device's state folder, and the shared key where sums need one.
+    """Create each simulated device's state folder, and the shared key if sums are encrypted.
 
-    The key is made here because the simulation stands for all devices; the coordinator does not get it. Nothing that
-    exists is replaced.
+    The key is generated here because the simulation plays all devices; the coordinator does not receive it. Existing
+    files are not replaced.
     """
     if isinstance(experiment.devices, RemoteDevices):
         return
@@ -28,7 +28,7 @@ def prepare(experiment: Experiment, folder: Path) -> None:
     missing = [state for state in states if not (state / "sum.key").exists()]
     if 0 < len(missing) < len(states):
         raise FederationError(
-            f"{missing[0]}: its key is missing while other devices still have theirs; start a new run"
+            f"{missing[0]}: its key is missing although other devices have theirs; start a new run"
         )
     if missing and (keys := make_keys(experiment.aggregation, experiment.agreement)) is not None:
         for state in missing:
@@ -36,16 +36,14 @@ def prepare(experiment: Experiment, folder: Path) -> None:
 
 
 def simulated_device(experiment: Experiment, number: int, folder: Path) -> Device:
-    """Simulated device `number`, from 0; its photos are rendered or read when a round first needs them."""
+    """Simulated device `number`, from 0; its photos are rendered or read on first use."""
     if isinstance(experiment.devices, RemoteDevices):
         raise FederationError(
-            "this experiment waits for real devices; start it with `flwr run` against a SuperLink, "
-            "or give it synthetic-devices or labelled-devices"
+            "this experiment needs remote devices; start it with `flwr run` against a SuperLink, "
+            "or use synthetic-devices or labelled-devices"
         )
     if not 0 <= number < experiment.devices.count:
-        raise FederationError(
-            f"this experiment has {experiment.devices.count} devices, asked for number {number}"
-        )
+        raise FederationError(f"this experiment has {experiment.devices.count} devices, got number {number}")
 
     devices = experiment.devices
     per_occasion = devices.photos_per_occasion if isinstance(devices, SyntheticDevices) else 1

@@ -26,19 +26,19 @@ from fedface.transport.client import client_app
 from fedface.transport.server import GridCohort
 from fedface.transport.wire import DEVICE_ERROR
 
-SERVER_NODE = 1  # Flower's name for the server's end of a message
+SERVER_NODE = 1  # Flower's node id of the server
 RUN = 1  # a grid in one process has one run
 
 
 class InProcessGrid(Grid):
     """A Grid without Flower's server: the ClientApp answers in this process, one device per core.
 
-    One thread per device is faster than two per convolution, since small networks leave the second idle. Every message
-    and reply is serialised and parsed, so that no two devices ever share an object.
+    One thread per device is faster than two per convolution, because small networks cannot use the second. Every
+    message and reply is serialised and parsed, so that devices never share an object.
     """
 
     def __init__(self, app: ClientApp, count: int, config: UserConfig) -> None:
-        """Nodes 1 to `count`, whose partitions count from 0; `config` is the run's."""
+        """Nodes 1 to `count`, with partitions numbered from 0; `config` is the run config."""
         self._app = app
         self._run = Run.create_empty(RUN)
         self._waiting: dict[str, FlowerMessage] = {}
@@ -88,7 +88,7 @@ class InProcessGrid(Grid):
         return names
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[FlowerMessage]:
-        """Let the devices that were asked first answer, as many in parallel as there are cores."""
+        """Have the devices answer in the order of the messages, as many in parallel as there are cores."""
         ids = set(message_ids)
         turn = [name for name in self._waiting if name in ids][: self._cores]
         asked = [self._waiting.pop(name) for name in turn]
@@ -118,11 +118,11 @@ def in_process_cohort(experiment: Experiment, folder: Path) -> GridCohort:
     """All simulated devices of an experiment in this process, prepared in `folder`.
 
     Raises:
-        FederationError: The experiment waits for real devices.
+        FederationError: The experiment needs remote devices.
     """
     if isinstance(experiment.devices, RemoteDevices):
         raise FederationError(
-            "this experiment waits for real devices; start a SuperLink and `flwr run` it (server/README.md)"
+            "this experiment needs remote devices; start a SuperLink and `flwr run` it (server/README.md)"
         )
     prepare(experiment, folder)
 

@@ -1,4 +1,4 @@
-"""The device's end of Flower: a ClientApp that answers for a device.
+"""The device's side of Flower: a ClientApp that answers tasks.
 
 The same ClientApp runs in one process (simulation/in_process.py), in Ray's actors, and on a SuperNode.
 """
@@ -24,7 +24,7 @@ log = logging.getLogger("fedface.device")
 
 
 def client_app(device_for: Callable[[Context], Device]) -> ClientApp:
-    """The app that answers for one device or many; `device_for` says for which one a message is."""
+    """A ClientApp for one or several devices; `device_for` returns the device that a message is for."""
     app = ClientApp()
 
     @app.train()
@@ -53,12 +53,12 @@ def _answer(
         log.warning("%s", error)
         return FlowerMessage(Error(DEVICE_ERROR, str(error)[:MAX_REASON]), reply_to=message)
     except Exception as error:
-        # Caught broadly on purpose: Flower would send the text of any other error to the server.
+        # Every error is caught: Flower would otherwise send its text to the server.
         if isinstance(error, FedfaceError):
             log.warning("this device could not answer: %s", error)
         else:
             log.exception("this device could not answer")
-        reason = f"the device stopped with {type(error).__name__}; its own log says why"
+        reason = f"the device stopped with {type(error).__name__}; see its own log"
         return FlowerMessage(Error(DEVICE_ERROR, reason), reply_to=message)
 
 

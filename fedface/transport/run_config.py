@@ -1,6 +1,6 @@
 """The run config of a Flower run: which experiment, with which changes, and the run's folder.
 
-Server and simulated devices read it independently and arrive at the same folder.
+Server and simulated devices read it independently and find the same folder.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 from fedface.errors import ConfigError
 from fedface.experiment import Experiment, for_ranking, read_experiment
 
-DEFAULT_RUNS = Path.home() / "fedface-runs"  # where runs go when the run config names no folder
+DEFAULT_RUNS = Path.home() / "fedface-runs"  # default folder of runs
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A run config, read."""
+    """A validated run config."""
 
     experiment: Experiment
     folder: Path  # of this run

@@ -1,4 +1,4 @@
-"""The server's end of Flower: the devices behind a Grid, as a cohort that can be asked."""
+"""The server's side of Flower: the devices of a Grid as a `Cohort`."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ from fedface.transport.wire import DECRYPT, EVALUATE, MAX_REASON, TRAIN, from_re
 
 
 class GridCohort:
-    """The devices behind a Grid, a `Cohort`. They are numbered from 0 in the order in which they connected."""
+    """The devices of a Grid. They are numbered from 0 in the order in which they connected."""
 
     def __init__(self, grid: Grid, *, come_within: float = 600.0, answer_within: float = 3600.0) -> None:
-        """How long to wait, in seconds, for devices to connect and for the replies of one round."""
+        """Timeouts in seconds for devices to connect and for the replies of one round."""
         self._grid = grid
         self._come_within = come_within
         self._answer_within = answer_within
         self._nodes: list[int] = []  # number -> Flower's id of the node
 
-    def members(self, wanted: int) -> Sequence[int]:
-        """The numbers of the connected devices, ascending; waits until `wanted` of them are connected.
+    def members(self, count: int) -> Sequence[int]:
+        """The numbers of the connected devices, ascending; waits until at least `count` are connected.
 
         Raises:
             FederationError: They did not connect in time.
         """
         wait = _Wait(self._come_within)
-        while len(nodes := sorted(self._grid.get_node_ids())) < wanted:
+        while len(nodes := sorted(self._grid.get_node_ids())) < count:
             if wait.over():
                 raise FederationError(
-                    f"expected {wanted} devices, {len(nodes)} connected within {self._come_within:.0f} s; start the "
-                    f"others, or give a simulation that many: --federation-config 'num-supernodes={wanted}'"
+                    f"expected {count} devices, {len(nodes)} connected within {self._come_within:.0f} s; start the "
+                    f"others, or give a simulation that many: --federation-config 'num-supernodes={count}'"
                 )
         self._nodes += [node for node in nodes if node not in self._nodes]
         return sorted(self._nodes.index(node) for node in nodes)
@@ -63,7 +63,7 @@ class GridCohort:
         for number in members:
             ttl = None if math.isinf(self._answer_within) else self._answer_within
             message = FlowerMessage(record, self._nodes[number], kind, ttl=ttl, group_id=str(task.round))
-            # One at a time: Flower leaves a message that it could not deliver out of its answer.
+            # One at a time: Flower omits undeliverable messages from its result.
             names = [name for name in self._grid.push_messages([message]) if name]
             if names:
                 waiting[names[0]] = number
@@ -87,7 +87,7 @@ class GridCohort:
 
 
 class _Wait:
-    """Sleeps between two polls, longer and longer up to two seconds, until the time is over."""
+    """Exponential backoff between polls, at most two seconds, until the timeout."""
 
     def __init__(self, seconds: float) -> None:
         self._until = time.monotonic() + seconds

@@ -1,7 +1,7 @@
 """The wire form of a message: a Flower record with one JSON header and named byte arrays.
 
-An error's text may name a photo or a folder of the owner, so only errors about the task itself are sent in their own
-words; of all others the server learns that there was one, and the owner reads it in the device's log.
+An error's text may name a photo or a folder of the owner, so only the text of errors about the task itself is sent. Of
+all others the server learns only the type; the owner finds the text in the device's log.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from fedface.messages.messages import Message
 
 STYPE = "fedface.bytes"
 HEADER, BLOBS = "fedface", "blobs"  # the two records of a message
-MAX_HEADER = 1 << 20  # characters; ours have about two thousand
-MAX_REASON = 500  # characters of an error that are sent or kept
+MAX_HEADER = 1 << 20  # characters; headers have about two thousand
+MAX_REASON = 500  # characters of an error that are sent or stored
 DEVICE_ERROR = 500  # Flower reserves codes below 100
 TRAIN, EVALUATE, DECRYPT = "train", "evaluate", "query.decrypt"  # Flower's message types
 
 
 def to_record(message: Message) -> RecordDict:
-    """A message as Flower carries it: the header as text, each blob as an array of bytes.
+    """A message as a Flower record: the header as text, each blob as an array of bytes.
 
-    A ConfigRecord could hold the blobs as well, and is thirty times slower.
+    Blobs in a ConfigRecord would be thirty times slower.
     """
     arrays = {
         name: Array(dtype="uint8", shape=(), stype=STYPE, data=bytes(blob))
@@ -32,7 +32,7 @@ def to_record(message: Message) -> RecordDict:
 
 
 def from_record(record: RecordDict) -> Message:
-    """The message in a record that `to_record` made; nothing in it is executed or unpacked.
+    """Inverse of `to_record`; nothing in the record is executed or unpickled.
 
     Raises:
         FederationError: The record has another form.

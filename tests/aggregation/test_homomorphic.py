@@ -136,7 +136,7 @@ def test_the_server_has_no_key_and_can_neither_protect_nor_reveal() -> None:
         server.reveal(total)
     with pytest.raises(AggregationError, match="no key"):
         server.protect(torch.zeros(5), 0)
-    with pytest.raises(AggregationError, match="none was given"):
+    with pytest.raises(AggregationError, match="got none"):
         make_device(CONFIG, AGREEMENT, None)
 
 
@@ -144,7 +144,7 @@ def test_another_key_opens_nothing() -> None:
     """By its name first; and if the name is forged, the noise budget of SEAL is zero."""
     other = HomomorphicDevice(CONFIG, AGREEMENT, HomomorphicKeys.make(CONFIG, AGREEMENT))
     total = SERVER.combine([DEVICE.protect(update, 0) for update in _updates(2, 5)])
-    with pytest.raises(AggregationError, match="under key"):
+    with pytest.raises(AggregationError, match="encrypted with key"):
         other.reveal(total)
     with pytest.raises(AggregationError, match="noise budget"):
         other.reveal(_with(total, key=other.key_name))
@@ -157,7 +157,7 @@ def test_a_sum_of_too_few_updates_is_not_opened_even_if_its_header_lies() -> Non
     single = DEVICE.protect(_updates(1, 5)[0], 0)
     with pytest.raises(AggregationError, match="at least 2"):
         DEVICE.reveal(single)
-    with pytest.raises(AggregationError, match="the sum itself holds 1"):
+    with pytest.raises(AggregationError, match="the sum itself 1"):
         DEVICE.reveal(_with(single, count=2))
 
 

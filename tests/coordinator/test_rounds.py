@@ -161,9 +161,9 @@ def spoilt(kind: str, reply: TrainResult) -> Reply | Failure:
 @pytest.mark.parametrize(
     ("kind", "named", "words"),
     [
-        ("noise", "device-01", "not a payload"),
-        ("empty", "device-01", "not a payload"),
-        ("cut", "device-01", "damaged or cut off"),
+        ("noise", "device-01", "payload cannot be read"),
+        ("empty", "device-01", "payload cannot be read"),
+        ("cut", "device-01", "damaged or truncated"),
         ("shorter", "device-01", "weights, got 1 of round 1"),
         ("yesterday", "device-01", "of round 7"),
         ("nan", "device-01", "not finite"),

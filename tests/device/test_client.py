@@ -256,7 +256,7 @@ def test_a_ledger_rolled_back_is_noticed_by_its_head_or_with_it_by_its_witness(
 def test_weights_under_a_false_name_are_found_out_before_the_booking(device: Device, task: TrainTask) -> None:
     """The hash in the task is the server's word; the ledger remembers the device's own."""
     other = replace(task, weights=flatten_parameters(*tiny_gan("other").modules()))
-    with pytest.raises(WeightsError, match=f"says that its weights are {task.model}"):
+    with pytest.raises(WeightsError, match=f"states weights {task.model}"):
         handle_task(other, replace(device, photos=unreadable))
     assert booked(device) == []
 
@@ -419,7 +419,7 @@ def test_a_device_opens_the_sum_of_a_round_it_has_a_part_in(tmp_path: Path) -> N
     assert float(opened.total.min()) >= -1e-3 and float(opened.total.max()) <= 2 + 1e-3
 
     elsewhere = handle_task(replace(reveal_task(experiment, total), run="another"), device)
-    assert isinstance(elsewhere, Refusal) and "no part in round 1 of another" in elsewhere.reason
+    assert isinstance(elsewhere, Refusal) and "did not take part in round 1 of another" in elsewhere.reason
     with pytest.raises(AggregationError, match="at least 2 updates"):
         handle_task(reveal_task(experiment, server.combine([ones])), device)
 
@@ -437,7 +437,7 @@ def test_a_device_does_not_open_the_sum_of_another_round(tmp_path: Path) -> None
     assert isinstance(first, TrainResult) and isinstance(
         handle_task(replace(task, round=2), device), TrainResult
     )
-    with pytest.raises(FederationError, match="wanted the sum of round 2, got one of round 1"):
+    with pytest.raises(FederationError, match="expected the sum of round 2, got that of round 1"):
         handle_task(reveal_task(experiment, Payload.from_bytes(first.payload), round=2), device)
 
 

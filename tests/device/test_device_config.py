@@ -137,7 +137,9 @@ def test_nothing_is_answered_while_a_barred_folder_seems_mistyped(
     assert load_device(home / "device.yaml").name == "kitchen"
     assert "policy.exclude_folders: there is no folder Private in" in caplog.text
     (home / "photos" / "Privat").mkdir()
-    with pytest.raises(ConfigError, match=r"policy.exclude_folders: .*did you mean Privat\? Mend the line"):
+    with pytest.raises(
+        ConfigError, match=r"policy.exclude_folders: .*did you mean Privat\? Correct the line"
+    ):
         load_device(home / "device.yaml")
 
 
@@ -166,7 +168,7 @@ def test_checking_a_device_makes_nothing(home: Path) -> None:
     [
         (POLICY, "device", "this is a policy file; a device file has name, photos, state and policy"),
         (FILE, "policy", "this is a device file; a policy file has max_epsilon and delta"),
-        (FILE, "experiment", "this is a device file; an experiment file has question and promise"),
+        (FILE, "experiment", "this is a device file; an experiment file has question and privacy"),
         ("question: q\nname: n\nprivacy: {}", "policy", "this is an experiment file; a policy file has"),
     ],
 )
@@ -199,7 +201,7 @@ def test_what_may_be_of_its_kind_is_left_to_its_reader(
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("photos: photos", "photos: elsewhere", "wanted a folder"),
+        ("photos: photos", "photos: elsewhere", "photos: there is no folder"),
         ("max_epsilon", "max_epsilom", 'did you mean "max_epsilon"'),
         ("delta: 1e-6", "delta: 2", "device.yaml:7: policy.delta: must lie in"),
         ("name: kitchen", 'name: "a\\tb"', "device.yaml:2: name: must be a text"),
@@ -279,7 +281,7 @@ def test_an_index_of_a_folder_that_was_moved_is_erased_too(home: Path) -> None:
 def test_a_new_state_folder_is_said(home: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A device file that was moved away from its state counts from zero: nobody but its owner can know."""
     load_device(home / "device.yaml")
-    assert "is not known there" in caplog.text
+    assert "not recorded there" in caplog.text
     caplog.clear()
     load_device(home / "device.yaml")
     assert not caplog.text

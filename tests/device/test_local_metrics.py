@@ -104,13 +104,16 @@ def test_the_work_of_a_method_is_known_before_it_begins(method: Method, work: in
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"method": PulseConfig(steps=10**9)}, "may run a network"),
-        ({"method": PulseConfig(mapping_samples=10**12)}, "may draw"),
-        ({"method": PulseEncoderInitConfig(pulse=PulseConfig(mapping_samples=10**12))}, "may draw"),
-        ({"downscale": Chain(parts=(BicubicPulse(4), Noise(0.1)))}, "no noise"),
+        ({"method": PulseConfig(steps=10**9)}, "network evaluations per face"),
+        ({"method": PulseConfig(mapping_samples=10**12)}, "mapping_samples are allowed"),
+        (
+            {"method": PulseEncoderInitConfig(pulse=PulseConfig(mapping_samples=10**12))},
+            "mapping_samples are allowed",
+        ),
+        ({"downscale": Chain(parts=(BicubicPulse(4), Noise(0.1)))}, "not add noise"),
         (
             {"dp": DPParameters(schedule=replace(ONCE, steps_per_round=2), noise_multiplier=1.0)},
-            "one release",
+            "1 step per round",
         ),
     ],
 )

@@ -161,7 +161,7 @@ def test_a_stake_is_what_was_booked_for_the_run_and_its_questions(home: Path) ->
     mine = withdrawal_impact(used(home), "faces")
     assert (mine.rounds, mine.evaluations, mine.withdrawn) == ((1, 2), (1,), None)
     assert mine.price == epsilon_of(compose([EVENT] * 3), 1e-6)
-    assert "updates of rounds 1, 2 and figures of question 1" in mine.lasting()[0]
+    assert "updates of rounds 1, 2 and metrics of evaluation 1" in mine.lasting()[0]
     assert str(mine.price) in mine.lasting()[1]
 
 
@@ -197,23 +197,23 @@ def test_leaving_twice_is_as_leaving_once(home: Path) -> None:
 
 
 def test_a_run_that_nobody_knows_is_not_left(home: Path) -> None:
-    with pytest.raises(ConfigError, match="knows none: nothing was booked and nothing sent"):
+    with pytest.raises(ConfigError, match="ledger has no runs"):
         withdraw(device_state(home / "device.yaml"), "faces")
     kept = used(home)
-    with pytest.raises(ConfigError, match="no run 'fases'; it knows faces, others"):
+    with pytest.raises(ConfigError, match="no run 'fases' on this device; its ledger has faces, others"):
         withdraw(kept, "fases")
     assert kept.ledger.read().withdrawals == {}
 
 
 def test_a_run_that_was_only_ever_refused_can_be_left(home: Path) -> None:
-    """The ledger knows it; there is nothing that could not be undone."""
+    """The ledger has it, and there is nothing to undo."""
     kept = device_state(home / "device.yaml")
     refusal = TransmissionInfo(
         run="odd", round=1, kind="refusal", receiver="home", protection="", reason="no"
     )
     kept.device.ledger().record_transmission(b"no", refusal)
     kept = device_state(home / "device.yaml")
-    assert "nothing that could not be undone" in withdrawal_impact(kept, "odd").lasting()[0]
+    assert "so there is nothing to undo" in withdrawal_impact(kept, "odd").lasting()[0]
     assert withdraw(kept, "odd") == 0 and kept.device.ledger().has_withdrawn("odd")
     assert kept.ledger.read().entries == []
 

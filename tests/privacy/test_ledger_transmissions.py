@@ -32,7 +32,7 @@ UPDATE = TransmissionInfo(
     protection="noise multiplier 1, encrypted",
     entry=1,
 )
-REFUSAL = replace(UPDATE, kind="refusal", protection="nothing of a photo is in it", entry=None)
+REFUSAL = replace(UPDATE, kind="refusal", protection="contains nothing about a photo", entry=None)
 
 
 @pytest.fixture

@@ -138,7 +138,7 @@ def test_a_forged_plan_is_priced_by_what_it_would_do_and_refused(
 def test_a_plan_whose_price_and_work_differ_is_no_plan(
     experiment: Experiment, device: Device, changes: dict[str, object]
 ) -> None:
-    with pytest.raises(PrivacyError, match="differ; nothing was computed"):
+    with pytest.raises(PrivacyError, match="differs from its DP parameters; nothing was computed"):
         handle_task(forged(ask(experiment, "forged", 1), **changes), replace(device, photos=unread))
     assert device.ledger().entries() == []
 

@@ -302,7 +302,7 @@ def test_each_pretended_device_answers_under_its_own_name(recipe: Path, tmp_path
 def test_an_experiment_for_real_devices_does_not_run_in_one_process(recipe: Path, tmp_path: Path) -> None:
     """Nobody is there to wait for."""
     real = read_experiment(recipe, changes={"devices": "{kind: remote-devices, count: 2}"})
-    with pytest.raises(FederationError, match="real devices"):
+    with pytest.raises(FederationError, match="remote devices"):
         in_process_cohort(real, tmp_path)
 
 
