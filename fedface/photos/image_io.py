@@ -8,6 +8,7 @@ Sources: magic numbers from the formats' specifications; alignment resampling as
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import stat
@@ -23,9 +24,10 @@ from typing import BinaryIO
 
 import numpy as np
 import pillow_heif
-from PIL import Image, ImageCms, ImageFilter, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, ImageFilter, IptcImagePlugin, UnidentifiedImageError
 
 from fedface.errors import PhotoError
+from fedface.photos.capture_date import Precision
 from fedface.photos.exif import ExifMetadata, read_exif
 
 MAX_BYTES = 200_000_000
@@ -65,6 +67,7 @@ class Photo:
     taken: datetime | None = None
     place: tuple[float, float] | None = None  # latitude and longitude in degrees
     camera: str | None = None
+    date_precision: Precision = "exact"
 
 
 def sniff(head: bytes) -> str | None:
@@ -132,6 +135,22 @@ def read_photo_bytes(content: bytes, *, longest_side: int | None = None) -> Phot
     return _decode(io.BytesIO(content), kind, longest_side)
 
 
+def content_hash(path: Path) -> bytes:
+    """The SHA-256 of a file's bytes: two files of equal bytes are one photo.
+
+    Raises:
+        PhotoError: As for `read_photo`, whatever the file holds.
+    """
+    digest = hashlib.sha256()
+    with _open_regular(path) as file:
+        try:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        except OSError as cause:
+            raise PhotoUnreadable(f"cannot be read: {cause.strerror or cause}") from cause
+    return digest.digest()
+
+
 def _open_regular(path: Path) -> BinaryIO:
     """Open a file without ever waiting on a pipe, and refuse what is no regular file or too large."""
     try:
@@ -180,7 +199,7 @@ def _decode(file: BinaryIO, kind: str, longest_side: int | None) -> Photo:
         raise PhotoError(f"broken {kind}: {reason}") from cause
 
 
-def _upright_srgb(image: Image.Image, kind: str, longest_side: int | None) -> Photo:
+def _upright_srgb(image: ImageFile.ImageFile, kind: str, longest_side: int | None) -> Photo:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise PhotoError(f"more than {MAX_PIXELS // 1_000_000} megapixels ({width} x {height})")
@@ -189,7 +208,7 @@ def _upright_srgb(image: Image.Image, kind: str, longest_side: int | None) -> Ph
     metadata, orientation = _exif(image)
     profile = image.info.get("icc_profile")
     image.load()
-    small = image
+    small: Image.Image = image
     if longest_side is not None and longest_side < max(width, height):
         small = _eight_bits(image).resize(_shrunk_size(width, height, longest_side), Image.Resampling.LANCZOS)
     turned = _srgb(_eight_bits(small), profile)
@@ -198,7 +217,9 @@ def _upright_srgb(image: Image.Image, kind: str, longest_side: int | None) -> Ph
         if orientation >= 5:
             width, height = height, width
     pixels = np.asarray(turned, dtype=np.uint8)
-    return Photo(pixels, width, height, kind, metadata.taken, metadata.place, metadata.camera)
+    return Photo(
+        pixels, width, height, kind, metadata.taken, metadata.place, metadata.camera, metadata.date_precision
+    )
 
 
 _TURNS = {
@@ -213,27 +234,40 @@ def _shrunk_size(width: int, height: int, longest_side: int) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def _exif(image: Image.Image) -> tuple[ExifMetadata, int]:
+def _exif(image: ImageFile.ImageFile) -> tuple[ExifMetadata, int]:
     """The metadata and the orientation 1 to 8; both fall back to "nothing known"."""
-    try:
-        exif = image.getexif()
-        orientation = exif.get(0x0112)
-    except DECODER_ERRORS:
-        return ExifMetadata(), 1
-    directories: list[dict[int, object]] = []
-    for number in (0x8769, 0x8825):
+    exif, broken = Image.Exif(), False
+    with warnings.catch_warnings(record=True) as skipped:  # Pillow warns of each tag that it cannot read
+        warnings.simplefilter("always")
         try:
-            directories.append(dict(exif.get_ifd(number)))
+            exif = image.getexif()
         except DECODER_ERRORS:
-            directories.append({})
-    main: dict[int, object] = {}
-    for tag in list(exif):
+            broken = True
+        main, detail, gps = (_tags(exif, directory) for directory in (None, 0x8769, 0x8825))
+    damaged = broken or bool(skipped) or (0x8769 in main and not detail)
+    try:
+        iptc = IptcImagePlugin.getiptcinfo(image) or {}
+    except DECODER_ERRORS:
+        iptc = {}
+    orientation, xmp = main.get(0x0112), image.info.get("xmp", b"")
+    turn = orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+    xmp = xmp if isinstance(xmp, bytes) else b""
+    return read_exif(main, detail, gps, xmp=xmp, iptc=iptc, damaged=damaged), turn
+
+
+def _tags(exif: Image.Exif, directory: int | None) -> dict[int, object]:
+    """The tags of a directory that can be read; of the main one if `directory` is None."""
+    tags: dict[int, object] = {}
+    try:
+        source = exif if directory is None else exif.get_ifd(directory)
+    except DECODER_ERRORS:
+        return tags
+    for tag in list(source):
         try:
-            main[tag] = exif[tag]
+            tags[tag] = source[tag]
         except DECODER_ERRORS:
             continue
-    turn = orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
-    return read_exif(main, *directories), turn
+    return tags
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -5,17 +5,17 @@ The crops are those that the scan stored. A crop of another size is cut out of t
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sqlite3
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 
 from fedface.errors import LibraryError, PhotoError
+from fedface.photos.capture_date import Precision
 from fedface.photos.occasions import DEFAULT_RULE, OccasionRule, PhotoSignature, group
 from fedface.photos.photo_index import (
     FileStamp,
@@ -39,13 +39,15 @@ MAX_REASONS = 20
 class LibrarySummary:
     """A library in numbers. All of them are about its owner: they stay on the device."""
 
-    photos: int  # pictures that were read
+    photos: int  # pictures that were read; files of equal bytes are one photo
     with_face: int  # of these; each gives one crop, its largest face
     without_face: int
     faces: int
+    copies: int  # further files of the same photos
     refused: dict[str, int]  # pictures that cannot be used: reason -> count, the commonest reasons first
     other: int  # files that are no pictures
     dated: int
+    unreadable_dates: int  # photos with a date that names no day: they count with all of their folder
     earliest: datetime | None
     latest: datetime | None
     placed: int
@@ -69,7 +71,7 @@ class ScanRow:
 class PhotoLibrary:
     """The photos of one folder that hold a face large enough, in the order of their paths.
 
-    Index i is the largest face of the i-th such photo.
+    Index i is the largest face of the i-th such photo. Of files with equal bytes the first is the photo.
     """
 
     def __init__(
@@ -100,15 +102,14 @@ class PhotoLibrary:
             if chosen is None:
                 raise LibraryError(f"{folder} has not been scanned; run `fedface photos scan` on it first")
             query = (
-                "SELECT number, path FROM photo WHERE detector = ? AND face_count > 0 AND face_side >= ?"
+                "SELECT number, path, content FROM photo WHERE detector = ? AND face_count > 0 AND face_side >= ?"
                 " ORDER BY path"
             )
-            numbers = (
-                number
-                for number, name in connection.execute(query, (chosen, selection.min_face_side))
-                if selection.allows(Path(os.fsdecode(name)))
-            )
-            self._rows = np.fromiter(numbers, dtype=np.int64)
+            first: dict[bytes, int] = {}
+            for number, name, content in connection.execute(query, (chosen, selection.min_face_side)):
+                if selection.allows(Path(os.fsdecode(name))):
+                    first.setdefault(content, number)
+            self._rows = np.array(list(first.values()), dtype=np.int64)
         self.detector = chosen
         if len(self._rows) == 0:
             limited = selection.folders or selection.exclude_folders
@@ -157,9 +158,9 @@ class PhotoLibrary:
             raise LibraryError(f"{record.path}: its face cannot be cut out ({cause!r})") from cause
 
     def photo_labels(self) -> np.ndarray:
-        """A stable number for each photo, int64 (n,), >= 0: a hash of its path, whatever else the folder holds."""
-        own, paths, _ = self._all_read()
-        return np.array([_label(paths[place]) for place in own], dtype=np.int64)
+        """A stable number for each photo, int64 (n,), >= 0: a hash of its file, wherever it lies."""
+        own, signatures = self._all_read()
+        return np.array([_label(signatures[place]) for place in own], dtype=np.int64)
 
     def occasion_labels(self, rule: OccasionRule = DEFAULT_RULE) -> np.ndarray:
         """The smallest label of a photo in the occasion of each photo, int64 (n,).
@@ -167,25 +168,25 @@ class PhotoLibrary:
         The occasion is that of the whole folder: photos that are not in this library, because they hold no face
         or lie elsewhere, link others all the same, and may lend an occasion their label.
         """
-        own, paths, signatures = self._all_read()
+        own, signatures = self._all_read()
         groups = group(signatures, rule)
-        smallest = np.full(len(paths), np.iinfo(np.int64).max)
-        np.minimum.at(smallest, groups, np.array([_label(path) for path in paths], dtype=np.int64))
+        smallest = np.full(len(signatures), np.iinfo(np.int64).max)
+        np.minimum.at(smallest, groups, np.array([_label(one) for one in signatures], dtype=np.int64))
         return np.asarray(smallest[groups[own]])
 
-    def _all_read(self) -> tuple[np.ndarray, list[Path], list[PhotoSignature]]:
+    def _all_read(self) -> tuple[np.ndarray, list[PhotoSignature]]:
         """Every photo of the folder that was read, by path; and where among them those of this library stand."""
         with self._index.reading() as connection:
-            rows, paths, signatures = all_read(connection, self.detector)
+            rows, _, signatures = all_read(connection, self.detector)
         order = np.argsort(rows)
         own = order[np.searchsorted(rows[order], self._rows).clip(max=len(rows) - 1)]
         if not np.array_equal(rows[own], self._rows):
             raise LibraryError(f"{self.folder} has lost photos since it was opened; open the library again")
-        return own, paths, signatures
+        return own, signatures
 
 
-def _label(path: Path) -> int:
-    return int.from_bytes(hashlib.sha256(os.fsencode(path)).digest()[:8], "big") >> 1
+def _label(signature: PhotoSignature) -> int:
+    return int.from_bytes(signature.content[:8], "big") >> 1
 
 
 def summary(folder: Path, *, cache: Path | None = None, detector: str | None = None) -> LibrarySummary:
@@ -193,11 +194,11 @@ def summary(folder: Path, *, cache: Path | None = None, detector: str | None = N
     index = PhotoIndex(cache or default_cache(checked_folder(folder)))
     with index.reading() as connection:
         chosen = (detector or latest_detector(connection) or "",)
-        photos, with_face, faces, dated, earliest, latest, placed, places = connection.execute(
+        photos, with_face, faces, dated, unreadable, earliest, latest, placed, places = connection.execute(
             "SELECT count(*), coalesce(sum(face_count > 0), 0), coalesce(sum(face_count), 0), count(taken),"
-            " min(taken), max(taken), count(latitude),"
+            " coalesce(sum(date_precision = 'unreadable'), 0), min(taken), max(taken), count(latitude),"
             " count(DISTINCT round(latitude, 1) || ' ' || round(longitude, 1))"
-            " FROM photo WHERE detector = ? AND status = 'read'",
+            " FROM (SELECT * FROM photo WHERE detector = ? AND status = 'read' GROUP BY content)",
             chosen,
         ).fetchone()
         refused = connection.execute(
@@ -218,9 +219,11 @@ def summary(folder: Path, *, cache: Path | None = None, detector: str | None = N
         with_face=with_face,
         without_face=photos - with_face,
         faces=faces,
+        copies=by_status.get("read", 0) - photos,
         refused=reasons,
         other=by_status.get("other", 0),
         dated=dated,
+        unreadable_dates=unreadable,
         earliest=datetime.fromisoformat(earliest) if earliest else None,
         latest=datetime.fromisoformat(latest) if latest else None,
         placed=placed,
@@ -232,10 +235,17 @@ def summary(folder: Path, *, cache: Path | None = None, detector: str | None = N
 def scan_table(folder: Path, *, cache: Path | None = None, detector: str | None = None) -> Iterator[ScanRow]:
     """The lines of `fedface photos scan` by path, one at a time; what is no picture is left out."""
     index = PhotoIndex(cache or default_cache(checked_folder(folder)))
+    first: dict[bytes, str] = {}
     with index.reading() as connection:
         for record in records(connection, detector or latest_detector(connection) or ""):
             if record.status != "other":
-                yield _row(record)
+                row = _row(record)
+                original = first.setdefault(record.content, row.file)
+                copied = record.status == "read" and original != row.file
+                yield replace(row, reason=f"a copy of {original}") if copied else row
+
+
+_TAKEN: dict[Precision, str] = {"exact": "%Y-%m-%d %H:%M", "day": "%Y-%m-%d", "utc": "%Y-%m-%d %H:%M UTC"}
 
 
 def _row(record: PhotoRecord) -> ScanRow:
@@ -244,7 +254,7 @@ def _row(record: PhotoRecord) -> ScanRow:
         file="".join(letter if letter.isprintable() else "?" for letter in name),
         kind=record.kind or "",
         size=f"{record.width} x {record.height}" if record.width else "",
-        taken=record.taken.strftime("%Y-%m-%d %H:%M") if record.taken else "",
+        taken=record.taken.strftime(_TAKEN[record.date_precision]) if record.taken else "",
         place=f"{record.place[0]:.2f}, {record.place[1]:.2f}" if record.place else "",
         faces=len(record.faces),
         reason=record.reason,

@@ -21,6 +21,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import cdist
 
+from fedface.photos.capture_date import Precision
 from fedface.validation import Above, In, checked
 
 FINGERPRINT_BITS = 128
@@ -30,8 +31,11 @@ MIN_CLEAR_STEPS = 6
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # Rec. 601
 EARTH_KM = 6371.0
 ROWS, COLUMNS = 64, 8192  # pairs that are compared at once; the block stays in the processor's cache
+HOUR = 3_600_000_000  # microseconds
 MAX_PENDING = 2_000_000  # links in memory before they are merged, 16 bytes each
 BEGINNING = datetime(1970, 1, 1)
+# Between which hours after `taken` a photo was taken. Local time is at most 14 hours ahead of UTC, 12 behind.
+TAKEN_WITHIN: dict[Precision, tuple[int, int]] = {"exact": (0, 0), "day": (0, 24), "utc": (-12, 14)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +43,13 @@ BEGINNING = datetime(1970, 1, 1)
 class OccasionRule:
     """When two photos count as taken together. Every larger number merges more, and protects more."""
 
-    # Linked if both are dated and no further apart than this ...
+    # Linked if both are dated and possibly no further apart than this ...
     gap_hours: Annotated[float, In("(0, 8760]")] = 4.0
     radius_km: Annotated[float, Above(0)] = 5.0  # ... unless both are placed, and further apart than this
     # Linked whatever the date if no more of the 128 bits of their fingerprints differ.
     max_fingerprint_distance: Annotated[int, In(f"[0, {FINGERPRINT_BITS}]")] = 10
-    undated: Literal["by-folder", "alone"] = "by-folder"  # links all undated photos of one folder, or none
+    # Links all undated photos of one folder, and one whose date cannot be read with all of its folder; or none.
+    undated: Literal["by-folder", "alone"] = "by-folder"
 
 
 DEFAULT_RULE = OccasionRule()
@@ -58,6 +63,10 @@ class PhotoSignature:
     taken: datetime | None = None  # local time of the camera, without a zone
     place: tuple[float, float] | None = None  # latitude and longitude in degrees
     fingerprint: bytes | None = None  # of `fingerprint`
+    date_precision: Precision = (
+        "exact"  # of `taken`; a photo that is not exactly dated counts as without a place
+    )
+    content: bytes = b""  # hash of the file; empty: not known
 
 
 def fingerprint(pixels: np.ndarray) -> bytes | None:
@@ -115,9 +124,10 @@ def group(signatures: Sequence[PhotoSignature], rule: OccasionRule = DEFAULT_RUL
     """
     groups = _Groups(len(signatures))
     _link_by_time(groups, signatures, rule)
+    _link_copies(groups, signatures)
     _link_by_likeness(groups, signatures, rule.max_fingerprint_distance)
     if rule.undated == "by-folder":
-        _link_undated_by_folder(groups, signatures)
+        _link_by_folder(groups, signatures)
     return numbered(groups.merged())
 
 
@@ -163,18 +173,20 @@ class _Groups:
 
 def _link_by_time(groups: _Groups, signatures: Sequence[PhotoSignature], rule: OccasionRule) -> None:
     """Link photos that are both dated, at most the gap apart, and not known to be further apart than the radius."""
-    dated = [
-        (signature.taken - BEGINNING, number)
-        for number, signature in enumerate(signatures)
-        if signature.taken is not None
-    ]
+    dated = []
+    for index, signature in enumerate(signatures):
+        if signature.taken is not None:
+            # Whole microseconds: where a sum of floats is rounded must not decide who is together.
+            since = (signature.taken - BEGINNING) // timedelta(microseconds=1)
+            first, last = (since + hours * HOUR for hours in TAKEN_WITHIN[signature.date_precision])
+            dated.append((first, last, index))
     dated.sort()
-    # Whole microseconds: where a sum of floats is rounded must not decide who is together.
-    time = np.array([since // timedelta(microseconds=1) for since, _ in dated], dtype=np.int64)
-    number = np.array([photo for _, photo in dated], dtype=np.int64)
-    gap = round(rule.gap_hours * 3_600_000_000)
-    placed = np.array([signatures[photo].place is not None for photo in number], dtype=bool)
-    _link_windows(groups, number, time, gap, time[~placed])
+    time, latest, number = np.array(dated, dtype=np.int64).reshape(-1, 3).T
+    gap = round(rule.gap_hours * HOUR)
+    placed = np.array([signatures[photo].place is not None for photo in number], dtype=bool) & (
+        time == latest
+    )
+    _link_windows(groups, number, time, time[~placed] - gap, latest[~placed] + gap)
     points = np.array([_point(signatures[photo].place or (0.0, 0.0)) for photo in number[placed]]).reshape(
         -1, 3
     )
@@ -182,11 +194,14 @@ def _link_by_time(groups: _Groups, signatures: Sequence[PhotoSignature], rule: O
 
 
 def _link_windows(
-    groups: _Groups, number: np.ndarray, time: np.ndarray, gap: int, middles: np.ndarray
+    groups: _Groups, number: np.ndarray, time: np.ndarray, begins: np.ndarray, ends: np.ndarray
 ) -> None:
-    """A photo without a place is linked to all within the gap: each such window of sorted times is one run."""
-    first = np.searchsorted(time, middles - gap, side="left")
-    last = np.searchsorted(time, middles + gap, side="right") - 1
+    """A photo without a place is linked to all within its window of sorted times: each window is one run.
+
+    Two windows that meet hold the earlier end of one of their photos at least, so times stand for whole spans.
+    """
+    first = np.searchsorted(time, begins, side="left")
+    last = np.searchsorted(time, ends, side="right") - 1
     covers = np.zeros(len(time) + 1, dtype=np.int64)
     np.add.at(covers, first, 1)
     np.add.at(covers, last, -1)
@@ -251,9 +266,20 @@ def _link_by_likeness(groups: _Groups, signatures: Sequence[PhotoSignature], ali
         groups.link(number[left[close] + rows.start], number[right[close] + columns.start])
 
 
-def _link_undated_by_folder(groups: _Groups, signatures: Sequence[PhotoSignature]) -> None:
-    """Nothing tells the undated photos of a folder apart, so they count together."""
-    undated = [number for number, signature in enumerate(signatures) if signature.taken is None]
-    first: dict[Path, int] = {}
-    anchors = [first.setdefault(signatures[number].folder, number) for number in undated]
-    groups.link(np.array(undated, dtype=np.int64), np.array(anchors, dtype=np.int64))
+def _link_copies(groups: _Groups, signatures: Sequence[PhotoSignature]) -> None:
+    """Files of equal bytes are one photo, wherever they lie and whatever they show."""
+    first: dict[bytes, int] = {}
+    known = [number for number, signature in enumerate(signatures) if signature.content]
+    anchors = [first.setdefault(signatures[number].content, number) for number in known]
+    groups.link(np.array(known, dtype=np.int64), np.array(anchors, dtype=np.int64))
+
+
+def _link_by_folder(groups: _Groups, signatures: Sequence[PhotoSignature]) -> None:
+    """Nothing tells the undated photos of a folder apart, nor one whose date cannot be read from any other there."""
+    first = {
+        one.folder: number for number, one in enumerate(signatures) if one.date_precision == "unreadable"
+    }
+    unknown = set(first)
+    linked = [number for number, one in enumerate(signatures) if one.taken is None or one.folder in unknown]
+    anchors = [first.setdefault(signatures[number].folder, number) for number in linked]
+    groups.link(np.array(linked, dtype=np.int64), np.array(anchors, dtype=np.int64))

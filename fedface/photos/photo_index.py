@@ -23,11 +23,12 @@ from typing import Literal
 import numpy as np
 
 from fedface.errors import LibraryError
+from fedface.photos.capture_date import Precision
 from fedface.photos.face_alignment import Face, alignment_side
 from fedface.photos.occasions import PhotoSignature
 
 Status = Literal["read", "refused", "other"]
-VERSION = 3  # raise it when decoding or detection changes, and every file is read again
+VERSION = 4  # raise it when decoding or detection changes, and every file is read again
 MAX_FACES = 100  # stored for one photo, the largest
 
 _TABLES = """
@@ -37,6 +38,7 @@ CREATE TABLE IF NOT EXISTS photo (
     scan INTEGER NOT NULL, status TEXT NOT NULL, reason TEXT NOT NULL, kind TEXT, width INTEGER,
     height INTEGER, taken TEXT, latitude REAL, longitude REAL, camera TEXT, fingerprint BLOB,
     face_count INTEGER NOT NULL, face_side REAL NOT NULL, faces TEXT NOT NULL,
+    date_precision TEXT NOT NULL, content BLOB NOT NULL,
     UNIQUE (path, detector));
 CREATE TABLE IF NOT EXISTS crop (
     photo INTEGER PRIMARY KEY REFERENCES photo ON DELETE CASCADE, size INTEGER NOT NULL, pixels BLOB NOT NULL);
@@ -45,13 +47,13 @@ CREATE TABLE IF NOT EXISTS scan (
 """
 _COLUMNS = (
     "path, bytes, changed, status, reason, kind, width, height, taken, latitude, longitude, camera, fingerprint,"
-    " faces"
+    " faces, date_precision, content"
 )
-
 
 _FIELDS = (
     "path", "detector", "bytes", "changed", "scan", "status", "reason", "kind", "width", "height", "taken",
-    "latitude", "longitude", "camera", "fingerprint", "face_count", "face_side", "faces",
+    "latitude", "longitude", "camera", "fingerprint", "face_count", "face_side", "faces", "date_precision",
+    "content",
 )  # fmt: skip
 # Not INSERT OR REPLACE: that would give the row a new number, by which open libraries know their photos.
 _WRITE = (
@@ -90,6 +92,8 @@ class PhotoRecord:
     camera: str | None = None
     fingerprint: bytes | None = None  # None also for a picture that shows nothing clear
     faces: tuple[Face, ...] = ()  # largest first, in pixels of the whole upright photo
+    date_precision: Precision = "exact"  # of `taken`
+    content: bytes = b""  # SHA-256 of the file's bytes, of photos that were read
 
 
 def default_cache(folder: Path) -> Path:
@@ -214,7 +218,7 @@ class ScanWriter:
                 photo.status, photo.reason, photo.kind, photo.width, photo.height,
                 photo.taken.isoformat() if photo.taken else None, latitude, longitude, photo.camera,
                 photo.fingerprint, len(faces), alignment_side(faces[0].landmarks) if faces else 0.0,
-                json.dumps(numbers),
+                json.dumps(numbers), photo.date_precision, photo.content,
             ),
         )  # fmt: skip
         self._connection.execute("DELETE FROM crop WHERE photo = ?", written.fetchone())
@@ -274,17 +278,21 @@ def all_read(
 ) -> tuple[np.ndarray, list[Path], list[PhotoSignature]]:
     """All photos that could be decoded, with a face or without, by path: row number, path, signature."""
     query = (
-        "SELECT number, path, taken, latitude, longitude, fingerprint FROM photo"
+        "SELECT number, path, taken, latitude, longitude, fingerprint, date_precision, content FROM photo"
         " WHERE detector = ? AND status = 'read' ORDER BY path"
     )
     rows, paths, signatures = [], [], []
-    for row, name, taken, latitude, longitude, fingerprint in connection.execute(query, (detector,)):
+    for row, name, taken, latitude, longitude, fingerprint, precision, content in connection.execute(
+        query, (detector,)
+    ):
         path = Path(os.fsdecode(name))
         signature = PhotoSignature(
             folder=path.parent,
             taken=datetime.fromisoformat(taken) if taken else None,
             place=None if latitude is None else (latitude, longitude),
             fingerprint=fingerprint,
+            date_precision=precision,
+            content=content,
         )
         rows.append(row)
         paths.append(path)
@@ -310,7 +318,7 @@ def stored_crop(connection: sqlite3.Connection, row_number: int, size: int) -> n
 def _record(row: tuple) -> PhotoRecord:
     (
         path, size, changed, status, reason, kind, width, height, taken, latitude, longitude, camera, fingerprint,
-        faces,
+        faces, precision, content,
     ) = row  # fmt: skip
     return PhotoRecord(
         path=Path(os.fsdecode(path)),
@@ -325,6 +333,8 @@ def _record(row: tuple) -> PhotoRecord:
         camera=camera,
         fingerprint=fingerprint,
         faces=tuple(_face(numbers) for numbers in json.loads(faces)),
+        date_precision=precision,
+        content=content,
     )
 
 

@@ -22,12 +22,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, get_args
 
 import numpy as np
 
 import fedface
 from fedface.errors import LibraryError, PhotoError
+from fedface.photos.capture_date import Precision
 from fedface.photos.exif import MAX_TEXT_LENGTH
 from fedface.photos.image_io import (
     MAX_BYTES,
@@ -216,6 +217,8 @@ def parse_reply(reply: Any, pixels: bytearray) -> Photo | PhotoError:
         raise ValueError(f"{len(pixels)} bytes are no picture of {height} x {width} x {channels}")
     if reply["kind"] not in READ_KINDS:
         raise ValueError("unknown kind")
+    if reply["date_precision"] not in get_args(Precision):
+        raise ValueError("unknown precision of a date")
     taken, place, camera = reply["taken"], reply["place"], reply["camera"]
     if place is not None:
         latitude, longitude = map(float, place)
@@ -230,6 +233,7 @@ def parse_reply(reply: Any, pixels: bytearray) -> Photo | PhotoError:
         taken=None if taken is None else datetime.fromisoformat(_short_text(taken, MAX_TEXT_LENGTH)),
         place=place,
         camera=None if camera is None else _short_text(camera, MAX_TEXT_LENGTH),
+        date_precision=reply["date_precision"],
     )
 
 
@@ -274,6 +278,7 @@ def decode_requests(requests: BinaryIO, replies: BinaryIO, *, limits: Limits) ->
                 "taken": photo.taken.isoformat() if photo.taken else None,
                 "place": photo.place,
                 "camera": photo.camera,
+                "date_precision": photo.date_precision,
             }
         text = json.dumps(reply).encode()
         replies.write(HEADER.pack(len(text), len(pixels)) + text)

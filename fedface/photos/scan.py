@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fedface.errors import LibraryError, PhotoError
 from fedface.photos.face_alignment import Detector
-from fedface.photos.image_io import Photo, PhotoUnreadable, is_picture, shrink
+from fedface.photos.image_io import Photo, PhotoUnreadable, content_hash, is_picture, shrink
 from fedface.photos.occasions import fingerprint
 from fedface.photos.photo_index import FileStamp, PhotoIndex, PhotoRecord, ScanWriter, default_cache
 from fedface.photos.sandboxed_decoder import SandboxedDecoder
@@ -230,6 +230,12 @@ class _Scan:
             self._report(known.path)
             return
         name, state = path.relative_to(self._root), self._stamps.pop(path)
+        content = b""
+        if not isinstance(photo, PhotoError):
+            try:
+                content = content_hash(path)
+            except PhotoError as error:
+                photo = error
         if isinstance(photo, PhotoError):
             self._refused += 1
             # Without its stamp the file counts as changed, and the next scan tries it again.
@@ -239,28 +245,30 @@ class _Scan:
         pixels = shrink(photo.pixels, DETECTION_SIDE)
         try:
             found = self._detector.find(pixels)
+            faces = tuple(face.scaled(photo.width / pixels.shape[1]) for face in found)
+            record = PhotoRecord(
+                path=name,
+                state=state,
+                status="read",
+                kind=photo.kind,
+                width=photo.width,
+                height=photo.height,
+                taken=photo.taken,
+                place=photo.place,
+                camera=photo.camera,
+                fingerprint=fingerprint(pixels),
+                faces=faces,
+                date_precision=photo.date_precision,
+                content=content,
+            )
         except Exception as error:
             # One broad net: a picture on which a detector fails must not end the scan of all others.
             self._refused += 1
             reason = f"the face detector failed on it ({type(error).__name__})"
             self._write(PhotoRecord(path=name, state=state, status="refused", reason=reason))
             return
-        faces = tuple(face.scaled(photo.width / pixels.shape[1]) for face in found)
         self._read += 1
         self._faces += len(faces)
-        record = PhotoRecord(
-            path=name,
-            state=state,
-            status="read",
-            kind=photo.kind,
-            width=photo.width,
-            height=photo.height,
-            taken=photo.taken,
-            place=photo.place,
-            camera=photo.camera,
-            fingerprint=fingerprint(pixels),
-            faces=faces,
-        )
         self._writer.record(record)
         if self._cropper is not None:
             self._cropper.store(record, photo)

@@ -277,7 +277,7 @@ class Quiet:
 
 REPLY: dict[str, Any] = {
     "shape": [2, 3, 3], "width": 30, "height": 20, "kind": "PNG", "taken": "2024-06-01T12:00:00",
-    "place": [48.0, 16.0], "camera": "Box",
+    "place": [48.0, 16.0], "camera": "Box", "date_precision": "exact",
 }  # fmt: skip
 
 
@@ -297,7 +297,7 @@ def test_a_reply_of_the_sandbox_is_a_photo() -> None:
         {"kind": "GIF"}, {"kind": ["PNG"]}, {"taken": "yesterday"}, {"taken": 5}, {"place": [91.0, 0.0]},
         {"place": [float("nan"), 0.0]}, {"place": [1.0]}, {"place": "here"}, {"camera": "x" * 81},
         {"camera": "\x1b[2J"}, {"camera": {}}, {"refused": "x" * 1000}, {"refused": None},
-        {"unavailable": "a\nb"},
+        {"unavailable": "a\nb"}, {"date_precision": "about"}, {"date_precision": ["day"]},
     ],
 )  # fmt: skip
 def test_a_sandbox_that_was_taken_over_cannot_send_more_than_bounded_fields(changes: dict[str, Any]) -> None:

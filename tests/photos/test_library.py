@@ -128,7 +128,9 @@ def many(root: Path, count: int) -> Path:
     for number in range(count):
         place = root / f"{number // 100:03d}"
         place.mkdir(parents=True, exist_ok=True)
-        (place / f"{number:05d}.png").write_bytes(content[: -30 if number % 50 == 0 else None])
+        (place / f"{number:05d}.png").write_bytes(
+            content[:-30] if number % 50 == 0 else content + b"%d" % number
+        )
     return root
 
 
@@ -199,6 +201,26 @@ def test_nothing_in_the_folder_changes(folder: Path, cache: Path) -> None:
         scan_library(folder, detector=FillsThePhoto(), cache=folder / "index.sqlite")
 
 
+def test_files_of_equal_bytes_are_one_photo_wherever_they_lie(folder: Path, cache: Path) -> None:
+    """A plain grey picture, which has no fingerprint, saved three times."""
+    before = scan_library(folder, detector=FillsThePhoto(), cache=cache)
+    library = PhotoLibrary(folder, cache=cache)
+    labels, occasions = library.photo_labels(), summary(folder, cache=cache).occasions
+    (folder / "0").mkdir()
+    (folder / "00").mkdir()
+    for name in ("0/copy.png", "00/again.png"):
+        (folder / name).write_bytes((folder / "a.png").read_bytes())
+    assert scan_library(folder, detector=FillsThePhoto(), cache=cache).files == before.files + 2
+    library, found = PhotoLibrary(folder, cache=cache), summary(folder, cache=cache)
+    assert (found.photos, found.with_face, found.copies, found.occasions) == (4, 3, 2, occasions)
+    assert names_of(library) == ["0/copy.png", "2024/b.png", "2024/summer/c.jpg"]
+    assert set(library.photo_labels()) == set(labels) and len(crops_of(library, 16)) == 3
+    reasons = {row.file: row.reason for row in scan_table(folder, cache=cache)}
+    assert (reasons["a.png"], reasons["0/copy.png"]) == ("a copy of 0/copy.png", "")
+    only = PhotoSelection(folders=(Path("00"),))
+    assert "00/again.png" in names_of(PhotoLibrary(folder, cache=cache, selection=only))
+
+
 def test_only_the_owner_may_read_the_index(folder: Path, cache: Path) -> None:
     scan_library(folder, detector=FillsThePhoto(), cache=cache)
     assert stat.S_IMODE(cache.stat().st_mode) == 0o600
@@ -219,9 +241,11 @@ def test_links_pipes_and_hidden_files_are_passed_over(folder: Path, cache: Path,
 def test_names_that_are_no_text_are_read_and_printed_harmlessly(tmp_path: Path, cache: Path) -> None:
     root = tmp_path / "photos"
     root.mkdir()
-    for name in (b"\xff\xfe.png", "snö 雪.png".encode(), b"new\nline\x1b[2J.png"):
+    for value, name in enumerate(
+        (b"\xff\xfe.png", "snö 雪.png".encode(), b"new\nline\x1b[2J.png"), start=100
+    ):
         with open(os.path.join(os.fsencode(root), name), "wb") as file:
-            file.write(shade(100))
+            file.write(shade(value))
     assert scan_library(root, detector=FillsThePhoto(), cache=cache).read == 3
     assert crops_of(PhotoLibrary(root, cache=cache), 8).shape == (3, 8, 8, 3)
     names = [row.file for row in scan_table(root, cache=cache)]

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import jpeg_round_trip
 
+from fedface.photos.capture_date import Precision
 from fedface.photos.image_io import read_photo
 from fedface.photos.occasions import (
     DEFAULT_RULE,
@@ -35,18 +36,41 @@ def at(hours: float, place: tuple[float, float] | None = None) -> PhotoSignature
 
 def linked(one: PhotoSignature, other: PhotoSignature, rule: OccasionRule) -> bool:
     """The rule for two photos, word for word; the distance by the haversine formula."""
+    if one.content and one.content == other.content:
+        return True
     if one.taken is not None and other.taken is not None:
-        soon = abs(one.taken - other.taken) <= timedelta(hours=rule.gap_hours)
-        if soon and (
-            one.place is None or other.place is None or km(one.place, other.place) <= rule.radius_km
-        ):
+        (first, last), (begin, end) = span(one), span(other)
+        soon = max(first, begin) - min(last, end) <= timedelta(hours=rule.gap_hours)
+        unplaced = {one.date_precision, other.date_precision} != {"exact"} or None in (one.place, other.place)
+        if soon and (unplaced or km(one.place, other.place) <= rule.radius_km):
             return True
     if one.fingerprint is not None and other.fingerprint is not None:
         both = int.from_bytes(one.fingerprint, "big") ^ int.from_bytes(other.fingerprint, "big")
         if both.bit_count() <= rule.max_fingerprint_distance:
             return True
     undated = one.taken is None and other.taken is None
-    return rule.undated == "by-folder" and undated and one.folder == other.folder
+    unknown = undated or "unreadable" in (one.date_precision, other.date_precision)
+    return rule.undated == "by-folder" and unknown and one.folder == other.folder
+
+
+def span(photo: PhotoSignature) -> tuple[datetime, datetime]:
+    """Between when and when a dated photo was taken."""
+    assert photo.taken is not None
+    before, after = {"exact": (0, 0), "day": (0, 24), "utc": (12, 14)}[photo.date_precision]
+    return photo.taken - timedelta(hours=before), photo.taken + timedelta(hours=after)
+
+
+def dated(taken: datetime | None, precision: Precision, folder: Path, place, fingerprint, content):
+    """A photo whose precision goes with its date."""
+    known = precision if taken is not None else ("unreadable" if precision == "unreadable" else "exact")
+    return PhotoSignature(
+        folder=folder,
+        taken=None if precision == "unreadable" else taken,
+        place=place,
+        fingerprint=fingerprint,
+        date_precision=known,
+        content=content,
+    )
 
 
 def km(one: tuple[float, float], other: tuple[float, float]) -> float:
@@ -79,9 +103,11 @@ def flipped(bits: list[int]) -> bytes:
 
 PRINTS = st.lists(st.integers(0, 127), max_size=12).map(flipped)
 SHOTS = st.builds(
-    PhotoSignature,
+    dated,
+    precision=st.sampled_from(["exact", "exact", "exact", "day", "utc", "unreadable"]),
+    content=st.sampled_from([b"", b"", b"", b"", b"one", b"two"]),
     folder=st.sampled_from([HERE, HERE / "deeper", Path("there")]),
-    taken=st.none() | st.integers(0, 40 * 3600).map(lambda second: NOON + timedelta(seconds=second)),
+    taken=st.none() | st.integers(0, 90 * 3600).map(lambda second: NOON + timedelta(seconds=second)),
     place=st.none() | st.tuples(st.floats(48.8, 49.0), st.floats(2.2, 2.5)) | st.just(LYON),
     fingerprint=st.none() | PRINTS,
 )
@@ -190,6 +216,31 @@ def test_undated_photos_of_one_folder_count_together_unless_the_rule_lets_them_s
     assert group(shots).tolist() == [0, 1, 0, 2]
     assert group(shots, ALONE).tolist() == [0, 1, 2, 3]
     assert group([PhotoSignature(folder=HERE), at(0)]).tolist() == [0, 1]
+
+
+def test_a_photo_whose_date_cannot_be_read_counts_with_all_of_its_folder() -> None:
+    """Nothing says that it was not taken with any of them; photos of other folders are left alone."""
+    unknown = PhotoSignature(folder=HERE, date_precision="unreadable")
+    elsewhere = [PhotoSignature(folder=Path("there")), replace(at(500), folder=Path("there"))]
+    shots = [at(0), at(100), PhotoSignature(folder=HERE), *elsewhere]
+    assert group(shots).tolist() == [0, 1, 2, 3, 4]
+    assert group([*shots, unknown]).tolist() == [0, 0, 0, 1, 2, 0]
+    assert group([*shots, unknown], ALONE).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_photo_of_which_only_the_day_is_known_counts_with_the_whole_day() -> None:
+    """Noon of the first of June; the day ends twelve hours later, and the gap is four hours."""
+    day = PhotoSignature(folder=HERE, taken=NOON - timedelta(hours=12), date_precision="day", place=LYON)
+    for hours, together in ((0, True), (16, True), (-16, True), (16.01, False), (-16.01, False)):
+        assert (len(set(group([at(hours, PARIS), day]).tolist())) == 1) == together
+    utc = replace(day, taken=NOON, date_precision="utc")
+    for hours, together in ((18, True), (-16, True), (18.01, False), (-16.01, False)):
+        assert (len(set(group([at(hours, PARIS), utc]).tolist())) == 1) == together
+
+
+def test_files_of_equal_bytes_are_one_occasion_also_without_a_fingerprint() -> None:
+    shots = [replace(at(hours), folder=Path(str(hours)), content=b"wall") for hours in (0, 100)]
+    assert group([*shots, at(200)]).tolist() == [0, 0, 1]
 
 
 def test_photos_that_are_alike_are_one_occasion_whatever_their_dates() -> None:
