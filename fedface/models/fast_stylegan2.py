@@ -15,11 +15,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedface.models.fast_stylegan2_blocks import FrozenBlock, freeze_block, run_blocks
-from fedface.models.generator_protocol import check_inputs
-from fedface.models.stylegan2 import Block, StyleGAN2
+from fedface.models.generator_protocol import Generator, check_inputs
+from fedface.models.stylegan2 import Block, ClassConditioned, StyleGAN2
 from fedface.tensor_types import Images, Latents, Styles
 
 Precision = Literal["float32", "bfloat16"]
@@ -50,7 +50,7 @@ def fast_precision(device: torch.device) -> Precision:
 
 
 def prepare_for_search(
-    generator: StyleGAN2,
+    generator: StyleGAN2 | ClassConditioned,
     *,
     precision: Precision | Literal["auto"] = "float32",
     device: torch.device | None = None,
@@ -68,20 +68,36 @@ def prepare_for_search(
             and the RGB sum are always float32. "auto" asks `fast_precision`.
         device: Where the weights lie; None leaves them where they are.
     """
-    place = generator.mapping.w_avg.device if device is None else device
+    copied = copy.deepcopy(generator).requires_grad_(False).eval()
+    network = copied.generator if isinstance(copied, ClassConditioned) else copied
+    place = network.mapping.w_avg.device if device is None else device
     chosen = fast_precision(place) if precision == "auto" else precision
     low = torch.bfloat16 if chosen == "bfloat16" else torch.float32
+    copied.to(place)
     with torch.no_grad():
-        copied = copy.deepcopy(generator).requires_grad_(False).eval().to(place)
         blocks = tuple(
             freeze_block(
-                cast(Block, copied.synthesis.get_submodule(f"b{side}")),
+                cast(Block, network.synthesis.get_submodule(f"b{side}")),
                 torch.float32 if side <= COARSE_SIDE else low,
             )
-            for side in copied.config.sides
+            for side in network.config.sides
         )
-    del copied.synthesis  # its weights are in the blocks
+    del network.synthesis  # its weights are in the blocks
     return FastStyleGAN2(copied, blocks, chosen, place)
+
+
+def frozen_copy(generator: Generator, precision: Precision | Literal["auto"] = "float32") -> Generator:
+    """A copy with constant weights, in the form that is fastest with gradients of its inputs.
+
+    `precision` is for StyleGAN2 alone. What is not a torch module is returned itself.
+    """
+    match generator:
+        case StyleGAN2() | ClassConditioned():
+            return prepare_for_search(generator, precision=precision)
+        case nn.Module():
+            return copy.deepcopy(generator).requires_grad_(False).eval()
+        case _:
+            return generator
 
 
 class FastStyleGAN2:
@@ -92,7 +108,11 @@ class FastStyleGAN2:
     """
 
     def __init__(
-        self, mapping: StyleGAN2, blocks: tuple[FrozenBlock, ...], precision: Precision, device: torch.device
+        self,
+        mapping: StyleGAN2 | ClassConditioned,
+        blocks: tuple[FrozenBlock, ...],
+        precision: Precision,
+        device: torch.device,
     ) -> None:
         self._mapping, self._blocks = mapping, blocks
         self.precision, self.device = precision, device
@@ -104,11 +124,11 @@ class FastStyleGAN2:
         self.style_inputs, self.noise_sides = mapping.style_inputs, mapping.noise_sides
 
     def map(self, latents: Latents, labels: Tensor | None = None) -> Styles:
-        labels = None if labels is None else labels.to(self.device)
-        return self._mapping.map(latents.to(self.device), labels).to(latents.device)
+        label = () if labels is None else (labels.to(self.device),)
+        return self._mapping.map(latents.to(self.device), *label).to(latents.device)
 
-    def truncate(self, styles: Styles, psi: float, cutoff: int | None = None) -> Styles:
-        return self._mapping.truncate(styles.to(self.device), psi, cutoff).to(styles.device)
+    def truncate(self, styles: Styles, psi: float) -> Styles:
+        return self._mapping.truncate(styles.to(self.device), psi).to(styles.device)
 
     def synthesize(self, styles: Styles, noise: Sequence[Tensor] | None = None) -> Images:
         check_inputs(self, styles, noise)

@@ -9,10 +9,9 @@ Sources: Menon et al. 2020 (arXiv:2003.03808) for PULSE's downscale; for the oth
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, ClassVar, TypeAlias, assert_never
+from typing import Annotated, ClassVar, TypeAlias, assert_never, cast
 
 import torch
 from torch import Tensor
@@ -30,8 +29,30 @@ from fedface.validation import AtLeast, In, checked
 
 
 @dataclass(frozen=True)
+class _Downscale:
+    """Height and width divided by a factor."""
+
+    factor: Annotated[int, AtLeast(1)]
+
+    noise_std: ClassVar[float] = 0.0
+    linear: ClassVar[bool] = True
+
+    def low_side(self, size: int) -> int:
+        """The measured side for an image side; raises ValueError where the factor does not divide it."""
+        return _divided(size, "factor", self.factor)
+
+    def apply(self, images: Images) -> LowImages:
+        """Downscale, differentiably: (n, 3, h, w) -> (n, 3, h / factor, w / factor), not clamped.
+
+        Raises:
+            ValueError: Height or width is not a multiple of the factor.
+        """
+        return _filtered((cast("Filter", self),), _checked(images, self.factor))
+
+
+@dataclass(frozen=True)
 @checked
-class BicubicPulse:
+class BicubicPulse(_Downscale):
     """PULSE's downscale: a separable cubic of 4 * factor taps, reflected borders, stride `factor`.
 
     For even factors it equals the antialiased bicubic of torch and PIL inside the picture; only the border
@@ -40,71 +61,23 @@ class BicubicPulse:
 
     kind: ClassVar[str] = "bicubic-pulse"
 
-    factor: Annotated[int, AtLeast(1)]
-
-    noise_std: ClassVar[float] = 0.0
-    linear: ClassVar[bool] = True
-
-    def low_side(self, size: int) -> int:
-        """The measured side for an image side; raises ValueError where the factor does not divide it."""
-        return _divided(size, "factor", self.factor)
-
-    def apply(self, images: Images) -> LowImages:
-        """Downscale, differentiably: (n, 3, h, w) -> (n, 3, h / factor, w / factor), not clamped.
-
-        Raises:
-            ValueError: Height or width is not a multiple of the factor.
-        """
-        return _filtered((self,), _checked(images, self.factor))
-
 
 @dataclass(frozen=True)
 @checked
-class Bicubic:
+class Bicubic(_Downscale):
     """The antialiased bicubic of torch and PIL (a = -0.5), borders included; factor 1 is the identity."""
 
     kind: ClassVar[str] = "bicubic"
 
-    factor: Annotated[int, AtLeast(1)]
-
-    noise_std: ClassVar[float] = 0.0
-    linear: ClassVar[bool] = True
-
-    def low_side(self, size: int) -> int:
-        """The measured side for an image side; raises ValueError where the factor does not divide it."""
-        return _divided(size, "factor", self.factor)
-
-    def apply(self, images: Images) -> LowImages:
-        """Downscale, differentiably: (n, 3, h, w) -> (n, 3, h / factor, w / factor), not clamped.
-
-        Raises:
-            ValueError: Height or width is not a multiple of the factor.
-        """
-        return _filtered((self,), _checked(images, self.factor))
-
 
 @dataclass(frozen=True)
 @checked
-class Area:
-    """The mean of each block of factor x factor pixels: what binned sensors do."""
+class Area(_Downscale):
+    """The mean of each block of factor x factor pixels, as binned sensors measure it; factor 1 is the identity."""
 
     kind: ClassVar[str] = "area"
 
-    factor: Annotated[int, AtLeast(1)]  # 1 is the identity
-
-    noise_std: ClassVar[float] = 0.0
-    linear: ClassVar[bool] = True
-
-    def low_side(self, size: int) -> int:
-        """The measured side for an image side; raises ValueError where the factor does not divide it."""
-        return _divided(size, "factor", self.factor)
-
     def apply(self, images: Images) -> LowImages:
-        """Downscale, differentiably: (n, 3, h, w) -> (n, 3, h / factor, w / factor).
-
-        Raises:
-            ValueError: Height or width is not a multiple of the factor.
-        """
         return F.avg_pool2d(_checked(images, self.factor), self.factor)
 
 
@@ -266,31 +239,6 @@ def apply_degradation(degradation: Degradation, images: Images, rng: torch.Gener
     return images.clamp(0, 1)
 
 
-def adjoint(degradation: Degradation, low: LowImages, side: int) -> Images:
-    """The transpose of a linear degradation: <apply(x), low> = <x, adjoint(low)> for all x.
-
-    Args:
-        degradation: A linear one.
-        low: (n, 3, lh, lw), measured from pictures of side x side.
-        side: Of the pictures.
-
-    Returns:
-        (n, 3, side, side).
-
-    Raises:
-        ValueError: The degradation is not linear, or pictures of this side have measurements of another side.
-    """
-    if not degradation.linear:
-        raise ValueError(f"only a linear degradation has an adjoint, got {format_degradation(degradation)}")
-    measured = degradation.low_side(side)
-    if low.ndim != 4 or low.shape[1:] != (3, measured, measured):
-        raise ValueError(f"low must have shape (n, 3, {measured}, {measured}), got {tuple(low.shape)}")
-    with torch.enable_grad():
-        origin = low.new_zeros(low.shape[0], 3, side, side).requires_grad_()
-        (transposed,) = torch.autograd.grad(degradation.apply(origin), origin, low)
-    return transposed
-
-
 def format_degradation(degradation: Degradation) -> str:
     """As reports write it: "bicubic (PULSE), 4 times smaller"."""
     match degradation:
@@ -352,17 +300,11 @@ def _rows(part: Filter, side: int) -> Tensor:
 @lru_cache(maxsize=16)
 def _product(parts: tuple[Filter, ...], side: int) -> Tensor:
     """One axis of several filters as one matrix."""
-    rows, *more = _rows_of_each(parts, side)
-    for following in more:
-        rows = following @ rows
-    return rows
-
-
-def _rows_of_each(parts: tuple[Filter, ...], side: int) -> Iterator[Tensor]:
+    rows = torch.eye(side, dtype=torch.float64)
     for part in parts:
         after = part.low_side(side)
-        yield _rows(part, side)
-        side = after
+        rows, side = _rows(part, side) @ rows, after
+    return rows
 
 
 def _filtered(parts: tuple[Filter, ...], images: Images) -> LowImages:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ class StyleEncoderConfig:
 
 
 class FeedforwardUpsampler:
-    """An `Upsampler` that asks a function once; every face of a photo is the same."""
+    """An `Upsampler` that applies a function once; every face of a photo is the same."""
 
     def __init__(
         self,
@@ -79,27 +79,18 @@ class FeedforwardUpsampler:
         """Wrap a function of photos.
 
         Args:
-            answer: Photos (n, 3, low, low) -> pictures (n, 3, size, size); nobody's gradient is asked for.
-            degradation: What made the photos.
-            size: Height and width of the pictures in pixels.
-            eps: A picture fits when its mean squared difference after the downscale is at most this, > 0.
+            answer: Photos (n, 3, low, low) -> images (n, 3, size, size), called without gradients.
+            degradation: What the photos went through.
+            size: Height and width of the images in pixels.
+            eps: An image fits when its mean squared difference after the downscale is at most this, > 0.
             at_once: Photos in memory together, >= 1.
-            progress: Called with photos done and photos in all.
+            progress: Called with the numbers of photos done and of all photos.
         """
         if not 0 < eps < float("inf"):
             raise ValueError(f"eps must be a finite number above 0, got {eps}")
-        self._answer, self._degradation, self._size = answer, degradation, size
+        self.size, self.low_size = size, degradation.low_side(size)
+        self._answer, self._degradation = answer, degradation
         self._eps, self._at_once, self._progress = eps, at_once, progress
-
-    @property
-    def size(self) -> int:
-        """Height and width of the faces that it makes."""
-        return self._size
-
-    @property
-    def low_size(self) -> int:
-        """Height and width of the photos that it takes."""
-        return self._degradation.low_side(self._size)
 
     @torch.no_grad()
     def upsample(self, low: LowImages, *, faces_per_photo: int) -> Upsampled:
@@ -110,7 +101,7 @@ class FeedforwardUpsampler:
             made.append(self._answer(low[start : start + self._at_once].float()))
             if self._progress is not None:
                 self._progress(min(start + self._at_once, len(low)), len(low))
-        images = torch.cat(made) if made else torch.zeros(0, 3, self._size, self._size)
+        images = torch.cat(made) if made else torch.zeros(0, 3, self.size, self.size)
         consistency_error = torch.zeros(0)
         if made:
             images, consistency_error = clamp_and_score(images, low, self._degradation.apply)
@@ -122,22 +113,17 @@ class FeedforwardUpsampler:
         )
 
 
-def nearest(size: int) -> Callable[[LowImages], Images]:
-    """Photos -> the same pixels as squares, (n, 3, size, size)."""
-    return lambda low: functional.interpolate(low, size=(size, size), mode="nearest")
-
-
-def bicubic(size: int) -> Callable[[LowImages], Images]:
-    """Photos -> bicubic enlargement, (n, 3, size, size), not clamped."""
-    return lambda low: functional.interpolate(low, size=(size, size), mode="bicubic", align_corners=False)
+def interpolation(size: int, mode: Literal["nearest", "bicubic"]) -> Callable[[LowImages], Images]:
+    """Photos -> their enlargement (n, 3, size, size), not clamped."""
+    corners = False if mode == "bicubic" else None
+    return lambda low: functional.interpolate(low, size=(size, size), mode=mode, align_corners=corners)
 
 
 def styles_of(upsampler: StyleUpsampler) -> Callable[[LowImages], Tensor]:
     """Photos (n, 3, l, l) -> the encoder's styles (n, k, v), without gradients: where a search may start."""
 
+    @torch.no_grad()
     def styles(low: LowImages) -> Tensor:
-        with torch.no_grad():
-            told: Tensor = upsampler.encoder(low)
-        return told
+        return upsampler.encoder(low)  # type: ignore[no-any-return]
 
     return styles

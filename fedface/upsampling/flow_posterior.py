@@ -1,8 +1,8 @@
 """Posterior sampling with a rectified flow: noise follows the velocity to a face, guided by the photo.
 
-On the path x_t = (1 - t) noise + t face the
-velocity v gives the expected face, D = E[face | x_t] = x_t + (1 - t) v (Lipman et al. 2022, arXiv:2210.02747). A photo
-y = A face + noise of standard deviation s moves that expectation (Pokle et al. 2023, arXiv:2310.04432):
+On the path x_t = (1 - t) noise + t face the velocity v gives the expected face, D = E[face | x_t] = x_t + (1 - t) v
+(Lipman et al. 2022, arXiv:2210.02747). A photo y = A face + noise of standard deviation s moves that expectation
+(Pokle et al. 2023, arXiv:2310.04432):
 
     D_y = D + (1 - t)^2 / t * gradient of log p(y | x_t),   p(y | x_t) ~ N(A D, s^2 I + A C A'),
 
@@ -34,16 +34,14 @@ from fedface.tensor_types import LowImages
 from fedface.upsampling.degradation import Degradation
 from fedface.upsampling.latent_hmc import consistency_bound, measurement_noise
 from fedface.upsampling.mcmc import PerChainRng
-from fedface.upsampling.parallel import ProgressAggregator, map_in_threads, partition_batch
+from fedface.upsampling.parallel import Chunk, search_in_chunks
 from fedface.upsampling.upsampler import (
     Progress,
     StepCallback,
-    StepSnapshot,
     Upsampled,
-    by_photo,
     check_low,
     clamp_and_score,
-    join,
+    single_faces,
     squared_difference,
 )
 from fedface.validation import Above, AtLeast, In, checked
@@ -52,16 +50,12 @@ ROWS_AT_ONCE = 64  # measured values whose row of A A' is computed together
 
 
 class Flow(Protocol):
-    """What is asked of a flow; `models.flow.RectifiedFlow` is one."""
+    """What is needed of a flow; `models.rectified_flow.RectifiedFlow` is one."""
 
-    @property
-    def size(self) -> int:
-        """Height and width of the pictures."""
-        ...
+    size: int  # height and width of the images
 
     def velocity(self, x: Tensor, times: Tensor) -> Tensor:
-        """Where points (n, 3, s, s), pictures in [-1, 1] plus noise, move at times (n,) in [0, 1]."""
-        ...
+        """Where points (n, 3, s, s), images in [-1, 1] plus noise, move at times (n,) in [0, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +68,7 @@ class GuidedFlowConfig:
     # Std of what separates photos from the model; the noise is hypot(this, degradation's).
     noise_std: Annotated[float, AtLeast(0)] = 0.02
     steps: Annotated[int, AtLeast(2)] = 40  # equal in time
-    covariance: Literal["isotropic", "moments"] = (
-        "moments"  # what is taken for the uncertainty of a face on its way
-    )
+    covariance: Literal["isotropic", "moments"] = "moments"  # C, see the head of this file
     # Most conjugate gradients a step, for moments; more go astray, see docs/posterior.md.
     cg_steps: Annotated[int, AtLeast(1)] = 3
     data_std: Annotated[float, Above(0)] = 0.4  # std of a pixel, c; for isotropic
@@ -130,95 +122,50 @@ class GuidedFlowUpsampler:
             generator: A rectified flow.
             degradation: What the photos went through.
             config: How to sample.
-            streams: Where faces get their chance from, each a stream of its own.
+            streams: Random numbers, a stream for each face.
             progress: Called after every step with how far all faces are.
             watch: Shown the expected faces after every step.
 
         Raises:
             ValueError: The degradation does not go with the flow's size, or nothing is noisy.
         """
-        degradation.low_side(generator.size)  # raises where it does not fit
-        self.generator = generator
-        self.degradation = degradation
-        self.config = config
+        self.size, self.low_size = generator.size, degradation.low_side(generator.size)
+        self.generator, self.degradation, self.config = generator, degradation, config
         self.noise = measurement_noise(degradation, config.noise_std)
-        self._streams = streams
-        self._progress, self._watch = progress, watch
+        self._streams, self._progress, self._watch = streams, progress, watch
         if config.covariance == "isotropic":
             self._energies, self._turn = torch.linalg.eigh(gram(degradation, generator.size))
 
-    @property
-    def size(self) -> int:
-        """Height and width of the faces that are drawn."""
-        return self.generator.size
-
-    @property
-    def low_size(self) -> int:
-        """Height and width of the photos that this sampler takes."""
-        return self.degradation.low_side(self.generator.size)
-
     def upsample(self, low: LowImages, *, faces_per_photo: int) -> Upsampled:
-        """Draw faces for each photo, each from a noise of its own.
+        """One face from each noise image, see `Upsampler.upsample`.
 
-        Guarantees:
-            * Face i of a call is the same whatever `faces_at_once` and `workers` are (up to rounding).
-            * `consistency error` belongs to the returned image, clamped to [0, 1].
-            * The flow's weights, and whether they ask for gradients, are as before.
-
-        Args:
-            low: (n, 3, low_size, low_size) sRGB, nominally in [0, 1].
-            faces_per_photo: Faces for each photo, >= 1.
-
-        Returns:
-            (n, f) faces; not converged where the consistency error is beyond `latent_hmc.consistency_bound`.
-
-        Raises:
-            ValueError: The photos have another size or hold values that are not finite.
+        Not converged where the consistency error exceeds `latent_hmc.consistency_bound`.
         """
         check_low(low, self.low_size, faces_per_photo)
-        targets = low.detach().float().repeat_interleave(faces_per_photo, dim=0)
-        places = partition_batch(len(targets), self.config.workers, self.config.faces_at_once)
-        tally = ProgressAggregator(len(places), self.config.steps, self._progress, self._watch)
-        joined = join(
-            map_in_threads(
-                iter(enumerate(places)),
-                lambda chunk: self._sample(chunk[0], chunk[1], targets[chunk[1]], tally),
-                self.config.workers,
-            )
+        return search_in_chunks(
+            low.detach().float().repeat_interleave(faces_per_photo, dim=0),
+            faces_per_photo,
+            self.config,
+            lambda faces: PerChainRng([self._streams.generator(f"guidance/{i}") for i in faces.tolist()]),
+            self._sample,
+            progress=self._progress,
+            watch=self._watch,
         )
-        return by_photo(joined, faces_per_photo)
 
-    def _sample(self, place: int, faces: Tensor, target: LowImages, tally: ProgressAggregator) -> Upsampled:
-        """Faces (m, 1, 3, s, s) for m targets; the chunk is number `place`."""
-        steps, side = self.config.steps, self.size
-        x = target.new_zeros(0, 3, side, side)
-        if len(faces):
-            rngs = PerChainRng([self._streams.generator(f"guidance/{face}") for face in faces.tolist()])
-            x = rngs.normals(3, side, side)
+    def _sample(self, chunk: Chunk[PerChainRng]) -> Upsampled:
+        steps, target = self.config.steps, chunk.target
+        x = target.new_zeros(0, 3, self.size, self.size)
+        if len(chunk.faces):
+            x = chunk.start.normals(3, self.size, self.size)
             for step in range(steps):
                 now, then = step / steps, (step + 1) / steps
                 expected = self._expected(x, now, target)
-                x = self._onward(x, expected, now, then, rngs)
+                x = self._onward(x, expected, now, then, chunk.start)
                 images = (expected + 1) / 2
-                consistency_error = squared_difference(self.degradation.apply(images.clamp(0, 1)), target)
-                tally.step(
-                    place,
-                    StepSnapshot(
-                        step=step + 1,
-                        steps=steps,
-                        faces=faces,
-                        images=images,
-                        consistency_error=consistency_error,
-                    ),
-                )
-        images, consistency_error = clamp_and_score((x + 1) / 2, target, self.degradation.apply)
-        fits = consistency_error <= consistency_bound(self.noise, 3 * self.low_size**2)
-        return Upsampled(
-            images=images[:, None],
-            consistency_error=consistency_error[:, None],
-            converged=fits[:, None],
-            steps=steps,
-        )
+                error = squared_difference(self.degradation.apply(images.clamp(0, 1)), target)
+                chunk.step(step + 1, images, error)
+        images, error = clamp_and_score((x + 1) / 2, target, self.degradation.apply)
+        return single_faces(images, error, consistency_bound(self.noise, 3 * self.low_size**2), steps)
 
     def _onward(self, x: Tensor, expected: Tensor, now: float, then: float, rngs: PerChainRng) -> Tensor:
         """The point of time `then`, if the face is the expected one (Song et al. 2021, arXiv:2010.02502, equation 12).

@@ -19,7 +19,7 @@ move. docs/posterior.md measures what leapfrog steps and metric give for equal C
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -27,9 +27,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from fedface.models.fast_stylegan2 import prepare_for_search
+from fedface.models.fast_stylegan2 import frozen_copy
 from fedface.models.generator_protocol import Generator
-from fedface.models.stylegan2 import ClassConditioned, StyleGAN2
 from fedface.randomness import Streams
 from fedface.tensor_types import Images, LowImages
 from fedface.upsampling.degradation import Degradation
@@ -43,16 +42,8 @@ from fedface.upsampling.mcmc import (
     hmc_step,
     ula_step,
 )
-from fedface.upsampling.parallel import ProgressAggregator, map_in_threads, partition_batch
-from fedface.upsampling.upsampler import (
-    Progress,
-    StepCallback,
-    StepSnapshot,
-    Upsampled,
-    by_photo,
-    check_low,
-    join,
-)
+from fedface.upsampling.parallel import Chunk, search_in_chunks
+from fedface.upsampling.upsampler import Progress, StepCallback, Upsampled, check_low, single_faces
 from fedface.validation import Above, AtLeast, checked
 
 CONVERGED = 0.999  # a chain that misses the photo by more than this quantile of the noise has not arrived
@@ -83,22 +74,18 @@ class HmcConfig:
     # Length of the first leaps, in posterior standard deviations; then adapted.
     step: Annotated[float, Above(0)] = 0.3
     rank: Annotated[int, AtLeast(0)] = 64  # most directions of the metric, which is prepared once; 0 is none
-    correction: Literal["metropolis", "none"] = (
-        "metropolis"  # none: published steps, never refused or adapted
-    )
+    # none: published steps, never rejected or adapted
+    correction: Literal["metropolis", "none"] = "metropolis"
     noise: Literal["fixed", "sampled"] = "fixed"  # the generator's own maps, or maps drawn with the latents
     faces_at_once: Annotated[int, AtLeast(1)] = 64  # chains side by side, bounds the memory of one worker
     workers: Annotated[int, AtLeast(1)] = 1  # threads, each with chains of its own
 
     def __post_init__(self) -> None:
-        if self.correction == "none" and (self.leapfrog_steps, self.rank, self.final_transitions) != (
-            1,
-            0,
-            0,
-        ):
+        numbers = (self.leapfrog_steps, self.rank, self.final_transitions)
+        if self.correction == "none" and numbers != (1, 0, 0):
             raise ValueError(
-                f"correction none needs leapfrog_steps 1, rank 0 and final_transitions 0, got "
-                f"{self.leapfrog_steps}, {self.rank}, {self.final_transitions}"
+                "correction none needs leapfrog_steps 1, rank 0 and final_transitions 0, got "
+                f"{', '.join(map(str, numbers))}"
             )
 
     @property
@@ -150,11 +137,10 @@ def consistency_bound(s: float, values: int) -> float:
 
 
 class HmcUpsampler:
-    """Annealed Markov chains over latents; an `Upsampler`.
+    """Annealed Markov chains over latents of a frozen copy of the generator; an `Upsampler`.
 
     Noise maps are the generator's fixed ones unless the config says otherwise: they are part of its weights, and the
-    faces that `generator_protocol.sample` draws, whose shares of groups the sampler should reproduce, have them too. A
-    StyleGAN2 is sampled as constants (`models/fast_stylegan2`): later changes of its synthesis do not reach the chains.
+    faces of `generator_protocol.sample`, whose shares of groups the sampler should reproduce, have them too.
     """
 
     def __init__(
@@ -173,78 +159,48 @@ class HmcUpsampler:
             generator: Any family. With a flow, whose latents are whole pictures, choose a low `rank`.
             degradation: What the photos went through.
             config: How to sample.
-            streams: Where chains get their chance from, each a stream of its own.
+            streams: Random numbers, a stream for each chain.
             progress: Called after every transition with how far all chains are.
             watch: Shown the faces after every move.
 
         Raises:
             ValueError: The degradation does not go with the generator's size, or nothing is noisy.
         """
-        degradation.low_side(generator.size)  # raises where it does not fit
-        self.generator = generator
-        self.degradation = degradation
-        self.config = config
+        self.size, self.low_size = generator.size, degradation.low_side(generator.size)
+        self.degradation, self.config = degradation, config
         self.noise = measurement_noise(degradation, config.noise_std)
-        self._streams = streams
-        self._progress, self._watch = progress, watch
-        self._exact = _constants(generator)
-        self._map = generator.map if isinstance(generator, ClassConditioned) else self._exact.map
+        self._streams, self._progress, self._watch = streams, progress, watch
+        self._generator = frozen_copy(generator)
         self._sides = generator.noise_sides if config.noise == "sampled" else ()
         self._width = generator.latent_width + sum(side**2 for side in self._sides)
-        self._metric = self._averaged(streams.generator("langevin/metric"))
-
-    @property
-    def size(self) -> int:
-        """Height and width of the faces that are drawn."""
-        return self.generator.size
-
-    @property
-    def low_size(self) -> int:
-        """Height and width of the photos that this sampler takes."""
-        return self.degradation.low_side(self.generator.size)
+        self._metric = self._average_metric(streams.generator("langevin/metric"))
 
     def upsample(self, low: LowImages, *, faces_per_photo: int) -> Upsampled:
-        """Draw faces from each photo's posterior, one chain for each.
+        """Independent samples of each photo's posterior, see `Upsampler.upsample`: the last states of chains.
 
-        Guarantees:
-            * A chain's answer is its last state, whatever others it passed.
-            * Face i of a call is the same whatever `faces_at_once` and `workers` are (up to rounding).
-            * `consistency error` belongs to the returned image, clamped to [0, 1].
-            * The generator's weights, and whether they ask for gradients, are as before.
-
-        Args:
-            low: (n, 3, low_size, low_size) sRGB, nominally in [0, 1].
-            faces_per_photo: Independent samples for each photo, >= 1.
-
-        Returns:
-            (n, f) faces; not converged where the consistency error exceeds `consistency_bound`: the chain has not
-            converged, or no face of the generator fits.
-
-        Raises:
-            ValueError: The photos have another size or hold values that are not finite.
+        Not converged where the consistency error exceeds `consistency_bound`: the chain has not converged, or no
+        face of the generator fits.
         """
         check_low(low, self.low_size, faces_per_photo)
-        targets = low.detach().float().repeat_interleave(faces_per_photo, dim=0)
-        places = partition_batch(len(targets), self.config.workers, self.config.faces_at_once)
-        tally = ProgressAggregator(len(places), self.config.steps, self._progress, self._watch)
-        joined = join(
-            map_in_threads(
-                iter(enumerate(places)),
-                lambda chunk: self._sample(chunk[0], chunk[1], targets[chunk[1]], tally),
-                self.config.workers,
-            )
+        return search_in_chunks(
+            low.detach().float().repeat_interleave(faces_per_photo, dim=0),
+            faces_per_photo,
+            self.config,
+            lambda faces: PerChainRng([self._streams.generator(f"langevin/{i}") for i in faces.tolist()]),
+            self._sample,
+            progress=self._progress,
+            watch=self._watch,
         )
-        return by_photo(joined, faces_per_photo)
 
     def _draw(self, x: Tensor) -> Images:
         """Faces of flat states: latents, then noise maps where those are sampled."""
-        z = self.generator.latent_width
+        z = self._generator.latent_width
         latents, *maps = torch.split(x, [z, *(side**2 for side in self._sides)], dim=1)
         noise = [m.view(-1, 1, side, side) for m, side in zip(maps, self._sides, strict=True)]
-        return self._exact.synthesize(self._map(latents), noise or None)
+        return self._generator.synthesize(self._generator.map(latents), noise or None)
 
-    def _averaged(self, rng: torch.Generator) -> Metric:
-        """Of the prior alone, so that chains owe it nothing."""
+    def _average_metric(self, rng: torch.Generator) -> Metric:
+        """Averaged over the prior alone, so that it does not depend on the chains."""
         if not self.config.rank:
             return Metric.identity(self._width)
         nothing = torch.zeros(1, 3, self.low_size, self.low_size)
@@ -252,45 +208,20 @@ class HmcUpsampler:
         measured = ForwardModel(self._draw, self.degradation.apply, nothing)
         return gauss_newton(measured, states, self.config.rank, rng)
 
-    def _sample(self, place: int, faces: Tensor, target: LowImages, tally: ProgressAggregator) -> Upsampled:
-        """The last states (m, 1, 3, s, s) of m chains; the chunk is number `place`."""
-        if not len(faces):
-            return self._found(target.new_zeros(0, 3, self.size, self.size), target.new_zeros(0))
-        values = target[0].numel()
-        rngs = PerChainRng([self._streams.generator(f"langevin/{face}") for face in faces.tolist()])
-        measured = ForwardModel(self._draw, self.degradation.apply, target)
-        point, step = measured.point(rngs.normals(self._width)), 0
-
-        def shown(moved: Transition) -> Point:
-            nonlocal step
-            step += 1
-            consistency_error = moved.point.energy * 2 / values
-            tally.step(
-                place,
-                StepSnapshot(
-                    step=step,
-                    steps=self.config.steps,
-                    faces=faces,
-                    images=moved.point.images,
-                    consistency_error=consistency_error,
-                ),
-            )
-            return moved.point
-
-        walk = self._drifting if self.config.correction == "none" else self._moving
-        point = walk(measured, point, rngs, shown)
-        return self._found(point.images, point.energy * 2 / values)
-
-    def _found(self, images: Images, consistency_error: Tensor) -> Upsampled:
+    def _sample(self, chunk: Chunk[PerChainRng]) -> Upsampled:
+        """The last states of m chains."""
         values = 3 * self.low_size**2
-        consistency_error = consistency_error.nan_to_num(nan=math.inf)
-        fits = consistency_error <= consistency_bound(self.noise, values)
-        return Upsampled(
-            images=images.nan_to_num(0.0)[:, None],
-            consistency_error=consistency_error[:, None],
-            converged=fits[:, None],
-            steps=self.config.steps,
-        )
+        bound = consistency_bound(self.noise, values)
+        if not len(chunk.faces):
+            none = chunk.target.new_zeros(0, 3, self.size, self.size)
+            return single_faces(none, chunk.target.new_zeros(0), bound, self.config.steps)
+        forward = ForwardModel(self._draw, self.degradation.apply, chunk.target)
+        start = forward.point(chunk.start.normals(self._width))
+        move = self._langevin if self.config.correction == "none" else self._metropolis
+        for step, point in enumerate(move(forward, start, chunk.start), 1):
+            chunk.step(step, point.images, point.energy * 2 / values)
+        error = (point.energy * 2 / values).nan_to_num(nan=math.inf)
+        return single_faces(point.images.nan_to_num(0.0), error, bound, self.config.steps)
 
     def _noises(self) -> list[float]:
         """Of each level; never below the noise itself."""
@@ -298,56 +229,32 @@ class HmcUpsampler:
         ratio = self.noise / first
         return [first * ratio ** (level / max(count - 1, 1)) for level in range(count - 1)] + [self.noise]
 
-    def _drifting(
-        self, measured: ForwardModel, point: Point, rngs: PerChainRng, shown: Callable[[Transition], Point]
-    ) -> Point:
-        """Published: steps in proportion to the noise of the level."""
+    def _langevin(self, forward: ForwardModel, point: Point, rngs: PerChainRng) -> Iterator[Point]:
+        """Published: unadjusted steps in proportion to the noise of the level."""
         for s in self._noises():
             for _ in range(self.config.transitions):
                 step = self.config.step * s / self.noise
-                point = shown(ula_step(measured, point, s, step=step, rngs=rngs))
-        return point
+                point = ula_step(forward, point, s, step=step, rngs=rngs).point
+                yield point
 
-    def _moving(
-        self, measured: ForwardModel, point: Point, rngs: PerChainRng, shown: Callable[[Transition], Point]
-    ) -> Point:
-        """Adjusted moves in a metric: both adapt level by level, then stay as they are."""
+    def _metropolis(self, forward: ForwardModel, point: Point, rngs: PerChainRng) -> Iterator[Point]:
+        """Adjusted moves in a metric; step lengths adapt level by level, then stay as they are."""
         config = self.config
         step, before = point.energy.new_full(point.energy.shape, config.step), 0.0
 
-        def moved(s: float) -> Transition:
+        def move(s: float) -> Transition:
             jittered = step * (1 + JITTER * (2 * rngs.uniforms() - 1))
-            return hmc_step(
-                measured,
-                point,
-                self._metric,
-                s,
-                step=jittered,
-                leapfrog_steps=config.leapfrog_steps,
-                rngs=rngs,
-            )
+            leaps = config.leapfrog_steps
+            return hmc_step(forward, point, self._metric, s, step=jittered, leapfrog_steps=leaps, rngs=rngs)
 
         for s in self._noises():
             if before and not config.rank:
-                step = step * (s / before)  # nothing else knows that the posterior gets narrower
+                step = step * (s / before)  # no metric accounts for the narrower posterior
             before = s
             for _ in range(config.transitions):
-                result = moved(s)
-                point, step = (
-                    shown(result),
-                    step * torch.exp(ADAPT * (result.acceptance_probability - ACCEPT)),
-                )
+                point, probability = move(s)
+                step = step * torch.exp(ADAPT * (probability - ACCEPT))
+                yield point
         for _ in range(config.final_transitions):
-            point = shown(moved(self.noise))
-        return point
-
-
-def _constants(generator: Generator) -> Generator:
-    """The synthesis of a generator in the form that is fastest with gradients; other families as they are."""
-    match generator:
-        case ClassConditioned():
-            return prepare_for_search(generator.generator)
-        case StyleGAN2():
-            return prepare_for_search(generator)
-        case _:
-            return generator
+            point = move(self.noise).point
+            yield point

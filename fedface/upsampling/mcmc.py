@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,12 +40,11 @@ class PerChainRng:
         return torch.cat([torch.rand(1, generator=stream) for stream in self._streams])
 
 
-@dataclass(frozen=True)
-class Point:
-    """Where n chains stand."""
+class Point(NamedTuple):
+    """The states of n chains."""
 
     x: Tensor  # (n, d) prior standard normal
-    images: Images  # (n, 3, s, s) clamped to [0, 1], what x stands for
+    images: Images  # (n, 3, s, s) clamped to [0, 1], generated from x
     energy: Tensor  # (n,) E(x) = |A G(x) - y|^2 / 2, summed over the measured values
     slope: Tensor  # (n, d) gradient of E
 
@@ -58,15 +58,11 @@ class Point:
 
     def where(self, chosen: Tensor, other: Point) -> Point:
         """This point for the chains that `chosen`, (n,) bool, marks; the other point for the rest."""
-
-        def pick(mine: Tensor, others: Tensor) -> Tensor:
-            return torch.where(chosen.view(-1, *[1] * (mine.ndim - 1)), mine, others)
-
         return Point(
-            pick(self.x, other.x),
-            pick(self.images, other.images),
-            pick(self.energy, other.energy),
-            pick(self.slope, other.slope),
+            *(
+                torch.where(chosen.view(-1, *[1] * (mine.ndim - 1)), mine, others)
+                for mine, others in zip(self, other, strict=True)
+            )
         )
 
 
@@ -152,13 +148,11 @@ def gauss_newton(measured: ForwardModel, x: Tensor, rank: int, rng: torch.Genera
     return Metric(basis @ turned, stiffness.clamp(min=0))
 
 
-@dataclass(frozen=True)
-class Transition:
-    """What one move came to."""
+class Transition(NamedTuple):
+    """The result of one move."""
 
     point: Point
-    accepted: Tensor  # (n,) bool
-    acceptance_probability: Tensor  # (n,) probability with which it was accepted, in [0, 1]
+    acceptance_probability: Tensor  # (n,) in [0, 1]
 
 
 def hmc_step(
@@ -179,8 +173,8 @@ def hmc_step(
         metric: Constant along the trajectory, and chosen without looking at where it leads.
         s: Noise of the measurement at this level.
         step: Length of each leap, (n,), in posterior standard deviations.
-        leaps: How many, >= 1; 1 is Langevin.
-        chances: Where momenta and decisions are drawn from.
+        leapfrog_steps: How many, >= 1; 1 is Langevin.
+        rngs: Where momenta and decisions are drawn from.
     """
     momentum = rngs.normals(point.x.shape[1]).to(point.x)
     before = point.potential(s) + momentum.square().sum(dim=1) / 2
@@ -190,14 +184,13 @@ def hmc_step(
         at = measured.point(at.x + length * metric.narrow(momentum, s))
         momentum = momentum - length / 2 * metric.narrow(at.gradient(s), s)
     after = at.potential(s) + momentum.square().sum(dim=1) / 2
-    rng = torch.nan_to_num((before - after).clamp(max=0).exp(), nan=0.0)
-    accepted = rngs.uniforms().to(rng) < rng
-    return Transition(at.where(accepted, point), accepted, rng)
+    probability = torch.nan_to_num((before - after).clamp(max=0).exp(), nan=0.0)
+    accepted = rngs.uniforms().to(probability) < probability
+    return Transition(at.where(accepted, point), probability)
 
 
 def ula_step(measured: ForwardModel, point: Point, s: float, *, step: float, rngs: PerChainRng) -> Transition:
     """One unadjusted Langevin step of length `step`: x - step^2 / 2 gradient + step * normal; always accepted."""
     normals = rngs.normals(point.x.shape[1]).to(point.x)
     at = measured.point(point.x - step**2 / 2 * point.gradient(s) + step * normals)
-    always = torch.ones(len(point.x), dtype=torch.bool, device=point.x.device)
-    return Transition(at, always, always.to(point.x))
+    return Transition(at, point.x.new_ones(len(point.x)))

@@ -18,7 +18,11 @@ from fedface.models.checkpoint import (
     load_super_resolution,
 )
 from fedface.models.model import (
+    Architecture,
+    EncoderArchitecture,
     FlowArchitecture,
+    GanArchitecture,
+    GeneratorArchitecture,
     Model,
     StyleEncoderArchitecture,
     SuperResolutionArchitecture,
@@ -35,8 +39,7 @@ from fedface.upsampling.feedforward import (
     NearestConfig,
     StyleEncoderConfig,
     SuperResolutionConfig,
-    bicubic,
-    nearest,
+    interpolation,
     styles_of,
 )
 from fedface.upsampling.flow_posterior import GuidedFlowConfig, GuidedFlowUpsampler
@@ -81,6 +84,36 @@ METHODS: Mapping[str, Method] = {
 BASELINES: tuple[Method, ...] = (NearestConfig(), BicubicConfig())  # beside every comparison
 
 
+@dataclass(frozen=True)
+class _Facts:
+    """What a method is called, which models it can use, and which of them is bundled."""
+
+    title: str
+    architectures: tuple[type[Architecture], ...] = ()  # none for a method without a network
+    load: Callable[[], Model] | None = None
+
+
+_GENERATORS = (
+    GanArchitecture,
+    EncoderArchitecture,
+    FlowArchitecture,
+    GeneratorArchitecture,
+    StyleEncoderArchitecture,
+)
+_FACTS: Mapping[type[Method], _Facts] = {
+    PulseConfig: _Facts("PULSE", _GENERATORS, load_gan),
+    PulseEncoderInitConfig: _Facts(
+        "PULSE from the encoder's start", (StyleEncoderArchitecture,), load_style_encoder
+    ),
+    HmcConfig: _Facts("posterior sampling", _GENERATORS, load_gan),
+    GuidedFlowConfig: _Facts("guided flow", (FlowArchitecture,), load_flow),
+    StyleEncoderConfig: _Facts("style encoder", (StyleEncoderArchitecture,), load_style_encoder),
+    SuperResolutionConfig: _Facts("super-resolution", (SuperResolutionArchitecture,), load_super_resolution),
+    BicubicConfig: _Facts("bicubic"),
+    NearestConfig: _Facts("nearest"),
+}
+
+
 def name_of(method: Method) -> str:
     """A method's name on the command line and in a recipe, such as "pulse"."""
     return method.kind
@@ -88,25 +121,7 @@ def name_of(method: Method) -> str:
 
 def title_of(method: Method) -> str:
     """A method's name for people."""
-    match method:
-        case PulseConfig():
-            return "PULSE"
-        case PulseEncoderInitConfig():
-            return "PULSE from the encoder's start"
-        case HmcConfig():
-            return "posterior sampling"
-        case GuidedFlowConfig():
-            return "guided flow"
-        case StyleEncoderConfig():
-            return "style encoder"
-        case SuperResolutionConfig():
-            return "super-resolution"
-        case BicubicConfig():
-            return "bicubic"
-        case NearestConfig():
-            return "nearest"
-        case _:
-            assert_never(method)
+    return _FACTS[type(method)].title
 
 
 def is_deterministic(method: Method) -> bool:
@@ -159,47 +174,18 @@ def default_method(model: Model) -> Method:
 
 def bundled_checkpoint(method: Method) -> Model | None:
     """The shipped checkpoint that a method uses where none is named; None for those that need no network."""
-    match method:
-        case PulseConfig() | HmcConfig():
-            return _loaded("base")
-        case GuidedFlowConfig():
-            return _loaded("flow")
-        case StyleEncoderConfig() | PulseEncoderInitConfig():
-            return _loaded("styled")
-        case SuperResolutionConfig():
-            return _loaded("resolved")
-        case BicubicConfig() | NearestConfig():
-            return None
-        case _:
-            assert_never(method)
+    load = _FACTS[type(method)].load
+    return None if load is None else _loaded(load)
 
 
 @lru_cache(maxsize=4)
-def _loaded(name: str) -> Model:
-    loads: Mapping[str, Callable[[], Model]] = {
-        "base": load_gan,
-        "flow": load_flow,
-        "styled": load_style_encoder,
-        "resolved": load_super_resolution,
-    }
-    return loads[name]()
+def _loaded(load: Callable[[], Model]) -> Model:
+    return load()
 
 
 def is_compatible(method: Method, model: Model) -> bool:
-    """Whether a method can use a model of this family."""
-    match method:
-        case PulseConfig() | HmcConfig():
-            return not isinstance(model.architecture, SuperResolutionArchitecture)
-        case GuidedFlowConfig():
-            return isinstance(model.architecture, FlowArchitecture)
-        case StyleEncoderConfig() | PulseEncoderInitConfig():
-            return isinstance(model.architecture, StyleEncoderArchitecture)
-        case SuperResolutionConfig():
-            return isinstance(model.architecture, SuperResolutionArchitecture)
-        case BicubicConfig() | NearestConfig():
-            return False
-        case _:
-            assert_never(method)
+    """Whether a method can use a model of this architecture."""
+    return isinstance(model.architecture, _FACTS[type(method)].architectures)
 
 
 def pair_with_models(
@@ -228,9 +214,9 @@ def pair_with_models(
         )
     sizes = {model.size: name_of(method) for method, model in pairs if model is not None}
     if len(sizes) > 1:
-        told = ", ".join(f"{name} {size} px" for size, name in sizes.items())
+        listed = ", ".join(f"{name} {size} px" for size, name in sizes.items())
         raise ConfigError(
-            f"these methods make faces of different sizes ({told}); compare methods of one size"
+            f"these methods make faces of different sizes ({listed}); compare methods of one size"
         )
     usual = (given or bundled_checkpoint(PulseConfig())).size  # type: ignore[union-attr]
     return next(iter(sizes), usual), pairs
@@ -255,12 +241,8 @@ def check_method(method: Method, model: Model | None, degradation: Degradation, 
     if model.size != size:
         raise ConfigError(f"this checkpoint makes faces of {model.size} pixels, asked for {size}")
     if isinstance(method, StyleEncoderConfig | PulseEncoderInitConfig | SuperResolutionConfig):
-        largest = (
-            model.architecture.max_input_size
-            if isinstance(model.architecture, UpsamplerArchitecture)
-            else low
-        )
-        if low > largest:
+        assert isinstance(model.architecture, UpsamplerArchitecture)
+        if low > (largest := model.architecture.max_input_size):
             raise ConfigError(
                 f"this network enlarges photos of up to {largest} x {largest} pixels to faces "
                 f"of {model.size}; asked for {low} to {size}. Choose fewer pixels, or a method that searches"
@@ -268,15 +250,8 @@ def check_method(method: Method, model: Model | None, degradation: Degradation, 
 
 
 def _needs(method: Method) -> str:
-    match method:
-        case GuidedFlowConfig():
-            return "a rectified flow"
-        case StyleEncoderConfig() | PulseEncoderInitConfig():
-            return "a generator with a style encoder"
-        case SuperResolutionConfig():
-            return "a super-resolution network"
-        case _:
-            return "a generator"
+    first, *others = _FACTS[type(method)].architectures
+    return "a generator" if others else first.description
 
 
 def make_upsampler(
@@ -304,10 +279,9 @@ def make_upsampler(
         ConfigError: The method needs another kind of model, or the model other sizes.
     """
     check_method(method, model, degradation, size=size)
-    if isinstance(method, BicubicConfig):
-        return FeedforwardUpsampler(bicubic(size), degradation, size=size, eps=method.eps, progress=progress)
-    if isinstance(method, NearestConfig):
-        return FeedforwardUpsampler(nearest(size), degradation, size=size, eps=method.eps, progress=progress)
+    if isinstance(method, BicubicConfig | NearestConfig):
+        answer = interpolation(size, "bicubic" if isinstance(method, BicubicConfig) else "nearest")
+        return FeedforwardUpsampler(answer, degradation, size=size, eps=method.eps, progress=progress)
     if model is None:
         raise ConfigError(f"the method {name_of(method)} needs {_needs(method)}")
     match method:

@@ -10,20 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from threading import Event, Lock
-from typing import TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from fedface.upsampling.upsampler import Progress, StepCallback, StepSnapshot
+from fedface.tensor_types import Images, LowImages
+from fedface.upsampling.upsampler import Progress, StepCallback, StepSnapshot, Upsampled, by_photo, join
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-class _Quiet:
-    """One torch thread within operations while anybody is inside; as before once the last one has left."""
+class _SingleThreaded:
+    """One torch thread within operations while any caller is inside, restored once the last one has left."""
 
     def __init__(self) -> None:
         self._lock, self._inside, self._before = Lock(), 0, 1
@@ -42,7 +44,7 @@ class _Quiet:
                 torch.set_num_threads(self._before)
 
 
-_QUIET = _Quiet()
+_SINGLE_THREADED = _SingleThreaded()
 
 
 def map_in_threads(items: Iterator[T], work: Callable[[T], R], workers: int) -> list[R]:
@@ -70,25 +72,76 @@ def map_in_threads(items: Iterator[T], work: Callable[[T], R], workers: int) -> 
             if taken is None:
                 return
             place, item = taken
-            ended = False
             try:
                 results[place] = work(item)
-                ended = True
-            finally:
-                if not ended:
-                    stopped.set()
+            except BaseException:
+                stopped.set()
+                raise
 
-    with _QUIET, ThreadPoolExecutor(workers) as pool:
+    with _SINGLE_THREADED, ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(run) for _ in range(workers)]
     for future in futures:
         future.result()
     return [results[place] for place in sorted(results)]
 
 
-def partition_batch(faces: int, workers: int, at_once: int) -> tuple[Tensor, ...]:
-    """The places 0 ... faces - 1 in chunks, int64, at most `at_once` in each, so that every worker has one."""
-    share = max(1, math.ceil(faces / workers))
-    return torch.split(torch.arange(faces), min(at_once, share))
+class ChunkedConfig(Protocol):
+    """The settings of a method that searches faces in chunks."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def faces_at_once(self) -> int: ...
+    @property
+    def workers(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Chunk(Generic[T]):
+    """Faces that are searched together."""
+
+    place: int  # among the chunks
+    faces: Tensor  # (m,) int64: which of the n * f faces these are
+    target: LowImages  # (m, 3, lh, lw)
+    start: T
+    progress: ProgressAggregator
+
+    def step(
+        self, step: int, images: Images, consistency_error: Tensor, active: Tensor | None = None
+    ) -> None:
+        """Report a step, from 1, of all faces or of those at the places `active`; images are not clamped."""
+        faces = self.faces if active is None else self.faces[active]
+        self.progress.step(self.place, step, faces, images, consistency_error)
+
+
+def search_in_chunks(
+    targets: LowImages,
+    faces_per_photo: int,
+    config: ChunkedConfig,
+    prepare: Callable[[Tensor], T],
+    search: Callable[[Chunk[T]], Upsampled],
+    *,
+    progress: Progress | None,
+    watch: StepCallback | None,
+) -> Upsampled:
+    """Search a face for each target, in chunks of `faces_at_once` at most, by `workers` threads.
+
+    Args:
+        targets: One photo for each face, (n * f, 3, lh, lw), photo by photo.
+        faces_per_photo: f.
+        config: Sizes of chunks, threads and steps.
+        prepare: The numbers of a chunk's faces -> where its search starts; called chunk by chunk in their order.
+        search: Of one chunk, with one face for each target.
+        progress: Called after every step with how far all faces are.
+        watch: Called with the faces of every step.
+    """
+    share = max(1, math.ceil(len(targets) / config.workers))
+    places = torch.split(torch.arange(len(targets)), min(config.faces_at_once, share))
+    aggregator = ProgressAggregator(len(places), config.steps, progress, watch)
+    chunks = (
+        Chunk(place, faces, targets[faces], prepare(faces), aggregator) for place, faces in enumerate(places)
+    )
+    return by_photo(join(map_in_threads(chunks, search, config.workers)), faces_per_photo)
 
 
 class ProgressAggregator:
@@ -102,14 +155,22 @@ class ProgressAggregator:
         self._progress, self._watch = progress, watch
         self._lock = Lock()
 
-    def step(self, chunk: int, snapshot: StepSnapshot) -> None:
+    def step(self, chunk: int, step: int, faces: Tensor, images: Images, consistency_error: Tensor) -> None:
         """The chunk with this number has taken a step."""
         with self._lock:
-            self._done[chunk] = snapshot.step
+            self._done[chunk] = step
             if self._progress is not None:
                 self._progress(sum(self._done), len(self._done) * self._steps)
             if self._watch is not None:
-                self._watch(snapshot)
+                self._watch(
+                    StepSnapshot(
+                        step=step,
+                        steps=self._steps,
+                        faces=faces,
+                        images=images,
+                        consistency_error=consistency_error,
+                    )
+                )
 
     def end(self, chunk: int) -> None:
         """The chunk with this number needs no more steps."""

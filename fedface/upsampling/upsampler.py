@@ -74,15 +74,8 @@ class Upsampled:
 class Upsampler(Protocol):
     """Low-resolution photos -> faces that would look like them."""
 
-    @property
-    def low_size(self) -> int:
-        """Height and width of the photos that it takes."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """Height and width of the faces that it makes."""
-        ...
+    low_size: int  # height and width of the photos that it takes
+    size: int  # height and width of the faces that it generates
 
     def upsample(self, low: LowImages, *, faces_per_photo: int) -> Upsampled:
         """Find `faces_per_photo` faces for each photo.
@@ -92,12 +85,23 @@ class Upsampler(Protocol):
             faces_per_photo: How many faces to return for each, >= 1. A deterministic method repeats its output.
 
         Returns:
-            Faces in the order of the photos, each with its consistency error and whether the search converged.
+            (n, f) faces in the order of the photos. The consistency error belongs to the returned image, clamped to
+            [0, 1]. Equal photos and streams give equal faces, whatever `faces_at_once` and `workers` are (up to
+            rounding). The model's weights are not changed.
 
         Raises:
             ValueError: The photos have another size or hold values that are not finite.
         """
-        ...
+
+
+def single_faces(images: Images, consistency_error: Tensor, tolerance: float, steps: int) -> Upsampled:
+    """Results with one face for each photo, from images (n, 3, s, s) in [0, 1] and their consistency error (n,)."""
+    return Upsampled(
+        images=images[:, None],
+        consistency_error=consistency_error[:, None],
+        converged=(consistency_error <= tolerance)[:, None],
+        steps=steps,
+    )
 
 
 def join(parts: Sequence[Upsampled]) -> Upsampled:

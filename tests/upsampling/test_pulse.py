@@ -248,10 +248,10 @@ def test_no_figure_rests_on_the_precision_of_the_search(
     claim = low[:1].repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
     honest = prepare_for_search(generator)
 
-    def quick(weights: StyleGAN2, *, precision: str) -> FastStyleGAN2 | _Flatterer:
+    def quick(weights: StyleGAN2, precision: str = "float32") -> FastStyleGAN2 | _Flatterer:
         return honest if precision == "float32" else _Flatterer(weights, claim)
 
-    monkeypatch.setattr(pulse, "prepare_for_search", quick)
+    monkeypatch.setattr(pulse, "frozen_copy", quick)
     config = replace(QUICK, precision="bfloat16", eps=1e-3)
     found = PulseUpsampler(generator, Area(4), config, STREAMS).upsample(low[:1], faces_per_photo=1)
     assert squared_difference(Area(4).apply(claim), low[:1]).item() < 1e-12
@@ -292,14 +292,14 @@ def test_the_weights_of_a_search_are_those_it_was_made_with(generator: StyleGAN2
 def test_two_searches_of_one_generator_leave_its_weights_as_they_were(
     generator: StyleGAN2, low: Tensor
 ) -> None:
-    """The second begins while the first runs, and the first ends last: gradients are asked for as before."""
+    """The second begins while the first runs, and the first ends last: weights require gradients throughout."""
     copied = copy.deepcopy(generator)
     begun: list[PulseUpsampler] = []
 
     def begin(glimpse: StepSnapshot) -> None:
         if not begun:
             begun.append(PulseUpsampler(copied, Area(4), QUICK, STREAMS))
-            assert not any(weight.requires_grad for weight in copied.parameters())
+            assert all(weight.requires_grad for weight in copied.parameters())
 
     PulseUpsampler(copied, Area(4), QUICK, STREAMS, watch=begin).upsample(low[:1], faces_per_photo=1)
     assert begun and all(weight.requires_grad for weight in copied.parameters())
