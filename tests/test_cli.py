@@ -176,7 +176,9 @@ def test_there_is_nothing_to_resume_where_nothing_was_begun(fedface, tmp_path: P
     """Neither by name nor by folder; and a finished run is no unfinished one."""
     path = str(tiny_file(tmp_path))
     assert "no unfinished run of tiny in runs" in sentence(fedface("run", path, "--resume"))
-    assert "no run was started here" in sentence(fedface("run", path, "--resume", "--out", "elsewhere"))
+    assert "there is no run to resume here" in sentence(
+        fedface("run", path, "--resume", "--out", "elsewhere")
+    )
     initialize_run(tiny_experiment(tmp_path), Path("runs/tiny"))
     Path("runs/tiny/run.json").write_text("{}")
     assert "no unfinished run of tiny" in sentence(fedface("run", path, "--resume"))
@@ -264,7 +266,7 @@ def test_a_folder_of_small_faces_becomes_sheets_and_a_record(fedface, tmp_path: 
     assert fedface(*words).code == 0 and Path("sheets/0.png.png").stat().st_mtime_ns == made
     assert "other photos or settings" in sentence(fedface(*words, "--seed", "1"))
     before = Path("in/0.png").read_bytes()
-    assert "will not be replaced" in sentence(fedface("upsample", "in/0.png", "--out", "in/0.png"))
+    assert "is not overwritten" in sentence(fedface("upsample", "in/0.png", "--out", "in/0.png"))
     assert Path("in/0.png").read_bytes() == before
 
 

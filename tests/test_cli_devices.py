@@ -197,7 +197,7 @@ def test_a_log_is_told_in_plain_words(fedface, used: Path) -> None:  # type: ign
         "An update of a network's weights, for faces, round 1",
         "6 bytes to fedface.example.org:8000; noise added here",
         f"cost: {alone}",
-        "nothing more: the same bytes as before, paid by entry 1",
+        "none: the same bytes as before, recorded as entry 1",
         "Metrics of how well a model serves these photos, for faces, evaluation 1",
         "Together: 19 bytes in 3 payloads.",
         f"Allowed for life: 100; left: {100 - three.upper:.3f}.",
@@ -289,7 +289,7 @@ def test_leaving_says_what_happens_next_and_what_cannot_be_undone(fedface, used:
         "You have left faces already, on "
         in fedface("device", "withdraw", "device.yaml", "--run", "faces").out
     )
-    assert "You left faces: my own business" in fedface("device", "log", "device.yaml").out
+    assert "You withdrew from faces: my own business" in fedface("device", "log", "device.yaml").out
     assert (
         "its ledger has faces, others"
         in fedface("device", "withdraw", "device.yaml", "--run", "fases", "--yes").sentence

@@ -132,7 +132,7 @@ def upsample_folder(job: SheetJob, photos: Path, out: Path, settings: dict[str, 
     if len(left) < len(pictures):
         job.describe(f"{len(pictures) - len(left)} of {len(pictures)} photos already have their sheets")
     for path, result in job.sheets(left, sheets.place):
-        sheets.keep(path, result)
+        sheets.store(path, result)
         if isinstance(result, SkippedPhoto):
             job.describe(sanitize_text(f"{result.photo}: skipped: {result.reason}", LONGEST))
     without = sum("left_out" in entry for entry in sheets.found)

@@ -1,7 +1,7 @@
 """Secure aggregation at the server: ask devices for protected vectors, check each reply, sum them, decrypt the sum.
 
-The same for updates and metrics. The server stores no payload once they are summed, and learns nothing of a device but
-its name, its reply or refusal, and the time that it took; plain sums alone show it each payload.
+The same for updates and metrics. The server stores no payload after summing, and learns of a device only its name, its
+reply or refusal, and the time taken; only with plain sums does it see each payload.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def collect_and_sum(
     """Ask every member, sum the usable replies, and have the sum decrypted.
 
     Args:
-        experiment: Says how sums are protected, and min_responses.
+        experiment: Gives the aggregation protocol and min_responses.
         cohort: The devices.
         members: Which of them to ask.
         task: What to ask.
@@ -100,7 +100,7 @@ def collect_and_sum(
     if len(usable) < experiment.min_responses:
         reasons = "; ".join(f"{r.device}: {r.reason}" for r in (*refusals, *dropped))
         raise FederationError(
-            f"round {task.round}: {len(usable)} of {len(members)} devices gave a usable answer, "
+            f"round {task.round}: {len(usable)} of {len(members)} devices gave a usable reply, "
             f"{experiment.min_responses} are needed ({reasons or 'no reasons given'}). "
             "Nothing was applied; fix the cause and resume the run."
         )
@@ -128,7 +128,7 @@ def collect_and_sum(
 
 
 def noised_sum(total: Vector, dp: DPParameters) -> Vector:
-    """A sum with the server's noise added once, where the privacy unit is a library; otherwise as it is.
+    """A sum, with the server's noise added once if the privacy unit is a library.
 
     The Gaussian mechanism on a sum of vectors that each device has clipped to `dp.update_clip_norm` (McMahan et al.
     2018, arXiv:1710.06963), before anything is computed from the sum.
@@ -148,7 +148,7 @@ def _sort_replies(
     length: int,
     expected: type[Result],
 ) -> tuple[dict[int, tuple[Result, Payload]], list[RefusalRecord], list[RefusalRecord]]:
-    """Usable replies by member, refusals, and what was dropped; every device is named."""
+    """Usable replies by member, refusals, and dropped replies; every device is named."""
     usable: dict[int, tuple[Result, Payload]] = {}
     refusals, dropped = [], []
     for member, reply in sorted(replies.items()):
@@ -171,13 +171,13 @@ def _sort_replies(
 
 
 def _under_another_key(usable: Mapping[int, tuple[Result, Payload]]) -> dict[int, str]:
-    """Members whose payload is under another key than that of most, and the reason to give."""
+    """Members whose payload is encrypted with another key than most, and the reason to report."""
     keys = {member: str(payload.header.get("key", "")) for member, (_, payload) in usable.items()}
     if len(set(keys.values())) < 2:
         return {}
     most = Counter(keys.values()).most_common(1)[0][0]
     reason = (
-        f"its update is under another key than {most}, which most devices hold; give it a copy of that key"
+        f"its update is encrypted with another key than most devices' ({most}); give it a copy of that key"
     )
     return {member: reason for member, key in keys.items() if key != most}
 

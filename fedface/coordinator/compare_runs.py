@@ -1,4 +1,4 @@
-"""A comparison: every run of a sweep, its rounds alone, and what the samples of each look like side by side.
+"""A comparison: every run of a sweep, without its audits, and metrics and images of the samples of each.
 
 Each run has a folder of its own and is finished once its metrics are there, so that an interrupted comparison continues
 where it stopped, also in the middle of a run.
@@ -46,7 +46,7 @@ from fedface.sweep import Sweep, Variant, level_of
 from fedface.tensor_types import Images
 from fedface.training.training_methods import common_streams, prepare_round
 
-MEASURED_ON = 2  # raised whenever the same samples would give other metrics
+MEASURED_ON = 2  # increase when the same samples would give other metrics
 FACES = 600  # samples of each model, and faces on either side of the reference
 SHOWN = 12  # samples in a row of the image
 
@@ -58,8 +58,8 @@ class _Reference:
     """Faces like the devices', in three sets."""
 
     faces: Images  # to compare with
-    second: Images  # to show what a perfect score is
-    inputs: Images  # what upsamplers get, degraded
+    second: Images  # the score of a perfect generator
+    inputs: Images  # inputs of upsamplers, degraded
 
 
 def compare_runs(
@@ -71,7 +71,7 @@ def compare_runs(
     command: str = "",
     faces: int = FACES,
 ) -> ComparisonRecord:
-    """Run what is not finished, measure every model alike, and write tables and charts.
+    """Run what is not finished, measure every model in the same way, and write tables and charts.
 
     Args:
         sweep: The runs.
@@ -86,10 +86,10 @@ def compare_runs(
 
     Raises:
         RunError: The folder holds runs of another experiment.
-        ConfigError: Nothing is known of the devices' faces, so that there is nothing to compare with.
+        ConfigError: The devices' faces are private, so there is no reference to compare with.
     """
     for variant in sweep.variants:
-        # A checkpoint that is missing or of another family is better known now than after hours.
+        # Fail now rather than after hours if a checkpoint is missing or of another family.
         variant.experiment.training.check(variant.experiment.start().architecture)
     runs: list[ComparedRun] = []
     for number, variant in enumerate(sweep.variants, 1):
@@ -108,8 +108,8 @@ def compare_runs(
         versions=installed_versions(),
         machine=MachineRecord.here(),
         devices=_devices(first),
-        features=f"Distances, precision and recall rest on {open_features(ColourFeatures()).identity.name}: they "
-        "cannot be compared with published FID or KID, only with each other.",
+        features=f"Distances, precision and recall are computed from {open_features(ColourFeatures()).identity.name}: "
+        "they cannot be compared with published FID or KID, only with each other.",
         reference=_metrics(truth.second, "reference", truth, first.seed),
         runs=tuple(_without_twins(runs)),
     )
@@ -128,7 +128,7 @@ def _without_twins(runs: list[ComparedRun]) -> list[ComparedRun]:
 def _one(
     variant: Variant, place: Path, cohort_of: CohortOf, faces: int, progress: ProgressListener
 ) -> ComparedRun:
-    """One run to its end, or its metrics from the disk."""
+    """Finish one run, or read its metrics from the disk."""
     experiment, stored = variant.experiment, place / f"metrics-{_measure_name(faces)}.json"
     if not (place / "state.json").exists():
         initialize_run(experiment, place)
@@ -182,19 +182,19 @@ def _base(variant: Variant, folder: Path, faces: int, progress: ProgressListener
 
 
 def _measure_name(faces: int) -> str:
-    """What metrics depend on besides the model: the number of faces, and the version of the measurement."""
+    """The name of a measurement: metrics depend on the number of faces and on the version of the code."""
     return f"{faces}-{MEASURED_ON}"
 
 
 def _measure(model: Model, experiment: Experiment, faces: int, progress: ProgressListener) -> ModelQuality:
     progress.stage("samples", 1)
-    made = _sampled(model, experiment, faces)
+    generated = _sampled(model, experiment, faces)
     truth = _reference(experiment, model.size, faces)
-    return _metrics(made, weights_hash(*model.modules()), truth, experiment.seed)
+    return _metrics(generated, weights_hash(*model.modules()), truth, experiment.seed)
 
 
 def _sampled(model: Model, experiment: Experiment, count: int) -> Images:
-    """What it makes, in two halves side by side; the same for equal weights and seeds."""
+    """Samples, generated in two halves in parallel; deterministic in weights and seed."""
     halves = [count // 2, count - count // 2]
     streams = Streams(experiment.seed).child("compared samples")
 
@@ -209,20 +209,20 @@ def _sampled(model: Model, experiment: Experiment, count: int) -> Images:
         return torch.cat(list(pool.map(draw, range(2))))
 
 
-def _metrics(made: Images, name: str, truth: _Reference, seed: int) -> ModelQuality:
+def _metrics(generated: Images, name: str, truth: _Reference, seed: int) -> ModelQuality:
     streams = Streams(seed).child("compared figures")
-    readings, true = measure_tone(made).monk.double(), measure_tone(truth.faces).monk.double()
+    readings, true = measure_tone(generated).monk.double(), measure_tone(truth.faces).monk.double()
     found = quality(
         truth.faces,
         tone_groups(truth.faces),
-        made,
-        tone_groups(made),
+        generated,
+        tone_groups(generated),
         ColourFeatures(),
         streams.numpy("quality"),
     )
     return ModelQuality(
         weights_hash=name,
-        tones=tone_histogram(made),
+        tones=tone_histogram(generated),
         tone_distance=tone_distance(readings.numpy(), true.numpy(), streams.numpy("tones")),
         quality=found,
     )
@@ -236,7 +236,7 @@ def _reference(experiment: Experiment, size: int, faces: int) -> _Reference:
     )
     if everyone is None or inputs is None:
         raise ConfigError(
-            "devices: nothing is known of remote devices' photos; compare with synthetic or labelled ones"
+            "devices: the photos of remote devices are private; compare with synthetic or labelled devices"
         )
     half = len(everyone) // 2
     return _Reference(everyone[:half], everyone[half : 2 * half], inputs)
@@ -251,8 +251,8 @@ def _devices(experiment: Experiment) -> str:
         case SyntheticDevices(light_fractions=shares):
             return (
                 f"{start}: synthetic faces, of which {sum(shares) / len(shares):.0%} have light skin (Monk 1-5), from "
-                f"{max(shares):.0%} on the lightest device to {min(shares):.0%} on the darkest. Tone is read from "
-                "pixels, so light and camera are mixed into every metric."
+                f"{max(shares):.0%} on the lightest device to {min(shares):.0%} on the darkest. Tone is estimated from "
+                "pixels, so every metric includes light and camera."
             )
         case _:
             return f"{start}: {'; '.join(dict.fromkeys(words for _, words, _ in everyone))}."

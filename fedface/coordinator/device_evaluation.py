@@ -1,7 +1,7 @@
-"""Models evaluated by the devices on their own photos: asked, summed and decrypted like updates.
+"""Evaluation of models by the devices on their own photos: requested, summed and decrypted like updates.
 
-The server learns one noised sum over all devices for each evaluation, and nothing else; but where the privacy unit is
-a library the server is trusted: it sees each device's mean and adds the noise to their sum itself.
+For each evaluation the server learns one noised sum over all devices. Only with the privacy unit library, where it is
+trusted, does it see each device's mean and add the noise to their sum.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Evaluation:
 
     run: str
     number: int  # which evaluation of the run, from 1
-    name: str  # what reports call the model; devices do not learn it
+    name: str  # the model's name in reports; not sent to devices
     model: Model
     dp: DPParameters  # of each evaluation; its schedule counts all evaluations of the run
     config: LocalMetricsConfig  # which metrics
     holdout_fraction: float  # share of each device's units that is evaluated; 0: all
 
     def task(self, experiment: Experiment, cohort: int) -> EvaluateTask:
-        """What each of `cohort` devices is asked."""
+        """The task for each of `cohort` devices."""
         return EvaluateTask(
             run=self.run,
             round=self.number,
@@ -74,8 +74,8 @@ def request_metrics(
     """Have every member evaluate a model on its own photos.
 
     Args:
-        experiment: Says how photos are degraded and upsampled, and how sums are protected.
-        evaluation: What is asked.
+        experiment: Gives the degradation, the upsampling method and the aggregation protocol.
+        evaluation: The request.
         cohort: The devices.
         members: Which of them to ask.
         on_progress: Called with how many have replied.
@@ -104,13 +104,13 @@ def request_metrics(
             devices=round_sum.count,
             noises=1
             if dp.noise_at == "server"
-            else None,  # one noise draw of each device, or one of the server
+            else None,  # one noise vector per device, or one of the server
         ),
     )
 
 
 def _epsilon(experiment: Experiment, dp: DPParameters) -> Epsilon | NotMeasured:
-    """What one evaluation costs one unit."""
+    """Privacy loss of one evaluation for one unit."""
     if isinstance(experiment.privacy, PrivacyTarget):
         return epsilon_of(dp.event(1), experiment.privacy.delta, unit=dp.unit).measured()
     return NotMeasured(not_measured="the run adds no noise, so there is no bound")
@@ -125,7 +125,7 @@ def evaluate_on_devices(
     progress: ProgressListener,
     withdrawn: set[int],
 ) -> RunState:
-    """Have the devices evaluate each model, such as ("before", base), that the run's state has no evaluation of.
+    """Have the devices evaluate each model, such as ("before", base), that the run's state does not contain yet.
 
     Members in `withdrawn` are not asked; those whose owners withdraw now are added to it.
 

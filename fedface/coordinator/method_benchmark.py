@@ -31,7 +31,7 @@ from fedface.upsampling.upsampler import pixel_std
 
 
 def with_baselines(methods: Sequence[Method]) -> list[Method]:
-    """The methods, with nearest and bicubic behind them where they were not named."""
+    """The methods, with nearest and bicubic appended unless included."""
     return [*methods, *(each for each in BASELINES if name_of(each) not in map(name_of, methods))]
 
 
@@ -45,14 +45,14 @@ def benchmark_methods(
     progress: ProgressListener,
     command: str,
 ) -> tuple[BenchmarkRecord, dict[str, bytes]]:
-    """Ask every method for the same photos.
+    """Run every method on the same photos.
 
     Args:
         pairs: Each method with its checkpoint.
         probe: At least two public faces with their groups.
-        downscale: What shrinks them, and what every search works against.
-        faces_per_photo: How many faces, >= 1; methods with one answer give one.
-        seed: Of starts, draws and resamples.
+        downscale: The degradation of the photos, which every search inverts.
+        faces_per_photo: Faces per photo, >= 1; deterministic methods give one.
+        seed: Of starting points, samples and bootstrap resamples.
         progress: Receives the progress.
         command: The command that reproduces the benchmark.
 
@@ -60,7 +60,7 @@ def benchmark_methods(
         The record, and images by name, PNG.
 
     Raises:
-        ConfigError: A method does not go with its checkpoint or the downscale.
+        ConfigError: A method does not support its checkpoint or the downscale.
     """
     found: list[MethodMetrics] = []
     chosen = examples(probe)
@@ -77,10 +77,10 @@ def benchmark_methods(
             seed,
             lambda done, of: progress.advance(round(1000 * done / max(1, of))),
         )
-        found.append(_figures(served, probe, served.seconds / (len(probe.images) * faces), seed))
+        found.append(_metrics(served, probe, served.seconds / (len(probe.images) * faces), seed))
         if number == 0:
             side = served.low.shape[-1]
-            rows.append((f"shown,\n{side} x {side}", served.low[chosen].clamp(0, 1)))
+            rows.append((f"input,\n{side} x {side}", served.low[chosen].clamp(0, 1)))
         rows.append((title_of(method).replace(" from ", "\nfrom "), served.upsampled.images[chosen, 0]))
     record = BenchmarkRecord(
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -100,16 +100,16 @@ def benchmark_methods(
     return record, pictures
 
 
-def _figures(served: MethodEvaluation, probe: PublicProbe, seconds: float, seed: int) -> MethodMetrics:
+def _metrics(served: MethodEvaluation, probe: PublicProbe, seconds: float, seed: int) -> MethodMetrics:
     streams = Streams(seed).child("methods")
-    made = served.upsampled.images
-    first = made[:, 0]
-    distance: Measurement = NotMeasured(not_measured=f"wants {MIN_FACES} faces to compare with")
+    generated = served.upsampled.images
+    first = generated[:, 0]
+    distance: Measurement = NotMeasured(not_measured=f"needs {MIN_FACES} faces to compare with")
     if len(first) >= MIN_FACES:
         distance = compare_faces(probe.images, first, streams.numpy("blocks")).kernel
-    spread: Measurement = NotMeasured(not_measured="it was asked for one face of each photo")
-    if made.shape[1] > 1:
-        each = torch.stack([pixel_std(faces).mean() for faces in made])
+    spread: Measurement = NotMeasured(not_measured="only one face per photo was generated")
+    if generated.shape[1] > 1:
+        each = torch.stack([pixel_std(faces).mean() for faces in generated])
         spread = mean_interval(each.double().numpy(), streams.numpy("spread"))
     true, dark = probe.tone.monk >= DARKER_FROM, measure_tone(first).monk >= DARKER_FROM
     return MethodMetrics(

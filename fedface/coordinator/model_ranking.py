@@ -1,9 +1,9 @@
 """Rank several models by the devices' own photos.
 
-Every device evaluates every candidate on all its photos; each answer is clipped, noised, recorded and summed like any
-other metric, and the privacy guarantee of the experiment covers all answers together. Devices see weights without a
-name, in a secret random order; the server sees one noised sum over all devices for each candidate (unit library: the
-trusted server receives means without noise and adds it). Each answer is on disk before the next evaluation.
+Every device evaluates every candidate on all its photos. The metrics are clipped, noised, recorded and summed like
+other metrics, and the experiment's privacy guarantee covers all of them together. Devices see weights without a name,
+in a secret random order; the server sees one noised sum over all devices for each candidate (unit library: the trusted
+server receives means without noise and adds it). Each result is on disk before the next evaluation.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fedface.reports.device_metrics_record import DeviceMetricsRecord
 from fedface.reports.model_ranking_report import RankingReport
 from fedface.upsampling.methods import check_method
 
-BASE = "base"  # names the model that the experiment itself starts from
+BASE = "base"  # the model that the experiment starts from
 
 
 def load_candidates(words: Sequence[str], experiment: Experiment) -> dict[str, Model]:
@@ -54,9 +54,7 @@ def load_candidates(words: Sequence[str], experiment: Experiment) -> dict[str, M
         if name in models:
             raise ConfigError(f"two candidates are called {name}; rename one of the files")
         if isinstance(model.architecture, GeneratorArchitecture):
-            raise ConfigError(
-                f"{word}: devices score models of families that they could also train, see docs"
-            )
+            raise ConfigError(f"{word}: devices evaluate only models that they could also train, see docs")
         try:
             check_method(
                 experiment.method_for(model), model, experiment.upsampling.downscale, size=model.size
@@ -68,7 +66,7 @@ def load_candidates(words: Sequence[str], experiment: Experiment) -> dict[str, M
 
 
 def _name_of(file: Path) -> str:
-    """A file's own name; of a run's weights with that of the run, since all runs number their rounds."""
+    """A file's name; for weights in a run folder with the run's name, because all runs number their rounds."""
     home = file.resolve().parent
     return f"{home.parent.name}-{file.stem}" if home.name == "rounds" else file.stem
 
@@ -100,12 +98,12 @@ def run_ranking(
         experiment: Of `experiment.for_ranking`.
         models: Of `load_candidates`.
         cohort: The devices.
-        folder: Of the ranking; finished evaluations in it are kept.
+        folder: Of the ranking; finished evaluations in it are reused.
         progress: Receives the progress.
-        command: What a reader types to do it again.
+        command: The command that reproduces the ranking.
 
     Raises:
-        FederationError: Too few usable answers; the ranking can be resumed.
+        FederationError: Too few usable replies; the ranking can be resumed.
         RunError: The folder holds another ranking.
     """
     config, target = experiment.evaluation, experiment.privacy
@@ -131,7 +129,7 @@ def run_ranking(
         )
         asked = [member for member in members if member not in withdrawn]
         answer = request_metrics(experiment, evaluation, cohort, asked, progress.advance, withdrawn.update)
-        # A ranking keeps no names of devices, so that a withdrawal has none to remove.
+        # A ranking stores no names of devices, so a withdrawal has none to remove.
         state = replace(state, records={**state.records, name: replace(answer, answered=())})
         replace_text(path, dumps(state))
     trusted = (
@@ -151,10 +149,10 @@ def run_ranking(
         epsilon=epsilon_of(dp.event(), target.delta, unit=dp.unit),
         notes=(
             "All candidates were evaluated on the same photos, each with independent noise.",
-            "The privacy guarantee of the experiment covers all answers of a device together.",
+            "The privacy guarantee of the experiment covers all metrics of a device together.",
             *(trusted if dp.noise_at == "server" else ()),
             "Skin tone is measured from pixels, so light and camera affect every group.",
-            "Devices whose owners refuse are missing; this ranking says nothing about their photos.",
+            "Devices whose owners refuse are missing; this ranking does not describe their photos.",
         ),
     )
     model_ranking_report.write(record, folder)
@@ -163,7 +161,7 @@ def run_ranking(
 
 @dataclass(frozen=True, kw_only=True)
 class RankingState:
-    """What of a ranking is on disk: the order of the evaluations, and the record of each finished one."""
+    """The state of a ranking on disk: the order of the evaluations, and the record of each finished one."""
 
     version: ClassVar[int] = 2
 
@@ -173,7 +171,7 @@ class RankingState:
 
     @staticmethod
     def opened(path: Path, experiment: Experiment, models: Mapping[str, Model]) -> RankingState:
-        """The state in a file, or a new one with a secret random order.
+        """The state in a file, or a new state with a secret random order.
 
         Raises:
             RunError: The file is damaged, or of other candidates or another experiment.
@@ -189,14 +187,14 @@ class RankingState:
         try:
             state = load(RankingState, path)
         except RunError as error:
-            raise RunError(f"{error}; the answers are damaged, start a new ranking") from error
+            raise RunError(f"{error}; the stored metrics are damaged, start a new ranking") from error
         if state.digest != digest:
             raise RunError(f"{path.parent}: holds a ranking of other candidates or of another experiment")
         return state
 
 
 def _rankings(estimates: Mapping[str, DPMetricEstimates]) -> list[Ranking]:
-    """Every measure over all units and for the worst served group; those without enough units are left out."""
+    """Rankings by each metric over all units and for the worst-served group; those without enough units are omitted."""
     found = []
     for measure in DP_METRICS:
         for rank in (rank_overall, rank_worst_group):
@@ -206,7 +204,7 @@ def _rankings(estimates: Mapping[str, DPMetricEstimates]) -> list[Ranking]:
                 continue
     if not found:
         raise FederationError(
-            "the devices hold too few photos for any metric under this noise; ask more devices, rank fewer candidates, "
-            "or allow a larger epsilon"
+            "the devices have too few photos for any metric under this noise; use more devices, fewer candidates "
+            "or a larger epsilon"
         )
     return found

@@ -1,7 +1,7 @@
-"""The federated rounds: ask, check, sum, decrypt, apply, measure, store. Survives a kill at any moment.
+"""The federated rounds: request, check, sum, decrypt, apply, measure, store. Survives a kill at any moment.
 
-A round is complete once its record in `state.json` and its checkpoint are on disk; an interrupted round is asked again,
-and devices that had replied send the bytes that they stored, at no further privacy cost. Where the server adds the
+A round is complete once its record in `state.json` and its checkpoint are on disk. An interrupted round is requested
+again, and devices that had replied send their stored bytes, at no further privacy cost. Where the server adds the
 noise, such a round gets fresh noise, and the same sum must never be persisted with two different noise draws. So the
 checkpoint is written last: if it exists, so does the record, and the round is over.
 """
@@ -49,12 +49,12 @@ class ProgressListener(Protocol):
         ...
 
     def message(self, sentence: str) -> None:
-        """Something worth a line."""
+        """A message to print."""
         ...
 
 
 class SilentProgress:
-    """Shows nothing."""
+    """Discards all progress."""
 
     def stage(self, name: str, steps: int) -> None:
         """Nothing."""
@@ -87,7 +87,7 @@ def run_rounds(
     if len(state.rounds) >= total:
         return state
     withdrawn = set() if withdrawn is None else withdrawn
-    # The first that connected: a sum has no room for more devices than the experiment names.
+    # The first that connected: a sum has headroom only for as many devices as the experiment states.
     members = cohort.members(experiment.devices.count)[: experiment.devices.count]
     for number in range(len(state.rounds) + 1, total + 1):
         members = [member for member in members if member not in withdrawn]
@@ -116,23 +116,23 @@ def run_rounds(
 
 
 def _without_partial_round(state: RunState, progress: ProgressListener) -> RunState:
-    """Without a last round whose checkpoint did not reach the disk."""
+    """The state without a last round whose checkpoint is not on disk."""
     if not state.rounds:
         return state
     last = state.rounds[-1]
     path = weights_path(state.folder, last.round)
     if path.exists() and weights_hash(*load_model(path).modules()) == last.weights_hash:
         return state
-    progress.message(f"round {last.round} was interrupted before it was stored, and is asked again")
+    progress.message(f"round {last.round} was interrupted before it was stored and is requested again")
     return replace(state, rounds=state.rounds[:-1])
 
 
 def _with_metrics(
     state: RunState, experiment: Experiment, reference: ReferenceSet | None, model: Model | None = None
 ) -> RunState:
-    """With the metrics of the last round's model, which is loaded if it is not given.
+    """The state with the metrics of the last round's model, which is loaded if not given.
 
-    They are computed after the round is stored, since measuring again is cheap.
+    They are computed after the round is stored, because they can be computed again.
     """
     if reference is None or not state.rounds or state.rounds[-1].metrics:
         return state
@@ -142,14 +142,14 @@ def _with_metrics(
 
 
 class WithdrawalHandler:
-    """A run's state while replies arrive: a withdrawal is on disk before anything else can fail."""
+    """The state of a run while replies arrive: a withdrawal is on disk before anything else can fail."""
 
     def __init__(self, state: RunState, plan: Plan, withdrawn: set[int]) -> None:
         """Members whose owners withdraw are added to `withdrawn`."""
         self.state, self._plan, self._withdrawn = state, plan, withdrawn
 
     def drop(self, names: Mapping[int, str]) -> None:
-        """Forget these members, under these names."""
+        """Remove these members and their names from the run."""
         for member, name in names.items():
             self._withdrawn.add(member)
             self.state = self.state.without(name, partial(epsilon_spent, self._plan))

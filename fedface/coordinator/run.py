@@ -1,4 +1,4 @@
-"""A run from experiment to report: rounds, audits before and after, images, the record and its pages.
+"""A run from experiment to report: rounds, audits before and after, images, record and reports.
 
 The server sees payloads and public images only. Each finished part is on disk; an interrupted run continues where it
 stopped.
@@ -57,7 +57,7 @@ TONE_SAMPLES = 512  # samples whose tones are counted
 
 
 def initialize_run(experiment: Experiment, folder: Path) -> None:
-    """Make a run's folder: the experiment, the base weights, an empty state.
+    """Create a run's folder: the experiment, the base weights, an empty state.
 
     Raises:
         RunError: There is a run in this folder already.
@@ -86,7 +86,7 @@ def check_same(experiment: Experiment, folder: Path) -> None:
 def run_experiment(
     experiment: Experiment, cohort: Cohort, folder: Path, *, progress: ProgressListener, command: str = ""
 ) -> RunRecord:
-    """Run an experiment to its end in a folder that `initialize_run` made, from where it stopped.
+    """Run or continue an experiment to its end in a folder of `initialize_run`.
 
     Args:
         experiment: The same as in the folder.
@@ -130,7 +130,7 @@ def run_experiment(
     )
     progress.advance(1)
     progress.stage("cost of encryption", 1)
-    # What one device of public faces would send: the sizes and errors are those of a real update.
+    # The update of one device of public faces: sizes and errors are those of a real update.
     streams = Streams(experiment.seed).child("cost")
     update = (
         work.update(probe.images, rng=noise_source(plan.dp_parameters, streams), streams=streams)
@@ -187,7 +187,7 @@ def run_experiment(
 
 @dataclass(frozen=True)
 class _Parts:
-    """What the images show."""
+    """The content of the report's images."""
 
     base: Model
     final: Model
@@ -315,7 +315,7 @@ def _pictures(folder: Path, parts: _Parts, attacked: list[LeakageFinding]) -> di
 
 def _notes(experiment: Experiment, plan: Plan, base: Model) -> tuple[str, ...]:
     notes = [
-        "Tone is read from pixels, so light and camera are mixed into every measure of tone.",
+        "Tone is estimated from pixels, so every metric of tone includes light and camera.",
         "One run with one seed: another seed would give other numbers within, and sometimes beyond, the intervals.",
         "The distance uses features that need no download; it cannot be compared with published FID.",
     ]
@@ -331,9 +331,7 @@ def _notes(experiment: Experiment, plan: Plan, base: Model) -> tuple[str, ...]:
         )
     match experiment.devices:
         case SyntheticDevices():
-            notes.append(
-                "Devices are simulated and faces are synthetic: real people vary in ways that these do not."
-            )
+            notes.append("Devices are simulated and faces are synthetic: real people vary more.")
         case LabelledDevices():
             notes.append(
                 "Devices are simulated. Group labels are annotators' judgement, not self-reported. "
@@ -364,6 +362,6 @@ def _notes(experiment: Experiment, plan: Plan, base: Model) -> tuple[str, ...]:
         releases = "update" if experiment.evaluation is None else "update and metrics"
         notes.append(
             f"The server is trusted: it receives each device's {releases} without noise and could keep them; no number "
-            "here says what it could learn from that."
+            "here bounds what it could learn from that."
         )
     return tuple(notes)

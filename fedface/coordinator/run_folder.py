@@ -48,9 +48,9 @@ def resume_run(name: str, out: Path | None) -> Path:
 def _unfinished(name: str, out: Path | None, started_file: str, done_file: str) -> Path:
     if out is not None:
         if not (out / started_file).exists():
-            raise RunError(f"{out}: no run was started here, so there is nothing to resume")
+            raise RunError(f"{out}: there is no run to resume here")
         if (out / done_file).exists():
-            raise RunError(f"{out}: this one is finished; there is nothing to resume")
+            raise RunError(f"{out}: it is finished and cannot be resumed")
         return _named(out)
     mine = re.compile(re.escape(name) + r"(-\d+)?")
     started = sorted(
@@ -59,7 +59,7 @@ def _unfinished(name: str, out: Path | None, started_file: str, done_file: str) 
     )
     unfinished = [path for path in started if not (path / done_file).exists()]
     if not unfinished:
-        raise RunError(f"no unfinished run of {name} in {RUNS}; leave --resume out to begin one")
+        raise RunError(f"no unfinished run of {name} in {RUNS}; omit --resume to start one")
     return unfinished[-1]
 
 
@@ -71,23 +71,23 @@ def resume_comparison(name: str, out: Path | None) -> Path:
     """
     if out is not None:
         if not (out / "runs").is_dir():
-            raise RunError(f"{out}: no comparison was started here, so there is nothing to resume")
+            raise RunError(f"{out}: there is no comparison to resume here")
         return _named(out)
     mine = re.compile(re.escape(name) + r"(-\d+)?")
     started = [path.parent for path in RUNS.glob("*/runs") if mine.fullmatch(path.parent.name)]
     if not started:
-        raise RunError(f"no comparison of {name} in {RUNS}; leave --resume out to begin one")
+        raise RunError(f"no comparison of {name} in {RUNS}; omit --resume to start one")
     return max(started, key=lambda path: path.stat().st_mtime)
 
 
 def _named(folder: Path) -> Path:
-    """The folder's name is the run's name, and "." has none."""
+    """An absolute path, because the folder's name is the run's name and "." has none."""
     return folder if folder.name not in ("", "..") else folder.resolve()
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Only one process at a time works in a run's folder.
+    """Lock a run's folder: only one process at a time works in it.
 
     Raises:
         RunError: Another process does, or the folder cannot be made.

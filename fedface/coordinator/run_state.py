@@ -1,4 +1,4 @@
-"""What of a run is on disk: written in one step, so that a kill at any moment loses at most the round in progress."""
+"""The state of a run on disk, written atomically: a kill at any moment loses at most the round in progress."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def weights_path(folder: Path, round: int) -> Path:
 
 @dataclass(frozen=True)
 class RunState:
-    """What of a run is on disk."""
+    """The state of a run on disk."""
 
     version: ClassVar[int] = 2
 
@@ -79,6 +79,6 @@ class RunState:
         try:
             return load(RunState, path, given={"folder": folder})
         except FileNotFoundError as error:
-            raise RunError(f"{folder}: no run was started here, so there is nothing to resume") from error
+            raise RunError(f"{folder}: there is no run to resume here") from error
         except RunError as error:
-            raise RunError(f"{error}; the state of this run is damaged, start a new one") from error
+            raise RunError(f"{error}; the state of this run is damaged, start a new run") from error

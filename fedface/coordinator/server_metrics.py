@@ -1,4 +1,4 @@
-"""What the server measures of a model, as records: samples after each round, bias, leakage, cost of encryption.
+"""Metrics that the server computes of a model: samples after each round, bias, leakage, cost of encryption.
 
 Everything here uses public images only: the probe, synthetic faces, and generated faces. An audit attacks updates
 computed from images of the probe, never from a device's photos.
@@ -49,16 +49,16 @@ from fedface.upsampling.degradation import Degradation, apply_degradation
 from fedface.upsampling.methods import BASELINES, Method, default_method, make_upsampler
 from fedface.upsampling.upsampler import Upsampled
 
-MIN_FACES = 40  # that a distance can be measured from
+MIN_FACES = 40  # minimum for a kernel distance
 SAMPLES = 256  # faces sampled from the generator for the metrics of a round
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceSet:
-    """What every model of a run is measured by."""
+    """The faces with which every model of a run is compared."""
 
     faces: Images  # like the devices'
-    inputs: Images  # others of the same distribution, which an upsampler gets degraded
+    inputs: Images  # other faces of the same distribution: inputs of upsamplers, degraded
     downscale: Degradation
 
     def samples(self, model: Model, count: int, rng: torch.Generator) -> Images:
@@ -82,19 +82,19 @@ def upsample_with(model: Model, faces: Images, downscale: Degradation) -> Images
 
 
 def make_reference_set(experiment: Experiment, probe: PublicProbe, size: int) -> ReferenceSet:
-    """Public faces like the devices'; the probe where nothing is known of them."""
+    """Public faces like the devices'; the probe if the devices' faces are private."""
     parts = [device_faces(experiment, SAMPLES, size, part=part) for part in range(2)]
     faces, inputs = (probe.images if part is None or not len(part) else part for part in parts)
     return ReferenceSet(faces=faces, inputs=inputs, downscale=experiment.upsampling.downscale)
 
 
 def sample_metrics(model: Model, reference: ReferenceSet, seed: int) -> dict[str, Measurement]:
-    """Distance of what it makes to faces like the devices', their mean Monk tone, and the share of darker ones."""
+    """Kernel distance of the samples to faces like the devices', their mean Monk tone, and the share of darker ones."""
     streams = Streams(seed).child("samples")
     like_devices = reference.faces
     generated = reference.samples(model, SAMPLES, streams.generator("latents"))
     monk = measure_tone(generated).monk.double().numpy()
-    distance: Measurement = NotMeasured(not_measured=f"wants {MIN_FACES} faces to compare with")
+    distance: Measurement = NotMeasured(not_measured=f"needs {MIN_FACES} faces to compare with")
     if len(like_devices) >= MIN_FACES:
         distance = compare_faces(like_devices, generated, streams.numpy("blocks")).kernel
     tones = {
@@ -109,10 +109,10 @@ class MethodEvaluation:
     """A method's outputs for the probe with one set of weights."""
 
     method: Method
-    bias: BiasRecord  # its hash is of the networks that the method uses, of nothing if it uses none
+    bias: BiasRecord  # its hash covers the networks that the method uses; empty if none
     low: LowImages
     upsampled: Upsampled
-    seconds: float  # of the search alone, wall time
+    seconds: float  # wall time of the search
 
 
 def evaluate_on_probe(
@@ -151,7 +151,7 @@ def evaluate_on_probe(
 
 
 def _networks_of(method: Method, model: Model | None) -> tuple[nn.Module, ...]:
-    """The networks whose weights a method looks at."""
+    """The networks that a method uses."""
     if model is None or method in BASELINES:
         return ()
     return (model.upsampler if model.is_upsampler else model.generator,)
@@ -170,10 +170,10 @@ def audit_update_leakage(
 ) -> list[LeakageFinding]:
     """Invert one step on one image, without noise and as the plan's mechanism releases it.
 
-    Where the server adds the noise, it adds it to the sum, so a single update exists without noise only.
+    A server that adds noise adds it to the sum, so a single update has none.
     """
     mechanism = plan.mechanism()
-    # A run without DP still shows what noise would have done: multiplier 1.
+    # A run without DP shows the effect of noise with multiplier 1.
     noised = mechanism if isinstance(mechanism, GaussianSum) else GaussianSum(
         clip_norm=mechanism.clip_norm, sigma=1.0
     )  # fmt: skip

@@ -1,8 +1,8 @@
-"""One photo -> one picture that shows how little a pixelated face determines: several faces, all equally consistent.
+"""A contact sheet for one photo: several generated faces that all match the same pixelated input.
 
 `MethodRunner` runs each method; `contact_sheet` lays out the low-resolution input, the faces with their downscaled
 versions, their standard deviation pixel by pixel, and the skin tones that the generator produces, because a method
-cannot find faces that its generator does not know.
+cannot find faces that its generator cannot generate.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from fedface.upsampling.methods import Method, is_deterministic, make_upsampler,
 from fedface.upsampling.upsampler import Progress, Upsampled, Upsampler, pixel_std
 
 NO_FACE = "The generated people do not exist; the pixels do not determine which face is right."
-NEAREST = "No method found a face that fits: the closest that each can generate is shown."
+NEAREST = "No method found a face that fits; the closest are shown."
 
-_MARK = "fedface sheet of faces"  # in the PNG, so that no other file is ever replaced
+_MARK = "fedface sheet of faces"  # PNG metadata; no file without it is overwritten
 _SIDE, _SMALL, _GAP, _LEFT = 124, 44, 10, 164  # pixels of the sheet
 _CELL, _ROW = _SIDE + _GAP, _SIDE + _SMALL + 30
 
 
 @dataclass(frozen=True, kw_only=True)
 class DegradedFace:
-    """A face and what of it is shown to the methods."""
+    """A face and its low-resolution version, the input of the methods."""
 
     subject: FaceCrop
     truth: Images  # (1, 3, size, size): the aligned face, or a small picture enlarged
@@ -63,17 +63,17 @@ class MethodOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class ContactSheet:
-    """A face, what was shown, and every method's answer."""
+    """A face, its low-resolution version, and every method's output."""
 
     shown: DegradedFace
     answers: tuple[MethodOutput, ...]
 
 
 def show(subject: FaceCrop, degradation: Degradation, *, size: int, seed: int = 0) -> DegradedFace:
-    """Shrink a face as a camera would; a picture that is as small as that already is taken as it is.
+    """Degrade a face; a picture that already has the low resolution is used unchanged.
 
     Raises:
-        ValueError: The degradation does not go with faces of `size` pixels.
+        ValueError: The degradation does not support faces of `size` pixels.
     """
     crop = torch.from_numpy(subject.crop.copy()).permute(2, 0, 1)[None].float() / 255.0
     own, low_side = crop.shape[-1], degradation.low_side(size)
@@ -88,7 +88,7 @@ def show(subject: FaceCrop, degradation: Degradation, *, size: int, seed: int = 
 
 
 class MethodRunner:
-    """Methods with their weights, prepared once for many photos; equal photos get equal answers, in any order."""
+    """Methods with their weights, prepared once for many photos; the output depends on the photo, not on the order."""
 
     def __init__(
         self,
@@ -103,56 +103,60 @@ class MethodRunner:
 
         Args:
             methods: Each with the checkpoint that it needs, see `upsampling.methods.pair_with_models`.
-            degradation: What the photos have gone through.
+            degradation: The degradation of the inputs.
             size: Side of the faces in pixels.
-            seed: Of starts and draws.
+            seed: Of starting points and samples.
             progress: Called with steps done and steps in all of one photo, a thousand for each method.
 
         Raises:
-            ConfigError: A method does not go with its checkpoint or with this downscale.
+            ConfigError: A method does not support its checkpoint or this downscale.
         """
         self._prepared: list[tuple[Method, Upsampler]] = []
         for number, (method, model) in enumerate(methods):
 
-            def tell(done: int, of: int, number: int = number) -> None:
+            def on_step(done: int, of: int, number: int = number) -> None:
                 if progress is not None:
                     progress(1000 * number + round(1000 * done / max(1, of)), 1000 * len(methods))
 
-            upsampler = make_upsampler(method, model, degradation, Streams(seed), size=size, progress=tell)
+            upsampler = make_upsampler(method, model, degradation, Streams(seed), size=size, progress=on_step)
             self._prepared.append((method, upsampler))
 
     def run(self, shown: DegradedFace, *, faces: int) -> ContactSheet:
-        """Ask every method, those that have more than one answer for `faces` (>= 1) of them."""
+        """Run every method, with `faces` (>= 1) faces from those that can generate several."""
         answers = []
         for method, upsampler in self._prepared:
             started = time.perf_counter()
-            made = upsampler.upsample(shown.low, faces_per_photo=1 if is_deterministic(method) else faces)
-            answers.append(MethodOutput(method=method, upsampled=made, seconds=time.perf_counter() - started))
+            generated = upsampler.upsample(
+                shown.low, faces_per_photo=1 if is_deterministic(method) else faces
+            )
+            answers.append(
+                MethodOutput(method=method, upsampled=generated, seconds=time.perf_counter() - started)
+            )
         return ContactSheet(shown=shown, answers=tuple(answers))
 
 
 def describe_output(answer: MethodOutput) -> str:
-    """One line about a method's answer: how many faces fit, and how well."""
+    """One line about a method's output: how many faces fit, and how well."""
     consistency_error, fits = answer.upsampled.consistency_error[0], answer.upsampled.converged[0]
     best = f"smallest consistency error {float(consistency_error.min()):.5f}"
     if is_deterministic(answer.method):
-        return f"{title_of(answer.method)}: one answer, {'fits' if bool(fits[0]) else 'does not fit'}, {best}"
+        return f"{title_of(answer.method)}: one face, {'fits' if bool(fits[0]) else 'does not fit'}, {best}"
     return f"{title_of(answer.method)}: {int(fits.sum())} of {len(fits)} faces fit, {best}"
 
 
 def is_sheet(path: Path) -> bool:
-    """Whether a file is a sheet that `contact_sheet` made, so that a new one may take its place."""
+    """Whether a file is a contact sheet, which may be overwritten."""
     with path.open("rb") as file:
         return _MARK.encode() in file.read(2000)
 
 
 def contact_sheet(portrait: ContactSheet, tones: ToneHistogram | None = None, *, source: str = "") -> bytes:
-    """The picture of a portrait, PNG on white.
+    """The sheet as PNG on white.
 
     Args:
-        portrait: At least one answer.
-        tones: Skin tones of what the generator draws; left out where no generator was asked.
-        source: Where the photo comes from, for the last line.
+        portrait: At least one method's output.
+        tones: Skin tones of the generator's samples; None if no generator was used.
+        source: The photo's origin, for the last line.
     """
     shown = portrait.shown
     several = [answer for answer in portrait.answers if not is_deterministic(answer.method)]
@@ -170,12 +174,14 @@ def contact_sheet(portrait: ContactSheet, tones: ToneHistogram | None = None, *,
         )
         sheet.picture(_LEFT, 46, _SIDE, shown.truth[0])
         words = "\n".join(textwrap.wrap(format_degradation(shown.degradation), 24))
-        sheet.words(_LEFT + _CELL, 10, f"what is shown:\n{side} x {side} pixels")
+        sheet.words(_LEFT + _CELL, 10, f"input:\n{side} x {side} pixels")
         sheet.picture(_LEFT + _CELL, 46, _SIDE, shown.low[0])
         sheet.words(_LEFT + _CELL, 46 + _SIDE + 6, words, small=True)
         if tones is not None:
-            made = torch.cat([measure_tone(answer.upsampled.images[0]).monk for answer in portrait.answers])
-            sheet.tones(_LEFT + 2 * _CELL + 56, 46, width - 24, _SIDE, tones, own.monk, made)
+            generated = torch.cat(
+                [measure_tone(answer.upsampled.images[0]).monk for answer in portrait.answers]
+            )
+            sheet.tones(_LEFT + 2 * _CELL + 56, 46, width - 24, _SIDE, tones, own.monk, generated)
         for number, answer in enumerate(several):
             _row(sheet, top + number * _ROW, answer, shown.degradation)
         if single:
@@ -188,16 +194,19 @@ def contact_sheet(portrait: ContactSheet, tones: ToneHistogram | None = None, *,
 
 
 def _row(sheet: _Sheet, y: int, answer: MethodOutput, degradation: Degradation) -> None:
-    """One method: its faces, what each shrinks to, and how far they differ."""
-    made = answer.upsampled
+    """One method: its faces, each downscaled, and their standard deviation."""
+    generated = answer.upsampled
     title, _, rest = title_of(answer.method).partition(" from ")
     lines = [f"from {rest}"] if rest else []
-    lines += [f"{int(made.converged[0].sum())} of {made.faces_per_photo} fit", f"{answer.seconds:.2g} s"]
+    lines += [
+        f"{int(generated.converged[0].sum())} of {generated.faces_per_photo} fit",
+        f"{answer.seconds:.2g} s",
+    ]
     sheet.words(16, y + 8, title, bold=True)
     sheet.words(16, y + 28, "\n".join(lines), small=True)
-    for number in range(made.faces_per_photo):
+    for number in range(generated.faces_per_photo):
         _face(sheet, _LEFT + number * _CELL, y, answer, number, degradation)
-    x, spread = _LEFT + made.faces_per_photo * _CELL, pixel_std(made.images[0])
+    x, spread = _LEFT + generated.faces_per_photo * _CELL, pixel_std(generated.images[0])
     sheet.heat(x, y, _SIDE, spread)
     mean, most = 100 * float(spread.mean()), 100 * float(spread.max())
     words = f"where they differ: {mean:.0f} %\non average, bright: {most:.0f} %"
@@ -205,8 +214,8 @@ def _row(sheet: _Sheet, y: int, answer: MethodOutput, degradation: Degradation) 
 
 
 def _single_row(sheet: _Sheet, y: int, answers: Sequence[MethodOutput], degradation: Degradation) -> None:
-    """Methods that have one answer, side by side."""
-    sheet.words(16, y + 24, "one answer each,", bold=True)
+    """Methods that give one face, side by side."""
+    sheet.words(16, y + 24, "one face each,", bold=True)
     sheet.words(16, y + 44, "although many faces\nwould fit", small=True)
     for number, answer in enumerate(answers):
         sheet.words(_LEFT + number * _CELL, y, title_of(answer.method), bold=True)
@@ -214,7 +223,7 @@ def _single_row(sheet: _Sheet, y: int, answers: Sequence[MethodOutput], degradat
 
 
 def _face(sheet: _Sheet, x: int, y: int, answer: MethodOutput, number: int, degradation: Degradation) -> None:
-    """One face, what it shrinks to, and whether that is the photo."""
+    """One face, its downscaled version, and whether that matches the input."""
     face, consistency_error = (
         answer.upsampled.images[0, number],
         float(answer.upsampled.consistency_error[0, number]),
@@ -226,7 +235,7 @@ def _face(sheet: _Sheet, x: int, y: int, answer: MethodOutput, number: int, degr
 
 
 class _Sheet:
-    """A white picture of so many pixels; y grows downwards."""
+    """A white canvas, sizes in pixels; y grows downwards."""
 
     def __init__(self, width: int, height: int) -> None:
         self.width, self.height = width, height
@@ -259,24 +268,24 @@ class _Sheet:
         )
 
     def tones(
-        self, left: int, y: int, right: int, height: int, tones: ToneHistogram, own: Tensor, made: Tensor
+        self, left: int, y: int, right: int, height: int, tones: ToneHistogram, own: Tensor, generated: Tensor
     ) -> None:
-        """What the generator draws, tone by tone, with the photo's own and the answers' readings above."""
+        """Histogram of the generator's skin tones, with the photo's and the outputs' tones above."""
         axes = self._axes(left, y, right - left, height)
         steps = np.arange(1, 11)
         shares = 100.0 * np.asarray(tones.counts) / tones.count
         axes.bar(steps, shares, 0.86, color=MONK_SWATCHES.numpy(), edgecolor="#3b3f46", linewidth=0.6)
         most = 1.5 * max(shares)
         axes.set_ylim(0, most)
-        axes.plot(made, np.full(len(made), 0.80 * most), "|", color="#0072b2", markersize=9)
+        axes.plot(generated, np.full(len(generated), 0.80 * most), "|", color="#0072b2", markersize=9)
         axes.plot(own, [0.93 * most], "v", color="#d55e00", markersize=7)
         axes.set_xticks(steps)
         axes.set_xlim(0.4, 10.6)
-        axes.set_xlabel("Monk scale, read from pixels")
+        axes.set_xlabel("Monk scale, estimated from pixels")
         axes.set_ylabel("share, %")
         axes.grid(axis="x", visible=False)
-        self.words(left - 36, y - 36, f"skin tones that the generator draws (n = {tones.count});")
-        self.words(left - 36, y - 20, "above: of the photo (orange), of the answers (blue)", small=True)
+        self.words(left - 36, y - 36, f"skin tones of the generator's samples (n = {tones.count});")
+        self.words(left - 36, y - 20, "above: the photo (orange), the outputs (blue)", small=True)
 
     def png(self) -> bytes:
         target = io.BytesIO()

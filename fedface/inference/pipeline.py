@@ -1,4 +1,4 @@
-"""A file or a folder of photos -> a contact sheet for every face, with a record of what was done and what was skipped.
+"""A contact sheet for every face in a photo or a folder, with a record of sheets and skipped photos.
 
 Photos are decoded in the sandbox, as in a scan, and never written. An interrupted folder is resumed: existing sheets
 are not rendered again, and sheets of different settings are never mixed in one folder.
@@ -30,27 +30,27 @@ RECORD = "faces.json"
 
 
 class SheetProgress(Protocol):
-    """Who is told how far it is."""
+    """Receives the progress."""
 
     def stage(self, name: str, steps: int) -> None:
         """A photo begins that takes `steps` steps."""
         ...
 
     def message(self, sentence: str) -> None:
-        """Something worth a line."""
+        """A message to print."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class SheetSettings:
-    """What is asked of every photo."""
+    """The settings for every photo."""
 
     degradation: Degradation
     size: int  # of the faces in pixels
-    faces: int  # for each method that has more than one answer
+    faces: int  # faces from each method that can generate several
     max_faces: int  # faces of one photo, the largest first
     detect: Literal["for faces", "at the whole"] = (
-        "for faces"  # whole: the picture is an aligned face as it is
+        "for faces"  # whole: the picture is used as an aligned face
     )
 
 
@@ -61,7 +61,7 @@ class SheetRecord:
     photo: str
     person: int  # from 1, the largest face first
     people: int  # faces in the photo; 0: the picture was taken as a face
-    turned: int  # degrees counterclockwise by which the photo had to be turned
+    turned: int  # degrees by which the photo was rotated counterclockwise
     side: float  # of the face's crop in pixels of the photo
     sheet: Path
     portrait: ContactSheet
@@ -117,50 +117,50 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def check_sheet(path: Path, photos: Path) -> None:
-    """Raises ConfigError unless a sheet may be written there: as a PNG, and never over anything but a sheet."""
+    """Raises ConfigError unless a path is a PNG that is new or a contact sheet."""
     if path.suffix.lower() != ".png":
-        raise ConfigError(f"{path}: sheets are PNG files; name one that ends in .png")
+        raise ConfigError(f"{path}: expected a name that ends in .png")
     if path.is_dir():
-        raise ConfigError(f"{path}: is a folder; name the PNG to write")
+        raise ConfigError(f"{path}: is a folder; expected the PNG to write")
     if path.exists() and (path.resolve() == photos.resolve() or not is_sheet(path)):
         raise ConfigError(
-            f"{path}: is no sheet of faces and will not be replaced; name another file with --out"
+            f"{path}: is not a contact sheet and is not overwritten; choose another file with --out"
         )
 
 
 def run_pipeline(
     photos: Sequence[Path],
     place: Callable[[Path, int], Path],
-    wanted: SheetSettings,
+    settings: SheetSettings,
     painters: MethodRunner,
     detector: Callable[[], Detector],
     tones: ToneHistogram | None,
     watcher: SheetProgress,
 ) -> Iterator[tuple[Path, tuple[SheetRecord, ...] | SkippedPhoto]]:
-    """Each photo with its sheets, one for every face, or why there is none; written before the next one is begun.
+    """Yield each photo with the records of its sheets, or why it was skipped; sheets are written before the next photo.
 
     Args:
         photos: Files.
-        place: Where the sheet of a photo and of the person of this number goes.
-        wanted: What is asked of each.
+        place: The path of the sheet for a photo and a person's number.
+        settings: For every photo.
         painters: The methods.
-        detector: Makes the detector when it is first needed.
-        tones: Of what the generator draws; None leaves them out.
-        watcher: Who is told about each photo.
+        detector: Loads the detector on first use.
+        tones: Of the generator's samples; None omits them.
+        watcher: Receives the progress.
     """
-    smallest = wanted.degradation.low_side(wanted.size)
+    smallest = settings.degradation.low_side(settings.size)
     with SandboxedDecoder(longest_side=LONGEST_SIDE) as reader:
         for path, photo in reader.read_all(photos):
             watcher.stage(path.name, 1000)
             try:
-                people = _people(path, photo, detector, wanted, smallest)
+                people = _people(path, photo, detector, settings, smallest)
             except (PhotoError, LibraryError) as error:
                 yield path, SkippedPhoto(photo=str(path), reason=str(error).removeprefix(f"{path}: "))
                 continue
             made = []
-            for subject in people[: wanted.max_faces]:
-                shown = show(subject, wanted.degradation, size=wanted.size)
-                portrait = painters.run(shown, faces=wanted.faces)
+            for subject in people[: settings.max_faces]:
+                shown = show(subject, settings.degradation, size=settings.size)
+                portrait = painters.run(shown, faces=settings.faces)
                 sheet = place(path, subject.number)
                 check_sheet(sheet, path)
                 sheet.parent.mkdir(parents=True, exist_ok=True)
@@ -176,34 +176,34 @@ def _people(
     path: Path,
     photo: Photo | PhotoError,
     detector: Callable[[], Detector],
-    wanted: SheetSettings,
+    settings: SheetSettings,
     smallest: int,
 ) -> tuple[FaceCrop, ...]:
     if isinstance(photo, PhotoError):
         raise photo
-    if wanted.detect == "at the whole":
-        return (whole_image(photo, wanted.size, name=str(path)),)
-    return face_crops(photo, detector, wanted.size, smallest=smallest, name=str(path))
+    if settings.detect == "at the whole":
+        return (whole_image(photo, settings.size, name=str(path)),)
+    return face_crops(photo, detector, settings.size, smallest=smallest, name=str(path))
 
 
 class SheetFolder:
-    """A folder of sheets with the record of what was asked and found, so that work goes on where it ended.
+    """A folder of sheets with a record of settings and results, so that interrupted work continues.
 
-    A photo is known by its place below its folder, its size and when it was changed: a photo that was replaced is
-    looked at again, one that is gone is forgotten.
+    A photo is identified by its relative path, size and modification time: a replaced photo is processed again, and a
+    deleted one is removed from the record.
     """
 
     def __init__(self, folder: Path, photos: Path, settings: Mapping[str, Any]) -> None:
-        """Open or begin one.
+        """Open or create the folder.
 
         Raises:
             ConfigError: It is the photos' own folder, holds sheets of other photos or settings, or a record that
                 cannot be read.
         """
         if folder.resolve() == photos.resolve():
-            raise ConfigError(f"{folder}: holds the photos; name another folder for the sheets with --out")
+            raise ConfigError(f"{folder}: holds the photos; choose another folder for the sheets with --out")
         if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"{folder}: is a file; name a folder for the sheets")
+            raise ConfigError(f"{folder}: is a file; choose a folder for the sheets")
         self.folder, self._photos = folder, photos
         self._asked = json.loads(json.dumps({"photos": str(photos.resolve()), **settings}))
         self._found: dict[str, dict[str, Any]] = {}
@@ -230,11 +230,11 @@ class SheetFolder:
 
     @property
     def found(self) -> tuple[dict[str, Any], ...]:
-        """What came of every photo: its sheets, or why it was left out."""
+        """The record of every photo: its sheets, or why it was skipped."""
         return tuple({"photo": name, **entry} for name, entry in self._found.items())
 
     def left(self, photos: Sequence[Path]) -> list[Path]:
-        """The photos whose sheets are not all there, and that have no reason why not."""
+        """The photos without all their sheets that were not skipped."""
         known = {self._name(path): self._stamp(path) for path in photos}
         self._found = {
             name: entry for name, entry in self._found.items()
@@ -244,15 +244,15 @@ class SheetFolder:
         return [path for path in photos if self._name(path) not in self._found]
 
     def place(self, path: Path, person: int) -> Path:
-        """Where a sheet goes: the photo's own place below its folder."""
+        """The path of a sheet, which mirrors the photo's relative path."""
         inner = path.relative_to(self._photos)
         name = inner.name
         if len(os.fsencode(name)) > 200:
             name = f"{name[:40]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}"
         return self.folder / inner.parent / f"{name}{'' if person == 1 else f'-{person}'}.png"
 
-    def keep(self, path: Path, result: tuple[SheetRecord, ...] | SkippedPhoto) -> None:
-        """Remember all that came of one photo, on the disk on return."""
+    def store(self, path: Path, result: tuple[SheetRecord, ...] | SkippedPhoto) -> None:
+        """Store the result of one photo; on disk when this returns."""
         entry: dict[str, Any] = {"stamp": self._stamp(path)}
         match result:
             case SkippedPhoto(reason=reason):

@@ -1,1 +1,1 @@
-"""The record of a run, and the pages made from it."""
+"""The records of runs, and the reports written from them."""

@@ -157,7 +157,7 @@ def face_grid(rows: Sequence[tuple[str, Images]], columns: Sequence[str], *, sid
     Args:
         rows: (label, images (n, 3, h, w)); sizes may differ between rows, all are enlarged to one side by
             repeating pixels, so that a low-resolution input looks like what it is. Clamped to [0, 1].
-        columns: One label per person, such as the tone group; lines are parted by a line feed.
+        columns: One label per person, such as the tone group; lines are separated by a line feed.
         side: Side of one face in the picture, pixels.
 
     Raises:

@@ -1,7 +1,6 @@
 """The pictures of a comparison: each measure against epsilon, tone histograms, quality by group, and samples.
 
-PNG on white, so that they can be shown anywhere. Colours are the
-colour-blind-safe set of Okabe and Ito (2008); each method also has its own marker.
+PNG on white. Colours are the colour-blind-safe set of Okabe and Ito (2008); each method also has its own marker.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ PANELS = ("tone_distance", "darker", "kernel")
 def against_epsilon(record: ComparisonRecord) -> bytes:
     """Distance in tone, share of darker samples and kernel distance against epsilon, one line per method; PNG.
 
-    The dashed line is what a second set of the devices' own faces scores.
+    The dashed line is the metric of a second set of faces like the devices'.
     """
     with matplotlib.rc_context(STYLE):
         canvas = Canvas(figsize=(10.2, 3.3), layout="constrained", dpi=110)
@@ -64,7 +63,7 @@ def by_group(record: ComparisonRecord, measure: str = "kernel") -> bytes:
 
 
 def tone_histograms(record: ComparisonRecord) -> bytes:
-    """Monk tone of samples at every epsilon, one panel per method, beside the devices' own mix; PNG."""
+    """Monk tone of samples at every epsilon, one panel per method, and the devices' own distribution; PNG."""
     ways, levels = record.ways(), record.levels()
     true = np.array(record.reference.tones.counts) / record.reference.tones.count
     steps = np.arange(1, 11)
@@ -97,7 +96,7 @@ def samples(rows: Mapping[str, Images], truth: Images) -> bytes:
     """Samples row by row, the devices' own faces first; PNG.
 
     Args:
-        rows: Way and epsilon -> images (n, 3, s, s), n as in `truth`.
+        rows: Method and epsilon -> images (n, 3, s, s), n as in `truth`.
         truth: (n, 3, s, s), faces like the devices'.
     """
     grid = [("devices' faces", truth), *rows.items()]
@@ -128,7 +127,7 @@ def _name(level: str) -> str:
 
 
 def png_on_white(canvas: Canvas) -> bytes:
-    """A drawn canvas as PNG, its ground white so that it can be shown anywhere."""
+    """A canvas as PNG with a white background."""
     target = io.BytesIO()
     FigureCanvasAgg(canvas)
     canvas.savefig(target, format="png", facecolor="white", metadata={"Software": None})

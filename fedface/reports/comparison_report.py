@@ -71,7 +71,7 @@ class ComparedRun:
     epsilon: Epsilon | NotMeasured
     seed: int
     noise_multiplier: float  # 0 without privacy
-    numbers_up: int  # numbers that a device sends in a round
+    numbers_up: int  # values that a device sends per round
     bytes_up: int  # of all devices in all rounds
     seconds: float  # of all rounds together
     model: ModelQuality
@@ -89,11 +89,11 @@ class ComparisonRecord:
     machine: MachineRecord
     devices: str  # in words
     features: str  # on which distances rest, in words
-    reference: ModelQuality  # of a second set of faces like the devices': the score of a perfect generator
+    reference: ModelQuality  # of a second set of faces like the devices', as from a perfect generator
     runs: tuple[ComparedRun, ...]
 
     def ways(self) -> tuple[str, ...]:
-        """The ways in the order in which they were run."""
+        """The methods in the order in which they were run."""
         return tuple(dict.fromkeys(run.method for run in self.runs))
 
     def levels(self) -> tuple[str, ...]:
@@ -101,11 +101,11 @@ class ComparisonRecord:
         return tuple(sorted({run.level for run in self.runs}, key=_level))
 
     def chosen(self, way: str, level: str) -> tuple[ComparedRun, ...]:
-        """The runs of one way at one level, one per seed."""
+        """The runs of one method at one level, one per seed."""
         return tuple(run for run in self.runs if (run.method, run.level) == (way, level))
 
     def over_seeds(self, way: str, level: str, measure: str, group: str | None = None) -> Measurement:
-        """One measure of one way at one level, over its seeds; see `over_seeds`."""
+        """One metric of one method at one level, over its seeds; see `over_seeds`."""
         return over_seeds([run.model.metric(measure, group) for run in self.chosen(way, level)])
 
 
@@ -113,27 +113,26 @@ def _level(level: str) -> float:
     return float("inf") if level == NO_DP_LABEL else float(level)
 
 
-def over_seeds(figures: Sequence[Measurement]) -> Measurement:
-    """The mean over runs that differ in their seed alone.
+def over_seeds(metrics: Sequence[Measurement]) -> Measurement:
+    """The mean over runs that differ only in their seed.
 
-    The interval is Student's over three runs or more, so that it holds what another seed would change; below
-    that it reaches from the lowest to the highest end of the runs' own intervals. Never narrower than the
-    mean of the runs' own.
+    With three or more runs it is Student's t interval, which covers the effect of the seed; with fewer it reaches from
+    the lowest to the highest end of the runs' own intervals. It is never narrower than the mean of the runs' own.
     """
-    measured = [figure for figure in figures if isinstance(figure, Interval)]
-    reasons = [figure.not_measured for figure in figures if isinstance(figure, NotMeasured)]
+    measured = [metric for metric in metrics if isinstance(metric, Interval)]
+    reasons = [metric.not_measured for metric in metrics if isinstance(metric, NotMeasured)]
     if reasons or not measured:
         # The runs in which it was measured are a biased selection: they generated more faces of the group.
-        part = f"in {len(measured)} of {len(figures)} runs only: " if measured else ""
+        part = f"in {len(measured)} of {len(metrics)} runs only: " if measured else ""
         return NotMeasured(not_measured=part + (reasons[0] if reasons else "no run"))
-    estimates = np.array([figure.estimate for figure in measured])
-    mean, count = float(estimates.mean()), sum(figure.count for figure in measured)
+    estimates = np.array([metric.estimate for metric in measured])
+    mean, count = float(estimates.mean()), sum(metric.count for metric in measured)
     if len(measured) < 3:
         low, high = min(f.low for f in measured), max(f.high for f in measured)
         return Interval(estimate=mean, low=low, high=high, count=count)
     spread = mean_interval(estimates, np.random.Generator(np.random.PCG64(0)))
-    below = float(np.mean([figure.estimate - figure.low for figure in measured])) / len(measured) ** 0.5
-    above = float(np.mean([figure.high - figure.estimate for figure in measured])) / len(measured) ** 0.5
+    below = float(np.mean([metric.estimate - metric.low for metric in measured])) / len(measured) ** 0.5
+    above = float(np.mean([metric.high - metric.estimate for metric in measured])) / len(measured) ** 0.5
     return Interval(
         estimate=mean, low=min(spread.low, mean - below), high=max(spread.high, mean + above), count=count
     )
@@ -149,7 +148,7 @@ def read(folder: Path) -> ComparisonRecord:
     """The record in a folder; raises RunError where there is none, or it is damaged."""
     path = folder / FILE
     if not path.is_file():
-        raise RunError(f"{folder}: holds no finished comparison; `fedface compare` makes one")
+        raise RunError(f"{folder}: contains no finished comparison; run `fedface compare`")
     return load(ComparisonRecord, path)
 
 
@@ -178,11 +177,11 @@ def markdown(record: ComparisonRecord) -> str:
             runs = record.chosen(way, level)
             if not runs:
                 continue
-            figures = [table_cell(record.over_seeds(way, level, measure)) for measure in METRICS]
+            metrics = [table_cell(record.over_seeds(way, level, measure)) for measure in METRICS]
             seconds = f"{np.mean([run.seconds for run in runs]):.0f}"
             sigma = f"{runs[0].noise_multiplier:.3g}" if runs[0].noise_multiplier else "-"
             up = f"{runs[0].numbers_up:,}" if level != UNTRAINED else "-"
-            lines.append(_row([way, level, sigma, up, str(len(runs)), *figures, seconds]))
+            lines.append(_row([way, level, sigma, up, str(len(runs)), *metrics, seconds]))
     lines += ["", "## By tone group", ""]
     for measure in BY_GROUP:
         lines += [f"### {TITLES[measure]}", "", _row(["method", "epsilon", *TONE_GROUPS])]

@@ -1,4 +1,4 @@
-"""The log for a device's owner: every payload that left, where to, at what price, and what is left of each budget.
+"""The log for a device's owner: every payload that left, its receiver, its privacy cost, and the remaining budgets.
 
 The page's layout is device_log.html beside this file: one file, no script, nothing from any network, and a content
 security policy that names its style by hash.
@@ -34,8 +34,8 @@ from fedface.reports import device_log_text
 from fedface.reports.device_log_text import moment
 
 TEMPLATE = Path(__file__).with_name("device_log.html")
-MINUS = "\N{MINUS SIGN}"  # a line does not break after it
-WIDE, HIGH = 344.0, 120.0  # of the plot, in units of the page's SVG
+MINUS = "\N{MINUS SIGN}"  # no line break after it
+WIDE, HIGH = 344.0, 120.0  # size of the plot, in units of the page's SVG
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +43,14 @@ class LoggedRecord:
     """One transmission or withdrawal, and what it cost."""
 
     record: Transmission | Withdrawal
-    price: Epsilon | None  # of the entry that paid, alone; None where nothing was paid, or paid before
-    without_noise: bool = False  # whether the server saw it without noise, because it adds the noise itself
+    price: Epsilon | None  # cost of its ledger entry alone; None if it has none, or was sent before
+    without_noise: bool = False  # whether the server, which adds the noise, saw it without noise
 
     def what(self) -> str:
         """What left, for which run."""
         match self.record:
             case Withdrawal(run=run, reason=reason):
-                return f"You left {run}" + (f": {reason}" if reason else "")
+                return f"You withdrew from {run}" + (f": {reason}" if reason else "")
             case Transmission(kind="update", run=run, round=round):
                 return f"An update of a network's weights, for {run}, round {round}"
             case Transmission(kind="metrics", run=run, round=round):
@@ -63,14 +63,14 @@ class LoggedRecord:
                 return f"A refusal, to {run}, round {round}: {reason}"
 
     def cost(self) -> str:
-        """What it cost, in words."""
+        """Its cost, in words."""
         match self.record:
             case Transmission(entry=entry) if self.price is not None:
-                return f"{self.price}, for this alone (entry {entry})"
+                return f"{self.price}, for this release alone (entry {entry})"
             case Transmission(kind="update sum" | "metrics sum"):
-                return "nothing more: each device's part in the sum is paid for"
+                return "none: each device's part in the sum is already recorded"
             case Transmission(entry=int() as entry):
-                return f"nothing more: the same bytes as before, paid by entry {entry}"
+                return f"none: the same bytes as before, recorded as entry {entry}"
             case _:
                 return "nothing"
 
@@ -82,23 +82,23 @@ class LoggedRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetStatus:
-    """One limit of the policy and what is spent of it now."""
+    """One budget of the policy and how much of it is spent."""
 
     budget: Budget
     spent: Epsilon
 
     @property
     def left(self) -> float:
-        """What the upper bound leaves, >= 0."""
+        """The remaining epsilon by the upper bound, >= 0."""
         return max(0.0, self.budget.epsilon - self.spent.upper)
 
     @property
     def at(self) -> str:
-        """At which delta and of which unit it counts."""
+        """The budget's delta and unit."""
         return f"at delta {number_format.format_delta(self.budget.delta)} per {self.budget.unit}"
 
     def in_words(self) -> str:
-        """Spent, allowed and left, in two sentences."""
+        """Spent, allowed and remaining epsilon, in two sentences."""
         return (
             f"Spent {'so far' if self.budget.days is None else f'in the last {self.budget.days:g} days'}: "
             f"{self.spent}. Allowed {self.budget.period}: {self.budget.epsilon:g}; "
@@ -108,16 +108,18 @@ class BudgetStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceLog:
-    """What left a device, what it cost and what is left of each budget, for its owner."""
+    """What left a device, its privacy cost, and the remaining budgets, for its owner."""
 
     device: str  # its public name
-    receiver: str  # where it is connected to now
-    run: str | None  # only the records of this run; None: of all
+    receiver: str  # the server that it is connected to
+    run: str | None  # only the records of this run; None: all runs
     records: tuple[LoggedRecord, ...]  # oldest first
     entries: tuple[LedgerEntry, ...]  # of the whole ledger
-    budgets: tuple[BudgetStatus, ...]  # of the policy, for all runs together; the first counts for life
-    unsent: tuple[LedgerEntry, ...]  # booked, without a transmission
-    withdrawn: Mapping[str, str]  # runs that the owner has left, and when first, UTC, ISO 8601
+    budgets: tuple[
+        BudgetStatus, ...
+    ]  # of the policy, for all runs together; the first is the lifetime budget
+    unsent: tuple[LedgerEntry, ...]  # recorded releases without a transmission
+    withdrawn: Mapping[str, str]  # runs that the owner withdrew from -> UTC time, ISO 8601
     head: str  # digest of the ledger's newest record
     now: datetime
 
@@ -128,12 +130,12 @@ class DeviceLog:
 
     @property
     def bytes(self) -> int:
-        """All payloads together."""
+        """Total size of all payloads."""
         return sum(sent.bytes for sent in self.transmissions)
 
     @property
     def without_noise(self) -> int:
-        """Payloads that the server saw without noise, because it adds the noise itself."""
+        """Number of payloads that the server, which adds the noise, saw without noise."""
         return sum(each.without_noise for each in self.records)
 
     def record(self) -> dict[str, Any]:
@@ -170,18 +172,18 @@ def make_log(
     now: datetime,
     run: str | None = None,
 ) -> DeviceLog:
-    """Join what left with what it cost.
+    """Combine transmissions with their privacy costs.
 
     Args:
         device: Its public name.
-        policy: Says at which delta, of which unit and against which budgets prices are given.
+        policy: Gives the delta and unit of costs, and the budgets.
         snapshot: The whole ledger.
-        receiver: Where the device is connected to.
-        now: Where periods end.
-        run: Only what this run asked; budgets are for all runs all the same.
+        receiver: The server that the device is connected to.
+        now: The end of periods.
+        run: Only records of this run; budgets are always for all runs.
 
     Raises:
-        LedgerError: An entry cannot be priced.
+        LedgerError: The cost of an entry cannot be computed.
     """
     entries = snapshot.entries
     by_number = {entry.number: entry for entry in entries}
@@ -246,7 +248,7 @@ def render(log: DeviceLog) -> str:
 
 
 def _chart(entries: Sequence[LedgerEntry], budget: BudgetStatus, now: datetime) -> dict[str, Any]:
-    """A stair of what is spent, in units of the template's SVG."""
+    """The spent epsilon over time as a step curve, in units of the template's SVG."""
     points = spending_curve(entries, budget.budget, now)
     first, last = points[0][0], points[-1][0]
     span = max((last - first).total_seconds(), 1.0)

@@ -1,4 +1,4 @@
-"""What the device log says of kinds of payloads: what left, what never left, and what no price covers."""
+"""Texts of the device log: what left, what never left, and what no epsilon covers."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ _KINDS = {
     "refusal": ("refusal", "refusals"),
 }
 _NOT_COVERED = (
-    "that this device took part, when it answered and how long that took: the server knows it, and nothing of it "
-    "is counted",
-    "refusals: they hold nothing of a photo, but may reveal how much is spent and allowed",
-    "messages that a task failed: they name the kind of error and are not listed here",
-    "what is true of people in general: somebody may learn it from others' photos, with yours or without",
+    "that this device took part, when it replied and how long that took: the server observes it, and it is in no "
+    "epsilon",
+    "refusals: they contain nothing about a photo, but may reveal how much is spent and allowed",
+    "messages that a task failed: they contain the type of error and are not listed here",
+    "facts about people in general, which can be learned from other people's photos, with or without yours",
     "photos that you shared in other ways",
-    "programs: the server may send code of its own unless you forbid it (clients/README.md)",
+    "programs: the server may send code unless you forbid it (clients/README.md)",
 )
 
 
 def kinds(sent: Sequence[Transmission]) -> list[str]:
-    """How many payloads of each kind left, each counted once however often it was sent: "2 updates"."""
+    """The number of distinct payloads of each kind: "2 updates"."""
     again: Counter[str] = Counter(line.kind for line in sent if line.resent)
-    said = []
+    texts = []
     for what, (one, many) in _KINDS.items():
         count = sum(line.kind == what for line in sent) - again[what]
         if count or again[what]:
             twice = f" ({again[what]} sent again)" if again[what] else ""
-            said.append(f"{count} {one if count == 1 else many}{twice}")
-    return said
+            texts.append(f"{count} {one if count == 1 else many}{twice}")
+    return texts
 
 
 def what_left(sent: Sequence[Transmission], device: str) -> list[str]:
-    """What kinds of things left, in words."""
+    """The kinds of content that left, in words."""
     there = {line.kind for line in sent}
-    said = {
+    texts = {
         "update": "updates: how a network's weights would change, computed from your photos and protected as each line "
         "says",
         "metrics": "metrics: how well a model serves your photos, and how many of them (or of your occasions) have "
@@ -51,20 +51,18 @@ def what_left(sent: Sequence[Transmission], device: str) -> list[str]:
         "refusal": "refusals, each a sentence that says why",
     }
     return [
-        *(words for what, words in said.items() if what in there),
+        *(words for what, words in texts.items() if what in there),
         *([f"the name “{device}”, with every answer"] if sent else []),
     ]
 
 
 def never_left(sent: Sequence[Transmission], without_noise: int) -> list[str]:
-    """What was in no payload; counts are left out where something of them was."""
+    """What no payload contained; counts are omitted if some payload depended on them."""
     metrics = any(line.kind == "metrics" for line in sent)
     if without_noise:
-        counts = []  # nothing hides from the server what an update without noise lets it guess
+        counts = []  # an update without noise may reveal counts to the server
     elif metrics:
-        counts = [
-            "how many photos or faces there are, but for the counts among the metrics, which have noise"
-        ]
+        counts = ["how many photos or faces there are, except for noised counts among the metrics"]
     else:
         counts = ["how many photos or faces there are"]
     return [
@@ -76,12 +74,12 @@ def never_left(sent: Sequence[Transmission], without_noise: int) -> list[str]:
 
 
 def not_covered(without_noise: int) -> list[str]:
-    """What no epsilon of a device says; first, if there was any, what the server saw without noise."""
+    """What no epsilon of a device covers, starting with what the server saw without noise."""
     server = (
         "the server itself: it saw "
         + ("one of these payloads" if without_noise == 1 else f"{without_noise} of these payloads")
-        + " without noise, and towards it there is no epsilon. The numbers here hold for those who get the network or "
-        "the report later, if the server added the noise and forgot what it was sent"
+        + " without noise, and no epsilon bounds what it learned. The numbers here bound what is learned from the "
+        "published model and report, if the server added the noise and deleted what it received"
     )
     return [*([server] if without_noise else []), *_NOT_COVERED]
 

@@ -1,4 +1,4 @@
-"""Records of what devices measured on their own photos, and of devices that withdrew.
+"""Records of metrics from the devices' own photos, and of devices that withdrew.
 
 Metrics are clipped and noised on the device (unit library: noised by the trusted server), recorded in its ledger, and
 summed with those of other devices; intervals include the noise.
@@ -22,7 +22,7 @@ class DeviceMetricsRecord:
     when: str  # "before", "after", or a candidate's name
     weights_hash: str
     method: str  # title of the upsampling method
-    answered: tuple[str, ...]  # names of the devices in the sum; empty where they are not kept
+    answered: tuple[str, ...]  # names of the devices in the sum; empty if they are not stored
     refusals: tuple[str, ...]  # reasons of the devices that did not answer, without names
     epsilon: Epsilon | NotMeasured  # privacy loss of this evaluation for one unit
     noise_multiplier: float

@@ -22,7 +22,7 @@ from fedface.reports.run_record import RunRecord
 ALL = "all"  # the row of all units
 COLORS = {"before": charts.BEFORE, "after": charts.AFTER}
 AT_LIMIT = "\N{NO-BREAK SPACE}*"  # marks a metric at an end of its range
-MOST_UNITS = 10**6  # of one device, when searching for how many would suffice
+MOST_UNITS = 10**6  # upper bound of a search, units per device
 
 Group = GroupEstimates | NotMeasured
 
@@ -99,7 +99,7 @@ def cells(group: Group) -> list[tuple[str, str]]:
 
 
 def texts(group: Group) -> list[str]:
-    """The same as one text per column, where cells cannot be joined."""
+    """The same as one text per column."""
     if isinstance(group, NotMeasured):
         return [f"suppressed: {group.not_measured}", *["–"] * len(DP_METRICS)]
     return [f"{value} {ends}" for value, ends in cells(group)]
@@ -134,7 +134,8 @@ def range_limit_note(records: Sequence[DeviceMetricsRecord]) -> list[str]:
 def hidden_sentence(record: RunRecord) -> str:
     """Which differences the noise would hide between two groups just large enough to be reported.
 
-    From public numbers alone: the recipe, the noise, and how many devices answered. Empty where the recipe is unknown.
+    Computed from public numbers only: the experiment, the noise, and the number of devices. Empty if the experiment is
+    unknown.
     """
     last, config = record.device_metrics[-1], metrics_config(record.experiment)
     devices = last.estimates.devices
@@ -166,7 +167,7 @@ def hidden_sentence(record: RunRecord) -> str:
 
 
 def metrics_config(experiment: dict[str, object]) -> LocalMetricsConfig | None:
-    """The public parameters of the metrics in a record's experiment; None where it holds none that can be read."""
+    """The metrics' parameters in a record's experiment; None if they are missing or cannot be read."""
     evaluation = experiment.get("evaluation")
     if not isinstance(evaluation, dict) or not isinstance(metrics := evaluation.get("metrics"), dict):
         return None
@@ -177,7 +178,7 @@ def metrics_config(experiment: dict[str, object]) -> LocalMetricsConfig | None:
 
 
 def cost_sentence(record: DeviceMetricsRecord) -> str:
-    """What an evaluation cost, and whom."""
+    """The privacy cost of an evaluation."""
     return f"Evaluating the model {record.when} the run: {cost(record)}."
 
 

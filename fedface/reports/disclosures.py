@@ -1,4 +1,4 @@
-"""Statements that every report makes: who can withdraw, which hash covers which networks, which attacks apply."""
+"""Statements in every report: withdrawals, what each hash covers, which attacks apply."""
 
 from __future__ import annotations
 

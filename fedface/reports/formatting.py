@@ -70,7 +70,7 @@ def privacy_guarantee(plan: Plan) -> str:
 
 
 def adjacency(unit: Unit) -> str:
-    """Which two runs the guarantee compares."""
+    """The adjacency of the guarantee in words."""
     if unit == "library":
         return (
             "The guarantee compares a run with one in which a device's library is empty: both give any model with "
@@ -111,7 +111,7 @@ def spent(record: RunRecord) -> Epsilon | NotMeasured:
 
 
 def intervals(old: Interval, new: Interval) -> str:
-    """The 95 % intervals and counts of two estimates that a text compares, such as before and after."""
+    """The 95 % intervals and counts of two compared estimates, such as before and after."""
     counts = " and ".join(dict.fromkeys(f"{each.count:,}" for each in (old, new)))
     return f"95 % intervals {old.texts()[1]} and {new.texts()[1]}, n{number_format.SPACE}={number_format.SPACE}{counts}"
 
@@ -166,18 +166,18 @@ def attack_description(attack: AttackRecord) -> str:
 
 def identification_sentence(found: CandidateIdentification, defense: Defense) -> str:
     """How often an update revealed which candidate was in it."""
-    chance = 1 / found.candidates
+    guessing = 1 / found.candidates
     verdict = (
         "more often than guessing"
-        if found.rate.low > chance
+        if found.rate.low > guessing
         else "no more often than guessing would explain"
-        if found.rate.low <= chance <= found.rate.high
+        if found.rate.low <= guessing <= found.rate.high
         else "less often than guessing"
     )
     return (
         f"With {defense_label(defense)}, an attacker with {found.candidates} candidate photos identified the one in "
         f"the update in {number_format.percent(found.rate.estimate)} of cases {rate_interval(found.rate)} "
-        f"(n = {found.rate.count}), {verdict} ({number_format.percent(chance)})."
+        f"(n = {found.rate.count}), {verdict} ({number_format.percent(guessing)})."
     )
 
 

@@ -1,6 +1,6 @@
 """One self-contained HTML page about a run: no network, light or dark, phone or print.
 
-The layout is page.html beside this file. Everything that a device or a YAML file wrote is escaped by the template;
+The template is page.html. Everything that a device or a YAML file wrote is escaped by the template;
 only our own charts enter as markup.
 """
 
@@ -38,9 +38,14 @@ from fedface.reports.run_record import AttackRecord, BiasRecord, RunRecord
 
 FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("page.html")
-SHOWN = ("skin_difference", "monk_shift", "same_half", "consistency_error")  # the rest is one click away
+SHOWN = (
+    "skin_difference",
+    "monk_shift",
+    "same_half",
+    "consistency_error",
+)  # the others are in a folded section
 
-# One skin colour per tone bin, from the published Monk swatches: a hint beside a name, never data.
+# One skin colour per tone bin, from the published Monk swatches; decoration, never data.
 TONE_COLORS = {
     "very light": "#f3e7db",
     "light": "#d7bd96",
@@ -67,8 +72,8 @@ def render(record: RunRecord, folder: Path) -> str:
     """The page as HTML text.
 
     Args:
-        record: What happened.
-        folder: Holds the record's pictures; one that is missing is named.
+        record: The run.
+        folder: Contains the record's pictures; a missing one is named on the page.
     """
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -127,14 +132,14 @@ def render(record: RunRecord, folder: Path) -> str:
 
 
 def write(record: RunRecord, folder: Path) -> Path:
-    """Render the page into the run's folder and say where it lies."""
+    """Render the page into the run's folder and return its path."""
     path = folder / FILE
     replace_text(path, render(record, folder))
     return path
 
 
 def themed(svg: bytes, name: str, alt: str) -> Markup:
-    """One of our charts as inline markup: named for screen readers, in the page's font and colours.
+    """A chart as inline markup, labelled for screen readers, in the page's font and colours.
 
     Args:
         svg: From reports.charts.
@@ -184,12 +189,12 @@ def _turnout(record: RunRecord) -> list[dict[str, str]]:
 
 
 def _refusals(record: RunRecord) -> list[str]:
-    said: dict[tuple[str, str, str], list[int]] = {}
+    reasons: dict[tuple[str, str, str], list[int]] = {}
     for entry in record.rounds:
         for kind, list_of in (("refused", entry.refusals), ("was dropped", entry.dropped)):
             for refusal in list_of:
-                said.setdefault((refusal.device, kind, refusal.reason), []).append(entry.round)
-    return [f"{who} {kind} in {_span(rounds)}: {why}" for (who, kind, why), rounds in said.items()]
+                reasons.setdefault((refusal.device, kind, refusal.reason), []).append(entry.round)
+    return [f"{who} {kind} in {_span(rounds)}: {why}" for (who, kind, why), rounds in reasons.items()]
 
 
 def _span(rounds: Sequence[int]) -> str:
@@ -351,7 +356,7 @@ def _with_count(value: Interval) -> tuple[str, str]:
 
 
 def _holdout(record: RunRecord) -> str:
-    """Which share of a device's photos was held out, as a sentence; empty where none was."""
+    """The fraction of held-out photos as a sentence; empty if there were none."""
     evaluation = record.experiment.get("evaluation")
     share = evaluation.get("holdout_fraction") if isinstance(evaluation, dict) else None
     if not isinstance(share, int | float) or not 0 < share < 1:

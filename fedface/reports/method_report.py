@@ -36,9 +36,9 @@ OVERALL = (
 BY_GROUP = ("lightness_shift", "skin_difference", "same_half")
 LIMITS = (
     "Skin tone is measured from pixels, so light and camera affect every tone metric.",
-    "Whether a face fits is each method's own word: PULSE and the one-pass methods compare the consistency error "
-    "with a fixed tolerance, posterior samplers with what the noise of the measurement would leave.",
-    "A face that is near in colour is not the person: none of these metrics says whether a person is recognised.",
+    "Each method has its own bound for whether a face fits: PULSE and the feed-forward methods compare the consistency "
+    "error with a fixed tolerance, posterior samplers with the measurement noise.",
+    "A similar colour is not the same person: no metric here measures whether a person is recognised.",
 )
 
 
@@ -49,13 +49,13 @@ class MethodMetrics:
     method: str  # its name on the command line
     title: str
     settings: dict[str, Any]
-    weights_hash: str  # of the networks that were asked; empty for nearest and bicubic
+    weights_hash: str  # of the networks used; empty for nearest and bicubic
     bias: BiasRecord  # overall and by group
-    distance: Measurement  # kernel distance of its faces to the faces of the probe: do they look like faces?
-    spread: Measurement  # standard deviation of a photo's faces at a pixel, of 1: does it show that many fit?
+    distance: Measurement  # kernel distance of its faces to the faces of the probe
+    spread: Measurement  # per-pixel standard deviation of a photo's faces, in [0, 1]
     darker_true: Interval  # share of darker originals
     darker_generated: Interval  # share of darker generated faces
-    seconds_per_face: float  # wall time of the search alone, on cores shared with whatever ran beside it
+    seconds_per_face: float  # wall time of the search, including waits for other programs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +85,12 @@ def write(record: BenchmarkRecord, pictures: Mapping[str, bytes], folder: Path) 
 
 
 def markdown(record: BenchmarkRecord) -> str:
-    """The tables, with what they cannot show."""
+    """The tables and their limitations."""
     heads = [formatting.title_of(name) for name in OVERALL]
     lines = [
         "# Every method on one probe",
         "",
-        f"{record.probe}. Shrunk by {record.downscale}. Estimates over photos with 95 % intervals.",
+        f"{record.probe}. Degraded by {record.downscale}. Estimates over photos with 95 % intervals.",
         "",
         f"| method | {' | '.join(heads)} | kernel distance to the originals | spread of a photo's faces | s per face |",
         "|" + "---|" * (len(heads) + 4),
@@ -126,7 +126,7 @@ def markdown(record: BenchmarkRecord) -> str:
 
 
 def by_group(record: BenchmarkRecord) -> bytes:
-    """Lightness added, colour difference and half kept, by group, one colour per method; PNG on white."""
+    """Change in lightness, colour difference and unchanged tone half by group, one colour per method; PNG on white."""
     groups = list(record.methods[0].bias.report.counts)
     with matplotlib.rc_context(STYLE):
         canvas = Canvas(figsize=(11.0, 3.4), layout="constrained", dpi=110)
@@ -134,12 +134,12 @@ def by_group(record: BenchmarkRecord) -> bytes:
         for axes, measure in zip(row, BY_GROUP, strict=True):
             for index, each in enumerate(record.methods):
                 found = _by_group(each, measure)
-                drawn = [(i, found[name]) for i, name in enumerate(groups)]
-                points = [(i, figure) for i, figure in drawn if isinstance(figure, Interval)]
+                metrics = [(i, found[name]) for i, name in enumerate(groups)]
+                points = [(i, metric) for i, metric in metrics if isinstance(metric, Interval)]
                 if not points:
                     continue
                 at = np.array([i for i, _ in points]) + 0.09 * (index - (len(record.methods) - 1) / 2)
-                middle = np.array([figure.estimate for _, figure in points])
+                middle = np.array([metric.estimate for _, metric in points])
                 ends = np.array([[f.estimate - f.low, f.high - f.estimate] for _, f in points]).T.clip(min=0)
                 axes.errorbar(
                     at, middle, yerr=ends, label=each.title, color=COLOURS[index % len(COLOURS)],
@@ -157,12 +157,12 @@ def by_group(record: BenchmarkRecord) -> bytes:
 
 
 def _by_group(each: MethodMetrics, measure: str) -> dict[str, Measurement]:
-    """One measure of every group; a group of fewer than two faces has none."""
+    """One metric of every group; not measured for groups of fewer than two faces."""
     absent = NotMeasured(not_measured="fewer than two faces of this group")
     report = each.bias.report
     return {name: report.groups[name][measure] if name in report.groups else absent for name in report.counts}
 
 
 def faces(rows: Sequence[tuple[str, Images]], groups: Sequence[str]) -> bytes:
-    """Originals, what was shown, and one face of each method, one person a column; PNG."""
+    """Originals, inputs, and one face of each method, one person per column; PNG."""
     return face_grid(rows, groups, side=96)

@@ -1,6 +1,6 @@
 """The record, chart and Markdown page of a ranking of models by the devices' own photos.
 
-Every number is noised and its interval includes the noise; pairs that cannot be told apart are named, not ordered.
+Every number is noised and its interval includes the noise; pairs that cannot be distinguished are named, not ordered.
 """
 
 from __future__ import annotations
@@ -58,21 +58,23 @@ class RankingReport:
         return f"{subject}: {self.epsilon}. The unit is {unit_in_words(self.epsilon.unit)}."
 
     def undecided(self) -> bool:
-        """Whether no two models can be told apart by any metric."""
+        """Whether no two models can be distinguished by any metric."""
         return all(ranking.all_tied for ranking in self.rankings)
 
     def verdicts(self) -> list[str]:
-        """Which model serves better, in words: an order only where some pair can be told apart."""
+        """Which model serves better, in words; an order only if some pair can be distinguished."""
         count = len(self.candidates)
         if self.undecided():
-            return [f"No two of the {count} models can be told apart by any metric."]
+            return [f"No two of the {count} models can be distinguished by any metric."]
         verdicts = []
         for ranking in self.rankings:
             if not ranking.all_tied:
                 verdicts.append(" ".join(ranking.sentences()))
                 continue
             title = device_metrics_section.title(ranking.measure)
-            verdicts.append(f"By {title}, {ranking.scope()}, no two of the {count} models can be told apart.")
+            verdicts.append(
+                f"By {title}, {ranking.scope()}, no two of the {count} models can be distinguished."
+            )
         return verdicts
 
     def title(self) -> str:
@@ -148,7 +150,7 @@ def _wrapped(title: str, unit: str) -> str:
 def markdown(record: RankingReport) -> str:
     """The ranking as a Markdown page with its chart."""
     heads = ["group", "candidate", "units", *(device_metrics_section.title(name) for name in DP_METRICS)]
-    lines = [f"# {_plain(record.title())}", "", f"The recipe's question: {_plain(record.question)}", ""]
+    lines = [f"# {_plain(record.title())}", "", f"Question: {_plain(record.question)}", ""]
     lines += [_plain(record.privacy_sentence()), "", f"![Metrics by tone group]({CHART})", ""]
     lines += [f"- {_plain(text)}" for text in [*_suppressed(record), *record.verdicts()]]
     lines += ["", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]

@@ -1,4 +1,4 @@
-"""The JSON record of a run: everything that a reader needs to check, question or repeat it.
+"""The JSON record of a run: everything needed to check or repeat it.
 
 The record holds the plan and the audits' own results. Every number carries its count and interval, every epsilon its
 delta, unit and bounds, every measurement the hash of the weights it measured. What could not be measured is a
@@ -38,7 +38,7 @@ def check_hash(digest: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MachineRecord:
-    """The coordinator's machine, as far as it matters for speed."""
+    """The coordinator's machine."""
 
     cores: int  # that this process may use
     memory_gib: float
@@ -50,7 +50,7 @@ class MachineRecord:
 
 
 def installed_versions() -> dict[str, str]:
-    """The versions that the numbers depend on; a package that is not installed is left out."""
+    """The installed versions of packages that affect the numbers."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -71,7 +71,7 @@ class DeviceRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class RefusalRecord:
-    """A device that did not count in one round, and why (its own "no", or a fault)."""
+    """A device that was not in the sum of a round, and why: a refusal or a failure."""
 
     device: str
     reason: str  # a sentence
@@ -79,16 +79,16 @@ class RefusalRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRecord:
-    """One round: who answered, what crossed, what it cost, and what the probe saw afterwards."""
+    """One round: participants, traffic, privacy loss, and the metrics afterwards."""
 
     round: int  # from 1
     answered: tuple[str, ...]
     refusals: tuple[RefusalRecord, ...]
     dropped: tuple[RefusalRecord, ...]
-    epsilon: Epsilon | NotMeasured  # spent up to and with this round
+    epsilon: Epsilon | NotMeasured  # spent up to and including this round
     bytes_up: int  # updates, all devices together
     bytes_down: int  # weights, all devices together
-    bytes_reveal: int  # the sum to one device and back, where the server cannot open it
+    bytes_reveal: int  # the sum to one device and back, if it is encrypted
     seconds: float
     seconds_protect: float
     seconds_combine: float
@@ -100,7 +100,7 @@ class RoundRecord:
         check_hash(self.weights_hash)
 
     def without(self, name: str) -> RoundRecord:
-        """The same round without a device's name: its owner has left the run."""
+        """The same round without the name of a device that withdrew."""
         return replace(
             self,
             answered=tuple(WITHDRAWN if device == name else device for device in self.answered),
@@ -111,7 +111,7 @@ class RoundRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class BiasRecord:
-    """How one set of weights serves the groups of a probe."""
+    """The metrics of one set of weights for the groups of a probe."""
 
     kind: ClassVar[str] = "bias"
 
@@ -133,7 +133,7 @@ class ToneRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class AttackRecord:
-    """What an attacker recovered from a device's update, beside what guessing achieves."""
+    """What an attack recovered from a device's update, compared with guessing."""
 
     weights_hash: str  # of the network that was attacked
     scores: AttackScores
@@ -146,7 +146,7 @@ class AttackRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class AggregationRecord:
-    """The cost of one way of summing updates."""
+    """The cost of one aggregation protocol."""
 
     protocol: str
     sees: str  # who can read one device's update
@@ -186,12 +186,12 @@ class RunRecord:
     question: str
     started: str  # ISO 8601, UTC
     finished: str
-    command: str  # what reruns it
+    command: str  # reproduces the run
     versions: dict[str, str]
     machine: MachineRecord
     experiment: dict[str, Any]  # the whole YAML
     plan: Plan
-    planned_epsilon: Epsilon | NotMeasured  # of all rounds and everything released beside them
+    planned_epsilon: Epsilon | NotMeasured  # of all rounds and evaluations
     base_hash: str  # of the weights before
     final_hash: str  # of the weights after
     devices: tuple[DeviceRecord, ...]
@@ -203,7 +203,7 @@ class RunRecord:
     attacks: tuple[AttackRecord, ...]
     aggregation: tuple[AggregationRecord, ...]
     pictures: dict[str, PictureRecord]
-    notes: tuple[str, ...]  # what this run cannot show
+    notes: tuple[str, ...]  # limitations of this run
     withdrawals: tuple[WithdrawalRecord, ...]  # devices whose owners withdrew, without their names
     device_metrics: tuple[DeviceMetricsRecord, ...]  # measured by the devices on their own photos
     reference: dict[str, BiasRecord]  # baseline methods on the same probe, by title
@@ -222,7 +222,7 @@ class RunRecord:
 
 
 def write(record: RunRecord, folder: Path) -> Path:
-    """Write `run.json` into a run's folder in one step, so that a reader never sees half of it."""
+    """Write `run.json` into a run's folder, atomically."""
     path = folder / FILE
     replace_text(path, dumps(record))
     return path
@@ -232,7 +232,7 @@ def read(folder: Path) -> RunRecord:
     """The record of the run in `folder`.
 
     Raises:
-        RunError: There is none, or it cannot be read.
+        RunError: It does not exist or cannot be read.
     """
     path = folder / FILE
     try:

@@ -1,7 +1,7 @@
-"""The web application: one page, and the few requests that it makes. The only file that imports FastAPI.
+"""The web application: one page and its requests. The only module that imports FastAPI.
 
-Every mistake is answered with one sentence; a traceback in the terminal means a bug in fedface. Nothing is written to
-disk and nothing is loaded from elsewhere.
+Every user error is answered with one sentence; a traceback in the terminal is a bug in fedface. Nothing is written to
+disk, and nothing is loaded from the network.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ PAGE = Path(__file__).with_name("page.html")
 MAX_UPLOAD = 40_000_000  # bytes
 MAX_FACES = 12
 MAX_SEED = 2**32 - 1
-LOOK = 0.02  # seconds between looks at a search
-TELL = 0.2  # seconds between two tellings, at least
-ALIVE = 2.0  # seconds after which silence is broken, so that a closed page is noticed
-GONE = "This photo is no longer here: another one took its place. Drop it again."
-BUSY = "A search is running already, perhaps in another window. Stop it, or wait until it is done."
+POLL_INTERVAL = 0.02  # s, polling interval of a search
+EVENT_INTERVAL = 0.2  # s, minimum interval between progress events
+HEARTBEAT = 2.0  # s, heartbeat interval, to detect a closed page
+GONE = "This photo was replaced by another one. Upload it again."
+BUSY = "Another search is running, perhaps in another window. Stop it or wait until it ends."
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRequest:
-    """What the page asks to be searched."""
+    """A request to start a search."""
 
     photo: str
     face: int
@@ -64,7 +64,7 @@ class Named:
 
 
 class RequestHandlers:
-    """The answers to the page's requests, for one provider, one reader and one session."""
+    """The handlers of the page's requests, for one provider, one reader and one session."""
 
     def __init__(self, provider: MethodProvider, reader: Reader, session: Session) -> None:
         self.provider, self.reader, self.session = provider, reader, session
@@ -72,7 +72,7 @@ class RequestHandlers:
         self.refused = lru_cache(maxsize=256)(self._refused)
 
     async def show(self) -> Response:
-        """The page itself; its one script carries a number that no other script can know."""
+        """The page, whose only script has a random nonce."""
         nonce = secrets.token_urlsafe(16)
         policy = (
             "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -81,7 +81,7 @@ class RequestHandlers:
         return HTMLResponse(self.page.replace("NONCE", nonce), headers={"content-security-policy": policy})
 
     async def about(self) -> Response:
-        """What there is to choose from."""
+        """The methods and limits to choose from."""
         size = self.provider.size
         return JSONResponse(
             {
@@ -94,7 +94,7 @@ class RequestHandlers:
         )
 
     async def photo(self, request: Request) -> Response:
-        """Take the bytes of a photo, and answer with the faces in it."""
+        """Receive the bytes of a photo and return its faces."""
         content = bytearray()
         announced = request.headers.get("content-length", "")
         if announced.isdigit() and int(announced) > MAX_UPLOAD:
@@ -105,39 +105,39 @@ class RequestHandlers:
                 return _error_response(413, _too_large())
         upload = await run_in_threadpool(self.reader.read, bytes(content))
         if await request.is_disconnected():
-            # Nobody is there to ask for it to be forgotten: it is forgotten now.
+            # The page is closed and cannot ask to delete it: delete it now.
             return _error_response(410, GONE)
-        self.session.seat(upload)
+        self.session.set_photo(upload)
         return JSONResponse(await run_in_threadpool(_upload_record, upload))
 
-    async def drawn(self) -> Response:
-        """Draw a face, as if somebody had dropped it."""
-        upload = await run_in_threadpool(self.reader.draw, secrets.randbelow(2**31))
-        self.session.seat(upload)
+    async def synthetic(self) -> Response:
+        """Render a synthetic face, as if it had been uploaded."""
+        upload = await run_in_threadpool(self.reader.synthetic_face, secrets.randbelow(2**31))
+        self.session.set_photo(upload)
         return JSONResponse(await run_in_threadpool(_upload_record, upload))
 
     def pixels(self, photo: str, face: int, side: int) -> Response:
-        """The pixels that would be searched."""
+        """The low-resolution input of a search."""
         crop = self._crop(photo, face)
         if crop is None:
             return _error_response(410, GONE)
         return JSONResponse({"picture": data_uri(pixels_of(crop.low(side)[0]))})
 
     def fits(self, method: str, side: int) -> Response:
-        """Whether a method can do a pixelation (no sentence: it can), and whose faces it has learned from."""
+        """Whether a method supports a pixelation (an empty sentence: yes), and its training data."""
         sentence = self.refused(method, side)
         learned = "" if sentence else self.provider.learned(method)
         return JSONResponse({"sentence": sentence, "learned": learned})
 
     async def search(self, query: SearchRequest, request: Request) -> Response:
-        """Start a search and tell how it goes, until it ends or the page is closed."""
+        """Start a search and stream its progress until it ends or the page is closed."""
         offer = next((offer for offer in self.provider.offers if offer.name == query.method), None)
         if offer is None:
             raise ConfigError(f"There is no method named {query.method!r}.")
         if not 1 <= query.faces <= MAX_FACES:
             raise ConfigError(f"The number of faces must lie between 1 and {MAX_FACES}.")
         if not 0 <= query.seed <= MAX_SEED:
-            raise ConfigError(f"The seed must be a whole number between 0 and {MAX_SEED}.")
+            raise ConfigError(f"The seed must be an integer between 0 and {MAX_SEED}.")
         upload, crop = self.session.upload(query.photo), self._crop(query.photo, query.face)
         if upload is None or crop is None:
             return _error_response(410, GONE)
@@ -163,12 +163,12 @@ class RequestHandlers:
         return JSONResponse({"stopped": search is not None})
 
     async def forget(self, named: Named) -> Response:
-        """Forget a photo and everything computed from it."""
+        """Delete a photo and everything computed from it from memory."""
         self.session.forget(named.photo)
         return JSONResponse({})
 
     def sheet(self, photo: str) -> Response:
-        """The last search's faces as one PNG to keep."""
+        """The last search's faces as one PNG to download."""
         search = self.session.search(photo)
         picture = sheet_of(search) if search is not None else None
         if picture is None:
@@ -208,7 +208,7 @@ def make_app(provider: MethodProvider, reader: Reader, *, port: int) -> FastAPI:
                                             "/pixels": answers.pixels, "/sheet": answers.sheet}  # fmt: skip
     for path, answer in asked.items():
         app.add_api_route(path, answer, methods=["GET"], response_model=None)
-    ordered: dict[str, Callable[..., Any]] = {"/photo": answers.photo, "/drawn": answers.drawn,
+    ordered: dict[str, Callable[..., Any]] = {"/photo": answers.photo, "/synthetic": answers.synthetic,
                                               "/search": answers.search, "/stop": answers.stop,
                                               "/forget": answers.forget}  # fmt: skip
     for path, answer in ordered.items():
@@ -225,14 +225,14 @@ async def _event_stream(search: BackgroundSearch, request: Request, asked: Asked
     sent = time.monotonic()
     try:
         while search.outcome is None:
-            await asyncio.sleep(LOOK)
+            await asyncio.sleep(POLL_INTERVAL)
             silence = time.monotonic() - sent
-            if silence < TELL:
+            if silence < EVENT_INTERVAL:
                 continue
             if await request.is_disconnected():
                 return
             event = await run_in_threadpool(progress_event, search)
-            if event is not None or silence >= ALIVE:
+            if event is not None or silence >= HEARTBEAT:
                 sent = time.monotonic()
                 yield _event("faces", event) if event is not None else ": still here\n\n"
         name, last = await run_in_threadpool(final_event, search, asked)
@@ -262,7 +262,7 @@ def _error_response(status: int, sentence: str) -> Response:
 
 
 def _too_large() -> str:
-    return f"This file is larger than {MAX_UPLOAD // 1_000_000} MB; a smaller copy of the photo will do."
+    return f"This file is larger than {MAX_UPLOAD // 1_000_000} MB; use a smaller copy of the photo."
 
 
 async def _on_fedface_error(_: Request, error: Exception) -> Response:
@@ -270,10 +270,8 @@ async def _on_fedface_error(_: Request, error: Exception) -> Response:
 
 
 async def _on_invalid_request(_: Request, error: Exception) -> Response:
-    return _error_response(
-        422, "The page asked for something that this program does not understand; reload it."
-    )
+    return _error_response(422, "The page sent an invalid request; reload it.")
 
 
 async def _on_bug(_: Request, error: Exception) -> Response:
-    return _error_response(500, "Something went wrong inside fedface; its terminal says what.")
+    return _error_response(500, "Internal error in fedface; see its terminal.")

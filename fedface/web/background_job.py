@@ -23,7 +23,7 @@ Make = Callable[[Progress, StepCallback], Upsampler]
 
 @dataclass(frozen=True)
 class Finished:
-    """The search came to its end."""
+    """The search finished."""
 
     made: Upsampled  # (1, f) faces
     seconds: float
@@ -31,19 +31,19 @@ class Finished:
 
 @dataclass(frozen=True)
 class Stopped:
-    """Somebody pressed stop, closed the page, or dropped another photo."""
+    """The user pressed stop, closed the page, or uploaded another photo."""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """The search could not be done."""
+    """The search failed."""
 
     sentence: str
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One face as the search last showed it."""
+    """One face at the search's latest step."""
 
     number: int  # 0 to f - 1
     picture: Tensor  # (3, h, w)
@@ -52,7 +52,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class SearchProgress:
-    """What changed since somebody last looked."""
+    """The changes since the last call."""
 
     share: float  # of the work, 0 to 1
     step: int  # of the faces that are still searched; 0 before the first
@@ -61,20 +61,20 @@ class SearchProgress:
 
 
 class _Break(Exception):
-    """Leaves an upsampler in the middle of its work."""
+    """Interrupts an upsampler."""
 
 
 class BackgroundSearch:
-    """One search, started at once. Any thread may look at it or stop it."""
+    """One search, started at once. Thread-safe."""
 
     def __init__(self, make: Make, low: LowImages, faces: int, truth: Images) -> None:
-        """Make an upsampler and search `faces` faces for one photo.
+        """Build an upsampler and search `faces` faces for one photo.
 
         Args:
-            make: Makes the upsampler, given what it should call back; runs in the search's thread.
+            make: Builds the upsampler, given its callbacks; runs in the search's thread.
             low: (1, 3, side, side), the pixels to fit.
             faces: How many, >= 1.
-            truth: (1, 3, size, size), the face that the pixels came from; kept for the sheet.
+            truth: (1, 3, size, size), the original face, for the contact sheet.
         """
         self.low, self.truth = low, truth
         self._make, self._faces = make, faces
@@ -91,22 +91,22 @@ class BackgroundSearch:
         return self._outcome
 
     def stop(self) -> None:
-        """Break off at the next step; a search that has ended stays as it is."""
+        """Interrupt at the next step; a finished search is not changed."""
         self._stop.set()
 
     def wait(self, seconds: float) -> None:
-        """Until the search has ended, or so long at most."""
+        """Wait until the search has ended, at most for this time."""
         self._thread.join(seconds)
 
     def progress(self) -> SearchProgress:
-        """The faces that changed since the last call, and how far the work is."""
+        """The faces that changed since the last call, and the progress."""
         with self._lock:
             faces, self._fresh = tuple(self._fresh.values()), {}
             return SearchProgress(self._share, self._step, self._steps, faces)
 
     def _run(self) -> None:
-        # What stays if this thread dies of a bug; its traceback goes to the terminal.
-        outcome: Finished | Stopped | Failed = Failed("The search broke off; the terminal says why.")
+        # The outcome if a bug ends this thread; its traceback goes to the terminal.
+        outcome: Finished | Stopped | Failed = Failed("The search failed; see the terminal.")
         started = time.monotonic()
         try:
             made = self._make(self._progress, self._watch).upsample(self.low, faces_per_photo=self._faces)

@@ -21,23 +21,23 @@ from fedface.web.background_job import BackgroundSearch, Failed, Finished, Stopp
 from fedface.web.image_encoding import data_uri, shown, spread_of
 
 TONE = (
-    "Tone is skin tone read from the picture, on the Monk scale from 1 (light) to 10 (dark); light and camera are "
-    "mixed into it."
+    "Tone is the skin tone estimated from the picture, on the Monk scale from 1 (light) to 10 (dark); it includes "
+    "light and camera."
 )
 CONSISTENCY_ERROR = "Error is the mean squared difference between the degraded face and the given pixels."
-NOT_REAL = "These people do not exist; the pixels do not say which face is right."
+NOT_REAL = "These people do not exist; the pixels do not determine which face is right."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What was asked, as far as it changes what can be said of the answer."""
+    """The properties of a request that its result's description depends on."""
 
-    several: bool  # the method has more than one answer
-    face: bool  # what was searched is a face, so that it has a skin tone
+    several: bool  # the method can generate several faces
+    face: bool  # the input is a face, so it has a skin tone
 
 
 def progress_event(search: BackgroundSearch) -> dict[str, Any] | None:
-    """The faces that changed since the last telling; None where nothing did."""
+    """The faces that changed since the last event; None if none did."""
     news = search.progress()
     if not news.faces and not news.share:
         return None
@@ -57,7 +57,7 @@ def progress_event(search: BackgroundSearch) -> dict[str, Any] | None:
 
 
 def final_event(search: BackgroundSearch, asked: Asked) -> tuple[str, dict[str, Any]]:
-    """The name of the last event, and what it says."""
+    """The name and content of the last event."""
     match search.outcome:
         case Finished() as finished:
             return "end", _result_record(search, finished, asked)
@@ -68,14 +68,14 @@ def final_event(search: BackgroundSearch, asked: Asked) -> tuple[str, dict[str, 
 
 
 def sheet_of(search: BackgroundSearch) -> bytes | None:
-    """The faces of a finished search as one PNG; None where it is not finished."""
+    """The faces of a finished search as one PNG; None if it is not finished."""
     if not isinstance(search.outcome, Finished):
         return None
     made = search.outcome.made
     faces, side = made.images[0].clamp(0, 1), search.low.shape[-1]
     size = (faces.shape[-1], faces.shape[-1])
     given = F.interpolate(search.low, size=size, mode="nearest")
-    columns = ["photo", f"{side} x {side}\ngiven"]
+    columns = ["photo", f"{side} x {side}\ninput"]
     for number, (consistency_error, fits) in enumerate(
         zip(made.consistency_error[0].tolist(), made.converged[0].tolist(), strict=True)
     ):
@@ -89,7 +89,10 @@ def sheet_of(search: BackgroundSearch) -> bytes | None:
         brightest = float(apart.max()) or 1.0
         above.append(apart.expand(1, 3, *size) / brightest)
         below.append(pixel_std(below[2]).expand(1, 3, side, side) / brightest)
-    rows = [("photo and\nfaces found", torch.cat(above)), (f"shrunk to\n{side} x {side}", torch.cat(below))]
+    rows = [
+        ("photo and\nfaces found", torch.cat(above)),
+        (f"downscaled to\n{side} x {side}", torch.cat(below)),
+    ]
     return face_grid(rows, columns)
 
 
@@ -127,18 +130,18 @@ def _spread_record(images: Images) -> dict[str, Any]:
 
 
 def _sentences(asked: Asked, side: int, size: int, fits: list[bool]) -> list[str]:
-    """What came out, in plain words; the first one is the one to remember."""
+    """The result in plain sentences, the most important one first."""
     numbers = f"{side} × {side} pixels are {3 * side * side} numbers; a face here has {3 * size * size}"
     terms = [TONE, CONSISTENCY_ERROR] if asked.face else [CONSISTENCY_ERROR]
     if not asked.several:
         agrees = (
-            "It shrinks to the same pixels, as many other faces would."
+            "Downscaled, it gives the same pixels, as many other faces would."
             if fits[0]
-            else "It does not even shrink to the same pixels."
+            else "Downscaled, it does not even give the same pixels."
         )
         return [
             NOT_REAL,
-            f"This method gives one answer, and hides that there are others. {agrees}",
+            f"This method gives one face, although others are possible. {agrees}",
             f"{numbers}. The rest comes from the images that the method was trained on, if any.",
             " ".join(terms),
         ]
@@ -146,17 +149,17 @@ def _sentences(asked: Asked, side: int, size: int, fits: list[bool]) -> list[str
     if fitting == len(fits) > 1:
         found = f"All {fitting} faces match the same pixels: nothing in the photo favours one of them."
     elif fitting:
-        found = f"{fitting} of {len(fits)} faces shrink to the same pixels; the others came near."
+        found = f"{fitting} of {len(fits)} faces give the same pixels when downscaled; the others are close."
     else:
         found = (
-            "No face shrinks to quite the same pixels: this generator cannot make one, and shows the nearest "
-            "that it knows."
+            "No face gives exactly the same pixels when downscaled: the generator cannot generate one, and the closest "
+            "are shown."
         )
     return [
         NOT_REAL,
         found,
-        f"{numbers}. The rest is filled in from the faces that the generator has learned from, and looks like them: "
-        "that is how a photo of a dark-skinned person can come back light-skinned.",
+        f"{numbers}. The rest comes from the generator's training data and looks like it: this is how a photo of a "
+        "dark-skinned person can become light-skinned.",
         " ".join(terms),
     ]
 

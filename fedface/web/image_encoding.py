@@ -1,4 +1,4 @@
-"""Tensors and pixels as the page shows them: data URIs, the spread between faces, and the sheet to save."""
+"""Images for the page: data URIs, and the standard deviation between faces."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ SHOWN = 256  # pixels a side of a face on the page, at most
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Where several faces for the same pixels differ."""
+    """The per-pixel standard deviation of several faces for the same pixels."""
 
-    picture: np.ndarray  # uint8, shape (h, w): the standard deviation, its largest value shown white
+    picture: np.ndarray  # uint8, shape (h, w): the standard deviation, scaled so that the maximum is white
     most: float  # the largest standard deviation, in levels of 0 to 255
     mean: float  # the mean over the picture, in levels of 0 to 255
 
@@ -32,24 +32,24 @@ def images_of(pixels: np.ndarray) -> Images:
 
 
 def eight_bits(images: Tensor) -> Tensor:
-    """The values that a file of eight bits a colour keeps of pictures, in [0, 1]."""
+    """Images in [0, 1], quantised to eight bits per channel."""
     return (images.clamp(0, 1) * 255.0).round() / 255.0
 
 
 def shown(images: Tensor) -> Tensor:
-    """Pictures (n, 3, s, s) at the size in which the page shows them; a copy of its own."""
+    """Images (n, 3, s, s) enlarged to the size that the page shows; a copy."""
     factor = max(1, images.shape[-1] // SHOWN)
     small = F.avg_pool2d(images, factor) if factor > 1 else images
     return small.detach().clone()
 
 
 def data_uri(pixels: np.ndarray) -> str:
-    """uint8 pixels as a PNG inside an address, for the `src` of a picture."""
+    """uint8 pixels as a PNG data URI."""
     return "data:image/png;base64," + base64.b64encode(png_bytes(pixels)).decode("ascii")
 
 
 def spread_of(images: Images) -> Spread:
-    """The deviation between faces (f, 3, s, s) as a picture; all black where the faces are equal."""
+    """The standard deviation between faces (f, 3, s, s) as an image; black if the faces are equal."""
     apart = pixel_std(images)
     most = float(apart.max())
     bright = apart / most if most > 0 else apart

@@ -1,4 +1,4 @@
-"""Middleware that accepts requests only from this computer's browser and from our own page.
+"""Middleware that accepts requests only from this page in a browser on this computer.
 
 Other pages are refused: by the Host header (DNS rebinding), by the Origin header (forms), and by Sec-Fetch-Site
 (embedding our images).
@@ -25,24 +25,24 @@ HEADERS = (
 )
 
 
-LONGEST_ORDER = 65_536  # bytes of a request that brings no photo
+MAX_REQUEST = 65_536  # bytes of a request without a photo
 
 
 def places(port: int) -> tuple[str, ...]:
-    """The Host headers under which this server answers."""
+    """The accepted Host headers."""
     names = ("127.0.0.1", "localhost")
     return tuple(f"{name}:{port}" for name in names) + (names if port == 80 else ())
 
 
 class LocalOnlyMiddleware:
-    """Refuses what did not come from this page, and adds the headers that keep its answers at home."""
+    """Refuses requests from elsewhere, and adds headers that keep other pages from using the responses."""
 
     def __init__(self, app: Application, *, port: int) -> None:
         self._app, self._hosts = app, places(port)
         self._origins = tuple(f"http://{host}" for host in self._hosts)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Pass one request on, or answer it with a refusal."""
+        """Forward or refuse one request."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
@@ -70,16 +70,16 @@ class LocalOnlyMiddleware:
         origins = [value.lower() for name, value in headers if name == "origin"]
         sites = [value.lower() for name, value in headers if name == "sec-fetch-site"]
         if len(hosts) != 1 or hosts[0] not in self._hosts:
-            return f"This page answers only at http://{self._hosts[0]}/."
+            return f"This page is available only at http://{self._hosts[0]}/."
         asks = scope["method"] in ("GET", "HEAD")
         if (origins or not asks) and (len(origins) != 1 or origins[0] not in self._origins):
-            return "This page takes orders only from itself, not from other pages."
+            return "Requests from other pages are refused."
         lengths = [value for name, value in headers if name == "content-length"]
-        counted = len(lengths) == 1 and lengths[0].isdigit() and int(lengths[0]) <= LONGEST_ORDER
+        counted = len(lengths) == 1 and lengths[0].isdigit() and int(lengths[0]) <= MAX_REQUEST
         if not asks and scope["path"] != "/photo" and not counted:
-            return f"An order of this page has at most {LONGEST_ORDER} bytes, and says how many."
-        # A link elsewhere may open the page, and do nothing more.
+            return f"A request must state its length and have at most {MAX_REQUEST} bytes."
+        # A link on another page may open this page and nothing else.
         opens = asks and scope["path"] == "/"
         if not opens and any(site not in ("same-origin", "none") for site in sites):
-            return "This page shows its pictures only on itself, not on other pages."
+            return "Other pages may not show this page's images."
         return None

@@ -1,4 +1,4 @@
-"""The methods that the page offers: the interface `MethodProvider`.
+"""The interface of the methods that the page offers.
 
 `MethodCatalog` in method_provider.py implements it for the methods of fedface.
 """
@@ -19,11 +19,11 @@ class MethodInfo:
     name: str  # as the command line knows it
     title: str
     words: str  # what it does, for laypeople
-    several: bool  # whether it has more than one answer for the same pixels
+    several: bool  # whether it can generate several faces for the same pixels
 
 
 class MethodProvider(Protocol):
-    """Makes upsamplers for one size of face."""
+    """Builds upsamplers for one size of face."""
 
     @property
     def size(self) -> int:
@@ -36,7 +36,7 @@ class MethodProvider(Protocol):
         ...
 
     def learned(self, method: str) -> str:
-        """Whose faces a method's network has learned from, in a sentence; empty where nothing is known."""
+        """The training data of a method's network in a sentence; empty if unknown."""
         ...
 
     def make(
@@ -45,13 +45,13 @@ class MethodProvider(Protocol):
         """An upsampler from `side` pixels to `size`.
 
         Raises:
-            ConfigError: The method cannot do this; the text says why.
+            ConfigError: The method does not support this; with the reason.
         """
         ...
 
 
 def learned_from(notes: Mapping[str, Any]) -> str:
-    """A checkpoint's notes as a sentence on whose faces it has learned; empty where they do not say."""
+    """A sentence on a checkpoint's training data, from its notes; empty if they do not contain it."""
     for part in (notes, notes.get("generator_notes")):
         recipe = part.get("recipe") if isinstance(part, Mapping) else None
         share = recipe.get("light_fraction") if isinstance(recipe, Mapping) else None

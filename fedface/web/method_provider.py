@@ -1,4 +1,4 @@
-"""The methods of fedface as the page offers them, with their bundled checkpoints or one that the user chose."""
+"""The methods of fedface for the page, with their bundled checkpoints or one that the user chose."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class MethodCatalog:
     """Every method by its name; a `MethodProvider`."""
 
     def __init__(self, model: Model | None) -> None:
-        """`model` takes the place of every shipped checkpoint; None: each method has its own."""
+        """`model` replaces every bundled checkpoint; None: each method uses its own."""
         self._model = model
         self._size = load_gan().generator.size if model is None else model.size
         first = name_of(PulseConfig() if model is None else default_method(model))
@@ -52,11 +52,11 @@ class MethodCatalog:
 
     @property
     def offers(self) -> Sequence[MethodInfo]:
-        """All methods, the one that goes with the checkpoint first."""
+        """All methods, the one for the checkpoint's family first."""
         return self._offers
 
     def learned(self, method: str) -> str:
-        """Whose faces the method's network has learned from."""
+        """The training data of the method's network."""
         model = self._network(_method(method))
         return "" if model is None else learned_from(model.notes)
 
@@ -66,12 +66,12 @@ class MethodCatalog:
         """The upsampler of a method, from `side` pixels to `size`.
 
         Raises:
-            ConfigError: The method does not go with the checkpoint or with this many pixels.
+            ConfigError: The method does not support the checkpoint or this size.
         """
         chosen = _method(method)
         if side < 1 or self._size % side:
             raise ConfigError(
-                f"faces of {self._size} pixels do not shrink to {side}; a divisor of it would do"
+                f"faces of {self._size} pixels cannot be downscaled to {side}; choose a divisor"
             )
         return make_upsampler(
             chosen,
@@ -96,7 +96,7 @@ def _method(name: str) -> Method:
 
 
 def offer_of(method: Method) -> MethodInfo:
-    """A method in a layperson's words."""
+    """A method described for laypeople."""
     title = title_of(method)
     return MethodInfo(
         name=name_of(method),
@@ -109,20 +109,20 @@ def offer_of(method: Method) -> MethodInfo:
 def _words(method: Method) -> str:
     match method:
         case PulseConfig():
-            return "Starts from faces that the generator knows, and changes each until it shrinks to these pixels."
+            return "Starts from faces of the generator and changes each until it matches these pixels when downscaled."
         case PulseEncoderInitConfig():
-            return "As PULSE, but initialised by a style encoder."
+            return "Like PULSE, but initialised by a style encoder."
         case HmcConfig():
-            return "Wanders at random among the faces that fit; the likelier ones come up more often."
+            return "Samples faces that fit at random; likelier ones appear more often."
         case GuidedFlowConfig():
-            return "Lets faces grow out of noise, and pulls each towards these pixels as it grows."
+            return "Generates faces from noise and guides each towards these pixels."
         case StyleEncoderConfig():
             return "A network that generates a face from few pixels in one forward pass."
         case SuperResolutionConfig():
-            return "A network that has learned to sharpen: one answer, near the mean of all faces that fit."
+            return "A network trained to sharpen: one face, close to the mean of all faces that fit."
         case BicubicConfig():
-            return "Adds nothing: the same pixels, interpolated smoothly."
+            return "The same pixels, interpolated smoothly; adds no detail."
         case NearestConfig():
-            return "Adds nothing: the same pixels, enlarged."
+            return "The same pixels, enlarged; adds no detail."
         case _:
             assert_never(method)

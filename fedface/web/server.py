@@ -1,4 +1,4 @@
-"""Serve the page on the loopback interface until it is stopped. The only file that imports uvicorn."""
+"""Serve the page on the loopback interface. The only module that imports uvicorn."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from fastapi import FastAPI
 from fedface.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
-PATIENCE = 1  # seconds that open streams are given when the server ends
+PATIENCE = 1  # s, timeout of open streams when the server ends
 
 
 def listen(port: int) -> socket.socket:
-    """A socket that hears this computer alone; port 0 takes one that is free.
+    """A socket on the loopback interface; port 0 chooses a free port.
 
     Raises:
-        ConfigError: The port is taken, or not ours to take.
+        ConfigError: The port is in use or not permitted.
     """
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
@@ -27,7 +27,7 @@ def listen(port: int) -> socket.socket:
     except OSError as error:
         listening.close()
         raise ConfigError(
-            f"port {port} cannot be used ({error.strerror}); another one can, and --port 0 finds one"
+            f"port {port} cannot be used ({error.strerror}); choose another one, or --port 0 for any free port"
         ) from error
     return listening
 

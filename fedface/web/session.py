@@ -1,4 +1,4 @@
-"""The one photo and the one search that exist at a time, whichever window they came from.
+"""The session of the page: one photo and one search at a time, for all windows.
 
 Thread-safe. A new photo replaces the old one and ends its search.
 """
@@ -11,38 +11,38 @@ from threading import Lock
 from fedface.web.background_job import BackgroundSearch
 from fedface.web.upload import Upload
 
-IDLE_TIMEOUT = 5.0  # seconds in which a stopped search must have ended when the page closes
+IDLE_TIMEOUT = 5.0  # s, timeout of a stopped search when the page closes
 
 
 class Session:
-    """Holds what may be in memory: nothing that was replaced."""
+    """The current photo and search; replaced ones are deleted."""
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._sitting: Upload | None = None
+        self._upload: Upload | None = None
         self._search: BackgroundSearch | None = None
 
-    def seat(self, upload: Upload) -> None:
-        """Put a new photo on the session; what lay there is forgotten."""
+    def set_photo(self, upload: Upload) -> None:
+        """Set a new photo; the old one is deleted."""
         with self._lock:
             self._clear()
-            self._sitting = upload
+            self._upload = upload
 
     def upload(self, key: str) -> Upload | None:
-        """The photo on the session, for who knows its key."""
+        """The photo with this key, if it is the current one."""
         with self._lock:
-            upload = self._sitting
+            upload = self._upload
         return upload if upload is not None and upload.key == key else None
 
     def search(self, key: str) -> BackgroundSearch | None:
         """The last search for the photo with this key."""
         with self._lock:
-            return self._search if self._sitting is not None and self._sitting.key == key else None
+            return self._search if self._upload is not None and self._upload.key == key else None
 
     def begin(self, key: str, start: Callable[[], BackgroundSearch]) -> BackgroundSearch | None:
-        """Start a search unless one still runs or the photo has been replaced; None where it was not started."""
+        """Start a search; None if one is running or the photo was replaced."""
         with self._lock:
-            if self._sitting is None or self._sitting.key != key:
+            if self._upload is None or self._upload.key != key:
                 return None
             if self._search is not None and self._search.outcome is None:
                 return None
@@ -50,13 +50,13 @@ class Session:
             return self._search
 
     def forget(self, key: str) -> None:
-        """Forget the photo with this key, and end its search."""
+        """Delete the photo with this key, and end its search."""
         with self._lock:
-            if self._sitting is not None and self._sitting.key == key:
+            if self._upload is not None and self._upload.key == key:
                 self._clear()
 
     def close(self) -> None:
-        """Forget everything and wait until nothing runs any more."""
+        """Delete everything and wait until no search is running."""
         with self._lock:
             search = self._search
             self._clear()
@@ -66,4 +66,4 @@ class Session:
     def _clear(self) -> None:
         if self._search is not None:
             self._search.stop()
-        self._sitting = self._search = None
+        self._upload = self._search = None

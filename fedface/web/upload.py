@@ -1,4 +1,4 @@
-"""An uploaded photo: its aligned face crops, and nothing else of it.
+"""An uploaded photo, of which only the aligned face crops are stored.
 
 The photo's bytes never touch the disk: a sandboxed child process decodes them from a pipe.
 """
@@ -26,18 +26,18 @@ from fedface.tensor_types import Images, LowImages
 from fedface.upsampling.degradation import BicubicPulse
 from fedface.web.image_encoding import SHOWN, eight_bits, images_of
 
-FACES_SHOWN = 30  # of one photo, the largest
-LEAST = 2  # pixels a side, of the coarsest pixelation
+FACES_SHOWN = 30  # largest faces of one photo
+LEAST = 2  # px, side of the coarsest pixelation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Crop:
-    """One face, or one square that is taken for a face."""
+    """One face, or a square that is used as a face."""
 
-    truth: Images  # (1, 3, size, size) in [0, 1], as the generator would make it
+    truth: Images  # (1, 3, size, size) in [0, 1], at the generator's size
     preview: np.ndarray  # uint8, shape (h, h, 3): the same, large enough to look at
-    width: int  # pixels of the photo that the crop is wide
-    small: Images | None = None  # (1, 3, h, h), the whole picture where it was a low-resolution face already
+    width: int  # width of the crop in pixels of the photo
+    small: Images | None = None  # (1, 3, h, h), the whole picture if it was already a low-resolution face
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -47,14 +47,14 @@ class Crop:
         return tuple(side for side in range(LEAST, most + 1) if size % side == 0)
 
     def low(self, side: int) -> LowImages:
-        """The crop in `side` x `side` pixels of eight bits, (1, 3, side, side): what is shown and searched.
+        """The crop downscaled to `side` x `side` pixels of eight bits, (1, 3, side, side).
 
         Raises:
             PhotoError: The crop does not have this pixelation.
         """
         if side not in self.sides:
             words = ", ".join(map(str, self.sides))
-            raise PhotoError(f"This face can be shown in {words} pixels a side, not in {side}.")
+            raise PhotoError(f"This face can be pixelated to {words} pixels a side, not to {side}.")
         if self.small is not None and self.small.shape[-1] == side:
             return self.small
         return eight_bits(BicubicPulse(self.truth.shape[-1] // side).apply(self.truth))
@@ -62,19 +62,19 @@ class Crop:
 
 @dataclass(frozen=True, kw_only=True)
 class Upload:
-    """What one dropped photo left behind: aligned crops. The photo itself is gone."""
+    """The aligned crops of one photo. The photo itself is not stored."""
 
-    crops: tuple[Crop, ...]  # largest face first; one middle square where there is no face
-    found: int  # faces in the photo; 0 where none was found or the picture was taken as a face
-    looked: bool  # whether faces were looked for
-    key: str = field(default_factory=lambda: secrets.token_urlsafe(16))  # who knows it may use the upload
+    crops: tuple[Crop, ...]  # largest face first; the centre square if there is no face
+    found: int  # faces in the photo; 0 if none was found or the picture was used as a face
+    looked: bool  # whether face detection ran
+    key: str = field(default_factory=lambda: secrets.token_urlsafe(16))  # needed to use the upload
 
 
 class Reader:
-    """Turns the bytes of a photo into a upload, one at a time; `close` ends its child process."""
+    """Decodes photos and finds their faces, one at a time; `close` ends its child process."""
 
     def __init__(self, size: int, detector: Callable[[], Detector]) -> None:
-        """Faces are cut out at the generator's `size`; the detector is loaded with the first photo."""
+        """Crops have the generator's `size`; the detector is loaded with the first photo."""
         self.size = size
         self._make_detector = cache(detector)
         self._lock = Lock()
@@ -87,14 +87,14 @@ class Reader:
         """Find the faces of a photo, largest first.
 
         Raises:
-            PhotoError: The bytes are no picture that can be read, or one of a single pixel; one sentence.
+            PhotoError: The bytes are not a readable picture, or it is too small; one sentence.
             LibraryError: The detector or the decoder does not start.
         """
         with self._lock:
             photo = self._decoded(content)
             height, width = photo.pixels.shape[:2]
             if min(height, width) < LEAST:
-                raise PhotoError(f"This picture has {width} x {height} pixels: too few for any face.")
+                raise PhotoError(f"This picture has {width} x {height} pixels: too few for a face.")
             looking = _Looking(self._make_detector)
             try:
                 faces = face_crops(
@@ -109,20 +109,20 @@ class Reader:
         )
         return Upload(crops=crops, found=faces[0].people, looked=not faces[0].already_small)
 
-    def draw(self, seed: int) -> Upload:
+    def synthetic_face(self, seed: int) -> Upload:
         """A synthetic face, as an example; equal seeds give equal faces."""
-        drawn = render_people(1, 0.5, max(16, self.size), Streams(seed))
+        rendered = render_people(1, 0.5, max(16, self.size), Streams(seed))
         large = render_people(1, 0.5, SHOWN, Streams(seed))
-        crop = Crop(truth=eight_bits(drawn), preview=pixels_of(large[0]), width=self.size)
+        crop = Crop(truth=eight_bits(rendered), preview=pixels_of(large[0]), width=self.size)
         return Upload(crops=(crop,), found=1, looked=False)
 
     @property
     def child(self) -> int | None:
-        """The number of the process that decodes, if one is running."""
+        """The PID of the decoding process, if one is running."""
         return self._child.process if "_child" in vars(self) else None
 
     def close(self) -> None:
-        """End the child process that decodes, if one was started."""
+        """End the decoding process, if one was started."""
         if "_child" in vars(self):
             self._child.__exit__()
 
@@ -133,7 +133,7 @@ class Reader:
                 raise photo
         except PhotoError as error:
             raise PhotoError(
-                f"This file cannot be used ({error}); JPEG, PNG, WebP and HEIC pictures can."
+                f"This file cannot be used ({error}); supported are JPEG, PNG, WebP and HEIC."
             ) from error
         return photo
 

@@ -336,7 +336,7 @@ def test_updates_whose_sum_overflows_leave_no_broken_checkpoint(tmp_path: Path) 
 
 def test_a_damaged_or_missing_state_is_said(tmp_path: Path) -> None:
     """In words, with the file."""
-    with pytest.raises(RunError, match="nothing to resume"):
+    with pytest.raises(RunError, match="no run to resume"):
         RunState.read(tmp_path)
     for text in ("", "{", "{}", '{"started": "x", "rounds": [{}]}', '{"started": "x", "rounds": 3}', "[]"):
         (tmp_path / "state.json").write_text(text)

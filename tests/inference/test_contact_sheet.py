@@ -109,7 +109,7 @@ def test_every_method_answers_and_its_consistency_error_is_that_of_its_faces() -
         torch.testing.assert_close(answer.upsampled.consistency_error[0], again, atol=1e-6, rtol=1e-3)
     assert "of 2 faces fit" in describe_output(portrait.answers[0])
     assert describe_output(portrait.answers[2]).startswith(
-        "nearest: one answer, fits, smallest consistency error 0.00000"
+        "nearest: one face, fits, smallest consistency error 0.00000"
     )
 
 
@@ -147,7 +147,7 @@ def work(photos: Path, sheets: SheetFolder) -> list[SheetRecord | SkippedPhoto]:
     left = sheets.left(images_in(photos))
     found: list[SheetRecord | SkippedPhoto] = []
     for path, result in run_pipeline(left, sheets.place, WANTED, painters(), blind, None, Silent()):
-        sheets.keep(path, result)
+        sheets.store(path, result)
         found += [result] if isinstance(result, SkippedPhoto) else result
     return found
 
@@ -196,9 +196,9 @@ def test_sheets_of_other_settings_are_never_mixed_and_photos_never_replaced(tmp_
     with pytest.raises(ConfigError, match="holds the photos"):
         SheetFolder(photos, photos / "deep" / "..", {"seed": 0})
     for path in (photos / "a.png", photos / "empty.png"):
-        with pytest.raises(ConfigError, match="is no sheet of faces and will not be replaced"):
+        with pytest.raises(ConfigError, match="is not a contact sheet and is not overwritten"):
             check_sheet(path, photos / "a.png")
-    with pytest.raises(ConfigError, match="name one that ends in .png"):
+    with pytest.raises(ConfigError, match="expected a name that ends in .png"):
         check_sheet(tmp_path / "new.jpg", photos / "a.png")
 
 

@@ -88,7 +88,7 @@ def test_each_payload_has_the_price_of_the_entry_that_paid_alone(books: Books) -
     prices = [line.price for line in told]
     assert [price for price in prices if price] == [epsilon_of(noised(sigma), 1e-6) for sigma in (5.0, 9.0)]
     assert all(price is not None and (price.delta, price.unit) == (1e-6, "photo") for price in prices)
-    assert "at delta 1e-6 per photo, for this alone (entry 4)" in told[1].cost()
+    assert "at delta 1e-6 per photo, for this release alone (entry 4)" in told[1].cost()
 
 
 def test_bytes_are_those_of_the_payloads_and_the_digest_is_theirs(books: Books) -> None:
@@ -103,7 +103,7 @@ def test_an_answer_that_is_sent_again_costs_nothing_more(books: Books) -> None:
         books.send(b"payload", entry)
     first, second = books.log().records
     assert first.price is not None and second.price is None
-    assert second.cost() == "nothing more: the same bytes as before, paid by entry 1"
+    assert second.cost() == "none: the same bytes as before, recorded as entry 1"
 
 
 def test_refusals_and_opened_sums_cost_nothing(books: Books) -> None:
@@ -116,7 +116,7 @@ def test_refusals_and_opened_sums_cost_nothing(books: Books) -> None:
     refusal, opened, metrics = books.log().records
     assert refusal.what() == "A refusal, to r, round 1: not today" and refusal.cost() == "nothing"
     for each in (opened, metrics):
-        assert each.cost().startswith("nothing more") and each.price is None
+        assert each.cost().startswith("none: ") and each.price is None
     assert opened.what() == "The decrypted sum of several devices' updates, for r, round 1"
     assert metrics.what() == "The decrypted sum of several devices' metrics, for r, evaluation 1"
 
@@ -211,7 +211,9 @@ def test_withdrawals_stand_where_they_happened_and_keep_their_first_time(books: 
     books.ledger.withdraw("r")
     log = books.log()
     assert [type(logged.record) for logged in log.records] == [Transmission, Withdrawal, Withdrawal]
-    assert log.records[1].what() == "You left r: I do not like it" and log.withdrawn == {"r": first.written}
+    assert log.records[1].what() == "You withdrew from r: I do not like it" and log.withdrawn == {
+        "r": first.written
+    }
 
 
 def test_json_knows_no_infinity(books: Books) -> None:
@@ -283,7 +285,7 @@ def test_what_the_server_saw_without_noise_is_said_first(books: Books) -> None:
     log = books.log(policy=replace(POLICY, unit="library"))
     assert log.without_noise == 1 and device_log_text.kinds(log.transmissions) == ["1 update (1 sent again)"]
     text = render(log)
-    assert "towards it there is no epsilon" in text and "else than the server" in text
+    assert "no epsilon bounds what it learned" in text and "else than the server" in text
     assert device_log_text.not_covered(log.without_noise)[0].startswith(
         "the server itself: it saw one of these payloads"
     )
@@ -296,20 +298,23 @@ def test_counts_are_not_said_to_have_stayed_when_metrics_left(books: Books) -> N
     entry = books.book(noised(6.0), run="r/metrics")
     books.send(b"y", entry, kind="metrics")
     text = render(books.log())
-    assert "but for the counts among the metrics" in text and "1 update, 1 set of metrics" in text
+    assert "except for noised counts among the metrics" in text and "1 update, 1 set of metrics" in text
     assert "have which skin tones" in text
 
 
 def test_a_page_without_a_ledger_says_that_nothing_left(tmp_path: Path) -> None:
     text = render(make_log("kitchen", POLICY, LedgerSnapshot(), receiver="home", now=START))
     assert "Nothing was sent." in text and "Nothing left, so nothing is listed." in text
-    assert "Nothing was booked, so nothing is spent." in text and "<svg" not in text
+    assert "Nothing was recorded, so nothing is spent." in text and "<svg" not in text
 
 
 def test_a_page_about_a_release_without_noise_warns(books: Books) -> None:
     books.send(b"x", books.book(ClippedSum(clip_norm=1.0).event()))
     text = render(books.log())
-    assert "Nothing bounds what was booked: it had no noise" in text and "epsilon infinite at delta" in text
+    assert (
+        "Nothing bounds the recorded privacy loss: a release had no noise" in text
+        and "epsilon infinite at delta" in text
+    )
     assert "can be at most 100" in text and "NaN" not in text
 
 

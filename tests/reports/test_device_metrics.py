@@ -20,7 +20,7 @@ GROUPS = ["light (Monk 1-3)", "medium (Monk 4-6)", "dark (Monk 7-10)"]
 
 
 def a_ranking(ties: bool) -> RankingReport:
-    """A ranking of two models, which can be told apart or not. FIXTURE: no number in it was measured."""
+    """A ranking of two models, which can be distinguished or not. FIXTURE: no number in it was measured."""
     told = own_figures("pretrain", 1.0, (300, 5, 60))
     better, worse = around(0.001, 0.0001, 365), around(0.002, 0.0001, 365)
     ranking = Ranking(
@@ -101,7 +101,7 @@ def test_a_ranking_states_the_privacy_loss_of_all_answers_together() -> None:
 
 def test_a_ranking_without_a_winner_gives_no_order() -> None:
     tied, decided = markdown(a_ranking(ties=True)), markdown(a_ranking(ties=False))
-    assert "No two of the 2 models can be told apart by any metric." in tied
+    assert "No two of the 2 models can be distinguished by any metric." in tied
     assert "best first" not in tied and "best first: pretrain, other" in decided
 
 

@@ -116,10 +116,10 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_read(
 
 def test_a_drawn_face_can_be_tried_without_a_photo(open_page: Open) -> None:
     """Equal seeds draw equal faces, and the page gets one face."""
-    told = open_page().post("/drawn", json={}).json()
+    told = open_page().post("/synthetic", json={}).json()
     assert told["found"] == 1 and len(told["faces"]) == 1
     reader = Reader(SIZE, lambda: Known(0))
-    one, two = (reader.draw(5).crops[0].truth for _ in range(2))
+    one, two = (reader.synthetic_face(5).crops[0].truth for _ in range(2))
     assert torch.equal(one, two) and one.shape == (1, 3, SIZE, SIZE)
 
 
@@ -137,7 +137,9 @@ def test_the_stream_ends_with_the_faces_that_the_search_returned(open_page: Open
     assert consistency_errors == sorted(
         consistency_errors, reverse=True
     )  # face 3 keeps its blue, face 1 lost most
-    assert end["sentences"][0] == "These people do not exist; the pixels do not say which face is right."
+    assert (
+        end["sentences"][0] == "These people do not exist; the pixels do not determine which face is right."
+    )
 
 
 def test_faces_are_seen_changing_while_the_search_runs(open_page: Open) -> None:
@@ -168,7 +170,7 @@ def test_one_answer_is_shown_once_and_has_no_spread(open_page: Open) -> None:
     client = open_page()
     _, end = events_of(client.post("/search", json=query(drop(client), method="single")).text)[-1]
     assert len(end["faces"]) == 1 and end["spread"] is None
-    assert "hides that there are others" in end["sentences"][1]
+    assert "although others are possible" in end["sentences"][1]
 
 
 def test_a_method_says_why_it_cannot_do_a_pixelation(open_page: Open) -> None:
@@ -228,7 +230,7 @@ def test_a_second_search_is_refused_while_one_runs(open_page: Open) -> None:
     ends, thread = searching(client, told)
     time.sleep(0.3)
     reply = client.post("/search", json=query(told))
-    assert reply.status_code == 409 and "running already" in reply.json()["error"]
+    assert reply.status_code == 409 and "Another search is running" in reply.json()["error"]
     thread.join()
     assert ends == ["end"]
 
@@ -296,7 +298,7 @@ def test_the_page_is_one_file_that_loads_nothing_from_elsewhere(open_page: Open)
 def test_another_name_for_this_machine_is_refused(open_page: Open, host: str) -> None:
     """A page elsewhere may point its own name here; the Host header then carries that name."""
     reply = open_page().get("/", headers={"host": host})
-    assert reply.status_code == 403 and "answers only at" in reply.json()["error"]
+    assert reply.status_code == 403 and "is available only at" in reply.json()["error"]
 
 
 def test_an_order_that_brings_no_photo_is_short(open_page: Open) -> None:
@@ -320,9 +322,9 @@ def test_both_names_of_the_loopback_are_answered(open_page: Open) -> None:
 def test_orders_from_another_page_are_refused(open_page: Open, origin: str) -> None:
     """With another origin, and with none at all."""
     client = open_page()
-    assert client.post("/drawn", json={}, headers={"origin": origin}).status_code == 403
+    assert client.post("/synthetic", json={}, headers={"origin": origin}).status_code == 403
     del client.headers["origin"]
-    assert client.post("/drawn", json={}).status_code == 403
+    assert client.post("/synthetic", json={}).status_code == 403
 
 
 def test_pictures_are_not_shown_on_another_page(open_page: Open) -> None:

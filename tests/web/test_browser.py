@@ -70,7 +70,7 @@ def test_a_person_drops_a_photo_and_watches_faces_appear(run_page: Run, window: 
     running = run_page(FadingSearcher(pause=0.25), Reader(SIZE, lambda: Known(2)))
     window.goto(running.address)
     let_fall(window, photo_bytes(), "photo.png")
-    expect(window.locator("#photoSays")).to_have_text("2 faces found.")
+    expect(window.locator("#photoText")).to_have_text("2 faces found.")
     expect(window.locator("#people input")).to_have_count(2)
     window.locator("#people input").nth(1).check()
 
@@ -78,7 +78,7 @@ def test_a_person_drops_a_photo_and_watches_faces_appear(run_page: Run, window: 
     fine = picture(window, "#low")
     window.locator("#side").focus()
     window.keyboard.press("ArrowLeft")
-    expect(window.locator("#sideSays")).to_have_text("4 × 4 pixels")
+    expect(window.locator("#sideText")).to_have_text("4 × 4 pixels")
     expect(window.locator("#low")).to_have_attribute("data-side", "4")
     assert picture(window, "#low") != fine
 
@@ -98,7 +98,7 @@ def test_a_person_drops_a_photo_and_watches_faces_appear(run_page: Run, window: 
         seen.add(face.get_attribute("src"))
     expect(window.locator("#stop")).to_be_enabled()
     expect(window.locator("#answer")).to_have_text(
-        "These people do not exist; the pixels do not say which face is right."
+        "These people do not exist; the pixels do not determine which face is right."
     )
     expect(window.locator("#card-0 .fits")).to_have_text("✓ same pixels")
     expect(window.locator("#card-3 .warn")).to_have_text("✗ does not fit")
@@ -114,8 +114,8 @@ def test_a_person_stops_a_search_and_tries_a_drawn_face(run_page: Run, window: P
     """Without any photo at hand."""
     running = run_page(FadingSearcher(pause=0.5), Reader(SIZE, lambda: Known(0)))
     window.goto(running.address)
-    window.click("#drawn")
-    expect(window.locator("#photoSays")).to_have_text("A synthetic face; nobody looks like this.")
+    window.click("#synthetic")
+    expect(window.locator("#photoText")).to_have_text("A synthetic face; this person does not exist.")
     window.click("#start")
     expect(window.locator("#card-0")).to_be_visible()
     window.click("#stop")
@@ -130,7 +130,7 @@ def test_a_photo_without_a_face_is_said_plainly_and_its_middle_can_be_used(
     running = run_page(FadingSearcher(), Reader(SIZE, lambda: Known(0)))
     window.goto(running.address)
     window.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": photo_bytes()})
-    expect(window.locator("#photoSays")).to_contain_text("No face was found")
+    expect(window.locator("#photoText")).to_contain_text("No face was found")
     expect(window.locator("#work")).to_be_hidden()
     window.click("#whole")
     expect(window.locator("#low")).to_have_attribute("data-side", "8")
