@@ -58,9 +58,10 @@ def _faces(generator: Generator, count: int, psi: float, seed: int) -> Images:
 def describe_import(found: ImportedModel, facts: ModelSummary) -> list[str]:
     lines = [f"found: {found.kind}", *describe_model(facts)]
     if found.discriminator is None:
-        lines.append("discriminator: none in the file")
+        lines.append("discriminator: none")
     if found.ignored:
-        lines.append(f"ignored: {', '.join(found.ignored)}")
+        more = f" and {len(found.ignored) - 20:,} more" if len(found.ignored) > 20 else ""
+        lines.append(f"ignored: {', '.join(found.ignored[:20])}{more}")
     remarks = found.notes.get("remarks")
     # Notes may be written by somebody else.
     return lines + [f"note: {shorten(remark)}" for remark in (remarks if isinstance(remarks, list) else ())]

@@ -7,6 +7,7 @@ outside its storage, and all tensors together take little more memory than the s
 
 from __future__ import annotations
 
+import io
 import math
 import mmap
 from collections.abc import Iterator, Mapping
@@ -19,18 +20,12 @@ import torch
 from torch import Tensor
 
 from fedface.errors import WeightsError
-from fedface.importing.safe_pickle import (
-    PickledCall,
-    PickleRefused,
-    pickle_stream,
-    read_pickle,
-)
-from fedface.importing.torch_archive import FEW_STEPS, LARGEST, TORCH_MAGIC, Storage, read_storages, read_zip
+from fedface.importing.file_kinds import START, kind_without_weights
+from fedface.importing.safe_pickle import Budget, PickledCall, PickleRefused, check_name, read_pickle
+from fedface.importing.torch_archive import MAX_SIZE, TORCH_MAGIC, Storage, read_storages, read_zip
 from fedface.text import sanitize_text
 
-_DEEPEST: Final = 32  # networks within networks
-_MOST_PARTS: Final = 200_000  # entries of modules; a published checkpoint has about ten thousand
-_LONGEST_NAME: Final = 200  # characters of a dotted name; published ones have about forty
+_MAX_DEPTH: Final = 32  # networks within networks
 _PERSISTENT: Final = "torch_utils.persistence._reconstruct_persistent_obj"
 
 PlainValue = bool | int | float | str | None
@@ -51,9 +46,7 @@ class ForeignFile:
     """What a file holds."""
 
     kind: Kind
-    networks: Mapping[
-        str, ForeignNetwork
-    ]  # by the file's own name, such as G_ema; "" if the file is one network
+    networks: Mapping[str, ForeignNetwork]  # by the file's name, such as G_ema; "" if the file is one network
     tensors: Mapping[str, Tensor]  # outside the networks, such as latent_avg
     ignored: tuple[str, ...]  # names of everything else
 
@@ -70,26 +63,30 @@ def read_foreign(path: Path) -> ForeignFile:
 
     Guarantees:
         * Nothing that the file names is imported or called.
-        * The tensors take at most twice as many bytes as the file.
+        * The tensors take at most four times as many bytes as the file, and 1 MiB.
+        * Any file of 10 MB is answered within about two CPU seconds, a larger one within the time to read it beside.
 
     Raises:
-        WeightsError: The file is missing, too large, of another kind or damaged, or it names something that no
-            weights need; the message says what.
+        WeightsError: The file is missing, too large, of another kind or damaged, it names something that no
+            weights need, or takes more work than weights do; the message says what.
     """
     if not path.is_file():
         raise WeightsError(f"{path}: no such file")
     size = path.stat().st_size
-    if not 16 <= size <= LARGEST:
-        raise WeightsError(f"{path}: has {size:,} bytes; files of weights have 16 to {LARGEST:,}")
-    budget = _Budget(size)
+    budget = Budget(size)
     try:
         with path.open("rb") as file:
-            if file.read(4) == b"PK\x03\x04":
-                return _sorted("torch-checkpoint", read_zip(file, size), budget)
+            start = file.read(START)
+            if problem := kind_without_weights(start):
+                raise PickleRefused(problem)
+            if not 16 <= size <= MAX_SIZE:
+                raise PickleRefused(f"has {size:,} bytes; files of weights have 16 to {MAX_SIZE:,}")
+            if start.startswith(b"PK\x03\x04"):
+                return _sorted("torch-checkpoint", read_zip(file, size, budget), budget)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                value = read_pickle(content, nested=lambda inner: _read_nested(inner, budget))
+                value = read_pickle(content, budget, nested=lambda inner: _read_nested(inner, budget))
                 if value == TORCH_MAGIC:
-                    return _sorted("torch-checkpoint", read_storages(content), budget)
+                    return _sorted("torch-checkpoint", read_storages(content, budget), budget)
                 return _sorted("nvidia-pickle", value, budget)
     except PickleRefused as error:
         raise WeightsError(f"{path}: {error}") from error
@@ -97,35 +94,18 @@ def read_foreign(path: Path) -> ForeignFile:
         raise WeightsError(f"{path}: takes more memory to read than this machine has") from error
 
 
-class _Budget:
-    """How many more tensors, and bytes of them, a file may name."""
-
-    def __init__(self, size: int) -> None:
-        self._bytes = 3 * size + 2**20  # once for the storages, twice for the views of them
-        self._parts = _MOST_PARTS
-
-    def spend(self, size: int, parts: int = 1) -> None:
-        self._bytes -= size
-        self._parts -= parts
-        if self._bytes < 0:
-            raise PickleRefused("names tensors that are together much larger than itself")
-        if self._parts < 0:
-            raise PickleRefused(f"has more than {_MOST_PARTS:,} parts, which is more than any network has")
-
-
-def _read_nested(content: bytes, budget: _Budget) -> Storage:
+def _read_nested(content: bytes, budget: Budget) -> Storage:
     """What torch.storage._load_from_bytes is given: one storage in the older format of torch.save."""
-    budget.spend(len(content))
-    stream = pickle_stream(content)
-    if read_pickle(stream, most_steps=FEW_STEPS) != TORCH_MAGIC:
-        raise PickleRefused("gives torch.storage._load_from_bytes something other than a storage")
-    value = read_storages(stream, most_steps=FEW_STEPS)
-    if not isinstance(value, Storage):
-        raise PickleRefused("gives torch.storage._load_from_bytes something other than a storage")
-    return value
+    budget.spend(size=len(content))
+    stream = io.BytesIO(content)
+    if read_pickle(stream, budget) == TORCH_MAGIC:
+        value = read_storages(stream, budget)
+        if isinstance(value, Storage):
+            return value
+    raise PickleRefused("gives torch.storage._load_from_bytes something other than a storage")
 
 
-def _sorted(kind: Kind, value: Any, budget: _Budget) -> ForeignFile:
+def _sorted(kind: Kind, value: Any, budget: Budget) -> ForeignFile:
     """Networks, tensors beside them, and the rest by name."""
     if _is_network(value):
         value = {"": value}
@@ -135,13 +115,13 @@ def _sorted(kind: Kind, value: Any, budget: _Budget) -> ForeignFile:
     beside: dict[str, Tensor] = {}
     ignored: list[str] = []
     for name, part in value.items():
-        budget.spend(0, len(part) if isinstance(part, dict) else 1)
+        budget.spend(parts=len(part) if isinstance(part, dict) else 1)
         if not isinstance(name, str):
             ignored.append(str(name) if isinstance(name, int) else f"a {type(name).__name__}")
         elif _is_network(part):
-            networks[_joined("", name)] = _network(part, budget)
+            networks[name] = _network(part, budget)
         elif _is_tensor(part):
-            beside[_joined("", name)] = _tensor(part, budget)
+            beside[name] = _tensor(part, budget)
         else:
             ignored.append(sanitize_text(name, 40))
     if not networks and not beside:
@@ -162,10 +142,10 @@ def _is_network(value: Any) -> bool:
     return sum(map(_is_tensor, value.values())) > max(1, len(value) // 2)
 
 
-def _network(value: PickledCall | dict[str, Any], budget: _Budget) -> ForeignNetwork:
+def _network(value: PickledCall | dict[str, Any], budget: Budget) -> ForeignNetwork:
     if isinstance(value, dict):
         tensors = {
-            _joined("", name): _tensor(part, budget)
+            name: _tensor(part, budget)
             for name, part in value.items()
             if isinstance(name, str) and _is_tensor(part)
         }
@@ -174,40 +154,28 @@ def _network(value: PickledCall | dict[str, Any], budget: _Budget) -> ForeignNet
     fields: dict[str, PlainValue] = {}
     for prefix, module in _modules(value, "", budget):
         for group in ("_parameters", "_buffers"):
-            for name, part in _words_of(module.get(group)).items():
+            for name, part in _named(module.get(group)).items():
                 if _is_tensor(part):
-                    tensors[_joined(prefix, name)] = _tensor(part, budget)
+                    tensors[check_name(prefix + name)] = _tensor(part, budget)
         for name, part in module.items():
             if isinstance(name, str) and not name.startswith("_") and _is_plain(part):
-                fields[_joined(prefix, name)] = _plain(part)
+                fields[check_name(prefix + name)] = _plain(part)
     return ForeignNetwork(class_name=_class_name(value), tensors=tensors, fields=fields)
 
 
-def _modules(
-    value: Any, prefix: str, budget: _Budget, depth: int = 0
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _modules(value: Any, prefix: str, budget: Budget, depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each module's own dictionary, with the dotted name that stands before what is in it."""
-    if depth > _DEEPEST:
-        raise PickleRefused(f"has networks within networks, more than {_DEEPEST} deep")
+    if depth > _MAX_DEPTH:
+        raise PickleRefused(f"has networks within networks, more than {_MAX_DEPTH} deep")
     meta = _meta(value)
     state = meta.get("state")
     if not isinstance(state, dict):
         raise PickleRefused("has a network without its numbers")
-    budget.spend(0, 1 + sum(len(part) for part in (state, *state.values()) if isinstance(part, dict)))
+    budget.spend(parts=1 + sum(len(part) for part in (state, *state.values()) if isinstance(part, dict)))
     yield prefix, state
-    for name, part in _words_of(state.get("_modules")).items():
+    for name, part in _named(state.get("_modules")).items():
         if part is not None:
-            yield from _modules(part, f"{_joined(prefix, name)}.", budget, depth + 1)
-
-
-def _joined(prefix: str, name: str) -> str:
-    """A dotted name; a long one is refused, because every part within would hold a copy of it."""
-    if len(prefix) + len(name) > _LONGEST_NAME:
-        raise PickleRefused(
-            f"has a name of {len(prefix) + len(name):,} characters, {sanitize_text(prefix + name[:40], 40)}; "
-            f"names of weights have {_LONGEST_NAME} at most"
-        )
-    return prefix + name
+            yield from _modules(part, check_name(f"{prefix}{name}."), budget, depth + 1)
 
 
 def _meta(value: Any) -> dict[str, Any]:
@@ -224,21 +192,17 @@ def _class_name(value: Any) -> str:
     return sanitize_text(name, 40) if isinstance(name, str) else "?"
 
 
-def _words_of(value: Any) -> dict[str, Any]:
+def _named(value: Any) -> dict[str, Any]:
     return (
         {key: part for key, part in value.items() if isinstance(key, str)} if isinstance(value, dict) else {}
     )
 
 
-def _tensor(value: PickledCall, budget: _Budget) -> Tensor:
+def _tensor(value: PickledCall, budget: Budget) -> Tensor:
     """A view of a storage, checked to stay within it."""
-    for _ in range(2):
-        if (
-            value.name == "torch._utils._rebuild_parameter"
-            and value.args
-            and isinstance(value.args[0], PickledCall)
-        ):
-            value = value.args[0]
+    match value:
+        case PickledCall("torch._utils._rebuild_parameter", (PickledCall() as inner, *_)):
+            value = inner
     if value.name not in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
         raise PickleRefused(f"asks for {value.name} of something that is not a tensor")
     if len(value.args) < 4:
@@ -250,6 +214,8 @@ def _tensor(value: PickledCall, budget: _Budget) -> Tensor:
         _are_counts((offset,)) and _are_counts(shape) and _are_counts(strides) and len(shape) == len(strides)
     ):
         raise PickleRefused(f"asks for {value.name} with an invalid shape")
+    if math.prod(max(side, 1) for side in shape) > MAX_SIZE:
+        raise PickleRefused(f"asks for {value.name} with shape {list(shape)}, which is too large")
     numel = math.prod(shape)
     last = offset + sum((side - 1) * stride for side, stride in zip(shape, strides, strict=True))
     if numel and (last >= storage.numel or numel > storage.numel):
@@ -257,7 +223,7 @@ def _tensor(value: PickledCall, budget: _Budget) -> Tensor:
             f"asks for {value.name} with shape {list(shape)}, strides {list(strides)} and offset {offset}, which "
             f"reaches outside its {storage.numel} numbers"
         )
-    budget.spend(numel * storage.dtype.itemsize)
+    budget.spend(parts=10, size=numel * storage.dtype.itemsize)
     return torch.as_strided(storage.values, shape, strides, offset) if numel else torch.empty(shape)
 
 
@@ -265,7 +231,7 @@ def _are_counts(values: Any) -> bool:
     return (
         isinstance(values, tuple)
         and len(values) <= 8
-        and all(type(value) is int and 0 <= value < LARGEST for value in values)
+        and all(type(value) is int and 0 <= value < MAX_SIZE for value in values)
     )
 
 

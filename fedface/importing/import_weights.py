@@ -20,12 +20,11 @@ from torch.nn import functional
 from fedface.errors import ConfigError, WeightsError
 from fedface.importing.foreign_checkpoint import ForeignFile, ForeignNetwork, is_safetensors, read_foreign
 from fedface.importing.infer_config import (
+    build_exactly,
     channels_of,
     check_fields,
-    check_fit,
     clamp_of,
     count_of,
-    floats_of,
     group_of,
     sides_of,
     width_of,
@@ -44,9 +43,8 @@ from fedface.models.stylegan1 import StyleGAN1, StyleGAN1Config
 from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
 from fedface.text import sanitize_text
 
-FIXED_SEED: Final = (
-    20  # Of what a file does not store: noise maps, and the latents from which the mean style is estimated
-)
+# Of what a file does not store: noise maps, and the latents from which the mean style is estimated.
+FIXED_SEED: Final = 20
 MEAN_DRAWS: Final = 10_000
 FILTER: Final = (1.0, 3.0, 3.0, 1.0)
 
@@ -149,9 +147,12 @@ def _converted(content: ForeignFile, notes: dict[str, Any]) -> ImportedModel:
     """Which program wrote these networks, by the names of their weights."""
     names = {name for network in content.networks.values() for name in network.tensors}
     if "synthesis.b4.const" in names or "b4.out.weight" in names:
-        return _ada(content, notes)
+        from_nvidia = content.kind == "nvidia-pickle"
+        return _stylegan2(
+            content, notes, "stylegan2-ada of NVIDIA" if from_nvidia else "stylegan2-ada state dict"
+        )
     if "input.input" in names or "final_linear.1.weight" in names:
-        return _rosinality(content, notes)
+        return _stylegan2(content, notes, "stylegan2 of rosinality")
     if any(name.endswith(("blocks.4x4.const", "dense0.weight")) for name in names):
         return _pulse([content], notes)
     classes = sorted({network.class_name for network in content.networks.values() if network.class_name})
@@ -162,46 +163,44 @@ def _converted(content: ForeignFile, notes: dict[str, Any]) -> ImportedModel:
     )
 
 
-def _ada(content: ForeignFile, notes: dict[str, Any]) -> ImportedModel:
-    remarks: list[str] = []
-    chosen = _first_of(content, ("G_ema", "G", ""), "synthesis.b4.const")
-    discriminator_name = _first_of(content, ("D", ""), "b4.out.weight")
-    generator = None if chosen is None else _ada_generator(content.networks[chosen], remarks)
-    discriminator = (
-        None if discriminator_name is None else _ada_discriminator(content.networks[discriminator_name])
+def _stylegan2(content: ForeignFile, notes: dict[str, Any], kind: Kind) -> ImportedModel:
+    """The averaged generator where there is one, and the discriminator if it is one that we can compute."""
+    by_rosinality = kind == "stylegan2 of rosinality"
+    averaged, plain, judge = ("g_ema", "g", "d") if by_rosinality else ("G_ema", "G", "D")
+    first, last = (
+        ("input.input", "final_linear.1.weight") if by_rosinality else ("synthesis.b4.const", "b4.out.weight")
     )
-    if content.kind == "torch-checkpoint":
-        remarks.append("the file does not say whether activations are clamped; they are not")
-    if chosen == "G":
-        remarks.append("there is no averaged generator (G_ema); G was taken")
-    return ImportedModel(
-        kind="stylegan2-ada of NVIDIA" if content.kind == "nvidia-pickle" else "stylegan2-ada state dict",
-        generator=generator,
-        discriminator=discriminator,
-        notes=_with(notes, remarks),
-        ignored=_ignored(content, {chosen, discriminator_name}),
-    )
-
-
-def _rosinality(content: ForeignFile, notes: dict[str, Any]) -> ImportedModel:
+    chosen = _first_of(content, (averaged, plain, ""), first)
+    chosen_judge = _first_of(content, (judge, ""), last)
+    used = {chosen, chosen_judge}
     remarks: list[str] = []
-    chosen = _first_of(content, ("g_ema", "g", ""), "input.input")
-    discriminator_name = _first_of(content, ("d", ""), "final_linear.1.weight")
     generator = discriminator = None
-    used: set[str | None] = {chosen, discriminator_name}
     if chosen is not None:
-        tensors = rosinality_generator(content.networks[chosen].tensors)
-        if "latent_avg" in content.tensors:
-            tensors["mapping.w_avg"] = content.tensors["latent_avg"].reshape(-1)
-            used.add("latent_avg")
-        generator = _ada_generator(ForeignNetwork(class_name="", tensors=tensors, fields={}), remarks)
-        if chosen == "g":
-            remarks.append("there is no averaged generator (g_ema); g was taken")
-    if discriminator_name is not None:
-        tensors = rosinality_discriminator(content.networks[discriminator_name].tensors)
-        discriminator = _ada_discriminator(ForeignNetwork(class_name="", tensors=tensors, fields={}))
+        network = content.networks[chosen]
+        if by_rosinality:
+            tensors = rosinality_generator(network.tensors)
+            if "latent_avg" in content.tensors:
+                tensors["mapping.w_avg"] = content.tensors["latent_avg"].reshape(-1)
+                used.add("latent_avg")
+            network = replace(network, tensors=tensors)
+        generator = _generator(network, remarks)
+    if chosen_judge is not None:
+        network = content.networks[chosen_judge]
+        try:
+            if by_rosinality:
+                network = replace(network, tensors=rosinality_discriminator(network.tensors))
+            discriminator = _discriminator(network)
+        except (WeightsError, ConfigError) as error:
+            if generator is None:
+                raise
+            remarks.append(f"the discriminator ({chosen_judge}) was left out: {error}")
+            used.remove(chosen_judge)
+    if kind == "stylegan2-ada state dict":
+        remarks.append("the file does not say whether activations are clamped; they are not")
+    if chosen == plain:
+        remarks.append(f"there is no averaged generator ({averaged}); {plain} was taken")
     return ImportedModel(
-        kind="stylegan2 of rosinality",
+        kind=kind,
         generator=generator,
         discriminator=discriminator,
         notes=_with(notes, remarks),
@@ -251,11 +250,11 @@ def _with(notes: dict[str, Any], remarks: list[str]) -> dict[str, Any]:
     return {**notes, "remarks": list(dict.fromkeys(remarks))} if remarks else notes
 
 
-def _ada_generator(network: ForeignNetwork, remarks: list[str]) -> StyleGAN2:
+def _generator(network: ForeignNetwork, remarks: list[str]) -> StyleGAN2:
     """A generator with stylegan2-ada's names, configured from the shapes and loaded."""
     tensors = without_filters(network.tensors, ".resample_filter", FILTER)
     sides = sides_of(tensors, r"synthesis\.b([0-9]{1,6})\.conv1\.weight")
-    check_fields(network, ("mapping.fc", 0.01))
+    check_fields(network)
     style = width_of(tensors, "synthesis.b4.conv1.affine.weight", 1)
     classes = width_of(tensors, "mapping.embed.weight", 1) if "mapping.embed.weight" in tensors else 0
     if any(name.endswith(".skip.weight") for name in tensors):
@@ -286,19 +285,17 @@ def _ada_generator(network: ForeignNetwork, remarks: list[str]) -> StyleGAN2:
     mean_known = "mapping.w_avg" in tensors
     if not mean_known:
         tensors["mapping.w_avg"] = torch.zeros(style)
-    check_fit(lambda: StyleGAN2(config), tensors)
-    generator = StyleGAN2(config, rng)
-    generator.load_state_dict(floats_of(tensors))
+    generator = build_exactly(StyleGAN2, config, tensors)
     if not mean_known:
         _estimate_mean_style(generator, remarks, rng)
     return generator
 
 
-def _ada_discriminator(network: ForeignNetwork) -> Discriminator:
+def _discriminator(network: ForeignNetwork) -> Discriminator:
     """A discriminator with stylegan2-ada's names, configured from the shapes and loaded."""
     tensors = without_filters(network.tensors, ".resample_filter", FILTER)
     sides = sides_of({**tensors, "b4.conv0.weight": torch.empty(0)}, r"b([0-9]{1,6})\.conv0\.weight")
-    check_fields(network, ("mapping.fc", 0.01))
+    check_fields(network)
     table = {side: width_of(tensors, f"b{side}.conv0.weight", 1) for side in sides if side > 4}
     table[4] = width_of(tensors, "b4.conv.weight", 0)
     if any(name.endswith(".skip.weight") for name in tensors):
@@ -319,10 +316,7 @@ def _ada_discriminator(network: ForeignNetwork) -> Discriminator:
     if "mapping.embed.weight" in tensors:
         layers = count_of(tensors, r"mapping\.fc[0-9]+\.weight")
         config = replace(config, classes=width_of(tensors, "mapping.embed.weight", 1), mapping_layers=layers)
-    check_fit(lambda: Discriminator(config), tensors)
-    discriminator = Discriminator(config, torch.Generator())
-    discriminator.load_state_dict(floats_of(tensors))
-    return discriminator
+    return build_exactly(Discriminator, config, tensors)
 
 
 def _stylegan1(tensors: dict[str, Tensor], remarks: list[str]) -> StyleGAN1:
@@ -345,9 +339,7 @@ def _stylegan1(tensors: dict[str, Tensor], remarks: list[str]) -> StyleGAN1:
         for side in sides
         for place in (1, 2)
     }
-    check_fit(lambda: StyleGAN1(config), {**defaults, **tensors})
-    generator = StyleGAN1(config, rng)
-    generator.load_state_dict(floats_of({**defaults, **tensors}))
+    generator = build_exactly(StyleGAN1, config, {**defaults, **tensors})
     if "mapping.w_avg" not in tensors:
         _estimate_mean_style(generator, remarks, rng)
     return generator

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from fedface.errors import WeightsError
 from fedface.importing.foreign_checkpoint import ForeignNetwork
 from fedface.models.stylegan_layers import MAX_WIDTH
 from fedface.text import sanitize_text
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def sides_of(tensors: Mapping[str, Tensor], pattern: str) -> tuple[int, ...]:
@@ -52,31 +55,31 @@ def clamp_of(network: ForeignNetwork) -> float | None:
         and not name.endswith("skip.conv_clamp")
         and name != "b4.fromrgb.conv_clamp"
     }
-    if not bounds:
-        return None  # not stored with a plain state dict
     if len(bounds) > 1:
         raise WeightsError(
             "clamps some layers and not others, or by different bounds, which our networks do not"
         )
-    (bound,) = bounds
-    if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float)):
-        raise WeightsError("has a clamp on activations that is not a number")
-    return None if bound is None else float(bound)
+    bound = next(iter(bounds), None)  # not stored with a plain state dict
+    if bound is None:
+        return None
+    if isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 < bound < 1e6:
+        raise WeightsError("has a clamp on activations that is not a number between 0 and 1,000,000")
+    return float(bound)
 
 
 def group_of(network: ForeignNetwork) -> int:
     """The group size of minibatch statistics: the file's, or the published 4."""
     group = network.fields.get("b4.mbstd.group_size", 4)
-    if isinstance(group, bool) or not isinstance(group, int) or group < 1:
+    if isinstance(group, bool) or not isinstance(group, int) or not 1 <= group <= 1024:
         raise WeightsError(
-            "takes its minibatch statistics over whole batches, which our discriminator does not"
+            f"its minibatch statistics are over {'the whole batch' if group is None else 'an invalid group'}, "
+            "and ours are over groups of 1 to 1,024 images"
         )
     return group
 
 
-def check_fields(network: ForeignNetwork, mapping: tuple[str, float]) -> None:
+def check_fields(network: ForeignNetwork) -> None:
     """Refuse networks with the same weights that compute something else."""
-    prefix, rate = mapping
     for name, value in network.fields.items():
         if name.endswith(".activation") and value not in ("lrelu", "linear"):
             raise WeightsError(
@@ -84,12 +87,12 @@ def check_fields(network: ForeignNetwork, mapping: tuple[str, float]) -> None:
             )
         if name.endswith(".use_noise") and value is not True:
             raise WeightsError(f"{sanitize_text(name)}: is off; our networks have noise in every layer")
-        if name.startswith(prefix) and name.endswith(".weight_gain"):
+        if name.startswith("mapping.fc") and name.endswith(".weight_gain"):
             weight = network.tensors.get(name.removesuffix("_gain"), torch.empty(0))
             inputs = weight.shape[-1] if weight.dim() else 0
-            if not isinstance(value, float) or not abs(value * inputs**0.5 - rate) < 1e-6:
+            if not isinstance(value, float) or not abs(value * inputs**0.5 - 0.01) < 1e-6:
                 raise WeightsError(
-                    f"{sanitize_text(name)}: is not that of a learning rate multiplier of {rate}"
+                    f"{sanitize_text(name)}: is not that of a learning rate multiplier of 0.01"
                 )
 
 
@@ -112,21 +115,20 @@ def count_of(tensors: Mapping[str, Tensor], pattern: str) -> int:
     return sum(1 for name in tensors if re.fullmatch(pattern, name))
 
 
-def floats_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights in float32, each in memory of its own."""
-    return {name: value.detach().to(torch.float32, copy=True).contiguous() for name, value in tensors.items()}
+def build_exactly(
+    network_class: Callable[..., Network], config: object, tensors: Mapping[str, Tensor]
+) -> Network:
+    """A network of this configuration with these weights, in float32.
 
-
-def check_fit(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> None:
-    """Compare weights with those of the network that `build` returns; it is built without memory.
+    They are compared with those of a network without memory first: an untrusted file's shapes may be of networks
+    larger than this machine, or than any.
 
     Raises:
         WeightsError: A weight is missing, not expected, of another shape, not floating point or not finite.
     """
     try:
-        # An untrusted file's shapes may be of networks larger than this machine, or than any.
         with torch.device("meta"):
-            expected = build().state_dict()
+            expected = network_class(config).state_dict()
     except (RuntimeError, OverflowError) as error:
         raise WeightsError("has shapes of a network that no machine could hold") from error
     if missing := sorted(set(expected) - set(tensors)):
@@ -144,3 +146,6 @@ def check_fit(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> 
             raise WeightsError(f"{name}: should hold floating point numbers, got {value.dtype}")
         if not torch.isfinite(value).all():
             raise WeightsError(f"{name}: holds numbers that are not finite")
+    network = network_class(config, torch.Generator())
+    network.load_state_dict({name: value.float() for name, value in tensors.items()})
+    return network

@@ -6,6 +6,7 @@ pickle followed by the storages. In both, the pickle refers to a storage by a pe
 
 from __future__ import annotations
 
+import io
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -15,19 +16,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fedface.importing.safe_pickle import (
-    MAX_STEPS,
-    PickledGlobal,
-    PickleRefused,
-    pickle_stream,
-    read_pickle,
-)
+from fedface.importing.safe_pickle import Budget, PickledGlobal, PickleRefused, check_name, read_pickle
 from fedface.text import sanitize_text
 
 TORCH_MAGIC: Final = 0x1950A86A20F9469CFC6C  # the first value of the older format
-LARGEST: Final = 4 * 2**30  # bytes of a file; the largest published training checkpoint has about one
-FEW_STEPS: Final = 10_000  # instructions that describe one row of numbers; a dozen do
-_MOST_LISTED: Final = 4 * 2**20  # bytes of a zip file's list of entries
+MAX_SIZE: Final = 4 * 2**30  # bytes of a file; the largest published training checkpoint has about 1 GiB
+_MAX_DIRECTORY: Final = 2**20  # bytes of a zip file's list of entries, which is about ten thousand entries
 _DTYPES: Final[Mapping[str, torch.dtype]] = {
     "torch.DoubleStorage": torch.float64,
     "torch.FloatStorage": torch.float32,
@@ -58,20 +52,20 @@ class Storage:
         self.values = torch.frombuffer(bytearray(content), dtype=self.dtype) if expected else torch.empty(0)
 
 
-def read_storages(stream: Any, *, most_steps: int = MAX_STEPS) -> Any:
+def read_storages(stream: Any, budget: Budget) -> Any:
     """The older format of torch.save behind its magic number: a pickle, then the storages it refers to.
 
     Raises:
         PickleRefused: As `read_pickle`, or a storage is missing, truncated or declared twice.
     """
     storages: dict[str, Storage] = {}
-    if read_pickle(stream, most_steps=FEW_STEPS) != 1001:
+    if read_pickle(stream, budget) != 1001:
         raise PickleRefused("is of a version of torch.save that nobody uses")
-    system = read_pickle(stream, most_steps=FEW_STEPS)
+    system = read_pickle(stream, budget)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise PickleRefused("was written on a machine with another order of bytes")
-    value = read_pickle(stream, persistent=lambda key: _named_storage(key, storages), most_steps=most_steps)
-    keys = read_pickle(stream, most_steps=most_steps)
+    value = read_pickle(stream, budget, persistent=lambda key: _named_storage(key, storages))
+    keys = read_pickle(stream, budget)
     if not isinstance(keys, list) or not all(isinstance(key, str) and key in storages for key in keys):
         raise PickleRefused("is damaged: its list of storages is not one")
     for key in dict.fromkeys(keys):
@@ -100,23 +94,24 @@ def _named_storage(key: Any, storages: dict[str, Storage]) -> Storage:
     ):
         raise PickleRefused("has a persistent id that is not a storage")
     kind, name, count = key[1], key[2], key[4]
-    dtype = _DTYPES.get(str(kind))
-    if dtype is None or not isinstance(name, str) or not isinstance(count, int) or not 0 <= count < LARGEST:
+    dtype = _DTYPES.get(kind.name)
+    if dtype is None or not isinstance(name, str) or not isinstance(count, int) or not 0 <= count < MAX_SIZE:
         raise PickleRefused("has a persistent id that is not a storage")
     if key[5:] not in ((), (None,)):
         raise PickleRefused("has storages that are views of others, an obsolete format")
-    storage = storages.setdefault(name, Storage(dtype, count))
+    storage = storages.setdefault(check_name(name), Storage(dtype, count))
     if (storage.dtype, storage.numel) != (dtype, count):
         raise PickleRefused(f"declares one storage twice, differently ({sanitize_text(name)})")
     return storage
 
 
-def read_zip(file: Any, size: int) -> Any:
+def read_zip(file: Any, size: int, budget: Budget) -> Any:
     """The newer format of torch.save: a zip file with data.pkl and one uncompressed entry per storage.
 
     Args:
         file: Open for reading bytes.
         size: Its length in bytes.
+        budget: Of the file.
 
     Raises:
         PickleRefused: As `read_pickle`, or the zip file is damaged, compressed, or larger inside than outside.
@@ -127,7 +122,8 @@ def read_zip(file: Any, size: int) -> Any:
         with zipfile.ZipFile(file) as archive:
             folder = _checked_folder(archive, size)
             value = read_pickle(
-                pickle_stream(archive.read(f"{folder}data.pkl")),
+                io.BytesIO(archive.read(f"{folder}data.pkl")),
+                budget,
                 persistent=lambda key: _named_storage(key, storages),
             )
             for name, storage in storages.items():
@@ -141,13 +137,15 @@ def _checked_folder(archive: zipfile.ZipFile, size: int) -> str:
     """The folder within the zip file that torch.save wrote, after looking at every entry."""
     entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise PickleRefused("is a compressed zip file, and torch.save does not compress")
+        raise PickleRefused("is a compressed zip file, and torch.save does not compress: unpack it first")
     if sum(max(entry.file_size, entry.compress_size) for entry in entries) > size:
         raise PickleRefused("is a zip file whose parts are together larger than itself")
     names = {entry.filename for entry in entries}
     main = [name for name in names if name.endswith("data.pkl")]
     if len(main) != 1 or len(names) != len(entries):
-        raise PickleRefused("is a zip file, but not one that torch.save wrote")
+        raise PickleRefused(
+            "is a zip file, but not one that torch.save wrote: unpack it first if weights are in it"
+        )
     folder = main[0].removesuffix("data.pkl")
     order = f"{folder}byteorder"
     if order in names and archive.read(order) != b"little":
@@ -167,6 +165,6 @@ def _check_directory(file: Any, size: int) -> None:
     if wide >= 0:
         long = int.from_bytes(tail[wide + 40 : wide + 48], "little")
         listed = long if listed == 0xFFFFFFFF else max(long, listed)
-    if listed > _MOST_LISTED:
+    if listed > _MAX_DIRECTORY:
         raise PickleRefused("is a zip file with more parts than any network has")
     file.seek(0)

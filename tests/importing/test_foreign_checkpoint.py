@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 import os
 import pickle
+import pickletools
 import random
 import struct
+import time
 import tracemalloc
 import zipfile
+from argparse import Namespace
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +24,13 @@ import numpy as np
 import pytest
 import torch
 from foreign_files import Persistent, nvidia_bytes, stand_ins, torch_bytes
+from hostile_files import KINDS
 
 from fedface.errors import WeightsError
 from fedface.importing import foreign_checkpoint
 from fedface.importing.foreign_checkpoint import read_foreign
-from fedface.importing.safe_pickle import MAX_STEPS, PickleRefused, pickle_stream, read_pickle
+from fedface.importing.import_weights import import_file
+from fedface.importing.safe_pickle import MAX_PARTS, MAX_STEPS, Budget, PickleRefused, read_pickle
 
 
 class Call:
@@ -240,6 +249,29 @@ def test_a_pickle_that_never_ends_is_ended(tmp_path: Path) -> None:
     assert "more than" in refused(tmp_path / "a.pkl", copied + b".")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_made_to_take_long_is_answered_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """At most the permitted opcodes over all its pickles, and CPU seconds far below those of a quadratic search."""
+    opcodes = 0
+
+    def counting(stream: Any) -> Iterator[Any]:
+        nonlocal opcodes
+        for one in genops(stream):
+            opcodes += 1
+            yield one
+
+    genops = pickletools.genops
+    monkeypatch.setattr(pickletools, "genops", counting)
+    (tmp_path / "a.pkl").write_bytes(KINDS[kind]())
+    start = time.process_time()
+    with pytest.raises(WeightsError) as caught:
+        import_file(tmp_path / "a.pkl")
+    assert time.process_time() - start < 6  # about 1; before the bounds 8 to 100 for seven of these
+    assert opcodes <= MAX_STEPS + 1 and len(str(caught.value)) < 500
+
+
 def test_networks_within_networks_end(tmp_path: Path) -> None:
     """A module that is its own part, and one that holds another twice, and that one another twice, and so on."""
     with stand_ins():
@@ -255,7 +287,7 @@ def test_networks_within_networks_end(tmp_path: Path) -> None:
                 inner = Persistent("Part", {"_modules": {"a": inner, "b": inner}})
         wide = pickle.dumps({"G_ema": inner}, 3)
     assert "deep" in refused(tmp_path / "a.pkl", deep)
-    assert "more than 200,000 parts" in refused(tmp_path / "a.pkl", wide)
+    assert f"more than {MAX_PARTS:,} parts" in refused(tmp_path / "a.pkl", wide)
 
 
 def test_networks_of_the_tensorflow_release_are_told_the_way(tmp_path: Path) -> None:
@@ -314,13 +346,71 @@ def test_what_is_no_file_of_weights_is_said(tmp_path: Path) -> None:
         read_foreign(tmp_path / "none.pkl")
     with pytest.raises(WeightsError, match="no such file"):
         read_foreign(tmp_path)
-    assert "bytes" in refused(tmp_path / "a.pkl", b"")
-    refused(tmp_path / "a.pkl", b"once upon a time there was a network " * 9)
-    refused(tmp_path / "a.pkl", b"\x89PNG\r\n\x1a\n" + bytes(100))
+    assert "has 5 bytes" in refused(tmp_path / "a.pkl", b"\x80\x02}q.")
     assert "holds no networks by name" in refused(tmp_path / "a.pkl", pickle.dumps("a" * 100))
     rng = random.Random(4)
     for _ in range(300):
         refused(tmp_path / "a.pkl", rng.randbytes(rng.randint(16, 400)))
+
+
+DRIVE = b"""<!DOCTYPE html><html><head><title>Google Drive - Quota exceeded</title><meta charset="utf-8"/></head>
+<body><p>Sorry, you can't view or download this file at this time.</p></body></html>"""
+S3 = b'<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>'
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 363\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty: download"),
+        (gzip.compress(bytes(99)), "is compressed (gzip): unpack it first"),
+        (bz2.compress(bytes(99)), "is compressed (bzip2): unpack it first"),
+        (lzma.compress(bytes(99)), "is compressed (xz): unpack it first"),
+        (b"\x28\xb5\x2f\xfd" + bytes(99), "is compressed (zstd): unpack it first"),
+        (b"a/G.pkl" + bytes(250) + b"ustar  \0" + bytes(250), "is a tar archive: unpack it first"),
+        (DRIVE, "is a web page (Google Drive - Quota exceeded), not weights: download again"),
+        (b"\xef\xbb\xbf\n <HTML>" + b"<p>" * 9999, "is a web page, not weights: download again"),
+        (b"<html><title>a\x1b[2J\n b</title>", "web page"),
+        (b"<!-- saved --><html lang=de>\xc3\xa4</html>", "web page"),
+        (S3, "is XML (AccessDenied Access Denied), not weights"),
+        (b'{"error": "Invalid username or password."}', 'is JSON ({"error": "Invalid username or password."}), not'),
+        (POINTER, "is a git-LFS pointer to weights, not the weights: run git lfs pull"),
+        (b"once upon a time there was a network " * 999, "is text (once upon a time there was a network once"),
+        (b"import torch\nclass A:\n    pass\n", "is text (import torch class A: pass), not weights"),
+        ("größer\n".encode() * 4096, "is text"),
+        (b"#!/bin/sh\nwget", "is text (#!/bin/sh wget)"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "is a PNG image, not weights"),
+        (b"\xff\xd8\xff\xe0" + bytes(100), "is a JPEG image, not weights"),
+    ],
+)  # fmt: skip
+def test_a_failed_download_or_another_file_is_named(tmp_path: Path, content: bytes, words: str) -> None:
+    """What it is and what to do, whatever its name says."""
+    sentence = refused(tmp_path / "stylegan2-ffhq.pkl", content)
+    if b"\x1b" not in content:
+        assert words in sentence
+    assert "damaged" not in sentence or b"\x1b" in content
+
+
+@pytest.mark.parametrize("protocol", [0, 1])
+def test_the_oldest_protocols_are_read(tmp_path: Path, protocol: int) -> None:
+    """Objects and dictionaries by copy_reg._reconstructor, which may build nothing else."""
+    path = tmp_path / "a.pkl"
+    path.write_bytes(nvidia_bytes({"G_ema": small()}, protocol=protocol, beside={"args": Namespace(lr=0.1)}))
+    assert b"_reconstructor" in path.read_bytes()
+    read = read_foreign(path)
+    assert read.ignored == ("args",)
+    assert {
+        name: torch.equal(value, small()[name]) for name, value in read.networks["G_ema"].tensors.items()
+    } == (dict.fromkeys(small(), True))
+    for arguments in (
+        b"cposix\nsystem\nc__builtin__\nobject\nN",
+        b"cargparse\nNamespace\nc__builtin__\nset\nN",
+        b"cargparse\nNamespace\nc__builtin__\nobject\nS'a'\n",
+        b"cargparse\nNamespace\nc__builtin__\ndict\n(d",
+        b"c__builtin__\nobject\nc__builtin__\nobject\n",
+    ):
+        sentence = refused(path, b"ccopy_reg\n_reconstructor\n(" + arguments + b"tR.")
+        assert "no weights need" in sentence or "that weights need" in sentence
 
 
 def test_a_file_that_is_cut_or_changed_gives_a_sentence_or_weights(tmp_path: Path) -> None:
@@ -350,6 +440,11 @@ def test_a_file_that_is_cut_or_changed_gives_a_sentence_or_weights(tmp_path: Pat
                 assert str(error).isprintable()
 
 
+def plain(content: bytes) -> Any:
+    """The value of a pickle."""
+    return read_pickle(io.BytesIO(content), Budget(len(content)))
+
+
 def test_the_reader_makes_plain_values_as_pickle_does() -> None:
     """Numbers, words, lists, dictionaries, shared and circular ones, at every protocol."""
     shared = [1, 2.5, "a\nb", b"\x00\xff", None, True, -(10**18), 10**9]
@@ -360,13 +455,13 @@ def test_the_reader_makes_plain_values_as_pickle_does() -> None:
         "": {"x": {"y": []}},
     }
     for protocol in range(6):
-        assert read_pickle(pickle_stream(pickle.dumps(value, protocol))) == value
+        assert plain(pickle.dumps(value, protocol)) == value
     circle: list[Any] = []
     circle.append(circle)
-    read = read_pickle(pickle_stream(pickle.dumps(circle, 2)))
+    read = plain(pickle.dumps(circle, 2))
     assert read[0] is read
     with pytest.raises(PickleRefused):
-        read_pickle(pickle_stream(b""))
+        plain(b"")
 
 
 def nested(name: str, parts: int) -> bytes:

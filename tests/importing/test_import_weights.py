@@ -72,7 +72,7 @@ def furthest(a: Tensor, b: Tensor) -> float:
     return float((a - b).detach().abs().max())
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("protocol", [0, 1, 3, 4])
 @pytest.mark.parametrize("name", ["sg2ada_g32_map2_skip", "sg2ada_g64_map8_skip", "sg2ada_g32_map2_orig"])
 def test_nvidias_generators_come_out_of_their_pickles(
     shared: Path, tmp_path: Path, name: str, protocol: int
@@ -224,6 +224,36 @@ def test_any_discriminator_is_read_from_the_numbers(tmp_path: Path, changes: dic
     }
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"b4.mbstd.group_size": None}, "its minibatch statistics are over the whole batch"),
+        ({"b4.mbstd.group_size": 0}, "its minibatch statistics are over an invalid group"),
+        ({"b16.conv0.activation": "relu"}, "our networks have lrelu"),
+        ({"weight": torch.full((12,), torch.nan)}, "holds numbers that are not finite"),
+        ({"channels": 5}, "minibatch_channels must divide"),
+    ],
+)
+def test_a_generator_is_imported_without_a_discriminator_that_we_cannot_compute(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    """The discriminator is left out with a remark that says why; alone, it is refused for the same reason."""
+    config = replace(TINY_DISCRIMINATOR, minibatch_group=4)
+    tensors = dict(Discriminator(config, torch.Generator().manual_seed(3)).state_dict())
+    layers = layer_fields(tensors) | {name: value for name, value in changes.items() if "." in name}
+    if "weight" in changes:
+        tensors["b4.conv.bias"] = changes["weight"]
+    if "channels" in changes:
+        tensors["b4.conv.weight"] = torch.zeros(12, 12 + changes["channels"], 3, 3)
+    networks = {"G_ema": made(TINY).state_dict(), "D": tensors}
+    found = imported(tmp_path, nvidia_bytes(networks, fields={"D": layers}))
+    assert found.generator is not None and weights_hash(found.generator) == weights_hash(made(TINY))
+    assert isinstance(found.model().architecture, GeneratorArchitecture) and found.ignored == ("D",)
+    (remark,) = found.notes["remarks"]
+    assert remark.startswith("the discriminator (D) was left out: ") and words in remark
+    assert words in refused(tmp_path, nvidia_bytes({"D": tensors}, fields={"D": layers}))
+
+
 def test_a_generator_with_its_discriminator_is_kept_and_read_again(tmp_path: Path) -> None:
     """Through the file of ours, the same hash; G is taken only where G_ema is absent; halves are not made up."""
     averaged, plain = made(TINY, 1), made(TINY, 2)
@@ -365,6 +395,6 @@ def test_a_conversion_that_needs_more_memory_than_there_is_gives_a_sentence(
     def full(*words: object, **more: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(import_weights, "floats_of", full)
+    monkeypatch.setattr(import_weights, "build_exactly", full)
     content = torch_bytes({"G_ema": made(TINY).state_dict()})
     assert "more memory to convert than this machine has" in refused(tmp_path, content)
