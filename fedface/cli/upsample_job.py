@@ -28,6 +28,7 @@ from fedface.inference.pipeline import (
 from fedface.models.generator_protocol import sample
 from fedface.models.model import FlowArchitecture, Model, SuperResolutionArchitecture
 from fedface.photos.face_alignment import Detector
+from fedface.photos.photo_files import describe_left_out
 from fedface.text import sanitize_text
 from fedface.upsampling.degradation import Area, Bicubic, BicubicPulse, Degradation
 from fedface.upsampling.methods import METHODS, Method, default_method
@@ -126,7 +127,7 @@ def upsample_photo(job: SheetJob, photo: Path, out: Path | None) -> list[dict[st
 
 def upsample_folder(job: SheetJob, photos: Path, out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Sheets for the photos of a folder that have none yet; photos without a face are named and counted."""
-    pictures = images_in(photos)
+    pictures, left_out = images_in(photos)
     sheets = SheetFolder(out, photos, settings)
     left = sheets.left(pictures)
     if len(left) < len(pictures):
@@ -138,6 +139,8 @@ def upsample_folder(job: SheetJob, photos: Path, out: Path, settings: dict[str, 
     without = sum("left_out" in entry for entry in sheets.found)
     made = sum(len(entry.get("sheets", ())) for entry in sheets.found)
     job.describe(f"{len(pictures)} photos, {made} sheets in {out}, {without} skipped")
+    if left_out:
+        job.describe(f"left out: {describe_left_out(left_out)}")
     return list(sheets.found)
 
 

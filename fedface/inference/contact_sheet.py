@@ -26,6 +26,7 @@ from torch.nn import functional
 from fedface.audits.bias import ToneHistogram
 from fedface.models.model import Model
 from fedface.photos.face_crops import FaceCrop
+from fedface.photos.image_io import SOFTWARE
 from fedface.photos.skin_tone import MONK_SWATCHES, measure_tone
 from fedface.randomness import Streams
 from fedface.reports.charts import STYLE, pixels_of
@@ -37,7 +38,7 @@ from fedface.upsampling.upsampler import Progress, Upsampled, Upsampler, pixel_s
 NO_FACE = "The generated people do not exist; the pixels do not determine which face is right."
 NEAREST = "No method found a face that fits; the closest are shown."
 
-_MARK = "fedface sheet of faces"  # PNG metadata; no file without it is overwritten
+_MARK = f"{SOFTWARE} sheet of faces"  # PNG metadata; no file without it is overwritten
 _SIDE, _SMALL, _GAP, _LEFT = 124, 44, 10, 164  # pixels of the sheet
 _CELL, _ROW = _SIDE + _GAP, _SIDE + _SMALL + 30
 

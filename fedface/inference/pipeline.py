@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from fedface.errors import ConfigError, LibraryError, PhotoError
 from fedface.inference.contact_sheet import ContactSheet, MethodRunner, contact_sheet, is_sheet, show
 from fedface.photos.face_alignment import Detector
 from fedface.photos.face_crops import LONGEST_SIDE, FaceCrop, face_crops, whole_image
-from fedface.photos.image_io import Photo, is_picture
+from fedface.photos.image_io import Photo, look_at
+from fedface.photos.photo_files import OWN_PICTURES, describe_left_out, walk
 from fedface.photos.sandboxed_decoder import SandboxedDecoder
 from fedface.upsampling.degradation import Degradation
 from fedface.upsampling.methods import name_of
@@ -95,25 +97,29 @@ class SkippedPhoto:
     reason: str
 
 
-def images_in(folder: Path) -> list[Path]:
-    """Every picture below a folder by name; hidden files and folders of sheets are left out.
+def images_in(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """Every picture below a folder by name, and how many files and folders were left out by reason.
 
     Raises:
         LibraryError: There is no such folder, or no picture in it.
     """
     if not folder.is_dir():
         raise LibraryError(f"there is no photo or folder {folder}")
-    found = []
-    for place, folders, files in os.walk(folder):
-        if RECORD in files and Path(place) != folder:
-            folders.clear()
-            continue
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(place) / name for name in sorted(files) if not name.startswith(".")]
-    pictures = [path for path in found if is_picture(path)]
+    left_out: Counter[str] = Counter()
+    pictures = []
+    for found in walk(folder, left_out):
+        match "other" if found.status is None else look_at(found.path):
+            case "picture":
+                pictures.append(found.path)
+            case "made by fedface":
+                left_out[OWN_PICTURES] += 1
+            case "other":
+                left_out[found.reason or "files that are no pictures"] += 1
     if not pictures:
-        raise LibraryError(f"{folder}: no picture in this folder ({len(found)} other files)")
-    return pictures
+        raise LibraryError(
+            f"{folder}: no picture in this folder ({describe_left_out(left_out) or 'it is empty'})"
+        )
+    return sorted(pictures, key=lambda path: (path.parent.parts, path.name)), left_out
 
 
 def check_sheet(path: Path, photos: Path) -> None:

@@ -5,6 +5,7 @@ Source of the interval: Wilson (1927), doi:10.1080/01621459.1927.10502953.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import Counter, defaultdict
@@ -18,7 +19,9 @@ import numpy as np
 
 from fedface.errors import LibraryError, PhotoError
 from fedface.photos.face_alignment import Detector
-from fedface.photos.labelled_faces import labelled_sets
+from fedface.photos.labelled_faces import labelled_sets, name_problems
+
+log = logging.getLogger("fedface.photos")
 
 GREY = 128
 ALL = "all"
@@ -70,7 +73,12 @@ def detection_rates(photos: Iterable[tuple[str, np.ndarray]], detector: Detector
     seconds: defaultdict[str, float] = defaultdict(float)
     for group, pixels in photos:
         started = time.process_time()
-        hit = bool(detector.find(pixels))
+        try:
+            hit = bool(detector.find(pixels))
+        except Exception as error:
+            # One broad net: the photo counts as one in which no face was found, and the others are measured.
+            log.warning("%s failed on a photo of the group %s (%r)", detector.name, group, error)
+            hit = False
         spent = time.process_time() - started
         for name in (group, ALL):
             found[name] += hit
@@ -114,13 +122,13 @@ def measure_detection(
     """Rates by each label in turn, and last of all photos, over equally many photos of each crossed group.
 
     Args:
-        path: A labelled set (see `probe.labelled_sets`).
+        path: A labelled set (see `labelled_sets`).
         detector: Any detector.
         labels: Columns of the set; the photos are balanced over all their combinations.
         per_cell: Only the first so many photos of each combination.
 
     Raises:
-        LibraryError: No set has such columns, or a picture cannot be read.
+        LibraryError: No set has such columns.
     """
     cells = detection_rates(padded_faces(path, label="+".join(labels), per_group=per_cell), detector)
     by_label = [pooled(cells, partial(_label_at, place)) for place in range(len(labels))]
@@ -135,15 +143,16 @@ def padded_faces(path: Path, *, label: str, per_group: int | None = None) -> Ite
     """The pictures of a labelled set, each in the middle of a grey picture twice as large.
 
     Such sets are cut so tightly that detectors, which expect a head with room around it, would miss faces for
-    that reason alone. All rows count, those whose CSV has no landmarks included.
+    that reason alone. All rows count, those whose CSV has no landmarks included; pictures that cannot be read are named
+    in the log and left out.
 
     Args:
-        path: A labelled set (see `probe.labelled_sets`).
+        path: A labelled set (see `labelled_sets`).
         label: The column that says the group; several columns joined by "+" make crossed groups.
         per_group: Only the first so many of each group.
 
     Raises:
-        LibraryError: No set has such columns, or a picture cannot be read.
+        LibraryError: No set has such columns.
     """
     columns = label.split("+")
     taken: Counter[str] = Counter()
@@ -151,6 +160,7 @@ def padded_faces(path: Path, *, label: str, per_group: int | None = None) -> Ite
     if not sets:
         raise LibraryError(f"no labelled faces with the columns {', '.join(columns)} at {path}")
     for faces in sets:
+        problems = [*faces.problems]
         chosen = []
         for row in faces.rows:
             group = ", ".join(row.labels[name] for name in columns)
@@ -159,8 +169,10 @@ def padded_faces(path: Path, *, label: str, per_group: int | None = None) -> Ite
                 chosen.append((group, row))
         for (group, row), pixels in zip(chosen, faces.pixels([row for _, row in chosen]), strict=True):
             if isinstance(pixels, PhotoError):
-                raise LibraryError(f"{faces.name}/{row.file}: {pixels}")
-            yield group, padded(pixels)
+                problems.append(f"{row.where}: {row.file}: {pixels}; left out")
+            else:
+                yield group, padded(pixels)
+        name_problems(problems)
 
 
 def padded(pixels: np.ndarray) -> np.ndarray:

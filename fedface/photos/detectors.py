@@ -25,6 +25,7 @@ HOG_SIDE = 800  # pixels; above it, faces smaller than about 1/20 of the photo a
 MMOD_SIDE = 480  # the network costs about 5 microseconds a pixel and core: this bounds it to a second
 MMOD_LEAST = 96  # pixels; the network's filters do not fit into a narrower picture
 YUNET_SIDE = 800
+HOG_LEAST = 8  # pixels; dlib refuses rows of a single pixel
 SURE = 0.25  # HOG scores below this are false alarms about as often as faces
 
 
@@ -71,10 +72,11 @@ class HogDetector:
 
     def find(self, pixels: np.ndarray) -> list[Face]:
         """All faces that score above the threshold, largest first."""
-        small = np.ascontiguousarray(shrink(pixels, HOG_SIDE))
+        shrunk = shrink(pixels, HOG_SIDE)
+        small = _at_least(shrunk, HOG_LEAST)
         boxes, scores, _ = self._hog.run(small, 1, self._threshold)
         faces = [self._landmarks.face(small, box, score) for box, score in zip(boxes, scores, strict=True)]
-        factor = pixels.shape[1] / small.shape[1]
+        factor = pixels.shape[1] / shrunk.shape[1]
         return usable([face.scaled(factor) for face in faces])
 
 
@@ -97,7 +99,7 @@ class NetworkDetector:
 
     def find(self, pixels: np.ndarray) -> list[Face]:
         """All faces that the network finds, largest first."""
-        small = np.ascontiguousarray(_at_least(shrink(pixels, MMOD_SIDE), MMOD_LEAST))
+        small = _at_least(shrink(pixels, MMOD_SIDE), MMOD_LEAST)
         doublings = 1 if max(small.shape[:2]) * 2 <= MMOD_SIDE + 32 else 0
         found = self._network(small, doublings)
         faces = [self._landmarks.face(small, hit.rect, hit.confidence) for hit in found]
@@ -127,7 +129,8 @@ class EmbeddedDetector:
 def _at_least(pixels: np.ndarray, side: int) -> np.ndarray:
     """The picture with its last row and column repeated until both sides are long enough."""
     down, right = (max(0, side - length) for length in pixels.shape[:2])
-    return np.pad(pixels, ((0, down), (0, right), (0, 0)), mode="edge") if down or right else pixels
+    padded = np.pad(pixels, ((0, down), (0, right), (0, 0)), mode="edge") if down or right else pixels
+    return np.ascontiguousarray(padded)
 
 
 class YuNetDetector:

@@ -13,6 +13,8 @@ import numpy as np
 
 from fedface.photos.image_io import cut_square
 
+MAX_SIDES = 8  # a face's crop is at most so many times as large as the shorter side of its picture
+
 
 @dataclass(frozen=True)
 class Face:
@@ -109,6 +111,21 @@ def _turned(vector: np.ndarray) -> np.ndarray:
     return np.array([-vector[1], vector[0]])
 
 
+def check_in_picture(landmarks: np.ndarray, height: int, width: int) -> None:
+    """Raise ValueError unless a face of these landmarks can lie in a picture of this size, in part at least.
+
+    The crop of any other face would show the picture's mirrored border alone, or need memory without bound.
+    """
+    corners, side = alignment_square(landmarks), alignment_side(landmarks)
+    x, y = corners.mean(axis=0)
+    if not (
+        side <= MAX_SIDES * min(height, width) and -side <= x <= width + side and -side <= y <= height + side
+    ):
+        raise ValueError(
+            f"the landmarks make a face of {side:.0f} pixels at ({x:.0f}, {y:.0f}) of a picture of {width} x {height}"
+        )
+
+
 def align(pixels: np.ndarray, landmarks: np.ndarray, size: int) -> np.ndarray:
     """Cut a face out as FFHQ does: eyes level, mouth below, softly mirrored where the photo ends.
 
@@ -119,7 +136,11 @@ def align(pixels: np.ndarray, landmarks: np.ndarray, size: int) -> np.ndarray:
 
     Returns:
         uint8, shape (size, size, 3). A face smaller than the crop is enlarged smoothly.
+
+    Raises:
+        ValueError: The landmarks are those of no face in this picture.
     """
     if size < 1:
         raise ValueError(f"size must be >= 1, got {size}")
+    check_in_picture(landmarks, *pixels.shape[:2])
     return cut_square(pixels, alignment_square(landmarks), size)

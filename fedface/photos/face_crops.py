@@ -52,22 +52,26 @@ def face_crops(
         name: Names the photo in errors.
 
     Raises:
-        LibraryError: No face was found in any quarter turn, or the photo is too small.
+        LibraryError: No face was found in any quarter turn, the detector failed, or the photo is too small.
     """
     height, width = photo.pixels.shape[:2]
     if height == width and min(smallest, MIN_FACE_SIDE) <= height <= MIN_FACE_SIDE:
         return (FaceCrop(crop=photo.pixels, number=1, people=0, rotation=0, side=float(height)),)
-    if max(height, width) < smallest:
+    if min(height, width) < min(smallest, MIN_FACE_SIDE):
         raise LibraryError(
             f"{name}: only {width} x {height} pixels, fewer than the {smallest} x {smallest} that are shown; "
             "give a larger picture, or ask for fewer pixels"
         )
     finder = detector()
     seen: dict[int, list[Face]] = {}
-    for turn in _TURNS:
-        seen[turn] = usable(finder.find(_turned(photo, turn)))
-        if _surest(seen[turn]) >= _SURE:
-            break
+    try:
+        for turn in _TURNS:
+            seen[turn] = usable(finder.find(_turned(photo, turn)))
+            if _surest(seen[turn]) >= _SURE:
+                break
+    except Exception as error:
+        # One broad net: a picture on which a detector fails must not end the work on all others.
+        raise LibraryError(f"{name}: the face detector failed on it ({type(error).__name__})") from error
     best = max(seen, key=lambda turn: _surest(seen[turn]))  # of equal ones the first
     if not seen[best]:
         raise LibraryError(

@@ -20,26 +20,47 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 import pillow_heif
-from PIL import Image, ImageCms, ImageFile, ImageFilter, IptcImagePlugin, UnidentifiedImageError
+from PIL import (
+    Image,
+    ImageCms,
+    ImageFile,
+    ImageFilter,
+    IptcImagePlugin,
+    PngImagePlugin,
+    UnidentifiedImageError,
+)
 
 from fedface.errors import PhotoError
 from fedface.photos.capture_date import Precision
 from fedface.photos.exif import ExifMetadata, read_exif
 
 MAX_BYTES = 200_000_000
-MAX_PIXELS = 100_000_000
+MAX_PIXELS = 100_000_000  # that are decoded
+MAX_JPEG_PIXELS = 4 * MAX_PIXELS  # in the header of a JPEG, which can be decoded at half its size or less
 
 READ_KINDS = ("JPEG", "PNG", "WebP", "HEIF")
-SUFFIX_KINDS = {
-    ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".mpo": "JPEG",
-    ".png": "PNG", ".webp": "WebP", ".heic": "HEIF", ".heif": "HEIF", ".hif": "HEIF",
-    ".tif": "TIFF", ".tiff": "TIFF", ".gif": "GIF", ".bmp": "BMP", ".avif": "AVIF",
-}  # fmt: skip
 HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1"}
+MAGIC = {
+    b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF87a": "GIF", b"GIF89a": "GIF", b"8BPS": "PSD",
+    b"FUJIFILMCCD-RAW": "RAF", b"IIU\0": "RW2", b"IIRO": "ORF", b"IIRS": "ORF", b"MMOR": "ORF", b"FOVb": "X3F",
+    b"\0MRM": "MRW", b"II\x1a\0\0\0HEAPCCDR": "CRW", b"\0\0\0\x0cJXL \r\n\x87\n": "JXL", b"\xff\x0a": "JXL",
+    b"\0\0\0\x0cjP  \r\n\x87\n": "JP2", b"\xff\x4f\xff\x51": "JP2",
+    b"II*\0": "TIFF", b"MM\0*": "TIFF", b"II+\0": "TIFF", b"MM\0+": "TIFF",
+}  # fmt: skip
+TIFF_RAWS = {
+    ".dng", ".nef", ".nrw", ".arw", ".sr2", ".srf", ".cr2", ".pef", ".srw", ".3fr", ".iiq", ".rwl", ".erf", ".mef",
+    ".mos", ".dcr", ".kdc",
+}  # fmt: skip  # kinds that are TIFF by their first bytes
+PICTURE_SUFFIXES = TIFF_RAWS | {
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".heic", ".heif", ".hif", ".tif", ".tiff", ".gif",
+    ".bmp", ".avif", ".cr3", ".crw", ".raf", ".rw2", ".orf", ".x3f", ".mrw", ".jxl", ".jp2", ".j2k", ".psd",
+}  # fmt: skip
+HEAD = 4096  # bytes that tell what a file is
+SOFTWARE = "fedface"  # in the PNG files that we write, so that no reader of folders takes them for photos
 
 # What decoders raise on broken files. Anything else ends the child process that scans, which is a reason too.
 DECODER_ERRORS = (
@@ -49,6 +70,7 @@ DECODER_ERRORS = (
 
 pillow_heif.register_heif_opener(thumbnails=False)
 pillow_heif.options.DECODE_THREADS = 1
+Image.MAX_IMAGE_PIXELS = MAX_JPEG_PIXELS
 _SRGB = ImageCms.createProfile("sRGB")
 
 
@@ -60,7 +82,7 @@ class PhotoUnreadable(PhotoError):
 class Photo:
     """One decoded photo, turned upright, in sRGB."""
 
-    pixels: np.ndarray  # uint8, shape (h, w, 3); smaller than the file where a longest side was asked for
+    pixels: np.ndarray  # uint8, shape (h, w, 3); smaller than the file where a longest side was given
     width: int  # pixels of the whole photo, after turning it upright
     height: int
     kind: str  # one of READ_KINDS
@@ -72,48 +94,47 @@ class Photo:
 
 def sniff(head: bytes) -> str | None:
     """The kind of picture that a file's first 32 bytes announce, or `None` for anything else."""
-    if head.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WebP"
     if head[4:8] == b"ftyp":
         brands = {head[8:12]} | {head[at : at + 4] for at in range(16, 32, 4)}
         if brands & {b"avif", b"avis"}:
             return "AVIF"
+        if b"crx " in brands:
+            return "CR3"
         return "HEIF" if brands & HEIF_BRANDS else None
-    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return "TIFF"
-    if head[:6] in (b"GIF87a", b"GIF89a"):
-        return "GIF"
-    return "BMP" if head[:2] == b"BM" and head[6:10] == bytes(4) else None
+    if head[:2] == b"BM" and head[6:10] == bytes(4):
+        return "BMP"
+    return next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), None)
 
 
-def is_picture(path: Path) -> bool:
-    """Whether a regular file claims to be a picture, by its name or by its first bytes."""
-    if path.suffix.lower() in SUFFIX_KINDS:
-        return True
+def look_at(path: Path) -> Literal["picture", "made by fedface", "other"]:
+    """What a regular file claims to be, by its first bytes or its name; a picture that we wrote bears our mark."""
+    claims = path.suffix.lower() in PICTURE_SUFFIXES
     try:
         with _open_regular(path) as file:
-            return sniff(file.read(32)) is not None
+            head = file.read(HEAD)
     except PhotoUnreadable:
-        return True  # so that reading it says why
-    except PhotoError:
-        return False
+        return "picture"  # so that reading it says why
+    except (PhotoError, OSError):
+        return "picture" if claims else "other"
+    if sniff(head) == "PNG" and f"tEXtSoftware\0{SOFTWARE}".encode() in head:
+        return "made by fedface"
+    return "picture" if claims or sniff(head) is not None else "other"
 
 
 def read_photo(path: Path, *, longest_side: int | None = None) -> Photo:
     """Decode one photo file.
 
     Guarantees:
-        * A file above MAX_BYTES or, by its header, above MAX_PIXELS is refused before it is decoded.
+        * A file above MAX_BYTES or, by its header, above MAX_PIXELS is refused before it is decoded. A JPEG of up to
+          MAX_JPEG_PIXELS is decoded at half its size or less, if a longest side is given.
         * All eight EXIF orientations are applied; an invalid one counts as upright.
         * An animation, burst or stereo pair gives its first (HEIF: its primary) picture.
         * Broken EXIF or a broken colour profile never refuses a photo.
 
     Args:
-        path: A regular file; its contents must be of the kind that its suffix names.
+        path: A regular file of any name.
         longest_side: Shrink to at most this many pixels (never enlarge); JPEG decodes faster for it.
 
     Raises:
@@ -169,12 +190,13 @@ def _open_regular(path: Path) -> BinaryIO:
 
 
 def _checked_kind(path: Path, head: bytes) -> str:
-    """The kind by content, if we read that kind and the name does not claim another."""
-    kind, claimed = sniff(head), SUFFIX_KINDS.get(path.suffix.lower())
+    """The kind by content, if we read that kind."""
+    kind, suffix = sniff(head), path.suffix.lower()
     if kind is None:
-        raise PhotoError(f"named {path.suffix.lower()} but holds no picture" if claimed else "not a picture")
-    if claimed is not None and claimed != kind:
-        raise PhotoError(f"named {path.suffix.lower()} but holds {kind}")
+        named = suffix in PICTURE_SUFFIXES
+        raise PhotoError(f"named {suffix} but holds no picture" if named else "not a picture")
+    if kind == "TIFF" and suffix in TIFF_RAWS:
+        kind = suffix[1:].upper()
     if kind not in READ_KINDS:
         raise PhotoError(f"kind not read: {kind}")
     return kind
@@ -201,16 +223,20 @@ def _decode(file: BinaryIO, kind: str, longest_side: int | None) -> Photo:
 
 def _upright_srgb(image: ImageFile.ImageFile, kind: str, longest_side: int | None) -> Photo:
     width, height = image.size
+    wanted = _shrunk_size(width, height, longest_side or max(width, height))
+    limit = MAX_JPEG_PIXELS if kind == "JPEG" and longest_side is not None else MAX_PIXELS
+    if width * height > limit:
+        raise PhotoError(f"more than {limit // 1_000_000} megapixels ({width} x {height})")
     if width * height > MAX_PIXELS:
-        raise PhotoError(f"more than {MAX_PIXELS // 1_000_000} megapixels ({width} x {height})")
-    if longest_side is not None and longest_side < max(width, height):
-        image.draft(None, _shrunk_size(width, height, longest_side))
+        wanted = min(wanted, (width // 2, height // 2))
+    if wanted != (width, height):
+        image.draft(None, wanted)
     metadata, orientation = _exif(image)
     profile = image.info.get("icc_profile")
     image.load()
     small: Image.Image = image
-    if longest_side is not None and longest_side < max(width, height):
-        small = _eight_bits(image).resize(_shrunk_size(width, height, longest_side), Image.Resampling.LANCZOS)
+    if max(wanted) < max(image.size):
+        small = _eight_bits(image).resize(wanted, Image.Resampling.LANCZOS)
     turned = _srgb(_eight_bits(small), profile)
     if orientation in _TURNS:
         turned = turned.transpose(_TURNS[orientation])
@@ -387,10 +413,12 @@ def _mirrored(low: int, high: int, length: int) -> np.ndarray:
     return np.minimum(place, period - place) if length > 1 else np.zeros(high - low, dtype=int)
 
 
-def png_bytes(pixels: np.ndarray) -> bytes:
-    """A PNG file of uint8 pixels, shape (h, w, 3) or (h, w), without any metadata."""
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", optimize=True)
+def png_bytes(pixels: np.ndarray, *, software: str | None = None) -> bytes:
+    """A PNG file of uint8 pixels, shape (h, w, 3) or (h, w), without any metadata but the software that made it."""
+    buffer, text = io.BytesIO(), PngImagePlugin.PngInfo()
+    if software is not None:
+        text.add_text("Software", software)
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", optimize=True, pnginfo=text)
     return buffer.getvalue()
 
 

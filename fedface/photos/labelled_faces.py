@@ -1,14 +1,19 @@
 """Public, labelled faces for audits and simulations: a folder or a zip of pictures, and a CSV of labels.
 
-A set is `NAME/` or `NAME.zip`
-beside `NAME.csv`, whose columns are `file`, labels, and five landmarks re_ le_ nose_ rm_ lm_ (x, y, pixels).
-Rows without landmarks are counted by group and reported: ignoring them would bias every audit.
+A set is `NAME/` or `NAME.zip` beside `NAME.csv`, whose columns are `file`, labels, and five landmarks re_ le_ nose_ rm_
+lm_ (x, y, pixels). Rows without landmarks are counted by group and reported: ignoring them would bias every audit. A
+row that cannot be used is named in the log and costs itself alone: one with impossible landmarks counts as without any.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
+import logging
+import lzma
+import struct
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,12 +23,20 @@ import numpy as np
 import torch
 
 from fedface.errors import LibraryError, PhotoError
-from fedface.photos.face_alignment import align, landmarks_in_crop
+from fedface.photos.face_alignment import align, alignment_side, alignment_square, landmarks_in_crop
 from fedface.photos.image_io import MAX_BYTES, read_photo, read_photo_bytes
 from fedface.tensor_types import Images
 
+log = logging.getLogger("fedface.photos")
+
 POINTS = ("re", "le", "nose", "rm", "lm")  # re is the eye at image left
 COORDINATES = tuple(f"{point}_{axis}" for point in POINTS for axis in "xy")
+MAX_COORDINATE = 100_000.0  # pixels; no picture that is read is wider
+MAX_NAMED = 5  # problems of one set that are named; the others are counted
+ZIP_ERRORS = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, OSError, EOFError, ValueError, RuntimeError,
+    NotImplementedError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,7 +45,8 @@ class LabelledFace:
 
     file: str
     landmarks: np.ndarray | None  # shape (5, 2) in the order of `faces.Face`; None: no face was found
-    labels: Mapping[str, str]  # every other column, as text
+    labels: Mapping[str, str]  # every other column, as text; "unknown" where the row has none
+    where: str  # "faces.csv:10"
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,7 @@ class FaceTable:
     name: str
     pictures: Path  # a folder or a zip
     rows: tuple[LabelledFace, ...]
+    problems: tuple[str, ...]  # rows that could not be used as they are
 
     def pixels(self, rows: Sequence[LabelledFace]) -> Iterator[np.ndarray | PhotoError]:
         """The whole pictures, uint8 (h, w, 3), in the order of `rows`; an unreadable one is its reason."""
@@ -52,7 +67,12 @@ class FaceTable:
                 except PhotoError as refusal:
                     yield refusal
             return
-        with zipfile.ZipFile(self.pictures) as archive:
+        try:
+            archive = zipfile.ZipFile(self.pictures)
+        except ZIP_ERRORS as cause:
+            yield from (PhotoError(f"{self.pictures.name} cannot be opened: {cause}") for _ in rows)
+            return
+        with archive:
             for row in rows:
                 try:
                     yield read_photo_bytes(_member(archive, row.file)).pixels
@@ -154,7 +174,9 @@ def read_face_folder(
     crops: list[torch.Tensor] = []
     points: list[np.ndarray] = []
     kept: list[tuple[str, LabelledFace]] = []
+    problems: list[str] = []
     for faces in labelled:
+        problems += faces.problems
         rows = []
         for row in faces.rows:
             group = row.labels[label]
@@ -164,14 +186,22 @@ def read_face_folder(
         missed.update(row.labels[label] for row in rows if row.landmarks is None)
         rows = [row for row in rows if row.landmarks is not None]
         for row, pixels in zip(rows, faces.pixels(rows), strict=True):
-            if isinstance(pixels, PhotoError) or row.landmarks is None:
+            assert row.landmarks is not None
+            try:
+                if isinstance(pixels, PhotoError):
+                    raise pixels
+                crop = align(pixels, row.landmarks, size)
+            except (PhotoError, ValueError) as error:
                 unreadable[row.labels[label]] += 1
+                problems.append(f"{row.where}: {row.file}: {error}; left out")
                 continue
-            crops.append(torch.from_numpy(align(pixels, row.landmarks, size)).permute(2, 0, 1))
+            crops.append(torch.from_numpy(crop).permute(2, 0, 1))
             points.append(landmarks_in_crop(row.landmarks, size))
             kept.append((faces.name, row))
     if not crops:
-        raise LibraryError(f"none of the faces at {path} has landmarks and a readable picture")
+        first = f"; the first problem: {problems[0]}" if problems else ""
+        raise LibraryError(f"none of the faces at {path} has landmarks and a readable picture{first}")
+    name_problems(problems)
     return LabelledFaces(
         images=torch.stack(crops).float() / 255.0,
         landmarks=torch.from_numpy(np.stack(points)).float(),
@@ -192,36 +222,79 @@ def _pictures(table: Path) -> Path | None:
 
 
 def _read_set(table: Path, pictures: Path) -> FaceTable:
+    rows: list[LabelledFace] = []
+    problems: list[str] = []
     try:
-        with table.open(newline="", encoding="utf-8") as file:
+        with table.open(newline="", encoding=_encoding(table)) as file:
             reader = csv.DictReader(file)
             wanted = ("file", *COORDINATES)
             absent = [column for column in wanted if column not in (reader.fieldnames or ())]
             if absent:
-                raise LibraryError(f"{table} lacks the column {absent[0]!r}; wanted {', '.join(wanted)}")
-            rows = tuple(_row(table, number, row) for number, row in enumerate(reader, start=2))
-    except (OSError, UnicodeDecodeError, csv.Error) as cause:
+                raise LibraryError(f"{table} lacks the column {absent[0]!r}; expected {', '.join(wanted)}")
+            for row in reader:
+                _read_row(f"{table}:{reader.line_num}", row, rows, problems)
+    except (OSError, UnicodeError, csv.Error) as cause:
         raise LibraryError(f"{table} cannot be read: {cause}") from cause
     if not rows:
-        raise LibraryError(f"{table} has no rows")
-    return FaceTable(pictures.stem if pictures.is_file() else pictures.name, pictures, rows)
+        raise LibraryError(problems[0] if problems else f"{table} has no rows")
+    name = pictures.stem if pictures.is_file() else pictures.name
+    return FaceTable(name, pictures, tuple(rows), tuple(problems))
 
 
-def _row(table: Path, line: int, row: dict[str, str]) -> LabelledFace:
-    file = row["file"]
-    if Path(file).name != file:
-        raise LibraryError(f"{table}:{line}: file must be a plain name, got {file!r}")
-    numbers = [row[column] or "" for column in COORDINATES]
+def _encoding(table: Path) -> str:
+    """UTF-8, or what the byte-order mark says."""
+    with table.open("rb") as file:
+        marked = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return "utf-16" if marked else "utf-8-sig"
+
+
+def _read_row(where: str, row: dict[str, str], rows: list[LabelledFace], problems: list[str]) -> None:
+    """Append the face of a row, and what is wrong with it."""
+    file = row["file"] or ""
+    if not file or Path(file).name != file or not file.isprintable():
+        problems.append(f"{where}: file must be a plain name, got {file!r}; the row is left out")
+        return
     landmarks = None
-    if all(numbers):
-        try:
-            landmarks = np.array([float(number) for number in numbers]).reshape(5, 2)
-        except ValueError as cause:
-            raise LibraryError(f"{table}:{line}: landmarks must be numbers, got {numbers}") from cause
-        if not np.isfinite(landmarks).all():
-            raise LibraryError(f"{table}:{line}: landmarks must be finite, got {numbers}")
-    labels = {name: text or "" for name, text in row.items() if name and name not in ("file", *COORDINATES)}
-    return LabelledFace(file, landmarks, labels)
+    try:
+        landmarks = _landmarks([(row[column] or "").strip() for column in COORDINATES])
+    except ValueError as problem:
+        problems.append(f"{where}: {problem}; the face counts as without landmarks")
+    others = {name: text for name, text in row.items() if name and name not in ("file", *COORDINATES)}
+    rows.append(
+        LabelledFace(file, landmarks, {name: text or "unknown" for name, text in others.items()}, where)
+    )
+
+
+def _landmarks(texts: Sequence[str]) -> np.ndarray | None:
+    """Five points, shape (5, 2), or None where the row has none.
+
+    Raises:
+        ValueError: They cannot be those of a face.
+    """
+    if not any(texts):
+        return None
+    try:
+        points = np.array([float(text) for text in texts]).reshape(5, 2)
+    except ValueError as cause:
+        raise ValueError(f"landmarks must be numbers, got {', '.join(texts)[:100]}") from cause
+    if not np.isfinite(points).all():
+        raise ValueError(f"landmarks must be finite, got {', '.join(texts)[:100]}")
+    if np.abs(points).max() > MAX_COORDINATE:
+        raise ValueError(
+            f"landmarks must lie within {MAX_COORDINATE:.0f} pixels, got {', '.join(texts)[:100]}"
+        )
+    if alignment_side(points) < 2.0:
+        raise ValueError(f"eyes and mouth must be a pixel apart, got {', '.join(texts)[:100]}")
+    alignment_square(points)
+    return points
+
+
+def name_problems(problems: Sequence[str]) -> None:
+    """Name the first problems in the log, and count the others."""
+    for problem in problems[:MAX_NAMED]:
+        log.warning("%s", problem)
+    if len(problems) > MAX_NAMED:
+        log.warning("and %d more rows like these", len(problems) - MAX_NAMED)
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> bytes:
@@ -232,5 +305,5 @@ def _member(archive: zipfile.ZipFile, name: str) -> bytes:
         return archive.read(member)
     except KeyError as cause:
         raise PhotoError("not in the zip") from cause
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as cause:
+    except ZIP_ERRORS as cause:
         raise PhotoError(f"broken in the zip: {cause}") from cause

@@ -45,6 +45,7 @@ class LibrarySummary:
     faces: int
     copies: int  # further files of the same photos
     refused: dict[str, int]  # pictures that cannot be used: reason -> count, the commonest reasons first
+    made_by_fedface: int  # pictures that fedface wrote, which are not photos
     other: int  # files that are no pictures
     dated: int
     unreadable_dates: int  # photos with a date that names no day: they count with all of their folder
@@ -221,6 +222,7 @@ def summary(folder: Path, *, cache: Path | None = None, detector: str | None = N
         faces=faces,
         copies=by_status.get("read", 0) - photos,
         refused=reasons,
+        made_by_fedface=by_status.get("own", 0),
         other=by_status.get("other", 0),
         dated=dated,
         unreadable_dates=unreadable,
@@ -238,7 +240,7 @@ def scan_table(folder: Path, *, cache: Path | None = None, detector: str | None 
     first: dict[bytes, str] = {}
     with index.reading() as connection:
         for record in records(connection, detector or latest_detector(connection) or ""):
-            if record.status != "other":
+            if record.status in ("read", "refused"):
                 row = _row(record)
                 original = first.setdefault(record.content, row.file)
                 copied = record.status == "read" and original != row.file

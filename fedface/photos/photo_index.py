@@ -27,7 +27,7 @@ from fedface.photos.capture_date import Precision
 from fedface.photos.face_alignment import Face, alignment_side
 from fedface.photos.occasions import PhotoSignature
 
-Status = Literal["read", "refused", "other"]
+Status = Literal["read", "refused", "own", "other"]
 VERSION = 4  # raise it when decoding or detection changes, and every file is read again
 MAX_FACES = 100  # stored for one photo, the largest
 
@@ -82,7 +82,7 @@ class PhotoRecord:
 
     path: Path  # relative to the library's folder
     state: FileStamp
-    status: Status  # read · refused (a picture that cannot be used) · other (no picture)
+    status: Status  # read · refused (a picture that cannot be used) · own (a picture of ours) · other
     reason: str = ""  # why it was refused
     kind: str | None = None
     width: int | None = None  # pixels, upright

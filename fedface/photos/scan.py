@@ -8,17 +8,17 @@ has the crops for training cut here, from the same decoded pixels.
 from __future__ import annotations
 
 import logging
-import os
-import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedface.errors import LibraryError, PhotoError
 from fedface.photos.face_alignment import Detector
-from fedface.photos.image_io import Photo, PhotoUnreadable, content_hash, is_picture, shrink
+from fedface.photos.image_io import Photo, PhotoUnreadable, content_hash, look_at, shrink
 from fedface.photos.occasions import fingerprint
+from fedface.photos.photo_files import walk
 from fedface.photos.photo_index import FileStamp, PhotoIndex, PhotoRecord, ScanWriter, default_cache
 from fedface.photos.sandboxed_decoder import SandboxedDecoder
 from fedface.photos.training_crops import MAX_STORED_SIDE, PhotoSelection, decode_side, training_crop
@@ -28,7 +28,6 @@ log = logging.getLogger("fedface.photos")
 DECODED_SIDE = 1000  # pixels at which photos are decoded: a 12-megapixel JPEG decodes fast at a quarter
 DETECTION_SIDE = 800  # pixels; no detector here looks at more
 SAVE_EVERY = 2.0  # seconds
-MAX_DEPTH = 100  # folders in folders
 NO_STATE = FileStamp(bytes=0, changed=0)
 
 
@@ -49,6 +48,9 @@ class ScanReport:
     gone: int = 0  # known before and no longer there
     seconds: float = 0.0
     latest: Path | None = None  # the file just dealt with
+    left_out: dict[str, int] = field(
+        default_factory=dict
+    )  # reason -> files and folders that were passed over
 
 
 def scan_library(
@@ -110,41 +112,6 @@ def checked_folder(folder: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """Something met on the walk: a regular file, or a folder that cannot be opened."""
-
-    path: Path
-    state: FileStamp
-    reason: str = ""
-
-
-def _walk(folder: Path, depth: int = 0) -> Iterator[_Found]:
-    """Regular files below a folder, depth first; open folders are the only thing kept in memory."""
-    if depth > MAX_DEPTH:
-        yield _Found(folder, NO_STATE, f"nested deeper than {MAX_DEPTH} folders")
-        return
-    try:
-        entries = os.scandir(folder)
-    except OSError as cause:
-        yield _Found(folder, NO_STATE, f"folder cannot be opened: {cause.strerror or cause}")
-        return
-    with entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue  # thumbnails, resource forks and other clutter that its owner never sees
-            path = Path(entry.path)
-            try:
-                status = entry.stat(follow_symlinks=False)
-            except OSError as cause:
-                yield _Found(path, NO_STATE, f"cannot be looked at: {cause.strerror}")
-                continue
-            if stat.S_ISDIR(status.st_mode):
-                yield from _walk(path, depth + 1)
-            elif stat.S_ISREG(status.st_mode):
-                yield _Found(path, FileStamp.of(status))
-
-
-@dataclass(frozen=True)
 class _Cropper:
     """Cuts and stores the crops of a scan."""
 
@@ -193,6 +160,7 @@ class _Scan:
     ) -> None:
         self._root, self._detector, self._writer, self._progress = root, detector, writer, progress
         self._cropper = cropper
+        self._left_out: Counter[str] = Counter()
         self._stamps: dict[Path, FileStamp] = {}
         self._uncropped: dict[Path, PhotoRecord] = {}
         self._started = self._saved = time.monotonic()
@@ -200,13 +168,15 @@ class _Scan:
 
     def to_decode(self) -> Iterator[Path]:
         """The files that have to be decoded; all others are recorded on the way."""
-        for found in _walk(self._root):
+        for found in walk(self._root, self._left_out):
             self.files += 1
             name = found.path.relative_to(self._root)
-            if found.reason:
+            if found.status is None:
                 self._refused += 1
-                self._write(PhotoRecord(path=name, state=found.state, status="refused", reason=found.reason))
-            elif self._writer.still_holds(name, found.state):
+                self._write(PhotoRecord(path=name, state=NO_STATE, status="refused", reason=found.reason))
+                continue
+            state = FileStamp.of(found.status)
+            if self._writer.still_holds(name, state):
                 self._reused += 1
                 known = None if self._cropper is None else self._cropper.missing(name)
                 if known is None:
@@ -214,12 +184,16 @@ class _Scan:
                 else:
                     self._uncropped[found.path] = known
                     yield found.path
-            elif is_picture(found.path):
-                self._stamps[found.path] = found.state
-                yield found.path
-            else:
-                self._other += 1
-                self._write(PhotoRecord(path=name, state=found.state, status="other"))
+                continue
+            match look_at(found.path):
+                case "picture":
+                    self._stamps[found.path] = state
+                    yield found.path
+                case "made by fedface":
+                    self._write(PhotoRecord(path=name, state=state, status="own"))
+                case "other":
+                    self._other += 1
+                    self._write(PhotoRecord(path=name, state=state, status="other"))
 
     def record(self, path: Path, photo: Photo | PhotoError) -> None:
         """Find the faces of a decoded photo and record it, or record why it was refused."""
@@ -286,6 +260,7 @@ class _Scan:
             gone=gone,
             seconds=time.monotonic() - self._started,
             latest=latest,
+            left_out=dict(self._left_out),
         )
 
     def _write(self, record: PhotoRecord) -> None:

@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from fedface.measurements import Interval
+from fedface.photos.image_io import SOFTWARE
 from fedface.tensor_types import Images
 
 INK, FAINT = "#3b3f46", "#c9ccd1"  # text and axes; grid lines
@@ -216,5 +217,5 @@ def _svg(canvas: Canvas) -> bytes:
 def _png(canvas: Canvas) -> bytes:
     target = io.BytesIO()
     FigureCanvasAgg(canvas)
-    canvas.savefig(target, format="png", transparent=True, metadata={"Software": None})
+    canvas.savefig(target, format="png", transparent=True, metadata={"Software": SOFTWARE})
     return target.getvalue()

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure as Canvas
 from fedface.audits.sample_quality import TONE_GROUPS
 from fedface.experiment import NO_DP_LABEL
 from fedface.measurements import Interval
+from fedface.photos.image_io import SOFTWARE
 from fedface.reports.charts import FAINT, INK, STYLE, face_grid
 from fedface.reports.comparison_report import TITLES, UNTRAINED, ComparisonRecord
 from fedface.tensor_types import Images
@@ -130,5 +131,5 @@ def png_on_white(canvas: Canvas) -> bytes:
     """A canvas as PNG with a white background."""
     target = io.BytesIO()
     FigureCanvasAgg(canvas)
-    canvas.savefig(target, format="png", facecolor="white", metadata={"Software": None})
+    canvas.savefig(target, format="png", facecolor="white", metadata={"Software": SOFTWARE})
     return target.getvalue()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedface.photos.image_io import png_bytes
+from fedface.photos.image_io import SOFTWARE, png_bytes
 from fedface.tensor_types import Images
 from fedface.upsampling.upsampler import pixel_std
 
@@ -45,7 +45,7 @@ def shown(images: Tensor) -> Tensor:
 
 def data_uri(pixels: np.ndarray) -> str:
     """uint8 pixels as a PNG data URI."""
-    return "data:image/png;base64," + base64.b64encode(png_bytes(pixels)).decode("ascii")
+    return "data:image/png;base64," + base64.b64encode(png_bytes(pixels, software=SOFTWARE)).decode("ascii")
 
 
 def spread_of(images: Images) -> Spread:

@@ -144,7 +144,7 @@ def folder_of_photos(place: Path) -> Path:
 
 def work(photos: Path, sheets: SheetFolder) -> list[SheetRecord | SkippedPhoto]:
     """Everything that is left to do."""
-    left = sheets.left(images_in(photos))
+    left = sheets.left(images_in(photos)[0])
     found: list[SheetRecord | SkippedPhoto] = []
     for path, result in run_pipeline(left, sheets.place, WANTED, painters(), blind, None, Silent()):
         sheets.store(path, result)
@@ -155,7 +155,7 @@ def work(photos: Path, sheets: SheetFolder) -> list[SheetRecord | SkippedPhoto]:
 def test_a_folder_gives_a_sheet_for_every_face_and_a_reason_for_every_other_photo(tmp_path: Path) -> None:
     """Sheets lie as the photos do, so that no two names meet."""
     photos = folder_of_photos(tmp_path)
-    assert [path.name for path in images_in(photos)] == ["a.png", "broken.jpg", "empty.png", "a.png"]
+    assert [path.name for path in images_in(photos)[0]] == ["a.png", "broken.jpg", "empty.png", "a.png"]
     out = tmp_path / "out"
     found = work(photos, SheetFolder(out, photos, {"seed": 0}))
     made = [result for result in found if isinstance(result, SheetRecord)]
@@ -205,12 +205,52 @@ def test_sheets_of_other_settings_are_never_mixed_and_photos_never_replaced(tmp_
 def test_sheets_among_the_photos_are_not_read_as_photos(tmp_path: Path) -> None:
     photos = folder_of_photos(tmp_path)
     work(photos, SheetFolder(photos / "sheets", photos, {"seed": 0}))
-    assert len(images_in(photos)) == 4
+    pictures, left_out = images_in(photos)
+    assert len(pictures) == 4 and left_out["pictures made by fedface"] == 2
+
+
+def test_a_folder_with_somebody_elses_faces_json_is_read(tmp_path: Path) -> None:
+    photos = folder_of_photos(tmp_path)
+    (photos / "deep" / "faces.json").write_text('{"from": "another program"}')
+    (photos / "deep" / "@eaDir").mkdir()
+    write_png(photos / "deep" / "@eaDir" / "a.png", subject(8).crop)
+    pictures, left_out = images_in(photos)
+    assert [path.relative_to(photos).as_posix() for path in pictures][-1] == "deep/a.png" and len(
+        pictures
+    ) == 4
+    assert left_out == {"folders of thumbnails or deleted photos": 1, "files that are no pictures": 2}
+
+
+class FailsOnGrey:
+    """A detector that breaks on a picture of one colour."""
+
+    name = "fails on grey"
+
+    def find(self, pixels: np.ndarray) -> list[Face]:
+        """Nobody, or an error."""
+        if pixels.std() == 0:
+            raise RuntimeError("division by zero")
+        return []
+
+
+def test_a_photo_that_cannot_be_used_costs_itself_alone(tmp_path: Path) -> None:
+    """A spacer of 40 x 1 pixels, a photo on which the detector fails, a raw file; the others have their sheets."""
+    photos = folder_of_photos(tmp_path)
+    write_png(photos / "0.png", np.full((1, 40, 3), 9, dtype=np.uint8))
+    (photos / "raw.CR3").write_bytes(b"\0\0\0\x18ftypcrx \0\0\0\1crx isom" + bytes(100))
+    pictures, _ = images_in(photos)
+    place = SheetFolder(tmp_path / "out", photos, {"seed": 0}).place
+    results = dict(run_pipeline(pictures, place, WANTED, painters(), FailsOnGrey, None, Silent()))
+    reasons = {path.name: one.reason for path, one in results.items() if isinstance(one, SkippedPhoto)}
+    assert len(results) == 6 and set(reasons) == {"0.png", "raw.CR3", "broken.jpg", "empty.png"}
+    assert reasons["0.png"].startswith("only 40 x 1 pixels")
+    assert reasons["raw.CR3"] == "kind not read: CR3"
+    assert reasons["empty.png"] == "the face detector failed on it (RuntimeError)"
 
 
 def test_a_folder_without_a_picture_is_named(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(LibraryError, match=r"no picture in this folder \(1 other files\)"):
+    with pytest.raises(LibraryError, match=r"no picture in this folder \(1 files that are no pictures\)"):
         images_in(tmp_path)
     with pytest.raises(LibraryError, match="there is no photo or folder"):
         images_in(tmp_path / "nowhere")

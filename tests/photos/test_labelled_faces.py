@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 import zipfile
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import pytest
 import torch
 
 from fedface.errors import LibraryError
+from fedface.photos.detection_rates import measure_detection
+from fedface.photos.face_alignment import Face
 from fedface.photos.image_io import png_bytes
 from fedface.photos.labelled_faces import COORDINATES, labelled_sets, read_face_folder
 
@@ -121,15 +125,126 @@ def test_what_is_wrong_with_a_set_is_said(tmp_path: Path) -> None:
     table = tmp_path / "s.csv"
     whole = table.read_text()
     for text, message in {
-        whole.replace("1.png", "../1.png"): "s.csv:2: file must be a plain name",
-        whole.replace("20.0", "left", 1): "s.csv:2: landmarks must be numbers",
-        whole.replace("20.0", "nan", 1): "s.csv:2: landmarks must be finite",
         whole.replace("re_x", "eye", 1): "lacks the column 're_x'",
         whole.split("\n")[0] + "\n": "has no rows",
+        whole.split("\n")[0] + "\n,x\n": "s.csv:2: file must be a plain name",
     }.items():
         table.write_text(text)
         with pytest.raises(LibraryError, match=message):
             labelled_sets(good)
+
+
+def landmark_row(first: str, rest: str | None = None) -> str:
+    """The row of 1.png with these landmarks: one, or the first and all others."""
+    numbers = [f"{number:.1f}" for number in POINTS.reshape(-1)]
+    return ",".join(["1.png", "x", "Female", first, *(numbers[1:] if rest is None else [rest] * 9)])
+
+
+@pytest.mark.parametrize(
+    ("row", "message", "counted"),
+    [
+        (landmark_row("0", "0"), "s.csv:2: eyes and mouth must be a pixel apart", "missed"),
+        (landmark_row("-1", "-1"), "s.csv:2: eyes and mouth must be a pixel apart", "missed"),
+        (landmark_row("3e7"), "s.csv:2: landmarks must lie within 100000 pixels", "missed"),
+        (landmark_row("-1e300"), "s.csv:2: landmarks must lie within", "missed"),
+        (landmark_row("left"), "s.csv:2: landmarks must be numbers", "missed"),
+        (landmark_row(""), "s.csv:2: landmarks must be numbers", "missed"),
+        (landmark_row("nan"), "s.csv:2: landmarks must be finite", "missed"),
+        (landmark_row("inf"), "s.csv:2: landmarks must be finite", "missed"),
+        (landmark_row("90000"), "s.csv:2: 1.png: the landmarks make a face of .* pixels", "unreadable"),
+        ("1.png,x", None, "missed"),
+        ("1.png,x,Female,1,2", "s.csv:2: landmarks must be numbers", "missed"),
+        ("1", "", "left out"),
+        (",x,Female", "s.csv:2: file must be a plain name", "left out"),
+        ("../1.png,x,Female", "s.csv:2: file must be a plain name", "left out"),
+        ("a\0b.png,x,Female", "s.csv:2: file must be a plain name", "left out"),
+        (landmark_row("20.0") + ",more,and,more", None, "used"),
+    ],
+)
+def test_one_bad_row_costs_itself_alone_and_is_named(
+    tmp_path: Path, row: str, message: str | None, counted: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = make_set(tmp_path, "s", ROWS, packed=False)
+    table = tmp_path / "s.csv"
+    lines = table.read_text().split("\n")
+    table.write_text("\n".join([lines[0], row, *lines[2:]]))
+    probe = read_face_folder(good, size=64)
+    assert set(probe.files) - {"s/1.png"} == {"s/2.png", "s/5.png"}
+    assert ("s/1.png" in probe.files) == (counted == "used")
+    group = "unknown" if row == "1" else "x"
+    assert probe.missed == ({"y": 1, group: 1} if counted == "missed" or row == "1" else {"y": 1})
+    assert probe.unreadable == ({"x": 2} if counted == "unreadable" else {"x": 1})
+    if message:
+        assert re.search(message, caplog.text)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_table_may_begin_with_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    good = make_set(tmp_path, "s", ROWS, packed=False)
+    table = tmp_path / "s.csv"
+    table.write_text(table.read_text(), encoding=encoding)
+    assert len(read_face_folder(good, size=16)) == 3
+
+
+def damaged_zip(content: bytes, how: str) -> bytes:
+    """A zip that is cut short, changed in the middle, no zip at all, or inside another one."""
+    if how == "nested":
+        outer = io.BytesIO()
+        with zipfile.ZipFile(outer, "w") as archive:
+            archive.writestr("1.png", content)
+            archive.writestr("inner.zip", content)
+        return outer.getvalue()
+    changed = bytearray(content)
+    for place in range(60, len(content) // 2, 40):
+        changed[place] ^= 0xFF
+    return {"cut": content[: len(content) // 2], "changed": bytes(changed), "text": b"<html>quota</html>"}[
+        how
+    ]
+
+
+@pytest.mark.parametrize("how", ["cut", "changed", "text", "nested"])
+def test_a_damaged_zip_costs_its_own_set_and_no_other(
+    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_set(tmp_path, "a", ROWS, packed=True)
+    make_set(tmp_path, "b", ROWS, packed=True)
+    (tmp_path / "a.zip").write_bytes(damaged_zip((tmp_path / "a.zip").read_bytes(), how))
+    probe = read_face_folder(tmp_path, size=16)
+    assert {"b/1.png", "b/2.png", "b/5.png"} <= set(probe.files)
+    assert sum(probe.unreadable.values()) == 8 - len(probe) and "a.csv:2: 1.png: " in caplog.text
+    if how != "changed":
+        with pytest.raises(LibraryError, match=r"none of the faces .* the first problem: .*a\.csv:2: 1\.png"):
+            read_face_folder(tmp_path / "a.zip", size=16)
+
+
+def test_many_bad_rows_are_counted_and_the_first_of_them_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = make_set(tmp_path, "s", ROWS, packed=False)
+    with (tmp_path / "s.csv").open("a") as table:
+        table.write("".join(f"{number}.png,x,Female" + ",0" * 10 + "\n" for number in range(300)))
+    assert read_face_folder(good, size=16).missed == {"y": 1, "x": 300}
+    assert len(caplog.records) <= 10 and "and 296 more rows" in caplog.text
+
+
+def test_a_detector_that_fails_on_a_photo_misses_its_face_and_the_others_are_measured(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An unreadable picture says nothing about a detector and is left out."""
+
+    class Fails:
+        name = "fails once"
+        calls = 0
+
+        def find(self, pixels: np.ndarray) -> list[Face]:
+            self.calls += 1
+            if self.calls == 1:
+                raise RuntimeError("stride")
+            return [Face((0, 0, 9, 9), POINTS, 1.0)]
+
+    rates = measure_detection(make_set(tmp_path, "s", ROWS, packed=False), Fails())
+    assert [(rate.group, rate.found, rate.count) for rate in rates if rate.group == "all"] == [("all", 3, 4)]
+    assert "fails once failed on a photo" in caplog.text and "s.csv:5: 4.png" in caplog.text
 
 
 def test_a_zip_without_labels_is_explained(tmp_path: Path) -> None:
