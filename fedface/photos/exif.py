@@ -51,11 +51,12 @@ def read_exif(
         iptc: IPTC data by record and number.
         damaged: Parts of the EXIF block could not be read: a date that is not among the tags may have been there.
     """
+    # An editor writes an Exif directory and, as the date of change, that of the edit: then no date tells of the photo.
     (xmp_taken, xmp_digitized), (iptc_taken, iptc_digitized) = xmp_dates(xmp), iptc_dates(iptc or {})
     date = best_date(
         (_date(detail, TAKEN), *xmp_taken, *iptc_taken, "" if damaged else None),
         (_date(detail, DIGITIZED), *xmp_digitized, *iptc_digitized),
-        (_date(main, CHANGED),),
+        (_date(main, CHANGED) if not detail else None,),
     )
     return ExifMetadata(date.taken, _place(gps), _camera(main), date.precision)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import itertools
 import logging
 import lzma
 import struct
@@ -225,15 +226,24 @@ def _read_set(table: Path, pictures: Path) -> FaceTable:
     rows: list[LabelledFace] = []
     problems: list[str] = []
     try:
-        with table.open(newline="", encoding=_encoding(table)) as file:
-            reader = csv.DictReader(file)
-            wanted = ("file", *COORDINATES)
-            absent = [column for column in wanted if column not in (reader.fieldnames or ())]
+        if table.stat().st_size > MAX_BYTES:
+            raise LibraryError(f"{table} is larger than {MAX_BYTES // 1_000_000} MB")
+        with table.open(encoding=_encoding(table), errors="replace") as file:
+            columns = _cells(file.readline())
+            absent = [column for column in ("file", *COORDINATES) if column not in columns]
             if absent:
-                raise LibraryError(f"{table} lacks the column {absent[0]!r}; expected {', '.join(wanted)}")
-            for row in reader:
-                _read_row(f"{table}:{reader.line_num}", row, rows, problems)
-    except (OSError, UnicodeError, csv.Error) as cause:
+                expected = ", ".join(("file", *COORDINATES))
+                raise LibraryError(f"{table} lacks the column {absent[0]!r}; expected {expected}")
+            # Line by line: a quotation mark that is never closed costs its own row.
+            for number, line in enumerate(file, start=2):
+                if line.strip():
+                    cells = _cells(line)
+                    row = dict(itertools.zip_longest(columns, cells[: len(columns)], fillvalue=""))
+                    problem = _read_row(f"{table}:{number}", row, rows)
+                    if not problem and len(cells) < len(columns):
+                        problem = f"{len(cells)} cells instead of {len(columns)}"
+                    problems += [f"{table}:{number}: {problem}"] if problem else []
+    except OSError as cause:
         raise LibraryError(f"{table} cannot be read: {cause}") from cause
     if not rows:
         raise LibraryError(problems[0] if problems else f"{table} has no rows")
@@ -248,21 +258,27 @@ def _encoding(table: Path) -> str:
     return "utf-16" if marked else "utf-8-sig"
 
 
-def _read_row(where: str, row: dict[str, str], rows: list[LabelledFace], problems: list[str]) -> None:
-    """Append the face of a row, and what is wrong with it."""
-    file = row["file"] or ""
-    if not file or Path(file).name != file or not file.isprintable():
-        problems.append(f"{where}: file must be a plain name, got {file!r}; the row is left out")
-        return
-    landmarks = None
+def _cells(line: str) -> list[str]:
+    """The cells of one line; none where it is no CSV."""
     try:
-        landmarks = _landmarks([(row[column] or "").strip() for column in COORDINATES])
-    except ValueError as problem:
-        problems.append(f"{where}: {problem}; the face counts as without landmarks")
-    others = {name: text for name, text in row.items() if name and name not in ("file", *COORDINATES)}
-    rows.append(
-        LabelledFace(file, landmarks, {name: text or "unknown" for name, text in others.items()}, where)
-    )
+        return next(csv.reader([line.rstrip("\r\n")]), [])
+    except csv.Error:
+        return []
+
+
+def _read_row(where: str, row: dict[str, str], rows: list[LabelledFace]) -> str:
+    """Append the face of a row; what is wrong with it, or nothing."""
+    file = row["file"]
+    if not file or Path(file).name != file or not file.isprintable():
+        return f"file must be a plain name, got {file[:100]!r}; the row is left out"
+    landmarks, problem = None, ""
+    try:
+        landmarks = _landmarks([row[column].strip() for column in COORDINATES])
+    except ValueError as error:
+        problem = f"{error}; the face counts as without landmarks"
+    others = [name for name in row if name and name not in ("file", *COORDINATES)]
+    rows.append(LabelledFace(file, landmarks, {name: row[name] or "unknown" for name in others}, where))
+    return problem
 
 
 def _landmarks(texts: Sequence[str]) -> np.ndarray | None:

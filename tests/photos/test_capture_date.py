@@ -83,6 +83,12 @@ def test_an_unreadable_date_is_unknown_and_no_date_of_an_edit_takes_its_place(ta
     assert (readable.taken, readable.date_precision) == (AFTERNOON, "exact")
 
 
+def test_the_date_of_an_edit_is_no_date_of_a_photo_that_an_editor_described() -> None:
+    """Editors write a directory of sizes and colours beside it; a simple camera writes this one date alone."""
+    assert read_exif({0x0132: EDITED}, {0xA001: 1, 0xA002: 640}, {}).taken is None
+    assert read_exif({0x0132: EDITED}, {}, {}).taken == datetime(2021, 1, 1, 10)
+
+
 def test_a_photo_without_any_date_is_no_photo_with_an_unreadable_one() -> None:
     assert read_exif({}, {}, {}).date_precision == "exact" and read_exif({}, {}, {}).taken is None
 

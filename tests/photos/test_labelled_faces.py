@@ -152,13 +152,17 @@ def landmark_row(first: str, rest: str | None = None) -> str:
         (landmark_row("nan"), "s.csv:2: landmarks must be finite", "missed"),
         (landmark_row("inf"), "s.csv:2: landmarks must be finite", "missed"),
         (landmark_row("90000"), "s.csv:2: 1.png: the landmarks make a face of .* pixels", "unreadable"),
-        ("1.png,x", None, "missed"),
+        ("1.png,x", "s.csv:2: 2 cells instead of 13", "missed"),
         ("1.png,x,Female,1,2", "s.csv:2: landmarks must be numbers", "missed"),
-        ("1", "", "left out"),
+        ("1", "s.csv:2: 1 cells instead of 13", "missed"),
         (",x,Female", "s.csv:2: file must be a plain name", "left out"),
         ("../1.png,x,Female", "s.csv:2: file must be a plain name", "left out"),
         ("a\0b.png,x,Female", "s.csv:2: file must be a plain name", "left out"),
         (landmark_row("20.0") + ",more,and,more", None, "used"),
+        ('"' + landmark_row("20.0"), "s.csv:2: 1 cells instead of 13", "missed"),
+        ('1.png,"x,Female,1', "s.csv:2: 2 cells instead of 13", "missed"),
+        ("x" * 200_000 + ",x,Female", "s.csv:2: file must be a plain name", "left out"),
+        ("\x00\xff\x1b,x,Female", "s.csv:2: file must be a plain name", "left out"),
     ],
 )
 def test_one_bad_row_costs_itself_alone_and_is_named(
@@ -171,8 +175,8 @@ def test_one_bad_row_costs_itself_alone_and_is_named(
     probe = read_face_folder(good, size=64)
     assert set(probe.files) - {"s/1.png"} == {"s/2.png", "s/5.png"}
     assert ("s/1.png" in probe.files) == (counted == "used")
-    group = "unknown" if row == "1" else "x"
-    assert probe.missed == ({"y": 1, group: 1} if counted == "missed" or row == "1" else {"y": 1})
+    group = "x" if row.startswith("1.png,x") else "x,Female,1" if row.startswith("1.png") else "unknown"
+    assert probe.missed == ({"y": 1, group: 1} if counted == "missed" else {"y": 1})
     assert probe.unreadable == ({"x": 2} if counted == "unreadable" else {"x": 1})
     if message:
         assert re.search(message, caplog.text)
