@@ -8,18 +8,20 @@ have a key of their own. The same as `ssh-keygen -t ecdsa -b 384 -N "" -f PATH`.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedface.atomic_io import create_bytes
+from fedface.errors import ConfigError
 
 
 def make_node_key(path: Path) -> None:
     """Write both halves in OpenSSH's form; the private one can be read by its owner alone.
 
     Raises:
-        FileExistsError: There is a key at this path already.
+        ConfigError: There is a key at this path already.
     """
     key = ec.generate_private_key(ec.SECP384R1())
     private = key.private_bytes(
@@ -30,9 +32,7 @@ def make_node_key(path: Path) -> None:
         (path, private, 0o600),
         (path.with_name(path.name + ".pub"), public + b"\n", 0o644),
     ):
-        descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+        create_bytes(place, content, mode=mode)
 
 
 def main() -> None:
@@ -42,8 +42,8 @@ def main() -> None:
     given = parser.parse_args()
     try:
         make_node_key(given.path)
-    except FileExistsError as error:
-        parser.error(f"{error.filename} exists; keys are never replaced, name another")
+    except ConfigError as error:
+        parser.error(str(error))
     print(f"send {given.path}.pub to the server's operator; {given.path} stays here")
 
 

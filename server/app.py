@@ -9,9 +9,9 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedface.atomic_io import locked_folder
 from fedface.coordinator.model_ranking import load_candidates, run_ranking
 from fedface.coordinator.run import initialize_run, run_experiment
-from fedface.coordinator.run_folder import locked
 from fedface.experiment import RemoteDevices
 from fedface.simulation.devices import prepare
 from fedface.transport.run_config import devices_folder, read_run_config
@@ -46,7 +46,7 @@ def main(grid: Grid, context: Context) -> None:
     progress = PrintedProgress()
     command = f"flwr run . --run-config \"experiment='{context.run_config['experiment']}'\""
     models = load_candidates(config.candidates, experiment) if config.candidates else {}
-    with locked(folder):
+    with locked_folder(folder, "ranking" if models else "run"):
         prepare(experiment, devices_folder(folder))
         if models:
             command += f" --run-config \"candidates='{';'.join(config.candidates)}'\""

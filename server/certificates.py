@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
-import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -18,6 +17,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedface.atomic_io import create_bytes
+from fedface.errors import ConfigError
 
 Key = ec.EllipticCurvePrivateKey
 
@@ -31,7 +33,7 @@ def make_certificates(folder: Path, hosts: list[str], *, days: int = 365) -> Non
         days: How long the server's certificate holds, >= 1; the authority's holds ten times as long.
 
     Raises:
-        FileExistsError: One of the files is there already.
+        ConfigError: One of the files is there already.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     authority, server = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
@@ -48,9 +50,9 @@ def make_certificates(folder: Path, hosts: list[str], *, days: int = 365) -> Non
         x509.SubjectAlternativeName([_host(name) for name in names]), critical=False
     )
     for name, key, certificate in (("ca", authority, ours), ("server", server, theirs)):
-        _write(folder / f"{name}.key", _pem(key), 0o600)
+        create_bytes(folder / f"{name}.key", _pem(key))
         signed = certificate.sign(authority, hashes.SHA384())
-        _write(folder / f"{name}.crt", signed.public_bytes(serialization.Encoding.PEM), 0o644)
+        create_bytes(folder / f"{name}.crt", signed.public_bytes(serialization.Encoding.PEM), mode=0o644)
 
 
 def _begun(
@@ -98,12 +100,6 @@ def _pem(key: Key) -> bytes:
     )
 
 
-def _write(path: Path, content: bytes, mode: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-
-
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Make the certificates of a fedface server.")
@@ -112,8 +108,8 @@ def main() -> None:
     given = parser.parse_args()
     try:
         make_certificates(given.folder, given.hosts)
-    except FileExistsError as error:
-        parser.error(f"{error.filename} exists; certificates are never replaced, name another folder")
+    except ConfigError as error:
+        parser.error(str(error))
     print(f"give {given.folder / 'ca.crt'} to every device; keep {given.folder / 'ca.key'} off the network")
 
 

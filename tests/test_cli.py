@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 from command_line import Said, caller
+from png_files import write_png
 from tiny import first_device, tiny_experiment, tiny_file, tiny_gan, train_task
 
+from fedface.atomic_io import locked_folder
 from fedface.cli.options import METHOD_NAMES
 from fedface.coordinator.run import initialize_run
-from fedface.coordinator.run_folder import locked
 from fedface.device.client import handle_task
 from fedface.errors import FedfaceError
 from fedface.models.checkpoint import flatten_parameters, save_model
 from fedface.models.model import GeneratorArchitecture, build_model
 from fedface.models.stylegan2 import StyleGAN2Config
-from fedface.photos.image_io import write_png
 from fedface.training.pretrain_encoder import EncoderPretrainConfig
 from fedface.training.pretrain_flow import FlowPretrainConfig
 from fedface.training.pretrain_gan import GanPretrainConfig
@@ -189,7 +189,8 @@ def test_another_experiments_run_is_not_resumed(fedface, tmp_path: Path) -> None
     path = str(tiny_file(tmp_path))
     initialize_run(tiny_experiment(tmp_path, {"name": "tiny-large"}), Path("runs/tiny-large"))
     assert "no unfinished run of tiny" in sentence(fedface("run", path, "--resume"))
-    initialize_run(tiny_experiment(tmp_path), Path("runs/tiny"))
+    with locked_folder(Path("runs/tiny"), "run"):
+        initialize_run(tiny_experiment(tmp_path), Path("runs/tiny"))
     said = fedface("run", path, "--resume", "--set", "seed=3")
     assert said.code == 2 and "started with another experiment" in said.err and "Traceback" not in said.err
 
@@ -197,7 +198,8 @@ def test_another_experiments_run_is_not_resumed(fedface, tmp_path: Path) -> None
 def test_a_begun_folder_is_not_begun_again(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Nor continued by mistake: that takes --resume. A file is no folder."""
     path = str(tiny_file(tmp_path))
-    initialize_run(tiny_experiment(tmp_path), Path("mine"))
+    with locked_folder(Path("mine"), "run"):
+        initialize_run(tiny_experiment(tmp_path), Path("mine"))
     assert "a run was started here; continue it with --resume" in sentence(
         fedface("run", path, "--out", "mine")
     )
@@ -208,7 +210,7 @@ def test_a_begun_folder_is_not_begun_again(fedface, tmp_path: Path) -> None:  # 
 def test_two_processes_do_not_work_on_one_run(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """The second is told."""
     path = str(tiny_file(tmp_path))
-    with locked(Path("mine")):
+    with locked_folder(Path("mine"), "run"):
         assert "another process is working on this run" in sentence(fedface("run", path, "--out", "mine"))
 
 
@@ -277,7 +279,7 @@ def test_methods_are_compared_and_the_baselines_are_there(fedface) -> None:  # t
     )
     told = json.loads(said.out)
     assert [each["method"] for each in told["methods"]] == ["super-resolution", "nearest", "bicubic"]
-    names = ["benchmark.json", "benchmark.md", "by-group.png", "faces.png"]
+    names = ["benchmark.json", "benchmark.md", "by-group.png", "faces.png", "lock"]
     assert sorted(path.name for path in Path("compared").iterdir()) == names
 
 

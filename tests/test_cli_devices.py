@@ -184,7 +184,7 @@ def test_an_export_is_a_new_file_for_its_owner_alone(fedface, used: Path) -> Non
     told = json.loads((used / "copy.json").read_text())
     assert [record["kind"] for record in told["records"]].count("release") == 3
     assert told["spent"]["delta"] == 1e-3
-    assert "not overwritten" in fedface("ledger", "export", "device.yaml", "--out", "copy.json").sentence
+    assert "never overwritten" in fedface("ledger", "export", "device.yaml", "--out", "copy.json").sentence
     printed = json.loads(fedface("ledger", "export", "device.yaml").out)
     assert {**printed, "created": ""} == {**told, "created": ""}
 

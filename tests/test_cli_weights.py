@@ -143,7 +143,7 @@ def test_mistakes_are_sentences(weights, tmp_path: Path) -> None:  # type: ignor
     checkpoint(tmp_path / "a.pt")
     for words, said in (
         (("import", "none.pkl", "--out", "a.safetensors"), "none.pkl: no such file"),
-        (("import", "a.pt", "--out", "a.pt"), "is the file to import"),
+        (("import", "a.pt", "--out", "a.pt"), "a.pt: exists and will not be replaced"),
         (("show", "a.pt"), "not a readable safetensors file"),
         (("hash", "none.safetensors"), "no such checkpoint"),
     ):

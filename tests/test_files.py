@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedface.atomic_io import remove_drafts, replace_bytes, replace_text
-from fedface.coordinator.run_folder import locked
+from fedface.atomic_io import locked_folder, remove_drafts, replace_bytes, replace_text
 
 
 def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
@@ -95,9 +94,10 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) 
         "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "replace_text(Path(sys.argv[1]) / 'state.json', 'device-00')"
     )
-    (tmp_path / "mine.draft").write_text("kept")
+    with locked_folder(tmp_path, "run"):
+        (tmp_path / "mine.draft").write_text("kept")
     ended = subprocess.run([sys.executable, "-c", script, str(tmp_path)])
-    assert ended.returncode == -signal.SIGKILL and len(os.listdir(tmp_path)) == 2
-    with locked(tmp_path):
+    assert ended.returncode == -signal.SIGKILL and len(os.listdir(tmp_path)) == 3
+    with locked_folder(tmp_path, "run"):
         assert sorted(os.listdir(tmp_path)) == ["lock", "mine.draft"]
     remove_drafts(tmp_path / "none")  # nothing to do where there is no folder

@@ -44,6 +44,7 @@ from fedface.aggregation.payload import (
 )
 from fedface.aggregation.plain import PlainAggregation
 from fedface.aggregation.quantisation import Packing, Quantiser
+from fedface.atomic_io import create_bytes
 from fedface.errors import AggregationError
 from fedface.tensor_types import Vector
 
@@ -246,15 +247,8 @@ class HomomorphicKeys:
         return HomomorphicKeys(parameters=parameters.hex(), secret=secret)
 
     def save(self, path: Path) -> None:
-        """Write a new file that only its owner may read (mode 0600). Raises AggregationError if it exists."""
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError as reason:
-            raise AggregationError(
-                f"{path} exists; keys are never overwritten, choose another name"
-            ) from reason
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(self.to_bytes())
+        """Write a new file that only its owner may read (mode 0600). Raises ConfigError if it exists."""
+        create_bytes(path, self.to_bytes())
 
     @staticmethod
     def load(path: Path) -> HomomorphicKeys:

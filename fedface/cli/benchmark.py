@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fedface.atomic_io import locked_folder
 from fedface.cli.console import progress_bars
 from fedface.cli.options import (
     CheckpointOption,
@@ -72,8 +73,6 @@ def benchmark(
         if photos is None
         else LabelledProbe(folder=photos, set=subset, label=label, per_group=per_group)
     )
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out: {out} is a file; name a folder for table and pictures")
     torch.set_num_threads(1)
     words = ["fedface", "benchmark"]
     for name in method or ():
@@ -84,7 +83,7 @@ def benchmark(
     words += ["--checkpoint", str(checkpoint)] if checkpoint else []
     words += ["--per-group", str(per_group), "--faces", str(faces), "--factor", str(factor)]
     words += ["--downscale", downscale, "--seed", str(seed)]
-    with progress_bars() as bars:
+    with locked_folder(out, "benchmark"), progress_bars() as bars:
         bars.stage("probe", 0)
         record, pictures = benchmark_methods(
             pairs,
@@ -95,7 +94,7 @@ def benchmark(
             progress=bars,
             command=shlex.join(words),
         )
-    path = method_report.write(record, pictures, out)
+        path = method_report.write(record, pictures, out)
     if json_out:
         print(dumps(record))
         return

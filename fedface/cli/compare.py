@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fedface.atomic_io import locked_folder
 from fedface.cli.console import progress_bars
 from fedface.cli.options import JsonOption, PhotosOption, SetOption, command_line, parse_changes
 from fedface.errors import ConfigError
@@ -30,7 +31,7 @@ def compare(
     from fedface.cli.tables import print_comparison
     from fedface.codec import dumps
     from fedface.coordinator.compare_runs import compare_runs
-    from fedface.coordinator.run_folder import locked, new_folder, resume_comparison
+    from fedface.coordinator.run_folder import new_folder, resume_comparison
     from fedface.experiment import RemoteDevices
     from fedface.public_data.labelled_sets import check_sources
     from fedface.simulation.in_process import in_process_cohort
@@ -51,7 +52,7 @@ def compare(
         raise ConfigError(
             f"{folder}: contains a comparison; continue it with --resume, or choose another folder"
         )
-    with locked(folder), progress_bars() as bars:
+    with locked_folder(folder, "comparison"), progress_bars() as bars:
         record = compare_runs(
             sweep,
             folder,

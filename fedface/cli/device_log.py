@@ -10,9 +10,10 @@ from pathlib import Path
 import typer
 
 from fedface import number_format
+from fedface.atomic_io import check_output, create_bytes, write_output
 from fedface.cli.console import cell, console, progress_bars, warn
 from fedface.device.config import check_kind, is_accessible_to_others
-from fedface.device.state import DeviceState, device_state, export, known_runs, write_new
+from fedface.device.state import DeviceState, device_state, export, known_runs
 from fedface.device.withdrawal import (
     describe_erasure,
     erase,
@@ -25,14 +26,16 @@ from fedface.privacy.budget import overspending
 from fedface.privacy.hash_chain import utc_now
 from fedface.privacy.ledger_records import Transmission
 from fedface.reports import device_log_text
-from fedface.reports.device_log import DeviceLog, LoggedRecord, make_log, render
+from fedface.reports.device_log import PAGE_MARK, DeviceLog, LoggedRecord, make_log, render
 from fedface.reports.device_log_text import moment
 
 
 def device_log(device: Path, run: str | None, page: Path | None, json_out: bool) -> None:
     """`fedface device log`."""
     if page is not None and page.suffix != ".html":
-        raise ConfigError(f"--page {page}: wanted a name that ends in .html")
+        raise ConfigError(f"--page {page}: expected a name that ends in .html")
+    if page is not None:
+        check_output(page, PAGE_MARK)
     state = open_device(device)
     snapshot = state.ledger.read()
     if run is not None and run not in (known := known_runs(snapshot)):
@@ -49,8 +52,7 @@ def device_log(device: Path, run: str | None, page: Path | None, json_out: bool)
         with progress_bars() as bars:
             bars.stage("pricing", len(log.entries))
             text = render(log)
-        page.unlink(missing_ok=True)
-        write_new(page, text)
+        write_output(page, text.encode(), PAGE_MARK, mode=0o600)
     if json_out:
         print(json.dumps(log.record(), indent=2))
         return
@@ -150,7 +152,7 @@ def device_erase(device: Path, ledger: bool, export_to: Path | None, no_export: 
     _list(describe_erasure(state, ledger=ledger))
     _ask("Erase it", yes)
     if export_to is not None:
-        write_new(export_to, _copy(state))
+        create_bytes(export_to, _copy(state).encode())
         _say(f"Wrote {export_to}.")
     for sentence in erase(state, ledger=ledger).describe():
         _say(sentence)

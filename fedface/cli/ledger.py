@@ -11,10 +11,11 @@ from rich.table import Table
 
 from fedface import number_format
 from fedface.aggregation.homomorphic import make_keys
+from fedface.atomic_io import create_bytes
 from fedface.cli.console import cell, console, progress_bars
 from fedface.cli.device_log import open_device, warn_if_accessible
 from fedface.device.config import is_accessible_to_others
-from fedface.device.state import LedgerFiles, export, write_new
+from fedface.device.state import LedgerFiles, export
 from fedface.errors import ConfigError
 from fedface.experiment import read_experiment
 from fedface.measurements import Epsilon
@@ -215,5 +216,5 @@ def ledger_export(path: Path, out: Path | None, delta: float | None, unit: str |
     if out is None:
         print(text, end="")
         return
-    write_new(out, text)
+    create_bytes(out, text.encode())
     console.print(f"wrote {out}", highlight=False, soft_wrap=True)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from fedface.atomic_io import check_output, write_output
 from fedface.cli.console import cell, progress_bars, say, table_of
 from fedface.cli.options import DetectorOption, JsonOption, SeedOption, example
 
@@ -70,9 +71,11 @@ def synthesize(
     """Render a sheet of synthetic faces with known skin tone, light and camera; skin gets darker from left to right."""
     import torch
 
+    from fedface.photos.image_io import PICTURE_MARK
     from fedface.reports.charts import face_grid
     from fedface.synthetic.faces import ToneMix, render, sample_faces
 
+    check_output(out, PICTURE_MARK)
     rng = torch.Generator().manual_seed(seed)
     everyone = sample_faces(60, ToneMix(light_fraction=0.5), rng)
     by_tone = everyone[everyone.tone.argsort().reshape(10, 6).T.reshape(-1)]
@@ -80,7 +83,7 @@ def synthesize(
     tones = by_tone.tone.reshape(6, 10)
     columns = [f"Monk {low:.1f}-{high:.1f}" for low, high in zip(tones.amin(0), tones.amax(0), strict=True)]
     rows = [("", images[10 * row : 10 * row + 10]) for row in range(6)]
-    out.write_bytes(face_grid(rows, columns))
+    write_output(out, face_grid(rows, columns), PICTURE_MARK)
     say(f"open {out}")
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fedface.atomic_io import locked_folder
 from fedface.cli.console import notes, progress_bars
 from fedface.cli.options import JsonOption, PhotosOption, SetOption, command_line, parse_changes
 from fedface.errors import ConfigError, RunError
@@ -36,7 +37,7 @@ def rank_models(
     from fedface.cli.tables import print_ranking
     from fedface.codec import dumps
     from fedface.coordinator.model_ranking import load_candidates, ranking_parameters, run_ranking
-    from fedface.coordinator.run_folder import locked, new_folder, resume_ranking
+    from fedface.coordinator.run_folder import new_folder, resume_ranking
     from fedface.experiment import RemoteDevices, for_ranking, read_experiment
     from fedface.number_format import format_delta
     from fedface.privacy.privacy_target import PrivacyTarget
@@ -68,7 +69,7 @@ def rank_models(
     if not resume and (folder / "answers.json").exists():
         raise RunError(f"{folder}: contains a ranking; continue it with --resume, or choose another folder")
     check_sources(recipe)
-    with locked(folder), progress_bars() as bars:
+    with locked_folder(folder, "ranking"), progress_bars() as bars:
         record = run_ranking(
             recipe,
             models,

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fedface.atomic_io import locked_folder
 from fedface.cli.console import progress_bars, say
 from fedface.cli.options import JsonOption, PhotosOption, SetOption, command_line, parse_changes
 from fedface.errors import ConfigError
@@ -32,7 +33,7 @@ def run(
     from fedface.cli.tables import print_run
     from fedface.codec import dumps
     from fedface.coordinator.run import initialize_run, run_experiment
-    from fedface.coordinator.run_folder import locked, new_folder, resume_run
+    from fedface.coordinator.run_folder import new_folder, resume_run
     from fedface.coordinator.run_state import weights_path
     from fedface.experiment import RemoteDevices, read_experiment
     from fedface.public_data.labelled_sets import check_sources
@@ -49,7 +50,7 @@ def run(
     torch.set_num_threads(1)
     folder = resume_run(recipe.name, out) if resume else new_folder(recipe.name, out)
     check_sources(recipe)
-    with locked(folder), progress_bars() as bars:
+    with locked_folder(folder, "run"), progress_bars() as bars:
         if not resume:
             initialize_run(recipe, folder)
         record = run_experiment(
@@ -96,5 +97,6 @@ def report(folder: Annotated[Path, typer.Argument(help="The folder of a finished
     from fedface.reports import html_report, model_card, run_record
 
     record = run_record.read(folder)
-    model_card.write(record, folder)
-    say(f"open {html_report.write(record, folder)}")
+    with locked_folder(folder, "run"):
+        model_card.write(record, folder)
+        say(f"open {html_report.write(record, folder)}")

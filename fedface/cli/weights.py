@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
+from fedface.atomic_io import check_output, write_output
 from fedface.cli.console import progress_bars, say
 from fedface.cli.options import JsonOption, SeedOption, example
-from fedface.errors import ConfigError
 
 weights = typer.Typer(
     help="Checkpoints: import, show, hash, sample.", no_args_is_help=True, rich_markup_mode=None
@@ -52,10 +52,11 @@ def weights_import(
     from fedface.importing.import_weights import import_file
     from fedface.models.checkpoint import check_place, save_model
     from fedface.models.model_summary import summarize
+    from fedface.photos.image_io import PICTURE_MARK
 
-    if out.resolve() in {path.resolve() for path in (file, mapping) if path is not None}:
-        raise ConfigError(f"{out}: is the file to import; choose another name to write")
     check_place(out)
+    if sheet is not None:
+        check_output(sheet, PICTURE_MARK)
     with progress_bars() as bars:
         bars.stage("reading", 0)
         found = import_file(file, mapping)
@@ -65,7 +66,8 @@ def weights_import(
         if sheet is not None:
             bars.stage("sampling", 0)
             count = 8 if facts.size <= MAX_SIDE else 4
-            sheet.write_bytes(sheet_of(model.generator, count=count, psis=(0.7, 1.0), seed=1, label=None))
+            picture = sheet_of(model.generator, count=count, psis=(0.7, 1.0), seed=1, label=None)
+            write_output(sheet, picture, PICTURE_MARK)
     if json_out:
         record = {"found": found.kind, "ignored": found.ignored, "notes": dict(found.notes), **asdict(facts)}
         print(json.dumps(record | {"out": str(out)}, indent=2))
@@ -128,14 +130,16 @@ def weights_sample(
     from fedface.cli.weights_sheet import count_tones, sheet_of
     from fedface.models.checkpoint import load_gan, load_model
     from fedface.models.model_summary import summarize
+    from fedface.photos.image_io import PICTURE_MARK
 
     model = load_gan() if file is None else load_model(file)
+    check_output(out, PICTURE_MARK)
     psis = tuple(psi or (0.7, 1.0))
     with progress_bars() as bars:
         bars.stage("sampling", 0)
         picture = sheet_of(model.generator, count=count, psis=psis, seed=seed, label=label)
         histogram = count_tones(model.generator, TONE_SAMPLES, seed + 1) if tones else None
-    out.write_bytes(picture)
+    write_output(out, picture, PICTURE_MARK)
     if json_out:
         record = {"hash": summarize(model).hash, "count": count, "psi": psis, "seed": seed, "label": label}
         shares = {} if histogram is None else {"monk_counts": list(histogram.counts)}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from fedface.atomic_io import replace_text
+from fedface.atomic_io import replace_bytes, replace_text
 from fedface.audits.bias import tone_histogram
 from fedface.audits.feature_extractors import ColourFeatures, open_features
 from fedface.audits.sample_quality import quality, tone_groups
@@ -266,7 +266,7 @@ def _draw(record: ComparisonRecord, sweep: Sweep, folder: Path, truth: _Referenc
         "samples": comparison_charts.samples(_rows(record, sweep, folder), truth.second[:SHOWN]),
     }
     for name, png in pictures.items():
-        (folder / f"{name}.png").write_bytes(png)
+        replace_bytes(folder / f"{name}.png", png)
 
 
 def _rows(record: ComparisonRecord, sweep: Sweep, folder: Path) -> dict[str, Images]:

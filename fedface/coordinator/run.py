@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import assert_never
 
 from fedface.aggregation.payload import HomomorphicConfig
-from fedface.atomic_io import replace_text
+from fedface.atomic_io import replace_bytes, replace_text
 from fedface.audits.bias import tone_histogram
 from fedface.codec import encode
 from fedface.config import dump
@@ -288,7 +288,7 @@ def _pictures(folder: Path, parts: _Parts, attacked: list[LeakageFinding]) -> di
         ),
     }
     for name, png in images.items():
-        (folder / f"{name}.png").write_bytes(png)
+        replace_bytes(folder / f"{name}.png", png)
     defenses = " and with ".join(defense_label(a.record.scores.defense) for a in attacked)
     return {
         "faces": PictureRecord(

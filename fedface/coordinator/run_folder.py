@@ -1,14 +1,10 @@
-"""The folder of a run, and a lock: one process at a time works in it."""
+"""Which folder a run, a ranking or a comparison has: a new one, or the one to continue."""
 
 from __future__ import annotations
 
-import fcntl
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from fedface.atomic_io import remove_drafts
 from fedface.errors import RunError
 
 RUNS = Path("runs")  # in the folder where the command was given
@@ -83,24 +79,3 @@ def resume_comparison(name: str, out: Path | None) -> Path:
 def _named(folder: Path) -> Path:
     """An absolute path, because the folder's name is the run's name and "." has none."""
     return folder if folder.name not in ("", "..") else folder.resolve()
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock a run's folder: only one process at a time works in it.
-
-    Raises:
-        RunError: Another process does, or the folder cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{folder}: cannot be the folder of a run ({error.strerror})") from error
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(f"{folder}: another process is working on this run") from error
-        for place in (folder, folder / "rounds"):
-            remove_drafts(place)
-        yield

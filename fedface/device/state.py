@@ -6,7 +6,6 @@ A running device opens, and creates, its ledger itself (device/client.py).
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -159,19 +158,3 @@ def export(snapshot: LedgerSnapshot, *, delta: float, unit: Unit, now: datetime)
         "spent": price_of(snapshot.entries, delta=delta, unit=unit).to_record(),
     }
     return json.dumps(exported, indent=1, ensure_ascii=False) + "\n"
-
-
-def write_new(path: Path, text: str) -> None:
-    """Write a new private file; it is on disk when this returns.
-
-    Raises:
-        ConfigError: The file exists.
-    """
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError as error:
-        raise ConfigError(f"{path} exists and is not overwritten; choose another name") from error
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

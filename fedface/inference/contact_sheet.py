@@ -12,7 +12,6 @@ import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -38,7 +37,6 @@ from fedface.upsampling.upsampler import Progress, Upsampled, Upsampler, pixel_s
 NO_FACE = "The generated people do not exist; the pixels do not determine which face is right."
 NEAREST = "No method found a face that fits; the closest are shown."
 
-_MARK = f"{SOFTWARE} sheet of faces"  # PNG metadata; no file without it is overwritten
 _SIDE, _SMALL, _GAP, _LEFT = 124, 44, 10, 164  # pixels of the sheet
 _CELL, _ROW = _SIDE + _GAP, _SIDE + _SMALL + 30
 
@@ -145,19 +143,16 @@ def describe_output(answer: MethodOutput) -> str:
     return f"{title_of(answer.method)}: {int(fits.sum())} of {len(fits)} faces fit, {best}"
 
 
-def is_sheet(path: Path) -> bool:
-    """Whether a file is a contact sheet, which may be overwritten."""
-    with path.open("rb") as file:
-        return _MARK.encode() in file.read(2000)
-
-
-def contact_sheet(portrait: ContactSheet, tones: ToneHistogram | None = None, *, source: str = "") -> bytes:
+def contact_sheet(
+    portrait: ContactSheet, tones: ToneHistogram | None = None, *, source: str = "", software: str = SOFTWARE
+) -> bytes:
     """The sheet as PNG on white.
 
     Args:
         portrait: At least one method's output.
         tones: Skin tones of the generator's samples; None if no generator was used.
         source: The photo's origin, for the last line.
+        software: The PNG entry by which the file is known as ours.
     """
     shown = portrait.shown
     several = [answer for answer in portrait.answers if not is_deterministic(answer.method)]
@@ -191,7 +186,7 @@ def contact_sheet(portrait: ContactSheet, tones: ToneHistogram | None = None, *,
         sheet.words(16, height - 44, NO_FACE if fits else f"{NEAREST} {NO_FACE}", bold=True)
         if source:
             sheet.words(16, height - 22, source, small=True)
-        return sheet.png()
+        return sheet.png(software)
 
 
 def _row(sheet: _Sheet, y: int, answer: MethodOutput, degradation: Degradation) -> None:
@@ -288,8 +283,8 @@ class _Sheet:
         self.words(left - 36, y - 36, f"skin tones of the generator's samples (n = {tones.count});")
         self.words(left - 36, y - 20, "above: the photo (orange), the outputs (blue)", small=True)
 
-    def png(self) -> bytes:
+    def png(self, software: str) -> bytes:
         target = io.BytesIO()
         FigureCanvasAgg(self._canvas)
-        self._canvas.savefig(target, format="png", metadata={"Software": _MARK})
+        self._canvas.savefig(target, format="png", metadata={"Software": software})
         return target.getvalue()

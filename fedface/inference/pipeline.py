@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from fedface.atomic_io import replace_bytes, replace_text
+from fedface.atomic_io import check_output, replace_text, write_output
 from fedface.audits.bias import ToneHistogram
 from fedface.errors import ConfigError, LibraryError, PhotoError
-from fedface.inference.contact_sheet import ContactSheet, MethodRunner, contact_sheet, is_sheet, show
+from fedface.inference.contact_sheet import ContactSheet, MethodRunner, contact_sheet, show
 from fedface.photos.face_alignment import Detector
 from fedface.photos.face_crops import LONGEST_SIDE, FaceCrop, face_crops, whole_image
-from fedface.photos.image_io import Photo, look_at
+from fedface.photos.image_io import PICTURE_MARK, Photo, look_at
 from fedface.photos.photo_files import OWN_PICTURES, describe_left_out, walk
 from fedface.photos.sandboxed_decoder import SandboxedDecoder
 from fedface.upsampling.degradation import Degradation
@@ -123,15 +123,17 @@ def images_in(folder: Path) -> tuple[list[Path], Counter[str]]:
 
 
 def check_sheet(path: Path, photos: Path) -> None:
-    """Raises ConfigError unless a path is a PNG that is new or a contact sheet."""
+    """Raises ConfigError unless a path is a PNG that is new or a contact sheet of the same photo."""
     if path.suffix.lower() != ".png":
         raise ConfigError(f"{path}: expected a name that ends in .png")
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder; expected the PNG to write")
-    if path.exists() and (path.resolve() == photos.resolve() or not is_sheet(path)):
-        raise ConfigError(
-            f"{path}: is not a contact sheet and is not overwritten; choose another file with --out"
-        )
+    check_output(path, _mark_of(photos))
+
+
+def _mark_of(photo: Path) -> str:
+    """In every sheet of a photo, and in no other file."""
+    return f"{PICTURE_MARK} sheet {hashlib.sha256(os.fsencode(photo.resolve())).hexdigest()[:16]}"
 
 
 def run_pipeline(
@@ -163,14 +165,19 @@ def run_pipeline(
             except (PhotoError, LibraryError) as error:
                 yield path, SkippedPhoto(photo=str(path), reason=str(error).removeprefix(f"{path}: "))
                 continue
-            made = []
-            for subject in people[: settings.max_faces]:
+            people, made, mark = people[: settings.max_faces], [], _mark_of(path)
+            try:
+                for subject in people:
+                    check_sheet(place(path, subject.number), path)
+            except ConfigError as error:
+                yield path, SkippedPhoto(photo=str(path), reason=str(error))
+                continue
+            for subject in people:
                 shown = show(subject, settings.degradation, size=settings.size)
                 portrait = painters.run(shown, faces=settings.faces)
                 sheet = place(path, subject.number)
-                check_sheet(sheet, path)
                 sheet.parent.mkdir(parents=True, exist_ok=True)
-                replace_bytes(sheet, contact_sheet(portrait, tones))
+                write_output(sheet, contact_sheet(portrait, tones, software=mark.partition("\0")[2]), mark)
                 made.append(SheetRecord(
                     photo=str(path), person=subject.number, people=subject.people, turned=subject.rotation,
                     side=subject.side, sheet=sheet, portrait=portrait,
@@ -275,7 +282,7 @@ class SheetFolder:
         replace_text(record, json.dumps(told, indent=1))
 
     def _name(self, path: Path) -> str:
-        return os.fsencode(path.relative_to(self._photos)).decode("utf-8", "backslashreplace")
+        return path.relative_to(self._photos).as_posix()
 
     @staticmethod
     def _stamp(path: Path) -> list[int]:

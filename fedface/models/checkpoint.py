@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fedface.atomic_io import replace_bytes
+from fedface.atomic_io import check_output, write_output
 from fedface.codec import dumps, loads
 from fedface.errors import ConfigError, WeightsError
 from fedface.models.model import (
@@ -41,6 +41,7 @@ ENCODER_PATH = BUNDLED / "encoder32.safetensors"
 STYLE_ENCODER_PATH = BUNDLED / "style-encoder32.safetensors"
 SUPER_RESOLUTION_PATH = BUNDLED / "super-resolution32.safetensors"
 HEADER = "fedface"  # the metadata key of our header
+MARK = f'{{"__metadata__":{{"{HEADER}":'  # safetensors writes the metadata first
 
 
 def flatten_tensors(tensors: Sequence[Tensor]) -> Vector:
@@ -151,12 +152,13 @@ def model_bytes(model: Model) -> bytes:
 
 
 def check_place(path: Path) -> None:
-    """Raise WeightsError unless a model could be saved there; called before hours of training."""
+    """Raise WeightsError or ConfigError unless a model could be saved there; called before hours of training."""
     if not path.name or path.is_dir():
         raise WeightsError(f"{path}: is a folder; name the .safetensors file to write")
     home = next(folder for folder in path.absolute().parents if folder.exists())
     if not home.is_dir():
         raise WeightsError(f"{path}: cannot be written, because {home} is a file and not a folder")
+    check_output(path, MARK)
 
 
 def save_model(path: Path, model: Model) -> None:
@@ -164,10 +166,11 @@ def save_model(path: Path, model: Model) -> None:
 
     Raises:
         WeightsError: The path names a folder, or lies within a file.
+        ConfigError: There is a file that is no model of fedface; it is as it was.
     """
     check_place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_bytes(path, model_bytes(model))
+    write_output(path, model_bytes(model), MARK)
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ PICTURE_SUFFIXES = TIFF_RAWS | {
 }  # fmt: skip
 HEAD = 4096  # bytes that tell what a file is
 SOFTWARE = "fedface"  # in the PNG files that we write, so that no reader of folders takes them for photos
+PICTURE_MARK = f"tEXtSoftware\0{SOFTWARE}"  # in the first bytes of such a file
 
 # What decoders raise on broken files. Anything else ends the child process that scans, which is a reason too.
 DECODER_ERRORS = (
@@ -118,7 +119,7 @@ def look_at(path: Path) -> Literal["picture", "made by fedface", "other"]:
         return "picture"  # so that reading it says why
     except (PhotoError, OSError):
         return "picture" if claims else "other"
-    if sniff(head) == "PNG" and f"tEXtSoftware\0{SOFTWARE}".encode() in head:
+    if sniff(head) == "PNG" and PICTURE_MARK.encode() in head:
         return "made by fedface"
     return "picture" if claims or sniff(head) is not None else "other"
 
@@ -420,11 +421,6 @@ def png_bytes(pixels: np.ndarray, *, software: str | None = None) -> bytes:
         text.add_text("Software", software)
     Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", optimize=True, pnginfo=text)
     return buffer.getvalue()
-
-
-def write_png(path: Path, pixels: np.ndarray) -> None:
-    """Write uint8 pixels, shape (h, w, 3) or (h, w), as a PNG without any metadata."""
-    path.write_bytes(png_bytes(pixels))
 
 
 def sheet(images: Sequence[np.ndarray] | np.ndarray, columns: int, *, gap: int = 2) -> np.ndarray:

@@ -29,6 +29,7 @@ from fedface.photos.occasions import PhotoSignature
 
 Status = Literal["read", "refused", "own", "other"]
 VERSION = 4  # raise it when decoding or detection changes, and every file is read again
+APPLICATION_ID = 0x46466978  # "FFix", in the header of the SQLite file
 MAX_FACES = 100  # stored for one photo, the largest
 
 _TABLES = """
@@ -138,6 +139,10 @@ class PhotoIndex:
             LibraryError: The file is no index, or another scan is writing it.
         """
         try:
+            if self.path.is_file() and self.path.stat().st_size and not self._is_ours():
+                raise LibraryError(
+                    f"{self.path}: exists and is no index of fedface; it stays as it is, name another"
+                )
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
             os.fchmod(descriptor, 0o600)
@@ -154,6 +159,7 @@ class PhotoIndex:
                 connection.executescript(
                     "DROP TABLE IF EXISTS crop; DROP TABLE IF EXISTS photo; DROP TABLE IF EXISTS scan;"
                 )
+                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                 connection.execute(f"PRAGMA user_version = {VERSION}")
             connection.executescript(_TABLES)
             try:
@@ -177,6 +183,12 @@ class PhotoIndex:
             if connection.execute("PRAGMA user_version").fetchone()[0] != VERSION:
                 raise LibraryError("the scan is of another version; run `fedface photos scan` again")
             yield connection
+
+    def _is_ours(self) -> bool:
+        """By the application id in the header of an SQLite file (https://sqlite.org/fileformat.html)."""
+        with self.path.open("rb") as file:
+            header = file.read(72)
+        return header.startswith(b"SQLite format 3\0") and header[68:] == APPLICATION_ID.to_bytes(4, "big")
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -34,6 +34,7 @@ from fedface.reports import device_log_text
 from fedface.reports.device_log_text import moment
 
 TEMPLATE = Path(__file__).with_name("device_log.html")
+PAGE_MARK = '<meta name="generator" content="fedface device log">'  # in every page
 MINUS = "\N{MINUS SIGN}"  # no line break after it
 WIDE, HIGH = 344.0, 120.0  # size of the plot, in units of the page's SVG
 
@@ -230,6 +231,7 @@ def render(log: DeviceLog) -> str:
     life = log.budgets[0]
     return environment.from_string(source).render(
         log=log,
+        mark=PAGE_MARK,
         style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         made=moment(log.now.isoformat()),
         life=life,

@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 
-from fedface.atomic_io import replace_text
+from fedface.atomic_io import replace_bytes, replace_text
 from fedface.codec import dumps
 from fedface.measurements import Interval, Measurement, NotMeasured
 from fedface.reports import formatting
@@ -74,11 +74,10 @@ class BenchmarkRecord:
 
 
 def write(record: BenchmarkRecord, pictures: Mapping[str, bytes], folder: Path) -> Path:
-    """Write record, table and pictures into a folder; returns the table's path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write record, table and pictures into a benchmark's folder; returns the table's path."""
     replace_text(folder / FILE, dumps(record))
     for name, png in pictures.items():
-        (folder / f"{name}.png").write_bytes(png)
+        replace_bytes(folder / f"{name}.png", png)
     path = folder / "benchmark.md"
     replace_text(path, markdown(record))
     return path

@@ -13,7 +13,7 @@ import matplotlib
 from matplotlib.figure import Figure as Canvas
 
 from fedface import number_format
-from fedface.atomic_io import replace_text
+from fedface.atomic_io import replace_bytes, replace_text
 from fedface.audits.dp_metric_estimates import GroupEstimates
 from fedface.audits.dp_model_ranking import Ranking
 from fedface.audits.dp_ratio_estimates import DP_METRICS
@@ -84,7 +84,7 @@ class RankingReport:
 
 def write(record: RankingReport, folder: Path) -> None:
     """Write `ranking.json`, `ranking.md` and `ranking.png` into a folder."""
-    (folder / CHART).write_bytes(chart(record))
+    replace_bytes(folder / CHART, chart(record))
     replace_text(folder / PAGE, markdown(record))
     replace_text(folder / FILE, dumps(record))
 

@@ -27,7 +27,7 @@ from fedface.aggregation.homomorphic import (
     make_server,
 )
 from fedface.aggregation.payload import AggregationParameters, HomomorphicConfig, Payload, PlainConfig
-from fedface.errors import AggregationError
+from fedface.errors import AggregationError, ConfigError
 
 CONFIG = HomomorphicConfig(bits=16)
 AGREEMENT = AggregationParameters(value_range=0.1, max_devices=8)
@@ -259,7 +259,7 @@ def test_a_key_survives_its_file_which_only_its_owner_reads(tmp_path: Path) -> N
     again = HomomorphicDevice(CONFIG, AGREEMENT, HomomorphicKeys.load(path))
     total = SERVER.combine([DEVICE.protect(update, 0) for update in _updates(2, 5)])
     assert torch.equal(again.reveal(total), DEVICE.reveal(total))
-    with pytest.raises(AggregationError, match="never overwritten"):
+    with pytest.raises(ConfigError, match="never overwritten"):
         KEYS.save(path)
     if os.name == "posix":
         path.chmod(0o640)

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
+from png_files import write_png
 
 from fedface.aggregation.payload import AggregationParameters, PlainConfig
 from fedface.config import parse
@@ -23,7 +24,6 @@ from fedface.models.checkpoint import flatten_buffers, flatten_parameters
 from fedface.models.discriminator import Discriminator, DiscriminatorConfig
 from fedface.models.model import GanArchitecture
 from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
-from fedface.photos.image_io import write_png
 from fedface.photos.photo_index import PhotoIndex, default_cache
 from fedface.photos.scan import scan_library
 from fedface.privacy.participation_conditions import ConditionsNotMet

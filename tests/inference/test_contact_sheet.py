@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from png_files import write_png
 from tiny import GENERATOR, STYLES
 
+from fedface.atomic_io import has_mark
 from fedface.audits.bias import tone_histogram
 from fedface.errors import ConfigError, LibraryError
-from fedface.inference.contact_sheet import MethodRunner, contact_sheet, describe_output, is_sheet, show
+from fedface.inference.contact_sheet import MethodRunner, contact_sheet, describe_output, show
 from fedface.inference.pipeline import (
     SheetFolder,
     SheetRecord,
@@ -25,7 +27,7 @@ from fedface.inference.pipeline import (
 from fedface.models.model import GeneratorArchitecture, Model, StyleEncoderArchitecture, build_model
 from fedface.photos.face_alignment import Detector, Face
 from fedface.photos.face_crops import FaceCrop
-from fedface.photos.image_io import read_photo_bytes, write_png
+from fedface.photos.image_io import PICTURE_MARK, read_photo_bytes
 from fedface.randomness import Streams
 from fedface.upsampling.degradation import Area, Chain, Degradation, Noise
 from fedface.upsampling.feedforward import NearestConfig, StyleEncoderConfig
@@ -162,7 +164,7 @@ def test_a_folder_gives_a_sheet_for_every_face_and_a_reason_for_every_other_phot
     left_out = {Path(r.photo).name: r.reason for r in found if isinstance(r, SkippedPhoto)}
     places = sorted(result.sheet.relative_to(out).as_posix() for result in made)
     assert places == ["a.png.png", "deep/a.png.png"]
-    assert all(is_sheet(result.sheet) for result in made)
+    assert all(has_mark(result.sheet, PICTURE_MARK) for result in made)
     assert set(left_out) == {"broken.jpg", "empty.png"} and "no face found" in left_out["empty.png"]
     kept = json.loads((out / "faces.json").read_text())
     assert len(kept["found"]) == 4 and kept["asked"]["seed"] == 0
@@ -196,7 +198,7 @@ def test_sheets_of_other_settings_are_never_mixed_and_photos_never_replaced(tmp_
     with pytest.raises(ConfigError, match="holds the photos"):
         SheetFolder(photos, photos / "deep" / "..", {"seed": 0})
     for path in (photos / "a.png", photos / "empty.png"):
-        with pytest.raises(ConfigError, match="is not a contact sheet and is not overwritten"):
+        with pytest.raises(ConfigError, match="exists and will not be replaced"):
             check_sheet(path, photos / "a.png")
     with pytest.raises(ConfigError, match="expected a name that ends in .png"):
         check_sheet(tmp_path / "new.jpg", photos / "a.png")

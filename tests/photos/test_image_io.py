@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from pictures import jpeg_bytes
 from PIL import Image, ImageCms
+from png_files import write_png
 
 from fedface.errors import PhotoError
 from fedface.photos.exif import read_exif
@@ -26,7 +27,6 @@ from fedface.photos.image_io import (
     read_photo,
     sheet,
     sniff,
-    write_png,
 )
 from fedface.photos.sandboxed_decoder import Limits, SandboxedDecoder
 

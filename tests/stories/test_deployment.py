@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from png_files import write_png
 
-from fedface.photos.image_io import write_png
 from fedface.privacy.ledger import Ledger
 from fedface.randomness import Streams
 from fedface.synthetic.faces import ToneMix, render, sample_faces
