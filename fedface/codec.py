@@ -304,7 +304,7 @@ def _literal(options: tuple[Any, ...], value: Any, path: tuple[Key, ...]) -> Any
 
 
 def _scalar(expected: Any, value: Any, path: tuple[Key, ...]) -> Any:
-    if expected in (str, Path) and isinstance(value, str):
+    if expected in (str, Path) and isinstance(value, str) and (value or expected is str):
         return Path(value) if expected is Path else str(value)
     if expected is Any:
         return value

@@ -86,6 +86,20 @@ def keys_of(path: Path) -> tuple[str, ...]:
     return tuple(str(key.value) for key, _ in node.value) if isinstance(node, yaml.MappingNode) else ()
 
 
+def local_path(path: Path, folder: Path) -> Path:
+    """A path that a file names: relative to the folder of that file, `~` for the home folder.
+
+    Raises:
+        ConfigError: It begins with `~`, and this user has no home folder.
+    """
+    try:
+        return folder / path.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{path}: this user has no home folder; set HOME, or write the path without ~"
+        ) from error
+
+
 def dump(value: Any) -> str:
     """A dataclass tree as YAML text."""
     return str(yaml.safe_dump(encode(value), sort_keys=False, allow_unicode=True))

@@ -17,7 +17,7 @@ from fedface.aggregation.payload import (
 )
 from fedface.audits.dp_metrics import LocalMetricsConfig
 from fedface.codec import encode
-from fedface.config import read, section
+from fedface.config import local_path, read, section, value_of
 from fedface.errors import ConfigError
 from fedface.models.checkpoint import (
     ENCODER_PATH,
@@ -399,17 +399,33 @@ def read_experiment(
     """
     if section(path, VARY) is not None:
         raise ConfigError(f"{path}: describes several runs (its key {VARY}); run them with `fedface compare`")
-    return read_one(path, photos=photos, changes=changes)
+    return read_one(path, photos=photos, changes=from_here(changes or {}))
+
+
+def from_here(changes: Mapping[str, str]) -> dict[str, str]:
+    """Changes that were typed on the command line: there, a path counts from the current folder."""
+    base = value_of("base", changes["base"]) if "base" in changes else None
+    here = (
+        {"base": json.dumps(str(local_path(Path(base), Path.cwd())))}
+        if isinstance(base, str) and base
+        else {}
+    )
+    return {**changes, **here}
 
 
 def read_one(
     path: Path, *, photos: Path | None = None, changes: Mapping[str, str] | None = None
 ) -> Experiment:
-    """Like `read_experiment`, for one of several runs that a file describes: `changes` say which."""
+    """Like `read_experiment`, for one of several runs that a file describes: `changes` say which.
+
+    A `base` counts from the folder of the file.
+    """
     merged = dict(changes or {})
     first = read(path, Experiment, changes=merged, leave_out=(VARY,))
+    if first.base is not None:
+        merged["base"] = json.dumps(str(local_path(first.base, path.parent)))
     if photos is None:
-        return first
+        return first if first.base is None else read(path, Experiment, changes=merged, leave_out=(VARY,))
     if not isinstance(first.devices, LabelledDevices) and not isinstance(first.probe, LabelledProbe):
         raise ConfigError(
             f"{path}: --photos goes with labelled devices or a labelled probe; this file has neither"

@@ -22,7 +22,7 @@ from typing import Any
 
 from fedface.config import section, value_of
 from fedface.errors import ConfigError
-from fedface.experiment import NO_DP_LABEL, VARY, Experiment, read_one
+from fedface.experiment import NO_DP_LABEL, VARY, Experiment, from_here, read_one
 from fedface.privacy.privacy_target import PrivacyTarget
 
 MAX_RUNS = 1000
@@ -71,7 +71,7 @@ def read_sweep(path: Path, *, photos: Path | None = None, changes: Mapping[str, 
     Raises:
         ConfigError: An axis is neither a list nor a mapping, has no value, or a run's experiment is wrong.
     """
-    picks, rest = _picks(changes or {})
+    picks, rest = _picks(from_here(changes or {}))
     given = section(path, VARY)
     if given is None:
         given = {}

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fedface.atomic_io import locked_folder
-from fedface.cli.console import progress_bars
+from fedface.cli.console import print_json, progress_bars
 from fedface.cli.options import (
     CheckpointOption,
     DownscaleOption,
@@ -49,7 +49,6 @@ def benchmark(
 
     from fedface.cli.tables import print_benchmark
     from fedface.cli.upsample_job import available_cores, choose_methods, make_degradation
-    from fedface.codec import dumps
     from fedface.coordinator.method_benchmark import benchmark_methods, with_baselines
     from fedface.experiment import LabelledProbe, SyntheticProbe
     from fedface.models.checkpoint import load_model
@@ -96,6 +95,6 @@ def benchmark(
         )
         path = method_report.write(record, pictures, out)
     if json_out:
-        print(dumps(record))
+        print_json(record)
         return
     print_benchmark(record, path)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fedface.atomic_io import locked_folder
-from fedface.cli.console import progress_bars
+from fedface.cli.console import print_json, progress_bars
 from fedface.cli.options import JsonOption, PhotosOption, SetOption, command_line, parse_changes
 from fedface.errors import ConfigError
 
@@ -29,7 +29,6 @@ def compare(
     import torch
 
     from fedface.cli.tables import print_comparison
-    from fedface.codec import dumps
     from fedface.coordinator.compare_runs import compare_runs
     from fedface.coordinator.run_folder import new_folder, resume_comparison
     from fedface.experiment import RemoteDevices
@@ -61,6 +60,6 @@ def compare(
             command=command_line("compare", experiment, photos, changes),
         )
     if json_out:
-        print(dumps(record))
+        print_json(record)
         return
     print_comparison(record, folder)

@@ -5,17 +5,24 @@ Results go to standard output; progress and errors go to standard error.
 
 from __future__ import annotations
 
+import codecs
 import errno
+import io
+import json
+import math
+import os
 import re
 import signal
 import sys
 import threading
 import time
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 import typer.core
@@ -23,9 +30,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fedface.errors import FedfaceError
+from fedface.codec import encode
+from fedface.errors import ConfigError, FedfaceError
 from fedface.text import sanitize_text
 
+if sys.stdout is None or sys.stderr is None:  # closed by the shell: `>&-`
+    nobody = open(os.devnull, "w", encoding="utf-8")
+    sys.stdout, sys.stderr = sys.stdout or nobody, sys.stderr or nobody
 # A pipe has no width; rich's default of 80 columns would fold every table.
 # Names of files, photos and weights may come from others: brackets and colons in them are text, not markup.
 console = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False)
@@ -45,6 +56,19 @@ def say(text: str | Table, style: str | None = None) -> None:
 def table_of(*headings: str, title: str | None = None) -> Table:
     """An empty table without a frame."""
     return Table(*headings, box=None, title=title, title_justify="left")
+
+
+def print_json(value: Any) -> None:
+    """Print plain data or a dataclass tree as JSON, in ASCII; infinite numbers as null, other values as text."""
+    print(json.dumps(_finite(encode(value) if is_dataclass(value) else value), indent=1, default=str))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class ProgressBars:
@@ -113,8 +137,19 @@ def warn(text: str) -> None:
 def call(app: typer.Typer) -> None:
     """Run a command line; a FedfaceError is printed as one sentence, with exit code 2."""
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    codecs.register_error("fedface", _nearest_letters)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="fedface")
     with _one_interrupt():
         _call(app)
+
+
+def _nearest_letters(error: UnicodeError) -> tuple[str, int]:
+    """For a terminal that shows ASCII or Latin-1 alone: é as e, a narrow space as a space, others as "?"."""
+    assert isinstance(error, UnicodeEncodeError)
+    letters = unicodedata.normalize("NFKD", error.object[error.start : error.end])
+    return "".join(letter for letter in letters if letter.isascii()) or "?", error.end
 
 
 @contextmanager
@@ -151,7 +186,17 @@ def _one_interrupt() -> Iterator[None]:
 
 def _call(app: typer.Typer) -> None:
     try:
-        app()
+        for number, word in enumerate(sys.argv[1:], start=1):
+            if not word or re.fullmatch(
+                "--[a-z-]+=", word
+            ):  # such as --out "$UNSET", which would mean this folder
+                raise ConfigError(
+                    f"argument {number} of the command is empty; give it a value or leave it out"
+                )
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except FedfaceError as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
@@ -159,10 +204,15 @@ def _call(app: typer.Typer) -> None:
         if extra is None:
             raise
         _fail(f"this command needs {error.name}; install it with: pip install 'fedface[{extra}]'")
+    except BrokenPipeError:  # its reader has seen enough: `| head`
+        _discard_output()
+        sys.exit(1)
     except OSError as error:
         # A full disk or an impossible path. An OSError that names no file may be a bug, and keeps its traceback.
         if error.filename is None and error.errno != errno.ENOSPC:
             raise
+        if error.filename is None:
+            _discard_output()
         _fail(f"{error.filename or 'the disk'}: {error.strerror}")
     except KeyboardInterrupt:
         _say_interrupted()
@@ -172,6 +222,11 @@ def _call(app: typer.Typer) -> None:
         if end.code == 130:
             _say_interrupted()
         raise
+
+
+def _discard_output() -> None:
+    """What is still to be printed goes nowhere, so that Python does not try again when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(reason: str) -> NoReturn:

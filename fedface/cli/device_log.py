@@ -11,7 +11,7 @@ import typer
 
 from fedface import number_format
 from fedface.atomic_io import check_output, create_bytes, write_output
-from fedface.cli.console import cell, console, progress_bars, warn
+from fedface.cli.console import cell, console, print_json, progress_bars, warn
 from fedface.device.config import check_kind, is_accessible_to_others
 from fedface.device.state import DeviceState, device_state, export, known_runs
 from fedface.device.withdrawal import (
@@ -54,7 +54,7 @@ def device_log(device: Path, run: str | None, page: Path | None, json_out: bool)
             text = render(log)
         write_output(page, text.encode(), PAGE_MARK, mode=0o600)
     if json_out:
-        print(json.dumps(log.record(), indent=2))
+        print_json(log.record())
         return
     _print_log(log, unpromised=state.device.policy.allow_no_dp)
     if page is not None:

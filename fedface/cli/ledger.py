@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.table import Table
 from fedface import number_format
 from fedface.aggregation.homomorphic import make_keys
 from fedface.atomic_io import create_bytes
-from fedface.cli.console import cell, console, progress_bars
+from fedface.cli.console import cell, console, print_json, progress_bars
 from fedface.cli.device_log import open_device, warn_if_accessible
 from fedface.device.config import is_accessible_to_others
 from fedface.device.state import LedgerFiles, export
@@ -113,7 +112,7 @@ def ledger_show(path: Path, delta: float | None, unit: str | None, all_totals: b
             for entry in entries
         ]
         told = {"entries": rows, "delta": asked.delta, "unit": whose, "spent": spent.to_record()}
-        print(json.dumps(told, indent=2))
+        print_json(told)
         return
     console.print(
         f"every epsilon at delta {format_delta(asked.delta)}, per {whose}, its bounds in brackets; per: what the "
@@ -190,7 +189,7 @@ def ledger_verify(path: Path, json_out: bool) -> None:
             "head": snapshot.head,
             "witness": None if witness is None else str(witness),
         }
-        print(json.dumps(found, indent=2))
+        print_json(found)
         return
     counts = ", ".join(
         f"{count} {one if count == 1 else several}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fedface.atomic_io import check_output, write_output
-from fedface.cli.console import cell, progress_bars, say, table_of
+from fedface.cli.console import cell, print_json, progress_bars, say, table_of
 from fedface.cli.options import DetectorOption, JsonOption, SeedOption, example
 
 photos = typer.Typer(
@@ -46,7 +45,7 @@ def scan(
     lines = list(scan_table(folder, cache=cache, detector=finder.name))
     if json_out:
         record = {"scan": asdict(done), "summary": asdict(found), "files": [asdict(row) for row in lines]}
-        print(json.dumps(record, indent=2, default=str))
+        print_json(record)
         return
     table = table_of()
     for heading in ("file", "kind", "pixels", "taken", "place", "faces", "why not"):
@@ -109,7 +108,7 @@ def audit_detectors(
             rates += measure_detection(faces, finder, per_cell=per_cell)
             bars.advance(number)
     if json_out:
-        print(json.dumps([{**asdict(rate), "interval": rate.interval} for rate in rates], indent=2))
+        print_json([{**asdict(rate), "interval": rate.interval} for rate in rates])
         return
     table = table_of("group", "photos", *(finder.name for finder in finders))
     for group in dict.fromkeys(rate.group for rate in rates):

@@ -102,6 +102,7 @@ def plan_lines(recipe: Experiment, plan: Plan, traffic: Traffic, *, list_devices
     yield f"devices: {recipe.devices.count}; at least {recipe.min_responses} must answer"
     if list_devices:
         devices = describe_devices(recipe)
+        yield from _batch_size(recipe, plan, [count for _, _, count in devices if count is not None])
         for name, mix, count in devices[:MAX_LISTED]:
             yield f"  {name}: {mix}, {_holding(recipe, count)}"
         if (more := len(devices) - MAX_LISTED) > 0:
@@ -152,6 +153,29 @@ def _noise_warning(plan: Plan, devices: int, numbers: int) -> str | None:
         "devices' updates, so "
         "this run will damage the model; use more devices, a larger epsilon, or train fewer numbers (training.adapt)"
     )
+
+
+def _batch_size(recipe: Experiment, plan: Plan, photos: list[int]) -> Iterator[str]:
+    """How many units join a step on average, and a warning where each sum is divided by a very different number."""
+    schedule, unit = (
+        plan.schedule,
+        recipe.privacy.unit if isinstance(recipe.privacy, PrivacyTarget) else "photo",
+    )
+    per_unit = 1
+    if unit == "occasion":
+        if not isinstance(recipe.devices, SyntheticDevices):
+            return  # known only once the photos are compared
+        per_unit = recipe.devices.photos_per_occasion
+    word = "occasion" if unit == "occasion" else "photo"
+    mean = (1 - recipe.holdout_fraction) * sum(photos) / (len(photos) * per_unit)
+    joining = schedule.sampling_rate * mean
+    yield f"a device trains on {mean:.0f} {word}s on average, of which about {joining:.3g} join a step"
+    if not 0.5 <= schedule.expected_batch_size / joining <= 2:
+        yield (
+            f"warning: each step's sum of about {joining:.3g} gradients is divided by the expected batch size "
+            f"{schedule.expected_batch_size}; set training.expected_batch_size near {max(1, round(joining))}, or "
+            f"training.sampling_rate near {min(1.0, schedule.expected_batch_size / mean):.2g}"
+        )
 
 
 def _stays(recipe: Experiment) -> str:

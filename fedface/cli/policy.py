@@ -33,7 +33,7 @@ def policy_check(
     json_out: JsonOption = False,
 ) -> None:
     """Explain what a policy allows, and whether its device would take part in a run."""
-    from fedface.cli.policy_check import check_policy, print_answer, print_json
+    from fedface.cli.policy_check import check_policy, print_answer, print_as_json
     from fedface.device.config import check_kind
 
     if experiment is None and set:
@@ -42,7 +42,7 @@ def policy_check(
         check_kind(experiment, "experiment")
     owned, spent, answer = check_policy(file, experiment, ledger, parse_changes(set))
     if json_out:
-        print_json(owned, spent, answer)
+        print_as_json(owned, spent, answer)
     else:
         print_answer(file, owned, spent, answer)
     if answer is not None and answer.refusal is not None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-from fedface.cli.console import cell, say
+from fedface.cli.console import cell, print_json, say
 from fedface.cli.policy_report import CombinedVerdict, PolicyReport, Price, Verdict
 from fedface.codec import encode
 from fedface.config import read, section
@@ -230,7 +227,7 @@ def print_answer(file: Path, owned: Owned, spent: Sequence[float], answer: Polic
         say(cell(line))
 
 
-def print_json(owned: Owned, spent: Sequence[float], answer: PolicyReport | None) -> None:
+def print_as_json(owned: Owned, spent: Sequence[float], answer: PolicyReport | None) -> None:
     told = {
         "policy": encode(owned.policy),
         "ledger": None if owned.ledger is None else str(owned.ledger),
@@ -251,13 +248,4 @@ def print_json(owned: Owned, spent: Sequence[float], answer: PolicyReport | None
         "warnings": list(owned.doubts),
         "not_at_this_moment": _now(owned.policy),
     }
-    print(json.dumps(_finite(told), indent=2, allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    """Infinite numbers as null, which JSON has."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and math.isinf(value) else value
+    print_json(told)

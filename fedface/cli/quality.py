@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fedface.cli.console import progress_bars
+from fedface.cli.console import print_json, progress_bars
 from fedface.cli.options import JsonOption, SeedOption
 from fedface.errors import ConfigError
 
@@ -82,6 +81,6 @@ def evaluate(
         )
     name = weights_hash(*model.modules())
     if json_out:
-        print(json.dumps({"weights": name, **asdict(found)}, indent=1))
+        print_json({"weights": name, **asdict(found)})
         return
     print_quality(found, name)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fedface.atomic_io import locked_folder
-from fedface.cli.console import notes, progress_bars
+from fedface.cli.console import notes, print_json, progress_bars
 from fedface.cli.options import JsonOption, PhotosOption, SetOption, command_line, parse_changes
 from fedface.errors import ConfigError, RunError
 
@@ -35,7 +35,6 @@ def rank_models(
     import torch
 
     from fedface.cli.tables import print_ranking
-    from fedface.codec import dumps
     from fedface.coordinator.model_ranking import load_candidates, ranking_parameters, run_ranking
     from fedface.coordinator.run_folder import new_folder, resume_ranking
     from fedface.experiment import RemoteDevices, for_ranking, read_experiment
@@ -79,6 +78,6 @@ def rank_models(
             command=command_line("rank-models", experiment, photos, changes, candidates),
         )
     if json_out:
-        print(dumps(record))
+        print_json(record)
         return
     print_ranking(record, folder)

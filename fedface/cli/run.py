@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fedface.atomic_io import locked_folder
-from fedface.cli.console import progress_bars, say
+from fedface.cli.console import print_json, progress_bars, say
 from fedface.cli.options import JsonOption, PhotosOption, SetOption, command_line, parse_changes
 from fedface.errors import ConfigError
 
@@ -31,7 +30,6 @@ def run(
     import torch
 
     from fedface.cli.tables import print_run
-    from fedface.codec import dumps
     from fedface.coordinator.run import initialize_run, run_experiment
     from fedface.coordinator.run_folder import new_folder, resume_run
     from fedface.coordinator.run_state import weights_path
@@ -61,7 +59,7 @@ def run(
             command=command_line("run", experiment, photos, changes),
         )
     if json_out:
-        print(dumps(record))
+        print_json(record)
         return
     print_run(record, folder)
     say(f"the trained model: {weights_path(folder, recipe.rounds)}")
@@ -81,10 +79,12 @@ def plan(
     from fedface.experiment import read_experiment
 
     recipe = read_experiment(experiment, photos=photos, changes=parse_changes(set))
-    plan = recipe.plan()
-    traffic = measure_traffic(recipe, plan)
+    with progress_bars() as bars:
+        bars.stage("computing the noise", 0)  # minutes for very many rounds
+        plan = recipe.plan()
+        traffic = measure_traffic(recipe, plan)
     if json_out:
-        print(json.dumps(plan_record(recipe, plan, traffic), indent=2))
+        print_json(plan_record(recipe, plan, traffic))
         return
     say(recipe.question, style="bold")
     list_devices = can_list_devices(recipe, photos_given=photos is not None)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fedface.cli.console import progress_bars, say
+from fedface.cli.console import print_json, progress_bars, say
 from fedface.cli.options import (
     CheckpointOption,
     DetectorOption,
@@ -100,6 +99,6 @@ def upsample(
         else:
             found = upsample_photo(job, photo, out)
     if json_out:
-        print(json.dumps(found, indent=1))
+        print_json(found)
         return
     say(NO_FACE)

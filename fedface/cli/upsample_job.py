@@ -59,12 +59,11 @@ def choose_methods(names: list[str] | None, given: Model | None) -> list[Method]
     """The methods of `--method`, or the one that goes with a checkpoint; raises ConfigError for an unknown name."""
     if not names:
         return [PulseConfig() if given is None else default_method(given)]
-    wanted = list(METHODS) if "all" in names else list(dict.fromkeys(names))
-    if unknown := [name for name in wanted if name not in METHODS]:
+    if unknown := [name for name in names if name not in (*METHODS, "all")]:
         near = difflib.get_close_matches(unknown[0], METHODS, n=1)
         hint = f'; did you mean "{near[0]}"?' if near else ""
         raise ConfigError(f"--method must be one of {', '.join(METHODS)}, or all, got {unknown[0]}{hint}")
-    return [METHODS[name] for name in wanted]
+    return [METHODS[name] for name in (METHODS if "all" in names else dict.fromkeys(names))]
 
 
 def generator_tones(pairs: Sequence[tuple[Method, Model | None]]) -> ToneHistogram | None:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from fedface.atomic_io import check_output, write_output
-from fedface.cli.console import progress_bars, say
+from fedface.cli.console import print_json, progress_bars, say
 from fedface.cli.options import JsonOption, SeedOption, example
 
 weights = typer.Typer(
@@ -70,7 +70,7 @@ def weights_import(
             write_output(sheet, picture, PICTURE_MARK)
     if json_out:
         record = {"found": found.kind, "ignored": found.ignored, "notes": dict(found.notes), **asdict(facts)}
-        print(json.dumps(record | {"out": str(out)}, indent=2))
+        print_json(record | {"out": str(out)})
         return
     for line in describe_import(found, facts):
         say(line)
@@ -90,7 +90,7 @@ def show(file: FileArgument, json_out: JsonOption = False) -> None:
     model = load_model(file)
     facts = summarize(model)
     if json_out:
-        print(json.dumps({**asdict(facts), "notes": dict(model.notes)}, indent=2))
+        print_json({**asdict(facts), "notes": dict(model.notes)})
         return
     for line in describe_model(facts):
         say(line)
@@ -143,7 +143,7 @@ def weights_sample(
     if json_out:
         record = {"hash": summarize(model).hash, "count": count, "psi": psis, "seed": seed, "label": label}
         shares = {} if histogram is None else {"monk_counts": list(histogram.counts)}
-        print(json.dumps({**record, **shares, "out": str(out)}, indent=2))
+        print_json({**record, **shares, "out": str(out)})
         return
     if histogram is not None:
         for step, (number, share) in enumerate(zip(histogram.counts, histogram.shares, strict=True), start=1):

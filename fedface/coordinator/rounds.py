@@ -16,6 +16,7 @@ from typing import Protocol
 from fedface.coordinator.aggregate import RoundSum, collect_and_sum, noised_sum
 from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import ReferenceSet, sample_metrics
+from fedface.errors import WeightsError
 from fedface.experiment import Experiment
 from fedface.measurements import Epsilon, NotMeasured
 from fedface.messages.cohort import Cohort
@@ -121,8 +122,12 @@ def _without_partial_round(state: RunState, progress: ProgressListener) -> RunSt
         return state
     last = state.rounds[-1]
     path = weights_path(state.folder, last.round)
-    if path.exists() and weights_hash(*load_model(path).modules()) == last.weights_hash:
-        return state
+    try:
+        if weights_hash(*load_model(path).modules()) == last.weights_hash:
+            return state
+    except WeightsError:  # missing, or cut by a crash of the machine
+        pass
+    path.unlink(missing_ok=True)
     progress.message(f"round {last.round} was interrupted before it was stored and is requested again")
     return replace(state, rounds=state.rounds[:-1])
 

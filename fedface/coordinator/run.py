@@ -99,6 +99,7 @@ def run_experiment(
         The record; `run.json`, `report.html`, `model-card.md` and the images are in the folder.
     """
     check_same(experiment, folder)
+    progress.stage("computing the noise", 1)
     plan = experiment.plan()
     base = load_model(weights_path(folder, 0))
     size = base.size

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from fedface.atomic_io import replace_text
-from fedface.config import keys_of, read
+from fedface.config import keys_of, local_path, read
 from fedface.device.client import Device
 from fedface.errors import ConfigError, LibraryError
 from fedface.photos.detectors import EmbeddedDetector, YuNetDetector
@@ -67,7 +67,7 @@ def load_device(path: Path) -> Device:
     """
     config = read_device_config(path)
     home = path.resolve().parent
-    folder, state = home / config.photos.expanduser(), home / config.state.expanduser()
+    folder, state = local_path(config.photos, home), local_path(config.state, home)
     for lost in missing_policy_folders(config.policy, folder):
         log.warning("%s: policy.%s", path, lost.describe())
     if not state.exists():
@@ -78,7 +78,7 @@ def load_device(path: Path) -> Device:
             state,
         )
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    detector = home / config.detector.expanduser() if config.detector else None
+    detector = local_path(config.detector, home) if config.detector else None
 
     index = PhotoIndex(default_cache(folder))
 
@@ -99,7 +99,7 @@ def load_device(path: Path) -> Device:
         policy=config.policy,
         state=state,
         server=config.server,
-        witness=home / config.witness.expanduser() if config.witness else None,
+        witness=local_path(config.witness, home) if config.witness else None,
     )
 
 
@@ -115,7 +115,7 @@ def read_device_config(path: Path) -> DeviceConfig:
     """
     config = read(path, DeviceConfig)
     home = path.resolve().parent
-    folder, state = home / config.photos.expanduser(), home / config.state.expanduser()
+    folder, state = local_path(config.photos, home), local_path(config.state, home)
     if not folder.is_dir():
         raise ConfigError(f"{path}: photos: there is no folder {folder}")
     if is_accessible_to_others(state):

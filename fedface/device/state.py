@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from fedface.config import read
+from fedface.config import local_path, read
 from fedface.device.client import Device
 from fedface.device.config import DeviceConfig, registered_indexes
 from fedface.errors import ConfigError, FederationError, LedgerError
@@ -130,11 +130,11 @@ def device_state(path: Path) -> DeviceState:
         name=config.name,
         photos=_unread,
         policy=config.policy,
-        state=home / config.state.expanduser(),
+        state=local_path(config.state, home),
         server=config.server,
-        witness=home / config.witness.expanduser() if config.witness else None,
+        witness=local_path(config.witness, home) if config.witness else None,
     )
-    return state_of_device(device, home / config.photos.expanduser())
+    return state_of_device(device, local_path(config.photos, home))
 
 
 def state_of_device(device: Device, photos: Path) -> DeviceState:
@@ -157,4 +157,4 @@ def export(snapshot: LedgerSnapshot, *, delta: float, unit: Unit, now: datetime)
         "records": snapshot.export(),
         "spent": price_of(snapshot.entries, delta=delta, unit=unit).to_record(),
     }
-    return json.dumps(exported, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(exported, indent=1) + "\n"

@@ -99,11 +99,15 @@ class PhotoRecord:
 
 def default_cache(folder: Path) -> Path:
     """Where the index of a folder lies by default: in the platform's folder for the state of programs."""
-    home = Path.home()
-    if sys.platform == "darwin":
-        state = home / "Library" / "Application Support"
-    else:
-        state = Path(os.environ.get("XDG_STATE_HOME") or home / ".local" / "state")
+    try:
+        if sys.platform == "darwin":
+            state = Path.home() / "Library" / "Application Support"
+        else:
+            state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    except RuntimeError as error:
+        raise LibraryError(
+            "this user has no home folder for the index of the photos; set HOME or XDG_STATE_HOME"
+        ) from error
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     return state / "fedface" / "libraries" / f"{name}.sqlite"
 

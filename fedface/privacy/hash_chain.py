@@ -172,13 +172,19 @@ class Transaction:
 
 
 class Chain:
-    """One session on the chain at a path. Safe to use from several threads and processes at once; fails closed."""
+    """One session on the chain at a path. Safe to use from several threads and processes at once; fails closed.
+
+    In a folder that cannot be written, such as one on a read-only disk, the chain is verified and read; a write fails.
+    """
 
     def __init__(self, path: Path, witness: Path | None, now: Clock) -> None:
         self.path = path
         self._head_path = head_path(path)
         self._witness = None if witness is None else witness.resolve()
         self._now = now
+        self._read_only = path.exists() and not os.access(
+            path.parent, os.W_OK
+        )  # a disk that cannot be written
         self._lock = threading.RLock()
         self._sql: sqlite3.Connection | None = None
         self._inode: tuple[int, int] | None = None  # of the file that is connected to
@@ -253,6 +259,10 @@ class Chain:
             raise LedgerError(
                 f"the ledger {self.path} has gone but {names} remembers it; restore it, or treat these photos as spent"
             )
+        if self._read_only:
+            with self._locked() as sql:
+                self._verify(sql)
+            return
         _make_folder(self.path.parent)
         with self._locked("rwc") as sql:
             os.chmod(self.path, 0o600)  # never open the file here: closing it would drop other threads' locks
@@ -304,7 +314,7 @@ class Chain:
             return self._sql
         self.close()
         sql = sqlite3.connect(
-            f"{self.path.absolute().as_uri()}?mode={mode}",
+            f"{self.path.absolute().as_uri()}?mode={'ro' if self._read_only else mode}",
             uri=True,
             timeout=LOCK_TIMEOUT,
             isolation_level=None,
@@ -328,7 +338,7 @@ class Chain:
         with self._lock:
             try:
                 sql = self._connect(mode)
-                sql.execute("BEGIN IMMEDIATE")
+                sql.execute("BEGIN" if self._read_only else "BEGIN IMMEDIATE")
                 try:
                     yield sql
                     version, self._data_version = self._data_version, None  # cut short here: verify anew

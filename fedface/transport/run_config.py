@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from fedface.config import local_path
 from fedface.errors import ConfigError
 from fedface.experiment import Experiment, for_ranking, read_experiment
 
-DEFAULT_RUNS = Path.home() / "fedface-runs"  # default folder of runs
+DEFAULT_RUNS = Path("~/fedface-runs")  # default folder of runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ def read_run_config(config: Mapping[str, object], home: Path) -> RunConfig:
     if candidates:
         experiment = for_ranking(experiment)
         name, done = f"{name}-ranking", "ranking.json"
-    first = run = (Path(folder) if folder else DEFAULT_RUNS) / name
+    first = run = local_path(Path(folder) if folder else DEFAULT_RUNS, Path()) / name
     number = 1
     while (run / done).exists():
         number += 1

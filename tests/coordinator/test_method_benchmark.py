@@ -108,6 +108,7 @@ def test_the_record_comes_back_and_the_table_names_every_method(
     compared: tuple[BenchmarkRecord, dict[str, bytes]], tmp_path: Path
 ) -> None:
     record, pictures = compared
+    (tmp_path / "out").mkdir()
     path = method_report.write(record, pictures, tmp_path / "out")
     assert loads(BenchmarkRecord, (tmp_path / "out" / "benchmark.json").read_text()) == record
     table = path.read_text()

@@ -323,6 +323,11 @@ def test_an_emptied_folder_does_not_wipe_the_index(folder: Path, cache: Path) ->
 def test_a_damaged_index_is_explained(folder: Path, cache: Path) -> None:
     cache.parent.mkdir()
     cache.write_bytes(b"this is no database, whatever its name may say" * 50)
+    with pytest.raises(LibraryError, match="is no index of fedface"):
+        scan_library(folder, detector=FillsThePhoto(), cache=cache)
+    cache.unlink()
+    scan_library(folder, detector=FillsThePhoto(), cache=cache)
+    cache.write_bytes(cache.read_bytes()[:200] + b"\xff" * 5000)
     with pytest.raises(LibraryError, match="delete it"):
         scan_library(folder, detector=FillsThePhoto(), cache=cache)
 
