@@ -10,7 +10,7 @@ import pytest
 from fedface import cli
 
 
-class Said:
+class Result:
     """What one command printed and how it ended."""
 
     def __init__(self, code: int, out: str, err: str) -> None:
@@ -18,7 +18,7 @@ class Said:
 
     @property
     def sentence(self) -> str:
-        """The one line of an error of ours."""
+        """The one-line error."""
         assert self.code == 2 and self.out == "" and "Traceback" not in self.err, (
             self.code,
             self.out,
@@ -30,10 +30,10 @@ class Said:
 
 def caller(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *before: str
-) -> Callable[..., Said]:
-    """What calls `fedface BEFORE WORDS...` and gives what it said."""
+) -> Callable[..., Result]:
+    """A function that calls `fedface BEFORE WORDS...` and returns its result."""
 
-    def call(*words: object) -> Said:
+    def call(*words: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["fedface", *before, *map(str, words)])
         code = 0
         try:
@@ -41,6 +41,6 @@ def caller(
         except SystemExit as end:
             code = int(end.code or 0)
         out, err = capsys.readouterr()
-        return Said(code, out, err)
+        return Result(code, out, err)
 
     return call

@@ -1,4 +1,4 @@
-"""The command line: what it prints, and that every mistake is one line and exit code 2."""
+"""The command line: its output, and that every user error is one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
 @pytest.fixture
 def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs go to `runs/` there, indexes beside it."""
+    """Runs go to `runs/` in an empty folder, and so do indexes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("COLUMNS", "400")
@@ -46,79 +46,79 @@ def fedface(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return caller(monkeypatch, capsys)
 
 
-def sentence(said: Said) -> str:
-    """The one line of an error of ours, after stages at most; anything else fails the test."""
-    assert said.code == 2, (said.code, said.out, said.err)
-    assert said.out == "" and "Traceback" not in said.err
-    *stages, line = filter(None, said.err.splitlines())
+def sentence(result: Result) -> str:
+    """The one-line error, after stages at most; anything else fails the test."""
+    assert result.code == 2, (result.code, result.out, result.err)
+    assert result.out == "" and "Traceback" not in result.err
+    *stages, line = filter(None, result.err.splitlines())
     assert all(stage.endswith(" ...") for stage in stages)
     assert line.startswith("fedface: ")
     return line.removeprefix("fedface: ")
 
 
 def test_help_names_every_command(fedface) -> None:  # type: ignore[no-untyped-def]
-    """Also those of the parts."""
-    said = fedface("--help")
-    assert said.code == 0
+    """Including those of command groups."""
+    result = fedface("--help")
+    assert result.code == 0
     for command in (
         "run", "plan", "report", "compare", "rank-models", "evaluate", "upsample", "benchmark", "web", "photos",
         "pretrain", "weights", "device", "ledger", "policy",
     ):  # fmt: skip
-        assert command in said.out
+        assert command in result.out
 
 
 def test_an_unknown_command_or_option_is_code_2(fedface) -> None:  # type: ignore[no-untyped-def]
-    """Typer's own words, no traceback."""
+    """Typer's own message, no traceback."""
     for words in (["teach"], ["run"], ["run", "x.yaml", "--fast"], ["ledger", "show", "x", "--delta", "2"]):
-        said = fedface(*words)
-        assert said.code == 2 and "Traceback" not in said.err
+        result = fedface(*words)
+        assert result.code == 2 and "Traceback" not in result.err
 
 
-def test_check_says_what_travels_bare_to_a_trusted_server(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    told = {
+def test_plan_states_what_a_trusted_server_sees_without_noise(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    reported = {
         "privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, trust: server}",
         "evaluation": "{metrics: {min_group_size: 2}}",
     }
-    changes = [part for key, value in told.items() for part in ("--set", f"{key}={value}")]
-    said = " ".join(fedface("plan", str(tiny_file(tmp_path)), *changes).out.split())
-    assert "without noise until the server adds noise to their sum" in said
+    changes = [part for key, value in reported.items() for part in ("--set", f"{key}={value}")]
+    result = " ".join(fedface("plan", str(tiny_file(tmp_path)), *changes).out.split())
+    assert "without noise until the server adds noise to their sum" in result
     assert (
         "no guarantee limits what the server can infer from its updates and metrics, which it sees without noise"
-        in said
+        in result
     )
 
 
-def test_check_warns_of_noise_that_drowns_the_sum_of_few_devices(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Length sigma * sqrt(8,007) against two updates of length 1: some fifty times."""
+def test_plan_warns_of_noise_that_dominates_the_sum_of_few_devices(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Norm sigma * sqrt(8,007) against two updates of norm 1: a factor of about fifty."""
     library = "privacy={kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, trust: server}"
-    said = " ".join(fedface("plan", str(tiny_file(tmp_path)), "--set", library).out.split())
+    result = " ".join(fedface("plan", str(tiny_file(tmp_path)), "--set", library).out.split())
     sigma = tiny_experiment(tmp_path, {"privacy": library.partition("=")[2]}).plan().noise_multiplier
     assert (
         f"about {sigma * 8007**0.5 / 2:,.0f} times the largest possible L2 norm of the sum of 2 devices' updates"
-        in said
+        in result
     )
     assert "warning" not in fedface("plan", str(tiny_file(tmp_path))).out
 
 
-def test_check_does_not_fill_a_terminal_with_a_line_for_each_of_many_devices(  # type: ignore[no-untyped-def]
+def test_plan_summarises_many_devices(  # type: ignore[no-untyped-def]
     fedface, tmp_path: Path
 ) -> None:
     many = f"devices.light_fractions=[{', '.join(['0.5'] * 30)}]"
-    said = fedface("plan", str(tiny_file(tmp_path)), "--set", many).out
-    assert said.count("synthetic faces") == 12 and "and 18 more" in said and "devices: 30" in said
+    result = fedface("plan", str(tiny_file(tmp_path)), "--set", many).out
+    assert result.count("synthetic faces") == 12 and "and 18 more" in result and "devices: 30" in result
 
 
 @pytest.mark.parametrize("command", ["run", "plan"])
-def test_a_wrong_key_is_said_with_its_line(fedface, tmp_path: Path, command: str) -> None:  # type: ignore[no-untyped-def]
-    """File, line, key, neighbour."""
+def test_a_wrong_key_is_reported_with_its_line(fedface, tmp_path: Path, command: str) -> None:  # type: ignore[no-untyped-def]
+    """File, line, key, suggestion."""
     path = tiny_file(tmp_path)
     path.write_text(path.read_text().replace("epsilon:", "epsilom:"))
-    said = sentence(fedface(command, str(path)))
-    assert said.startswith(f'{path}:4: privacy.epsilom: unknown key; did you mean "epsilon"?')
+    result = sentence(fedface(command, str(path)))
+    assert result.startswith(f'{path}:4: privacy.epsilom: unknown key; did you mean "epsilon"?')
 
 
-def test_mistakes_in_options_are_sentences(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """A missing file, --set without a value, a value that is no YAML, --photos where none are wanted."""
+def test_errors_in_options_are_one_sentence(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """A missing file, --set without a value, a value that is not YAML, --photos where none are needed."""
     path = str(tiny_file(tmp_path))
     assert 'no such file; did you mean "tiny.yaml"' in sentence(fedface("plan", str(tmp_path / "tony.yaml")))
     assert "--set expects KEY=VALUE" in sentence(fedface("plan", path, "--set", "seed"))
@@ -132,13 +132,13 @@ def test_mistakes_in_options_are_sentences(fedface, tmp_path: Path) -> None:  # 
     assert not Path("runs").exists()
 
 
-def test_check_prints_the_plan(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Question, rounds, q, sigma, epsilon with delta, unit and bounds, what travels up and down."""
+def test_plan_prints_privacy_noise_and_traffic(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Question, rounds, sampling rate, noise, epsilon with delta, unit and bounds, traffic up and down."""
     path = tiny_file(tmp_path)
     plan = tiny_experiment(tmp_path).plan()
     bounds = plan.epsilon()
-    said = fedface("plan", str(path))
-    assert said.code == 0 and bounds is not None
+    result = fedface("plan", str(path))
+    assert result.code == 0 and bounds is not None
     for words in (
         "Does a small run end?",
         "2 rounds of 2 private steps",
@@ -150,30 +150,30 @@ def test_check_prints_the_plan(fedface, tmp_path: Path) -> None:  # type: ignore
         "device-01: synthetic faces, 10% light skin",
         "8,007 weight changes per device and round, plain",
     ):
-        assert words in said.out
+        assert words in result.out
 
 
-def test_check_as_json_says_the_same_in_numbers(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """And the bytes are those of a payload made for the purpose."""
-    told = json.loads(fedface("plan", str(tiny_file(tmp_path)), "--json").out)
+def test_plan_as_json_has_the_same_numbers(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """And the bytes are those of a payload built for the purpose."""
+    reported = json.loads(fedface("plan", str(tiny_file(tmp_path)), "--json").out)
     plan = tiny_experiment(tmp_path).plan()
-    assert told["noise_multiplier"] == plan.noise_multiplier
-    assert told["schedule"]["sampling_rate"] == 0.5 and told["privacy"]["delta"] == 1e-3
-    assert told["epsilon"]["upper"] <= 8
-    assert told["weights"] == len(flatten_parameters(*tiny_gan().modules()))
-    assert told["bytes_down_per_device_and_round"] == 4 * told["weights"]
-    assert told["bytes_up_per_device_and_round"] > 4 * told["weights"]
+    assert reported["noise_multiplier"] == plan.noise_multiplier
+    assert reported["schedule"]["sampling_rate"] == 0.5 and reported["privacy"]["delta"] == 1e-3
+    assert reported["epsilon"]["upper"] <= 8
+    assert reported["weights"] == len(flatten_parameters(*tiny_gan().modules()))
+    assert reported["bytes_down_per_device_and_round"] == 4 * reported["weights"]
+    assert reported["bytes_up_per_device_and_round"] > 4 * reported["weights"]
 
 
-def test_check_without_a_promise_says_so(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_plan_without_dp_states_it(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """In capitals, and as null."""
     words = ("plan", str(tiny_file(tmp_path)), "--set", "privacy={kind: no-privacy}")
     assert "NO PRIVACY GUARANTEE" in fedface(*words).out
     assert json.loads(fedface(*words, "--json").out)["epsilon"] is None
 
 
-def test_there_is_nothing_to_resume_where_nothing_was_begun(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Neither by name nor by folder; and a finished run is no unfinished one."""
+def test_resuming_needs_an_unfinished_run(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Neither by name nor by folder; and a finished run cannot be resumed."""
     path = str(tiny_file(tmp_path))
     assert "no unfinished run of tiny in runs" in sentence(fedface("run", path, "--resume"))
     assert "there is no run to resume here" in sentence(
@@ -185,18 +185,20 @@ def test_there_is_nothing_to_resume_where_nothing_was_begun(fedface, tmp_path: P
 
 
 def test_another_experiments_run_is_not_resumed(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """`tiny-large` is not a later run of `tiny`, and a changed recipe is not the one that was begun."""
+    """`tiny-large` is not a later run of `tiny`, and a changed experiment is not the one that was started."""
     path = str(tiny_file(tmp_path))
     initialize_run(tiny_experiment(tmp_path, {"name": "tiny-large"}), Path("runs/tiny-large"))
     assert "no unfinished run of tiny" in sentence(fedface("run", path, "--resume"))
     with locked_folder(Path("runs/tiny"), "run"):
         initialize_run(tiny_experiment(tmp_path), Path("runs/tiny"))
-    said = fedface("run", path, "--resume", "--set", "seed=3")
-    assert said.code == 2 and "started with another experiment" in said.err and "Traceback" not in said.err
+    result = fedface("run", path, "--resume", "--set", "seed=3")
+    assert (
+        result.code == 2 and "started with another experiment" in result.err and "Traceback" not in result.err
+    )
 
 
-def test_a_begun_folder_is_not_begun_again(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Nor continued by mistake: that takes --resume. A file is no folder."""
+def test_a_started_folder_is_not_started_again(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Nor continued without --resume. A file is not a folder."""
     path = str(tiny_file(tmp_path))
     with locked_folder(Path("mine"), "run"):
         initialize_run(tiny_experiment(tmp_path), Path("mine"))
@@ -208,22 +210,22 @@ def test_a_begun_folder_is_not_begun_again(fedface, tmp_path: Path) -> None:  # 
 
 
 def test_two_processes_do_not_work_on_one_run(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """The second is told."""
+    """The second gets an error."""
     path = str(tiny_file(tmp_path))
     with locked_folder(Path("mine"), "run"):
         assert "another process is working on this run" in sentence(fedface("run", path, "--out", "mine"))
 
 
-def test_real_devices_are_not_waited_for_in_this_process(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """A sentence with the way to go."""
-    said = sentence(
+def test_remote_devices_need_a_server(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """The error explains how to start one."""
+    result = sentence(
         fedface("run", str(tiny_file(tmp_path)), "--set", "devices={kind: remote-devices, count: 2}")
     )
-    assert "remote devices" in said and "server/README.md" in said
+    assert "remote devices" in result and "server/README.md" in result
     assert not Path("runs").exists()
 
 
-def test_photos_and_reports_that_are_not_there_are_sentences(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_missing_photos_and_reports_are_one_sentence(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Of every command that reads one."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "words.jpg").write_text("no picture")
@@ -232,21 +234,21 @@ def test_photos_and_reports_that_are_not_there_are_sentences(fedface, tmp_path: 
     assert "is not a folder" in sentence(fedface("photos", "scan", "words.jpg"))
     assert "no record of a run here" in sentence(fedface("report", "empty"))
     for photo in ("nowhere.jpg", "words.jpg"):
-        said = fedface("upsample", photo)
-        assert said.code == 2 and "fedface: " in said.err and "Traceback" not in said.err
+        result = fedface("upsample", photo)
+        assert result.code == 2 and "fedface: " in result.err and "Traceback" not in result.err
     assert fedface("upsample", "words.jpg", "--factor", "0").code == 2
-    said = fedface("upsample", "words.jpg", "--checkpoint", "words.jpg")
-    assert "not a readable safetensors file" in sentence(said)
+    result = fedface("upsample", "words.jpg", "--checkpoint", "words.jpg")
+    assert "not a readable safetensors file" in sentence(result)
     assert 'did you mean "pulse"?' in sentence(fedface("upsample", "words.jpg", "--method", "pulze"))
     assert "--factor must divide the 32 pixels" in sentence(fedface("upsample", "words.jpg", "--factor", "5"))
     assert "no picture in this folder" in sentence(fedface("upsample", "empty", "--method", "nearest"))
     assert "no such folder of labelled photos" in sentence(fedface("benchmark", "--photos", "nowhere"))
-    said = fedface("benchmark", "--photos", "empty", "--light-fraction", "0.5")
-    assert "--light-fraction applies to synthetic faces" in sentence(said)
+    result = fedface("benchmark", "--photos", "empty", "--light-fraction", "0.5")
+    assert "--light-fraction applies to synthetic faces" in sentence(result)
 
 
 def test_a_folder_of_small_faces_becomes_sheets_and_a_record(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Two sheets; the second time nothing is done again; another seed is refused in the same folder."""
+    """Two sheets; the second time nothing is done; another seed is refused in the same folder."""
     (tmp_path / "in").mkdir()
     for number in range(2):
         write_png(tmp_path / "in" / f"{number}.png", np.full((8, 8, 3), 90 * number + 60, dtype=np.uint8))
@@ -261,55 +263,59 @@ def test_a_folder_of_small_faces_becomes_sheets_and_a_record(fedface, tmp_path: 
         "sheets",
         "--json",
     )
-    told = json.loads(fedface(*words).out)
-    assert [entry["sheets"][0]["answers"][0]["fits"] for entry in told] == [[True], [True]]
+    reported = json.loads(fedface(*words).out)
+    assert [entry["sheets"][0]["answers"][0]["fits"] for entry in reported] == [[True], [True]]
     assert sorted(path.name for path in Path("sheets").iterdir()) == ["0.png.png", "1.png.png", "faces.json"]
-    made = Path("sheets/0.png.png").stat().st_mtime_ns
-    assert fedface(*words).code == 0 and Path("sheets/0.png.png").stat().st_mtime_ns == made
+    generated = Path("sheets/0.png.png").stat().st_mtime_ns
+    assert fedface(*words).code == 0 and Path("sheets/0.png.png").stat().st_mtime_ns == generated
     assert "other photos or settings" in sentence(fedface(*words, "--seed", "1"))
     before = Path("in/0.png").read_bytes()
     assert "is not overwritten" in sentence(fedface("upsample", "in/0.png", "--out", "in/0.png"))
     assert Path("in/0.png").read_bytes() == before
 
 
-def test_methods_are_compared_and_the_baselines_are_there(fedface) -> None:  # type: ignore[no-untyped-def]
-    """One network beside nearest and bicubic; the table, the record and two pictures lie in the folder."""
-    said = fedface(
+def test_a_benchmark_includes_the_baselines(fedface) -> None:  # type: ignore[no-untyped-def]
+    """One network with nearest and bicubic; the table, the record and two pictures are in the folder."""
+    result = fedface(
         "benchmark", "--method", "super-resolution", "--per-group", "9", "--out", "compared", "--json"
     )
-    told = json.loads(said.out)
-    assert [each["method"] for each in told["methods"]] == ["super-resolution", "nearest", "bicubic"]
+    reported = json.loads(result.out)
+    assert [each["method"] for each in reported["methods"]] == ["super-resolution", "nearest", "bicubic"]
     names = ["benchmark.json", "benchmark.md", "by-group.png", "faces.png", "lock"]
     assert sorted(path.name for path in Path("compared").iterdir()) == names
 
 
-def test_a_key_is_made_once_and_for_hidden_sums_only(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Mode 0600; never over another key; never where sums are open."""
+def test_a_key_is_generated_once_and_only_for_encrypted_sums(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Mode 0600; never over another key; never for plain sums."""
     path = tiny_file(tmp_path)
     assert "there is no key to share" in sentence(fedface("device", "keygen", "k", "--experiment", str(path)))
     path.write_text(path.read_text().replace("{kind: plain}", "{kind: homomorphic}"))
-    said = fedface("device", "keygen", "keys/sum.key", "--experiment", str(path))
-    assert said.code == 0 and "not to the server" in said.out
+    result = fedface("device", "keygen", "keys/sum.key", "--experiment", str(path))
+    assert result.code == 0 and "not to the server" in result.out
     assert Path("keys/sum.key").stat().st_mode & 0o777 == 0o600
     assert "never overwritten" in sentence(
         fedface("device", "keygen", "keys/sum.key", "--experiment", str(path))
     )
 
 
-def test_a_ledger_is_shown_with_its_price(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Entries, epsilon with delta and unit; in JSON the same."""
+def test_a_ledger_is_shown_with_its_cost(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Entries, epsilon with delta and unit; the same in JSON."""
     experiment = tiny_experiment(tmp_path)
     device = first_device(experiment, tmp_path / "devices")
     handle_task(train_task(experiment, tiny_gan()), device)
-    said = fedface("ledger", "show", str(device.ledger_path), "--delta", "0.001")
-    assert said.code == 0 and "tiny" in said.out and "at delta 0.001, per photo" in said.out
-    told = json.loads(fedface("ledger", "show", str(device.ledger_path), "--delta", "0.001", "--json").out)
-    assert [(entry["run"], entry["round"], entry["attempt"]) for entry in told["entries"]] == [("tiny", 1, 1)]
-    assert told["delta"] == 0.001 and told["unit"] == "photo"
+    result = fedface("ledger", "show", str(device.ledger_path), "--delta", "0.001")
+    assert result.code == 0 and "tiny" in result.out and "at delta 0.001, per photo" in result.out
+    reported = json.loads(
+        fedface("ledger", "show", str(device.ledger_path), "--delta", "0.001", "--json").out
+    )
+    assert [(entry["run"], entry["round"], entry["attempt"]) for entry in reported["entries"]] == [
+        ("tiny", 1, 1)
+    ]
+    assert reported["delta"] == 0.001 and reported["unit"] == "photo"
 
 
-def test_a_ledger_that_is_none_is_said(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Missing, or a file of something else, which is left as it is."""
+def test_a_file_that_is_not_a_ledger_is_refused(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Missing, or another file, which is not changed."""
     assert "no ledger here" in sentence(fedface("ledger", "show", "none.sqlite"))
     (tmp_path / "small.sqlite").write_text("x")
     assert "no ledger here" in sentence(fedface("ledger", "show", "small.sqlite"))
@@ -322,38 +328,38 @@ def test_a_ledger_that_is_none_is_said(fedface, tmp_path: Path) -> None:  # type
 def test_a_checkpoint_is_shown_as_a_sheet(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """A PNG of samples."""
     save_model(tmp_path / "gan.safetensors", tiny_gan())
-    said = fedface(
+    result = fedface(
         "weights", "sample", tmp_path / "gan.safetensors", "--out", tmp_path / "sheet.png", "--tones"
     )
-    assert said.code == 0 and "Monk 10:" in said.out and "darker half of the Monk scale" in said.out
+    assert result.code == 0 and "Monk 10:" in result.out and "darker half of the Monk scale" in result.out
     assert (tmp_path / "sheet.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_file_that_cannot_be_written_is_a_sentence(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """In a folder that is not there, over a folder, among the parts of a file."""
+def test_a_file_that_cannot_be_written_is_one_sentence(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """In a missing folder, over a folder, below a file."""
     tiny = tiny_file(tmp_path)
     assert "No such file" in sentence(fedface("photos", "synthesize", "none/sheet.png"))
     assert "Is a directory" in sentence(fedface("photos", "synthesize", str(tmp_path)))
     assert "Not a directory" in sentence(fedface("report", str(tiny)))
 
 
-def test_a_networks_settings_that_cannot_be_are_sentences(fedface) -> None:  # type: ignore[no-untyped-def]
+def test_invalid_network_settings_are_one_sentence(fedface) -> None:  # type: ignore[no-untyped-def]
     """With the option's name, for both kinds of networks."""
     for file in ("x.onnx", "x.pt"):
         words = ("evaluate", "--network", file)
-        said = sentence(fedface(*words, "--network-std", "0", "0", "0"))
-        assert said.startswith("--network-std must be three numbers > 0")
+        result = sentence(fedface(*words, "--network-std", "0", "0", "0"))
+        assert result.startswith("--network-std must be three numbers > 0")
         assert sentence(fedface(*words, "--network-size", "1")).startswith(
             "--network-size must lie in [8, 2048]"
         )
-        said = sentence(fedface(*words, "--network-mean", "nan", "0", "0"))
-        assert said.startswith("--network-mean must be three finite numbers")
+        result = sentence(fedface(*words, "--network-mean", "nan", "0", "0"))
+        assert result.startswith("--network-mean must be three finite numbers")
 
 
 def test_training_does_not_begin_for_a_file_that_cannot_be_written(  # type: ignore[no-untyped-def]
     fedface, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder as --out is said before the first step of each recipe."""
+    """A folder as --out is refused before the first step."""
 
     def begun(*words: object, **more: object) -> None:
         raise ZeroDivisionError
@@ -365,40 +371,40 @@ def test_training_does_not_begin_for_a_file_that_cannot_be_written(  # type: ign
             fedface("pretrain", command, "--out", "a.safetensors")
 
 
-def test_an_encoder_is_not_begun_for_a_generator_with_classes(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Such a generator needs a label beside the latent, which no encoder names."""
+def test_an_encoder_is_not_trained_for_a_generator_with_classes(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Such a generator needs a label with the latent, which an encoder does not give."""
     config = StyleGAN2Config(size=8, latent_width=4, style_width=4, channel_base=32, channel_max=4, classes=2)
     save_model(
         tmp_path / "a.safetensors", build_model(GeneratorArchitecture(generator=config), torch.Generator())
     )
-    said = sentence(
+    result = sentence(
         fedface("pretrain", "encoder", "--checkpoint", "a.safetensors", "--step-fraction", "0.0001")
     )
-    assert said.startswith("a.safetensors: expected a generator without classes, got one with 2")
+    assert result.startswith("a.safetensors: expected a generator without classes, got one with 2")
     assert not Path("encoder32.safetensors").exists()
 
 
 def test_escape_codes_do_not_reach_the_terminal_in_an_error(fedface) -> None:  # type: ignore[no-untyped-def]
-    """Of our own errors and of the system's; brackets stay brackets."""
+    """In errors of fedface and of the system; brackets remain brackets."""
     assert sentence(fedface("plan", "[/red]\x1b[2J.yaml")) == "[/red]?[2J.yaml: no such file"
     assert sentence(fedface("photos", "synthesize", "[/red]\x1b[2J/a.png")).startswith(
         "[/red]?[2J/a.png: No such file"
     )
 
 
-def test_an_interrupt_says_what_is_kept(fedface, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    """Ctrl-C: code 130 and the way on."""
+def test_an_interrupt_states_what_is_saved(fedface, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """Ctrl-C: code 130 and how to continue."""
 
     def interrupted(*words: object, **more: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fedface.experiment.read_experiment", interrupted)
-    said = fedface("run", "x.yaml")
-    assert said.code == 130 and "Continue a run with --resume" in said.err
+    result = fedface("run", "x.yaml")
+    assert result.code == 130 and "Continue a run with --resume" in result.err
 
 
-def test_what_is_not_our_error_is_a_traceback(fedface, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    """A bug is not hidden behind a sentence."""
+def test_a_bug_is_a_traceback(fedface, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """It is not hidden behind a sentence."""
 
     def broken(*words: object, **more: object) -> None:
         raise ZeroDivisionError
@@ -410,7 +416,7 @@ def test_what_is_not_our_error_is_a_traceback(fedface, monkeypatch: pytest.Monke
 
 
 def test_the_installed_command_ends_with_code_2_and_one_line(tmp_path: Path) -> None:
-    """The same through a process of its own: nothing else is printed while importing."""
+    """In a process of its own: nothing else is printed while importing."""
     done = subprocess.run(
         [sys.executable, "-c", "from fedface.cli import main; main()", "plan", str(tmp_path / "none.yaml")],
         capture_output=True,
@@ -423,7 +429,7 @@ def test_the_installed_command_ends_with_code_2_and_one_line(tmp_path: Path) -> 
 
 
 def test_the_declared_defaults_and_names_are_the_librarys() -> None:
-    """Options are declared without importing torch, so what they repeat is compared here."""
+    """Options are declared without importing torch, so their defaults are compared here."""
     assert METHOD_NAMES == tuple(METHODS)
     pretrain = sys.modules["fedface.cli.pretrain"]
     for config in (GanPretrainConfig(), FlowPretrainConfig()):

@@ -1,4 +1,4 @@
-"""`fedface ledger` and `fedface device`: what an owner reads, and what is asked before anything is given up."""
+"""`fedface ledger` and `fedface device`: what an owner reads, and what needs confirmation."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def fedface(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A device's file and a photo; nothing was ever asked."""
+    """A device's file and a photo; no task was answered."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "indexes"))
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "me.jpg").write_bytes(b"a photo")
@@ -62,7 +62,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def used(home: Path) -> Path:
-    """The same after a round of "faces" that was answered twice, figures of it, and a booking of "others"."""
+    """The same after a round of "faces" that was answered twice, an evaluation of it, and a record of "others"."""
     device = device_state(home / "device.yaml").device
     ledger = device.ledger()
     metadata = {"unit": "photo", "objective": "generator", "noise_multiplier": "6"}
@@ -86,7 +86,7 @@ def used(home: Path) -> Path:
 
 @pytest.fixture
 def at_a_terminal(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    """Somebody sits there who answers a question so."""
+    """A user at a terminal who gives this answer."""
 
     def answering(answer: bool) -> None:
         monkeypatch.setattr(device_log.sys.stdin, "isatty", lambda: True)
@@ -96,41 +96,41 @@ def at_a_terminal(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-d
 
 
 def files_in(folder: Path) -> dict[Path, bytes]:
-    """Every file below a folder and what is in it."""
+    """All files below a folder with their content."""
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_a_ledger_is_shown_at_the_policys_delta_and_unit(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
-    """With what, noise, the price of each entry alone and the running total, each beside delta, unit and bounds."""
-    said = fedface("ledger", "show", "device.yaml")
+    """With run, noise, the cost of each entry alone and the running total, each with delta, unit and bounds."""
+    result = fedface("ledger", "show", "device.yaml")
     alone, three = epsilon_of(EVENT, 1e-3), epsilon_of(compose([EVENT] * 3), 1e-3)
-    assert said.code == 0 and "every epsilon at delta 0.001, per photo" in said.out
+    assert result.code == 0 and "every epsilon at delta 0.001, per photo" in result.out
     for words in ("update (generator)", "figures", "faces/metrics", f"{alone.estimate:.3f}"):
-        assert words in said.out
-    assert str(three) in said.out
-    assert "at delta 0.001 per photo" in said.out.splitlines()[-1]
+        assert words in result.out
+    assert str(three) in result.out
+    assert "at delta 0.001 per photo" in result.out.splitlines()[-1]
 
 
-def test_delta_and_unit_can_be_named_and_a_bare_ledger_has_its_own(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
-    """The JSON says which were taken; prices are those at that delta, of that unit."""
+def test_delta_and_unit_can_be_chosen_and_default_to_the_entries(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """The JSON has the delta and unit used."""
     for words, delta, unit in (
         (["device.yaml"], 1e-3, "photo"),
         (["device.yaml", "--delta", "1e-4", "--unit", "library"], 1e-4, "library"),
         (["state/ledger.sqlite"], 1e-5, "photo"),
     ):
-        told = json.loads(fedface("ledger", "show", *words, "--json").out)
-        assert (told["delta"], told["unit"]) == (delta, unit)
+        reported = json.loads(fedface("ledger", "show", *words, "--json").out)
+        assert (reported["delta"], reported["unit"]) == (delta, unit)
         spent = Ledger.open(used / "state" / "ledger.sqlite").spent(delta, unit=unit)  # type: ignore[arg-type]
-        upper = told["spent"]["upper"]
+        upper = reported["spent"]["upper"]
         assert upper == ("infinite" if unit == "library" else spent.upper)
-        assert told["entries"][-1]["total"] == told["spent"]
+        assert reported["entries"][-1]["total"] == reported["spent"]
     assert (
         "--unit must be one of photo" in fedface("ledger", "show", "device.yaml", "--unit", "face").sentence
     )
 
 
 @pytest.mark.parametrize("command", ["show", "verify", "export"])
-def test_no_ledger_is_begun_by_looking_for_one(fedface, home: Path, command: str) -> None:  # type: ignore[no-untyped-def]
+def test_inspecting_creates_no_ledger(fedface, home: Path, command: str) -> None:  # type: ignore[no-untyped-def]
     """Neither for a device's file nor for a path."""
     before = files_in(home)
     for path in ("device.yaml", "state/ledger.sqlite"):
@@ -138,14 +138,14 @@ def test_no_ledger_is_begun_by_looking_for_one(fedface, home: Path, command: str
     assert files_in(home) == before and not (home / "state").exists()
 
 
-def test_verify_says_counts_and_head_and_is_code_2_on_damage(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
-    """One sentence, whichever record was altered."""
+def test_verify_prints_counts_and_head_and_fails_on_damage(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """One sentence, whichever record was changed."""
     path = used / "state" / "ledger.sqlite"
     head = Ledger.open(path).read().head
-    said = fedface("ledger", "verify", "device.yaml")
-    assert said.code == 0
-    assert "ok, 8 records, 3 releases booked, 3 transmissions, " in said.out
-    assert f"head {head}; it has no witness" in said.out
+    result = fedface("ledger", "verify", "device.yaml")
+    assert result.code == 0
+    assert "ok, 8 records, 3 releases booked, 3 transmissions, " in result.out
+    assert f"head {head}; it has no witness" in result.out
     found = json.loads(fedface("ledger", "verify", "state/ledger.sqlite", "--json").out)
     assert found == {
         "path": "state/ledger.sqlite",
@@ -158,40 +158,42 @@ def test_verify_says_counts_and_head_and_is_code_2_on_damage(fedface, used: Path
     }
     whole = path.read_bytes()
     for number in (1, 3):  # a booking, and what left
-        book = sqlite3.connect(path)
-        book.execute("DROP TRIGGER records_no_update")
-        book.execute("UPDATE records SET written = '2020-01-01T00:00:00+00:00' WHERE number = ?", (number,))
-        book.commit()
-        book.close()
+        database = sqlite3.connect(path)
+        database.execute("DROP TRIGGER records_no_update")
+        database.execute(
+            "UPDATE records SET written = '2020-01-01T00:00:00+00:00' WHERE number = ?", (number,)
+        )
+        database.commit()
+        database.close()
         assert (
             f"altered: record {number} does not add up" in fedface("ledger", "verify", "device.yaml").sentence
         )
         path.write_bytes(whole)
 
 
-def test_verify_notices_a_ledger_that_was_begun_anew_under_an_old_head(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
-    """A ledger that was replaced, while the head stayed."""
+def test_verify_detects_a_new_ledger_under_an_old_head(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """A ledger that was replaced while the head remained."""
     (used / "state" / "ledger.sqlite").unlink()
     Ledger.open(used / "other" / "ledger.sqlite").record(EVENT, run="faces", round=1)
     (used / "other" / "ledger.sqlite").rename(used / "state" / "ledger.sqlite")
     assert "was rolled back or replaced" in fedface("ledger", "verify", "device.yaml").sentence
 
 
-def test_an_export_is_a_new_file_for_its_owner_alone(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+def test_an_export_is_a_new_private_file(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
     """Mode 0600, never over another; without --out it is printed."""
-    said = fedface("ledger", "export", "device.yaml", "--out", "copy.json")
-    assert said.code == 0 and (used / "copy.json").stat().st_mode & 0o777 == 0o600
-    told = json.loads((used / "copy.json").read_text())
-    assert [record["kind"] for record in told["records"]].count("release") == 3
-    assert told["spent"]["delta"] == 1e-3
+    result = fedface("ledger", "export", "device.yaml", "--out", "copy.json")
+    assert result.code == 0 and (used / "copy.json").stat().st_mode & 0o777 == 0o600
+    reported = json.loads((used / "copy.json").read_text())
+    assert [record["kind"] for record in reported["records"]].count("release") == 3
+    assert reported["spent"]["delta"] == 1e-3
     assert "never overwritten" in fedface("ledger", "export", "device.yaml", "--out", "copy.json").sentence
     printed = json.loads(fedface("ledger", "export", "device.yaml").out)
-    assert {**printed, "created": ""} == {**told, "created": ""}
+    assert {**printed, "created": ""} == {**reported, "created": ""}
 
 
-def test_a_log_is_told_in_plain_words(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
-    """What, how much, to whom, how protected, at what price; and what is left of each limit."""
-    said = fedface("device", "log", "device.yaml")
+def test_the_log_is_printed_in_plain_words(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """Content, size, receiver, protection and cost; and the remaining budgets."""
+    result = fedface("device", "log", "device.yaml")
     alone, three = epsilon_of(EVENT, 1e-3), epsilon_of(compose([EVENT] * 3), 1e-3)
     for words in (
         "An update of a network's weights, for faces, round 1",
@@ -204,31 +206,31 @@ def test_a_log_is_told_in_plain_words(fedface, used: Path) -> None:  # type: ign
         f"Allowed in any 30 days: 50; left: {50 - three.upper:.3f}.",
         "Booked and not sent: entries 8.",
     ):
-        assert words in said.out
-    assert "Not covered by these numbers:\n  - that this device took part" in said.out
+        assert words in result.out
+    assert "Not covered by these numbers:\n  - that this device took part" in result.out
 
 
-def test_a_log_before_anything_was_sent_says_so(fedface, home: Path) -> None:  # type: ignore[no-untyped-def]
-    """And makes nothing but the page that was asked for."""
+def test_a_log_without_transmissions_states_it(fedface, home: Path) -> None:  # type: ignore[no-untyped-def]
+    """And creates only the requested page."""
     before = files_in(home)
-    said = fedface("device", "log", "device.yaml", "--page", "log.html")
-    assert said.code == 0 and "Nothing was sent." in said.out
-    assert "Not covered" not in said.out
-    assert "epsilon 0 at delta 0.001 per photo. Allowed for life: 100; left: 100.000." in said.out
+    result = fedface("device", "log", "device.yaml", "--page", "log.html")
+    assert result.code == 0 and "Nothing was sent." in result.out
+    assert "Not covered" not in result.out
+    assert "epsilon 0 at delta 0.001 per photo. Allowed for life: 100; left: 100.000." in result.out
     assert set(files_in(home)) - set(before) == {home / "log.html"}
     assert json.loads(fedface("device", "log", "device.yaml", "--json").out)["records"] == []
 
 
 def test_a_log_can_be_of_one_run(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
-    """A name that nobody knows is a sentence with those that are known."""
-    told = json.loads(fedface("device", "log", "device.yaml", "--run", "others", "--json").out)
-    assert told["records"] == [] and told["booked_and_not_sent"] == [8] and told["bytes"] == 0
-    said = fedface("device", "log", "device.yaml", "--run", "fases").sentence
-    assert said == "this device knows no run 'fases'; it knows faces, others"
+    """An unknown name is an error that lists the known ones."""
+    reported = json.loads(fedface("device", "log", "device.yaml", "--run", "others", "--json").out)
+    assert reported["records"] == [] and reported["booked_and_not_sent"] == [8] and reported["bytes"] == 0
+    result = fedface("device", "log", "device.yaml", "--run", "fases").sentence
+    assert result == "this device knows no run 'fases'; it knows faces, others"
 
 
-def test_a_page_is_for_its_owner_alone_and_never_over_another_kind_of_file(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
-    """Written anew each time, mode 0600; the device's file is safe from a slip."""
+def test_a_page_is_private_and_never_overwrites_another_kind_of_file(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """Rewritten each time, mode 0600; the device's file is safe."""
     for _ in range(2):
         assert fedface("device", "log", "device.yaml", "--page", "log.html").code == 0
     assert (used / "log.html").stat().st_mode & 0o777 == 0o600
@@ -236,47 +238,47 @@ def test_a_page_is_for_its_owner_alone_and_never_over_another_kind_of_file(fedfa
     assert "ends in .html" in fedface("device", "log", "device.yaml", "--page", "device.yaml").sentence
 
 
-def test_a_release_without_noise_is_said_to_be_unbounded(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
-    """In every place where a price stands."""
+def test_a_release_without_noise_is_reported_as_unbounded(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """Wherever a cost is shown."""
     device = device_state(used / "device.yaml").device
     device.ledger().record(ClippedSum(clip_norm=1.0).event(), run="bare", round=1)
     assert "epsilon infinite at delta" in fedface("ledger", "show", "device.yaml").out
-    said = fedface("device", "log", "device.yaml").out
+    result = fedface("device", "log", "device.yaml").out
     assert (
         "epsilon infinite at delta 0.001 per photo (no privacy guarantee). Allowed for life: 100; left: 0."
-        in said
+        in result
     )
 
 
-def test_without_a_terminal_nothing_is_given_up_unless_told(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
-    """A script that forgot --yes changes nothing."""
+def test_without_a_terminal_nothing_changes_without_yes(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """A script that omits --yes changes nothing."""
     before = files_in(used)
     for words, plan in (
         (["withdraw", "device.yaml", "--run", "faces"], "What cannot be undone:"),
         (["erase", "device.yaml"], "sum.key: the shared key"),
     ):
-        said = fedface("device", *words)
-        assert said.code == 2 and "there is no terminal to ask on, so nothing was done" in said.err
-        assert plan in said.out
+        result = fedface("device", *words)
+        assert result.code == 2 and "there is no terminal to ask on, so nothing was done" in result.err
+        assert plan in result.out
     assert files_in(used) == before
 
 
-def test_an_owner_who_thinks_again_changes_nothing(fedface, used: Path, at_a_terminal) -> None:  # type: ignore[no-untyped-def]
-    """Having read what would happen and what could not be undone."""
+def test_declining_the_confirmation_changes_nothing(fedface, used: Path, at_a_terminal) -> None:  # type: ignore[no-untyped-def]
+    """After the consequences were printed."""
     at_a_terminal(False)
     before = files_in(used)
-    said = fedface("device", "withdraw", "device.yaml", "--run", "faces")
-    assert said.code == 1 and "What cannot be undone:" in said.out and "Nothing was done." in said.out
-    said = fedface("device", "erase", "device.yaml", "--ledger", "--no-export")
-    assert said.code == 1 and "THE LEDGER IS DELETED" in said.out
+    result = fedface("device", "withdraw", "device.yaml", "--run", "faces")
+    assert result.code == 1 and "What cannot be undone:" in result.out and "Nothing was done." in result.out
+    result = fedface("device", "erase", "device.yaml", "--ledger", "--no-export")
+    assert result.code == 1 and "THE LEDGER IS DELETED" in result.out
     assert files_in(used) == before
 
 
-def test_leaving_says_what_happens_next_and_what_cannot_be_undone(fedface, used: Path, at_a_terminal) -> None:  # type: ignore[no-untyped-def]
-    """With the price of the run's bookings; a second time it says since when."""
+def test_withdrawing_prints_its_effects_and_what_cannot_be_undone(fedface, used: Path, at_a_terminal) -> None:  # type: ignore[no-untyped-def]
+    """With the cost of the run's records; a second time with the date of the first."""
     at_a_terminal(True)
     two = epsilon_of(compose([EVENT] * 2), 1e-3)
-    said = fedface("device", "withdraw", "device.yaml", "--run", "faces", "--reason", "my own business")
+    result = fedface("device", "withdraw", "device.yaml", "--run", "faces", "--reason", "my own business")
     for words in (
         "answers faces only with refusals. This cannot be revoked.",
         "The server is informed at its next request.",
@@ -284,7 +286,7 @@ def test_leaving_says_what_happens_next_and_what_cannot_be_undone(fedface, used:
         str(two),
         "You have left faces now; stored replies deleted: 2.",
     ):
-        assert words in said.out
+        assert words in result.out
     assert (
         "You have left faces already, on "
         in fedface("device", "withdraw", "device.yaml", "--run", "faces").out
@@ -296,46 +298,48 @@ def test_leaving_says_what_happens_next_and_what_cannot_be_undone(fedface, used:
     )
 
 
-def test_erasing_says_what_goes_and_that_photos_stay(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
-    """The key and the stored replies go, the ledger stays."""
-    said = fedface("device", "erase", "device.yaml", "--yes")
+def test_erasing_prints_what_is_deleted_and_that_photos_remain(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """The key and the stored replies are deleted, the ledger remains."""
+    result = fedface("device", "erase", "device.yaml", "--yes")
     for words in (
         "Your photos are not touched.",
         "deleted, not overwritten",
         "The ledger remains",
         "sum.key",
     ):
-        assert words in said.out
-    assert "Stored replies deleted from the ledger: 2." in said.out
+        assert words in result.out
+    assert "Stored replies deleted from the ledger: 2." in result.out
     assert not (used / "state" / "sum.key").exists()
     assert (used / "photos" / "me.jpg").read_bytes() == b"a photo"
     assert "3 releases booked" in fedface("ledger", "verify", "device.yaml").out
 
 
-def test_erasing_says_which_file_is_what_and_which_is_not_found(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
-    """The index of photos that were never scanned, or were by another user, is named as missing."""
-    said = fedface("device", "erase", "device.yaml", "--yes")
+def test_erasing_lists_each_file_and_which_are_missing(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """The index of photos that were never scanned, or by another user, is listed as missing."""
+    result = fedface("device", "erase", "device.yaml", "--yes")
     index = device_state(used / "device.yaml").index
-    assert f"{used / 'state' / 'sum.key'}: the shared key" in said.out
-    assert f"\n{index}: the index of the photos in {used / 'photos'} - not found" in said.out
-    assert f"- {index}" not in said.out and "The photo index" not in said.out
-    assert "The shared key is deleted" in said.out and "Stop the device first" in said.out
-    assert "was the device run as another user?" in said.out
+    assert f"{used / 'state' / 'sum.key'}: the shared key" in result.out
+    assert f"\n{index}: the index of the photos in {used / 'photos'} - not found" in result.out
+    assert f"- {index}" not in result.out and "The photo index" not in result.out
+    assert "The shared key is deleted" in result.out and "Stop the device first" in result.out
+    assert "was the device run as another user?" in result.out
 
 
-def test_a_link_in_place_of_a_file_is_not_erased(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
-    """One sentence and code 2; the shared file that it points to stays, and so does everything else."""
+def test_a_symbolic_link_is_not_erased(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """One sentence and code 2; its shared target remains, and so does everything else."""
     key = used / "state" / "sum.key"
     key.rename(used / "shared.key")
     key.symlink_to(used / "shared.key")
     before = files_in(used)
-    said = fedface("device", "erase", "device.yaml", "--yes")
-    (sentence,) = filter(None, said.err.splitlines())
-    assert said.code == 2 and f"{key} is a link to {used / 'shared.key'}, so nothing was deleted" in sentence
+    result = fedface("device", "erase", "device.yaml", "--yes")
+    (sentence,) = filter(None, result.err.splitlines())
+    assert (
+        result.code == 2 and f"{key} is a link to {used / 'shared.key'}, so nothing was deleted" in sentence
+    )
     assert files_in(used) == before and key.is_symlink()
 
 
-def test_the_ledger_goes_only_with_a_copy_or_a_word_that_none_is_wanted(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+def test_the_ledger_is_erased_only_with_export_or_no_export(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
     """The copy is written before anything is deleted, never over another file."""
     (used / "there.json").write_text("mine")
     before = files_in(used)
@@ -347,15 +351,15 @@ def test_the_ledger_goes_only_with_a_copy_or_a_word_that_none_is_wanted(fedface,
     ):
         assert reason in fedface("device", "erase", "device.yaml", "--yes", *words).sentence
     assert files_in(used) == before
-    said = fedface("device", "erase", "device.yaml", "--yes", "--ledger", "--export", "copy.json")
-    assert said.code == 0 and "Treat these photos as spent" in said.out
-    told = json.loads((used / "copy.json").read_text())
-    assert len(told["records"]) == 8
+    result = fedface("device", "erase", "device.yaml", "--yes", "--ledger", "--export", "copy.json")
+    assert result.code == 0 and "Treat these photos as spent" in result.out
+    reported = json.loads((used / "copy.json").read_text())
+    assert len(reported["records"]) == 8
     assert files_in(used / "state") == {} and (used / "photos" / "me.jpg").exists()
 
 
-def test_a_story_of_two_rounds_a_goodbye_and_a_refusal(fedface, home: Path) -> None:  # type: ignore[no-untyped-def]
-    """Through the commands alone: bytes, digests and prices are those of what was sent."""
+def test_two_rounds_a_withdrawal_and_a_refusal_are_in_the_log(fedface, home: Path) -> None:  # type: ignore[no-untyped-def]
+    """Through commands only: bytes, digests and costs are those of what was sent."""
     experiment = tiny_experiment(home / "recipe")
     device = first_device(experiment, home / "devices")
     (home / "device.yaml").write_text(FILE.replace("STATE", str(device.state)))
@@ -375,39 +379,39 @@ def test_a_story_of_two_rounds_a_goodbye_and_a_refusal(fedface, home: Path) -> N
     assert fedface("device", "withdraw", "device.yaml", "--run", "tiny", "--yes").code == 0
     answer = handle_task(replace(task, round=3), device)
     assert isinstance(answer, Refusal) and answer.withdrawn
-    told = json.loads(fedface("device", "log", "device.yaml", "--json").out)
-    assert [line.get("kind", line["record"]) for line in told["records"]] == [
+    reported = json.loads(fedface("device", "log", "device.yaml", "--json").out)
+    assert [line.get("kind", line["record"]) for line in reported["records"]] == [
         "update",
         "update",
         "withdrawal",
         "refusal",
     ]
-    assert list(told["withdrawn"]) == ["tiny"] and told["records"][3]["price"] is None
+    assert list(reported["withdrawn"]) == ["tiny"] and reported["records"][3]["price"] is None
     spent = epsilon_of(experiment.plan().event(2), 1e-3)
-    assert [budget["spent"]["upper"] for budget in told["budgets"]] == [spent.upper] * 2
-    assert [budget["left"] for budget in told["budgets"]] == [100 - spent.upper, 50 - spent.upper]
+    assert [budget["spent"]["upper"] for budget in reported["budgets"]] == [spent.upper] * 2
+    assert [budget["left"] for budget in reported["budgets"]] == [100 - spent.upper, 50 - spent.upper]
 
 
-def test_a_bare_ledger_is_priced_for_whom_its_entries_promise(fedface, home: Path) -> None:  # type: ignore[no-untyped-def]
-    """Never per photo for occasions; where entries differ the line to type is said; noise has four figures."""
+def test_a_ledger_without_a_device_file_uses_the_unit_of_its_entries(fedface, home: Path) -> None:  # type: ignore[no-untyped-def]
+    """Never per photo for occasions; if entries differ the error has the option to use; noise has four digits."""
     path = home / "bare.sqlite"
     ledger = Ledger.open(path)
     metadata = {"unit": "occasion", "noise_multiplier": "6.123456789"}
     ledger.record(EVENT, run="faces", round=1, metadata=metadata)
-    said = fedface("ledger", "show", "bare.sqlite")
-    assert "every epsilon at delta 1e-5, per occasion" in said.out and "6.123 " in said.out
-    assert "fedface ledger show bare.sqlite --delta 1e-6 --unit photo" in said.out
+    result = fedface("ledger", "show", "bare.sqlite")
+    assert "every epsilon at delta 1e-5, per occasion" in result.out and "6.123 " in result.out
+    assert "fedface ledger show bare.sqlite --delta 1e-6 --unit photo" in result.out
     assert json.loads(fedface("ledger", "export", "bare.sqlite").out)["spent"]["unit"] == "occasion"
     ledger.record(EVENT, run="others", round=1, metadata={**metadata, "unit": "photo"})
-    told = fedface("ledger", "show", "bare.sqlite").sentence
-    assert "several units (photo, occasion)" in told
-    assert told.endswith("fedface ledger show bare.sqlite --unit photo")
+    reported = fedface("ledger", "show", "bare.sqlite").sentence
+    assert "several units (photo, occasion)" in reported
+    assert reported.endswith("fedface ledger show bare.sqlite --unit photo")
     assert fedface("ledger", "show", "bare.sqlite", "--unit", "photo").code == 0
     assert fedface("ledger", "verify", "bare.sqlite").code == 0
 
 
-def test_a_state_that_others_may_look_into_is_warned_of(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
-    """By whoever reads the books; the answer is the same, and on standard output nothing but it."""
+def test_a_state_folder_readable_by_others_gives_a_warning(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """On standard error; the output is the same."""
     commands = (
         ["device", "log", "device.yaml"],
         ["ledger", "show", "device.yaml"],
@@ -417,13 +421,13 @@ def test_a_state_that_others_may_look_into_is_warned_of(fedface, used: Path) -> 
     quiet = [fedface(*words) for words in commands]
     (used / "state").chmod(0o755)
     for words, before in zip(commands, quiet, strict=True):
-        said = fedface(*words)
-        assert said.code == 0 and said.out == before.out and "warning" not in before.err
-        assert "others may look into" in said.err and "run chmod 700 on it" in said.err
+        result = fedface(*words)
+        assert result.code == 0 and result.out == before.out and "warning" not in before.err
+        assert "others may look into" in result.err and "run chmod 700 on it" in result.err
 
 
-def test_a_policy_is_no_device(fedface, home: Path) -> None:  # type: ignore[no-untyped-def]
-    """Said by what a device's file has."""
+def test_a_policy_file_is_not_a_device_file(fedface, home: Path) -> None:  # type: ignore[no-untyped-def]
+    """The error lists the keys of a device file."""
     (home / "policy.yaml").write_text("max_epsilon: 8\ndelta: 1e-6\n")
     for words in (["device", "log"], ["device", "erase"], ["ledger", "show"]):
         assert fedface(*words, "policy.yaml").sentence == (
@@ -431,36 +435,34 @@ def test_a_policy_is_no_device(fedface, home: Path) -> None:  # type: ignore[no-
         )
 
 
-def test_an_overspent_device_says_that_nothing_is_left(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+def test_an_overspent_device_has_nothing_left(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
     """Once for life, once for the month."""
     (used / "device.yaml").write_text(
         FILE.replace("STATE", "state").replace("100", "0.1").replace("epsilon: 50", "epsilon: 0.05")
     )
-    said = fedface("device", "log", "device.yaml").out
+    result = fedface("device", "log", "device.yaml").out
     three = epsilon_of(compose([EVENT] * 3), 1e-3).upper
     where = "at delta 0.001 per photo."
     assert (
         f"Nothing is left: everything will be refused; over by {format_upper_bound(three - 0.1)} {where}"
-        in said
+        in result
     )
-    assert f"older than that; over by {format_upper_bound(three - 0.05)} {where}" in said
+    assert f"older than that; over by {format_upper_bound(three - 0.05)} {where}" in result
 
 
-def test_a_folder_is_no_ledger(fedface, home: Path) -> None:  # type: ignore[no-untyped-def]
-    """Nor is there anything to warn of."""
+def test_a_folder_is_refused_as_a_ledger(fedface, home: Path) -> None:  # type: ignore[no-untyped-def]
+    """Without a warning."""
     assert fedface("ledger", "verify", "photos").sentence.startswith("photos: is a folder; wanted")
 
 
-def test_an_erasure_that_was_cut_short_after_its_copy_is_ended_by_the_same_command(
-    fedface, used: Path
-) -> None:  # type: ignore[no-untyped-def]
-    """While the books are whole the copy is known again; when a part has gone, the way out is named."""
+def test_an_interrupted_erasure_is_completed_by_the_same_command(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
+    """While the ledger is complete the copy is recognised; when a part is missing, the error has the command."""
     command = ("device", "erase", "device.yaml", "--yes", "--ledger", "--export", "copy.json")
     copy = fedface("ledger", "export", "device.yaml").out
     (used / "copy.json").write_text(copy)
     ledger = (used / "state" / "ledger.sqlite").read_bytes()
-    said = fedface(*command)
-    assert said.code == 0 and "is an export of the ledger as it is" in said.out
+    result = fedface(*command)
+    assert result.code == 0 and "is an export of the ledger as it is" in result.out
     assert (used / "copy.json").read_text() == copy and not (used / "state" / "ledger.sqlite").exists()
     (used / "state" / "ledger.sqlite").write_bytes(ledger[:-1])
     (used / "state" / "ledger.sqlite.head").write_text("f" * 64)
@@ -472,15 +474,15 @@ def test_deltas_are_written_in_one_way(fedface, used: Path) -> None:  # type: ig
     """1e-4, in each of these commands."""
     (used / "device.yaml").write_text(FILE.replace("STATE", "state").replace("1e-3", "1e-4"))
     for words in (["device", "log"], ["ledger", "show"], ["policy", "check"]):
-        said = fedface(*words, "device.yaml").out
-        assert "delta 1e-4" in said and "0.0001" not in said and "1e-04" not in said
+        result = fedface(*words, "device.yaml").out
+        assert "delta 1e-4" in result and "0.0001" not in result and "1e-04" not in result
 
 
-def test_help_and_slips_are_written_plainly(fedface) -> None:  # type: ignore[no-untyped-def]
-    """No backslash for a markup that nobody reads, and one suggestion."""
+def test_help_and_suggestions_are_plain_text(fedface) -> None:  # type: ignore[no-untyped-def]
+    """No backslash for markup, and one suggestion."""
     for words in (["device", "keygen"], ["policy", "check"], ["ledger", "show"], ["run"]):
-        said = fedface(*words, "--help")
-        assert "[required]" in said.out and "\\" not in said.out
+        result = fedface(*words, "--help")
+        assert "[required]" in result.out and "\\" not in result.out
     assert fedface("polcy").err.count("Did you mean") == 1
     assert fedface("policy", "chek").err.count("Did you mean") == 1
 
@@ -515,8 +517,8 @@ STUCK = (
 )
 
 
-def test_an_interrupt_that_takes_long_says_so_and_another_ends_it_at_once() -> None:
-    """A thread that computes is waited for; whoever cannot wait loses nothing that was finished."""
+def test_a_slow_interrupt_is_reported_and_a_second_one_ends_it_at_once() -> None:
+    """A computing thread is waited for; ending at once loses nothing that was finished."""
     with subprocess.Popen(
         [sys.executable, "-c", STUCK], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as stuck:
@@ -531,7 +533,7 @@ def test_an_interrupt_that_takes_long_says_so_and_another_ends_it_at_once() -> N
 
 
 def test_several_interrupts_in_quick_succession_are_one() -> None:
-    """The second does not break into what ends the command; one sentence, no traceback."""
+    """The second does not interrupt the cleanup; one sentence, no traceback."""
     with subprocess.Popen(
         [sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as waiting:

@@ -1,4 +1,4 @@
-"""`fedface policy check`: sentences, verdicts, exit codes; and nothing on the disk is touched."""
+"""`fedface policy check`: sentences, verdicts and exit codes; nothing on disk is changed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def willing(tmp_path: Path) -> Path:
 
 
 def device_file(folder: Path, policy: str = WILLING) -> Path:
-    """A device whose photos and state lie beside its file."""
+    """A device with photos and state in the file's folder."""
     path = folder / "device.yaml"
     (folder / "photos").mkdir(exist_ok=True)
     lines = "".join(f"  {line}\n" for line in policy.strip().splitlines())
@@ -51,34 +51,34 @@ def device_file(folder: Path, policy: str = WILLING) -> Path:
 
 
 def spent_ledger(path: Path, recipe: Experiment, rounds: int) -> Path:
-    """A ledger in which some rounds of a run are booked."""
+    """A ledger with some recorded rounds of a run."""
     plan = recipe.plan()
-    book = Ledger.open(path)
+    database = Ledger.open(path)
     for round in range(rounds):
-        book.record(plan.event(1), run="earlier", round=round, metadata=plan.metadata())
+        database.record(plan.event(1), run="earlier", round=round, metadata=plan.metadata())
     return path
 
 
-def test_a_policy_is_said_in_sentences(check, willing: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """An epsilon never stands without its delta, unit and period; a device file says what its section says."""
-    said = check(willing)
-    assert (said.code, said.err) == (0, "")
-    assert "at most epsilon 8 at delta 1e-4 per photo for life" in said.out
-    assert "updates may travel homomorphic, where 2 devices or more are summed" in said.out
-    assert "no ledger yet: nothing is spent" in said.out
+def test_a_policy_is_printed_in_sentences(check, willing: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Every epsilon has its delta, unit and period; a device file gives the same as its policy section."""
+    result = check(willing)
+    assert (result.code, result.err) == (0, "")
+    assert "at most epsilon 8 at delta 1e-4 per photo for life" in result.out
+    assert "updates may travel homomorphic, where 2 devices or more are summed" in result.out
+    assert "no ledger yet: nothing is spent" in result.out
     device = check(device_file(tmp_path))
     assert device.code == 0
-    assert device.out.splitlines()[1:] == said.out.splitlines()[1:]
+    assert device.out.splitlines()[1:] == result.out.splitlines()[1:]
 
 
 def test_a_device_would_take_part_in_what_fits(check, willing: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     before = sorted(tmp_path.rglob("*"))
-    said = check(willing, "--experiment", DEMO)
-    assert said.code == 0
-    assert 'training ("generator", 6 rounds, per photo): would take part' in said.out
-    assert "enough for 6 of its rounds" in said.out
-    assert said.out.splitlines()[0] == f"this device would take part in {DEMO}"
-    assert "the recipe promises" not in said.out  # at the same delta, for the same unit
+    result = check(willing, "--experiment", DEMO)
+    assert result.code == 0
+    assert 'training ("generator", 6 rounds, per photo): would take part' in result.out
+    assert "enough for 6 of its rounds" in result.out
+    assert result.out.splitlines()[0] == f"this device would take part in {DEMO}"
+    assert "the recipe promises" not in result.out  # at the same delta, for the same unit
     assert sorted(tmp_path.rglob("*")) == before  # no ledger was begun, no folder made
 
 
@@ -96,42 +96,42 @@ def test_a_device_would_take_part_in_what_fits(check, willing: Path, tmp_path: P
 def test_a_device_would_refuse_with_the_reason(  # type: ignore[no-untyped-def]
     check, willing: Path, change: tuple[str, str], words: str
 ) -> None:
-    """Exit code 1 is not a mistake: it is the answer."""
+    """Exit code 1 is not an error but the answer."""
     willing.write_text(WILLING.replace(*change))
-    said = check(willing, "--experiment", DEMO)
-    assert said.code == 1 and said.err == ""
-    first, training, *_ = said.out.splitlines()
+    result = check(willing, "--experiment", DEMO)
+    assert result.code == 1 and result.err == ""
+    first, training, *_ = result.out.splitlines()
     assert first.startswith(f"this device would refuse {DEMO}: ") and words in first
     assert training == '  training ("generator", 6 rounds, per photo): would refuse'
-    priced = "requests epsilon at most" in said.out.partition(training)[2]
+    priced = "requests epsilon at most" in result.out.partition(training)[2]
     assert priced == ("already spent" in words)  # what is refused whatever it costs has no price
 
 
-def test_what_is_spent_counts(check, willing: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """A device file's own ledger is found; another can be named; neither is changed."""
+def test_spent_epsilon_counts(check, willing: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """A device file's own ledger is found; another can be given; neither is changed."""
     recipe = read_experiment(DEMO)
     device = device_file(tmp_path)
     own = spent_ledger(tmp_path / "state" / "ledger.sqlite", recipe, rounds=2)
-    kept = own.read_bytes()
+    stored = own.read_bytes()
     for words in ((device,), (willing, "--ledger", own)):
-        said = check(*words, "--experiment", DEMO, "--json")
-        told = json.loads(said.out)
-        assert said.code == 1 and told["would_take_part"] is False
-        (price,) = told["asked"][0]["prices"]
+        result = check(*words, "--experiment", DEMO, "--json")
+        reported = json.loads(result.out)
+        assert result.code == 1 and reported["would_take_part"] is False
+        (price,) = reported["asked"][0]["prices"]
         assert price["limit"] == {"epsilon": 8.0, "delta": 1e-4, "unit": "photo", "days": None}
-        assert price["spent"] == told["spent"][0]["spent"] > 0
+        assert price["spent"] == reported["spent"][0]["spent"] > 0
         assert price["asked"] < 8.0 < price["together"] < price["asked"] + price["spent"]
         assert price["rounds_that_fit"] == 4  # of six, after two of the same
-        assert told["refusal"] == told["asked"][0]["refusal"] and told["together"] is None
-    assert own.read_bytes() == kept
+        assert reported["refusal"] == reported["asked"][0]["refusal"] and reported["together"] is None
+    assert own.read_bytes() == stored
 
 
 @pytest.mark.parametrize("gone", ["ledger", "ledger and head", "witness"])
 @pytest.mark.parametrize("named", [False, True])
-def test_a_ledger_that_has_gone_is_missed(  # type: ignore[no-untyped-def]
+def test_a_missing_ledger_is_detected(  # type: ignore[no-untyped-def]
     check, tmp_path: Path, gone: str, named: bool
 ) -> None:
-    """By its head, or by the witness that the device's file names: a lost ledger is not an unspent budget."""
+    """By its head, or by the witness in the device file: a lost ledger is not an unspent budget."""
     device = device_file(tmp_path)
     device.write_text(f"witness: {tmp_path / 'disk'}\n{device.read_text()}")
     own = tmp_path / "state" / "ledger.sqlite"
@@ -143,9 +143,9 @@ def test_a_ledger_that_has_gone_is_missed(  # type: ignore[no-untyped-def]
     for path in lost:
         path.unlink()
     before = sorted(tmp_path.rglob("*"))
-    said = check(device, "--experiment", DEMO, *(("--ledger", own) if named else ()))
-    assert said.code == 2 and said.out == ""
-    (sentence,) = filter(None, said.err.splitlines())
+    result = check(device, "--experiment", DEMO, *(("--ledger", own) if named else ()))
+    assert result.code == 2 and result.out == ""
+    (sentence,) = filter(None, result.err.splitlines())
     assert ("is missing" if gone == "witness" else "has gone but") in sentence
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -154,82 +154,82 @@ def head_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.head")
 
 
-def test_a_named_ledger_that_has_gone_is_missed_too(check, willing: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Beside a bare policy there is its head alone to tell."""
+def test_a_missing_ledger_given_by_path_is_detected(check, willing: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """For a policy file, only its head can reveal it."""
     path = tmp_path / "ledger.sqlite"
     Ledger.open(path).record(GaussianSum(sigma=6.0, clip_norm=1.0).event(), run="r", round=0)
     path.unlink()
-    said = check(willing, "--ledger", path)
-    assert said.code == 2 and said.out == "" and "has gone but" in said.err
+    result = check(willing, "--ledger", path)
+    assert result.code == 2 and result.out == "" and "has gone but" in result.err
 
 
-def test_a_witness_that_was_not_begun_yet_is_not_begun_by_a_check(check, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Naming one in the device's file is for the device to act on."""
+def test_a_check_does_not_create_a_witness(check, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Only the running device does."""
     device = device_file(tmp_path)
     spent_ledger(tmp_path / "state" / "ledger.sqlite", read_experiment(DEMO), rounds=1)
     device.write_text(f"witness: {tmp_path / 'disk'}\n{device.read_text()}")
-    said = check(device)
-    assert said.code == 0 and "spent according to" in said.out and not (tmp_path / "disk").exists()
+    result = check(device)
+    assert result.code == 0 and "spent according to" in result.out and not (tmp_path / "disk").exists()
 
 
-def test_a_period_says_how_far_a_run_would_get(check, willing: Path) -> None:  # type: ignore[no-untyped-def]
-    """A run may pause and go on: the device takes part as long as one round fits."""
+def test_a_period_reports_how_many_rounds_fit(check, willing: Path) -> None:  # type: ignore[no-untyped-def]
+    """A run may pause and continue: the device takes part if one round fits."""
     willing.write_text(WILLING + "periods: [{days: 7, epsilon: 5.5}]\n")
-    said = check(willing, "--experiment", DEMO, "--json")
-    told = json.loads(said.out)
-    life, week = told["asked"][0]["prices"]
-    assert said.code == 0 and life["rounds_that_fit"] == 6
+    result = check(willing, "--experiment", DEMO, "--json")
+    reported = json.loads(result.out)
+    life, week = reported["asked"][0]["prices"]
+    assert result.code == 0 and life["rounds_that_fit"] == 6
     assert week["limit"]["days"] == 7.0 and 0 < week["rounds_that_fit"] < 6
 
 
-def test_evaluation_has_an_answer_of_its_own(check, willing: Path) -> None:  # type: ignore[no-untyped-def]
-    """A recipe that asks for figures asks for two things; together they cost no more than the promise."""
+def test_evaluation_is_reported_separately(check, willing: Path) -> None:  # type: ignore[no-untyped-def]
+    """An experiment with evaluation has two requests; together they cost no more than the target."""
     asks = ("--experiment", DEMO, "--set", "evaluation={}")
-    said = check(willing, *asks)
-    assert said.code == 1
-    assert 'training ("generator", 6 rounds, per photo): would take part' in said.out
-    assert said.out.startswith(f"this device would refuse {DEMO}: this run asks for evaluation figures")
-    assert "training and evaluation together" not in said.out
+    result = check(willing, *asks)
+    assert result.code == 1
+    assert 'training ("generator", 6 rounds, per photo): would take part' in result.out
+    assert result.out.startswith(f"this device would refuse {DEMO}: this run asks for evaluation figures")
+    assert "training and evaluation together" not in result.out
     willing.write_text(WILLING + "evaluation: true\n")
-    said = check(willing, *asks)
-    assert said.code == 0 and "training and evaluation together: fits" in said.out
-    told = json.loads(check(willing, *asks, "--json").out)
+    result = check(willing, *asks)
+    assert result.code == 0 and "training and evaluation together: fits" in result.out
+    reported = json.loads(check(willing, *asks, "--json").out)
     whole = read_experiment(DEMO, changes={"evaluation": "{}"}).plan().epsilon()
-    assert whole is not None and told["together"]["price"]["asked"] == whole.upper <= 8.0
-    parts = [asked["prices"][0]["asked"] for asked in told["asked"]]
-    assert max(parts) < whole.upper < sum(parts) and told["together"]["refusal"] is None
+    assert whole is not None and reported["together"]["price"]["asked"] == whole.upper <= 8.0
+    parts = [asked["prices"][0]["asked"] for asked in reported["asked"]]
+    assert max(parts) < whole.upper < sum(parts) and reported["together"]["refusal"] is None
     willing.write_text(WILLING.replace("max_epsilon: 8", "max_epsilon: 7.95") + "evaluation: true\n")
-    said = check(willing, *asks)
-    assert said.code == 1
-    first = said.out.splitlines()[0]
-    assert said.out.count("would take part") == 2 and "all requests together need epsilon at most" in first
-    assert "training and evaluation together: would refuse" in said.out
+    result = check(willing, *asks)
+    assert result.code == 1
+    first = result.out.splitlines()[0]
+    assert result.out.count("would take part") == 2 and "all requests together need epsilon at most" in first
+    assert "training and evaluation together: would refuse" in result.out
 
 
-def test_hours_and_power_are_said_but_are_no_refusal(  # type: ignore[no-untyped-def]
+def test_hours_and_power_are_printed_but_are_no_refusal(  # type: ignore[no-untyped-def]
     check, willing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What does not hold now may hold tonight."""
+    """Conditions that do not hold now may hold later."""
     monkeypatch.setattr(SystemEnvironment, "power", lambda _: Power(on_ac=False, battery=0.4))
     willing.write_text(WILLING + "require_ac_power: true\n")
-    said = check(willing, "--experiment", DEMO)
-    assert said.code == 0
-    assert "this device takes part only on mains" in said.out
-    assert "not now: mains is not connected; the policy asks for it (require_ac_power)" in said.out
+    result = check(willing, "--experiment", DEMO)
+    assert result.code == 0
+    assert "this device takes part only on mains" in result.out
+    assert "not now: mains is not connected; the policy asks for it (require_ac_power)" in result.out
 
 
-def test_a_run_without_a_promise_has_no_finite_price(check, willing: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_run_without_dp_has_no_finite_cost(check, willing: Path) -> None:  # type: ignore[no-untyped-def]
     """JSON has no infinity."""
-    said = check(willing, "--experiment", DEMO, "--set", "privacy={kind: no-privacy}", "--json")
-    told = json.loads(said.out)
-    assert said.code == 1
-    assert told["asked"][0]["prices"] == []
-    assert "epsilon infinite at every delta" in told["asked"][0]["refusal"]
+    result = check(willing, "--experiment", DEMO, "--set", "privacy={kind: no-privacy}", "--json")
+    reported = json.loads(result.out)
+    assert result.code == 1
+    assert reported["asked"][0]["prices"] == []
+    assert "epsilon infinite at every delta" in reported["asked"][0]["refusal"]
     willing.write_text(WILLING + "allow_no_dp: true\n")
-    told = json.loads(
+    reported = json.loads(
         check(willing, "--experiment", DEMO, "--set", "privacy={kind: no-privacy}", "--json").out
     )
-    assert told["would_take_part"] and told["asked"][0]["prices"][0]["asked"] is None
+    assert reported["would_take_part"] and reported["asked"][0]["prices"][0]["asked"] is None
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_a_run_without_a_promise_has_no_finite_price(check, willing: Path) -> No
         ((".",), "is a folder"),
     ],
 )
-def test_mistakes_are_one_sentence_and_code_2(  # type: ignore[no-untyped-def]
+def test_errors_are_one_sentence_and_code_2(  # type: ignore[no-untyped-def]
     check, willing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], reason: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -261,10 +261,12 @@ def test_mistakes_are_one_sentence_and_code_2(  # type: ignore[no-untyped-def]
     (tmp_path / "photos").mkdir()
     (tmp_path / "broken.yaml").write_text("max_epsilon: 8\nobjectives: [generator\ndelta: 1e-4\n")
     (tmp_path / "bytes.yaml").write_bytes(b"\x89PNG\r\n\x1a\n\x00\xff")
-    said = check(*words)
-    assert said.code == 2 and said.out == ""
-    assert len(said.err.splitlines()) == 1 and "?" not in re.sub(r'did you mean "[a-z_.]+"\?', "", said.err)
-    assert said.err.startswith("fedface: ") and reason in said.err
+    result = check(*words)
+    assert result.code == 2 and result.out == ""
+    assert len(result.err.splitlines()) == 1 and "?" not in re.sub(
+        r'did you mean "[a-z_.]+"\?', "", result.err
+    )
+    assert result.err.startswith("fedface: ") and reason in result.err
     assert not (tmp_path / "nowhere.sqlite").exists()
 
 
@@ -279,54 +281,54 @@ def test_mistakes_are_one_sentence_and_code_2(  # type: ignore[no-untyped-def]
         ("folders: [Private, Famly]", "policy.folders: there is no folder Famly in PHOTOS."),
     ],
 )
-def test_a_folder_that_is_not_there_is_a_mistake(check, tmp_path: Path, line: str, words: str) -> None:  # type: ignore[no-untyped-def]
-    """Of a device's file; a bare policy has no photos to look at."""
+def test_a_missing_folder_is_an_error(check, tmp_path: Path, line: str, words: str) -> None:  # type: ignore[no-untyped-def]
+    """In a device file; a policy file has no photos."""
     device = device_file(tmp_path, f"{WILLING}{line}\n")
     (tmp_path / "photos" / "Private").mkdir()
-    said = check(device)
-    assert said.code == 2 and said.out == ""
-    assert words.replace("PHOTOS", str(tmp_path / "photos")) in said.err
+    result = check(device)
+    assert result.code == 2 and result.out == ""
+    assert words.replace("PHOTOS", str(tmp_path / "photos")) in result.err
     (tmp_path / "policy.yaml").write_text(f"{WILLING}{line}\n")
     assert check(tmp_path / "policy.yaml").code == 0
 
 
-def test_what_the_device_itself_would_refuse_is_found(check, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Photos that have gone, a state that others may look into; a ledger that others may read is a warning."""
+def test_what_the_device_would_refuse_is_reported(check, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Missing photos, a state folder that others can read; a ledger that others can read is a warning."""
     device = device_file(tmp_path)
     own = spent_ledger(tmp_path / "state" / "ledger.sqlite", read_experiment(DEMO), rounds=1)
     own.chmod(0o644)
     warning = f"others could read {own}; run chmod 600 on it"
     assert json.loads(check(device, "--json").out)["warnings"] == [warning]
     own.chmod(0o644)
-    said = check(device)
-    assert said.code == 0 and f"warning: {warning}" in said.out
+    result = check(device)
+    assert result.code == 0 and f"warning: {warning}" in result.out
     own.parent.chmod(0o755)
-    said = check(device)
-    assert said.code == 2 and f"other users can read {own.parent}; run chmod 700 on it" in said.err
+    result = check(device)
+    assert result.code == 2 and f"other users can read {own.parent}; run chmod 700 on it" in result.err
     own.parent.chmod(0o700)
     (tmp_path / "photos").rmdir()
-    said = check(device)
-    assert said.code == 2 and "photos: there is no folder" in said.err
+    result = check(device)
+    assert result.code == 2 and "photos: there is no folder" in result.err
 
 
-def test_what_is_hardly_meant_is_a_warning(check, willing: Path) -> None:  # type: ignore[no-untyped-def]
-    """It changes no answer."""
+def test_implausible_settings_are_warnings(check, willing: Path) -> None:  # type: ignore[no-untyped-def]
+    """They do not change the verdict."""
     willing.write_text(WILLING.replace("1e-4", "0.05") + "periods: [{days: 7, epsilon: 9}]\n")
-    said = check(willing)
-    assert said.code == 0
+    result = check(willing)
+    assert result.code == 0
     assert (
-        "warning: delta 0.05 is large" in said.out
-        and "warning: epsilon 9 at delta 0.05 per photo" in said.out
+        "warning: delta 0.05 is large" in result.out
+        and "warning: epsilon 9 at delta 0.05 per photo" in result.out
     )
 
 
-def test_a_policy_that_has_ended_says_so(check, willing: Path) -> None:  # type: ignore[no-untyped-def]
-    """Exit code 1 only if a run was named: without one nothing was asked."""
+def test_an_expired_policy_is_reported(check, willing: Path) -> None:  # type: ignore[no-untyped-def]
+    """Exit code 1 only with an experiment."""
     willing.write_text(WILLING + "expires: 2020-01-01\n")
-    said = check(willing)
+    result = check(willing)
     assert (
-        said.code == 0
-        and said.out.splitlines()[0] == "this policy ended on 2020-01-01; everything is refused"
+        result.code == 0
+        and result.out.splitlines()[0] == "this policy ended on 2020-01-01; everything is refused"
     )
     assert check(willing, "--experiment", DEMO).code == 1
     assert (
@@ -335,27 +337,27 @@ def test_a_policy_that_has_ended_says_so(check, willing: Path) -> None:  # type:
     )
 
 
-def test_another_delta_than_the_recipes_is_said(check, willing: Path) -> None:  # type: ignore[no-untyped-def]
+def test_another_delta_than_the_experiments_is_reported(check, willing: Path) -> None:  # type: ignore[no-untyped-def]
     """The same noise has a higher epsilon at a smaller delta."""
     willing.write_text(WILLING.replace("1e-4", "1e-6"))
-    said = check(willing, "--experiment", DEMO)
-    assert said.code == 1
+    result = check(willing, "--experiment", DEMO)
+    assert result.code == 1
     assert (
         "read at this device's delta 1e-6, per photo; the recipe promises epsilon at most 8 at delta 1e-4, "
         "per photo, over everything"
-    ) in said.out
-    for line in said.out.splitlines():
+    ) in result.out
+    for line in result.out.splitlines():
         if "epsilon" in line and "allows" not in line:
             assert "delta" in line and ("at most" in line or "max_epsilon" in line)
 
 
 def test_an_overspent_ledger_leaves_nothing(check, willing: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """By how much, in words and in JSON."""
+    """By how much, in text and in JSON."""
     willing.write_text(WILLING.replace("max_epsilon: 8", "max_epsilon: 0.5"))
     own = spent_ledger(tmp_path / "ledger.sqlite", read_experiment(DEMO), rounds=2)
-    said = check(willing, "--ledger", own)
+    result = check(willing, "--ledger", own)
     spent = Ledger.open(own).spent(1e-4).upper
     over = format_upper_bound(spent - 0.5)
     sentence = f"nothing is left: everything will be refused; over by {over} at delta 1e-4 per photo"
-    assert said.code == 0 and sentence in said.out.splitlines()
+    assert result.code == 0 and sentence in result.out.splitlines()
     assert json.loads(check(willing, "--ledger", own, "--json").out)["spent"][0]["nothing_left"] == sentence

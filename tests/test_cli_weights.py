@@ -1,4 +1,4 @@
-"""`fedface weights`: what it prints about files of weights, and how it refuses."""
+"""`fedface weights`: what it prints about checkpoints, and how it refuses."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def weights(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 
 def checkpoint(path: Path) -> StyleGAN2:
-    """A bare list of weights as torch.save writes it."""
+    """A state dict as torch.save writes it."""
     config = StyleGAN2Config(
         size=16, latent_width=6, style_width=5, mapping_layers=2, channel_base=128, channel_max=8
     )
@@ -51,8 +51,8 @@ def checkpoint(path: Path) -> StyleGAN2:
     return generator
 
 
-def test_an_imported_file_is_described_and_kept(weights, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Kind, size, weights, layers, form, hash, what was left, and a picture; the result is a model of ours."""
+def test_an_imported_file_is_described_and_saved(weights, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Kind, size, weights, layers, form, hash, what was ignored, and an image; the result is a fedface model."""
     generator = checkpoint(tmp_path / "a.pt")
     code, out, _ = weights("import", "a.pt", "--out", "new/a.safetensors", "--sheet", "a.png")
     assert code == 0
@@ -72,43 +72,43 @@ def test_an_imported_file_is_described_and_kept(weights, tmp_path: Path) -> None
     ):
         assert words in out, words
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
-    kept = load_model(tmp_path / "new/a.safetensors")
-    assert isinstance(kept.architecture, GeneratorArchitecture) and weights_hash(
-        *kept.modules()
+    stored = load_model(tmp_path / "new/a.safetensors")
+    assert isinstance(stored.architecture, GeneratorArchitecture) and weights_hash(
+        *stored.modules()
     ) == weights_hash(generator)
-    assert kept.notes["file"] == "a.pt" and len(kept.notes["sha256"]) == 64
-    told = json.loads(weights("import", "a.pt", "--out", "b.safetensors", "--json")[1])
-    assert told["hash"] == weights_hash(generator) and told["ignored"] == ["step"]
-    assert told["networks"][0]["weights"] == count and told["size"] == 16
+    assert stored.notes["file"] == "a.pt" and len(stored.notes["sha256"]) == 64
+    reported = json.loads(weights("import", "a.pt", "--out", "b.safetensors", "--json")[1])
+    assert reported["hash"] == weights_hash(generator) and reported["ignored"] == ["step"]
+    assert reported["networks"][0]["weights"] == count and reported["size"] == 16
 
 
-def test_our_files_are_shown_hashed_and_sampled(weights, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Each also as JSON; a hash is of weights, so that notes do not change it; a seed gives one picture."""
+def test_fedface_checkpoints_are_shown_hashed_and_sampled(weights, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Each also as JSON; the hash covers weights, not notes; a seed gives one image."""
     gan = tiny_gan()
     save_model(tmp_path / "a.safetensors", gan)
-    wanted = weights_hash(*gan.modules())
+    expected = weights_hash(*gan.modules())
     code, out, _ = weights("show", "a.safetensors")
     assert (
         code == 0
-        and f"hash: {wanted}" in out
+        and f"hash: {expected}" in out
         and "discriminator: Discriminator" in out
         and "16 x 16 pixels" in out
     )
-    assert json.loads(weights("show", "a.safetensors", "--json")[1])["hash"] == wanted
-    assert weights("hash", "a.safetensors")[1].strip() == wanted
-    assert json.loads(weights("hash", "a.safetensors", "--json")[1])["hash"] == wanted
+    assert json.loads(weights("show", "a.safetensors", "--json")[1])["hash"] == expected
+    assert weights("hash", "a.safetensors")[1].strip() == expected
+    assert json.loads(weights("hash", "a.safetensors", "--json")[1])["hash"] == expected
     pictures = []
     for seed in ("3", "3", "4"):
         words = ("sample", "a.safetensors", "--out", "a.png", "--count", "2", "--psi", "0.5", "--seed", seed)
         assert weights(*words)[0] == 0
         pictures.append((tmp_path / "a.png").read_bytes())
     assert pictures[0] == pictures[1] != pictures[2]
-    told = json.loads(weights("sample", "a.safetensors", "--out", "a.png", "--count", "1", "--json")[1])
-    assert told["psi"] == [0.7, 1.0] and told["hash"] == wanted
+    reported = json.loads(weights("sample", "a.safetensors", "--out", "a.png", "--count", "1", "--json")[1])
+    assert reported["psi"] == [0.7, 1.0] and reported["hash"] == expected
 
 
-def test_a_generator_with_classes_draws_each(weights, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """By default the first three; one by its number; none that it does not have."""
+def test_a_generator_with_classes_samples_each(weights, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """By default the first three; one by its number; unknown ones are refused."""
     config = StyleGAN2Config(
         size=8, latent_width=4, style_width=4, mapping_layers=1, channel_base=32, channel_max=4, classes=2
     )
@@ -125,7 +125,7 @@ def test_a_generator_with_classes_draws_each(weights, tmp_path: Path) -> None:  
 
 
 def test_a_hostile_file_is_one_sentence_and_writes_nothing(weights, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Code 2, the name of what it asked for, no file of ours, no file of its own."""
+    """Code 2, the requested name, and no file written."""
 
     class Gadget:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -138,22 +138,22 @@ def test_a_hostile_file_is_one_sentence_and_writes_nothing(weights, tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pkl"]
 
 
-def test_mistakes_are_sentences(weights, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """A missing file, a file over itself, another program's file where ours is wanted."""
+def test_errors_are_one_sentence(weights, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """A missing file, a file over itself, another program's file where a fedface checkpoint is expected."""
     checkpoint(tmp_path / "a.pt")
-    for words, said in (
+    for words, result in (
         (("import", "none.pkl", "--out", "a.safetensors"), "none.pkl: no such file"),
         (("import", "a.pt", "--out", "a.pt"), "a.pt: exists and will not be replaced"),
         (("show", "a.pt"), "not a readable safetensors file"),
         (("hash", "none.safetensors"), "no such checkpoint"),
     ):
         code, out, err = weights(*words)
-        assert code == 2 and out == "" and said in err and "Traceback" not in err
+        assert code == 2 and out == "" and result in err and "Traceback" not in err
     assert weights("sample", "a.pt", "--out", "a.png", "--psi", "2")[0] == 2
 
 
-def test_a_strangers_names_are_printed_as_words(weights, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Brackets are no markup, colons no pictures, escape codes question marks: in names, notes, errors and paths."""
+def test_names_from_files_are_printed_safely(weights, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """No markup, no emoji, escape codes as question marks: in names, notes, errors and paths."""
     state = checkpoint(tmp_path / "a.pt").state_dict()
     torch.save({"G_ema": state, "[/red]:smile:": 3, "\x1b[2J": torch.zeros(2)}, tmp_path / "[red].pt")
     code, out, _ = weights("import", "[red].pt", "--out", "[b]o.safetensors")
@@ -172,17 +172,17 @@ def test_a_strangers_names_are_printed_as_words(weights, tmp_path: Path) -> None
     assert code == 2 and "are not expected, the first is ?[2J" in err and "\x1b" not in err
 
 
-def test_where_a_model_cannot_be_kept_is_said_before_it_is_read(weights, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """A folder, this folder, a place within a file; nothing is left behind."""
+def test_an_unwritable_output_is_refused_before_the_file_is_read(weights, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """A folder, this folder, a path below a file; nothing is left behind."""
     checkpoint(tmp_path / "a.pt")
     (tmp_path / "folder").mkdir()
-    for out, said in (
+    for out, result in (
         (".", "is a folder"),
         ("folder", "is a folder"),
         ("a.pt/b", "is a file and not a folder"),
     ):
         code, printed, err = weights("import", "a.pt", "--out", out)
-        assert code == 2 and printed == "" and said in err and "reading" not in err
-        with pytest.raises(WeightsError, match=said):
+        assert code == 2 and printed == "" and result in err and "reading" not in err
+        with pytest.raises(WeightsError, match=result):
             save_model(tmp_path / out, tiny_gan())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "folder"]

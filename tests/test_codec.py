@@ -1,4 +1,4 @@
-"""Dataclasses to plain data and back: what JSON and YAML share."""
+"""The codec: dataclasses to plain data and back, for JSON and YAML."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Square:
 
 @dataclass(frozen=True)
 class Part:
-    """A class that is alone where it stands, with a field called kind."""
+    """A class without alternatives that has a field called kind."""
 
     kind: str = "screw"
 
@@ -59,8 +59,8 @@ DRAWING = Drawing(
 )  # fmt: skip
 
 
-def test_json_gives_back_what_was_written() -> None:
-    """Kinds and the version stand beside the fields; a field called kind stays a field."""
+def test_a_json_round_trip_is_exact() -> None:
+    """Kinds and the version are keys of their own; a field called kind remains a field."""
     assert loads(Drawing, dumps(DRAWING)) == DRAWING
     plain = encode(DRAWING)
     assert list(plain)[0] == "version" and plain["shapes"][0] == {"kind": "circle", "radius": 1.5}
@@ -93,27 +93,27 @@ def test_json_gives_back_what_was_written() -> None:
         ("1.5", "[" * 5000, "expected JSON, got"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_its_path(old: str, new: str, message: str) -> None:
+def test_invalid_data_is_refused_with_its_path(old: str, new: str, message: str) -> None:
     """Each in one sentence."""
     with pytest.raises(CodecError, match=re.escape(message)):
         loads(Drawing, dumps(DRAWING).replace(old, new, 1))
 
 
 def test_only_complete_data_is_read_from_json() -> None:
-    """A key with a default may be missing where people write, not where machines do."""
+    """A key with a default may be missing in YAML, not in JSON."""
     assert decode(Square, {}) == Square()
     with pytest.raises(CodecError, match="the key side is missing"):
         decode(Square, {}, complete=True)
 
 
-def test_a_union_of_classes_without_kinds_is_a_mistake_of_ours() -> None:
-    """Not of whoever wrote the file."""
+def test_a_union_of_classes_without_kinds_is_a_programming_error() -> None:
+    """Not an error of the file."""
     with pytest.raises(TypeError, match="needs a kind of its own"):
         decode(Square | Part, {"kind": "square"})
 
 
-def test_what_has_no_place_in_a_file_is_not_written() -> None:
-    """With its path."""
+def test_unsupported_values_are_not_written() -> None:
+    """With their path."""
     for value, message in (
         (math.inf, "extra.a.0: must be finite, got inf"),
         ({1}, "extra.a.0: must be plain text"),
@@ -125,7 +125,7 @@ def test_what_has_no_place_in_a_file_is_not_written() -> None:
 
 
 def test_a_field_can_be_stored_elsewhere(tmp_path: Path) -> None:
-    """Left out of the file, given when it is read; what is wrong in the file is said with its name."""
+    """Left out of the file and given on reading; errors in the file are reported with its name."""
     path = tmp_path / "drawing.json"
     path.write_text(dumps(DRAWING, leave_out=("file",)))
     assert load(Drawing, path, given={"file": Path("a/b")}) == DRAWING
@@ -136,8 +136,8 @@ def test_a_field_can_be_stored_elsewhere(tmp_path: Path) -> None:
         load(Drawing, path)
 
 
-def test_a_class_that_stands_alone_still_says_its_kind_in_json() -> None:
-    """Machines write every key; a person may leave it out of YAML."""
+def test_a_class_without_alternatives_still_has_its_kind_in_json() -> None:
+    """JSON has every key; YAML may omit it."""
     assert loads(Circle, dumps(Circle(2.0))) == Circle(2.0)
     with pytest.raises(CodecError, match=r"the key kind is missing \(circle\)"):
         loads(Circle, '{"radius": 2.0}')

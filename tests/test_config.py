@@ -1,4 +1,4 @@
-"""YAML to dataclasses: whatever is wrong is said with file, line and key, and nothing in a file is executed."""
+"""YAML to dataclasses: every error is reported with file, line and key, and nothing in a file is executed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class BenchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Kitchen:
-    """A section of every type that our configs use."""
+    """A section with every type of our configs."""
 
     owner: str
     area: float = 10.0
@@ -54,12 +54,12 @@ class Kitchen:
 
 
 def kitchen(text: str, **changes: str) -> Kitchen:
-    """Read a kitchen from a text that stands in `k.yaml`."""
+    """Parse a kitchen from the text of `k.yaml`."""
     return parse(text, Kitchen, name="k.yaml", changes=changes)
 
 
 def test_every_type_is_read_as_written() -> None:
-    """Numbers, texts, choices, lists, paths, mappings."""
+    """Numbers, text, choices, lists, paths, mappings."""
     written = """
 owner: 'Ada'
 area: 12
@@ -83,7 +83,7 @@ prices: {tea: 3}
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "result"),
     [
         ("owner: Ada\naera: 3", 'k.yaml:2: aera: unknown key; did you mean "area"?'),
         ("owner: Ada\nzzzz: 3", "k.yaml:2: zzzz: unknown key; known keys: owner, area"),
@@ -111,14 +111,14 @@ prices: {tea: 3}
         ("owner: Ada\n---\nowner: Bob", "not valid YAML"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_said_where_it_stands(text: str, said: str) -> None:
-    """One sentence with file, line, key, what was expected, what came."""
-    with pytest.raises(ConfigError, match=re.escape(said)):
+def test_an_error_is_reported_with_its_line(text: str, result: str) -> None:
+    """One sentence with file, line, key, expected and actual value."""
+    with pytest.raises(ConfigError, match=re.escape(result)):
         kitchen(text)
 
 
-def test_changes_win_over_the_file_and_fill_in_what_it_lacks() -> None:
-    """`--set area=3 --set furniture.length=2`, the second in a section that the file does not have."""
+def test_changes_override_the_file_and_add_to_it() -> None:
+    """`--set area=3 --set furniture.length=2`, the second in a section that is missing in the file."""
     changes = {"area": "3", "furniture.kind": "bench", "furniture.length": "2"}
     assert kitchen("owner: Ada\narea: 9", **changes) == Kitchen(
         owner="Ada", area=3.0, furniture=BenchConfig(length=2.0)
@@ -126,7 +126,7 @@ def test_changes_win_over_the_file_and_fill_in_what_it_lacks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "result"),
     [
         ("area", "", "--set area: needs a value"),
         ("area", "[", "--set area: not valid YAML"),
@@ -135,21 +135,21 @@ def test_changes_win_over_the_file_and_fill_in_what_it_lacks() -> None:
         ("area", "wide", "k.yaml, as changed: area: expected a number"),
     ],
 )
-def test_a_wrong_change_is_said_by_key(key: str, value: str, said: str) -> None:
-    """The command line's own mistakes."""
-    with pytest.raises(ConfigError, match=re.escape(said)):
+def test_a_wrong_change_is_reported_by_key(key: str, value: str, result: str) -> None:
+    """Errors in `--set`."""
+    with pytest.raises(ConfigError, match=re.escape(result)):
         kitchen("owner: Ada", **{key: value})
 
 
-def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
-    """A slip in a file's name."""
+def test_a_missing_file_suggests_a_similar_name(tmp_path: Path) -> None:
+    """For a typo in a file's name."""
     (tmp_path / "kitchen.yaml").write_text("owner: Ada")
     with pytest.raises(ConfigError, match='no such file; did you mean "kitchen.yaml"'):
         read(tmp_path / "kitchne.yaml", Kitchen)
 
 
-def test_a_folder_or_other_bytes_are_no_text_file(tmp_path: Path) -> None:
-    """Both are said, neither is a traceback; bytes that happen to be UTF-8 are none either."""
+def test_a_folder_or_binary_file_is_refused(tmp_path: Path) -> None:
+    """In one sentence; also bytes that happen to be UTF-8."""
     for name, content in (("bytes.yaml", b"\xff\xfe\x00"), ("zeros.yaml", b"owner: Ada\x00")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ConfigError, match=f"{name}: is not a text file$"):
@@ -159,7 +159,7 @@ def test_a_folder_or_other_bytes_are_no_text_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "result"),
     [
         (
             "owner: Ada\narea: [1\nwarm: no",
@@ -172,23 +172,21 @@ def test_a_folder_or_other_bytes_are_no_text_file(tmp_path: Path) -> None:
         ("owner: " + "[" * 5000, "k.yaml:1: not valid YAML: it is nested too deeply"),
     ],
 )
-def test_a_broken_file_is_one_line_with_the_line_where_it_breaks(
-    tmp_path: Path, text: str, said: str
-) -> None:
-    """The same whoever reads it: whole, one section, or the keys alone."""
+def test_a_malformed_file_is_reported_with_its_line(tmp_path: Path, text: str, result: str) -> None:
+    """The same for every reader: the whole file, one section, or only the keys."""
     (tmp_path / "k.yaml").write_text(text)
     for reading in (
         lambda path: read(path, Kitchen),
         lambda path: section(path, "owner"),
         lambda path: keys_of(path),
     ):
-        with pytest.raises(ConfigError, match=re.escape(said)) as refused:
+        with pytest.raises(ConfigError, match=re.escape(result)) as refused:
             reading(tmp_path / "k.yaml")
         assert "\n" not in str(refused.value)
 
 
-def test_the_keys_of_a_file_are_those_at_its_top(tmp_path: Path) -> None:
-    """Whatever stands behind them."""
+def test_keys_of_a_file_are_its_top_level_keys(tmp_path: Path) -> None:
+    """Whatever their values."""
     (tmp_path / "k.yaml").write_text("owner: Ada\nfurniture: {kind: bensh}\n")
     assert keys_of(tmp_path / "k.yaml") == ("owner", "furniture")
     (tmp_path / "k.yaml").write_text("[1, 2]")
@@ -212,14 +210,14 @@ def test_the_keys_of_a_file_are_those_at_its_top(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_hostile_file_is_refused_in_one_sentence(hostile: str) -> None:
-    """No object is built, nothing is expanded, no recursion or digit limit gets through."""
+    """No object is built, nothing is expanded, and recursion and digits are limited."""
     with pytest.raises(ConfigError) as refused:
         kitchen(hostile)
     assert len(str(refused.value)) < 1000
 
 
 def test_a_billion_laughs_is_not_expanded() -> None:
-    """Nine levels of nine aliases are 387 million items if somebody counts them; we look at the first."""
+    """Nine levels of nine aliases would be 387 million items."""
     lines = ['a0: &a0 ["ha"]'] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
     with pytest.raises(ConfigError, match="unknown key"):
         kitchen("\n".join(lines))
@@ -241,7 +239,7 @@ class _Tall:
     st.lists(st.floats(0, 9)),
     st.booleans(),
 )
-def test_what_is_dumped_is_read_back(
+def test_a_yaml_round_trip_is_exact(
     owner: str,
     area: float,
     furniture: RoundTable | BenchConfig,
@@ -261,7 +259,7 @@ def test_what_is_dumped_is_read_back(
     assert parse(dump(value), Kitchen, name="k.yaml") == value
 
 
-def test_an_experiments_own_record_is_read_back_as_the_same_experiment() -> None:
+def test_a_stored_experiment_is_read_back_as_the_same_experiment() -> None:
     """A run's experiment.yaml starts the same run again."""
     privacy = "privacy: {kind: privacy-target, epsilon: 2, delta: 1e-5}"
     text = f"question: q?\nname: n\n{privacy}\ndevices: {{kind: synthetic-devices}}"

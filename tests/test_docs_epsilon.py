@@ -49,19 +49,19 @@ PAGE = flat(TEXT)
 
 @lru_cache
 def plan_of(epsilon: float, unit: Unit = "occasion") -> Plan:
-    """The demo's recipe with another promise."""
+    """The demo's experiment with another privacy target."""
     changes = {"privacy.epsilon": f"{epsilon}", "privacy.delta": f"{DELTA}", "privacy.unit": unit}
     return read_experiment(ROOT / "experiments" / "demo.yaml", changes=changes).plan()
 
 
 def event_of(epsilon: float) -> Event:
-    """What the whole of such a run releases about one occasion."""
+    """The privacy event of a whole run for one occasion."""
     return plan_of(epsilon).total_event()
 
 
 @lru_cache
 def cost(epsilon: float, runs: int = 1, delta: float = DELTA) -> float:
-    """What so many equal runs cost together by the ledger."""
+    """The cost of this many equal runs together by the ledger."""
     return epsilon_of(compose([event_of(epsilon)] * runs), delta).upper
 
 
@@ -84,7 +84,9 @@ def percent(share: float) -> str:
 
 
 def right_at_most(event: Event) -> int:
-    """How often an even bet is won at most, in whole percent: half of one plus delta at epsilon 0."""
+    """The largest accuracy of guessing membership from a prior of one half, in percent: half of one plus delta at
+    epsilon 0.
+    """
     low, high = 49, 100  # the answer lies above the one and up to the other
     while high - low > 1:
         middle = (low + high) // 2
@@ -94,7 +96,7 @@ def right_at_most(event: Event) -> int:
 
 
 def bets() -> list[str]:
-    """The ceiling, and the table."""
+    """The bound, and the table."""
     rows = [
         f"| {epsilon:g} | {percent(sure(epsilon))} | {percent(sure(epsilon, 0.01))} "
         f"| {right_at_most(event_of(epsilon))} % | {percent(reconstruction_success_bound(event_of(epsilon), 0.01))} |"
@@ -127,7 +129,7 @@ def bets() -> list[str]:
 
 
 def birthday() -> list[str]:
-    """Forty photos under a promise for each of them, and other groups."""
+    """Forty photos under a guarantee for each of them, and other groups."""
     empty = next(units for units in range(1, 40) if group_delta(units) > 1)
     assert epsilon_of(convert_unit(event_of(3), source="photo", target="occasion"), DELTA).upper == math.inf
     replaced = epsilon_of(replace_one_event(event_of(3)), DELTA).upper
@@ -149,7 +151,7 @@ def birthday() -> list[str]:
 
 
 def sums() -> list[str]:
-    """Runs one after the other."""
+    """Consecutive runs."""
     certain = [100 * sure(cost(3, runs)) for runs in RUNS]
     ends = ["95 %" if runs == 1 else f"{value:.1f} %" for runs, value in zip(RUNS, certain, strict=True)]
     ends[-1] = percent(certain[-1] / 100)
@@ -173,7 +175,7 @@ def sums() -> list[str]:
 
 
 def deltas() -> list[str]:
-    """What delta allows, and what one point of a curve leaves out."""
+    """The effect of delta, and what one point of a curve leaves out."""
     seldom = 1e-6
     # P(loss > 3) (1 - e^(x - 3)) <= delta(x), for every x < 3.
     surer = min(d / -math.expm1(cost(3, 1, d) - 3) for d in (2e-5, 2.5e-5, 3e-5))
@@ -190,13 +192,13 @@ def deltas() -> list[str]:
 
 
 @pytest.mark.parametrize("part", [bets, birthday, sums, deltas], ids=lambda part: part.__name__)
-def test_the_page_says_what_the_library_computes(part) -> None:  # type: ignore[no-untyped-def]
+def test_the_page_has_the_numbers_that_the_library_computes(part) -> None:  # type: ignore[no-untyped-def]
     """Sentences with their numbers filled in."""
     assert [sentence for sentence in part() if sentence not in PAGE] == []
 
 
 def test_no_number_of_the_page_is_unchecked() -> None:
-    """Take away what is checked, and no digit is left."""
+    """After removing everything that is checked, no digit is left."""
     rest = PAGE
     checked = [*NAMES, *bets(), *birthday(), *sums(), *deltas()]
     for sentence in sorted(checked, key=len, reverse=True):
@@ -204,13 +206,13 @@ def test_no_number_of_the_page_is_unchecked() -> None:
     assert re.findall(r".{0,30}\d.{0,30}", rest) == []
 
 
-def test_the_policy_on_the_page_is_one_and_says_what_the_page_says_of_it(tmp_path: Path) -> None:
-    """It takes a run at epsilon 1, and neither one at 3, one per photo, nor one that trusts the server."""
+def test_the_policy_on_the_page_is_valid_and_has_the_described_effect(tmp_path: Path) -> None:
+    """It admits a run at epsilon 1, and neither one at 3, nor one per photo, nor one that trusts the server."""
     policy = parse(SNIPPET, DevicePolicy, name="docs/epsilon.md")
     assert policy.unit == "occasion" and policy.exclude_folders == (Path("Private"),)
     assert policy.periods == (Period(days=30, epsilon=1.0),)
     assert policy.budgets[0] == Budget(epsilon=3.0, delta=DELTA, unit="occasion")
-    book, recipe = (
+    ledger, recipe = (
         Ledger.open(tmp_path / "ledger.sqlite"),
         read_experiment(ROOT / "experiments" / "demo.yaml"),
     )
@@ -218,7 +220,9 @@ def test_the_policy_on_the_page_is_one_and_says_what_the_page_says_of_it(tmp_pat
     def ask(plan: Plan) -> str:
         try:
             policy.admit(
-                plan, Purpose(recipe.devices.count, recipe.aggregation.kind, recipe.training.objective), book
+                plan,
+                Purpose(recipe.devices.count, recipe.aggregation.kind, recipe.training.objective),
+                ledger,
             )
         except PolicyRefusal as refusal:
             return str(refusal)
@@ -231,12 +235,12 @@ def test_the_policy_on_the_page_is_one_and_says_what_the_page_says_of_it(tmp_pat
     assert "promises per photo" in ask(plan_of(3, "photo"))
     assert "the server adds the noise" in ask(at_server)
     for round in range(1, plan_of(1).schedule.rounds + 1):
-        policy.record(plan_of(1), book, run="first", round=round)
+        policy.record(plan_of(1), ledger, run="first", round=round)
     assert "in any 30 days" in ask(plan_of(1))
 
 
-def test_the_picture_is_drawn_by_the_same_rule() -> None:
-    """Its script has curves for the epsilons that the page names, by Bayes' rule, and draws a PNG."""
+def test_the_picture_uses_the_same_formula() -> None:
+    """Its script has curves for the epsilons on the page, by Bayes' rule, and renders a PNG."""
     script = _script(ROOT / "benchmarks" / "epsilon_in_pictures.py")
     assert sorted(script.EPSILONS) == [0.5, 1.0, 3.0, 8.0]
     for epsilon in script.EPSILONS:

@@ -1,4 +1,4 @@
-"""The recipe: what it refuses, what it derives, and what its digest tells apart."""
+"""Experiments: what is refused, what is derived, and what changes the digest."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def experiment(**changes: str) -> Experiment:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "result"),
     [
         ("question", "' '", "e.yaml, as changed: question: must not be empty"),
         ("name", "a/b", "e.yaml, as changed: name: must be letters"),
@@ -70,19 +70,19 @@ def experiment(**changes: str) -> Experiment:
         ("policy", "{max_epsilon: 0, delta: 1e-5}", "policy.max_epsilon: must be a finite number above 0"),
     ],
 )
-def test_a_number_out_of_bounds_is_refused_where_it_stands(key: str, value: str, said: str) -> None:
-    """By dotted key, with the bound and what came."""
-    with pytest.raises(ConfigError, match=re.escape(said)):
+def test_a_number_out_of_bounds_is_refused_by_key(key: str, value: str, result: str) -> None:
+    """By dotted key, with the bound and the value."""
+    with pytest.raises(ConfigError, match=re.escape(result)):
         experiment(**{key: value})
 
 
 def test_an_experiment_can_be_the_key_of_a_cache() -> None:
-    """Equal recipes are one key; photos that were drawn once are found again."""
+    """Equal experiments are one key, so rendered photos are reused."""
     assert hash(experiment()) == hash(experiment()) and experiment() == experiment()
 
 
-def test_the_digest_tells_any_change_and_only_changes() -> None:
-    """A resumed run must be the run that was begun."""
+def test_the_digest_changes_with_every_change_and_only_then() -> None:
+    """A resumed run must be the run that was started."""
     changes = [
         {},
         {"seed": "1"},
@@ -96,28 +96,28 @@ def test_the_digest_tells_any_change_and_only_changes() -> None:
     assert re.fullmatch("[0-9a-f]{16}", digests[0])
 
 
-def test_the_plan_keeps_the_promise() -> None:
-    """Its upper price is at most the promised epsilon, and not far below."""
+def test_the_plan_meets_the_privacy_target() -> None:
+    """Its upper bound is at most the target epsilon, and not far below."""
     bounds = experiment().plan().epsilon()
     assert bounds is not None and 3.8 < bounds.upper <= 4.0
 
 
-def test_a_pretended_device_allows_exactly_its_run() -> None:
-    """The promise's own epsilon and delta, the run's own protocol; nothing unpromised."""
+def test_a_simulated_device_allows_exactly_its_run() -> None:
+    """The target's epsilon and delta, the run's protocol; nothing without DP."""
     policy = experiment().device_policy()
     assert (policy.max_epsilon, policy.delta, policy.protocols) == (4.0, 1e-4, ("homomorphic",))
     assert not policy.allow_no_dp and policy.objectives == ("generator",)
     assert experiment(privacy="{kind: no-privacy}").device_policy().allow_no_dp
 
 
-def test_a_written_policy_wins() -> None:
-    """An experiment may ask what happens when owners allow less."""
+def test_an_explicit_policy_wins() -> None:
+    """An experiment may test what happens when owners allow less."""
     written = experiment(policy="{max_epsilon: 1, delta: 1e-6}")
     assert written.device_policy() == DevicePolicy(max_epsilon=1.0, delta=1e-6)
 
 
-def test_sums_have_room_for_every_device() -> None:
-    """And for two at least, so that a sum of one can be told from it."""
+def test_sums_have_headroom_for_every_device() -> None:
+    """And for at least two, so that a sum of one is detected."""
     assert experiment().agreement.max_devices == 3
     alone = {"devices.light_fractions": "[0.5]", "min_responses": "1"}
     assert experiment(**alone, aggregation="{kind: plain}").agreement.max_devices == 2
@@ -125,7 +125,7 @@ def test_sums_have_room_for_every_device() -> None:
         experiment(**alone, aggregation="{kind: homomorphic}")
 
 
-def test_the_start_is_the_embedded_checkpoint_unless_another_is_named(tmp_path: Path) -> None:
+def test_the_base_is_the_bundled_checkpoint_by_default(tmp_path: Path) -> None:
     """`base:` names another; a missing one is an error when the run starts."""
     assert weights_hash(*experiment().start().modules()) == weights_hash(*load_gan().modules())
     from fedface.errors import WeightsError
@@ -134,14 +134,14 @@ def test_the_start_is_the_embedded_checkpoint_unless_another_is_named(tmp_path: 
         experiment(base=str(tmp_path / "none.safetensors")).start()
 
 
-def test_a_factor_that_does_not_divide_the_picture_is_said_before_anything_is_spent() -> None:
-    """Not after the last round, when the audit stumbles over it."""
+def test_a_factor_that_does_not_divide_the_size_is_refused_before_the_run() -> None:
+    """Not after the last round, when the audit would fail."""
     with pytest.raises(ConfigError, match="upsampling: .*does not go with faces of 32 pixels: .*32, got 5"):
         experiment(**{"upsampling.downscale": "{kind: area, factor: 5}"}).start()
 
 
 def test_photos_replace_the_folders_of_devices_and_probe(tmp_path: Path) -> None:
-    """Both, or the one that is labelled; a path with quotes and colons arrives whole."""
+    """Both, or the one that is labelled; a path with quotes and colons is preserved."""
     path = tmp_path / "e.yaml"
     path.write_text(TEXT)
     strange = tmp_path / "my 'photos': #1"
@@ -155,7 +155,7 @@ def test_photos_replace_the_folders_of_devices_and_probe(tmp_path: Path) -> None
         read_experiment(path, photos=strange)
 
 
-def test_real_devices_keep_their_photos_to_themselves() -> None:
-    """Nothing in their config describes a photo."""
+def test_remote_devices_have_no_description_of_photos() -> None:
+    """In their config."""
     real = experiment(devices="{kind: remote-devices, count: 2}")
     assert isinstance(real.devices, RemoteDevices) and real.agreement.max_devices == 2

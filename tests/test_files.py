@@ -1,4 +1,4 @@
-"""A file that is replaced in one step is whole for every reader, whoever else writes it."""
+"""Atomic file replacement: a reader sees the old or the new file, with concurrent writers too."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -> Non
     assert os.listdir(tmp_path) == ["kept"]
 
 
-def test_writers_at_once_do_not_break_each_other(tmp_path: Path) -> None:
-    """Each reader sees one writer's bytes, whole; with one draft for all, the later rename finds no file."""
+def test_concurrent_writers_do_not_interfere(tmp_path: Path) -> None:
+    """Each reader sees one writer's bytes, complete; with one draft for all, the later rename would find no file."""
     path = tmp_path / "kept"
     wholes = [bytes([number]) * 200_000 for number in range(8)]
     replace_bytes(path, wholes[0])
@@ -51,7 +51,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     assert os.listdir(tmp_path) == ["kept"]
 
 
-def test_a_file_keeps_its_rights_and_a_link_stays_one(tmp_path: Path) -> None:
+def test_mode_and_symbolic_links_are_preserved(tmp_path: Path) -> None:
     replace_text(tmp_path / "private", "old")
     (tmp_path / "private").chmod(0o600)
     (tmp_path / "link").symlink_to("private")
@@ -61,7 +61,7 @@ def test_a_file_keeps_its_rights_and_a_link_stays_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["folder", "none/file", "a" * 300])
-def test_what_cannot_be_written_is_said_by_its_own_name(tmp_path: Path, wrong: str) -> None:
+def test_a_write_error_names_the_file(tmp_path: Path, wrong: str) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError) as found:
         replace_text(tmp_path / wrong, "new")
@@ -69,15 +69,13 @@ def test_what_cannot_be_written_is_said_by_its_own_name(tmp_path: Path, wrong: s
     assert os.listdir(tmp_path) == ["folder"]
 
 
-def test_a_name_as_long_as_names_may_be_is_no_trouble(tmp_path: Path) -> None:
+def test_a_name_of_maximum_length_works(tmp_path: Path) -> None:
     replace_text(tmp_path / ("a" * 255), "kept")
     assert os.listdir(tmp_path) == ["a" * 255]
 
 
-def test_folders_that_cannot_be_put_on_the_disk_are_let_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Some file systems answer EINVAL; the file itself is written by then."""
+def test_folders_that_cannot_be_synced_are_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems return EINVAL; the file itself is already written."""
 
     def none(folder: Path) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
@@ -87,8 +85,8 @@ def test_folders_that_cannot_be_put_on_the_disk_are_let_be(
     assert (tmp_path / "kept").read_text() == "new"
 
 
-def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    """Killed between the draft and its name, which a signal that nothing can catch does."""
+def test_drafts_of_killed_processes_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    """Killed between writing the draft and renaming it."""
     script = (
         "import os, signal, sys; from pathlib import Path; from fedface.atomic_io import replace_text\n"
         "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"

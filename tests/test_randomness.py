@@ -1,4 +1,4 @@
-"""Two kinds of chance: streams that repeat, and noise that never does."""
+"""Randomness: reproducible streams, and noise that is never reproducible."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fedface.randomness import SecretNoise, Streams, halfway
 COUNT = 200_000
 
 
-def test_equal_seed_and_name_give_equal_draws() -> None:
-    """In torch and numpy, from fresh objects, also after other streams were drawn from."""
+def test_equal_seed_and_name_give_equal_numbers() -> None:
+    """In torch and numpy, from new objects, also after other streams were used."""
     first, second = Streams(7), Streams(7)
     torch.rand(3, generator=second.generator("other"))
     assert torch.equal(
@@ -24,8 +24,8 @@ def test_equal_seed_and_name_give_equal_draws() -> None:
     assert first.child("c") == second.child("c")
 
 
-def test_another_name_seed_or_child_gives_other_draws() -> None:
-    """Twelve streams, no two alike."""
+def test_another_name_seed_or_child_gives_other_numbers() -> None:
+    """Twelve streams, no two equal."""
     streams = [Streams(seed) for seed in (0, 1)]
     streams += [parent.child(name) for parent in streams for name in ("a", "b")]
     draws = {tuple(torch.rand(4, generator=s.generator(n)).tolist()) for s in streams for n in ("a", "b")}
@@ -33,7 +33,7 @@ def test_another_name_seed_or_child_gives_other_draws() -> None:
 
 
 def test_a_stream_ignores_the_global_seed() -> None:
-    """Whoever seeds torch elsewhere moves nothing here, and a stream moves nothing there."""
+    """And does not change it."""
     state = torch.random.get_rng_state()
     first = torch.rand(5, generator=Streams(1).generator("a"))
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -73,7 +73,7 @@ def test_secret_uniforms_are_uniform() -> None:
 
 
 class FixedWords(SecretNoise):
-    """Secret noise whose words are given."""
+    """Secret noise with given words."""
 
     def __init__(self, *words: int) -> None:
         super().__init__()
@@ -83,44 +83,44 @@ class FixedWords(SecretNoise):
         return np.resize(np.array(self.given, dtype=np.uint64), count)
 
 
-def test_secret_uniforms_never_touch_zero_or_one() -> None:
-    """Also for the smallest and the largest word: a photo of sampling rate 1 joins for certain."""
+def test_secret_uniforms_are_never_zero_or_one() -> None:
+    """Also for the smallest and the largest word: at sampling rate 1 every photo is sampled."""
     low, high = FixedWords(0, 2**64 - 1).uniforms(2)
     assert 0 < low < 1e-15 and 1 - 1e-15 < high < 1
     assert torch.isfinite(FixedWords(0, 2**64 - 1).normals(4)).all()
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
-def test_any_count_of_normals_is_given(count: int) -> None:
-    """Odd ones as well, though normals come in pairs."""
+def test_any_number_of_normals_can_be_generated(count: int) -> None:
+    """Odd numbers as well, though normals come in pairs."""
     assert SecretNoise().normals(count).shape == (count,)
 
 
-def test_no_two_secrets_agree() -> None:
-    """Each object has a key of its own, and never repeats itself."""
+def test_secret_noise_is_never_repeated() -> None:
+    """Each object has its own key."""
     one, two = SecretNoise(), SecretNoise()
     words = [tuple(noise.words(4)) for noise in (one, two, one, two)]
     assert len(set(words)) == 4
 
 
-def test_no_seed_reaches_secret_noise() -> None:
-    """Global generators seeded alike leave it unlike."""
-    drawn = []
+def test_secret_noise_ignores_every_seed() -> None:
+    """Equal global seeds do not make it equal."""
+    sampled = []
     for _ in range(2):
         torch.random.default_generator.manual_seed(0)
-        drawn.append(SecretNoise().normals(8))
-    assert not torch.equal(drawn[0], drawn[1])
+        sampled.append(SecretNoise().normals(8))
+    assert not torch.equal(sampled[0], sampled[1])
 
 
-def test_a_secret_permutation_holds_each_number_once() -> None:
-    """And starts anywhere: 100 permutations of 10 begin with at least five different numbers."""
+def test_a_secret_permutation_is_a_permutation() -> None:
+    """100 permutations of 10 begin with at least five different numbers."""
     noise = SecretNoise()
     orders = [noise.permutation(10) for _ in range(100)]
     assert all(sorted(order) == list(range(10)) for order in orders)
     assert len({int(order[0]) for order in orders}) >= 5
 
 
-def test_words_become_the_middles_of_equal_cells() -> None:
+def test_words_map_to_the_midpoints_of_equal_cells() -> None:
     """(k + 1/2) / 2^52 by plain arithmetic, at both ends and in between."""
     words = np.concatenate([np.array([0, 2**64 - 1, 2**63], dtype=np.uint64), SecretNoise().words(1000)])
     plain = ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52

@@ -1,4 +1,4 @@
-"""A file that varies its recipe is all of its runs, and an axis that makes no sense is refused in a sentence."""
+"""Sweeps: a varied experiment is the product of its axes, and an invalid axis is refused in one sentence."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ vary:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """The tiny recipe, varied; its checkpoint is not read here."""
+    """The tiny experiment, varied; its checkpoint is not read here."""
     file = tmp_path / "tiny.yaml"
     file.write_text(RECIPE.replace("base: BASE\n", "") + VARY)
     return file
 
 
 def test_a_sweep_is_the_product_of_its_axes(path: Path) -> None:
-    """Two ways, two promises, two seeds: eight runs with folders of their own."""
+    """Two methods, two privacy targets, two seeds: eight runs with their own folders."""
     sweep = read_sweep(path)
     assert sweep.axes == ("way", "epsilon", "seed")
     assert len({variant.folder for variant in sweep.variants}) == len(sweep.variants) == 8
@@ -44,8 +44,8 @@ def test_a_sweep_is_the_product_of_its_axes(path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_each_run_has_its_own_values_and_is_named_by_what_is_neither_promise_nor_seed(path: Path) -> None:
-    """The last of the eight is low-rank, without a promise, with seed 1."""
+def test_each_run_has_its_own_values_and_name(path: Path) -> None:
+    """The last of the eight is low-rank, without DP, with seed 1."""
     last = read_sweep(path).variants[-1]
     training = last.experiment.training
     assert isinstance(training, GanTrainingConfig) and training.adapt == Lora(rank=2)
@@ -64,7 +64,7 @@ def test_an_axis_can_be_narrowed_and_other_keys_changed_from_the_command_line(pa
 
 
 def test_a_rate_may_be_written_without_a_point(path: Path) -> None:
-    """8e-4 is a number on an axis, as it is elsewhere in a file."""
+    """8e-4 is a number on an axis, as elsewhere in a file."""
     path.write_text(
         path.read_text().replace("{kind: lora, rank: 2}}", "{kind: lora}, training.generator_lr: 8e-4}")
     )
@@ -96,13 +96,13 @@ def test_a_file_without_vary_is_one_run(path: Path) -> None:
         ("seed: [0, 1]", "sed: [0, 1]", "unknown key"),
     ],
 )
-def test_an_axis_that_makes_no_sense_is_refused(path: Path, old: str, new: str, words: str) -> None:
+def test_an_invalid_axis_is_refused(path: Path, old: str, new: str, words: str) -> None:
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ConfigError, match=words):
         read_sweep(path)
 
 
-def test_names_that_are_not_on_an_axis_are_refused(path: Path) -> None:
+def test_values_that_are_not_on_an_axis_are_refused(path: Path) -> None:
     with pytest.raises(ConfigError, match="has no blur; it has full, lora"):
         read_sweep(path, changes={"vary.way": "[blur]"})
     with pytest.raises(ConfigError, match="has no axis ways"):
@@ -116,7 +116,7 @@ def test_what_an_axis_sets_cannot_be_overridden_from_the_command_line(path: Path
             read_sweep(path, changes=change)
 
 
-def test_a_file_that_varies_its_recipe_is_no_single_run(path: Path) -> None:
-    """`fedface run` says which command to use instead."""
+def test_a_varied_experiment_is_not_a_single_run(path: Path) -> None:
+    """`fedface run` names the command to use instead."""
     with pytest.raises(ConfigError, match="fedface compare"):
         read_experiment(path)

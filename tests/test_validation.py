@@ -1,4 +1,4 @@
-"""Ranges beside the fields: checked in every construction, before conditions between fields."""
+"""Ranges declared with the fields: checked at every construction, before conditions between fields."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_values_at_the_closed_ends_are_accepted() -> None:
 
 
 def test_an_interval_is_written_as_in_mathematics() -> None:
-    """A slip in the declaration fails at import, not in a run."""
+    """An error in the declaration fails at import."""
     assert In("[1e-6, 1e6]").problem(1e6) == ""
     with pytest.raises(ValueError, match="expected an interval"):
         In("0 to 1")

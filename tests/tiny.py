@@ -1,6 +1,5 @@
-"""The smallest run there is: two devices with drawn faces and networks of some thousand weights.
-
-Used by tests of federation/, the command line and the stories. A whole run of it takes a few seconds.
+"""The smallest run: two devices with synthetic faces and networks of some thousand weights. A whole run takes a few
+seconds.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ GENERATOR = StyleGAN2Config(
 )
 DISCRIMINATOR = DiscriminatorConfig(size=16, channel_base=64, channel_max=8)
 
-PROMISE = "{kind: privacy-target, epsilon: 8, delta: 1e-3}"
-NO_PROMISE = "{kind: no-privacy}"
+TARGET = "{kind: privacy-target, epsilon: 8, delta: 1e-3}"
+NO_PRIVACY = "{kind: no-privacy}"
 
 RECIPE = """
 question: Does a small run end?
@@ -114,14 +113,14 @@ WAYS: Mapping[str, tuple[str, Architecture]] = {
 
 
 def tiny_way(folder: Path, way: str, changes: Mapping[str, str] | None = None) -> Experiment:
-    """The tiny recipe learning in one of `WAYS`, with a checkpoint of that family."""
+    """The tiny experiment with one of `WAYS` as training method, with a checkpoint of that family."""
     training, shape = WAYS[way]
     tiny_file(folder)
     save_model(folder / f"{way}.safetensors", build_model(shape, Streams(5).generator(way)))
-    told = {"training": training, "base": str(folder / f"{way}.safetensors")}
+    reported = {"training": training, "base": str(folder / f"{way}.safetensors")}
     if "upsampler-training" in training:
-        told["upsampling"] = "{}"  # the network itself answers, not PULSE
-    return read_experiment(folder / "tiny.yaml", changes={**told, **(changes or {})})
+        reported["upsampling"] = "{}"  # the network itself answers, not PULSE
+    return read_experiment(folder / "tiny.yaml", changes={**reported, **(changes or {})})
 
 
 def tiny_file(folder: Path) -> Path:
@@ -134,12 +133,12 @@ def tiny_file(folder: Path) -> Path:
 
 
 def tiny_experiment(folder: Path, changes: Mapping[str, str] | None = None) -> Experiment:
-    """The recipe of `tiny_file`, with changes by dotted key."""
+    """The experiment of `tiny_file`, with changes by dotted key."""
     return read_experiment(tiny_file(folder), changes=changes)
 
 
-def begun(experiment: Experiment, folder: Path) -> Path:
-    """A run's folder with its pretended devices, before the first round."""
+def started(experiment: Experiment, folder: Path) -> Path:
+    """A run's folder with its simulated devices, before the first round."""
     initialize_run(experiment, folder)
     prepare(experiment, devices_folder(folder))
     return folder
@@ -148,7 +147,7 @@ def begun(experiment: Experiment, folder: Path) -> Path:
 def train_task(
     experiment: Experiment, gan: Model, *, run: str = "tiny", round: int = 1, cohort: int = 2
 ) -> TrainTask:
-    """What a coordinator asks in one round."""
+    """The coordinator's task for one round."""
     return TrainTask(
         run=run,
         round=round,
@@ -168,6 +167,6 @@ def train_task(
 
 
 def first_device(experiment: Experiment, folder: Path) -> Device:
-    """Pretended device 0 of a run whose devices' states lie in `folder`."""
+    """Simulated device 0 of a run with device states in `folder`."""
     prepare(experiment, folder)
     return simulated_device(experiment, 0, folder)

@@ -1,4 +1,6 @@
-"""Encrypted sums are exact sums of integers, the server cannot open them, and misfits are refused."""
+"""Homomorphically encrypted sums are exact sums of integers, the server cannot decrypt them, and invalid input is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +49,8 @@ def _with(payload: Payload, **header: int | float | str) -> Payload:
 
 
 @pytest.mark.parametrize("length", [1, 12287, 12288, 30000])
-def test_the_opened_sum_is_the_exact_sum_of_the_integers(length: int) -> None:
-    """Against integers added in the open, through the wire, at and beside the edge of one ciphertext."""
+def test_the_decrypted_sum_is_the_exact_sum_of_the_integers(length: int) -> None:
+    """Compared with a plain sum of the integers, through the wire format, around the capacity of one ciphertext."""
     updates = _updates(8, length)
     wires = [DEVICE.protect(update, 3).to_bytes() for update in updates]
     total = SERVER.combine([Payload.from_bytes(wire) for wire in wires])
@@ -59,8 +61,8 @@ def test_the_opened_sum_is_the_exact_sum_of_the_integers(length: int) -> None:
     assert (total.count, total.length, total.round) == (8, length, 3)
 
 
-def test_the_largest_and_smallest_possible_sums_survive() -> None:
-    """Every coordinate at R, then at -R, from as many devices as there is room for."""
+def test_the_largest_and_smallest_possible_sums_are_exact() -> None:
+    """Every coordinate at R, then at -R, from the maximum number of devices."""
     for edge in (AGREEMENT.value_range, -AGREEMENT.value_range):
         update = torch.full((12287,), edge)
         opened = DEVICE.reveal(SERVER.combine([DEVICE.protect(update, 0) for _ in range(8)]))
@@ -74,7 +76,7 @@ def test_the_largest_and_smallest_possible_sums_survive() -> None:
 def test_plain_and_encrypted_agree_within_half_a_step_for_each_device(
     bits: int, most: int, seed: int
 ) -> None:
-    """The law between the two protocols, for all packings."""
+    """For all packings."""
     agreement = AggregationParameters(value_range=0.1, max_devices=most)
     revealed = []
     for config in (PlainConfig(), HomomorphicConfig(bits=bits, min_devices=1)):
@@ -86,7 +88,7 @@ def test_plain_and_encrypted_agree_within_half_a_step_for_each_device(
     assert (revealed[0] - revealed[1]).abs().max() <= count * step / 2 + 1e-7
 
 
-def test_every_agreement_leaves_room_for_its_sum_and_for_the_worst_noise() -> None:
+def test_all_parameters_have_headroom_for_the_sum_and_the_worst_noise() -> None:
     """t exceeds the largest packed sum, and 2 t n 22 stays below q, with SEAL's own 128-bit check passed."""
     q = 1099511480321 * 4294828033
     for bits in (2, 8, 11, 16, 20, 24):
@@ -106,7 +108,7 @@ def test_every_agreement_leaves_room_for_its_sum_and_for_the_worst_noise() -> No
 
 
 def test_sums_of_sums_are_sums() -> None:
-    """A relay may add up its own devices first."""
+    """A relay may sum its own devices first."""
     updates = _updates(4, 100)
     payloads = [DEVICE.protect(update, 0) for update in updates]
     relayed = SERVER.combine([SERVER.combine(payloads[:2]), SERVER.combine(payloads[2:])])
@@ -119,7 +121,7 @@ def test_the_same_update_encrypts_differently_each_time() -> None:
     assert DEVICE.protect(update, 0).parts != DEVICE.protect(update, 0).parts
 
 
-def test_a_payload_says_nothing_about_the_update_but_its_length() -> None:
+def test_a_payload_reveals_nothing_about_the_update_but_its_length() -> None:
     """Zeros and the largest values: equal headers, and equal mean sizes (one size varies by 1.3 percent)."""
     zeros = [DEVICE.protect(torch.zeros(12287), 0) for _ in range(64)]
     edges = [DEVICE.protect(torch.full((12287,), 0.1), 0) for _ in range(64)]
@@ -129,7 +131,7 @@ def test_a_payload_says_nothing_about_the_update_but_its_length() -> None:
 
 
 def test_the_server_has_no_key_and_can_neither_protect_nor_reveal() -> None:
-    """It is built from public numbers; a key is nowhere in it."""
+    """It is built from public parameters only."""
     server = make_server(CONFIG, AGREEMENT)
     total = server.combine([DEVICE.protect(update, 0) for update in _updates(2, 5)])
     with pytest.raises(AggregationError, match="no key"):
@@ -140,8 +142,8 @@ def test_the_server_has_no_key_and_can_neither_protect_nor_reveal() -> None:
         make_device(CONFIG, AGREEMENT, None)
 
 
-def test_another_key_opens_nothing() -> None:
-    """By its name first; and if the name is forged, the noise budget of SEAL is zero."""
+def test_another_key_decrypts_nothing() -> None:
+    """Its name does not match; with a forged name, SEAL's noise budget is zero."""
     other = HomomorphicDevice(CONFIG, AGREEMENT, HomomorphicKeys.make(CONFIG, AGREEMENT))
     total = SERVER.combine([DEVICE.protect(update, 0) for update in _updates(2, 5)])
     with pytest.raises(AggregationError, match="encrypted with key"):
@@ -152,8 +154,8 @@ def test_another_key_opens_nothing() -> None:
         SERVER.combine([DEVICE.protect(torch.zeros(5), 0), other.protect(torch.zeros(5), 0)])
 
 
-def test_a_sum_of_too_few_updates_is_not_opened_even_if_its_header_lies() -> None:
-    """The devices are counted inside the ciphertext, where a careless header cannot reach."""
+def test_a_sum_of_too_few_updates_is_not_decrypted_even_with_a_false_header() -> None:
+    """The devices are counted inside the ciphertext."""
     single = DEVICE.protect(_updates(1, 5)[0], 0)
     with pytest.raises(AggregationError, match="at least 2"):
         DEVICE.reveal(single)
@@ -186,14 +188,14 @@ def test_too_many_devices_and_the_same_device_twice_are_refused() -> None:
 def test_a_payload_of_other_parameters_or_another_tenseal_is_refused_by_name(
     name: str, value: int | float | str
 ) -> None:
-    """TenSEAL versions cannot read each other; SEAL would fail later and say less."""
+    """TenSEAL versions cannot read each other, and SEAL's own error would come later and be less clear."""
     good = DEVICE.protect(torch.zeros(5), 0)
     with pytest.raises(AggregationError, match=name):
         SERVER.combine([good, _with(DEVICE.protect(torch.zeros(5), 0), **{name: value})])
 
 
 def test_truncated_damaged_and_foreign_parts_are_refused() -> None:
-    """SEAL checks what it loads; we bound its size first."""
+    """SEAL validates what it loads, after our limit on its size."""
     good = DEVICE.protect(_updates(1, 20000)[0], 0)
     first, second = good.parts
     for parts in (
@@ -215,8 +217,8 @@ def test_truncated_damaged_and_foreign_parts_are_refused() -> None:
         SERVER.combine([good, DEVICE.protect(torch.zeros(20000), 1)])
 
 
-def test_an_upload_that_cancels_another_or_is_not_encrypted_at_all_is_refused() -> None:
-    """What remains would be readable without a key; SEAL's own word for it is transparent."""
+def test_transparent_ciphertexts_are_refused() -> None:
+    """An upload that cancels another, and one that is not encrypted: both could be read without a key."""
     scheme = SERVER.scheme
     good = DEVICE.protect(torch.zeros(5), 0)
     negated = scheme.ciphertext(good.parts[0])
@@ -232,8 +234,8 @@ def test_an_upload_that_cancels_another_or_is_not_encrypted_at_all_is_refused() 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory in KiB, as Linux reports it")
-def test_a_part_that_would_inflate_to_a_gigabyte_is_refused_without_the_memory() -> None:
-    """8000 zstd blocks of four bytes, each of which stands for 128 KiB of zeros."""
+def test_a_decompression_bomb_is_refused_without_allocating_memory() -> None:
+    """8000 zstd blocks of four bytes, each of which expands to 128 KiB of zeros."""
     good = DEVICE.protect(torch.zeros(5), 0)
     block = ((131072 << 3) | 2).to_bytes(3, "little") + b"\0"
     last = ((131072 << 3) | 3).to_bytes(3, "little") + b"\0"
@@ -251,8 +253,8 @@ def test_values_that_are_not_finite_never_leave_the_device() -> None:
         DEVICE.protect(torch.tensor([0.0, float("nan")]), 0)
 
 
-def test_a_key_survives_its_file_which_only_its_owner_reads(tmp_path: Path) -> None:
-    """Mode 0600, never overwritten, refused when others may read it, and it opens the same sums."""
+def test_a_key_file_is_private_and_gives_the_same_key(tmp_path: Path) -> None:
+    """Mode 0600, never overwritten, refused if others may read it, and it decrypts the same sums."""
     path = tmp_path / "device.key"
     KEYS.save(path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -269,10 +271,10 @@ def test_a_key_survives_its_file_which_only_its_owner_reads(tmp_path: Path) -> N
         HomomorphicKeys.load(tmp_path / "absent.key")
 
 
-def test_where_memory_files_are_missing_temporary_files_serve_and_none_is_left_behind(
+def test_without_in_memory_files_temporary_files_are_used_and_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on macOS; the folder of temporary files is empty afterwards, also after a refusal."""
+    """As on macOS; the temporary folder is empty afterwards, also after a refusal."""
     monkeypatch.delattr(os, "memfd_create", raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     keys = HomomorphicKeys.make(CONFIG, AGREEMENT)
@@ -287,7 +289,7 @@ def test_where_memory_files_are_missing_temporary_files_serve_and_none_is_left_b
 
 
 def test_damaged_and_foreign_keys_are_refused() -> None:
-    """Cut off, flipped, of another kind, or for other settings."""
+    """Truncated, flipped, of another kind, or for other settings."""
     written = KEYS.to_bytes()
     for hostile in (b"", written[:60], written[:-1], b"XXXX" + written[4:], written[:-1] + b"\0"):
         with pytest.raises(AggregationError):
@@ -299,7 +301,7 @@ def test_damaged_and_foreign_keys_are_refused() -> None:
         HomomorphicDevice(CONFIG, AGREEMENT, noise)
 
 
-def test_printing_a_key_or_a_payload_does_not_show_what_it_holds() -> None:
-    """Logs are read by strangers."""
+def test_repr_of_a_key_or_a_payload_does_not_show_its_content() -> None:
+    """Logs are not private."""
     assert "secret" not in repr(KEYS)
     assert "parts" not in repr(DEVICE.protect(torch.zeros(2), 0))

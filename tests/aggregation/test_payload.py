@@ -1,4 +1,4 @@
-"""A payload survives the wire exactly, and nothing else does."""
+"""The wire format of payloads: a round trip is exact, and everything invalid is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HEADER = {"length": 3, "count": 1, "round": 0}
 
 
 def _wire(header: bytes, *, parts: bytes = b"", count: int = 0, announced: int | None = None) -> bytes:
-    """A wire form with a correct digest around whatever we like to put in it."""
+    """Any content with a correct digest."""
     lengths = struct.pack(">II", len(header) if announced is None else announced, count)
     return b"FFP1" + hashlib.sha256(lengths + header + parts).digest() + lengths + header + parts
 
@@ -36,7 +36,7 @@ def _wire(header: bytes, *, parts: bytes = b"", count: int = 0, announced: int |
     ),
     parts=st.lists(st.binary(max_size=40), max_size=4),
 )
-def test_a_payload_survives_the_wire_exactly(
+def test_a_payload_is_equal_after_a_round_trip(
     header: dict[str, int | float | str], parts: list[bytes]
 ) -> None:
     """from_bytes(to_bytes(p)) == p, and nbytes is the length without building it."""
@@ -49,13 +49,13 @@ def test_a_payload_survives_the_wire_exactly(
 @settings(max_examples=50, deadline=None)
 @given(st.binary(max_size=200))
 def test_arbitrary_bytes_are_refused_and_never_crash(wire: bytes) -> None:
-    """No 200 random bytes hold their own SHA-256."""
+    """200 random bytes never contain their own SHA-256."""
     with pytest.raises(AggregationError):
         Payload.from_bytes(wire)
 
 
 def test_every_truncation_every_extra_byte_and_every_flipped_bit_is_refused() -> None:
-    """The digest covers the lengths and all that follows."""
+    """The digest covers the lengths and everything after it."""
     wire = Payload(kind="plain", header=HEADER, parts=(b"abc", b"")).to_bytes()
     for end in range(len(wire)):
         with pytest.raises(AggregationError):
@@ -89,12 +89,12 @@ def test_every_truncation_every_extra_byte_and_every_flipped_bit_is_refused() ->
     ],
 )
 def test_a_header_that_is_not_flat_json_is_refused_even_with_a_correct_digest(header: bytes) -> None:
-    """A stranger can compute a digest too."""
+    """An attacker can compute a digest too."""
     with pytest.raises(AggregationError):
         Payload.from_bytes(_wire(header))
 
 
-def test_lengths_that_lie_are_refused_before_anything_is_allocated() -> None:
+def test_false_lengths_are_refused_before_memory_is_allocated() -> None:
     """Four gigabytes announced, none sent."""
     good = b'{"kind":"plain","header":{}}'
     assert Payload.from_bytes(_wire(good)).parts == ()
@@ -112,8 +112,8 @@ def test_lengths_that_lie_are_refused_before_anything_is_allocated() -> None:
             Payload.from_bytes(hostile)
 
 
-def test_numbers_of_the_header_are_bounded_whole_numbers() -> None:
-    """A float, a string or a number out of range is no length."""
+def test_numbers_of_the_header_are_bounded_integers() -> None:
+    """A float, a string or a number out of range is not a length."""
     for length in (0, -1, (1 << 30) + 1, 3.0, "3"):
         with pytest.raises(AggregationError):
             _ = Payload(kind="plain", header={"length": length}, parts=()).length
@@ -122,8 +122,8 @@ def test_numbers_of_the_header_are_bounded_whole_numbers() -> None:
     assert Payload(kind="plain", header=HEADER, parts=()).length == 3
 
 
-def test_a_payload_does_not_change_with_the_dictionary_it_was_made_from() -> None:
-    """The header is copied."""
+def test_a_payload_copies_its_header() -> None:
+    """Later changes of the dictionary have no effect."""
     header = dict(HEADER)
     payload = Payload(kind="plain", header=header, parts=())
     header["length"] = 4
@@ -131,7 +131,7 @@ def test_a_payload_does_not_change_with_the_dictionary_it_was_made_from() -> Non
 
 
 def test_payloads_of_one_sum_share_kind_length_and_round() -> None:
-    """Counts add; anything else must be equal."""
+    """Counts are added; everything else must be equal."""
     one = Payload(kind="plain", header=HEADER, parts=())
     two = Payload(kind="plain", header={**HEADER, "count": 2}, parts=())
     assert same_shape([one, two], "plain") == (3, 0, 3)
@@ -146,8 +146,8 @@ def test_payloads_of_one_sum_share_kind_length_and_round() -> None:
         same_shape([], "plain")
 
 
-def test_settings_are_checked_at_the_door() -> None:
-    """Name, value and bound."""
+def test_settings_out_of_range_are_refused() -> None:
+    """With name, value and bound."""
     for value_range, max_devices in ((0.0, 2), (-1.0, 2), (float("nan"), 2), (float("inf"), 2), (1.0, 0)):
         with pytest.raises(ValueError, match="must"):
             AggregationParameters(value_range=value_range, max_devices=max_devices)

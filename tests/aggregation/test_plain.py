@@ -1,4 +1,4 @@
-"""Sums in the open are sums."""
+"""Plain sums are the sums of the updates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PLAIN = PlainAggregation(max_devices=4)
 
 
 def test_the_sum_of_three_vectors_is_their_sum_through_the_wire() -> None:
-    """By hand."""
+    """Computed by hand."""
     updates = [torch.tensor([1.0, -2.0]), torch.tensor([0.5, 0.25]), torch.tensor([0.0, 4.0])]
     wires = [PLAIN.protect(update, 7).to_bytes() for update in updates]
     total = PLAIN.combine([Payload.from_bytes(wire) for wire in wires])
@@ -23,13 +23,13 @@ def test_the_sum_of_three_vectors_is_their_sum_through_the_wire() -> None:
 
 
 def test_an_update_takes_four_bytes_a_weight_and_a_short_header() -> None:
-    """float32, nothing else."""
+    """float32."""
     payload = PLAIN.protect(torch.zeros(1000), 0)
     assert [len(part) for part in payload.parts] == [4000]
     assert payload.nbytes < 4200
 
 
-def test_sums_of_sums_lose_nothing() -> None:
+def test_sums_of_sums_lose_no_digits() -> None:
     """1e8 + 1 - 1e8 is 1; in float32 it is 0."""
     big, one = torch.tensor([1e8]), torch.tensor([1.0])
     inner = PLAIN.combine([PLAIN.protect(big, 0), PLAIN.protect(one, 0)])
@@ -39,7 +39,7 @@ def test_sums_of_sums_lose_nothing() -> None:
 
 
 def test_values_that_are_not_finite_are_refused_on_the_device_and_on_the_server() -> None:
-    """One broken device must not poison the model."""
+    """One device must not corrupt the model."""
     with pytest.raises(AggregationError):
         PLAIN.protect(torch.tensor([float("nan")]), 0)
     good = PLAIN.protect(torch.tensor([1.0]), 0)

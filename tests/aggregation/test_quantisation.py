@@ -1,4 +1,4 @@
-"""Sums on the grid are exact, and rounding costs at most half a step for each device."""
+"""Sums of quantised updates are exact, and rounding costs at most half a step per device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TINY = Quantiser(value_range=1.0, bits=2, max_devices=4)  # the grid -1, 0, 1
 EIGHT = Quantiser(value_range=127.0, bits=8, max_devices=3)  # step 1: the grid is the whole numbers
 
 
-def test_a_grid_of_step_one_rounds_to_whole_numbers_ties_to_even() -> None:
+def test_a_grid_of_step_one_rounds_to_integers_ties_to_even() -> None:
     """By hand: -127..127 shifted by 127."""
     update = torch.tensor([-127.0, -0.5, 0.0, 0.4, 0.5, 1.5, 2.5, 127.0])
     assert (EIGHT.step, EIGHT.half) == (1.0, 127)
@@ -45,7 +45,7 @@ def test_zero_stays_exactly_zero_in_every_sum() -> None:
 def test_the_sum_of_n_updates_is_off_by_at_most_n_half_steps(
     bits: int, value_range: float, devices: int, seed: int
 ) -> None:
-    """The law that encrypted sums rest on, against a float64 sum."""
+    """Compared with a float64 sum."""
     quantiser = Quantiser(value_range=value_range, bits=bits, max_devices=6)
     uniform = np.random.default_rng(seed).uniform(-1, 1, (devices, 20)) * value_range
     updates = torch.from_numpy(uniform.astype(np.float32)).clamp(-value_range, value_range)
@@ -57,7 +57,7 @@ def test_the_sum_of_n_updates_is_off_by_at_most_n_half_steps(
 
 
 def test_negating_an_update_negates_its_sum() -> None:
-    """The grid is symmetric, so that no bias creeps in over rounds."""
+    """The grid is symmetric, so rounding has no bias."""
     update = torch.linspace(-1, 1, 101)
     quantiser = Quantiser(value_range=1.0, bits=7, max_devices=2)
     both = quantiser.quantise(update).integers + quantiser.quantise(-update).integers
@@ -66,20 +66,20 @@ def test_negating_an_update_negates_its_sum() -> None:
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
 def test_a_value_that_is_not_finite_is_refused_on_the_device(broken: float) -> None:
-    """Clamping would turn infinity into a plausible number."""
+    """Clamping would turn infinity into a finite number."""
     with pytest.raises(AggregationError, match="1 of 2 values"):
         TINY.quantise(torch.tensor([0.0, broken]))
 
 
 def test_only_non_empty_float_vectors_are_quantised() -> None:
-    """Shape and type are part of the agreement."""
+    """Other shapes and types are refused."""
     for update in (torch.zeros(2, 2), torch.zeros(0), torch.zeros(3, dtype=torch.int64)):
         with pytest.raises(AggregationError, match="float vector"):
             TINY.quantise(update)
 
 
-def test_integers_that_no_sum_can_reach_are_refused() -> None:
-    """With bits 2 and two devices a coordinate lies in 0..4."""
+def test_impossible_sums_are_refused() -> None:
+    """With 2 bits and two devices a coordinate lies in 0..4."""
     assert TINY.dequantise_sum(np.array([0, 4]), 2).tolist() == [-2.0, 2.0]
     for integers, count in (([0, 5], 2), ([-1, 0], 2), ([0, 0], 0), ([0, 0], 5)):
         with pytest.raises(AggregationError):
@@ -108,7 +108,7 @@ def test_packed_sums_unpack_to_the_sum_of_the_integers(
     assert total.shape == (packing.parts_for(length), 8)
 
 
-def test_slots_that_are_no_sum_of_updates_are_refused() -> None:
+def test_slots_that_are_not_a_sum_of_updates_are_refused() -> None:
     """A bit above the last integer, or anything in the padding."""
     packing = Packing(width=4, per_slot=2, slots=4)
     slots = packing.pack(np.array([1, 2, 3]))

@@ -1,4 +1,4 @@
-"""Whom an upsampler serves worse: published definitions, planted harms, and upsamplers that harm nobody."""
+"""Group metrics of upsamplers: published definitions, planted biases, and unbiased upsamplers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GROUPS = [f"monk {int(tone)}" for tone in MONK]
 
 
 def plain_faces(monk: Tensor, name: str) -> Images:
-    """Faces that are nothing but skin, with a little grain: (n, 3, 16, 16)."""
+    """Skin-coloured images with a little noise: (n, 3, 16, 16)."""
     grain = 0.02 * torch.randn(len(monk), 3, 16, 16, generator=STREAMS.generator(name))
     return (srgb_from_monk(monk)[:, :, None, None] + grain).clamp(0, 1)
 
@@ -43,7 +43,7 @@ def lightened(images: Images, chosen: Tensor, amount: float) -> Images:
 
 
 def answer(images: Images, converged: Tensor | None = None) -> Upsampled:
-    """One made face per photo."""
+    """One generated face per photo."""
     n = len(images)
     found = torch.ones(n, 1, dtype=torch.bool) if converged is None else converged[:, None]
     spread = 1 + 0.1 * torch.rand(n, 1, generator=STREAMS.generator("consistency_error"))
@@ -51,8 +51,8 @@ def answer(images: Images, converged: Tensor | None = None) -> Upsampled:
     return Upsampled(images=images[:, None], consistency_error=consistency_error, converged=found, steps=1)
 
 
-def audit(made: Upsampled) -> BiasReport:
-    return measure_bias(plain_faces(MONK, "truth"), GROUPS, made, STREAMS.numpy("audit"))
+def audit(generated: Upsampled) -> BiasReport:
+    return measure_bias(plain_faces(MONK, "truth"), GROUPS, generated, STREAMS.numpy("audit"))
 
 
 def test_fairness_metrics_equal_the_worked_examples(shared: Path) -> None:
@@ -76,8 +76,8 @@ def test_fairness_metrics_equal_the_worked_examples(shared: Path) -> None:
             assert getattr(found, ours) == pytest.approx(case[theirs], abs=1e-12), ours
 
 
-def test_fairness_metrics_take_probabilities_and_tell_posterior_sampling_from_map(shared: Path) -> None:
-    """The 80/20 toy: sampling the posterior has SPE 0 and keeps the shares; MAP amplifies the majority."""
+def test_fairness_metrics_distinguish_posterior_sampling_from_map(shared: Path) -> None:
+    """Probabilities 80/20: sampling the posterior has SPE 0 and preserves the shares; MAP amplifies the majority."""
     toy = json.loads((shared / "refs" / "fairness_metric_vectors.json").read_text())["toy_80_20"]
     for way in ("posterior_sampling", "MAP"):
         found = fairness_metrics(toy[way]["joint"], ("major", "minor"))
@@ -94,8 +94,8 @@ def test_groups_without_originals_are_left_out_of_rdp() -> None:
     assert fairness_metrics([[0, 2], [3, 0]], "ab").rdp_ratio == 1.0
 
 
-def test_an_upsampler_that_returns_the_originals_harms_nobody() -> None:
-    """Clean negative: no gap, every shift 0, every rate 1."""
+def test_an_upsampler_that_returns_the_originals_has_no_gap() -> None:
+    """Clean negative: every shift is 0 and every rate 1."""
     report = audit(answer(plain_faces(MONK, "truth")))
     assert set(report.gaps) == set(METRICS)
     assert [name for name, gap in report.gaps.items() if gap.clear] == []
@@ -106,7 +106,7 @@ def test_an_upsampler_that_returns_the_originals_harms_nobody() -> None:
 
 
 def test_an_upsampler_that_is_equally_noisy_for_all_shows_no_gap() -> None:
-    """Clean negative with real spread: every group is lighter or darker by chance alone."""
+    """Clean negative with variance: every group is lighter or darker at random."""
     shift = 5 * torch.randn(len(MONK), generator=STREAMS.generator("shift"))
     truth = plain_faces(MONK, "truth")
     lab = lab_from_srgb(truth.movedim(1, -1))
@@ -118,8 +118,8 @@ def test_an_upsampler_that_is_equally_noisy_for_all_shows_no_gap() -> None:
 
 def test_an_upsampler_that_lightens_dark_faces_only_is_named_with_group_sign_and_size() -> None:
     """Planted positive: +12 L* for Monk 8 alone."""
-    made = lightened(plain_faces(MONK, "truth"), MONK == 8, 12.0)
-    report = audit(answer(made))
+    generated = lightened(plain_faces(MONK, "truth"), MONK == 8, 12.0)
+    report = audit(answer(generated))
     gap = report.gaps["lightness_shift"]
     assert gap.clear and gap.worst == "monk 8"
     assert gap.difference.estimate == pytest.approx(12, abs=0.5)
@@ -131,7 +131,7 @@ def test_an_upsampler_that_lightens_dark_faces_only_is_named_with_group_sign_and
     assert "monk 8" in sentence and "lighter than the originals" in sentence and "[" in sentence
 
 
-def test_an_upsampler_that_makes_everybody_light_changes_the_shares_and_fails_rdp() -> None:
+def test_an_upsampler_that_lightens_all_faces_changes_the_shares_and_fails_rdp() -> None:
     report = audit(answer(plain_faces(torch.full_like(MONK, 3.0), "white")))
     assert report.darker_change.estimate == -0.5 and report.darker_change.high < 0
     assert report.halves.hit_rates == (1.0, 0.0) and report.halves.spe == 0.5
@@ -147,18 +147,20 @@ def test_a_search_that_fails_for_one_group_is_named() -> None:
     assert report.overall.converged.estimate == 0.75
 
 
-def test_a_certain_gap_too_small_to_matter_is_measured_but_not_spoken_of() -> None:
-    """0.01 L* for one group: clear in the figures, silent in the words."""
+def test_a_significant_gap_too_small_to_matter_is_not_in_the_sentences() -> None:
+    """0.01 L* for one group: in the numbers, not in the text."""
     report = audit(answer(lightened(plain_faces(MONK, "truth"), MONK == 8, 0.01)))
     assert report.gaps["lightness_shift"].clear
     assert "No metric differs clearly between the 4 groups" in report.sentences()[0]
 
 
 def test_several_faces_of_a_photo_count_as_one_photo() -> None:
-    made = plain_faces(MONK, "truth")[:, None].expand(-1, 5, -1, -1, -1)
+    generated = plain_faces(MONK, "truth")[:, None].expand(-1, 5, -1, -1, -1)
     consistency_error = torch.full((80, 5), 1e-3)
     report = audit(
-        Upsampled(images=made, consistency_error=consistency_error, converged=consistency_error > 0, steps=1)
+        Upsampled(
+            images=generated, consistency_error=consistency_error, converged=consistency_error > 0, steps=1
+        )
     )
     assert report.faces_per_photo == 5 and report.overall.monk_shift.count == 80
     assert report.groups["monk 2"].converged.count == 20 and report.halves.count == 400
@@ -167,21 +169,21 @@ def test_several_faces_of_a_photo_count_as_one_photo() -> None:
 def test_small_and_empty_groups_are_listed_and_the_report_is_strict_json() -> None:
     groups = ["one", "two", "two", *["many"] * 77]
     truth = plain_faces(MONK, "truth")
-    made = answer(truth)
-    consistency_error = made.consistency_error.clone()
+    generated = answer(truth)
+    consistency_error = generated.consistency_error.clone()
     consistency_error[0] = float("inf")
-    made = Upsampled(
-        images=made.images, consistency_error=consistency_error, converged=made.converged, steps=1
+    generated = Upsampled(
+        images=generated.images, consistency_error=consistency_error, converged=generated.converged, steps=1
     )
-    report = measure_bias(truth, groups, made, STREAMS.numpy("few"), expected=["none", "many"])
+    report = measure_bias(truth, groups, generated, STREAMS.numpy("few"), expected=["none", "many"])
     assert report.unmeasured == {"none": 0, "one": 1} and list(report.groups) == ["many", "two"]
     assert any("Too few photos for a reliable result: two, none, one" in text for text in report.sentences())
     plain = json.loads(json.dumps(asdict(report), allow_nan=False))
     assert plain["groups"]["two"]["consistency_error"]["count"] == 2
 
 
-def test_a_known_tone_replaces_the_reading_of_the_original() -> None:
-    """Originals photographed two stops too dark: their known tone says that an honest copy is too dark."""
+def test_a_known_tone_replaces_the_estimate_from_the_original() -> None:
+    """Originals photographed two stops too dark: by their known tone, an exact copy is too dark."""
     truth = plain_faces(MONK, "truth")
     dark = truth * 0.5
     read = measure_tone(truth)
@@ -199,7 +201,7 @@ def test_the_histogram_counts_each_monk_tone() -> None:
     json.dumps(asdict(found), allow_nan=False)
 
 
-def test_photos_and_answers_that_do_not_agree_are_refused() -> None:
+def test_mismatched_photos_and_faces_are_refused() -> None:
     truth = plain_faces(MONK, "truth")
     rng = np.random.Generator(np.random.PCG64(0))
     with pytest.raises(ValueError, match=r"truth must have shape \(80, 3, 16, 16\), got \(79, 3, 16, 16\)"):

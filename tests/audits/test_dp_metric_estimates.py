@@ -1,4 +1,4 @@
-"""What a server reads of noised figures: plain means, intervals that keep their word, planted harms, lies, ranks."""
+"""Estimates from noised metrics: plain means, coverage of intervals, planted gaps, invalid totals, rankings."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from metrics_drawn import (
+from synthetic_metrics import (
     CLIP,
     CONFIG,
     DARK,
     FREQUENT,
+    GENERATED,
     LIGHT,
-    MADE,
     MEDIUM,
-    drawn,
     even,
     members,
     read,
     release,
+    sampled,
     total_of,
     truths,
 )
@@ -37,33 +37,33 @@ from fedface.randomness import Streams
 STREAMS = Streams(11)
 
 
-def test_without_noise_the_figures_are_plain_means_whatever_the_clip_norm() -> None:
-    photos = drawn(3000, STREAMS.numpy("plain"))
+def test_without_noise_the_metrics_are_plain_means_for_any_clip_norm() -> None:
+    photos = sampled(3000, STREAMS.numpy("plain"))
     found = read(total_of(photos))
     assert list(found.groups) == list(CONFIG.groups) and found.suppressed == ()
     chosen = {name: photos.group == i for i, name in enumerate(CONFIG.groups)}
     chosen["all"] = torch.ones(3000, dtype=torch.bool)
     assert isinstance(found.overall, GroupEstimates)
-    for name, figures in {**found.reported, "all": found.overall}.items():
+    for name, metrics in {**found.reported, "all": found.overall}.items():
         part = members(photos, chosen[name])
-        assert figures.count.estimate == pytest.approx(len(part.group), rel=1e-6)
-        kept = (part.group == part.output_group).double()
+        assert metrics.count.estimate == pytest.approx(len(part.group), rel=1e-6)
+        stored = (part.group == part.output_group).double()
         for measure in DP_METRICS:
-            plain = kept if measure == "same_group" else getattr(part, measure).double()
-            assert figures.estimate(measure).estimate == pytest.approx(
+            plain = stored if measure == "same_group" else getattr(part, measure).double()
+            assert metrics.estimate(measure).estimate == pytest.approx(
                 float(plain.mean()), rel=1e-5, abs=1e-5
             ), measure
     for i, name in enumerate(CONFIG.groups):
-        true, made = (float((which == i).double().mean()) for which in (photos.group, photos.output_group))
+        true, built = (float((which == i).double().mean()) for which in (photos.group, photos.output_group))
         shares = found.shares[name]
         assert shares.original.estimate == pytest.approx(true, abs=1e-6)
-        assert shares.generated.estimate == pytest.approx(made, abs=1e-6)
-        assert shares.change.estimate == pytest.approx(made - true, abs=1e-6)
+        assert shares.generated.estimate == pytest.approx(built, abs=1e-6)
+        assert shares.change.estimate == pytest.approx(built - true, abs=1e-6)
 
 
-def test_without_noise_the_intervals_are_wilsons_and_normal_ones_with_the_photos_own_spread() -> None:
-    """The spread rides along for free: it must be the photos' own, not a bound."""
-    photos = drawn(3000, STREAMS.numpy("spread"))
+def test_without_noise_intervals_are_wilson_or_normal_with_the_sample_variance() -> None:
+    """The sample variance is released with the metrics."""
+    photos = sampled(3000, STREAMS.numpy("spread"))
     group = read(total_of(photos)).groups[DARK]
     part = members(photos, photos.group == 2)
     n = len(part.group)
@@ -71,30 +71,30 @@ def test_without_noise_the_intervals_are_wilsons_and_normal_ones_with_the_photos
         wilson, ours = rate_interval(int(hits.sum()), n), group.estimate(measure)
         assert (ours.low, ours.high) == pytest.approx((wilson.low, wilson.high), abs=1e-5)
     for measure in RANGED_METRICS:
-        figure, half = group.estimate(measure), 1.959964 * float(getattr(part, measure).std()) / math.sqrt(n)
-        assert figure.high - figure.estimate == pytest.approx(half, rel=2e-3)
-        assert figure.estimate - figure.low == pytest.approx(half, rel=2e-3)
+        metric, half = group.estimate(measure), 1.959964 * float(getattr(part, measure).std()) / math.sqrt(n)
+        assert metric.high - metric.estimate == pytest.approx(half, rel=2e-3)
+        assert metric.estimate - metric.low == pytest.approx(half, rel=2e-3)
 
 
 @pytest.mark.parametrize(("photos", "sigma", "devices"), [(3000, 0.7, 1), (2000, 3.7, 4)])
-def test_intervals_cover_the_truth_as_often_as_they_say(photos: int, sigma: float, devices: int) -> None:
-    """400 releases with fresh photos and fresh noise: little noise, and noise that is most of the width."""
+def test_intervals_have_their_nominal_coverage(photos: int, sigma: float, devices: int) -> None:
+    """400 releases with new photos and new noise, with little noise and with noise that dominates the width."""
     rng = STREAMS.numpy(f"coverage {sigma}")
     known = truths()
     hits: dict[tuple[str, str], list[bool]] = {}
     for _ in range(400):
-        drawn_now = drawn(photos, rng)
-        found = release(drawn_now, sigma, devices, rng)
+        sampled_now = sampled(photos, rng)
+        found = release(sampled_now, sigma, devices, rng)
         assert found.overall is not None
-        for name, figures in {**found.groups, "all": found.overall}.items():
+        for name, metrics in {**found.groups, "all": found.overall}.items():
             for measure in DP_METRICS:
-                figure = figures.estimate(measure)
-                hits.setdefault((name, measure), []).append(figure.low <= known[name, measure] <= figure.high)
+                metric = metrics.estimate(measure)
+                hits.setdefault((name, measure), []).append(metric.low <= known[name, measure] <= metric.high)
         for i, name in enumerate(found.groups):
             count, change = found.reported[name].count, found.shares[name].change
-            counted = int((drawn_now.group == i).sum())
+            counted = int((sampled_now.group == i).sum())
             hits.setdefault((name, "count"), []).append(count.low <= counted <= count.high)
-            moved = float((FREQUENT @ MADE)[i] - FREQUENT[i])
+            moved = float((FREQUENT @ GENERATED)[i] - FREQUENT[i])
             hits.setdefault((name, "change"), []).append(change.low <= moved <= change.high)
     assert all(len(values) == 400 for values in hits.values()) and len(hits) == 4 * 5 + 3 * 2
     rates = {key: float(np.mean(values)) for key, values in hits.items()}
@@ -103,7 +103,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(photos: int, sigma: floa
 
 
 def test_the_sum_of_devices_is_one_device_with_all_their_photos() -> None:
-    photos = drawn(900, STREAMS.numpy("devices"))
+    photos = sampled(900, STREAMS.numpy("devices"))
     parts = [members(photos, torch.arange(900) % 3 == device) for device in range(3)]
     split = read(torch.stack([total_of(part) for part in parts]).sum(0), devices=3)
     whole = read(total_of(photos))
@@ -117,15 +117,15 @@ def test_the_sum_of_devices_is_one_device_with_all_their_photos() -> None:
             assert (mine.low, mine.high) == pytest.approx((theirs.low, theirs.high), rel=1e-6, abs=1e-9)
 
 
-def test_a_planted_difference_is_found_named_and_measured() -> None:
+def test_a_planted_gap_is_found_with_its_groups_and_size() -> None:
     rng = STREAMS.numpy("planted")
-    photos = drawn(4000, rng)
+    photos = sampled(4000, rng)
     found = release(photos, 1.4, 2, rng)
     gap = found.gaps["lightness_shift"]
     assert gap.clear and (gap.worst, gap.best) == (DARK, LIGHT)
     known = truths()
-    wanted = known[DARK, "lightness_shift"] - known[LIGHT, "lightness_shift"]
-    assert gap.difference.low < wanted < gap.difference.high
+    expected = known[DARK, "lightness_shift"] - known[LIGHT, "lightness_shift"]
+    assert gap.difference.low < expected < gap.difference.high
     assert found.gaps["detected"].clear and found.gaps["detected"].difference.estimate < 0
     sentences = found.sentences()
     shift = next(text for text in sentences if "lightness" in text)
@@ -137,10 +137,10 @@ def test_a_planted_difference_is_found_named_and_measured() -> None:
     assert "include the noise and the choice of photos" in sentences[-1]
 
 
-def test_equally_served_groups_are_rarely_set_apart() -> None:
-    """Clean negative: of 300 releases at most about 5 in 100 find a gap by one measure, whose choice is allowed for."""
+def test_equal_groups_rarely_have_a_gap() -> None:
+    """Clean negative: of 300 releases about 5 % find a gap, corrected for the choice of groups."""
     rng = STREAMS.numpy("negative")
-    photos, clear = drawn(2000, rng), 0
+    photos, clear = sampled(2000, rng), 0
     for _ in range(300):
         again = replace(photos, group=torch.from_numpy(rng.permutation(photos.group.numpy())))
         clear += release(again, 2.0, 1, rng).gaps["lightness_shift"].clear
@@ -150,8 +150,8 @@ def test_equally_served_groups_are_rarely_set_apart() -> None:
     assert "would not show: consistency error" in quiet.sentences()[1]
 
 
-def test_what_the_noise_hides_is_said_and_foreseen() -> None:
-    """Values near the end of a range, where the count's noise counts in full: the gap that was foreseen."""
+def test_the_smallest_detectable_gap_is_reported_as_predicted() -> None:
+    """Values near the end of a range, where the noise of the count has its full effect."""
     config = replace(CONFIG, expected_units=15_000)
     low, high = config.skin_difference
     near = even(
@@ -169,7 +169,7 @@ def test_what_the_noise_hides_is_said_and_foreseen() -> None:
     assert math.isinf(minimum_detectable_gap(CONFIG, noise_multiplier=500.0, devices=1)["consistency_error"])
 
 
-def test_a_small_group_is_not_reported_and_nothing_of_it_is() -> None:
+def test_a_small_group_is_suppressed_completely() -> None:
     photos = even()
     few = members(photos, (photos.group < 2) | (torch.arange(300) >= 285))
     found = read(total_of(few))
@@ -182,8 +182,8 @@ def test_a_small_group_is_not_reported_and_nothing_of_it_is() -> None:
     assert all(DARK not in text for text in found.sentences() if "Suppressed" not in text)
 
 
-def test_noise_raises_the_least_count_so_that_a_group_is_told_from_nobody() -> None:
-    """99 of 100 groups with nobody in them stay unreported, however small `min_group_size`."""
+def test_noise_raises_the_minimum_count_so_that_empty_groups_are_suppressed() -> None:
+    """99 of 100 empty groups are suppressed, for any `min_group_size`."""
     loose = replace(CONFIG, min_group_size=1)
     rng, nobody = STREAMS.numpy("nobody"), 0
     for _ in range(300):
@@ -197,7 +197,7 @@ def test_noise_raises_the_least_count_so_that_a_group_is_told_from_nobody() -> N
     assert "No two groups have enough units" in empty.sentences()[0]
 
 
-def test_a_total_that_no_photos_and_no_noise_explain_is_refused() -> None:
+def test_an_impossible_total_is_refused() -> None:
     honest = total_of(even())
     with pytest.raises(AggregationError, match=r"the metrics are 30 numbers, got shape \(29,\)"):
         read(honest[1:])
@@ -223,7 +223,7 @@ def test_a_total_that_no_photos_and_no_noise_explain_is_refused() -> None:
     read(honest - 3 * CLIP, sigma=1.0)  # noise may make a count negative
 
 
-def test_a_mean_that_noise_pushed_out_of_its_range_keeps_the_width_of_its_interval() -> None:
+def test_a_mean_outside_its_range_has_an_interval_of_the_same_width() -> None:
     mean = DPRatioEstimate(
         above=120.0, below=100.0, noise=(25.0, 0, 0), photos=(0, 0, 0), ends=(-1, 1), unit=2.0, zero=3.0
     )
@@ -235,16 +235,16 @@ def test_a_mean_that_noise_pushed_out_of_its_range_keeps_the_width_of_its_interv
 
 
 def ranking(better: float, rng: np.random.Generator, *, by_group: bool = False) -> Ranking:
-    """Three models asked the same photos: two alike, one whose skin differences are smaller by so many dE00."""
-    photos = drawn(3000, rng)
+    """Three models evaluated on the same photos: two equal, one with smaller skin differences (in dE00)."""
+    photos = sampled(3000, rng)
     good = replace(photos, skin_difference=photos.skin_difference - better)
     asked = {"first": photos, "second": photos, "good": good}
-    figures = {name: release(part, 1.4, 1, rng) for name, part in asked.items()}
-    return (rank_worst_group if by_group else rank_overall)(figures, "skin_difference")
+    metrics = {name: release(part, 1.4, 1, rng) for name, part in asked.items()}
+    return (rank_worst_group if by_group else rank_overall)(metrics, "skin_difference")
 
 
 @pytest.mark.parametrize("by_group", [False, True])
-def test_a_better_model_is_ranked_first_and_equal_ones_are_not_told_apart(by_group: bool) -> None:
+def test_a_better_model_is_ranked_first_and_equal_ones_are_not_ordered(by_group: bool) -> None:
     found = ranking(3.0, STREAMS.numpy("ranking"), by_group=by_group)
     assert found.order[0] == "good" and len(found.comparisons) == 3
     assert found.ties == (found.order[1:],)
@@ -254,13 +254,13 @@ def test_a_better_model_is_ranked_first_and_equal_ones_are_not_told_apart(by_gro
 
 
 @pytest.mark.parametrize("by_group", [False, True])
-def test_equal_models_are_rarely_told_apart(by_group: bool) -> None:
+def test_equal_models_are_rarely_ordered(by_group: bool) -> None:
     rng = STREAMS.numpy("equals")
     wrong = sum(len(ranking(0.0, rng, by_group=by_group).ties) < 3 for _ in range(100))
     assert wrong <= 8
 
 
-def test_badness_turns_every_measure_so_that_larger_is_worse() -> None:
+def test_cost_of_every_metric_is_larger_for_worse_service() -> None:
     mean = read(total_of(even(lightness_shift=-4.0))).reported[DARK]
     assert cost(mean.estimate("lightness_shift"), "lightness_shift").estimate == pytest.approx(4.0, rel=1e-5)
     assert cost(mean.estimate("detected"), "detected").estimate == pytest.approx(-1.0)
@@ -270,7 +270,7 @@ def test_badness_turns_every_measure_so_that_larger_is_worse() -> None:
     assert gap.high == pytest.approx(0.16 + math.hypot(one.high - 0.96, 0.8 - other.low))
 
 
-def test_rankings_that_rest_on_nothing_are_refused() -> None:
+def test_rankings_without_metrics_are_refused() -> None:
     full, empty = read(total_of(even())), read(torch.zeros(CONFIG.width))
     with pytest.raises(ValueError, match="two models, got 1"):
         rank_overall({"one": full}, "consistency_error")

@@ -1,4 +1,4 @@
-"""What a device makes of its photos: vectors of bounded length, units that weigh one, and a way from pixels on."""
+"""Metric vectors of photos on a device: bounded L2 norm, equal weight of units, and the way from pixels to a report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from metrics_drawn import CLIP, CONFIG, DARK, LIGHT, drawn, even, members, read, total_of
+from synthetic_metrics import CLIP, CONFIG, DARK, LIGHT, even, members, read, sampled, total_of
 from torch import Tensor
 
 from fedface.audits.dp_metrics import (
@@ -43,7 +43,7 @@ NUMBERS = st.floats(width=32, allow_nan=True, allow_infinity=True)
     ),
     clip_norm=st.floats(1e-6, 1e6),
 )
-def test_no_photo_can_make_a_vector_longer_than_the_clip_norm_nor_much_shorter(
+def test_every_vector_has_at_most_the_clip_norm_and_not_much_less(
     rows: list[tuple[float, float, float, bool, int]], clip_norm: float
 ) -> None:
     consistency_error, skin, shift, found, cells = (list(column) for column in zip(*rows, strict=True))
@@ -61,29 +61,29 @@ def test_no_photo_can_make_a_vector_longer_than_the_clip_norm_nor_much_shorter(
     assert float(lengths.min()) >= math.sqrt(1 - 0.45 / 4) - 1e-6
 
 
-def test_a_row_depends_on_its_photo_alone_to_the_last_bit() -> None:
+def test_a_vector_depends_only_on_its_photo_to_the_last_bit() -> None:
     original = render_people(12, 0.5, 32, STREAMS.child("alone"))
-    made = (0.9 * original + 0.05).clamp(0, 1)
+    generated = (0.9 * original + 0.05).clamp(0, 1)
     consistency_error, found = torch.linspace(0, 0.01, 12), torch.arange(12) % 2 == 0
     together = metric_vectors(
-        measure_photos(original, made, consistency_error, found, CONFIG), CONFIG, clip_norm=1.0
+        measure_photos(original, generated, consistency_error, found, CONFIG), CONFIG, clip_norm=1.0
     )
     for i in range(12):
         one = slice(i, i + 1)
-        alone = measure_photos(original[one], made[one], consistency_error[one], found[one], CONFIG)
+        alone = measure_photos(original[one], generated[one], consistency_error[one], found[one], CONFIG)
         assert torch.equal(metric_vectors(alone, CONFIG, clip_norm=1.0)[0], together[i])
-    nobody = measure_photos(original[:0], made[:0], consistency_error[:0], found[:0], CONFIG)
+    nobody = measure_photos(original[:0], generated[:0], consistency_error[:0], found[:0], CONFIG)
     assert metric_vectors(nobody, CONFIG, clip_norm=1.0).shape == (0, CONFIG.width) == (0, 30)
 
 
-def test_groups_round_to_the_nearest_monk_tone_and_broken_pictures_count_as_served_worst() -> None:
+def test_groups_use_the_nearest_monk_tone_and_failed_photos_count_as_worst() -> None:
     monk = torch.tensor([1.0, 3.4, 3.6, 6.4, 6.6, 10.0])
     faces = srgb_from_monk(monk)[:, :, None, None].expand(-1, 3, 16, 16).clone()
-    made = faces.clone()
-    made[0] = float("nan")
+    generated = faces.clone()
+    generated[0] = float("nan")
     consistency_error = torch.full((6,), 0.001)
     consistency_error[1] = float("inf")
-    photos = measure_photos(faces, made, consistency_error, torch.ones(6, dtype=torch.bool), CONFIG)
+    photos = measure_photos(faces, generated, consistency_error, torch.ones(6, dtype=torch.bool), CONFIG)
     assert photos.group.tolist() == [0, 0, 1, 1, 2, 2] and photos.output_group.tolist() == [2, 0, 1, 1, 2, 2]
     assert torch.isfinite(metric_vectors(photos, CONFIG, clip_norm=1.0)).all()
     exact = replace(CONFIG, min_group_size=1)
@@ -92,13 +92,13 @@ def test_groups_round_to_the_nearest_monk_tone_and_broken_pictures_count_as_serv
 
 
 def sent(rows: Tensor, units: Tensor, *, share: bool) -> Vector:
-    """What a device without a promise sends: units' sums, or with shares their means; 16 photos of each are drawn."""
+    """What a device without DP sends: the sums of units or, with sampling, their means of 16 photos each."""
 
-    def drawn_rows(positions: Tensor) -> Tensor:
+    def sampled_rows(positions: Tensor) -> Tensor:
         return average_within_unit(rows[positions], units[positions]) if share else rows[positions]
 
     return private_sum_of(
-        drawn_rows,
+        sampled_rows,
         rows.shape[1],
         units,
         SampledMechanism(ClippedSum(clip_norm=CLIP), 1.0, STREAMS.generator("coins")),
@@ -106,9 +106,9 @@ def sent(rows: Tensor, units: Tensor, *, share: bool) -> Vector:
 
 
 @pytest.mark.parametrize(("share", "most"), [(True, 1.0), (False, 1.15)])
-def test_an_occasion_of_forty_photos_weighs_as_one_unit(share: bool, most: float) -> None:
-    """As a mean exactly one; summed and clipped a bit more than one, and no longer than the clip norm either way."""
-    photos = drawn(200, STREAMS.numpy("occasion"))
+def test_an_occasion_of_forty_photos_counts_as_one_unit(share: bool, most: float) -> None:
+    """Exactly one in the mean; summed and clipped it may exceed one, but not the clip norm."""
+    photos = sampled(200, STREAMS.numpy("occasion"))
     party = members(photos, torch.nonzero(photos.group == 0)[:40, 0])
     rows = metric_vectors(party, CONFIG, clip_norm=CLIP)
     total = sent(rows, torch.zeros(40, dtype=torch.int64), share=share)
@@ -123,7 +123,7 @@ def test_an_occasion_of_forty_photos_weighs_as_one_unit(share: bool, most: float
 
 
 def test_means_over_units_are_not_means_over_photos() -> None:
-    """Fifteen good photos of one afternoon and a bad one of another: half bad. Units may come in any order."""
+    """Fifteen good photos of one occasion and a bad one of another: half bad, in any order."""
     party = members(even(16), torch.arange(48) >= 32)
     worst = replace(party, detected=torch.arange(16) != 5)
     units = (torch.arange(16) == 5).long()
@@ -144,14 +144,14 @@ def lightened(images: Images, amount: float) -> Images:
     return srgb_from_lab(lab).movedim(-1, 1)
 
 
-def test_drawn_people_on_three_devices_who_come_back_lighter_by_a_known_amount() -> None:
+def test_lightening_on_three_devices_is_estimated_from_pixels() -> None:
     """From pixels to a sentence, through the private sum with secret noise: 8 L* for skin that does not saturate."""
     config = replace(CONFIG, tone_upper_bounds=(5, 10))
     original = render_people(600, 0.5, 32, STREAMS.child("people"))
     original = original[measure_tone(original).lab[:, 0] < 85]
-    made = lightened(original, 8.0)
+    generated = lightened(original, 8.0)
     found = torch.ones(len(original), dtype=torch.bool)
-    photos = measure_photos(original, made, torch.full((len(original),), 0.001), found, config)
+    photos = measure_photos(original, generated, torch.full((len(original),), 0.001), found, config)
     rows = metric_vectors(photos, config, clip_norm=CLIP)
     mechanism = GaussianSum(clip_norm=CLIP, sigma=0.5)
     parts = [
@@ -170,7 +170,7 @@ def test_drawn_people_on_three_devices_who_come_back_lighter_by_a_known_amount()
     assert any(f"fewer faces measured as {darker}" in text for text in report.sentences())
 
 
-def test_groups_have_names_and_the_recipe_survives_yaml() -> None:
+def test_groups_have_names_and_the_config_survives_yaml() -> None:
     assert CONFIG.groups == ("light (Monk 1-3)", "medium (Monk 4-6)", "dark (Monk 7-10)")
     assert LocalMetricsConfig(tone_upper_bounds=(1, 2, 5, 10)).groups == (
         "Monk 1",
@@ -196,12 +196,12 @@ def test_groups_have_names_and_the_recipe_survives_yaml() -> None:
         ({"max_units": 0}, "max_units"),
     ],
 )
-def test_recipes_outside_their_bounds_are_refused(wrong: dict[str, object], message: str) -> None:
+def test_settings_out_of_bounds_are_refused(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **wrong)
 
 
-def test_shares_and_shapes_that_do_not_agree_are_refused() -> None:
+def test_mismatched_shares_and_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="shares must be 1 together, got 1.1"):
         BudgetShares(table=0.5)
     with pytest.raises(ValueError, match=r"consistency_error must lie in \(0, 1\)"):

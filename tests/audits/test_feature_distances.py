@@ -25,7 +25,7 @@ STREAMS = Streams(5)
 
 
 def clouds(count: int, name: str) -> Tensor:
-    """Smooth random pictures (count, 3, 32, 32)."""
+    """Smooth random images (count, 3, 32, 32)."""
     coarse = torch.rand(count, 3, 4, 4, generator=STREAMS.generator(name))
     return torch.nn.functional.interpolate(coarse, size=(32, 32), mode="bicubic").clamp(0, 1)
 
@@ -83,7 +83,7 @@ def test_fewer_faces_than_features_have_the_distance_of_their_moments() -> None:
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_kernel_interval_holds_the_closed_form_of_two_gaussians() -> None:
+def test_the_kernel_interval_contains_the_closed_form_of_two_gaussians() -> None:
     """In one dimension (x y + 1)^3 sums squares of differences of raw moments, with weights 3, 3, 1."""
     x = torch.randn(2000, 1, generator=STREAMS.generator("x")).double()
     y = torch.randn(3000, 1, generator=STREAMS.generator("y")).double() + 0.5
@@ -93,8 +93,10 @@ def test_the_kernel_interval_holds_the_closed_form_of_two_gaussians() -> None:
     assert found.estimate == pytest.approx(kernel_distance(x, y), rel=1e-9)
 
 
-def test_the_extrapolated_frechet_distance_has_lost_its_bias() -> None:
-    """Gaussians one apart in 40 dimensions, 120 points each: plain figures lie far above 1, the others do not."""
+def test_the_extrapolated_frechet_distance_is_unbiased() -> None:
+    """Gaussians at distance 1 in 40 dimensions, 120 points each: plain distances are far above 1, extrapolated ones are
+    not.
+    """
     rng = STREAMS.generator("bias")
     plain, found = [], []
     for _ in range(30):
@@ -108,7 +110,7 @@ def test_the_extrapolated_frechet_distance_has_lost_its_bias() -> None:
     assert sum(interval.low <= 1 <= interval.high for interval in found) >= 26
 
 
-def test_the_extrapolation_holds_from_where_it_is_said_to_and_not_below_the_number_of_features() -> None:
+def test_the_extrapolation_is_valid_from_its_minimum_count() -> None:
     """Equal Gaussians in 40 dimensions, the worst case: 60 points are enough, 30 are not."""
     rng = STREAMS.generator("flat")
     covered = {
@@ -124,8 +126,8 @@ def test_the_extrapolation_holds_from_where_it_is_said_to_and_not_below_the_numb
     assert covered[60] >= 18 and covered[30] <= 5
 
 
-def test_kernel_intervals_of_equal_sources_cover_zero_and_never_lie_below_it() -> None:
-    """A distance whose whole interval is negative would be nonsense: at most 1 of 60 is allowed by chance."""
+def test_kernel_intervals_of_equal_sources_cover_zero() -> None:
+    """At most 1 of 60 may lie entirely below 0."""
     rng = STREAMS.generator("equal")
     found = [
         kernel_interval(torch.randn(60, 8, generator=rng), torch.randn(60, 8, generator=rng))
@@ -135,7 +137,7 @@ def test_kernel_intervals_of_equal_sources_cover_zero_and_never_lie_below_it() -
     assert sum(interval.high < 0 for interval in found) <= 1
 
 
-def test_an_interval_wants_two_faces_a_block() -> None:
+def test_an_interval_needs_two_faces_per_block() -> None:
     x = torch.randn(19, 3, generator=STREAMS.generator("few"))
     for interval in (kernel_interval, frechet_interval):
         with pytest.raises(ValueError, match="at least 20 faces a side, got 19 and 19"):
@@ -159,7 +161,7 @@ def test_blur_lowers_the_contrast_features() -> None:
     assert (face_features(blurred)[:, 96:108] < face_features(images)[:, 96:108]).all()
 
 
-def test_faces_from_one_source_cannot_be_told_apart_and_darkened_ones_can() -> None:
+def test_darkened_faces_are_distinguished_and_equal_sources_are_not() -> None:
     """Clean negative, planted positive."""
     real, same, dark = clouds(200, "real"), clouds(200, "same"), clouds(200, "dark") * 0.6
     clean = compare_faces(real, same, STREAMS.numpy("clean"))

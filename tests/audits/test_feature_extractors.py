@@ -1,4 +1,4 @@
-"""Features by network: tiny networks whose answers are known, and files that must be refused."""
+"""Features by networks: tiny networks with known outputs, and files that must be refused."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Whole(torch.nn.Module):
 
 
 class Picky(torch.nn.Module):
-    """Wants 24 pixels."""
+    """Accepts only 24 pixels."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.reshape(x.shape[0], 3 * 24 * 24)
@@ -102,8 +102,8 @@ def script_file(path: Path, network: torch.nn.Module) -> Path:
     return path
 
 
-def test_the_kinds_of_features_have_words_of_their_own() -> None:
-    """What `kind:` says in a YAML file."""
+def test_every_feature_config_has_its_own_kind() -> None:
+    """The `kind:` in YAML."""
     kinds = [source.kind for source in (ColourFeatures, OnnxFeatures, TorchScriptFeatures)]
     assert kinds == ["colour-features", "onnx-features", "torchscript-features"]
 
@@ -126,8 +126,8 @@ def test_an_onnx_average_gives_the_normalised_mean_of_each_channel(tmp_path: Pat
     torch.testing.assert_close(open_features(source).features(images), expected, rtol=0, atol=1e-5)
 
 
-def test_the_named_output_of_an_onnx_network_is_read(tmp_path: Path) -> None:
-    """With two outputs one has to be chosen; a name that is not there is refused with those that are."""
+def test_the_named_output_of_an_onnx_network_is_used(tmp_path: Path) -> None:
+    """With two outputs one must be named; the error for an unknown name lists them."""
     operators = {"mean": "GlobalAveragePool", "most": "GlobalMaxPool"}
     path = onnx_file(tmp_path / "two.onnx", operators, 2, 16)
     images = pictures(2)
@@ -183,7 +183,7 @@ def test_faces_are_resized_with_antialiasing(tmp_path: Path) -> None:
     torch.testing.assert_close(small, torch.full((1, 3), 0.5).double(), rtol=0, atol=0.06)
 
 
-def test_the_identity_is_the_digest_of_the_file_and_its_settings_and_not_its_place(tmp_path: Path) -> None:
+def test_the_identity_is_the_digest_of_file_and_settings_not_the_path(tmp_path: Path) -> None:
     one, other = script_file(tmp_path / "a.pt", Pool()), tmp_path / "b.pt"
     other.write_bytes(one.read_bytes())
     first = open_features(TorchScriptFeatures(path=one, size=16, **PLAIN)).identity
@@ -202,7 +202,7 @@ def test_a_pinned_file_must_be_that_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [OnnxFeatures, TorchScriptFeatures])
-def test_files_that_are_missing_or_something_else_are_refused_in_one_sentence(
+def test_missing_or_invalid_files_are_refused_in_one_sentence(
     kind: Callable[..., OnnxFeatures | TorchScriptFeatures], tmp_path: Path
 ) -> None:
     with pytest.raises(WeightsError, match="no feature network at"):
@@ -223,8 +223,8 @@ class Planted:
         return open, (str(self.path), "w")
 
 
-def test_a_pickle_in_torchscript_clothes_is_refused_and_runs_nothing(tmp_path: Path) -> None:
-    """torch.jit reads pickles with a reader of its own that knows no Python; the plant does work in Python's."""
+def test_a_pickle_disguised_as_torchscript_is_refused_and_not_executed(tmp_path: Path) -> None:
+    """torch.jit parses pickles without executing Python; Python's own unpickler would execute this one."""
     content = pickle.dumps(Planted(tmp_path / "ran"), protocol=2)
     pickle.loads(content).close()  # noqa: S301, the plant itself
     (tmp_path / "ran").unlink()
@@ -245,7 +245,7 @@ def test_a_pickle_in_torchscript_clothes_is_refused_and_runs_nothing(tmp_path: P
         (Picky(), "does not take"),
     ],
 )
-def test_networks_that_do_not_answer_with_a_finite_row_a_face_are_refused(
+def test_networks_without_one_finite_row_per_face_are_refused(
     network: torch.nn.Module, words: str, tmp_path: Path
 ) -> None:
     source = TorchScriptFeatures(path=script_file(tmp_path / "net.pt", network), size=16, batch=4, **PLAIN)
@@ -259,7 +259,9 @@ def test_an_output_that_a_torchscript_network_does_not_have_is_refused(tmp_path:
         open_features(source).features(pictures(2))
 
 
-def test_onnx_without_opencv_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_onnx_without_opencv_names_the_package_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     path = onnx_file(tmp_path / "mean.onnx", {"pooled": "GlobalAveragePool"}, 1, 16)
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(ConfigError, match="need OpenCV: run"):

@@ -1,4 +1,4 @@
-"""Gradient inversion finds what is there, and nothing where there is only noise."""
+"""Gradient inversion recovers a photo without noise, and nothing beyond guessing from noise."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class Reference:
         self.reached = torch.from_numpy(vectors["rec_x"]) * std + mean
 
 
-def drawn_discs(count: int, generator: torch.Generator, size: int = 16) -> Images:
-    """Discs on a background, each with colours, place and size of its own: faces, as far as tests care."""
+def random_discs(count: int, generator: torch.Generator, size: int = 16) -> Images:
+    """Discs of random colour, place and size on a background."""
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     colours = torch.rand(count, 2, 3, 1, 1, generator=generator)
     place = size * (0.35 + 0.3 * torch.rand(count, 3, 1, 1, generator=generator))
@@ -109,7 +109,7 @@ def test_ssim_of_flat_images_is_its_luminance_term_alone() -> None:
 def test_the_discriminators_gradient_is_that_of_softplus_of_the_negative_logit(
     discriminator: Discriminator,
 ) -> None:
-    photos = drawn_discs(3, rng("three"))
+    photos = random_discs(3, rng("three"))
     discriminator.zero_grad()
     torch.log1p(torch.exp(-discriminator(photos))).mean().backward()
     slow = torch.cat(
@@ -119,7 +119,7 @@ def test_the_discriminators_gradient_is_that_of_softplus_of_the_negative_logit(
     discriminator.zero_grad()
 
 
-def test_a_release_is_clipped_and_its_noise_has_the_mechanisms_spread() -> None:
+def test_a_release_is_clipped_and_has_the_mechanisms_noise() -> None:
     """Mean square of the noise is (sigma C)^2; over 40,000 draws its relative error is near 0.7 %."""
     gradient = torch.randn(40_000, generator=rng("gradient"))
     assert torch.equal(apply_defense(gradient, NoDefense(), rng("a")), gradient)
@@ -147,7 +147,7 @@ def test_the_cosine_attack_reaches_what_a_published_implementation_reached(
     assert psnr(found.images, reference.truth).item() > theirs - 1.5
 
 
-def test_an_unprotected_lenet_gives_its_photo_back(shared: Path) -> None:
+def test_a_photo_is_recovered_from_an_unprotected_lenet(shared: Path) -> None:
     """The planted positive: 15 dB above the best flat colour."""
     reference = Reference(shared / "refs" / "inversion_lenet_untrained.npz")
     assert torch.allclose(reference.gradient_of(reference.truth), reference.released, atol=1e-5)
@@ -162,9 +162,9 @@ def test_an_unprotected_lenet_gives_its_photo_back(shared: Path) -> None:
 def test_an_update_of_pure_noise_gives_no_more_than_guessing(
     discriminator: Discriminator, search: CosineSearch | SquaredSearch
 ) -> None:
-    """The clean negative: what comes out of noise is one more guess, on average no better than the mean."""
-    photos = drawn_discs(64, rng("photos"))
-    public = drawn_discs(64, rng("public")).mean(dim=0, keepdim=True)
+    """Clean negative: a reconstruction from noise is on average no better than the mean face."""
+    photos = random_discs(64, rng("photos"))
+    public = random_discs(64, rng("public")).mean(dim=0, keepdim=True)
     gradient_of = discriminator_gradient(discriminator)
     noise = torch.randn(gradient_of(photos[:1]).shape, generator=rng("noise"))
     found = invert(gradient_of, noise, (1, 3, 16, 16), search, rng("start"))
@@ -173,7 +173,7 @@ def test_an_update_of_pure_noise_gives_no_more_than_guessing(
 
 
 def test_the_attack_beats_guessing_without_noise_and_not_with_it(discriminator: Discriminator) -> None:
-    photos, public = drawn_discs(4, rng("photos")), drawn_discs(64, rng("public"))
+    photos, public = random_discs(4, rng("photos")), random_discs(64, rng("public"))
     search = CosineSearch(iterations=120)
     open_ = attack_update(
         discriminator_gradient(discriminator),
@@ -201,19 +201,19 @@ def test_the_attack_beats_guessing_without_noise_and_not_with_it(discriminator: 
     assert open_.scores.psnr.count == len(open_.recovered) == 4
 
 
-def test_found_images_lie_in_the_box_and_one_seed_finds_one_image(discriminator: Discriminator) -> None:
+def test_reconstructions_lie_in_range_and_are_deterministic(discriminator: Discriminator) -> None:
     gradient_of = discriminator_gradient(discriminator)
-    target = gradient_of(drawn_discs(2, rng("two"))).detach()
+    target = gradient_of(random_discs(2, rng("two"))).detach()
     search = CosineSearch(iterations=5)
     first, again = (invert(gradient_of, target, (2, 3, 16, 16), search, rng("same")) for _ in range(2))
     assert torch.equal(first.images, again.images)
     assert 0.0 <= first.images.min() and first.images.max() <= 1.0
 
 
-def test_without_noise_the_gallery_attack_names_every_photo(discriminator: Discriminator) -> None:
+def test_without_noise_every_photo_is_identified_among_candidates(discriminator: Discriminator) -> None:
     named = candidate_identification(
         discriminator_gradient(discriminator),
-        drawn_discs(30, rng("all")),
+        random_discs(30, rng("all")),
         NoDefense(),
         trials=40,
         generator=rng("t"),
@@ -223,14 +223,12 @@ def test_without_noise_the_gallery_attack_names_every_photo(discriminator: Discr
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 50.0])
-def test_the_gallery_attack_stays_below_the_theorems_ceiling(
-    discriminator: Discriminator, sigma: float
-) -> None:
-    """No attack beats the trade-off function; at sigma 50 that is chance, 1 / 30."""
+def test_identification_stays_below_the_theoretical_bound(discriminator: Discriminator, sigma: float) -> None:
+    """No attack beats the trade-off function; at sigma 50 the bound is guessing, 1 / 30."""
     defence = GaussianSum(clip_norm=1.0, sigma=sigma)
     named = candidate_identification(
         discriminator_gradient(discriminator),
-        drawn_discs(30, rng("all")),
+        random_discs(30, rng("all")),
         defence,
         trials=300,
         generator=rng("t"),
@@ -239,7 +237,7 @@ def test_the_gallery_attack_stays_below_the_theorems_ceiling(
 
 
 def test_too_few_photos_or_no_search_are_refused(discriminator: Discriminator) -> None:
-    photos = drawn_discs(2, rng("photos"))
+    photos = random_discs(2, rng("photos"))
     with pytest.raises(ValueError, match="at least 2"):
         attack_update(
             discriminator_gradient(discriminator), photos[:1], NoDefense(), photos, generator=rng("x")

@@ -1,4 +1,4 @@
-"""Quality figures: closed forms, slow twins, and generators that fail in a known way."""
+"""Sample quality metrics: closed forms, slow reference implementations, and generators with known faults."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def modes(counts: tuple[int, ...], name: str) -> Tensor:
 
 
 def faces(count: int, light_fraction: float, name: str) -> Tensor:
-    """Drawn faces (count, 3, 16, 16)."""
+    """Synthetic faces (count, 3, 16, 16)."""
     return render(sample_faces(count, ToneMix(light_fraction=light_fraction), STREAMS.generator(name)), 16)
 
 
-def slow_figures(real: Tensor, made: Tensor, k: int) -> tuple[float, float, float, float]:
-    """Precision, recall, density and coverage by the words of the papers."""
+def slow_metrics(real: Tensor, generated: Tensor, k: int) -> tuple[float, float, float, float]:
+    """Precision, recall, density and coverage by their definitions."""
 
     def reach(rows: Tensor) -> list[float]:
         return [
@@ -67,32 +67,37 @@ def slow_figures(real: Tensor, made: Tensor, k: int) -> tuple[float, float, floa
             for i, x in enumerate(rows)
         ]
 
-    reach_real, reach_made = reach(real), reach(made)
-    inside = [[float((x - y).norm()) <= r for x, r in zip(real, reach_real, strict=True)] for y in made]
+    reach_real, reach_generated = reach(real), reach(generated)
+    inside = [[float((x - y).norm()) <= r for x, r in zip(real, reach_real, strict=True)] for y in generated]
     precision = np.mean([any(row) for row in inside])
     coverage = np.mean([any(row[i] for row in inside) for i in range(len(real))])
     recall = np.mean(
-        [any(float((x - y).norm()) <= r for y, r in zip(made, reach_made, strict=True)) for x in real]
+        [
+            any(float((x - y).norm()) <= r for y, r in zip(generated, reach_generated, strict=True))
+            for x in real
+        ]
     )
-    return float(precision), float(recall), float(np.sum(inside)) / (k * len(made)), float(coverage)
+    return float(precision), float(recall), float(np.sum(inside)) / (k * len(generated)), float(coverage)
 
 
 def test_precision_recall_density_and_coverage_equal_their_definitions_by_loops() -> None:
-    real, made = points(23, 3, "real"), points(17, 3, "made") * 1.3 + 0.4
-    assert manifold_metrics(real, made, k=3) == pytest.approx(slow_figures(real, made, 3), rel=1e-12)
+    real, generated = points(23, 3, "real"), points(17, 3, "made") * 1.3 + 0.4
+    assert manifold_metrics(real, generated, k=3) == pytest.approx(
+        slow_metrics(real, generated, 3), rel=1e-12
+    )
 
 
-def test_figures_do_not_depend_on_the_size_of_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tables are cut so that memory is bounded; tables of at most 50 numbers give the same answer."""
-    real, made = points(60, 3, "real"), points(45, 3, "made") + 0.3
-    whole = manifold_metrics(real, made, k=2), kernel_distance(real, made)
+def test_metrics_do_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distance tables are computed in blocks to bound memory."""
+    real, generated = points(60, 3, "real"), points(45, 3, "made") + 0.3
+    whole = manifold_metrics(real, generated, k=2), kernel_distance(real, generated)
     monkeypatch.setattr(feature_distances, "_TABLE", 50)
     assert feature_distances.rows_at_once(60) == 1
-    assert manifold_metrics(real, made, k=2) == whole[0]
-    assert kernel_distance(real, made) == pytest.approx(whole[1], rel=1e-9)
+    assert manifold_metrics(real, generated, k=2) == whole[0]
+    assert kernel_distance(real, generated) == pytest.approx(whole[1], rel=1e-9)
 
 
-def test_a_set_beside_itself_is_perfect() -> None:
+def test_a_set_compared_with_itself_is_perfect() -> None:
     """Every face lies in its own ball, and in those of the k faces that it is among the nearest of."""
     x = points(80, 5, "self")
     precision, recall, density, coverage = manifold_metrics(x, x, k=3)
@@ -100,7 +105,7 @@ def test_a_set_beside_itself_is_perfect() -> None:
     assert density == pytest.approx((1 + 3) / 3)
 
 
-def test_disjoint_sets_share_nothing() -> None:
+def test_disjoint_sets_have_no_overlap() -> None:
     assert manifold_metrics(points(60, 5, "a"), points(60, 5, "b") + 100, k=3) == (0.0, 0.0, 0.0, 0.0)
 
 
@@ -118,18 +123,18 @@ def test_equal_sources_have_density_one_and_the_coverage_that_ranks_predict() ->
     assert (np.abs(runs.mean(axis=0) - expected) < 3 * error).all()
 
 
-def test_the_expected_coverage_of_one_neighbour_is_the_chance_of_being_the_nearest() -> None:
-    """m of the n - 1 + m others are made; the nearest of all is one of them with probability m / (n + m - 1)."""
+def test_the_expected_coverage_of_one_neighbour_has_a_closed_form() -> None:
+    """m of the n - 1 + m others are generated; the nearest is one of them with probability m / (n + m - 1)."""
     assert equal_coverage(40, 60, k=1) == pytest.approx(60 / 99)
 
 
-def measured(real: Tensor, made: Tensor) -> ManifoldMetrics:
+def measured(real: Tensor, generated: Tensor) -> ManifoldMetrics:
     """At one draw of all points, k = 3."""
-    return measure_manifold(real, made, k=3, span=min(len(real), len(made)))
+    return measure_manifold(real, generated, k=3, span=min(len(real), len(generated)))
 
 
-def test_a_forgotten_mode_lowers_recall_and_coverage_and_not_precision() -> None:
-    """A third of the real points lie where nothing is made."""
+def test_a_missing_mode_lowers_recall_and_coverage_and_not_precision() -> None:
+    """A third of the real points lie where nothing is generated."""
     both = measured(modes((200, 100), "real"), modes((200, 100), "made"))
     one = measured(modes((200, 100), "real"), modes((300,), "one"))
     assert one.recall.high < 0.75 < both.recall.low and one.coverage.high < 0.75 < both.coverage.low
@@ -144,8 +149,8 @@ def test_noise_lowers_precision_and_density_more_than_recall() -> None:
     assert after.recall.estimate > 0.8
 
 
-def test_intervals_of_precision_hold_the_expected_value_of_other_draws() -> None:
-    """Known by simulation with many draws; 95 % intervals that are rather too wide miss at most 3 of 30."""
+def test_intervals_of_precision_cover_the_expected_value() -> None:
+    """Known by simulation; conservative 95 % intervals miss at most 3 of 30."""
     rng = STREAMS.generator("coverage")
 
     def draw_pair() -> tuple[Tensor, Tensor]:
@@ -171,11 +176,11 @@ def test_merged_moments_are_those_of_all_rows_even_far_from_the_origin() -> None
     torch.testing.assert_close(rest.covariance, torch.cov(torch.cat([x[:1], x[8:]]).T), rtol=1e-6, atol=1e-9)
 
 
-def test_streams_give_what_the_whole_sets_give() -> None:
+def test_streams_give_the_metrics_of_the_whole_sets() -> None:
     """The Frechet distance of all faces, and the mean kernel distance of the paired batches."""
-    real, made = faces(90, 0.5, "real"), faces(70, 0.5, "made")
-    a, b = face_features(real), face_features(made)
-    found = compare_streams(iter(real.split(30)), iter(made.split(30)), ColourFeatures())
+    real, generated = faces(90, 0.5, "real"), faces(70, 0.5, "made")
+    a, b = face_features(real), face_features(generated)
+    found = compare_streams(iter(real.split(30)), iter(generated.split(30)), ColourFeatures())
     blocks = [kernel_distance(x, y) for x, y in zip(a.split(30), b.split(30), strict=True)]
     assert found.frechet == pytest.approx(frechet_distance(a, b), rel=1e-6, abs=1e-5)
     assert found.kernel.estimate == pytest.approx(np.mean(blocks), rel=1e-9)
@@ -205,11 +210,11 @@ def grouped(counts: dict[str, int], name: str, shift: dict[str, float]) -> Group
     return GroupedFeatures(features=torch.cat(rows), groups=groups, identity=THIS)
 
 
-def test_the_group_that_is_made_badly_stands_out_and_the_others_do_not() -> None:
-    """Planted: dark faces are made 3 away from where real ones lie; clean: light ones."""
+def test_a_badly_generated_group_is_detected_and_the_others_are_not() -> None:
+    """Planted: generated dark faces lie 3 away from real ones; clean: light ones."""
     counts = {"light": 120, "dark": 90}
-    real, made = grouped(counts, "real", {}), grouped(counts, "made", {"dark": 3.0})
-    found = compare_quality(real, made, STREAMS.numpy("order")).groups
+    real, generated = grouped(counts, "real", {}), grouped(counts, "made", {"dark": 3.0})
+    found = compare_quality(real, generated, STREAMS.numpy("order")).groups
     light, dark = found["light"], found["dark"]
     assert isinstance(light, GroupQuality) and isinstance(dark, GroupQuality)
     assert isinstance(light.frechet.limit, Interval) and isinstance(dark.frechet.limit, Interval)
@@ -220,17 +225,17 @@ def test_the_group_that_is_made_badly_stands_out_and_the_others_do_not() -> None
     assert light.neighbours.span == dark.neighbours.span == 90
 
 
-def test_a_group_with_too_few_faces_is_a_value_that_says_what_it_wants() -> None:
+def test_a_group_with_too_few_faces_is_a_value_with_the_required_count() -> None:
     real = grouped({"a": 60, "b": 12}, "real", {})
-    made = grouped({"a": 50, "c": 45}, "made", {})
-    groups = compare_quality(real, made, STREAMS.numpy("order")).groups
+    generated = grouped({"a": 50, "c": 45}, "made", {})
+    groups = compare_quality(real, generated, STREAMS.numpy("order")).groups
     assert list(groups) == ["a", "b", "c"] and isinstance(groups["a"], GroupQuality)
     assert groups["b"] == InsufficientSamples(real=12, made=0, fewest=40)
     assert str(groups["c"]) == "not measured: needs 40 faces a side, has 0 real and 45 generated"
 
 
-def test_equal_faces_of_one_source_pass_and_darkened_ones_do_not() -> None:
-    """From pixels, with groups read from pixels: clean negative and planted positive."""
+def test_darkened_faces_are_detected_from_pixels_and_equal_ones_are_not() -> None:
+    """From pixels, with groups estimated from pixels: clean negative and planted positive."""
     real, same, dark = faces(300, 0.5, "real"), faces(300, 0.5, "same"), faces(300, 0.5, "other") * 0.6
     groups = ["all"] * 300
     clean = quality(real, groups, same, groups, ColourFeatures(), STREAMS.numpy("clean")).overall
@@ -244,8 +249,8 @@ def test_equal_faces_of_one_source_pass_and_darkened_ones_do_not() -> None:
     assert planted.neighbours.coverage.high < clean.neighbours.coverage.low
 
 
-def test_the_extrapolation_wants_one_and_a_half_times_as_many_faces_as_features() -> None:
-    """With 132 features that is 198; below it the figure is a value that says so."""
+def test_the_extrapolation_needs_one_and_a_half_times_as_many_faces_as_features() -> None:
+    """With 132 features that is 198; below it the distance is not measured."""
     images, groups = faces(197, 0.5, "few"), ["all"] * 197
     limit = quality(
         images, groups, images, groups, ColourFeatures(), STREAMS.numpy("x")
@@ -253,28 +258,30 @@ def test_the_extrapolation_wants_one_and_a_half_times_as_many_faces_as_features(
     assert limit == InsufficientSamples(real=197, made=197, fewest=198)
 
 
-def test_on_real_photos_a_blurred_group_and_one_of_five_people_stand_out_and_the_others_do_not(
+def test_on_real_photos_only_the_degraded_groups_are_detected(
     shared: Path,
 ) -> None:
-    """FairFace, one half beside the other: no group differs; then two are spoiled, and only those change."""
+    """FairFace, one half against the other: no group differs; then one is blurred and one has five people, and only
+    those change.
+    """
     probe = read_face_folder(shared / "data/faces/fairface_eval128", size=32, per_group=110)
     order = torch.randperm(len(probe.images), generator=STREAMS.generator("halves"))
     images, groups = probe.images[order], tuple(probe.groups[i] for i in order.tolist())
     half = len(images) // 2
     extractor = open_features(ColourFeatures())
     real = grouped_features(images[:half], groups[:half], extractor)
-    made = grouped_features(images[half:], groups[half:], extractor)
+    generated = grouped_features(images[half:], groups[half:], extractor)
     spoiled = images[half:].clone()
     blurred, few = (
-        torch.tensor([g == name for g in made.groups]).nonzero().flatten() for name in ("Black", "White")
+        torch.tensor([g == name for g in generated.groups]).nonzero().flatten() for name in ("Black", "White")
     )
     spoiled[blurred] = (
         torch.nn.functional.avg_pool2d(spoiled[blurred], 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
     )
     spoiled[few] = spoiled[few[torch.arange(len(few)) % 5]]
     spoiled[few] += 0.01 * torch.randn(spoiled[few].shape, generator=STREAMS.generator("camera"))
-    clean = compare_quality(real, made, STREAMS.numpy("order")).groups
-    after = grouped_features(spoiled, made.groups, extractor)
+    clean = compare_quality(real, generated, STREAMS.numpy("order")).groups
+    after = grouped_features(spoiled, generated.groups, extractor)
     planted = dict(compare_quality(real, after, STREAMS.numpy("order")).groups)
     assert all(isinstance(found, GroupQuality) and found.kernel.covers_zero for found in clean.values())
     black, white = planted.pop("Black"), planted.pop("White")

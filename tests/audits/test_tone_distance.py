@@ -17,13 +17,13 @@ def test_moving_every_face_by_two_steps_is_a_distance_of_two() -> None:
     assert found.estimate == pytest.approx(2.0) and found.low < 2.0 < found.high and found.count == 300
 
 
-def test_one_middle_tone_is_told_from_a_mixed_neighbourhood_of_the_same_mean() -> None:
+def test_one_middle_tone_differs_from_a_mixture_of_the_same_mean() -> None:
     """Half at 2, half at 8, against all at 5: every face must move by 3, though the means agree."""
     mixed = np.repeat([2.0, 8.0], 100)
     assert tone_distance(np.full(200, 5.0), mixed, RNG).estimate == pytest.approx(3.0)
 
 
-def test_equal_sets_lie_at_zero_and_two_draws_of_one_kind_near_it() -> None:
+def test_equal_sets_are_at_zero_and_two_samples_of_one_distribution_near_it() -> None:
     """The clean negative: the floor of n draws is about 1.1 sd / sqrt(n), here 0.035."""
     first, second = RNG.normal(5.0, 1.0, 1000), RNG.normal(5.0, 1.0, 1000)
     assert tone_distance(first, first, RNG).estimate == 0.0
@@ -46,7 +46,7 @@ def test_the_interval_covers_the_truth_in_about_95_of_100_repetitions() -> None:
     assert covered >= 52
 
 
-@pytest.mark.parametrize("made", [[1.0], [1.0, np.nan], [[1.0, 2.0]]])
-def test_too_few_or_unreadable_readings_are_refused(made: list[float]) -> None:
+@pytest.mark.parametrize("generated", [[1.0], [1.0, np.nan], [[1.0, 2.0]]])
+def test_too_few_or_unreadable_readings_are_refused(generated: list[float]) -> None:
     with pytest.raises(ValueError, match="generated"):
-        tone_distance(made, [1.0, 2.0], RNG)
+        tone_distance(generated, [1.0, 2.0], RNG)

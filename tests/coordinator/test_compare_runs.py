@@ -1,4 +1,4 @@
-"""A comparison runs every combination once, goes on where it stopped, and sees that a model has changed."""
+"""A comparison runs every combination once, continues after an interruption, and detects that a model has changed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fedface.sweep import Sweep, read_sweep
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny file that varies way and promise, with a checkpoint for each family."""
+    """A tiny experiment that varies method and privacy, with a checkpoint for each family."""
     folder = tmp_path_factory.mktemp("comparison")
     file = tiny_file(folder)
     axes = ["vary:", "  way:"]
@@ -43,19 +43,19 @@ def run(sweep: Sweep, folder: Path) -> ComparisonRecord:
 
 @pytest.fixture(scope="module")
 def finished(home: Path) -> ComparisonRecord:
-    """Two ways at two levels, and the two untouched models."""
+    """Two methods at two levels, and the two untrained models."""
     return run(read_sweep(home / "tiny.yaml"), home / "out")
 
 
-def test_each_way_stands_at_each_level_and_untouched(finished: ComparisonRecord) -> None:
+def test_each_method_is_run_at_each_level_and_untrained(finished: ComparisonRecord) -> None:
     assert finished.ways() == ("full", "flow") and finished.levels() == (UNTRAINED, "8", NO_DP_LABEL)
     assert all(
         len(finished.chosen(way, level)) == 1 for way in finished.ways() for level in finished.levels()
     )
 
 
-def test_a_promise_has_its_price_and_the_others_say_why_not(finished: ComparisonRecord) -> None:
-    """At most the promised 8, with delta and unit; no number where none was promised."""
+def test_epsilon_is_recorded_or_the_reason_why_there_is_none(finished: ComparisonRecord) -> None:
+    """At most the target of 8, with delta and unit; no number without a guarantee."""
     for run_ in finished.runs:
         if run_.level == "8":
             assert isinstance(run_.epsilon, Epsilon) and 7 < run_.epsilon.upper <= 8
@@ -64,7 +64,7 @@ def test_a_promise_has_its_price_and_the_others_say_why_not(finished: Comparison
             assert isinstance(run_.epsilon, NotMeasured) and run_.noise_multiplier == 0
 
 
-def test_training_changes_the_weights_and_untouched_means_untouched(finished: ComparisonRecord) -> None:
+def test_training_changes_the_weights_and_untrained_models_are_unchanged(finished: ComparisonRecord) -> None:
     for way in finished.ways():
         hashes = {finished.chosen(way, level)[0].model.weights_hash for level in finished.levels()}
         assert len(hashes) == 3
@@ -73,7 +73,7 @@ def test_training_changes_the_weights_and_untouched_means_untouched(finished: Co
 def test_the_devices_own_faces_score_better_than_models_with_random_weights(
     finished: ComparisonRecord,
 ) -> None:
-    """The planted good set lies near, every untrained model far."""
+    """The reference set is near, every untrained model is far."""
     good = finished.reference.metric("kernel")
     assert isinstance(good, Interval)
     for run_ in finished.runs:
@@ -81,7 +81,7 @@ def test_the_devices_own_faces_score_better_than_models_with_random_weights(
         assert isinstance(bad, Interval) and bad.low > good.high
 
 
-def test_the_record_comes_back_from_its_file_and_its_table_has_a_row_for_each(
+def test_the_record_is_read_back_and_its_table_has_a_row_for_each_run(
     home: Path, finished: ComparisonRecord
 ) -> None:
     assert comparison_report.read(home / "out") == finished
@@ -93,8 +93,8 @@ def test_the_record_comes_back_from_its_file_and_its_table_has_a_row_for_each(
     assert all(isinstance(finished.runs[0].model.metric(name), Interval) for name in METRICS)
 
 
-def test_a_finished_comparison_asks_no_device_again(home: Path, finished: ComparisonRecord) -> None:
-    """Resuming reads figures from the disk: a cohort that cannot answer is never asked."""
+def test_a_finished_comparison_sends_no_task(home: Path, finished: ComparisonRecord) -> None:
+    """Resuming reads metrics from the disk: a cohort that cannot answer is never used."""
 
     def nobody(*_: object) -> object:
         raise AssertionError("a device was asked")
@@ -109,8 +109,8 @@ def test_a_finished_comparison_asks_no_device_again(home: Path, finished: Compar
     assert again.runs == finished.runs
 
 
-def test_a_folder_of_another_recipe_is_refused(home: Path, finished: ComparisonRecord) -> None:
-    """A changed rate is another experiment; its figures must not stand beside the old ones."""
+def test_a_folder_of_another_experiment_is_refused(home: Path, finished: ComparisonRecord) -> None:
+    """A changed rate is another experiment; its metrics must not be mixed with the old ones."""
     other = read_sweep(home / "tiny.yaml", changes={"vary.way": "[full]", "training.clip_norm": "2"})
     with pytest.raises(RunError, match="another experiment"):
         run(other, home / "out")

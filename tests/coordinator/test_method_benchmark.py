@@ -1,4 +1,4 @@
-"""Every method on one probe: nearest and bicubic are always there; who lightens everybody is found out."""
+"""The benchmark of methods on one probe: baselines are included, and a method that lightens all faces is detected."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STREAMS = Streams(6)
 
 
 def whitening() -> Model:
-    """A network that answers every photo with white: the planted fault."""
+    """A network that returns white for every photo: the planted fault."""
     model = build_model(SuperResolutionArchitecture(network=RESOLVER), STREAMS.generator("white"))
     assert isinstance(model.architecture, SuperResolutionArchitecture)
     with torch.no_grad():
@@ -39,7 +39,7 @@ def whitening() -> Model:
 
 @pytest.fixture(scope="module")
 def compared() -> tuple[BenchmarkRecord, dict[str, bytes]]:
-    """A short search, the planted fault, and the baselines, on ten drawn faces."""
+    """A short search, the planted fault, and the baselines, on ten synthetic faces."""
     pairs = [
         (
             PulseConfig(steps=2, mapping_samples=100),
@@ -61,20 +61,20 @@ def compared() -> tuple[BenchmarkRecord, dict[str, bytes]]:
 
 
 def of(record: BenchmarkRecord, name: str) -> MethodMetrics:
-    """The figures of one method."""
+    """The metrics of one method."""
     return next(each for each in record.methods if each.method == name)
 
 
-def test_the_baselines_stand_beside_every_comparison() -> None:
+def test_every_benchmark_includes_the_baselines() -> None:
     assert with_baselines([METHODS["pulse"]]) == [METHODS["pulse"], NearestConfig(), BicubicConfig()]
     named = [METHODS["bicubic"], METHODS["pulse"]]
     assert list(map(name_of, with_baselines(named))) == ["bicubic", "pulse", "nearest"]
 
 
-def test_squares_fit_exactly_and_keep_everybodys_tone(
+def test_nearest_fits_exactly_and_preserves_tone(
     compared: tuple[BenchmarkRecord, dict[str, bytes]],
 ) -> None:
-    """Clean negative: the mean of a square is the pixel, so that nearest misfits by nothing and lightens nobody."""
+    """Clean negative: the mean of a block is the pixel, so nearest has consistency error 0 and changes no tone."""
     nearest = of(compared[0], "nearest")
     consistency_error, fits, change = (
         nearest.bias.report.overall.consistency_error, nearest.bias.report.overall.converged,
@@ -85,10 +85,10 @@ def test_squares_fit_exactly_and_keep_everybodys_tone(
     assert isinstance(nearest.spread, NotMeasured)
 
 
-def test_a_method_that_lightens_everybody_is_found_out(
+def test_a_method_that_lightens_all_faces_is_detected(
     compared: tuple[BenchmarkRecord, dict[str, bytes]],
 ) -> None:
-    """Planted positive: nobody is dark any more, and the darkest group is moved furthest."""
+    """Planted positive: no output is dark, and the darkest group changes most."""
     white = of(compared[0], "super-resolution")
     assert white.darker_generated.estimate == 0.0 and white.darker_true.estimate > 0.3
     assert white.bias.report.darker_change.high < 0
@@ -97,14 +97,16 @@ def test_a_method_that_lightens_everybody_is_found_out(
     assert shifts[-1].low > shifts[0].high > 0
 
 
-def test_searches_show_how_far_their_faces_differ(compared: tuple[BenchmarkRecord, dict[str, bytes]]) -> None:
+def test_searches_report_the_spread_of_their_faces(
+    compared: tuple[BenchmarkRecord, dict[str, bytes]],
+) -> None:
     pulse = of(compared[0], "pulse")
     assert isinstance(pulse.spread, Interval) and pulse.spread.estimate > 0
     assert pulse.bias.report.faces_per_photo == 2
     assert of(compared[0], "nearest").bias.report.faces_per_photo == 1
 
 
-def test_the_record_comes_back_and_the_table_names_every_method(
+def test_the_record_is_read_back_and_the_table_has_every_method(
     compared: tuple[BenchmarkRecord, dict[str, bytes]], tmp_path: Path
 ) -> None:
     record, pictures = compared
@@ -118,8 +120,8 @@ def test_the_record_comes_back_and_the_table_names_every_method(
     assert all((tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in pictures)
 
 
-def test_a_population_is_drawn_as_it_is_and_a_balanced_probe_has_as_many_of_each() -> None:
-    """85 in 100 light: about that many of 200; balanced: four of each group."""
+def test_a_probe_is_sampled_from_a_population_or_balanced() -> None:
+    """85 % light: about that many of 200; balanced: four of each group."""
     balanced, people = (
         public_faces(probe, 3, 16)
         for probe in (SyntheticProbe(per_group=4), SyntheticProbe(per_group=40, light_fraction=0.85))

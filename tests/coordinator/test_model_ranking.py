@@ -1,4 +1,4 @@
-"""A tournament: models travel, scores come back noised, and it goes on where it was cut short."""
+"""Ranking of models by devices: weights are sent, noised metrics come back, and an interrupted ranking continues."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ def recipe(tmp_path: Path) -> Experiment:
 
 
 class Counting:
-    """A cohort that counts questions and breaks when it is told to."""
+    """A cohort that counts requests and fails at a given one."""
 
     def __init__(self, cohort: Cohort, breaks_at: int = 99) -> None:
         self.cohort, self.breaks_at = cohort, breaks_at
         self.asked: list[EvaluateTask] = []
 
-    def members(self, wanted: int) -> Sequence[int]:
+    def members(self, expected: int) -> Sequence[int]:
         """As they are."""
-        return self.cohort.members(wanted)
+        return self.cohort.members(expected)
 
     def ask(self, task: Task, members: Sequence[int], heard: OnReply) -> Mapping[int, Reply | Failure]:
-        """Pass on, up to the question that breaks."""
+        """Forward the task, up to the one that fails."""
         assert isinstance(task, EvaluateTask)
         self.asked.append(task)
         if len(self.asked) == self.breaks_at:
@@ -67,16 +67,14 @@ class Counting:
 
 
 def ready(recipe: Experiment, folder: Path) -> Cohort:
-    """The devices of a tournament in this folder."""
+    """The devices of a ranking in this folder."""
     folder.mkdir(exist_ok=True)
     prepare(recipe, devices_folder(folder))
     return in_process_cohort(recipe, devices_folder(folder))
 
 
-def test_a_ranking_that_was_cut_short_asks_only_what_was_not_answered(
-    recipe: Experiment, tmp_path: Path
-) -> None:
-    """One question each, also over two sittings; both devices pay the promise together and not more."""
+def test_an_interrupted_ranking_requests_only_what_is_missing(recipe: Experiment, tmp_path: Path) -> None:
+    """One request per candidate, also over two runs; both devices spend the privacy budget together and not more."""
     models = load_candidates(["base", str(tmp_path / "other.safetensors")], recipe)
     folder = tmp_path / "ranking"
     first = Counting(ready(recipe, folder), breaks_at=2)
@@ -85,8 +83,11 @@ def test_a_ranking_that_was_cut_short_asks_only_what_was_not_answered(
     second = Counting(ready(recipe, folder))
     record = run_ranking(recipe, models, second, folder, progress=SilentProgress())
     assert len(first.asked) == 2 and len(second.asked) == 1
-    assert [told.when for told in record.candidates] == ["base", "other"]
-    assert {told.weights_hash for told in record.candidates} == {first.asked[0].model, second.asked[0].model}
+    assert [reported.when for reported in record.candidates] == ["base", "other"]
+    assert {reported.weights_hash for reported in record.candidates} == {
+        first.asked[0].model,
+        second.asked[0].model,
+    }
     for name in ("ranking.json", "ranking.md", "ranking.png", "answers.json"):
         assert (folder / name).stat().st_size > 0
     assert loads(RankingReport, (folder / "ranking.json").read_text()) == record
@@ -96,17 +97,17 @@ def test_a_ranking_that_was_cut_short_asks_only_what_was_not_answered(
         assert ledger.spent(1e-3).upper == approx(60.0, abs=2e-3)
 
 
-def test_per_library_the_server_noises_each_answer_and_readers_are_told_that_it_saw_them_bare(
+def test_per_library_the_server_adds_noise_and_the_report_says_that_it_saw_the_means(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two candidates, two noises of sigma times one device's length; the promise is of what is published."""
+    """Two candidates, two noise draws of sigma times one device's norm; the guarantee covers what is published."""
     save_model(tmp_path / "other.safetensors", tiny_gan("other"))
-    told = {
+    reported = {
         **CHANGES,
         "privacy": "{kind: privacy-target, epsilon: 300, delta: 1e-3, unit: library, trust: server}",
         "evaluation": "{metrics: {tone_upper_bounds: [10], min_group_size: 1}}",
     }
-    recipe = for_ranking(read_experiment(tiny_file(tmp_path), changes=told))
+    recipe = for_ranking(read_experiment(tiny_file(tmp_path), changes=reported))
     models = load_candidates(["base", str(tmp_path / "other.safetensors")], recipe)
     noised, noise = [], GaussianSum.noise
 
@@ -125,8 +126,8 @@ def test_per_library_the_server_noises_each_answer_and_readers_are_told_that_it_
     assert record.epsilon.upper == approx(300.0, abs=0.1)
 
 
-def test_devices_are_told_weights_without_a_name(recipe: Experiment, tmp_path: Path) -> None:
-    """The task carries no candidate's name, and the order is drawn anew for each ranking."""
+def test_devices_receive_weights_without_a_name(recipe: Experiment, tmp_path: Path) -> None:
+    """The task has no candidate's name, and the order is random for each ranking."""
     save_model(tmp_path / "quokka.safetensors", tiny_gan("quokka"))
     models = load_candidates(
         [str(tmp_path / "other.safetensors"), str(tmp_path / "quokka.safetensors")], recipe
@@ -143,26 +144,26 @@ def test_devices_are_told_weights_without_a_name(recipe: Experiment, tmp_path: P
     assert len(orders) == 2  # fails once in 2,000
 
 
-def test_the_whole_promise_pays_for_all_candidates(recipe: Experiment) -> None:
+def test_the_privacy_budget_covers_all_candidates(recipe: Experiment) -> None:
     for count in (2, 5):
         event = ranking_parameters(recipe, count).event()
         assert epsilon_of(event, 1e-3).upper == approx(60.0, abs=2e-3)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "printed"),
     [
         (["base"], "at least two"),
         (["base", "base"], "called base"),
         (["base", "nowhere.safetensors"], "nowhere"),
     ],
 )
-def test_candidates_that_make_no_ranking_are_refused(recipe: Experiment, words: list[str], said: str) -> None:
-    with pytest.raises(FedfaceError, match=said):
+def test_invalid_candidates_are_refused(recipe: Experiment, words: list[str], printed: str) -> None:
+    with pytest.raises(FedfaceError, match=printed):
         load_candidates(words, recipe)
 
 
-def test_a_folder_of_another_ranking_is_left_alone(recipe: Experiment, tmp_path: Path) -> None:
+def test_a_folder_of_another_ranking_is_refused(recipe: Experiment, tmp_path: Path) -> None:
     models = load_candidates(["base", str(tmp_path / "other.safetensors")], recipe)
     folder = tmp_path / "ranking"
     cohort = Counting(ready(recipe, folder), breaks_at=1)
@@ -173,14 +174,14 @@ def test_a_folder_of_another_ranking_is_left_alone(recipe: Experiment, tmp_path:
         run_ranking(recipe, renamed, cohort, folder, progress=SilentProgress())
 
 
-def test_a_recipe_without_a_promise_has_no_ranking(tmp_path: Path) -> None:
+def test_a_ranking_needs_a_privacy_target(tmp_path: Path) -> None:
     recipe = read_experiment(tiny_file(tmp_path), changes={"privacy": "{kind: no-privacy}"})
     with pytest.raises(ConfigError, match="always noised"):
         for_ranking(recipe)
 
 
-def test_the_command_prints_who_cannot_be_told_apart(recipe: Experiment, tmp_path: Path) -> None:
-    """The table of orders, the price with delta and unit, and where the picture is; --json is the record."""
+def test_the_command_prints_which_models_cannot_be_distinguished(recipe: Experiment, tmp_path: Path) -> None:
+    """The table of orders, epsilon with delta and unit, and the path of the chart; --json prints the record."""
     sets = [word for key, value in CHANGES.items() for word in ("--set", f"{key}={value}")]
     asked = ["rank-models", str(tmp_path / "tiny.yaml"), "base", str(tmp_path / "other.safetensors"), *sets]
     result = CliRunner().invoke(app, [*asked, "--out", str(tmp_path / "out")])
@@ -193,6 +194,6 @@ def test_the_command_prints_who_cannot_be_told_apart(recipe: Experiment, tmp_pat
     assert len(record["candidates"]) == 2 and record["command"].startswith("fedface rank-models")
 
 
-def test_figures_of_one_group_have_eight_numbers() -> None:
-    """One table cell, three pairs of ranged measures, and detection."""
+def test_metrics_of_one_group_have_eight_numbers() -> None:
+    """One table cell, three pairs of ranged metrics, and detection."""
     assert LocalMetricsConfig(tone_upper_bounds=(10,)).width == 8

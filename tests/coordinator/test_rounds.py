@@ -1,4 +1,4 @@
-"""Rounds among honest and dishonest devices: what is applied, who is named, what is kept, what it cost."""
+"""Rounds with honest and dishonest devices: what is applied, named, stored and accounted for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import NO_PROMISE, PROMISE, begun, tiny_experiment, tiny_gan
+from tiny import NO_PRIVACY, TARGET, started, tiny_experiment, tiny_gan
 
 from fedface.aggregation.homomorphic import make_device, make_keys
 from fedface.aggregation.payload import Payload
@@ -53,12 +53,12 @@ def ranges_of(experiment: Experiment) -> Vector:
 
 
 def honest(member: int, task: Task, reply: Reply) -> Reply | Failure:
-    """Nothing is changed."""
+    """Changes nothing."""
     return reply
 
 
 class LocalCohort:
-    """Pretended devices that answer through bytes, with somebody on the wire who may change replies."""
+    """Simulated devices that answer through bytes, which a test may change."""
 
     def __init__(self, experiment: Experiment, folder: Path, tamper: Tamper = honest, more: int = 0) -> None:
         self.experiment, self.folder, self.tamper = experiment, folder, tamper
@@ -66,7 +66,7 @@ class LocalCohort:
         self.asked: list[tuple[str, int, tuple[int, ...]]] = []
         self.replies: dict[tuple[str, int, int], Reply] = {}
 
-    def members(self, wanted: int) -> Sequence[int]:
+    def members(self, required: int) -> Sequence[int]:
         return range(self.count)
 
     def ask(self, task: Task, members: Sequence[int], heard: OnReply) -> Mapping[int, Reply | Failure]:
@@ -93,9 +93,9 @@ def rounds(experiment: Experiment, cohort: LocalCohort) -> RunState:
 def cohort_of(
     tmp_path: Path, changes: Mapping[str, str], tamper: Tamper = honest, more: int = 0
 ) -> LocalCohort:
-    """A begun run of one round with its devices, without a promise unless the changes make one."""
-    experiment = tiny_experiment(tmp_path, {"training.rounds": "1", "privacy": NO_PROMISE, **changes})
-    return LocalCohort(experiment, begun(experiment, tmp_path / "runs" / "tiny"), tamper, more)
+    """A started run of one round with its devices, without DP unless the changes say otherwise."""
+    experiment = tiny_experiment(tmp_path, {"training.rounds": "1", "privacy": NO_PRIVACY, **changes})
+    return LocalCohort(experiment, started(experiment, tmp_path / "runs" / "tiny"), tamper, more)
 
 
 def weights_after(folder: Path, round: int) -> Vector:
@@ -110,7 +110,7 @@ def update_of(reply: Reply | Failure) -> Vector:
 
 
 def plain_bytes(values: Vector, round: int = 1) -> bytes:
-    """Somebody's numbers as a plain payload."""
+    """Numbers as a plain payload."""
     return PlainAggregation(max_devices=9).protect(values, round).to_bytes()
 
 
@@ -121,15 +121,15 @@ def test_a_round_applies_the_mean_of_the_updates(tmp_path: Path, server_lr: floa
     state = rounds(cohort.experiment, cohort)
     updates = [update_of(cohort.replies["TrainTask", 1, member]) for member in range(3)]
     start = flatten_parameters(*tiny_gan().modules())
-    wanted = start + server_lr * torch.stack(updates).mean(0) * ranges_of(cohort.experiment)
-    assert torch.allclose(weights_after(cohort.folder, 1), wanted, atol=1e-6)
-    assert not torch.allclose(wanted, start, atol=1e-4)
+    required = start + server_lr * torch.stack(updates).mean(0) * ranges_of(cohort.experiment)
+    assert torch.allclose(weights_after(cohort.folder, 1), required, atol=1e-6)
+    assert not torch.allclose(required, start, atol=1e-4)
     assert state.rounds[0].answered == ("device-00", "device-01", "device-02")
     assert state.rounds[0].weights_hash == weights_hash(*load_model(weights_path(cohort.folder, 1)).modules())
 
 
 def spoilt(kind: str, reply: TrainResult) -> Reply | Failure:
-    """What a broken or hostile device sends instead of its update."""
+    """What a faulty or hostile device sends instead of its update."""
     good = update_of(reply)
     match kind:
         case "noise":
@@ -173,7 +173,7 @@ def spoilt(kind: str, reply: TrainResult) -> Reply | Failure:
         ("opened", "device 1", "answered another question"),
     ],
 )
-def test_one_broken_device_is_named_and_the_round_goes_on_without_it(
+def test_a_faulty_device_is_named_and_the_round_continues_without_it(
     tmp_path: Path, kind: str, named: str, words: str
 ) -> None:
     """The result is the mean of the two others, as if it had not been there."""
@@ -188,12 +188,12 @@ def test_one_broken_device_is_named_and_the_round_goes_on_without_it(
     assert len(record.refusals) + len(record.dropped) == 1
     assert away[0].device == named and words in away[0].reason
     others = torch.stack([update_of(cohort.replies["TrainTask", 1, member]) for member in (0, 2)]).mean(0)
-    wanted = flatten_parameters(*tiny_gan().modules()) + others * ranges_of(cohort.experiment)
-    assert torch.allclose(weights_after(cohort.folder, 1), wanted, atol=1e-6)
+    required = flatten_parameters(*tiny_gan().modules()) + others * ranges_of(cohort.experiment)
+    assert torch.allclose(weights_after(cohort.folder, 1), required, atol=1e-6)
 
 
-def test_too_few_answers_apply_nothing_and_the_run_can_be_resumed(tmp_path: Path) -> None:
-    """Two are needed and one came: no checkpoint, a sentence with names; the second try costs nobody more."""
+def test_too_few_replies_apply_nothing_and_the_run_can_be_resumed(tmp_path: Path) -> None:
+    """Two are needed and one came: no checkpoint, and an error with names; the second try costs no further epsilon."""
 
     def tamper(member: int, task: Task, reply: Reply) -> Reply | Failure:
         return Failure("its network is down") if member == 1 else reply
@@ -216,8 +216,8 @@ def test_too_few_answers_apply_nothing_and_the_run_can_be_resumed(tmp_path: Path
         assert [(e.round, e.attempt) for e in Ledger.open(device.ledger_path).entries()] == [(1, 1)]
 
 
-def test_a_run_goes_on_after_its_last_round_on_disk(tmp_path: Path) -> None:
-    """Killed between a checkpoint and its line in the state: the round is asked again, and the same bytes come."""
+def test_a_run_continues_after_its_last_round_on_disk(tmp_path: Path) -> None:
+    """Killed between a checkpoint and its record: the round is requested again, and the same bytes are sent."""
     cohort = cohort_of(tmp_path, {"training.rounds": "2"})
     first = rounds(cohort.experiment, cohort)
     hashes = [weights_hash(*load_model(weights_path(cohort.folder, number)).modules()) for number in (1, 2)]
@@ -231,9 +231,9 @@ def test_a_run_goes_on_after_its_last_round_on_disk(tmp_path: Path) -> None:
     assert rounds(cohort.experiment, cohort) == again and cohort.asked == []
 
 
-def test_bytes_and_epsilon_are_recorded_as_they_were(tmp_path: Path) -> None:
-    """Up: the payloads. Down: four bytes a weight or buffer and device. Epsilon: the plan's, growing."""
-    cohort = cohort_of(tmp_path, {"training.rounds": "2", "privacy": PROMISE})
+def test_bytes_and_epsilon_are_recorded(tmp_path: Path) -> None:
+    """Up: the payloads. Down: four bytes per weight or buffer and device. Epsilon: the plan's, increasing."""
+    cohort = cohort_of(tmp_path, {"training.rounds": "2", "privacy": TARGET})
     experiment = cohort.experiment
     records = rounds(experiment, cohort).rounds
     modules = tiny_gan().modules()
@@ -252,8 +252,8 @@ def test_bytes_and_epsilon_are_recorded_as_they_were(tmp_path: Path) -> None:
     assert 0 < spent[0] < spent[1] <= 8.0
 
 
-def test_a_run_without_a_promise_says_that_there_is_no_bound(tmp_path: Path) -> None:
-    """Not zero, not a large number."""
+def test_a_run_without_dp_reports_that_there_is_no_bound(tmp_path: Path) -> None:
+    """Not zero, and not a large number."""
     cohort = cohort_of(tmp_path, {})
     assert isinstance(rounds(cohort.experiment, cohort).rounds[0].epsilon, NotMeasured)
 
@@ -276,15 +276,15 @@ def test_plain_and_encrypted_sums_give_the_same_model_up_to_half_a_step(tmp_path
     assert 0 < float(apart.max())
 
 
-def test_more_devices_than_the_recipe_names_are_not_asked(tmp_path: Path) -> None:
-    """A sum has no room for them: whoever came first takes part, and the round succeeds."""
+def test_more_devices_than_the_experiment_states_get_no_task(tmp_path: Path) -> None:
+    """A sum has no headroom for them: the first to connect take part, and the round succeeds."""
     cohort = cohort_of(tmp_path, {}, more=3)
     (record,) = rounds(cohort.experiment, cohort).rounds
     assert cohort.asked == [("TrainTask", 1, (0, 1))] and len(record.answered) == 2
 
 
-def test_a_device_with_another_key_is_named_and_the_round_goes_on(tmp_path: Path) -> None:
-    """The key that most devices hold is the run's."""
+def test_a_device_with_another_key_is_named_and_the_round_continues(tmp_path: Path) -> None:
+    """The key that most devices have is the run's."""
     cohort = cohort_of(tmp_path, {**THREE, "aggregation": "{kind: homomorphic}"})
     experiment = cohort.experiment
     keys = make_keys(experiment.aggregation, experiment.agreement)
@@ -302,8 +302,8 @@ def test_a_device_with_another_key_is_named_and_the_round_goes_on(tmp_path: Path
 
 
 @pytest.mark.parametrize("liars", [1, 2])
-def test_a_sum_that_one_device_does_not_open_is_opened_by_the_next(tmp_path: Path, liars: int) -> None:
-    """Wrong length, then nobody left: a sentence, and no checkpoint."""
+def test_a_sum_that_one_device_cannot_decrypt_is_decrypted_by_the_next(tmp_path: Path, liars: int) -> None:
+    """Wrong length, then no device left: an error, and no checkpoint."""
 
     def tamper(member: int, task: Task, reply: Reply) -> Reply | Failure:
         if isinstance(reply, DecryptResult) and member < liars:
@@ -321,7 +321,7 @@ def test_a_sum_that_one_device_does_not_open_is_opened_by_the_next(tmp_path: Pat
 
 
 def test_updates_whose_sum_overflows_leave_no_broken_checkpoint(tmp_path: Path) -> None:
-    """Two times 3e38 is no float32: nothing is written that could not be read again."""
+    """Two times 3e38 is not a float32: nothing unreadable is written."""
 
     def tamper(member: int, task: Task, reply: Reply) -> Reply | Failure:
         if not isinstance(reply, TrainResult):
@@ -334,8 +334,8 @@ def test_updates_whose_sum_overflows_leave_no_broken_checkpoint(tmp_path: Path) 
     assert not weights_path(cohort.folder, 1).exists()
 
 
-def test_a_damaged_or_missing_state_is_said(tmp_path: Path) -> None:
-    """In words, with the file."""
+def test_a_damaged_or_missing_state_is_reported(tmp_path: Path) -> None:
+    """With the file's name."""
     with pytest.raises(RunError, match="no run to resume"):
         RunState.read(tmp_path)
     for text in ("", "{", "{}", '{"started": "x", "rounds": [{}]}', '{"started": "x", "rounds": 3}', "[]"):
@@ -344,8 +344,8 @@ def test_a_damaged_or_missing_state_is_said(tmp_path: Path) -> None:
             RunState.read(tmp_path)
 
 
-def test_a_distance_needs_forty_faces_and_says_so(tmp_path: Path) -> None:
-    """Real devices are compared with the probe, which may be small: that is no reason to stop a run."""
+def test_a_distance_needs_forty_faces_and_reports_it(tmp_path: Path) -> None:
+    """Remote devices are compared with the probe, which may be small; the run continues."""
     faces = torch.rand(48, 3, 16, 16)
     few, enough = (
         sample_metrics(tiny_gan(), ReferenceSet(faces=faces[:n], inputs=faces, downscale=Area(4)), 0)[

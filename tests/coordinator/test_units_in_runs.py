@@ -1,4 +1,4 @@
-"""Runs that promise per occasion and per library, figures that devices tell, and a device that leaves."""
+"""Runs with a guarantee per occasion and per library, metrics of devices, and a device that withdraws."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from pytest import approx
-from tiny import begun, first_device, tiny_experiment, tiny_gan, train_task
+from tiny import first_device, started, tiny_experiment, tiny_gan, train_task
 
 from fedface.aggregation.homomorphic import HomomorphicConfig
 from fedface.aggregation.payload import Payload
@@ -55,7 +55,7 @@ Noised = list[tuple[GaussianSum, torch.Tensor]]
 
 @pytest.fixture
 def noised(monkeypatch: pytest.MonkeyPatch) -> Noised:
-    """Every sum that is to be noised, with its mechanism; the sums stay as they are."""
+    """Every sum to which noise is added, with its mechanism; the sums are not changed."""
     seen: Noised = []
 
     def noise(self: GaussianSum, total: torch.Tensor, secret: object) -> torch.Tensor:
@@ -67,7 +67,7 @@ def noised(monkeypatch: pytest.MonkeyPatch) -> Noised:
 
 
 def sent_vector(reply: object) -> torch.Tensor:
-    """What a plain answer holds, in public ranges."""
+    """The content of a plain payload, in public ranges."""
     assert isinstance(reply, TrainResult), reply
     return PlainAggregation(max_devices=2).reveal(Payload.from_bytes(reply.payload))
 
@@ -75,8 +75,8 @@ def sent_vector(reply: object) -> torch.Tensor:
 # Per library.
 
 
-def test_a_promise_per_library_costs_one_gaussian_a_round() -> None:
-    """Two rounds at sigma s cost what one costs at s / sqrt 2, whatever happens in the steps on a device."""
+def test_a_guarantee_per_library_costs_one_gaussian_per_round() -> None:
+    """Two rounds at sigma s cost what one costs at s / sqrt 2, whatever the steps on a device."""
     schedule = Schedule(rounds=2, steps_per_round=9, sampling_rate=0.3, expected_batch_size=8, clip_norm=1.0)
     target = PrivacyTarget(epsilon=3.0, delta=1e-5, unit="library", trust="server")
     plan = make_plan(target, schedule, update_clip_norm=2.0)
@@ -87,8 +87,8 @@ def test_a_promise_per_library_costs_one_gaussian_a_round() -> None:
     assert "trusted" in " ".join(plan.describe())
 
 
-def test_a_device_cuts_its_whole_update_and_an_empty_library_sends_nothing(tmp_path: Path) -> None:
-    """The longest vector that may leave has the length of the clip; without photos it is zero."""
+def test_a_device_clips_its_whole_update_and_an_empty_library_sends_zero(tmp_path: Path) -> None:
+    """The largest update has the clipping norm; without photos it is zero."""
     experiment = tiny_experiment(tmp_path / "recipe", {**LIBRARY, "update_clip_norm": "0.01"})
     device = first_device(experiment, tmp_path / "devices")
     whole = sent_vector(handle_task(train_task(experiment, tiny_gan()), device))
@@ -104,10 +104,10 @@ def test_a_device_cuts_its_whole_update_and_an_empty_library_sends_nothing(tmp_p
     assert not nothing.any()
 
 
-def test_the_server_noises_each_sum_once(tmp_path: Path, noised: Noised) -> None:
-    """With updates cut to nothing, what is applied is the server's noise: deviation sigma * clip in public ranges."""
+def test_the_server_adds_noise_to_each_sum_once(tmp_path: Path, noised: Noised) -> None:
+    """With updates clipped to zero, the server's noise is applied: standard deviation sigma * clip in public ranges."""
     experiment = tiny_experiment(tmp_path / "recipe", {**LIBRARY, "training.rounds": "1"})
-    folder = begun(experiment, tmp_path / "run")
+    folder = started(experiment, tmp_path / "run")
     plan = experiment.plan()
     cohort = in_process_cohort(experiment, devices_folder(folder))
     run_rounds(experiment, plan, cohort, RunState.read(folder), None, SilentProgress())
@@ -117,13 +117,13 @@ def test_the_server_noises_each_sum_once(tmp_path: Path, noised: Noised) -> None
 
 
 def test_noise_of_the_server_is_in_the_weights(tmp_path: Path) -> None:
-    """The same run with no room for updates moves the weights by noise alone, several times the updates' length."""
+    """With updates clipped to zero, the weights move by noise alone, several times the updates' norm."""
     quiet = {**LIBRARY, "update_clip_norm": "1e-6", "training.rounds": "1"}
     loud = {**LIBRARY, "training.rounds": "1"}
     moves = []
     for name, changes in (("quiet", quiet), ("loud", loud)):
         experiment = tiny_experiment(tmp_path / name / "recipe", changes)
-        folder = begun(experiment, tmp_path / name / "run")
+        folder = started(experiment, tmp_path / name / "run")
         cohort = in_process_cohort(experiment, devices_folder(folder))
         run_rounds(experiment, experiment.plan(), cohort, RunState.read(folder), None, SilentProgress())
         before, after = (flatten_parameters(*load_model(weights_path(folder, n)).modules()) for n in (0, 1))
@@ -131,7 +131,7 @@ def test_noise_of_the_server_is_in_the_weights(tmp_path: Path) -> None:
     assert moves[1] > 1000 * moves[0]
 
 
-def test_a_device_that_trusts_no_server_stays_out_of_library_runs(tmp_path: Path) -> None:
+def test_a_device_that_does_not_trust_the_server_refuses_library_runs(tmp_path: Path) -> None:
     experiment = tiny_experiment(tmp_path / "recipe", LIBRARY)
     device = first_device(experiment, tmp_path / "devices")
     reply = handle_task(
@@ -154,22 +154,22 @@ def test_a_device_that_trusts_no_server_stays_out_of_library_runs(tmp_path: Path
         ),
     ],
 )
-def test_promises_that_nobody_could_keep_are_refused_in_the_recipe(
+def test_impossible_guarantees_are_refused_in_the_experiment(
     tmp_path: Path, changes: dict[str, str], words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         tiny_experiment(tmp_path, {**LIBRARY, **changes})
 
 
-def test_figures_per_library_are_noised_once_by_the_server(tmp_path: Path, noised: Noised) -> None:
-    """Two devices, two questions, one round: three noises on three sums, each device's part of length 1 at most."""
-    told = {**LIBRARY, "training.rounds": "1", "evaluation": FEW}
-    experiment = tiny_experiment(tmp_path / "recipe", told)
+def test_metrics_per_library_are_noised_once_by_the_server(tmp_path: Path, noised: Noised) -> None:
+    """Two devices, two evaluations, one round: three noise draws on three sums, each part of norm at most 1."""
+    overrides = {**LIBRARY, "training.rounds": "1", "evaluation": FEW}
+    experiment = tiny_experiment(tmp_path / "recipe", overrides)
     plan = experiment.plan()
     (terms,) = plan.additional_releases
     assert epsilon_of(terms.event(), 1e-3).upper == approx(4.0, abs=2e-3)
     assert plan.epsilon().upper == approx(8.0, abs=2e-3)  # type: ignore[union-attr]
-    folder = begun(experiment, tmp_path / "run")
+    folder = started(experiment, tmp_path / "run")
     cohort = in_process_cohort(experiment, devices_folder(folder))
     record = run_experiment(experiment, cohort, folder, progress=SilentProgress())
     questions = [total for mechanism, total in noised if mechanism == terms.central_mechanism()]
@@ -178,17 +178,17 @@ def test_figures_per_library_are_noised_once_by_the_server(tmp_path: Path, noise
     for total in questions:
         # The counts of two libraries: each is one, shared out over its photos' groups.
         assert float(decode_sums(total, config, clip_norm=1.0).table.sum()) == approx(2.0, abs=1e-5)
-    assert [told.epsilon.unit for told in record.device_metrics if isinstance(told.epsilon, Epsilon)] == [
-        "library"
-    ] * 2
+    assert [
+        metrics.epsilon.unit for metrics in record.device_metrics if isinstance(metrics.epsilon, Epsilon)
+    ] == ["library"] * 2
     text = html_report.render(record, folder)
     assert "libraries, noised" in text and "one mean over photos" in text and "before anybody saw" not in text
     ledger = Ledger.open(devices_folder(folder) / "device-00" / "ledger.sqlite")
     assert ledger.spent(1e-3, unit="library").upper <= 8.0
 
 
-def test_who_leaves_a_library_run_is_told_that_the_server_saw_its_answers() -> None:
-    """Its own noise bounds nothing, since it added none."""
+def test_withdrawing_from_a_library_run_reports_that_the_server_saw_the_replies() -> None:
+    """The device's own noise bounds nothing, because it added none."""
     price = Epsilon(lower=0.9, estimate=1.0, upper=1.0, delta=1e-3, unit="library")
     record = WithdrawalRecord(rounds=(1,), evaluations=0, epsilon=price)
     sentence = record.sentence()
@@ -197,10 +197,10 @@ def test_who_leaves_a_library_run_is_told_that_the_server_saw_its_answers() -> N
     assert "without noise" not in per_photo.sentence()
 
 
-def test_figures_per_library_are_read_with_one_noise(tmp_path: Path) -> None:
-    """The interval of all libraries' count is that of one noise, not one of each device."""
-    told = {**LIBRARY, "evaluation": FEW}
-    (terms,) = tiny_experiment(tmp_path / "recipe", told).plan().additional_releases
+def test_metrics_per_library_are_estimated_with_one_noise_draw(tmp_path: Path) -> None:
+    """The interval of the number of libraries is that of one noise draw, not of one per device."""
+    overrides = {**LIBRARY, "evaluation": FEW}
+    (terms,) = tiny_experiment(tmp_path / "recipe", overrides).plan().additional_releases
     config = LocalMetricsConfig(tone_upper_bounds=(10,))
     row = metric_vectors(
         PhotoMetrics(
@@ -232,16 +232,16 @@ def test_figures_per_library_are_read_with_one_noise(tmp_path: Path) -> None:
     assert isinstance(few.overall, NotMeasured) and not few.reported and few.suppressed == config.groups
 
 
-def test_one_sum_is_never_on_the_disk_under_two_noises(
+def test_one_sum_is_never_stored_with_two_noise_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut short before its checkpoint, a round is asked again; cut short after it, it is over, and only measured."""
+    """Interrupted before its checkpoint, a round is requested again; after it, it is complete."""
     experiment = tiny_experiment(tmp_path / "recipe", {**LIBRARY, "training.rounds": "1"})
-    folder = begun(experiment, tmp_path / "run")
+    folder = started(experiment, tmp_path / "run")
     plan, cohort = experiment.plan(), in_process_cohort(experiment, devices_folder(folder))
     faces = render_people(48, 0.5, 16, Streams(1))
     like = ReferenceSet(faces=faces, inputs=faces, downscale=experiment.upsampling.downscale)
-    kept = weights_path(folder, 1)
+    stored = weights_path(folder, 1)
 
     def run(*, cut_short_in: str) -> None:
         def stop(*asked: object) -> None:
@@ -252,22 +252,22 @@ def test_one_sum_is_never_on_the_disk_under_two_noises(
             run_rounds(experiment, plan, cohort, RunState.read(folder), like, SilentProgress())
 
     run(cut_short_in="save_model")
-    assert not kept.exists()
+    assert not stored.exists()
     run(cut_short_in="sample_metrics")
-    noised = kept.read_bytes()
+    noised = stored.read_bytes()
     assert RunState.read(folder).rounds[0].metrics == {}
     ended = run_rounds(experiment, plan, cohort, RunState.read(folder), like, SilentProgress())
-    assert kept.read_bytes() == noised and "distance" in ended.rounds[0].metrics
+    assert stored.read_bytes() == noised and "distance" in ended.rounds[0].metrics
     assert len(ended.rounds) == 1 and RunState.read(folder) == ended
     ledger = Ledger.open(devices_folder(folder) / "device-00" / "ledger.sqlite")
     assert len(ledger.entries()) == 1
 
 
 @pytest.mark.parametrize("asked", ["training", "figures"])
-def test_a_device_refuses_sums_that_cannot_keep_a_promise_per_library(tmp_path: Path, asked: str) -> None:
-    """A server that asks for encrypted sums all the same: nothing is booked, and no photo is read."""
-    told = {**LIBRARY, "evaluation": FEW}
-    experiment = tiny_experiment(tmp_path / "recipe", told)
+def test_a_device_refuses_encrypted_sums_for_a_guarantee_per_library(tmp_path: Path, asked: str) -> None:
+    """Nothing is recorded, and no photo is read."""
+    overrides = {**LIBRARY, "evaluation": FEW}
+    experiment = tiny_experiment(tmp_path / "recipe", overrides)
     device = first_device(experiment, tmp_path / "devices")
     task = train_task(experiment, tiny_gan())
     agreed = replace(task.config, aggregation=HomomorphicConfig())
@@ -302,15 +302,15 @@ def test_a_device_refuses_sums_that_cannot_keep_a_promise_per_library(tmp_path: 
 # Per occasion.
 
 
-def test_a_round_per_occasion_hardly_moves_for_one_birthday(tmp_path: Path) -> None:
-    """All 24 photos as one occasion: noise aside, the discriminator's photos' part is one clipped vector a step."""
-    told = {
+def test_a_round_per_occasion_changes_little_for_one_birthday(tmp_path: Path) -> None:
+    """All 24 photos are one occasion: without noise, the photos contribute one clipped vector per step."""
+    overrides = {
         **OCCASION,
         "training.steps_per_round": "1",
         "training.rounds": "1",
         "training.sampling_rate": "1",
     }
-    experiment = tiny_experiment(tmp_path / "recipe", told)
+    experiment = tiny_experiment(tmp_path / "recipe", overrides)
     plan = experiment.plan()
     assert plan.dp_parameters.unit == "occasion"
     device = first_device(experiment, tmp_path / "devices")
@@ -324,7 +324,7 @@ def test_a_round_per_occasion_hardly_moves_for_one_birthday(tmp_path: Path) -> N
 
 
 def test_held_out_units_are_not_trained_on(tmp_path: Path) -> None:
-    """What is asked and what is trained on share no occasion, and together they are everything."""
+    """Evaluated and training photos share no occasion, and together they are all photos."""
     experiment = tiny_experiment(tmp_path / "recipe", {**OCCASION, "evaluation": "{holdout_fraction: 0.4}"})
     own = first_device(experiment, tmp_path / "devices").photos(16)
     mine, asked = own.split(experiment.holdout_fraction, "occasion")
@@ -337,25 +337,25 @@ def test_held_out_units_are_not_trained_on(tmp_path: Path) -> None:
 # Figures, and leaving.
 
 
-def test_a_run_with_figures_prices_all_together_and_reports_them_with_their_noise(tmp_path: Path) -> None:
-    """Two sets of figures and two rounds cost the promise; the record's groups have intervals or a reason."""
-    told = {**OCCASION, "evaluation": "{epsilon_fraction: 0.5, holdout_fraction: 0.5}"}
-    experiment = tiny_experiment(tmp_path / "recipe", told)
+def test_a_run_with_metrics_accounts_for_everything_together(tmp_path: Path) -> None:
+    """Two evaluations and two rounds cost the privacy target; the record's groups have intervals or a reason."""
+    overrides = {**OCCASION, "evaluation": "{epsilon_fraction: 0.5, holdout_fraction: 0.5}"}
+    experiment = tiny_experiment(tmp_path / "recipe", overrides)
     plan = experiment.plan()
     (terms,) = plan.additional_releases
     alone = epsilon_of(terms.event(), 1e-2).upper
     assert alone == approx(4.0, abs=2e-3)
     price = plan.epsilon()
     assert price is not None and price.upper == approx(8.0, abs=2e-3)
-    folder = begun(experiment, tmp_path / "run")
+    folder = started(experiment, tmp_path / "run")
     record = run_experiment(
         experiment, in_process_cohort(experiment, devices_folder(folder)), folder, progress=SilentProgress()
     )
-    assert [told.when for told in record.device_metrics] == ["before", "after"]
-    for told in record.device_metrics:
-        assert isinstance(told.epsilon, Epsilon) and told.epsilon.unit == "occasion"
-        assert told.estimates.devices == 2
-        for group in (told.estimates.overall, *told.estimates.groups.values()):
+    assert [metrics.when for metrics in record.device_metrics] == ["before", "after"]
+    for metrics in record.device_metrics:
+        assert isinstance(metrics.epsilon, Epsilon) and metrics.epsilon.unit == "occasion"
+        assert metrics.estimates.devices == 2
+        for group in (metrics.estimates.overall, *metrics.estimates.groups.values()):
             assert isinstance(group, GroupEstimates | NotMeasured)
     assert isinstance(record.rounds[-1].epsilon, Epsilon) and record.rounds[-1].epsilon.upper <= 8.0
     text = html_report.render(record, folder)
@@ -369,18 +369,18 @@ def test_a_run_with_figures_prices_all_together_and_reports_them_with_their_nois
         assert ledger.spent(1e-2, unit="occasion").upper <= 8.0
 
 
-def test_a_device_that_does_not_answer_questions_still_trains(tmp_path: Path) -> None:
-    """Figures refused by all: the run says so and can be resumed; updates are another matter."""
+def test_a_device_that_refuses_evaluation_still_trains(tmp_path: Path) -> None:
+    """If all refuse evaluation, the run reports it and can be resumed."""
     policy = "{max_epsilon: 8, delta: 1e-2, unit: occasion, protocols: [plain], min_cohort_size: 1}"
     experiment = tiny_experiment(tmp_path / "recipe", {**OCCASION, "policy": policy})
     device = first_device(experiment, tmp_path / "devices")
     assert isinstance(handle_task(train_task(experiment, tiny_gan()), device), TrainResult)
 
 
-def test_a_device_that_leaves_is_asked_no_more_and_its_name_is_gone(tmp_path: Path) -> None:
-    """After round 1 its owner leaves: round 2 goes on with the other, and the record says what cannot be undone."""
+def test_a_device_that_withdraws_gets_no_tasks_and_its_name_is_deleted(tmp_path: Path) -> None:
+    """After round 1 its owner withdraws: round 2 continues; the record states what cannot be undone."""
     experiment = tiny_experiment(tmp_path / "recipe", {"min_responses": "1", "training.rounds": "3"})
-    folder = begun(experiment, tmp_path / "run")
+    folder = started(experiment, tmp_path / "run")
     state = devices_folder(folder) / "device-00"
 
     class Watcher(SilentProgress):
@@ -400,17 +400,21 @@ def test_a_device_that_leaves_is_asked_no_more_and_its_name_is_gone(tmp_path: Pa
     assert left.rounds == (1,) and "cannot be undone" in left.sentence() and "at most" in left.sentence()
     assert isinstance(left.epsilon, Epsilon)
     assert left.epsilon.upper == approx(epsilon_of(experiment.plan().event(1), 1e-3).upper)
-    kept = (folder / "state.json").read_text()
-    assert "device-00" not in kept and "changed my mind" not in kept
+    stored = (folder / "state.json").read_text()
+    assert "device-00" not in stored and "changed my mind" not in stored
     assert RunState.read(folder) == ended
     assert len(Ledger.open(state / "ledger.sqlite").entries()) == 1
 
 
-def test_a_device_that_leaves_after_its_figures_is_priced_for_them_and_asked_no_more(tmp_path: Path) -> None:
-    """It answered one set of figures and no round: the record says so, with the price of that, without its name."""
-    told = {**OCCASION, "evaluation": "{epsilon_fraction: 0.5, holdout_fraction: 0.5}", "min_responses": "1"}
-    experiment = tiny_experiment(tmp_path / "recipe", told)
-    folder = begun(experiment, tmp_path / "run")
+def test_withdrawing_after_an_evaluation_reports_its_cost_without_the_name(tmp_path: Path) -> None:
+    """The device answered one evaluation and no round."""
+    overrides = {
+        **OCCASION,
+        "evaluation": "{epsilon_fraction: 0.5, holdout_fraction: 0.5}",
+        "min_responses": "1",
+    }
+    experiment = tiny_experiment(tmp_path / "recipe", overrides)
+    folder = started(experiment, tmp_path / "run")
     state = devices_folder(folder) / "device-00"
 
     class Watcher(SilentProgress):
@@ -426,17 +430,20 @@ def test_a_device_that_leaves_after_its_figures_is_priced_for_them_and_asked_no_
     (terms,) = experiment.plan().additional_releases
     assert isinstance(left.epsilon, Epsilon)
     assert left.epsilon.upper == approx(epsilon_of(terms.event(1), 1e-2).upper)
-    assert [told.answered for told in record.device_metrics] == [(WITHDRAWN, "device-01"), ("device-01",)]
+    assert [metrics.answered for metrics in record.device_metrics] == [
+        (WITHDRAWN, "device-01"),
+        ("device-01",),
+    ]
     refused = [
         line for line in Ledger.open(state / "ledger.sqlite").read().transmissions if line.kind == "refusal"
     ]
-    assert len(refused) == 1  # told once, by the first round, and asked no more
+    assert len(refused) == 1  # reported once, by the first round, and asked no more
 
 
-def test_who_leaves_is_forgotten_even_if_the_round_fails_for_want_of_answers(tmp_path: Path) -> None:
-    """Two are needed and one has left after round 1: every resume fails alike, and its name is gone all the same."""
+def test_a_withdrawn_name_is_deleted_even_if_the_round_fails(tmp_path: Path) -> None:
+    """Two replies are needed and one device withdrew after round 1: every resumption fails, and its name is deleted."""
     experiment = tiny_experiment(tmp_path / "recipe", {"min_responses": "2"})
-    folder = begun(experiment, tmp_path / "run")
+    folder = started(experiment, tmp_path / "run")
     state = devices_folder(folder) / "device-00"
 
     class Watcher(SilentProgress):
@@ -447,6 +454,6 @@ def test_who_leaves_is_forgotten_even_if_the_round_fails_for_want_of_answers(tmp
     cohort = in_process_cohort(experiment, devices_folder(folder))
     with pytest.raises(FederationError, match="2 are needed"):
         run_rounds(experiment, experiment.plan(), cohort, RunState.read(folder), None, Watcher())
-    kept = RunState.read(folder)
+    stored = RunState.read(folder)
     assert "device-00" not in (folder / "state.json").read_text()
-    assert kept.rounds[0].answered == (WITHDRAWN, "device-01") and kept.withdrawals[0].rounds == (1,)
+    assert stored.rounds[0].answered == (WITHDRAWN, "device-01") and stored.withdrawals[0].rounds == (1,)

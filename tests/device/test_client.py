@@ -1,4 +1,4 @@
-"""One device: asks its policy, books, reads a photo, keeps its answer; in this order or not at all."""
+"""One device: checks its policy, records the release, reads photos and stores its reply, in this order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import NO_PROMISE, first_device, tiny_experiment, tiny_gan, train_task
+from tiny import NO_PRIVACY, first_device, tiny_experiment, tiny_gan, train_task
 
 from fedface.aggregation.homomorphic import make_device, make_server
 from fedface.aggregation.payload import HomomorphicConfig, Payload
@@ -41,7 +41,7 @@ class Killed(BaseException):
 
 
 def unreadable(size: int) -> Images:
-    """Photos on a disk that has just died."""
+    """Photos on a disk that has failed."""
     raise Disturbed
 
 
@@ -68,72 +68,72 @@ def task(experiment: Experiment) -> TrainTask:
     return train_task(experiment, tiny_gan())
 
 
-def booked(device: Device) -> list[tuple[str, int, int]]:
+def recorded(device: Device) -> list[tuple[str, int, int]]:
     """Run, round and attempt of each entry."""
     return [(entry.run, entry.round, entry.attempt) for entry in Ledger.open(device.ledger_path).entries()]
 
 
-def test_an_answer_is_one_update_booked_at_the_devices_own_price(
+def test_a_reply_is_one_update_recorded_at_the_devices_own_cost(
     device: Device, task: TrainTask, experiment: Experiment
 ) -> None:
-    """One entry; its price is that of one round of the plan; the payload has the model's length."""
+    """One entry with the cost of one round of the plan; the payload has the model's length."""
     reply = handle_task(task, device)
     assert isinstance(reply, TrainResult) and reply.device == "device-00"
     payload = Payload.from_bytes(reply.payload)
     assert (payload.kind, payload.round, payload.count) == ("plain", 1, 1)
     assert payload.length == len(task.weights)
-    assert booked(device) == [("tiny", 1, 1)]
+    assert recorded(device) == [("tiny", 1, 1)]
     spent = Ledger.open(device.ledger_path).spent(1e-3)
     assert spent == epsilon_of(experiment.plan().event(1), 1e-3)
 
 
-def test_asked_again_it_sends_the_same_bytes_and_pays_nothing_more(device: Device, task: TrainTask) -> None:
-    """A second computation would be a second release; photos are not even read."""
+def test_a_repeated_task_gets_the_same_bytes_at_no_cost(device: Device, task: TrainTask) -> None:
+    """A second computation would be a second release; photos are not read."""
     first = handle_task(task, device)
     second = handle_task(task, replace(device, photos=unreadable))
     assert isinstance(first, TrainResult) and isinstance(second, TrainResult)
     assert second.payload == first.payload
-    assert booked(device) == [("tiny", 1, 1)]
+    assert recorded(device) == [("tiny", 1, 1)]
 
 
-def test_a_kept_answer_is_not_sent_for_other_weights(device: Device, task: TrainTask) -> None:
-    """A new run under an old run's name: yesterday's update does not belong to today's model."""
+def test_a_stored_reply_is_not_sent_for_other_weights(device: Device, task: TrainTask) -> None:
+    """A new run with an old run's name: the old update is not for the new model."""
     handle_task(task, device)
     other = tiny_gan("other")
     again = replace(task, weights=flatten_parameters(*other.modules()), model="another")
     with pytest.raises(LedgerError, match="answered already, for a different release"):
         handle_task(again, device)
-    assert booked(device) == [("tiny", 1, 1)]
+    assert recorded(device) == [("tiny", 1, 1)]
 
 
-def test_the_booking_is_on_disk_before_a_photo_is_read(device: Device, task: TrainTask) -> None:
-    """A crash while reading leaves the booking, which pays for the attempt that follows: nothing had left."""
+def test_the_release_is_recorded_before_a_photo_is_read(device: Device, task: TrainTask) -> None:
+    """A crash while reading leaves the record, which covers the next attempt, because nothing was sent."""
     seen = []
 
     def look(size: int) -> Images:
-        seen.append(booked(device))
+        seen.append(recorded(device))
         raise Killed
 
     with pytest.raises(Killed):
         handle_task(task, replace(device, photos=look))
     assert seen == [[("tiny", 1, 1)]]
     assert isinstance(handle_task(task, device), TrainResult)
-    assert booked(device) == [("tiny", 1, 1)]
+    assert recorded(device) == [("tiny", 1, 1)]
 
 
 def test_a_spent_budget_is_a_refusal_with_three_numbers(device: Device, task: TrainTask) -> None:
-    """Asked, spent, allowed; nothing is booked and no photo is read."""
+    """Requested, spent, allowed; nothing is recorded and no photo is read."""
     poor = replace(device, photos=unreadable, policy=replace(device.policy, max_epsilon=0.5))
     answer = handle_task(task, poor)
     assert isinstance(answer, Refusal) and answer.device == "device-00"
     assert "asks for epsilon" in answer.reason and "of 0.5 is already spent" in answer.reason
-    assert booked(device) == []
+    assert recorded(device) == []
 
 
-def test_a_round_that_broke_while_it_was_computed_is_closed(
+def test_a_round_that_failed_is_closed(
     device: Device, task: TrainTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That it broke may tell something of the photos: it is not tried again, and not for free."""
+    """The failure may depend on the photos: it is not tried again."""
 
     def broken(*_: object, **__: object) -> None:
         raise Disturbed
@@ -144,24 +144,24 @@ def test_a_round_that_broke_while_it_was_computed_is_closed(
             handle_task(task, device)
     again = handle_task(task, device)
     assert isinstance(again, Refusal) and "closed" in again.reason
-    assert booked(device) == [("tiny", 1, 1)]
+    assert recorded(device) == [("tiny", 1, 1)]
 
 
 def test_a_round_whose_photos_could_not_be_read_is_answered_with_noise_alone(
     device: Device, task: TrainTask
 ) -> None:
-    """Whether they can be read may hang on what they show: the server learns nothing of it, and the round is paid."""
+    """Readability may depend on the photos' content: the server learns nothing of it, and the round is recorded."""
     reply = handle_task(task, replace(device, photos=unreadable))
     assert isinstance(reply, TrainResult)
     assert handle_task(task, device) == replace(reply, seconds_protect=0.0)
-    assert booked(device) == [("tiny", 1, 1)]
+    assert recorded(device) == [("tiny", 1, 1)]
     assert isinstance(handle_task(replace(task, round=2), device), TrainResult)
 
 
-def test_a_computation_that_fails_on_one_photo_alone_looks_like_any_other(
+def test_a_failure_on_one_photo_is_answered_with_noise(
     device: Device, task: TrainTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hostile network that breaks on somebody's face asks a question; the answer is noise, and paid for."""
+    """A hostile network that fails on a certain face learns nothing: the reply is noise, and recorded."""
     real = GanRound.update
 
     def breaks(self: GanRound, photos: Images, **more: object) -> Vector:
@@ -173,13 +173,13 @@ def test_a_computation_that_fails_on_one_photo_alone_looks_like_any_other(
     reply = handle_task(task, device)
     assert isinstance(reply, TrainResult)
     assert Payload.from_bytes(reply.payload).length == len(task.weights)
-    assert booked(device) == [("tiny", 1, 1)]
+    assert recorded(device) == [("tiny", 1, 1)]
 
 
-def test_photos_are_let_go_before_the_answer_without_them(
+def test_photos_are_freed_before_the_reply_without_them(
     device: Device, task: TrainTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What fails for want of memory must not fail again because the photos are still held."""
+    """What fails for lack of memory must not fail again because the photos are still in memory."""
     held: list[weakref.ref[DeviceDataset]] = []
     alive = []
     real = GanRound.update
@@ -201,13 +201,15 @@ def test_photos_are_let_go_before_the_answer_without_them(
     assert alive == [False]
 
 
-def test_three_killed_computations_are_free_and_a_fourth_is_paid_for(device: Device, task: TrainTask) -> None:
-    """Power goes, so crashes are free; but a network that kills a device by what it sees must not ask for nothing."""
+def test_three_killed_computations_are_free_and_a_fourth_is_recorded(device: Device, task: TrainTask) -> None:
+    """Crashes are free because power fails; but a network that kills devices depending on photos must not be free
+    forever.
+    """
     rich = replace(device, policy=replace(device.policy, max_epsilon=100.0))
     for _ in range(4):
         with pytest.raises(Killed):
             handle_task(task, replace(rich, photos=switched_off))
-    assert booked(device) == [("tiny", 1, 1), ("tiny", 1, 2)]
+    assert recorded(device) == [("tiny", 1, 1), ("tiny", 1, 2)]
 
 
 @pytest.mark.parametrize(
@@ -219,16 +221,16 @@ def test_three_killed_computations_are_free_and_a_fourth_is_paid_for(device: Dev
         ({"expires": "2020-01-01"}, "ended"),
     ],
 )
-def test_a_stricter_policy_holds_for_kept_answers_too(
+def test_a_stricter_policy_applies_to_stored_replies(
     device: Device, task: TrainTask, stricter: dict[str, object], words: str
 ) -> None:
-    """Bytes that were computed under yesterday's policy are not sent against today's."""
+    """A reply computed under an earlier policy is not sent against today's."""
     handle_task(task, device)
     reply = handle_task(task, replace(device, policy=replace(device.policy, **stricter)))  # type: ignore[arg-type]
     assert isinstance(reply, Refusal) and words in reply.reason
 
 
-def test_sums_are_opened_only_while_the_policy_holds(device: Device, task: TrainTask) -> None:
+def test_sums_are_decrypted_only_until_the_policy_expires(device: Device, task: TrainTask) -> None:
     """From the day after the last one everything is refused."""
     handle_task(task, device)
     ended = replace(device, policy=replace(device.policy, expires="2020-01-01"))
@@ -239,32 +241,32 @@ def test_sums_are_opened_only_while_the_policy_holds(device: Device, task: Train
     assert isinstance(reply, Refusal) and "ended" in reply.reason
 
 
-def test_a_ledger_rolled_back_is_noticed_by_its_head_or_with_it_by_its_witness(
+def test_a_rolled_back_ledger_is_detected_by_its_head_or_its_witness(
     device: Device, task: TrainTask, tmp_path: Path
 ) -> None:
-    """File and head together look whole; the witness remembers what they forgot."""
+    """If file and head are rolled back together, only the witness detects it."""
     device = replace(device, witness=tmp_path / "disk")
     handle_task(task, device)
-    kept = [(path, path.read_bytes()) for path in sorted(device.state.glob("ledger.sqlite*"))]
+    stored = [(path, path.read_bytes()) for path in sorted(device.state.glob("ledger.sqlite*"))]
     handle_task(replace(task, round=2), device)
-    for path, content in kept:
+    for path, content in stored:
         path.write_bytes(content)
         with pytest.raises(LedgerError, match="rolled back"):
             handle_task(replace(task, round=3), replace(device, photos=unreadable))
 
 
-def test_weights_under_a_false_name_are_found_out_before_the_booking(device: Device, task: TrainTask) -> None:
-    """The hash in the task is the server's word; the ledger remembers the device's own."""
+def test_weights_with_a_false_hash_are_refused_before_anything_is_recorded(
+    device: Device, task: TrainTask
+) -> None:
+    """The device computes the hash that the ledger records."""
     other = replace(task, weights=flatten_parameters(*tiny_gan("other").modules()))
     with pytest.raises(WeightsError, match=f"states weights {task.model}"):
         handle_task(other, replace(device, photos=unreadable))
-    assert booked(device) == []
+    assert recorded(device) == []
 
 
-def test_a_booked_round_without_an_answer_is_free_for_the_same_recipe_only(
-    device: Device, task: TrainTask
-) -> None:
-    """Another rate at the same price, or other weights: a second booking. What was first asked: none."""
+def test_a_recorded_round_without_a_reply_covers_only_the_same_task(device: Device, task: TrainTask) -> None:
+    """Another rate at the same cost, or other weights, are recorded again; the original task is not."""
     other = tiny_gan("other")
     weights = replace(
         task,
@@ -278,11 +280,11 @@ def test_a_booked_round_without_an_answer_is_free_for_the_same_recipe_only(
     for asked, attempts in ((task, 1), (task, 1), (weights, 2), (recipe, 3), (recipe, 3)):
         with pytest.raises(Killed):
             handle_task(asked, rich)
-        assert booked(device) == [("tiny", 1, attempt + 1) for attempt in range(attempts)]
+        assert recorded(device) == [("tiny", 1, attempt + 1) for attempt in range(attempts)]
 
 
-def test_huge_networks_are_refused_before_memory_is_asked_for(device: Device, task: TrainTask) -> None:
-    """A terabyte of weights in a header, beside the vector of a tiny model; also through the wire."""
+def test_huge_networks_are_refused_before_memory_is_allocated(device: Device, task: TrainTask) -> None:
+    """A terabyte of weights in a header, with the vector of a tiny model; also through the wire."""
     shape = GanArchitecture(
         generator=StyleGAN2Config(size=1024, channel_base=2**24, channel_max=2**14),
         discriminator=DiscriminatorConfig(size=1024, channel_base=2**24, channel_max=2**14),
@@ -290,13 +292,13 @@ def test_huge_networks_are_refused_before_memory_is_asked_for(device: Device, ta
     huge = read_task(to_message(replace(task, config=replace(task.config, architecture=shape))))
     with pytest.raises(WeightsError, match="got a vector of shape"):
         handle_task(huge, replace(device, photos=unreadable))
-    assert booked(device) == []
+    assert recorded(device) == []
 
 
 def test_the_last_affordable_round_is_answered_and_the_next_is_not(
     device: Device, task: TrainTask, experiment: Experiment
 ) -> None:
-    """Two rounds are promised; a crash in each costs nothing more, and a third round is too much."""
+    """Two rounds fit the budget; a crash in each costs nothing more, and a third round is refused."""
     crashed = replace(device, photos=switched_off)
     for number in (1, 2):
         with pytest.raises(Killed):
@@ -304,7 +306,7 @@ def test_the_last_affordable_round_is_answered_and_the_next_is_not(
         assert isinstance(handle_task(replace(task, round=number), device), TrainResult)
     answer = handle_task(replace(task, round=3), device)
     assert isinstance(answer, Refusal) and "asks for epsilon" in answer.reason
-    assert booked(device) == [("tiny", 1, 1), ("tiny", 2, 1)]
+    assert recorded(device) == [("tiny", 1, 1), ("tiny", 2, 1)]
     spent = Ledger.open(device.ledger_path).spent(1e-3).upper
     assert spent <= device.policy.max_epsilon
 
@@ -320,35 +322,35 @@ def test_the_last_affordable_round_is_answered_and_the_next_is_not(
 def test_what_the_owner_did_not_allow_is_refused(
     device: Device, task: TrainTask, policy: dict[str, object], cohort: int, words: str
 ) -> None:
-    """A value, in words, with nothing read and nothing booked."""
+    """A refusal with a reason; nothing is read and nothing is recorded."""
     strict = replace(device, photos=unreadable, policy=replace(device.policy, **policy))  # type: ignore[arg-type]
     answer = handle_task(replace(task, cohort=cohort), strict)
     assert isinstance(answer, Refusal) and words in answer.reason
-    assert booked(device) == []
+    assert recorded(device) == []
 
 
-def test_a_run_without_a_promise_is_refused_unless_allowed(tmp_path: Path, device: Device) -> None:
+def test_a_run_without_dp_is_refused_unless_allowed(tmp_path: Path, device: Device) -> None:
     """Epsilon infinite, and the owner's limit."""
-    unpromised = tiny_experiment(tmp_path / "recipe", {"privacy": NO_PROMISE})
+    unpromised = tiny_experiment(tmp_path / "recipe", {"privacy": NO_PRIVACY})
     answer = handle_task(train_task(unpromised, tiny_gan()), replace(device, photos=unreadable))
     assert isinstance(answer, Refusal) and "asks for epsilon inf" in answer.reason
-    assert booked(device) == []
+    assert recorded(device) == []
 
 
 @pytest.mark.parametrize(
     "change", [{"steps_per_round": 9}, {"sampling_rate": 1.0}, {"clip_norm": 1e6}, {"rounds": 1}]
 )
-def test_forged_terms_are_not_computed(device: Device, task: TrainTask, change: dict[str, float]) -> None:
-    """Terms that would be priced low and a training that would run high: nothing happens at all."""
+def test_forged_parameters_are_refused(device: Device, task: TrainTask, change: dict[str, float]) -> None:
+    """DP parameters of low cost with a training schedule of high cost: nothing is computed."""
     training = replace(task.config.training, **change)  # type: ignore[arg-type]
     forged = replace(task, config=replace(task.config, training=training))
     with pytest.raises(PrivacyError, match="differ"):
         handle_task(forged, replace(device, photos=unreadable))
-    assert booked(device) == []
+    assert recorded(device) == []
 
 
-def test_a_tiny_noise_is_priced_as_what_it_is(device: Device, task: TrainTask) -> None:
-    """A server that asks with a thousandth of the noise pays for it, not for what it says."""
+def test_the_cost_is_computed_from_the_noise_of_the_task(device: Device, task: TrainTask) -> None:
+    """A server that sends a thousandth of the noise is charged for it."""
     quiet = replace(task.config.dp, noise_multiplier=task.config.dp.noise_multiplier / 1000)
     answer = handle_task(
         replace(task, config=replace(task.config, dp=quiet)), replace(device, photos=unreadable)
@@ -357,10 +359,10 @@ def test_a_tiny_noise_is_priced_as_what_it_is(device: Device, task: TrainTask) -
 
 
 def test_weights_that_do_not_fit_cost_nothing(device: Device, task: TrainTask) -> None:
-    """A wrong vector is found before the booking."""
+    """A wrong vector is refused before anything is recorded."""
     with pytest.raises(WeightsError, match="weights, got a vector"):
         handle_task(replace(task, weights=torch.zeros(3)), replace(device, photos=unreadable))
-    assert booked(device) == []
+    assert recorded(device) == []
 
 
 def test_a_missing_key_costs_nothing(device: Device, task: TrainTask) -> None:
@@ -371,12 +373,12 @@ def test_a_missing_key_costs_nothing(device: Device, task: TrainTask) -> None:
     )
     with pytest.raises(AggregationError, match="cannot read this key file"):
         handle_task(hidden, open_minded)
-    assert booked(device) == []
+    assert recorded(device) == []
 
 
 def test_the_update_does_not_depend_on_the_global_seed(tmp_path: Path) -> None:
-    """Without a promise everything is replayable: two devices of one name send the same bytes."""
-    experiment = tiny_experiment(tmp_path / "recipe", {"privacy": NO_PROMISE})
+    """Without DP everything is reproducible: two devices of one name send the same bytes."""
+    experiment = tiny_experiment(tmp_path / "recipe", {"privacy": NO_PRIVACY})
     sent = []
     for place in ("a", "b"):
         torch.rand(3)
@@ -393,7 +395,7 @@ def hidden_round(tmp_path: Path) -> tuple[Experiment, Device, TrainTask]:
 
 
 def reveal_task(experiment: Experiment, payload: Payload, round: int = 1) -> DecryptTask:
-    """Please open this."""
+    """A request to decrypt a sum."""
     return DecryptTask(
         run="tiny",
         round=round,
@@ -403,8 +405,8 @@ def reveal_task(experiment: Experiment, payload: Payload, round: int = 1) -> Dec
     )
 
 
-def test_a_device_opens_the_sum_of_a_round_it_has_a_part_in(tmp_path: Path) -> None:
-    """Of two updates: its own and one of ones, whose sum is known to the grid."""
+def test_a_device_decrypts_the_sum_of_a_round_that_it_took_part_in(tmp_path: Path) -> None:
+    """Of two updates: its own and one of ones; the sum is known up to quantisation."""
     experiment, device, task = hidden_round(tmp_path)
     reply = handle_task(task, device)
     assert isinstance(reply, TrainResult)
@@ -430,8 +432,8 @@ def test_a_device_opens_the_sum_of_a_round_it_has_a_part_in(tmp_path: Path) -> N
         handle_task(asked, careful)
 
 
-def test_a_device_does_not_open_the_sum_of_another_round(tmp_path: Path) -> None:
-    """A payload that says round 1 in a task that says round 2, which it also answered."""
+def test_a_device_does_not_decrypt_the_sum_of_another_round(tmp_path: Path) -> None:
+    """A payload of round 1 in a task for round 2, which it also answered."""
     experiment, device, task = hidden_round(tmp_path)
     first = handle_task(task, device)
     assert isinstance(first, TrainResult) and isinstance(
@@ -441,10 +443,10 @@ def test_a_device_does_not_open_the_sum_of_another_round(tmp_path: Path) -> None
         handle_task(reveal_task(experiment, Payload.from_bytes(first.payload), round=2), device)
 
 
-def test_a_ledger_rolled_back_to_before_an_answer_is_noticed(
+def test_a_ledger_rolled_back_to_before_a_reply_is_detected(
     device: Device, task: TrainTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Copied between booking and answer, and copied back: the same booking would pay for two answers."""
+    """Copied between record and reply, and restored: one record would cover two replies."""
     device = replace(device, witness=tmp_path / "disk")
     copies: dict[Path, bytes] = {}
     begin = Ledger.record_attempt
@@ -467,7 +469,7 @@ def test_a_ledger_rolled_back_to_before_an_answer_is_noticed(
 def test_one_task_opens_and_verifies_the_ledger_once(
     device: Device, task: TrainTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Policy, booking, attempt, reply and transmission share one connection and one pass over all records."""
+    """Policy, release, attempt, reply and transmission share one connection and one verification."""
     handle_task(task, device)
     connections, passes = [], []
     connect, verify = sqlite3.connect, Chain._verify_records
@@ -486,9 +488,7 @@ def test_one_task_opens_and_verifies_the_ledger_once(
     assert len(connections) == 1 and passes == [4]  # release, attempt, answer and transmission of round 1
 
 
-def test_a_round_while_photos_cannot_be_read_is_put_off_and_not_paid_for(
-    device: Device, task: TrainTask
-) -> None:
+def test_a_round_while_photos_cannot_be_read_is_postponed_at_no_cost(device: Device, task: TrainTask) -> None:
     def scanning() -> None:
         raise ConditionsNotMet("the photos are being scanned")
 

@@ -1,4 +1,4 @@
-"""A real device: its owner's file, its photos, and what happens when the file says no."""
+"""A real device: its owner's file, its photos, and errors in the file."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ policy:
 POLICY = "max_epsilon: 2\ndelta: 1e-6\nexclude_folders: [Private]\n"
 
 
-def draw_photos(folder: Path, count: int, name: str) -> None:
-    """Drawn faces of 128 px, saved as a camera would."""
+def save_photos(folder: Path, count: int, name: str) -> None:
+    """Synthetic faces of 128 px, saved as a camera would."""
     folder.mkdir(exist_ok=True)
     streams = Streams(3).child(name)
     faces = sample_faces(count, ToneMix(light_fraction=0.5), streams.generator("faces"))
@@ -60,26 +60,26 @@ def draw_photos(folder: Path, count: int, name: str) -> None:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a device file and three photos; indexes are kept within it."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "indexes"))
-    draw_photos(tmp_path / "photos", 3, "old")
+    save_photos(tmp_path / "photos", 3, "old")
     (tmp_path / "device.yaml").write_text(FILE)
     return tmp_path
 
 
-def test_photos_are_found_scanned_and_cut_to_size(home: Path) -> None:
-    """Paths count from the file's own folder; a photo added later takes part; a face takes three bytes a pixel."""
+def test_photos_are_scanned_and_cropped(home: Path) -> None:
+    """Paths are relative to the file; a photo added later takes part; a face takes three bytes per pixel."""
     device = load_device(home / "device.yaml")
     assert (device.name, device.policy.max_epsilon, device.state) == ("kitchen", 2.0, home / "state")
     first = device.photos(16).images
     assert first.shape == (3, 3, 16, 16) and first.nbytes == 3 * 3 * 16 * 16
     assert first.float().std() > 10  # of 255: faces, not one colour
-    draw_photos(home / "photos", 1, "new")
+    save_photos(home / "photos", 1, "new")
     assert device.photos(16).images.shape == (4, 3, 16, 16)
 
 
-def test_a_folder_without_a_face_gives_none_and_a_photo_that_goes_is_left_out(
+def test_a_folder_without_faces_and_a_deleted_photo_are_no_errors(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No error that a server could tell from an answer: noise hides one photo more or less, also the first."""
+    """The server must not distinguish them from other replies: noise hides one photo more or less, also the first."""
     device = load_device(home / "device.yaml")
 
     def scanned(folder: Path, **more: object) -> None:
@@ -96,8 +96,8 @@ def test_a_folder_without_a_face_gives_none_and_a_photo_that_goes_is_left_out(
     assert device.photos(16).images.shape == (0, 3, 16, 16)
 
 
-def test_the_state_folder_is_the_owners_alone(home: Path) -> None:
-    """Made so, and refused when it was opened since."""
+def test_the_state_folder_is_private(home: Path) -> None:
+    """Created so, and refused if it was opened to others since."""
     assert load_device(home / "device.yaml").state.stat().st_mode & 0o777 == 0o700
     (home / "state").chmod(0o755)
     with pytest.raises(ConfigError, match="chmod 700"):
@@ -117,10 +117,8 @@ def test_the_state_folder_is_the_owners_alone(home: Path) -> None:
         ("folders: [work]", ["folders: there is no folder work in PHOTOS; did you mean Work?"]),
     ],
 )  # fmt: skip
-def test_a_folder_that_a_policy_names_and_that_is_not_there_is_found(
-    home: Path, line: str, lost: list[str]
-) -> None:
-    """Compared as the library compares them; another number is another folder, not a slip."""
+def test_missing_policy_folders_are_detected(home: Path, line: str, lost: list[str]) -> None:
+    """Compared as the library compares them; different digits are another folder, not a typo."""
     photos = home / "photos"
     for name in ("Private", "Work/Documents", "2019"):
         (photos / name).mkdir(parents=True)
@@ -129,10 +127,10 @@ def test_a_folder_that_a_policy_names_and_that_is_not_there_is_found(
     assert found == lost
 
 
-def test_nothing_is_answered_while_a_barred_folder_seems_mistyped(
+def test_a_device_stops_while_an_excluded_folder_seems_mistyped(
     home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What has gone bars nothing and is noted; what nearly names a folder that is there was meant to bar it."""
+    """A deleted folder is a warning; a name similar to an existing folder was meant to exclude it."""
     (home / "device.yaml").write_text(FILE + "  exclude_folders: [Private]\n")
     assert load_device(home / "device.yaml").name == "kitchen"
     assert "policy.exclude_folders: there is no folder Private in" in caplog.text
@@ -143,10 +141,8 @@ def test_nothing_is_answered_while_a_barred_folder_seems_mistyped(
         load_device(home / "device.yaml")
 
 
-def test_only_folders_of_which_none_is_there_are_refused(
-    home: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """One of several may have gone: that is noted, and the others are used."""
+def test_folders_of_which_none_exists_are_refused(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """If one of several is missing, that is a warning, and the others are used."""
     (home / "photos" / "Family").mkdir()
     (home / "device.yaml").write_text(FILE + "  folders: [Family, Gone]\n")
     assert load_device(home / "device.yaml").name == "kitchen"
@@ -156,15 +152,15 @@ def test_only_folders_of_which_none_is_there_are_refused(
         load_device(home / "device.yaml")
 
 
-def test_checking_a_device_makes_nothing(home: Path) -> None:
-    """Neither the state nor an index."""
+def test_reading_a_device_file_creates_nothing(home: Path) -> None:
+    """Neither the state folder nor an index."""
     before = sorted(home.rglob("*"))
     assert read_device_config(home / "device.yaml").name == "kitchen"
     assert sorted(home.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted", "said"),
+    ("text", "expected", "result"),
     [
         (POLICY, "device", "this is a policy file; a device file has name, photos, state and policy"),
         (FILE, "policy", "this is a device file; a policy file has max_epsilon and delta"),
@@ -172,16 +168,16 @@ def test_checking_a_device_makes_nothing(home: Path) -> None:
         ("question: q\nname: n\nprivacy: {}", "policy", "this is an experiment file; a policy file has"),
     ],
 )
-def test_a_file_of_another_kind_is_called_by_its_name(
-    tmp_path: Path, text: str, wanted: Literal["device", "policy", "experiment"], said: str
+def test_a_file_of_another_kind_is_named(
+    tmp_path: Path, text: str, expected: Literal["device", "policy", "experiment"], result: str
 ) -> None:
     (tmp_path / "f.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=re.escape(said)):
-        check_kind(tmp_path / "f.yaml", wanted)
+    with pytest.raises(ConfigError, match=re.escape(result)):
+        check_kind(tmp_path / "f.yaml", expected)
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
+    ("text", "expected"),
     [
         (FILE, "device"),
         (POLICY, "policy"),
@@ -190,12 +186,12 @@ def test_a_file_of_another_kind_is_called_by_its_name(
         ("spoons: 3", "experiment"),
     ],
 )
-def test_what_may_be_of_its_kind_is_left_to_its_reader(
-    tmp_path: Path, text: str, wanted: Literal["device", "policy", "experiment"]
+def test_a_file_that_may_be_of_its_kind_is_left_to_its_reader(
+    tmp_path: Path, text: str, expected: Literal["device", "policy", "experiment"]
 ) -> None:
-    """A half-written file is said to lack a key, not to be another file."""
+    """An incomplete file lacks a key; it is not reported as another file."""
     (tmp_path / "f.yaml").write_text(text)
-    check_kind(tmp_path / "f.yaml", wanted)
+    check_kind(tmp_path / "f.yaml", expected)
 
 
 @pytest.mark.parametrize(
@@ -208,15 +204,15 @@ def test_what_may_be_of_its_kind_is_left_to_its_reader(
         ("policy:", "privacy:", "unknown key"),
     ],
 )
-def test_a_mistake_in_the_file_is_said_where_it_stands(home: Path, old: str, new: str, words: str) -> None:
-    """An owner mends it without reading our code."""
+def test_an_error_in_the_file_is_reported_with_its_line(home: Path, old: str, new: str, words: str) -> None:
+    """With file, line and key."""
     (home / "device.yaml").write_text(FILE.replace(old, new))
     with pytest.raises(ConfigError, match=words):
         load_device(home / "device.yaml")
 
 
-def test_a_run_that_the_policy_refuses_reads_no_photo_and_books_nothing(home: Path) -> None:
-    """Without noise, in the open: this owner allows neither, and the folder is not even listed."""
+def test_a_run_that_the_policy_refuses_reads_no_photo_and_records_nothing(home: Path) -> None:
+    """Without noise and unencrypted: this owner allows neither, and the folder is not listed."""
     shapes = (
         StyleGAN2Config(size=16, channel_base=64, channel_max=8),
         DiscriminatorConfig(size=16, channel_base=64),
@@ -243,8 +239,8 @@ def test_a_run_that_the_policy_refuses_reads_no_photo_and_books_nothing(home: Pa
     assert not (home / "indexes").exists()
 
 
-def test_a_scan_by_hand_puts_rounds_off_until_it_ends(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A round would be paid for and see no photo."""
+def test_a_manual_scan_postpones_rounds_until_it_ends(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round would be recorded and use no photo."""
     device = load_device(home / "device.yaml")
     device.ready()
     assert len(device.photos(16)) == 3
@@ -264,7 +260,7 @@ _is_busy = PhotoIndex.is_busy
 
 
 def test_an_index_of_a_folder_that_was_moved_is_erased_too(home: Path) -> None:
-    """It holds dates, places and where faces are, under the old folder's name."""
+    """It contains dates, places and face positions, under the old folder's name."""
     load_device(home / "device.yaml").photos(16)
     first = default_cache(home / "photos")
     (home / "photos").rename(home / "pictures")
@@ -272,14 +268,14 @@ def test_an_index_of_a_folder_that_was_moved_is_erased_too(home: Path) -> None:
     load_device(home / "device.yaml").photos(16)
     second = default_cache(home / "pictures")
     assert first.exists() and second.exists()
-    kept = device_state(home / "device.yaml")
-    assert set(kept.indexes) == {first, second}
-    erase(kept, ledger=False)
+    stored = device_state(home / "device.yaml")
+    assert set(stored.indexes) == {first, second}
+    erase(stored, ledger=False)
     assert not first.exists() and not second.exists() and not (home / "state" / "indexes.json").exists()
 
 
-def test_a_new_state_folder_is_said(home: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A device file that was moved away from its state counts from zero: nobody but its owner can know."""
+def test_a_new_state_folder_is_reported(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A device file that was moved away from its state counts from zero, which only the owner can notice."""
     load_device(home / "device.yaml")
     assert "not recorded there" in caplog.text
     caplog.clear()

@@ -1,4 +1,4 @@
-"""What a device computes of its own photos: one photo at a time, whatever else there is, and within bounds."""
+"""Metrics that a device computes on its own photos: each photo independently, and within bounds."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def gan() -> Model:
 
 
 @pytest.fixture(scope="module")
-def question(gan: Model, tmp_path_factory: pytest.TempPathFactory) -> EvaluationRequest:
+def evaluation(gan: Model, tmp_path_factory: pytest.TempPathFactory) -> EvaluationRequest:
     """A short search, without noise, so that sums can be compared."""
     experiment = tiny_experiment(tmp_path_factory.mktemp("recipe"))
     return EvaluationRequest(
@@ -49,44 +49,46 @@ def question(gan: Model, tmp_path_factory: pytest.TempPathFactory) -> Evaluation
     )
 
 
-def sums(gan: Model, own: DeviceDataset, question: EvaluationRequest) -> torch.Tensor:
+def sums(gan: Model, own: DeviceDataset, evaluation: EvaluationRequest) -> torch.Tensor:
     """The sum over units, without noise."""
-    return compute_local_metrics(gan, own, question, seed=7, rng=torch.Generator().manual_seed(1))
+    return compute_local_metrics(gan, own, evaluation, seed=7, rng=torch.Generator().manual_seed(1))
 
 
 def faces(count: int) -> torch.Tensor:
-    """Drawn people."""
+    """Synthetic faces."""
     return render_people(count, 0.5, 16, Streams(2))
 
 
-def test_a_photo_adds_the_same_whatever_else_is_there(gan: Model, question: EvaluationRequest) -> None:
-    """The sum over three photos is that of each alone, to the last bits: searches start alike for every photo."""
+def test_a_photos_metrics_do_not_depend_on_other_photos(gan: Model, evaluation: EvaluationRequest) -> None:
+    """The sum over three photos is that of each alone, to the last bits."""
     pictures = faces(3)
-    together = sums(gan, DeviceDataset.independent(pictures), question)
-    alone = [sums(gan, DeviceDataset.independent(pictures[i : i + 1]), question) for i in range(3)]
+    together = sums(gan, DeviceDataset.independent(pictures), evaluation)
+    alone = [sums(gan, DeviceDataset.independent(pictures[i : i + 1]), evaluation) for i in range(3)]
     assert torch.allclose(together, torch.stack(alone).sum(0), atol=1e-6)
     assert all(float(one.norm()) <= 1 + 1e-6 for one in alone)
 
 
-def test_forty_photos_of_one_birthday_add_as_much_as_one(gan: Model, question: EvaluationRequest) -> None:
-    """An occasion adds the mean of its photos' figures, here forty times the same."""
-    terms = replace(question.dp, unit="occasion")
+def test_forty_photos_of_one_occasion_add_as_much_as_one(gan: Model, evaluation: EvaluationRequest) -> None:
+    """An occasion adds the mean of its photos' metrics, here forty times the same."""
+    terms = replace(evaluation.dp, unit="occasion")
     birthday = DeviceDataset.by_occasion(faces(1).repeat(40, 1, 1, 1), 40)
-    once = sums(gan, DeviceDataset.independent(faces(1)), question)
-    assert torch.allclose(sums(gan, birthday, replace(question, dp=terms)), once, atol=1e-6)
+    once = sums(gan, DeviceDataset.independent(faces(1)), evaluation)
+    assert torch.allclose(sums(gan, birthday, replace(evaluation, dp=terms)), once, atol=1e-6)
 
 
-def test_a_library_adds_the_mean_of_its_photos_and_no_noise(gan: Model, question: EvaluationRequest) -> None:
-    """Three photos of three days, with the server's noise agreed: the device itself adds none."""
-    terms = replace(question.dp, unit="library", noise_multiplier=3.0)
+def test_a_library_adds_the_mean_of_its_photos_and_no_noise(
+    gan: Model, evaluation: EvaluationRequest
+) -> None:
+    """Three photos of three days; the server adds the noise, the device none."""
+    terms = replace(evaluation.dp, unit="library", noise_multiplier=3.0)
     pictures = faces(3)
-    alone = [sums(gan, DeviceDataset.independent(pictures[i : i + 1]), question) for i in range(3)]
-    whole = sums(gan, DeviceDataset.independent(pictures), replace(question, dp=terms))
+    alone = [sums(gan, DeviceDataset.independent(pictures[i : i + 1]), evaluation) for i in range(3)]
+    whole = sums(gan, DeviceDataset.independent(pictures), replace(evaluation, dp=terms))
     assert torch.allclose(whole, torch.stack(alone).mean(0), atol=1e-6)
 
 
-def test_without_photos_the_sum_is_zero_before_noise(gan: Model, question: EvaluationRequest) -> None:
-    assert not sums(gan, DeviceDataset.independent(torch.zeros(0, 3, 16, 16)), question).any()
+def test_without_photos_the_sum_is_zero_before_noise(gan: Model, evaluation: EvaluationRequest) -> None:
+    assert not sums(gan, DeviceDataset.independent(torch.zeros(0, 3, 16, 16)), evaluation).any()
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,7 @@ def test_without_photos_the_sum_is_zero_before_noise(gan: Model, question: Evalu
         (HmcConfig(noise_levels=2, transitions=3, final_transitions=4, leapfrog_steps=5, rank=6), 56),
     ],
 )
-def test_the_work_of_a_method_is_known_before_it_begins(method: Method, work: int) -> None:
+def test_the_cost_of_a_method_is_known_in_advance(method: Method, work: int) -> None:
     assert evaluation_count(method) == work
 
 
@@ -117,59 +119,59 @@ def test_the_work_of_a_method_is_known_before_it_begins(method: Method, work: in
         ),
     ],
 )
-def test_questions_that_no_device_should_begin_with_are_refused(
-    gan: Model, question: EvaluationRequest, changes: dict[str, object], words: str
+def test_expensive_or_invalid_requests_are_refused(
+    gan: Model, evaluation: EvaluationRequest, changes: dict[str, object], words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
-        check_request(replace(question, **changes), gan)  # type: ignore[arg-type]
+        check_request(replace(evaluation, **changes), gan)  # type: ignore[arg-type]
 
 
-def test_a_matrix_that_would_fill_the_memory_is_refused_before_anything_is_booked(
-    gan: Model, question: EvaluationRequest, monkeypatch: pytest.MonkeyPatch
+def test_a_matrix_that_exceeds_memory_is_refused_before_anything_is_recorded(
+    gan: Model, evaluation: EvaluationRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """3 * 16 * 16 measured numbers, here with room for 700."""
+    """3 * 16 * 16 measured values, here with memory for 700."""
     monkeypatch.setattr(local_metrics, "MAX_LINEAR_SIZE", 700)
-    whole = replace(question, method=GuidedFlowConfig(covariance="isotropic"), downscale=Bicubic(1))
+    whole = replace(evaluation, method=GuidedFlowConfig(covariance="isotropic"), downscale=Bicubic(1))
     with pytest.raises(ConfigError, match="matrix of 768 rows"):
         check_request(whole, gan)
 
 
-def test_a_method_that_does_not_go_with_the_model_is_found_out_before_a_photo_is_read(
-    gan: Model, question: EvaluationRequest
+def test_a_method_that_does_not_support_the_model_is_refused_before_a_photo_is_read(
+    gan: Model, evaluation: EvaluationRequest
 ) -> None:
     with pytest.raises(ConfigError, match="style encoder"):
-        check_request(replace(question, method=PulseEncoderInitConfig()), gan)
+        check_request(replace(evaluation, method=PulseEncoderInitConfig()), gan)
 
 
-def test_a_photo_on_which_a_network_breaks_adds_nothing(
-    gan: Model, question: EvaluationRequest, monkeypatch: pytest.MonkeyPatch
+def test_a_photo_on_which_a_network_fails_adds_nothing(
+    gan: Model, evaluation: EvaluationRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No error leaves, and the other photos add what they add: a crash is no predicate of a face."""
+    """No error leaves, and the other photos are not affected."""
     pictures = faces(3)
     real = PulseUpsampler.upsample
 
     def breaks(self: PulseUpsampler, low: torch.Tensor, *, faces_per_photo: int) -> Upsampled:
-        if torch.equal(low, question.downscale.apply(pictures[1:2]).clamp(0, 1)):
+        if torch.equal(low, evaluation.downscale.apply(pictures[1:2]).clamp(0, 1)):
             raise ValueError("styles must be finite")
         return real(self, low, faces_per_photo=faces_per_photo)
 
-    whole = sums(gan, DeviceDataset.independent(pictures[[0, 2]]), question)
+    whole = sums(gan, DeviceDataset.independent(pictures[[0, 2]]), evaluation)
     monkeypatch.setattr(PulseUpsampler, "upsample", breaks)
-    assert torch.allclose(sums(gan, DeviceDataset.independent(pictures), question), whole, atol=1e-6)
+    assert torch.allclose(sums(gan, DeviceDataset.independent(pictures), evaluation), whole, atol=1e-6)
 
 
-def test_a_search_takes_all_its_steps_however_soon_a_face_fits(
-    gan: Model, question: EvaluationRequest, monkeypatch: pytest.MonkeyPatch
+def test_a_search_takes_all_its_steps_even_if_a_face_fits(
+    gan: Model, evaluation: EvaluationRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Time must not tell whether a photo fits: the device searches to the end, in one thread."""
-    made = []
+    """Timing must not reveal whether a photo fits: the device searches to the end, in one thread."""
+    generated = []
     real = local_metrics.make_upsampler
 
     def make(method: Method, *more: object, **named: object) -> object:
-        made.append(method)
+        generated.append(method)
         return real(method, *more, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(local_metrics, "make_upsampler", make)
     hasty = PulseConfig(steps=3, mapping_samples=64, stop="fit", eps=100.0, workers=30_000)
-    sums(gan, DeviceDataset.independent(faces(1)), replace(question, method=hasty))
-    assert made == [replace(hasty, stop="end", workers=1)]
+    sums(gan, DeviceDataset.independent(faces(1)), replace(evaluation, method=hasty))
+    assert generated == [replace(hasty, stop="end", workers=1)]

@@ -1,4 +1,4 @@
-"""What a device keeps can be looked at without beginning it, and its owner can leave a run or have it erased."""
+"""Inspecting a device's state, withdrawing from a run, and erasing the state."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ EVENT = GaussianSum(sigma=6.0, clip_norm=1.0).event()
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a device file and a photo; indexes are kept within it; nothing was ever asked."""
+    """A folder with a device file and a photo; indexes are stored within it; no task was answered."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "indexes"))
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "me.jpg").write_bytes(b"a photo")
@@ -51,7 +51,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def used(home: Path, *, witness: Path | None = None) -> DeviceState:
-    """The device after two rounds of "faces", a question of it, and a round of "others"."""
+    """The device after two rounds of "faces", an evaluation of it, and a round of "others"."""
     if witness is not None:
         (home / "device.yaml").write_text(FILE + f"witness: {witness}\n")
     device = device_state(home / "device.yaml").device
@@ -66,73 +66,73 @@ def used(home: Path, *, witness: Path | None = None) -> DeviceState:
         )  # fmt: skip
         ledger.record_transmission(payload, info)
     device.key_path.write_bytes(b"a key")
-    kept = device_state(home / "device.yaml")
-    kept.index.parent.mkdir(parents=True)
-    kept.index.write_bytes(b"dates and places")
-    return kept
+    stored = device_state(home / "device.yaml")
+    stored.index.parent.mkdir(parents=True)
+    stored.index.write_bytes(b"dates and places")
+    return stored
 
 
 def everything_in(folder: Path) -> dict[Path, bytes]:
-    """Every file below a folder and what is in it."""
+    """All files below a folder with their content."""
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_looking_where_nothing_was_begun_begins_nothing(home: Path) -> None:
-    """No folder, no ledger, no index; also once a state folder is there."""
+def test_inspecting_an_unused_device_creates_nothing(home: Path) -> None:
+    """No folder, no ledger, no index; also once a state folder exists."""
     before = everything_in(home)
     for _ in range(2):
-        kept = device_state(home / "device.yaml")
-        snapshot = kept.ledger.read()
+        stored = device_state(home / "device.yaml")
+        snapshot = stored.ledger.read()
         assert (snapshot.records, known_runs(snapshot)) == ((), [])
         with pytest.raises(ConfigError, match="no ledger here"):
-            kept.ledger.verify()
+            stored.ledger.verify()
         assert everything_in(home) == before
         (home / "state").mkdir(exist_ok=True)
 
 
-def test_looking_changes_no_byte(home: Path) -> None:
-    """Of a ledger and a head that were left in order."""
-    kept = used(home)
+def test_inspecting_changes_no_byte(home: Path) -> None:
+    """Of a ledger and a head that are intact."""
+    stored = used(home)
     before = everything_in(home)
-    snapshot = kept.ledger.verify()
+    snapshot = stored.ledger.verify()
     assert len(snapshot.entries) == len(snapshot.transmissions) == 4
     assert known_runs(snapshot) == ["faces", "others"]
     assert everything_in(home) == before
 
 
-def test_looking_does_not_begin_a_witness(home: Path) -> None:
-    """Naming one in the device file is for the device to act on."""
+def test_inspecting_does_not_create_a_witness(home: Path) -> None:
+    """Only the running device does."""
     used(home)
     (home / "device.yaml").write_text(FILE + "witness: disk\n")
-    kept = device_state(home / "device.yaml")
-    kept.ledger.verify()
-    assert not kept.ledger.witnessed and not (home / "disk").exists()
+    stored = device_state(home / "device.yaml")
+    stored.ledger.verify()
+    assert not stored.ledger.witnessed and not (home / "disk").exists()
 
 
-def test_a_witness_is_found_under_the_name_that_the_chain_gave_it(home: Path) -> None:
-    """The chain names its witness by its path; whoever erases must be able to say which file that is."""
-    kept = used(home, witness=home / "disk")
-    assert {kept.ledger.witness_file} == set(everything_in(home / "disk"))
-    unnamed = LedgerFiles.at(kept.ledger.path)
+def test_a_witness_is_found_by_the_name_that_the_chain_gave_it(home: Path) -> None:
+    """The chain names its witness by its path, and erasing must report that file."""
+    stored = used(home, witness=home / "disk")
+    assert {stored.ledger.witness_file} == set(everything_in(home / "disk"))
+    unnamed = LedgerFiles.at(stored.ledger.path)
     unnamed.verify()
-    assert unnamed.witnessed and unnamed.witness_file == kept.ledger.witness_file
+    assert unnamed.witnessed and unnamed.witness_file == stored.ledger.witness_file
 
 
-def test_a_ledger_that_has_gone_is_missed_and_not_begun_anew(home: Path) -> None:
-    """By its head, and by its witness where the head has gone too."""
-    kept = used(home, witness=home / "disk")
-    kept.ledger.path.unlink()
+def test_a_missing_ledger_is_detected_and_not_created_anew(home: Path) -> None:
+    """By its head, and by its witness if the head is missing too."""
+    stored = used(home, witness=home / "disk")
+    stored.ledger.path.unlink()
     for _ in range(2):
         with pytest.raises(LedgerError, match="has gone but"):
             device_state(home / "device.yaml").ledger.read()
-        assert not kept.ledger.path.exists()
-        kept.ledger.head.unlink(missing_ok=True)
+        assert not stored.ledger.path.exists()
+        stored.ledger.head.unlink(missing_ok=True)
 
 
-def test_an_export_holds_every_record_the_head_and_the_price(home: Path) -> None:
+def test_an_export_has_every_record_the_head_and_the_cost(home: Path) -> None:
     """Each record can be checked against its digest."""
-    kept = used(home)
-    snapshot = kept.ledger.verify()
+    stored = used(home)
+    snapshot = stored.ledger.verify()
     exported = json.loads(export(snapshot, delta=1e-6, unit="photo", now=utc_now()))
     assert exported["records"] == snapshot.export() and exported["head"] == snapshot.chain[-1].digest
     assert exported["format"] == FORMAT
@@ -149,7 +149,7 @@ def test_an_export_holds_every_record_the_head_and_the_price(home: Path) -> None
     }  # fmt: skip
 
 
-def test_a_file_for_its_owner_alone_is_never_written_over_another(tmp_path: Path) -> None:
+def test_a_private_file_never_overwrites_another(tmp_path: Path) -> None:
     write_new(tmp_path / "a.json", "1")
     assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o600
     with pytest.raises(ConfigError, match="not overwritten"):
@@ -157,7 +157,7 @@ def test_a_file_for_its_owner_alone_is_never_written_over_another(tmp_path: Path
     assert (tmp_path / "a.json").read_text() == "1"
 
 
-def test_a_stake_is_what_was_booked_for_the_run_and_its_questions(home: Path) -> None:
+def test_the_impact_lists_recorded_updates_and_evaluations(home: Path) -> None:
     mine = withdrawal_impact(used(home), "faces")
     assert (mine.rounds, mine.evaluations, mine.withdrawn) == ((1, 2), (1,), None)
     assert mine.price == epsilon_of(compose([EVENT] * 3), 1e-6)
@@ -165,11 +165,11 @@ def test_a_stake_is_what_was_booked_for_the_run_and_its_questions(home: Path) ->
     assert str(mine.price) in mine.lasting()[1]
 
 
-def test_leaving_drops_the_runs_own_answers_and_no_booking(home: Path) -> None:
-    """Of its updates and of its questions; the other run's stay."""
-    kept = used(home)
-    assert withdraw(kept, "faces", "my reason") == 2
-    ledger = kept.device.ledger()
+def test_withdrawing_deletes_the_runs_replies_and_no_record(home: Path) -> None:
+    """Of its updates and evaluations; those of the other run remain."""
+    stored = used(home)
+    assert withdraw(stored, "faces", "my reason") == 2
+    ledger = stored.device.ledger()
     assert ledger.load_reply("faces", 2) is None and ledger.load_reply("faces/metrics", 1) is None
     assert ledger.load_reply("others", 1) == b"others 1"
     assert len(ledger.entries()) == 4
@@ -177,63 +177,63 @@ def test_leaving_drops_the_runs_own_answers_and_no_booking(home: Path) -> None:
     assert isinstance(last, Withdrawal) and (last.run, last.reason) == ("faces", "my reason")
 
 
-def test_leaving_once_more_drops_an_answer_that_was_kept_meanwhile(home: Path) -> None:
-    """By a device that was killed between keeping it and noting it, while its owner left."""
-    kept = used(home)
-    withdraw(kept, "faces")
-    ledger = kept.device.ledger()
+def test_withdrawing_again_deletes_a_reply_stored_meanwhile(home: Path) -> None:
+    """By a device that was killed between storing and recording it, while its owner withdrew."""
+    stored = used(home)
+    withdraw(stored, "faces")
+    ledger = stored.device.ledger()
     entry = ledger.record(EVENT, run="faces", round=3)
     ledger.store_reply("faces", 3, b"nobody will ask for it", attempt=entry.attempt)
-    assert withdraw(kept, "faces") == 1 and ledger.load_reply("faces", 3) is None
-    assert b"nobody will ask for it" not in kept.ledger.path.read_bytes()
+    assert withdraw(stored, "faces") == 1 and ledger.load_reply("faces", 3) is None
+    assert b"nobody will ask for it" not in stored.ledger.path.read_bytes()
 
 
-def test_leaving_twice_is_as_leaving_once(home: Path) -> None:
-    kept = used(home)
-    withdraw(kept, "faces")
-    before = kept.ledger.read()
-    assert withdraw(kept, "faces", "again") == 0 and kept.ledger.read() == before
-    assert withdrawal_impact(kept, "faces").withdrawn == before.withdrawals["faces"]
+def test_withdrawing_twice_has_no_further_effect(home: Path) -> None:
+    stored = used(home)
+    withdraw(stored, "faces")
+    before = stored.ledger.read()
+    assert withdraw(stored, "faces", "again") == 0 and stored.ledger.read() == before
+    assert withdrawal_impact(stored, "faces").withdrawn == before.withdrawals["faces"]
 
 
-def test_a_run_that_nobody_knows_is_not_left(home: Path) -> None:
+def test_withdrawing_from_an_unknown_run_is_refused(home: Path) -> None:
     with pytest.raises(ConfigError, match="ledger has no runs"):
         withdraw(device_state(home / "device.yaml"), "faces")
-    kept = used(home)
+    stored = used(home)
     with pytest.raises(ConfigError, match="no run 'fases' on this device; its ledger has faces, others"):
-        withdraw(kept, "fases")
-    assert kept.ledger.read().withdrawals == {}
+        withdraw(stored, "fases")
+    assert stored.ledger.read().withdrawals == {}
 
 
-def test_a_run_that_was_only_ever_refused_can_be_left(home: Path) -> None:
+def test_a_run_that_was_only_refused_can_be_withdrawn_from(home: Path) -> None:
     """The ledger has it, and there is nothing to undo."""
-    kept = device_state(home / "device.yaml")
+    stored = device_state(home / "device.yaml")
     refusal = TransmissionInfo(
         run="odd", round=1, kind="refusal", receiver="home", protection="", reason="no"
     )
-    kept.device.ledger().record_transmission(b"no", refusal)
-    kept = device_state(home / "device.yaml")
-    assert "so there is nothing to undo" in withdrawal_impact(kept, "odd").lasting()[0]
-    assert withdraw(kept, "odd") == 0 and kept.device.ledger().has_withdrawn("odd")
-    assert kept.ledger.read().entries == []
+    stored.device.ledger().record_transmission(b"no", refusal)
+    stored = device_state(home / "device.yaml")
+    assert "so there is nothing to undo" in withdrawal_impact(stored, "odd").lasting()[0]
+    assert withdraw(stored, "odd") == 0 and stored.device.ledger().has_withdrawn("odd")
+    assert stored.ledger.read().entries == []
 
 
-def test_a_device_that_answered_two_rounds_refuses_the_third_once_its_owner_has_left(tmp_path: Path) -> None:
-    """Sizes, digests and prices of the log are those of the bytes that left, and the refusal is in it too."""
+def test_a_device_refuses_after_its_owner_withdrew(tmp_path: Path) -> None:
+    """Sizes, digests and costs in the log are those of the bytes that were sent, and the refusal is in it too."""
     experiment = tiny_experiment(tmp_path / "recipe")
     device = roomy(experiment, tmp_path)
-    kept = state_of_device(device, tmp_path / "photos")
+    stored = state_of_device(device, tmp_path / "photos")
     task = train_task(experiment, tiny_gan())
     payloads = []
     for number in (1, 2):
         reply = handle_task(replace(task, round=number), device)
         assert isinstance(reply, TrainResult)
         payloads.append(reply.payload)
-    assert withdraw(kept, "tiny", "enough") == 1
+    assert withdraw(stored, "tiny", "enough") == 1
     answer = handle_task(replace(task, round=3), device)
     assert isinstance(answer, Refusal) and answer.withdrawn
 
-    snapshot = kept.ledger.read()
+    snapshot = stored.ledger.read()
     log = make_log("d", device.policy, snapshot, receiver="home", now=utc_now())
     first, second, left, refused = log.records
     for logged, payload in zip((first, second), payloads, strict=True):
@@ -249,54 +249,54 @@ def test_a_device_that_answered_two_rounds_refuses_the_third_once_its_owner_has_
 
 
 def roomy(experiment: Experiment, folder: Path) -> Device:
-    """The run's first device, with budget for a third round, so that the price is not why it refuses."""
+    """The run's first device, with budget for a third round, so that cost is not why it refuses."""
     device = first_device(experiment, folder / "devices")
     return replace(device, policy=replace(device.policy, max_epsilon=100.0))
 
 
 def test_erasing_keeps_ledger_and_photos(home: Path) -> None:
-    """Answers, key and index go; the ledger's bytes hold no answer any more."""
-    kept = used(home)
-    assert b"others 1" in kept.ledger.path.read_bytes()
-    done = erase(kept, ledger=False)
-    assert done.replies == 3 and set(done.files) == {kept.device.key_path, kept.index}
-    assert not kept.device.key_path.exists() and not kept.index.exists()
-    assert b"others 1" not in kept.ledger.path.read_bytes()
-    snapshot = kept.ledger.read()
+    """Replies, key and index are deleted; the ledger's bytes contain no reply any more."""
+    stored = used(home)
+    assert b"others 1" in stored.ledger.path.read_bytes()
+    done = erase(stored, ledger=False)
+    assert done.replies == 3 and set(done.files) == {stored.device.key_path, stored.index}
+    assert not stored.device.key_path.exists() and not stored.index.exists()
+    assert b"others 1" not in stored.ledger.path.read_bytes()
+    snapshot = stored.ledger.read()
     assert len(snapshot.entries) == 4 and len(snapshot.transmissions) == 4
     assert everything_in(home / "photos") == {home / "photos" / "me.jpg": b"a photo"}
 
 
-def test_erasing_everything_leaves_the_photos_and_what_is_not_ours(home: Path) -> None:
-    kept = used(home)
+def test_erasing_everything_leaves_photos_and_unrelated_files(home: Path) -> None:
+    stored = used(home)
     (home / "state" / "notes.txt").write_text("mine")
-    done = erase(kept, ledger=True)
+    done = erase(stored, ledger=True)
     assert done.witness is None and set(everything_in(home)) == {
         home / "device.yaml",
         home / "photos" / "me.jpg",
         home / "state" / "notes.txt",
     }
-    assert kept.device.ledger().entries() == []
+    assert stored.device.ledger().entries() == []
 
 
-def test_the_index_is_named_where_it_is_not_found_too(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It lies where the user keeps state who scanned the photos; whoever erases may be another."""
-    kept = used(home)
-    named = next(one for one in files_to_erase(kept, ledger=False) if one.file == kept.index)
-    assert str(named) == f"{kept.index}: the index of the photos in {kept.photos}"
+def test_a_missing_index_is_listed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in the state folder of the user who scanned the photos, who may be another."""
+    stored = used(home)
+    named = next(one for one in files_to_erase(stored, ledger=False) if one.file == stored.index)
+    assert str(named) == f"{stored.index}: the index of the photos in {stored.photos}"
     monkeypatch.setenv("XDG_STATE_HOME", str(home / "of-another-user"))
-    other = next(one for one in files_to_erase(kept, ledger=False) if one.file == kept.index)
+    other = next(one for one in files_to_erase(stored, ledger=False) if one.file == stored.index)
     assert other.file != named.file and not other.found
     assert str(other).endswith(" - not found (was the device run as another user?)")
-    assert named.file not in erase(kept, ledger=False).files and named.file.exists()
+    assert named.file not in erase(stored, ledger=False).files and named.file.exists()
 
 
 @pytest.mark.parametrize("name", ["sum.key", "ledger.sqlite", "ledger.sqlite.head", "index"])
 @pytest.mark.parametrize("dangling", [False, True])
-def test_a_link_is_not_taken_for_the_file(home: Path, name: str, dangling: bool) -> None:
-    """Its file would stay, and may be of use to others: nothing at all is deleted, and no answer dropped."""
-    kept = used(home)
-    place = kept.index if name == "index" else home / "state" / name
+def test_a_symbolic_link_is_refused(home: Path, name: str, dangling: bool) -> None:
+    """Its target would remain, and may be shared: nothing is deleted."""
+    stored = used(home)
+    place = stored.index if name == "index" else home / "state" / name
     place.rename(home / "elsewhere")
     place.symlink_to(home / "elsewhere")
     if dangling:
@@ -305,34 +305,34 @@ def test_a_link_is_not_taken_for_the_file(home: Path, name: str, dangling: bool)
     with pytest.raises(
         ConfigError, match=f"{place} is a link to {home / 'elsewhere'}, so nothing was deleted"
     ):
-        erase(kept, ledger=True)
+        erase(stored, ledger=True)
     assert everything_in(home) == before and place.is_symlink()
 
 
-def test_a_witness_remembers_what_was_erased_until_it_is_deleted_too(home: Path) -> None:
-    """The device refuses to begin anew, and its owner is told which files to delete if that is meant."""
-    kept = used(home, witness=home / "disk")
-    done = erase(kept, ledger=True)
+def test_a_witness_blocks_a_new_start_after_erasing_until_it_is_deleted(home: Path) -> None:
+    """The owner is told which files to delete."""
+    stored = used(home, witness=home / "disk")
+    done = erase(stored, ledger=True)
     assert {done.witness} == set(everything_in(home / "disk"))
     with pytest.raises(LedgerError, match="has gone but"):
-        kept.device.ledger()
+        stored.device.ledger()
     assert done.witness is not None and str(done.witness) in " ".join(done.describe())
     done.witness.unlink()
-    assert kept.device.ledger().entries() == []
+    assert stored.device.ledger().entries() == []
 
 
-def found(kept: DeviceState) -> list[Path]:
-    """The files that are there for erasing everything."""
-    return [one.file for one in files_to_erase(kept, ledger=True) if one.found]
+def found(stored: DeviceState) -> list[Path]:
+    """The existing files that erasing everything deletes."""
+    return [one.file for one in files_to_erase(stored, ledger=True) if one.found]
 
 
 @pytest.mark.parametrize("deleted", range(1, 5))
-def test_a_device_that_was_half_erased_does_not_begin_anew(
+def test_a_partly_erased_device_does_not_start_anew(
     home: Path, monkeypatch: pytest.MonkeyPatch, deleted: int
 ) -> None:
-    """Cut short after any file but the last, the device still refuses; erasing once more ends it."""
-    kept = used(home)
-    files = found(kept)
+    """Interrupted after any file but the last, the device still refuses; erasing again completes it."""
+    stored = used(home)
+    files = found(stored)
     assert len(files) == 4
     unlink, left = Path.unlink, [deleted]
 
@@ -346,43 +346,43 @@ def test_a_device_that_was_half_erased_does_not_begin_anew(
         patch.setattr(Path, "unlink", failing)
         if deleted < len(files):
             with pytest.raises(OSError, match="Input/output"):
-                erase(kept, ledger=True)
+                erase(stored, ledger=True)
         else:
-            erase(kept, ledger=True)
+            erase(stored, ledger=True)
     if 3 <= deleted < len(files):  # key, index and the ledger have gone
         with pytest.raises(LedgerError):
-            kept.device.ledger()
-    erase(kept, ledger=True)
-    assert found(kept) == []
+            stored.device.ledger()
+    erase(stored, ledger=True)
+    assert found(stored) == []
 
 
-def test_a_damaged_ledger_can_only_be_erased_with_the_rest(home: Path) -> None:
-    """While it is to stay, nothing is deleted: its answers could not be dropped."""
-    kept = used(home)
-    kept.ledger.path.write_bytes(b"once upon a time, " * 100)
+def test_a_damaged_ledger_can_only_be_erased_completely(home: Path) -> None:
+    """If it is to remain, nothing is deleted, because its replies could not be."""
+    stored = used(home)
+    stored.ledger.path.write_bytes(b"once upon a time, " * 100)
     with pytest.raises(LedgerError):
-        erase(kept, ledger=False)
-    assert kept.device.key_path.exists() and kept.index.exists()
-    erase(kept, ledger=True)
-    assert found(kept) == []
+        erase(stored, ledger=False)
+    assert stored.device.key_path.exists() and stored.index.exists()
+    erase(stored, ledger=True)
+    assert found(stored) == []
 
 
 def test_a_damaged_head_can_be_erased_too(home: Path) -> None:
-    kept = used(home)
-    kept.ledger.head.write_text("torn")
+    stored = used(home)
+    stored.ledger.head.write_text("torn")
     with pytest.raises(LedgerError, match="damaged"):
         device_state(home / "device.yaml").ledger.read()
     erase(device_state(home / "device.yaml"), ledger=True)
-    assert found(kept) == []
+    assert found(stored) == []
 
 
-def test_a_database_of_something_else_is_no_ledger(home: Path) -> None:
+def test_another_database_is_not_a_ledger(home: Path) -> None:
     """Such as an index of photos, named by mistake."""
-    kept = used(home)
+    stored = used(home)
     other = home / "index.sqlite"
     sql = sqlite3.connect(other)
     sql.execute("CREATE TABLE photos (number INTEGER)")
     sql.commit()
     sql.close()
     with pytest.raises(LedgerError, match="another kind of file"):
-        replace(kept.ledger, path=other, witness=None).open_existing()
+        replace(stored.ledger, path=other, witness=None).open_existing()

@@ -1,6 +1,5 @@
-"""Files as other programs write them, made for tests: weights from the references, written by Python's own pickle.
-
-The classes that NVIDIA's files name are stood in for while a file is written, and gone when it is read.
+"""Files in other programs' formats, written for tests: weights from the references, written by Python's pickle. The
+classes that NVIDIA's files name are replaced by stand-ins while a file is written, and are missing when it is read.
 """
 
 from __future__ import annotations
@@ -91,12 +90,12 @@ def persistent(
 
     Args:
         tensors: By dotted name.
-        class_name: What the outermost module is called.
-        fields: More fields by dotted name, which every module of NVIDIA's has among its own.
+        class_name: Class of the outermost module.
+        fields: More fields by dotted name, which every module of NVIDIA's has.
     """
-    told = dict(fields or {})
+    reported = dict(fields or {})
     names = {name.split(".")[0] for name in tensors if "." in name}
-    names |= {name.split(".")[0] for name in told if "." in name}
+    names |= {name.split(".")[0] for name in reported if "." in name}
     own: dict[str, Any] = {
         "training": False,
         "_parameters": OrderedDict(),
@@ -114,18 +113,20 @@ def persistent(
             own["_buffers"][name] = value.clone()
         else:
             own["_parameters"][name] = nn.Parameter(value.clone())
-    own |= {name: value for name, value in told.items() if "." not in name}
+    own |= {name: value for name, value in reported.items() if "." not in name}
     for part in sorted(names):
         inner = {
             name[len(part) + 1 :]: value for name, value in tensors.items() if name.startswith(f"{part}.")
         }
-        more = {name[len(part) + 1 :]: value for name, value in told.items() if name.startswith(f"{part}.")}
+        more = {
+            name[len(part) + 1 :]: value for name, value in reported.items() if name.startswith(f"{part}.")
+        }
         own["_modules"][part] = persistent(inner, "Part", more)
     return Persistent(class_name, own)
 
 
 def layer_fields(tensors: Mapping[str, Tensor], clamp: float | None = None) -> dict[str, Any]:
-    """The fields that decide what a network computes, as NVIDIA's modules keep them."""
+    """The fields that determine what a network computes, as in NVIDIA's modules."""
     fields: dict[str, Any] = {}
     for name, value in tensors.items():
         layer, _, last = name.rpartition(".")
@@ -150,13 +151,13 @@ def nvidia_bytes(
     beside: Mapping[str, Any] | None = None,
 ) -> bytes:
     """A stylegan2-ada .pkl of these networks."""
-    told = fields or {}
+    reported = fields or {}
     with stand_ins():
         content: dict[str, Any] = {
             name: persistent(
                 tensors,
                 "Discriminator" if name == "D" else "Generator",
-                told.get(name, layer_fields(tensors)),
+                reported.get(name, layer_fields(tensors)),
             )
             for name, tensors in networks.items()
         }

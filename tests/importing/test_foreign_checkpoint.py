@@ -1,4 +1,4 @@
-"""Files of strangers are read and never obeyed: a hostile one is refused by name, and nothing of it runs."""
+"""Untrusted checkpoint files: a hostile file is refused by name, and nothing in it is executed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def refused(path: Path, content: bytes) -> str:
 
 
 def touching(folder: Path) -> tuple[Path, str]:
-    """A file that is not there, and the command that would make it."""
+    """A file that does not exist, and the command that would create it."""
     return folder / "owned", f"touch {folder / 'owned'}"
 
 
@@ -65,8 +65,8 @@ def small(seed: int = 1) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
-def test_a_call_is_named_and_not_made(tmp_path: Path, protocol: int) -> None:
-    """os.system, eval, exec, import_module, torch.load, partial: wherever they stand, at every protocol."""
+def test_a_call_is_named_and_not_executed(tmp_path: Path, protocol: int) -> None:
+    """os.system, eval, exec, import_module, torch.load, partial: at every position, at every protocol."""
     import functools
     import importlib
     import subprocess
@@ -136,7 +136,7 @@ def test_a_call_is_named_and_not_made(tmp_path: Path, protocol: int) -> None:
     ],
 )  # fmt: skip
 def test_every_instruction_that_could_call_is_refused(tmp_path: Path, content: bytes, name: str) -> None:
-    """By hand, one instruction each: the name or the instruction is in the sentence."""
+    """One instruction each: the name or the instruction is in the error."""
     owned, command = touching(tmp_path)
     padded = content.replace(b"COMMAND", command.encode()) + b" " * 16
     assert name in refused(tmp_path / "a.pkl", padded)
@@ -170,7 +170,7 @@ def test_a_hostile_torch_file_is_refused(tmp_path: Path, zipped: bool) -> None:
 
 
 def test_objects_in_numpy_arrays_are_refused(tmp_path: Path) -> None:
-    """An array of objects is filled by unpickling; a plain number is read."""
+    """An array of objects requires unpickling; a plain number is read."""
     owned, command = touching(tmp_path)
     for value in (np.array([Call(os.system, command)], dtype=object), np.array(["a"], dtype=object)):
         sentence = refused(tmp_path / "a.pkl", pickle.dumps({"G_ema": value}, 3))
@@ -185,15 +185,15 @@ def test_objects_in_numpy_arrays_are_refused(tmp_path: Path) -> None:
 
 
 def rebuilt(shape: Any, strides: Any, offset: Any = 0, numel: int = 12) -> bytes:
-    """A file with one tensor that says this of its twelve numbers."""
+    """A file with one tensor with this shape, strides and offset of its twelve numbers."""
     storage = torch.arange(numel, dtype=torch.float32).untyped_storage()
     typed = torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float32, _internal=True)
     call = Call(torch._utils._rebuild_tensor_v2, typed, offset, shape, strides, False, OrderedDict())
     return pickle.dumps({"latent_avg": call}, 3)
 
 
-def test_a_tensor_never_reaches_outside_its_numbers(tmp_path: Path) -> None:
-    """Shape, strides and offset are the file's word; the memory behind the numbers is ours."""
+def test_a_tensor_never_reaches_outside_its_storage(tmp_path: Path) -> None:
+    """Shape, strides and offset come from the file and are checked."""
     (tmp_path / "a.pkl").write_bytes(rebuilt((2, 3), (4, 1), 5))
     found = read_foreign(tmp_path / "a.pkl").tensors["latent_avg"]
     assert torch.equal(found, torch.tensor([[5.0, 6, 7], [9, 10, 11]]))
@@ -218,7 +218,7 @@ def test_a_tensor_never_reaches_outside_its_numbers(tmp_path: Path) -> None:
 
 
 def test_tensors_together_are_not_larger_than_their_file(tmp_path: Path) -> None:
-    """A thousand names for the same megabyte are a thousand megabytes where each is copied."""
+    """A thousand names for the same megabyte would be a thousand megabytes when copied."""
     once = torch.zeros(2**18)
     (tmp_path / "a.pt").write_bytes(torch_bytes({"g_ema": {"a": once, "b": once}}))
     assert len(read_foreign(tmp_path / "a.pt").networks["g_ema"].tensors) == 2
@@ -227,8 +227,8 @@ def test_tensors_together_are_not_larger_than_their_file(tmp_path: Path) -> None
     assert "together much larger than itself" in sentence
 
 
-def test_a_pickle_that_never_ends_is_ended(tmp_path: Path) -> None:
-    """Instructions are counted, so is what copies without being long; and nothing is walked that nests without end."""
+def test_an_endless_pickle_is_refused(tmp_path: Path) -> None:
+    """Instructions and copies are counted, and nesting is bounded."""
     assert f"more than {MAX_STEPS:,} instructions" in refused(
         tmp_path / "a.pkl", b"\x80\x02" + b"]0" * MAX_STEPS + b"N."
     )
@@ -250,7 +250,7 @@ def test_a_pickle_that_never_ends_is_ended(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_made_to_take_long_is_answered_soon(
+def test_expensive_files_are_refused_quickly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """At most the permitted opcodes over all its pickles, and CPU seconds far below those of a quadratic search."""
@@ -272,8 +272,8 @@ def test_a_file_made_to_take_long_is_answered_soon(
     assert opcodes <= MAX_STEPS + 1 and len(str(caught.value)) < 500
 
 
-def test_networks_within_networks_end(tmp_path: Path) -> None:
-    """A module that is its own part, and one that holds another twice, and that one another twice, and so on."""
+def test_recursive_networks_are_refused(tmp_path: Path) -> None:
+    """A module that is its own part, and one that contains another twice, and so on."""
     with stand_ins():
         fields: dict[str, Any] = {"_parameters": {}, "_modules": {}}
         inner = Persistent("Generator", fields)
@@ -290,8 +290,8 @@ def test_networks_within_networks_end(tmp_path: Path) -> None:
     assert f"more than {MAX_PARTS:,} parts" in refused(tmp_path / "a.pkl", wide)
 
 
-def test_networks_of_the_tensorflow_release_are_told_the_way(tmp_path: Path) -> None:
-    """Their pickles hold source text that loading runs."""
+def test_networks_of_the_tensorflow_release_get_instructions(tmp_path: Path) -> None:
+    """Their pickles contain source code that loading executes."""
     content = b"\x80\x03(cdnnlib.tflib.network\nNetwork\nq\x00)\x81q\x01t." + b" " * 16
     sentence = refused(tmp_path / "karras2019stylegan-ffhq-1024x1024.pkl", content)
     assert "dnnlib.tflib.network.Network" in sentence and "legacy.py" in sentence
@@ -300,14 +300,14 @@ def test_networks_of_the_tensorflow_release_are_told_the_way(tmp_path: Path) -> 
 def archive(parts: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
     """A zip file of these parts."""
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", method) as made:
+    with zipfile.ZipFile(file, "w", method) as generated:
         for name, content in parts.items():
-            made.writestr(name, content)
+            generated.writestr(name, content)
     return file.getvalue()
 
 
 def test_zip_files_that_torch_did_not_write_are_refused(tmp_path: Path) -> None:
-    """Compressed, overlapping, without a pickle, with two, with an enormous list, with parts missing, cut short."""
+    """Compressed, overlapping, without a pickle, with two, with an enormous list, with parts missing, truncated."""
     path = tmp_path / "a.pt"
     assert "compressed" in refused(path, archive({"x/data.pkl": bytes(10**6)}, zipfile.ZIP_DEFLATED))
     assert "not one that torch.save wrote" in refused(path, archive({"word/document.xml": b"x"}))
@@ -340,8 +340,8 @@ def test_zip_files_that_torch_did_not_write_are_refused(tmp_path: Path) -> None:
         refused(path, good[:cut])
 
 
-def test_what_is_no_file_of_weights_is_said(tmp_path: Path) -> None:
-    """Missing, empty, a folder, words, a picture, noise."""
+def test_files_without_weights_are_refused(tmp_path: Path) -> None:
+    """Missing, empty, a folder, text, a picture, noise."""
     with pytest.raises(WeightsError, match="no such file"):
         read_foreign(tmp_path / "none.pkl")
     with pytest.raises(WeightsError, match="no such file"):
@@ -413,7 +413,7 @@ def test_the_oldest_protocols_are_read(tmp_path: Path, protocol: int) -> None:
         assert "no weights need" in sentence or "that weights need" in sentence
 
 
-def test_a_file_that_is_cut_or_changed_gives_a_sentence_or_weights(tmp_path: Path) -> None:
+def test_a_corrupted_file_gives_an_error_or_weights(tmp_path: Path) -> None:
     """Whatever byte is changed: never another error, never a crash."""
     rng = random.Random(5)
     files = [
@@ -445,8 +445,8 @@ def plain(content: bytes) -> Any:
     return read_pickle(io.BytesIO(content), Budget(len(content)))
 
 
-def test_the_reader_makes_plain_values_as_pickle_does() -> None:
-    """Numbers, words, lists, dictionaries, shared and circular ones, at every protocol."""
+def test_the_reader_gives_the_same_plain_values_as_pickle() -> None:
+    """Numbers, text, lists, dictionaries, shared and circular ones, at every protocol."""
     shared = [1, 2.5, "a\nb", b"\x00\xff", None, True, -(10**18), 10**9]
     value = {
         "a": shared,
@@ -465,7 +465,7 @@ def test_the_reader_makes_plain_values_as_pickle_does() -> None:
 
 
 def nested(name: str, parts: int) -> bytes:
-    """A network with one module of this name, which has so many fields."""
+    """A network with one module of this name and this many fields."""
     with stand_ins():
         fields = {f"field{i}": i for i in range(parts)}
         inner = Persistent("Part", {"_parameters": {}, "_modules": {}, **fields})
@@ -473,7 +473,7 @@ def nested(name: str, parts: int) -> bytes:
 
 
 def test_a_long_name_is_refused_and_not_copied_for_every_part(tmp_path: Path) -> None:
-    """A megabyte of name before each of 500 fields would be half a gigabyte; the limit is for the dotted name."""
+    """A megabyte of name for each of 500 fields would be half a gigabyte; the limit is for the dotted name."""
     tracemalloc.start()
     sentence = refused(tmp_path / "a.pkl", nested("k" * 10**6, 500))
     _, most = tracemalloc.get_traced_memory()
@@ -492,10 +492,10 @@ def test_a_long_name_is_refused_and_not_copied_for_every_part(tmp_path: Path) ->
         assert "has a name of 201 characters" in refused(tmp_path / "a.pt", torch_bytes(content))
 
 
-def test_a_file_that_needs_more_memory_than_there_is_gives_a_sentence(
+def test_running_out_of_memory_is_reported_for_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the machine refuses is said of the file."""
+    """In one sentence."""
 
     def full(*words: object, **more: object) -> None:
         raise MemoryError

@@ -1,4 +1,6 @@
-"""Converted weights give the published pictures, logits and gradients; what does not fit exactly is refused."""
+"""Imported weights reproduce the published images, logits and gradients; anything that does not match exactly is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ TINY_DISCRIMINATOR = DiscriminatorConfig(size=16, channel_base=128, channel_max=
 
 
 def imported(folder: Path, content: bytes, mapping: bytes | None = None) -> ImportedModel:
-    """Read a file of these bytes; its name says nothing about its kind."""
+    """Import a file of these bytes; its name does not reveal its format."""
     (folder / "weights.bin").write_bytes(content)
     if mapping is None:
         return import_file(folder / "weights.bin")
@@ -37,7 +39,7 @@ def imported(folder: Path, content: bytes, mapping: bytes | None = None) -> Impo
 
 
 def refused(folder: Path, content: bytes, mapping: bytes | None = None) -> str:
-    """The sentence with which a file of these bytes is refused."""
+    """The error for a file of these bytes."""
     with pytest.raises(WeightsError) as caught:
         imported(folder, content, mapping)
     sentence = str(caught.value)
@@ -46,7 +48,7 @@ def refused(folder: Path, content: bytes, mapping: bytes | None = None) -> str:
 
 
 def filters(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights with the constant filters that NVIDIA's files hold as well."""
+    """The same weights with the constant filters that NVIDIA's files also contain."""
     row = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
     more = {
         f"{name.rpartition('.')[0]}.resample_filter": torch.outer(row, row)
@@ -56,8 +58,8 @@ def filters(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors | more
 
 
-def made(config: StyleGAN2Config, seed: int = 1) -> StyleGAN2:
-    """A generator of random weights, a mean style among them."""
+def random_generator(config: StyleGAN2Config, seed: int = 1) -> StyleGAN2:
+    """A generator of random weights, with a mean style."""
     generator = StyleGAN2(config, torch.Generator().manual_seed(seed))
     with torch.no_grad():
         rng = torch.Generator().manual_seed(seed + 1)
@@ -74,10 +76,8 @@ def furthest(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize("protocol", [0, 1, 3, 4])
 @pytest.mark.parametrize("name", ["sg2ada_g32_map2_skip", "sg2ada_g64_map8_skip", "sg2ada_g32_map2_orig"])
-def test_nvidias_generators_come_out_of_their_pickles(
-    shared: Path, tmp_path: Path, name: str, protocol: int
-) -> None:
-    """From the bytes of a .pkl to the published pictures, with truncation, and their gradients."""
+def test_nvidias_generators_are_imported(shared: Path, tmp_path: Path, name: str, protocol: int) -> None:
+    """From the bytes of a .pkl to the published images, with truncation, and their gradients."""
     arrays = reference(shared, name)
     found = imported(tmp_path, nvidia_bytes({"G_ema": state(arrays)}, protocol=protocol))
     generator = found.generator
@@ -93,8 +93,8 @@ def test_nvidias_generators_come_out_of_their_pickles(
 
 
 @pytest.mark.parametrize("name", ["sg2ada_d32_orig", "sg2ada_d64_resnet", "sg2ada_d32_resnet_nombstd"])
-def test_nvidias_discriminators_come_out_of_their_pickles(shared: Path, tmp_path: Path, name: str) -> None:
-    """Both forms, with and without minibatch statistics; a discriminator alone is found and is no model."""
+def test_nvidias_discriminators_are_imported(shared: Path, tmp_path: Path, name: str) -> None:
+    """Both forms, with and without minibatch statistics; a discriminator without a generator is refused."""
     arrays = reference(shared, name)
     found = imported(tmp_path, nvidia_bytes({"D": state(arrays)}))
     assert found.discriminator is not None and found.generator is None
@@ -109,10 +109,10 @@ def test_nvidias_discriminators_come_out_of_their_pickles(shared: Path, tmp_path
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_rosinalitys_networks_give_their_pictures_and_logits(
+def test_rosinalitys_networks_reproduce_their_images_and_logits(
     shared: Path, tmp_path: Path, zipped: bool
 ) -> None:
-    """Values and gradients to 1e-4, in both formats of torch.save, with the trainer's arguments beside them."""
+    """Values and gradients to 1e-4, in both formats of torch.save, with the trainer's arguments in the file."""
     arrays, judged = reference(shared, "rosinality_g32"), reference(shared, "rosinality_d32")
     content = {
         "g": state(arrays),
@@ -140,10 +140,10 @@ def test_rosinalitys_networks_give_their_pictures_and_logits(
 
 
 def test_pulses_two_files_give_one_stylegan1(shared: Path, tmp_path: Path) -> None:
-    """In either order, in one file, with the prefixes of the port; one half alone is told what is missing."""
-    drawn, mapped = reference(shared, "pulse_sg1_synthesis64"), reference(shared, "pulse_sg1_mapping64")
-    halves = torch_bytes(state(drawn)), torch_bytes(state(mapped), zipped=False)
-    joined = {f"g_synthesis.{name}": value for name, value in state(drawn).items()}
+    """In either order, in one file, with the prefixes of the port; if one half is missing, the error says so."""
+    sampled, mapped = reference(shared, "pulse_sg1_synthesis64"), reference(shared, "pulse_sg1_mapping64")
+    halves = torch_bytes(state(sampled)), torch_bytes(state(mapped), zipped=False)
+    joined = {f"g_synthesis.{name}": value for name, value in state(sampled).items()}
     joined |= {f"g_mapping.{name}": value for name, value in state(mapped).items()}
     hashes = set()
     for found in (
@@ -155,12 +155,12 @@ def test_pulses_two_files_give_one_stylegan1(shared: Path, tmp_path: Path) -> No
         assert isinstance(generator, StyleGAN1) and isinstance(
             found.model().architecture, GeneratorArchitecture
         )
-        noise = [drawn[f"in/noise{place}"] for place in range(10)]
-        styles = drawn["in/w"].clone().requires_grad_()
+        noise = [sampled[f"in/noise{place}"] for place in range(10)]
+        styles = sampled["in/w"].clone().requires_grad_()
         picture = 2 * generator.synthesize(styles, noise) - 1
-        assert furthest(picture, drawn["out/img"]) < 1e-4
+        assert furthest(picture, sampled["out/img"]) < 1e-4
         (gradient,) = torch.autograd.grad(picture.square().mean(), styles)
-        assert furthest(gradient, drawn["out/grad_w_of_mean_sq"]) < 1e-4
+        assert furthest(gradient, sampled["out/grad_w_of_mean_sq"]) < 1e-4
         assert furthest(generator.map(mapped["in/z"])[:, 0], mapped["out/w"]) < 1e-4
         hashes.add(weights_hash(generator))
         assert any("mean style is not in the file" in remark for remark in found.notes["remarks"])
@@ -181,10 +181,10 @@ def test_pulses_two_files_give_one_stylegan1(shared: Path, tmp_path: Path) -> No
         {"size": 64, "channel_base": 512, "channel_max": 48},
     ],
 )
-def test_any_shape_is_read_from_the_numbers(tmp_path: Path, changes: dict[str, Any]) -> None:
-    """Sizes, widths, layers, form, classes and clamp come back as they were, and so does every weight."""
+def test_architectures_are_inferred_from_the_shapes(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Sizes, widths, layers, form, classes and clamp are recovered, and so is every weight."""
     config = replace(TINY, **changes)
-    generator = made(config)
+    generator = random_generator(config)
     tensors = filters(generator.state_dict())
     layers = {"G_ema": layer_fields(tensors, config.clamp)}
     found = imported(tmp_path, nvidia_bytes({"G_ema": tensors}, fields=layers)).generator
@@ -208,8 +208,8 @@ def test_any_shape_is_read_from_the_numbers(tmp_path: Path, changes: dict[str, A
         {"clamp": 100.0},
     ],
 )
-def test_any_discriminator_is_read_from_the_numbers(tmp_path: Path, changes: dict[str, Any]) -> None:
-    """The same for discriminators; the size of a group is a field, all else is in the shapes."""
+def test_discriminators_are_inferred_from_the_shapes(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """The group size is a field; everything else is in the shapes."""
     config = replace(TINY_DISCRIMINATOR, **changes)
     discriminator = Discriminator(config, torch.Generator().manual_seed(3))
     tensors = filters(discriminator.state_dict())
@@ -234,10 +234,10 @@ def test_any_discriminator_is_read_from_the_numbers(tmp_path: Path, changes: dic
         ({"channels": 5}, "minibatch_channels must divide"),
     ],
 )
-def test_a_generator_is_imported_without_a_discriminator_that_we_cannot_compute(
+def test_a_generator_is_imported_without_an_unsupported_discriminator(
     tmp_path: Path, changes: dict[str, Any], words: str
 ) -> None:
-    """The discriminator is left out with a remark that says why; alone, it is refused for the same reason."""
+    """The discriminator is left out with a note that gives the reason; alone, it is refused for the same reason."""
     config = replace(TINY_DISCRIMINATOR, minibatch_group=4)
     tensors = dict(Discriminator(config, torch.Generator().manual_seed(3)).state_dict())
     layers = layer_fields(tensors) | {name: value for name, value in changes.items() if "." in name}
@@ -245,18 +245,20 @@ def test_a_generator_is_imported_without_a_discriminator_that_we_cannot_compute(
         tensors["b4.conv.bias"] = changes["weight"]
     if "channels" in changes:
         tensors["b4.conv.weight"] = torch.zeros(12, 12 + changes["channels"], 3, 3)
-    networks = {"G_ema": made(TINY).state_dict(), "D": tensors}
+    networks = {"G_ema": random_generator(TINY).state_dict(), "D": tensors}
     found = imported(tmp_path, nvidia_bytes(networks, fields={"D": layers}))
-    assert found.generator is not None and weights_hash(found.generator) == weights_hash(made(TINY))
+    assert found.generator is not None and weights_hash(found.generator) == weights_hash(
+        random_generator(TINY)
+    )
     assert isinstance(found.model().architecture, GeneratorArchitecture) and found.ignored == ("D",)
     (remark,) = found.notes["remarks"]
     assert remark.startswith("the discriminator (D) was left out: ") and words in remark
     assert words in refused(tmp_path, nvidia_bytes({"D": tensors}, fields={"D": layers}))
 
 
-def test_a_generator_with_its_discriminator_is_kept_and_read_again(tmp_path: Path) -> None:
-    """Through the file of ours, the same hash; G is taken only where G_ema is absent; halves are not made up."""
-    averaged, plain = made(TINY, 1), made(TINY, 2)
+def test_a_generator_with_its_discriminator_is_saved_and_loaded(tmp_path: Path) -> None:
+    """With the same hash; G is used only if G_ema is missing; halves are not invented."""
+    averaged, plain = random_generator(TINY, 1), random_generator(TINY, 2)
     discriminator = Discriminator(TINY_DISCRIMINATOR, torch.Generator().manual_seed(3))
     networks = {"G": plain.state_dict(), "D": discriminator.state_dict(), "G_ema": averaged.state_dict()}
     found = imported(tmp_path, nvidia_bytes(networks, beside={"augment_pipe": None}))
@@ -276,9 +278,9 @@ def test_a_generator_with_its_discriminator_is_kept_and_read_again(tmp_path: Pat
         found.model()
 
 
-def test_half_precision_and_bare_lists_of_weights_are_read(tmp_path: Path) -> None:
-    """A state dict of ours in float16, alone or by name; what it cannot say is remarked."""
-    generator = made(TINY)
+def test_half_precision_and_state_dicts_are_read(tmp_path: Path) -> None:
+    """A fedface state dict in float16, alone or by name; what it does not contain is reported in a note."""
+    generator = random_generator(TINY)
     halved = {name: value.half() for name, value in generator.state_dict().items()}
     for content in (halved, {"G_ema": halved}):
         found = imported(tmp_path, torch_bytes(content))
@@ -294,8 +296,10 @@ def rosinality_like(shared: Path) -> dict[str, Tensor]:
     return state(reference(shared, "rosinality_g32"))
 
 
-def test_old_files_without_noise_or_mean_are_completed_alike_each_time(shared: Path, tmp_path: Path) -> None:
-    """Drawn from a fixed seed and remarked, so that two imports of one file have one hash."""
+def test_old_files_without_noise_or_mean_are_completed_deterministically(
+    shared: Path, tmp_path: Path
+) -> None:
+    """From a fixed seed and reported in a note, so that two imports of one file have one hash."""
     tensors = {name: value for name, value in rosinality_like(shared).items() if "noises" not in name}
     found = [imported(tmp_path, torch_bytes({"g_ema": tensors})) for _ in range(2)]
     assert len({weights_hash(one.generator) for one in found if one.generator is not None}) == 1
@@ -329,13 +333,13 @@ def test_old_files_without_noise_or_mean_are_completed_alike_each_time(shared: P
         ({"conv1.conv.modulation.weight": torch.zeros(64, 0)}, "layers have 1 to 65,536 inputs"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_exactly_is_refused(
+def test_weights_that_do_not_match_exactly_are_refused(
     shared: Path, tmp_path: Path, change: dict[str, Tensor | None], words: str
 ) -> None:
     """Missing, extra, another shape, another filter, not finite: one sentence with the name of the weight."""
     tensors = {**rosinality_like(shared), **change}
-    kept = {name: value for name, value in tensors.items() if value is not None}
-    assert words in refused(tmp_path, torch_bytes({"g_ema": kept}))
+    stored = {name: value for name, value in tensors.items() if value is not None}
+    assert words in refused(tmp_path, torch_bytes({"g_ema": stored}))
 
 
 @pytest.mark.parametrize(
@@ -347,19 +351,19 @@ def test_what_does_not_fit_exactly_is_refused(
         ("mapping.fc0.weight_gain", 0.5, "learning rate multiplier of 0.01"),
     ],
 )
-def test_fields_that_would_change_the_pictures_are_refused(
+def test_fields_that_would_change_the_images_are_refused(
     tmp_path: Path, field: str, value: Any, words: str
 ) -> None:
-    """Equal weights do not make equal networks: what NVIDIA's modules say beside them counts as well."""
-    tensors = made(TINY).state_dict()
+    """Equal weights do not make equal networks: fields of NVIDIA's modules matter too."""
+    tensors = random_generator(TINY).state_dict()
     fields = layer_fields(tensors)
     imported(tmp_path, nvidia_bytes({"G_ema": tensors}, fields={"G_ema": fields}))
     content = nvidia_bytes({"G_ema": tensors}, fields={"G_ema": fields | {field: value}})
     assert words in refused(tmp_path, content)
 
 
-def test_other_programs_and_other_files_are_told_what_can_be_read(tmp_path: Path) -> None:
-    """A network of another kind, no networks, a safetensors file of others, a missing file."""
+def test_other_files_get_an_error_that_lists_what_can_be_read(tmp_path: Path) -> None:
+    """A network of another kind, no networks, another program's safetensors file, a missing file."""
     other = {"encoder.0.weight": torch.zeros(3, 3), "encoder.0.bias": torch.zeros(3)}
     sentence = refused(tmp_path, torch_bytes({"state_dict": other}))
     assert "encoder.0.bias" in sentence and "StyleGAN2" in sentence
@@ -375,19 +379,19 @@ def test_other_programs_and_other_files_are_told_what_can_be_read(tmp_path: Path
         import_file(tmp_path / "a.pt", tmp_path / "none.pt")
 
 
-def test_names_of_what_is_not_taken_are_fit_for_a_terminal(tmp_path: Path) -> None:
-    """Of networks, of tensors beside them and of all else: no escape codes, no more than forty letters."""
+def test_names_from_a_file_are_safe_for_a_terminal(tmp_path: Path) -> None:
+    """Of networks, of tensors and of everything else: no escape codes, at most forty letters."""
     rest = {
         "\x1b[1mnet": {"a": torch.zeros(2), "b": torch.zeros(2)},
         "\x07": torch.zeros(2),
         "t" * 99: torch.zeros(2),
     }
-    content = {"G_ema": made(TINY).state_dict(), "\x1b]0;step\x07": 3, **rest}
+    content = {"G_ema": random_generator(TINY).state_dict(), "\x1b]0;step\x07": 3, **rest}
     found = imported(tmp_path, torch_bytes(content))
     assert found.ignored == ("?", "?[1mnet", f"{'t' * 40}...", "?]0;step?")
 
 
-def test_a_conversion_that_needs_more_memory_than_there_is_gives_a_sentence(
+def test_running_out_of_memory_in_a_conversion_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also after the file was read."""
@@ -396,5 +400,5 @@ def test_a_conversion_that_needs_more_memory_than_there_is_gives_a_sentence(
         raise MemoryError
 
     monkeypatch.setattr(import_weights, "build_exactly", full)
-    content = torch_bytes({"G_ema": made(TINY).state_dict()})
+    content = torch_bytes({"G_ema": random_generator(TINY).state_dict()})
     assert "more memory to convert than this machine has" in refused(tmp_path, content)

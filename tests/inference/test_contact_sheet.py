@@ -1,4 +1,4 @@
-"""One photo, several faces that shrink to it, by every method; and folders of photos, that can be interrupted."""
+"""Contact sheets of one photo and of folders, which can be interrupted."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ METHODS: list[tuple[Method, Model | None]] = [
     ),
     (NearestConfig(), None),
 ]
-WANTED = SheetSettings(degradation=Area(4), size=16, faces=2, max_faces=1)
+SETTINGS = SheetSettings(degradation=Area(4), size=16, faces=2, max_faces=1)
 
 
 class Blind:
@@ -56,17 +56,16 @@ class Blind:
     name = "blind"
 
     def find(self, pixels: np.ndarray) -> list[Face]:
-        """Nobody."""
         return []
 
 
 def blind() -> Detector:
-    """Made only when it is needed."""
+    """Created on first use."""
     return Blind()
 
 
 class Silent:
-    """Nobody watches."""
+    """Discards progress."""
 
     def stage(self, name: str, steps: int) -> None:
         """Nothing."""
@@ -75,7 +74,7 @@ class Silent:
         """Nothing."""
 
 
-def painters(degradation: Degradation = WANTED.degradation) -> MethodRunner:
+def painters(degradation: Degradation = SETTINGS.degradation) -> MethodRunner:
     """PULSE, an encoder and nearest at 16 px."""
     return MethodRunner(METHODS, degradation, size=16, seed=0)
 
@@ -86,15 +85,15 @@ def subject(side: int, *, people: int = 0) -> FaceCrop:
     return FaceCrop(crop=pixels, number=1, people=people, rotation=0, side=float(side))
 
 
-def test_a_picture_as_small_as_the_measurement_is_the_measurement() -> None:
-    """Four by four pixels of a picture that is a face already, factor 4, 16 px: nothing is shrunk."""
+def test_a_picture_of_the_input_size_is_the_input() -> None:
+    """Four by four pixels of a picture that is already a face, factor 4, 16 px: nothing is downscaled."""
     small = subject(4)
     shown = show(small, Area(4), size=16)
-    wanted = torch.from_numpy(small.crop).permute(2, 0, 1)[None].float() / 255
-    assert torch.equal(shown.low, wanted) and shown.truth.shape == (1, 3, 16, 16)
+    expected = torch.from_numpy(small.crop).permute(2, 0, 1)[None].float() / 255
+    assert torch.equal(shown.low, expected) and shown.truth.shape == (1, 3, 16, 16)
 
 
-def test_a_face_is_shrunk_by_the_degradation_that_the_methods_search_with() -> None:
+def test_a_face_is_degraded_as_the_methods_assume() -> None:
     face = subject(16, people=1)
     shown = show(face, Area(4), size=16)
     assert torch.allclose(shown.low, Area(4).apply(shown.truth))
@@ -103,7 +102,7 @@ def test_a_face_is_shrunk_by_the_degradation_that_the_methods_search_with() -> N
     assert torch.equal(once, again) and not torch.equal(once, shown.low)
 
 
-def test_every_method_answers_and_its_consistency_error_is_that_of_its_faces() -> None:
+def test_every_method_reports_the_consistency_error_of_its_faces() -> None:
     portrait = painters().run(show(subject(16, people=1), Area(4), size=16), faces=2)
     assert [answer.upsampled.faces_per_photo for answer in portrait.answers] == [2, 1, 1]
     for answer in portrait.answers:
@@ -115,8 +114,8 @@ def test_every_method_answers_and_its_consistency_error_is_that_of_its_faces() -
     )
 
 
-def test_the_spread_of_two_faces_is_half_their_distance_and_of_equal_ones_nothing() -> None:
-    """Standard deviation of two values, dividing by their number."""
+def test_the_standard_deviation_of_two_faces_is_half_their_distance() -> None:
+    """Dividing by their number; equal faces have 0."""
     faces = torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), 0.6)])
     torch.testing.assert_close(pixel_std(faces), torch.full((4, 4), 0.3))
     assert float(pixel_std(faces[:1].expand(3, 3, 4, 4)).max()) == 0.0
@@ -125,7 +124,9 @@ def test_the_spread_of_two_faces_is_half_their_distance_and_of_equal_ones_nothin
 def test_the_sheet_is_a_picture_that_grows_with_methods_and_faces() -> None:
     portrait = painters().run(show(subject(16, people=1), Area(4), size=16), faces=2)
     tones = tone_histogram(torch.rand(20, 3, 16, 16, generator=STREAMS.generator("tones")))
-    with_tones, without = (read_photo_bytes(contact_sheet(portrait, told)).pixels for told in (tones, None))
+    with_tones, without = (
+        read_photo_bytes(contact_sheet(portrait, reported)).pixels for reported in (tones, None)
+    )
     assert with_tones.shape == without.shape and (with_tones != without).any()
     more = painters().run(portrait.shown, faces=5)
     wider = read_photo_bytes(contact_sheet(more)).pixels
@@ -133,7 +134,7 @@ def test_the_sheet_is_a_picture_that_grows_with_methods_and_faces() -> None:
 
 
 def folder_of_photos(place: Path) -> Path:
-    """Two small faces, one photo without a face, one broken file, one that is no picture."""
+    """Two small faces, one photo without a face, one broken file, and one that is not a picture."""
     photos = place / "photos"
     (photos / "deep").mkdir(parents=True)
     write_png(photos / "a.png", subject(16).crop)
@@ -145,33 +146,33 @@ def folder_of_photos(place: Path) -> Path:
 
 
 def work(photos: Path, sheets: SheetFolder) -> list[SheetRecord | SkippedPhoto]:
-    """Everything that is left to do."""
+    """Process everything that is left."""
     left = sheets.left(images_in(photos)[0])
     found: list[SheetRecord | SkippedPhoto] = []
-    for path, result in run_pipeline(left, sheets.place, WANTED, painters(), blind, None, Silent()):
+    for path, result in run_pipeline(left, sheets.place, SETTINGS, painters(), blind, None, Silent()):
         sheets.store(path, result)
         found += [result] if isinstance(result, SkippedPhoto) else result
     return found
 
 
 def test_a_folder_gives_a_sheet_for_every_face_and_a_reason_for_every_other_photo(tmp_path: Path) -> None:
-    """Sheets lie as the photos do, so that no two names meet."""
+    """Sheets mirror the photos' paths, so that names do not collide."""
     photos = folder_of_photos(tmp_path)
     assert [path.name for path in images_in(photos)[0]] == ["a.png", "broken.jpg", "empty.png", "a.png"]
     out = tmp_path / "out"
     found = work(photos, SheetFolder(out, photos, {"seed": 0}))
-    made = [result for result in found if isinstance(result, SheetRecord)]
+    generated = [result for result in found if isinstance(result, SheetRecord)]
     left_out = {Path(r.photo).name: r.reason for r in found if isinstance(r, SkippedPhoto)}
-    places = sorted(result.sheet.relative_to(out).as_posix() for result in made)
+    places = sorted(result.sheet.relative_to(out).as_posix() for result in generated)
     assert places == ["a.png.png", "deep/a.png.png"]
-    assert all(has_mark(result.sheet, PICTURE_MARK) for result in made)
+    assert all(has_mark(result.sheet, PICTURE_MARK) for result in generated)
     assert set(left_out) == {"broken.jpg", "empty.png"} and "no face found" in left_out["empty.png"]
-    kept = json.loads((out / "faces.json").read_text())
-    assert len(kept["found"]) == 4 and kept["asked"]["seed"] == 0
+    stored = json.loads((out / "faces.json").read_text())
+    assert len(stored["found"]) == 4 and stored["asked"]["seed"] == 0
 
 
-def test_work_that_was_cut_short_goes_on_where_it_ended(tmp_path: Path) -> None:
-    """A second start does nothing; what was deleted or replaced is made again, no more."""
+def test_interrupted_work_continues(tmp_path: Path) -> None:
+    """A second start does nothing; only deleted or replaced photos are processed again."""
     photos, out = folder_of_photos(tmp_path), tmp_path / "out"
     work(photos, SheetFolder(out, photos, {"seed": 0}))
     assert work(photos, SheetFolder(out, photos, {"seed": 0})) == []

@@ -1,4 +1,4 @@
-"""What the pages say exists."""
+"""What the documentation names exists."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAGES = [
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_link_and_picture_of_a_page_leads_somewhere(page: Path) -> None:
+def test_every_link_and_picture_of_a_page_exists(page: Path) -> None:
     """Relative links name files of the repository."""
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
     missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
@@ -40,7 +40,7 @@ def shown_commands(text: str) -> list[str]:
 
 
 def check_command(line: str) -> None:
-    """Raises unless a command line names a command and only options of it, each value aside."""
+    """Raises unless a command line has an existing command and only its options; values are not checked."""
     words = shlex.split(line, comments=True)[1:]
     command: click.Command = get_command(app)
     while isinstance(command, click.Group) and words and words[0].islower() and words[0][0] != "-":
@@ -55,7 +55,7 @@ def check_command(line: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_that_a_page_shows_exists(page: Path) -> None:
-    """With each of its options."""
+    """With all its options."""
     for line in shown_commands(page.read_text(encoding="utf-8")):
         check_command(line)
 

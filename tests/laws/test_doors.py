@@ -1,4 +1,4 @@
-"""Foreign libraries enter by one door each; what is banned enters nowhere."""
+"""Each foreign library is imported by one module or package; banned functions are not used."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ TREES = trees()
 
 
 def foreign(tree: ast.Module) -> set[str]:
-    """The top-level names of imported modules that are neither ours nor Python's, also inside functions."""
+    """Top-level names of imported third-party modules, also inside functions."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -81,7 +81,7 @@ def foreign(tree: ast.Module) -> set[str]:
 
 
 def through(path: str, doors: set[str]) -> bool:
-    """Whether a file is one of these doors, or lies in a folder that is one."""
+    """Whether a file is one of these modules, or in one of these packages."""
     return any(path == door or (door.endswith("/**") and path.startswith(door[:-2])) for door in doors)
 
 
@@ -91,8 +91,8 @@ def users(library: str) -> set[str]:
 
 
 @pytest.mark.parametrize("library", sorted(DOORS))
-def test_a_library_enters_by_its_door_alone(library: str) -> None:
-    """Need it elsewhere? Write a function behind the door."""
+def test_a_library_is_imported_only_where_allowed(library: str) -> None:
+    """Elsewhere, call a function of that module."""
     assert not [path for path in users(library) if not through(path, DOORS[library])]
 
 
@@ -100,19 +100,19 @@ def test_a_library_enters_by_its_door_alone(library: str) -> None:
     "library",
     ["opacus", "tenseal", "flwr", "dp_accounting", "yaml", "typer", "safetensors", "PIL", "fastapi", "uvicorn"],
 )  # fmt: skip
-def test_every_door_is_used(library: str) -> None:
-    """A door that nobody enters by is a mistake in this file."""
+def test_every_allowed_import_is_used(library: str) -> None:
+    """An unused exception is removed."""
     assert users(library)
 
 
-def test_no_other_library_enters_unnoticed() -> None:
-    """A new dependency is a decision: give it a door, or call it free here."""
+def test_no_other_library_is_imported() -> None:
+    """A new dependency must be listed here."""
     known = set(DOORS) | FREE | set(sys.stdlib_module_names)
     assert {name for tree in TREES.values() for name in foreign(tree)} - known == set()
 
 
 def test_nothing_unpickles_or_downloads() -> None:
-    """A pickle runs what it carries."""
+    """Unpickling executes code."""
     assert not [path for path, tree in TREES.items() if (foreign(tree)) & BANNED]
 
 
@@ -122,13 +122,13 @@ def calls(tree: ast.Module) -> set[str]:
 
 
 def test_nothing_seeds_globally_or_evaluates_text() -> None:
-    """Chance is passed in and named; text is never code. The search finds a planted call."""
+    """Randomness is an argument with a name; text is never executed. The search finds a planted call."""
     assert calls(ast.parse("torch.manual_seed(3)")) & BANNED_CALLS
     assert {path: found for path, tree in TREES.items() if (found := calls(tree) & BANNED_CALLS)} == {}
 
 
-def test_nothing_draws_from_a_global_generator() -> None:
-    """torch.rand, randn, randint and randperm are told which generator, wherever one can be passed."""
+def test_nothing_samples_from_a_global_generator() -> None:
+    """torch.rand, randn, randint and randperm get a generator wherever one can be passed."""
     silent = []
     for path, tree in TREES.items():
         for node in ast.walk(tree):
@@ -144,8 +144,8 @@ def test_nothing_draws_from_a_global_generator() -> None:
     assert silent == []
 
 
-def test_the_editor_knows_the_same_doors() -> None:
-    """Ruff's banned-api names each library that has a door among its rules."""
+def test_ruff_has_the_same_rules() -> None:
+    """Its banned-api lists each library."""
     with (ROOT / "pyproject.toml").open("rb") as file:
         rules = tomllib.load(file)["tool"]["ruff"]["lint"]
     banned = set(rules["flake8-tidy-imports"]["banned-api"])
@@ -157,8 +157,8 @@ def test_the_editor_knows_the_same_doors() -> None:
 
 
 @pytest.mark.parametrize("name", ["safe_pickle", "torch_archive", "foreign_checkpoint"])
-def test_the_reader_of_pickles_has_no_way_to_obey_them(name: str) -> None:
-    """It cannot look a name up, and so cannot call what a file names: no import by name, no attribute by name."""
+def test_the_pickle_reader_cannot_execute(name: str) -> None:
+    """No import by name and no attribute by name, so it cannot call what a file names."""
     tree = TREES[f"fedface/importing/{name}.py"]
     ways = {
         "getattr", "setattr", "delattr", "__import__", "import_module", "eval", "exec", "compile", "globals", "vars",

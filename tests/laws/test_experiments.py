@@ -1,4 +1,4 @@
-"""Every experiment is a question that can be read, planned and, where photos are missing, refused in a sentence."""
+"""Every experiment in the repository can be read and planned; missing photos are one error."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ each_file = pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FI
 
 
 def test_there_are_experiments() -> None:
-    """The demo of the README among them."""
+    """The README's demo among them."""
     assert "demo" in [path.stem for path in FILES]
 
 
 @each_file
-def test_a_question_stands_first(path: Path) -> None:
-    """The first line of the file asks it, and it is a question."""
+def test_a_question_comes_first(path: Path) -> None:
+    """The first line of the file is a question."""
     first = next(line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#"))
     assert first.startswith("question: ")
     assert read_experiment(path).question.endswith("?")
@@ -49,8 +49,8 @@ def test_a_file_is_named_like_its_run(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=[path.stem for path in SWEEPS])
-def test_a_file_that_varies_its_recipe_is_a_question_whose_every_run_can_be_read(path: Path) -> None:
-    """Named like its file, a question first, folders that do not collide, and a plan within the promise."""
+def test_every_run_of_a_varied_experiment_can_be_read(path: Path) -> None:
+    """Named like its file, a question first, folders that do not collide, and a plan within the privacy target."""
     sweep = read_sweep(path)
     assert sweep.name == path.stem and sweep.question.endswith("?")
     assert len({variant.folder for variant in sweep.variants}) == len(sweep.variants) > 1
@@ -66,8 +66,8 @@ def test_a_file_that_varies_its_recipe_is_a_question_whose_every_run_can_be_read
 
 
 @each_file
-def test_the_promise_is_kept_by_the_plan_and_fits_the_devices(path: Path) -> None:
-    """Its upper price is within the promise; a pretended device of this run admits exactly it."""
+def test_the_plan_meets_the_privacy_target_and_the_devices_policies(path: Path) -> None:
+    """Its upper bound is within the target; a simulated device of this run admits exactly it."""
     experiment = read_experiment(path)
     plan = experiment.plan()
     if isinstance(experiment.privacy, PrivacyTarget):
@@ -79,8 +79,8 @@ def test_the_promise_is_kept_by_the_plan_and_fits_the_devices(path: Path) -> Non
 
 
 @each_file
-def test_a_record_of_the_recipe_is_the_recipe(path: Path, tmp_path: Path) -> None:
-    """What a run writes beside its results starts the same run."""
+def test_a_stored_experiment_is_the_experiment(path: Path, tmp_path: Path) -> None:
+    """The experiment.yaml in a run folder starts the same run."""
     from fedface.config import dump
 
     (tmp_path / "again.yaml").write_text(dump(read_experiment(path)))
@@ -99,7 +99,7 @@ def without_photos(experiment: Experiment, folder: Path) -> Experiment:
 
 @each_file
 def test_missing_photos_are_one_sentence(path: Path, tmp_path: Path) -> None:
-    """No folder, then a folder without labels: each says what was wanted. Others never look for one."""
+    """No folder, then a folder without labels: each error says what is expected. Others need no photos."""
     experiment = read_experiment(path)
     if not isinstance(experiment.devices, LabelledDevices) and not isinstance(
         experiment.probe, LabelledProbe
@@ -120,8 +120,8 @@ def test_missing_photos_are_one_sentence(path: Path, tmp_path: Path) -> None:
 
 
 @each_file
-def test_devices_are_described_without_their_photos_being_counted_by_the_server(path: Path) -> None:
-    """A real device's number of photos is nobody's business; a drawn one's is public."""
+def test_remote_devices_are_described_without_a_photo_count(path: Path) -> None:
+    """A real device's number of photos is private; a simulated one's is public."""
     experiment = read_experiment(path)
     if isinstance(experiment.devices, LabelledDevices):
         pytest.skip("its devices are described from its photos")

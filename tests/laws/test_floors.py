@@ -1,4 +1,4 @@
-"""Imports go down the layers of docs/architecture.md: never up, never in a cycle, never relative, never hidden."""
+"""Imports follow the layers of docs/architecture.md: never up, never in a cycle, never relative, never hidden."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ NOT_ON_A_DEVICE = {
 FOREIGN_NOT_ON_A_DEVICE = {"ray", "matplotlib", "fastapi", "starlette", "uvicorn", "jinja2"}
 
 
-def room(module: str) -> str:
-    """The package, or module of the root: `fedface.photos.scan` -> "photos"."""
+def package_of(module: str) -> str:
+    """The package, or the root module: `fedface.photos.scan` -> "photos"."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else parts[0]
 
@@ -67,7 +67,7 @@ def imports_of(tree: ast.Module) -> list[ast.Import | ast.ImportFrom]:
 
 
 def named(tree: ast.Module, modules: set[str]) -> set[str]:
-    """The modules of ours that a file imports; `from fedface.photos import scan` names fedface.photos.scan."""
+    """The modules of fedface that a file imports; `from fedface.photos import scan` names fedface.photos.scan."""
     found = set()
     for node in imports_of(tree):
         if isinstance(node, ast.Import):
@@ -78,8 +78,8 @@ def named(tree: ast.Module, modules: set[str]) -> set[str]:
     return {name for name in found if name.split(".")[0] == "fedface"}
 
 
-def read_house() -> tuple[dict[str, ast.Module], dict[str, set[str]]]:
-    """Every file's tree by module name, and what each imports of ours."""
+def read_modules() -> tuple[dict[str, ast.Module], dict[str, set[str]]]:
+    """Every module's syntax tree by name, and its imports of fedface."""
     trees = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = ("fedface", *path.relative_to(PACKAGE).with_suffix("").parts)
@@ -87,12 +87,12 @@ def read_house() -> tuple[dict[str, ast.Module], dict[str, set[str]]]:
     return trees, {name: named(tree, set(trees)) for name, tree in trees.items()}
 
 
-TREES, IMPORTS = read_house()
+TREES, IMPORTS = read_modules()
 
 
 def test_every_package_has_a_layer() -> None:
     """A new package needs a place in LAYERS and in docs/architecture.md."""
-    assert {room(module) for module in TREES} <= set(LAYERS)
+    assert {package_of(module) for module in TREES} <= set(LAYERS)
 
 
 def test_imports_go_down() -> None:
@@ -101,7 +101,7 @@ def test_imports_go_down() -> None:
         f"{module} imports {other}"
         for module, others in IMPORTS.items()
         for other in others
-        if (own := room(module)) != (its := room(other))
+        if (own := package_of(module)) != (its := package_of(other))
         and LAYERS[its] >= LAYERS[own]
         and LAYERS[own] > 1
         and (own, its) not in WITHIN_A_LAYER
@@ -110,16 +110,16 @@ def test_imports_go_down() -> None:
 
 
 def test_every_import_within_a_layer_is_used() -> None:
-    """An exception that nobody needs any more is removed."""
-    used = {(room(module), room(other)) for module, others in IMPORTS.items() for other in others}
+    """An unused exception is removed."""
+    used = {(package_of(module), package_of(other)) for module, others in IMPORTS.items() for other in others}
     assert set(WITHIN_A_LAYER) <= used
 
 
-def test_the_lowest_layer_imports_itself_alone() -> None:
+def test_the_lowest_layer_imports_only_itself() -> None:
     """errors, tensor_types, randomness, config and the like import no package."""
     for module, others in IMPORTS.items():
-        if LAYERS[room(module)] <= 1:
-            assert {LAYERS[room(other)] for other in others} <= {1}, module
+        if LAYERS[package_of(module)] <= 1:
+            assert {LAYERS[package_of(other)] for other in others} <= {1}, module
 
 
 @pytest.mark.parametrize(("one", "other"), INDEPENDENT)
@@ -129,7 +129,7 @@ def test_independent_packages_do_not_import_each_other(one: str, other: str) -> 
         f"{module} imports {name}"
         for module, others in IMPORTS.items()
         for name in others
-        if {room(module), room(name)} == {one, other}
+        if {package_of(module), package_of(name)} == {one, other}
     }
     assert arrows == set()
 
@@ -147,13 +147,15 @@ def reached(roots: Iterable[str]) -> set[str]:
 
 def test_a_device_imports_nothing_of_the_server() -> None:
     """Read from the source, function-level imports included."""
-    assert {room(module) for module in reached(DEVICE_ROOTS)} & NOT_ON_A_DEVICE == set()
+    assert {package_of(module) for module in reached(DEVICE_ROOTS)} & NOT_ON_A_DEVICE == set()
 
 
 def test_the_architecture_page_lists_what_a_device_imports() -> None:
     """The packages, root modules aside, on one indented line."""
     page = (PACKAGE.parent / "docs/architecture.md").read_text(encoding="utf-8")
-    packages = sorted({room(module) for module in reached(DEVICE_ROOTS) if LAYERS[room(module)] > 1})
+    packages = sorted(
+        {package_of(module) for module in reached(DEVICE_ROOTS) if LAYERS[package_of(module)] > 1}
+    )
     assert f"\n    {' '.join(packages)}\n" in page
 
 
@@ -162,7 +164,7 @@ def test_a_device_process_loads_nothing_of_the_server() -> None:
     program = f"import sys\nfor name in {DEVICE_ROOTS!r}: __import__(name)\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded = done.stdout.split()
-    assert {room(name) for name in loaded if name.startswith("fedface.")} & NOT_ON_A_DEVICE == set()
+    assert {package_of(name) for name in loaded if name.startswith("fedface.")} & NOT_ON_A_DEVICE == set()
     assert {name.split(".")[0] for name in loaded} & FOREIGN_NOT_ON_A_DEVICE == set()
 
 
@@ -199,8 +201,8 @@ def test_no_import_is_relative_or_hidden() -> None:
         assert "TYPE_CHECKING" not in names, module
 
 
-def test_nothing_private_crosses_between_files() -> None:
-    """What begins with an underscore stays in its file."""
+def test_private_names_stay_in_their_file() -> None:
+    """Names that begin with an underscore."""
     for module, tree in TREES.items():
         for node in imports_of(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedface"):
@@ -208,11 +210,11 @@ def test_nothing_private_crosses_between_files() -> None:
 
 
 @pytest.mark.parametrize("word", ["utils", "helpers", "common", "manager", "misc"])
-def test_no_package_has_a_name_that_says_nothing(word: str) -> None:
+def test_no_package_has_a_meaningless_name(word: str) -> None:
     """Names are nouns of the domain."""
     assert not [module for module in TREES if word in module.split(".")]
 
 
-def test_the_whole_library_says_what_each_file_is_for() -> None:
-    """A file that defines something opens with a docstring."""
+def test_every_module_has_a_docstring() -> None:
+    """If it defines something."""
     assert not [module for module, tree in TREES.items() if tree.body and not ast.get_docstring(tree)]

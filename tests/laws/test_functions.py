@@ -1,4 +1,4 @@
-"""A function has at most seven parameters; more of them are a type that is missing."""
+"""A function has at most seven parameters; more should be a type."""
 
 from __future__ import annotations
 

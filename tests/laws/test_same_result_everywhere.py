@@ -1,7 +1,5 @@
-"""The same experiment gives the same model wherever it runs: in this process, or in Ray's actors.
-
-Both go through the same ClientApp and coordinator; what differs is who carries the messages. Runs without a
-promise draw everything from replayable streams, so the models must agree, and not only in distribution.
+"""The same experiment gives the same model in one process and in Ray's actors. Both use the same ClientApp and
+coordinator; only the transport differs. Runs without DP use reproducible streams only, so the models must be equal.
 """
 
 from __future__ import annotations
@@ -60,7 +58,7 @@ def tiny(folder: Path, aggregation: str) -> Experiment:
 
 
 def start(experiment: Experiment, folder: Path) -> None:
-    """The run's folder and its pretended devices."""
+    """The run's folder and its simulated devices."""
     initialize_run(experiment, folder)
     prepare(experiment, devices_folder(folder))
 
@@ -117,7 +115,7 @@ def furthest(ours: Sequence[Vector], theirs: Sequence[Vector]) -> float:
 
 
 def test_two_runs_in_this_process_give_the_same_bits(tmp_path: Path) -> None:
-    """Nothing in a run without a promise comes from a clock, a global seed or the order of a set."""
+    """Without DP, nothing depends on a clock, a global seed or the order of a set."""
     experiment = tiny(tmp_path, "plain")
     first = in_this_process(experiment, tmp_path / "first" / "everywhere")
     second = in_this_process(experiment, tmp_path / "second" / "everywhere")
@@ -126,7 +124,7 @@ def test_two_runs_in_this_process_give_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_encrypted_sums_give_the_same_model_up_to_quantisation(tmp_path: Path) -> None:
-    """What hides the updates changes none of them by more than a step of the quantiser."""
+    """No update changes by more than a step of the quantiser."""
     plain, hidden = (tiny(tmp_path, kind) for kind in ("plain", "homomorphic"))
     ours = in_this_process(plain, tmp_path / "plain" / "everywhere")
     theirs = in_this_process(hidden, tmp_path / "hidden" / "everywhere")
@@ -135,7 +133,7 @@ def test_encrypted_sums_give_the_same_model_up_to_quantisation(tmp_path: Path) -
 
 
 def test_ray_actors_give_the_same_model_as_this_process(tmp_path: Path) -> None:
-    """Where a device computes is no part of the answer."""
+    """The result does not depend on where a device computes."""
     pytest.importorskip("ray")
     threads = torch.get_num_threads()
     experiment = tiny(tmp_path, "plain")

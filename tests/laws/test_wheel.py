@@ -1,4 +1,4 @@
-"""What is installed and what is sent: the wheel holds fedface/ alone, the server's bundle never does."""
+"""What is installed and what is sent: the wheel contains only fedface/, and the server bundle never does."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def test_the_wheel_holds_fedface_alone() -> None:
 
 
 def test_every_folder_with_code_is_a_package() -> None:
-    """A room without __init__.py would be left out of the wheel without a word."""
+    """A folder without __init__.py would be missing from the wheel."""
     folders = {path.parent for path in (ROOT / "fedface").rglob("*.py")}
     assert not [folder for folder in folders if not (folder / "__init__.py").is_file()]
 
 
 def test_what_is_read_at_run_time_is_in_the_wheel() -> None:
-    """Every file of fedface/ that is not Python is named by package-data: checkpoint, template, py.typed."""
+    """Every file of fedface/ that is not Python is listed in package-data: checkpoint, template, py.typed."""
     patterns = PROJECT["tool"]["setuptools"]["package-data"]["fedface"]
     package = ROOT / "fedface"
     others = [
@@ -45,7 +45,7 @@ def test_what_is_read_at_run_time_is_in_the_wheel() -> None:
     assert left_out == []
 
 
-def test_the_command_is_there() -> None:
+def test_the_command_is_installed() -> None:
     """`fedface` calls fedface.cli.main."""
     from fedface import cli
 
@@ -53,7 +53,7 @@ def test_the_command_is_there() -> None:
     assert callable(cli.main)
 
 
-def test_the_servers_bundle_does_not_carry_the_code_that_guards_a_device() -> None:
+def test_the_servers_bundle_does_not_contain_fedface() -> None:
     """A device runs the fedface that its owner installed, never one that the server sent."""
     app = PROJECT["tool"]["flwr"]["app"]
     assert not [pattern for pattern in app["fab-include"] if pattern.startswith(("fedface", "*", "/", "."))]
@@ -63,16 +63,16 @@ def test_the_servers_bundle_does_not_carry_the_code_that_guards_a_device() -> No
 
 
 def test_every_foreign_library_is_declared() -> None:
-    """What fedface imports is what its project depends on."""
+    """Everything that fedface imports is a dependency of the project."""
     project = PROJECT["project"]
     extras = (project["optional-dependencies"][extra] for extra in ("reports", "web", "yunet"))
     declared = {
         re.split(r"[\[=<>]", name)[0].strip().lower().replace("-", "_")
         for name in [*project["dependencies"], *(name for extra in extras for name in extra)]
     }
-    for wanted in (
+    for expected in (
         "cryptography", "dlib_bin", "dp_accounting", "fastapi", "flwr", "jaxtyping", "jinja2", "matplotlib", "numpy",
         "opacus", "pillow", "pillow_heif", "pyyaml", "rich", "safetensors", "scikit_image", "scipy", "tenseal", "torch",
         "typer", "uvicorn", "opencv_python_headless",
     ):  # fmt: skip
-        assert wanted in declared
+        assert expected in declared

@@ -1,4 +1,4 @@
-"""What crosses: messages come out as they went in, and nothing a stranger writes gets further than a sentence."""
+"""Messages are unchanged by a round trip, and everything invalid is refused in one sentence."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ REVEAL = DecryptTask(
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> TrainTask:
-    """A task under a promise."""
+    """A task under a privacy guarantee."""
     return train_task(tiny_experiment(tmp_path_factory.mktemp("task")), tiny_gan())
 
 
@@ -80,22 +80,22 @@ def question(task: TrainTask) -> EvaluateTask:
 
 
 def same(one: Task, other: Task) -> bool:
-    """Equal in every field; vectors number by number."""
+    """Equal in every field; vectors element by element."""
     pairs = [(getattr(one, field.name), getattr(other, field.name)) for field in fields(one)]
     return type(one) is type(other) and all(
         torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs
     )
 
 
-def test_a_task_comes_out_as_it_went_in(task: TrainTask, question: EvaluateTask) -> None:
-    """All three kinds, with every number of the terms to the last bit."""
+def test_a_task_is_unchanged_by_a_round_trip(task: TrainTask, question: EvaluateTask) -> None:
+    """All three kinds, with every number of the DP parameters to the last bit."""
     assert same(read_task(to_message(task)), task)
     assert same(read_task(to_message(question)), question)
     assert same(read_task(to_message(REVEAL)), REVEAL)
 
 
-def test_a_reply_comes_out_as_it_went_in() -> None:
-    """All four kinds, and a refusal of an owner who has left."""
+def test_a_reply_is_unchanged_by_a_round_trip() -> None:
+    """All four kinds, and a refusal after a withdrawal."""
     trained = TrainResult(device="d", payload=b"\x00\xff", seconds_protect=0.25)
     scored = EvaluateResult(device="d", payload=b"\x00\xff", seconds_protect=0.25)
     left = Refusal(device="d", reason="gone", withdrawn=True)
@@ -108,12 +108,12 @@ def test_a_reply_comes_out_as_it_went_in() -> None:
 
 
 def test_no_epsilon_and_no_photo_count_is_in_a_task(task: TrainTask) -> None:
-    """A device believes no price that it is told, so none is told."""
+    """A device computes epsilon itself."""
     words = set(json.dumps(json.loads(to_message(task).header)).replace('"', " ").replace(":", " ").split())
     assert not words & {"epsilon", "delta", "promise", "photos", "photos_per_device"}
 
 
-def spoiled(message: Message, key: str, value: Any) -> Message:
+def corrupted(message: Message, key: str, value: Any) -> Message:
     """The message with one header entry replaced, or removed if the value is ..."""
     header = json.loads(message.header)
     place = header
@@ -139,15 +139,17 @@ def spoiled(message: Message, key: str, value: Any) -> Message:
         ("request.dp.unit", "street"), ("request.dp.update_clip_norm", float("inf")), ("seed", -1),
     ],
 )  # fmt: skip
-def test_a_spoiled_question_is_refused_in_one_sentence(question: EvaluateTask, key: str, value: Any) -> None:
+def test_an_invalid_evaluation_request_is_refused_in_one_sentence(
+    question: EvaluateTask, key: str, value: Any
+) -> None:
     with pytest.raises(FederationError):
-        read_task(spoiled(to_message(question), key, value))
+        read_task(corrupted(to_message(question), key, value))
 
 
-def test_a_run_whose_name_could_be_anothers_book_is_refused(task: TrainTask) -> None:
+def test_a_run_name_with_a_slash_is_refused(task: TrainTask) -> None:
     """ "r/metrics" is where the metrics of "r" are recorded."""
     with pytest.raises(FederationError, match="without a slash"):
-        read_task(spoiled(to_message(task), "run", "r/metrics"))
+        read_task(corrupted(to_message(task), "run", "r/metrics"))
 
 
 @pytest.mark.parametrize(
@@ -170,17 +172,17 @@ def test_a_run_whose_name_could_be_anothers_book_is_refused(task: TrainTask) -> 
         ("config.agreement.value_range", "wide"), ("model", None),
     ],
 )  # fmt: skip
-def test_a_spoiled_task_is_refused_in_one_sentence(task: TrainTask, key: str, value: Any) -> None:
+def test_an_invalid_task_is_refused_in_one_sentence(task: TrainTask, key: str, value: Any) -> None:
     """Missing, wrong type, out of bounds, unknown: a FederationError each time."""
     with pytest.raises(FederationError):
-        read_task(spoiled(to_message(task), key, value))
+        read_task(corrupted(to_message(task), key, value))
 
 
 @pytest.mark.parametrize("error", [OverflowError, MemoryError])
-def test_a_task_that_a_machine_cannot_hold_is_refused_in_one_sentence(
+def test_a_task_that_exceeds_memory_is_refused_in_one_sentence(
     task: TrainTask, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Planted where its header is read."""
+    """Planted where its header is parsed."""
 
     def full(*_: object, **__: object) -> None:
         raise error
@@ -193,8 +195,8 @@ def test_a_task_that_a_machine_cannot_hold_is_refused_in_one_sentence(
 @pytest.mark.parametrize(
     "weights", [b"", b"123", b"\x00\x00\xc0\x7f", vector_bytes(torch.tensor([1.0, float("inf")]))]
 )
-def test_weights_that_are_no_finite_numbers_are_refused(task: TrainTask, weights: bytes) -> None:
-    """None, cut off, NaN, infinite."""
+def test_weights_that_are_not_finite_are_refused(task: TrainTask, weights: bytes) -> None:
+    """Missing, truncated, NaN, infinite."""
     with pytest.raises(FederationError, match="cannot be read"):
         read_task(Message(to_message(task).header, {"weights": weights}))
     with pytest.raises(FederationError, match="missing"):
@@ -221,23 +223,23 @@ REFUSAL = to_message(Refusal(device="d", reason="no"))
         (REFUSAL, "reason", ...),
     ],
 )
-def test_a_spoiled_reply_is_refused_in_one_sentence(message: Message, key: str, value: Any) -> None:
+def test_an_invalid_reply_is_refused_in_one_sentence(message: Message, key: str, value: Any) -> None:
     """No number of a device may stop the run that records it."""
     with pytest.raises(FederationError):
-        read_reply(spoiled(message, key, value))
+        read_reply(corrupted(message, key, value))
 
 
 @pytest.mark.parametrize("header", ["", "{", "[]", "3", "[" * 200_000, '{"version": ' + "9" * 9000 + "}"])
-def test_a_header_that_is_no_header_is_refused(header: str) -> None:
-    """Nesting and digits without end as well."""
+def test_an_invalid_header_is_refused(header: str) -> None:
+    """Endless nesting and digits as well."""
     for reader in (read_task, read_reply):
         with pytest.raises(FederationError):
             reader(Message(header, {}))
 
 
-def test_a_refusals_words_are_made_safe_for_a_report() -> None:
-    """Shortened, without control characters or halves of surrogate pairs: they are printed and kept."""
-    hostile = spoiled(REFUSAL, "reason", "no\x1b[2J\n\ud800" + "x" * 5000)
+def test_a_refusals_reason_is_sanitised() -> None:
+    """Shortened, without control characters or surrogates: it is printed and stored."""
+    hostile = corrupted(REFUSAL, "reason", "no\x1b[2J\n\ud800" + "x" * 5000)
     reply = read_reply(hostile)
     assert isinstance(reply, Refusal)
     assert reply.reason.isprintable() and len(reply.reason) == 1000 and reply.reason.startswith("no ")
@@ -247,7 +249,7 @@ def test_a_refusals_words_are_made_safe_for_a_report() -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1))
 def test_a_vector_is_its_little_endian_bytes(numbers: list[float]) -> None:
-    """Four bytes a number, and back without loss."""
+    """Four bytes per number, without loss."""
     vector = torch.tensor(numbers, dtype=torch.float32)
     assert vector_bytes(vector) == np.array(numbers, dtype="<f4").tobytes()
     assert torch.equal(vector_from(vector_bytes(vector)), vector)
@@ -259,7 +261,7 @@ ATOMS = st.none() | st.booleans() | st.integers() | st.text()
 @settings(max_examples=100, deadline=None)
 @given(st.recursive(ATOMS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
 def test_any_json_is_a_message_or_a_federation_error(value: Any) -> None:
-    """Nothing else is raised, whatever stands in the header."""
+    """No other error is raised, for any header."""
     for kind in ("train", "decrypt", "train-result", "decrypt-result", "refusal"):
         header = {**value, "version": VERSION, "kind": kind} if isinstance(value, dict) else value
         for reader in (read_task, read_reply):
@@ -269,6 +271,6 @@ def test_any_json_is_a_message_or_a_federation_error(value: Any) -> None:
                 continue
 
 
-def test_nothing_of_a_machine_is_in_a_task(task: TrainTask, tmp_path: Path) -> None:
-    """No path of the server's travels, not even of the base checkpoint."""
+def test_a_task_contains_no_path(task: TrainTask, tmp_path: Path) -> None:
+    """Not even of the base checkpoint."""
     assert str(tmp_path.parent.parent) not in to_message(task).header

@@ -1,4 +1,4 @@
-"""Every form of generator and discriminator gives the numbers of its slow twin, and per-example gradients."""
+"""Every form of generator and discriminator equals its slow reference, and per-example gradients are right."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import slow_twin
+import slow_reference
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -20,7 +20,7 @@ RNG = torch.Generator()
 
 
 def stirred(module: nn.Module) -> nn.Module:
-    """Biases and noise strengths that start as zeros would hide mistakes, so they get values."""
+    """Nonzero biases and noise strengths, because initial zeros would hide errors."""
     with torch.no_grad():
         for name, weight in module.named_parameters():
             if name.endswith(("bias", "noise_strength")):
@@ -47,29 +47,29 @@ def normal(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("clamp", [None, 0.4])
 @pytest.mark.parametrize("architecture", ["skip", "orig", "resnet"])
-def test_each_generator_equals_its_slow_twin(architecture: str, clamp: float | None) -> None:
-    """Convolutions by hand, one weight per image; the clamp is low enough to bite."""
+def test_each_generator_equals_its_slow_reference(architecture: str, clamp: float | None) -> None:
+    """Explicit convolutions, one weight per image; the clamp is low enough to have an effect."""
     generator = generator_of(architecture=architecture, clamp=clamp)
     styles = normal(2, generator.style_inputs, 6)
-    made = 2 * generator.synthesize(styles).detach().numpy() - 1
-    state = slow_twin.state_of(generator).at("synthesis.")
-    twin = [slow_twin.synthesis(state, own, 16, architecture, clamp) for own in styles.numpy()]
-    np.testing.assert_allclose(made, np.stack(twin), atol=1e-9)
+    generated = 2 * generator.synthesize(styles).detach().numpy() - 1
+    state = slow_reference.state_of(generator).at("synthesis.")
+    reference = [slow_reference.synthesis(state, own, 16, architecture, clamp) for own in styles.numpy()]
+    np.testing.assert_allclose(generated, np.stack(reference), atol=1e-9)
     if clamp is not None:
         free = generator_of(architecture=architecture, clamp=None)
-        assert np.abs(2 * free.synthesize(styles).detach().numpy() - 1 - made).max() > 0.1
+        assert np.abs(2 * free.synthesize(styles).detach().numpy() - 1 - generated).max() > 0.1
 
 
 @pytest.mark.parametrize("clamp", [None, 0.4])
 @pytest.mark.parametrize("architecture", ["resnet", "orig", "skip"])
-def test_each_discriminator_equals_its_slow_twin(architecture: str, clamp: float | None) -> None:
-    """With minibatch statistics in groups of four, two figures each."""
+def test_each_discriminator_equals_its_slow_reference(architecture: str, clamp: float | None) -> None:
+    """With minibatch statistics in groups of four, two statistics each."""
     discriminator = discriminator_of(
         architecture=architecture, clamp=clamp, minibatch_group=4, minibatch_channels=2
     )
     pictures = normal(8, 3, 16, 16)
-    twin = slow_twin.discriminator(
-        slow_twin.state_of(discriminator),
+    reference = slow_reference.discriminator(
+        slow_reference.state_of(discriminator),
         pictures.numpy(),
         None,
         architecture=architecture,
@@ -77,22 +77,22 @@ def test_each_discriminator_equals_its_slow_twin(architecture: str, clamp: float
         group=4,
         shares=2,
     )
-    np.testing.assert_allclose(discriminator((pictures + 1) / 2).detach().numpy(), twin, atol=1e-9)
+    np.testing.assert_allclose(discriminator((pictures + 1) / 2).detach().numpy(), reference, atol=1e-9)
 
 
 @pytest.mark.parametrize(("count", "group"), [(1, 4), (3, 4), (4, 4), (8, 4), (6, 2), (5, 1), (7, 32)])
-def test_the_spread_of_a_group_is_that_of_a_loop_over_its_members(count: int, group: int) -> None:
+def test_minibatch_statistics_equal_a_loop(count: int, group: int) -> None:
     """A batch smaller than a group is one group."""
     x = normal(count, 6, 4, 4)
     found = minibatch_std(x, group, 3)
     assert found.shape == (count, 3, 4, 4)
-    twin = np.stack(slow_twin.spread(list(x.numpy()), group, 3))
+    reference = np.stack(slow_reference.spread(list(x.numpy()), group, 3))
     np.testing.assert_allclose(
-        found.numpy(), np.broadcast_to(twin[:, :, None, None], found.shape), atol=1e-12
+        found.numpy(), np.broadcast_to(reference[:, :, None, None], found.shape), atol=1e-12
     )
 
 
-def test_one_picture_alone_and_equal_pictures_have_no_spread() -> None:
+def test_one_image_and_equal_images_have_no_deviation() -> None:
     """Only the root of epsilon remains: 1e-4."""
     x = normal(1, 4, 4, 4)
     for batch in (x, x.expand(4, -1, -1, -1)):
@@ -102,13 +102,13 @@ def test_one_picture_alone_and_equal_pictures_have_no_spread() -> None:
 
 
 def test_a_batch_that_cannot_be_split_in_groups_is_refused() -> None:
-    """Six pictures make no groups of four."""
+    """Six images cannot be split into groups of four."""
     with pytest.raises(ConfigError, match="at most 4 or a multiple of it, got 6"):
         discriminator_of(minibatch_group=4)(normal(6, 3, 16, 16))
 
 
-def test_without_minibatch_statistics_no_picture_moves_another_and_with_them_it_does() -> None:
-    """The clean negative and the planted positive of what private training relies on."""
+def test_only_minibatch_statistics_couple_images() -> None:
+    """The clean negative and the planted positive of what private training requires."""
     pictures, other = normal(4, 3, 16, 16), normal(1, 3, 16, 16)
     swapped = torch.cat([pictures[:3], other])
     for group, moved in ((0, False), (4, True)):
@@ -117,8 +117,8 @@ def test_without_minibatch_statistics_no_picture_moves_another_and_with_them_it_
 
 
 @pytest.mark.parametrize("architecture", ["resnet", "orig", "skip"])
-def test_each_discriminators_gradients_per_photo_are_those_of_one_photo_at_a_time(architecture: str) -> None:
-    """vmap(grad) against a plain loop."""
+def test_per_example_gradients_of_each_discriminator_equal_a_loop(architecture: str) -> None:
+    """vmap(grad) against a loop."""
     discriminator = discriminator_of(architecture=architecture)
     pictures = normal(3, 3, 16, 16)
     weights = dict(discriminator.named_parameters())
@@ -134,8 +134,8 @@ def test_each_discriminators_gradients_per_photo_are_those_of_one_photo_at_a_tim
 
 
 @pytest.mark.parametrize("architecture", ["skip", "orig", "resnet"])
-def test_each_generators_style_gradients_are_those_of_one_face_at_a_time(architecture: str) -> None:
-    """vmap(grad) against a plain loop, with given noise."""
+def test_style_gradients_of_each_generator_equal_a_loop(architecture: str) -> None:
+    """vmap(grad) against a loop, with given noise."""
     generator = generator_of(architecture=architecture)
     styles = normal(3, generator.style_inputs, 6)
     noise = [normal(1, 1, side, side) for side in generator.noise_sides]
@@ -151,16 +151,16 @@ def test_each_generators_style_gradients_are_those_of_one_face_at_a_time(archite
 
 
 def test_noise_is_fixed_given_random_or_none() -> None:
-    """The fixed maps given by hand change nothing; random ones come from the stream; zeros equal no strength."""
+    """Passing the fixed maps changes nothing; random ones come from the stream; zeros equal zero strength."""
     generator = generator_of()
     styles = normal(2, generator.style_inputs, 6)
     named = dict(generator.named_buffers())
     fixed = [value[None, None] for name, value in named.items() if name.endswith("noise_const")]
     torch.testing.assert_close(generator.synthesize(styles, fixed), generator.synthesize(styles))
-    drawn = [draw_noise(generator, 2, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
-    assert [tuple(map.shape) for map in drawn[0]] == [(2, 1, side, side) for side in (4, 8, 8, 16, 16)]
-    made = [generator.synthesize(styles, [map.double() for map in maps]) for maps in drawn]
-    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+    sampled = [draw_noise(generator, 2, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
+    assert [tuple(map.shape) for map in sampled[0]] == [(2, 1, side, side) for side in (4, 8, 8, 16, 16)]
+    generated = [generator.synthesize(styles, [map.double() for map in maps]) for maps in sampled]
+    assert torch.equal(generated[0], generated[1]) and not torch.equal(generated[0], generated[2])
     quiet = generator.synthesize(
         styles, [map.double() for map in [torch.zeros(1, 1, side, side) for side in generator.noise_sides]]
     )
@@ -172,8 +172,8 @@ def test_noise_is_fixed_given_random_or_none() -> None:
 
 
 @pytest.mark.parametrize("cutoff", [0, 3, 6])
-def test_truncation_with_a_cutoff_moves_the_coarse_styles_alone(cutoff: int) -> None:
-    """Half way to the mean up to the cutoff, untouched behind it."""
+def test_truncation_with_a_cutoff_changes_only_the_coarse_styles(cutoff: int) -> None:
+    """Half way to the mean up to the cutoff, unchanged after it."""
     generator = generator_of()
     generator.mapping.w_avg.copy_(normal(6))
     styles = normal(2, 6, 6)
@@ -183,7 +183,7 @@ def test_truncation_with_a_cutoff_moves_the_coarse_styles_alone(cutoff: int) -> 
 
 
 def test_a_wrong_number_of_styles_or_noise_maps_is_refused() -> None:
-    """With the number that is wanted."""
+    """With the expected number."""
     generator = generator_of()
     with pytest.raises(ValueError, match="6, v"):
         generator.synthesize(normal(2, 5, 6))
@@ -194,7 +194,7 @@ def test_a_wrong_number_of_styles_or_noise_maps_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "result"),
     [
         ({"minibatch_group": -1}, "minibatch_group must be at least 0"),
         ({"minibatch_group": 4, "minibatch_channels": 3}, "must divide the 64 channels"),
@@ -204,20 +204,20 @@ def test_a_wrong_number_of_styles_or_noise_maps_is_refused() -> None:
         ({"clamp": 0.0}, "clamp must be a finite number above 0"),
     ],
 )
-def test_a_discriminators_shape_is_checked_at_the_door(wrong: dict[str, Any], said: str) -> None:
-    """Name, bound and value."""
-    with pytest.raises(ConfigError, match=said):
+def test_a_discriminator_config_out_of_range_is_refused(wrong: dict[str, Any], result: str) -> None:
+    """With name, bound and value."""
+    with pytest.raises(ConfigError, match=result):
         DiscriminatorConfig(**wrong)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "result"),
     [
         ({"classes": -1}, r"classes must lie in \[0, 65536\]"),
         ({"clamp": -1.0}, "clamp must be a finite number above 0"),
     ],
 )
-def test_a_generators_shape_is_checked_at_the_door(wrong: dict[str, Any], said: str) -> None:
-    """Name, bound and value."""
-    with pytest.raises(ConfigError, match=said):
+def test_a_generator_config_out_of_range_is_refused(wrong: dict[str, Any], result: str) -> None:
+    """With name, bound and value."""
+    with pytest.raises(ConfigError, match=result):
         StyleGAN2Config(**wrong)

@@ -1,4 +1,4 @@
-"""Weights as a vector and as a file: nothing is lost, nothing that does not fit is taken, no code is run."""
+"""Weights as a vector and as a file: round trips are exact, invalid files are refused, no code is executed."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ from fedface.models.stylegan1 import StyleGAN1Config
 from fedface.randomness import Streams
 
 
-def test_a_vector_goes_back_where_it_came_from() -> None:
-    """fill(v) then flatten_parameters gives v, and every weight of another network is replaced."""
+def test_a_flat_vector_is_assigned_back() -> None:
+    """assign_parameters(flatten_parameters(m)) changes nothing, and replaces every weight of another network."""
     source, target = tiny_gan("a"), tiny_gan("b")
     vector = flatten_parameters(*source.modules())
     assert not torch.equal(flatten_parameters(*target.modules()), vector)
@@ -59,8 +59,8 @@ def test_a_vector_goes_back_where_it_came_from() -> None:
     )
 
 
-def test_a_vector_holds_the_generator_first_then_the_discriminator_each_by_name() -> None:
-    """Device and server must agree on the order without a word."""
+def test_a_vector_has_the_generator_first_then_the_discriminator_by_name() -> None:
+    """Device and server must agree on the order."""
     gan = tiny_gan()
     by_hand = [
         dict(module.named_parameters())[name].reshape(-1)
@@ -72,7 +72,7 @@ def test_a_vector_holds_the_generator_first_then_the_discriminator_each_by_name(
 
 @pytest.mark.parametrize("change", [-1, 1])
 def test_a_vector_of_another_length_is_refused(change: int) -> None:
-    """And nothing is written."""
+    """Before anything is written."""
     gan = tiny_gan()
     before = flatten_parameters(*gan.modules())
     with pytest.raises(WeightsError, match=f"{len(before)} weights, got a vector"):
@@ -81,29 +81,29 @@ def test_a_vector_of_another_length_is_refused(change: int) -> None:
 
 
 def test_a_copy_shares_no_memory() -> None:
-    """Training a copy leaves the original."""
+    """Training a copy does not change the original."""
     gan = tiny_gan()
     before = weights_hash(*gan.modules())
-    twin = copy.deepcopy(gan)
-    assert weights_hash(*twin.modules()) == before
-    assign_parameters(torch.zeros_like(flatten_parameters(*twin.modules())), *twin.modules())
+    reference = copy.deepcopy(gan)
+    assert weights_hash(*reference.modules()) == before
+    assign_parameters(torch.zeros_like(flatten_parameters(*reference.modules())), *reference.modules())
     assert weights_hash(*gan.modules()) == before
 
 
-def test_the_hash_tells_one_changed_weight_or_buffer() -> None:
-    """A report names exactly the weights it measured."""
-    gan, twin = tiny_gan(), tiny_gan()
-    assert weights_hash(*gan.modules()) == weights_hash(*twin.modules())
-    vector = flatten_parameters(*twin.modules())
+def test_the_hash_changes_with_one_weight_or_buffer() -> None:
+    """A report names exactly the weights that it measured."""
+    gan, reference = tiny_gan(), tiny_gan()
+    assert weights_hash(*gan.modules()) == weights_hash(*reference.modules())
+    vector = flatten_parameters(*reference.modules())
     vector[-1] = torch.nextafter(vector[-1], torch.tensor(9.0))
-    assign_parameters(vector, *twin.modules())
-    assert weights_hash(*gan.modules()) != weights_hash(*twin.modules())
+    assign_parameters(vector, *reference.modules())
+    assert weights_hash(*gan.modules()) != weights_hash(*reference.modules())
     mean = tiny_gan()
     estimate_mean_style(mean.generator, Streams(1).generator("mean"), draws=8)
     assert weights_hash(*gan.modules()) != weights_hash(*mean.modules())
 
 
-def test_a_file_gives_the_same_networks_back(tmp_path: Path) -> None:
+def test_a_file_gives_the_same_networks(tmp_path: Path) -> None:
     """Weights, buffers, shapes and notes."""
     gan = replace(tiny_gan(), notes={"made_by": "a test", "steps": [1, 2]})
     estimate_mean_style(gan.generator, Streams(1).generator("mean"), draws=8)
@@ -117,21 +117,19 @@ def test_a_file_gives_the_same_networks_back(tmp_path: Path) -> None:
     )
 
 
-def test_the_embedded_base_is_whole() -> None:
-    """It is read, draws faces within [0, 1] nearly everywhere, and says how it was made."""
+def test_the_bundled_checkpoint_is_complete() -> None:
+    """It can be loaded, generates faces almost within [0, 1], and has notes on its training."""
     gan = load_gan()
-    made = gan.generator.synthesize(
+    generated = gan.generator.synthesize(
         gan.generator.map(torch.randn(4, 64, generator=Streams(1).generator("z")))
     )
-    assert made.shape == (4, 3, 32, 32)
-    assert float(((made > -0.2) & (made < 1.2)).float().mean()) > 0.95
+    assert generated.shape == (4, 3, 32, 32)
+    assert float(((generated > -0.2) & (generated < 1.2)).float().mean()) > 0.95
     assert gan.notes["made_by"] == "fedface pretrain gan"
 
 
-def test_saving_leaves_the_old_file_until_the_new_one_is_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A crash while writing, planted at fsync: the old networks are still there."""
+def test_saving_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a crash while writing, planted at fsync, the old networks are still there."""
     path = tmp_path / "gan.safetensors"
     save_model(path, tiny_gan("old"))
 
@@ -144,15 +142,15 @@ def test_saving_leaves_the_old_file_until_the_new_one_is_whole(
     assert weights_hash(*load_model(path).modules()) == weights_hash(*tiny_gan("old").modules())
 
 
-def test_networks_of_two_sizes_do_not_go_together() -> None:
-    """A discriminator of 32 px cannot judge pictures of 16."""
+def test_networks_of_different_sizes_are_refused() -> None:
+    """A 32 px discriminator with a 16 px generator."""
     with pytest.raises(ConfigError, match="must have one size, got 16 and 32"):
         GanArchitecture(generator=GENERATOR, discriminator=DiscriminatorConfig(size=32))
 
 
 @pytest.fixture
 def parts(tmp_path: Path) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
-    """A good checkpoint's path, tensors and description, to be spoiled one by one."""
+    """A valid checkpoint's path, tensors and description, to be corrupted one by one."""
     path = tmp_path / "gan.safetensors"
     save_model(path, tiny_gan())
     architecture = GanArchitecture(generator=GENERATOR, discriminator=DISCRIMINATOR)
@@ -161,7 +159,7 @@ def parts(tmp_path: Path) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
 
 
 def described(**changes: object) -> str:
-    """The description of a good GAN but for its generator."""
+    """The description of a valid GAN except for its generator."""
     return json.dumps(
         {
             "kind": "gan",
@@ -183,7 +181,7 @@ def write(parts: Parts) -> None:
 
 
 def refused(parts: Parts) -> str:
-    """What is said of spoiled parts; always with the file's name."""
+    """The error for corrupted parts; it always contains the file's name."""
     write(parts)
     path = parts[0]
     with pytest.raises(WeightsError) as error:
@@ -192,7 +190,7 @@ def refused(parts: Parts) -> str:
     return str(error.value)
 
 
-def test_the_parts_are_good_before_they_are_spoiled(parts: Parts) -> None:
+def test_the_parts_are_valid_before_they_are_corrupted(parts: Parts) -> None:
     """Otherwise the tests below would pass for another reason."""
     write(parts)
     path = parts[0]
@@ -203,8 +201,8 @@ def test_the_parts_are_good_before_they_are_spoiled(parts: Parts) -> None:
 def test_a_weight_that_is_not_finite_is_named(parts: Parts, value: float) -> None:
     """One is enough."""
     parts[1][BIAS][0] = value
-    said = refused(parts)
-    assert BIAS in said and "not finite" in said
+    result = refused(parts)
+    assert BIAS in result and "not finite" in result
 
 
 def test_a_weight_of_another_shape_is_named(parts: Parts) -> None:
@@ -214,7 +212,7 @@ def test_a_weight_of_another_shape_is_named(parts: Parts) -> None:
 
 
 def test_a_weight_of_another_type_is_named(parts: Parts) -> None:
-    """Whole numbers are no weights."""
+    """Integers are not weights."""
     parts[1][BIAS] = torch.zeros(1, dtype=torch.int64)
     assert f"{BIAS} should hold float32" in refused(parts)
 
@@ -253,13 +251,13 @@ def test_a_weight_too_many_is_named(parts: Parts, name: str) -> None:
     ],
 )
 def test_a_damaged_description_is_refused(parts: Parts, key: str, value: str) -> None:
-    """The words are a stranger's; none of them is a traceback."""
+    """The description is untrusted; no error is a traceback."""
     parts[2][key] = value
     assert "cannot be read" in refused(parts)
 
 
 @pytest.mark.parametrize(
-    ("channels", "base", "said"),
+    ("channels", "base", "result"),
     [
         (2**16, 2**24, "should have shape"),
         (2**17, 2**24, "cannot be read"),
@@ -268,11 +266,11 @@ def test_a_damaged_description_is_refused(parts: Parts, key: str, value: str) ->
     ],
 )
 def test_a_description_of_huge_networks_takes_no_memory(
-    parts: Parts, channels: int, base: int, said: str
+    parts: Parts, channels: int, base: int, result: str
 ) -> None:
-    """A layer of 150 GB is compared with the file before it is made; one beyond any use is refused as such."""
+    """A layer of 150 GB is compared with the file before it is allocated; an absurd one is refused as such."""
     parts[2]["architecture"] = described(channel_max=channels, channel_base=base)
-    assert said in refused(parts)
+    assert result in refused(parts)
 
 
 @pytest.mark.parametrize(
@@ -289,16 +287,16 @@ def test_a_description_of_huge_networks_takes_no_memory(
     ],
 )
 def test_a_description_of_a_huge_flow_is_refused(parts: Parts, change: dict[str, object]) -> None:
-    """Before a number of it is multiplied."""
+    """Before anything is computed from it."""
     parts[2]["architecture"] = json.dumps({"kind": "flow", "flow": {"width": 128, **change}})
     assert "cannot be read" in refused(parts)
 
 
 @pytest.mark.parametrize("error", [OverflowError, MemoryError])
-def test_what_a_machine_cannot_hold_is_a_sentence(
+def test_running_out_of_memory_is_reported_in_one_sentence(
     parts: Parts, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Planted while the networks are made."""
+    """Planted while the networks are built."""
 
     def full(*_: object) -> None:
         raise error
@@ -311,8 +309,8 @@ def test_what_a_machine_cannot_hold_is_a_sentence(
         )
 
 
-def test_numbers_fill_networks_of_their_shape_and_no_others() -> None:
-    """Weights and buffers of a model give it back; one number more of either is refused."""
+def test_vectors_fit_only_networks_of_their_shape() -> None:
+    """Weights and buffers of a model rebuild it; one number more of either is refused."""
     model = tiny_gan()
     estimate_mean_style(model.generator, Streams(1).generator("mean"), draws=8)
     weights, buffers = flatten_parameters(*model.modules()), flatten_buffers(*model.modules())
@@ -333,8 +331,8 @@ def test_a_truncated_file_is_refused(tmp_path: Path, length: int) -> None:
         load_model(path)
 
 
-def test_a_pickle_a_folder_and_nothing_are_refused(tmp_path: Path) -> None:
-    """A pickle that would run code is bytes like any other here."""
+def test_a_pickle_a_folder_and_a_missing_file_are_refused(tmp_path: Path) -> None:
+    """A pickle with code is not executed."""
     import pickle
 
     class Bomb:
@@ -348,8 +346,8 @@ def test_a_pickle_a_folder_and_nothing_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_another_kind_of_safetensors_file_is_said_to_be_one(tmp_path: Path) -> None:
-    """Not "cannot be read": it is somebody's good file."""
+def test_another_kind_of_safetensors_file_is_named(tmp_path: Path) -> None:
+    """The error is not "cannot be read": the file is valid."""
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(WeightsError, match="expected a model of fedface.*weights import"):
         load_model(tmp_path / "other.safetensors")
@@ -369,24 +367,24 @@ ARCHITECTURES = (
 @pytest.mark.parametrize(
     "architecture", ARCHITECTURES, ids=[type(architecture).__name__ for architecture in ARCHITECTURES]
 )
-def test_every_family_comes_back_from_its_file_and_from_its_flat_vector(
+def test_every_family_is_restored_from_its_file_and_from_its_flat_vector(
     tmp_path: Path, architecture: Architecture
 ) -> None:
-    """Shape, weights, buffers and notes; and a twin built from the architecture takes the flat numbers."""
+    """Shape, weights, buffers and notes; and a model built from the architecture takes the flat vectors."""
     model = build_model(architecture, Streams(4).generator("weights"), {"made_by": "a test"})
     save_model(tmp_path / "model.safetensors", model)
     again = load_model(tmp_path / "model.safetensors")
     assert again.architecture == model.architecture == architecture and again.notes == {"made_by": "a test"}
     assert weights_hash(*again.modules()) == weights_hash(*model.modules())
-    twin = build_model(architecture)
-    assign_parameters(flatten_parameters(*model.modules()), *twin.modules())
-    assign_buffers(flatten_buffers(*model.modules()), *twin.modules())
-    assert weights_hash(*twin.modules()) == weights_hash(*model.modules())
+    reference = build_model(architecture)
+    assign_parameters(flatten_parameters(*model.modules()), *reference.modules())
+    assign_buffers(flatten_buffers(*model.modules()), *reference.modules())
+    assert weights_hash(*reference.modules()) == weights_hash(*model.modules())
     assert weights_hash(*copy.deepcopy(model).modules()) == weights_hash(*model.modules())
 
 
 def test_a_model_of_another_family_is_refused_by_name(tmp_path: Path) -> None:
-    """A flow where a GAN is wanted."""
+    """A flow where a GAN is expected."""
     save_model(tmp_path / "flow.safetensors", build_model(FlowArchitecture(flow=FlowConfig(width=16))))
     with pytest.raises(
         WeightsError, match="expected a generator with its discriminator, got a rectified flow"

@@ -1,4 +1,4 @@
-"""The frozen generator against the plain one: equal images, equal gradients, and no weight that moves."""
+"""The prepared generator against the ordinary one: equal images, equal gradients, and no gradient of weights."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ CONFIG = StyleGAN2Config(
 Architecture = Literal["skip", "orig", "resnet"]
 
 
-def made(config: StyleGAN2Config) -> StyleGAN2:
-    """Random weights; biases and noise strengths that matter."""
+def random_generator(config: StyleGAN2Config) -> StyleGAN2:
+    """Random weights; nonzero biases and noise strengths."""
     rng = STREAMS.generator("weights")
     generator = StyleGAN2(config, rng)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def inputs(generator: Generator, faces: int) -> tuple[Tensor, list[Tensor]]:
 
 
 def pulled(generator: Generator, styles: Tensor, noise: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The images, and the gradients of styles and noise maps when the images are pulled towards a photo."""
+    """The images, and the gradients of styles and noise maps for a loss towards a photo."""
     moved = [tensor.detach().clone().requires_grad_() for tensor in (styles, *noise)]
     images = generator.synthesize(moved[0], moved[1:])
     photo = torch.rand(images.shape[1:], generator=STREAMS.generator("photo"))
@@ -57,7 +57,7 @@ def pulled(generator: Generator, styles: Tensor, noise: Sequence[Tensor]) -> tup
 
 
 def apart(one: Tensor, other: Tensor) -> float:
-    """The length of the difference, relative to the second."""
+    """The norm of the difference, relative to the second."""
     return float((one - other).norm() / other.norm())
 
 
@@ -68,17 +68,17 @@ def test_images_and_all_gradients_equal_those_of_the_plain_generator(
     architecture: Architecture, clamp: float | None, faces: int
 ) -> None:
     """One face takes the path that scales weights, several the one that scales activations."""
-    generator = made(replace(CONFIG, architecture=architecture, clamp=clamp))
+    generator = random_generator(replace(CONFIG, architecture=architecture, clamp=clamp))
     styles, noise = inputs(generator, faces)
-    wanted, found = (pulled(each, styles, noise) for each in (generator, prepare_for_search(generator)))
-    torch.testing.assert_close(found[0], wanted[0], atol=1e-5, rtol=1e-5)
-    for i, (ours, theirs) in enumerate(zip(found[1], wanted[1], strict=True)):
+    expected, found = (pulled(each, styles, noise) for each in (generator, prepare_for_search(generator)))
+    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)
+    for i, (ours, theirs) in enumerate(zip(found[1], expected[1], strict=True)):
         assert apart(ours, theirs) < 1e-4, i
 
 
-def test_a_batch_that_is_cut_gives_the_same_as_a_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where all faces share one noise map, whose gradient is then the sum over faces."""
-    generator = made(CONFIG)
+def test_a_split_batch_gives_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if all faces share one noise map, whose gradient is then the sum over faces."""
+    generator = random_generator(CONFIG)
     styles, noise = inputs(generator, 5)
     shared = [plane[:1] for plane in noise]
     whole = pulled(prepare_for_search(generator), styles, shared)
@@ -90,8 +90,8 @@ def test_a_batch_that_is_cut_gives_the_same_as_a_whole_one(monkeypatch: pytest.M
         assert apart(ours, theirs) < 1e-4
 
 
-def test_the_fixed_noise_of_the_weights_is_used_where_none_is_given() -> None:
-    generator = made(CONFIG)
+def test_the_fixed_noise_is_used_by_default() -> None:
+    generator = random_generator(CONFIG)
     styles, _ = inputs(generator, 2)
     with torch.no_grad():
         torch.testing.assert_close(
@@ -102,8 +102,8 @@ def test_the_fixed_noise_of_the_weights_is_used_where_none_is_given() -> None:
         )
 
 
-def test_bfloat16_points_where_float32_points_on_a_trained_generator() -> None:
-    """The gradient of PULSE's loss, per face: the cosine is at least .999 for styles and each searched map."""
+def test_bfloat16_gradients_have_the_direction_of_float32_gradients() -> None:
+    """The gradient of PULSE's loss per face: the cosine is at least .999 for styles and each searched map."""
     generator = load_gan().generator
     rng = STREAMS.generator("faces")
     low = BicubicPulse(4).apply(generator.sample(8, rng))
@@ -131,8 +131,8 @@ def test_bfloat16_images_differ_by_less_than_one_level_of_8_bit() -> None:
     assert not torch.equal(exact, rounded)
 
 
-def test_later_training_does_not_reach_a_frozen_generator_and_freezing_changes_nothing() -> None:
-    generator = made(CONFIG)
+def test_a_prepared_generator_is_independent_of_its_source() -> None:
+    generator = random_generator(CONFIG)
     styles, noise = inputs(generator, 1)
     before = {name: value.clone() for name, value in generator.state_dict().items()}
     constants = prepare_for_search(generator)
@@ -159,8 +159,8 @@ class WeightGradients(TorchDispatchMode):
 
 
 def test_no_gradient_of_a_weight_is_computed() -> None:
-    """The planted positive is a plain generator whose weights ask for one: 7 + 4 convolutions."""
-    generator = made(CONFIG)
+    """The planted positive is an ordinary generator whose weights require gradients: 7 + 4 convolutions."""
+    generator = random_generator(CONFIG)
     styles, noise = inputs(generator, 1)
     with WeightGradients() as plain:
         images = generator.synthesize(styles, noise)
@@ -170,9 +170,9 @@ def test_no_gradient_of_a_weight_is_computed() -> None:
     assert (plain.count, ours.count) == (11, 0)
 
 
-def test_the_verbs_of_the_mapping_are_those_of_the_generator() -> None:
-    """Classes and labels included."""
-    generator = made(replace(CONFIG, classes=3))
+def test_mapping_and_truncation_are_those_of_the_generator() -> None:
+    """Including classes and labels."""
+    generator = random_generator(replace(CONFIG, classes=3))
     constants = prepare_for_search(generator)
     latents, labels = torch.randn(4, 16, generator=STREAMS.generator("z")), torch.eye(3)[[0, 2, 1, 1]]
     styles = generator.map(latents, labels).detach()
@@ -183,7 +183,7 @@ def test_the_verbs_of_the_mapping_are_those_of_the_generator() -> None:
 
 
 def test_styles_and_noise_of_a_wrong_count_are_refused() -> None:
-    constants = prepare_for_search(made(CONFIG))
+    constants = prepare_for_search(random_generator(CONFIG))
     styles, noise = inputs(constants, 1)
     with pytest.raises(ValueError, match="styles must have shape"):
         constants.synthesize(styles[:, 1:])
@@ -192,6 +192,8 @@ def test_styles_and_noise_of_a_wrong_count_are_refused() -> None:
 
 
 def test_auto_follows_the_hardware() -> None:
-    """And what cannot multiply in bfloat16, or cannot say so, is given float32."""
-    assert prepare_for_search(made(CONFIG), precision="auto").precision == fast_precision(torch.device("cpu"))
+    """Hardware without bfloat16, or that does not report it, gets float32."""
+    assert prepare_for_search(random_generator(CONFIG), precision="auto").precision == fast_precision(
+        torch.device("cpu")
+    )
     assert fast_precision(torch.device("meta")) == "float32"

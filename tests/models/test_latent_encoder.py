@@ -1,4 +1,4 @@
-"""The encoder: one photo, one latent on the sphere, whatever stands beside it in the batch."""
+"""The encoder: one photo, one latent on the sphere, independent of the rest of the batch."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SMALL = LatentEncoderConfig(size=16, latent_width=12, channel_base=64, channel_m
 
 
 def pictures(count: int) -> Images:
-    """Pictures of noise."""
+    """Noise images."""
     return torch.rand(count, 3, 16, 16, generator=STREAMS.generator("pictures"))
 
 
 def test_every_latent_lies_on_the_sphere_of_the_mapping_network() -> None:
-    """Length sqrt(z), also for black, white and strange pictures."""
+    """Norm sqrt(z), also for black, white and unusual images."""
     encoder = LatentEncoder(SMALL, STREAMS.generator("weights"))
     strange = torch.cat([pictures(4), torch.zeros(1, 3, 16, 16), torch.ones(1, 3, 16, 16) * 5])
     lengths = encoder(strange).norm(dim=1)
@@ -34,8 +34,8 @@ def test_every_latent_lies_on_the_sphere_of_the_mapping_network() -> None:
     assert torch.allclose(unit_mean_square(torch.full((1, 4), 0.5)), torch.ones(1, 4), atol=1e-6)
 
 
-def test_a_latent_depends_on_its_own_picture_alone() -> None:
-    """A neighbour that is not finite does not reach it."""
+def test_a_latent_depends_only_on_its_image() -> None:
+    """An image that is not finite does not affect others."""
     encoder = LatentEncoder(SMALL, STREAMS.generator("weights"))
     spoiled = pictures(3)
     spoiled[1] = float("nan")
@@ -45,7 +45,7 @@ def test_a_latent_depends_on_its_own_picture_alone() -> None:
 
 
 def test_equal_streams_give_equal_encoders() -> None:
-    """And the description says what the weights fit."""
+    """And the description matches the weights."""
     one, two = (LatentEncoder(SMALL, STREAMS.generator("weights")) for _ in range(2))
     assert weights_hash(one) == weights_hash(two)
     assert (one.size, one.latent_width) == (16, 12)
@@ -60,23 +60,23 @@ def test_equal_streams_give_equal_encoders() -> None:
     ],
 )
 def test_a_shape_out_of_bounds_is_refused_by_name(change: dict[str, int], words: str) -> None:
-    """At the door."""
     with pytest.raises(ConfigError, match=words):
         LatentEncoderConfig(**change)
 
 
 @pytest.mark.parametrize("light_fraction", [0.0, 1.0])
-def test_the_shipped_encoder_reads_light_and_dark_faces(light_fraction: float) -> None:
-    """The face made from what it reads is nearer to the photo in lightness than that of another of its group.
-
-    Fresh synthetic faces through cameras, 48 dark and 48 light ones. The error of a stranger of the same group is
-    what reading the group alone would leave; the encoder must leave less than two thirds of it.
+def test_the_bundled_encoder_encodes_light_and_dark_faces(light_fraction: float) -> None:
+    """The reconstruction is closer to the photo in lightness than to another photo of its group. New synthetic faces
+    through cameras, 48 dark and 48 light. The error of another face of the same group is what encoding only the group
+    would leave; the encoder must leave less than two thirds of it.
     """
     model = load_model(ENCODER_PATH)
     faces = sample_faces(48, ToneMix(light_fraction=light_fraction), STREAMS.generator("faces"))
     photos = render(faces, 32, noise=STREAMS.generator("camera"))
     with torch.no_grad():
-        made = model.generator.synthesize(model.generator.map(model.networks["encoder"](photos))).clamp(0, 1)
-    true, read = measure_tone(photos).lab[:, 0], measure_tone(made).lab[:, 0]
+        generated = model.generator.synthesize(model.generator.map(model.networks["encoder"](photos))).clamp(
+            0, 1
+        )
+    true, read = measure_tone(photos).lab[:, 0], measure_tone(generated).lab[:, 0]
     assert float((read - true).abs().mean()) < 0.67 * float((read.roll(1) - true).abs().mean())
-    assert torch.isfinite(made).all()
+    assert torch.isfinite(generated).all()

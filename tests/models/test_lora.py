@@ -1,4 +1,4 @@
-"""Low-rank changes: linear in what is trained, equal wherever they are made, and full at full rank."""
+"""Low-rank changes: linear in the trained weights, reproducible on device and server, and complete at full rank."""
 
 from __future__ import annotations
 
@@ -44,29 +44,29 @@ def generator() -> StyleGAN2:
 
 
 def adapted(module: nn.Module, rank: int = 2, name: str = "adapters") -> nn.Module:
-    """A copy with low-rank changes attached from an equally seeded stream."""
-    twin = copy.deepcopy(module)
-    attach(twin, Lora(rank=rank), STREAMS.generator(name))
-    return twin
+    """A copy with low-rank changes attached from a stream of the same seed."""
+    reference = copy.deepcopy(module)
+    attach(reference, Lora(rank=rank), STREAMS.generator(name))
+    return reference
 
 
 def moved(module: nn.Module, name: str) -> nn.Module:
     """A copy whose trained weights are random."""
-    twin = copy.deepcopy(module)
-    vector = flatten_trainable(twin)
-    assign_trainable(torch.randn(len(vector), generator=STREAMS.generator(name)), twin)
-    return twin
+    reference = copy.deepcopy(module)
+    vector = flatten_trainable(reference)
+    assign_trainable(torch.randn(len(vector), generator=STREAMS.generator(name)), reference)
+    return reference
 
 
 def merged(module: nn.Module) -> nn.Module:
     """A merged copy."""
-    twin = copy.deepcopy(module)
-    merge(twin)
-    return twin
+    reference = copy.deepcopy(module)
+    merge(reference)
+    return reference
 
 
 def pictures(count: int = 3) -> Images:
-    """Pictures of noise."""
+    """Noise images."""
     return torch.rand(count, 3, 16, 16, generator=STREAMS.generator("pictures"))
 
 
@@ -77,7 +77,7 @@ def loss(network: nn.Module, images: Images) -> Tensor:
 
 @pytest.mark.parametrize("adapt", [Full(), Lora(rank=3)])
 def test_attaching_changes_nothing_that_is_computed(adapt: Adaptation) -> None:
-    """The change starts at zero, and merging at once gives the weights of before under their old names."""
+    """The change starts at zero, and merging at once restores the weights under their old names."""
     before = discriminator()
     after = copy.deepcopy(before)
     attach(after, adapt, STREAMS.generator("adapters"))
@@ -88,7 +88,7 @@ def test_attaching_changes_nothing_that_is_computed(adapt: Adaptation) -> None:
     assert all(weight.requires_grad for weight in after.parameters())
 
 
-def test_all_weights_are_the_vector_that_travels_anyway() -> None:
+def test_training_all_weights_uses_the_flat_vector() -> None:
     """Full: `flatten_trainable` is `flatten_parameters`."""
     gan = discriminator(), generator()
     for module in gan:
@@ -97,7 +97,7 @@ def test_all_weights_are_the_vector_that_travels_anyway() -> None:
 
 
 def test_two_machines_attach_the_same_adapters_and_merge_to_the_same_weights() -> None:
-    """A device learns, the server fills its own copy; the frozen halves never travel."""
+    """A device trains, the server fills its own copy; the frozen halves are never sent."""
     device = moved(adapted(generator()), "learning")
     server = adapted(generator())
     assign_trainable(flatten_trainable(device), server)
@@ -109,7 +109,9 @@ def test_two_machines_attach_the_same_adapters_and_merge_to_the_same_weights() -
 
 
 def test_the_mean_of_updates_is_the_update_of_the_mean() -> None:
-    """Two devices' mean merged equals the mean of their merged weights: what averaging A and B would break."""
+    """The merged mean of two devices equals the mean of their merged weights, which averaging A and B separately would
+    break.
+    """
     one, two = moved(adapted(discriminator()), "one"), moved(adapted(discriminator()), "two")
     mean = adapted(discriminator())
     assign_trainable((flatten_trainable(one) + flatten_trainable(two)) / 2, mean)
@@ -128,13 +130,13 @@ def test_the_gradient_of_b_is_the_projected_gradient_of_w() -> None:
         inputs = whole[0].numel()
         down = change.get_buffer("down")
         assert torch.allclose(down @ down.T, torch.eye(3), atol=1e-6)
-        wanted = math.sqrt(inputs / 3) * whole.flatten(1) @ down.T
+        expected = math.sqrt(inputs / 3) * whole.flatten(1) @ down.T
         got = change.get_parameter("up").grad
-        assert float((got - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
+        assert float((got - expected).abs().max()) < 1e-4 * float(expected.abs().max())
 
 
 def test_at_full_rank_a_step_is_the_step_of_all_weights() -> None:
-    """Any change can be represented, and plain descent at the same rate finds the same one."""
+    """Any change can be represented, and plain descent at the same rate gives the same one."""
     plain, low = discriminator(), adapted(discriminator(), rank=4096)
     for module in (plain, low):
         torch.autograd.backward(loss(module, pictures()).sum())
@@ -143,28 +145,31 @@ def test_at_full_rank_a_step_is_the_step_of_all_weights() -> None:
                 weight.sub_(weight.grad, alpha=0.01)
     after = merged(low)
     for name in ("b16.conv1", "b8.conv0", "b4.conv", "b4.fc", "b4.out"):
-        start, wanted = discriminator().get_parameter(f"{name}.weight"), plain.get_parameter(f"{name}.weight")
-        got, wanted = after.get_parameter(f"{name}.weight").detach(), wanted.detach()
-        assert not torch.equal(wanted, start)
-        assert float((got - wanted).norm()) < 1e-4 * float((wanted - start.detach()).norm())
+        start, expected = (
+            discriminator().get_parameter(f"{name}.weight"),
+            plain.get_parameter(f"{name}.weight"),
+        )
+        got, expected = after.get_parameter(f"{name}.weight").detach(), expected.detach()
+        assert not torch.equal(expected, start)
+        assert float((got - expected).norm()) < 1e-4 * float((expected - start.detach()).norm())
 
 
-def test_a_step_is_in_the_mean_the_step_of_all_weights() -> None:
-    """Over 400 draws of A the mean of s^2 A^T A is the identity, within five deviations of its entries."""
+def test_a_step_is_on_average_the_step_of_all_weights() -> None:
+    """Over 400 samples of A the mean of s^2 A^T A is the identity, within five deviations of its entries."""
     layer = nn.Linear(12, 1, bias=False)
     total, trials = torch.zeros(12, 12), 400
     rng = STREAMS.generator("many")
     for _ in range(trials):
-        twin = copy.deepcopy(layer)
-        attach(twin, Lora(rank=2), rng)
-        down = twin.get_buffer("parametrizations.weight.0.down")
+        reference = copy.deepcopy(layer)
+        attach(reference, Lora(rank=2), rng)
+        down = reference.get_buffer("parametrizations.weight.0.down")
         total += 12 / 2 * down.T @ down
     # An entry of A^T A is at most 1 and has mean r / i or 0: a deviation of at most s^2 sqrt(r / i) / 2.
     off = (total / trials - torch.eye(12)).abs().max()
     assert float(off) < 5 * 6 * math.sqrt(2 / 12) / 2 / math.sqrt(trials)
 
 
-def test_per_photo_gradients_reach_through_an_adapter() -> None:
+def test_per_example_gradients_work_with_an_adapter() -> None:
     """torch.func differentiates each photo alone; only the low-rank halves have gradients."""
     low = moved(adapted(discriminator()), "learning")
     check_per_example_gradients(PerExampleProblem(low, loss), pictures())
@@ -176,7 +181,7 @@ def test_per_photo_gradients_reach_through_an_adapter() -> None:
 
 
 def test_merging_a_copy_leaves_the_original_adapted() -> None:
-    """The server merges a copy after each round; the adapters of the next round are those of this one."""
+    """The server merges a copy after each round and continues with the same adapters."""
     low = moved(adapted(generator()), "learning")
     before, names = flatten_trainable(low), set(low.state_dict())
     assert set(merged(low).state_dict()) == set(generator().state_dict())
@@ -188,7 +193,7 @@ def test_merging_a_copy_leaves_the_original_adapted() -> None:
 
 
 def test_a_copy_in_float64_keeps_its_adapters() -> None:
-    """The check of per-photo gradients works on such a copy."""
+    """The check of per-example gradients uses such a copy."""
     low = moved(adapted(discriminator()), "learning")
     exact = copy.deepcopy(low).double()
     assert exact(pictures().double()).dtype == torch.float64
@@ -196,7 +201,7 @@ def test_a_copy_in_float64_keeps_its_adapters() -> None:
 
 
 def test_the_mapping_network_and_biases_stay_frozen() -> None:
-    """Styles keep their meaning: only convolutions and style affines of a generator learn."""
+    """Only convolutions and style affines of a generator are trained."""
     low = adapted(generator())
     names = list(trainable_parameters(low))
     assert names and all(name.startswith("synthesis.") for name in names)
@@ -207,7 +212,7 @@ def test_the_mapping_network_and_biases_stay_frozen() -> None:
     }
 
 
-def test_the_base_learns_as_many_numbers_as_its_layers_say() -> None:
+def test_the_number_of_trained_weights_follows_from_the_layers() -> None:
     """Outputs times rank, summed over layers, at ranks 1, 4 and 16; all weights are 866,196."""
     gan = load_gan()
     outputs = {
@@ -219,15 +224,15 @@ def test_the_base_learns_as_many_numbers_as_its_layers_say() -> None:
         )
         for key, rank in {1: 1, 4: 4, 16: 16}.items()
     }
-    for rank, wanted in outputs.items():
+    for rank, expected in outputs.items():
         twins = [adapted(module, rank) for module in gan.modules()]
-        assert len(flatten_trainable(*twins)) == wanted
+        assert len(flatten_trainable(*twins)) == expected
     assert outputs == {1: 2157, 4: 8596, 16: 34096}
     assert len(flatten_trainable(*gan.modules())) == 866_196
 
 
 def test_a_vector_of_another_length_is_refused() -> None:
-    """The sentence says how many weights learn."""
+    """The error has the number of trained weights."""
     low = adapted(discriminator())
     with pytest.raises(WeightsError, match=f"{len(flatten_trainable(low))} trained weights"):
         assign_trainable(torch.zeros(7), low)
@@ -241,6 +246,5 @@ def test_adapters_are_not_attached_twice() -> None:
 
 @pytest.mark.parametrize("rank", [0, -1, 4097])
 def test_a_rank_out_of_bounds_is_refused_by_name(rank: int) -> None:
-    """At the door."""
     with pytest.raises(ValueError, match=rf"rank must lie in \[1, 4096\], got {rank}"):
         Lora(rank=rank)

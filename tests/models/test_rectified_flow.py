@@ -23,7 +23,7 @@ SPREAD = 0.3  # of the pictures in the Gaussian example
 
 
 def tiny_flow(config: FlowConfig = TINY) -> RectifiedFlow:
-    """A small flow whose velocity is some smooth field, not the zero that an untrained one has."""
+    """A small flow with a smooth nonzero velocity; an untrained one has velocity zero."""
     flow = RectifiedFlow(config, STREAMS.generator("weights"))
     rng = STREAMS.generator("moved")
     with torch.no_grad():
@@ -37,9 +37,8 @@ def latents(count: int, flow: RectifiedFlow) -> Tensor:
 
 
 class Gaussian(nn.Module):
-    """The true velocity where pictures are normal with standard deviation SPREAD.
-
-    x_t has standard deviation r = sqrt((1 - t)^2 + (t SPREAD)^2), and every path is x_t = r(t) x_0.
+    """The exact velocity for normal images with standard deviation SPREAD. x_t has standard deviation r = sqrt((1 -
+    t)^2 + (t SPREAD)^2), and every path is x_t = r(t) x_0.
     """
 
     def forward(self, x: Tensor, times: Tensor) -> Tensor:
@@ -48,7 +47,7 @@ class Gaussian(nn.Module):
 
 
 class Decay(nn.Module):
-    """Everything goes to zero, at the rate of its size."""
+    """Exponential decay to zero."""
 
     def forward(self, x: Tensor, times: Tensor) -> Tensor:
         return -x
@@ -60,8 +59,8 @@ def gaussian_flow(steps: int) -> RectifiedFlow:
     return flow
 
 
-def test_an_untrained_flow_stands_still() -> None:
-    """The network starts as zero: noise is its own picture, and a picture its own latent, exactly."""
+def test_an_untrained_flow_is_the_identity() -> None:
+    """The velocity is zero, so an image is its own latent, exactly."""
     flow = RectifiedFlow(TINY, STREAMS.generator("weights"))
     noise = latents(3, flow)
     images = flow.synthesize(flow.map(noise))
@@ -69,14 +68,14 @@ def test_an_untrained_flow_stands_still() -> None:
     assert torch.allclose(flow.invert(images), noise, atol=1e-6)
 
 
-def test_where_pictures_are_gaussian_the_flow_scales_noise_to_their_spread() -> None:
+def test_for_gaussian_images_the_flow_scales_noise_to_their_deviation() -> None:
     """The closed form: x_1 = SPREAD * x_0."""
     flow = gaussian_flow(steps=200)
     noise = latents(4, flow)
     assert torch.allclose(2.0 * flow.synthesize(flow.map(noise)).flatten(1) - 1.0, SPREAD * noise, atol=2e-3)
 
 
-def test_where_pictures_are_gaussian_a_pictures_latent_is_the_picture_over_their_spread() -> None:
+def test_for_gaussian_images_inversion_divides_by_their_deviation() -> None:
     """The same closed form, backwards."""
     flow = gaussian_flow(steps=8)
     pictures = SPREAD * latents(4, flow)
@@ -84,7 +83,7 @@ def test_where_pictures_are_gaussian_a_pictures_latent_is_the_picture_over_their
     assert torch.allclose(found, pictures / SPREAD, atol=2e-3)
 
 
-def test_twice_the_steps_make_a_quarter_of_the_error() -> None:
+def test_twice_the_steps_give_a_quarter_of_the_error() -> None:
     """The midpoint rule is of second order: dx/dt = -x ends at x / e."""
     noise = latents(4, gaussian_flow(1)).double()
     errors = []
@@ -98,8 +97,8 @@ def test_twice_the_steps_make_a_quarter_of_the_error() -> None:
 
 
 @torch.no_grad()
-def test_a_picture_comes_back_from_its_latent_the_better_the_more_steps() -> None:
-    """Backwards and forwards through a network's field that stands still in time, of which few steps see all."""
+def test_inversion_is_more_exact_with_more_steps() -> None:
+    """Backwards and forwards through a network's field that does not depend on time."""
     errors = []
     for steps in (4, 16):
         flow = tiny_flow(FlowConfig(**{**vars(TINY), "steps": steps})).double()
@@ -110,7 +109,7 @@ def test_a_picture_comes_back_from_its_latent_the_better_the_more_steps() -> Non
 
 
 def test_it_is_a_generator() -> None:
-    """The numbers that searchers read, and the two verbs that have nothing to learn."""
+    """The attributes that searches use, and the two functions that are trivial for a flow."""
     flow: Generator = tiny_flow()
     assert (flow.size, flow.latent_width, flow.style_inputs) == (16, 768, 1)
     assert flow.noise_sides == () and flow.style_slope == 1.0
@@ -119,8 +118,8 @@ def test_it_is_a_generator() -> None:
     assert torch.equal(flow.truncate(flow.map(noise), 0.5), 0.5 * noise[:, None])
 
 
-def test_a_latents_picture_does_not_depend_on_its_neighbours() -> None:
-    """Pictures of a batch and pictures alone agree, and samples are clamped pictures of the stream's latents."""
+def test_an_image_does_not_depend_on_its_batch() -> None:
+    """Images of a batch and single images agree, and samples are clamped images of the stream's latents."""
     flow = tiny_flow()
     noise = latents(3, flow)
     with torch.no_grad():
@@ -138,15 +137,15 @@ def test_equal_streams_give_equal_weights_whatever_the_global_seed() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_time_matters_and_is_seen_at_both_ends() -> None:
+def test_the_velocity_depends_on_time_at_both_ends() -> None:
     """The same point has another velocity at another time."""
     flow, x = tiny_flow(), torch.zeros(3, 3, 16, 16)
     first, second, third = flow.velocity(x, torch.tensor([0.0, 0.5, 1.0]))
     assert min(float((first - second).norm()), float((second - third).norm())) > 1e-3
 
 
-def test_pulse_finds_a_face_that_fits_a_flows_own_picture() -> None:
-    """A picture of the flow, made small, is a question that has an answer; the search finds one that fits."""
+def test_pulse_matches_a_downscaled_image_of_the_flow() -> None:
+    """A match exists, and the search finds one."""
     flow = gaussian_flow(steps=4)
     low = BicubicPulse(4).apply(flow.sample(2, STREAMS.generator("target")))
     config = PulseConfig(mapping_samples=500)
@@ -161,7 +160,7 @@ def test_pulse_finds_a_face_that_fits_a_flows_own_picture() -> None:
     ("field", "value"),
     [("size", 48), ("steps", 0), ("steps", 1001), ("width", 60)],
 )
-def test_a_shape_that_cannot_be_is_refused_by_name(field: str, value: Any) -> None:
+def test_an_invalid_shape_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match="group" if field == "width" else field):
         FlowConfig(**{**vars(TINY), "group": 8, field: value})
 
@@ -188,7 +187,7 @@ def test_more_halvings_than_the_size_allows_are_refused() -> None:
         ("multipliers", (1025.0,)),
     ],
 )
-def test_a_network_that_cannot_be_is_refused_by_name(field: str, value: Any) -> None:
+def test_an_invalid_network_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=field):
         UNetConfig(**{field: value})
 
@@ -201,8 +200,8 @@ def test_noise_maps_and_no_steps_are_refused() -> None:
         flow.invert(torch.zeros(1, 3, 16, 16), steps=0)
 
 
-def test_a_u_net_takes_any_blocks_sides_and_patches() -> None:
-    """Pictures keep their shape, at 64 px too."""
+def test_a_u_net_supports_any_blocks_sides_and_patches() -> None:
+    """Images keep their shape, at 64 px too."""
     for config in (
         UNetConfig(width=8, multipliers=(1.0, 1.5, 2.0), group=4, blocks=2, time_width=8),
         UNetConfig(width=8, multipliers=(1.0,), patch=4, time_width=8),

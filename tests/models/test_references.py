@@ -1,4 +1,4 @@
-"""Our networks give the numbers of the published implementations, for every reference of a kind that is there."""
+"""The networks reproduce the published implementations, for every available reference."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Reference:
         return self.arrays.get(name)
 
     def fill(self, module: nn.Module, prefix: str = "", *, missing: str = "nothing") -> None:
-        """Load the weights; only names that match `missing` may be absent, and constant filters are no weights."""
+        """Load the weights; only names that match `missing` may be absent, and constant filters are skipped."""
         state = {prefix + key[6:]: value for key, value in self.arrays.items() if key.startswith("state/")}
         weights = {
             k: v for k, v in state.items() if not k.endswith(("resample_filter", "intermediate.kernel"))
@@ -44,10 +44,10 @@ class Reference:
         assert not left.unexpected_keys, self.name
         assert not [key for key in left.missing_keys if not re.search(missing, key)], self.name
 
-    def agrees(self, got: Tensor, wanted: str) -> None:
+    def agrees(self, got: Tensor, expected: str) -> None:
         """Equal to an output to 1e-4, absolute."""
-        assert got.shape == self[wanted].shape, (self.name, wanted)
-        assert float((got - self[wanted]).detach().abs().max()) < EXACT, (self.name, wanted)
+        assert got.shape == self[expected].shape, (self.name, expected)
+        assert float((got - self[expected]).detach().abs().max()) < EXACT, (self.name, expected)
 
 
 def references(shared: Path, kind: str) -> Iterator[Reference]:
@@ -63,7 +63,7 @@ def references(shared: Path, kind: str) -> Iterator[Reference]:
 
 
 def generator_like(reference: Reference) -> StyleGAN2:
-    """Ours with the published constructor's arguments, its defaults where they are not named."""
+    """A generator with the published constructor's arguments, and its defaults."""
     built = reference.built
     synthesis = built.get("synthesis_kwargs", {})
     return StyleGAN2(
@@ -82,7 +82,7 @@ def generator_like(reference: Reference) -> StyleGAN2:
 
 
 def discriminator_like(reference: Reference) -> Discriminator:
-    """Likewise."""
+    """A discriminator with the published constructor's arguments, and its defaults."""
     built = reference.built
     head = built.get("epilogue_kwargs", {})
     shares = head.get("mbstd_num_channels", 1)
@@ -102,8 +102,8 @@ def discriminator_like(reference: Reference) -> Discriminator:
     )
 
 
-def test_generators_reproduce_the_published_styles_pictures_and_gradients(shared: Path) -> None:
-    """At every truncation, cutoff and noise that the reference holds."""
+def test_generators_reproduce_the_published_styles_images_and_gradients(shared: Path) -> None:
+    """At every truncation, cutoff and noise of the reference."""
     for reference in references(shared, "stylegan2-ada G"):
         generator = generator_like(reference)
         reference.fill(generator)
@@ -131,7 +131,7 @@ def test_generators_reproduce_the_published_styles_pictures_and_gradients(shared
 
 
 def test_discriminators_reproduce_the_published_logits_and_gradients(shared: Path) -> None:
-    """In every form, with and without minibatch statistics, eight pictures together and one alone."""
+    """In every form, with and without minibatch statistics, eight images together and one alone."""
     for reference in references(shared, "stylegan2-ada D"):
         discriminator = discriminator_like(reference)
         reference.fill(discriminator)
@@ -149,7 +149,7 @@ def test_discriminators_reproduce_the_published_logits_and_gradients(shared: Pat
 
 
 def sg1_like(reference: Reference) -> StyleGAN1:
-    """Ours with the arguments of either half of the published network; the other half is as small as can be."""
+    """A StyleGAN1 with the arguments of either half of the published network; the other half is minimal."""
     built, described = reference.built, reference.described
     width = described.get("dim") or built["dlatent_size"]
     return StyleGAN1(
@@ -164,7 +164,7 @@ def sg1_like(reference: Reference) -> StyleGAN1:
     )
 
 
-def test_stylegan1_reproduces_the_published_pictures_and_gradients(shared: Path) -> None:
+def test_stylegan1_reproduces_the_published_images_and_gradients(shared: Path) -> None:
     """With the noise maps of the reference."""
     for reference in references(shared, "PULSE StyleGAN1 G_synthesis"):
         generator = sg1_like(reference)
@@ -195,8 +195,8 @@ def test_stylegan1_reproduces_the_published_mapping_and_its_fit(shared: Path) ->
         reference.agrees(fit.std, "out/gaussian_fit_std_20000")
 
 
-def test_a_reference_that_does_not_hold_is_noticed(shared: Path) -> None:
-    """Planted: one weight of a generator moved by 1 %."""
+def test_a_wrong_weight_is_detected(shared: Path) -> None:
+    """Planted: one weight of a generator changed by 1 %."""
     reference = next(references(shared, "stylegan2-ada G"))
     generator = generator_like(reference)
     reference.fill(generator)

@@ -25,8 +25,8 @@ FULL_DISCRIMINATOR = DiscriminatorConfig(size=1024, channel_base=32768, channel_
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_generator_makes_pictures_of_its_size_and_a_discriminator_judges_them(size: int) -> None:
-    """k = 2 log2(size) - 2 styles go in, one picture of `size` pixels comes out, one logit follows."""
+def test_generators_and_discriminators_of_every_size_work(size: int) -> None:
+    """k = 2 log2(size) - 2 styles in, one image of `size` pixels out, one logit."""
     rng = torch.Generator().manual_seed(0)
     shape = {"size": size, "channel_base": 4 * size, "channel_max": 4}
     generator = StyleGAN2(StyleGAN2Config(latent_width=8, style_width=8, mapping_layers=2, **shape), rng)
@@ -34,13 +34,13 @@ def test_a_generator_makes_pictures_of_its_size_and_a_discriminator_judges_them(
     assert styles.shape == (1, 2 * (size.bit_length() - 1) - 2, 8)
     assert len(generator.noise_sides) == styles.shape[1] - 1
     with torch.no_grad():
-        made = generator.synthesize(styles)
-        assert made.shape == (1, 3, size, size)
-        assert Discriminator(DiscriminatorConfig(**shape), rng)(made).shape == (1,)
+        generated = generator.synthesize(styles)
+        assert generated.shape == (1, 3, size, size)
+        assert Discriminator(DiscriminatorConfig(**shape), rng)(generated).shape == (1,)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_stylegan1_makes_pictures_of_its_size(size: int) -> None:
+def test_stylegan1_generates_images_of_its_size(size: int) -> None:
     """As many noise maps as styles, and finite numbers."""
     rng = torch.Generator().manual_seed(0)
     config = StyleGAN1Config(
@@ -48,19 +48,19 @@ def test_a_stylegan1_makes_pictures_of_its_size(size: int) -> None:
     )
     generator = StyleGAN1(config, rng)
     assert generator.style_inputs == len(generator.noise_sides) == 2 * (size.bit_length() - 1) - 2
-    made = generator.sample(1, rng)
-    assert made.shape == (1, 3, size, size) and bool(made.isfinite().all())
+    generated = generator.sample(1, rng)
+    assert generated.shape == (1, 3, size, size) and bool(generated.isfinite().all())
 
 
 @pytest.mark.parametrize("config", [StyleGAN2Config, DiscriminatorConfig, StyleGAN1Config])
 @pytest.mark.parametrize("size", [0, 4, 48, 2048])
-def test_a_size_that_is_no_power_of_two_in_range_is_refused(config: type, size: int) -> None:
+def test_a_size_that_is_not_a_power_of_two_in_range_is_refused(config: type, size: int) -> None:
     """8 to 1024, powers of two."""
     with pytest.raises(ConfigError, match="power of two"):
         config(size=size)
 
 
-def test_truncation_to_nothing_gives_everybody_the_mean_face() -> None:
+def test_truncation_to_zero_gives_the_mean_face() -> None:
     """psi = 0 is the mean style, whatever the latent."""
     rng = torch.Generator().manual_seed(0)
     generator = StyleGAN2(StyleGAN2Config(size=8, channel_max=4), rng)

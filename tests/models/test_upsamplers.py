@@ -1,4 +1,4 @@
-"""Networks that answer a photo in one pass: a style encoder before a generator, and a super-resolution network."""
+"""Feed-forward networks: a style encoder with a generator, and a super-resolution network."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ PHOTOS = torch.rand(3, 3, 4, 4, generator=STREAMS.generator("photos"))
 
 
 @pytest.mark.parametrize(("low", "side"), [(4, 8), (8, 8), (3, 16), (2, 32)])
-def test_enlarging_by_a_matrix_is_torchs_bicubic(low: int, side: int) -> None:
+def test_bicubic_enlargement_equals_torch(low: int, side: int) -> None:
     photos = torch.rand(2, 3, low, low, generator=STREAMS.generator("low"))
-    twin = functional.interpolate(photos, size=(side, side), mode="bicubic", align_corners=False)
-    torch.testing.assert_close(resize_up(photos, side), twin, atol=2e-6, rtol=0)
+    reference = functional.interpolate(photos, size=(side, side), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(resize_up(photos, side), reference, atol=2e-6, rtol=0)
 
 
-def test_an_encoder_that_says_nothing_names_the_mean_style() -> None:
-    """With its last layer at zero every input of the generator gets the mean, whatever the photo."""
+def test_an_encoder_with_zero_output_gives_the_mean_style() -> None:
+    """With its last layer at zero every input of the generator is the mean, for any photo."""
     encoder = StyleEncoder(STYLES, STREAMS.generator("encoder"))
     with torch.no_grad():
         encoder.mean_style.copy_(torch.arange(16.0))
@@ -49,14 +49,14 @@ def test_an_encoder_that_says_nothing_names_the_mean_style() -> None:
     assert torch.equal(styles, torch.arange(16.0).expand(3, 6, 16))
 
 
-def test_a_network_whose_tail_is_zero_enlarges_bicubically() -> None:
+def test_a_network_with_zero_residual_enlarges_bicubically() -> None:
     resolver = SuperResolutionNetwork(RESOLVER, STREAMS.generator("resolver"))
     with torch.no_grad():
         resolver.tail.weight.zero_()
     torch.testing.assert_close(resolver(PHOTOS), resize_up(PHOTOS, 16))
 
 
-def test_one_network_of_encoder_and_generator_is_one_after_the_other() -> None:
+def test_the_combined_network_applies_encoder_and_generator() -> None:
     generator = StyleGAN2(GENERATOR, STREAMS.generator("generator"))
     encoder = StyleEncoder(STYLES, STREAMS.generator("encoder"))
     both = StyleUpsampler(generator, encoder)(PHOTOS)
@@ -71,10 +71,10 @@ def test_one_network_of_encoder_and_generator_is_one_after_the_other() -> None:
         SuperResolutionArchitecture(network=RESOLVER),
     ],
 )
-def test_the_answer_to_a_photo_hangs_on_that_photo_alone(
+def test_the_output_for_a_photo_depends_only_on_that_photo(
     shape: StyleEncoderArchitecture | SuperResolutionArchitecture,
 ) -> None:
-    """Per-photo gradients equal one-photo gradients, and nobody's moves when another photo changes."""
+    """Per-example gradients equal single-photo gradients, and none changes with another photo."""
     model = build_model(shape, STREAMS.generator("weights"))
     assert model.is_upsampler
     faces = torch.rand(2, 3, 16, 16, generator=STREAMS.generator("faces"))
@@ -83,7 +83,7 @@ def test_the_answer_to_a_photo_hangs_on_that_photo_alone(
 
 
 @pytest.mark.parametrize("low", [1, 2, 4, 8])
-def test_photos_up_to_the_side_are_answered_with_faces_of_one_size(low: int) -> None:
+def test_photos_of_any_supported_size_give_faces_of_one_size(low: int) -> None:
     photos = torch.rand(1, 3, low, low, generator=STREAMS.generator("low"))
     for shape in (
         StyleEncoderArchitecture(generator=GENERATOR, encoder=STYLES),
@@ -102,7 +102,7 @@ def test_photos_up_to_the_side_are_answered_with_faces_of_one_size(low: int) -> 
         SuperResolutionArchitecture(network=RESOLVER),
     ],
 )
-def test_a_file_gives_back_the_networks_that_were_kept(
+def test_a_file_gives_the_saved_networks(
     tmp_path: Path, shape: StyleEncoderArchitecture | SuperResolutionArchitecture
 ) -> None:
     model = build_model(shape, STREAMS.generator("weights"), {"made_by": "a test"})
@@ -127,16 +127,16 @@ def test_shapes_that_do_not_fit_together_are_named() -> None:
         StyleEncoderNetworkConfig(side=12)
 
 
-def test_a_super_resolution_network_draws_nobody() -> None:
-    """Commands that draw samples say so; a style encoder's generator draws."""
+def test_a_super_resolution_network_cannot_sample() -> None:
+    """Commands that sample report it; a style encoder's generator can sample."""
     with pytest.raises(ConfigError, match="cannot generate faces without a photo"):
         _ = build_model(SuperResolutionArchitecture(network=RESOLVER)).generator
     styled = build_model(StyleEncoderArchitecture(generator=GENERATOR, encoder=STYLES))
     assert styled.generator is styled.networks["generator"]
 
 
-def test_the_embedded_upsamplers_read_sixteen_pixels_and_stand_on_the_embedded_generator() -> None:
-    """Made from the same synthetic faces; the encoder's generator is the base checkpoint's."""
+def test_the_bundled_upsamplers_accept_16_pixels_and_use_the_bundled_generator() -> None:
+    """Trained on the same synthetic faces; the encoder's generator is that of the base checkpoint."""
     styled, resolved = load_style_encoder(), load_super_resolution()
     assert (styled.size, resolved.size) == (32, 32)
     assert (styled.architecture.max_input_size, resolved.architecture.max_input_size) == (16, 16)

@@ -16,6 +16,6 @@ def jpeg_bytes(pixels: np.ndarray, *, quality: int) -> bytes:
 
 
 def jpeg_round_trip(pixels: np.ndarray, quality: int) -> np.ndarray:
-    """What JPEG leaves of uint8 pixels, shape (h, w, 3)."""
+    """uint8 pixels, shape (h, w, 3), after JPEG compression."""
     with Image.open(io.BytesIO(jpeg_bytes(pixels, quality=quality))) as image:
         return np.array(image.convert("RGB"))

@@ -1,4 +1,4 @@
-"""When and where a photo was taken: read in the dialects that there are, and unknown where it is readable by half."""
+"""Capture date and place of photos: read in all common formats, and unknown if only partly readable."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ GPS, DETAIL = 0x8825, 0x8769
         "2016:05:04 PM 01:35:20", "2016:05:04 01:35:20 p.m.",
     ],
 )  # fmt: skip
-def test_a_date_is_read_in_every_common_dialect(text: str) -> None:
+def test_a_date_is_read_in_every_common_format(text: str) -> None:
     date = parse_date(text)
     assert (date.taken, date.precision) == (AFTERNOON, "exact")
 
@@ -61,7 +61,7 @@ def test_a_date_is_read_in_every_common_dialect(text: str) -> None:
         ("2016:05:04 noon", DAY, "day"),
     ],
 )
-def test_of_a_date_what_can_be_read_is_known(text: str, taken: datetime, precision: Precision) -> None:
+def test_a_partly_readable_date_is_partly_known(text: str, taken: datetime, precision: Precision) -> None:
     """Of half a date the day, of one in UTC no local time."""
     date = parse_date(text)
     assert (date.taken, date.precision) == (taken, precision)
@@ -75,7 +75,7 @@ UNREADABLE = [
 
 
 @pytest.mark.parametrize("tag", UNREADABLE)
-def test_an_unreadable_date_is_unknown_and_no_date_of_an_edit_takes_its_place(tag: object) -> None:
+def test_an_unreadable_date_is_not_replaced_by_the_modification_date(tag: object) -> None:
     found = read_exif({0x0132: EDITED}, {0x9003: tag, 0x9004: EDITED}, {})
     assert (found.taken, found.date_precision) == (None, "unreadable")
     assert read_exif({0x0132: EDITED}, {0x9004: tag}, {}).taken is None
@@ -83,18 +83,18 @@ def test_an_unreadable_date_is_unknown_and_no_date_of_an_edit_takes_its_place(ta
     assert (readable.taken, readable.date_precision) == (AFTERNOON, "exact")
 
 
-def test_the_date_of_an_edit_is_no_date_of_a_photo_that_an_editor_described() -> None:
+def test_a_modification_date_is_not_the_capture_date_of_an_edited_photo() -> None:
     """Editors write a directory of sizes and colours beside it; a simple camera writes this one date alone."""
     assert read_exif({0x0132: EDITED}, {0xA001: 1, 0xA002: 640}, {}).taken is None
     assert read_exif({0x0132: EDITED}, {}, {}).taken == datetime(2021, 1, 1, 10)
 
 
-def test_a_photo_without_any_date_is_no_photo_with_an_unreadable_one() -> None:
+def test_a_missing_date_is_not_an_unreadable_one() -> None:
     assert read_exif({}, {}, {}).date_precision == "exact" and read_exif({}, {}, {}).taken is None
 
 
 def xmp(name: str, value: str = "2016-05-04T13:35:20+10:00", *, element: bool = False) -> bytes:
-    """An XMP packet with one property, beside an edit years later."""
+    """An XMP packet with one property, and an edit years later."""
     prefix = name.split(":")[0]
     inside = f"<{name}>{value}</{name}>" if element else ""
     attribute = "" if element else f' {name}="{value}"'
@@ -115,7 +115,7 @@ def test_a_date_in_xmp_is_read(name: str, element: bool) -> None:
 
 
 def test_xmp_is_bounded_and_no_entity_is_expanded() -> None:
-    """A bomb of entities stays what it is, text; two values of one property are no date."""
+    """An entity bomb remains text; two values of one property are no date."""
     bomb = b'<!DOCTYPE x [<!ENTITY a "' + b"2016" * 10 + b'">' + b'<!ENTITY b "&a;&a;&a;">' * 100 + b"]>"
     packet = bomb + xmp("exif:DateTimeOriginal", "&b;", element=True)
     assert (
@@ -163,7 +163,7 @@ def gps_of(changes: dict[int, Any]) -> dict[int, Any]:
 
 
 @pytest.mark.parametrize("changes", BAD_PLACES)
-def test_a_place_that_is_half_readable_or_disowned_is_unknown(changes: dict[int, Any]) -> None:
+def test_a_partly_readable_or_void_place_is_unknown(changes: dict[int, Any]) -> None:
     assert read_exif({}, {}, gps_of(changes)).place is None
 
 
@@ -171,23 +171,22 @@ def test_a_place_that_is_half_readable_or_disowned_is_unknown(changes: dict[int,
     "changes",
     [{}, {1: b"S\0"}, {1: "s "}, {9: "A"}, {31: 12.0}, {2: (33.858333333,)}, {2: (33.0, 51.5, 0.0)}],
 )
-def test_a_place_that_is_whole_is_known(changes: dict[int, Any]) -> None:
+def test_a_complete_place_is_known(changes: dict[int, Any]) -> None:
     assert read_exif({}, {}, gps_of(changes)).place == pytest.approx((-33.858333333, 151.2))
 
 
 class OneFace:
-    """Sees a face in the middle of every photo."""
+    """Detects a face in the centre of every photo."""
 
     name = "one face"
 
     def find(self, pixels: np.ndarray) -> list[Face]:
-        """The same one."""
         points = np.array([[60.0, 80], [140, 80], [100, 110], [70, 150], [130, 150]])
         return [Face((40.0, 40.0, 160.0, 180.0), points, 1.0)]
 
 
 def blobs(seed: int) -> Image.Image:
-    """A picture unlike that of another seed."""
+    """An image that differs from that of another seed."""
     coarse = np.random.default_rng(seed).integers(0, 256, (9, 9, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((200, 200), Image.Resampling.BICUBIC)
 
@@ -208,7 +207,7 @@ def photo(
 
 
 def occasions(folder: Path) -> int:
-    """How many occasions the whole folder has: each photo counts, with a face or without."""
+    """The number of occasions in the folder, counting photos with and without a face."""
     cache = folder.parent / "index.sqlite"
     scan_library(folder, detector=OneFace(), cache=cache)
     return summary(folder, cache=cache).occasions
@@ -253,7 +252,7 @@ def test_two_photos_of_one_event_are_one_occasion_however_their_places_are_writt
 
 
 def test_two_events_stay_two_occasions(tmp_path: Path) -> None:
-    """The control: what is readable parts."""
+    """The negative control."""
     photo(tmp_path / "photos" / "1.jpg", 1, original="2016:05:04 12:34:00", gps=SYDNEY)
     photo(tmp_path / "photos" / "2.jpg", 2, original="2016:05:04 12:35:00", gps=SYDNEY | {1: "N"})
     photo(tmp_path / "photos" / "3.jpg", 3, original="2016-05-06T12:35:00", gps=SYDNEY)
@@ -283,8 +282,8 @@ def test_dates_are_found_in_the_files_of_every_kind(tmp_path: Path) -> None:
         assert read_photo(tmp_path / name).taken == AFTERNOON, name
 
 
-def test_an_exif_block_that_is_cut_may_have_held_a_date(tmp_path: Path) -> None:
-    """The date of the edit, which stands before the cut, is not the date of the photo."""
+def test_a_truncated_exif_block_has_no_usable_date(tmp_path: Path) -> None:
+    """The modification date before the cut is not the capture date."""
     photo(tmp_path / "whole.jpg", 1, original="2016:05:04 13:35:20", changed=EDITED)
     content = (tmp_path / "whole.jpg").read_bytes()
     start = content.index(b"2016:05:04")

@@ -1,4 +1,4 @@
-"""Dealing photos to devices: nothing lost, nothing twice, and as unequal as was asked."""
+"""Partition of photos among devices: complete, disjoint, and as unequal as requested."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_by_group_no_device_sees_two_groups_and_large_groups_get_more_devices() 
     assert all(sum(count.values()) == 100 for count in counts)
 
 
-def test_with_fewer_devices_than_groups_no_group_is_torn() -> None:
+def test_with_fewer_devices_than_groups_no_group_is_split() -> None:
     counts = shares(partition(LABELS, 2, ByGroup(), rng()))
     assert counts == [Counter(a=600), Counter(b=300, c=100)]
 
@@ -66,7 +66,7 @@ def test_a_large_alpha_is_even_and_a_small_one_is_not() -> None:
     assert max(count["a"] for count in unequal) > 500
 
 
-def test_mixes_deal_each_group_in_the_given_proportions() -> None:
+def test_weights_distribute_each_group_in_the_given_proportions() -> None:
     how = GroupMixes(weights=({"a": 1, "b": 1}, {"a": 2, "c": 3}, {"a": 3, "c": 1}))
     counts = shares(partition(LABELS, 3, how, rng()))
     assert counts == [Counter(a=100, b=300), Counter(a=200, c=75), Counter(a=300, c=25)]
@@ -81,12 +81,12 @@ def test_mixes_deal_each_group_in_the_given_proportions() -> None:
         (GroupMixes(weights=({"a": 1.0, "x": 1.0},)), 1, "names 'x'"),
     ],
 )
-def test_what_cannot_be_dealt_is_explained(how: Partition, devices: int, message: str) -> None:
+def test_impossible_partitions_are_explained(how: Partition, devices: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         partition(LABELS, devices, how, rng())
 
 
-def test_weights_and_alpha_must_be_sensible() -> None:
+def test_weights_and_alpha_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="alpha must be a finite number above 0"):
         Dirichlet(alpha=0)
     with pytest.raises(ValueError, match="weights must be finite"):

@@ -47,7 +47,7 @@ policy:
 
 
 class FixedFace:
-    """Sees one face in every photo, of a given share of its sides."""
+    """Detects one face in every photo, of a given fraction of its sides."""
 
     def __init__(self, share: float = 1.0) -> None:
         self.name = "fixed face"
@@ -78,7 +78,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each file is sent to the sandbox."""
+    """The number of times each file is sent to the sandbox."""
     counts: Counter[str] = Counter()
     send = SandboxedDecoder._send
 
@@ -92,7 +92,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @pytest.fixture
 def sandbox_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No photo, EXIF block or colour profile can be parsed in this process."""
+    """Makes decoding a photo, EXIF or a colour profile in this process an error."""
 
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("a photo was decoded or parsed outside of the sandbox")
@@ -155,10 +155,10 @@ def test_crops_are_those_of_the_file_to_the_last_bit(folder: Path, cache: Path) 
 
 
 @pytest.mark.usefixtures("sandbox_only")
-def test_another_size_is_cut_once_more_and_a_large_one_is_not_stored(
+def test_another_size_is_cropped_again_and_a_large_one_is_not_stored(
     folder: Path, cache: Path, decoded: Counter[str]
 ) -> None:
-    """One size is stored at a time: the disk holds at most 197 kB a photo, whatever sizes are asked for."""
+    """One size is stored at a time: at most 197 kB per photo on disk, for any requested sizes."""
     crops(folder, cache, 32)
     assert stored(cache) == {"a.png": 32, "b.jpg": 32, "trip/c.png": 32}
     crops(folder, cache, 16)
@@ -170,7 +170,7 @@ def test_another_size_is_cut_once_more_and_a_large_one_is_not_stored(
 
 
 @pytest.mark.usefixtures("sandbox_only")
-def test_a_scan_by_hand_stores_no_crop_and_its_faces_are_used(
+def test_a_manual_scan_stores_no_crop_and_its_faces_are_used(
     folder: Path, cache: Path, decoded: Counter[str]
 ) -> None:
     """The command does not know which photos the owner's policy allows."""
@@ -181,9 +181,7 @@ def test_a_scan_by_hand_stores_no_crop_and_its_faces_are_used(
     assert set(decoded.values()) == {2}
 
 
-def test_photos_that_may_not_be_used_have_no_crop_and_lose_the_one_they_had(
-    folder: Path, cache: Path
-) -> None:
+def test_excluded_photos_have_no_crop_and_an_existing_one_is_deleted(folder: Path, cache: Path) -> None:
     crops(folder, cache, 16)
     barred = PhotoSelection(exclude_folders=(Path("Trip"),))
     crops(folder, cache, 16, barred)
@@ -231,7 +229,7 @@ def test_a_small_face_in_a_large_photo_is_decoded_a_second_time_in_the_sandbox(
 
 
 def hostile_files(root: Path) -> list[Path]:
-    """Photos whose metadata is made to break parsers: EXIF that points outside itself, ICC of impossible counts."""
+    """Photos with hostile metadata: EXIF that points outside itself, ICC profiles with impossible counts."""
     root.mkdir()
     pixels = pixels_of(render_people(1, 0.5, 96, Streams(6))[0])
     loop = b"Exif\0\0II*\0\x08\0\0\0" + b"\xff\xff" + b"\x69\x87\x04\0\x01\0\0\0\x08\0\0\0" * 50
@@ -266,7 +264,7 @@ def test_hostile_metadata_reaches_the_sandbox_alone(
 
 
 class Quiet:
-    """Takes no notice of progress."""
+    """Ignores progress."""
 
     def stage(self, name: str, steps: int) -> None:
         """Nothing."""
@@ -300,12 +298,12 @@ def test_a_reply_of_the_sandbox_is_a_photo() -> None:
         {"unavailable": "a\nb"}, {"date_precision": "about"}, {"date_precision": ["day"]},
     ],
 )  # fmt: skip
-def test_a_sandbox_that_was_taken_over_cannot_send_more_than_bounded_fields(changes: dict[str, Any]) -> None:
+def test_a_compromised_sandbox_can_send_only_bounded_fields(changes: dict[str, Any]) -> None:
     with pytest.raises((ValueError, TypeError, LookupError)):
         parse_reply(REPLY | changes, bytearray(18))
 
 
-def test_a_reply_that_is_no_reply_costs_the_photo_and_the_child(
+def test_an_invalid_reply_loses_the_photo_and_ends_the_child(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with SandboxedDecoder() as decoder:

@@ -1,4 +1,4 @@
-"""Faces with the unit that each counts for, and splits that one unit more or less does not stir."""
+"""Faces with their privacy units, and splits that are stable when one unit is added or removed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedface.privacy_units import UNITS, Unit
 
 
 def faces(count: int) -> torch.Tensor:
-    """Each picture holds its own number."""
+    """Each image contains its own number."""
     return torch.arange(count, dtype=torch.float32).reshape(-1, 1, 1, 1).expand(-1, 3, 4, 4).clone()
 
 
@@ -40,7 +40,7 @@ def test_units_are_numbered_in_the_order_of_their_first_photo() -> None:
     assert len(mine) == 5 and {mine.units(unit).dtype for unit in UNITS} == {torch.int64}
 
 
-def test_public_faces_are_strangers_or_come_in_runs() -> None:
+def test_public_faces_are_independent_or_grouped() -> None:
     strangers = DeviceDataset.independent(faces(3))
     assert strangers.photos.tolist() == strangers.occasions.tolist() == [0, 1, 2]
     runs = DeviceDataset.by_occasion(faces(7), 3)
@@ -49,13 +49,13 @@ def test_public_faces_are_strangers_or_come_in_runs() -> None:
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_no_faces_are_no_trouble(unit: Unit) -> None:
+def test_an_empty_dataset_works(unit: Unit) -> None:
     nothing = DeviceDataset.independent(faces(0))
     assert len(nothing) == 0 and nothing.units(unit).tolist() == []
     assert [len(side) for side in nothing.split(0.5, unit)] == [0, 0]
 
 
-def test_selecting_keeps_pictures_and_labels_together() -> None:
+def test_selecting_keeps_images_and_labels_together() -> None:
     mine = own([90, 10, 50], [1, 2, 1])
     for index in (torch.tensor([2, 0]), torch.tensor([True, False, True])):
         some = mine.select(index)
@@ -69,7 +69,7 @@ def test_selecting_keeps_pictures_and_labels_together() -> None:
 
 @settings(deadline=None)
 @given(libraries(), st.floats(0, 0.99), st.sampled_from(UNITS))
-def test_a_split_is_disjoint_covers_all_and_cuts_no_unit(
+def test_a_split_is_disjoint_complete_and_splits_no_unit(
     mine: DeviceDataset, holdout_fraction: float, unit: Unit
 ) -> None:
     train, held = mine.split(holdout_fraction, unit)
@@ -80,9 +80,7 @@ def test_a_split_is_disjoint_covers_all_and_cuts_no_unit(
 
 @settings(deadline=None)
 @given(libraries(), st.floats(0, 0.99), st.sampled_from(["photo", "occasion"]))
-def test_one_unit_less_moves_no_other_and_changes_one_side_alone(
-    mine: DeviceDataset, holdout_fraction: float, unit: Unit
-) -> None:
+def test_removing_one_unit_moves_no_other(mine: DeviceDataset, holdout_fraction: float, unit: Unit) -> None:
     before = [set(side.photos.tolist()) for side in mine.split(holdout_fraction, unit)]
     units = mine.units(unit)
     for gone in range(int(units.max()) + 1 if len(mine) else 0):
@@ -94,14 +92,14 @@ def test_one_unit_less_moves_no_other_and_changes_one_side_alone(
         assert not (lost & before[0]) or not (lost & before[1])
 
 
-def test_nothing_is_held_out_when_none_is_asked_for() -> None:
+def test_nothing_is_held_out_by_default() -> None:
     mine = DeviceDataset.by_occasion(faces(50), 5)
     for unit in UNITS:
         train, held = mine.split(0.0, unit)
         assert train.photos.tolist() == mine.photos.tolist() and len(held) == 0
 
 
-def test_about_the_share_asked_for_is_held_out() -> None:
+def test_about_the_requested_fraction_is_held_out() -> None:
     """Of 2,000 occasions 500 are expected; five standard deviations are 97."""
     mine = DeviceDataset.by_occasion(faces(4000), 2)
     held = mine.split(0.25, "occasion")[1]
@@ -109,13 +107,13 @@ def test_about_the_share_asked_for_is_held_out() -> None:
     assert held.photos.tolist() == mine.split(0.25, "library")[1].photos.tolist()
 
 
-def test_a_smaller_share_is_a_part_of_a_larger_one() -> None:
+def test_a_smaller_fraction_is_a_subset_of_a_larger_one() -> None:
     mine = DeviceDataset.independent(faces(300))
     few, many = (set(mine.split(share, "photo")[1].photos.tolist()) for share in (0.1, 0.4))
     assert few < many
 
 
-def test_what_does_not_fit_together_is_refused() -> None:
+def test_mismatched_arguments_are_refused() -> None:
     good = {"images": faces(2), "photos": torch.tensor([4, 9]), "occasions": torch.tensor([4, 4])}
     DeviceDataset(**good)
     for wrong, words in (

@@ -1,4 +1,4 @@
-"""Where faces are, and the crop they give: known landmarks land at known places, however turned."""
+"""Face positions and crops: known landmarks land at known places, at every rotation."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ def test_eyes_are_level_and_mouth_below_at_known_places(degrees: float) -> None:
     crop = align(spotted(landmarks), landmarks, 128)
     expected = landmarks_in_crop(landmarks, 128)
     np.testing.assert_allclose(expected, landmarks_in_crop(UPRIGHT, 128), atol=1e-9)
-    for seen, wanted in zip([*spots(crop, 0), *spots(crop, 2)], expected[[0, 1, 3, 4]], strict=True):
-        np.testing.assert_allclose(seen, wanted, atol=0.35)
+    for seen, required in zip([*spots(crop, 0), *spots(crop, 2)], expected[[0, 1, 3, 4]], strict=True):
+        np.testing.assert_allclose(seen, required, atol=0.35)
     assert expected[0, 1] == pytest.approx(expected[1, 1])
     assert expected[3, 1] > expected[0, 1] + 30
 
 
 @pytest.mark.parametrize("size", [16, 32, 256])
-def test_the_place_in_the_crop_scales_with_its_size(size: int) -> None:
+def test_positions_in_the_crop_scale_with_its_size(size: int) -> None:
     big = landmarks_in_crop(UPRIGHT, 512)
     np.testing.assert_allclose((landmarks_in_crop(UPRIGHT, size) + 0.5) * 512 / size - 0.5, big)
     crop = align(spotted(UPRIGHT), UPRIGHT, size)
@@ -114,7 +114,7 @@ def test_a_mirrored_eye_is_blurred_away_but_the_true_one_is_not() -> None:
     assert crop[mirrored - 3 : mirrored + 4, x - 3 : x + 4, 0].max() < 180
 
 
-def test_a_crop_within_the_photo_has_nothing_continued() -> None:
+def test_a_crop_within_the_photo_is_not_extended() -> None:
     """Noise keeps its strength up to the border of the crop."""
     noise = np.random.default_rng(0).integers(0, 256, (320, 320, 3), dtype=np.uint8)
     crop = align(noise, UPRIGHT, 162).astype(float)
@@ -132,7 +132,7 @@ def test_a_face_of_a_few_pixels_still_gives_a_crop() -> None:
     assert align(spotted(tiny, (16, 16)), tiny, 64).shape == (64, 64, 3)
 
 
-def test_a_face_without_direction_is_refused_and_never_used() -> None:
+def test_a_face_without_an_orientation_is_refused() -> None:
     point = np.full((5, 2), 7.0)
     with pytest.raises(ValueError, match="coincide"):
         align(np.zeros((16, 16, 3), np.uint8), point, 8)
@@ -220,7 +220,7 @@ def test_a_missing_or_wrong_model_file_is_explained(tmp_path: Path) -> None:
 
 
 class FindsDark:
-    """A detector that sees dark pictures only."""
+    """A detector that detects only dark images."""
 
     name = "finds dark"
 
@@ -248,7 +248,7 @@ def test_each_label_is_counted_over_the_same_balanced_photos(tmp_path: Path) -> 
     assert counts == [("a", 2, 2), ("b", 0, 1), ("f", 1, 2), ("m", 1, 1), ("all", 2, 3)]
 
 
-def test_rates_count_what_was_found_by_group() -> None:
+def test_detection_rates_are_counted_by_group() -> None:
     rates = detection_rates(shades(), FindsDark())
     counts = [(rate.group, rate.found, rate.count) for rate in rates]
     assert counts == [("a", 3, 3), ("b", 2, 4), ("all", 5, 7)]

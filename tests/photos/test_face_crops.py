@@ -1,4 +1,4 @@
-"""Whose face is in a photo: every odd photo gets a face or one sentence why there is none."""
+"""Faces of a photo: every unusual photo gives a face or one sentence that explains why not."""
 
 from __future__ import annotations
 
@@ -22,18 +22,17 @@ class Blind:
     name = "blind"
 
     def find(self, pixels: np.ndarray) -> list[Face]:
-        """Nobody."""
         return []
 
 
 @cache
 def embedded() -> Detector:
-    """The detector that everybody has."""
+    """The bundled detector."""
     return EmbeddedDetector()
 
 
 def grey(folder: Path, height: int, width: int) -> Path:
-    """A picture of one grey."""
+    """A uniform grey image."""
     path = folder / f"{height}x{width}.png"
     write_png(path, np.full((height, width, 3), 128, dtype=np.uint8))
     return path
@@ -46,19 +45,19 @@ def crops(path: Path, detector: Callable[[], Detector], size: int) -> tuple[Face
 
 
 @pytest.mark.parametrize("side", [8, 16, 64])
-def test_a_small_square_picture_is_a_face_already(tmp_path: Path, side: int) -> None:
-    """Nothing is detected or cropped: its own pixels come back."""
+def test_a_small_square_picture_is_used_as_a_face(tmp_path: Path, side: int) -> None:
+    """Nothing is detected or cropped: its own pixels are returned."""
     (only,) = crops(grey(tmp_path, side, side), Blind, 32)
     assert only.already_small and only.people == 0 and only.crop.shape == (side, side, 3)
     assert (only.crop == 128).all()
 
 
-def test_a_photo_with_fewer_pixels_than_are_shown_is_refused(tmp_path: Path) -> None:
+def test_a_photo_with_too_few_pixels_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LibraryError, match="only 5 x 5 pixels, fewer than the 8 x 8 that are shown"):
         crops(grey(tmp_path, 5, 5), Blind, 32)
 
 
-def test_a_photo_without_a_face_is_refused_with_a_way_out(tmp_path: Path) -> None:
+def test_a_photo_without_a_face_is_refused_with_a_suggestion(tmp_path: Path) -> None:
     with pytest.raises(LibraryError, match="no face found, nor in the photo turned round; give a photo"):
         crops(grey(tmp_path, 80, 120), Blind, 32)
 
@@ -70,8 +69,8 @@ def test_two_people_are_two_faces(shared: Path) -> None:
 
 
 @pytest.mark.parametrize("quarter", [1, 2, 3])
-def test_a_photo_that_lies_on_its_side_or_head_is_turned(shared: Path, tmp_path: Path, quarter: int) -> None:
-    """The same crop as of the upright photo, up to resampling, and the turn is told."""
+def test_a_rotated_photo_is_turned_upright(shared: Path, tmp_path: Path, quarter: int) -> None:
+    """The same crop as of the upright photo, up to resampling, and the rotation is reported."""
     upright = shared / "data/library/people/obama.jpg"
     (straight,) = crops(upright, embedded, 64)
     turned = tmp_path / "turned.png"
@@ -90,8 +89,8 @@ def test_a_grey_photo_has_a_face_too(shared: Path, tmp_path: Path) -> None:
     assert found.people == 1 and (found.crop[..., 0] == found.crop[..., 1]).all()
 
 
-def test_a_picture_that_is_pixelated_already_can_be_taken_whole(tmp_path: Path) -> None:
-    """The middle square of 40 x 60 pixels, its four quarters in their places and colours."""
+def test_a_pixelated_picture_can_be_used_without_detection(tmp_path: Path) -> None:
+    """The centre square of 40 x 60 pixels, its four quarters in their places and colours."""
     pixels = np.zeros((40, 60, 3), dtype=np.uint8)
     pixels[:20, 10:30], pixels[20:, 30:50] = 200, 100
     path = tmp_path / "blocks.png"

@@ -1,4 +1,4 @@
-"""Decoding one file: what is read, what is refused and why, and that a hostile file stops a child, not us."""
+"""Decoding one file: what is read, what is refused and why; a hostile file can only end a child process."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_an_orientation_that_does_not_exist_counts_as_upright(tmp_path: Path, or
 
 
 def test_every_file_of_the_sample_library_is_read_or_refused_as_pillow_would(shared: Path) -> None:
-    """Also refused: kinds that we do not read. Nothing crashes or hangs."""
+    """Also refused: unsupported formats. Nothing crashes or hangs."""
     root = shared / "data" / "library"
     with (root / "manifest.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -107,7 +107,7 @@ def test_every_file_of_the_sample_library_is_read_or_refused_as_pillow_would(sha
                 assert f"{photo.taken:%Y:%m:%d %H:%M:%S}" == row["date"]
 
 
-def test_a_photo_says_when_where_and_with_what_it_was_taken(shared: Path) -> None:
+def test_date_place_and_camera_of_a_photo_are_read(shared: Path) -> None:
     photo = read_photo(shared / "data" / "library" / "made" / "face.heic")
     assert (photo.taken, photo.camera) == (datetime(2024, 5, 6, 7, 8, 9), "ExampleCam Model 1")
     assert photo.place == pytest.approx((51.507, -0.128), abs=1e-3)
@@ -129,20 +129,20 @@ def test_degrees_minutes_and_seconds_become_signed_degrees() -> None:
         {2: None},
     ],
 )
-def test_a_broken_place_is_a_missing_place(gps: dict[int, object]) -> None:
+def test_an_invalid_place_is_missing(gps: dict[int, object]) -> None:
     assert read_exif({}, {}, gps).place is None
 
 
 @pytest.mark.parametrize(
     "text", ["0000:00:00 00:00:00", "    :  :     :  :  ", "2024:13:01 00:00:00", "x", b"\xff", 7]
 )
-def test_a_broken_date_is_a_missing_date(text: object) -> None:
+def test_an_invalid_date_is_missing(text: object) -> None:
     assert read_exif({}, {0x9003: text}, {}).taken is None
 
 
 def test_a_date_is_taken_from_the_next_best_tag() -> None:
-    told = read_exif({0x0132: b"2020:01:02 03:04:05\0"}, {}, {})
-    assert (told.taken, told.date_precision) == (datetime(2020, 1, 2, 3, 4, 5), "exact")
+    reported = read_exif({0x0132: b"2020:01:02 03:04:05\0"}, {}, {})
+    assert (reported.taken, reported.date_precision) == (datetime(2020, 1, 2, 3, 4, 5), "exact")
     assert read_exif({0x0132: "2020:01:02 03:04:05"}, {0x9004: "2019:05:06 07:08:09"}, {}).taken == datetime(
         2019, 5, 6, 7, 8, 9
     )
@@ -154,7 +154,7 @@ def test_a_bomb_is_refused_by_its_header(shared: Path) -> None:
 
 
 def test_a_picture_just_above_the_limit_is_refused_before_decoding(tmp_path: Path) -> None:
-    """Its data is missing: a decoder that looked at it would complain about that instead."""
+    """Its data is missing: a decoder would report that instead."""
     whole = png_bytes(np.zeros((1, 1), dtype=np.uint8))
     claimed = whole[:16] + (10_001).to_bytes(4, "big") + (10_000).to_bytes(4, "big") + whole[24:29]
     header = whole[:8] + claimed[8:29]
@@ -171,7 +171,7 @@ def test_a_file_above_the_size_limit_is_refused_unread(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
-def test_a_file_that_is_cut_short_is_refused(tmp_path: Path, kind: str) -> None:
+def test_a_truncated_file_is_refused(tmp_path: Path, kind: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, {"jpg": "JPEG"}.get(kind, kind.upper()))
@@ -203,7 +203,9 @@ def test_a_photo_is_read_by_its_first_bytes_whatever_its_name(tmp_path: Path, na
         ("a.jpg", "JPEG2000", "kind not read: JP2"),
     ],
 )
-def test_an_unread_kind_is_refused_with_the_reason(tmp_path: Path, name: str, kind: str, reason: str) -> None:
+def test_an_unsupported_format_is_refused_with_the_reason(
+    tmp_path: Path, name: str, kind: str, reason: str
+) -> None:
     Image.fromarray(four_corners()).save(tmp_path / name, kind)
     with pytest.raises(PhotoError, match=reason):
         read_photo(tmp_path / name)
@@ -277,7 +279,7 @@ def test_text_empty_missing_and_special_files_are_refused(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK"])
 def test_every_colour_mode_becomes_the_same_grey(tmp_path: Path, mode: str) -> None:
-    """A mid-grey picture, except in mode 1, which knows white only."""
+    """A mid-grey image, except in mode 1, which has only black and white."""
     value = 255 if mode == "1" else 128
     grey = Image.new("L", (8, 8), value)
     if mode == "I;16":
@@ -291,7 +293,7 @@ def test_every_colour_mode_becomes_the_same_grey(tmp_path: Path, mode: str) -> N
     assert np.abs(read_photo(path).pixels.astype(int) - value).max() <= 2
 
 
-def test_transparency_lies_over_white(tmp_path: Path) -> None:
+def test_transparency_is_composited_on_white(tmp_path: Path) -> None:
     Image.new("RGBA", (4, 4), (0, 0, 0, 51)).save(tmp_path / "a.png")
     assert np.unique(read_photo(tmp_path / "a.png").pixels).tolist() == [204]
 
@@ -327,7 +329,7 @@ def test_an_animation_gives_its_first_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png"])
-def test_shrinking_keeps_the_picture_and_tells_the_true_size(tmp_path: Path, name: str) -> None:
+def test_downscaling_preserves_the_image_and_reports_the_original_size(tmp_path: Path, name: str) -> None:
     Image.fromarray(np.repeat(np.repeat(four_corners(), 50, 0), 50, 1)).save(tmp_path / name)
     photo = read_photo(tmp_path / name, longest_side=100)
     assert photo.pixels.shape == (50, 100, 3) and (photo.width, photo.height) == (2000, 1000)
@@ -346,7 +348,7 @@ def test_a_sheet_lays_pictures_out_in_rows() -> None:
     assert [page[0, 0, 0], page[0, 4, 0], page[3, 0, 0], page[3, 4, 0]] == [0, 10, 20, 255]
 
 
-def test_kinds_are_known_by_their_first_bytes() -> None:
+def test_formats_are_detected_by_their_first_bytes() -> None:
     assert sniff(b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(8)) == "HEIF"
     assert sniff(b"\0\0\0\x18ftypmif1\0\0\0\0mif1avif" + bytes(8)) == "AVIF"
     assert sniff(b"\0\0\0\x18ftypisom\0\0\0\0isommp42" + bytes(8)) is None
@@ -378,7 +380,7 @@ def test_a_file_that_needs_too_much_memory_is_refused(heavy: Path) -> None:
         assert isinstance(answer, PhotoError) and "memory" in str(answer)
 
 
-def test_a_decoder_that_crashes_takes_one_file_with_it(tmp_path: Path, heavy: Path) -> None:
+def test_a_crash_of_the_decoder_loses_one_file(tmp_path: Path, heavy: Path) -> None:
     light = tmp_path / "a.png"
     write_png(light, four_corners())
     with SandboxedDecoder(longest_side=100) as reader:
@@ -394,7 +396,7 @@ def test_a_decoder_that_crashes_takes_one_file_with_it(tmp_path: Path, heavy: Pa
         assert reader.restarts == 1
 
 
-def test_a_child_returns_what_reading_here_returns(shared: Path) -> None:
+def test_the_child_process_returns_the_same_as_this_process(shared: Path) -> None:
     names = ["made/face.heic", "made/face_orient6.jpg", "odd/transparent.png", "odd/sugarshack.mpo"]
     names.append("made/zero.jpg")
     with SandboxedDecoder(longest_side=300) as reader:

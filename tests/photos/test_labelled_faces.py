@@ -1,4 +1,4 @@
-"""Labelled faces: read, aligned, grouped, and honest about the faces that are left out."""
+"""Labelled faces: read, aligned, grouped, with counts of the faces that are left out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ POINTS = np.array([[20.0, 24.0], [44.0, 24.0], [32.0, 34.0], [22.0, 46.0], [42.0
 
 
 def picture() -> bytes:
-    """A grey square with red where the eyes are and blue where the mouth is."""
+    """A grey square with red eyes and a blue mouth."""
     pixels = np.full((64, 64, 3), 90, dtype=np.uint8)
     colours = ((250, 0, 0), (250, 0, 0), (0, 0, 250), (0, 0, 250))
     for (x, y), colour in zip(POINTS[[0, 1, 3, 4]].astype(int), colours, strict=True):
@@ -76,7 +76,7 @@ def test_the_eyes_are_level_in_every_crop_and_the_mouth_is_below(tmp_path: Path)
     assert bool((landmarks[:, 3, 1] > landmarks[:, 0, 1] + 10).all())
 
 
-def test_a_folder_of_sets_a_set_its_zip_and_its_csv_all_say_what_they_mean(tmp_path: Path) -> None:
+def test_a_folder_a_zip_and_a_csv_all_identify_their_set(tmp_path: Path) -> None:
     one = make_set(tmp_path, "one", ROWS, packed=False)
     two = make_set(tmp_path, "two", ROWS, packed=True)
     assert [faces.name for faces in labelled_sets(tmp_path)] == ["one", "two"]
@@ -97,7 +97,7 @@ def test_a_plain_folder_has_no_labelled_sets(tmp_path: Path) -> None:
 
 
 def test_per_group_counts_the_undetected_too(tmp_path: Path) -> None:
-    """Otherwise a detector's favourites would fill the places of those it misses."""
+    """Otherwise detected faces would replace those that the detector misses."""
     probe = read_face_folder(make_set(tmp_path, "s", ROWS, packed=False), size=16, per_group=2)
     assert probe.groups == ("x", "y") and probe.missed == {"y": 1}
 
@@ -116,7 +116,7 @@ def test_another_label_regroups_the_same_faces(tmp_path: Path) -> None:
         probe.by("mood")
 
 
-def test_what_is_wrong_with_a_set_is_said(tmp_path: Path) -> None:
+def test_errors_in_a_set_are_reported(tmp_path: Path) -> None:
     good = make_set(tmp_path, "s", ROWS, packed=False)
     with pytest.raises(LibraryError, match="'mood'.*gender, race"):
         read_face_folder(good, size=16, label="mood")

@@ -1,4 +1,4 @@
-"""Scanning a folder: bounded, resumable, hands off the folder; and the library that training reads."""
+"""Scanning a folder: bounded, resumable, read-only; and the library that training reads."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHAPE = np.array([[0.35, 0.4], [0.65, 0.4], [0.5, 0.55], [0.38, 0.75], [0.62, 0.
 
 
 class FillsThePhoto:
-    """Sees one face as large as the photo in every photo that is not black; counts its calls."""
+    """Detects one face as large as the photo in every photo that is not black; counts its calls."""
 
     def __init__(self, name: str = "fills the photo") -> None:
         self.name = name
@@ -45,7 +45,7 @@ class FillsThePhoto:
 
 
 def crops_of(library: PhotoLibrary, size: int) -> np.ndarray:
-    """All crops, uint8 (n, size, size, 3); raises what is wrong with the first that cannot be used."""
+    """All crops, uint8 (n, size, size, 3); raises the error of the first that cannot be used."""
     found = []
     for crop in library.crops(size):
         if isinstance(crop, LibraryError):
@@ -65,7 +65,7 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three photos with a face, one without, one broken, and clutter."""
+    """Three photos with a face, one without, one broken, and other files."""
     root = tmp_path / "photos"
     (root / "2024" / "summer").mkdir(parents=True)
     bright = jpeg_bytes(np.full((40, 40, 3), 200, np.uint8), quality=90)
@@ -79,7 +79,7 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def test_a_scan_counts_everything_and_the_library_holds_the_faces(folder: Path, cache: Path) -> None:
+def test_a_scan_counts_everything_and_the_library_has_the_faces(folder: Path, cache: Path) -> None:
     report = scan_library(folder, detector=FillsThePhoto(), cache=cache)
     assert (report.files, report.read, report.refused, report.other, report.faces) == (6, 4, 1, 1, 3)
     library = PhotoLibrary(folder, cache=cache)
@@ -111,7 +111,7 @@ def test_a_second_scan_reads_only_what_is_new_or_changed(folder: Path, cache: Pa
     assert len(PhotoLibrary(folder, cache=cache)) == 3
 
 
-def test_another_detector_looks_at_every_photo_again_and_both_results_stay(folder: Path, cache: Path) -> None:
+def test_another_detector_rescans_all_photos_and_both_results_remain(folder: Path, cache: Path) -> None:
     scan_library(folder, detector=FillsThePhoto("one"), cache=cache)
     assert scan_library(folder, detector=FillsThePhoto("two"), cache=cache).read == 4
     assert scan_library(folder, detector=FillsThePhoto("one"), cache=cache).read == 0
@@ -123,7 +123,7 @@ class Interrupted(Exception):
 
 
 def many(root: Path, count: int) -> Path:
-    """Tiny photos, one in fifty of them broken, a hundred to a folder."""
+    """Tiny photos, one in fifty of them broken, a hundred per folder."""
     content = shade(120, side=8)
     for number in range(count):
         place = root / f"{number // 100:03d}"
@@ -201,8 +201,8 @@ def test_nothing_in_the_folder_changes(folder: Path, cache: Path) -> None:
         scan_library(folder, detector=FillsThePhoto(), cache=folder / "index.sqlite")
 
 
-def test_files_of_equal_bytes_are_one_photo_wherever_they_lie(folder: Path, cache: Path) -> None:
-    """A plain grey picture, which has no fingerprint, saved three times."""
+def test_files_of_equal_bytes_are_one_photo(folder: Path, cache: Path) -> None:
+    """A uniform grey image, which has no fingerprint, saved three times."""
     before = scan_library(folder, detector=FillsThePhoto(), cache=cache)
     library = PhotoLibrary(folder, cache=cache)
     labels, occasions = library.photo_labels(), summary(folder, cache=cache).occasions
@@ -226,8 +226,8 @@ def test_only_the_owner_may_read_the_index(folder: Path, cache: Path) -> None:
     assert stat.S_IMODE(cache.stat().st_mode) == 0o600
 
 
-def test_links_pipes_and_hidden_files_are_passed_over(folder: Path, cache: Path, tmp_path: Path) -> None:
-    """A link out of the folder, a link in a circle, a named pipe that would block a reader for ever."""
+def test_links_pipes_and_hidden_files_are_skipped(folder: Path, cache: Path, tmp_path: Path) -> None:
+    """A link out of the folder, a circular link, a named pipe that would block a reader."""
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "secret.png").write_bytes(shade(77))
@@ -238,7 +238,7 @@ def test_links_pipes_and_hidden_files_are_passed_over(folder: Path, cache: Path,
     assert scan_library(folder, detector=FillsThePhoto(), cache=cache).files == 6
 
 
-def test_names_that_are_no_text_are_read_and_printed_harmlessly(tmp_path: Path, cache: Path) -> None:
+def test_undecodable_names_are_read_and_printed_safely(tmp_path: Path, cache: Path) -> None:
     root = tmp_path / "photos"
     root.mkdir()
     for value, name in enumerate(
@@ -253,14 +253,14 @@ def test_names_that_are_no_text_are_read_and_printed_harmlessly(tmp_path: Path, 
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_forbidden_file_is_refused_now_and_tried_again_later(folder: Path, cache: Path) -> None:
+def test_an_unreadable_file_is_refused_and_retried_later(folder: Path, cache: Path) -> None:
     (folder / "a.png").chmod(0)
     assert scan_library(folder, detector=FillsThePhoto(), cache=cache).refused == 2
     (folder / "a.png").chmod(0o600)
     assert scan_library(folder, detector=FillsThePhoto(), cache=cache).read == 1
 
 
-def test_the_table_says_what_is_known_of_each_picture(folder: Path, cache: Path) -> None:
+def test_the_table_has_the_metadata_of_each_photo(folder: Path, cache: Path) -> None:
     scan_library(folder, detector=FillsThePhoto(), cache=cache)
     rows = {row.file: row for row in scan_table(folder, cache=cache)}
     assert set(rows) == {"a.png", "broken.jpg", "2024/b.png", "2024/dark.png", "2024/summer/c.jpg"}
@@ -284,7 +284,7 @@ def test_a_changed_or_removed_photo_is_not_served_from_the_old_scan(folder: Path
     )
 
 
-def test_faces_too_small_to_learn_from_are_left_out(folder: Path, cache: Path) -> None:
+def test_faces_too_small_for_training_are_left_out(folder: Path, cache: Path) -> None:
     """A face that fills a photo of 40 pixels gives a crop of about 50 pixels a side."""
     scan_library(folder, detector=FillsThePhoto(), cache=cache)
     assert len(PhotoLibrary(folder, cache=cache, selection=PhotoSelection(min_face_side=30))) == 3
@@ -354,7 +354,7 @@ def dated(path: Path, value: int, when: str | None = None) -> None:
 
 @pytest.fixture
 def day(tmp_path: Path) -> Path:
-    """Noon, three in the afternoon without a face, six, midnight before; two undated beside, one elsewhere."""
+    """Noon, three in the afternoon without a face, six, midnight before; two undated, one elsewhere."""
     root = tmp_path / "day"
     for name, value, when in (
         ("a/noon.jpg", 100, "12:00"), ("a/three.jpg", 0, "15:00"), ("b/six.jpg", 120, "18:00"),
@@ -377,8 +377,8 @@ def occasions_of(library: PhotoLibrary, rule: OccasionRule = DEFAULT_RULE) -> li
     return list(members.values())
 
 
-def test_occasions_go_by_the_whole_folder_and_list_the_faces(day: Path, cache: Path) -> None:
-    """The photo at three has no face and joins noon with six all the same."""
+def test_occasions_use_the_whole_folder_and_list_the_faces(day: Path, cache: Path) -> None:
+    """The photo at three has no face and still links noon with six."""
     scan_library(day, detector=FillsThePhoto(), cache=cache)
     library = PhotoLibrary(day, cache=cache)
     assert occasions_of(library) == [
@@ -394,7 +394,7 @@ def test_occasions_go_by_the_whole_folder_and_list_the_faces(day: Path, cache: P
     assert len(occasions_of(PhotoLibrary(day, cache=cache))) == 5
 
 
-def test_labels_last_and_an_occasion_has_the_smallest_of_its_photos(day: Path, cache: Path) -> None:
+def test_labels_are_stable_and_an_occasion_has_the_smallest_of_its_photos(day: Path, cache: Path) -> None:
     scan_library(day, detector=FillsThePhoto(), cache=cache)
     library = PhotoLibrary(day, cache=cache)
     photos, occasions = library.photo_labels(), library.occasion_labels()
@@ -431,7 +431,7 @@ def test_a_part_of_a_library_has_the_occasions_of_the_whole(day: Path, cache: Pa
         assert dict(zip(names_of(part), part.occasion_labels(), strict=True)).items() <= known.items()
 
 
-def test_a_library_whose_photos_left_in_a_later_scan_says_so(day: Path, cache: Path) -> None:
+def test_a_library_reports_photos_deleted_by_a_later_scan(day: Path, cache: Path) -> None:
     scan_library(day, detector=FillsThePhoto(), cache=cache)
     library = PhotoLibrary(day, cache=cache)
     (day / "b" / "six.jpg").unlink()
@@ -440,7 +440,7 @@ def test_a_library_whose_photos_left_in_a_later_scan_says_so(day: Path, cache: P
         library.occasion_labels()
 
 
-def test_a_scan_keeps_fingerprints_and_an_older_index_is_read_again(tmp_path: Path, cache: Path) -> None:
+def test_a_scan_stores_fingerprints_and_an_older_index_is_rescanned(tmp_path: Path, cache: Path) -> None:
     root = tmp_path / "photos"
     root.mkdir()
     stripes = np.repeat(np.repeat(np.tile([40, 200], (1, 30))[:, :, None], 3, axis=2), 60, axis=0)
@@ -452,9 +452,9 @@ def test_a_scan_keeps_fingerprints_and_an_older_index_is_read_again(tmp_path: Pa
     scan_library(root, detector=FillsThePhoto(), cache=cache)
     with PhotoIndex(cache).reading() as connection:
         _, paths, shots = all_read(connection, "fills the photo")
-    kept = {str(path): shot.fingerprint for path, shot in zip(paths, shots, strict=True)}
-    assert set(kept) == {"picture.png", "plain.png"} and kept["plain.png"] is None
-    assert kept["picture.png"] is not None and len(kept["picture.png"]) == 16
+    stored = {str(path): shot.fingerprint for path, shot in zip(paths, shots, strict=True)}
+    assert set(stored) == {"picture.png", "plain.png"} and stored["plain.png"] is None
+    assert stored["picture.png"] is not None and len(stored["picture.png"]) == 16
     with closing(sqlite3.connect(cache)) as connection:
         connection.execute("PRAGMA user_version = 1")
     with pytest.raises(LibraryError, match="another version"):
@@ -485,38 +485,36 @@ def test_a_copy_saved_smaller_elsewhere_belongs_to_the_occasion_of_the_photo(
     ]
 
 
-def test_the_owner_says_which_folders_may_be_used_and_which_never(day: Path, cache: Path) -> None:
-    """By whole names: `a` is no beginning of `anna`."""
+def test_included_and_excluded_folders_are_respected(day: Path, cache: Path) -> None:
+    """By whole names: `a` does not match `anna`."""
     scan_library(day, detector=FillsThePhoto(), cache=cache)
 
-    def kept(*, folders: tuple[str, ...] = (), exclude_folders: tuple[str, ...] = ()) -> list[str]:
+    def stored(*, folders: tuple[str, ...] = (), exclude_folders: tuple[str, ...] = ()) -> list[str]:
         selection = PhotoSelection(
             folders=tuple(map(Path, folders)), exclude_folders=tuple(map(Path, exclude_folders))
         )
         return names_of(PhotoLibrary(day, cache=cache, selection=selection))
 
-    assert kept(folders=("a",)) == ["a/noon.jpg", "a/undated.jpg", "a/unknown.jpg"]
-    assert kept(exclude_folders=("a",)) == ["anna/undated.jpg", "b/midnight.jpg", "b/six.jpg"]
-    assert kept(folders=("a/", "./b"), exclude_folders=("b",)) == kept(folders=("a",))
-    assert kept(folders=(".",), exclude_folders=("B", "Anna")) == kept(folders=("a",))
-    assert kept(folders=("a",), exclude_folders=("a/noon.jpg",)) == ["a/undated.jpg", "a/unknown.jpg"]
+    assert stored(folders=("a",)) == ["a/noon.jpg", "a/undated.jpg", "a/unknown.jpg"]
+    assert stored(exclude_folders=("a",)) == ["anna/undated.jpg", "b/midnight.jpg", "b/six.jpg"]
+    assert stored(folders=("a/", "./b"), exclude_folders=("b",)) == stored(folders=("a",))
+    assert stored(folders=(".",), exclude_folders=("B", "Anna")) == stored(folders=("a",))
+    assert stored(folders=("a",), exclude_folders=("a/noon.jpg",)) == ["a/undated.jpg", "a/unknown.jpg"]
     for wrong in (
         {"folders": ("A",)},
         {"exclude_folders": (".",)},
         {"folders": ("a",), "exclude_folders": ("a",)},
     ):
         with pytest.raises(LibraryError, match="that may be used"):
-            kept(**wrong)
+            stored(**wrong)
     for outside in ("/etc", "..", "a/../../b", "~/Pictures"):
         for side in ({"folders": (outside,)}, {"exclude_folders": (outside,)}):
             with pytest.raises(LibraryError, match="a folder inside the library"):
-                kept(**side)
+                stored(**side)
 
 
-def test_what_lies_where_it_must_never_be_used_still_joins_what_was_taken_together(
-    day: Path, cache: Path
-) -> None:
-    """Fewer photos never make more units: noon and six are joined by a photo that is barred itself."""
+def test_excluded_photos_still_link_occasions(day: Path, cache: Path) -> None:
+    """Fewer photos never give more units: noon and six are linked by an excluded photo."""
     (day / "private").mkdir()
     (day / "a" / "three.jpg").rename(day / "private" / "three.jpg")
     scan_library(day, detector=FillsThePhoto(), cache=cache)
@@ -524,8 +522,8 @@ def test_what_lies_where_it_must_never_be_used_still_joins_what_was_taken_togeth
     assert len(occasions_of(library)) == 4
 
 
-def test_an_accent_may_be_written_in_one_sign_or_two(tmp_path: Path, cache: Path) -> None:
-    """A disk may hold `u` with two dots where the owner types `ü`."""
+def test_names_are_compared_after_unicode_normalisation(tmp_path: Path, cache: Path) -> None:
+    """A disk may store `u` with two dots where the owner types `ü`."""
     root = tmp_path / "photos"
     dated(root / unicodedata.normalize("NFD", "Müller") / "x.jpg", 100)
     dated(root / "y.jpg", 100)

@@ -1,4 +1,4 @@
-"""Which photos count as one: against a slow twin, against real photos, and at the borders of the rule."""
+"""Occasions: compared with a slow reference, with real photos, and at the limits of the rule."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def at(hours: float, place: tuple[float, float] | None = None) -> PhotoSignature
 
 
 def linked(one: PhotoSignature, other: PhotoSignature, rule: OccasionRule) -> bool:
-    """The rule for two photos, word for word; the distance by the haversine formula."""
+    """The rule for two photos, written out; the distance by the haversine formula."""
     if one.content and one.content == other.content:
         return True
     if one.taken is not None and other.taken is not None:
@@ -54,14 +54,14 @@ def linked(one: PhotoSignature, other: PhotoSignature, rule: OccasionRule) -> bo
 
 
 def span(photo: PhotoSignature) -> tuple[datetime, datetime]:
-    """Between when and when a dated photo was taken."""
+    """The time interval in which a dated photo was taken."""
     assert photo.taken is not None
     before, after = {"exact": (0, 0), "day": (0, 24), "utc": (12, 14)}[photo.date_precision]
     return photo.taken - timedelta(hours=before), photo.taken + timedelta(hours=after)
 
 
 def dated(taken: datetime | None, precision: Precision, folder: Path, place, fingerprint, content):
-    """A photo whose precision goes with its date."""
+    """A photo whose date has this precision."""
     known = precision if taken is not None else ("unreadable" if precision == "unreadable" else "exact")
     return PhotoSignature(
         folder=folder,
@@ -80,7 +80,7 @@ def km(one: tuple[float, float], other: tuple[float, float]) -> float:
 
 
 def slowly(shots: list[PhotoSignature], rule: OccasionRule) -> list[int]:
-    """Spread from each photo along links, one pair at a time."""
+    """Traversal along links from each photo, one pair at a time."""
     groups = [-1] * len(shots)
     for start in range(len(shots)):
         if groups[start] >= 0:
@@ -123,12 +123,12 @@ LIBRARIES = st.lists(SHOTS, max_size=14)
 
 @settings(deadline=None, max_examples=300)
 @given(LIBRARIES, RULES)
-def test_the_occasions_are_those_of_the_slow_twin(shots: list[PhotoSignature], rule: OccasionRule) -> None:
+def test_the_occasions_equal_the_slow_reference(shots: list[PhotoSignature], rule: OccasionRule) -> None:
     assert group(shots, rule).tolist() == slowly(shots, rule)
 
 
-def test_a_larger_library_than_one_block_of_comparisons_agrees_with_the_twin() -> None:
-    """Seven hundred photos of every kind, so that links cross the borders of blocks."""
+def test_a_library_larger_than_one_block_equals_the_slow_reference() -> None:
+    """Seven hundred photos of every kind, so that links cross blocks."""
     rng = np.random.default_rng(0)
     shots = [
         PhotoSignature(
@@ -146,10 +146,10 @@ def test_a_larger_library_than_one_block_of_comparisons_agrees_with_the_twin() -
 
 @settings(deadline=None, max_examples=200)
 @given(LIBRARIES, RULES)
-def test_without_one_whole_occasion_the_others_are_what_they_were(
+def test_removing_one_occasion_leaves_the_others_unchanged(
     shots: list[PhotoSignature], rule: OccasionRule
 ) -> None:
-    """The theorem: libraries that differ by one occasion are neighbours, whichever occasion it is."""
+    """The theorem: libraries that differ by one occasion are neighbours, for any occasion."""
     groups = group(shots, rule)
     for gone in range(int(groups.max(initial=-1)) + 1):
         left = [shot for shot, number in zip(shots, groups, strict=True) if number != gone]
@@ -158,7 +158,7 @@ def test_without_one_whole_occasion_the_others_are_what_they_were(
 
 @settings(deadline=None, max_examples=200)
 @given(LIBRARIES, SHOTS, RULES)
-def test_one_photo_more_merges_occasions_and_parts_none(
+def test_one_photo_more_only_merges_occasions(
     shots: list[PhotoSignature], more: PhotoSignature, rule: OccasionRule
 ) -> None:
     before, after = group(shots, rule), group([*shots, more], rule)
@@ -181,13 +181,13 @@ def test_no_photos_have_no_occasions() -> None:
     assert group([]).shape == (0,) and group([]).dtype == np.int64
 
 
-def test_the_gap_counts_to_the_second() -> None:
+def test_the_gap_is_exact_to_the_second() -> None:
     second = 1 / 3600
     assert group([at(0), at(4)]).tolist() == [0, 0]
     assert group([at(0), at(4 + second)]).tolist() == [0, 1]
 
 
-def test_midnight_parts_nothing() -> None:
+def test_midnight_does_not_split_an_occasion() -> None:
     assert group([at(11.9), at(12.1)]).tolist() == [0, 0]
 
 
@@ -202,7 +202,7 @@ def test_two_places_at_once_are_two_occasions_unless_a_photo_without_a_place_joi
     assert set(group([*both, at(1.5)])) == {0}
 
 
-def test_the_reach_counts_in_kilometres_also_across_the_date_line() -> None:
+def test_the_radius_is_in_kilometres_also_across_the_date_line() -> None:
     """From Paris to Versailles it is 17.9 km; a fiftieth of a degree at the equator is 2.2 km."""
     assert group([at(0, PARIS), at(0, VERSAILLES)], OccasionRule(radius_km=17.5)).tolist() == [0, 1]
     assert group([at(0, PARIS), at(0, VERSAILLES)], OccasionRule(radius_km=18.5)).tolist() == [0, 0]
@@ -211,15 +211,15 @@ def test_the_reach_counts_in_kilometres_also_across_the_date_line() -> None:
     assert group([at(0, (0.0, 0.5)), at(0, (0.0, -179.5))], OccasionRule(radius_km=20_100)).tolist() == [0, 0]
 
 
-def test_undated_photos_of_one_folder_count_together_unless_the_rule_lets_them_stand_alone() -> None:
+def test_undated_photos_of_one_folder_are_one_occasion_by_default() -> None:
     shots = [PhotoSignature(folder=Path(name)) for name in ("a", "b", "a", "a/b")]
     assert group(shots).tolist() == [0, 1, 0, 2]
     assert group(shots, ALONE).tolist() == [0, 1, 2, 3]
     assert group([PhotoSignature(folder=HERE), at(0)]).tolist() == [0, 1]
 
 
-def test_a_photo_whose_date_cannot_be_read_counts_with_all_of_its_folder() -> None:
-    """Nothing says that it was not taken with any of them; photos of other folders are left alone."""
+def test_a_photo_with_an_unreadable_date_is_linked_with_its_folder() -> None:
+    """It may have been taken with any of them; photos of other folders are not linked."""
     unknown = PhotoSignature(folder=HERE, date_precision="unreadable")
     elsewhere = [PhotoSignature(folder=Path("there")), replace(at(500), folder=Path("there"))]
     shots = [at(0), at(100), PhotoSignature(folder=HERE), *elsewhere]
@@ -228,7 +228,7 @@ def test_a_photo_whose_date_cannot_be_read_counts_with_all_of_its_folder() -> No
     assert group([*shots, unknown], ALONE).tolist() == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_photo_of_which_only_the_day_is_known_counts_with_the_whole_day() -> None:
+def test_a_photo_with_only_a_day_is_linked_with_the_whole_day() -> None:
     """Noon of the first of June; the day ends twelve hours later, and the gap is four hours."""
     day = PhotoSignature(folder=HERE, taken=NOON - timedelta(hours=12), date_precision="day", place=LYON)
     for hours, together in ((0, True), (16, True), (-16, True), (16.01, False), (-16.01, False)):
@@ -243,23 +243,23 @@ def test_files_of_equal_bytes_are_one_occasion_also_without_a_fingerprint() -> N
     assert group([*shots, at(200)]).tolist() == [0, 0, 1]
 
 
-def test_photos_that_are_alike_are_one_occasion_whatever_their_dates() -> None:
-    """Ten bits apart of 128 is alike, eleven is not, wherever in the fingerprint they lie."""
+def test_similar_photos_are_one_occasion_whatever_their_dates() -> None:
+    """Ten of 128 bits apart is similar, eleven is not, at any position."""
     for bits in (range(10), range(60, 70), range(118, 128)):
         shots = [replace(at(0), fingerprint=bytes(16)), replace(at(999), fingerprint=flipped(list(bits)))]
         assert group(shots).tolist() == [0, 0]
         assert group(shots, OccasionRule(max_fingerprint_distance=9)).tolist() == [0, 1]
 
 
-def test_many_photos_at_one_time_and_place_do_not_take_memory_by_the_square() -> None:
-    """Six thousand photos, all linked: eighteen million links, kept two million at most."""
+def test_many_photos_at_one_time_and_place_do_not_need_quadratic_memory() -> None:
+    """Six thousand photos, all linked: eighteen million links, at most two million in memory."""
     rng = np.random.default_rng(1)
     party = [at(0, tuple(rng.normal(PARIS, 0.001))) for _ in range(6000)]
     assert set(group(party)) == {0}
 
 
 def blobs(seed: int, height: int = 300, width: int = 400) -> np.ndarray:
-    """A picture with light and dark in it, float (h, w, 3) in 0..255."""
+    """An image with bright and dark regions, float (h, w, 3) in 0..255."""
     rng = np.random.default_rng(seed)
     down, across = np.mgrid[0:height, 0:width] / height
     light = np.zeros((height, width))
@@ -270,9 +270,9 @@ def blobs(seed: int, height: int = 300, width: int = 400) -> np.ndarray:
 
 
 def print_of(pixels: np.ndarray) -> bytes:
-    made = fingerprint(np.asarray(pixels.round(), dtype=np.uint8))
-    assert made is not None and len(made) == 16
-    return made
+    generated = fingerprint(np.asarray(pixels.round(), dtype=np.uint8))
+    assert generated is not None and len(generated) == 16
+    return generated
 
 
 def apart(one: bytes, other: bytes) -> int:
@@ -295,8 +295,8 @@ def test_a_burst_without_dates_is_one_occasion_and_another_motif_is_not() -> Non
     assert group([*shots, other]).tolist() == [0, 0, 0, 0, 0, 1]
 
 
-def test_a_fingerprint_says_where_brightness_rises() -> None:
-    """Light in the middle: up on the left, down on the right, and the same from top to bottom."""
+def test_a_fingerprint_encodes_where_brightness_rises() -> None:
+    """Light in the centre: up on the left, down on the right, and the same from top to bottom."""
     down, across = np.mgrid[-1:1:90j, -1:1:90j]
     hill = np.repeat((200 * np.exp(-(down**2) - across**2))[:, :, None], 3, axis=2)
     bits = np.unpackbits(np.frombuffer(print_of(hill), dtype=np.uint8)).reshape(2, 8, 8)
@@ -304,14 +304,14 @@ def test_a_fingerprint_says_where_brightness_rises() -> None:
     assert (bits[1, :4] == 1).all() and (bits[1, 4:] == 0).all()
 
 
-def test_cells_share_the_pixels_that_they_cut() -> None:
-    """A picture and the same enlarged by a whole factor have equal cells, whatever does not divide."""
+def test_cells_share_the_pixels_on_their_borders() -> None:
+    """An image and the same enlarged by an integer factor have equal cells, for any size."""
     small = blobs(5, 61, 47).round()
     assert print_of(small) == print_of(small.repeat(7, axis=0).repeat(7, axis=1))
 
 
 @pytest.mark.parametrize("what", ["black", "white", "wall", "sky", "noise in the dark", "one pixel"])
-def test_a_picture_that_shows_nothing_clear_has_no_fingerprint_and_glues_nothing(what: str) -> None:
+def test_a_picture_without_contrast_has_no_fingerprint_and_links_nothing(what: str) -> None:
     rng = np.random.default_rng(6)
     pixels = {
         "black": np.zeros((300, 400, 3)),
@@ -324,8 +324,8 @@ def test_a_picture_that_shows_nothing_clear_has_no_fingerprint_and_glues_nothing
     assert fingerprint(pixels.round().astype(np.uint8)) is None
 
 
-def test_two_lamps_in_the_dark_are_not_one_picture() -> None:
-    """The darkest pictures that still have a fingerprint: a spot each, in different corners."""
+def test_two_dark_pictures_with_different_spots_are_not_similar() -> None:
+    """The darkest images that still have a fingerprint: a spot each, in different corners."""
     prints = []
     for top, left in ((50, 60), (170, 230)):
         dark = np.zeros((300, 400, 3))
@@ -346,7 +346,7 @@ PORTRAITS = (
 
 
 @pytest.mark.parametrize("name", PORTRAITS)
-def test_a_smaller_or_worse_copy_of_a_real_photo_is_alike(shared: Path, name: str) -> None:
+def test_a_smaller_or_worse_copy_of_a_real_photo_is_similar(shared: Path, name: str) -> None:
     path = shared / "data" / "library" / "people" / name
     whole = read_photo(path, longest_side=800).pixels
     copies = [read_photo(path, longest_side=max(whole.shape) // 3).pixels, jpeg_round_trip(whole, 30)]
@@ -356,15 +356,15 @@ def test_a_smaller_or_worse_copy_of_a_real_photo_is_alike(shared: Path, name: st
     assert None not in prints and set(group(shots)) == {0}
 
 
-def test_different_real_photos_are_not_alike(shared: Path) -> None:
+def test_different_real_photos_are_not_similar(shared: Path) -> None:
     people = shared / "data" / "library" / "people"
     prints = [fingerprint(read_photo(people / name, longest_side=800).pixels) for name in PORTRAITS]
     shots = [PhotoSignature(folder=HERE, fingerprint=one) for one in prints]
     assert None not in prints and group(shots, ALONE).tolist() == list(range(len(PORTRAITS)))
 
 
-def test_1400_portraits_of_strangers_are_1400_occasions(shared: Path) -> None:
-    """No link among 979,300 pairs, though all are one face in the middle of a small square."""
+def test_1400_portraits_of_different_people_are_1400_occasions(shared: Path) -> None:
+    """No link among 979,300 pairs, though each is one face in the centre of a small square."""
     faces = sorted((shared / "data" / "faces" / "fairface_eval128").glob("*.jpg"))
     prints = [fingerprint(read_photo(path).pixels) for path in faces]
     assert len(faces) == 1400 and None not in prints
@@ -382,6 +382,6 @@ def test_1400_portraits_of_strangers_are_1400_occasions(shared: Path) -> None:
         ({"undated": "together"}, "by-folder"),
     ],
 )
-def test_a_rule_says_what_is_wrong_with_it(wrong: dict, words: str) -> None:
+def test_errors_in_a_rule_are_reported(wrong: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         OccasionRule(**wrong)

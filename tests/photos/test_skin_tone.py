@@ -1,4 +1,4 @@
-"""Skin tone from pixels: published numbers reproduce, and drawn faces with known tone are read correctly."""
+"""Skin tone from pixels: published numbers are reproduced, and the known tone of synthetic faces is recovered."""
 
 from __future__ import annotations
 
@@ -101,18 +101,17 @@ def test_the_monk_value_of_a_swatch_is_its_number_and_between_swatches_its_place
     assert torch.allclose(monk_from_lab(lab_from_srgb(srgb_from_monk(tones))), tones, atol=0.02)
 
 
-def test_a_flat_picture_is_read_as_its_colour() -> None:
-    """Every patch has the same colour, whatever the size, also when the picture is an expanded view."""
+def test_a_uniform_image_has_the_tone_of_its_colour() -> None:
+    """Every patch has the same colour, at any size, also in an expanded view."""
     for size in (16, 32, 100):
         pictures = MONK_SWATCHES[[2, 7], :, None, None].expand(2, 3, size, size)
         assert measure_tone(pictures).monk.tolist() == approx([3, 8], abs=1e-3)
 
 
 @pytest.mark.parametrize("size", [32, 64])
-def test_under_neutral_light_the_reading_recovers_the_true_tone(size: int) -> None:
-    """On drawn faces of any shape, hair and pose: mean error 0.25 Monk units, mean difference below dE00 4.
-
-    Loosest among Monk 1 to 4, whose swatches lie close together; below 0.15 for the dark half.
+def test_under_neutral_light_the_estimate_recovers_the_true_tone(size: int) -> None:
+    """Synthetic faces of any shape, hair and pose: mean error 0.25 Monk units, mean difference below dE00 4. Largest
+    among Monk 1 to 4, whose swatches are close together; below 0.15 for the dark half.
     """
     faces = sample_faces(300, EVEN, torch.Generator().manual_seed(2))
     reading = measure_tone(render(neutral_light(faces), size))
@@ -124,8 +123,8 @@ def test_under_neutral_light_the_reading_recovers_the_true_tone(size: int) -> No
     assert reading.ita.shape == reading.monk.shape == (300,)
 
 
-def test_under_neutral_light_the_reading_rises_with_the_true_tone() -> None:
-    """One face in 19 tones: each step of half a Monk unit reads as a step in the same direction."""
+def test_under_neutral_light_the_estimate_rises_with_the_true_tone() -> None:
+    """One face in 19 tones: each step of half a Monk unit is a step in the same direction."""
     tones = torch.linspace(1, 10, 19)
     faces = replace(neutral_light(faces_from_normals(torch.zeros(19, NORMALS), EVEN)), tone=tones)
     reading = measure_tone(render(faces, 64))
@@ -133,8 +132,8 @@ def test_under_neutral_light_the_reading_rises_with_the_true_tone() -> None:
     assert bool((reading.ita.diff() < 0).all())
 
 
-def test_two_stops_less_light_read_as_a_darker_skin() -> None:
-    """The planted failure: ITA mixes skin with exposure, so an uncontrolled photo does not tell tone."""
+def test_two_stops_less_light_are_estimated_as_darker_skin() -> None:
+    """The planted failure: ITA includes exposure, so an uncontrolled photo does not determine tone."""
     faces = neutral_light(sample_faces(50, EVEN, torch.Generator().manual_seed(3)))
     bright = measure_tone(render(faces, 64))
     dim = measure_tone(render(replace(faces, exposure=faces.exposure - 2), 64))

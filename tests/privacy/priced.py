@@ -1,4 +1,4 @@
-"""Events and the closed form that prices are compared with, for the tests of accounting and of neighbours."""
+"""Events and the closed form that privacy costs are compared with, for the tests of accounting and adjacency."""
 
 from __future__ import annotations
 

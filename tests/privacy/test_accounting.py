@@ -1,4 +1,4 @@
-"""Prices against closed forms, and against figures published or measured elsewhere."""
+"""Privacy costs against closed forms, and against numbers published or measured elsewhere."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fedface.privacy.privacy_target import PrivacyTarget
 
 
 @pytest.mark.parametrize(("sigma", "delta"), [(0.3, 1e-5), (1.0, 1e-3), (1.0, 1e-8), (100.0, 1e-5)])
-def test_one_gaussian_costs_what_the_closed_form_says(sigma: float, delta: float) -> None:
+def test_one_gaussian_has_the_cost_of_the_closed_form(sigma: float, delta: float) -> None:
     bounds, exact = epsilon_of(gaussian(sigma), delta), analytic_epsilon(sigma, delta)
     assert bounds.lower <= exact * (1 + 1e-9) and exact <= bounds.upper * (1 + 1e-9)
     assert bounds.estimate == approx(exact, rel=1e-3)
@@ -41,12 +41,12 @@ def test_four_equal_gaussian_rounds_cost_as_much_as_one_with_half_the_noise() ->
     assert epsilon_of(unequal, 1e-5).upper == approx(epsilon_of(gaussian(1.0), 1e-5).upper, rel=1e-6)
 
 
-def test_sampling_everybody_is_no_sampling() -> None:
+def test_sampling_rate_one_is_no_sampling() -> None:
     everybody = epsilon_of(sampled(1.0, 1.0, 4), 1e-5).upper
     assert everybody == approx(epsilon_of(gaussian(0.5), 1e-5).upper, rel=1e-6)
 
 
-def test_one_sampled_gaussian_step_costs_what_the_mixture_says() -> None:
+def test_one_sampled_gaussian_step_has_the_cost_of_the_mixture() -> None:
     """delta(eps) of removing a unit, by quadrature of the two densities on a fine grid."""
     sigma, q, delta = 1.0, 0.2, 1e-5
     x = [i * 1e-3 - 12.0 for i in range(25_000)]
@@ -63,7 +63,7 @@ def test_one_sampled_gaussian_step_costs_what_the_mixture_says() -> None:
 
 
 @pytest.mark.parametrize(("steps", "epsilon"), [(10_000, 6.19), (1_000, 1.83)])
-def test_long_runs_cost_what_other_accountants_found(steps: int, epsilon: float) -> None:
+def test_long_runs_agree_with_other_accountants(steps: int, epsilon: float) -> None:
     bounds = epsilon_of(sampled(1.0, 0.01, steps), 1e-5)
     assert bounds.upper == approx(epsilon, abs=0.005)
     assert bounds.lower <= bounds.estimate <= bounds.upper
@@ -82,7 +82,9 @@ def test_long_runs_cost_what_other_accountants_found(steps: int, epsilon: float)
         (2.0, 0.02, 10_000, 0.1499173297, 1.0),
     ],
 )
-def test_published_prices_are_ours(sigma: float, q: float, steps: int, delta: float, epsilon: float) -> None:
+def test_published_costs_are_reproduced(
+    sigma: float, q: float, steps: int, delta: float, epsilon: float
+) -> None:
     """Tests of tensorflow/privacy (compute_dp_sgd_privacy_test.py, its PLD figures; for the third and fourth its
     sigma 2 halved by microbatches), and example and tests of DPBayes/PLD-Accountant (Koskela et al. 2020).
     """
@@ -123,35 +125,34 @@ def test_looser_published_bounds_lie_above_ours(sigma: float, q: float, steps: i
         compose([sampled(1.0, 0.1, 30), gaussian(5.0, 3), dp.LaplaceDpEvent(4.0)]),
     ],
 )
-def test_the_renyi_accountant_never_finds_less(event: dp.DpEvent) -> None:
-    """Its conversion is not tight, so that its epsilon lies above ours, by less than half here."""
+def test_the_renyi_accountant_is_never_lower(event: dp.DpEvent) -> None:
+    """Its conversion is not tight, so its epsilon is higher, by less than half here."""
     renyi = RdpAccountant().compose(event).get_epsilon(1e-5)
     bounds = epsilon_of(event, 1e-5)
     assert bounds.upper <= renyi < 1.5 * bounds.upper
 
 
 @pytest.mark.parametrize("epsilon", [0.5, 1.5, 3.0])
-def test_training_figures_and_statistics_together_cost_what_integration_over_all_three_says(
+def test_three_different_releases_agree_with_integration(
     epsilon: float,
 ) -> None:
-    """A sampled Gaussian, a Gaussian and a Laplace release: the hockey-stick, summed over a grid in three dimensions.
-
-    The unit is removed or added; the worse of both is the price.
+    """A sampled Gaussian, a Gaussian and a Laplace release: the hockey-stick divergence, summed over a grid in three
+    dimensions. The unit is removed or added; the larger cost counts.
     """
-    sigma, q, figures, scale = 0.8, 0.3, 1.5, 2.0
+    sigma, q, metrics, scale = 0.8, 0.3, 1.5, 2.0
     wide, narrow, kinked = (np.linspace(-low, high, count) for low, high, count in (
-        (7.0 * sigma, 7.0 * sigma + 1.0, 121), (7.0 * figures, 7.0 * figures + 1.0, 121), (40.0, 41.0, 406),
+        (7.0 * sigma, 7.0 * sigma + 1.0, 121), (7.0 * metrics, 7.0 * metrics + 1.0, 121), (40.0, 41.0, 406),
     ))  # fmt: skip
-    without = [norm.pdf(wide, 0, sigma), norm.pdf(narrow, 0, figures), laplace.pdf(kinked, 0, scale)]
+    without = [norm.pdf(wide, 0, sigma), norm.pdf(narrow, 0, metrics), laplace.pdf(kinked, 0, scale)]
     mixture = (1 - q) * norm.pdf(wide, 0, sigma) + q * norm.pdf(wide, 1, sigma)
-    with_unit = [mixture, norm.pdf(narrow, 1, figures), laplace.pdf(kinked, 1, scale)]
+    with_unit = [mixture, norm.pdf(narrow, 1, metrics), laplace.pdf(kinked, 1, scale)]
     cell = math.prod(axis[1] - axis[0] for axis in (wide, narrow, kinked))
     p, r = (np.einsum("i,j,k->ijk", *densities) for densities in (with_unit, without))
     truth = (
         max((p - math.exp(epsilon) * r).clip(min=0).sum(), (r - math.exp(epsilon) * p).clip(min=0).sum())
         * cell
     )
-    event = compose([sampled(sigma, q, 1), gaussian(figures), dp.LaplaceDpEvent(scale)])
+    event = compose([sampled(sigma, q, 1), gaussian(metrics), dp.LaplaceDpEvent(scale)])
     assert epsilon_of(event, float(truth)).estimate == approx(epsilon, abs=3e-3)
 
 
@@ -161,7 +162,7 @@ def test_ten_rounds_compose_to_less_than_their_sum() -> None:
     assert sum(epsilon_of(r, 1e-5).upper for r in rounds) == approx(7.18, abs=0.01)
 
 
-def test_nothing_costs_nothing_and_no_noise_costs_everything() -> None:
+def test_no_release_costs_zero_and_no_noise_costs_infinity() -> None:
     assert epsilon_of(compose([]), 1e-5).upper == 0.0
     assert epsilon_of(compose([gaussian(1.0), dp.NonPrivateDpEvent()]), 1e-5).lower == math.inf
     assert epsilon_of(dp.GaussianDpEvent(0.0), 1e-5).lower == math.inf
@@ -186,7 +187,7 @@ def test_one_laplace_release_costs_the_inverse_of_its_scale() -> None:
         gaussian(1.0, 10**12),
     ],
 )
-def test_what_cannot_be_priced_is_refused(event: dp.DpEvent) -> None:
+def test_events_without_a_known_cost_are_refused(event: dp.DpEvent) -> None:
     with pytest.raises(PrivacyError):
         epsilon_of(event, 1e-5)
 
@@ -196,15 +197,15 @@ def test_what_cannot_be_priced_is_refused(event: dp.DpEvent) -> None:
     [sampled(0.005, 0.5, 100_000), sampled(0.0011, 0.9, 10**8), gaussian(1.0, 10**9), gaussian(0.002, 10**6)],
 )
 def test_a_loss_beyond_every_grid_is_infinite_and_no_error(event: dp.DpEvent) -> None:
-    """What a server asks for must end in a price, whatever it is."""
+    """Any request of a server must have a cost."""
     assert epsilon_of(event, 1e-5).upper == math.inf
     assert not within_budget(event, 1e6, 1e-5)
     assert reconstruction_success_bound(event, 0.1) == 1.0
 
 
 @pytest.mark.parametrize("sigma", [1e-300, 1e-4, 0.05, 1e5])
-def test_extreme_noise_is_priced_quickly(sigma: float) -> None:
-    """A server that asks for absurd noise must not be able to keep a device busy."""
+def test_the_cost_of_extreme_noise_is_computed_quickly(sigma: float) -> None:
+    """A server must not be able to keep a device busy with absurd parameters."""
     start = time.process_time()
     assert epsilon_of(sampled(sigma, 0.5, 100_000), 1e-5).upper >= 0.0
     assert time.process_time() - start < 10.0
@@ -214,7 +215,7 @@ def test_extreme_noise_is_priced_quickly(sigma: float) -> None:
     ("epsilon", "q", "steps"),
     [(1.0, 0.01, 1000), (10.0, 0.5, 20), (3.0, 1.0, 10), (0.05, 0.05, 100), (30.0, 0.2, 5)],
 )
-def test_calibrated_noise_keeps_the_promise_and_wastes_little(epsilon: float, q: float, steps: int) -> None:
+def test_calibrated_noise_meets_the_target_tightly(epsilon: float, q: float, steps: int) -> None:
     target = PrivacyTarget(epsilon=epsilon, delta=1e-5)
     sigma = calibrate_noise_multiplier(target, lambda s: sampled(s, q, steps))
     upper = epsilon_of(sampled(sigma, q, steps), target.delta).upper
@@ -228,14 +229,14 @@ def test_calibrated_noise_of_one_gaussian_is_the_analytic_one() -> None:
 
 
 @pytest.mark.parametrize(("sigma", "kappa"), [(0.7, 0.9), (1.0, 1 / 256), (1.0, 0.5), (4.0, 0.1)])
-def test_the_ceiling_of_one_gaussian_is_its_trade_off(kappa: float, sigma: float) -> None:
+def test_the_reconstruction_bound_of_one_gaussian_is_its_trade_off(kappa: float, sigma: float) -> None:
     """Hayes et al. (2023): Phi(Phi^-1(kappa) + 1/sigma)."""
     exact = float(norm.cdf(norm.ppf(kappa) + 1 / sigma))
     ceiling = reconstruction_success_bound(dp.GaussianDpEvent(sigma), kappa)
     assert exact - 1e-9 <= ceiling <= exact + 1e-4
 
 
-def test_ceilings_at_the_ends() -> None:
+def test_reconstruction_bounds_at_the_ends() -> None:
     assert reconstruction_success_bound(compose([]), 0.1) == 0.1
     assert reconstruction_success_bound(dp.NonPrivateDpEvent(), 0.1) == 1.0
     assert reconstruction_success_bound(sampled(1.0, 0.01, 1000), 1 / 256) == approx(0.013, abs=0.0005)
@@ -250,6 +251,6 @@ def test_an_event_survives_the_ledger() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '[{"kind":"magic","scale":1,"q":1,"count":1}]'])
-def test_text_that_is_no_event_is_refused(text: str) -> None:
+def test_invalid_event_text_is_refused(text: str) -> None:
     with pytest.raises(PrivacyError, match="not an event"):
         event_from_json(text)

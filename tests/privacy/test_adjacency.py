@@ -1,4 +1,6 @@
-"""Prices for neighbours of another kind: closed forms, published figures, and hockey-sticks added up point by point."""
+"""Privacy costs under other adjacency relations: closed forms, published numbers, and numerical hockey-stick
+divergences.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ def test_replacing_one_in_a_gaussian_sum_costs_what_half_the_noise_costs(sigma: 
     assert bounds.estimate == approx(exact, rel=1e-3)
 
 
-def test_doubled_sensitivity_costs_what_was_published() -> None:
+def test_doubled_sensitivity_has_the_published_cost() -> None:
     """TensorFlow Privacy's test of microbatches, which double the sensitivity: two passes, sigma 0.7, PLD 24.716."""
     assert epsilon_of(replace_one_event(gaussian(0.7, 2)), DELTA).upper == approx(24.7160779, abs=1e-3)
 
@@ -46,7 +48,7 @@ def test_doubled_sensitivity_costs_what_was_published() -> None:
         (2.0, 0.02, 1.0, 0.5113118822),
     ],
 )
-def test_replacing_one_in_sampled_steps_costs_what_the_fourier_accountant_found(
+def test_replacing_one_in_sampled_steps_agrees_with_the_fourier_accountant(
     sigma: float, q: float, epsilon: float, delta: float
 ) -> None:
     """10,000 steps under the substitute relation: example and tests of DPBayes/PLD-Accountant (Koskela et al. 2020)."""
@@ -55,29 +57,29 @@ def test_replacing_one_in_sampled_steps_costs_what_the_fourier_accountant_found(
     assert bounds.lower <= epsilon
 
 
-def fixed_size_price(sigma: float, steps: int) -> float:
+def fixed_size_cost(sigma: float, steps: int) -> float:
     """Batches of a fixed size under replace one; sigma is noise / distance that one replacement moves the sum."""
     step = dp.SampledWithoutReplacementDpEvent(10_000, 100, dp.GaussianDpEvent(sigma))
     accountant = RdpAccountant(neighboring_relation=dp.NeighboringRelation.REPLACE_ONE)
     return float(accountant.compose(dp.SelfComposedDpEvent(step, steps)).get_epsilon(DELTA))
 
 
-def test_which_sampler_and_which_noise_the_figures_for_replace_one_belong_to() -> None:
+def test_published_numbers_for_replace_one_by_sampler_and_noise() -> None:
     """Rate 0.01, noise as long as the clip norm, replace one: three samplers, and what only half the noise buys.
 
     13.2 for 10,000 fixed-size steps and 21.0 for 1,000 are Renyi bounds of two mechanisms: a replacement moves a sum
     by twice the clip norm, so noise as long as the clip norm is sigma 0.5 there; the first has twice that noise.
     """
-    assert fixed_size_price(1.0, 10_000) == approx(13.2, abs=0.1)  # noise twice the clip norm
-    assert fixed_size_price(0.5, 1_000) == approx(21.0, abs=0.1)  # noise as long as the clip norm
+    assert fixed_size_cost(1.0, 10_000) == approx(13.2, abs=0.1)  # noise twice the clip norm
+    assert fixed_size_cost(0.5, 1_000) == approx(21.0, abs=0.1)  # noise as long as the clip norm
     poisson = epsilon_of(replace_one_event(sampled(1.0, 0.01, 1_000)), DELTA)
     assert poisson.upper == approx(2.843, abs=0.005)  # the same noise; ours, with secret coins
     everybody = epsilon_of(replace_one_event(gaussian(1.0, 1_000)), DELTA)
     assert everybody.lower > 2_000  # the mean loss, half of (2 sqrt(1,000) / sigma)^2
-    assert poisson.upper < fixed_size_price(0.5, 1_000) < everybody.lower
+    assert poisson.upper < fixed_size_cost(0.5, 1_000) < everybody.lower
 
 
-def test_no_fixed_size_sampler_is_taken_for_coins() -> None:
+def test_fixed_size_sampling_is_not_accounted_as_poisson_sampling() -> None:
     step = dp.SampledWithoutReplacementDpEvent(10_000, 100, dp.GaussianDpEvent(1.0))
     with pytest.raises(PrivacyError, match="SampledWithoutReplacement"):
         replace_one_event(step)
@@ -88,17 +90,17 @@ def test_no_fixed_size_sampler_is_taken_for_coins() -> None:
     sigma=st.floats(0.4, 5.0),
     q=st.floats(0.002, 1.0),
     steps=st.integers(1, 30),
-    told=st.sampled_from(UNITS),
-    wanted=st.sampled_from(UNITS),
+    reported=st.sampled_from(UNITS),
+    expected=st.sampled_from(UNITS),
 )
-def test_no_unit_ever_sees_less_than_the_one_that_was_promised(
-    sigma: float, q: float, steps: int, told: Unit, wanted: Unit
+def test_converting_to_another_unit_never_lowers_the_cost(
+    sigma: float, q: float, steps: int, reported: Unit, expected: Unit
 ) -> None:
-    """A coarser promise is never cheaper for what it holds, and a finer one promises nothing."""
+    """A coarser guarantee is never cheaper for the units within, and a finer one guarantees nothing."""
     event = compose([sampled(sigma, q, steps), gaussian(3.0), dp.LaplaceDpEvent(4.0)])
-    seen = epsilon_of(convert_unit(event, source=told, target=wanted), DELTA)
+    seen = epsilon_of(convert_unit(event, source=reported, target=expected), DELTA)
     assert seen.upper >= epsilon_of(event, DELTA).upper * (1 - 1e-3)
-    assert math.isfinite(seen.upper) == covers(told, wanted)
+    assert math.isfinite(seen.upper) == covers(reported, expected)
 
 
 def hockey_stick(
@@ -134,7 +136,7 @@ inside = st.builds(
     q=st.floats(0.02, 1.0),
     epsilon=st.floats(0.0, 3.0),
 )
-def test_a_photo_of_an_occasion_of_two_is_hidden_as_well_as_we_say(
+def test_the_cost_of_a_photo_in_an_occasion_is_an_upper_bound(
     before: np.ndarray, after: np.ndarray, sigma: float, q: float, epsilon: float
 ) -> None:
     """One sampled step on an occasion whose clipped gradient is `before` with a photo and `after` without it."""
@@ -147,15 +149,15 @@ def test_a_photo_of_an_occasion_of_two_is_hidden_as_well_as_we_say(
 
 
 @pytest.mark.parametrize(("sigma", "q", "epsilon"), [(0.6, 0.1, 1.0), (1.0, 0.5, 0.5), (2.0, 0.05, 0.02)])
-def test_opposite_gradients_reach_the_price(sigma: float, q: float, epsilon: float) -> None:
-    """Nothing is wasted: for a = -b of full length our bound is the truth."""
+def test_opposite_gradients_reach_the_bound(sigma: float, q: float, epsilon: float) -> None:
+    """For a = -b of full norm the bound is tight."""
     ahead, behind = np.array([0.6, 0.8]), np.array([-0.6, -0.8])
     truth = hockey_stick([(1 - q, ZERO), (q, ahead)], [(1 - q, ZERO), (q, behind)], sigma, epsilon)
     assert epsilon_of(replace_one_event(sampled(sigma, q, 1)), truth).upper == approx(epsilon, abs=2e-3)
 
 
-def test_a_photo_that_alone_holds_two_occasions_together_is_not_covered() -> None:
-    """With it there is one unit, without it two, each with its own coin: further apart than any one replacement."""
+def test_a_photo_that_alone_links_two_occasions_is_not_covered() -> None:
+    """With it there is one unit, without it two, each sampled separately: further apart than one replacement."""
     sigma, q, epsilon = 1.0, 0.5, 2.0
     ahead, behind = np.array([1.0, 0.0]), np.array([-1.0, 0.0])
     one = [(1 - q, ZERO), (q, ahead)]
@@ -164,14 +166,14 @@ def test_a_photo_that_alone_holds_two_occasions_together_is_not_covered() -> Non
     assert epsilon_of(replace_one_event(sampled(sigma, q, 1)), truth).upper < epsilon
 
 
-def test_a_replaced_laplace_release_costs_twice_as_much_and_claims_nothing_from_sampling() -> None:
+def test_a_replaced_laplace_release_costs_twice_as_much_without_amplification() -> None:
     """(2/b, 0): at delta the closed form is 2/b + 2 log(1 - delta)."""
     exact = 0.5 + 2 * math.log1p(-DELTA)
     for event in (dp.LaplaceDpEvent(4.0), dp.PoissonSampledDpEvent(0.1, dp.LaplaceDpEvent(4.0))):
         assert epsilon_of(replace_one_event(event), DELTA).estimate == approx(exact, abs=2e-4)
 
 
-def test_what_is_seen_survives_the_ledger_and_is_not_replaced_twice() -> None:
+def test_converted_events_survive_the_ledger_and_are_not_converted_twice() -> None:
     event = replace_one_event(compose([sampled(1.1, 0.3, 12), gaussian(2.0), dp.LaplaceDpEvent(3.0)]))
     text = event_to_json(event)
     assert event_to_json(event_from_json(text)) == text
@@ -180,6 +182,6 @@ def test_what_is_seen_survives_the_ledger_and_is_not_replaced_twice() -> None:
         replace_one_event(event)
 
 
-def test_without_a_promise_nobody_sees_less_than_everything() -> None:
+def test_without_dp_every_conversion_is_infinite() -> None:
     assert epsilon_of(replace_one_event(dp.NonPrivateDpEvent()), DELTA).lower == math.inf
     assert epsilon_of(replace_one_event(compose([])), DELTA).upper == 0.0

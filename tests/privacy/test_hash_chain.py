@@ -1,4 +1,4 @@
-"""A chain notices what was put back, with its head, its folder or its witness; and survives what power cuts leave."""
+"""A hash chain detects being rolled back, with its head, its folder or its witness, and survives power cuts."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Home:
         return Chain.open(self.path, witness=self.witness)
 
     def note(self, *words: str) -> None:
-        """Add a line for each word."""
+        """Add a record for each word."""
         for word in words:
             with self.open().write_transaction() as page:
                 page.append(word, {})
 
     def words(self) -> list[str]:
-        """What the chain says."""
+        """The content of the chain."""
         with self.open().read_transaction() as page:
             return [line.kind for line in page.records]
 
@@ -48,7 +48,7 @@ class Home:
         shutil.copytree(folder, copy)
         return copy
 
-    def put_back(self, folder: Path) -> None:
+    def restore(self, folder: Path) -> None:
         """Replace a folder by its copy."""
         shutil.rmtree(folder)
         shutil.copytree(self.folder / f"backup of {folder.name}", folder)
@@ -81,69 +81,69 @@ def test_an_exception_in_the_block_writes_nothing(home: Home) -> None:
     assert home.words() == ["a"]
 
 
-def test_the_whole_folder_put_back_is_noticed_by_the_witness(home: Home) -> None:
+def test_a_rolled_back_folder_is_detected_by_the_witness(home: Home) -> None:
     home.note("a")
     home.back_up(home.state)
     home.note("b")
-    home.put_back(home.state)
+    home.restore(home.state)
     with pytest.raises(LedgerError, match="rolled back"):
         home.open()
 
 
-def test_the_folder_put_back_is_noticed_even_by_who_does_not_name_the_witness(home: Home) -> None:
+def test_a_rolled_back_folder_is_detected_without_naming_the_witness(home: Home) -> None:
     """The head names it."""
     home.note("a")
     home.back_up(home.state)
     home.note("b")
-    home.put_back(home.state)
+    home.restore(home.state)
     with pytest.raises(LedgerError, match="rolled back"):
         Chain.open(home.path)
 
 
-def test_a_folder_put_back_to_before_the_witness_is_noticed_by_who_names_it(home: Home) -> None:
+def test_a_folder_rolled_back_to_before_the_witness_is_detected_by_naming_it(home: Home) -> None:
     with Chain.open(home.path).write_transaction() as page:
         page.append("a", {})
     home.back_up(home.state)
     home.note("b")
-    home.put_back(home.state)
+    home.restore(home.state)
     with pytest.raises(LedgerError, match="rolled back"):
         home.open()
 
 
-def test_without_a_witness_file_and_head_put_back_together_are_not_noticed(home: Home) -> None:
-    """The limit of what one folder can know about itself."""
+def test_without_a_witness_rolling_back_file_and_head_is_not_detected(home: Home) -> None:
+    """A single folder cannot detect it."""
     for word in ("a", "b"):
         with Chain.open(home.path).write_transaction() as page:
             page.append(word, {})
         if word == "a":
             home.back_up(home.state)
-    home.put_back(home.state)
+    home.restore(home.state)
     with Chain.open(home.path).read_transaction() as page:
         assert [line.kind for line in page.records] == ["a"]
 
 
-def test_everything_put_back_to_one_moment_is_not_noticed(home: Home) -> None:
-    """The limit of a witness: it must lie where no backup puts it back together with the chain."""
+def test_rolling_back_everything_is_not_detected(home: Home) -> None:
+    """The witness must be where no backup restores it together with the chain."""
     home.note("a")
     home.back_up(home.state)
     home.back_up(home.witness)
     home.note("b")
-    home.put_back(home.state)
-    home.put_back(home.witness)
+    home.restore(home.state)
+    home.restore(home.witness)
     assert home.words() == ["a"]
 
 
 def test_an_older_witness_is_brought_up_to_date(home: Home) -> None:
-    """A crash before the witness was written, or its disk put back: the chain holds all that it knows."""
+    """A crash before the witness was written, or its disk rolled back: the chain has all its records."""
     home.note("a")
     home.back_up(home.witness)
     home.note("b")
-    home.put_back(home.witness)
+    home.restore(home.witness)
     home.open()
     assert home.witness_file().read_text() == home.head.read_text()
 
 
-def test_a_folder_that_has_gone_does_not_begin_anew_beside_its_witness(home: Home) -> None:
+def test_a_missing_folder_is_not_created_anew_while_its_witness_exists(home: Home) -> None:
     home.note("a")
     shutil.rmtree(home.state)
     with pytest.raises(LedgerError, match="has gone"):
@@ -151,14 +151,14 @@ def test_a_folder_that_has_gone_does_not_begin_anew_beside_its_witness(home: Hom
     assert not home.path.exists()
 
 
-def test_a_folder_that_has_gone_before_anything_was_written_begins_anew(home: Home) -> None:
+def test_a_folder_that_was_never_written_is_created_anew(home: Home) -> None:
     home.open()
     shutil.rmtree(home.state)
     home.note("a")
     assert home.words() == ["a"]
 
 
-def test_a_file_emptied_beside_its_witness_is_noticed(home: Home) -> None:
+def test_an_emptied_file_is_detected_by_its_witness(home: Home) -> None:
     home.note("a")
     home.head.unlink()
     home.path.write_bytes(b"")
@@ -166,7 +166,7 @@ def test_a_file_emptied_beside_its_witness_is_noticed(home: Home) -> None:
         home.open()
 
 
-def test_a_missing_witness_stops_everything_and_says_what_to_do(home: Home) -> None:
+def test_a_missing_witness_is_an_error_with_instructions(home: Home) -> None:
     home.note("a")
     chain = home.open()
     shutil.rmtree(home.witness)
@@ -180,7 +180,7 @@ def test_a_missing_witness_stops_everything_and_says_what_to_do(home: Home) -> N
     assert not home.witness.exists()
 
 
-def test_a_witness_lost_for_good_is_begun_anew_as_the_error_says(home: Home) -> None:
+def test_a_lost_witness_is_replaced_as_the_error_explains(home: Home) -> None:
     home.note("a")
     shutil.rmtree(home.witness)
     home.head.write_text(home.head.read_text().splitlines()[0] + "\n")
@@ -188,7 +188,7 @@ def test_a_witness_lost_for_good_is_begun_anew_as_the_error_says(home: Home) -> 
     assert home.words() == ["a", "b"] and home.witness_file().read_text() == home.head.read_text()
 
 
-def test_another_witness_folder_is_taken_only_with_the_old_file(home: Home) -> None:
+def test_another_witness_folder_is_accepted_only_with_the_old_file(home: Home) -> None:
     home.note("a")
     with pytest.raises(LedgerError, match="Connect its disk"):
         Chain.open(home.path, witness=home.folder / "other")
@@ -198,15 +198,15 @@ def test_another_witness_folder_is_taken_only_with_the_old_file(home: Home) -> N
     Chain.open(home.path)
 
 
-def test_an_old_chain_begins_a_witness_when_it_is_opened_with_one(home: Home) -> None:
+def test_an_existing_chain_creates_a_witness_when_opened_with_one(home: Home) -> None:
     with Chain.open(home.path).write_transaction() as page:
         page.append("a", {})
     assert not home.witness.exists()
     assert home.words() == ["a"] and home.witness_file().read_text() == home.head.read_text()
 
 
-def test_a_rolled_back_chain_does_not_begin_a_witness(home: Home) -> None:
-    """Otherwise the witness would swear to the older state."""
+def test_a_rolled_back_chain_does_not_create_a_witness(home: Home) -> None:
+    """Otherwise the witness would confirm the older state."""
     for word in ("a", "b"):
         with Chain.open(home.path).write_transaction() as page:
             page.append(word, {})
@@ -228,7 +228,7 @@ def test_chains_share_a_witness_folder(home: Home) -> None:
 
 
 def test_a_copy_of_the_folder_has_no_witness_of_its_own(home: Home) -> None:
-    """Two copies of one book would sell the same photos twice."""
+    """Two copies of one ledger would spend the same budget twice."""
     home.note("a")
     copy = home.back_up(home.state)
     for witness in (home.witness, None):
@@ -242,7 +242,7 @@ def test_a_witness_in_the_chains_own_folder_is_refused(home: Home) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "\n", "3f9a", "0" * 64, '{"witness": null}'])
-def test_an_empty_torn_or_foreign_head_is_not_trusted(home: Home, content: str) -> None:
+def test_an_empty_truncated_or_foreign_head_is_not_trusted(home: Home, content: str) -> None:
     home.note("a")
     for place in (home.head, home.witness_file()):
         whole = place.read_text()
@@ -253,8 +253,8 @@ def test_an_empty_torn_or_foreign_head_is_not_trusted(home: Home, content: str) 
     assert home.words() == ["a"]
 
 
-def test_a_head_torn_at_any_byte_never_opens_an_older_file(home: Home) -> None:
-    """Cut within its first line it is damaged; cut later it still holds the newest digest."""
+def test_a_head_truncated_at_any_byte_never_accepts_an_older_file(home: Home) -> None:
+    """Truncated within its first line it is damaged; later it still has the newest digest."""
     home.note("a")
     older = home.path.read_bytes()
     home.note("b")
@@ -269,7 +269,7 @@ def test_a_head_torn_at_any_byte_never_opens_an_older_file(home: Home) -> None:
                     home.open()
 
 
-def test_a_draft_that_a_crash_left_is_no_head(home: Home) -> None:
+def test_a_draft_left_by_a_crash_is_not_a_head(home: Home) -> None:
     home.note("a")
     for place in (home.head, home.witness_file()):
         place.with_name(f"{place.name}.draft").write_text("tor")
@@ -277,10 +277,10 @@ def test_a_draft_that_a_crash_left_is_no_head(home: Home) -> None:
     assert home.words() == ["a", "b"]
 
 
-def test_a_head_is_on_disk_before_it_gets_its_name_and_its_folder_after(
+def test_a_head_is_synced_before_it_is_renamed_and_its_folder_after(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise a power cut could leave a name without a content, or the old name."""
+    """Otherwise a power cut could leave a name without content, or the old name."""
     home.note("a")
     done: list[str] = []
     sync, replace = os.fsync, os.replace
@@ -303,8 +303,8 @@ def test_a_head_is_on_disk_before_it_gets_its_name_and_its_folder_after(
     assert done == [*each[0], *each[1]]
 
 
-def test_a_line_whose_witness_cannot_be_written_is_not_reported_as_written(home: Home) -> None:
-    """A full or unplugged disk: the line may be in the chain, but its writer is told that it is not safe."""
+def test_a_record_whose_witness_cannot_be_written_is_not_confirmed(home: Home) -> None:
+    """A full or unplugged disk: the record may be in the chain, but its writer gets an error."""
     home.note("a")
     draft = home.witness_file().with_name(f"{home.witness_file().name}.draft")
     draft.mkdir()
@@ -326,7 +326,7 @@ def crash_while_writing(path: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_transaction_cut_short_by_a_crash_is_rolled_back(home: Home) -> None:
+def test_a_transaction_interrupted_by_a_crash_is_rolled_back(home: Home) -> None:
     home.note("a")
     size = home.path.stat().st_size
     process = multiprocessing.get_context("fork").Process(target=crash_while_writing, args=(home.path,))
@@ -340,8 +340,8 @@ def test_a_transaction_cut_short_by_a_crash_is_rolled_back(home: Home) -> None:
     assert home.words() == ["a", "b"]
 
 
-def test_a_crash_whose_rollback_file_was_lost_is_noticed(home: Home) -> None:
-    """What remains is half a transaction, which is no chain."""
+def test_a_crash_without_its_rollback_journal_is_detected(home: Home) -> None:
+    """What remains is half a transaction, which is not a chain."""
     home.note("a")
     process = multiprocessing.get_context("fork").Process(target=crash_while_writing, args=(home.path,))
     process.start()
@@ -351,7 +351,7 @@ def test_a_crash_whose_rollback_file_was_lost_is_noticed(home: Home) -> None:
         home.open()
 
 
-def test_a_clock_put_back_does_not_date_a_line_before_the_one_above(tmp_path: Path) -> None:
+def test_a_clock_set_back_does_not_date_a_record_before_the_previous_one(tmp_path: Path) -> None:
     times = [datetime(2031, 5, 1, 12, tzinfo=UTC) + timedelta(days=days) for days in (0, 3, -200, 2, 4)]
     for time in times:
         with Chain.open(tmp_path / "notes.db", now=lambda time=time: time).write_transaction() as page:
@@ -366,7 +366,7 @@ def test_a_clock_without_a_zone_is_refused(tmp_path: Path) -> None:
         page.append("a", {})
 
 
-def test_a_value_of_another_kind_is_an_alteration(home: Home) -> None:
+def test_a_value_of_another_type_is_a_modification(home: Home) -> None:
     home.note("a")
     sql = sqlite3.connect(home.path)
     sql.execute("DROP TRIGGER records_no_update")
@@ -377,7 +377,7 @@ def test_a_value_of_another_kind_is_an_alteration(home: Home) -> None:
         home.open()
 
 
-def test_all_files_are_for_their_owner_alone(home: Home) -> None:
+def test_all_files_are_private(home: Home) -> None:
     home.note("a")
     for file in (home.path, home.head, home.witness_file()):
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -385,7 +385,7 @@ def test_all_files_are_for_their_owner_alone(home: Home) -> None:
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-def test_a_draft_that_a_killed_process_left_does_not_open_the_head_to_others(home: Home) -> None:
+def test_a_draft_left_by_a_killed_process_keeps_the_head_private(home: Home) -> None:
     home.note("a")
     draft = home.head.with_name(f"{home.head.name}.draft")
     draft.write_text("half")

@@ -1,4 +1,4 @@
-"""The ledger loses nothing that it returned, sells nothing twice, and notices every change."""
+"""The ledger loses no confirmed record, spends nothing twice, and detects every change."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def file_of(tmp_path: Path) -> Path:
 
 def tamper(path: Path, *statements: str) -> None:
     """Change the file as its owner could, past the triggers."""
-    book = sqlite3.connect(path)
-    book.execute("DROP TRIGGER records_no_update")
-    book.execute("DROP TRIGGER records_no_delete")
+    database = sqlite3.connect(path)
+    database.execute("DROP TRIGGER records_no_update")
+    database.execute("DROP TRIGGER records_no_delete")
     for statement in statements:
-        book.execute(statement)
-    book.commit()
-    book.close()
+        database.execute(statement)
+    database.commit()
+    database.close()
 
 
 def test_a_new_ledger_has_spent_nothing(ledger: Ledger) -> None:
     assert ledger.entries() == [] and ledger.spent(DELTA).upper == 0.0
 
 
-def test_four_booked_rounds_cost_as_much_as_one_with_half_the_noise(ledger: Ledger) -> None:
+def test_four_recorded_rounds_cost_as_much_as_one_with_half_the_noise(ledger: Ledger) -> None:
     for round in range(4):
         ledger.record(EVENT, run="r", round=round)
     assert ledger.spent(DELTA).upper == approx(epsilon_of(dp.GaussianDpEvent(2.0), DELTA).upper, abs=1e-9)
@@ -54,14 +54,14 @@ def test_four_booked_rounds_cost_as_much_as_one_with_half_the_noise(ledger: Ledg
     assert ledger.rounds_recorded("r") == 4 and len(ledger.read().export()) == 4
 
 
-def test_a_booking_survives_closing_and_opening(ledger: Ledger, tmp_path: Path) -> None:
+def test_a_record_survives_closing_and_opening(ledger: Ledger, tmp_path: Path) -> None:
     entry = ledger.record(EVENT, run="r", round=0, metadata={"model": "abc"})
     again = Ledger.open(file_of(tmp_path))
     assert again.entries() == [entry]
     assert again.is_recorded("r", 0) and not again.is_recorded("r", 1) and not again.is_recorded("s", 0)
 
 
-def test_an_answered_round_is_booked_once_and_gives_the_same_bytes(ledger: Ledger, tmp_path: Path) -> None:
+def test_an_answered_round_is_recorded_once_and_gives_the_same_bytes(ledger: Ledger, tmp_path: Path) -> None:
     first = ledger.record(EVENT, run="r", round=0)
     ledger.store_reply("r", 0, b"payload")
     again = Ledger.open(file_of(tmp_path))
@@ -70,8 +70,8 @@ def test_an_answered_round_is_booked_once_and_gives_the_same_bytes(ledger: Ledge
     assert len(again.entries()) == 1
 
 
-def test_a_round_that_was_never_answered_is_booked_once(ledger: Ledger) -> None:
-    """A reply is kept before it is sent, so what has none never left: no release, nothing more to pay."""
+def test_an_unanswered_round_is_recorded_once(ledger: Ledger) -> None:
+    """A reply is stored before it is sent: without one nothing left, and there is nothing more to record."""
     first = ledger.record(EVENT, run="r", round=0)
     assert ledger.record(EVENT, run="r", round=0) == first
     budget = epsilon_of(EVENT, DELTA).upper + 1e-6
@@ -81,15 +81,15 @@ def test_a_round_that_was_never_answered_is_booked_once(ledger: Ledger) -> None:
     assert len(ledger.entries()) == 1
 
 
-def test_a_round_that_was_never_answered_is_booked_anew_for_another_release(ledger: Ledger) -> None:
-    """The booking of one model does not pay for another."""
+def test_an_unanswered_round_is_recorded_again_for_another_release(ledger: Ledger) -> None:
+    """The record of one model does not cover another."""
     ledger.record(EVENT, run="r", round=0, metadata={"model": "abc"})
     second = ledger.record(EVENT, run="r", round=0, metadata={"model": "xyz"})
     assert second.attempt == 2 and len(ledger.entries()) == 2
 
 
-def test_a_round_whose_reply_was_sent_and_dropped_is_booked_again(ledger: Ledger) -> None:
-    """Fresh noise on the same photos is a second release, in whatever order rounds are asked."""
+def test_a_round_whose_sent_reply_was_deleted_is_recorded_again(ledger: Ledger) -> None:
+    """New noise on the same photos is a second release, in any order of rounds."""
     for round in (7, 5):
         ledger.record(EVENT, run="r", round=round)
         ledger.store_reply("r", round, bytes([round]))
@@ -100,20 +100,20 @@ def test_a_round_whose_reply_was_sent_and_dropped_is_booked_again(ledger: Ledger
     assert ledger.load_reply("r", 7) == b"fresh"
 
 
-def test_one_booking_pays_for_one_answer_of_two_computed_side_by_side(ledger: Ledger) -> None:
-    """The slower of two computations under the dear booking is not sent on the cheap one that came since."""
-    dear = ledger.record(EVENT, run="r", round=7)
-    ledger.store_reply("r", 7, b"first", attempt=dear.attempt)
+def test_one_record_covers_one_of_two_concurrent_replies(ledger: Ledger) -> None:
+    """The slower of two computations, under the costly record, is not sent under the cheap one recorded since."""
+    costly = ledger.record(EVENT, run="r", round=7)
+    ledger.store_reply("r", 7, b"first", attempt=costly.attempt)
     ledger.record(EVENT, run="r", round=8)
     ledger.store_reply("r", 8, b"next")
     assert ledger.record(EVENT, run="r", round=7, metadata={"model": "xyz"}).attempt == 2
     with pytest.raises(LedgerError, match="answered already"):
-        ledger.store_reply("r", 7, b"second", attempt=dear.attempt)
+        ledger.store_reply("r", 7, b"second", attempt=costly.attempt)
     ledger.store_reply("r", 7, b"paid", attempt=2)
     assert ledger.load_reply("r", 7) == b"paid"
 
 
-def test_an_answered_round_cannot_be_asked_for_something_else(ledger: Ledger) -> None:
+def test_an_answered_round_cannot_be_reused_for_another_task(ledger: Ledger) -> None:
     ledger.record(EVENT, run="r", round=0, metadata={"model": "abc"})
     ledger.store_reply("r", 0, b"payload")
     with pytest.raises(LedgerError, match="different release"):
@@ -124,29 +124,29 @@ def test_an_answered_round_cannot_be_asked_for_something_else(ledger: Ledger) ->
         ledger.store_reply("r", 0, b"another payload")
 
 
-def test_a_reply_needs_a_booking(ledger: Ledger) -> None:
+def test_a_reply_needs_a_record(ledger: Ledger) -> None:
     with pytest.raises(LedgerError, match="never booked"):
         ledger.store_reply("r", 0, b"payload")
 
 
-def test_only_the_last_reply_of_a_run_is_kept(ledger: Ledger) -> None:
+def test_only_the_last_reply_of_a_run_is_stored(ledger: Ledger) -> None:
     for round in range(2):
         ledger.record(EVENT, run="r", round=round)
         ledger.store_reply("r", round, bytes([round]))
     assert ledger.load_reply("r", 0) is None and ledger.load_reply("r", 1) == b"\x01"
 
 
-def test_an_unknown_unit_is_not_booked(ledger: Ledger) -> None:
-    for book in (
+def test_an_unknown_unit_is_not_recorded(ledger: Ledger) -> None:
+    for record in (
         ledger.record,
         lambda *a, **k: ledger.record_within_budget(a[0], [Budget(epsilon=9, delta=DELTA)], **k),
     ):
         with pytest.raises(ValueError, match="unit must be one of"):
-            book(EVENT, run="r", round=0, metadata={"unit": "pixel"})
+            record(EVENT, run="r", round=0, metadata={"unit": "pixel"})
     assert ledger.entries() == []
 
 
-def test_dropped_replies_leave_no_bytes_and_are_booked_anew(ledger: Ledger, tmp_path: Path) -> None:
+def test_deleted_replies_leave_no_bytes_and_are_recorded_again(ledger: Ledger, tmp_path: Path) -> None:
     body = b"forty bytes of an update, easy to find.."
     for run in ("r", "s"):
         ledger.record(EVENT, run=run, round=0)
@@ -159,10 +159,8 @@ def test_dropped_replies_leave_no_bytes_and_are_booked_anew(ledger: Ledger, tmp_
     assert body not in file_of(tmp_path).read_bytes()
 
 
-def test_a_file_put_back_to_between_a_booking_and_its_answer_is_noticed(
-    ledger: Ledger, tmp_path: Path
-) -> None:
-    """Its chain is whole, but it would compute, with fresh noise, what has been sent already."""
+def test_a_file_rolled_back_to_before_its_reply_is_detected(ledger: Ledger, tmp_path: Path) -> None:
+    """Its chain is intact, but it would compute again, with new noise, what was already sent."""
     ledger.record(EVENT, run="r", round=0)
     between = file_of(tmp_path).read_bytes()
     ledger.store_reply("r", 0, b"payload")
@@ -174,10 +172,10 @@ def test_a_file_put_back_to_between_a_booking_and_its_answer_is_noticed(
 def test_a_file_of_another_format_is_refused_in_one_sentence(ledger: Ledger, tmp_path: Path) -> None:
     """Also by a session that was open when the file was replaced."""
     ledger.record(EVENT, run="r", round=0)
-    book = sqlite3.connect(file_of(tmp_path))
-    book.execute("PRAGMA user_version = 2")
-    book.commit()
-    book.close()
+    database = sqlite3.connect(file_of(tmp_path))
+    database.execute("PRAGMA user_version = 2")
+    database.commit()
+    database.close()
     for attempt in (lambda: Ledger.open(file_of(tmp_path)), ledger.entries):
         with pytest.raises(
             LedgerError, match="has format 2; this version of fedface reads ledgers of format 1 alone"
@@ -187,21 +185,21 @@ def test_a_file_of_another_format_is_refused_in_one_sentence(ledger: Ledger, tmp
 
 def test_a_database_of_something_else_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "index.sqlite"
-    book = sqlite3.connect(path)
-    book.execute("CREATE TABLE entries (number INTEGER PRIMARY KEY)")
-    book.commit()
-    book.close()
+    database = sqlite3.connect(path)
+    database.execute("CREATE TABLE entries (number INTEGER PRIMARY KEY)")
+    database.commit()
+    database.close()
     with pytest.raises(LedgerError, match="is another kind of file"):
         Ledger.open(path)
 
 
 def test_rows_cannot_be_changed_or_removed_by_sql(ledger: Ledger, tmp_path: Path) -> None:
     ledger.record(EVENT, run="r", round=0)
-    book = sqlite3.connect(file_of(tmp_path))
+    database = sqlite3.connect(file_of(tmp_path))
     for statement in ("UPDATE records SET content = '{}'", "DELETE FROM records"):
         with pytest.raises(sqlite3.IntegrityError, match="append only"):
-            book.execute(statement)
-    book.close()
+            database.execute(statement)
+    database.close()
 
 
 @pytest.mark.parametrize(
@@ -215,7 +213,7 @@ def test_rows_cannot_be_changed_or_removed_by_sql(ledger: Ledger, tmp_path: Path
         "DELETE FROM records",
     ],
 )
-def test_an_altered_file_is_not_opened(ledger: Ledger, tmp_path: Path, statement: str) -> None:
+def test_a_modified_file_is_not_opened(ledger: Ledger, tmp_path: Path, statement: str) -> None:
     for round in range(3):
         ledger.record(EVENT, run="r", round=round)
     tamper(file_of(tmp_path), statement)
@@ -225,7 +223,7 @@ def test_an_altered_file_is_not_opened(ledger: Ledger, tmp_path: Path, statement
         ledger.record(EVENT, run="r", round=3)
 
 
-def test_an_older_copy_of_the_file_is_noticed(ledger: Ledger, tmp_path: Path) -> None:
+def test_an_older_copy_of_the_file_is_detected(ledger: Ledger, tmp_path: Path) -> None:
     ledger.record(EVENT, run="r", round=0)
     older = file_of(tmp_path).read_bytes()
     ledger.record(EVENT, run="r", round=1)
@@ -251,7 +249,7 @@ def test_a_ledger_without_its_head_is_not_trusted(ledger: Ledger, tmp_path: Path
         Ledger.open(file_of(tmp_path))
 
 
-def test_rubbish_is_not_a_ledger(ledger: Ledger, tmp_path: Path) -> None:
+def test_random_bytes_are_not_a_ledger(ledger: Ledger, tmp_path: Path) -> None:
     file_of(tmp_path).write_bytes(os.urandom(5000))
     with pytest.raises(LedgerError):
         Ledger.open(file_of(tmp_path))

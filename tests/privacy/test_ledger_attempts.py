@@ -1,4 +1,4 @@
-"""A booking pays for three computations that were killed, and for no fourth."""
+"""One record covers three interrupted computations, and not a fourth."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def ledger(path: Path) -> Ledger:
 
 
 def limit_for(rounds: int) -> Budget:
-    """Exactly so many rounds, with room for one rounding."""
+    """A budget for exactly this many rounds, plus one rounding."""
     cost = epsilon_of(dp.SelfComposedDpEvent(EVENT, rounds), DELTA).upper
     return Budget(epsilon=cost + 1e-6, delta=DELTA)
 
 
 def killed(ledger: Ledger, limit: Budget = ROOM) -> int:
-    """Book and begin round 0 as a device does, and never answer; the attempt that paid."""
+    """Record and begin round 0 as a device does, without a reply; returns the attempt's record."""
     entry = ledger.record_within_budget(EVENT, [limit], run="r", round=0)
     ledger.record_attempt("r", 0, attempt=entry.attempt)
     return entry.attempt
 
 
-def test_three_killed_computations_are_free_and_the_next_three_are_booked_as_one_more(path: Path) -> None:
-    """Also if the device is started anew each time."""
+def test_three_killed_computations_are_free_and_the_next_three_are_one_more_record(path: Path) -> None:
+    """Also if the device is restarted each time."""
     assert FREE_ATTEMPTS == 3
     assert [killed(Ledger.open(path)) for _ in range(7)] == [1, 1, 1, 2, 2, 2, 3]
     ledger = Ledger.open(path)
@@ -52,8 +52,8 @@ def test_three_killed_computations_are_free_and_the_next_three_are_booked_as_one
     assert ledger.spent(DELTA) == epsilon_of(dp.SelfComposedDpEvent(EVENT, 3), DELTA)
 
 
-def test_without_limits_the_fourth_computation_is_booked_too(ledger: Ledger) -> None:
-    """`book` and `record_within_budget` agree on what is paid."""
+def test_without_budgets_the_fourth_computation_is_recorded_too(ledger: Ledger) -> None:
+    """`record` and `record_within_budget` agree."""
     attempts = []
     for _ in range(4):
         attempts.append(ledger.record(EVENT, run="r", round=0).attempt)
@@ -62,7 +62,7 @@ def test_without_limits_the_fourth_computation_is_booked_too(ledger: Ledger) -> 
 
 
 def test_repetitions_stop_where_the_budget_ends(ledger: Ledger) -> None:
-    """Room for two bookings: six computations, however often the device is asked."""
+    """A budget for two records: six computations, however often the device is asked."""
     assert [killed(ledger, limit_for(2)) for _ in range(6)] == [1, 1, 1, 2, 2, 2]
     for _ in range(2):
         with pytest.raises(PolicyRefusal, match="is already spent"):
@@ -75,8 +75,8 @@ def _computing(path: Path) -> None:
     os._exit(9)  # as the system kills: no exception, nothing tidied up
 
 
-def test_a_process_that_was_killed_has_left_its_count(path: Path) -> None:
-    """What was begun is on disk before a photo is opened."""
+def test_a_killed_process_has_recorded_its_attempt(path: Path) -> None:
+    """An attempt is on disk before a photo is opened."""
     for _ in range(4):
         process = get_context("fork").Process(target=_computing, args=(path,))
         process.start()
@@ -85,15 +85,15 @@ def test_a_process_that_was_killed_has_left_its_count(path: Path) -> None:
     assert [entry.attempt for entry in Ledger.open(path).entries()] == [1, 2]
 
 
-def test_asking_without_beginning_is_free(ledger: Ledger) -> None:
-    """A device that stops before it opens a photo has looked at none."""
+def test_a_request_without_an_attempt_is_free(ledger: Ledger) -> None:
+    """A device that stops before it opens a photo has read none."""
     for _ in range(9):
         assert ledger.record(EVENT, run="r", round=0).attempt == 1
 
 
 @pytest.mark.parametrize("tries", [1, 3])
-def test_a_round_that_was_answered_at_last_is_resent(ledger: Ledger, tries: int) -> None:
-    """The first or the last of its computations answered: nothing more is booked or begun."""
+def test_a_round_answered_after_interruptions_is_resent(ledger: Ledger, tries: int) -> None:
+    """The first or the last of its computations replied: nothing more is recorded."""
     for _ in range(tries):
         attempt = killed(ledger)
     ledger.store_reply("r", 0, b"payload", attempt=attempt)
@@ -105,8 +105,8 @@ def test_a_round_that_was_answered_at_last_is_resent(ledger: Ledger, tries: int)
     assert len(ledger.entries()) == 1
 
 
-def test_a_new_booking_has_computations_of_its_own_and_one_answer(ledger: Ledger) -> None:
-    """The fourth computation's answer is kept under the second booking."""
+def test_a_new_record_has_its_own_attempts_and_one_reply(ledger: Ledger) -> None:
+    """The fourth computation's reply is stored under the second record."""
     for _ in range(4):
         attempt = killed(ledger)
     ledger.store_reply("r", 0, b"payload", attempt=attempt)
@@ -115,7 +115,7 @@ def test_a_new_booking_has_computations_of_its_own_and_one_answer(ledger: Ledger
         ledger.store_reply("r", 0, b"late", attempt=1)
 
 
-def test_rounds_and_runs_are_counted_apart(ledger: Ledger) -> None:
+def test_rounds_and_runs_are_counted_separately(ledger: Ledger) -> None:
     for run, round in (("r", 0), ("r", 1), ("s", 0), ("r/metrics", 0)):
         for _ in range(3):
             entry = ledger.record_within_budget(EVENT, [ROOM], run=run, round=round)
@@ -123,15 +123,15 @@ def test_rounds_and_runs_are_counted_apart(ledger: Ledger) -> None:
     assert len(ledger.entries()) == 4
 
 
-def test_what_was_never_booked_is_not_begun(ledger: Ledger) -> None:
+def test_an_attempt_needs_a_record(ledger: Ledger) -> None:
     ledger.record(EVENT, run="r", round=0)
     for round, attempt in ((1, 1), (0, 2), (0, 0)):
         with pytest.raises(LedgerError, match="never booked"):
             ledger.record_attempt("r", round, attempt=attempt)
 
 
-def test_four_side_by_side_on_one_booking_are_three(ledger: Ledger) -> None:
-    """All have booked before the first begins; the one too many asks again and pays."""
+def test_of_four_concurrent_attempts_on_one_record_three_are_admitted(ledger: Ledger) -> None:
+    """All have a record before the first begins; the fourth is recorded again."""
     attempts = [ledger.record(EVENT, run="r", round=0).attempt for _ in range(4)]
     for attempt in attempts[:3]:
         ledger.record_attempt("r", 0, attempt=attempt)
@@ -151,27 +151,27 @@ def test_four_side_by_side_on_one_booking_are_three(ledger: Ledger) -> None:
         "DROP TABLE records",
     ],
 )
-def test_an_altered_count_is_noticed(ledger: Ledger, path: Path, statement: str) -> None:
-    """Whoever opens the file or asks for one more."""
+def test_a_modified_count_is_detected(ledger: Ledger, path: Path, statement: str) -> None:
+    """On opening the file, and at the next attempt."""
     for _ in range(3):
         killed(ledger)
-    book = sqlite3.connect(path)
+    database = sqlite3.connect(path)
     if not statement.startswith("DROP"):
         with pytest.raises(sqlite3.IntegrityError, match="append only"):
-            book.execute(statement)
-        book.execute("DROP TRIGGER records_no_update")
-        book.execute("DROP TRIGGER records_no_delete")
-    book.execute(statement)
-    book.commit()
-    book.close()
+            database.execute(statement)
+        database.execute("DROP TRIGGER records_no_update")
+        database.execute("DROP TRIGGER records_no_delete")
+    database.execute(statement)
+    database.commit()
+    database.close()
     with pytest.raises(LedgerError):
         Ledger.open(path).read()
     with pytest.raises(LedgerError):
         killed(ledger)
 
 
-def test_a_file_put_back_to_before_it_was_begun_is_noticed(ledger: Ledger, path: Path) -> None:
-    """Its chain is whole and nothing was answered, but it would begin for free once more."""
+def test_a_file_rolled_back_to_before_an_attempt_is_detected(ledger: Ledger, path: Path) -> None:
+    """Its chain is intact and nothing was sent, but the attempt would be free once more."""
     ledger.record(EVENT, run="r", round=0)
     before = path.read_bytes()
     for _ in range(3):

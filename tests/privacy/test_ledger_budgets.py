@@ -1,4 +1,4 @@
-"""Limits hold for life and in any period, per unit, whatever the clock does."""
+"""Budgets hold for life and in any period, per unit, whatever the clock does."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def ledger(tmp_path: Path) -> Ledger:
     return Ledger.open(tmp_path / "ledger.db")
 
 
-def test_a_budget_holds_and_the_refusal_says_asked_spent_and_allowed(ledger: Ledger) -> None:
+def test_a_budget_holds_and_the_refusal_has_requested_spent_and_allowed(ledger: Ledger) -> None:
     budget = epsilon_of(dp.GaussianDpEvent(2.0), DELTA).upper + 1e-6
     for round in range(4):
         ledger.record_within_budget(EVENT, [Budget(epsilon=budget, delta=DELTA)], run="r", round=round)
     with pytest.raises(PolicyRefusal) as refusal:
         ledger.record_within_budget(EVENT, [Budget(epsilon=budget, delta=DELTA)], run="r", round=4)
     asked = epsilon_of(EVENT, DELTA).upper
-    for figure in (f"asks for epsilon {asked:.3f}", f"{budget:.3f} of", f"of {budget:g}"):
-        assert figure in str(refusal.value)
+    for metric in (f"asks for epsilon {asked:.3f}", f"{budget:.3f} of", f"of {budget:g}"):
+        assert metric in str(refusal.value)
     assert len(ledger.entries()) == 4
 
 
 class Calendar:
-    """A clock that a test moves."""
+    """A clock that a test sets."""
 
     def __init__(self) -> None:
         self.today = datetime(2031, 5, 1, 12, 0, 0, 700_000, tzinfo=UTC)
@@ -49,7 +49,7 @@ class Calendar:
 
 
 def rounds_until_refused(ledger: Ledger, run: str, *limits: Budget) -> int:
-    """How many rounds are booked before one is refused."""
+    """The number of rounds recorded before one is refused."""
     for round in range(100):
         try:
             entry = ledger.record_within_budget(EVENT, limits, run=run, round=round)
@@ -60,28 +60,28 @@ def rounds_until_refused(ledger: Ledger, run: str, *limits: Budget) -> int:
 
 
 def cost_of(rounds: int) -> float:
-    """What that many rounds cost, with room for one rounding."""
+    """The cost of this many rounds, plus one rounding."""
     return epsilon_of(dp.SelfComposedDpEvent(EVENT, rounds), DELTA).upper + 1e-6
 
 
-def test_a_limit_of_thirty_days_frees_up_and_the_one_for_life_does_not(tmp_path: Path) -> None:
+def test_a_period_budget_frees_up_and_the_lifetime_budget_does_not(tmp_path: Path) -> None:
     """Three rounds in any 30 days, seven for life: 3 in the first month, 3 in the next, then 1, then none."""
     clock = Calendar()
     ledger = Ledger.open(tmp_path / "ledger.db", now=clock)
     monthly = Budget(epsilon=cost_of(3), delta=DELTA, days=30)
     lifelong = Budget(epsilon=cost_of(7), delta=DELTA)
-    booked = []
+    recorded = []
     for days in (0, 29, 31, 31, 365):
         clock.today += timedelta(days=days)
-        booked.append(rounds_until_refused(ledger, str(clock.today), lifelong, monthly))
-    assert booked == [3, 0, 3, 1, 0]
+        recorded.append(rounds_until_refused(ledger, str(clock.today), lifelong, monthly))
+    assert recorded == [3, 0, 3, 1, 0]
     shortfall = ledger.check_budget(EVENT, [monthly, lifelong], run_unit="photo")
     assert shortfall is not None and shortfall.budget == lifelong
     assert f"delta {format_delta(DELTA)}, per photo for life" in shortfall.describe()
 
 
 def test_a_period_ends_to_the_second(tmp_path: Path) -> None:
-    """An entry counts while it is at most 30 days old, by the seconds that it is dated in."""
+    """An entry counts while it is at most 30 days old, to the second."""
     clock = Calendar()
     ledger = Ledger.open(tmp_path / "ledger.db", now=clock)
     monthly = Budget(epsilon=cost_of(1), delta=DELTA, days=30)
@@ -97,8 +97,8 @@ def test_a_period_ends_to_the_second(tmp_path: Path) -> None:
     assert ledger.spent_against(monthly).upper > 0.0
 
 
-def test_a_clock_put_back_frees_nothing(tmp_path: Path) -> None:
-    """What is booked late stays late: otherwise a year back and forth would empty every period."""
+def test_a_clock_set_back_frees_nothing(tmp_path: Path) -> None:
+    """Otherwise a year back and forth would empty every period."""
     clock = Calendar()
     ledger = Ledger.open(tmp_path / "ledger.db", now=clock)
     monthly = Budget(epsilon=cost_of(2), delta=DELTA, days=30)
@@ -110,8 +110,8 @@ def test_a_clock_put_back_frees_nothing(tmp_path: Path) -> None:
     assert rounds_until_refused(ledger, "c", monthly) == 0
 
 
-def test_a_booking_left_unanswered_for_days_does_not_pay_in_a_later_period(tmp_path: Path) -> None:
-    """It would leave the period while the release that it paid for is still in it."""
+def test_an_old_record_without_a_reply_does_not_cover_a_later_period(tmp_path: Path) -> None:
+    """It would leave the period while the release that it covers is still in it."""
     clock = Calendar()
     ledger = Ledger.open(tmp_path / "ledger.db", now=clock)
     monthly = Budget(epsilon=cost_of(1), delta=DELTA, days=30)
@@ -128,7 +128,7 @@ def test_a_booking_left_unanswered_for_days_does_not_pay_in_a_later_period(tmp_p
     assert ledger.record_within_budget(EVENT, [lifelong], run="r", round=0).attempt == 2
 
 
-def test_nothing_is_released_without_a_limit(ledger: Ledger) -> None:
+def test_nothing_is_released_without_a_budget(ledger: Ledger) -> None:
     with pytest.raises(ValueError, match="at least one limit"):
         ledger.record_within_budget(EVENT, [], run="r", round=0)
     with pytest.raises(ValueError, match="at least one limit"):
@@ -137,7 +137,7 @@ def test_nothing_is_released_without_a_limit(ledger: Ledger) -> None:
 
 
 def test_a_run_per_occasion_costs_a_photo_as_much_as_half_the_noise(ledger: Ledger) -> None:
-    """A photo more or less changes its occasion's content: replace one, at most twice as far."""
+    """One photo changes its occasion's content: replace one, at most twice as far."""
     ledger.record(EVENT, run="r", round=0, metadata={"unit": "occasion"})
     half = epsilon_of(dp.GaussianDpEvent(2.0), DELTA)
     assert ledger.spent(DELTA) == half == epsilon_of(replace_one_event(EVENT), DELTA)
@@ -148,7 +148,7 @@ def test_a_run_per_occasion_costs_a_photo_as_much_as_half_the_noise(ledger: Ledg
 
 
 def test_a_run_per_photo_uses_up_every_budget_per_occasion(ledger: Ledger) -> None:
-    """Nothing is known of how many photos an occasion has."""
+    """The number of photos of an occasion is unknown."""
     per_occasion = Budget(epsilon=1e6, delta=DELTA, unit="occasion")
     shortfall = ledger.check_budget(EVENT, [per_occasion], run_unit="photo")
     assert shortfall is not None and shortfall.asked == shortfall.together == float("inf")
@@ -157,10 +157,10 @@ def test_a_run_per_photo_uses_up_every_budget_per_occasion(ledger: Ledger) -> No
     assert ledger.check_budget(EVENT, [per_occasion], run_unit="occasion") is None
 
 
-def test_nearly_free_releases_do_not_fill_the_disk_nor_slow_a_device_down_for_ever(
+def test_nearly_free_releases_do_not_fill_the_disk_or_slow_a_device_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A new run each time: the last sixteen answers are kept, and after so many kinds of noise it says no."""
+    """A new run each time: the last sixteen replies are stored, and after too many kinds of noise it refuses."""
     monkeypatch.setattr("fedface.privacy.spending.MAX_RELEASE_KINDS", 20)
     ledger = Ledger.open(tmp_path / "ledger.db")
     limit = Budget(epsilon=1.0, delta=DELTA)
@@ -169,8 +169,8 @@ def test_nearly_free_releases_do_not_fill_the_disk_nor_slow_a_device_down_for_ev
         for again in range(2):
             entry = ledger.record_within_budget(event, [limit], run=f"run-{number}-{again}", round=1)
             ledger.store_reply(entry.run, 1, b"x" * 1000, attempt=entry.attempt)
-    kept = [entry.run for entry in ledger.entries() if ledger.load_reply(entry.run, 1) is not None]
-    assert kept == [f"run-{number}-{again}" for number in range(12, 20) for again in range(2)]
+    stored = [entry.run for entry in ledger.entries() if ledger.load_reply(entry.run, 1) is not None]
+    assert stored == [f"run-{number}-{again}" for number in range(12, 20) for again in range(2)]
     assert {record.entry for record in ledger.read().records if isinstance(record, Answer)} == {
         entry.number for entry in ledger.entries()
     }

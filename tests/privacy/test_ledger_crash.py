@@ -1,4 +1,4 @@
-"""Processes that book side by side never overspend; a killed one loses no booking that it was told of."""
+"""Concurrent processes never overspend; a killed process loses no confirmed record."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ EVENT = dp.GaussianDpEvent(4.0)
 
 
 def budget_for(rounds: int, days: float | None = None) -> Budget:
-    """Exactly so many rounds, with room for one rounding."""
+    """A budget for exactly this many rounds, plus one rounding."""
     cost = epsilon_of(dp.SelfComposedDpEvent(EVENT, rounds), DELTA).upper
     return Budget(epsilon=cost + 1e-6, delta=DELTA, days=days)
 
 
-def book_all(path: Path, witness: Path, run: str, limits: list[Budget], said: Connection) -> None:
-    """Book rounds until the budget is used up, and say each digest once it was returned."""
+def record_all(path: Path, witness: Path, run: str, limits: list[Budget], result: Connection) -> None:
+    """Record rounds until the budget is used up, and send each digest once it was returned."""
     ledger = Ledger.open(path, witness)
     for round in range(100_000):
         try:
             entry = ledger.record_within_budget(EVENT, limits, run=run, round=round)
         except PolicyRefusal:
             break
-        said.send(entry.digest)
-    said.send("refused")
-    said.close()
+        result.send(entry.digest)
+    result.send("refused")
+    result.close()
 
 
 def booker(folder: Path, run: str, *limits: Budget) -> tuple[BaseProcess, Connection]:
     context = multiprocessing.get_context("fork")
-    heard, said = context.Pipe(duplex=False)
+    heard, result = context.Pipe(duplex=False)
     process = context.Process(
-        target=book_all, args=(folder / "state" / "ledger.db", folder / "disk", run, list(limits), said)
+        target=record_all, args=(folder / "state" / "ledger.db", folder / "disk", run, list(limits), result)
     )
     process.start()
-    said.close()
+    result.close()
     return process, heard
 
 
@@ -66,48 +66,48 @@ def rest_of(heard: Connection) -> list[str]:
 
 
 def test_two_processes_cannot_overspend_one_budget(tmp_path: Path) -> None:
-    """A budget for exactly four rounds, and two processes that want as many as they can get."""
+    """A budget for exactly four rounds, and two processes that record as many as they can."""
     both = [booker(tmp_path, run, budget_for(4)) for run in ("a", "b")]
-    said = [rest_of(heard) for _, heard in both]
+    result = [rest_of(heard) for _, heard in both]
     for process, _ in both:
         process.join(timeout=30)
-    assert [lines[-1] for lines in said] == ["refused", "refused"]
+    assert [lines[-1] for lines in result] == ["refused", "refused"]
     entries = Ledger.open(tmp_path / "state" / "ledger.db").entries()
-    assert {entry.digest for entry in entries} == {line for lines in said for line in lines[:-1]}
+    assert {entry.digest for entry in entries} == {line for lines in result for line in lines[:-1]}
     assert len(entries) == 4
 
 
 def test_three_processes_cannot_overspend_the_tighter_of_two_budgets(tmp_path: Path) -> None:
-    """Nine rounds for life, five in any week, all asked for within a moment."""
+    """Nine rounds for life, five in any week, all requested at once."""
     all_three = [booker(tmp_path, run, budget_for(9), budget_for(5, days=7)) for run in ("a", "b", "c")]
-    said = [rest_of(heard) for _, heard in all_three]
+    result = [rest_of(heard) for _, heard in all_three]
     for process, _ in all_three:
         process.join(timeout=30)
-    assert sum(len(lines) - 1 for lines in said) == 5
+    assert sum(len(lines) - 1 for lines in result) == 5
     assert len(Ledger.open(tmp_path / "state" / "ledger.db").entries()) == 5
 
 
-def test_kill_9_at_any_moment_loses_no_booking_that_was_returned(tmp_path: Path) -> None:
-    """Twelve times in a row on one ledger with a witness; a crash may waste one booking, never lose one."""
+def test_kill_9_at_any_moment_loses_no_confirmed_record(tmp_path: Path) -> None:
+    """Twelve times in a row on one ledger with a witness; a crash may waste one record, never lose one."""
     path, witness = tmp_path / "state" / "ledger.db", tmp_path / "disk"
     moments = random.Random(7)
     returned: list[str] = []
     for life in range(12):
         process, heard = booker(tmp_path, f"r{life}", Budget(epsilon=1e4, delta=DELTA))
-        said = [heard.recv() for _ in range(2)]
+        result = [heard.recv() for _ in range(2)]
         time.sleep(moments.uniform(0.0, 0.03))
         process.kill()
-        said += rest_of(heard)
+        result += rest_of(heard)
         process.join(timeout=10)
-        returned += said
+        returned += result
         ledger = Ledger.open(path, witness)
-        booked = [entry.digest for entry in ledger.entries()]
-        assert [digest for digest in booked if digest in set(returned)] == returned
-        assert len(booked) - len(returned) <= life + 1
-    assert ledger.record(EVENT, run="after", round=0).number == len(booked) + 1
+        recorded = [entry.digest for entry in ledger.entries()]
+        assert [digest for digest in recorded if digest in set(returned)] == returned
+        assert len(recorded) - len(returned) <= life + 1
+    assert ledger.record(EVENT, run="after", round=0).number == len(recorded) + 1
 
 
-def test_a_ledger_whose_state_folder_was_put_back_is_noticed_by_its_witness(tmp_path: Path) -> None:
+def test_a_rolled_back_state_folder_is_detected_by_the_witness(tmp_path: Path) -> None:
     path, witness = tmp_path / "state" / "ledger.db", tmp_path / "disk"
     ledger = Ledger.open(path, witness)
     ledger.record(EVENT, run="r", round=0)
@@ -122,16 +122,16 @@ def test_a_ledger_whose_state_folder_was_put_back_is_noticed_by_its_witness(tmp_
 
 def try_to_write(path: Path) -> None:
     """End with 1 if the file is locked."""
-    book = sqlite3.connect(path, timeout=0.1, isolation_level=None)
+    database = sqlite3.connect(path, timeout=0.1, isolation_level=None)
     try:
-        book.execute("BEGIN IMMEDIATE")
+        database.execute("BEGIN IMMEDIATE")
     except sqlite3.OperationalError:
         os._exit(1)
     os._exit(0)
 
 
 def test_opening_in_one_thread_keeps_the_lock_that_another_holds(tmp_path: Path) -> None:
-    """Closing a file drops every lock that its process has on it (POSIX), so nobody but SQLite may open it."""
+    """Closing a file releases every lock that its process has on it (POSIX), so only SQLite may open it."""
     path = tmp_path / "ledger.db"
     Ledger.open(path)
     with Chain.open(path).write_transaction():

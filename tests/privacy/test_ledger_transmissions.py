@@ -1,4 +1,4 @@
-"""The ledger records everything that leaves, before it leaves, and nothing leaves for a run that its owner has left."""
+"""The ledger records every transmission before it is sent, and sends nothing for a run after a withdrawal."""
 
 from __future__ import annotations
 
@@ -46,20 +46,18 @@ def ledger(path: Path, tmp_path: Path) -> Ledger:
 
 
 def answered(ledger: Ledger, payload: bytes = b"payload", run: str = "r", round: int = 1) -> TransmissionInfo:
-    """What `UPDATE` says of a round that was booked and answered with this payload."""
+    """The transmission of `UPDATE` for a round that was recorded and answered with this payload."""
     entry = ledger.record(EVENT, run=run, round=round)
     ledger.store_reply(run, round, payload)
     return replace(UPDATE, run=run, round=round, entry=entry.number)
 
 
-def test_a_new_ledger_says_that_nothing_left(ledger: Ledger) -> None:
+def test_a_new_ledger_has_no_transmissions(ledger: Ledger) -> None:
     snapshot = ledger.read()
     assert snapshot.transmissions == [] and snapshot.withdrawals == {} and snapshot.export() == []
 
 
-def test_a_record_says_what_left_to_whom_how_large_how_protected_and_who_paid(
-    ledger: Ledger, path: Path
-) -> None:
+def test_a_record_has_content_receiver_size_protection_and_entry(ledger: Ledger, path: Path) -> None:
     recorded = ledger.record_transmission(b"payload", answered(ledger))
     (sent,) = Ledger.open(path).read().transmissions
     assert sent == recorded and not sent.resent
@@ -68,7 +66,7 @@ def test_a_record_says_what_left_to_whom_how_large_how_protected_and_who_paid(
     assert (sent.entry, sent.protection) == (1, "noise multiplier 1, encrypted")
 
 
-def test_the_same_bytes_are_a_record_again_and_called_resent(ledger: Ledger) -> None:
+def test_resent_bytes_are_recorded_again_as_resent(ledger: Ledger) -> None:
     update = answered(ledger)
     for reason in ("", "asked twice", ""):
         ledger.record_transmission(b"payload", replace(update, reason=reason))
@@ -92,7 +90,7 @@ def test_a_refusal_needs_no_entry_and_an_update_does(ledger: Ledger) -> None:
 
 
 @pytest.mark.parametrize("change", [{"kind": "photo"}, {"round": -1}])
-def test_what_is_out_of_bounds_is_not_recorded(change: dict[str, Any]) -> None:
+def test_records_out_of_bounds_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be"):
         replace(UPDATE, **change)
 
@@ -106,17 +104,15 @@ def test_what_is_out_of_bounds_is_not_recorded(change: dict[str, Any]) -> None:
         ({"run": "s"}, "did not pay for round 1 of s"),
     ],
 )
-def test_nothing_leaves_on_an_entry_that_did_not_pay_for_it(
-    ledger: Ledger, change: dict[str, Any], words: str
-) -> None:
-    """Of another round or run, or no booking at all."""
+def test_a_transmission_needs_its_own_entry(ledger: Ledger, change: dict[str, Any], words: str) -> None:
+    """Not that of another round or run, and not a missing one."""
     update = answered(ledger)
     with pytest.raises(LedgerError, match=words):
         ledger.record_transmission(b"payload", replace(update, **change))
     assert ledger.read().transmissions == []
 
 
-def test_an_entry_pays_for_the_one_answer_that_was_stored(ledger: Ledger) -> None:
+def test_an_entry_covers_only_the_stored_reply(ledger: Ledger) -> None:
     """Neither before there is one, nor for different bytes."""
     entry = ledger.record(EVENT, run="r", round=1)
     update = replace(UPDATE, entry=entry.number)
@@ -128,7 +124,7 @@ def test_an_entry_pays_for_the_one_answer_that_was_stored(ledger: Ledger) -> Non
     assert ledger.record_transmission(b"payload", update).number == 3
 
 
-def test_nothing_but_refusals_of_a_run_is_recorded_once_its_owner_has_left_it(ledger: Ledger) -> None:
+def test_after_a_withdrawal_only_refusals_are_recorded(ledger: Ledger) -> None:
     update = answered(ledger)
     ledger.record_transmission(b"payload", update)
     left = ledger.withdraw("r", "I do not like what it is for")
@@ -144,7 +140,7 @@ def test_nothing_but_refusals_of_a_run_is_recorded_once_its_owner_has_left_it(le
     assert [sent.run for sent in snapshot.transmissions] == ["r", "r", "s"]
 
 
-def test_leaving_twice_keeps_the_first_time(ledger: Ledger) -> None:
+def test_a_second_withdrawal_does_not_change_the_time_of_the_first(ledger: Ledger) -> None:
     first = ledger.withdraw("r", "why")
     ledger.withdraw("r", "still why")
     snapshot = ledger.read()
@@ -176,19 +172,19 @@ def test_all_kinds_of_records_are_one_chain_and_exported_in_order(ledger: Ledger
         "DELETE FROM records",
     ],
 )
-def test_a_withdrawal_cannot_be_taken_out(ledger: Ledger, path: Path, statement: str) -> None:
-    """A device that forgot it would send again; one that cannot read its ledger sends nothing."""
+def test_a_withdrawal_cannot_be_removed(ledger: Ledger, path: Path, statement: str) -> None:
+    """A device that cannot verify its ledger sends nothing."""
     update = answered(ledger)
     ledger.record_transmission(b"payload", update)
     ledger.withdraw("r", "why")
-    book = sqlite3.connect(path)
+    database = sqlite3.connect(path)
     with pytest.raises(sqlite3.IntegrityError, match="append only"):
-        book.execute(statement)
+        database.execute(statement)
     for trigger in ("records_no_update", "records_no_delete"):
-        book.execute(f"DROP TRIGGER {trigger}")
-    book.execute(statement)
-    book.commit()
-    book.close()
+        database.execute(f"DROP TRIGGER {trigger}")
+    database.execute(statement)
+    database.commit()
+    database.close()
     for attempt in (
         ledger.read,
         lambda: Ledger.open(path),
@@ -210,26 +206,26 @@ def test_a_withdrawal_survives_the_state_folder_rolled_back(
         Ledger.open(path, tmp_path / "disk")
 
 
-def test_only_the_owner_can_read_what_left(ledger: Ledger, path: Path) -> None:
+def test_only_the_owner_can_read_the_transmissions(ledger: Ledger, path: Path) -> None:
     ledger.record_transmission(b"payload", answered(ledger))
     for file in (path, path.with_name("ledger.sqlite.head")):
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
-def test_a_stored_reply_that_was_exchanged_is_not_sent(ledger: Ledger, path: Path) -> None:
-    """Replies lie beside the chain, which holds their digests."""
+def test_a_replaced_stored_reply_is_not_sent(ledger: Ledger, path: Path) -> None:
+    """Replies are stored outside the chain, which has their digests."""
     answered(ledger)
-    book = sqlite3.connect(path)
-    book.execute("UPDATE replies SET body = x'00'")
-    book.commit()
-    book.close()
+    database = sqlite3.connect(path)
+    database.execute("UPDATE replies SET body = x'00'")
+    database.commit()
+    database.close()
     with pytest.raises(LedgerError, match="the reply to round 1 of r is another"):
         ledger.load_reply("r", 1)
 
 
 @pytest.fixture
 def verifications(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many records each pass over all of them found."""
+    """The number of records in each verification."""
     passes: list[int] = []
     verify = Chain._verify_records
 
@@ -244,7 +240,7 @@ def verifications(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_session_verifies_once_and_again_only_when_another_has_written(
     ledger: Ledger, path: Path, verifications: list[int]
 ) -> None:
-    """Whatever is done within it; the other's record is then seen before anything else is written."""
+    """Another process's record is verified before anything else is written."""
     answered(ledger)
     with Ledger.open(path) as session:
         update = answered(session, round=2)
@@ -289,8 +285,8 @@ def test_kill_9_leaves_nothing_on_the_wire_that_the_ledger_lacks(
     assert len(recorded) - len(arrived) <= 1
 
 
-def test_a_booking_of_another_process_counts_before_the_next_one(ledger: Ledger, path: Path) -> None:
-    """A session that was verified before the other wrote does not price an older total."""
+def test_a_record_of_another_process_counts_before_the_next_one(ledger: Ledger, path: Path) -> None:
+    """A session that was verified before it does not use the older total."""
     one = Budget(epsilon=epsilon_of(EVENT, 1e-5).upper + 1e-6, delta=1e-5)
     Ledger.open(path).record_within_budget(EVENT, [one], run="a", round=1)
     with pytest.raises(PolicyRefusal, match="is already spent"):

@@ -1,4 +1,4 @@
-"""What runs is what is priced."""
+"""The mechanism that runs is the one that is accounted for."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def test_noise_has_standard_deviation_sigma_times_clip_norm() -> None:
 
 
 def naive(total: torch.Tensor, deviation: float) -> torch.Tensor:
-    """Noise as float32 adds it: the planted positive of the attack below."""
+    """Noise added in float32: the planted positive of the attack below."""
     noise = torch.tensor(deviation) * SecretNoise().normals(len(total)).float()
     return total + noise
 
 
 def refuted(sent: torch.Tensor, total: torch.Tensor, deviation: float) -> int:
-    """How many of the sent numbers this total cannot have become by float32 noise (Mironov 2012)."""
+    """The number of values that this total cannot have become by float32 noise (Mironov 2012)."""
     possible = torch.zeros(len(sent), dtype=torch.bool)
     for noise in _around(sent - total, 2):
         reached = total + noise == sent
@@ -61,7 +61,7 @@ def refuted(sent: torch.Tensor, total: torch.Tensor, deviation: float) -> int:
 
 
 def _around(x: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
-    """The float32 numbers next to each."""
+    """The neighbouring float32 numbers."""
     for end in (-math.inf, math.inf):
         y = x
         for _ in range(steps + 1):
@@ -69,8 +69,8 @@ def _around(x: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
             y = torch.nextafter(y, torch.tensor(end))
 
 
-def test_the_gaps_of_float32_do_not_tell_how_many_photos_there_were() -> None:
-    """37 or 36 photos alike at sigma 90, epsilon below 0.1: naive noise is found out by one look, ours is not."""
+def test_the_gaps_of_float32_do_not_reveal_the_number_of_photos() -> None:
+    """37 or 36 equal photos at sigma 90, epsilon below 0.1: one look refutes naive noise, and not ours."""
     one = torch.nn.functional.normalize(torch.rand(2000), dim=0)
     truth, wrong = 37 * one, 36 * one
     mechanism = GaussianSum(clip_norm=1.0, sigma=89.6)
@@ -87,7 +87,7 @@ def test_the_gaps_of_float32_do_not_tell_how_many_photos_there_were() -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.floats(1e-3, 1e3), st.floats(1e-2, 1e2), st.floats(-1e4, 1e4, width=32))
 def test_every_noised_sum_lies_on_the_same_grid(clip_norm: float, sigma: float, value: float) -> None:
-    """Multiples of a power of two, 2^20 to 2^21 of them in a deviation, whatever the sum is."""
+    """Multiples of a power of two, 2^20 to 2^21 of them per standard deviation, for any sum."""
     deviation = clip_norm * sigma
     grid = 2.0 ** (math.floor(math.log2(deviation)) - 20)
     total = torch.full((64,), value * deviation / 1e3, dtype=torch.float64)
@@ -106,8 +106,8 @@ def test_the_last_bits_of_a_noised_sum_are_uniform_whatever_the_sum_is(value: fl
     assert abs(float(sent.mean()) - value) < 5 / math.sqrt(200_000)
 
 
-def test_no_zero_tells_the_sign_of_a_tiny_sum() -> None:
-    """A million numbers just below zero, or at minus zero: none comes out as minus zero, which no other sum gives."""
+def test_no_zero_reveals_the_sign_of_a_tiny_sum() -> None:
+    """A million numbers just below zero, or at minus zero: none becomes minus zero."""
     for value in (-1e-9, -0.0, -1e-40):
         for _ in range(4):
             sent = GaussianSum(clip_norm=1.0, sigma=64.0).noise(torch.full((2**20,), value), SecretNoise())
@@ -123,13 +123,13 @@ def test_events_carry_the_numbers_of_the_mechanism() -> None:
 
 
 @pytest.mark.parametrize("sigma", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_gaussian_sum_without_noise_cannot_be_made(sigma: float) -> None:
+def test_a_gaussian_sum_needs_noise(sigma: float) -> None:
     with pytest.raises(ValueError, match="sigma must be"):
         GaussianSum(clip_norm=1.0, sigma=sigma)
 
 
 def test_noise_is_added_to_every_number_once_also_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten thousand numbers, seven at a time, of any shape: each has noise of its own."""
+    """Ten thousand numbers, seven at a time, of any shape: each has its own noise."""
     monkeypatch.setattr("fedface.privacy.mechanism._AT_ONCE", 7)
     total = torch.arange(10_000.0).reshape(100, 100).t()  # not in one piece
     noise = GaussianSum(clip_norm=1.0, sigma=1.0).noise(total, SecretNoise()) - total

@@ -1,4 +1,4 @@
-"""Hours, power and load: what holds, what does not, what cannot be read, and what a server hears of it."""
+"""Participation conditions: hours, power and load, what cannot be measured, and what a server learns of them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from fedface.privacy.participation_conditions import (
 
 
 @dataclass(frozen=True)
-class Said:
-    """A machine that says what a test tells it to say."""
+class FakeMachine:
+    """A machine with given measurements."""
 
     clock: str = "12:00"
     mains: bool | None = True
@@ -42,7 +42,7 @@ class Said:
 
 
 class Silent:
-    """A machine that must not be asked."""
+    """A machine that must not be queried."""
 
     def now(self) -> datetime:
         raise AssertionError("nobody needs the time")
@@ -54,10 +54,10 @@ class Silent:
         raise AssertionError("nobody needs the load")
 
 
-def reason(wanted: ParticipationConditions, said: Said) -> str | None:
-    """The private reason, None if the conditions hold; what is public is always the same."""
+def reason(expected: ParticipationConditions, result: FakeMachine) -> str | None:
+    """The private reason, None if the conditions hold; the public one is always the same."""
     try:
-        wanted.check(said)
+        expected.check(result)
     except ConditionsNotMet as refusal:
         assert str(refusal) == NOT_NOW_MESSAGE
         return refusal.private
@@ -81,50 +81,58 @@ def test_without_conditions_nothing_is_read() -> None:
 def test_hours_hold_from_their_start_until_before_their_end(
     hours: str, inside: list[str], outside: list[str]
 ) -> None:
-    wanted = ParticipationConditions(hours=(hours,))
-    assert [reason(wanted, Said(clock=clock)) for clock in inside] == [None] * len(inside)
+    expected = ParticipationConditions(hours=(hours,))
+    assert [reason(expected, FakeMachine(clock=clock)) for clock in inside] == [None] * len(inside)
     for clock in outside:
-        assert reason(wanted, Said(clock=clock)) == f"it is {clock}; the policy's hours are {hours}"
+        assert reason(expected, FakeMachine(clock=clock)) == f"it is {clock}; the policy's hours are {hours}"
 
 
-def test_any_of_several_hours_will_do() -> None:
-    wanted = ParticipationConditions(hours=("01:00-03:00", "13:00-14:00"))
-    assert reason(wanted, Said(clock="02:00")) is None
-    assert reason(wanted, Said(clock="13:30")) is None
-    assert reason(wanted, Said(clock="05:00")) is not None
+def test_one_of_several_hour_ranges_is_sufficient() -> None:
+    expected = ParticipationConditions(hours=("01:00-03:00", "13:00-14:00"))
+    assert reason(expected, FakeMachine(clock="02:00")) is None
+    assert reason(expected, FakeMachine(clock="13:30")) is None
+    assert reason(expected, FakeMachine(clock="05:00")) is not None
 
 
 @pytest.mark.parametrize(
-    ("wanted", "said", "words"),
+    ("expected", "result", "words"),
     [
-        (ParticipationConditions(require_ac_power=True), Said(mains=True), None),
+        (ParticipationConditions(require_ac_power=True), FakeMachine(mains=True), None),
         (
             ParticipationConditions(require_ac_power=True),
-            Said(mains=False, share=1.0),
+            FakeMachine(mains=False, share=1.0),
             "mains is not connected",
         ),
-        (ParticipationConditions(require_ac_power=True), Said(mains=None, share=1.0), "mains cannot be told"),
-        (ParticipationConditions(min_battery=0.5), Said(mains=True, share=0.01), None),
-        (ParticipationConditions(min_battery=0.5), Said(mains=False, share=0.5), None),
-        (ParticipationConditions(min_battery=0.5), Said(mains=None, share=0.6), None),
-        (ParticipationConditions(min_battery=0.5), Said(mains=False, share=0.42), "the battery is at 42%"),
-        (ParticipationConditions(min_battery=0.5), Said(mains=None, share=None), "can be read"),
-        (ParticipationConditions(min_battery=0.5), Said(mains=False, share=None), "can be read"),
-        (ParticipationConditions(max_load=0.5), Said(busy=0.5), None),
-        (ParticipationConditions(max_load=0.5), Said(busy=0.75), "the load per core is 0.75"),
-        (ParticipationConditions(max_load=0.5), Said(busy=None), "cannot be read"),
-        (ParticipationConditions(max_load=0.5), Said(busy=float("nan")), "cannot be read"),
+        (
+            ParticipationConditions(require_ac_power=True),
+            FakeMachine(mains=None, share=1.0),
+            "mains cannot be told",
+        ),
+        (ParticipationConditions(min_battery=0.5), FakeMachine(mains=True, share=0.01), None),
+        (ParticipationConditions(min_battery=0.5), FakeMachine(mains=False, share=0.5), None),
+        (ParticipationConditions(min_battery=0.5), FakeMachine(mains=None, share=0.6), None),
+        (
+            ParticipationConditions(min_battery=0.5),
+            FakeMachine(mains=False, share=0.42),
+            "the battery is at 42%",
+        ),
+        (ParticipationConditions(min_battery=0.5), FakeMachine(mains=None, share=None), "can be read"),
+        (ParticipationConditions(min_battery=0.5), FakeMachine(mains=False, share=None), "can be read"),
+        (ParticipationConditions(max_load=0.5), FakeMachine(busy=0.5), None),
+        (ParticipationConditions(max_load=0.5), FakeMachine(busy=0.75), "the load per core is 0.75"),
+        (ParticipationConditions(max_load=0.5), FakeMachine(busy=None), "cannot be read"),
+        (ParticipationConditions(max_load=0.5), FakeMachine(busy=float("nan")), "cannot be read"),
     ],
 )
-def test_power_and_load(wanted: ParticipationConditions, said: Said, words: str | None) -> None:
-    """What the owner asks for and the machine does not say is a "no"."""
-    found = reason(wanted, said)
+def test_power_and_load(expected: ParticipationConditions, result: FakeMachine, words: str | None) -> None:
+    """A condition that the machine cannot measure is not met."""
+    found = reason(expected, result)
     assert found is None if words is None else found is not None and words in found
 
 
 def test_conditions_in_words() -> None:
-    wanted = ParticipationConditions(hours=("22:00-07:00",), min_battery=0.3, max_load=0.5)
-    assert wanted.describe() == [
+    expected = ParticipationConditions(hours=("22:00-07:00",), min_battery=0.3, max_load=0.5)
+    assert expected.describe() == [
         "between 22:00-07:00, local time",
         "on mains, or with the battery at 30% or more",
         "while the load per core is 0.5 or less",
@@ -134,7 +142,7 @@ def test_conditions_in_words() -> None:
 @pytest.mark.parametrize(
     "hours", ["22-7", "22:00", "25:00-07:00", "22:60-07:00", "24:00-01:00", "07:00-07:00", ""]
 )
-def test_hours_that_are_none_are_refused(hours: str) -> None:
+def test_invalid_hours_are_refused(hours: str) -> None:
     with pytest.raises(ValueError, match="^hours must"):
         ParticipationConditions(hours=(hours,))
 
@@ -175,8 +183,8 @@ def machine(
 HALF_FULL = SimpleNamespace(percent=50, secsleft=0, power_plugged=None)
 
 
-def test_a_machine_without_a_battery_is_on_mains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Also one that lists no supplies at all, and one whose only battery is in its mouse."""
+def test_a_machine_without_a_battery_is_on_ac_power(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also one without any power supply, and one whose only battery is in its mouse."""
     require_ac_power = Power(on_ac=True, battery=None)
     assert machine(monkeypatch, tmp_path / "none", None) == require_ac_power
     supply(tmp_path / "mouse", "hidpp_battery_0", type="Battery", scope="Device")
@@ -184,7 +192,7 @@ def test_a_machine_without_a_battery_is_on_mains(monkeypatch: pytest.MonkeyPatch
     assert machine(monkeypatch, tmp_path / "none", None, platform="darwin") == require_ac_power
 
 
-def test_a_battery_that_does_not_answer_is_not_taken_for_none(
+def test_a_battery_without_readings_is_not_treated_as_missing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     unread = Power(on_ac=None, battery=None)
@@ -196,8 +204,8 @@ def test_a_battery_that_does_not_answer_is_not_taken_for_none(
     assert machine(monkeypatch, tmp_path / "odd", HALF_FULL) == unread
 
 
-def test_a_laptop_says_its_charge_and_its_plug(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """psutil looks for plugs named AC alone; any plug that gives power counts."""
+def test_a_laptops_charge_and_plug_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """psutil only knows plugs named AC; any plug that supplies power counts."""
     supply(tmp_path, "BAT0", type="Battery")
     assert machine(monkeypatch, tmp_path, HALF_FULL) == Power(on_ac=None, battery=0.5)
     away = SimpleNamespace(percent=80, secsleft=0, power_plugged=False)
@@ -206,7 +214,7 @@ def test_a_laptop_says_its_charge_and_its_plug(monkeypatch: pytest.MonkeyPatch, 
     assert machine(monkeypatch, tmp_path, HALF_FULL) == Power(on_ac=True, battery=0.5)
 
 
-def test_this_machine_says_something() -> None:
+def test_this_machine_has_measurements() -> None:
     here = SystemEnvironment()
     assert here.now().tzinfo is not None
     assert here.load() is None or here.load() >= 0  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""A plan keeps its promise over all rounds, and its terms survive the wire without an epsilon."""
+"""A plan meets its privacy target over all rounds, and its parameters are sent without an epsilon."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCHEDULE = Schedule(rounds=10, steps_per_round=5, sampling_rate=0.1, expected_ba
 TARGET = PrivacyTarget(epsilon=4.0, delta=1e-5)
 
 
-def test_all_rounds_together_cost_at_most_the_promise() -> None:
+def test_all_rounds_together_cost_at_most_the_target() -> None:
     plan = make_plan(TARGET, SCHEDULE)
     bounds = plan.epsilon()
     assert bounds is not None and 3.998 <= bounds.upper <= 4.0
@@ -28,7 +28,7 @@ def test_more_rounds_need_more_noise() -> None:
     assert make_plan(TARGET, longer).noise_multiplier > make_plan(TARGET, SCHEDULE).noise_multiplier
 
 
-def test_no_promise_has_no_noise_and_an_infinite_price() -> None:
+def test_without_dp_there_is_no_noise_and_epsilon_is_infinite() -> None:
     plan = make_plan(NoPrivacy(), SCHEDULE)
     assert plan.noise_multiplier == 0.0 and plan.epsilon() is None
     assert plan.mechanism() == ClippedSum(clip_norm=0.5)
@@ -36,7 +36,7 @@ def test_no_promise_has_no_noise_and_an_infinite_price() -> None:
     assert "NO PRIVACY GUARANTEE" in plan.describe()[-1]
 
 
-def test_a_promise_without_noise_cannot_be_written_down() -> None:
+def test_a_target_without_noise_is_refused() -> None:
     with pytest.raises(ValueError, match="does not go with"):
         Plan(privacy=TARGET, schedule=SCHEDULE, noise_multiplier=0.0)
 
@@ -47,7 +47,7 @@ def test_a_plan_in_words_names_unit_delta_neighbours_and_bounds() -> None:
         assert part in words
 
 
-def test_terms_survive_the_wire_and_hold_no_epsilon() -> None:
+def test_parameters_survive_the_wire_and_contain_no_epsilon() -> None:
     terms = make_plan(TARGET, SCHEDULE).dp_parameters
     record = encode(terms)
     assert decode(DPParameters, record, complete=True) == terms
@@ -62,7 +62,7 @@ def test_terms_survive_the_wire_and_hold_no_epsilon() -> None:
      {"unit": "house"}, {"update_clip_norm": 0.0},
      {"clip_norm": 1e-30}, {"clip_norm": 1e30}, {"noise_multiplier": 1e200}, {"expected_batch_size": 10**30}],
 )  # fmt: skip
-def test_terms_out_of_bounds_are_refused(change: dict[str, float]) -> None:
+def test_parameters_out_of_bounds_are_refused(change: dict[str, float]) -> None:
     record = encode(DPParameters(schedule=SCHEDULE, noise_multiplier=1.0))
     outer = {key: value for key, value in change.items() if key in record}
     schedule = {**record["schedule"], **{key: value for key, value in change.items() if key not in record}}

@@ -1,4 +1,4 @@
-"""A device says no to everything that its owner did not allow, and says why."""
+"""A device refuses everything that its owner did not allow, with a reason."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CLIENTS = Path(__file__).resolve().parents[2] / "clients"
 
 @dataclass
 class Noon:
-    """A machine on battery on one day at noon; `day` may move."""
+    """A machine on battery at noon; `day` may be set."""
 
     day: str = "2027-01-31"
     mains: bool = False
@@ -49,7 +49,7 @@ class Noon:
 
 
 def per(unit: Unit, noise: float = 1.0) -> DPParameters:
-    """The same steps, promised per some unit."""
+    """The same steps, with a guarantee per some unit."""
     return replace(TERMS, unit=unit, noise_multiplier=noise)
 
 
@@ -66,7 +66,7 @@ def test_a_run_within_the_budget_is_admitted_to_its_last_round(ledger: Ledger) -
     assert ledger.spent(1e-5).upper <= POLICY.max_epsilon
 
 
-def test_an_entry_says_what_was_asked_of_what_unit(ledger: Ledger) -> None:
+def test_an_entry_has_the_request_and_its_unit(ledger: Ledger) -> None:
     metadata = POLICY.record(TERMS, ledger, run="r", round=0, metadata={"model": "abc"}).metadata
     assert (
         metadata["noise_multiplier"] == "1"
@@ -76,20 +76,20 @@ def test_an_entry_says_what_was_asked_of_what_unit(ledger: Ledger) -> None:
     assert metadata["unit"] == "photo" and metadata["sampler"] == "poisson" and metadata["model"] == "abc"
 
 
-def test_the_same_run_under_another_name_is_refused_with_asked_spent_and_allowed(ledger: Ledger) -> None:
+def test_the_same_run_under_another_name_is_refused_with_its_numbers(ledger: Ledger) -> None:
     for round in range(2):
         POLICY.record(TERMS, ledger, run="r", round=round)
     with pytest.raises(PolicyRefusal) as refusal:
         POLICY.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, run="s")
     spent = ledger.spent(1e-5).upper
-    for figure in (
+    for metric in (
         f"asks for {format_upper_bound(COST)}; {format_upper_bound(spent)} of {POLICY.max_epsilon:g} is already spent",
         "every epsilon here at delta 1e-5, per photo for life",
     ):
-        assert figure in str(refusal.value)
+        assert metric in str(refusal.value)
 
 
-def test_booking_stops_at_the_budget_even_if_two_runs_were_admitted(ledger: Ledger) -> None:
+def test_recording_stops_at_the_budget_even_if_two_runs_were_admitted(ledger: Ledger) -> None:
     for run in ("a", "b"):
         POLICY.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, run=run)
     with pytest.raises(PolicyRefusal):
@@ -99,8 +99,8 @@ def test_booking_stops_at_the_budget_even_if_two_runs_were_admitted(ledger: Ledg
     assert len(ledger.entries()) == 4
 
 
-def test_an_epsilon_that_is_told_is_not_believed(ledger: Ledger) -> None:
-    """A plan that claims epsilon 0.001 with hardly any noise is priced by its noise."""
+def test_an_epsilon_of_the_server_is_ignored(ledger: Ledger) -> None:
+    """A plan that claims epsilon 0.001 with hardly any noise has the cost of its noise."""
     liar = Plan(privacy=PrivacyTarget(epsilon=0.001, delta=1e-5), schedule=SCHEDULE, noise_multiplier=0.3)
     with pytest.raises(PolicyRefusal, match="asks for epsilon"):
         POLICY.admit(liar, Purpose(3, "homomorphic", "generator"), ledger)
@@ -122,7 +122,7 @@ def test_purposes_are_refused_unless_allowed(
         POLICY.admit(TERMS, Purpose(cohort, protocol, objective), ledger)
 
 
-def test_a_run_without_a_promise_needs_the_owners_word(ledger: Ledger) -> None:
+def test_a_run_without_dp_needs_the_owners_permission(ledger: Ledger) -> None:
     plan = make_plan(NoPrivacy(), SCHEDULE)
     with pytest.raises(
         PolicyRefusal, match=r"epsilon infinite.* at most epsilon [\d.]+ at delta 1e-5 per photo"
@@ -139,7 +139,7 @@ def test_a_run_without_a_promise_needs_the_owners_word(ledger: Ledger) -> None:
 
 
 def test_the_examples_are_policies_and_show_every_key() -> None:
-    """What an owner copies is read, and is cautious where a word decides."""
+    """The example files can be read and are cautious."""
     example = CLIENTS / "policy.example.yaml"
     policy = read(example, DevicePolicy)
     assert policy.protocols == ("homomorphic",)
@@ -168,18 +168,18 @@ def test_the_examples_are_policies_and_show_every_key() -> None:
         {"expires": "2027-02-30"},
     ],
 )
-def test_a_policy_out_of_bounds_cannot_be_written_down(change: dict[str, object]) -> None:
+def test_a_policy_out_of_bounds_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(change))} "):
         DevicePolicy(**{"max_epsilon": 1.0, "delta": 1e-5, **change})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("change", [{"days": 0.0}, {"epsilon": 0.0}, {"epsilon": float("inf")}])
-def test_a_period_out_of_bounds_cannot_be_written_down(change: dict[str, float]) -> None:
+def test_a_period_out_of_bounds_is_refused(change: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(change))} "):
         Period(**{"days": 7.0, "epsilon": 1.0, **change})
 
 
-def test_a_policy_is_read_from_the_words_of_its_owner() -> None:
+def test_a_policy_is_read_from_yaml() -> None:
     """A day needs no quotes, a period is a small table, folders are paths."""
     text = """
 max_epsilon: 8
@@ -213,13 +213,13 @@ expires: 2027-01-31
         ("require_ac_powr: true", r'did you mean "require_ac_power"'),
     ],
 )
-def test_a_slip_of_the_owner_is_shown_with_its_line(line: str, words: str) -> None:
+def test_a_typo_is_reported_with_its_line(line: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         parse(f"max_epsilon: 8\ndelta: 1e-6\n{line}\n", DevicePolicy, name="p.yaml")
 
 
 def test_from_the_day_after_the_last_nothing_is_allowed(ledger: Ledger) -> None:
-    """Neither a new run nor one more round of an old one, nor a reply that is kept."""
+    """Neither a new run nor another round of an old one, nor a stored reply."""
     policy, here = replace(POLICY, expires="2027-01-31"), Noon()
     policy.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, surroundings=here)
     policy.record(TERMS, ledger, run="r", round=0, surroundings=here)
@@ -232,8 +232,8 @@ def test_from_the_day_after_the_last_nothing_is_allowed(ledger: Ledger) -> None:
     assert len(ledger.entries()) == 1
 
 
-def test_a_finer_promise_is_refused_and_a_coarser_one_is_priced(ledger: Ledger) -> None:
-    """An owner who counts occasions: a promise per photo says nothing about them, one per occasion is what it is."""
+def test_a_finer_unit_is_refused_and_a_coarser_one_is_converted(ledger: Ledger) -> None:
+    """For a policy per occasion: a guarantee per photo is refused, one per occasion is unchanged."""
     policy = replace(POLICY, unit="occasion")
     with pytest.raises(
         PolicyRefusal, match="promises per photo; the owner of this device counts per occasion"
@@ -244,8 +244,8 @@ def test_a_finer_promise_is_refused_and_a_coarser_one_is_priced(ledger: Ledger) 
     policy.admit(per("occasion"), Purpose(3, "homomorphic", "generator"), ledger)
 
 
-def test_an_owner_who_counts_photos_pays_more_for_a_promise_per_occasion(ledger: Ledger) -> None:
-    """One photo more or less changes the content of an occasion: the price of replacing one."""
+def test_a_policy_per_photo_charges_more_for_a_guarantee_per_occasion(ledger: Ledger) -> None:
+    """One photo changes the content of an occasion: the cost of replacing one."""
     dearer = epsilon_of(replace_one_event(per("occasion").event()), 1e-5).upper
     assert dearer > COST + 0.1
     with pytest.raises(PolicyRefusal, match=f"asks for {format_upper_bound(dearer)}"):
@@ -256,8 +256,8 @@ def test_an_owner_who_counts_photos_pays_more_for_a_promise_per_occasion(ledger:
     assert ledger.spent(1e-5, unit="photo").upper > ledger.spent(1e-5, unit="occasion").upper
 
 
-def test_a_caller_cannot_book_a_run_under_another_unit(ledger: Ledger) -> None:
-    """The terms say what is promised to whom; metadata that say otherwise are overruled."""
+def test_metadata_cannot_change_the_unit(ledger: Ledger) -> None:
+    """The DP parameters determine the unit; contradicting metadata are overwritten."""
     policy = replace(POLICY, max_epsilon=50.0)
     entry = policy.record(
         per("occasion"), ledger, run="r", round=0, metadata={"unit": "photo", "noise_at": "moon"}
@@ -281,7 +281,7 @@ def test_a_server_that_adds_the_noise_needs_trust(ledger: Ledger) -> None:
     trusting.record(terms, ledger, run="r", round=0)
 
 
-def test_evaluation_is_asked_for_and_booked_like_training(ledger: Ledger) -> None:
+def test_evaluation_is_admitted_and_recorded_like_training(ledger: Ledger) -> None:
     policy = replace(POLICY, evaluation=True, objectives=())
     policy.admit(TERMS, Purpose(3, "homomorphic", EVALUATION), ledger)
     with pytest.raises(PolicyRefusal, match="allows nothing"):
@@ -292,8 +292,8 @@ def test_evaluation_is_asked_for_and_booked_like_training(ledger: Ledger) -> Non
         policy.admit(TERMS, Purpose(3, "homomorphic", EVALUATION), ledger)
 
 
-def test_a_period_pauses_a_run_and_lets_it_go_on(tmp_path: Path) -> None:
-    """Room for one round in any seven days: the second waits a week, and the life's budget holds all four."""
+def test_a_period_pauses_a_run_and_lets_it_continue(tmp_path: Path) -> None:
+    """A budget for one round in any seven days: the second waits a week, and the lifetime budget covers all four."""
     time = datetime(2027, 1, 1, tzinfo=UTC)
     ledger = Ledger.open(tmp_path / "ledger.db", now=lambda: time)
     policy = replace(POLICY, periods=(Period(days=7, epsilon=ONE_ROUND + 1e-6),))
@@ -313,8 +313,8 @@ def test_a_period_pauses_a_run_and_lets_it_go_on(tmp_path: Path) -> None:
     assert ledger.rounds_recorded("r") == 4
 
 
-def test_what_a_server_hears_of_hours_and_power_is_one_sentence(ledger: Ledger) -> None:
-    """The battery's charge and the hours stay on the device; the owner's log may have them."""
+def test_the_server_gets_one_sentence_about_hours_and_power(ledger: Ledger) -> None:
+    """The battery's charge and the hours stay on the device; the owner's log has them."""
     policy = replace(POLICY, hours=("22:00-07:00",), min_battery=0.5)
     heard = set()
     for held, private in ((policy, "it is 12:00"), (replace(policy, hours=()), "the battery is at 37%")):
@@ -328,8 +328,8 @@ def test_what_a_server_hears_of_hours_and_power_is_one_sentence(ledger: Ledger) 
     )
 
 
-def test_reasons_come_in_an_order_that_tells_least(ledger: Ledger) -> None:
-    """The last day, the purpose, the promise, the conditions, the budget: each hides those after it."""
+def test_reasons_are_ordered_to_reveal_least(ledger: Ledger) -> None:
+    """The last day, the purpose, the guarantee, the conditions, the budget: each hides those after it."""
     strict = DevicePolicy(
         max_epsilon=1e-3, delta=1e-5, min_cohort_size=3, unit="occasion", hours=("22:00-07:00",), expires="2027-01-01"
     )  # fmt: skip
@@ -366,7 +366,7 @@ def test_a_delta_is_written_in_one_way_and_is_read_back(delta: float, words: str
 
 
 def test_an_upper_bound_is_rounded_up() -> None:
-    """ "At most 2.000" of 2.0004 would be a lie."""
+    """ "At most 2.000" for 2.0004 would be wrong."""
     assert (
         format_upper_bound(2.0004) == "epsilon at most 2.001"
         and format_upper_bound(2.0) == "epsilon at most 2.000"
@@ -374,8 +374,8 @@ def test_an_upper_bound_is_rounded_up() -> None:
     assert format_upper_bound(float("inf")) == "epsilon infinite" and format_upper_bound(0) == "epsilon 0"
 
 
-def test_what_is_hardly_meant_is_doubted() -> None:
-    """A delta above one in a hundred, a period's budget above the one for life; the examples have neither."""
+def test_implausible_settings_give_warnings() -> None:
+    """A delta above 0.01, a period's budget above the lifetime budget; the examples have neither."""
     assert POLICY.warnings() == read(CLIENTS / "policy.example.yaml", DevicePolicy).warnings() == []
     odd = DevicePolicy(
         max_epsilon=8.0, delta=0.05, periods=(Period(days=7, epsilon=9.0), Period(days=1, epsilon=8))
@@ -385,15 +385,15 @@ def test_what_is_hardly_meant_is_doubted() -> None:
     assert period.startswith("epsilon 9 at delta 0.05 per photo in any 7 days is more than the 8 for life")
 
 
-def test_a_policy_that_has_ended_says_when() -> None:
+def test_an_expired_policy_reports_its_date() -> None:
     """The last day itself is still allowed."""
     policy = replace(POLICY, expires="2027-01-31")
     assert policy.ended(Noon("2027-01-31")) is None and POLICY.ended(Noon()) is None
     assert policy.ended(Noon("2027-02-01")) == "this policy ended on 2027-01-31; everything is refused"
 
 
-def test_an_overspent_limit_says_by_how_much() -> None:
-    """Nothing is left of what is used up to the last bit, too; a period comes back."""
+def test_an_overspent_budget_reports_by_how_much() -> None:
+    """Nothing is left of a budget used up to the last bit; a period frees up again."""
     life, week = Budget(epsilon=8, delta=1e-4), Budget(epsilon=1, delta=1e-4, days=7)
     assert overspending(7.9, life, unpromised=False) is None
     assert overspending(10.0, life, unpromised=False) == (
@@ -403,7 +403,7 @@ def test_an_overspent_limit_says_by_how_much() -> None:
     assert "over without a bound" in str(overspending(float("inf"), life, unpromised=False))
 
 
-def test_a_policy_is_said_in_grammatical_sentences() -> None:
+def test_a_policy_is_described_in_grammatical_sentences() -> None:
     words = replace(POLICY, hours=("22:00-07:00", "12:00-13:00"), require_ac_power=True).describe()
     assert words[0] == "photos may help to train generators or upsamplers"
     assert (
@@ -414,8 +414,8 @@ def test_a_policy_is_said_in_grammatical_sentences() -> None:
     assert replace(POLICY, objectives=()).describe()[0] == "photos may help to train nothing"
 
 
-def test_ways_to_travel_are_those_that_there_are() -> None:
-    """A typo would refuse every run for ever, silently."""
+def test_unknown_protocols_are_refused() -> None:
+    """A typo would otherwise refuse every run silently."""
     kinds = {config.kind for config in get_args(AggregationConfig)}
     assert set(PROTOCOLS) == kinds
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""A promise is checked where it is made."""
+"""Privacy targets are validated at construction."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ def test_delta_lies_between_zero_and_one(delta: float) -> None:
         PrivacyTarget(epsilon=1.0, delta=delta)
 
 
-def test_no_promise_is_a_type_of_its_own() -> None:
+def test_no_privacy_is_a_type_of_its_own() -> None:
     assert not isinstance(NoPrivacy(), PrivacyTarget)
     assert NoPrivacy() == NoPrivacy()

@@ -1,4 +1,4 @@
-"""A made-up run that the tests of the reports share."""
+"""A fictitious run for the tests of the reports."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fedface.reports.run_record import RunRecord
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a made-up run, with its pictures."""
+    """The folder of a fictitious run, with its pictures."""
     return tmp_path_factory.mktemp("run")
 
 
 @pytest.fixture(scope="session")
 def record(folder: Path) -> RunRecord:
-    """FIXTURE: a run of which no number was measured."""
+    """FIXTURE: a run in which no number was measured."""
     return made_up_run(folder)

@@ -1,4 +1,4 @@
-"""A made-up run for the tests of the reports. FIXTURE: no number in it was measured."""
+"""A fictitious run for the tests of the reports. FIXTURE: no number in it was measured."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def around(estimate: float, half: float, count: int) -> Interval:
 
 
 def epsilon_after(rounds: int) -> Epsilon:
-    """A price that grows like the square root of rounds, to 7.9 after the last."""
+    """An epsilon that grows like the square root of rounds, to 7.9 after the last."""
     value = 7.9 * math.sqrt(rounds / ROUNDS)
     return Epsilon(lower=value - 0.02, estimate=value, upper=value + 0.02, delta=1e-5, unit="photo")
 
 
 def probe_after(share: float, rng: np.random.Generator) -> dict[str, Measurement]:
-    """What a probe might say when `share` of the way is gone."""
+    """Metrics of the probe after `share` of the rounds."""
     wobble = rng.normal(0, 0.04)
     return {
         "distance": around(3.1 - 1.5 * share + wobble, 0.22, 512),
@@ -160,7 +160,7 @@ def tones(source: str) -> ToneRecord:
 
 
 def made_up_run(folder: Path) -> RunRecord:
-    """A run with plausible numbers, its pictures of drawn faces written into `folder`."""
+    """A run with plausible numbers, its pictures of synthetic faces written into `folder`."""
     rng = np.random.Generator(np.random.PCG64(7))
     answered = tuple(f"device-{index}" for index in range(1, 9))
     refusal = RefusalRecord(
@@ -268,10 +268,10 @@ def made_up_run(folder: Path) -> RunRecord:
     )
 
 
-def own_figures(
+def own_metrics(
     when: str, worst: float, counts: tuple[int, int, int], noise: float = 1.0
 ) -> DeviceMetricsRecord:
-    """What three devices might tell of light, medium and dark photos, the dark ones served `worst` times as badly."""
+    """Metrics of three devices for light, medium and dark photos, the dark ones served `worst` times as badly."""
     config, rng = LocalMetricsConfig(), torch.Generator().manual_seed(11)
     group = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
     badly = 1.0 + (worst - 1.0) * group / 2
@@ -298,17 +298,17 @@ def own_figures(
     )
 
 
-def with_figures(record: RunRecord, *told: DeviceMetricsRecord) -> RunRecord:
-    """The run with what devices told of their own photos."""
+def with_metrics(record: RunRecord, *reported: DeviceMetricsRecord) -> RunRecord:
+    """The run with metrics of the devices' own photos."""
     return replace(
         record,
-        device_metrics=told,
+        device_metrics=reported,
         experiment={**record.experiment, "evaluation": encode(EvaluationConfig())},
     )
 
 
 def draw_pictures(folder: Path) -> None:
-    """The two grids of a made-up run, of drawn faces."""
+    """The two grids of a fictitious run, of synthetic faces."""
     rng = torch.Generator().manual_seed(3)
     faces = torch.cat([render(sample_faces(1, ToneMix(light_fraction=1 - i / 5), rng), 64) for i in range(6)])
     low = torch.nn.functional.avg_pool2d(faces, 8)

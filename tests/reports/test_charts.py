@@ -1,4 +1,4 @@
-"""The grids show the pixels they were given; the charts keep odd names as text."""
+"""Grids show the pixels they are given; charts escape unusual names."""
 
 from __future__ import annotations
 

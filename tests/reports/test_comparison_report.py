@@ -1,4 +1,4 @@
-"""What a comparison says over several seeds: never surer than its runs."""
+"""Comparisons over several seeds: intervals never narrower than those of single runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NOTHING = NotMeasured(not_measured="wants 40 faces")
 
 
 def run(estimate: float, half: float = 0.1) -> Interval:
-    """One seed's figure."""
+    """One seed's metric."""
     return Interval(estimate=estimate, low=estimate - half, high=estimate + half, count=100)
 
 
@@ -25,8 +25,8 @@ def test_three_seeds_give_students_interval_of_their_spread() -> None:
     assert (found.estimate, found.low, found.high) == pytest.approx((2.0, 2.0 - half, 2.0 + half), rel=1e-5)
 
 
-def test_seeds_that_agree_by_chance_are_no_surer_than_their_faces_allow() -> None:
-    """Three equal estimates have no spread; the faces' own error stays, divided by sqrt 3."""
+def test_equal_estimates_of_several_seeds_keep_their_sampling_error() -> None:
+    """Three equal estimates have no variance; the sampling error of the faces remains, divided by sqrt 3."""
     found = over_seeds([run(2.0), run(2.0), run(2.0)])
     assert isinstance(found, Interval)
     assert (found.low, found.high) == pytest.approx((2.0 - 0.1 / math.sqrt(3), 2.0 + 0.1 / math.sqrt(3)))
@@ -38,7 +38,7 @@ def test_two_seeds_reach_from_the_lowest_to_the_highest_end() -> None:
     assert (found.estimate, found.low, found.high) == pytest.approx((1.5, 0.9, 2.1))
 
 
-def test_one_seed_is_itself_and_none_says_why() -> None:
+def test_one_seed_is_unchanged_and_none_gives_a_reason() -> None:
     assert over_seeds([run(1.0)]) == run(1.0)
     assert over_seeds([NOTHING, NOTHING]) == NOTHING
     partly = over_seeds([NOTHING, run(1.0)])

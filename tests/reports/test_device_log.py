@@ -1,4 +1,4 @@
-"""The log of a device: each payload with its price, each limit with what is left, and a page that a phone can show."""
+"""The log of a device: each payload with its cost, each budget with what is left, and a page for phones."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ CHROMIUM = next((found for name in ("chromium", "google-chrome") if (found := sh
 
 
 def noised(sigma: float) -> Event:
-    """One Gaussian release to everybody: cheap to price."""
+    """One Gaussian release at sampling rate 1, whose cost is quick to compute."""
     return GaussianSum(sigma=sigma, clip_norm=1.0).event()
 
 
 class Books:
-    """A ledger whose clock is ours."""
+    """A ledger with a controlled clock."""
 
     def __init__(self, folder: Path) -> None:
         self.now = START
@@ -81,14 +81,14 @@ def books(tmp_path: Path) -> Books:
     return Books(tmp_path)
 
 
-def test_each_payload_has_the_price_of_the_entry_that_paid_alone(books: Books) -> None:
+def test_each_payload_has_the_cost_of_its_own_entry(books: Books) -> None:
     for number, sigma in enumerate((5.0, 9.0), start=1):
         books.send(b"x" * number, books.book(noised(sigma), round=number))
-    told = books.log().records
-    prices = [line.price for line in told]
+    reported = books.log().records
+    prices = [line.price for line in reported]
     assert [price for price in prices if price] == [epsilon_of(noised(sigma), 1e-6) for sigma in (5.0, 9.0)]
     assert all(price is not None and (price.delta, price.unit) == (1e-6, "photo") for price in prices)
-    assert "at delta 1e-6 per photo, for this release alone (entry 4)" in told[1].cost()
+    assert "at delta 1e-6 per photo, for this release alone (entry 4)" in reported[1].cost()
 
 
 def test_bytes_are_those_of_the_payloads_and_the_digest_is_theirs(books: Books) -> None:
@@ -97,7 +97,7 @@ def test_bytes_are_those_of_the_payloads_and_the_digest_is_theirs(books: Books) 
     assert log.bytes == 7 and log.transmissions[0].payload_digest == hashlib.sha256(b"payload").hexdigest()
 
 
-def test_an_answer_that_is_sent_again_costs_nothing_more(books: Books) -> None:
+def test_a_resent_reply_has_no_further_cost(books: Books) -> None:
     entry = books.book(noised(5))
     for _ in range(2):
         books.send(b"payload", entry)
@@ -106,7 +106,7 @@ def test_an_answer_that_is_sent_again_costs_nothing_more(books: Books) -> None:
     assert second.cost() == "none: the same bytes as before, recorded as entry 1"
 
 
-def test_refusals_and_opened_sums_cost_nothing(books: Books) -> None:
+def test_refusals_and_decrypted_sums_have_no_cost(books: Books) -> None:
     kinds: tuple[TransmissionKind, ...] = ("refusal", "update sum", "metrics sum")
     for kind in kinds:
         info = TransmissionInfo(
@@ -121,15 +121,15 @@ def test_refusals_and_opened_sums_cost_nothing(books: Books) -> None:
     assert metrics.what() == "The decrypted sum of several devices' metrics, for r, evaluation 1"
 
 
-def test_entries_together_cost_what_the_ledger_says(books: Books) -> None:
-    """Also where a run promises for a coarser unit than the one that is counted."""
+def test_all_entries_together_have_the_ledgers_cost(books: Books) -> None:
+    """Also if a run has a coarser unit than the policy."""
     books.book(noised(5))
     books.book(noised(9), round=2, unit="library")
     for unit in ("photo", "library"):
         assert price_of(books.ledger.entries(), delta=1e-6, unit=unit) == books.ledger.spent(1e-6, unit=unit)
 
 
-def test_an_entry_of_a_coarser_promise_is_told_at_the_owners_unit(books: Books) -> None:
+def test_an_entry_of_a_coarser_unit_is_shown_at_the_owners_unit(books: Books) -> None:
     books.send(b"x", books.book(noised(5), unit="library"))
     (line,) = books.log().records
     event = convert_unit(noised(5), source="library", target="photo")
@@ -145,7 +145,7 @@ def test_totals_are_those_of_the_first_entries(books: Books) -> None:
     assert found[2].estimate == pytest.approx(epsilon_of(noised(6 / math.sqrt(2)), 1e-6).estimate, rel=1e-3)
 
 
-def test_a_long_ledger_is_priced_at_some_of_its_entries_the_last_among_them(books: Books) -> None:
+def test_totals_of_a_long_ledger_are_computed_at_some_entries(books: Books) -> None:
     for number in range(MOMENTS + 9):
         books.book(noised(40), round=number)
     entries = books.ledger.entries()
@@ -154,8 +154,8 @@ def test_a_long_ledger_is_priced_at_some_of_its_entries_the_last_among_them(book
     assert len(totals(entries, delta=1e-6, unit="photo", most=None)) == len(entries)
 
 
-def test_a_period_forgets_and_a_life_does_not(books: Books) -> None:
-    """An entry of 40 days ago counts against the budget for life alone."""
+def test_an_old_entry_counts_only_for_the_lifetime_budget(books: Books) -> None:
+    """An entry of 40 days ago is outside the period."""
     books.book(noised(5))
     books.pass_days(40)
     books.book(noised(9), round=2)
@@ -165,13 +165,13 @@ def test_a_period_forgets_and_a_life_does_not(books: Books) -> None:
     assert life.left == 8 - life.spent.upper and month.left == 2 - month.spent.upper
 
 
-def test_what_is_overspent_leaves_nothing(books: Books) -> None:
+def test_an_overspent_budget_has_zero_left(books: Books) -> None:
     """An owner who lowers the budget below what is spent has 0 left, not less."""
     books.book(noised(1))
     assert books.log(policy=replace(POLICY, max_epsilon=0.5)).budgets[0].left == 0
 
 
-def test_the_curve_of_a_life_never_falls_and_that_of_a_period_ends_at_nothing(books: Books) -> None:
+def test_the_lifetime_curve_never_falls_and_a_periods_curve_returns_to_zero(books: Books) -> None:
     for number in (1, 2, 3):
         books.book(noised(6), round=number)
         books.pass_days(3)
@@ -184,7 +184,7 @@ def test_the_curve_of_a_life_never_falls_and_that_of_a_period_ends_at_nothing(bo
     assert [at for at, _ in month] == sorted(at for at, _ in month)
 
 
-def test_a_booking_that_never_left_is_named_and_counts(books: Books) -> None:
+def test_a_record_without_a_transmission_is_named_and_counts(books: Books) -> None:
     books.send(b"x", books.book(noised(5)))
     books.book(noised(5), round=2)
     log = books.log()
@@ -192,8 +192,8 @@ def test_a_booking_that_never_left_is_named_and_counts(books: Books) -> None:
     assert log.budgets[0].spent == books.ledger.spent(1e-6)
 
 
-def test_the_log_of_one_run_leaves_out_others_and_still_tells_all_that_is_spent(books: Books) -> None:
-    """Its figures are booked under its name and a slash."""
+def test_the_log_of_one_run_omits_others_and_shows_total_spending(books: Books) -> None:
+    """Its metrics are recorded under its name and a slash."""
     for run in ("r", "s", "s/metrics"):
         books.book(noised(9), run=run)
     books.send(b"abc", books.ledger.entries()[1], run="s")
@@ -204,7 +204,7 @@ def test_the_log_of_one_run_leaves_out_others_and_still_tells_all_that_is_spent(
     assert log.budgets[0].spent == books.ledger.spent(1e-6)
 
 
-def test_withdrawals_stand_where_they_happened_and_keep_their_first_time(books: Books) -> None:
+def test_withdrawals_are_in_order_with_their_first_time(books: Books) -> None:
     books.send(b"x", books.book(noised(5)))
     first = books.ledger.withdraw("r", "I do not like it")
     books.pass_days(1)
@@ -216,23 +216,23 @@ def test_withdrawals_stand_where_they_happened_and_keep_their_first_time(books: 
     }
 
 
-def test_json_knows_no_infinity(books: Books) -> None:
-    """A release without noise; strict JSON all the same."""
+def test_infinite_epsilon_is_valid_json(books: Books) -> None:
+    """A release without noise; strict JSON."""
     books.send(b"x", books.book(ClippedSum(clip_norm=1.0).event()))
-    told = json.loads(json.dumps(books.log().record(), allow_nan=False))
-    assert told["records"][0]["price"]["upper"] == "infinite" and told["budgets"][0]["left"] == 0
-    assert told["records"][0]["record"] == "transmission" and told["bytes"] == 1
+    reported = json.loads(json.dumps(books.log().record(), allow_nan=False))
+    assert reported["records"][0]["price"]["upper"] == "infinite" and reported["budgets"][0]["left"] == 0
+    assert reported["records"][0]["record"] == "transmission" and reported["bytes"] == 1
 
 
 @pytest.mark.parametrize(
     ("value", "words"), [(0, "0"), (9.27812, "9.278"), (0.000421333, "0.000421"), (math.inf, "no bound")]
 )
-def test_an_epsilon_is_written_with_places_enough(value: float, words: str) -> None:
+def test_an_epsilon_is_written_with_enough_digits(value: float, words: str) -> None:
     assert number_format.format_epsilon(value) == words
 
 
 def busy(books: Books) -> DeviceLog:
-    """Updates, one of them again, a refusal and a withdrawal, of a run and a device with hostile names."""
+    """Updates, one of them resent, a refusal and a withdrawal, of a run and a device with hostile names."""
     for number in (1, 2, 3):
         entry = books.book(noised(8), run=HOSTILE, round=number)
         books.send(b"x" * 40_000, entry, run=HOSTILE)
@@ -246,7 +246,7 @@ def busy(books: Books) -> DeviceLog:
     return replace(books.log(), device=HOSTILE)
 
 
-def test_the_page_tells_every_line_and_every_limit(books: Books) -> None:
+def test_the_page_has_every_record_and_every_budget(books: Books) -> None:
     text = render(busy(books))
     assert text.count('<td class="number">') == 6 and text.count("<svg") == 2
     spent = books.ledger.spent(1e-6)
@@ -266,7 +266,7 @@ def test_the_page_tells_every_line_and_every_limit(books: Books) -> None:
 
 
 def test_nothing_hostile_becomes_markup_and_nothing_is_loaded(books: Books) -> None:
-    """No script, no event, no address; the policy names the one style by its hash."""
+    """No script, no event, no address; the policy lists the one style by its hash."""
     text = render(busy(books))
     assert "<script" not in text and "<img" not in text and "{{ 7 * 7 }}" in text and "49" not in text[:200]
     assert not re.search(r"<[^>]*\s(on\w+|src|href|style)=", text)
@@ -276,8 +276,8 @@ def test_nothing_hostile_becomes_markup_and_nothing_is_loaded(books: Books) -> N
     assert f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'" in text
 
 
-def test_what_the_server_saw_without_noise_is_said_first(books: Books) -> None:
-    """A promise per library is one to others; a promise per photo is one to the server too."""
+def test_what_the_server_saw_without_noise_comes_first(books: Books) -> None:
+    """A guarantee per library excludes the server; a guarantee per photo includes it."""
     metadata = {"unit": "library", "noise_at": "server"}
     entry = books.ledger.record(noised(5.0), run="r", round=1, metadata=metadata)
     for _ in range(2):  # sent twice, seen once
@@ -292,7 +292,7 @@ def test_what_the_server_saw_without_noise_is_said_first(books: Books) -> None:
     assert "how many photos" not in text.partition("What never left</h3>")[2].partition("</ul>")[0]
 
 
-def test_counts_are_not_said_to_have_stayed_when_metrics_left(books: Books) -> None:
+def test_counts_are_not_listed_as_unsent_when_metrics_were_sent(books: Books) -> None:
     books.send(b"x", books.book(noised(5.0)))
     assert device_log_text.never_left(books.log().transmissions, 0)[1] == "how many photos or faces there are"
     entry = books.book(noised(6.0), run="r/metrics")
@@ -302,7 +302,7 @@ def test_counts_are_not_said_to_have_stayed_when_metrics_left(books: Books) -> N
     assert "have which skin tones" in text
 
 
-def test_a_page_without_a_ledger_says_that_nothing_left(tmp_path: Path) -> None:
+def test_a_page_without_a_ledger_reports_no_transmissions(tmp_path: Path) -> None:
     text = render(make_log("kitchen", POLICY, LedgerSnapshot(), receiver="home", now=START))
     assert "Nothing was sent." in text and "Nothing left, so nothing is listed." in text
     assert "Nothing was recorded, so nothing is spent." in text and "<svg" not in text
@@ -320,10 +320,10 @@ def test_a_page_about_a_release_without_noise_warns(books: Books) -> None:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium, and none was found")
 @pytest.mark.parametrize("width", [360, 1000])
-def test_a_browser_shows_it_without_complaint_or_sideways_scrolling(
+def test_a_browser_shows_it_without_errors_or_horizontal_scrolling(
     books: Books, tmp_path: Path, width: int
 ) -> None:
-    """On a phone and on a desk; the style is let through, and nothing else is asked for."""
+    """On a phone and on a desktop; the style is allowed, and nothing else is requested."""
     from playwright.sync_api import Error, sync_playwright
 
     path = tmp_path / "log.html"
@@ -336,7 +336,7 @@ def test_a_browser_shows_it_without_complaint_or_sideways_scrolling(
         page = browser.new_page(viewport={"width": width, "height": 800})
         complaints: list[str] = []
         asked: list[str] = []
-        page.on("console", lambda said: complaints.append(said.text))
+        page.on("console", lambda result: complaints.append(result.text))
         page.on("request", lambda request: asked.append(request.url))
         page.goto(path.as_uri())
         wide = page.evaluate("document.documentElement.scrollWidth")
@@ -346,6 +346,6 @@ def test_a_browser_shows_it_without_complaint_or_sideways_scrolling(
     assert cell == ("block" if width == 360 else "table-cell")
 
 
-def test_the_template_is_beside_its_module() -> None:
-    """Where package-data takes it from."""
+def test_the_template_is_in_the_package() -> None:
+    """Where package-data expects it."""
     assert device_log.TEMPLATE == Path(device_log.__file__).with_suffix(".html")

@@ -1,11 +1,11 @@
-"""What devices say of their own photos in print: light to dark, no false zero, what is not told in one cell."""
+"""Metrics of the devices' own photos in reports: light to dark, no false zeros, one cell for suppressed groups."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
-from made_up import around, own_figures, with_figures
+from made_up import around, own_metrics, with_metrics
 
 from fedface.audits.dp_model_ranking import PairwiseComparison, Ranking
 from fedface.audits.dp_ratio_estimates import DP_METRICS
@@ -21,7 +21,7 @@ GROUPS = ["light (Monk 1-3)", "medium (Monk 4-6)", "dark (Monk 7-10)"]
 
 def a_ranking(ties: bool) -> RankingReport:
     """A ranking of two models, which can be distinguished or not. FIXTURE: no number in it was measured."""
-    told = own_figures("pretrain", 1.0, (300, 5, 60))
+    reply = own_metrics("pretrain", 1.0, (300, 5, 60))
     better, worse = around(0.001, 0.0001, 365), around(0.002, 0.0001, 365)
     ranking = Ranking(
         measure="consistency_error",
@@ -40,30 +40,30 @@ def a_ranking(ties: bool) -> RankingReport:
         finished="2026-01-05T09:19:41+00:00",
         command="fedface rank-models a.yaml base 'b c.safetensors'",
         experiment={},
-        candidates=(told, replace(told, when="other")),
+        candidates=(reply, replace(reply, when="other")),
         rankings=(ranking,),
         epsilon=Epsilon(lower=5.9, estimate=6.0, upper=6.0, delta=1e-4, unit="occasion"),
         notes=(),
     )
 
 
-def test_groups_stand_light_to_dark_whether_reported_or_not() -> None:
-    record = own_figures("after", 1.0, (300, 5, 60))
+def test_groups_are_ordered_light_to_dark_whether_reported_or_not() -> None:
+    record = own_metrics("after", 1.0, (300, 5, 60))
     assert list(record.estimates.groups) == GROUPS
     assert list(device_metrics_section.groups_of(record)) == [*GROUPS, "all"]
     assert [row["group"] for row in device_metrics_section.rows([record])] == [*GROUPS, "all"]
 
 
-def test_a_figure_at_the_end_of_its_range_is_marked_and_no_perfect_zero() -> None:
-    """Every made face was found, so the share is 1 or beyond it under noise; the sentence says what the mark means."""
-    told = own_figures("after", 1.0, (300, 300, 300), noise=0.0)
-    groups = told.estimates.reported
+def test_a_metric_at_the_end_of_its_range_is_marked() -> None:
+    """Every generated face was detected, so the share is 1 or beyond it under noise; a note explains the mark."""
+    reply = own_metrics("after", 1.0, (300, 300, 300), noise=0.0)
+    groups = reply.estimates.reported
     assert list(groups) == GROUPS
     assert all(group.at_range_limit("detected") for group in groups.values())
     assert not any(group.at_range_limit("consistency_error") for group in groups.values())
     cells = dict(zip(["units", *DP_METRICS], device_metrics_section.texts(groups[GROUPS[0]]), strict=True))
     assert device_metrics_section.AT_LIMIT in cells["detected"] and "*" not in cells["consistency_error"]
-    assert "end of its range" in device_metrics_section.range_limit_note([told])[0]
+    assert "end of its range" in device_metrics_section.range_limit_note([reply])[0]
 
 
 def test_a_small_consistency_error_is_not_written_as_zero() -> None:
@@ -73,23 +73,23 @@ def test_a_small_consistency_error_is_not_written_as_zero() -> None:
 
 
 def test_a_suppressed_group_takes_one_cell(record: RunRecord, folder: Path) -> None:
-    told = with_figures(record, own_figures("after", 1.0, (300, 5, 60)))
-    html = html_report.render(told, folder)
+    reply = with_metrics(record, own_metrics("after", 1.0, (300, 5, 60)))
+    html = html_report.render(reply, folder)
     assert html.count("suppressed: below 20 units") == 1 and 'colspan="6"' in html
-    row = next(line for line in model_card.render(told).splitlines() if line.startswith("| medium"))
+    row = next(line for line in model_card.render(reply).splitlines() if line.startswith("| medium"))
     assert row.count("suppressed") == 1
 
 
-def test_nothing_to_compare_says_what_noise_would_have_hidden(record: RunRecord) -> None:
-    few = with_figures(record, own_figures("after", 2.5, (60, 5, 5)))
+def test_without_a_comparison_the_detectable_gap_is_reported(record: RunRecord) -> None:
+    few = with_metrics(record, own_metrics("after", 2.5, (60, 5, 5)))
     assert "the noise alone would hide differences" in device_metrics_section.sentences(few)[1]
     unknown = replace(few, experiment={})
     assert device_metrics_section.hidden_sentence(unknown) == ""
 
 
-def test_a_record_comes_back_equal_from_its_json() -> None:
-    told = own_figures("after", 1.0, (300, 5, 60))
-    assert loads(DeviceMetricsRecord, dumps(told)) == told
+def test_a_record_is_equal_after_a_json_round_trip() -> None:
+    reply = own_metrics("after", 1.0, (300, 5, 60))
+    assert loads(DeviceMetricsRecord, dumps(reply)) == reply
 
 
 def test_a_ranking_states_the_privacy_loss_of_all_answers_together() -> None:
@@ -105,7 +105,7 @@ def test_a_ranking_without_a_winner_gives_no_order() -> None:
     assert "best first" not in tied and "best first: pretrain, other" in decided
 
 
-def test_a_rankings_page_has_its_title_all_asked_and_groups_that_are_missing() -> None:
+def test_a_rankings_page_has_its_title_and_lists_missing_groups() -> None:
     text = markdown(a_ranking(ties=True))
     assert text.startswith("# Which model serves the devices' own photos best: ranking of 2 models\n")
     assert ALL_PHOTOS in text

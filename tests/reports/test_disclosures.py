@@ -1,4 +1,4 @@
-"""Who is trusted, what an epsilon covers, what cannot be undone: the same in the page and in the card."""
+"""Trust, what an epsilon covers, and what cannot be undone: the same in the HTML report and the model card."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def library(record: RunRecord) -> RunRecord:
     return replace(record, plan=make_plan(target, SCHEDULE, update_clip_norm=0.07))
 
 
-def test_a_trusted_servers_promise_is_about_what_it_publishes(library: RunRecord, folder: Path) -> None:
+def test_a_trusted_servers_guarantee_covers_what_it_publishes(library: RunRecord, folder: Path) -> None:
     for text in (html_report.render(library, folder), model_card.render(library)):
         plain = text.replace("&#39;", "'")
         assert (
@@ -45,7 +45,7 @@ def test_a_trusted_servers_promise_is_about_what_it_publishes(library: RunRecord
         )
 
 
-def test_a_trusted_servers_card_names_its_clip_and_not_that_of_photos(library: RunRecord) -> None:
+def test_a_trusted_servers_card_has_the_update_clip_norm(library: RunRecord) -> None:
     text = model_card.render(library)
     assert "Trusted: the server" in text
     assert "each device's update is clipped to L2 norm 0.07" in text
@@ -62,7 +62,7 @@ def test_a_single_update_of_a_trusted_servers_run_has_no_noise(library: RunRecor
     assert not any("→ DP" in tile["text"] for tile in headline_numbers(library))
 
 
-def test_a_run_without_noise_claims_no_defence_in_its_tile(record: RunRecord) -> None:
+def test_a_run_without_noise_shows_no_defense_in_its_headline(record: RunRecord) -> None:
     bare = replace(record, plan=make_plan(NoPrivacy(), SCHEDULE))
     assert not any("DP sigma" in tile["text"] for tile in headline_numbers(bare))
     assert "what noise would have changed" in disclosures.attack_note(bare)
@@ -77,7 +77,7 @@ def test_a_guarantee_names_epsilon_delta_and_unit() -> None:
 
 
 def test_bounds_are_rounded_outwards() -> None:
-    """7.99823 lies between 7.998 and 7.999; a whole number stays itself."""
+    """7.99823 lies between 7.998 and 7.999; an integer is unchanged."""
     assert (rounded_down(7.99823), rounded_up(7.99823)) == ("7.998", "7.999")
     assert (rounded_down(8.0), rounded_up(8.0)) == ("8.000", "8.000")
     assert (rounded_down(0.000123456), rounded_up(0.000123456)) == ("0.0001234", "0.0001235")
@@ -87,7 +87,7 @@ def test_bounds_are_rounded_outwards() -> None:
         assert float(rounded_down(exact)) <= exact <= float(rounded_up(exact))
 
 
-def test_a_command_comes_back_from_a_shell_word_by_word() -> None:
+def test_a_command_is_quoted_for_a_shell() -> None:
     changes = {"privacy": "{kind: privacy-target, epsilon: 8}"}
     line = command_line("run", Path("my recipes/a.yaml"), None, changes)
     assert shlex.split(line) == [
@@ -100,13 +100,13 @@ def test_a_command_comes_back_from_a_shell_word_by_word() -> None:
 
 
 @pytest.mark.parametrize("command", ["fedface run a_b.yaml --set 'x={a: [1]}'", "echo ``` '<b>' ````"])
-def test_the_card_holds_the_command_as_it_is_typed(record: RunRecord, command: str) -> None:
-    """In the words of a Markdown reader: the last block of code is the command, whatever fences are in it."""
+def test_the_card_has_the_command_verbatim(record: RunRecord, command: str) -> None:
+    """For a Markdown parser, the last code block is the command, whatever fences it contains."""
     tokens = MarkdownIt().parse(model_card.render(replace(record, command=command)))
     assert [token.content for token in tokens if token.type == "fence"][-1] == f"{command}\n"
 
 
-def test_a_hash_of_one_network_is_told_from_that_of_the_whole_model(record: RunRecord, folder: Path) -> None:
+def test_hashes_of_one_network_and_of_the_model_are_distinguished(record: RunRecord, folder: Path) -> None:
     assert disclosures.hash_note(record) == ""
     assert not isinstance(record.bias_after, NotMeasured)
     part = replace(record, bias_after=replace(record.bias_after, weights_hash="cd" * 32))
@@ -114,16 +114,16 @@ def test_a_hash_of_one_network_is_told_from_that_of_the_whole_model(record: RunR
     assert note in html_report.render(part, folder) and note in model_card.render(part).replace("\\", "")
 
 
-def test_what_cannot_be_undone_is_said_also_when_nobody_left(record: RunRecord, folder: Path) -> None:
+def test_what_cannot_be_undone_is_stated_without_a_withdrawal_too(record: RunRecord, folder: Path) -> None:
     for text in (html_report.render(record, folder), model_card.render(record)):
         assert "What cannot be undone" in text and "No device has withdrawn from this run." in text
     left = replace(
         record, withdrawals=(WithdrawalRecord(rounds=(3,), evaluations=1, epsilon=epsilon_after(1)),)
     )
-    said = disclosures.withdrawal_notes(left)
-    assert "No device has withdrawn from this run." not in said
-    assert "its update of round 3 was summed" in said[-1]
+    result = disclosures.withdrawal_notes(left)
+    assert "No device has withdrawn from this run." not in result
+    assert "its update of round 3 was summed" in result[-1]
 
 
-def test_a_server_that_saw_bare_updates_cannot_unsee_them(library: RunRecord) -> None:
+def test_withdrawals_state_that_the_server_saw_updates_without_noise(library: RunRecord) -> None:
     assert "but not what the server saw before it added the noise" in disclosures.withdrawal_notes(library)[1]

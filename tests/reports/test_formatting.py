@@ -28,8 +28,10 @@ def test_an_attack_that_failed_does_not_prove_that_none_could_succeed() -> None:
 
 def test_identification_is_compared_with_guessing() -> None:
     bare, noised = attacks()
-    chance = replace(noised.identification, rate=Interval(0.015, 0.005, 0.04, 200))
-    assert "no more often than guessing" in formatting.identification_sentence(chance, noised.scores.defense)
+    guessing = replace(noised.identification, rate=Interval(0.015, 0.005, 0.04, 200))
+    assert "no more often than guessing" in formatting.identification_sentence(
+        guessing, noised.scores.defense
+    )
     assert "more often than guessing" in formatting.identification_sentence(
         bare.identification, bare.scores.defense
     )
@@ -41,17 +43,17 @@ def test_identification_is_compared_with_guessing() -> None:
     ("share", "text"),
     [(0.01, "1.0 %"), (0.5, "50 %"), (0.999638, "99.96 %"), (1 - 3e-7, "99.99997 %"), (1.0, "100 %")],
 )
-def test_a_share_close_to_all_is_never_rounded_up_to_all(share: float, text: str) -> None:
+def test_a_share_close_to_one_is_never_rounded_up_to_one(share: float, text: str) -> None:
     assert number_format.percent(share).replace(number_format.SPACE, " ") == text
 
 
-def test_an_epsilon_of_sixty_bounds_nothing_and_says_so() -> None:
+def test_an_epsilon_of_sixty_is_reported_as_no_bound() -> None:
     """1 / (1 + e^-60) is 1 to the last bit."""
     words = formatting.meaning(Epsilon(lower=60.0, estimate=60.0, upper=60.0, delta=1e-3, unit="photo"))
     assert "at most 100\N{NO-BREAK SPACE}% sure" in words and "weak bound" in words
 
 
-def test_epsilon_one_turns_an_even_bet_into_at_most_73_percent() -> None:
+def test_epsilon_one_bounds_a_prior_of_one_half_by_73_percent() -> None:
     """e / (1 + e) = 0.731."""
     words = formatting.meaning(Epsilon(lower=1.0, estimate=1.0, upper=1.0, delta=1e-5, unit="photo"))
     assert "at most 73.2" in words and "1 in 100,000" in words and "weak" not in words

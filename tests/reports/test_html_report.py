@@ -1,4 +1,4 @@
-"""The page and the card: all numbers there, nothing missing shown as one, nothing hostile let in."""
+"""The HTML report and the model card: complete, explicit about missing values, and safe against hostile text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VOID = {"meta", "img", "link", "br", "hr", "path", "use", "rect"}
 
 
 class Reader(HTMLParser):
-    """Collects tags, links, visible text and ids, and notices a tag that is closed in the wrong place."""
+    """Collects tags, links, visible text and ids, and detects a tag that is closed in the wrong place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Reader(HTMLParser):
 
 
 def read(html: str) -> Reader:
-    """The page as a browser would see it, roughly."""
+    """Parse the page as a browser would, approximately."""
     reader = Reader()
     reader.feed(html)
     assert reader.open == []
@@ -77,8 +77,8 @@ def html(record: RunRecord, folder: Path) -> str:
     return html_report.render(record, folder)
 
 
-def test_the_headline_is_the_question_and_the_answer_comes_from_the_numbers(html: str) -> None:
-    """The gap is 8 spreads of 0.6 times how much worse than even: 5.28 before, 1.44 after."""
+def test_the_headline_is_the_question_and_the_summary_is_computed(html: str) -> None:
+    """The gap is 8 deviations of 0.6 times how much worse than even: 5.28 before, 1.44 after."""
     text = read(html).text
     assert "Do eight phones of mostly darker faces mend" in text
     assert "shrank from 5.28 to 1.44 dE00" in text
@@ -102,14 +102,14 @@ def test_a_gap_that_only_changed_its_sign_did_not_change_its_size(record: RunRec
     assert "no change is shown" in headline_summary.headline_summary(swapped)[0]
 
 
-def test_the_page_asks_nothing_of_any_network(html: str) -> None:
+def test_the_page_loads_nothing_from_the_network(html: str) -> None:
     reader = read(html)
     assert all(link.startswith(("data:image/", "#")) for link in reader.links)
     assert not {"script", "link", "iframe", "object", "form"} & set(reader.tags)
     assert "@import" not in html and "url(http" not in html
 
 
-def test_ids_are_unique_so_that_charts_do_not_borrow_from_each_other(html: str) -> None:
+def test_ids_are_unique_across_charts(html: str) -> None:
     ids = read(html).ids
     assert len(ids) == len(set(ids))
 
@@ -142,7 +142,7 @@ def test_a_hostile_question_device_and_group_inject_nothing(record: RunRecord, f
     assert shown.events == []
 
 
-def test_what_is_missing_says_so_and_never_nan_or_none(record: RunRecord, folder: Path) -> None:
+def test_missing_values_are_stated_and_never_nan_or_none(record: RunRecord, folder: Path) -> None:
     missing = NotMeasured(not_measured="the probe has no faces")
     rounds = tuple(
         replace(entry, epsilon=missing, metrics={name: missing for name in entry.metrics})
@@ -166,14 +166,20 @@ def test_what_is_missing_says_so_and_never_nan_or_none(record: RunRecord, folder
             assert not re.search(r"\b(nan|none|null|inf|undefined)\b", text.replace("No ", "").lower())
 
 
-def test_a_picture_that_is_gone_is_named(record: RunRecord, tmp_path: Path) -> None:
+def test_a_missing_picture_is_named(record: RunRecord, tmp_path: Path) -> None:
     assert "the file faces.png is not in the run's folder" in html_report.render(record, tmp_path)
 
 
 def test_the_card_has_every_group_the_spent_epsilon_and_both_hashes(record: RunRecord) -> None:
     text = model_card.render(record)
-    for wanted in ("| very light |", "| dark |", "Spent: epsilon 7.90", record.base_hash, record.final_hash):
-        assert wanted in text
+    for expected in (
+        "| very light |",
+        "| dark |",
+        "Spent: epsilon 7.90",
+        record.base_hash,
+        record.final_hash,
+    ):
+        assert expected in text
 
 
 @pytest.mark.parametrize("width", [390, 1000])

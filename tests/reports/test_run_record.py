@@ -1,4 +1,4 @@
-"""The JSON record: what is written is what is read, and nothing else is."""
+"""The JSON record of a run: a round trip is exact, and everything invalid is refused."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fedface.reports import run_record
 from fedface.reports.run_record import PictureRecord, RunRecord
 
 
-def test_a_record_comes_back_equal_from_its_json(record: RunRecord) -> None:
+def test_a_record_is_equal_after_a_json_round_trip(record: RunRecord) -> None:
     assert loads(RunRecord, dumps(record)) == record
 
 
-def test_a_record_without_promise_or_audits_comes_back_equal(record: RunRecord) -> None:
+def test_a_record_without_dp_or_audits_is_equal_after_a_round_trip(record: RunRecord) -> None:
     bare = replace(
         record,
         plan=make_plan(NoPrivacy(), record.plan.schedule),
@@ -34,7 +34,7 @@ def test_a_record_without_promise_or_audits_comes_back_equal(record: RunRecord) 
     assert loads(RunRecord, dumps(bare)) == bare
 
 
-def test_a_record_comes_back_equal_from_its_folder(record: RunRecord, tmp_path: Path) -> None:
+def test_a_record_is_equal_after_writing_and_reading(record: RunRecord, tmp_path: Path) -> None:
     run_record.write(record, tmp_path)
     assert run_record.read(tmp_path) == record
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
@@ -61,28 +61,28 @@ def test_an_interval_is_finite_ordered_and_counted(values: tuple[float, float, f
         Interval(*values)
 
 
-def test_an_unknown_key_is_refused_with_its_place(record: RunRecord) -> None:
+def test_an_unknown_key_is_refused_with_its_path(record: RunRecord) -> None:
     plain = json.loads(dumps(record))
     plain["rounds"][2]["colour"] = "red"
     with pytest.raises(CodecError, match=r"rounds\.2\.colour: unknown key"):
         loads(RunRecord, json.dumps(plain))
 
 
-def test_a_missing_key_is_refused_with_its_place(record: RunRecord) -> None:
+def test_a_missing_key_is_refused_with_its_path(record: RunRecord) -> None:
     plain = json.loads(dumps(record))
     del plain["planned_epsilon"]["delta"]
     with pytest.raises(CodecError):
         loads(RunRecord, json.dumps(plain))
 
 
-def test_text_where_a_number_belongs_is_refused_with_its_place(record: RunRecord) -> None:
+def test_text_instead_of_a_number_is_refused_with_its_path(record: RunRecord) -> None:
     plain = json.loads(dumps(record))
     plain["rounds"][0]["bytes_up"] = "many"
     with pytest.raises(CodecError, match=r'rounds\.0\.bytes_up: expected a whole number, got "many"'):
         loads(RunRecord, json.dumps(plain))
 
 
-def test_a_value_out_of_bounds_is_refused_with_its_place(record: RunRecord) -> None:
+def test_a_value_out_of_bounds_is_refused_with_its_path(record: RunRecord) -> None:
     plain = json.loads(dumps(record))
     plain["planned_epsilon"]["delta"] = 1.5
     with pytest.raises(CodecError, match=r"planned_epsilon.delta: must lie in \(0, 1\), got 1.5"):
@@ -110,6 +110,6 @@ def test_a_picture_outside_the_folder_is_refused(file: str) -> None:
         PictureRecord(file=file, section="more", caption="", alt="")
 
 
-def test_a_folder_without_a_record_says_what_was_expected(tmp_path: Path) -> None:
+def test_a_folder_without_a_record_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="expected the folder of a finished run"):
         run_record.read(tmp_path)

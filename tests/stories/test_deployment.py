@@ -1,7 +1,6 @@
-"""A server and three devices, each with a home of its own, follow the two READMEs and get a report.
-
-The commands are read from server/README.md and clients/README.md and run by a shell; only the host, the port
-and the sizes of the experiment are changed. TLS, node keys, encrypted sums and a promise are all on.
+"""A server and three devices, each with its own home, follow the two READMEs to a report. The commands are read from
+server/README.md and clients/README.md and run by a shell; only the host, the port and the sizes of the experiment are
+changed. TLS, node keys, encrypted sums and DP are all on.
 """
 
 from __future__ import annotations
@@ -67,11 +66,11 @@ class Home:
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """Nothing of the tester's own home is seen or written."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("FLWR_", "XDG_"))}
+        """The tester's own home is neither read nor written."""
+        stored = {name: value for name, value in os.environ.items() if not name.startswith(("FLWR_", "XDG_"))}
         quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"}
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        return {**kept, **quiet, "HOME": str(self.folder), "PATH": path}
+        return {**stored, **quiet, "HOME": str(self.folder), "PATH": path}
 
     def do(self, commands: str) -> str:
         """Run commands to their end, in the checkout."""
@@ -83,7 +82,7 @@ class Home:
         return done.stdout
 
     def start(self, commands: str, name: str) -> subprocess.Popen[bytes]:
-        """Start commands that stay; their output goes to a file in the home."""
+        """Start long-running commands; their output goes to a file in the home."""
         log = self.folder / f"{name}.log"
         with log.open("wb") as out:
             process = subprocess.Popen(
@@ -95,7 +94,7 @@ class Home:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on just now."""
+    """Ports that no process listens on."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for one in sockets:
@@ -108,16 +107,16 @@ def free_ports(count: int) -> list[int]:
 
 @pytest.fixture
 def homes(tmp_path: Path) -> Iterator[list[Home]]:
-    """The server's home and three devices'; all that was started there is ended."""
+    """The server's home and three devices'; all processes started there are ended."""
     ports, running = free_ports(1), {}  # type: ignore[var-annotated]
     folders = [tmp_path / name for name in ("server", "device-1", "device-2", "device-3")]
     for folder in folders:
         folder.mkdir(mode=0o700)
     yield [Home(folder, ports[0], running) for folder in folders]
-    for wanted in (signal.SIGTERM, signal.SIGKILL):
+    for expected in (signal.SIGTERM, signal.SIGKILL):
         for process in running:
             if process.poll() is None:
-                os.killpg(process.pid, wanted)
+                os.killpg(process.pid, expected)
         for process in running:
             try:
                 process.wait(20)
@@ -125,8 +124,8 @@ def homes(tmp_path: Path) -> Iterator[list[Home]]:
                 continue
 
 
-def draw_photos(folder: Path, count: int, light_fraction: float, name: str) -> None:
-    """Drawn faces of 128 px, saved as a camera would."""
+def save_photos(folder: Path, count: int, light_fraction: float, name: str) -> None:
+    """Synthetic faces of 128 px, saved as a camera would."""
     folder.mkdir()
     streams = Streams(3).child(name)
     faces = sample_faces(count, ToneMix(light_fraction=light_fraction), streams.generator("faces"))
@@ -136,7 +135,7 @@ def draw_photos(folder: Path, count: int, light_fraction: float, name: str) -> N
 
 
 def until_true(condition: Callable[[], bool], seconds: float, what: str, homes: list[Home]) -> None:
-    """Look once a second; show every log if it does not come true."""
+    """Poll once a second; print every log on timeout."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
@@ -148,8 +147,8 @@ def until_true(condition: Callable[[], bool], seconds: float, what: str, homes: 
     pytest.fail(f"{what} within {seconds:.0f} s\n{logs}")
 
 
-def answers(port: int) -> bool:
-    """Whether somebody listens."""
+def listening(port: int) -> bool:
+    """Whether a process listens."""
     with socket.socket() as one:
         return one.connect_ex(("127.0.0.1", port)) == 0
 
@@ -157,18 +156,18 @@ def answers(port: int) -> bool:
 @pytest.mark.slow
 @pytest.mark.timeout(800)
 def test_three_devices_and_a_server_follow_the_readmes_to_a_report(homes: list[Home]) -> None:
-    """Two rounds with TLS, node keys, encrypted sums and a promise; each device books what it gave."""
+    """Two rounds with TLS, node keys, encrypted sums and DP; each device records its releases."""
     server, *devices = homes
     server.do(command("server", "1. Certificates"))
     server.start(command("server", "2. The SuperLink"), "superlink")
-    until_true(lambda: answers(server.port), 60, "the SuperLink does not listen", homes)
+    until_true(lambda: listening(server.port), 60, "the SuperLink does not listen", homes)
     server.do(command("server", "3. Tell `flwr` where it is"))
     server.do(command("server", "5. The experiment"))
     family = server.folder / "fedface-server" / "family.yaml"
     family.write_text(family.read_text() + "evaluation: {share: 0.2, holdout_fraction: 0.3}\n")
 
     for number, device in enumerate(devices):
-        draw_photos(device.folder / "Pictures", 8, [0.9, 0.5, 0.1][number], device.folder.name)
+        save_photos(device.folder / "Pictures", 8, [0.9, 0.5, 0.1][number], device.folder.name)
         device.do(command("clients", "2. Your file"))
         file = device.folder / "device.yaml"
         text = file.read_text().replace("name: my-device", f"name: {device.folder.name}")
@@ -198,4 +197,4 @@ def test_three_devices_and_a_server_follow_the_readmes_to_a_report(homes: list[H
         assert 0 < ledger.spent(1e-6).upper <= 8.0
         sent = [transmission.kind for transmission in ledger.read().transmissions]
         assert sent.count("update") == 2 and sent.count("metrics") == 2
-    assert [told["devices"] for told in record["private"]] == [3, 3]
+    assert [reported["devices"] for reported in record["private"]] == [3, 3]

@@ -1,4 +1,4 @@
-"""Every message that leaves a device in a whole run, with updates and figures: what is in it, and what is not."""
+"""Every message that leaves a device in a run with updates and metrics: what it contains and what it does not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import begun, tiny_experiment
+from tiny import started, tiny_experiment
 
 from fedface.aggregation.payload import Payload
 from fedface.audits.dp_metrics import LocalMetricsConfig
@@ -43,7 +43,7 @@ CHANGES = {
 
 @dataclass(frozen=True)
 class Overheard:
-    """A task and what one device answered."""
+    """A task and one device's reply."""
 
     task: Task
     member: int
@@ -51,17 +51,17 @@ class Overheard:
 
 
 class Listening:
-    """A cohort that writes down every answer."""
+    """A cohort that records every reply."""
 
     def __init__(self, cohort: Cohort) -> None:
         self.cohort, self.heard = cohort, list[Overheard]()
 
-    def members(self, wanted: int) -> Sequence[int]:
+    def members(self, expected: int) -> Sequence[int]:
         """As they are."""
-        return self.cohort.members(wanted)
+        return self.cohort.members(expected)
 
     def ask(self, task: Task, members: Sequence[int], heard: OnReply) -> Mapping[int, Reply | Failure]:
-        """Pass the task on and keep what comes back."""
+        """Forward the task and record the reply."""
         answers = self.cohort.ask(task, members, heard)
         for member, answer in answers.items():
             assert not isinstance(answer, Failure), answer
@@ -70,13 +70,13 @@ class Listening:
 
 
 def whole_run(folder: Path, photos_per_device: int) -> tuple[Experiment, Path, list[Overheard]]:
-    """A run with updates and figures, on devices with so many photos in occasions of three."""
+    """A run with updates and metrics, on devices with this many photos in occasions of three."""
     devices = (
         "{kind: synthetic-devices, light_fractions: [0.9, 0.1], "
         f"photos_per_device: {photos_per_device}, photos_per_occasion: 3}}"
     )
     experiment = tiny_experiment(folder / "recipe", {**CHANGES, "devices": devices})
-    run = begun(experiment, folder / "run")
+    run = started(experiment, folder / "run")
     listening = Listening(in_process_cohort(experiment, devices_folder(run)))
     run_experiment(experiment, listening, run, progress=SilentProgress())
     return experiment, run, listening.heard
@@ -88,8 +88,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Path, lis
     return whole_run(tmp_path_factory.mktemp("many"), 39)
 
 
-def test_headers_hold_names_and_times_and_nothing_else(run: tuple[Experiment, Path, list[Overheard]]) -> None:
-    """An allow-list of keys for each kind of answer, and no number but version and seconds."""
+def test_headers_contain_names_and_times_and_nothing_else(
+    run: tuple[Experiment, Path, list[Overheard]],
+) -> None:
+    """An allow-list of keys for each kind of reply, and no number but version and seconds."""
     _, _, heard = run
     kinds = set()
     for overheard in heard:
@@ -103,15 +105,17 @@ def test_headers_hold_names_and_times_and_nothing_else(run: tuple[Experiment, Pa
     assert kinds == {"train-result", "evaluate-result", "decrypt-result"}
 
 
-def test_every_payload_was_booked_with_noise_before_it_left(
+def test_every_payload_was_recorded_with_noise_before_it_left(
     run: tuple[Experiment, Path, list[Overheard]],
 ) -> None:
-    """One ledger entry, of finite price, for each update and each set of figures; all together within the promise."""
+    """One ledger entry of finite cost for each update and each evaluation; all together within the target."""
     experiment, folder, heard = run
     for number in range(2):
         ledger = Ledger.open(devices_folder(folder) / f"device-{number:02d}" / "ledger.sqlite")
         entries = {(entry.run, entry.round): entry for entry in ledger.entries()}
-        answered = {(o.task.ledger_key, o.task.round) for o in heard if o.member == number and not opened(o)}
+        answered = {
+            (o.task.ledger_key, o.task.round) for o in heard if o.member == number and not decrypted(o)
+        }
         assert answered == set(entries) and len(entries) == len(ledger.entries()) == 4
         for entry in entries.values():
             assert 0 < epsilon_of(event_from_json(entry.event), 1e-3).lower < 8
@@ -119,26 +123,26 @@ def test_every_payload_was_booked_with_noise_before_it_left(
         assert ledger.spent(1e-3, unit="occasion").upper <= 8.0
 
 
-def opened(overheard: Overheard) -> bool:
-    """Whether the device opened a sum, in which its own part was booked before."""
+def decrypted(overheard: Overheard) -> bool:
+    """Whether the device decrypted a sum in which its own part was recorded."""
     return isinstance(overheard.task, DecryptTask)
 
 
 def test_the_ledger_has_every_message_that_left(run: tuple[Experiment, Path, list[Overheard]]) -> None:
-    """As many transmissions as answers, with the number of bytes of each, and what paid for it."""
+    """As many transmissions as replies, with the number of bytes and the entry of each."""
     _, folder, heard = run
     for number in range(2):
         ledger = Ledger.open(devices_folder(folder) / f"device-{number:02d}" / "ledger.sqlite")
         sent = ledger.read().transmissions
         answers = [o for o in heard if o.member == number]
         assert [line.bytes for line in sent] == [len(*o.reply.blobs.values()) for o in answers]
-        assert [line.entry is None for line in sent] == [opened(o) for o in answers]
+        assert [line.entry is None for line in sent] == [decrypted(o) for o in answers]
 
 
 def test_no_photo_no_name_and_no_count_is_in_any_message(
     run: tuple[Experiment, Path, list[Overheard]],
 ) -> None:
-    """Neither a row of a photo's pixels nor a path nor a number of photos can be found in the bytes."""
+    """The bytes contain neither a row of a photo's pixels nor a path nor a number of photos."""
     experiment, folder, heard = run
     everything = b"".join(o.reply.header.encode() + b"".join(o.reply.blobs.values()) for o in heard)
     for number in range(2):
@@ -157,7 +161,7 @@ def test_no_photo_no_name_and_no_count_is_in_any_message(
 def test_messages_of_a_larger_library_have_the_same_form_and_size(
     run: tuple[Experiment, Path, list[Overheard]], tmp_path: Path
 ) -> None:
-    """Thirty photos more change no key, no length and no order of what leaves."""
+    """Thirty more photos change no key, no length and no order."""
     _, _, few = run
     _, _, many = whole_run(tmp_path, 69)
 
@@ -176,7 +180,7 @@ def test_messages_of_a_larger_library_have_the_same_form_and_size(
 
 
 def true_rows(experiment: Experiment, folder: Path, config: LocalMetricsConfig) -> np.ndarray:
-    """How many held-out occasions of both devices belong to each tone group, an occasion of two in part to each."""
+    """The number of held-out occasions of both devices in each tone group, fractional for mixed occasions."""
     edges = torch.tensor([last + 0.5 for last in config.tone_upper_bounds[:-1]])
     rows = np.zeros(3)
     for number in range(2):
@@ -191,17 +195,17 @@ def true_rows(experiment: Experiment, folder: Path, config: LocalMetricsConfig) 
     return rows
 
 
-def test_figures_that_leave_are_not_the_figures_that_were_measured(
+def test_metrics_that_leave_have_noise(
     run: tuple[Experiment, Path, list[Overheard]],
 ) -> None:
-    """The opened sums of figures are off from whole counts by as much as the noise of two devices says."""
+    """The decrypted sums of metrics differ from integer counts by the noise of two devices."""
     experiment, folder, heard = run
     (terms,) = experiment.plan().additional_releases
     assert experiment.evaluation is not None
     config = experiment.evaluation.metrics
     errors = []
     for overheard in heard:
-        if opened(overheard) and overheard.task.ledger_key.endswith("/metrics"):
+        if decrypted(overheard) and overheard.task.ledger_key.endswith("/metrics"):
             total = np.frombuffer(overheard.reply.blobs["total"], dtype="<f4").astype(np.float64)
             counts = total[:9] * config.max_units / np.sqrt(config.shares.table)
             # Only sums over a row are known without the model: how many originals a tone group has.

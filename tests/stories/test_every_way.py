@@ -1,4 +1,4 @@
-"""Every way of learning goes the whole way: from photos over encrypted sums to a report, and again from its folder."""
+"""Every training method end to end: from photos over encrypted sums to a report."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from fedface.reports import run_record
 
 
 @pytest.mark.parametrize("way", ["lora", "prior", "flow", "styles", "resolver"])
-def test_a_run_of_each_way_ends_with_a_report(
+def test_a_run_of_each_method_ends_with_a_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    """One round under a promise: booked once on each device, applied, attacked with its own update, drawn."""
+    """One round under DP: recorded once on each device, applied, attacked with its own update, rendered."""
     recipe = tmp_path / "way.yaml"
     changes = {"aggregation": "{kind: homomorphic}", "name": way}
     recipe.write_text(dump(tiny_way(tmp_path, way, changes)))

@@ -1,4 +1,4 @@
-"""The main job from recipe to report, and what is left of it when somebody pulls the plug."""
+"""A run from experiment to report, and its interruptions."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def attempts(folder: Path) -> dict[str, list[tuple[int, int]]]:
 def test_a_run_ends_with_a_record_a_page_and_a_card_that_agree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One command; the record names the very weights on disk, the page is one file that calls nobody."""
+    """One command; the record has the hash of the weights on disk, and the page is one file without requests."""
     monkeypatch.chdir(tmp_path)
     recipe = tiny_file(tmp_path)
     recipe.write_text(recipe.read_text().replace("{kind: plain}", "{kind: homomorphic}"))
     assert fedface(monkeypatch, "run", str(recipe)) == 0
-    said = capsys.readouterr().out
+    result = capsys.readouterr().out
     folder = Path("runs/tiny")
-    assert str(folder / "report.html") in said
+    assert str(folder / "report.html") in result
 
     record = run_record.read(folder)
     assert record.name == "tiny" and record.question == "Does a small run end?"
@@ -75,10 +75,10 @@ def test_a_run_ends_with_a_record_a_page_and_a_card_that_agree(
     assert (folder / "report.html").read_text(encoding="utf-8") == page
 
 
-def test_a_finished_run_makes_room_for_the_next(
+def test_a_new_run_gets_a_new_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With runs/tiny there, the same command makes runs/tiny-2; --json prints the record and nothing else."""
+    """If runs/tiny exists, the same command creates runs/tiny-2; --json prints only the record."""
     monkeypatch.chdir(tmp_path)
     Path("runs/tiny").mkdir(parents=True)
     words = [
@@ -90,16 +90,16 @@ def test_a_finished_run_makes_room_for_the_next(
         "privacy={kind: no-privacy}",
     ]
     assert fedface(monkeypatch, *words, "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["name"] == "tiny-2"
-    assert run_record.read(Path("runs/tiny-2")).final_hash == told["final_hash"]
+    reported = json.loads(capsys.readouterr().out)
+    assert reported["name"] == "tiny-2"
+    assert run_record.read(Path("runs/tiny-2")).final_hash == reported["final_hash"]
     assert list(Path("runs/tiny").iterdir()) == []
 
 
-def test_a_run_that_was_cut_short_while_measuring_measures_only(
+def test_a_run_interrupted_while_measuring_only_measures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All rounds on disk, no report: --resume asks no device and ends."""
+    """All rounds on disk, no report: --resume sends no task."""
     monkeypatch.chdir(tmp_path)
     recipe = tiny_file(tmp_path)
 
@@ -122,31 +122,30 @@ def test_a_run_that_was_cut_short_while_measuring_measures_only(
     ]
 
 
-def kept(folder: Path, name: str, round: int) -> bytes | None:
+def stored(folder: Path, name: str, round: int) -> bytes | None:
     """The reply to a round that a device still has."""
     return Ledger.open(folder / "devices" / name / "ledger.sqlite").load_reply(folder.name, round)
 
 
 def asked_for(ledger: Path, round: int) -> bool:
-    """Whether a device has booked a round, looked up without disturbing it."""
+    """Whether a device has recorded a round, without disturbing it."""
     if not ledger.is_file():
         return False
-    book = sqlite3.connect(f"file:{ledger}?mode=ro", uri=True, timeout=0.2)
+    database = sqlite3.connect(f"file:{ledger}?mode=ro", uri=True, timeout=0.2)
     try:
         count = "SELECT count(*) FROM records WHERE kind = ? AND json_extract(content, '$.round') = ?"
-        return bool(book.execute(count, (LedgerEntry.KIND, round)).fetchone()[0])
+        return bool(database.execute(count, (LedgerEntry.KIND, round)).fetchone()[0])
     except sqlite3.Error:
         return False
     finally:
-        book.close()
+        database.close()
 
 
-def test_a_run_killed_in_the_middle_of_a_round_goes_on_and_repeats_nothing(
+def test_a_run_killed_in_the_middle_of_a_round_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """kill -9 while devices train: rounds on disk stay, answers that were kept are sent again as they were.
-
-    Exactly the devices that had booked and not answered book a second time; their owners allowed for that.
+    """kill -9 while devices train: rounds on disk remain, stored replies are sent again unchanged. Exactly the devices
+    that had a record and no reply record a second time; their owners allowed that.
     """
     monkeypatch.chdir(tmp_path)
     recipe = tiny_file(tmp_path)
@@ -170,7 +169,7 @@ def test_a_run_killed_in_the_middle_of_a_round_goes_on_and_repeats_nothing(
         work.wait()
     begun = json.loads((folder / "state.json").read_text())["rounds"]
     assert len(begun) == 1 and not (folder / "run.json").exists()
-    booked = attempts(folder)
+    recorded = attempts(folder)
 
     assert fedface(monkeypatch, *words, "--resume") == 0
     record = run_record.read(folder)
@@ -178,6 +177,6 @@ def test_a_run_killed_in_the_middle_of_a_round_goes_on_and_repeats_nothing(
     assert [round.round for round in record.rounds] == [1, 2]
     after = attempts(folder)
     for name, entries in after.items():
-        assert entries[: len(booked[name])] == booked[name]
+        assert entries[: len(recorded[name])] == recorded[name]
         times = Counter(round for round, _ in entries)
         assert times == {1: 1, 2: 1}

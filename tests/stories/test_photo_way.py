@@ -1,7 +1,5 @@
-"""One photo's way: a photo with a known pattern, followed to the wire, where neither it nor its gradient is.
-
-Every byte that a device sends is searched. Without a promise the gradient is there, plainly: so the search
-can find what it looks for.
+"""One photo with a known pattern, followed to the wire, where neither it nor its gradient is found. Every byte that a
+device sends is searched. Without DP the gradient is there: the search can find what it looks for.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tiny import NO_PROMISE, first_device, tiny_experiment, tiny_gan, train_task
+from tiny import NO_PRIVACY, first_device, tiny_experiment, tiny_gan, train_task
 from torch.nn import functional
 
 from fedface.aggregation.payload import Payload
@@ -37,13 +35,13 @@ ALONE = {
 
 
 def planted() -> Images:
-    """A photo that nobody else has: a checkerboard whose squares carry their own numbers."""
+    """A unique photo: a checkerboard whose squares contain their own numbers."""
     photo = torch.arange(3 * 16 * 16, dtype=torch.float32).reshape(1, 3, 16, 16) / 1000 + 0.1
     return torch.where((torch.arange(16)[:, None] + torch.arange(16)) % 2 == 0, photo, 1 - photo)
 
 
 def gradient_of(gan: Model, photo: Images) -> Vector:
-    """What the discriminator learns from one photo, flat and in the order of the wire."""
+    """The discriminator's gradient of one photo, flat and in the order of the wire."""
     loss = functional.softplus(-gan.discriminator(photo)).sum()
     names = sorted(dict(gan.discriminator.named_parameters()))
     weights = dict(gan.discriminator.named_parameters())
@@ -51,9 +49,9 @@ def gradient_of(gan: Model, photo: Images) -> Vector:
     return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
-def sent(tmp_path: Path, gan: Model, photos: Images, promise: dict[str, str]) -> tuple[Vector, bytes]:
-    """A device's update of the discriminator as the server reads it, and all bytes that crossed the wire."""
-    experiment = tiny_experiment(tmp_path / "recipe", {**ALONE, **promise})
+def sent(tmp_path: Path, gan: Model, photos: Images, target: dict[str, str]) -> tuple[Vector, bytes]:
+    """A device's update of the discriminator as the server decodes it, and all bytes on the wire."""
+    experiment = tiny_experiment(tmp_path / "recipe", {**ALONE, **target})
     device = replace(
         first_device(experiment, tmp_path / "devices"), photos=lambda size: DeviceDataset.independent(photos)
     )
@@ -67,12 +65,12 @@ def sent(tmp_path: Path, gan: Model, photos: Images, promise: dict[str, str]) ->
 
 
 def likeness(update: Vector, gradient: Vector) -> float:
-    """Cosine between what was sent and what the photo would teach; descent has the opposite sign."""
+    """Cosine between the update and the photo's gradient; descent has the opposite sign."""
     return float(functional.cosine_similarity(-update, gradient, dim=0))
 
 
 def pixel_runs(photo: Images) -> list[bytes]:
-    """Eight neighbouring pixels of each row, in every form in which a photo is likely to be written."""
+    """Eight neighbouring pixels of each row, in every likely encoding of a photo."""
     rows = photo[0].reshape(-1, 16)[:, :8].numpy()
     forms = [
         rows.astype("<f4"),
@@ -85,7 +83,7 @@ def pixel_runs(photo: Images) -> list[bytes]:
 
 
 def blind_discriminator(gan: Model) -> Model:
-    """The same networks with the made half of the discriminator's loss silenced, so that the photo is all it learns."""
+    """The same networks without the fake half of the discriminator's loss, so that only the photo contributes."""
     # A generator whose pictures are all grey teaches the discriminator about grey alone; its weights stay as they are.
     with torch.no_grad():
         for block in gan.generator.synthesis.children():
@@ -95,28 +93,28 @@ def blind_discriminator(gan: Model) -> Model:
 
 
 def about(gan: Model, update: Vector, gradient: Vector) -> float:
-    """Likeness after the part that everybody can compute, the lesson of grey pictures, is taken out of both."""
-    made = gan.generator.synthesize(gan.generator.map(torch.zeros(1, 64)))
-    loss = functional.softplus(gan.discriminator(made.detach())).sum()
+    """The cosine after removing from both the part that anyone can compute, the gradient of grey images."""
+    generated = gan.generator.synthesize(gan.generator.map(torch.zeros(1, 64)))
+    loss = functional.softplus(gan.discriminator(generated.detach())).sum()
     weights = dict(gan.discriminator.named_parameters())
     known = torch.cat(
         [g.reshape(-1) for g in torch.autograd.grad(loss, [weights[name] for name in sorted(weights)])]
     )
     known = known / known.norm()
-    rest, wanted = ((v - (v @ known) * known) for v in (update, gradient))
-    return likeness(rest, wanted)
+    rest, expected = ((v - (v @ known) * known) for v in (update, gradient))
+    return likeness(rest, expected)
 
 
-def test_without_a_promise_the_photos_gradient_is_on_the_wire(tmp_path: Path) -> None:
-    """The planted positive: one photo, one step, no noise, in the open. The search finds it at once."""
+def test_without_dp_the_photos_gradient_is_on_the_wire(tmp_path: Path) -> None:
+    """The planted positive: one photo, one step, no noise, no encryption. The search finds it at once."""
     gan = blind_discriminator(tiny_gan())
-    update, wire = sent(tmp_path, gan, planted(), {"privacy": NO_PROMISE})
+    update, wire = sent(tmp_path, gan, planted(), {"privacy": NO_PRIVACY})
     assert about(gan, update, gradient_of(gan, planted())) > 0.99
     assert not any(run in wire for run in pixel_runs(planted()))
 
 
-def test_under_a_promise_neither_the_photo_nor_its_gradient_is_on_the_wire(tmp_path: Path) -> None:
-    """The likeness is that of noise: a cosine of d numbers with noise of sigma has a known small size."""
+def test_under_dp_neither_the_photo_nor_its_gradient_is_on_the_wire(tmp_path: Path) -> None:
+    """The cosine is that of noise: for d numbers with noise of sigma its small size is known."""
     gan = blind_discriminator(tiny_gan())
     update, wire = sent(
         tmp_path, gan, planted(), {"privacy": "{kind: privacy-target, epsilon: 1, delta: 1e-3}"}
@@ -130,30 +128,30 @@ def test_under_a_promise_neither_the_photo_nor_its_gradient_is_on_the_wire(tmp_p
     assert not any(run in wire for run in pixel_runs(planted()))
 
 
-def test_a_device_with_the_photo_cannot_be_told_from_one_without_it(tmp_path: Path) -> None:
-    """The noise is the same and larger than the photo: likeness with it and without it overlap."""
+def test_a_device_with_the_photo_cannot_be_distinguished_from_one_without_it(tmp_path: Path) -> None:
+    """The noise is larger than the photo's contribution: cosines with it and without it overlap."""
     gan = blind_discriminator(tiny_gan())
     gradient = gradient_of(gan, planted())
-    promise = {"privacy": "{kind: privacy-target, epsilon: 0.5, delta: 1e-3}"}
+    target = {"privacy": "{kind: privacy-target, epsilon: 0.5, delta: 1e-3}"}
     found = {
-        name: [about(gan, sent(tmp_path / f"{name}{i}", gan, seen, promise)[0], gradient) for i in range(8)]
+        name: [about(gan, sent(tmp_path / f"{name}{i}", gan, seen, target)[0], gradient) for i in range(8)]
         for name, seen in (("with", planted()), ("without", planted()[:0]))
     }
     assert min(found["with"]) < max(found["without"])
 
 
-def test_in_a_crowd_the_photo_is_hidden_even_from_noise_free_eyes_only_by_the_promise(tmp_path: Path) -> None:
-    """Among 24 photos without noise its gradient still shows; with noise it does not. Averaging is no promise."""
+def test_among_other_photos_only_dp_hides_the_photo(tmp_path: Path) -> None:
+    """Among 24 photos without noise its gradient is still visible; with noise it is not. Averaging is no guarantee."""
     gan = blind_discriminator(tiny_gan())
     others = torch.rand(23, 3, 16, 16, generator=Streams(4).generator("crowd"))
     crowd = {"training.expected_batch_size": "24"}
-    with_it, _ = sent(tmp_path / "a", gan, torch.cat([planted(), others]), {**crowd, "privacy": NO_PROMISE})
-    without, _ = sent(tmp_path / "b", gan, others, {**crowd, "privacy": NO_PROMISE})
+    with_it, _ = sent(tmp_path / "a", gan, torch.cat([planted(), others]), {**crowd, "privacy": NO_PRIVACY})
+    without, _ = sent(tmp_path / "b", gan, others, {**crowd, "privacy": NO_PRIVACY})
     # Who knows all other photos subtracts them: what is left is this photo's gradient, to rounding.
     assert likeness(with_it - without, gradient_of(gan, planted())) > 0.99
-    promise = {**crowd, "privacy": "{kind: privacy-target, epsilon: 1, delta: 1e-3}"}
-    hidden, _ = sent(tmp_path / "c", gan, torch.cat([planted(), others]), promise)
-    clean, _ = sent(tmp_path / "d", gan, others, promise)
+    target = {**crowd, "privacy": "{kind: privacy-target, epsilon: 1, delta: 1e-3}"}
+    hidden, _ = sent(tmp_path / "c", gan, torch.cat([planted(), others]), target)
+    clean, _ = sent(tmp_path / "d", gan, others, target)
     assert abs(likeness(hidden - clean, gradient_of(gan, planted()))) < 0.2
 
 

@@ -1,5 +1,6 @@
-"""Promises that hold on the device: the budget runs out, a plan is forged, a ledger is put back, two runs come at
-once, and the power goes."""
+"""Privacy guarantees that hold on the device: used-up budgets, forged plans, rolled-back ledgers, concurrent runs and
+power cuts.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny import begun, first_device, tiny_experiment, tiny_gan, train_task
+from tiny import first_device, started, tiny_experiment, tiny_gan, train_task
 
 from fedface.coordinator.rounds import SilentProgress, run_rounds
 from fedface.coordinator.run_state import RunState
@@ -54,25 +55,25 @@ def ask(experiment: Experiment, run: str, round: int) -> TrainTask:
 
 
 def unread(size: int) -> DeviceDataset:
-    """Photos that nobody may look at."""
+    """Photos that must not be read."""
     raise AssertionError("a photo was read")
 
 
 # The budget runs out.
 
 
-def test_the_budget_runs_out_between_two_runs_and_the_second_goes_on_without_the_device(
+def test_the_budget_is_used_up_and_the_next_run_continues_without_the_device(
     tmp_path: Path,
 ) -> None:
-    """The poor device answers the first run to its end, refuses the second with three numbers, and others carry on."""
+    """The device completes the first run and refuses the second with three numbers; the others continue."""
     recipe = tiny_experiment(tmp_path / "recipe", {"min_responses": "1"})
     states = []
     for name in ("first", "second"):
-        folder = begun(recipe, tmp_path / name)
+        folder = started(recipe, tmp_path / name)
         if name == "second":  # the same two devices, of which one has a fresh library and so a fresh ledger
-            kept = devices_folder(tmp_path / "first") / "device-00"
+            stored = devices_folder(tmp_path / "first") / "device-00"
             shutil.rmtree(devices_folder(folder) / "device-00")
-            shutil.copytree(kept, devices_folder(folder) / "device-00")
+            shutil.copytree(stored, devices_folder(folder) / "device-00")
         cohort = in_process_cohort(recipe, devices_folder(folder))
         states.append(
             run_rounds(recipe, recipe.plan(), cohort, RunState.read(folder), None, SilentProgress())
@@ -92,7 +93,7 @@ def test_the_budget_runs_out_between_two_runs_and_the_second_goes_on_without_the
 
 
 def forged(task: TrainTask, **changes: object) -> TrainTask:
-    """The task as a server might rewrite it on the wire."""
+    """The task as a server might change it on the wire."""
     message = to_message(task)
     header = json.loads(message.header)
     for key, value in changes.items():
@@ -116,10 +117,10 @@ def forged(task: TrainTask, **changes: object) -> TrainTask:
         ({"cohort": 1}, "only among 2 or more"),
     ],
 )
-def test_a_forged_plan_is_priced_by_what_it_would_do_and_refused(
+def test_a_forged_plan_has_the_cost_of_its_noise_and_is_refused(
     experiment: Experiment, device: Device, changes: dict[str, object], answer: str
 ) -> None:
-    """No photo is read, nothing is booked, and the refusal says why."""
+    """No photo is read, nothing is recorded, and the refusal has the reason."""
     strict = replace(device, photos=unread, policy=replace(device.policy, min_cohort_size=2))
     reply = handle_task(forged(ask(experiment, "forged", 1), **changes), strict)
     assert isinstance(reply, Refusal) and answer in reply.reason
@@ -135,7 +136,7 @@ def test_a_forged_plan_is_priced_by_what_it_would_do_and_refused(
         {"config__dp__schedule__steps_per_round": 1},
     ],
 )
-def test_a_plan_whose_price_and_work_differ_is_no_plan(
+def test_a_plan_whose_parameters_and_schedule_differ_is_refused(
     experiment: Experiment, device: Device, changes: dict[str, object]
 ) -> None:
     with pytest.raises(PrivacyError, match="differs from its DP parameters; nothing was computed"):
@@ -143,18 +144,16 @@ def test_a_plan_whose_price_and_work_differ_is_no_plan(
     assert device.ledger().entries() == []
 
 
-def test_an_owner_who_counts_occasions_refuses_a_promise_per_photo(
-    experiment: Experiment, device: Device
-) -> None:
+def test_a_policy_per_occasion_refuses_a_guarantee_per_photo(experiment: Experiment, device: Device) -> None:
     strict = replace(device, photos=unread, policy=replace(device.policy, unit="occasion"))
     reply = handle_task(ask(experiment, "photos", 1), strict)
     assert isinstance(reply, Refusal) and "per photo" in reply.reason and "per occasion" in reply.reason
 
 
-def test_a_run_of_the_same_name_with_a_cheaper_story_pays_for_itself(
+def test_a_run_of_the_same_name_with_other_parameters_is_recorded_separately(
     experiment: Experiment, device: Device
 ) -> None:
-    """A round that was answered is not computed again for other terms under its old name."""
+    """A round that was answered is not computed again for other parameters under its old name."""
     handle_task(ask(experiment, "run", 1), device)
     rich = replace(device, policy=replace(device.policy, max_epsilon=1000.0))
     louder = DPParameters(schedule=experiment.training.schedule(), noise_multiplier=50.0)
@@ -166,7 +165,7 @@ def test_a_run_of_the_same_name_with_a_cheaper_story_pays_for_itself(
 # A ledger is put back.
 
 
-def test_a_ledger_that_was_put_back_ends_the_devices_part(
+def test_a_rolled_back_ledger_stops_the_device(
     experiment: Experiment, device: Device, tmp_path: Path
 ) -> None:
     """An old copy of the file, or of the whole folder: the device computes nothing and sends nothing."""
@@ -197,7 +196,9 @@ def test_a_ledger_that_was_put_back_ends_the_devices_part(
 
 
 def test_two_runs_at_once_cannot_overspend(experiment: Experiment, device: Device) -> None:
-    """Eight servers ask the same device in threads; the ledger ends within the budget, and what left is booked."""
+    """Eight servers send tasks to one device in threads; the ledger stays within the budget, and everything sent is
+    recorded.
+    """
     tasks = [ask(experiment, f"run-{number}", round) for round in (1, 2) for number in range(4)]
     with ThreadPoolExecutor(4) as pool:
         replies = list(pool.map(lambda task: handle_task(task, device), tasks))
@@ -211,12 +212,12 @@ def test_two_runs_at_once_cannot_overspend(experiment: Experiment, device: Devic
     assert one_more > device.policy.max_epsilon
 
 
-def _asks_in_a_process(recipe: Path, devices: Path, run: str, said: Path) -> None:
+def _asks_in_a_process(recipe: Path, devices: Path, run: str, result: Path) -> None:
     experiment = read_experiment(recipe)
     device = simulated_device(experiment, 0, devices)
     for round in (1, 2):
         reply = handle_task(ask(experiment, run, round), device)
-        with said.open("a") as file:
+        with result.open("a") as file:
             file.write(f"{type(reply).__name__}\n")
 
 
@@ -242,9 +243,9 @@ def test_two_processes_at_once_cannot_overspend(tmp_path: Path) -> None:
     for worker in workers:
         worker.join(300)
     assert [worker.exitcode for worker in workers] == [0, 0]
-    said = (tmp_path / "said").read_text().split()
+    result = (tmp_path / "said").read_text().split()
     ledger = Ledger.open(tmp_path / "devices" / "device-00" / "ledger.sqlite")
-    assert len(said) == 4 and said.count("TrainResult") == len(ledger.entries()) >= 1
+    assert len(result) == 4 and result.count("TrainResult") == len(ledger.entries()) >= 1
     assert ledger.spent(DELTA).upper <= 8.0
 
 
@@ -272,8 +273,8 @@ for number in range(1000):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals that nothing can catch")
-def test_the_power_goes_at_any_moment_and_nothing_that_left_is_unbooked(tmp_path: Path) -> None:
-    """Killed three times while it answers: the ledger opens, holds all that left, and resends the same bytes."""
+def test_after_a_power_cut_at_any_moment_everything_sent_is_recorded(tmp_path: Path) -> None:
+    """Killed three times while it replies: the ledger opens, contains all that left, and resends the same bytes."""
     tests = Path(__file__).resolve().parents[1]
     recipe, devices = tmp_path / "recipe", tmp_path / "devices"
     left: dict[str, str] = {}
@@ -284,18 +285,18 @@ def test_the_power_goes_at_any_moment_and_nothing_that_left_is_unbooked(tmp_path
             text=True,
         )
         assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
-        said = [worker.stdout.readline() for _ in range(answers)]
+        result = [worker.stdout.readline() for _ in range(answers)]
         time.sleep(delay)
         worker.send_signal(signal.SIGKILL)
-        said += worker.stdout.read().splitlines()
+        result += worker.stdout.read().splitlines()
         worker.wait()
-        for line in said:
+        for line in result:
             if len(words := line.split()) == 2 and len(words[1]) == 64:
                 assert left.setdefault(words[0], words[1]) == words[1]  # asked again, the same bytes
     assert left
     experiment = tiny_experiment(recipe)
     device = first_device(experiment, devices)
-    booked = {entry.run for entry in device.ledger().entries()}
+    recorded = {entry.run for entry in device.ledger().entries()}
     noted = {sent.run: sent.payload_digest for sent in device.ledger().read().transmissions}
-    assert set(left) <= booked and left.items() <= noted.items()
-    assert len(device.ledger().entries()) == len(booked)  # no round was paid for twice
+    assert set(left) <= recorded and left.items() <= noted.items()
+    assert len(device.ledger().entries()) == len(recorded)  # no round was paid for twice

@@ -1,4 +1,4 @@
-"""Drawn faces: what is known about them is true of their pictures."""
+"""Synthetic faces: their known parameters are true of their images."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def middling(count: int) -> SyntheticFaces:
     return faces_from_normals(torch.zeros(count, NORMALS), EVEN)
 
 
-def test_the_same_normals_give_the_same_picture() -> None:
-    """A picture is a function of its parameters as long as no noise is asked for."""
+def test_the_same_latents_give_the_same_image() -> None:
+    """An image without noise is a function of its parameters."""
     normals = torch.randn(4, NORMALS, generator=torch.Generator().manual_seed(1))
     first, second = (render(faces_from_normals(normals.clone(), EVEN), 32) for _ in range(2))
     assert torch.equal(first, second)
 
 
-def test_pictures_are_finite_and_within_zero_and_one_even_for_extreme_normals() -> None:
-    """Quantile functions are bounded, so no face can leave the picture's range."""
+def test_images_are_finite_and_in_range_for_extreme_latents() -> None:
+    """Quantile functions are bounded."""
     normals = 6 * torch.randn(32, NORMALS, generator=torch.Generator().manual_seed(2)).sign()
     pictures = render(faces_from_normals(normals, EVEN), 64)
     assert pictures.dtype == torch.float32 and pictures.shape == (32, 3, 64, 64)
@@ -50,7 +50,7 @@ def test_pictures_are_finite_and_within_zero_and_one_even_for_extreme_normals() 
 
 
 def test_a_face_does_not_depend_on_its_neighbours() -> None:
-    """Drawing many at once, in chunks, equals drawing each alone."""
+    """Rendering many at once, in chunks, equals rendering each alone."""
     faces = some(40)
     alone = render(faces[37:38], 64)
     assert torch.allclose(render(faces, 64)[37:38], alone, atol=1e-5)
@@ -81,14 +81,14 @@ def test_a_share_outside_zero_and_one_is_refused() -> None:
         ToneMix(light_fraction=1.5)
 
 
-def test_normals_of_the_wrong_width_are_refused() -> None:
-    """The message names the wanted shape."""
+def test_latents_of_the_wrong_width_are_refused() -> None:
+    """The message has the expected shape."""
     with pytest.raises(ValueError, match=f"normals must have shape \\(n, {NORMALS}\\)"):
         faces_from_normals(torch.zeros(2, NORMALS + 1), EVEN)
 
 
-def test_each_normal_moves_one_parameter_and_the_first_moves_the_tone() -> None:
-    """A Gaussian copula without correlation: nothing else in the picture tells the tone."""
+def test_each_latent_changes_one_parameter_and_the_first_the_tone() -> None:
+    """A Gaussian copula without correlation: nothing else in the image reveals the tone."""
     still = middling(1)
     moved_by_column = []
     for place in range(NORMALS):
@@ -105,8 +105,8 @@ def test_each_normal_moves_one_parameter_and_the_first_moves_the_tone() -> None:
     assert ["tone"] not in moved_by_column[1:]
 
 
-def test_a_small_step_of_the_normals_is_a_small_step_of_the_picture() -> None:
-    """The map is smooth enough to be learnt by regression: a hundredth of the step, of the change."""
+def test_a_small_step_of_the_latents_is_a_small_step_of_the_image() -> None:
+    """The map is smooth enough for regression: a hundredth of the step, of the change."""
     generator = torch.Generator().manual_seed(4)
     normals, way = torch.randn(2, 16, NORMALS, generator=generator)
     here = render(faces_from_normals(normals, EVEN), 32)
@@ -151,8 +151,8 @@ def test_darker_tones_are_darker_in_the_same_light_and_still_differ_from_flat() 
     assert float(darkest.mean(0).max() - darkest.mean(0).min()) > 0.25
 
 
-def test_neutral_light_forgets_light_and_camera_and_nothing_else() -> None:
-    """Two photos of one face become the same picture; another face stays another."""
+def test_neutral_light_removes_light_and_camera_and_nothing_else() -> None:
+    """Two photos of one face become the same image; another face remains another."""
     faces = some(6)
     relit = replace(faces, azimuth=-faces.azimuth, exposure=faces.exposure - 1, warmth=faces.warmth + 0.2)
     assert torch.equal(render(neutral_light(faces), 32), render(neutral_light(relit), 32))
@@ -160,8 +160,8 @@ def test_neutral_light_forgets_light_and_camera_and_nothing_else() -> None:
     assert torch.equal(neutral_light(faces).yaw, faces.yaw)
 
 
-def test_where_the_skin_mask_says_skin_the_background_does_not_show() -> None:
-    """Repainting background, clothes and iris changes no pixel under the mask."""
+def test_the_skin_mask_contains_only_skin() -> None:
+    """Changing background, clothes and iris changes no pixel under the mask."""
     faces = some(24)
     repainted = replace(
         faces,
@@ -184,7 +184,7 @@ def test_a_face_that_looks_straight_ahead_has_its_eyes_and_mouth_where_ffhq_has_
     assert float(points[2, 0]) == approx(0.5, abs=1e-4)
 
 
-def test_the_pupils_are_dark_where_the_landmarks_say_eyes() -> None:
+def test_the_eye_landmarks_are_on_the_pupils() -> None:
     """Landmarks follow yaw, pitch and roll: a pupil, far darker than the cheek, is at them."""
     faces = some(64)
     faces = replace(
@@ -204,14 +204,14 @@ def test_the_pupils_are_dark_where_the_landmarks_say_eyes() -> None:
     assert bool((pupil < 0.5 * cheek).all())
 
 
-def test_a_small_picture_is_the_average_of_a_large_one() -> None:
+def test_a_small_image_is_the_average_of_a_large_one() -> None:
     """Below 64 pixels light is averaged over 2 x 2 before the camera."""
     faces = replace(neutral_light(middling(1)), tone=torch.tensor([6.0]))
     large, small = (linear_from_srgb(render(faces, size)) for size in (64, 32))
     assert torch.allclose(torch.nn.functional.avg_pool2d(large, 2), small, atol=2e-3)
 
 
-def test_sensor_noise_has_the_stated_strength_at_mid_grey_and_is_replayable() -> None:
+def test_sensor_noise_has_the_stated_strength_at_mid_grey_and_is_reproducible() -> None:
     """`sensor_noise` is a standard deviation in linear light at a signal of 0.18."""
     faces = replace(neutral_light(middling(1)), sensor_noise=torch.tensor([0.02]))
     grey = torch.full((1, 3, 128, 128), 0.18)
@@ -240,7 +240,7 @@ def test_sampled_faces_follow_the_light_share_and_the_generator() -> None:
     assert all(torch.equal(getattr(first, f.name), getattr(second, f.name)) for f in fields(first))
 
 
-def test_no_faces_give_no_pictures() -> None:
+def test_no_faces_give_no_images() -> None:
     """An empty batch keeps its shapes."""
     nobody = some(3)[0:0]
     assert len(nobody) == 0
@@ -249,7 +249,7 @@ def test_no_faces_give_no_pictures() -> None:
     assert landmarks(nobody).shape == (0, 5, 2)
 
 
-def test_a_picture_below_sixteen_pixels_is_refused() -> None:
-    """There is no face to see in it."""
+def test_an_image_below_sixteen_pixels_is_refused() -> None:
+    """It would not show a face."""
     with pytest.raises(ValueError, match="size must be at least 16 pixels, got 8"):
         render(some(1), 8)

@@ -1,4 +1,4 @@
-"""Private steps against slow obvious twins: one photo at a time, by hand."""
+"""DP-SGD steps against slow references: one photo at a time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STREAMS = Streams(3)
 
 
 class Scaled(nn.Module):
-    """A convolution at equalised learning rate: its weight is multiplied by a gain in forward."""
+    """A convolution with equalised learning rate: its weight is multiplied by a gain in forward."""
 
     def __init__(self, inputs: int, outputs: int, rng: torch.Generator) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class SmallCritic(nn.Module):
 
 
 class Demodulated(SmallCritic):
-    """Reads a layer's weight outside that layer's forward, as demodulation does."""
+    """Uses a layer's weight outside that layer's forward, as demodulation does."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * self.first.weight.square().sum().rsqrt()
@@ -90,7 +90,7 @@ def faces(count: int, side: int = 8) -> Tensor:
 
 
 def one_at_a_time(module: nn.Module, photos: Tensor) -> list[list[Tensor]]:
-    """The slow twin: an ordinary backward pass per photo."""
+    """The slow reference: an ordinary backward pass per photo."""
     weights = list(module.parameters())
     return [list(torch.autograd.grad(loss(module, photo[None]).sum(), weights)) for photo in photos]
 
@@ -119,8 +119,8 @@ def test_each_photos_gradient_is_that_of_its_own_backward_pass(
 ) -> None:
     module, photos = SmallCritic(), faces(5)
     ours = engine(PerExampleProblem(module, loss), photos)
-    for photo, twin in enumerate(one_at_a_time(module, photos)):
-        for one, other in zip(ours, twin, strict=True):
+    for photo, reference in enumerate(one_at_a_time(module, photos)):
+        for one, other in zip(ours, reference, strict=True):
             assert torch.allclose(one[photo], other, rtol=1e-4, atol=1e-7)
     assert all(weight.grad is None for weight in module.parameters())
     assert not any(hasattr(weight, "grad_sample") for weight in module.parameters())
@@ -138,11 +138,11 @@ def test_without_noise_and_with_a_huge_clip_norm_it_is_the_plain_gradient() -> N
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(ours, plain, strict=True))
 
 
-def test_the_clipped_sum_is_that_of_the_slow_twin_at_any_microbatch() -> None:
+def test_the_clipped_sum_equals_the_slow_reference_at_any_microbatch() -> None:
     module, photos = SmallCritic(), faces(9)
     twins = one_at_a_time(module, photos)
-    clip_norm = sorted(length(twin) for twin in twins)[4]
-    scaled = [[g * min(1.0, clip_norm / length(twin)) for g in twin] for twin in twins]
+    clip_norm = sorted(length(reference) for reference in twins)[4]
+    scaled = [[g * min(1.0, clip_norm / length(reference)) for g in reference] for reference in twins]
     expected = [torch.stack(parts).sum(0) / 4 for parts in zip(*scaled, strict=True)]
     for microbatch in (1, 4, 32):
         ours = private_gradient(
@@ -155,7 +155,7 @@ def test_the_clipped_sum_is_that_of_the_slow_twin_at_any_microbatch() -> None:
 
 
 def test_one_photo_more_moves_the_sum_by_at_most_the_clip_norm() -> None:
-    """Even an outlier whose gradient is a million times longer."""
+    """Even an outlier with a gradient a million times larger."""
     gradients = per_example_gradients(PerExampleProblem(SmallCritic(), loss), faces(6))
     outlier = [g.index_fill(0, torch.tensor([5]), 1e6) for g in gradients]
     with_it, without = clipped_sum(outlier, 0.5), clipped_sum([g[:5] for g in outlier], 0.5)
@@ -166,9 +166,8 @@ def test_one_photo_more_moves_the_sum_by_at_most_the_clip_norm() -> None:
 
 @pytest.mark.parametrize("microbatch", [None, 16])
 def test_one_photo_more_moves_a_large_sum_by_no_more(microbatch: int | None) -> None:
-    """Sums at a power of two, and as many tiny vectors behind, which float32 swallows on one side and not on the other.
-
-    Added up in float32, 65,536 photos moved by 65 clip norms, and by 5 in microbatches.
+    """Sums at a power of two, followed by as many tiny vectors, which float32 would lose on one side only. Added in
+    float32, 65,536 photos moved by 65 clip norms, and by 5 in microbatches.
     """
     count, width = 2**15, 16
     long = torch.full((count, width), width**-0.5)
@@ -201,7 +200,7 @@ def test_a_photo_whose_gradient_is_not_finite_adds_nothing(broken: float) -> Non
     assert torch.equal(total[0], torch.ones(3)) and torch.equal(total[1], torch.ones(2))
 
 
-def test_a_broken_photo_does_not_break_the_step() -> None:
+def test_a_non_finite_photo_does_not_affect_the_step() -> None:
     photos = faces(3)
     photos[1, 0, 0, 0] = math.nan
     gradient = private_gradient(
@@ -248,7 +247,7 @@ def test_two_private_steps_on_the_same_photos_differ() -> None:
     assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_a_step_without_privacy_can_be_replayed() -> None:
+def test_a_step_without_dp_is_reproducible() -> None:
     module, photos = SmallCritic(), faces(20)
     first, second = (
         private_gradient(
@@ -262,7 +261,7 @@ def test_a_step_without_privacy_can_be_replayed() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_a_private_step_refuses_a_replayable_generator() -> None:
+def test_a_private_step_refuses_a_seeded_generator() -> None:
     with pytest.raises(PrivacyError, match="SecretNoise"):
         private_gradient(
             PerExampleProblem(SmallCritic(), loss),
@@ -273,7 +272,7 @@ def test_a_private_step_refuses_a_replayable_generator() -> None:
 
 
 @pytest.mark.parametrize("rng", [SecretNoise(), STREAMS.generator("coins")])
-def test_batch_sizes_are_binomial_and_every_photo_is_drawn_equally_often(
+def test_batch_sizes_are_binomial_and_every_photo_is_sampled_equally_often(
     rng: SecretNoise | torch.Generator,
 ) -> None:
     draws = [poisson_sample_units(50, 0.2, rng) for _ in range(4000)]
@@ -281,13 +280,13 @@ def test_batch_sizes_are_binomial_and_every_photo_is_drawn_equally_often(
     expected = 4000 * stats.binom.pmf(range(51), 50, 0.2)
     middle = slice(4, 18)
     observed = [*sizes[middle], sizes[:4].sum() + sizes[18:].sum()]
-    wanted = [*expected[middle], expected[:4].sum() + expected[18:].sum()]
-    assert stats.chisquare(observed, wanted).pvalue > 1e-6
+    required = [*expected[middle], expected[:4].sum() + expected[18:].sum()]
+    assert stats.chisquare(observed, required).pvalue > 1e-6
     per_photo = torch.cat(draws).bincount(minlength=50).double().numpy()
     assert (abs(per_photo - 800) < 6 * math.sqrt(4000 * 0.2 * 0.8)).all()
 
 
-def test_no_photos_and_everybody_are_samples_too() -> None:
+def test_empty_and_full_samples_work() -> None:
     assert poisson_sample_units(0, 0.5, SecretNoise()).numel() == 0
     assert poisson_sample_units(5, 1.0, SecretNoise()).tolist() == [0, 1, 2, 3, 4]
 
@@ -306,7 +305,7 @@ def test_the_check_passes_the_discriminator_that_training_uses() -> None:
     check(discriminator, 16)
 
 
-def test_the_check_passes_a_network_that_reads_a_weight_outside_its_layer() -> None:
+def test_the_check_passes_a_network_that_uses_a_weight_outside_its_layer() -> None:
     check(Demodulated())
 
 
@@ -335,7 +334,7 @@ def shifted_loss(network: Network, photos: Tensor, draws: Tensor) -> Tensor:
 
 
 def test_scaled_gradients_are_clipped_after_they_are_scaled() -> None:
-    """A slow twin; and one photo more still moves the sum by at most the clip norm, however large the scales."""
+    """Compared with a slow reference; one more photo moves the sum by at most the clip norm, for any scales."""
     module, photos = SmallCritic(), faces(5)
     scales = [torch.rand(weight.shape) * 100 for weight in module.parameters()]
 
@@ -348,20 +347,20 @@ def test_scaled_gradients_are_clipped_after_they_are_scaled() -> None:
         )
         return torch.cat([part.flatten() for part in parts])
 
-    wanted = torch.zeros(())
+    required = torch.zeros(())
     for gradient in one_at_a_time(module, photos):
         long = torch.cat([(g * scale).flatten() for g, scale in zip(gradient, scales, strict=True)])
-        wanted = wanted + long * min(1.0, 0.5 / float(long.norm()))
-    assert torch.allclose(step(photos), wanted, atol=1e-5)
+        required = required + long * min(1.0, 0.5 / float(long.norm()))
+    assert torch.allclose(step(photos), required, atol=1e-5)
     assert float((step(photos) - step(photos[:4])).norm()) <= 0.5 * (1 + 1e-5)
 
 
-def drawn(photos: int, count: int = 3) -> Tensor:
+def sampled(photos: int, count: int = 3) -> Tensor:
     return torch.randn(photos, count, 3, 8, 8, generator=STREAMS.generator("draws"))
 
 
 def draw_by_draw(module: nn.Module, photos: Tensor, draws: Tensor) -> list[list[Tensor]]:
-    """The slow twin: one backward pass per photo and draw, then the mean over a photo's draws."""
+    """The slow reference: one backward pass per photo and draw, then the mean over a photo's draws."""
     weights = list(module.parameters())
     every = [
         [torch.autograd.grad(loss(module, (photo + one)[None]).sum(), weights) for one in row]
@@ -370,20 +369,20 @@ def draw_by_draw(module: nn.Module, photos: Tensor, draws: Tensor) -> list[list[
     return [[torch.stack(parts).mean(0) for parts in zip(*photo, strict=True)] for photo in every]
 
 
-def test_draws_are_averaged_within_each_photo_like_the_slow_twin() -> None:
-    """Three draws for each of four photos, every photo its own."""
-    module, photos, draws = SmallCritic(), faces(4), drawn(4)
+def test_draws_are_averaged_within_each_photo_as_in_the_slow_reference() -> None:
+    """Three draws for each of four photos, all different."""
+    module, photos, draws = SmallCritic(), faces(4), sampled(4)
     ours = per_example_gradients(PerExampleProblem(module, shifted_loss), photos, draws)
-    for photo, twin in enumerate(draw_by_draw(module, photos, draws)):
-        for one, other in zip(ours, twin, strict=True):
+    for photo, reference in enumerate(draw_by_draw(module, photos, draws)):
+        for one, other in zip(ours, reference, strict=True):
             assert torch.allclose(one[photo], other, rtol=1e-4, atol=1e-7)
 
 
 def test_clipping_comes_after_the_mean_over_draws() -> None:
-    """One photo with many draws adds a vector of length clip_norm and no more, in the twin's direction."""
-    module, photos, draws = SmallCritic(), faces(1), drawn(1, 16)
-    (twin,) = draw_by_draw(module, photos, draws)
-    clip_norm = length(twin) / 3
+    """One photo with many draws adds a vector of norm clip_norm and no more, in the reference's direction."""
+    module, photos, draws = SmallCritic(), faces(1), sampled(1, 16)
+    (reference,) = draw_by_draw(module, photos, draws)
+    clip_norm = length(reference) / 3
 
     def fixed_draws(count: int) -> Tensor:
         return draws[:count]
@@ -395,16 +394,16 @@ def test_clipping_comes_after_the_mean_over_draws() -> None:
         expected_batch_size=1,
     )
     assert length(ours) == approx(clip_norm, rel=1e-4)
-    assert all(torch.allclose(a, b / 3, rtol=1e-3, atol=1e-7) for a, b in zip(ours, twin, strict=True))
+    assert all(torch.allclose(a, b / 3, rtol=1e-3, atol=1e-7) for a, b in zip(ours, reference, strict=True))
 
 
-def test_every_microbatch_gets_as_many_rows_of_draws_as_it_has_pictures() -> None:
-    """Seven photos in threes ask for 3, 3 and 3, since grey ones fill up; no photos ask for one microbatch."""
+def test_every_microbatch_gets_as_many_rows_of_draws_as_images() -> None:
+    """Seven photos in threes need 3, 3 and 3, because of padding; no photos need one microbatch."""
     asked: list[int] = []
 
     def draw(photos: int) -> Tensor:
         asked.append(photos)
-        return drawn(photos)
+        return sampled(photos)
 
     for photos in (7, 0):
         gradient = private_gradient(
@@ -418,7 +417,7 @@ def test_every_microbatch_gets_as_many_rows_of_draws_as_it_has_pictures() -> Non
 
 
 def test_the_check_passes_a_loss_with_draws_and_refuses_a_network_that_mixes_photos() -> None:
-    """The guard holds with draws as it does without."""
-    check_per_example_gradients(PerExampleProblem(SmallCritic(), shifted_loss, drawn), faces(2))
+    """The check works with draws as without."""
+    check_per_example_gradients(PerExampleProblem(SmallCritic(), shifted_loss, sampled), faces(2))
     with pytest.raises(PrivacyError, match="mixes photos"):
-        check_per_example_gradients(PerExampleProblem(Statistics(), shifted_loss, drawn), faces(2))
+        check_per_example_gradients(PerExampleProblem(Statistics(), shifted_loss, sampled), faces(2))

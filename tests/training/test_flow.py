@@ -1,4 +1,4 @@
-"""A flow's private round against slow twins, and the shipped base by its numbers."""
+"""The flow's private round against slow references, and the bundled checkpoint by its metrics."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ CONFIG = FlowTrainingConfig(
 
 
 def tiny_flow() -> RectifiedFlow:
-    """Weights moved off the start, where most gradients are zero."""
+    """Weights away from the initial ones, at which most gradients are zero."""
     flow = RectifiedFlow(TINY, STREAMS.generator("weights"))
     rng = STREAMS.generator("moved")
     with torch.no_grad():
@@ -74,8 +74,8 @@ def dp_parameters(noise: float = 0.0, config: FlowTrainingConfig = CONFIG) -> DP
     return DPParameters(schedule=config.schedule(), noise_multiplier=noise)
 
 
-def drawn_faces(count: int, light_fraction: float, name: str) -> Tensor:
-    """Faces through cameras, as the base saw them."""
+def synthetic_faces(count: int, light_fraction: float, name: str) -> Tensor:
+    """Faces through cameras, as in pretraining."""
     rng = STREAMS.generator(name)
     return render(sample_faces(count, ToneMix(light_fraction=light_fraction), rng), 32, noise=rng)
 
@@ -92,8 +92,8 @@ def flow_round(flow: RectifiedFlow, config: FlowTrainingConfig, dp: DPParameters
     return FlowRound(model, config, dp_parameters(config=config) if dp is None else dp)
 
 
-def test_the_true_velocity_has_no_loss_and_no_velocity_has_the_squared_distance() -> None:
-    """picture - noise is what a flow regresses on."""
+def test_the_true_velocity_has_zero_loss() -> None:
+    """image - noise is the regression target; velocity zero has the squared distance."""
     images, noise = photos(2), torch.randn(2, 3, 16, 16, generator=STREAMS.generator("noise"))
     way, times = (2.0 * images - 1.0) - noise, torch.tensor([0.25, 0.75])
     assert torch.allclose(flow_loss(lambda x, t: way, images, noise, times), torch.zeros(2))
@@ -101,8 +101,8 @@ def test_the_true_velocity_has_no_loss_and_no_velocity_has_the_squared_distance(
     assert torch.allclose(still, way.square().mean(dim=(1, 2, 3)))
 
 
-def test_the_network_is_asked_on_the_straight_line_from_noise_to_picture() -> None:
-    """At t = 0 it sees the noise, at 1 the picture in [-1, 1], in the middle their mean."""
+def test_the_network_is_evaluated_on_the_line_from_noise_to_image() -> None:
+    """At t = 0 the noise, at 1 the image in [-1, 1], between them the interpolation."""
     images, noise = photos(3), torch.randn(3, 3, 16, 16, generator=STREAMS.generator("noise"))
     seen: list[Tensor] = []
 
@@ -131,8 +131,8 @@ def test_the_loss_over_draws_is_the_mean_of_single_ones() -> None:
     assert loss_over_draws(flow, images, draws).tolist() == pytest.approx(np.mean(slow, axis=1), rel=1e-5)
 
 
-def test_draws_are_stratified_in_time_opposite_in_noise_and_standard_normal() -> None:
-    """One time in each quarter of [0, latest]; each second noise is minus the one before."""
+def test_draws_are_stratified_in_time_and_antithetic_in_noise() -> None:
+    """One time in each quarter of [0, max_time]; each second noise is minus the one before; all are standard normal."""
     draws = times_and_noises(500, 4, 8, 0.8, np.random.default_rng(2))
     times, noise = draws[:, :, 0], draws[:, :, 1:]
     assert draws.shape == (500, 4, 1 + 3 * 64)
@@ -146,7 +146,7 @@ def test_draws_are_stratified_in_time_opposite_in_noise_and_standard_normal() ->
 
 
 def test_a_round_without_noise_and_with_a_huge_clip_norm_is_plain_gradient_descent() -> None:
-    """Against autograd: with a field that reads no draw, the round is one step on the mean loss."""
+    """Compared with autograd: with a field that ignores draws, the round is one step on the mean loss."""
     flow, images = tiny_flow(), photos(6)
     before = flatten_parameters(flow)
     config = FlowTrainingConfig(
@@ -170,14 +170,14 @@ def test_a_round_without_noise_and_with_a_huge_clip_norm_is_plain_gradient_desce
     assert float(change.norm() / expected.norm()) == pytest.approx(1.0, abs=0.1)
 
 
-def test_one_photo_moves_a_round_by_at_most_the_clip_norm_times_the_rate_whatever_its_pixels() -> None:
-    """An alien photo beside faces: the bound that the noise is scaled to."""
+def test_one_photo_moves_a_round_by_at_most_the_clip_norm_times_the_rate() -> None:
+    """An unusual photo among faces: the bound that the noise is scaled to."""
     flow, images = tiny_flow(), photos(1) * 1e4
     bound = CONFIG.lr * CONFIG.clip_norm / CONFIG.expected_batch_size
     assert float(round_of(flow, images).norm()) == pytest.approx(bound, rel=1e-3)
 
 
-def test_no_photos_are_still_a_round_whose_noise_has_the_promised_size() -> None:
+def test_a_round_without_photos_has_noise_of_the_stated_size() -> None:
     """rate * sigma * clip / batch on every weight; the sum of squares is chi-square."""
     flow = tiny_flow()
     change = round_of(flow, photos(0), dp=dp_parameters(2.0), rng=SecretNoise())
@@ -186,8 +186,8 @@ def test_no_photos_are_still_a_round_whose_noise_has_the_promised_size() -> None
     assert 1e-6 < probability < 1 - 1e-6
 
 
-def test_momentum_repeats_a_share_of_each_step_in_the_next() -> None:
-    """Of two steps of pure noise a, b the weights keep -rate * ((1 + m) a + b): a known variance."""
+def test_momentum_repeats_a_fraction_of_each_step() -> None:
+    """After two steps of pure noise a, b the weights change by -rate * ((1 + m) a + b): a known variance."""
     config = replace(CONFIG, steps_per_round=2, expected_batch_size=6, clip_norm=0.5, lr=0.2, momentum=0.5)
     change = round_of(tiny_flow(), photos(0), config=config, dp=dp_parameters(2.0, config), rng=SecretNoise())
     scale = 0.2 * 2.0 * 0.5 / 6 * math.sqrt(1.5**2 + 1.0)
@@ -199,7 +199,7 @@ SCALED = replace(CONFIG, preconditioner=0.1)
 
 
 def public_gradients(flow: RectifiedFlow) -> list[Tensor]:
-    """Each synthetic face's own gradient, as the recipe of the scales says, (64, *weight.shape) per weight."""
+    """Each synthetic face's gradient by the definition of the scales, (64, *weight.shape) per weight."""
     streams = Streams(0).child("public faces")
     faces = sample_faces(64, ToneMix(light_fraction=0.5), streams.generator("faces"))
     pictures = render(faces, 16, noise=streams.generator("camera"))
@@ -207,7 +207,7 @@ def public_gradients(flow: RectifiedFlow) -> list[Tensor]:
     return per_example_gradients(PerExampleProblem(flow, loss_over_draws), pictures, draws)
 
 
-def test_scales_even_out_public_gradients_and_keep_their_root_mean_square_length() -> None:
+def test_scales_equalise_public_gradients_and_preserve_their_mean_square() -> None:
     """1 / (r_i + 0.1 r) up to one factor, by hand; sum of (s g)^2 equals sum of g^2."""
     flow = tiny_flow()
     scales = public_scales(flow, SCALED)
@@ -215,15 +215,15 @@ def test_scales_even_out_public_gradients_and_keep_their_root_mean_square_length
     gradients = public_gradients(flow)
     squares = [gradient.square().sum(dim=0) for gradient in gradients]
     energy = sum(float(square.sum()) for square in squares)
-    kept = sum(float((s.square() * square).sum()) for s, square in zip(scales, squares, strict=True))
-    assert kept == pytest.approx(energy, rel=1e-4)
+    stored = sum(float((s.square() * square).sum()) for s, square in zip(scales, squares, strict=True))
+    assert stored == pytest.approx(energy, rel=1e-4)
     roots = torch.cat([square.sqrt().flatten() for square in squares])
     evened = torch.cat([scale.flatten() for scale in scales]) * (roots + 0.1 * roots.square().mean().sqrt())
     assert evened.std() < 1e-3 * evened.mean()
 
 
 def test_a_scaled_round_is_descent_along_scaled_and_clipped_gradients() -> None:
-    """A slow twin: one photo's gradient times the scales, cut to the clip norm, over the divisor, times the rate."""
+    """A slow reference: one photo's gradient times the scales, clipped, over the divisor, times the rate."""
     flow, one = tiny_flow(), photos(1)
     config = replace(SCALED, noise_draws=1, clip_norm=1e-3)
     moved = round_of(flow, one, config=config, dp=dp_parameters(config=config))
@@ -232,8 +232,8 @@ def test_a_scaled_round_is_descent_along_scaled_and_clipped_gradients() -> None:
     assert functional.cosine_similarity(moved, plain, dim=0) < 0.99
 
 
-def test_beyond_the_steady_noise_the_rate_falls_as_the_noise_grows() -> None:
-    """No photos, so that noise is all there is: sigma 0.5 and sigma 5 move the weights equally far."""
+def test_above_the_noise_threshold_the_rate_is_inverse_to_the_noise() -> None:
+    """Without photos: sigma 0.5 and sigma 5 move the weights equally far."""
     calm = replace(CONFIG, lr_noise_threshold=0.5)
     moved = [
         float(
@@ -244,8 +244,8 @@ def test_beyond_the_steady_noise_the_rate_falls_as_the_noise_grows() -> None:
     assert moved[0] == pytest.approx(moved[1], rel=0.1)
 
 
-def test_scales_are_shared_between_equal_flows_and_told_apart_for_others() -> None:
-    """Pretended devices of one process compute them once for a round's weights."""
+def test_scales_are_shared_between_equal_flows_only() -> None:
+    """Simulated devices of one process compute them once for a round's weights."""
     one, other = (
         public_scales(tiny_flow(), SCALED),
         public_scales(RectifiedFlow(TINY, torch.Generator()), SCALED),
@@ -254,12 +254,12 @@ def test_scales_are_shared_between_equal_flows_and_told_apart_for_others() -> No
     assert public_scales(tiny_flow(), CONFIG) is None
 
 
-def test_a_promised_round_refuses_chance_that_can_be_replayed() -> None:
+def test_a_private_round_refuses_a_seeded_generator() -> None:
     with pytest.raises(PrivacyError, match="SecretNoise"):
         round_of(tiny_flow(), photos(2), dp=dp_parameters(1.0))
 
 
-def test_a_round_without_a_promise_can_be_replayed_and_a_promised_one_cannot() -> None:
+def test_a_round_is_reproducible_only_without_dp() -> None:
     flow, images = tiny_flow(), photos(4)
     assert torch.equal(round_of(flow, images), round_of(flow, images))
     first, second = (round_of(flow, images, dp=dp_parameters(1e-6), rng=SecretNoise()) for _ in range(2))
@@ -267,8 +267,8 @@ def test_a_round_without_a_promise_can_be_replayed_and_a_promised_one_cannot() -
     assert float((first - second).norm()) > 0.01 * float(first.norm())
 
 
-def test_with_adapters_a_round_changes_them_alone_and_lowers_the_loss() -> None:
-    """The update is as long as the trained vector and fits back into it."""
+def test_with_adapters_a_round_changes_only_them_and_lowers_the_loss() -> None:
+    """The update has the length of the trained vector."""
     flow, images = tiny_flow(), photos(8)
     attach(flow, Lora(rank=2), STREAMS.generator("adapters"))
     config = FlowTrainingConfig(
@@ -290,8 +290,8 @@ def test_with_adapters_a_round_changes_them_alone_and_lowers_the_loss() -> None:
         assert float(loss_over_draws(flow, images, draws).mean()) < before
 
 
-def test_ranges_hold_what_a_round_can_do_without_noise() -> None:
-    """No weight moves further than all photos pulling at it together."""
+def test_ranges_contain_every_update_without_noise() -> None:
+    """No weight moves further than all photos together could move it."""
     flow = tiny_flow()
     ranges = flow_round(flow, CONFIG).ranges()
     assert ranges.shape == flatten_parameters(flow).shape
@@ -310,7 +310,7 @@ def test_ranges_hold_what_a_round_can_do_without_noise() -> None:
         ("rounds", 0),
     ],
 )
-def test_a_recipe_that_cannot_be_is_refused_by_name(field: str, value: float) -> None:
+def test_an_invalid_config_is_refused_by_name(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
         FlowTrainingConfig(**{field: value})
 
@@ -326,24 +326,24 @@ def test_a_recipe_that_cannot_be_is_refused_by_name(field: str, value: float) ->
         ("averaging", 1.0),
     ],
 )
-def test_a_base_recipe_that_cannot_be_is_refused_by_name(field: str, value: Any) -> None:
+def test_an_invalid_pretraining_config_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=field):
         FlowPretrainConfig(**{field: value})
 
 
-def silent(name: str, done: int, of: int, figures: dict[str, float]) -> None:
+def silent(name: str, done: int, of: int, metrics: dict[str, float]) -> None:
     """Nobody watches."""
 
 
 def test_times_of_pretraining_are_logit_normal_one_from_each_slice() -> None:
-    """The logits of 1000 sliced times are normal, and closer to it than chance would be."""
+    """The logits of 1000 stratified times are normal, closer than random ones would be."""
     times = stratified_times(1000, STREAMS.generator("times"))
     sorted_places = torch.special.ndtr(torch.logit(times.double())).sort().values * 1000
     assert bool(((sorted_places.floor() - torch.arange(1000)).abs() <= 1).all())
 
 
-def test_the_recipe_learns_and_says_how_it_was_made() -> None:
-    """A hundredth of it: a flow that knows more than none, equal for equal seeds, with notes."""
+def test_pretraining_improves_the_flow_and_writes_notes() -> None:
+    """A hundredth of the steps: better than none, equal for equal seeds, with notes."""
     config = FlowPretrainConfig(pool=64, steps=60, batch=16, learning_rate=1e-2, flow=TINY)
     flow = pretrain_flow(config, silent)
     torch.rand(3)
@@ -360,33 +360,33 @@ def test_the_recipe_learns_and_says_how_it_was_made() -> None:
 
 
 @pytest.fixture(scope="module")
-def made() -> Tensor:
-    """Samples of the shipped base."""
+def generated() -> Tensor:
+    """Samples of the bundled flow."""
     return load_flow().generator.sample(150, STREAMS.generator("samples"))
 
 
-def test_the_shipped_base_makes_faces(made: Tensor) -> None:
-    """Nearer to synthetic faces than blurred ones are, and than a mix of other tones is."""
-    real, again = drawn_faces(150, 0.85, "real"), drawn_faces(150, 0.85, "again")
+def test_the_bundled_flow_generates_faces(generated: Tensor) -> None:
+    """Closer to synthetic faces than blurred ones are, and than another tone distribution is."""
+    real, again = synthetic_faces(150, 0.85, "real"), synthetic_faces(150, 0.85, "again")
     blurred = functional.interpolate(functional.avg_pool2d(again, 4), scale_factor=4.0, mode="bilinear")
-    planted = (blurred, drawn_faces(150, 0.3, "others"))
+    planted = (blurred, synthetic_faces(150, 0.3, "others"))
     truth = face_features(real)
-    distance = kernel_distance(truth, face_features(made))
+    distance = kernel_distance(truth, face_features(generated))
     assert all(distance < kernel_distance(truth, face_features(bad)) for bad in planted)
 
 
-def test_the_shipped_base_makes_mostly_light_faces_as_its_recipe_says(made: Tensor) -> None:
-    """Its share of darker faces is nearer to that of synthetic faces at 85 % light than at 50 %."""
+def test_the_bundled_flow_has_the_tones_of_its_training_data(generated: Tensor) -> None:
+    """Its share of darker faces is closer to that of synthetic faces at 85 % light than at 50 %."""
     assert load_flow().notes["recipe"]["light_fraction"] == 0.85
-    sets = (made, drawn_faces(300, 0.85, "real"), drawn_faces(300, 0.5, "mixed"))
+    sets = (generated, synthetic_faces(300, 0.85, "real"), synthetic_faces(300, 0.5, "mixed"))
     share, light, mixed = (float((measure_tone(faces).monk >= DARKER_FROM).float().mean()) for faces in sets)
     assert abs(share - light) < abs(share - mixed)
 
 
-def test_a_photo_comes_back_from_the_shipped_base_and_its_latent_looks_like_noise() -> None:
-    """Drawn faces that the base has not seen: above 30 dB after both ways, and latents of unit variance."""
+def test_the_bundled_flow_inverts_photos() -> None:
+    """Unseen synthetic faces: above 30 dB after both ways, and latents of unit variance."""
     flow = load_flow().generator
-    faces = drawn_faces(16, 0.85, "unseen")
+    faces = synthetic_faces(16, 0.85, "unseen")
     with torch.no_grad():
         latents = flow.invert(faces, steps=16)
         back = flow.synthesize(flow.map(latents)).clamp(0.0, 1.0)

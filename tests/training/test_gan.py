@@ -1,4 +1,4 @@
-"""One round of fine-tuning: equal to a slow twin, bounded, and a promise where photos are touched."""
+"""One round of GAN training: equal to a slow reference, bounded, and private where photos are used."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ONE_STEP = GanTrainingConfig(
 
 
 def photos(count: int = 6) -> Images:
-    """Photos of noise: the networks do not mind."""
+    """Noise images."""
     return torch.rand(count, 3, 16, 16, generator=STREAMS.generator("photos"))
 
 
@@ -41,30 +41,30 @@ def one_round(gan: Model, seen: Images, config: GanTrainingConfig, sigma: float 
     return GanRound(gan, config, dp_parameters(config, sigma)).update(seen, rng=rng, streams=STREAMS)
 
 
-def slow_twin(gan: Model, seen: Images, config: GanTrainingConfig) -> Vector:
-    """One step without clipping or noise, written out: plain descent on the discriminator, then Adam by its formula."""
-    twin = copy.deepcopy(gan)
+def slow_reference(gan: Model, seen: Images, config: GanTrainingConfig) -> Vector:
+    """One step without clipping or noise: plain descent on the discriminator, then Adam by its formula."""
+    reference = copy.deepcopy(gan)
     latents = STREAMS.generator("latents")
-    torch.randn(2, twin.generator.latent_width, generator=latents)  # the check of per-photo gradients
+    torch.randn(2, reference.generator.latent_width, generator=latents)  # the check of per-photo gradients
 
-    made_from = torch.randn(config.fake_batch_size, twin.generator.latent_width, generator=latents)
-    made = twin.generator.synthesize(twin.generator.map(made_from)).detach().requires_grad_()
-    on_photos = functional.softplus(-twin.discriminator(seen)).sum() / config.expected_batch_size
-    on_made = functional.softplus(twin.discriminator(made)).mean()
-    (slope,) = torch.autograd.grad(twin.discriminator(made).sum(), made, create_graph=True)
+    made_from = torch.randn(config.fake_batch_size, reference.generator.latent_width, generator=latents)
+    generated = reference.generator.synthesize(reference.generator.map(made_from)).detach().requires_grad_()
+    on_photos = functional.softplus(-reference.discriminator(seen)).sum() / config.expected_batch_size
+    on_generated = functional.softplus(reference.discriminator(generated)).mean()
+    (slope,) = torch.autograd.grad(reference.discriminator(generated).sum(), generated, create_graph=True)
     penalty = config.r2_weight / 2 * slope.pow(2).flatten(1).sum(1).mean()
-    weights = list(twin.discriminator.parameters())
-    gradients = torch.autograd.grad(on_photos + on_made + penalty, weights)
+    weights = list(reference.discriminator.parameters())
+    gradients = torch.autograd.grad(on_photos + on_generated + penalty, weights)
     with torch.no_grad():
         for weight, gradient in zip(weights, gradients, strict=True):
             weight -= config.discriminator_lr * gradient
 
-    weights = list(twin.generator.parameters())
+    weights = list(reference.generator.parameters())
     squares = [torch.zeros_like(weight) for weight in weights]
     for step in range(1, config.generator_steps + 1):
-        made_from = torch.randn(config.fake_batch_size, twin.generator.latent_width, generator=latents)
+        made_from = torch.randn(config.fake_batch_size, reference.generator.latent_width, generator=latents)
         loss = functional.softplus(
-            -twin.discriminator(twin.generator.synthesize(twin.generator.map(made_from)))
+            -reference.discriminator(reference.generator.synthesize(reference.generator.map(made_from)))
         ).mean()
         gradients = torch.autograd.grad(loss, weights)
         with torch.no_grad():
@@ -72,19 +72,19 @@ def slow_twin(gan: Model, seen: Images, config: GanTrainingConfig) -> Vector:
                 # Adam without momentum: each gradient over the root of the running mean of its squares.
                 square.mul_(0.9).add_(0.1 * gradient.square())
                 weight -= config.generator_lr * gradient / ((square / (1 - 0.9**step)).sqrt() + 1e-8)
-    return flatten_parameters(*twin.modules()) - flatten_parameters(*gan.modules())
+    return flatten_parameters(*reference.modules()) - flatten_parameters(*gan.modules())
 
 
 def generator_weights(gan: Model) -> int:
-    """How many numbers at the front of a vector are the generator's."""
+    """The number of the generator's weights, which come first in a vector."""
     return len(flatten_parameters(gan.generator))
 
 
 @pytest.mark.parametrize("generator_steps", [1, 3])
-def test_one_step_without_a_promise_is_ordinary_adversarial_training(generator_steps: int) -> None:
-    """Everybody joins, no gradient is clipped, no noise: the textbook's step, to float32 rounding."""
+def test_one_step_without_dp_is_ordinary_adversarial_training(generator_steps: int) -> None:
+    """Sampling rate 1, no clipping, no noise: the textbook step, up to float32 rounding."""
     gan, config = tiny_gan(), replace(ONE_STEP, generator_steps=generator_steps)
-    ours, theirs = one_round(gan, photos(), config), slow_twin(gan, photos(), config)
+    ours, theirs = one_round(gan, photos(), config), slow_reference(gan, photos(), config)
     front = generator_weights(gan)
     assert float((ours[front:] - theirs[front:]).abs().max()) < 1e-5 * float(theirs[front:].abs().max())
     # Adam divides a gradient by its own length, so a weight whose gradient is rounding may go either way.
@@ -93,7 +93,7 @@ def test_one_step_without_a_promise_is_ordinary_adversarial_training(generator_s
     assert float(theirs[front:].abs().max()) > 1e-4 and float(theirs[:front].abs().max()) > 1e-4
 
 
-def test_a_round_leaves_the_networks_it_was_given_alone() -> None:
+def test_a_round_does_not_change_its_input_networks() -> None:
     """The server's weights are the same for the next device."""
     gan = tiny_gan()
     before = weights_hash(*gan.modules())
@@ -101,7 +101,7 @@ def test_a_round_leaves_the_networks_it_was_given_alone() -> None:
     assert weights_hash(*gan.modules()) == before
 
 
-def test_a_round_without_a_promise_is_replayable_whatever_the_global_seed() -> None:
+def test_a_round_without_dp_is_reproducible_for_any_global_seed() -> None:
     """Equal streams give equal updates."""
     config = replace(ONE_STEP, steps_per_round=3, sampling_rate=0.5)
     first = one_round(tiny_gan(), photos(), config)
@@ -110,7 +110,7 @@ def test_a_round_without_a_promise_is_replayable_whatever_the_global_seed() -> N
 
 
 def test_a_device_without_photos_sends_noise_of_the_usual_size() -> None:
-    """Zero photos and six give discriminator updates whose noise cannot be told apart by its size."""
+    """With zero photos and with six, the noise of the discriminator's update has the same size."""
     config = replace(ONE_STEP, clip_norm=1.0, r2_weight=0.0, discriminator_lr=1.0)
     gan = tiny_gan()
     front = generator_weights(gan)
@@ -130,16 +130,16 @@ def test_a_private_round_is_never_the_same_twice() -> None:
     assert bool((first != second).float().mean() > 0.99)
 
 
-def test_a_private_round_refuses_a_replayable_generator() -> None:
-    """Noise from a seed protects nobody; nothing is computed."""
+def test_a_private_round_refuses_a_seeded_generator() -> None:
+    """Seeded noise gives no privacy; nothing is computed."""
     with pytest.raises(PrivacyError, match="SecretNoise"):
         GanRound(tiny_gan(), ONE_STEP, dp_parameters(ONE_STEP, 1.0)).update(
             photos(), rng=STREAMS.generator("x"), streams=STREAMS
         )
 
 
-def test_the_agreed_schedule_runs_and_not_that_of_the_configuration() -> None:
-    """The agreed schedule decides: a configuration of 1 step under a schedule of 2 takes 2."""
+def test_the_tasks_schedule_overrides_the_configuration() -> None:
+    """A configuration of 1 step under a schedule of 2 takes 2."""
     agreed = dp_parameters(replace(ONE_STEP, steps_per_round=2))
     ours = GanRound(tiny_gan(), ONE_STEP, agreed).update(
         photos(), rng=STREAMS.generator("coins"), streams=STREAMS
@@ -149,7 +149,7 @@ def test_the_agreed_schedule_runs_and_not_that_of_the_configuration() -> None:
 
 
 @pytest.mark.parametrize("generator_steps", [1, 2])
-def test_the_public_ranges_hold_what_a_round_changes(generator_steps: int) -> None:
+def test_the_public_ranges_contain_every_update(generator_steps: int) -> None:
     """Without noise, R2 included, and with no more photos than expected, no weight leaves its range."""
     config = replace(
         ONE_STEP,
@@ -168,7 +168,7 @@ def test_the_public_ranges_hold_what_a_round_changes(generator_steps: int) -> No
 
 
 def test_one_photo_more_moves_the_discriminator_by_at_most_its_clipped_gradient() -> None:
-    """rate * clip norm / expected batch in one step: what the promise is priced for."""
+    """rate * clip norm / expected batch in one step: the sensitivity that is accounted for."""
     config = replace(ONE_STEP, clip_norm=0.05)
     gan = tiny_gan()
     front = generator_weights(gan)
@@ -177,8 +177,8 @@ def test_one_photo_more_moves_the_discriminator_by_at_most_its_clipped_gradient(
     assert 0.5 * most < float((six - seven).norm()) <= most * 1.001
 
 
-def test_a_photo_reaches_the_generator_through_the_noised_discriminator_alone() -> None:
-    """A generator's step with another set of photos differs only if the discriminator's update differs."""
+def test_photos_affect_the_generator_only_through_the_noised_discriminator() -> None:
+    """A generator's step with other photos differs only if the discriminator's update differs."""
     gan = tiny_gan()
     front = generator_weights(gan)
     still = replace(ONE_STEP, discriminator_lr=1e-30)
@@ -188,8 +188,8 @@ def test_a_photo_reaches_the_generator_through_the_noised_discriminator_alone() 
     assert not torch.equal(*moving)
 
 
-def test_learning_pulls_samples_towards_the_photos() -> None:
-    """White photos, black start: forty steps without privacy make the samples lighter."""
+def test_training_moves_samples_towards_the_photos() -> None:
+    """White photos, black start: forty steps without DP make the samples lighter."""
     gan = tiny_gan()
     config = replace(
         ONE_STEP,
@@ -220,12 +220,11 @@ def test_learning_pulls_samples_towards_the_photos() -> None:
     ],
 )
 def test_a_number_out_of_bounds_is_refused_by_name(change: dict[str, float], words: str) -> None:
-    """At the door."""
     with pytest.raises(ValueError, match=words):
         replace(ONE_STEP, **change)  # type: ignore[arg-type]
 
 
-def test_a_round_that_would_take_years_is_no_recipe() -> None:
-    """Each factor is allowed by itself; a stranger's task multiplies them."""
+def test_a_round_that_would_take_years_is_refused() -> None:
+    """Each factor is allowed by itself; a hostile task multiplies them."""
     with pytest.raises(ValueError, match="generated images in a round, got 1,200,000"):
         GanTrainingConfig(steps_per_round=100, generator_steps=999, fake_batch_size=12)

@@ -1,4 +1,4 @@
-"""Refitting the latent prior: moments come back, one photo is bounded, noise is what the terms say."""
+"""Fitting the latent prior: moments are recovered, one photo is bounded, noise has the stated size."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SECONDS = ("none", "diagonal", "full")
 
 
 def config(second: str = "diagonal", **changes: float) -> PriorTrainingConfig:
-    """The default recipe with other second moments."""
+    """The default configuration with other second moments."""
     return replace(PriorTrainingConfig(second_moments=second, expected_batch_size=10), **changes)  # type: ignore[arg-type]
 
 
@@ -57,19 +57,19 @@ def generator() -> StyleGAN2:
 
 
 def photos(count: int) -> Images:
-    """Photos of noise of different brightness."""
+    """Noise images of different brightness."""
     rng = STREAMS.generator("photos")
     return torch.rand(count, 3, 16, 16, generator=rng) * torch.rand(count, 1, 1, 1, generator=rng)
 
 
 def one_round(seen: Images, recipe: PriorTrainingConfig, sigma: float = 0.0) -> Vector:
-    """What a device with these photos sends."""
+    """The update of a device with these photos."""
     rng = SecretNoise() if sigma else STREAMS.generator("coins")
     return sent(encoder(), seen, recipe, dp_parameters(recipe, sigma), rng)
 
 
 def prior_round(reader: LatentEncoder, recipe: PriorTrainingConfig, dp: DPParameters) -> PriorRound:
-    """A round with this encoder; the generator beside it is not used on devices."""
+    """A round with this encoder; devices do not use the generator."""
     shape = StyleGAN2Config(
         size=reader.config.size,
         latent_width=reader.config.latent_width,
@@ -89,12 +89,12 @@ def sent(
     dp: DPParameters,
     rng: SecretNoise | torch.Generator,
 ) -> Vector:
-    """What a device with this encoder and these photos sends."""
+    """The update of a device with this encoder and these photos."""
     return prior_round(reader, recipe, dp).update(seen, rng=rng, streams=STREAMS)
 
 
 def spread_latents(count: int) -> Latents:
-    """Latents on the sphere, off centre in number 0, narrow in number 1, with numbers 2 and 3 tied."""
+    """Latents on the sphere: component 0 off centre, component 1 narrow, components 2 and 3 correlated."""
     z = torch.randn(count, WIDTH, generator=STREAMS.generator("latents"))
     z[:, 0] += 1.5
     z[:, 1] *= 0.3
@@ -111,13 +111,13 @@ def fitted_moments(
 
 
 def clean_total(latents: Latents, recipe: PriorTrainingConfig) -> Vector:
-    """What devices with these latents would send together without noise."""
+    """The sum of devices with these latents without noise."""
     return photo_vectors(latents, recipe).sum(0) / recipe.expected_batch_size
 
 
 @pytest.mark.parametrize("second", SECONDS)
-def test_a_photos_vector_is_as_long_as_the_clip_norm_by_construction(second: str) -> None:
-    """Count, latent and squares fill the length; only squares that are cut or usual leave some of it."""
+def test_a_photos_vector_has_the_clip_norm_by_construction(second: str) -> None:
+    """Count, latent and squares fill the norm; only clamped or average squares leave some of it."""
     recipe = config(second, clip_norm=2.5)
     lengths = photo_vectors(spread_latents(500), recipe).norm(dim=1)
     assert float(lengths.max()) <= 2.5 * (1 + 1e-5)
@@ -129,7 +129,7 @@ def test_a_photos_vector_is_as_long_as_the_clip_norm_by_construction(second: str
 
 
 @pytest.mark.parametrize("second", SECONDS)
-def test_without_noise_the_moments_of_the_photos_come_back(second: str) -> None:
+def test_without_noise_the_moments_of_the_photos_are_recovered(second: str) -> None:
     """A moment x is shrunk to x - min(|x|, c e / x), never by more than sqrt(c e), e its variance."""
     latents, recipe = spread_latents(40_000), config(second)
     mean, covariance = fitted_moments(clean_total(latents, recipe), 3, recipe, dp_parameters(recipe))
@@ -159,7 +159,7 @@ def test_without_noise_the_moments_of_the_photos_come_back(second: str) -> None:
 
 @pytest.mark.parametrize("second", SECONDS)
 def test_huge_noise_leaves_the_prior_standard(second: str) -> None:
-    """Nothing can be told, so nothing is changed, whatever the noise happened to be."""
+    """Without information nothing is changed, whatever the noise."""
     recipe = config(second)
     for _ in range(5):
         total = one_round(photos(20), recipe, sigma=1000.0)
@@ -170,7 +170,7 @@ def test_huge_noise_leaves_the_prior_standard(second: str) -> None:
     assert float(mean.abs().max()) == 0.0 and torch.allclose(covariance, torch.eye(WIDTH).double(), atol=1e-5)
 
 
-def test_what_a_device_without_photos_sends_is_noise_of_the_promised_size() -> None:
+def test_an_update_without_photos_is_noise_of_the_stated_size() -> None:
     """(sigma clip / divisor)^2 in every number: 33 numbers x 100 rounds, five standard errors."""
     recipe = config(clip_norm=2.0)
     sent = torch.cat([one_round(photos(0), recipe, sigma=1.5) for _ in range(100)])
@@ -187,7 +187,7 @@ def test_one_photo_more_moves_the_sum_by_at_most_the_clip_norm(second: str) -> N
 
 
 def cancelling() -> LatentEncoder:
-    """A hostile encoder: its last rows cancel on paper, so that rounding alone is left, which becomes a latent."""
+    """A hostile encoder: its last rows cancel exactly, so that only rounding remains, which becomes the latent."""
     rng = STREAMS.generator("cancelling")
     hostile = LatentEncoder(LatentEncoderConfig(), rng)
     order = torch.randperm(64, generator=rng)
@@ -202,8 +202,8 @@ def cancelling() -> LatentEncoder:
     return hostile
 
 
-def test_a_photos_latent_is_bit_for_bit_the_same_whoever_stands_beside_it() -> None:
-    """Also where an encoder blows up roundings, which in a batch depend on its size: the clip norm bounds a photo."""
+def test_a_photos_latent_is_bit_identical_in_any_batch() -> None:
+    """Also if an encoder amplifies rounding, which in a batch depends on its size: the clip norm must bound one photo."""
     hostile, recipe = cancelling(), config()
     seen: list[Latents] = []
     hostile.register_forward_hook(lambda module, images, latents: seen.append(latents))
@@ -220,14 +220,14 @@ def test_a_photos_latent_is_bit_for_bit_the_same_whoever_stands_beside_it() -> N
 
 
 def test_a_photo_that_is_not_finite_adds_nothing() -> None:
-    """Nor does it spoil its neighbours."""
+    """And does not affect others."""
     spoiled = photos(6)
     spoiled[2, 0, 3, 3] = float("nan")
-    kept = photos(6)[[0, 1, 3, 4, 5]]
-    assert torch.allclose(one_round(spoiled, config()), one_round(kept, config()), atol=1e-6)
+    stored = photos(6)[[0, 1, 3, 4, 5]]
+    assert torch.allclose(one_round(spoiled, config()), one_round(stored, config()), atol=1e-6)
 
 
-def test_devices_add_up() -> None:
+def test_sums_of_devices_are_additive() -> None:
     """The sum of two devices' clean sums is the sum of one device with both libraries."""
     both = one_round(photos(9), config())
     assert torch.allclose(
@@ -235,8 +235,8 @@ def test_devices_add_up() -> None:
     )
 
 
-def test_a_private_sum_is_a_slow_loop() -> None:
-    """Clip each by hand, add, and leave out what is not finite."""
+def test_a_private_sum_equals_a_slow_loop() -> None:
+    """Clip each by hand, add, and omit what is not finite."""
     vectors = torch.randn(7, 5, generator=STREAMS.generator("vectors"))
     vectors[3, 1] = float("inf")
     slow = torch.zeros(5)
@@ -248,29 +248,29 @@ def test_a_private_sum_is_a_slow_loop() -> None:
     assert torch.allclose(fast, slow, atol=1e-6)
 
 
-def test_every_photo_joins_and_nothing_is_claimed_from_sampling() -> None:
-    """The price is that of one plain Gaussian sum."""
+def test_every_photo_is_used_without_amplification_by_sampling() -> None:
+    """The cost is that of one plain Gaussian sum."""
     agreed = dp_parameters(config(), 1.3)
     plain = epsilon_of(GaussianSum(clip_norm=1.0, sigma=1.3).event(), 1e-5)
     assert epsilon_of(agreed.event(), 1e-5).estimate == pytest.approx(plain.estimate, rel=1e-3)
     assert agreed.schedule.rounds == agreed.schedule.steps_per_round == 1
 
 
-def test_a_private_round_refuses_a_replayable_generator() -> None:
-    """Noise from a seed protects nobody."""
+def test_a_private_round_refuses_a_seeded_generator() -> None:
+    """Seeded noise gives no privacy."""
     recipe = config()
     with pytest.raises(PrivacyError, match="SecretNoise"):
         sent(encoder(), photos(3), recipe, dp_parameters(recipe, 1.0), STREAMS.generator("replayable"))
 
 
 def mapped_from(module: StyleGAN2, latents: Latents) -> Tensor:
-    """Styles of latents."""
+    """The styles of latents."""
     with torch.no_grad():
         return module.map(latents)
 
 
-def test_the_refitted_generator_is_the_same_but_for_its_prior() -> None:
-    """A latent of the fitted one gives the styles that the moved latent gave before; weights stay."""
+def test_the_fitted_generator_differs_only_in_its_prior() -> None:
+    """A latent gives the styles that the transformed latent gave before; weights are unchanged."""
     recipe, before = config("full"), generator()
     after = fit_latent_prior(
         before, clean_total(spread_latents(20_000), recipe), 3, recipe, dp_parameters(recipe)
@@ -286,7 +286,7 @@ def test_the_refitted_generator_is_the_same_but_for_its_prior() -> None:
     assert float(mean[0]) > 0.5 and float((root @ root.T)[1, 1]) < 0.3
 
 
-def test_what_the_encoder_misreads_does_not_move_the_prior() -> None:
+def test_encoder_errors_do_not_change_the_prior() -> None:
     """Devices with the generator's own samples: an encoder with random weights is wrong about all of them."""
     recipe, made_from = config(), generator()
     own = made_from.sample(1500, STREAMS.generator("own samples"))
@@ -299,8 +299,8 @@ def test_what_the_encoder_misreads_does_not_move_the_prior() -> None:
     assert float((aware.prior_root - torch.eye(WIDTH)).abs().max()) < 0.15
 
 
-def test_a_prior_may_be_refitted_again() -> None:
-    """Latents are read before the prior, so a second fit replaces the first."""
+def test_a_prior_can_be_fitted_again() -> None:
+    """Latents are taken before the prior, so a second fit replaces the first."""
     recipe = config()
     total = clean_total(spread_latents(20_000), recipe)
     once = fit_latent_prior(generator(), total, 3, recipe, dp_parameters(recipe))
@@ -309,7 +309,7 @@ def test_a_prior_may_be_refitted_again() -> None:
 
 
 def test_variances_stay_within_their_bounds() -> None:
-    """Photos that are all alike do not make a generator of one face."""
+    """Equal photos do not give a generator of one face."""
     same = on_sphere(torch.randn(1, WIDTH, generator=STREAMS.generator("one"))).expand(5000, -1)
     for second in ("diagonal", "full"):
         recipe = config(second)
@@ -319,8 +319,8 @@ def test_variances_stay_within_their_bounds() -> None:
 
 
 @pytest.mark.parametrize("second", SECONDS)
-def test_the_public_ranges_hold_what_devices_send(second: str) -> None:
-    """As many photos as the recipe expects at most stay within them without noise."""
+def test_the_public_ranges_contain_every_update(second: str) -> None:
+    """With at most the expected number of photos and without noise."""
     recipe = config(second, max_photos=60)
     ranges = prior_round(encoder(), recipe, dp_parameters(recipe)).ranges()
     sent = one_round(photos(60), recipe)
@@ -339,13 +339,12 @@ def test_the_public_ranges_hold_what_devices_send(second: str) -> None:
     ],
 )
 def test_a_number_out_of_bounds_is_refused_by_name(change: dict[str, float], words: str) -> None:
-    """At the door."""
     with pytest.raises(ValueError, match=words):
         config(**change)
 
 
-def test_a_total_of_another_recipe_is_refused() -> None:
-    """The numbers of products are not those of squares."""
+def test_a_total_of_another_configuration_is_refused() -> None:
+    """Products and squares have different numbers."""
     recipe = config("full")
     with pytest.raises(ValueError, match="moments are"):
         fit_latent_prior(

@@ -1,7 +1,6 @@
-"""Clipped sums of per-unit gradients against the slow twin: one ordinary backward pass for each unit.
-
-Most in float64: in float32 two right answers differ by 1e-4 when rounding puts one activation or difference on the
-other side of a kink, as it does for one photo in a few dozen.
+"""Clipped sums of per-unit gradients against a slow reference: one ordinary backward pass per unit. Most tests use
+float64: in float32 two correct results differ by 1e-4 when rounding moves an activation across a kink, as it does for
+one photo in a few dozen.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ def is_supported_layerwise(case: Case) -> bool:
 
 
 def moved(module: nn.Module, name: str) -> nn.Module:
-    """Off the start, where many gradients are zero."""
+    """Weights away from the initial ones, at which many gradients are zero."""
     rng = STREAMS.generator(name)
     with torch.no_grad():
         for weight in module.parameters():
@@ -150,7 +149,7 @@ def summed(every: list[list[Tensor]], clip_norm: float) -> list[Tensor]:
 
 
 def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """In lengths of theirs."""
+    """Relative to the reference's norm."""
     return length([a - b for a, b in zip(ours, theirs, strict=True)]) / length(theirs)
 
 
@@ -159,8 +158,8 @@ def cut(size: int) -> list[range]:
 
 
 @each_case
-def test_our_networks_are_understood_layer_by_layer(name: str) -> None:
-    """Otherwise the tests below would test the slower way."""
+def test_all_networks_are_supported_layer_by_layer(name: str) -> None:
+    """Otherwise the tests below would test the fallback."""
     case = CASES[name]().at(torch.float64)
     assert is_supported_layerwise(case)
 
@@ -169,17 +168,17 @@ def test_our_networks_are_understood_layer_by_layer(name: str) -> None:
 def test_each_photos_gradient_is_that_of_its_own_backward_pass(name: str) -> None:
     case = CASES[name]().at(torch.float64)
     ours = per_example_gradients(case.problem(), case.photos, case.draws)
-    for photo, twin in enumerate(slowly(case, cut(1))):
-        assert distance([part[photo] for part in ours], twin) < 1e-9
+    for photo, reference in enumerate(slowly(case, cut(1))):
+        assert distance([part[photo] for part in ours], reference) < 1e-9
 
 
 @each_case
 @pytest.mark.parametrize("size", [1, 3, 7])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_the_sum_is_that_of_the_slow_twin_for_any_unit_and_microbatch(
+def test_the_sum_equals_the_slow_reference_for_any_unit_and_microbatch(
     name: str, size: int, scaled: bool
 ) -> None:
-    """Half of the units are clipped; units straddle microbatches."""
+    """Half of the units are clipped; units span microbatches."""
     case = CASES[name]().at(torch.float64)
     rng = STREAMS.generator("scales")
     scales = [
@@ -201,7 +200,7 @@ def test_the_sum_is_that_of_the_slow_twin_for_any_unit_and_microbatch(
 
 @pytest.mark.parametrize("size", [1, 7])
 @pytest.mark.parametrize("count", [1, 4])
-def test_in_single_precision_it_is_right_to_five_digits(size: int, count: int) -> None:
+def test_in_single_precision_it_is_accurate_to_five_digits(size: int, count: int) -> None:
     """On a network without kinks."""
     case = flow(count)
     every = slowly(case, cut(size))
@@ -218,7 +217,7 @@ def test_in_single_precision_it_is_right_to_five_digits(size: int, count: int) -
 
 @each_case
 @pytest.mark.parametrize("size", [1, 3])
-def test_a_unit_with_a_broken_photo_adds_nothing(name: str, size: int) -> None:
+def test_a_unit_with_a_non_finite_photo_adds_nothing(name: str, size: int) -> None:
     case = CASES[name]().at(torch.float64)
     every = slowly(case, cut(size))
     del every[4 // size]
@@ -234,7 +233,7 @@ def test_a_unit_with_a_broken_photo_adds_nothing(name: str, size: int) -> None:
 
 
 @each_case
-def test_nothing_is_left_behind(name: str) -> None:
+def test_no_state_is_left_behind(name: str) -> None:
     """No `.grad`, no changed weight, and no photos give zeros of the weights' shapes."""
     case = CASES[name]().at(torch.float64)
     before = [weight.detach().clone() for weight in case.module.parameters()]
@@ -265,7 +264,7 @@ class Small(nn.Module):
 
 
 class Demodulated(Small):
-    """Reads a weight outside its own layer."""
+    """Uses a weight outside its own layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * self.first.weight.square().sum().rsqrt()
@@ -291,7 +290,7 @@ class Scalar(Small):
 
 
 class Overwritten(Small):
-    """Writes into what a layer has answered."""
+    """Modifies a layer's output in place."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.second(self.first(x).mul_(2.0))
@@ -299,7 +298,7 @@ class Overwritten(Small):
 
 
 class Reused(Small):
-    """Writes into what a layer has read."""
+    """Modifies a layer's input in place."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = functional.silu(self.first(x))
@@ -309,7 +308,7 @@ class Reused(Small):
 
 
 class Folded(Small):
-    """A weight folded from the photo's own features reaches the loss past its layer."""
+    """A weight computed from the photo's own features affects the loss outside its layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         own = self.first.weight * x.mean()
@@ -334,8 +333,8 @@ def gradient_penalty(network: Callable[[Tensor], Tensor], photos: Tensor) -> Ten
     ("kind", "understood"),
     [(Small, True), (Twice, True), (Demodulated, False), (Scalar, False), (Overwritten, False)],
 )
-def test_what_is_not_understood_is_differentiated_as_a_whole(kind: type[Small], understood: bool) -> None:
-    """And is right either way."""
+def test_unsupported_networks_use_the_fallback(kind: type[Small], understood: bool) -> None:
+    """With the right result."""
     case = Case(kind(), score, pictures(8)).at(torch.float64)
     assert is_supported_layerwise(case) == understood
     for size in (1, 3):
@@ -349,13 +348,13 @@ def test_what_is_not_understood_is_differentiated_as_a_whole(kind: type[Small], 
 
 
 @pytest.mark.parametrize("kind", [Reused, Folded])
-def test_what_would_be_silently_wrong_is_not_understood(kind: type[Small]) -> None:
-    """Detached weights must not hide what autograd would have seen."""
+def test_networks_that_would_be_silently_wrong_are_detected(kind: type[Small]) -> None:
+    """Detached weights must not hide other uses from autograd."""
     case = Case(kind(), score, pictures(8)).at(torch.float64)
     assert not is_supported_layerwise(case)
 
 
-def test_a_loss_that_differentiates_the_network_is_right() -> None:
+def test_a_loss_with_a_gradient_penalty_is_right() -> None:
     case = Case(Small(), gradient_penalty, pictures(8)).at(torch.float64)
     ours = clipped_unit_sum(
         PerExampleProblem(case.module, gradient_penalty, microbatch=4), case.photos, clip_norm=0.05
@@ -370,7 +369,7 @@ def test_low_rank_changes_are_right() -> None:
     assert distance(ours, summed(every, 0.1)) < 1e-9
 
 
-def test_frozen_weights_get_nothing() -> None:
+def test_frozen_weights_have_no_gradient() -> None:
     case = discriminator().at(torch.float64)
     for name, weight in case.module.named_parameters():
         weight.requires_grad_("conv0" in name)
@@ -379,7 +378,7 @@ def test_frozen_weights_get_nothing() -> None:
 
 
 def test_one_photo_more_moves_the_sum_by_at_most_the_clip_norm() -> None:
-    """Also for one whose gradient is a million times longer."""
+    """Also for one with a gradient a million times larger."""
     case = discriminator().at(torch.float64)
 
     def longer(network: Callable[[Tensor], Tensor], photos: Tensor) -> Tensor:
@@ -395,7 +394,7 @@ def test_one_photo_more_moves_the_sum_by_at_most_the_clip_norm() -> None:
 
 
 @pytest.mark.parametrize("units", [[1, 0, 1], [0, 1]])
-def test_the_photos_of_a_unit_must_stand_side_by_side(units: list[int]) -> None:
+def test_the_photos_of_a_unit_must_be_adjacent(units: list[int]) -> None:
     with pytest.raises(ValueError, match="units"):
         clipped_unit_sum(
             PerExampleProblem(Small(), score), pictures(8, 3), clip_norm=1.0, units=torch.tensor(units)
@@ -403,8 +402,8 @@ def test_the_photos_of_a_unit_must_stand_side_by_side(units: list[int]) -> None:
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_a_photos_gradient_is_the_same_to_the_last_bit_whoever_else_joined(name: str) -> None:
-    """At every place of a filled microbatch, next to others or to grey pictures; so no microbatch is given up."""
+def test_a_photos_gradient_is_bit_identical_in_any_microbatch(name: str) -> None:
+    """At every position of a full microbatch, next to other photos or padding."""
     case = CASES[name]().at(torch.float32)
     shape = None if case.draws is None else case.draws.shape[1:]
     rng = STREAMS.generator("draws of places")
@@ -418,7 +417,7 @@ def test_a_photos_gradient_is_the_same_to_the_last_bit_whoever_else_joined(name:
 
 
 class Amplifier(nn.Module):
-    """A hostile discriminator: roundings of a product that cancels, blown up into gradients as long as you like."""
+    """A hostile discriminator that amplifies the rounding of a product that cancels into arbitrarily large gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -436,7 +435,7 @@ class Amplifier(nn.Module):
 
 
 def test_one_photo_more_changes_no_bit_of_what_the_others_add() -> None:
-    """Also for a network that blows roundings up: all sums of 1 to 20 photos are sums of the same vectors."""
+    """Also for a network that amplifies rounding: all sums of 1 to 20 photos are sums of the same vectors."""
     module = Amplifier()
     photos = torch.rand(20, 3, 4, 4, generator=STREAMS.generator("known"))
 
@@ -452,8 +451,8 @@ def test_one_photo_more_changes_no_bit_of_what_the_others_add() -> None:
         assert float((after - before).norm()) <= 1.0 + 1e-4
 
 
-def test_a_tiny_half_beside_a_huge_one_is_no_way_round_the_clip() -> None:
-    """|out| = 1e-23 and |seen| = 1e19: the square of the first vanishes in float32, the product is 1e-4."""
+def test_a_tiny_factor_times_a_huge_one_is_clipped() -> None:
+    """|out| = 1e-23 and |seen| = 1e19: the square of the first underflows in float32, the product is 1e-4."""
 
     class Lopsided(nn.Module):
         def __init__(self) -> None:
@@ -470,8 +469,8 @@ def test_a_tiny_half_beside_a_huge_one_is_no_way_round_the_clip() -> None:
         assert float(sums[0].norm()) <= 20 * clip_norm * (1 + 1e-5)
 
 
-def test_a_units_sum_does_not_round_by_where_microbatches_cut() -> None:
-    """Photos of one unit that cancel: the same to the last bit wherever another unit pushes them."""
+def test_a_units_sum_does_not_depend_on_microbatch_boundaries() -> None:
+    """Photos of one unit that cancel: the same to the last bit for any position."""
 
     class Plain(nn.Module):
         def __init__(self) -> None:
@@ -495,8 +494,8 @@ def test_a_units_sum_does_not_round_by_where_microbatches_cut() -> None:
     assert all(torch.equal(found[0], other) for other in found)
 
 
-def test_small_numbers_beside_large_ones_count_in_a_length() -> None:
-    """Two million of 2.4e-4 beside eight ones: in float32 their squares vanish, and the vector is 0.8 % too long."""
+def test_small_numbers_count_in_the_norm() -> None:
+    """Two million of 2.4e-4 and eight ones: in float32 their squares vanish, and the vector is 0.8 % too long."""
     row = torch.full((1, 2_359_296), 2.4e-4)
     row[0, :8] = 1.0
     (total,) = clipped_sum([row], 1.0)

@@ -1,4 +1,4 @@
-"""How an encoder learns: dark faces are not rare among its lessons, and lessons teach."""
+"""Pretraining of the encoder: dark faces are frequent in its training data, and training improves it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def ignore(stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
     """No report."""
 
 
-def test_half_of_the_drawn_lessons_are_dark_and_every_dark_tone_is_as_frequent() -> None:
+def test_half_of_the_synthetic_training_faces_are_dark_and_dark_tones_are_uniform() -> None:
     """20,000 latents: share 1/2, dark tones uniform on Monk 6 to 10, within five standard errors."""
     config = EncoderPretrainConfig(light_fraction=0.85, dark_fraction=0.5)
     latents = tone_latents(20_000, config, STREAMS.generator("latents"))
@@ -48,16 +48,16 @@ def test_half_of_the_drawn_lessons_are_dark_and_every_dark_tone_is_as_frequent()
     assert abs(float((tones[dark] > 8).float().mean()) - 0.5) < 5 * 0.5 / math.sqrt(10_000) + 0.01
 
 
-def test_made_lessons_stray_further_than_the_generators_own() -> None:
-    """On the sphere, with single numbers beyond three in more cases than normal ones."""
+def test_generated_training_faces_have_a_larger_variance() -> None:
+    """On the sphere, with components beyond three more often than for normal ones."""
     wide = wide_latents(4000, 64, 0.5, STREAMS.generator("wide"))
     plain = wide_latents(4000, 64, 0.0, STREAMS.generator("wide"))
     assert torch.allclose(wide.norm(dim=1), torch.full((4000,), 8.0), rtol=1e-4)
     assert int((wide.abs() > 3).sum()) > 3 * int((plain.abs() > 3).sum())
 
 
-def test_lessons_teach_without_touching_the_generator() -> None:
-    """After 60 steps the made pictures are nearer to what was shown than an untaught encoder's."""
+def test_training_improves_the_encoder_and_leaves_the_generator() -> None:
+    """After 60 steps reconstructions are closer to the input than those of an untrained encoder."""
     made_from = generator()
     before = weights_hash(made_from)
     config = EncoderPretrainConfig(steps=60, batch=16, pool=0, encoder=SMALL, latent_std=0.0)
@@ -74,7 +74,7 @@ def test_lessons_teach_without_touching_the_generator() -> None:
 
 
 def test_the_pool_pairs_each_latent_with_its_own_face() -> None:
-    """Shown through a camera and clean: alike, not equal, and the same twice."""
+    """Through a camera and clean: similar, not equal, and deterministic."""
     config = EncoderPretrainConfig(pool=6, encoder=LatentEncoderConfig(size=32))
     one, two = build_tone_pool(config, ignore), build_tone_pool(config, ignore)
     assert torch.equal(one.clean, two.clean) and torch.equal(one.seen, two.seen)
@@ -98,6 +98,5 @@ def test_an_encoder_of_another_size_is_refused() -> None:
     ],
 )
 def test_a_number_out_of_bounds_is_refused_by_name(change: dict[str, float], words: str) -> None:
-    """At the door."""
     with pytest.raises(ValueError, match=words):
         EncoderPretrainConfig(**change)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The recipe of the base checkpoint, at a hundredth of its size."""
+"""The pretraining of the base checkpoint, at a hundredth of its size."""
 
 from __future__ import annotations
 
@@ -36,26 +36,26 @@ SMALL = GanPretrainConfig(
 )
 
 
-def silent(name: str, done: int, of: int, figures: dict[str, float]) -> None:
+def silent(name: str, done: int, of: int, metrics: dict[str, float]) -> None:
     """Nobody watches."""
 
 
-def test_equal_pictures_have_no_pair_loss_and_a_shift_costs_its_size_three_times() -> None:
-    """A constant difference of 0.1 is seen at three scales, and no difference of neighbours sees it."""
+def test_the_pair_loss_of_a_constant_shift_is_three_times_its_size() -> None:
+    """A constant difference of 0.1 counts at three scales, and differences of neighbours do not see it."""
     faces = torch.rand(2, 3, 16, 16, generator=Streams(1).generator("faces"))
     assert float(pair_loss(faces, faces)) == 0.0
     assert float(pair_loss(faces + 0.1, faces)) == pytest.approx(0.3, abs=1e-5)
 
 
 def test_an_edge_costs_more_than_the_same_difference_spread_out() -> None:
-    """Stripes of one pixel: L1 of 0.5 at full size, plus 1 for the neighbours across; both vanish at half size."""
+    """Stripes of one pixel: L1 of 0.5 at full size, plus 1 for the neighbours; both vanish at half size."""
     stripes = torch.zeros(1, 3, 16, 16)
     stripes[..., ::2] = 1.0
     assert float(pair_loss(stripes, torch.full_like(stripes, 0.5))) == pytest.approx(0.5 + 1.0, abs=1e-5)
 
 
 class Weighing(nn.Module):
-    """A discriminator whose logit is the sum of the pixels times three."""
+    """A discriminator whose logit is three times the sum of the pixels."""
 
     def forward(self, images: Tensor) -> Tensor:
         return 3.0 * images.sum(dim=(1, 2, 3))
@@ -66,7 +66,7 @@ def test_r1_is_half_the_squared_slope() -> None:
     assert float(r1_penalty(cast(Discriminator, Weighing()), torch.rand(5, 3, 4, 4))) == pytest.approx(216.0)
 
 
-def test_a_pool_is_the_same_for_a_seed_and_another_for_another() -> None:
+def test_a_pool_is_determined_by_its_seed() -> None:
     """Latents with their faces, clean and through cameras, as bytes."""
     pool, again, other = (make_pool(replace(SMALL, seed=seed), silent) for seed in (3, 3, 4))
     assert pool.latents.shape == (64, 64) and pool.clean.shape == pool.seen.shape == (64, 3, 16, 16)
@@ -76,21 +76,21 @@ def test_a_pool_is_the_same_for_a_seed_and_another_for_another() -> None:
     assert 0 < float((pool.clean.float() - pool.seen.float()).abs().mean()) < 64
 
 
-def test_a_latents_own_numbers_are_its_face() -> None:
-    """The length of a latent and what stands behind the face's parameters change nothing."""
+def test_the_face_depends_only_on_its_own_latent_components() -> None:
+    """The norm of a latent and its remaining components change nothing."""
     from fedface.synthetic.faces import ToneMix, faces_from_normals, render
 
     config = SMALL
     pool = make_pool(config, silent)
     scaled = pool.latents * torch.rsqrt(pool.latents.square().mean(dim=1, keepdim=True) + 1e-8)
     faces = faces_from_normals(scaled[:5, :NORMALS], ToneMix(light_fraction=config.light_fraction))
-    drawn = (render(faces, 16).clamp(0, 1) * 255).round().to(torch.uint8)
+    sampled = (render(faces, 16).clamp(0, 1) * 255).round().to(torch.uint8)
     # 500 faces are drawn at once there and 5 here, so that a pixel may round the other way.
-    assert int((drawn.int() - pool.clean[:5].int()).abs().max()) <= 1
+    assert int((sampled.int() - pool.clean[:5].int()).abs().max()) <= 1
 
 
 def test_a_pair_is_a_latent_with_its_own_face() -> None:
-    """Each picture of a batch is found in the pool beside its latent."""
+    """Each image of a batch is the pool's image of its latent."""
     pool = make_pool(SMALL, silent)
     latents, faces = pool.pairs(6, Streams(1).generator("x"))
     for latent, face in zip(latents, faces, strict=True):
@@ -99,8 +99,8 @@ def test_a_pair_is_a_latent_with_its_own_face() -> None:
     assert 0 <= float(faces.min()) and float(faces.max()) <= 1
 
 
-def test_the_first_stage_learns_the_pairs() -> None:
-    """The averaged generator draws its latents' faces better than the untrained one."""
+def test_the_first_stage_improves_the_regression() -> None:
+    """The averaged generator reproduces its latents' faces better than the untrained one."""
     training = GanPretraining(replace(SMALL, paired_steps=80), make_pool(SMALL, silent))
     start = copy.deepcopy(training.gan).generator
     training.pairs(silent)
@@ -113,11 +113,11 @@ def test_the_first_stage_learns_the_pairs() -> None:
     assert after < 0.8 * before
 
 
-def test_the_whole_recipe_gives_a_checkpoint_that_says_how_it_was_made() -> None:
-    """Both stages, a mean style, notes; the same for the same seed, whatever the global seed."""
+def test_pretraining_gives_a_checkpoint_with_notes() -> None:
+    """Both stages, a mean style, notes; the same for the same seed, for any global seed."""
     heard: list[str] = []
 
-    def report(name: str, done: int, of: int, figures: dict[str, float]) -> None:
+    def report(name: str, done: int, of: int, metrics: dict[str, float]) -> None:
         heard.append(name)
 
     short = replace(SMALL, paired_steps=4, adversarial_steps=9)

@@ -1,4 +1,4 @@
-"""The public scales of a flow's gradients: told apart by what they depend on, kept without the flow, never zero."""
+"""Public scales of a flow's gradients: cached by what they depend on, without keeping the flow alive, never zero."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCALED = FlowTrainingConfig(preconditioner=0.1)
 
 
 def tiny_flow() -> RectifiedFlow:
-    """Weights moved off the start, where most gradients are zero."""
+    """Weights away from the initial ones, at which most gradients are zero."""
     flow = RectifiedFlow(TINY, STREAMS.generator("weights"))
     rng = STREAMS.generator("moved")
     with torch.no_grad():
@@ -27,7 +27,7 @@ def tiny_flow() -> RectifiedFlow:
     return flow
 
 
-def test_scales_are_told_apart_by_the_shape_that_the_same_numbers_stand_in() -> None:
+def test_scales_depend_on_the_shape_of_the_same_weights() -> None:
     """The same weights normalised in groups of 4 or of 8 have other gradients, and share nothing."""
     flows = [tiny_flow(), RectifiedFlow(replace(TINY, group=8), torch.Generator())]
     flows[1].load_state_dict(flows[0].state_dict())
@@ -36,14 +36,14 @@ def test_scales_are_told_apart_by_the_shape_that_the_same_numbers_stand_in() -> 
     assert any(not torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-def test_remembered_scales_keep_no_flow_alive() -> None:
-    """A device's copy goes when its round ends."""
+def test_cached_scales_keep_no_flow_alive() -> None:
+    """A device's copy is freed when its round ends."""
     flow = tiny_flow()
-    kept = weakref.ref(flow)
+    stored = weakref.ref(flow)
     public_scales(flow, replace(SCALED, lr=0.123))
     del flow
     gc.collect()
-    assert kept() is None
+    assert stored() is None
 
 
 def test_gradients_too_small_or_too_large_for_float32_are_not_scaled() -> None:

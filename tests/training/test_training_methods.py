@@ -1,4 +1,4 @@
-"""Every way of learning: what the device sends is what the server applies, and each way has its own numbers."""
+"""Every training method: what the device sends is what the server applies, and each method has its own update size."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ COMMON = common_streams(3, 1)
 
 
 def photos(count: int, seed: int = 1) -> Images:
-    """Drawn faces of 16 px."""
+    """Synthetic faces of 16 px."""
     return render(sample_faces(count, ToneMix(light_fraction=0.5), Streams(seed).generator("faces")), 16)
 
 
@@ -45,18 +45,20 @@ def begun(experiment: Experiment) -> tuple[Model, TrainingRound]:
 
 
 def update_of(work: TrainingRound, seen: Images, name: str = "device") -> torch.Tensor:
-    """A replayable update, without privacy."""
+    """A reproducible update, without DP."""
     streams = Streams(7).child(name)
     return work.update(seen, rng=streams.generator("no promise"), streams=streams)
 
 
 def state_of(model: Model) -> torch.Tensor:
-    """All numbers of a model that a file keeps, flat."""
+    """All saved numbers of a model, flat."""
     return torch.cat([v.flatten() for module in model.modules() for v in module.state_dict().values()])
 
 
 @each_way
-def test_an_update_has_a_range_for_each_number_and_leaves_the_model_alone(tmp_path: Path, way: str) -> None:
+def test_an_update_has_a_range_for_each_number_and_does_not_change_the_model(
+    tmp_path: Path, way: str
+) -> None:
     experiment = tiny_way(tmp_path, way, {"privacy": "{kind: no-privacy}"})
     model, work = begun(experiment)
     before = weights_hash(*model.modules())
@@ -67,16 +69,16 @@ def test_an_update_has_a_range_for_each_number_and_leaves_the_model_alone(tmp_pa
 
 
 @each_way
-def test_faces_that_a_device_keeps_as_bytes_teach_the_same_to_the_last_bit(tmp_path: Path, way: str) -> None:
-    """A whole library of floats would not fit: bytes become floats where they are looked at."""
-    kept = (photos(8) * 255.0).round().to(torch.uint8)
+def test_faces_stored_as_bytes_give_the_same_update(tmp_path: Path, way: str) -> None:
+    """A whole library of floats would not fit in memory: bytes become floats on use."""
+    stored = (photos(8) * 255.0).round().to(torch.uint8)
     _, work = begun(tiny_way(tmp_path, way, {"privacy": "{kind: no-privacy}"}))
-    assert torch.equal(update_of(work, kept), update_of(work, kept.float() / 255.0))
+    assert torch.equal(update_of(work, stored), update_of(work, stored.float() / 255.0))
 
 
 @each_way
-def test_device_and_server_begin_the_same_round_from_the_task_alone(tmp_path: Path, way: str) -> None:
-    """Two beginnings from equal weights and seeds apply one update to equal models: adapters are derived, not sent."""
+def test_device_and_server_prepare_the_same_round_from_the_task(tmp_path: Path, way: str) -> None:
+    """Two preparations from equal weights and seeds apply one update to equal models: adapters are derived, not sent."""
     experiment = tiny_way(tmp_path, way, {"privacy": "{kind: no-privacy}"})
     _, device = begun(experiment)
     _, server = begun(experiment)
@@ -90,9 +92,8 @@ def test_device_and_server_begin_the_same_round_from_the_task_alone(tmp_path: Pa
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "prior"])
 def test_the_sum_of_two_updates_moves_the_weights_by_their_mean(tmp_path: Path, way: str) -> None:
-    """Applying is linear: also of low-rank changes, because their directions are public and fixed.
-
-    The mapping's stored weights are of size 100, where neighbouring float32 numbers are 8e-6 apart.
+    """Applying is linear, also for low-rank changes, because their directions are public and fixed. The mapping's
+    stored weights are of size 100, where neighbouring float32 numbers are 8e-6 apart.
     """
     experiment = tiny_way(tmp_path, way, {"privacy": "{kind: no-privacy}"})
     model, work = begun(experiment)
@@ -107,8 +108,8 @@ def test_the_sum_of_two_updates_moves_the_weights_by_their_mean(tmp_path: Path, 
 
 
 @each_way
-def test_an_update_of_nothing_leaves_the_weights_as_they_were(tmp_path: Path, way: str) -> None:
-    """A zero sum: the same weights, and for the prior the standard one."""
+def test_a_zero_update_changes_nothing(tmp_path: Path, way: str) -> None:
+    """The same weights, and for the prior the standard one."""
     model, work = begun(tiny_way(tmp_path, way, {"privacy": "{kind: no-privacy}"}))
     after = work.apply(torch.zeros_like(work.ranges()), 2, Streams(2).generator("mean"))
     assert torch.allclose(
@@ -123,8 +124,8 @@ def test_an_update_of_nothing_leaves_the_weights_as_they_were(tmp_path: Path, wa
 
 
 @each_way
-def test_what_one_photo_releases_is_its_update_undone(tmp_path: Path, way: str) -> None:
-    """An audit attacks the vector that a step clips: the same for equal photos, another for another photo."""
+def test_the_release_of_one_photo_is_what_a_step_clips(tmp_path: Path, way: str) -> None:
+    """An audit attacks this vector: the same for equal photos, another for another photo."""
     _, work = begun(tiny_way(tmp_path, way, {"privacy": "{kind: no-privacy}"}))
     release = work.per_example_release(Streams(9))
     one, other = photos(1), photos(1, 2)
@@ -134,35 +135,33 @@ def test_what_one_photo_releases_is_its_update_undone(tmp_path: Path, way: str) 
     assert slope.shape == one.shape and slope.abs().max() > 0
 
 
-def test_a_gan_that_learns_in_one_step_releases_the_gradient_of_its_discriminator_loss(
+def test_gan_training_releases_the_gradient_of_its_discriminator_loss(
     tmp_path: Path,
 ) -> None:
-    """A slow twin: softplus of minus the logit, differentiated by hand."""
+    """A slow reference: softplus of minus the logit, differentiated by hand."""
     model, work = begun(tiny_way(tmp_path, "full", {"privacy": "{kind: no-privacy}"}))
     discriminator = model.modules()[1]
     loss = torch.nn.functional.softplus(-discriminator(photos(1))).mean()
-    wanted = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(discriminator.parameters()))])
-    assert torch.allclose(work.per_example_release(Streams(9))(photos(1)), wanted, atol=1e-6)
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(discriminator.parameters()))])
+    assert torch.allclose(work.per_example_release(Streams(9))(photos(1)), expected, atol=1e-6)
 
 
 @each_way
-def test_a_private_round_refuses_a_replayable_generator(tmp_path: Path, way: str) -> None:
+def test_a_private_round_refuses_a_seeded_generator(tmp_path: Path, way: str) -> None:
     _, work = begun(tiny_way(tmp_path, way))
     with pytest.raises(PrivacyError, match="SecretNoise"):
         update_of(work, photos(4))
 
 
 @pytest.mark.parametrize(("way", "family"), [("full", "flow"), ("prior", "full"), ("flow", "prior")])
-def test_a_way_needs_a_model_of_its_family(tmp_path: Path, way: str, family: str) -> None:
+def test_a_method_needs_a_model_of_its_family(tmp_path: Path, way: str, family: str) -> None:
     model = build_model(WAYS[family][1])
     with pytest.raises(ConfigError, match="needs a"):
         tiny_way(tmp_path, way).training.check(model.architecture)
 
 
 @pytest.mark.parametrize("change", [{"minibatch_group": 4}, {"classes": 2}])
-def test_a_discriminator_that_looks_at_several_pictures_at_once_is_refused(
-    tmp_path: Path, change: dict[str, int]
-) -> None:
+def test_a_discriminator_that_couples_photos_is_refused(tmp_path: Path, change: dict[str, int]) -> None:
     """Minibatch statistics couple photos, and classes are labels that no device sends."""
     architecture = GanArchitecture(generator=GENERATOR, discriminator=replace(DISCRIMINATOR, **change))
     with pytest.raises(ConfigError, match="several images at once"):
@@ -170,8 +169,8 @@ def test_a_discriminator_that_looks_at_several_pictures_at_once_is_refused(
 
 
 @pytest.mark.parametrize("way", ["full", "lora", "prior"])
-def test_a_generator_that_wants_classes_is_refused(tmp_path: Path, way: str) -> None:
-    """No device sends the classes of its photos; the same shape without them is taken."""
+def test_a_generator_with_classes_is_refused(tmp_path: Path, way: str) -> None:
+    """No device sends the classes of its photos; the same shape without them is accepted."""
     shape = WAYS[way][1]
     assert isinstance(shape, GanArchitecture | EncoderArchitecture)
     training = tiny_way(tmp_path, way).training

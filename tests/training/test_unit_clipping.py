@@ -1,4 +1,4 @@
-"""Units larger than a photo: whose gradients are summed, when they are clipped, who joins a step."""
+"""Units larger than a photo: whose gradients are summed, when they are clipped, and how they are sampled."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def loss(module: nn.Module, photos: Tensor) -> Tensor:
 
 
 def photos(count: int) -> Tensor:
-    """Random pictures."""
+    """Random images."""
     return torch.rand(count, 3, 8, 8, generator=Streams(3).generator("photos"))
 
 
@@ -52,8 +52,8 @@ def one_step(units: Tensor, microbatch: int, pictures: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("microbatch", [1, 2, 5, 64])
-def test_a_unit_is_clipped_as_a_whole_wherever_microbatches_cut_it(microbatch: int) -> None:
-    """Units of 1, 3 and 7 photos, in any order, equal one backward pass for each unit to 1e-5."""
+def test_a_unit_is_clipped_as_a_whole_across_microbatches(microbatch: int) -> None:
+    """Units of 1, 3 and 7 photos, in any order, equal one backward pass per unit to 1e-5."""
     units = torch.tensor([2, 0, 1, 2, 2, 1, 2, 2, 1, 2, 2])
     pictures = photos(len(units))
     ours, slow = one_step(units, microbatch, pictures), slow_sum(network(), pictures, units)
@@ -62,8 +62,8 @@ def test_a_unit_is_clipped_as_a_whole_wherever_microbatches_cut_it(microbatch: i
         assert float((one - other).norm() / length) < 1e-5
 
 
-def test_forty_photos_of_one_birthday_move_a_step_no_more_than_one_photo() -> None:
-    """With units the sum moves by the clip norm at most; with photos it moves several times as far."""
+def test_forty_photos_of_one_occasion_move_a_step_no_more_than_one_photo() -> None:
+    """With units the sum moves by at most the clip norm; per photo it moves several times as far."""
     birthday = photos(1).repeat(40, 1, 1, 1)
     together = torch.cat([p.flatten() for p in one_step(torch.zeros(40, dtype=torch.int64), 8, birthday)])
     alone = torch.cat([p.flatten() for p in one_step(torch.arange(40), 8, birthday)])
@@ -72,7 +72,7 @@ def test_forty_photos_of_one_birthday_move_a_step_no_more_than_one_photo() -> No
 
 
 def test_one_unit_more_or_less_moves_the_sum_by_the_clip_norm_at_most() -> None:
-    """Whatever its photos are, also next to units of many photos."""
+    """Whatever its photos, also next to units of many photos."""
     units = torch.tensor([0, 0, 0, 1, 2, 2])
     pictures = photos(6)
     pictures[3] *= 1000.0
@@ -82,8 +82,8 @@ def test_one_unit_more_or_less_moves_the_sum_by_the_clip_norm_at_most() -> None:
     assert float(moved) <= CLIP * (1 + 1e-4)
 
 
-def test_coins_are_tossed_for_units_and_not_for_photos() -> None:
-    """A unit's photos join together, and a unit of one photo joins as often as one of five."""
+def test_units_are_sampled_and_not_photos() -> None:
+    """A unit's photos are sampled together, and a unit of one photo as often as one of five."""
     units = torch.tensor([0, 1, 1, 1, 1, 1])
     rng = torch.Generator().manual_seed(7)
     joined = [set(sample_photos(units, 0.3, rng).tolist()) for _ in range(3000)]
@@ -93,15 +93,15 @@ def test_coins_are_tossed_for_units_and_not_for_photos() -> None:
         assert stats.binomtest(times, 3000, 0.3).pvalue > 1e-4
 
 
-def test_of_a_huge_album_a_step_looks_at_sixteen_photos_of_equal_chance() -> None:
-    """However large an occasion, a step's work is bounded, and no photo is favoured."""
+def test_of_a_large_unit_sixteen_photos_are_sampled_uniformly() -> None:
+    """The cost of a step is bounded for any occasion."""
     units = torch.zeros(100, dtype=torch.int64)
     rng = torch.Generator().manual_seed(3)
     seen = torch.zeros(100)
     for _ in range(1000):
-        drawn = sample_photos(units, 1.0, rng)
-        assert len(drawn) == MAX_PHOTOS_PER_UNIT and len(set(drawn.tolist())) == MAX_PHOTOS_PER_UNIT
-        seen[drawn] += 1
+        samples = sample_photos(units, 1.0, rng)
+        assert len(samples) == MAX_PHOTOS_PER_UNIT and len(set(samples.tolist())) == MAX_PHOTOS_PER_UNIT
+        seen[samples] += 1
     expected = 1000 * MAX_PHOTOS_PER_UNIT / 100
     spread = float(((seen - expected) ** 2).sum() / (expected * (1 - MAX_PHOTOS_PER_UNIT / 100)))
     assert stats.chi2.cdf(spread, 99) < 0.9999
@@ -126,12 +126,12 @@ def test_units_that_do_not_fit_are_refused(units: Tensor) -> None:
         one_step(units, 4, photos(3))
 
 
-def test_without_units_each_photo_is_one() -> None:
-    """The same as naming every photo its own unit."""
+def test_by_default_each_photo_is_a_unit() -> None:
+    """The same as giving each photo its own unit."""
     pictures = photos(5)
     gradients = per_example_gradients(PerExampleProblem(network(), loss), pictures)
     lengths = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
     scale = (CLIP / lengths).clamp(max=1.0)
-    wanted = [torch.einsum("n,n...->...", scale, g) for g in gradients]
-    for one, other in zip(one_step(torch.arange(5), 2, pictures), wanted, strict=True):
+    required = [torch.einsum("n,n...->...", scale, g) for g in gradients]
+    for one, other in zip(one_step(torch.arange(5), 2, pictures), required, strict=True):
         assert torch.allclose(one, other, atol=1e-6)

@@ -1,4 +1,4 @@
-"""A round that teaches an upsampler: what it sends is DP-SGD on shrunken photos, and nothing else of them."""
+"""A round of upsampler training: DP-SGD on degraded photos."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ both = pytest.mark.parametrize("name", SHAPES)
 
 
 def marked(name: str) -> Model:
-    """A model with what learns marked."""
+    """A model with its trained parameters marked."""
     model: Model = build_model(SHAPES[name], STREAMS.generator(name))
     assert model.is_upsampler
     mark_upsampler(model, Full(), STREAMS.generator("adapter"))
@@ -61,35 +61,37 @@ def dp_parameters(noise: float = 0.0, config: UpsamplerTrainingConfig = CONFIG) 
     return DPParameters(schedule=config.schedule(), noise_multiplier=noise)
 
 
-def replayable() -> torch.Generator:
-    """A replayable generator."""
+def seeded() -> torch.Generator:
+    """A seeded generator."""
     return STREAMS.generator("coins")
 
 
 @both
 def test_one_step_is_the_clipped_mean_of_one_photo_gradients(name: str) -> None:
-    """A slow twin: each photo alone, its gradient cut to the clip norm, summed, divided by the public batch."""
+    """A slow reference: each photo alone, its gradient clipped, summed, divided by the public batch size."""
     model = marked(name)
     network = copy.deepcopy(model.upsampler)
     weights = [w for _, w in sorted(network.named_parameters()) if w.requires_grad]
     total = torch.zeros(sum(w.numel() for w in weights))
     for photo in PHOTOS.split(1):
         low = BicubicPulse(4).apply(photo).clamp(0, 1)
-        made = network(low)
-        loss = pair_losses(made, photo) + 10.0 * squared_difference(BicubicPulse(4).apply(made), low)
+        generated = network(low)
+        loss = pair_losses(generated, photo) + 10.0 * squared_difference(
+            BicubicPulse(4).apply(generated), low
+        )
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss.sum(), weights)])
         total += gradient * min(1.0, 0.5 / float(gradient.norm()))
-    update = UpsamplerRound(model, CONFIG, dp_parameters()).update(PHOTOS, rng=replayable(), streams=STREAMS)
+    update = UpsamplerRound(model, CONFIG, dp_parameters()).update(PHOTOS, rng=seeded(), streams=STREAMS)
     torch.testing.assert_close(update, -0.2 * total / 4, atol=2e-6, rtol=1e-3)
 
 
 @both
 def test_one_photo_more_moves_a_step_by_the_clip_norm_at_most(name: str) -> None:
-    """The bound that the noise is scaled to, also for a picture of pure noise."""
+    """The bound that the noise is scaled to, also for pure noise."""
     model = marked(name)
     wild = torch.rand(1, 3, 16, 16, generator=STREAMS.generator("wild"))
     one, more = (
-        UpsamplerRound(model, CONFIG, dp_parameters()).update(seen, rng=replayable(), streams=STREAMS)
+        UpsamplerRound(model, CONFIG, dp_parameters()).update(seen, rng=seeded(), streams=STREAMS)
         for seen in (PHOTOS, torch.cat([PHOTOS, wild]))
     )
     moved = float((more - one).norm())
@@ -97,8 +99,8 @@ def test_one_photo_more_moves_a_step_by_the_clip_norm_at_most(name: str) -> None
 
 
 @both
-def test_noise_has_the_agreed_size_also_without_a_photo(name: str) -> None:
-    """An empty library: each number is rate * sigma * clip / batch of noise, and a promise needs secret noise."""
+def test_noise_has_the_stated_size_also_without_a_photo(name: str) -> None:
+    """An empty library: each number is rate * sigma * clip / batch of noise, and DP needs secret noise."""
     model = marked(name)
     update = UpsamplerRound(model, CONFIG, dp_parameters(2.0)).update(
         PHOTOS[:0], rng=SecretNoise(), streams=STREAMS
@@ -106,15 +108,15 @@ def test_noise_has_the_agreed_size_also_without_a_photo(name: str) -> None:
     # Beyond a noise of 0.5 the rate falls as 1 / noise: 0.2 * 0.5 / 2.
     assert float(update.std()) == pytest.approx(0.05 * 2.0 * 0.5 / 4, rel=0.1)
     with pytest.raises(PrivacyError, match="SecretNoise"):
-        UpsamplerRound(model, CONFIG, dp_parameters(2.0)).update(PHOTOS, rng=replayable(), streams=STREAMS)
+        UpsamplerRound(model, CONFIG, dp_parameters(2.0)).update(PHOTOS, rng=seeded(), streams=STREAMS)
 
 
-def test_devices_teach_the_encoder_and_never_the_generator() -> None:
-    """What travels up has the encoder's length; the networks of the round stay as they were."""
+def test_devices_train_the_encoder_and_never_the_generator() -> None:
+    """The update has the encoder's length; the round's networks are unchanged."""
     model = marked("styles")
     assert isinstance(model.architecture, StyleEncoderArchitecture)
     before = flatten_parameters(*model.modules())
-    update = UpsamplerRound(model, CONFIG, dp_parameters()).update(PHOTOS, rng=replayable(), streams=STREAMS)
+    update = UpsamplerRound(model, CONFIG, dp_parameters()).update(PHOTOS, rng=seeded(), streams=STREAMS)
     assert (
         len(update)
         == len(flatten_trainable(model.networks["encoder"]))
@@ -124,7 +126,7 @@ def test_devices_teach_the_encoder_and_never_the_generator() -> None:
 
 
 @both
-def test_ranges_hold_an_update_of_as_many_photos_as_expected(name: str) -> None:
+def test_ranges_contain_an_update_of_the_expected_number_of_photos(name: str) -> None:
     """Two steps with momentum 0.9 repeat a step 1 + 1.9 times; twice that is the range."""
     config = UpsamplerTrainingConfig(steps_per_round=2, lr=0.2, clip_norm=0.5, momentum=0.9)
     ranges = UpsamplerRound(marked(name), config, dp_parameters()).ranges()
@@ -132,8 +134,8 @@ def test_ranges_hold_an_update_of_as_many_photos_as_expected(name: str) -> None:
 
 
 @both
-def test_several_steps_are_descent_with_heavy_balls_momentum(name: str) -> None:
-    """A slow twin: v <- 0.5 v + mean gradient, w <- w - rate v, three times; and the answers come nearer."""
+def test_several_steps_are_descent_with_heavy_ball_momentum(name: str) -> None:
+    """A slow reference: v <- 0.5 v + mean gradient, w <- w - rate v, three times; and the outputs come closer."""
     config = UpsamplerTrainingConfig(
         steps_per_round=3, sampling_rate=1.0, expected_batch_size=6, clip_norm=1e3, lr=0.02, momentum=0.5
     )
@@ -154,15 +156,15 @@ def test_several_steps_are_descent_with_heavy_balls_momentum(name: str) -> None:
                 moved.mul_(0.5).add_(gradient)
                 weight -= 0.02 * moved
     update = UpsamplerRound(model, config, dp_parameters(config=config)).update(
-        PHOTOS, rng=replayable(), streams=STREAMS
+        PHOTOS, rng=seeded(), streams=STREAMS
     )
-    wanted = torch.cat([(w.detach() - s).flatten() for w, s in zip(weights, start, strict=True)])
-    torch.testing.assert_close(update, wanted, atol=2e-5, rtol=1e-3)
+    expected = torch.cat([(w.detach() - s).flatten() for w, s in zip(weights, start, strict=True)])
+    torch.testing.assert_close(update, expected, atol=2e-5, rtol=1e-3)
     assert losses[2] < losses[1] < losses[0]
 
 
-def test_the_lesson_asks_for_the_photo_and_for_its_pixels() -> None:
-    """A perfect answer costs nothing; one that is everywhere too bright by 0.1 costs 0.3, and 0.01 times the weight."""
+def test_the_loss_compares_photo_and_low_resolution_pixels() -> None:
+    """A perfect output has loss 0; one that is 0.1 too bright everywhere has 0.3, plus 0.01 times the weight."""
 
     def perfect(low: Tensor) -> Tensor:
         return PHOTOS
@@ -174,8 +176,8 @@ def test_the_lesson_asks_for_the_photo_and_for_its_pixels() -> None:
 
 
 @pytest.mark.parametrize("way", ["styles", "resolver"])
-def test_a_device_whose_owner_allows_generators_alone_teaches_no_upsampler(tmp_path: Path, way: str) -> None:
-    """The objective is derived from the training itself, on the device; allowed, the same task is answered."""
+def test_a_policy_for_generators_only_refuses_upsampler_training(tmp_path: Path, way: str) -> None:
+    """The objective is derived from the training config on the device; if allowed, the same task is answered."""
     experiment = tiny_way(tmp_path, way)
     assert experiment.training.objective == "upsampler"
     prepare(experiment, tmp_path / "allowed")
@@ -194,7 +196,7 @@ def test_a_device_whose_owner_allows_generators_alone_teaches_no_upsampler(tmp_p
     assert isinstance(refused, Refusal) and "upsampler" in refused.reason
 
 
-def test_the_recipe_and_the_network_must_agree_on_what_is_learned(tmp_path: Path) -> None:
+def test_config_and_network_must_agree_on_the_learner(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs a super-resolution network"):
         UpsamplerTrainingConfig(learner="super-resolution").check(SHAPES["styles"])
     with pytest.raises(ConfigError, match="leaves faces at 16 pixels"):
@@ -218,7 +220,7 @@ def test_low_rank_changes_of_an_encoder_send_fewer_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("way", "training", "shape", "said"),
+    ("way", "training", "shape", "result"),
     [
         (
             "resolver",
@@ -229,20 +231,20 @@ def test_low_rank_changes_of_an_encoder_send_fewer_numbers() -> None:
         ("styles", {"downscale": Pixelate(16)}, SHAPES["styles"], "leaves faces at 16 pixels"),
     ],
 )
-def test_what_no_device_can_compute_is_refused_before_anything_is_booked(
-    tmp_path: Path, way: str, training: dict[str, Degradation], shape: StyleEncoderArchitecture, said: str
+def test_impossible_tasks_are_refused_before_anything_is_recorded(
+    tmp_path: Path, way: str, training: dict[str, Degradation], shape: StyleEncoderArchitecture, result: str
 ) -> None:
-    """A hostile shape, or a downscale that leaves faces as they are: an error, no entry, and no photo read."""
+    """A hostile shape, or a downscale that does not reduce faces: an error, no entry, and no photo read."""
     experiment = tiny_way(tmp_path, way)
     prepare(experiment, tmp_path)
     model = experiment.start()
     device = replace(simulated_device(experiment, 0, tmp_path), photos=unread)
     task = train_task(experiment, model)
-    with pytest.raises((ConfigError, WeightsError, ValueError), match=said):
-        wanted = replace(experiment.training, **training)
+    with pytest.raises((ConfigError, WeightsError, ValueError), match=result):
+        expected = replace(experiment.training, **training)
         if shape is not SHAPES["styles"]:
             model = build_model(shape, STREAMS.generator("large"))
-        agreed = replace(task.config, training=wanted, architecture=model.architecture)
+        agreed = replace(task.config, training=expected, architecture=model.architecture)
         hostile = replace(
             task, config=agreed, weights=flatten_parameters(*model.modules()),
             buffers=flatten_buffers(*model.modules()),
@@ -253,5 +255,5 @@ def test_what_no_device_can_compute_is_refused_before_anything_is_booked(
 
 
 def unread(size: int) -> Tensor:
-    """Photos that nobody may look at."""
+    """Photos that must not be read."""
     raise AssertionError("a photo was read")

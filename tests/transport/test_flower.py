@@ -1,4 +1,4 @@
-"""Flower's door: what crosses it arrives unchanged, what is hostile is refused, both apps run without a port."""
+"""The Flower transport: messages arrive unchanged, hostile ones are refused, both apps run without a network."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def context(node: dict[str, str | int | float | bool], run: dict[str, str | int | float | bool]) -> Context:
-    """What Flower tells a ClientApp."""
+    """Flower's context of a ClientApp."""
     return Context(1, 2, node, RecordDict(), run)
 
 
@@ -92,7 +92,7 @@ def context(node: dict[str, str | int | float | bool], run: dict[str, str | int 
     st.text(max_size=200),
     st.dictionaries(st.text(min_size=1, max_size=9), st.binary(max_size=300), max_size=3),
 )
-def test_a_message_comes_out_of_its_record_as_it_went_in(header: str, blobs: dict[str, bytes]) -> None:
+def test_a_message_is_unchanged_by_a_round_trip(header: str, blobs: dict[str, bytes]) -> None:
     """from_record after to_record is the identity."""
     assert from_record(to_record(Message(header, blobs))) == Message(header, blobs)
 
@@ -115,13 +115,13 @@ GOOD = to_record(Message("{}", {"a": b"1"}))
     ],
 )
 def test_a_record_of_another_kind_is_refused(record: RecordDict) -> None:
-    """Nothing is unpacked that `to_record` did not make."""
+    """Only records of `to_record` are accepted."""
     with pytest.raises(FederationError, match="expected"):
         from_record(record)
 
 
 def test_devices_in_one_process_share_no_object() -> None:
-    """What the first device does to its message, the second does not see."""
+    """Changes that the first device makes to its message do not affect the second."""
     app, seen = ClientApp(), []
 
     @app.query("decrypt")
@@ -145,16 +145,16 @@ def broken(error: Exception) -> GridCohort:
     return GridCohort(InProcessGrid(client_app(device_for), 1, {}))
 
 
-def test_an_error_about_the_task_travels_in_its_own_words() -> None:
-    """The coordinator can name the cause."""
+def test_an_error_about_the_task_is_sent_with_its_text() -> None:
+    """The coordinator can report the cause."""
     cohort = broken(FederationError("wanted an apple, got a pear"))
     answers = cohort.ask(REVEAL, cohort.members(1), lambda number: None)
     assert answers == {0: Failure("wanted an apple, got a pear")}
 
 
 @pytest.mark.parametrize("error", [LibraryError("/home/me/beach.jpg has changed"), ValueError("beach.jpg")])
-def test_an_error_about_the_owners_photos_keeps_its_words_at_home(error: Exception) -> None:
-    """The name of a photo is the owner's business."""
+def test_an_error_about_photos_is_sent_without_its_text(error: Exception) -> None:
+    """The name of a photo is private."""
     cohort = broken(error)
     fault = cohort.ask(REVEAL, cohort.members(1), lambda number: None)[0]
     assert isinstance(fault, Failure)
@@ -162,7 +162,7 @@ def test_an_error_about_the_owners_photos_keeps_its_words_at_home(error: Excepti
 
 
 class ScriptedGrid(InProcessGrid):
-    """A grid whose replies and nodes are given."""
+    """A grid with given replies and nodes."""
 
     def __init__(self, nodes: list[int], script: Iterator[list[tuple[int, int, RecordDict | Error]]]) -> None:
         super().__init__(ClientApp(), 0, {})
@@ -182,15 +182,15 @@ class ScriptedGrid(InProcessGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[FlowerMessage]:
         replies = []
-        for asked, sender, said in next(self.script, []):
-            reply = FlowerMessage(said, reply_to=self.pushed[asked])
+        for asked, sender, result in next(self.script, []):
+            reply = FlowerMessage(result, reply_to=self.pushed[asked])
             reply.metadata.__dict__["_src_node_id"] = sender
             replies.append(reply)
         return replies
 
 
-def test_duplicates_and_strangers_change_nothing() -> None:
-    """One answer per member, the first from the node that was asked."""
+def test_duplicate_and_foreign_replies_are_ignored() -> None:
+    """One reply per member, the first from the node that was asked."""
     mine, late = (to_record(to_message(Refusal(device=name, reason="no"))) for name in ("mine", "late"))
     script = iter([[(0, 99, late), (0, 7, mine), (0, 7, late)], [(1, 8, Error(5, "gone"))]])
     cohort, heard = GridCohort(ScriptedGrid([8, 7], script)), []
@@ -199,8 +199,8 @@ def test_duplicates_and_strangers_change_nothing() -> None:
     assert heard == [0, 1]
 
 
-def test_every_member_has_an_entry_also_when_nothing_usable_came() -> None:
-    """Late, unreachable, answering another question, unreadable: each is a fault with its reason."""
+def test_every_member_has_an_entry_even_without_a_usable_reply() -> None:
+    """Late, unreachable, answering another task, unreadable: each is a failure with its reason."""
     trained = to_record(to_message(TrainResult(device="d", payload=b"p", seconds_protect=0.0)))
     script = iter([[(0, 1, trained), (1, 2, RecordDict())]])
     cohort = GridCohort(ScriptedGrid([-1, 1, 2, 3], script), answer_within=0.2)
@@ -216,8 +216,8 @@ def test_every_member_has_an_entry_also_when_nothing_usable_came() -> None:
     assert all(word in reason for word, reason in zip(words, reasons, strict=True))
 
 
-def test_too_few_devices_is_said_with_both_numbers() -> None:
-    """Waiting ends."""
+def test_too_few_devices_are_reported_with_both_numbers() -> None:
+    """After the timeout."""
     with pytest.raises(FederationError, match="expected 3 devices, 2 connected within"):
         GridCohort(ScriptedGrid([1, 2], iter([])), come_within=0.1).members(3)
 
@@ -231,8 +231,8 @@ def test_a_device_keeps_its_number_while_others_come_and_go() -> None:
     assert cohort.members(2) == [1, 2]
 
 
-def test_the_owners_file_wins_over_whatever_the_run_says(tmp_path: Path) -> None:
-    """A server can neither rename a real device nor point it at other photos."""
+def test_the_owners_file_overrides_the_run_config(tmp_path: Path) -> None:
+    """A server can neither rename a real device nor choose its photos."""
     (tmp_path / "photos").mkdir()
     (tmp_path / "device.yaml").write_text(
         "name: kitchen\nphotos: photos\nstate: state\npolicy: {max_epsilon: 1, delta: 1e-6}\n"
@@ -246,14 +246,14 @@ def test_the_owners_file_wins_over_whatever_the_run_says(tmp_path: Path) -> None
     assert device.state == tmp_path / "state"
 
 
-def test_a_node_that_says_nothing_of_itself_stands_for_nobody(tmp_path: Path) -> None:
-    """A SuperNode started without a device file answers no task."""
+def test_a_node_without_a_device_file_answers_no_task(tmp_path: Path) -> None:
+    """A SuperNode started without `device=`."""
     with pytest.raises(FederationError, match="--node-config"):
         device_of(context({}, {"experiment": "tiny.yaml"}))
 
 
 def test_a_run_config_is_read_like_the_command_line(recipe: Path, tmp_path: Path) -> None:
-    """Experiments lie in the app; changes win; a finished run makes room for the next."""
+    """Experiments are in the app; changes override them; a finished run gets a new folder."""
     config = {
         "experiment": "tiny.yaml",
         "folder": str(tmp_path / "runs"),
@@ -279,7 +279,7 @@ def test_a_run_config_is_read_like_the_command_line(recipe: Path, tmp_path: Path
         ({"experiment": "tiny.yaml", "changes": "[1]"}, "changes: expected keys and values"),
     ],
 )
-def test_a_wrong_run_config_is_said_by_key(
+def test_a_wrong_run_config_is_reported_by_key(
     recipe: Path, config: dict[str, str | int | float | bool], words: str
 ) -> None:
     """Each error names the entry."""
@@ -287,8 +287,8 @@ def test_a_wrong_run_config_is_said_by_key(
         read_run_config(config, recipe.parent)
 
 
-def test_each_pretended_device_answers_under_its_own_name(recipe: Path, tmp_path: Path) -> None:
-    """Partition i of a simulation is pretended device i, with the ledger of that name."""
+def test_each_simulated_device_answers_under_its_own_name(recipe: Path, tmp_path: Path) -> None:
+    """Partition i of a simulation is simulated device i, with its ledger."""
     config: dict[str, str | int | float | bool] = {
         "experiment": str(recipe),
         "folder": str(tmp_path / "runs"),
@@ -299,8 +299,8 @@ def test_each_pretended_device_answers_under_its_own_name(recipe: Path, tmp_path
         assert device.state == devices_folder(tmp_path / "runs" / "tiny") / device.name
 
 
-def test_an_experiment_for_real_devices_does_not_run_in_one_process(recipe: Path, tmp_path: Path) -> None:
-    """Nobody is there to wait for."""
+def test_an_experiment_for_remote_devices_does_not_run_in_one_process(recipe: Path, tmp_path: Path) -> None:
+    """There are no remote devices to wait for."""
     real = read_experiment(recipe, changes={"devices": "{kind: remote-devices, count: 2}"})
     with pytest.raises(FederationError, match="remote devices"):
         in_process_cohort(real, tmp_path)
@@ -309,7 +309,7 @@ def test_an_experiment_for_real_devices_does_not_run_in_one_process(recipe: Path
 def test_both_apps_run_an_experiment_to_its_report(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The very files that Flower loads, with everything but its network; sums are encrypted."""
+    """The files that Flower loads, without its network; sums are encrypted."""
     monkeypatch.syspath_prepend(str(ROOT))
     from clients.app import app as clients_app
     from server.app import app as server_app
@@ -325,10 +325,8 @@ def test_both_apps_run_an_experiment_to_its_report(
     assert (tmp_path / "runs" / "tiny" / "report.html").stat().st_size > 1000
 
 
-def test_a_run_that_was_cut_short_goes_on(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A started folder without a report is continued, not begun anew."""
+def test_an_interrupted_run_continues(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A started folder without a report is continued."""
     monkeypatch.syspath_prepend(str(ROOT))
     from clients.app import app as clients_app
     from server.app import main as serve_run

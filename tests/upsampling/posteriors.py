@@ -1,4 +1,4 @@
-"""Generators and flows whose posterior is known in closed form, and the check of samples against it."""
+"""Generators and flows with posteriors in closed form, and a test of samples against them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ SIDE = 4
 
 
 def directions(count: int) -> Tensor:
-    """Orthonormal columns in the space of pictures, (48, count)."""
-    drawn = torch.randn(48, count, generator=STREAMS.generator("directions"))
-    return torch.linalg.qr(drawn).Q
+    """Orthonormal columns in the space of images, (48, count)."""
+    sampled = torch.randn(48, count, generator=STREAMS.generator("directions"))
+    return torch.linalg.qr(sampled).Q
 
 
 def measuring() -> Tensor:
@@ -35,7 +35,7 @@ class Normal:
     covariance: Tensor  # (d, d)
 
     def given(self, matrix: Tensor, s: float, seen: Tensor) -> Normal:
-        """The distribution once `matrix` @ vector + noise of standard deviation s was seen to be `seen`."""
+        """The distribution of a vector given `matrix` @ vector + noise of standard deviation s = `seen`."""
         cross = self.covariance.double() @ matrix.double().T
         total = matrix.double() @ cross + s**2 * torch.eye(len(matrix), dtype=torch.float64)
         gain = torch.linalg.solve(total, cross.T).T
@@ -43,14 +43,14 @@ class Normal:
         return Normal(mean, self.covariance.double() - gain @ cross.T)
 
     def whitened(self, samples: Tensor) -> Tensor:
-        """Samples (n, d) as this distribution would see them: mean 0 and covariance I if they are its own."""
+        """Samples (n, d) whitened by this distribution: mean 0 and covariance I if they are its own."""
         root = torch.linalg.cholesky(self.covariance.double())
         return torch.linalg.solve_triangular(root, (samples.double() - self.mean.double()).T, upper=False).T
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far samples are from a distribution, in what chance explains: 1 is as much as may be."""
+    """The deviation of samples from a distribution, relative to the largest that random variation explains."""
 
     mean: float  # largest |mean| of a whitened coordinate, over 4.5 standard errors
     covariance: (
@@ -59,15 +59,13 @@ class Agreement:
 
     @property
     def holds(self) -> bool:
-        """Whether chance explains all."""
+        """Whether random variation explains all deviations."""
         return self.mean <= 1 and self.covariance <= 1
 
 
 def agreement(samples: Tensor, known: Normal) -> Agreement:
-    """Compare samples (n, d) with a distribution.
-
-    The edge is where the spectrum of n whitened samples ends (Marchenko & Pastur 1967), and 5 of its own standard
-    deviations sqrt(2 / n) beyond.
+    """Compare samples (n, d) with a distribution. The edge is where the spectrum of n whitened samples ends (Marchenko
+    & Pastur 1967), and 5 of its standard deviations sqrt(2 / n) beyond.
     """
     white = known.whitened(samples)
     n, d = white.shape
@@ -79,7 +77,7 @@ def agreement(samples: Tensor, known: Normal) -> Agreement:
 
 
 class LinearGenerator:
-    """Pictures 0.5 + columns @ (latent, noise map): the posterior of its inputs is normal."""
+    """Images 0.5 + columns @ (latent, noise map): the posterior of its inputs is normal."""
 
     size, style_inputs, style_slope = SIDE, 1, 1.0
 
@@ -98,7 +96,7 @@ class LinearGenerator:
 
     def synthesize(self, styles: Tensor, noise: Sequence[Tensor] | None = None) -> Tensor:
         """(n, 1, z) -> (n, 3, 4, 4)."""
-        inputs = torch.cat([styles[:, 0], *(drawn.flatten(1) for drawn in noise or ())], dim=1)
+        inputs = torch.cat([styles[:, 0], *(sampled.flatten(1) for sampled in noise or ())], dim=1)
         return (0.5 + inputs @ self.columns[:, : inputs.shape[1]].T).view(-1, 3, SIDE, SIDE)
 
     def inputs_of(self, images: Tensor) -> Tensor:
@@ -112,7 +110,7 @@ class LinearGenerator:
 
 
 class NormalFlow:
-    """The exact velocity of a flow whose pictures, in [-1, 1], are normal around 0 with the given spreads."""
+    """The exact velocity of a flow whose images, in [-1, 1], are normal around 0 with the given deviations."""
 
     size = SIDE
 

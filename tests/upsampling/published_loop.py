@@ -1,7 +1,6 @@
-"""PULSE's published loop as slow and plain as it can be said, written from its description.
-
-Used by `test_pulse_published`, and by `benchmarks/latent_search.py` as the baseline. One loop over one batch,
-everything spelled out, nothing shared with `fedface` but the generator that is given.
+"""PULSE's published loop, written plainly from its description. The reference of `test_pulse_published`, and the
+baseline of `benchmarks/latent_search.py`. One loop over one batch that shares nothing with `fedface` but the given
+generator.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def rate(step: int, steps: int) -> float:
 
 
 def fitted(generator: Generator, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased deviation of the mapping's styles behind a leaky ReLU of slope 5."""
+    """Mean and unbiased deviation of the mapping's styles before a leaky ReLU of slope 5."""
     with torch.no_grad():
         before = F.leaky_relu(generator.map(draws)[:, 0], 5.0)
     return before.mean(dim=0), before.std(dim=0)
@@ -56,19 +55,19 @@ def fitted(generator: Generator, draws: Tensor) -> tuple[Tensor, Tensor]:
 def starts(
     generator: Generator, count: int, latent_width: int, stream: torch.Generator
 ) -> tuple[Tensor, list[Tensor]]:
-    """Latents and noise maps as a search of ours draws them: face by face, latents first; the last map is zero."""
+    """Latents and noise maps as our search samples them: face by face, latents first; the last map is zero."""
     latents, noise = [], [[] for _ in generator.noise_sides]  # type: tuple[list[Tensor], list[list[Tensor]]]
     for _ in range(count):
         latents.append(torch.randn(generator.style_inputs, latent_width, generator=stream))
         for maps, side in zip(noise, generator.noise_sides, strict=True):
             maps.append(torch.randn(1, side, side, generator=stream))
-    drawn = [torch.stack(maps) for maps in noise]
-    drawn[-1].zero_()
-    return torch.stack(latents), drawn
+    sampled = [torch.stack(maps) for maps in noise]
+    sampled[-1].zero_()
+    return torch.stack(latents), sampled
 
 
 def squares(x: Tensor) -> Tensor:
-    """Of everything behind the first two axes."""
+    """Over all axes after the first two."""
     return x.pow(2).sum(dim=tuple(range(2, x.ndim)), keepdim=True)
 
 
@@ -83,9 +82,8 @@ def published_loop(
     factor: int,
     eps: float = 2e-3,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """After every forward pass: the images, unclamped, and each one's mean squared difference, not clamped either.
-
-    The first five noise maps are searched; the others stay as they are given.
+    """After every forward pass: the images, not clamped, and each one's mean squared difference, not clamped either.
+    The first five noise maps are searched; the others are fixed.
     """
     mean, std = fitted(generator, draws)
     searched = [x.clone().requires_grad_() for x in (latents, *noise[:5])]

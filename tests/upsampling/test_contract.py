@@ -1,4 +1,4 @@
-"""What every upsampler guarantees, whatever its method: one test for each guarantee, run for all methods."""
+"""The guarantees of every upsampler: one test per guarantee, run for all methods."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ STYLED = StyleEncoderArchitecture(generator=GENERATOR, encoder=STYLES)
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A method with quick settings, its network, and how many steps one batch of faces takes."""
+    """A method with fast settings, its network, and the number of steps of one batch of faces."""
 
     method: Method
     architecture: Architecture | None = None
     steps: int = 1
 
     def model(self) -> Model | None:
-        """Freshly built, always with the same weights."""
+        """Newly built, always with the same weights."""
         if self.architecture is None:
             return None
         return build_model(self.architecture, STREAMS.generator("weights"))
@@ -159,8 +159,8 @@ def test_equal_streams_give_equal_faces_and_other_streams_others(case: Case, low
 
 
 @every_method
-def test_the_network_is_left_as_it_was(case: Case, low: Tensor) -> None:
-    """Weights, modes and gradients, also where the caller has switched gradients off."""
+def test_the_network_is_not_changed(case: Case, low: Tensor) -> None:
+    """Weights, modes and gradients, also if the caller has disabled gradients."""
     model = case.model()
     if model is None:
         return
@@ -220,6 +220,6 @@ def test_every_step_is_shown_and_counted(case: Case, low: Tensor) -> None:
 
 
 @every_method
-def test_settings_are_read_back_from_a_recipe(case: Case) -> None:
+def test_settings_survive_a_yaml_round_trip(case: Case) -> None:
     for method in (case.method, METHODS[case.method.kind]):
         assert parse(dump(method), type(method), name="recipe", leave_out=["kind"]) == method

@@ -1,4 +1,4 @@
-"""The known degradations: against the published filter, mathematics, torch and scipy, and one another."""
+"""Degradations: compared with the published filter, closed forms, torch and scipy, and each other."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ LINEAR: list[Degradation] = [
 STORED = Chain((Blur(0.7), Bicubic(4), Noise(0.02), Jpeg(80)))
 
 
-def drawn(*shape: int, seed: int = 1) -> Tensor:
+def sampled(*shape: int, seed: int = 1) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -63,9 +63,9 @@ def test_pulse_bicubic_equals_the_published_filter_and_its_gradient(shared: Path
 @pytest.mark.parametrize("factor", [2, 4, 6])
 def test_pulse_bicubic_equals_antialiased_bicubic_inside_the_picture(factor: int) -> None:
     images = torch.rand(1, 3, 12 * factor, 8 * factor, generator=torch.Generator().manual_seed(1))
-    twin = F.interpolate(images, scale_factor=1 / factor, mode="bicubic", antialias=True)
+    slow = F.interpolate(images, scale_factor=1 / factor, mode="bicubic", antialias=True)
     ours = BicubicPulse(factor).apply(images)
-    torch.testing.assert_close(ours[:, :, 2:-2, 2:-2], twin[:, :, 2:-2, 2:-2], atol=2e-6, rtol=0)
+    torch.testing.assert_close(ours[:, :, 2:-2, 2:-2], slow[:, :, 2:-2, 2:-2], atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_pulse_bicubic_equals_antialiased_bicubic_inside_the_picture(factor: int
     ],
     ids=format_degradation,
 )
-def test_a_picture_of_one_colour_keeps_it(degradation: Degradation) -> None:
+def test_a_uniform_image_is_unchanged(degradation: Degradation) -> None:
     colour = torch.tensor([0.2, 0.5, 0.9]).view(1, 3, 1, 1)
     low = degradation.apply(colour.expand(2, 3, 16, 16))
     side = 16 // degradation.factor
@@ -113,7 +113,7 @@ def test_a_size_that_the_factor_does_not_divide_is_named(degradation: Degradatio
 def test_a_linear_degradation_is_linear(degradation: Degradation) -> None:
     """In float64."""
     assert degradation.linear
-    x, other = drawn(2, 3, 24, 24).double(), drawn(2, 3, 24, 24, seed=2).double()
+    x, other = sampled(2, 3, 24, 24).double(), sampled(2, 3, 24, 24, seed=2).double()
     low = degradation.low_side(24)
     measured = degradation.apply(x)
     assert measured.shape == (2, 3, low, low) and degradation.factor == 24 // low
@@ -122,37 +122,37 @@ def test_a_linear_degradation_is_linear(degradation: Degradation) -> None:
 
 @pytest.mark.parametrize("degradation", LINEAR, ids=format_degradation)
 def test_gradients_equal_finite_differences(degradation: Degradation) -> None:
-    images = drawn(1, 3, 12, 12).double().requires_grad_()
+    images = sampled(1, 3, 12, 12).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: degradation.apply(x).square(), images, fast_mode=True)
 
 
 @pytest.mark.parametrize("factor", [1, 2, 3, 4, 8])
 def test_bicubic_equals_the_antialiased_bicubic_of_torch_at_the_borders_too(factor: int) -> None:
-    images = drawn(2, 3, 5 * factor, 3 * factor)
-    twin = F.interpolate(images, size=(5, 3), mode="bicubic", antialias=True)
-    torch.testing.assert_close(Bicubic(factor).apply(images), twin, atol=1e-6, rtol=0)
+    images = sampled(2, 3, 5 * factor, 3 * factor)
+    slow = F.interpolate(images, size=(5, 3), mode="bicubic", antialias=True)
+    torch.testing.assert_close(Bicubic(factor).apply(images), slow, atol=1e-6, rtol=0)
 
 
 def test_bicubic_equals_that_of_pillow() -> None:
     """Pillow resizes one float plane at a time."""
-    plane = drawn(32, 48)
-    twin = np.asarray(Image.fromarray(plane.numpy()).resize((12, 8), Image.Resampling.BICUBIC))
+    plane = sampled(32, 48)
+    slow = np.asarray(Image.fromarray(plane.numpy()).resize((12, 8), Image.Resampling.BICUBIC))
     ours = Bicubic(4).apply(plane.expand(1, 3, -1, -1))[0, 1]
-    np.testing.assert_allclose(ours.numpy(), twin, atol=1e-6)
+    np.testing.assert_allclose(ours.numpy(), slow, atol=1e-6)
 
 
 def test_pixelate_equals_a_loop_over_blocks() -> None:
-    images = drawn(2, 3, 8, 12)
-    twin = images.numpy().copy()
+    images = sampled(2, 3, 8, 12)
+    slow = images.numpy().copy()
     for top in range(0, 8, 4):
         for left in range(0, 12, 4):
-            block = twin[:, :, top : top + 4, left : left + 4]
+            block = slow[:, :, top : top + 4, left : left + 4]
             block[:] = block.mean(axis=(2, 3), keepdims=True)
-    np.testing.assert_allclose(Pixelate(4).apply(images).numpy(), twin, atol=1e-6)
+    np.testing.assert_allclose(Pixelate(4).apply(images).numpy(), slow, atol=1e-6)
 
 
-def test_blurring_one_bright_pixel_draws_the_gaussian() -> None:
-    """sigma 1.5 in the middle of 33 pixels: exp(-(x^2 + y^2) / 2 sigma^2), normalised, far from the borders."""
+def test_the_impulse_response_of_blur_is_the_gaussian() -> None:
+    """sigma 1.5 in the centre of 33 pixels: exp(-(x^2 + y^2) / 2 sigma^2), normalised, far from the borders."""
     images = torch.zeros(1, 3, 33, 33)
     images[:, :, 16, 16] = 1
     squares = torch.arange(-16, 17).square()
@@ -162,10 +162,10 @@ def test_blurring_one_bright_pixel_draws_the_gaussian() -> None:
 
 @pytest.mark.parametrize(("sigma", "side"), [(0.6, 9), (2.0, 16), (5.0, 7)])
 def test_blur_equals_that_of_scipy_with_mirrored_borders(sigma: float, side: int) -> None:
-    """Also where the Gaussian is wider than the picture and mirrors more than once."""
-    images = drawn(1, 3, side, side).double()
-    twin = gaussian_filter(images.numpy(), (0, 0, sigma, sigma), mode="mirror", truncate=4.0)
-    np.testing.assert_allclose(Blur(sigma).apply(images).numpy(), twin, atol=1e-12)
+    """Also if the Gaussian is wider than the image and is reflected more than once."""
+    images = sampled(1, 3, side, side).double()
+    slow = gaussian_filter(images.numpy(), (0, 0, sigma, sigma), mode="mirror", truncate=4.0)
+    np.testing.assert_allclose(Blur(sigma).apply(images).numpy(), slow, atol=1e-12)
 
 
 def test_measured_noise_has_its_standard_deviation_and_its_mean_is_what_apply_gives() -> None:
@@ -190,26 +190,26 @@ def test_measured_noise_has_its_standard_deviation_and_its_mean_is_what_apply_gi
         (Chain((Bicubic(4), Blur(1.0))), 0.0),
     ],
 )
-def test_the_noise_std_of_a_chain_is_what_later_filters_leave(chain: Chain, noise_std: float) -> None:
+def test_the_noise_std_of_a_chain_is_filtered_by_later_parts(chain: Chain, noise_std: float) -> None:
     """A mean of four values has half their deviation; independent noises add their squares."""
     assert chain.noise_std == pytest.approx(noise_std)
 
 
-def test_the_spread_of_a_chain_is_the_deviation_of_what_it_measures() -> None:
+def test_the_noise_std_of_a_chain_is_the_measured_deviation() -> None:
     chain = Chain((Noise(0.2), Blur(0.8), Bicubic(2)))
     images = torch.full((8, 3, 64, 64), 0.5)
     measured = apply_degradation(chain, images, torch.Generator().manual_seed(1))[..., 4:-4, 4:-4]
     assert measured.std().item() == pytest.approx(chain.noise_std, rel=0.03)
 
 
-def test_a_chain_does_one_part_after_the_other() -> None:
-    """Filters in a row are one matrix; that changes nothing but rounding."""
+def test_a_chain_applies_its_parts_in_order() -> None:
+    """Consecutive filters are one matrix, up to rounding."""
     parts = (Blur(0.8), Bicubic(2), Pixelate(3), Noise(0.1), BicubicPulse(2), Area(2))
-    images = drawn(2, 3, 24, 48)
-    twin = images
+    images = sampled(2, 3, 24, 48)
+    slow = images
     for part in parts:
-        twin = part.apply(twin)
-    torch.testing.assert_close(Chain(parts).apply(images), twin, atol=1e-6, rtol=0)
+        slow = part.apply(slow)
+    torch.testing.assert_close(Chain(parts).apply(images), slow, atol=1e-6, rtol=0)
     assert Chain(parts).factor == 8 and Chain(parts).low_side(48) == 6
 
 
@@ -222,15 +222,15 @@ def test_what_is_measured_is_clamped_and_what_is_applied_is_not() -> None:
     assert measured.min() == 0 and measured.max() == 1
 
 
-def test_a_stored_photo_is_not_linear_and_its_gradient_goes_on() -> None:
+def test_jpeg_is_not_linear_and_passes_its_gradient_on() -> None:
     assert not STORED.linear
-    images = drawn(1, 3, 16, 16).requires_grad_()
+    images = sampled(1, 3, 16, 16).requires_grad_()
     (gradient,) = torch.autograd.grad(STORED.apply(images).sum(), images)
     # All parts keep the mean, and brightness passes through JPEG unchanged.
     assert gradient.sum().item() == pytest.approx(3 * 4 * 4, rel=1e-3)
 
 
-def test_degradations_are_said_in_words() -> None:
+def test_degradations_have_descriptions() -> None:
     assert format_degradation(BicubicPulse(4)) == "bicubic (PULSE), 4 times smaller"
     assert format_degradation(Chain((Blur(1.5), Area(8), Noise(0.02)))) == (
         "Gaussian blur of 1.5 pixels, then means of blocks, 8 times smaller, then noise of 0.02"
@@ -238,7 +238,7 @@ def test_degradations_are_said_in_words() -> None:
 
 
 @pytest.mark.parametrize("degradation", [*LINEAR, Jpeg(75, "4:2:0"), STORED], ids=format_degradation)
-def test_every_degradation_is_read_from_yaml_as_it_was_written(degradation: Degradation) -> None:
+def test_every_degradation_survives_a_yaml_round_trip(degradation: Degradation) -> None:
     assert parse(dump(degradation), Degradation, name="d.yaml") == degradation  # type: ignore[arg-type,comparison-overlap]
 
 
@@ -251,8 +251,8 @@ parts:
 - {kind: noise, std: 2e-2}
 - {kind: jpeg, quality: 90, chroma: 4:4:4}
 """
-    wanted = Chain((Blur(1.0), Bicubic(4), Noise(0.02), Jpeg(90, "4:4:4")))
-    assert parse(text, Degradation, name="d.yaml") == wanted  # type: ignore[arg-type,comparison-overlap]
+    expected = Chain((Blur(1.0), Bicubic(4), Noise(0.02), Jpeg(90, "4:4:4")))
+    assert parse(text, Degradation, name="d.yaml") == expected  # type: ignore[arg-type,comparison-overlap]
     with pytest.raises(ConfigError, match=r"d\.yaml:4: parts\.0\.sigma: must lie in \(0, 1024\], got 0"):
         parse(text.replace("sigma: 1", "sigma: 0"), Degradation, name="d.yaml")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="expected one of bicubic-pulse, .* got .blurr.; did you mean"):

@@ -1,4 +1,4 @@
-"""Guidance: samples of exact flows against posteriors known in closed form, and what a caller may rely on."""
+"""Guided flow: samples of exact flows compared with posteriors in closed form, and its guarantees."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ QUICK = GuidedFlowConfig(steps=3, cg_steps=2)
 
 
 def compared(flow: NormalFlow, config: GuidedFlowConfig, *, believed: float = 1.0) -> Agreement:
-    """2,000 faces of one photo against the posterior for `believed` times the noise."""
+    """2,000 faces of one photo compared with the posterior for `believed` times the noise."""
     prior, matrix, s = flow.prior(), measuring(), config.noise_std
     root = torch.linalg.cholesky(prior.covariance)
     face = prior.mean + root @ torch.randn(48, generator=STREAMS.generator("truth"))
@@ -51,36 +51,36 @@ def low(flow: RectifiedFlow) -> Tensor:
 def test_faces_of_an_isotropic_normal_flow_have_the_posteriors_mean_and_covariance(
     covariance: str, churn: float
 ) -> None:
-    """Both ways are exact there, up to the 100 steps."""
+    """Both covariances are exact there, up to the 100 steps."""
     assert compared(ALIKE, replace(FINE, covariance=covariance, churn=churn)).holds  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("churn", [0.0, 1.0])
 def test_moments_are_right_where_directions_differ_thirtyfold(churn: float) -> None:
-    """Means as exact as chance; covariances to twice that, because 100 steps make them a few per cent wrong."""
+    """Means within random variation; covariances within twice that, because of the 100 steps."""
     found = compared(UNLIKE, replace(FINE, churn=churn))
     assert found.mean <= 1 and found.covariance <= 2
 
 
-def test_the_check_finds_out_a_wrong_prior_and_a_wrong_noise() -> None:
-    """Planted positives: one spread for all directions where they differ, and a posterior for half the noise."""
+def test_the_check_detects_a_wrong_prior_and_a_wrong_noise() -> None:
+    """Planted positives: one deviation for all directions where they differ, and a posterior for half the noise."""
     assert compared(UNLIKE, replace(FINE, covariance="isotropic")).mean > 2
     assert not compared(ALIKE, FINE, believed=0.5).holds
 
 
-def test_the_gram_matrix_is_that_of_the_written_out_degradation() -> None:
+def test_the_gram_matrix_is_that_of_the_explicit_degradation() -> None:
     matrix = measuring()
     torch.testing.assert_close(gram(HALVED, 4), matrix @ matrix.T)
 
 
-def test_the_gram_matrix_of_a_jpeg_is_the_diagonal_of_its_slope() -> None:
-    """As published for degradations that are not linear; every value depends on itself."""
+def test_the_gram_matrix_of_a_jpeg_is_the_diagonal_of_its_derivative() -> None:
+    """As published for nonlinear degradations; every value depends only on itself."""
     found = gram(Chain((Area(2), Jpeg(90))), 32)
     assert torch.equal(found, found.diagonal().diag()) and (found.diagonal() > 0).all()
 
 
 @pytest.mark.parametrize("seen_through", [BicubicPulse(4), Area(8)])
-def test_the_embedded_flows_faces_fit_their_photos_and_differ_as_truth_and_sample_do(
+def test_the_bundled_flows_samples_fit_and_are_exchangeable_with_the_truth(
     seen_through: Degradation,
 ) -> None:
     """Given a photo, truth and two samples are exchangeable: all pairs are equally far apart."""
@@ -114,7 +114,7 @@ def test_every_step_is_shown_and_counted(flow: RectifiedFlow, low: Tensor) -> No
     assert found.steps == 3
 
 
-def test_a_jpeg_is_followed_where_the_expected_face_is(low: Tensor) -> None:
+def test_a_jpeg_is_linearised_at_the_expected_face(low: Tensor) -> None:
     base, seen_through = load_flow().generator, Chain((Area(2), Jpeg(80)))
     photos = seen_through.apply(base.sample(4, STREAMS.generator("originals")))
     free, guided = (

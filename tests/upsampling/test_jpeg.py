@@ -17,7 +17,7 @@ Chroma = Literal["4:4:4", "4:2:0"]
 
 
 def soft_picture(height: int, width: int) -> np.ndarray:
-    """Smooth colours, as photos have, with some noise in them; uint8."""
+    """Smooth colours with some noise, as photos have; uint8."""
     rng = np.random.default_rng(height * width)
     coarse = rng.integers(0, 256, (3 + height // 6, 3 + width // 6, 3), dtype=np.uint8)
     picture = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
@@ -27,8 +27,8 @@ def soft_picture(height: int, width: int) -> np.ndarray:
 def stored_by_pillow(picture: np.ndarray, jpeg: Jpeg) -> np.ndarray:
     """Written to a file in memory and read back."""
     file = io.BytesIO()
-    kept = {"4:4:4": 0, "4:2:0": 2}[jpeg.chroma]
-    Image.fromarray(picture).save(file, "JPEG", quality=jpeg.quality, subsampling=kept)
+    stored = {"4:4:4": 0, "4:2:0": 2}[jpeg.chroma]
+    Image.fromarray(picture).save(file, "JPEG", quality=jpeg.quality, subsampling=stored)
     return np.asarray(Image.open(file).convert("RGB"))
 
 
@@ -46,13 +46,13 @@ def test_pixels_are_those_of_a_file_that_pillow_wrote(quality: int, chroma: Chro
             assert np.array_equal(ours, stored_by_pillow(picture, jpeg)), (height, width)
 
 
-def test_an_even_grey_picture_is_stored_exactly() -> None:
-    """Coarse steps round the mean of a block only: grey 128 is the zero of the transform."""
+def test_a_uniform_grey_image_is_stored_exactly() -> None:
+    """Quantisation rounds only the mean of a block: grey 128 is the zero of the transform."""
     grey = torch.full((2, 3, 9, 14), 128 / 255)
     assert torch.equal(Jpeg(10).apply(grey), grey)
 
 
-def test_no_pictures_are_stored_as_none() -> None:
+def test_an_empty_batch_is_unchanged() -> None:
     for chroma in ("4:4:4", "4:2:0"):
         assert Jpeg(50, chroma).apply(torch.zeros(0, 3, 9, 16)).shape == (0, 3, 9, 16)  # type: ignore[arg-type]
 
@@ -74,7 +74,7 @@ def test_the_gradient_is_that_of_the_identity(chroma: Chroma) -> None:
 
 
 def test_each_example_has_its_own_gradient_under_vmap() -> None:
-    """As per-example gradients are computed where layers cannot be watched."""
+    """As per-example gradients are computed in the fallback."""
     images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 
     def loss(image: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def test_each_example_has_its_own_gradient_under_vmap() -> None:
     torch.testing.assert_close(slow, 2 * Jpeg(60).apply(images))
 
 
-def test_values_that_are_no_numbers_stay_so() -> None:
+def test_nan_stays_nan() -> None:
     images = torch.full((1, 3, 8, 8), 0.5)
     images[0, 1, 2, 3] = torch.nan
     assert Jpeg(40).apply(images).isnan().nonzero().tolist() == [[0, 1, 2, 3]]

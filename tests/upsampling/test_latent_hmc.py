@@ -1,4 +1,4 @@
-"""Langevin: samples against posteriors known in closed form and by rejection, and what a caller may rely on."""
+"""HMC: samples compared with posteriors in closed form and by rejection, and its guarantees."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ QUICK = HmcConfig(noise_levels=3, transitions=1, final_transitions=1, leapfrog_s
 
 
 def photo_of(generator: LinearGenerator, s: float) -> Tensor:
-    """A photo of the model: a drawn face, halved, with noise."""
+    """A photo of the model: a sampled face, downscaled by two, with noise."""
     latent = torch.randn(1, generator.columns.shape[1], generator=STREAMS.generator("truth"))
     face = (0.5 + latent @ generator.columns.T).view(1, 3, 4, 4)
     return HALVED.apply(face) + s * torch.randn(1, 3, 2, 2, generator=STREAMS.generator("noise"))
@@ -50,7 +50,7 @@ def known(generator: LinearGenerator, s: float, photo: Tensor) -> Normal:
     return generator.prior().given(matrix @ generator.columns, s, seen)
 
 
-def drawn(generator: LinearGenerator, config: HmcConfig, photo: Tensor) -> Upsampled:
+def sampled(generator: LinearGenerator, config: HmcConfig, photo: Tensor) -> Upsampled:
     return HmcUpsampler(generator, HALVED, config, STREAMS).upsample(photo, faces_per_photo=CHAINS)
 
 
@@ -79,34 +79,34 @@ def low(generator: StyleGAN2) -> Tensor:
 def test_samples_of_a_linear_generator_have_the_mean_and_covariance_of_its_posterior(
     config: HmcConfig,
 ) -> None:
-    """Poorly conditioned: spreads from 0.06 to 1. Whitened samples must have mean 0 and covariance I."""
+    """Ill-conditioned: deviations from 0.06 to 1. Whitened samples must have mean 0 and covariance I."""
     linear = LinearGenerator(directions(3) * POOR)
     photo = photo_of(linear, config.noise_std)
-    found = drawn(linear, config, photo)
+    found = sampled(linear, config, photo)
     assert agreement(linear.inputs_of(found.images[0]), known(linear, config.noise_std, photo)).holds
     assert found.converged.all()
 
 
-def test_the_check_finds_out_the_best_fit_and_a_wrong_noise() -> None:
-    """Planted positives: the one most likely face, and the same chains held to another noise of the photo."""
+def test_the_check_detects_the_best_fit_and_a_wrong_noise() -> None:
+    """Planted positives: the most likely face, and the same chains compared with another noise."""
     linear = LinearGenerator(directions(3) * POOR)
     photo = photo_of(linear, SHORT.noise_std)
     right = known(linear, SHORT.noise_std, photo)
-    found = linear.inputs_of(drawn(linear, SHORT, photo).images[0])
+    found = linear.inputs_of(sampled(linear, SHORT, photo).images[0])
     assert not agreement(right.mean + 1e-6 * found, right).holds
     assert not agreement(found, known(linear, 1.3 * SHORT.noise_std, photo)).holds
 
 
 def test_sampled_noise_maps_follow_their_posterior_too() -> None:
-    """3 latents and a map of 16; the 12 measured values pull at no more than 12 directions of these 19."""
+    """3 latents and a map of 16; the 12 measured values constrain at most 12 directions of these 19."""
     columns = torch.cat([directions(3) * POOR, 0.03 * directions(19)[:, 3:]], dim=1)
     linear = LinearGenerator(columns, maps=1)
     photo = photo_of(linear, SHORT.noise_std)
-    found = drawn(linear, replace(SHORT, noise="sampled", rank=12), photo)
+    found = sampled(linear, replace(SHORT, noise="sampled", rank=12), photo)
     assert agreement(linear.inputs_of(found.images[0]), known(linear, SHORT.noise_std, photo)).holds
 
 
-def test_the_published_steps_come_close_where_the_posterior_is_round() -> None:
+def test_the_published_steps_are_accurate_for_an_isotropic_posterior() -> None:
     """Unadjusted: their bias, of order step^2 / 4 per narrowest variance, is below what 2000 chains show."""
     linear = LinearGenerator(directions(3) * torch.tensor([0.1, 0.07, 0.05]))
     config = replace(
@@ -119,7 +119,7 @@ def test_the_published_steps_come_close_where_the_posterior_is_round() -> None:
         faces_at_once=2000,
     )
     photo = photo_of(linear, config.noise_std)
-    found = drawn(linear, config, photo)
+    found = sampled(linear, config, photo)
     assert agreement(linear.inputs_of(found.images[0]), known(linear, config.noise_std, photo)).holds
 
 
@@ -132,9 +132,9 @@ def test_a_published_step_is_the_written_formula_of_the_paper() -> None:
     x, xi = torch.randn(3, generator=rng).double(), torch.randn(3, generator=rng).double()
     pulled = (measuring() @ linear.columns).double()
     residual = pulled @ x - (photo.flatten() - 0.5).double()
-    wanted = x - eta * (pulled.T @ residual / s**2 + x) + math.sqrt(2 * eta) * xi
+    expected = x - eta * (pulled.T @ residual / s**2 + x) + math.sqrt(2 * eta) * xi
     found = HmcUpsampler(linear, HALVED, config, STREAMS).upsample(photo, faces_per_photo=1)
-    torch.testing.assert_close(linear.inputs_of(found.images[0])[0], wanted, atol=1e-4, rtol=0)
+    torch.testing.assert_close(linear.inputs_of(found.images[0])[0], expected, atol=1e-4, rtol=0)
 
 
 def dark(images: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def dark(images: Tensor) -> Tensor:
 
 
 class Rejection:
-    """Exact group shares of the posterior: draws of the prior, each accepted as often as it explains the photo."""
+    """Exact group shares of the posterior: samples of the prior, each accepted with its likelihood."""
 
     def __init__(self, generator: Generator, s: float, count: int) -> None:
         faces = sample(prepare_for_search(generator), count, STREAMS.generator("prior"))  # type: ignore[arg-type]
@@ -169,27 +169,27 @@ def check_against_rejection(*, draws: int, photos: int, faces: int, config: HmcC
     found = HmcUpsampler(base, Area(16), config, STREAMS).upsample(seen[chosen], faces_per_photo=faces)
     for at, images in zip(chosen, found.images, strict=True):
         share, error = shares[at]
-        made = float(dark(images).mean())
+        generated = float(dark(images).mean())
         spread = math.hypot(error, math.sqrt(max(share * (1 - share), 0.02) / faces))
-        assert abs(made - share) < 3 * spread, (share, error, made)
+        assert abs(generated - share) < 3 * spread, (share, error, generated)
     assert found.converged.double().mean() > 0.95
 
 
-def test_tone_shares_of_drawn_faces_equal_those_of_rejection_sampling() -> None:
-    """Two photos, 16 chains each: a share of 0.5 is checked to 0.4, see the slow twin for more."""
+def test_tone_shares_of_samples_equal_those_of_rejection_sampling() -> None:
+    """Two photos, 16 chains each: a share of 0.5 is checked to 0.4; the slow test below is more exact."""
     config = HmcConfig(noise_std=0.1, noise_levels=5, transitions=2, final_transitions=4, leapfrog_steps=7)
     check_against_rejection(draws=1500, photos=2, faces=16, config=config)
 
 
 @pytest.mark.slow
-def test_tone_shares_of_drawn_faces_equal_those_of_rejection_sampling_for_many_photos() -> None:
+def test_tone_shares_of_samples_equal_those_of_rejection_sampling_for_many_photos() -> None:
     """Five photos, 60 chains each: a share of 0.5 is checked to 0.2."""
     config = HmcConfig(noise_std=0.1, noise_levels=6, transitions=2, final_transitions=8, leapfrog_steps=8)
     check_against_rejection(draws=15_000, photos=5, faces=60, config=config)
 
 
-def test_consistency_errors_of_posterior_samples_follow_the_chi_squared_law_of_the_noise() -> None:
-    """Over photos of the model, a sample is as far from the photo as the truth is: mean m, variance 2 m."""
+def test_consistency_errors_of_samples_are_chi_squared() -> None:
+    """Over photos of the model, a sample is as far from the photo as the truth: mean m, variance 2 m."""
     linear, s = LinearGenerator(directions(3) * POOR), SHORT.noise_std
     latents = torch.randn(CHAINS, 3, generator=STREAMS.generator("truths"))
     faces = (0.5 + latents @ linear.columns.T).view(-1, 3, 4, 4)
@@ -201,8 +201,8 @@ def test_consistency_errors_of_posterior_samples_follow_the_chi_squared_law_of_t
     assert 0.995 < found.converged.double().mean() < 1
 
 
-def test_the_bound_is_a_quantile_of_the_chi_squared_law() -> None:
-    """Two degrees of freedom: an exponential law, whose quantile is known."""
+def test_the_bound_is_a_chi_squared_quantile() -> None:
+    """Two degrees of freedom: an exponential distribution, whose quantile is known."""
     assert consistency_bound(0.1, 2) == pytest.approx(-2 * math.log(0.001) * 0.01 / 2)
 
 
@@ -213,7 +213,7 @@ def test_noise_of_the_degradation_and_of_the_model_add_up() -> None:
 
 
 def test_a_photo_that_no_face_can_match_has_not_converged(generator: StyleGAN2, low: Tensor) -> None:
-    """Clean negative: a checkerboard; its neighbours find what they find without it."""
+    """Clean negative: a checkerboard; the other photos have the same result without it."""
     checkers = ((torch.arange(4)[:, None] + torch.arange(4)) % 2).float().expand(1, 3, 4, 4)
     sampler = HmcUpsampler(generator, Area(4), QUICK, STREAMS)
     together = sampler.upsample(torch.cat([low[:2], checkers]), faces_per_photo=1)
@@ -244,6 +244,6 @@ def test_wrong_settings_are_named(generator: StyleGAN2) -> None:
             HmcConfig(**wrong)  # type: ignore[arg-type]
 
 
-def test_settings_are_read_back_from_a_recipe() -> None:
+def test_settings_survive_a_yaml_round_trip() -> None:
     for config in (HmcConfig(), HmcConfig.paper()):
         assert parse(dump(config), HmcConfig, name="recipe", leave_out=["kind"]) == config

@@ -1,4 +1,4 @@
-"""Every method by name: the baselines are what they say, and each asks for the network that it needs."""
+"""Methods by name: baselines, and the network that each method needs."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ MODELS: dict[str, Model] = {
 }
 
 
-def test_nearest_and_bicubic_are_torchs_own() -> None:
+def test_nearest_and_bicubic_equal_torch() -> None:
     for method, mode in ((NearestConfig(), "nearest"), (BicubicConfig(), "bicubic")):
         found = make_upsampler(method, None, Area(4), STREAMS, size=16).upsample(LOW, faces_per_photo=2)
-        twin = functional.interpolate(LOW, size=(16, 16), mode=mode).clamp(0, 1)
-        assert torch.equal(found.images[:, 0], twin) and torch.equal(found.images[:, 1], twin)
+        reference = functional.interpolate(LOW, size=(16, 16), mode=mode).clamp(0, 1)
+        assert torch.equal(found.images[:, 0], reference) and torch.equal(found.images[:, 1], reference)
 
 
-def test_squares_shrink_by_their_mean_to_the_photo_and_by_bicubic_do_not() -> None:
-    """Nearest undoes area exactly: its consistency error is 0. After a bicubic downscale it does not fit."""
+def test_nearest_fits_after_area_and_not_after_bicubic() -> None:
+    """Nearest inverts area exactly: its consistency error is 0. After a bicubic downscale it does not fit."""
     exact = make_upsampler(NearestConfig(), None, Area(4), STREAMS, size=16)
     found = exact.upsample(LOW, faces_per_photo=1)
     assert float(found.consistency_error.max()) < 1e-12 and found.converged.all()
@@ -77,10 +77,8 @@ def test_squares_shrink_by_their_mean_to_the_photo_and_by_bicubic_do_not() -> No
 @pytest.mark.parametrize(
     ("method", "name"), [(StyleEncoderConfig(), "styled"), (SuperResolutionConfig(), "resolved")]
 )
-def test_a_network_answers_every_photo_once_however_many_faces_are_asked(
-    method: StyleEncoderConfig, name: str
-) -> None:
-    """The same as calling it, clamped; photos of two sizes are taken by one network."""
+def test_feed_forward_networks_give_one_face_per_photo(method: StyleEncoderConfig, name: str) -> None:
+    """The same as calling it, clamped; one network accepts photos of two sizes."""
     model = MODELS[name]
     assert model.is_upsampler
     for factor in (4, 2):
@@ -93,8 +91,8 @@ def test_a_network_answers_every_photo_once_however_many_faces_are_asked(
     assert is_deterministic(method)
 
 
-def test_a_search_can_start_from_the_encoders_answer() -> None:
-    """Its first step shows the encoder's face, up to the noise maps that PULSE draws anew."""
+def test_a_search_can_start_from_the_encoders_output() -> None:
+    """Its first step is the encoder's face, up to the noise maps that PULSE samples."""
     styled = MODELS["styled"]
     assert isinstance(styled.architecture, StyleEncoderArchitecture)
     quick = PulseEncoderInitConfig(pulse=PulseConfig(steps=1, mapping_samples=500, trainable_noise=0))
@@ -107,7 +105,7 @@ def test_a_search_can_start_from_the_encoders_answer() -> None:
     assert (found.images[:, 0] - answer.clamp(0, 1)).abs().mean() < 0.1 + (quiet - answer).abs().mean()
 
 
-def test_every_method_has_a_name_a_title_and_a_place_in_recipes() -> None:
+def test_every_method_has_a_name_a_title_and_a_kind_in_yaml() -> None:
     for name, method in METHODS.items():
         assert name_of(method) == name and title_of(method)
         read = parse(f"method: {{kind: {name}}}", UpsamplingConfig, name="recipe")
@@ -116,8 +114,8 @@ def test_every_method_has_a_name_a_title_and_a_place_in_recipes() -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_says_which_network_it_needs(name: str) -> None:
-    """Given each family in turn: it works with those that go with it, and names what it wants otherwise."""
+def test_a_method_names_the_network_it_needs(name: str) -> None:
+    """Given each family in turn: compatible ones work, others are refused with what is needed."""
     method = METHODS[name]
     if method in BASELINES:
         return
@@ -132,7 +130,7 @@ def test_a_method_says_which_network_it_needs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_each_family_has_a_method_that_goes_with_it(name: str) -> None:
+def test_each_family_has_a_default_method(name: str) -> None:
     assert is_compatible(default_method(MODELS[name]), MODELS[name])
 
 
@@ -147,8 +145,8 @@ def test_sizes_that_do_not_fit_are_named() -> None:
         NearestConfig(eps=0)
 
 
-def test_a_checkpoint_that_is_given_replaces_the_embedded_one_where_it_goes() -> None:
-    """PULSE on a stranger's generator, nearest without any; and a network of no use is refused by name."""
+def test_a_given_checkpoint_replaces_the_bundled_one_where_compatible() -> None:
+    """PULSE with another generator, nearest without any; an incompatible network is refused by name."""
     alone = MODELS["alone"]
     size, pairs = pair_with_models([PulseConfig(), NearestConfig()], alone)
     assert size == 16 and pairs[0][1] is alone and pairs[1][1] is None
@@ -162,7 +160,7 @@ def test_a_checkpoint_that_is_given_replaces_the_embedded_one_where_it_goes() ->
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_workers_change_nothing_but_how_many_search_side_by_side(name: str) -> None:
+def test_workers_change_only_the_parallelism(name: str) -> None:
     """One worker is the default; methods without steps have none."""
     method = METHODS[name]
     assert with_workers(method, 1) == method

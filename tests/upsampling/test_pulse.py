@@ -1,4 +1,4 @@
-"""PULSE: its losses and optimiser against the published code, its search against what must hold."""
+"""PULSE: losses and optimiser compared with the published code, and properties of its search."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def generator() -> StyleGAN2:
 
 @pytest.fixture(scope="module")
 def low(generator: StyleGAN2) -> Tensor:
-    """Photos that the generator can match, because it drew them."""
+    """Photos that the generator can match, because they are its samples."""
     return BicubicPulse(4).apply(generator.sample(6, STREAMS.generator("truth"))).clamp(0, 1)
 
 
@@ -78,7 +78,7 @@ def test_spherical_adam_follows_the_published_trajectory(shared: Path) -> None:
     np.testing.assert_allclose(search.variables[1].numpy(), reference["out/n_final"], atol=1e-5)
 
 
-def test_the_style_fit_finds_the_normal_under_a_leaky_relu_of_any_gain() -> None:
+def test_the_style_fit_recovers_the_normal_before_a_leaky_relu_of_any_gain() -> None:
     centre, spread = torch.tensor([1.0, -2.0, 0.3]), torch.tensor([0.5, 1.0, 2.0])
     for gain in (1.0, 2**0.5):
 
@@ -93,8 +93,8 @@ def test_the_style_fit_finds_the_normal_under_a_leaky_relu_of_any_gain() -> None
         torch.testing.assert_close(fit.styles(latents), exact, atol=0.15, rtol=0)
 
 
-def test_the_style_fit_of_a_linear_mapping_needs_no_leaky_relu_undone() -> None:
-    """Slope 1: styles of a normal distribution are fitted as they are, negative ones too."""
+def test_the_style_fit_of_a_linear_mapping_inverts_no_leaky_relu() -> None:
+    """Slope 1: normal styles are fitted directly, negative ones too."""
     centre, spread = torch.tensor([-1.0, 0.2]), torch.tensor([0.5, 2.0])
     fit = fit_style_gaussian(
         lambda latents: (latents * spread + centre)[:, None],
@@ -127,8 +127,8 @@ def test_the_style_fit_equals_that_of_the_published_code(shared: Path) -> None:
     np.testing.assert_allclose(fit.std.numpy(), reference["out/gaussian_fit_std_20000"], atol=1e-5)
 
 
-def test_photos_that_the_generator_drew_are_matched(generator: StyleGAN2, low: Tensor) -> None:
-    """Planted positive: a solution exists, so most searches find one; each success is checked again."""
+def test_samples_of_the_generator_are_matched(generator: StyleGAN2, low: Tensor) -> None:
+    """Planted positive: a solution exists, so most searches find one; each success is verified."""
     config = PulseConfig(steps=100, eps=4e-3, mapping_samples=2000)
     found = PulseUpsampler(generator, BicubicPulse(4), config, STREAMS).upsample(low, faces_per_photo=2)
     assert found.images.shape == (6, 2, 3, 16, 16)
@@ -140,7 +140,7 @@ def test_photos_that_the_generator_drew_are_matched(generator: StyleGAN2, low: T
     assert 0 <= found.images.min() and found.images.max() <= 1
 
 
-def test_the_measurement_of_a_search_is_the_one_that_is_tested(generator: StyleGAN2) -> None:
+def test_a_search_uses_the_degradation_of_the_test(generator: StyleGAN2) -> None:
     """A chain of blur, downscale, noise and JPEG, searched through its mean and its straight-through gradient."""
     chain = Chain((Blur(0.8), Bicubic(2), Noise(0.01), Jpeg(90, "4:4:4")))
     photos = apply_degradation(
@@ -158,7 +158,7 @@ def test_the_measurement_of_a_search_is_the_one_that_is_tested(generator: StyleG
 def test_a_photo_that_no_face_can_match_is_a_value_and_does_not_disturb_the_others(
     generator: StyleGAN2, low: Tensor
 ) -> None:
-    """Clean negative: a checkerboard fails while its neighbours find what they find without it."""
+    """Clean negative: a checkerboard fails, and the others have the same result without it."""
     checkers = (torch.arange(4)[:, None] + torch.arange(4)) % 2
     hard = torch.cat((low[:2], checkers.float().expand(1, 3, 4, 4)))
     search = PulseUpsampler(generator, BicubicPulse(4), replace(QUICK, eps=2e-2), STREAMS)
@@ -178,10 +178,8 @@ def test_a_batch_is_the_same_search_as_one_face_at_a_time(generator: StyleGAN2, 
     torch.testing.assert_close(together.images, alone.images, atol=1e-2, rtol=0)
 
 
-def test_the_best_face_is_kept_so_that_more_steps_of_one_schedule_never_fit_worse(
-    generator: StyleGAN2, low: Tensor
-) -> None:
-    """A reckless rate makes the last face worse than the first; the answer must not follow."""
+def test_the_best_face_is_returned_so_more_steps_never_fit_worse(generator: StyleGAN2, low: Tensor) -> None:
+    """A too large rate makes the last face worse than the first; the result must not be."""
     config = replace(QUICK, eps=1e-9)
     first = PulseUpsampler(generator, Area(4), replace(config, steps=1), STREAMS)
     reckless = PulseUpsampler(generator, Area(4), replace(config, learning_rate=50.0), STREAMS)
@@ -232,7 +230,7 @@ def test_the_best_face_of_a_photo_is_the_one_with_the_smallest_consistency_error
 
 
 class _Flatterer:
-    """Claims to draw the photo itself, whatever the styles are."""
+    """Returns the photo itself for any styles."""
 
     def __init__(self, generator: StyleGAN2, claim: Tensor) -> None:
         self.generator, self.claim = generator, claim
@@ -241,10 +239,10 @@ class _Flatterer:
         return self.claim + 0 * (styles.sum() + self.generator.synthesize(styles, noise))
 
 
-def test_no_figure_rests_on_the_precision_of_the_search(
+def test_metrics_are_computed_in_float32(
     generator: StyleGAN2, low: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Planted positive: a quick form that claims a perfect fit is found out by the float32 weights."""
+    """Planted positive: a low-precision form that claims a perfect fit is detected by the float32 weights."""
     claim = low[:1].repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
     honest = prepare_for_search(generator)
 
@@ -262,7 +260,7 @@ def test_no_figure_rests_on_the_precision_of_the_search(
     assert not found.converged.any()
 
 
-def test_a_search_in_bfloat16_ends_where_one_in_float32_ends() -> None:
+def test_a_search_in_bfloat16_is_as_good_as_in_float32() -> None:
     """The base checkpoint, whose finest layers are rounded: as many faces fit, and as well."""
     base = load_gan().generator
     photos = BicubicPulse(4).apply(base.sample(6, STREAMS.generator("faces"))).clamp(0, 1)
@@ -278,8 +276,8 @@ def test_a_search_in_bfloat16_ends_where_one_in_float32_ends() -> None:
     torch.testing.assert_close(rounded.consistency_error[:, 0], again, atol=1e-7, rtol=1e-4)
 
 
-def test_the_weights_of_a_search_are_those_it_was_made_with(generator: StyleGAN2, low: Tensor) -> None:
-    """Training on does not change a search that exists."""
+def test_a_search_has_its_own_copy_of_the_weights(generator: StyleGAN2, low: Tensor) -> None:
+    """Later training does not change an existing search."""
     copied = copy.deepcopy(generator)
     search = PulseUpsampler(copied, Area(4), QUICK, STREAMS)
     before = search.upsample(low[:1], faces_per_photo=1)
@@ -289,10 +287,8 @@ def test_the_weights_of_a_search_are_those_it_was_made_with(generator: StyleGAN2
     torch.testing.assert_close(search.upsample(low[:1], faces_per_photo=1).images, before.images)
 
 
-def test_two_searches_of_one_generator_leave_its_weights_as_they_were(
-    generator: StyleGAN2, low: Tensor
-) -> None:
-    """The second begins while the first runs, and the first ends last: weights require gradients throughout."""
+def test_two_searches_do_not_change_the_generator(generator: StyleGAN2, low: Tensor) -> None:
+    """The second starts while the first runs, and the first ends last: weights require gradients throughout."""
     copied = copy.deepcopy(generator)
     begun: list[PulseUpsampler] = []
 

@@ -1,4 +1,4 @@
-"""What a search may be asked for besides its defaults: watching, keeping the last, starts, workers, other sizes."""
+"""Options of a search: callbacks, the last face, starting points, workers, other sizes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FOUR = BicubicPulse(4)
 
 @pytest.fixture(scope="module")
 def generator() -> StyleGAN2:
-    """Without noise, whose strengths begin at zero."""
+    """Without noise, whose strengths start at zero."""
     config = StyleGAN2Config(
         size=16, latent_width=16, style_width=16, mapping_layers=2, channel_base=256, channel_max=16
     )
@@ -47,9 +47,7 @@ def watched(
     return search.upsample(photos, faces_per_photo=faces), seen
 
 
-def test_whoever_watches_sees_every_step_of_the_faces_that_are_still_searched(
-    generator: StyleGAN2, low: Tensor
-) -> None:
+def test_the_callback_gets_every_step_of_the_active_faces(generator: StyleGAN2, low: Tensor) -> None:
     """Chunks of four out of six photos with two faces each: face 2 * i + j is face j of photo i."""
     found, seen = watched(generator, replace(QUICK, faces_at_once=4, eps=1e-2), low, 2)
     targets = low.repeat_interleave(2, dim=0)
@@ -77,7 +75,7 @@ def test_the_last_face_is_the_one_of_the_last_step(generator: StyleGAN2, low: Te
 def test_the_best_face_is_the_one_of_the_smallest_consistency_error(
     generator: StyleGAN2, low: Tensor
 ) -> None:
-    """Of the clamped pictures of all twelve steps."""
+    """Of the clamped images of all twelve steps."""
     found, seen = watched(generator, ALL, low, 1)
     consistency_errors = [squared_difference(FOUR.apply(glimpse.images.clamp(0, 1)), low) for glimpse in seen]
     torch.testing.assert_close(
@@ -85,27 +83,27 @@ def test_the_best_face_is_the_one_of_the_smallest_consistency_error(
     )
 
 
-def test_a_search_until_its_end_goes_on_when_every_face_fits(generator: StyleGAN2, low: Tensor) -> None:
+def test_a_search_without_early_stopping_takes_all_steps(generator: StyleGAN2, low: Tensor) -> None:
     found, seen = watched(generator, replace(ALL, eps=10.0), low, 1)
     assert found.steps == len(seen) == 12 and found.converged.all()
     assert all(len(glimpse.faces) == 6 for glimpse in seen)
 
 
-def test_a_last_face_that_left_when_it_fitted_fits(generator: StyleGAN2, low: Tensor) -> None:
+def test_with_early_stopping_the_last_face_fits(generator: StyleGAN2, low: Tensor) -> None:
     found = watched(generator, replace(QUICK, selection="last", eps=2e-2), low, 2)[0]
     assert found.converged.any()
     assert torch.equal(found.converged, found.consistency_error <= 2e-2)
 
 
-def test_the_paper_takes_all_steps_and_the_last_face() -> None:
+def test_paper_settings_take_all_steps_and_the_last_face() -> None:
     paper = PulseConfig.paper()
     assert (paper.stop, paper.selection, paper.steps, paper.learning_rate) == ("end", "last", 100, 0.4)
     assert (paper.eps, paper.l2, paper.geocross, paper.trainable_noise) == (2e-3, 100.0, 0.05, 5)
     assert (PulseConfig().stop, PulseConfig().selection) == ("fit", "best")
 
 
-def test_styles_lead_back_to_their_latents() -> None:
-    """Negative ones too; a coordinate that never varies has latent 0."""
+def test_styles_map_back_to_their_latents() -> None:
+    """Negative ones too; a component with zero variance has latent 0."""
     fit = StyleGaussian(torch.tensor([0.5, -1.0, 2.0]), torch.tensor([1.0, 0.3, 0.0]))
     latents = torch.randn(4, 2, 3, generator=STREAMS.generator("latents"))
     latents[..., 2] = 0
@@ -114,7 +112,7 @@ def test_styles_lead_back_to_their_latents() -> None:
 
 @pytest.mark.parametrize("tile", [False, True])
 def test_a_search_that_starts_at_the_true_styles_fits_at_once(generator: StyleGAN2, tile: bool) -> None:
-    """The first face of each photo; the second starts aside, and comes nearer than from anywhere."""
+    """The first face of each photo; the second starts nearby, and comes closer than from a random start."""
     latents = torch.randn(8, 16, generator=STREAMS.generator("known"))
     with torch.no_grad():
         styles = generator.map(latents)
@@ -133,8 +131,8 @@ def test_a_search_that_starts_at_the_true_styles_fits_at_once(generator: StyleGA
     assert [glimpse.step for glimpse in seen] == [1, 1, 1]
 
 
-def test_starts_are_a_matter_of_the_photo_and_its_own_chance(generator: StyleGAN2, low: Tensor) -> None:
-    """The start is asked once, with the photos as they are; chunks and workers change nothing."""
+def test_starting_points_depend_only_on_the_photo_and_its_rng(generator: StyleGAN2, low: Tensor) -> None:
+    """They are requested once, with the photos unchanged; chunks and workers change nothing."""
     asked: list[Tensor] = []
     styles = generator.map(torch.randn(6, 16, generator=STREAMS.generator("styles"))).detach()
 
@@ -157,8 +155,8 @@ def test_wrong_starts_are_named(generator: StyleGAN2, low: Tensor) -> None:
             search.upsample(low, faces_per_photo=1)
 
 
-def test_workers_find_what_one_finds(generator: StyleGAN2, low: Tensor) -> None:
-    """Three threads share eleven faces; all progress is told, and torch has its threads again afterwards."""
+def test_workers_give_the_same_result_as_one(generator: StyleGAN2, low: Tensor) -> None:
+    """Three threads share eleven faces; all progress is reported, and torch has its threads again afterwards."""
     heard: list[tuple[int, int]] = []
     threads = torch.get_num_threads()
     alone, shared = (
@@ -176,7 +174,7 @@ def test_workers_find_what_one_finds(generator: StyleGAN2, low: Tensor) -> None:
         PulseConfig(workers=0)
 
 
-def test_an_error_of_whoever_watches_ends_all_workers(generator: StyleGAN2, low: Tensor) -> None:
+def test_an_error_in_the_callback_ends_all_workers(generator: StyleGAN2, low: Tensor) -> None:
     def refuse(glimpse: StepSnapshot) -> None:
         raise InterruptedError("enough")
 
@@ -189,7 +187,7 @@ def test_an_error_of_whoever_watches_ends_all_workers(generator: StyleGAN2, low:
 
 
 class Patchwork:
-    """A generator of any size: fixed soft pictures, mixed by the styles; there is no noise."""
+    """A generator of any size: fixed soft images, mixed by the styles, without noise."""
 
     latent_width, style_inputs, noise_sides, style_slope = 6, 2, (), 1.0
 
@@ -221,7 +219,7 @@ class Patchwork:
     ],
 )
 def test_any_size_and_factor_can_be_searched(size: int, degradation: Degradation) -> None:
-    """Also odd ones, a factor of 1, and one pixel left."""
+    """Also odd ones, a factor of 1, and one pixel."""
     generator = Patchwork(size)
     styles = torch.randn(3, 2, 6, generator=STREAMS.generator("patch"))
     photos = degradation.apply(generator.synthesize(styles))
@@ -268,9 +266,9 @@ print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) /
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
 def test_sixteen_pixels_are_searched_at_1024_with_the_published_widths() -> None:
-    """In a process of its own: the consistency error falls, and the peak of memory stays below 2.5 GiB."""
-    told = subprocess.run([sys.executable, "-c", FULL_SIZE], capture_output=True, text=True, check=True)
-    consistency_errors, peak = told.stdout.splitlines()
+    """In a process of its own: the consistency error falls, and peak memory stays below 2.5 GiB."""
+    reported = subprocess.run([sys.executable, "-c", FULL_SIZE], capture_output=True, text=True, check=True)
+    consistency_errors, peak = reported.stdout.splitlines()
     first, best = map(float, consistency_errors.split())
     assert best < first
     assert float(peak) < 2.5

@@ -28,7 +28,7 @@ Trajectory = list[tuple[Tensor, Tensor]]  # images and consistency errors of eve
 
 
 class InFloat64:
-    """A generator that calculates in float64 from draws of float32."""
+    """A generator that computes in float64 from float32 samples."""
 
     style_slope = 0.2
 
@@ -81,7 +81,7 @@ def photos_of(generator: StyleGAN1 | StyleGAN2, count: int) -> Tensor:
 
 
 def by_pulse(generator: Generator, photos: Tensor, config: PulseConfig) -> tuple[Upsampled, Trajectory]:
-    """The answer, and what was seen on the way."""
+    """The result and its steps."""
     seen: list[StepSnapshot] = []
     search = PulseUpsampler(generator, BicubicPulse(4), config, STREAMS, watch=seen.append)
     found = search.upsample(photos, faces_per_photo=1)
@@ -89,8 +89,8 @@ def by_pulse(generator: Generator, photos: Tensor, config: PulseConfig) -> tuple
     return found, [(glimpse.images, glimpse.consistency_error) for glimpse in seen]
 
 
-def by_twin(generator: Generator, photos: Tensor, config: PulseConfig) -> Trajectory:
-    """From the starts that a search draws."""
+def by_reference(generator: Generator, photos: Tensor, config: PulseConfig) -> Trajectory:
+    """With the starting points of the search."""
     latents, noise = starts(generator, len(photos), generator.latent_width, STREAMS.generator("pulse/search"))
     draws = torch.randn(DRAWS, generator.latent_width, generator=STREAMS.generator("pulse/mapping"))
     loop = published_loop(
@@ -107,7 +107,7 @@ def by_twin(generator: Generator, photos: Tensor, config: PulseConfig) -> Trajec
 
 
 def furthest(one: Trajectory, other: Trajectory) -> np.ndarray:
-    """Per step, the largest distance of a consistency error, as a share of it."""
+    """Per step, the largest relative difference of consistency errors."""
     pairs = zip(one, other, strict=True)
     return np.array([float(((a[1] - b[1]).abs() / b[1]).max()) for a, b in pairs])
 
@@ -116,20 +116,22 @@ def assert_equal_in_float64(generator: StyleGAN1 | StyleGAN2, config: PulseConfi
     photos = photos_of(generator, 3).double()
     exact = InFloat64(generator)
     found, seen = by_pulse(exact, photos, config)
-    twin = by_twin(exact, photos, config)
-    for (images, consistency_error), (same_images, same_consistency_error) in zip(seen, twin, strict=True):
+    reference = by_reference(exact, photos, config)
+    for (images, consistency_error), (same_images, same_consistency_error) in zip(
+        seen, reference, strict=True
+    ):
         torch.testing.assert_close(consistency_error, same_consistency_error, rtol=1e-10, atol=0)
         torch.testing.assert_close(images, same_images, rtol=0, atol=1e-10)
-    torch.testing.assert_close(found.images[:, 0], twin[-1][0].clamp(0, 1), rtol=0, atol=1e-10)
-    return twin
+    torch.testing.assert_close(found.images[:, 0], reference[-1][0].clamp(0, 1), rtol=0, atol=1e-10)
+    return reference
 
 
 @pytest.mark.parametrize("eps", [2e-3, 0.1])
 def test_every_step_is_that_of_the_published_loop(shared: Path, eps: float) -> None:
-    """Published weights in float64, 25 steps: equal to 1e-10, below eps as well, where only geocross pulls."""
+    """Published weights in float64, 25 steps: equal to 1e-10, below eps as well, where only geocross acts."""
     config = replace(PAPER, steps=25, eps=eps)
-    twin = assert_equal_in_float64(published_weights(shared), config)
-    assert bool((torch.stack([consistency_error for _, consistency_error in twin]) < eps).any()) == (
+    reference = assert_equal_in_float64(published_weights(shared), config)
+    assert bool((torch.stack([consistency_error for _, consistency_error in reference]) < eps).any()) == (
         eps == 0.1
     )
 
@@ -148,18 +150,17 @@ def test_every_step_of_a_stylegan2_is_that_of_the_published_loop() -> None:
 def test_in_float32_a_search_is_as_close_to_the_exact_one_as_rounding_allows(
     shared: Path, family: str
 ) -> None:
-    """Adam divides small gradients by their size, so that a trajectory amplifies rounding step by step.
-
-    The loop itself is held to 1e-10 above. In float32, two runs of the twin alone may differ by a thousandth after
-    ten steps and by a hundredth after 25, depending on how sums are ordered. So misfits are equal to 1e-3 up to step
-    5 and to 10 % up to step 25, to the exact loop's and to those of the twin in float32. A StyleGAN2 is searched in
-    its frozen form here.
+    """Adam divides small gradients by their size, so a trajectory amplifies rounding step by step. The loop itself is
+    compared to 1e-10 above. In float32, two runs of the reference alone may differ by a thousandth after ten steps and
+    by a hundredth after 25, depending on the order of sums. So consistency errors are equal to 1e-3 up to step 5 and to
+    10 % up to step 25, to the exact loop's and to those of the reference in float32. A StyleGAN2 is searched in its
+    prepared form here.
     """
     config = replace(PAPER, steps=25)
     generator: StyleGAN1 | StyleGAN2 = published_weights(shared) if family == "StyleGAN1" else stylegan2()
     photos = photos_of(generator, 3)
-    ours, twin = by_pulse(generator, photos, config)[1], by_twin(generator, photos, config)
-    exact = by_twin(InFloat64(generator), photos.double(), config)
-    for other in (twin, exact):
+    ours, reference = by_pulse(generator, photos, config)[1], by_reference(generator, photos, config)
+    exact = by_reference(InFloat64(generator), photos.double(), config)
+    for other in (reference, exact):
         assert furthest(ours[:5], other[:5]).max() < 1e-3
         assert furthest(ours, other).max() < 0.1

@@ -18,7 +18,7 @@ from fedface.web.upload import Reader
 
 @pytest.fixture
 def open_page() -> Iterator[Open]:
-    """Makes a client of an application whose detector finds `faces` in each photo."""
+    """Builds a client of an application whose detector finds `faces` in each photo."""
     opened: list[TestClient] = []
 
     def open_one(*, faces: int = 1, pause: float = 0.0) -> TestClient:

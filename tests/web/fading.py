@@ -1,6 +1,5 @@
-"""A provider whose faces are known beforehand: each fades in from black, over some steps.
-
-Used by the tests of the page. Face i of f is the photo's pixels enlarged, with (i + 1) / f of its blue left.
+"""A method provider whose faces are known: each fades in from black over some steps. For the tests of the page. Face i
+of f is the photo's enlarged pixels, with (i + 1) / f of its blue.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def faces_of(low: LowImages, count: int) -> Images:
 
 
 class Fading:
-    """An `Upsampler` that takes its time."""
+    """A slow `Upsampler`."""
 
     def __init__(
         self, side: int, pause: float, progress: Progress | None, watch: StepCallback | None
@@ -51,11 +50,15 @@ class Fading:
             if self._progress is not None:
                 self._progress(step, STEPS)
             if self._watch is not None:
-                made = images * step / STEPS
+                generated = images * step / STEPS
                 faces = torch.arange(faces_per_photo)
                 self._watch(
                     StepSnapshot(
-                        step=step, steps=STEPS, faces=faces, images=made, consistency_error=consistency_error
+                        step=step,
+                        steps=STEPS,
+                        faces=faces,
+                        images=generated,
+                        consistency_error=consistency_error,
                     )
                 )
         fits = torch.arange(faces_per_photo) == 0
@@ -65,7 +68,7 @@ class Fading:
 
 
 class FadingSearcher:
-    """Three methods: one with several faces, one with a single answer at 8 px alone, one that dies of a bug."""
+    """Three methods: one with several faces, one with a single face at 8 px only, one with a bug."""
 
     size = SIZE
     offers: Sequence[MethodInfo] = (
@@ -91,7 +94,7 @@ class FadingSearcher:
 
 
 class Known:
-    """A detector that finds so many faces in every photo, each smaller than the one before."""
+    """A detector that finds this many faces in every photo, each smaller than the one before."""
 
     name = "known"
 

@@ -1,6 +1,5 @@
-"""How a test speaks to the page: as the page itself would, and what it understands of the answers.
-
-Used by the tests of the page and their fixtures.
+"""A test client of the page: requests as the page sends them, and parsed responses. For the tests of the page and their
+fixtures.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ HOME = {"host": f"127.0.0.1:{PORT}", "origin": f"http://127.0.0.1:{PORT}"}
 
 
 def pixels_in(uri: str) -> np.ndarray:
-    """The pixels of a PNG inside an address."""
+    """The pixels of a PNG data URI."""
     content = base64.b64decode(uri.removeprefix("data:image/png;base64,"), validate=True)
     return np.asarray(Image.open(io.BytesIO(content)))
 
 
 def photo_bytes(height: int = 120, width: int = 120) -> bytes:
-    """A photo with a slope of colours."""
+    """A photo with a gradient of colours."""
     ramp = np.linspace(0, 255, height * width * 3).reshape(height, width, 3)
     return png_bytes(ramp.astype(np.uint8))
 
 
 def events_of(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """Server-sent events in their order."""
+    """Server-sent events in order."""
     blocks = [block.split("\n") for block in text.split("\n\n") if block.startswith("event: ")]
     return [
         (name.removeprefix("event: "), json.loads(value.removeprefix("data: "))) for name, value in blocks
@@ -50,7 +49,7 @@ Open = Callable[..., TestClient]
 
 @dataclass(frozen=True)
 class Running:
-    """A server that really listens."""
+    """A real server."""
 
     port: int
 
@@ -59,7 +58,7 @@ class Running:
         return f"http://127.0.0.1:{self.port}"
 
     def client(self) -> httpx.Client:
-        """One that speaks as the page would."""
+        """A client with the page's headers."""
         return httpx.Client(base_url=self.address, headers={"origin": self.address}, timeout=60)
 
 

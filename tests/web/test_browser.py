@@ -1,4 +1,4 @@
-"""The page in a real browser: a photo is dropped, pixelated, searched, and the end is reached."""
+"""The page in a real browser, from uploading a photo to the result."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def window() -> Iterator[Page]:
-    """A fresh window; whatever the page complains about fails the test."""
+    """A new window; any error message of the page fails the test."""
     with sync_playwright() as driver:
         try:
             browser = driver.chromium.launch(executable_path=CHROMIUM)
@@ -36,7 +36,9 @@ def window() -> Iterator[Page]:
         page.set_default_timeout(20_000)
         complaints: list[str] = []
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda told: complaints.append(told.text) if told.type == "error" else None)
+        page.on(
+            "console", lambda reported: complaints.append(reported.text) if reported.type == "error" else None
+        )
         elsewhere: list[str] = []
         page.on("request", lambda asked: elsewhere.append(asked.url))
         yield page
@@ -45,8 +47,8 @@ def window() -> Iterator[Page]:
         assert [url for url in elsewhere if not url.startswith(("http://127.0.0.1:", "data:"))] == []
 
 
-def let_fall(page: Page, content: bytes, name: str) -> None:
-    """Drop a file onto the page, as a hand would."""
+def drop_file(page: Page, content: bytes, name: str) -> None:
+    """Drop a file onto the page."""
     page.evaluate(
         """([content, name]) => {
             const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
@@ -61,15 +63,15 @@ def let_fall(page: Page, content: bytes, name: str) -> None:
 
 
 def picture(page: Page, place: str) -> Any:
-    """What an <img> shows."""
+    """The content of an <img>."""
     return page.get_attribute(place, "src")
 
 
-def test_a_person_drops_a_photo_and_watches_faces_appear(run_page: Run, window: Page, tmp_path: Path) -> None:
-    """From the first look to the last sentence, by drop, keyboard and click."""
+def test_a_photo_is_dropped_and_faces_appear(run_page: Run, window: Page, tmp_path: Path) -> None:
+    """From the start page to the result, by drop, keyboard and click."""
     running = run_page(FadingSearcher(pause=0.25), Reader(SIZE, lambda: Known(2)))
     window.goto(running.address)
-    let_fall(window, photo_bytes(), "photo.png")
+    drop_file(window, photo_bytes(), "photo.png")
     expect(window.locator("#photoText")).to_have_text("2 faces found.")
     expect(window.locator("#people input")).to_have_count(2)
     window.locator("#people input").nth(1).check()
@@ -110,8 +112,8 @@ def test_a_person_drops_a_photo_and_watches_faces_appear(run_page: Run, window: 
     assert Path(saved.value.path()).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_person_stops_a_search_and_tries_a_drawn_face(run_page: Run, window: Page) -> None:
-    """Without any photo at hand."""
+def test_a_search_is_stopped_and_a_synthetic_face_tried(run_page: Run, window: Page) -> None:
+    """Without a photo."""
     running = run_page(FadingSearcher(pause=0.5), Reader(SIZE, lambda: Known(0)))
     window.goto(running.address)
     window.click("#synthetic")
@@ -123,10 +125,8 @@ def test_a_person_stops_a_search_and_tries_a_drawn_face(run_page: Run, window: P
     expect(window.locator("#start")).to_be_enabled()
 
 
-def test_a_photo_without_a_face_is_said_plainly_and_its_middle_can_be_used(
-    run_page: Run, window: Page
-) -> None:
-    """By the file button, for those who do not drag."""
+def test_a_photo_without_a_face_is_reported_and_its_centre_can_be_used(run_page: Run, window: Page) -> None:
+    """With the file button."""
     running = run_page(FadingSearcher(), Reader(SIZE, lambda: Known(0)))
     window.goto(running.address)
     window.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": photo_bytes()})

@@ -1,4 +1,4 @@
-"""The page as a real server: who can reach it, and what ends what."""
+"""The page as a real server: who can reach it, and how it ends."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def query(photo: str) -> dict[str, object]:
     return {"photo": photo, "face": 0, "side": 8, "method": "fading", "faces": 3, "seed": 0}
 
 
-def test_a_port_that_is_taken_is_a_sentence() -> None:
+def test_a_port_in_use_is_one_sentence() -> None:
     """And port 0 finds another one."""
     with listen(0) as first, listen(0) as second:
         assert port_of(first) != port_of(second)
@@ -38,7 +38,7 @@ def test_a_port_that_is_taken_is_a_sentence() -> None:
             listen(port_of(first))
 
 
-def test_the_socket_hears_the_loopback_alone() -> None:
+def test_the_socket_listens_on_the_loopback_only() -> None:
     """Every other address of this machine is refused."""
     with listen(0) as listening:
         assert listening.getsockname()[0] == "127.0.0.1"
@@ -49,7 +49,7 @@ def test_the_socket_hears_the_loopback_alone() -> None:
 
 
 def test_a_closed_page_ends_its_search(run_page: Run) -> None:
-    """Eight steps of half a second are given up soon after the reader has gone."""
+    """Eight steps of half a second are interrupted soon after the reader has gone."""
     running = run_page(FadingSearcher(pause=0.5), Reader(SIZE, lambda: Known(1)))
     with running.client() as client:
         photo = client.post("/photo", content=photo_bytes()).json()["photo"]
@@ -63,12 +63,12 @@ def test_a_closed_page_ends_its_search(run_page: Run) -> None:
 
 
 def threads() -> set[str]:
-    """The names of what runs in this process."""
+    """The names of this process's threads."""
     return {thread.name for thread in threading.enumerate()}
 
 
-def test_a_decoder_that_dies_is_a_sentence_and_the_next_photo_is_read() -> None:
-    """Photos are decoded in another process, so that a hostile one ends that one alone."""
+def test_a_crash_of_the_decoder_is_one_sentence_and_the_next_photo_is_read() -> None:
+    """Photos are decoded in another process, so a hostile one ends only that process."""
     reader = Reader(SIZE, lambda: Known(1))
     try:
         reader.read(photo_bytes())
@@ -82,7 +82,7 @@ def test_a_decoder_that_dies_is_a_sentence_and_the_next_photo_is_read() -> None:
 
 
 def test_the_command_listens_on_a_free_port_of_this_computer_and_ends_with_ctrl_c() -> None:
-    """It prints the address, answers there, and says that it forgot everything."""
+    """It prints the address, answers there, and reports that it deleted everything."""
     command = [sys.executable, "-m", "fedface.cli", "web"]
     started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -104,7 +104,7 @@ def test_the_command_listens_on_a_free_port_of_this_computer_and_ends_with_ctrl_
 
 
 def listening_at(port: int) -> set[str]:
-    """The IPv4 addresses, in the kernel's hexadecimal, at which something listens at a port; none over IPv6."""
+    """The IPv4 addresses, in the kernel's hexadecimal, that listen on a port; none over IPv6."""
     if not os.path.exists("/proc/net/tcp"):
         return {"0100007F"}
     found = set()
@@ -118,9 +118,7 @@ def listening_at(port: int) -> set[str]:
 
 
 @pytest.mark.parametrize("option", ["--checkpoint", "--detector"])
-def test_a_file_that_is_not_there_ends_the_command_before_the_page_is_served(
-    option: str, tmp_path: Path
-) -> None:
-    """Its name is in the sentence."""
+def test_a_missing_file_ends_the_command_before_the_page_is_served(option: str, tmp_path: Path) -> None:
+    """Its name is in the error."""
     with pytest.raises(FedfaceError, match="nowhere"):
         get_command(app)(["web", option, str(tmp_path / "nowhere")], standalone_mode=False)

@@ -1,7 +1,5 @@
-"""Photos' figures drawn from known distributions, in three tone groups, and what a server reads of them.
-
-For test_private_figures.py and test_private_reading.py: no pictures are needed to know whether an interval keeps its
-word.
+"""Metrics of photos sampled from known distributions in three tone groups, and the server's estimates of them. No
+images are needed to test the coverage of intervals.
 """
 
 from __future__ import annotations
@@ -28,10 +26,12 @@ BETA = {
     "lightness_shift": [(10.0, 10.0), (11.0, 9.0), (12.0, 8.0)],
 }
 FOUND = np.array([0.98, 0.95, 0.8])
-MADE = np.array([[0.9, 0.08, 0.02], [0.15, 0.8, 0.05], [0.05, 0.25, 0.7]])  # rows: original, columns: made
+GENERATED = np.array(
+    [[0.9, 0.08, 0.02], [0.15, 0.8, 0.05], [0.05, 0.25, 0.7]]
+)  # rows: original, columns: made
 
 
-def drawn(count: int, rng: np.random.Generator) -> PhotoMetrics:
+def sampled(count: int, rng: np.random.Generator) -> PhotoMetrics:
     """Photos from the distributions above."""
     group = rng.choice(3, size=count, p=FREQUENT)
     values = {}
@@ -41,20 +41,22 @@ def drawn(count: int, rng: np.random.Generator) -> PhotoMetrics:
         values[name] = torch.from_numpy(low + (high - low) * rng.beta(a, b))
     return PhotoMetrics(
         group=torch.from_numpy(group),
-        output_group=torch.from_numpy((rng.random(count)[:, None] > MADE.cumsum(1)[group]).sum(1).clip(0, 2)),
+        output_group=torch.from_numpy(
+            (rng.random(count)[:, None] > GENERATED.cumsum(1)[group]).sum(1).clip(0, 2)
+        ),
         detected=torch.from_numpy(rng.random(count) < FOUND[group]),
         **values,
     )
 
 
 def truths() -> dict[tuple[str, str], float]:
-    """What the figures of endless photos would be, by group and measure."""
+    """The expected metrics of infinitely many photos, by group and metric."""
     by_group = {
         name: np.array([low + (high - low) * a / (a + b) for a, b in shapes])
         for name, shapes in BETA.items()
         for low, high in [CONFIG.range_of(name)]
     }
-    by_group |= {"detected": FOUND, "same_group": MADE.diagonal()}
+    by_group |= {"detected": FOUND, "same_group": GENERATED.diagonal()}
     known = {
         (group, name): value
         for name, values in by_group.items()
@@ -74,7 +76,7 @@ def read(
 
 
 def release(photos: PhotoMetrics, sigma: float, devices: int, rng: np.random.Generator) -> DPMetricEstimates:
-    """What the server reads after `devices` devices added their noise, replayable because nobody is promised it."""
+    """The server's estimates after `devices` devices added their noise; reproducible: nothing is private here."""
     noise = sigma * CLIP * math.sqrt(devices) * rng.standard_normal(CONFIG.width)
     return read(total_of(photos) + torch.from_numpy(noise), sigma=sigma, devices=devices)
 
@@ -84,12 +86,12 @@ def members(photos: PhotoMetrics, chosen: Tensor) -> PhotoMetrics:
 
 
 def even(each: int = 100, **values: float) -> PhotoMetrics:
-    """As many photos in each group, all alike and well served but for the given values."""
+    """Equally many photos in each group, all served equally well except for the given values."""
     group = torch.arange(3).repeat_interleave(each)
-    made = {"consistency_error": 0.001, "skin_difference": 4.0, "lightness_shift": 0.0, **values}
+    generated = {"consistency_error": 0.001, "skin_difference": 4.0, "lightness_shift": 0.0, **values}
     return PhotoMetrics(
         group=group,
         output_group=group,
         detected=torch.ones(3 * each, dtype=torch.bool),
-        **{name: torch.full((3 * each,), value) for name, value in made.items()},
+        **{name: torch.full((3 * each,), value) for name, value in generated.items()},
     )

@@ -1,7 +1,6 @@
-"""The networks once more, in NumPy and float64, image by image and channel by channel: slow and obvious.
-
-Written from the equations (arXiv:1912.04958, 2006.06676, 1812.04948), reading a module's state dict by name. The
-resnet generator, the skip discriminator, classes and clamps have no reference vectors here: they are held to this.
+"""Reference implementations of the networks in NumPy and float64, image by image and channel by channel. Written from
+the equations (arXiv:1912.04958, 2006.06676, 1812.04948), with weights by name from a module's state dict. The resnet
+generator, the skip discriminator, classes and clamps have no published reference vectors and are compared with this.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ FILTER = np.outer(ROW, ROW)
 
 
 class State:
-    """A state dict in float64; `state.at("b8.")` reads names behind that prefix."""
+    """A state dict in float64; `state.at("b8.")` reads names after that prefix."""
 
     def __init__(self, values: Mapping[str, Array], prefix: str = "") -> None:
         self.values, self.prefix = values, prefix
@@ -35,7 +34,7 @@ class State:
 
 
 def state_of(module: nn.Module) -> State:
-    """What a module would save."""
+    """A module's state dict."""
     return State({name: value.double().numpy() for name, value in module.state_dict().items()})
 
 
@@ -53,7 +52,7 @@ def dense(x: Array, state: State, rate: float = 1.0) -> Array:
 
 
 def mapping(state: State, latent: Array | None, label: Array | None) -> Array:
-    """One latent (z,) and one label (classes,), either may be missing -> (v,)."""
+    """One latent (z,) and one label (classes,), either may be None -> (v,)."""
     parts = [] if latent is None else [normalised(latent)]
     if label is not None:
         parts.append(normalised(dense(label, state.at("embed."))))
@@ -154,7 +153,7 @@ def judged(x: Array, state: State, *, clamp: float | None, gain: float = 1.0, do
 
 
 def spread(batch: list[Array], group: int, shares: int) -> list[Array]:
-    """For each picture (c, h, w) the figures (shares,) of its group; picture i is in group i mod (n / group)."""
+    """For each image (c, h, w) the statistics (shares,) of its group; image i is in group i mod (n / group)."""
     count, size = len(batch), min(group, len(batch))
     found = []
     for i in range(count):
@@ -174,7 +173,7 @@ def discriminator(
     group: int,
     shares: int,
 ) -> Array:
-    """Pictures (n, 3, s, s) in [-1, 1] -> logits (n,)."""
+    """Images (n, 3, s, s) in [-1, 1] -> logits (n,)."""
     last = []
     for picture in pictures:
         seen, x, side = picture, None, picture.shape[-1]
@@ -193,10 +192,10 @@ def discriminator(
             x = x + judged(seen, state.at("b4.fromrgb."), clamp=None)
         last.append(x)
     if group:
-        figures = spread(last, group, shares)
+        metrics = spread(last, group, shares)
         last = [
             np.concatenate([x, np.ones((shares, 4, 4)) * own[:, None, None]])
-            for x, own in zip(last, figures, strict=True)
+            for x, own in zip(last, metrics, strict=True)
         ]
     logits = []
     for i, x in enumerate(last):
