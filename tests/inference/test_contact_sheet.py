@@ -243,7 +243,7 @@ def test_a_photo_that_cannot_be_used_costs_itself_alone(tmp_path: Path) -> None:
     (photos / "raw.CR3").write_bytes(b"\0\0\0\x18ftypcrx \0\0\0\1crx isom" + bytes(100))
     pictures, _ = images_in(photos)
     place = SheetFolder(tmp_path / "out", photos, {"seed": 0}).place
-    results = dict(run_pipeline(pictures, place, WANTED, painters(), FailsOnGrey, None, Silent()))
+    results = dict(run_pipeline(pictures, place, SETTINGS, painters(), FailsOnGrey, None, Silent()))
     reasons = {path.name: one.reason for path, one in results.items() if isinstance(one, SkippedPhoto)}
     assert len(results) == 6 and set(reasons) == {"0.png", "raw.CR3", "broken.jpg", "empty.png"}
     assert reasons["0.png"].startswith("only 40 x 1 pixels")

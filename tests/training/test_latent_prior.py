@@ -203,7 +203,7 @@ def cancelling() -> LatentEncoder:
 
 
 def test_a_photos_latent_is_bit_identical_in_any_batch() -> None:
-    """Also if an encoder amplifies rounding, which in a batch depends on its size: the clip norm must bound one photo."""
+    """Also if an encoder amplifies rounding, which depends on the batch size: the clip norm must bound one photo."""
     hostile, recipe = cancelling(), config()
     seen: list[Latents] = []
     hostile.register_forward_hook(lambda module, images, latents: seen.append(latents))

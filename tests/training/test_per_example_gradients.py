@@ -417,7 +417,7 @@ def test_a_photos_gradient_is_bit_identical_in_any_microbatch(name: str) -> None
 
 
 class Amplifier(nn.Module):
-    """A hostile discriminator that amplifies the rounding of a product that cancels into arbitrarily large gradients."""
+    """A hostile discriminator that amplifies the rounding of a product that cancels into arbitrary gradients."""
 
     def __init__(self) -> None:
         super().__init__()

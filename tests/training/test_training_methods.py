@@ -78,7 +78,7 @@ def test_faces_stored_as_bytes_give_the_same_update(tmp_path: Path, way: str) ->
 
 @each_way
 def test_device_and_server_prepare_the_same_round_from_the_task(tmp_path: Path, way: str) -> None:
-    """Two preparations from equal weights and seeds apply one update to equal models: adapters are derived, not sent."""
+    """Two preparations from equal weights and seeds apply one update equally: adapters are derived, not sent."""
     experiment = tiny_way(tmp_path, way, {"privacy": "{kind: no-privacy}"})
     _, device = begun(experiment)
     _, server = begun(experiment)
