@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_line import Said, caller
+from command_line import Result, caller
 from png_files import write_png
 from tiny import first_device, tiny_experiment, tiny_file, tiny_gan, train_task
 
