@@ -270,7 +270,7 @@ def test_a_folder_of_small_faces_becomes_sheets_and_a_record(fedface, tmp_path: 
     assert fedface(*words).code == 0 and Path("sheets/0.png.png").stat().st_mtime_ns == generated
     assert "other photos or settings" in sentence(fedface(*words, "--seed", "1"))
     before = Path("in/0.png").read_bytes()
-    assert "is not overwritten" in sentence(fedface("upsample", "in/0.png", "--out", "in/0.png"))
+    assert "will not be replaced" in sentence(fedface("upsample", "in/0.png", "--out", "in/0.png"))
     assert Path("in/0.png").read_bytes() == before
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from command_line import caller
 from png_files import write_png
-from tiny import begun, first_device, tiny_experiment, tiny_file, tiny_gan, train_task
+from tiny import first_device, started, tiny_experiment, tiny_file, tiny_gan, train_task
 
 from fedface.coordinator.rounds import SilentProgress, run_rounds
 from fedface.coordinator.run_state import RunState, weights_path
@@ -161,7 +161,7 @@ def test_a_base_counts_from_the_files_own_folder(tmp_path: Path, monkeypatch: py
 def test_a_round_that_was_cut_is_asked_again(tmp_path: Path) -> None:
     """Cut anywhere, or emptied: as if its file had been deleted."""
     experiment = tiny_experiment(tmp_path, {"privacy": "{kind: no-privacy}"})
-    folder = begun(experiment, tmp_path / "run")
+    folder = started(experiment, tmp_path / "run")
     cohort = in_process_cohort(experiment, devices_folder(folder))
     plan = experiment.plan()
     state = run_rounds(experiment, plan, cohort, RunState.read(folder), None, SilentProgress())
