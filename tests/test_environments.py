@@ -127,18 +127,18 @@ def test_impossible_scalars_are_said_with_their_line(fedface, tmp_path: Path, sc
         lines = [line for line in original.splitlines() if not line.startswith(f"{key}:")]
         path.write_text("\n".join([*lines, f"{key}: {scalar}"]))
         for command in ("plan", "compare"):
-            said = fedface(command, "tiny.yaml")
-            assert said.code == 2 and "tiny.yaml" in said.err and "Traceback" not in said.err
+            result = fedface(command, "tiny.yaml")
+            assert result.code == 2 and "tiny.yaml" in result.err and "Traceback" not in result.err
             if key in ("seed", "devices") or (key == "holdout" and command == "plan"):
-                assert f"tiny.yaml:{len(lines) + 1}: {key}" in said.err
+                assert f"tiny.yaml:{len(lines) + 1}: {key}" in result.err
     policy = (
         (ROOT / "clients/policy.example.yaml")
         .read_text()
         .replace("# expires: 2027-12-31", f"expires: {scalar}")
     )
     Path("policy.yaml").write_text(policy)
-    said = fedface("policy", "check", "policy.yaml").sentence
-    assert said.startswith(f"policy.yaml:{len(policy.splitlines())}: expires: ")
+    result = fedface("policy", "check", "policy.yaml").sentence
+    assert result.startswith(f"policy.yaml:{len(policy.splitlines())}: expires: ")
 
 
 def test_a_base_counts_from_the_files_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,21 +175,21 @@ def test_a_round_that_was_cut_is_asked_again(tmp_path: Path) -> None:
 
 def test_a_typo_beside_all_is_said(fedface) -> None:  # type: ignore[no-untyped-def]
     write_png(Path("a.png"), np.full((8, 8, 3), 90, dtype=np.uint8))
-    said = fedface("upsample", "a.png", "--method", "all", "--method", "pulze").sentence
-    assert 'got pulze; did you mean "pulse"?' in said
+    result = fedface("upsample", "a.png", "--method", "all", "--method", "pulze").sentence
+    assert 'got pulze; did you mean "pulse"?' in result
 
 
 def test_plan_relates_the_batch_to_rate_and_library(fedface, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """24 photos at rate 0.5 are 12 a step; a divisor of 64 is warned of, one of 8 is not; and it is not silent."""
     path = str(tiny_file(tmp_path))
-    said = fedface("plan", path)
+    result = fedface("plan", path)
     assert (
-        "trains on 24 photos on average, of which about 12 join a step" in said.out
-        and "warning" not in said.out
+        "trains on 24 photos on average, of which about 12 join a step" in result.out
+        and "warning" not in result.out
     )
-    assert "computing the noise ..." in said.err
-    said = fedface("plan", path, "--set", "training.expected_batch_size=64")
-    assert "set training.expected_batch_size near 12, or training.sampling_rate near 1" in said.out
+    assert "computing the noise ..." in result.err
+    result = fedface("plan", path, "--set", "training.expected_batch_size=64")
+    assert "set training.expected_batch_size near 12, or training.sampling_rate near 1" in result.out
 
 
 def test_a_ledger_on_a_read_only_disk_is_read_and_not_written(
@@ -216,8 +216,8 @@ def test_a_ledger_on_a_read_only_disk_is_read_and_not_written(
         monkeypatch.setattr(os, name, refuse)
     for words in (("ledger", "show", ledger), ("ledger", "verify", ledger), ("ledger", "export", ledger),
                   ("ledger", "show", "device.yaml"), ("device", "log", "device.yaml")):  # fmt: skip
-        said = fedface(*words)
-        assert said.code == 0, said.err
+        result = fedface(*words)
+        assert result.code == 0, result.err
     with pytest.raises(LedgerError):
         handle_task(train_task(experiment, tiny_gan(), round=2), device)
     monkeypatch.undo()
@@ -230,8 +230,8 @@ def test_names_that_are_no_utf8_stay_apart_in_the_record_of_sheets(fedface, tmp_
     photos.mkdir()
     for name in (b"\xff.png", b"\\xff.png"):
         write_png(photos / os.fsdecode(name), np.full((8, 8, 3), 90, dtype=np.uint8))
-    said = fedface("upsample", "photos", "--method", "nearest", "--out", "sheets")
-    assert said.code == 0 and "2 photos, 2 sheets" in said.out, said.err
+    result = fedface("upsample", "photos", "--method", "nearest", "--out", "sheets")
+    assert result.code == 0 and "2 photos, 2 sheets" in result.out, result.err
     assert (
         "2 of 2 photos already have their sheets"
         in fedface("upsample", "photos", "--method", "nearest", "--out", "sheets").out

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import Said, caller
+from command_line import Result, caller
 from png_files import write_png
 from tiny import tiny_file, tiny_gan
 
@@ -25,10 +25,10 @@ def fedface(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     return caller(monkeypatch, capsys)
 
 
-def refused(said: Said) -> str:
+def refused(result: Result) -> str:
     """The one sentence of a refusal."""
-    assert said.code == 2 and "Traceback" not in said.err, (said.code, said.out, said.err)
-    return [line for line in said.err.splitlines() if line.startswith("fedface: ")][0]
+    assert result.code == 2 and "Traceback" not in result.err, (result.code, result.out, result.err)
+    return [line for line in result.err.splitlines() if line.startswith("fedface: ")][0]
 
 
 FILES = [
@@ -60,8 +60,8 @@ def test_a_foreign_file_is_left_as_it_is(fedface, tmp_path: Path, words: str) ->
         Path("mine.png").write_bytes(content)
         if b"fedface picture" in content and ("synthesize" in words or "sample" in words or "sheet" in words):
             continue  # the mark itself: nobody else writes it
-        said = refused(fedface(*words.replace("FILE", "mine.png").split()))
-        assert "mine.png: exists" in said
+        result = refused(fedface(*words.replace("FILE", "mine.png").split()))
+        assert "mine.png: exists" in result
         assert Path("mine.png").read_bytes() == content
 
 

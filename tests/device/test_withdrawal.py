@@ -19,7 +19,6 @@ from fedface.device.state import (
     export,
     known_runs,
     state_of_device,
-    write_new,
 )
 from fedface.device.withdrawal import erase, files_to_erase, withdraw, withdrawal_impact
 from fedface.errors import ConfigError, LedgerError
@@ -147,14 +146,6 @@ def test_an_export_has_every_record_the_head_and_the_cost(home: Path) -> None:
     assert exported["spent"] == {
         "lower": bounds.lower, "estimate": bounds.estimate, "upper": bounds.upper, "delta": 1e-6, "unit": "photo"
     }  # fmt: skip
-
-
-def test_a_private_file_never_overwrites_another(tmp_path: Path) -> None:
-    write_new(tmp_path / "a.json", "1")
-    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o600
-    with pytest.raises(ConfigError, match="not overwritten"):
-        write_new(tmp_path / "a.json", "2")
-    assert (tmp_path / "a.json").read_text() == "1"
 
 
 def test_the_impact_lists_recorded_updates_and_evaluations(home: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from png_files import write_png
 
 from fedface.errors import LibraryError
 from fedface.photos.detection_rates import (
@@ -29,7 +30,7 @@ from fedface.photos.face_alignment import (
     landmarks_in_crop,
     usable,
 )
-from fedface.photos.image_io import read_photo, write_png
+from fedface.photos.image_io import read_photo
 from fedface.photos.labelled_faces import COORDINATES
 
 UPRIGHT = np.array([[140.0, 150.0], [180.0, 150.0], [160.0, 172.0], [145.0, 195.0], [175.0, 195.0]])

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from png_files import write_png
 
 from fedface.errors import LibraryError
 from fedface.photos.detectors import EmbeddedDetector
 from fedface.photos.face_alignment import Detector, Face
 from fedface.photos.face_crops import LONGEST_SIDE, FaceCrop, face_crops, whole_image
-from fedface.photos.image_io import read_photo, write_png
+from fedface.photos.image_io import read_photo
 
 
 class Blind:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fedface.errors import PrivacyError
-from fedface.models.latent_encoder import LatentEncoder, LatentEncoderConfig, on_sphere
+from fedface.models.latent_encoder import LatentEncoder, LatentEncoderConfig
 from fedface.models.model import EncoderArchitecture, build_model
 from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
+from fedface.models.stylegan_layers import unit_mean_square
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.privacy.plan import DPParameters
@@ -99,7 +100,7 @@ def spread_latents(count: int) -> Latents:
     z[:, 0] += 1.5
     z[:, 1] *= 0.3
     z[:, 3] = 0.8 * z[:, 2] + 0.6 * z[:, 3]
-    return on_sphere(z)
+    return unit_mean_square(z)
 
 
 def fitted_moments(
@@ -310,7 +311,7 @@ def test_a_prior_can_be_fitted_again() -> None:
 
 def test_variances_stay_within_their_bounds() -> None:
     """Equal photos do not give a generator of one face."""
-    same = on_sphere(torch.randn(1, WIDTH, generator=STREAMS.generator("one"))).expand(5000, -1)
+    same = unit_mean_square(torch.randn(1, WIDTH, generator=STREAMS.generator("one"))).expand(5000, -1)
     for second in ("diagonal", "full"):
         recipe = config(second)
         _, covariance = fitted_moments(clean_total(same, recipe), 1, recipe, dp_parameters(recipe))
