@@ -94,7 +94,7 @@ class PowerOfTwo:
 
 def checked(cls: type[T]) -> type[T]:
     """Class decorator, below `@dataclass`: check `Annotated` ranges and `Literal` choices before `__post_init__`."""
-    after: Callable[[T], None] | None = cls.__dict__.get("__post_init__")
+    after: Callable[[T], None] | None = getattr(cls, "__post_init__", None)
 
     def __post_init__(self: T) -> None:
         for name, hint in _constrained_fields(cls):  # type: ignore[arg-type]  # every class is hashable

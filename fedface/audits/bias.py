@@ -11,8 +11,8 @@ divergences from uniform; Sharma, Wu & Dalal (2005) for dE00.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, assert_never
 
 import numpy as np
 import torch
@@ -130,6 +130,31 @@ class Metric:
     kind: Literal["cost", "rate", "shift"]  # worse is: more, less, further from zero
     digits: int  # after the point, in sentences
 
+    def cost(self, value: Interval) -> Interval:
+        """How badly a group is served, larger is worse: a cost itself, a rate's negative, a shift's size."""
+        match self.kind:
+            case "cost":
+                return value
+            case "rate":
+                return replace(value, estimate=-value.estimate, low=-value.high, high=-value.low)
+            case "shift":
+                low, high = sorted((abs(value.low), abs(value.high)))
+                return replace(
+                    value, estimate=abs(value.estimate), low=0.0 if value.covers_zero else low, high=high
+                )
+            case _:
+                assert_never(self.kind)
+
+    def format(self, value: Interval) -> str:
+        """The estimate with its unit and interval, such as "3.1 dE00 [2.7, 3.4]"."""
+        low, high = (f"{end:z.{self.digits}f}" for end in (value.low, value.high))
+        amount = f"{value.estimate:z.{self.digits}f} {self.unit}".rstrip()
+        return f"{amount} [{low}, {high}]"
+
+    def shows(self, gap: Gap) -> bool:
+        """Whether a gap excludes zero, and does not round to it at the digits shown."""
+        return gap.clear and round(abs(gap.difference.estimate), self.digits) > 0
+
 
 METRICS: dict[str, Metric] = {
     "consistency_error": Metric("consistency error to the photo (mean squared difference)", "", "cost", 4),
@@ -148,9 +173,8 @@ METRICS: dict[str, Metric] = {
 class GroupMetrics:
     """How one group is served, by every metric of `METRICS`; a photo's faces are averaged first."""
 
-    consistency_error: (
-        Interval  # mean squared difference after the downscale; a face that was not found counts as 1
-    )
+    # Mean squared difference after the downscale; a face that was not found counts as 1.
+    consistency_error: Interval
     converged: Interval  # share of faces within the search's tolerance
     skin_difference: Interval  # CIEDE2000 between the skin of the generated face and of the original
     face_difference: Interval  # mean CIEDE2000 of 8 x 8 area means of the two faces
@@ -167,7 +191,7 @@ class GroupMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class BiasReport:
-    """The result of `measure_bias`; plain and finite, so that reports write it to JSON as it is."""
+    """The result of `measure_bias`; all numbers are finite."""
 
     photos: int
     faces_per_photo: int
@@ -177,9 +201,8 @@ class BiasReport:
     gaps: dict[str, Gap]  # by measure; empty where no two groups can be compared
     tone_bins: FairnessMetrics  # over the bins of TONE_BINS, original against generated
     halves: FairnessMetrics  # over the two halves of the Monk scale
-    darker_change: (
-        Interval  # share of darker faces, generated minus original; its size is the SPE of the halves
-    )
+    # Share of darker faces, generated minus original; its size is the SPE of the halves.
+    darker_change: Interval
 
     @property
     def unmeasured(self) -> dict[str, int]:
@@ -191,7 +214,7 @@ class BiasReport:
 
         A gap that rounds to zero at the digits shown is omitted, however certain it is.
         """
-        clear = [name for name, gap in self.gaps.items() if gap.clear and self._shows(gap, name)]
+        clear = [name for name, gap in self.gaps.items() if METRICS[name].shows(gap)]
         texts = [self._gap_sentence(name) for name in clear]
         if not self.gaps:
             texts.append("No two groups have enough photos to be compared.")
@@ -220,26 +243,17 @@ class BiasReport:
         return texts
 
     def _gap_sentence(self, name: str) -> str:
-        gap, measure = self.gaps[name], METRICS[name]
+        gap, metric = self.gaps[name], METRICS[name]
         worst, best = self.groups[gap.worst][name], self.groups[gap.best][name]
         direction = ""
-        if measure.kind == "shift":
+        if metric.kind == "shift":
             lighter = (worst.estimate > 0) != (name == "monk_shift")
             direction = ", lighter than the originals" if lighter else ", darker than the originals"
         return (
-            f"{gap.worst} is served worse: {measure.title} {self._text(worst, name)} ({worst.count} photos)"
-            f"{direction}, against {self._text(best, name)} for {gap.best} ({best.count} photos); "
-            f"gap {self._text(gap.difference, name)}."
+            f"{gap.worst} is served worse: {metric.title} {metric.format(worst)} ({worst.count} photos)"
+            f"{direction}, against {metric.format(best)} for {gap.best} ({best.count} photos); "
+            f"gap {metric.format(gap.difference)}."
         )
-
-    def _text(self, figure: Interval, name: str) -> str:
-        digits = METRICS[name].digits
-        low, high = (f"{end:z.{digits}f}" for end in (figure.low, figure.high))
-        amount = f"{figure.estimate:z.{digits}f} {METRICS[name].unit}".rstrip()
-        return f"{amount} [{low}, {high}]"
-
-    def _shows(self, gap: Gap, name: str) -> bool:
-        return round(abs(gap.difference.estimate), METRICS[name].digits) > 0
 
     def _smallest_visible(self) -> float:
         difference = self.gaps["lightness_shift"].difference
@@ -282,7 +296,7 @@ def measure_bias(
         expected: Groups that the report must mention even without a photo.
 
     Returns:
-        Every measure by group with intervals, the gaps, and RDP, PR and SPE by tone.
+        Every metric by group with intervals, the gaps, and RDP, PR and SPE by tone.
 
     Raises:
         ValueError: Shapes or counts do not agree, or there are fewer than two photos.
@@ -290,45 +304,45 @@ def measure_bias(
     n, f = upsampled.photos, upsampled.faces_per_photo
     if n < 2 or f < 1:
         raise ValueError(f"upsampled must hold at least two photos with a face each, got {n} with {f}")
-    wanted = (n, *upsampled.images.shape[2:])
-    if truth.shape != wanted:
-        raise ValueError(f"truth must have shape {wanted}, got {tuple(truth.shape)}")
+    expected_shape = (n, *upsampled.images.shape[2:])
+    if truth.shape != expected_shape:
+        raise ValueError(f"truth must have shape {expected_shape}, got {tuple(truth.shape)}")
     if len(groups) != n:
         raise ValueError(f"groups must name {n} photos, got {len(groups)}")
-    made_images = upsampled.images.flatten(0, 1)
+    images = upsampled.images.flatten(0, 1)
     once = measure_tone(truth) if true_tone is None else true_tone
     if len(once.monk) != n:
         raise ValueError(f"true_tone must hold {n} readings, got {len(once.monk)}")
     true = ToneReading(*(part.repeat_interleave(f, dim=0) for part in (once.lab, once.ita, once.monk)))
-    made = measure_tone(made_images)
-    true_bins, made_bins = tone_bin(true.ita), tone_bin(made.ita)
-    true_halves, made_halves = _half(true), _half(made)
-    coarse = delta_e(_coarse_lab(made_images), _coarse_lab(truth).repeat_interleave(f, dim=0)).mean(dim=1)
+    output = measure_tone(images)
+    true_bins, output_bins = tone_bin(true.ita), tone_bin(output.ita)
+    true_halves, output_halves = _half(true), _half(output)
+    coarse = delta_e(_coarse_lab(images), _coarse_lab(truth).repeat_interleave(f, dim=0)).mean(dim=1)
     values = {
         "consistency_error": _per_photo(
             torch.nan_to_num(upsampled.consistency_error.double(), nan=1.0, posinf=1.0).flatten(), f
         ),
         "converged": _per_photo(upsampled.converged.flatten(), f),
-        "skin_difference": _per_photo(delta_e(made.lab, true.lab), f),
+        "skin_difference": _per_photo(delta_e(output.lab, true.lab), f),
         "face_difference": _per_photo(coarse, f),
-        "lightness_shift": _per_photo(made.lab[:, 0] - true.lab[:, 0], f),
-        "ita_shift": _per_photo((made.ita - true.ita + 180) % 360 - 180, f),
-        "monk_shift": _per_photo(made.monk - true.monk, f),
-        "same_tone_bin": _per_photo([a == b for a, b in zip(true_bins, made_bins, strict=True)], f),
-        "same_half": _per_photo([a == b for a, b in zip(true_halves, made_halves, strict=True)], f),
+        "lightness_shift": _per_photo(output.lab[:, 0] - true.lab[:, 0], f),
+        "ita_shift": _per_photo((output.ita - true.ita + 180) % 360 - 180, f),
+        "monk_shift": _per_photo(output.monk - true.monk, f),
+        "same_tone_bin": _per_photo([a == b for a, b in zip(true_bins, output_bins, strict=True)], f),
+        "same_half": _per_photo([a == b for a, b in zip(true_halves, output_halves, strict=True)], f),
     }
     sizes = {name: sum(group == name for group in groups) for name in dict.fromkeys([*expected, *groups])}
     measured = [name for name, size in sizes.items() if size >= 2]
-    tables = {measure: _disaggregated(values[measure], groups, measure, rng) for measure in METRICS}
+    tables = {measure: _by_group(values[measure], groups, measure, rng) for measure in METRICS}
     gaps = {}
     for measure, table in tables.items():
-        badness = {name: _badness(table[name].estimate, measure) for name in measured}
-        rate = METRICS[measure].kind == "rate"
-        gap = gap_between(values[measure], groups, badness, rng, rate=rate)
+        metric = METRICS[measure]
+        cost = {name: metric.cost(table[name]).estimate for name in measured}
+        gap = gap_between(values[measure], groups, cost, rng, rate=metric.kind == "rate")
         if gap is not None:
             gaps[measure] = gap
-    everyone = {m: _disaggregated(values[m], ["all"] * n, m, rng)["all"] for m in METRICS}
-    darker = (made.monk >= DARKER_FROM).double() - (true.monk >= DARKER_FROM).double()
+    everyone = {m: _by_group(values[m], ["all"] * n, m, rng)["all"] for m in METRICS}
+    darker = (output.monk >= DARKER_FROM).double() - (true.monk >= DARKER_FROM).double()
     return BiasReport(
         photos=n,
         faces_per_photo=f,
@@ -336,28 +350,18 @@ def measure_bias(
         groups={name: GroupMetrics(**{m: tables[m][name] for m in METRICS}) for name in measured},
         counts=sizes,
         gaps=gaps,
-        tone_bins=fairness_metrics(confusion(true_bins, made_bins, BINS), BINS),
-        halves=fairness_metrics(confusion(true_halves, made_halves, HALVES), HALVES),
+        tone_bins=fairness_metrics(confusion(true_bins, output_bins, BINS), BINS),
+        halves=fairness_metrics(confusion(true_halves, output_halves, HALVES), HALVES),
         darker_change=mean_interval(_per_photo(darker, f), rng),
     )
 
 
-def _disaggregated(
+def _by_group(
     values: np.ndarray, groups: Sequence[str], measure: str, rng: np.random.Generator
 ) -> dict[str, Interval]:
     rate = METRICS[measure].kind == "rate"
     found = rates_by_group(values, groups) if rate else metrics_by_group(values, groups, rng)
     return {name: value for name, value in found.items() if isinstance(value, Interval)}
-
-
-def _badness(estimate: float, measure: str) -> float:
-    match METRICS[measure].kind:
-        case "cost":
-            return estimate
-        case "rate":
-            return -estimate
-        case _:
-            return abs(estimate)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,14 +20,11 @@ from scipy import stats
 from fedface.audits.dp_metrics import RANGED_METRICS, DecodedSums, LocalMetricsConfig, decode_sums
 from fedface.audits.dp_ratio_estimates import (
     DP_METRICS,
-    LEVEL,
     DPRatioEstimate,
-    cost,
-    describe,
     difference_between,
     level_for,
 )
-from fedface.audits.group_metrics import Gap
+from fedface.audits.group_metrics import LEVEL, Gap
 from fedface.errors import AggregationError
 from fedface.measurements import Interval, NotMeasured
 from fedface.tensor_types import Vector
@@ -74,9 +71,8 @@ class DPMetricEstimates:
     groups: dict[str, GroupEstimates | NotMeasured]  # lightest first
     shares: dict[str, ToneShares]  # of the reported groups
     gaps: dict[str, Gap]  # by metric; empty where fewer than two groups are reported
-    hidden: dict[
-        str, tuple[float, float]
-    ]  # by metric: the smallest visible gap; what the noise alone hides of it
+    # By metric: the smallest visible gap; what the noise alone hides of it.
+    hidden: dict[str, tuple[float, float]]
 
     @property
     def reported(self) -> dict[str, GroupEstimates]:
@@ -89,20 +85,20 @@ class DPMetricEstimates:
     def headline(self) -> str:
         """One sentence: the first clear gap in a fixed order of metrics, or what the noise hides."""
         start = "On the devices' own photos"
-        reported = self.reported
-        for metric in (*HEADLINE_METRICS, *self.gaps):
-            gap = self.gaps.get(metric)
-            if gap is not None and gap.clear and self._shows(metric):
-                worst, best = (reported[name].estimate(metric) for name in (gap.worst, gap.best))
+        for name in (*HEADLINE_METRICS, *self.gaps):
+            gap, metric = self.gaps.get(name), DP_METRICS[name]
+            if gap is not None and metric.shows(gap):
+                worst, best = (self.reported[group].estimate(name) for group in (gap.worst, gap.best))
                 return (
-                    f"{start}, {gap.worst} is served worse than {gap.best}: {DP_METRICS[metric].title} "
-                    f"{describe(worst, metric)} against {describe(best, metric)}, including the noise."
+                    f"{start}, {gap.worst} is served worse than {gap.best}: {metric.title} "
+                    f"{metric.format(worst)} against {metric.format(best)}, including the noise."
                 )
-        for metric in HEADLINE_METRICS:
-            if metric in self.hidden:
-                width = f"{self.hidden[metric][0]:.{DP_METRICS[metric].digits}f} {DP_METRICS[metric].unit}".rstrip()
+        for name in HEADLINE_METRICS:
+            if name in self.hidden:
+                metric = DP_METRICS[name]
+                width = f"{self.hidden[name][0]:.{metric.digits}f} {metric.unit}".rstrip()
                 return (
-                    f"{start}, no group is shown to be served worse; a gap in {DP_METRICS[metric].title} below {width} "
+                    f"{start}, no group is shown to be served worse; a gap in {metric.title} below {width} "
                     "would be hidden by the noise and the number of photos."
                 )
         return (
@@ -112,7 +108,7 @@ class DPMetricEstimates:
 
     def sentences(self) -> list[str]:
         """The findings in words, clear gaps first; always ends with the limits of these metrics."""
-        clear = [name for name, gap in self.gaps.items() if gap.clear and self._shows(name)]
+        clear = [name for name, gap in self.gaps.items() if DP_METRICS[name].shows(gap)]
         texts = [self._gap_sentence(name) for name in clear]
         if not self.gaps:
             texts.append("No two groups have enough units to be compared under this noise.")
@@ -142,36 +138,34 @@ class DPMetricEstimates:
         return texts
 
     def _gap_sentence(self, name: str) -> str:
-        gap, kind = self.gaps[name], DP_METRICS[name].kind
+        gap, metric = self.gaps[name], DP_METRICS[name]
         worst, best = (self.reported[group].estimate(name) for group in (gap.worst, gap.best))
         direction = ""
-        if kind == "shift":
+        if metric.kind == "shift":
             direction = f", {'lighter' if worst.estimate > 0 else 'darker'} than the originals"
         return (
-            f"{gap.worst} is served worse: {DP_METRICS[name].title} {describe(worst, name)} (about {worst.count} units)"
-            f"{direction}, against {describe(best, name)} for {gap.best} (about {best.count} units); "
-            f"gap {describe(gap.difference, name)}."
+            f"{gap.worst} is served worse: {metric.title} {metric.format(worst)} (about {worst.count} units)"
+            f"{direction}, against {metric.format(best)} for {gap.best} (about {best.count} units); "
+            f"gap {metric.format(gap.difference)}."
         )
 
     def _hidden_sentence(self, name: str) -> str:
-        if DP_METRICS[name].kind == "rate" and self.hidden[name][0] >= 1:
-            return f"{DP_METRICS[name].title}, any difference"
-        whole, noise = (f"{width:.{DP_METRICS[name].digits}f}" for width in self.hidden[name])
-        unit = f" {DP_METRICS[name].unit}".rstrip()
-        return f"{DP_METRICS[name].title}, {whole}{unit} ({noise} due to the noise alone)"
-
-    def _shows(self, name: str) -> bool:
-        return round(abs(self.gaps[name].difference.estimate), DP_METRICS[name].digits) > 0
+        metric = DP_METRICS[name]
+        if metric.kind == "rate" and self.hidden[name][0] >= 1:
+            return f"{metric.title}, any difference"
+        whole, noise = (f"{width:.{metric.digits}f}" for width in self.hidden[name])
+        unit = f" {metric.unit}".rstrip()
+        return f"{metric.title}, {whole}{unit} ({noise} due to the noise alone)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Noise:
-    """Standard deviations of the noise in the total, in photos; and the room beyond it that a grid may need."""
+    """Standard deviations of the noise in the total, in photos."""
 
     config: LocalMetricsConfig
     total: float  # of every number of the total, in clip norms
-    room: float
-    most: float = math.inf  # units that there can be, where that is public
+    room: float  # for the errors of quantisation
+    max_count: float = math.inf  # of units, where that is public
 
     def of(self, part: str) -> float:
         return self.total / math.sqrt(getattr(self.config.shares, part))
@@ -211,7 +205,7 @@ def estimate_metrics(
         clip_norm: As on the devices.
         noise_multiplier: sigma; each noise has standard deviation sigma * clip_norm on every number.
         devices: How many devices are in the sum, >= 1.
-        noises: How many noises are in the sum: None for one of each device, 1 where the server adds it. Then a
+        noises: How many noise draws are in the sum: None for one of each device, 1 where the server adds it. Then a
             device is one unit, so that at most `devices` are counted, and fewer than `min_group_size` report nothing.
 
     Raises:
@@ -227,7 +221,7 @@ def estimate_metrics(
         config=config,
         total=noise_multiplier * math.sqrt(devices if noises is None else noises),
         room=1e-3 * devices * config.max_units,
-        most=math.inf if noises is None else devices,
+        max_count=math.inf if noises is None else devices,
     )
     sums = decode_sums(total, config, clip_norm=clip_norm)
     _check_possible(sums, noise)
@@ -282,7 +276,9 @@ def _count(sums: DecodedSums, rows: Sequence[int], noise: _Noise) -> tuple[float
     """How many units' originals are in some groups, with its 95 % interval by noise alone; may be 0."""
     estimate = float(sums.table[list(rows)].sum())
     half = float(stats.norm.ppf((1.0 + LEVEL) / 2.0)) * noise.of_group * math.sqrt(len(rows))
-    estimate, low, high = (min(max(x, 0.0), noise.most) for x in (estimate, estimate - half, estimate + half))
+    estimate, low, high = (
+        min(max(x, 0.0), noise.max_count) for x in (estimate, estimate - half, estimate + half)
+    )
     return estimate, low, high
 
 
@@ -317,7 +313,7 @@ def _group_metrics(sums: DecodedSums, rows: Sequence[int], noise: _Noise) -> Gro
 
 
 def _share(part: float, cells: int, count: float, count_noise: float, noise: _Noise) -> DPRatioEstimate:
-    """What share a part of the table, so many cells of it, has of a larger part that contains it."""
+    """The share that `cells` cells of the table have of a larger part that contains them."""
     cell = noise.of("table") ** 2
     return DPRatioEstimate(
         above=part,
@@ -362,13 +358,13 @@ def _gap(reported: Mapping[str, GroupEstimates], measure: str) -> Gap:
     """The worst against the best served group, with an interval that holds for all pairs of groups at once."""
     level = level_for(_pairs(len(reported)))
     served = {name: group.means[measure].interval(level) for name, group in reported.items()}
-    order = sorted(served, key=lambda name: cost(served[name], measure).estimate)
+    order = sorted(served, key=lambda name: DP_METRICS[measure].cost(served[name]).estimate)
     worst, best = order[-1], order[0]
     return Gap(worst=worst, best=best, difference=difference_between(served[worst], served[best]))
 
 
 def _hidden(reported: Mapping[str, GroupEstimates], gap: Gap, measure: str) -> tuple[float, float]:
-    """Half the width of a gap's interval, and what would be left of it with endless photos."""
+    """Half the width of a gap's interval, and that of the noise alone."""
     level = level_for(_pairs(len(reported)))
     worst, best = (reported[name].means[measure].noise_alone(level) for name in (gap.worst, gap.best))
     noise = difference_between(worst, best)
@@ -378,12 +374,9 @@ def _hidden(reported: Mapping[str, GroupEstimates], gap: Gap, measure: str) -> t
 def minimum_detectable_gap(
     config: LocalMetricsConfig, *, noise_multiplier: float, devices: int, noises: int | None = None
 ) -> dict[str, float]:
-    """What noise will hide, before anything is asked and paid for: the gap between two groups of equal size that
-    would not show, by measure, if every device has `expected_units` units; infinite where no group will be reported.
+    """By metric, the gap between two groups of equal size that the noise will hide; arguments as `estimate_metrics`.
 
-    Args:
-        config: The public recipe.
-        noise_multiplier: As for `estimate_metrics`, like the rest.
+    If every device has `expected_units` units; infinite where no group will be reported.
     """
     if noises is not None and devices < config.min_group_size:
         return dict.fromkeys(DP_METRICS, math.inf)

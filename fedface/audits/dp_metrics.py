@@ -1,26 +1,25 @@
-"""How well a device's own photos are served, as one vector per photo whose length is bounded by construction.
+"""How well a device's own photos are served, as one vector per photo whose L2 norm is bounded by construction.
 
 A device records the release, sums the vectors and adds noise to the sum (for the unit library the server does);
 audits/dp_metric_estimates turns the total of all devices into metrics with intervals. No labels: groups are skin tones
 measured from pixels.
 
-A photo of tone group g whose generated face reads as group h, and whose measure k lies at x_k after its public range
+A photo of tone group g whose generated face reads as group h, and whose metric k lies at x_k after its public range
 is mapped to [-1, 1], adds
 
     v = clip_norm * (sqrt(a_table) e_gh,  sqrt(a_k) x_k e_g,  sqrt(a_k) (1 - x_k^2) e_g for each k),  sum a = 1
 
-* The table of counts (rows: the original, columns: the generated face) is one number more precious than two lists of
-  counts: its row sums count originals, its diagonal says who keeps their tone, and its columns count generated faces.
+* The table of counts (rows: the original, columns: the generated face) gives the counts of originals in its row sums,
+  of generated faces in its column sums, and of faces that keep their tone on its diagonal.
 * x is centred, so that the error of a mean does not grow with the mean's distance from zero.
-* The spread of photos, which an interval must include, costs no noise: x^2 + (1 - x^2)^2 = 1 - x^2 (1 - x^2) <= 1,
-  so the second number rides in the length that the first leaves. Without it a spread could only be bounded by the
-  range (Bhatia & Davis 2000), several times too wide for figures that fill little of theirs. A
-  yes or no is x = 1 or -1 and leaves nothing; its spread follows from its mean.
-* So a photo's squared length lies between 1 - (a quarter of the shares of ranged measures) and 1, in clip norms:
-  clipping changes nothing, and almost none of the length that noise is paid for is wasted.
+* The spread of photos, which an interval must include, costs no noise: x^2 + (1 - x^2)^2 = 1 - x^2 (1 - x^2) <= 1, so
+  that the second number fits into the norm that the first leaves. Without it a spread could only be bounded by the
+  range (Bhatia & Davis 2000), several times too wide. A yes or no is x = 1 or -1, and its spread follows from its mean.
+* So a photo's squared norm lies between 1 - (a quarter of the shares of ranged metrics) and 1, in clip norms: clipping
+  changes nothing.
 
-Noise of standard deviation s lands on a mean of n photos as s / (n sqrt(a_k)) half ranges, and on a count of G
-groups as s sqrt(G / a_table). Few groups and narrow ranges are what makes metrics precise.
+Noise of standard deviation s changes a mean of n photos by s / (n sqrt(a_k)) half ranges, and a count of G groups by
+s sqrt(G / a_table): few groups and narrow ranges make metrics precise.
 Source: Dwork & Roth (2014), Theorem A.1 (Gaussian sums); Bhatia & Davis (2000), Am. Math. Monthly 107.
 """
 
@@ -41,21 +40,16 @@ from fedface.privacy_units import Unit
 from fedface.tensor_types import Images, Vector
 from fedface.validation import In, check, checked
 
-RANGED_METRICS = (
-    "consistency_error",
-    "skin_difference",
-    "lightness_shift",
-)  # measures with a public range, in this order
+RANGED_METRICS = ("consistency_error", "skin_difference", "lightness_shift")  # with a public range
 _WORDS = {2: ("lighter", "darker"), 3: ("light", "medium", "dark")}
 
 
 @dataclass(frozen=True, kw_only=True)
 @checked
 class BudgetShares:
-    """How the squared length of a photo's vector is divided; each in (0, 1), 1 together.
+    """How the squared norm of a photo's vector is divided; each in (0, 1), 1 together.
 
-    An error of 1 / sqrt(a) asks for equal shares of equally wanted measures, and for twice as much for the table,
-    whose counts stand below every mean.
+    Errors are 1 / sqrt(a); the table has more, since its counts are the denominators of all means.
     """
 
     table: Annotated[float, In("(0, 1)")] = 0.4  # counts of originals by generated faces
@@ -73,26 +67,22 @@ class BudgetShares:
 @dataclass(frozen=True, kw_only=True)
 @checked
 class LocalMetricsConfig:
-    """What devices measure and how it is put into numbers; every number is public and the same on all devices.
+    """What devices measure and how it is encoded; every number is public and the same on all devices.
 
-    A value outside its range counts as the range's end, and figures are means of what is left: choose a range
-    that holds nearly all photos, and no wider, since noise grows with it.
+    A value outside its range counts as the range's end: choose a range that holds nearly all photos, and no wider,
+    since noise grows with it.
     """
 
-    tone_upper_bounds: tuple[int, ...] = (
-        3,
-        6,
-        10,
-    )  # the darkest Monk tone of each group, lightest group first
+    tone_upper_bounds: tuple[int, ...] = (3, 6, 10)  # darkest Monk tone of each group, lightest group first
     consistency_error: tuple[float, float] = (0.0, 0.02)  # mean squared difference after the downscale
     skin_difference: tuple[float, float] = (0.0, 25.0)  # dE00 between the skin of generated face and original
     lightness_shift: tuple[float, float] = (-25.0, 25.0)  # generated minus original, L*; positive is lighter
     shares: BudgetShares = field(default_factory=BudgetShares)
     # The least noised count of units that is reported.
     min_group_size: Annotated[int, In(f"[1, {MAX_EXPECTED_BATCH_SIZE}]")] = 20
-    # Of one device, public: the sums of more are cut by quantisation.
+    # Of one device, public: larger sums are clamped by quantisation.
     max_units: Annotated[int, In(f"[1, {MAX_EXPECTED_BATCH_SIZE}]")] = 2000
-    # Of one device, public: for foreseeing what noise will hide.
+    # Of one device, public: for `minimum_detectable_gap`.
     expected_units: Annotated[int, In(f"[1, {MAX_EXPECTED_BATCH_SIZE}]")] = 200
 
     def __post_init__(self) -> None:
@@ -107,7 +97,7 @@ class LocalMetricsConfig:
                 raise ValueError(f"{name} must be two rising finite numbers, got {list(ends)}")
 
     def for_unit(self, unit: Unit) -> LocalMetricsConfig:
-        """The same where a promise covers this: of libraries a device has exactly one."""
+        """The same under this privacy unit: of libraries a device has exactly one."""
         return replace(self, max_units=1, expected_units=1) if unit == "library" else self
 
     @property
@@ -123,19 +113,19 @@ class LocalMetricsConfig:
 
     @property
     def width(self) -> int:
-        """d, how many numbers a photo's vector has."""
+        """d, the length of a photo's vector."""
         g = len(self.tone_upper_bounds)
         return g * g + (2 * len(RANGED_METRICS) + 1) * g
 
     def range_of(self, measure: str) -> tuple[float, float]:
-        """The public range of a measure; of a yes or no, 0 to 1."""
+        """The public range of a metric; 0 to 1 of a yes or no."""
         ends: tuple[float, float] = getattr(self, measure) if measure in RANGED_METRICS else (0.0, 1.0)
         return ends
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhotoMetrics:
-    """What a device knows of n photos and of the faces made of them; never sent. One number each, (n,)."""
+    """The metrics of n photos and of the faces generated from them; never sent. One number each, (n,)."""
 
     group: Tensor  # int64, which tone group the original reads as, from 0, lightest first
     output_group: Tensor  # int64, likewise for the generated face
@@ -151,9 +141,13 @@ class PhotoMetrics:
 
 
 def measure_photos(
-    original: Images, made: Images, consistency_error: Tensor, detected: Tensor, config: LocalMetricsConfig
+    original: Images,
+    generated: Images,
+    consistency_error: Tensor,
+    detected: Tensor,
+    config: LocalMetricsConfig,
 ) -> PhotoMetrics:
-    """Compare what a device got back with what it put in, photo by photo.
+    """Compare generated faces with the originals, photo by photo.
 
     Guarantees:
         * A row depends on its photo alone, to the last bit: each is read by itself, because in a batch the size
@@ -161,23 +155,23 @@ def measure_photos(
 
     Args:
         original: The device's photos, (n, 3, s, s) sRGB in [0, 1], aligned faces; n >= 0.
-        made: One face made of each one's low-resolution version, of the same shape.
-        consistency error: Of each, mean squared difference after the downscale, (n,).
-        detected: Whether a detector finds a face in what was made, (n,) bool.
+        generated: One face for each one's low-resolution version, of the same shape.
+        consistency_error: Of each, mean squared difference after the downscale, (n,).
+        detected: Whether a detector finds a face in the generated image, (n,) bool.
         config: Which groups.
 
     Raises:
         ValueError: Shapes do not agree.
     """
-    if made.shape != original.shape:
-        raise ValueError(f"made must have shape {tuple(original.shape)}, got {tuple(made.shape)}")
-    true, again = _read_each(original), _read_each(made)
+    if generated.shape != original.shape:
+        raise ValueError(f"generated must have shape {tuple(original.shape)}, got {tuple(generated.shape)}")
+    true, output = _read_each(original), _read_each(generated)
     return PhotoMetrics(
         group=_groups_of(true.monk, config),
-        output_group=_groups_of(again.monk, config),
+        output_group=_groups_of(output.monk, config),
         consistency_error=consistency_error,
-        skin_difference=delta_e(again.lab, true.lab),
-        lightness_shift=again.lab[:, 0] - true.lab[:, 0],
+        skin_difference=delta_e(output.lab, true.lab),
+        lightness_shift=output.lab[:, 0] - true.lab[:, 0],
         detected=detected,
     )
 
@@ -201,13 +195,13 @@ def metric_vectors(photos: PhotoMetrics, config: LocalMetricsConfig, *, clip_nor
     """What each photo adds to the sum, before clipping.
 
     Guarantees:
-        * Each row's length is at most `clip_norm`, up to float32 rounding, whatever the figures are. What is not a
-          number counts as the upper end of its range.
+        * Each row's L2 norm is at most `clip_norm`, up to float32 rounding, whatever the metrics are. NaN counts as
+          the upper end of its range.
 
     Args:
         photos: As measured.
-        config: The public recipe.
-        clip_norm: The longest one photo's vector may be, > 0; only its ratio to the noise matters.
+        config: Public.
+        clip_norm: Largest L2 norm of one photo's vector, > 0; only its ratio to the noise matters.
 
     Returns:
         (n, config.width): the table row by row, then for each of `RANGED_METRICS` its values and its free spreads by
@@ -231,15 +225,15 @@ def metric_vectors(photos: PhotoMetrics, config: LocalMetricsConfig, *, clip_nor
 def average_within_unit(vectors: Tensor, units: Tensor) -> Tensor:
     """Each photo's vector over the number of its unit's photos, so that a unit's sum is the mean of its photos.
 
-    A unit then weighs exactly one, however many photos it has: figures are means over units of the means within,
+    A unit then weighs exactly one, however many photos it has: metrics are means over units of the means within,
     and counts are counts of units, where an occasion with photos of two groups counts in part for each. A mean is
-    as short as what it is the mean of, so nothing is clipped. Summing a unit's photos as they are and clipping the
-    sum keeps the same promise, but lets a unit weigh up to one over the length of its mean vector: 1.06 for photos
-    that are alike, 1.4 for one that shows two groups.
+    no longer than what it is the mean of, so nothing is clipped. Clipping the sum of a unit's photos would give the
+    same guarantee, but would let a unit weigh up to one over the norm of its mean vector: 1.06 for photos that are
+    alike, 1.4 for one that shows two groups.
 
     Args:
         vectors: One per photo, (n, d).
-        units: Which unit each photo belongs to, int64 (n,). Photos that were not drawn must be left out before.
+        units: Which unit each photo belongs to, int64 (n,). Photos that were not sampled must be left out before.
 
     Returns:
         (n, d).
@@ -253,7 +247,7 @@ def ranges(config: LocalMetricsConfig, *, clip_norm: float) -> Vector:
     """Public bounds of what a device sends, for quantisation, shape (d,), all > 0.
 
     The sums of `max_units` units, of which at most two thirds can be used by the units themselves (with the
-    default shares): the rest is room for noise. All are equal, so that a length in public ranges is a length.
+    default shares): the rest is room for noise. All are equal, so that clipping in public ranges is clipping.
     """
     check("clip_norm", ClipNorm, clip_norm)
     return torch.full((config.width,), clip_norm * config.max_units)
@@ -261,7 +255,7 @@ def ranges(config: LocalMetricsConfig, *, clip_norm: float) -> Vector:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedSums:
-    """A total of vectors, taken apart and in photos: what `metric_vectors` put in, summed, with noise."""
+    """The parts of a total of `metric_vectors`, in photos, with noise."""
 
     table: Tensor  # (G, G) counts
     first: dict[str, Tensor]  # of each of RANGED and of "detected": sums of x by group, (G,)

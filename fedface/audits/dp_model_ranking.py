@@ -16,7 +16,7 @@ from itertools import combinations
 from typing import Literal
 
 from fedface.audits.dp_metric_estimates import DPMetricEstimates, GroupEstimates
-from fedface.audits.dp_ratio_estimates import DP_METRICS, cost, describe, difference_between, level_for
+from fedface.audits.dp_ratio_estimates import DP_METRICS, difference_between, level_for
 from fedface.errors import FederationError
 from fedface.measurements import Interval, NotMeasured
 
@@ -31,7 +31,7 @@ class PairwiseComparison:
 
     @property
     def apart(self) -> bool:
-        """Whether noise and choice of photos leave no doubt which is better."""
+        """Whether the interval excludes zero."""
         return self.difference.low > 0
 
 
@@ -42,9 +42,7 @@ class Ranking:
     measure: str
     by: Literal["overall", "worst group"]
     order: tuple[str, ...]
-    costs: dict[
-        str, Interval
-    ]  # larger is worse: a cost, a rate's negative, a shift's size; 95 % for each model
+    costs: dict[str, Interval]  # see `Metric.cost`; 95 % for each model
     comparisons: tuple[PairwiseComparison, ...]  # all pairs
 
     @property
@@ -62,10 +60,10 @@ class Ranking:
 
     def sentences(self) -> list[str]:
         """The order in words, with what cannot be told apart."""
-        title = DP_METRICS[self.measure].title
-        texts = [f"By {title}, {self.scope()}, best first: {', '.join(self.order)}."]
+        metric = DP_METRICS[self.measure]
+        texts = [f"By {metric.title}, {self.scope()}, best first: {', '.join(self.order)}."]
         for pair in self.comparisons:
-            gap = describe(pair.difference, self.measure)
+            gap = metric.format(pair.difference)
             if pair.apart:
                 texts.append(f"{pair.better} is better than {pair.worse} by {gap}.")
             else:
@@ -91,7 +89,7 @@ def rank_overall(estimates: Mapping[str, DPMetricEstimates], measure: str) -> Ra
     def served(model: str, level: float) -> Interval:
         overall = estimates[model].overall
         assert isinstance(overall, GroupEstimates)
-        return cost(overall.means[measure].interval(level), measure)
+        return DP_METRICS[measure].cost(overall.means[measure].interval(level))
 
     pairs = _pairs(len(estimates))
     return _ranked(
@@ -115,18 +113,14 @@ def rank_worst_group(estimates: Mapping[str, DPMetricEstimates], measure: str) -
         FederationError: No group is reported of all models.
     """
     _check(estimates, measure)
-    groups = [
-        name
-        for name in next(iter(estimates.values())).reported
-        if all(name in f.reported for f in estimates.values())
-    ]
+    first, *others = (each.reported for each in estimates.values())
+    groups = [name for name in first if all(name in reported for reported in others)]
     if not groups:
         raise FederationError("no tone group has enough units for every model; ask more devices")
 
     def served(model: str, level: float) -> Interval:
-        each = [
-            cost(estimates[model].reported[name].means[measure].interval(level), measure) for name in groups
-        ]
+        reported = estimates[model].reported
+        each = [DP_METRICS[measure].cost(reported[name].means[measure].interval(level)) for name in groups]
         worst = max(each, key=lambda figure: figure.estimate)
         return replace(worst, low=max(f.low for f in each), high=max(f.high for f in each))
 

@@ -1,11 +1,10 @@
-"""A mean that two noised sums tell, its interval, and the difference of two such means.
+"""A mean as the ratio of two noised sums, its interval, and the difference of two such means.
 
-A mean is a ratio of two noised sums, m = S / N. Its interval is Fieller's (1954): all m for which S - m N is
-within z standard deviations of zero, whose variance is noise, a + b m + c m^2, plus what other photos of the same
-kind would have added. For a yes or no the latter is N m (1 - m), and without noise the interval is Wilson's; for
-a ranged measure it is N times the spread that the total tells. Noise is normal, so this is exact but for the
-spread, whose own error is about the square root of the variance that it is added to. A bootstrap would only draw
-the same normal numbers. Fieller wants a denominator far from zero: a group is reported only if its count is.
+The interval of m = S / N is Fieller's (1954): all m for which S - m N is within z standard deviations of zero. The
+variance of S - m N is that of the noise, a + b m + c m^2, plus what other photos of the same kind would have added:
+N m (1 - m) for a yes or no, where without noise the interval is Wilson's; for a ranged metric N times the estimated
+spread. Noise is normal, so this is exact except for the spread, whose own error is about the square root of the
+variance that it is added to. Fieller needs a denominator far from zero: a group is reported only if its count is.
 
 Sources: Fieller (1954), J. R. Stat. Soc. B 16; Wilson (1927); Zou & Donner (2008), Stat. Med. 27, for differences
 from two intervals, which for rates are Newcombe's (1998).
@@ -15,13 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import assert_never
+from dataclasses import dataclass
 
 from scipy import stats
 
 from fedface.audits.bias import METRICS, Metric
 from fedface.audits.dp_metrics import RANGED_METRICS
+from fedface.audits.group_metrics import LEVEL
 from fedface.measurements import Interval
 
 DP_METRICS: dict[str, Metric] = {
@@ -29,7 +28,6 @@ DP_METRICS: dict[str, Metric] = {
     "detected": Metric("share of generated faces that a detector finds", "", "rate", 2),
     "same_group": Metric("share of faces that keep their tone group", "", "rate", 2),
 }
-LEVEL = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +39,15 @@ class DPRatioEstimate:
     noise: tuple[float, float, float]  # variance of above - m * below by noise: the factors of 1, m and m^2
     photos: tuple[float, float, float]  # likewise by the choice of photos
     ends: tuple[float, float]  # between which m must lie
-    unit: float  # of the measure, for one of m
-    zero: float  # the measure at m = 0
+    unit: float  # of the metric, for one of m
+    zero: float  # the metric at m = 0
 
     def interval(self, level: float = LEVEL) -> Interval:
-        """The mean in the measure's unit, where it may lie by noise and choice of photos, and the rounded count."""
+        """The mean in the metric's unit, with the interval by noise and choice of photos, and the rounded count."""
         return self._within([n + p for n, p in zip(self.noise, self.photos, strict=True)], level)
 
     def noise_alone(self, level: float = LEVEL) -> Interval:
-        """Where the mean over the photos that were asked may lie."""
+        """The interval of the mean over these very photos: by noise alone."""
         return self._within(self.noise, level)
 
     def _within(self, variance: Sequence[float], level: float) -> Interval:
@@ -60,13 +58,13 @@ class DPRatioEstimate:
         estimate = min(max(ratio, lowest), highest)
         # square_factor * m^2 - 2 * half_factor * m + rest <= 0
         square_factor = self.below**2 - z2 * square
-        if square_factor <= 0:  # a count that is lost in the noise at this level says nothing
+        if square_factor <= 0:  # the count is lost in the noise at this level
             return self._in_unit(estimate, lowest, highest)
         half_factor = self.above * self.below + z2 * linear / 2.0
         rest = self.above**2 - z2 * one
         root = math.sqrt(max(half_factor**2 - square_factor * rest, 0.0))
-        # Noise may push a mean out of its range. It is moved back with its interval: cutting alone would leave
-        # intervals that are short, or nothing at all, exactly where the noise was largest.
+        # Noise may push a mean out of its range. It is moved back with its interval: clipping alone would leave
+        # short or empty intervals exactly where the noise was largest.
         low, high = ((half_factor + sign * root) / square_factor + estimate - ratio for sign in (-1.0, 1.0))
         return self._in_unit(estimate, max(min(low, estimate), lowest), min(max(high, estimate), highest))
 
@@ -86,30 +84,3 @@ def difference_between(one: Interval, other: Interval) -> Interval:
     below = math.hypot(one.estimate - one.low, other.high - other.estimate)
     above = math.hypot(one.high - one.estimate, other.estimate - other.low)
     return Interval(estimate, estimate - below, estimate + above, one.count + other.count)
-
-
-def cost(figure: Interval, measure: str) -> Interval:
-    """How badly somebody is served, larger is worse: a cost itself, a rate's negative, a shift's size."""
-    match DP_METRICS[measure].kind:
-        case "cost":
-            return figure
-        case "rate":
-            return replace(figure, estimate=-figure.estimate, low=-figure.high, high=-figure.low)
-        case "shift":
-            sizes = (abs(figure.low), abs(figure.high))
-            return replace(
-                figure,
-                estimate=abs(figure.estimate),
-                low=0.0 if figure.covers_zero else min(sizes),
-                high=max(sizes),
-            )
-        case other:
-            assert_never(other)
-
-
-def describe(figure: Interval, measure: str) -> str:
-    """A figure with its unit and interval, at the measure's digits."""
-    digits = DP_METRICS[measure].digits
-    low, high = (f"{end:z.{digits}f}" for end in (figure.low, figure.high))
-    amount = f"{figure.estimate:z.{digits}f} {DP_METRICS[measure].unit}".rstrip()
-    return f"{amount} [{low}, {high}]"

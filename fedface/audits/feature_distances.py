@@ -1,14 +1,13 @@
 """How far apart two sets of faces are, with features that need no download and no training.
 
-Each face becomes 132
-numbers in units of ten CIELAB steps: where light and colour lie (the lowest cosine coefficients) and how much
-fine contrast there is (Haar wavelets at three scales). Everything is fixed mathematics, so the numbers are
-the same on every machine. The distances take features of any kind, see audits.feature_networks for others.
+Each face becomes 132 numbers in units of ten CIELAB steps: where light and colour lie (the lowest cosine coefficients)
+and how much fine contrast there is (Haar wavelets at three scales). The numbers are the same on every machine. The
+distances take features of any kind, see audits/feature_extractors.
 
-What that costs: these distances are NOT comparable with published FID or KID, which use an Inception network
-trained on ImageNet. They see tone, light, layout and sharpness; they know nothing of identity or expression,
-and a set of plausible faces with wrong teeth can score well. Compare them only with each other, at the same
-number of faces, and against the floor that `compare_faces` reports.
+These distances are NOT comparable with published FID or KID, which use an Inception network trained on ImageNet. They
+see tone, light, layout and sharpness, not identity or expression, and a set of plausible faces with wrong teeth can
+score well. Compare them only with each other, at the same number of faces, and against the floor that
+audits/sample_quality reports.
 
 Memory is one block of a table of distances and a few covariances, whatever the number of faces.
 
@@ -159,7 +158,7 @@ def frechet_of_moments(a: Moments, b: Moments) -> float:
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^1/2) of two sets of features, >= 0.
 
-    Sets (n, d) and (m, d); the result is in squared units. Biased upwards for few faces: compare only figures
+    Sets (n, d) and (m, d); the result is in squared units. Biased upwards for few faces: compare only distances
     of equal counts, or see `frechet_interval`. With fewer faces than features the trace of the root is taken
     as the sum of the singular values of X_a X_b^T, which is the same and cheaper.
     """
@@ -174,9 +173,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def jackknife_half_width(without: np.ndarray) -> np.ndarray:
-    """Half the 95 % interval of a figure from its values with one block left out, (blocks, ...) -> (...).
+    """Half the 95 % interval of a statistic from its values with one block left out, (blocks, ...) -> (...).
 
-    Student's quantile with blocks - 1 degrees of freedom. For figures that are quadratic near their least
+    Student's quantile with blocks - 1 degrees of freedom. For statistics that are quadratic near their least
     value, such as distances of equal sets, it is too wide rather than too narrow.
     """
     blocks = len(without)
@@ -197,12 +196,12 @@ def faces_to_extrapolate(width: int) -> int:
 def frechet_interval(a: Tensor, b: Tensor) -> Interval:
     """The Frechet distance of infinitely many faces, estimated: the jackknife over blocks takes the bias away.
 
-    The bias of a figure from n faces is c/n to first order; ten times the figure from all faces less nine
+    The bias of a distance from n faces is c/n to first order; ten times the distance from all faces less nine
     times the mean of those with a tenth left out has none of it (Quenouille 1956), which is Chong and Forsyth's
     extrapolation with two sizes. May fall below 0 where the sets are alike.
 
     Args:
-        a: (n, d), in random order: the blocks are consecutive rows. n >= 20; believe it from
+        a: (n, d), in random order: the blocks are consecutive rows. n >= 20; holds from
             `faces_to_extrapolate` on.
         b: (m, d), likewise.
     """
@@ -315,40 +314,16 @@ def kernel_interval(a: Tensor, b: Tensor) -> Interval:
     return Interval(estimate, estimate - half, estimate + half, min(len(a), len(b)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class FaceComparison:
-    """Two sets of faces compared by the features of this module, not by Inception's."""
-
-    frechet: float  # between half of the real faces and as many made ones; squared units, biased upwards
-    frechet_floor: float  # between the two halves of the real faces: what a perfect set scores
-    frechet_count: int  # faces on each side of both
-    kernel: Interval  # unbiased squared MMD, with its interval; covers 0 where the sets cannot be told apart
-    real: int  # faces
-    made: int
-
-
-def compare_faces(real: Images, made: Images, rng: np.random.Generator) -> FaceComparison:
-    """Compare generated faces with real ones.
-
-    The kernel distance is unbiased and has an interval. The other has none; read it against its floor. For
-    other features, precision and recall, and groups, see audits.quality.
+def face_distance(real: Images, generated: Images, rng: np.random.Generator) -> Interval:
+    """The unbiased squared MMD of `face_features`, with its interval; covers 0 where the sets cannot be told apart.
 
     Args:
         real: At least 40 faces (n, 3, h, w) in [0, 1].
-        made: At least 40 faces (m, 3, h, w) in [0, 1].
-        rng: Where the order of the faces is drawn from, which makes the blocks.
+        generated: At least 40 faces (m, 3, h, w) in [0, 1].
+        rng: Orders the faces, which determines the blocks.
     """
-    if min(len(real), len(made)) < 40:
-        raise ValueError(f"each set needs at least 40 faces, got {len(real)} and {len(made)}")
+    if min(len(real), len(generated)) < 40:
+        raise ValueError(f"each set needs at least 40 faces, got {len(real)} and {len(generated)}")
     a = face_features(real)[torch.from_numpy(rng.permutation(len(real)))]
-    b = face_features(made)[torch.from_numpy(rng.permutation(len(made)))]
-    side = min(len(a) // 2, len(b))
-    first, second = a[:side], a[side : 2 * side]
-    return FaceComparison(
-        frechet=frechet_distance(first, b[:side]),
-        frechet_floor=frechet_distance(first, second),
-        frechet_count=side,
-        kernel=kernel_interval(a, b),
-        real=len(a),
-        made=len(b),
-    )
+    b = face_features(generated)[torch.from_numpy(rng.permutation(len(generated)))]
+    return kernel_interval(a, b)

@@ -1,10 +1,9 @@
 """Where the features come from that two sets of faces are compared by: fixed mathematics, or a network by path.
 
-The choice is one of three frozen values: `ColourFeatures` needs no file and is the
-default; `OnnxFeatures` and `TorchScriptFeatures` name a file that the user brings, such as Inception's pool3,
-which published FID and KID use. Nothing is ever downloaded. Each result carries the identity of its features
-(the settings and the SHA-256 of the very bytes that ran), so that metrics of different features are not put
-side by side.
+`ColourFeatures` needs no file and is the default; `OnnxFeatures` and `TorchScriptFeatures` name a file that the user
+brings, such as Inception's pool3, which published FID and KID use. Nothing is ever downloaded. Each result carries the
+identity of its features (the settings and the SHA-256 of the very bytes that ran), so that metrics of different
+features are not compared.
 
 What trusting a file means: a TorchScript file is a program. It cannot call Python, but it can do all that
 torch's operators can, which includes reading files, writing to mapped ones and filling the memory; open only
@@ -12,7 +11,7 @@ files that you would also run. An ONNX file is a list of layers that OpenCV's C+
 a hostile one can aim at faults in the parser. `sha256` pins either to the bytes that you have looked at.
 
 Sources: Szegedy et al. 2016 (arXiv:1512.00567) for Inception; Parmar, Zhang, Zhu 2022 (arXiv:2104.11222) for
-what careless resizing does to such figures: faces are resized here by antialiased bicubic interpolation.
+what careless resizing does to such metrics: faces are resized here by antialiased bicubic interpolation.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol, assert_never
+from typing import Annotated, ClassVar, Protocol, assert_never
 
 import numpy as np
 import torch
@@ -35,6 +34,7 @@ from torch.nn import functional as F
 from fedface.audits.feature_distances import FEATURE_WIDTH, face_features
 from fedface.errors import ConfigError, WeightsError
 from fedface.tensor_types import Images
+from fedface.validation import AtLeast, In, checked
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # what most ImageNet networks were trained with, for convenience
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -44,66 +44,53 @@ _COLOUR_BATCH = 512  # faces at once: bounds the memory of the colour features
 
 @dataclass(frozen=True, kw_only=True)
 class ColourFeatures:
-    """The 132 CIELAB cosines and Haar contrasts of audits.features: no file, no download, the same everywhere."""
+    """The 132 CIELAB cosines and Haar contrasts of audits/feature_distances."""
 
     kind: ClassVar[str] = "colour-features"
 
 
-def _check_network(
-    size: int, mean: tuple[float, ...], std: tuple[float, ...], sha256: str, batch: int
-) -> None:
-    if not 8 <= size <= 2048:
-        raise ValueError(f"size must lie in [8, 2048] pixels, got {size}")
-    if len(mean) != 3 or not all(math.isfinite(value) for value in mean):
-        raise ValueError(f"mean must be three finite numbers, got {mean}")
-    if len(std) != 3 or not all(math.isfinite(value) and value > 0 for value in std):
-        raise ValueError(f"std must be three numbers > 0, got {std}")
-    if sha256 and not re.fullmatch("[0-9a-f]{64}", sha256):
-        raise ValueError(f"sha256 must be empty or 64 hexadecimal digits in lower case, got {sha256!r}")
-    if not 1 <= batch <= 1024:
-        raise ValueError(f"batch must lie in [1, 1024], got {batch}")
+@dataclass(frozen=True, kw_only=True)
+class _NetworkFeatures:
+    """A network in a file. It receives (image - mean) / std of sRGB in [0, 1], RGB, (batch, 3, size, size)."""
+
+    path: Path
+    size: Annotated[int, In("[8, 2048]")]  # pixels: the side that the network expects
+    # Of red, green, blue in [0, 1]; (0, 0, 0) where the network subtracts its own.
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]  # 1/255 each for a network that expects [0, 255]
+    sha256: str = ""  # the file's digest if it must be this very file; empty accepts any
+    # Faces at once; 1 for a network exported with a fixed batch of one.
+    batch: Annotated[int, In("[1, 1024]")] = 16
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != 3 or not all(math.isfinite(value) for value in self.mean):
+            raise ValueError(f"mean must be three finite numbers, got {self.mean}")
+        if len(self.std) != 3 or not all(math.isfinite(value) and value > 0 for value in self.std):
+            raise ValueError(f"std must be three numbers > 0, got {self.std}")
+        if self.sha256 and not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ValueError(
+                f"sha256 must be empty or 64 hexadecimal digits in lower case, got {self.sha256!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnnxFeatures:
-    """A network in ONNX, run by OpenCV. It receives (image - mean) / std of sRGB in [0, 1], RGB, (batch, 3, s, s)."""
+@checked
+class OnnxFeatures(_NetworkFeatures):
+    """A network in ONNX, run by OpenCV."""
 
     kind: ClassVar[str] = "onnx-features"
 
-    path: Path
-    size: int  # pixels: the side that the network expects
-    mean: tuple[
-        float, float, float
-    ]  # of red, green, blue in [0, 1]; (0, 0, 0) where the network subtracts its own
-    std: tuple[float, float, float]  # 1/255 each for a network that expects [0, 255]
     output: str = ""  # name of the output to read; empty where the network has one
-    sha256: str = ""  # the file's digest if it must be this very file; empty accepts any
-    batch: int = 16  # faces at once; 1 for a network exported with a fixed batch of one
-
-    def __post_init__(self) -> None:
-        _check_network(self.size, self.mean, self.std, self.sha256, self.batch)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TorchScriptFeatures:
-    """A network in TorchScript: a program, see above. It receives what an ONNX network would."""
+@checked
+class TorchScriptFeatures(_NetworkFeatures):
+    """A network in TorchScript: a program, see above."""
 
     kind: ClassVar[str] = "torchscript-features"
 
-    path: Path
-    size: int  # pixels: the side that the network expects
-    mean: tuple[
-        float, float, float
-    ]  # of red, green, blue in [0, 1]; (0, 0, 0) where the network subtracts its own
-    std: tuple[float, float, float]  # 1/255 each for a network that expects [0, 255]
-    output: int = 0  # which one to read where the network returns several
-    sha256: str = ""  # the file's digest if it must be this very file; empty accepts any
-    batch: int = 16  # faces at once
-
-    def __post_init__(self) -> None:
-        _check_network(self.size, self.mean, self.std, self.sha256, self.batch)
-        if self.output < 0:
-            raise ValueError(f"output must be >= 0, got {self.output}")
+    output: Annotated[int, AtLeast(0)] = 0  # which one to read where the network returns several
 
 
 FeatureSource = ColourFeatures | OnnxFeatures | TorchScriptFeatures
@@ -111,7 +98,7 @@ FeatureSource = ColourFeatures | OnnxFeatures | TorchScriptFeatures
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureIdentity:
-    """Which features a figure was computed from. Figures may be compared where identities are equal."""
+    """Which features a metric was computed from. Metrics may be compared where identities are equal."""
 
     name: str  # kind and settings, in words; no path
     sha256: str  # of the network's file; empty for fixed mathematics, which has none
@@ -123,14 +110,10 @@ class FeatureIdentity:
 class Extractor(Protocol):
     """Turns faces into rows of numbers."""
 
-    @property
-    def identity(self) -> FeatureIdentity:
-        """Which features these are."""
-        ...
+    identity: FeatureIdentity
 
     def features(self, images: Images) -> Tensor:
         """(n, 3, h, w) sRGB, clamped to [0, 1] -> (n, d) float64, finite; a row depends on its own face alone."""
-        ...
 
 
 def open_features(source: FeatureSource) -> Extractor:
@@ -160,13 +143,13 @@ class ColourExtractor:
     )
 
     def features(self, images: Images) -> Tensor:
-        """132 numbers for each face; see `audits.features.face_features`."""
+        """132 numbers for each face; see `face_features`."""
         starts = range(0, max(1, len(images)), _COLOUR_BATCH)
         return torch.cat([face_features(images[start : start + _COLOUR_BATCH]) for start in starts])
 
 
 class NetworkExtractor:
-    """A network's answers: resized, normalised, in batches of one size, averaged over positions if it has any."""
+    """A network's outputs: resized, normalised, in batches of one size, averaged over positions if it has any."""
 
     def __init__(
         self,
@@ -217,7 +200,7 @@ def _prepare(images: Images, source: OnnxFeatures | TorchScriptFeatures) -> Imag
 
 
 def _read(source: OnnxFeatures | TorchScriptFeatures, kind: str) -> tuple[bytes, FeatureIdentity]:
-    """The file's bytes, and who they are."""
+    """The file's bytes, and their identity."""
     path = source.path
     if not path.is_file():
         raise WeightsError(f"no feature network at {path}; expected a file in {kind}")

@@ -19,15 +19,13 @@ from typing import Annotated, ClassVar, assert_never
 import numpy as np
 import torch
 from skimage.metrics import structural_similarity
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedface.audits.group_metrics import mean_interval, rate_interval
 from fedface.measurements import Interval
 from fedface.privacy.accounting import reconstruction_success_bound
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.tensor_types import Images, Vector
-from fedface.training.gan import d_loss_real
-from fedface.training.per_example_gradients import differentiable_gradient
 from fedface.validation import Above, AtLeast, checked
 
 GradientOf = Callable[[Images], Vector]
@@ -65,7 +63,7 @@ Search = CosineSearch | SquaredSearch
 
 @dataclass(frozen=True, kw_only=True)
 class Inversion:
-    """What a search found."""
+    """The result of a search."""
 
     images: Images  # (n, 3, h, w), inside [0, 1]
     distance: float  # between its gradient and the target, in the search's own measure, without variation
@@ -73,7 +71,7 @@ class Inversion:
 
 @dataclass(frozen=True, kw_only=True)
 class NoDefense:
-    """The gradient leaves as it is."""
+    """The gradient is released unchanged."""
 
     kind: ClassVar[str] = "no-defense"
 
@@ -122,23 +120,10 @@ class CandidateIdentification:
     bound: float  # on the success of any attack, from the mechanism's privacy loss; 1 without noise
 
 
-def discriminator_gradient(discriminator: nn.Module) -> GradientOf:
-    """The gradient of a discriminator's loss on real photos, softplus(-logit), averaged over them.
-
-    Args:
-        discriminator: Images (n, 3, s, s) -> logits (n,). Only its parameters that require gradients count.
-
-    Returns:
-        A function of images, differentiable in them, with the parameters in the module's own order.
-    """
-    return differentiable_gradient(discriminator, lambda photos: d_loss_real(discriminator, photos).mean())
-
-
 def apply_defense(gradient: Vector, defense: Defense, generator: torch.Generator) -> Vector:
-    """What leaves the device for one photo, shape (d,).
+    """What leaves the device for one photo, shape (d,), before the division by a public constant.
 
-    The noise has the mechanism's distribution but can be replayed: this is an audit, not a promise. Division
-    by the expected batch is left out: it is a public constant, and the attacker multiplies it back.
+    The noise has the mechanism's distribution but can be replayed: this is an audit and protects nothing.
     """
     match defense:
         case NoDefense():
@@ -190,9 +175,9 @@ def attack_update(
     """Invert the update on each photo alone, and compare with guessing.
 
     Args:
-        gradient_of: What one photo would release before clipping and noise, such as `discriminator_gradient`.
+        gradient_of: What one photo would release before clipping and noise, see `TrainingRound.per_example_release`.
         photos: (n, 3, s, s) in [0, 1]; four to eight give an interval worth printing. One update each.
-        public_faces: (m, 3, s, s), known to everybody; their mean is the guess without the update.
+        public_faces: (m, 3, s, s), public; their mean is the guess without the update.
         searches: All are run; the one with the best mean PSNR is reported.
 
     Raises:

@@ -20,6 +20,7 @@ from scipy import stats
 from fedface.measurements import SMALL_COUNT, Interval, Measurement, NotMeasured
 
 Group = TypeVar("Group", bound=Hashable)
+LEVEL = 0.95  # coverage of every interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class Gap:
 
     worst: str
     best: str
-    difference: Interval  # worst minus best in the measure's unit, for all pairs at once; count: both groups
+    difference: Interval  # worst minus best in the metric's unit, for all pairs at once; count: both groups
 
     @property
     def clear(self) -> bool:
@@ -45,22 +46,17 @@ def _as_vector(values: ArrayLike) -> np.ndarray:
     return vector
 
 
-def mean_interval(
-    values: ArrayLike, rng: np.random.Generator, *, level: float = 0.95, resamples: int = 2000
-) -> Interval:
-    """The mean with its BCa bootstrap interval; Student's interval below ten photos, where resampling fails.
+def mean_interval(values: ArrayLike, rng: np.random.Generator, *, resamples: int = 2000) -> Interval:
+    """The mean with its 95 % BCa bootstrap interval; Student's interval below ten photos, where resampling fails.
 
     Args:
         values: One finite number per photo, (n,), n >= 2.
         rng: Draws the resamples.
-        level: Coverage, inside (0, 1).
         resamples: How many, >= 100.
 
     Raises:
         ValueError: Fewer than two values, which have no interval, or a value that is not finite.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie in (0, 1), got {level}")
     if resamples < 100:
         raise ValueError(f"resamples must be >= 100, got {resamples}")
     x = _as_vector(values)
@@ -71,34 +67,31 @@ def mean_interval(
     if np.ptp(x) == 0:
         return Interval(mean, mean, mean, n)
     if n < SMALL_COUNT:
-        half = float(stats.t.ppf((1 + level) / 2, n - 1)) * float(x.std(ddof=1)) / math.sqrt(n)
+        half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * float(x.std(ddof=1)) / math.sqrt(n)
         return Interval(mean, mean - half, mean + half, n)
     means = np.sort(x[rng.integers(n, size=(resamples, n))].mean(axis=1))
     below = (np.sum(means < mean) + 0.5 * np.sum(means == mean)) / resamples
     z0 = stats.norm.ppf(np.clip(below, 1 / resamples, 1 - 1 / resamples))
     centred = x - mean
     acceleration = np.sum(centred**3) / (6 * np.sum(centred**2) ** 1.5)
-    z = z0 + stats.norm.ppf([(1 - level) / 2, (1 + level) / 2])
+    z = z0 + stats.norm.ppf([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     low, high = np.quantile(means, stats.norm.cdf(z0 + z / (1 - acceleration * z)))
     return Interval(mean, float(low), float(high), n)
 
 
-def rate_interval(successes: float, count: int, *, level: float = 0.95) -> Interval:
-    """Wilson's interval of a rate; inside [0, 1] and never of zero width.
+def rate_interval(successes: float, count: int) -> Interval:
+    """Wilson's 95 % interval of a rate; inside [0, 1] and never of zero width.
 
     Args:
         successes: How many photos, 0 <= successes <= count. Shares of several faces of one photo may be
             summed; the interval is then a little too wide, never too narrow.
         count: Photos, >= 1.
-        level: Coverage, inside (0, 1).
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie in (0, 1), got {level}")
     if count < 1:
         raise ValueError(f"count must be >= 1, got {count}")
     if not 0 <= successes <= count:
         raise ValueError(f"successes must lie in [0, {count}], got {successes}")
-    p, z2 = successes / count, float(stats.norm.ppf((1 + level) / 2)) ** 2
+    p, z2 = successes / count, float(stats.norm.ppf((1 + LEVEL) / 2)) ** 2
     centre = (p + z2 / (2 * count)) / (1 + z2 / count)
     half = math.sqrt(z2 * p * (1 - p) / count + z2**2 / (4 * count**2)) / (1 + z2 / count)
     return Interval(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)), count)

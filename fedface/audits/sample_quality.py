@@ -2,14 +2,14 @@
 
 Four questions: are the two distributions alike (kernel and Frechet distance), do generated faces look like real
 ones (precision, density), and is every kind of real face generated (recall, coverage)? A group that the generator never
-produces lowers recall, not precision. Features come from audits.feature_extractors and are named in the result;
+produces lowers recall, not precision. Features come from audits/feature_extractors and are named in the result;
 docs/quality.md explains what each metric detects.
 
 Precision and recall depend on how many faces span the manifolds. All groups are therefore measured at one
 count, that of the smallest, over several disjoint draws where a group has more faces.
 
 Sources: Kynkaanniemi et al. 2019 (arXiv:1904.06991) for precision and recall; Naeem et al. 2020
-(arXiv:2002.09797) for density and coverage; audits.features for the distances.
+(arXiv:2002.09797) for density and coverage; audits/feature_distances for the distances.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from fedface.photos.skin_tone import measure_tone
 from fedface.tensor_types import Images
 
 TONE_GROUPS = ("Monk 1-2", "Monk 3-4", "Monk 5-6", "Monk 7-8", "Monk 9-10")
-MIN_SAMPLES = 40  # faces a side below which no figure is given, whatever is asked for
+MIN_SAMPLES = 40  # faces a side below which nothing is measured
 SPAN_AT_MOST = 4000  # faces that span a manifold: beyond it, time grows with the square and little is learned
 _BORDER = 1 + 1e-9  # the k-th neighbour itself is inside its ball, whichever way its distance was rounded
 _DRAWS = 5  # disjoint draws of a group with more faces than the smallest one
@@ -68,12 +68,12 @@ class InsufficientSamples:
     kind: ClassVar[str] = "insufficient-samples"
 
     real: int  # faces
-    made: int
+    generated: int
     fewest: int  # needed on each side
 
     def reason(self) -> NotMeasured:
         return NotMeasured(
-            not_measured=f"needs {self.fewest} faces a side, has {self.real} real and {self.made} generated"
+            not_measured=f"needs {self.fewest} faces a side, has {self.real} real and {self.generated} generated"
         )
 
     def __str__(self) -> str:
@@ -96,9 +96,8 @@ class ManifoldMetrics:
 
     precision: Interval  # share of generated faces within a ball of some real face
     recall: Interval  # share of real faces within a ball of some generated face
-    density: (
-        Interval  # mean number of real balls around a generated face, over k; 1 is expected of equal sets
-    )
+    # Mean number of real balls around a generated face, over k; 1 is expected of equal sets.
+    density: Interval
     coverage: Interval  # share of real balls with a generated face in them
     coverage_of_equals: float  # what is expected of a perfect set; see `equal_coverage`
     span: int  # faces a side in each draw: compare only metrics of one span
@@ -111,7 +110,7 @@ class GroupQuality:
     kind: ClassVar[str] = "group-quality"
 
     real: int  # faces
-    made: int
+    generated: int
     kernel: Interval  # unbiased squared MMD; covers 0 where the sets cannot be told apart
     frechet: Frechet
     neighbours: ManifoldMetrics
@@ -156,8 +155,8 @@ def grouped_features(images: Images, groups: Sequence[str], extractor: Extractor
 def quality(
     real: Images,
     real_groups: Sequence[str],
-    made: Images,
-    made_groups: Sequence[str],
+    generated: Images,
+    generated_groups: Sequence[str],
     source: FeatureSource,
     rng: np.random.Generator,
     *,
@@ -168,8 +167,8 @@ def quality(
     Args:
         real: (n, 3, h, w), sRGB in [0, 1], n >= 40.
         real_groups: n names, of labels or from `tone_groups`.
-        made: (m, 3, h, w), m >= 40; clamped to [0, 1].
-        made_groups: m names, from `tone_groups`: generated faces have no labels.
+        generated: (m, 3, h, w), m >= 40; clamped to [0, 1].
+        generated_groups: m names, from `tone_groups`: generated faces have no labels.
         source: Which features.
         rng: Orders the faces before they are split into blocks and draws.
         k: Neighbours that a ball reaches to, 1 <= k <= 10.
@@ -181,7 +180,7 @@ def quality(
     extractor = open_features(source)
     return compare_quality(
         grouped_features(real, real_groups, extractor),
-        grouped_features(made, made_groups, extractor),
+        grouped_features(generated, generated_groups, extractor),
         rng,
         k=k,
     )
@@ -189,7 +188,7 @@ def quality(
 
 def compare_quality(
     real: GroupedFeatures,
-    made: GroupedFeatures,
+    generated: GroupedFeatures,
     rng: np.random.Generator,
     *,
     k: int = 3,
@@ -203,27 +202,29 @@ def compare_quality(
     Raises:
         ValueError: as in `quality`, or the two sets have features of different identity.
     """
-    if real.identity != made.identity:
-        raise ValueError(f"features differ and cannot be compared: {real.identity}; {made.identity}")
+    if real.identity != generated.identity:
+        raise ValueError(f"features differ and cannot be compared: {real.identity}; {generated.identity}")
     if fewest < MIN_SAMPLES:
         raise ValueError(f"fewest must be >= {MIN_SAMPLES}, got {fewest}")
     if not 1 <= k <= fewest // 4:
         raise ValueError(f"k must lie in [1, {fewest // 4}] for {fewest} faces, got {k}")
-    if min(len(real.groups), len(made.groups)) < fewest:
-        counts = f"{len(real.groups)} real and {len(made.groups)} generated"
+    if min(len(real.groups), len(generated.groups)) < fewest:
+        counts = f"{len(real.groups)} real and {len(generated.groups)} generated"
         raise ValueError(f"each set needs at least {fewest} faces, got {counts}")
-    names = sorted({*real.groups, *made.groups})
-    pairs = {name: (_shuffled(real.group(name), rng), _shuffled(made.group(name), rng)) for name in names}
+    names = sorted({*real.groups, *generated.groups})
+    pairs = {
+        name: (_shuffled(real.group(name), rng), _shuffled(generated.group(name), rng)) for name in names
+    }
     enough = {name: min(len(a), len(b)) for name, (a, b) in pairs.items() if min(len(a), len(b)) >= fewest}
     span = min(enough.values(), default=fewest)
     return Quality(
         identity=real.identity,
         k=k,
-        overall=_measure(_shuffled(real.features, rng), _shuffled(made.features, rng), k, SPAN_AT_MOST),
+        overall=_measure(_shuffled(real.features, rng), _shuffled(generated.features, rng), k, SPAN_AT_MOST),
         groups={
             name: _measure(a, b, k, span)
             if name in enough
-            else InsufficientSamples(real=len(a), made=len(b), fewest=fewest)
+            else InsufficientSamples(real=len(a), generated=len(b), fewest=fewest)
             for name, (a, b) in pairs.items()
         },
     )
@@ -233,40 +234,42 @@ def _shuffled(features: Tensor, rng: np.random.Generator) -> Tensor:
     return features[torch.from_numpy(rng.permutation(len(features)))]
 
 
-def _measure(real: Tensor, made: Tensor, k: int, span: int) -> GroupQuality:
-    side = min(len(real) // 2, len(made))
+def _measure(real: Tensor, generated: Tensor, k: int, span: int) -> GroupQuality:
+    side = min(len(real) // 2, len(generated))
     wanted = faces_to_extrapolate(real.shape[1])
-    few = InsufficientSamples(real=len(real), made=len(made), fewest=wanted)
+    few = InsufficientSamples(real=len(real), generated=len(generated), fewest=wanted)
     return GroupQuality(
         real=len(real),
-        made=len(made),
-        kernel=kernel_interval(real, made),
+        generated=len(generated),
+        kernel=kernel_interval(real, generated),
         frechet=Frechet(
-            plain=frechet_distance(real[:side], made[:side]),
+            plain=frechet_distance(real[:side], generated[:side]),
             floor=frechet_distance(real[:side], real[side : 2 * side]),
             count=side,
-            limit=frechet_interval(real, made) if min(len(real), len(made)) >= wanted else few,
+            limit=frechet_interval(real, generated) if min(len(real), len(generated)) >= wanted else few,
         ),
-        neighbours=measure_manifold(real, made, k=k, span=min(span, len(real), len(made), SPAN_AT_MOST)),
+        neighbours=measure_manifold(
+            real, generated, k=k, span=min(span, len(real), len(generated), SPAN_AT_MOST)
+        ),
     )
 
 
-def measure_manifold(real: Tensor, made: Tensor, *, k: int, span: int) -> ManifoldMetrics:
+def measure_manifold(real: Tensor, generated: Tensor, *, k: int, span: int) -> ManifoldMetrics:
     """Precision, recall, density and coverage, each with an interval by the jackknife over blocks.
 
     Args:
         real: (n, d), n >= span, in random order: draws are consecutive rows.
-        made: (m, d), m >= span, in random order.
+        generated: (m, d), m >= span, in random order.
         k: Neighbours that a ball reaches to; the tenth part of a draw that is left out must leave more than k.
         span: Faces a side in a draw, at least 20.
     """
-    if not 2 * BLOCKS <= span <= min(len(real), len(made)):
-        raise ValueError(f"span must lie in [{2 * BLOCKS}, {min(len(real), len(made))}], got {span}")
-    draws = min(_DRAWS, len(real) // span, len(made) // span)
+    if not 2 * BLOCKS <= span <= min(len(real), len(generated)):
+        raise ValueError(f"span must lie in [{2 * BLOCKS}, {min(len(real), len(generated))}], got {span}")
+    draws = min(_DRAWS, len(real) // span, len(generated) // span)
     left = [np.delete(np.arange(span), part) for part in np.array_split(np.arange(span), BLOCKS)]
     estimates, halves = [], []
     for start in range(0, draws * span, span):
-        x, y = real[start : start + span], made[start : start + span]
+        x, y = real[start : start + span], generated[start : start + span]
         estimates.append(manifold_metrics(x, y, k=k))
         halves.append(jackknife_half_width(np.array([manifold_metrics(x[i], y[i], k=k) for i in left])))
     estimate = np.mean(estimates, axis=0)
@@ -293,24 +296,24 @@ def _as_rate(interval: Interval) -> Interval:
     return Interval(interval.estimate, low, high, interval.count)
 
 
-def equal_coverage(real: int, made: int, *, k: int) -> float:
+def equal_coverage(real: int, generated: int, *, k: int) -> float:
     """The coverage expected of two sets from one source, by counting ranks: 1 - prod_i (n - i) / (n + m - i).
 
     Source: Naeem et al. 2020, Lemma 2. The expected density is 1 at any count.
     """
-    return 1 - math.prod((real - i) / (real + made - i) for i in range(1, k + 1))
+    return 1 - math.prod((real - i) / (real + generated - i) for i in range(1, k + 1))
 
 
-def manifold_metrics(real: Tensor, made: Tensor, *, k: int) -> tuple[float, float, float, float]:
+def manifold_metrics(real: Tensor, generated: Tensor, *, k: int) -> tuple[float, float, float, float]:
     """Precision, recall, density and coverage of one draw: (n, d) and (m, d), both longer than k.
 
     A ball around a face reaches to the k-th nearest other face of its own set, the border included. Tables of
     distances are computed in blocks of bounded size.
     """
-    if not 1 <= k < min(len(real), len(made)):
-        raise ValueError(f"k must lie in [1, {min(len(real), len(made)) - 1}], got {k}")
+    if not 1 <= k < min(len(real), len(generated)):
+        raise ValueError(f"k must lie in [1, {min(len(real), len(generated)) - 1}], got {k}")
     centre = real.mean(dim=0)  # near the origin, squared distances from inner products lose fewer digits
-    x, y = (real - centre).double(), (made - centre).double()
+    x, y = (real - centre).double(), (generated - centre).double()
     reach_x, reach_y = _reach(x, k), _reach(y, k)
     recalled, covered = torch.zeros(len(x), dtype=torch.bool), torch.zeros(len(x), dtype=torch.bool)
     precise = inside = 0
@@ -344,23 +347,23 @@ def _reach(x: Tensor, k: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamComparison:
-    """Two streams of faces that were too many to keep."""
+    """Two streams of faces compared without storing them."""
 
     identity: FeatureIdentity
     frechet: float  # of all faces; biased upwards by about c / count
     kernel: Interval  # the mean over pairs of batches; its count is the faces in those
     real: int  # faces
-    made: int
+    generated: int
 
 
 def compare_streams(
-    real: Iterable[Images], made: Iterable[Images], source: FeatureSource
+    real: Iterable[Images], generated: Iterable[Images], source: FeatureSource
 ) -> StreamComparison:
     """Compare faces that arrive in batches: memory is a batch on each side and two covariances.
 
     Args:
         real: Batches (b, 3, h, w) of at least two faces each, in random order; at least two batches.
-        made: The same. Batches are paired for the kernel distance as long as both last; all count for the other.
+        generated: The same. Batches are paired for the kernel distance as long as both last; all count for the other.
         source: Which features.
 
     Raises:
@@ -368,10 +371,10 @@ def compare_streams(
     """
     extractor = open_features(source)
     kernels, paired = [], 0
-    rows_real, rows_made = (iter(map(extractor.features, batches)) for batches in (real, made))
+    rows_real, rows_generated = (iter(map(extractor.features, batches)) for batches in (real, generated))
     moments: list[Moments | None] = [None, None]
     while True:
-        pair = [next(rows_real, None), next(rows_made, None)]
+        pair = [next(rows_real, None), next(rows_generated, None)]
         if pair[0] is None and pair[1] is None:
             break
         for side, rows in enumerate(pair):
@@ -391,5 +394,5 @@ def compare_streams(
         frechet=frechet_of_moments(a, b),
         kernel=Interval(mean, mean - half, mean + half, paired),
         real=a.count,
-        made=b.count,
+        generated=b.count,
     )

@@ -124,7 +124,7 @@ def print_quality(found: Quality, weights: str) -> None:
     )
     for group, metrics in {"all": found.overall, **found.groups}.items():
         if isinstance(metrics, InsufficientSamples):
-            table.add_row(group, str(metrics.real), str(metrics.made), str(metrics))
+            table.add_row(group, str(metrics.real), str(metrics.generated), str(metrics))
         else:
             table.add_row(group, *_quality_cells(metrics))
     say(table)
@@ -139,7 +139,7 @@ def _quality_cells(metrics: GroupQuality) -> list[str]:
     near, kernel = metrics.neighbours, metrics.kernel
     return [
         str(metrics.real),
-        str(metrics.made),
+        str(metrics.generated),
         f"{kernel.estimate:.4f} [{kernel.low:.4f}, {kernel.high:.4f}]",
         f"{metrics.frechet.plain:.3f}",
         f"{metrics.frechet.floor:.3f}",

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 import torch
 
 from fedface.audits.bias import DARKER_FROM
-from fedface.audits.feature_distances import compare_faces
+from fedface.audits.feature_distances import face_distance
 from fedface.audits.group_metrics import mean_interval, rate_interval
 from fedface.codec import encode
 from fedface.coordinator.rounds import ProgressListener
@@ -106,7 +106,7 @@ def _metrics(served: MethodEvaluation, probe: PublicProbe, seconds: float, seed:
     first = generated[:, 0]
     distance: Measurement = NotMeasured(not_measured=f"needs {MIN_FACES} faces to compare with")
     if len(first) >= MIN_FACES:
-        distance = compare_faces(probe.images, first, streams.numpy("blocks")).kernel
+        distance = face_distance(probe.images, first, streams.numpy("blocks"))
     spread: Measurement = NotMeasured(not_measured="only one face per photo was generated")
     if generated.shape[1] > 1:
         each = torch.stack([pixel_std(faces).mean() for faces in generated])

@@ -22,7 +22,7 @@ from fedface.aggregation.payload import (
     PlainConfig,
 )
 from fedface.audits.bias import DARKER_FROM, measure_bias
-from fedface.audits.feature_distances import compare_faces
+from fedface.audits.feature_distances import face_distance
 from fedface.audits.gradient_inversion import (
     AttackResult,
     CosineSearch,
@@ -96,7 +96,7 @@ def sample_metrics(model: Model, reference: ReferenceSet, seed: int) -> dict[str
     monk = measure_tone(generated).monk.double().numpy()
     distance: Measurement = NotMeasured(not_measured=f"needs {MIN_FACES} faces to compare with")
     if len(like_devices) >= MIN_FACES:
-        distance = compare_faces(like_devices, generated, streams.numpy("blocks")).kernel
+        distance = face_distance(like_devices, generated, streams.numpy("blocks"))
     tones = {
         "monk": mean_interval(monk, streams.numpy("resamples")),
         "dark_fraction": rate_interval(int((monk >= DARKER_FROM).sum()), len(monk)),

@@ -28,7 +28,7 @@ from synthetic_metrics import (
 from fedface.audits.dp_metric_estimates import GroupEstimates, minimum_detectable_gap
 from fedface.audits.dp_metrics import RANGED_METRICS
 from fedface.audits.dp_model_ranking import Ranking, rank_overall, rank_worst_group
-from fedface.audits.dp_ratio_estimates import DP_METRICS, DPRatioEstimate, cost, difference_between
+from fedface.audits.dp_ratio_estimates import DP_METRICS, DPRatioEstimate, difference_between
 from fedface.audits.group_metrics import rate_interval
 from fedface.errors import AggregationError, FederationError
 from fedface.measurements import NotMeasured
@@ -262,8 +262,10 @@ def test_equal_models_are_rarely_ordered(by_group: bool) -> None:
 
 def test_cost_of_every_metric_is_larger_for_worse_service() -> None:
     mean = read(total_of(even(lightness_shift=-4.0))).reported[DARK]
-    assert cost(mean.estimate("lightness_shift"), "lightness_shift").estimate == pytest.approx(4.0, rel=1e-5)
-    assert cost(mean.estimate("detected"), "detected").estimate == pytest.approx(-1.0)
+    assert DP_METRICS["lightness_shift"].cost(mean.estimate("lightness_shift")).estimate == pytest.approx(
+        4.0, rel=1e-5
+    )
+    assert DP_METRICS["detected"].cost(mean.estimate("detected")).estimate == pytest.approx(-1.0)
     one, other = rate_interval(48, 50), rate_interval(40, 50)
     gap = difference_between(one, other)  # Newcombe (1998), method 10: square and add
     assert gap.low == pytest.approx(0.16 - math.hypot(0.96 - one.low, other.high - 0.8))

@@ -209,5 +209,5 @@ def test_mismatched_shares_and_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"detected must have shape \(300,\), got \(1,\)"):
         replace(even(), detected=torch.ones(1, dtype=torch.bool))
     faces = torch.zeros(2, 3, 16, 16)
-    with pytest.raises(ValueError, match="made must have shape"):
+    with pytest.raises(ValueError, match="generated must have shape"):
         measure_photos(faces, faces[1:], torch.zeros(2), torch.ones(2, dtype=torch.bool), CONFIG)

@@ -276,7 +276,7 @@ def test_onnx_without_opencv_names_the_package_to_install(
         ({"mean": (0.0, 0.0)}, "mean must be three"),
         ({"sha256": "abc"}, "64 hexadecimal digits"),
         ({"batch": 0}, "batch must lie in"),
-        ({"output": -1}, "output must be >= 0"),
+        ({"output": -1}, "output must be at least 0"),
     ],
 )
 def test_settings_out_of_bounds_are_refused(wrong: dict[str, object], words: str) -> None:

@@ -17,7 +17,6 @@ from fedface.audits.gradient_inversion import (
     apply_defense,
     attack_update,
     candidate_identification,
-    discriminator_gradient,
     invert,
     psnr,
     ssim,
@@ -27,6 +26,8 @@ from fedface.privacy.accounting import reconstruction_success_bound
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.randomness import Streams
 from fedface.tensor_types import Images
+from fedface.training.gan import d_loss_real
+from fedface.training.per_example_gradients import differentiable_gradient
 
 STREAMS = Streams(11)
 LENET_PARTS = 8
@@ -34,6 +35,11 @@ LENET_PARTS = 8
 
 def rng(name: str) -> torch.Generator:
     return STREAMS.generator(name)
+
+
+def discriminator_gradient(discriminator: nn.Module) -> GradientOf:
+    """What one step of GAN training releases of a photo, before clipping and noise."""
+    return differentiable_gradient(discriminator, lambda photos: d_loss_real(discriminator, photos).mean())
 
 
 class LeNetLike(nn.Module):

@@ -184,7 +184,7 @@ def test_streams_give_the_metrics_of_the_whole_sets() -> None:
     blocks = [kernel_distance(x, y) for x, y in zip(a.split(30), b.split(30), strict=True)]
     assert found.frechet == pytest.approx(frechet_distance(a, b), rel=1e-6, abs=1e-5)
     assert found.kernel.estimate == pytest.approx(np.mean(blocks), rel=1e-9)
-    assert (found.real, found.made, found.kernel.count) == (90, 70, 70)
+    assert (found.real, found.generated, found.kernel.count) == (90, 70, 70)
 
 
 def test_a_stream_of_one_batch_is_refused() -> None:
@@ -230,7 +230,7 @@ def test_a_group_with_too_few_faces_is_a_value_with_the_required_count() -> None
     generated = grouped({"a": 50, "c": 45}, "made", {})
     groups = compare_quality(real, generated, STREAMS.numpy("order")).groups
     assert list(groups) == ["a", "b", "c"] and isinstance(groups["a"], GroupQuality)
-    assert groups["b"] == InsufficientSamples(real=12, made=0, fewest=40)
+    assert groups["b"] == InsufficientSamples(real=12, generated=0, fewest=40)
     assert str(groups["c"]) == "not measured: needs 40 faces a side, has 0 real and 45 generated"
 
 
@@ -255,7 +255,7 @@ def test_the_extrapolation_needs_one_and_a_half_times_as_many_faces_as_features(
     limit = quality(
         images, groups, images, groups, ColourFeatures(), STREAMS.numpy("x")
     ).overall.frechet.limit
-    assert limit == InsufficientSamples(real=197, made=197, fewest=198)
+    assert limit == InsufficientSamples(real=197, generated=197, fewest=198)
 
 
 def test_on_real_photos_only_the_degraded_groups_are_detected(
