@@ -21,15 +21,12 @@ def _column(values: Tensor) -> Tensor:
 
 
 def through_camera(radiance: Images, faces: SyntheticFaces, noise: torch.Generator | None = None) -> Images:
-    """From light to pixels: exposure, sensor noise, dynamic range, highlights, gamma.
+    """From light to sRGB in [0, 1], (n, 3, h, w): exposure, sensor noise, dynamic range, highlights, gamma.
 
     Args:
         radiance: (n, 3, h, w) linear light, >= 0, 1 is white at exposure 0.
         faces: n faces; their exposure, dynamic range, sensor noise and gamma are used.
-        noise: Source of the sensor noise; without it there is none and the picture is deterministic.
-
-    Returns:
-        (n, 3, h, w) sRGB in [0, 1].
+        noise: Source of the sensor noise; without it there is none.
     """
     signal = radiance * _column(torch.exp2(faces.exposure))
     if noise is not None:

@@ -66,18 +66,12 @@ def _at_size(pictures: Tensor, size: int) -> Tensor:
 
 @torch.no_grad()
 def render(faces: SyntheticFaces, size: int, *, noise: torch.Generator | None = None) -> Images:
-    """Render faces as a camera would see them.
+    """n faces as a camera would see them, (n, 3, size, size) sRGB in [0, 1].
 
     Args:
         faces: n faces.
-        size: Side of the square pictures in pixels, at least 16.
-        noise: Source of the sensor noise; without it the picture is a function of the parameters alone.
-
-    Returns:
-        (n, 3, size, size) sRGB in [0, 1].
-
-    Raises:
-        ValueError: if the size is too small.
+        size: Side of the square images in pixels, at least 16; raises ValueError below.
+        noise: Source of the sensor noise; without it the image is a function of the parameters alone.
     """
     _check(size)
     pictures = torch.empty(len(faces), 3, size, size)
@@ -126,14 +120,9 @@ def render_occasions(occasions: int, each: int, light_fraction: float, size: int
 
 @torch.no_grad()
 def skin_mask(faces: SyntheticFaces, size: int) -> Tensor:
-    """How much of each pixel is bare facial skin: no hair, beard, glasses, eyes, brows or lips.
+    """How much of each pixel is visible facial skin: no hair, beard, glasses, eyes, brows or lips.
 
-    Args:
-        faces: n faces.
-        size: Side in pixels, at least 16.
-
-    Returns:
-        (n, size, size) in [0, 1].
+    The result is (n, size, size) in [0, 1]; `size` is at least 16.
     """
     _check(size)
     parts = []
@@ -150,9 +139,8 @@ def skin_mask(faces: SyntheticFaces, size: int) -> Tensor:
 
 
 def landmarks(faces: SyntheticFaces) -> Tensor:
-    """Where five points lie: left eye, right eye (of the picture), nose tip, left and right mouth corner.
+    """Left eye, right eye (of the image), nose tip, left and right mouth corner: (n, 5, 2) as (x, y).
 
-    Returns:
-        (n, 5, 2) as (x, y), fractions of the picture's side with the origin at its top left.
+    In fractions of the image's side with the origin at its top left.
     """
     return project(faces, features(faces)) + 0.5

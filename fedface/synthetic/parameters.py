@@ -1,8 +1,8 @@
 """The parameters of a synthetic face, and the smooth map from standard normals to them.
 
 Every parameter is a quantile function of its own standard normal (a Gaussian copula with the identity as its
-correlation), so tone is independent of everything else: hair and iris colour, light, camera and background
-say nothing about it. That is not how the world is; it is what makes an audit clean.
+correlation), so tone is independent of everything else: hair and iris colour, light, camera and background. Unlike in
+the world, which is what makes an audit unconfounded.
 Source of the tones: the Monk Skin Tone scale (Monk 2019), ten published sRGB swatches, see photos/skin_tone.py.
 """
 
@@ -34,7 +34,7 @@ class SyntheticFaces:
     warmth: Tensor  # white-balance error, 0 is daylight, positive is orange
     # camera
     exposure: Tensor  # stops
-    dynamic_range: Tensor  # stops between white and the darkest level told from black
+    dynamic_range: Tensor  # stops between white and the darkest level that differs from black
     sensor_noise: Tensor  # standard deviation at mid-grey, linear light
     gamma: Tensor  # exponent on top of sRGB's curve, 1 is none
     # pose
@@ -88,7 +88,6 @@ class SyntheticFaces:
                 raise ValueError(f"{field.name} must have shape {expected}, got {shape}")
 
     def __len__(self) -> int:
-        """How many faces."""
         return len(self.tone)
 
     def __getitem__(self, index: slice | Tensor) -> SyntheticFaces:
@@ -141,9 +140,8 @@ def _some(share: float, softness: float) -> Quantile:
     return lambda normal: torch.sigmoid((normal - threshold) / softness)
 
 
-UNUSED = (
-    "unused"  # a column of the normals that no parameter reads; without it every bundled network would change
-)
+# A column of the normals that no parameter reads; without it every bundled network would change.
+UNUSED = "unused"
 _SCALARS: dict[str, Quantile] = {
     "azimuth": _bell(0.0, 0.75, 1.35),
     "elevation": _bell(0.4, 0.3, 0.75),
@@ -238,11 +236,8 @@ def faces_from_normals(normals: Tensor, tones: ToneMix) -> SyntheticFaces:
         normals: (n, NORMALS) float32; column 0 is the tone, each other column feeds one parameter.
         tones: The distribution of the tone on the Monk scale.
 
-    Returns:
-        n faces.
-
     Raises:
-        ValueError: if the second dimension is not NORMALS.
+        ValueError: The second dimension is not NORMALS.
     """
     if normals.ndim != 2 or normals.shape[1] != NORMALS:
         raise ValueError(f"normals must have shape (n, {NORMALS}), got {tuple(normals.shape)}")

@@ -1,8 +1,7 @@
 """Rendering of a synthetic face: geometry, relief, reflectance, light; one pass without loops over faces.
 
-The head is an ellipsoid with Gaussian relief (nose, sockets, cheeks, lips,
-chin) whose normals, from finite differences, carry wrapped Lambert shading and a soft specular lobe (Blinn
-1977). Masks have edges about one pixel soft.
+The head is an ellipsoid with Gaussian relief (nose, sockets, cheeks, lips, chin) whose normals, from finite
+differences, carry wrapped Lambert shading and a soft specular lobe (Blinn 1977). Masks have edges about one pixel soft.
 
 Coordinates are fractions of the side with the origin in the middle of the picture, y down. Eyes lie near
 (+-0.13, -0.03), the mouth near (0, 0.22), as in FFHQ's alignment (Karras et al. 2019, arXiv:1812.04948).

@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from threading import Lock
@@ -27,7 +26,7 @@ from torch import Tensor
 from fedface.models.lora import Adaptation, Full, attach, flatten_trainable
 from fedface.models.model import Architecture, FlowArchitecture, Model
 from fedface.models.rectified_flow import FlowConfig, RectifiedFlow
-from fedface.privacy.plan import DPParameters, Schedule
+from fedface.privacy.plan import DPParameters
 from fedface.randomness import SecretNoise, Streams
 from fedface.synthetic.faces import render_people
 from fedface.tensor_types import Images, KeptImages, Vector
@@ -42,12 +41,11 @@ from fedface.training.per_example_gradients import (
     trainable_parameters,
 )
 from fedface.training.training_round import (
+    DPSGDSettings,
     Objective,
     PerExampleRelease,
     apply_mean_update,
     check_architecture,
-    describe_weight_update,
-    dp_sgd_schedule,
     guaranteed_units,
     mark_trainable,
 )
@@ -62,7 +60,7 @@ _EVALUATIONS_AT_ONCE = 64  # photos times draws whose activations are in memory 
 
 @dataclass(frozen=True, kw_only=True)
 @checked
-class FlowTrainingConfig:
+class FlowTrainingConfig(DPSGDSettings):
     """How devices fine-tune a flow; every number is public and the same on all devices."""
 
     kind: ClassVar[str] = "flow-training"
@@ -73,7 +71,7 @@ class FlowTrainingConfig:
     sampling_rate: float = 0.05  # q: probability of a photo to join a step, in (0, 1]
     expected_batch_size: int = 10  # public divisor of each step's sum, >= 1
     clip_norm: float = 0.1  # largest L2 norm of one photo's gradient, > 0
-    # K: of time and noise, per photo and step
+    # K: draws of time and noise, per photo and step
     noise_draws: Annotated[int, In(f"[1, {_EVALUATIONS_AT_ONCE}]")] = 1
     # Times run from 0 (noise); early ones decide what a face looks like
     max_time: Annotated[float, In("(0, 1]")] = 1.0
@@ -88,14 +86,6 @@ class FlowTrainingConfig:
 
     def __post_init__(self) -> None:
         self.schedule()
-
-    def schedule(self) -> Schedule:
-        """What of this determines the privacy loss."""
-        return dp_sgd_schedule(self)
-
-    def describe_update(self) -> str:
-        """What a device sends, in words that follow a number."""
-        return describe_weight_update(self.adapt)
 
     def check(self, architecture: Architecture) -> None:
         """Raises ConfigError unless a model of this architecture can be trained this way."""
@@ -202,14 +192,7 @@ class FlowRound:
             public_scales(flow, config),
             microbatch=min(_PHOTOS_AT_ONCE, max(1, _EVALUATIONS_AT_ONCE // config.noise_draws)),
         )
-        dp_sgd_steps(
-            problem,
-            photos,
-            self.dp,
-            config,
-            rng=rng,
-            units=guaranteed_units(self.dp, units),
-        )
+        dp_sgd_steps(problem, photos, self.dp, config, rng=rng, units=guaranteed_units(self.dp, units))
         return flatten_trainable(flow) - before
 
     def ranges(self) -> Vector:
@@ -247,35 +230,18 @@ def public_scales(flow: RectifiedFlow, config: FlowTrainingConfig) -> list[Tenso
     digest = hashlib.sha256()
     for tensor in (*flow.parameters(), *flow.buffers()):
         digest.update(tensor.detach().numpy().tobytes())
-    return _CACHE.scales((digest.hexdigest(), flow.config, config), lambda: _public_scales(flow, config))
+    key = (digest.hexdigest(), flow.config, config)
+    with _LOCK:  # concurrent devices wait for the one that computes
+        _SCALES[key] = _SCALES.pop(key) if key in _SCALES else _public_scales(flow, config)
+        if len(_SCALES) > 2:
+            del _SCALES[next(iter(_SCALES))]
+        return _SCALES[key]
 
 
-_Key = tuple[str, FlowConfig, FlowTrainingConfig]
-
-
-class _ScaleCache:
-    """The most recent scales, by a flow's weights, architecture and configuration.
-
-    So that simulated devices in one process share the work. It holds scales, which are public, and never a flow: a
-    device's copy is trained on after it has asked.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._lock = Lock()
-        self._scales: dict[_Key, list[Tensor]] = {}
-
-    def scales(self, key: _Key, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """The scales of this key; concurrent callers wait while they are computed."""
-        with self._lock:
-            scales = self._scales.pop(key) if key in self._scales else compute()
-            self._scales[key] = scales
-            while len(self._scales) > self._size:
-                del self._scales[next(iter(self._scales))]
-            return scales
-
-
-_CACHE = _ScaleCache(size=2)
+# The most recent scales, so that simulated devices in one process share the work: by the weights of a flow, of which
+# no reference is held, since a device trains its copy after it has asked.
+_SCALES: dict[tuple[str, FlowConfig, FlowTrainingConfig], list[Tensor]] = {}
+_LOCK = Lock()
 
 
 def _public_scales(flow: RectifiedFlow, config: FlowTrainingConfig) -> list[Tensor]:

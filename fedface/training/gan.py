@@ -28,7 +28,7 @@ from fedface.models.discriminator import Discriminator
 from fedface.models.lora import Adaptation, Full, flatten_trainable
 from fedface.models.model import Architecture, GanArchitecture, Model
 from fedface.models.stylegan2 import StyleGAN2
-from fedface.privacy.plan import DPParameters, Schedule
+from fedface.privacy.plan import DPParameters
 from fedface.randomness import Streams
 from fedface.tensor_types import Images, KeptImages, Latents, Vector
 from fedface.training.dp_sgd import SampledMechanism, check_per_example_gradients, private_gradient
@@ -41,12 +41,11 @@ from fedface.training.per_example_gradients import (
     with_deterministic_microbatch,
 )
 from fedface.training.training_round import (
+    DPSGDSettings,
     Objective,
     PerExampleRelease,
     apply_mean_update,
     check_architecture,
-    describe_weight_update,
-    dp_sgd_schedule,
     guaranteed_units,
     mark_trainable,
 )
@@ -59,7 +58,7 @@ MAX_FAKES_PER_ROUND = 1_000_000  # a hostile task must not keep a device busy fo
 
 @dataclass(frozen=True, kw_only=True)
 @checked
-class GanTrainingConfig:
+class GanTrainingConfig(DPSGDSettings):
     """How devices fine-tune generator and discriminator; every number is public and the same on all devices."""
 
     kind: ClassVar[str] = "gan-training"
@@ -86,14 +85,6 @@ class GanTrainingConfig:
                 "steps_per_round * (generator_steps + 1) * fake_batch_size must be at most "
                 f"{MAX_FAKES_PER_ROUND:,} generated images in a round, got {fakes:,}"
             )
-
-    def schedule(self) -> Schedule:
-        """What of this determines the privacy loss."""
-        return dp_sgd_schedule(self)
-
-    def describe_update(self) -> str:
-        """What a device sends, in words that follow a number."""
-        return describe_weight_update(self.adapt)
 
     def check(self, architecture: Architecture) -> None:
         """Raises ConfigError unless a model of this architecture can be trained this way."""

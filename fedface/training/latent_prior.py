@@ -38,12 +38,7 @@ from fedface.privacy.plan import MAX_EXPECTED_BATCH_SIZE, DPParameters, Schedule
 from fedface.randomness import Streams
 from fedface.tensor_types import KeptImages, Latents, Vector, in_floats
 from fedface.training.dp_sgd import SampledMechanism, private_sum
-from fedface.training.training_round import (
-    Objective,
-    PerExampleRelease,
-    check_architecture,
-    guaranteed_units,
-)
+from fedface.training.training_round import Objective, PerExampleRelease, check_architecture, guaranteed_units
 from fedface.training.unit_clipping import NoiseSource
 from fedface.validation import In, checked
 
@@ -144,10 +139,8 @@ class PriorRound:
         """
         layout = _layout(self.model.network(LatentEncoder).latent_width, self.config)
         photos = self.config.max_photos / self.config.expected_batch_size
-        bounds = [layout.count, 3.0 * layout.first, 9.0 * layout.squares]
-        return torch.cat(
-            [torch.full((size,), photos * bound) for size, bound in zip(layout.sizes, bounds, strict=True)]
-        )
+        bounds = torch.tensor([layout.count, 3.0 * layout.first, 9.0 * layout.squares], dtype=torch.float64)
+        return (photos * bounds).float().repeat_interleave(torch.tensor(layout.sizes))
 
     def per_example_release(self, streams: Streams) -> PerExampleRelease:
         """The vector of a photo."""
@@ -167,7 +160,7 @@ class PriorRound:
 
 @dataclass(frozen=True)
 class _Layout:
-    """The factor of each part of a photo's vector, and how many numbers the part has."""
+    """The factor and the width of each part of a photo's vector."""
 
     width: int
     second: Second

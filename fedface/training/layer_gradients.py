@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,12 +64,8 @@ class RecordedLayer:
 
     def bias_gradients(self, output_gradient: Tensor, photos: int) -> Iterator[tuple[GradientSource, Tensor]]:
         if self.bias is not None:
-            yield (
-                self.bias,
-                _by_photo(
-                    output_gradient.flatten(2).sum(2) if output_gradient.ndim > 2 else output_gradient, photos
-                ),
-            )
+            summed = output_gradient.flatten(2).sum(2) if output_gradient.ndim > 2 else output_gradient
+            yield self.bias, _by_photo(summed, photos)
 
     def weight_gradient(self, output_gradient: Tensor, photos: int) -> Tensor:
         raise NotImplementedError
@@ -125,21 +121,11 @@ class _Convolution(RecordedLayer):
         )
         channels, outputs = self.inputs.shape[1], output_gradient.shape[1]
         shape = inputs.new_empty(1).expand(photos * outputs, channels, *self.kernel)
-        gradients = torch.ops.aten.convolution_backward(
-            out,
-            inputs,
-            shape,
-            None,
-            self.stride,
-            self.padding,
-            (1, 1),
-            False,
-            (0, 0),
-            photos,
-            [False, True, False],
+        geometry = (self.stride, self.padding, (1, 1), False, (0, 0))
+        _, gradient, _ = torch.ops.aten.convolution_backward(
+            out, inputs, shape, None, *geometry, photos, [False, True, False]
         )
-        gradient: Tensor = gradients[1]
-        return gradient
+        return cast(Tensor, gradient)
 
 
 def _columns(
@@ -221,14 +207,29 @@ class LayerRecorder(TorchFunctionMode):
         )
         return sources if whole and any(source is not None for source in sources) else None
 
-    def _record(self, inputs: Tensor, out: Tensor) -> dict[str, Any]:
-        return {
-            "inputs": inputs.detach(),
-            "out": out,
-            "node": out.grad_fn,
-            "input_node": inputs.grad_fn,
-            "versions": (inputs._version, out._version),
-        }
+    def _record(
+        self,
+        kind: type[RecordedLayer],
+        sources: list[GradientSource | None],
+        inputs: Tensor,
+        out: Tensor,
+        **options: Any,
+    ) -> Tensor:
+        """Record a call of a layer; returns its output."""
+        weight, bias = sources
+        self.layers.append(
+            kind(
+                weight=weight,
+                bias=bias,
+                inputs=inputs.detach(),
+                out=out,
+                node=out.grad_fn,
+                input_node=inputs.grad_fn,
+                versions=(inputs._version, out._version),
+                **options,
+            )
+        )
+        return out
 
     def _convolve(
         self,
@@ -247,25 +248,14 @@ class LayerRecorder(TorchFunctionMode):
         if sources is None or isinstance(padding, str):
             return functional.conv2d(inputs, weight, bias, stride, padding, dilation, groups)
         out = functional.conv2d(inputs, weight, bias, stride, padding)
-        layer = _Convolution(
-            weight=sources[0],
-            bias=sources[1],
-            kernel=(weight.shape[2], weight.shape[3]),
-            stride=_pair(stride),
-            padding=_pair(padding),
-            **self._record(inputs, out),
-        )
-        self.layers.append(layer)
-        return layer.out
+        kernel = (weight.shape[2], weight.shape[3])
+        shape = {"kernel": kernel, "stride": _pair(stride), "padding": _pair(padding)}
+        return self._record(_Convolution, sources, inputs, out, **shape)
 
     def _connect(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         sources = self._sources(inputs, weight, bias) if inputs.ndim == 2 else None
-        if sources is None:
-            return functional.linear(inputs, weight, bias)
         out = functional.linear(inputs, weight, bias)
-        layer = _Dense(weight=sources[0], bias=sources[1], **self._record(inputs, out))
-        self.layers.append(layer)
-        return layer.out
+        return out if sources is None else self._record(_Dense, sources, inputs, out)
 
     def _normalise(
         self,
@@ -276,18 +266,10 @@ class LayerRecorder(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor:
         sources = self._sources(inputs, weight, bias) if inputs.ndim > 2 else None
-        if sources is None:
-            return functional.group_norm(inputs, num_groups, weight, bias, eps)
         out = functional.group_norm(inputs, num_groups, weight, bias, eps)
-        layer = _GroupNorm(
-            weight=sources[0],
-            bias=sources[1],
-            groups=num_groups,
-            eps=eps,
-            **self._record(inputs, out),
-        )
-        self.layers.append(layer)
-        return layer.out
+        if sources is None:
+            return out
+        return self._record(_GroupNorm, sources, inputs, out, groups=num_groups, eps=eps)
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:

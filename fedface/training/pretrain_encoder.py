@@ -27,9 +27,17 @@ from fedface.models.latent_encoder import LatentEncoder, LatentEncoderConfig
 from fedface.models.stylegan2 import StyleGAN2
 from fedface.models.stylegan_layers import unit_mean_square
 from fedface.randomness import Streams
-from fedface.synthetic.faces import NORMALS, ToneMix, faces_from_normals, render
+from fedface.synthetic.faces import NORMALS, ToneMix
 from fedface.tensor_types import Images, Latents
-from fedface.training.pretrain_gan import Progress, SyntheticPool, pair_loss, update_ema, warmup_cosine
+from fedface.training.pretrain_gan import (
+    Progress,
+    SyntheticPool,
+    cosine_decay,
+    pair_loss,
+    render_pool,
+    take_step,
+    update_ema,
+)
 from fedface.validation import AtLeast, In, checked
 
 
@@ -82,13 +90,7 @@ def build_tone_pool(config: EncoderPretrainConfig, report: Progress) -> Syntheti
     tones = ToneMix(light_fraction=config.light_fraction)
     latents = tone_latents(config.pool, config, streams.generator("pool"))
     camera = streams.generator("camera")
-    clean, seen = [], []
-    for done in range(0, config.pool, 500):
-        faces = faces_from_normals(latents[done : done + 500, :NORMALS], tones)
-        clean.append((render(faces, config.encoder.size) * 255.0).round().to(torch.uint8))
-        seen.append((render(faces, config.encoder.size, noise=camera) * 255.0).round().to(torch.uint8))
-        report("drawing", done, config.pool, {})
-    return SyntheticPool(latents, torch.cat(clean), torch.cat(seen))
+    return render_pool(latents, latents[:, :NORMALS], tones, config.encoder.size, camera, report)
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,7 @@ def pretrain_encoder(generator: StyleGAN2, config: EncoderPretrainConfig, report
     rng = streams.generator("faces")
     optimiser = Adam(encoder.parameters(), config.learning_rate, betas=(0.9, 0.99))
     for step in range(config.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = config.learning_rate * warmup_cosine(step, config.steps)
+        cosine_decay(optimiser, config.learning_rate, step, config.steps)
         batch = _sample_batch(frozen, pool, config, rng)
         estimated = encoder(batch.photos)
         with torch.autocast("cpu", torch.bfloat16):
@@ -138,9 +139,7 @@ def pretrain_encoder(generator: StyleGAN2, config: EncoderPretrainConfig, report
         latent_loss = functional.mse_loss(estimated, batch.latents)
         image_loss = pair_loss(generated.float(), batch.target)
         weight = config.latent_weight * (1.0 + 9.0 * (1.0 - step / config.steps) ** 2)
-        optimiser.zero_grad()
-        torch.autograd.backward(image_loss + weight * latent_loss)
-        optimiser.step()
+        take_step(optimiser, image_loss + weight * latent_loss)
         update_ema(averaged, encoder, step, 0.998)
         if step % 50 == 0:
             report("encoder", step, config.steps, {"image": image_loss.item(), "latent": latent_loss.item()})

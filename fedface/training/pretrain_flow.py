@@ -22,7 +22,7 @@ from fedface.models.rectified_flow import FlowConfig, RectifiedFlow
 from fedface.randomness import Streams
 from fedface.tensor_types import Images
 from fedface.training.flow import flow_loss
-from fedface.training.pretrain_gan import Progress, render_faces, update_ema
+from fedface.training.pretrain_gan import Progress, render_faces, take_step, training_notes, update_ema
 from fedface.validation import AtLeast, In, checked
 
 
@@ -85,9 +85,7 @@ class FlowPretraining:
             times = stratified_times(len(images), self.rng)
             with torch.autocast("cpu", torch.bfloat16):
                 loss = flow_loss(self.flow, images, noise, times).mean()
-            optimiser.zero_grad()
-            torch.autograd.backward(loss)
-            optimiser.step()
+            take_step(optimiser, loss)
             update_ema(self.averaged, self.flow, step, self.config.averaging)
             self.steps_done += 1
             if step % 100 == 0:
@@ -95,13 +93,8 @@ class FlowPretraining:
 
     def finish(self) -> Model:
         """The averaged network, with notes on how it was trained."""
-        notes = {
-            "made_by": "fedface pretrain flow",
-            "recipe": asdict(self.config),
-            "images_seen": self.steps_done * self.config.batch,
-            "seconds": round(time.monotonic() - self.started),
-            "threads": torch.get_num_threads(),
-        }
+        images = self.steps_done * self.config.batch
+        notes = training_notes("fedface pretrain flow", asdict(self.config), images, self.started)
         return Model(FlowArchitecture(flow=self.config.flow), {"flow": self.averaged}, notes)
 
 

@@ -30,6 +30,7 @@ from fedface.models.checkpoint import estimate_mean_style
 from fedface.models.discriminator import Discriminator, DiscriminatorConfig
 from fedface.models.model import GanArchitecture, Model, build_model
 from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
+from fedface.models.stylegan_layers import unit_mean_square
 from fedface.randomness import Streams
 from fedface.synthetic.faces import NORMALS, ToneMix, faces_from_normals, render, sample_faces
 from fedface.tensor_types import Images, Latents
@@ -85,13 +86,20 @@ def make_pool(config: GanPretrainConfig, report: Progress) -> SyntheticPool:
     tones = ToneMix(light_fraction=config.light_fraction)
     latents = torch.randn(config.pool, config.generator.latent_width, generator=streams.generator("pool"))
     camera = streams.generator("camera")
-    scaled = latents * torch.rsqrt(latents.square().mean(dim=1, keepdim=True) + 1e-8)
+    normals = unit_mean_square(latents)[:, :NORMALS]
+    return render_pool(latents, normals, tones, config.generator.size, camera, report)
+
+
+def render_pool(
+    latents: Tensor, normals: Tensor, tones: ToneMix, size: int, camera: torch.Generator, report: Progress
+) -> SyntheticPool:
+    """Latents (n, z) with the faces of these normals (n, NORMALS), without and with the camera's noise."""
     clean, seen = [], []
-    for done in range(0, config.pool, 500):
-        faces = faces_from_normals(scaled[done : done + 500, :NORMALS], tones)
-        clean.append(_bytes(render(faces, config.generator.size)))
-        seen.append(_bytes(render(faces, config.generator.size, noise=camera)))
-        report("drawing", done, config.pool, {})
+    for done in range(0, len(normals), 500):
+        faces = faces_from_normals(normals[done : done + 500], tones)
+        clean.append(_bytes(render(faces, size)))
+        seen.append(_bytes(render(faces, size, noise=camera)))
+        report("rendering", done, len(normals), {})
     return SyntheticPool(latents, torch.cat(clean), torch.cat(seen))
 
 
@@ -107,7 +115,7 @@ def render_faces(count: int, light_fraction: float, size: int, streams: Streams,
     for done in range(0, count, 500):
         faces = sample_faces(min(500, count - done), tones, rng)
         parts.append(_bytes(render(faces, size, noise=camera)))
-        report("drawing", done, count, {})
+        report("rendering", done, count, {})
     return torch.cat(parts)
 
 
@@ -117,6 +125,24 @@ def update_ema(averaged: nn.Module, current: nn.Module, step: int, decay: float)
     with torch.no_grad():
         for average, weight in zip(averaged.parameters(), current.parameters(), strict=True):
             average.lerp_(weight, 1.0 - decay)
+
+
+def take_step(optimiser: Adam, loss: Tensor) -> None:
+    """One step down the gradient of a loss."""
+    optimiser.zero_grad()
+    torch.autograd.backward(loss)
+    optimiser.step()
+
+
+def training_notes(made_by: str, recipe: Any, images_seen: int, started: float) -> dict[str, Any]:
+    """How a checkpoint was trained; `started` is the value of time.monotonic() at the start."""
+    return {
+        "made_by": made_by,
+        "recipe": recipe,
+        "images_seen": images_seen,
+        "seconds": round(time.monotonic() - started),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def warmup_cosine(step: int, steps: int) -> float:
@@ -187,12 +213,10 @@ class GanPretraining:
             (0.9, 0.99),
         )
         for step in range(steps):
-            _cosine(optimiser, rate, step, steps)
+            cosine_decay(optimiser, rate, step, steps)
             latents, faces = self.pool.pairs(self.config.batch, self.rng)
             loss = pair_loss(self._generate(generator, latents), faces)
-            optimiser.zero_grad()
-            torch.autograd.backward(loss)
-            optimiser.step()
+            take_step(optimiser, loss)
             self._average(step)
             self.images += self.config.batch
             if step % 50 == 0:
@@ -206,7 +230,7 @@ class GanPretraining:
         g_optimiser = Adam(generator.parameters(), rate, (0.0, 0.99))
         d_optimiser = Adam(discriminator.parameters(), rate, (0.0, 0.99))
         for step in range(config.adversarial_steps):
-            _cosine(g_optimiser, rate, step, config.adversarial_steps)
+            cosine_decay(g_optimiser, rate, step, config.adversarial_steps)
             photos = self.pool.photos(config.batch, self.rng)
             with torch.no_grad():
                 fakes = self._generate(generator, self._latents())
@@ -216,42 +240,29 @@ class GanPretraining:
             )
             if step % 8 == 0:
                 loss = loss + 8 * config.r1_weight * r1_penalty(discriminator, photos)
-            d_optimiser.zero_grad()
-            torch.autograd.backward(loss)
-            d_optimiser.step()
+            take_step(d_optimiser, loss)
             latents, faces = self.pool.pairs(config.batch, self.rng)
             generated = self._generate(generator, latents)
             pairs = pair_loss(generated, faces)
             total = functional.softplus(-discriminator(generated)).mean() + config.pair_weight * pairs
-            g_optimiser.zero_grad()
-            torch.autograd.backward(total)
-            g_optimiser.step()
+            take_step(g_optimiser, total)
             # The average's decay continues from the first stage: it hardly follows while the discriminator is new.
             self._average(self.config.paired_steps + step)
             self.images += config.batch
             if step % 50 == 0:
-                report(
-                    "adversaries",
-                    step,
-                    config.adversarial_steps,
-                    {"discriminator": loss.item(), "l1": pairs.item()},
-                )
+                losses = {"discriminator": loss.item(), "l1": pairs.item()}
+                report("adversaries", step, config.adversarial_steps, losses)
 
     def finish(self) -> Model:
         """The averaged generator and the discriminator, with notes on how they were trained."""
         self.averaged.discriminator.load_state_dict(self.gan.discriminator.state_dict())
         estimate_mean_style(self.averaged.network(StyleGAN2), self.streams.generator("mean style"))
-        notes: dict[str, Any] = {
-            "made_by": "fedface pretrain gan",
-            "recipe": asdict(self.config),
-            "images_seen": self.images,
-            "seconds": round(time.monotonic() - self.started),
-            "threads": torch.get_num_threads(),
-        }
+        notes = training_notes("fedface pretrain gan", asdict(self.config), self.images, self.started)
         return replace(self.averaged, notes=notes)
 
 
-def _cosine(optimiser: Adam, rate: float, step: int, steps: int) -> None:
+def cosine_decay(optimiser: Adam, rate: float, step: int, steps: int) -> None:
+    """Set the learning rate of a step, see `warmup_cosine`."""
     for group in optimiser.param_groups:
         group["lr"] = rate * warmup_cosine(step, steps) * group.get("scale", 1.0)
 

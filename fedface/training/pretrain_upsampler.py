@@ -23,7 +23,14 @@ from fedface.models.style_encoder import StyleEncoder, StyleEncoderNetworkConfig
 from fedface.models.stylegan2 import StyleGAN2
 from fedface.models.super_resolution import SuperResolutionNetwork, SuperResolutionNetworkConfig
 from fedface.randomness import Streams
-from fedface.training.pretrain_gan import Progress, render_faces, update_ema, warmup_cosine
+from fedface.training.pretrain_gan import (
+    Progress,
+    cosine_decay,
+    render_faces,
+    take_step,
+    training_notes,
+    update_ema,
+)
 from fedface.training.upsampler import reconstruction_loss
 from fedface.upsampling.degradation import Area, BicubicPulse, Degradation
 from fedface.validation import AtLeast, In, checked
@@ -85,8 +92,8 @@ def pretrain_style_encoder(
         with torch.autocast("cpu", torch.bfloat16):
             return frozen.synthesize(styles).float()
 
-    averaged, notes = _learn(encoder, network, generator.size, config, streams, report)
-    notes = {"made_by": "fedface pretrain style-encoder", "generator": weights_hash(generator), **notes}
+    averaged, notes = _learn(encoder, network, generator.size, config, streams, report, "style-encoder")
+    notes["generator"] = weights_hash(generator)
     model_architecture = StyleEncoderArchitecture(generator=generator.config, encoder=architecture)
     return Model(model_architecture, {"generator": generator, "encoder": averaged}, notes)
 
@@ -97,8 +104,7 @@ def pretrain_super_resolution(
     """Train a super-resolution network; arguments and result as for `pretrain_style_encoder`."""
     streams = Streams(config.seed).child("resolver")
     network = SuperResolutionNetwork(architecture, streams.generator("weights"))
-    averaged, notes = _learn(network, network, architecture.size, config, streams, report)
-    notes = {"made_by": "fedface pretrain super-resolution", **notes}
+    averaged, notes = _learn(network, network, architecture.size, config, streams, report, "super-resolution")
     return Model(SuperResolutionArchitecture(network=architecture), {"network": averaged}, notes)
 
 
@@ -109,6 +115,7 @@ def _learn(
     config: UpsamplerPretrainConfig,
     streams: Streams,
     report: Progress,
+    command: str,
 ) -> tuple[L, dict[str, Any]]:
     """Regression with Adam; returns the averaged network and notes on how it was trained."""
     started = time.monotonic()
@@ -118,22 +125,16 @@ def _learn(
     losses = [reconstruction_loss(downscale, config.consistency_weight) for downscale in config.downscales]
     optimiser = Adam(learner.parameters(), config.learning_rate, betas=(0.9, 0.99))
     for step in range(config.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = config.learning_rate * warmup_cosine(step, config.steps)
+        cosine_decay(optimiser, config.learning_rate, step, config.steps)
         chosen = torch.randint(len(pool), (config.batch,), generator=rng)
         photos = pool[chosen].float() / 255.0
         half = config.batch // 2
         loss_of = losses[int(torch.randint(len(losses), (), generator=rng))]
         loss = loss_of(network, torch.cat([photos[:half], photos[half:].flip(-1)])).mean()
-        optimiser.zero_grad()
-        torch.autograd.backward(loss)
-        optimiser.step()
+        take_step(optimiser, loss)
         update_ema(averaged, learner, step, EMA_DECAY)
         if step % 50 == 0:
             report("upsampler", step, config.steps, {"loss": loss.item()})
-    return averaged, {
-        "recipe": encode(config),
-        "images_seen": config.steps * config.batch,
-        "seconds": round(time.monotonic() - started),
-        "threads": torch.get_num_threads(),
-    }
+    return averaged, training_notes(
+        f"fedface pretrain {command}", encode(config), config.steps * config.batch, started
+    )

@@ -98,30 +98,31 @@ class TrainingMethod(Protocol):
         """A round on a copy of a checked model; `rng` draws the public directions of low-rank changes."""
 
 
-class _StepNumbers(Protocol):
-    """The numbers of DP-SGD that a training configuration holds beside its own."""
+class DPSGDSettings:
+    """What the configurations share whose networks read photos by DP-SGD."""
 
-    @property
-    def rounds(self) -> int: ...
-    @property
-    def steps_per_round(self) -> int: ...
-    @property
-    def sampling_rate(self) -> float: ...
-    @property
-    def expected_batch_size(self) -> int: ...
-    @property
-    def clip_norm(self) -> float: ...
+    rounds: int
+    steps_per_round: int
+    sampling_rate: float
+    expected_batch_size: int
+    clip_norm: float
+    adapt: Adaptation
 
+    def schedule(self) -> Schedule:
+        """What of this determines the privacy loss; raises ValueError for a number out of range."""
+        return Schedule(
+            rounds=self.rounds,
+            steps_per_round=self.steps_per_round,
+            sampling_rate=self.sampling_rate,
+            expected_batch_size=self.expected_batch_size,
+            clip_norm=self.clip_norm,
+        )
 
-def dp_sgd_schedule(config: _StepNumbers) -> Schedule:
-    """The schedule of a method whose network reads photos by DP-SGD; raises ValueError for a number out of range."""
-    return Schedule(
-        rounds=config.rounds,
-        steps_per_round=config.steps_per_round,
-        sampling_rate=config.sampling_rate,
-        expected_batch_size=config.expected_batch_size,
-        clip_norm=config.clip_norm,
-    )
+    def describe_update(self) -> str:
+        """What a device sends, in words that follow a number."""
+        if isinstance(self.adapt, Lora):
+            return f"changes of low-rank weights (rank {self.adapt.rank})"
+        return "weight changes"
 
 
 def check_architecture(actual: Architecture, expected: type[Architecture]) -> None:
@@ -155,11 +156,6 @@ def apply_mean_update(model: Model, total: Vector, devices: int, server_lr: floa
     for module in after.modules():
         merge(module)
     return after
-
-
-def describe_weight_update(adapt: Adaptation) -> str:
-    """Weight changes in words that follow a number."""
-    return f"changes of low-rank weights (rank {adapt.rank})" if isinstance(adapt, Lora) else "weight changes"
 
 
 def guaranteed_units(dp: DPParameters, units: Tensor | None) -> Tensor | None:

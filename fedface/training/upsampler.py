@@ -29,7 +29,7 @@ from fedface.models.model import (
     build_model,
     image_size,
 )
-from fedface.privacy.plan import DPParameters, Schedule
+from fedface.privacy.plan import DPParameters
 from fedface.randomness import Streams
 from fedface.tensor_types import Images, KeptImages, Vector
 from fedface.training.dp_momentum_sgd import descent_ranges, dp_sgd_steps
@@ -42,12 +42,11 @@ from fedface.training.per_example_gradients import (
 )
 from fedface.training.pretrain_gan import pair_losses
 from fedface.training.training_round import (
+    DPSGDSettings,
     Objective,
     PerExampleRelease,
     apply_mean_update,
     check_architecture,
-    describe_weight_update,
-    dp_sgd_schedule,
     guaranteed_units,
 )
 from fedface.training.unit_clipping import NoiseSource
@@ -62,7 +61,7 @@ _MAX_VALUES_PER_PHOTO = 2**27
 
 @dataclass(frozen=True, kw_only=True)
 @checked
-class UpsamplerTrainingConfig:
+class UpsamplerTrainingConfig(DPSGDSettings):
     """How devices train an upsampler; every number is public and the same on all devices."""
 
     kind: ClassVar[str] = "upsampler-training"
@@ -73,9 +72,8 @@ class UpsamplerTrainingConfig:
     sampling_rate: float = 0.08  # q: probability of a photo to join a step, in (0, 1]
     expected_batch_size: int = 32  # public divisor of each step's sum, >= 1
     clip_norm: float = 0.3  # largest L2 norm of one photo's gradient, > 0; about the usual norm
-    downscale: Degradation = field(
-        default_factory=lambda: BicubicPulse(4)
-    )  # what the network learns to invert
+    # What the network learns to invert.
+    downscale: Degradation = field(default_factory=lambda: BicubicPulse(4))
     # Of the squared difference after the downscale
     consistency_weight: Annotated[float, In("[0, 10000]")] = 10.0
     lr: Annotated[float, In("(0, 1000)")] = 1.0  # of gradient descent
@@ -95,20 +93,12 @@ class UpsamplerTrainingConfig:
                 "noise belongs under upsampling, or into a method's noise_std"
             )
 
-    def schedule(self) -> Schedule:
-        """What of this determines the privacy loss."""
-        return dp_sgd_schedule(self)
-
-    def describe_update(self) -> str:
-        """What a device sends, in words that follow a number."""
-        return describe_weight_update(self.adapt)
-
     def check(self, architecture: Architecture) -> None:
         """Raises ConfigError unless a model of this architecture can be trained this way, on this downscale."""
-        style_encoder = self.learner == "style-encoder"
-        check_architecture(
-            architecture, StyleEncoderArchitecture if style_encoder else SuperResolutionArchitecture
+        expected = (
+            StyleEncoderArchitecture if self.learner == "style-encoder" else SuperResolutionArchitecture
         )
+        check_architecture(architecture, expected)
         size = image_size(architecture)
         try:
             low = self.downscale.low_side(size)
@@ -174,14 +164,7 @@ class UpsamplerRound:
         problem = PerExampleProblem(
             network, self._loss(), microbatch=max(1, min(16, _MICROBATCH_VALUES // values))
         )
-        dp_sgd_steps(
-            problem,
-            photos,
-            self.dp,
-            config,
-            rng=rng,
-            units=guaranteed_units(self.dp, units),
-        )
+        dp_sgd_steps(problem, photos, self.dp, config, rng=rng, units=guaranteed_units(self.dp, units))
         return flatten_trainable(network) - before
 
     def ranges(self) -> Vector:

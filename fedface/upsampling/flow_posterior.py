@@ -116,15 +116,7 @@ class GuidedFlowUpsampler:
         progress: Progress | None = None,
         watch: StepCallback | None = None,
     ) -> None:
-        """Prepare what depends on the degradation alone.
-
-        Args:
-            generator: A rectified flow.
-            degradation: What the photos went through.
-            config: How to sample.
-            streams: Random numbers, a stream for each face.
-            progress: Called after every step with how far all faces are.
-            watch: Shown the expected faces after every step.
+        """Arguments as for `methods.make_upsampler`; `watch` is called with the expected faces.
 
         Raises:
             ValueError: The degradation does not go with the flow's size, or nothing is noisy.

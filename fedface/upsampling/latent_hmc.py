@@ -153,15 +153,10 @@ class HmcUpsampler:
         progress: Progress | None = None,
         watch: StepCallback | None = None,
     ) -> None:
-        """Prepare the weights.
+        """Arguments as for `methods.make_upsampler`.
 
         Args:
-            generator: Any family. With a flow, whose latents are whole pictures, choose a low `rank`.
-            degradation: What the photos went through.
-            config: How to sample.
-            streams: Random numbers, a stream for each chain.
-            progress: Called after every transition with how far all chains are.
-            watch: Shown the faces after every move.
+            generator: Any family. With a flow, whose latents are whole images, choose a low `rank`.
 
         Raises:
             ValueError: The degradation does not go with the generator's size, or nothing is noisy.

@@ -270,10 +270,10 @@ def make_upsampler(
         method: Which, and how.
         model: The checkpoint; None goes with nearest and bicubic alone, which do not look at it.
         degradation: The known downscale.
-        streams: Where searches start and samplers draw.
+        streams: Random numbers, such as the starts of searches.
         size: Height and width of the faces in pixels.
-        progress: Called with how far it is.
-        watch: Shown the faces after each step, by methods that have steps.
+        progress: Called after every step with how far all faces are.
+        watch: Called with the faces of every step, by methods that have steps.
 
     Raises:
         ConfigError: The method needs another kind of model, or the model other sizes.

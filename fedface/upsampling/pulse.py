@@ -109,18 +109,12 @@ class PulseUpsampler:
         progress: Progress | None = None,
         watch: StepCallback | None = None,
     ) -> None:
-        """Prepare the weights and fit the distribution of styles.
+        """Arguments as for `methods.make_upsampler`; `watch` is called with the faces that are still searched.
 
         Args:
-            generator: Any family.
-            degradation: What the photos went through.
-            config: How to search.
-            streams: Where starts are drawn from.
             start: Styles for photos, such as an encoder's. The first face of each photo begins with them, the
                 others about 45 degrees aside, each in a direction of its own, which made them fit sooner than
                 random starts and differ as much. Latents have the length of these styles' latents.
-            progress: Called after every step with how far all searches are.
-            watch: Called with the faces of every step that are still searched.
 
         Raises:
             ValueError: The degradation does not go with the generator's size.

@@ -124,7 +124,7 @@ def test_pretraining_gives_a_checkpoint_with_notes() -> None:
     gan = pretrain_gan(short, report)
     torch.rand(3)
     assert weights_hash(*gan.modules()) == weights_hash(*pretrain_gan(short, silent).modules())
-    assert list(dict.fromkeys(heard)) == ["drawing", "pairs", "adversaries"]
+    assert list(dict.fromkeys(heard)) == ["rendering", "pairs", "adversaries"]
     assert gan.notes["images_seen"] == (4 + 9) * 8 and gan.notes["recipe"]["seed"] == 3
     assert float(gan.generator.mapping.w_avg.abs().max()) > 0
     architecture = GanArchitecture(generator=GENERATOR, discriminator=DISCRIMINATOR)
