@@ -15,7 +15,7 @@ from fedface.photos.capture_date import IptcTags, Precision, best_date, iptc_dat
 
 Tags = Mapping[int, object]
 
-MAKE, MODEL, CHANGED = 0x010F, 0x0110, 0x0132
+MAKE, MODEL = 0x010F, 0x0110
 TAKEN, DIGITIZED = 0x9003, 0x9004
 LATITUDE_REF, LATITUDE, LONGITUDE_REF, LONGITUDE, STATUS, ERROR_METRES = 1, 2, 3, 4, 9, 31
 MAX_ERROR_METRES = 1000.0  # a position that the camera itself knows less well is unknown
@@ -44,19 +44,17 @@ def read_exif(
     """Read the date, the place and the camera of a photo.
 
     Args:
-        main: IFD 0 of the EXIF block (make, model, date of change).
+        main: IFD 0 of the EXIF block (make, model). Its date is that of the last change, and not used.
         detail: The Exif sub-directory (date taken, date digitized).
         gps: The GPS sub-directory.
         xmp: The XMP packet.
         iptc: IPTC data by record and number.
         damaged: Parts of the EXIF block could not be read: a date that is not among the tags may have been there.
     """
-    # An editor writes an Exif directory and, as the date of change, that of the edit: then no date tells of the photo.
     (xmp_taken, xmp_digitized), (iptc_taken, iptc_digitized) = xmp_dates(xmp), iptc_dates(iptc or {})
     date = best_date(
         (_date(detail, TAKEN), *xmp_taken, *iptc_taken, "" if damaged else None),
         (_date(detail, DIGITIZED), *xmp_digitized, *iptc_digitized),
-        (_date(main, CHANGED) if not detail else None,),
     )
     return ExifMetadata(date.taken, _place(gps), _camera(main), date.precision)
 

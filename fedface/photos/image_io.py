@@ -59,6 +59,7 @@ PICTURE_SUFFIXES = TIFF_RAWS | {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".heic", ".heif", ".hif", ".tif", ".tiff", ".gif",
     ".bmp", ".avif", ".cr3", ".crw", ".raf", ".rw2", ".orf", ".x3f", ".mrw", ".jxl", ".jp2", ".j2k", ".psd",
 }  # fmt: skip
+EMPTY_EXIF = 24  # bytes of an EXIF block without any tag
 HEAD = 4096  # bytes that tell what a file is
 SOFTWARE = "fedface"  # in the PNG files that we write, so that no reader of folders takes them for photos
 PICTURE_MARK = f"tEXtSoftware\0{SOFTWARE}"  # in the first bytes of such a file
@@ -263,23 +264,28 @@ def _shrunk_size(width: int, height: int, longest_side: int) -> tuple[int, int]:
 
 def _exif(image: ImageFile.ImageFile) -> tuple[ExifMetadata, int]:
     """The metadata and the orientation 1 to 8; both fall back to "nothing known"."""
-    exif, broken = Image.Exif(), False
+    exif, orientation, block, broken = Image.Exif(), None, b"", False
     with warnings.catch_warnings(record=True) as skipped:  # Pillow warns of each tag that it cannot read
         warnings.simplefilter("always")
         try:
             exif = image.getexif()
+            orientation = exif.get(0x0112)  # from XMP, too
+            block = image.info.get("exif") or b""
+            if block:  # read again: what was wrong with it the first time, Pillow does not say a second time
+                exif = Image.Exif()
+                exif.load(block)
         except DECODER_ERRORS:
             broken = True
         main, detail, gps = (_tags(exif, directory) for directory in (None, 0x8769, 0x8825))
-    damaged = broken or bool(skipped) or (0x8769 in main and not detail)
+    lost = (len(block) > EMPTY_EXIF and not main) or (0x8769 in main and not detail)
     try:
         iptc = IptcImagePlugin.getiptcinfo(image) or {}
     except DECODER_ERRORS:
         iptc = {}
-    orientation, xmp = main.get(0x0112), image.info.get("xmp", b"")
+    xmp = image.info.get("xmp", b"")
     turn = orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
     xmp = xmp if isinstance(xmp, bytes) else b""
-    return read_exif(main, detail, gps, xmp=xmp, iptc=iptc, damaged=damaged), turn
+    return read_exif(main, detail, gps, xmp=xmp, iptc=iptc, damaged=broken or bool(skipped) or lost), turn
 
 
 def _tags(exif: Image.Exif, directory: int | None) -> dict[int, object]:

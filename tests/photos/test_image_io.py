@@ -101,8 +101,9 @@ def test_every_file_of_the_sample_library_is_read_or_refused_as_pillow_would(sha
             assert max(photo.pixels.shape) <= 400
             listed = sorted(int(length) for length in row["size"].split("x"))
             assert sorted((photo.width, photo.height)) == listed, row["file"]
-            # One photo has a date of creation in IPTC beside the date that Pillow gave, which is that of an edit.
-            if row["date"] and row["file"].split("/")[0] != "corrupt" and "long_desc" not in row["file"]:
+            # Of two photos the manifest lists the date of an edit: one has another in IPTC, the other has none.
+            edited = row["file"] in ("camera/long_description.jpg", "odd/pil_sample_cmyk.jpg")
+            if row["date"] and not edited and not row["file"].startswith("corrupt/"):
                 assert photo.taken is not None and photo.date_precision == "exact"
                 assert f"{photo.taken:%Y:%m:%d %H:%M:%S}" == row["date"]
 
@@ -141,11 +142,8 @@ def test_an_invalid_date_is_missing(text: object) -> None:
 
 
 def test_a_date_is_taken_from_the_next_best_tag() -> None:
-    reported = read_exif({0x0132: b"2020:01:02 03:04:05\0"}, {}, {})
+    reported = read_exif({}, {0x9004: b"2020:01:02 03:04:05\0"}, {})
     assert (reported.taken, reported.date_precision) == (datetime(2020, 1, 2, 3, 4, 5), "exact")
-    assert read_exif({0x0132: "2020:01:02 03:04:05"}, {0x9004: "2019:05:06 07:08:09"}, {}).taken == datetime(
-        2019, 5, 6, 7, 8, 9
-    )
 
 
 def test_a_bomb_is_refused_by_its_header(shared: Path) -> None:
