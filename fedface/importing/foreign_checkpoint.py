@@ -158,7 +158,7 @@ def _network(value: PickledCall | dict[str, Any], budget: Budget) -> ForeignNetw
                 if _is_tensor(part):
                     tensors[check_name(prefix + name)] = _tensor(part, budget)
         for name, part in module.items():
-            if isinstance(name, str) and not name.startswith("_") and _is_plain(part):
+            if isinstance(name, str) and not name.startswith("_"):
                 fields[check_name(prefix + name)] = _plain(part)
     return ForeignNetwork(class_name=_class_name(value), tensors=tensors, fields=fields)
 
@@ -235,22 +235,25 @@ def _are_counts(values: Any) -> bool:
     )
 
 
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str) or _is_numpy_scalar(value)
-
-
-def _is_numpy_scalar(value: Any) -> bool:
-    return isinstance(value, PickledCall) and value.name.endswith(".multiarray.scalar")
-
-
 def _plain(value: Any) -> PlainValue:
-    """A field of a module as Python's own number or words."""
-    if not isinstance(value, PickledCall):
-        return cast(PlainValue, value)
-    kind, content = value.args if len(value.args) == 2 else (None, None)
-    if not (isinstance(kind, PickledCall) and kind.name == "numpy.dtype" and isinstance(content, bytes)):
-        raise PickleRefused(f"asks for {value.name} of something that is not a number")
-    code = str(kind.args[0]).lstrip("<>=|")
-    if len(content) != np.dtype(code).itemsize:
-        raise PickleRefused(f"asks for {value.name} with {len(content)} bytes for a number of kind {code}")
-    return cast(PlainValue, np.frombuffer(content, dtype=np.dtype(code).newbyteorder("<"))[0].item())
+    """A field of a module as Python's own number or text; None for everything else.
+
+    Raises:
+        PickleRefused: It asks for a number of numpy's and gives none.
+    """
+    match value:
+        case bool() | int() | float() | str():
+            return value
+        case PickledCall(name, (PickledCall("numpy.dtype", (code, *_)), bytes(content))) if _is_scalar(name):
+            dtype = np.dtype(str(code).lstrip("<>=|")).newbyteorder("<")
+            if len(content) != dtype.itemsize:
+                raise PickleRefused(f"asks for {name} with {len(content)} bytes for a number of kind {dtype}")
+            return cast(PlainValue, np.frombuffer(content, dtype)[0].item())
+        case PickledCall(name) if _is_scalar(name):
+            raise PickleRefused(f"asks for {name} of something that is not a number")
+        case _:
+            return None
+
+
+def _is_scalar(name: str) -> bool:
+    return name.endswith(".multiarray.scalar")

@@ -15,11 +15,11 @@ from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fedface.errors import ConfigError, WeightsError
 from fedface.importing.foreign_checkpoint import ForeignFile, ForeignNetwork, is_safetensors, read_foreign
 from fedface.importing.infer_config import (
+    architecture_of,
     build_exactly,
     channels_of,
     check_fields,
@@ -166,17 +166,17 @@ def _converted(content: ForeignFile, notes: dict[str, Any]) -> ImportedModel:
 def _stylegan2(content: ForeignFile, notes: dict[str, Any], kind: Kind) -> ImportedModel:
     """The averaged generator where there is one, and the discriminator if it is one that we can compute."""
     by_rosinality = kind == "stylegan2 of rosinality"
-    averaged, plain, judge = ("g_ema", "g", "d") if by_rosinality else ("G_ema", "G", "D")
-    first, last = (
+    averaged, plain, discriminator_key = ("g_ema", "g", "d") if by_rosinality else ("G_ema", "G", "D")
+    has_generator, has_discriminator = (
         ("input.input", "final_linear.1.weight") if by_rosinality else ("synthesis.b4.const", "b4.out.weight")
     )
-    chosen = _first_of(content, (averaged, plain, ""), first)
-    chosen_judge = _first_of(content, (judge, ""), last)
-    used = {chosen, chosen_judge}
+    generator_name = _first_of(content, (averaged, plain, ""), has_generator)
+    discriminator_name = _first_of(content, (discriminator_key, ""), has_discriminator)
+    used = {generator_name, discriminator_name}
     remarks: list[str] = []
     generator = discriminator = None
-    if chosen is not None:
-        network = content.networks[chosen]
+    if generator_name is not None:
+        network = content.networks[generator_name]
         if by_rosinality:
             tensors = rosinality_generator(network.tensors)
             if "latent_avg" in content.tensors:
@@ -184,8 +184,8 @@ def _stylegan2(content: ForeignFile, notes: dict[str, Any], kind: Kind) -> Impor
                 used.add("latent_avg")
             network = replace(network, tensors=tensors)
         generator = _generator(network, remarks)
-    if chosen_judge is not None:
-        network = content.networks[chosen_judge]
+    if discriminator_name is not None:
+        network = content.networks[discriminator_name]
         try:
             if by_rosinality:
                 network = replace(network, tensors=rosinality_discriminator(network.tensors))
@@ -193,11 +193,11 @@ def _stylegan2(content: ForeignFile, notes: dict[str, Any], kind: Kind) -> Impor
         except (WeightsError, ConfigError) as error:
             if generator is None:
                 raise
-            remarks.append(f"the discriminator ({chosen_judge}) was left out: {error}")
-            used.remove(chosen_judge)
+            remarks.append(f"the discriminator ({discriminator_name}) was left out: {error}")
+            used.remove(discriminator_name)
     if kind == "stylegan2-ada state dict":
         remarks.append("the file does not say whether activations are clamped; they are not")
-    if chosen == plain:
+    if generator_name == plain:
         remarks.append(f"there is no averaged generator ({averaged}); {plain} was taken")
     return ImportedModel(
         kind=kind,
@@ -257,10 +257,6 @@ def _generator(network: ForeignNetwork, remarks: list[str]) -> StyleGAN2:
     check_fields(network)
     style = width_of(tensors, "synthesis.b4.conv1.affine.weight", 1)
     classes = width_of(tensors, "mapping.embed.weight", 1) if "mapping.embed.weight" in tensors else 0
-    if any(name.endswith(".skip.weight") for name in tensors):
-        architecture: Literal["skip", "orig", "resnet"] = "resnet"
-    else:
-        architecture = "skip" if "synthesis.b4.torgb.weight" in tensors else "orig"
     table = {side: width_of(tensors, f"synthesis.b{side}.conv1.weight", 0) for side in sides}
     base, most = channels_of(table)
     config = StyleGAN2Config(
@@ -268,7 +264,7 @@ def _generator(network: ForeignNetwork, remarks: list[str]) -> StyleGAN2:
         latent_width=width_of(tensors, "mapping.fc0.weight", 1) - (style if classes else 0),
         style_width=style,
         mapping_layers=count_of(tensors, r"mapping\.fc[0-9]+\.weight"),
-        architecture=architecture,
+        architecture=architecture_of(tensors, "synthesis.b4.torgb.weight"),
         clamp=clamp_of(network),
         classes=classes,
         channel_base=base,
@@ -298,15 +294,11 @@ def _discriminator(network: ForeignNetwork) -> Discriminator:
     check_fields(network)
     table = {side: width_of(tensors, f"b{side}.conv0.weight", 1) for side in sides if side > 4}
     table[4] = width_of(tensors, "b4.conv.weight", 0)
-    if any(name.endswith(".skip.weight") for name in tensors):
-        architecture: Literal["resnet", "orig", "skip"] = "resnet"
-    else:
-        architecture = "skip" if "b4.fromrgb.weight" in tensors else "orig"
     statistics = width_of(tensors, "b4.conv.weight", 1) - table[4]
     base, most = channels_of(table)
     config = DiscriminatorConfig(
         size=max(sides),
-        architecture=architecture,
+        architecture=architecture_of(tensors, "b4.fromrgb.weight"),
         clamp=clamp_of(network),
         minibatch_group=group_of(network) if statistics else 0,
         minibatch_channels=max(1, statistics),
@@ -349,12 +341,17 @@ def _estimate_mean_style(generator: StyleGAN2 | StyleGAN1, remarks: list[str], r
     """Set the mean style from fresh latents, where the file has none; with classes, of all classes equally."""
     remarks.append(f"the mean style is not in the file; it was estimated from {MEAN_DRAWS:,} latents")
     classes = generator.config.classes if isinstance(generator, StyleGAN2) else 0
+    if classes > MEAN_DRAWS:
+        raise WeightsError(
+            f"has {classes:,} classes and no mean style, which is estimated for {MEAN_DRAWS:,} at most"
+        )
     total = torch.zeros_like(generator.mapping.w_avg)
     with torch.no_grad():
         for first in range(0, MEAN_DRAWS, 500):
             latents = torch.randn(500, generator.latent_width, generator=rng)
             if classes:
-                labels = functional.one_hot(torch.arange(first, first + 500) % classes, classes).float()
+                labels = torch.zeros(500, classes)
+                labels[range(500), torch.arange(first, first + 500) % classes] = 1
                 total += generator.mapping(latents, labels).sum(dim=0)
             else:
                 total += generator.mapping(latents).sum(dim=0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,13 @@ def channels_of(table: Mapping[int, int]) -> tuple[int, int]:
             "networks that were thinned layer by layer cannot be converted"
         )
     return base, most
+
+
+def architecture_of(tensors: Mapping[str, Tensor], colors: str) -> Literal["skip", "orig", "resnet"]:
+    """How a network's blocks are joined; `colors` is a weight of side 4 that only the skip architecture has."""
+    if any(name.endswith(".skip.weight") for name in tensors):
+        return "resnet"
+    return "skip" if colors in tensors else "orig"
 
 
 def clamp_of(network: ForeignNetwork) -> float | None:

@@ -42,7 +42,9 @@ ALLOWED_GLOBALS: Final = frozenset({
     "torch.BoolStorage",
 })  # fmt: skip
 _NUMBERS: Final = frozenset({"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"})
-_DICTS: Final = frozenset({"collections.OrderedDict", "dnnlib.util.EasyDict"})
+_DICTS: Final = frozenset(
+    {"__builtin__.dict", "builtins.dict", "collections.OrderedDict", "dnnlib.util.EasyDict"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,23 +131,16 @@ def read_pickle(
             budget.spend(steps=1)
             if opcode.name == "STOP":
                 return machine.pop()
-            step = _STEPS.get(opcode.name)
-            if step is None:
-                _refuse_opcode(opcode.name, argument)
-            step(machine, argument)
-    except PickleRefused:
-        raise
+            if opcode.name == "INST":
+                _refuse_global(str(argument).replace(" ", ".", 1))
+            if opcode.name not in _STEPS:
+                raise PickleRefused(f"uses the instruction {opcode.name}, which no weights need")
+            _STEPS[opcode.name](machine, argument)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, struct.error) as error:
         raise PickleRefused(
             f"is damaged or cut short ({sanitize_text(str(error))}): download or copy it again"
         ) from error
     raise PickleRefused("is cut short: it has no end")
-
-
-def _refuse_opcode(name: str, argument: Any) -> NoReturn:
-    if name == "INST":
-        _refuse_global(argument.replace(" ", ".", 1))
-    raise PickleRefused(f"uses the instruction {name}, which no weights need")
 
 
 def _refuse_global(name: str) -> NoReturn:
@@ -243,17 +238,17 @@ class _Machine:
                 f"calls {target.name} with {_describe(args)} where a list of arguments belongs"
             )
         match target.name:
-            case "collections.OrderedDict" | "dnnlib.util.EasyDict":
-                self.new_dict(self._pairs(target.name, args))
+            case name if name in _DICTS:
+                self.new_dict(self._pairs(name, args))
             case "copy_reg._reconstructor" | "copyreg._reconstructor":
                 self.push(self._reconstructed(args))
             case "_codecs.encode":
                 self.push(self._encoded(args))
             case "torch.storage._load_from_bytes":
-                self.push(self._inside(args))
+                self.push(self._storage(args))
+            case "numpy.dtype":
+                self.push(_dtype(args))
             case name:
-                if name == "numpy.dtype":
-                    _check_dtype(args)
                 self.push(PickledCall(name, args))
 
     def build(self, state: Any) -> None:
@@ -273,7 +268,7 @@ class _Machine:
             )
         self.push(self._persistent(key))
 
-    def _inside(self, args: tuple[Any, ...]) -> Any:
+    def _storage(self, args: tuple[Any, ...]) -> Any:
         if self._nested is None or len(args) != 1 or not isinstance(args[0], bytes):
             raise PickleRefused("asks for torch.storage._load_from_bytes where no weights need it")
         return self._nested(args[0])
@@ -294,11 +289,9 @@ class _Machine:
         match args:
             case (PickledGlobal(name), PickledGlobal("__builtin__.object" | "builtins.object"), None):
                 return PickledCall(name, ())
-            case (
-                PickledGlobal(name),
-                PickledGlobal("__builtin__.dict" | "builtins.dict"),
-                dict(content),
-            ) if name in _DICTS:
+            case (PickledGlobal(name), PickledGlobal(base), dict(content)) if (
+                name in _DICTS and base in _DICTS
+            ):
                 self._budget.spend(steps=len(content))  # one dictionary may be named again and again
                 return dict(content)
             case _:
@@ -314,11 +307,12 @@ class _Machine:
         return args[0].encode("latin1")
 
 
-def _check_dtype(args: tuple[Any, ...]) -> None:
+def _dtype(args: tuple[Any, ...]) -> PickledCall:
     """Arrays of numbers only: an array of objects is filled by unpickling each."""
     code = args[0] if args and isinstance(args[0], str) else "?"
     if code[:4].lstrip("<>=|") not in _NUMBERS or len(code) > 3:
         raise PickleRefused(f"asks for numpy.dtype({sanitize_text(code, 20)!r}), which is no kind of number")
+    return PickledCall("numpy.dtype", args)
 
 
 def _describe(value: Any) -> str:

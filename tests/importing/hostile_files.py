@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from foreign_files import Persistent, stand_ins, torch_bytes
 
+from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
+
 SIZE = 10_000_000  # bytes
 HASH_MODULUS = 2**61 - 1  # Python's hash of an integer is its remainder
 
@@ -175,8 +177,6 @@ def many_filters() -> bytes:
 
 
 def many_mapping_layers() -> bytes:
-    from fedface.models.stylegan2 import StyleGAN2, StyleGAN2Config
-
     config = StyleGAN2Config(
         size=8, latent_width=1, style_width=1, channel_base=8, channel_max=1, mapping_layers=1
     )
@@ -185,6 +185,16 @@ def many_mapping_layers() -> bytes:
     weight, bias = torch.ones(1, 1), torch.zeros(1)
     for place in range(1, 600):
         tensors |= {f"mapping.fc{place}.weight": weight, f"mapping.fc{place}.bias": bias}
+    return torch_bytes({"G_ema": tensors})
+
+
+def many_classes() -> bytes:
+    """A mean style over 65,536 classes, which the file does not have, would be estimated from large matrices."""
+    config = StyleGAN2Config(
+        size=8, latent_width=1, style_width=1, channel_base=8, channel_max=1, classes=65536
+    )
+    tensors = dict(StyleGAN2(config, torch.Generator()).state_dict())
+    del tensors["mapping.w_avg"]
     return torch_bytes({"G_ema": tensors})
 
 
@@ -236,7 +246,8 @@ KINDS: dict[str, Callable[[], bytes]] = {
         long_equal_storage_names, long_dtypes, long_texts_encoded, one_list_made_a_dictionary_again_and_again,
         storages_with_long_pickles, an_older_checkpoint_of_long_pickles, nested_tuples, nested_calls,
         lists_of_lists_ten_times_each, modules_within_modules, one_tensor_under_many_names,
-        one_network_under_many_names, many_filters, many_mapping_layers, long_numbers, long_decimal_integers,
+        one_network_under_many_names, many_filters, many_mapping_layers, many_classes, long_numbers,
+        long_decimal_integers,
         a_long_decimal_integer, a_long_binary_integer, escaped_text, a_long_name_of_a_class, marks,
         many_parts_of_an_archive,
     )
