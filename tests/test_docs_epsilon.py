@@ -112,19 +112,19 @@ def bets() -> list[str]:
     return [
         *rows,
         "| infinite: no noise | 100 % | 100 % | 100 % | 100 % |",
-        "| epsilon | even bet: at most so sure afterwards | 1 in 100: at most so sure |",
-        "names the right one of 100 |",
-        f"can be at most {percent(sure(3))} sure, of yes or of no. Who held it for 1 in 100 can come to "
-        f"{percent(sure(3, 0.01))}.",
+        "| epsilon | before 50 %: sure at most | before 1 in 100: sure at most | one run, before 50 %: right at most |",
+        "identifies the right one of 100 at most |",
+        f"can be at most {percent(sure(3))} sure, of yes or of no. Starting from 1 in 100, they can be at most "
+        f"{percent(sure(3, 0.01))} sure.",
         '"epsilon 3 per occasion"',
-        "Epsilon 3 is a ceiling",
+        "Epsilon 3 bounds what anyone can infer",
         f"Delta, here 1 in {1 / DELTA:,.0f}, is",
         "noised for each epsilon at delta 1e-5",
-        "luck alone is right in 50 % and 1 %",
+        "guessing is right in 50 % and 1 % of cases",
         f"the privacy guarantee of epsilon 3 alone would allow {percent(sure(3) + DELTA)} and "
         f"{percent(0.01 * math.exp(3) + DELTA)}",
-        "So epsilon 1 says something by itself; 8 says next to nothing",
-        f"If {percent(sure(3))} at the worst moment is too much for you, write 1.",
+        "So epsilon 1 is a meaningful bound by itself; 8 is hardly one",
+        f"If {percent(sure(3))} in the worst case is too much for you, write 1.",
     ]
 
 
@@ -136,15 +136,15 @@ def birthday() -> list[str]:
     assert replaced < 6
     return [
         f"the other {40 - 1}",
-        f"two photos {2 * 3} (an even bet becomes {percent(sure(6))}), four photos {4 * 3}, with the chance of failing "
-        f"grown to {percent(group_delta(4))}. From {WORDS[empty]} photos on the bound is empty; at forty it reads "
+        f"two photos {2 * 3} (50 % becomes {percent(sure(6))}), four photos {4 * 3}, with the probability of failure "
+        f"grown to {percent(group_delta(4))}. From {WORDS[empty]} photos on the bound is empty; at forty it is "
         f"epsilon {40 * 3},",
-        f"seen on ten occasions is ten units: the bound adds up to epsilon {10 * 3}, and as with photos it is empty "
+        f"on ten occasions is ten units: the bound adds up to epsilon {10 * 3}, and as with photos it is empty "
         f"from {WORDS[empty]} on",
         f"Two of them: {2 * 3}.",
         f"The privacy guarantee allows {2 * 3} for that question, and the ledger finds {replaced:.1f} "
         "in the demo's run "
-        f"(an even bet: {100 * sure(replaced):.1f} %)",
+        f"(50 % becomes at most {100 * sure(replaced):.1f} %)",
         f"{group_delta(empty - 1):.3f} at k = {empty - 1}, above 1 at k = {empty}",
         f"from 1/2 to e^3 / (1 + e^3) = {sure(3):.3f}, from 1/100 to {sure(3, 0.01):.3f}.",
     ]
@@ -182,8 +182,8 @@ def deltas() -> list[str]:
     assert DELTA < surer <= 1 / 8000 < 1.2 * surer
     schedule, sigma = plan_of(3).schedule, plan_of(3).noise_multiplier
     return [
-        f"With 2,000 occasions and 1 in {1 / DELTA:,.0f} for each, the chance that it fails for any of them is at most "
-        f"{100 * 2000 * DELTA:.0f} %; with 1 in {1 / seldom:,.0f} it is {100 * 2000 * seldom:.1f} %.",
+        f"With 2,000 occasions and 1 in {1 / DELTA:,.0f} for each, the probability of failure for any of them is at "
+        f"most {100 * 2000 * DELTA:.0f} %; with 1 in {1 / seldom:,.0f} it is {100 * 2000 * seldom:.1f} %.",
         f"costs {cost(3):.1f} at 1e-5 costs {cost(3, 1, seldom):.1f} at 1e-6",
         "(in that run at most 1 in 8,000)",
         f"{schedule.rounds} rounds of {schedule.steps_per_round} steps, each unit in a step with probability "
