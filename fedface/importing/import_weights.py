@@ -46,7 +46,6 @@ from fedface.text import sanitize_text
 # Of what a file does not store: noise maps, and the latents from which the mean style is estimated.
 FIXED_SEED: Final = 20
 MEAN_DRAWS: Final = 10_000
-FILTER: Final = (1.0, 3.0, 3.0, 1.0)
 
 Kind = Literal[
     "stylegan2-ada of NVIDIA",
@@ -252,7 +251,7 @@ def _with(notes: dict[str, Any], remarks: list[str]) -> dict[str, Any]:
 
 def _generator(network: ForeignNetwork, remarks: list[str]) -> StyleGAN2:
     """A generator with stylegan2-ada's names, configured from the shapes and loaded."""
-    tensors = without_filters(network.tensors, ".resample_filter", FILTER)
+    tensors = without_filters(network.tensors, ".resample_filter")
     sides = sides_of(tensors, r"synthesis\.b([0-9]{1,6})\.conv1\.weight")
     check_fields(network)
     style = width_of(tensors, "synthesis.b4.conv1.affine.weight", 1)
@@ -289,7 +288,7 @@ def _generator(network: ForeignNetwork, remarks: list[str]) -> StyleGAN2:
 
 def _discriminator(network: ForeignNetwork) -> Discriminator:
     """A discriminator with stylegan2-ada's names, configured from the shapes and loaded."""
-    tensors = without_filters(network.tensors, ".resample_filter", FILTER)
+    tensors = without_filters(network.tensors, ".resample_filter")
     sides = sides_of({**tensors, "b4.conv0.weight": torch.empty(0)}, r"b([0-9]{1,6})\.conv0\.weight")
     check_fields(network)
     table = {side: width_of(tensors, f"b{side}.conv0.weight", 1) for side in sides if side > 4}

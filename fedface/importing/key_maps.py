@@ -19,7 +19,9 @@ from fedface.text import sanitize_text
 Tensors = Mapping[str, Tensor]
 
 
-def without_filters(tensors: Tensors, ends: str, taps: tuple[float, ...]) -> dict[str, Tensor]:
+def without_filters(
+    tensors: Tensors, ends: str = ".kernel", taps: tuple[float, ...] = (1.0, 3.0, 3.0, 1.0)
+) -> dict[str, Tensor]:
     """The weights without the constant filters stored among them.
 
     Args:
@@ -49,7 +51,7 @@ def rosinality_generator(tensors: Tensors) -> dict[str, Tensor]:
     Layer j of its list `convs` is the first (even j) or second convolution of side 8 * 2^(j // 2).
     """
     renamed: dict[str, Tensor] = {}
-    for name, value in without_filters(tensors, ".kernel", (1.0, 3.0, 3.0, 1.0)).items():
+    for name, value in without_filters(tensors).items():
         parts = name.split(".")
         match parts:
             case ["style", place, last] if _is_place(place) and int(place) > 0:
@@ -116,7 +118,7 @@ def rosinality_discriminator(tensors: Tensors) -> dict[str, Tensor]:
         "final_linear.1.bias": "b4.out.bias",
     }
     renamed: dict[str, Tensor] = {}
-    for name, value in without_filters(tensors, ".kernel", (1.0, 3.0, 3.0, 1.0)).items():
+    for name, value in without_filters(tensors).items():
         found = re.fullmatch(r"convs\.([0-9]{1,2})\.(.+)", name)
         if name in last:
             renamed[last[name]] = value
@@ -130,7 +132,7 @@ def rosinality_discriminator(tensors: Tensors) -> dict[str, Tensor]:
 def pulse_generator(tensors: Tensors) -> dict[str, Tensor]:
     """A StyleGAN1 state dict as PULSE reads them, of the mapping, the synthesis or both, by our names."""
     renamed: dict[str, Tensor] = {}
-    for name, value in without_filters(tensors, ".kernel", (1.0, 2.0, 1.0)).items():
+    for name, value in without_filters(tensors, taps=(1.0, 2.0, 1.0)).items():
         name = re.sub(r"^(g_)?(mapping|synthesis)\.", "", name)
         renamed[f"mapping.{name}" if re.match(r"dense[0-9]+\.", name) else f"synthesis.{name}"] = value
     return renamed

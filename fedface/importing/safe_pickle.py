@@ -13,7 +13,7 @@ from __future__ import annotations
 import pickletools
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
 
 from fedface.errors import WeightsError
@@ -102,12 +102,20 @@ def check_name(name: str) -> str:
     return name
 
 
+def _refuse_persistent(key: Any) -> NoReturn:
+    raise PickleRefused("refers to something outside itself by a persistent id, which weights here do not")
+
+
+def _refuse_nested(content: bytes) -> NoReturn:
+    raise PickleRefused("asks for torch.storage._load_from_bytes where no weights need it")
+
+
 def read_pickle(
     stream: Any,
     budget: Budget,
     *,
-    persistent: Callable[[Any], Any] | None = None,
-    nested: Callable[[bytes], Any] | None = None,
+    persistent: Callable[[Any], Any] = _refuse_persistent,
+    nested: Callable[[bytes], Any] = _refuse_nested,
 ) -> Any:
     """One pickle from a stream, as plain values, with `PickledGlobal` and `PickledCall` for classes and calls.
 
@@ -118,9 +126,9 @@ def read_pickle(
     Args:
         stream: Has read, readline and tell over bytes in memory; left after the pickle's last byte.
         budget: Of the file that the pickle is in.
-        persistent: Returns what a persistent id stands for; a pickle with one is refused if None.
+        persistent: Returns what a persistent id stands for.
         nested: Returns what stands for the bytes given to torch.storage._load_from_bytes, which are pickles of their
-            own; a pickle with such a call is refused if None.
+            own.
 
     Raises:
         PickleRefused: The bytes are no whole pickle, exceed the budget, or name something not in `ALLOWED_GLOBALS`.
@@ -136,7 +144,7 @@ def read_pickle(
             if opcode.name not in _STEPS:
                 raise PickleRefused(f"uses the instruction {opcode.name}, which no weights need")
             _STEPS[opcode.name](machine, argument)
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, struct.error) as error:
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, struct.error) as error:
         raise PickleRefused(
             f"is damaged or cut short ({sanitize_text(str(error))}): download or copy it again"
         ) from error
@@ -157,51 +165,48 @@ def _refuse_global(name: str) -> NoReturn:
 _MARK: Final = object()  # the opcode MARK on the stack
 
 
+@dataclass
 class _Machine:
     """The stack and the memo; every method is one instruction, or a part of one."""
 
-    def __init__(
-        self,
-        budget: Budget,
-        persistent: Callable[[Any], Any] | None,
-        nested: Callable[[bytes], Any] | None,
-    ) -> None:
-        self._stack: list[Any] = []
-        self._memo: dict[int, Any] = {}
-        self._budget, self._persistent, self._nested = budget, persistent, nested
+    budget: Budget
+    persistent: Callable[[Any], Any]
+    nested: Callable[[bytes], Any]
+    stack: list[Any] = field(default_factory=list)
+    memo: dict[int, Any] = field(default_factory=dict)
 
     def push(self, value: Any) -> None:
-        self._stack.append(value)
+        self.stack.append(value)
 
     def top(self) -> Any:
-        if self._stack[-1] is _MARK:
+        if self.stack[-1] is _MARK:
             raise ValueError("a value is missing")
-        return self._stack[-1]
+        return self.stack[-1]
 
     def pop(self) -> Any:
         value = self.top()
-        del self._stack[-1]
+        del self.stack[-1]
         return value
 
     def pop_many(self, count: int) -> list[Any]:
         return [self.pop() for _ in range(count)][::-1]
 
     def since_mark(self) -> list[Any]:
-        for place in range(len(self._stack) - 1, -1, -1):
-            if self._stack[place] is _MARK:
-                values = self._stack[place + 1 :]
-                del self._stack[place:]
+        for place in range(len(self.stack) - 1, -1, -1):
+            if self.stack[place] is _MARK:
+                values = self.stack[place + 1 :]
+                del self.stack[place:]
                 return values
         raise ValueError("a mark is missing")
 
     def get(self, place: Any) -> None:
-        self.push(self._memo[place])
+        self.push(self.memo[place])
 
     def put(self, place: Any) -> None:
         # Picklers count; numbers with equal hashes would make the memo slow.
         if not 0 <= place <= MAX_STEPS:
             raise ValueError("a place in the memo is out of range")
-        self._memo[place] = self.top()
+        self.memo[place] = self.top()
 
     def extend(self, values: list[Any]) -> None:
         target = self.top()
@@ -245,7 +250,11 @@ class _Machine:
             case "_codecs.encode":
                 self.push(self._encoded(args))
             case "torch.storage._load_from_bytes":
-                self.push(self._storage(args))
+                if len(args) != 1 or not isinstance(args[0], bytes):
+                    raise PickleRefused(
+                        "asks for torch.storage._load_from_bytes of something other than bytes"
+                    )
+                self.push(self.nested(args[0]))
             case "numpy.dtype":
                 self.push(_dtype(args))
             case name:
@@ -261,25 +270,13 @@ class _Machine:
             raise PickleRefused(f"sets the attributes of one {target.name} twice")
         target.state = state
 
-    def persistent(self, key: Any) -> None:
-        if self._persistent is None:
-            raise PickleRefused(
-                "refers to something outside itself by a persistent id, which weights here do not"
-            )
-        self.push(self._persistent(key))
-
-    def _storage(self, args: tuple[Any, ...]) -> Any:
-        if self._nested is None or len(args) != 1 or not isinstance(args[0], bytes):
-            raise PickleRefused("asks for torch.storage._load_from_bytes where no weights need it")
-        return self._nested(args[0])
-
     def _pairs(self, name: str, args: tuple[Any, ...]) -> list[Any]:
         """What Python 2 gave to OrderedDict: one list of pairs."""
         match args:
             case ():
                 return []
             case ([*pairs],) if all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
-                self._budget.spend(steps=len(pairs))  # one list may be named again and again
+                self.budget.spend(steps=len(pairs))  # one list may be named again and again
                 return [value for pair in pairs for value in pair]
             case _:
                 raise PickleRefused(f"makes {name} of something that is no list of pairs")
@@ -292,7 +289,7 @@ class _Machine:
             case (PickledGlobal(name), PickledGlobal(base), dict(content)) if (
                 name in _DICTS and base in _DICTS
             ):
-                self._budget.spend(steps=len(content))  # one dictionary may be named again and again
+                self.budget.spend(steps=len(content))  # one dictionary may be named again and again
                 return dict(content)
             case _:
                 raise PickleRefused(
@@ -303,7 +300,7 @@ class _Machine:
         """How the older protocols write bytes: text in Latin-1."""
         if len(args) != 2 or not isinstance(args[0], str) or args[1] not in ("latin1", "latin-1"):
             raise PickleRefused("calls _codecs.encode for something other than bytes in latin1")
-        self._budget.spend(size=len(args[0]))  # one text may be named again and again
+        self.budget.spend(size=len(args[0]))  # one text may be named again and again
         return args[0].encode("latin1")
 
 
@@ -358,11 +355,11 @@ _STEPS: Final[Mapping[str, Callable[[_Machine, Any], Any]]] = {
     "SETITEMS": lambda machine, _: machine.set_items(machine.since_mark()),
     **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.get),
     **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.put),
-    "MEMOIZE": lambda machine, _: machine.put(len(machine._memo)),
+    "MEMOIZE": lambda machine, _: machine.put(len(machine.memo)),
     "GLOBAL": lambda machine, argument: machine.name(*argument.split(" ", 1)),
     "STACK_GLOBAL": lambda machine, _: machine.name(*machine.pop_many(2)),
     **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda machine, _: machine.call(*machine.pop_many(2))),
     "BUILD": lambda machine, _: machine.build(machine.pop()),
-    "PERSID": _Machine.persistent,
-    "BINPERSID": lambda machine, _: machine.persistent(machine.pop()),
+    "PERSID": lambda machine, key: machine.push(machine.persistent(key)),
+    "BINPERSID": lambda machine, _: machine.push(machine.persistent(machine.pop())),
 }  # fmt: skip

@@ -197,7 +197,10 @@ def load_model(path: Path) -> Model:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
+        raise WeightsError(
+            f"{path}: not a readable safetensors file ({error}); "
+            "convert a checkpoint of another program with fedface weights import"
+        ) from error
     if HEADER not in header:
         raise WeightsError(
             f"{path}: expected a model of fedface, got a safetensors file of another kind; "
