@@ -64,7 +64,7 @@ def test_an_imported_file_is_described_and_saved(weights, tmp_path: Path) -> Non
         "mapping layers 2",
         "architecture skip",
         f"hash: {weights_hash(generator)}",
-        "discriminator: none in the file",
+        "discriminator: none",
         "ignored: step",
         "does not say whether activations are clamped",
         "wrote new/a.safetensors",
