@@ -1,12 +1,12 @@
-"""What one answer costs in a device's ledger, beside the same calls that verify all records at each access.
+"""CPU time of one reply in a device's ledger, compared with the same calls that verify all records at each access.
 
 Run: python benchmarks/device_record.py --entries 2000
 
 Both sides make the calls of one training task (fedface.device.client.handle_task) on a ledger of that many releases,
-each computed, answered and sent: withdrawn? stored reply? rounds booked? book, begin, store the reply, record the
-transmission. Pricing is left out: it depends on the policy, not on the ledger's length. The naive side opens a session
-for each call. The result is the ratio of the fastest CPU times; CPU time counts what this process does and the kernel
-does for it, and is less disturbed by other work on the machine than the time that passes.
+each computed, answered and sent: withdrawn? stored reply? recorded rounds? then record the release, the attempt, the
+reply and the transmission. Computing the privacy cost is left out: it depends on the policy, not on the ledger's
+length. The naive side opens a session for each call. The result is the ratio of the fastest CPU times, which other
+programs disturb less than wall-clock time.
 """
 
 from __future__ import annotations

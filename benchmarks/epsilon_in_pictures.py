@@ -1,6 +1,6 @@
-"""The picture of docs/epsilon.md: how sure somebody can be after a run, by how sure they were before.
+"""The picture of docs/epsilon.md: posterior probability after a run against the prior probability.
 
-Bayes' rule under the promise alone: no run, no noise and no photo is needed. Nothing is measured here.
+Bayes' rule under the privacy guarantee alone; nothing is measured.
 
 Run: python benchmarks/epsilon_in_pictures.py
 """

@@ -47,7 +47,7 @@ from fedface.upsampling.degradation import BicubicPulse
 from fedface.upsampling.pulse import PulseConfig, PulseUpsampler
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "upsampling"))
-from published_loop import published_loop, starts  # the twin that the tests hold the search against
+from published_loop import published_loop, starts  # the reference implementation of the tests
 
 NEVER = 1e-12  # a tolerance that no face meets, below which the published loss would be flat
 TIMED_STEPS = 4  # in one go; the first is not counted
@@ -97,8 +97,8 @@ class Case:
     def photos(self) -> LowImages:
         """What every row is given."""
         generator = PlainGenerator(searched(self.size, self.base))
-        drawn = sample(generator, self.batch, Streams(1).generator(f"truth/{self.size}/{self.base}"))
-        return BicubicPulse(self.size // self.low_size).apply(drawn).clamp(0, 1)
+        samples = sample(generator, self.batch, Streams(1).generator(f"truth/{self.size}/{self.base}"))
+        return BicubicPulse(self.size // self.low_size).apply(samples).clamp(0, 1)
 
     def search(self, photos: LowImages, steps: int, hear: Callable[[Tensor], None]) -> None:
         """Take all steps; `hear` is called with every face's consistency error after each synthesis."""
@@ -119,7 +119,7 @@ class Case:
             paper = replace(PulseConfig.paper(), eps=NEVER, mapping_samples=DRAWS)
             config = replace(paper, steps=steps, precision=precision)
             search = PulseUpsampler(
-                weights, degradation, config, streams, watch=lambda glimpse: hear(glimpse.consistency_error)
+                weights, degradation, config, streams, watch=lambda snapshot: hear(snapshot.consistency_error)
             )
             search.upsample(photos, faces_per_photo=1)
 
@@ -145,7 +145,7 @@ class Result:
 
 
 def timed(case: Case, photos: LowImages, steps: int) -> tuple[list[float], list[float]]:
-    """The seconds of each step but the first, and the misfits after the last."""
+    """The seconds of each step but the first, and the consistency errors after the last."""
     marks: list[float] = []
     last: list[float] = []
 

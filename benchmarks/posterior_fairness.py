@@ -3,7 +3,7 @@
     python benchmarks/posterior_fairness.py [--photos 150] [--faces 2] [--methods pulse langevin ...]
                                             [--measurements 4 16] [--mixing] [--seed 0] [--workers 1]
 
-Originals are drawn from each model's own prior, so that a perfect posterior sampler must return every group as often
+Originals are samples of each model's own prior, so that a perfect posterior sampler must return every group as often
 as it came (PR), turn as many faces from light to dark as from dark to light (SPE), and make faces that are as far from
 the original as two of its faces for one photo are from each other: given the photo, original and samples are
 exchangeable. Groups are the halves of the Monk scale, read from pixels. Photos are measured 4 times smaller (PULSE's
@@ -95,7 +95,7 @@ class Row:
 def rows(workers: int) -> dict[str, Row]:
     """By the name that the command line gives."""
     base, flow = load_gan().generator, load_flow().generator
-    drawn = prepare_for_search(base)
+    prepared = prepare_for_search(base)
 
     def pulse(seen: Measurement, streams: Streams) -> Upsampler:
         return PulseUpsampler(
@@ -120,9 +120,9 @@ def rows(workers: int) -> dict[str, Row]:
         return GuidedFlowUpsampler(flow, seen.degradation, config, streams)
 
     return {
-        "pulse": Row("PULSE, stops at the noise", drawn, pulse),
-        "fitted": Row("PULSE, fits the noise", drawn, fitted),
-        "langevin": Row("HMC", drawn, langevin),
+        "pulse": Row("PULSE, stops at the noise", prepared, pulse),
+        "fitted": Row("PULSE, fits the noise", prepared, fitted),
+        "langevin": Row("HMC", prepared, langevin),
         "guidance": Row("Guided flow, moments", flow, guidance),
         "isotropic": Row("Guided flow, isotropic", flow, isotropic),
     }
@@ -145,7 +145,7 @@ def line(row: Row, seen: Measurement, photos: int, faces: int, streams: Streams)
     stays = shares(
         [a == b for a, b in zip([n for n in true for _ in range(faces)], made, strict=True)], faces
     )
-    kept = rates_by_group(stays, true, expected=HALVES)
+    unchanged = rates_by_group(stays, true, expected=HALVES)
     is_dark = torch.tensor([name == "darker" for name in true]).double()
     made_dark = shares([name == "darker" for name in made], faces)
     rng = streams.numpy("resamples")
@@ -156,8 +156,8 @@ def line(row: Row, seen: Measurement, photos: int, faces: int, streams: Streams)
         str(mean_interval(made_dark.numpy(), rng)),
         f"{change.estimate:+.3f} [{change.low:+.3f}, {change.high:+.3f}]",
         f"{metrics.spe:.3f}",
-        str(kept["lighter"]),
-        str(kept["darker"]),
+        str(unchanged["lighter"]),
+        str(unchanged["darker"]),
         apart(found.images, originals) if faces > 1 else "-",
         f"{float(found.converged.double().mean()):.2f}",
         f"{seconds:.2f}",
@@ -180,8 +180,10 @@ def apart(made: Images, originals: Images) -> str:
 
 def mixing(seen: Measurement, streams: Streams, *, leaps: int, rank: int) -> str:
     """Acceptance and R-hat (Gelman & Rubin 1992) of 4 chains a photo, for equal numbers of gradients."""
-    drawn, photos, chains = prepare_for_search(load_gan().generator), 4, 4
-    low = seen.photos(sample(drawn, photos, streams.generator("mixing")), streams.generator("mixing/noise"))
+    prepared, photos, chains = prepare_for_search(load_gan().generator), 4, 4
+    low = seen.photos(
+        sample(prepared, photos, streams.generator("mixing")), streams.generator("mixing/noise")
+    )
     config = HmcConfig(
         noise_std=seen.noise,
         leapfrog_steps=leaps,
@@ -194,18 +196,18 @@ def mixing(seen: Measurement, streams: Streams, *, leaps: int, rank: int) -> str
     monks: list[Tensor] = []
     consistency_errors: list[Tensor] = []
 
-    def look(glimpse: StepSnapshot) -> None:
-        if glimpse.step > config.noise_levels * config.transitions:
-            images = glimpse.images.clamp(0, 1)
+    def look(snapshot: StepSnapshot) -> None:
+        if snapshot.step > config.noise_levels * config.transitions:
+            images = snapshot.images.clamp(0, 1)
             colours.append(torch.nn.functional.avg_pool2d(images, 8).flatten(1))
             monks.append(measure_tone(images).monk[:, None])
-            consistency_errors.append(glimpse.consistency_error)
+            consistency_errors.append(snapshot.consistency_error)
 
     sampler = HmcUpsampler(load_gan().generator, seen.degradation, config, streams, watch=look)
     found = sampler.upsample(low, faces_per_photo=chains)
     moved = torch.stack(consistency_errors)
     accepted = float((moved[1:] != moved[:-1]).double().mean())
-    told = [
+    cells = [
         f"{leaps}",
         f"{rank}",
         f"{accepted:.2f}",
@@ -213,12 +215,12 @@ def mixing(seen: Measurement, streams: Streams, *, leaps: int, rank: int) -> str
     ]
     for trace in (colours, monks):
         apart = r_hat(torch.stack(trace).view(config.final_transitions, photos, chains, -1))
-        told.append(f"{float(apart.median()):.2f} / {float(apart.max()):.2f}")
-    return "| " + " | ".join(told) + " |"
+        cells.append(f"{float(apart.median()):.2f} / {float(apart.max()):.2f}")
+    return "| " + " | ".join(cells) + " |"
 
 
 def r_hat(trace: Tensor) -> Tensor:
-    """Of traces (moves, photos, chains, figures): (photos, figures), 1 where chains agree."""
+    """Of traces (moves, photos, chains, metrics): (photos, metrics), 1 where chains agree."""
     within = trace.var(dim=0).mean(dim=1)
     between = trace.mean(dim=0).var(dim=1)
     count = trace.shape[0]

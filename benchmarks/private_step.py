@@ -140,7 +140,7 @@ def loop(case: Case) -> Step:
 
 
 def noised(totals: list[Tensor]) -> list[Tensor]:
-    """Noise for all weights, drawn at once."""
+    """Noise for all weights, generated at once."""
     flat = MECHANISM.noise(torch.cat([total.flatten() for total in totals]), SecretNoise())
     parts = flat.split([total.numel() for total in totals])
     return [part.view_as(total) for part, total in zip(parts, totals, strict=True)]

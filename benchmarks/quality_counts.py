@@ -1,4 +1,4 @@
-"""How many faces the quality figures need: the table of docs/quality.md, on drawn faces.
+"""How many faces the sample quality metrics need: the table of docs/quality.md, on synthetic faces.
 
 Two comparisons at each count: faces of one tone mix with others of the same (truth: no distance) and with faces
 of another mix. Every draw takes faces that no other draw of its count has.
@@ -28,8 +28,8 @@ HEAD = (
 )  # fmt: skip
 
 
-def drawn_features(count: int, light_fraction: float, generator: torch.Generator) -> Tensor:
-    """Colour features of drawn faces at 32 px, (count, 132)."""
+def synthetic_features(count: int, light_fraction: float, generator: torch.Generator) -> Tensor:
+    """Colour features of synthetic faces at 32 px, (count, 132)."""
     extractor = open_features(ColourFeatures())
     parts = []
     for start in range(0, count, 2000):
@@ -39,7 +39,7 @@ def drawn_features(count: int, light_fraction: float, generator: torch.Generator
 
 
 def row(real: Tensor, made: Tensor, count: int, most: int) -> tuple[str, ...]:
-    """The mean and the standard deviation of each figure over draws."""
+    """The mean and the standard deviation of each metric over draws."""
     draws = min(most, len(real) // count, len(made) // count)
     pairs = [(real[i * count : (i + 1) * count], made[i * count : (i + 1) * count]) for i in range(draws)]
     columns = [
@@ -66,9 +66,9 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     streams, start = Streams(chosen.seed), time.perf_counter()
-    real = drawn_features(chosen.pool, 0.85, streams.generator("real"))
-    same = drawn_features(chosen.pool, 0.85, streams.generator("same"))
-    other = drawn_features(chosen.pool, 0.50, streams.generator("other"))
+    real = synthetic_features(chosen.pool, 0.85, streams.generator("real"))
+    same = synthetic_features(chosen.pool, 0.85, streams.generator("same"))
+    other = synthetic_features(chosen.pool, 0.50, streams.generator("other"))
     print(f"Mean (standard deviation) over draws, {ColourFeatures.__name__}, k = 3.\n")
     print("Same mix (85 % light on both sides):\n\n" + table(real, same, chosen.draws))
     print("\nOther mix (85 % light against 50 %):\n\n" + table(real, other, chosen.draws))

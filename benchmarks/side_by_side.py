@@ -8,7 +8,7 @@ it, and the table has the median round.
 
 Seconds are those of the clock, less the seconds in which the searching threads were ready to run and other programs
 had the cores, as Linux counts them (/proc/.../schedstat); without other programs that is the clock. Within one
-operation a thread also waits for the other one, which nobody counts: beside other programs that column is too low.
+operation a thread also waits for the other one, which is not counted: while other programs run that column is too low.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WAYS = {"1 thread": (1, 1), "2 threads in an operation": (2, 1), "2 workers": (1
 
 
 def waited() -> float:
-    """Seconds in which this thread was ready to run and had no core; 0 where nobody counts them."""
+    """Seconds in which this thread was ready to run and had no core; 0 where the system does not count them."""
     counted = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
     return int(counted.read_text().split()[1]) / 1e9 if counted.exists() else 0.0
 
@@ -72,9 +72,9 @@ def once(generator: StyleGAN2, batch: int, threads: int, workers: int) -> float:
     photos = BicubicPulse(factor).apply(sample(generator, batch, Streams(1).generator("truth"))).clamp(0, 1)
     seen: dict[int, Worker] = {}
 
-    def note(glimpse: StepSnapshot) -> None:
+    def note(snapshot: StepSnapshot) -> None:
         worker = seen.setdefault(threading.get_native_id(), Worker())
-        worker.faces = len(glimpse.faces)
+        worker.faces = len(snapshot.faces)
         worker.marks.append(time.perf_counter() - waited())
 
     config = PulseConfig(

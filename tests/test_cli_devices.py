@@ -77,8 +77,8 @@ def used(home: Path) -> Path:
     metrics = ledger.record(
         EVENT, run="faces/metrics", round=1, metadata={**metadata, "objective": "evaluation"}
     )
-    ledger.store_reply("faces/metrics", 1, b"figures")
-    ledger.record_transmission(b"figures", replace(info, kind="metrics", entry=metrics.number))
+    ledger.store_reply("faces/metrics", 1, b"metrics")
+    ledger.record_transmission(b"metrics", replace(info, kind="metrics", entry=metrics.number))
     ledger.record(EVENT, run="others", round=1, metadata=metadata)
     device.key_path.write_bytes(b"a key")
     return home
@@ -157,7 +157,7 @@ def test_verify_prints_counts_and_head_and_fails_on_damage(fedface, used: Path) 
         "witness": None,
     }
     whole = path.read_bytes()
-    for number in (1, 3):  # a booking, and what left
+    for number in (1, 3):  # a release, and a transmission
         database = sqlite3.connect(path)
         database.execute("DROP TRIGGER records_no_update")
         database.execute(
@@ -241,7 +241,7 @@ def test_a_page_is_private_and_never_overwrites_another_kind_of_file(fedface, us
 def test_a_release_without_noise_is_reported_as_unbounded(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
     """Wherever a cost is shown."""
     device = device_state(used / "device.yaml").device
-    device.ledger().record(ClippedSum(clip_norm=1.0).event(), run="bare", round=1)
+    device.ledger().record(ClippedSum(clip_norm=1.0).event(), run="plain", round=1)
     assert "epsilon infinite at delta" in fedface("ledger", "show", "device.yaml").out
     result = fedface("device", "log", "device.yaml").out
     assert (
@@ -394,20 +394,20 @@ def test_two_rounds_a_withdrawal_and_a_refusal_are_in_the_log(fedface, home: Pat
 
 def test_a_ledger_without_a_device_file_uses_the_unit_of_its_entries(fedface, home: Path) -> None:  # type: ignore[no-untyped-def]
     """Never per photo for occasions; if entries differ the error has the option to use; noise has four digits."""
-    path = home / "bare.sqlite"
+    path = home / "plain.sqlite"
     ledger = Ledger.open(path)
     metadata = {"unit": "occasion", "noise_multiplier": "6.123456789"}
     ledger.record(EVENT, run="faces", round=1, metadata=metadata)
-    result = fedface("ledger", "show", "bare.sqlite")
+    result = fedface("ledger", "show", "plain.sqlite")
     assert "every epsilon at delta 1e-5, per occasion" in result.out and "6.123 " in result.out
-    assert "fedface ledger show bare.sqlite --delta 1e-6 --unit photo" in result.out
-    assert json.loads(fedface("ledger", "export", "bare.sqlite").out)["spent"]["unit"] == "occasion"
+    assert "fedface ledger show plain.sqlite --delta 1e-6 --unit photo" in result.out
+    assert json.loads(fedface("ledger", "export", "plain.sqlite").out)["spent"]["unit"] == "occasion"
     ledger.record(EVENT, run="others", round=1, metadata={**metadata, "unit": "photo"})
-    reported = fedface("ledger", "show", "bare.sqlite").sentence
+    reported = fedface("ledger", "show", "plain.sqlite").sentence
     assert "several units (photo, occasion)" in reported
-    assert reported.endswith("fedface ledger show bare.sqlite --unit photo")
-    assert fedface("ledger", "show", "bare.sqlite", "--unit", "photo").code == 0
-    assert fedface("ledger", "verify", "bare.sqlite").code == 0
+    assert reported.endswith("fedface ledger show plain.sqlite --unit photo")
+    assert fedface("ledger", "show", "plain.sqlite", "--unit", "photo").code == 0
+    assert fedface("ledger", "verify", "plain.sqlite").code == 0
 
 
 def test_a_state_folder_readable_by_others_gives_a_warning(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
@@ -505,7 +505,7 @@ call(app)
 """
 
 
-# The thread runs before anybody hears "ready": an interrupt in between would find nothing to wait for.
+# The thread runs before the test reads "ready": an interrupt in between would find nothing to wait for.
 STUCK = (
     WAITING.replace(
         "import time, typer", "import time, typer\nfrom concurrent.futures import ThreadPoolExecutor"

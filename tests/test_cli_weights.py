@@ -159,11 +159,11 @@ def test_names_from_files_are_printed_safely(weights, tmp_path: Path) -> None:  
     code, out, _ = weights("import", "[red].pt", "--out", "[b]o.safetensors")
     assert code == 0 and "\x1b" not in out
     assert "ignored: ?[2J, [/red]:smile:" in out and "wrote [b]o.safetensors" in out
-    noted = {"said\x1b[2J": "[/red]\x1b]0;owned\x07", "remarks": "\x1b[2J", "long": "n" * 300}
+    noted = {"note\x1b[2J": "[/red]\x1b]0;owned\x07", "remarks": "\x1b[2J", "long": "n" * 300}
     save_model(tmp_path / "n.safetensors", replace(tiny_gan(), notes=noted))
     code, out, _ = weights("show", "n.safetensors")
     assert code == 0 and "\x1b" not in out and "\x07" not in out
-    assert "said?[2J: [/red]?]0;owned?" in out and f"long: {'n' * 200}... (--json shows all)" in out
+    assert "note?[2J: [/red]?]0;owned?" in out and f"long: {'n' * 200}... (--json shows all)" in out
     assert weights("import", "n.safetensors", "--out", "m.safetensors")[0] == 0
     with safe_open(str(tmp_path / "n.safetensors"), framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}

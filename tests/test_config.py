@@ -205,7 +205,7 @@ def test_keys_of_a_file_are_its_top_level_keys(tmp_path: Path) -> None:
         "owner: Ada\nfurniture: {kind: round-table, seats: " + "9" * 6000 + "}",
         "owner: Ada\n? [a, b]\n: 3",
         "owner: Ada\nfurniture: {kind: [bench]}",
-        "owner: *nobody",
+        "owner: *unknown",
         "owner: Ada\x00",
     ],
 )  # fmt: skip

@@ -150,9 +150,9 @@ def test_a_base_counts_from_the_files_own_folder(tmp_path: Path, monkeypatch: py
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setenv("HOME", str(tmp_path / "experiments"))
-    wanted = weights_hash(*tiny_gan().modules())
+    expected = weights_hash(*tiny_gan().modules())
     for changes in ({}, {"base": "~/base.safetensors"}, {"base": "../experiments/base.safetensors"}):
-        assert weights_hash(*read_experiment(path, changes=changes).start().modules()) == wanted
+        assert weights_hash(*read_experiment(path, changes=changes).start().modules()) == expected
     monkeypatch.setattr(Path, "expanduser", lambda path: (_ for _ in ()).throw(RuntimeError))
     with pytest.raises(ConfigError, match="no home folder"):
         read_experiment(path)

@@ -16,15 +16,15 @@ from fedface.atomic_io import locked_folder, remove_drafts, replace_bytes, repla
 
 
 def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
-    replace_text(tmp_path / "kept", "old")
-    replace_text(tmp_path / "kept", "né")
-    assert (tmp_path / "kept").read_bytes() == b"n\xc3\xa9"
-    assert os.listdir(tmp_path) == ["kept"]
+    replace_text(tmp_path / "saved", "old")
+    replace_text(tmp_path / "saved", "né")
+    assert (tmp_path / "saved").read_bytes() == b"n\xc3\xa9"
+    assert os.listdir(tmp_path) == ["saved"]
 
 
 def test_concurrent_writers_do_not_interfere(tmp_path: Path) -> None:
     """Each reader sees one writer's bytes, complete; with one draft for all, the later rename would find no file."""
-    path = tmp_path / "kept"
+    path = tmp_path / "saved"
     wholes = [bytes([number]) * 200_000 for number in range(8)]
     replace_bytes(path, wholes[0])
 
@@ -35,20 +35,20 @@ def test_concurrent_writers_do_not_interfere(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         seen = list(pool.map(write_and_read, wholes * 10))
     assert set(seen) <= set(wholes)
-    assert os.listdir(tmp_path) == ["kept"]
+    assert os.listdir(tmp_path) == ["saved"]
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace_text(tmp_path / "kept", "old")
+    replace_text(tmp_path / "saved", "old")
 
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        replace_text(tmp_path / "kept", "new")
-    assert (tmp_path / "kept").read_text() == "old"
-    assert os.listdir(tmp_path) == ["kept"]
+        replace_text(tmp_path / "saved", "new")
+    assert (tmp_path / "saved").read_text() == "old"
+    assert os.listdir(tmp_path) == ["saved"]
 
 
 def test_mode_and_symbolic_links_are_preserved(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_write_error_names_the_file(tmp_path: Path, wrong: str) -> None:
 
 
 def test_a_name_of_maximum_length_works(tmp_path: Path) -> None:
-    replace_text(tmp_path / ("a" * 255), "kept")
+    replace_text(tmp_path / ("a" * 255), "saved")
     assert os.listdir(tmp_path) == ["a" * 255]
 
 
@@ -81,8 +81,8 @@ def test_folders_that_cannot_be_synced_are_ignored(tmp_path: Path, monkeypatch: 
         raise OSError(errno.EINVAL, "Invalid argument")
 
     monkeypatch.setattr("fedface.atomic_io.sync_folder", none)
-    replace_text(tmp_path / "kept", "new")
-    assert (tmp_path / "kept").read_text() == "new"
+    replace_text(tmp_path / "saved", "new")
+    assert (tmp_path / "saved").read_text() == "new"
 
 
 def test_drafts_of_killed_processes_are_removed_and_nothing_else(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_drafts_of_killed_processes_are_removed_and_nothing_else(tmp_path: Path)
         "replace_text(Path(sys.argv[1]) / 'state.json', 'device-00')"
     )
     with locked_folder(tmp_path, "run"):
-        (tmp_path / "mine.draft").write_text("kept")
+        (tmp_path / "mine.draft").write_text("saved")
     ended = subprocess.run([sys.executable, "-c", script, str(tmp_path)])
     assert ended.returncode == -signal.SIGKILL and len(os.listdir(tmp_path)) == 3
     with locked_folder(tmp_path, "run"):

@@ -1,4 +1,4 @@
-"""Nothing of anybody else's is ever overwritten: each command that writes leaves a foreign file as it is."""
+"""No foreign file is overwritten: every command that writes leaves it unchanged."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_foreign_file_is_left_as_it_is(fedface, tmp_path: Path, words: str) ->
     for content in (b"\xff\xd8\xff my only photo", b"notes about the fedface picture of mine", b"x" * 5000):
         Path("mine.png").write_bytes(content)
         if b"fedface picture" in content and ("synthesize" in words or "sample" in words or "sheet" in words):
-            continue  # the mark itself: nobody else writes it
+            continue  # the mark itself: no other program writes it
         result = refused(fedface(*words.replace("FILE", "mine.png").split()))
         assert "mine.png: exists" in result
         assert Path("mine.png").read_bytes() == content
@@ -71,7 +71,7 @@ def test_tables_of_a_foreign_database_stay(fedface) -> None:  # type: ignore[no-
     write_png(Path("library/a.png"), np.full((8, 8, 3), 90, dtype=np.uint8))
     with sqlite3.connect("mine.sqlite") as sql:
         sql.execute("CREATE TABLE photo (words TEXT)")
-        sql.execute("INSERT INTO photo VALUES ('dear')")
+        sql.execute("INSERT INTO photo VALUES ('precious')")
     before, mode = Path("mine.sqlite").read_bytes(), Path("mine.sqlite").stat().st_mode
     assert "is no index of fedface" in refused(fedface("photos", "scan", "library", "--cache", "mine.sqlite"))
     assert Path("mine.sqlite").read_bytes() == before and Path("mine.sqlite").stat().st_mode == mode
@@ -102,7 +102,7 @@ def test_a_foreign_folder_is_left_as_it_is(fedface, tmp_path: Path, words: str, 
 
 
 def test_a_folder_of_one_kind_is_not_one_of_another(tmp_path: Path) -> None:
-    """A run is not written over a benchmark; a folder that was made is entered again; a draft is nobody's file."""
+    """A run does not overwrite a benchmark; a folder of fedface is reused; a draft is not a foreign file."""
     for _ in range(2):
         with locked_folder(tmp_path / "ours", "run"):
             (tmp_path / "ours" / "state.json").write_text("{}")

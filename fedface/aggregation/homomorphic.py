@@ -183,7 +183,7 @@ class Scheme:
         for name, ours in self.public.items():
             theirs = payload.header.get(name)
             if theirs != ours or type(theirs) is not type(ours):
-                problem = f"this payload was made with {name} {theirs!r}, this run uses {ours!r}"
+                problem = f"this payload has {name} {theirs!r}, this run has {ours!r}"
                 raise AggregationError(f"{problem}; use the same versions and settings on both sides")
         if type(payload.header.get("key")) is not str:
             raise AggregationError("an encrypted payload must name its key")
@@ -310,7 +310,7 @@ class HomomorphicDevice:
     def __init__(
         self, config: HomomorphicConfig, agreement: AggregationParameters, keys: HomomorphicKeys
     ) -> None:
-        """Raises AggregationError if the key was made for other parameters."""
+        """Raises AggregationError if the key is for other parameters."""
         self._server = HomomorphicServer(config, agreement)
         self.scheme = self._server.scheme
         context = self.scheme.context

@@ -210,7 +210,7 @@ def _sampled(model: Model, experiment: Experiment, count: int) -> Images:
 
 
 def _metrics(generated: Images, name: str, truth: _Reference, seed: int) -> ModelQuality:
-    streams = Streams(seed).child("compared figures")
+    streams = Streams(seed).child("compared metrics")
     readings, true = measure_tone(generated).monk.double(), measure_tone(truth.faces).monk.double()
     found = quality(
         truth.faces,

@@ -46,7 +46,7 @@ class Evaluation:
             run=self.run,
             round=self.number,
             cohort=cohort,
-            seed=Streams(experiment.seed).child("figures").seed,
+            seed=Streams(experiment.seed).child("metrics").seed,
             request=EvaluationRequest(
                 dp=self.dp,
                 architecture=self.model.architecture,

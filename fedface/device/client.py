@@ -231,7 +231,7 @@ def _evaluate(task: EvaluateTask, device: Device, ledger: Ledger) -> tuple[Reply
 
     def compute(own: DeviceDataset) -> Vector:
         mine = own.split(asked.holdout_fraction, asked.dp.unit)[1] if asked.holdout_fraction > 0 else own
-        rng = noise_source(asked.dp, Streams(task.seed).child(f"{device.name}/figures/{task.round}"))
+        rng = noise_source(asked.dp, Streams(task.seed).child(f"{device.name}/metrics/{task.round}"))
         metrics = compute_local_metrics(model, mine, asked, seed=task.seed, rng=rng)
         return _clip_for_library(metrics / ranges, asked.dp)
 

@@ -265,7 +265,7 @@ def register_index(state: Path, index: Path) -> None:
 def registered_indexes(state: Path) -> list[Path]:
     """All recorded indexes; empty if the registry cannot be read."""
     try:
-        told = json.loads((state / INDEX_REGISTRY).read_text(encoding="utf-8"))
-        return [Path(path) for path in told if isinstance(path, str)] if isinstance(told, list) else []
+        paths = json.loads((state / INDEX_REGISTRY).read_text(encoding="utf-8"))
+        return [Path(path) for path in paths if isinstance(path, str)] if isinstance(paths, list) else []
     except (OSError, ValueError):
         return []

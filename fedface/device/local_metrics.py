@@ -135,16 +135,16 @@ Answerer = Callable[[Images], Tensor]  # one photo (1, 3, s, s) -> its vector (1
 def _answerer(model: Model, request: EvaluationRequest, seed: int) -> Answerer:
     """A function from a photo to its vector; its running time depends on the request, not on the photo."""
     method = _to_the_end(with_workers(request.method, 1))
-    streams = Streams(seed).child("figures")
+    streams = Streams(seed).child("metrics")
     upsampler = make_upsampler(method, model, request.downscale, streams, size=model.size)
     detector = NetworkDetector()
 
     def answer(photo: Images) -> Tensor:
         low = request.downscale.apply(photo).clamp(0.0, 1.0)
         found = upsampler.upsample(low, faces_per_photo=1)
-        made = found.images[:, 0]
-        seen = torch.tensor([bool(detector.find(_as_picture(made[0])))])
-        measured = measure_photos(photo, made, found.consistency_error[:, 0], seen, request.metrics)
+        generated = found.images[:, 0]
+        seen = torch.tensor([bool(detector.find(_as_picture(generated[0])))])
+        measured = measure_photos(photo, generated, found.consistency_error[:, 0], seen, request.metrics)
         return metric_vectors(measured, request.metrics, clip_norm=request.dp.schedule.clip_norm)
 
     return answer

@@ -118,8 +118,8 @@ class DeviceState:
 def known_runs(snapshot: LedgerSnapshot) -> list[str]:
     """The names of all runs that sent a task."""
     suffix = metrics_ledger_key("")
-    booked = {entry.run.removesuffix(suffix) for entry in snapshot.entries}
-    return sorted(booked | {record.run for record in snapshot.log})
+    recorded = {entry.run.removesuffix(suffix) for entry in snapshot.entries}
+    return sorted(recorded | {record.run for record in snapshot.log})
 
 
 def device_state(path: Path) -> DeviceState:

@@ -165,7 +165,7 @@ def run_pipeline(
             except (PhotoError, LibraryError) as error:
                 yield path, SkippedPhoto(photo=str(path), reason=str(error).removeprefix(f"{path}: "))
                 continue
-            people, made, mark = people[: settings.max_faces], [], _mark_of(path)
+            people, sheets, mark = people[: settings.max_faces], [], _mark_of(path)
             try:
                 for subject in people:
                     check_sheet(place(path, subject.number), path)
@@ -178,11 +178,11 @@ def run_pipeline(
                 sheet = place(path, subject.number)
                 sheet.parent.mkdir(parents=True, exist_ok=True)
                 write_output(sheet, contact_sheet(portrait, tones, software=mark.partition("\0")[2]), mark)
-                made.append(SheetRecord(
+                sheets.append(SheetRecord(
                     photo=str(path), person=subject.number, people=subject.people, turned=subject.rotation,
                     side=subject.side, sheet=sheet, portrait=portrait,
                 ))  # fmt: skip
-            yield path, tuple(made)
+            yield path, tuple(sheets)
 
 
 def _people(
@@ -225,10 +225,10 @@ class SheetFolder:
 
     def _read(self, path: Path) -> dict[str, dict[str, Any]]:
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
+            stored = json.loads(path.read_text(encoding="utf-8"))
             asked, found = (
-                dict(kept["asked"]),
-                {str(name): dict(entry) for name, entry in kept["found"].items()},
+                dict(stored["asked"]),
+                {str(name): dict(entry) for name, entry in stored["found"].items()},
             )
             for entry in found.values():
                 list(entry["stamp"]), [str(sheet["sheet"]) for sheet in entry.get("sheets", ())]
@@ -272,14 +272,14 @@ class SheetFolder:
                 entry["left_out"] = reason
             case _:
                 entry["sheets"] = [
-                    made.plain() | {"sheet": made.sheet.relative_to(self.folder).as_posix()}
-                    for made in result
+                    sheets.plain() | {"sheet": sheets.sheet.relative_to(self.folder).as_posix()}
+                    for sheets in result
                 ]
         self._found[self._name(path)] = entry
         record = self.folder / RECORD
         self.folder.mkdir(parents=True, exist_ok=True)
-        told = {"asked": self._asked, "found": self._found}
-        replace_text(record, json.dumps(told, indent=1))
+        content = {"asked": self._asked, "found": self._found}
+        replace_text(record, json.dumps(content, indent=1))
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self._photos).as_posix()

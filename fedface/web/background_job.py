@@ -25,7 +25,7 @@ Make = Callable[[Progress, StepCallback], Upsampler]
 class Finished:
     """The search finished."""
 
-    made: Upsampled  # (1, f) faces
+    upsampled: Upsampled  # (1, f) faces
     seconds: float
 
 
@@ -109,8 +109,10 @@ class BackgroundSearch:
         outcome: Finished | Stopped | Failed = Failed("The search failed; see the terminal.")
         started = time.monotonic()
         try:
-            made = self._make(self._progress, self._watch).upsample(self.low, faces_per_photo=self._faces)
-            outcome = Finished(made, time.monotonic() - started)
+            upsampled = self._make(self._progress, self._watch).upsample(
+                self.low, faces_per_photo=self._faces
+            )
+            outcome = Finished(upsampled, time.monotonic() - started)
         except _Break:
             outcome = Stopped()
         except (FedfaceError, ValueError) as error:

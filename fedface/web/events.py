@@ -71,13 +71,13 @@ def sheet_of(search: BackgroundSearch) -> bytes | None:
     """The faces of a finished search as one PNG; None if it is not finished."""
     if not isinstance(search.outcome, Finished):
         return None
-    made = search.outcome.made
-    faces, side = made.images[0].clamp(0, 1), search.low.shape[-1]
+    upsampled = search.outcome.upsampled
+    faces, side = upsampled.images[0].clamp(0, 1), search.low.shape[-1]
     size = (faces.shape[-1], faces.shape[-1])
     given = F.interpolate(search.low, size=size, mode="nearest")
     columns = ["photo", f"{side} x {side}\ninput"]
     for number, (consistency_error, fits) in enumerate(
-        zip(made.consistency_error[0].tolist(), made.converged[0].tolist(), strict=True)
+        zip(upsampled.consistency_error[0].tolist(), upsampled.converged[0].tolist(), strict=True)
     ):
         columns.append(f"face {number + 1}{'' if fits else ', no fit'}\nerror {consistency_error:.4f}")
     shrink = BicubicPulse(size[0] // side).apply
@@ -97,12 +97,12 @@ def sheet_of(search: BackgroundSearch) -> bytes | None:
 
 
 def _result_record(search: BackgroundSearch, finished: Finished, asked: Asked) -> dict[str, Any]:
-    made = finished.made
-    images = made.images[0].clamp(0, 1)
+    upsampled = finished.upsampled
+    images = upsampled.images[0].clamp(0, 1)
     side = search.low.shape[-1]
     shrunk = BicubicPulse(images.shape[-1] // side).apply(images)
     tones = measure_tone(images).monk.tolist()
-    consistency_errors, fits = made.consistency_error[0].tolist(), made.converged[0].tolist()
+    consistency_errors, fits = upsampled.consistency_error[0].tolist(), upsampled.converged[0].tolist()
     faces = [
         {
             "number": number,
@@ -119,7 +119,7 @@ def _result_record(search: BackgroundSearch, finished: Finished, asked: Asked) -
         "spread": _spread_record(images) if asked.several and len(images) > 1 else None,
         "tone": round(float(measure_tone(search.truth).monk[0]), 1) if asked.face else None,
         "seconds": round(finished.seconds, 1),
-        "steps": made.steps,
+        "steps": upsampled.steps,
         "sentences": _sentences(asked, side, images.shape[-1], fits),
     }
 

@@ -223,9 +223,9 @@ def test_transparent_ciphertexts_are_refused() -> None:
     good = DEVICE.protect(torch.zeros(5), 0)
     negated = scheme.ciphertext(good.parts[0])
     sealapi.Evaluator(scheme.context).negate_inplace(negated)
-    bare = sealapi.Ciphertext(scheme.context)
-    bare.resize(scheme.context, 2)
-    for hostile in (negated, bare):
+    empty = sealapi.Ciphertext(scheme.context)
+    empty.resize(scheme.context, 2)
+    for hostile in (negated, empty):
         with tempfile.NamedTemporaryFile() as file:
             hostile.save(file.name)
             written = Path(file.name).read_bytes()

@@ -16,7 +16,7 @@ from fedface.tensor_types import Vector
 
 CONFIG = LocalMetricsConfig()
 LIGHT, MEDIUM, DARK = CONFIG.groups
-CLIP = 2.5  # any: figures must not depend on it
+CLIP = 2.5  # any: metrics must not depend on it
 
 # Three groups of known frequency. Ranged values are Beta(a, b) on their range, whose mean is a / (a + b).
 FREQUENT = np.array([0.5, 0.3, 0.2])

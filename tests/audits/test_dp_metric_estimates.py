@@ -185,13 +185,13 @@ def test_a_small_group_is_suppressed_completely() -> None:
 def test_noise_raises_the_minimum_count_so_that_empty_groups_are_suppressed() -> None:
     """99 of 100 empty groups are suppressed, for any `min_group_size`."""
     loose = replace(CONFIG, min_group_size=1)
-    rng, nobody = STREAMS.numpy("nobody"), 0
+    rng, reported = STREAMS.numpy("empty"), 0
     for _ in range(300):
         noise = torch.from_numpy(3.0 * CLIP * 2.0 * rng.standard_normal(CONFIG.width))
         found = read(noise, sigma=3.0, devices=4, config=loose)
-        nobody += len(found.reported)
+        reported += len(found.reported)
         assert found.min_count == pytest.approx(1 + 1.959964 * 6 * math.sqrt(3 / 0.4), rel=1e-5)
-    assert nobody / 900 <= 0.04  # one side of 95 %
+    assert reported / 900 <= 0.04  # one side of 95 %
     empty = read(torch.zeros(CONFIG.width))
     assert isinstance(empty.overall, NotMeasured) and empty.reported == {} == empty.gaps
     assert "No two groups have enough units" in empty.sentences()[0]

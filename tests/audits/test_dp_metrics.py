@@ -72,8 +72,8 @@ def test_a_vector_depends_only_on_its_photo_to_the_last_bit() -> None:
         one = slice(i, i + 1)
         alone = measure_photos(original[one], generated[one], consistency_error[one], found[one], CONFIG)
         assert torch.equal(metric_vectors(alone, CONFIG, clip_norm=1.0)[0], together[i])
-    nobody = measure_photos(original[:0], generated[:0], consistency_error[:0], found[:0], CONFIG)
-    assert metric_vectors(nobody, CONFIG, clip_norm=1.0).shape == (0, CONFIG.width) == (0, 30)
+    empty = measure_photos(original[:0], generated[:0], consistency_error[:0], found[:0], CONFIG)
+    assert metric_vectors(empty, CONFIG, clip_norm=1.0).shape == (0, CONFIG.width) == (0, 30)
 
 
 def test_groups_use_the_nearest_monk_tone_and_failed_photos_count_as_worst() -> None:
@@ -118,7 +118,7 @@ def test_an_occasion_of_forty_photos_counts_as_one_unit(share: bool, most: float
     assert 1.0 - 1e-6 <= count <= most + 1e-6
     low, high = CONFIG.skin_difference
     mean = low + (high - low) * (float(sums.first["skin_difference"].sum()) / count + 1.0) / 2.0
-    of_sixteen = float(party.skin_difference.std()) / 4.0  # the standard error of those that were drawn
+    of_sixteen = float(party.skin_difference.std()) / 4.0  # the standard error of those that were sampled
     assert mean == pytest.approx(float(party.skin_difference.mean()), abs=3.0 * of_sixteen)
 
 

@@ -96,13 +96,13 @@ def test_the_record_is_read_back_and_its_table_has_a_row_for_each_run(
 def test_a_finished_comparison_sends_no_task(home: Path, finished: ComparisonRecord) -> None:
     """Resuming reads metrics from the disk: a cohort that cannot answer is never used."""
 
-    def nobody(*_: object) -> object:
+    def no_cohort(*_: object) -> object:
         raise AssertionError("a device was asked")
 
     again = compare_runs(
         read_sweep(home / "tiny.yaml"),
         home / "out",
-        nobody,
+        no_cohort,
         progress=SilentProgress(),
         faces=48,  # type: ignore[arg-type]
     )

@@ -182,7 +182,7 @@ def test_metrics_per_library_are_noised_once_by_the_server(tmp_path: Path, noise
         metrics.epsilon.unit for metrics in record.device_metrics if isinstance(metrics.epsilon, Epsilon)
     ] == ["library"] * 2
     text = html_report.render(record, folder)
-    assert "libraries, noised" in text and "one mean over photos" in text and "before anybody saw" not in text
+    assert "libraries, noised" in text and "one mean over photos" in text
     ledger = Ledger.open(devices_folder(folder) / "device-00" / "ledger.sqlite")
     assert ledger.spent(1e-3, unit="library").upper <= 8.0
 
@@ -263,7 +263,7 @@ def test_one_sum_is_never_stored_with_two_noise_draws(
     assert len(ledger.entries()) == 1
 
 
-@pytest.mark.parametrize("asked", ["training", "figures"])
+@pytest.mark.parametrize("asked", ["training", "evaluation"])
 def test_a_device_refuses_encrypted_sums_for_a_guarantee_per_library(tmp_path: Path, asked: str) -> None:
     """Nothing is recorded, and no photo is read."""
     overrides = {**LIBRARY, "evaluation": FEW}
@@ -283,7 +283,7 @@ def test_a_device_refuses_encrypted_sums_for_a_guarantee_per_library(tmp_path: P
         holdout_fraction=0.5,
     )
     wrong: TrainTask | EvaluateTask = replace(task, config=agreed)
-    if asked == "figures":
+    if asked == "evaluation":
         wrong = EvaluateTask(
             run="run",
             round=1,
@@ -318,7 +318,7 @@ def test_a_round_per_occasion_changes_little_for_one_birthday(tmp_path: Path) ->
     (entry,) = device.ledger().entries()
     assert entry.metadata["unit"] == "occasion"
     assert device.ledger().spent(1e-2, unit="occasion").upper == approx(8.0, abs=2e-3)
-    # An owner who counts photos pays for a changed occasion; one who counts libraries has no promise.
+    # A policy per photo is charged for a changed occasion; a policy per library has no guarantee.
     assert device.ledger().spent(1e-2, unit="photo").upper > 8.0
     assert device.ledger().spent(1e-2, unit="library").upper == float("inf")
 
@@ -334,7 +334,7 @@ def test_held_out_units_are_not_trained_on(tmp_path: Path) -> None:
     assert task.config.holdout_fraction == 0.0  # the helper of these tests; the run itself says 0.4
 
 
-# Figures, and leaving.
+# Metrics and withdrawal.
 
 
 def test_a_run_with_metrics_accounts_for_everything_together(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def save_photos(folder: Path, count: int, name: str) -> None:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a device file and three photos; indexes are kept within it."""
+    """A folder with a device file and three photos; indexes are stored within it."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "indexes"))
     save_photos(tmp_path / "photos", 3, "old")
     (tmp_path / "device.yaml").write_text(FILE)

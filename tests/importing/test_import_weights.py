@@ -263,11 +263,11 @@ def test_a_generator_with_its_discriminator_is_saved_and_loaded(tmp_path: Path) 
     networks = {"G": plain.state_dict(), "D": discriminator.state_dict(), "G_ema": averaged.state_dict()}
     found = imported(tmp_path, nvidia_bytes(networks, beside={"augment_pipe": None}))
     assert found.ignored == ("G", "augment_pipe")
-    save_model(tmp_path / "kept.safetensors", found.model())
-    again = load_model(tmp_path / "kept.safetensors")
+    save_model(tmp_path / "saved.safetensors", found.model())
+    again = load_model(tmp_path / "saved.safetensors")
     assert isinstance(again.architecture, GanArchitecture)
     assert weights_hash(*again.modules()) == weights_hash(averaged, discriminator)
-    assert import_file(tmp_path / "kept.safetensors").kind == "fedface"
+    assert import_file(tmp_path / "saved.safetensors").kind == "fedface"
     del networks["G_ema"]
     found = imported(tmp_path, nvidia_bytes(networks))
     assert found.generator is not None and weights_hash(found.generator) == weights_hash(plain)

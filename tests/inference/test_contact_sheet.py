@@ -230,7 +230,7 @@ class FailsOnGrey:
     name = "fails on grey"
 
     def find(self, pixels: np.ndarray) -> list[Face]:
-        """Nobody, or an error."""
+        """No face, or an error."""
         if pixels.std() == 0:
             raise RuntimeError("division by zero")
         return []

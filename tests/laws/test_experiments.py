@@ -55,14 +55,14 @@ def test_every_run_of_a_varied_experiment_can_be_read(path: Path) -> None:
     assert sweep.name == path.stem and sweep.question.endswith("?")
     assert len({variant.folder for variant in sweep.variants}) == len(sweep.variants) > 1
     for way in dict.fromkeys(variant.method for variant in sweep.variants):
-        promised = next(
+        private = next(
             v.experiment
             for v in sweep.variants
             if v.method == way and isinstance(v.experiment.privacy, PrivacyTarget)
         )
-        bounds = promised.plan().epsilon()
-        assert bounds is not None and isinstance(promised.privacy, PrivacyTarget)
-        assert 0.95 * promised.privacy.epsilon < bounds.upper <= promised.privacy.epsilon
+        bounds = private.plan().epsilon()
+        assert bounds is not None and isinstance(private.privacy, PrivacyTarget)
+        assert 0.95 * private.privacy.epsilon < bounds.upper <= private.privacy.epsilon
 
 
 @each_file

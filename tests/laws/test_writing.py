@@ -1,4 +1,4 @@
-"""Files are written through fedface/atomic_io.py alone, so that no file of anybody else is ever overwritten."""
+"""Files are written through fedface/atomic_io.py alone, so that no file of another program is ever overwritten."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXCEPTIONS = {
     "fedface/privacy/hash_chain.py": "an SQLite file that is known by its application id, and the head beside it",
     "fedface/photos/photo_index.py": "an SQLite file that is known by its application id",
     "fedface/photos/sandboxed_decoder.py": "a pipe",
-    "fedface/cli/console.py": "standard output, once nobody reads it",
+    "fedface/cli/console.py": "standard output after its reader has closed it",
     "fedface/aggregation/homomorphic.py": "a file in memory",
 }
 WRITING_FLAGS = {"O_WRONLY", "O_RDWR", "O_CREAT", "O_TRUNC", "O_APPEND"}

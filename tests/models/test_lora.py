@@ -225,8 +225,8 @@ def test_the_number_of_trained_weights_follows_from_the_layers() -> None:
         for key, rank in {1: 1, 4: 4, 16: 16}.items()
     }
     for rank, expected in outputs.items():
-        twins = [adapted(module, rank) for module in gan.modules()]
-        assert len(flatten_trainable(*twins)) == expected
+        copies = [adapted(module, rank) for module in gan.modules()]
+        assert len(flatten_trainable(*copies)) == expected
     assert outputs == {1: 2157, 4: 8596, 16: 34096}
     assert len(flatten_trainable(*gan.modules())) == 866_196
 

@@ -106,8 +106,8 @@ def test_a_file_gives_the_saved_networks(
     tmp_path: Path, shape: StyleEncoderArchitecture | SuperResolutionArchitecture
 ) -> None:
     model = build_model(shape, STREAMS.generator("weights"), {"made_by": "a test"})
-    save_model(tmp_path / "kept.safetensors", model)
-    again = load_model(tmp_path / "kept.safetensors")
+    save_model(tmp_path / "saved.safetensors", model)
+    again = load_model(tmp_path / "saved.safetensors")
     assert type(again) is type(model) and again.architecture == shape and again.notes == {"made_by": "a test"}
     assert weights_hash(*again.modules()) == weights_hash(*model.modules())
 

@@ -41,8 +41,8 @@ def test_units_are_numbered_in_the_order_of_their_first_photo() -> None:
 
 
 def test_public_faces_are_independent_or_grouped() -> None:
-    strangers = DeviceDataset.independent(faces(3))
-    assert strangers.photos.tolist() == strangers.occasions.tolist() == [0, 1, 2]
+    independent = DeviceDataset.independent(faces(3))
+    assert independent.photos.tolist() == independent.occasions.tolist() == [0, 1, 2]
     runs = DeviceDataset.by_occasion(faces(7), 3)
     assert runs.occasions.tolist() == [0, 0, 0, 3, 3, 3, 6]
     assert runs.units("occasion").tolist() == [0, 0, 0, 1, 1, 1, 2]

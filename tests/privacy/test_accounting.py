@@ -85,7 +85,7 @@ def test_long_runs_agree_with_other_accountants(steps: int, epsilon: float) -> N
 def test_published_costs_are_reproduced(
     sigma: float, q: float, steps: int, delta: float, epsilon: float
 ) -> None:
-    """Tests of tensorflow/privacy (compute_dp_sgd_privacy_test.py, its PLD figures; for the third and fourth its
+    """Tests of tensorflow/privacy (compute_dp_sgd_privacy_test.py, its PLD values; for the third and fourth its
     sigma 2 halved by microbatches), and example and tests of DPBayes/PLD-Accountant (Koskela et al. 2020).
     """
     bounds = epsilon_of(sampled(sigma, q, steps), delta)

@@ -45,19 +45,19 @@ class Silent:
     """A machine that must not be queried."""
 
     def now(self) -> datetime:
-        raise AssertionError("nobody needs the time")
+        raise AssertionError("the time must not be read")
 
     def power(self) -> Power:
-        raise AssertionError("nobody needs the power")
+        raise AssertionError("the power must not be read")
 
     def load(self) -> float | None:
-        raise AssertionError("nobody needs the load")
+        raise AssertionError("the load must not be read")
 
 
-def reason(expected: ParticipationConditions, result: FakeMachine) -> str | None:
+def reason(expected: ParticipationConditions, machine: FakeMachine) -> str | None:
     """The private reason, None if the conditions hold; the public one is always the same."""
     try:
-        expected.check(result)
+        expected.check(machine)
     except ConditionsNotMet as refusal:
         assert str(refusal) == NOT_NOW_MESSAGE
         return refusal.private
@@ -95,7 +95,7 @@ def test_one_of_several_hour_ranges_is_sufficient() -> None:
 
 
 @pytest.mark.parametrize(
-    ("expected", "result", "words"),
+    ("expected", "machine", "words"),
     [
         (ParticipationConditions(require_ac_power=True), FakeMachine(mains=True), None),
         (
@@ -124,9 +124,9 @@ def test_one_of_several_hour_ranges_is_sufficient() -> None:
         (ParticipationConditions(max_load=0.5), FakeMachine(busy=float("nan")), "cannot be read"),
     ],
 )
-def test_power_and_load(expected: ParticipationConditions, result: FakeMachine, words: str | None) -> None:
+def test_power_and_load(expected: ParticipationConditions, machine: FakeMachine, words: str | None) -> None:
     """A condition that the machine cannot measure is not met."""
-    found = reason(expected, result)
+    found = reason(expected, machine)
     assert found is None if words is None else found is not None and words in found
 
 

@@ -210,7 +210,7 @@ def made_up_run(folder: Path) -> RunRecord:
         devices=tuple(
             DeviceRecord(
                 id=name,
-                description="drawn faces, mostly dark" if index < 6 else "drawn faces, even mix",
+                description="synthetic faces, mostly dark" if index < 6 else "synthetic faces, even mix",
                 photos=1000 if index else NotMeasured(not_measured="a real device keeps this to itself"),
             )
             for index, name in enumerate(answered)
@@ -224,7 +224,7 @@ def made_up_run(folder: Path) -> RunRecord:
         aggregation=(
             AggregationRecord(
                 protocol="masked BFV",
-                sees="nobody alone",
+                sees="no single party",
                 bytes_per_device=2_030_000,
                 seconds_protect=0.21,
                 seconds_combine=0.013,
@@ -247,19 +247,19 @@ def made_up_run(folder: Path) -> RunRecord:
             "faces": PictureRecord(
                 file="faces.png",
                 section="faces",
-                caption="Drawn people: the truth, what the upsampler is given, and what it made of it.",
-                alt="A grid of drawn faces, four rows and six columns",
+                caption="Synthetic faces: the truth, the upsampler's input, and its output.",
+                alt="A grid of synthetic faces, four rows and six columns",
             ),
             "attack": PictureRecord(
                 file="attack.png",
                 section="attacks",
-                caption="What came out of one update of the discriminator; every face is drawn.",
-                alt="A grid of drawn faces beside what an attack recovered",
+                caption="What was recovered from one update of the discriminator; every face is synthetic.",
+                alt="A grid of synthetic faces and what an attack recovered",
             ),
         },
         notes=(
             "This is a fixture: none of its numbers was measured.",
-            "Drawn faces are not people. What holds for them need not hold for photos.",
+            "Synthetic faces are not people. Results for them need not hold for photos.",
             "Skin tone is read from pixels and moves with light; it is not ethnicity.",
         ),
         withdrawals=(),

@@ -281,11 +281,11 @@ def test_what_the_server_saw_without_noise_comes_first(books: Books) -> None:
     metadata = {"unit": "library", "noise_at": "server"}
     entry = books.ledger.record(noised(5.0), run="r", round=1, metadata=metadata)
     for _ in range(2):  # sent twice, seen once
-        books.send(b"bare", entry)
+        books.send(b"plain", entry)
     log = books.log(policy=replace(POLICY, unit="library"))
     assert log.without_noise == 1 and device_log_text.kinds(log.transmissions) == ["1 update (1 sent again)"]
     text = render(log)
-    assert "no epsilon bounds what it learned" in text and "else than the server" in text
+    assert "no epsilon bounds what it learned" in text and "anyone except the server" in text
     assert device_log_text.not_covered(log.without_noise)[0].startswith(
         "the server itself: it saw one of these payloads"
     )

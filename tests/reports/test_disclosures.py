@@ -63,9 +63,9 @@ def test_a_single_update_of_a_trusted_servers_run_has_no_noise(library: RunRecor
 
 
 def test_a_run_without_noise_shows_no_defense_in_its_headline(record: RunRecord) -> None:
-    bare = replace(record, plan=make_plan(NoPrivacy(), SCHEDULE))
-    assert not any("DP sigma" in tile["text"] for tile in headline_numbers(bare))
-    assert "what noise would have changed" in disclosures.attack_note(bare)
+    reduced = replace(record, plan=make_plan(NoPrivacy(), SCHEDULE))
+    assert not any("DP sigma" in tile["text"] for tile in headline_numbers(reduced))
+    assert "what noise would have changed" in disclosures.attack_note(reduced)
 
 
 def test_a_guarantee_names_epsilon_delta_and_unit() -> None:

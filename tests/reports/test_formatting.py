@@ -20,22 +20,22 @@ def test_an_infinite_epsilon_is_not_a_number_in_the_record() -> None:
 
 
 def test_an_attack_that_failed_does_not_prove_that_none_could_succeed() -> None:
-    bare, noised = attacks()
+    plain, noised = attacks()
     assert formatting.defense_label(noised.scores.defense) == "DP sigma=1"
     assert "does not prove" in formatting.attack_description(noised)
-    assert "closer to the photos" in formatting.attack_description(bare)
+    assert "closer to the photos" in formatting.attack_description(plain)
 
 
 def test_identification_is_compared_with_guessing() -> None:
-    bare, noised = attacks()
+    plain, noised = attacks()
     guessing = replace(noised.identification, rate=Interval(0.015, 0.005, 0.04, 200))
     assert "no more often than guessing" in formatting.identification_sentence(
         guessing, noised.scores.defense
     )
     assert "more often than guessing" in formatting.identification_sentence(
-        bare.identification, bare.scores.defense
+        plain.identification, plain.scores.defense
     )
-    unclear = replace(bare.scores, gain=around(0.1, 1.0, 6))
+    unclear = replace(plain.scores, gain=around(0.1, 1.0, 6))
     assert "about as much as a guess" in formatting.inversion_sentence(unclear)
 
 

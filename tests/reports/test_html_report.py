@@ -148,7 +148,7 @@ def test_missing_values_are_stated_and_never_nan_or_none(record: RunRecord, fold
         replace(entry, epsilon=missing, metrics={name: missing for name in entry.metrics})
         for entry in record.rounds
     )
-    bare = replace(
+    reduced = replace(
         record,
         plan=make_plan(NoPrivacy(), record.plan.schedule),
         planned_epsilon=missing,
@@ -160,7 +160,7 @@ def test_missing_values_are_stated_and_never_nan_or_none(record: RunRecord, fold
         aggregation=(),
         notes=(),
     )
-    for each in (bare, replace(bare, rounds=(), devices=(), attacks=(), pictures={})):
+    for each in (reduced, replace(reduced, rounds=(), devices=(), attacks=(), pictures={})):
         for text in (read(html_report.render(each, folder)).text, model_card.render(each)):
             assert "not measured: the probe has no faces" in text.lower()
             assert not re.search(r"\b(nan|none|null|inf|undefined)\b", text.replace("No ", "").lower())

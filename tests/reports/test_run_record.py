@@ -23,7 +23,7 @@ def test_a_record_is_equal_after_a_json_round_trip(record: RunRecord) -> None:
 
 
 def test_a_record_without_dp_or_audits_is_equal_after_a_round_trip(record: RunRecord) -> None:
-    bare = replace(
+    reduced = replace(
         record,
         plan=make_plan(NoPrivacy(), record.plan.schedule),
         planned_epsilon=NotMeasured(not_measured="no noise"),
@@ -31,7 +31,7 @@ def test_a_record_without_dp_or_audits_is_equal_after_a_round_trip(record: RunRe
         rounds=(),
         attacks=(),
     )
-    assert loads(RunRecord, dumps(bare)) == bare
+    assert loads(RunRecord, dumps(reduced)) == reduced
 
 
 def test_a_record_is_equal_after_writing_and_reading(record: RunRecord, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def fedface(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 
 
 def attempts(folder: Path) -> dict[str, list[tuple[int, int]]]:
-    """Round and attempt of every booking, by device."""
+    """Round and attempt of every record, by device."""
     return {
         state.name: [(entry.round, entry.attempt) for entry in Ledger.open(state / "ledger.sqlite").entries()]
         for state in sorted((folder / "devices").iterdir())

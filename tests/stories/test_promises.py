@@ -162,7 +162,7 @@ def test_a_run_of_the_same_name_with_other_parameters_is_recorded_separately(
         handle_task(replace(task, config=replace(task.config, dp=louder)), rich)
 
 
-# A ledger is put back.
+# A ledger is rolled back.
 
 
 def test_a_rolled_back_ledger_stops_the_device(
@@ -175,7 +175,7 @@ def test_a_rolled_back_ledger_stops_the_device(
     later = shutil.copytree(device.state, tmp_path / "later")
 
     shutil.copy(backup / "ledger.sqlite", device.ledger_path)
-    with pytest.raises(LedgerError, match="rolled back|put back|older|lacks"):
+    with pytest.raises(LedgerError, match="rolled back|older|lacks"):
         handle_task(ask(experiment, "another", 1), replace(device, photos=unread))
 
     shutil.rmtree(device.state)
@@ -233,7 +233,7 @@ def test_two_processes_at_once_cannot_overspend(tmp_path: Path) -> None:
                 tmp_path / "recipe" / "tiny.yaml",
                 tmp_path / "devices",
                 f"run-{number}",
-                tmp_path / "said",
+                tmp_path / "printed",
             ),
         )
         for number in range(2)
@@ -243,7 +243,7 @@ def test_two_processes_at_once_cannot_overspend(tmp_path: Path) -> None:
     for worker in workers:
         worker.join(300)
     assert [worker.exitcode for worker in workers] == [0, 0]
-    result = (tmp_path / "said").read_text().split()
+    result = (tmp_path / "printed").read_text().split()
     ledger = Ledger.open(tmp_path / "devices" / "device-00" / "ledger.sqlite")
     assert len(result) == 4 and result.count("TrainResult") == len(ledger.entries()) >= 1
     assert ledger.spent(DELTA).upper <= 8.0

@@ -242,11 +242,11 @@ def test_sampled_faces_follow_the_light_share_and_the_generator() -> None:
 
 def test_no_faces_give_no_images() -> None:
     """An empty batch keeps its shapes."""
-    nobody = some(3)[0:0]
-    assert len(nobody) == 0
-    assert render(nobody, 32).shape == (0, 3, 32, 32)
-    assert skin_mask(nobody, 32).shape == (0, 32, 32)
-    assert landmarks(nobody).shape == (0, 5, 2)
+    empty = some(3)[0:0]
+    assert len(empty) == 0
+    assert render(empty, 32).shape == (0, 3, 32, 32)
+    assert skin_mask(empty, 32).shape == (0, 32, 32)
+    assert landmarks(empty).shape == (0, 5, 2)
 
 
 def test_an_image_below_sixteen_pixels_is_refused() -> None:

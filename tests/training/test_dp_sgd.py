@@ -140,9 +140,9 @@ def test_without_noise_and_with_a_huge_clip_norm_it_is_the_plain_gradient() -> N
 
 def test_the_clipped_sum_equals_the_slow_reference_at_any_microbatch() -> None:
     module, photos = SmallCritic(), faces(9)
-    twins = one_at_a_time(module, photos)
-    clip_norm = sorted(length(reference) for reference in twins)[4]
-    scaled = [[g * min(1.0, clip_norm / length(reference)) for g in reference] for reference in twins]
+    references = one_at_a_time(module, photos)
+    clip_norm = sorted(length(reference) for reference in references)[4]
+    scaled = [[g * min(1.0, clip_norm / length(reference)) for g in reference] for reference in references]
     expected = [torch.stack(parts).sum(0) / 4 for parts in zip(*scaled, strict=True)]
     for microbatch in (1, 4, 32):
         ours = private_gradient(

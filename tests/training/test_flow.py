@@ -332,7 +332,7 @@ def test_an_invalid_pretraining_config_is_refused_by_name(field: str, value: Any
 
 
 def silent(name: str, done: int, of: int, metrics: dict[str, float]) -> None:
-    """Nobody watches."""
+    """Discards progress."""
 
 
 def test_times_of_pretraining_are_logit_normal_one_from_each_slice() -> None:

@@ -151,8 +151,8 @@ def test_without_noise_the_moments_of_the_photos_are_recovered(second: str) -> N
         )
         assert torch.allclose(covariance, torch.diag(covariance.diagonal()), atol=1e-5)
     else:
-        # Each eigenvalue is shrunk by at most the largest that chance alone would give; what the mean lost, in
-        # each of its numbers at most `most`, is lost once more in its product with the mean.
+        # Each eigenvalue is shrunk by at most the largest that random variation would give; the error of the mean, at
+        # most `most` per component, enters once more through its product with the mean.
         bound = 2 * math.sqrt(WIDTH / len(latents)) + 2 * float(true_mean.norm()) * most * math.sqrt(WIDTH)
         assert float(torch.linalg.matrix_norm(covariance - true, 2)) < bound
         assert float(covariance[2, 3]) == pytest.approx(float(true[2, 3]), abs=0.03)
@@ -295,7 +295,7 @@ def test_encoder_errors_do_not_change_the_prior() -> None:
     naive = fit_latent_prior(made_from, total, 1, recipe, dp_parameters(recipe)).mapping
     aware = fit_latent_prior(made_from, total, 1, recipe, dp_parameters(recipe), encoder=encoder()).mapping
     assert float(naive.prior_mean.norm()) > 2.0
-    # The garrote lets none of 16 numbers through but by rare chance.
+    # The garrote passes none of 16 numbers except with small probability.
     assert float(aware.prior_mean.norm()) < 0.15
     assert float((aware.prior_root - torch.eye(WIDTH)).abs().max()) < 0.15
 

@@ -37,7 +37,7 @@ SMALL = GanPretrainConfig(
 
 
 def silent(name: str, done: int, of: int, metrics: dict[str, float]) -> None:
-    """Nobody watches."""
+    """Discards progress."""
 
 
 def test_the_pair_loss_of_a_constant_shift_is_three_times_its_size() -> None:
@@ -85,7 +85,7 @@ def test_the_face_depends_only_on_its_own_latent_components() -> None:
     scaled = pool.latents * torch.rsqrt(pool.latents.square().mean(dim=1, keepdim=True) + 1e-8)
     faces = faces_from_normals(scaled[:5, :NORMALS], ToneMix(light_fraction=config.light_fraction))
     sampled = (render(faces, 16).clamp(0, 1) * 255).round().to(torch.uint8)
-    # 500 faces are drawn at once there and 5 here, so that a pixel may round the other way.
+    # 500 faces are rendered at once there and 5 here, so that a pixel may round the other way.
     assert int((sampled.int() - pool.clean[:5].int()).abs().max()) <= 1
 
 

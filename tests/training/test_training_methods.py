@@ -47,7 +47,7 @@ def begun(experiment: Experiment) -> tuple[Model, TrainingRound]:
 def update_of(work: TrainingRound, seen: Images, name: str = "device") -> torch.Tensor:
     """A reproducible update, without DP."""
     streams = Streams(7).child(name)
-    return work.update(seen, rng=streams.generator("no promise"), streams=streams)
+    return work.update(seen, rng=streams.generator("without dp"), streams=streams)
 
 
 def state_of(model: Model) -> torch.Tensor:
@@ -118,7 +118,7 @@ def test_a_zero_update_changes_nothing(tmp_path: Path, way: str) -> None:
     if isinstance(model.architecture, SuperResolutionArchitecture) or isinstance(
         after.architecture, SuperResolutionArchitecture
     ):
-        return  # it draws nobody
+        return  # it cannot sample
     latents = torch.randn(4, model.generator.latent_width, generator=Streams(1).generator("z"))
     assert torch.allclose(after.generator.map(latents), model.generator.map(latents), atol=1e-5)
 

@@ -147,9 +147,9 @@ def broken(error: Exception) -> GridCohort:
 
 def test_an_error_about_the_task_is_sent_with_its_text() -> None:
     """The coordinator can report the cause."""
-    cohort = broken(FederationError("wanted an apple, got a pear"))
+    cohort = broken(FederationError("expected an apple, got a pear"))
     answers = cohort.ask(REVEAL, cohort.members(1), lambda number: None)
-    assert answers == {0: Failure("wanted an apple, got a pear")}
+    assert answers == {0: Failure("expected an apple, got a pear")}
 
 
 @pytest.mark.parametrize("error", [LibraryError("/home/me/beach.jpg has changed"), ValueError("beach.jpg")])

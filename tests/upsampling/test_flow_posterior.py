@@ -108,7 +108,7 @@ def test_every_step_is_shown_and_counted(flow: RectifiedFlow, low: Tensor) -> No
     )
     found = sampler.upsample(low, faces_per_photo=1)
     assert heard == [(step, 6) for step in range(1, 7)]
-    assert [glimpse.step for glimpse in seen] == [1, 2, 3] * 2
+    assert [snapshot.step for snapshot in seen] == [1, 2, 3] * 2
     # The last step goes where the face is expected.
     torch.testing.assert_close(seen[-1].images.clamp(0, 1), found.images[2])
     assert found.steps == 3

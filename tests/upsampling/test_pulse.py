@@ -292,7 +292,7 @@ def test_two_searches_do_not_change_the_generator(generator: StyleGAN2, low: Ten
     copied = copy.deepcopy(generator)
     begun: list[PulseUpsampler] = []
 
-    def begin(glimpse: StepSnapshot) -> None:
+    def begin(snapshot: StepSnapshot) -> None:
         if not begun:
             begun.append(PulseUpsampler(copied, Area(4), QUICK, STREAMS))
             assert all(weight.requires_grad for weight in copied.parameters())

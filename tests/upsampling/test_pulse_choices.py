@@ -52,17 +52,17 @@ def test_the_callback_gets_every_step_of_the_active_faces(generator: StyleGAN2, 
     found, seen = watched(generator, replace(QUICK, faces_at_once=4, eps=1e-2), low, 2)
     targets = low.repeat_interleave(2, dim=0)
     left: set[int] = set(range(12))
-    for glimpse in seen:
-        assert not glimpse.images.requires_grad and 1 <= glimpse.step <= glimpse.steps == 12
-        again = squared_difference(FOUR.apply(glimpse.images), targets[glimpse.faces])
-        torch.testing.assert_close(glimpse.consistency_error, again)
-        left -= set(glimpse.faces.tolist())
+    for snapshot in seen:
+        assert not snapshot.images.requires_grad and 1 <= snapshot.step <= snapshot.steps == 12
+        again = squared_difference(FOUR.apply(snapshot.images), targets[snapshot.faces])
+        torch.testing.assert_close(snapshot.consistency_error, again)
+        left -= set(snapshot.faces.tolist())
     assert not left
     for face, fits in enumerate(found.converged.flatten().tolist()):
-        steps = [glimpse.step for glimpse in seen if face in glimpse.faces.tolist()]
+        steps = [snapshot.step for snapshot in seen if face in snapshot.faces.tolist()]
         assert steps == list(range(1, steps[-1] + 1))
         assert fits or steps[-1] == 12
-    assert found.converged.any() and any(len(glimpse.faces) < 4 for glimpse in seen)
+    assert found.converged.any() and any(len(snapshot.faces) < 4 for snapshot in seen)
 
 
 def test_the_last_face_is_the_one_of_the_last_step(generator: StyleGAN2, low: Tensor) -> None:
@@ -77,7 +77,9 @@ def test_the_best_face_is_the_one_of_the_smallest_consistency_error(
 ) -> None:
     """Of the clamped images of all twelve steps."""
     found, seen = watched(generator, ALL, low, 1)
-    consistency_errors = [squared_difference(FOUR.apply(glimpse.images.clamp(0, 1)), low) for glimpse in seen]
+    consistency_errors = [
+        squared_difference(FOUR.apply(snapshot.images.clamp(0, 1)), low) for snapshot in seen
+    ]
     torch.testing.assert_close(
         found.consistency_error[:, 0], torch.stack(consistency_errors).amin(dim=0), atol=1e-6, rtol=1e-3
     )
@@ -86,7 +88,7 @@ def test_the_best_face_is_the_one_of_the_smallest_consistency_error(
 def test_a_search_without_early_stopping_takes_all_steps(generator: StyleGAN2, low: Tensor) -> None:
     found, seen = watched(generator, replace(ALL, eps=10.0), low, 1)
     assert found.steps == len(seen) == 12 and found.converged.all()
-    assert all(len(glimpse.faces) == 6 for glimpse in seen)
+    assert all(len(snapshot.faces) == 6 for snapshot in seen)
 
 
 def test_with_early_stopping_the_last_face_fits(generator: StyleGAN2, low: Tensor) -> None:
@@ -128,7 +130,7 @@ def test_a_search_that_starts_at_the_true_styles_fits_at_once(generator: StyleGA
     PulseUpsampler(generator, FOUR, config, STREAMS, start=lambda given: styles, watch=seen.append).upsample(
         photos, faces_per_photo=1
     )
-    assert [glimpse.step for glimpse in seen] == [1, 1, 1]
+    assert [snapshot.step for snapshot in seen] == [1, 1, 1]
 
 
 def test_starting_points_depend_only_on_the_photo_and_its_rng(generator: StyleGAN2, low: Tensor) -> None:
@@ -175,7 +177,7 @@ def test_workers_give_the_same_result_as_one(generator: StyleGAN2, low: Tensor) 
 
 
 def test_an_error_in_the_callback_ends_all_workers(generator: StyleGAN2, low: Tensor) -> None:
-    def refuse(glimpse: StepSnapshot) -> None:
+    def refuse(snapshot: StepSnapshot) -> None:
         raise InterruptedError("enough")
 
     config = replace(ALL, workers=2, faces_at_once=1)

@@ -85,8 +85,8 @@ def by_pulse(generator: Generator, photos: Tensor, config: PulseConfig) -> tuple
     seen: list[StepSnapshot] = []
     search = PulseUpsampler(generator, BicubicPulse(4), config, STREAMS, watch=seen.append)
     found = search.upsample(photos, faces_per_photo=1)
-    assert [glimpse.step for glimpse in seen] == list(range(1, config.steps + 1))
-    return found, [(glimpse.images, glimpse.consistency_error) for glimpse in seen]
+    assert [snapshot.step for snapshot in seen] == list(range(1, config.steps + 1))
+    return found, [(snapshot.images, snapshot.consistency_error) for snapshot in seen]
 
 
 def by_reference(generator: Generator, photos: Tensor, config: PulseConfig) -> Trajectory:
