@@ -295,9 +295,6 @@ def measure_bias(
         true_tone: The originals' tone where it is known (synthetic faces); otherwise it is measured from `truth`.
         expected: Groups that the report must mention even without a photo.
 
-    Returns:
-        Every metric by group with intervals, the gaps, and RDP, PR and SPE by tone.
-
     Raises:
         ValueError: Shapes or counts do not agree, or there are fewer than two photos.
     """

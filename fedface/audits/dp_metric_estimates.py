@@ -194,7 +194,6 @@ def estimate_metrics(
     """The metrics in a total, by tone group and overall.
 
     Guarantees:
-        * Deterministic: equal totals give equal metrics.
         * A group whose noised count is below `min_group_size`, or whose count's 95 % interval reaches below 1, is
           suppressed: neither its count, nor its metrics, nor its shares are reported.
         * Without noise, means and counts are those of the units, clipped to the public ranges.
@@ -233,15 +232,15 @@ def estimate_metrics(
         for name, members in rows.items()
         if known and _count(sums, members, noise)[0] >= noise.min_count
     }
-    everybody = list(range(len(rows)))
-    estimate, low, _ = _count(sums, everybody, noise)
+    all_rows = list(range(len(rows)))
+    estimate, low, _ = _count(sums, all_rows, noise)
     enough = known and low >= 1 and estimate >= config.min_group_size
     shares = {name: _tone_shares(sums, rows[name][0], noise) for name in reported} if enough else {}
     gaps = {name: _gap(reported, name) for name in DP_METRICS} if len(reported) >= 2 else {}
     return DPMetricEstimates(
         devices=devices,
         min_count=noise.min_count,
-        overall=_group_metrics(sums, everybody, noise) if enough else few,
+        overall=_group_metrics(sums, all_rows, noise) if enough else few,
         groups={name: reported.get(name, few) for name in rows},
         shares=shares,
         gaps=gaps,

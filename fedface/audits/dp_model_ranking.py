@@ -1,4 +1,4 @@
-"""Which of several models serves the devices' own photos better, and which cannot be told apart.
+"""Which of several models serves the devices' own photos better, and which differences are not significant.
 
 The models were evaluated on the same photos, each with independent noise. Differences are computed as if each model had
 been evaluated on different photos of the same kind: where a photo that is hard for one model is hard for the others
@@ -47,19 +47,19 @@ class Ranking:
 
     @property
     def all_tied(self) -> bool:
-        """Whether no two models can be told apart, so that the order carries no information."""
+        """Whether no difference is significant, so that the order carries no information."""
         return not any(pair.apart for pair in self.comparisons)
 
     @property
     def ties(self) -> tuple[tuple[str, str], ...]:
-        """The pairs that cannot be told apart, the one that looks better first."""
+        """The pairs without a significant difference, the one that looks better first."""
         return tuple((pair.better, pair.worse) for pair in self.comparisons if not pair.apart)
 
     def scope(self) -> str:
         return "over all units" if self.by == "overall" else "for the group that each serves worst"
 
     def sentences(self) -> list[str]:
-        """The order in words, with what cannot be told apart."""
+        """The order in words, and which differences are not significant."""
         metric = DP_METRICS[self.measure]
         texts = [f"By {metric.title}, {self.scope()}, best first: {', '.join(self.order)}."]
         for pair in self.comparisons:
@@ -80,7 +80,7 @@ def rank_overall(estimates: Mapping[str, DPMetricEstimates], measure: str) -> Ra
         measure: One of DP_METRICS.
 
     Raises:
-        FederationError: A model's total had too few units for any figure.
+        FederationError: A model's total had too few units for any metric.
     """
     _check(estimates, measure)
     if missing := [name for name, found in estimates.items() if isinstance(found.overall, NotMeasured)]:
@@ -121,7 +121,7 @@ def rank_worst_group(estimates: Mapping[str, DPMetricEstimates], measure: str) -
     def served(model: str, level: float) -> Interval:
         reported = estimates[model].reported
         each = [DP_METRICS[measure].cost(reported[name].means[measure].interval(level)) for name in groups]
-        worst = max(each, key=lambda figure: figure.estimate)
+        worst = max(each, key=lambda each: each.estimate)
         return replace(worst, low=max(f.low for f in each), high=max(f.high for f in each))
 
     pairs = _pairs(len(estimates))

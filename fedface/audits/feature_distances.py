@@ -54,7 +54,7 @@ def face_features(images: Images) -> Tensor:
     """132 numbers for each face, in units of ten CIELAB steps.
 
     64 cosine coefficients of L* (8 x 8), 16 of a* and 16 of b* (4 x 4 each), scaled so that the squares of
-    all coefficients add up to the mean square of the picture; then the root mean square of the Haar wavelets
+    all coefficients add up to the mean square of the image; then the root mean square of the Haar wavelets
     of L* in each quarter of the face, for three scales and three directions (36).
 
     Args:

@@ -121,7 +121,7 @@ def open_features(source: FeatureSource) -> Extractor:
 
     Raises:
         WeightsError: The file is missing, too large, not what its kind says, or not the pinned one.
-        ConfigError: ONNX is asked for and OpenCV is not installed.
+        ConfigError: ONNX features need OpenCV, which is not installed.
     """
     match source:
         case ColourFeatures():
@@ -166,7 +166,7 @@ class NetworkExtractor:
         """The network's numbers for each face.
 
         Raises:
-            WeightsError: The network does not take the picture, or does not return one finite row per face.
+            WeightsError: The network does not accept the images, or does not return one finite row per face.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must have shape (n, 3, h, w), got {tuple(images.shape)}")
@@ -231,7 +231,7 @@ def _open_torchscript(source: TorchScriptFeatures) -> NetworkExtractor:
         try:
             answer = network(x)
         except (RuntimeError, torch.jit.Error) as cause:
-            raise WeightsError(f"{name} does not take pictures of shape {tuple(x.shape)}") from cause
+            raise WeightsError(f"{name} does not accept images of shape {tuple(x.shape)}") from cause
         several = list(answer) if isinstance(answer, tuple | list) else [answer]
         if source.output >= len(several) or not isinstance(several[source.output], Tensor):
             raise WeightsError(f"{name}: output {source.output} is not among its {len(several)} tensors")
@@ -265,6 +265,6 @@ def _open_onnx(source: OnnxFeatures) -> NetworkExtractor:
             network.setInput(x.numpy())
             return torch.from_numpy(np.array(network.forward(chosen)))
         except cv2.error as cause:
-            raise WeightsError(f"{name} does not take pictures of shape {tuple(x.shape)}") from cause
+            raise WeightsError(f"{name} does not accept images of shape {tuple(x.shape)}") from cause
 
     return NetworkExtractor(source, identity, forward)

@@ -190,11 +190,11 @@ def attack_update(
     truth = photos.detach().clamp(0.0, 1.0)
     guess = public_faces.detach().clamp(0.0, 1.0).mean(dim=0, keepdim=True).expand_as(truth).clone()
     updates = [apply_defense(gradient_of(photo[None]).detach(), defense, generator) for photo in truth]
-    shown = _as_attacker_sees(gradient_of, defense)
+    release = _as_attacker_sees(gradient_of, defense)
     shape = (1, int(truth.shape[1]), int(truth.shape[2]), int(truth.shape[3]))
     scored = []
     for search in searches:
-        found = [invert(shown, update, shape, search, generator).images for update in updates]
+        found = [invert(release, update, shape, search, generator).images for update in updates]
         recovered = torch.cat(found)
         scored.append((float(psnr(recovered, truth).mean()), search, recovered))
     _, search, recovered = max(scored, key=lambda entry: entry[0])
@@ -230,7 +230,7 @@ def candidate_identification(
 ) -> CandidateIdentification:
     """How often an attacker names the photo that was in an update, among N candidates.
 
-    Each trial puts one candidate, drawn uniformly, into an update of its own; the attacker, who knows all
+    Each trial puts one uniformly sampled candidate into an update of its own; the attacker, who knows all
     candidates, names the one whose gradient, clipped as the device clips, lies nearest: the maximum-likelihood
     choice under Gaussian noise.
 
@@ -239,8 +239,8 @@ def candidate_identification(
     """
     if trials < 1:
         raise ValueError(f"trials must be >= 1, got {trials}")
-    shown = _as_attacker_sees(gradient_of, defense)
-    known = torch.stack([shown(photo[None]).detach() for photo in candidates])
+    release = _as_attacker_sees(gradient_of, defense)
+    known = torch.stack([release(photo[None]).detach() for photo in candidates])
     lengths = known.square().sum(dim=1)
     right = 0
     for _ in range(trials):

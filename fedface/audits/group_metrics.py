@@ -149,12 +149,9 @@ def gap_between(
 ) -> Gap | None:
     """The gap between the worst and the best served group, corrected for having selected both.
 
-    Selecting the two most extreme of several groups produces a gap by chance alone. The interval therefore
-    holds for all pairs of groups at once: its half width is the 95 % quantile of the largest studentised
-    difference between any two of equal groups (Games & Howell 1976; the quantile is simulated).
-
-    Guarantees:
-        * Where all groups are served equally, the interval covers zero in about 95 % of probes.
+    The interval holds for all pairs of groups at once: its half width is the 95 % quantile of the largest studentised
+    difference between any two of equal groups (Games & Howell 1976; the quantile is simulated). Where all groups are
+    served equally, it covers zero in about 95 % of probes.
 
     Args:
         values: One finite number per photo, (n,).

@@ -236,8 +236,8 @@ def _shuffled(features: Tensor, rng: np.random.Generator) -> Tensor:
 
 def _measure(real: Tensor, generated: Tensor, k: int, span: int) -> GroupQuality:
     side = min(len(real) // 2, len(generated))
-    wanted = faces_to_extrapolate(real.shape[1])
-    few = InsufficientSamples(real=len(real), generated=len(generated), fewest=wanted)
+    needed = faces_to_extrapolate(real.shape[1])
+    few = InsufficientSamples(real=len(real), generated=len(generated), fewest=needed)
     return GroupQuality(
         real=len(real),
         generated=len(generated),
@@ -246,7 +246,7 @@ def _measure(real: Tensor, generated: Tensor, k: int, span: int) -> GroupQuality
             plain=frechet_distance(real[:side], generated[:side]),
             floor=frechet_distance(real[:side], real[side : 2 * side]),
             count=side,
-            limit=frechet_interval(real, generated) if min(len(real), len(generated)) >= wanted else few,
+            limit=frechet_interval(real, generated) if min(len(real), len(generated)) >= needed else few,
         ),
         neighbours=measure_manifold(
             real, generated, k=k, span=min(span, len(real), len(generated), SPAN_AT_MOST)

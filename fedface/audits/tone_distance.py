@@ -32,9 +32,6 @@ def tone_distance(
 
     Returns:
         Distance >= 0 with its 95 % interval; the count is the smaller of n and m.
-
-    Raises:
-        ValueError: Fewer than two readings on a side, a reading that is not finite, or too few resamples.
     """
     a, b = np.asarray(generated, dtype=np.float64), np.asarray(true, dtype=np.float64)
     for name, readings in (("generated", a), ("true", b)):

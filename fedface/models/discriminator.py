@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fedface.errors import ConfigError
 from fedface.models.stylegan_layers import (
     ChannelBase,
+    ChannelPyramid,
     Classes,
     Conv,
     ConvOptions,
@@ -35,7 +36,7 @@ from fedface.validation import Above, AtLeast, PowerOfTwo, checked
 
 @dataclass(frozen=True, kw_only=True)
 @checked
-class DiscriminatorConfig:
+class DiscriminatorConfig(ChannelPyramid):
     """The architecture of a discriminator; equal configs have weights that can be summed."""
 
     size: Annotated[int, PowerOfTwo(8, 1024)] = 32  # height and width of images in pixels
@@ -58,31 +59,17 @@ class DiscriminatorConfig:
                 f"got {self.minibatch_channels}"
             )
 
-    @property
-    def sides(self) -> tuple[int, ...]:
-        """Sides of the blocks from large to small, size ... 8; the last layers work at 4."""
-        return tuple(2**p for p in range(int(math.log2(self.size)), 2, -1))
-
-    def channels(self, side: int) -> int:
-        """Channels entering the block of this side."""
-        return max(1, min(self.channel_base // side, self.channel_max))
-
 
 def minibatch_std(x: Tensor, group: int, channels: int) -> Tensor:
-    """The standard deviation within a group of images, averaged over a part of the channels.
+    """The standard deviation within a group of images, averaged over each of f parts of the channels.
 
-    Picture i is in group i mod (n / group), as published. Source: Karras et al. 2018 (arXiv:1710.10196), section 3.
+    (n, c, h, w) -> (n, f, h, w), equal within a group and at every pixel. Image i is in group i mod (n / group), as
+    published. Source: Karras et al. 2018 (arXiv:1710.10196), section 3.
 
     Args:
         x: Activations (n, c, h, w).
-        group: Pictures in a group, >= 1; a smaller batch is one group.
-        channels: How many parts f the c channels are split into, each giving one statistic; divides c.
-
-    Returns:
-        (n, f, h, w), one value per image and part, equal within a group and at every pixel.
-
-    Raises:
-        ConfigError: n is above `group` and not a multiple of it.
+        group: Images in a group, >= 1; a smaller batch is one group. ConfigError for a batch that it does not divide.
+        channels: f, divides c.
     """
     n, c, h, w = x.shape
     members = min(group, n)
@@ -184,7 +171,7 @@ class Discriminator(nn.Module):
     def __init__(self, config: DiscriminatorConfig, rng: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
-        for side in config.sides:
+        for side in reversed(config.sides[1:]):
             self.add_module(f"b{side}", DiscriminatorBlock(side, config, rng))
         if config.classes:
             self.mapping = LabelMapping(config, rng)
@@ -203,7 +190,7 @@ class Discriminator(nn.Module):
         if labels is not None and not self.config.classes:
             raise ConfigError("this discriminator has no classes, got labels; pass images alone")
         x, scaled = None, images * 2.0 - 1.0
-        for side in self.config.sides:
+        for side in reversed(self.config.sides[1:]):
             x, scaled = self.get_submodule(f"b{side}")(x, scaled)
         features = cast(Tensor, self.b4(x, scaled))
         if not self.config.classes:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedface.models.stylegan_layers import (
     ChannelBase,
+    ChannelPyramid,
     Conv,
     ConvOptions,
     Linear,
@@ -27,7 +28,7 @@ from fedface.validation import PowerOfTwo, checked
 
 @dataclass(frozen=True, kw_only=True)
 @checked
-class LatentEncoderConfig:
+class LatentEncoderConfig(ChannelPyramid):
     """The architecture of an encoder; equal configs have weights that can be summed."""
 
     size: Annotated[int, PowerOfTwo(8, 1024)] = 32  # height and width of images in pixels
@@ -35,15 +36,6 @@ class LatentEncoderConfig:
     # Channels at side r are min(channel_base / r, channel_max).
     channel_base: ChannelBase = 1024
     channel_max: Width = 64
-
-    @property
-    def sides(self) -> tuple[int, ...]:
-        """Sides of the blocks from large to small, size ... 8; the last layers work at 4."""
-        return tuple(2**p for p in range(int(math.log2(self.size)), 2, -1))
-
-    def channels(self, side: int) -> int:
-        """Channels entering the block of this side."""
-        return max(1, min(self.channel_base // side, self.channel_max))
 
 
 class HalvingBlock(nn.Module):
@@ -69,7 +61,7 @@ class LatentEncoder(nn.Module):
         self.config = config
         self.size, self.latent_width = config.size, config.latent_width
         self.fromrgb = Conv(3, config.channels(config.size), 1, rng=rng)
-        for side in config.sides:
+        for side in reversed(config.sides[1:]):
             block = HalvingBlock(config.channels(side), config.channels(side // 2), rng)
             self.add_module(f"b{side}", block)
         channels = config.channels(4)
@@ -79,6 +71,6 @@ class LatentEncoder(nn.Module):
 
     def forward(self, images: Images) -> Latents:
         x = self.fromrgb(images * 2.0 - 1.0)
-        for side in self.config.sides:
+        for side in reversed(self.config.sides[1:]):
             x = self.get_submodule(f"b{side}")(x)
         return unit_mean_square(self.out(self.fc(self.conv(x).flatten(1))))

@@ -80,21 +80,13 @@ class LoraParametrization(nn.Module):
 def attach(module: nn.Module, adapt: Adaptation, rng: torch.Generator) -> None:
     """Mark in place which weights of a network are trained; its outputs do not change.
 
-    For `Lora` these are the changes of every weight of at least two dimensions outside a mapping network: the
-    convolutions and style affines of a generator, the convolutions and fully connected layers of a discriminator, a
-    U-Net or an encoder. Everything else is frozen.
-
-    Guarantees:
-        * Equal networks, equal `adapt` and equally seeded `rng` give equal adapters, on any machine.
-        * The network can still be copied, made float64, and differentiated per photo with torch.func.
+    For `Lora` these are the changes of every weight of at least two dimensions outside a mapping network; everything
+    else is frozen. Equal networks, equal `adapt` and equally seeded `rng` give equal adapters, on any machine.
 
     Args:
-        module: A network without adapters.
+        module: A network without adapters; WeightsError if it has some, `merge` them first.
         adapt: All weights, or low-rank changes.
-        rng: Public random directions (A), drawn in the order of the layers' names. Not used by `Full`.
-
-    Raises:
-        WeightsError: The network has adapters already; `merge` them first.
+        rng: Public random directions (A), in the order of the layers' names. Not used by `Full`.
     """
     if any(isinstance(part, LoraParametrization) for part in module.modules()):
         raise WeightsError("this network has adapters already; merge them before new ones are attached")

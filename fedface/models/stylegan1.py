@@ -21,6 +21,7 @@ from fedface.models.stylegan_layers import (
     LRELU_GAIN,
     LRELU_SLOPE,
     ChannelBase,
+    ChannelPyramid,
     Conv,
     ConvOptions,
     Layers,
@@ -36,7 +37,7 @@ FUSED_FROM = 128  # from this side on, the published network doubles and convolv
 
 @dataclass(frozen=True, kw_only=True)
 @checked
-class StyleGAN1Config:
+class StyleGAN1Config(ChannelPyramid):
     """The shape of a StyleGAN1 generator; the defaults are the published network for 1024 px faces."""
 
     kind: ClassVar[str] = "stylegan1"
@@ -48,15 +49,6 @@ class StyleGAN1Config:
     # Channels at side r are min(channel_base / r, channel_max); twice "fmap_base".
     channel_base: ChannelBase = 16384
     channel_max: Width = 512
-
-    @property
-    def sides(self) -> tuple[int, ...]:
-        """Sides of the blocks, 4, 8, ... size."""
-        return tuple(2**p for p in range(2, int(math.log2(self.size)) + 1))
-
-    def channels(self, side: int) -> int:
-        """Channels of the block of this side."""
-        return max(1, min(self.channel_base // side, self.channel_max))
 
 
 def double_then_convolve(x: Tensor, weight: Tensor) -> Tensor:

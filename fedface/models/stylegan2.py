@@ -21,6 +21,7 @@ from fedface.models.generator_protocol import check_inputs, sample, truncated
 from fedface.models.stylegan_layers import (
     LRELU_SLOPE,
     ChannelBase,
+    ChannelPyramid,
     Classes,
     Layers,
     Linear,
@@ -39,7 +40,7 @@ from fedface.validation import Above, PowerOfTwo, checked
 
 @dataclass(frozen=True, kw_only=True)
 @checked
-class StyleGAN2Config:
+class StyleGAN2Config(ChannelPyramid):
     """The architecture of a generator; equal configs have weights that can be summed."""
 
     kind: ClassVar[str] = "stylegan2"
@@ -56,15 +57,6 @@ class StyleGAN2Config:
     clamp: Annotated[float, Above(0)] | None = None
     classes: Classes = 0  # of a class-conditional generator; 0 if unconditional
     prior: Literal["standard", "fitted"] = "standard"  # fitted: latents pass a stored affine map
-
-    @property
-    def sides(self) -> tuple[int, ...]:
-        """Sides of the blocks, 4, 8, ... size."""
-        return tuple(2**p for p in range(2, int(math.log2(self.size)) + 1))
-
-    def channels(self, side: int) -> int:
-        """Channels of the block of this side."""
-        return max(1, min(self.channel_base // side, self.channel_max))
 
 
 class Mapping(nn.Module):

@@ -29,6 +29,23 @@ Layers = Annotated[int, In("[1, 64]")]
 ChannelBase = Annotated[int, In("[1, 16777216]")]
 
 
+class ChannelPyramid:
+    """The sides and channels of the blocks of a configuration."""
+
+    size: int  # height and width of images in pixels, a power of two
+    channel_base: int
+    channel_max: int
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """4, 8, ... size."""
+        return tuple(2**p for p in range(2, int(math.log2(self.size)) + 1))
+
+    def channels(self, side: int) -> int:
+        """min(channel_base / side, channel_max), at least 1."""
+        return max(1, min(self.channel_base // side, self.channel_max))
+
+
 def lrelu(x: Tensor, gain: float = 1.0, clamp: float | None = None) -> Tensor:
     """Leaky ReLU of slope 0.2 times sqrt(2) * gain, clamped to +-clamp * gain when a clamp is given."""
     return bounded(functional.leaky_relu(x, LRELU_SLOPE) * (LRELU_GAIN * gain), gain, clamp)

@@ -43,7 +43,7 @@ __all__ = [
 # What differs from photo to photo of one person at one occasion.
 MOMENT = ("yaw", "pitch", "roll", "smile", "mouth_open", "brow_raise", "gaze")
 _PIXELS_AT_ONCE = 2**16  # keeps every intermediate tensor inside a core's cache
-_FINE = 64  # pictures smaller than this are rendered at twice their size and averaged in linear light
+_FINE = 64  # images smaller than this are rendered at twice their size and averaged in linear light
 
 
 def _chunks(faces: SyntheticFaces, size: int) -> list[SyntheticFaces]:
@@ -60,8 +60,8 @@ def _fine_size(size: int) -> int:
     return size if size >= _FINE else 2 * size
 
 
-def _at_size(pictures: Tensor, size: int) -> Tensor:
-    return pictures if pictures.shape[-1] == size else torch.nn.functional.avg_pool2d(pictures, 2)
+def _at_size(images: Tensor, size: int) -> Tensor:
+    return images if images.shape[-1] == size else torch.nn.functional.avg_pool2d(images, 2)
 
 
 @torch.no_grad()
@@ -74,13 +74,13 @@ def render(faces: SyntheticFaces, size: int, *, noise: torch.Generator | None = 
         noise: Source of the sensor noise; without it the image is a function of the parameters alone.
     """
     _check(size)
-    pictures = torch.empty(len(faces), 3, size, size)
+    images = torch.empty(len(faces), 3, size, size)
     done = 0
     for part in _chunks(faces, _fine_size(size)):
         light = _at_size(radiance(part, _fine_size(size)), size)
-        pictures[done : done + len(part)] = through_camera(light, part, noise)
+        images[done : done + len(part)] = through_camera(light, part, noise)
         done += len(part)
-    return pictures
+    return images
 
 
 def render_people(count: int, light_fraction: float, size: int, streams: Streams) -> Images:
@@ -97,17 +97,10 @@ def render_people(count: int, light_fraction: float, size: int, streams: Streams
 
 
 def render_occasions(occasions: int, each: int, light_fraction: float, size: int, streams: Streams) -> Images:
-    """Synthetic people with several photos of each, side by side: (occasions * each, 3, size, size).
+    """`each` photos of each of several synthetic people, adjacent: (occasions * each, 3, size, size).
 
-    Photos of one occasion show one person in one light, through one camera; pose and expression are fresh. With
-    one photo each they are those of `render_people`.
-
-    Args:
-        occasions: How many, >= 1.
-        each: Photos of one occasion, >= 1.
-        light_fraction: Share of light skin, Monk 1 to 5, in [0, 1].
-        size: Side in pixels, at least 16.
-        streams: Its streams "faces", "moments" and "camera" are used.
+    Photos of one occasion show one person in one light, through one camera, with different poses and expressions.
+    With one photo each they are those of `render_people`, whose other arguments these are.
     """
     mix = ToneMix(light_fraction=light_fraction)
     people = sample_faces(occasions, mix, streams.generator("faces"))

@@ -22,12 +22,12 @@ from fedface.validation import In, checked
 class SyntheticFaces:
     """n faces as a struct of arrays: float32, (n,) each, colours (n, 3) in linear light in [0, 1].
 
-    Lengths are fractions of the picture's side, angles are radians, shares lie in [0, 1].
+    Lengths are fractions of the image's side, angles are radians, shares lie in [0, 1].
     """
 
     tone: Tensor  # Monk scale, continuous in [1, 10]
     # light
-    azimuth: Tensor  # radians, positive from the right of the picture
+    azimuth: Tensor  # radians, positive from the right of the image
     elevation: Tensor  # radians, positive from above
     light: Tensor  # irradiance of the key light, about 0.7
     ambient: Tensor  # irradiance from everywhere, about 0.4

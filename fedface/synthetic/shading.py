@@ -3,7 +3,7 @@
 The head is an ellipsoid with Gaussian relief (nose, sockets, cheeks, lips, chin) whose normals, from finite
 differences, carry wrapped Lambert shading and a soft specular lobe (Blinn 1977). Masks have edges about one pixel soft.
 
-Coordinates are fractions of the side with the origin in the middle of the picture, y down. Eyes lie near
+Coordinates are fractions of the side with the origin in the middle of the image, y down. Eyes lie near
 (+-0.13, -0.03), the mouth near (0, 0.22), as in FFHQ's alignment (Karras et al. 2019, arXiv:1812.04948).
 """
 
@@ -50,7 +50,7 @@ def smooth(distance: Tensor, softness: float | Tensor) -> Tensor:
 
 
 def paint(canvas: Tensor, colour: Tensor, mask: Tensor) -> Tensor:
-    """Lay a colour (n, 3) or a picture (n, 3, h, w) over a canvas where the mask (n, h, w) is 1."""
+    """Lay a colour (n, 3) or an image (n, 3, h, w) over a canvas where the mask (n, h, w) is 1."""
     layer = colour if colour.ndim == 4 else colour[:, :, None, None]
     return torch.lerp(canvas, layer.expand_as(canvas), mask[:, None])
 
@@ -79,7 +79,7 @@ def _outline(faces: SyntheticFaces, sx: Tensor, sy: Tensor) -> Tensor:
 
 
 def project(faces: SyntheticFaces, points: Tensor) -> Tensor:
-    """Where points of the face appear: feature coordinates (n, m, 2) -> the same, in the turned picture.
+    """Where points of the face appear: feature coordinates (n, m, 2) -> the same, in the turned image.
 
     The inverse of `place`, by fixed-point iteration: the depth changes slowly, so a few steps suffice.
     """
@@ -95,7 +95,7 @@ def project(faces: SyntheticFaces, points: Tensor) -> Tensor:
 
 
 def features(faces: SyntheticFaces) -> Tensor:
-    """Eyes, nose tip and mouth corners, left to right in the picture: (n, 5, 2) feature coordinates."""
+    """Eyes, nose tip and mouth corners, left to right in the image: (n, 5, 2) feature coordinates."""
     eye = EYE_X * faces.eye_spacing
     corner = _mouth_width(faces)
     mouth = MOUTH_Y - 0.65 * _SMILE * faces.smile
@@ -267,7 +267,7 @@ def skin_colour(faces: SyntheticFaces) -> Tensor:
 
 
 def face_layer(faces: SyntheticFaces, at: Geometry) -> Images:
-    """Radiance of the face's surface, (n, 3, size, size), as if it filled the picture."""
+    """Radiance of the face's surface, (n, 3, size, size), as if it filled the image."""
     skin = skin_colour(faces)
     albedo = skin[:, :, None, None].expand(-1, -1, *at.x.shape[1:])
     flush = spot(at.side - 0.15, at.y - 0.10, 0.055, 0.05) + 0.8 * spot(at.nose_x, at.y - 0.1, 0.03, 0.03)

@@ -44,8 +44,7 @@ def dp_sgd_steps(
 ) -> None:
     """Change the trained weights of the problem's network in place, by `dp.schedule.steps_per_round` private steps.
 
-    Guarantees:
-        * Photos enter only through `private_gradient`, once per step.
+    Photos enter only through `private_gradient`, once per step.
 
     Args:
         problem: With the device's own copy of the network.

@@ -97,16 +97,13 @@ class FlowTrainingConfig(DPSGDSettings):
 
 
 def flow_loss(network: Network, images: Images, noise: Tensor, times: Tensor) -> Tensor:
-    """The squared error of the velocity, averaged over channels and pixels, one per image.
+    """The squared error of the velocity, averaged over channels and pixels, one per image, (n,).
 
     Args:
         network: (points (n, 3, s, s), times (n,)) -> velocities (n, 3, s, s).
         images: (n, 3, s, s) in [0, 1].
         noise: Standard normal, (n, 3, s, s).
         times: (n,) in [0, 1]; 0 is noise, 1 the image.
-
-    Returns:
-        (n,).
     """
     x1, t = 2.0 * images - 1.0, times[:, None, None, None]
     velocity = network(noise + t * (x1 - noise), times)
@@ -114,16 +111,7 @@ def flow_loss(network: Network, images: Images, noise: Tensor, times: Tensor) ->
 
 
 def loss_over_draws(network: Network, photos: Images, draws: Tensor) -> Tensor:
-    """The mean of `flow_loss` over each photo's own draws.
-
-    Args:
-        network: As for `flow_loss`.
-        photos: (n, 3, s, s) in [0, 1].
-        draws: (n, K, 1 + 3 s s): for each photo and draw a time, then a noise image.
-
-    Returns:
-        (n,).
-    """
+    """The mean of `flow_loss` over each photo's own draws (n, K, 1 + 3 s s), each a time and a noise image: (n,)."""
     count = draws.shape[1]
     times, noise = draws[:, :, 0].flatten(), draws[:, :, 1:].reshape(-1, *photos.shape[1:])
     return (
@@ -132,18 +120,10 @@ def loss_over_draws(network: Network, photos: Images, draws: Tensor) -> Tensor:
 
 
 def times_and_noises(photos: int, count: int, side: int, max_time: float, rng: np.random.Generator) -> Tensor:
-    """Fresh draws for some photos, independent from photo to photo.
+    """K draws for each of n photos, independent from photo to photo: (n, K, 1 + 3 s s) float32.
 
-    Args:
-        photos: n.
-        count: K draws for each.
-        side: s, of the noise images.
-        max_time: The end of the range of times, which starts at 0.
-        rng: Where they are drawn from.
-
-    Returns:
-        (n, K, 1 + 3 s s) float32: times, one from each K-th of the range, and standard normal noise images, each
-        second one the negative of the one before.
+    Times in [0, max_time], one from each K-th of the range, and standard normal noise images of side s, each second
+    one the negative of the one before.
     """
     intervals = rng.permuted(np.tile(np.arange(count), (photos, 1)), axis=1)
     times = max_time * (intervals + rng.random((photos, count))) / count

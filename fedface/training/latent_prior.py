@@ -264,9 +264,8 @@ def fit_latent_prior(
     An encoder is biased. So the prior is moved until the encoder estimates the same moments from the generator's own
     samples as the devices did from their photos (indirect inference, Gourieroux, Monfort and Renault 1993). Each step
     is shrunk by its known error, from the noise that was added and from the finite number of photos: x becomes
-    x * max(0, 1 - threshold * variance / x^2), the non-negative garrote (Breiman 1995; Gao 1998 for its threshold), a
-    Wiener filter that may give zero. For products the eigenvalues of their matrix are shrunk instead, against the
-    largest that noise alone has.
+    x * max(0, 1 - threshold * variance / x^2), the non-negative garrote (Breiman 1995; Gao 1998 for its threshold).
+    For products the eigenvalues of their matrix are shrunk instead, against the largest that noise alone has.
 
     Guarantees:
         * Without noise, with many photos and without an encoder, the moments are those of the latents sent.
@@ -275,17 +274,11 @@ def fit_latent_prior(
 
     Args:
         generator: Not changed; a prior that was fitted before is replaced in the copy.
-        total: The sum of `PriorRound.update` over the devices, (1 + z + p,).
+        total: The sum of `PriorRound.update` over the devices, (1 + z + p,); ValueError for another length.
         devices: How many devices are in the sum, >= 1.
         config: As on the devices.
         dp: As on the devices; it determines the noise in the sum.
         encoder: The one the devices used; None if they sent moments of the latents themselves.
-
-    Returns:
-        A generator whose config says `prior="fitted"`.
-
-    Raises:
-        ValueError: The total has another length than these moments.
     """
     config = replace(config, clip_norm=dp.schedule.clip_norm)
     layout = _layout(generator.latent_width, config)

@@ -95,24 +95,19 @@ def build_tone_pool(config: EncoderPretrainConfig, report: Progress) -> Syntheti
 
 @dataclass(frozen=True)
 class _Batch:
-    """The encoder's input, the target of the generated image, and the target of the latent."""
-
-    photos: Images
-    target: Images
-    latents: Latents
+    photos: Images  # the encoder's input
+    target: Images  # of the generated image
+    latents: Latents  # target of the encoder
 
 
 def pretrain_encoder(generator: StyleGAN2, config: EncoderPretrainConfig, report: Progress) -> LatentEncoder:
-    """Train an encoder to estimate the latents of a generator's images.
+    """An encoder that estimates the latents of a generator's images, its weights averaged over the last steps.
 
     Args:
-        generator: Not changed. Any generator of the config's size and latent width; its latents must be the normals
-            of synthetic faces (as the bundled one's are) unless `config.pool` is 0.
+        generator: Not changed; its latents must be the normals of synthetic faces (as the bundled one's are) unless
+            `config.pool` is 0.
         config: Hyperparameters.
         report: Called with the stage, the step, the number of steps and the losses.
-
-    Returns:
-        The encoder, its weights averaged over the last steps.
 
     Raises:
         ValueError: Size or latent width of generator and encoder differ.

@@ -69,16 +69,13 @@ def pretrain_style_encoder(
     architecture: StyleEncoderNetworkConfig,
     report: Progress,
 ) -> Model:
-    """Train a style encoder for a frozen generator.
+    """A frozen generator and a style encoder for it, whose weights are averaged over the last steps.
 
     Args:
         generator: Not changed.
         config: Hyperparameters.
         architecture: Of the encoder; it must output the generator's styles.
         report: Called with the stage, the step, the number of steps and the losses.
-
-    Returns:
-        Generator and encoder, whose weights are averaged over the last steps.
     """
     streams = Streams(config.seed).child("styles")
     encoder = StyleEncoder(architecture, streams.generator("weights"))

@@ -29,13 +29,10 @@ def prepare_round(model: Model, training: TrainingMethod, dp: DPParameters, comm
     """One round of a method on a copy of a model, of which what is trained is marked.
 
     Args:
-        model: The weights before the round; they are not changed.
+        model: The weights before the round; they are not changed. ConfigError if it cannot be trained this way.
         training: The method.
         dp: Schedule and noise, as recorded in the ledger.
         common: Public streams of this round, the same on every device and on the server.
-
-    Raises:
-        ConfigError: The model cannot be trained this way.
     """
     training.check(model.architecture)
     return training.prepare(model, dp, common.generator("adapter"))

@@ -195,11 +195,8 @@ def mark_upsampler(model: Model, adapt: Adaptation, rng: torch.Generator) -> Non
 def check_trainable(architecture: Architecture, config: UpsamplerTrainingConfig) -> int:
     """Refuse what no device should begin with, once per process; it depends on the architecture and reads no photo.
 
-    A device asks before it writes its ledger: a network that mixes photos, a loss that cannot be computed, and one
-    that takes so much memory that the success of a step could reveal how many photos joined it.
-
-    Returns:
-        How many activations one photo keeps in memory, >= 1.
+    A device checks before it writes its ledger; memory, because the success of a step could reveal how many photos
+    joined it. Returns how many activations one photo needs in memory, >= 1.
 
     Raises:
         ConfigError: The loss cannot be computed for this architecture, or takes more memory than devices give.

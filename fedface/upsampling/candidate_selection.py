@@ -52,7 +52,7 @@ class CandidateSelector(Protocol):
         """`images` and `variables` are what the searches with the numbers `faces` have found in this step."""
 
     def fit(self, faces: Tensor) -> Tensor:
-        """Which of these searches have found a face that fits, by its float32 picture, (len(faces),) bool."""
+        """Which of these searches have found a face that fits, by its float32 image, (len(faces),) bool."""
 
     def found(self, size: int, steps: int) -> Upsampled:
         """The faces, (m, 1, 3, size, size), after `steps` steps."""
@@ -76,8 +76,8 @@ class Best:
         better = now < self._offered[faces]  # a NaN is never better
         at = faces[better]
         self._offered[at], self._pending[at] = now[better], True
-        for kept, variable in zip(self._inputs, variables, strict=False):
-            kept[at] = variable.detach()[better]
+        for stored, variable in zip(self._inputs, variables, strict=False):
+            stored[at] = variable.detach()[better]
 
     def fit(self, faces: Tensor) -> Tensor:
         """Which fit, in float32."""
@@ -113,8 +113,8 @@ class Last:
 
     def offer(self, faces: Tensor, images: Images, variables: Sequence[Tensor]) -> None:
         self._offered[faces] = self._scorer.consistency_error(images, faces)
-        for kept, variable in zip(self._inputs, variables, strict=False):
-            kept[faces] = variable.detach()
+        for stored, variable in zip(self._inputs, variables, strict=False):
+            stored[faces] = variable.detach()
 
     def fit(self, faces: Tensor) -> Tensor:
         fits = self._offered[faces] <= self._scorer.eps

@@ -1,6 +1,6 @@
 """The known degradations: what turned a face into the low-resolution photo that we are given.
 
-Upsamplers search for a face whose degraded picture equals the photo. A degradation is a frozen value, which a YAML file
+Upsamplers search for a face whose degraded image equals the photo. A degradation is a frozen value, which a YAML file
 chooses by its kind: bicubic-pulse, bicubic, area, pixelate, blur, noise, jpeg or chain.
 
 Sources: Menon et al. 2020 (arXiv:2003.03808) for PULSE's downscale; for the others see `resampling_matrices`, `jpeg`.
@@ -55,7 +55,7 @@ class _Downscale:
 class BicubicPulse(_Downscale):
     """PULSE's downscale: a separable cubic of 4 * factor taps, reflected borders, stride `factor`.
 
-    For even factors it equals the antialiased bicubic of torch and PIL inside the picture; only the border
+    For even factors it equals the antialiased bicubic of torch and PIL inside the image; only the border
     differs. Odd factors shift by half a pixel, as in the published code: factor 1 is not the identity.
     """
 
@@ -153,7 +153,7 @@ class Noise:
         return size
 
     def apply(self, images: Images) -> LowImages:
-        """The mean of the measurement: the picture itself."""
+        """The mean of the measurement: the image itself."""
         return _checked(images, 1)
 
 
@@ -314,7 +314,7 @@ def _filtered(parts: tuple[Filter, ...], images: Images) -> LowImages:
 
 
 def _filter_all(filters: tuple[Filter, ...], images: Images) -> LowImages:
-    """Several filters as one matrix a side, which costs no more than the smallest picture among them."""
+    """Several filters as one matrix a side, which costs no more than the smallest image among them."""
     if len(filters) > 1:
         return _filtered(filters, _checked(images, 1))
     return filters[0].apply(images) if filters else images

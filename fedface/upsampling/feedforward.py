@@ -25,42 +25,36 @@ EPS = 5e-4  # the tolerance of every method: a face fits when its mean squared d
 
 @dataclass(frozen=True, kw_only=True)
 @checked
-class NearestConfig:
-    """Every pixel becomes a square: what pixelation looks like."""
+class _FeedforwardConfig:
+    eps: Annotated[float, Above(0)] = EPS
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearestConfig(_FeedforwardConfig):
+    """Every pixel becomes a square, as in a pixelated photo."""
 
     kind: ClassVar[str] = "nearest"
 
-    eps: Annotated[float, Above(0)] = EPS
-
 
 @dataclass(frozen=True, kw_only=True)
-@checked
-class BicubicConfig:
-    """The smooth enlargement of every picture viewer."""
+class BicubicConfig(_FeedforwardConfig):
+    """The smooth enlargement of every image viewer."""
 
     kind: ClassVar[str] = "bicubic"
 
-    eps: Annotated[float, Above(0)] = EPS
-
 
 @dataclass(frozen=True, kw_only=True)
-@checked
-class SuperResolutionConfig:
-    """A feed-forward network trained to undo the downscale: the mean of the faces that fit, hence blurred."""
+class SuperResolutionConfig(_FeedforwardConfig):
+    """A feed-forward network trained to invert the downscale: the mean of the faces that fit, hence blurred."""
 
     kind: ClassVar[str] = "super-resolution"
 
-    eps: Annotated[float, Above(0)] = EPS
-
 
 @dataclass(frozen=True, kw_only=True)
-@checked
-class StyleEncoderConfig:
-    """A style encoder and its generator: one face out of those that the generator knows."""
+class StyleEncoderConfig(_FeedforwardConfig):
+    """A style encoder and its generator: one of the faces that the generator can generate."""
 
     kind: ClassVar[str] = "style-encoder"
-
-    eps: Annotated[float, Above(0)] = EPS
 
 
 class FeedforwardUpsampler:
@@ -68,7 +62,7 @@ class FeedforwardUpsampler:
 
     def __init__(
         self,
-        answer: Callable[[LowImages], Images],
+        function: Callable[[LowImages], Images],
         degradation: Degradation,
         *,
         size: int,
@@ -79,7 +73,7 @@ class FeedforwardUpsampler:
         """Wrap a function of photos.
 
         Args:
-            answer: Photos (n, 3, low, low) -> images (n, 3, size, size), called without gradients.
+            function: Photos (n, 3, low, low) -> images (n, 3, size, size), called without gradients.
             degradation: What the photos went through.
             size: Height and width of the images in pixels.
             eps: An image fits when its mean squared difference after the downscale is at most this, > 0.
@@ -89,21 +83,21 @@ class FeedforwardUpsampler:
         if not 0 < eps < float("inf"):
             raise ValueError(f"eps must be a finite number above 0, got {eps}")
         self.size, self.low_size = size, degradation.low_side(size)
-        self._answer, self._degradation = answer, degradation
+        self._function, self._degradation = function, degradation
         self._eps, self._at_once, self._progress = eps, at_once, progress
 
     @torch.no_grad()
     def upsample(self, low: LowImages, *, faces_per_photo: int) -> Upsampled:
-        """One answer for each photo, as often as faces are asked for; arguments as in `Upsampler.upsample`."""
+        """One face for each photo, repeated `faces_per_photo` times; see `Upsampler.upsample`."""
         check_low(low, self.low_size, faces_per_photo)
-        made = []
+        parts = []
         for start in range(0, len(low), self._at_once):
-            made.append(self._answer(low[start : start + self._at_once].float()))
+            parts.append(self._function(low[start : start + self._at_once].float()))
             if self._progress is not None:
                 self._progress(min(start + self._at_once, len(low)), len(low))
-        images = torch.cat(made) if made else torch.zeros(0, 3, self.size, self.size)
+        images = torch.cat(parts) if parts else torch.zeros(0, 3, self.size, self.size)
         consistency_error = torch.zeros(0)
-        if made:
+        if parts:
             images, consistency_error = clamp_and_score(images, low, self._degradation.apply)
         return Upsampled(
             images=images[:, None].expand(-1, faces_per_photo, -1, -1, -1),

@@ -67,19 +67,19 @@ class GuidedFlowConfig:
 
     # Std of what separates photos from the model; the noise is hypot(this, degradation's).
     noise_std: Annotated[float, AtLeast(0)] = 0.02
-    steps: Annotated[int, AtLeast(2)] = 40  # equal in time
+    steps: Annotated[int, AtLeast(2)] = 40  # of equal time
     covariance: Literal["isotropic", "moments"] = "moments"  # C, see the head of this file
-    # Most conjugate gradients a step, for moments; more go astray, see docs/posterior.md.
+    # Most conjugate gradients a step, for moments; more diverge, see docs/posterior.md.
     cg_steps: Annotated[int, AtLeast(1)] = 3
     data_std: Annotated[float, Above(0)] = 0.4  # std of a pixel, c; for isotropic
-    # Share of the noise that is drawn anew on the way; 0 follows the path as it is.
+    # Share of the noise that is sampled again in each step; 0 follows the path without noise.
     churn: Annotated[float, In("[0, 1]")] = 1.0
     faces_at_once: Annotated[int, AtLeast(1)] = 32  # bounds the memory of one worker
     workers: Annotated[int, AtLeast(1)] = 1  # threads, each with faces of its own
 
 
 def gram(degradation: Degradation, size: int) -> Tensor:
-    """A A' of a degradation of pictures of this side, (m, m); of its slope at mid grey where it is not linear.
+    """A A' of a degradation of images of this side, (m, m); of its slope at mid grey where it is not linear.
 
     Measured values are ordered as (3, lh, lw) is flattened.
     """
@@ -170,8 +170,8 @@ class GuidedFlowUpsampler:
             shared = (now / then * (1 - then)) ** 2
             between = ((1 - then) / (1 - now)) ** 2 * ((1 - now) ** 2 - shared)
             fresh = self.config.churn * math.sqrt(between)
-        kept = math.sqrt((1 - then) ** 2 - fresh**2)
-        onward = then * expected + kept * (x - now * expected) / (1 - now)
+        old = math.sqrt((1 - then) ** 2 - fresh**2)
+        onward = then * expected + old * (x - now * expected) / (1 - now)
         return onward + fresh * rngs.normals(*x.shape[1:]).to(x) if fresh else onward
 
     def _expected(self, x: Tensor, t: float, target: LowImages) -> Tensor:
@@ -182,7 +182,7 @@ class GuidedFlowUpsampler:
             low = self.degradation.apply((free + 1) / 2)
         expected = free.detach()
         if t == 0:
-            # Pure noise tells nothing about the face, and the photo nothing about the noise.
+            # Pure noise carries no information about the face, and the photo none about the noise.
             return expected
 
         def pulled(weights: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class GuidedFlowUpsampler:
                 assert_never(self.config.covariance)
 
     def _weighed(self, residual: LowImages, t: float) -> LowImages:
-        """(s^2 I + r_t^2 A A')^-1 residual; a picture in [0, 1] has half the spread of one in [-1, 1]."""
+        """(s^2 I + r_t^2 A A')^-1 residual; an image in [0, 1] has half the spread of one in [-1, 1]."""
         c = self.config.data_std
         r = (1 - t) * c / math.hypot(1 - t, t * c) / 2
         turned = residual.flatten(1) @ self._turn
@@ -221,7 +221,7 @@ class GuidedFlowUpsampler:
         for _ in range(self.config.cg_steps):
             through = spread(along)
             curvature = _dot(along, through)
-            # A flow's slope is not exactly symmetric and positive: where it is not, what is solved so far stands.
+            # A flow's Jacobian is not exactly symmetric and positive: where it is not, the solution so far is used.
             open_ = (curvature > 0) & (size > 0)
             length = torch.where(open_, size / curvature, torch.zeros_like(size))
             solution = solution + length * along

@@ -1,4 +1,4 @@
-"""JPEG as a known degradation: pictures written to a JPEG file in memory and read again, with a gradient.
+"""JPEG as a known degradation: images written to a JPEG file in memory and read again, with a gradient.
 
 The pixels are those of libjpeg. The gradient is the straight-through estimate of Bengio, Léonard and Courville 2013
 (arXiv:1308.3432): that of the identity. docs/upsampling.md compares it with the gradient of chroma subsampling.
@@ -57,9 +57,9 @@ class _StraightThrough(torch.autograd.Function):
     def forward(images: Tensor, quality: int, subsampling: int) -> Tensor:
         pixels = (images.detach().float() * 255).round().clamp(0, 255).nan_to_num().byte().permute(0, 2, 3, 1)
         stored = np.empty(pixels.shape, dtype=np.uint8)
-        for number, picture in enumerate(pixels.cpu().numpy()):
+        for number, rgb in enumerate(pixels.cpu().numpy()):
             file = io.BytesIO()
-            Image.fromarray(picture).save(file, "JPEG", quality=quality, subsampling=subsampling)
+            Image.fromarray(rgb).save(file, "JPEG", quality=quality, subsampling=subsampling)
             with Image.open(file, formats=["JPEG"]) as image:
                 stored[number] = np.asarray(image.convert("RGB"))
         read = torch.from_numpy(stored).permute(0, 3, 1, 2).to(images) / 255

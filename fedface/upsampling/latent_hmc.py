@@ -46,7 +46,7 @@ from fedface.upsampling.parallel import Chunk, search_in_chunks
 from fedface.upsampling.upsampler import Progress, StepCallback, Upsampled, check_low, single_faces
 from fedface.validation import Above, AtLeast, checked
 
-CONVERGED = 0.999  # a chain that misses the photo by more than this quantile of the noise has not arrived
+CONVERGED = 0.999  # quantile of the noise: a chain with a larger consistency error has not converged
 ACCEPT = 0.8  # the share of moves that the adaptation of step lengths aims at
 ADAPT = 0.7  # how fast the logarithm of a step length follows
 AVERAGED = 24  # draws of the prior behind a metric
@@ -58,8 +58,8 @@ JITTER = 0.3  # steps differ by up to this share between moves, so that no traje
 class HmcConfig:
     """Settings of the chains; none depends on the size of the generator.
 
-    The metric comes from the prior, and step lengths adapt during the annealing alone. The `final` moves are those of
-    one fixed Markov chain whose stationary distribution is the posterior itself.
+    The metric comes from the prior, and step lengths adapt during the annealing alone. The `final_transitions` are
+    those of one fixed Markov chain whose stationary distribution is the posterior itself.
     """
 
     kind: ClassVar[str] = "hmc"
@@ -71,12 +71,12 @@ class HmcConfig:
     transitions: Annotated[int, AtLeast(1)] = 3  # at each level
     final_transitions: Annotated[int, AtLeast(0)] = 12  # moves at the noise itself with everything fixed
     leapfrog_steps: Annotated[int, AtLeast(1)] = 16  # gradients in one move; 1 is Langevin
-    # Length of the first leaps, in posterior standard deviations; then adapted.
+    # Length of the first leapfrog steps, in posterior standard deviations; then adapted.
     step: Annotated[float, Above(0)] = 0.3
     rank: Annotated[int, AtLeast(0)] = 64  # most directions of the metric, which is prepared once; 0 is none
     # none: published steps, never rejected or adapted
     correction: Literal["metropolis", "none"] = "metropolis"
-    noise: Literal["fixed", "sampled"] = "fixed"  # the generator's own maps, or maps drawn with the latents
+    noise: Literal["fixed", "sampled"] = "fixed"  # the generator's own maps, or maps sampled with the latents
     faces_at_once: Annotated[int, AtLeast(1)] = 64  # chains side by side, bounds the memory of one worker
     workers: Annotated[int, AtLeast(1)] = 1  # threads, each with chains of its own
 

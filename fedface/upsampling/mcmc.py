@@ -170,9 +170,9 @@ def hmc_step(
     Args:
         measured: The generator and the photo.
         point: Where the chains stand.
-        metric: Constant along the trajectory, and chosen without looking at where it leads.
+        metric: Constant along the trajectory, and independent of it.
         s: Noise of the measurement at this level.
-        step: Length of each leap, (n,), in posterior standard deviations.
+        step: Length of each leapfrog step, (n,), in posterior standard deviations.
         leapfrog_steps: How many, >= 1; 1 is Langevin.
         rngs: Where momenta and decisions are drawn from.
     """

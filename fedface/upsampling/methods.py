@@ -50,7 +50,7 @@ from fedface.upsampling.upsampler import Progress, StepCallback, Upsampler
 
 @dataclass(frozen=True, kw_only=True)
 class PulseEncoderInitConfig:
-    """PULSE, started from what a style encoder answers instead of from anywhere."""
+    """PULSE that starts from a style encoder's output."""
 
     kind: ClassVar[str] = "pulse-encoder-init"
 
@@ -67,21 +67,6 @@ Method: TypeAlias = (
     | BicubicConfig
     | NearestConfig
 )
-
-METHODS: Mapping[str, Method] = {
-    method.kind: method
-    for method in (
-        PulseConfig(),
-        PulseEncoderInitConfig(),
-        HmcConfig(),
-        GuidedFlowConfig(),
-        StyleEncoderConfig(),
-        SuperResolutionConfig(),
-        BicubicConfig(),
-        NearestConfig(),
-    )
-}
-BASELINES: tuple[Method, ...] = (NearestConfig(), BicubicConfig())  # beside every comparison
 
 
 @dataclass(frozen=True)
@@ -112,6 +97,8 @@ _FACTS: Mapping[type[Method], _Facts] = {
     BicubicConfig: _Facts("bicubic"),
     NearestConfig: _Facts("nearest"),
 }
+METHODS: Mapping[str, Method] = {config.kind: config() for config in _FACTS}
+BASELINES: tuple[Method, ...] = (NearestConfig(), BicubicConfig())  # beside every comparison
 
 
 def name_of(method: Method) -> str:
@@ -125,7 +112,7 @@ def title_of(method: Method) -> str:
 
 
 def is_deterministic(method: Method) -> bool:
-    """Whether all faces that a method makes of one photo are the same."""
+    """Whether a method generates the same face each time from one photo."""
     return isinstance(method, StyleEncoderConfig | SuperResolutionConfig | BicubicConfig | NearestConfig)
 
 
@@ -149,7 +136,7 @@ def evaluation_count(method: Method) -> int:
 
 
 def with_workers(method: Method, workers: int) -> Method:
-    """The same method with so many threads, each with faces of its own; what is found is the same up to rounding."""
+    """The same method with so many threads, each with faces of its own; results are the same up to rounding."""
     match method:
         case PulseConfig() | HmcConfig() | GuidedFlowConfig():
             return replace(method, workers=workers)
@@ -160,7 +147,7 @@ def with_workers(method: Method, workers: int) -> Method:
 
 
 def default_method(model: Model) -> Method:
-    """The method that goes with a model where none is named."""
+    """The method for a model where none is named."""
     match model.architecture:
         case StyleEncoderArchitecture():
             return StyleEncoderConfig()
@@ -191,7 +178,7 @@ def is_compatible(method: Method, model: Model) -> bool:
 def pair_with_models(
     methods: Sequence[Method], given: Model | None
 ) -> tuple[int, tuple[tuple[Method, Model | None], ...]]:
-    """Each method with its checkpoint: the one that was given where it goes with the method, the embedded one else.
+    """Each method with its checkpoint: the given one where the method can use it, else the bundled one.
 
     Args:
         methods: At least one.
@@ -201,7 +188,7 @@ def pair_with_models(
         The size of the faces in pixels, and the pairs.
 
     Raises:
-        ConfigError: The given checkpoint goes with no method, or the checkpoints make faces of different sizes.
+        ConfigError: No method can use the given checkpoint, or the checkpoints generate faces of different sizes.
     """
     pairs = tuple(
         (method, given if given is not None and is_compatible(method, given) else bundled_checkpoint(method))
@@ -223,7 +210,7 @@ def pair_with_models(
 
 
 def check_method(method: Method, model: Model | None, degradation: Degradation, *, size: int) -> None:
-    """Raises ConfigError unless a method goes with a model, a downscale and faces of `size` pixels."""
+    """Raises ConfigError unless a method can use a model and a downscale for faces of `size` pixels."""
     try:
         low = degradation.low_side(size)
         if isinstance(method, HmcConfig | GuidedFlowConfig):
@@ -268,7 +255,7 @@ def make_upsampler(
 
     Args:
         method: Which, and how.
-        model: The checkpoint; None goes with nearest and bicubic alone, which do not look at it.
+        model: The checkpoint; None for nearest and bicubic alone, which do not use it.
         degradation: The known downscale.
         streams: Random numbers, such as the starts of searches.
         size: Height and width of the faces in pixels.
@@ -280,8 +267,8 @@ def make_upsampler(
     """
     check_method(method, model, degradation, size=size)
     if isinstance(method, BicubicConfig | NearestConfig):
-        answer = interpolation(size, "bicubic" if isinstance(method, BicubicConfig) else "nearest")
-        return FeedforwardUpsampler(answer, degradation, size=size, eps=method.eps, progress=progress)
+        enlarge = interpolation(size, "bicubic" if isinstance(method, BicubicConfig) else "nearest")
+        return FeedforwardUpsampler(enlarge, degradation, size=size, eps=method.eps, progress=progress)
     if model is None:
         raise ConfigError(f"the method {name_of(method)} needs {_needs(method)}")
     match method:

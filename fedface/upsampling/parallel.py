@@ -50,15 +50,9 @@ _SINGLE_THREADED = _SingleThreaded()
 def map_in_threads(items: Iterator[T], work: Callable[[T], R], workers: int) -> list[R]:
     """`work` on every item, by `workers` threads; results in the order of the items.
 
-    With more than one worker, torch uses one thread within an operation meanwhile, in the whole process.
-
-    Args:
-        items: Taken one after the other, whenever a thread is free.
-        work: Safe to call in several threads at once.
-        workers: >= 1; 1 works in the calling thread.
-
-    Raises:
-        Exception: The first error of `work`; other threads finish their item and take no more.
+    Items are taken one after the other, whenever a thread is free. The first error of `work` is raised; other threads
+    finish their item and take no more. With more than one worker, torch uses one thread within an operation
+    meanwhile, in the whole process; one worker is the calling thread.
     """
     if workers == 1:
         return [work(item) for item in items]

@@ -1,4 +1,4 @@
-"""PULSE: search a generator's latents for faces whose degraded picture is the given photo.
+"""PULSE: search a generator's latents for faces whose degraded image is the given photo.
 
 It takes any generator and any known degradation. Many faces are searched at once; because Adam works coordinate by
 coordinate, that is the same search as one after the other. A face leaves the batch as soon as it fits.
@@ -53,7 +53,7 @@ class PulseConfig:
     tile_latent: bool = False  # one latent for all style inputs; otherwise one for each
     # How many noise maps, coarsest first, are searched as well.
     trainable_noise: Annotated[int, AtLeast(0)] = 5
-    mapping_samples: Annotated[int, AtLeast(2)] = 20_000  # latents drawn to fit the distribution of styles
+    mapping_samples: Annotated[int, AtLeast(2)] = 20_000  # latents sampled to fit the distribution of styles
     stop: Literal["fit", "end"] = "fit"  # when a search stops: its face fits, or all steps are taken
     selection: Literal["best", "last"] = "best"  # which face of a search is its answer
     faces_at_once: Annotated[int, AtLeast(1)] = 32  # bounds the memory of one worker
@@ -80,9 +80,9 @@ def geocross(styles: Styles) -> Tensor:
     return theta.square().mean(dim=(1, 2)) * styles.shape[-1] / 8
 
 
-def _halfway(start: Tensor, drawn: Tensor) -> Tensor:
-    """Rows between two directions, as long as those of `start`; drawn ones are nearly orthogonal to any other."""
-    between = F.normalize(F.normalize(start, dim=-1) + F.normalize(drawn, dim=-1), dim=-1)
+def _halfway(start: Tensor, sampled: Tensor) -> Tensor:
+    """Rows between two directions, as long as those of `start`; random ones are nearly orthogonal to any other."""
+    between = F.normalize(F.normalize(start, dim=-1) + F.normalize(sampled, dim=-1), dim=-1)
     length: Tensor = start.norm(dim=-1, keepdim=True)
     return between * length
 
@@ -168,7 +168,7 @@ class PulseUpsampler:
 
     def _starts(self, photos: LowImages, faces_per_photo: int) -> Callable[[Tensor], _Start]:
         """Where searches start, sampled face by face; at or near the styles of `start` if there is one."""
-        stream, begun = self._streams.generator("pulse/search"), self._start_latents(photos)
+        stream, first = self._streams.generator("pulse/search"), self._start_latents(photos)
         rows = 1 if self.config.tile_latent else self._generator.style_inputs
         sides = self._generator.noise_sides
         searched = min(self.config.trainable_noise, len(sides))
@@ -179,8 +179,8 @@ class PulseUpsampler:
             for i, face in enumerate(faces.tolist()):
                 for sampled in (latents, *noise):
                     sampled[i] = torch.randn(sampled.shape[1:], generator=stream)
-                if len(begun):
-                    near = begun[face // faces_per_photo]
+                if len(first):
+                    near = first[face // faces_per_photo]
                     latents[i] = _halfway(near, latents[i]) if face % faces_per_photo else near
             if len(noise) > searched:
                 noise[-1].zero_()

@@ -1,6 +1,6 @@
 """One axis of each linear downscale as a matrix, (side afterwards, side before), float64.
 
-A picture is filtered along its columns and its rows by two such matrices, which include the treatment of the borders.
+An image is filtered along its columns and its rows by two such matrices, which include the treatment of the borders.
 
 Sources: Menon et al. 2020 (arXiv:2003.03808) for the filter of PULSE; Keys (1981) for the cubic.
 """

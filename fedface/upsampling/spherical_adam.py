@@ -1,7 +1,7 @@
 """The optimiser of PULSE: Adam on spheres, with a learning rate that rises, falls and drops.
 
-A standard normal vector of many coordinates lies close to a sphere; a variable that
-stays on its own sphere therefore stays plausible.
+A standard normal vector of many coordinates lies close to a sphere; a variable that stays on its own sphere therefore
+stays plausible.
 
 Sources: Menon et al. 2020 (arXiv:2003.03808) for the spheres and, in its published code, the schedule; Kingma and
 Ba 2015 (arXiv:1412.6980) for Adam.
@@ -53,5 +53,5 @@ class SphericalAdam:
 
     def keep(self, chosen: Tensor) -> None:
         """Go on with the faces that `chosen`, (n,) bool, marks; forget the others."""
-        for kept in (self.variables, self._radii, self._mean, self._square):
-            kept[:] = [tensor[chosen] for tensor in kept]
+        for state in (self.variables, self._radii, self._mean, self._square):
+            state[:] = [tensor[chosen] for tensor in state]

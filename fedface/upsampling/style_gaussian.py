@@ -46,18 +46,15 @@ def fit_style_gaussian(
 ) -> StyleGaussian:
     """Fit the distribution of a mapping's styles with its last leaky ReLU undone.
 
-    The gain behind that ReLU (sqrt 2 in StyleGAN2) needs no mention: a positive factor passes through a leaky
-    ReLU unchanged.
+    The standard deviation is unbiased. The gain behind that ReLU (sqrt 2 in StyleGAN2) does not matter: a leaky ReLU
+    is homogeneous.
 
     Args:
         mapping: Latents (n, z) -> styles (n, k, v), equal for all k.
         latent_width: z.
-        samples: How many latents to draw, >= 2.
-        stream: Where they are drawn from.
+        samples: How many latents to sample, >= 2.
+        stream: Of the latents.
         slope: Of the last leaky ReLU, > 0 (`Generator.style_slope`); 1 where there is none.
-
-    Returns:
-        Mean and unbiased standard deviation of each coordinate, of the styles' type.
     """
     total = square = torch.zeros((), dtype=torch.float64)
     # The latents of a flow are whole pictures: fewer of them at once.

@@ -26,7 +26,9 @@ class StepSnapshot:
     steps: int  # steps at most
     faces: Tensor  # (m,) int64: which of the n * f faces these are, photo by photo
     images: Tensor  # (m, 3, s, s) sRGB, detached, not clamped: the faces of this step, not the best so far
-    consistency_error: Tensor  # (m,) mean squared difference of the downscaled face, as made, and the photo
+    consistency_error: (
+        Tensor  # (m,) mean squared difference of the downscaled face, not clamped, and the photo
+    )
 
 
 StepCallback = Callable[[StepSnapshot], None]
@@ -40,9 +42,8 @@ class Upsampled:
     """
 
     images: Tensor  # (n, f, 3, s, s) sRGB in [0, 1]
-    consistency_error: (
-        Tensor  # (n, f) mean squared difference of the downscaled face and the photo; inf: no face
-    )
+    # (n, f) mean squared difference of the downscaled face and the photo; inf: no face.
+    consistency_error: Tensor
     converged: Tensor  # (n, f) bool, the consistency error is within the tolerance of the search
     steps: int  # the most steps that any face took; 1 for a method that does not search
 
@@ -58,12 +59,10 @@ class Upsampled:
 
     @property
     def photos(self) -> int:
-        """How many photos, n."""
         return self.images.shape[0]
 
     @property
     def faces_per_photo(self) -> int:
-        """How many faces for each photo, f."""
         return self.images.shape[1]
 
     def best(self) -> Images:
@@ -128,7 +127,7 @@ def by_photo(found: Upsampled, faces_per_photo: int) -> Upsampled:
 
 
 def check_low(low: LowImages, side: int, faces_per_photo: int) -> None:
-    """Raises ValueError unless photos are finite, (n, 3, side, side), and a face of each is asked for."""
+    """Raises ValueError unless photos are finite, (n, 3, side, side), and `faces_per_photo` is at least 1."""
     if faces_per_photo < 1:
         raise ValueError(f"faces_per_photo must be at least 1, got {faces_per_photo}")
     if low.ndim != 4 or low.shape[1:] != (3, side, side):
@@ -144,10 +143,10 @@ def clamp_and_score(
 
     An output that is not finite becomes black, which must not count as a face that fits a dark photo.
     """
-    whole = images.isfinite().flatten(1).all(dim=1)
-    shown = images.clamp(0.0, 1.0).nan_to_num(0.0)
-    consistency_error = squared_difference(apply(shown), low)
-    return shown, consistency_error.masked_fill(~whole, float("inf"))
+    finite = images.isfinite().flatten(1).all(dim=1)
+    clamped = images.clamp(0.0, 1.0).nan_to_num(0.0)
+    consistency_error = squared_difference(apply(clamped), low)
+    return clamped, consistency_error.masked_fill(~finite, float("inf"))
 
 
 def pixel_std(faces: Images) -> Tensor:

@@ -242,7 +242,7 @@ def test_a_pickle_disguised_as_torchscript_is_refused_and_not_executed(tmp_path:
     [
         (Broken(), "not finite; check mean and std"),
         (Whole(), "one row for each of 4 faces"),
-        (Picky(), "does not take"),
+        (Picky(), "does not accept"),
     ],
 )
 def test_networks_without_one_finite_row_per_face_are_refused(
