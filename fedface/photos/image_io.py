@@ -39,8 +39,9 @@ from fedface.photos.capture_date import Precision
 from fedface.photos.exif import ExifMetadata, read_exif
 
 MAX_BYTES = 200_000_000
-MAX_PIXELS = 100_000_000  # that are decoded
-MAX_JPEG_PIXELS = 4 * MAX_PIXELS  # in the header of a JPEG, which can be decoded at half its size or less
+MAX_PIXELS = 100_000_000  # of a picture that is wanted whole
+# Of one that is shrunk at once, within the memory of the sandbox; a JPEG is decoded at half its size or less.
+MAX_SHRUNK_PIXELS = {"JPEG": 400_000_000, "PNG": 225_000_000, "WebP": 225_000_000, "HEIF": 225_000_000}
 
 READ_KINDS = ("JPEG", "PNG", "WebP", "HEIF")
 HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1"}
@@ -72,7 +73,7 @@ DECODER_ERRORS = (
 
 pillow_heif.register_heif_opener(thumbnails=False)
 pillow_heif.options.DECODE_THREADS = 1
-Image.MAX_IMAGE_PIXELS = MAX_JPEG_PIXELS
+Image.MAX_IMAGE_PIXELS = MAX_SHRUNK_PIXELS["JPEG"]
 _SRGB = ImageCms.createProfile("sRGB")
 
 
@@ -129,8 +130,8 @@ def read_photo(path: Path, *, longest_side: int | None = None) -> Photo:
     """Decode one photo file.
 
     Guarantees:
-        * A file above MAX_BYTES or, by its header, above MAX_PIXELS is refused before it is decoded. A JPEG of up to
-          MAX_JPEG_PIXELS is decoded at half its size or less, if a longest side is given.
+        * A file above MAX_BYTES or, by its header, above MAX_PIXELS is refused before it is decoded. If a longest side
+          is given, up to MAX_SHRUNK_PIXELS are read, and come back at half their size or less.
         * All eight EXIF orientations are applied; an invalid one counts as upright.
         * An animation, burst or stereo pair gives its first (HEIF: its primary) picture.
         * Broken EXIF or a broken colour profile never refuses a photo.
@@ -226,7 +227,7 @@ def _decode(file: BinaryIO, kind: str, longest_side: int | None) -> Photo:
 def _upright_srgb(image: ImageFile.ImageFile, kind: str, longest_side: int | None) -> Photo:
     width, height = image.size
     wanted = _shrunk_size(width, height, longest_side or max(width, height))
-    limit = MAX_JPEG_PIXELS if kind == "JPEG" and longest_side is not None else MAX_PIXELS
+    limit = MAX_PIXELS if longest_side is None else MAX_SHRUNK_PIXELS[kind]
     if width * height > limit:
         raise PhotoError(f"more than {limit // 1_000_000} megapixels ({width} x {height})")
     if width * height > MAX_PIXELS:
