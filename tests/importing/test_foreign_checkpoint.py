@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import io
 import lzma
@@ -443,6 +444,32 @@ def test_a_corrupted_file_gives_an_error_or_weights(tmp_path: Path) -> None:
 def plain(content: bytes) -> Any:
     """The value of a pickle."""
     return read_pickle(io.BytesIO(content), Budget(len(content)))
+
+
+def test_random_instructions_give_a_value_or_an_error_of_ours() -> None:
+    """All opcodes of Python, in any order, with arguments that may belong to another one."""
+    rng = random.Random(6)
+    codes = [opcode.code.encode("latin-1") for opcode in pickletools.opcodes]
+    codes += [
+        b"(",
+        b")",
+        b"]",
+        b"}",
+        b"N",
+        b"t",
+        b"u",
+        b"s",
+        b"R",
+        b"b",
+    ] * 9
+    arguments = [b"", b"", b"\0", b"\1a", b"1\n", b"collections\nOrderedDict\n", b"\3\0\0\0abc", b"\xff" * 8]
+    values = 0
+    for _ in range(5000):
+        steps = (rng.choice(codes) + rng.choice(arguments) for _ in range(rng.randint(1, 25)))
+        with contextlib.suppress(PickleRefused):
+            plain(b"\x80\x02NNN" + b"".join(steps) + b".")
+            values += 1
+    assert 50 < values < 4950
 
 
 def test_the_reader_gives_the_same_plain_values_as_pickle() -> None:
