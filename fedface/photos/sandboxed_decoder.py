@@ -22,13 +22,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, get_args
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 
 import fedface
 from fedface.errors import LibraryError, PhotoError
-from fedface.photos.capture_date import Precision
+from fedface.photos.capture_date import YEARS
 from fedface.photos.exif import MAX_TEXT_LENGTH
 from fedface.photos.image_io import (
     MAX_BYTES,
@@ -217,9 +217,12 @@ def parse_reply(reply: Any, pixels: bytearray) -> Photo | PhotoError:
         raise ValueError(f"{len(pixels)} bytes are no picture of {height} x {width} x {channels}")
     if reply["kind"] not in READ_KINDS:
         raise ValueError("unknown kind")
-    if reply["date_precision"] not in get_args(Precision):
-        raise ValueError("unknown precision of a date")
     taken, place, camera = reply["taken"], reply["place"], reply["camera"]
+    date = None if taken is None else datetime.fromisoformat(_short_text(taken, MAX_TEXT_LENGTH))
+    if date is not None and (date.tzinfo is not None or date.year not in YEARS):
+        raise ValueError("a date with a zone, or of another century")
+    if reply["date_precision"] not in (("exact", "unreadable") if date is None else ("exact", "day", "utc")):
+        raise ValueError("a precision that does not go with the date")
     if place is not None:
         latitude, longitude = map(float, place)
         if not (math.isfinite(latitude + longitude) and abs(latitude) <= 90 and abs(longitude) <= 180):
@@ -230,7 +233,7 @@ def parse_reply(reply: Any, pixels: bytearray) -> Photo | PhotoError:
         width=_whole(reply["width"], MAX_PIXELS),
         height=_whole(reply["height"], MAX_PIXELS),
         kind=reply["kind"],
-        taken=None if taken is None else datetime.fromisoformat(_short_text(taken, MAX_TEXT_LENGTH)),
+        taken=date,
         place=place,
         camera=None if camera is None else _short_text(camera, MAX_TEXT_LENGTH),
         date_precision=reply["date_precision"],

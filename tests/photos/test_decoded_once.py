@@ -296,6 +296,8 @@ def test_a_reply_of_the_sandbox_is_a_photo() -> None:
         {"place": [float("nan"), 0.0]}, {"place": [1.0]}, {"place": "here"}, {"camera": "x" * 81},
         {"camera": "\x1b[2J"}, {"camera": {}}, {"refused": "x" * 1000}, {"refused": None},
         {"unavailable": "a\nb"}, {"date_precision": "about"}, {"date_precision": ["day"]},
+        {"date_precision": "unreadable"}, {"taken": None, "date_precision": "day"},
+        {"taken": "2024-06-01T12:00:00+00:00"}, {"taken": "0001-01-01T12:00:00"}, {"taken": "9999-12-31T12:00:00"},
     ],
 )  # fmt: skip
 def test_a_compromised_sandbox_can_send_only_bounded_fields(changes: dict[str, Any]) -> None:
