@@ -1,1 +1,1 @@
-"""What the owner of a device installs."""
+"""The Flower app of a device."""

@@ -1,6 +1,6 @@
 """The Flower ClientApp: answers for the device whose file the owner named, or for a simulated one.
 
-A SuperNode started with a device file (see clients/README.md) is that device, whatever a run's config says. This file
+A SuperNode started with a device file (see clients/README.md) is that device, whatever the run config. This file
 may come from a server; the code that enforces the owner's policy is the installed fedface.
 """
 
@@ -11,7 +11,7 @@ from flwr.app import Context
 from fedface.device.client import Device
 from fedface.transport.client import client_app, configured_device
 
-HOME = Path(__file__).resolve().parents[1]  # where relative paths of experiments start
+HOME = Path(__file__).resolve().parents[1]  # base of relative paths of experiments
 
 
 def device_of(context: Context) -> Device:

@@ -1,8 +1,8 @@
-"""Makes the key by which a server recognises a device, with nothing but what fedface installs.
+"""Generate the key by which a server recognises a device.
 
 Usage: `python clients/node_key.py PATH`. Writes the private key to PATH, which never leaves the
-device, and the public one to PATH.pub, which the server's operator registers. This key opens no sums: those
-have a key of their own. The same as `ssh-keygen -t ecdsa -b 384 -N "" -f PATH`.
+device, and the public one to PATH.pub, which the server's operator registers. This key does not decrypt sums, which
+have another key. The same as `ssh-keygen -t ecdsa -b 384 -N "" -f PATH`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from fedface.errors import ConfigError
 
 
 def make_node_key(path: Path) -> None:
-    """Write both halves in OpenSSH's form; the private one can be read by its owner alone.
+    """Write the key pair in OpenSSH's format; the private key is readable only by its owner.
 
     Raises:
-        ConfigError: There is a key at this path already.
+        ConfigError: A key exists at this path.
     """
     key = ec.generate_private_key(ec.SECP384R1())
     private = key.private_bytes(
@@ -37,7 +37,7 @@ def make_node_key(path: Path) -> None:
 
 def main() -> None:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description="Make the key by which a server recognises this device.")
+    parser = argparse.ArgumentParser(description="Generate the key by which a server recognises this device.")
     parser.add_argument("path", type=Path, help="the private key's file; the public one gets .pub")
     given = parser.parse_args()
     try:

@@ -1,9 +1,9 @@
 """Dataclasses to plain data (mappings, lists, numbers, texts) and back: the one codec of every format.
 
 YAML files (config.py adds their lines), messages, run records, state and checkpoint headers are all decoded here.
-A class that is one of several says which by `kind: ClassVar[str] = "gan-training"`; a format says its one version by
-`version: ClassVar[int] = 1`. Both are written beside the fields and checked on reading. JSON is written by machines,
-so every key must be there; in YAML a missing key takes the field's default. RFC 8259 has no NaN; neither do we.
+A class of a union has `kind: ClassVar[str] = "gan-training"`; a format has `version: ClassVar[int] = 1`.
+Both are written with the fields and checked on reading. In JSON every key is required; in YAML a missing key takes the
+field's default. NaN and infinity are not valid (RFC 8259).
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class CodecError(ValueError):
 
 
 class Unquoted(str):
-    """A YAML scalar without quotes: whether it is a number or a text is for its reader to say."""
+    """A YAML scalar without quotes: its expected type decides whether it is a number or a text."""
 
     def resolved(self) -> bool | int | float | str:
-        """As a truth value or a finite number where it looks like one; 8e-4 is a number."""
+        """As a boolean or a finite number if it looks like one; 8e-4 is a number."""
         if self.lower() in ("true", "yes", "on", "false", "no", "off"):
             return self.lower() in ("true", "yes", "on")
         if re.fullmatch(r"[-+]?[0-9][0-9_]{0,40}", self):
@@ -53,13 +53,13 @@ class Unquoted(str):
 
 
 def kind_of(cls: type) -> str:
-    """The word that tells a dataclass from the others of its union; empty where it is alone."""
+    """The `kind` of a dataclass in a union; empty if it has none."""
     kind = getattr(cls, "kind", "")
     return kind if isinstance(kind, str) and "kind" not in _field_names(cls) else ""
 
 
 def version_of(cls: type) -> int:
-    """The one version of a format that is read and written; 0 where a class is no format of its own."""
+    """The version of a format; 0 if the class is not a format."""
     version = getattr(cls, "version", 0)
     return version if isinstance(version, int) and "version" not in _field_names(cls) else 0
 
@@ -135,7 +135,7 @@ def load(expected: type[T], path: Path, *, given: Mapping[str, Any] | None = Non
 
 
 def read_json(text: str) -> Any:
-    """JSON text as plain data; raises CodecError where it is none, names a key twice or holds NaN."""
+    """JSON text as plain data; raises CodecError if it is invalid, has a key twice or contains NaN."""
     try:
         return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
@@ -169,9 +169,9 @@ def decode(expected: Any, value: Any, *, complete: bool = False) -> Any:
     """Plain data as `expected`: a dataclass, a union of those, a tuple, a mapping, or a plain type.
 
     Args:
-        expected: What the data should be; `__post_init__` of its dataclasses says which ranges.
-        value: Plain data; a value that already is of a field's type, such as bytes, is taken as it is.
-        complete: Whether every key must be there, also where a field has a default.
+        expected: The expected type; its dataclasses validate ranges.
+        value: Plain data; a value that already has a field's type, such as bytes, is used unchanged.
+        complete: Whether every key is required, also if its field has a default.
 
     Raises:
         CodecError: A key is unknown or missing, or a value does not fit; with its path.
@@ -239,7 +239,7 @@ class _Decoder:
         return self._first(others, value, path)
 
     def _first(self, options: list[Any], value: Any, path: tuple[Key, ...]) -> Any:
-        """The first option that the value fits; the complaint of the last one where it fits none."""
+        """The first option that the value fits; raises the error of the last one if it fits none."""
         for option in options[:-1]:
             try:
                 return self.decode(option, value, path)
@@ -248,7 +248,7 @@ class _Decoder:
         return self.decode(options[-1], value, path)
 
     def _kind(self, classes: list[Any], value: Any, path: tuple[Key, ...]) -> Any:
-        """The dataclass that the key `kind` names; without it where there is only one."""
+        """The dataclass of the key `kind`, which is optional if there is only one."""
         if len(classes) == 1:
             return self.decode(classes[0], value, path)
         kinds = {kind_of(option): option for option in classes}
@@ -280,7 +280,7 @@ class _Decoder:
 
 
 def _construct(expected: Any, values: dict[str, Any], path: tuple[Key, ...]) -> Any:
-    """A dataclass; what its checks refuse is laid to the field that the complaint begins with."""
+    """Construct a dataclass; an error of its validation is attributed to the field that it begins with."""
     try:
         return expected(**values)
     except (ValueError, OverflowError, ConfigError) as error:
@@ -351,6 +351,6 @@ def _shown(value: Any) -> str:
 
 
 def did_you_mean(word: Any, known: Collection[str]) -> str:
-    """The known word that a mistyped one resembles, as the end of a sentence; empty where there is none."""
+    """A suggestion of the most similar known word, as the end of a sentence; empty if there is none."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6) if isinstance(word, str) else []
     return f'; did you mean "{near[0]}"?' if near else ""

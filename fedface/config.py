@@ -1,4 +1,4 @@
-"""YAML files as dataclasses, or one sentence that says where a file is wrong and what would be right.
+"""YAML files to dataclasses, with errors that give the line and a correction.
 
 The only module that imports yaml. Nodes become plain data, which codec.py decodes; what it refuses is reported with
 the line: `experiments/a.yaml:5: privacy.epsilom: unknown key; did you mean "epsilon"?`. Nothing in a file is executed.
@@ -32,8 +32,8 @@ def read(
 
     Args:
         path: The file.
-        expected: A frozen dataclass; its fields' types and ranges say what is allowed.
-        changes: Dotted keys with new values, such as {"privacy.epsilon": "3"}, which win over the file.
+        expected: A frozen dataclass; its fields' types and ranges define what is allowed.
+        changes: Dotted keys with new values, such as {"privacy.epsilon": "3"}, which override the file.
         leave_out: Top-level keys that are read elsewhere.
 
     Raises:
@@ -50,7 +50,7 @@ def parse(
     changes: Mapping[str, str] | None = None,
     leave_out: Sequence[str] = (),
 ) -> T:
-    """Like `read`, from a text; `name` stands for the file in errors."""
+    """Like `read`, from a text; `name` is the file name in errors."""
     node = _compose(text, name)
     if node is None:
         raise ConfigError(f"{name}:1: the file is empty; expected {title_of(expected)}")
@@ -106,7 +106,7 @@ def dump(value: Any) -> str:
 
 
 def text_of(path: Path) -> str:
-    """The text of a file; raises ConfigError where there is none, with a neighbour's name."""
+    """The text of a file; raises ConfigError with a similar name if it does not exist."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -124,7 +124,7 @@ def text_of(path: Path) -> str:
 
 
 def _compose(text: str, name: str) -> yaml.Node | None:
-    """The nodes of a text; raises ConfigError as `file:line: reason` where the parser complains over several lines."""
+    """The nodes of a text; raises ConfigError as `file:line: reason` in one line."""
     line, reason = 1, ""
     try:
         node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -143,7 +143,8 @@ def _compose(text: str, name: str) -> yaml.Node | None:
 
 @dataclass
 class _Builder:
-    """Nodes to plain data. A node that aliases repeat is built once, so nine levels of nine stay small."""
+    """Nodes to plain data. A node referenced by several aliases is built once, so nested aliases do not expand
+    exponentially."""
 
     name: str
     built: dict[int, Any]
@@ -195,7 +196,7 @@ def _plain(node: yaml.Node, name: str) -> Any:
 
 
 def _resolved(plain: Any) -> Any:
-    """Plain data with each unquoted scalar as what it looks like."""
+    """Plain data with each unquoted scalar converted to the type that it looks like."""
     match plain:
         case dict():
             return {key: _resolved(value) for key, value in plain.items()}
@@ -208,7 +209,7 @@ def _resolved(plain: Any) -> Any:
 
 
 def value_of(key: str, text: str) -> Any:
-    """What `--set KEY=TEXT` sets, as plain data whose unquoted scalars are still texts; raises ConfigError."""
+    """The value of `--set KEY=TEXT` as plain data with unresolved unquoted scalars; raises ConfigError."""
     try:
         node = _compose(text, key)
         value = None if node is None else _plain(node, key)
@@ -220,7 +221,7 @@ def value_of(key: str, text: str) -> Any:
 
 
 def _change(plain: Any, key: str, text: str, changed: set[tuple[Key, ...]]) -> None:
-    """Set a dotted key, with the sections on its way that the file lacks, and note what is no longer the file's."""
+    """Set a dotted key, creating missing sections, and record what was changed."""
     value = value_of(key, text)
     *sections, last = parts = key.split(".")
     for depth, part in enumerate(sections):
@@ -236,7 +237,7 @@ def _change(plain: Any, key: str, text: str, changed: set[tuple[Key, ...]]) -> N
 
 
 def _located(error: CodecError, root: yaml.Node, name: str, changed: set[tuple[Key, ...]]) -> ConfigError:
-    """A complaint with file and line; without a line where the value is not the file's own."""
+    """An error with file and line; without a line if the value is not from the file."""
     path = error.path
     if any(path[:end] in changed for end in range(1, len(path) + 1)):
         return ConfigError(f"{name}, as changed: {error}")

@@ -1,13 +1,13 @@
-"""Every error that fedface raises on purpose, one tree.
+"""The exceptions of fedface.
 
-FedfaceError                 a mistake that its reader can correct; the command line ends with code 2
-├── ConfigError              a YAML file or an option says something we cannot do
+FedfaceError                 an error that the user can correct; the command line exits with code 2
+├── ConfigError              a YAML file or an option is invalid
 │   └── RangeError           a field has a value outside its range; also a ValueError
 ├── PhotoError               one photo file cannot be read; the reason is its text
 ├── LibraryError             a folder of photos cannot be scanned or has too few faces
-├── WeightsError             a checkpoint does not fit, or is not what it says it is
+├── WeightsError             a checkpoint does not fit, or its content is not as declared
 ├── PrivacyError             a privacy guarantee would not hold
-│   ├── PolicyRefusal        the owner's policy says no: asked, spent, allowed
+│   ├── PolicyRefusal        the owner's policy refuses: requested, spent, allowed
 │   └── LedgerError          the ledger is missing, damaged or locked
 ├── AggregationError         payloads that cannot be summed
 ├── FederationError          a cohort cannot run, or too few devices answered
@@ -20,11 +20,11 @@ from __future__ import annotations
 
 
 class FedfaceError(Exception):
-    """A mistake that its reader can correct: says what was expected, what came, what to do."""
+    """An error that the user can correct: what was expected, what was found, what to do."""
 
 
 class ConfigError(FedfaceError):
-    """A YAML file or an option says something we cannot do."""
+    """A YAML file or an option is invalid."""
 
 
 class RangeError(ConfigError, ValueError):
@@ -36,19 +36,19 @@ class PhotoError(FedfaceError):
 
 
 class LibraryError(FedfaceError):
-    """A folder of photos cannot be scanned, or holds too few faces."""
+    """A folder of photos cannot be scanned or has too few faces."""
 
 
 class WeightsError(FedfaceError):
-    """A checkpoint does not fit, or is not what it says it is."""
+    """A checkpoint does not fit, or its content is not as declared."""
 
 
 class PrivacyError(FedfaceError):
-    """A privacy promise would not hold, so nothing was sent."""
+    """A privacy guarantee would not hold, so nothing was sent."""
 
 
 class PolicyRefusal(PrivacyError):
-    """The owner's policy says no: why, and what the server can do about it."""
+    """The owner's policy refuses: the reason, and what the server can do about it."""
 
     def __init__(self, reason: str, advice: str = "") -> None:
         super().__init__(f"{reason}. {advice}" if advice else reason)

@@ -59,13 +59,13 @@ VARY = "vary"  # the key of a file that describes several runs
 @dataclass(frozen=True, kw_only=True)
 @checked
 class SyntheticDevices:
-    """Simulated devices with synthetic faces; each has its own share of light skin."""
+    """Simulated devices with synthetic faces; each has its own fraction of light skin."""
 
     kind: ClassVar[str] = "synthetic-devices"
 
     light_fractions: tuple[Fraction, ...] = (0.9, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # one per device
     photos_per_device: Annotated[int, AtLeast(2)] = 400
-    photos_per_occasion: Annotated[int, AtLeast(1)] = 1  # of one person, in one light, side by side
+    photos_per_occasion: Annotated[int, AtLeast(1)] = 1  # of one person in one light
 
     def __post_init__(self) -> None:
         if not self.light_fractions:
@@ -100,7 +100,7 @@ class LabelledDevices:
 @dataclass(frozen=True, kw_only=True)
 @checked
 class RemoteDevices:
-    """Devices of real people, which connect by themselves; the server never sees their photos."""
+    """Real devices, which connect to the server; it never sees their photos."""
 
     kind: ClassVar[str] = "remote-devices"
 
@@ -118,7 +118,7 @@ class SyntheticProbe:
     kind: ClassVar[str] = "synthetic-probe"
 
     per_group: Annotated[int, AtLeast(2)] = 12  # faces per tone group
-    # If given: five times as many faces, from a population with this share of light skin.
+    # If given: five times as many faces, from a population with this fraction of light skin.
     light_fraction: Fraction | None = None
 
 
@@ -162,25 +162,25 @@ class AttackConfig:
 class EvaluationConfig:
     """Metrics that devices compute on their own photos before and after the run.
 
-    They are paid from a fraction of epsilon; the photos that they are computed on are held out of training.
+    They use a fraction of epsilon; the photos that they are computed on are held out of training.
     """
 
     # Fraction of the target epsilon; the rest is for training.
     epsilon_fraction: Annotated[float, In("(0, 1)")] = 0.25
     # Fraction of the units that is evaluated and not trained on.
     holdout_fraction: Annotated[float, In("(0, 1)")] = 0.2
-    # q, the probability with which a held-out unit joins an evaluation.
+    # q, the probability with which a held-out unit is sampled for an evaluation.
     sampling_rate: Annotated[float, In("(0, 1]")] = 1.0
     metrics: LocalMetricsConfig = field(default_factory=LocalMetricsConfig)
 
     def dp_parameters(self, target: PrivacyTarget, evaluations: int) -> DPParameters:
-        """The least noise with which so many evaluations cost at most their fraction of epsilon."""
+        """The least noise with which this many evaluations cost at most their fraction of epsilon."""
         part = replace(target, epsilon=self.epsilon_fraction * target.epsilon)
         return metrics_dp_parameters(part, evaluations, self.sampling_rate)
 
 
 def metrics_dp_parameters(target: PrivacyTarget, evaluations: int, sampling_rate: float) -> DPParameters:
-    """The least noise with which so many evaluations, and nothing else, meet a privacy target.
+    """The least noise with which this many evaluations, and nothing else, meet a privacy target.
 
     Raises:
         PrivacyError: No amount of noise does.
@@ -210,7 +210,7 @@ class Experiment:
     training: Training = field(default_factory=GanTrainingConfig)
     aggregation: AggregationConfig = field(default_factory=HomomorphicConfig)
     policy: DevicePolicy | None = None  # of simulated devices; None allows exactly this run
-    min_responses: int = 2  # a round with fewer answers is not applied
+    min_responses: int = 2  # a round with fewer replies is not applied
     upsampling: UpsamplingConfig = field(default_factory=UpsamplingConfig)
     evaluation: EvaluationConfig | None = None  # metrics on the devices' own photos; None: none
     # For privacy per library: the largest L2 norm of one device's update, in public ranges.
@@ -219,7 +219,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         if not self.question.strip():
-            raise ValueError("question must not be empty: state what this run is to answer")
+            raise ValueError("question must not be empty: state the question that this run answers")
         allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
         if not 0 < len(self.name) <= 100 or set(self.name) - allowed or self.name[0] in ".-":
             raise ValueError(
@@ -233,12 +233,12 @@ class Experiment:
             if (fewest := self.aggregation.min_devices) > self.devices.count:
                 raise ValueError(
                     f"aggregation: min_devices must be at most the {self.devices.count} devices, got {fewest}; "
-                    "nobody could open a sum"
+                    "no device could decrypt a sum"
                 )
         if isinstance(self.training, UpsamplerTrainingConfig):
             if self.training.downscale != self.upsampling.downscale:
                 raise ValueError(
-                    "upsampling: downscale must be the one that the network learns to undo, "
+                    "upsampling: downscale must be that of the training,  "
                     f"{format_degradation(self.training.downscale)} (training.downscale), "
                     f"got {format_degradation(self.upsampling.downscale)}"
                 )
@@ -290,7 +290,7 @@ class Experiment:
 
     @property
     def agreement(self) -> AggregationParameters:
-        """What devices and server share to sum updates, which are divided by their public ranges."""
+        """The aggregation parameters of devices and server; updates are divided by their public ranges."""
         return AggregationParameters(value_range=1.0, max_devices=max(2, self.devices.count))
 
     def plan(self) -> Plan:
@@ -307,11 +307,11 @@ class Experiment:
 
     @property
     def holdout_fraction(self) -> float:
-        """The fraction of each device's units that no update is computed from."""
+        """The fraction of each device's units that is not trained on."""
         return 0.0 if self.evaluation is None else self.evaluation.holdout_fraction
 
     def device_policy(self) -> DevicePolicy:
-        """What a simulated device allows: the given policy, or exactly this run."""
+        """The policy of a simulated device: the given one, or one that allows exactly this run."""
         if self.policy is not None:
             return self.policy
         match self.privacy:
@@ -335,7 +335,7 @@ class Experiment:
         return self.training.schedule().rounds
 
     def method_for(self, model: Model) -> Method:
-        """How probes are upsampled with this model."""
+        """The upsampling method for this model."""
         return default_method(model) if self.upsampling.method is None else self.upsampling.method
 
     def start(self) -> Model:
@@ -403,7 +403,7 @@ def read_experiment(
 
 
 def from_here(changes: Mapping[str, str]) -> dict[str, str]:
-    """Changes that were typed on the command line: there, a path counts from the current folder."""
+    """Changes from the command line, where paths are relative to the current folder."""
     base = value_of("base", changes["base"]) if "base" in changes else None
     here = (
         {"base": json.dumps(str(local_path(Path(base), Path.cwd())))}
@@ -418,7 +418,7 @@ def read_one(
 ) -> Experiment:
     """Like `read_experiment`, for one of several runs that a file describes: `changes` say which.
 
-    A `base` counts from the folder of the file.
+    A `base` is relative to the folder of the file.
     """
     merged = dict(changes or {})
     first = read(path, Experiment, changes=merged, leave_out=(VARY,))
@@ -428,7 +428,7 @@ def read_one(
         return first if first.base is None else read(path, Experiment, changes=merged, leave_out=(VARY,))
     if not isinstance(first.devices, LabelledDevices) and not isinstance(first.probe, LabelledProbe):
         raise ConfigError(
-            f"{path}: --photos goes with labelled devices or a labelled probe; this file has neither"
+            f"{path}: --photos needs labelled devices or a labelled probe; this file has neither"
         )
     for part in ("devices", "probe"):
         if isinstance(getattr(first, part), (LabelledDevices, LabelledProbe)):

@@ -1,7 +1,6 @@
-"""The numbers that audits measure and reports print: an interval, a privacy loss, or the reason why there is none.
+"""Measured numbers: an interval, a privacy loss, or the reason why there is none.
 
-No number stands alone: an interval has its count, an epsilon its bounds, delta and unit. All three are written to
-JSON as they are; `str()` is the one way in which they are printed.
+An interval has its count, an epsilon its bounds, delta and unit. They are stored in JSON and printed by `str()`.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def constant(value: float) -> str:
-    """A number that somebody chose, as they would write it: without trailing zeros."""
+    """A configured number, without trailing zeros."""
     return f"{value:g}".replace("e-0", "e-").replace("-", "−")
 
 
@@ -38,7 +38,7 @@ def format_delta(delta: float) -> str:
 
 
 def format_epsilon(value: float) -> str:
-    """An epsilon to read: three places, more where it is small."""
+    """An epsilon for people: three decimal places, more if it is small."""
     if value in (0, math.inf):
         return "no bound" if value else "0"
     places = 3 if value >= 0.1 else min(9, 2 - math.floor(math.log10(value)))

@@ -1,4 +1,4 @@
-"""The privacy unit: a photo, an occasion, or all that one device holds. Neighbouring libraries differ by one unit."""
+"""The privacy unit: a photo, an occasion, or everything on one device. Neighbouring libraries differ by one unit."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ def unit_named(name: str) -> Unit:
 
 
 def unit_in_words(unit: Unit) -> str:
-    """What one promise covers, a phrase that can follow "the promise covers"."""
+    """What a guarantee covers, a phrase that can follow "the guarantee covers"."""
     match unit:
         case "photo":
-            return "one photo; somebody with many photos on a device is protected less"
+            return "one photo; a person with many photos on a device is protected less"
         case "occasion":
             return (
-                "one occasion: all photos taken together, close in time and place or nearly alike, "
+                "one occasion: all photos taken together, close in time and place or similar,  "
                 "so that forty photos of one birthday count once"
             )
         case "library":
-            return "one library: everything that one device holds; that the device took part is public"
+            return "one library: everything on one device; that the device took part is public"
         case _:
             assert_never(unit)
 
 
-def covers(promised: Unit, wanted: Unit) -> bool:
-    """Whether a promise of one unit says anything about another: a coarser one does, a finer one does not."""
-    return UNITS.index(promised) >= UNITS.index(wanted)
+def covers(guaranteed: Unit, other: Unit) -> bool:
+    """Whether a guarantee for one unit covers another: a coarser one does, a finer one does not."""
+    return UNITS.index(guaranteed) >= UNITS.index(other)

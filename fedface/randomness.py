@@ -1,8 +1,8 @@
-"""Two kinds of randomness that must never mix: replayable streams, and secret noise.
+"""Two kinds of randomness that must never mix: reproducible streams, and secret noise.
 
-A stream is derived from a run's seed and a name, so that adding one draw somewhere does not shift the draws elsewhere.
-Secret noise comes from the operating system and cannot be replayed: noise that a server can recompute from a seed gives
-no privacy.
+A stream is derived from a run's seed and a name, so that random numbers in one place do not shift those in another.
+Secret noise is keyed by the operating system and cannot be reproduced: noise that a server can recompute from a seed
+gives no privacy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _AT_ONCE = 16_384  # pairs of normals that stay in the processor's cache
 
 @dataclass(frozen=True)
 class Streams:
-    """Named random streams derived from one seed; equal (seed, name) means equal draws."""
+    """Named random streams derived from one seed; equal (seed, name) gives equal numbers."""
 
     seed: int  # >= 0
 
@@ -33,15 +33,15 @@ class Streams:
         return int.from_bytes(digest[:8], "big") >> 1
 
     def generator(self, name: str) -> torch.Generator:
-        """A fresh torch generator on the CPU at the start of the stream `name`."""
+        """A new torch generator on the CPU at the start of the stream `name`."""
         return torch.Generator().manual_seed(self._number(name))
 
     def numpy(self, name: str) -> np.random.Generator:
-        """A fresh numpy generator at the start of the stream `name`."""
+        """A new numpy generator at the start of the stream `name`."""
         return np.random.Generator(np.random.PCG64(self._number(name)))
 
     def child(self, name: str) -> Streams:
-        """Streams of their own for one part, such as one device or one round."""
+        """Independent streams for one part, such as one device or one round."""
         return Streams(self._number(name))
 
 
@@ -56,11 +56,11 @@ def halfway(words: np.ndarray) -> np.ndarray:
 
 
 class SecretNoise:
-    """Noise that nobody can replay: an AES-256-CTR keystream under a key that only this object ever held.
+    """Noise that cannot be reproduced: an AES-256-CTR keystream under a key that exists only in this object.
 
-    For privacy noise and for the Bernoulli draws of Poisson sampling; the analyses of DP-SGD take both as
-    unknown to the adversary (Abadi et al. 2016, arXiv:1607.00133). A torch generator will not do: on the CPU
-    it keeps 32 bits of its seed, and a weight whose gradient is zero publishes its outputs as they are.
+    For privacy noise and for Poisson sampling, both of which the analysis of DP-SGD assumes to be unknown to the
+    adversary (Abadi et al. 2016, arXiv:1607.00133). A torch generator is not sufficient: on the CPU it uses 32 bits of
+    its seed, and a weight with gradient zero publishes its outputs unchanged.
     """
 
     def __init__(self) -> None:
@@ -78,8 +78,9 @@ class SecretNoise:
     def normals(self, count: int) -> torch.Tensor:
         """`count` standard normal numbers, float64, shape (count,).
 
-        Each is the sum of four independent normals, halved, so that its last bits tell nothing of the words that it
-        was made of (Holohan and Braghin 2021, arXiv:2107.10138, the remedy Opacus uses). That alone does not hide
+        Each is the sum of four independent normals, halved, so that its last bits reveal nothing about the words that
+        it was computed from
+        (Holohan and Braghin 2021, arXiv:2107.10138, the remedy Opacus uses). That alone does not hide
         what noise is added to: see `GaussianSum.noise`.
         """
         pairs = -(-count // 2)

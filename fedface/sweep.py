@@ -1,4 +1,4 @@
-"""Several runs of one question: every combination of what a file's `vary` lists.
+"""Several runs of one question: all combinations of the axes under `vary` in a file.
 
 An axis of `vary` is either a key with values, `privacy.epsilon: [1, 3, 10]`, or a
 name with named variants, each a set of keys with values:
@@ -153,7 +153,7 @@ def _keys_of(axis: Any, values: Any) -> list[str]:
 
 
 def _check_apart(path: Path, variants: list[Variant]) -> None:
-    """Raise ConfigError unless a table can tell all runs apart and compare them on the same devices."""
+    """Raise ConfigError unless runs are distinguishable in a table and have the same devices."""
     devices = variants[0].experiment.devices
     seen: dict[tuple[str, str, int], Variant] = {}
     for variant in variants:
@@ -164,7 +164,7 @@ def _check_apart(path: Path, variants: list[Variant]) -> None:
             raise ConfigError(
                 f"{path}: {VARY}: the runs {', '.join(seen[key].names)} and "
                 f"{', '.join(variant.names)} have the same method, "
-                "epsilon and seed; a table could not tell them apart"
+                "epsilon and seed; they could not be distinguished in a table"
             )
         seen[key] = variant
 

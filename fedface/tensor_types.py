@@ -1,4 +1,4 @@
-"""The legend of letters and the aliases of tensors that signatures use.
+"""Tensor type aliases, and the letters of their shapes.
 
 n   faces or photos in a batch          c   colour channels, always 3 (sRGB)
 h,w height and width in pixels          z   width of a latent
@@ -23,5 +23,5 @@ Vector = Float[Tensor, "d"]
 
 
 def in_floats(images: KeptImages) -> Images:
-    """Kept images as networks read them, float32 in [0, 1]; floats come back as they are."""
+    """Stored images as input of networks, float32 in [0, 1]; floats are returned unchanged."""
     return images.float() / 255.0 if images.dtype == torch.uint8 else images

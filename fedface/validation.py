@@ -30,7 +30,7 @@ _INTERVAL = re.compile(r"([\[(])\s*(\S+),\s*(\S+?)\s*([\])])")
 
 
 class Constraint(Protocol):
-    """What `Annotated` may say about a field."""
+    """A constraint on a field, for `Annotated`."""
 
     def problem(self, value: Any) -> str:
         """What the value must be, such as "must be at least 1"; empty where it is."""

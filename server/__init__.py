@@ -1,1 +1,1 @@
-"""What the coordinator installs."""
+"""The Flower app of the server."""

@@ -1,4 +1,4 @@
-"""The Flower ServerApp: reads which experiment the run config names and lets the installed fedface coordinate it.
+"""The Flower ServerApp: runs the experiment of the run config with the installed fedface.
 
 It runs in a simulation or on a SuperLink (see server/README.md). An interrupted run continues when it is started again
 with the same experiment and folder.

@@ -1,9 +1,9 @@
-"""Makes the certificates of a server, with nothing but what fedface installs.
+"""Generate the TLS certificates of a server.
 
-Usage: `python server/certificates.py FOLDER HOST [HOST ...]`. Writes an authority of your own
+Usage: `python server/certificates.py FOLDER HOST [HOST ...]`. Writes a certificate authority
 (`ca.crt`, `ca.key`) and a server certificate that it signed (`server.crt`, `server.key`) for the hosts named,
-`localhost` and `127.0.0.1`. Devices trust `ca.crt` alone. Nothing that exists is replaced.
-Source: RFC 5280 for what each certificate must say; the curve is NIST P-384.
+`localhost` and `127.0.0.1`. Devices trust only `ca.crt`. Existing files are not replaced.
+Certificates follow RFC 5280; the curve is NIST P-384.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def make_certificates(folder: Path, hosts: list[str], *, days: int = 365) -> Non
     """Write the four files.
 
     Args:
-        folder: Where they go; made if it is missing.
-        hosts: Names or addresses under which devices reach the server.
-        days: How long the server's certificate holds, >= 1; the authority's holds ten times as long.
+        folder: For the files; created if missing.
+        hosts: Names or addresses at which devices reach the server.
+        days: Validity of the server's certificate, >= 1; the authority's is ten times as long.
 
     Raises:
-        ConfigError: One of the files is there already.
+        ConfigError: One of the files exists.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     authority, server = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())

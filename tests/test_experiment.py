@@ -121,7 +121,7 @@ def test_sums_have_headroom_for_every_device() -> None:
     assert experiment().agreement.max_devices == 3
     alone = {"devices.light_fractions": "[0.5]", "min_responses": "1"}
     assert experiment(**alone, aggregation="{kind: plain}").agreement.max_devices == 2
-    with pytest.raises(ConfigError, match="nobody could open a sum"):
+    with pytest.raises(ConfigError, match="no device could decrypt a sum"):
         experiment(**alone, aggregation="{kind: homomorphic}")
 
 

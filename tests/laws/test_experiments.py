@@ -104,7 +104,7 @@ def test_missing_photos_are_one_sentence(path: Path, tmp_path: Path) -> None:
     if not isinstance(experiment.devices, LabelledDevices) and not isinstance(
         experiment.probe, LabelledProbe
     ):
-        with pytest.raises(ConfigError, match="--photos goes with labelled"):
+        with pytest.raises(ConfigError, match="--photos needs labelled"):
             read_experiment(path, photos=tmp_path)
         return
     empty = tmp_path / "empty"

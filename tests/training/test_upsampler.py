@@ -207,7 +207,7 @@ def test_config_and_network_must_agree_on_the_learner(tmp_path: Path) -> None:
         UpsamplerTrainingConfig(downscale=Area(5)).check(SHAPES["styles"])
     with pytest.raises(ValueError, match="downscale must add no noise"):
         UpsamplerTrainingConfig(downscale=Chain((Area(4), Noise(0.1))))
-    with pytest.raises(ConfigError, match="downscale.*must be the one that the network learns to undo"):
+    with pytest.raises(ConfigError, match="downscale.*must be that of the training"):
         tiny_way(tmp_path, "styles", {"upsampling": "{downscale: {kind: area, factor: 4}}"})
 
 
