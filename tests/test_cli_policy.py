@@ -79,7 +79,7 @@ def test_a_device_would_take_part_in_what_fits(check, willing: Path, tmp_path: P
     assert "enough for 6 of its rounds" in result.out
     assert result.out.splitlines()[0] == f"this device would take part in {DEMO}"
     assert "the recipe promises" not in result.out  # at the same delta, for the same unit
-    assert sorted(tmp_path.rglob("*")) == before  # no ledger was begun, no folder made
+    assert sorted(tmp_path.rglob("*")) == before  # no ledger and no folder was created
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_device_would_refuse_with_the_reason(  # type: ignore[no-untyped-def]
     assert first.startswith(f"this device would refuse {DEMO}: ") and words in first
     assert training == '  training ("generator", 6 rounds, per photo): would refuse'
     priced = "requests epsilon at most" in result.out.partition(training)[2]
-    assert priced == ("already spent" in words)  # what is refused whatever it costs has no price
+    assert priced == ("already spent" in words)  # a refusal independent of cost has no cost
 
 
 def test_spent_epsilon_counts(check, willing: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

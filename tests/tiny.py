@@ -72,7 +72,7 @@ STYLES = StyleEncoderNetworkConfig(side=8, style_inputs=6, style_width=16, width
 RESOLVER = SuperResolutionNetworkConfig(side=8, factor=2, width=8, blocks=1)
 FLOW = FlowConfig(size=16, width=16, multipliers=(1.0,), time_width=16, steps=2)
 
-# A recipe's `training` for each way, with the shape of a model that can learn so.
+# The `training` of each method, with a model architecture that supports it.
 WAYS: Mapping[str, tuple[str, Architecture]] = {
     "full": (
         "{kind: gan-training, rounds: 1, steps_per_round: 2, sampling_rate: 1, expected_batch_size: 8, "

@@ -28,7 +28,7 @@ BETA = {
 FOUND = np.array([0.98, 0.95, 0.8])
 GENERATED = np.array(
     [[0.9, 0.08, 0.02], [0.15, 0.8, 0.05], [0.05, 0.25, 0.7]]
-)  # rows: original, columns: made
+)  # rows: original, columns: generated
 
 
 def sampled(count: int, rng: np.random.Generator) -> PhotoMetrics:

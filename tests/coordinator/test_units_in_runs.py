@@ -331,7 +331,7 @@ def test_held_out_units_are_not_trained_on(tmp_path: Path) -> None:
     assert len(mine) + len(asked) == 24 and len(asked) > 0
     assert not set(mine.occasions.tolist()) & set(asked.occasions.tolist())
     task = train_task(experiment, tiny_gan())
-    assert task.config.holdout_fraction == 0.0  # the helper of these tests; the run itself says 0.4
+    assert task.config.holdout_fraction == 0.0  # of the helper of these tests; the run has 0.4
 
 
 # Metrics and withdrawal.
@@ -437,7 +437,7 @@ def test_withdrawing_after_an_evaluation_reports_its_cost_without_the_name(tmp_p
     refused = [
         line for line in Ledger.open(state / "ledger.sqlite").read().transmissions if line.kind == "refusal"
     ]
-    assert len(refused) == 1  # reported once, by the first round, and asked no more
+    assert len(refused) == 1  # reported once, by the first round
 
 
 def test_a_withdrawn_name_is_deleted_even_if_the_round_fails(tmp_path: Path) -> None:

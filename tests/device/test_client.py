@@ -425,7 +425,7 @@ def test_a_device_decrypts_the_sum_of_a_round_that_it_took_part_in(tmp_path: Pat
     with pytest.raises(AggregationError, match="at least 2 updates"):
         handle_task(reveal_task(experiment, server.combine([ones])), device)
 
-    # The owner's smallest cohort holds, whatever the server's task says.
+    # The owner's minimum cohort size overrides the server's task.
     careful = replace(device, policy=replace(device.policy, min_cohort_size=3))
     asked = replace(reveal_task(experiment, total), aggregation=HomomorphicConfig(min_devices=1))
     with pytest.raises(AggregationError, match="at least 3 updates"):

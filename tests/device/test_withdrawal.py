@@ -340,7 +340,7 @@ def test_a_partly_erased_device_does_not_start_anew(
                 erase(stored, ledger=True)
         else:
             erase(stored, ledger=True)
-    if 3 <= deleted < len(files):  # key, index and the ledger have gone
+    if 3 <= deleted < len(files):  # key, index and the ledger are deleted
         with pytest.raises(LedgerError):
             stored.device.ledger()
     erase(stored, ledger=True)

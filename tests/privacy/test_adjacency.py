@@ -141,7 +141,7 @@ def test_the_cost_of_a_photo_in_an_occasion_is_an_upper_bound(
 ) -> None:
     """One sampled step on an occasion whose clipped gradient is `before` with a photo and `after` without it."""
     truth = hockey_stick([(1 - q, ZERO), (q, before)], [(1 - q, ZERO), (q, after)], sigma, epsilon)
-    if truth > 1e-7:  # below that the grid says nothing
+    if truth > 1e-7:  # below that the grid is not accurate
         price = epsilon_of(
             convert_unit(sampled(sigma, q, 1), source="occasion", target="photo"), truth * (1 - 1e-4)
         )

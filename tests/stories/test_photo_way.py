@@ -121,7 +121,7 @@ def test_under_dp_neither_the_photo_nor_its_gradient_is_on_the_wire(tmp_path: Pa
     )
     gradient = gradient_of(gan, planted())
     sigma = tiny_experiment(tmp_path / "again", {**ALONE, "privacy.epsilon": "1"}).plan().noise_multiplier
-    # Signal at most 1 (the clip norm) beside noise of length sigma * sqrt(d); five standard errors of 1 / sqrt(d).
+    # Signal at most 1 (the clip norm), noise of norm sigma * sqrt(d); five standard errors of 1 / sqrt(d).
     most = 1 / (sigma * len(update) ** 0.5) + 5 / len(update) ** 0.5
     assert most < 0.2
     assert abs(about(gan, update, gradient)) < most
@@ -147,7 +147,7 @@ def test_among_other_photos_only_dp_hides_the_photo(tmp_path: Path) -> None:
     crowd = {"training.expected_batch_size": "24"}
     with_it, _ = sent(tmp_path / "a", gan, torch.cat([planted(), others]), {**crowd, "privacy": NO_PRIVACY})
     without, _ = sent(tmp_path / "b", gan, others, {**crowd, "privacy": NO_PRIVACY})
-    # Who knows all other photos subtracts them: what is left is this photo's gradient, to rounding.
+    # Subtracting all other photos leaves this photo's gradient, up to rounding.
     assert likeness(with_it - without, gradient_of(gan, planted())) > 0.99
     target = {**crowd, "privacy": "{kind: privacy-target, epsilon: 1, delta: 1e-3}"}
     hidden, _ = sent(tmp_path / "c", gan, torch.cat([planted(), others]), target)

@@ -34,7 +34,7 @@ from fedface.simulation.devices import simulated_device
 from fedface.simulation.in_process import in_process_cohort
 from fedface.transport.run_config import devices_folder
 
-DELTA = 1e-3  # of the tiny recipe
+DELTA = 1e-3  # of the tiny experiment
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +249,7 @@ def test_two_processes_at_once_cannot_overspend(tmp_path: Path) -> None:
     assert ledger.spent(DELTA).upper <= 8.0
 
 
-# The power goes.
+# Power cuts.
 
 ANSWERS = """
 import hashlib, sys
@@ -299,4 +299,4 @@ def test_after_a_power_cut_at_any_moment_everything_sent_is_recorded(tmp_path: P
     recorded = {entry.run for entry in device.ledger().entries()}
     noted = {sent.run: sent.payload_digest for sent in device.ledger().read().transmissions}
     assert set(left) <= recorded and left.items() <= noted.items()
-    assert len(device.ledger().entries()) == len(recorded)  # no round was paid for twice
+    assert len(device.ledger().entries()) == len(recorded)  # no round was recorded twice

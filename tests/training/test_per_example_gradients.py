@@ -65,7 +65,7 @@ class Case:
         if self.draws is None:
             return None
         left = iter(self.draws)
-        # Beyond the photos stand grey pictures, whose draws count for nothing.
+        # Padding images follow the photos; their draws have no effect.
         return lambda count: torch.stack([next(left, torch.zeros_like(self.draws[0])) for _ in range(count)])
 
 

@@ -15,7 +15,7 @@ from fedface.upsampling.degradation import Area, BicubicPulse, Chain, Degradatio
 from fedface.upsampling.flow_posterior import GuidedFlowConfig, GuidedFlowUpsampler, gram
 from fedface.upsampling.upsampler import StepSnapshot, squared_difference
 
-ALIKE = NormalFlow(torch.full((48,), 0.2))  # all directions alike: what "isotropic" takes for granted
+ALIKE = NormalFlow(torch.full((48,), 0.2))  # all directions equal, as "isotropic" assumes
 UNLIKE = NormalFlow(torch.logspace(-2, -0.5, 48))  # spreads from 0.01 to 0.3
 FINE = GuidedFlowConfig(steps=100, cg_steps=12, data_std=0.2, faces_at_once=2000)
 QUICK = GuidedFlowConfig(steps=3, cg_steps=2)
@@ -109,7 +109,7 @@ def test_every_step_is_shown_and_counted(flow: RectifiedFlow, low: Tensor) -> No
     found = sampler.upsample(low, faces_per_photo=1)
     assert heard == [(step, 6) for step in range(1, 7)]
     assert [snapshot.step for snapshot in seen] == [1, 2, 3] * 2
-    # The last step goes where the face is expected.
+    # The last step ends at the expected face.
     torch.testing.assert_close(seen[-1].images.clamp(0, 1), found.images[2])
     assert found.steps == 3
 
