@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedface.tensor_types import Images, LowImages
-from fedface.upsampling.upsampler import Progress, StepCallback, StepSnapshot, Upsampled, by_photo, join
+from fedface.upsampling.upsampler import Progress, StepCallback, StepSnapshot, Upsampled, join
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -135,7 +135,7 @@ def search_in_chunks(
     chunks = (
         Chunk(place, faces, targets[faces], prepare(faces), aggregator) for place, faces in enumerate(places)
     )
-    return by_photo(join(map_in_threads(chunks, search, config.workers)), faces_per_photo)
+    return join(map_in_threads(chunks, search, config.workers), faces_per_photo)
 
 
 class ProgressAggregator:

@@ -22,7 +22,7 @@ from fedface.models.fast_stylegan2 import frozen_copy
 from fedface.models.generator_protocol import Generator
 from fedface.randomness import Streams
 from fedface.tensor_types import LowImages, Styles
-from fedface.upsampling.candidate_selection import Best, CandidateScorer, CandidateSelector, Last
+from fedface.upsampling.candidate_selection import CandidateScorer, CandidateSelector
 from fedface.upsampling.degradation import Degradation
 from fedface.upsampling.parallel import Chunk, search_in_chunks
 from fedface.upsampling.spherical_adam import SphericalAdam, one_cycle_drop
@@ -199,8 +199,7 @@ class PulseUpsampler:
             target=chunk.target,
             eps=self.config.eps,
         )
-        selector = Best if self.config.selection == "best" else Last
-        return selector(chunk.start.variables, chunk.start.fixed, scorer)
+        return CandidateSelector(chunk.start.variables, chunk.start.fixed, scorer, self.config.selection)
 
     def _loss(self, difference: Tensor, styles: Styles) -> Tensor:
         """Of each face, (m,)."""

@@ -5,7 +5,7 @@ A search that found no face returns `converged` False; it raises nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -103,26 +103,18 @@ def single_faces(images: Images, consistency_error: Tensor, tolerance: float, st
     )
 
 
-def join(parts: Sequence[Upsampled]) -> Upsampled:
-    """Concatenate the results for several groups of photos with equally many faces per photo."""
-    if not parts:
-        raise ValueError("join needs at least one part")
+def join(parts: Sequence[Upsampled], faces_per_photo: int) -> Upsampled:
+    """Results for single faces, (m, 1, ...) each, as one result for n photos with f faces each."""
+
+    def joined(tensors: Iterator[Tensor]) -> Tensor:
+        rows = torch.cat(list(tensors))
+        return rows.view(len(rows) // faces_per_photo, faces_per_photo, *rows.shape[2:])
+
     return Upsampled(
-        images=torch.cat([part.images for part in parts]),
-        consistency_error=torch.cat([part.consistency_error for part in parts]),
-        converged=torch.cat([part.converged for part in parts]),
+        images=joined(part.images for part in parts),
+        consistency_error=joined(part.consistency_error for part in parts),
+        converged=joined(part.converged for part in parts),
         steps=max(part.steps for part in parts),
-    )
-
-
-def by_photo(found: Upsampled, faces_per_photo: int) -> Upsampled:
-    """Reshape results for n * f single faces, (n * f, 1, ...), to n photos with f faces each."""
-    shape = (found.photos // faces_per_photo, faces_per_photo)
-    return Upsampled(
-        images=found.images.view(*shape, *found.images.shape[2:]),
-        consistency_error=found.consistency_error.view(shape),
-        converged=found.converged.view(shape),
-        steps=found.steps,
     )
 
 
