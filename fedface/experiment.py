@@ -16,6 +16,7 @@ from fedface.aggregation.payload import (
     PlainConfig,
 )
 from fedface.audits.dp_metrics import LocalMetricsConfig
+from fedface.audits.gradient_inversion import FULL_ITERATIONS
 from fedface.codec import encode
 from fedface.config import local_path, read, section, value_of
 from fedface.errors import ConfigError
@@ -117,7 +118,7 @@ class SyntheticProbe:
 
     kind: ClassVar[str] = "synthetic-probe"
 
-    per_group: Annotated[int, AtLeast(2)] = 12  # faces per tone group
+    per_group: Annotated[int, In("[2, 1000]")] = 12  # faces per tone group
     # If given: five times as many faces, from a population with this fraction of light skin.
     light_fraction: Fraction | None = None
 
@@ -133,7 +134,7 @@ class LabelledProbe:
     set: str = ""
     label: str = "race"
     profile_faces: Literal["leave-out", "keep"] = "leave-out"  # faces turned far from the camera
-    per_group: Annotated[int, AtLeast(2)] = 12
+    per_group: Annotated[int, In("[2, 1000]")] = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +144,7 @@ class UpsamplingConfig:
 
     downscale: Degradation = field(default_factory=lambda: BicubicPulse(4))
     method: Method | None = None  # None: the default for the model, such as PULSE for a GAN
-    faces_per_photo: Annotated[int, AtLeast(1)] = 1
+    faces_per_photo: Annotated[int, In("[1, 64]")] = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,10 +152,10 @@ class UpsamplingConfig:
 class AttackConfig:
     """The gradient inversion attack on single updates."""
 
-    photos: Annotated[int, AtLeast(2)] = 4  # updates attacked, one photo each
-    iterations: Annotated[int, AtLeast(1)] = 300
-    candidates: Annotated[int, AtLeast(2)] = 100  # of candidate identification
-    trials: Annotated[int, AtLeast(1)] = 50
+    photos: Annotated[int, In("[2, 100]")] = 4  # updates attacked, one photo each
+    iterations: Annotated[int, AtLeast(1)] = FULL_ITERATIONS
+    candidates: Annotated[int, In("[2, 10000]")] = 100  # of candidate identification
+    trials: Annotated[int, In("[1, 10000]")] = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,8 +370,21 @@ class Experiment:
         return model
 
     def digest(self) -> str:
-        """SHA-256 of the whole experiment, the first 16 hex digits."""
-        return hashlib.sha256(json.dumps(encode(self), sort_keys=True).encode()).hexdigest()[:16]
+        """SHA-256 of all that training and the devices' evaluations depend on, the first 16 hex digits.
+
+        Left out are audits, which a resumed run may change, and the path of the base, whose weights are compared.
+        """
+        audits = {"question", "attack", "base"}
+        audits |= {"upsampling"} if self.evaluation is None else set()
+        audits |= {"probe"} if isinstance(self.devices, SyntheticDevices) else set()
+        return hashlib.sha256(
+            json.dumps(encode(self, leave_out=audits), sort_keys=True).encode()
+        ).hexdigest()[:16]
+
+
+def devices_folder(run: Path) -> Path:
+    """Where simulated devices keep keys and ledgers: beside a run's folder, which can be published without them."""
+    return run.with_name(f"{run.name}.private")
 
 
 def for_ranking(experiment: Experiment) -> Experiment:

@@ -12,9 +12,9 @@ from flwr.serverapp import Grid, ServerApp
 from fedface.atomic_io import locked_folder
 from fedface.coordinator.model_ranking import load_candidates, run_ranking
 from fedface.coordinator.run import initialize_run, run_experiment
-from fedface.experiment import RemoteDevices
+from fedface.experiment import RemoteDevices, devices_folder
 from fedface.simulation.devices import prepare
-from fedface.transport.run_config import devices_folder, read_run_config
+from fedface.transport.run_config import read_run_config
 from fedface.transport.server import GridCohort
 
 HOME = Path(__file__).resolve().parents[1]

@@ -361,3 +361,14 @@ def test_an_overspent_ledger_leaves_nothing(check, willing: Path, tmp_path: Path
     sentence = f"nothing is left: everything will be refused; over by {over} at delta 1e-4 per photo"
     assert result.code == 0 and sentence in result.out.splitlines()
     assert json.loads(check(willing, "--ledger", own, "--json").out)["spent"][0]["nothing_left"] == sentence
+
+
+def test_the_readmes_command_is_answered_with_yes(check, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """A first command that refuses the project's own demo teaches nothing."""
+    monkeypatch.chdir(ROOT)
+    line = re.search(
+        r"fedface policy check (clients/policy\.example\.yaml .*)", (ROOT / "README.md").read_text()
+    )
+    assert line is not None
+    said = check(*line[1].split())
+    assert said.code == 0 and said.out.startswith("this device would take part in experiments/demo.yaml")

@@ -18,11 +18,10 @@ from fedface.coordinator.rounds import SilentProgress, run_rounds
 from fedface.coordinator.run_state import RunState, weights_path
 from fedface.device.client import handle_task
 from fedface.errors import ConfigError, LedgerError, LibraryError
-from fedface.experiment import read_experiment
+from fedface.experiment import devices_folder, read_experiment
 from fedface.models.checkpoint import load_model, save_model, weights_hash
 from fedface.photos.photo_index import default_cache
 from fedface.simulation.in_process import in_process_cohort
-from fedface.transport.run_config import devices_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_HOME = """

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedface.coordinator.run import initialize_run
 from fedface.device.client import Device
-from fedface.experiment import Experiment, read_experiment
+from fedface.experiment import Experiment, devices_folder, read_experiment
 from fedface.messages.messages import RoundConfig, TrainTask
 from fedface.models.checkpoint import flatten_buffers, flatten_parameters, save_model, weights_hash
 from fedface.models.discriminator import DiscriminatorConfig
@@ -30,7 +30,6 @@ from fedface.models.stylegan2 import StyleGAN2Config
 from fedface.models.super_resolution import SuperResolutionNetworkConfig
 from fedface.randomness import Streams
 from fedface.simulation.devices import prepare, simulated_device
-from fedface.transport.run_config import devices_folder
 
 GENERATOR = StyleGAN2Config(
     size=16, channel_base=64, channel_max=8, latent_width=64, style_width=16, mapping_layers=2

@@ -33,6 +33,8 @@ GradientOf = Callable[[Images], Vector]
 # Published step sizes and weights assume images normalised to about zero mean and unit variance, so the
 # search moves in units of a quarter of the pixel range: image = 1/2 + search / 4.
 CENTRE, UNIT = 0.5, 0.25
+FULL_ITERATIONS = 300  # of a search; one with fewer that finds nothing is no evidence
+_NUMBERS_AT_ONCE = 100_000_000  # of updates in memory
 PSNR_CEILING = 100.0  # dB; equal images have no finite PSNR
 
 
@@ -99,6 +101,17 @@ class AttackScores:
     baseline_psnr: Interval  # of the mean public face
     baseline_ssim: Interval
     gain: Interval  # dB: recovered minus guess, photo by photo
+
+    @property
+    def shortened(self) -> str:
+        """Why the failure of this attack would prove nothing; empty for one of full length."""
+        done = self.search.iterations if isinstance(self.search, CosineSearch) else self.search.evaluations
+        if done >= FULL_ITERATIONS:
+            return ""
+        return (
+            f"Gradient inversion was shortened to {done} of {FULL_ITERATIONS} iterations: what it did not recover is "
+            "no evidence that an update is safe."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,13 +202,16 @@ def attack_update(
         raise ValueError("searches must name at least one search, got none")
     truth = photos.detach().clamp(0.0, 1.0)
     guess = public_faces.detach().clamp(0.0, 1.0).mean(dim=0, keepdim=True).expand_as(truth).clone()
-    updates = [apply_defense(gradient_of(photo[None]).detach(), defense, generator) for photo in truth]
     release = _as_attacker_sees(gradient_of, defense)
     shape = (1, int(truth.shape[1]), int(truth.shape[2]), int(truth.shape[3]))
+    found: list[list[Images]] = [[] for _ in searches]
+    for photo in truth:
+        update = apply_defense(gradient_of(photo[None]).detach(), defense, generator)
+        for search, images in zip(searches, found, strict=True):
+            images.append(invert(release, update, shape, search, generator).images)
     scored = []
-    for search in searches:
-        found = [invert(release, update, shape, search, generator).images for update in updates]
-        recovered = torch.cat(found)
+    for search, images in zip(searches, found, strict=True):
+        recovered = torch.cat(images)
         scored.append((float(psnr(recovered, truth).mean()), search, recovered))
     _, search, recovered = max(scored, key=lambda entry: entry[0])
     rng = np.random.Generator(np.random.PCG64(int(torch.randint(2**62, (1,), generator=generator))))
@@ -240,13 +256,23 @@ def candidate_identification(
     if trials < 1:
         raise ValueError(f"trials must be >= 1, got {trials}")
     release = _as_attacker_sees(gradient_of, defense)
-    known = torch.stack([release(photo[None]).detach() for photo in candidates])
-    lengths = known.square().sum(dim=1)
-    right = 0
-    for _ in range(trials):
-        member = int(torch.randint(len(candidates), (1,), generator=generator))
-        update = apply_defense(known[member], defense, generator)  # clipping twice is clipping once
-        right += int((lengths - 2.0 * known @ update).argmin()) == member
+
+    def gradient(number: int) -> Vector:
+        return release(candidates[number : number + 1]).detach()
+
+    width, right = len(gradient(0)), 0
+    at_once = max(1, _NUMBERS_AT_ONCE // width)
+    # Gradients are computed anew rather than stored: those of all candidates may not fit in memory.
+    for first in range(0, trials, at_once):
+        members, sent = [], torch.empty(min(at_once, trials - first), width)
+        for update in sent:
+            members.append(int(torch.randint(len(candidates), (1,), generator=generator)))
+            # Clipping twice is clipping once.
+            update.copy_(apply_defense(gradient(members[-1]), defense, generator))
+        distances = torch.stack(
+            [g.square().sum() - 2.0 * sent @ g for g in map(gradient, range(len(candidates)))]
+        )
+        right += int((distances.argmin(dim=0) == torch.tensor(members)).sum())
     bound = 1.0
     if isinstance(defense, GaussianSum):
         bound = reconstruction_success_bound(defense.event(), 1 / len(candidates))

@@ -17,6 +17,7 @@ from fedface.cli.options import (
     JsonOption,
     MethodOption,
     SeedOption,
+    public_path,
 )
 from fedface.errors import ConfigError
 
@@ -76,10 +77,10 @@ def benchmark(
     words = ["fedface", "benchmark"]
     for name in method or ():
         words += ["--method", name]
-    words += ["--photos", str(photos), "--label", label] if photos else []
+    words += ["--photos", public_path(photos), "--label", label] if photos else []
     words += ["--subset", subset] if subset else []
     words += [] if light_fraction is None else ["--light-fraction", f"{light_fraction:g}"]
-    words += ["--checkpoint", str(checkpoint)] if checkpoint else []
+    words += ["--checkpoint", public_path(checkpoint)] if checkpoint else []
     words += ["--per-group", str(per_group), "--faces", str(faces), "--factor", str(factor)]
     words += ["--downscale", downscale, "--seed", str(seed)]
     with locked_folder(out, "benchmark"), progress_bars() as bars:

@@ -64,8 +64,17 @@ def command_line(
     arguments: Sequence[str] = (),
 ) -> str:
     """The shell command that repeats this call."""
-    words = ["fedface", command, str(experiment), *arguments]
-    words += ["--photos", str(photos)] if photos else []
+    words = ["fedface", command, public_path(experiment), *(public_path(Path(word)) for word in arguments)]
+    words += ["--photos", public_path(photos)] if photos else []
     for key, value in changes.items():
-        words += ["--set", f"{key}={value}"]
+        words += ["--set", f"{key}={public_path(Path(value)) if key == 'base' else value}"]
     return shlex.join(words)
+
+
+def public_path(path: Path) -> str:
+    """A path for a record that others may read: below the current folder, or its last part alone."""
+    return (
+        str(path.absolute().relative_to(Path.cwd()))
+        if path.absolute().is_relative_to(Path.cwd())
+        else path.name
+    )

@@ -19,7 +19,7 @@ policy = typer.Typer(help="What the owner of a device allows.", no_args_is_help=
 
 @policy.command(
     "check",
-    epilog=example("fedface policy check clients/policy.example.yaml --experiment experiments/demo.yaml"),
+    epilog=example("fedface policy check device.yaml --experiment family.yaml"),
 )
 def policy_check(
     file: Annotated[Path, typer.Argument(help="A policy file, or a device file with a policy section.")],

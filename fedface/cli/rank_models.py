@@ -37,12 +37,11 @@ def rank_models(
     from fedface.cli.tables import print_ranking
     from fedface.coordinator.model_ranking import load_candidates, ranking_parameters, run_ranking
     from fedface.coordinator.run_folder import new_folder, resume_ranking
-    from fedface.experiment import RemoteDevices, for_ranking, read_experiment
+    from fedface.experiment import RemoteDevices, devices_folder, for_ranking, read_experiment
     from fedface.number_format import format_delta
     from fedface.privacy.privacy_target import PrivacyTarget
     from fedface.public_data.labelled_sets import check_sources
     from fedface.simulation.in_process import in_process_cohort
-    from fedface.transport.run_config import devices_folder
 
     changes = parse_changes(set)
     recipe = for_ranking(read_experiment(experiment, photos=photos, changes=changes))

@@ -33,10 +33,9 @@ def run(
     from fedface.coordinator.run import initialize_run, run_experiment
     from fedface.coordinator.run_folder import new_folder, resume_run
     from fedface.coordinator.run_state import weights_path
-    from fedface.experiment import RemoteDevices, read_experiment
+    from fedface.experiment import RemoteDevices, devices_folder, read_experiment
     from fedface.public_data.labelled_sets import check_sources
     from fedface.simulation.in_process import in_process_cohort
-    from fedface.transport.run_config import devices_folder
 
     changes = parse_changes(set)
     recipe = read_experiment(experiment, photos=photos, changes=changes)
@@ -92,11 +91,13 @@ def plan(
         say(f"  {line}")
 
 
-def report(folder: Annotated[Path, typer.Argument(help="The folder of a finished run.")]) -> None:
-    """Write report and model card of a finished run again."""
+def report(folder: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
+    """Write report and model card of a run again; without its audits, if those have not ended."""
+    from fedface.coordinator.run import unaudited_record
     from fedface.reports import html_report, model_card, run_record
 
-    record = run_record.read(folder)
+    unfinished = (folder / "state.json").exists() and not (folder / run_record.FILE).exists()
+    record = unaudited_record(folder) if unfinished else run_record.read(folder)
     with locked_folder(folder, "run"):
         model_card.write(record, folder)
         say(f"open {html_report.write(record, folder)}")

@@ -43,6 +43,8 @@ def print_run(record: RunRecord, folder: Path) -> None:
             cells = [table_cell(one[name]) if one else "not measured" for name in metrics for one in served]
             table.add_row(group, str(count), *cells)
     say(table)
+    for sentence in {attack.scores.shortened for attack in record.attacks} - {""}:
+        say(f"warning: {sentence}")
     say(f"open {folder / html_report.FILE}")
     say(f"also {folder / run_record.FILE} and {folder / model_card.FILE}")
 

@@ -26,7 +26,7 @@ from fedface.coordinator.run import check_same, initialize_run
 from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import upsample_with
 from fedface.errors import ConfigError
-from fedface.experiment import Experiment, SyntheticDevices
+from fedface.experiment import Experiment, SyntheticDevices, devices_folder
 from fedface.measurements import NotMeasured
 from fedface.messages.cohort import Cohort
 from fedface.models.checkpoint import load_model, weights_hash
@@ -96,8 +96,7 @@ def compare_runs(
         progress.message(
             f"run {number} of {len(sweep.variants)}: {', '.join(variant.names) or variant.method}"
         )
-        place = folder / "runs" / variant.folder
-        runs += [_base(variant, folder, faces, progress), _one(variant, place, cohort_of, faces, progress)]
+        runs += [_base(variant, folder, faces, progress), _one(variant, folder, cohort_of, faces, progress)]
     first = sweep.variants[0].experiment
     truth = _reference(first, first.start().size, faces)
     record = ComparisonRecord(
@@ -126,9 +125,10 @@ def _without_twins(runs: list[ComparedRun]) -> list[ComparedRun]:
 
 
 def _one(
-    variant: Variant, place: Path, cohort_of: CohortOf, faces: int, progress: ProgressListener
+    variant: Variant, folder: Path, cohort_of: CohortOf, faces: int, progress: ProgressListener
 ) -> ComparedRun:
     """Finish one run, or read its metrics from the disk."""
+    place = folder / "runs" / variant.folder
     experiment, stored = variant.experiment, place / f"metrics-{_measure_name(faces)}.json"
     if not (place / "state.json").exists():
         initialize_run(experiment, place)
@@ -136,7 +136,7 @@ def _one(
     if stored.exists():
         return load(ComparedRun, stored)
     plan = experiment.plan()
-    cohort = cohort_of(experiment, place / "devices")
+    cohort = cohort_of(experiment, devices_folder(folder) / variant.folder)
     state = run_rounds(experiment, plan, cohort, RunState.read(place), None, progress)
     final = load_model(weights_path(place, experiment.rounds))
     work = prepare_round(final, experiment.training, plan.dp_parameters, common_streams(experiment.seed, 0))

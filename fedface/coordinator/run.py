@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import assert_never
@@ -25,6 +25,7 @@ from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import (
     LeakageFinding,
     MethodEvaluation,
+    ReferenceSet,
     aggregation_costs,
     audit_update_leakage,
     evaluate_on_probe,
@@ -33,7 +34,14 @@ from fedface.coordinator.server_metrics import (
     sample_metrics,
 )
 from fedface.errors import ConfigError, RunError
-from fedface.experiment import Experiment, LabelledDevices, RemoteDevices, SyntheticDevices
+from fedface.experiment import (
+    Experiment,
+    LabelledDevices,
+    LabelledProbe,
+    RemoteDevices,
+    SyntheticDevices,
+    read_experiment,
+)
 from fedface.measurements import NotMeasured
 from fedface.messages.cohort import Cohort
 from fedface.models.checkpoint import load_model, save_model, weights_hash
@@ -68,19 +76,41 @@ def initialize_run(experiment: Experiment, folder: Path) -> None:
         )
     (folder / "rounds").mkdir(parents=True, exist_ok=True)
     save_model(weights_path(folder, 0), experiment.start())
-    replace_text(folder / "experiment.yaml", dump(experiment))
     replace_text(folder / "digest", experiment.digest())
     RunState(folder, datetime.now(UTC).isoformat(timespec="seconds"), ()).save()
 
 
 def check_same(experiment: Experiment, folder: Path) -> None:
-    """Raises RunError unless the run in this folder was started with this experiment."""
+    """Write `experiment.yaml`, after checking that the run in this folder was started with this experiment.
+
+    Its audits may have changed since, because no round depends on them.
+
+    Raises:
+        RunError: Something else has changed.
+    """
     started_with = (folder / "digest").read_text(encoding="utf-8") if (folder / "digest").exists() else ""
-    if started_with != experiment.digest():
+    same = started_with == experiment.digest()
+    if same and (experiment.base is None or experiment.base.exists()):
+        stored = load_model(weights_path(folder, 0))
+        same = weights_hash(*experiment.start().modules()) == weights_hash(*stored.modules())
+    if not same:
         raise RunError(
             f"{folder}: this run was started with another experiment (see experiment.yaml there); "
-            "resume with the same file and options, or start a new run"
+            "resume with the same file and options, or start a new run. Only the audits may change: attack, and "
+            "upsampling and probe where no device uses them"
         )
+    replace_text(folder / "experiment.yaml", dump(_without_places(experiment)))
+
+
+def _without_places(experiment: Experiment) -> Experiment:
+    """The same experiment for a folder that others may read: no path of this machine."""
+    parts = {
+        name: replace(part, folder=Path(part.folder.name))
+        for name, part in (("devices", experiment.devices), ("probe", experiment.probe))
+        if isinstance(part, LabelledDevices | LabelledProbe)
+    }
+    base = None if experiment.base is None else Path("rounds") / weights_path(Path(), 0).name
+    return replace(experiment, base=base, **parts)  # type: ignore[arg-type]
 
 
 def run_experiment(
@@ -119,6 +149,79 @@ def run_experiment(
     state = evaluate_on_devices(
         experiment, plan, cohort, [("before", base), ("after", final)], state, progress, withdrawn
     )
+    try:
+        record = _audit(experiment, plan, state, (base, final), (probe, reference), progress)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        raise RunError(
+            f"{folder}: the audits need more memory than there is. All {experiment.rounds} rounds are stored: "
+            "continue with --resume and smaller audits, such as --set attack.candidates=100 --set "
+            f"probe.per_group=4, or write a report without audits with `fedface report {folder}`"
+        ) from error
+    record = replace(record, command=command or record.command)
+    run_record.write(record, folder)
+    model_card.write(record, folder)
+    html_report.write(record, folder)
+    return record
+
+
+def unaudited_record(folder: Path) -> RunRecord:
+    """The record of a run whose audits have not ended: its rounds, its privacy and what devices measured.
+
+    Raises:
+        RunError: There is no run in this folder, or its state is damaged.
+        ConfigError: Its experiment cannot be read.
+    """
+    state = RunState.read(folder)
+    experiment = read_experiment(folder / "experiment.yaml")
+    last = load_model(weights_path(folder, len(state.rounds)))
+    return _record(experiment, experiment.plan(), state, (load_model(weights_path(folder, 0)), last))
+
+
+def _record(experiment: Experiment, plan: Plan, state: RunState, models: tuple[Model, Model]) -> RunRecord:
+    """The record without audits; `models` are those before and after the rounds."""
+    missing = NotMeasured(not_measured="the audits of this run have not ended")
+    base, final = models
+    return RunRecord(
+        name=state.folder.name,
+        question=experiment.question,
+        started=state.started,
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=shlex.join(["fedface", "run", str(state.folder / "experiment.yaml")]),
+        versions=run_record.installed_versions(),
+        machine=MachineRecord.here(),
+        experiment=encode(_without_places(experiment)),
+        plan=plan,
+        planned_epsilon=epsilon_spent(plan, experiment.rounds),
+        base_hash=weights_hash(*base.modules()),
+        final_hash=weights_hash(*final.modules()),
+        devices=(),
+        metrics_before={},
+        rounds=state.rounds,
+        bias_before=missing,
+        bias_after=missing,
+        withdrawals=state.withdrawals,
+        device_metrics=state.device_metrics,
+        reference={},
+        tones=(),
+        attacks=(),
+        aggregation=(),
+        pictures={},
+        notes=_notes(experiment, plan, base),
+    )
+
+
+def _audit(
+    experiment: Experiment,
+    plan: Plan,
+    state: RunState,
+    models: tuple[Model, Model],
+    faces: tuple[PublicProbe, ReferenceSet],
+    progress: ProgressListener,
+) -> RunRecord:
+    """The complete record of a run, with its pictures in the run's folder."""
+    (base, final), (probe, reference), folder = models, faces, state.folder
     before, after = _evaluate_both(experiment, base, final, probe, progress)
     baselines = [
         evaluate_on_probe(base, probe, experiment.upsampling, method, experiment.seed, lambda done, of: None)
@@ -127,7 +230,7 @@ def run_experiment(
     progress.stage("attacks on one update", 1)
     work = prepare_round(final, experiment.training, plan.dp_parameters, common_streams(experiment.seed, 0))
     attacked = audit_update_leakage(
-        work, probe, _candidates(experiment, size), plan, experiment.attack, experiment.seed
+        work, probe, _candidates(experiment, base.size), plan, experiment.attack, experiment.seed
     )
     progress.advance(1)
     progress.stage("cost of encryption", 1)
@@ -146,19 +249,8 @@ def run_experiment(
     }
     like_devices = None if isinstance(experiment.devices, RemoteDevices) else reference.faces
     parts = _Parts(base, final, probe, like_devices, before, after, baselines, samples)
-    record = RunRecord(
-        name=folder.name,
-        question=experiment.question,
-        started=state.started,
-        finished=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=command or shlex.join(["fedface", "run", str(folder / "experiment.yaml")]),
-        versions=run_record.installed_versions(),
-        machine=MachineRecord.here(),
-        experiment=encode(experiment),
-        plan=plan,
-        planned_epsilon=epsilon_spent(plan, experiment.rounds),
-        base_hash=weights_hash(*base.modules()),
-        final_hash=weights_hash(*final.modules()),
+    return replace(
+        _record(experiment, plan, state, models),
         devices=tuple(
             DeviceRecord(
                 id=name,
@@ -168,22 +260,19 @@ def run_experiment(
             for name, words, count in describe_devices(experiment)
         ),
         metrics_before=sample_metrics(base, reference, experiment.seed),
-        rounds=state.rounds,
         bias_before=before.bias,
         bias_after=after.bias,
-        withdrawals=state.withdrawals,
-        device_metrics=state.device_metrics,
         reference={title_of(served.method): served.bias for served in baselines},
         tones=_tones(parts),
         attacks=tuple(attack.record for attack in attacked),
         aggregation=tuple(costs),
         pictures=_pictures(folder, parts, attacked),
-        notes=_notes(experiment, plan, base),
+        notes=(*_notes(experiment, plan, base), *_shortened(attacked)),
     )
-    run_record.write(record, folder)
-    model_card.write(record, folder)
-    html_report.write(record, folder)
-    return record
+
+
+def _shortened(attacked: list[LeakageFinding]) -> set[str]:
+    return {attack.record.scores.shortened for attack in attacked} - {""}
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,26 @@ import re
 from pathlib import Path
 
 from fedface.errors import RunError
+from fedface.experiment import devices_folder
 
 RUNS = Path("runs")  # in the folder where the command was given
 
 
 def new_folder(name: str, out: Path | None) -> Path:
-    """The folder for a new run: `out`, or the first of runs/NAME, runs/NAME-2, ... that does not exist."""
+    """The folder for a new run: `out`, or the first of runs/NAME, runs/NAME-2, ... that does not exist.
+
+    Raises:
+        RunError: There are keys and ledgers of an earlier run of this folder.
+    """
     if out is not None:
-        return _named(out)
+        folder = _named(out)
+        if devices_folder(folder).exists() and not folder.exists():
+            raise RunError(
+                f"{devices_folder(folder)}: belongs to an earlier run; remove it, or choose another folder"
+            )
+        return folder
     folder, number = RUNS / name, 1
-    while folder.exists():
+    while folder.exists() or devices_folder(folder).exists():
         number += 1
         folder = RUNS / f"{name}-{number}"
     return folder
@@ -78,4 +88,7 @@ def resume_comparison(name: str, out: Path | None) -> Path:
 
 def _named(folder: Path) -> Path:
     """An absolute path, because the folder's name is the run's name and "." has none."""
-    return folder if folder.name not in ("", "..") else folder.resolve()
+    named = folder if folder.name not in ("", "..") else folder.resolve()
+    if not named.name:
+        raise RunError(f"{folder}: is the root of a disk; name a folder in it")
+    return named

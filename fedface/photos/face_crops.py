@@ -19,7 +19,7 @@ LONGEST_SIDE = 1600  # pixels in which faces are looked for
 MIN_FACE_SIDE = (
     64  # a square picture of at most this side is taken as a face already, aligned and low-resolution
 )
-_TURNS = (0, 90, 270, 180)  # degrees counterclockwise, the usual ones first
+TURNS = (0, 90, 270, 180)  # degrees counterclockwise, the usual ones first
 _SURE = 1.0  # a face that scores less may be a face lying on its side: the photo is looked at in every turn
 
 
@@ -65,7 +65,7 @@ def face_crops(
     finder = detector()
     seen: dict[int, list[Face]] = {}
     try:
-        for turn in _TURNS:
+        for turn in TURNS:
             seen[turn] = usable(finder.find(_turned(photo, turn)))
             if _surest(seen[turn]) >= _SURE:
                 break

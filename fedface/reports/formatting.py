@@ -186,8 +186,9 @@ def inversion_sentence(scores: AttackScores) -> str:
     gain = scores.gain
     verdict = "more than" if gain.low > 0 else "less than" if gain.high < 0 else "about as much as"
     low, high = number_format.signed(gain.low), number_format.signed(gain.high)
+    shortened = f" {scores.shortened}" if scores.shortened else ""
     return (
         f"With {defense_label(scores.defense)}, gradient inversion recovered {verdict} a guess without the update: "
         f"{number_format.signed(gain.estimate)} dB [{low}, {high}] "
-        f"(n{number_format.SPACE}={number_format.SPACE}{gain.count})."
+        f"(n{number_format.SPACE}={number_format.SPACE}{gain.count}).{shortened}"
     )

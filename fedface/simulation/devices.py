@@ -8,10 +8,10 @@ from pathlib import Path
 from fedface.aggregation.homomorphic import make_keys
 from fedface.device.client import Device
 from fedface.errors import FederationError
-from fedface.experiment import Experiment, RemoteDevices, SyntheticDevices
+from fedface.experiment import Experiment, RemoteDevices, SyntheticDevices, devices_folder
 from fedface.photos.device_dataset import DeviceDataset
 from fedface.public_data.device_photos import device_name, device_photos
-from fedface.transport.run_config import devices_folder, read_run_config
+from fedface.transport.run_config import read_run_config
 
 
 def prepare(experiment: Experiment, folder: Path) -> None:
@@ -22,9 +22,10 @@ def prepare(experiment: Experiment, folder: Path) -> None:
     """
     if isinstance(experiment.devices, RemoteDevices):
         return
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     states = [folder / device_name(number) for number in range(experiment.devices.count)]
     for state in states:
-        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        state.mkdir(exist_ok=True, mode=0o700)
     missing = [state for state in states if not (state / "sum.key").exists()]
     if 0 < len(missing) < len(states):
         raise FederationError(

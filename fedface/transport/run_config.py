@@ -27,11 +27,6 @@ class RunConfig:
     candidates: tuple[str, ...] = ()  # checkpoints to rank; empty: a run that trains
 
 
-def devices_folder(run: Path) -> Path:
-    """Where simulated devices store their ledgers and keys, within a run's folder."""
-    return run / "devices"
-
-
 def read_run_config(config: Mapping[str, object], home: Path) -> RunConfig:
     """Read a run config: `experiment` (within the app, or absolute), `folder`, `photos`, `changes`, `candidates`.
 

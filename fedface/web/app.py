@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -23,9 +24,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 from fedface.errors import ConfigError, FedfaceError
+from fedface.photos.face_crops import TURNS
+from fedface.photos.image_io import MAX_BYTES
 from fedface.reports.charts import pixels_of
 from fedface.upsampling.upsampler import Progress, StepCallback, Upsampler
-from fedface.web.background_job import BackgroundSearch
+from fedface.web.background_job import BackgroundCall, BackgroundSearch
 from fedface.web.events import Asked, final_event, progress_event, sheet_of
 from fedface.web.image_encoding import data_uri
 from fedface.web.local_only_middleware import LocalOnlyMiddleware
@@ -34,7 +37,7 @@ from fedface.web.session import Session
 from fedface.web.upload import Crop, Reader, Upload
 
 PAGE = Path(__file__).with_name("page.html")
-MAX_UPLOAD = 40_000_000  # bytes
+MAX_UPLOAD = MAX_BYTES
 MAX_FACES = 12
 MAX_SEED = 2**32 - 1
 POLL_INTERVAL = 0.02  # s, polling interval of a search
@@ -103,12 +106,25 @@ class RequestHandlers:
             content += part
             if len(content) > MAX_UPLOAD:
                 return _error_response(413, _too_large())
-        upload = await run_in_threadpool(self.reader.read, bytes(content))
+        cancelled = Event()
+        reading = BackgroundCall(lambda: self.reader.read(bytes(content), cancelled))
+        try:
+            while not reading.done:
+                await asyncio.sleep(POLL_INTERVAL)
+                # The page is closed or shows another photo: nothing of this one is kept.
+                if request.app.state.stopping() or await request.is_disconnected():
+                    return _error_response(410, GONE)
+        finally:
+            cancelled.set()
+        upload = reading.result()
         if await request.is_disconnected():
-            # The page is closed and cannot ask to delete it: delete it now.
             return _error_response(410, GONE)
         self.session.set_photo(upload)
         return JSONResponse(await run_in_threadpool(_upload_record, upload))
+
+    async def looking(self) -> Response:
+        """How far the search for faces in a photo is."""
+        return JSONResponse({"turns": self.reader.turns, "of": len(TURNS)})
 
     async def synthetic(self) -> Response:
         """Render a synthetic face, as if it had been uploaded."""
@@ -203,9 +219,11 @@ def make_app(provider: MethodProvider, reader: Reader, *, port: int) -> FastAPI:
         reader.close()
 
     app = FastAPI(title="fedface", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.stopping = lambda: False  # replaced by who serves it
     answers = RequestHandlers(provider, reader, session)
     asked: dict[str, Callable[..., Any]] = {"/": answers.show, "/about": answers.about, "/fits": answers.fits,
-                                            "/pixels": answers.pixels, "/sheet": answers.sheet}  # fmt: skip
+                                            "/pixels": answers.pixels, "/sheet": answers.sheet,
+                                            "/looking": answers.looking}  # fmt: skip
     for path, answer in asked.items():
         app.add_api_route(path, answer, methods=["GET"], response_model=None)
     ordered: dict[str, Callable[..., Any]] = {"/photo": answers.photo, "/synthetic": answers.synthetic,
@@ -229,7 +247,7 @@ async def _event_stream(search: BackgroundSearch, request: Request, asked: Asked
             silence = time.monotonic() - sent
             if silence < EVENT_INTERVAL:
                 continue
-            if await request.is_disconnected():
+            if request.app.state.stopping() or await request.is_disconnected():
                 return
             event = await run_in_threadpool(progress_event, search)
             if event is not None or silence >= HEARTBEAT:

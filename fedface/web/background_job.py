@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Event, Lock, Thread
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from fedface.tensor_types import Images, LowImages
 from fedface.upsampling.upsampler import Progress, StepCallback, StepSnapshot, Upsampled, Upsampler
 from fedface.web.image_encoding import shown
 
+T = TypeVar("T")
 Make = Callable[[Progress, StepCallback], Upsampler]
 
 
@@ -62,6 +64,34 @@ class SearchProgress:
 
 class _Break(Exception):
     """Interrupts an upsampler."""
+
+
+class BackgroundCall(Generic[T]):
+    """A call in a thread of its own, which ends with the process, unlike those of a pool."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._work = work
+        self._result: T | Exception | None = None
+        self._thread = Thread(target=self._run, name="fedface web call", daemon=True)
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        """Whether `result` would return or raise at once."""
+        return not self._thread.is_alive()
+
+    def result(self) -> T:
+        """What the finished call returned; raises what it raised."""
+        self._thread.join()
+        if isinstance(self._result, Exception):
+            raise self._result
+        return self._result  # type: ignore[return-value]
+
+    def _run(self) -> None:
+        try:
+            self._result = self._work()
+        except Exception as error:  # for whoever asks for the result
+            self._result = error
 
 
 class BackgroundSearch:

@@ -39,7 +39,7 @@ def port_of(listening: socket.socket) -> int:
 
 def server_of(app: FastAPI) -> uvicorn.Server:
     """A server for the application; `run(sockets=[...])` serves until `should_exit` or Ctrl-C."""
-    return uvicorn.Server(
+    server = uvicorn.Server(
         uvicorn.Config(
             app,
             log_level="warning",
@@ -51,6 +51,8 @@ def server_of(app: FastAPI) -> uvicorn.Server:
             timeout_graceful_shutdown=PATIENCE,
         )
     )
+    app.state.stopping = lambda: server.should_exit  # streams end by themselves, before they are cut off
+    return server
 
 
 def serve(app: FastAPI, listening: socket.socket) -> None:

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from threading import Lock
+from threading import Event, Lock
 
 import numpy as np
 from torch.nn import functional as F
@@ -78,13 +78,18 @@ class Reader:
         self.size = size
         self._make_detector = cache(detector)
         self._lock = Lock()
+        self._looking: _Looking | None = None
 
     @cached_property
     def _child(self) -> SandboxedDecoder:
         return SandboxedDecoder(longest_side=LONGEST_SIDE)
 
-    def read(self, content: bytes) -> Upload:
+    def read(self, content: bytes, cancelled: Event | None = None) -> Upload:
         """Find the faces of a photo, largest first.
+
+        Args:
+            content: The file's bytes.
+            cancelled: Set by another thread once nobody waits for the faces: what is left of the search is skipped.
 
         Raises:
             PhotoError: The bytes are not a readable picture, or it is too small; one sentence.
@@ -95,13 +100,13 @@ class Reader:
             height, width = photo.pixels.shape[:2]
             if min(height, width) < LEAST:
                 raise PhotoError(f"This picture has {width} x {height} pixels: too few for a face.")
-            looking = _Looking(self._make_detector)
+            self._looking = looking = _Looking(self._make_detector, cancelled or Event())
             try:
                 faces = face_crops(
                     photo, lambda: looking, max(SHOWN, self.size), smallest=LEAST, name="this photo"
                 )
             except LibraryError:
-                if not looking.done:
+                if not looking.turns:
                     raise
                 return Upload(crops=(self._middle(photo.pixels),), found=0, looked=True)
         crops = tuple(
@@ -115,6 +120,11 @@ class Reader:
         large = render_people(1, 0.5, SHOWN, Streams(seed))
         crop = Crop(truth=eight_bits(rendered), preview=pixels_of(large[0]), width=self.size)
         return Upload(crops=(crop,), found=1, looked=False)
+
+    @property
+    def turns(self) -> int:
+        """In how many of `face_crops.TURNS` the current photo was searched so far."""
+        return 0 if self._looking is None else self._looking.turns
 
     @property
     def child(self) -> int | None:
@@ -155,17 +165,17 @@ class Reader:
 
 
 class _Looking:
-    """A detector that is loaded on first use and records whether it was used."""
+    """A detector that is loaded on first use, counts its searches and skips those that nobody waits for."""
 
-    def __init__(self, detector: Callable[[], Detector]) -> None:
-        self._detector = detector
-        self.done = False
+    def __init__(self, detector: Callable[[], Detector], cancelled: Event) -> None:
+        self._detector, self._cancelled = detector, cancelled
+        self.turns = 0
 
     @property
     def name(self) -> str:
         return self._detector().name
 
     def find(self, pixels: np.ndarray) -> list[Face]:
-        found = self._detector().find(pixels)
-        self.done = True
+        found = [] if self._cancelled.is_set() else self._detector().find(pixels)
+        self.turns += 1
         return found

@@ -18,7 +18,7 @@ from fedface.codec import loads
 from fedface.coordinator.model_ranking import load_candidates, ranking_parameters, run_ranking
 from fedface.coordinator.rounds import SilentProgress
 from fedface.errors import ConfigError, FederationError, FedfaceError, RunError
-from fedface.experiment import Experiment, for_ranking, read_experiment
+from fedface.experiment import Experiment, devices_folder, for_ranking, read_experiment
 from fedface.messages.cohort import Cohort, OnReply
 from fedface.messages.messages import EvaluateTask, Failure, Reply, Task, to_message
 from fedface.models.checkpoint import save_model
@@ -29,7 +29,6 @@ from fedface.randomness import SecretNoise
 from fedface.reports.model_ranking_report import RankingReport
 from fedface.simulation.devices import prepare
 from fedface.simulation.in_process import in_process_cohort
-from fedface.transport.run_config import devices_folder
 
 CHANGES = {
     "privacy": "{kind: privacy-target, epsilon: 60, delta: 1e-3}",

@@ -19,7 +19,7 @@ from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import ReferenceSet, sample_metrics
 from fedface.device.client import handle_task
 from fedface.errors import FederationError, RunError
-from fedface.experiment import Experiment
+from fedface.experiment import Experiment, devices_folder
 from fedface.measurements import Epsilon, Interval, NotMeasured
 from fedface.messages.cohort import OnReply
 from fedface.messages.messages import (
@@ -40,7 +40,6 @@ from fedface.public_data.device_photos import device_faces
 from fedface.simulation.devices import simulated_device
 from fedface.tensor_types import Vector
 from fedface.training.gan import GanRound
-from fedface.transport.run_config import devices_folder
 from fedface.upsampling.degradation import Area
 
 Tamper = Callable[[int, Task, Reply], Reply | Failure]

@@ -21,6 +21,7 @@ from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import ReferenceSet
 from fedface.device.client import handle_task
 from fedface.errors import ConfigError, FederationError, PrivacyError
+from fedface.experiment import devices_folder
 from fedface.measurements import Epsilon, NotMeasured
 from fedface.messages.messages import EvaluateTask, EvaluationRequest, Refusal, TrainResult, TrainTask
 from fedface.models.checkpoint import flatten_parameters, load_model
@@ -36,7 +37,6 @@ from fedface.reports.device_metrics_record import WithdrawalRecord
 from fedface.reports.run_record import WITHDRAWN
 from fedface.simulation.in_process import in_process_cohort
 from fedface.synthetic.faces import render_people
-from fedface.transport.run_config import devices_folder
 from fedface.upsampling.pulse import PulseConfig
 
 LIBRARY = {

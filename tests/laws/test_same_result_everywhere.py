@@ -15,7 +15,7 @@ from fedface.coordinator.run import initialize_run
 from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import ReferenceSet
 from fedface.device.client import Device
-from fedface.experiment import Experiment, read_experiment
+from fedface.experiment import Experiment, devices_folder, read_experiment
 from fedface.messages.cohort import Cohort
 from fedface.models.checkpoint import flatten_parameters, load_model, save_model
 from fedface.models.discriminator import DiscriminatorConfig
@@ -28,7 +28,6 @@ from fedface.simulation.in_process import in_process_cohort
 from fedface.tensor_types import Vector
 from fedface.training.gan import GanRound
 from fedface.transport.client import client_app
-from fedface.transport.run_config import devices_folder
 from fedface.transport.server import GridCohort
 
 RECIPE = """

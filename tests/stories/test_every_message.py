@@ -17,7 +17,7 @@ from fedface.aggregation.payload import Payload
 from fedface.audits.dp_metrics import LocalMetricsConfig
 from fedface.coordinator.rounds import SilentProgress
 from fedface.coordinator.run import run_experiment
-from fedface.experiment import Experiment
+from fedface.experiment import Experiment, devices_folder
 from fedface.messages.cohort import Cohort, OnReply
 from fedface.messages.messages import DecryptTask, Failure, Message, Reply, Task, to_message
 from fedface.photos.skin_tone import measure_tone
@@ -25,7 +25,6 @@ from fedface.privacy.accounting import epsilon_of, event_from_json
 from fedface.privacy.ledger import Ledger
 from fedface.simulation.devices import simulated_device
 from fedface.simulation.in_process import in_process_cohort
-from fedface.transport.run_config import devices_folder
 
 KEYS = {
     "train-result": {"kind", "version", "device", "seconds_protect"},

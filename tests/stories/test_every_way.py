@@ -10,6 +10,7 @@ from tiny import tiny_way
 
 from fedface import cli
 from fedface.config import dump
+from fedface.experiment import devices_folder
 from fedface.measurements import Epsilon
 from fedface.models.checkpoint import load_model, weights_hash
 from fedface.privacy.ledger import Ledger
@@ -34,7 +35,7 @@ def test_a_run_of_each_method_ends_with_a_report(
     assert record.rounds[0].answered == ("device-00", "device-01") and len(record.rounds) == 1
     spent = record.rounds[0].epsilon
     assert isinstance(spent, Epsilon) and 7 < spent.upper <= 8
-    for state in sorted((folder / "devices").iterdir()):
+    for state in sorted(devices_folder(folder).iterdir()):
         assert len(Ledger.open(state / "ledger.sqlite").entries()) == 1
     model = load_model(folder / "rounds" / "001.safetensors")
     assert record.final_hash == weights_hash(*model.modules()) != record.base_hash

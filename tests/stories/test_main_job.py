@@ -16,6 +16,7 @@ import pytest
 from tiny import tiny_file
 
 from fedface import cli
+from fedface.experiment import devices_folder
 from fedface.models.checkpoint import load_model, weights_hash
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.ledger_records import LedgerEntry
@@ -36,7 +37,7 @@ def attempts(folder: Path) -> dict[str, list[tuple[int, int]]]:
     """Round and attempt of every record, by device."""
     return {
         state.name: [(entry.round, entry.attempt) for entry in Ledger.open(state / "ledger.sqlite").entries()]
-        for state in sorted((folder / "devices").iterdir())
+        for state in sorted(devices_folder(folder).iterdir())
     }
 
 
@@ -60,7 +61,7 @@ def test_a_run_ends_with_a_record_a_page_and_a_card_that_agree(
     assert record.final_hash == record.rounds[-1].weights_hash != record.base_hash
     assert {entry.protocol for entry in record.aggregation} == {"plain", "homomorphic"}
     assert len(record.attacks) == 2
-    assert f"fedface run {recipe}" in record.command
+    assert record.command == "fedface run tiny.yaml"
     assert attempts(folder) == {f"device-0{i}": [(1, 1), (2, 1)] for i in range(2)}
 
     page = (folder / "report.html").read_text(encoding="utf-8")
@@ -124,7 +125,7 @@ def test_a_run_interrupted_while_measuring_only_measures(
 
 def stored(folder: Path, name: str, round: int) -> bytes | None:
     """The reply to a round that a device still has."""
-    return Ledger.open(folder / "devices" / name / "ledger.sqlite").load_reply(folder.name, round)
+    return Ledger.open(devices_folder(folder) / name / "ledger.sqlite").load_reply(folder.name, round)
 
 
 def asked_for(ledger: Path, round: int) -> bool:
@@ -161,7 +162,7 @@ def test_a_run_killed_in_the_middle_of_a_round_continues(
     )
     try:
         until = time.monotonic() + 120
-        while not asked_for(folder / "devices" / "device-01" / "ledger.sqlite", 2):
+        while not asked_for(devices_folder(folder) / "device-01" / "ledger.sqlite", 2):
             assert work.poll() is None and time.monotonic() < until, "it ended before it could be killed"
             time.sleep(0.01)
     finally:

@@ -23,7 +23,7 @@ from fedface.coordinator.rounds import SilentProgress, run_rounds
 from fedface.coordinator.run_state import RunState
 from fedface.device.client import Device, handle_task
 from fedface.errors import LedgerError, PrivacyError
-from fedface.experiment import Experiment, read_experiment
+from fedface.experiment import Experiment, devices_folder, read_experiment
 from fedface.messages.messages import Message, Refusal, TrainResult, TrainTask, to_message
 from fedface.messages.parsing import read_task
 from fedface.photos.device_dataset import DeviceDataset
@@ -32,7 +32,6 @@ from fedface.privacy.ledger import Ledger
 from fedface.privacy.plan import DPParameters
 from fedface.simulation.devices import simulated_device
 from fedface.simulation.in_process import in_process_cohort
-from fedface.transport.run_config import devices_folder
 
 DELTA = 1e-3  # of the tiny experiment
 

@@ -19,7 +19,7 @@ from fedface.aggregation.payload import AggregationParameters, PlainConfig
 from fedface.coordinator.run import initialize_run
 from fedface.device.client import Device
 from fedface.errors import ConfigError, FederationError, LibraryError
-from fedface.experiment import read_experiment
+from fedface.experiment import devices_folder, read_experiment
 from fedface.messages.messages import (
     DecryptResult,
     DecryptTask,
@@ -37,7 +37,7 @@ from fedface.privacy.policy import DevicePolicy
 from fedface.randomness import Streams
 from fedface.simulation.in_process import InProcessGrid, in_process_cohort
 from fedface.transport.client import client_app
-from fedface.transport.run_config import devices_folder, read_run_config
+from fedface.transport.run_config import read_run_config
 from fedface.transport.server import GridCohort
 from fedface.transport.wire import from_record, to_record
 

@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 from fading import SIZE, FadingSearcher, Known
 from speaking import Run, Running, photo_bytes
@@ -19,6 +20,9 @@ from typer.main import get_command
 
 from fedface.cli import app
 from fedface.errors import ConfigError, FedfaceError
+from fedface.photos.face_alignment import Face
+from fedface.photos.image_io import MAX_BYTES
+from fedface.web.app import MAX_UPLOAD
 from fedface.web.server import listen, port_of
 from fedface.web.upload import Reader
 
@@ -101,6 +105,73 @@ def test_the_command_listens_on_a_free_port_of_this_computer_and_ends_with_ctrl_
     finally:
         started.kill()
         started.wait()
+
+
+def test_ctrl_c_during_a_search_prints_no_traceback() -> None:
+    """The stream of the search ends before the server cuts it off."""
+    command = [sys.executable, "-m", "fedface.cli", "web"]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert started.stdout is not None
+        found = re.fullmatch(r"open http://127\.0\.0\.1:(\d+)/\n", started.stdout.readline())
+        assert found is not None
+        with Running(int(found[1])).client() as client:
+            photo = client.post("/synthetic", json={}).json()["photo"]
+            asked = query(photo) | {"method": "pulse", "faces": 8}
+            with client.stream("POST", "/search", json=asked) as stream:
+                next(stream.iter_lines())
+                started.send_signal(signal.SIGINT)
+                rest, errors = started.communicate(timeout=30)
+        assert started.returncode == 0 and errors == ""
+        assert rest.endswith("stopped; photos and generated faces were kept in memory only\n")
+    finally:
+        started.kill()
+        started.wait()
+
+
+class FindsNothing:
+    """A detector that takes its time."""
+
+    name = "slow"
+
+    def __init__(self, pause: float) -> None:
+        self.pause, self.calls = pause, 0
+
+    def find(self, pixels: object) -> list[Face]:
+        self.calls += 1
+        time.sleep(self.pause)
+        return []
+
+
+def test_a_photo_without_a_face_tells_how_far_it_is_and_stops_when_it_is_left(run_page: Run) -> None:
+    """Four rotations; once the page has gone, those that remain are skipped, so that the next photo need not wait."""
+    slow = FindsNothing(0.5)
+    running = run_page(FadingSearcher(), Reader(SIZE, lambda: slow))
+    seen, stopped = set(), threading.Event()
+
+    def watch() -> None:
+        with running.client() as other:
+            while not stopped.is_set():
+                seen.add(tuple(other.get("/looking").json().values()))
+                time.sleep(0.1)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    with running.client() as client:
+        assert client.post("/photo", content=photo_bytes()).json()["found"] == 0
+    stopped.set()
+    thread.join()
+    assert {(1, 4), (2, 4), (3, 4)} <= seen and slow.calls == 4
+    with running.client() as client, pytest.raises(httpx.ReadTimeout):
+        client.post("/photo", content=photo_bytes(), timeout=0.7)
+    with running.client() as client:
+        assert client.post("/photo", content=photo_bytes()).json()["found"] == 0
+    assert slow.calls in (4 + 2 + 4, 4 + 1 + 4)
+
+
+def test_the_page_takes_what_the_command_line_takes() -> None:
+    """One size limit for a photo."""
+    assert MAX_UPLOAD == MAX_BYTES
 
 
 def listening_at(port: int) -> set[str]:
