@@ -296,14 +296,14 @@ class Experiment:
 
     def plan(self) -> Plan:
         """The mechanism that meets the privacy target; calibrating its noise takes a second or two."""
-        releases: list[DPParameters] = []
+        evaluation: DPParameters | None = None
         if self.evaluation is not None and isinstance(self.privacy, PrivacyTarget):
-            releases.append(self.evaluation.dp_parameters(self.privacy, EVALUATIONS))
+            evaluation = self.evaluation.dp_parameters(self.privacy, EVALUATIONS)
         return make_plan(
             self.privacy,
             self.training.schedule(),
             update_clip_norm=self.update_clip_norm,
-            additional_releases=releases,
+            evaluation=evaluation,
         )
 
     @property

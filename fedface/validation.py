@@ -61,6 +61,20 @@ class Above:
         return "" if self.low < value < math.inf else f"must be a finite number above {self.low}"
 
 
+@dataclass(frozen=True)
+class Digits:
+    """A number with at most `most` significant decimal digits: one of a public grid."""
+
+    most: int
+
+    def problem(self, value: float) -> str:
+        """Empty for such a number."""
+        rounded = float(f"{value:.{self.most}g}") if math.isfinite(value) else value
+        return (
+            "" if value == rounded else f"must have at most {self.most} significant digits, such as {rounded}"
+        )
+
+
 class In:
     """An interval as mathematics writes it: `In("[0, 1)")`, `In("(0, 1024]")`, `In("[1e-6, 1e6]")`."""
 

@@ -93,14 +93,15 @@ def _asked(path: Path, delta: float | None = None, unit: str | None = None) -> _
 def ledger_show(path: Path, delta: float | None, unit: str | None, all_totals: bool, json_out: bool) -> None:
     """`fedface ledger show`."""
     asked = _asked(path, delta, unit)
-    entries = asked.ledger.verify().entries
+    snapshot = asked.ledger.verify()
+    entries = snapshot.entries
     whose = asked.unit_of(entries)
     with progress_bars() as bars:
         bars.stage("pricing", len(entries))
         most = None if all_totals else MOMENTS
-        so_far = totals(entries, delta=asked.delta, unit=whose, most=most)
+        so_far = totals(snapshot.records, delta=asked.delta, unit=whose, most=most)
         alone = {entry.number: price_of([entry], delta=asked.delta, unit=whose) for entry in entries}
-        spent = price_of(entries, delta=asked.delta, unit=whose)
+        spent = price_of(snapshot.charges, delta=asked.delta, unit=whose)
     if json_out:
         rows = [
             {

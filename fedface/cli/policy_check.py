@@ -104,10 +104,11 @@ def _book(owned: Owned) -> Iterator[Ledger]:
 def _answer(experiment: Path, recipe: Experiment, allowed: DevicePolicy, book: Ledger) -> PolicyReport:
     plan = recipe.plan()
     asked: list[tuple[str, str, DPParameters]] = [("training", recipe.training.objective, plan.dp_parameters)]
-    asked += [("evaluation", EVALUATION, terms) for terms in plan.additional_releases]
+    if plan.evaluation is not None:
+        asked.append(("evaluation", EVALUATION, plan.evaluation))
     # Hours and power are another matter: the run may ask again later.
     whenever = replace(allowed, hours=(), require_ac_power=False, min_battery=0.0, max_load=None)
-    verdicts = tuple(_verdict(what, word, terms, recipe, whenever, book) for what, word, terms in asked)
+    verdicts = tuple(_verdict(what, word, terms, plan, recipe, whenever, book) for what, word, terms in asked)
     priced = plan.dp_parameters.is_private and all(verdict.prices for verdict in verdicts)
     return PolicyReport(
         experiment=experiment,
@@ -118,7 +119,13 @@ def _answer(experiment: Path, recipe: Experiment, allowed: DevicePolicy, book: L
 
 
 def _verdict(
-    what: str, objective: str, terms: DPParameters, recipe: Experiment, allowed: DevicePolicy, book: Ledger
+    what: str,
+    objective: str,
+    terms: DPParameters,
+    plan: Plan,
+    recipe: Experiment,
+    allowed: DevicePolicy,
+    book: Ledger,
 ) -> Verdict:
     refusal: str | None = None
     prices: tuple[Price, ...] = ()
@@ -132,7 +139,7 @@ def _verdict(
             )
             for limit in allowed.budgets
         )
-        allowed.admit(terms, purpose, book)
+        allowed.admit(plan, purpose, book)
     except PolicyRefusal as error:
         refusal = error.reason
     return Verdict(
@@ -158,7 +165,7 @@ def _together(
         fits=short is None,
         refusal=None
         if short is None or alone
-        else f"all requests together need {describe_briefly(short)}, so the last rounds would be refused",
+        else f"all requests together need {describe_briefly(short)}, and a run is admitted as a whole",
         price=_price(plan.total_event(), told, life, book),
     )
 

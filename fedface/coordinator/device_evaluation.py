@@ -21,7 +21,7 @@ from fedface.messages.messages import EvaluateTask, EvaluationRequest
 from fedface.models.checkpoint import flatten_buffers, flatten_parameters, weights_hash
 from fedface.models.model import Model
 from fedface.privacy.accounting import epsilon_of
-from fedface.privacy.plan import DPParameters, Plan
+from fedface.privacy.plan import DPParameters, Plan, RunReleases
 from fedface.privacy.privacy_target import PrivacyTarget
 from fedface.randomness import Streams
 from fedface.reports.device_metrics_record import DeviceMetricsRecord
@@ -36,9 +36,16 @@ class Evaluation:
     number: int  # which evaluation of the run, from 1
     name: str  # the model's name in reports; not sent to devices
     model: Model
-    dp: DPParameters  # of each evaluation; its schedule counts all evaluations of the run
+    releases: RunReleases  # of the whole run
     config: LocalMetricsConfig  # which metrics
     holdout_fraction: float  # share of each device's units that is evaluated; 0: all
+
+    @property
+    def dp(self) -> DPParameters:
+        """The DP parameters of each evaluation; their schedule counts all evaluations of the run."""
+        if self.releases.evaluation is None:
+            raise ValueError("the run releases no metrics")
+        return self.releases.evaluation
 
     def task(self, experiment: Experiment, cohort: int) -> EvaluateTask:
         """The task for each of `cohort` devices."""
@@ -57,6 +64,7 @@ class Evaluation:
                 agreement=experiment.agreement,
                 holdout_fraction=self.holdout_fraction,
             ),
+            training_dp=self.releases.training,
             weights=flatten_parameters(*self.model.modules()),
             buffers=flatten_buffers(*self.model.modules()),
             model=weights_hash(*self.model.modules()),
@@ -135,7 +143,7 @@ def evaluate_on_devices(
     config = experiment.evaluation
     if config is None:
         return state
-    (dp,) = plan.additional_releases
+    assert plan.evaluation is not None  # Experiment.plan makes it of the experiment's evaluation
     everybody = cohort.members(experiment.devices.count)[: experiment.devices.count]
     for number, (name, model) in enumerate(models, start=1):
         if any(record.when == name for record in state.device_metrics):
@@ -147,7 +155,7 @@ def evaluate_on_devices(
             number=number,
             name=name,
             model=model,
-            dp=dp,
+            releases=plan.releases,
             config=config.metrics,
             holdout_fraction=config.holdout_fraction,
         )

@@ -27,7 +27,7 @@ from fedface.messages.cohort import Cohort
 from fedface.models.checkpoint import load_model, weights_hash
 from fedface.models.model import GeneratorArchitecture, Model
 from fedface.privacy.accounting import epsilon_of
-from fedface.privacy.plan import DPParameters
+from fedface.privacy.plan import DPParameters, RunReleases
 from fedface.privacy.privacy_target import PrivacyTarget
 from fedface.randomness import SecretNoise
 from fedface.reports import model_ranking_report
@@ -123,7 +123,7 @@ def run_ranking(
             number=number,
             name=name,
             model=models[name],
-            dp=dp,
+            releases=RunReleases(evaluation=dp),
             config=config.metrics,
             holdout_fraction=0.0,
         )

@@ -112,7 +112,7 @@ def run_rounds(
         state = handler.state.with_round(record)
         save_model(weights_path(state.folder, number), after)
         state = _with_metrics(state, experiment, reference, after)
-        progress.message(_summary(record, total, with_metrics=bool(plan.additional_releases)))
+        progress.message(_summary(record, total, with_metrics=plan.evaluation is not None))
     return state
 
 
@@ -176,6 +176,7 @@ def _train_task(
             agreement=experiment.agreement,
             holdout_fraction=experiment.holdout_fraction,
         ),
+        evaluation_dp=plan.evaluation,
         weights=flatten_parameters(*model.modules()),
         buffers=flatten_buffers(*model.modules()),
         model=weights_hash(*model.modules()),
@@ -207,8 +208,8 @@ def epsilon_spent(plan: Plan, rounds: int, evaluations: int | None = None) -> Ep
     match plan.privacy:
         case PrivacyTarget(delta=delta, unit=unit):
             events = [plan.event(rounds)] if rounds else []
-            if evaluations != 0:
-                events += [dp.event(evaluations) for dp in plan.additional_releases]
+            if evaluations != 0 and plan.evaluation is not None:
+                events.append(plan.evaluation.event(evaluations))
             return epsilon_of(compose(events), delta, unit=unit).measured()
         case _:
             return NotMeasured(not_measured="the run adds no noise, so there is no bound")

@@ -281,14 +281,14 @@ class _ReleaseTransaction:
         if stored is not None:
             # Records nothing new, and fails if the stored reply is of another release.
             entry = device.policy.record(
-                self.terms, ledger, run=task.ledger_key, round=task.round, metadata=self._all_metadata()
+                task.releases, ledger, run=task.ledger_key, round=task.round, metadata=self._all_metadata()
             )
             if stored == FAILED:
                 closed = "this round failed on this device and is closed"
                 return Refusal(device=device.name, reason=closed), None
             answer = TrainResult if isinstance(task, TrainTask) else EvaluateResult
             return answer(device=device.name, payload=stored, seconds_protect=0.0), entry
-        device.policy.admit(self.terms, purpose, ledger, run=task.ledger_key, round=task.round)
+        device.policy.admit(task.releases, purpose, ledger, run=task.ledger_key, round=task.round)
         device.ready()
         return None
 
@@ -310,7 +310,7 @@ class _ReleaseTransaction:
         sums = make_device(self.aggregation, self.agreement, _key(self.aggregation, device))
         # Record before reading a photo: a crash from here on may waste budget but never overspend it.
         entry = device.policy.record(
-            self.terms, ledger, run=task.ledger_key, round=task.round, metadata=self._all_metadata()
+            task.releases, ledger, run=task.ledger_key, round=task.round, metadata=self._all_metadata()
         )
         ledger.record_attempt(task.ledger_key, task.round, attempt=entry.attempt)
         try:

@@ -14,11 +14,11 @@ from fedface.config import local_path, read
 from fedface.device.client import Device
 from fedface.device.config import DeviceConfig, registered_indexes
 from fedface.errors import ConfigError, FederationError, LedgerError
-from fedface.messages.messages import metrics_ledger_key
 from fedface.photos.device_dataset import DeviceDataset
 from fedface.photos.photo_index import default_cache
 from fedface.privacy.hash_chain import FORMAT, GENESIS, Head, head_path, witness_path
 from fedface.privacy.ledger import Ledger, LedgerSnapshot
+from fedface.privacy.ledger_records import metrics_ledger_key
 from fedface.privacy.spending import price_of
 from fedface.privacy_units import Unit
 
@@ -155,6 +155,6 @@ def export(snapshot: LedgerSnapshot, *, delta: float, unit: Unit, now: datetime)
         "format": FORMAT,
         "head": snapshot.head,
         "records": snapshot.export(),
-        "spent": price_of(snapshot.entries, delta=delta, unit=unit).to_record(),
+        "spent": price_of(snapshot.charges, delta=delta, unit=unit).to_record(),
     }
     return json.dumps(exported, indent=1) + "\n"

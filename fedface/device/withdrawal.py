@@ -14,8 +14,7 @@ from fedface.device.config import INDEX_REGISTRY
 from fedface.device.state import DeviceState, known_runs
 from fedface.errors import ConfigError, LedgerError
 from fedface.measurements import Epsilon
-from fedface.messages.messages import metrics_ledger_key
-from fedface.privacy.ledger_records import LedgerEntry
+from fedface.privacy.ledger_records import LedgerEntry, metrics_ledger_key
 from fedface.privacy.spending import price_of
 
 NOT_FOUND = "not found (was the device run as another user?)"
@@ -73,12 +72,13 @@ def withdrawal_impact(state: DeviceState, run: str) -> WithdrawalImpact:
         raise ConfigError(f"no run {run!r} on this device; {detail}")
     policy = state.device.policy
     mine = [entry for entry in snapshot.entries if entry.run in (run, metrics_ledger_key(run))]
+    paid = [charge for charge in snapshot.charges if charge.is_of(run)]
     return WithdrawalImpact(
         run=run,
         withdrawn=snapshot.withdrawals.get(run),
         rounds=_rounds(mine, run),
         evaluations=_rounds(mine, metrics_ledger_key(run)),
-        price=price_of(mine, delta=policy.delta, unit=policy.unit),
+        price=price_of(paid, delta=policy.delta, unit=policy.unit),
     )
 
 

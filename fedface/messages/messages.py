@@ -17,14 +17,15 @@ from fedface.aggregation.payload import AggregationConfig, AggregationParameters
 from fedface.audits.dp_metrics import LocalMetricsConfig, ranges
 from fedface.codec import encode
 from fedface.models.model import Architecture
-from fedface.privacy.plan import DPParameters
+from fedface.privacy.ledger_records import metrics_ledger_key
+from fedface.privacy.plan import DPParameters, RunReleases
 from fedface.tensor_types import Vector
 from fedface.training.training_methods import Training
 from fedface.upsampling.degradation import Degradation
 from fedface.upsampling.methods import Method
 from fedface.validation import AtLeast, In, checked
 
-VERSION = 4  # the one version of the wire format
+VERSION = 5  # the one version of the wire format
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,25 @@ class TrainTask:
     cohort: Count  # how many devices are asked, according to the server
     seed: Seed  # of reproducible streams: latents of generated images, low-rank directions
     config: RoundConfig
+    evaluation_dp: DPParameters | None = (
+        None  # of the metrics that the same run asks for; None: it asks for none
+    )
     weights: Vector  # of all networks of the model, flat (d,)
     buffers: Vector  # noise maps and mean style, flat; empty for a flow
     model: Name  # hash of the weights, for the ledger
+
+    def __post_init__(self) -> None:
+        _ = self.releases
 
     @property
     def ledger_key(self) -> str:
         """The name under which the ledger records it."""
         return self.run
+
+    @property
+    def releases(self) -> RunReleases:
+        """Everything that the run releases, the same in each of its tasks."""
+        return RunReleases(training=self.config.dp, evaluation=self.evaluation_dp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,14 +137,23 @@ class EvaluateTask:
     cohort: Count
     seed: Seed  # where searches start; the same for every photo
     request: EvaluationRequest
+    training_dp: DPParameters | None = None  # of the training of the same run; None: it only evaluates
     weights: Vector
     buffers: Vector
     model: Name  # hash of the weights, for the ledger
+
+    def __post_init__(self) -> None:
+        _ = self.releases
 
     @property
     def ledger_key(self) -> str:
         """The name under which the ledger records it; a run's metrics are separate releases."""
         return metrics_ledger_key(self.run)
+
+    @property
+    def releases(self) -> RunReleases:
+        """Everything that the run releases, the same in each of its tasks."""
+        return RunReleases(training=self.training_dp, evaluation=self.request.dp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,11 +177,6 @@ class DecryptTask:
 
 
 Task = TrainTask | EvaluateTask | DecryptTask
-
-
-def metrics_ledger_key(run: str) -> str:
-    """The ledger's name for the metrics of a run."""
-    return f"{run}/metrics"
 
 
 @dataclass(frozen=True, kw_only=True)

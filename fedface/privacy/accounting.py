@@ -21,7 +21,6 @@ from dp_accounting import (
     ComposedDpEvent,
     DpEvent,
     GaussianDpEvent,
-    LaplaceDpEvent,
     NeighboringRelation,
     NonPrivateDpEvent,
     NoOpDpEvent,
@@ -29,7 +28,7 @@ from dp_accounting import (
     SelfComposedDpEvent,
 )
 from dp_accounting.pld import privacy_loss_distribution as pld
-from scipy.optimize import brentq, minimize_scalar
+from scipy.optimize import minimize_scalar
 
 from fedface.errors import PrivacyError
 from fedface.measurements import Epsilon
@@ -48,11 +47,14 @@ MAX_GRID_STEP = 50.0  # what needs a wider grid (epsilon beyond 1e7) is priced a
 COARSE = 8  # how much coarser the grid is while bracketing the noise
 MIN_NOISE_SCALE = 1e-3  # less noise than this (epsilon beyond 1e5) is priced as no noise at all
 MAX_RELEASES = 10**9
-TOLERANCE = 1e-3  # `calibrate_noise_multiplier` ends this close below epsilon
+MAX_NOISE_MULTIPLIER = 1e4  # of a plan and of a task
+# Noise multipliers and sampling rates are numbers of a public grid: a server cannot encode anything in them, and a
+# ledger holds few kinds of releases.
+GRID_DIGITS = 4
+_GRID_DECADE = 9 * 10 ** (GRID_DIGITS - 1)  # numbers between two powers of ten
+_GRID_DECADES = 6  # from 0.01 to MAX_NOISE_MULTIPLIER
 
-Kind = Literal[
-    "gaussian", "laplace", "nonprivate", "swapped"
-]  # swapped: a sampled Gaussian in ReplaceOneDpEvent
+Kind = Literal["gaussian", "nonprivate", "swapped"]  # swapped: a sampled Gaussian in ReplaceOneDpEvent
 
 
 @dataclass(frozen=True, order=True)
@@ -65,8 +67,6 @@ class Release:
 
     def mean_loss_bound(self) -> float:
         """An upper bound on the mean privacy loss of one release, in nats."""
-        if self.kind == "laplace":
-            return self.q / self.scale
         whole, swapped = self.scale**-2, self.kind == "swapped"
         convex = self.q * whole * (2.0 if swapped else 0.5)
         if whole > 500.0:  # where exp would overflow
@@ -76,8 +76,6 @@ class Release:
 
     def tail_bound(self) -> float:
         """An upper bound on the loss of one release that matters, in nats."""
-        if self.kind == "laplace":
-            return 1.0 / self.scale
         far = 0.5 * self.scale**-2 + 10.0 / self.scale
         return far + min(far + self.scale**-2, -math.log1p(-self.q)) if self.kind == "swapped" else far
 
@@ -119,8 +117,6 @@ def _flatten(event: DpEvent, count: int, into: Counter[Release]) -> None:
             into[Release("nonprivate", 0.0, 1.0)] += count
         case GaussianDpEvent(noise_multiplier=sigma):
             into[_noisy("gaussian", sigma)] += count
-        case LaplaceDpEvent(noise_multiplier=scale):
-            into[_noisy("laplace", scale)] += count
         case ReplaceOneDpEvent(event=inner):
             added: Counter[Release] = Counter()
             _flatten(inner, count, added)
@@ -187,9 +183,7 @@ def _distribution(leaves: Releases, step: float, direction: Literal["up", "down"
     for leaf, count in leaves:
         options: dict[str, Any] = {"value_discretization_interval": step, "pessimistic_estimate": up}
         options["use_connect_dots"] = up
-        if leaf.kind == "laplace":
-            one = pld.from_laplace_mechanism(leaf.scale, sampling_prob=leaf.q, **options).self_compose(count)
-        elif leaf.q == 1.0:  # Gaussians compose exactly: the noise of all equals one with sigma / sqrt(count)
+        if leaf.q == 1.0:  # Gaussians compose exactly: the noise of all equals one with sigma / sqrt(count)
             one = pld.from_gaussian_mechanism(leaf.scale / math.sqrt(count), **options)
         else:
             if leaf.kind == "swapped":  # (1-q) N(0) + q N(1) beside (1-q) N(0) + q N(-1)
@@ -239,7 +233,7 @@ def epsilon_of(event: DpEvent, delta: float, *, unit: Unit = "photo") -> Epsilon
     """What an event costs at `delta`, for neighbours that differ by one unit.
 
     Args:
-        event: Gaussian, Laplace, their Poisson-sampled forms, and compositions of these.
+        event: Gaussian releases, Poisson-sampled or not, and compositions of these.
         delta: 1e-10 <= delta < 1.
         unit: By which neighbours differ; it is stated in the result and changes no number.
 
@@ -263,10 +257,10 @@ def within_budget(event: DpEvent, budget: float, delta: float) -> bool:
 
 
 def calibrate_noise_multiplier(target: PrivacyTarget, event_of: Callable[[float], DpEvent]) -> float:
-    """The smallest noise multiplier whose event meets a privacy target.
+    """The smallest noise multiplier, of `GRID_DIGITS` significant digits, whose event meets a privacy target.
 
     Guarantees:
-        * The upper bound on epsilon at sigma is at most the target epsilon, and at least that minus 1e-3
+        * The upper bound on epsilon at sigma is at most the target epsilon; at the next smaller number it is not
           (unless sigma is at its floor).
 
     Args:
@@ -274,50 +268,39 @@ def calibrate_noise_multiplier(target: PrivacyTarget, event_of: Callable[[float]
         event_of: The whole run's event as a function of sigma; more noise must cost less.
 
     Returns:
-        Sigma, between 0.01 and 1e6.
+        Sigma, between 0.01 and `MAX_NOISE_MULTIPLIER`.
 
     Raises:
         PrivacyError: No amount of noise in that range meets the target.
     """
-    floor, roof = math.log(0.01), math.log(1e6)
 
-    def excess(log_sigma: float, coarser: int) -> float:
-        upper = _upper(flatten_event(event_of(math.exp(log_sigma))), target.delta, coarser)
-        return math.log(max(min(upper, 1e9), 1e-9) / target.epsilon)
+    def fits(index: int, coarser: int) -> bool:
+        return _upper(flatten_event(event_of(_grid_number(index))), target.delta, coarser) <= target.epsilon
 
-    low, high = 0.0, 0.0
-    while excess(high, COARSE) > 0:
-        low, high = high, high + 1.0
-        if high > roof:
-            raise PrivacyError(
-                f"no noise keeps epsilon {target.epsilon:g} at delta {format_delta(target.delta)}; "
-                "use fewer steps or a lower sampling rate"
-            )
-    while low == high or excess(low, COARSE) <= 0:
-        low = (high if low == high else low) - 1.0
-        if low < floor:
-            return math.exp(floor) if excess(floor, 1) <= 0 else math.exp(high)
-    safe = brentq(excess, low, high, args=(COARSE,), xtol=1e-4)
-    return _polish(lambda log_sigma: excess(log_sigma, 1), float(safe), target.epsilon)
+    def smallest(low: int, high: int, coarser: int) -> int:
+        """The smallest index above `low`, which does not fit, up to `high`, which does."""
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if fits(middle, coarser) else (middle, high)
+        return high
+
+    top = _GRID_DECADES * _GRID_DECADE
+    if not fits(top, 1):
+        raise PrivacyError(
+            f"no noise keeps epsilon {target.epsilon:g} at delta {format_delta(target.delta)}; "
+            "use fewer steps or a lower sampling rate"
+        )
+    safe = smallest(-1, top, COARSE) if fits(top, COARSE) else top
+    low, width = safe, 8  # the coarse grid errs by little: look just below
+    while low >= 0 and fits(low, 1):
+        safe, low, width = low, low - width, 2 * width
+    return _grid_number(smallest(max(low, -1), safe, 1))
 
 
-def _polish(excess: Callable[[float], float], start: float, epsilon: float) -> float:
-    """Secant steps on the fine grid until the cost lies within the tolerance, below the promise."""
-    aim = math.log1p(-0.4 * TOLERANCE / epsilon) if epsilon > TOLERANCE else math.log(0.8)
-    least = math.log1p(-TOLERANCE / epsilon) if epsilon > TOLERANCE else math.log(0.6)
-    here, gap, slope = start, excess(start), -1.3
-    for _ in range(12):
-        if least <= gap <= 0:
-            return math.exp(here)
-        there = here + (aim - gap) / slope
-        new_gap = excess(there)
-        if there != here and new_gap != gap:
-            slope = min((new_gap - gap) / (there - here), -0.05)
-        here, gap = there, new_gap
-    while gap > 0:  # a step of the grid fell between; give a little more noise than needed
-        here += 1e-3
-        gap = excess(here)
-    return math.exp(here)
+def _grid_number(index: int) -> float:
+    """The numbers of `GRID_DIGITS` digits from 0.01 on: 0.01000, 0.01001, ..., 0.09999, 0.1000, ..."""
+    decade, mantissa = divmod(index, _GRID_DECADE)
+    return float(f"{_GRID_DECADE // 9 + mantissa}e{decade - 2 - (GRID_DIGITS - 1)}")
 
 
 def reconstruction_success_bound(event: DpEvent, kappa: float) -> float:
@@ -385,7 +368,6 @@ def event_from_releases(leaves: Releases) -> DpEvent:
 
 
 def _event_of(leaf: Release) -> DpEvent:
-    named = {"laplace": LaplaceDpEvent, "gaussian": GaussianDpEvent, "swapped": GaussianDpEvent}
-    one = NonPrivateDpEvent() if leaf.kind == "nonprivate" else named[leaf.kind](leaf.scale)
+    one = NonPrivateDpEvent() if leaf.kind == "nonprivate" else GaussianDpEvent(leaf.scale)
     sampled = one if leaf.q == 1.0 else PoissonSampledDpEvent(leaf.q, one)
     return ReplaceOneDpEvent(sampled) if leaf.kind == "swapped" else sampled

@@ -15,8 +15,6 @@ the ball of radius clip_norm.
   allows (the Neyman-Pearson lemma); a half line reaches both bounds at once. So the supremum over T is that of the
   pair on the line, for every g >= 0, which is what composes (Zhu, Dong and Wang 2022, arXiv:2106.08567, Theorem 10).
   Koskela et al. (2020), arXiv:1906.03049, call this pair the substitute relation.
-* A sampled Laplace sum: half the noise, and nothing is claimed from sampling (joint convexity, Balle et al. 2018,
-  arXiv:1807.01647).
 
 **A photo in a run that promises per occasion** is priced as replacing one occasion: that covers every change of the
 photos of one occasion, also adding or removing all of them (b = 0). It does not cover a photo that alone holds

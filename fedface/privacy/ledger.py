@@ -7,7 +7,8 @@ asks sees that no answer came: a computation that was killed may have been kille
 that fills the memory). Power goes too, so `FREE_ATTEMPTS` computations may begin on one booking; the next is booked
 anew.
 
-Source: the price composes all events at reading time, see privacy/accounting.py.
+A run is booked as a whole with its first release, and may then ask what was booked and nothing else. What everything
+costs is computed when it is read, see privacy/spending.py.
 """
 
 from __future__ import annotations
@@ -21,21 +22,24 @@ from pathlib import Path
 
 from fedface.errors import LedgerError, PolicyRefusal
 from fedface.measurements import Epsilon
-from fedface.privacy.accounting import epsilon_of, event_to_json
+from fedface.privacy.accounting import compose, event_to_json
 from fedface.privacy.budget import Budget, BudgetExceeded
 from fedface.privacy.hash_chain import GENESIS, Chain, Clock, Record, Transaction, in_utc, utc_now
 from fedface.privacy.ledger_records import (
     Answer,
     Attempt,
+    BookedRun,
+    Charge,
     LedgerEntry,
     LedgerRecord,
+    PlannedRound,
     Transmission,
     TransmissionInfo,
     Withdrawal,
     decode,
 )
 from fedface.privacy.mechanism import Event
-from fedface.privacy.spending import against_budget, budget_exceeded, price_of, spent_against
+from fedface.privacy.spending import budget_exceeded, charges, counted, price_of, price_with, spent_against
 from fedface.privacy_units import Unit, unit_named
 
 BOOKING_LIFETIME = timedelta(days=1)  # how long a booking waits for its answer where budgets count days
@@ -61,6 +65,11 @@ class LedgerSnapshot:
     def entries(self) -> list[LedgerEntry]:
         """Every booked release."""
         return [record for record in self.records if isinstance(record, LedgerEntry)]
+
+    @property
+    def charges(self) -> list[Charge]:
+        """What is paid for life: whole runs, and releases that no run's booking covers."""
+        return charges(self.records)
 
     @property
     def transmissions(self) -> list[Transmission]:
@@ -100,9 +109,9 @@ class Ledger:
         self._decoded: dict[str, LedgerRecord] = {}  # by digest, hence never stale
         self._indexed: list[
             Record
-        ] = []  # the chain's verified records, of which the first `_count` are in `_entries`
+        ] = []  # the chain's verified records, of which the first `_count` are in `_bookings`
         self._count = 0
-        self._entries: list[LedgerEntry] = []
+        self._bookings: list[Charge] = []
 
     @staticmethod
     def open(path: Path | str, witness: Path | None = None, *, now: Clock = utc_now) -> Ledger:
@@ -140,10 +149,15 @@ class Ledger:
                 chain=tuple(page.records), records=tuple(self._decode(record) for record in page.records)
             )
 
-    def entries(self) -> list[LedgerEntry]:
-        """Everything ever booked, oldest first, verified."""
+    def bookings(self) -> list[Charge]:
+        """Every run and every release ever booked, oldest first, verified."""
         with self._chain.read_transaction() as page:
-            return list(self._booked_entries(page))
+            return list(self._booked_records(page))
+
+    def entries(self) -> list[LedgerEntry]:
+        """Every release ever booked, oldest first, verified."""
+        with self._chain.read_transaction() as page:
+            return self._booked_entries(page)
 
     def has_withdrawn(self, run: str) -> bool:
         """Whether the owner has withdrawn from a run."""
@@ -154,28 +168,23 @@ class Ledger:
         """Whether a round has been booked, whether or not its reply was stored."""
         return any(entry.run == run and entry.round == round for entry in self.entries())
 
-    def rounds_recorded(self, run: str) -> int:
-        """How many different rounds of a run have been booked."""
-        return len({entry.round for entry in self.entries() if entry.run == run})
-
     def spent(self, delta: float, *, unit: Unit = "photo") -> Epsilon:
-        """What everything booked costs together for one unit, composed anew.
+        """What everything booked costs together for one unit, priced anew.
 
         Args:
             delta: Where epsilon is read.
-            unit: The privacy unit; entries of runs with another one are converted, see adjacency.py.
+            unit: The privacy unit; runs with another one are converted, see adjacency.py.
         """
-        return price_of(self.entries(), delta=delta, unit=unit)
+        return price_of(charges(self.bookings()), delta=delta, unit=unit)
 
     def spent_against(self, budget: Budget) -> Epsilon:
         """What counts against a budget now."""
-        return spent_against(self.entries(), budget, self._time())
+        return spent_against(self.bookings(), budget, self._time())
 
     def price(self, event: Event, budget: Budget, *, run_unit: Unit) -> tuple[Epsilon, Epsilon, Epsilon]:
         """What one more event, of a run with `run_unit`, would cost against a budget: alone, so far, and together."""
-        events = against_budget(self.entries(), event, budget, run_unit=run_unit, now=self._time())
-        alone, so_far, together = (epsilon_of(e, budget.delta, unit=budget.unit) for e in events)
-        return alone, so_far, together
+        charged = counted(self.bookings(), budget, self._time())
+        return price_with(charged, event, budget, run_unit=run_unit)
 
     def check_budget(
         self, event: Event, budgets: Sequence[Budget], *, run_unit: Unit
@@ -191,10 +200,46 @@ class Ledger:
             None if every budget holds; otherwise the first that does not.
 
         Raises:
-            PolicyRefusal: It is one kind of release too many to be priced.
-            ValueError: No budget at all was given.
+            LedgerError: A record cannot be priced.
         """
-        return budget_exceeded(self.entries(), event, budgets, run_unit=run_unit, now=self._time())
+        return budget_exceeded(self.bookings(), event, budgets, run_unit=run_unit, now=self._time())
+
+    def check_round(self, planned: PlannedRound, budgets: Sequence[Budget]) -> BudgetExceeded | None:
+        """Whether a round of a run may be booked: whether its run fits for life, and the round into each period.
+
+        Returns:
+            None if every budget holds, or the round is booked already; otherwise the first budget that does not hold.
+
+        Raises:
+            PolicyRefusal: The run was booked with other releases, or has no such round.
+            LedgerError: A record cannot be priced.
+        """
+        with self._chain.read_transaction() as page:
+            self._booked_run(page, planned)
+            if self._booked(page, planned.key, planned.round):
+                return None
+            return self._exceeded(page, planned, self._new_charge(page, planned, again=False), budgets)
+
+    def _new_charge(self, page: Transaction, planned: PlannedRound, *, again: bool) -> Event:
+        """What a round adds to what is paid for life: its run, itself alone if it is computed `again`, or nothing."""
+        if self._booked_run(page, planned) is None:
+            return planned.releases.event()
+        return compose([planned.dp.event(1)] if again else [])
+
+    def _exceeded(
+        self, page: Transaction, planned: PlannedRound, new: Event, budgets: Sequence[Budget]
+    ) -> BudgetExceeded | None:
+        """The first budget that a round exceeds: `new` counts for life, the round in each period.
+
+        A run that is booked is still refused where its owner has lowered the budget since.
+        """
+        records, unit, now = self._booked_records(page), planned.releases.unit, self._time()
+        for budget in budgets:
+            event = new if budget.days is None else planned.dp.event(1)
+            short = budget_exceeded(records, event, [budget], run_unit=unit, now=now)
+            if short is not None:
+                return short
+        return None
 
     def _time(self) -> datetime:
         """Now, in whole seconds, as records are dated."""
@@ -203,13 +248,13 @@ class Ledger:
     def record(
         self, event: Event, *, run: str, round: int, metadata: Mapping[str, str] | None = None
     ) -> LedgerEntry:
-        """Book a release before it is computed; on disk when this returns.
+        """Book a release that belongs to no planned run before it is computed; on disk when this returns.
 
-        A round whose reply is stored is not booked again: its bytes are resent. A round that was booked
-        but never answered is not booked again either, until `FREE_ATTEMPTS` of its computations were begun: a
-        reply is stored before it is sent, so no answer has left the device, but that it broke may have been seen.
-        A round that was answered and whose bytes were deleted since is booked once more: fresh noise on the
-        same photos is a second release.
+        Whatever it costs is booked: no budget is asked. A round whose reply is stored is not booked again: its bytes
+        are resent. A round that was booked but never answered is not booked again either, until `FREE_ATTEMPTS` of
+        its computations were begun: a reply is stored before it is sent, so no answer has left the device, but that
+        it broke may have been seen. A round that was answered and whose bytes were deleted since is booked once more:
+        fresh noise on the same photos is a second release.
 
         Args:
             event: What will be released.
@@ -224,45 +269,54 @@ class Ledger:
         """
         with self._chain.write_transaction() as page:
             paid = self._paid(page, event, run, round, metadata or {})
-            return paid or self._book(page, event, run, round, metadata or {})
+            return paid or self._book(page, event, run, round, metadata or {}, planned=False)
 
-    def record_within_budget(
-        self, event: Event, budgets: Sequence[Budget], *, run: str, round: int,
-        metadata: Mapping[str, str] | None = None,
-    ) -> LedgerEntry:  # fmt: skip
-        """Book a release if every budget then holds: price and booking in one transaction.
+    def record_round(
+        self, planned: PlannedRound, budgets: Sequence[Budget], *, metadata: Mapping[str, str] | None = None
+    ) -> LedgerEntry:
+        """Book a round of a run if every budget then holds: price and booking in one transaction.
 
-        As `record`, but where a budget counts days, a booking that is not answered within a day pays no longer: the
-        release would outlast its booking in that budget's period.
+        With the first round the whole run is booked, which later rounds are covered by. A round that is computed
+        again, with fresh noise, is a release beside the run and paid by itself. Where a budget counts days, a booking
+        that is not answered within a day is dated anew: the release would outlast it in that budget's period.
 
         Args:
-            event: What will be released.
+            planned: The round, and everything that its run releases.
             budgets: What the owner allows, at least one.
-            run: Which run asks.
-            round: Which round, >= 0.
-            metadata: As for `record`.
+            metadata: As for `record`; "unit" follows from the run.
 
         Raises:
-            PolicyRefusal: The upper bound on everything together would exceed a budget.
+            PolicyRefusal: A budget would be exceeded, the run was booked with other releases, or has no such round.
             LedgerError: As for `record`.
-            ValueError: No budget at all was given, the round is negative, or the unit unknown.
+            ValueError: No budget at all was given.
         """
-        metadata = metadata or {}
-        run_unit = unit_named(metadata.get("unit", "photo"))
+        metadata = {**(metadata or {}), "unit": planned.releases.unit}
         if not budgets:
             raise ValueError("a release needs at least one limit, got none")
+        event, key, round = planned.dp.event(1), planned.key, planned.round
         with self._chain.write_transaction() as page:
-            paid = self._paid(page, event, run, round, metadata)
+            run = self._booked_run(page, planned)
+            paid = self._paid(page, event, key, round, metadata)
             if paid is not None and not self._too_old(page, paid, budgets):
                 return paid
-            booked = self._booked_entries(page)
-            shortfall = budget_exceeded(booked, event, budgets, run_unit=run_unit, now=self._time())
-            if shortfall is not None:
+            again = paid is None and bool(self._booked(page, key, round))
+            new = self._new_charge(page, planned, again=again)
+            short = self._exceeded(page, planned, new, budgets)
+            if short is not None:
                 raise PolicyRefusal(
-                    f"round {round} of {run} asks for {shortfall.describe()}",
+                    f"round {round} of {key} asks for {short.describe()}",
                     advice="Ask the owner of this device for a larger budget, or stop here.",
                 )
-            return self._book(page, event, run, round, metadata)
+            if run is None:
+                content = {
+                    "run": planned.run,
+                    "unit": planned.releases.unit,
+                    "event": event_to_json(planned.releases.event()),
+                    "rounds": planned.rounds(),
+                    "events": planned.events(),
+                }
+                page.append(BookedRun.KIND, content)
+            return self._book(page, event, key, round, metadata, planned=not again)
 
     def _too_old(self, page: Transaction, paid: LedgerEntry, budgets: Sequence[Budget]) -> bool:
         """Whether a booking would leave a budget's period well before the release it pays for, still to come."""
@@ -287,7 +341,14 @@ class Ledger:
         return None if used else last
 
     def _book(
-        self, page: Transaction, event: Event, run: str, round: int, metadata: Mapping[str, str]
+        self,
+        page: Transaction,
+        event: Event,
+        run: str,
+        round: int,
+        metadata: Mapping[str, str],
+        *,
+        planned: bool,
     ) -> LedgerEntry:
         if round < 0:
             raise ValueError(f"round must be >= 0, got {round}")
@@ -298,6 +359,7 @@ class Ledger:
             "attempt": len(self._booked(page, run, round)) + 1,
             "event": event_to_json(event),
             "metadata": dict(metadata),
+            "planned": planned,
         }
         entry = self._decode(page.append(LedgerEntry.KIND, content))
         assert isinstance(entry, LedgerEntry)
@@ -445,17 +507,35 @@ class Ledger:
             self._decoded[record.digest] = decode(record)
         return self._decoded[record.digest]
 
-    def _booked_entries(self, page: Transaction) -> list[LedgerEntry]:
-        """Every booked release, oldest first; those of records that were seen before are not decoded again."""
+    def _booked_records(self, page: Transaction) -> list[Charge]:
+        """Every booked run and release, oldest first; those that were seen before are not decoded again."""
         if self._indexed is not page.records:
-            self._indexed, self._count, self._entries = page.records, 0, []
+            self._indexed, self._count, self._bookings = page.records, 0, []
         for record in page.records[self._count :]:
-            if record.kind == LedgerEntry.KIND:
-                entry = self._decode(record)
-                assert isinstance(entry, LedgerEntry)
-                self._entries.append(entry)
+            if record.kind in (BookedRun.KIND, LedgerEntry.KIND):
+                booking = self._decode(record)
+                assert isinstance(booking, BookedRun | LedgerEntry)
+                self._bookings.append(booking)
         self._count = len(page.records)
-        return self._entries
+        return self._bookings
+
+    def _booked_entries(self, page: Transaction) -> list[LedgerEntry]:
+        return [record for record in self._booked_records(page) if isinstance(record, LedgerEntry)]
+
+    def _booked_run(self, page: Transaction, planned: PlannedRound) -> BookedRun | None:
+        """The booking of a round's run, if there is one.
+
+        Raises:
+            PolicyRefusal: It was booked with other releases.
+        """
+        runs = (record for record in self._booked_records(page) if isinstance(record, BookedRun))
+        booked = next((booked for booked in runs if booked.run == planned.run), None)
+        if booked is not None and not booked.is_plan_of(planned):
+            raise PolicyRefusal(
+                f"{planned.run} was booked with other noise, rates or rounds than it asks for now",
+                advice="A change is a new run: start it under another name.",
+            )
+        return booked
 
     def _withdrawn(self, page: Transaction, run: str) -> bool:
         found = (self._decode(record) for record in page.records if record.kind == Withdrawal.KIND)

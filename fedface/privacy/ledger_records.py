@@ -1,4 +1,4 @@
-"""What the records of a device's ledger say: releases booked, computations begun, answers, transmissions, withdrawals.
+"""What a device's ledger records: runs and their releases, computations, answers, transmissions, withdrawals.
 
 privacy/hash_chain.py stores each as a kind, the number of the release it belongs to, and JSON.
 """
@@ -11,11 +11,95 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, ClassVar, Literal, get_args
 
-from fedface.errors import LedgerError
+from fedface.errors import LedgerError, PolicyRefusal
+from fedface.privacy.accounting import event_to_json
 from fedface.privacy.hash_chain import Record, in_utc
+from fedface.privacy.plan import DPParameters, RunReleases
 from fedface.privacy_units import Unit, unit_named
 
+_METRICS = "/metrics"  # follows a run's name, which has no slash
+
+
+def metrics_ledger_key(run: str) -> str:
+    """The ledger's name for what a run evaluates beside its updates."""
+    return run + _METRICS
+
+
+def is_run_name(key: str) -> bool:
+    """Whether a name in the ledger is that of a run, not of its evaluations."""
+    return not key.endswith(_METRICS)
+
+
 TransmissionKind = Literal["update", "metrics", "update sum", "metrics sum", "refusal"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRound:
+    """One round of a run, and everything that the run releases."""
+
+    key: str  # the ledger's name: the run's, or `metrics_ledger_key` of it
+    round: int  # from 1
+    releases: RunReleases
+
+    @property
+    def run(self) -> str:
+        """The run's name."""
+        return self.key.removesuffix(_METRICS)
+
+    @property
+    def dp(self) -> DPParameters:
+        """The DP parameters of the round.
+
+        Raises:
+            PolicyRefusal: The run has no such round.
+        """
+        dp = self.releases.training if self.key == self.run else self.releases.evaluation
+        if dp is None or not 1 <= self.round <= dp.schedule.rounds:
+            raise PolicyRefusal(
+                f"this is round {self.round} of {self.key}, which announces {dp.schedule.rounds if dp else 0}"
+            )
+        return dp
+
+    def rounds(self) -> dict[str, int]:
+        """How many rounds of each kind the run has, by the ledger's name."""
+        return {key: dp.schedule.rounds for key, dp in self._parts()}
+
+    def events(self) -> dict[str, str]:
+        """What one round of each kind releases, by the ledger's name."""
+        return {key: event_to_json(dp.event(1)) for key, dp in self._parts()}
+
+    def _parts(self) -> list[tuple[str, DPParameters]]:
+        named = (self.run, self.releases.training), (metrics_ledger_key(self.run), self.releases.evaluation)
+        return [(key, dp) for key, dp in named if dp is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BookedRun:
+    """A run, booked as a whole when its first release was: what it costs does not depend on what it asks later."""
+
+    KIND: ClassVar = "run"
+
+    number: int  # of its record
+    written: str  # UTC, ISO 8601
+    run: str
+    unit: Unit
+    event: str  # what the whole run releases, see accounting.event_to_json
+    rounds: dict[str, int]  # of each kind, see PlannedRound
+    events: dict[str, str]  # of one round of each kind
+
+    @property
+    def time(self) -> datetime:
+        """When it was written."""
+        return in_utc(datetime.fromisoformat(self.written))
+
+    def is_of(self, run: str) -> bool:
+        """Whether it is that run."""
+        return self.run == run
+
+    def is_plan_of(self, planned: PlannedRound) -> bool:
+        """Whether a round is one of this run as it was booked."""
+        asked = planned.releases.unit, planned.rounds(), planned.events()
+        return (self.unit, self.rounds, self.events) == asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +116,7 @@ class LedgerEntry:
     attempt: int  # 1, or more if the round was answered before and is computed anew
     event: str  # what was released, see accounting.event_to_json
     metadata: dict[str, str]  # whatever identifies the release (model hash, clip norm, unit)
+    planned: bool = False  # whether the booking of its run paid for it
 
     @property
     def time(self) -> datetime:
@@ -40,7 +125,7 @@ class LedgerEntry:
 
     def is_of(self, run: str) -> bool:
         """Whether a run asked for it: what it asks beside its updates is booked under its name and a slash."""
-        return self.run == run or self.run.startswith(f"{run}/")
+        return self.run in (run, metrics_ledger_key(run))
 
     @property
     def unit(self) -> Unit:
@@ -126,7 +211,10 @@ class Withdrawal:
     reason: str  # in the owner's words, which stay on the device
 
 
-LedgerRecord = LedgerEntry | Attempt | Answer | Transmission | Withdrawal
+Charge = (
+    BookedRun | LedgerEntry
+)  # what is paid for life: a whole run, or a release that no run's booking covers
+LedgerRecord = BookedRun | LedgerEntry | Attempt | Answer | Transmission | Withdrawal
 
 _BELONGING = {kind.KIND: kind for kind in (Attempt, Answer, Transmission)}  # to an entry
 
@@ -144,6 +232,8 @@ def decode(record: Record) -> LedgerRecord:
         fields: dict[str, Any] = _parse(record.content)[0]
         if record.kind == LedgerEntry.KIND:
             return LedgerEntry(number=record.number, written=record.written, digest=record.digest, **fields)
+        if record.kind == BookedRun.KIND:
+            return BookedRun(number=record.number, written=record.written, **fields)
         if record.kind == Withdrawal.KIND:
             return Withdrawal(number=record.number, written=record.written, **fields)
         if record.kind in _BELONGING:

@@ -104,6 +104,9 @@ class GaussianSum:
         return GaussianDpEvent(self.sigma)
 
 
+ROUND_FLOOR_MULTIPLIER = 200.0  # of the Gaussian release that `round_floor` adds to each round
+
+
 @dataclass(frozen=True, kw_only=True)
 @checked
 class ClippedSum:
@@ -140,3 +143,11 @@ class SampledGaussian:
         """What all steps together release about one unit, if the coins stay secret."""
         step = PoissonSampledDpEvent(self.sampling_rate, self.sum.event())
         return SelfComposedDpEvent(step, self.steps)
+
+
+def round_floor(rounds: int) -> DpEvent:
+    """What each round costs beside its mechanism, so that none is free to repeat, however large its noise.
+
+    What an answer shows beside its content, such as when it comes, can be observed once for each round.
+    """
+    return SelfComposedDpEvent(GaussianDpEvent(ROUND_FLOOR_MULTIPLIER), rounds)

@@ -14,7 +14,6 @@ Source: DP-SGD, Abadi et al. (2016), arXiv:1607.00133; Poisson sampling with a p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal, assert_never
 
@@ -22,18 +21,19 @@ from fedface.measurements import Epsilon
 from fedface.number_format import format_delta
 from fedface.privacy.accounting import (
     ADJACENCY,
+    GRID_DIGITS,
+    MAX_NOISE_MULTIPLIER,
     calibrate_noise_multiplier,
     compose,
     epsilon_of,
 )
-from fedface.privacy.mechanism import ClipNorm, ClippedSum, Event, GaussianSum, SampledGaussian
+from fedface.privacy.mechanism import ClipNorm, ClippedSum, Event, GaussianSum, SampledGaussian, round_floor
 from fedface.privacy.privacy_target import NoPrivacy, PrivacyGuarantee, PrivacyTarget
 from fedface.privacy_units import Unit, unit_in_words
-from fedface.validation import AtLeast, In, checked
+from fedface.validation import AtLeast, Digits, In, checked
 
 MAX_STEPS = 2_000  # of a round: more would keep a device busy for days, however cheap the noise makes them
 MAX_EXPECTED_BATCH_SIZE = 10**9  # photos in a step
-MAX_NOISE_MULTIPLIER = 1e7  # ten times what a plan may ask for; the noise itself stays finite in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Schedule:
     rounds: Annotated[int, AtLeast(1)]
     steps_per_round: Annotated[int, In(f"[1, {MAX_STEPS}]")]  # private steps a device takes in one round
     # q, the probability with which a unit joins a step.
-    sampling_rate: Annotated[float, In("(0, 1]")]
+    sampling_rate: Annotated[float, In("(0, 1]"), Digits(GRID_DIGITS)]
     # What each step's sum is divided by.
     expected_batch_size: Annotated[int, In(f"[1, {MAX_EXPECTED_BATCH_SIZE}]")]
     clip_norm: ClipNorm  # longest gradient one unit can have in a step
@@ -61,7 +61,7 @@ class DPParameters:
 
     schedule: Schedule
     # sigma; exactly 0 means no privacy guarantee.
-    noise_multiplier: Annotated[float, In(f"[0, {MAX_NOISE_MULTIPLIER:g}]")]
+    noise_multiplier: Annotated[float, In(f"[0, {MAX_NOISE_MULTIPLIER:g}]"), Digits(GRID_DIGITS)]
     unit: Unit = "photo"  # whose vector is clipped: what a promise covers
     update_clip_norm: ClipNorm = 1.0  # unit library: longest update of one device, in public ranges
 
@@ -90,22 +90,25 @@ class DPParameters:
     def event(self, rounds: int | None = None) -> Event:
         """What `rounds` rounds (all of them if None) release about one unit, derived from the mechanism.
 
-        Nothing is claimed from sampling at the server: every device may be asked in every round.
+        Each round also pays `mechanism.round_floor`. Nothing is claimed from sampling at the server: every device may
+        be asked in every round.
         """
         count = self.schedule.rounds if rounds is None else rounds
         if count < 1:
             raise ValueError(f"rounds must be at least 1, got {count}")
+        floor = round_floor(count)
         at_server = self.central_mechanism()
         if at_server is not None:
-            return SampledGaussian(sampling_rate=1.0, sum=at_server, steps=count).event()
+            return compose([SampledGaussian(sampling_rate=1.0, sum=at_server, steps=count).event(), floor])
         mechanism = self.mechanism()
         match mechanism:
             case GaussianSum():
-                return SampledGaussian(
+                steps = SampledGaussian(
                     sampling_rate=self.schedule.sampling_rate,
                     sum=mechanism,
                     steps=count * self.schedule.steps_per_round,
-                ).event()
+                )
+                return compose([steps.event(), floor])
             case ClippedSum():
                 return mechanism.event()
             case _:
@@ -126,16 +129,53 @@ class DPParameters:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunReleases:
+    """Everything that one run releases about the same units, fixed at its first release: a change is a new run.
+
+    Since all of it is fixed before the first answer, its privacy loss distributions compose, whatever the server asks
+    first and wherever it stops: each release is a randomised function of one draw from its dominating pair, and all
+    pairs can be drawn in advance (Zhu, Dong and Wang 2022, arXiv:2106.08567, Theorem 10; Vadhan and Zhang 2023,
+    arXiv:2207.08335, for any interleaving).
+
+    Raises:
+        ValueError: There is neither training nor evaluation, or they differ in their unit or in whether there is noise.
+    """
+
+    training: DPParameters | None = None  # None: the run only evaluates
+    evaluation: DPParameters | None = None  # its schedule counts the evaluations; None: there are none
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError("a run needs training or evaluation, got neither")
+        if len({(part.unit, part.is_private) for part in self.parts}) > 1:
+            raise ValueError(
+                "training and evaluation of a run must share its privacy unit, and both have noise or none"
+            )
+
+    @property
+    def parts(self) -> list[DPParameters]:
+        """What there is of training and evaluation."""
+        return [part for part in (self.training, self.evaluation) if part is not None]
+
+    @property
+    def unit(self) -> Unit:
+        """The privacy unit of the run."""
+        return self.parts[0].unit
+
+    def event(self) -> Event:
+        """What the whole run releases about one unit."""
+        return compose(part.event() for part in self.parts)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A promise, its schedule, and the noise that keeps it. Made by `make_plan`."""
 
     privacy: PrivacyGuarantee
     schedule: Schedule
     noise_multiplier: float  # sigma; 0.0 only for NoPromise
-    update_clip_norm: float = 1.0  # see Terms
-    additional_releases: tuple[
-        DPParameters, ...
-    ] = ()  # what else is released of the same units, such as evaluation figures
+    update_clip_norm: float = 1.0  # see DPParameters
+    evaluation: DPParameters | None = None  # of the metrics that devices compute on their own photos
 
     def __post_init__(self) -> None:
         if (self.noise_multiplier > 0) != isinstance(self.privacy, PrivacyTarget):
@@ -158,9 +198,14 @@ class Plan:
         """What `rounds` training rounds (all of them if None) release about one unit."""
         return self.dp_parameters.event(rounds)
 
+    @property
+    def releases(self) -> RunReleases:
+        """Everything that the run releases, as devices record it."""
+        return RunReleases(training=self.dp_parameters, evaluation=self.evaluation)
+
     def total_event(self) -> Event:
-        """What everything releases about one unit: all rounds, and what is released beside them."""
-        return compose([self.event(), *(terms.event() for terms in self.additional_releases)])
+        """What everything releases about one unit: all rounds and all evaluations."""
+        return self.releases.event()
 
     def epsilon(self) -> Epsilon | None:
         """The price of everything at the promise's delta; None where nothing is promised."""
@@ -181,9 +226,12 @@ class Plan:
                     *self._steps(target.unit),
                     *self._noise(target.unit),
                     *(
-                        f"evaluation: {_counted(terms.schedule.rounds, 'set')} of metrics, noise multiplier "
-                        f"{terms.noise_multiplier:.4f}"
-                        for terms in self.additional_releases
+                        []
+                        if self.evaluation is None
+                        else [
+                            f"evaluation: {_counted(self.evaluation.schedule.rounds, 'set')} of metrics, noise "
+                            f"multiplier {self.evaluation.noise_multiplier:g}"
+                        ]
                     ),
                     f"privacy guarantee: epsilon at most {target.epsilon:g} at delta {format_delta(target.delta)} "
                     f"per {target.unit}, over the whole run; neighbouring libraries: {ADJACENCY}",
@@ -214,11 +262,11 @@ class Plan:
         if unit == "library":
             return [
                 f"each device's whole update is clipped to L2 norm {self.update_clip_norm:g}, in public ranges",
-                f"noise multiplier {sigma:.4f}: the trusted server adds Gaussian noise of standard deviation "
+                f"noise multiplier {sigma:g}: the trusted server adds Gaussian noise of standard deviation "
                 f"{sigma * self.update_clip_norm:.3g} to every number of each round's sum",
             ]
         return [
-            f"noise multiplier {sigma:.4f}: Gaussian noise of standard deviation "
+            f"noise multiplier {sigma:g}: Gaussian noise of standard deviation "
             f"{sigma * s.clip_norm / s.expected_batch_size:.3g} on every number and step",
         ]
 
@@ -228,7 +276,7 @@ def make_plan(
     schedule: Schedule,
     *,
     update_clip_norm: float = 1.0,
-    additional_releases: Sequence[DPParameters] = (),
+    evaluation: DPParameters | None = None,
 ) -> Plan:
     """Find the least noise with which a schedule meets a privacy target.
 
@@ -236,7 +284,7 @@ def make_plan(
         privacy: The guarantee over everything, or `NoPrivacy()`.
         schedule: How often units are looked at.
         update_clip_norm: Longest update of one device, in public ranges; counts for unit library alone.
-        additional_releases: What else is released of the same units, with its noise already chosen.
+        evaluation: What evaluation releases about the same units, with its noise already chosen.
 
     Returns:
         A plan whose upper price, with all additional releases, is at most the target epsilon.
@@ -246,7 +294,8 @@ def make_plan(
     """
     match privacy:
         case PrivacyTarget():
-            others = [terms.event() for terms in additional_releases]
+            others = [] if evaluation is None else [evaluation.event()]
+
             sigma = calibrate_noise_multiplier(
                 privacy, lambda s: compose([_terms(privacy, schedule, s, update_clip_norm).event(), *others])
             )
@@ -259,7 +308,7 @@ def make_plan(
         schedule=schedule,
         noise_multiplier=sigma,
         update_clip_norm=update_clip_norm,
-        additional_releases=tuple(additional_releases),
+        evaluation=evaluation,
     )
 
 

@@ -17,14 +17,14 @@ from fedface.errors import PolicyRefusal
 from fedface.number_format import format_delta
 from fedface.privacy.budget import Budget, describe_briefly
 from fedface.privacy.ledger import Ledger
-from fedface.privacy.ledger_records import LedgerEntry
+from fedface.privacy.ledger_records import LedgerEntry, PlannedRound, is_run_name, metrics_ledger_key
 from fedface.privacy.participation_conditions import (
     Environment,
     ParticipationConditions,
     SystemEnvironment,
     parse_expiry,
 )
-from fedface.privacy.plan import DPParameters, Plan
+from fedface.privacy.plan import DPParameters, Plan, RunReleases
 from fedface.privacy.privacy_target import Delta
 from fedface.privacy_units import UNITS, Unit, covers, unit_in_words
 from fedface.validation import Above, AtLeast, checked
@@ -134,26 +134,26 @@ class DevicePolicy:
 
     def admit(
         self,
-        plan: Plan | DPParameters,
+        plan: Plan | DPParameters | RunReleases,
         purpose: Purpose,
         ledger: Ledger,
         *,
-        run: str | None = None,
-        round: int | None = None,
+        run: str = "",
+        round: int = 1,
         surroundings: Environment | None = None,
     ) -> None:
         """Return if a run may use these photos now; otherwise say why not, the first reason that there is.
 
-        The order: the last day, the purpose, the unit and who is trusted, the hours and the power, the budgets. All
-        rounds that a run still has must fit into the budget for life, its next round into that of each period: a
-        long run pauses here when a period's budget is used up.
+        The order: the last day, the purpose, the unit and who is trusted, the hours and the power, the budgets. The
+        whole run must fit into the budget for life, its next round into that of each period: a long run pauses here
+        when a period's budget is used up.
 
         Args:
-            plan: What the run asks: only its schedule and noise are read, never its epsilon.
+            plan: Everything that the run releases: only its schedules and noise are read, never its epsilon.
             purpose: What is trained or evaluated, among how many devices, and how updates travel.
             ledger: What these photos have paid so far.
-            run: The run's name, if it has begun: its booked rounds are then not asked for again.
-            round: The round that is asked for; if it is booked already, `book` alone decides about it.
+            run: The run's name in the ledger, if it has begun.
+            round: The round that is asked for; if it is booked already, `record` alone decides about it.
             surroundings: Says the time, the power and the load; this machine if None.
 
         Raises:
@@ -162,15 +162,15 @@ class DevicePolicy:
             PolicyRefusal: With what was asked, what is spent and what is allowed.
             LedgerError: The ledger cannot be trusted, so nothing can be admitted.
         """
-        self.check_static(plan, purpose, surroundings=surroundings)
+        planned = _planned(plan, run, round, purpose)
+        self.check_static(planned.dp, purpose, surroundings=surroundings)
         self.conditions.check(surroundings or SystemEnvironment())
-        terms = _terms(plan)
-        if terms.is_private:
-            self._admit_price(terms, ledger, run, round)
+        if planned.dp.is_private:
+            self._admit_price(planned, ledger)
 
     def check_static(
         self,
-        plan: Plan | DPParameters,
+        dp: DPParameters,
         purpose: Purpose,
         *,
         surroundings: Environment | None = None,
@@ -183,7 +183,7 @@ class DevicePolicy:
         here = surroundings or SystemEnvironment()
         self._admit_today(here)
         self._admit_purpose(purpose)
-        self._admit_promise(_terms(plan))
+        self._admit_promise(dp)
         replace(self.conditions, max_load=None).check(here)  # what is kept costs no work
 
     def check_decryption(self, protocol: str, *, surroundings: Environment | None = None) -> None:
@@ -241,22 +241,16 @@ class DevicePolicy:
                 "in this run the server adds the noise; the owner of this device does not trust servers with that"
             )
 
-    def _admit_price(self, terms: DPParameters, ledger: Ledger, run: str | None, round: int | None) -> None:
-        done = 0 if run is None else ledger.rounds_recorded(run)
-        booked = run is not None and round is not None and ledger.is_recorded(run, round)
-        rounds = max(terms.schedule.rounds - done, 0 if booked else 1)
-        if rounds == 0:
-            return
+    def _admit_price(self, planned: PlannedRound, ledger: Ledger) -> None:
         life, *periods = self.budgets
-        short = ledger.check_budget(terms.event(rounds), [life], run_unit=terms.unit)
+        short = ledger.check_round(planned, [life])
         if short is not None:
+            rounds = sum(part.schedule.rounds for part in planned.releases.parts)
             raise PolicyRefusal(
                 f"over {rounds} round{'' if rounds == 1 else 's'} this run asks for {describe_briefly(short)}",
                 advice="Lower the rounds, raise the noise, or ask the owner of this device for a larger budget.",
             )
-        if booked or not periods:
-            return
-        short = ledger.check_budget(terms.event(1), periods, run_unit=terms.unit)
+        short = ledger.check_round(planned, periods)
         if short is not None:
             later = (
                 "That is more than this period ever allows."
@@ -269,7 +263,7 @@ class DevicePolicy:
 
     def record(
         self,
-        plan: Plan | DPParameters,
+        plan: Plan | DPParameters | RunReleases,
         ledger: Ledger,
         *,
         run: str,
@@ -283,26 +277,26 @@ class DevicePolicy:
         and every budget, in one transaction with the booking.
 
         Args:
-            plan: What the run asks; its numbers are noted beside the event.
+            plan: Everything that the run releases; the round's numbers are noted beside its event.
             ledger: What these photos have paid so far.
-            run: The run's name.
-            round: Which round, >= 0.
+            run: The run's name in the ledger, which says whether this is an evaluation.
+            round: Which round, from 1.
             metadata: What else identifies the release, such as the model's hash. They cannot change `OWN_WORDS`.
             surroundings: Says the day; this machine if None.
 
         Raises:
-            PolicyRefusal: The budget does not allow this round, or the run promises nothing and may not.
+            PolicyRefusal: The budget does not allow this run or round, the run was booked with other releases, or it
+                has no noise and may not.
             LedgerError: The ledger is damaged, or this round was answered for a different release.
         """
-        terms = _terms(plan)
+        planned = _planned(plan, run, round)
+        terms = planned.dp
         self._admit_today(surroundings or SystemEnvironment())
         self._admit_promise(terms)
         said = terms.metadata()
         noted = {**said, **(metadata or {}), **{word: said[word] for word in OWN_WORDS}}
         if terms.is_private:
-            return ledger.record_within_budget(
-                terms.event(1), self.budgets, run=run, round=round, metadata=noted
-            )
+            return ledger.record_round(planned, self.budgets, metadata=noted)
         return ledger.record(terms.event(1), run=run, round=round, metadata=noted)
 
     def ended(self, surroundings: Environment) -> str | None:
@@ -362,8 +356,20 @@ class DevicePolicy:
         ]
 
 
-def _terms(plan: Plan | DPParameters) -> DPParameters:
-    return plan.dp_parameters if isinstance(plan, Plan) else plan
+def _planned(
+    plan: Plan | DPParameters | RunReleases, key: str, round: int, purpose: Purpose | None = None
+) -> PlannedRound:
+    """A round of what a run releases; DP parameters alone are those of a run that does nothing else."""
+    if purpose is not None and purpose.objective == EVALUATION and is_run_name(key):
+        key = metrics_ledger_key(key)
+    match plan:
+        case RunReleases():
+            releases = plan
+        case Plan():
+            releases = plan.releases
+        case DPParameters():
+            releases = RunReleases(training=plan) if is_run_name(key) else RunReleases(evaluation=plan)
+    return PlannedRound(key=key, round=round, releases=releases)
 
 
 def _check_folder(key: str, folder: Path) -> None:

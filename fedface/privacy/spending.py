@@ -1,131 +1,158 @@
-"""What booked releases cost together, against a budget, and over time; nothing here writes."""
+"""What booked runs and releases cost together, against a budget, and over time; nothing here writes.
+
+For life a run counts as a whole from its first release on; in a period its releases count one by one. One charge alone
+costs what its privacy loss distribution says, several what a privacy filter counts (privacy/renyi_filter.py): whoever
+chose the second knew the answers to the first. Both are one decision before anything is known: what fits only by its
+distribution leaves no room in the filter for anything else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 
-from fedface.errors import LedgerError, PolicyRefusal, PrivacyError
+from fedface.errors import LedgerError, PrivacyError
 from fedface.measurements import Epsilon
-from fedface.privacy.accounting import (
-    compose,
-    epsilon_of,
-    event_from_json,
-    event_to_json,
-    within_budget,
-)
+from fedface.privacy.accounting import epsilon_of, event_from_json, flatten_event, within_budget
 from fedface.privacy.adjacency import convert_unit
 from fedface.privacy.budget import Budget, BudgetExceeded
-from fedface.privacy.ledger_records import LedgerEntry
+from fedface.privacy.ledger_records import BookedRun, Charge, LedgerEntry, LedgerRecord
 from fedface.privacy.mechanism import Event
+from fedface.privacy.renyi_filter import filter_epsilon, within_filter
 from fedface.privacy_units import Unit
 
-MAX_RELEASE_KINDS = 500  # each with its own noise or sampling rate: each makes pricing them together slower
 MAX_PERIOD = 100 * 366.0  # days; a longer one counts as this, so that every period begins after year 1
-MOMENTS = 24  # how often a total is computed for a table or a curve; each takes about a second
+MOMENTS = 24  # how often a total is computed for a table or a curve
+
+Events = list[tuple[Event, int]]  # each so many times
 
 
-def total_event(entries: Sequence[LedgerEntry], unit: Unit) -> Event:
-    """All entries as one event, as one `unit` sees it.
+def charges(records: Iterable[LedgerRecord]) -> list[Charge]:
+    """What is paid for life, oldest first: whole runs, and releases that no run's booking covers."""
+    return [
+        record
+        for record in records
+        if isinstance(record, BookedRun) or (isinstance(record, LedgerEntry) and not record.planned)
+    ]
+
+
+def counted(records: Iterable[LedgerRecord], budget: Budget, now: datetime) -> list[Charge]:
+    """What counts against a budget now: all charges for life, or the releases of its period."""
+    if budget.days is None:
+        return charges(records)
+    since = now - timedelta(days=min(budget.days, MAX_PERIOD))
+    return [record for record in records if isinstance(record, LedgerEntry) and record.time >= since]
+
+
+def _events(charged: Iterable[Charge], unit: Unit) -> Events:
+    """Charges as one `unit` sees them.
 
     Raises:
         LedgerError: One of them cannot be priced.
     """
-    seen: dict[tuple[str, Unit], Event] = {}
-    released = []
+    kinds = Counter((charge.event, charge.unit) for charge in charged)
     try:
-        for entry in entries:
-            key = entry.event, entry.unit
-            if key not in seen:
-                seen[key] = convert_unit(event_from_json(entry.event), source=key[1], target=unit)
-            released.append(seen[key])
+        return [
+            (convert_unit(event_from_json(event), source=source, target=unit), count)
+            for (event, source), count in kinds.items()
+        ]
     except (PrivacyError, ValueError) as error:
         raise LedgerError(f"the ledger holds an event that cannot be priced: {error}") from error
-    return compose(released)
 
 
-def counted_entries(entries: Sequence[LedgerEntry], budget: Budget, now: datetime) -> Sequence[LedgerEntry]:
-    """The entries that count against a budget now: those of its period."""
-    if budget.days is None:
-        return entries
-    since = now - timedelta(days=min(budget.days, MAX_PERIOD))
-    return [entry for entry in entries if entry.time >= since]
+def _fits(events: Events, epsilon: float, delta: float) -> bool:
+    events = [(event, count) for event, count in events if flatten_event(event)]
+    if sum(count for _, count in events) == 1 and within_budget(events[0][0], epsilon, delta):
+        return True
+    return within_filter(events, epsilon, delta)
 
 
-def against_budget(
-    entries: Sequence[LedgerEntry], event: Event, budget: Budget, *, run_unit: Unit, now: datetime
-) -> tuple[Event, Event, Event]:
-    """One more event of a run with `run_unit`, what counts against a budget now, and both, in the budget's unit."""
-    asked = convert_unit(event, source=run_unit, target=budget.unit)
-    before = total_event(counted_entries(entries, budget, now), budget.unit)
-    return asked, before, compose([before, asked])
+def _price(events: Events, delta: float, unit: Unit) -> Epsilon:
+    """One event exactly; of several the smallest budget that admits them, and the largest lower bound among them."""
+    events = [(event, count) for event, count in events if flatten_event(event)]
+    alone = [epsilon_of(event, delta, unit=unit) for event, _ in events]
+    if sum(count for _, count in events) <= 1:
+        return alone[0] if alone else Epsilon(lower=0.0, estimate=0.0, upper=0.0, delta=delta, unit=unit)
+    upper = filter_epsilon(events, delta)
+    lower = min(max(price.lower for price in alone), upper)
+    return Epsilon(lower=lower, estimate=upper, upper=upper, delta=delta, unit=unit)
+
+
+def price_of(charged: Sequence[Charge], *, delta: float, unit: Unit) -> Epsilon:
+    """What some charges cost together for one unit. Raises LedgerError if one cannot be priced."""
+    return _price(_events(charged, unit), delta, unit)
+
+
+def price_with(
+    charged: Sequence[Charge], event: Event, budget: Budget, *, run_unit: Unit
+) -> tuple[Epsilon, Epsilon, Epsilon]:
+    """What one more event of a run with `run_unit` costs in a budget's unit: alone, what is spent, and both."""
+    before = _events(charged, budget.unit)
+    asked = [(convert_unit(event, source=run_unit, target=budget.unit), 1)]
+    alone, spent, together = (
+        _price(part, budget.delta, budget.unit) for part in (asked, before, before + asked)
+    )
+    return alone, spent, together
 
 
 def budget_exceeded(
-    entries: Sequence[LedgerEntry], event: Event, budgets: Sequence[Budget], *, run_unit: Unit, now: datetime
+    records: Sequence[LedgerRecord], event: Event, budgets: Sequence[Budget], *, run_unit: Unit, now: datetime
 ) -> BudgetExceeded | None:
     """The first budget that one more event would exceed; None if every budget holds.
 
     Args:
-        entries: Everything booked.
-        event: What would be released.
-        budgets: What the owner allows, at least one.
+        records: Everything booked.
+        event: What would be booked.
+        budgets: What the owner allows.
         run_unit: The privacy unit of the event's run.
         now: Where periods end.
 
     Raises:
-        PolicyRefusal: It is one kind of release too many to be priced.
-        LedgerError: An entry cannot be priced.
-        ValueError: No budget at all was given.
+        LedgerError: A record cannot be priced.
     """
-    if not budgets:
-        raise ValueError("a release needs at least one limit, got none")
-    kinds = {(entry.event, entry.unit) for entry in entries} | {(event_to_json(event), run_unit)}
-    if len(kinds) > MAX_RELEASE_KINDS:
-        raise PolicyRefusal(
-            f"this device has answered {MAX_RELEASE_KINDS} kinds of releases, each with a noise or a rate of its own, "
-            "and takes no more: pricing them together would take minutes, however little each costs"
-        )
     for budget in budgets:
-        asked, before, both = against_budget(entries, event, budget, run_unit=run_unit, now=now)
-        if not within_budget(both, budget.epsilon, budget.delta):
-            alone, spent, together = (epsilon_of(e, budget.delta).upper for e in (asked, before, both))
-            return BudgetExceeded(budget=budget, asked=alone, spent=spent, together=together)
+        charged = counted(records, budget, now)
+        asked = convert_unit(event, source=run_unit, target=budget.unit)
+        if not _fits([*_events(charged, budget.unit), (asked, 1)], budget.epsilon, budget.delta):
+            alone, spent, together = price_with(charged, event, budget, run_unit=run_unit)
+            return BudgetExceeded(
+                budget=budget, asked=alone.upper, spent=spent.upper, together=together.upper
+            )
     return None
 
 
-def price_of(entries: Sequence[LedgerEntry], *, delta: float, unit: Unit) -> Epsilon:
-    """What some entries cost together for one unit. Raises LedgerError if one cannot be priced."""
-    return epsilon_of(total_event(entries, unit), delta, unit=unit)
-
-
-def spent_against(entries: Sequence[LedgerEntry], budget: Budget, now: datetime) -> Epsilon:
+def spent_against(records: Iterable[LedgerRecord], budget: Budget, now: datetime) -> Epsilon:
     """What counts against a budget now."""
-    return price_of(counted_entries(entries, budget, now), delta=budget.delta, unit=budget.unit)
+    return price_of(counted(records, budget, now), delta=budget.delta, unit=budget.unit)
 
 
 def totals(
-    entries: Sequence[LedgerEntry], *, delta: float, unit: Unit, most: int | None = MOMENTS
+    records: Sequence[LedgerRecord], *, delta: float, unit: Unit, most: int | None = MOMENTS
 ) -> dict[int, Epsilon]:
-    """What the first entries cost together, by the number of the last of them; at `most` of them, always the last."""
+    """What is paid for life up to each entry, by its number; at `most` of them, always the last."""
+    entries = [record for record in records if isinstance(record, LedgerEntry)]
+    paid = charges(records)
+    chosen = [entries[i].number for i in _spread(len(entries), most)]
     return {
-        entries[i].number: price_of(entries[: i + 1], delta=delta, unit=unit)
-        for i in _spread(len(entries), most)
+        number: price_of([charge for charge in paid if charge.number <= number], delta=delta, unit=unit)
+        for number in chosen
     }
 
 
 def spending_curve(
-    entries: Sequence[LedgerEntry], budget: Budget, now: datetime
+    records: Sequence[LedgerRecord], budget: Budget, now: datetime
 ) -> list[tuple[datetime, float]]:
     """When the upper bound that counts against a budget became what; ends now, has at most MOMENTS + 1 points."""
-    times = [entry.time for entry in entries]
+    booked = [record for record in records if isinstance(record, BookedRun | LedgerEntry)]
+    times = [record.time for record in booked]
     if budget.days is not None:
         # An entry that is as old as the period still counts; a second later it does not.
         over = timedelta(days=min(budget.days, MAX_PERIOD), seconds=1)
         times = sorted([*times, *(time + over for time in times if time + over < now)])
     chosen = [times[i] for i in _spread(len(times), MOMENTS)]
-    then = [(at, [entry for entry in entries if entry.time <= at]) for at in chosen]
-    return [(at, spent_against(known, budget, at).upper) for at, known in [*then, (now, entries)]]
+    then = [(at, [record for record in booked if record.time <= at]) for at in chosen]
+    return [(at, spent_against(known, budget, at).upper) for at, known in [*then, (now, booked)]]
 
 
 def _spread(count: int, most: int | None) -> list[int]:

@@ -76,7 +76,7 @@ def recorded(device: Device) -> list[tuple[str, int, int]]:
 def test_a_reply_is_one_update_recorded_at_the_devices_own_cost(
     device: Device, task: TrainTask, experiment: Experiment
 ) -> None:
-    """One entry with the cost of one round of the plan; the payload has the model's length."""
+    """One entry; its run is paid as a whole; the payload has the model's length."""
     reply = handle_task(task, device)
     assert isinstance(reply, TrainResult) and reply.device == "device-00"
     payload = Payload.from_bytes(reply.payload)
@@ -84,7 +84,7 @@ def test_a_reply_is_one_update_recorded_at_the_devices_own_cost(
     assert payload.length == len(task.weights)
     assert recorded(device) == [("tiny", 1, 1)]
     spent = Ledger.open(device.ledger_path).spent(1e-3)
-    assert spent == epsilon_of(experiment.plan().event(1), 1e-3)
+    assert spent == epsilon_of(experiment.plan().total_event(), 1e-3)
 
 
 def test_a_repeated_task_gets_the_same_bytes_at_no_cost(device: Device, task: TrainTask) -> None:
@@ -305,8 +305,14 @@ def test_the_last_affordable_round_is_answered_and_the_next_is_not(
             handle_task(replace(task, round=number), crashed)
         assert isinstance(handle_task(replace(task, round=number), device), TrainResult)
     answer = handle_task(replace(task, round=3), device)
-    assert isinstance(answer, Refusal) and "asks for epsilon" in answer.reason
-    assert recorded(device) == [("tiny", 1, 1), ("tiny", 2, 1)]
+    assert isinstance(answer, Refusal) and "round 3 of tiny, which announces 2" in answer.reason
+    longer = replace(task.config.dp, schedule=replace(task.config.dp.schedule, rounds=3))
+    training = replace(task.config.training, rounds=3)
+    answer = handle_task(
+        replace(task, round=3, config=replace(task.config, dp=longer, training=training)), device
+    )
+    assert isinstance(answer, Refusal) and "was booked with other" in answer.reason
+    assert booked(device) == [("tiny", 1, 1), ("tiny", 2, 1)]
     spent = Ledger.open(device.ledger_path).spent(1e-3).upper
     assert spent <= device.policy.max_epsilon
 
@@ -485,7 +491,9 @@ def test_one_task_opens_and_verifies_the_ledger_once(
     monkeypatch.setattr(sqlite3, "connect", connecting)
     monkeypatch.setattr(Chain, "_verify_records", verifying)
     assert isinstance(handle_task(replace(task, round=2), device), TrainResult)
-    assert len(connections) == 1 and passes == [4]  # release, attempt, answer and transmission of round 1
+    assert len(connections) == 1 and passes == [
+        5
+    ]  # run, release, attempt, answer and transmission of round 1
 
 
 def test_a_round_while_photos_cannot_be_read_is_postponed_at_no_cost(device: Device, task: TrainTask) -> None:

@@ -7,16 +7,14 @@ import sqlite3
 from multiprocessing import get_context
 from pathlib import Path
 
-import dp_accounting as dp
 import pytest
+from priced import DELTA, EVENT, book, cost_of, one_sum
 
 from fedface.errors import LedgerError, PolicyRefusal
-from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.budget import Budget
 from fedface.privacy.ledger import FREE_ATTEMPTS, Ledger
+from fedface.privacy.renyi_filter import filter_epsilon
 
-DELTA = 1e-5
-EVENT = dp.GaussianDpEvent(4.0)
 ROOM = Budget(epsilon=1e4, delta=DELTA)
 
 
@@ -30,16 +28,15 @@ def ledger(path: Path) -> Ledger:
     return Ledger.open(path)
 
 
-def limit_for(rounds: int) -> Budget:
-    """A budget for exactly this many rounds, plus one rounding."""
-    cost = epsilon_of(dp.SelfComposedDpEvent(EVENT, rounds), DELTA).upper
-    return Budget(epsilon=cost + 1e-6, delta=DELTA)
+def limit_for(bookings: int) -> Budget:
+    """Exactly so many bookings of one round."""
+    return Budget(epsilon=cost_of(bookings), delta=DELTA)
 
 
 def killed(ledger: Ledger, limit: Budget = ROOM) -> int:
-    """Record and begin round 0 as a device does, without a reply; returns the attempt's record."""
-    entry = ledger.record_within_budget(EVENT, [limit], run="r", round=0)
-    ledger.record_attempt("r", 0, attempt=entry.attempt)
+    """Book and begin round 1 as a device does, and never answer; the attempt that paid."""
+    entry = book(ledger, [limit], run="r", round=1)
+    ledger.record_attempt("r", 1, attempt=entry.attempt)
     return entry.attempt
 
 
@@ -48,16 +45,15 @@ def test_three_killed_computations_are_free_and_the_next_three_are_one_more_reco
     assert FREE_ATTEMPTS == 3
     assert [killed(Ledger.open(path)) for _ in range(7)] == [1, 1, 1, 2, 2, 2, 3]
     ledger = Ledger.open(path)
-    assert [entry.attempt for entry in ledger.entries()] == [1, 2, 3] and ledger.rounds_recorded("r") == 1
-    assert ledger.spent(DELTA) == epsilon_of(dp.SelfComposedDpEvent(EVENT, 3), DELTA)
+    assert [entry.attempt for entry in ledger.entries()] == [1, 2, 3]
+    assert ledger.spent(DELTA).upper == filter_epsilon([(EVENT, 3)], DELTA)
 
 
-def test_without_budgets_the_fourth_computation_is_recorded_too(ledger: Ledger) -> None:
-    """`record` and `record_within_budget` agree."""
+def test_without_limits_the_fourth_computation_is_booked_too(ledger: Ledger) -> None:
     attempts = []
     for _ in range(4):
-        attempts.append(ledger.record(EVENT, run="r", round=0).attempt)
-        ledger.record_attempt("r", 0, attempt=attempts[-1])
+        attempts.append(ledger.record(EVENT, run="r", round=1).attempt)
+        ledger.record_attempt("r", 1, attempt=attempts[-1])
     assert attempts == [1, 1, 1, 2]
 
 
@@ -88,7 +84,7 @@ def test_a_killed_process_has_recorded_its_attempt(path: Path) -> None:
 def test_a_request_without_an_attempt_is_free(ledger: Ledger) -> None:
     """A device that stops before it opens a photo has read none."""
     for _ in range(9):
-        assert ledger.record(EVENT, run="r", round=0).attempt == 1
+        assert ledger.record(EVENT, run="r", round=1).attempt == 1
 
 
 @pytest.mark.parametrize("tries", [1, 3])
@@ -96,12 +92,12 @@ def test_a_round_answered_after_interruptions_is_resent(ledger: Ledger, tries: i
     """The first or the last of its computations replied: nothing more is recorded."""
     for _ in range(tries):
         attempt = killed(ledger)
-    ledger.store_reply("r", 0, b"payload", attempt=attempt)
+    ledger.store_reply("r", 1, b"payload", attempt=attempt)
     for _ in range(5):
-        assert ledger.record_within_budget(EVENT, [limit_for(1)], run="r", round=0).attempt == 1
-        assert ledger.load_reply("r", 0) == b"payload"
+        assert book(ledger, [limit_for(1)], run="r", round=1).attempt == 1
+        assert ledger.load_reply("r", 1) == b"payload"
     with pytest.raises(LedgerError, match="answered already"):
-        ledger.record_attempt("r", 0, attempt=1)
+        ledger.record_attempt("r", 1, attempt=1)
     assert len(ledger.entries()) == 1
 
 
@@ -109,34 +105,34 @@ def test_a_new_record_has_its_own_attempts_and_one_reply(ledger: Ledger) -> None
     """The fourth computation's reply is stored under the second record."""
     for _ in range(4):
         attempt = killed(ledger)
-    ledger.store_reply("r", 0, b"payload", attempt=attempt)
-    assert ledger.load_reply("r", 0) == b"payload"
+    ledger.store_reply("r", 1, b"payload", attempt=attempt)
+    assert ledger.load_reply("r", 1) == b"payload"
     with pytest.raises(LedgerError, match="answered already"):
-        ledger.store_reply("r", 0, b"late", attempt=1)
+        ledger.store_reply("r", 1, b"late", attempt=1)
 
 
-def test_rounds_and_runs_are_counted_separately(ledger: Ledger) -> None:
-    for run, round in (("r", 0), ("r", 1), ("s", 0), ("r/metrics", 0)):
+def test_rounds_and_runs_are_counted_apart(ledger: Ledger) -> None:
+    for run, round in (("r", 1), ("r", 2), ("s", 1), ("t/metrics", 1)):
         for _ in range(3):
-            entry = ledger.record_within_budget(EVENT, [ROOM], run=run, round=round)
+            entry = book(ledger, [ROOM], run=run, round=round, terms=one_sum(rounds=2))
             ledger.record_attempt(run, round, attempt=entry.attempt)
     assert len(ledger.entries()) == 4
 
 
-def test_an_attempt_needs_a_record(ledger: Ledger) -> None:
-    ledger.record(EVENT, run="r", round=0)
-    for round, attempt in ((1, 1), (0, 2), (0, 0)):
+def test_what_was_never_booked_is_not_begun(ledger: Ledger) -> None:
+    ledger.record(EVENT, run="r", round=1)
+    for round, attempt in ((2, 1), (1, 2), (1, 0)):
         with pytest.raises(LedgerError, match="never booked"):
             ledger.record_attempt("r", round, attempt=attempt)
 
 
-def test_of_four_concurrent_attempts_on_one_record_three_are_admitted(ledger: Ledger) -> None:
-    """All have a record before the first begins; the fourth is recorded again."""
-    attempts = [ledger.record(EVENT, run="r", round=0).attempt for _ in range(4)]
+def test_four_side_by_side_on_one_booking_are_three(ledger: Ledger) -> None:
+    """All have booked before the first begins; the one too many asks again and pays."""
+    attempts = [ledger.record(EVENT, run="r", round=1).attempt for _ in range(4)]
     for attempt in attempts[:3]:
-        ledger.record_attempt("r", 0, attempt=attempt)
+        ledger.record_attempt("r", 1, attempt=attempt)
     with pytest.raises(LedgerError, match="ask once more, and it is booked anew"):
-        ledger.record_attempt("r", 0, attempt=attempts[3])
+        ledger.record_attempt("r", 1, attempt=attempts[3])
     assert killed(ledger) == 2
 
 
@@ -145,7 +141,7 @@ def test_of_four_concurrent_attempts_on_one_record_three_are_admitted(ledger: Le
     [
         "DELETE FROM records WHERE kind = 'attempt'",
         "DELETE FROM records WHERE number = 4",
-        "UPDATE records SET entry = 2 WHERE number = 4",
+        "UPDATE records SET entry = 3 WHERE number = 4",
         'UPDATE records SET content = \'{"run":"s"}\' WHERE number = 3',
         "UPDATE records SET kind = 'answer' WHERE number = 4",
         "DROP TABLE records",
@@ -170,9 +166,9 @@ def test_a_modified_count_is_detected(ledger: Ledger, path: Path, statement: str
         killed(ledger)
 
 
-def test_a_file_rolled_back_to_before_an_attempt_is_detected(ledger: Ledger, path: Path) -> None:
-    """Its chain is intact and nothing was sent, but the attempt would be free once more."""
-    ledger.record(EVENT, run="r", round=0)
+def test_a_file_put_back_to_before_it_was_begun_is_noticed(ledger: Ledger, path: Path) -> None:
+    """Its chain is whole and nothing was answered, but it would begin for free once more."""
+    ledger.record(EVENT, run="r", round=1)
     before = path.read_bytes()
     for _ in range(3):
         killed(ledger)

@@ -13,31 +13,26 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import dp_accounting as dp
 import pytest
+from priced import DELTA, EVENT, book, cost_of
 
 from fedface.errors import LedgerError, PolicyRefusal
-from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.budget import Budget
 from fedface.privacy.hash_chain import Chain
 from fedface.privacy.ledger import Ledger
 
-DELTA = 1e-5
-EVENT = dp.GaussianDpEvent(4.0)
+
+def budget_for(runs: int, days: float | None = None) -> Budget:
+    """Exactly so many runs of one round."""
+    return Budget(epsilon=cost_of(runs), delta=DELTA, days=days)
 
 
-def budget_for(rounds: int, days: float | None = None) -> Budget:
-    """A budget for exactly this many rounds, plus one rounding."""
-    cost = epsilon_of(dp.SelfComposedDpEvent(EVENT, rounds), DELTA).upper
-    return Budget(epsilon=cost + 1e-6, delta=DELTA, days=days)
-
-
-def record_all(path: Path, witness: Path, run: str, limits: list[Budget], result: Connection) -> None:
-    """Record rounds until the budget is used up, and send each digest once it was returned."""
+def book_all(path: Path, witness: Path, run: str, limits: list[Budget], said: Connection) -> None:
+    """Book runs of one round until the budget is used up, and say each digest once it was returned."""
     ledger = Ledger.open(path, witness)
     for round in range(100_000):
         try:
-            entry = ledger.record_within_budget(EVENT, limits, run=run, round=round)
+            entry = book(ledger, limits, run=f"{run} {round}")
         except PolicyRefusal:
             break
         result.send(entry.digest)
@@ -66,7 +61,7 @@ def rest_of(heard: Connection) -> list[str]:
 
 
 def test_two_processes_cannot_overspend_one_budget(tmp_path: Path) -> None:
-    """A budget for exactly four rounds, and two processes that record as many as they can."""
+    """A budget for exactly four runs, and two processes that want as many as they can get."""
     both = [booker(tmp_path, run, budget_for(4)) for run in ("a", "b")]
     result = [rest_of(heard) for _, heard in both]
     for process, _ in both:
@@ -78,7 +73,7 @@ def test_two_processes_cannot_overspend_one_budget(tmp_path: Path) -> None:
 
 
 def test_three_processes_cannot_overspend_the_tighter_of_two_budgets(tmp_path: Path) -> None:
-    """Nine rounds for life, five in any week, all requested at once."""
+    """Nine runs for life, five in any week, all asked for within a moment."""
     all_three = [booker(tmp_path, run, budget_for(9), budget_for(5, days=7)) for run in ("a", "b", "c")]
     result = [rest_of(heard) for _, heard in all_three]
     for process, _ in all_three:
@@ -101,10 +96,12 @@ def test_kill_9_at_any_moment_loses_no_confirmed_record(tmp_path: Path) -> None:
         process.join(timeout=10)
         returned += result
         ledger = Ledger.open(path, witness)
-        recorded = [entry.digest for entry in ledger.entries()]
-        assert [digest for digest in recorded if digest in set(returned)] == returned
-        assert len(recorded) - len(returned) <= life + 1
-    assert ledger.record(EVENT, run="after", round=0).number == len(recorded) + 1
+        booked = [entry.digest for entry in ledger.entries()]
+        assert [digest for digest in booked if digest in set(returned)] == returned
+        assert len(booked) - len(returned) <= life + 1
+    assert (
+        ledger.record(EVENT, run="after", round=0).number == 2 * len(booked) + 1
+    )  # each a run and its round
 
 
 def test_a_rolled_back_state_folder_is_detected_by_the_witness(tmp_path: Path) -> None:

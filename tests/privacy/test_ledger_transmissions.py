@@ -13,17 +13,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import dp_accounting as dp
 import pytest
+from priced import DELTA, EVENT, book, cost_of
 
 from fedface.errors import LedgerError, PolicyRefusal
-from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.budget import Budget
 from fedface.privacy.hash_chain import Chain
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.ledger_records import Transmission, TransmissionInfo, TransmissionKind, Withdrawal
 
-EVENT = dp.GaussianDpEvent(4.0)
 UPDATE = TransmissionInfo(
     run="r",
     round=1,
@@ -285,9 +283,9 @@ def test_kill_9_leaves_nothing_on_the_wire_that_the_ledger_lacks(
     assert len(recorded) - len(arrived) <= 1
 
 
-def test_a_record_of_another_process_counts_before_the_next_one(ledger: Ledger, path: Path) -> None:
-    """A session that was verified before it does not use the older total."""
-    one = Budget(epsilon=epsilon_of(EVENT, 1e-5).upper + 1e-6, delta=1e-5)
-    Ledger.open(path).record_within_budget(EVENT, [one], run="a", round=1)
+def test_a_booking_of_another_process_counts_before_the_next_one(ledger: Ledger, path: Path) -> None:
+    """A session that was verified before the other wrote does not price an older total."""
+    one = Budget(epsilon=cost_of(1), delta=DELTA)
+    book(Ledger.open(path), [one], run="a", round=1)
     with pytest.raises(PolicyRefusal, match="is already spent"):
-        ledger.record_within_budget(EVENT, [one], run="b", round=1)
+        book(ledger, [one], run="b", round=1)

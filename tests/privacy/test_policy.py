@@ -59,15 +59,15 @@ def ledger(tmp_path: Path) -> Ledger:
 
 
 def test_a_run_within_the_budget_is_admitted_to_its_last_round(ledger: Ledger) -> None:
-    for round in range(4):
-        POLICY.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, run="r")
+    for round in (1, 2, 3, 4):
+        POLICY.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, run="r", round=round)
         POLICY.record(TERMS, ledger, run="r", round=round)
         ledger.store_reply("r", round, b"payload")
     assert ledger.spent(1e-5).upper <= POLICY.max_epsilon
 
 
-def test_an_entry_has_the_request_and_its_unit(ledger: Ledger) -> None:
-    metadata = POLICY.record(TERMS, ledger, run="r", round=0, metadata={"model": "abc"}).metadata
+def test_an_entry_says_what_was_asked_of_what_unit(ledger: Ledger) -> None:
+    metadata = POLICY.record(TERMS, ledger, run="r", round=1, metadata={"model": "abc"}).metadata
     assert (
         metadata["noise_multiplier"] == "1"
         and metadata["clip_norm"] == "1"
@@ -76,8 +76,8 @@ def test_an_entry_has_the_request_and_its_unit(ledger: Ledger) -> None:
     assert metadata["unit"] == "photo" and metadata["sampler"] == "poisson" and metadata["model"] == "abc"
 
 
-def test_the_same_run_under_another_name_is_refused_with_its_numbers(ledger: Ledger) -> None:
-    for round in range(2):
+def test_the_same_run_under_another_name_is_refused_with_asked_spent_and_allowed(ledger: Ledger) -> None:
+    for round in (1, 2):
         POLICY.record(TERMS, ledger, run="r", round=round)
     with pytest.raises(PolicyRefusal) as refusal:
         POLICY.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, run="s")
@@ -92,10 +92,10 @@ def test_the_same_run_under_another_name_is_refused_with_its_numbers(ledger: Led
 def test_recording_stops_at_the_budget_even_if_two_runs_were_admitted(ledger: Ledger) -> None:
     for run in ("a", "b"):
         POLICY.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, run=run)
-    with pytest.raises(PolicyRefusal):
-        for round in range(4):
-            for run in ("a", "b"):
-                POLICY.record(TERMS, ledger, run=run, round=round)
+    for round in (1, 2, 3, 4):
+        POLICY.record(TERMS, ledger, run="a", round=round)
+        with pytest.raises(PolicyRefusal):
+            POLICY.record(TERMS, ledger, run="b", round=round)
     assert len(ledger.entries()) == 4
 
 
@@ -129,10 +129,10 @@ def test_a_run_without_dp_needs_the_owners_permission(ledger: Ledger) -> None:
     ):
         POLICY.admit(plan, Purpose(3, "homomorphic", "generator"), ledger)
     with pytest.raises(PolicyRefusal, match="no noise"):
-        POLICY.record(plan, ledger, run="r", round=0)
+        POLICY.record(plan, ledger, run="r", round=1)
     willing = DevicePolicy(max_epsilon=1.0, delta=1e-5, allow_no_dp=True)
     willing.admit(plan, Purpose(3, "homomorphic", "generator"), ledger)
-    willing.record(plan, ledger, run="r", round=0)
+    willing.record(plan, ledger, run="r", round=1)
     assert ledger.spent(1e-5).lower == float("inf")
     with pytest.raises(PolicyRefusal, match="epsilon infinite of 1 is"):
         willing.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger)
@@ -222,11 +222,11 @@ def test_from_the_day_after_the_last_nothing_is_allowed(ledger: Ledger) -> None:
     """Neither a new run nor another round of an old one, nor a stored reply."""
     policy, here = replace(POLICY, expires="2027-01-31"), Noon()
     policy.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, surroundings=here)
-    policy.record(TERMS, ledger, run="r", round=0, surroundings=here)
+    policy.record(TERMS, ledger, run="r", round=1, surroundings=here)
     here.day = "2027-02-01"
     with pytest.raises(PolicyRefusal, match="has ended"):
         policy.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, surroundings=here)
-    for round in (0, 1):
+    for round in (1, 2):
         with pytest.raises(PolicyRefusal, match="has ended"):
             policy.record(TERMS, ledger, run="r", round=round, surroundings=here)
     assert len(ledger.entries()) == 1
@@ -240,7 +240,7 @@ def test_a_finer_unit_is_refused_and_a_coarser_one_is_converted(ledger: Ledger) 
     ):
         policy.admit(per("photo"), Purpose(3, "homomorphic", "generator"), ledger)
     with pytest.raises(PolicyRefusal, match="counts per occasion"):
-        policy.record(per("photo"), ledger, run="r", round=0)
+        policy.record(per("photo"), ledger, run="r", round=1)
     policy.admit(per("occasion"), Purpose(3, "homomorphic", "generator"), ledger)
 
 
@@ -252,7 +252,7 @@ def test_a_policy_per_photo_charges_more_for_a_guarantee_per_occasion(ledger: Le
         POLICY.admit(per("occasion"), Purpose(3, "homomorphic", "generator"), ledger)
     willing = replace(POLICY, max_epsilon=dearer + 1e-6)
     willing.admit(per("occasion"), Purpose(3, "homomorphic", "generator"), ledger)
-    willing.record(per("occasion"), ledger, run="r", round=0)
+    willing.record(per("occasion"), ledger, run="r", round=1)
     assert ledger.spent(1e-5, unit="photo").upper > ledger.spent(1e-5, unit="occasion").upper
 
 
@@ -260,7 +260,7 @@ def test_metadata_cannot_change_the_unit(ledger: Ledger) -> None:
     """The DP parameters determine the unit; contradicting metadata are overwritten."""
     policy = replace(POLICY, max_epsilon=50.0)
     entry = policy.record(
-        per("occasion"), ledger, run="r", round=0, metadata={"unit": "photo", "noise_at": "moon"}
+        per("occasion"), ledger, run="r", round=1, metadata={"unit": "photo", "noise_at": "moon"}
     )
     assert (entry.metadata["unit"], entry.metadata["noise_at"]) == ("occasion", "device")
 
@@ -270,7 +270,7 @@ def test_a_server_that_adds_the_noise_needs_trust(ledger: Ledger) -> None:
     policy = replace(POLICY, max_epsilon=20.0)
     for ask in (
         lambda: policy.admit(terms, Purpose(3, "homomorphic", "generator"), ledger),
-        lambda: policy.record(terms, ledger, run="r", round=0),
+        lambda: policy.record(terms, ledger, run="r", round=1),
     ):
         with pytest.raises(
             PolicyRefusal, match="server adds the noise; the owner of this device does not trust"
@@ -278,7 +278,7 @@ def test_a_server_that_adds_the_noise_needs_trust(ledger: Ledger) -> None:
             ask()
     trusting = replace(policy, trust_server=True)
     trusting.admit(terms, Purpose(3, "homomorphic", "generator"), ledger)
-    trusting.record(terms, ledger, run="r", round=0)
+    trusting.record(terms, ledger, run="r", round=1)
 
 
 def test_evaluation_is_admitted_and_recorded_like_training(ledger: Ledger) -> None:
@@ -286,8 +286,8 @@ def test_evaluation_is_admitted_and_recorded_like_training(ledger: Ledger) -> No
     policy.admit(TERMS, Purpose(3, "homomorphic", EVALUATION), ledger)
     with pytest.raises(PolicyRefusal, match="allows nothing"):
         policy.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger)
-    for round in range(4):
-        policy.record(TERMS, ledger, run="r/evaluation", round=round)
+    for round in (1, 2, 3, 4):
+        policy.record(TERMS, ledger, run="r/metrics", round=round)
     with pytest.raises(PolicyRefusal, match="is already spent"):
         policy.admit(TERMS, Purpose(3, "homomorphic", EVALUATION), ledger)
 
@@ -297,20 +297,20 @@ def test_a_period_pauses_a_run_and_lets_it_continue(tmp_path: Path) -> None:
     time = datetime(2027, 1, 1, tzinfo=UTC)
     ledger = Ledger.open(tmp_path / "ledger.db", now=lambda: time)
     policy = replace(POLICY, periods=(Period(days=7, epsilon=ONE_ROUND + 1e-6),))
-    for round in range(4):
+    for round in (1, 2, 3, 4):
         policy.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, run="r", round=round)
         policy.record(TERMS, ledger, run="r", round=round)
         policy.admit(
             TERMS, Purpose(3, "homomorphic", "generator"), ledger, run="r", round=round
         )  # asked once more
-        if round == 3:
+        if round == 4:
             break
         with pytest.raises(PolicyRefusal, match="in any 7 days.*Ask again later"):
             policy.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, run="r", round=round + 1)
         with pytest.raises(PolicyRefusal, match="in any 7 days"):
             policy.record(TERMS, ledger, run="r", round=round + 1)
         time += timedelta(days=7, seconds=1)
-    assert ledger.rounds_recorded("r") == 4
+    assert [entry.round for entry in ledger.entries()] == [1, 2, 3, 4]
 
 
 def test_the_server_gets_one_sentence_about_hours_and_power(ledger: Ledger) -> None:
