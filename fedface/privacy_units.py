@@ -33,6 +33,10 @@ def unit_in_words(unit: Unit) -> str:
             assert_never(unit)
 
 
-def covers(guaranteed: Unit, other: Unit) -> bool:
-    """Whether a guarantee for one unit covers another: a coarser one does, a finer one does not."""
-    return UNITS.index(guaranteed) >= UNITS.index(other)
+def covers(unit: Unit, counted: Unit) -> bool:
+    """Whether a guarantee per `unit` bounds what is released about one `counted`.
+
+    A library covers all that it holds. An occasion covers no single photo: a photo may link two occasions, which
+    without it are two units, each sampled and clipped by itself. A finer unit says nothing about a coarser one.
+    """
+    return unit in (counted, "library")

@@ -20,6 +20,7 @@ from fedface.experiment import (
     SyntheticDevices,
 )
 from fedface.models.checkpoint import flatten_parameters
+from fedface.number_format import format_delta
 from fedface.privacy.plan import Plan
 from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget
 from fedface.public_data.device_photos import describe_devices
@@ -27,6 +28,7 @@ from fedface.training.latent_prior import PriorTrainingConfig
 from fedface.training.training_methods import common_streams, prepare_round
 
 MAX_LISTED = 12  # devices; the report lists all
+MAX_DELTA_SUM = 0.01  # delta times the units of a device; warn above it
 NOISE_WARNING = 3.0  # warn where the noise is this many times as long as the sum of updates can be
 
 
@@ -99,6 +101,8 @@ def plan_lines(recipe: Experiment, plan: Plan, traffic: Traffic, *, list_devices
     yield from plan.describe()
     if (warning := _noise_warning(plan, recipe.devices.count, traffic.numbers_up)) is not None:
         yield f"warning: {warning}"
+    if (warning := _delta_warning(recipe)) is not None:
+        yield f"warning: {warning}"
     yield f"devices: {recipe.devices.count}; at least {recipe.min_responses} must answer"
     if list_devices:
         devices = describe_devices(recipe)
@@ -155,27 +159,29 @@ def _noise_warning(plan: Plan, devices: int, numbers: int) -> str | None:
     )
 
 
-def _batch_size(recipe: Experiment, plan: Plan, photos: list[int]) -> Iterator[str]:
-    """How many units join a step on average, and a warning where each sum is divided by a very different number."""
-    schedule, unit = (
-        plan.schedule,
-        recipe.privacy.unit if isinstance(recipe.privacy, PrivacyTarget) else "photo",
+def _delta_warning(recipe: Experiment) -> str | None:
+    """That delta is not small beside the number of units that it holds for."""
+    if not isinstance(recipe.privacy, PrivacyTarget) or isinstance(recipe.devices, RemoteDevices):
+        return None
+    target = recipe.privacy
+    units = max((_units(recipe, count) for *_, count in describe_devices(recipe)), default=0)
+    if units * target.delta <= MAX_DELTA_SUM:
+        return None
+    return (
+        f"a device with {number_format.counted(units, target.unit)} and delta {format_delta(target.delta)} for each: "
+        f"the guarantee may fail for one of them with probability up to {units * target.delta:.2g}; choose delta below "
+        f"{MAX_DELTA_SUM:g} / {units} = {MAX_DELTA_SUM / units:.1g}"
     )
-    per_unit = 1
-    if unit == "occasion":
-        if not isinstance(recipe.devices, SyntheticDevices):
-            return  # known only once the photos are compared
-        per_unit = recipe.devices.photos_per_occasion
-    word = "occasion" if unit == "occasion" else "photo"
-    mean = (1 - recipe.holdout_fraction) * sum(photos) / (len(photos) * per_unit)
-    joining = schedule.sampling_rate * mean
-    yield f"a device trains on {mean:.0f} {word}s on average, of which about {joining:.3g} join a step"
-    if not 0.5 <= schedule.expected_batch_size / joining <= 2:
-        yield (
-            f"warning: each step's sum of about {joining:.3g} gradients is divided by the expected batch size "
-            f"{schedule.expected_batch_size}; set training.expected_batch_size near {max(1, round(joining))}, or "
-            f"training.sampling_rate near {min(1.0, schedule.expected_batch_size / mean):.2g}"
-        )
+
+
+def _units(recipe: Experiment, count: int | None) -> int:
+    """How many privacy units a device with so many photos holds, as far as it is known."""
+    match recipe.privacy, recipe.devices:
+        case PrivacyTarget(unit="library"), _:
+            return 1
+        case PrivacyTarget(unit="occasion"), SyntheticDevices(photos_per_occasion=size):
+            return (count or 0) // size
+    return count or 0
 
 
 def _stays(recipe: Experiment) -> str:

@@ -71,6 +71,7 @@ class Device:
     ready: Callable[[], None] = lambda: None
     server: str = "the coordinator"  # the receiver of replies, as the owner calls it
     witness: Path | None = None  # folder elsewhere that stores the head of the ledger
+    answer_seconds: float = 0.0  # replies leave at multiples of this time; 0, for simulated devices: at once
 
     @property
     def ledger_path(self) -> Path:
@@ -97,8 +98,19 @@ def handle_task(task: Task, device: Device) -> Reply:
         PrivacyError: The ledger cannot be trusted, the task contradicts itself, or this round of this run was
             answered for other weights or terms. Nothing is sent.
     """
+    torch.set_flush_denormal(True)  # sums of tiny numbers take as long as others
     with device.ledger() as ledger:
         return _handle(task, device, ledger)
+
+
+def wait_for_slot(started: float, answer_seconds: float) -> None:
+    """Sleep until a whole number of slots after `started`, by the monotonic clock: a reply's time shows no work.
+
+    A photo more makes an answer some milliseconds later; as long as the work fits into one slot, the server sees the
+    same time. Work that takes several slots shows how many.
+    """
+    if answer_seconds > 0:
+        time.sleep(answer_seconds - (time.monotonic() - started) % answer_seconds)
 
 
 def _handle(task: Task, device: Device, ledger: Ledger) -> Reply:

@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -31,11 +31,13 @@ from fedface.photos.scan import EmptyLibrary, scan_library
 from fedface.photos.training_crops import PhotoSelection
 from fedface.privacy.participation_conditions import ConditionsNotMet
 from fedface.privacy.policy import DevicePolicy
+from fedface.validation import In, checked
 
 log = logging.getLogger("fedface.device")
 
 
 @dataclass(frozen=True, kw_only=True)
+@checked
 class DeviceConfig:
     """A device file, such as clients/device.example.yaml. Relative paths are relative to the file's folder."""
 
@@ -49,6 +51,10 @@ class DeviceConfig:
     witness: Path | None = (
         None  # folder on another disk with the head of the ledger, to detect a rolled-back copy
     )
+
+    # Replies leave at multiples of this time after a request, in seconds, so that their time does not show how many
+    # photos were computed on; 0: at once. Longer than the work on one round.
+    answer_seconds: Annotated[float, In("[0, 3600]")] = 60.0
 
     def __post_init__(self) -> None:
         if not (0 < len(self.name) <= 80 and self.name.isprintable()):
@@ -99,7 +105,8 @@ def load_device(path: Path) -> Device:
         policy=config.policy,
         state=state,
         server=config.server,
-        witness=local_path(config.witness, home) if config.witness else None,
+        witness=home / config.witness.expanduser() if config.witness else None,
+        answer_seconds=config.answer_seconds,
     )
 
 

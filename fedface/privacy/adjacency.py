@@ -16,11 +16,12 @@ the ball of radius clip_norm.
   pair on the line, for every g >= 0, which is what composes (Zhu, Dong and Wang 2022, arXiv:2106.08567, Theorem 10).
   Koskela et al. (2020), arXiv:1906.03049, call this pair the substitute relation.
 
-**A photo in a run that promises per occasion** is priced as replacing one occasion: that covers every change of the
-photos of one occasion, also adding or removing all of them (b = 0). It does not cover a photo that alone holds
-several occasions together: without it they are two or more units, each with a coin and a vector of its own. **A photo
-or an occasion in a run that promises per library** is a change of one library's content, whatever it is. A run that
-promises per photo says nothing about an occasion of unknown size: its price is infinite.
+**A photo or an occasion in a run whose unit is the library** is a change of one library's content, whatever it is.
+
+**A photo in a run whose unit is the occasion** has no finite price. Without a photo that alone links several occasions
+these are several units, each with a coin and a vector of its own, instead of one; leaving such photos out does not
+help, because which photos link depends on all others. An owner who counts in photos takes part in runs per photo or
+per library. A run whose unit is the photo says nothing about an occasion of unknown size.
 """
 
 from __future__ import annotations
@@ -47,15 +48,11 @@ def replace_one_event(event: Event) -> Event:
 
 
 def convert_unit(event: Event, *, source: Unit, target: Unit) -> Event:
-    """What an event of a run that promises per `told` releases about one `wanted`.
-
-    Args:
-        event: Priced for adding or removing one `told`.
-        told: The unit whose vectors the run clips.
-        wanted: The unit that an owner counts in.
+    """What an event of a run with the unit `source` releases about one `target`, the unit that an owner counts in.
 
     Returns:
-        The event itself; the same with its content replaced; or, for a `told` finer than `wanted`, no promise.
+        The event itself; the same with its content replaced where the run's unit is the library; or, where `source`
+        does not cover `target`, one without a guarantee.
     """
     if source == target:
         return event

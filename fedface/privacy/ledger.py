@@ -215,6 +215,7 @@ class Ledger:
             LedgerError: A record cannot be priced.
         """
         with self._chain.read_transaction() as page:
+            self._check_counted(page, budgets)
             self._booked_run(page, planned)
             if self._booked(page, planned.key, planned.round):
                 return None
@@ -295,6 +296,7 @@ class Ledger:
             raise ValueError("a release needs at least one limit, got none")
         event, key, round = planned.dp.event(1), planned.key, planned.round
         with self._chain.write_transaction() as page:
+            self._check_counted(page, budgets)
             run = self._booked_run(page, planned)
             paid = self._paid(page, event, key, round, metadata)
             if paid is not None and not self._too_old(page, paid, budgets):
@@ -312,6 +314,7 @@ class Ledger:
                     "run": planned.run,
                     "unit": planned.releases.unit,
                     "event": event_to_json(planned.releases.event()),
+                    "counted": _counted(budgets),
                     "rounds": planned.rounds(),
                     "events": planned.events(),
                 }
@@ -537,6 +540,19 @@ class Ledger:
             )
         return booked
 
+    def _check_counted(self, page: Transaction, budgets: Sequence[Budget]) -> None:
+        """Raises LedgerError where budgets count another unit or delta than the first run was booked with.
+
+        Otherwise a delta of 1e-2 would admit what 1e-5 refuses.
+        """
+        runs = (record for record in self._booked_records(page) if isinstance(record, BookedRun))
+        first = next(runs, None)
+        if first is not None and budgets and first.counted != _counted(budgets):
+            raise LedgerError(
+                f"the policy counts {_counted(budgets)}; this ledger counts {first.counted} since {first.written}, "
+                "and both stay the same for the life of a library. Write the old ones into the policy"
+            )
+
     def _withdrawn(self, page: Transaction, run: str) -> bool:
         found = (self._decode(record) for record in page.records if record.kind == Withdrawal.KIND)
         return any(isinstance(record, Withdrawal) and record.run == run for record in found)
@@ -575,6 +591,11 @@ def _attempts(page: Transaction, entry: LedgerEntry) -> int:
     """How many computations were begun on one booking."""
     later = page.records[entry.number :]
     return sum(record.kind == Attempt.KIND and record.entry == entry.number for record in later)
+
+
+def _counted(budgets: Sequence[Budget]) -> str:
+    """The unit and delta of an owner's budgets, which share them."""
+    return f"per {budgets[0].unit} at delta {budgets[0].delta!r}"
 
 
 def _sha256(body: bytes) -> str:

@@ -84,6 +84,7 @@ class BookedRun:
     run: str
     unit: Unit
     event: str  # what the whole run releases, see accounting.event_to_json
+    counted: str  # the unit and delta of the owner's budgets, which stay the same for the life of the ledger
     rounds: dict[str, int]  # of each kind, see PlannedRound
     events: dict[str, str]  # of one round of each kind
 

@@ -26,6 +26,7 @@ from fedface.privacy.accounting import (
     calibrate_noise_multiplier,
     compose,
     epsilon_of,
+    reconstruction_success_bound,
 )
 from fedface.privacy.mechanism import ClipNorm, ClippedSum, Event, GaussianSum, SampledGaussian, round_floor
 from fedface.privacy.privacy_target import NoPrivacy, PrivacyGuarantee, PrivacyTarget
@@ -269,6 +270,50 @@ class Plan:
             f"noise multiplier {sigma:g}: Gaussian noise of standard deviation "
             f"{sigma * s.clip_norm / s.expected_batch_size:.3g} on every number and step",
         ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackCeiling:
+    """The highest success rate of any attack that names one of N known candidates, and from what it names it."""
+
+    given: str  # what the attacker sees, a phrase that can follow "from"
+    ceiling: float  # in [1 / N, 1]
+
+
+def attack_ceilings(dp: DPParameters, candidates: int) -> tuple[AttackCeiling, ...]:
+    """The ceilings of what a run releases, from one step to the whole run.
+
+    The first is what `audits.gradient_inversion` attacks. A ceiling holds for its own event alone: that of one step is
+    not one of a whole update. Source: Hayes et al. (2023), arXiv:2302.07225, see `reconstruction_success_bound`.
+
+    Args:
+        dp: The run's training.
+        candidates: N, at least 2.
+
+    Returns:
+        Empty without noise, where nothing is bounded below 1.
+    """
+    noise = dp.central_mechanism() or dp.mechanism()
+    if isinstance(noise, ClippedSum):
+        return ()
+    s = dp.schedule
+    steps, q = (1, 1.0) if dp.noise_at == "server" else (s.steps_per_round, s.sampling_rate)
+
+    def event(rate: float, count: int) -> Event:
+        return SampledGaussian(sampling_rate=rate, sum=noise, steps=count).event()
+
+    one = dp.unit
+    events = {f"one step that surely holds the {one}": event(1.0, 1)}
+    if q < 1:
+        events[f"one step that the {one} joins with probability {q:g}"] = event(q, 1)
+    if steps > 1:
+        events[f"one update of {steps} steps, all of which hold the {one}"] = event(1.0, steps)
+        events[f"one update of {steps} steps"] = event(q, steps)
+    events[f"all {_counted(s.rounds, 'update')} of the run"] = event(q, s.rounds * steps)
+    return tuple(
+        AttackCeiling(given=given, ceiling=reconstruction_success_bound(released, 1 / candidates))
+        for given, released in events.items()
+    )
 
 
 def make_plan(

@@ -18,7 +18,7 @@ from fedface.audits.gradient_inversion import (
 from fedface.audits.group_metrics import Gap
 from fedface.measurements import Epsilon, Interval, NotMeasured
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
-from fedface.privacy.plan import Plan
+from fedface.privacy.plan import DPParameters, Plan, attack_ceilings
 from fedface.privacy.privacy_target import PrivacyTarget
 from fedface.privacy_units import Unit
 from fedface.reports.run_record import AttackRecord, RunRecord
@@ -162,6 +162,18 @@ def attack_description(attack: AttackRecord) -> str:
         "attack could."
     )
     return f"Attack: {search}; one photo per update. {result}"
+
+
+def ceilings_sentence(dp: DPParameters, candidates: int) -> str:
+    """What the privacy guarantee allows any attack, for each event; empty without noise."""
+    ceilings = attack_ceilings(dp, candidates)
+    if not ceilings:
+        return ""
+    listed = "; ".join(f"from {each.given}: {number_format.percent(each.ceiling)}" for each in ceilings)
+    return (
+        f"The guarantee bounds how often any attack names the right one of {candidates} candidates: {listed}. "
+        "The attack here saw the first."
+    )
 
 
 def identification_sentence(found: CandidateIdentification, defense: Defense) -> str:

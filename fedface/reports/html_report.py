@@ -121,6 +121,7 @@ def render(record: RunRecord, folder: Path) -> str:
                 formatting.identification_sentence(attack.identification, attack.scores.defense)
                 for attack in attacks
             ),
+            *_ceilings(record, attacks),
             *(formatting.inversion_sentence(attack.scores) for attack in attacks),
         ],
         no_limits=model_card.NO_LIMITS,
@@ -331,6 +332,13 @@ def _bias_table(
         rows.append({"group": name, "color": TONE_COLORS.get(name, ""), "lines": lines})
     heads = [(formatting.title_of(name), formatting.unit_of(name)) for name in metrics]
     return {"heads": heads, "rows": rows}
+
+
+def _ceilings(record: RunRecord, attacks: Sequence[AttackRecord]) -> list[str]:
+    dp = record.plan.dp_parameters
+    if not attacks or not dp.is_private:
+        return []
+    return [formatting.ceilings_sentence(dp, attacks[0].identification.candidates)]
 
 
 def _attacks(attacks: Sequence[AttackRecord]) -> list[dict[str, object]]:

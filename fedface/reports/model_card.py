@@ -191,6 +191,11 @@ def _leakage(record: RunRecord) -> list[str]:
     for attack in attacks:
         identified = formatting.identification_sentence(attack.identification, attack.scores.defense)
         lines.append(f"- {plain(identified)} {plain(formatting.inversion_sentence(attack.scores))}")
+    if record.plan.dp_parameters.is_private:
+        ceilings = formatting.ceilings_sentence(
+            record.plan.dp_parameters, attacks[0].identification.candidates
+        )
+        lines.append(f"- {plain(ceilings)}")
     return [*lines, "", plain(THREAT_MODEL), "", f"Not tested: {plain('; '.join(NOT_TESTED))}."]
 
 

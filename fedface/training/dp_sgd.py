@@ -58,6 +58,8 @@ from fedface.training.per_example_gradients import (
 )
 from fedface.training.unit_clipping import NoiseSource, clipped_sum, sample_photos, unit_members
 
+NOISE_SAMPLES = 4096  # that `check_mechanism` draws
+
 
 @dataclass(frozen=True)
 class SampledMechanism:
@@ -83,8 +85,11 @@ class SampledMechanism:
 
     @staticmethod
     def of(dp: DPParameters, rng: NoiseSource) -> SampledMechanism:
-        """What each step on the device releases under these parameters."""
-        return SampledMechanism(dp.mechanism(), dp.schedule.sampling_rate, rng)
+        """What each step on the device releases under these parameters, checked. Raises PrivacyError."""
+        mechanism = dp.mechanism()
+        if isinstance(mechanism, GaussianSum) and isinstance(rng, SecretNoise):
+            check_mechanism(mechanism, rng)
+        return SampledMechanism(mechanism, dp.schedule.sampling_rate, rng)
 
     def sample(self, units: Tensor) -> Tensor:
         """The positions of the photos that join, of units int64 (n,), a unit's photos adjacent; may be empty."""
@@ -184,6 +189,35 @@ def private_sum_of(
     numbers, place = torch.unique_consecutive(units[joined], return_inverse=True)
     sums = torch.zeros(len(numbers), width).index_add_(0, place, rows(joined))
     return sampled.release(clipped_sum([sums], sampled.mechanism.clip_norm)[0])
+
+
+def check_mechanism(mechanism: GaussianSum, rng: SecretNoise) -> None:
+    """Refuse a mechanism whose clipping or noise is not what the ledger prices. Run it before the first step.
+
+    A vector of ten times the clip norm, one without direction and one that is not finite are clipped; the noise of
+    `NOISE_SAMPLES` numbers must have mean 0 and the priced standard deviation, within six standard errors, and
+    two draws must differ.
+
+    Raises:
+        PrivacyError: What is wrong, and by how much.
+    """
+    norm, sigma = mechanism.clip_norm, mechanism.sigma * mechanism.clip_norm
+    rows = torch.zeros(3, 64)
+    rows[0], rows[2, 0] = 10.0 * norm / 8.0, torch.nan
+    longest = float(torch.stack(clipped_sum([rows], norm)).double().norm())
+    if not longest <= norm * (1 + 1e-6):
+        raise PrivacyError(
+            f"a vector was clipped to L2 norm {longest:.6g} instead of {norm:.6g}; nothing was computed"
+        )
+    zeros = torch.zeros(NOISE_SAMPLES)
+    one, two = (mechanism.noise(zeros, rng).double() for _ in range(2))
+    error = sigma / NOISE_SAMPLES**0.5
+    spread = float(one.std())
+    if abs(float(one.mean())) > 6 * error or abs(spread - sigma) > 6 * error or torch.equal(one, two):
+        raise PrivacyError(
+            f"the noise has mean {float(one.mean()):.3g} and standard deviation {spread:.6g}, expected 0 and "
+            f"{sigma:.6g}, or repeats itself; nothing was computed"
+        )
 
 
 def check_per_example_gradients(problem: PerExampleProblem, photos: Images) -> None:

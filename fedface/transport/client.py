@@ -6,6 +6,7 @@ The same ClientApp runs in one process (simulation/in_process.py), in Ray's acto
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from flwr.app import Context, Error
 from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 
-from fedface.device.client import Device, handle_task
+from fedface.device.client import Device, handle_task, wait_for_slot
 from fedface.device.config import load_device
 from fedface.errors import FederationError, FedfaceError, WeightsError
 from fedface.messages.messages import to_message
@@ -45,9 +46,14 @@ def client_app(device_for: Callable[[Context], Device]) -> ClientApp:
 def _answer(
     message: FlowerMessage, context: Context, device_for: Callable[[Context], Device]
 ) -> FlowerMessage:
+    started = time.monotonic()
     try:
         task = read_task(from_record(message.content))
-        reply = handle_task(task, device_for(context))
+        device = device_for(context)
+        try:
+            reply = handle_task(task, device)
+        finally:
+            wait_for_slot(started, device.answer_seconds)
         return FlowerMessage(to_record(to_message(reply)), reply_to=message)
     except (FederationError, WeightsError) as error:
         log.warning("%s", error)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import NO_PRIVACY, first_device, tiny_experiment, tiny_gan, train_task
+from tiny import NO_PROMISE, first_device, tiny_experiment, tiny_gan, tiny_way, train_task
 
 from fedface.aggregation.homomorphic import make_device, make_server
 from fedface.aggregation.payload import HomomorphicConfig, Payload
-from fedface.device.client import Device, handle_task
+from fedface.device.client import Device, handle_task, wait_for_slot
 from fedface.errors import AggregationError, FederationError, LedgerError, PrivacyError, WeightsError
 from fedface.experiment import Experiment
 from fedface.messages.messages import DecryptResult, DecryptTask, Refusal, TrainResult, TrainTask, to_message
@@ -505,3 +505,27 @@ def test_a_round_while_photos_cannot_be_read_is_postponed_at_no_cost(device: Dev
         isinstance(reply, Refusal) and "scanned" not in reply.reason and "not take part now" in reply.reason
     )
     assert not device.ledger().entries()
+
+
+@pytest.mark.parametrize("way", ["full", "lora", "prior", "flow", "styles", "resolver"])
+def test_noise_does_not_follow_from_the_task(tmp_path: Path, way: str) -> None:
+    """The same task, name and photos on two fresh devices give different bytes: no seed of the run keys the noise."""
+    experiment = tiny_way(tmp_path / "recipe", way)
+    task = train_task(experiment, experiment.start())
+    payloads = []
+    for state in ("one", "two"):
+        reply = handle_task(task, first_device(experiment, tmp_path / state))
+        assert isinstance(reply, TrainResult)
+        payloads.append(reply.payload)
+    assert payloads[0] != payloads[1]
+
+
+@pytest.mark.parametrize(("work", "slept"), [(0.0, 60.0), (0.4, 59.6), (59.0, 1.0), (61.5, 58.5)])
+def test_replies_leave_at_public_times(monkeypatch: pytest.MonkeyPatch, work: float, slept: float) -> None:
+    """Whatever the work took within a slot, the server sees the slot's end."""
+    sleeps: list[float] = []
+    monkeypatch.setattr("fedface.device.client.time.monotonic", lambda: 1000.0 + work)
+    monkeypatch.setattr("fedface.device.client.time.sleep", sleeps.append)
+    wait_for_slot(1000.0, 60.0)
+    wait_for_slot(1000.0, 0.0)
+    assert sleeps == [pytest.approx(slept)]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+from dp_accounting import GaussianDpEvent
 from pytest import approx
 
 from fedface.codec import CodecError, decode, encode
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
-from fedface.privacy.plan import DPParameters, Plan, Schedule, make_plan
+from fedface.privacy.plan import DPParameters, Plan, Schedule, attack_ceilings, make_plan
 from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget
 
 SCHEDULE = Schedule(rounds=10, steps_per_round=5, sampling_rate=0.1, expected_batch_size=8, clip_norm=0.5)
@@ -80,3 +83,42 @@ def test_half_of_the_rounds_cost_what_half_of_the_steps_cost() -> None:
     )
     assert epsilon_of(terms.event(5), 1e-5) == epsilon_of(half.event(), 1e-5)
     assert epsilon_of(terms.event(5), 1e-5).upper == approx(epsilon_of(terms.event(5), 1e-5).lower, abs=0.02)
+
+
+def test_ceilings_name_their_event() -> None:
+    """The demo's recipe at delta 1e-4, 100 candidates: recomputed independently for each event."""
+    schedule = Schedule(
+        rounds=6, steps_per_round=4, sampling_rate=0.064, expected_batch_size=64, clip_norm=1.0
+    )
+    dp = DPParameters(schedule=schedule, noise_multiplier=0.5556)
+    known = {
+        "one step that surely holds the photo": 0.300,
+        "one step that the photo joins with probability 0.064": 0.0285,
+        "one update of 4 steps, all of which hold the photo": 0.899,
+        "one update of 4 steps": 0.0503,
+        "all 6 updates of the run": 0.132,
+    }
+    ceilings = {each.given: each.ceiling for each in attack_ceilings(dp, 100)}
+    assert list(ceilings) == list(known)
+    for given, ceiling in known.items():
+        assert ceilings[given] == approx(ceiling, rel=0.01), given
+    assert attack_ceilings(replace(dp, noise_multiplier=0.0), 100) == ()
+
+
+def test_noise_and_rates_are_numbers_of_a_public_grid() -> None:
+    for change in ({"noise_multiplier": 1.23456}, {"noise_multiplier": 2e4}):
+        with pytest.raises(ValueError, match="noise_multiplier must"):
+            DPParameters(**{"schedule": SCHEDULE, "noise_multiplier": 1.0, **change})
+    with pytest.raises(
+        ValueError, match="sampling_rate must have at most 4 significant digits, such as 0.1235"
+    ):
+        replace(SCHEDULE, sampling_rate=0.123456)
+
+
+def test_no_round_is_free_however_large_its_noise() -> None:
+    """Ten thousand rounds with next to no signal cost as much as one Gaussian sum with multiplier 2."""
+    schedule = replace(SCHEDULE, rounds=10_000, sampling_rate=1e-4, steps_per_round=1)
+    dp = DPParameters(schedule=schedule, noise_multiplier=1e4)
+    assert epsilon_of(dp.event(), 1e-5).upper == approx(
+        epsilon_of(GaussianDpEvent(2.0), 1e-5).upper, rel=1e-3
+    )

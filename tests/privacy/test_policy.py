@@ -244,21 +244,31 @@ def test_a_finer_unit_is_refused_and_a_coarser_one_is_converted(ledger: Ledger) 
     policy.admit(per("occasion"), Purpose(3, "homomorphic", "generator"), ledger)
 
 
-def test_a_policy_per_photo_charges_more_for_a_guarantee_per_occasion(ledger: Ledger) -> None:
-    """One photo changes the content of an occasion: the cost of replacing one."""
-    dearer = epsilon_of(replace_one_event(per("occasion").event()), 1e-5).upper
-    assert dearer > COST + 0.1
+def test_an_owner_who_counts_photos_takes_no_part_per_occasion(ledger: Ledger) -> None:
+    """A photo that links two occasions is in neither price: without it they are two units instead of one."""
+    for ask in (
+        lambda: POLICY.admit(per("occasion"), Purpose(3, "homomorphic", "generator"), ledger),
+        lambda: POLICY.record(per("occasion"), ledger, run="r", round=1),
+    ):
+        with pytest.raises(PolicyRefusal, match="per occasion; the owner of this device counts per photo"):
+            ask()
+    assert "a run must promise per photo or library" in POLICY.describe()
+
+
+def test_an_owner_who_counts_photos_pays_the_price_of_replacing_a_library(ledger: Ledger) -> None:
+    """One photo more or less changes the content of the library."""
+    trusting = replace(POLICY, trust_server=True, max_epsilon=5.0)
+    dearer = epsilon_of(replace_one_event(per("library", 3.0).event()), 1e-5).upper
     with pytest.raises(PolicyRefusal, match=f"asks for {format_upper_bound(dearer)}"):
-        POLICY.admit(per("occasion"), Purpose(3, "homomorphic", "generator"), ledger)
-    willing = replace(POLICY, max_epsilon=dearer + 1e-6)
-    willing.admit(per("occasion"), Purpose(3, "homomorphic", "generator"), ledger)
-    willing.record(per("occasion"), ledger, run="r", round=1)
-    assert ledger.spent(1e-5, unit="photo").upper > ledger.spent(1e-5, unit="occasion").upper
+        trusting.admit(per("library", 3.0), Purpose(3, "homomorphic", "generator"), ledger)
+    willing = replace(trusting, max_epsilon=dearer + 1e-6)
+    willing.record(per("library", 3.0), ledger, run="r", round=1)
+    assert ledger.spent(1e-5, unit="photo").upper > ledger.spent(1e-5, unit="library").upper
 
 
-def test_metadata_cannot_change_the_unit(ledger: Ledger) -> None:
-    """The DP parameters determine the unit; contradicting metadata are overwritten."""
-    policy = replace(POLICY, max_epsilon=50.0)
+def test_a_caller_cannot_book_a_run_under_another_unit(ledger: Ledger) -> None:
+    """The terms say what is promised to whom; metadata that say otherwise are overruled."""
+    policy = replace(POLICY, max_epsilon=50.0, unit="occasion")
     entry = policy.record(
         per("occasion"), ledger, run="r", round=1, metadata={"unit": "photo", "noise_at": "moon"}
     )

@@ -14,7 +14,7 @@ from priced import gaussian, one_sum, sampled
 from pytest import approx
 from scipy.stats import norm
 
-from fedface.errors import PolicyRefusal
+from fedface.errors import LedgerError, PolicyRefusal
 from fedface.privacy.accounting import Release, compose, epsilon_of, flatten_event
 from fedface.privacy.budget import Budget
 from fedface.privacy.ledger import Ledger
@@ -222,3 +222,16 @@ def test_a_run_is_what_it_was_booked_as(tmp_path: Path) -> None:
     for number in (2, 3):
         ledger.record_round(PlannedRound(key="family", round=number, releases=terms), budget)
     assert ledger.spent(DELTA) == epsilon_of(terms.event(), DELTA)
+
+
+def test_the_unit_and_delta_of_a_ledger_stay_those_of_its_first_run(tmp_path: Path) -> None:
+    """A delta of 1e-2 would admit what 1e-5 refuses; a larger epsilon is the owner's to give."""
+    ledger = Ledger.open(tmp_path / "ledger.sqlite")
+    ledger.record_round(run("a", 4.0, 1.0, 1), [Budget(epsilon=2.0, delta=DELTA)])
+    for changed in (Budget(epsilon=2.0, delta=1e-2), Budget(epsilon=2.0, delta=DELTA, unit="library")):
+        with pytest.raises(LedgerError, match="per photo at delta 1e-05 since"):
+            ledger.record_round(run("b", 4.0, 1.0, 1), [changed])
+        with pytest.raises(LedgerError, match="per photo at delta 1e-05 since"):
+            ledger.check_round(run("b", 4.0, 1.0, 1), [changed])
+    ledger.record_round(run("b", 4.0, 1.0, 1), [Budget(epsilon=5.0, delta=DELTA)])
+    assert [entry.run for entry in ledger.entries()] == ["a", "b"]

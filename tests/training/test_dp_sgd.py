@@ -18,7 +18,12 @@ from fedface.errors import PrivacyError
 from fedface.models.discriminator import Discriminator, DiscriminatorConfig
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.randomness import SecretNoise, Streams
-from fedface.training.dp_sgd import SampledMechanism, check_per_example_gradients, private_gradient
+from fedface.training.dp_sgd import (
+    SampledMechanism,
+    check_mechanism,
+    check_per_example_gradients,
+    private_gradient,
+)
 from fedface.training.per_example_gradients import (
     Network,
     PerExampleProblem,
@@ -420,4 +425,36 @@ def test_the_check_passes_a_loss_with_draws_and_refuses_a_network_that_mixes_pho
     """The check works with draws as without."""
     check_per_example_gradients(PerExampleProblem(SmallCritic(), shifted_loss, sampled), faces(2))
     with pytest.raises(PrivacyError, match="mixes photos"):
-        check_per_example_gradients(PerExampleProblem(Statistics(), shifted_loss, sampled), faces(2))
+        check_per_example_gradients(PerExampleProblem(Statistics(), shifted_loss, drawn), faces(2))
+
+
+class WeakNoise(GaussianSum):
+    """Half of the noise that it is priced for."""
+
+    def noise(self, total: Tensor, secret: SecretNoise) -> Tensor:
+        return 0.5 * super().noise(total, secret)
+
+
+class FrozenNoise(GaussianSum):
+    """The same noise in every step."""
+
+    def noise(self, total: Tensor, secret: SecretNoise) -> Tensor:
+        drawn = torch.randn(total.shape, generator=torch.Generator().manual_seed(1))
+        return total + self.sigma * self.clip_norm * drawn
+
+
+@pytest.mark.parametrize("broken", [WeakNoise, FrozenNoise])
+def test_a_mechanism_that_is_not_the_priced_one_is_refused(broken: type[GaussianSum]) -> None:
+    with pytest.raises(PrivacyError, match="the noise has mean"):
+        check_mechanism(broken(clip_norm=0.5, sigma=2.0), SecretNoise())
+    for clip_norm in (1e-3, 1.0, 1e3):
+        check_mechanism(GaussianSum(clip_norm=clip_norm, sigma=2.0), SecretNoise())
+
+
+def test_clipping_that_does_not_bound_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unclipped(gradients: list[Tensor], clip_norm: float) -> list[Tensor]:
+        return [gradient.nan_to_num().sum(0) for gradient in gradients]
+
+    monkeypatch.setattr("fedface.training.dp_sgd.clipped_sum", unclipped)
+    with pytest.raises(PrivacyError, match="clipped to L2 norm 5 instead of 0.5"):
+        check_mechanism(GaussianSum(clip_norm=0.5, sigma=2.0), SecretNoise())
