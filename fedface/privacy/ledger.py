@@ -39,7 +39,15 @@ from fedface.privacy.ledger_records import (
     decode,
 )
 from fedface.privacy.mechanism import Event
-from fedface.privacy.spending import budget_exceeded, charges, counted, price_of, price_with, spent_against
+from fedface.privacy.spending import (
+    charges,
+    counted,
+    exceeded,
+    fits_alone,
+    price_of,
+    price_with,
+    spent_against,
+)
 from fedface.privacy_units import Unit, unit_named
 
 BOOKING_LIFETIME = timedelta(days=1)  # how long a booking waits for its answer where budgets count days
@@ -202,7 +210,11 @@ class Ledger:
         Raises:
             LedgerError: A record cannot be priced.
         """
-        return budget_exceeded(self.bookings(), event, budgets, run_unit=run_unit, now=self._time())
+        records, now = self.bookings(), self._time()
+        found = (
+            exceeded(counted(records, budget, now), event, budget, run_unit=run_unit) for budget in budgets
+        )
+        return next((short for short in found if short is not None), None)
 
     def check_round(self, planned: PlannedRound, budgets: Sequence[Budget]) -> BudgetExceeded | None:
         """Whether a round of a run may be booked: whether its run fits for life, and the round into each period.
@@ -219,7 +231,7 @@ class Ledger:
             self._booked_run(page, planned)
             if self._booked(page, planned.key, planned.round):
                 return None
-            return self._exceeded(page, planned, self._new_charge(page, planned, again=False), budgets)
+            return self._exceeded(page, planned, budgets, again=False)
 
     def _new_charge(self, page: Transaction, planned: PlannedRound, *, again: bool) -> Event:
         """What a round adds to what is paid for life: its run, itself alone if it is computed `again`, or nothing."""
@@ -228,19 +240,31 @@ class Ledger:
         return compose([planned.dp.event(1)] if again else [])
 
     def _exceeded(
-        self, page: Transaction, planned: PlannedRound, new: Event, budgets: Sequence[Budget]
+        self, page: Transaction, planned: PlannedRound, budgets: Sequence[Budget], *, again: bool
     ) -> BudgetExceeded | None:
-        """The first budget that a round exceeds: `new` counts for life, the round in each period.
+        """The first budget that a round exceeds, with what it adds for life, and to each period.
 
         A run that is booked is still refused where its owner has lowered the budget since.
         """
         records, unit, now = self._booked_records(page), planned.releases.unit, self._time()
+        new = self._new_charge(page, planned, again=again)
         for budget in budgets:
-            event = new if budget.days is None else planned.dp.event(1)
-            short = budget_exceeded(records, event, [budget], run_unit=unit, now=now)
+            charged = counted(records, budget, now)
+            event = new if budget.days is None else self._in_period(planned, charged, budget, again=again)
+            short = exceeded(charged, event, budget, run_unit=unit)
             if short is not None:
                 return short
         return None
+
+    def _in_period(
+        self, planned: PlannedRound, charged: Sequence[Charge], budget: Budget, *, again: bool
+    ) -> Event:
+        """What a round adds to a period: its whole run, once, if that fits the period; otherwise itself alone."""
+        whole = planned.releases.event()
+        if again or not fits_alone(whole, planned.releases.unit, budget):
+            return planned.dp.event(1)
+        there = any(isinstance(charge, BookedRun) and charge.run == planned.run for charge in charged)
+        return compose([] if there else [whole])
 
     def _time(self) -> datetime:
         """Now, in whole seconds, as records are dated."""
@@ -302,8 +326,7 @@ class Ledger:
             if paid is not None and not self._too_old(page, paid, budgets):
                 return paid
             again = paid is None and bool(self._booked(page, key, round))
-            new = self._new_charge(page, planned, again=again)
-            short = self._exceeded(page, planned, new, budgets)
+            short = self._exceeded(page, planned, budgets, again=again)
             if short is not None:
                 raise PolicyRefusal(
                     f"round {round} of {key} asks for {short.describe()}",

@@ -124,9 +124,14 @@ class LedgerEntry:
         """When it was written."""
         return in_utc(datetime.fromisoformat(self.written))
 
+    @property
+    def run_name(self) -> str:
+        """The run's name: its metrics are booked under that and a suffix."""
+        return self.run.removesuffix(_METRICS)
+
     def is_of(self, run: str) -> bool:
-        """Whether a run asked for it: what it asks beside its updates is booked under its name and a slash."""
-        return self.run in (run, metrics_ledger_key(run))
+        """Whether a run asked for it."""
+        return self.run_name == run
 
     @property
     def unit(self) -> Unit:

@@ -1,9 +1,10 @@
 """What booked runs and releases cost together, against a budget, and over time; nothing here writes.
 
-For life a run counts as a whole from its first release on; in a period its releases count one by one. One charge alone
-costs what its privacy loss distribution says, several what a privacy filter counts (privacy/renyi_filter.py): whoever
-chose the second knew the answers to the first. Both are one decision before anything is known: what fits only by its
-distribution leaves no room in the filter for anything else.
+For life a run counts as a whole from its first release on. So it does in a period while one of its releases lies in it,
+if the whole run fits; of a run that is too long for the period, the releases of the period count one by one. One charge
+alone costs what its privacy loss distribution says, several what a privacy filter counts (privacy/renyi_filter.py):
+whoever chose the second knew the answers to the first. The first release of a life, or of a period, decides which: what
+fits only by its distribution leaves no room in the filter for anything else.
 """
 
 from __future__ import annotations
@@ -38,11 +39,22 @@ def charges(records: Iterable[LedgerRecord]) -> list[Charge]:
 
 
 def counted(records: Iterable[LedgerRecord], budget: Budget, now: datetime) -> list[Charge]:
-    """What counts against a budget now: all charges for life, or the releases of its period."""
+    """What counts against a budget now: all charges for life, or those of its period."""
+    records = list(records)
     if budget.days is None:
         return charges(records)
     since = now - timedelta(days=min(budget.days, MAX_PERIOD))
-    return [record for record in records if isinstance(record, LedgerEntry) and record.time >= since]
+    recent = [record for record in records if isinstance(record, LedgerEntry) and record.time >= since]
+    names = {entry.run_name for entry in recent if entry.planned}
+    booked = [record for record in records if isinstance(record, BookedRun) and record.run in names]
+    whole = [run for run in booked if fits_alone(event_from_json(run.event), run.unit, budget)]
+    covered = {run.run for run in whole}
+    return [*whole, *(entry for entry in recent if not (entry.planned and entry.run_name in covered))]
+
+
+def fits_alone(event: Event, unit: Unit, budget: Budget) -> bool:
+    """Whether a run fits a budget as long as nothing else is in it."""
+    return _fits([(convert_unit(event, source=unit, target=budget.unit), 1)], budget.epsilon, budget.delta)
 
 
 def _events(charged: Iterable[Charge], unit: Unit) -> Events:
@@ -63,9 +75,9 @@ def _events(charged: Iterable[Charge], unit: Unit) -> Events:
 
 def _fits(events: Events, epsilon: float, delta: float) -> bool:
     events = [(event, count) for event, count in events if flatten_event(event)]
-    if sum(count for _, count in events) == 1 and within_budget(events[0][0], epsilon, delta):
+    if within_filter(events, epsilon, delta):
         return True
-    return within_filter(events, epsilon, delta)
+    return sum(count for _, count in events) == 1 and within_budget(events[0][0], epsilon, delta)
 
 
 def _price(events: Events, delta: float, unit: Unit) -> Epsilon:
@@ -96,30 +108,22 @@ def price_with(
     return alone, spent, together
 
 
-def budget_exceeded(
-    records: Sequence[LedgerRecord], event: Event, budgets: Sequence[Budget], *, run_unit: Unit, now: datetime
+def exceeded(
+    charged: Sequence[Charge], event: Event, budget: Budget, *, run_unit: Unit
 ) -> BudgetExceeded | None:
-    """The first budget that one more event would exceed; None if every budget holds.
+    """Whether one more event of a run with `run_unit` exceeds a budget, beside what counts against it already.
 
-    Args:
-        records: Everything booked.
-        event: What would be booked.
-        budgets: What the owner allows.
-        run_unit: The privacy unit of the event's run.
-        now: Where periods end.
+    Returns:
+        None if the budget holds.
 
     Raises:
-        LedgerError: A record cannot be priced.
+        LedgerError: A charge cannot be priced.
     """
-    for budget in budgets:
-        charged = counted(records, budget, now)
-        asked = convert_unit(event, source=run_unit, target=budget.unit)
-        if not _fits([*_events(charged, budget.unit), (asked, 1)], budget.epsilon, budget.delta):
-            alone, spent, together = price_with(charged, event, budget, run_unit=run_unit)
-            return BudgetExceeded(
-                budget=budget, asked=alone.upper, spent=spent.upper, together=together.upper
-            )
-    return None
+    asked = convert_unit(event, source=run_unit, target=budget.unit)
+    if _fits([*_events(charged, budget.unit), (asked, 1)], budget.epsilon, budget.delta):
+        return None
+    alone, spent, together = price_with(charged, event, budget, run_unit=run_unit)
+    return BudgetExceeded(budget=budget, asked=alone.upper, spent=spent.upper, together=together.upper)
 
 
 def spent_against(records: Iterable[LedgerRecord], budget: Budget, now: datetime) -> Epsilon:

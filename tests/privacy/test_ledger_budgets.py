@@ -113,14 +113,13 @@ def test_an_old_record_without_a_reply_does_not_cover_a_later_period(tmp_path: P
     clock.today += timedelta(hours=20)
     assert book(ledger, [monthly], run="r") == first
     clock.today += timedelta(days=20)
-    with pytest.raises(PolicyRefusal):
-        book(ledger, [monthly], run="r")
-    clock.today += timedelta(days=20)
-    assert book(ledger, [monthly], run="r").attempt == 2
-    lifelong = Budget(epsilon=cost_of(1), delta=DELTA)
-    clock.today += timedelta(days=20)
-    assert book(ledger, [lifelong], run="r").attempt == 2
-    assert ledger.spent(DELTA) == epsilon_of(EVENT, DELTA)  # for life the run is paid once
+    assert book(ledger, [monthly], run="r").attempt == 2  # dated anew: the run is in the period from here on
+    assert ledger.spent(DELTA) == epsilon_of(EVENT, DELTA)  # and for life it is paid once
+    clock.today += timedelta(days=20)  # forty days after the first booking
+    with pytest.raises(PolicyRefusal, match="in any 30 days"):
+        book(ledger, [monthly], run="s")
+    clock.today += timedelta(days=11)
+    book(ledger, [monthly], run="s")
 
 
 def test_nothing_is_released_without_a_budget(ledger: Ledger) -> None:
@@ -129,16 +128,16 @@ def test_nothing_is_released_without_a_budget(ledger: Ledger) -> None:
     assert ledger.entries() == []
 
 
-def test_a_run_per_occasion_costs_a_photo_as_much_as_half_the_noise(ledger: Ledger) -> None:
-    """One photo changes its occasion's content: replace one, at most twice as far."""
-    ledger.record(EVENT, run="r", round=0, metadata={"unit": "occasion"})
+def test_a_run_per_library_costs_a_photo_as_much_as_half_the_noise(ledger: Ledger) -> None:
+    """A photo more or less changes its library's content: replace one, at most twice as far."""
+    ledger.record(EVENT, run="r", round=0, metadata={"unit": "library"})
     half = epsilon_of(replace_one_event(EVENT), DELTA)
     assert ledger.spent(DELTA) == half
     assert half.upper == approx(
         epsilon_of(dp.GaussianDpEvent(2.0), DELTA).upper, abs=2e-3
     )  # beside the floor of a round
-    assert ledger.spent(DELTA, unit="occasion") == epsilon_of(EVENT, DELTA, unit="occasion")
-    _, so_far, together = ledger.price(EVENT, Budget(epsilon=9, delta=DELTA), run_unit="occasion")
+    assert ledger.spent(DELTA, unit="library") == epsilon_of(EVENT, DELTA, unit="library")
+    _, so_far, together = ledger.price(EVENT, Budget(epsilon=9, delta=DELTA), run_unit="library")
     assert so_far == half
     assert together.upper == approx(filter_epsilon([(replace_one_event(EVENT), 2)], DELTA), rel=1e-9)
 

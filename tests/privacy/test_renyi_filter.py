@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import dp_accounting as dp
@@ -235,3 +237,26 @@ def test_the_unit_and_delta_of_a_ledger_stay_those_of_its_first_run(tmp_path: Pa
             ledger.check_round(run("b", 4.0, 1.0, 1), [changed])
     ledger.record_round(run("b", 4.0, 1.0, 1), [Budget(epsilon=5.0, delta=DELTA)])
     assert [entry.run for entry in ledger.entries()] == ["a", "b"]
+
+
+def test_a_run_that_fits_a_period_counts_there_once_and_a_longer_one_round_by_round(tmp_path: Path) -> None:
+    """Otherwise a run at exactly a month's budget, which a filter counts higher, would pause within the month."""
+    today = datetime(2031, 5, 1, tzinfo=UTC)
+    ledger = Ledger.open(tmp_path / "ledger.sqlite", now=lambda: today)
+    short, long = run("short", 1.6, 0.064, 4, rounds=6), run("long", 1.6, 0.064, 4, rounds=40)
+    cost = epsilon_of(short.releases.event(), DELTA).upper
+    life = Budget(epsilon=20.0, delta=DELTA)
+    month = Budget(epsilon=cost + 1e-6, delta=DELTA, days=30)
+    for number in range(1, 7):
+        ledger.record_round(replace(short, round=number), [life, month])
+    assert ledger.spent_against(month).upper == cost
+    with pytest.raises(PolicyRefusal, match="in any 30 days"):
+        ledger.record_round(long, [life, month])
+    today += timedelta(days=31)
+    done = 0
+    with pytest.raises(PolicyRefusal, match="in any 30 days"):
+        for done in range(40):
+            ledger.record_round(replace(long, round=done + 1), [life, month])
+    one = long.dp.event(1)
+    assert within_filter([(one, done)], month.epsilon, DELTA)
+    assert not within_filter([(one, done + 1)], month.epsilon, DELTA)
