@@ -184,6 +184,29 @@ def _units(recipe: Experiment, count: int | None) -> int:
     return count or 0
 
 
+def _batch_size(recipe: Experiment, plan: Plan, photos: list[int]) -> Iterator[str]:
+    """How many units join a step on average, and a warning where each sum is divided by a very different number."""
+    schedule, unit = (
+        plan.schedule,
+        recipe.privacy.unit if isinstance(recipe.privacy, PrivacyTarget) else "photo",
+    )
+    per_unit = 1
+    if unit == "occasion":
+        if not isinstance(recipe.devices, SyntheticDevices):
+            return  # known only once the photos are compared
+        per_unit = recipe.devices.photos_per_occasion
+    word = "occasion" if unit == "occasion" else "photo"
+    mean = (1 - recipe.holdout_fraction) * sum(photos) / (len(photos) * per_unit)
+    joining = schedule.sampling_rate * mean
+    yield f"a device trains on {mean:.0f} {word}s on average, of which about {joining:.3g} join a step"
+    if not 0.5 <= schedule.expected_batch_size / joining <= 2:
+        yield (
+            f"warning: each step's sum of about {joining:.3g} gradients is divided by the expected batch size "
+            f"{schedule.expected_batch_size}; set training.expected_batch_size near {max(1, round(joining))}, or "
+            f"training.sampling_rate near {min(1.0, schedule.expected_batch_size / mean):.2g}"
+        )
+
+
 def _stays(recipe: Experiment) -> str:
     if isinstance(recipe.training, PriorTrainingConfig):
         stays = "every photo and every latent of a photo"

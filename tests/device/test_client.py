@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import NO_PROMISE, first_device, tiny_experiment, tiny_gan, tiny_way, train_task
+from tiny import NO_PRIVACY, first_device, tiny_experiment, tiny_gan, tiny_way, train_task
 
 from fedface.aggregation.homomorphic import make_device, make_server
 from fedface.aggregation.payload import HomomorphicConfig, Payload
@@ -312,7 +312,7 @@ def test_the_last_affordable_round_is_answered_and_the_next_is_not(
         replace(task, round=3, config=replace(task.config, dp=longer, training=training)), device
     )
     assert isinstance(answer, Refusal) and "was booked with other" in answer.reason
-    assert booked(device) == [("tiny", 1, 1), ("tiny", 2, 1)]
+    assert recorded(device) == [("tiny", 1, 1), ("tiny", 2, 1)]
     spent = Ledger.open(device.ledger_path).spent(1e-3).upper
     assert spent <= device.policy.max_epsilon
 

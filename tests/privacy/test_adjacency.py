@@ -98,7 +98,7 @@ def test_converting_to_another_unit_never_lowers_the_cost(
 ) -> None:
     """A coarser promise is never cheaper for what it holds, and a finer one promises nothing."""
     event = compose([sampled(sigma, q, steps), gaussian(3.0)])
-    seen = epsilon_of(convert_unit(event, source=told, target=wanted), DELTA)
+    seen = epsilon_of(convert_unit(event, source=reported, target=expected), DELTA)
     assert seen.upper >= epsilon_of(event, DELTA).upper * (1 - 1e-3)
     assert math.isfinite(seen.upper) == covers(reported, expected)
 

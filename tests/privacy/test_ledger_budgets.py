@@ -67,8 +67,8 @@ def test_a_limit_of_thirty_days_frees_up_and_the_one_for_life_does_not(tmp_path:
     recorded = []
     for days in (0, 29, 31, 31, 365):
         clock.today += timedelta(days=days)
-        booked.append(runs_until_refused(ledger, str(clock.today), lifelong, monthly))
-    assert booked == [3, 0, 3, 1, 0]
+        recorded.append(runs_until_refused(ledger, str(clock.today), lifelong, monthly))
+    assert recorded == [3, 0, 3, 1, 0]
     shortfall = ledger.check_budget(EVENT, [monthly, lifelong], run_unit="photo")
     assert shortfall is not None and shortfall.budget == lifelong
     assert f"delta {format_delta(DELTA)}, per photo for life" in shortfall.describe()

@@ -27,7 +27,7 @@ def budget_for(runs: int, days: float | None = None) -> Budget:
     return Budget(epsilon=cost_of(runs), delta=DELTA, days=days)
 
 
-def book_all(path: Path, witness: Path, run: str, limits: list[Budget], said: Connection) -> None:
+def book_all(path: Path, witness: Path, run: str, limits: list[Budget], result: Connection) -> None:
     """Book runs of one round until the budget is used up, and say each digest once it was returned."""
     ledger = Ledger.open(path, witness)
     for round in range(100_000):
@@ -44,7 +44,7 @@ def booker(folder: Path, run: str, *limits: Budget) -> tuple[BaseProcess, Connec
     context = multiprocessing.get_context("fork")
     heard, result = context.Pipe(duplex=False)
     process = context.Process(
-        target=record_all, args=(folder / "state" / "ledger.db", folder / "disk", run, list(limits), result)
+        target=book_all, args=(folder / "state" / "ledger.db", folder / "disk", run, list(limits), result)
     )
     process.start()
     result.close()

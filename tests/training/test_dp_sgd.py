@@ -425,7 +425,7 @@ def test_the_check_passes_a_loss_with_draws_and_refuses_a_network_that_mixes_pho
     """The check works with draws as without."""
     check_per_example_gradients(PerExampleProblem(SmallCritic(), shifted_loss, sampled), faces(2))
     with pytest.raises(PrivacyError, match="mixes photos"):
-        check_per_example_gradients(PerExampleProblem(Statistics(), shifted_loss, drawn), faces(2))
+        check_per_example_gradients(PerExampleProblem(Statistics(), shifted_loss, sampled), faces(2))
 
 
 class WeakNoise(GaussianSum):
