@@ -108,7 +108,7 @@ def _answer(experiment: Path, recipe: Experiment, allowed: DevicePolicy, book: L
         asked.append(("evaluation", EVALUATION, plan.evaluation))
     # Hours and power are another matter: the run may ask again later.
     whenever = replace(allowed, hours=(), require_ac_power=False, min_battery=0.0, max_load=None)
-    verdicts = tuple(_verdict(what, word, terms, plan, recipe, whenever, book) for what, word, terms in asked)
+    verdicts = tuple(_verdict(what, word, terms, recipe, whenever, book) for what, word, terms in asked)
     priced = plan.dp_parameters.is_private and all(verdict.prices for verdict in verdicts)
     return PolicyReport(
         experiment=experiment,
@@ -119,13 +119,7 @@ def _answer(experiment: Path, recipe: Experiment, allowed: DevicePolicy, book: L
 
 
 def _verdict(
-    what: str,
-    objective: str,
-    terms: DPParameters,
-    plan: Plan,
-    recipe: Experiment,
-    allowed: DevicePolicy,
-    book: Ledger,
+    what: str, objective: str, terms: DPParameters, recipe: Experiment, allowed: DevicePolicy, book: Ledger
 ) -> Verdict:
     refusal: str | None = None
     prices: tuple[Price, ...] = ()
@@ -135,11 +129,11 @@ def _verdict(
         prices = tuple(
             replace(
                 _price(terms.event(), terms.unit, limit, book),
-                rounds_that_fit=_rounds_that_fit(terms, limit, book),
+                rounds_that_fit=book.rounds_that_fit(terms, limit),
             )
             for limit in allowed.budgets
         )
-        allowed.admit(plan, purpose, book)
+        allowed.admit(terms, purpose, book)
     except PolicyRefusal as error:
         refusal = error.reason
     return Verdict(
@@ -179,22 +173,6 @@ def _other_promise(plan: Plan, allowed: DevicePolicy) -> str | None:
         f"read at this device's delta {format_delta(allowed.delta)}, per {allowed.unit}; the recipe promises epsilon "
         f"at most {target.epsilon:g} at delta {format_delta(target.delta)}, per {target.unit}, over everything"
     )
-
-
-def _rounds_that_fit(terms: DPParameters, limit: Budget, book: Ledger) -> int:
-    """The largest number of rounds within a budget, by bisection: more rounds never cost less."""
-
-    def fits(rounds: int) -> bool:
-        event: Event = terms.event(rounds)
-        return book.check_budget(event, [limit], run_unit=terms.unit) is None
-
-    fitting, too_many = 0, terms.schedule.rounds + 1
-    if fits(terms.schedule.rounds):
-        return terms.schedule.rounds
-    while too_many - fitting > 1:
-        middle = (fitting + too_many) // 2
-        fitting, too_many = (middle, too_many) if fits(middle) else (fitting, middle)
-    return fitting
 
 
 def _now(allowed: DevicePolicy) -> str | None:

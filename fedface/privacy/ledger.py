@@ -39,6 +39,7 @@ from fedface.privacy.ledger_records import (
     decode,
 )
 from fedface.privacy.mechanism import Event
+from fedface.privacy.plan import DPParameters
 from fedface.privacy.spending import (
     charges,
     counted,
@@ -46,6 +47,7 @@ from fedface.privacy.spending import (
     fits_alone,
     price_of,
     price_with,
+    rounds_that_fit,
     spent_against,
 )
 from fedface.privacy_units import Unit, unit_named
@@ -265,6 +267,11 @@ class Ledger:
             return planned.dp.event(1)
         there = any(isinstance(charge, BookedRun) and charge.run == planned.run for charge in charged)
         return compose([] if there else [whole])
+
+    def rounds_that_fit(self, dp: DPParameters, budget: Budget) -> int:
+        """How many rounds of a new run a budget has room for now: as one run, or one by one in a period."""
+        charged = counted(self.bookings(), budget, self._time())
+        return rounds_that_fit(charged, dp, budget)
 
     def _time(self) -> datetime:
         """Now, in whole seconds, as records are dated."""

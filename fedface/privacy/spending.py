@@ -20,6 +20,7 @@ from fedface.privacy.adjacency import convert_unit
 from fedface.privacy.budget import Budget, BudgetExceeded
 from fedface.privacy.ledger_records import BookedRun, Charge, LedgerEntry, LedgerRecord
 from fedface.privacy.mechanism import Event
+from fedface.privacy.plan import DPParameters
 from fedface.privacy.renyi_filter import filter_epsilon, within_filter
 from fedface.privacy_units import Unit
 
@@ -124,6 +125,28 @@ def exceeded(
         return None
     alone, spent, together = price_with(charged, event, budget, run_unit=run_unit)
     return BudgetExceeded(budget=budget, asked=alone.upper, spent=spent.upper, together=together.upper)
+
+
+def rounds_that_fit(charged: Sequence[Charge], dp: DPParameters, budget: Budget) -> int:
+    """How many rounds of a new run fit beside what counts against a budget already, by bisection.
+
+    For life, and where the whole run fits the period, they count as one run; otherwise each by itself.
+    """
+    before = _events(charged, budget.unit)
+
+    def fits(rounds: int) -> bool:
+        run = convert_unit(dp.event(rounds), source=dp.unit, target=budget.unit)
+        one = convert_unit(dp.event(1), source=dp.unit, target=budget.unit)
+        as_whole = budget.days is None or rounds == dp.schedule.rounds
+        return _fits([*before, (run, 1) if as_whole else (one, rounds)], budget.epsilon, budget.delta)
+
+    if fits(dp.schedule.rounds):
+        return dp.schedule.rounds
+    fitting, too_many = 0, dp.schedule.rounds
+    while too_many - fitting > 1:
+        middle = (fitting + too_many) // 2
+        fitting, too_many = (middle, too_many) if fits(middle) else (fitting, middle)
+    return fitting
 
 
 def spent_against(records: Iterable[LedgerRecord], budget: Budget, now: datetime) -> Epsilon:

@@ -166,7 +166,8 @@ def test_metrics_per_library_are_noised_once_by_the_server(tmp_path: Path, noise
     overrides = {**LIBRARY, "training.rounds": "1", "evaluation": FEW}
     experiment = tiny_experiment(tmp_path / "recipe", overrides)
     plan = experiment.plan()
-    (terms,) = plan.additional_releases
+    terms = plan.evaluation
+    assert terms is not None
     assert epsilon_of(terms.event(), 1e-3).upper == approx(4.0, abs=2e-3)
     assert plan.epsilon().upper == approx(8.0, abs=2e-3)  # type: ignore[union-attr]
     folder = started(experiment, tmp_path / "run")
@@ -200,7 +201,8 @@ def test_withdrawing_from_a_library_run_reports_that_the_server_saw_the_replies(
 def test_metrics_per_library_are_estimated_with_one_noise_draw(tmp_path: Path) -> None:
     """The interval of the number of libraries is that of one noise draw, not of one per device."""
     overrides = {**LIBRARY, "evaluation": FEW}
-    (terms,) = tiny_experiment(tmp_path / "recipe", overrides).plan().additional_releases
+    terms = tiny_experiment(tmp_path / "recipe", overrides).plan().evaluation
+    assert terms is not None
     config = LocalMetricsConfig(tone_upper_bounds=(10,))
     row = metric_vectors(
         PhotoMetrics(
@@ -271,7 +273,8 @@ def test_a_device_refuses_encrypted_sums_for_a_guarantee_per_library(tmp_path: P
     device = first_device(experiment, tmp_path / "devices")
     task = train_task(experiment, tiny_gan())
     agreed = replace(task.config, aggregation=HomomorphicConfig())
-    (terms,) = experiment.plan().additional_releases
+    terms = experiment.plan().evaluation
+    assert terms is not None
     question = EvaluationRequest(
         dp=terms,
         architecture=agreed.architecture,
@@ -342,7 +345,8 @@ def test_a_run_with_metrics_accounts_for_everything_together(tmp_path: Path) -> 
     overrides = {**OCCASION, "evaluation": "{epsilon_fraction: 0.5, holdout_fraction: 0.5}"}
     experiment = tiny_experiment(tmp_path / "recipe", overrides)
     plan = experiment.plan()
-    (terms,) = plan.additional_releases
+    terms = plan.evaluation
+    assert terms is not None
     alone = epsilon_of(terms.event(), 1e-2).upper
     assert alone == approx(4.0, abs=2e-3)
     price = plan.epsilon()
@@ -427,7 +431,8 @@ def test_withdrawing_after_an_evaluation_reports_its_cost_without_the_name(tmp_p
     )
     (left,) = record.withdrawals
     assert (left.rounds, left.evaluations) == ((), 1) and "1 set of metrics" in left.sentence()
-    (terms,) = experiment.plan().additional_releases
+    terms = experiment.plan().evaluation
+    assert terms is not None
     assert isinstance(left.epsilon, Epsilon)
     assert left.epsilon.upper == approx(epsilon_of(terms.event(1), 1e-2).upper)
     assert [metrics.answered for metrics in record.device_metrics] == [

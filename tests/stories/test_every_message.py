@@ -199,7 +199,8 @@ def test_metrics_that_leave_have_noise(
 ) -> None:
     """The decrypted sums of metrics differ from integer counts by the noise of two devices."""
     experiment, folder, heard = run
-    (terms,) = experiment.plan().additional_releases
+    terms = experiment.plan().evaluation
+    assert terms is not None
     assert experiment.evaluation is not None
     config = experiment.evaluation.metrics
     errors = []
