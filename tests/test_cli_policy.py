@@ -315,7 +315,7 @@ def test_what_the_device_would_refuse_is_reported(check, tmp_path: Path) -> None
 
 def test_implausible_settings_are_warnings(check, willing: Path) -> None:  # type: ignore[no-untyped-def]
     """They do not change the verdict."""
-    willing.write_text(WILLING.replace("1e-4", "0.05") + "periods: [{days: 7, epsilon: 9}]\n")
+    willing.write_text(WILLING.replace("1e-5", "0.05") + "periods: [{days: 7, epsilon: 9}]\n")
     result = check(willing)
     assert result.code == 0
     assert (
@@ -341,7 +341,7 @@ def test_an_expired_policy_is_reported(check, willing: Path) -> None:  # type: i
 
 def test_another_delta_than_the_experiments_is_reported(check, willing: Path) -> None:  # type: ignore[no-untyped-def]
     """The same noise has a higher epsilon at a smaller delta."""
-    willing.write_text(WILLING.replace("1e-4", "1e-6"))
+    willing.write_text(WILLING.replace("1e-5", "1e-6"))
     result = check(willing, "--experiment", DEMO)
     assert result.code == 1
     assert (
@@ -358,7 +358,7 @@ def test_an_overspent_ledger_leaves_nothing(check, willing: Path, tmp_path: Path
     willing.write_text(WILLING.replace("max_epsilon: 8", "max_epsilon: 0.5"))
     own = spent_ledger(tmp_path / "ledger.sqlite", read_experiment(DEMO), rounds=2)
     result = check(willing, "--ledger", own)
-    spent = Ledger.open(own).spent(1e-4).upper
+    spent = Ledger.open(own).spent(1e-5).upper
     over = format_upper_bound(spent - 0.5)
     sentence = f"nothing is left: everything will be refused; over by {over} at delta 1e-5 per photo"
     assert result.code == 0 and sentence in result.out.splitlines()

@@ -167,7 +167,7 @@ def test_a_modified_count_is_detected(ledger: Ledger, path: Path, statement: str
 
 
 def test_a_file_put_back_to_before_it_was_begun_is_noticed(ledger: Ledger, path: Path) -> None:
-    """Its chain is whole and nothing was answered, but it would begin for free once more."""
+    """Its chain is whole and nothing was answered, but it would begin once more at no cost."""
     ledger.record(EVENT, run="r", round=1)
     before = path.read_bytes()
     for _ in range(3):
