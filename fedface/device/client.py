@@ -98,7 +98,6 @@ def handle_task(task: Task, device: Device) -> Reply:
         PrivacyError: The ledger cannot be trusted, the task contradicts itself, or this round of this run was
             answered for other weights or terms. Nothing is sent.
     """
-    torch.set_flush_denormal(True)  # sums of tiny numbers take as long as others
     with device.ledger() as ledger:
         return _handle(task, device, ledger)
 
