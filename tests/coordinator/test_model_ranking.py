@@ -30,6 +30,8 @@ from fedface.reports.model_ranking_report import RankingReport
 from fedface.simulation.devices import prepare
 from fedface.simulation.in_process import in_process_cohort
 
+pytestmark = pytest.mark.usefixtures("quick_detection")
+
 CHANGES = {
     "privacy": "{kind: privacy-target, epsilon: 60, delta: 1e-3}",
     "devices": "{kind: synthetic-devices, light_fractions: [0.5, 0.5], photos_per_device: 14}",

@@ -39,6 +39,8 @@ from fedface.simulation.in_process import in_process_cohort
 from fedface.synthetic.faces import render_people
 from fedface.upsampling.pulse import PulseConfig
 
+pytestmark = pytest.mark.usefixtures("quick_detection", "quick_charts")
+
 LIBRARY = {
     "privacy": "{kind: privacy-target, epsilon: 8, delta: 1e-3, unit: library, trust: server}",
     "update_clip_norm": "2.0",
@@ -182,7 +184,7 @@ def test_metrics_per_library_are_noised_once_by_the_server(tmp_path: Path, noise
     assert [
         metrics.epsilon.unit for metrics in record.device_metrics if isinstance(metrics.epsilon, Epsilon)
     ] == ["library"] * 2
-    text = html_report.render(record, folder)
+    text = (folder / html_report.FILE).read_text(encoding="utf-8")
     assert "libraries, noised" in text and "one mean over photos" in text
     ledger = Ledger.open(devices_folder(folder) / "device-00" / "ledger.sqlite")
     assert ledger.spent(1e-3, unit="library").upper <= 8.0
@@ -362,7 +364,7 @@ def test_a_run_with_metrics_accounts_for_everything_together(tmp_path: Path) -> 
         for group in (metrics.estimates.overall, *metrics.estimates.groups.values()):
             assert isinstance(group, GroupEstimates | NotMeasured)
     assert isinstance(record.rounds[-1].epsilon, Epsilon) and record.rounds[-1].epsilon.upper <= 8.0
-    text = html_report.render(record, folder)
+    text = (folder / html_report.FILE).read_text(encoding="utf-8")
     assert (
         "the devices&#39; own photos" in text.replace("devices' own", "devices&#39; own")
         and "forty photos of one birthday" in text

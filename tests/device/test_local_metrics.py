@@ -68,6 +68,7 @@ def test_a_photos_metrics_do_not_depend_on_other_photos(gan: Model, evaluation: 
     assert all(float(one.norm()) <= 1 + 1e-6 for one in alone)
 
 
+@pytest.mark.usefixtures("quick_detection")
 def test_forty_photos_of_one_occasion_add_as_much_as_one(gan: Model, evaluation: EvaluationRequest) -> None:
     """An occasion adds the mean of its photos' metrics, here forty times the same."""
     terms = replace(evaluation.dp, unit="occasion")
@@ -76,6 +77,7 @@ def test_forty_photos_of_one_occasion_add_as_much_as_one(gan: Model, evaluation:
     assert torch.allclose(sums(gan, birthday, replace(evaluation, dp=terms)), once, atol=1e-6)
 
 
+@pytest.mark.usefixtures("quick_detection")
 def test_a_library_adds_the_mean_of_its_photos_and_no_noise(
     gan: Model, evaluation: EvaluationRequest
 ) -> None:
@@ -143,6 +145,7 @@ def test_a_method_that_does_not_support_the_model_is_refused_before_a_photo_is_r
         check_request(replace(evaluation, method=PulseEncoderInitConfig()), gan)
 
 
+@pytest.mark.usefixtures("quick_detection")
 def test_a_photo_on_which_a_network_fails_adds_nothing(
     gan: Model, evaluation: EvaluationRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,6 +78,14 @@ def in_this_process(experiment: Experiment, folder: Path) -> Sequence[Vector]:
     return models(experiment, in_process_cohort(experiment, devices_folder(folder)), folder)
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Sequence[Vector]]:
+    """The experiment with plain sums, and its models in this process."""
+    home = tmp_path_factory.mktemp("plain")
+    experiment = tiny(home, "plain")
+    return experiment, in_this_process(experiment, home / "everywhere")
+
+
 def in_ray(experiment: Experiment, folder: Path) -> Sequence[Vector]:
     """Through Flower's simulation with one actor."""
     from flwr.app import Context
@@ -113,30 +121,34 @@ def furthest(ours: Sequence[Vector], theirs: Sequence[Vector]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_two_runs_in_this_process_give_the_same_bits(tmp_path: Path) -> None:
+def test_two_runs_in_this_process_give_the_same_bits(
+    plain: tuple[Experiment, Sequence[Vector]], tmp_path: Path
+) -> None:
     """Without DP, nothing depends on a clock, a global seed or the order of a set."""
-    experiment = tiny(tmp_path, "plain")
-    first = in_this_process(experiment, tmp_path / "first" / "everywhere")
+    experiment, first = plain
     second = in_this_process(experiment, tmp_path / "second" / "everywhere")
     assert furthest(first, second) == 0.0
     assert float((first[0] - flatten_parameters(*experiment.start().modules())).abs().max()) > 1e-4
 
 
-def test_encrypted_sums_give_the_same_model_up_to_quantisation(tmp_path: Path) -> None:
+def test_encrypted_sums_give_the_same_model_up_to_quantisation(
+    plain: tuple[Experiment, Sequence[Vector]], tmp_path: Path
+) -> None:
     """No update changes by more than a step of the quantiser."""
-    plain, hidden = (tiny(tmp_path, kind) for kind in ("plain", "homomorphic"))
-    ours = in_this_process(plain, tmp_path / "plain" / "everywhere")
-    theirs = in_this_process(hidden, tmp_path / "hidden" / "everywhere")
-    step = float(GanRound(plain.start(), plain.training, plain.plan().dp_parameters).ranges().max()) / 2**15
+    experiment, ours = plain
+    theirs = in_this_process(tiny(tmp_path, "homomorphic"), tmp_path / "everywhere")
+    method = GanRound(experiment.start(), experiment.training, experiment.plan().dp_parameters)
+    step = float(method.ranges().max()) / 2**15
     assert 0 < furthest(ours[:1], theirs[:1]) < step
 
 
-def test_ray_actors_give_the_same_model_as_this_process(tmp_path: Path) -> None:
+def test_ray_actors_give_the_same_model_as_this_process(
+    plain: tuple[Experiment, Sequence[Vector]], tmp_path: Path
+) -> None:
     """The result does not depend on where a device computes."""
     pytest.importorskip("ray")
     threads = torch.get_num_threads()
-    experiment = tiny(tmp_path, "plain")
-    ours = in_this_process(experiment, tmp_path / "here" / "everywhere")
+    experiment, ours = plain
     theirs = in_ray(experiment, tmp_path / "there" / "everywhere")
     assert torch.get_num_threads() == threads
     assert furthest(ours, theirs) < 1e-6

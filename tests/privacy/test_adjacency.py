@@ -5,6 +5,7 @@ divergences.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import dp_accounting as dp
 import numpy as np
@@ -57,6 +58,7 @@ def test_replacing_one_in_sampled_steps_agrees_with_the_fourier_accountant(
     assert bounds.lower <= epsilon
 
 
+@cache
 def fixed_size_cost(sigma: float, steps: int) -> float:
     """Batches of a fixed size under replace one; sigma is noise / distance that one replacement moves the sum."""
     step = dp.SampledWithoutReplacementDpEvent(10_000, 100, dp.GaussianDpEvent(sigma))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import random
 import shutil
-import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from multiprocessing.connection import Connection
@@ -117,14 +117,15 @@ def test_a_rolled_back_state_folder_is_detected_by_the_witness(tmp_path: Path) -
             attempt()
 
 
-def try_to_write(path: Path) -> None:
-    """End with 1 if the file is locked."""
-    database = sqlite3.connect(path, timeout=0.1, isolation_level=None)
-    try:
-        database.execute("BEGIN IMMEDIATE")
-    except sqlite3.OperationalError:
-        os._exit(1)
-    os._exit(0)
+# Ends with 1 if the file is locked.
+TRY_TO_WRITE = """
+import sqlite3, sys
+database = sqlite3.connect(sys.argv[1], timeout=0.1, isolation_level=None)
+try:
+    database.execute("BEGIN IMMEDIATE")
+except sqlite3.OperationalError:
+    sys.exit(1)
+"""
 
 
 def test_opening_in_one_thread_keeps_the_lock_that_another_holds(tmp_path: Path) -> None:
@@ -135,9 +136,7 @@ def test_opening_in_one_thread_keeps_the_lock_that_another_holds(tmp_path: Path)
         opener = threading.Thread(target=Ledger.open, args=(path,))
         opener.start()
         time.sleep(0.3)
-        other = multiprocessing.get_context("spawn").Process(target=try_to_write, args=(path,))
-        other.start()
-        other.join(timeout=60)
-        assert other.exitcode == 1
+        other = subprocess.run([sys.executable, "-c", TRY_TO_WRITE, str(path)], timeout=60)
+        assert other.returncode == 1
     opener.join(timeout=60)
     assert not opener.is_alive()

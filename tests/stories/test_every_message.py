@@ -26,6 +26,8 @@ from fedface.privacy.ledger import Ledger
 from fedface.simulation.devices import simulated_device
 from fedface.simulation.in_process import in_process_cohort
 
+pytestmark = pytest.mark.usefixtures("quick_detection", "quick_charts")
+
 KEYS = {
     "train-result": {"kind", "version", "device", "seconds_protect"},
     "evaluate-result": {"kind", "version", "device", "seconds_protect"},
@@ -82,7 +84,9 @@ def whole_run(folder: Path, photos_per_device: int) -> tuple[Experiment, Path, l
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Path, list[Overheard]]:
+def run(
+    quick_detection: None, quick_charts: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Experiment, Path, list[Overheard]]:
     """Two devices of 39 photos each."""
     return whole_run(tmp_path_factory.mktemp("many"), 39)
 

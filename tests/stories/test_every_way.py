@@ -17,6 +17,7 @@ from fedface.privacy.ledger import Ledger
 from fedface.reports import run_record
 
 
+@pytest.mark.usefixtures("quick_charts")
 @pytest.mark.parametrize("way", ["lora", "prior", "flow", "styles", "resolver"])
 def test_a_run_of_each_method_ends_with_a_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sqlite3
-import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from processes import PROCESSES
 from tiny import tiny_file
 
 from fedface import cli
@@ -76,6 +75,7 @@ def test_a_run_ends_with_a_record_a_page_and_a_card_that_agree(
     assert (folder / "report.html").read_text(encoding="utf-8") == page
 
 
+@pytest.mark.usefixtures("quick_charts")
 def test_a_new_run_gets_a_new_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,6 +97,7 @@ def test_a_new_run_gets_a_new_folder(
     assert list(Path("runs/tiny").iterdir()) == []
 
 
+@pytest.mark.usefixtures("quick_charts")
 def test_a_run_interrupted_while_measuring_only_measures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +143,13 @@ def asked_for(ledger: Path, round: int) -> bool:
         database.close()
 
 
+def _command(folder: Path, words: list[str]) -> None:
+    os.chdir(folder)
+    sys.argv = ["fedface", *words]
+    cli.main()
+
+
+@pytest.mark.usefixtures("quick_charts")
 def test_a_run_killed_in_the_middle_of_a_round_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,20 +162,16 @@ def test_a_run_killed_in_the_middle_of_a_round_continues(
     words += ["--set", "devices.light_fractions=[0.9, 0.5, 0.1]", "--set", "aggregation={kind: homomorphic}"]
     words += ["--set", "policy={max_epsilon: 30, delta: 1e-3, protocols: [homomorphic]}"]
     folder = tmp_path / "runs" / "tiny"
-    work = subprocess.Popen(
-        [sys.executable, "-c", "from fedface.cli import main; main()", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    work = PROCESSES.Process(target=_command, args=(tmp_path, words))
+    work.start()
     try:
         until = time.monotonic() + 120
         while not asked_for(devices_folder(folder) / "device-01" / "ledger.sqlite", 2):
-            assert work.poll() is None and time.monotonic() < until, "it ended before it could be killed"
+            assert work.is_alive() and time.monotonic() < until, "it ended before it could be killed"
             time.sleep(0.01)
     finally:
-        work.send_signal(signal.SIGKILL)
-        work.wait()
+        work.kill()
+        work.join()
     begun = json.loads((folder / "state.json").read_text())["rounds"]
     assert len(begun) == 1 and not (folder / "run.json").exists()
     recorded = attempts(folder)

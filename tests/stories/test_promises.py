@@ -4,19 +4,20 @@ power cuts.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+import torch
+from processes import PROCESSES
 from tiny import first_device, started, tiny_experiment, tiny_gan, train_task
 
 from fedface.coordinator.rounds import SilentProgress, run_rounds
@@ -224,9 +225,8 @@ def test_two_processes_at_once_cannot_overspend(tmp_path: Path) -> None:
     """As two SuperNodes on one library would."""
     experiment = tiny_experiment(tmp_path / "recipe")
     first_device(experiment, tmp_path / "devices")
-    context = multiprocessing.get_context("spawn")
     workers = [
-        context.Process(
+        PROCESSES.Process(
             target=_asks_in_a_process,
             args=(
                 tmp_path / "recipe" / "tiny.yaml",
@@ -250,48 +250,39 @@ def test_two_processes_at_once_cannot_overspend(tmp_path: Path) -> None:
 
 # Power cuts.
 
-ANSWERS = """
-import hashlib, sys
-from pathlib import Path
-from dataclasses import replace
-sys.path.insert(0, sys.argv[1])
-from tiny import first_device, tiny_experiment, tiny_gan, train_task
-from fedface.device.client import handle_task
-from fedface.messages.messages import TrainResult
-import torch
-torch.set_num_threads(1)
-experiment = tiny_experiment(Path(sys.argv[2]))
-device = first_device(experiment, Path(sys.argv[3]))
-device = replace(device, policy=replace(device.policy, max_epsilon=1e6))
-print("ready", flush=True)
-for number in range(1000):
-    reply = handle_task(train_task(experiment, tiny_gan(), run=f"run-{number}", round=1), device)
-    assert isinstance(reply, TrainResult)
-    print(f"run-{number}", hashlib.sha256(reply.payload).hexdigest(), flush=True)
-"""
+
+def _replies_without_end(recipe: Path, devices: Path, sent: Connection) -> None:
+    torch.set_num_threads(1)
+    experiment = tiny_experiment(recipe)
+    device = first_device(experiment, devices)
+    device = replace(device, policy=replace(device.policy, max_epsilon=1e6))
+    sent.send("ready")
+    for number in range(1000):
+        reply = handle_task(ask(experiment, f"run-{number}", 1), device)
+        assert isinstance(reply, TrainResult)
+        sent.send((f"run-{number}", hashlib.sha256(reply.payload).hexdigest()))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals that nothing can catch")
 def test_after_a_power_cut_at_any_moment_everything_sent_is_recorded(tmp_path: Path) -> None:
     """Killed three times while it replies: the ledger opens, contains all that left, and resends the same bytes."""
-    tests = Path(__file__).resolve().parents[1]
     recipe, devices = tmp_path / "recipe", tmp_path / "devices"
     left: dict[str, str] = {}
     for answers, delay in ((1, 0.05), (2, 0.3), (1, 0.15)):
-        worker = subprocess.Popen(
-            [sys.executable, "-c", ANSWERS, str(tests), str(recipe), str(devices)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
-        result = [worker.stdout.readline() for _ in range(answers)]
+        received, sent = PROCESSES.Pipe(duplex=False)
+        worker = PROCESSES.Process(target=_replies_without_end, args=(recipe, devices, sent))
+        worker.start()
+        sent.close()
+        assert received.recv() == "ready"
+        replies = [received.recv() for _ in range(answers)]
         time.sleep(delay)
-        worker.send_signal(signal.SIGKILL)
-        result += worker.stdout.read().splitlines()
-        worker.wait()
-        for line in result:
-            if len(words := line.split()) == 2 and len(words[1]) == 64:
-                assert left.setdefault(words[0], words[1]) == words[1]  # asked again, the same bytes
+        worker.kill()
+        with suppress(EOFError):  # what else was sent before the end
+            while True:
+                replies.append(received.recv())
+        worker.join()
+        for run, digest in replies:
+            assert left.setdefault(run, digest) == digest  # asked again, the same bytes
     assert left
     experiment = tiny_experiment(recipe)
     device = first_device(experiment, devices)
