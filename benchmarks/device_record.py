@@ -3,7 +3,7 @@
 Run: python benchmarks/device_record.py --entries 2000
 
 Both sides make the calls of one training task (fedface.device.client.handle_task) on a ledger of that many releases,
-each computed, answered and sent: withdrawn? stored reply? recorded rounds? then record the release, the attempt, the
+each computed, answered and sent: withdrawn? stored reply? recorded? then record the release, the attempt, the
 reply and the transmission. Computing the privacy cost is left out: it depends on the policy, not on the ledger's
 length. The naive side opens a session for each call. The result is the ratio of the fastest CPU times, which other
 programs disturb less than wall-clock time.
@@ -62,8 +62,6 @@ def answer(session: Session, round: int) -> None:
         ledger.has_withdrawn("new")
     with session() as ledger:
         ledger.load_reply("new", round)
-    with session() as ledger:
-        ledger.rounds_recorded("new")
     with session() as ledger:
         ledger.is_recorded("new", round)
     with session() as ledger:
