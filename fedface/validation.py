@@ -20,7 +20,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from fedface.errors import RangeError
 
@@ -104,6 +104,13 @@ class PowerOfTwo:
         """Empty for a power of two between the bounds."""
         fits = self.low <= value <= self.high and value & (value - 1) == 0
         return "" if fits else f"must be a power of two from {self.low} to {self.high}"
+
+
+PositiveInt = Annotated[int, AtLeast(1)]
+NonNegativeInt = Annotated[int, AtLeast(0)]
+PositiveFloat = Annotated[float, Above(0)]
+NonNegativeFloat = Annotated[float, AtLeast(0)]
+Fraction = Annotated[float, In("[0, 1]")]
 
 
 def checked(cls: type[T]) -> type[T]:

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from fedface.audits.feature_distances import FEATURE_WIDTH, face_features
 from fedface.errors import ConfigError, WeightsError
 from fedface.tensor_types import Images
-from fedface.validation import AtLeast, In, checked
+from fedface.validation import In, NonNegativeInt, checked
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # what most ImageNet networks were trained with, for convenience
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -90,7 +90,7 @@ class TorchScriptFeatures(_NetworkFeatures):
 
     kind: ClassVar[str] = "torchscript-features"
 
-    output: Annotated[int, AtLeast(0)] = 0  # which one to read where the network returns several
+    output: NonNegativeInt = 0  # which one to read where the network returns several
 
 
 FeatureSource = ColourFeatures | OnnxFeatures | TorchScriptFeatures

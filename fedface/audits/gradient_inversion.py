@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, assert_never
+from typing import ClassVar, assert_never
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from fedface.measurements import Interval
 from fedface.privacy.accounting import reconstruction_success_bound
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.tensor_types import Images, Vector
-from fedface.validation import Above, AtLeast, checked
+from fedface.validation import NonNegativeFloat, PositiveFloat, PositiveInt, checked
 
 GradientOf = Callable[[Images], Vector]
 
@@ -45,9 +45,9 @@ class CosineSearch:
 
     kind: ClassVar[str] = "cosine-search"
 
-    iterations: Annotated[int, AtLeast(1)] = 200
-    step: Annotated[float, Above(0)] = 0.1  # in units of a quarter of the pixel range
-    total_variation: Annotated[float, AtLeast(0)] = 1e-2
+    iterations: PositiveInt = 200
+    step: PositiveFloat = 0.1  # in units of a quarter of the pixel range
+    total_variation: NonNegativeFloat = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class SquaredSearch:
 
     kind: ClassVar[str] = "squared-search"
 
-    evaluations: Annotated[int, AtLeast(1)] = 200  # of the gradient, at most about this many
+    evaluations: PositiveInt = 200  # of the gradient, at most about this many
 
 
 Search = CosineSearch | SquaredSearch

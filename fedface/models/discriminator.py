@@ -31,7 +31,7 @@ from fedface.models.stylegan_layers import (
     unit_mean_square,
 )
 from fedface.tensor_types import Images
-from fedface.validation import Above, AtLeast, PowerOfTwo, checked
+from fedface.validation import NonNegativeInt, PositiveFloat, PowerOfTwo, checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +40,12 @@ class DiscriminatorConfig(ChannelPyramid):
     """The architecture of a discriminator; equal configs have weights that can be summed."""
 
     size: Annotated[int, PowerOfTwo(8, 1024)] = 32  # height and width of images in pixels
-    # Channels at side r are min(channel_base / r, channel_max).
-    channel_base: ChannelBase = 1024
+    channel_base: ChannelBase = 1024  # channels at side r are min(channel_base / r, channel_max)
     channel_max: Width = 64
     architecture: Literal["resnet", "orig", "skip"] = "resnet"
     # Activations are kept within +- this; published for half precision: 256.
-    clamp: Annotated[float, Above(0)] | None = None
-    # Images whose standard deviation is an input; 0 is off, published 4.
-    minibatch_group: Annotated[int, AtLeast(0)] = 0
+    clamp: PositiveFloat | None = None
+    minibatch_group: NonNegativeInt = 0  # images whose standard deviation is an input; 0 is off, published 4
     minibatch_channels: Width = 1  # how many such statistics
     classes: Classes = 0  # of a class-conditional discriminator; 0 if unconditional
     mapping_layers: Layers = 8  # fully connected layers for the label, where there are classes

@@ -33,8 +33,7 @@ class LatentEncoderConfig(ChannelPyramid):
 
     size: Annotated[int, PowerOfTwo(8, 1024)] = 32  # height and width of images in pixels
     latent_width: Width = 64  # width of z, as in the generator it belongs to
-    # Channels at side r are min(channel_base / r, channel_max).
-    channel_base: ChannelBase = 1024
+    channel_base: ChannelBase = 1024  # channels at side r are min(channel_base / r, channel_max)
     channel_max: Width = 64
 
 

@@ -35,7 +35,7 @@ from fedface.models.stylegan_layers import (
     upsample,
 )
 from fedface.tensor_types import Images, Latents, Styles
-from fedface.validation import Above, PowerOfTwo, checked
+from fedface.validation import PositiveFloat, PowerOfTwo, checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +49,11 @@ class StyleGAN2Config(ChannelPyramid):
     latent_width: Width = 64  # width of z
     style_width: Width = 64  # width of w
     mapping_layers: Layers = 4  # fully connected layers from z to w
-    # Channels at side r are min(channel_base / r, channel_max).
-    channel_base: ChannelBase = 2048
+    channel_base: ChannelBase = 2048  # channels at side r are min(channel_base / r, channel_max)
     channel_max: Width = 96
     architecture: Literal["skip", "orig", "resnet"] = "skip"
     # Activations are kept within +- this; published for half precision: 256.
-    clamp: Annotated[float, Above(0)] | None = None
+    clamp: PositiveFloat | None = None
     classes: Classes = 0  # of a class-conditional generator; 0 if unconditional
     prior: Literal["standard", "fitted"] = "standard"  # fitted: latents pass a stored affine map
 

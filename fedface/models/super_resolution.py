@@ -31,8 +31,7 @@ class SuperResolutionNetworkConfig:
 
     # Photos of up to so many pixels a side are read, enlarged to it.
     side: Annotated[int, In("[1, 512]")] = 16
-    # How much larger than that side images are.
-    factor: Annotated[int, PowerOfTwo(1, 64)] = 2
+    factor: Annotated[int, PowerOfTwo(1, 64)] = 2  # how much larger than that side images are
     width: Annotated[int, In(f"[1, {MAX_WIDTH}]")] = 32  # channels
     blocks: Annotated[int, In("[0, 64]")] = 4  # residual blocks
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedface.errors import ConfigError
-from fedface.validation import AtLeast, In, checked
+from fedface.validation import In, PositiveInt, checked
 
 _MAX_FREQUENCY = 1000.0  # the highest frequency of the time embedding, in radians per unit of time
 _MAX_WIDTH = 2**16  # channels of a side, and numbers of the time embedding
@@ -40,8 +40,8 @@ class UNetConfig:
     # Channels of each side, in widths, finest first.
     multipliers: tuple[Annotated[float, In("(0, 1024]")], ...] = (1.0, 1.5)
     blocks: Annotated[int, In("[1, 64]")] = 1  # residual blocks at each side of each half
-    patch: Annotated[int, AtLeast(1)] = 2  # pixels per side that are folded into channels first
-    group: Annotated[int, AtLeast(1)] = 8  # channels normalised together; divides every side's channels
+    patch: PositiveInt = 2  # pixels per side that are folded into channels first
+    group: PositiveInt = 8  # channels normalised together; divides every side's channels
     time_width: Annotated[int, In(f"[1, {_MAX_WIDTH}]")] = 64  # width of the time embedding, even
 
     def __post_init__(self) -> None:

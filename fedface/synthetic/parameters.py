@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from fedface.validation import In, checked
+from fedface.validation import Fraction, checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +36,7 @@ class SyntheticFaces:
     dynamic_range: Tensor  # stops between white and the darkest level that differs from black
     sensor_noise: Tensor  # standard deviation at mid-grey, linear light
     gamma: Tensor  # exponent on top of sRGB's curve, 1 is none
-    # pose
-    yaw: Tensor
+    yaw: Tensor  # pose
     pitch: Tensor
     roll: Tensor
     # expression
@@ -73,8 +71,7 @@ class SyntheticFaces:
     hair_colour: Tensor
     beard: Tensor  # share: 0 is shaved
     glasses: Tensor  # share: opacity of the frame
-    # around the face
-    background_colour: Tensor
+    background_colour: Tensor  # around the face
     background_across: Tensor  # [-1, 1]: brightness slope to the right
     background_down: Tensor  # [-1, 1]: brightness slope downwards
     clothing_colour: Tensor
@@ -103,7 +100,7 @@ class ToneMix:
     Uniform inside each range; the two are joined by a steep crossing that holds 2 % of the rarer range.
     """
 
-    light_fraction: Annotated[float, In("[0, 1]")]
+    light_fraction: Fraction
 
     def tones(self, uniform: Tensor) -> Tensor:
         """The quantile function: any shape in [0, 1] -> Monk scale in [1, 10], increasing and continuous.

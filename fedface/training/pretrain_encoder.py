@@ -38,7 +38,7 @@ from fedface.training.pretrain_gan import (
     take_step,
     update_ema,
 )
-from fedface.validation import AtLeast, In, checked
+from fedface.validation import AtLeast, In, NonNegativeInt, PositiveInt, checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +47,10 @@ class EncoderPretrainConfig:
     """Hyperparameters of pretraining; the defaults are those of the bundled encoder."""
 
     seed: int = 7
-    steps: Annotated[int, AtLeast(1)] = 4000
+    steps: PositiveInt = 4000
     batch: Annotated[int, AtLeast(2)] = 32
     learning_rate: Annotated[float, In("(0, 1)")] = 4e-3
-    # Synthetic faces; 0 if latents are not the normals of synthetic faces
-    pool: Annotated[int, AtLeast(0)] = 12_000
+    pool: NonNegativeInt = 12_000  # synthetic faces; 0 if latents are not the normals of synthetic faces
     # Of the generator's training data: the tone's dark quantile
     light_fraction: Annotated[float, In("(0, 1)")] = 0.85
     dark_fraction: Annotated[float, In("(0, 1)")] = 0.5  # fraction of dark faces among synthetic ones

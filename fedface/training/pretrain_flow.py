@@ -23,7 +23,7 @@ from fedface.randomness import Streams
 from fedface.tensor_types import Images
 from fedface.training.flow import flow_loss
 from fedface.training.pretrain_gan import Progress, render_faces, take_step, training_notes, update_ema
-from fedface.validation import AtLeast, In, checked
+from fedface.validation import AtLeast, Fraction, In, PositiveInt, checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +32,9 @@ class FlowPretrainConfig:
     """Hyperparameters of pretraining; the defaults are those of the bundled checkpoint."""
 
     seed: int = 7  # >= 0
-    light_fraction: Annotated[float, In("[0, 1]")] = 0.85  # fraction of faces with light skin, Monk 1 to 5
-    # Synthetic faces, rendered once, used many times, half of them mirrored.
-    pool: Annotated[int, AtLeast(1)] = 40_000
-    steps: Annotated[int, AtLeast(1)] = 9000
+    light_fraction: Fraction = 0.85  # fraction of faces with light skin, Monk 1 to 5
+    pool: PositiveInt = 40_000  # synthetic faces, rendered once, used many times, half of them mirrored
+    steps: PositiveInt = 9000
     batch: Annotated[int, AtLeast(2)] = 64
     # Adam's, after a warm-up of 200 steps; falls along a cosine.
     learning_rate: Annotated[float, In("(0, 1)")] = 2e-3

@@ -33,7 +33,7 @@ from fedface.training.pretrain_gan import (
 )
 from fedface.training.upsampler import reconstruction_loss
 from fedface.upsampling.degradation import Area, BicubicPulse, Degradation
-from fedface.validation import AtLeast, In, checked
+from fedface.validation import AtLeast, Fraction, In, PositiveInt, checked
 
 L = TypeVar("L", StyleEncoder, SuperResolutionNetwork)
 
@@ -46,12 +46,12 @@ class UpsamplerPretrainConfig:
     """Hyperparameters of pretraining; the defaults are those of the bundled upsamplers."""
 
     seed: int = 7
-    steps: Annotated[int, AtLeast(1)] = 4000
+    steps: PositiveInt = 4000
     batch: Annotated[int, AtLeast(2)] = 32
     learning_rate: Annotated[float, In("(0, 1)")] = 3e-3
     # Synthetic faces, rendered once, used many times, half of them mirrored.
     pool: Annotated[int, AtLeast(2)] = 20_000
-    light_fraction: Annotated[float, In("[0, 1]")] = 0.85  # fraction of faces with light skin, Monk 1 to 5
+    light_fraction: Fraction = 0.85  # fraction of faces with light skin, Monk 1 to 5
     # What the network learns to invert, one of them in each step.
     downscales: tuple[Degradation, ...] = (
         BicubicPulse(2), BicubicPulse(4), BicubicPulse(8), Area(2), Area(4), Area(8),

@@ -25,14 +25,14 @@ from fedface.upsampling.resampling_matrices import (
     mean_rows,
     pulse_rows,
 )
-from fedface.validation import AtLeast, In, checked
+from fedface.validation import In, NonNegativeFloat, PositiveInt, checked
 
 
 @dataclass(frozen=True)
 class _Downscale:
     """Height and width divided by a factor."""
 
-    factor: Annotated[int, AtLeast(1)]
+    factor: PositiveInt
 
     noise_std: ClassVar[float] = 0.0
     linear: ClassVar[bool] = True
@@ -88,7 +88,7 @@ class Pixelate:
 
     kind: ClassVar[str] = "pixelate"
 
-    block: Annotated[int, AtLeast(1)]  # 1 is the identity
+    block: PositiveInt  # 1 is the identity
 
     factor: ClassVar[int] = 1
     noise_std: ClassVar[float] = 0.0
@@ -138,7 +138,7 @@ class Noise:
 
     kind: ClassVar[str] = "noise"
 
-    std: Annotated[float, AtLeast(0)]  # in units of sRGB in [0, 1]
+    std: NonNegativeFloat  # in units of sRGB in [0, 1]
 
     factor: ClassVar[int] = 1
     linear: ClassVar[bool] = True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from fedface.models.style_encoder import StyleUpsampler
 from fedface.tensor_types import Images, LowImages
 from fedface.upsampling.degradation import Degradation
 from fedface.upsampling.upsampler import Progress, Upsampled, check_low, clamp_and_score
-from fedface.validation import Above, checked
+from fedface.validation import PositiveFloat, checked
 
 EPS = 5e-4  # the tolerance of every method: a face fits when its mean squared difference is at most this
 
@@ -26,7 +26,7 @@ EPS = 5e-4  # the tolerance of every method: a face fits when its mean squared d
 @dataclass(frozen=True, kw_only=True)
 @checked
 class _FeedforwardConfig:
-    eps: Annotated[float, Above(0)] = EPS
+    eps: PositiveFloat = EPS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ from fedface.upsampling.upsampler import (
     single_faces,
     squared_difference,
 )
-from fedface.validation import Above, AtLeast, In, checked
+from fedface.validation import AtLeast, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, checked
 
 ROWS_AT_ONCE = 64  # measured values whose row of A A' is computed together
 
@@ -66,16 +66,16 @@ class GuidedFlowConfig:
     kind: ClassVar[str] = "guided-flow"
 
     # Std of what separates photos from the model; the noise is hypot(this, degradation's).
-    noise_std: Annotated[float, AtLeast(0)] = 0.02
+    noise_std: NonNegativeFloat = 0.02
     steps: Annotated[int, AtLeast(2)] = 40  # of equal time
     covariance: Literal["isotropic", "moments"] = "moments"  # C, see the head of this file
     # Most conjugate gradients a step, for moments; more diverge, see docs/posterior.md.
-    cg_steps: Annotated[int, AtLeast(1)] = 3
-    data_std: Annotated[float, Above(0)] = 0.4  # std of a pixel, c; for isotropic
+    cg_steps: PositiveInt = 3
+    data_std: PositiveFloat = 0.4  # std of a pixel, c; for isotropic
     # Share of the noise that is sampled again in each step; 0 follows the path without noise.
-    churn: Annotated[float, In("[0, 1]")] = 1.0
-    faces_at_once: Annotated[int, AtLeast(1)] = 32  # bounds the memory of one worker
-    workers: Annotated[int, AtLeast(1)] = 1  # threads, each with faces of its own
+    churn: Fraction = 1.0
+    faces_at_once: PositiveInt = 32  # bounds the memory of one worker
+    workers: PositiveInt = 1  # threads, each with faces of its own
 
 
 def gram(degradation: Degradation, size: int) -> Tensor:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from scipy import stats
@@ -44,7 +44,7 @@ from fedface.upsampling.mcmc import (
 )
 from fedface.upsampling.parallel import Chunk, search_in_chunks
 from fedface.upsampling.upsampler import Progress, StepCallback, Upsampled, check_low, single_faces
-from fedface.validation import Above, AtLeast, checked
+from fedface.validation import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, checked
 
 CONVERGED = 0.999  # quantile of the noise: a chain with a larger consistency error has not converged
 ACCEPT = 0.8  # the share of moves that the adaptation of step lengths aims at
@@ -65,20 +65,20 @@ class HmcConfig:
     kind: ClassVar[str] = "hmc"
 
     # Std of what separates photos from the model; the noise is hypot(this, degradation's).
-    noise_std: Annotated[float, AtLeast(0)] = 0.02
-    start_std: Annotated[float, Above(0)] = 1.0  # noise of the first level
-    noise_levels: Annotated[int, AtLeast(1)] = 12  # from there down to the noise, geometrically
-    transitions: Annotated[int, AtLeast(1)] = 3  # at each level
-    final_transitions: Annotated[int, AtLeast(0)] = 12  # moves at the noise itself with everything fixed
-    leapfrog_steps: Annotated[int, AtLeast(1)] = 16  # gradients in one move; 1 is Langevin
+    noise_std: NonNegativeFloat = 0.02
+    start_std: PositiveFloat = 1.0  # noise of the first level
+    noise_levels: PositiveInt = 12  # from there down to the noise, geometrically
+    transitions: PositiveInt = 3  # at each level
+    final_transitions: NonNegativeInt = 12  # moves at the noise itself with everything fixed
+    leapfrog_steps: PositiveInt = 16  # gradients in one move; 1 is Langevin
     # Length of the first leapfrog steps, in posterior standard deviations; then adapted.
-    step: Annotated[float, Above(0)] = 0.3
-    rank: Annotated[int, AtLeast(0)] = 64  # most directions of the metric, which is prepared once; 0 is none
+    step: PositiveFloat = 0.3
+    rank: NonNegativeInt = 64  # most directions of the metric, which is prepared once; 0 is none
     # none: published steps, never rejected or adapted
     correction: Literal["metropolis", "none"] = "metropolis"
     noise: Literal["fixed", "sampled"] = "fixed"  # the generator's own maps, or maps sampled with the latents
-    faces_at_once: Annotated[int, AtLeast(1)] = 64  # chains side by side, bounds the memory of one worker
-    workers: Annotated[int, AtLeast(1)] = 1  # threads, each with chains of its own
+    faces_at_once: PositiveInt = 64  # chains side by side, bounds the memory of one worker
+    workers: PositiveInt = 1  # threads, each with chains of its own
 
     def __post_init__(self) -> None:
         numbers = (self.leapfrog_steps, self.rank, self.final_transitions)

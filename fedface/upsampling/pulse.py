@@ -28,7 +28,7 @@ from fedface.upsampling.parallel import Chunk, search_in_chunks
 from fedface.upsampling.spherical_adam import SphericalAdam, one_cycle_drop
 from fedface.upsampling.style_gaussian import fit_style_gaussian
 from fedface.upsampling.upsampler import Progress, StepCallback, Upsampled, check_low, squared_difference
-from fedface.validation import Above, AtLeast, checked
+from fedface.validation import AtLeast, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, checked
 
 Start = Callable[[LowImages], Styles]  # photos (n, 3, lh, lw) -> styles (n, k, v) to begin with
 
@@ -44,20 +44,18 @@ class PulseConfig:
 
     kind: ClassVar[str] = "pulse"
 
-    steps: Annotated[int, AtLeast(1)] = 100
-    learning_rate: Annotated[float, Above(0)] = 0.8  # the peak of the schedule
-    # A face fits when its mean squared difference (sRGB) is at most this.
-    eps: Annotated[float, Above(0)] = 5e-4
-    l2: Annotated[float, AtLeast(0)] = 100.0  # weight of the difference
-    geocross: Annotated[float, AtLeast(0)] = 0.05  # weight of the spread of the styles of one face
+    steps: PositiveInt = 100
+    learning_rate: PositiveFloat = 0.8  # the peak of the schedule
+    eps: PositiveFloat = 5e-4  # a face fits when its mean squared difference (sRGB) is at most this
+    l2: NonNegativeFloat = 100.0  # weight of the difference
+    geocross: NonNegativeFloat = 0.05  # weight of the spread of the styles of one face
     tile_latent: bool = False  # one latent for all style inputs; otherwise one for each
-    # How many noise maps, coarsest first, are searched as well.
-    trainable_noise: Annotated[int, AtLeast(0)] = 5
+    trainable_noise: NonNegativeInt = 5  # how many noise maps, coarsest first, are searched as well
     mapping_samples: Annotated[int, AtLeast(2)] = 20_000  # latents sampled to fit the distribution of styles
     stop: Literal["fit", "end"] = "fit"  # when a search stops: its face fits, or all steps are taken
     selection: Literal["best", "last"] = "best"  # which face of a search is its answer
-    faces_at_once: Annotated[int, AtLeast(1)] = 32  # bounds the memory of one worker
-    workers: Annotated[int, AtLeast(1)] = 1  # threads that search side by side, each with faces of its own
+    faces_at_once: PositiveInt = 32  # bounds the memory of one worker
+    workers: PositiveInt = 1  # threads that search side by side, each with faces of its own
     precision: Literal["auto", "float32", "bfloat16"] = "float32"  # of the search; results are float32
 
     @staticmethod
