@@ -36,7 +36,7 @@ NAMES = (  # digits that name something
     "https://arxiv.org/abs/2302.07225", "Hayes et al. 2023",
     "https://arxiv.org/abs/2008.11193", "Feldman and Zrnic 2021", "for epsilon 0.5, 1, 3 and 8", "below 1 / the number",
     "P(S) <= e^eps Q(S) + delta", "(1 + delta(0)) / 2", "e^eps / 100 + delta(eps)", "delta(x) / (1 - e^(x - eps))",
-    "delta (e^(k eps) - 1) / (e^eps - 1)", "one of 100 is named",
+    "delta (e^(k eps) - 1) / (e^eps - 1)", "right one of 100 is identified", "From a prior of 50 %",
 )  # fmt: skip
 
 
@@ -165,11 +165,11 @@ def sums() -> list[str]:
     begun = epsilon_of(plan_of(3).event(1), DELTA).upper
     assert cost(1) <= 1 < begun and cost(3) <= 3 < cost(3, 2) < 2 * 3
     return [
-        "Two runs at 3 are not 3.",
-        f"less than plain addition (two: {2 * 3})",
+        "Two runs at 3 are not 3",
+        f"but less than plain addition (two: {2 * 3})",
         f"| runs like the demo's, each at epsilon 3 | {' | '.join(map(str, RUNS))} |",
         f"| together, by the ledger | {' | '.join(f'{cost(3, runs):.1f}' for runs in RUNS)} |",
-        f"| an even bet becomes at most | {' | '.join(ends)} |",
+        f"| 50 % becomes at most | {' | '.join(ends)} |",
         "So `max_epsilon: 3` is for life",
         f"one run at 3 and then none, or eight at 1 (together {cost(1, fit):.2f}; the ninth would make it "
         f"{cost(1, fit + 1):.2f} and is refused)",
@@ -190,8 +190,8 @@ def deltas() -> list[str]:
         f"most {100 * 2000 * DELTA:.0f} %; with 1 in {1 / seldom:,.0f} it is {100 * 2000 * seldom:.1f} %.",
         f"costs {cost(3):.1f} at 1e-5 costs {cost(3, 1, seldom):.1f} at 1e-6",
         "(in that run at most 1 in 8,000)",
-        f"{schedule.rounds} rounds of {schedule.steps_per_round} steps, each unit in a step with probability "
-        f"{schedule.sampling_rate:g}, noise multiplier {sigma:.3f} for epsilon 3 at 1e-5,",
+        f"{schedule.rounds} rounds of {schedule.steps_per_round} steps, sampling rate {schedule.sampling_rate:g}, "
+        f"noise multiplier {sigma:.3f} for epsilon 3 at 1e-5,",
     ]
 
 
