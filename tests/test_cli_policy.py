@@ -78,7 +78,7 @@ def test_a_device_would_take_part_in_what_fits(check, willing: Path, tmp_path: P
     assert 'training ("generator", 6 rounds, per photo): would take part' in result.out
     assert "enough for 6 of its rounds" in result.out
     assert result.out.splitlines()[0] == f"this device would take part in {DEMO}"
-    assert "the recipe promises" not in result.out  # at the same delta, for the same unit
+    assert "the experiment's guarantee" not in result.out  # at the same delta, for the same unit
     assert sorted(tmp_path.rglob("*")) == before  # no ledger and no folder was created
 
 
@@ -89,7 +89,7 @@ def test_a_device_would_take_part_in_what_fits(check, willing: Path, tmp_path: P
         (("[generator]", "[upsampler]"), 'this device allows upsampler'),
         (("[homomorphic]", "[plain]"), 'send updates "homomorphic"; this device allows plain'),
         (("[homomorphic]", "[homomorphic]\nmin_cohort_size: 50"), "only among 50 or more"),
-        (("[homomorphic]", "[homomorphic]\nunit: occasion"), "promises per photo; the owner of this device counts"),
+        (("[homomorphic]", "[homomorphic]\nunit: occasion"), "guarantee is per photo; the owner of this device counts"),
         (("[homomorphic]", "[homomorphic]\nexpires: 2020-01-01"), "has ended (2020-01-01)"),
     ],
 )  # fmt: skip
@@ -188,7 +188,7 @@ def test_evaluation_is_reported_separately(check, willing: Path) -> None:  # typ
     result = check(willing, *asks)
     assert result.code == 1
     assert 'training ("generator", 6 rounds, per photo): would take part' in result.out
-    assert result.out.startswith(f"this device would refuse {DEMO}: this run asks for evaluation figures")
+    assert result.out.startswith(f"this device would refuse {DEMO}: this run asks for evaluation metrics")
     assert "training and evaluation together" not in result.out
     willing.write_text(WILLING + "evaluation: true\n")
     result = check(willing, *asks)
@@ -343,7 +343,7 @@ def test_another_delta_than_the_experiments_is_reported(check, willing: Path) ->
     result = check(willing, "--experiment", DEMO)
     assert result.code == 1
     assert (
-        "read at this device's delta 1e-6, per photo; the recipe promises epsilon at most 8 at delta 1e-5, "
+        "read at this device's delta 1e-6, per photo; the experiment's guarantee is epsilon at most 8 at delta 1e-5, "
         "per photo, over everything"
     ) in result.out
     for line in result.out.splitlines():

@@ -236,7 +236,7 @@ def test_the_policy_on_the_page_is_valid_and_has_the_described_effect(tmp_path: 
     at_server = Plan(privacy=trusting, schedule=plan_of(1).schedule, noise_multiplier=30.0)
     assert ask(plan_of(1)) == "admitted"
     assert "in any 30 days" in ask(plan_of(3))
-    assert "promises per photo" in ask(plan_of(3, "photo"))
+    assert "guarantee is per photo" in ask(plan_of(3, "photo"))
     assert "the server adds the noise" in ask(at_server)
     for round in range(1, plan_of(1).schedule.rounds + 1):
         policy.record(plan_of(1), ledger, run="first", round=round)

@@ -47,21 +47,21 @@ class _Asked:
 
     ledger: LedgerFiles
     delta: float
-    unit: Unit | None  # None: as the entries promise
+    unit: Unit | None  # None: the unit of the entries
 
     def unit_of(self, entries: Sequence[LedgerEntry]) -> Unit:
-        """Whose price is told.
+        """The unit whose privacy cost is shown.
 
         Raises:
-            ConfigError: Nobody named a unit, and the entries promise for several.
+            ConfigError: No unit was given, and the entries have several.
         """
         if self.unit is not None:
             return self.unit
         units = [unit for unit in UNITS if any(entry.unit == unit for entry in entries)]
         if len(units) > 1:
             raise ConfigError(
-                f"{self.ledger.path}: its entries promise for several units ({', '.join(units)}); say whose price is "
-                f"wanted, such as: fedface ledger show {self.ledger.path} --unit {units[0]}"
+                f"{self.ledger.path}: its entries have several privacy units ({', '.join(units)}); choose one, "
+                f"such as: fedface ledger show {self.ledger.path} --unit {units[0]}"
             )
         return units[0] if units else "photo"
 
@@ -80,7 +80,7 @@ def _asked(path: Path, delta: float | None = None, unit: str | None = None) -> _
             unit=chosen or policy.unit,
         )
     if path.is_dir():
-        raise ConfigError(f"{path}: is a folder; wanted a device's file or a ledger.sqlite")
+        raise ConfigError(f"{path}: is a folder; expected a device file or a ledger.sqlite")
     if is_accessible_to_others(path) or LedgerFiles.at(path).head.exists():  # an export may lie in any folder
         warn_if_accessible(path.parent)
     return _Asked(
@@ -112,19 +112,19 @@ def ledger_show(path: Path, delta: float | None, unit: str | None, all_totals: b
             }
             for entry in entries
         ]
-        told = {"entries": rows, "delta": asked.delta, "unit": whose, "spent": spent.to_record()}
-        print_json(told)
+        record = {"entries": rows, "delta": asked.delta, "unit": whose, "spent": spent.to_record()}
+        print_json(record)
         return
     console.print(
-        f"every epsilon at delta {format_delta(asked.delta)}, per {whose}, its bounds in brackets; per: what the "
-        "run promises for; noise: the multiplier",
+        f"every epsilon at delta {format_delta(asked.delta)}, per {whose}, its bounds in brackets; per: the unit of "
+        "the run; noise: the multiplier",
         highlight=False,
         soft_wrap=True,
     )
     console.print(_table(entries, alone, so_far))
     if len(so_far) < len(entries):
         console.print(f"totals of {len(so_far)} of {len(entries)} entries; --all-totals prices them all")
-    own = "a run's own promise may name another delta or unit"
+    own = "a run's own guarantee may have another delta or unit"
     if asked.unit is None:
         own += f"; for another price: fedface ledger show {cell(path)} --delta 1e-6"
         own += "" if whose == "photo" else " --unit photo"
@@ -168,11 +168,11 @@ def _bounds(price: Epsilon) -> str:
 
 
 def _released(entry: LedgerEntry) -> str:
-    """What an entry was booked for: figures, or an update of what."""
+    """What an entry was recorded for: metrics, or an update of what."""
     objective = entry.metadata.get("objective")
     if objective is None:
         return "not noted"
-    return "figures" if objective == EVALUATION else f"update ({objective})"
+    return "metrics" if objective == EVALUATION else f"update ({objective})"
 
 
 def ledger_verify(path: Path, json_out: bool) -> None:

@@ -65,8 +65,8 @@ def _owned(file: Path, ledger: Path | None) -> Owned:
         check_kind(file, "policy")
         allowed, own = read(file, DevicePolicy), None
     else:
-        kept = _working(file)
-        allowed, own = kept.device.policy, kept.ledger
+        state = _working(file)
+        allowed, own = state.device.policy, state.ledger
         if is_accessible_to_others(own.path):  # opening a ledger does it by itself
             doubts = [f"others could read {own.path}; run chmod 600 on it"]
     doubts = [*allowed.warnings(), *doubts]
@@ -84,11 +84,11 @@ def _owned(file: Path, ledger: Path | None) -> Owned:
 def _working(file: Path) -> DeviceState:
     """The state of a device file, after checking that the device could work and that its policy's folders exist."""
     read_device_config(file)
-    kept = device_state(file)
-    lost = missing_policy_folders(kept.device.policy, kept.photos)
+    state = device_state(file)
+    lost = missing_policy_folders(state.device.policy, state.photos)
     if lost:
         raise ConfigError(f"{file}: policy.{lost[0].describe()}")
-    return kept
+    return state
 
 
 @contextmanager
@@ -141,8 +141,8 @@ def _verdict(
     )  # fmt: skip
 
 
-def _price(event: Event, told: Unit, limit: Budget, book: Ledger) -> Price:
-    alone, so_far, together = book.price(event, limit, run_unit=told)
+def _price(event: Event, unit: Unit, limit: Budget, book: Ledger) -> Price:
+    alone, so_far, together = book.price(event, limit, run_unit=unit)
     return Price(
         limit=limit, asked=alone.upper, spent=so_far.upper, together=together.upper, rounds_that_fit=None
     )
@@ -152,15 +152,15 @@ def _together(
     plan: Plan, allowed: DevicePolicy, book: Ledger, verdicts: Sequence[Verdict]
 ) -> CombinedVerdict:
     """All requests of a run against the lifetime budget; a refusal of one request alone is not repeated here."""
-    life, told = allowed.budgets[0], plan.dp_parameters.unit
-    short = book.check_budget(plan.total_event(), [life], run_unit=told)
+    life, unit = allowed.budgets[0], plan.dp_parameters.unit
+    short = book.check_budget(plan.total_event(), [life], run_unit=unit)
     alone = any(verdict.refusal is not None for verdict in verdicts)
     return CombinedVerdict(
         fits=short is None,
         refusal=None
         if short is None or alone
         else f"all requests together need {describe_briefly(short)}, and a run is admitted as a whole",
-        price=_price(plan.total_event(), told, life, book),
+        price=_price(plan.total_event(), unit, life, book),
     )
 
 
@@ -170,8 +170,8 @@ def _other_promise(plan: Plan, allowed: DevicePolicy) -> str | None:
     if isinstance(target, NoPrivacy) or (target.delta, target.unit) == (allowed.delta, allowed.unit):
         return None
     return (
-        f"read at this device's delta {format_delta(allowed.delta)}, per {allowed.unit}; the recipe promises epsilon "
-        f"at most {target.epsilon:g} at delta {format_delta(target.delta)}, per {target.unit}, over everything"
+        f"read at this device's delta {format_delta(allowed.delta)}, per {allowed.unit}; the experiment's guarantee is "
+        f"epsilon at most {target.epsilon:g} at delta {format_delta(target.delta)}, per {target.unit}, over everything"
     )
 
 
@@ -188,12 +188,12 @@ def _left(owned: Owned, spent: Sequence[float]) -> list[str]:
     """What is spent of each budget, and where nothing is left."""
     if owned.ledger is None:
         return ["no ledger yet: nothing is spent"]
-    said = []
+    lines = []
     for epsilon, limit in zip(spent, owned.policy.budgets, strict=True):
-        said.append(f"spent according to {owned.ledger}: {format_upper_bound(epsilon)}; allowed: {limit}")
+        lines.append(f"spent according to {owned.ledger}: {format_upper_bound(epsilon)}; allowed: {limit}")
         over = overspending(epsilon, limit, unpromised=owned.policy.allow_no_dp)
-        said += [] if over is None else [over]
-    return said
+        lines += [] if over is None else [over]
+    return lines
 
 
 def print_answer(file: Path, owned: Owned, spent: Sequence[float], answer: PolicyReport | None) -> None:
@@ -213,7 +213,7 @@ def print_answer(file: Path, owned: Owned, spent: Sequence[float], answer: Polic
 
 
 def print_as_json(owned: Owned, spent: Sequence[float], answer: PolicyReport | None) -> None:
-    told = {
+    record = {
         "policy": encode(owned.policy),
         "ledger": None if owned.ledger is None else str(owned.ledger),
         "spent": [
@@ -233,4 +233,4 @@ def print_as_json(owned: Owned, spent: Sequence[float], answer: PolicyReport | N
         "warnings": list(owned.doubts),
         "not_at_this_moment": _now(owned.policy),
     }
-    print_json(told)
+    print_json(record)

@@ -40,9 +40,9 @@ class Verdict:
     refusal: str | None  # None: it would take part
     prices: tuple[Price, ...]  # empty where it is refused regardless of its cost
 
-    def in_words(self, said: str | None) -> list[str]:
-        """A sentence, without the reason if that is `said` already, then one line per budget."""
-        answer = "would take part" if self.refusal is None else _refused(self.refusal, said)
+    def in_words(self, stated: str | None) -> list[str]:
+        """A sentence, without the reason if that is `stated` already, then one line per budget."""
+        answer = "would take part" if self.refusal is None else _refused(self.refusal, stated)
         rounds = "1 round" if self.rounds == 1 else f"{self.rounds} rounds"
         return [
             f'{self.what} ("{self.objective}", {rounds}, per {self.unit}): {answer}',
@@ -58,9 +58,9 @@ class CombinedVerdict:
     refusal: str | None  # None also where one request alone does not fit: its own verdict says so
     price: Price
 
-    def in_words(self, said: str | None) -> list[str]:
+    def in_words(self, stated: str | None) -> list[str]:
         """As `Verdict.in_words`."""
-        answer = "fits" if self.fits else _refused(self.refusal, said)
+        answer = "fits" if self.fits else _refused(self.refusal, stated)
         return [f"training and evaluation together: {answer}", f"  {self.price.in_words()}"]
 
 
@@ -112,5 +112,5 @@ class PolicyReport:
         return math.ceil(most * 100) / 100
 
 
-def _refused(reason: str | None, said: str | None) -> str:
-    return "would refuse" if reason in (None, said) else f"would refuse: {reason}"
+def _refused(reason: str | None, stated: str | None) -> str:
+    return "would refuse" if reason in (None, stated) else f"would refuse: {reason}"

@@ -51,7 +51,7 @@ class DetectionRate:
 def wilson(found: int, count: int, z: float = 1.959964) -> tuple[float, float]:
     """The score interval of a share: lower and upper end in [0, 1], for `found` of `count` >= 1 photos."""
     if not 0 <= found <= count or count < 1:
-        raise ValueError(f"wanted 0 <= found <= count and count >= 1, got {found} of {count}")
+        raise ValueError(f"expected 0 <= found <= count and count >= 1, got {found} of {count}")
     share, spread = found / count, z * z / count
     centre = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)

@@ -83,7 +83,7 @@ class HogDetector:
 class NetworkDetector:
     """dlib's network (MMOD) alone, at a picture of at most MMOD_SIDE pixels; one of at most half that is enlarged.
 
-    How long it takes depends on the picture's size alone, not on what is seen: for figures that leave a device.
+    How long it takes depends on the picture's size alone, not on what is seen: for metrics that leave a device.
     """
 
     def __init__(self) -> None:
@@ -147,7 +147,7 @@ class YuNetDetector:
         """
         self._cv2 = cv2 = _opencv()
         if not path.is_file():
-            raise LibraryError(f"no YuNet model at {path}; wanted face_detection_yunet_2023mar.onnx")
+            raise LibraryError(f"no YuNet model at {path}; expected face_detection_yunet_2023mar.onnx")
         try:
             self._network = cv2.FaceDetectorYN.create(str(path), "", (320, 320), threshold)
         except cv2.error as cause:

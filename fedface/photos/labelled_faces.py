@@ -139,10 +139,10 @@ def labelled_sets(path: Path) -> list[FaceTable]:
     if own.is_file():
         pictures = _pictures(own)
         if pictures is None:
-            raise LibraryError(f"{own} has no pictures: wanted {own.stem}/ or {own.stem}.zip beside it")
+            raise LibraryError(f"{own} has no pictures: expected {own.stem}/ or {own.stem}.zip beside it")
         return [_read_set(own, pictures)]
     if path.is_file():
-        raise LibraryError(f"{path} has no labels: wanted {own} beside it")
+        raise LibraryError(f"{path} has no labels: expected {own} beside it")
     found = [(table, _pictures(table)) for table in sorted(path.glob("*.csv"))]
     return [_read_set(table, pictures) for table, pictures in found if pictures is not None]
 

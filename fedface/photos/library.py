@@ -53,7 +53,7 @@ class LibrarySummary:
     latest: datetime | None
     placed: int
     places: int  # distinct, rounded to a tenth of a degree (about 11 km)
-    occasions: int  # by the usual rule; those with a face alone, which are what a promise can count
+    occasions: int  # by the usual rule; those with a face alone, which are the units of a guarantee
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -140,7 +140,7 @@ def numbered(labels: np.ndarray) -> np.ndarray:
 
 
 class _Groups:
-    """What hangs together so far. Links come in arrays; those inside a group are forgotten at once."""
+    """Groups of linked photos so far. Links come in arrays; those inside a group are forgotten at once."""
 
     def __init__(self, count: int) -> None:
         self._of = np.arange(count)

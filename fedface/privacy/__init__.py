@@ -1,1 +1,1 @@
-"""The promise, the mechanism that keeps it, what it costs, where that is written down, who may say no."""
+"""Privacy guarantees: mechanisms, accounting, the ledger of what was spent, and the owner's policy."""

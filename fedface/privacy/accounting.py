@@ -173,8 +173,8 @@ def _grid_step(leaves: Releases) -> float:
     releases = sum(count for _, count in leaves)
     finest = min(max(0.1 / releases, MIN_GRID), MAX_GRID_SPAN)
     finest = min(finest, min(math.sqrt(2.0 * leaf.mean_loss_bound()) for leaf, _ in leaves) / 20.0)
-    wanted = max(finest, span / LARGEST_GRID, 2.0 * reach / LARGEST_ONE)
-    return float(MIN_GRID * 2.0 ** math.floor(math.log2(wanted / MIN_GRID) + 1e-9))
+    coarse_enough = max(finest, span / LARGEST_GRID, 2.0 * reach / LARGEST_ONE)
+    return float(MIN_GRID * 2.0 ** math.floor(math.log2(coarse_enough / MIN_GRID) + 1e-9))
 
 
 def _distribution(leaves: Releases, step: float, direction: Literal["up", "down"]) -> Any:
@@ -238,7 +238,7 @@ def epsilon_of(event: DpEvent, delta: float, *, unit: Unit = "photo") -> Epsilon
         unit: By which neighbours differ; it is stated in the result and changes no number.
 
     Returns:
-        Bounds on epsilon; all infinite if any part makes no promise, all zero if nothing was released.
+        Bounds on epsilon; all infinite if any part has no noise, all zero if nothing was released.
 
     Raises:
         PrivacyError: The event holds something that this accountant cannot price.

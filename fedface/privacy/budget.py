@@ -73,7 +73,7 @@ def overspending(spent: float, limit: Budget, *, unpromised: bool) -> str | None
     if over < 0:
         return None
     until = "" if limit.days is None else " until enough of it is older than that"
-    what = "everything that promises something" if unpromised else "everything"
+    what = "every run with noise" if unpromised else "everything"
     much = "without a bound" if math.isinf(over) else f"by {format_upper_bound(over)}"
     where = f"at delta {format_delta(limit.delta)} per {limit.unit}"
     return f"nothing is left: {what} will be refused{until}; over {much} {where}"

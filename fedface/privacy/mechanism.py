@@ -28,7 +28,7 @@ from fedface.validation import Above, In, checked
 Event = DpEvent  # what was released; the name by which other rooms know dp_accounting's record
 
 
-# Far outside, float32 breaks the promise: squares of short gradients vanish, so that they are not clipped at
+# Far outside, float32 breaks the guarantee: squares of short gradients vanish, so that they are not clipped at
 # all, and noise vanishes beside its own rounding. A stranger's schedule must not reach there.
 ClipNorm = Annotated[float, Above(0), In("[1e-6, 1e6]")]  # what float32 can clip to
 Sigma = Annotated[float, Above(0, "; without noise the kind is no-privacy")]
@@ -110,7 +110,7 @@ ROUND_FLOOR_MULTIPLIER = 200.0  # of the Gaussian release that `round_floor` add
 @dataclass(frozen=True, kw_only=True)
 @checked
 class ClippedSum:
-    """A sum of clipped vectors without noise: nothing is promised. The mechanism of `NoPromise`."""
+    """A sum of clipped vectors without noise, hence without a guarantee. The mechanism of `NoPrivacy`."""
 
     kind: ClassVar[str] = "clipped-sum"
 

@@ -28,7 +28,7 @@ MIDNIGHT = 24 * 60  # minutes
 
 
 class ConditionsNotMet(PolicyRefusal):
-    """A "no" that may be a "yes" later; its text is all that the server may be told."""
+    """A "no" that may be a "yes" later; its text is all that the server sees."""
 
     def __init__(self, private: str) -> None:
         super().__init__(NOT_NOW_MESSAGE)
@@ -185,7 +185,7 @@ class ParticipationConditions:
         if power.on_ac:
             return None
         if self.require_ac_power:
-            how = "cannot be told" if power.on_ac is None else "is not connected"
+            how = "is unknown" if power.on_ac is None else "is not connected"
             return f"mains {how}; the policy asks for it (require_ac_power)"
         if power.battery is None:
             return "neither mains nor the battery's charge can be read; the policy asks for it (min_battery)"

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Literal, assert_never
 
 from fedface.measurements import Epsilon
-from fedface.number_format import format_delta
+from fedface.number_format import format_delta, rounded_up
 from fedface.privacy.accounting import (
     ADJACENCY,
     GRID_DIGITS,
@@ -30,6 +30,7 @@ from fedface.privacy.accounting import (
 )
 from fedface.privacy.mechanism import ClipNorm, ClippedSum, Event, GaussianSum, SampledGaussian, round_floor
 from fedface.privacy.privacy_target import NoPrivacy, PrivacyGuarantee, PrivacyTarget
+from fedface.privacy.renyi_filter import filter_epsilon
 from fedface.privacy_units import Unit, unit_in_words
 from fedface.validation import AtLeast, Digits, In, checked
 
@@ -63,7 +64,7 @@ class DPParameters:
     schedule: Schedule
     # sigma; exactly 0 means no privacy guarantee.
     noise_multiplier: Annotated[float, In(f"[0, {MAX_NOISE_MULTIPLIER:g}]"), Digits(GRID_DIGITS)]
-    unit: Unit = "photo"  # whose vector is clipped: what a promise covers
+    unit: Unit = "photo"  # whose vector is clipped: what the guarantee covers
     update_clip_norm: ClipNorm = 1.0  # unit library: longest update of one device, in public ranges
 
     @property
@@ -73,7 +74,7 @@ class DPParameters:
 
     @property
     def noise_at(self) -> Literal["device", "server"]:
-        """Who adds the promised noise: the device in each step, or the server, trusted, to each sum."""
+        """Who adds the noise: the device in each step, or the server, trusted, to each sum."""
         return "server" if self.unit == "library" else "device"
 
     def mechanism(self) -> GaussianSum | ClippedSum:
@@ -170,7 +171,7 @@ class RunReleases:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A promise, its schedule, and the noise that keeps it. Made by `make_plan`."""
+    """A privacy guarantee, its schedule, and the noise that meets it. Made by `make_plan`."""
 
     privacy: PrivacyGuarantee
     schedule: Schedule
@@ -209,7 +210,7 @@ class Plan:
         return self.releases.event()
 
     def epsilon(self) -> Epsilon | None:
-        """The price of everything at the promise's delta; None where nothing is promised."""
+        """The cost of everything at the target's delta; None without a guarantee."""
         match self.privacy:
             case PrivacyTarget(delta=delta, unit=unit):
                 return epsilon_of(self.total_event(), delta, unit=unit)
@@ -238,6 +239,7 @@ class Plan:
                     f"per {target.unit}, over the whole run; neighbouring libraries: {ADJACENCY}",
                     f"privacy unit: {unit_in_words(target.unit)}",
                     f"privacy cost: {price}",
+                    *_beside_others(self.total_event(), target),
                 ]
             case NoPrivacy():
                 return [
@@ -358,12 +360,22 @@ def make_plan(
 
 
 def _terms(
-    promise: PrivacyGuarantee, schedule: Schedule, sigma: float, update_clip_norm: float
+    privacy: PrivacyGuarantee, schedule: Schedule, sigma: float, update_clip_norm: float
 ) -> DPParameters:
-    unit: Unit = promise.unit if isinstance(promise, PrivacyTarget) else "photo"
+    unit: Unit = privacy.unit if isinstance(privacy, PrivacyTarget) else "photo"
     return DPParameters(
         schedule=schedule, noise_multiplier=sigma, unit=unit, update_clip_norm=update_clip_norm
     )
+
+
+def _beside_others(event: Event, target: PrivacyTarget) -> list[str]:
+    """What the run counts for on a device that takes part in others too."""
+    counted = filter_epsilon([(event, 1)], target.delta)
+    return [
+        f"beside other runs on the same device it counts as epsilon {rounded_up(counted)} at delta "
+        f"{format_delta(target.delta)} per {target.unit}: a server may choose a run after it has seen the answers of "
+        "others"
+    ]
 
 
 def _counted(count: int, word: str) -> str:

@@ -33,7 +33,7 @@ OBJECTIVES = ("generator", "upsampler")  # what can be trained, in the word of a
 EVALUATION = "evaluation"  # the objective of a task that only measures
 LARGE_DELTA = 1e-2  # above it, the probability that the bound does not hold must be stated
 PROTOCOLS = ("homomorphic", "plain")  # the kinds of aggregation that there are
-OWN_WORDS = ("unit", "neighbours", "sampler", "noise_at")  # marks that follow from the terms alone
+OWN_METADATA = ("unit", "neighbours", "sampler", "noise_at")  # marks that follow from the terms alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class DevicePolicy:
     unit: Unit = "photo"  # of what budgets count the loss; fixed for the life of the library
     periods: tuple[Period, ...] = ()  # further budgets, for any so many days
     objectives: tuple[str, ...] = OBJECTIVES  # what photos may help to train
-    evaluation: bool = False  # may this device answer questions about its photos, with noise?
+    evaluation: bool = False  # may this device compute metrics on its photos, with noise?
     protocols: tuple[str, ...] = ("homomorphic",)  # how updates may travel
     min_cohort_size: Annotated[int, AtLeast(1)] = 2  # fewest devices whose updates are summed
     trust_server: bool = False  # may runs take part whose noise the server adds?
@@ -90,9 +90,9 @@ class DevicePolicy:
     def __post_init__(self) -> None:
         for objective in self.objectives:
             if objective not in OBJECTIVES:
-                figures = "; figures are allowed by evaluation: true" if objective == EVALUATION else ""
+                hint = "; metrics are allowed by evaluation: true" if objective == EVALUATION else ""
                 raise ValueError(
-                    f'objectives must be among {", ".join(OBJECTIVES)}, got "{objective:.40}"{figures}'
+                    f'objectives must be among {", ".join(OBJECTIVES)}, got "{objective:.40}"{hint}'
                 )
         for protocol in self.protocols:
             if protocol not in PROTOCOLS:
@@ -175,7 +175,7 @@ class DevicePolicy:
         *,
         surroundings: Environment | None = None,
     ) -> None:
-        """All that `admit` looks at but price and load: what holds for an answer that was paid for and kept as well.
+        """All that `admit` checks except cost and load; it also holds for a stored reply.
 
         Raises:
             PolicyRefusal: As for `admit`.
@@ -183,8 +183,8 @@ class DevicePolicy:
         here = surroundings or SystemEnvironment()
         self._admit_today(here)
         self._admit_purpose(purpose)
-        self._admit_promise(dp)
-        replace(self.conditions, max_load=None).check(here)  # what is kept costs no work
+        self._admit_guarantee(dp)
+        replace(self.conditions, max_load=None).check(here)  # a stored reply costs no work
 
     def check_decryption(self, protocol: str, *, surroundings: Environment | None = None) -> None:
         """Return if this device may open a sum that it has a part in: what it does for others, not with photos.
@@ -203,7 +203,7 @@ class DevicePolicy:
         objective = purpose.objective
         if objective == EVALUATION:
             if not self.evaluation:
-                raise PolicyRefusal("this run asks for evaluation figures; this device does not answer any")
+                raise PolicyRefusal("this run asks for evaluation metrics; this device does not compute any")
         elif objective not in self.objectives:
             raise PolicyRefusal(
                 f'this run asks to train "{objective}"; this device allows '
@@ -223,7 +223,7 @@ class DevicePolicy:
                 f"{', '.join(self.protocols) or 'nothing'}"
             )
 
-    def _admit_promise(self, terms: DPParameters) -> None:
+    def _admit_guarantee(self, terms: DPParameters) -> None:
         if not terms.is_private:
             if not self.allow_no_dp:
                 raise PolicyRefusal(
@@ -234,7 +234,7 @@ class DevicePolicy:
             return
         if not covers(terms.unit, self.unit):
             raise PolicyRefusal(
-                f"this run promises per {terms.unit}; the owner of this device counts per {self.unit}"
+                f"this run's guarantee is per {terms.unit}; the owner of this device counts per {self.unit}"
             )
         if terms.noise_at == "server" and not self.trust_server:
             raise PolicyRefusal(
@@ -273,7 +273,7 @@ class DevicePolicy:
     ) -> LedgerEntry:
         """Book one round within this policy's budgets, on disk when this returns; then compute it.
 
-        What `admit` said is checked again where it may have changed since: the last day, the unit, who is trusted,
+        What `admit` checked is checked again where it may have changed since: the last day, the unit, who is trusted,
         and every budget, in one transaction with the booking.
 
         Args:
@@ -281,7 +281,7 @@ class DevicePolicy:
             ledger: What these photos have paid so far.
             run: The run's name in the ledger, which says whether this is an evaluation.
             round: Which round, from 1.
-            metadata: What else identifies the release, such as the model's hash. They cannot change `OWN_WORDS`.
+            metadata: What else identifies the release, such as the model's hash. They cannot change `OWN_METADATA`.
             surroundings: Says the day; this machine if None.
 
         Raises:
@@ -292,9 +292,9 @@ class DevicePolicy:
         planned = _planned(plan, run, round)
         terms = planned.dp
         self._admit_today(surroundings or SystemEnvironment())
-        self._admit_promise(terms)
-        said = terms.metadata()
-        noted = {**said, **(metadata or {}), **{word: said[word] for word in OWN_WORDS}}
+        self._admit_guarantee(terms)
+        own = terms.metadata()
+        noted = {**own, **(metadata or {}), **{key: own[key] for key in OWN_METADATA}}
         if terms.is_private:
             return ledger.record_round(planned, self.budgets, metadata=noted)
         return ledger.record(terms.event(1), run=run, round=round, metadata=noted)
@@ -330,7 +330,7 @@ class DevicePolicy:
             conditions = [f"{hours}, local time", *conditions]
         return [
             f"photos may help to train {_or([f'{objective}s' for objective in self.objectives])}",
-            "questions about how well a model serves these photos are "
+            "evaluations of models on these photos are "
             + ("answered, with noise" if self.evaluation else "not answered")
             + (", or without where the server adds it" if self.evaluation and self.trust_server else ""),
             f"updates may travel {_or(self.protocols)}, where {self.min_cohort_size} devices or more are summed"
@@ -338,8 +338,8 @@ class DevicePolicy:
             else "updates may not travel at all: every run is refused",
             *(f"at most {limit}" for limit in self.budgets),
             f"the budget counts {unit_in_words(self.unit)}",
-            f"a run must promise per {_or([unit for unit in UNITS if covers(unit, self.unit)])}",
-            "the noise may be added by the server, which then sees bare answers"
+            f"a run's guarantee must be per {_or([unit for unit in UNITS if covers(unit, self.unit)])}",
+            "the noise may be added by the server, which then sees updates and metrics without noise"
             if self.trust_server
             else "the noise must be added on this device: runs whose noise the server adds are refused",
             "RUNS WITHOUT NOISE MAY USE THESE PHOTOS: of such a run epsilon is infinite at every delta"

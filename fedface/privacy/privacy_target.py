@@ -38,9 +38,9 @@ class PrivacyTarget:
     # Upper bound on the privacy loss.
     epsilon: Annotated[float, Above(0, "; without a bound on epsilon the kind is no-privacy")]
     delta: Delta  # choose well below 1 / number of units
-    unit: Unit = "photo"  # what one promise covers
+    unit: Unit = "photo"  # what the guarantee covers
     trust: Literal["nobody", "server"] = (
-        "nobody"  # who is trusted with what the promise hides, see `DPParameters`
+        "nobody"  # who is trusted with updates without noise, see `DPParameters`
     )
 
     def __post_init__(self) -> None:

@@ -106,7 +106,7 @@ def test_one_of_several_hour_ranges_is_sufficient() -> None:
         (
             ParticipationConditions(require_ac_power=True),
             FakeMachine(mains=None, share=1.0),
-            "mains cannot be told",
+            "mains is unknown",
         ),
         (ParticipationConditions(min_battery=0.5), FakeMachine(mains=True, share=0.01), None),
         (ParticipationConditions(min_battery=0.5), FakeMachine(mains=False, share=0.5), None),

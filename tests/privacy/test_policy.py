@@ -112,7 +112,7 @@ def test_an_epsilon_of_the_server_is_ignored(ledger: Ledger) -> None:
         (2, "homomorphic", "generator", "only among 3 or more"),
         (3, "plain", "generator", 'send updates "plain"'),
         (3, "homomorphic", "celebrities", 'to train "celebrities"'),
-        (3, "homomorphic", "evaluation", "evaluation figures"),
+        (3, "homomorphic", "evaluation", "evaluation metrics"),
     ],
 )
 def test_purposes_are_refused_unless_allowed(
@@ -208,7 +208,7 @@ expires: 2027-01-31
         ("periods: [{days: 7, epsilon: 0}]", r"p.yaml:3: periods.0.epsilon: must be a finite number above 0"),
         ("folders: [../elsewhere]", r"p.yaml:3: folders: must name folders below the photos"),
         ("objectives: [faces]", r'p.yaml:3: objectives: must be among generator, upsampler, got "faces"'),
-        ("objectives: [evaluation]", r"figures are allowed by evaluation: true"),
+        ("objectives: [evaluation]", r"metrics are allowed by evaluation: true"),
         ("unit: person", r"p.yaml:3: unit: expected one of photo, occasion, library"),
         ("require_ac_powr: true", r'did you mean "require_ac_power"'),
     ],
@@ -236,7 +236,7 @@ def test_a_finer_unit_is_refused_and_a_coarser_one_is_converted(ledger: Ledger) 
     """For a policy per occasion: a guarantee per photo is refused, one per occasion is unchanged."""
     policy = replace(POLICY, unit="occasion")
     with pytest.raises(
-        PolicyRefusal, match="promises per photo; the owner of this device counts per occasion"
+        PolicyRefusal, match="guarantee is per photo; the owner of this device counts per occasion"
     ):
         policy.admit(per("photo"), Purpose(3, "homomorphic", "generator"), ledger)
     with pytest.raises(PolicyRefusal, match="counts per occasion"):
@@ -252,7 +252,7 @@ def test_an_owner_who_counts_photos_takes_no_part_per_occasion(ledger: Ledger) -
     ):
         with pytest.raises(PolicyRefusal, match="per occasion; the owner of this device counts per photo"):
             ask()
-    assert "a run must promise per photo or library" in POLICY.describe()
+    assert "a run's guarantee must be per photo or library" in POLICY.describe()
 
 
 def test_an_owner_who_counts_photos_pays_the_price_of_replacing_a_library(ledger: Ledger) -> None:
@@ -346,7 +346,7 @@ def test_reasons_are_ordered_to_reveal_least(ledger: Ledger) -> None:
     steps = [
         ("has ended", strict),
         ("2 devices", replace(strict, expires=None)),
-        ("promises per photo", replace(strict, expires=None, min_cohort_size=2)),
+        ("guarantee is per photo", replace(strict, expires=None, min_cohort_size=2)),
         ("conditions do not hold", replace(strict, expires=None, min_cohort_size=2, unit="photo")),
         ("asks for epsilon", replace(strict, expires=None, min_cohort_size=2, unit="photo", hours=())),
     ]
@@ -409,7 +409,7 @@ def test_an_overspent_budget_reports_by_how_much() -> None:
     assert overspending(10.0, life, unpromised=False) == (
         "nothing is left: everything will be refused; over by epsilon at most 2.000 at delta 1e-4 per photo"
     )
-    assert "promises something will be refused until" in str(overspending(1.5, week, unpromised=True))
+    assert "every run with noise will be refused until" in str(overspending(1.5, week, unpromised=True))
     assert "over without a bound" in str(overspending(float("inf"), life, unpromised=False))
 
 
