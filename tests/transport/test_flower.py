@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from clients.app import device_of
 from fedface.aggregation.payload import AggregationParameters, PlainConfig
+from fedface.atomic_io import locked_folder
 from fedface.coordinator.run import initialize_run
 from fedface.device.client import Device
 from fedface.errors import ConfigError, FederationError, LibraryError
@@ -336,8 +337,9 @@ def test_an_interrupted_run_continues(recipe: Path, tmp_path: Path, monkeypatch:
         "folder": str(tmp_path / "runs"),
     }
     order = read_run_config(config, tmp_path)
-    initialize_run(order.experiment, order.folder)
-    begun = json.loads((order.folder / "state.json").read_text())
+    with locked_folder(order.folder, "run"):
+        initialize_run(order.experiment, order.folder)
+    started = json.loads((order.folder / "state.json").read_text())
     serve_run(InProcessGrid(clients_app, 2, config), context({}, config))
     after = json.loads((order.folder / "state.json").read_text())
-    assert after["started"] == begun["started"] and len(after["rounds"]) == 1
+    assert after["started"] == started["started"] and len(after["rounds"]) == 1
