@@ -46,9 +46,9 @@ def test_a_run_that_fails_in_its_audits_keeps_its_rounds(
 
     with monkeypatch.context() as patch:
         patch.setattr("fedface.coordinator.run.audit_update_leakage", too_large)
-        said = fedface("run", "tiny.yaml")
-    assert said.code == 2 and "All 2 rounds are stored" in said.err and "Traceback" not in said.err
-    assert "attack.candidates" in said.err
+        result = fedface("run", "tiny.yaml")
+    assert result.code == 2 and "All 2 rounds are stored" in result.err and "Traceback" not in result.err
+    assert "attack.candidates" in result.err
 
     assert fedface("report", "runs/tiny").code == 0
     page = Path("runs/tiny/report.html").read_text()
@@ -60,14 +60,14 @@ def test_a_run_that_fails_in_its_audits_keeps_its_rounds(
 
     with monkeypatch.context() as patch:
         patch.setattr("fedface.device.client.prepare_round", asked)
-        said = fedface(
+        result = fedface(
             "run", "tiny.yaml", "--resume", "--set", "attack.candidates=3", "--set", "probe.per_group=3"
         )
-    assert said.code == 0, said.err
+    assert result.code == 0, result.err
     record = run_record.read(Path("runs/tiny"))
     assert record.attacks[0].identification.candidates == 3
     shortened = "shortened to 2 of 300 iterations: what it did not recover is no evidence"
-    assert shortened in " ".join(said.out.split())
+    assert shortened in " ".join(result.out.split())
     assert any(shortened in note for note in record.notes)
     for name in ("report.html", "model-card.md"):
         assert shortened in " ".join(Path("runs/tiny", name).read_text().split())

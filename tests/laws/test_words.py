@@ -37,6 +37,7 @@ BETTER = {
     r"\bslips?\b": "typo, or error",
     r"at the door": "at construction, or before ...",
     r"for free": "at no privacy cost",
+    r"\bchances?\b": "rng, or probability",
 }
 
 
