@@ -1,9 +1,7 @@
 """Quality of generated faces compared with real ones, overall and by group: distances, precision and recall.
 
-Four questions: are the two distributions alike (kernel and Frechet distance), do generated faces look like real
-ones (precision, density), and is every kind of real face generated (recall, coverage)? A group that the generator never
-produces lowers recall, not precision. Features come from audits/feature_extractors and are named in the result;
-docs/quality.md explains what each metric detects.
+Kernel and Frechet distance compare the distributions; precision and density ask whether generated faces look like real
+ones, recall and coverage whether every kind of real face is generated. docs/quality.md explains what each detects.
 
 Precision and recall depend on how many faces span the manifolds. All groups are therefore measured at one
 count, that of the smallest, over several disjoint draws where a group has more faces.

@@ -1,13 +1,12 @@
 """A small U-Net with group normalisation: an image and a time in, an image out.
 
-Nothing in it mixes the images of a batch or draws a random number, so that `vmap(grad(...))` gives each photo's own
-gradient and clipping bounds what one photo can do: group instead of batch normalisation (Wu and He 2018,
-arXiv:1803.08494), no dropout.
+Nothing in it mixes the images of a batch or draws a random number, so that per-example gradients exist: group instead
+of batch normalisation (Wu and He 2018, arXiv:1803.08494), no dropout.
 
-The form is that of Ho et al. 2020 (arXiv:2006.11239): residual blocks, one attention at the coarsest side,
-time as sines and cosines, here scaling and shifting the normalised channels (Perez et al. 2018,
-arXiv:1709.07871) as in Dhariwal and Nichol 2021 (arXiv:2105.05233). Pixels are first folded into channels
-(patches of 2 x 2), and the two halves are joined by sums: both are there for the speed of one core.
+The form is that of Ho et al. 2020 (arXiv:2006.11239): residual blocks, one attention at the coarsest side, time as
+sines and cosines, here scaling and shifting the normalised channels (Perez et al. 2018, arXiv:1709.07871) as in
+Dhariwal and Nichol 2021 (arXiv:2105.05233). For speed pixels are first folded into channels, and the two halves
+joined by sums.
 """
 
 from __future__ import annotations

@@ -8,36 +8,31 @@ random direction on every weight.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor, nn
 
 from fedface.models.lora import flatten_trainable
-from fedface.privacy.plan import DPParameters, Schedule
+from fedface.privacy.plan import DPParameters
 from fedface.tensor_types import KeptImages, Vector
 from fedface.training.dp_sgd import SampledMechanism, private_gradient
 from fedface.training.per_example_gradients import PerExampleProblem, with_deterministic_microbatch
+from fedface.training.training_round import DPSGDSettings
 from fedface.training.unit_clipping import NoiseSource
 
 
-class Descent(Protocol):
-    """The numbers of a training configuration that the descent reads; all public."""
+class MomentumSettings(DPSGDSettings):
+    """What the configurations share whose whole training is DP-SGD with momentum."""
 
-    def schedule(self) -> Schedule: ...
-    @property
-    def lr(self) -> float: ...  # learning rate, > 0
-    @property
-    def lr_noise_threshold(self) -> float: ...  # noise multiplier above which lr falls as 1 / noise
-    @property
-    def momentum(self) -> float: ...  # fraction of the last step that is repeated in the next, in [0, 1)
+    lr: float  # > 0
+    lr_noise_threshold: float  # noise multiplier above which lr falls as 1 / noise
+    momentum: float  # fraction of the last step that is repeated in the next, in [0, 1)
 
 
 def dp_sgd_steps(
     problem: PerExampleProblem,
     photos: KeptImages,
     dp: DPParameters,
-    config: Descent,
+    config: MomentumSettings,
     *,
     rng: NoiseSource,
     units: Tensor | None = None,
@@ -68,13 +63,13 @@ def dp_sgd_steps(
                 weight.sub_(moving.mul_(config.momentum).add_(gradient), alpha=lr)
 
 
-def _scale_lr_for_noise(config: Descent, dp: DPParameters) -> float:
+def _scale_lr_for_noise(config: MomentumSettings, dp: DPParameters) -> float:
     """The learning rate, lowered as 1 / noise where the device's noise multiplier is above the threshold."""
     noise = dp.noise_multiplier if dp.noise_at == "device" else 0.0
     return config.lr * min(1.0, config.lr_noise_threshold / max(noise, 1e-9))
 
 
-def descent_ranges(network: nn.Module, config: Descent) -> Vector:
+def descent_ranges(network: nn.Module, config: MomentumSettings) -> Vector:
     """Public bounds on how far each trained weight moves in one round, for quantisation, shape (d,), all > 0.
 
     As many photos as expected, all pulling at one weight, move it by lr * clip norm in a step, which momentum

@@ -30,7 +30,7 @@ from fedface.privacy.plan import DPParameters
 from fedface.randomness import SecretNoise, Streams
 from fedface.synthetic.faces import render_people
 from fedface.tensor_types import Images, KeptImages, Vector
-from fedface.training.dp_momentum_sgd import descent_ranges, dp_sgd_steps
+from fedface.training.dp_momentum_sgd import MomentumSettings, descent_ranges, dp_sgd_steps
 from fedface.training.dp_sgd import check_per_example_gradients
 from fedface.training.per_example_gradients import (
     Draw,
@@ -41,7 +41,6 @@ from fedface.training.per_example_gradients import (
     trainable_parameters,
 )
 from fedface.training.training_round import (
-    DPSGDSettings,
     Objective,
     PerExampleRelease,
     apply_mean_update,
@@ -60,7 +59,7 @@ _EVALUATIONS_AT_ONCE = 64  # photos times draws whose activations are in memory 
 
 @dataclass(frozen=True, kw_only=True)
 @checked
-class FlowTrainingConfig(DPSGDSettings):
+class FlowTrainingConfig(MomentumSettings):
     """How devices fine-tune a flow; every number is public and the same on all devices."""
 
     kind: ClassVar[str] = "flow-training"

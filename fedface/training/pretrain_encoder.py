@@ -1,14 +1,11 @@
 """Pretraining of the bundled encoder, on a generator's own samples and on synthetic faces; no photo is used.
 
-The encoder estimates the latent of an image. Its loss is the sum of
+The loss is the mean squared distance to the latent that the image was generated from, whose weight decays because a
+coordinate that is not visible in the image costs one unit whatever is estimated, plus the pairwise loss of the image
+that the frozen generator makes of the estimate.
 
-1. the mean squared distance to the latent that the image was generated from (a coordinate that is not visible in the
-   image costs one unit whatever is estimated, so the weight of this loss decays), and
-2. the pairwise loss of the image that the frozen generator makes from the estimate.
-
-The generator's own latents contain few dark faces if its training data did, and an encoder trained on them alone
-would be least accurate on dark faces, which a prior refitted from it would inherit. So the latent coordinate that is
-a synthetic face's tone is sampled such that half of the synthetic faces are dark, and all coordinates of generated
+An encoder trained on the generator's own samples alone, with few dark faces, would be least accurate on dark faces,
+which a prior refitted from it would inherit. So half of the synthetic faces are dark, and all coordinates of generated
 faces are sampled wider than the generator's own.
 """
 

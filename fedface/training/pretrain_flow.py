@@ -1,9 +1,7 @@
-"""Pretraining of the bundled rectified flow on synthetic faces alone; no photo is used.
+"""Pretraining of the bundled rectified flow on synthetic faces alone, like those of training/pretrain_gan.
 
-The faces come from the same renderer, tone mix and cameras as those of training/pretrain_gan, so that both models
-start from equal data. The loss is the regression of Liu et al. 2022 (arXiv:2209.03003), equation 1, with times from
-the logit-normal distribution of Esser et al. 2024 (arXiv:2403.03206), section 3.1, stratified over the batch. The
-moving average of the weights has a warm-up, without which it would retain the initial weights.
+The loss is the regression of Liu et al. 2022 (arXiv:2209.03003), equation 1, with times from the logit-normal
+distribution of Esser et al. 2024 (arXiv:2403.03206), section 3.1, stratified over the batch.
 """
 
 from __future__ import annotations

@@ -1,14 +1,10 @@
 """Pretraining of the bundled GAN on synthetic faces alone; no photo is used.
 
-Two stages, both public:
-
-1. Paired: a latent's coordinates are read as the parameters of a synthetic face (normals -> quantiles), so that every
-   latent has a known image and the generator learns by regression (L1 on pixels at three scales).
+1. Paired: a latent's coordinates are the normals of a synthetic face's parameters, so that every latent has a known
+   image and the generator learns by regression (L1 on pixels at three scales).
 2. Adversarial: the non-saturating loss with R1 (Mescheder et al. 2018, arXiv:1801.04406; Karras et al. 2020,
-   arXiv:1912.04958) against synthetic faces with camera noise, with the paired loss at a small weight. The
-   discriminator that devices fine-tune comes from here.
+   arXiv:1912.04958) against synthetic faces with camera noise, with the paired loss at a small weight.
 
-The renderer's tone quantile decides how many faces are light: 85 in 100 by default, as in common photo collections.
 The moving average of the weights has a warm-up, without which it would retain the initial weights.
 """
 

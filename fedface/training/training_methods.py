@@ -1,14 +1,4 @@
-"""The closed choice of training methods, and one round of any of them.
-
-Each has its own number of values sent, its own noise and its own public ranges:
-
-* `gan-training`: the discriminator reads photos, the generator learns from the discriminator;
-* `flow-training`: a rectified flow, whose one network reads photos;
-* `prior-training`: the generator is frozen; devices send noised sums of their photos' latents, once;
-* `upsampler-training`: a style encoder or a super-resolution network learns to invert a known downscale of photos.
-
-All but the prior train all weights, or low-rank changes of them.
-"""
+"""The closed choice of training methods (docs/architecture.md compares them), and one round of any of them."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def poisson_sample_units(count: int, sampling_rate: float, rng: NoiseSource) -> 
         sampling_rate: Probability q of each coin, 0 < q <= 1, a public constant.
         rng: Secret for a private run.
     """
-    return torch.from_numpy(np.flatnonzero(_tosses(count, rng) < sampling_rate))
+    return torch.from_numpy(np.flatnonzero(_uniforms(count, rng) < sampling_rate))
 
 
 def sample_photos(units: Tensor, sampling_rate: float, rng: NoiseSource) -> Tensor:
@@ -68,7 +68,7 @@ def sample_photos(units: Tensor, sampling_rate: float, rng: NoiseSource) -> Tens
     joined = poisson_sample_units(count, sampling_rate, rng)
     if count == len(units):  # every photo by itself
         return torch.argsort(units)[joined]
-    order = torch.from_numpy(np.argsort(_tosses(len(units), rng), kind="stable"))
+    order = torch.from_numpy(np.argsort(_uniforms(len(units), rng), kind="stable"))
     order = order[torch.argsort(units[order], stable=True)]  # by unit, shuffled within each
     sorted_units = units[order]
     first = torch.searchsorted(sorted_units, sorted_units)
@@ -77,14 +77,14 @@ def sample_photos(units: Tensor, sampling_rate: float, rng: NoiseSource) -> Tens
     return order[used]
 
 
-def _tosses(count: int, rng: NoiseSource) -> np.ndarray:
+def _uniforms(count: int, rng: NoiseSource) -> np.ndarray:
     """Uniform numbers in [0, 1), float64, (count,)."""
     match rng:
         case SecretNoise():
             return rng.uniforms(count)
         case torch.Generator():
-            tosses: np.ndarray = torch.rand(count, generator=rng, dtype=torch.float64).numpy()
-            return tosses
+            uniforms: np.ndarray = torch.rand(count, generator=rng, dtype=torch.float64).numpy()
+            return uniforms
         case _:
             assert_never(rng)
 

@@ -32,7 +32,7 @@ from fedface.models.model import (
 from fedface.privacy.plan import DPParameters
 from fedface.randomness import Streams
 from fedface.tensor_types import Images, KeptImages, Vector
-from fedface.training.dp_momentum_sgd import descent_ranges, dp_sgd_steps
+from fedface.training.dp_momentum_sgd import MomentumSettings, descent_ranges, dp_sgd_steps
 from fedface.training.dp_sgd import check_per_example_gradients
 from fedface.training.per_example_gradients import (
     Network,
@@ -42,7 +42,6 @@ from fedface.training.per_example_gradients import (
 )
 from fedface.training.pretrain_gan import pair_losses
 from fedface.training.training_round import (
-    DPSGDSettings,
     Objective,
     PerExampleRelease,
     apply_mean_update,
@@ -61,7 +60,7 @@ _MAX_VALUES_PER_PHOTO = 2**27
 
 @dataclass(frozen=True, kw_only=True)
 @checked
-class UpsamplerTrainingConfig(DPSGDSettings):
+class UpsamplerTrainingConfig(MomentumSettings):
     """How devices train an upsampler; every number is public and the same on all devices."""
 
     kind: ClassVar[str] = "upsampler-training"

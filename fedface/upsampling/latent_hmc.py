@@ -1,9 +1,8 @@
 """Posterior sampling in a generator's latents by Hamiltonian Monte Carlo.
 
-Where PULSE searches for a face that fits, this samples from p(latents | photo): a face that is twice as likely is
-returned twice as often. So it satisfies conditional proportional representation and symmetric pairwise error (Jalal et
-al. 2021, theorem 4.3), for every grouping at once and without knowing the groups, as far as the generator's own faces
-are distributed like people's.
+Where PULSE searches for a face that fits, this samples from p(latents | photo), so that it satisfies conditional
+proportional representation and symmetric pairwise error (Jalal et al. 2021, theorem 4.3), for every grouping at once
+and without knowing the groups, as far as the generator's own faces are distributed like people's.
 
 The target is exp(-|A G(z) - y|^2 / (2 s^2) - |z|^2 / 2): z standard normal, through the generator's own mapping (not
 the normal distribution that PULSE fits to styles, which is another prior); s the noise of the measurement; the sum
@@ -11,9 +10,8 @@ over all m measured values. Chains start from the prior and follow the noise lev
 
 Source: Jalal et al. 2021 (arXiv:2106.12182), section 5 and its appendix on experiments, which `HmcConfig.paper()`
 follows: unadjusted steps of 5e-6 (s_t / s)^2. The default instead runs Hamiltonian trajectories that are accepted or
-rejected as a whole, so that no step size biases the samples, in a metric: the posterior of a face is some fifty times
-narrower along the latents that a photo determines than along the others, and it is curved, so that single steps hardly
-move. docs/posterior.md measures what leapfrog steps and metric give for equal CPU time.
+rejected as a whole, so that no step size biases the samples, in a metric, since the posterior of a face is some fifty
+times narrower along the latents that a photo determines than along the others (docs/posterior.md).
 """
 
 from __future__ import annotations
