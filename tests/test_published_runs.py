@@ -1,4 +1,4 @@
-"""What a run's folder holds for whoever it is given to, and what is left of a run whose audits fail."""
+"""A published run folder contains nothing private, and a run whose audits fail keeps its results."""
 
 from __future__ import annotations
 

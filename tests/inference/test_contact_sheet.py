@@ -212,7 +212,7 @@ def test_sheets_among_the_photos_are_not_read_as_photos(tmp_path: Path) -> None:
     assert len(pictures) == 4 and left_out["pictures made by fedface"] == 2
 
 
-def test_a_folder_with_somebody_elses_faces_json_is_read(tmp_path: Path) -> None:
+def test_a_folder_with_another_programs_faces_json_is_read(tmp_path: Path) -> None:
     photos = folder_of_photos(tmp_path)
     (photos / "deep" / "faces.json").write_text('{"from": "another program"}')
     (photos / "deep" / "@eaDir").mkdir()
@@ -236,7 +236,7 @@ class FailsOnGrey:
         return []
 
 
-def test_a_photo_that_cannot_be_used_costs_itself_alone(tmp_path: Path) -> None:
+def test_an_unusable_photo_is_skipped_and_the_others_are_processed(tmp_path: Path) -> None:
     """A spacer of 40 x 1 pixels, a photo on which the detector fails, a raw file; the others have their sheets."""
     photos = folder_of_photos(tmp_path)
     write_png(photos / "0.png", np.full((1, 40, 3), 9, dtype=np.uint8))

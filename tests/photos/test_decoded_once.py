@@ -241,7 +241,7 @@ def hostile_files(root: Path) -> list[Path]:
     return sorted(root.iterdir())
 
 
-def test_hostile_metadata_reaches_the_sandbox_alone(
+def test_hostile_metadata_reaches_only_the_sandbox(
     tmp_path: Path, cache: Path, request: pytest.FixtureRequest
 ) -> None:
     """Scan and training, `fedface upsample` and the page."""

@@ -165,7 +165,7 @@ def landmark_row(first: str, rest: str | None = None) -> str:
         ("\x00\xff\x1b,x,Female", "s.csv:2: file must be a plain name", "left out"),
     ],
 )
-def test_one_bad_row_costs_itself_alone_and_is_named(
+def test_one_bad_row_is_skipped_and_named(
     tmp_path: Path, row: str, message: str | None, counted: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     good = make_set(tmp_path, "s", ROWS, packed=False)

@@ -98,7 +98,7 @@ def test_fixed_size_sampling_is_not_accounted_as_poisson_sampling() -> None:
 def test_converting_to_another_unit_never_lowers_the_cost(
     sigma: float, q: float, steps: int, reported: Unit, expected: Unit
 ) -> None:
-    """A coarser promise is never cheaper for what it holds, and a finer one promises nothing."""
+    """A coarser guarantee is never cheaper for the units within, and a finer one guarantees nothing."""
     event = compose([sampled(sigma, q, steps), gaussian(3.0)])
     seen = epsilon_of(convert_unit(event, source=reported, target=expected), DELTA)
     assert seen.upper >= epsilon_of(event, DELTA).upper * (1 - 1e-3)
@@ -168,7 +168,7 @@ def test_a_photo_that_alone_links_two_occasions_is_not_covered() -> None:
     assert epsilon_of(photo, truth).lower == math.inf
 
 
-def test_what_is_seen_survives_the_ledger_and_is_not_replaced_twice() -> None:
+def test_converted_events_survive_the_ledger_and_are_not_converted_twice() -> None:
     event = replace_one_event(compose([sampled(1.1, 0.3, 12), gaussian(2.0)]))
     text = event_to_json(event)
     assert event_to_json(event_from_json(text)) == text

@@ -43,7 +43,7 @@ def test_a_new_ledger_has_spent_nothing(ledger: Ledger) -> None:
     assert ledger.entries() == [] and ledger.spent(DELTA).upper == 0.0
 
 
-def test_four_booked_releases_cost_as_much_as_one_with_half_the_noise_by_the_filter(ledger: Ledger) -> None:
+def test_four_recorded_releases_cost_as_much_as_one_with_half_the_noise_by_the_filter(ledger: Ledger) -> None:
     """Rényi divergences add up: four Gaussian releases have that of one with half the noise."""
     event = dp.GaussianDpEvent(SIGMA)
     for round in range(4):
@@ -73,8 +73,8 @@ def test_an_answered_round_is_recorded_once_and_gives_the_same_bytes(ledger: Led
     assert len(again.entries()) == 1
 
 
-def test_a_round_that_was_never_answered_is_booked_once(ledger: Ledger) -> None:
-    """A reply is kept before it is sent, so what has none never left: no release, nothing more to pay."""
+def test_an_unanswered_round_is_recorded_once(ledger: Ledger) -> None:
+    """A reply is stored before it is sent: without one nothing left, and there is nothing more to record."""
     limit = Budget(epsilon=cost_of(1), delta=DELTA)
     first = book(ledger, [limit])
     assert book(ledger, [limit]) == first
@@ -136,7 +136,7 @@ def test_only_the_last_reply_of_a_run_is_stored(ledger: Ledger) -> None:
     assert ledger.load_reply("r", 0) is None and ledger.load_reply("r", 1) == b"\x01"
 
 
-def test_an_unknown_unit_is_not_booked(ledger: Ledger) -> None:
+def test_an_unknown_unit_is_not_recorded(ledger: Ledger) -> None:
     with pytest.raises(ValueError, match="unit must be one of"):
         ledger.record(EVENT, run="r", round=0, metadata={"unit": "pixel"})
     assert ledger.entries() == []

@@ -29,12 +29,12 @@ def ledger(path: Path) -> Ledger:
 
 
 def limit_for(bookings: int) -> Budget:
-    """Exactly so many bookings of one round."""
+    """A budget for exactly this many runs of one round."""
     return Budget(epsilon=cost_of(bookings), delta=DELTA)
 
 
 def killed(ledger: Ledger, limit: Budget = ROOM) -> int:
-    """Book and begin round 1 as a device does, and never answer; the attempt that paid."""
+    """Record and begin round 1 as a device does, without a reply; returns the attempt's record."""
     entry = book(ledger, [limit], run="r", round=1)
     ledger.record_attempt("r", 1, attempt=entry.attempt)
     return entry.attempt
@@ -49,7 +49,8 @@ def test_three_killed_computations_are_free_and_the_next_three_are_one_more_reco
     assert ledger.spent(DELTA).upper == filter_epsilon([(EVENT, 3)], DELTA)
 
 
-def test_without_limits_the_fourth_computation_is_booked_too(ledger: Ledger) -> None:
+def test_without_budgets_the_fourth_computation_is_recorded_too(ledger: Ledger) -> None:
+    """`record` and `record_within_budget` agree."""
     attempts = []
     for _ in range(4):
         attempts.append(ledger.record(EVENT, run="r", round=1).attempt)
@@ -111,7 +112,7 @@ def test_a_new_record_has_its_own_attempts_and_one_reply(ledger: Ledger) -> None
         ledger.store_reply("r", 1, b"late", attempt=1)
 
 
-def test_rounds_and_runs_are_counted_apart(ledger: Ledger) -> None:
+def test_rounds_and_runs_are_counted_separately(ledger: Ledger) -> None:
     for run, round in (("r", 1), ("r", 2), ("s", 1), ("t/metrics", 1)):
         for _ in range(3):
             entry = book(ledger, [ROOM], run=run, round=round, terms=one_sum(rounds=2))
@@ -119,15 +120,15 @@ def test_rounds_and_runs_are_counted_apart(ledger: Ledger) -> None:
     assert len(ledger.entries()) == 4
 
 
-def test_what_was_never_booked_is_not_begun(ledger: Ledger) -> None:
+def test_an_attempt_needs_a_record(ledger: Ledger) -> None:
     ledger.record(EVENT, run="r", round=1)
     for round, attempt in ((2, 1), (1, 2), (1, 0)):
         with pytest.raises(LedgerError, match="never booked"):
             ledger.record_attempt("r", round, attempt=attempt)
 
 
-def test_four_side_by_side_on_one_booking_are_three(ledger: Ledger) -> None:
-    """All have booked before the first begins; the one too many asks again and pays."""
+def test_of_four_concurrent_attempts_on_one_record_three_are_admitted(ledger: Ledger) -> None:
+    """All have a record before the first begins; the fourth is recorded again."""
     attempts = [ledger.record(EVENT, run="r", round=1).attempt for _ in range(4)]
     for attempt in attempts[:3]:
         ledger.record_attempt("r", 1, attempt=attempt)
@@ -166,8 +167,8 @@ def test_a_modified_count_is_detected(ledger: Ledger, path: Path, statement: str
         killed(ledger)
 
 
-def test_a_file_put_back_to_before_it_was_begun_is_noticed(ledger: Ledger, path: Path) -> None:
-    """Its chain is whole and nothing was answered, but it would begin once more at no cost."""
+def test_a_file_rolled_back_to_before_an_attempt_is_detected(ledger: Ledger, path: Path) -> None:
+    """Its chain is intact and nothing was sent, but the attempt would be free once more."""
     ledger.record(EVENT, run="r", round=1)
     before = path.read_bytes()
     for _ in range(3):

@@ -25,7 +25,7 @@ def ledger(tmp_path: Path) -> Ledger:
     return Ledger.open(tmp_path / "ledger.db")
 
 
-def test_a_budget_holds_and_the_refusal_says_asked_spent_and_allowed(ledger: Ledger) -> None:
+def test_a_budget_holds_and_the_refusal_has_requested_spent_and_allowed(ledger: Ledger) -> None:
     budget = cost_of(4)
     for run in "abcd":
         book(ledger, [Budget(epsilon=budget, delta=DELTA)], run=run)
@@ -48,7 +48,7 @@ class Calendar:
 
 
 def runs_until_refused(ledger: Ledger, name: str, *limits: Budget) -> int:
-    """How many runs of one round are booked before one is refused."""
+    """The number of runs of one round recorded before one is refused."""
     for number in range(100):
         try:
             entry = book(ledger, limits, run=f"{name} {number}")
@@ -58,7 +58,7 @@ def runs_until_refused(ledger: Ledger, name: str, *limits: Budget) -> int:
     raise AssertionError("no limit held")
 
 
-def test_a_limit_of_thirty_days_frees_up_and_the_one_for_life_does_not(tmp_path: Path) -> None:
+def test_a_period_budget_frees_up_and_the_lifetime_budget_does_not(tmp_path: Path) -> None:
     """Three runs in any 30 days, seven for life: 3 in the first month, 3 in the next, then 1, then none."""
     clock = Calendar()
     ledger = Ledger.open(tmp_path / "ledger.db", now=clock)
@@ -152,10 +152,10 @@ def test_a_run_per_photo_uses_up_every_budget_per_occasion(ledger: Ledger) -> No
     assert ledger.check_budget(EVENT, [per_occasion], run_unit="occasion") is None
 
 
-def test_nearly_free_releases_do_not_fill_the_disk_nor_slow_a_device_down_for_ever(
+def test_nearly_free_releases_do_not_fill_the_disk_or_slow_a_device_down(
     tmp_path: Path,
 ) -> None:
-    """A new run each time, with a noise of its own: the last sixteen answers are kept, and all are priced."""
+    """A new run each time, with its own noise: the last sixteen replies are stored, and all are accounted for."""
     ledger = Ledger.open(tmp_path / "ledger.db")
     limit = Budget(epsilon=1.0, delta=DELTA)
     for number in range(20):

@@ -23,12 +23,12 @@ from fedface.privacy.ledger import Ledger
 
 
 def budget_for(runs: int, days: float | None = None) -> Budget:
-    """Exactly so many runs of one round."""
+    """A budget for exactly this many runs of one round."""
     return Budget(epsilon=cost_of(runs), delta=DELTA, days=days)
 
 
-def book_all(path: Path, witness: Path, run: str, limits: list[Budget], result: Connection) -> None:
-    """Book runs of one round until the budget is used up, and say each digest once it was returned."""
+def record_all(path: Path, witness: Path, run: str, limits: list[Budget], result: Connection) -> None:
+    """Record runs of one round until the budget is used up, and send each digest once it was returned."""
     ledger = Ledger.open(path, witness)
     for round in range(100_000):
         try:
@@ -44,7 +44,7 @@ def booker(folder: Path, run: str, *limits: Budget) -> tuple[BaseProcess, Connec
     context = multiprocessing.get_context("fork")
     heard, result = context.Pipe(duplex=False)
     process = context.Process(
-        target=book_all, args=(folder / "state" / "ledger.db", folder / "disk", run, list(limits), result)
+        target=record_all, args=(folder / "state" / "ledger.db", folder / "disk", run, list(limits), result)
     )
     process.start()
     result.close()
@@ -61,7 +61,7 @@ def rest_of(heard: Connection) -> list[str]:
 
 
 def test_two_processes_cannot_overspend_one_budget(tmp_path: Path) -> None:
-    """A budget for exactly four runs, and two processes that want as many as they can get."""
+    """A budget for exactly four runs, and two processes that record as many as they can."""
     both = [booker(tmp_path, run, budget_for(4)) for run in ("a", "b")]
     result = [rest_of(heard) for _, heard in both]
     for process, _ in both:
@@ -73,7 +73,7 @@ def test_two_processes_cannot_overspend_one_budget(tmp_path: Path) -> None:
 
 
 def test_three_processes_cannot_overspend_the_tighter_of_two_budgets(tmp_path: Path) -> None:
-    """Nine runs for life, five in any week, all asked for within a moment."""
+    """Nine runs for life, five in any week, all requested at once."""
     all_three = [booker(tmp_path, run, budget_for(9), budget_for(5, days=7)) for run in ("a", "b", "c")]
     result = [rest_of(heard) for _, heard in all_three]
     for process, _ in all_three:

@@ -283,8 +283,8 @@ def test_kill_9_leaves_nothing_on_the_wire_that_the_ledger_lacks(
     assert len(recorded) - len(arrived) <= 1
 
 
-def test_a_booking_of_another_process_counts_before_the_next_one(ledger: Ledger, path: Path) -> None:
-    """A session that was verified before the other wrote does not price an older total."""
+def test_a_record_of_another_process_counts_before_the_next_one(ledger: Ledger, path: Path) -> None:
+    """A session that was verified before it does not use the older total."""
     one = Budget(epsilon=cost_of(1), delta=DELTA)
     book(Ledger.open(path), [one], run="a", round=1)
     with pytest.raises(PolicyRefusal, match="is already spent"):

@@ -66,7 +66,7 @@ def test_a_run_within_the_budget_is_admitted_to_its_last_round(ledger: Ledger) -
     assert ledger.spent(1e-5).upper <= POLICY.max_epsilon
 
 
-def test_an_entry_says_what_was_asked_of_what_unit(ledger: Ledger) -> None:
+def test_an_entry_has_the_request_and_its_unit(ledger: Ledger) -> None:
     metadata = POLICY.record(TERMS, ledger, run="r", round=1, metadata={"model": "abc"}).metadata
     assert (
         metadata["noise_multiplier"] == "1"
@@ -76,7 +76,7 @@ def test_an_entry_says_what_was_asked_of_what_unit(ledger: Ledger) -> None:
     assert metadata["unit"] == "photo" and metadata["sampler"] == "poisson" and metadata["model"] == "abc"
 
 
-def test_the_same_run_under_another_name_is_refused_with_asked_spent_and_allowed(ledger: Ledger) -> None:
+def test_the_same_run_under_another_name_is_refused_with_its_numbers(ledger: Ledger) -> None:
     for round in (1, 2):
         POLICY.record(TERMS, ledger, run="r", round=round)
     with pytest.raises(PolicyRefusal) as refusal:
@@ -244,8 +244,8 @@ def test_a_finer_unit_is_refused_and_a_coarser_one_is_converted(ledger: Ledger) 
     policy.admit(per("occasion"), Purpose(3, "homomorphic", "generator"), ledger)
 
 
-def test_an_owner_who_counts_photos_takes_no_part_per_occasion(ledger: Ledger) -> None:
-    """A photo that links two occasions is in neither price: without it they are two units instead of one."""
+def test_a_policy_per_photo_refuses_runs_per_occasion(ledger: Ledger) -> None:
+    """A photo that links two occasions is in neither cost: without it they are two units instead of one."""
     for ask in (
         lambda: POLICY.admit(per("occasion"), Purpose(3, "homomorphic", "generator"), ledger),
         lambda: POLICY.record(per("occasion"), ledger, run="r", round=1),
@@ -255,7 +255,7 @@ def test_an_owner_who_counts_photos_takes_no_part_per_occasion(ledger: Ledger) -
     assert "a run's guarantee must be per photo or library" in POLICY.describe()
 
 
-def test_an_owner_who_counts_photos_pays_the_price_of_replacing_a_library(ledger: Ledger) -> None:
+def test_a_policy_per_photo_charges_the_cost_of_replacing_a_library(ledger: Ledger) -> None:
     """One photo more or less changes the content of the library."""
     trusting = replace(POLICY, trust_server=True, max_epsilon=5.0)
     dearer = epsilon_of(replace_one_event(per("library", 3.0).event()), 1e-5).upper
@@ -266,8 +266,8 @@ def test_an_owner_who_counts_photos_pays_the_price_of_replacing_a_library(ledger
     assert ledger.spent(1e-5, unit="photo").upper > ledger.spent(1e-5, unit="library").upper
 
 
-def test_a_caller_cannot_book_a_run_under_another_unit(ledger: Ledger) -> None:
-    """The terms say what is promised to whom; metadata that say otherwise are overruled."""
+def test_metadata_cannot_change_the_unit(ledger: Ledger) -> None:
+    """The DP parameters determine the unit; contradicting metadata are overwritten."""
     policy = replace(POLICY, max_epsilon=50.0, unit="occasion")
     entry = policy.record(
         per("occasion"), ledger, run="r", round=1, metadata={"unit": "photo", "noise_at": "moon"}
