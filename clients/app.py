@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flwr.app import Context
 
-from fedface.device.client import Device
+from fedface.device.device import Device
 from fedface.transport.client import client_app, configured_device
 
 HOME = Path(__file__).resolve().parents[1]  # base of relative paths of experiments

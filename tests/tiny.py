@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedface.coordinator.run import initialize_run
-from fedface.device.client import Device
+from fedface.device.device import Device
 from fedface.experiment import Experiment, devices_folder, read_experiment
 from fedface.messages.messages import RoundConfig, TrainTask
 from fedface.models.checkpoint import flatten_buffers, flatten_parameters, save_model, weights_hash

@@ -7,7 +7,6 @@ sentence and exit code 2; a traceback means a bug in fedface.
 from __future__ import annotations
 
 import os
-from importlib.metadata import version as installed_version
 from typing import Annotated
 
 # Waiting threads must sleep: a busy second core slows every small convolution many times over.
@@ -65,7 +64,9 @@ for name, group in GROUPS.items():
 
 def _print_version(requested: bool) -> None:
     if requested:
-        print(f"fedface {installed_version('fedface')}")
+        from importlib.metadata import version
+
+        print(f"fedface {version('fedface')}")
         raise typer.Exit
 
 

@@ -9,14 +9,12 @@ from pathlib import Path
 from rich.table import Table
 
 from fedface import number_format
-from fedface.aggregation.homomorphic import make_keys
 from fedface.atomic_io import create_bytes
 from fedface.cli.console import cell, console, print_json, progress_bars
 from fedface.cli.device_log import open_device, warn_if_accessible
 from fedface.device.config import is_accessible_to_others
 from fedface.device.state import LedgerFiles, export
 from fedface.errors import ConfigError
-from fedface.experiment import read_experiment
 from fedface.measurements import Epsilon
 from fedface.number_format import format_delta
 from fedface.privacy.hash_chain import utc_now
@@ -30,6 +28,9 @@ DEFAULT_DELTA = 1e-5  # of a ledger without a policy: an entry records its unit,
 
 def device_keygen(out: Path, experiment: Path) -> None:
     """`fedface device keygen`."""
+    from fedface.aggregation.homomorphic import make_keys
+    from fedface.experiment import read_experiment
+
     recipe = read_experiment(experiment)
     keys = make_keys(recipe.aggregation, recipe.agreement)
     if keys is None:

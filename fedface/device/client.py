@@ -14,7 +14,6 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -27,6 +26,7 @@ from fedface.aggregation.payload import (
     PlainConfig,
 )
 from fedface.codec import encode
+from fedface.device.device import Device
 from fedface.device.local_metrics import check_request, compute_local_metrics
 from fedface.errors import FederationError, PolicyRefusal, PrivacyError, WeightsError
 from fedface.messages.messages import (
@@ -49,7 +49,7 @@ from fedface.privacy.ledger import Ledger
 from fedface.privacy.ledger_records import LedgerEntry, TransmissionInfo, TransmissionKind
 from fedface.privacy.participation_conditions import ConditionsNotMet
 from fedface.privacy.plan import DPParameters
-from fedface.privacy.policy import EVALUATION, DevicePolicy, Purpose
+from fedface.privacy.policy import EVALUATION, Purpose
 from fedface.randomness import Streams
 from fedface.tensor_types import Vector
 from fedface.training.training_methods import common_streams, noise_source, prepare_round
@@ -57,35 +57,6 @@ from fedface.training.training_methods import common_streams, noise_source, prep
 log = logging.getLogger("fedface.device")
 
 FAILED = b"failed"  # stored in place of a payload for a round that failed
-
-
-@dataclass(frozen=True, kw_only=True)
-class Device:
-    """A device's configuration; photos are read when a round needs them, not before."""
-
-    name: str  # the public name in logs and reports
-    photos: Callable[[int], DeviceDataset]  # size in pixels -> all aligned faces with their privacy units
-    policy: DevicePolicy
-    state: Path  # folder of the ledger and the shared key, readable by the owner alone
-    # Raises ConditionsNotMet while photos cannot be read; called before a release is recorded.
-    ready: Callable[[], None] = lambda: None
-    server: str = "the coordinator"  # the receiver of replies, as the owner calls it
-    witness: Path | None = None  # folder elsewhere that stores the head of the ledger
-    answer_seconds: float = 0.0  # replies leave at multiples of this time; 0, for simulated devices: at once
-
-    @property
-    def ledger_path(self) -> Path:
-        """The record of privacy losses, transmissions and withdrawals for all runs."""
-        return self.state / "ledger.sqlite"
-
-    @property
-    def key_path(self) -> Path:
-        """The key that the devices of a run share and the server does not have."""
-        return self.state / "sum.key"
-
-    def ledger(self) -> Ledger:
-        """A verified session on the ledger. Raises LedgerError."""
-        return Ledger.open(self.ledger_path, witness=self.witness)
 
 
 def handle_task(task: Task, device: Device) -> Reply:

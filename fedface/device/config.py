@@ -20,7 +20,7 @@ import torch
 
 from fedface.atomic_io import replace_text
 from fedface.config import keys_of, local_path, read
-from fedface.device.client import Device
+from fedface.device.device import Device
 from fedface.errors import ConfigError, LibraryError
 from fedface.photos.detectors import EmbeddedDetector, YuNetDetector
 from fedface.photos.device_dataset import DeviceDataset
@@ -105,7 +105,7 @@ def load_device(path: Path) -> Device:
         policy=config.policy,
         state=state,
         server=config.server,
-        witness=home / config.witness.expanduser() if config.witness else None,
+        witness=local_path(config.witness, home) if config.witness else None,
         answer_seconds=config.answer_seconds,
     )
 

@@ -11,8 +11,8 @@ from datetime import datetime
 from pathlib import Path
 
 from fedface.config import local_path, read
-from fedface.device.client import Device
 from fedface.device.config import DeviceConfig, registered_indexes
+from fedface.device.device import Device
 from fedface.errors import ConfigError, FederationError, LedgerError
 from fedface.photos.device_dataset import DeviceDataset
 from fedface.photos.photo_index import default_cache

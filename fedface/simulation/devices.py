@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedface.aggregation.homomorphic import make_keys
-from fedface.device.client import Device
+from fedface.device.device import Device
 from fedface.errors import FederationError
 from fedface.experiment import Experiment, RemoteDevices, SyntheticDevices, devices_folder
 from fedface.photos.device_dataset import DeviceDataset

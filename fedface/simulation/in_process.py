@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedface.device.client import Device
+from fedface.device.device import Device
 from fedface.errors import FederationError
 from fedface.experiment import Experiment, RemoteDevices
 from fedface.simulation.devices import prepare, simulated_device

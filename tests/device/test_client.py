@@ -14,7 +14,8 @@ from tiny import NO_PRIVACY, first_device, tiny_experiment, tiny_gan, tiny_way, 
 
 from fedface.aggregation.homomorphic import make_device, make_server
 from fedface.aggregation.payload import HomomorphicConfig, Payload
-from fedface.device.client import Device, handle_task, wait_for_slot
+from fedface.device.client import handle_task, wait_for_slot
+from fedface.device.device import Device
 from fedface.errors import AggregationError, FederationError, LedgerError, PrivacyError, WeightsError
 from fedface.experiment import Experiment
 from fedface.messages.messages import DecryptResult, DecryptTask, Refusal, TrainResult, TrainTask, to_message

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from tiny import first_device, tiny_experiment, tiny_gan, train_task
 
-from fedface.device.client import Device, handle_task
+from fedface.device.client import handle_task
+from fedface.device.device import Device
 from fedface.device.state import (
     DeviceState,
     LedgerFiles,

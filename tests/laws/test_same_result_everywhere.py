@@ -14,7 +14,7 @@ from fedface.coordinator.rounds import SilentProgress, run_rounds
 from fedface.coordinator.run import initialize_run
 from fedface.coordinator.run_state import RunState, weights_path
 from fedface.coordinator.server_metrics import ReferenceSet
-from fedface.device.client import Device
+from fedface.device.device import Device
 from fedface.experiment import Experiment, devices_folder, read_experiment
 from fedface.messages.cohort import Cohort
 from fedface.models.checkpoint import flatten_parameters, load_model, save_model

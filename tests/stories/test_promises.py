@@ -22,7 +22,8 @@ from tiny import first_device, started, tiny_experiment, tiny_gan, train_task
 
 from fedface.coordinator.rounds import SilentProgress, run_rounds
 from fedface.coordinator.run_state import RunState
-from fedface.device.client import Device, handle_task
+from fedface.device.client import handle_task
+from fedface.device.device import Device
 from fedface.errors import LedgerError, PrivacyError
 from fedface.experiment import Experiment, devices_folder, read_experiment
 from fedface.messages.messages import Message, Refusal, TrainResult, TrainTask, to_message

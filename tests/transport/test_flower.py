@@ -18,7 +18,7 @@ from clients.app import device_of
 from fedface.aggregation.payload import AggregationParameters, PlainConfig
 from fedface.atomic_io import locked_folder
 from fedface.coordinator.run import initialize_run
-from fedface.device.client import Device
+from fedface.device.device import Device
 from fedface.errors import ConfigError, FederationError, LibraryError
 from fedface.experiment import devices_folder, read_experiment
 from fedface.messages.messages import (

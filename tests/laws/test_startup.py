@@ -1,0 +1,84 @@
+"""A command loads what it needs: help loads nothing heavy, and an owner's commands load nothing that trains."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from png_files import write_png
+from tiny import first_device, tiny_experiment, tiny_gan, train_task
+
+from fedface.cli import COMMANDS, GROUPS
+from fedface.device.client import handle_task
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAINING = {"opacus", "tenseal", "flwr", "ray", "matplotlib", "skimage", "fastapi", "safetensors"}
+HEAVY = TRAINING | {"torch", "dp_accounting", "scipy", "numpy", "dlib", "PIL", "yaml"}
+CALL = """
+import sys
+from fedface import cli
+for words in sys.argv[1].split(";"):
+    sys.argv = ["fedface", *words.split()]
+    try:
+        cli.main()
+    except SystemExit as end:
+        assert not end.code, (words, end.code)
+print("loaded:", *{name.split(".")[0] for name in sys.modules})
+"""
+
+
+def loaded(folder: Path, words: str) -> set[str]:
+    """The packages in a process that ran these commands, separated by semicolons."""
+    done = subprocess.run(
+        [sys.executable, "-c", CALL, words], cwd=folder, capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(folder / "index"), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+def test_help_loads_nothing_heavy_and_is_quick(tmp_path: Path) -> None:
+    """Of every command and group; half a CPU second for one."""
+    names = [name for name, _, _ in COMMANDS]
+    names += [f"{group} {command.name or command.callback.__name__}".replace("_command", "").replace("_", "-")
+              for group, app in GROUPS.items() for command in app.registered_commands if command.callback]  # fmt: skip
+    assert loaded(tmp_path, ";".join(f"{name} --help" for name in names)) & HEAVY == set()
+    # Half a second on a quiet core; where others use it too, the libraries that print the help take longer as well.
+    alone = cpu_seconds("import typer, rich.console, rich.progress")
+    assert cpu_seconds("import fedface.cli") <= max(0.5, 2.5 * alone)
+
+
+def cpu_seconds(script: str) -> float:
+    """Of a Python process, the least of three."""
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(
+            [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(seconds)
+
+
+def test_a_scan_loads_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    write_png(tmp_path / "photos" / "a.png", np.full((64, 64, 3), 90, dtype=np.uint8))
+    assert loaded(tmp_path, "photos scan photos") & (TRAINING | {"torch"}) == set()
+
+
+def test_an_owners_commands_load_nothing_that_trains(tmp_path: Path) -> None:
+    """Neither DP-SGD, encryption, networks of models nor charts."""
+    experiment = tiny_experiment(tmp_path)
+    device = first_device(experiment, tmp_path / "devices")
+    handle_task(train_task(experiment, tiny_gan()), device)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "device.yaml").write_text(
+        "name: a\nphotos: photos\nstate: devices/device-00\npolicy: {max_epsilon: 8, delta: 1e-3}\n"
+    )
+    words = "; ".join(f"ledger {verb} {device.ledger_path}" for verb in ("show", "verify", "export"))
+    assert loaded(tmp_path, f"{words}; device log device.yaml") & TRAINING == set()
