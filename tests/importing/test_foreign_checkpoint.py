@@ -364,7 +364,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsiz
     ("content", "words"),
     [
         (b"", "is empty: download"),
-        (gzip.compress(bytes(99, mtime=0)), "is compressed (gzip): unpack it first"),
+        (gzip.compress(bytes(99), mtime=0), "is compressed (gzip): unpack it first"),
         (bz2.compress(bytes(99)), "is compressed (bzip2): unpack it first"),
         (lzma.compress(bytes(99)), "is compressed (xz): unpack it first"),
         (b"\x28\xb5\x2f\xfd" + bytes(99), "is compressed (zstd): unpack it first"),
