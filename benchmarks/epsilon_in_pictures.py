@@ -20,18 +20,18 @@ from fedface.reports.comparison_charts import COLOURS, png_on_white
 
 EPSILONS = (8.0, 3.0, 1.0, 0.5)  # from the highest curve to the lowest
 DASHES = ("-", "-", (0, (5, 2)), (0, (1.5, 1.5)))
-MARKED, HELD = 3.0, (0.01, 0.5)  # the epsilon that the page is about, and the suspicions that it follows
-BEFORE = {0.001: "1 in 1,000", 0.01: "1 in 100", 0.1: "1 in 10", 0.5: "even bet", 0.9: "9 in 10"}
+MARKED, PRIORS = 3.0, (0.01, 0.5)  # the epsilon that the page explains, and its prior probabilities
+BEFORE = {0.001: "1 in 1,000", 0.01: "1 in 100", 0.1: "1 in 10", 0.5: "1 in 2", 0.9: "9 in 10"}
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "pictures" / "epsilon.png"
 
 
 def sure_after(before: float, epsilon: float) -> float:
-    """The most that a suspicion, 0 < before < 1, can grow to: its odds grow by at most e^epsilon."""
+    """The largest posterior for a prior, 0 < before < 1: odds grow by at most e^epsilon."""
     return 1.0 / (1.0 + (1.0 - before) / before * math.exp(-epsilon))
 
 
 def picture() -> bytes:
-    """One curve per epsilon, the line on which nothing was learned, two dots with their heights; PNG."""
+    """One curve per epsilon, the diagonal of no information, two marked points; PNG."""
     with matplotlib.rc_context({**STYLE, "font.size": 9.5}):
         canvas = Canvas(figsize=(7.6, 3.7), layout="constrained", dpi=110)
         axes = canvas.subplots()
@@ -41,8 +41,8 @@ def picture() -> bytes:
             axes.plot(
                 places, heights, color=color, linestyle=dash, linewidth=2.0, label=f"epsilon {epsilon:g}"
             )
-        axes.plot(places, 100 * places, color=GREY_ON_BOTH, linewidth=1.2, label="nothing learned")
-        for before in HELD:
+        axes.plot(places, 100 * places, color=GREY_ON_BOTH, linewidth=1.2, label="no information")
+        for before in PRIORS:
             height = 100 * sure_after(before, MARKED)
             axes.plot([before], [height], "o", color=COLOURS[EPSILONS.index(MARKED)], markersize=6)
             axes.annotate(
@@ -54,14 +54,14 @@ def picture() -> bytes:
         axes.set_ylim(0, 102)
         axes.set_xticks(list(BEFORE), list(BEFORE.values()))
         axes.minorticks_off()
-        axes.set_xlabel("how sure before the run that this birthday is among the photos")
-        axes.set_ylabel("how sure afterwards at most, %")
+        axes.set_xlabel("probability before the run that this birthday is among the photos")
+        axes.set_ylabel("at most sure afterwards, %")
         canvas.legend(loc="outside right center")
         return png_on_white(canvas)
 
 
 def main() -> None:
-    """Draw it where the page shows it."""
+    """Write the picture of the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=PICTURE, help="where the PNG goes")
     chosen = parser.parse_args()
