@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from scipy import stats
+from scipy.special import ndtri
 
 from fedface.audits.dp_metrics import RANGED_METRICS, DecodedSums, LocalMetricsConfig, decode_sums
 from fedface.audits.dp_ratio_estimates import (
@@ -177,9 +177,7 @@ class _Noise:
 
     @property
     def min_count(self) -> float:
-        return max(
-            self.config.min_group_size, 1.0 + float(stats.norm.ppf((1.0 + LEVEL) / 2.0)) * self.of_group
-        )
+        return max(self.config.min_group_size, 1.0 + float(ndtri((1.0 + LEVEL) / 2.0)) * self.of_group)
 
 
 def estimate_metrics(
@@ -274,7 +272,7 @@ def _check_possible(sums: DecodedSums, noise: _Noise) -> None:
 def _count(sums: DecodedSums, rows: Sequence[int], noise: _Noise) -> tuple[float, float, float]:
     """How many units' originals are in some groups, with its 95 % interval by noise alone; may be 0."""
     estimate = float(sums.table[list(rows)].sum())
-    half = float(stats.norm.ppf((1.0 + LEVEL) / 2.0)) * noise.of_group * math.sqrt(len(rows))
+    half = float(ndtri((1.0 + LEVEL) / 2.0)) * noise.of_group * math.sqrt(len(rows))
     estimate, low, high = (
         min(max(x, 0.0), noise.max_count) for x in (estimate, estimate - half, estimate + half)
     )
@@ -384,7 +382,7 @@ def minimum_detectable_gap(
         config=config, total=noise_multiplier * math.sqrt(devices if noises is None else noises), room=0.0
     )
     count = config.expected_units * devices / groups
-    z = float(stats.norm.ppf((1.0 + level_for(_pairs(groups))) / 2.0))
+    z = float(ndtri((1.0 + level_for(_pairs(groups))) / 2.0))
     # At the end of a range the count's noise counts in full; in the middle it does not count.
     halves = {
         name: (high - low) / 2.0

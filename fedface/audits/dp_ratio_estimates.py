@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy import stats
+from scipy.special import ndtri
 
 from fedface.audits.bias import METRICS, Metric
 from fedface.audits.dp_metrics import RANGED_METRICS
@@ -51,7 +51,7 @@ class DPRatioEstimate:
         return self._within(self.noise, level)
 
     def _within(self, variance: Sequence[float], level: float) -> Interval:
-        z2 = float(stats.norm.ppf((1.0 + level) / 2.0)) ** 2
+        z2 = float(ndtri((1.0 + level) / 2.0)) ** 2
         one, linear, square = variance
         lowest, highest = self.ends
         ratio = self.above / self.below

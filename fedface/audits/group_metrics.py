@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
+from scipy.special import ndtr, ndtri
 
 from fedface.measurements import SMALL_COUNT, Interval, Measurement, NotMeasured
 
@@ -71,11 +72,11 @@ def mean_interval(values: ArrayLike, rng: np.random.Generator, *, resamples: int
         return Interval(mean, mean - half, mean + half, n)
     means = np.sort(x[rng.integers(n, size=(resamples, n))].mean(axis=1))
     below = (np.sum(means < mean) + 0.5 * np.sum(means == mean)) / resamples
-    z0 = stats.norm.ppf(np.clip(below, 1 / resamples, 1 - 1 / resamples))
+    z0 = ndtri(np.clip(below, 1 / resamples, 1 - 1 / resamples))
     centred = x - mean
     acceleration = np.sum(centred**3) / (6 * np.sum(centred**2) ** 1.5)
-    z = z0 + stats.norm.ppf([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    low, high = np.quantile(means, stats.norm.cdf(z0 + z / (1 - acceleration * z)))
+    z = z0 + ndtri([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(means, ndtr(z0 + z / (1 - acceleration * z)))
     return Interval(mean, float(low), float(high), n)
 
 
@@ -91,7 +92,7 @@ def rate_interval(successes: float, count: int) -> Interval:
         raise ValueError(f"count must be >= 1, got {count}")
     if not 0 <= successes <= count:
         raise ValueError(f"successes must lie in [0, {count}], got {successes}")
-    p, z2 = successes / count, float(stats.norm.ppf((1 + LEVEL) / 2)) ** 2
+    p, z2 = successes / count, float(ndtri((1 + LEVEL) / 2)) ** 2
     centre = (p + z2 / (2 * count)) / (1 + z2 / count)
     half = math.sqrt(z2 * p * (1 - p) / count + z2**2 / (4 * count**2)) / (1 + z2 / count)
     return Interval(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)), count)
