@@ -184,7 +184,7 @@ def test_plan_relates_the_batch_to_rate_and_library(fedface, tmp_path: Path) -> 
     result = fedface("plan", path)
     assert (
         "trains on 24 photos on average, of which about 12 join a step" in result.out
-        and "warning" not in result.out
+        and "expected_batch_size near" not in result.out
     )
     assert "computing the noise ..." in result.err
     result = fedface("plan", path, "--set", "training.expected_batch_size=64")
