@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
+import quick
 import torch
 
 torch.set_num_threads(1)
@@ -26,31 +26,15 @@ def shared() -> Path:
     return SHARED
 
 
-class BrightPictures:
-    """In place of a face detector: finds something in every picture that is bright on average."""
-
-    def find(self, pixels: np.ndarray) -> list[str]:
-        return ["a face"] if pixels.mean() > 127 else []
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def quick_detection() -> Iterator[None]:
-    """Metrics that devices compute take a microsecond for each face, not the 170 ms of dlib's network.
-
-    For tests in which nothing depends on which faces are found; tests/device/test_local_metrics.py has the network.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedface.device.local_metrics.NetworkDetector", BrightPictures)
+    """See tests/quick.py."""
+    with quick.detection():
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def quick_charts() -> Iterator[None]:
-    """Reports of whole runs hold nothing in place of each chart: 2 CPU seconds less for a report.
-
-    For tests that look at other parts of a run; tests/reports/ and one run in stories/test_main_job.py have the charts.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedface.reports.charts.face_grid", lambda rows, columns: b"")
-        patch.setattr("fedface.reports.charts.group_dots", lambda groups, series, unit: b"<svg></svg>")
+    """See tests/quick.py."""
+    with quick.charts():
         yield

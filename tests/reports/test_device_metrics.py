@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from made_up import around, own_metrics, with_metrics
 
 from fedface.audits.dp_model_ranking import PairwiseComparison, Ranking
@@ -72,6 +73,7 @@ def test_a_small_consistency_error_is_not_written_as_zero() -> None:
     assert estimate == "0.001"
 
 
+@pytest.mark.usefixtures("quick_charts")
 def test_a_suppressed_group_takes_one_cell(record: RunRecord, folder: Path) -> None:
     reply = with_metrics(record, own_metrics("after", 1.0, (300, 5, 60)))
     html = html_report.render(reply, folder)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import quick
 import torch
 from tiny import started, tiny_experiment
 
@@ -25,8 +26,6 @@ from fedface.privacy.accounting import epsilon_of, event_from_json
 from fedface.privacy.ledger import Ledger
 from fedface.simulation.devices import simulated_device
 from fedface.simulation.in_process import in_process_cohort
-
-pytestmark = pytest.mark.usefixtures("quick_detection", "quick_charts")
 
 KEYS = {
     "train-result": {"kind", "version", "device", "seconds_protect"},
@@ -79,14 +78,13 @@ def whole_run(folder: Path, photos_per_device: int) -> tuple[Experiment, Path, l
     experiment = tiny_experiment(folder / "recipe", {**CHANGES, "devices": devices})
     run = started(experiment, folder / "run")
     listening = Listening(in_process_cohort(experiment, devices_folder(run)))
-    run_experiment(experiment, listening, run, progress=SilentProgress())
+    with quick.detection(), quick.charts():
+        run_experiment(experiment, listening, run, progress=SilentProgress())
     return experiment, run, listening.heard
 
 
 @pytest.fixture(scope="module")
-def run(
-    quick_detection: None, quick_charts: None, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Experiment, Path, list[Overheard]]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Path, list[Overheard]]:
     """Two devices of 39 photos each."""
     return whole_run(tmp_path_factory.mktemp("many"), 39)
 
