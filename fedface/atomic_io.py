@@ -158,6 +158,17 @@ def locked_folder(folder: Path, kind: str) -> Iterator[None]:
         os.close(handle)
 
 
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Wait until no other thread or process is inside; `path` is an empty file, created if it is missing."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def remove_drafts(folder: Path) -> None:
     """Remove what processes that were killed left in a folder; call it while no other process works there."""
     for entry in list(folder.iterdir()) if folder.is_dir() else []:

@@ -50,7 +50,7 @@ def device_log(device: Path, run: str | None, page: Path | None, json_out: bool)
     )
     if page is not None:
         with progress_bars() as bars:
-            bars.stage("pricing", len(log.bookings))
+            bars.stage("pricing", len(log.history))
             text = render(log)
         write_output(page, text.encode(), PAGE_MARK, mode=0o600)
     if json_out:

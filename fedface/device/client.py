@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import time
 import traceback
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from fedface.aggregation.payload import (
     Payload,
     PlainConfig,
 )
+from fedface.atomic_io import one_at_a_time
 from fedface.codec import encode
 from fedface.device.device import Device
 from fedface.device.local_metrics import check_request, compute_local_metrics
@@ -47,11 +49,13 @@ from fedface.models.model import Architecture, Model
 from fedface.photos.device_dataset import DeviceDataset
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.ledger_records import LedgerEntry, TransmissionInfo, TransmissionKind
+from fedface.privacy.mechanism import GaussianSum
 from fedface.privacy.participation_conditions import ConditionsNotMet
 from fedface.privacy.plan import DPParameters
 from fedface.privacy.policy import EVALUATION, Purpose
-from fedface.randomness import Streams
+from fedface.randomness import SecretNoise, Streams
 from fedface.tensor_types import Vector
+from fedface.training.dp_sgd import check_mechanism
 from fedface.training.training_methods import common_streams, noise_source, prepare_round
 
 log = logging.getLogger("fedface.device")
@@ -69,18 +73,26 @@ def handle_task(task: Task, device: Device) -> Reply:
         PrivacyError: The ledger cannot be trusted, the task contradicts itself, or this round of this run was
             answered for other weights or terms. Nothing is sent.
     """
-    with device.ledger() as ledger:
+    with one_at_a_time(device.state / "task.lock"), device.ledger() as ledger:
         return _handle(task, device, ledger)
 
 
 def wait_for_slot(started: float, answer_seconds: float) -> None:
-    """Sleep until a whole number of slots after `started`, by the monotonic clock: a reply's time shows no work.
+    """Sleep until a moment that does not show how long the work took, except for its order of magnitude.
 
-    A photo more makes an answer some milliseconds later; as long as the work fits into one slot, the server sees the
-    same time. Work that takes several slots shows how many.
+    Replies leave at whole multiples of `answer_seconds` of the clock: the first that is at least one slot after
+    `started`, or, where the work takes longer, 2, 4, 8, ... slots later.
+
+    Args:
+        started: When the request came, in seconds since 1970.
+        answer_seconds: The slot; 0: no wait.
     """
-    if answer_seconds > 0:
-        time.sleep(answer_seconds - (time.monotonic() - started) % answer_seconds)
+    if answer_seconds <= 0:
+        return
+    first, slots, now = math.ceil(started / answer_seconds), 1, time.time()
+    while (leaves := (first + slots) * answer_seconds) < now:
+        slots *= 2
+    time.sleep(max(0.0, min(leaves - now, 2 * slots * answer_seconds)))
 
 
 def _handle(task: Task, device: Device, ledger: Ledger) -> Reply:
@@ -181,7 +193,7 @@ def _train(task: TrainTask, device: Device, ledger: Ledger) -> tuple[Reply, Ledg
         return _clip_for_library(update / begun.ranges(), agreed.dp)
 
     payload, seconds, entry = work.release(compute, model.size)
-    return TrainResult(device=device.name, payload=payload, seconds_protect=seconds), entry
+    return TrainResult(device=device.name, payload=payload, seconds_protect=_reported(seconds, device)), entry
 
 
 def _evaluate(task: EvaluateTask, device: Device, ledger: Ledger) -> tuple[Reply, LedgerEntry | None]:
@@ -218,7 +230,9 @@ def _evaluate(task: EvaluateTask, device: Device, ledger: Ledger) -> tuple[Reply
         return _clip_for_library(metrics / ranges, asked.dp)
 
     payload, seconds, entry = work.release(compute, model.size)
-    return EvaluateResult(device=device.name, payload=payload, seconds_protect=seconds), entry
+    return EvaluateResult(
+        device=device.name, payload=payload, seconds_protect=_reported(seconds, device)
+    ), entry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,6 +286,8 @@ class _ReleaseTransaction:
             return answer(device=device.name, payload=stored, seconds_protect=0.0), entry
         device.policy.admit(task.releases, purpose, ledger, run=task.ledger_key, round=task.round)
         device.ready()
+        if isinstance(mechanism := self.terms.mechanism(), GaussianSum):
+            check_mechanism(mechanism, SecretNoise())
         return None
 
     def release(
@@ -313,6 +329,11 @@ class _ReleaseTransaction:
             raise
         ledger.store_reply(task.ledger_key, task.round, payload, attempt=entry.attempt)
         return payload, seconds, entry
+
+
+def _reported(seconds: float, device: Device) -> float:
+    """A duration as the server sees it: none, since it may depend on the photos, except in a simulation."""
+    return 0.0 if device.answer_seconds > 0 else seconds
 
 
 def _asked_model(task: TrainTask | EvaluateTask, shape: Architecture) -> Model:

@@ -17,7 +17,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 
 from fedface.errors import LedgerError, PolicyRefusal
@@ -41,18 +41,19 @@ from fedface.privacy.ledger_records import (
 from fedface.privacy.mechanism import Event
 from fedface.privacy.plan import DPParameters
 from fedface.privacy.spending import (
+    BOOKING_LIFETIME,
+    Activity,
     charges,
     counted,
+    counts_until,
     exceeded,
     fits_alone,
     price_of,
     price_with,
     rounds_that_fit,
-    spent_against,
 )
 from fedface.privacy_units import Unit, unit_named
 
-BOOKING_LIFETIME = timedelta(days=1)  # how long a booking waits for its answer where budgets count days
 CACHED_REPLIES = 16  # of the latest runs; bytes of older ones are deleted
 FREE_ATTEMPTS = 3  # computations that may begin on one booking before one is answered
 
@@ -122,6 +123,7 @@ class Ledger:
         ] = []  # the chain's verified records, of which the first `_count` are in `_bookings`
         self._count = 0
         self._bookings: list[Charge] = []
+        self._activity: Activity = {}
 
     @staticmethod
     def open(path: Path | str, witness: Path | None = None, *, now: Clock = utc_now) -> Ledger:
@@ -189,11 +191,12 @@ class Ledger:
 
     def spent_against(self, budget: Budget) -> Epsilon:
         """What counts against a budget now."""
-        return spent_against(self.bookings(), budget, self._time())
+        charged = counted(self.bookings(), budget, self._time(), self._activity)
+        return price_of(charged, delta=budget.delta, unit=budget.unit)
 
     def price(self, event: Event, budget: Budget, *, run_unit: Unit) -> tuple[Epsilon, Epsilon, Epsilon]:
         """What one more event, of a run with `run_unit`, would cost against a budget: alone, so far, and together."""
-        charged = counted(self.bookings(), budget, self._time())
+        charged = counted(self.bookings(), budget, self._time(), self._activity)
         return price_with(charged, event, budget, run_unit=run_unit)
 
     def check_budget(
@@ -213,9 +216,8 @@ class Ledger:
             LedgerError: A record cannot be priced.
         """
         records, now = self.bookings(), self._time()
-        found = (
-            exceeded(counted(records, budget, now), event, budget, run_unit=run_unit) for budget in budgets
-        )
+        charged = ((counted(records, budget, now, self._activity), budget) for budget in budgets)
+        found = (exceeded(known, event, budget, run_unit=run_unit) for known, budget in charged)
         return next((short for short in found if short is not None), None)
 
     def check_round(self, planned: PlannedRound, budgets: Sequence[Budget]) -> BudgetExceeded | None:
@@ -251,7 +253,7 @@ class Ledger:
         records, unit, now = self._booked_records(page), planned.releases.unit, self._time()
         new = self._new_charge(page, planned, again=again)
         for budget in budgets:
-            charged = counted(records, budget, now)
+            charged = counted(records, budget, now, self._activity)
             event = new if budget.days is None else self._in_period(planned, charged, budget, again=again)
             short = exceeded(charged, event, budget, run_unit=unit)
             if short is not None:
@@ -268,9 +270,15 @@ class Ledger:
         there = any(isinstance(charge, BookedRun) and charge.run == planned.run for charge in charged)
         return compose([] if there else [whole])
 
+    def began_since(self, moment: datetime) -> bool:
+        """Whether a computation was begun after a moment."""
+        with self._chain.read_transaction() as page:
+            latest = next((record for record in reversed(page.records) if record.kind == Attempt.KIND), None)
+        return latest is not None and latest.time > in_utc(moment)
+
     def rounds_that_fit(self, dp: DPParameters, budget: Budget) -> int:
         """How many rounds of a new run a budget has room for now: as one run, or one by one in a period."""
-        charged = counted(self.bookings(), budget, self._time())
+        charged = counted(self.bookings(), budget, self._time(), self._activity)
         return rounds_that_fit(charged, dp, budget)
 
     def _time(self) -> datetime:
@@ -309,8 +317,8 @@ class Ledger:
         """Book a round of a run if every budget then holds: price and booking in one transaction.
 
         With the first round the whole run is booked, which later rounds are covered by. A round that is computed
-        again, with fresh noise, is a release beside the run and paid by itself. Where a budget counts days, a booking
-        that is not answered within a day is dated anew: the release would outlast it in that budget's period.
+        again, with fresh noise, is a release beside the run and paid by itself. A booking that was not answered within
+        `BOOKING_LIFETIME` no longer counts in a period, so that periods are checked again before it is computed.
 
         Args:
             planned: The round, and everything that its run releases.
@@ -330,7 +338,7 @@ class Ledger:
             self._check_counted(page, budgets)
             run = self._booked_run(page, planned)
             paid = self._paid(page, event, key, round, metadata)
-            if paid is not None and not self._too_old(page, paid, budgets):
+            if paid is not None and self._time() <= counts_until(self._activity[paid.number]):
                 return paid
             again = paid is None and bool(self._booked(page, key, round))
             short = self._exceeded(page, planned, budgets, again=again)
@@ -339,6 +347,8 @@ class Ledger:
                     f"round {round} of {key} asks for {short.describe()}",
                     advice="Ask the owner of this device for a larger budget, or stop here.",
                 )
+            if paid is not None:
+                return paid
             if run is None:
                 content = {
                     "run": planned.run,
@@ -350,12 +360,6 @@ class Ledger:
                 }
                 page.append(BookedRun.KIND, content)
             return self._book(page, event, key, round, metadata, planned=not again)
-
-    def _too_old(self, page: Transaction, paid: LedgerEntry, budgets: Sequence[Budget]) -> bool:
-        """Whether a booking would leave a budget's period well before the release it pays for, still to come."""
-        if all(budget.days is None for budget in budgets) or self._reply(page, paid.run, paid.round):
-            return False
-        return self._time() - paid.time > BOOKING_LIFETIME
 
     def _paid(
         self, page: Transaction, event: Event, run: str, round: int, metadata: Mapping[str, str]
@@ -434,8 +438,8 @@ class Ledger:
             attempt: The booking that paid for it, as `record` returned it; the latest if None.
 
         Raises:
-            LedgerError: The round was never booked, or that booking, or a later one of the round, has a different
-                answer already.
+            LedgerError: The round was never booked, that booking, or a later one of the round, has a different
+                answer already, or the answer comes later than `BOOKING_LIFETIME`.
         """
         with self._chain.write_transaction() as page:
             booked = self._booked(page, run, round)
@@ -447,6 +451,10 @@ class Ledger:
                 if stored is None or stored[1] != body:
                     raise LedgerError(f"round {round} of {run} was answered already; send the stored reply")
                 return
+            if self._time() > counts_until(self._activity[booked[paid - 1].number]):
+                raise LedgerError(
+                    f"round {round} of {run} was computed for more than {BOOKING_LIFETIME.days} day; nothing is sent"
+                )
             answer = page.append(
                 Answer.KIND, {"payload_digest": _sha256(body)}, entry=booked[paid - 1].number
             )
@@ -543,8 +551,12 @@ class Ledger:
     def _booked_records(self, page: Transaction) -> list[Charge]:
         """Every booked run and release, oldest first; those that were seen before are not decoded again."""
         if self._indexed is not page.records:
-            self._indexed, self._count, self._bookings = page.records, 0, []
+            self._indexed, self._count, self._bookings, self._activity = page.records, 0, [], {}
         for record in page.records[self._count :]:
+            if record.kind in (Attempt.KIND, Answer.KIND) and record.entry is not None:
+                self._activity[record.entry] = record.written, record.kind == Answer.KIND
+            if record.kind == LedgerEntry.KIND:
+                self._activity[record.number] = record.written, False
             if record.kind in (BookedRun.KIND, LedgerEntry.KIND):
                 booking = self._decode(record)
                 assert isinstance(booking, BookedRun | LedgerEntry)

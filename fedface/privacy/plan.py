@@ -282,19 +282,22 @@ class AttackCeiling:
     ceiling: float  # in [1 / N, 1]
 
 
-def attack_ceilings(dp: DPParameters, candidates: int) -> tuple[AttackCeiling, ...]:
-    """The ceilings of what a run releases, from one step to the whole run.
+def attack_ceilings(releases: RunReleases, candidates: int) -> tuple[AttackCeiling, ...]:
+    """The ceilings of what the training of a run releases, from one step on, and of everything that the run releases.
 
     The first is what `audits.gradient_inversion` attacks. A ceiling holds for its own event alone: that of one step is
     not one of a whole update. Source: Hayes et al. (2023), arXiv:2302.07225, see `reconstruction_success_bound`.
 
     Args:
-        dp: The run's training.
+        releases: Everything that the run releases.
         candidates: N, at least 2.
 
     Returns:
-        Empty without noise, where nothing is bounded below 1.
+        Empty without training or noise, where nothing is bounded below 1.
     """
+    dp = releases.training
+    if dp is None:
+        return ()
     noise = dp.central_mechanism() or dp.mechanism()
     if isinstance(noise, ClippedSum):
         return ()
@@ -312,6 +315,8 @@ def attack_ceilings(dp: DPParameters, candidates: int) -> tuple[AttackCeiling, .
         events[f"one update of {steps} steps, all of which hold the {one}"] = event(1.0, steps)
         events[f"one update of {steps} steps"] = event(q, steps)
     events[f"all {_counted(s.rounds, 'update')} of the run"] = event(q, s.rounds * steps)
+    if releases.evaluation is not None:
+        events["everything that the run releases, with its evaluations"] = releases.event()
     return tuple(
         AttackCeiling(given=given, ceiling=reconstruction_success_bound(released, 1 / candidates))
         for given, released in events.items()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -19,6 +20,7 @@ from fedface.privacy.budget import Budget, describe_briefly
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.ledger_records import LedgerEntry, PlannedRound, is_run_name, metrics_ledger_key
 from fedface.privacy.participation_conditions import (
+    ConditionsNotMet,
     Environment,
     ParticipationConditions,
     SystemEnvironment,
@@ -30,6 +32,7 @@ from fedface.privacy_units import UNITS, Unit, covers, unit_in_words
 from fedface.validation import Above, AtLeast, checked
 
 OBJECTIVES = ("generator", "upsampler")  # what can be trained, in the word of a policy
+COOLDOWN = timedelta(minutes=15)  # after a computation began, where the policy has a max_load
 EVALUATION = "evaluation"  # the objective of a task that only measures
 LARGE_DELTA = 1e-2  # above it, the probability that the bound does not hold must be stated
 PROTOCOLS = ("homomorphic", "plain")  # the kinds of aggregation that there are
@@ -164,7 +167,13 @@ class DevicePolicy:
         """
         planned = _planned(plan, run, round, purpose)
         self.check_static(planned.dp, purpose, surroundings=surroundings)
-        self.conditions.check(surroundings or SystemEnvironment())
+        here = surroundings or SystemEnvironment()
+        self.conditions.check(here)
+        if self.max_load is not None and ledger.began_since(here.now() - COOLDOWN):
+            # Otherwise a server that asks again and again learns from the load how long the last work took.
+            raise ConditionsNotMet(
+                "a computation began less than 15 minutes ago, and the load may be its own"
+            )
         if planned.dp.is_private:
             self._admit_price(planned, ledger)
 

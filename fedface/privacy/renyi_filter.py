@@ -34,6 +34,7 @@ _STEP = (
     0.02  # of the integral's grid, in standard deviations of the noise; the trapezoid rule errs below 1e-12
 )
 _ROUNDING = 1e-12  # covers that error and the rounding of the sum
+_LONGEST = 1e4  # of half the grid; beyond, where budgets are tiny, sampling is not counted
 _TAIL = 12.0  # standard deviations beyond the outermost peak of the integrand
 
 
@@ -76,7 +77,10 @@ def renyi_divergence(release: Release, order: float) -> float:
         return whole
     shift = 1.0 / release.scale
     end = _TAIL + order * distance * shift
-    at = np.linspace(-end, end, 2 * math.ceil(end / _STEP) + 1)
+    if end > _LONGEST:
+        return whole
+    half = math.ceil(end / _STEP)
+    at, step = np.linspace(-end, end, 2 * half + 1), end / half
 
     def log_ratio(mean: float) -> np.ndarray:  # of (1-q) N(0) + q N(mean) to N(0)
         return np.logaddexp(math.log1p(-q), math.log(q) + mean * at - 0.5 * mean**2)
@@ -88,9 +92,9 @@ def renyi_divergence(release: Release, order: float) -> float:
     def divergence(p: np.ndarray, r: np.ndarray) -> float:
         terms = log_normal + order * p + (1.0 - order) * r
         top = float(terms.max())
-        return (top + math.log(float(np.exp(terms - top).sum()) * (at[1] - at[0]))) / (order - 1.0)
+        return (top + math.log(float(np.exp(terms - top).sum()) * step) + _ROUNDING) / (order - 1.0)
 
-    return min(max(divergence(one, other), divergence(other, one), 0.0) + _ROUNDING, whole)
+    return min(max(divergence(one, other), divergence(other, one), 0.0), whole)
 
 
 def _total(events: Iterable[tuple[Event, int]]) -> Counter[Release]:

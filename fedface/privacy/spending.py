@@ -18,16 +18,44 @@ from fedface.measurements import Epsilon
 from fedface.privacy.accounting import epsilon_of, event_from_json, flatten_event, within_budget
 from fedface.privacy.adjacency import convert_unit
 from fedface.privacy.budget import Budget, BudgetExceeded
-from fedface.privacy.ledger_records import BookedRun, Charge, LedgerEntry, LedgerRecord
+from fedface.privacy.hash_chain import in_utc
+from fedface.privacy.ledger_records import Answer, Attempt, BookedRun, Charge, LedgerEntry, LedgerRecord
 from fedface.privacy.mechanism import Event
 from fedface.privacy.plan import DPParameters
 from fedface.privacy.renyi_filter import filter_epsilon, within_filter
 from fedface.privacy_units import Unit
 
+BOOKING_LIFETIME = timedelta(days=1)  # how long a computation may take; a later answer is not stored
 MAX_PERIOD = 100 * 366.0  # days; a longer one counts as this, so that every period begins after year 1
 MOMENTS = 24  # how often a total is computed for a table or a curve
 
 Events = list[tuple[Event, int]]  # each so many times
+
+# Of each entry, by its number: when its latest record was written, and whether that is its answer.
+Activity = dict[int, tuple[str, bool]]
+
+
+def activity_of(records: Iterable[LedgerRecord]) -> Activity:
+    """The latest record of each entry."""
+    activity: Activity = {}
+    for record in records:
+        match record:
+            case LedgerEntry():
+                activity[record.number] = record.written, False
+            case Attempt():
+                activity[record.entry] = record.written, False
+            case Answer():
+                activity[record.entry] = record.written, True
+            case _:
+                pass
+    return activity
+
+
+def counts_until(latest: tuple[str, bool]) -> datetime:
+    """The latest moment at which an entry's release may have left: its answer's, or the end of its lifetime."""
+    written, answered = latest
+    moment = in_utc(datetime.fromisoformat(written))
+    return moment if answered else moment + BOOKING_LIFETIME
 
 
 def charges(records: Iterable[LedgerRecord]) -> list[Charge]:
@@ -39,13 +67,27 @@ def charges(records: Iterable[LedgerRecord]) -> list[Charge]:
     ]
 
 
-def counted(records: Iterable[LedgerRecord], budget: Budget, now: datetime) -> list[Charge]:
-    """What counts against a budget now: all charges for life, or those of its period."""
+def counted(
+    records: Iterable[LedgerRecord], budget: Budget, now: datetime, activity: Activity | None = None
+) -> list[Charge]:
+    """What counts against a budget now: all charges for life, or those of its period.
+
+    Args:
+        records: Runs and entries, and the other records if `activity` is None.
+        budget: The budget.
+        now: The end of its period.
+        activity: The latest record of each entry.
+    """
     records = list(records)
+    activity = activity_of(records) if activity is None else activity
     if budget.days is None:
         return charges(records)
     since = now - timedelta(days=min(budget.days, MAX_PERIOD))
-    recent = [record for record in records if isinstance(record, LedgerEntry) and record.time >= since]
+    recent = [
+        record
+        for record in records
+        if isinstance(record, LedgerEntry) and counts_until(activity[record.number]) >= since
+    ]
     names = {entry.run_name for entry in recent if entry.planned}
     booked = [record for record in records if isinstance(record, BookedRun) and record.run in names]
     whole = [run for run in booked if fits_alone(event_from_json(run.event), run.unit, budget)]
@@ -171,15 +213,16 @@ def spending_curve(
     records: Sequence[LedgerRecord], budget: Budget, now: datetime
 ) -> list[tuple[datetime, float]]:
     """When the upper bound that counts against a budget became what; ends now, has at most MOMENTS + 1 points."""
-    booked = [record for record in records if isinstance(record, BookedRun | LedgerEntry)]
-    times = [record.time for record in booked]
+    times = [record.time for record in records if isinstance(record, BookedRun | LedgerEntry)]
     if budget.days is not None:
         # An entry that is as old as the period still counts; a second later it does not.
         over = timedelta(days=min(budget.days, MAX_PERIOD), seconds=1)
-        times = sorted([*times, *(time + over for time in times if time + over < now)])
+        ends = [counts_until(latest) + over for latest in activity_of(records).values()]
+        times = sorted([*times, *(end for end in ends if end < now)])
     chosen = [times[i] for i in _spread(len(times), MOMENTS)]
-    then = [(at, [record for record in booked if record.time <= at]) for at in chosen]
-    return [(at, spent_against(known, budget, at).upper) for at, known in [*then, (now, booked)]]
+    dated = [(in_utc(datetime.fromisoformat(record.written)), record) for record in records]
+    then = [(at, [record for time, record in dated if time <= at]) for at in chosen]
+    return [(at, spent_against(known, budget, at).upper) for at, known in [*then, (now, list(records))]]
 
 
 def _spread(count: int, most: int | None) -> list[int]:

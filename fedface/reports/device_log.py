@@ -22,7 +22,7 @@ from fedface import number_format
 from fedface.measurements import Epsilon
 from fedface.privacy.budget import Budget
 from fedface.privacy.ledger import LedgerSnapshot
-from fedface.privacy.ledger_records import BookedRun, Charge, LedgerEntry, Transmission, Withdrawal
+from fedface.privacy.ledger_records import LedgerEntry, LedgerRecord, Transmission, Withdrawal
 from fedface.privacy.policy import DevicePolicy
 from fedface.privacy.spending import (
     price_of,
@@ -115,7 +115,7 @@ class DeviceLog:
     receiver: str  # the server that it is connected to
     run: str | None  # only the records of this run; None: all runs
     records: tuple[LoggedRecord, ...]  # oldest first
-    bookings: tuple[Charge, ...]  # every run and release of the whole ledger, oldest first
+    history: tuple[LedgerRecord, ...]  # every record of the whole ledger, oldest first
     budgets: tuple[
         BudgetStatus, ...
     ]  # of the policy, for all runs together; the first is the lifetime budget
@@ -205,7 +205,7 @@ def make_log(
         receiver=receiver,
         run=run,
         records=tuple(logged(record) for record in snapshot.log if run in (None, record.run)),
-        bookings=tuple(record for record in snapshot.records if isinstance(record, BookedRun | LedgerEntry)),
+        history=snapshot.records,
         budgets=tuple(
             BudgetStatus(budget=limit, spent=spent_against(snapshot.records, limit, now))
             for limit in policy.budgets
@@ -237,7 +237,7 @@ def render(log: DeviceLog) -> str:
         made=moment(log.now.isoformat()),
         life=life,
         unbounded=math.inf,
-        charts=[_chart(log.bookings, budget, log.now) for budget in log.budgets] if log.bookings else [],
+        charts=[_chart(log.history, budget, log.now) for budget in log.budgets] if log.history else [],
         days=[each.when()[0] for each in log.records if isinstance(each.record, Transmission)],
         unit=unit_in_words(life.spent.unit),
         sure=number_format.percent(1 / (1 + math.exp(-life.spent.upper))),
@@ -250,9 +250,9 @@ def render(log: DeviceLog) -> str:
     )
 
 
-def _chart(bookings: Sequence[Charge], budget: BudgetStatus, now: datetime) -> dict[str, Any]:
+def _chart(history: Sequence[LedgerRecord], budget: BudgetStatus, now: datetime) -> dict[str, Any]:
     """The spent epsilon over time as a step curve, in units of the template's SVG."""
-    points = spending_curve(bookings, budget.budget, now)
+    points = spending_curve(history, budget.budget, now)
     first, last = points[0][0], points[-1][0]
     span = max((last - first).total_seconds(), 1.0)
     known = [epsilon for _, epsilon in points if math.isfinite(epsilon)]

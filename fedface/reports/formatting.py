@@ -18,7 +18,7 @@ from fedface.audits.gradient_inversion import (
 from fedface.audits.group_metrics import Gap
 from fedface.measurements import Epsilon, Interval, NotMeasured
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
-from fedface.privacy.plan import DPParameters, Plan, attack_ceilings
+from fedface.privacy.plan import Plan, attack_ceilings
 from fedface.privacy.privacy_target import PrivacyTarget
 from fedface.privacy_units import Unit
 from fedface.reports.run_record import AttackRecord, RunRecord
@@ -164,9 +164,9 @@ def attack_description(attack: AttackRecord) -> str:
     return f"Attack: {search}; one photo per update. {result}"
 
 
-def ceilings_sentence(dp: DPParameters, candidates: int) -> str:
+def ceilings_sentence(plan: Plan, candidates: int) -> str:
     """What the privacy guarantee allows any attack, for each event; empty without noise."""
-    ceilings = attack_ceilings(dp, candidates)
+    ceilings = attack_ceilings(plan.releases, candidates)
     if not ceilings:
         return ""
     listed = "; ".join(f"from {each.given}: {number_format.percent(each.ceiling)}" for each in ceilings)

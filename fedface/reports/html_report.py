@@ -335,10 +335,9 @@ def _bias_table(
 
 
 def _ceilings(record: RunRecord, attacks: Sequence[AttackRecord]) -> list[str]:
-    dp = record.plan.dp_parameters
-    if not attacks or not dp.is_private:
+    if not attacks or not record.plan.dp_parameters.is_private:
         return []
-    return [formatting.ceilings_sentence(dp, attacks[0].identification.candidates)]
+    return [formatting.ceilings_sentence(record.plan, attacks[0].identification.candidates)]
 
 
 def _attacks(attacks: Sequence[AttackRecord]) -> list[dict[str, object]]:

@@ -192,9 +192,7 @@ def _leakage(record: RunRecord) -> list[str]:
         identified = formatting.identification_sentence(attack.identification, attack.scores.defense)
         lines.append(f"- {plain(identified)} {plain(formatting.inversion_sentence(attack.scores))}")
     if record.plan.dp_parameters.is_private:
-        ceilings = formatting.ceilings_sentence(
-            record.plan.dp_parameters, attacks[0].identification.candidates
-        )
+        ceilings = formatting.ceilings_sentence(record.plan, attacks[0].identification.candidates)
         lines.append(f"- {plain(ceilings)}")
     return [*lines, "", plain(THREAT_MODEL), "", f"Not tested: {plain('; '.join(NOT_TESTED))}."]
 

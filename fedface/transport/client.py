@@ -48,7 +48,7 @@ def client_app(device_for: Callable[[Context], Device]) -> ClientApp:
 def _answer(
     message: FlowerMessage, context: Context, device_for: Callable[[Context], Device]
 ) -> FlowerMessage:
-    started = time.monotonic()
+    started = time.time()
     try:
         task = read_task(from_record(message.content))
         device = device_for(context)

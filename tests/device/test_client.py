@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import sqlite3
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from fedface.photos.device_dataset import DeviceDataset
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.hash_chain import Chain
 from fedface.privacy.ledger import Ledger
+from fedface.privacy.mechanism import GaussianSum
 from fedface.privacy.participation_conditions import ConditionsNotMet
 from fedface.tensor_types import Images, Vector
 from fedface.training.gan import GanRound
@@ -521,12 +524,46 @@ def test_noise_does_not_follow_from_the_task(tmp_path: Path, way: str) -> None:
     assert payloads[0] != payloads[1]
 
 
-@pytest.mark.parametrize(("work", "slept"), [(0.0, 60.0), (0.4, 59.6), (59.0, 1.0), (61.5, 58.5)])
-def test_replies_leave_at_public_times(monkeypatch: pytest.MonkeyPatch, work: float, slept: float) -> None:
-    """Whatever the work took within a slot, the server sees the slot's end."""
+@pytest.mark.parametrize(
+    ("work", "leaves"), [(0.0, 1080.0), (59.0, 1080.0), (80.0, 1080.0), (80.1, 1140.0), (300.0, 1500.0)]
+)
+def test_replies_leave_at_public_times(monkeypatch: pytest.MonkeyPatch, work: float, leaves: float) -> None:
+    """At a whole multiple of a minute, at least one after the request came; longer work is rounded up to 2, 4, 8."""
     sleeps: list[float] = []
-    monkeypatch.setattr("fedface.device.client.time.monotonic", lambda: 1000.0 + work)
+    monkeypatch.setattr("fedface.device.client.time.time", lambda: 1000.0 + work)
     monkeypatch.setattr("fedface.device.client.time.sleep", sleeps.append)
     wait_for_slot(1000.0, 60.0)
     wait_for_slot(1000.0, 0.0)
-    assert sleeps == [pytest.approx(slept)]
+    assert sleeps == [pytest.approx(leaves - 1000.0 - work)]
+
+
+def test_a_device_computes_one_reply_at_a_time(device: Device, task: TrainTask) -> None:
+    """Two at once would see each other's work in the load, in waiting times and in the lock of a scan."""
+    inside, most = [0], [0]
+
+    def photos(size: int) -> DeviceDataset:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.05)
+        inside[0] -= 1
+        return device.photos(size)
+
+    with ThreadPoolExecutor(2) as pool:
+        busy = replace(device, photos=photos)
+        replies = list(pool.map(lambda round: handle_task(replace(task, round=round), busy), (1, 2)))
+    assert all(isinstance(reply, TrainResult) for reply in replies) and most == [1]
+
+
+def test_a_server_does_not_see_how_long_protecting_took(device: Device, task: TrainTask) -> None:
+    reply = handle_task(task, replace(device, answer_seconds=60.0))
+    assert isinstance(reply, TrainResult) and reply.seconds_protect == 0.0
+
+
+def test_a_device_whose_noise_is_not_what_is_priced_records_nothing(
+    device: Device, task: TrainTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weak = GaussianSum.noise
+    monkeypatch.setattr(GaussianSum, "noise", lambda self, total, secret: 0.9 * weak(self, total, secret))
+    with pytest.raises(PrivacyError, match="the noise has mean"):
+        handle_task(task, device)
+    assert not device.ledger().entries()

@@ -10,7 +10,7 @@ import pytest
 from priced import DELTA, EVENT, book, cost_of, one_sum
 from pytest import approx
 
-from fedface.errors import PolicyRefusal
+from fedface.errors import LedgerError, PolicyRefusal
 from fedface.number_format import format_delta
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.adjacency import replace_one_event
@@ -79,7 +79,8 @@ def test_a_period_ends_to_the_second(tmp_path: Path) -> None:
     clock = Calendar()
     ledger = Ledger.open(tmp_path / "ledger.db", now=clock)
     monthly = Budget(epsilon=cost_of(1), delta=DELTA, days=30)
-    book(ledger, [monthly], run="r")
+    entry = book(ledger, [monthly], run="r")
+    ledger.store_reply("r", 1, b"payload", attempt=entry.attempt)
     start = clock.today
     clock.today = start + timedelta(days=30)
     shortfall = ledger.check_budget(EVENT, [monthly], run_unit="photo")
@@ -104,22 +105,46 @@ def test_a_clock_set_back_frees_nothing(tmp_path: Path) -> None:
     assert runs_until_refused(ledger, "c", monthly) == 0
 
 
-def test_an_old_record_without_a_reply_does_not_cover_a_later_period(tmp_path: Path) -> None:
-    """It would leave the period while the release that it covers is still in it."""
+def test_a_booking_that_is_answered_late_counts_from_its_answer(tmp_path: Path) -> None:
+    """It counts for a day while it may still be computed; after that the period is checked again."""
     clock = Calendar()
     ledger = Ledger.open(tmp_path / "ledger.db", now=clock)
-    monthly = Budget(epsilon=cost_of(1), delta=DELTA, days=30)
-    first = book(ledger, [monthly], run="r")
-    clock.today += timedelta(hours=20)
-    assert book(ledger, [monthly], run="r") == first
-    clock.today += timedelta(days=20)
-    assert book(ledger, [monthly], run="r").attempt == 2  # dated anew: the run is in the period from here on
-    assert ledger.spent(DELTA) == epsilon_of(EVENT, DELTA)  # and for life it is paid once
-    clock.today += timedelta(days=20)  # forty days after the first booking
-    with pytest.raises(PolicyRefusal, match="in any 30 days"):
-        book(ledger, [monthly], run="s")
-    clock.today += timedelta(days=11)
-    book(ledger, [monthly], run="s")
+    weekly = [Budget(epsilon=50.0, delta=DELTA), Budget(epsilon=cost_of(1), delta=DELTA, days=7)]
+    first = book(ledger, weekly, run="r")
+    clock.today += timedelta(days=7, hours=20)
+    with pytest.raises(PolicyRefusal, match="in any 7 days"):
+        book(ledger, weekly, run="s")
+    clock.today += timedelta(hours=8)
+    other = book(ledger, weekly, run="s")  # the first can no longer be answered by itself
+    with pytest.raises(PolicyRefusal, match="in any 7 days"):
+        book(ledger, weekly, run="r")
+    ledger.store_reply("s", 1, b"payload", attempt=other.attempt)
+    clock.today += timedelta(days=8)
+    assert book(ledger, weekly, run="r") == first
+    ledger.record_attempt("r", 1, attempt=1)
+    clock.today += timedelta(hours=23)
+    ledger.store_reply("r", 1, b"payload", attempt=1)
+    clock.today += timedelta(days=6, hours=23)
+    with pytest.raises(PolicyRefusal, match="in any 7 days"):
+        book(ledger, weekly, run="t")
+    clock.today += timedelta(hours=2)
+    book(ledger, weekly, run="t")
+
+
+def test_a_round_has_one_answer_and_three_computations_however_late_it_is_asked_again(tmp_path: Path) -> None:
+    """A server that asks once a day for a round whose computations last for days gets no second answer unpaid."""
+    clock = Calendar()
+    ledger = Ledger.open(tmp_path / "ledger.db", now=clock)
+    limits = [Budget(epsilon=50.0, delta=DELTA), Budget(epsilon=40.0, delta=DELTA, days=7)]
+    attempts = []
+    for _ in range(5):
+        attempts.append(book(ledger, limits).attempt)
+        ledger.record_attempt("r", 1, attempt=attempts[-1])
+        clock.today += timedelta(days=2)
+    assert attempts == [1, 1, 1, 2, 2]
+    with pytest.raises(LedgerError, match="for more than 1 day; nothing is sent"):
+        ledger.store_reply("r", 1, b"one", attempt=1)
+    assert ledger.spent(DELTA).upper == filter_epsilon([(EVENT, 2)], DELTA)
 
 
 def test_nothing_is_released_without_a_budget(ledger: Ledger) -> None:

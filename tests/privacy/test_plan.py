@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 from dp_accounting import GaussianDpEvent
+from priced import one_sum
 from pytest import approx
 
 from fedface.codec import CodecError, decode, encode
 from fedface.privacy.accounting import epsilon_of
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
-from fedface.privacy.plan import DPParameters, Plan, Schedule, attack_ceilings, make_plan
+from fedface.privacy.plan import DPParameters, Plan, RunReleases, Schedule, attack_ceilings, make_plan
 from fedface.privacy.privacy_target import NoPrivacy, PrivacyTarget
 
 SCHEDULE = Schedule(rounds=10, steps_per_round=5, sampling_rate=0.1, expected_batch_size=8, clip_norm=0.5)
@@ -98,11 +99,13 @@ def test_ceilings_name_their_event() -> None:
         "one update of 4 steps": 0.0503,
         "all 6 updates of the run": 0.132,
     }
-    ceilings = {each.given: each.ceiling for each in attack_ceilings(dp, 100)}
+    ceilings = {each.given: each.ceiling for each in attack_ceilings(RunReleases(training=dp), 100)}
     assert list(ceilings) == list(known)
     for given, ceiling in known.items():
         assert ceilings[given] == approx(ceiling, rel=0.01), given
-    assert attack_ceilings(replace(dp, noise_multiplier=0.0), 100) == ()
+    both = attack_ceilings(RunReleases(training=dp, evaluation=one_sum(rounds=2, sigma=2.0)), 100)
+    assert both[-1].given.startswith("everything that the run releases") and both[-1].ceiling > 0.15
+    assert attack_ceilings(RunReleases(training=replace(dp, noise_multiplier=0.0)), 100) == ()
 
 
 def test_noise_and_rates_are_numbers_of_a_public_grid() -> None:

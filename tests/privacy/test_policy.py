@@ -25,6 +25,7 @@ from fedface.privacy_units import Unit
 
 SCHEDULE = Schedule(rounds=4, steps_per_round=2, sampling_rate=0.2, expected_batch_size=8, clip_norm=1.0)
 TERMS = DPParameters(schedule=SCHEDULE, noise_multiplier=1.0)
+PURPOSE = Purpose(3, "homomorphic", "generator")
 COST = epsilon_of(TERMS.event(), 1e-5).upper
 POLICY = DevicePolicy(max_epsilon=COST + 1e-6, delta=1e-5, min_cohort_size=3)
 ONE_ROUND = epsilon_of(TERMS.event(1), 1e-5).upper
@@ -309,7 +310,8 @@ def test_a_period_pauses_a_run_and_lets_it_continue(tmp_path: Path) -> None:
     policy = replace(POLICY, periods=(Period(days=7, epsilon=ONE_ROUND + 1e-6),))
     for round in (1, 2, 3, 4):
         policy.admit(TERMS, Purpose(3, "homomorphic", "generator"), ledger, run="r", round=round)
-        policy.record(TERMS, ledger, run="r", round=round)
+        entry = policy.record(TERMS, ledger, run="r", round=round)
+        ledger.store_reply("r", round, b"payload", attempt=entry.attempt)
         policy.admit(
             TERMS, Purpose(3, "homomorphic", "generator"), ledger, run="r", round=round
         )  # asked once more
@@ -435,3 +437,22 @@ def test_unknown_protocols_are_refused() -> None:
     none = DevicePolicy(max_epsilon=1, delta=1e-6, protocols=(), objectives=())
     assert "updates may not travel at all: every run is refused" in none.describe()
     assert sum("is an empty list" in doubt for doubt in none.warnings()) == 2
+
+
+def test_the_load_of_a_computation_is_not_an_answer(ledger: Ledger) -> None:
+    """For 15 minutes after one began, a device with a max_load gives one reply, whatever is asked and the load is."""
+    now = datetime(2031, 5, 1, 12, tzinfo=UTC)
+
+    class Machine(Noon):
+        def now(self) -> datetime:
+            return now
+
+    book = Ledger.open(ledger._chain.path.with_name("other.db"), now=lambda: now)
+    policy = replace(POLICY, max_load=0.5)
+    entry = policy.record(TERMS, book, run="r", round=1, surroundings=Machine())
+    book.record_attempt("r", 1, attempt=entry.attempt)
+    for run in ("r", "costs too much"):
+        with pytest.raises(ConditionsNotMet):
+            policy.admit(TERMS, PURPOSE, book, run=run, round=2, surroundings=Machine())
+    now += timedelta(minutes=16)
+    policy.admit(TERMS, PURPOSE, book, run="r", round=2, surroundings=Machine())

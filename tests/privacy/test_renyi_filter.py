@@ -252,7 +252,7 @@ def test_a_run_that_fits_a_period_counts_there_once_and_a_longer_one_round_by_ro
     assert ledger.spent_against(month).upper == cost
     with pytest.raises(PolicyRefusal, match="in any 30 days"):
         ledger.record_round(long, [life, month])
-    today += timedelta(days=31)
+    today += timedelta(days=32)
     done = 0
     with pytest.raises(PolicyRefusal, match="in any 30 days"):
         for done in range(40):
