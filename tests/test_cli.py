@@ -97,7 +97,7 @@ def test_plan_warns_of_noise_that_dominates_the_sum_of_few_devices(fedface, tmp_
         f"about {sigma * 8007**0.5 / 2:,.0f} times the largest possible L2 norm of the sum of 2 devices' updates"
         in result
     )
-    assert "warning" not in fedface("plan", str(tiny_file(tmp_path))).out
+    assert "warning: the noise" not in fedface("plan", str(tiny_file(tmp_path))).out
 
 
 def test_plan_summarises_many_devices(  # type: ignore[no-untyped-def]
@@ -143,9 +143,9 @@ def test_plan_prints_privacy_noise_and_traffic(fedface, tmp_path: Path) -> None:
         "Does a small run end?",
         "2 rounds of 2 private steps",
         "sampling rate 0.5",
-        f"noise multiplier {plan.noise_multiplier:.4f}",
+        f"noise multiplier {plan.noise_multiplier:g}",
         "epsilon at most 8 at delta 0.001 per photo",
-        f"(between {bounds.lower:.3f} and {bounds.upper:.3f})",
+        f"({bounds.bounds()})",
         "devices: 2",
         "device-01: synthetic faces, 10% light skin",
         "8,007 weight changes per device and round, plain",

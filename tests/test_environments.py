@@ -85,7 +85,12 @@ def test_narrow_encodings_get_the_nearest_letters(tmp_path: Path, encoding: str)
     done = process(tmp_path, "plan", str(path), env={"PYTHONIOENCODING": encoding}, encoding=encoding)
     assert done.returncode == 0 and "32.2 kB" in done.stdout.replace("\xa0", " "), done.stderr
     done = process(
-        tmp_path, "plan", "n€é.yml", encoding=encoding, env={"PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
+        tmp_path,
+        "policy",
+        "check",
+        "n€é.yml",
+        encoding=encoding,
+        env={"PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"},
     )
     assert done.returncode == 2 and "no such file" in done.stderr and "Traceback" not in done.stderr
 

@@ -95,7 +95,7 @@ def test_an_interrupted_ranking_requests_only_what_is_missing(recipe: Experiment
     for number in range(2):
         ledger = Ledger.open(devices_folder(folder) / f"device-{number:02d}" / "ledger.sqlite")
         assert len(ledger.entries()) == 2
-        assert ledger.spent(1e-3).upper == approx(60.0, abs=2e-3)
+        assert ledger.spent(1e-3).upper == approx(60.0, abs=5e-2)  # noise has four digits
 
 
 def test_per_library_the_server_adds_noise_and_the_report_says_that_it_saw_the_means(
@@ -148,7 +148,7 @@ def test_devices_receive_weights_without_a_name(recipe: Experiment, tmp_path: Pa
 def test_the_privacy_budget_covers_all_candidates(recipe: Experiment) -> None:
     for count in (2, 5):
         event = ranking_parameters(recipe, count).event()
-        assert epsilon_of(event, 1e-3).upper == approx(60.0, abs=2e-3)
+        assert epsilon_of(event, 1e-3).upper == approx(60.0, abs=5e-2)  # noise has four digits
 
 
 @pytest.mark.parametrize(

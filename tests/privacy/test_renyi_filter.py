@@ -104,9 +104,9 @@ def steps(sigma: float, q: float, count: int) -> dp.DpEvent:
 
 
 def least_noise(fits: object, q: float, count: int) -> float:
-    """The smallest noise multiplier, to 1e-3, with which a run of some kind is admitted after the first release."""
+    """The smallest noise multiplier, to half a percent, of a run that is admitted after the first release."""
     low, high = 0.2, 50.0
-    while high / low > 1.001:
+    while high / low > 1.005:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if fits(steps(middle, q, count)) else (middle, high)  # type: ignore[operator]
     return high
@@ -118,7 +118,7 @@ def adaptive_delta(noises: list[float]) -> float:
     delta = E_P [max over kinds of delta_kind(EPSILON - loss)], where P is the first release's distribution with (or
     without) the unit and loss its privacy loss at the outcome.
     """
-    at = np.linspace(-12.0 * FIRST, 12.0 * FIRST + 1.0, 4001)
+    at = np.linspace(-12.0 * FIRST, 12.0 * FIRST + 1.0, 801)
     worst = 0.0
     for mean, other in ((1.0, 0.0), (0.0, 1.0)):
         loss = ((at - other) ** 2 - (at - mean) ** 2) / (2.0 * FIRST**2)
