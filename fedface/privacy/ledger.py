@@ -338,7 +338,7 @@ class Ledger:
             self._check_counted(page, budgets)
             run = self._booked_run(page, planned)
             paid = self._paid(page, event, key, round, metadata)
-            if paid is not None and self._time() <= counts_until(self._activity[paid.number]):
+            if paid is not None and not self._has_expired(paid):
                 return paid
             again = paid is None and bool(self._booked(page, key, round))
             short = self._exceeded(page, planned, budgets, again=again)
@@ -360,6 +360,11 @@ class Ledger:
                 }
                 page.append(BookedRun.KIND, content)
             return self._book(page, event, key, round, metadata, planned=not again)
+
+    def _has_expired(self, entry: LedgerEntry) -> bool:
+        """Whether a booking has waited for its answer longer than `BOOKING_LIFETIME`; never once it has one."""
+        _, answered = latest = self._activity[entry.number]
+        return not answered and self._time() > counts_until(latest)
 
     def _paid(
         self, page: Transaction, event: Event, run: str, round: int, metadata: Mapping[str, str]
@@ -451,7 +456,7 @@ class Ledger:
                 if stored is None or stored[1] != body:
                     raise LedgerError(f"round {round} of {run} was answered already; send the stored reply")
                 return
-            if self._time() > counts_until(self._activity[booked[paid - 1].number]):
+            if self._has_expired(booked[paid - 1]):
                 raise LedgerError(
                     f"round {round} of {run} was computed for more than {BOOKING_LIFETIME.days} day; nothing is sent"
                 )

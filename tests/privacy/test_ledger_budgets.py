@@ -131,6 +131,21 @@ def test_a_booking_that_is_answered_late_counts_from_its_answer(tmp_path: Path) 
     book(ledger, weekly, run="t")
 
 
+def test_a_stored_reply_is_sent_again_where_nothing_more_may_be_released(tmp_path: Path) -> None:
+    """Later, with the period full and the lifetime budget lowered: the same bytes are no further release."""
+    clock = Calendar()
+    ledger = Ledger.open(tmp_path / "ledger.db", now=clock)
+    terms = one_sum(rounds=20)
+    week = Budget(epsilon=cost_of(1), delta=DELTA, days=7)  # room for one round, not for the run
+    first = book(ledger, [Budget(epsilon=50.0, delta=DELTA), week], terms=terms)
+    ledger.store_reply("r", 1, b"payload", attempt=first.attempt)
+    clock.today += timedelta(hours=1)
+    limits = [Budget(epsilon=1e-3, delta=DELTA), week]
+    assert book(ledger, limits, terms=terms) == first and ledger.load_reply("r", 1) == b"payload"
+    with pytest.raises(PolicyRefusal):
+        book(ledger, limits, round=2, terms=terms)
+
+
 def test_a_round_has_one_answer_and_three_computations_however_late_it_is_asked_again(tmp_path: Path) -> None:
     """A server that asks once a day for a round whose computations last for days gets no second answer unpaid."""
     clock = Calendar()
