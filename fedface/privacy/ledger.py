@@ -51,6 +51,7 @@ from fedface.privacy.spending import (
     price_of,
     price_with,
     rounds_that_fit,
+    spent_against,
 )
 from fedface.privacy_units import Unit, unit_named
 
@@ -191,8 +192,7 @@ class Ledger:
 
     def spent_against(self, budget: Budget) -> Epsilon:
         """What counts against a budget now."""
-        charged = counted(self.bookings(), budget, self._time(), self._activity)
-        return price_of(charged, delta=budget.delta, unit=budget.unit)
+        return spent_against(self.bookings(), budget, self._time(), self._activity)
 
     def price(self, event: Event, budget: Budget, *, run_unit: Unit) -> tuple[Epsilon, Epsilon, Epsilon]:
         """What one more event, of a run with `run_unit`, would cost against a budget: alone, so far, and together."""

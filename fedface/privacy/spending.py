@@ -78,10 +78,10 @@ def counted(
         now: The end of its period.
         activity: The latest record of each entry.
     """
-    records = list(records)
-    activity = activity_of(records) if activity is None else activity
     if budget.days is None:
         return charges(records)
+    records = list(records)
+    activity = activity_of(records) if activity is None else activity
     since = now - timedelta(days=min(budget.days, MAX_PERIOD))
     recent = [
         record
@@ -191,9 +191,11 @@ def rounds_that_fit(charged: Sequence[Charge], dp: DPParameters, budget: Budget)
     return fitting
 
 
-def spent_against(records: Iterable[LedgerRecord], budget: Budget, now: datetime) -> Epsilon:
-    """What counts against a budget now."""
-    return price_of(counted(records, budget, now), delta=budget.delta, unit=budget.unit)
+def spent_against(
+    records: Iterable[LedgerRecord], budget: Budget, now: datetime, activity: Activity | None = None
+) -> Epsilon:
+    """What counts against a budget now, see `counted`."""
+    return price_of(counted(records, budget, now, activity), delta=budget.delta, unit=budget.unit)
 
 
 def totals(

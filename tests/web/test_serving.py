@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -85,48 +87,50 @@ def test_a_crash_of_the_decoder_is_one_sentence_and_the_next_photo_is_read() -> 
     assert reader.child is None
 
 
-def test_the_command_listens_on_a_free_port_of_this_computer_and_ends_with_ctrl_c() -> None:
-    """It prints the address, answers there, and reports that it deleted everything."""
+@contextmanager
+def web_command() -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """`fedface web` in a process of its own, and the port that it prints."""
     command = [sys.executable, "-m", "fedface.cli", "web"]
     started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert started.stdout is not None
         found = re.fullmatch(r"open http://127\.0\.0\.1:(\d+)/\n", started.stdout.readline())
         assert found is not None
-        running = Running(int(found[1]))
+        yield started, int(found[1])
+    finally:
+        started.kill()
+        started.wait()
+
+
+def check_end(started: subprocess.Popen[str]) -> None:
+    """The command ends with code 0, without errors, and says what it kept."""
+    rest, errors = started.communicate(timeout=30)
+    assert started.returncode == 0 and errors == ""
+    assert rest.endswith("stopped; photos and generated faces were kept in memory only\n")
+
+
+def test_the_command_listens_on_a_free_port_of_this_computer_and_ends_with_ctrl_c() -> None:
+    """It prints the address, answers there, and reports that it deleted everything."""
+    with web_command() as (started, port):
+        running = Running(port)
         with running.client() as client:
             assert client.get("/about").json()["size"] == 32
             assert client.get("/", headers={"host": "evil.example"}).status_code == 403
         assert listening_at(running.port) == {"0100007F"}
         started.send_signal(signal.SIGINT)
-        rest, errors = started.communicate(timeout=30)
-        assert started.returncode == 0 and errors == ""
-        assert rest.endswith("stopped; photos and generated faces were kept in memory only\n")
-    finally:
-        started.kill()
-        started.wait()
+        check_end(started)
 
 
 def test_ctrl_c_during_a_search_prints_no_traceback() -> None:
     """The stream of the search ends before the server cuts it off."""
-    command = [sys.executable, "-m", "fedface.cli", "web"]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert started.stdout is not None
-        found = re.fullmatch(r"open http://127\.0\.0\.1:(\d+)/\n", started.stdout.readline())
-        assert found is not None
-        with Running(int(found[1])).client() as client:
+    with web_command() as (started, port):
+        with Running(port).client() as client:
             photo = client.post("/synthetic", json={}).json()["photo"]
             asked = query(photo) | {"method": "pulse", "faces": 8}
             with client.stream("POST", "/search", json=asked) as stream:
                 next(stream.iter_lines())
                 started.send_signal(signal.SIGINT)
-                rest, errors = started.communicate(timeout=30)
-        assert started.returncode == 0 and errors == ""
-        assert rest.endswith("stopped; photos and generated faces were kept in memory only\n")
-    finally:
-        started.kill()
-        started.wait()
+                check_end(started)
 
 
 class FindsNothing:
