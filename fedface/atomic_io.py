@@ -159,9 +159,9 @@ def locked_folder(folder: Path, kind: str) -> Iterator[None]:
 
 
 @contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
-    """Wait until no other thread or process is inside; `path` is an empty file, created if it is missing."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait until no other thread or process is inside for the same folder; nothing is written."""
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -174,29 +174,25 @@ def _delta_warning(recipe: Experiment) -> str | None:
     )
 
 
-def _units(recipe: Experiment, count: int | None) -> int:
-    """How many privacy units a device with so many photos holds, as far as it is known."""
+def _units(recipe: Experiment, photos: int | None) -> int:
+    """How many privacy units so many photos of a device are, as far as it is known: at most one for each photo."""
     match recipe.privacy, recipe.devices:
         case PrivacyTarget(unit="library"), _:
             return 1
         case PrivacyTarget(unit="occasion"), SyntheticDevices(photos_per_occasion=size):
-            return (count or 0) // size
-    return count or 0
+            return (photos or 0) // size
+    return photos or 0
 
 
 def _batch_size(recipe: Experiment, plan: Plan, photos: list[int]) -> Iterator[str]:
     """How many units join a step on average, and a warning where each sum is divided by a very different number."""
-    schedule, unit = (
-        plan.schedule,
-        recipe.privacy.unit if isinstance(recipe.privacy, PrivacyTarget) else "photo",
-    )
-    per_unit = 1
-    if unit == "occasion":
-        if not isinstance(recipe.devices, SyntheticDevices):
-            return  # known only once the photos are compared
-        per_unit = recipe.devices.photos_per_occasion
+    schedule = plan.schedule
+    unit = recipe.privacy.unit if isinstance(recipe.privacy, PrivacyTarget) else "photo"
+    if unit == "occasion" and not isinstance(recipe.devices, SyntheticDevices):
+        return  # known only once the photos are compared
     word = "occasion" if unit == "occasion" else "photo"
-    mean = (1 - recipe.holdout_fraction) * sum(photos) / (len(photos) * per_unit)
+    held = [count if unit == "library" else _units(recipe, count) for count in photos]
+    mean = (1 - recipe.holdout_fraction) * sum(held) / len(held)
     joining = schedule.sampling_rate * mean
     yield f"a device trains on {mean:.0f} {word}s on average, of which about {joining:.3g} join a step"
     if not 0.5 <= schedule.expected_batch_size / joining <= 2:

@@ -73,7 +73,7 @@ def handle_task(task: Task, device: Device) -> Reply:
         PrivacyError: The ledger cannot be trusted, the task contradicts itself, or this round of this run was
             answered for other weights or terms. Nothing is sent.
     """
-    with device.ledger() as ledger, one_at_a_time(device.state / "task.lock"):
+    with device.ledger() as ledger, one_at_a_time(device.state):
         return _handle(task, device, ledger)
 
 

@@ -175,7 +175,7 @@ class Plan:
 
     privacy: PrivacyGuarantee
     schedule: Schedule
-    noise_multiplier: float  # sigma; 0.0 only for NoPromise
+    noise_multiplier: float  # sigma; 0.0 only for NoPrivacy
     update_clip_norm: float = 1.0  # see DPParameters
     evaluation: DPParameters | None = None  # of the metrics that devices compute on their own photos
 
