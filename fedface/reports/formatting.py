@@ -187,8 +187,8 @@ def identification_sentence(found: CandidateIdentification, defense: Defense) ->
         else "less often than guessing"
     )
     return (
-        f"With {defense_label(defense)}, an attacker with {found.candidates} candidate photos identified the one in "
-        f"the update in {number_format.percent(found.rate.estimate)} of cases {rate_interval(found.rate)} "
+        f"With {defense_label(defense)}, an attacker with {found.candidates} candidate photos identified the one that "
+        f"a step surely holds in {number_format.percent(found.rate.estimate)} of cases {rate_interval(found.rate)} "
         f"(n = {found.rate.count}), {verdict} ({number_format.percent(guessing)})."
     )
 

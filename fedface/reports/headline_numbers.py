@@ -45,7 +45,8 @@ def headline_numbers(record: RunRecord) -> list[dict[str, str]]:
         defenses = " → ".join(formatting.defense_label(attack.scores.defense) for attack in attacks)
         rates = [attack.identification.rate for attack in attacks]
         spans = " → ".join(formatting.rate_interval(rate) for rate in rates)
-        among = f"of updates reveal which of {attacks[0].identification.candidates} photos was in them"
-        text = f"{among}: {defenses}; {spans}, n = {rates[0].count}"
+        among = f"of steps reveal which of {attacks[0].identification.candidates} photos they surely hold"
+        bounds = " → ".join(number_format.percent(attack.identification.bound) for attack in attacks)
+        text = f"{among}: {defenses}; {spans}, n = {rates[0].count}; at most {bounds} for any attack"
         shown.append({"value": value, "text": text})
     return shown

@@ -105,3 +105,12 @@ def test_the_summary_reports_that_noise_hides_the_gap(record: RunRecord) -> None
 def test_a_headline_number_has_the_number_of_changed_groups(record: RunRecord) -> None:
     worse = replace(record, bias_after=scaled(record.bias_before, 3.0))
     assert "6 of 6 groups" in {tile["value"] for tile in headline_numbers(worse)}
+
+
+def test_a_headline_number_of_an_attack_names_its_event_and_the_bound_on_any_attack(
+    record: RunRecord,
+) -> None:
+    """What one step allows says nothing of a whole update."""
+    (text,) = (number["text"] for number in headline_numbers(record) if "surely hold" in number["text"])
+    assert text.startswith("of steps reveal which") and text.endswith("for any attack")
+    assert "at most 100 % → 9.2 %" in text.replace("\xa0", " ")
