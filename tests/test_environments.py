@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from command_line import caller
 from png_files import write_png
-from tiny import first_device, started, tiny_experiment, tiny_file, tiny_gan, train_task
+from tiny import answered_device, started, tiny_experiment, tiny_file, tiny_gan, train_task
 
 from fedface.coordinator.rounds import SilentProgress, run_rounds
 from fedface.coordinator.run_state import RunState, weights_path
@@ -202,13 +202,7 @@ def test_a_ledger_on_a_read_only_disk_is_read_and_not_written(
     monkeypatch: pytest.MonkeyPatch,  # type: ignore[no-untyped-def]
 ) -> None:
     """show, verify, export and log do not touch a file; a device that would record there fails closed."""
-    experiment = tiny_experiment(tmp_path)
-    device = first_device(experiment, tmp_path / "devices")
-    handle_task(train_task(experiment, tiny_gan()), device)
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "device.yaml").write_text(
-        "name: a\nphotos: photos\nstate: devices/device-00\npolicy: {max_epsilon: 8, delta: 1e-3}\n"
-    )
+    device, experiment = answered_device(tmp_path)
     ledger = device.ledger_path
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in ledger.parent.iterdir()}
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedface.coordinator.run import initialize_run
+from fedface.device.client import handle_task
 from fedface.device.device import Device
 from fedface.experiment import Experiment, devices_folder, read_experiment
 from fedface.messages.messages import RoundConfig, TrainTask
@@ -169,3 +170,15 @@ def first_device(experiment: Experiment, folder: Path) -> Device:
     """Simulated device 0 of a run with device states in `folder`."""
     prepare(experiment, folder)
     return simulated_device(experiment, 0, folder)
+
+
+def answered_device(folder: Path) -> tuple[Device, Experiment]:
+    """A device that has answered one round, with its `device.yaml` and empty photos in this folder; and its run."""
+    experiment = tiny_experiment(folder)
+    device = first_device(experiment, folder / "devices")
+    handle_task(train_task(experiment, tiny_gan()), device)
+    (folder / "photos").mkdir()
+    (folder / "device.yaml").write_text(
+        "name: a\nphotos: photos\nstate: devices/device-00\npolicy: {max_epsilon: 8, delta: 1e-3}\n"
+    )
+    return device, experiment

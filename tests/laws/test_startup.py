@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 from png_files import write_png
-from tiny import first_device, tiny_experiment, tiny_gan, train_task
+from tiny import answered_device
 
 from fedface.cli import COMMANDS, GROUPS
-from fedface.device.client import handle_task
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = {"opacus", "tenseal", "flwr", "ray", "matplotlib", "skimage", "fastapi", "safetensors"}
@@ -73,12 +72,6 @@ def test_a_scan_loads_no_torch(tmp_path: Path) -> None:
 
 def test_an_owners_commands_load_nothing_that_trains(tmp_path: Path) -> None:
     """Neither DP-SGD, encryption, networks of models nor charts."""
-    experiment = tiny_experiment(tmp_path)
-    device = first_device(experiment, tmp_path / "devices")
-    handle_task(train_task(experiment, tiny_gan()), device)
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "device.yaml").write_text(
-        "name: a\nphotos: photos\nstate: devices/device-00\npolicy: {max_epsilon: 8, delta: 1e-3}\n"
-    )
+    device, _ = answered_device(tmp_path)
     words = "; ".join(f"ledger {verb} {device.ledger_path}" for verb in ("show", "verify", "export"))
     assert loaded(tmp_path, f"{words}; device log device.yaml") & TRAINING == set()
