@@ -110,9 +110,8 @@ def _handle(task: Task, device: Device, ledger: Ledger) -> Reply:
                 reply = _reveal(task, device, ledger)
     except PolicyRefusal as refusal:
         if isinstance(refusal, ConditionsNotMet):
-            log.warning(
-                "%s", refusal.private
-            )  # the owner's log has the full reason, the server's copy does not
+            # The owner's log has the full reason, the server's copy does not.
+            log.warning("%s", refusal.private)
         reply = Refusal(device=device.name, reason=str(refusal))
     try:
         return _recorded(reply, task, device, ledger, entry)

@@ -27,12 +27,10 @@ from fedface.privacy.mechanism import Event
 ORDER_SHARE = 0.8
 MIN_EPSILON, MAX_EPSILON = 1e-6, 1e5  # of budgets that `filter_epsilon` tries
 PRECISION = 1e-4  # relative, of what it returns
-_MIN_SCALE = (
-    0.05  # less noise is priced as if everyone took part: the divergence is convex in the sampling rate
-)
-_STEP = (
-    0.02  # of the integral's grid, in standard deviations of the noise; the trapezoid rule errs below 1e-12
-)
+# Less noise is priced as if everyone took part: the divergence is convex in the sampling rate.
+_MIN_SCALE = 0.05
+# Of the integral's grid, in standard deviations of the noise; the trapezoid rule errs below 1e-12.
+_STEP = 0.02
 _ROUNDING = 1e-12  # covers that error and the rounding of the sum
 _LONGEST = 1e4  # of half the grid; beyond, where budgets are tiny, sampling is not counted
 _TAIL = 12.0  # standard deviations beyond the outermost peak of the integrand
@@ -50,13 +48,12 @@ def epsilon_overhead(order: float, delta: float) -> float:
 def filter_order(epsilon: float, delta: float) -> float:
     """The order at which a budget is counted, > 1: it depends on the budget and on nothing else."""
 
-    def without(
-        log_excess: float,
-    ) -> float:  # a Gaussian of multiplier sigma has the divergence order / (2 sigma^2)
+    def negative_capacity(log_excess: float) -> float:
+        """Of Gaussian releases, whose divergence is order / (2 sigma^2), the admitted sum of 1 / (2 sigma^2)."""
         order = 1.0 + math.exp(log_excess)
         return -(epsilon - epsilon_overhead(order, delta)) / order
 
-    best = minimize_scalar(without, bounds=(math.log(1e-3), math.log(1e8)), method="bounded")
+    best = minimize_scalar(negative_capacity, bounds=(math.log(1e-3), math.log(1e8)), method="bounded")
     return 1.0 + ORDER_SHARE * math.exp(float(best.x))
 
 
