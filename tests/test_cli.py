@@ -229,7 +229,8 @@ def test_missing_photos_and_reports_are_one_sentence(fedface, tmp_path: Path) ->
     """Of every command that reads one."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "words.jpg").write_text("no picture")
-    assert "there is no folder" in sentence(fedface("photos", "scan", "nowhere"))
+    missing = fedface("photos", "scan", "nowhere")
+    assert "there is no folder" in sentence(missing) and "files read" not in missing.err
     assert "no files in" in sentence(fedface("photos", "scan", "empty"))
     assert "is not a folder" in sentence(fedface("photos", "scan", "words.jpg"))
     assert "no record of a run here" in sentence(fedface("report", "empty"))

@@ -73,7 +73,9 @@ def test_tables_of_a_foreign_database_stay(fedface) -> None:  # type: ignore[no-
         sql.execute("CREATE TABLE photo (words TEXT)")
         sql.execute("INSERT INTO photo VALUES ('precious')")
     before, mode = Path("mine.sqlite").read_bytes(), Path("mine.sqlite").stat().st_mode
-    assert "is no index of fedface" in refused(fedface("photos", "scan", "library", "--cache", "mine.sqlite"))
+    assert "is not an index of fedface" in refused(
+        fedface("photos", "scan", "library", "--cache", "mine.sqlite")
+    )
     assert Path("mine.sqlite").read_bytes() == before and Path("mine.sqlite").stat().st_mode == mode
     for _ in range(2):
         assert fedface("photos", "scan", "library", "--cache", "own.sqlite").code == 0

@@ -31,8 +31,9 @@ def scan(
     from fedface.photos.detectors import load_detector
     from fedface.photos.library import scan_table, summary
     from fedface.photos.photo_files import describe_left_out
-    from fedface.photos.scan import ScanReport, scan_library
+    from fedface.photos.scan import ScanReport, checked_folder, scan_library
 
+    checked_folder(folder)
     finder = load_detector(detector)
     with progress_bars() as bars:
         bars.stage("files read", 0)

@@ -195,6 +195,10 @@ def _open_regular(path: Path) -> BinaryIO:
 def _checked_kind(path: Path, head: bytes) -> str:
     """The kind by content, if we read that kind."""
     kind, suffix = sniff(head), path.suffix.lower()
+    if kind is None and (
+        cut := next((kind for magic, kind in MAGIC.items() if magic.startswith(head)), None)
+    ):
+        raise PhotoError(f"a {cut} cut short after {len(head)} bytes")
     if kind is None:
         named = suffix in PICTURE_SUFFIXES
         raise PhotoError(f"named {suffix} but holds no picture" if named else "not a picture")
@@ -214,7 +218,7 @@ def _decode(file: BinaryIO, kind: str, longest_side: int | None) -> Photo:
     except PhotoError:
         raise
     except UnidentifiedImageError as cause:
-        raise PhotoError(f"broken {kind}: its header cannot be read") from cause
+        raise PhotoError(f"broken {kind}: its header is cut short or damaged") from cause
     except Image.DecompressionBombError as cause:
         raise PhotoError(f"more than {MAX_PIXELS // 1_000_000} megapixels") from cause
     except MemoryError as cause:

@@ -144,9 +144,7 @@ class PhotoIndex:
         """
         try:
             if self.path.is_file() and self.path.stat().st_size and not self._is_ours():
-                raise LibraryError(
-                    f"{self.path}: exists and is no index of fedface; it stays as it is, name another"
-                )
+                raise LibraryError(f"{self.path}: {self._foreign()}")
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
             os.fchmod(descriptor, 0o600)
@@ -185,7 +183,9 @@ class PhotoIndex:
             closing(sqlite3.connect(f"{self.path.resolve().as_uri()}?mode=ro", uri=True)) as connection,
         ):
             if connection.execute("PRAGMA user_version").fetchone()[0] != VERSION:
-                raise LibraryError("the scan is of another version; run `fedface photos scan` again")
+                raise LibraryError(
+                    f"the index {self.path} is of another version of fedface; run `fedface photos scan` again"
+                )
             yield connection
 
     def _is_ours(self) -> bool:
@@ -193,6 +193,15 @@ class PhotoIndex:
         with self.path.open("rb") as file:
             header = file.read(72)
         return header.startswith(b"SQLite format 3\0") and header[68:] == APPLICATION_ID.to_bytes(4, "big")
+
+    def _foreign(self) -> str:
+        """Why a file without our application id is not overwritten; indexes before version 4 had none."""
+        try:
+            with closing(sqlite3.connect(f"{self.path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+                connection.execute("SELECT path, detector, faces FROM photo LIMIT 1")
+        except sqlite3.Error:
+            return "exists and is not an index of fedface; it stays as it is, name another"
+        return "an index of another version of fedface; delete it and scan again"
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fedface.cli.plan_summary import Traffic, plan_lines
 from fedface.config import section
 from fedface.errors import ConfigError, LibraryError
 from fedface.experiment import (
@@ -15,6 +16,7 @@ from fedface.experiment import (
     LabelledDevices,
     LabelledProbe,
     RemoteDevices,
+    SyntheticDevices,
     read_experiment,
 )
 from fedface.privacy.policy import DevicePolicy
@@ -76,6 +78,17 @@ def test_the_plan_meets_the_privacy_target_and_the_devices_policies(path: Path) 
         assert bounds.upper > 0.95 * experiment.privacy.epsilon
         assert experiment.device_policy().max_epsilon >= experiment.privacy.epsilon
     assert experiment.aggregation.kind in experiment.device_policy().protocols
+
+
+@each_file
+def test_the_expected_batch_size_is_near_the_units_that_join_a_step(path: Path) -> None:
+    """`fedface plan` warns where a sum is divided by a very different number."""
+    experiment = read_experiment(path)
+    if not isinstance(experiment.devices, SyntheticDevices):
+        pytest.skip("how many photos its devices hold is not in the file")
+    traffic = Traffic(weights=1, numbers_up=1, bytes_up=1, bytes_decrypted=0, metric_bytes_up=0)
+    lines = list(plan_lines(experiment, experiment.plan(), traffic, list_devices=True))
+    assert not [line for line in lines if line.startswith("warning: each step's sum")]
 
 
 @each_file

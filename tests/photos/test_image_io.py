@@ -278,6 +278,18 @@ def test_text_empty_missing_and_special_files_are_refused(tmp_path: Path) -> Non
             read_photo(tmp_path / f"{name}.jpg")
 
 
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_file_cut_short_in_its_header_is_named_as_such(tmp_path: Path, length: int) -> None:
+    """Not as a file that holds no picture."""
+    for kind, suffix in (("JPEG", "jpg"), ("PNG", "png")):
+        content = io.BytesIO()
+        Image.new("RGB", (40, 30)).save(content, kind)
+        path = tmp_path / f"a.{suffix}"
+        path.write_bytes(content.getvalue()[:length])
+        with pytest.raises(PhotoError, match=f"{kind}.* cut short"):
+            read_photo(path)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK"])
 def test_every_colour_mode_becomes_the_same_grey(tmp_path: Path, mode: str) -> None:
     """A mid-grey image, except in mode 1, which has only black and white."""

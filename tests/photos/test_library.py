@@ -323,13 +323,26 @@ def test_an_emptied_folder_does_not_wipe_the_index(folder: Path, cache: Path) ->
 def test_a_damaged_index_is_explained(folder: Path, cache: Path) -> None:
     cache.parent.mkdir()
     cache.write_bytes(b"this is no database, whatever its name may say" * 50)
-    with pytest.raises(LibraryError, match="is no index of fedface"):
+    with pytest.raises(LibraryError, match="is not an index of fedface"):
         scan_library(folder, detector=FillsThePhoto(), cache=cache)
     cache.unlink()
     scan_library(folder, detector=FillsThePhoto(), cache=cache)
     cache.write_bytes(cache.read_bytes()[:200] + b"\xff" * 5000)
     with pytest.raises(LibraryError, match="delete it"):
         scan_library(folder, detector=FillsThePhoto(), cache=cache)
+
+
+def test_an_index_of_another_version_is_named_as_such(folder: Path, cache: Path) -> None:
+    """Indexes before version 4 bear no application id, and are not overwritten either."""
+    scan_library(folder, detector=FillsThePhoto(), cache=cache)
+    with closing(sqlite3.connect(cache)) as connection:
+        connection.execute("PRAGMA application_id = 0")
+    before = cache.read_bytes()
+    with pytest.raises(
+        LibraryError, match="an index of another version of fedface; delete it and scan again"
+    ):
+        scan_library(folder, detector=FillsThePhoto(), cache=cache)
+    assert cache.read_bytes() == before
 
 
 def test_each_folder_has_its_own_index_outside_of_it(
