@@ -45,6 +45,7 @@ from torch.func import functional_call, grad, vmap
 
 from fedface.models.checkpoint import load_flow, load_gan, load_style_encoder, load_super_resolution
 from fedface.models.lora import Full
+from fedface.privacy.clip_and_noise import add_noise
 from fedface.privacy.mechanism import GaussianSum
 from fedface.randomness import SecretNoise, Streams
 from fedface.training.flow import loss_over_draws, times_and_noises
@@ -141,7 +142,7 @@ def loop(case: Case) -> Step:
 
 def noised(totals: list[Tensor]) -> list[Tensor]:
     """Noise for all weights, generated at once."""
-    flat = MECHANISM.noise(torch.cat([total.flatten() for total in totals]), SecretNoise())
+    flat = add_noise(torch.cat([total.flatten() for total in totals]), MECHANISM, SecretNoise())
     parts = flat.split([total.numel() for total in totals])
     return [part.view_as(total) for part, total in zip(parts, totals, strict=True)]
 

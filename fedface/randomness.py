@@ -81,7 +81,7 @@ class SecretNoise:
         Each is the sum of four independent normals, halved, so that its last bits reveal nothing about the words that
         it was computed from
         (Holohan and Braghin 2021, arXiv:2107.10138, the remedy Opacus uses). That alone does not hide
-        what noise is added to: see `GaussianSum.noise`.
+        what noise is added to: see privacy/clip_and_noise.py.
         """
         pairs = -(-count // 2)
         total = torch.zeros(2, pairs, dtype=torch.float64)

@@ -65,8 +65,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def used(home: Path) -> Path:
     """The same after a round of "faces" that was answered twice, an evaluation of it, and a record of "others"."""
-    device = device_state(home / "device.yaml").device
-    ledger = device.ledger()
+    state = device_state(home / "device.yaml")
+    ledger = state.ledger.open()
     metadata = {"unit": "photo", "objective": "generator", "noise_multiplier": "6"}
     update = ledger.record(EVENT, run="faces", round=1, metadata=metadata)
     ledger.store_reply("faces", 1, b"update")
@@ -82,7 +82,7 @@ def used(home: Path) -> Path:
     ledger.store_reply("faces/metrics", 1, b"metrics")
     ledger.record_transmission(b"metrics", replace(info, kind="metrics", entry=metrics.number))
     ledger.record(EVENT, run="others", round=1, metadata=metadata)
-    device.key_path.write_bytes(b"a key")
+    state.key_path.write_bytes(b"a key")
     return home
 
 
@@ -248,8 +248,9 @@ def test_a_page_is_private_and_never_overwrites_another_kind_of_file(fedface, us
 
 def test_a_release_without_noise_is_reported_as_unbounded(fedface, used: Path) -> None:  # type: ignore[no-untyped-def]
     """Wherever a cost is shown."""
-    device = device_state(used / "device.yaml").device
-    device.ledger().record(ClippedSum(clip_norm=1.0).event(), run="plain", round=1)
+    device_state(used / "device.yaml").ledger.open().record(
+        ClippedSum(clip_norm=1.0).event(), run="plain", round=1
+    )
     assert "epsilon infinite at delta" in fedface("ledger", "show", "device.yaml").out
     result = fedface("device", "log", "device.yaml").out
     assert (
@@ -371,7 +372,7 @@ def test_two_rounds_a_withdrawal_and_a_refusal_are_in_the_log(fedface, home: Pat
     experiment = tiny_experiment(home / "recipe")
     device = first_device(experiment, home / "devices")
     (home / "device.yaml").write_text(FILE.replace("STATE", str(device.state)))
-    device = replace(device, policy=device_state(home / "device.yaml").device.policy)
+    device = replace(device, policy=device_state(home / "device.yaml").config.policy)
     task = train_task(experiment, tiny_gan())
     payloads = []
     for number in (1, 2):

@@ -24,6 +24,7 @@ from torch import Tensor
 from fedface.audits.group_metrics import mean_interval, rate_interval
 from fedface.measurements import Interval
 from fedface.privacy.accounting import reconstruction_success_bound
+from fedface.privacy.clip_and_noise import clip_l2
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.tensor_types import Images, Vector
 from fedface.validation import NonNegativeFloat, PositiveFloat, PositiveInt, checked
@@ -141,11 +142,11 @@ def apply_defense(gradient: Vector, defense: Defense, generator: torch.Generator
     match defense:
         case NoDefense():
             return gradient
-        case ClippedSum():
-            return defense.clip(gradient)
+        case ClippedSum(clip_norm=clip_norm):
+            return clip_l2(gradient, clip_norm)
         case GaussianSum(clip_norm=clip_norm, sigma=sigma):
             noise = torch.randn(gradient.shape, generator=generator)
-            return defense.clip(gradient) + sigma * clip_norm * noise
+            return clip_l2(gradient, clip_norm) + sigma * clip_norm * noise
         case _:
             assert_never(defense)
 
@@ -315,8 +316,8 @@ def _as_attacker_sees(gradient_of: GradientOf, defense: Defense) -> GradientOf:
     match defense:
         case NoDefense():
             return gradient_of
-        case ClippedSum() | GaussianSum():
-            return lambda images: defense.clip(gradient_of(images))
+        case ClippedSum(clip_norm=clip_norm) | GaussianSum(clip_norm=clip_norm):
+            return lambda images: clip_l2(gradient_of(images), clip_norm)
         case _:
             assert_never(defense)
 

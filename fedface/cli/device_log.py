@@ -41,10 +41,10 @@ def device_log(device: Path, run: str | None, page: Path | None, json_out: bool)
     if run is not None and run not in (known := known_runs(snapshot)):
         raise ConfigError(f"this device knows no run {run!r}; it knows {', '.join(known) or 'none'}")
     log = make_log(
-        state.device.name,
-        state.device.policy,
+        state.config.name,
+        state.config.policy,
         snapshot,
-        receiver=state.device.server,
+        receiver=state.config.server,
         now=utc_now(),
         run=run,
     )
@@ -56,7 +56,7 @@ def device_log(device: Path, run: str | None, page: Path | None, json_out: bool)
     if json_out:
         print_json(log.record())
         return
-    _print_log(log, unpromised=state.device.policy.allow_no_dp)
+    _print_log(log, unpromised=state.config.policy.allow_no_dp)
     if page is not None:
         console.print(f"wrote {page}", highlight=False, soft_wrap=True)
 
@@ -69,7 +69,7 @@ def open_device(path: Path) -> DeviceState:
     """
     check_kind(path, "device")
     state = device_state(path)
-    warn_if_accessible(state.device.state)
+    warn_if_accessible(state.config.state)
     return state
 
 
@@ -142,7 +142,7 @@ def device_erase(device: Path, ledger: bool, export_to: Path | None, no_export: 
         _say(f"{export_to} is an export of the ledger as it is.")
         export_to = None
     plan = files_to_erase(state, ledger=ledger)
-    _say(f"Erasing what {state.device.name} stores:")
+    _say(f"Erasing what {state.config.name} stores:")
     _list([str(one) for one in plan if one.found] or ["no file of it is there"])
     for one in plan:
         if not one.found:
@@ -177,7 +177,7 @@ def _is_copy(file: Path, state: DeviceState) -> bool:
 
 
 def _copy(state: DeviceState) -> str:
-    policy = state.device.policy
+    policy = state.config.policy
     return export(state.ledger.verify(), delta=policy.delta, unit=policy.unit, now=utc_now())
 
 

@@ -74,7 +74,7 @@ def _asked(path: Path, delta: float | None = None, unit: str | None = None) -> _
         raise ConfigError(f"--unit must be one of {', '.join(UNITS)}, got {unit!r}")
     if path.suffix in (".yaml", ".yml"):
         state = open_device(path)
-        policy = state.device.policy
+        policy = state.config.policy
         return _Asked(
             ledger=state.ledger,
             delta=policy.delta if delta is None else delta,

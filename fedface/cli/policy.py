@@ -33,14 +33,20 @@ def policy_check(
     json_out: JsonOption = False,
 ) -> None:
     """Explain what a policy allows, and whether its device would take part in a run."""
-    from fedface.cli.policy_check import check_policy, print_answer, print_as_json
+    from fedface.cli.policy_check import opened, print_answer, print_as_json, read_owned
     from fedface.device.config import check_kind
 
     if experiment is None and set:
         raise ConfigError("--set changes an experiment; name one with --experiment")
     if experiment is not None:
         check_kind(experiment, "experiment")
-    owned, spent, answer = check_policy(file, experiment, ledger, parse_changes(set))
+    owned, answer = read_owned(file, ledger), None
+    with opened(owned) as book:
+        if experiment is not None:
+            from fedface.cli.policy_verdicts import answer_experiment
+
+            answer = answer_experiment(experiment, parse_changes(set), owned.policy, book)
+        spent = [book.spent_against(budget).upper for budget in owned.policy.budgets]
     if json_out:
         print_as_json(owned, spent, answer)
     else:

@@ -29,6 +29,7 @@ from fedface.messages.messages import (
     TrainResult,
     TrainTask,
 )
+from fedface.privacy.clip_and_noise import add_noise
 from fedface.privacy.plan import DPParameters
 from fedface.randomness import SecretNoise
 from fedface.reports.run_record import RefusalRecord
@@ -138,7 +139,7 @@ def noised_sum(total: Vector, dp: DPParameters) -> Vector:
         dp: The round's parameters.
     """
     central = dp.central_mechanism()
-    return total if central is None else central.noise(total, SecretNoise())
+    return total if central is None else add_noise(total, central, SecretNoise())
 
 
 def _sort_replies(

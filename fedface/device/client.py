@@ -47,6 +47,7 @@ from fedface.messages.messages import (
 from fedface.models.checkpoint import model_from_vectors, weights_hash
 from fedface.models.model import Architecture, Model
 from fedface.photos.device_dataset import DeviceDataset
+from fedface.privacy.clip_and_noise import clip_l2
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.ledger_records import LedgerEntry, TransmissionInfo, TransmissionKind
 from fedface.privacy.mechanism import GaussianSum
@@ -349,7 +350,7 @@ def _asked_model(task: TrainTask | EvaluateTask, shape: Architecture) -> Model:
 def _clip_for_library(update: Vector, terms: DPParameters) -> Vector:
     """The update, clipped if the privacy unit is a library."""
     mechanism = terms.central_mechanism()
-    return update if mechanism is None else mechanism.clip(update)
+    return update if mechanism is None else clip_l2(update, mechanism.clip_norm)
 
 
 def _recipe(*parts: object) -> str:

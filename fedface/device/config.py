@@ -1,4 +1,4 @@
-"""A real device, described by its owner's file: photos, ledger and policy.
+"""The file in which an owner describes a device: photos, state folder and policy.
 
 The server never changes this file and sees nothing of it but the device's chosen name.
 """
@@ -7,33 +7,24 @@ from __future__ import annotations
 
 import difflib
 import json
-import logging
 import os
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
-import torch
-
 from fedface.atomic_io import replace_text
 from fedface.config import keys_of, local_path, read
-from fedface.device.device import Device
-from fedface.errors import ConfigError, LibraryError
-from fedface.photos.detectors import EmbeddedDetector, YuNetDetector
-from fedface.photos.device_dataset import DeviceDataset
-from fedface.photos.library import PhotoLibrary
+from fedface.errors import ConfigError
 from fedface.photos.occasions import OccasionRule
-from fedface.photos.photo_index import PhotoIndex, default_cache
-from fedface.photos.scan import EmptyLibrary, scan_library
-from fedface.photos.training_crops import PhotoSelection
-from fedface.privacy.participation_conditions import ConditionsNotMet
 from fedface.privacy.policy import DevicePolicy
 from fedface.validation import In, checked
 
-log = logging.getLogger("fedface.device")
+# In the state folder:
+LEDGER_FILE = "ledger.sqlite"  # the record of privacy losses, transmissions and withdrawals for all runs
+KEY_FILE = "sum.key"  # the key that the devices of a run share and the server does not have
+INDEX_REGISTRY = "indexes.json"  # paths of the indexes of this device's photos
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,57 +52,24 @@ class DeviceConfig:
             raise ValueError(f"name must be a text of 1 to 80 printable characters, got {self.name!r:.90}")
 
 
-def load_device(path: Path) -> Device:
-    """The device that an owner's file describes. The file is read for every task, so that a stricter policy applies at
-    once.
-
-    Photos are scanned when a round needs them; only new or changed files are read. Scan a large folder beforehand
-    (`fedface photos scan`), with the same detector.
+def read_device_file(path: Path) -> DeviceConfig:
+    """A device file with absolute paths; nothing that it names needs to exist.
 
     Raises:
-        ConfigError: As for `read_device_config`.
+        ConfigError: The file cannot be read.
     """
-    config = read_device_config(path)
-    home = path.resolve().parent
-    folder, state = local_path(config.photos, home), local_path(config.state, home)
-    for lost in missing_policy_folders(config.policy, folder):
-        log.warning("%s: policy.%s", path, lost.describe())
-    if not state.exists():
-        log.warning(
-            "%s: creating a new state folder at %s; if this file or its folder was moved, earlier privacy losses of "
-            "these photos are not recorded there",
-            path,
-            state,
-        )
-    state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    detector = local_path(config.detector, home) if config.detector else None
-
-    index = PhotoIndex(default_cache(folder))
-
-    def ready() -> None:
-        if index.is_busy():
-            raise ConditionsNotMet(
-                f"the photos in {folder} are being scanned; a round now would cost epsilon and use none of them"
-            )
-
-    def photos(size: int) -> DeviceDataset:
-        register_index(state, index.path)
-        return _faces(folder, detector, config, size)
-
-    return Device(
-        name=config.name,
-        photos=photos,
-        ready=ready,
-        policy=config.policy,
-        state=state,
-        server=config.server,
-        witness=local_path(config.witness, home) if config.witness else None,
-        answer_seconds=config.answer_seconds,
+    config, home = read(path, DeviceConfig), path.resolve().parent
+    return replace(
+        config,
+        photos=local_path(config.photos, home),
+        state=local_path(config.state, home),
+        detector=None if config.detector is None else local_path(config.detector, home),
+        witness=None if config.witness is None else local_path(config.witness, home),
     )
 
 
 def read_device_config(path: Path) -> DeviceConfig:
-    """Read and validate a device file; nothing is created and no photo is opened.
+    """`read_device_file`, of a device that could work; nothing is created and no photo is opened.
 
     A folder in `exclude_folders` that does not exist may have been deleted, and excludes nothing. But if a folder with
     a similar name exists, its photos were probably meant to be excluded: this is an error.
@@ -120,9 +78,8 @@ def read_device_config(path: Path) -> DeviceConfig:
         ConfigError: The file cannot be read, the photo folder does not exist, the state folder is not private, none of
             the policy's `folders` exists, or an excluded folder's name seems mistyped.
     """
-    config = read(path, DeviceConfig)
-    home = path.resolve().parent
-    folder, state = local_path(config.photos, home), local_path(config.state, home)
+    config = read_device_file(path)
+    folder, state = config.photos, config.state
     if not folder.is_dir():
         raise ConfigError(f"{path}: photos: there is no folder {folder}")
     if is_accessible_to_others(state):
@@ -206,7 +163,6 @@ def _near(name: str, folders: Sequence[Path]) -> Path | None:
     return names[found[0]] if found else None
 
 
-INDEX_REGISTRY = "indexes.json"  # in the state folder: paths of the indexes of this device's photos
 KINDS = {
     "device": ("name", "photos", "state", "policy"),
     "policy": ("max_epsilon", "delta"),
@@ -230,36 +186,6 @@ def check_kind(path: Path, expected: Literal["device", "policy", "experiment"]) 
         raise ConfigError(
             f"{path}: this is {article} {most} file; {other} {expected} file has {', '.join(others)} and {last}"
         )
-
-
-def _faces(folder: Path, detector: Path | None, config: DeviceConfig, size: int) -> DeviceDataset:
-    """All face crops of the photos; empty if there are none.
-
-    Without a face the reply is noise alone, and a photo that was just deleted is left out. An error instead would
-    reveal to the server, without noise, that the folder is empty or that a photo changed.
-    """
-    finder = EmbeddedDetector() if detector is None else YuNetDetector(detector)
-    policy = config.policy
-    selection = PhotoSelection(folders=tuple(policy.folders), exclude_folders=tuple(policy.exclude_folders))
-    try:
-        scan_library(folder, detector=finder, crop_size=size, selection=selection)
-        library = PhotoLibrary(folder, detector=finder.name, selection=selection)
-    except EmptyLibrary as error:
-        log.warning("%s; this round is answered with noise alone", error)
-        return DeviceDataset.independent(torch.zeros(0, 3, size, size))
-    images = torch.empty((len(library), 3, size, size), dtype=torch.uint8)
-    usable = []
-    for number, crop in enumerate(library.crops(size)):
-        if isinstance(crop, LibraryError):
-            log.warning("%s; skipped in this round", crop)
-        else:
-            images[number] = torch.from_numpy(np.array(crop)).permute(2, 0, 1)
-            usable.append(number)
-    return DeviceDataset(
-        images=images if len(usable) == len(library) else images[usable],
-        photos=torch.from_numpy(library.photo_labels())[usable],
-        occasions=torch.from_numpy(library.occasion_labels(config.occasions))[usable],
-    )
 
 
 def register_index(state: Path, index: Path) -> None:

@@ -1,19 +1,40 @@
-"""A device's configuration. Importing it loads none of the code that trains, encrypts or evaluates."""
+"""A device that answers tasks. Importing it loads none of the code that trains, encrypts or evaluates."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+
+from fedface.device.config import (
+    KEY_FILE,
+    LEDGER_FILE,
+    DeviceConfig,
+    missing_policy_folders,
+    read_device_config,
+    register_index,
+)
+from fedface.errors import LibraryError
+from fedface.photos.detectors import EmbeddedDetector, YuNetDetector
 from fedface.photos.device_dataset import DeviceDataset
+from fedface.photos.library import PhotoLibrary
+from fedface.photos.photo_index import PhotoIndex, default_cache
+from fedface.photos.scan import EmptyLibrary, scan_library
+from fedface.photos.training_crops import PhotoSelection
 from fedface.privacy.ledger import Ledger
+from fedface.privacy.participation_conditions import ConditionsNotMet
 from fedface.privacy.policy import DevicePolicy
+
+log = logging.getLogger("fedface.device")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """A device's configuration; photos are read when a round needs them, not before."""
+    """A device's settings and files; photos are read when a round needs them, not before."""
 
     name: str  # the public name in logs and reports
     photos: Callable[[int], DeviceDataset]  # size in pixels -> all aligned faces with their privacy units
@@ -28,13 +49,89 @@ class Device:
     @property
     def ledger_path(self) -> Path:
         """The record of privacy losses, transmissions and withdrawals for all runs."""
-        return self.state / "ledger.sqlite"
+        return self.state / LEDGER_FILE
 
     @property
     def key_path(self) -> Path:
         """The key that the devices of a run share and the server does not have."""
-        return self.state / "sum.key"
+        return self.state / KEY_FILE
 
     def ledger(self) -> Ledger:
         """A verified session on the ledger. Raises LedgerError."""
         return Ledger.open(self.ledger_path, witness=self.witness)
+
+
+def load_device(path: Path) -> Device:
+    """The device that an owner's file describes. The file is read for every task, so that a stricter policy applies at
+    once.
+
+    Photos are scanned when a round needs them; only new or changed files are read. Scan a large folder beforehand
+    (`fedface photos scan`), with the same detector.
+
+    Raises:
+        ConfigError: As for `read_device_config`.
+    """
+    config = read_device_config(path)
+    folder, state = config.photos, config.state
+    for lost in missing_policy_folders(config.policy, folder):
+        log.warning("%s: policy.%s", path, lost.describe())
+    if not state.exists():
+        log.warning(
+            "%s: creating a new state folder at %s; if this file or its folder was moved, earlier privacy losses of "
+            "these photos are not recorded there",
+            path,
+            state,
+        )
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    index = PhotoIndex(default_cache(folder))
+
+    def ready() -> None:
+        if index.is_busy():
+            raise ConditionsNotMet(
+                f"the photos in {folder} are being scanned; a round now would cost epsilon and use none of them"
+            )
+
+    def photos(size: int) -> DeviceDataset:
+        register_index(state, index.path)
+        return _faces(config, size)
+
+    return Device(
+        name=config.name,
+        photos=photos,
+        ready=ready,
+        policy=config.policy,
+        state=state,
+        server=config.server,
+        witness=config.witness,
+        answer_seconds=config.answer_seconds,
+    )
+
+
+def _faces(config: DeviceConfig, size: int) -> DeviceDataset:
+    """All face crops of the photos; empty if there are none.
+
+    Without a face the reply is noise alone, and a photo that was just deleted is left out. An error instead would
+    reveal to the server, without noise, that the folder is empty or that a photo changed.
+    """
+    finder = EmbeddedDetector() if config.detector is None else YuNetDetector(config.detector)
+    policy = config.policy
+    selection = PhotoSelection(folders=tuple(policy.folders), exclude_folders=tuple(policy.exclude_folders))
+    try:
+        scan_library(config.photos, detector=finder, crop_size=size, selection=selection)
+        library = PhotoLibrary(config.photos, detector=finder.name, selection=selection)
+    except EmptyLibrary as error:
+        log.warning("%s; this round is answered with noise alone", error)
+        return DeviceDataset.independent(torch.zeros(0, 3, size, size))
+    images = torch.empty((len(library), 3, size, size), dtype=torch.uint8)
+    usable = []
+    for number, crop in enumerate(library.crops(size)):
+        if isinstance(crop, LibraryError):
+            log.warning("%s; skipped in this round", crop)
+        else:
+            images[number] = torch.from_numpy(np.array(crop)).permute(2, 0, 1)
+            usable.append(number)
+    return DeviceDataset(
+        images=images if len(usable) == len(library) else images[usable],
+        photos=torch.from_numpy(library.photo_labels())[usable],
+        occasions=torch.from_numpy(library.occasion_labels(config.occasions))[usable],
+    )

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from fedface.config import local_path, read
-from fedface.device.config import DeviceConfig, registered_indexes
-from fedface.device.device import Device
-from fedface.errors import ConfigError, FederationError, LedgerError
-from fedface.photos.device_dataset import DeviceDataset
+from fedface.device.config import (
+    KEY_FILE,
+    LEDGER_FILE,
+    DeviceConfig,
+    read_device_file,
+    registered_indexes,
+)
+from fedface.errors import ConfigError, LedgerError
 from fedface.photos.photo_index import default_cache
 from fedface.privacy.hash_chain import FORMAT, GENESIS, Head, head_path, witness_path
 from fedface.privacy.ledger import Ledger, LedgerSnapshot
@@ -58,6 +61,10 @@ class LedgerFiles:
         """Whether the witness file exists."""
         return self.witness_file is not None and self.witness_file.exists()
 
+    def open(self) -> Ledger:
+        """A verified session; creates the ledger, and its witness, where there is no trace of one."""
+        return Ledger.open(self.path, self.witness)
+
     def open_existing(self) -> Ledger | None:
         """A verified session; None if there is no ledger and no trace of one.
 
@@ -100,19 +107,23 @@ class LedgerFiles:
 class DeviceState:
     """The files of one device; constructing it creates, opens and scans nothing."""
 
-    device: Device  # for its paths and policy; its photos cannot be read
-    photos: Path  # the folder of photos, which may not exist any more
+    config: DeviceConfig  # with absolute paths; its folders may not exist any more
     ledger: LedgerFiles
+
+    @property
+    def key_path(self) -> Path:
+        """The shared key, if there is one."""
+        return self.config.state / KEY_FILE
 
     @property
     def index(self) -> Path:
         """The photo index: dates, places, face positions, crops."""
-        return default_cache(self.photos)
+        return default_cache(self.config.photos)
 
     @property
     def indexes(self) -> list[Path]:
         """All indexes, including those of folders where the photos were before they were moved."""
-        return list(dict.fromkeys([self.index, *registered_indexes(self.device.state)]))
+        return list(dict.fromkeys([self.index, *registered_indexes(self.config.state)]))
 
 
 def known_runs(snapshot: LedgerSnapshot) -> list[str]:
@@ -124,28 +135,8 @@ def known_runs(snapshot: LedgerSnapshot) -> list[str]:
 
 def device_state(path: Path) -> DeviceState:
     """The state of the device in an owner's file. Raises ConfigError if the file cannot be read."""
-    config = read(path, DeviceConfig)
-    home = path.resolve().parent
-    device = Device(
-        name=config.name,
-        photos=_unread,
-        policy=config.policy,
-        state=local_path(config.state, home),
-        server=config.server,
-        witness=local_path(config.witness, home) if config.witness else None,
-    )
-    return state_of_device(device, local_path(config.photos, home))
-
-
-def state_of_device(device: Device, photos: Path) -> DeviceState:
-    """The state of a device with photos in this folder."""
-    return DeviceState(
-        device=device, photos=photos, ledger=LedgerFiles.at(device.ledger_path, device.witness)
-    )
-
-
-def _unread(size: int) -> DeviceDataset:
-    raise FederationError("reading a device's ledger does not read its photos")
+    config = read_device_file(path)
+    return DeviceState(config=config, ledger=LedgerFiles.at(config.state / LEDGER_FILE, config.witness))
 
 
 def export(snapshot: LedgerSnapshot, *, delta: float, unit: Unit, now: datetime) -> str:

@@ -70,7 +70,7 @@ def withdrawal_impact(state: DeviceState, run: str) -> WithdrawalImpact:
     if run not in known:
         detail = f"its ledger has {', '.join(known)}" if known else "its ledger has no runs"
         raise ConfigError(f"no run {run!r} on this device; {detail}")
-    policy = state.device.policy
+    policy = state.config.policy
     mine = [entry for entry in snapshot.entries if entry.run in (run, metrics_ledger_key(run))]
     paid = [charge for charge in snapshot.charges if charge.is_of(run)]
     return WithdrawalImpact(
@@ -97,7 +97,7 @@ def withdraw(state: DeviceState, run: str, reason: str = "") -> int:
         LedgerError: It cannot be trusted or written.
     """
     withdrawn = withdrawal_impact(state, run).withdrawn
-    with state.device.ledger() as ledger:
+    with state.ledger.open() as ledger:
         if withdrawn is None:
             ledger.withdraw(run, reason)
         return ledger.delete_replies(run, metrics_ledger_key(run))
@@ -150,7 +150,7 @@ def describe_erasure(state: DeviceState, *, ledger: bool) -> list[str]:
             "Stored replies are deleted: a round that is requested again is computed again, at a new privacy cost.",
         ),
         (
-            state.device.key_path in found,
+            state.key_path in found,
             "The shared key is deleted: runs with encrypted sums need a new copy of it.",
         ),
         (
@@ -188,14 +188,14 @@ def files_to_erase(state: DeviceState, *, ledger: bool) -> list[FileToErase]:
         ConfigError: One of them is a symbolic link. Deleting it would leave its target, which may be shared, such as a
             key of several devices.
     """
-    going = [FileToErase(file=state.device.key_path, what="the shared key")]
+    going = [FileToErase(file=state.key_path, what="the shared key")]
     for place in state.indexes:
-        where = f"in {state.photos}" if place == state.index else "in an earlier folder"
+        where = f"in {state.config.photos}" if place == state.index else "in an earlier folder"
         going += [
             FileToErase(file=file, what=f"the index of the photos {where}")
             for file in _with_side_files(place)
         ]
-    going.append(FileToErase(file=state.device.state / INDEX_REGISTRY, what="the list of such indexes"))
+    going.append(FileToErase(file=state.config.state / INDEX_REGISTRY, what="the list of such indexes"))
     if ledger:
         head = state.ledger.head
         going += [FileToErase(file=file, what="the ledger") for file in _with_side_files(state.ledger.path)]

@@ -1,17 +1,15 @@
-"""The Gaussian mechanism: clip vectors, add noise to their sum, and name what that costs.
+"""The parameters of the Gaussian mechanism, and the privacy events that the accountant prices.
 
-One object for both uses: the numbers that clip and noise are the numbers that the accountant prices.
+One object for both uses: privacy/clip_and_noise.py clips and noises vectors with the same numbers.
 Source: Dwork & Roth (2014), Theorem A.1; Balle & Wang (2018), arXiv:1805.06530; sampling as in Abadi et al.
-(2016), arXiv:1607.00133; on floating-point numbers, Mironov (2012), CCS, and Haney et al. (2022), arXiv:2207.13793.
+(2016), arXiv:1607.00133.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import torch
 from dp_accounting import (
     DpEvent,
     GaussianDpEvent,
@@ -19,47 +17,15 @@ from dp_accounting import (
     PoissonSampledDpEvent,
     SelfComposedDpEvent,
 )
-from torch import Tensor
 
-from fedface.randomness import SecretNoise
-from fedface.tensor_types import Vector
 from fedface.validation import Above, In, checked
 
-Event = DpEvent  # what was released; the name by which other rooms know dp_accounting's record
-
+Event = DpEvent  # what was released; the name by which other modules know dp_accounting's record
 
 # Far outside, float32 breaks the guarantee: squares of short gradients vanish, so that they are not clipped at
 # all, and noise vanishes beside its own rounding. A stranger's schedule must not reach there.
 ClipNorm = Annotated[float, Above(0), In("[1e-6, 1e6]")]  # what float32 can clip to
 Sigma = Annotated[float, Above(0, "; without noise the kind is no-privacy")]
-
-
-_AT_ONCE = 2**20  # numbers that are noised together
-_GRID_BITS = 20  # a noised sum lies on a grid 2^20 to 2^21 times as fine as the noise's deviation
-
-MAX_NORM = 1e18  # longer vectors become zero: float32 could not scale them down without rounding them up
-
-
-def clip_l2(update: Vector, clip_norm: float) -> Vector:
-    """Scale a vector down so that its Euclidean length is at most `clip_norm`.
-
-    Guarantees:
-        * `norm(result) <= clip_norm`, up to one float32 rounding.
-        * A vector with a non-finite entry, or longer than 1e18, becomes zero.
-
-    Args:
-        update: Shape (d,), in weight units.
-        clip_norm: The longest length allowed, > 0.
-
-    Returns:
-        The same direction, shape (d,). A zero vector stays zero.
-    """
-    # In float64: a lane of float32 squares loses small ones beside a large one, and the length comes out too short.
-    length: Tensor = torch.linalg.vector_norm(update, dtype=torch.float64)
-    if not bool(length.detach() <= MAX_NORM):  # nor what is not a number
-        return torch.zeros_like(update)
-    scale: Tensor = (clip_norm / length).clamp(max=1.0).to(update.dtype)  # differentiable, for attacks
-    return update * scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,33 +37,6 @@ class GaussianSum:
 
     clip_norm: ClipNorm  # longest one unit's vector can be, in weight units
     sigma: Sigma  # noise multiplier: noise standard deviation / clip norm
-
-    def clip(self, update: Vector) -> Vector:
-        """One unit's vector (d,), scaled down to length `clip_norm` at most; zero if not finite."""
-        return clip_l2(update, self.clip_norm)
-
-    def noise(self, total: Vector, secret: SecretNoise) -> Vector:
-        """The sum (d,) with fresh normal noise added once; never call it twice on one booking.
-
-        The noised sum is rounded to a grid of public width, a power of two about a millionth of the noise's standard
-        deviation. Rounding what was noised is post-processing (Dwork & Roth 2014, Proposition 2.1). Without it the gaps
-        between floating-point numbers tell which sums a result can come from, and with them the exact sum, at any
-        epsilon (Mironov 2012; Haney et al. 2022, arXiv:2207.13793): float32 noise has holes, which the sum shifts. Here
-        the sum is taken apart into a whole number of grid widths, which shifts the result exactly, and a rest, which
-        meets the noise in float64, where a grid width still holds billions of numbers.
-        """
-        deviation = self.sigma * self.clip_norm
-        grid = 2.0 ** (math.floor(math.log2(deviation)) - _GRID_BITS)
-        noised = torch.empty(total.shape, dtype=total.dtype, device=total.device)
-        into, flat = noised.view(-1), total.detach().reshape(-1)
-        for start in range(0, len(flat), _AT_ONCE):  # in parts: float64 takes eight bytes for each number
-            part = slice(start, start + _AT_ONCE)
-            widths = flat[part].cpu().double() / grid  # exact, by a power of two
-            whole = widths.round()
-            rest = widths - whole + deviation / grid * secret.normals(len(widths))
-            # Plus zero: minus zero comes of minus zeros alone, and would tell the sign of a tiny sum.
-            into[part] = ((whole + rest.round() + 0.0) * grid).to(into)
-        return noised
 
     def event(self) -> DpEvent:
         """What one noised sum releases about one unit, with everyone taking part for certain."""
@@ -115,10 +54,6 @@ class ClippedSum:
     kind: ClassVar[str] = "clipped-sum"
 
     clip_norm: ClipNorm  # longest one unit's vector can be, in weight units
-
-    def clip(self, update: Vector) -> Vector:
-        """One unit's vector (d,), scaled down to length `clip_norm` at most; zero if not finite."""
-        return clip_l2(update, self.clip_norm)
 
     def event(self) -> DpEvent:
         """The event whose epsilon is infinite."""

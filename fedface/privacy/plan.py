@@ -7,7 +7,7 @@ Where noise is added follows from the unit. Photo and occasion: on the device, i
 the server, once to each round's sum of whole updates, each clipped to `update_clip_norm`; the server is trusted with
 the sum. A third place is not built: on the device, as a discrete share of the noise that only the sum completes
 (library without a trusted server, Kairouz et al. 2021, arXiv:2102.06387). It would be one more mechanism of
-`DPParameters.central_mechanism`, with the same `clip`, `noise` and `event`.
+`DPParameters.central_mechanism`, clipped, noised and priced alike.
 
 Source: DP-SGD, Abadi et al. (2016), arXiv:1607.00133; Poisson sampling with a public rate and divisor.
 """

@@ -45,6 +45,7 @@ from opacus.validators import ModuleValidator
 from torch import Tensor
 
 from fedface.errors import PrivacyError
+from fedface.privacy.clip_and_noise import add_noise
 from fedface.privacy.mechanism import ClippedSum, GaussianSum
 from fedface.privacy.plan import DPParameters
 from fedface.randomness import SecretNoise
@@ -97,7 +98,7 @@ class SampledMechanism:
         if isinstance(self.mechanism, ClippedSum):
             return total
         assert isinstance(self.rng, SecretNoise)  # __post_init__ refuses anything else
-        return self.mechanism.noise(total, self.rng)
+        return add_noise(total, self.mechanism, self.rng)
 
 
 def private_gradient(
@@ -207,7 +208,7 @@ def check_mechanism(mechanism: GaussianSum, rng: SecretNoise) -> None:
             f"a vector was clipped to L2 norm {longest:.6g} instead of {norm:.6g}; nothing was computed"
         )
     zeros = torch.zeros(NOISE_SAMPLES)
-    one, two = (mechanism.noise(zeros, rng).double() for _ in range(2))
+    one, two = (add_noise(zeros, mechanism, rng).double() for _ in range(2))
     error = sigma / NOISE_SAMPLES**0.5  # of the mean; that of the deviation is smaller by sqrt(2)
     spread = float(one.std())
     if (

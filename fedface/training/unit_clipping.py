@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedface.privacy.mechanism import MAX_NORM
+from fedface.privacy.clip_and_noise import MAX_NORM
 from fedface.randomness import SecretNoise
 
 NoiseSource = SecretNoise | torch.Generator  # secret under a guarantee; replayable only without one

@@ -16,8 +16,7 @@ from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 
 from fedface.device.client import handle_task, wait_for_slot
-from fedface.device.config import load_device
-from fedface.device.device import Device
+from fedface.device.device import Device, load_device
 from fedface.errors import FederationError, FedfaceError, WeightsError
 from fedface.messages.messages import to_message
 from fedface.messages.parsing import read_task

@@ -23,6 +23,7 @@ from fedface.messages.cohort import Cohort, OnReply
 from fedface.messages.messages import EvaluateTask, Failure, Reply, Task, to_message
 from fedface.models.checkpoint import save_model
 from fedface.privacy.accounting import epsilon_of
+from fedface.privacy.clip_and_noise import add_noise
 from fedface.privacy.ledger import Ledger
 from fedface.privacy.mechanism import GaussianSum
 from fedface.randomness import SecretNoise
@@ -110,13 +111,13 @@ def test_per_library_the_server_adds_noise_and_the_report_says_that_it_saw_the_m
     }
     recipe = for_ranking(read_experiment(tiny_file(tmp_path), changes=reported))
     models = load_candidates(["base", str(tmp_path / "other.safetensors")], recipe)
-    noised, noise = [], GaussianSum.noise
+    noised = []
 
-    def noted(self: GaussianSum, total: torch.Tensor, secret: SecretNoise) -> torch.Tensor:
-        noised.append(self)
-        return noise(self, total, secret)
+    def noted(total: torch.Tensor, mechanism: GaussianSum, secret: SecretNoise) -> torch.Tensor:
+        noised.append(mechanism)
+        return add_noise(total, mechanism, secret)
 
-    monkeypatch.setattr(GaussianSum, "noise", noted)
+    monkeypatch.setattr("fedface.coordinator.aggregate.add_noise", noted)
     folder = tmp_path / "ranking"
     record = run_ranking(recipe, models, ready(recipe, folder), folder, progress=SilentProgress())
     terms = ranking_parameters(recipe, 2)

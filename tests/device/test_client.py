@@ -28,9 +28,9 @@ from fedface.models.model import GanArchitecture
 from fedface.models.stylegan2 import StyleGAN2Config
 from fedface.photos.device_dataset import DeviceDataset
 from fedface.privacy.accounting import epsilon_of
+from fedface.privacy.clip_and_noise import add_noise
 from fedface.privacy.hash_chain import Chain
 from fedface.privacy.ledger import Ledger
-from fedface.privacy.mechanism import GaussianSum
 from fedface.privacy.participation_conditions import ConditionsNotMet
 from fedface.tensor_types import Images, Vector
 from fedface.training.gan import GanRound
@@ -562,8 +562,7 @@ def test_a_server_does_not_see_how_long_protecting_took(device: Device, task: Tr
 def test_a_device_whose_noise_is_not_what_is_priced_records_nothing(
     device: Device, task: TrainTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weak = GaussianSum.noise
-    monkeypatch.setattr(GaussianSum, "noise", lambda self, total, secret: 0.9 * weak(self, total, secret))
+    monkeypatch.setattr("fedface.training.dp_sgd.add_noise", lambda *given: 0.9 * add_noise(*given))
     with pytest.raises(PrivacyError, match="the noise has mean"):
         handle_task(task, device)
     assert not device.ledger().entries()

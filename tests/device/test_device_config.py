@@ -15,7 +15,8 @@ from png_files import write_png
 from fedface.aggregation.payload import AggregationParameters, PlainConfig
 from fedface.config import parse
 from fedface.device.client import handle_task
-from fedface.device.config import check_kind, load_device, missing_policy_folders, read_device_config
+from fedface.device.config import check_kind, missing_policy_folders, read_device_config
+from fedface.device.device import load_device
 from fedface.device.state import device_state
 from fedface.device.withdrawal import erase
 from fedface.errors import ConfigError
@@ -87,7 +88,7 @@ def test_a_folder_without_faces_and_a_deleted_photo_are_no_errors(
         (folder / "old-1.png").unlink()
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedface.device.config.scan_library", scanned)
+        patch.setattr("fedface.device.device.scan_library", scanned)
         assert device.photos(16).images.shape == (2, 3, 16, 16)
     for photo in (home / "photos").iterdir():
         photo.unlink()

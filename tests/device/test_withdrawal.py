@@ -12,6 +12,7 @@ import pytest
 from tiny import first_device, tiny_experiment, tiny_gan, train_task
 
 from fedface.device.client import handle_task
+from fedface.device.config import DeviceConfig
 from fedface.device.device import Device
 from fedface.device.state import (
     DeviceState,
@@ -19,7 +20,6 @@ from fedface.device.state import (
     device_state,
     export,
     known_runs,
-    state_of_device,
 )
 from fedface.device.withdrawal import erase, files_to_erase, withdraw, withdrawal_impact
 from fedface.errors import ConfigError, LedgerError
@@ -55,8 +55,8 @@ def used(home: Path, *, witness: Path | None = None) -> DeviceState:
     """The device after two rounds of "faces", an evaluation of it, and a round of "others"."""
     if witness is not None:
         (home / "device.yaml").write_text(FILE + f"witness: {witness}\n")
-    device = device_state(home / "device.yaml").device
-    ledger = device.ledger()
+    stored = device_state(home / "device.yaml")
+    ledger = stored.ledger.open()
     for run, round in (("faces", 1), ("faces", 2), (metrics_ledger_key("faces"), 1), ("others", 1)):
         entry = ledger.record(EVENT, run=run, round=round, metadata={"unit": "photo"})
         payload = f"{run} {round}".encode()
@@ -66,7 +66,7 @@ def used(home: Path, *, witness: Path | None = None) -> DeviceState:
             entry=entry.number,
         )  # fmt: skip
         ledger.record_transmission(payload, info)
-    device.key_path.write_bytes(b"a key")
+    stored.key_path.write_bytes(b"a key")
     stored = device_state(home / "device.yaml")
     stored.index.parent.mkdir(parents=True)
     stored.index.write_bytes(b"dates and places")
@@ -162,7 +162,7 @@ def test_withdrawing_deletes_the_runs_replies_and_no_record(home: Path) -> None:
     """Of its updates and evaluations; those of the other run remain."""
     stored = used(home)
     assert withdraw(stored, "faces", "my reason") == 2
-    ledger = stored.device.ledger()
+    ledger = stored.ledger.open()
     assert ledger.load_reply("faces", 2) is None and ledger.load_reply("faces/metrics", 1) is None
     assert ledger.load_reply("others", 1) == b"others 1"
     assert len(ledger.entries()) == 4
@@ -174,7 +174,7 @@ def test_withdrawing_again_deletes_a_reply_stored_meanwhile(home: Path) -> None:
     """By a device that was killed between storing and recording it, while its owner withdrew."""
     stored = used(home)
     withdraw(stored, "faces")
-    ledger = stored.device.ledger()
+    ledger = stored.ledger.open()
     entry = ledger.record(EVENT, run="faces", round=3)
     ledger.store_reply("faces", 3, b"nobody will ask for it", attempt=entry.attempt)
     assert withdraw(stored, "faces") == 1 and ledger.load_reply("faces", 3) is None
@@ -204,10 +204,10 @@ def test_a_run_that_was_only_refused_can_be_withdrawn_from(home: Path) -> None:
     refusal = TransmissionInfo(
         run="odd", round=1, kind="refusal", receiver="home", protection="", reason="no"
     )
-    stored.device.ledger().record_transmission(b"no", refusal)
+    stored.ledger.open().record_transmission(b"no", refusal)
     stored = device_state(home / "device.yaml")
     assert "so there is nothing to undo" in withdrawal_impact(stored, "odd").lasting()[0]
-    assert withdraw(stored, "odd") == 0 and stored.device.ledger().has_withdrawn("odd")
+    assert withdraw(stored, "odd") == 0 and stored.ledger.open().has_withdrawn("odd")
     assert stored.ledger.read().entries == []
 
 
@@ -215,7 +215,8 @@ def test_a_device_refuses_after_its_owner_withdrew(tmp_path: Path) -> None:
     """Sizes, digests and costs in the log are those of the bytes that were sent, and the refusal is in it too."""
     experiment = tiny_experiment(tmp_path / "recipe")
     device = roomy(experiment, tmp_path)
-    stored = state_of_device(device, tmp_path / "photos")
+    config = DeviceConfig(name="d", photos=tmp_path / "photos", state=device.state, policy=device.policy)
+    stored = DeviceState(config=config, ledger=LedgerFiles.at(device.ledger_path))
     task = train_task(experiment, tiny_gan())
     payloads = []
     for number in (1, 2):
@@ -252,8 +253,8 @@ def test_erasing_keeps_ledger_and_photos(home: Path) -> None:
     stored = used(home)
     assert b"others 1" in stored.ledger.path.read_bytes()
     done = erase(stored, ledger=False)
-    assert done.replies == 3 and set(done.files) == {stored.device.key_path, stored.index}
-    assert not stored.device.key_path.exists() and not stored.index.exists()
+    assert done.replies == 3 and set(done.files) == {stored.key_path, stored.index}
+    assert not stored.key_path.exists() and not stored.index.exists()
     assert b"others 1" not in stored.ledger.path.read_bytes()
     snapshot = stored.ledger.read()
     assert len(snapshot.entries) == 4 and len(snapshot.transmissions) == 4
@@ -269,14 +270,14 @@ def test_erasing_everything_leaves_photos_and_unrelated_files(home: Path) -> Non
         home / "photos" / "me.jpg",
         home / "state" / "notes.txt",
     }
-    assert stored.device.ledger().entries() == []
+    assert stored.ledger.open().entries() == []
 
 
 def test_a_missing_index_is_listed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is in the state folder of the user who scanned the photos, who may be another."""
     stored = used(home)
     named = next(one for one in files_to_erase(stored, ledger=False) if one.file == stored.index)
-    assert str(named) == f"{stored.index}: the index of the photos in {stored.photos}"
+    assert str(named) == f"{stored.index}: the index of the photos in {stored.config.photos}"
     monkeypatch.setenv("XDG_STATE_HOME", str(home / "of-another-user"))
     other = next(one for one in files_to_erase(stored, ledger=False) if one.file == stored.index)
     assert other.file != named.file and not other.found
@@ -308,10 +309,10 @@ def test_a_witness_blocks_a_new_start_after_erasing_until_it_is_deleted(home: Pa
     done = erase(stored, ledger=True)
     assert {done.witness} == set(everything_in(home / "disk"))
     with pytest.raises(LedgerError, match="has gone but"):
-        stored.device.ledger()
+        stored.ledger.open()
     assert done.witness is not None and str(done.witness) in " ".join(done.describe())
     done.witness.unlink()
-    assert stored.device.ledger().entries() == []
+    assert stored.ledger.open().entries() == []
 
 
 def found(stored: DeviceState) -> list[Path]:
@@ -344,7 +345,7 @@ def test_a_partly_erased_device_does_not_start_anew(
             erase(stored, ledger=True)
     if 3 <= deleted < len(files):  # key, index and the ledger are deleted
         with pytest.raises(LedgerError):
-            stored.device.ledger()
+            stored.ledger.open()
     erase(stored, ledger=True)
     assert found(stored) == []
 
@@ -355,7 +356,7 @@ def test_a_damaged_ledger_can_only_be_erased_completely(home: Path) -> None:
     stored.ledger.path.write_bytes(b"once upon a time, " * 100)
     with pytest.raises(LedgerError):
         erase(stored, ledger=False)
-    assert stored.device.key_path.exists() and stored.index.exists()
+    assert stored.key_path.exists() and stored.index.exists()
     erase(stored, ledger=True)
     assert found(stored) == []
 

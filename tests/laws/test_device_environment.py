@@ -27,7 +27,7 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 import clients.app
 from fedface.device.client import handle_task
-from fedface.device.config import load_device
+from fedface.device.device import load_device
 from fedface.messages.messages import Message
 from fedface.messages.parsing import read_task
 

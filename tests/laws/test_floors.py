@@ -47,7 +47,7 @@ INDEPENDENT = [
     ("web", "device"),
     ("inference", "device"),
 ]  # pairs that do not import each other, in either direction
-DEVICE_ROOTS = ("fedface.device.client", "fedface.device.config", "fedface.transport.client")
+DEVICE_ROOTS = ("fedface.device.client", "fedface.device.device", "fedface.transport.client")
 NOT_ON_A_DEVICE = {
     "experiment", "sweep", "reports", "inference", "web", "public_data", "coordinator", "simulation",
     "cli", "importing",

@@ -71,7 +71,9 @@ def test_a_scan_loads_no_torch(tmp_path: Path) -> None:
 
 
 def test_an_owners_commands_load_nothing_that_trains(tmp_path: Path) -> None:
-    """Neither DP-SGD, encryption, networks of models nor charts."""
+    """Neither torch, DP-SGD, encryption, networks of models nor charts; one process runs all commands in order."""
     device, _ = answered_device(tmp_path)
-    words = "; ".join(f"ledger {verb} {device.ledger_path}" for verb in ("show", "verify", "export"))
-    assert loaded(tmp_path, f"{words}; device log device.yaml") & TRAINING == set()
+    words = [f"ledger {verb} {device.ledger_path}" for verb in ("show", "verify", "export")]
+    words += ["policy check device.yaml", "device log device.yaml --page log.html"]
+    words += ["device withdraw device.yaml --run tiny --yes", "device erase device.yaml --yes"]
+    assert loaded(tmp_path, ";".join(words)) & (TRAINING | {"torch"}) == set()

@@ -16,7 +16,7 @@ import pytest
 from pictures import jpeg_bytes
 from PIL import Image, ImageCms
 
-from fedface.device.config import load_device
+from fedface.device.device import load_device
 from fedface.errors import PhotoError
 from fedface.inference.contact_sheet import MethodRunner
 from fedface.inference.pipeline import SheetSettings, SkippedPhoto, run_pipeline

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from fedface.privacy.clip_and_noise import add_noise, clip_l2
 from fedface.privacy.mechanism import ClippedSum, GaussianSum, SampledGaussian
 from fedface.randomness import SecretNoise
 
@@ -19,26 +20,25 @@ from fedface.randomness import SecretNoise
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(-(2.0**66), 2.0**66, width=32), min_size=1, max_size=20), st.floats(1e-3, 1e3))
 def test_a_clipped_vector_is_never_longer_than_the_clip_norm(entries: list[float], clip_norm: float) -> None:
-    clipped = GaussianSum(clip_norm=clip_norm, sigma=1.0).clip(torch.tensor(entries))
+    clipped = clip_l2(torch.tensor(entries), clip_norm)
     assert float(clipped.double().norm()) <= clip_norm * (1 + 1e-6)
 
 
 def test_a_short_vector_stays_and_a_long_one_keeps_its_direction() -> None:
-    mechanism = GaussianSum(clip_norm=5.0, sigma=1.0)
-    assert torch.equal(mechanism.clip(torch.tensor([3.0, 4.0])), torch.tensor([3.0, 4.0]))
-    assert torch.allclose(mechanism.clip(torch.tensor([30.0, 40.0])), torch.tensor([3.0, 4.0]))
-    assert torch.equal(mechanism.clip(torch.zeros(3)), torch.zeros(3))
+    assert torch.equal(clip_l2(torch.tensor([3.0, 4.0]), 5.0), torch.tensor([3.0, 4.0]))
+    assert torch.allclose(clip_l2(torch.tensor([30.0, 40.0]), 5.0), torch.tensor([3.0, 4.0]))
+    assert torch.equal(clip_l2(torch.zeros(3), 5.0), torch.zeros(3))
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), 3e38])
 def test_a_vector_that_is_not_finite_becomes_zero(broken: float) -> None:
-    assert torch.equal(ClippedSum(clip_norm=1.0).clip(torch.tensor([1.0, broken])), torch.zeros(2))
+    assert torch.equal(clip_l2(torch.tensor([1.0, broken]), 1.0), torch.zeros(2))
 
 
 def test_noise_has_standard_deviation_sigma_times_clip_norm() -> None:
     """The sum of squares of d standard normals is chi-square with d degrees of freedom."""
     mechanism = GaussianSum(clip_norm=0.5, sigma=3.0)
-    noise = mechanism.noise(torch.zeros(200_000), SecretNoise()).double() / 1.5
+    noise = add_noise(torch.zeros(200_000), mechanism, SecretNoise()).double() / 1.5
     probability = stats.chi2.cdf(float(noise.square().sum()), 200_000)
     assert 1e-6 < probability < 1 - 1e-6
     assert stats.kstest(noise.numpy(), "norm").pvalue > 1e-6
@@ -78,7 +78,7 @@ def test_the_gaps_of_float32_do_not_reveal_the_number_of_photos() -> None:
     assert refuted(leaky, truth, 89.6) == 0
     assert refuted(leaky, wrong, 89.6) > 50
     for _ in range(3):
-        sent = mechanism.noise(truth, SecretNoise())
+        sent = add_noise(truth, mechanism, SecretNoise())
         right, other = refuted(sent, truth, 89.6), refuted(sent, wrong, 89.6)
         assert right > 0  # the truth itself looks as impossible as anything else
         assert abs(right - other) < 5 * math.sqrt(2 * 2000 * 0.25)
@@ -91,7 +91,7 @@ def test_every_noised_sum_lies_on_the_same_grid(clip_norm: float, sigma: float, 
     deviation = clip_norm * sigma
     grid = 2.0 ** (math.floor(math.log2(deviation)) - 20)
     total = torch.full((64,), value * deviation / 1e3, dtype=torch.float64)
-    widths = GaussianSum(clip_norm=clip_norm, sigma=sigma).noise(total, SecretNoise()) / grid
+    widths = add_noise(total, GaussianSum(clip_norm=clip_norm, sigma=sigma), SecretNoise()) / grid
     assert torch.equal(widths, widths.round())
     assert 2**20 <= deviation / grid < 2**21
 
@@ -100,7 +100,7 @@ def test_every_noised_sum_lies_on_the_same_grid(clip_norm: float, sigma: float, 
 def test_the_last_bits_of_a_noised_sum_are_uniform_whatever_the_sum_is(value: float) -> None:
     """Counts of the last four bits, chi-square with 15 degrees of freedom; fails once in a million."""
     mechanism = GaussianSum(clip_norm=1.0, sigma=1.0)
-    sent = mechanism.noise(torch.full((200_000,), value, dtype=torch.float64), SecretNoise())
+    sent = add_noise(torch.full((200_000,), value, dtype=torch.float64), mechanism, SecretNoise())
     last = torch.remainder(sent * 2.0**20, 16).long()
     assert stats.chisquare(torch.bincount(last, minlength=16).numpy()).pvalue > 1e-6
     assert abs(float(sent.mean()) - value) < 5 / math.sqrt(200_000)
@@ -110,7 +110,9 @@ def test_no_zero_reveals_the_sign_of_a_tiny_sum() -> None:
     """A million numbers just below zero, or at minus zero: none becomes minus zero."""
     for value in (-1e-9, -0.0, -1e-40):
         for _ in range(4):
-            sent = GaussianSum(clip_norm=1.0, sigma=64.0).noise(torch.full((2**20,), value), SecretNoise())
+            sent = add_noise(
+                torch.full((2**20,), value), GaussianSum(clip_norm=1.0, sigma=64.0), SecretNoise()
+            )
             assert not bool((torch.signbit(sent) & (sent == 0)).any())
 
 
@@ -130,8 +132,8 @@ def test_a_gaussian_sum_needs_noise(sigma: float) -> None:
 
 def test_noise_is_added_to_every_number_once_also_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten thousand numbers, seven at a time, of any shape: each has its own noise."""
-    monkeypatch.setattr("fedface.privacy.mechanism._AT_ONCE", 7)
+    monkeypatch.setattr("fedface.privacy.clip_and_noise._AT_ONCE", 7)
     total = torch.arange(10_000.0).reshape(100, 100).t()  # not in one piece
-    noise = GaussianSum(clip_norm=1.0, sigma=1.0).noise(total, SecretNoise()) - total
+    noise = add_noise(total, GaussianSum(clip_norm=1.0, sigma=1.0), SecretNoise()) - total
     assert noise.shape == (100, 100) and len(noise.unique()) > 5_000
     assert stats.kstest(noise.flatten().double().numpy(), "norm").pvalue > 1e-6
